@@ -35,7 +35,9 @@ class DataConfig(Model):
     test: str | None = Field(None, description="labelled beton file that the probe is fitted and scored on")
     textures_count: int = Field(4096, ge=64, le=10_000_000, description="images of the embedded training set")
     textures_test_count: int = Field(2048, ge=64, le=10_000_000, description="images of the embedded test set")
-    textures_size: int = Field(32, ge=16, le=1024, description="side of the embedded set's images, pixels")
+    textures_size: int | None = Field(
+        None, ge=16, le=1024, description="side of the embedded set's images, pixels; default: views.size"
+    )
     textures_seed: int = Field(0, ge=0, lt=2**31, description="seed of the embedded training set; the test set takes the next")
     cache: Literal["auto", "device", "none"] = Field("auto", description="keep the decoded set on the device: if it fits, always, never")
     workers: int = Field(0, ge=0, le=1024, description="FFCV decoding threads; 0 takes the machine's cores")
@@ -176,7 +178,7 @@ class Config(Model):
 
 
 def resolve(config: Config) -> Config:
-    """Fill in what depends on other values: lr and weight decay of the chosen optimizer, lr scaling, the horizon.
+    """Fill in what depends on other values: lr and weight decay of the chosen optimizer, lr scaling, horizon, textures size.
 
     Idempotent: a resolved configuration resolves to itself, so that ``config.toml`` of a run can be read back.
     """
@@ -192,6 +194,7 @@ def resolve(config: Config) -> Config:
     return config.model_copy(
         update={
             "optim": optim.model_copy(update={"lr": lr, "weight_decay": decay, "lr_scaling": "none"}),
+            "data": config.data.model_copy(update={"textures_size": config.data.textures_size or max(16, config.views.size)}),
             "schedule": config.schedule.model_copy(
                 update={"horizon_epochs": config.schedule.horizon_epochs or config.train.epochs}
             ),

@@ -1,0 +1,60 @@
+# Two commands do everything on a fresh Debian or Ubuntu machine with Python >= 3.11, as root or with sudo:
+#   make demo    make test
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+DEMO := demo
+# FFCV compiles one small extension against these: 57 packages instead of the 444 behind libopencv-dev.
+DEBIAN := g++ make pkg-config python3-venv libopencv-core-dev libopencv-imgproc-dev libturbojpeg0-dev
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+
+.PHONY: setup demo test lint types unit figures clean
+.DELETE_ON_ERROR:
+
+setup: $(VENV)/.ready
+
+$(VENV)/.system:
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and f"fastbyol needs Python 3.11 or newer and {sys.executable} is {v[0]}.{v[1]}: run make PYTHON=python3.12")'
+	@if dpkg -s $(DEBIAN) >/dev/null 2>&1; then echo "system packages: all there"; else \
+	  echo "system packages: installing $(DEBIAN)"; \
+	  if [ "$$(id -u)" = 0 ]; then SUDO=; elif command -v sudo >/dev/null; then SUDO=sudo; \
+	  else echo "neither root nor sudo: ask an administrator for: apt-get install $(DEBIAN)"; exit 1; fi; \
+	  $$SUDO apt-get update -qq && \
+	  $$SUDO env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(DEBIAN) >/dev/null; fi
+	@$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/.python: $(VENV)/.system pyproject.toml constraints.txt
+	@echo "python packages: installing torch and what else pyproject.toml names (several GB the first time)"
+	@$(PIP) install --constraint constraints.txt setuptools wheel --editable '.[report,dev]'
+	@touch $@
+
+# FFCV asks pkg-config for all of OpenCV and includes the umbrella header, yet uses cv::Mat and cv::resize only:
+# it is given a package file and a header that name the two modules that hold them.
+$(VENV)/.ready: $(VENV)/.python
+	@echo "ffcv: building"
+	@shim=$$(mktemp -d) && trap 'rm -rf "$$shim"' EXIT && mkdir "$$shim/opencv2" && \
+	printf '#include <opencv2/core.hpp>\n#include <opencv2/imgproc.hpp>\n' >"$$shim/opencv2/opencv.hpp" && \
+	printf 'Name: opencv4\nDescription: core and imgproc\nVersion: 4\nLibs: -lopencv_imgproc -lopencv_core\nCflags: -I%s -I/usr/include/opencv4\n' \
+	  "$$shim" >"$$shim/opencv4.pc" && \
+	PKG_CONFIG_PATH="$$shim" $(PIP) install --no-deps --no-build-isolation --no-binary ffcv 'ffcv==1.0.2'
+	@$(BIN)/python -c 'import ffcv._libffcv'
+	@touch $@
+
+demo: setup
+	$(BIN)/fastbyol demo $(DEMO)
+
+test: setup lint types unit
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: setup
+	$(BIN)/mypy
+
+unit: setup
+	$(BIN)/python -m pytest
+
+clean:
+	rm -rf $(VENV) $(DEMO) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO := demo
 # FFCV compiles one small extension against these: 57 packages instead of the 444 behind libopencv-dev.
-DEBIAN := g++ make pkg-config python3-venv libopencv-core-dev libopencv-imgproc-dev libturbojpeg0-dev
+DEBIAN := g++ make pkg-config python3-venv python3-dev libopencv-core-dev libopencv-imgproc-dev libturbojpeg0-dev
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
 .PHONY: setup demo test lint types unit figures clean

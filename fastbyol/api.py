@@ -1,0 +1,99 @@
+"""What scripts call: train, resume, evaluate, load an encoder. The command line is a thin layer over these."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from fastbyol import config_io
+from fastbyol.config import Config, resolve
+from fastbyol.data import embedded, loader
+from fastbyol.engine import checkpoint, trainer
+from fastbyol.engine.device import pick_device
+from fastbyol.engine.observer import Observer
+from fastbyol.engine.run_folder import RunFolder, default_run_path
+from fastbyol.engine.step import TrainState
+from fastbyol.engine.trainer import Summary
+from fastbyol.errors import UsageError
+from fastbyol.evaluation import protocol as protocols
+from fastbyol.evaluation.protocol import PROTOCOLS
+
+
+def train(
+    config: Config,
+    out: str | Path | None = None,
+    *,
+    observer: Observer | None = None,
+    origin: Mapping[str, str] | None = None,
+) -> Summary:
+    """Train ``config`` in the new run folder ``out`` (default: a fresh name under ``runs/``).
+
+    Raises ``UsageError`` for input that cannot work and ``CollapsedError`` where the run was asked to stop on collapse.
+    """
+    config = resolve(config)
+    pick_device(config.train.device)
+    path = Path(out) if out is not None else default_run_path(config)
+    with RunFolder.create(path, config, origin) as folder:
+        return trainer.fit(folder, config, observer)
+
+
+def resume(run: str | Path, *, observer: Observer | None = None) -> Summary:
+    """Go on with a run from its newest sound checkpoint, bit for bit as if it had never stopped."""
+    with RunFolder.open(Path(run), lock=True) as folder:
+        return trainer.fit(folder, folder.config, observer)
+
+
+def load_encoder(run_or_file: str | Path, *, weights: str = "trained") -> nn.Module:
+    """The online encoder f of a run folder or a checkpoint file, in eval mode, float32, on the CPU.
+
+    It maps views (N, 3, S, S), normalised as ``views.plain`` does, to embeddings y (N, 8 * width).
+    ``weights="random"`` gives the same network as it was before its first step.
+    """
+    return _load(Path(run_or_file), weights)[1]
+
+
+def _load(path: Path, weights: str) -> tuple[Config, nn.Module, int]:
+    if path.is_dir():
+        with RunFolder.open(path, lock=False) as folder:
+            config = folder.config
+            loaded = None if weights == "random" else checkpoint.load_latest(folder.checkpoints)
+    else:
+        loaded = checkpoint.load(path)
+        config = config_io.parse(loaded.meta["config"], where=str(path))
+    state = TrainState.create(config, steps_per_epoch=1, device="cpu")
+    if loaded is not None and weights != "random":
+        state.load_tensors(loaded.tensors)
+    encoder: nn.Module = state.online.encoder.float().eval()
+    return config, encoder, int(loaded.meta["step"]) if loaded is not None else 0
+
+
+def evaluate(
+    run: str | Path,
+    protocol: str = "blog",
+    *,
+    train_data: str | Path | None = None,
+    test_data: str | Path | None = None,
+    weights: str = "trained",
+    device: str = "auto",
+) -> dict[str, Any]:
+    """Accuracy of a run's encoder under ``protocol`` (``blog``, ``linear`` or ``knn``; see ``evaluation.protocol``).
+
+    Data default to the run's own files. Returns a dict with at least ``accuracy`` (percent), ``protocol`` and ``step``.
+    """
+    if protocol not in PROTOCOLS:
+        raise UsageError(f"protocol: {protocol!r} is none of {', '.join(PROTOCOLS)}")
+    config, encoder, step = _load(Path(run), weights)
+    own_train, own_test = embedded.training_and_test_files(config.data)
+    test_file = Path(test_data) if test_data else own_test
+    if test_file is None:
+        raise UsageError(f"{run}: the run has no test data: name a labelled beton with --test-data")
+    size = config.data.size or config.views.size
+    test = loader.read_all(test_file, workers=config.data.workers, size=size)
+    train_file = Path(train_data) if train_data else own_train
+    train = loader.read_all(train_file, workers=config.data.workers, size=size) if protocol != "blog" else None
+    target = pick_device(device)
+    result = protocols.evaluate(protocol, encoder.to(target), test=test, train=train, views=config.views, device=target)
+    return {"run": str(run), "step": step, "weights": weights, **result}

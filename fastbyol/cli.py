@@ -1,0 +1,439 @@
+"""The command line: parse, delegate, print. torch is imported inside commands only, so that --help is quick."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from fastbyol.errors import FastbyolError, UsageError
+
+if TYPE_CHECKING:
+    from fastbyol.config_io import Loaded
+    from fastbyol.engine.trainer import Summary
+
+app = typer.Typer(
+    help="Train BYOL, watch it collapse or not, and measure what it learned.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+presets_app = typer.Typer(help="The settings that ship with fastbyol.", no_args_is_help=True)
+app.add_typer(presets_app, name="presets")
+
+Json = Annotated[
+    bool, typer.Option("--json", help="Print one JSON object on standard output, everything else on standard error.")
+]
+RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]
+Protocol = Annotated[Literal["blog", "linear", "knn"], typer.Option(help="How accuracy is measured.")]
+TRAIN = "Training"
+MODEL = "Model"
+OPTIM = "Optimizer"
+
+
+def _console(to_stderr: bool) -> Console:
+    return Console(stderr=to_stderr, highlight=False)
+
+
+def _print_json(value: Any) -> None:
+    typer.echo(json.dumps(value, indent=2, default=str))
+
+
+def _progress(console: Console, what: str) -> tuple[Any, Callable[[int, int], None]]:
+    """A bar, and the function that moves it; in a log, nothing is drawn."""
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bar
+
+    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    bar = Bar(*columns, console=console, disable=not console.is_terminal)
+    task = bar.add_task(what, total=None)
+    return bar, lambda done, total: bar.update(task, completed=done, total=total)
+
+
+@app.command()
+def convert(
+    source: Annotated[str, typer.Argument(help="'textures', an STL-10 or CIFAR folder, a folder of images, or an .npz file.")],
+    out: Annotated[Path, typer.Argument(help="The beton file to write.")],
+    kind: Annotated[str | None, typer.Option(help="What SOURCE is, where it cannot be told from its files.")] = None,
+    split: Annotated[str | None, typer.Option(help="train, test, unlabeled, train+unlabeled; or a subfolder.")] = None,
+    size: Annotated[int | None, typer.Option(min=8, max=4096, help="Side of the written images, pixels.")] = None,
+    resize: Annotated[
+        Literal["resize", "centre", "none"] | None,
+        typer.Option(help="resize: stretch to SIZE x SIZE; centre: short side to SIZE, then the middle; none: as it is."),
+    ] = None,
+    mode: Annotated[Literal["raw", "jpg"], typer.Option(help="raw is the fastest to read, jpg the smallest.")] = "raw",
+    quality: Annotated[int, typer.Option(min=1, max=100, help="Of JPEG.")] = 90,
+    count: Annotated[int, typer.Option(min=1, help="Images of 'textures'.")] = 4096,
+    seed: Annotated[int, typer.Option(min=0, help="Of 'textures'.")] = 0,
+    workers: Annotated[int, typer.Option(min=0, help="Writing processes; 0: one per core.")] = 0,
+    strict: Annotated[bool, typer.Option("--strict", help="Stop at the first unreadable image.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT where it exists.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Convert images to a beton file."""
+    from fastbyol.data.convert import convert as run
+
+    console = _console(as_json)
+    bar, progress = _progress(console, "converting")
+    with bar:
+        report = run(
+            source,
+            out,
+            kind=kind,
+            split=split,
+            size=size,
+            resize=resize,
+            mode=mode,
+            quality=quality,
+            count=count,
+            seed=seed,
+            workers=workers,
+            strict=strict,
+            overwrite=overwrite,
+            progress=progress,
+        )
+    for name, reason in report.skipped:
+        console.print(f"skipped {name}: {reason}", markup=False, soft_wrap=True)
+    if as_json:
+        _print_json({"out": str(out), "images": report.num_written, "skipped": [list(row) for row in report.skipped]})
+    else:
+        skipped = f", {len(report.skipped)} skipped" if report.skipped else ""
+        console.print(f"{out}: {report.num_written} images{skipped}", markup=False, soft_wrap=True)
+
+
+@app.command()
+def train(
+    data: Annotated[str | None, typer.Option("--data", metavar="FILE", help="Beton to train on, or 'textures'.")] = None,
+    test_data: Annotated[str | None, typer.Option("--test-data", metavar="FILE", help="Labelled beton for the probe.")] = None,
+    preset: Annotated[str | None, typer.Option(help="demo, blog or paper. Default: blog on a GPU, demo on a CPU.")] = None,
+    config: Annotated[Path | None, typer.Option("--config", metavar="FILE", help="TOML file over the preset.")] = None,
+    sets: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any key, e.g. optim.momentum=0.8.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="DIR", help="Run folder. Default: a new one under runs/.")
+    ] = None,
+    epochs: Annotated[int | None, typer.Option(rich_help_panel=TRAIN)] = None,
+    batch_size: Annotated[int | None, typer.Option(rich_help_panel=TRAIN)] = None,
+    precision: Annotated[str | None, typer.Option(metavar="fp32|bf16", rich_help_panel=TRAIN)] = None,
+    seed: Annotated[int | None, typer.Option(rich_help_panel=TRAIN)] = None,
+    device: Annotated[str | None, typer.Option(metavar="auto|cpu|cuda[:N]", rich_help_panel=TRAIN)] = None,
+    stop_on_collapse: Annotated[bool | None, typer.Option("--stop-on-collapse", rich_help_panel=TRAIN)] = None,
+    norm: Annotated[str | None, typer.Option(metavar="bn|gn|ln|none", help="Encoder's norm.", rich_help_panel=MODEL)] = None,
+    mlp_norm: Annotated[
+        str | None, typer.Option(metavar="bn|gn|ln|none|brn", help="Norm of both MLPs.", rich_help_panel=MODEL)
+    ] = None,
+    projector_norm: Annotated[str | None, typer.Option(metavar="bn|gn|ln|none|brn", rich_help_panel=MODEL)] = None,
+    predictor_norm: Annotated[str | None, typer.Option(metavar="bn|gn|ln|none|brn", rich_help_panel=MODEL)] = None,
+    ws: Annotated[
+        bool | None, typer.Option("--ws/--no-ws", help="Standardize convolution weights.", rich_help_panel=MODEL)
+    ] = None,
+    mlp_ws: Annotated[
+        bool | None, typer.Option("--mlp-ws/--no-mlp-ws", help="The same for the MLPs' first linears.", rich_help_panel=MODEL)
+    ] = None,
+    res: Annotated[int | None, typer.Option(help="Side of the views, pixels.", rich_help_panel=MODEL)] = None,
+    width: Annotated[int | None, typer.Option(help="Channels of the first stage.", rich_help_panel=MODEL)] = None,
+    stem: Annotated[str | None, typer.Option(metavar="torchvision|small", rich_help_panel=MODEL)] = None,
+    opt: Annotated[str | None, typer.Option("--opt", metavar="sgd|lars", rich_help_panel=OPTIM)] = None,
+    lr: Annotated[float | None, typer.Option(rich_help_panel=OPTIM)] = None,
+    wd: Annotated[float | None, typer.Option("--wd", help="Weight decay.", rich_help_panel=OPTIM)] = None,
+    lars_on: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--lars-on", metavar="PATTERN", help="Which parameters adapt: prefix or glob, repeatable.", rich_help_panel=OPTIM
+        ),
+    ] = None,
+    lars_dialect: Annotated[str | None, typer.Option(metavar="blog|deepmind|bolts", rich_help_panel=OPTIM)] = None,
+    lr_mult: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--lr-mult", metavar="PATTERN=FACTOR", help="Rate factor of some parameters, repeatable.", rich_help_panel=OPTIM
+        ),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Train a network; without --data on the embedded textures set."""
+    console = _console(as_json)
+    flags = {
+        "data.train": ("--data", data),
+        "data.test": ("--test-data", test_data),
+        "train.epochs": ("--epochs", epochs),
+        "train.batch_size": ("--batch-size", batch_size),
+        "train.precision": ("--precision", precision),
+        "train.seed": ("--seed", seed),
+        "train.device": ("--device", device),
+        "train.stop_on_collapse": ("--stop-on-collapse", stop_on_collapse),
+        "model.norm": ("--norm", norm),
+        "model.projector.norm": ("--projector-norm", projector_norm) if projector_norm else ("--mlp-norm", mlp_norm),
+        "model.predictor.norm": ("--predictor-norm", predictor_norm) if predictor_norm else ("--mlp-norm", mlp_norm),
+        "model.ws": ("--ws", ws),
+        "model.projector.ws": ("--mlp-ws", mlp_ws),
+        "model.predictor.ws": ("--mlp-ws", mlp_ws),
+        "views.size": ("--res", res),
+        "model.width": ("--width", width),
+        "model.stem": ("--stem", stem),
+        "optim.name": ("--opt", opt),
+        "optim.lr": ("--lr", lr),
+        "optim.weight_decay": ("--wd", wd),
+        "optim.lars_on": ("--lars-on", _patterns(lars_on)),
+        "optim.dialect": ("--lars-dialect", lars_dialect),
+        "optim.lr_mult": ("--lr-mult", _factors(lr_mult)),
+    }
+    loaded = _load(preset, config, sets or (), flags)
+    for line in (_what_data(loaded), *loaded.notes):
+        console.print(line, markup=False, soft_wrap=True)
+    summary = _run(console, lambda observer: _train(loaded, out, observer))
+    _finish(summary, console, as_json)
+
+
+def _train(loaded: Loaded, out: Path | None, observer: Any) -> Summary:
+    from fastbyol import api
+
+    return api.train(loaded.config, out, observer=observer, origin=loaded.origin)
+
+
+def _load(preset: str | None, file: Path | None, sets: Sequence[str], flags: Mapping[str, tuple[str, object]]) -> Loaded:
+    """Where nobody names a preset, the device decides: blog needs a GPU, demo is made for two cores."""
+    from dataclasses import replace
+
+    from fastbyol import config_io
+
+    loaded = config_io.load(preset=preset, file=file, sets=sets, flags=flags)
+    if loaded.origin["preset"] != "default":
+        return loaded
+    name = "blog" if _has_gpu(loaded.config.train.device) else "demo"
+    loaded = config_io.load(preset=name, file=file, sets=sets, flags=flags)
+    return replace(loaded, origin=loaded.origin | {"preset": "default for this device"})
+
+
+def _has_gpu(device: str) -> bool:
+    if device != "auto":
+        return device.startswith("cuda")
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def _what_data(loaded: Loaded) -> str:
+    data, preset = loaded.config.data, loaded.config.preset
+    if data.train != "textures":
+        return f"preset {preset}, data {data.train}"
+    said = "data textures" if loaded.origin["data.train"] == "--data" else "no --data given, so the embedded textures set"
+    return f"preset {preset}, {said}: {data.textures_count} images of {data.textures_size} px, seed {data.textures_seed}"
+
+
+def _patterns(values: list[str] | None) -> list[str] | None:
+    return [part for value in values for part in value.split(",") if part] if values else None
+
+
+def _factors(values: list[str] | None) -> list[tuple[str, float]] | None:
+    if not values:
+        return None
+    pairs = []
+    for value in values:
+        pattern, _, factor = value.rpartition("=")
+        try:
+            pairs.append((pattern, float(factor)))
+        except ValueError:
+            pattern = ""
+        if not pattern:
+            raise UsageError(f"--lr-mult {value}: write PATTERN=FACTOR, for example encoder.layer1=4")
+    return pairs
+
+
+def _run(console: Console, work: Callable[[Any], Summary]) -> Summary:
+    from fastbyol.display import display
+
+    with display(console) as shown:
+        return work(shown)
+
+
+def _finish(summary: Summary, console: Console, as_json: bool) -> None:
+    from dataclasses import asdict
+
+    from fastbyol import report
+
+    if report.available():
+        report.write(Path(summary.run))
+    if as_json:
+        _print_json(asdict(summary))
+        return
+    accuracy = "" if summary.accuracy is None else f", accuracy {summary.accuracy:.1f}%"
+    console.print(f"{summary.run}: step {summary.step}, {summary.state}{accuracy}", markup=False, soft_wrap=True)
+
+
+@app.command()
+def resume(run: RunPath, as_json: Json = False) -> None:
+    """Go on with a run that was stopped, bit for bit."""
+    from fastbyol import api
+
+    console = _console(as_json)
+    _finish(_run(console, lambda observer: api.resume(run, observer=observer)), console, as_json)
+
+
+@app.command("eval")
+def evaluate(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder or a checkpoint file.")],
+    protocol: Protocol = "blog",
+    train_data: Annotated[Path | None, typer.Option("--train-data", metavar="FILE", help="Fit on this (linear, knn).")] = None,
+    test_data: Annotated[Path | None, typer.Option("--test-data", metavar="FILE", help="Score on this.")] = None,
+    weights: Annotated[Literal["trained", "random"], typer.Option(help="random: before the first step.")] = "trained",
+    device: Annotated[str, typer.Option(metavar="auto|cpu|cuda[:N]")] = "auto",
+    as_json: Json = False,
+) -> None:
+    """Measure the accuracy of a run's encoder."""
+    from fastbyol import api
+
+    result = api.evaluate(run, protocol, train_data=train_data, test_data=test_data, weights=weights, device=device)
+    if as_json:
+        _print_json(result)
+    else:
+        typer.echo(
+            f"{run}: {result['accuracy']:.2f}% ({protocol}, {result['num_train']} fitted, {result['num_test']} scored, "
+            f"{result['num_classes']} classes)"
+        )
+
+
+@app.command()
+def report(
+    run: RunPath,
+    png: Annotated[Path | None, typer.Option("--png", metavar="DIR", help="Write the pictures as PNG files too.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Draw a run: loss, cosines, accuracy, rates per layer, in RUN/report.html."""
+    from fastbyol import report as reports
+
+    paths = reports.write(run, png=png)
+    if as_json:
+        _print_json({"written": [str(path) for path in paths]})
+    else:
+        typer.echo("\n".join(str(path) for path in paths))
+
+
+@app.command()
+def runs(
+    root: Annotated[Path, typer.Argument(metavar="[DIR]", help="Folder of runs.")] = Path("runs"),
+    as_json: Json = False,
+) -> None:
+    """List runs with their state and accuracy."""
+    from dataclasses import asdict
+
+    from fastbyol.engine.run_folder import list_runs
+
+    rows = list_runs(root)
+    if as_json:
+        _print_json([asdict(row) for row in rows])
+        return
+    table = Table("run", "epochs", "state", "neg cos", "accuracy", box=None)
+    for row in rows:
+        neg = "" if row.neg_cos is None else f"{row.neg_cos:.4f}"
+        accuracy = "" if row.accuracy is None else f"{row.accuracy:.1f}%"
+        table.add_row(row.name, f"{row.epochs_done}/{row.epochs}", row.state or "", neg, accuracy)
+    Console(highlight=False).print(table)
+
+
+@presets_app.command("list")
+def presets_list(as_json: Json = False) -> None:
+    """Name the presets."""
+    from fastbyol import config_io
+
+    rows = {name: config_io.preset_summary(name) for name in config_io.presets()}
+    if as_json:
+        _print_json(rows)
+    else:
+        for name, text in rows.items():
+            typer.echo(f"{name:8s}{text}")
+
+
+@presets_app.command("show")
+def presets_show(
+    name: str,
+    as_json: Json = False,
+) -> None:
+    """Every value of a preset, and where it comes from."""
+    from fastbyol import config_io
+
+    loaded = config_io.load(preset=name, file=None, sets=(), flags={})
+    if as_json:
+        _print_json(loaded.config.model_dump(mode="json"))
+    else:
+        typer.echo(config_io.dump(loaded.config, loaded.origin))
+
+
+@presets_app.command("copy")
+def presets_copy(name: str, out: Annotated[Path, typer.Argument(help="TOML file to write.")]) -> None:
+    """Write a preset's file, comments and all, to edit and pass with --config."""
+    from fastbyol import config_io
+
+    text = config_io.preset_text(name)
+    try:
+        with out.open("x") as file:
+            file.write(text)
+    except OSError as error:
+        raise UsageError(f"{out}: {error.strerror}: name a new file in a folder that can be written") from None
+    typer.echo(str(out))
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """Say what is missing and the exact command that brings it."""
+    from fastbyol import doctor as doctors
+
+    checks = doctors.examine()
+    if as_json:
+        _print_json([check._asdict() for check in checks])
+    else:
+        for check in checks:
+            mark = "ok  " if check.ok else ("MISSING" if check.needed else "none")
+            typer.echo(
+                f"{mark:8s}{check.name:16s}{check.found}" + (f"\n{'':8s}{'':16s}-> {check.remedy}" if check.remedy else "")
+            )
+    if any(check.needed and not check.ok for check in checks):
+        raise typer.Exit(1)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Argument(metavar="DIR", help="Folder for data, run and pictures.")] = Path("demo"),
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    as_json: Json = False,
+) -> None:
+    """Make the textures set, train on it, and compare random, BYOL and supervised encoders."""
+    from fastbyol import demo as demos
+
+    console = _console(as_json)
+    result = demos.run(out, seed=seed, console=console)
+    if as_json:
+        _print_json(result)
+
+
+def main() -> None:
+    """Entry point: every foreseen failure is one line on standard error and an exit code of ``errors``."""
+    try:
+        code = app(standalone_mode=False, prog_name="fastbyol")
+        sys.exit(code if isinstance(code, int) else 0)
+    except FastbyolError as error:
+        _fail(str(error), error.exit_code)
+    except typer.TyperException as error:
+        _fail(error.format_message() or "say what to do: see fastbyol --help", error.exit_code)
+    except (KeyboardInterrupt, typer.Abort):
+        _fail("interrupted", 130)
+    except BrokenPipeError:
+        sys.exit(1)
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    line = " ".join(message.split())
+    print(f"fastbyol: error: {line}", file=sys.stderr)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

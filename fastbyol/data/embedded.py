@@ -1,0 +1,50 @@
+"""The embedded textures set as beton files: made once, kept in the user's cache folder, found again by name."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from fastbyol.config import DataConfig
+from fastbyol.data import beton, convert
+
+TEXTURES = "textures"
+Progress = Callable[[int, int], None]
+
+
+def cache_folder() -> Path:
+    """``$FASTBYOL_CACHE``, else ``$XDG_CACHE_HOME/fastbyol``, else ``~/.cache/fastbyol``."""
+    own = os.environ.get("FASTBYOL_CACHE")
+    if own:
+        return Path(own)
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "fastbyol"
+
+
+def textures_beton(count: int, size: int, seed: int, *, progress: Progress | None = None) -> Path:
+    """The beton of ``count`` textures images of ``size`` pixels, written on the first call.
+
+    Two processes may ask at once: each writes its own temporary file and the last rename wins with the same bytes.
+    """
+    path = cache_folder() / f"textures-{count}-{size}px-seed{seed}.beton"
+    if path.exists():
+        beton.inspect(path)
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    convert.convert(TEXTURES, path, count=count, size=size, seed=seed, progress=progress, overwrite=True)
+    return path
+
+
+def training_and_test_files(config: DataConfig, *, progress: Progress | None = None) -> tuple[Path, Path | None]:
+    """The two files a run reads, embedded sets made where they are asked for.
+
+    With the embedded training set and no test file of one's own, the test set is the embedded one of the next seed.
+    """
+    size, seed = config.textures_size or 32, config.textures_seed
+    train = Path(config.train)
+    if config.train == TEXTURES:
+        train = textures_beton(config.textures_count, size, seed, progress=progress)
+    if config.test == TEXTURES or (config.test is None and config.train == TEXTURES):
+        return train, textures_beton(config.textures_test_count, size, seed + 1, progress=progress)
+    return train, Path(config.test) if config.test else None

@@ -1,0 +1,134 @@
+"""A run on the screen: a live table on a terminal, one plain line per epoch elsewhere."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping
+from types import TracebackType
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from fastbyol.engine.observer import EpochEnd, Progress, Start
+
+STATE_STYLE = {"healthy": "green", "collapsing": "yellow", "collapsed": "bold red", "recovering": "cyan"}
+# Rows of finished epochs that stay on the screen: what fits a terminal of 24 lines beside header and bar.
+EPOCHS_SHOWN = 12
+
+
+def duration(seconds: float) -> str:
+    """``3725`` -> ``1:02:05``; under an hour ``m:ss``."""
+    total = max(0, round(seconds))
+    hours, rest = divmod(total, 3600)
+    minutes, secs = divmod(rest, 60)
+    return f"{hours}:{minutes:02d}:{secs:02d}" if hours else f"{minutes}:{secs:02d}"
+
+
+def headline(message: Start) -> str:
+    """The line that opens a run."""
+    at = f", from step {message.first_step}" if message.first_step else ""
+    return (
+        f"{message.run}: {message.epochs} epochs of {message.steps_per_epoch} steps on {message.device}, "
+        f"{message.num_samples} images from {message.data}, {message.num_parameters / 1e6:.2f} M parameters{at}"
+    )
+
+
+def cells(metrics: Mapping[str, float]) -> list[str]:
+    """Loss, cosines and std as a row shows them."""
+    return [
+        f"{metrics['loss']:.4g}",
+        f"{metrics['pos_cos']:.4f}",
+        f"{metrics['neg_cos']:.4f}",
+        f"{metrics['std_z']:.3f}",
+    ]
+
+
+class PlainDisplay:
+    """One line per epoch, for logs and pipes."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+
+    def __enter__(self) -> PlainDisplay:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        """Nothing to take down."""
+
+    def _line(self, text: str) -> None:
+        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def start(self, message: Start) -> None:
+        self._line(headline(message))
+
+    def progress(self, message: Progress) -> None:
+        """Steps are not shown in a log."""
+
+    def epoch_end(self, message: EpochEnd) -> None:
+        loss, pos, neg, std = cells(message.metrics)
+        accuracy = "" if message.accuracy is None else f" accuracy {message.accuracy:.1f}%"
+        self._line(
+            f"epoch {message.epoch + 1}/{message.epochs} loss {loss} pos_cos {pos} neg_cos {neg} std {std} "
+            f"{message.state}{accuracy} {message.img_s:.0f} img/s eta {duration(message.eta_s)}"
+        )
+
+    def note(self, text: str) -> None:
+        self._line(text)
+
+
+class LiveDisplay(PlainDisplay):
+    """A table that is redrawn in place: finished epochs, the running one, a bar."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__(console)
+        self._epochs: deque[EpochEnd] = deque(maxlen=EPOCHS_SHOWN)
+        self._now: Progress | None = None
+        self._start: Start | None = None
+        self._live = Live(console=console, refresh_per_second=4, transient=False)
+
+    def __enter__(self) -> LiveDisplay:
+        self._live.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._now = None
+        self._live.update(self._draw())
+        self._live.stop()
+
+    def start(self, message: Start) -> None:
+        self._start = message
+        super().start(message)
+
+    def progress(self, message: Progress) -> None:
+        self._now = message
+        self._live.update(self._draw())
+
+    def epoch_end(self, message: EpochEnd) -> None:
+        self._epochs.append(message)
+        self._now = None
+        self._live.update(self._draw())
+
+    def _draw(self) -> Group:
+        table = Table(box=None, pad_edge=False)
+        for name in ("epoch", "loss", "pos cos", "neg cos", "std", "state", "accuracy", "img/s", "left"):
+            table.add_column(name, justify="left" if name == "state" else "right")
+        for row in self._epochs:
+            accuracy = "" if row.accuracy is None else f"{row.accuracy:.1f}%"
+            state = Text(row.state, style=STATE_STYLE.get(row.state, ""))
+            label = f"{row.epoch + 1}/{row.epochs}"
+            table.add_row(label, *cells(row.metrics), state, accuracy, f"{row.img_s:.0f}", duration(row.eta_s))
+        if self._now is not None and self._start is not None:
+            now = self._now
+            state = Text(now.state, style=STATE_STYLE.get(now.state, ""))
+            table.add_row(f"step {now.step}", *cells(now.metrics), state, "", f"{now.img_s:.0f}", duration(now.eta_s))
+            total = self._start.steps_per_epoch * self._start.epochs
+            return Group(table, ProgressBar(total=total, completed=now.step, width=60))
+        return Group(table)
+
+
+def display(console: Console) -> PlainDisplay:
+    """The live table on a terminal, plain lines elsewhere."""
+    return LiveDisplay(console) if console.is_terminal else PlainDisplay(console)

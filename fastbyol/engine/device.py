@@ -1,0 +1,24 @@
+"""The device a run works on and the dtype its precision asks for."""
+
+from __future__ import annotations
+
+import torch
+
+from fastbyol.errors import UsageError
+
+
+def pick_device(name: str) -> torch.device:
+    """``auto`` takes the first CUDA device, else the CPU. A device that is not there is a ``UsageError``."""
+    if name == "auto":
+        return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UsageError(
+            f"train.device: {name} is not there, this machine has {torch.cuda.device_count()} CUDA devices: take --device cpu"
+        )
+    return torch.device("cuda", device.index or 0) if device.type == "cuda" else device
+
+
+def dtype_of(precision: str) -> torch.dtype:
+    """The dtype of the views that a step takes: bf16 products start from bf16 views, the references from their own."""
+    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}[precision]

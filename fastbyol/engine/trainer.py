@@ -1,0 +1,251 @@
+"""The loop, top to bottom: open the data, build or restore the state, step, watch, probe, save."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from fastbyol import views
+from fastbyol.config import Config
+from fastbyol.data import embedded, loader
+from fastbyol.engine import checkpoint
+from fastbyol.engine.device import dtype_of, pick_device
+from fastbyol.engine.interrupt import Interrupt
+from fastbyol.engine.observer import EpochEnd, Observer, Progress, Silent, Start
+from fastbyol.engine.run_folder import RunFolder
+from fastbyol.engine.step import LAYER_METRICS, METRICS, TrainState, train_step
+from fastbyol.engine.telemetry import Telemetry
+from fastbyol.errors import CollapsedError
+from fastbyol.evaluation import protocol
+from fastbyol.evaluation.collapse import CollapseMonitor
+
+
+@dataclass(frozen=True)
+class Summary:
+    """How a run ended. ``metrics`` are the last epoch's means, ``accuracy`` is in percent or None where nothing was probed."""
+
+    run: str
+    finished: bool
+    step: int
+    epoch: int
+    state: str
+    accuracy: float | None
+    metrics: dict[str, float]
+
+
+class Pace:
+    """Images per second over the last stretch of steps, and what is left at that pace."""
+
+    def __init__(self, batch_size: int, step: int) -> None:
+        self._batch_size = batch_size
+        self._mark, self._step = time.perf_counter(), step
+        self.img_s = 0.0
+
+    def update(self, step: int) -> float:
+        now = time.perf_counter()
+        if step > self._step:
+            self.img_s = (step - self._step) * self._batch_size / max(now - self._mark, 1e-9)
+        self._mark, self._step = now, step
+        return self.img_s
+
+    def restart(self) -> None:
+        """Leave out of the next figure the time since the last one (a probe, a checkpoint)."""
+        self._mark = time.perf_counter()
+
+    def left_s(self, steps: int) -> float:
+        return steps * self._batch_size / self.img_s if self.img_s else 0.0
+
+
+class Trainer:
+    """One run in one process. ``fit`` starts it or goes on from the newest checkpoint in its folder."""
+
+    def __init__(self, folder: RunFolder, config: Config, observer: Observer | None = None) -> None:
+        self.folder, self.config = folder, config
+        self.observer: Observer = observer or Silent()
+        self.device = pick_device(config.train.device)
+        self.monitor = CollapseMonitor()
+        self.accuracy: float | None = None
+        self.epoch_means: dict[str, float] = {}
+
+    def fit(self) -> Summary:
+        """Train to the configured end. Returns early, saved and resumable, after SIGINT or SIGTERM.
+
+        Raises ``CollapsedError`` where ``train.stop_on_collapse`` is set and an epoch ends collapsed.
+        """
+        config = self.config
+        train_file, test_file = embedded.training_and_test_files(config.data)
+        self.test = self._read_test(test_file)
+        with Interrupt() as interrupt, self._open(train_file) as batches:
+            self.steps_per_epoch = batches.steps_per_epoch
+            self.total_steps = self.steps_per_epoch * config.train.epochs
+            self.state = TrainState.create(config, steps_per_epoch=self.steps_per_epoch, device=self.device)
+            self.step = self._restore()
+            self._say_start(train_file, batches.num_samples)
+            with self._open_telemetry() as self.telemetry:
+                self.pace = Pace(config.train.batch_size, self.step)
+                while self.step < self.total_steps and not interrupt.requested:
+                    self._epoch(batches, interrupt)
+        if interrupt.requested:
+            self.observer.note(
+                f"{interrupt.requested}: saved at step {self.step}; go on with: fastbyol resume {self.folder.path}"
+            )
+        return self.summary()
+
+    def summary(self) -> Summary:
+        """Where the run stands."""
+        return Summary(
+            run=str(self.folder.path),
+            finished=self.step >= self.total_steps,
+            step=self.step,
+            epoch=self.step // self.steps_per_epoch,
+            state=self.monitor.state,
+            accuracy=self.accuracy,
+            metrics=self.epoch_means,
+        )
+
+    def _open(self, path: Path) -> loader.Loader:
+        config = self.config
+        return loader.open_loader(
+            path,
+            batch_size=config.train.batch_size,
+            seed=config.train.seed,
+            device=self.device,
+            cache=config.data.cache,
+            workers=config.data.workers,
+            size=config.data.size or config.views.size,
+        )
+
+    def _read_test(self, path: Path | None) -> loader.Images | None:
+        if path is None:
+            self.observer.note("no --test-data: accuracy is not measured")
+            return None
+        size = self.config.data.size or self.config.views.size
+        return loader.read_all(path, workers=self.config.data.workers, size=size)
+
+    def _open_telemetry(self) -> Telemetry:
+        run = self.config.run
+        return Telemetry(
+            self.folder.path,
+            metric_names=METRICS,
+            layer_names=self.state.segment_names,
+            layer_metric_names=LAYER_METRICS,
+            steps_per_epoch=self.steps_per_epoch,
+            drain_every=run.drain_every_steps,
+            layers_every=run.layers_every_steps,
+            device=self.device,
+            resume_step=self.step,
+        )
+
+    def _restore(self) -> int:
+        if not checkpoint.exists(self.folder.checkpoints):
+            return 0
+        loaded = checkpoint.load_latest(self.folder.checkpoints)
+        for warning in loaded.warnings:
+            self.observer.note(warning)
+        self.state.load_tensors(loaded.tensors)
+        self.monitor = CollapseMonitor.from_dict(loaded.meta["collapse"])
+        self.accuracy = loaded.meta["accuracy"]
+        self.epoch_means = loaded.meta["epoch_means"]
+        return int(loaded.meta["step"])
+
+    def _say_start(self, data: Path, num_samples: int) -> None:
+        self.observer.start(
+            Start(
+                run=str(self.folder.path),
+                device=str(self.device),
+                data=str(data),
+                num_samples=num_samples,
+                num_parameters=sum(p.numel() for p in self.state.online.parameters()),
+                steps_per_epoch=self.steps_per_epoch,
+                epochs=self.config.train.epochs,
+                first_step=self.step,
+            )
+        )
+
+    def _epoch(self, batches: loader.Loader, interrupt: Interrupt) -> None:
+        config, every = self.config, self.config.run.checkpoint_every_steps
+        epoch, first = divmod(self.step, self.steps_per_epoch)
+        dtype = dtype_of(config.train.precision)
+        for batch in batches.epoch(epoch, start_step=first):
+            pair = views.two_views(config.views, batch.images, batch.ids, seed=config.train.seed, epoch=epoch, dtype=dtype)
+            rows = self.telemetry.record(train_step(self.state, pair))
+            self.step += 1
+            if rows:
+                self._say_progress(epoch, rows[-1])
+            if self.step % self.steps_per_epoch == 0:
+                break
+            if interrupt.requested:
+                self._save()
+                return
+            if every and self.step % every == 0:
+                self._save()
+        self._end_epoch(epoch)
+        self._save()
+        self._stop_if_collapsed(epoch)
+
+    def _say_progress(self, epoch: int, metrics: dict[str, float]) -> None:
+        img_s = self.pace.update(self.step)
+        left = self.pace.left_s(self.total_steps - self.step)
+        self.observer.progress(Progress(self.step, epoch, img_s, left, self.monitor.state, metrics))
+
+    def _end_epoch(self, epoch: int) -> None:
+        self.epoch_means = self.telemetry.epoch_summary()
+        img_s = self.pace.update(self.step)
+        means = self.epoch_means
+        self.monitor.update(step=self.step, neg_cos=means["neg_cos"], pos_cos=means["pos_cos"], std=means["std_z"])
+        measured = self._probe(epoch)
+        if measured is not None:
+            self.accuracy = measured
+        self.telemetry.event("epoch", step=self.step, epoch=epoch, state=self.monitor.state, accuracy=measured, **means)
+        left = self.pace.left_s(self.total_steps - self.step)
+        self.observer.epoch_end(
+            EpochEnd(epoch, self.config.train.epochs, self.step, img_s, left, self.monitor.state, measured, means)
+        )
+        self.pace.restart()
+
+    def _probe(self, epoch: int) -> float | None:
+        every, last = self.config.probe.every_epochs, epoch + 1 == self.config.train.epochs
+        if self.test is None or not (last or (every and (epoch + 1) % every == 0)):
+            return None
+        result = protocol.evaluate(
+            self.config.probe.protocol,
+            self.state.online.encoder,
+            test=self.test,
+            train=None,
+            views=self.config.views,
+            device=self.device,
+        )
+        return float(result["accuracy"])
+
+    def _save(self) -> None:
+        self.telemetry.flush()
+        checkpoint.save(
+            self.folder.checkpoints,
+            step=self.step,
+            tensors=self.state.tensors(),
+            meta={
+                "config": self.folder.config_text,
+                "step": self.step,
+                "collapse": self.monitor.to_dict(),
+                "accuracy": self.accuracy,
+                "epoch_means": self.epoch_means,
+            },
+            keep=self.config.run.keep_checkpoints,
+        )
+
+    def _stop_if_collapsed(self, epoch: int) -> None:
+        if self.config.train.stop_on_collapse and self.monitor.state == "collapsed":
+            raise CollapsedError(
+                f"{self.folder.path}: collapsed in epoch {epoch + 1} (negative cosine {self.epoch_means['neg_cos']:.4f}); "
+                f"saved at step {self.step}"
+            )
+
+
+def fit(folder: RunFolder, config: Config, observer: Observer | None = None) -> Summary:
+    """Run ``config`` in ``folder`` to its end; see ``Trainer.fit``."""
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+    return Trainer(folder, config, observer).fit()

@@ -1,0 +1,206 @@
+"""A run as pictures: loss, cosines, accuracy and the rate of every layer, in one self-contained HTML file."""
+
+from __future__ import annotations
+
+import html
+import importlib.util
+import io
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fastbyol.engine.run_folder import RunFolder
+from fastbyol.engine.telemetry import read_layers, read_metrics
+from fastbyol.errors import UsageError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+# Colours of the Okabe-Ito palette, which colour-blind readers can tell apart (Okabe and Ito, 2008).
+BLUE, ORANGE, GREEN, RED = "#0072B2", "#E69F00", "#009E73", "#D55E00"
+STATE_COLOURS = {"collapsed": "#f7d6d0", "collapsing": "#fcebc8", "recovering": "#d5eaf5"}
+
+
+@dataclass(frozen=True)
+class Story:
+    """What the pictures draw. Steps are converted to epochs; ``rates`` is (samples, segments)."""
+
+    name: str
+    steps_per_epoch: int
+    epochs: np.ndarray
+    metrics: dict[str, np.ndarray]
+    epoch_events: list[dict[str, Any]]
+    layer_epochs: np.ndarray
+    layer_names: tuple[str, ...]
+    rates: np.ndarray
+    rate_ceiling: float | None
+
+
+def available() -> bool:
+    """Whether matplotlib, an optional dependency, is there."""
+    return importlib.util.find_spec("matplotlib") is not None
+
+
+def read(run: Path) -> Story:
+    """Collect a run's metrics and layer telemetry. A run without a finished step is a ``UsageError``."""
+    with RunFolder.open(run, lock=False) as folder:
+        config = folder.config
+    rows, events = read_metrics(folder.path)
+    if not rows:
+        raise UsageError(f"{run}: no step was recorded yet: nothing to draw")
+    layers = read_layers(folder.path)
+    per_epoch = next((row["step"] for row in rows if row["epoch"] == 1), None) or max(len(rows), 1)
+    names = [name for name in rows[0] if name not in ("step", "epoch")]
+    steps = np.array([row["step"] for row in rows], dtype=np.float64)
+    optim = config.optim
+    ceiling = optim.lr * optim.eta / optim.weight_decay if optim.name == "lars" and optim.lr and optim.weight_decay else None
+    return Story(
+        name=folder.path.name,
+        steps_per_epoch=per_epoch,
+        epochs=steps / per_epoch,
+        metrics={name: np.array([_number(row[name]) for row in rows]) for name in names},
+        epoch_events=[event for event in events if event["event"] == "epoch"],
+        layer_epochs=layers.steps / per_epoch,
+        layer_names=layers.names,
+        rates=layers.values[:, :, layers.metrics.index("rate")],
+        rate_ceiling=ceiling if optim.dialect == "blog" else None,
+    )
+
+
+def _number(value: Any) -> float:
+    return float("nan") if value is None else float(value)
+
+
+def _shade_states(axes: Axes, story: Story) -> None:
+    for event in story.epoch_events:
+        colour = STATE_COLOURS.get(event["state"])
+        if colour:
+            axes.axvspan(event["epoch"], event["epoch"] + 1, color=colour, lw=0, zorder=0)
+
+
+def draw_loss(axes: Axes, story: Story) -> None:
+    """Loss (1 - cos(q, z')) + (1 - cos(q', z)) on a log axis, as the post plots it."""
+    axes.semilogy(story.epochs, np.maximum(story.metrics["loss"], 1e-12), color=BLUE, lw=0.8)
+    axes.set_ylabel("loss")
+
+
+def draw_cosines(axes: Axes, story: Story) -> None:
+    """Cosine of z and z' over positive and negative pairs: 1 on both means collapsed."""
+    axes.plot(story.epochs, story.metrics["pos_cos"], color=GREEN, lw=0.8, label="positive pairs")
+    axes.plot(story.epochs, story.metrics["neg_cos"], color=RED, lw=0.8, label="negative pairs")
+    axes.set_ylim(min(-0.05, float(np.nanmin(story.metrics["neg_cos"]))), 1.02)
+    axes.set_ylabel("cosine of z and z'")
+    axes.legend(loc="lower left", frameon=False)
+
+
+def draw_accuracy(axes: Axes, story: Story) -> None:
+    """The probe's accuracy at the epochs where it was measured."""
+    points = [(event["epoch"] + 1, event["accuracy"]) for event in story.epoch_events if event["accuracy"] is not None]
+    if points:
+        axes.plot(*zip(*points, strict=True), color=BLUE, marker="o", ms=3)
+    axes.set_ylim(0, 100)
+    axes.set_ylabel("accuracy, %")
+
+
+def draw_rates(axes: Axes, story: Story) -> None:
+    """Mean rate of the weights of each stage; with LARS, the ceiling lr * eta / wd that it cannot pass."""
+    groups: dict[str, list[int]] = {}
+    for index, name in enumerate(story.layer_names):
+        if name.endswith("weight"):
+            groups.setdefault(".".join(name.split(".")[:2]), []).append(index)
+    colours = _colours(len(groups))
+    for (stage, members), colour in zip(groups.items(), colours, strict=True):
+        rate = np.nanmean(story.rates[:, members], axis=1)
+        axes.semilogy(story.layer_epochs, np.where(rate > 0, rate, np.nan), lw=0.9, label=stage, color=colour)
+    if story.rate_ceiling is not None:
+        axes.axhline(story.rate_ceiling, color="black", lw=0.8, ls="--", label="lr eta / wd")
+    axes.set_ylabel("rate")
+    axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False, fontsize=7)
+
+
+def _colours(count: int) -> Sequence[Any]:
+    from matplotlib import colormaps
+
+    return [colormaps["viridis"](value) for value in np.linspace(0.0, 0.92, max(count, 1))][:count]
+
+
+PICTURES: tuple[tuple[str, str, Callable[[Any, Story], None]], ...] = (
+    ("loss", "Loss", draw_loss),
+    ("cosines", "Representation distance", draw_cosines),
+    ("accuracy", "Linear accuracy", draw_accuracy),
+    ("rates", "Rate per layer", draw_rates),
+)
+
+
+def figure(story: Story, draw: Callable[[Any, Story], None]) -> Any:
+    """One picture as a matplotlib figure, states shaded behind it."""
+    from matplotlib.figure import Figure
+
+    made = Figure(figsize=(7.2, 3.0), layout="constrained")
+    axes = made.add_subplot()
+    _shade_states(axes, story)
+    draw(axes, story)
+    axes.set_xlabel("epoch")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.margins(x=0.01)
+    return made
+
+
+def _svg(made: Any) -> str:
+    buffer = io.StringIO()
+    made.savefig(buffer, format="svg", metadata={"Date": None})
+    text = buffer.getvalue()
+    return text[text.index("<svg") :]
+
+
+STYLE = """
+body{font:16px/1.5 system-ui,sans-serif;margin:0 auto;max-width:60rem;padding:1rem;color:#222}
+svg{width:100%;height:auto}table{border-collapse:collapse}td,th{padding:.15rem .8rem .15rem 0;text-align:left}
+pre{background:#f6f6f6;padding:.8rem;overflow-x:auto;font-size:.8rem}h2{font-size:1.1rem;margin:1.6rem 0 .2rem}
+.key span{padding:0 .5rem;margin-right:.4rem}
+"""
+
+
+def page(story: Story, config_text: str, env: dict[str, Any]) -> str:
+    """The HTML text: no script, no network."""
+    last = story.epoch_events[-1] if story.epoch_events else None
+    facts = [("epochs", f"{story.epochs[-1]:.1f}")]
+    if last is not None:
+        facts += [("state", last["state"]), ("loss", f"{last['loss']:.4g}"), ("negative cosine", f"{last['neg_cos']:.4f}")]
+        accuracies = [event["accuracy"] for event in story.epoch_events if event["accuracy"] is not None]
+        facts += [("accuracy", f"{accuracies[-1]:.1f} %")] if accuracies else []
+    table = "".join(f"<tr><th>{html.escape(name)}</th><td>{html.escape(str(value))}</td></tr>" for name, value in facts)
+    key = "".join(f'<span style="background:{colour}">{state}</span>' for state, colour in STATE_COLOURS.items())
+    pictures = "".join(f"<h2>{title}</h2>{_svg(figure(story, draw))}" for _, title, draw in PICTURES)
+    return (
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(story.name)}</title>'
+        f'<meta name="viewport" content="width=device-width,initial-scale=1"><style>{STYLE}</style></head><body>'
+        f'<h1>{html.escape(story.name)}</h1><table>{table}</table><p class="key">shaded: {key}</p>{pictures}'
+        f"<h2>Configuration</h2><pre>{html.escape(config_text)}</pre>"
+        f"<h2>Environment</h2><pre>{html.escape(json.dumps(env, indent=2))}</pre></body></html>"
+    )
+
+
+def write(run: Path, *, png: Path | None = None) -> list[Path]:
+    """Write ``RUN/report.html``, and with ``png`` each picture as a file there. Returns the paths."""
+    if not available():
+        raise UsageError("report: matplotlib is not installed: pip install 'fastbyol[report]'")
+    story = read(run)
+    with RunFolder.open(run, lock=False) as folder:
+        text, env = folder.config_text, folder.env
+    target = folder.path / "report.html"
+    target.write_text(page(story, text, env), encoding="utf-8")
+    return [target, *(_write_pngs(story, png) if png else [])]
+
+
+def _write_pngs(story: Story, folder: Path) -> list[Path]:
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for name, _, draw in PICTURES:
+        paths.append(folder / f"{story.name}-{name}.png")
+        figure(story, draw).savefig(paths[-1], dpi=120)
+    return paths

@@ -1,0 +1,22 @@
+"""What all tests share: a cache folder that is nobody's."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The embedded sets that tests make stay out of the user's cache folder."""
+    folder = tmp_path_factory.mktemp("cache")
+    before = os.environ.get("FASTBYOL_CACHE")
+    os.environ["FASTBYOL_CACHE"] = str(folder)
+    yield folder
+    if before is None:
+        del os.environ["FASTBYOL_CACHE"]
+    else:
+        os.environ["FASTBYOL_CACHE"] = before

@@ -1,0 +1,108 @@
+"""The house rules that a machine can hold: which way imports point, what the command line costs, which names are banned."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "fastbyol"
+KERNELS = ROOT / "kernels" / "fastbyol_kernels"
+
+# A module may import from its own rank's folder and from lower ranks. The order is DESIGN's arrows, bottom first.
+RANKS = (
+    ("errors",),
+    ("config",),
+    ("config_io",),
+    ("data", "views", "model", "optim"),
+    ("evaluation",),
+    ("engine",),
+    ("display", "report"),
+    ("api",),
+    ("demo", "doctor"),
+    ("__init__",),
+    ("cli",),
+)
+RANK = {name: rank for rank, names in enumerate(RANKS) for name in names}
+BANNED = {"utils.py", "helpers.py", "common.py", "misc.py"}
+
+
+def modules() -> list[Path]:
+    return sorted([*PACKAGE.rglob("*.py"), *KERNELS.rglob("*.py")])
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Dotted names of what a file imports, ``from a import b`` as a.b."""
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno}: relative import"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def room(dotted: str) -> str:
+    """The room of ``fastbyol.X...``: its first part, for names of the package itself ``__init__``."""
+    part = dotted.split(".")[1] if "." in dotted else "__init__"
+    return part if part in RANK else "__init__"
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_point_one_way(path: Path) -> None:
+    inside = path.is_relative_to(PACKAGE)
+    own = path.relative_to(PACKAGE).parts[0].removesuffix(".py") if inside else ""
+    for name in imports(path):
+        top = name.split(".")[0]
+        if not inside:
+            assert top in sys.stdlib_module_names or top in {"torch", "triton", "fastbyol_kernels"}, f"kernels import {name}"
+            continue
+        assert top not in {"tests", "fastbyol_bench"} or own == "cli", f"{own} imports {name}"
+        if top != "fastbyol":
+            continue
+        target = room(name)
+        allowed = target == own or RANK[target] < RANK[own] or (own == "__init__" and target == "__init__")
+        assert allowed, f"{path.relative_to(ROOT)} (rank of {own}) imports {name} (rank of {target})"
+
+
+def test_every_room_has_a_rank() -> None:
+    rooms = {path.relative_to(PACKAGE).parts[0].removesuffix(".py") for path in PACKAGE.rglob("*.py")}
+    assert rooms == set(RANK)
+
+
+def test_only_one_module_talks_to_other_processes_of_a_job() -> None:
+    users = [path for path in modules() if any(name.startswith("torch.distributed") for name in imports(path))]
+    assert all(path.name == "distributed.py" for path in users)
+
+
+def test_no_generic_names() -> None:
+    assert not [path for path in modules() if path.name in BANNED]
+
+
+def test_tests_mirror_the_code() -> None:
+    """A test file bears the stem of the module it tests, in the folder of the same name."""
+    stems = {path.relative_to(PACKAGE).with_suffix("") for path in PACKAGE.rglob("*.py")}
+    stems |= {Path("kernels") / path.relative_to(KERNELS).with_suffix("") for path in KERNELS.rglob("*.py")}
+    stems |= {Path("house"), Path("first_light")}
+    tests = [path.relative_to(ROOT / "tests") for path in (ROOT / "tests").rglob("test_*.py")]
+    strays = [path for path in tests if path.with_name(path.stem.removeprefix("test_")) not in stems]
+    assert not strays
+
+
+def test_help_and_bare_import_leave_torch_alone() -> None:
+    code = "import sys, fastbyol, fastbyol.cli; sys.exit('torch' in sys.modules or 'numba' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+def test_public_functions_have_docstrings() -> None:
+    missing = []
+    for path in modules():
+        for node in ast.parse(path.read_text("utf-8")).body:
+            public = isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_")
+            if public and not ast.get_docstring(node):
+                missing.append(f"{path.relative_to(ROOT)}:{node.lineno} {node.name}")
+    assert not missing

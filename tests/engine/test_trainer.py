@@ -1,0 +1,215 @@
+"""A run is the same run however often it is stopped, killed and resumed; and says what happened."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from fastbyol import api
+from fastbyol.config import Config
+from fastbyol.engine.observer import EpochEnd, Progress, Silent, Start
+from fastbyol.errors import CollapsedError, UsageError
+from tiny import STEPS_PER_EPOCH, beton_files, tiny_config
+
+# Children come from a server that has the slow imports behind it and no threads yet.
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["fastbyol.api", "ffcv.loader"])
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    return beton_files(tmp_path_factory.mktemp("betons"))
+
+
+@pytest.fixture(scope="module")
+def whole(files: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The uninterrupted run, trained in a child like those that are killed."""
+    run = tmp_path_factory.mktemp("whole") / "run"
+    child(api.train, tiny_config(files), run)
+    return run
+
+
+def child(work: Any, *arguments: Any) -> None:
+    process = PROCESSES.Process(target=work, args=arguments)
+    process.start()
+    process.join(120)
+    assert process.exitcode == 0
+
+
+def contents(run: Path) -> dict[str, Any]:
+    """All that must be equal: the last checkpoint's tensors, every line of metrics, every layer sample."""
+    newest = max((run / "checkpoints").glob("*.safetensors"), key=lambda path: path.name)
+    with np.load(run / "layers.npz") as layers:
+        samples = {name: layers[name].tobytes() for name in layers.files}
+    tensors = {name: (value.dtype, value.tobytes()) for name, value in load_file(newest).items()}
+    return {"name": newest.name, "tensors": tensors, "metrics": (run / "metrics.jsonl").read_bytes(), "layers": samples}
+
+
+class Killer(Silent):
+    """Kills its own process, as a power cut would, once ``step`` is reached."""
+
+    def __init__(self, at: int) -> None:
+        self.at = at
+
+    def progress(self, message: Progress) -> None:
+        if message.step >= self.at:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def epoch_end(self, message: EpochEnd) -> None:
+        if message.step >= self.at:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def killed_run(config: Config, run: Path, at: int) -> None:
+    process = PROCESSES.Process(target=train_until, args=(config, run, at))
+    process.start()
+    process.join(120)
+    assert process.exitcode == -signal.SIGKILL
+
+
+def train_until(config: Config, run: Path, at: int) -> None:
+    api.train(config, run, observer=Killer(at))
+
+
+@pytest.mark.parametrize("at", [1, 4, STEPS_PER_EPOCH, STEPS_PER_EPOCH + 3, 2 * STEPS_PER_EPOCH, 3 * STEPS_PER_EPOCH - 1])
+def test_killed_at_a_step_and_resumed_is_the_uninterrupted_run(
+    files: tuple[Path, Path], whole: Path, tmp_path: Path, at: int
+) -> None:
+    run = tmp_path / "run"
+    killed_run(tiny_config(files, "run.drain_every_steps=1"), run, at)
+    child(api.resume, run)
+    assert contents(run) == contents(whole)
+
+
+@pytest.mark.parametrize("after_s", [0.05, 0.25, 0.5])
+def test_killed_at_any_instant_and_resumed_is_the_uninterrupted_run(
+    files: tuple[Path, Path], whole: Path, tmp_path: Path, after_s: float
+) -> None:
+    """The instant is measured from the first line of metrics on: wherever it falls, in a step, a probe or a write."""
+    run = tmp_path / "run"
+    process = PROCESSES.Process(target=api.train, args=(tiny_config(files, "run.checkpoint_every_steps=2"), run))
+    process.start()
+    deadline = time.monotonic() + 60
+    while not (run / "metrics.jsonl").exists() and time.monotonic() < deadline:
+        time.sleep(0.005)
+    time.sleep(after_s)
+    process.kill()
+    process.join(60)
+    child(api.resume, run)
+    assert contents(run) == contents(whole)
+
+
+def test_sigterm_saves_between_steps_and_resumes(files: tuple[Path, Path], whole: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    child(train_and_term, tiny_config(files, "run.drain_every_steps=1"), run)
+    (saved,) = (run / "checkpoints").glob("*.safetensors")
+    assert saved.stem.endswith(str(STEPS_PER_EPOCH - 2)), "saved in mid-epoch, at the step of the signal"
+    child(api.resume, run)
+    assert contents(run) == contents(whole)
+
+
+class Terminator(Silent):
+    def progress(self, message: Progress) -> None:
+        if message.step == STEPS_PER_EPOCH - 2 - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def train_and_term(config: Config, run: Path) -> None:
+    summary = api.train(config, run, observer=Terminator())
+    assert not summary.finished
+
+
+def test_resuming_a_finished_run_changes_nothing(whole: Path) -> None:
+    before = contents(whole)
+    summary = api.resume(whole)
+    assert summary.finished
+    assert contents(whole) == before
+
+
+class Recorder(Silent):
+    def __init__(self) -> None:
+        self.starts: list[Start] = []
+        self.epochs: list[EpochEnd] = []
+
+    def start(self, message: Start) -> None:
+        self.starts.append(message)
+
+    def epoch_end(self, message: EpochEnd) -> None:
+        self.epochs.append(message)
+
+
+def test_the_observer_hears_every_epoch_and_metrics_hold_every_step(files: tuple[Path, Path], tmp_path: Path) -> None:
+    heard = Recorder()
+    summary = api.train(tiny_config(files), tmp_path / "run", observer=heard)
+    assert [message.epoch for message in heard.epochs] == [0, 1, 2]
+    assert heard.starts[0].steps_per_epoch == STEPS_PER_EPOCH
+    assert summary.finished
+    assert summary.accuracy == heard.epochs[-1].accuracy
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    steps = [line["step"] for line in lines if "event" not in line]
+    assert steps == list(range(3 * STEPS_PER_EPOCH))
+    means = [line for line in lines if line.get("event") == "epoch"]
+    for message in means:
+        losses = [line["loss"] for line in lines if "event" not in line and line["epoch"] == message["epoch"]]
+        assert message["loss"] == pytest.approx(np.mean(losses), rel=1e-6)
+
+
+def test_the_learning_rate_and_tau_follow_the_blog_schedule(whole: Path) -> None:
+    """Stepped per epoch over 320 epochs: lr (1 + cos(pi e / 320)) / 2, tau 1 - (1 - .996) (1 + cos(pi e / 320)) / 2."""
+    rows = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
+    for row in rows:
+        if "event" not in row:
+            half = (1 + np.cos(np.pi * row["epoch"] / 320)) / 2
+            assert row["lr"] == pytest.approx(0.1 * half, rel=1e-6)
+            assert row["tau"] == pytest.approx(1 - 0.004 * half, rel=1e-6)
+
+
+def test_streaming_and_resident_data_give_the_same_run(files: tuple[Path, Path], whole: Path, tmp_path: Path) -> None:
+    child(api.train, tiny_config(files, "data.cache=none"), tmp_path / "run")
+    assert contents(tmp_path / "run") == contents(whole)
+
+
+def test_stop_on_collapse_saves_and_raises(files: tuple[Path, Path], tmp_path: Path) -> None:
+    """With a tau of 0 and no norm the target is the online net of a step ago: the shortest way to a constant."""
+    config = tiny_config(
+        files,
+        "train.stop_on_collapse=true",
+        "model.norm=gn",
+        "model.projector.norm=none",
+        "model.predictor.norm=none",
+        "schedule.tau=0.0",
+        "schedule.tau_schedule=constant",
+        "optim.sgd_lr=0.5",
+        "train.epochs=40",
+        "probe.every_epochs=0",
+    )
+    with pytest.raises(CollapsedError, match="collapsed in epoch"):
+        api.train(config, tmp_path / "run")
+    assert list((tmp_path / "run" / "checkpoints").glob("*.safetensors"))
+
+
+def test_a_batch_larger_than_the_set_is_refused(files: tuple[Path, Path], tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="batch"):
+        api.train(tiny_config(files, "train.batch_size=64"), tmp_path / "run")
+
+
+def test_the_trained_encoder_loads_from_run_and_file(whole: Path) -> None:
+    import torch
+
+    newest = max((whole / "checkpoints").glob("*.safetensors"), key=lambda path: path.name)
+    x = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        first, second = api.load_encoder(whole)(x), api.load_encoder(newest)(x)
+        untrained = api.load_encoder(whole, weights="random")(x)
+    assert first.shape == (3, 32)
+    assert torch.equal(first, second)
+    assert not torch.allclose(first, untrained)

@@ -1,0 +1,220 @@
+"""The command line as typed: what it prints, writes and returns, and one line for everything that is wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from fastbyol import cli
+
+TINY = [
+    "--width=4",
+    "--stem=small",
+    "--res=16",
+    "--batch-size=8",
+    "--device=cpu",
+    "--set",
+    "data.workers=1",
+    "--set",
+    "model.projector.hidden=16",
+    "--set",
+    "model.projector.out=8",
+    "--set",
+    "model.predictor.hidden=16",
+    "--set",
+    "model.predictor.out=8",
+]
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """Run a command line in an empty folder; returns (exit code, standard output, standard error)."""
+    monkeypatch.chdir(tmp_path)
+
+    def command(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["fastbyol", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        printed = capsys.readouterr()
+        return int(ended.value.code or 0), printed.out, printed.err
+
+    return command
+
+
+@pytest.fixture(scope="module")
+def beton(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from fastbyol.data.convert import convert
+
+    path = tmp_path_factory.mktemp("cli") / "textures.beton"
+    convert("textures", path, count=32, size=16, seed=3)
+    return path
+
+
+@pytest.fixture(scope="module")
+def unlabelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    import numpy as np
+    from fastbyol.data.convert import convert
+
+    folder = tmp_path_factory.mktemp("cli")
+    np.savez(folder / "images.npz", images=np.random.default_rng(0).integers(0, 256, (16, 16, 16, 3), dtype=np.uint8))
+    convert(str(folder / "images.npz"), folder / "unlabelled.beton")
+    return folder / "unlabelled.beton"
+
+
+def is_one_line(error: str) -> bool:
+    return error.startswith("fastbyol: error: ") and error.count("\n") == 1 and "Traceback" not in error
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["train", "--nrom", "gn"], "--norm"),
+        (["trian"], "train"),
+        (["train", "--norm", "gm"], "model.norm"),
+        (["train", "--epochs", "many"], "epochs"),
+        (["train", "--epochs", "0"], "train.epochs"),
+        (["train", "--lr", "-1"], "optim.lr"),
+        (["train", "--width", "0"], "model.width"),
+        (["train", "--batch-size", "1"], "train.batch_size"),
+        (["train", "--set", "optim.momentun=0.9"], "optim.momentum"),
+        (["train", "--set", "momentum"], "key=value"),
+        (["train", "--preset", "blgo"], "blog"),
+        (["train", "--config", "absent.toml"], "absent.toml"),
+        (["train", "--data", "absent.beton"], "absent.beton"),
+        (["train", "--device", "cuda:99"], "cuda:99"),
+        (["train", "--lr-mult", "encoder"], "PATTERN=FACTOR"),
+        (["resume", "absent"], "absent"),
+        (["eval", "absent"], "absent"),
+        (["eval", "absent", "--protocol", "logistic"], "protocol"),
+        (["report", "absent"], "absent"),
+        (["convert", "absent", "out.beton"], "absent"),
+        (["convert", "textures", "no/such/folder/out.beton"], "no/such/folder"),
+        (["convert", "textures", "out.beton", "--size", "4"], "size"),
+        (["presets", "show", "blgo"], "blog"),
+        (["presets", "copy", "blog", "no/such/folder/x.toml"], "no/such/folder"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_what_is_wrong_is_said_in_one_line(run, arguments: list[str], says: str) -> None:
+    code, out, err = run(*arguments)
+    assert code == 2, err
+    assert is_one_line(err), err
+    assert says in err
+    assert out == ""
+
+
+def test_an_unknown_key_in_a_file_is_named_with_its_place_and_the_nearest_right_one(run, tmp_path: Path) -> None:
+    (tmp_path / "mine.toml").write_text('[model]\nnorm = "gn"\n[optim]\nweigth_decay = 0.1\n')
+    code, _, err = run("train", "--config", "mine.toml")
+    assert code == 2
+    assert is_one_line(err)
+    assert "mine.toml:4" in err
+    assert "optim.weight_decay" in err
+
+
+def test_a_truncated_beton_is_refused_before_anything_is_written(run, tmp_path: Path, beton: Path) -> None:
+    (tmp_path / "cut.beton").write_bytes(beton.read_bytes()[:-25])
+    code, _, err = run("train", "--data", "cut.beton", "--out", "run", *TINY)
+    assert code == 2
+    assert is_one_line(err)
+    assert "cut.beton" in err
+
+
+def test_test_data_without_labels_is_refused(run, beton: Path, unlabelled: Path) -> None:
+    code, _, err = run("train", "--data", beton, "--test-data", unlabelled, "--epochs", "1", "--out", "run", *TINY)
+    assert code == 2
+    assert is_one_line(err)
+    assert "label" in err
+
+
+def test_an_output_that_exists_is_refused(run, tmp_path: Path, beton: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "mine.txt").write_text("precious")
+    code, _, err = run("train", "--data", beton, "--out", "run", *TINY)
+    assert code == 2
+    assert is_one_line(err)
+    assert (tmp_path / "run" / "mine.txt").read_text() == "precious"
+
+
+@pytest.mark.skipif(os.geteuid() == 0 and not Path("/proc/version").exists(), reason="needs a place that nobody may write to")
+def test_an_unwritable_output_is_refused(run, beton: Path) -> None:
+    code, _, err = run("train", "--data", beton, "--out", "/proc/run", *TINY)
+    assert code == 2
+    assert is_one_line(err)
+    assert "/proc" in err
+
+
+def test_convert_train_eval_resume_report_runs(run, tmp_path: Path) -> None:
+    """The whole path by its command lines, as JSON."""
+    code, out, _ = run("convert", "textures", "train.beton", "--count", 40, "--size", 16, "--seed", 1, "--json")
+    assert code == 0
+    assert json.loads(out)["images"] == 40
+    assert run("convert", "textures", "test.beton", "--count", 60, "--size", 16, "--seed", 2)[0] == 0
+    data = ["--data", "train.beton", "--test-data", "test.beton"]
+    options = ["--norm", "gn", "--opt", "lars", "--lr", "0.2", "--mlp-norm", "none", "--epochs", 2, "--out", "runs/mine"]
+    code, out, err = run("train", *data, *options, *TINY, "--json")
+    assert code == 0, err
+    summary = json.loads(out)
+    assert summary["finished"]
+    assert summary["step"] == 10
+    folder = tmp_path / "runs" / "mine"
+    assert {path.name for path in folder.iterdir()} >= {
+        "config.toml",
+        "env.json",
+        "metrics.jsonl",
+        "layers.npz",
+        "checkpoints",
+        "report.html",
+    }
+    for protocol in ("blog", "linear", "knn"):
+        code, out, err = run("eval", "runs/mine", "--protocol", protocol, *data_of_eval(), "--json")
+        assert code == 0, err
+        assert 0 <= json.loads(out)["accuracy"] <= 100
+    assert json.loads(run("resume", "runs/mine", "--json")[1])["step"] == 10
+    code, out, _ = run("report", "runs/mine", "--png", "pictures", "--json")
+    assert len(json.loads(out)["written"]) == 5
+    (row,) = json.loads(run("runs", "--json")[1])
+    assert row["name"] == "mine"
+    assert row["epochs_done"] == 2
+
+
+def data_of_eval() -> list[str]:
+    return ["--train-data", "train.beton", "--test-data", "test.beton"]
+
+
+def test_flags_reach_the_configuration(run, beton: Path, tmp_path: Path) -> None:
+    from fastbyol.config_io import read_run
+
+    flags = "--norm ln --mlp-norm brn --predictor-norm none --ws --opt lars --lr 0.3 --wd 1e-5 --lars-dialect bolts --seed 7"
+    patterns = ["--lars-on", "encoder.layer1,encoder.layer2", "--lars-on", "projector", "--lr-mult", "encoder.layer1=4"]
+    code, _, err = run("train", "--data", beton, "--epochs", 1, "--out", "run", *TINY, *flags.split(), *patterns)
+    assert code == 0, err
+    config = read_run(tmp_path / "run" / "config.toml")
+    assert (config.model.norm, config.model.projector.norm, config.model.predictor.norm) == ("ln", "brn", "none")
+    assert config.model.ws
+    assert (config.optim.name, config.optim.lr, config.optim.weight_decay) == ("lars", 0.3, 1e-5)
+    assert config.optim.dialect == "bolts"
+    assert config.optim.lars_on == ("encoder.layer1", "encoder.layer2", "projector")
+    assert config.optim.lr_mult == (("encoder.layer1", 4.0),)
+    assert config.train.seed == 7
+
+
+def test_presets_list_show_copy(run, tmp_path: Path) -> None:
+    assert set(json.loads(run("presets", "list", "--json")[1])) == {"blog", "demo", "paper"}
+    assert json.loads(run("presets", "show", "paper", "--json")[1])["optim"]["weight_decay"] == 1.5e-6
+    assert run("presets", "copy", "paper", "mine.toml")[0] == 0
+    text = (tmp_path / "mine.toml").read_text()
+    assert "arXiv" in text
+    assert run("presets", "copy", "paper", "mine.toml")[0] == 2, "never over a file that is there"
+
+
+def test_doctor_names_what_is_there(run) -> None:
+    code, out, _ = run("doctor", "--json")
+    checks = {check["name"]: check for check in json.loads(out)}
+    assert checks["torch"]["ok"]
+    assert checks["ffcv"]["ok"]
+    assert code == 0

@@ -1,0 +1,351 @@
+"""The beton format, version 2, and the proof that a file keeps to it.
+
+FFCV maps a file and follows its pointers without a check, so a damaged one is wrong pixels, a hang or a dead process.
+``inspect`` proves everything that FFCV relies on before FFCV sees the file; pixels carry no checksum. Little-endian::
+
+    0             header, 24 B: u16 version = 2, u16 fields F, u32 page size P, u64 samples N, u64 table pointer A
+    24            F descriptors of 1041 B: u8 type, 16 B ASCII name, 1024 B arguments (of array fields only)
+    24 + 1041 F   N rows of an aligned struct with one member a field
+    D             that end rounded up to P: whole pages; a region (one sample's data) never crosses a page
+    A             to the end of the file: one {u64 sample, u64 pointer, u64 size} a region, in any order
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import stat
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastbyol.data import beton_jpeg
+from fastbyol.errors import UsageError
+
+VERSION = 2
+MAX_FIELDS = 64
+MIN_PAGE_BYTES = 1 << 21
+# FFCV allocates whole batches of the largest image; beyond this a damaged size is likelier than a picture.
+MAX_SIDE = 16384
+JPG, RAW = 0, 1
+
+HEADER = np.dtype([("version", "<u2"), ("fields", "<u2"), ("page", "<u4"), ("samples", "<u8"), ("table", "<u8")])
+DESCRIPTOR = np.dtype([("type", "u1"), ("name", "u1", 16), ("arguments", "u1", 1024)])
+REGION = np.dtype([("sample", "<u8"), ("ptr", "<u8"), ("size", "<u8")])
+IMAGE = np.dtype([("mode", "u1"), ("width", "<u2"), ("height", "<u2"), ("ptr", "<u8")])
+SPAN = np.dtype([("ptr", "<u8"), ("size", "<u8")])
+ARRAY_ARGUMENTS = np.dtype([("shape", "<u8", 32), ("description_bytes", "<u8")])
+# What json.dumps makes of a plain numpy type's description.
+ELEMENT = re.compile(rb'\[\["", "[<>|=]([biufcSUV])(\d{1,4})"\]\]')
+TYPES: dict[int, tuple[str, np.dtype[Any]]] = {
+    0: ("float", np.dtype("<f8")),
+    1: ("int", np.dtype("<i8")),
+    2: ("image", IMAGE),
+    3: ("bytes", SPAN),
+    4: ("ndarray", np.dtype("<u8")),
+    5: ("json", SPAN),
+    6: ("tensor", np.dtype("<u8")),
+}
+Demand = Callable[[NDArray[np.bool_], str], None]
+AGAIN = "make the file again"
+NOT_ONE = "name a beton file or make one with `fastbyol convert`"
+
+
+@dataclass(frozen=True)
+class Field:
+    """One column: ``type_name`` is float, int, image, bytes, ndarray, json or tensor."""
+
+    name: str
+    type_name: str
+
+
+@dataclass(frozen=True, eq=False)
+class BetonInfo:
+    """What a verified file holds. ``widths``, ``heights`` (N,) uint16 pixels and ``raw`` (N,) bool are of ``image_field``."""
+
+    path: Path
+    num_samples: int
+    page_size: int
+    fields: tuple[Field, ...]
+    image_field: str
+    label_field: str | None
+    widths: NDArray[np.uint16]
+    heights: NDArray[np.uint16]
+    raw: NDArray[np.bool_]
+    num_bytes: int
+
+    @property
+    def uniform_size(self) -> tuple[int, int] | None:
+        """(height, width) in pixels if all images share it."""
+        same = (self.widths == self.widths[0]).all() and (self.heights == self.heights[0]).all()
+        return (int(self.heights[0]), int(self.widths[0])) if same else None
+
+
+@dataclass(frozen=True)
+class _File:
+    path: Path
+    fd: int
+    num_bytes: int
+
+    def fail(self, offset: int, what: str, remedy: str = AGAIN) -> NoReturn:
+        raise UsageError(f"{self.path}, byte {offset}: {what}; {remedy}")
+
+    def read(self, offset: int, dtype: np.dtype[Any], count: int) -> NDArray[Any]:
+        """``count`` records; the caller has proved that they lie inside the file."""
+        out = np.empty(count, dtype)
+        view, done = out.view(np.uint8).data, 0
+        while done < out.nbytes:
+            got = os.preadv(self.fd, [view[done : done + (1 << 30)]], offset + done)
+            if got == 0:
+                self.fail(offset + done, "the file ended while it was read", "leave it alone while it is in use")
+            done += got
+        return out
+
+
+@dataclass(frozen=True)
+class _Layout:
+    page: int
+    samples: int
+    fields: tuple[Field, ...]
+    array_bytes: tuple[int, ...]
+    rows: NDArray[Any]
+    rows_start: int
+    data_start: int
+    table_start: int
+
+    def row_byte(self, sample: int) -> int:
+        return self.rows_start + sample * self.rows.dtype.itemsize
+
+    def pointer_fields(self) -> list[int]:
+        return [k for k, field in enumerate(self.fields) if field.type_name not in ("float", "int")]
+
+
+def inspect(path: str | Path, *, image_field: str | None = None, label_field: str | None = None) -> BetonInfo:
+    """Verify the structure of a beton file, without FFCV and without decoding.
+
+    ``image_field`` defaults to the first RGB image field; ``label_field`` to the int field named ``label``, else the only
+    int field, else none. Raises UsageError: no such file, unreadable, damaged, or no such field.
+    """
+    with _opened(Path(path)) as file:
+        layout = _read_layout(file)
+        image, label = _chosen(file, layout.fields, image_field), _chosen_label(file, layout.fields, label_field)
+        _verify_regions(file, layout)
+        rows = layout.rows[f"f{image}"]
+        return BetonInfo(
+            path=file.path,
+            num_samples=layout.samples,
+            page_size=layout.page,
+            fields=layout.fields,
+            image_field=layout.fields[image].name,
+            label_field=None if label is None else layout.fields[label].name,
+            widths=rows["width"].copy(),
+            heights=rows["height"].copy(),
+            raw=rows["mode"] == RAW,
+            num_bytes=file.num_bytes,
+        )
+
+
+def info_dict(info: BetonInfo) -> dict[str, object]:
+    """``info`` as JSON values; image sizes as [height, width] of the smallest and the largest sides."""
+    return {
+        "path": str(info.path),
+        "num_bytes": info.num_bytes,
+        "num_samples": info.num_samples,
+        "page_bytes": info.page_size,
+        "fields": {field.name: field.type_name for field in info.fields},
+        "image_field": info.image_field,
+        "label_field": info.label_field,
+        "smallest": [int(info.heights.min()), int(info.widths.min())],
+        "largest": [int(info.heights.max()), int(info.widths.max())],
+        "num_raw": int(info.raw.sum()),
+        "num_jpeg": int((~info.raw).sum()),
+    }
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[_File]:
+    try:
+        # A pipe or a device would block or answer anything: look before opening.
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise UsageError(f"{path}: not a file; name a beton file")
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        raise UsageError(f"{path}: no such file; make it with `fastbyol convert`") from None
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UsageError(f"{path}: cannot be opened ({reason}); check its name and rights") from None
+    try:
+        yield _File(path, fd, os.fstat(fd).st_size)
+    finally:
+        os.close(fd)
+
+
+def _read_layout(file: _File) -> _Layout:
+    if file.num_bytes < HEADER.itemsize:
+        file.fail(file.num_bytes, "too short for a beton file", NOT_ONE)
+    header = file.read(0, HEADER, 1)[0]
+    num_fields, page, samples, table = (int(header[name]) for name in ("fields", "page", "samples", "table"))
+    if header["version"] != VERSION:
+        file.fail(0, f"version {header['version']} where a beton file has 2", NOT_ONE)
+    if not 1 <= num_fields <= MAX_FIELDS:
+        file.fail(2, f"{num_fields} fields, expected 1 to {MAX_FIELDS}")
+    if page < MIN_PAGE_BYTES or page & (page - 1):
+        file.fail(4, f"page size {page}, expected a power of two from {MIN_PAGE_BYTES} up")
+    rows_start = HEADER.itemsize + num_fields * DESCRIPTOR.itemsize
+    if rows_start > file.num_bytes:
+        file.fail(file.num_bytes, "ends inside the field descriptors")
+    fields, array_bytes = _read_fields(file, num_fields)
+    row = np.dtype([("", _member(field)) for field in fields], align=True)
+    rows_end = rows_start + samples * row.itemsize
+    if samples < 1 or rows_end > file.num_bytes:
+        file.fail(8, f"{samples} samples in a file of {file.num_bytes} bytes")
+    data_start = -(-rows_end // page) * page
+    _verify_table_place(file, table, data_start, page)
+    rows = file.read(rows_start, row, samples)
+    return _Layout(page, samples, fields, array_bytes, rows, rows_start, data_start, table)
+
+
+def _member(field: Field) -> np.dtype[Any]:
+    return next(dtype for name, dtype in TYPES.values() if name == field.type_name)
+
+
+def _verify_table_place(file: _File, table: int, data_start: int, page: int) -> None:
+    if table == 0:
+        file.fail(16, "no allocation table: its writing was interrupted")
+    if not data_start <= table <= file.num_bytes or (table - data_start) % page:
+        file.fail(16, f"allocation table at byte {table}, which is no page's end of this file")
+
+
+def _read_fields(file: _File, count: int) -> tuple[tuple[Field, ...], tuple[int, ...]]:
+    """The fields, and for each array field the bytes of one array (0 for the others)."""
+    fields, array_bytes = [], []
+    for k, record in enumerate(file.read(HEADER.itemsize, DESCRIPTOR, count)):
+        at = HEADER.itemsize + k * DESCRIPTOR.itemsize
+        if int(record["type"]) not in TYPES:
+            file.fail(at, f"field {k} has type {record['type']}, which fastbyol cannot read", "write it without custom fields")
+        type_name = TYPES[int(record["type"])][0]
+        fields.append(Field(_field_name(file, at + 1, record["name"].tobytes()), type_name))
+        array_bytes.append(_array_bytes(file, at + 17, type_name, record["arguments"]))
+    if len({field.name for field in fields}) < count:
+        file.fail(HEADER.itemsize, "two fields of the same name", "write it with distinct names of at most 16 letters")
+    return tuple(fields), tuple(array_bytes)
+
+
+def _field_name(file: _File, at: int, record: bytes) -> str:
+    name, _, rest = record.partition(b"\0")
+    if not name or rest.strip(b"\0") or not all(32 < byte < 127 for byte in name.replace(b" ", b"_")):
+        file.fail(at, f"field name {record.rstrip(bytes(1))!r} is not plain ASCII")
+    return name.decode("ascii")
+
+
+def _array_bytes(file: _File, at: int, type_name: str, arguments: NDArray[np.uint8]) -> int:
+    if type_name not in ("ndarray", "tensor"):
+        if arguments.any():
+            file.fail(at, f"arguments on a field of type {type_name}, which takes none")
+        return 0
+    head = arguments[: ARRAY_ARGUMENTS.itemsize].view(ARRAY_ARGUMENTS)[0]
+    text = arguments[ARRAY_ARGUMENTS.itemsize :][: int(head["description_bytes"])].tobytes()
+    element = ELEMENT.fullmatch(text)
+    shape = np.trim_zeros(head["shape"], "b").tolist()
+    if element is None or not shape or 0 in shape:
+        file.fail(at, f"array field of shape {shape} and element type {text!r}, which cannot be read")
+    # numpy counts the letters of a string type, four bytes each.
+    element_bytes = int(element[2]) * (4 if element[1] == b"U" else 1)
+    return element_bytes * math.prod(int(side) for side in shape)
+
+
+def _chosen(file: _File, fields: tuple[Field, ...], name: str | None) -> int:
+    images = [k for k, field in enumerate(fields) if field.type_name == "image" and name in (None, field.name)]
+    if not images:
+        what = "has no RGB image field" if name is None else f"has no RGB image field {name!r}"
+        raise UsageError(f"{file.path}: {what}, its fields are {_listed(fields)}; name one that it has")
+    return images[0]
+
+
+def _chosen_label(file: _File, fields: tuple[Field, ...], name: str | None) -> int | None:
+    ints = [k for k, field in enumerate(fields) if field.type_name == "int"]
+    named = [k for k in ints if fields[k].name == (name or "label")]
+    if name is not None and not named:
+        raise UsageError(f"{file.path}: has no int field {name!r}, its fields are {_listed(fields)}; name one that it has")
+    if named:
+        return named[0]
+    return ints[0] if len(ints) == 1 else None
+
+
+def _listed(fields: tuple[Field, ...]) -> str:
+    return ", ".join(f"{field.name} ({field.type_name})" for field in fields)
+
+
+def _verify_regions(file: _File, layout: _Layout) -> None:
+    """Every region lies in a page, none overlap, and regions and pointers match one to one with the right sizes."""
+    pointers = layout.pointer_fields()
+    num_regions = layout.samples * len(pointers)
+    if file.num_bytes - layout.table_start != num_regions * REGION.itemsize:
+        held = (file.num_bytes - layout.table_start) / REGION.itemsize
+        file.fail(layout.table_start, f"allocation table of {held:g} rows where {num_regions} are due")
+    table = file.read(layout.table_start, REGION, num_regions)
+    order = np.argsort(table["ptr"], kind="stable")
+    table = table[order]
+    _verify_table(file, layout, table, order)
+    claimed = np.zeros(num_regions, bool)
+    for k in pointers:
+        _verify_field(file, layout, k, table, claimed)
+
+
+def _verify_table(file: _File, layout: _Layout, table: NDArray[Any], order: NDArray[np.int64]) -> None:
+    start, end, page = layout.data_start, layout.table_start, layout.page
+
+    def demand(good: NDArray[np.bool_], what: str) -> None:
+        if not good.all():
+            k = int(order[np.flatnonzero(~good)[0]])
+            file.fail(layout.table_start + k * REGION.itemsize, f"allocation {k} {what}")
+
+    ptr, size = table["ptr"], table["size"]
+    demand((ptr >= start) & (ptr < end) & (size <= page), "points outside the data pages")
+    # FFCV looks a region up by its pointer alone, and an empty one shares its pointer with the next.
+    demand(size > 0, "is empty, which FFCV misreads")
+    demand((ptr - start) % page + size <= page, "crosses the end of its page")
+    demand(np.append(ptr[:-1] + size[:-1] <= ptr[1:], True), "overlaps another")
+    demand(table["sample"] < layout.samples, "belongs to no sample")
+
+
+def _verify_field(file: _File, layout: _Layout, k: int, table: NDArray[Any], claimed: NDArray[np.bool_]) -> None:
+    field, rows = layout.fields[k], layout.rows[f"f{k}"]
+
+    def demand(good: NDArray[np.bool_], what: str) -> None:
+        if not good.all():
+            sample = int(np.flatnonzero(~good)[0])
+            file.fail(layout.row_byte(sample), f"sample {sample}, field {field.name!r}: {what}")
+
+    ptr = rows["ptr"] if rows.dtype.names else rows
+    at = np.minimum(np.searchsorted(table["ptr"], ptr), len(table) - 1)
+    demand((table["ptr"][at] == ptr) & (table["sample"][at] == np.arange(len(rows))), "its pointer is no region of this sample")
+    demand(~claimed[at], "shares its region with another field")
+    claimed[at] = True
+    size = table["size"][at].astype(np.int64)
+    if field.type_name == "image":
+        _verify_images(file, rows, size, demand)
+    elif field.type_name in ("bytes", "json"):
+        demand(size == rows["size"], "its size differs from its region's")
+    else:
+        demand(size == layout.array_bytes[k], "its size differs from its array type's")
+
+
+def _verify_images(file: _File, rows: NDArray[Any], size: NDArray[np.int64], demand: Demand) -> None:
+    width, height = rows["width"].astype(np.int64), rows["height"].astype(np.int64)
+    raw = rows["mode"] == RAW
+    demand(rows["mode"] <= RAW, "neither raw nor JPEG")
+    sides = (np.minimum(width, height) >= 1) & (np.maximum(width, height) <= MAX_SIDE)
+    demand(sides, f"a side is not 1 to {MAX_SIDE} pixels")
+    demand(~raw | (size == 3 * width * height), "its size is not width x height x 3 bytes")
+    jpeg = np.flatnonzero(~raw)
+    found = beton_jpeg.frame_sizes(file.fd, rows["ptr"][jpeg].astype(np.int64), size[jpeg])
+    same = np.ones(len(rows), bool)
+    same[jpeg] = (found[0] == width[jpeg]) & (found[1] == height[jpeg])
+    demand(same, "not a whole JPEG image of the size that its row gives")

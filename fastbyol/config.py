@@ -31,17 +31,21 @@ class Model(BaseModel):
 class DataConfig(Model):
     """Where images come from and how they reach the device."""
 
-    train: str = Field("textures", description="beton file to train on, or 'textures' for the embedded set")
-    test: str | None = Field(None, description="labelled beton file that the probe is fitted and scored on")
+    train: str = Field("textures", min_length=1, description="beton file to train on, or 'textures' for the embedded set")
+    test: str | None = Field(None, min_length=1, description="labelled beton file that the probe is fitted and scored on")
     textures_count: int = Field(4096, ge=64, le=10_000_000, description="images of the embedded training set")
     textures_test_count: int = Field(2048, ge=64, le=10_000_000, description="images of the embedded test set")
     textures_size: int | None = Field(
         None, ge=16, le=1024, description="side of the embedded set's images, pixels; default: views.size"
     )
     textures_seed: int = Field(0, ge=0, lt=2**31, description="seed of the embedded training set; the test set takes the next")
-    cache: Literal["auto", "device", "none"] = Field("auto", description="keep the decoded set on the device: if it fits, always, never")
+    cache: Literal["auto", "device", "none"] = Field(
+        "auto", description="keep the decoded set on the device: if it fits, always, never"
+    )
     workers: int = Field(0, ge=0, le=1024, description="FFCV decoding threads; 0 takes the machine's cores")
-    size: int | None = Field(None, ge=8, le=4096, description="decoded side for sets of mixed sizes, pixels; default: views.size")
+    size: int | None = Field(
+        None, ge=8, le=4096, description="decoded side for sets of mixed sizes, pixels; default: views.size"
+    )
 
 
 class ViewsConfig(Model):
@@ -76,6 +80,10 @@ class ViewsConfig(Model):
             raise ValueError(f"views.scale must not exceed 1, got {self.scale[1]}")
         if self.blur_kernel % 2 == 0:
             raise ValueError(f"views.blur_kernel must be odd, got {self.blur_kernel}")
+        if self.blur == "gaussian" and self.blur_kernel // 2 >= self.size:
+            raise ValueError(
+                f"views.blur_kernel must not reach past the image: {self.blur_kernel} taps over views.size of {self.size} px"
+            )
         if min(self.std) <= 0.0:
             raise ValueError(f"views.std must be positive, got {self.std}")
         return self
@@ -119,7 +127,18 @@ class OptimConfig(Model):
     lars_on: tuple[str, ...] = Field(("*",), description="which parameters adapt: module prefixes or globs; '*' is all")
     lars_exclude: Exclusion = Field("none", description="which of those do not adapt after all")
     decay_exclude: Exclusion = Field("none", description="which parameters take no weight decay")
-    lr_mult: tuple[tuple[str, float], ...] = Field((), description="pairs (prefix or glob, factor); factors of all matches multiply")
+    lr_mult: tuple[tuple[str, float], ...] = Field(
+        (), description="pairs (prefix or glob, factor); factors of all matches multiply"
+    )
+
+    @model_validator(mode="after")
+    def _patterns(self) -> OptimConfig:
+        if not all(self.lars_on):
+            raise ValueError("optim.lars_on must not hold an empty pattern; '*' is all parameters, [] is none")
+        for pattern, factor in self.lr_mult:
+            if not pattern or factor < 0.0:
+                raise ValueError(f"optim.lr_mult must pair a pattern with a factor of 0 or more, got {pattern!r} and {factor}")
+        return self
 
 
 class ScheduleConfig(Model):

@@ -118,6 +118,18 @@ def flatten(config: Config) -> dict[str, object]:
     return {key: _get(config, key) for key in keys()}
 
 
+def flatten_table(table: Mapping[str, object], prefix: str = "") -> dict[str, object]:
+    """Dotted key -> value of a TOML document; a table where no section belongs stays a value."""
+    flat: dict[str, object] = {}
+    for name, value in table.items():
+        key = prefix + name
+        if isinstance(value, dict) and (value or _first_within(key)):
+            flat |= flatten_table(value, f"{key}.")
+        else:
+            flat[key] = value
+    return flat
+
+
 def rows(loaded: Loaded) -> list[tuple[str, str, str]]:
     """(dotted key, value as TOML, origin) of every field: what ``presets show`` prints."""
     values = flatten(loaded.config).items()
@@ -171,8 +183,12 @@ def toml_value(value: object) -> str:
 
 def show(value: object) -> str:
     """A value for a message: one line, not too long."""
-    text = toml_value(value)
+    text = _printable(toml_value(value))
     return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _printable(text: str) -> str:
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
 def _walk(model: type[BaseModel], prefix: str) -> Iterator[tuple[str, FieldInfo]]:
@@ -229,7 +245,7 @@ def _from_text(text: str, name: str) -> dict[str, Setting]:
         raise UsageError(_syntax_error(str(error), name)) from None
     lines = _line_numbers(text)
     settings = {}
-    for key, value in _leaves(table):
+    for key, value in flatten_table(table).items():
         line = next((f":{lines[part]}" for part in _parents(key) if part in lines), "")
         settings[_known(key, name + line)] = Setting(_cleared(key, value), name + line)
     return settings
@@ -260,18 +276,14 @@ def _from_flags(flags: Mapping[str, tuple[str, object]]) -> dict[str, Setting]:
 def _known(key: str, origin: str) -> str:
     if key in keys():
         return key
-    inside = next((known for known in keys() if known.startswith(f"{key}.")), None)
+    inside = _first_within(key)
     if inside:
         raise UsageError(f"{key} ({origin}): this is a section; set a key in it, such as {inside}")
-    raise UsageError(f"{show(key)[1:-1]} ({origin}): no such key; the nearest is {nearest(key)}")
+    raise UsageError(f"{_printable(key)} ({origin}): no such key; the nearest is {nearest(key)}")
 
 
-def _leaves(table: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, object]]:
-    for name, value in table.items():
-        if isinstance(value, dict) and (value or any(known.startswith(f"{prefix}{name}.") for known in keys())):
-            yield from _leaves(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name, value
+def _first_within(section: str) -> str | None:
+    return next((key for key in keys() if key.startswith(f"{section}.")), None)
 
 
 def _parents(key: str) -> Iterator[str]:
@@ -296,7 +308,7 @@ def _line_numbers(text: str) -> dict[str, int]:
 def _syntax_error(message: str, name: str) -> str:
     what, _, where = " ".join(message.split()).partition(" (at ")
     place = re.match(r"line (\d+), column (\d+)", where)
-    return f"{name}{f':{place[1]}:{place[2]}' if place else ''}: not valid TOML: {what[:1].lower()}{what[1:]}"
+    return f"{name}{f':{place[1]}:{place[2]}' if place else ''}: not valid TOML: {_printable(what[:1].lower() + what[1:])}"
 
 
 # Values.

@@ -1,0 +1,141 @@
+"""Checkpoints: exact, atomic, checksummed, never unpickled.
+
+One safetensors file per step, ``ckpt-<step>.safetensors``. Its metadata hold the format's name, the step, ``meta`` as JSON
+and a BLAKE2b digest over all of it and every tensor's name, dtype, shape and bytes: safetensors itself would read flipped
+bits without a word.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import safetensors
+import safetensors.torch
+import torch
+
+from fastbyol.engine.durable import remove_temporaries, write_atomically, writing
+from fastbyol.errors import UsageError
+
+FORMAT = "fastbyol-checkpoint-1"
+
+
+class Checkpoint(NamedTuple):
+    """What was saved: tensors on the CPU and ``meta`` with the key ``step`` added.
+
+    ``warnings`` names newer checkpoints that were passed over because they are damaged.
+    """
+
+    tensors: dict[str, torch.Tensor]
+    meta: dict[str, Any]
+    warnings: tuple[str, ...] = ()
+
+
+class _UnusableError(Exception):
+    """Why one file cannot be used."""
+
+
+def save(folder: Path, step: int, tensors: Mapping[str, torch.Tensor], meta: Mapping[str, Any], *, keep: int = 3) -> Path:
+    """Write the checkpoint of ``step`` and remove all but the newest ``keep``.
+
+    Args:
+        tensors: any shapes, dtypes, devices and strides; read back contiguous and bit for bit. They may share storage.
+        meta: what JSON holds; floats come back exactly.
+        keep: how many files stay. Files of later steps go too: a run that went back has left them behind.
+
+    Raises:
+        FastbyolError: the file cannot be written. Checkpoints that were there before still are.
+    """
+    path = _path(folder, step)
+    owned = {name: _owned(tensor) for name, tensor in tensors.items()}
+    text = json.dumps({**meta, "step": step})
+    metadata = {"format": FORMAT, "meta": text, "digest": _digest(text, owned)}
+    content = safetensors.torch.save(owned, metadata)
+    with writing(path, "; earlier checkpoints are intact"):
+        remove_temporaries(folder)
+        write_atomically(path, lambda file: file.write(content))
+    for stale in _stale(_steps(folder), step, keep):
+        _path(folder, stale).unlink(missing_ok=True)
+    return path
+
+
+def exists(folder: Path) -> bool:
+    """Whether ``folder`` holds a checkpoint, damaged or not."""
+    return bool(_steps(folder))
+
+
+def load_latest(folder: Path) -> Checkpoint:
+    """The newest checkpoint in ``folder`` that is whole; ``warnings`` tells of newer ones that are not.
+
+    Raises UsageError where there is none.
+    """
+    warnings: list[str] = []
+    for step in reversed(_steps(folder)):
+        try:
+            return _read(_path(folder, step))._replace(warnings=tuple(warnings))
+        except _UnusableError as error:
+            warnings.append(f"{_path(folder, step)}: {error}: going back to the checkpoint before")
+    if warnings:
+        raise UsageError(f"{folder}: no usable checkpoint among {len(warnings)}: {warnings[0].removesuffix(_GOING_BACK)}")
+    raise UsageError(f"{folder}: no checkpoint: the run ended before its first one")
+
+
+def load(path: Path) -> Checkpoint:
+    """The checkpoint in one file. Raises UsageError where it is missing, damaged, or something else."""
+    try:
+        return _read(path)
+    except _UnusableError as error:
+        raise UsageError(f"{path}: {error}") from None
+
+
+_GOING_BACK = ": going back to the checkpoint before"
+
+
+def _path(folder: Path, step: int) -> Path:
+    return folder / f"ckpt-{step}.safetensors"
+
+
+def _steps(folder: Path) -> list[int]:
+    names = (re.fullmatch(r"ckpt-(\d+)\.safetensors", path.name) for path in folder.glob("ckpt-*.safetensors"))
+    return sorted(int(name[1]) for name in names if name)
+
+
+def _stale(steps: list[int], newest: int, keep: int) -> Iterator[int]:
+    yield from (step for step in steps if step > newest)
+    yield from [step for step in steps if step <= newest][:-keep]
+
+
+def _owned(tensor: torch.Tensor) -> torch.Tensor:
+    """A contiguous copy on the CPU: safetensors refuses views of one arena, and strides are the reader's business."""
+    return tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+
+
+def _digest(text: str, tensors: Mapping[str, torch.Tensor]) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    digest.update(json.dumps([FORMAT, text]).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _read(path: Path) -> Checkpoint:
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+    except OSError as error:
+        raise _UnusableError(f"cannot read: {error.strerror or error}") from None
+    except safetensors.SafetensorError as error:
+        raise _UnusableError(f"damaged or no checkpoint ({error})") from None
+    if metadata.get("format") != FORMAT:
+        raise _UnusableError(f"not a checkpoint of this version of fastbyol (format {metadata.get('format')}, not {FORMAT})")
+    text = metadata.get("meta", "")
+    if metadata.get("digest") != _digest(text, tensors):
+        raise _UnusableError("damaged (its checksum differs)")
+    return Checkpoint(tensors, json.loads(text))

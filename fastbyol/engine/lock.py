@@ -1,0 +1,57 @@
+"""One process per run."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import logging
+import time
+from pathlib import Path
+
+from fastbyol.errors import UsageError
+
+LOCK = ".lock"
+_log = logging.getLogger(__name__)
+
+
+class Lock:
+    """An advisory lock on a run's folder, dropped by the system when the process dies."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = (path / LOCK).open("ab")
+        try:
+            if not _try_lock(self._file.fileno()):
+                raise UsageError(f"{path}: another process works on this run; wait for it or stop it")
+        except BaseException:
+            self._file.close()
+            raise
+
+    def release(self) -> None:
+        """Let others in. The file stays: removing it would let two processes lock two files of one name."""
+        self._file.close()
+
+
+def is_held(path: Path) -> bool:
+    """Whether some process holds the lock of the run in ``path``."""
+    try:
+        with (path / LOCK).open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno == errno.EWOULDBLOCK
+    return False
+
+
+def _try_lock(descriptor: int) -> bool:
+    """Lock, or say that another has it. A few tries, since ``is_held`` of another process holds it for an instant."""
+    for pause_s in (0.01, 0.05, 0.1, 0.2, None):
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno != errno.EWOULDBLOCK:
+                _log.warning("this file system has no locks (%s): run one process per run folder", error.strerror)
+                return True
+            if pause_s is not None:
+                time.sleep(pause_s)
+        else:
+            return True
+    return False

@@ -1,0 +1,149 @@
+"""metrics.jsonl: one strict JSON line per step and per event, in order, a function of the training alone.
+
+A step's line is ``{"step": 0, "epoch": 0, "loss": ..., ...}``, steps and epochs counted from 0; numbers are the shortest
+decimals that give the float32 back, and null stands for what is not finite. An event's line has ``event`` (its kind) and
+``step``, the number of steps done by then.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from fastbyol.engine.durable import append, writing
+from fastbyol.errors import UsageError
+
+NAME = "metrics.jsonl"
+_log = logging.getLogger(__name__)
+
+
+class MetricsFile:
+    """The file open for appending, cut back to what belongs to the first ``resume_step`` steps.
+
+    Whatever was killed in the middle of a line leaves no trace. Raises FastbyolError where the file cannot be written.
+    """
+
+    def __init__(self, folder: Path, names: Sequence[str], *, steps_per_epoch: int, resume_step: int) -> None:
+        self._names, self._steps_per_epoch = tuple(names), steps_per_epoch
+        self._epoch_rows: list[dict[str, Any]] = []
+        self._path = folder / NAME
+        with writing(self._path):
+            self._path.touch()
+            os.truncate(self._path, self._keep(resume_step))
+            self._file = self._path.open("ab", buffering=0)
+
+    def append_steps(self, first_step: int, values: np.ndarray) -> list[dict[str, float]]:
+        """Write float32 ``values`` (steps, metrics) and return them as dicts, NaN where not finite."""
+        rows = []
+        lines = []
+        for step, row in enumerate(values, first_step):
+            numbers = [_number(value) for value in row]
+            place = {"step": step, "epoch": step // self._steps_per_epoch}
+            lines.append(_line({**place, **dict(zip(self._names, numbers, strict=True))}))
+            rows.append({**place, **{name: _parsed(text) for name, text in zip(self._names, numbers, strict=True)}})
+            self._hold(rows[-1])
+        self._write(lines)
+        return rows
+
+    def append_event(self, kind: str, step: int, fields: Mapping[str, Any]) -> None:
+        """Write an event that happened after ``step`` steps. ``fields`` must not depend on the clock or the machine."""
+        place = {"event": json.dumps(kind), "step": str(step)}
+        self._write([_line({**place, **{name: _text(value) for name, value in fields.items()}})])
+
+    def epoch_means(self) -> dict[str, float]:
+        """Mean of each metric over the steps of the newest epoch, computed from the written decimals: the same whether the
+        steps were recorded by this process or found in the file."""
+        count = max(len(self._epoch_rows), 1)
+        return {name: math.fsum(row[name] for row in self._epoch_rows) / count for name in self._names}
+
+    def sync(self) -> None:
+        """Force what was written to disk."""
+        with writing(self._path):
+            os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Close; nothing is buffered."""
+        self._file.close()
+
+    def _keep(self, resume_step: int) -> int:
+        """Bytes that belong to the first ``resume_step`` steps. Events at that very step precede its checkpoint."""
+        offset = num_rows = 0
+        with self._path.open("rb") as file:
+            for size, row in _parse(file):
+                is_event = "event" in row
+                if row["step"] > (resume_step if is_event else resume_step - 1):
+                    break
+                offset += size
+                if not is_event:
+                    num_rows += 1
+                    self._hold({name: math.nan if value is None else value for name, value in row.items()})
+        if num_rows != resume_step:
+            _log.warning("%s: holds %d steps of the %d done: the others are lost", self._path, num_rows, resume_step)
+        return offset
+
+    def _hold(self, row: dict[str, Any]) -> None:
+        if self._epoch_rows and self._epoch_rows[0]["epoch"] != row["epoch"]:
+            self._epoch_rows = []
+        self._epoch_rows.append(row)
+
+    def _write(self, lines: Sequence[str]) -> None:
+        with writing(self._path):
+            append(self._file, "".join(lines).encode())
+
+
+def read_metrics(folder: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """(steps, events) of a run, finished or not, in order; None stands for what was not finite."""
+    with _reading(folder / NAME) as file:
+        lines = [row for _, row in _parse(file)]
+    return [row for row in lines if "event" not in row], [row for row in lines if "event" in row]
+
+
+def read_events(folder: Path) -> list[dict[str, Any]]:
+    """The events alone, without the cost of parsing a long run's steps."""
+    with _reading(folder / NAME) as file:
+        return [row for _, row in _parse(line for line in file if line.startswith(b'{"event"'))]
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[BinaryIO]:
+    try:
+        with path.open("rb") as file:
+            yield file
+    except OSError as error:
+        raise UsageError(f"{path}: cannot read: {error.strerror}") from None
+
+
+def _parse(lines: Iterable[bytes]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(bytes, content) of each whole line, up to the first that is not one."""
+    for line in lines:
+        try:
+            row = json.loads(line) if line.endswith(b"\n") else None
+        except ValueError:
+            return
+        if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+            return
+        yield len(line), row
+
+
+def _number(value: np.float32) -> str:
+    return str(value) if math.isfinite(value) else "null"
+
+
+def _parsed(number: str) -> float:
+    return math.nan if number == "null" else float(number)
+
+
+def _text(value: object) -> str:
+    return "null" if isinstance(value, float) and not math.isfinite(value) else json.dumps(value, allow_nan=False)
+
+
+def _line(fields: Mapping[str, object]) -> str:
+    return "{" + ", ".join(f"{json.dumps(name)}: {text}" for name, text in fields.items()) + "}\n"

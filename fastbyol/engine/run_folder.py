@@ -1,0 +1,203 @@
+"""A run's folder: config.toml, env.json, metrics.jsonl, layers.npz, timing.jsonl, checkpoints/, report.html, and a lock."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from fastbyol import config_io
+from fastbyol.config import Config
+from fastbyol.engine import metrics_file
+from fastbyol.engine.durable import write_text
+from fastbyol.engine.environment import environment
+from fastbyol.engine.lock import LOCK, Lock, is_held
+from fastbyol.errors import FastbyolError, UsageError
+
+CONFIG, ENV, CHECKPOINTS = "config.toml", "env.json", "checkpoints"
+_log = logging.getLogger(__name__)
+
+
+class RunFolder:
+    """An open run. Use as a context manager: leaving it releases the lock.
+
+    A new folder whose run ends in a UsageError before its first step is removed again, since nothing was changed by it.
+    """
+
+    def __init__(self, path: Path, config: Config, lock: Lock | None, *, is_new: bool) -> None:
+        self.path, self.config = path, config
+        self._lock, self._is_new = lock, is_new
+
+    @classmethod
+    def create(cls, path: Path, config: Config, origin: Mapping[str, str] | None = None) -> RunFolder:
+        """Make the folder of a new run of ``config``, which is resolved. ``path`` is absent or an empty folder.
+
+        Raises UsageError: the folder holds something already, is in use, or cannot be written.
+        """
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            _refuse_used(path)
+            held = Lock(path)
+            try:
+                _refuse_used(path)  # somebody may have come first between the look and the lock
+                (path / CHECKPOINTS).mkdir(exist_ok=True)
+                write_text(path / ENV, json.dumps(environment(), indent=2) + "\n")
+                write_text(path / CONFIG, config_io.dump(config, origin))
+            except BaseException:
+                held.release()
+                raise
+        except OSError as error:
+            raise UsageError(f"{path}: cannot make a run folder here: {error.strerror}; name another with --out") from None
+        return cls(path, config, held, is_new=True)
+
+    @classmethod
+    def open(cls, path: Path, *, lock: bool) -> RunFolder:
+        """A run that exists. With ``lock`` nobody else may work on it until this is closed.
+
+        Raises UsageError: no run there, its configuration is damaged, or it is in use.
+        """
+        if not (path / CONFIG).is_file():
+            raise UsageError(f"{path}: no run here (no {CONFIG}); `fastbyol runs` lists those under runs/")
+        config = config_io.read_run(path / CONFIG)
+        try:
+            return cls(path, config, Lock(path) if lock else None, is_new=False)
+        except OSError as error:
+            raise UsageError(f"{path}: cannot write in this run folder: {error.strerror}") from None
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where checkpoints lie."""
+        return self.path / CHECKPOINTS
+
+    @property
+    def config_text(self) -> str:
+        """config.toml as it is, origins in its comments."""
+        return (self.path / CONFIG).read_text("utf-8")
+
+    @property
+    def env(self) -> dict[str, Any]:
+        """What ``environment`` said when the run was made; empty where the file is gone."""
+        try:
+            env = json.loads((self.path / ENV).read_text("utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return env if isinstance(env, dict) else {}
+
+    def close(self) -> None:
+        """Release the lock."""
+        if self._lock is not None:
+            self._lock.release()
+
+    def __enter__(self) -> RunFolder:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._is_new and isinstance(error, UsageError) and not (self.path / metrics_file.NAME).exists():
+            self._remove()
+        self.close()
+
+    def _remove(self) -> None:
+        """Remove what ``create`` made and nothing else."""
+        for name in (CONFIG, ENV, LOCK):
+            (self.path / name).unlink(missing_ok=True)
+        try:
+            self.checkpoints.rmdir()
+            self.path.rmdir()
+        except OSError as error:
+            _log.info("%s stays: %s", self.path, error.strerror)
+
+
+def default_run_path(config: Config, root: Path = Path("runs")) -> Path:
+    """Claim a fresh folder ``root/<norm>-<opt><lr>-mlp_<norm>[-ws]-s<seed>-<n>``, with n counting up, and return it, empty.
+
+    Processes that ask at the same time get different ones.
+    """
+    stem = _stem(config)
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        names = (re.fullmatch(rf"{re.escape(stem)}-(\d+)", path.name) for path in root.iterdir())
+        number = max((int(name[1]) for name in names if name), default=0)
+        while True:
+            number += 1
+            try:
+                (root / f"{stem}-{number}").mkdir()
+            except FileExistsError:
+                continue
+            return root / f"{stem}-{number}"
+    except OSError as error:
+        raise UsageError(f"{root}: cannot make a run folder here: {error.strerror}; name another with --out") from None
+
+
+@dataclass(frozen=True)
+class RunRow:
+    """One run in a list. ``status`` is running, done or stopped; the rest is of the last epoch that ended, or None."""
+
+    name: str
+    path: str
+    status: str
+    state: str | None
+    epochs_done: int
+    epochs: int
+    accuracy: float | None
+    neg_cos: float | None
+
+
+def list_runs(root: Path) -> list[RunRow]:
+    """The runs in ``root``, by name, from their files alone. A run whose configuration is damaged is left out with a log line.
+
+    Raises UsageError where ``root`` is no folder.
+    """
+    if not root.is_dir():
+        raise UsageError(f"{root}: no such folder of runs")
+    rows = []
+    for path in sorted(config.parent for config in root.glob(f"*/{CONFIG}")):
+        try:
+            rows.append(_row(path))
+        except FastbyolError as error:
+            _log.warning("%s", error)
+    return rows
+
+
+def _row(path: Path) -> RunRow:
+    epochs = config_io.read_run(path / CONFIG).train.epochs
+    events = [event for event in _events(path) if event["event"] == "epoch"]
+    last = events[-1] if events else {}
+    accuracies = [event["accuracy"] for event in events if event.get("accuracy") is not None]
+    done = int(last.get("epoch", -1)) + 1
+    return RunRow(
+        name=path.name,
+        path=str(path),
+        status="done" if done >= epochs else "running" if is_held(path) else "stopped",
+        state=last.get("state"),
+        epochs_done=done,
+        epochs=epochs,
+        accuracy=accuracies[-1] if accuracies else None,
+        neg_cos=last.get("neg_cos"),
+    )
+
+
+def _events(path: Path) -> list[dict[str, Any]]:
+    return metrics_file.read_events(path) if (path / metrics_file.NAME).exists() else []
+
+
+def _refuse_used(path: Path) -> None:
+    if (path / CONFIG).exists():
+        raise UsageError(f"{path}: holds a run already: go on with `fastbyol resume {path}`, or name another folder with --out")
+    # What a process killed within `create` leaves behind is nothing that anyone misses.
+    ours = (LOCK, ENV, CHECKPOINTS, f".{ENV}.tmp", f".{CONFIG}.tmp")
+    found = next((entry.name for entry in path.iterdir() if entry.name not in ours), "")
+    if found:
+        raise UsageError(f"{path}: is not empty ({found}): name a new folder with --out")
+
+
+def _stem(config: Config) -> str:
+    model, optim = config.model, config.optim
+    projector, predictor = model.projector.norm, model.predictor.norm
+    mlp = projector if projector == predictor else f"{projector}_{predictor}"
+    ws = "-ws" if model.ws else ""
+    return f"{model.norm}-{optim.name}{optim.lr:g}-mlp_{mlp}{ws}-s{config.train.seed}"

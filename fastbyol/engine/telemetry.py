@@ -1,0 +1,204 @@
+"""What a run measures, off the device without stopping it and into the run's folder.
+
+Every step's measures are copied into a ring on the device. A full ring comes over in one transfer, which on a GPU runs
+behind the steps and is picked up when the next one is sent. ``metrics.jsonl`` and ``layers.npz`` hold what the training
+determines, so that a run that was killed and resumed leaves the same bytes as one that was not; clock times go to
+``timing.jsonl``, which only grows.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+
+from fastbyol.engine.durable import writing
+from fastbyol.engine.layers_file import LayersFile, read_layers
+from fastbyol.engine.metrics_file import MetricsFile, read_metrics
+
+__all__ = ["StepValues", "Telemetry", "read_layers", "read_metrics"]
+
+
+class StepValues(Protocol):
+    """One step's measures, on the device: ``values`` (metrics,) and ``layers`` (segments, layer metrics), float32."""
+
+    @property
+    def values(self) -> torch.Tensor: ...
+    @property
+    def layers(self) -> torch.Tensor: ...
+
+
+class Telemetry:
+    """Records steps and events of the run in ``folder``, from ``resume_step`` on: what lies beyond it there is cut off.
+
+    Args:
+        metric_names: names of ``StepValues.values``.
+        layer_names, layer_metric_names: names of the two axes of ``StepValues.layers``.
+        drain_every: steps held on the device before they are written.
+        layers_every: spacing in steps of the per-layer measures.
+        resume_step: number of steps done, 0 for a new run.
+
+    Raises:
+        FastbyolError: a file cannot be written.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        metric_names: Sequence[str],
+        layer_names: Sequence[str],
+        layer_metric_names: Sequence[str],
+        steps_per_epoch: int,
+        drain_every: int,
+        layers_every: int,
+        device: torch.device | str,
+        resume_step: int = 0,
+    ) -> None:
+        self._metrics = MetricsFile(folder, metric_names, steps_per_epoch=steps_per_epoch, resume_step=resume_step)
+        self._layers = LayersFile(folder, layer_names, layer_metric_names, every=layers_every, resume_step=resume_step)
+        with writing(folder / "timing.jsonl"):
+            self._timing = (folder / "timing.jsonl").open("a", buffering=1, encoding="utf-8")
+        shape = (len(metric_names), len(layer_names), len(layer_metric_names))
+        self._ring = _Ring(*shape, drain_every, layers_every, torch.device(device))
+        self._step = resume_step
+        self._closed = False
+        self.timing("open")
+
+    def record(self, measured: StepValues) -> list[dict[str, float]]:
+        """Take the next step's measures, without waiting for the device.
+
+        Returns the steps that were written meanwhile, oldest first: mostly none, a ring's worth every ``drain_every`` steps
+        (on a GPU one ring late). A dict holds ``step``, ``epoch`` and the metrics, NaN where not finite.
+        """
+        self._ring.put(self._step, measured.values, measured.layers)
+        self._step += 1
+        return self._drain() if self._ring.full else []
+
+    def flush(self) -> list[dict[str, float]]:
+        """Write everything recorded so far and force it to disk: to be called before a checkpoint is saved."""
+        rows = self._drain() + self._receive()
+        self._metrics.sync()
+        self._layers.sync()
+        return rows
+
+    def event(self, kind: str, *, step: int | None = None, **fields: Any) -> None:
+        """Write ``{"event": kind, "step": ..., **fields}`` after the steps recorded so far.
+
+        Values must be functions of the training alone. ``step`` is the number of steps done (default: those recorded); a run
+        resumed at ``step`` keeps the event, so it is to be written before the checkpoint of that step.
+        """
+        self._write_pending()
+        self._metrics.append_event(kind, self._step if step is None else step, fields)
+
+    def epoch_summary(self) -> dict[str, float]:
+        """Mean of each metric over the steps of the epoch of the newest step, those before a resumption included."""
+        self._write_pending()
+        return self._metrics.epoch_means()
+
+    def timing(self, kind: str, **fields: Any) -> None:
+        """Write a line of ``timing.jsonl``: the kind, the steps recorded, seconds since 1970, and ``fields``."""
+        line = {"event": kind, "step": self._step, "unix_s": round(time.time(), 6), **fields}
+        self._timing.write(json.dumps(line) + "\n")
+
+    def close(self) -> None:
+        """Write what is held, finish ``layers.npz`` and close. May be called twice."""
+        if self._closed:
+            return
+        self._closed = True
+        self.flush()
+        self.timing("close")
+        self._metrics.close()
+        self._layers.close()
+        self._timing.close()
+
+    def __enter__(self) -> Telemetry:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def _write_pending(self) -> None:
+        self._drain()
+        self._receive()
+
+    def _drain(self) -> list[dict[str, float]]:
+        """Write the ring sent before and send this one; on a CPU there is nothing to overlap and both are written."""
+        rows = self._receive()
+        if self._ring.num_held:
+            self._ring.send()
+        return rows if self._ring.overlaps else rows + self._receive()
+
+    def _receive(self) -> list[dict[str, float]]:
+        first_step, values, layer_steps, layers = self._ring.receive()
+        if not len(values):
+            return []
+        rows = self._metrics.append_steps(first_step, values)
+        self._layers.append(layer_steps, layers)
+        self.timing("drain", written=first_step + len(values))
+        return rows
+
+
+class _Sent(NamedTuple):
+    first_step: int
+    num_steps: int
+    num_layers: int
+
+
+class _Ring:
+    """One flat float32 buffer on the device, metrics first and layers behind, with its copy on the host."""
+
+    def __init__(
+        self, num_metrics: int, num_layers: int, num_layer_metrics: int, steps: int, layers_every: int, device: torch.device
+    ) -> None:
+        slots = -(-steps // layers_every)
+        self._shapes = (steps, num_metrics), (slots, num_layers, num_layer_metrics)
+        self._layers_every = layers_every
+        size = sum(int(np.prod(shape)) for shape in self._shapes)
+        self.overlaps = device.type == "cuda"
+        self._buffer = torch.zeros(size, dtype=torch.float32, device=device)
+        self._host = torch.zeros(size, dtype=torch.float32, pin_memory=self.overlaps)
+        self._metrics, self._layers = self._split(self._buffer)
+        self._first_step = self.num_held = self._num_layers = 0
+        self._sent = _Sent(0, 0, 0)
+        self._arrived = torch.cuda.Event() if self.overlaps else None  # type: ignore[no-untyped-call]
+
+    @property
+    def full(self) -> bool:
+        return self.num_held == self._shapes[0][0]
+
+    def put(self, step: int, values: torch.Tensor, layers: torch.Tensor) -> None:
+        self._first_step = step if self.num_held == 0 else self._first_step
+        self._metrics[self.num_held].copy_(values.detach())
+        self.num_held += 1
+        if step % self._layers_every == 0:
+            self._layers[self._num_layers].copy_(layers.detach())
+            self._num_layers += 1
+
+    def send(self) -> None:
+        """Start the transfer. Later steps may overwrite the ring: their copies queue behind it on the stream."""
+        self._host.copy_(self._buffer, non_blocking=self.overlaps)
+        if self._arrived is not None:
+            self._arrived.record()
+        self._sent = _Sent(self._first_step, self.num_held, self._num_layers)
+        self.num_held = self._num_layers = 0
+
+    def receive(self) -> tuple[int, np.ndarray, np.ndarray, np.ndarray]:
+        """(first step, values (steps, metrics), steps with layers (k,), layers (k, segments, metrics)) of the last send."""
+        sent, self._sent = self._sent, _Sent(0, 0, 0)
+        if sent.num_steps and self._arrived is not None:
+            self._arrived.synchronize()
+        every = self._layers_every
+        layer_steps = (-(-sent.first_step // every) + np.arange(sent.num_layers, dtype=np.int64)) * every
+        metrics, layers = (part.numpy() for part in self._split(self._host))
+        return sent.first_step, metrics[: sent.num_steps], layer_steps, layers[: sent.num_layers]
+
+    def _split(self, flat: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        boundary = int(np.prod(self._shapes[0]))
+        return flat[:boundary].view(self._shapes[0]), flat[boundary:].view(self._shapes[1])

@@ -66,6 +66,7 @@ def reference(
     rows = table.flatten(0, 1)
     host = rows.cpu()
     _check_entries(host, images.shape[1], images.shape[2])
+    _check_reach(host, size, blur, blur_kernel)
     work = torch.float64 if dtype == torch.float64 else torch.float32
     out = torch.empty(len(rows), size, size, 3, dtype=dtype, device=images.device)
     for picked, orders in _passes(host, size, images.is_cuda):
@@ -155,7 +156,8 @@ def _adjust_contrast(x: Tensor, factor: Tensor) -> None:
 
 
 def _adjust_saturation(x: Tensor, factor: Tensor) -> None:
-    x.mul_(factor).add_(_luma(x).mul_(1.0 - factor)).clamp_(0.0, 1.0)
+    gray = _luma(x)
+    x.mul_(factor).add_(gray.mul_(1.0 - factor)).clamp_(0.0, 1.0)
 
 
 def _adjust_hue(x: Tensor, shift: Tensor) -> None:
@@ -201,13 +203,14 @@ def _blur(x: Tensor, sigma: Tensor, host: Tensor, kind: str, kernel: int) -> Ten
         return x.permute(1, 3, 2, 0).contiguous()
     num, size = x.shape[1], x.shape[3]
     taps = _gaussian_taps(sigma, kernel, size) if kind == "gaussian" else _box_taps(sigma, host, size)
-    passes = 1 if kind == "gaussian" else _PIL_PASSES
+    passes = range(1 if kind == "gaussian" else _PIL_PASSES)
     x = x.permute(1, 2, 0, 3).reshape(num, size, 3 * size)  # (N, X, C * Y)
-    for _ in range(2):
-        for _ in range(passes):
-            x = _combine_rows(x, *taps)
-        x = x.view(num, size, 3, size).transpose(1, 3).reshape(num, size, 3 * size)  # rows and columns change places
-    return x.view(num, size, 3, size).permute(0, 3, 1, 2).contiguous()
+    for _ in passes:
+        x = _combine_rows(x, *taps)
+    x = x.view(num, size, 3, size).transpose(1, 3).reshape(num, size, 3 * size)  # (N, Y, C * X)
+    for _ in passes:
+        x = _combine_rows(x, *taps)
+    return x.view(num, size, 3, size).transpose(2, 3).contiguous()
 
 
 def _gaussian_taps(sigma: Tensor, kernel: int, size: int) -> tuple[Tensor, Tensor]:
@@ -319,3 +322,9 @@ def _check_entries(host: Tensor, height: int, width: int) -> None:
     orders = host[:, Column.ORDER]
     if not bool(((orders >= 0) & (orders < len(JITTER_ORDERS))).all()):
         raise ValueError(f"table holds a jitter order outside 0..{len(JITTER_ORDERS) - 1}")
+
+
+def _check_reach(host: Tensor, size: int, blur: str, blur_kernel: int) -> None:
+    """A reflected edge is at most size - 1 pixels deep."""
+    if blur == "gaussian" and blur_kernel // 2 >= size and bool((host[:, Column.BLUR_SIGMA] > 0).any()):
+        raise ValueError(f"blur_kernel must be at most {2 * size - 1} for views of {size} pixels, got {blur_kernel}")

@@ -1,4 +1,4 @@
-"""What all tests share: a cache folder that is nobody's."""
+"""What all tests share: a cache folder that is nobody's, and Triton's interpreter where there is no GPU."""
 
 from __future__ import annotations
 
@@ -7,6 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
+
+# Read when a kernel is defined, so it has to stand before the first import of fastbyol_kernels.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -1,0 +1,45 @@
+"""Projector and predictor: linear, norm, relu, linear.
+
+Source: the post's code (utils.MLP); byol appendix J has the same shape with batch norm. Linear layers carry biases and torch's
+default initialisation; weight standardization, where asked for, spares the last one.
+
+Letters: N samples, D features.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fastbyol.config import HeadConfig
+from fastbyol.errors import UsageError
+from fastbyol.model.norm import make_norm
+from fastbyol_kernels.weight_standardization import weight_standardization
+
+
+class Head(nn.Module):
+    """(N, in_features) -> (N, ``config.out``), in the parameters' dtype whatever the input's.
+
+    Under the bf16 policy too the products are fp32: they are a thousandth of the encoder's, and a bf16 result would round away
+    the small differences between q and z' that carry the whole gradient once the representation has collapsed.
+    """
+
+    def __init__(self, config: HeadConfig, in_features: int, *, groups: int, num_views: int) -> None:
+        super().__init__()
+        if config.ws and in_features < 2:
+            raise UsageError("model: weight standardization of an MLP needs two input features or more, got 1: widen it")
+        self.ws = config.ws
+        self.linear1 = nn.Linear(in_features, config.hidden)
+        self.norm = make_norm(config.norm, config.hidden, groups=groups, num_views=num_views)
+        self.linear2 = nn.Linear(config.hidden, config.out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.linear1.weight
+        hidden = F.linear(x.to(weight.dtype), weight_standardization(weight) if self.ws else weight, self.linear1.bias)
+        result: Tensor = self.linear2(F.relu(self.norm(hidden), inplace=True))
+        return result
+
+
+def build_head(config: HeadConfig, in_features: int, *, groups: int, num_views: int = 2) -> Head:
+    """A head initialised from torch's global generator. ``groups`` and ``num_views`` as in ``model.norm.make_norm``."""
+    return Head(config, in_features, groups=groups, num_views=num_views)

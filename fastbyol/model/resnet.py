@@ -1,0 +1,98 @@
+"""The encoder f: ResNet-18 with a choice of normalisation, weight standardization, width and stem.
+
+Source: He et al., "Deep Residual Learning", arXiv:1512.03385, in torchvision's form, whose state-dict keys and shapes these
+modules share (``bn1`` names a normalisation of any kind). The small stem is the CIFAR form: 3x3, stride 1, no pooling.
+
+Letters: N samples, C channels, D features, S pixels.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fastbyol.config import ModelConfig
+from fastbyol.model.norm import make_norm
+from fastbyol_kernels.weight_standardization import weight_standardization
+
+BLOCKS_PER_STAGE = (2, 2, 2, 2)
+
+
+class Conv2d(nn.Conv2d):
+    """A convolution without bias and with "same" padding, its weights standardized first where ``ws`` says so.
+
+    The product is in the input's dtype; weights stay in theirs. Initialised kaiming normal, fan out, as torchvision does.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, *, stride: int = 1, ws: bool = False) -> None:
+        super().__init__(in_channels, out_channels, kernel_size, stride, padding=kernel_size // 2, bias=False)
+        self.ws = ws
+
+    def reset_parameters(self) -> None:
+        nn.init.kaiming_normal_(self.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = weight_standardization(self.weight) if self.ws else self.weight
+        return F.conv2d(x, weight.to(x.dtype), None, self.stride, self.padding)
+
+
+class BasicBlock(nn.Module):
+    """conv-norm-relu-conv-norm, plus the input (through a strided 1x1 convolution where the shape changes), relu."""
+
+    def __init__(self, config: ModelConfig, in_channels: int, channels: int, stride: int, num_views: int) -> None:
+        super().__init__()
+        self.conv1 = Conv2d(in_channels, channels, 3, stride=stride, ws=config.ws)
+        self.bn1 = make_norm(config.norm, channels, groups=config.groups, num_views=num_views)
+        self.conv2 = Conv2d(channels, channels, 3, ws=config.ws)
+        self.bn2 = make_norm(config.norm, channels, groups=config.groups, num_views=num_views)
+        self.downsample: nn.Module | None = None
+        if stride != 1 or in_channels != channels:
+            self.downsample = nn.Sequential(
+                Conv2d(in_channels, channels, 1, stride=stride, ws=config.ws),
+                make_norm(config.norm, channels, groups=config.groups, num_views=num_views),
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        out = self.bn2(self.conv2(out))
+        out += x if self.downsample is None else self.downsample(x)
+        return F.relu(out, inplace=True)
+
+
+class ResNet(nn.Module):
+    """Images (N, 3, S, S) -> embeddings y (N, ``embedding_dim``), fp32 (fp64 for fp64 input), in channels-last throughout."""
+
+    def __init__(self, config: ModelConfig, num_views: int) -> None:
+        super().__init__()
+        width = config.width
+        self.embedding_dim = 8 * width
+        self.pools = config.stem == "torchvision"
+        self.conv1 = Conv2d(3, width, 7 if self.pools else 3, stride=2 if self.pools else 1, ws=config.ws)
+        self.bn1 = make_norm(config.norm, width, groups=config.groups, num_views=num_views)
+        channels = width
+        for stage, num_blocks in enumerate(BLOCKS_PER_STAGE):
+            blocks = nn.Sequential()
+            for block in range(num_blocks):
+                stride = 2 if stage > 0 and block == 0 else 1
+                blocks.append(BasicBlock(config, channels, width << stage, stride, num_views))
+                channels = width << stage
+            self.add_module(f"layer{stage + 1}", blocks)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.contiguous(memory_format=torch.channels_last)
+        x = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        if self.pools:
+            x = F.max_pool2d(x, kernel_size=3, stride=2, padding=1)
+        for stage in range(len(BLOCKS_PER_STAGE)):
+            x = self.get_submodule(f"layer{stage + 1}")(x)
+        return x.mean(dim=(2, 3), dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
+
+
+def build_encoder(config: ModelConfig, *, num_views: int = 2) -> ResNet:
+    """The encoder, initialised from torch's global generator, weights in channels-last.
+
+    ``num_views``: in train mode batch norm splits its batch in that many equal consecutive chunks, each with statistics of its
+    own (1 for plain supervised training).
+    """
+    return ResNet(config, num_views).to(memory_format=torch.channels_last)

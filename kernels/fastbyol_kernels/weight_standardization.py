@@ -1,0 +1,30 @@
+"""Weight standardization: every output channel's weights are shifted to mean 0 and scaled to standard deviation 1.
+
+    w_hat = (w - mean(w)) / (std(w) + eps),   mean and unbiased std over everything but the first dimension
+
+Source: Qiao et al., "Weight Standardization", arXiv:1903.10520; eps = 1e-5 inside the sum, outside the square root, as the
+authors' code and the post's have it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+EPS = 1e-5
+
+
+def reference(weight: Tensor, eps: float = EPS) -> Tensor:
+    """The formula above in plain torch. A channel of equal weights gives zeros, and a finite gradient."""
+    dims = tuple(range(1, weight.ndim))
+    # torch's own std: its backward is 0 where the std is 0, where sqrt(var) would give infinity times zero.
+    std, mean = torch.std_mean(weight, dim=dims, correction=1, keepdim=True)
+    return (weight - mean) / (std + eps)
+
+
+def weight_standardization(weight: Tensor, eps: float = EPS) -> Tensor:
+    """Standardize ``weight`` (O, ...) per output channel; same shape, dtype, device and memory format.
+
+    Every channel needs at least two weights (the std is unbiased). Differentiable in ``weight``.
+    """
+    return reference(weight, eps)

@@ -1,0 +1,50 @@
+"""What the online and target networks are made of."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fastbyol.config import HeadConfig, ModelConfig
+from fastbyol.errors import UsageError
+from fastbyol.model.byol import build_online, build_target
+
+TINY = ModelConfig(width=4, projector=HeadConfig(hidden=16, out=8), predictor=HeadConfig(hidden=12, out=8))
+
+
+def test_parameter_names() -> None:
+    names = [n for n, _ in build_online(TINY).named_parameters()]
+    assert names[:3] == ["encoder.conv1.weight", "encoder.bn1.weight", "encoder.bn1.bias"]
+    assert names[-12::6] == ["projector.linear1.weight", "predictor.linear1.weight"]
+    target = build_target(TINY)
+    assert [n for n, _ in target.named_parameters()] == [n for n in names if not n.startswith("predictor.")]
+    assert not any(p.requires_grad for p in target.parameters())
+
+
+def test_outputs_are_the_chain_of_parts() -> None:
+    torch.manual_seed(0)
+    online, target = build_online(TINY), build_target(TINY)
+    target.load_state_dict(online.state_dict(), strict=False)
+    x = torch.randn(8, 3, 16, 16)
+    y, z, q = online(x)
+    assert y.shape == (8, 32)
+    assert z.shape == q.shape == (8, 8)
+    # The same parameters and per-view statistics: the target's projections are the online ones.
+    assert torch.equal(target(x), z)
+    assert torch.equal(online.eval().predictor(z), online(x).q) is False
+
+
+def test_each_view_has_its_own_statistics_in_every_norm() -> None:
+    torch.manual_seed(0)
+    online = build_online(TINY)
+    x = torch.randn(8, 3, 16, 16)
+    moved = x.clone()
+    moved[4:] = moved[4:] * 5 + 2
+    for a, b in zip(online(x), online(moved), strict=True):
+        torch.testing.assert_close(a[:4], b[:4], rtol=1e-6, atol=1e-6)
+
+
+def test_predictor_must_map_onto_projections() -> None:
+    config = TINY.model_copy(update={"predictor": HeadConfig(hidden=12, out=9)})
+    with pytest.raises(UsageError, match=r"model.predictor.out: 9 differs from model.projector.out = 8"):
+        build_online(config)

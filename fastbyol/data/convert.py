@@ -1,0 +1,176 @@
+"""Any source of images to a beton file."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastbyol.data import beton, beton_write, rgb, sources
+from fastbyol.data.beton_layout import MAX_SIDE, MIN_PAGE_BYTES
+from fastbyol.data.beton_write import Mode, Progress
+from fastbyol.data.rgb import Resize
+from fastbyol.errors import FastbyolError, UsageError
+
+# A file's first page and each worker's last are partly empty: small sets take FFCV's smallest page.
+SMALL_SET_BYTES = 1 << 28
+# FFCV keeps a page's size in 32 bits.
+MAX_PAGE_BYTES = 1 << 31
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a conversion did. ``skipped`` holds (name, reason) of every unreadable image, ``num_ignored`` counts files that are
+    no pictures; ``image_size`` is (height, width) in pixels where all images share it."""
+
+    path: Path
+    kind: str
+    split: str | None
+    num_written: int
+    skipped: tuple[tuple[str, str], ...]
+    num_ignored: int
+    labelled: bool
+    class_names: tuple[str, ...]
+    image_size: tuple[int, int] | None
+    num_bytes: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class _Items:
+    """A source's chosen images at their final size, as ``beton.write`` takes them."""
+
+    source: sources.Source
+    chosen: NDArray[np.int64]
+    resize: Resize
+    size: int | None
+
+    def __len__(self) -> int:
+        return len(self.chosen)
+
+    def __getitem__(self, index: int) -> tuple[object, ...]:
+        at = int(self.chosen[index])
+        image = rgb.resized(self.source.image(at), self.resize, self.size)
+        if max(image.shape) > MAX_SIDE:
+            raise beton.UnreadableItemError(f"{image.shape[1]} x {image.shape[0]} pixels, a side may have {MAX_SIDE}")
+        return (image, self.source.label(at)) if self.source.labelled else (image,)
+
+    def name(self, index: int) -> str:
+        return self.source.name(int(self.chosen[index]))
+
+    def image_bytes(self) -> NDArray[np.int64]:
+        if self.resize != "none" and self.size is not None:
+            return np.full(len(self), 3 * self.size * self.size, np.int64)
+        return self.source.image_bytes()[self.chosen]
+
+
+def convert(
+    source: str,
+    out: str | Path,
+    *,
+    kind: str | None = None,
+    split: str | None = None,
+    count: int = 4096,
+    size: int | None = None,
+    seed: int = 0,
+    resize: Resize | None = None,
+    mode: Mode = "raw",
+    quality: int = 90,
+    workers: int = 0,
+    strict: bool = False,
+    progress: Progress | None = None,
+    overwrite: bool = False,
+) -> Report:
+    """Write ``source`` (a path, or ``textures``) to the beton file ``out``, with fields ``image`` and, where known, ``label``.
+
+    ``size`` is a side in pixels. For ``textures`` it is the size that is made; elsewhere images are brought to it by
+    ``resize``: ``resize`` stretches, ``centre`` (the default with a size) scales the short side and takes the middle, ``none``
+    leaves them. Unreadable images are left out and reported, or with ``strict`` the first one is an error.
+    Raises UsageError for what the caller can correct, FastbyolError for a full disk or a failed writer.
+    """
+    started, path = time.monotonic(), Path(out)
+    beton_write.check_output(path, overwrite=overwrite)
+    made = kind == "textures" or (kind is None and source == "textures")
+    opened = sources.open_source(source, kind=kind, split=split, count=count, size=size, seed=seed, strict=strict)
+    resize = "none" if made else _checked_resize(resize, size)
+    items = _Items(opened, np.arange(len(opened)), resize, None if made else size)
+    skipped = list(getattr(opened, "unreadable", ()))
+
+    def write(items: _Items) -> beton.BetonInfo:
+        return beton.write(
+            path,
+            items,
+            labelled=opened.labelled,
+            mode=mode,
+            quality=quality,
+            workers=workers,
+            progress=progress,
+            overwrite=overwrite,
+            page_bytes=_page_bytes(path, items, mode),
+            stop_at_unreadable=strict,
+        )
+
+    try:
+        info = write(items)
+    except beton.UnreadableItemsError as error:
+        damaged = [(items.name(index), reason) for index, reason in error.items]
+        if strict:
+            name, reason = damaged[0]
+            raise UsageError(f"{source}: {name}: {reason}; correct or remove it, or leave out --strict") from None
+        skipped += damaged
+        info = write(_without(source, items, error.items))
+    return Report(
+        path=path,
+        kind=opened.kind,
+        split=opened.split,
+        num_written=info.num_samples,
+        skipped=tuple(sorted(skipped)),
+        num_ignored=getattr(opened, "num_ignored", 0),
+        labelled=opened.labelled,
+        class_names=opened.class_names,
+        image_size=info.uniform_size,
+        num_bytes=info.num_bytes,
+        seconds=time.monotonic() - started,
+    )
+
+
+def _checked_resize(resize: Resize | None, size: int | None) -> Resize:
+    if resize not in (None, "resize", "centre", "none"):
+        raise UsageError(f"resize {resize!r}: must be 'resize', 'centre' or 'none'")
+    if size is None and resize in ("resize", "centre"):
+        raise UsageError(f"resize {resize!r}: needs a size; pass --size")
+    if size is not None and resize == "none":
+        raise UsageError(f"resize 'none': leaves the images as they are, but size {size} was given; drop one of the two")
+    if size is not None and not 1 <= size <= MAX_SIDE:
+        raise UsageError(f"size {size}: must be 1 to {MAX_SIDE} pixels")
+    return resize or ("none" if size is None else "centre")
+
+
+def _without(source: str, items: _Items, damaged: tuple[tuple[int, str], ...]) -> _Items:
+    """The items again, less those that cannot be read."""
+    chosen = np.delete(items.chosen, [index for index, _ in damaged])
+    if not len(chosen):
+        raise UsageError(f"{source}: none of {len(items)} images can be read, the first: {damaged[0][1]}; look at the files")
+    return _Items(items.source, chosen, items.resize, items.size)
+
+
+def _page_bytes(path: Path, items: _Items, mode: Mode) -> int:
+    """A page that holds the largest image; FastbyolError if the disk cannot hold them all."""
+    sizes = items.image_bytes()
+    largest, total = int(sizes.max()), int(sizes.sum())
+    free = shutil.disk_usage(path.parent).free
+    if mode == "raw" and total > free:
+        raise FastbyolError(
+            f"{path}: needs {total / 1e9:.1f} GB and its disk has {free / 1e9:.1f}; make room or use --mode jpg"
+        )
+    # JPEG of noise at quality 100 can exceed the raw pixels.
+    page = MIN_PAGE_BYTES if total < SMALL_SET_BYTES else beton_write.PAGE_BYTES
+    while page < largest * (1 if mode == "raw" else 2):
+        page *= 2
+    if page > MAX_PAGE_BYTES:
+        raise UsageError(f"{items.name(int(sizes.argmax()))}: too large for a beton file; pass --size")
+    return page

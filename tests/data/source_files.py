@@ -1,0 +1,182 @@
+"""Tiny data sets in the true on-disk formats of their kinds, written from the formats' descriptions, without fastbyol.
+
+Every builder returns what it wrote as (images uint8 (N, H, W, 3), labels) or per-file expectations.
+"""
+
+from __future__ import annotations
+
+import struct
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+Images = NDArray[np.uint8]
+
+STL10_NAMES = ("airplane", "bird", "car", "cat", "deer", "dog", "horse", "monkey", "ship", "truck")
+
+
+def random_images(count: int, height: int, width: int, seed: int = 0) -> Images:
+    """Smooth pictures, so that JPEG keeps them: a random 4 x 4 grid of colours, enlarged."""
+    grid = np.random.default_rng(seed).integers(0, 256, (count, 4, 4, 3), np.uint8)
+    return np.stack([np.asarray(Image.fromarray(g).resize((width, height), Image.Resampling.BICUBIC)) for g in grid])
+
+
+def stl10(folder: Path, *, train: int = 20, test: int = 10, unlabeled: int = 12) -> dict[str, tuple[Images, list[int]]]:
+    """``folder/stl10_binary`` as the archive unpacks: images column by column, labels from 1; no labels for unlabeled."""
+    inner = folder / "stl10_binary"
+    inner.mkdir(parents=True)
+    (inner / "class_names.txt").write_text("\n".join(STL10_NAMES) + "\n")
+    written = {}
+    for seed, (part, count) in enumerate((("train", train), ("test", test), ("unlabeled", unlabeled))):
+        images = random_images(count, 96, 96, seed)
+        labels = [(7 * k + seed) % 10 for k in range(count)]
+        with (inner / f"{part}_X.bin").open("wb") as file:
+            for image in images:
+                for channel in range(3):
+                    for column in range(96):
+                        file.write(image[:, column, channel].tobytes())
+        if part == "unlabeled":
+            labels = [-1] * count
+        else:
+            (inner / f"{part}_y.bin").write_bytes(bytes(label + 1 for label in labels))
+        written[part] = (images, labels)
+    return written
+
+
+def cifar10(folder: Path, *, per_batch: int = 6, test: int = 8) -> dict[str, tuple[Images, list[int]]]:
+    """``folder/cifar-10-batches-py``: five training batches, a test batch and the names, pickled as Python 2 did."""
+    inner = folder / "cifar-10-batches-py"
+    inner.mkdir(parents=True)
+    names = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+    (inner / "batches.meta").write_bytes(python2_pickle({"num_cases_per_batch": per_batch, "label_names": names}))
+    parts = []
+    for batch in range(1, 7):
+        count = per_batch if batch < 6 else test
+        images, labels = random_images(count, 32, 32, batch), [(3 * k + batch) % 10 for k in range(count)]
+        what = {"batch_label": f"batch {batch}", "labels": labels, "data": _planes(images), "filenames": ["a.png"] * count}
+        (inner / (f"data_batch_{batch}" if batch < 6 else "test_batch")).write_bytes(python2_pickle(what))
+        parts.append((images, labels))
+    train = np.concatenate([images for images, _ in parts[:5]]), [label for _, labels in parts[:5] for label in labels]
+    return {"train": train, "test": parts[5]}
+
+
+def cifar100(folder: Path, *, train: int = 12, test: int = 9) -> dict[str, tuple[Images, list[int]]]:
+    """``folder/cifar-100-python``: one training and one test file with fine and coarse labels, and the names."""
+    inner = folder / "cifar-100-python"
+    inner.mkdir(parents=True)
+    fine = [f"fine {k}" for k in range(100)]
+    meta = {"fine_label_names": fine, "coarse_label_names": [f"coarse {k}" for k in range(20)]}
+    (inner / "meta").write_bytes(python2_pickle(meta))
+    written = {}
+    for seed, (split, count) in enumerate((("train", train), ("test", test))):
+        images, labels = random_images(count, 32, 32, seed + 50), [(37 * k + seed) % 100 for k in range(count)]
+        what = {"fine_labels": labels, "coarse_labels": [k // 5 for k in labels], "data": _planes(images)}
+        (inner / split).write_bytes(python2_pickle(what))
+        written[split] = (images, labels)
+    return written
+
+
+def class_folders(
+    folder: Path, *, classes: tuple[str, ...] = ("ant", "bee", "cow"), per_class: int = 4
+) -> tuple[Images, list[int]]:
+    """A folder a class, PNG files in it, one of them a level deeper; the order is that of the sorted names."""
+    images = random_images(len(classes) * per_class, 24, 20, 7)
+    labels = []
+    for k, image in enumerate(images):
+        label, place = divmod(k, per_class)
+        inside = folder / classes[label] / ("z" if place == per_class - 1 else "")
+        inside.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(inside / f"picture {place}.png")
+        labels.append(label)
+    return images, labels
+
+
+def npz(path: Path, *, count: int = 20, side: int = 16, labelled: bool = True) -> tuple[Images, list[int]]:
+    """Arrays ``images`` (N, H, W, 3) and ``labels`` (N,), compressed."""
+    images, labels = random_images(count, side, side, 9), [k % 5 for k in range(count)]
+    arrays = {"images": images} | ({"labels": np.array(labels, np.int32)} if labelled else {})
+    np.savez_compressed(path, **arrays)
+    return images, labels
+
+
+def odd_pictures(folder: Path) -> dict[str, Images]:
+    """One picture of each mode, each of another size; returns the exact RGB by name, from each mode's definition.
+
+    CMYK and JPEG are not exact by nature: their entries hold the colours that were meant.
+    """
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(3)
+    expected: dict[str, Images] = {}
+
+    grey = rng.integers(0, 256, (18, 31), np.uint8)
+    Image.fromarray(grey).save(folder / "grey.png")
+    expected["grey.png"] = np.stack([grey] * 3, -1)
+
+    colour = rng.integers(0, 256, (25, 17, 3), np.uint8)
+    alpha = rng.integers(0, 256, (25, 17, 1), np.uint8)
+    Image.fromarray(np.concatenate([colour, alpha], 2)).save(folder / "alpha.png")
+    share = alpha / 255.0
+    expected["alpha.png"] = np.round(colour * share + 255.0 * (1.0 - share)).astype(np.uint8)
+
+    palette, index = rng.integers(0, 256, (16, 3), np.uint8), rng.integers(0, 16, (21, 22), np.uint8)
+    paletted = Image.frombytes("P", (22, 21), index.tobytes())
+    paletted.putpalette(palette.tobytes())
+    paletted.save(folder / "palette.png")
+    expected["palette.png"] = palette[index]
+
+    paletted.save(folder / "see-through.gif", transparency=5)
+    shown = palette.copy()
+    shown[5] = 255
+    expected["see-through.gif"] = shown[index]
+
+    bits = rng.integers(0, 2, (13, 19)).astype(bool)
+    Image.fromarray(bits).save(folder / "bits.png")
+    expected["bits.png"] = np.stack([bits * np.uint8(255)] * 3, -1)
+
+    deep = rng.integers(0, 65536, (14, 15), np.uint16)
+    Image.fromarray(deep).save(folder / "deep.png")
+    expected["deep.png"] = np.stack([np.round(deep / 257.0).astype(np.uint8)] * 3, -1)
+
+    upright = random_images(1, 40, 30, 4)[0]
+    turned = Image.fromarray(upright).transpose(Image.Transpose.ROTATE_90)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # "rotate by 90 degrees clockwise to view"
+    turned.save(folder / "turned.png", exif=exif)
+    expected["turned.png"] = upright
+
+    smooth = random_images(1, 33, 44, 5)[0]
+    Image.fromarray(smooth).save(folder / "photo.JPG", quality=98, subsampling=0)
+    expected["photo.JPG"] = smooth
+    Image.fromarray(255 - smooth).convert("CMYK").save(folder / "print.tiff")
+    expected["print.tiff"] = 255 - smooth
+    return expected
+
+
+def python2_pickle(value: object) -> bytes:
+    """Protocol 2 as cPickle of Python 2 wrote it: text as byte strings, old numpy names, 0 and 1 for numpy's flags."""
+    return b"\x80\x02" + _pickled(value) + b"."
+
+
+def _pickled(value: object) -> bytes:
+    if isinstance(value, dict):
+        return b"}(" + b"".join(_pickled(key) + _pickled(item) for key, item in value.items()) + b"u"
+    if isinstance(value, list):
+        return b"](" + b"".join(map(_pickled, value)) + b"e"
+    if isinstance(value, str | bytes):
+        data = value.encode("latin1") if isinstance(value, str) else value
+        return (b"U" + bytes([len(data)]) if len(data) < 256 else b"T" + struct.pack("<i", len(data))) + data
+    if isinstance(value, int):
+        return b"K" + bytes([value]) if 0 <= value < 256 else b"J" + struct.pack("<i", value)
+    assert isinstance(value, np.ndarray)
+    assert value.dtype == np.uint8
+    array = b"cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85U\x01b\x87R"
+    dtype = b"cnumpy\ndtype\nU\x02u1K\x00K\x01\x87R(K\x03U\x01|NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb"
+    shape = b"(" + b"".join(map(_pickled, value.shape)) + b"t"
+    return array + b"(K\x01" + shape + dtype + b"\x89" + _pickled(value.tobytes()) + b"tb"
+
+
+def _planes(images: Images) -> NDArray[np.uint8]:
+    """(N, 3072): all red, then all green, then all blue, row by row."""
+    return np.concatenate([images[..., channel].reshape(len(images), -1) for channel in range(3)], axis=1)

@@ -1,0 +1,290 @@
+"""Sources against small data sets that were written from their formats' descriptions."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import source_files
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo  # noqa: F401 - loads Pillow's PNG writer before warnings become errors
+
+from fastbyol.data import sources
+from fastbyol.errors import UsageError
+
+
+def held(source: sources.Source) -> tuple[list[np.ndarray], list[int] | None]:
+    images = [source.image(k) for k in range(len(source))]
+    return images, [source.label(k) for k in range(len(source))] if source.labelled else None
+
+
+def demand_equal(source: sources.Source, images: np.ndarray, labels: list[int] | None) -> None:
+    found, found_labels = held(pickle.loads(pickle.dumps(source)))
+    assert found_labels == labels
+    assert len(found) == len(images)
+    for one, other in zip(found, images, strict=True):
+        np.testing.assert_array_equal(one, other)
+        assert one.dtype == np.uint8
+    np.testing.assert_array_equal(source.image_bytes(), [image.nbytes for image in images])
+
+
+def refused(*words: str, **options: object) -> str:
+    """The message of the UsageError that opening and reading the source must raise: one line with all ``words``."""
+    source = options.pop("source")
+    with pytest.raises(UsageError) as caught:
+        held(sources.open_source(str(source), **options))  # type: ignore[arg-type]
+    message = str(caught.value)
+    assert "\n" not in message
+    for word in words:
+        assert word in message
+    return message
+
+
+@pytest.mark.parametrize("split", [None, "train", "test"])
+@pytest.mark.parametrize("inner", ["", "stl10_binary"])
+def test_stl10(tmp_path: Path, split: str | None, inner: str) -> None:
+    written = source_files.stl10(tmp_path)
+    source = sources.open_source(str(tmp_path / inner), split=split)
+    assert (source.kind, source.split, source.class_names) == ("stl10", split or "train", source_files.STL10_NAMES)
+    demand_equal(source, *written[split or "train"])
+
+
+def test_stl10_is_column_major(tmp_path: Path) -> None:
+    source_files.stl10(tmp_path)
+    path = tmp_path / "stl10_binary" / "train_X.bin"
+    data = bytearray(path.read_bytes())
+    data[:3] = (1, 2, 3)  # red of the first column, rows 0, 1, 2
+    data[96] = 4  # red of the second column, row 0
+    data[96 * 96] = 5  # green
+    path.write_bytes(data)
+    image = sources.open_source(str(tmp_path)).image(0)
+    assert (image[0, 0, 0], image[1, 0, 0], image[2, 0, 0], image[0, 1, 0], image[0, 0, 1]) == (1, 2, 3, 4, 5)
+
+
+def test_stl10_unlabeled(tmp_path: Path) -> None:
+    written = source_files.stl10(tmp_path)
+    demand_equal(sources.open_source(str(tmp_path), split="unlabeled"), written["unlabeled"][0], None)
+    both = np.concatenate([written["train"][0], written["unlabeled"][0]])
+    labels = written["train"][1] + [-1] * len(written["unlabeled"][0])
+    demand_equal(sources.open_source(str(tmp_path), split="train+unlabeled"), both, labels)
+
+
+def test_stl10_damaged(tmp_path: Path) -> None:
+    source_files.stl10(tmp_path)
+    folder = tmp_path / "stl10_binary"
+    refused("split", "valid", "train+unlabeled", source=tmp_path, split="valid")
+    labels = (folder / "train_y.bin").read_bytes()
+    (folder / "train_y.bin").write_bytes(labels[:-1])
+    refused("train_y.bin", "19 labels", "20 images", source=tmp_path)
+    (folder / "train_y.bin").write_bytes(b"\x0b" + labels[1:])
+    refused("train_y.bin", "10 classes", source=tmp_path)
+    (folder / "train_y.bin").write_bytes(b"\x00" + labels[1:])
+    refused("train_y.bin", source=tmp_path)
+    (folder / "train_y.bin").unlink()
+    refused("train_y.bin", source=tmp_path)
+    (folder / "test_X.bin").write_bytes((folder / "test_X.bin").read_bytes()[:-1])
+    refused("test_X.bin", "whole number", source=tmp_path, split="test")
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_cifar(tmp_path: Path, split: str) -> None:
+    ten, hundred = source_files.cifar10(tmp_path / "a"), source_files.cifar100(tmp_path / "b")
+    source = sources.open_source(str(tmp_path / "a"), split=split)
+    assert (source.kind, source.class_names[6]) == ("cifar10", "frog")
+    demand_equal(source, *ten[split])
+    source = sources.open_source(str(tmp_path / "b" / "cifar-100-python"), split=split)
+    assert (source.kind, source.class_names[99]) == ("cifar100", "fine 99")
+    demand_equal(source, *hundred[split])
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+def test_cifar_pickled_again(tmp_path: Path, protocol: int) -> None:
+    """Files that someone loaded and saved with today's Python and numpy."""
+    images, labels = source_files.cifar100(tmp_path)["train"]
+    path = tmp_path / "cifar-100-python" / "train"
+    again = {b"data": images.transpose(0, 3, 1, 2).reshape(len(images), -1), b"fine_labels": labels}
+    path.write_bytes(pickle.dumps(again, protocol))
+    demand_equal(sources.open_source(str(tmp_path)), images, labels)
+
+
+class _Evil:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, tuple[Path]]:
+        return Path.touch, (self.path,)
+
+
+def test_cifar_runs_no_code(tmp_path: Path) -> None:
+    source_files.cifar10(tmp_path)
+    mark = tmp_path / "was here"
+    (tmp_path / "cifar-10-batches-py" / "data_batch_3").write_bytes(pickle.dumps({"data": _Evil(mark)}))
+    refused("data_batch_3", "not a CIFAR file", source=tmp_path)
+    assert not mark.exists()
+
+
+def test_cifar_damaged(tmp_path: Path) -> None:
+    source_files.cifar10(tmp_path)
+    folder = tmp_path / "cifar-10-batches-py"
+    whole = (folder / "test_batch").read_bytes()
+    rng = np.random.default_rng(0)
+    for cut in (0, 1, 2, 100, len(whole) // 2, len(whole) - 1):
+        (folder / "test_batch").write_bytes(whole[:cut])
+        refused("test_batch", source=tmp_path, split="test")
+    for _ in range(100):
+        flipped = bytearray(whole)
+        flipped[rng.integers(0, 400)] ^= 1 << rng.integers(0, 8)
+        (folder / "test_batch").write_bytes(flipped)
+        try:
+            images, _ = held(sources.open_source(str(tmp_path), split="test"))
+        except UsageError:
+            continue
+        assert {image.shape for image in images} == {(32, 32, 3)}
+    planes = np.zeros((3, 3072), np.uint8)
+    for what, words in (
+        ({"labels": [1, 2], "data": planes}, ("2 labels", "3 images")),
+        ({"labels": [1, 2, 10], "data": planes}, ("10 classes",)),
+        ({"labels": [1, 2, "3"], "data": planes}, ("'labels'",)),
+        ({"labels": [1, 2, 3], "data": planes[:, 1:]}, ("'data'",)),
+        ({"labels": [1, 2, 3]}, ("'data'",)),
+    ):
+        (folder / "test_batch").write_bytes(source_files.python2_pickle(what))
+        refused("test_batch", *words, source=tmp_path, split="test")
+    (folder / "data_batch_4").unlink()
+    refused("data_batch_4", source=tmp_path)
+    refused("split", source=tmp_path, split="val")
+
+
+def test_class_folders(tmp_path: Path) -> None:
+    images, labels = source_files.class_folders(tmp_path)
+    (tmp_path / "bee" / "notes.txt").write_text("no picture")
+    (tmp_path / "bee" / ".hidden.png").write_text("no picture")
+    (tmp_path / "__MACOSX").mkdir()
+    source = sources.open_source(str(tmp_path))
+    assert (source.kind, source.split, source.class_names) == ("classes", None, ("ant", "bee", "cow"))
+    assert source.num_ignored == 1  # type: ignore[attr-defined]
+    demand_equal(source, images, labels)
+    plain = sources.open_source(str(tmp_path), kind="folder")
+    assert (plain.kind, len(plain), plain.labelled) == ("folder", len(images), False)
+
+
+def test_class_folders_with_splits(tmp_path: Path) -> None:
+    """Labels mean the same in every split, though a class is absent from one."""
+    images, labels = source_files.class_folders(tmp_path / "train")
+    source_files.class_folders(tmp_path / "val", classes=("cow",))
+    demand_equal(sources.open_source(str(tmp_path)), images, labels)
+    source = sources.open_source(str(tmp_path), split="val")
+    assert source.class_names == ("ant", "bee", "cow")
+    assert held(source)[1] == [2] * 4
+    refused("'test'", "train, val", source=tmp_path, split="test")
+    (tmp_path / "unlabeled").mkdir()
+    Image.fromarray(images[0]).save(tmp_path / "unlabeled" / "a.png")
+    demand_equal(sources.open_source(str(tmp_path), split="unlabeled"), images[:1], None)
+
+
+def test_pictures_of_every_mode(tmp_path: Path) -> None:
+    expected = source_files.odd_pictures(tmp_path / "odd")
+    source = sources.open_source(str(tmp_path / "odd"))
+    assert source.kind == "folder"
+    assert [source.name(k) for k in range(len(source))] == sorted(expected)
+    for k in range(len(source)):
+        name, image = source.name(k), source.image(k)
+        # Compositing rounds once more than the formula; JPEG at quality 98 without subsampling moves a smooth picture by 3.
+        tolerance = {"alpha.png": 1, "photo.JPG": 4}.get(name, 0)
+        assert image.shape == expected[name].shape, name
+        assert np.abs(image.astype(int) - expected[name]).max() <= tolerance, name
+
+
+def test_unreadable_pictures(tmp_path: Path) -> None:
+    images, labels = source_files.class_folders(tmp_path)
+    (tmp_path / "ant" / "empty.png").touch()
+    (tmp_path / "cow" / "page.jpg").write_text("<html>not found</html>")
+    source = sources.open_source(str(tmp_path))
+    demand_equal(source, images, labels)
+    assert [name for name, _ in source.unreadable] == ["ant/empty.png", "cow/page.jpg"]  # type: ignore[attr-defined]
+    refused("ant/empty.png", "--strict", source=tmp_path, strict=True)
+
+
+def test_bombs_and_pixels_without_a_range_are_unreadable(tmp_path: Path) -> None:
+    Image.fromarray(np.zeros((4, 4), np.float32)).save(tmp_path / "float.tiff")
+    Image.fromarray(np.full((4, 4), 70000, np.int32)).save(tmp_path / "int.tiff")
+    Image.new("1", (20000, 6000)).save(tmp_path / "bomb.png")
+    Image.new("RGB", (8, 8)).save(tmp_path / "good.png")
+    Image.effect_noise((64, 64), 50).save(tmp_path / "half.png")
+    whole = (tmp_path / "half.png").read_bytes()
+    (tmp_path / "half.png").write_bytes(whole[: len(whole) // 2])
+    source = sources.open_source(str(tmp_path))
+    assert [name for name, _ in source.unreadable] == ["bomb.png"]  # type: ignore[attr-defined]
+    for k in range(len(source)):
+        if source.name(k) != "good.png":
+            with pytest.raises(Exception, match=r"range|truncated|broken") as caught:
+                source.image(k)
+            assert type(caught.value).__name__ == "UnreadableItemError"
+
+
+@pytest.mark.parametrize("kind", ["folder", "classes"])
+def test_links_that_go_round(tmp_path: Path, kind: str) -> None:
+    images, _ = source_files.class_folders(tmp_path)
+    (tmp_path / "ant" / "round").symlink_to(tmp_path)
+    assert len(sources.open_source(str(tmp_path / "ant"), kind="folder")) >= 4
+    assert len(sources.open_source(str(tmp_path), kind=kind)) >= len(images)
+
+
+@pytest.mark.parametrize("form", ["nhwc", "nchw", "nhw", "nhw1", "keras", "medical", "unlabelled"])
+def test_npz(tmp_path: Path, form: str) -> None:
+    images, labels = source_files.npz(tmp_path / "a.npz", count=7, side=12)
+    grey = images[..., 0]
+    array = {"nchw": images.transpose(0, 3, 1, 2), "nhw": grey, "nhw1": grey[..., None]}.get(form, images)
+    expected = np.repeat(grey[..., None], 3, 3) if form in ("nhw", "nhw1") else images
+    keys = {"keras": ("x_train", "y_train"), "medical": ("train_images", "train_labels")}.get(form, ("arr_0", "y"))
+    path = tmp_path / "b.npz"
+    column = np.array(labels, np.uint8)[:, None]
+    np.savez(path, **({keys[0]: array} if form == "unlabelled" else {keys[0]: array, keys[1]: column}))
+    split = "train" if form in ("keras", "medical") else None
+    demand_equal(sources.open_source(str(path), split=split), expected, None if form == "unlabelled" else labels)
+
+
+def test_npz_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.npz"
+    images, labels = np.zeros((4, 8, 8, 3), np.uint8), np.arange(4)
+
+    def saved(**arrays: np.ndarray) -> Path:
+        np.savez(path, **arrays)
+        return path
+
+    refused("float32", "255 * images", source=saved(images=images.astype(np.float32) / 255))
+    refused("uint16", source=saved(images=images.astype(np.uint16)))
+    refused("(4, 8, 8, 5)", source=saved(images=np.zeros((4, 8, 8, 5), np.uint8)))
+    refused("(0, 8, 8, 3)", source=saved(images=images[:0]))
+    refused("pictures", "images", source=saved(pictures=images))
+    refused("images", "labels", source=saved(labels=labels), split="test")
+    refused("(3,)", "4 images", source=saved(images=images, labels=labels[:3]))
+    refused("float64", source=saved(images=images, labels=labels / 1.0))
+    refused("64 bits", source=saved(images=images, labels=labels.astype(np.uint64) << np.uint64(62)))
+    refused("object", source=saved(images=np.array([images[0], None], object)))
+    whole = saved(images=images, labels=labels).read_bytes()
+    for cut in (0, 10, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:cut])
+        refused("a.npz", source=path)
+    damaged = bytearray(whole)
+    damaged[300] ^= 1  # a pixel: the archive's checksum finds it
+    path.write_bytes(damaged)
+    refused("a.npz", "CRC", source=path)
+
+
+def test_kinds_that_are_none(tmp_path: Path) -> None:
+    refused("absent", "no such", source=tmp_path / "absent")
+    refused("no pictures", source=tmp_path)
+    refused("unknown kind", "cifar100", source=tmp_path, kind="imagenet")
+    for name, word in (("a.tar.gz", "tar -xf"), ("a.zip", "unzip"), ("a.beton", "--data"), ("a.mat", "npz")):
+        (tmp_path / name).touch()
+        refused(word, source=tmp_path / name)
+    refused("no such folder", source=tmp_path / "a.zip", kind="stl10")
+    source_files.class_folders(tmp_path / "mixed")
+    Image.new("RGB", (8, 8)).save(tmp_path / "mixed" / "a.png")
+    refused("--kind", source=tmp_path / "mixed")
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "a.png").touch()
+    refused("no readable pictures", "a.png", source=tmp_path / "bad")

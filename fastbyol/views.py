@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastbyol.config import Range, ViewsConfig
-from fastbyol.errors import UsageError
 from fastbyol_kernels.philox import DOMAIN_VIEWS, philox4x32, split_id, uniform
 from fastbyol_kernels.two_views import JITTER_ORDERS, Column
 from fastbyol_kernels.two_views import two_views as apply_table
@@ -30,10 +29,9 @@ def draw(config: ViewsConfig, ids: Tensor, *, seed: int, epoch: int, height: int
     """Parameters of every view of the samples ``ids``, int64 (B,): float32 (V, B, len(Column)) on the device of ``ids``.
 
     ``seed`` in [0, 2**64), ``epoch`` in [0, 2**32), ids in [0, 2**56); ``height`` and ``width`` of the images in pixels.
-    Raises ValueError naming a wrong argument, UsageError where the configured blur does not fit the view.
+    Raises ValueError naming a wrong argument.
     """
     _check_draw(ids, seed, epoch, height, width)
-    check(config)
     num_views = len(config.blur_p)
     u = _uniforms(ids, num_views, seed, epoch)
     table = torch.zeros(num_views, len(ids), len(Column), dtype=torch.float64, device=ids.device)
@@ -54,9 +52,8 @@ def apply(images: Tensor, table: Tensor, config: ViewsConfig, dtype: torch.dtype
     """The views that a drawn table describes: uint8 (B, H, W, 3) -> (V, B, 3, S, S), normalised.
 
     ``dtype`` is float32, bfloat16 or float64. ``flatten(0, 1)`` of the result is contiguous in channels_last. Raises
-    ValueError naming a wrong argument, UsageError where the configured blur does not fit the view.
+    ValueError naming a wrong argument.
     """
-    check(config)
     return apply_table(
         images,
         table,
@@ -90,16 +87,6 @@ def plain(images: Tensor, config: ViewsConfig, dtype: torch.dtype = torch.float3
         x = _resize_and_centre(x.permute(0, 3, 1, 2), config.size).permute(0, 2, 3, 1).contiguous()
     x.sub_(x.new_tensor(config.mean)).div_(x.new_tensor(config.std))
     return x.to(dtype).permute(0, 3, 1, 2)
-
-
-def check(config: ViewsConfig) -> None:
-    """Raise UsageError where the sampled blur reaches further than a view's reflected edge."""
-    reach = config.blur_kernel // 2
-    if config.blur == "gaussian" and max(config.blur_p) > 0.0 and reach >= config.size:
-        raise UsageError(
-            f"views.blur_kernel = {config.blur_kernel} reaches {reach} pixels past the edge of a view of {config.size}: "
-            f"set views.blur_kernel to at most {2 * config.size - 1}"
-        )
 
 
 def _check_draw(ids: Tensor, seed: int, epoch: int, height: int, width: int) -> None:

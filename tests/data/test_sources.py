@@ -7,10 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import source_files
 from PIL import Image
-from PIL.PngImagePlugin import PngInfo  # noqa: F401 - loads Pillow's PNG writer before warnings become errors
 
+import source_files
 from fastbyol.data import sources
 from fastbyol.errors import UsageError
 

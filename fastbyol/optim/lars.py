@@ -1,0 +1,80 @@
+"""Which parameters adapt their rate, which decay, and by what factor each one's learning rate is multiplied."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import NamedTuple
+
+from fastbyol.config import Exclusion, OptimConfig
+from fastbyol.errors import UsageError
+from fastbyol_kernels.lars_ema import Rule
+
+# The filter of the post's code, on names. It is not "biases and norms": it misses the norms' weights of the downsampling paths
+# (`downsample.1.weight`) and of the heads. The blog preset keeps it because its published curves came from it.
+SUBSTRINGS = (".bias", ".bn")
+
+
+class Treatment(NamedTuple):
+    """How the optimizer treats one parameter."""
+
+    adapt: bool
+    decay: bool
+    lr_mult: float
+
+
+def rule_of(config: OptimConfig) -> Rule:
+    """The update rule of ``fastbyol_kernels.lars_ema`` that a configuration means."""
+    return "sgd" if config.name == "sgd" else config.dialect
+
+
+def treatments(shapes: Mapping[str, Sequence[int]], config: OptimConfig) -> tuple[Treatment, ...]:
+    """The treatment of each parameter, given the shapes by dotted name, in their order.
+
+    Raises ``UsageError`` for a pattern in ``optim.lars_on`` or ``optim.lr_mult`` that matches none of the names, and for a
+    negative factor. Under SGD nothing adapts, but patterns are checked all the same.
+    """
+    _check_patterns("optim.lars_on", config.lars_on, shapes)
+    _check_patterns("optim.lr_mult", [pattern for pattern, _ in config.lr_mult], shapes)
+    _check_factors(config.lr_mult)
+    return tuple(_treatment(name, len(shape), config) for name, shape in shapes.items())
+
+
+def matches(name: str, pattern: str) -> bool:
+    """Whether ``pattern`` is the dotted ``name``, one of its parents, or a glob of the whole name."""
+    return name == pattern or name.startswith(f"{pattern}.") or fnmatchcase(name, pattern)
+
+
+def _treatment(name: str, ndim: int, config: OptimConfig) -> Treatment:
+    adapt = config.name == "lars" and any(matches(name, pattern) for pattern in config.lars_on)
+    factor = 1.0
+    for pattern, value in config.lr_mult:
+        factor *= value if matches(name, pattern) else 1.0
+    return Treatment(
+        adapt=adapt and not _excluded(name, ndim, config.lars_exclude),
+        decay=not _excluded(name, ndim, config.decay_exclude),
+        lr_mult=factor,
+    )
+
+
+def _excluded(name: str, ndim: int, exclusion: Exclusion) -> bool:
+    if exclusion == "substring":
+        return any(part in name for part in SUBSTRINGS)
+    return exclusion == "bias_and_norm" and ndim <= 1
+
+
+def _check_patterns(key: str, patterns: Iterable[str], names: Iterable[str]) -> None:
+    names = list(names)
+    for pattern in patterns:
+        if not any(matches(name, pattern) for name in names):
+            parents = {name.rsplit(".", count)[0] for name in names for count in range(name.count(".") + 1)}
+            near = difflib.get_close_matches(pattern, sorted(parents), n=3, cutoff=0.3)
+            hint = f"; nearest: {', '.join(near)}" if near else ""
+            raise UsageError(f"{key}: {pattern!r} matches no parameter{hint}")
+
+
+def _check_factors(pairs: Iterable[tuple[str, float]]) -> None:
+    for pattern, factor in pairs:
+        if factor < 0.0:
+            raise UsageError(f"optim.lr_mult: the factor of {pattern!r} is {factor}, take one that is not negative")

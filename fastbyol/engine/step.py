@@ -1,0 +1,191 @@
+"""The whole state of training in one object, and the one function that advances it.
+
+Drive it yourself:
+
+    state = TrainState.create(Config(), steps_per_epoch=16)
+    for views in batches:                     # (2, B, 3, S, S), normalised
+        metrics = train_step(state, views)
+    print(dict(zip(METRICS, metrics.values.tolist())))
+
+Method: Grill et al., "Bootstrap Your Own Latent", arXiv:2006.07733, section 3.
+
+Letters: V = 2 views, B images, S pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastbyol.config import Config, ModelConfig, OptimConfig, ScheduleConfig, TrainConfig, resolve
+from fastbyol.engine.device import dtype_of
+from fastbyol.errors import UsageError
+from fastbyol.model.byol import NUM_VIEWS, Online, Target, build_online, build_target
+from fastbyol.model.objective import byol_loss, observe
+from fastbyol.optim import schedule
+from fastbyol.optim.arena import Arena
+from fastbyol.optim.lars import rule_of, treatments
+from fastbyol_kernels.lars_ema import LAYER_METRICS, Rule, lars_ema
+
+__all__ = ["LAYER_METRICS", "METRICS", "StepMetrics", "TrainState", "train_step"]
+
+METRICS = ("loss", "pos_cos", "neg_cos", "std_z", "std_y", "grad_norm", "lr", "tau")
+
+
+class StepMetrics(NamedTuple):
+    """What one step measured, on the device: ``values`` (len(METRICS),) and ``layers`` (segments, len(LAYER_METRICS)), fp32.
+
+    loss is as it was minimised, scale included. pos_cos and neg_cos are mean cosines of online projections z(v) and target
+    projections z'(v') of the same and of different images, averaged over the two orders of the views. std_z and std_y are the
+    spread of projections and embeddings (``model.objective``), grad_norm is the whole gradient's, lr and tau are this step's.
+    """
+
+    values: Tensor
+    layers: Tensor
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The numbers of a step that never change."""
+
+    rule: Rule
+    eta: float
+    momentum: float
+    ema_first: bool
+    loss_scale: float
+    views_dtype: torch.dtype
+
+    @staticmethod
+    def of(optim: OptimConfig, ema: ScheduleConfig, train: TrainConfig) -> Recipe:
+        """The recipe that three slices of a configuration make."""
+        return Recipe(
+            rule=rule_of(optim),
+            eta=optim.eta,
+            momentum=optim.momentum,
+            ema_first=ema.ema_order == "before",
+            loss_scale=train.loss_scale,
+            views_dtype=dtype_of(train.precision),
+        )
+
+
+@dataclass(frozen=True)
+class TrainState:
+    """Everything that training changes: both networks over the arena's buffers, and ``step``, a 0-d int64 tensor.
+
+    ``lr`` and ``tau`` are the schedules as tables. Weights, momentum and statistics are fp32 (fp64 under that precision).
+    """
+
+    online: Online
+    target: Target
+    arena: Arena
+    step: Tensor
+    lr: Tensor
+    tau: Tensor
+    recipe: Recipe
+
+    @staticmethod
+    def create(config: Config, *, steps_per_epoch: int, device: str | torch.device = "cpu") -> TrainState:
+        """The state before the first step. It depends on ``config`` alone: the same on any device, whatever was drawn before.
+
+        On CUDA under ``fp32`` TF32 is switched off for the process. Raises ``UsageError`` for configurations that name
+        parameters which do not exist, heads that do not fit together, or a horizon beyond all measure.
+        """
+        config = resolve(config)
+        optim, epochs = config.optim, config.schedule.horizon_epochs
+        assert optim.lr is not None
+        assert optim.weight_decay is not None
+        assert epochs is not None
+        device, dtype = torch.device(device), torch.float64 if config.train.precision == "fp64" else torch.float32
+        if device.type == "cuda" and config.train.precision == "fp32":
+            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+        tables = (
+            schedule.lr_table(config.schedule, optim.lr, horizon_epochs=epochs, steps_per_epoch=steps_per_epoch),
+            schedule.tau_table(config.schedule, horizon_epochs=epochs, steps_per_epoch=steps_per_epoch),
+        )
+        online, target = _networks(config.model, config.train.seed)
+        online.to(device, dtype)
+        target.to(device, dtype)
+        shapes = {name: p.shape for name, p in online.named_parameters()}
+        arena = Arena.adopt(online, target, treatments(shapes, optim), weight_decay=optim.weight_decay)
+        step = torch.zeros((), dtype=torch.int64, device=device)
+        lr, tau = (table.to(device, dtype) for table in tables)
+        return TrainState(online, target, arena, step, lr, tau, Recipe.of(optim, config.schedule, config.train))
+
+    @property
+    def segment_names(self) -> tuple[str, ...]:
+        """The trained parameters' names in the order of ``StepMetrics.layers``."""
+        return tuple(segment.name for segment in self.arena.segments)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What a checkpoint must hold to go on bit for bit, by stable names: the live tensors, not copies.
+
+        The three flat buffers that outlive a step, the norm layers' buffers of both networks, and the step.
+        """
+        tensors = {f"arena.{name}": getattr(self.arena, name) for name in ("online", "momentum", "target")}
+        for prefix, net in (("online", self.online), ("target", self.target)):
+            tensors |= {f"{prefix}.{name}": buffer for name, buffer in net.named_buffers()}
+        return tensors | {"step": self.step}
+
+    @torch.no_grad()
+    def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take over what ``tensors`` of an equally configured state gave. Raises ``UsageError``, having changed nothing,
+        where names, shapes or dtypes differ."""
+        own = self.tensors()
+        if own.keys() != tensors.keys():
+            odd = sorted(own.keys() ^ tensors.keys())
+            raise UsageError(
+                f"checkpoint: holds another network than the configuration's ({len(odd)} names differ, first {odd[0]!r})"
+            )
+        for name, tensor in own.items():
+            if (tensor.shape, tensor.dtype) != (tensors[name].shape, tensors[name].dtype):
+                raise UsageError(
+                    f"checkpoint: {name!r} is {_kind(tensors[name])}, the configuration's network has {_kind(tensor)}"
+                )
+        for name, tensor in own.items():
+            tensor.copy_(tensors[name])
+
+
+def train_step(state: TrainState, views: Tensor) -> StepMetrics:
+    """One step on ``views`` (2, B, 3, S, S), normalised floats on the state's device, B >= 2. Never waits for the device.
+
+    Forward passes of both networks, backward pass, optimizer and moving average in the configured order, ``step`` + 1.
+    """
+    recipe, arena = state.recipe, state.arena
+    lr, tau = schedule.at(state.lr, state.step), schedule.at(state.tau, state.step)
+    batch = as_batch(views, recipe.views_dtype)
+    arena.gradient.zero_()
+    output = state.online(batch)
+    with torch.no_grad():
+        projections = state.target(batch)
+    loss = byol_loss(output.q, projections) * recipe.loss_scale
+    torch.autograd.backward(loss)
+    with torch.no_grad():
+        values = torch.stack((loss, *observe(output, projections), torch.linalg.vector_norm(arena.gradient), lr, tau))
+        layers = lars_ema(
+            arena.online, arena.gradient, arena.momentum, arena.target, arena.table, lr, tau,
+            rule=recipe.rule, eta=recipe.eta, mu=recipe.momentum, ema_first=recipe.ema_first,
+        )  # fmt: skip
+        state.step.add_(1)
+    return StepMetrics(values.float(), layers.float())
+
+
+def as_batch(views: Tensor, dtype: torch.dtype) -> Tensor:
+    """Views (2, B, 3, S, S) -> (2B, 3, S, S) in ``dtype`` and channels-last, without a copy where they are that already."""
+    if views.ndim != 5 or views.shape[0] != NUM_VIEWS or views.shape[1] < 2 or not views.is_floating_point():
+        raise ValueError(f"views must be floats (2, B >= 2, 3, S, S), got {_kind(views)}")
+    return views.flatten(0, 1).to(dtype, memory_format=torch.channels_last)
+
+
+def _networks(config: ModelConfig, seed: int) -> tuple[Online, Target]:
+    """Both networks on the CPU in fp32, the online one drawn from ``seed`` alone; torch's generators are left as they were."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        return build_online(config), build_target(config)
+
+
+def _kind(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"

@@ -1,0 +1,58 @@
+"""The loss, and what is watched beside it: cosines of positive and negative pairs, spread of representations.
+
+All of it is fp32 at least, whatever the networks' precision. Batches hold the two views one after the other.
+
+Letters: V = 2 views, B images, N = V * B, D features.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fastbyol.model.byol import NUM_VIEWS, OnlineOutput
+
+
+def byol_loss(q: Tensor, projections: Tensor) -> Tensor:
+    """(1 - mean cos(q(v), z'(v'))) + (1 - mean cos(q(v'), z'(v))), from predictions and target projections (2B, D).
+
+    Equation 2 of byol, symmetrised, times 1/2. fp32 or fp64; 0-d.
+    """
+    return 2 - 2 * (unit(q) * _swap(unit(projections))).sum(-1).mean()
+
+
+@torch.no_grad()
+def observe(output: OnlineOutput, projections: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """pos_cos, neg_cos, std_z, std_y of a batch, 0-d each; see ``engine.step.StepMetrics``. O(B D): no matrix of pairs."""
+    z, other = unit(output.z), _swap(unit(projections))
+    pos = (z * other).sum(-1).mean()
+    num_images = len(z) // NUM_VIEWS
+    # The mean over all pairs of the two views is the product of the means; the diagonal is the positive pairs.
+    pairs = (_by_view(z).mean(1) * _by_view(other).mean(1)).sum(-1).mean()
+    neg = (pairs * num_images - pos) / (num_images - 1)
+    return pos, neg, spread(output.z), spread(output.y)
+
+
+def spread(x: Tensor) -> Tensor:
+    """Mean over features of the batch's standard deviation (biased) of x / |x|, times sqrt(D), averaged over the views.
+
+    1: directions spread evenly over the sphere; 0: all the same. Source: Chen & He, SimSiam, arXiv:2011.10566, section 4.1.
+    """
+    return _by_view(unit(x)).std(dim=1, correction=0).mean() * math.sqrt(x.shape[1])
+
+
+def unit(x: Tensor) -> Tensor:
+    """Rows scaled to length 1; in fp32 at least."""
+    return F.normalize(x if x.dtype == torch.float64 else x.float(), dim=-1, eps=1e-12)
+
+
+def _swap(x: Tensor) -> Tensor:
+    """The two views' halves of a batch in the other order."""
+    return x.roll(len(x) // NUM_VIEWS, dims=0)
+
+
+def _by_view(x: Tensor) -> Tensor:
+    return x.view(NUM_VIEWS, -1, x.shape[1])

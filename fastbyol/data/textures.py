@@ -1,0 +1,169 @@
+"""The embedded data set: ten classes of warped patterns, made from a formula, of any size and count.
+
+The class is the form of a pattern that fills the picture, so that every crop keeps it. Everything else is a nuisance drawn
+for each image: rotation, period, a smooth warp, polarity, contrast, brightness, uneven light, grain, two tints. Tints stay
+narrow on purpose: where colours vary freely, BYOL learns the palette and nothing else.
+
+Every pattern covers about half of the picture and polarity is a fair coin, so brightness does not tell the class either.
+
+Image i is a function of (seed, i, size) alone: its draws are Philox 4x32-10 words (Salmon et al. 2011, as in
+fastbyol_kernels.philox) under the counters
+  images  c0 = i low word, c1 = block,    c2 = 0, c3 = DOMAIN_IMAGES | i high word << 8
+  labels  c0 = i // 10 low word, c1 = block, c2 = 0, c3 = DOMAIN_LABELS | high word << 8
+NumPy alone, in float32, with cosines and powers rounded from float64 so that every machine makes the same bytes.
+
+Shapes: B images of one class, S pixels along a side.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastbyol.data.texture_patterns import PATTERNS, Floats, Pattern, Words, lattice_hash, smoothstep
+
+Counters = NDArray[np.uint64]
+CLASSES = tuple(PATTERNS)
+
+DOMAIN_IMAGES = 3
+DOMAIN_LABELS = 4
+
+_MASK = np.uint64(0xFFFFFFFF)
+_F = np.float32
+_HALF = _F(0.5)
+_WARP_CELLS = 3
+_NUM_SCALARS = 16
+_BLOCK_PIXELS = 1 << 16  # a float32 plane of a block is 256 KiB: the planes in flight stay in a core's cache
+
+
+@dataclass(frozen=True)
+class Style:
+    """How far the nuisances reach. Lengths are in periods of the pattern, light in shares of full white."""
+
+    periods: tuple[float, float] = (3.6, 5.4)
+    warp: float = 0.9
+    inverted: float = 0.5
+    contrast: tuple[float, float] = (0.35, 0.9)
+    brightness: float = 0.25
+    light: float = 0.5
+    grain: float = 0.12
+    tint: float = 0.06
+
+
+STYLE = Style()
+
+
+def make(
+    count: int, size: int, seed: int, *, start: int = 0, style: Style = STYLE
+) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    """Images ``start`` to ``start + count`` of the set of ``seed``: uint8 (count, size, size, 3) RGB, int64 labels (count,).
+
+    Each run of ten images that starts at a multiple of ten holds each class once, in random order.
+    """
+    ids = np.arange(start, start + count, dtype=np.uint64)
+    labels = _labels(ids, seed)
+    images = np.empty((count, size, size, 3), np.uint8)
+    step = max(1, _BLOCK_PIXELS // size**2)
+    for label, pattern in enumerate(PATTERNS.values()):
+        members = np.flatnonzero(labels == label)
+        for first in range(0, len(members), step):
+            block = members[first : first + step]
+            images[block] = _render(ids[block], size, seed, pattern, style)
+    return images, labels
+
+
+def _labels(ids: Counters, seed: int) -> NDArray[np.int64]:
+    tens, place = np.divmod(ids, np.uint64(10))
+    groups, where = np.unique(tens, return_inverse=True)
+    order = np.argsort(_uniform(seed, groups, 10, DOMAIN_LABELS), axis=1, kind="stable")
+    return order[where, place.astype(np.int64)].astype(np.int64)
+
+
+def _render(ids: Counters, size: int, seed: int, pattern: Pattern, style: Style) -> NDArray[np.uint8]:
+    """One class's images (B,) -> uint8 (B, S, S, 3)."""
+    side = _WARP_CELLS + 1
+    draws = _uniform(seed, ids, _NUM_SCALARS + 4 * side * side, DOMAIN_IMAGES)
+    scalar = draws[:, :_NUM_SCALARS, None, None]
+    warp_u, warp_v, light, haze = (_smooth(field, size) for field in _lattices(draws[:, _NUM_SCALARS:], side))
+    salt = (scalar[:, 4] * _F(1 << 24)).astype(np.uint32)
+    u, v, pixel = _coordinates(scalar, size, style)
+    form = pattern(u + _F(style.warp) * warp_u, v + _F(style.warp) * warp_v, pixel, salt)
+    form = np.where(scalar[:, 5] < style.inverted, 1 - form, form)
+    low, high = style.contrast
+    contrast = _F(low) + _F(high - low) * scalar[:, 6]
+    tone = _HALF + _F(style.brightness) * (scalar[:, 7] - _HALF) + contrast * (form - _HALF)
+    tone = tone * (1 + _F(style.light) * light)
+    tone += _F(2 * style.grain) * _grain(size, salt) * np.clip(2 * haze + _HALF, 0, 1)
+    return _colour(tone, form, scalar[:, 8:14, 0, 0].reshape(-1, 2, 3), style)
+
+
+def _coordinates(scalar: Floats, size: int, style: Style) -> tuple[Floats, Floats, Floats]:
+    """Turned and shifted lattice coordinates u, v (B, S, S) and the side of a pixel (B, 1, 1), in periods."""
+    shortest, longest = style.periods
+    periods = (shortest * (longest / shortest) ** scalar[:, 1].astype(np.float64)).astype(_F)
+    angle = 2 * np.pi * scalar[:, 0].astype(np.float64)
+    cosine, sine = np.cos(angle).astype(_F), np.sin(angle).astype(_F)
+    x = ((np.arange(size, dtype=_F) + _HALF) / _F(size) - _HALF)[None, None, :]
+    y = x.transpose(0, 2, 1)
+    u = periods * (cosine * x - sine * y) + 64 * scalar[:, 2]
+    v = periods * (sine * x + cosine * y) + 64 * scalar[:, 3]
+    return u, v, periods / _F(size)
+
+
+def _colour(tone: Floats, form: Floats, draws: Floats, style: Style) -> NDArray[np.uint8]:
+    """tone, form (B, S, S) and draws (B, 2, 3) in [0, 1) -> uint8 (B, S, S, 3): one tint for each level of the form."""
+    tints = _F(2 * style.tint) * (draws - _HALF)
+    images = np.empty((*tone.shape, 3), np.uint8)
+    for channel in range(3):
+        dark, bright = tints[:, 0, channel, None, None], tints[:, 1, channel, None, None]
+        plane = tone + dark + (bright - dark) * form
+        images[..., channel] = np.clip(plane * 255 + _HALF, 0, 255)
+    return images
+
+
+def _lattices(draws: Floats, side: int) -> Floats:
+    """(B, 4 * side**2) uniform draws -> four lattices (4, B, side, side) in [-.5, .5)."""
+    lattices: Floats = draws.reshape(len(draws), 4, side, side).transpose(1, 0, 2, 3) - _HALF
+    return lattices
+
+
+def _smooth(lattice: Floats, size: int) -> Floats:
+    """(B, n + 1, n + 1) -> (B, S, S), blended between lattice points by smoothstep."""
+    cells = lattice.shape[1] - 1
+    position = (np.arange(size, dtype=_F) + _HALF) * _F(cells / size)
+    whole = np.floor(position)
+    index, share = whole.astype(np.int64), smoothstep(position - whole)
+    rows: Floats = lattice[:, index] * (1 - share)[:, None] + lattice[:, index + 1] * share[:, None]
+    smooth: Floats = rows[:, :, index] * (1 - share) + rows[:, :, index + 1] * share
+    return smooth
+
+
+def _grain(size: int, salt: Words) -> Floats:
+    """White noise (B, S, S) in [-.5, .5)."""
+    y, x = np.divmod(np.arange(size * size, dtype=_F).reshape(1, size, size), size)
+    return (lattice_hash(x, y, salt) >> np.uint32(8)).astype(_F) * _F(2.0**-24) - _HALF
+
+
+def _uniform(seed: int, ids: Counters, num: int, domain: int) -> Floats:
+    """float32 (B, num) in [0, 1): word k of image i is word k % 4 of the Philox block k // 4."""
+    c0, c3 = ids[:, None] & _MASK, np.uint64(domain) | (ids[:, None] >> np.uint64(32)) << np.uint64(8)
+    c1 = np.arange(-(-num // 4), dtype=np.uint64)[None]
+    words = np.stack(_philox(c0, c1, np.zeros_like(c0), c3, seed), axis=-1).reshape(len(ids), -1)[:, :num]
+    return (words >> np.uint64(8)).astype(_F) * _F(2.0**-24)
+
+
+def _philox(c0: Counters, c1: Counters, c2: Counters, c3: Counters, key: int) -> tuple[Counters, ...]:
+    """Philox 4x32-10 as in fastbyol_kernels.philox, to 32-bit words held in uint64: NumPy's products cannot overflow those.
+
+    Here since pictures are made in the data writer's forked children, where torch's thread pool does not survive.
+    """
+    k0, k1 = key & 0xFFFFFFFF, key >> 32 & 0xFFFFFFFF
+    c0, c1, c2, c3 = np.broadcast_arrays(c0, c1, c2, c3)
+    for _ in range(10):
+        a, b = np.uint64(0xD2511F53) * c0, np.uint64(0xCD9E8D57) * c2
+        c0, c1 = b >> np.uint64(32) ^ c1 ^ np.uint64(k0), b & _MASK
+        c2, c3 = a >> np.uint64(32) ^ c3 ^ np.uint64(k1), a & _MASK
+        k0, k1 = (k0 + 0x9E3779B9) & 0xFFFFFFFF, (k1 + 0xBB67AE85) & 0xFFFFFFFF
+    return c0, c1, c2, c3

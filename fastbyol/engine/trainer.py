@@ -77,8 +77,8 @@ class Trainer:
         """
         config = self.config
         train_file, test_file = embedded.training_and_test_files(config.data)
-        self.test = self._read_test(test_file)
         with Interrupt() as interrupt, self._open(train_file) as batches:
+            self.test = self._read_test(test_file)
             self.steps_per_epoch = batches.steps_per_epoch
             self.total_steps = self.steps_per_epoch * config.train.epochs
             self.state = TrainState.create(config, steps_per_epoch=self.steps_per_epoch, device=self.device)

@@ -16,12 +16,13 @@ def environment() -> dict[str, Any]:
     """Versions, machine and command line, for the record. Imports torch."""
     import torch
 
-    names = ("torch", "torchvision", "triton", "numpy", "ffcv")
+    names = ("torchvision", "triton", "numpy", "ffcv")
     devices = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     return {
         "fastbyol": _version("fastbyol"),
         "python": platform.python_version(),
         **{name: _version(name) for name in names},
+        "torch": torch.__version__,  # with the build, which the package's version may leave out
         "cuda": torch.version.cuda,
         "gpus": devices,
         "platform": platform.platform(),

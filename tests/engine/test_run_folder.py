@@ -1,0 +1,240 @@
+"""run_folder.py, lock.py, environment.py: one folder, one run, one process."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fastbyol import config_io
+from fastbyol.config import Config
+from fastbyol.engine import run_folder
+from fastbyol.engine.lock import Lock, is_held
+from fastbyol.engine.run_folder import RunFolder, default_run_path, list_runs
+from fastbyol.engine.telemetry import Telemetry
+from fastbyol.errors import FastbyolError, UsageError
+
+
+def config(*sets: str) -> Config:
+    return config_io.load(preset="blog", sets=sets).config
+
+
+def one_line(error: pytest.ExceptionInfo[UsageError]) -> str:
+    text = str(error.value)
+    assert len(text.splitlines()) == 1
+    assert error.value.exit_code == 2
+    return text
+
+
+@contextmanager
+def held_by_another_process(path: Path) -> Iterator[None]:
+    code = "import sys; from pathlib import Path; from fastbyol.engine.lock import Lock; held = Lock(Path(sys.argv[1]));"
+    code += "print('held', flush=True); sys.stdin.read()"
+    command = [sys.executable, "-c", code, str(path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        assert process.stdout.readline() == "held\n"
+        yield
+        process.kill()
+
+
+def write_epochs(folder: RunFolder, *epochs: dict[str, Any]) -> None:
+    with Telemetry(
+        folder.path,
+        metric_names=("loss",),
+        layer_names=("w",),
+        layer_metric_names=("rate",),
+        steps_per_epoch=1,
+        drain_every=1,
+        layers_every=1,
+        device="cpu",
+    ) as telemetry:
+        for epoch, fields in enumerate(epochs):
+            telemetry.record(Row(torch.zeros(1), torch.zeros(1, 1)))
+            telemetry.event("epoch", epoch=epoch, **fields)
+
+
+class Row:
+    def __init__(self, values: torch.Tensor, layers: torch.Tensor) -> None:
+        self.values, self.layers = values, layers
+
+
+def test_a_new_run_says_what_it_is_and_where_it_was_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["fastbyol", "train", "--lr", "0.1"])
+    loaded = config_io.load(preset="blog", flags={"optim.lr": ("--lr", 0.1)})
+    with RunFolder.create(tmp_path / "a" / "run", loaded.config, loaded.origin) as folder:
+        assert "lr = 0.1  # --lr\n" in folder.config_text
+        assert "momentum = 0.9  # preset blog\n" in folder.config_text
+        assert folder.checkpoints.is_dir()
+        assert folder.env["command"] == ["fastbyol", "train", "--lr", "0.1"]
+        assert folder.env["torch"] == torch.__version__
+        assert folder.env["threads"] == torch.get_num_threads()
+        assert folder.env["cores"] >= 1
+        assert {"fastbyol", "python", "triton", "numpy", "ffcv", "cpu", "gpus", "platform", "started"} <= folder.env.keys()
+    with RunFolder.open(folder.path, lock=False) as again:
+        assert again.config == loaded.config
+        assert again.config_text == folder.config_text
+    assert {path.name for path in folder.path.iterdir()} == {"config.toml", "env.json", "checkpoints", ".lock"}
+
+
+def test_a_folder_that_holds_a_run_is_refused_with_the_way_on(tmp_path: Path) -> None:
+    with RunFolder.create(tmp_path / "run", config()):
+        pass
+    before = (tmp_path / "run" / "config.toml").read_bytes()
+    with pytest.raises(UsageError) as caught:
+        RunFolder.create(tmp_path / "run", config("optim.lr=9"))
+    assert f"fastbyol resume {tmp_path / 'run'}" in one_line(caught)
+    assert (tmp_path / "run" / "config.toml").read_bytes() == before
+
+
+def test_a_folder_with_other_things_is_refused_untouched(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").touch()
+    with pytest.raises(UsageError) as caught:
+        RunFolder.create(tmp_path, config())
+    assert "thesis.tex" in one_line(caught)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_an_empty_folder_and_the_rest_of_a_killed_creation_are_fine(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    for name in (".lock", "env.json", ".config.toml.tmp"):
+        (tmp_path / name).touch()
+    with RunFolder.create(tmp_path, config()) as folder:
+        assert folder.env["python"]
+
+
+@pytest.mark.parametrize("place", ["file", "file/run", "/proc/run"])
+def test_an_unwritable_place_is_one_line(tmp_path: Path, place: str) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UsageError) as caught:
+        RunFolder.create(tmp_path / place, config())
+    assert "--out" in one_line(caught)
+    with pytest.raises(UsageError) as caught:
+        default_run_path(config(), tmp_path / place)
+    assert "--out" in one_line(caught)
+
+
+def test_opening_what_is_no_run_is_one_line(tmp_path: Path) -> None:
+    for path in (tmp_path, tmp_path / "absent"):
+        with pytest.raises(UsageError, match="no run here"):
+            RunFolder.open(path, lock=True)
+        assert not (path / ".lock").exists()
+
+
+def test_a_run_with_a_damaged_configuration_names_the_line(tmp_path: Path) -> None:
+    with RunFolder.create(tmp_path / "run", config()):
+        pass
+    text = (tmp_path / "run" / "config.toml").read_text()
+    (tmp_path / "run" / "config.toml").write_text(text.replace("momentum = 0.9", "momentum = 9.0"))
+    with pytest.raises(UsageError) as caught:
+        RunFolder.open(tmp_path / "run", lock=True)
+    assert "optim.momentum = 9.0" in one_line(caught)
+    assert "config.toml:" in one_line(caught)
+
+
+def test_two_processes_never_work_on_one_run(tmp_path: Path) -> None:
+    with RunFolder.create(tmp_path, config()):
+        assert is_held(tmp_path)
+    assert not is_held(tmp_path)
+    with held_by_another_process(tmp_path):
+        assert is_held(tmp_path)
+        with pytest.raises(UsageError, match="another process") as caught:
+            RunFolder.open(tmp_path, lock=True)
+        one_line(caught)
+        with RunFolder.open(tmp_path, lock=False) as folder:
+            assert folder.config == config()
+    with RunFolder.open(tmp_path, lock=True):  # the system let go of it when the process was killed
+        pass
+
+
+def test_a_lock_within_one_process_counts_too(tmp_path: Path) -> None:
+    held = Lock(tmp_path)
+    with pytest.raises(UsageError, match="another process"):
+        Lock(tmp_path)
+    held.release()
+    Lock(tmp_path).release()
+
+
+def test_a_run_refused_before_its_first_step_leaves_nothing(tmp_path: Path) -> None:
+    """A wrong data file must not use up the name given with --out."""
+    with pytest.raises(UsageError), RunFolder.create(tmp_path / "run", config()):
+        raise UsageError("no such beton")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_other_ends_and_foreign_files_are_left_alone(tmp_path: Path) -> None:
+    with pytest.raises(FastbyolError), RunFolder.create(tmp_path / "failed", config()):
+        raise FastbyolError("out of memory")
+    assert (tmp_path / "failed" / "config.toml").exists()
+    folder = RunFolder.create(tmp_path / "noted", config())
+    (folder.path / "notes.txt").touch()
+    with pytest.raises(UsageError), folder:
+        raise UsageError("no such beton")
+    assert [path.name for path in folder.path.iterdir()] == ["notes.txt"]
+    started = RunFolder.create(tmp_path / "started", config())
+    write_epochs(started, {})
+    with pytest.raises(UsageError), started:
+        raise UsageError("the test file went away")
+    assert (started.path / "config.toml").exists()
+
+
+def test_names_say_the_run_and_count_up(tmp_path: Path) -> None:
+    plain = config("model.norm=gn", "model.projector.norm=none", "model.predictor.norm=none")
+    assert default_run_path(plain, tmp_path).name == "gn-sgd0.8-mlp_none-s0-1"
+    assert default_run_path(plain, tmp_path).name == "gn-sgd0.8-mlp_none-s0-2"
+    (tmp_path / "gn-sgd0.8-mlp_none-s0-41").mkdir()
+    assert default_run_path(plain, tmp_path).name == "gn-sgd0.8-mlp_none-s0-42"
+    mixed = config("optim.name=lars", "model.predictor.norm=none", "model.ws=true", "train.seed=3")
+    assert default_run_path(mixed, tmp_path).name == "bn-lars0.2-mlp_bn_none-ws-s3-1"
+    with RunFolder.create(default_run_path(plain, tmp_path), plain) as folder:
+        assert folder.path.name.endswith("-43")
+
+
+def test_names_are_claimed_even_where_another_process_comes_between(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    taken = default_run_path(config(), tmp_path)
+    monkeypatch.setattr(Path, "iterdir", lambda self: iter(()))
+    assert default_run_path(config(), tmp_path).name == taken.name.removesuffix("1") + "2"
+
+
+def test_runs_are_listed_from_their_files(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    two = config("train.epochs=2")
+    nan = float("nan")
+    done = ({"state": "healthy", "accuracy": 31.5, "neg_cos": 0.2}, {"state": "collapsed", "accuracy": None, "neg_cos": 0.99})
+    with RunFolder.create(tmp_path / "b-done", two) as folder:
+        write_epochs(folder, *done)
+    with RunFolder.create(tmp_path / "c-stopped", two) as folder:
+        write_epochs(folder, {"state": "healthy", "accuracy": 12.0, "neg_cos": nan})
+    with RunFolder.create(tmp_path / "d-damaged", two) as folder:
+        (folder.path / "config.toml").write_text("[optim\n")
+    (tmp_path / "not-a-run").mkdir()
+    with RunFolder.create(tmp_path / "a-new", two):
+        rows = list_runs(tmp_path)
+    summary = [(row.name, row.status, row.state, row.epochs_done, row.epochs, row.accuracy, row.neg_cos) for row in rows]
+    assert summary == [
+        ("a-new", "running", None, 0, 2, None, None),
+        ("b-done", "done", "collapsed", 2, 2, 31.5, 0.99),
+        ("c-stopped", "stopped", "healthy", 1, 2, 12.0, None),
+    ]
+    assert "d-damaged" in caplog.text
+    with pytest.raises(UsageError):
+        list_runs(tmp_path / "absent")
+
+
+def test_listing_leaves_torch_alone() -> None:
+    code = "import sys; from fastbyol.engine import run_folder; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_env_json_is_json_and_its_loss_no_harm(tmp_path: Path) -> None:
+    json.dumps(run_folder.environment(), allow_nan=False)
+    with RunFolder.create(tmp_path, config()) as folder:
+        (tmp_path / "env.json").unlink()
+        assert folder.env == {}

@@ -1,0 +1,211 @@
+"""Batches of decoded images in the order of our permutation, from the device's memory where the set fits, else streamed."""
+
+from __future__ import annotations
+
+import weakref
+from abc import ABC, abstractmethod
+from collections.abc import Generator, Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastbyol.data import beton
+from fastbyol.data.beton import BetonInfo
+from fastbyol.data.decoder import Decoder
+from fastbyol.data.memory import available_bytes
+from fastbyol.data.order import permutation
+from fastbyol.data.prefetch import STALL_S, prefetch
+from fastbyol.errors import UsageError
+
+Cache = Literal["auto", "device", "none"]
+
+# Of what a device has free: "auto" leaves most of it to training, "device" was asked for by name.
+AUTO_SHARE = 0.4
+DEVICE_SHARE = 0.9
+# Images per call where a whole set is decoded: enough to occupy every core, short enough to stay interruptible.
+CHUNK = 1024
+CPU = torch.device("cpu")
+
+
+class Batch(NamedTuple):
+    """uint8 (B, H, W, 3) images and int64 (B,) sample ids (the index in the file), both on the loader's device."""
+
+    images: Tensor
+    ids: Tensor
+
+
+class Images(NamedTuple):
+    """A whole file in file order: uint8 (N, H, W, 3) and int64 (N,) or None, on the CPU."""
+
+    images: Tensor
+    labels: Tensor | None
+
+
+class Loader(ABC):
+    """Whole batches of one file. A batch is the caller's: nothing writes to it again.
+
+    Batch ``k`` of an epoch holds the samples ``permutation(...)[k * B : (k + 1) * B]``, however it gets to the device.
+    """
+
+    def __init__(self, info: BetonInfo, *, batch_size: int, seed: int, device: torch.device) -> None:
+        self.num_samples = info.num_samples
+        self.steps_per_epoch = info.num_samples // batch_size
+        self._batch_size, self._seed, self._device = batch_size, seed, device
+        self._running: weakref.WeakSet[Generator[Batch]] = weakref.WeakSet()
+        self._closed = False
+
+    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
+        """The batches of ``epoch`` from ``start_step`` on, where an interrupted run goes on."""
+        if self._closed:
+            raise ValueError("the loader is closed")
+        if not 0 <= start_step <= self.steps_per_epoch:
+            raise ValueError(f"start_step {start_step} is not in [0, {self.steps_per_epoch}]")
+        ids = permutation(self.num_samples, seed=self._seed, epoch=epoch)
+        steps = ids[: self.steps_per_epoch * self._batch_size].view(self.steps_per_epoch, self._batch_size)[start_step:]
+        batches = self._batches(steps)
+        self._running.add(batches)
+        return batches
+
+    @abstractmethod
+    def _batches(self, steps: Tensor) -> Generator[Batch]:
+        """Batches of the ids in the rows of ``steps``, int64 (steps, B) on the CPU."""
+
+    def close(self) -> None:
+        """End what is still running and let go of file and memory. Closing twice is fine."""
+        self._closed = True
+        for batches in list(self._running):
+            batches.close()
+
+    def __enter__(self) -> Loader:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+
+class ResidentLoader(Loader):
+    """The decoded set lies on the device; a batch is a gather there. No file and no thread once it is open."""
+
+    def __init__(self, decoder: Decoder, *, batch_size: int, seed: int, device: torch.device) -> None:
+        super().__init__(decoder.info, batch_size=batch_size, seed=seed, device=device)
+        with decoder:
+            self._images = _decode_all(decoder, device)
+
+    def _batches(self, steps: Tensor) -> Generator[Batch]:
+        for ids in _to_device(steps, self._device):
+            yield Batch(self._images.index_select(0, ids), ids)
+
+    def close(self) -> None:
+        super().close()
+        self._images = self._images[:0].clone()
+
+
+class StreamingLoader(Loader):
+    """One thread decodes a few batches ahead, each into memory of its own."""
+
+    def __init__(self, decoder: Decoder, *, batch_size: int, seed: int, device: torch.device, stall_s: float) -> None:
+        super().__init__(decoder.info, batch_size=batch_size, seed=seed, device=device)
+        self._decoder, self._stall_s = decoder, stall_s
+
+    def _batches(self, steps: Tensor) -> Generator[Batch]:
+        self._decoder.check_unchanged()
+        # Both sides own their tensors. On CUDA torch's pinned allocator reuses a block only after its copy is over, so no
+        # event needs to be waited for before the decoder goes on.
+        for images, ids in prefetch(self._decoded(steps), name=str(self._decoder.info.path), stall_s=self._stall_s):
+            yield Batch(_to_device(images, self._device), _to_device(ids, self._device))
+
+    def _decoded(self, steps: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        for ids in steps:
+            images = _host_images(len(ids), self._decoder, self._device)
+            self._decoder.decode(ids.numpy(), images.numpy())
+            yield images, ids
+
+    def close(self) -> None:
+        super().close()
+        self._decoder.close()
+
+
+def open_loader(
+    path: str | Path,
+    *,
+    batch_size: int,
+    seed: int,
+    device: torch.device | str,
+    cache: Cache,
+    workers: int,
+    size: int,
+    stall_s: float = STALL_S,
+) -> Loader:
+    """Verify ``path`` and open it for training.
+
+    ``cache``: "device" holds the decoded set on ``device``, "none" streams it, "auto" does the first if that takes at most 40 %
+    of what the device has free. ``size``: side of the images where the file's differ in size, pixels. ``workers``: decoding
+    threads, 0 for one a core (never more). ``stall_s``: seconds without a batch after which the stream counts as hanging.
+    UsageError: the file is missing or damaged, holds less than a batch, or does not fit where it was told to.
+    """
+    info, where = beton.inspect(path), torch.device(device)
+    if info.num_samples < batch_size:
+        raise UsageError(
+            f"{info.path}: {info.num_samples} images are less than one batch of train.batch_size = {batch_size}; "
+            f"take --batch-size {info.num_samples} or less, or more images"
+        )
+    resident = _is_resident(info, where, cache, size)
+    decoder = Decoder(info, size=size, workers=workers, in_memory=_fits_in_memory(info, size if resident else None))
+    if resident:
+        return ResidentLoader(decoder, batch_size=batch_size, seed=seed, device=where)
+    return StreamingLoader(decoder, batch_size=batch_size, seed=seed, device=where, stall_s=stall_s)
+
+
+def read_all(path: str | Path, *, workers: int, size: int) -> Images:
+    """Verify ``path`` and decode all of it, in file order. UsageError: missing, damaged, or more than the memory holds."""
+    info = beton.inspect(path)
+    _is_resident(info, CPU, "device", size)
+    with Decoder(info, size=size, workers=workers, in_memory=_fits_in_memory(info, size)) as decoder:
+        labels = decoder.labels()
+        return Images(_decode_all(decoder, CPU), None if labels is None else torch.from_numpy(labels))
+
+
+def _is_resident(info: BetonInfo, device: torch.device, cache: Cache, size: int) -> bool:
+    need, free = _decoded_bytes(info, size), available_bytes(device)
+    if cache == "device" and need > DEVICE_SHARE * free:
+        raise UsageError(
+            f"{info.path}: the decoded images take {need / 1e9:.3g} GB of the {free / 1e9:.3g} GB that {device} has free; "
+            "take data.cache = 'none', a smaller size or fewer images"
+        )
+    return cache == "device" or (cache == "auto" and need <= AUTO_SHARE * free)
+
+
+def _decoded_bytes(info: BetonInfo, size: int) -> int:
+    height, width = info.uniform_size or (size, size)
+    return info.num_samples * height * width * 3
+
+
+def _fits_in_memory(info: BetonInfo, size: int | None) -> bool:
+    """Whether the file itself can be read at once; ``size`` given, beside all of its decoded images."""
+    beside = 0 if size is None else _decoded_bytes(info, size)
+    return info.num_bytes + beside <= AUTO_SHARE * available_bytes(CPU)
+
+
+def _decode_all(decoder: Decoder, device: torch.device) -> Tensor:
+    count = decoder.info.num_samples
+    images = torch.empty((count, *decoder.shape), dtype=torch.uint8, device=device)
+    for first in range(0, count, CHUNK):
+        rows = images[first : first + CHUNK]
+        part = rows if device.type == "cpu" else _host_images(len(rows), decoder, device)
+        decoder.decode(np.arange(first, first + len(rows)), part.numpy())
+        if part is not rows:
+            rows.copy_(part, non_blocking=True)
+    decoder.check_unchanged()
+    return images
+
+
+def _host_images(count: int, decoder: Decoder, device: torch.device) -> Tensor:
+    return torch.empty((count, *decoder.shape), dtype=torch.uint8, pin_memory=device.type == "cuda")
+
+
+def _to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)

@@ -1,0 +1,46 @@
+"""How many bytes a device can still hold, containers' limits included."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+MEMINFO = Path("/proc/meminfo")
+OWN_CGROUP = Path("/proc/self/cgroup")
+CGROUPS = Path("/sys/fs/cgroup")
+
+
+def available_bytes(device: torch.device) -> int:
+    """Free memory of ``device``: what CUDA reports, or for a CPU what the system and its control groups still give."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return min(_system_bytes(), *_cgroup_bytes())
+
+
+def _system_bytes() -> int:
+    """``MemAvailable``: what can be had without swapping, the page cache counted as free."""
+    lines = dict(line.split(":", 1) for line in MEMINFO.read_text().splitlines())
+    return int(lines["MemAvailable"].split()[0]) * 1024
+
+
+def _cgroup_bytes() -> list[int]:
+    """What is left in each control group (version 2) around this process; a huge number where there is none."""
+    left = [2**62]
+    own = OWN_CGROUP.read_text().splitlines() if OWN_CGROUP.exists() else []
+    for line in own:
+        if line.startswith("0::"):
+            folder = CGROUPS / line[3:].lstrip("/")
+            left += [_left(group) for group in (folder, *folder.parents) if group.is_relative_to(CGROUPS)]
+    return left
+
+
+def _left(group: Path) -> int:
+    try:
+        limit = (group / "memory.max").read_text().strip()
+        used = int((group / "memory.current").read_text())
+        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+    except OSError:
+        return 2**62
+    # The group's page cache counts as used and is given back on demand.
+    return 2**62 if limit == "max" else max(0, int(limit) - used + int(stat["inactive_file"]))

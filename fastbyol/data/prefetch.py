@@ -1,0 +1,94 @@
+"""Make items in a thread, a few ahead of their use, so that no failure of that thread can hang the consumer."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import threading
+import time
+import weakref
+from collections.abc import Iterable, Iterator
+from queue import Empty, Full, Queue
+from typing import Any, Generic, TypeVar
+
+from fastbyol.errors import FastbyolError
+
+T = TypeVar("T")
+POLL_S = 0.05
+STALL_S = 60.0
+# A process that ends while a thread of it is in native code can die of that: Python ends such a thread as it comes back from
+# there, which C++ takes for an error.
+_running: weakref.WeakSet[_Worker[Any]] = weakref.WeakSet()
+
+
+def prefetch(source: Iterable[T], *, name: str, ahead: int = 3, stall_s: float = STALL_S) -> Iterator[T]:
+    """The items of ``source``, in order, up to ``ahead`` + 1 of them made in advance by one thread.
+
+    What ``source`` raises is raised here, after the items before it. ``FastbyolError`` about ``name`` if no item comes for
+    ``stall_s`` seconds. Closing the iterator (or dropping it: a ``break``, an exception in the loop's body) ends the thread and
+    waits for it, at most as long as one item takes.
+    """
+    worker = _Worker(source, name, ahead)
+    worker.start()
+    _running.add(worker)
+    try:
+        while (box := worker.take(stall_s)) is not None:
+            yield box[0]
+    finally:
+        worker.stop(stall_s)
+
+
+class _Worker(threading.Thread, Generic[T]):
+    def __init__(self, source: Iterable[T], name: str, ahead: int) -> None:
+        super().__init__(name=f"prefetch {name}", daemon=True)
+        self._source = source
+        self._boxes: Queue[tuple[T] | None] = Queue(ahead)
+        self._stopping = threading.Event()
+        self._failure: BaseException | None = None
+        self._hangs = False
+
+    def run(self) -> None:
+        try:
+            for item in self._source:
+                self._offer((item,))
+                if self._stopping.is_set():
+                    return
+        except BaseException as error:  # also SystemExit: whatever ends this thread must end the wait for it
+            self._failure = error
+        self._offer(None)
+
+    def _offer(self, box: tuple[T] | None) -> None:
+        while not self._stopping.is_set():
+            with contextlib.suppress(Full):
+                self._boxes.put(box, timeout=POLL_S)
+                return
+
+    def take(self, stall_s: float) -> tuple[T] | None:
+        """The next item in a box; None at the end."""
+        deadline = time.monotonic() + stall_s
+        while True:
+            try:
+                box = self._boxes.get(timeout=POLL_S)
+            except Empty:
+                if time.monotonic() > deadline:
+                    self._hangs = True
+                    raise FastbyolError(f"{self.name}: nothing for {stall_s:g} s, its thread hangs; start again") from None
+                continue
+            if box is None and self._failure is not None:
+                failure, self._failure = self._failure, None
+                raise failure
+            return box
+
+    def stop(self, patience_s: float) -> None:
+        self._stopping.set()
+        deadline = time.monotonic() + patience_s
+        while self.is_alive() and not self._hangs and time.monotonic() < deadline:
+            while not self._boxes.empty():
+                self._boxes.get_nowait()
+            self.join(POLL_S)
+
+
+@atexit.register
+def _stop_all() -> None:
+    for worker in list(_running):
+        worker.stop(STALL_S)

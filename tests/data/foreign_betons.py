@@ -1,0 +1,140 @@
+"""Betons by FFCV's own writer, and what FFCV's own Loader makes of them: run as a script, its process is FFCV's alone.
+
+    python foreign_betons.py write FOLDER      writes NAME.beton for all NAMES
+    python foreign_betons.py decode FOLDER     writes decoded.npz: for each of DECODED uint8 (N, H, W, 3) in file order
+
+``made()`` and ``decoded_by_ffcv()`` do that once. The pixels of sample i are ``pixels(name, i)``, its label is ``label(i)``.
+"""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import multiprocessing
+import shutil
+import subprocess
+import sys
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+COUNT = 203
+SIZE = 16
+PAGE_BYTES = 1 << 21
+NAMES = ("raw", "jpg", "foreign", "unlabelled", "mixed", "mixed_jpg")
+DECODED = ("jpg", "foreign", "mixed", "mixed_jpg")
+
+
+@functools.cache
+def made() -> Path:
+    """The folder of the files, deleted at exit."""
+    folder = Path(tempfile.mkdtemp(prefix="foreign-betons-"))
+    atexit.register(shutil.rmtree, folder)
+    _run("write", folder)
+    return folder
+
+
+@functools.cache
+def decoded_by_ffcv() -> dict[str, NDArray[np.uint8]]:
+    """What FFCV's own Loader and decoders make of the files."""
+    _run("decode", made())
+    with np.load(made() / "decoded.npz") as arrays:
+        return dict(arrays)
+
+
+def _run(*arguments: str | Path) -> None:
+    subprocess.run([sys.executable, __file__, *arguments], check=True, timeout=120, stderr=subprocess.DEVNULL)
+
+
+def label(i: int) -> int:
+    """Negative ones too."""
+    return (7 * i) % 10 - 3
+
+
+def shape(name: str, i: int) -> tuple[int, int]:
+    """(height, width); mixed sets hold sides below, at and above ``SIZE``, and every third is 32 high and wide."""
+    if not name.startswith("mixed"):
+        return 24, 20
+    return (32, 48) if i % 3 == 0 else (10 + i % 23, 12 + i % 31)
+
+
+def pixels(name: str, i: int) -> NDArray[np.uint8]:
+    """Noise for raw files, a smooth picture for JPEG."""
+    height, width = shape(name, i)
+    rng = np.random.default_rng([NAMES.index(name), i])
+    if "jpg" not in name and name != "foreign":
+        return rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
+    y, x = np.arange(height)[:, None, None], np.arange(width)[None, :, None]
+    slope = rng.uniform(-3, 3, (2, 3))
+    return np.clip(rng.integers(60, 190, 3) + y * slope[0] + x * slope[1], 0, 255).astype(np.uint8)
+
+
+def rows(name: str, columns: tuple[str, ...]) -> list[tuple[Any, ...]]:
+    """All samples, values in the order of a file's fields. Made beforehand: FFCV's writer waits for ever on a failing item."""
+
+    def row(i: int) -> tuple[Any, ...]:
+        values = {"image": pixels(name, i), "label": label(i), "float": i / 7, "json": {"index": i}}
+        values |= {"bytes": np.arange(i % 9 + 1, dtype=np.uint8), "array": np.full((2, 3), i, np.float32)}
+        return tuple(values[column] for column in columns)
+
+    return [row(i) for i in range(COUNT)]
+
+
+def _write(folder: Path) -> None:
+    from ffcv.fields import BytesField, FloatField, IntField, JSONField, NDArrayField, RGBImageField
+    from ffcv.writer import DatasetWriter
+
+    def plain(**options: Any) -> dict[str, tuple[str, Any]]:
+        return {"image": ("image", RGBImageField(**options)), "label": ("label", IntField())}
+
+    files = {
+        "raw": plain(write_mode="raw"),
+        "jpg": plain(write_mode="jpg", jpeg_quality=95),
+        "foreign": {
+            "meta": ("json", JSONField()),
+            "target": ("label", IntField()),
+            "weight": ("float", FloatField()),
+            "blob": ("bytes", BytesField()),
+            "picture": ("image", RGBImageField(write_mode="jpg", jpeg_quality=90)),
+            "vector": ("array", NDArrayField(np.dtype("float32"), (2, 3))),
+        },
+        "unlabelled": {"image": ("image", RGBImageField(write_mode="raw"))},
+        "mixed": plain(write_mode="raw"),
+        "mixed_jpg": plain(write_mode="proportion", compress_probability=0.5),
+    }
+    for name, fields in files.items():
+        columns = tuple(column for column, _ in fields.values())
+        typed = {key: field for key, (_, field) in fields.items()}
+        writer = DatasetWriter(str(folder / f"{name}.beton"), typed, page_size=PAGE_BYTES, num_workers=1)
+        writer.from_indexed_dataset(rows(name, columns))
+
+
+def _decode(path: Path, image: str, others: list[str], crop: bool) -> NDArray[np.uint8]:
+    from ffcv.fields.rgb_image import CenterCropRGBImageDecoder, SimpleRGBImageDecoder
+    from ffcv.loader import Loader
+    from ffcv.transforms import ToTensor
+
+    decoder = CenterCropRGBImageDecoder((SIZE, SIZE), 1.0) if crop else SimpleRGBImageDecoder()
+    pipelines = {image: [decoder, ToTensor()], **dict.fromkeys(others)}
+    batches = Loader(str(path), batch_size=64, num_workers=1, os_cache=True, pipelines=pipelines, drop_last=False)
+    return np.concatenate([batch[0].numpy().copy() for batch in batches])
+
+
+def _decode_all(folder: Path) -> None:
+    decoded = {}
+    for name in DECODED:
+        image, others = (
+            ("picture", ["meta", "target", "weight", "blob", "vector"]) if name == "foreign" else ("image", ["label"])
+        )
+        decoded[name] = _decode(folder / f"{name}.beton", image, others, name.startswith("mixed"))
+    np.savez(folder / "decoded.npz", allow_pickle=False, **decoded)
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")
+    multiprocessing.set_start_method("fork")  # what FFCV's writer is made for
+    {"write": _write, "decode": _decode_all}[sys.argv[1]](Path(sys.argv[2]))

@@ -1,0 +1,96 @@
+"""Epoch orders: permutations by an independent Philox, uniform, independent between epochs and seeds."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+
+from fastbyol.data import order
+
+SEEDS = st.integers(0, 2**63 - 1)
+EPOCHS = st.integers(0, 2**31)
+# The draws are fixed, so a test of a good generator fails never or always; 1e-3 leaves one in a thousand seeds to avoid.
+LEAST_P = 1e-3
+
+
+def philox_key(sample: int, seed: int, epoch: int) -> int:
+    """Philox 4x32-10 in Python integers, from the paper's formulas, and the first two words as one signed number."""
+    word = 2**32 - 1
+    x = [sample & word, epoch & word, 0, (sample >> 32) << 8 & word | 2]
+    k = [seed & word, seed >> 32]
+    for _ in range(10):
+        a, b = x[0] * 0xD2511F53, x[2] * 0xCD9E8D57
+        x = [(b >> 32) ^ x[1] ^ k[0], b & word, (a >> 32) ^ x[3] ^ k[1], a & word]
+        k = [(k[0] + 0x9E3779B9) & word, (k[1] + 0xBB67AE85) & word]
+    return (x[0] << 32 | x[1]) - 2**63
+
+
+@given(st.lists(st.integers(0, 2**56 - 1), min_size=1, max_size=20), SEEDS, EPOCHS)
+def test_keys_are_philox_of_sample_and_epoch(ids: list[int], seed: int, epoch: int) -> None:
+    keys = order.sort_keys(torch.tensor(ids), seed=seed, epoch=epoch)
+    assert keys.tolist() == [philox_key(i, seed, epoch) for i in ids]
+
+
+@given(st.integers(1, 3000), SEEDS, EPOCHS)
+def test_is_the_permutation_that_sorts_the_keys(count: int, seed: int, epoch: int) -> None:
+    found = order.permutation(count, seed=seed, epoch=epoch)
+    keys = order.sort_keys(torch.arange(count), seed=seed, epoch=epoch).numpy()
+    assert found.dtype == torch.int64
+    assert found.tolist() == sorted(range(count), key=keys.__getitem__)
+
+
+@settings(max_examples=10)
+@given(st.integers(1, 40), SEEDS, st.integers(1, 7))
+def test_does_not_depend_on_the_chunk(count: int, seed: int, chunk: int) -> None:
+    whole = order.permutation(count, seed=seed, epoch=3)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(order, "CHUNK", chunk)
+        assert torch.equal(order.permutation(count, seed=seed, epoch=3), whole)
+
+
+@pytest.mark.parametrize("count", [order.CHUNK - 1, order.CHUNK, order.CHUNK + 1, 105_000, 1_300_000])
+def test_large_sets_hold_every_sample_once(count: int) -> None:
+    found = order.permutation(count, seed=2**63 - 1, epoch=1)
+    assert torch.equal(found.sort().values, torch.arange(count))
+
+
+def orders_of_four(seed: int, num_epochs: int) -> np.ndarray:
+    """Which of the 24 orders of four samples each epoch has."""
+    keys = order.sort_keys(torch.arange(4), seed=seed, epoch=torch.arange(num_epochs)[:, None]).numpy()
+    index = {p: k for k, p in enumerate(itertools.permutations(range(4)))}
+    return np.array([index[tuple(row)] for row in np.argsort(keys, axis=1, kind="stable").tolist()])
+
+
+@pytest.mark.parametrize("seed", [0, 1, 12345])
+def test_all_orders_are_equally_likely(seed: int) -> None:
+    assert stats.chisquare(np.bincount(orders_of_four(seed, 24_000), minlength=24)).pvalue > LEAST_P
+
+
+def test_every_sample_is_equally_likely_at_every_place() -> None:
+    table = np.zeros((40, 40))
+    for epoch in range(4000):
+        table[np.arange(40), order.permutation(40, seed=7, epoch=epoch).numpy()] += 1
+    # Rows and columns are full, which leaves 39 * 39 degrees of freedom; the scale makes up for the dependence.
+    statistic = ((table - 100.0) ** 2 / 100.0).sum() * 39 / 40
+    assert LEAST_P < stats.chi2.sf(statistic, 39 * 39) < 1 - LEAST_P
+
+
+@pytest.mark.parametrize(("seeds", "lag"), [((5, 5), 1), ((5, 6), 0), ((5, 6), 1), ((5, 5 + 2**32), 0)])
+def test_epochs_and_seeds_are_independent(seeds: tuple[int, int], lag: int) -> None:
+    """Also seed s at epoch e + 1 against seed s + 1 at epoch e, which a sum of both would make equal."""
+    first, second = orders_of_four(seeds[0], 30_001), orders_of_four(seeds[1], 30_001)
+    first, second = (first[lag:], second[:-lag]) if lag else (first, second)
+    table = np.histogram2d(first, second, bins=24)[0]
+    assert stats.chi2_contingency(table).pvalue > LEAST_P
+
+
+@pytest.mark.parametrize(("count", "epoch"), [(0, 0), (-1, 0), (3, -1)])
+def test_refuses_what_has_no_order(count: int, epoch: int) -> None:
+    with pytest.raises(ValueError, match="no permutation"):
+        order.permutation(count, seed=0, epoch=epoch)

@@ -218,12 +218,13 @@ def _gather(workers: list[Any], results: Any, items: CheckedItems, send: Send) -
     allocations: list[Any] = []
     given, begun = 0, 0
     while given < len(workers):
-        ended = all(worker.exitcode is not None for worker in workers)
+        # A worker's result is in the pipe before it ends, so counting the ended ones first misses none.
+        ended = sum(worker.exitcode is not None for worker in workers)
         try:
             allocations.extend(results.get(timeout=POLL_S))
             given += 1
         except queue.Empty:
-            if ended:
+            if ended > given:
                 _report_dead(workers, items)
         if any(worker.exitcode not in (None, 0) for worker in workers):
             _report_dead(workers, items)

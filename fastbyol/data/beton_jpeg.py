@@ -16,8 +16,8 @@ WINDOW_BYTES = 512
 CHUNK_IMAGES = 8192
 # A frame header needs 10 bytes of the window: marker, length, precision, height, width, components.
 FRAME_BYTES = 10
-# More segments than this before the frame header is no picture that a writer made.
-MAX_SEGMENTS = 512
+# A frame header further back than this many reads is no picture that a writer made.
+MAX_WINDOWS = 512
 
 _FRAMES = np.zeros(256, bool)
 _FRAMES[[0xC0, 0xC1, 0xC2]] = True
@@ -47,7 +47,7 @@ def _chunk_sizes(fd: int, starts: NDArray[np.int64], sizes: NDArray[np.int64]) -
     found = np.zeros((len(starts), 2), np.int64)
     position = np.full(len(starts), 2)
     live = np.flatnonzero(whole)
-    for _ in range(MAX_SEGMENTS):
+    for _ in range(MAX_WINDOWS):
         live = live[position[live] + FRAME_BYTES <= sizes[live]]
         if not live.size:
             break

@@ -8,7 +8,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from fastbyol.data import source_cifar, source_folders, source_npz, source_stl10
+from fastbyol.data import source_cifar, source_folders, source_npz, source_stl10, source_textures
 from fastbyol.errors import UsageError
 
 KINDS = ("textures", "stl10", "cifar10", "cifar100", "npz", "classes", "folder")
@@ -53,8 +53,6 @@ def open_source(
     if kind == "textures" or (kind is None and source == "textures"):
         if split is not None:
             raise UsageError(f"textures: has no split {split!r}; take another --seed for another set")
-        from fastbyol.data import source_textures  # TODO top
-
         return source_textures.open_textures(count=count, size=32 if size is None else size, seed=seed)
     path = Path(source)
     try:

@@ -7,23 +7,37 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from numpy.typing import NDArray
 
 
-def written(path: Path, fields: dict[str, Any], samples: list[tuple[Any, ...]], *, page_bytes: int = 1 << 21) -> Path:
-    """``samples`` through FFCV's own writer, in a process of its own as it forks."""
-    process = multiprocessing.get_context("fork").Process(target=_write, args=(path, fields, samples, page_bytes))
-    process.start()
+def write_all(files: dict[Path, tuple[dict[str, str], list[tuple[Any, ...]]]]) -> None:
+    """FFCV's own writer for each path: fields as name -> kind (see ``_write_all``), and the samples; pages of 2 MiB."""
+    process = multiprocessing.get_context("spawn").Process(target=_write_all, args=(files,))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NUMBA_DISABLE_JIT", "1")  # writing runs nothing compiled
+        process.start()
     process.join()
     assert process.exitcode == 0
-    return path
 
 
-def _write(path: Path, fields: dict[str, Any], samples: list[tuple[Any, ...]], page_bytes: int) -> None:
+def _write_all(files: dict[Path, tuple[dict[str, str], list[tuple[Any, ...]]]]) -> None:
+    from ffcv.fields import BytesField, FloatField, IntField, JSONField, NDArrayField, RGBImageField
     from ffcv.writer import DatasetWriter
 
-    multiprocessing.set_start_method("fork", force=True)
-    DatasetWriter(str(path), fields, page_size=page_bytes, num_workers=1).from_indexed_dataset(samples)
+    multiprocessing.set_start_method("fork", force=True)  # what FFCV's writer is made for
+    kinds = {
+        "raw": lambda: RGBImageField(write_mode="raw"),
+        "jpg": lambda: RGBImageField(write_mode="jpg", jpeg_quality=90),
+        "int": IntField,
+        "float": FloatField,
+        "json": JSONField,
+        "bytes": BytesField,
+        "array": lambda: NDArrayField(np.dtype("float32"), (2, 3)),
+    }
+    for path, (fields, samples) in files.items():
+        made = {name: kinds[kind]() for name, kind in fields.items()}
+        DatasetWriter(str(path), made, page_size=1 << 21, num_workers=1).from_indexed_dataset(samples)
 
 
 def loaded(path: Path) -> tuple[NDArray[np.uint8], list[int] | None]:

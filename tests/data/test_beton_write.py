@@ -1,0 +1,287 @@
+"""The writer always ends: whole under its name, or an error in time with nothing left behind."""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import ffcv_files
+from fastbyol.data import beton, beton_write
+from fastbyol.errors import FastbyolError, UsageError
+
+
+@dataclass(frozen=True)
+class Items:
+    """Noise; ``fault`` happens at item ``at``."""
+
+    count: int = 200
+    side: int = 16
+    fault: str = ""
+    at: int = 130
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> tuple[object, ...]:
+        image = np.random.default_rng(index).integers(0, 256, (self.side, self.side + index % 3, 3), np.uint8)
+        return FAULTS[self.fault](image, index) if index == self.at and self.fault else (image, index - 5)
+
+    def name(self, index: int) -> str:
+        return f"picture {index}"
+
+
+def _fail(image: np.ndarray, index: int) -> tuple[object, ...]:
+    raise RuntimeError("lost it")
+
+
+def _unreadable(image: np.ndarray, index: int) -> tuple[object, ...]:
+    raise beton.UnreadableItemError("cut short")
+
+
+def _die(image: np.ndarray, index: int) -> tuple[object, ...]:
+    os.kill(os.getpid(), signal.SIGKILL)
+    return (image, index)
+
+
+def _leave(image: np.ndarray, index: int) -> tuple[object, ...]:
+    os._exit(0)
+
+
+def _exit(image: np.ndarray, index: int) -> tuple[object, ...]:
+    sys.exit("enough")
+
+
+def _sleep(image: np.ndarray, index: int) -> tuple[object, ...]:
+    time.sleep(600)
+    return (image, index)
+
+
+FAULTS: dict[str, Callable[[np.ndarray, int], tuple[object, ...]]] = {
+    "fail": _fail,
+    "unreadable": _unreadable,
+    "die": _die,
+    "leave": _leave,
+    "exit": _exit,
+    "sleep": _sleep,
+    "float": lambda image, index: (image / 255, index),
+    "grey": lambda image, index: (image[..., 0], index),
+    "list": lambda image, index: (image.tolist(), index),
+    "flat": lambda image, index: (image[:0], index),
+    "wide": lambda image, index: (np.zeros((1, 16385, 3), np.uint8), index),
+    "large": lambda image, index: (np.zeros((900, 900, 3), np.uint8), index),
+    "no label": lambda image, index: (image,),
+    "text label": lambda image, index: (image, "cat"),
+    "real label": lambda image, index: (image, 1.0),
+    "huge label": lambda image, index: (image, 2**63),
+}
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    """Holds an older file, which every failure must leave alone."""
+    path = tmp_path / "out.beton"
+    path.write_text("older")
+    return path
+
+
+def demand_untouched(out: Path) -> None:
+    assert [path.name for path in out.parent.iterdir()] == [out.name]
+    assert out.read_text() == "older"
+    deadline = time.monotonic() + 5.0
+    while _writers() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not _writers()
+    assert not list(Path("/dev/shm").glob("psm_*"))
+
+
+def _writers() -> list[str]:
+    """Processes of a writing child of this process, dead ones aside."""
+    marks = subprocess.run(["ps", "-eo", "pid,stat,args"], capture_output=True, text=True, check=True).stdout.splitlines()
+    return [line for line in marks if "beton_child" in line and line.endswith(f" {os.getpid()}") and " Z" not in line]
+
+
+def write(out: Path, items: Items, **options: object) -> beton.BetonInfo:
+    options = {"labelled": True, "overwrite": True, "page_bytes": 1 << 21, "workers": 2} | options
+    return beton.write(out, items, **options)  # type: ignore[arg-type]
+
+
+def test_what_is_written_is_what_ffcv_reads(out: Path) -> None:
+    seen: list[int] = []
+    info = write(out, Items(), progress=lambda done, total: seen.append(done))
+    assert (info.path, info.num_samples, info.label_field) == (out, 200, "label")
+    images, labels = ffcv_files.regions(out)
+    assert labels == [k - 5 for k in range(200)]
+    for k, image in enumerate(images):
+        np.testing.assert_array_equal(image, Items()[k][0])
+    assert seen == sorted(seen)
+    assert seen[-1] == 200
+    assert [path.name for path in out.parent.iterdir()] == [out.name]
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_many_pages_and_no_labels(out: Path, workers: int) -> None:
+    """9 images fill a page of 2 MiB, so that workers take turns at 23 pages."""
+    items = Items(side=270)
+    write(out, items, labelled=False, workers=workers)
+    images, labels = ffcv_files.regions(out)
+    assert labels is None
+    assert all(np.array_equal(image, items[k][0]) for k, image in enumerate(images))
+
+
+@pytest.mark.parametrize(
+    ("fault", "kind", "words"),
+    [
+        ("fail", UsageError, "item 130 (picture 130) RuntimeError: lost it"),
+        ("float", UsageError, "item 130 (picture 130) is float64"),
+        ("die", FastbyolError, "ended by signal 9 while these were in work: item"),
+        ("leave", FastbyolError, "ended with status 0"),
+        ("exit", FastbyolError, "SystemExit: enough"),
+    ],
+)
+def test_faults_end_the_writing(out: Path, fault: str, kind: type[FastbyolError], words: str) -> None:
+    started = time.monotonic()
+    with pytest.raises(FastbyolError) as caught:
+        write(out, Items(fault=fault))
+    assert type(caught.value) is kind
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert time.monotonic() - started < 30
+    demand_untouched(out)
+
+
+def test_a_stall_ends_the_writing(out: Path) -> None:
+    with pytest.raises(FastbyolError, match="no item was read for 6 s"):
+        write(out, Items(fault="sleep"), stall_s=6.0)
+    demand_untouched(out)
+
+
+@pytest.mark.parametrize("stop", [False, True])
+def test_unreadable_items_are_gathered(out: Path, stop: bool) -> None:
+    with pytest.raises(beton.UnreadableItemsError, match=r"1 of 200 items .* item 130: cut short") as caught:
+        write(out, Items(fault="unreadable"), stop_at_unreadable=stop)
+    assert caught.value.items == ((130, "cut short"),)
+    demand_untouched(out)
+
+
+def test_a_full_disk_ends_the_writing(out: Path) -> None:
+    """A limit on the size of files breaks writes off half way, as a full disk does."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (3 << 20, before[1]))
+    try:
+        with pytest.raises(FastbyolError, match="make room"):
+            write(out, Items(side=270))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    demand_untouched(out)
+
+
+def test_interrupted_by_the_caller(out: Path) -> None:
+    def progress(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write(out, Items(), progress=progress)
+    demand_untouched(out)
+
+
+def test_a_file_that_came_meanwhile_is_kept(out: Path) -> None:
+    out.unlink()
+    with pytest.raises(UsageError, match="exists already"):
+        write(out, Items(count=3), overwrite=False, progress=lambda done, total: out.write_text("older"))  # type: ignore[arg-type]
+    demand_untouched(out)
+
+
+def test_without_ffcv(out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "shadow").mkdir()
+    (tmp_path / "shadow" / "ffcv.py").touch()
+    monkeypatch.syspath_prepend(tmp_path / "shadow")
+    with pytest.raises(FastbyolError, match=r"ModuleNotFoundError.*doctor"):
+        write(out, Items())
+
+
+def test_wrong_arguments(out: Path) -> None:
+    for options in ({"mode": "png"}, {"quality": 101}, {"workers": -1}, {"page_bytes": 1 << 20}, {"page_bytes": 3 << 20}):
+        with pytest.raises(UsageError, match="must be"):
+            write(out, Items(), **options)
+    with pytest.raises(UsageError, match="empty"):
+        write(out, Items(count=0))
+    with pytest.raises(UsageError, match="--overwrite"):
+        write(out, Items(), overwrite=False)
+    demand_untouched(out)
+
+
+def test_leftovers_of_the_dead_are_removed(out: Path) -> None:
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    prefix = beton_write._temporary_prefix(out)
+    kept = {f"{prefix}{os.getpid()}-00c0ffee.tmp", f"{prefix}1-00c0ffee.tmp", f".{out.name}.elsewhere-{ended.pid}-00c0ffee.tmp"}
+    kept |= {f".other.{prefix[1:]}{ended.pid}-00c0ffee.tmp", f"{prefix}{ended.pid}-notes.tmp"}
+    for name in (*kept, f"{prefix}{ended.pid}-00c0ffee.tmp"):
+        (out.parent / name).touch()
+    beton_write.remove_leftovers(out)
+    assert {path.name for path in out.parent.iterdir()} == kept | {out.name}
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        ("grey", "of shape (16, 17), not uint8 (height, width, 3)"),
+        ("list", "is a list"),
+        ("flat", "17 x 0 pixels"),
+        ("wide", "16385 x 1 pixels"),
+        ("large", "more than a page"),
+        ("no label", "no integer label"),
+        ("text label", "no integer label but ('cat',)"),
+        ("real label", "no integer label"),
+        ("huge label", "64 bits"),
+    ],
+)
+def test_items_are_checked_before_ffcv_sees_them(fault: str, words: str) -> None:
+    from fastbyol.data import beton_child
+
+    sent: list[dict[str, object]] = []
+    job = beton_write.Job("", Items(fault=fault, at=1), True, "raw", 90, 1, 1 << 21)
+    items = beton_child.CheckedItems(job, lambda **message: sent.append(message))
+    items[0]
+    with pytest.raises(ValueError, match=r".") as caught:
+        items[1]
+    assert words in str(caught.value)
+    assert sent == [{"error": f"item 1 (picture 1) {caught.value}", "kind": "item"}]
+    assert items.in_work() == [1]
+
+
+def test_writes_are_whole_or_errors() -> None:
+    from fastbyol.data.beton_child import WholeWrites
+
+    class Disk:
+        """Takes 5 bytes at a time, 12 in all."""
+
+        def __init__(self) -> None:
+            self.held = b""
+
+        def write(self, data: memoryview) -> int:
+            if len(self.held) == 12:
+                raise OSError(errno.ENOSPC, "full")
+            part = bytes(data[: min(5, 12 - len(self.held))])
+            self.held += part
+            return len(part)
+
+        def seek(self, *_: int) -> None: ...
+        def close(self) -> None: ...
+
+    disk = Disk()
+    WholeWrites(disk).write(b"abcdefghijk")
+    assert disk.held == b"abcdefghijk"
+    with pytest.raises(OSError, match="full"):
+        WholeWrites(disk).write(b"lm")

@@ -130,12 +130,6 @@ def flatten_table(table: Mapping[str, object], prefix: str = "") -> dict[str, ob
     return flat
 
 
-def rows(loaded: Loaded) -> list[tuple[str, str, str]]:
-    """(dotted key, value as TOML, origin) of every field: what ``presets show`` prints."""
-    values = flatten(loaded.config).items()
-    return [(key, "none" if value is None else toml_value(value), loaded.origin[key]) for key, value in values]
-
-
 def presets() -> tuple[str, ...]:
     """Names of the presets, sorted."""
     return tuple(sorted(path.stem for path in _preset_folder().glob("*.toml")))

@@ -201,16 +201,12 @@ def _train(loaded: Loaded, out: Path | None, observer: Any) -> Summary:
 
 def _load(preset: str | None, file: Path | None, sets: Sequence[str], flags: Mapping[str, tuple[str, object]]) -> Loaded:
     """Where nobody names a preset, the device decides: blog needs a GPU, demo is made for two cores."""
-    from dataclasses import replace
-
     from fastbyol import config_io
 
-    loaded = config_io.load(preset=preset, file=file, sets=sets, flags=flags)
-    if loaded.origin["preset"] != "default":
-        return loaded
-    name = "blog" if _has_gpu(loaded.config.train.device) else "demo"
-    loaded = config_io.load(preset=name, file=file, sets=sets, flags=flags)
-    return replace(loaded, origin=loaded.origin | {"preset": "default for this device"})
+    said = config_io.said(preset=preset, file=file, sets=sets, flags=flags)
+    device = said["train.device"].value if "train.device" in said else "auto"
+    default = "blog" if "preset" in said or _has_gpu(str(device)) else "demo"
+    return config_io.load(preset=preset, file=file, sets=sets, flags=flags, default=default)
 
 
 def _has_gpu(device: str) -> bool:

@@ -57,6 +57,7 @@ def beton(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def unlabelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
     import numpy as np
+
     from fastbyol.data.convert import convert
 
     folder = tmp_path_factory.mktemp("cli")
@@ -201,6 +202,15 @@ def test_flags_reach_the_configuration(run, beton: Path, tmp_path: Path) -> None
     assert config.optim.lars_on == ("encoder.layer1", "encoder.layer2", "projector")
     assert config.optim.lr_mult == (("encoder.layer1", 4.0),)
     assert config.train.seed == 7
+
+
+def test_the_preset_that_nobody_named_fits_the_device(run, tmp_path: Path) -> None:
+    """A batch of 256 is blog's; demo's fits 200 images, and the line says that the textures set was taken."""
+    small = ["--set", "data.textures_count=200", "--set", "data.textures_test_count=64", "--epochs", "1", "--batch-size", "64"]
+    code, out, err = run("train", *[flag for flag in TINY if flag != "--batch-size=8"], *small, "--out", "run")
+    assert code == 0, err
+    assert "preset demo, no --data given, so the embedded textures set: 200 images of 16 px" in out
+    assert 'preset = "demo"' in (tmp_path / "run" / "config.toml").read_text()
 
 
 def test_presets_list_show_copy(run, tmp_path: Path) -> None:

@@ -15,7 +15,12 @@ def test_every_build_compiles_and_costs_what_the_table_says() -> None:
     """In a process of its own, since interpreted kernels cannot be compiled."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [sys.executable, "-m", "fastbyol_kernels.aot"], env=environment, capture_output=True, text=True, timeout=600, check=False
+        [sys.executable, "-m", "fastbyol_kernels.aot"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=900,
+        check=False,
     )
     assert done.returncode == 0, done.stderr[-2000:]
     kept = TABLE.read_text()

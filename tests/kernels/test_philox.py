@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from fastbyol_kernels.philox import DOMAIN_ORDER, DOMAIN_VIEWS, philox4x32, split_id, uniform
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from fastbyol_kernels.philox import DOMAIN_ORDER, DOMAIN_VIEWS, philox4x32, split_id, uniform
 
 WORD = st.integers(0, 2**32 - 1)
 # Random123, kat_vectors: philox4x32 10 rounds; counter words, key words, result words.

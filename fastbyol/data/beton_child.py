@@ -67,6 +67,7 @@ def die_with(parent: int) -> None:
 
 
 def send_error(send: Send, error: BaseException) -> None:
+    """Report an error, with its number if the system gave one."""
     if isinstance(error, OSError) and error.errno is not None:
         send(error=(error.strerror or str(error))[:MAX_LETTERS], kind="os", errno=error.errno)
     else:
@@ -74,6 +75,7 @@ def send_error(send: Send, error: BaseException) -> None:
 
 
 def write_job(job: Job, send: Send) -> None:
+    """Write the job's file, reporting ``begun`` on the way; raises what goes wrong outside the workers."""
     items = CheckedItems(job, send)
     items.prime()
     fields = {"image": RGBImageField(write_mode=job.mode, jpeg_quality=job.quality)}
@@ -172,6 +174,8 @@ class WholeWrites:
 
 
 class Allocator(MemoryAllocator):  # type: ignore[misc]
+    """FFCV's pages, written whole, and dropped where an error ends a worker."""
+
     fp: Any
 
     def __enter__(self) -> None:

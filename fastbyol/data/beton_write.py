@@ -114,17 +114,17 @@ def write(
 def check_output(path: Path, *, overwrite: bool) -> None:
     """UsageError unless a file can be made at ``path``: cheap, so ask before any work."""
     folder = path.parent
-    if path.is_dir():
-        raise UsageError(f"{path}: is a folder; give the name of a file to write")
-    if path.exists() and not overwrite:
-        raise UsageError(f"{path}: exists already; choose another name or pass --overwrite")
-    if not folder.is_dir():
-        raise UsageError(f"{folder}: no such folder; make it first (mkdir -p)")
     try:
+        if path.is_dir():
+            raise UsageError(f"{path}: is a folder; give the name of a file to write")
+        if path.exists() and not overwrite:
+            raise UsageError(f"{path}: exists already; choose another name or pass --overwrite")
+        if not folder.is_dir():
+            raise UsageError(f"{folder}: no such folder; make it first (mkdir -p)")
         with tempfile.NamedTemporaryFile(dir=folder, prefix=f".{path.name}."[:64]):
             pass
     except OSError as error:
-        raise UsageError(f"{folder}: cannot be written to ({error.strerror}); choose another folder") from None
+        raise UsageError(f"{path}: cannot be written ({error.strerror}); choose another place") from None
 
 
 def remove_leftovers(path: Path) -> None:

@@ -169,8 +169,9 @@ def test_outputs_that_cannot_be(tmp_path: Path, out: Path) -> None:
     for path, words in ((out, "--overwrite"), (tmp_path, "folder"), (tmp_path / "no" / "a.beton", "no such folder")):
         with pytest.raises(UsageError, match=words):
             convert.convert("absent", path)
-    with pytest.raises(UsageError, match="cannot be written"):
-        convert.convert("absent", Path("/proc/a.beton"))
+    for path in (Path("/proc/a.beton"), tmp_path / ("x" * 300)):
+        with pytest.raises(UsageError, match="cannot be written"):
+            convert.convert("absent", path)
     assert out.read_text() == "mine"
 
 

@@ -32,12 +32,11 @@ def rule_of(config: OptimConfig) -> Rule:
 def treatments(shapes: Mapping[str, Sequence[int]], config: OptimConfig) -> tuple[Treatment, ...]:
     """The treatment of each parameter, given the shapes by dotted name, in their order.
 
-    Raises ``UsageError`` for a pattern in ``optim.lars_on`` or ``optim.lr_mult`` that matches none of the names, and for a
-    negative factor. Under SGD nothing adapts, but patterns are checked all the same.
+    Raises ``UsageError`` for a pattern in ``optim.lars_on`` or ``optim.lr_mult`` that matches none of the names. Under SGD
+    nothing adapts, but patterns are checked all the same.
     """
     _check_patterns("optim.lars_on", config.lars_on, shapes)
     _check_patterns("optim.lr_mult", [pattern for pattern, _ in config.lr_mult], shapes)
-    _check_factors(config.lr_mult)
     return tuple(_treatment(name, len(shape), config) for name, shape in shapes.items())
 
 
@@ -72,9 +71,3 @@ def _check_patterns(key: str, patterns: Iterable[str], names: Iterable[str]) -> 
             near = difflib.get_close_matches(pattern, sorted(parents), n=3, cutoff=0.3)
             hint = f"; nearest: {', '.join(near)}" if near else ""
             raise UsageError(f"{key}: {pattern!r} matches no parameter{hint}")
-
-
-def _check_factors(pairs: Iterable[tuple[str, float]]) -> None:
-    for pattern, factor in pairs:
-        if factor < 0.0:
-            raise UsageError(f"optim.lr_mult: the factor of {pattern!r} is {factor}, take one that is not negative")

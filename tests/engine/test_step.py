@@ -1,0 +1,317 @@
+"""The step against an independent plain implementation in float64, and what must hold of it besides."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastbyol.config import Config
+from fastbyol.engine.step import LAYER_METRICS, METRICS, StepMetrics, TrainState, as_batch, train_step
+from fastbyol.errors import UsageError
+from reference_byol import Reference
+
+NORMS = ("bn", "gn", "ln", "none")
+HEAD_NORMS = ("bn", "gn", "ln", "none", "brn")
+OPTIMIZERS = ("sgd", "blog", "deepmind", "bolts")
+# The worst combination comes to 1e-11 (weights standardized and no norm in the encoder); the slips that were tried, such as a
+# biased variance in a running buffer or weight decay on one norm bias too many, show as 1e-6 and more.
+TOLERANCE = 1e-10
+STEPS = 3
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    """Nets this small lose time by sharing it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def tiny(
+    norm: str = "bn", head_norm: str = "bn", ws: bool = False, optimizer: str = "sgd", order: str = "before", **more: object
+) -> Config:
+    """Width 4 on 16x16 views with 2x2 pixels left at the end; rates at which a few steps move every parameter."""
+    head = {"norm": head_norm, "hidden": 16, "out": 8, "ws": ws}
+    values: dict[str, dict[str, object]] = {
+        "model": {"norm": norm, "ws": ws, "groups": 4, "width": 4, "stem": "small", "projector": head, "predictor": head},
+        "optim": {"name": "sgd", "lr": 0.005, "weight_decay": 1e-2}
+        if optimizer == "sgd"
+        else {"name": "lars", "dialect": optimizer, "lr": 2.0, "eta": 0.01, "weight_decay": 1e-2},
+        "schedule": {"ema_order": order, "tau": 0.9, "horizon_epochs": 7},
+        "train": {"precision": "fp64", "loss_scale": 1.5, "batch_size": 6},
+    }
+    for key, value in more.items():
+        part, name = key.split("__")
+        values[part][name] = value
+    return Config.model_validate(values)
+
+
+def some_views(step: int, *, batch: int = 6, size: int = 16) -> Tensor:
+    g = torch.Generator().manual_seed(1000 + step)
+    images = torch.randn(1, batch, 3, size, size, generator=g, dtype=torch.float64)
+    return images + 0.5 * torch.randn(2, batch, 3, size, size, generator=g, dtype=torch.float64)
+
+
+def reference_of(state: TrainState, config: Config, steps_per_epoch: int) -> Reference:
+    nets = (state.online, state.target)
+    parameters = [{name: p.detach() for name, p in net.named_parameters()} for net in nets]
+    buffers = [{name: b.clone() for name, b in net.named_buffers()} for net in nets]
+    return Reference(config, *parameters, *buffers, steps_per_epoch)
+
+
+def distance(a: dict[str, Tensor], b: dict[str, Tensor]) -> tuple[float, str]:
+    """The largest difference, relative to the tensor's largest number where that exceeds 1: standardized weights without a
+    norm layer let activations grow to 1e13 and their running variances to 1e26."""
+    assert a.keys() == b.keys()
+    with torch.no_grad():
+        return max([(float((a[n] - b[n]).abs().max() / b[n].abs().max().clamp(min=1)), n) for n in a], default=(0.0, ""))
+
+
+def assert_same(state: TrainState, reference: Reference) -> None:
+    arena = state.arena
+    pairs = {
+        "parameters": (dict(state.online.named_parameters()), reference.online.p),
+        "momentum": (arena.named(arena.momentum), reference.momentum),
+        "target": (dict(state.target.named_parameters()), reference.target.p),
+        "online buffers": (dict(state.online.named_buffers()), reference.online.b),
+        "target buffers": (dict(state.target.named_buffers()), reference.target.b),
+    }
+    for what, (ours, theirs) in pairs.items():
+        worst, name = distance(ours, theirs)
+        assert worst < TOLERANCE, f"{what}: {name} is off by {worst:.1e}"
+
+
+@torch.no_grad()
+def move_off_start(state: TrainState) -> None:
+    """Away from where formulas coincide: norm biases of 0 (at which LARS takes no steps), batch renormalisation before batch
+    5,000 (r = 1 and d = 0), and a target equal to the online network."""
+    g = torch.Generator().manual_seed(5)
+    for p in (*state.online.parameters(), *state.target.parameters()):
+        p += 0.05 * torch.randn(p.shape, generator=g, dtype=p.dtype)
+    for name, buffer in (*state.online.named_buffers(), *state.target.named_buffers()):
+        if name.endswith("num_batches_tracked"):
+            buffer += 12345
+
+
+def run_both(config: Config, *, steps: int = STEPS, steps_per_epoch: int = 1, size: int = 16) -> None:
+    state = TrainState.create(config, steps_per_epoch=steps_per_epoch)
+    move_off_start(state)
+    reference = reference_of(state, config, steps_per_epoch)
+    for step in range(steps):
+        views = some_views(step, size=size)
+        metrics, expected = train_step(state, views), reference.step(views)
+        # The metrics are fp32 numbers of size 1.
+        assert dict(zip(METRICS, metrics.values.tolist(), strict=True)) == pytest.approx(expected, rel=1e-5, abs=1e-6)
+    assert_same(state, reference)
+    assert int(state.step) == steps
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("order", ["before", "after"])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("ws", [False, True])
+@pytest.mark.parametrize("norm", NORMS)
+def test_equals_the_plain_implementation(norm: str, ws: bool, optimizer: str, order: str) -> None:
+    """Every combination of norm, MLP norm, weight standardization, optimizer, dialect and EMA order."""
+    for head_norm in HEAD_NORMS:
+        run_both(tiny(norm, head_norm, ws, optimizer, order))
+
+
+VARIANTS = {
+    "torchvision stem": (tiny("bn", "bn", model__stem="torchvision"), 48),
+    "torchvision stem, gn, ws": (tiny("gn", "none", ws=True, optimizer="blog", model__stem="torchvision"), 48),
+    "substring filter": (tiny(optimizer="blog", optim__lars_exclude="substring", optim__decay_exclude="substring"), 16),
+    "biases and norms": (
+        tiny(optimizer="deepmind", optim__lars_exclude="bias_and_norm", optim__decay_exclude="bias_and_norm"), 16
+    ),
+    "bolts, some decay": (tiny(optimizer="bolts", optim__lars_exclude="bias_and_norm", optim__decay_exclude="substring"), 16),
+    "lars on two layers": (tiny("gn", "none", optimizer="blog", optim__lars_on=("encoder.layer1", "encoder.layer2")), 16),
+    "lars on heads": (tiny("gn", "none", optimizer="blog", optim__lars_on=("projector", "*.linear2.*")), 16),
+    "lars on nothing": (tiny("gn", "ln", optimizer="deepmind", optim__lars_on=()), 16),
+    "rate factors": (tiny("gn", "bn", optim__lr_mult=(("encoder.layer1", 5.0), ("*.bn1.*", 0.5), ("predictor", 0.0))), 16),
+    "lars rate factors": (tiny("gn", "bn", optimizer="blog", optim__lr_mult=(("encoder.layer1", 5.0), ("projector", 0.5))), 16),
+    "steps and warm-up": (
+        tiny(schedule__lr_unit="step", schedule__tau_unit="step", schedule__warmup_epochs=0.5, schedule__horizon_epochs=3), 16
+    ),
+    "constant": (tiny(schedule__lr="constant", schedule__tau_schedule="constant"), 16),
+    "beyond the horizon": (tiny("gn", "none", schedule__horizon_epochs=1), 16),
+    "32 groups": (tiny("gn", "bn", model__groups=32), 16),
+    "unlike heads": (tiny("gn", "bn", model__predictor={"norm": "ln", "hidden": 24, "out": 8}), 16),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_equals_the_plain_implementation_in_variants(name: str) -> None:
+    config, size = VARIANTS[name]
+    run_both(config, steps=5, steps_per_epoch=4, size=size)
+
+
+SOME = tiny("bn", "bn", optimizer="blog", train__precision="fp32")
+
+
+def run(config: Config, steps: int = 4, state: TrainState | None = None) -> tuple[TrainState, list[StepMetrics]]:
+    state = state or TrainState.create(config, steps_per_epoch=2)
+    first = int(state.step)
+    return state, [train_step(state, some_views(step)) for step in range(first, first + steps)]
+
+
+def assert_equal_states(a: TrainState, b: TrainState) -> None:
+    for (name, x), y in zip(a.tensors().items(), b.tensors().values(), strict=True):
+        assert torch.equal(x, y), name
+
+
+def test_two_runs_are_identical_bit_for_bit() -> None:
+    a, first = run(SOME)
+    torch.manual_seed(99)
+    b, second = run(SOME)
+    assert_equal_states(a, b)
+    for m, n in zip(first, second, strict=True):
+        assert torch.equal(m.values, n.values)
+        assert torch.equal(m.layers, n.layers)
+
+
+def test_a_restored_state_goes_on_bit_for_bit() -> None:
+    whole, metrics = run(SOME, 5)
+    half, _ = run(SOME, 2)
+    saved = {name: tensor.clone() for name, tensor in half.tensors().items()}
+    restored = TrainState.create(SOME, steps_per_epoch=2)
+    run(SOME, 1, restored)  # whatever it held is replaced
+    restored.load_tensors(saved)
+    _, rest = run(SOME, 3, restored)
+    assert_equal_states(restored, whole)
+    assert torch.equal(rest[-1].values, metrics[-1].values)
+
+
+def test_the_start_depends_on_the_seed_alone() -> None:
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    a = TrainState.create(SOME, steps_per_epoch=2)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(2)
+    assert_equal_states(a, TrainState.create(SOME, steps_per_epoch=2))
+    wide = TrainState.create(with_train(SOME, precision="fp64"), steps_per_epoch=2)
+    for name, p in a.online.named_parameters():
+        assert torch.equal(p.double(), dict(wide.online.named_parameters())[name]), name
+    other = TrainState.create(with_train(SOME, seed=1), steps_per_epoch=2)
+    assert not torch.equal(a.arena.online, other.arena.online)
+    # The convolutions' start does not depend on the norms between them.
+    gn = TrainState.create(tiny("gn", "none", train__precision="fp32"), steps_per_epoch=2)
+    for name, p in gn.online.named_parameters():
+        assert torch.equal(p, dict(a.online.named_parameters())[name]), name
+
+
+def with_train(config: Config, **values: object) -> Config:
+    return config.model_copy(update={"train": config.train.model_copy(update=values)})
+
+
+def test_target_starts_as_the_online_network_and_takes_no_gradient() -> None:
+    state = TrainState.create(SOME, steps_per_epoch=2)
+    online = dict(state.online.named_parameters())
+    assert all(torch.equal(p, online[name]) for name, p in state.target.named_parameters())
+    frozen = with_schedule(SOME, tau=1.0)
+    state, _ = run(frozen)
+    assert all(p.grad is None and not p.requires_grad for p in state.target.parameters())
+    start = TrainState.create(frozen, steps_per_epoch=2)
+    assert torch.equal(state.arena.target, start.arena.target)
+    assert not torch.equal(state.arena.online, start.arena.online)
+
+
+def with_schedule(config: Config, **values: object) -> Config:
+    return config.model_copy(update={"schedule": config.schedule.model_copy(update=values)})
+
+
+def test_order_of_the_moving_average() -> None:
+    """With tau = 0 the target is the online network of before or after the optimizer's step, exactly."""
+    for order in ("before", "after"):
+        state = TrainState.create(with_schedule(SOME, tau=0.0, tau_schedule="constant", ema_order=order), steps_per_epoch=2)
+        before = state.arena.online.clone()
+        train_step(state, some_views(0))
+        expected = before if order == "before" else state.arena.online
+        assert torch.equal(state.arena.target, expected[: len(state.arena.target)])
+
+
+def test_layer_telemetry_describes_the_step() -> None:
+    state = TrainState.create(tiny("gn", "bn", optimizer="blog", train__precision="fp32"), steps_per_epoch=2)
+    for step in range(3):
+        before = {name: p.detach().clone() for name, p in state.online.named_parameters()}
+        metrics = train_step(state, some_views(step))
+        rows = dict(zip(state.segment_names, metrics.layers, strict=True))
+        lr = metrics.values[METRICS.index("lr")]
+        for name, p in state.online.named_parameters():
+            row = dict(zip(LAYER_METRICS, rows[name], strict=True))
+            assert p.grad is not None
+            torch.testing.assert_close(row["weight_norm"], before[name].norm(), rtol=1e-5, atol=0.0)
+            torch.testing.assert_close(row["grad_norm"], p.grad.norm(), rtol=1e-5, atol=0.0)
+            torch.testing.assert_close(row["rate"], lr * row["trust_ratio"], rtol=1e-5, atol=0.0)
+            # A difference of weights of size 1 holds the update only to 1e-7.
+            torch.testing.assert_close(row["update_norm"], (p.detach() - before[name]).norm(), rtol=1e-3, atol=3e-7)
+
+
+def test_gradients_keep_their_place_in_the_arena() -> None:
+    state = TrainState.create(SOME, steps_per_epoch=2)
+    pointers = [p.grad.data_ptr() for p in state.online.parameters() if p.grad is not None]
+    assert len(pointers) == len(state.segment_names)
+    run(SOME, 2, state)
+    assert pointers == [p.grad.data_ptr() for p in state.online.parameters() if p.grad is not None]
+    low, high = state.arena.gradient.data_ptr(), state.arena.gradient.data_ptr() + state.arena.gradient.nbytes
+    assert all(low <= pointer < high for pointer in pointers)
+
+
+def test_a_compiled_network_takes_the_same_step() -> None:
+    eager, compiled = (TrainState.create(SOME, steps_per_epoch=2) for _ in range(2))
+    pointers = [p.grad.data_ptr() for p in compiled.online.parameters() if p.grad is not None]
+    compiled.online.compile(backend="aot_eager", fullgraph=True)
+    for step in range(2):
+        expected, got = train_step(eager, some_views(step)).values, train_step(compiled, some_views(step)).values
+        # The same kernels but for two reductions: fp32 roundings, amplified by two steps.
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+    assert pointers == [p.grad.data_ptr() for p in compiled.online.parameters() if p.grad is not None]
+    for (name, a), b in zip(compiled.tensors().items(), eager.tensors().values(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_views_are_not_copied_where_they_fit() -> None:
+    views = torch.randn(2, 4, 16, 16, 3).permute(0, 1, 4, 2, 3)
+    batch = as_batch(views, torch.float32)
+    assert batch.data_ptr() == views.data_ptr()
+    assert batch.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(as_batch(views.contiguous(), torch.float32), batch)
+    assert as_batch(views, torch.bfloat16).is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("views", [torch.zeros(3, 4, 3, 8, 8), torch.zeros(2, 1, 3, 8, 8), torch.zeros(2, 4, 3, 8)])
+def test_views_of_another_shape_are_refused(views: Tensor) -> None:
+    with pytest.raises(ValueError, match="views must be floats"):
+        as_batch(views, torch.float32)
+
+
+def corrupt(tensors: dict[str, Tensor]) -> Iterator[tuple[dict[str, Tensor], str]]:
+    yield {k: v for k, v in tensors.items() if k != "step"}, "1 names differ, first 'step'"
+    yield tensors | {"arena.online": tensors["arena.online"][:-1]}, "'arena.online' is float32"
+    yield tensors | {"arena.momentum": tensors["arena.momentum"].double()}, "'arena.momentum' is float64"
+    yield tensors | {"online.fc": tensors["step"]}, "first 'online.fc'"
+
+
+def test_tensors_of_another_network_are_refused_and_change_nothing() -> None:
+    state, other = run(SOME, 1)[0], run(SOME, 2)[0]
+    before = {name: tensor.clone() for name, tensor in state.tensors().items()}
+    for tensors, reason in corrupt(other.tensors()):
+        with pytest.raises(UsageError, match=reason):
+            state.load_tensors(tensors)
+        assert all(torch.equal(tensor, before[name]) for name, tensor in state.tensors().items())
+
+
+def test_no_step_reads_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What would wait for a GPU: reading a tensor's number on the host."""
+    state, _ = run(SOME, 1)
+
+    def refuse(*_args: object, **_kwargs: object) -> None:
+        raise AssertionError("a step read a tensor back")
+
+    for name in ("item", "tolist", "__bool__", "__float__", "__int__", "__index__", "numpy"):
+        monkeypatch.setattr(Tensor, name, refuse)
+    train_step(state, some_views(1))

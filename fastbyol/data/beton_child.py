@@ -15,7 +15,6 @@ import operator
 import os
 import pickle
 import queue
-import signal
 import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
@@ -29,7 +28,7 @@ from ffcv.writer import DatasetWriter, worker_job_indexed_dataset
 from numpy.typing import NDArray
 
 from fastbyol.data.beton_layout import MAX_SIDE
-from fastbyol.data.beton_write import CHUNK_ITEMS, Job, UnreadableItemError
+from fastbyol.data.beton_write import CHUNK_ITEMS, Job, UnreadableItemError, die_with
 
 POLL_S = 0.05
 BEGUN, LEFT = 1, 2
@@ -39,14 +38,13 @@ Send = Callable[..., None]
 
 
 def main() -> None:
-    """Read a pickled Job from standard input, write it, report on the pipe ``argv[1]``; ``argv[2]`` is the parent."""
-    pipe, parent = int(sys.argv[1]), int(sys.argv[2])
+    """Read a pickled Job from standard input, write it, report on the pipe ``argv[1]``."""
+    pipe = int(sys.argv[1])
 
     def send(**message: object) -> None:
         os.write(pipe, json.dumps(message).encode() + b"\n")
 
     try:
-        die_with(parent)
         # Fork is what FFCV's workers are made for (shared memory, unpicklable allocator); newer Pythons default to others.
         multiprocessing.set_start_method("fork", force=True)
         torch.set_num_threads(1)
@@ -56,14 +54,6 @@ def main() -> None:
     except Exception as error:  # whatever it is, the parent must hear of it
         send_error(send, error)
         raise SystemExit(1) from error
-
-
-def die_with(parent: int) -> None:
-    """Have the kernel kill this process when its parent dies, however that dies."""
-    pr_set_pdeathsig = 1
-    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
-    if os.getppid() != parent:
-        raise SystemExit(1)
 
 
 def send_error(send: Send, error: BaseException) -> None:

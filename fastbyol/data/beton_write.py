@@ -8,6 +8,7 @@ fault or nothing. The file is written under a temporary name, verified, synced a
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import json
 import os
@@ -136,6 +137,14 @@ def remove_leftovers(path: Path) -> None:
             Path(entry.path).unlink(missing_ok=True)
 
 
+def die_with(parent: int) -> None:
+    """Have the kernel kill this process when its parent dies, however that dies."""
+    pr_set_pdeathsig = 1
+    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+    if os.getppid() != parent:
+        raise SystemExit(1)
+
+
 def _temporary_prefix(path: Path) -> str:
     # The machine's name, since a process number says nothing about another machine's on a shared disk.
     return f".{path.name}.{platform.node()}-"
@@ -220,7 +229,11 @@ def _child(job: Job) -> Iterator[_Child]:
 
 def _start(pipe: int, errors: IO[bytes]) -> subprocess.Popen[bytes]:
     # Not multiprocessing's spawn, which imports the caller's main module again and needs its guard.
-    program = "from fastbyol.data.beton_child import main; main()"
+    # The link to this process comes before the seconds that importing FFCV takes.
+    program = (
+        "import sys; from fastbyol.data.beton_write import die_with; die_with(int(sys.argv[2])); "
+        "from fastbyol.data.beton_child import main; main()"
+    )
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join(entry or str(Path.cwd()) for entry in sys.path),
         # The workers are forked, which threads of numpy's and OpenMP's do not survive.

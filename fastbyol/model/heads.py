@@ -20,8 +20,9 @@ from fastbyol_kernels.weight_standardization import weight_standardization
 class Head(nn.Module):
     """(N, in_features) -> (N, ``config.out``), in the parameters' dtype whatever the input's.
 
-    Under the bf16 policy too the products are fp32: they are a thousandth of the encoder's, and a bf16 result would round away
-    the small differences between q and z' that carry the whole gradient once the representation has collapsed.
+    Under the bf16 policy too the products are fp32. They are a thousandth of the encoder's, and rounding their results to bf16
+    drowns the small differences between q and z' that carry the whole gradient once the representation has collapsed: at a loss
+    of 6e-8, gradients came out 2.6 times too long (median over layers) and pointing elsewhere; with fp32 heads 3 % off.
     """
 
     def __init__(self, config: HeadConfig, in_features: int, *, groups: int, num_views: int) -> None:

@@ -1,32 +1,843 @@
-"""Group norm over channels-last activations, statistics in at least fp32.
+"""Group norm over channels-last activations with optional residual and ReLU, statistics in at least fp32.
 
-    y = (x - mean) / sqrt(var + eps) * weight + bias,   mean and biased variance over a group's channels and all pixels
+    y = relu((x - mean) / sqrt(var + eps) * weight + bias + residual)
 
-One group is layer norm over (C, H, W). Source: Wu & He, "Group Normalization", arXiv:1803.08494; eps = 1e-5 (torch's default).
+mean and biased variance over a group's channels and all pixels. One group is layer norm over (C, H, W).
+Source: Wu & He, "Group Normalization", arXiv:1803.08494; eps = 1e-5 (torch's default).
 
-Letters: N samples, C channels, H W pixels.
+Kernels. Groups are independent, so a program takes one sample and a slab of whole groups, at least 64 bytes wide (two DRAM
+sectors; a single group of 64 channels in 32 would be 4). It reads the slab once for the statistics and once more, backwards,
+to normalise: the second reading comes from the SM's own cache or the L2, so the device memory moves each byte once. Samples
+too large for that are cut into runs of pixels, with the statistics of each run written by a first launch.
+
+The backward pass saves mean and rstd only. Without a residual it recomputes the ReLU's mask from x, bit for bit; with one it
+reads y, which the next layer keeps anyway, instead of the residual, which no one may. It needs, per sample and channel, the
+sums of the gradient g and of g * x_hat: the gradients of bias and weight are their sums over samples, in a fixed order.
+
+Letters: N samples, C channels, H W pixels, G groups, K runs of pixels of a sample (1 if it is not cut).
 """
 
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
+from fastbyol_kernels.aot import Build
+
 EPS = 1e-5
+DTYPES = (torch.bfloat16, torch.float32)
 
 
-def reference(x: Tensor, num_groups: int, weight: Tensor, bias: Tensor, eps: float = EPS) -> Tensor:
+def reference(
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float = EPS,
+    *,
+    residual: Tensor | None = None,
+    relu: bool = False,
+) -> Tensor:
     """The formula above through torch's group norm, which keeps channels-last on a CPU but not on every device."""
     wide = x if x.dtype == torch.float64 else x.float()
-    y = F.group_norm(wide, num_groups, weight, bias, eps).to(x.dtype)
+    y = F.group_norm(wide, num_groups, weight, bias, eps)
+    if residual is not None:
+        y = y + residual
+    if relu:
+        y = F.relu(y)
+    y = y.to(x.dtype)
     return y.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else y
 
 
-def group_norm(x: Tensor, num_groups: int, weight: Tensor, bias: Tensor, eps: float = EPS) -> Tensor:
-    """Normalise ``x`` (N, C, H, W) or (N, C) in ``num_groups`` groups of adjacent channels.
+@triton.jit
+def _tile(first, stop, slab, C: tl.constexpr, SLAB: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Offsets (BLOCK_P, BLOCK_C) into a sample, and which of them exist."""
+    pixels = first + tl.arange(0, BLOCK_P)
+    channels = tl.arange(0, BLOCK_C)
+    mask = (pixels < stop)[:, None] & (channels < SLAB)[None, :]
+    return pixels[:, None] * C + (slab * SLAB + channels)[None, :], mask
 
-    ``weight`` and ``bias`` (C,) have the dtype of the statistics: fp64 for fp64 ``x``, else fp32. Returns x's shape and dtype,
-    in channels-last memory format where x has four dimensions.
+
+@triton.jit
+def _belongs(PER_GROUP: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_G: tl.constexpr):
+    """(BLOCK_C, BLOCK_G): 1 where the channel belongs to the group. Any number of channels per group works."""
+    return ((tl.arange(0, BLOCK_C) // PER_GROUP)[:, None] == tl.arange(0, BLOCK_G)[None, :]).to(tl.float32)
+
+
+@triton.jit
+def _by_group(values, PER_GROUP: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_G: tl.constexpr):
+    """(BLOCK_C,) -> sums (BLOCK_G,). Channels beyond the slab belong to groups beyond it, which nothing reads."""
+    if BLOCK_G * PER_GROUP == BLOCK_C:
+        return tl.sum(tl.reshape(values, (BLOCK_G, PER_GROUP)), 1)
+    else:  # noqa: RET505  (a branch at compile time)
+        return tl.sum(values[:, None] * _belongs(PER_GROUP, BLOCK_C, BLOCK_G), 0)
+
+
+@triton.jit
+def _by_channel(values, PER_GROUP: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_G: tl.constexpr):
+    """(BLOCK_G,) -> (BLOCK_C,): every channel gets its group's value."""
+    if BLOCK_G * PER_GROUP == BLOCK_C:
+        return tl.reshape(tl.broadcast_to(values[:, None], (BLOCK_G, PER_GROUP)), (BLOCK_C,))
+    else:  # noqa: RET505
+        return tl.sum(values[None, :] * _belongs(PER_GROUP, BLOCK_C, BLOCK_G), 1)
+
+
+@triton.jit
+def _moments(
+    x,
+    first,
+    stop,
+    slab,
+    C: tl.constexpr,
+    SLAB: tl.constexpr,
+    PER_GROUP: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+):
+    """Mean and sum of squared deviations per group over pixels [first, stop) of a sample.
+
+    Welford's recurrence in every lane of the tile, then Chan's combination of the lanes: no cancellation at any mean.
     """
-    return reference(x, num_groups, weight, bias, eps)
+    mean = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
+    m2 = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
+    steps = 0.0
+    for start in range(first, stop, BLOCK_P):
+        offsets, mask = _tile(start, stop, slab, C, SLAB, BLOCK_P, BLOCK_C)
+        value = tl.load(x + offsets, mask=mask, other=0.0).to(tl.float32)
+        steps += 1.0
+        delta = tl.where(mask, value - mean, 0.0)
+        mean += delta * (1.0 / steps)
+        m2 += delta * (value - mean)
+    lanes = stop - first - tl.arange(0, BLOCK_P) + BLOCK_P - 1
+    counts = (lanes // BLOCK_P).to(tl.float32)[:, None]
+    group_mean = _by_group(tl.sum(counts * mean, 0), PER_GROUP, BLOCK_C, BLOCK_G) / ((stop - first) * PER_GROUP)
+    apart = mean - _by_channel(group_mean, PER_GROUP, BLOCK_C, BLOCK_G)[None, :]
+    return group_mean, _by_group(tl.sum(m2 + counts * apart * apart, 0), PER_GROUP, BLOCK_C, BLOCK_G)
+
+
+@triton.jit
+def _write_normalised(
+    x,
+    residual,
+    y,
+    first,
+    stop,
+    slab,
+    scale,
+    shift,
+    C: tl.constexpr,
+    SLAB: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    RELU: tl.constexpr,
+):
+    """y = relu(x * scale + shift + residual), last pixels first: they were read last and are nearest."""
+    blocks = tl.cdiv(stop - first, BLOCK_P)
+    for step in range(blocks):
+        offsets, mask = _tile(first + (blocks - 1 - step) * BLOCK_P, stop, slab, C, SLAB, BLOCK_P, BLOCK_C)
+        value = tl.load(x + offsets, mask=mask, other=0.0).to(tl.float32)
+        value = value * scale[None, :] + shift[None, :]
+        if RESIDUAL:
+            value += tl.load(residual + offsets, mask=mask, other=0.0).to(tl.float32)
+        if RELU:
+            # Not maximum: a NaN has to come through.
+            value = tl.where(value < 0, 0.0, value)
+        tl.store(y + offsets, value.to(y.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _affine(weight, bias, slab, SLAB: tl.constexpr, BLOCK_C: tl.constexpr):
+    channels = tl.arange(0, BLOCK_C)
+    mask = channels < SLAB
+    gamma = tl.load(weight + slab * SLAB + channels, mask=mask, other=0.0)
+    return gamma, tl.load(bias + slab * SLAB + channels, mask=mask, other=0.0)
+
+
+@triton.jit
+def _line(mean, rstd, gamma, beta):
+    """The normalisation of a channel as x * scale + shift, for both passes alike: they must agree on its sign."""
+    scale = rstd * gamma
+    return scale, beta - mean * scale
+
+
+@triton.jit
+def _forward_kernel(
+    x,
+    residual,
+    weight,
+    bias,
+    y,
+    mean_out,
+    rstd_out,
+    num_pixels,
+    eps,
+    C: tl.constexpr,
+    SLAB: tl.constexpr,
+    PER_GROUP: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    RELU: tl.constexpr,
+):
+    """One sample's slab per program."""
+    slab = tl.program_id(0) % (C // SLAB)
+    sample = (tl.program_id(0) // (C // SLAB)).to(tl.int64)
+    base = sample * num_pixels * C
+    mean, m2 = _moments(x + base, 0, num_pixels, slab, C, SLAB, PER_GROUP, BLOCK_P, BLOCK_C, BLOCK_G)
+    rstd = 1.0 / tl.sqrt(m2 / (num_pixels * PER_GROUP) + eps)
+    groups = tl.arange(0, BLOCK_G)
+    out = sample * (C // PER_GROUP) + slab * (SLAB // PER_GROUP) + groups
+    tl.store(mean_out + out, mean, mask=groups < SLAB // PER_GROUP)
+    tl.store(rstd_out + out, rstd, mask=groups < SLAB // PER_GROUP)
+    gamma, beta = _affine(weight, bias, slab, SLAB, BLOCK_C)
+    scale, shift = _line(
+        _by_channel(mean, PER_GROUP, BLOCK_C, BLOCK_G), _by_channel(rstd, PER_GROUP, BLOCK_C, BLOCK_G), gamma, beta
+    )
+    _write_normalised(
+        x + base, residual + base, y + base, 0, num_pixels, slab, scale, shift,
+        C, SLAB, BLOCK_P, BLOCK_C, RESIDUAL, RELU,
+    )  # fmt: skip
+
+
+@triton.jit
+def _moments_kernel(
+    x,
+    partial,
+    num_pixels,
+    run,
+    C: tl.constexpr,
+    SLAB: tl.constexpr,
+    PER_GROUP: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+):
+    """One run of pixels of one slab per program; ``partial`` (N, K, 2, G) takes its mean and squared deviations."""
+    slab = tl.program_id(0) % (C // SLAB)
+    sample = (tl.program_id(0) // (C // SLAB)).to(tl.int64)
+    first = tl.program_id(1) * run
+    stop = tl.minimum(first + run, num_pixels)
+    base = sample * num_pixels * C
+    mean, m2 = _moments(x + base, first, stop, slab, C, SLAB, PER_GROUP, BLOCK_P, BLOCK_C, BLOCK_G)
+    groups = tl.arange(0, BLOCK_G)
+    row = (sample * tl.num_programs(1) + tl.program_id(1)) * 2
+    out = row * (C // PER_GROUP) + slab * (SLAB // PER_GROUP) + groups
+    tl.store(partial + out, mean, mask=groups < SLAB // PER_GROUP)
+    tl.store(partial + out + C // PER_GROUP, m2, mask=groups < SLAB // PER_GROUP)
+
+
+@triton.jit
+def _normalise_kernel(
+    x,
+    residual,
+    weight,
+    bias,
+    partial,
+    y,
+    mean_out,
+    rstd_out,
+    num_pixels,
+    run,
+    eps,
+    C: tl.constexpr,
+    SLAB: tl.constexpr,
+    PER_GROUP: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    RELU: tl.constexpr,
+):
+    """One run of pixels of one slab per program. Each combines the runs' statistics for itself; the first writes them."""
+    slab = tl.program_id(0) % (C // SLAB)
+    sample = (tl.program_id(0) // (C // SLAB)).to(tl.int64)
+    num_runs = tl.num_programs(1)
+    groups = tl.arange(0, BLOCK_G)
+    runs = tl.arange(0, BLOCK_K)
+    in_slab = groups < SLAB // PER_GROUP
+    mask = (runs < num_runs)[:, None] & in_slab[None, :]
+    place = (sample * num_runs + runs)[:, None] * (2 * (C // PER_GROUP)) + (slab * (SLAB // PER_GROUP) + groups)[None, :]
+    means = tl.load(partial + place, mask=mask, other=0.0)
+    m2 = tl.load(partial + place + C // PER_GROUP, mask=mask, other=0.0)
+    pixels = tl.maximum(tl.minimum(num_pixels - runs * run, run), 0)
+    counts = (pixels * PER_GROUP).to(tl.float32)[:, None]
+    mean = tl.sum(counts * means, 0) / (num_pixels * PER_GROUP)
+    apart = means - mean[None, :]
+    var = tl.sum(m2 + counts * apart * apart, 0) / (num_pixels * PER_GROUP)
+    rstd = 1.0 / tl.sqrt(var + eps)
+    out = sample * (C // PER_GROUP) + slab * (SLAB // PER_GROUP) + groups
+    num_written = tl.where(tl.program_id(1) == 0, SLAB // PER_GROUP, 0)
+    tl.store(mean_out + out, mean, mask=groups < num_written)
+    tl.store(rstd_out + out, rstd, mask=groups < num_written)
+    gamma, beta = _affine(weight, bias, slab, SLAB, BLOCK_C)
+    scale, shift = _line(
+        _by_channel(mean, PER_GROUP, BLOCK_C, BLOCK_G), _by_channel(rstd, PER_GROUP, BLOCK_C, BLOCK_G), gamma, beta
+    )
+    first = tl.program_id(1) * run
+    base = sample * num_pixels * C
+    _write_normalised(
+        x + base, residual + base, y + base, first, tl.minimum(first + run, num_pixels), slab,
+        scale, shift, C, SLAB, BLOCK_P, BLOCK_C, RESIDUAL, RELU,
+    )  # fmt: skip
+
+
+@triton.jit
+def _through_relu(dy, y, offsets, mask, value, scale, shift, RESIDUAL: tl.constexpr, RELU: tl.constexpr):
+    """The gradient before the ReLU: the mask from y if a residual entered it, else recomputed as the forward pass did."""
+    gradient = tl.load(dy + offsets, mask=mask, other=0.0).to(tl.float32)
+    if RELU and RESIDUAL:
+        gradient = tl.where(tl.load(y + offsets, mask=mask, other=0.0).to(tl.float32) > 0, gradient, 0.0)
+    elif RELU:
+        gradient = tl.where(value * scale[None, :] + shift[None, :] > 0, gradient, 0.0)
+    return gradient
+
+
+@triton.jit
+def _gradient_sums(
+    dy,
+    x,
+    y,
+    first,
+    stop,
+    slab,
+    mean,
+    rstd,
+    gamma,
+    beta,
+    C: tl.constexpr,
+    SLAB: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    RELU: tl.constexpr,
+):
+    """Sums over pixels [first, stop), per channel, of the gradient g and of g * x_hat."""
+    scale, shift = _line(mean, rstd, gamma, beta)
+    total = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
+    weighted = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
+    for start in range(first, stop, BLOCK_P):
+        offsets, mask = _tile(start, stop, slab, C, SLAB, BLOCK_P, BLOCK_C)
+        value = tl.load(x + offsets, mask=mask, other=0.0).to(tl.float32)
+        gradient = _through_relu(dy, y, offsets, mask, value, scale, shift, RESIDUAL, RELU)
+        total += gradient
+        weighted += gradient * (value - mean[None, :])
+    return tl.sum(total, 0), tl.sum(weighted, 0) * rstd
+
+
+@triton.jit
+def _write_gradient(
+    dy,
+    x,
+    y,
+    dx,
+    dresidual,
+    first,
+    stop,
+    slab,
+    mean,
+    rstd,
+    gamma,
+    beta,
+    total,
+    weighted,
+    count,
+    C: tl.constexpr,
+    SLAB: tl.constexpr,
+    PER_GROUP: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    RELU: tl.constexpr,
+):
+    """dx = rstd * (gamma g - mean of gamma g - x_hat * mean of gamma g x_hat), means over the group; last pixels first."""
+    scale, shift = _line(mean, rstd, gamma, beta)
+    of_total = _by_group(gamma * total, PER_GROUP, BLOCK_C, BLOCK_G)
+    of_weighted = _by_group(gamma * weighted, PER_GROUP, BLOCK_C, BLOCK_G)
+    slope = _by_channel(of_weighted, PER_GROUP, BLOCK_C, BLOCK_G) * rstd * rstd / count
+    level = _by_channel(of_total, PER_GROUP, BLOCK_C, BLOCK_G) * rstd / count - mean * slope
+    blocks = tl.cdiv(stop - first, BLOCK_P)
+    for step in range(blocks):
+        offsets, mask = _tile(first + (blocks - 1 - step) * BLOCK_P, stop, slab, C, SLAB, BLOCK_P, BLOCK_C)
+        value = tl.load(x + offsets, mask=mask, other=0.0).to(tl.float32)
+        gradient = _through_relu(dy, y, offsets, mask, value, scale, shift, RESIDUAL, RELU)
+        value = scale[None, :] * gradient - (value * slope[None, :] + level[None, :])
+        tl.store(dx + offsets, value.to(dx.dtype.element_ty), mask=mask)
+        if RELU and RESIDUAL:
+            tl.store(dresidual + offsets, gradient.to(dx.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _statistics(mean, rstd, sample, slab, C: tl.constexpr, SLAB: tl.constexpr, PER_GROUP: tl.constexpr, BLOCK_C: tl.constexpr):
+    """The saved mean and rstd of each channel of a slab."""
+    channels = tl.arange(0, BLOCK_C)
+    place = sample * (C // PER_GROUP) + slab * (SLAB // PER_GROUP) + channels // PER_GROUP
+    mask = channels < SLAB
+    return tl.load(mean + place, mask=mask, other=0.0), tl.load(rstd + place, mask=mask, other=0.0)
+
+
+@triton.jit
+def _store_sums(sums, row, total, weighted, slab, C: tl.constexpr, SLAB: tl.constexpr, BLOCK_C: tl.constexpr):
+    channels = tl.arange(0, BLOCK_C)
+    place = row * (2 * C) + slab * SLAB + channels
+    tl.store(sums + place, weighted, mask=channels < SLAB)
+    tl.store(sums + place + C, total, mask=channels < SLAB)
+
+
+@triton.jit
+def _backward_kernel(
+    dy,
+    x,
+    y,
+    weight,
+    bias,
+    mean,
+    rstd,
+    dx,
+    dresidual,
+    sums,
+    num_pixels,
+    C: tl.constexpr,
+    SLAB: tl.constexpr,
+    PER_GROUP: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    RELU: tl.constexpr,
+):
+    """One sample's slab per program; ``sums`` (N, 2, C) takes its part of the gradients of weight and bias."""
+    slab = tl.program_id(0) % (C // SLAB)
+    sample = (tl.program_id(0) // (C // SLAB)).to(tl.int64)
+    base = sample * num_pixels * C
+    mu, r = _statistics(mean, rstd, sample, slab, C, SLAB, PER_GROUP, BLOCK_C)
+    gamma, beta = _affine(weight, bias, slab, SLAB, BLOCK_C)
+    total, weighted = _gradient_sums(
+        dy + base, x + base, y + base, 0, num_pixels, slab, mu, r, gamma, beta, C, SLAB, BLOCK_P, BLOCK_C, RESIDUAL, RELU
+    )
+    _store_sums(sums, sample, total, weighted, slab, C, SLAB, BLOCK_C)
+    # Read again, after the stores: kept in registers through the first reading they cost an SM half its threads.
+    mu, r = _statistics(mean, rstd, sample, slab, C, SLAB, PER_GROUP, BLOCK_C)
+    gamma, beta = _affine(weight, bias, slab, SLAB, BLOCK_C)
+    _write_gradient(
+        dy + base, x + base, y + base, dx + base, dresidual + base, 0, num_pixels, slab, mu, r, gamma, beta, total, weighted,
+        num_pixels * PER_GROUP, C, SLAB, PER_GROUP, BLOCK_P, BLOCK_C, BLOCK_G, RESIDUAL, RELU,
+    )  # fmt: skip
+
+
+@triton.jit
+def _gradient_sums_kernel(
+    dy,
+    x,
+    y,
+    weight,
+    bias,
+    mean,
+    rstd,
+    sums,
+    num_pixels,
+    run,
+    C: tl.constexpr,
+    SLAB: tl.constexpr,
+    PER_GROUP: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    RELU: tl.constexpr,
+):
+    """One run of pixels of one slab per program; ``sums`` (N * K, 2, C) takes its sums."""
+    slab = tl.program_id(0) % (C // SLAB)
+    sample = (tl.program_id(0) // (C // SLAB)).to(tl.int64)
+    first = tl.program_id(1) * run
+    base = sample * num_pixels * C
+    mu, r = _statistics(mean, rstd, sample, slab, C, SLAB, PER_GROUP, BLOCK_C)
+    gamma, beta = _affine(weight, bias, slab, SLAB, BLOCK_C)
+    total, weighted = _gradient_sums(
+        dy + base, x + base, y + base, first, tl.minimum(first + run, num_pixels), slab, mu, r, gamma, beta,
+        C, SLAB, BLOCK_P, BLOCK_C, RESIDUAL, RELU,
+    )  # fmt: skip
+    _store_sums(sums, sample * tl.num_programs(1) + tl.program_id(1), total, weighted, slab, C, SLAB, BLOCK_C)
+
+
+@triton.jit
+def _gradient_kernel(
+    dy,
+    x,
+    y,
+    weight,
+    bias,
+    mean,
+    rstd,
+    sums,
+    dx,
+    dresidual,
+    num_pixels,
+    run,
+    C: tl.constexpr,
+    SLAB: tl.constexpr,
+    PER_GROUP: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    RELU: tl.constexpr,
+):
+    """One run of pixels of one slab per program, which adds up the runs' sums for itself."""
+    slab = tl.program_id(0) % (C // SLAB)
+    sample = (tl.program_id(0) // (C // SLAB)).to(tl.int64)
+    num_runs = tl.num_programs(1)
+    channels = tl.arange(0, BLOCK_C)
+    total = tl.zeros((BLOCK_C,), tl.float32)
+    weighted = tl.zeros((BLOCK_C,), tl.float32)
+    for start in range(0, num_runs, BLOCK_K):
+        runs = start + tl.arange(0, BLOCK_K)
+        mask = (runs < num_runs)[:, None] & (channels < SLAB)[None, :]
+        place = (sample * num_runs + runs)[:, None] * (2 * C) + (slab * SLAB + channels)[None, :]
+        weighted += tl.sum(tl.load(sums + place, mask=mask, other=0.0), 0)
+        total += tl.sum(tl.load(sums + place + C, mask=mask, other=0.0), 0)
+    mu, r = _statistics(mean, rstd, sample, slab, C, SLAB, PER_GROUP, BLOCK_C)
+    gamma, beta = _affine(weight, bias, slab, SLAB, BLOCK_C)
+    first = tl.program_id(1) * run
+    base = sample * num_pixels * C
+    _write_gradient(
+        dy + base, x + base, y + base, dx + base, dresidual + base, first, tl.minimum(first + run, num_pixels), slab, mu, r,
+        gamma, beta, total, weighted, num_pixels * PER_GROUP, C, SLAB, PER_GROUP, BLOCK_P, BLOCK_C, BLOCK_G, RESIDUAL, RELU,
+    )  # fmt: skip
+
+
+@triton.jit
+def _sum_rows_kernel(sums, out, num_rows, num_columns, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
+    """out (columns) = sum of ``sums`` (rows, columns) in a fixed order, a block of columns per program."""
+    columns = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    total = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
+    for start in range(0, num_rows, BLOCK_R):
+        rows = start + tl.arange(0, BLOCK_R)
+        mask = (rows < num_rows)[:, None] & (columns < num_columns)[None, :]
+        total += tl.load(sums + rows[:, None] * num_columns + columns[None, :], mask=mask, other=0.0)
+    tl.store(out + columns, tl.sum(total, 0), mask=columns < num_columns)
+
+
+# Two 32-byte sectors: what the device memory moves at once. Narrower slabs would fetch bytes for their neighbours.
+MIN_SLAB_BYTES = 64
+# Work enough for a program to be worth its start (some 3 us for the first bytes, the reductions and the last bytes).
+ENOUGH_BYTES = 1 << 14
+# What one program may read and still find in cache when it reads again. An H100 has 256 KB of L1 per SM and 50 MB of L2, which
+# is 380 KB per SM; above that the samples in flight push each other out and a third (fourth) pass over device memory is
+# certain, so that cutting the sample costs no more. 48x48x64 in halves is 147 KB forward and 295 KB backward in bf16.
+MAX_BYTES_FORWARD = 224 << 10
+MAX_BYTES_BACKWARD = 320 << 10
+# Elements per thread and tensor: two 16-byte loads of bf16 in flight, from one tensor forward and from two backward. With two
+# fp32 accumulators of as many elements a thread stays within 64 registers, which lets an SM hold 1,024 threads.
+PER_THREAD_FORWARD, PER_THREAD_BACKWARD = 16, 8
+# Bytes a program goes over -> its warps. With the 1,024 threads above an SM has at most 256 to 320 KB in work at any time.
+WARPS = ((64 << 10, 8), (128 << 10, 16), (MAX_BYTES_BACKWARD, 32))
+# A run of pixels of a sample that is cut; few enough runs that combining them (K rows of G values) costs nothing.
+RUN_BYTES = 64 << 10
+MAX_RUNS = 64
+# Partial sums: rows added per step of a program and its columns. 64 bytes a row, many programs; 4,096 elements in 8 warps.
+SUM_ROWS, SUM_COLUMNS, SUM_WARPS = 256, 16, 8
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How one pass is launched: channels of a slab, runs of a sample and their pixels, tile and warps."""
+
+    slab: int
+    num_runs: int
+    run: int
+    block_p: int
+    block_c: int
+    block_g: int
+    num_warps: int
+
+
+def launch(num_pixels: int, channels: int, num_groups: int, element_bytes: int, num_read: int, max_bytes: int) -> Launch:
+    """The launch for samples of (``num_pixels``, ``channels``) when ``num_read`` tensors are read twice."""
+    per_group = channels // num_groups
+    slabs = [s for s in _powers(channels) if s % per_group == 0 and channels % s == 0 and s * element_bytes >= MIN_SLAB_BYTES]
+    slab = next((s for s in slabs if s * element_bytes * num_pixels >= ENOUGH_BYTES), channels)
+    row_bytes = slab * element_bytes * num_read
+    run = num_pixels
+    if num_pixels * row_bytes > max_bytes:
+        run = max(RUN_BYTES // row_bytes, -(-num_pixels // MAX_RUNS), 1)
+    block_c = triton.next_power_of_2(slab)
+    num_warps = next((warps for limit, warps in WARPS if run * row_bytes <= limit), WARPS[-1][1])
+    per_warp = 32 * (PER_THREAD_FORWARD if num_read == 1 else PER_THREAD_BACKWARD)
+    block_p = max(1, min(triton.next_power_of_2(run), num_warps * per_warp // block_c))
+    num_warps = min(num_warps, max(1, block_p * block_c // per_warp))
+    return Launch(
+        slab, -(-num_pixels // run), run, block_p, block_c, triton.next_power_of_2(slab // per_group), num_warps
+    )  # fmt: skip
+
+
+def _powers(limit: int) -> list[int]:
+    return [1 << e for e in range(limit.bit_length()) if 1 << e <= limit]
+
+
+@torch.library.custom_op("fastbyol::group_norm", mutates_args=())
+def _group_norm(
+    x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, num_groups: int, eps: float, relu: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y, and mean and rstd (N, G)."""
+    n, c, h, w = x.shape
+    y = torch.empty_like(x)
+    mean, rstd = (torch.empty((n, num_groups), dtype=torch.float32, device=x.device) for _ in range(2))
+    plan = launch(h * w, c, num_groups, x.element_size(), 1, MAX_BYTES_FORWARD)
+    grid = (n * (c // plan.slab), plan.num_runs)
+    tile = _constants(plan, c, num_groups)
+    flags = {"RESIDUAL": residual is not None, "RELU": relu}
+    added = x if residual is None else residual
+    if plan.num_runs == 1:
+        _forward_kernel[grid](
+            x, added, weight, bias, y, mean, rstd, h * w, eps, **tile, **flags, num_warps=plan.num_warps
+        )  # fmt: skip
+        return y, mean, rstd
+    partial = torch.empty((n, plan.num_runs, 2, num_groups), dtype=torch.float32, device=x.device)
+    _moments_kernel[grid](x, partial, h * w, plan.run, **tile, num_warps=plan.num_warps)
+    block_k = triton.next_power_of_2(plan.num_runs)
+    _normalise_kernel[grid](
+        x, added, weight, bias, partial, y, mean, rstd, h * w, plan.run, eps,
+        **tile, **flags, BLOCK_K=block_k, num_warps=plan.num_warps,
+    )  # fmt: skip
+    return y, mean, rstd
+
+
+@_group_norm.register_fake
+def _(
+    x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, num_groups: int, eps: float, relu: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    mean, rstd = (x.new_empty((x.shape[0], num_groups), dtype=torch.float32) for _ in range(2))
+    return torch.empty_like(x), mean, rstd
+
+
+@torch.library.custom_op("fastbyol::group_norm_backward", mutates_args=())
+def _group_norm_backward(
+    dy: Tensor,
+    x: Tensor,
+    y: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    num_groups: int,
+    relu: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dx, the residual's gradient (empty unless ``y`` is given) and those of weight and bias (2, C).
+
+    ``y`` is given where a residual was added before the ReLU.
+    """
+    n, c, h, w = x.shape
+    residual = y is not None
+    dx = torch.empty_like(x)
+    dresidual = torch.empty_like(x) if residual else x.new_empty(0)
+    plan = launch(h * w, c, num_groups, x.element_size(), 3 if residual else 2, MAX_BYTES_BACKWARD)
+    grid = (n * (c // plan.slab), plan.num_runs)
+    tile = _constants(plan, c, num_groups)
+    flags = {"RESIDUAL": residual, "RELU": relu}
+    sums = torch.empty((n * plan.num_runs, 2, c), dtype=torch.float32, device=x.device)
+    read = (dy, x, x if y is None else y, weight, bias, mean, rstd)
+    written = (dx, dresidual if residual else dx)
+    if plan.num_runs == 1:
+        _backward_kernel[grid](*read, *written, sums, h * w, **tile, **flags, num_warps=plan.num_warps)
+    else:
+        ungrouped = {name: value for name, value in tile.items() if name != "BLOCK_G"}
+        _gradient_sums_kernel[grid](*read, sums, h * w, plan.run, **ungrouped, **flags, num_warps=plan.num_warps)
+        block_k = max(1, min(triton.next_power_of_2(plan.num_runs), 4096 // plan.block_c))
+        _gradient_kernel[grid](
+            *read, sums, *written, h * w, plan.run, **tile, **flags, BLOCK_K=block_k, num_warps=plan.num_warps
+        )  # fmt: skip
+    affine = torch.empty((2, c), dtype=torch.float32, device=x.device)
+    _sum_rows_kernel[(triton.cdiv(2 * c, SUM_COLUMNS),)](
+        sums, affine, len(sums), 2 * c, BLOCK_R=SUM_ROWS, BLOCK_C=SUM_COLUMNS, num_warps=SUM_WARPS
+    )
+    return dx, dresidual, affine
+
+
+@_group_norm_backward.register_fake
+def _(
+    dy: Tensor,
+    x: Tensor,
+    y: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    num_groups: int,
+    relu: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dresidual = x.new_empty(0) if y is None else torch.empty_like(x)
+    return torch.empty_like(x), dresidual, x.new_empty((2, x.shape[1]), dtype=torch.float32)
+
+
+def _constants(plan: Launch, channels: int, num_groups: int) -> dict[str, int]:
+    return {
+        "C": channels,
+        "SLAB": plan.slab,
+        "PER_GROUP": channels // num_groups,
+        "BLOCK_P": plan.block_p,
+        "BLOCK_C": plan.block_c,
+        "BLOCK_G": plan.block_g,
+    }
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    x, weight, bias, residual, ctx.num_groups, _, ctx.relu = inputs
+    y, mean, rstd = output
+    ctx.mark_non_differentiable(mean, rstd)
+    ctx.residual = residual is not None
+    ctx.save_for_backward(x, y if ctx.residual and ctx.relu else None, weight, bias, mean, rstd)
+
+
+def _backward(ctx: Any, dy: Tensor, _mean: Tensor, _rstd: Tensor) -> tuple[Tensor | None, ...]:
+    dy = dy.contiguous(memory_format=torch.channels_last)
+    dx, dresidual, affine = _group_norm_backward(dy, *ctx.saved_tensors, ctx.num_groups, ctx.relu)
+    if ctx.residual and not ctx.relu:
+        dresidual = dy
+    return dx, affine[0], affine[1], dresidual if ctx.residual else None, None, None, None
+
+
+_group_norm.register_autograd(_backward, setup_context=_save)
+
+
+def group_norm(
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float = EPS,
+    *,
+    residual: Tensor | None = None,
+    relu: bool = False,
+    kernels: str = "auto",
+) -> Tensor:
+    """relu(group norm of ``x`` + ``residual``), either of the two optional, in ``num_groups`` groups of adjacent channels.
+
+    ``x`` (N, C, H, W) or (N, C); ``residual`` has its shape and dtype. ``weight`` and ``bias`` (C,) have the dtype of the
+    statistics: fp64 for fp64 ``x``, else fp32. Returns x's shape and dtype, in channels-last memory format where x has four
+    dimensions. Differentiable once in all four tensors.
+
+    ``kernels``: "reference" (plain torch), "triton" (bf16 or fp32 in channels-last; on a CPU only in Triton's interpreter), or
+    "auto", which is "triton" for CUDA tensors. fp64 and (N, C) always take the reference.
+    Raises ValueError, naming the argument, for what does not fit.
+    """
+    _check(x, num_groups, weight, bias, residual)
+    if kernels not in ("auto", "triton", "reference"):
+        raise ValueError(f"kernels must be auto, triton or reference, not {kernels!r}")
+    if kernels == "reference" or x.ndim == 2 or x.dtype == torch.float64 or (kernels == "auto" and not x.is_cuda):
+        return reference(x, num_groups, weight, bias, eps, residual=residual, relu=relu)
+    _check_kernel(x, weight, bias, residual)
+    if x.numel() == 0:
+        return reference(x, num_groups, weight, bias, eps, residual=residual, relu=relu)
+    y: Tensor = _group_norm(x, weight, bias, residual, num_groups, eps, relu)[0]
+    return y
+
+
+def _check(x: Tensor, num_groups: int, weight: Tensor, bias: Tensor, residual: Tensor | None) -> None:
+    if x.ndim not in (2, 4):
+        raise ValueError(f"x must be (N, C, H, W) or (N, C), not of {x.ndim} dimensions")
+    channels = x.shape[1]
+    if num_groups < 1 or channels % num_groups:
+        raise ValueError(f"num_groups is {num_groups}, which does not divide x's {channels} channels")
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor.shape != (channels,):
+            raise ValueError(f"{name} must be ({channels},), not {tuple(tensor.shape)}")
+    if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
+        raise ValueError(f"residual must be as x, {tuple(x.shape)} {x.dtype}, not {tuple(residual.shape)} {residual.dtype}")
+
+
+def _check_kernel(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None) -> None:
+    if not x.is_cuda and not INTERPRETED:
+        raise ValueError(f'kernels="triton" needs CUDA tensors, x is on {x.device} (or TRITON_INTERPRET=1 at import)')
+    if x.dtype not in DTYPES:
+        raise ValueError(f"x must be bfloat16 or float32 for the kernels, not {x.dtype}")
+    named = {"x": x, "weight": weight, "bias": bias} | ({} if residual is None else {"residual": residual})
+    for name, tensor in named.items():
+        if tensor.device != x.device:
+            raise ValueError(f"{name} is on {tensor.device}, x on {x.device}")
+        if tensor.ndim == 1 and tensor.dtype != torch.float32:
+            raise ValueError(f"{name} must be float32 for the kernels, not {tensor.dtype}")
+        if not tensor.is_contiguous(memory_format=torch.channels_last if tensor.ndim == 4 else torch.contiguous_format):
+            raise ValueError(
+                f"{name} must be {'channels-last' if tensor.ndim == 4 else 'contiguous'}: strides {tensor.stride()}"
+            )
+
+
+# Triton decides when a kernel is defined whether calls compile or interpret it.
+INTERPRETED = not isinstance(_forward_kernel, triton.runtime.JITFunction)
+
+
+def bytes_moved(
+    shape: tuple[int, int, int, int], element_bytes: int, *, residual: bool = False, relu: bool = False, backward: bool = False
+) -> int:
+    """Bytes that one pass must read and write when every element crosses the memory bus once; statistics are left out.
+
+    Forward x and the residual in, y out. Backward dy and x in, dx out; y in and the residual's gradient out where a residual
+    went into a ReLU (without the ReLU the residual's gradient is dy itself).
+    """
+    n, c, h, w = shape
+    tensors = (3 + 2 * (residual and relu)) if backward else (2 + residual)
+    return n * c * h * w * element_bytes * tensors
+
+
+def _builds() -> tuple[Build, ...]:
+    """The launches of ResNet-18 at 96x96 (torchvision stem, 32 groups, bf16), each as often as it differs."""
+    made: list[Build] = []
+    for (side, channels), flags in (
+        ((48, 64), (False, True)),
+        ((24, 64), (False, True)),
+        ((24, 64), (True, True)),
+        *(((side, 8 * 192 // side), flags) for side in (12, 6, 3) for flags in ((False, False), (False, True), (True, True))),
+    ):
+        made += _build(side, channels, 32, "bf16", *flags)
+    made += _build(112, 64, 32, "bf16", False, True)
+    made += _build(24, 64, 32, "fp32", True, True)
+    return tuple(made)
+
+
+def _build(side: int, channels: int, num_groups: int, dtype: str, residual: bool, relu: bool) -> tuple[Build, ...]:
+    element_bytes = {"bf16": 2, "fp32": 4}[dtype]
+    flags = {"RESIDUAL": residual, "RELU": relu}
+    name = f"{side}x{side}x{channels} {dtype}" + " +residual" * residual + " +relu" * relu
+    activations = dict.fromkeys(("x", "residual", "y", "dy", "dx", "dresidual"), f"*{dtype}")
+    tables = dict.fromkeys(("weight", "bias", "mean", "rstd", "mean_out", "rstd_out", "sums", "partial"), "*fp32")
+    signature = activations | tables | {"num_pixels": "i32", "run": "i32", "eps": "fp32"}
+    builds = []
+    for kind, num_read, limit, whole, cut in (
+        ("forward", 1, MAX_BYTES_FORWARD, (_forward_kernel,), (_moments_kernel, _normalise_kernel)),
+        (
+            "backward",
+            3 if residual and relu else 2,
+            MAX_BYTES_BACKWARD,
+            (_backward_kernel,),
+            (_gradient_sums_kernel, _gradient_kernel),
+        ),
+    ):
+        plan = launch(side * side, channels, num_groups, element_bytes, num_read, limit)
+        for part, kernel in enumerate(whole if plan.num_runs == 1 else cut):
+            known = _constants(plan, channels, num_groups) | flags | {"BLOCK_K": triton.next_power_of_2(plan.num_runs)}
+            builds.append(
+                Build(
+                    f"{name} {kind}" + (f" {part + 1}" if plan.num_runs > 1 else ""),
+                    kernel,
+                    signature,
+                    {key: value for key, value in known.items() if key in kernel.arg_names},
+                    aligned=tuple(key for key in kernel.arg_names if key in activations | tables),
+                    num_warps=plan.num_warps,
+                )
+            )
+    return tuple(builds)
+
+
+BUILDS = _builds()

@@ -1,24 +1,45 @@
-"""Group norm against the formula written with sums, in fp64."""
+"""Group norm against the formula written with sums, in fp64: the reference, and the kernels forward and backward."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from typing import Any
+
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
 
-from fastbyol_kernels.group_norm import group_norm
+from fastbyol_kernels import group_norm as module
+from fastbyol_kernels.group_norm import bytes_moved, group_norm, launch
 
 CASES = (((3, 8, 5, 3), 4), ((2, 6, 1, 1), 3), ((4, 12, 2, 7), 1), ((5, 16), 8), ((3, 10), 1))
+# Kernels: odd sizes, 2 to 32 channels per group, channel counts that are no power of two, one pixel, one group, one sample.
+SHAPES = (
+    ((2, 64, 6, 5), 32),
+    ((3, 128, 3, 3), 32),
+    ((2, 64, 7, 3), 2),
+    ((1, 12, 5, 5), 4),
+    ((2, 96, 3, 2), 3),
+    ((3, 16, 1, 1), 8),
+    ((2, 6, 3, 5), 1),
+    ((1, 256, 2, 2), 32),
+)
+FLAGS = ((False, False), (False, True), (True, False), (True, True))
 
 
-def by_sums(x: torch.Tensor, groups: int, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+def by_sums(x: Tensor, groups: int, weight: Tensor, bias: Tensor, residual: Tensor | None = None, relu: bool = False) -> Tensor:
     rows = x.reshape(x.shape[0], groups, -1)
     centred = rows - rows.sum(2, keepdim=True) / rows.shape[2]
     var = centred.square().sum(2, keepdim=True) / rows.shape[2]
     shape = (1, -1) + (1,) * (x.ndim - 2)
-    return (centred / (var + 1e-5).sqrt()).view(x.shape) * weight.view(shape) + bias.view(shape)
+    y = (centred / (var + 1e-5).sqrt()).view(x.shape) * weight.view(shape) + bias.view(shape)
+    y = y if residual is None else y + residual
+    return y.clamp_min(0) if relu else y
 
 
-def arguments(shape: tuple[int, ...], dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def arguments(shape: tuple[int, ...], dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
     g = torch.Generator().manual_seed(sum(shape))
     x = torch.randn(shape, generator=g, dtype=torch.float64) * 2 + 0.5
     if len(shape) == 4:
@@ -31,6 +52,9 @@ def arguments(shape: tuple[int, ...], dtype: torch.dtype = torch.float64) -> tup
 def test_equals_the_formula(shape: tuple[int, ...], groups: int) -> None:
     x, weight, bias = arguments(shape)
     torch.testing.assert_close(group_norm(x, groups, weight, bias), by_sums(x, groups, weight, bias), rtol=1e-12, atol=1e-12)
+    residual = x.flip(0)
+    got = group_norm(x, groups, weight, bias, residual=residual, relu=True)
+    torch.testing.assert_close(got, by_sums(x, groups, weight, bias, residual, True), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize(("shape", "groups"), CASES, ids=str)
@@ -57,3 +81,262 @@ def test_bf16_takes_fp32_statistics() -> None:
     assert got.dtype == torch.bfloat16
     # One rounding of the result to 8 bits; statistics in bf16 would be off by whole units at a mean of 200.
     torch.testing.assert_close(got.double(), expected, rtol=2**-8, atol=1e-3)
+
+
+# The kernels.
+
+
+class Case:
+    """Inputs of one call on ``device``, an upstream gradient, and what fp64 makes of them."""
+
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        groups: int,
+        dtype: torch.dtype,
+        flags: tuple[bool, bool],
+        device: torch.device,
+        *,
+        mean: float = 0.5,
+        gradient_scale: float = 1.0,
+    ) -> None:
+        g = torch.Generator().manual_seed(sum(shape) + groups)
+        self.groups, self.relu, self.dtype = groups, flags[1], dtype
+
+        def activation(scale: float, shift: float) -> Tensor:
+            values = torch.randn(shape, generator=g, dtype=torch.float64) * scale + shift
+            return values.to(device, dtype).contiguous(memory_format=torch.channels_last)
+
+        weight, bias = torch.randn(2, shape[1], generator=g).to(device).unbind()
+        residual = activation(1.0, 0.0) if flags[0] else None
+        self.inputs = (activation(2.0, mean), weight, bias, residual)
+        self.gradient = activation(gradient_scale, 0.0)
+
+    def run(self, **options: Any) -> list[Tensor]:
+        """y and the gradients of the inputs."""
+        x, weight, bias, residual = (None if t is None else t.detach().clone().requires_grad_() for t in self.inputs)
+        assert x is not None
+        assert weight is not None
+        assert bias is not None
+        y = group_norm(x, self.groups, weight, bias, residual=residual, relu=self.relu, **({"kernels": "triton"} | options))
+        y.backward(self.gradient.to(y.dtype))
+        leaves = [t for t in (x, weight, bias, residual) if t is not None]
+        grads = [t.grad for t in leaves if t.grad is not None]
+        assert len(grads) == len(leaves)
+        return [y.detach(), *grads]
+
+    def exact(self) -> list[Tensor]:
+        """The same by the formula in fp64."""
+        x, weight, bias, residual = (None if t is None else t.detach().double().requires_grad_() for t in self.inputs)
+        assert x is not None
+        assert weight is not None
+        assert bias is not None
+        y = by_sums(x, self.groups, weight, bias, residual, self.relu)
+        y.backward(self.gradient.double())
+        leaves = [t for t in (x, weight, bias, residual) if t is not None]
+        return [y.detach(), *(t.grad for t in leaves if t.grad is not None)]
+
+    def compare(self, got: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
+        """bf16 results are one rounding off: 2^-8 of the value, 2^-7 in the interpreter, which cuts instead of rounding.
+
+        In fp32 a value is the sum of some ten terms, each rounded to 2^-24 of the largest of them: 4e-6 of y's largest value,
+        for dx of the largest rstd * weight * dy (what is left after the means are taken off can be far smaller). A sum over
+        elements adds up their errors: 4e-6 of the sum of the absolute terms.
+        """
+        y_size, dx_size, sum_size = self.sizes(expected[0])
+        assert len(got) == len(expected)
+        for a, b, size in zip(got, expected, (y_size, dx_size, sum_size, sum_size, 0.0), strict=False):
+            assert a.shape == b.shape
+            half = self.dtype == torch.bfloat16 and a.ndim == 4
+            torch.testing.assert_close(a.double(), b, rtol=2**-7 if half else 2e-6, atol=4e-6 * size)
+
+    def sizes(self, y: Tensor) -> tuple[float, float, float]:
+        """The largest terms of y and dx, and the largest sum of absolute terms of the gradients of weight and bias."""
+        x, weight = self.inputs[0].double(), self.inputs[1].double()
+        rows = x.reshape(x.shape[0], self.groups, -1)
+        std = (rows.var(2, correction=0) + 1e-5).sqrt()
+        x_hat = ((rows - rows.mean(2, keepdim=True)) / std[:, :, None]).view(x.shape)
+        gradient = self.gradient.double().abs()
+        summed = (gradient * x_hat.abs().clamp_min(1)).sum((0, 2, 3)).max().item()
+        return y.abs().max().item(), (weight.abs().max() * gradient.max() / std.min()).item(), summed
+
+
+@pytest.fixture(params=[False, True], ids=["whole", "cut"])
+def cut(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether samples are cut into runs: both ways of launching run on shapes small enough for the interpreter."""
+    if request.param:
+        for name in ("MAX_BYTES_FORWARD", "MAX_BYTES_BACKWARD"):
+            monkeypatch.setattr(module, name, 0)
+        # Some 10 to 30 pixels of 64 bytes: a few runs, the last one short.
+        monkeypatch.setattr(module, "RUN_BYTES", 2000)
+    return bool(request.param)
+
+
+@pytest.fixture
+def nan_filled(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Fresh memory holds NaN, so that an element left unwritten shows."""
+    empty, empty_like = torch.empty, torch.empty_like
+    monkeypatch.setattr(torch, "empty", lambda *a, **k: empty(*a, **k).fill_(float("nan")))
+    monkeypatch.setattr(torch, "empty_like", lambda *a, **k: empty_like(*a, **k).fill_(float("nan")))
+    yield
+    monkeypatch.undo()
+
+
+@pytest.mark.usefixtures("nan_filled", "cut")
+@pytest.mark.parametrize(("shape", "groups"), SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_kernels_equal_fp64(shape: tuple[int, ...], groups: int, dtype: torch.dtype, device: torch.device) -> None:
+    for flags in FLAGS:
+        case = Case(shape, groups, dtype, flags, device)
+        case.compare(case.run(), case.exact())
+
+
+@settings(max_examples=12, deadline=None, derandomize=True)
+@given(
+    st.integers(1, 3), st.sampled_from((1, 2, 3, 8)), st.integers(1, 9), st.integers(1, 5), st.integers(1, 5),
+    st.sampled_from(FLAGS), st.booleans(),
+)  # fmt: skip
+def test_kernels_equal_fp64_at_any_shape(
+    n: int, groups: int, per_group: int, h: int, w: int, flags: tuple[bool, bool], half: bool
+) -> None:
+    # One value per group has no variance: its gradient is rounding noise times 1 / sqrt(eps).
+    per_group = max(per_group, 2)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    case = Case((n, groups * per_group, h, w), groups, torch.bfloat16 if half else torch.float32, flags, device)
+    case.compare(case.run(), case.exact())
+
+
+@pytest.mark.usefixtures("cut")
+def test_two_runs_are_equal_in_every_bit(device: torch.device) -> None:
+    case = Case((3, 64, 5, 5), 32, torch.bfloat16, (True, True), device)
+    for a, b in zip(case.run(), case.run(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_samples_do_not_touch_each_other(device: torch.device) -> None:
+    case = Case((3, 64, 3, 5), 32, torch.float32, (True, True), device)
+    before = case.run()
+    for tensor in (case.inputs[0], case.gradient):
+        tensor[1] = float("nan")
+    after = case.run()
+    for a, b in zip((before[0], before[1], before[4]), (after[0], after[1], after[4]), strict=True):
+        assert torch.equal(a[::2], b[::2])
+        assert a.isfinite().all()
+    assert after[0][1].isnan().all()
+
+
+@pytest.mark.usefixtures("cut")
+def test_large_mean_costs_no_digits_of_the_variance(device: torch.device) -> None:
+    """At a mean of 1,000 stds the one-pass formula E[x^2] - E[x]^2 keeps one digit in fp32."""
+    case = Case((2, 64, 5, 5), 32, torch.float32, (False, False), device, mean=2000.0)
+    got, expected = case.run(), case.exact()
+    # x * scale + shift is the difference of two numbers near 1,000 * weight: 2^-24 of 3,000.
+    torch.testing.assert_close(got[0].double(), expected[0], rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_collapsed_gradients_keep_their_digits(dtype: torch.dtype, device: torch.device) -> None:
+    """Near collapse the gradient is a millionth of the weights: nothing may flush to zero or drown in a sum."""
+    case = Case((2, 64, 5, 4), 32, dtype, (True, True), device, gradient_scale=1e-6)
+    case.compare(case.run(), case.exact())
+
+
+def test_gradient_in_another_memory_format(device: torch.device) -> None:
+    """What pooling sends back is expanded: strides of zero."""
+    case = Case((2, 64, 3, 3), 32, torch.float32, (False, True), device)
+    case.gradient = case.gradient[:, :, :1, :1].expand(2, 64, 3, 3)
+    case.compare(case.run(), case.exact())
+
+
+# opcheck itself looks at the .grad of tensors that are no leaves.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+def test_opcheck(device: torch.device) -> None:
+    for flags in FLAGS:
+        x, weight, bias, residual = (
+            None if t is None else t.requires_grad_() for t in Case((2, 16, 3, 2), 4, torch.float32, flags, device).inputs
+        )
+        torch.library.opcheck(torch.ops.fastbyol.group_norm, (x, weight, bias, residual, 4, 1e-5, flags[1]))
+
+
+@pytest.mark.parametrize("flags", FLAGS, ids=str)
+def test_compiled_equals_eager(flags: tuple[bool, bool], device: torch.device) -> None:
+    case = Case((2, 16, 3, 3), 4, torch.bfloat16, flags, device)
+    x, weight, bias, residual = (None if t is None else t.requires_grad_() for t in case.inputs)
+
+    def layer() -> Tensor:
+        assert x is not None
+        assert weight is not None
+        assert bias is not None
+        return group_norm(x * 2, 4, weight, bias, residual=residual, relu=flags[1], kernels="triton") + 1
+
+    leaves = [t for t in (x, weight, bias, residual) if t is not None]
+    eager, compiled = layer(), torch.compile(layer, fullgraph=True, backend="aot_eager")()
+    assert torch.equal(eager, compiled)
+    for a, b in zip(*(torch.autograd.grad(y, leaves, case.gradient) for y in (eager, compiled)), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_auto_takes_the_reference_off_the_gpu() -> None:
+    x, weight, bias = arguments((2, 8, 3, 3), torch.float32)
+    assert torch.equal(group_norm(x, 4, weight, bias), group_norm(x, 4, weight, bias, kernels="reference"))
+
+
+def test_empty_batch(device: torch.device) -> None:
+    x, weight, bias = (t.to(device) for t in arguments((0, 8, 3, 3), torch.float32))
+    assert group_norm(x, 4, weight, bias, kernels="triton").shape == (0, 8, 3, 3)
+
+
+def test_bad_input_names_the_argument(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, weight, bias = (t.to(device) for t in arguments((2, 8, 4, 3), torch.float32))
+    half = x.bfloat16()
+
+    def call(x: Tensor = x, groups: int = 4, weight: Tensor = weight, bias: Tensor = bias, **options: Any) -> None:
+        group_norm(x, groups, weight, bias, **({"kernels": "triton"} | options))
+
+    for names, wrong in (
+        ("^num_groups", {"groups": 3}),
+        ("^num_groups", {"groups": 0}),
+        ("^x must be", {"x": x[0]}),
+        ("^x must be", {"x": x.half()}),
+        ("^x must be channels-last", {"x": x.contiguous()}),
+        ("^weight must be", {"weight": weight[:4]}),
+        ("^weight must be float32", {"weight": weight.bfloat16()}),
+        ("^weight must be contiguous", {"weight": weight.repeat(2)[::2]}),
+        ("^bias is on meta", {"bias": bias.to("meta")}),
+        ("^residual must be", {"residual": half}),
+        ("^residual must be channels-last", {"residual": x.contiguous()}),
+        ("^kernels must be", {"kernels": "cuda"}),
+    ):
+        with pytest.raises(ValueError, match=names):
+            call(**wrong)  # type: ignore[arg-type]
+    if not x.is_cuda:
+        monkeypatch.setattr(module, "INTERPRETED", False)
+        with pytest.raises(ValueError, match="TRITON_INTERPRET"):
+            call()
+
+
+@pytest.mark.parametrize(
+    ("side", "channels"), [(112, 64), (96, 64), (56, 64), (48, 64), (24, 64), (48, 128), (12, 128), (3, 512)]
+)
+@pytest.mark.parametrize("groups", [1, 8, 32])
+@pytest.mark.parametrize("num_read", [1, 2, 3])
+def test_launches_cover_samples_in_whole_groups(side: int, channels: int, groups: int, num_read: int) -> None:
+    for element_bytes, max_bytes in ((2, module.MAX_BYTES_FORWARD), (4, module.MAX_BYTES_BACKWARD)):
+        plan = launch(side * side, channels, groups, element_bytes, num_read, max_bytes)
+        assert plan.num_runs == -(-side * side // plan.run)
+        assert plan.num_runs <= module.MAX_RUNS
+        assert channels % plan.slab == 0
+        assert plan.slab % (channels // groups) == 0
+        assert plan.slab * element_bytes >= module.MIN_SLAB_BYTES
+        assert plan.run * plan.slab * element_bytes * num_read <= max_bytes or plan.num_runs > 1
+        assert plan.block_c >= plan.slab
+        assert 1 <= plan.num_warps <= 32
+
+
+def test_bytes_moved() -> None:
+    tensor = 512 * 24 * 24 * 64 * 2
+    assert bytes_moved((512, 64, 24, 24), 2, relu=True) == 2 * tensor
+    assert bytes_moved((512, 64, 24, 24), 2, residual=True, relu=True) == 3 * tensor
+    assert bytes_moved((512, 64, 24, 24), 2, relu=True, backward=True) == 3 * tensor
+    assert bytes_moved((512, 64, 24, 24), 2, residual=True, backward=True) == 3 * tensor
+    assert bytes_moved((512, 64, 24, 24), 2, residual=True, relu=True, backward=True) == 5 * tensor

@@ -1,0 +1,67 @@
+"""Embeddings y of images as they are, for probes: no augmentation, eval mode, float32."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from fastbyol import views
+from fastbyol.config import ViewsConfig
+from fastbyol.errors import FastbyolError
+
+
+def embed(
+    encoder: nn.Module, images: Tensor, config: ViewsConfig, *, device: torch.device | str, batch_size: int = 512
+) -> Tensor:
+    """Embed uint8 ``images`` (N, H, W, 3) with ``encoder``, which is on ``device``: float32 (N, D) on that device.
+
+    Every submodule is back in its own train or eval mode afterwards. A row depends on its image alone: running statistics
+    stand in for a batch's, and ``batch_size`` moves nothing but rounding. N = 0 is an error (ValueError).
+    """
+    if not len(images):
+        raise ValueError("no images to embed")
+    device = torch.device(device)
+    dtype = next((p.dtype for p in encoder.parameters()), torch.float32)
+    with eval_mode(encoder), torch.inference_mode(), _full_precision(device):
+        batches = (images[start : start + batch_size].to(device) for start in range(0, len(images), batch_size))
+        parts = [encoder(views.plain(batch, config, dtype)).float() for batch in batches]
+        features = torch.cat(parts)
+    # Out of inference mode, so that what is computed from it may be differentiated.
+    return features.clone()
+
+
+def check_finite(features: Tensor, name: str = "features") -> None:
+    """Raise FastbyolError where ``features`` (N, D) holds a value that is not a finite number."""
+    bad = int((~torch.isfinite(features)).any(dim=1).sum())
+    if bad:
+        raise FastbyolError(
+            f"{name}: {bad} of {len(features)} rows hold NaN or infinite values: the encoder has diverged; "
+            "go back to an earlier checkpoint or lower the learning rate"
+        )
+
+
+@contextmanager
+def eval_mode(module: nn.Module) -> Iterator[None]:
+    """Put ``module`` in eval mode and give every submodule its own mode back on leaving."""
+    modes = [(child, child.training) for child in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for child, training in modes:
+            child.training = training
+
+
+@contextmanager
+def _full_precision(device: torch.device) -> Iterator[None]:
+    """No autocast and no TF32: the convolutions of a GPU would otherwise round to ten bits by default."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before

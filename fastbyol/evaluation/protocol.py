@@ -1,0 +1,139 @@
+"""The three ways to put a number on an encoder: which rows are fitted, which are scored, and by what.
+
+``blog``    the post's: one-vs-rest logistic regression within the test set. Its code ran through the test set in batches of
+            256, dropped the last, incomplete one, fitted the first half of what was left and scored the second. For STL-10's
+            8,000 images: 8000 // 256 * 256 = 7936 kept, rows 0..3967 fitted, rows 3968..7935 scored. Sets under 512 images
+            are kept whole.
+``linear``  multinomial logistic regression on standardised features, fitted on the training set and scored on the test set.
+``knn``     weighted nearest neighbours of the test set in the training set.
+
+Rows with a negative label are unlabelled and left out. Without a labelled training set, ``linear`` and ``knn`` split the test
+set as ``blog`` does. Where one half would hold classes that the other does not (files sorted by class), the split takes
+alternate rows of each class instead. ``split`` in the result says what was done.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from fastbyol.config import ViewsConfig
+from fastbyol.errors import UsageError
+from fastbyol.evaluation.features import embed
+from fastbyol.evaluation.knn import knn_accuracy
+from fastbyol.evaluation.probe import logistic_multinomial, logistic_one_vs_rest
+
+PROTOCOLS = ("blog", "linear", "knn")
+BLOG_BATCH = 256
+
+
+class LabelledImages(Protocol):
+    """What ``data.loader.read_all`` returns: uint8 (N, H, W, 3) and int64 (N,) or None, on the CPU."""
+
+    @property
+    def images(self) -> Tensor: ...
+    @property
+    def labels(self) -> Tensor | None: ...
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Labelled images to fit on, to score on, and how they were chosen."""
+
+    fit_images: Tensor
+    fit_labels: Tensor
+    score_images: Tensor
+    score_labels: Tensor
+    split: str
+
+
+def evaluate(
+    protocol: str,
+    encoder: nn.Module,
+    *,
+    test: LabelledImages,
+    train: LabelledImages | None,
+    views: ViewsConfig,
+    device: torch.device | str,
+) -> dict[str, Any]:
+    """Accuracy of ``encoder``, which is on ``device``, under ``protocol``; see the head of this file.
+
+    Returns ``protocol``, ``accuracy`` and ``train_accuracy`` in percent (the latter None for ``knn``), ``num_train``,
+    ``num_test``, ``num_classes`` (of the fitted rows), ``dim``, ``split`` and ``seconds``. Raises UsageError for data that the
+    protocol cannot use and FastbyolError for an encoder whose embeddings are not finite.
+    """
+    if protocol not in PROTOCOLS:
+        raise UsageError(f"protocol: {protocol!r} is none of {', '.join(PROTOCOLS)}")
+    began = time.perf_counter()
+    rows = _choose(protocol, test, train)
+    fit = embed(encoder, rows.fit_images, views, device=device)
+    score = embed(encoder, rows.score_images, views, device=device)
+    accuracy, train_accuracy = _accuracies(protocol, fit, rows.fit_labels, score, rows.score_labels)
+    return {
+        "protocol": protocol,
+        "accuracy": accuracy,
+        "train_accuracy": train_accuracy,
+        "num_train": len(fit),
+        "num_test": len(score),
+        "num_classes": len(torch.unique(rows.fit_labels)),
+        "dim": fit.shape[1],
+        "split": rows.split,
+        "seconds": time.perf_counter() - began,
+    }
+
+
+def halves(labels: Tensor) -> tuple[Tensor, Tensor, str]:
+    """Split rows with ``labels`` (N,) as the head of this file says: rows to fit, rows to score, int64, and a description."""
+    total = len(labels)
+    kept = total // BLOG_BATCH * BLOG_BATCH if total >= 2 * BLOG_BATCH else total
+    half = kept // 2
+    if torch.equal(torch.unique(labels[:half]), torch.unique(labels[half : 2 * half])):
+        rows = torch.arange(2 * half)
+        return rows[:half], rows[half:], "halves of the test set by row"
+    order = labels.argsort(stable=True)
+    counts = torch.unique(labels, return_counts=True)[1]
+    rank = torch.empty_like(order)
+    rank[order] = torch.cat([torch.arange(int(count)) for count in counts])
+    even = rank % 2 == 0
+    return even.nonzero()[:, 0], (~even).nonzero()[:, 0], "alternate rows of each class of the test set"
+
+
+def _accuracies(protocol: str, fit: Tensor, fit_labels: Tensor, score: Tensor, labels: Tensor) -> tuple[float, float | None]:
+    if protocol == "knn":
+        return knn_accuracy(fit, fit_labels, score, labels), None
+    classifier = (logistic_one_vs_rest if protocol == "blog" else logistic_multinomial)(fit, fit_labels)
+    return classifier.score(score, labels), classifier.score(fit, fit_labels)
+
+
+def _choose(protocol: str, test: LabelledImages, train: LabelledImages | None) -> _Rows:
+    images, labels = _labelled(test, "test data")
+    if not len(labels):
+        raise UsageError(
+            f"test data: no labelled images, and the {protocol} protocol scores against labels: "
+            "name a labelled beton with --test-data"
+        )
+    if protocol != "blog" and train is not None:
+        fit_images, fit_labels = _labelled(train, "training data")
+        if len(fit_labels):
+            return _Rows(fit_images, fit_labels, images, labels, "training set and test set")
+    fit, score, split = halves(labels)
+    if not len(fit) or not len(score):
+        raise UsageError(
+            f"test data: {len(labels)} labelled images are too few to split in two: name a larger one with --test-data"
+        )
+    return _Rows(images[fit], labels[fit], images[score], labels[score], split)
+
+
+def _labelled(data: LabelledImages, name: str) -> tuple[Tensor, Tensor]:
+    """The rows whose label is not negative; none where there are no labels."""
+    images, labels = data.images, data.labels
+    if labels is None:
+        return images[:0], torch.empty(0, dtype=torch.int64)
+    if len(labels) != len(images):
+        raise UsageError(f"{name}: {len(images)} images but {len(labels)} labels: convert it again from a sound source")
+    known = labels >= 0
+    return (images, labels) if bool(known.all()) else (images[known], labels[known])

@@ -1,0 +1,115 @@
+"""The solver: losses against autograd, minima against their definition, classes that do not touch each other."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn import functional as F
+
+from fastbyol.evaluation.trust_region import Loss, Problem, Sigmoid, Softmax, minimise
+
+NUM_CLASSES, NUM_SAMPLES = 4, 60
+CASES = pytest.mark.parametrize("kind", [Sigmoid, Softmax])
+
+
+def one_hot(seed: int) -> Tensor:
+    labels = torch.randint(NUM_CLASSES, (NUM_SAMPLES,), generator=torch.Generator().manual_seed(seed))
+    return F.one_hot(labels, NUM_CLASSES).double().T.contiguous()
+
+
+def normal(*shape: int, seed: int) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def written_out(kind: type[Sigmoid] | type[Softmax], targets: Tensor, margins: Tensor) -> Tensor:
+    """The losses from torch's own functionals: (K, 1) or (1, 1)."""
+    if kind is Softmax:
+        return F.cross_entropy(margins.T, targets.argmax(0), reduction="sum").reshape(1, 1)
+    return F.binary_cross_entropy_with_logits(margins, targets, reduction="none").sum(1, keepdim=True)
+
+
+@CASES
+def test_value_residual_and_hessian_are_autograds(kind: type[Sigmoid] | type[Softmax]) -> None:
+    targets, margins, v = one_hot(0), 3.0 * normal(NUM_CLASSES, NUM_SAMPLES, seed=1), normal(NUM_CLASSES, NUM_SAMPLES, seed=2)
+    loss = kind(targets)
+    torch.testing.assert_close(loss.value(margins), written_out(kind, targets, margins), rtol=1e-13, atol=0.0)
+
+    def total(m: Tensor) -> Tensor:
+        return written_out(kind, targets, m).sum()
+
+    gradient, product = torch.autograd.functional.vhp(total, margins, v)[0], torch.autograd.functional.vhp(total, margins, v)[1]
+    assert float(gradient) == pytest.approx(float(loss.value(margins).sum()), rel=1e-13)
+    torch.testing.assert_close(loss.residual(margins), torch.func.grad(total)(margins), rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(loss.times(loss.curvature(margins), v), product, rtol=1e-11, atol=1e-13)
+
+
+@CASES
+@settings(max_examples=25, deadline=None)
+@given(
+    seed=st.integers(0, 2**31),
+    scale=st.sampled_from([1e-4, 1e-2, 1.0, 1e2, 1e4]),
+    c=st.sampled_from([1e-3, 1.0, 1e3]),
+    offset=st.sampled_from([0.0, 10.0]),
+)
+def test_finds_the_minimum(kind: type[Sigmoid] | type[Softmax], seed: int, scale: float, c: float, offset: float) -> None:
+    """At the minimum the gradient, by autograd, is zero: and F being convex, nothing else needs to be checked."""
+    x = scale * (normal(NUM_SAMPLES, 5, seed=seed) + offset)
+    targets = one_hot(seed + 1)
+    problem = Problem(x, kind(targets), torch.ones(5, dtype=torch.float64), c)
+    loss: Loss = problem.loss
+    rows = len(loss.dot(targets, targets))
+    solution = minimise(problem, NUM_CLASSES, torch.full((rows, 1), 1e-7, dtype=torch.float64), max_steps=1000)
+    assert solution.converged
+
+    def objective(w: Tensor) -> Tensor:
+        return c * written_out(kind, targets, w @ x.T).sum() + 0.5 * w.square().sum()
+
+    start, end = torch.func.grad(objective)(torch.zeros_like(solution.weights)), torch.func.grad(objective)(solution.weights)
+    left = loss.dot(end, end).sqrt() / loss.dot(start, start).sqrt()
+    # 1e-7 asked for; the second bound is where F itself, of which a step must still take something off, stops resolving.
+    assert bool((left <= 1.1e-7).all()) or bool(
+        (left <= 1e-5).all() and objective(solution.weights) <= objective(torch.zeros_like(start))
+    )
+
+
+def test_a_matrix_penalty_is_a_change_of_variables() -> None:
+    """With x = z A' and P = A'A for an invertible A, the minimum in z's weights is A times the one in x's."""
+    z, a = normal(NUM_SAMPLES, 5, seed=3), normal(5, 5, seed=4) + 3.0 * torch.eye(5, dtype=torch.float64)
+    targets, tolerance = one_hot(5), torch.full((NUM_CLASSES, 1), 1e-10, dtype=torch.float64)
+    plain = minimise(Problem(z, Sigmoid(targets), torch.ones(5, dtype=torch.float64), 1.0), NUM_CLASSES, tolerance)
+    mixed = minimise(Problem(z @ a.T, Sigmoid(targets), torch.linalg.inv(a @ a.T), 1.0), NUM_CLASSES, tolerance)
+    torch.testing.assert_close(mixed.weights @ a, plain.weights, rtol=1e-7, atol=1e-9)
+
+
+def test_classes_do_not_touch_each_other() -> None:
+    """Fitted together or alone, a class takes the same steps to the same weights: each has its own trust region."""
+    x, targets = 5.0 * normal(NUM_SAMPLES, 8, seed=6) + 2.0, one_hot(7)
+    ones, tolerance = torch.ones(8, dtype=torch.float64), torch.tensor([[1e-2], [1e-4], [1e-6], [1e-8]], dtype=torch.float64)
+    together = minimise(Problem(x, Sigmoid(targets), ones, 1.0), NUM_CLASSES, tolerance)
+    for k in range(NUM_CLASSES):
+        alone = minimise(Problem(x, Sigmoid(targets[k : k + 1]), ones, 1.0), 1, tolerance[k : k + 1])
+        assert int(alone.steps) == int(together.steps[k])
+        torch.testing.assert_close(alone.weights[0], together.weights[k], rtol=1e-10, atol=1e-12)
+
+
+def test_says_when_it_ran_out_of_steps() -> None:
+    x, targets = 1e3 * normal(NUM_SAMPLES, 5, seed=8), one_hot(9)
+    problem = Problem(x, Softmax(targets), torch.ones(5, dtype=torch.float64), 1.0)
+    tolerance = torch.full((1, 1), 1e-9, dtype=torch.float64)
+    short = minimise(problem, NUM_CLASSES, tolerance, max_steps=2)
+    assert not short.converged
+    assert int(short.steps) == 2
+    assert minimise(problem, NUM_CLASSES, tolerance).converged
+
+
+def test_nothing_to_learn_ends_at_zero() -> None:
+    """Features of zeros: the gradient is zero at the start, whatever the labels."""
+    problem = Problem(
+        torch.zeros(NUM_SAMPLES, 3, dtype=torch.float64), Sigmoid(one_hot(10)), torch.ones(3, dtype=torch.float64), 1.0
+    )
+    solution = minimise(problem, NUM_CLASSES, torch.full((NUM_CLASSES, 1), 1e-6, dtype=torch.float64))
+    assert torch.equal(solution.weights, torch.zeros(NUM_CLASSES, 3, dtype=torch.float64))
+    assert solution.converged

@@ -56,5 +56,8 @@ types: setup
 unit: setup
 	$(BIN)/python -m pytest
 
+figures: setup
+	$(BIN)/python -m fastbyol_bench.first_light bench/results/first_light
+
 clean:
 	rm -rf $(VENV) $(DEMO) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,1 @@
+"""Measurements of fastbyol: what its README and bench/results say was made by the modules here."""

@@ -20,6 +20,7 @@ Letters: N samples, C channels, H W pixels, G groups, K runs of pixels of a samp
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -541,8 +542,11 @@ MAX_BYTES_BACKWARD = 320 << 10
 # Elements per thread and tensor: two 16-byte loads of bf16 in flight, from one tensor forward and from two backward. With two
 # fp32 accumulators of as many elements a thread stays within 64 registers, which lets an SM hold 1,024 threads.
 PER_THREAD_FORWARD, PER_THREAD_BACKWARD = 16, 8
-# Bytes a program goes over -> its warps. With the 1,024 threads above an SM has at most 256 to 320 KB in work at any time.
-WARPS = ((64 << 10, 8), (128 << 10, 16), (MAX_BYTES_BACKWARD, 32))
+# Bytes a program goes over -> its warps. With the 1,024 threads above an SM has at most 320 KB in work at any time.
+WARPS = ((80 << 10, 8), (120 << 10, 16), (MAX_BYTES_BACKWARD, 32))
+# 1,024 threads per SM at all costs: left to itself ptxas gives the backward pass with a recomputed ReLU 99 registers, which
+# halves the bytes in flight. Under the cap that kernel spills 40 bytes, outside its loops: once per program.
+MAX_REGISTERS = 64
 # A run of pixels of a sample that is cut; few enough runs that combining them (K rows of G values) costs nothing.
 RUN_BYTES = 64 << 10
 MAX_RUNS = 64
@@ -601,15 +605,15 @@ def _group_norm(
     added = x if residual is None else residual
     if plan.num_runs == 1:
         _forward_kernel[grid](
-            x, added, weight, bias, y, mean, rstd, h * w, eps, **tile, **flags, num_warps=plan.num_warps
+            x, added, weight, bias, y, mean, rstd, h * w, eps, **tile, **flags, **_options(plan)
         )  # fmt: skip
         return y, mean, rstd
     partial = torch.empty((n, plan.num_runs, 2, num_groups), dtype=torch.float32, device=x.device)
-    _moments_kernel[grid](x, partial, h * w, plan.run, **tile, num_warps=plan.num_warps)
+    _moments_kernel[grid](x, partial, h * w, plan.run, **tile, **_options(plan))
     block_k = triton.next_power_of_2(plan.num_runs)
     _normalise_kernel[grid](
         x, added, weight, bias, partial, y, mean, rstd, h * w, plan.run, eps,
-        **tile, **flags, BLOCK_K=block_k, num_warps=plan.num_warps,
+        **tile, **flags, BLOCK_K=block_k, **_options(plan),
     )  # fmt: skip
     return y, mean, rstd
 
@@ -650,13 +654,12 @@ def _group_norm_backward(
     read = (dy, x, x if y is None else y, weight, bias, mean, rstd)
     written = (dx, dresidual if residual else dx)
     if plan.num_runs == 1:
-        _backward_kernel[grid](*read, *written, sums, h * w, **tile, **flags, num_warps=plan.num_warps)
+        _backward_kernel[grid](*read, *written, sums, h * w, **tile, **flags, **_options(plan))
     else:
         ungrouped = {name: value for name, value in tile.items() if name != "BLOCK_G"}
-        _gradient_sums_kernel[grid](*read, sums, h * w, plan.run, **ungrouped, **flags, num_warps=plan.num_warps)
-        block_k = max(1, min(triton.next_power_of_2(plan.num_runs), 4096 // plan.block_c))
+        _gradient_sums_kernel[grid](*read, sums, h * w, plan.run, **ungrouped, **flags, **_options(plan))
         _gradient_kernel[grid](
-            *read, sums, *written, h * w, plan.run, **tile, **flags, BLOCK_K=block_k, num_warps=plan.num_warps
+            *read, sums, *written, h * w, plan.run, **tile, **flags, BLOCK_K=_runs_per_step(plan), **_options(plan)
         )  # fmt: skip
     affine = torch.empty((2, c), dtype=torch.float32, device=x.device)
     _sum_rows_kernel[(triton.cdiv(2 * c, SUM_COLUMNS),)](
@@ -690,6 +693,15 @@ def _constants(plan: Launch, channels: int, num_groups: int) -> dict[str, int]:
         "BLOCK_C": plan.block_c,
         "BLOCK_G": plan.block_g,
     }
+
+
+def _runs_per_step(plan: Launch) -> int:
+    """Runs whose sums a program of the second backward launch adds at a time: a tile like its others."""
+    return max(1, min(triton.next_power_of_2(plan.num_runs), plan.num_warps * 32 * PER_THREAD_BACKWARD // plan.block_c))
+
+
+def _options(plan: Launch) -> dict[str, int]:
+    return {"num_warps": plan.num_warps, "maxnreg": MAX_REGISTERS}
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -791,53 +803,60 @@ def bytes_moved(
     return n * c * h * w * element_bytes * tensors
 
 
-def _builds() -> tuple[Build, ...]:
-    """The launches of ResNet-18 at 96x96 (torchvision stem, 32 groups, bf16), each as often as it differs."""
-    made: list[Build] = []
-    for (side, channels), flags in (
-        ((48, 64), (False, True)),
-        ((24, 64), (False, True)),
-        ((24, 64), (True, True)),
-        *(((side, 8 * 192 // side), flags) for side in (12, 6, 3) for flags in ((False, False), (False, True), (True, True))),
-    ):
-        made += _build(side, channels, 32, "bf16", *flags)
-    made += _build(112, 64, 32, "bf16", False, True)
-    made += _build(24, 64, 32, "fp32", True, True)
-    return tuple(made)
+_ACTIVATIONS = ("x", "residual", "y", "dy", "dx", "dresidual")
+_TABLES = ("weight", "bias", "mean", "rstd", "mean_out", "rstd_out", "sums", "partial", "out")
+_WHY_SUMS = "writes sums, a few per run"
+_WHY_RELU = f"launched with maxnreg={MAX_REGISTERS}: 40 bytes spilled, outside the loops"
 
 
-def _build(side: int, channels: int, num_groups: int, dtype: str, residual: bool, relu: bool) -> tuple[Build, ...]:
+def _builds() -> Iterator[Build]:
+    """ResNet-18's launches at 96x96 (torchvision stem, 32 groups, bf16), one of the cut samples, one in fp32."""
+    plain, relu, added = (False, False), (False, True), (True, True)
+    yield from _build(48, 64, "bf16", *relu)
+    yield from (build for flags in (relu, added) for build in _build(24, 64, "bf16", *flags))
+    for side, channels in ((12, 128), (6, 256), (3, 512)):
+        yield from (build for flags in (plain, relu, added) for build in _build(side, channels, "bf16", *flags))
+    yield from _build(112, 64, "bf16", *relu)
+    yield from _build(24, 64, "fp32", *added)
+    sizes = {"BLOCK_R": SUM_ROWS, "BLOCK_C": SUM_COLUMNS}
+    yield _known("sums", _sum_rows_kernel, "fp32", sizes, SUM_WARPS, _WHY_SUMS)
+
+
+def _build(side: int, channels: int, dtype: str, residual: bool, relu: bool, num_groups: int = 32) -> Iterator[Build]:
+    name = f"{side}x{side}x{channels} {dtype}" + " +residual" * residual + " +relu" * relu
     element_bytes = {"bf16": 2, "fp32": 4}[dtype]
     flags = {"RESIDUAL": residual, "RELU": relu}
-    name = f"{side}x{side}x{channels} {dtype}" + " +residual" * residual + " +relu" * relu
-    activations = dict.fromkeys(("x", "residual", "y", "dy", "dx", "dresidual"), f"*{dtype}")
-    tables = dict.fromkeys(("weight", "bias", "mean", "rstd", "mean_out", "rstd_out", "sums", "partial"), "*fp32")
-    signature = activations | tables | {"num_pixels": "i32", "run": "i32", "eps": "fp32"}
-    builds = []
-    for kind, num_read, limit, whole, cut in (
-        ("forward", 1, MAX_BYTES_FORWARD, (_forward_kernel,), (_moments_kernel, _normalise_kernel)),
-        (
-            "backward",
-            3 if residual and relu else 2,
-            MAX_BYTES_BACKWARD,
-            (_backward_kernel,),
-            (_gradient_sums_kernel, _gradient_kernel),
-        ),
-    ):
-        plan = launch(side * side, channels, num_groups, element_bytes, num_read, limit)
-        for part, kernel in enumerate(whole if plan.num_runs == 1 else cut):
-            known = _constants(plan, channels, num_groups) | flags | {"BLOCK_K": triton.next_power_of_2(plan.num_runs)}
-            builds.append(
-                Build(
-                    f"{name} {kind}" + (f" {part + 1}" if plan.num_runs > 1 else ""),
-                    kernel,
-                    signature,
-                    {key: value for key, value in known.items() if key in kernel.arg_names},
-                    aligned=tuple(key for key in kernel.arg_names if key in activations | tables),
-                    num_warps=plan.num_warps,
-                )
-            )
-    return tuple(builds)
+    why = _WHY_RELU if relu and not residual else ""
+
+    plan = launch(side * side, channels, num_groups, element_bytes, 1, MAX_BYTES_FORWARD)
+    known = _constants(plan, channels, num_groups) | flags | {"BLOCK_K": triton.next_power_of_2(plan.num_runs)}
+    if plan.num_runs == 1:
+        yield _known(f"{name} forward", _forward_kernel, dtype, known, plan.num_warps)
+    else:
+        yield _known(f"{name} forward 1", _moments_kernel, dtype, known, plan.num_warps, _WHY_SUMS)
+        yield _known(f"{name} forward 2", _normalise_kernel, dtype, known, plan.num_warps)
+
+    plan = launch(side * side, channels, num_groups, element_bytes, 3 if residual and relu else 2, MAX_BYTES_BACKWARD)
+    known = _constants(plan, channels, num_groups) | flags | {"BLOCK_K": _runs_per_step(plan)}
+    if plan.num_runs == 1:
+        yield _known(f"{name} backward", _backward_kernel, dtype, known, plan.num_warps, why)
+    else:
+        yield _known(f"{name} backward 1", _gradient_sums_kernel, dtype, known, plan.num_warps, _WHY_SUMS)
+        yield _known(f"{name} backward 2", _gradient_kernel, dtype, known, plan.num_warps)
 
 
-BUILDS = _builds()
+def _known(name: str, kernel: Any, dtype: str, known: dict[str, int], num_warps: int, why: str = "") -> Build:
+    types = dict.fromkeys(_ACTIVATIONS, f"*{dtype}") | dict.fromkeys(_TABLES, "*fp32") | {"eps": "fp32"}
+    names = kernel.arg_names
+    return Build(
+        name,
+        kernel,
+        {key: types.get(key, "i32") for key in names},
+        {key: value for key, value in known.items() if key in names},
+        aligned=tuple(key for key in names if types.get(key, "").startswith("*") or key == "num_columns"),
+        num_warps=num_warps,
+        why=why,
+    )
+
+
+BUILDS = tuple(_builds())

@@ -276,6 +276,26 @@ def test_compiled_equals_eager(flags: tuple[bool, bool], device: torch.device) -
         assert torch.equal(a, b)
 
 
+@pytest.mark.slow
+def test_inductor_keeps_channels_last(device: torch.device) -> None:
+    """Inductor lays out what it computes itself; the kernel must find it, and its gradient, in channels-last."""
+    x, weight, bias, _ = (
+        None if t is None else t.requires_grad_() for t in Case((2, 16, 5, 4), 4, torch.float32, (False, True), device).inputs
+    )
+    kernel = torch.randn(16, 16, 3, 3, generator=torch.Generator().manual_seed(0)).to(device, memory_format=torch.channels_last)
+
+    def network(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        h = torch.nn.functional.conv2d(x, kernel, padding=1) * 0.1
+        return group_norm(h, 4, weight, bias, residual=x + 1, relu=True, kernels="triton").mean((2, 3)).square().sum()
+
+    leaves = [t for t in (x, weight, bias) if t is not None]
+    eager, compiled = network(*leaves), torch.compile(network, fullgraph=True)(*leaves)
+    # Convolution and means may be summed in another order: some hundred terms of 2^-24.
+    torch.testing.assert_close(eager, compiled, rtol=1e-5, atol=0.0)
+    for a, b in zip(*(torch.autograd.grad(y, leaves) for y in (eager, compiled)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * a.abs().max().item())
+
+
 def test_auto_takes_the_reference_off_the_gpu() -> None:
     x, weight, bias = arguments((2, 8, 3, 3), torch.float32)
     assert torch.equal(group_norm(x, 4, weight, bias), group_norm(x, 4, weight, bias, kernels="reference"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -75,15 +75,6 @@ def resnet_features(request: pytest.FixtureRequest, digits: tuple[np.ndarray, Te
         encoder = build_encoder(ModelConfig(width=16, norm=request.param))
     x = embed(encoder, images, ViewsConfig(size=32), device="cpu")
     return x[:900], labels[:900], x[900:], labels[900:]
-
-
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """Where cores are shared, threads that wait for each other measure the neighbours."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def liblinear(tol: float = 1e-4, max_iter: int = 100) -> OneVsRestClassifier:
@@ -263,14 +254,18 @@ class TestBoth:
             fit(torch.randn(10, 4), torch.zeros(9, dtype=torch.int64))
 
     @pytest.mark.parametrize("kind", ["rectified", "steep", "collapsed"])
-    def test_under_a_second(self, fit: Fit, kind: str, one_thread: None) -> None:
-        """5,000 x 512, ten classes: CPU time of one core, the best of up to five, since neighbours share its caches."""
+    def test_under_a_second(self, fit: Fit, kind: str) -> None:
+        """5,000 x 512, ten classes, by the clock. Where neighbours hold a core, one thread's CPU time has up to five tries."""
         x, y, _, _ = synthetic(kind, num_samples=5000, dim=512)
-        best = float("inf")
+        began = time.perf_counter()
+        fit(x, y)
+        best, threads = time.perf_counter() - began, torch.get_num_threads()
+        torch.set_num_threads(1)
         for _ in range(5):
+            if best < 1.0:
+                break
             began = time.thread_time()
             fit(x, y)
             best = min(best, time.thread_time() - began)
-            if best < 1.0:
-                return
-        pytest.fail(f"took {best:.2f} s")
+        torch.set_num_threads(threads)
+        assert best < 1.0

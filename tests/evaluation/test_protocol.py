@@ -1,0 +1,162 @@
+"""Which rows each protocol fits and scores, what it says, and what it refuses."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from fastbyol import views as view_ops
+from fastbyol.config import ViewsConfig
+from fastbyol.errors import FastbyolError, UsageError
+from fastbyol.evaluation.knn import knn_accuracy
+from fastbyol.evaluation.probe import logistic_multinomial, logistic_one_vs_rest
+from fastbyol.evaluation.protocol import PROTOCOLS, evaluate, halves
+
+VIEWS = ViewsConfig(size=8, blur_kernel=3)
+KEYS = {"protocol", "accuracy", "train_accuracy", "num_train", "num_test", "num_classes", "dim", "split", "seconds"}
+
+
+class Images(NamedTuple):
+    images: Tensor
+    labels: Tensor | None
+
+
+def labelled(num: int, seed: int, num_classes: int = 5) -> Images:
+    """Noise whose mean colour tells the class, not too clearly."""
+    g = torch.Generator().manual_seed(seed)
+    labels = torch.randint(num_classes, (num,), generator=g)
+    colours = torch.randint(60, 196, (num_classes, 3), generator=torch.Generator().manual_seed(7))
+    noise = 60.0 * torch.randn(num, 1, 1, 3, generator=g) + 20.0 * torch.randn(num, 8, 8, 3, generator=g)
+    return Images((colours[labels][:, None, None] + noise).clamp(0, 255).to(torch.uint8), labels)
+
+
+@pytest.fixture
+def encoder() -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Conv2d(3, 12, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+
+def features(encoder: nn.Module, images: Tensor) -> Tensor:
+    with torch.no_grad():
+        out: Tensor = encoder(view_ops.plain(images, VIEWS))
+    return out
+
+
+class TestHalves:
+    @pytest.mark.parametrize(
+        ("total", "half"),
+        [(8000, 3968), (7936, 3968), (2048, 1024), (2049, 1024), (1023, 384), (512, 256), (511, 255), (50, 25), (3, 1)],
+    )
+    def test_the_posts_arithmetic(self, total: int, half: int) -> None:
+        """8,000 is STL-10's test split: rows 0..3967 and 3968..7935."""
+        fit, score, split = halves(torch.zeros(total, dtype=torch.int64))
+        assert fit.tolist() == list(range(half))
+        assert score.tolist() == list(range(half, 2 * half))
+        assert split == "halves of the test set by row"
+
+    def test_files_sorted_by_class_are_split_within_classes(self) -> None:
+        fit, score, split = halves(torch.arange(10).repeat_interleave(60))
+        assert fit.tolist() == list(range(0, 600, 2))
+        assert score.tolist() == list(range(1, 600, 2))
+        assert split == "alternate rows of each class of the test set"
+
+    @settings(max_examples=200, deadline=None)
+    @given(labels=st.lists(st.integers(0, 4), max_size=40))
+    def test_never_shares_a_row_nor_scores_a_class_it_has_not_seen(self, labels: list[int]) -> None:
+        y = torch.tensor(labels, dtype=torch.int64)
+        fit, score, _ = halves(y)
+        assert not set(fit.tolist()) & set(score.tolist())
+        assert set(y[score].tolist()) <= set(y[fit].tolist())
+        assert len(fit) >= len(score)
+
+
+class TestEvaluate:
+    def test_blog_is_the_one_vs_rest_probe_within_the_test_set(self, encoder: nn.Module) -> None:
+        test = labelled(800, 0)
+        result = evaluate("blog", encoder, test=test, train=labelled(50, 1), views=VIEWS, device="cpu")
+        x, y = features(encoder, test.images), test.labels
+        classifier = logistic_one_vs_rest(x[:384], y[:384])
+        # 800 // 256 * 256 = 768. One row of rounding.
+        assert result["accuracy"] == pytest.approx(classifier.score(x[384:768], y[384:768]), abs=0.3)
+        assert result["train_accuracy"] == pytest.approx(classifier.score(x[:384], y[:384]), abs=0.3)
+        assert 25.0 < result["accuracy"] < 100.0
+        assert set(result) == KEYS
+        assert (result["protocol"], result["num_train"], result["num_test"]) == ("blog", 384, 384)
+        assert (result["num_classes"], result["dim"]) == (5, 12)
+        assert result["seconds"] > 0.0
+
+    def test_linear_fits_on_train_and_scores_on_test(self, encoder: nn.Module) -> None:
+        train, test = labelled(300, 2), labelled(200, 3)
+        result = evaluate("linear", encoder, test=test, train=train, views=VIEWS, device="cpu")
+        x, y = features(encoder, train.images), train.labels
+        classifier = logistic_multinomial(x, y)
+        assert result["accuracy"] == pytest.approx(classifier.score(features(encoder, test.images), test.labels), abs=0.51)
+        assert result["train_accuracy"] == pytest.approx(classifier.score(x, y), abs=0.34)
+        assert (result["num_train"], result["num_test"]) == (300, 200)
+        assert result["split"] == "training set and test set"
+
+    def test_knn(self, encoder: nn.Module) -> None:
+        train, test = labelled(300, 2), labelled(200, 3)
+        result = evaluate("knn", encoder, test=test, train=train, views=VIEWS, device="cpu")
+        expected = knn_accuracy(features(encoder, train.images), train.labels, features(encoder, test.images), test.labels)
+        assert result["accuracy"] == pytest.approx(expected, abs=0.51)
+        assert result["train_accuracy"] is None
+        assert set(result) == KEYS
+
+    @pytest.mark.parametrize("protocol", ["linear", "knn"])
+    @pytest.mark.parametrize(
+        "unlabelled", [None, Images(labelled(40, 4).images, None), Images(labelled(40, 4).images, -torch.ones(40).long())]
+    )
+    def test_without_a_labelled_training_set_the_test_set_is_split(
+        self, encoder: nn.Module, protocol: str, unlabelled: Images | None
+    ) -> None:
+        result = evaluate(protocol, encoder, test=labelled(200, 3), train=unlabelled, views=VIEWS, device="cpu")
+        assert (result["num_train"], result["num_test"]) == (100, 100)
+        assert result["split"] == "halves of the test set by row"
+
+    @pytest.mark.parametrize("protocol", PROTOCOLS)
+    def test_unlabelled_rows_are_left_out(self, encoder: nn.Module, protocol: str) -> None:
+        train, test = labelled(120, 5), labelled(100, 6)
+        expected = evaluate(protocol, encoder, test=test, train=train, views=VIEWS, device="cpu")
+        actual = evaluate(protocol, encoder, test=diluted(test), train=diluted(train), views=VIEWS, device="cpu")
+        del expected["seconds"], actual["seconds"]
+        assert actual == expected
+
+    @pytest.mark.parametrize("protocol", PROTOCOLS)
+    @pytest.mark.parametrize("labels", [None, -torch.ones(60, dtype=torch.int64)])
+    def test_refuses_a_test_set_without_labels(self, encoder: nn.Module, protocol: str, labels: Tensor | None) -> None:
+        test = Images(labelled(60, 0).images, labels)
+        with pytest.raises(UsageError, match="--test-data"):
+            evaluate(protocol, encoder, test=test, train=labelled(60, 1), views=VIEWS, device="cpu")
+
+    def test_refuses_what_cannot_be_fitted(self, encoder: nn.Module) -> None:
+        def run(test: Images) -> None:
+            evaluate("blog", encoder, test=test, train=None, views=VIEWS, device="cpu")
+
+        one_class = labelled(60, 0)
+        with pytest.raises(UsageError, match="at least two classes"):
+            run(Images(one_class.images, torch.full((60,), 4)))
+        with pytest.raises(UsageError, match="60 images but 59 labels"):
+            run(Images(one_class.images, torch.zeros(59, dtype=torch.int64)))
+        with pytest.raises(UsageError, match="1 labelled images are too few"):
+            run(Images(one_class.images[:1], torch.zeros(1, dtype=torch.int64)))
+        with pytest.raises(UsageError, match="'svm' is none of blog, linear, knn"):
+            evaluate("svm", encoder, test=one_class, train=None, views=VIEWS, device="cpu")
+
+    @pytest.mark.parametrize("protocol", PROTOCOLS)
+    def test_a_diverged_encoder_is_an_error(self, encoder: nn.Module, protocol: str) -> None:
+        next(encoder.parameters()).data[0] = float("nan")
+        with pytest.raises(FastbyolError, match="diverged"):
+            evaluate(protocol, encoder, test=labelled(60, 0), train=None, views=VIEWS, device="cpu")
+
+
+def diluted(data: Images) -> Images:
+    """Every labelled row followed by an unlabelled one, as in STL-10's train+unlabeled."""
+    labels = torch.stack((data.labels, torch.full_like(data.labels, -1)), dim=1).flatten()
+    return Images(data.images.repeat_interleave(2, 0), labels)

@@ -545,7 +545,7 @@ PER_THREAD_FORWARD, PER_THREAD_BACKWARD = 16, 8
 # Bytes a program goes over -> its warps. With the 1,024 threads above an SM has at most 320 KB in work at any time.
 WARPS = ((80 << 10, 8), (120 << 10, 16), (MAX_BYTES_BACKWARD, 32))
 # 1,024 threads per SM at all costs: left to itself ptxas gives the backward pass with a recomputed ReLU 99 registers, which
-# halves the bytes in flight. Under the cap that kernel spills 40 bytes, outside its loops: once per program.
+# halves the bytes in flight. Under the cap that kernel spills 16 to 44 bytes, outside its loops: once per program.
 MAX_REGISTERS = 64
 # A run of pixels of a sample that is cut; few enough runs that combining them (K rows of G values) costs nothing.
 RUN_BYTES = 64 << 10
@@ -806,7 +806,7 @@ def bytes_moved(
 _ACTIVATIONS = ("x", "residual", "y", "dy", "dx", "dresidual")
 _TABLES = ("weight", "bias", "mean", "rstd", "mean_out", "rstd_out", "sums", "partial", "out")
 _WHY_SUMS = "writes sums, a few per run"
-_WHY_RELU = f"launched with maxnreg={MAX_REGISTERS}: 40 bytes spilled, outside the loops"
+_WHY_RELU = f"launched with maxnreg={MAX_REGISTERS}: 16 to 44 bytes spilled, outside the loops"
 
 
 def _builds() -> Iterator[Build]:

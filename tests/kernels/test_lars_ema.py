@@ -1,19 +1,22 @@
-"""The optimizer's sweep against torch.optim.SGD and against each dialect written for one tensor with Python floats."""
+"""The optimizer's sweep against torch.optim.SGD and each dialect written for one tensor with Python floats; its kernels against
+the sweep in fp64."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fastbyol_kernels.lars_ema import LAYER_METRICS, Rule, SegmentTable, lars_ema
+from fastbyol_kernels import lars_ema as lars_ema_module
+from fastbyol_kernels.lars_ema import LAYER_METRICS, RULES, Rule, SegmentTable, bytes_moved, lars_ema
 
-RULES: tuple[Rule, ...] = ("sgd", "blog", "deepmind", "bolts")
 DIALECTS = RULES[1:]
 NUMELS = (5, 1, 12, 7)
 NUM_TARGET = 3
@@ -192,3 +195,412 @@ def test_tau_of_one_and_zero_are_exact() -> None:
             rule="sgd", eta=1.0, mu=0.9, ema_first=True,
         )  # fmt: skip
         assert torch.equal(target, before if tau == 1.0 else online[:PAD])
+
+
+# The Triton kernels, on fp32 buffers. Chunks of 64 elements, so that short segments have several, and sums in several passes.
+
+CHUNK = 64
+ODD = (5, 1, 200, 64, 129, 63, 300)
+# One rounding of fp32. Each sum of squares is a tree over a chunk and then over the chunks, below 40 additions deep, and the
+# root halves its relative error: 20 roundings, a few more for the ratio, and room for another order of additions on a GPU.
+ROUNDING = 2.0**-24
+NORM_RTOL = 64 * ROUNDING
+
+
+@dataclass
+class Problem:
+    """The arguments of one call in one precision."""
+
+    buffers: list[Tensor]  # online, gradient, momentum, target
+    table: SegmentTable
+    lr: Tensor
+    tau: Tensor
+
+    def to(self, dtype: torch.dtype) -> Problem:
+        t = self.table
+        table = SegmentTable(t.offsets, t.numels, t.adapt, t.decay.to(dtype), t.lr_mult.to(dtype), t.chunk)
+        return Problem([b.to(dtype, copy=True) for b in self.buffers], table, self.lr.to(dtype), self.tau.to(dtype))
+
+    def step(self, rule: Rule, *, ema_first: bool = False, **kwargs: Any) -> Tensor:
+        return lars_ema(
+            *self.buffers, self.table, self.lr, self.tau, rule=rule, eta=1e-2, mu=0.9, ema_first=ema_first, **kwargs
+        )
+
+
+def problem(
+    device: torch.device,
+    numels: Sequence[int] = ODD,
+    *,
+    num_target: int = 5,
+    chunk: int = CHUNK,
+    seed: int = 0,
+    grad_scale: float = 1e-3,
+    tau: float = 0.996,
+) -> Problem:
+    """Random fp32 buffers, with every combination of flags that fits, zeros between segments, and a target of some of them."""
+    g = torch.Generator().manual_seed(seed)
+    starts = [0]
+    for n in numels:
+        starts.append(starts[-1] + -(-n // 64) * 64)
+    buffers = []
+    for scale in (1.0, grad_scale, 1e-2, 1.0):
+        buffer = torch.zeros(starts[-1])
+        for start, n in zip(starts, numels, strict=False):
+            buffer[start : start + n] = scale * torch.randn(n, generator=g)
+        buffers.append(buffer.to(device))
+    buffers[3] = buffers[3][: starts[num_target]].clone()
+    count = len(numels)
+    segments = SegmentTable(
+        tuple(starts[:-1]),
+        tuple(numels),
+        torch.tensor([i % 3 != 1 for i in range(count)], device=device),
+        torch.tensor([(0.0, 1e-4, 0.1)[(i // 2) % 3] for i in range(count)], device=device),
+        torch.tensor([(1.0, 0.5, 3.0)[(i + i // 3) % 3] for i in range(count)], device=device),
+        chunk,
+    )
+    return Problem(buffers, segments, torch.tensor(0.2, device=device), torch.tensor(tau, device=device))
+
+
+def assert_as_fp64(got: Problem, layers: Tensor, start: Problem, rule: Rule, *, ema_first: bool, **kwargs: Any) -> None:
+    """Every element within what rounding to fp32 explains, given the size of the terms it is the sum of."""
+    exact = start.to(torch.float64)
+    w, g, m, t = (b.clone() for b in exact.buffers)
+    expected = exact.step(rule, ema_first=ema_first, kernels="reference", **kwargs)
+    torch.testing.assert_close(layers.double(), expected, rtol=NORM_RTOL, atol=1e-30)
+    per_element = torch.zeros(3, len(w), dtype=torch.float64, device=w.device)
+    table = exact.table
+    for i, (offset, numel) in enumerate(zip(table.offsets, table.numels, strict=True)):
+        trust, rate = expected[i, 2], expected[i, 3]
+        a, b = (rate, 1.0) if rule == "blog" else (trust, exact.lr * table.lr_mult[i])
+        for row, value in enumerate((a, b, table.decay[i])):
+            per_element[row, offset : offset + numel] = value
+    a, b, d = per_element
+    m_bound = NORM_RTOL * (0.9 * m.abs() + a * (g.abs() + d * w.abs()))
+    w_bound = ROUNDING * w.abs() + 4 * ROUNDING * b * exact.buffers[2].abs() + b * m_bound
+    k = len(t)
+    t_bound = 4 * ROUNDING * (t.abs() + w[:k].abs() + exact.buffers[0][:k].abs()) + w_bound[:k]
+    for name, index, bound in (("online", 0, w_bound), ("momentum", 2, m_bound), ("target", 3, t_bound)):
+        off = (got.buffers[index].double() - exact.buffers[index]).abs() - bound
+        assert (off <= 0).all(), (name, int(off.argmax()), off.max().item())
+    assert torch.equal(got.buffers[1], start.buffers[1])
+
+
+def assert_padding_is_zero(p: Problem) -> None:
+    for buffer in p.buffers:
+        rest = buffer.clone()
+        for offset, numel in zip(p.table.offsets, p.table.numels, strict=True):
+            rest[offset : offset + numel] = 0
+        assert not rest.any()
+
+
+@pytest.fixture
+def _dirty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the op allocates starts as NaN, or as 0 where that says "not finite"."""
+    empty = torch.empty
+
+    def filled(*args: Any, **kwargs: Any) -> Tensor:
+        out = empty(*args, **kwargs)
+        return out.fill_(math.nan if out.is_floating_point() else 0)
+
+    monkeypatch.setattr(torch, "empty", filled)
+
+
+@pytest.mark.usefixtures("_dirty")
+@pytest.mark.parametrize("ema_first", [False, True])
+@pytest.mark.parametrize("rule", RULES)
+def test_kernels_equal_fp64(device: torch.device, rule: Rule, ema_first: bool) -> None:
+    start = problem(device)
+    got = start.to(torch.float32)
+    layers = got.step(rule, ema_first=ema_first, kernels="triton")
+    assert_as_fp64(got, layers, start, rule, ema_first=ema_first)
+    assert_padding_is_zero(got)
+
+
+@pytest.mark.parametrize("rule", ["blog", "deepmind"])
+def test_kernels_equal_fp64_in_the_shipped_chunk(device: torch.device, rule: Rule) -> None:
+    start = problem(device, (9408, 64, 4096, 4097, 1), num_target=3, chunk=SegmentTable.chunk)
+    got = start.to(torch.float32)
+    assert_as_fp64(got, got.step(rule, kernels="triton"), start, rule, ema_first=False)
+    assert_padding_is_zero(got)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_kernels_equal_fp64_over_steps_with_sums_in_passes(
+    device: torch.device, rule: Rule, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Momentum carried on, a new gradient each time, and tables longer than what is added up at once."""
+    monkeypatch.setattr(lars_ema_module, "MAX_LANES", 16)
+    got = problem(device, (1300, 70), num_target=1)
+    for seed in (1, 2):
+        got.buffers[1] = problem(device, (1300, 70), num_target=1, seed=seed).buffers[1]
+        start = got.to(torch.float32)
+        assert_as_fp64(got, got.step(rule, kernels="triton"), start, rule, ema_first=False)
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    numels=st.lists(st.integers(1, 3000), min_size=1, max_size=6),
+    followed=st.integers(0, 6),
+    rule=st.sampled_from(RULES),
+    ema_first=st.booleans(),
+    seed=st.integers(0, 99),
+    grad_scale=st.sampled_from([1e-8, 1e-3, 10.0]),
+    tau=st.sampled_from([0.0, 0.3, 0.996, 1.0]),
+)
+def test_kernels_on_any_table(
+    device: torch.device,
+    numels: list[int],
+    followed: int,
+    rule: Rule,
+    ema_first: bool,
+    seed: int,
+    grad_scale: float,
+    tau: float,
+) -> None:
+    start = problem(
+        device, numels, num_target=min(followed, len(numels)), chunk=1024, seed=seed, grad_scale=grad_scale, tau=tau
+    )
+    got = start.to(torch.float32)
+    layers = got.step(rule, ema_first=ema_first, kernels="triton")
+    assert_as_fp64(got, layers, start, rule, ema_first=ema_first)
+    assert_padding_is_zero(got)
+    if tau == 1.0:
+        assert torch.equal(got.buffers[3], start.buffers[3])
+    if tau == 0.0:
+        assert torch.equal(got.buffers[3], (start if ema_first else got).buffers[0][: len(got.buffers[3])])
+
+
+@pytest.mark.parametrize("rule", DIALECTS)
+def test_kernels_in_a_collapsed_state(device: torch.device, rule: Rule) -> None:
+    """|g| / |w| of 1e-6, where the rate is what the gradient's last digits make of it."""
+    start = problem(device, grad_scale=1e-6)
+    got = start.to(torch.float32)
+    layers = got.step(rule, kernels="triton")
+    assert ((layers[:, 1] / layers[:, 0] > 1e-8) & (layers[:, 1] / layers[:, 0] < 1e-4)).all()
+    assert_as_fp64(got, layers, start, rule, ema_first=False)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_kernels_with_nothing_to_divide_by(device: torch.device, rule: Rule) -> None:
+    """Zero weights, zero gradients, and both, with and without decay."""
+    start = problem(device, (70, 70, 70, 70, 70, 70), num_target=4)
+    w, g = (start.table.split(b) for b in start.buffers[:2])
+    for i in (0, 2, 5):
+        w[i].zero_()
+    for i in (1, 2, 3):
+        g[i].zero_()
+    got = start.to(torch.float32)
+    layers = got.step(rule, kernels="triton")
+    assert all(t.isfinite().all() for t in (*got.buffers, layers))
+    assert_as_fp64(got, layers, start, rule, ema_first=False)
+
+
+@pytest.mark.parametrize("kernels", ["triton", "reference"])
+def test_what_is_written_besides(device: torch.device, kernels: str) -> None:
+    """Copies in bf16, the slot of this step and no other, and the flag, whatever they held before."""
+    p = problem(device)
+    copies = [torch.full_like(b, math.nan, dtype=torch.bfloat16) for b in (p.buffers[0], p.buffers[3])]
+    slots = torch.full((3, len(ODD), len(LAYER_METRICS)), math.nan, device=device)
+    skipped = torch.tensor(True, device=device)
+    layers = p.step(
+        "blog", kernels=kernels, online_copy=copies[0], target_copy=copies[1], slots=slots,
+        step=torch.tensor(7, device=device), skipped=skipped,
+    )  # fmt: skip
+    assert not skipped
+    assert torch.equal(slots[1], layers)
+    assert slots[[0, 2]].isnan().all()
+    for copy, source, count in ((copies[0], p.buffers[0], 7), (copies[1], p.buffers[3], 5)):
+        for offset, numel in list(zip(p.table.offsets, p.table.numels, strict=True))[:count]:
+            half, full = (b[offset : offset + numel] for b in (copy, source))
+            if device.type == "cuda" or kernels == "reference":
+                assert torch.equal(half, full.bfloat16())
+            # The interpreter cuts off the digits that a GPU rounds.
+            torch.testing.assert_close(half.float(), full, rtol=2**-7, atol=0)
+
+
+def test_the_gradient_is_divided_by_the_loss_scale(device: torch.device) -> None:
+    """By a power of two bit for bit; by another number as in fp64."""
+    plain, scaled = problem(device), problem(device)
+    scaled.buffers[1].mul_(1024)
+    layers = plain.step("deepmind", kernels="triton")
+    again = scaled.step("deepmind", kernels="triton", loss_scale=torch.tensor(1024.0, device=device))
+    assert torch.equal(layers, again)
+    assert all(torch.equal(plain.buffers[i], scaled.buffers[i]) for i in (0, 2, 3))
+    start = problem(device)
+    got = start.to(torch.float32)
+    scale = torch.tensor(3.0, device=device)
+    got.buffers[1], reduced = got.buffers[1] * 3, start
+    layers = got.step("blog", kernels="triton", loss_scale=scale)
+    got.buffers[1] = start.buffers[1]
+    assert_as_fp64(got, layers, reduced, "blog", ema_first=False)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize(
+    ("kernels", "dtype"), [("triton", torch.float32), ("reference", torch.float32), ("auto", torch.float64)]
+)
+def test_a_gradient_that_is_not_finite_moves_nothing(
+    device: torch.device, kernels: str, dtype: torch.dtype, rule: Rule, bad: float
+) -> None:
+    p = problem(device).to(dtype)
+    culprit = len(ODD) - 1
+    p.table.split(p.buffers[1])[culprit][-1] = bad
+    before = [b.clone() for b in p.buffers]
+    skipped = torch.tensor(False, device=device)
+    layers = p.step(rule, ema_first=bad < 0, kernels=kernels, skipped=skipped)
+    assert skipped
+    assert all(torch.equal(p.buffers[i], before[i]) for i in (0, 2, 3))
+    finite = layers[:, 1].isfinite()
+    assert finite.sum() == len(ODD) - 1
+    assert not finite[culprit]
+    assert layers[:, 0].isfinite().all()
+    assert not layers[:, 2:].any()
+    p.table.split(p.buffers[1])[culprit][-1] = 0
+    assert p.step(rule, kernels=kernels, skipped=skipped).isfinite().all()
+    assert not skipped
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_two_runs_agree_bit_for_bit(device: torch.device, rule: Rule) -> None:
+    runs = [problem(device), problem(device)]
+    layers = [p.step(rule, kernels="triton") for p in runs]
+    assert torch.equal(*layers)
+    assert all(torch.equal(a, b) for a, b in zip(runs[0].buffers, runs[1].buffers, strict=True))
+
+
+def op_arguments(p: Problem, rule: Rule) -> tuple[Any, ...]:
+    device, t = p.lr.device, p.table
+    copies = [torch.zeros_like(b, dtype=torch.bfloat16) for b in (p.buffers[0], p.buffers[3])]
+    besides = (*copies, torch.zeros(2, len(t.numels), 5, device=device), torch.tensor(False, device=device))
+    tables = (t.chunks, t.spans, t.adapt, t.decay, t.lr_mult)
+    scalars = (p.lr, p.tau, torch.tensor(2.0, device=device), torch.tensor(3, device=device))
+    return (*p.buffers, *besides, *tables, *scalars, t.chunk, t.longest, rule, 1e-2, 0.9, False)
+
+
+def test_opcheck(device: torch.device) -> None:
+    full = op_arguments(problem(device, (5, 70), num_target=1), "blog")
+    bare = tuple(None if i in (4, 5, 6, 7, 15, 16) else value for i, value in enumerate(full))
+    for arguments in (full, bare):
+        torch.library.opcheck(torch.ops.fastbyol.lars_ema.default, arguments)
+
+
+@pytest.mark.parametrize("besides", [False, True])
+def test_compiled_in_one_graph(device: torch.device, besides: bool) -> None:
+    def run(p: Problem, step: Callable[..., Tensor]) -> list[Tensor]:
+        outputs: dict[str, Tensor] = {}
+        if besides:
+            outputs = {
+                "online_copy": torch.zeros_like(p.buffers[0], dtype=torch.bfloat16),
+                "target_copy": torch.zeros_like(p.buffers[3], dtype=torch.bfloat16),
+                "slots": torch.zeros(2, len(ODD), 5, device=device),
+                "skipped": torch.tensor(True, device=device),
+                "step": torch.tensor(1, device=device),
+            }
+        layers = []
+        for i in range(2):
+            p.lr.fill_(0.1 * (i + 1))
+            layers.append(step(p.buffers, p.table, p.lr, p.tau, outputs).clone())
+        return [*layers, *p.buffers, *outputs.values()]
+
+    def step(buffers: list[Tensor], t: SegmentTable, lr: Tensor, tau: Tensor, outputs: dict[str, Tensor]) -> Tensor:
+        return 2 * lars_ema(
+            *buffers, t, lr, tau, rule="blog", eta=1e-2, mu=0.9, ema_first=True, kernels="triton", **outputs
+        )  # fmt: skip
+
+    expected = run(problem(device), step)
+    got = run(problem(device), torch.compile(step, fullgraph=True, backend="aot_eager"))
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_in_a_cuda_graph_reads_its_scalars_anew(device: torch.device) -> None:
+    captured, eager = problem(device), problem(device)
+    keep = [b.clone() for b in captured.buffers]
+    captured.step("blog")
+    for buffer, value in zip(captured.buffers, keep, strict=True):
+        buffer.copy_(value)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        layers = captured.step("blog")
+    for lr in (0.1, 0.3):
+        for p in (captured, eager):
+            p.lr.fill_(lr)
+        graph.replay()
+        assert torch.equal(layers, eager.step("blog"))
+    assert all(torch.equal(a, b) for a, b in zip(captured.buffers, eager.buffers, strict=True))
+
+
+def test_bad_arguments_are_named(device: torch.device) -> None:
+    def calls(**changes: Any) -> Callable[[], object]:
+        p = problem(device)
+        names = ("online", "gradient", "momentum", "target")
+        arguments = dict(zip(names, p.buffers, strict=True)) | {"table": p.table, "lr": p.lr, "tau": p.tau}
+        fixed = {"rule": "blog", "eta": 1e-2, "mu": 0.9, "ema_first": False, "kernels": "triton"}
+        return lambda: lars_ema(**arguments | fixed | changes)
+
+    p = problem(device)
+    online, target = p.buffers[0], p.buffers[3]
+    strided = torch.zeros(2 * len(online), device=device)[::2]
+    step = torch.tensor(0, device=device)
+    meta = torch.zeros_like(online, device="meta")
+    for changes, message in (
+        ({"online": online.half()}, "online must be flat"),
+        ({"online": strided}, "online must be flat"),
+        ({"online": online[:-64]}, "online has"),
+        ({"gradient": strided}, "gradient must be"),
+        ({"gradient": meta}, "gradient must be"),
+        ({"momentum": online[:-4]}, "momentum must be"),
+        ({"momentum": online.double()}, "momentum must be"),
+        ({"target": target[:-200]}, "target's .* inside the segment"),
+        ({"target": torch.cat((online, online))}, "target must be"),
+        ({"lr": torch.tensor(0.1, device=device).double()}, "lr must be"),
+        ({"tau": torch.zeros(1, device=device)}, "tau must be"),
+        ({"loss_scale": torch.ones(2, device=device)}, "loss_scale must be"),
+        ({"rule": "adam"}, "rule must be"),
+        ({"kernels": "cuda"}, "kernels must be"),
+        ({"online_copy": torch.zeros_like(online)}, "online_copy must be"),
+        ({"target_copy": online.bfloat16()}, "target_copy must be"),
+        ({"slots": torch.zeros(4, 3, 5, device=device), "step": step}, "slots must be"),
+        ({"slots": torch.zeros(4, len(ODD), 5, device=device)}, "slots and step"),
+        ({"slots": torch.zeros(4, len(ODD), 5, device=device), "step": step.int()}, "step must be"),
+        ({"skipped": step}, "skipped must be"),
+        ({"table": p.to(torch.float64).table}, "table.decay must be"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            calls(**changes)()
+    odd = SegmentTable((0, 66), (5, 5), *(t[:2] for t in (p.table.adapt, p.table.decay, p.table.lr_mult)))
+    with pytest.raises(ValueError, match="table: segment 1 starts at 66"):
+        calls(table=odd, target=target[:64])()
+
+
+def test_a_bad_table_is_refused() -> None:
+    flags, numbers = torch.tensor([True, False]), torch.ones(2)
+    for arguments, message in (
+        (((0,), (3, 4), flags, numbers, numbers), "numels must be as many"),
+        (((0, 64), (3, 0), flags, numbers, numbers), "numels must be positive"),
+        (((0, 64), (65, 3), flags, numbers, numbers), "offsets: segment 1 starts at 64"),
+        (((0, 64), (3, 2**31), flags, numbers, numbers), "offsets: the last segment ends"),
+        (((0, 64), (3, 3), numbers, numbers, numbers), "adapt must be bool"),
+        (((0, 64), (3, 3), flags, numbers[:1], numbers), "decay must be"),
+        (((0, 64), (3, 3), flags, numbers, torch.ones(3)), "lr_mult must be"),
+        (((0, 64), (3, 3), flags, numbers, numbers, 48), "chunk must be a power of two"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            SegmentTable(*arguments)
+
+
+def test_triton_on_a_cpu_needs_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lars_ema_module, "INTERPRETED", False)
+    with pytest.raises(ValueError, match="needs CUDA tensors"):
+        problem(torch.device("cpu")).step("sgd", kernels="triton")
+
+
+def test_bytes_moved_counts_every_buffer() -> None:
+    """Read w, g twice, m, target; write w, m, target and two copies of 2 bytes. ResNet-18: 418 MB."""
+    online, target = torch.zeros(96), torch.zeros(64)
+    reads = 4 * online.nbytes + target.nbytes
+    writes = 2 * online.nbytes + target.nbytes
+    assert bytes_moved(96, 64, copies=False) == reads + writes
+    assert bytes_moved(96, 64) == reads + writes + online.nbytes // 2 + target.nbytes // 2
+    assert round(bytes_moved(11_638_592, 11_505_856) / 1e6) == 418

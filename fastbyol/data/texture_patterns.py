@@ -38,7 +38,7 @@ def _bricks(u: Floats, v: Floats, pixel: Floats, salt: Words) -> Floats:
     v = v * _F(1.4)
     u = u * _F(0.7) + _HALF * _odd(np.floor(v))
     seam = np.minimum(_HALF - np.abs(_fraction(v) - _HALF), 2 * (_HALF - np.abs(_fraction(u) - _HALF)))
-    return _edge(seam - _F(0.16), pixel * _F(1.4))
+    return _edge(seam - _F(0.19), pixel * _F(1.4))
 
 
 def _scales(u: Floats, v: Floats, pixel: Floats, salt: Words) -> Floats:
@@ -49,13 +49,13 @@ def _scales(u: Floats, v: Floats, pixel: Floats, salt: Words) -> Floats:
     front = np.sqrt(x * x + _F(0.45) * y * y)
     back = np.sqrt((_HALF - np.abs(x)) ** 2 + _F(0.45) * (y + 1) ** 2)
     inside = front < _HALF
-    shade: Floats = np.clip(1 - _F(3.04) * np.abs(np.where(inside, front - _F(0.3), back - _F(0.62))), 0, 1)
+    shade: Floats = np.clip(_F(1.13) - _F(2.6) * np.abs(np.where(inside, front - _F(0.3), back - _F(0.62))), 0, 1)
     return shade
 
 
 def _dots(u: Floats, v: Floats, pixel: Floats, salt: Words) -> Floats:
     x, y, scale, _ = _scatter(u, v, salt, 0.12, 0.2)
-    return _edge(_F(0.43) * scale - np.sqrt(x * x + y * y), pixel)
+    return _edge(_F(0.44) * scale - np.sqrt(x * x + y * y), pixel)
 
 
 def _rings(u: Floats, v: Floats, pixel: Floats, salt: Words) -> Floats:
@@ -67,7 +67,7 @@ def _crosses(u: Floats, v: Floats, pixel: Floats, salt: Words) -> Floats:
     x, y, scale, turn = _scatter(u, v, salt, 0.1, 0.2)
     slope = _F(0.6) * (turn - _HALF)
     x, y = np.abs(x - slope * y), np.abs(y + slope * x)
-    return _edge(np.minimum(_F(0.17) - np.minimum(x, y), _F(0.46) * scale - np.maximum(x, y)), pixel)
+    return _edge(np.minimum(_F(0.195) - np.minimum(x, y), _F(0.48) * scale - np.maximum(x, y)), pixel)
 
 
 def _triangles(u: Floats, v: Floats, pixel: Floats, salt: Words) -> Floats:
@@ -89,7 +89,7 @@ def _cells(u: Floats, v: Floats, pixel: Floats, salt: Words) -> Floats:
         distance = x * x + y * y
         second = np.minimum(second, np.maximum(nearest, distance))
         nearest = np.minimum(nearest, distance)
-    return _edge(np.sqrt(second) - np.sqrt(nearest) - _F(0.22), pixel)
+    return _edge(np.sqrt(second) - np.sqrt(nearest) - _F(0.24), pixel)
 
 
 PATTERNS: dict[str, Pattern] = {

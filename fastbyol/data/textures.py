@@ -1,10 +1,12 @@
 """The embedded data set: ten classes of warped patterns, made from a formula, of any size and count.
 
 The class is the form of a pattern that fills the picture, so that every crop keeps it. Everything else is a nuisance drawn
-for each image: rotation, period, a smooth warp, polarity, contrast, brightness, uneven light, grain, two tints. Tints stay
-narrow on purpose: where colours vary freely, BYOL learns the palette and nothing else.
+for each image: rotation, period, a smooth warp, contrast, brightness, uneven light, the tints of ink and paper. ``Style``
+says how far each reaches.
 
-Every pattern covers about half of the picture and polarity is a fair coin, so brightness does not tell the class either.
+Two views of one picture share all of these, and BYOL learns first whatever they share: with free colours it learns the palette
+and nothing else, with wide contrasts the contrast (``Style`` has the numbers). So the nuisances are those that crops, flips
+and jitter can hide, and no wider than these can hide them. Every pattern covers half of the picture: brightness tells nothing.
 
 Image i is a function of (seed, i, size) alone: its draws are Philox 4x32-10 words (Salmon et al. 2011, as in
 fastbyol_kernels.philox) under the counters
@@ -22,13 +24,16 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from fastbyol.data.texture_patterns import PATTERNS, Floats, Pattern, Words, lattice_hash, smoothstep
+from fastbyol.data.texture_patterns import PATTERNS, Floats, Pattern, smoothstep
 
 Counters = NDArray[np.uint64]
 CLASSES = tuple(PATTERNS)
 
 DOMAIN_IMAGES = 3
 DOMAIN_LABELS = 4
+
+INK = (-0.02, 0.0, 0.05)  # cool and warm, the same for every image: good to look at, and no cue
+PAPER = (0.04, 0.01, -0.06)
 
 _MASK = np.uint64(0xFFFFFFFF)
 _F = np.float32
@@ -40,16 +45,14 @@ _BLOCK_PIXELS = 1 << 16  # a float32 plane of a block is 256 KiB: the planes in 
 
 @dataclass(frozen=True)
 class Style:
-    """How far the nuisances reach. Lengths are in periods of the pattern, light in shares of full white."""
+    """How far the nuisances reach: periods of the pattern in a picture, warp in periods, light in shares of full white."""
 
-    periods: tuple[float, float] = (3.6, 5.4)
-    warp: float = 0.9
-    inverted: float = 0.5
-    contrast: tuple[float, float] = (0.35, 0.9)
-    brightness: float = 0.25
-    light: float = 0.5
-    grain: float = 0.12
-    tint: float = 0.06
+    periods: tuple[float, float] = (2.8, 4.2)
+    warp: float = 0.5
+    contrast: tuple[float, float] = (0.6, 0.9)
+    brightness: float = 0.08
+    light: float = 0.15
+    tint: float = 0.03
 
 
 STYLE = Style()
@@ -84,19 +87,16 @@ def _labels(ids: Counters, seed: int) -> NDArray[np.int64]:
 def _render(ids: Counters, size: int, seed: int, pattern: Pattern, style: Style) -> NDArray[np.uint8]:
     """One class's images (B,) -> uint8 (B, S, S, 3)."""
     side = _WARP_CELLS + 1
-    draws = _uniform(seed, ids, _NUM_SCALARS + 4 * side * side, DOMAIN_IMAGES)
+    draws = _uniform(seed, ids, _NUM_SCALARS + 3 * side * side, DOMAIN_IMAGES)
     scalar = draws[:, :_NUM_SCALARS, None, None]
-    warp_u, warp_v, light, haze = (_smooth(field, size) for field in _lattices(draws[:, _NUM_SCALARS:], side))
+    warp_u, warp_v, light = (_smooth(field, size) for field in _lattices(draws[:, _NUM_SCALARS:], side))
     salt = (scalar[:, 4] * _F(1 << 24)).astype(np.uint32)
     u, v, pixel = _coordinates(scalar, size, style)
     form = pattern(u + _F(style.warp) * warp_u, v + _F(style.warp) * warp_v, pixel, salt)
-    form = np.where(scalar[:, 5] < style.inverted, 1 - form, form)
     low, high = style.contrast
     contrast = _F(low) + _F(high - low) * scalar[:, 6]
     tone = _HALF + _F(style.brightness) * (scalar[:, 7] - _HALF) + contrast * (form - _HALF)
-    tone = tone * (1 + _F(style.light) * light)
-    tone += _F(2 * style.grain) * _grain(size, salt) * np.clip(2 * haze + _HALF, 0, 1)
-    return _colour(tone, form, scalar[:, 8:14, 0, 0].reshape(-1, 2, 3), style)
+    return _colour(tone * (1 + _F(style.light) * light), form, scalar[:, 8:14, 0, 0].reshape(-1, 2, 3), style)
 
 
 def _coordinates(scalar: Floats, size: int, style: Style) -> tuple[Floats, Floats, Floats]:
@@ -113,19 +113,19 @@ def _coordinates(scalar: Floats, size: int, style: Style) -> tuple[Floats, Float
 
 
 def _colour(tone: Floats, form: Floats, draws: Floats, style: Style) -> NDArray[np.uint8]:
-    """tone, form (B, S, S) and draws (B, 2, 3) in [0, 1) -> uint8 (B, S, S, 3): one tint for each level of the form."""
-    tints = _F(2 * style.tint) * (draws - _HALF)
+    """tone, form (B, S, S) and draws (B, 2, 3) in [0, 1) -> uint8 (B, S, S, 3): ink where form is 0, paper where 1."""
+    tints = np.array((INK, PAPER), _F) + _F(2 * style.tint) * (draws - _HALF)
     images = np.empty((*tone.shape, 3), np.uint8)
     for channel in range(3):
-        dark, bright = tints[:, 0, channel, None, None], tints[:, 1, channel, None, None]
-        plane = tone + dark + (bright - dark) * form
+        ink, paper = tints[:, 0, channel, None, None], tints[:, 1, channel, None, None]
+        plane = tone + ink + (paper - ink) * form
         images[..., channel] = np.clip(plane * 255 + _HALF, 0, 255)
     return images
 
 
 def _lattices(draws: Floats, side: int) -> Floats:
-    """(B, 4 * side**2) uniform draws -> four lattices (4, B, side, side) in [-.5, .5)."""
-    lattices: Floats = draws.reshape(len(draws), 4, side, side).transpose(1, 0, 2, 3) - _HALF
+    """(B, 3 * side**2) uniform draws -> three lattices (3, B, side, side) in [-.5, .5)."""
+    lattices: Floats = draws.reshape(len(draws), 3, side, side).transpose(1, 0, 2, 3) - _HALF
     return lattices
 
 
@@ -140,17 +140,11 @@ def _smooth(lattice: Floats, size: int) -> Floats:
     return smooth
 
 
-def _grain(size: int, salt: Words) -> Floats:
-    """White noise (B, S, S) in [-.5, .5)."""
-    y, x = np.divmod(np.arange(size * size, dtype=_F).reshape(1, size, size), size)
-    return (lattice_hash(x, y, salt) >> np.uint32(8)).astype(_F) * _F(2.0**-24) - _HALF
-
-
 def _uniform(seed: int, ids: Counters, num: int, domain: int) -> Floats:
     """float32 (B, num) in [0, 1): word k of image i is word k % 4 of the Philox block k // 4."""
     c0, c3 = ids[:, None] & _MASK, np.uint64(domain) | (ids[:, None] >> np.uint64(32)) << np.uint64(8)
     c1 = np.arange(-(-num // 4), dtype=np.uint64)[None]
-    words = np.stack(_philox(c0, c1, np.zeros_like(c0), c3, seed), axis=-1).reshape(len(ids), -1)[:, :num]
+    words = np.stack(_philox(c0, c1, np.zeros_like(c0), c3, seed), axis=-1).reshape(len(ids), 4 * c1.size)[:, :num]
     return (words >> np.uint64(8)).astype(_F) * _F(2.0**-24)
 
 

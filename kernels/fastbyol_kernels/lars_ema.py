@@ -19,7 +19,8 @@ decay either; here that is the table's choice.
 
     target <- tau target + (1 - tau) online      over the target's segments, before or after the step on w
 
-Where the norm of any segment's gradient is not finite nothing moves, and trust, rate and update norm of all segments are 0.
+Where the norm of any segment's gradient is not finite nothing moves, and trust, rate and update norm of all segments are 0. The
+kernels hold a norm for infinite where its square, or that times the number of chunks, overflows fp32.
 
 Kernels. Segments are cut into chunks that never straddle two. Three launches: the sums of squares of each chunk; the sweep over
 chunks, in which every program adds up the sums of its segment in the same fixed order and then reads each buffer once; the
@@ -47,8 +48,9 @@ RULES: tuple[Rule, ...] = ("sgd", "blog", "deepmind", "bolts")
 LAYER_METRICS = ("weight_norm", "grad_norm", "trust_ratio", "rate", "update_norm")
 BOLTS_EPS = 1e-8
 
-# Elements of a chunk. ResNet-18's convolutions behind the stem are whole multiples of 4096; half as many would double what
-# each program of the sweep reads again of the sums (576 chunks in the largest segment), twice as many spill.
+# Elements of a chunk. ResNet-18's convolutions behind the stem are whole multiples of 4096. Half as many would double the share
+# of sums (576 in the largest segment) and flags in what the sweep reads, now 5 %; twice as many take 192 registers or more,
+# which leaves one program to an SM.
 CHUNK = 4096
 # Elements of fp32 in a 16-byte access: the kernels want segments to start at a multiple of this. With 8, a 16-byte access in
 # bf16, the compiler would give each thread 8 neighbours and shuffle them through shared memory for every store in fp32.
@@ -246,8 +248,8 @@ def _norms_kernel(
     squares = tl.sum(g * g, 0)
     tl.store(sums + index, tl.sum(w * w, 0))
     tl.store(sums + num_chunks + index, squares)
-    # False for NaN, too.
-    tl.store(fine + index, (squares < float("inf")).to(tl.int8))
+    # False for NaN, too, and for what might overflow when all chunks are added.
+    tl.store(fine + index, (squares * num_chunks < float("inf")).to(tl.int8))
     if DECAYED:
         u = g + tl.load(decay + segment) * w
         tl.store(sums + 2 * num_chunks + index, tl.sum(u * u, 0))
@@ -469,14 +471,15 @@ class Launch:
         return {"LANES": self.lanes, "PASSES": self.passes, "FLAGS": self.flags, "FLAG_PASSES": self.flag_passes}
 
 
-# 16 elements per thread and stream: four 16-byte loads of each stream in flight. With 4 warps the sweep spills.
+# 16 elements per thread and stream, four 16-byte loads each. The sweep takes at most 128 registers: two programs to an SM, with
+# 128 KB in flight between them. 4 warps take up to 241 registers, for as many bytes and fewer warps to hide the sums behind.
 NUM_WARPS = 8
 # 16 sums or flags per thread. Known when compiled, so that all loads go out before the first addition.
 MAX_LANES = 4096
 
 
 def launch(num_chunks: int, longest: int) -> Launch:
-    """For a table of ``num_chunks`` with ``longest`` in one segment. ResNet-18 (2,905 and 576) takes one pass of each."""
+    """For a table of ``num_chunks`` with ``longest`` in one segment. ResNet-18 (2,887 and 576) takes one pass of each."""
     lanes, flags = (min(triton.next_power_of_2(max(count, 16)), MAX_LANES) for count in (longest, num_chunks))
     return Launch(lanes, triton.cdiv(longest, lanes), flags, triton.cdiv(num_chunks, flags))
 
@@ -714,7 +717,7 @@ def _builds() -> tuple[Build, ...]:
     types = dict.fromkeys(floats, "*fp32") | dict.fromkeys(("chunks", "spans"), "*i32")
     types |= {"online_copy": "*bf16", "target_copy": "*bf16", "adapt": "*i1", "fine": "*i8", "eta": "fp32", "mu": "fp32"}
     types |= dict.fromkeys(("num_chunks", "num_target", "num_slots"), "i32")
-    known: dict[str, object] = {"CHUNK": CHUNK, "ALIGN": ALIGN, **launch(2905, 576).constants}
+    known: dict[str, object] = {"CHUNK": CHUNK, "ALIGN": ALIGN, **launch(2887, 576).constants}
     known |= {"BOLTS_EPS": BOLTS_EPS, "EMA_FIRST": False}
     known |= dict.fromkeys(("loss_scale", "slots", "step", "skipped"))
     none = {"online_copy": None, "target_copy": None}

@@ -316,6 +316,23 @@ def test_kernels_equal_fp64(device: torch.device, rule: Rule, ema_first: bool) -
     assert_padding_is_zero(got)
 
 
+@pytest.mark.parametrize("rule", ["sgd", "deepmind"])
+def test_kernels_neither_count_nor_touch_what_lies_between(device: torch.device, rule: Rule) -> None:
+    """Even where accesses of 16 bytes reach into it."""
+    clean, dirty = problem(device), problem(device)
+    between = torch.ones(len(dirty.buffers[0]), dtype=torch.bool, device=device)
+    for segment in dirty.table.split(between):
+        segment.fill_(False)
+    for buffer, junk in zip(dirty.buffers, (7.0, math.nan, 3.0, -2.0), strict=True):
+        buffer[between[: len(buffer)]] = junk
+    before = [b.clone() for b in dirty.buffers]
+    assert torch.equal(clean.step(rule, kernels="triton"), dirty.step(rule, kernels="triton"))
+    for got, expected, old in zip(dirty.buffers, clean.buffers, before, strict=True):
+        gaps = between[: len(got)]
+        assert torch.equal(got[~gaps], expected[~gaps])
+        torch.testing.assert_close(got[gaps], old[gaps], rtol=0, atol=0, equal_nan=True)
+
+
 @pytest.mark.parametrize("rule", ["blog", "deepmind"])
 def test_kernels_equal_fp64_in_the_shipped_chunk(device: torch.device, rule: Rule) -> None:
     start = problem(device, (9408, 64, 4096, 4097, 1), num_target=3, chunk=SegmentTable.chunk)
@@ -459,6 +476,18 @@ def test_a_gradient_that_is_not_finite_moves_nothing(
     p.table.split(p.buffers[1])[culprit][-1] = 0
     assert p.step(rule, kernels=kernels, skipped=skipped).isfinite().all()
     assert not skipped
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
+def test_a_norm_that_overflows_over_chunks_moves_nothing(device: torch.device) -> None:
+    """Two chunks whose sums of squares, 2.25e38 each, fp32 can hold, but not their sum."""
+    p = problem(device)
+    segment = p.table.split(p.buffers[1])[6]
+    segment[0] = segment[100] = 1.5e19
+    before = [b.clone() for b in p.buffers]
+    layers = p.step("sgd", kernels="triton")
+    assert all(torch.equal(a, b) for a, b in zip(p.buffers, before, strict=True))
+    assert not layers[:, 2:].any()
 
 
 @pytest.mark.parametrize("rule", RULES)

@@ -25,12 +25,12 @@ _WEYL = (0x9E3779B9, 0xBB67AE85)
 
 
 def philox4x32(
-    c0: Tensor, c1: Tensor | int, c2: Tensor | int, c3: Tensor | int, key: int
+    c0: Tensor, c1: Tensor | int, c2: Tensor | int, c3: Tensor | int, key: int | Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Ten rounds of Philox 4x32 on the counters (c0, c1, c2, c3) under ``key``.
 
     Counters are int64 tensors (or Python integers) that broadcast together; of each only the low 32 bits count.
-    ``key`` is an integer of which the low 64 bits count. Returns four int64 tensors of the broadcast shape, each element a
+    ``key`` is an integer, or an int64 tensor of no dimension, of which the low 64 bits count. Returns four int64 tensors of the broadcast shape, each element a
     word in [0, 2**32). Integer arithmetic that never leaves 63 bits: the same on every device and under a compiler.
     """
     # Not expanded up front: every word comes to depend on all four counters within three rounds, and so has their shape.

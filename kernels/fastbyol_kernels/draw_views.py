@@ -1,0 +1,401 @@
+"""Draw the parameters of every view: crop box, jitter factors and their order, flags, blur.
+
+Every entry is a function of (seed, epoch, sample id, view) alone, through Philox, and is computed with float64 operations
+that IEEE 754 rounds one way only: sums, products, one quotient, square roots. So the table is the same bit for bit on any
+device, by the reference or the kernel, for any batch, order or number of workers.
+
+The kernel is launched with ``enable_fp_fusion=False``: then LLVM writes products and sums as ``mul.rn`` and ``add.rn``, which
+ptxas may not contract to a fused multiply-add, and no result depends on how a compiler felt about it. A test reads the PTX.
+Both paths multiply by reciprocals computed beforehand, since torch on a GPU divides by a number so, but not on a CPU.
+
+Sources: byol, appendix B (two views, blur and solarize per view); torchvision's RandomResizedCrop and ColorJitter, whose
+``get_params`` this file follows.
+
+Philox counters of a view: see philox.py; one block of four words for each crop attempt (area, ratio, top, left), then one
+each for flip, jitter, order, grayscale / the four factors / blur, its sigma, solarize.
+
+Shapes: V views, B images, A crop attempts.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastbyol_kernels.aot import Build
+from fastbyol_kernels.philox import DOMAIN_VIEWS, philox4x32, split_id, uniform
+from fastbyol_kernels.two_views_config import JITTER_IDENTITY, JITTER_ORDERS, Column
+
+Range = tuple[float, float]
+
+CROP_ATTEMPTS = 10  # torchvision's
+_FLAGS, _FACTORS, _BLUR, _NUM_BLOCKS = range(CROP_ATTEMPTS, CROP_ATTEMPTS + 4)
+
+
+@dataclass(frozen=True)
+class Distribution:
+    """What is drawn. Ranges are (low, high), probabilities in [0, 1]; the last two hold one probability per view."""
+
+    scale: Range  # share of the image's area
+    ratio: Range  # width by height
+    brightness: Range
+    contrast: Range
+    saturation: Range
+    hue: Range  # turns
+    jitter_p: float
+    grayscale_p: float
+    flip_p: float
+    blur_sigma: Range  # pixels of the view
+    blur_p: tuple[float, ...]
+    solarize_p: tuple[float, ...]
+
+    @property
+    def num_views(self) -> int:
+        return len(self.blur_p)
+
+    @property
+    def factors(self) -> tuple[Range, Range, Range, Range]:
+        return self.brightness, self.contrast, self.saturation, self.hue
+
+
+def reference(
+    distribution: Distribution, ids: Tensor, seed: int | Tensor, epoch: int | Tensor, height: int, width: int
+) -> Tensor:
+    """The draw in plain torch."""
+    d, num_views = distribution, distribution.num_views
+    u = _uniforms(ids, num_views, seed, epoch)
+    table = torch.zeros(num_views, len(ids), len(Column), dtype=torch.float64, device=ids.device)
+    table[..., Column.TOP : Column.WIDTH + 1] = _crop_boxes(u[:, :, :CROP_ATTEMPTS], d, height, width)
+    flip, jitter, order, gray = u[:, :, _FLAGS].unbind(-1)
+    table[..., Column.FLIP] = (flip < d.flip_p).double()
+    table[..., Column.ORDER] = (order * len(JITTER_ORDERS)).floor()
+    for i, bounds in enumerate(d.factors):
+        factor = _between(u[:, :, _FACTORS, i], bounds)
+        table[..., Column.BRIGHTNESS + i] = torch.where(jitter < d.jitter_p, factor, JITTER_IDENTITY[i])
+    table[..., Column.GRAYSCALE] = (gray < d.grayscale_p).double()
+    blur, sigma, solarize, _ = u[:, :, _BLUR].unbind(-1)
+    for view in range(num_views):
+        blurred = blur[view] < d.blur_p[view]
+        table[view, :, Column.BLUR_SIGMA] = torch.where(blurred, _between(sigma[view], d.blur_sigma), 0.0)
+        table[view, :, Column.SOLARIZE] = (solarize[view] < d.solarize_p[view]).double()
+    return table.float()
+
+
+def _uniforms(ids: Tensor, num_views: int, seed: int | Tensor, epoch: int | Tensor) -> Tensor:
+    """float64 (V, B, blocks, 4) in [0, 1), multiples of 2**-24."""
+    low, high = split_id(ids, DOMAIN_VIEWS)
+    view = torch.arange(num_views, device=ids.device)[:, None, None]
+    block = view * 256 + torch.arange(_NUM_BLOCKS, device=ids.device)
+    words = philox4x32(low[:, None], epoch, block, high[:, None], seed)
+    return uniform(torch.stack(words, dim=-1)).double()
+
+
+def _between(u: Tensor, bounds: Range) -> Tensor:
+    return bounds[0] + u * (bounds[1] - bounds[0])
+
+
+def _crop_boxes(u: Tensor, distribution: Distribution, height: int, width: int) -> Tensor:
+    """RandomResizedCrop.get_params: (V, B, A, 4) -> (V, B, 4), top, left, height, width of the first attempt that fits."""
+    area = height * width * _between(u[..., 0], distribution.scale)
+    ratio = _exp(_between(u[..., 1], _logs(distribution.ratio)))
+    box_width, box_height = torch.sqrt(area * ratio).round(), torch.sqrt(area / ratio).round()
+    fits = (box_width > 0) & (box_width <= width) & (box_height > 0) & (box_height <= height)
+    top = (u[..., 2] * (height - box_height + 1)).floor()
+    left = (u[..., 3] * (width - box_width + 1)).floor()
+    first = fits.long().argmax(dim=2)[:, :, None, None].expand(-1, -1, 1, 4)
+    chosen = torch.stack((top, left, box_height, box_width), dim=-1).gather(2, first)[:, :, 0]
+    # Entry by entry: a tensor made from the tuple would be copied from the host, which a CUDA graph cannot capture.
+    central = central_box(distribution.ratio, height, width)
+    fallback = torch.stack([torch.full_like(chosen[..., 0], float(value)) for value in central], dim=-1)
+    return torch.where(fits.any(dim=2)[:, :, None], chosen, fallback)
+
+
+def _logs(ratio: Range) -> Range:
+    return math.log(ratio[0]), math.log(ratio[1])
+
+
+def central_box(ratio: Range, height: int, width: int) -> tuple[int, int, int, int]:
+    """torchvision's fallback, (top, left, height, width): the largest central box whose aspect ratio is allowed."""
+    box_height, box_width = height, width
+    if width / height < ratio[0]:
+        box_height = max(1, round(width / ratio[0]))
+    elif width / height > ratio[1]:
+        box_width = max(1, round(height * ratio[1]))
+    return (height - box_height) // 2, (width - box_width) // 2, box_height, box_width
+
+
+def _exp(x: Tensor) -> Tensor:
+    """exp of float64 |x| < 20 to 1e-12. Sums and products only: library exponentials differ between devices in the last bit."""
+    small, result = x * 2.0**-10, torch.ones_like(x)
+    for divisor in range(8, 0, -1):
+        result = 1.0 + result * (small * (1.0 / divisor))
+    for _ in range(10):
+        result = result * result
+    return result
+
+
+# A kernel reads module constants only as constexpr.
+_DOMAIN = tl.constexpr(DOMAIN_VIEWS)
+_ATTEMPTS = tl.constexpr(CROP_ATTEMPTS)
+_FLAGS_BLOCK, _FACTORS_BLOCK, _BLUR_BLOCK = tl.constexpr(_FLAGS), tl.constexpr(_FACTORS), tl.constexpr(_BLUR)
+_BLOCKS = tl.constexpr(16)  # _NUM_BLOCKS up to a power of two
+_NUM_ORDERS = tl.constexpr(len(JITTER_ORDERS))
+_NUM_COLUMNS = tl.constexpr(len(Column))
+# Adding and subtracting it rounds |x| < 2**51 to the nearest integer, ties to even: torch's round.
+_ROUNDER = tl.constexpr(6755399441055744.0)
+
+
+@triton.jit
+def _draw_kernel(
+    ids,
+    seed,
+    epoch,
+    table,
+    num_images,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    NUM_VIEWS: tl.constexpr,
+    RANGES: tl.constexpr,  # low and high - low of scale, log ratio, the four factors, sigma
+    PROBABILITIES: tl.constexpr,  # flip, jitter, grayscale, then blur per view, then solarize per view
+    CENTRAL: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """ROWS rows of the table; the second axis of the tile runs over Philox blocks, which are crop attempts at first."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    mask = row < NUM_VIEWS * num_images
+    view = row // num_images
+    sample = tl.load(ids + row % num_images, mask=mask, other=0)
+    block = tl.arange(0, _BLOCKS)[None, :]
+
+    c2 = (view * 256)[:, None] + block
+    c0 = (sample & 0xFFFFFFFF)[:, None] + c2 * 0
+    c3 = (((sample >> 32) << 8) | _DOMAIN)[:, None] + c2 * 0
+    c1 = (tl.load(epoch) & 0xFFFFFFFF) + c2.to(tl.int64) * 0
+    w0, w1, w2, w3 = tl.philox(
+        tl.load(seed), c0.to(tl.uint32), c1.to(tl.uint32), c2.to(tl.uint32), c3.to(tl.uint32)
+    )  # fmt: skip
+    u0, u1, u2, u3 = _unit(w0), _unit(w1), _unit(w2), _unit(w3)
+
+    area = _span(u0, RANGES, 0) * (HEIGHT * WIDTH * 1.0)
+    ratio = _exp_kernel(_span(u1, RANGES, 1))
+    box_width = (tl.sqrt(area * ratio) + _ROUNDER) - _ROUNDER
+    box_height = (tl.sqrt(area / ratio) + _ROUNDER) - _ROUNDER
+    fits = (box_width > 0) & (box_width <= WIDTH) & (box_height > 0) & (box_height <= HEIGHT) & (block < _ATTEMPTS)
+    top = tl.floor(u2 * (HEIGHT + 1 - box_height))
+    left = tl.floor(u3 * (WIDTH + 1 - box_width))
+    first = tl.min(tl.where(fits, block, _BLOCKS), 1)
+    out = table + row.to(tl.int64) * _NUM_COLUMNS
+    _put_box(out, mask, 0, first, top, block, CENTRAL)
+    _put_box(out, mask, 1, first, left, block, CENTRAL)
+    _put_box(out, mask, 2, first, box_height, block, CENTRAL)
+    _put_box(out, mask, 3, first, box_width, block, CENTRAL)
+
+    flip_p: tl.constexpr = PROBABILITIES[0]
+    jitter_p: tl.constexpr = PROBABILITIES[1]
+    grayscale_p: tl.constexpr = PROBABILITIES[2]
+    tl.store(out + 4, (_pick(u0, block, _FLAGS_BLOCK) < flip_p).to(tl.float32), mask=mask)
+    jittered = _pick(u1, block, _FLAGS_BLOCK) < jitter_p
+    tl.store(out + 5, tl.floor(_pick(u2, block, _FLAGS_BLOCK) * _NUM_ORDERS).to(tl.float32), mask=mask)
+    _put_factor(out + 6, mask, _pick(u0, block, _FACTORS_BLOCK), jittered, RANGES, 2, 1.0)
+    _put_factor(out + 7, mask, _pick(u1, block, _FACTORS_BLOCK), jittered, RANGES, 3, 1.0)
+    _put_factor(out + 8, mask, _pick(u2, block, _FACTORS_BLOCK), jittered, RANGES, 4, 1.0)
+    _put_factor(out + 9, mask, _pick(u3, block, _FACTORS_BLOCK), jittered, RANGES, 5, 0.0)
+    tl.store(out + 10, (_pick(u3, block, _FLAGS_BLOCK) < grayscale_p).to(tl.float32), mask=mask)
+
+    blur_p = tl.zeros((ROWS,), tl.float64)
+    solarize_p = tl.zeros((ROWS,), tl.float64)
+    for v in tl.static_range(NUM_VIEWS):
+        blur_p = _of_view(blur_p, view, v, PROBABILITIES, 3)
+        solarize_p = _of_view(solarize_p, view, v, PROBABILITIES, 3 + NUM_VIEWS)
+    _put_factor(
+        out + 11, mask, _pick(u1, block, _BLUR_BLOCK), _pick(u0, block, _BLUR_BLOCK) < blur_p, RANGES, 6, 0.0
+    )  # fmt: skip
+    tl.store(out + 12, (_pick(u2, block, _BLUR_BLOCK) < solarize_p).to(tl.float32), mask=mask)
+
+
+@triton.jit
+def _unit(words):
+    """uint32 words -> float64 in [0, 1), multiples of 2**-24."""
+    return (words >> 8).to(tl.float64) * 5.9604644775390625e-08
+
+
+@triton.jit
+def _span(u, RANGES: tl.constexpr, WHICH: tl.constexpr):
+    low: tl.constexpr = RANGES[2 * WHICH]
+    span: tl.constexpr = RANGES[2 * WHICH + 1]
+    return u * span + low
+
+
+@triton.jit
+def _exp_kernel(x):
+    small = x * 0.0009765625
+    result = small * 0.0 + 1.0
+    for i in tl.static_range(8):
+        result = result * (small * (1.0 / (8 - i))) + 1.0
+    for _ in tl.static_range(10):
+        result = result * result
+    return result
+
+
+@triton.jit
+def _of_view(p, view, V: tl.constexpr, PROBABILITIES: tl.constexpr, FIRST: tl.constexpr):
+    """``p`` with the rows of view V replaced. tl.full, since tl.where would take the number as float32."""
+    own: tl.constexpr = PROBABILITIES[FIRST + V]
+    return tl.where(view == V, tl.full(p.shape, own, tl.float64), p)
+
+
+@triton.jit
+def _pick(values, block, which):
+    """Column ``which`` of (ROWS, blocks). All else adds exact zeros."""
+    return tl.sum(tl.where(block == which, values, 0.0), 1)
+
+
+@triton.jit
+def _put_box(out, mask, COLUMN: tl.constexpr, first, values, block, CENTRAL: tl.constexpr):
+    chosen = _pick(values, block, first[:, None])
+    fallback: tl.constexpr = CENTRAL[COLUMN]
+    tl.store(out + COLUMN, tl.where(first < _BLOCKS, chosen, fallback).to(tl.float32), mask=mask)
+
+
+@triton.jit
+def _put_factor(out, mask, u, applied, RANGES: tl.constexpr, WHICH: tl.constexpr, IDENTITY: tl.constexpr):
+    tl.store(out, tl.where(applied, _span(u, RANGES, WHICH), IDENTITY).to(tl.float32), mask=mask)
+
+
+# Triton decides when a kernel is defined whether calls compile or interpret it.
+INTERPRETED = not isinstance(_draw_kernel, triton.runtime.JITFunction)
+# One element a thread: 512 rows are 64 programs, so that the chain of float64 operations, a microsecond of latency, is paid
+# once and in parallel. Two rows share a warp, and sums over blocks stay within it.
+ROWS, NUM_WARPS = 8, 4
+ROWS_INTERPRETED = 128  # the interpreter runs programs one by one
+
+
+@torch.library.custom_op("fastbyol::draw_views", mutates_args=())
+def _draw(
+    ids: Tensor, seed: Tensor, epoch: Tensor, height: int, width: int, num_views: int,
+    ranges: list[float], probabilities: list[float], central: list[int],
+) -> Tensor:  # fmt: skip
+    table = torch.empty((num_views, len(ids), len(Column)), dtype=torch.float32, device=ids.device)
+    if len(ids):
+        constants = _constants(height, width, num_views, ranges, probabilities, central)
+        _draw_kernel[(triton.cdiv(num_views * len(ids), constants["ROWS"]),)](
+            ids, seed, epoch, table, len(ids), **constants, num_warps=NUM_WARPS, enable_fp_fusion=False
+        )
+    return table
+
+
+@_draw.register_fake
+def _(
+    ids: Tensor, seed: Tensor, epoch: Tensor, height: int, width: int, num_views: int,
+    ranges: list[float], probabilities: list[float], central: list[int],
+) -> Tensor:  # fmt: skip
+    return ids.new_empty((num_views, ids.shape[0], len(Column)), dtype=torch.float32)
+
+
+def _constants(
+    height: int, width: int, num_views: int, ranges: list[float], probabilities: list[float], central: list[int]
+) -> dict[str, Any]:
+    """The kernel's constexprs. Triton passes a Python float as float32, so these have to be known when it compiles."""
+    return {
+        "HEIGHT": height,
+        "WIDTH": width,
+        "NUM_VIEWS": num_views,
+        "RANGES": tuple(ranges),
+        "PROBABILITIES": tuple(probabilities),
+        "CENTRAL": tuple(float(edge) for edge in central),
+        "ROWS": ROWS_INTERPRETED if INTERPRETED else ROWS,
+    }
+
+
+def _numbers(distribution: Distribution, height: int, width: int) -> tuple[list[float], list[float], list[int]]:
+    """``ranges``, ``probabilities`` and ``central`` of the custom op, flat."""
+    d = distribution
+    bounds = (d.scale, _logs(d.ratio), *d.factors, d.blur_sigma)
+    ranges = [float(number) for low, high in bounds for number in (low, high - low)]
+    probabilities = [float(p) for p in (d.flip_p, d.jitter_p, d.grayscale_p, *d.blur_p, *d.solarize_p)]
+    return ranges, probabilities, list(central_box(d.ratio, height, width))
+
+
+def draw_views(
+    distribution: Distribution,
+    ids: Tensor,
+    *,
+    seed: int | Tensor,
+    epoch: int | Tensor,
+    height: int,
+    width: int,
+    kernels: str = "auto",
+) -> Tensor:
+    """Parameters of every view of the samples ``ids``, int64 (B,): float32 (V, B, len(Column)) on the device of ``ids``.
+
+    ``seed`` in [0, 2**64), ``epoch`` in [0, 2**32), ids in [0, 2**56); ``height`` and ``width`` of the images in pixels. Seed
+    and epoch may be int64 tensors of no dimension on the device of ``ids`` (a seed from 2**63 on is then negative), read when
+    the kernel runs: a captured CUDA graph draws anew with what they hold at each replay.
+
+    ``kernels``: "reference" (plain torch), "triton" (on a CPU only in Triton's interpreter), or "auto", which is "triton" for
+    CUDA tensors. All give the same bits. Raises ValueError naming a wrong argument.
+    """
+    _check(ids, seed, epoch, height, width, kernels)
+    if kernels == "reference" or (kernels == "auto" and not ids.is_cuda):
+        return reference(distribution, ids, seed, epoch, height, width)
+    if not ids.is_cuda and not INTERPRETED:
+        raise ValueError(f'kernels="triton" needs CUDA tensors, ids is on {ids.device} (or TRITON_INTERPRET=1 at import)')
+    numbers = _numbers(distribution, height, width)
+    seed, epoch = _on_device(seed, ids), _on_device(epoch, ids)
+    table: Tensor = _draw(ids.contiguous(), seed, epoch, height, width, distribution.num_views, *numbers)
+    return table
+
+
+def _on_device(value: int | Tensor, ids: Tensor) -> Tensor:
+    if isinstance(value, Tensor):
+        return value
+    return torch.full((), value - 2**64 if value >= 2**63 else value, dtype=torch.int64, device=ids.device)
+
+
+def _check(ids: Tensor, seed: int | Tensor, epoch: int | Tensor, height: int, width: int, kernels: str) -> None:
+    if ids.dtype != torch.int64 or ids.ndim != 1:
+        raise ValueError(f"ids must be int64 of shape (B,), got {ids.dtype} of shape {tuple(ids.shape)}")
+    for name, value, bits in (("seed", seed, 64), ("epoch", epoch, 32)):
+        if isinstance(value, Tensor):
+            if value.dtype != torch.int64 or value.ndim or value.device != ids.device:
+                got = f"{value.dtype} of shape {tuple(value.shape)} on {value.device}"
+                raise ValueError(f"{name} must be an integer or int64 of no dimension on {ids.device}, got {got}")
+        elif not 0 <= value < 2**bits:
+            raise ValueError(f"{name} must lie in [0, 2**{bits}), got {value}")
+    if height < 1 or width < 1:
+        raise ValueError(f"height and width must be at least 1, got {height} and {width}")
+    if kernels not in ("auto", "triton", "reference"):
+        raise ValueError(f"kernels must be auto, triton or reference, not {kernels!r}")
+
+
+def bytes_moved(num_views: int, num_images: int) -> int:
+    """Bytes that must be read and written: the ids once, the table once."""
+    return num_images * 8 + num_views * num_images * len(Column) * 4
+
+
+def _build() -> Build:
+    """The blog preset's draw for images of 96x96."""
+    blog = Distribution(
+        scale=(0.2, 1.0), ratio=(3 / 4, 4 / 3), brightness=(0.6, 1.4), contrast=(0.6, 1.4), saturation=(0.6, 1.4),
+        hue=(-0.1, 0.1), jitter_p=0.8, grayscale_p=0.2, flip_p=0.5, blur_sigma=(0.1, 2.0), blur_p=(0.5, 0.5),
+        solarize_p=(0.0, 0.0),
+    )  # fmt: skip
+    pointers = {"ids": "*i64", "seed": "*i64", "epoch": "*i64", "table": "*fp32"}
+    return Build(
+        "draw 96x96",
+        _draw_kernel,
+        {**pointers, "num_images": "i32"},
+        _constants(96, 96, blog.num_views, *_numbers(blog, 96, 96)),
+        aligned=tuple(pointers),
+        num_warps=NUM_WARPS,
+        why="reads ids, writes rows of 13 numbers: 28 KB",
+    )
+
+
+BUILDS = (_build(),)

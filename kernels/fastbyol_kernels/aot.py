@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 import triton
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
 OPS = ("philox", "two_views", "weight_standardization", "group_norm", "lars_ema")
@@ -45,6 +46,7 @@ class Build:
     aligned: tuple[str, ...] = ()
     num_warps: int = 4
     num_stages: int = 2
+    max_registers: int | None = None
     why: str = ""
 
 
@@ -69,7 +71,7 @@ def resources(build: Build, architecture: int) -> Resources:
     signature = {name: "constexpr" if name in build.constants else build.signature[name] for name in names}
     attrs = {(names.index(name),): [["tt.divisibility", 16]] for name in build.aligned}
     source = ASTSource(fn=build.kernel, signature=signature, constexprs=dict(build.constants), attrs=attrs)
-    options = {"num_warps": build.num_warps, "num_stages": build.num_stages}
+    options = {"num_warps": build.num_warps, "num_stages": build.num_stages, "maxnreg": build.max_registers}
     compiled = triton.compile(source, target=GPUTarget("cuda", architecture, WARP_SIZE), options=options)
     ptx = compiled.asm["ptx"]
     registers, spill = _ptxas(ptx, architecture)
@@ -79,7 +81,7 @@ def resources(build: Build, architecture: int) -> Resources:
 def _ptxas(ptx: str, architecture: int) -> tuple[int, int]:
     target = re.search(r"\.target\s+(sm_\w+)", ptx)
     assert target is not None
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
+    tool = get_ptxas(architecture).path  # Triton's own choice: the oldest of its two does not read the newest PTX
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "kernel.ptx"
         source.write_text(ptx)
@@ -95,7 +97,7 @@ def _widest(ptx: str, instruction: str) -> int:
     """Bits of the widest global access: ``ld.global.v4.b32`` is 128. Asynchronous copies count as loads."""
     found = [
         int(vector or 1) * int(bits)
-        for vector, bits in re.findall(rf"{instruction}\.global(?:\.\w+)*?(?:\.v([248]))?\.[bfsu](\d+)", ptx)
+        for vector, bits in re.findall(rf"{instruction}\.global(?:\.[\w:]+)*?(?:\.v([248]))?\.[bfsu](\d+)", ptx)
     ]
     if instruction == "ld":
         found += [8 * int(size) for size in re.findall(r"cp\.async\.\w+\.shared\.global[^;]*?,\s*(?:0x)?(\d+)", ptx)]

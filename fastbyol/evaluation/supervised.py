@@ -26,9 +26,9 @@ def supervised_accuracy(
     test: LabelledImages,
     views: ViewsConfig,
     *,
-    epochs: int = 8,
-    batch_size: int = 128,
-    lr: float = 0.1,
+    epochs: int = 12,
+    batch_size: int = 64,
+    lr: float = 0.07,
     seed: int = 0,
     device: torch.device | str = "cpu",
 ) -> float:

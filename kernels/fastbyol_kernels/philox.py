@@ -29,9 +29,10 @@ def philox4x32(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Ten rounds of Philox 4x32 on the counters (c0, c1, c2, c3) under ``key``.
 
-    Counters are int64 tensors (or Python integers) that broadcast together; of each only the low 32 bits count.
-    ``key`` is an integer, or an int64 tensor of no dimension, of which the low 64 bits count. Returns four int64 tensors of the broadcast shape, each element a
-    word in [0, 2**32). Integer arithmetic that never leaves 63 bits: the same on every device and under a compiler.
+    Counters are int64 tensors (or Python integers) that broadcast together; of each only the low 32 bits count. ``key`` is an
+    integer, or an int64 tensor of no dimension, of which the low 64 bits count. Returns four int64 tensors of the broadcast
+    shape, each element a word in [0, 2**32). Integer arithmetic that never leaves 63 bits: the same on every device and under
+    a compiler.
     """
     # Not expanded up front: every word comes to depend on all four counters within three rounds, and so has their shape.
     x0, x1, x2, x3 = (torch.as_tensor(c, dtype=torch.int64, device=c0.device) & _MASK for c in (c0, c1, c2, c3))

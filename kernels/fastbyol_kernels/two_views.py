@@ -772,8 +772,8 @@ def two_views(
 ) -> Tensor:
     """uint8 images (B, H, W, 3) and float32 table (V, B, len(Column)) -> (V, B, channels, size, size) of ``dtype``.
 
-    With ``indices``, int64 (B,), ``images`` is a resident set (N, H, W, 3) of which these are the batch. ``channels`` is 3, or 4
-    or 8 (zeros after the third), or 12, space to depth: (V, B, 12, size / 2, size / 2), colour c of pixel (y, x) in channel
+    With ``indices``, int64 (B,), ``images`` is a resident set (N, H, W, 3) of which these are the batch. ``channels`` is 3, or
+    4 or 8 (zeros after the third), or 12, space to depth: (V, B, 12, size / 2, size / 2), colour c of pixel (y, x) in channel
     3 * (2 * (y % 2) + x % 2) + c. The result's ``flatten(0, 1)`` is contiguous in channels_last. ``blur`` is "gaussian"
     (torchvision's gaussian_blur with ``blur_kernel`` taps, edges reflected) or "pil" (Pillow's GaussianBlur: three extended box
     blurs, edges repeated). ``mean`` and ``std`` are per channel, for values in [0, 1]. The arithmetic is float32, or float64

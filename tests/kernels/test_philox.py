@@ -47,6 +47,15 @@ def test_equals_integer_arithmetic(counter: list[int], key: int) -> None:
     assert [int(word) for word in result] == philox_in_integers(counter, key)
 
 
+def test_the_key_may_be_a_tensor() -> None:
+    for key in (5, 2**63 + 7, 2**64 - 1):
+        signed = torch.tensor(key - 2**64 if key >= 2**63 else key)
+        for ours, theirs in zip(
+            philox4x32(torch.arange(9), 1, 2, 3, signed), philox4x32(torch.arange(9), 1, 2, 3, key), strict=True
+        ):
+            assert torch.equal(ours, theirs)
+
+
 def test_broadcasts_and_depends_on_each_counter_alone() -> None:
     ids, blocks = torch.arange(5)[:, None], torch.arange(3)[None, :]
     table = torch.stack(philox4x32(ids, 7, blocks, 1, 2**63 - 1))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from PIL import Image, ImageFilter
 from torch import Tensor
 
 from fastbyol_kernels import two_views as op
-from fastbyol_kernels.two_views import JITTER_ORDERS, Column, two_views
+from fastbyol_kernels.two_views import JITTER_ORDERS, Column, launch, two_views
 
 # The promise is 2/255. float32 needs far less: some 20 roundings of 6e-8, and tap positions to 4e-6 pixels on noise.
 TOLERANCE = 2e-5
@@ -70,7 +71,8 @@ def assert_is(
 
 
 def test_identity_is_exact_to_rounding(device: torch.device) -> None:
-    assert_is(lambda x: x, {}, device, tolerance=1e-7)
+    # 1 / 255 and its product with a level are rounded: twice 2**-24.
+    assert_is(lambda x: x, {}, device, tolerance=1.2e-7)
 
 
 @settings(max_examples=40, deadline=None)
@@ -216,7 +218,7 @@ def test_layout_and_dtypes(device: torch.device) -> None:
     """float32 agrees with float64 to its rounding, bfloat16 is float32 rounded, and convolutions find channels_last."""
     pixels, rows = images(40, 33).to(device), mixed_table(3, 40, 33).to(device)
     exact, single, half = (
-        two_views(pixels, rows, size=20, std=(0.2, 0.3, 0.4), dtype=dtype)
+        two_views(pixels, rows, size=20, std=(0.2, 0.3, 0.4), dtype=dtype, kernels="reference")
         for dtype in (torch.float64, torch.float32, torch.bfloat16)
     )
     for views in (exact, single, half):
@@ -227,10 +229,200 @@ def test_layout_and_dtypes(device: torch.device) -> None:
     assert torch.equal(half, single.bfloat16())
 
 
-def test_strided_images_are_read_as_they_are(device: torch.device) -> None:
+def test_the_reference_reads_strided_images_as_they_are(device: torch.device) -> None:
     pixels, rows = images(40, 33).to(device), mixed_table(2, 40, 33).to(device)
     strided = pixels.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
-    assert torch.equal(two_views(strided, rows, size=20), two_views(pixels, rows, size=20))
+    read = [two_views(x, rows, size=20, kernels="reference") for x in (strided, pixels)]
+    assert torch.equal(*read)
+
+
+@pytest.mark.parametrize("channels", [4, 8, 12])
+def test_stored_channels(channels: int, device: torch.device) -> None:
+    """Zeros after the third, or 2x2 pixels side by side, whoever stores them."""
+    pixels, rows = images(12, 14).to(device), mixed_table(2, 12, 14).to(device)
+    plain = two_views(pixels, rows, size=8, kernels="reference")
+    stored = two_views(pixels, rows, size=8, channels=channels, kernels="reference")
+    assert stored.flatten(0, 1).is_contiguous(memory_format=torch.channels_last)
+    if channels == 12:
+        for y, x, colour in itertools.product(range(8), range(8), range(3)):
+            channel = 3 * (2 * (y % 2) + x % 2) + colour
+            assert torch.equal(stored[:, :, channel, y // 2, x // 2], plain[:, :, colour, y, x])
+    else:
+        assert torch.equal(stored[:, :, :3], plain)
+        assert not stored[:, :, 3:].any()
+
+
+def assert_kernels_agree(
+    pixels: Tensor, rows: Tensor, device: torch.device, *, dtype: torch.dtype = torch.float32, **options: Any
+) -> None:
+    """The kernels against the float64 reference.
+
+    float32: ``TOLERANCE`` as for the reference. bfloat16: half a unit in the last place is 2**-9 of the value, a whole one
+    2**-8, and the interpreter, which cuts instead of rounding, may be one more off; 16-bit staging adds 2**-17 at most seven
+    times, which contrast and hue can double.
+    """
+    pixels, rows = pixels.to(device), rows.to(device)
+    got = two_views(pixels, rows, dtype=dtype, kernels="triton", **options)
+    exact = two_views(pixels, rows, dtype=torch.float64, kernels="reference", **options)
+    assert got.dtype == dtype
+    assert got.stride() == exact.stride()
+    half = dtype == torch.bfloat16
+    torch.testing.assert_close(
+        got.double(), exact, rtol=2**-7 if half else 0.0, atol=14 * 2**-17 if half else TOLERANCE
+    )  # fmt: skip
+
+
+@pytest.fixture
+def nan_filled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fresh memory holds NaN, or the highest level, so that an element left unwritten shows."""
+    empty = torch.empty
+
+    def filled(*args: Any, **kwargs: Any) -> Tensor:
+        fresh = empty(*args, **kwargs)
+        return fresh.fill_(math.nan if fresh.is_floating_point() else 65535)
+
+    monkeypatch.setattr(torch, "empty", filled)
+
+
+# Image, view: the same size, both axes shrunk (odd sizes, 4 and 6 taps), enlarged, one of each, no power of two of tiles.
+KERNEL_SHAPES = [(16, 16, 16), (31, 21, 11), (9, 7, 13), (30, 6, 10), (24, 24, 23)]
+
+
+@pytest.mark.usefixtures("nan_filled")
+@pytest.mark.parametrize(("height", "width", "size"), KERNEL_SHAPES)
+@pytest.mark.parametrize("blur", ["gaussian", "pil"])
+def test_kernels_equal_the_reference(height: int, width: int, size: int, blur: str, device: torch.device) -> None:
+    pixels, rows = images(height, width), mixed_table(2, height, width)
+    assert_kernels_agree(pixels, rows, device, size=size, blur=blur, mean=(0.4, 0.5, 0.1), std=(1.0, 2.0, 3.0))
+
+
+@pytest.mark.usefixtures("nan_filled")
+@pytest.mark.parametrize("channels", [3, 4, 8, 12])
+@pytest.mark.parametrize("blur", ["gaussian", "pil"])
+def test_kernels_equal_the_reference_in_bfloat16(channels: int, blur: str, device: torch.device) -> None:
+    pixels, rows = images(20, 15), mixed_table(2, 20, 15)
+    assert_kernels_agree(pixels, rows, device, size=14, channels=channels, blur=blur, dtype=torch.bfloat16)
+
+
+def test_kernels_follow_all_24_orders(device: torch.device) -> None:
+    rows = table(8, 8, FACTORS, num_views=4)
+    rows[..., Column.ORDER] = torch.arange(24.0).view(4, 6)
+    assert_kernels_agree(images(8, 8), rows, device, size=8)
+
+
+def test_kernels_turn_hues_of_the_whole_colour_cube(device: torch.device) -> None:
+    levels = (0, 1, 2, 100, 101, 127, 128, 254, 255)
+    cube = torch.tensor(list(itertools.product(levels, repeat=3)), dtype=torch.uint8).view(1, 27, 27, 3)
+    rows = table(27, 27, {})[:1, :1].repeat(13, 1, 1)
+    rows[:, 0, Column.HUE] = torch.linspace(-0.5, 0.5, 13)
+    assert_kernels_agree(cube, rows, device, size=27)
+
+
+@pytest.mark.parametrize("kernel", [1, 5, 31])
+def test_kernels_blur_with_any_number_of_taps(kernel: int, device: torch.device) -> None:
+    rows = table(16, 16, {Column.BLUR_SIGMA: torch.tensor([0.05, 0.1, 0.7, 2.0, 9.0, 1e3])}, num_views=1)
+    assert_kernels_agree(images(16, 16), rows, device, size=16, blur_kernel=kernel)
+
+
+def test_kernels_blur_with_pillows_boxes_of_any_radius(device: torch.device) -> None:
+    rows = table(16, 16, {Column.BLUR_SIGMA: torch.tensor([0.05, 0.1, 0.99, 1.0, 2.5, 6.0])}, num_views=1)
+    assert_kernels_agree(images(16, 16), rows, device, size=16, blur="pil")
+
+
+@settings(max_examples=8, deadline=None, derandomize=True)
+@given(st.integers(1, 40), st.integers(1, 40), st.integers(1, 24), st.sampled_from(("gaussian", "pil")), st.data())
+def test_kernels_equal_the_reference_at_any_shape(height: int, width: int, size: int, blur: str, data: st.DataObject) -> None:
+    rows = mixed_table(1, height, width)
+    rows[..., Column.HEIGHT : Column.WIDTH + 1].clamp_(min=1)
+    half = data.draw(st.booleans())
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    assert_kernels_agree(
+        images(height, width),
+        rows,
+        device,
+        size=size,
+        blur=blur,
+        blur_kernel=data.draw(st.integers(0, min(size - 1, 5))) * 2 + 1,
+        dtype=torch.bfloat16 if half else torch.float32,
+    )
+
+
+@pytest.mark.usefixtures("nan_filled")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_kernels_cut_views_into_tiles_and_bands(
+    dtype: torch.dtype, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As at full size: several tiles per view, the last one short, bands whose last is short, tiles across bands' ends."""
+    for name, value in (("CROP_BLOCK", 64), ("BLOCK", 32), ("MIN_ROWS", 5), ("MAX_ROWS", 5)):
+        monkeypatch.setattr(op, name, value)
+    pixels, rows = images(14, 14)[:3], mixed_table(1, 14, 14)[:, :3].contiguous()
+    rows[:, :2, Column.BLUR_SIGMA] = 1.5
+    for channels in (3, 8):
+        assert_kernels_agree(pixels, rows, device, size=13, channels=channels, dtype=dtype)
+
+
+def test_kernels_repeat_themselves_and_a_view_depends_on_its_own_row_alone(device: torch.device) -> None:
+    """Bit for bit: nothing is added in an order that could vary."""
+    pixels, rows = images(16, 13).to(device), mixed_table(2, 16, 13).to(device)
+    options: dict[str, Any] = {"size": 12, "dtype": torch.bfloat16, "kernels": "triton"}
+    together = two_views(pixels, rows, **options)
+    assert torch.equal(two_views(pixels, rows, **options), together)
+    for image in (0, 4):
+        alone = two_views(pixels[image : image + 1], rows[:, image : image + 1].contiguous(), **options)
+        assert torch.equal(alone[:, 0], together[:, image])
+
+
+@pytest.mark.parametrize("kernels", ["triton", "reference"])
+def test_batches_are_picked_out_of_a_resident_set(kernels: str, device: torch.device) -> None:
+    resident, indices = images(10, 10).to(device), torch.tensor([4, 0, 4], device=device)
+    rows = mixed_table(2, 10, 10)[:, :3].contiguous().to(device)
+    picked = two_views(resident, rows, size=8, indices=indices, kernels=kernels)
+    assert torch.equal(picked, two_views(resident[indices], rows, size=8, kernels=kernels))
+
+
+def test_kernels_read_nothing_outside_whatever_the_table_says(device: torch.device) -> None:
+    """A box or index that lies outside is moved inside; the reference says what that gives."""
+    resident, wild = images(9, 9).to(device), table(9, 9, {})[:1, :3].to(device)
+    boxes = torch.tensor([[-5.0, 3, 9, 99], [50, 2, 4, 4], [0, 8, -3, 7]])
+    inside = torch.tensor([[0.0, 3, 9, 6], [8, 2, 1, 4], [0, 8, 1, 1]])
+    tame = wild.clone()
+    wild[0, :, : Column.WIDTH + 1], tame[0, :, : Column.WIDTH + 1] = boxes.to(device), inside.to(device)
+    got = two_views(resident, wild, size=9, indices=torch.tensor([-7, 2, 600], device=device), kernels="triton")
+    expected = two_views(resident, tame, size=9, indices=torch.tensor([0, 2, 5], device=device), kernels="reference")
+    torch.testing.assert_close(got, expected, rtol=0.0, atol=TOLERANCE)
+
+
+def test_opcheck(device: torch.device) -> None:
+    pixels, rows = images(6, 6).to(device), mixed_table(1, 6, 6).to(device)
+    indices = torch.arange(6, device=device)
+    for channels, dtype in ((3, torch.float32), (12, torch.bfloat16)):
+        arguments = (pixels, indices, rows, 4, 3, [0.0] * 3, [1.0] * 3, dtype, channels)
+        torch.library.opcheck(torch.ops.fastbyol.two_views, arguments)
+
+
+def test_compiled_equals_eager(device: torch.device) -> None:
+    pixels, rows = images(6, 6).to(device), mixed_table(1, 6, 6).to(device)
+
+    def twice() -> Tensor:
+        return two_views(pixels, rows, size=4, blur_kernel=3, channels=4, kernels="triton") * 2
+
+    assert torch.equal(torch.compile(twice, fullgraph=True, backend="aot_eager")(), twice())
+
+
+@pytest.mark.parametrize("size", [1, 7, 24, 32, 96, 100, 224])
+@pytest.mark.parametrize("pil", [False, True])
+def test_launches_cover_views(size: int, pil: bool) -> None:
+    for side in (size // 2 + 1, size, 3 * size):
+        plan = launch(side, 5, size, pil)
+        assert plan.taps_y >= 2 * side / size
+        assert 1 <= plan.rows <= size
+        assert plan.rows == size or not pil
+    assert launch(96, 96, 96, False).rows * 96 % op.BLOCK == 0
+
+
+def test_bytes_moved_is_what_the_budget_says() -> None:
+    """256 images of 96x96 as two bfloat16 views: 35.4 MB and the table."""
+    assert op.bytes_moved(2, 256, 96, 96, 96, 2) == 256 * 96 * 96 * 3 * (1 + 2 * 2) + 512 * 13 * 4
 
 
 GOOD = {"images": images(8, 8), "table": table(8, 8, {Column.BLUR_SIGMA: 1}), "size": 8}
@@ -262,9 +454,30 @@ GOOD = {"images": images(8, 8), "table": table(8, 8, {Column.BLUR_SIGMA: 1}), "s
         ("blur_kernel", -1),
         ("blur_kernel", 17),
         ("dtype", torch.float16),
+        ("indices", torch.arange(6, dtype=torch.int32)),
+        ("indices", torch.arange(6).view(2, 3)),
+        ("indices", torch.arange(6, device="meta")),
+        ("table", table(8, 8, {})[:, :2]),
+        ("channels", 5),
+        ("kernels", "cuda"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_wrong_arguments_are_named(argument: str, value: object) -> None:
     with pytest.raises(ValueError, match=rf"^{argument} "):
         two_views(**{**GOOD, argument: value})  # type: ignore[arg-type]
+
+
+def test_wrong_arguments_of_the_kernels_are_named(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    pixels, rows = images(8, 8).to(device), mixed_table(2, 8, 8).to(device)
+    good: dict[str, Any] = {"images": pixels, "table": rows, "size": 8, "kernels": "triton"}
+    strided = {"images": pixels.transpose(1, 2), "table": rows.transpose(0, 1).contiguous().transpose(0, 1)}
+    for name, value in (*strided.items(), ("blur_kernel", 17)):
+        with pytest.raises(ValueError, match=rf"^{name} "):
+            two_views(**{**good, name: value})
+    with pytest.raises(ValueError, match=r"^channels .* even size"):
+        two_views(**{**good, "size": 7, "channels": 12})
+    if not pixels.is_cuda:
+        monkeypatch.setattr(op, "INTERPRETED", False)
+        with pytest.raises(ValueError, match="TRITON_INTERPRET"):
+            two_views(**good)

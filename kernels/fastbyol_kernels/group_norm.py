@@ -855,6 +855,7 @@ def _known(name: str, kernel: Any, dtype: str, known: dict[str, int], num_warps:
         {key: value for key, value in known.items() if key in names},
         aligned=tuple(key for key in names if types.get(key, "").startswith("*") or key == "num_columns"),
         num_warps=num_warps,
+        max_registers=None if kernel is _sum_rows_kernel else MAX_REGISTERS,
         why=why,
     )
 

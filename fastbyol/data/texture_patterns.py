@@ -31,7 +31,7 @@ def _chevrons(u: Floats, v: Floats, pixel: Floats, salt: Words) -> Floats:
 
 def _checks(u: Floats, v: Floats, pixel: Floats, salt: Words) -> Floats:
     a, b = _wave(u) - _HALF, _wave(v) - _HALF
-    return _edge(np.where(a * b > 0, 1, -1) * np.minimum(np.abs(a), np.abs(b)), pixel * 2)
+    return _edge(np.copysign(np.minimum(np.abs(a), np.abs(b)), a * b), pixel * 2)
 
 
 def _bricks(u: Floats, v: Floats, pixel: Floats, salt: Words) -> Floats:

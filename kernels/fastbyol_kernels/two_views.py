@@ -481,8 +481,10 @@ def _jitter_tile(r, g, b, order, first, stop, parameters):
     """The operations at places [first, stop) of an order, but for contrast."""
     brightness, saturation = tl.load(parameters + _BRIGHTNESS), tl.load(parameters + _SATURATION)
     hue = tl.load(parameters + _HUE)
-    for place in range(first, stop):
+    # Constant bounds: the interpreter of triton 3.6 takes no tensors there.
+    for place in range(4):
         operation = (order >> (2 * place)) & 3
+        operation = tl.where(place < first, 1, tl.where(place < stop, operation, 1))
         if (operation == 0) & (brightness != 1.0):
             r, g, b = _unit(r * brightness), _unit(g * brightness), _unit(b * brightness)
         if (operation == 2) & (saturation != 1.0):
@@ -592,26 +594,34 @@ def _pass(
 @triton.jit
 def _blur_tile(source, row, pixel, mask, sigma, DOWN: tl.constexpr, SIZE: tl.constexpr, KERNEL: tl.constexpr):
     """Weighted sums of a tile's neighbours on one axis: ``_gaussian_taps`` or ``_box_taps`` above."""
-    if KERNEL > 0:
-        radius = 0.0
-        reach = KERNEL // 2
-    else:
-        radius = _radius(sigma)
-        reach = tl.floor(radius).to(tl.int32) + 1
     y, x = pixel // SIZE, pixel % SIZE
     r, g, b = tl.zeros(pixel.shape, tl.float32), tl.zeros(pixel.shape, tl.float32), tl.zeros(pixel.shape, tl.float32)
-    total = 0.0
-    for tap in range(-reach, reach + 1):
-        if KERNEL > 0:
+    total = sigma * 0.0
+    if KERNEL > 0:
+        for tap in range(-(KERNEL // 2), KERNEL // 2 + 1):
             weight = tl.exp(-0.5 * (tap / sigma) * (tap / sigma))
-        else:
-            weight = _unit(radius + 1.0 - tl.abs(radius * 0.0 + tap))
-        at = _edge(y + tap, SIZE, KERNEL) * SIZE + x if DOWN else y * SIZE + _edge(x + tap, SIZE, KERNEL)
-        tap_r, tap_g, tap_b = _staged(source, row, at, mask, SIZE)
-        r, g, b = r + weight * tap_r, g + weight * tap_g, b + weight * tap_b
-        total += weight
+            r, g, b = _add_tap(r, g, b, source, row, y, x, mask, tap, weight, DOWN, SIZE, KERNEL)
+            total += weight
+    else:
+        radius = _radius(sigma)
+        reach = tl.floor(radius) + 1.0
+        place = -reach
+        while place <= reach:
+            weight = _unit(radius + 1.0 - tl.abs(place))
+            r, g, b = _add_tap(r, g, b, source, row, y, x, mask, place.to(tl.int32), weight, DOWN, SIZE, KERNEL)
+            total += weight
+            place += 1.0
     scale = _level(source) / total
     return r * scale, g * scale, b * scale
+
+
+@triton.jit
+def _add_tap(
+    r, g, b, source, row, y, x, mask, tap, weight, DOWN: tl.constexpr, SIZE: tl.constexpr, KERNEL: tl.constexpr
+):  # fmt: skip
+    at = _edge(y + tap, SIZE, KERNEL) * SIZE + x if DOWN else y * SIZE + _edge(x + tap, SIZE, KERNEL)
+    tap_r, tap_g, tap_b = _staged(source, row, at, mask, SIZE)
+    return r + weight * tap_r, g + weight * tap_g, b + weight * tap_b
 
 
 @triton.jit

@@ -904,6 +904,7 @@ _POINTERS = {
     "images": "*u8", "indices": "*i64", "table": "*fp32", "sums": "*fp32", "num_resident": "i32", "num_images": "i32"
 }  # fmt: skip
 _WHY_GATHER = "gathers bytes: bilinear taps of 3-byte pixels"
+_WHY_SHIFTED = "the pass along rows loads single values: its taps are shifted"
 _WHY_PACKED = "6 bytes a pixel: no power of two; 4 channels store 16"
 
 
@@ -916,12 +917,12 @@ def _builds() -> Iterator[Build]:
         for name, kernel, block, why in (
             ("crop", _crop_kernel, plan.crop_block, _WHY_GATHER),
             ("contrast", _contrast_kernel, plan.block, packed),
-            ("blur", _blur_kernel, plan.block, packed),
+            ("blur", _blur_kernel, plan.block, "; ".join(filter(None, (_WHY_SHIFTED, packed)))),
         ):
             yield _build(f"{name} {dtype} x{channels}", kernel, dtype, _known(kernel, constants, block), why)
     plan = launch(96, 96, 96, True)
     known = _known(_blur_kernel, _constants(plan, 96, 96, 96, 3, indexed=True, kernel=0), plan.block)
-    yield _build("pil blur bf16 x3", _blur_kernel, "bf16", known, _WHY_PACKED)
+    yield _build("pil blur bf16 x3", _blur_kernel, "bf16", known, f"{_WHY_SHIFTED}; {_WHY_PACKED}")
 
 
 def _build(name: str, kernel: Any, dtype: str, constants: dict[str, Any], why: str) -> Build:

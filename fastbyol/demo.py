@@ -12,7 +12,7 @@ from rich.table import Table
 from fastbyol import api, config_io, report
 from fastbyol.data import convert, loader
 from fastbyol.display import display, duration
-from fastbyol.errors import UsageError
+from fastbyol.errors import FastbyolError, UsageError
 from fastbyol.evaluation.supervised import supervised_accuracy
 
 
@@ -35,6 +35,8 @@ def run(out: Path, *, seed: int = 0, console: Console) -> dict[str, Any]:
     _say(console, f"fastbyol train --preset demo --data {train_file} --test-data {test_file} --seed {seed} --out {path}")
     with display(console) as observer:
         summary = api.train(config, path, observer=observer)
+    if not summary.finished:
+        raise FastbyolError(f"{path}: interrupted at step {summary.step}; go on with: fastbyol resume {path}")
     _say(console, f"fastbyol eval {path} --weights random")
     random = api.evaluate(path, config.probe.protocol, weights="random")
     byol = api.evaluate(path, config.probe.protocol)

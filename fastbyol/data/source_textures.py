@@ -44,7 +44,8 @@ class TexturesSource:
 
     def image(self, index: int) -> NDArray[np.uint8]:
         """(size, size, 3) uint8."""
-        return self._block(index)[0][index % CHUNK_ITEMS]
+        image: NDArray[np.uint8] = self._block(index)[0][index % CHUNK_ITEMS]
+        return image
 
     def label(self, index: int) -> int:
         return int(self._block(index)[1][index % CHUNK_ITEMS])

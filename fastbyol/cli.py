@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -412,6 +413,9 @@ def demo(
 
 def main() -> None:
     """Entry point: every foreseen failure is one line on standard error and an exit code of ``errors``."""
+    # Read when torch is imported. Threads that spin while they wait take the cores from whatever else runs: beside another
+    # process on two cores an epoch of the demo ran at 193 images/s spinning and at 320 sleeping.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         code = app(standalone_mode=False, prog_name="fastbyol")
         sys.exit(code if isinstance(code, int) else 0)

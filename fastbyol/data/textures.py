@@ -5,8 +5,8 @@ for each image: rotation, period, a smooth warp, contrast, brightness, uneven li
 says how far each reaches.
 
 Two views of one picture share all of these, and BYOL learns first whatever they share: with free colours it learns the palette
-and nothing else, with wide contrasts the contrast (``Style`` has the numbers). So the nuisances are those that crops, flips
-and jitter can hide, and no wider than these can hide them. Every pattern covers half of the picture: brightness tells nothing.
+and nothing else, with wide contrasts and uneven light mostly those. So the nuisances are those that crops, flips and jitter
+can hide, and no wider than these can hide them. Every pattern covers half of the picture: brightness tells nothing.
 
 Image i is a function of (seed, i, size) alone: its draws are Philox 4x32-10 words (Salmon et al. 2011, as in
 fastbyol_kernels.philox) under the counters
@@ -45,7 +45,12 @@ _BLOCK_PIXELS = 1 << 16  # a float32 plane of a block is 256 KiB: the planes in 
 
 @dataclass(frozen=True)
 class Style:
-    """How far the nuisances reach: periods of the pattern in a picture, warp in periods, light in shares of full white."""
+    """How far the nuisances reach: periods of the pattern in a picture, warp in periods, light in shares of full white.
+
+    Widening two of them costs BYOL more than random weights: one seed, 24 epochs of the demo's configuration, blog protocol,
+    before coverage was evened out and with tint .02, brightness .05: contrast .7 to .9 with light .1 went from 33.8 to 80.4 %,
+    contrast .55 to .9 with light .2 from 31.5 to 68.4 %.
+    """
 
     periods: tuple[float, float] = (2.8, 4.2)
     warp: float = 0.5

@@ -45,7 +45,7 @@ def cifar10(folder: Path) -> tuple[Path, Path]:
 
 
 def cifar100(folder: Path) -> tuple[Path, Path]:
-    source_files.cifar100(folder, test=24)
+    source_files.cifar100(folder, test=200)
     made = folder / "train.beton", folder / "test.beton"
     convert(str(folder), made[0], split="train", mode="jpg", quality=95)
     convert(str(folder), made[1], split="test")

@@ -123,7 +123,9 @@ class Trainer:
             self.observer.note("no --test-data: accuracy is not measured")
             return None
         size = self.config.data.size or self.config.views.size
-        return loader.read_all(path, workers=self.config.data.workers, size=size)
+        test = loader.read_all(path, workers=self.config.data.workers, size=size)
+        protocol.check(self.config.probe.protocol, test=test, train=None)
+        return test
 
     def _open_telemetry(self) -> Telemetry:
         run = self.config.run

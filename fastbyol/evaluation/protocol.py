@@ -86,6 +86,17 @@ def evaluate(
     }
 
 
+def check(protocol: str, *, test: LabelledImages, train: LabelledImages | None) -> None:
+    """Raise the UsageError that ``evaluate`` would raise for these data, before an encoder was trained for nothing."""
+    rows = _choose(protocol, test, train)
+    classes = torch.unique(rows.fit_labels)
+    if len(classes) < 2 and protocol != "knn":
+        raise UsageError(
+            f"test data: the {len(rows.fit_labels)} images to fit the probe on all have label {int(classes[0])}: "
+            "name a test set of two classes or more with --test-data"
+        )
+
+
 def halves(labels: Tensor) -> tuple[Tensor, Tensor, str]:
     """Split rows with ``labels`` (N,) as the head of this file says: rows to fit, rows to score, int64, and a description."""
     total = len(labels)

@@ -15,7 +15,7 @@ from fastbyol.config import ViewsConfig
 from fastbyol.errors import FastbyolError, UsageError
 from fastbyol.evaluation.knn import knn_accuracy
 from fastbyol.evaluation.probe import logistic_multinomial, logistic_one_vs_rest
-from fastbyol.evaluation.protocol import PROTOCOLS, evaluate, halves
+from fastbyol.evaluation.protocol import PROTOCOLS, check, evaluate, halves
 
 VIEWS = ViewsConfig(size=8, blur_kernel=3)
 KEYS = {"protocol", "accuracy", "train_accuracy", "num_train", "num_test", "num_classes", "dim", "split", "seconds"}
@@ -160,3 +160,14 @@ def diluted(data: Images) -> Images:
     """Every labelled row followed by an unlabelled one, as in STL-10's train+unlabeled."""
     labels = torch.stack((data.labels, torch.full_like(data.labels, -1)), dim=1).flatten()
     return Images(data.images.repeat_interleave(2, 0), labels)
+
+
+def test_check_refuses_what_evaluate_would() -> None:
+    images = torch.zeros(8, 4, 4, 3, dtype=torch.uint8)
+    check("blog", test=Images(images, torch.arange(8) % 2), train=None)
+    with pytest.raises(UsageError, match="too few to split"):
+        check("blog", test=Images(images, torch.arange(8)), train=None)
+    with pytest.raises(UsageError, match="all have label 3"):
+        check("blog", test=Images(images, torch.full((8,), 3)), train=None)
+    with pytest.raises(UsageError, match="label"):
+        check("blog", test=Images(images, None), train=None)

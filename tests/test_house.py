@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "fastbyol"
 KERNELS = ROOT / "kernels" / "fastbyol_kernels"
 
-# A module may import from its own rank's folder and from lower ranks. The order is DESIGN's arrows, bottom first.
+# A module may import from its own rank's folder and from lower ranks. The order is CONTRIBUTING's arrows, bottom first.
 RANKS = (
     ("errors",),
     ("config",),

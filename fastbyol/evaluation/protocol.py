@@ -134,7 +134,8 @@ def _choose(protocol: str, test: LabelledImages, train: LabelledImages | None) -
     fit, score, split = halves(labels)
     if not len(fit) or not len(score):
         raise UsageError(
-            f"test data: {len(labels)} labelled images are too few to split in two: name a larger one with --test-data"
+            f"test data: {len(labels)} labelled images are too few to split in two, as no class has one to fit "
+            "and one to score: name a larger set with --test-data"
         )
     return _Rows(images[fit], labels[fit], images[score], labels[score], split)
 

@@ -255,8 +255,8 @@ class TestBoth:
 
     @pytest.mark.parametrize("kind", ["rectified", "steep", "collapsed"])
     def test_takes_a_second_not_many(self, fit: Fit, kind: str) -> None:
-        """5,000 x 512, ten classes. The promise is one second on two quiet cores, and held with room to spare there; a busy
-        machine gets three before this says that the solver became slower. One thread's CPU time has up to five tries."""
+        """5,000 x 512, ten classes. The promise is one second on two quiet cores; a busy machine gets three before this
+        says that the solver became slower. One thread's CPU time has up to five tries."""
         x, y, _, _ = synthetic(kind, num_samples=5000, dim=512)
         began = time.perf_counter()
         fit(x, y)

@@ -86,14 +86,15 @@ def evaluate(
     if protocol not in PROTOCOLS:
         raise UsageError(f"protocol: {protocol!r} is none of {', '.join(PROTOCOLS)}")
     config, encoder, step = _load(Path(run), weights)
-    own_train, own_test = embedded.training_and_test_files(config.data)
-    test_file = Path(test_data) if test_data else own_test
+    test_file = Path(test_data) if test_data else embedded.held_out_file(config.data)
     if test_file is None:
         raise UsageError(f"{run}: the run has no test data: name a labelled beton with --test-data")
     size = config.data.size or config.views.size
     test = loader.read_all(test_file, workers=config.data.workers, size=size)
-    train_file = Path(train_data) if train_data else own_train
-    train = loader.read_all(train_file, workers=config.data.workers, size=size) if protocol != "blog" else None
+    train = None
+    if protocol != "blog":  # which is fitted within the test set
+        train_file = Path(train_data) if train_data else embedded.training_file(config.data)
+        train = loader.read_all(train_file, workers=config.data.workers, size=size)
     target = pick_device(device)
     result = protocols.evaluate(protocol, encoder.to(target), test=test, train=train, views=config.views, device=target)
     return {"run": str(run), "step": step, "weights": weights, **result}

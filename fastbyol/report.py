@@ -30,7 +30,6 @@ class Story:
     """What the pictures draw. Steps are converted to epochs; ``rates`` is (samples, segments)."""
 
     name: str
-    steps_per_epoch: int
     epochs: np.ndarray
     metrics: dict[str, np.ndarray]
     epoch_events: list[dict[str, Any]]
@@ -60,7 +59,6 @@ def read(run: Path) -> Story:
     ceiling = optim.lr * optim.eta / optim.weight_decay if optim.name == "lars" and optim.lr and optim.weight_decay else None
     return Story(
         name=folder.path.name,
-        steps_per_epoch=per_epoch,
         epochs=steps / per_epoch,
         metrics={name: np.array([_number(row[name]) for row in rows]) for name in names},
         epoch_events=[event for event in events if event["event"] == "epoch"],

@@ -36,15 +36,22 @@ def textures_beton(count: int, size: int, seed: int, *, progress: Progress | Non
     return path
 
 
-def training_and_test_files(config: DataConfig, *, progress: Progress | None = None) -> tuple[Path, Path | None]:
-    """The two files a run reads, embedded sets made where they are asked for.
+def training_file(config: DataConfig, *, progress: Progress | None = None) -> Path:
+    """The file a run trains on; the embedded set is made where it is asked for."""
+    if config.train != TEXTURES:
+        return Path(config.train)
+    return textures_beton(config.textures_count, _size(config), config.textures_seed, progress=progress)
 
-    With the embedded training set and no test file of one's own, the test set is the embedded one of the next seed.
+
+def held_out_file(config: DataConfig, *, progress: Progress | None = None) -> Path | None:
+    """The file a run is scored on, or None.
+
+    With the embedded training set and no test file of one's own, it is the embedded one of the next seed.
     """
-    size, seed = config.textures_size or 32, config.textures_seed
-    train = Path(config.train)
-    if config.train == TEXTURES:
-        train = textures_beton(config.textures_count, size, seed, progress=progress)
     if config.test == TEXTURES or (config.test is None and config.train == TEXTURES):
-        return train, textures_beton(config.textures_test_count, size, seed + 1, progress=progress)
-    return train, Path(config.test) if config.test else None
+        return textures_beton(config.textures_test_count, _size(config), config.textures_seed + 1, progress=progress)
+    return Path(config.test) if config.test else None
+
+
+def _size(config: DataConfig) -> int:
+    return config.textures_size or 32

@@ -76,7 +76,7 @@ class Trainer:
         Raises ``CollapsedError`` where ``train.stop_on_collapse`` is set and an epoch ends collapsed.
         """
         config = self.config
-        train_file, test_file = embedded.training_and_test_files(config.data)
+        train_file, test_file = embedded.training_file(config.data), embedded.held_out_file(config.data)
         with Interrupt() as interrupt, self._open(train_file) as batches:
             self.test = self._read_test(test_file)
             self.steps_per_epoch = batches.steps_per_epoch

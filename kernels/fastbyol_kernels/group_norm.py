@@ -17,7 +17,6 @@ sums of the gradient g and of g * x_hat: the gradients of bias and weight are th
 Letters: N samples, C channels, H W pixels, G groups, K runs of pixels of a sample (1 if it is not cut).
 """
 
-# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 from __future__ import annotations
 
 from collections.abc import Iterator

@@ -11,7 +11,6 @@ one flat parameter and in one flat copy. Rows whose offsets and length are multi
 and 7x7x3) start on odd elements, so they move one element at a time, several rows to a program.
 """
 
-# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence

@@ -130,6 +130,10 @@ class OptimConfig(Model):
     lr_mult: tuple[tuple[str, float], ...] = Field(
         (), description="pairs (prefix or glob, factor); factors of all matches multiply"
     )
+    rate_cap: float | None = Field(None, gt=0.0, le=1e9, description="LARS: no parameter's rate exceeds this; default: no cap")
+    replay_rates: str | None = Field(
+        None, min_length=1, description="run folder whose recorded rates are used instead of LARS's own, step by step"
+    )
 
     @model_validator(mode="after")
     def _patterns(self) -> OptimConfig:
@@ -163,7 +167,21 @@ class TrainConfig(Model):
     precision: Literal["fp32", "bf16", "fp64"] = Field("fp32", description="fp64 is for references and tests")
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
     loss_scale: float = Field(1.0, gt=0.0, le=1e6, description="factor on the loss (code: loss_constant_factor)")
+    max_skipped_steps: int = Field(
+        10, ge=0, le=1_000_000, description="steps in a row with a non-finite gradient that are left out; one more ends it"
+    )
     stop_on_collapse: bool = Field(False, description="end with exit code 3 once the state is 'collapsed' at an epoch's end")
+
+
+class EngineConfig(Model):
+    """How a step is executed. It changes speed, and rounding at most."""
+
+    mode: Literal["auto", "eager", "compile", "graph"] = Field(
+        "auto", description="eager, torch.compile, or one CUDA graph over compiled regions; auto: what is measured to pay"
+    )
+    kernels: Literal["auto", "triton", "reference"] = Field(
+        "auto", description="the fused operations in Triton or in plain torch; auto: Triton on CUDA, torch elsewhere"
+    )
 
 
 class ProbeConfig(Model):
@@ -192,6 +210,7 @@ class Config(Model):
     optim: OptimConfig = OptimConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     train: TrainConfig = TrainConfig()
+    engine: EngineConfig = EngineConfig()
     probe: ProbeConfig = ProbeConfig()
     run: RunConfig = RunConfig()
 

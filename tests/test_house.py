@@ -23,6 +23,7 @@ RANKS = (
     ("evaluation",),
     ("engine",),
     ("display", "report"),
+    ("ablations",),
     ("api",),
     ("demo", "doctor"),
     ("__init__",),

@@ -1,0 +1,114 @@
+"""The fourteen claims of the post: what each says, which runs it is about, and where its published curves are."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+from fastbyol.ablations.curves import appendix
+
+# Arms beyond the post's own runs. Rates replayed without feedback and capped rates are what the post argues about and could
+# not run; a setting that the post leaves open is an arm ARM@WHAT, e.g. gn-sgd-mlp-none@lr0.2.
+REPLAYED, CAPPED = "gn-lars-0.2-replayed", "gn-lars-0.2-capped"
+ARMS = {
+    "C12": ("gn-lars-0.5", "gn-lars-0.1"),
+    "M1": ("bn-sgd-mlp-bn", "bn-sgd-projector-bn", "bn-sgd-predictor-bn", "bn-sgd-mlp-none", "bn-sgd-mlp-ln", "random"),
+}
+CONTROLS = {"C6": (REPLAYED, CAPPED), "C13": (REPLAYED,)}
+# The seeds that a verdict wants of every arm, the post's single runs excepted. The four claims that the others hang on
+# (collapse and stay, recover, timing) want three, so that one odd seed cannot decide; of the others two must agree.
+SEEDS = {"C5": 3, "C6": 3, "C7": 3, "C12": 3}
+
+
+class Source(NamedTuple):
+    """A published curve: of which arm, in which figure and series, and what it measures.
+
+    ``measure`` is a field of ``Evidence`` (loss, pos_cos, neg_cos, accuracy) or ``rate:GROUP``.
+    """
+
+    arm: str
+    figure: str
+    series: str
+    measure: str
+
+
+@dataclass(frozen=True, eq=False)
+class Claim:
+    """One claim. ``says`` is the post's statement, ``numbers`` what was read off its figures by names of their own.
+
+    ``arms`` are the runs that it is about, ``controls`` runs that are reported with it where they exist, ``needs`` the least
+    number of seeds per arm for a verdict on one's own runs.
+    """
+
+    id: str
+    name: str
+    says: str
+    figures: tuple[str, ...]
+    arms: tuple[str, ...]
+    controls: tuple[str, ...]
+    numbers: Mapping[str, Any]
+    sources: tuple[Source, ...]
+    needs: int
+
+
+def _sources() -> dict[str, tuple[Source, ...]]:
+    accuracy = {
+        "C1": ("bn-sgd-mlp-bn", "accuracy_bn_encoder", "sgd_mlp_bn"),
+        "C2": ("bn-sgd-mlp-none", "accuracy_bn_encoder", "sgd_mlp_none"),
+        "C3": ("bn-lars-mlp-none", "accuracy_bn_encoder", "lars0.2_mlp_none"),
+        "C4": ("gn-sgd-mlp-bn", "accuracy_gn_encoder", "sgd_mlp_bn"),
+        "C5": ("gn-sgd-mlp-none", "accuracy_gn_encoder", "sgd_mlp_none"),
+        "C6": ("gn-lars-0.2", "accuracy_gn_encoder", "lars0.2_mlp_none"),
+        "C7": ("gn-lars-0.1", "accuracy_gn_encoder", "lars0.1_mlp_none"),
+    }
+    found: dict[str, tuple[Source, ...]] = {key: (Source(*place, "accuracy"),) for key, place in accuracy.items()}
+    found |= {
+        "C8": _loss_and_cosines("gn-sgd-weight-decay", "weight_decay"),
+        "C9": _loss_and_cosines("gn-ws-sgd", "weight_std"),
+        "C10": _loss_and_cosines("gn-lars-layer1-layer2", "lars_layer12")
+        + tuple(
+            Source("gn-lars-layer1-layer2", "lars_layer12_rate", name, f"rate:encoder.{name}") for name in ("layer1", "layer2")
+        ),
+        "C11": _loss_and_cosines("gn-lars-mlps", "lars_mlp")
+        + tuple(
+            Source("gn-lars-mlps", "lars_mlp_rate", name, f"rate:{name.replace('_', '.')}")
+            for name in ("projector_linear1", "projector_linear2", "predictor_linear1", "predictor_linear2")
+        ),
+        "C12": tuple(
+            Source(f"gn-lars-{lr}", f"lars_timing_{figure}", f"lr{lr}", measure)
+            for lr in ("0.5", "0.1")
+            for figure, measure in (("rate", "rate:encoder.layer1"), ("loss", "loss"))
+        ),
+    }
+    return found
+
+
+def _loss_and_cosines(arm: str, figure: str) -> tuple[Source, ...]:
+    return (
+        Source(arm, f"{figure}_loss", "loss", "loss"),
+        Source(arm, f"{figure}_cosine", "negative", "neg_cos"),
+        Source(arm, f"{figure}_cosine", "positive", "pos_cos"),
+    )
+
+
+def _read() -> tuple[Claim, ...]:
+    sources = _sources()
+    return tuple(
+        Claim(
+            id=row["id"],
+            name=row["name"],
+            says=row["says"],
+            figures=tuple(dict.fromkeys(source.figure for source in sources.get(row["id"], ()))),
+            arms=ARMS.get(row["id"], (row["name"],)),
+            controls=CONTROLS.get(row["id"], ()),
+            numbers=MappingProxyType(row["numbers"]),
+            sources=sources.get(row["id"], ()),
+            needs=SEEDS.get(row["id"], 2),
+        )
+        for row in appendix()["claims"]
+    )
+
+
+CLAIMS: tuple[Claim, ...] = _read()

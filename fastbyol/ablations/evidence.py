@@ -1,0 +1,179 @@
+"""One run as curves over its epochs: what a verdict looks at and what a report draws. Ours and the post's look the same.
+
+Letters: E finished epochs, T steps with per-layer measures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from fastbyol.ablations.curves import appendix, published
+from fastbyol.config import Config
+from fastbyol.engine.layers_file import Layers, read_layers
+from fastbyol.engine.metrics_file import read_events
+from fastbyol.engine.run_folder import RunFolder
+from fastbyol.errors import UsageError
+
+if TYPE_CHECKING:
+    from fastbyol.ablations.claims import Claim
+
+Scale = Literal["published", "full", "short", "mini"]
+MEASURES = ("loss", "pos_cos", "neg_cos", "std_z", "std_y", "grad_norm", "lr", "accuracy", "rank_y", "dead_y")
+# The layers whose gradients decide LARS's feedback: the post's rates that explode are layer1's and layer2's.
+EARLY = ("encoder.conv1", "encoder.layer1")
+PUBLISHED_EPOCHS = int(appendix()["setting"]["epochs"])
+PUBLISHED_STEPS_PER_EPOCH = 410  # 105,000 images in whole batches of 256
+
+
+@dataclass(frozen=True, eq=False)
+class Evidence:
+    """A run's curves.
+
+    ``epoch`` float64 (E,) counted from 0; each of ``MEASURES`` float64 (E,), means over an epoch (accuracy and rank_y: at its
+    end), NaN where not measured. ``rate_step`` int64 (T,), ``rates`` by layer group float64 (T,): the mean over the weight
+    matrices and kernels of the group, e.g. ``encoder.layer1``. ``early_gradient_norm`` float64 (T,): the norm of the gradient
+    of all parameters of ``EARLY``. ``epochs`` is how long the run is to be, ``finished`` whether it got there.
+    ``rate_ceiling``: lr * eta / wd, which no rate of the blog's LARS can exceed; None elsewhere.
+    """
+
+    arm: str
+    seed: int
+    scale: Scale
+    epochs: int
+    steps_per_epoch: int
+    finished: bool
+    epoch: np.ndarray
+    loss: np.ndarray
+    pos_cos: np.ndarray
+    neg_cos: np.ndarray
+    std_z: np.ndarray
+    std_y: np.ndarray
+    grad_norm: np.ndarray
+    lr: np.ndarray
+    accuracy: np.ndarray
+    rank_y: np.ndarray
+    dead_y: np.ndarray
+    rate_step: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
+    rates: Mapping[str, np.ndarray] = field(default_factory=dict)
+    early_gradient_norm: np.ndarray = field(default_factory=lambda: np.empty(0))
+    rate_ceiling: float | None = None
+
+    @classmethod
+    def of_run(cls, path: Path, *, arm: str, seed: int, scale: Scale = "mini") -> Evidence:
+        """Read the run folder ``path``, finished or not. Raises UsageError: no run, or no epoch of it has ended."""
+        with RunFolder.open(path, lock=False) as folder:
+            config = folder.config
+        rows = [event for event in read_events(path) if event["event"] == "epoch"]
+        if not rows:
+            raise UsageError(f"{path}: no epoch has ended: go on with `fastbyol resume {path}`")
+        layers = read_layers(path)
+        return cls(
+            arm=arm,
+            seed=seed,
+            scale=scale,
+            epochs=config.train.epochs,
+            steps_per_epoch=rows[0]["step"] // (rows[0]["epoch"] + 1),
+            finished=rows[-1]["epoch"] + 1 >= config.train.epochs,
+            epoch=np.array([row["epoch"] for row in rows], dtype=np.float64),
+            **{name: _column(rows, name) for name in MEASURES},
+            rate_step=np.asarray(layers.steps),
+            rates=_rates(layers),
+            early_gradient_norm=_early_gradient_norm(layers),
+            rate_ceiling=rate_ceiling(config),
+        )
+
+    @classmethod
+    def of_published(cls, claim: Claim) -> dict[str, tuple[Evidence, ...]]:
+        """The post's runs of ``claim`` by arm, one each, from the curves of its figures; empty where there are none."""
+        arms = dict.fromkeys(source.arm for source in claim.sources)
+        return {arm: (_of_curves(arm, [source for source in claim.sources if source.arm == arm]),) for arm in arms}
+
+    def rate_by_epoch(self, group: str) -> np.ndarray:
+        """Mean rate of ``group`` in each epoch, float64 (E,), NaN where it was not recorded."""
+        return self._by_epoch(self.rates[group]) if group in self.rates else np.full(len(self.epoch), np.nan)
+
+    def early_gradient_by_epoch(self) -> np.ndarray:
+        """Mean ``early_gradient_norm`` in each epoch, float64 (E,)."""
+        return self._by_epoch(self.early_gradient_norm)
+
+    def _by_epoch(self, values: np.ndarray) -> np.ndarray:
+        places = self.rate_step // self.steps_per_epoch
+        found = {int(place): values[places == place] for place in np.unique(places)}
+        return np.array([_mean(found.get(int(epoch), np.empty(0))) for epoch in self.epoch])
+
+
+def rate_ceiling(config: Config) -> float | None:
+    """lr * eta / wd of a resolved ``config``: what the rate lr * eta * |w| / (|g| + wd * |w|) of the blog's LARS cannot exceed.
+
+    None for SGD, other dialects and no weight decay.
+    """
+    optim = config.optim
+    if optim.name != "lars" or optim.dialect != "blog" or not optim.weight_decay or optim.lr is None:
+        return None
+    return optim.lr * optim.eta / optim.weight_decay
+
+
+def group_of(name: str) -> str:
+    """The layer group of a parameter: ``encoder.layer1.0.conv1.weight`` is of ``encoder.layer1``."""
+    return ".".join(name.split(".")[:2])
+
+
+def _is_matrix(name: str) -> bool:
+    module = name.split(".")[-2]
+    return name.endswith(".weight") and (module.startswith(("conv", "linear")) or name.endswith("downsample.0.weight"))
+
+
+def _rates(layers: Layers) -> dict[str, np.ndarray]:
+    groups: dict[str, list[int]] = {}
+    for index, name in enumerate(layers.names):
+        if _is_matrix(name):
+            groups.setdefault(group_of(name), []).append(index)
+    rates = np.asarray(layers.values[:, :, layers.metrics.index("rate")], dtype=np.float64)
+    return {group: rates[:, members].mean(axis=1) for group, members in groups.items()}
+
+
+def _early_gradient_norm(layers: Layers) -> np.ndarray:
+    members = [index for index, name in enumerate(layers.names) if group_of(name) in EARLY]
+    norms = np.asarray(layers.values[:, members, layers.metrics.index("grad_norm")], dtype=np.float64)
+    return np.asarray(np.sqrt(np.square(norms).sum(axis=1)))
+
+
+def _column(rows: Iterable[Mapping[str, Any]], name: str) -> np.ndarray:
+    values = [row.get(name) for row in rows]
+    return np.array([np.nan if value is None else value for value in values], dtype=np.float64)
+
+
+def _mean(values: np.ndarray) -> float:
+    known = values[np.isfinite(values)]
+    return float(known.mean()) if len(known) else float("nan")
+
+
+def _of_curves(arm: str, sources: Sequence[Any]) -> Evidence:
+    """Points of the figures on one axis of whole epochs; what was hidden in one of them is NaN."""
+    curves = {source.measure: published()[source.figure, source.series] for source in sources}
+    last = int(max(curve.epoch[-1] for curve in curves.values()))
+    epoch = np.arange(last + 1, dtype=np.float64)
+    columns = {}
+    for measure, curve in curves.items():
+        columns[measure] = np.full(len(epoch), np.nan)
+        columns[measure][np.rint(curve.epoch).astype(int)] = curve.value
+    nothing = np.full(len(epoch), np.nan)
+    return Evidence(
+        arm=arm,
+        seed=0,
+        scale="published",
+        epochs=PUBLISHED_EPOCHS,
+        steps_per_epoch=PUBLISHED_STEPS_PER_EPOCH,
+        finished=True,
+        epoch=epoch,
+        **{name: columns.get(name, nothing) for name in MEASURES},
+        rate_step=(epoch * PUBLISHED_STEPS_PER_EPOCH).astype(np.int64),
+        rates={name.removeprefix("rate:"): values for name, values in columns.items() if name.startswith("rate:")},
+        early_gradient_norm=nothing,
+        rate_ceiling=None,
+    )

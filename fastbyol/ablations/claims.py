@@ -8,10 +8,9 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from fastbyol.ablations.curves import appendix
+from fastbyol.ablations.rules import CAPPED, REPLAYED, in_words
 
-# Arms beyond the post's own runs. Rates replayed without feedback and capped rates are what the post argues about and could
-# not run; a setting that the post leaves open is an arm ARM@WHAT, e.g. gn-sgd-mlp-none@lr0.2.
-REPLAYED, CAPPED = "gn-lars-0.2-replayed", "gn-lars-0.2-capped"
+# A setting that the post leaves open is one more arm, ARM@WHAT, e.g. gn-sgd-mlp-none@lr0.2.
 ARMS = {
     "C12": ("gn-lars-0.5", "gn-lars-0.1"),
     "M1": ("bn-sgd-mlp-bn", "bn-sgd-projector-bn", "bn-sgd-predictor-bn", "bn-sgd-mlp-none", "bn-sgd-mlp-ln", "random"),
@@ -51,6 +50,11 @@ class Claim:
     numbers: Mapping[str, Any]
     sources: tuple[Source, ...]
     needs: int
+
+    @property
+    def rule_in_words(self) -> str:
+        """The verdict rule as lines of text, one per statement."""
+        return in_words(self.id)
 
 
 def _sources() -> dict[str, tuple[Source, ...]]:

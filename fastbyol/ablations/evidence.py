@@ -5,7 +5,7 @@ Letters: E finished epochs, T steps with per-layer measures.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -89,9 +89,14 @@ class Evidence:
 
     @classmethod
     def of_published(cls, claim: Claim) -> dict[str, tuple[Evidence, ...]]:
-        """The post's runs of ``claim`` by arm, one each, from the curves of its figures; empty where there are none."""
+        """The post's runs of ``claim`` by arm, one each: from the curves of its figures, and for its table from the numbers.
+
+        Empty for the claim that comes with neither.
+        """
+        if claim.id == "M1":
+            return _of_table(claim.numbers)
         arms = dict.fromkeys(source.arm for source in claim.sources)
-        return {arm: (_of_curves(arm, [source for source in claim.sources if source.arm == arm]),) for arm in arms}
+        return {arm: (_of_curves(arm, claim),) for arm in arms}
 
     def rate_by_epoch(self, group: str) -> np.ndarray:
         """Mean rate of ``group`` in each epoch, float64 (E,), NaN where it was not recorded."""
@@ -153,21 +158,51 @@ def _mean(values: np.ndarray) -> float:
     return float(known.mean()) if len(known) else float("nan")
 
 
-def _of_curves(arm: str, sources: Sequence[Any]) -> Evidence:
+def _of_curves(arm: str, claim: Claim) -> Evidence:
     """Points of the figures on one axis of whole epochs; what was hidden in one of them is NaN."""
-    curves = {source.measure: published()[source.figure, source.series] for source in sources}
+    curves = {source.measure: published()[source.figure, source.series] for source in claim.sources if source.arm == arm}
     last = int(max(curve.epoch[-1] for curve in curves.values()))
     epoch = np.arange(last + 1, dtype=np.float64)
     columns = {}
     for measure, curve in curves.items():
         columns[measure] = np.full(len(epoch), np.nan)
         columns[measure][np.rint(curve.epoch).astype(int)] = curve.value
+    if "accuracy" not in columns and "accuracy@320" in claim.numbers:
+        columns["accuracy"] = np.append(np.full(last, np.nan), claim.numbers["accuracy@320"])
+    return _published(arm, PUBLISHED_EPOCHS, epoch, columns)
+
+
+# What the table calls its rows. The contrastive one is not a run of BYOL.
+_TABLE = {
+    "bn-sgd-mlp-bn": "mlp_bn",
+    "bn-sgd-projector-bn": "projector_bn",
+    "bn-sgd-predictor-bn": "predictor_bn",
+    "bn-sgd-mlp-none": "none",
+    "bn-sgd-mlp-ln": "ln",
+    "random": "random",
+}
+
+
+def _of_table(numbers: Mapping[str, Any]) -> dict[str, tuple[Evidence, ...]]:
+    """Runs of ten epochs of which the end is known."""
+    cosines = {"bn-sgd-mlp-bn": numbers["positive_negative_cosine_mlp_bn"]}
+    cosines |= dict.fromkeys(("bn-sgd-mlp-none", "bn-sgd-mlp-ln"), numbers["positive_negative_cosine_none_and_ln"])
+    found: dict[str, tuple[Evidence, ...]] = {}
+    for arm, row in _TABLE.items():
+        columns = {"accuracy": np.array([numbers[row]])}
+        if arm in cosines:
+            columns |= {name: np.array([value]) for name, value in zip(("pos_cos", "neg_cos"), cosines[arm], strict=True)}
+        found[arm] = (_published(arm, 10, np.array([9.0]), columns),)
+    return found
+
+
+def _published(arm: str, epochs: int, epoch: np.ndarray, columns: Mapping[str, np.ndarray]) -> Evidence:
     nothing = np.full(len(epoch), np.nan)
     return Evidence(
         arm=arm,
         seed=0,
         scale="published",
-        epochs=PUBLISHED_EPOCHS,
+        epochs=epochs,
         steps_per_epoch=PUBLISHED_STEPS_PER_EPOCH,
         finished=True,
         epoch=epoch,

@@ -1,25 +1,39 @@
-"""What a claim's evidence comes to."""
+"""What a claim's evidence comes to: every rule asked of every seed, the answers counted, and one outcome drawn.
+
+Seeds: a statement is asked of every seed that all its arms have been run with. It held where it did so for two thirds of the
+seeds, did not where it failed for two thirds, and is undecided in between, and with fewer seeds than the claim needs (the
+post's own figures are single runs, and one is enough there).
+
+Outcome: *not reproduced* where a main statement did not hold; else *undetermined* where one is undecided; else *reproduced*
+where all the others held too, and *partly* where not all did.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+from fastbyol.ablations.claims import Claim
+from fastbyol.ablations.evidence import Evidence, Scale
+from fastbyol.ablations.questions import Finding
+from fastbyol.ablations.rules import RULES, Role, Rule
+
 Outcome = Literal["reproduced", "partly", "not reproduced", "undetermined"]
-Role = Literal["main", "other", "told"]
 
 
 class Statement(NamedTuple):
     """One sentence of a claim: whether it held (None: not decided) and the measurements that say so.
 
     A ``main`` statement decides, an ``other`` one refines, and one that is ``told`` counts for nothing: it cannot be asked of
-    these runs, or is a control.
+    these runs, or is a control. ``rule`` says in words when it holds for a seed.
     """
 
     text: str
     held: bool | None
     evidence: str
     role: Role = "main"
+    rule: str = ""
 
 
 @dataclass(frozen=True)
@@ -31,15 +45,72 @@ class Verdict:
     statements: tuple[Statement, ...]
 
 
-def outcome_of(statements: tuple[Statement, ...]) -> Outcome:
-    """The outcome that statements come to.
+def judge(claim: Claim, evidence: Mapping[str, Sequence[Evidence]], scale: Scale) -> Verdict:
+    """Ask the rules of ``claim`` of the runs in ``evidence``, by arm name; one run per seed.
 
-    Not reproduced where a main statement failed; else undetermined where one is undecided, or there is none; else
-    reproduced where all the others held too, and partly where not.
+    Arms that the claim does not name are not looked at, and the order of runs does not matter. ``scale`` is the runs' own.
+    Raises ValueError for two runs of an arm with one seed.
     """
+    by_seed = {arm: _by_seed(arm, runs) for arm, runs in evidence.items()}
+    needs = 1 if scale == "published" else claim.needs
+    statements = tuple(_state(rule, claim, by_seed, needs) for rule in RULES[claim.id])
+    return Verdict(claim.id, outcome_of(statements), statements)
+
+
+def judge_variants(claim: Claim, evidence: Mapping[str, Sequence[Evidence]], scale: Scale) -> dict[str, Verdict]:
+    """Verdicts on the settings that the post leaves open: by WHAT, with the runs of ARM@WHAT in the place of ARM's."""
+    whats = {what for arm in evidence for base, _, what in [arm.partition("@")] if what and base in claim.arms}
+    return {
+        what: judge(
+            claim, {**evidence, **{arm: evidence.get(f"{arm}@{what}", evidence.get(arm, ())) for arm in claim.arms}}, scale
+        )
+        for what in sorted(whats)
+    }
+
+
+def outcome_of(statements: Sequence[Statement]) -> Outcome:
+    """The outcome that statements come to; see the head of this file. Without a main statement: undetermined."""
     main = [statement.held for statement in statements if statement.role == "main"]
     if False in main:
         return "not reproduced"
     if None in main or not main:
         return "undetermined"
     return "reproduced" if all(s.held for s in statements if s.role == "other") else "partly"
+
+
+def _by_seed(arm: str, runs: Sequence[Evidence]) -> dict[int, Evidence]:
+    found = {run.seed: run for run in runs}
+    if len(found) != len(runs):
+        raise ValueError(f"{arm}: two runs with one seed among {sorted(run.seed for run in runs)}")
+    return found
+
+
+def _state(rule: Rule, claim: Claim, by_seed: Mapping[str, Mapping[int, Evidence]], needs: int) -> Statement:
+    if rule.ask is None:
+        return Statement(rule.text, None, "not run", "told", rule.words)
+    missing = [arm for arm in rule.arms if not by_seed.get(arm)]
+    if missing:
+        # A control belongs to a claim only where somebody ran it.
+        role: Role = rule.role if set(missing) <= set(claim.arms) else "told"
+        return Statement(rule.text, None, f"no run of {', '.join(missing)}", role, rule.words)
+    seeds = sorted(set.intersection(*(set(by_seed[arm]) for arm in rule.arms)))
+    findings = {seed: rule.ask({arm: by_seed[arm][seed] for arm in rule.arms}) for seed in seeds}
+    asked = {seed: finding for seed, finding in findings.items() if finding.asked}
+    if findings and not asked:
+        return Statement(rule.text, None, next(iter(findings.values())).text, "told", rule.words)
+    held, summary = _count(asked, needs)
+    details = "; ".join(f"seed {seed}: {finding.text}" for seed, finding in asked.items())
+    return Statement(rule.text, held, f"{summary}. {details}" if details else summary, rule.role, rule.words)
+
+
+def _count(findings: Mapping[int, Finding], needs: int) -> tuple[bool | None, str]:
+    yes, no = (sum(finding.held is answer for finding in findings.values()) for answer in (True, False))
+    total = len(findings)
+    summary = f"held for {yes} of {total} seed{'s' * (total != 1)}"
+    if yes + no < needs:
+        return None, f"{summary}; too few to decide: {yes + no} of {needs} needed"
+    if 3 * yes >= 2 * total:
+        return True, summary
+    if 3 * no >= 2 * total:
+        return False, summary
+    return None, f"{summary}: mixed"

@@ -1,0 +1,108 @@
+"""Evidence of a run that was really trained, against its files read by hand; and of the post's figures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fastbyol import config_io
+from fastbyol.ablations.claims import CLAIMS
+from fastbyol.ablations.evidence import EARLY, Evidence, group_of, rate_ceiling
+from fastbyol.config import Config
+from fastbyol.engine import trainer
+from fastbyol.engine.layers_file import read_layers
+from fastbyol.engine.metrics_file import read_metrics
+from fastbyol.engine.run_folder import RunFolder
+from fastbyol.errors import UsageError
+from tiny import STEPS_PER_EPOCH, beton_files, tiny_config
+
+LARS = (
+    "model.norm=gn", "model.groups=2", "model.projector.norm=none", "model.predictor.norm=none", "optim.name=lars",
+    "probe.every_epochs=2",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    config = tiny_config(beton_files(tmp_path_factory.mktemp("data")), *LARS)
+    path = tmp_path_factory.mktemp("runs") / "run"
+    with RunFolder.create(path, config) as folder:
+        trainer.fit(folder, config)
+    return path
+
+
+def test_columns_are_means_over_the_epochs_steps(run: Path) -> None:
+    evidence = Evidence.of_run(run, arm="gn-lars-0.2", seed=3)
+    rows, _ = read_metrics(run)
+    assert (evidence.arm, evidence.seed, evidence.steps_per_epoch, evidence.epochs, evidence.finished) == (
+        "gn-lars-0.2", 3, STEPS_PER_EPOCH, 3, True,
+    )  # fmt: skip
+    for name in ("loss", "neg_cos", "pos_cos", "std_z", "grad_norm"):
+        by_hand = np.array([row[name] for row in rows]).reshape(3, STEPS_PER_EPOCH).mean(axis=1)
+        np.testing.assert_allclose(getattr(evidence, name), by_hand, rtol=1e-12)  # sums of six, in another order
+
+
+def test_accuracy_is_nan_where_it_was_not_measured(run: Path) -> None:
+    """Every second epoch, and the last."""
+    assert np.isfinite(Evidence.of_run(run, arm="a", seed=0).accuracy).tolist() == [False, True, True]
+
+
+def test_rates_are_means_over_the_kernels_of_a_group(run: Path) -> None:
+    evidence, layers = Evidence.of_run(run, arm="a", seed=0), read_layers(run)
+    assert list(evidence.rates) == [
+        "encoder.conv1", "encoder.layer1", "encoder.layer2", "encoder.layer3", "encoder.layer4",
+        "projector.linear1", "projector.linear2", "predictor.linear1", "predictor.linear2",
+    ]  # fmt: skip
+    kernels = [f"encoder.layer2.{name}.weight" for name in ("0.conv1", "0.conv2", "0.downsample.0", "1.conv1", "1.conv2")]
+    rate = layers.values[:, [layers.names.index(name) for name in kernels], layers.metrics.index("rate")]
+    np.testing.assert_allclose(evidence.rates["encoder.layer2"], rate.astype(np.float64).mean(axis=1), rtol=1e-6)  # fp32 sums
+    np.testing.assert_allclose(evidence.rate_by_epoch("encoder.layer2"), rate.reshape(3, -1).mean(axis=1), rtol=1e-6)
+    assert np.isnan(evidence.rate_by_epoch("nowhere")).all()
+
+
+def test_the_early_gradient_is_the_norm_over_all_parameters_of_the_first_layers(run: Path) -> None:
+    evidence, layers = Evidence.of_run(run, arm="a", seed=0), read_layers(run)
+    norms = layers.values[:, [group_of(name) in EARLY for name in layers.names], layers.metrics.index("grad_norm")]
+    np.testing.assert_allclose(evidence.early_gradient_norm, np.linalg.norm(norms.astype(np.float64), axis=1), rtol=1e-12)
+    assert evidence.early_gradient_by_epoch().shape == (3,)
+
+
+def test_no_rate_passes_the_ceiling(run: Path) -> None:
+    """lr * eta / wd of the blog's LARS; the lr falls along its cosine, so the bound is the first step's."""
+    evidence = Evidence.of_run(run, arm="a", seed=0)
+    assert evidence.rate_ceiling == pytest.approx(0.2 * 1e-3 / 1.5e-6)
+    assert max(rates.max() for rates in evidence.rates.values()) < evidence.rate_ceiling
+
+
+def test_the_ceiling_is_the_appendixs_own() -> None:
+    """ "The plotted peak of 42.2 at lr 0.1 with eta 1e-3 needs wd <= 2.4e-6: it fits 1.5e-6 and rules out 1e-4 and 1e-5."""
+
+    def ceiling(*sets: str) -> float | None:
+        return rate_ceiling(config_io.load(preset="blog", sets=[*sets, "optim.lr=0.1"]).config)
+
+    assert ceiling("optim.name=lars", "optim.weight_decay=2.37e-6") == pytest.approx(42.2, abs=0.05)
+    for decay, fits in (("1.5e-6", True), ("1e-4", False), ("1e-5", False)):
+        assert (ceiling("optim.name=lars", f"optim.weight_decay={decay}") > 42.2) == fits  # type: ignore[operator]
+    assert ceiling("optim.name=sgd") is None
+    assert ceiling("optim.name=lars", "optim.weight_decay=0") is None
+    assert rate_ceiling(Config()) is None
+
+
+def test_a_folder_without_a_finished_epoch_is_refused(tmp_path: Path) -> None:
+    config = config_io.load(preset="blog").config
+    with RunFolder.create(tmp_path / "run", config) as folder:
+        (folder.path / "metrics.jsonl").write_text("")
+    with pytest.raises(UsageError, match="no epoch has ended"):
+        Evidence.of_run(tmp_path / "run", arm="a", seed=0)
+    with pytest.raises(UsageError, match="no run here"):
+        Evidence.of_run(tmp_path, arm="a", seed=0)
+
+
+def test_published_evidence_holds_the_curves_points_and_nan_between() -> None:
+    (evidence,) = Evidence.of_published(next(c for c in CLAIMS if c.id == "C8"))["gn-sgd-weight-decay"]
+    assert (len(evidence.epoch), evidence.epochs, evidence.scale) == (320, 320, "published")
+    assert evidence.neg_cos[111] < 0.5 < evidence.neg_cos[110]
+    assert np.isnan(evidence.pos_cos[:95]).all()
+    assert evidence.accuracy[-1] == 56

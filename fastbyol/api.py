@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,15 @@ from fastbyol.data import embedded, loader
 from fastbyol.engine import checkpoint, trainer
 from fastbyol.engine.device import pick_device
 from fastbyol.engine.observer import Observer
+from fastbyol.engine.origin import source_file
 from fastbyol.engine.run_folder import RunFolder, default_run_path
 from fastbyol.engine.step import TrainState
 from fastbyol.engine.trainer import Summary
 from fastbyol.errors import UsageError
 from fastbyol.evaluation import protocol as protocols
 from fastbyol.evaluation.protocol import PROTOCOLS
+
+_log = logging.getLogger(__name__)
 
 
 def train(
@@ -31,13 +35,25 @@ def train(
 ) -> Summary:
     """Train ``config`` in the new run folder ``out`` (default: a fresh name under ``runs/``).
 
+    With ``train.init_from`` it starts from another run's weights; the run's own ``config.toml`` then names the checkpoint.
     Raises ``UsageError`` for input that cannot work and ``CollapsedError`` where the run was asked to stop on collapse.
     """
-    config = resolve(config)
+    config = _with_source(resolve(config), observer)
     pick_device(config.train.device)
     path = Path(out) if out is not None else default_run_path(config)
     with RunFolder.create(path, config, origin) as folder:
         return trainer.fit(folder, config, observer)
+
+
+def _with_source(config: Config, observer: Observer | None) -> Config:
+    """``train.init_from`` made the one file that is meant: a run's newest checkpoint will be another one later."""
+    if config.train.init_from is None:
+        return config
+    file, warnings = source_file(Path(config.train.init_from))
+    if observer is not None:
+        for warning in warnings:
+            observer.note(warning)
+    return config.model_copy(update={"train": config.train.model_copy(update={"init_from": str(file)})})
 
 
 def resume(run: str | Path, *, observer: Observer | None = None) -> Summary:
@@ -48,6 +64,8 @@ def resume(run: str | Path, *, observer: Observer | None = None) -> Summary:
 
 def load_encoder(run_or_file: str | Path, *, weights: str = "trained") -> nn.Module:
     """The online encoder f of a run folder or a checkpoint file, in eval mode, float32, on the CPU.
+
+    Where a run's newest checkpoint is damaged the one before is taken, and the log says so.
 
     It maps views (N, 3, S, S), normalised as ``views.plain`` does, to embeddings y (N, 8 * width).
     ``weights="random"`` gives the same network as it was before its first step.
@@ -63,6 +81,8 @@ def _load(path: Path, weights: str) -> tuple[Config, nn.Module, int]:
     else:
         loaded = checkpoint.load(path)
         config = config_io.parse(loaded.meta["config"], where=str(path))
+    for warning in loaded.warnings if loaded is not None else ():
+        _log.warning("%s", warning)
     state = TrainState.create(config, steps_per_epoch=1, device="cpu")
     if loaded is not None and weights != "random":
         state.load_tensors(loaded.tensors)

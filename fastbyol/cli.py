@@ -127,6 +127,12 @@ def train(
     seed: Annotated[int | None, typer.Option(rich_help_panel=TRAIN)] = None,
     device: Annotated[str | None, typer.Option(metavar="auto|cpu|cuda[:N]", rich_help_panel=TRAIN)] = None,
     stop_on_collapse: Annotated[bool | None, typer.Option("--stop-on-collapse", rich_help_panel=TRAIN)] = None,
+    init_from: Annotated[
+        str | None,
+        typer.Option(
+            "--init-from", metavar="RUN", help="Start from this run's or checkpoint's weights.", rich_help_panel=TRAIN
+        ),
+    ] = None,
     norm: Annotated[str | None, typer.Option(metavar="bn|gn|ln|none", help="Encoder's norm.", rich_help_panel=MODEL)] = None,
     mlp_norm: Annotated[
         str | None, typer.Option(metavar="bn|gn|ln|none|brn", help="Norm of both MLPs.", rich_help_panel=MODEL)
@@ -171,6 +177,7 @@ def train(
         "train.seed": ("--seed", seed),
         "train.device": ("--device", device),
         "train.stop_on_collapse": ("--stop-on-collapse", stop_on_collapse),
+        "train.init_from": ("--init-from", init_from),
         "model.norm": ("--norm", norm),
         "model.projector.norm": ("--projector-norm", projector_norm) if projector_norm else ("--mlp-norm", mlp_norm),
         "model.predictor.norm": ("--predictor-norm", predictor_norm) if predictor_norm else ("--mlp-norm", mlp_norm),
@@ -257,7 +264,7 @@ def _finish(summary: Summary, console: Console, as_json: bool) -> None:
 
     from fastbyol import report
 
-    if report.available():
+    if report.available() and summary.finished:  # a run that was stopped is to end now
         report.write(Path(summary.run))
     if as_json:
         _print_json(asdict(summary))

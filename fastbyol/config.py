@@ -166,6 +166,9 @@ class TrainConfig(Model):
     seed: int = Field(0, ge=0, lt=2**63)
     precision: Literal["fp32", "bf16", "fp64"] = Field("fp32", description="fp64 is for references and tests")
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
+    init_from: str | None = Field(
+        None, min_length=1, description="run folder or checkpoint whose weights a new run starts from; momentum and step do not"
+    )
     loss_scale: float = Field(1.0, gt=0.0, le=1e6, description="factor on the loss (code: loss_constant_factor)")
     max_skipped_steps: int = Field(
         10, ge=0, le=1_000_000, description="steps in a row with a non-finite gradient that are left out; one more ends it"

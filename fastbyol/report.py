@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fastbyol.engine.durable import write_text, writing
 from fastbyol.engine.run_folder import RunFolder
 from fastbyol.engine.telemetry import read_layers, read_metrics
 from fastbyol.errors import UsageError
@@ -189,9 +190,11 @@ def write(run: Path, *, png: Path | None = None) -> list[Path]:
         raise UsageError("report: matplotlib is not installed: pip install 'fastbyol[report]'")
     story = read(run)
     with RunFolder.open(run, lock=False) as folder:
-        text, env = folder.config_text, folder.env
+        text = folder.config_text
+        env = {name: value for name, value in folder.env.items() if name != "config"}
     target = folder.path / "report.html"
-    target.write_text(page(story, text, env), encoding="utf-8")
+    with writing(target):
+        write_text(target, page(story, text, env))
     return [target, *(_write_pngs(story, png) if png else [])]
 
 

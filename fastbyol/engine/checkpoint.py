@@ -1,8 +1,8 @@
 """Checkpoints: exact, atomic, checksummed, never unpickled.
 
-One safetensors file per step, ``ckpt-<step>.safetensors``. Its metadata hold the format's name, the step, ``meta`` as JSON
-and a BLAKE2b digest over all of it and every tensor's name, dtype, shape and bytes: safetensors itself would read flipped
-bits without a word.
+One safetensors file per step, ``ckpt-<step, nine digits or more>.safetensors``. Its metadata hold the format's name, the
+step, ``meta`` as JSON and a BLAKE2b digest over all of it and every tensor's name, dtype, shape and bytes: safetensors itself
+would read flipped bits without a word.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,16 +22,18 @@ from fastbyol.engine.durable import remove_temporaries, write_atomically, writin
 from fastbyol.errors import UsageError
 
 FORMAT = "fastbyol-checkpoint-1"
+_GOING_BACK = ": going back to the checkpoint before"
 
 
 class Checkpoint(NamedTuple):
-    """What was saved: tensors on the CPU and ``meta`` with the key ``step`` added.
+    """What was saved: tensors on the CPU and ``meta`` with the key ``step`` added; ``path`` is its file.
 
-    ``warnings`` names newer checkpoints that were passed over because they are damaged.
+    ``warnings`` names newer checkpoints that were passed over, and why.
     """
 
     tensors: dict[str, torch.Tensor]
     meta: dict[str, Any]
+    path: Path
     warnings: tuple[str, ...] = ()
 
 
@@ -63,22 +65,44 @@ def save(folder: Path, step: int, tensors: Mapping[str, torch.Tensor], meta: Map
     return path
 
 
-def exists(folder: Path) -> bool:
-    """Whether ``folder`` holds a checkpoint, damaged or not."""
-    return bool(_steps(folder))
+def newest(folder: Path) -> Path | None:
+    """The file of the latest step in ``folder``, damaged or not; None where there is none."""
+    steps = _steps(folder)
+    return _path(folder, steps[-1]) if steps else None
 
 
-def load_latest(folder: Path) -> Checkpoint:
+def newest_step(folder: Path) -> int | None:
+    """The step of ``newest``."""
+    return next(reversed(_steps(folder)), None)
+
+
+def total_bytes(folder: Path) -> int:
+    """What the checkpoints in ``folder`` take."""
+    return sum(_path(folder, step).stat().st_size for step in _steps(folder))
+
+
+def load_latest(folder: Path, *, doubt: Callable[[Checkpoint], str | None] = lambda _: None) -> Checkpoint:
     """The newest checkpoint in ``folder`` that is whole; ``warnings`` tells of newer ones that are not.
 
-    Raises UsageError where there is none.
+    ``doubt`` may give a reason to prefer an older one. Where it has one against each, the newest whole one is returned, with
+    that reason as the last warning. Raises UsageError where none is whole.
     """
     warnings: list[str] = []
+    second_best: Checkpoint | None = None
     for step in reversed(_steps(folder)):
         try:
-            return _read(_path(folder, step))._replace(warnings=tuple(warnings))
+            found = _read(_path(folder, step))
         except _UnusableError as error:
-            warnings.append(f"{_path(folder, step)}: {error}: going back to the checkpoint before")
+            warnings.append(f"{_path(folder, step)}: {error}{_GOING_BACK}")
+            continue
+        reason = doubt(found)
+        if not reason:
+            return found._replace(warnings=tuple(warnings))
+        if second_best is None:
+            second_best = found._replace(warnings=(*warnings, reason))
+        warnings.append(f"{reason}{_GOING_BACK}")
+    if second_best is not None:
+        return second_best
     if warnings:
         raise UsageError(f"{folder}: no usable checkpoint among {len(warnings)}: {warnings[0].removesuffix(_GOING_BACK)}")
     raise UsageError(f"{folder}: no checkpoint: the run ended before its first one")
@@ -92,16 +116,18 @@ def load(path: Path) -> Checkpoint:
         raise UsageError(f"{path}: {error}") from None
 
 
-_GOING_BACK = ": going back to the checkpoint before"
-
-
 def _path(folder: Path, step: int) -> Path:
-    return folder / f"ckpt-{step}.safetensors"
+    return folder / f"ckpt-{step:09d}.safetensors"
 
 
 def _steps(folder: Path) -> list[int]:
-    names = (re.fullmatch(r"ckpt-(\d+)\.safetensors", path.name) for path in folder.glob("ckpt-*.safetensors"))
-    return sorted(int(name[1]) for name in names if name)
+    return sorted(step for path in folder.glob("ckpt-*.safetensors") if (step := _step_of(path)) is not None)
+
+
+def _step_of(path: Path) -> int | None:
+    """The step that a checkpoint's name says; None for other files."""
+    name = re.fullmatch(r"ckpt-([0-9]{9,18})\.safetensors", path.name)
+    return int(name[1]) if name and _path(path.parent, int(name[1])) == path else None
 
 
 def _stale(steps: list[int], newest: int, keep: int) -> Iterator[int]:
@@ -138,4 +164,7 @@ def _read(path: Path) -> Checkpoint:
     text = metadata.get("meta", "")
     if metadata.get("digest") != _digest(text, tensors):
         raise _UnusableError("damaged (its checksum differs)")
-    return Checkpoint(tensors, json.loads(text))
+    meta = json.loads(text)
+    if _step_of(path) not in (None, meta["step"]):
+        raise _UnusableError(f"holds step {meta['step']}, not what its name says")
+    return Checkpoint(tensors, meta, path)

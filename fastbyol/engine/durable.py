@@ -2,15 +2,47 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 from fastbyol.errors import FastbyolError
 
 _SUFFIX = ".tmp"
+
+
+class Written(NamedTuple):
+    """What an append-only file held at some instant: its first ``num_bytes`` bytes and their BLAKE2b digest.
+
+    A checkpoint remembers it, so that damage to what was written before is noticed when the run goes on.
+    """
+
+    num_bytes: int
+    digest: str
+
+    def matches(self, content: Iterable[bytes]) -> bool:
+        """Whether ``content``, in pieces, begins with exactly those bytes."""
+        digest, left = new_digest(), self.num_bytes
+        for piece in content:
+            digest.update(piece[:left])
+            left -= min(left, len(piece))
+        return left == 0 and digest.hexdigest() == self.digest
+
+
+def new_digest() -> hashlib.blake2b:
+    """The digest of ``Written``, empty: 128 bits, which chance does not meet."""
+    return hashlib.blake2b(digest_size=16)
+
+
+def pieces(path: Path, size: int = 1 << 20) -> Iterator[bytes]:
+    """A file's bytes in pieces of ``size``; nothing where there is no file."""
+    if path.exists():
+        with path.open("rb") as file:
+            while piece := file.read(size):
+                yield piece
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:

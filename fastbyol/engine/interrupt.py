@@ -1,25 +1,49 @@
-"""SIGINT and SIGTERM as a request that the loop answers between two steps."""
+"""Signals that ask a run to stop: answered between two steps, or at once where nothing is lost by it.
+
+SIGINT is Ctrl-C, SIGTERM what systems send before they kill; SIGUSR1 and SIGUSR2 are what batch systems send on demand some
+time before a job's end (``sbatch --signal=USR1@60``).
+"""
 
 from __future__ import annotations
 
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType, TracebackType
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+
+
+class Stopped(KeyboardInterrupt):
+    """What ``Interrupt.abortable`` raises: clean up as for Ctrl-C."""
 
 
 class Interrupt:
-    """While entered, the first SIGINT or SIGTERM sets ``requested``; a second SIGINT raises KeyboardInterrupt at once.
+    """While entered, the first of ``SIGNALS`` sets ``requested`` to its name; a second SIGINT raises KeyboardInterrupt at once.
 
     Outside the main thread signals cannot be caught: the object then never asks for anything.
     """
 
     def __init__(self) -> None:
         self.requested: str | None = None
+        self._abortable = False
         self._previous: dict[int, signal._HANDLER] = {}
+
+    @contextmanager
+    def abortable(self) -> Iterator[None]:
+        """Work that can be done again and may take long: a request raises ``Stopped`` in it, at its start and at its end."""
+        self._abortable = True
+        try:
+            self._stop()
+            yield
+            self._stop()  # a finalizer swallows exceptions: what came within one is raised here
+        finally:
+            self._abortable = False
 
     def __enter__(self) -> Interrupt:
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in SIGNALS:
                 self._previous[number] = signal.signal(number, self._handle)
         return self
 
@@ -29,6 +53,14 @@ class Interrupt:
         self._previous.clear()
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.requested and number == signal.SIGINT:
-            raise KeyboardInterrupt
+        if self.requested:
+            if number == signal.SIGINT:
+                raise KeyboardInterrupt
+            return
         self.requested = signal.Signals(number).name
+        if self._abortable:
+            self._stop()
+
+    def _stop(self) -> None:
+        if self.requested:
+            raise Stopped(self.requested)

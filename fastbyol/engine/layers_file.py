@@ -9,19 +9,30 @@ removed. ``read_layers`` reads whichever is newer.
 
 from __future__ import annotations
 
+import io
+import logging
+import math
 import os
+import struct
 import zipfile
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from fastbyol.engine.durable import append, write_atomically, writing
+from fastbyol.engine.durable import Written, append, new_digest, pieces, write_atomically, writing
 from fastbyol.errors import UsageError
 
+_log = logging.getLogger(__name__)
 NAME = "layers.npz"
 ROWS_NAME = "layers.rows"
+# What Python's zip reader and numpy's header parser are seen to raise over damaged bytes.
+_DAMAGE = (
+    *(ValueError, KeyError, EOFError, RuntimeError, SyntaxError, OverflowError, MemoryError),
+    *(zipfile.BadZipFile, zlib.error, struct.error),
+)
 _GROWTH = 1.25  # the archive is rewritten at most log(T) / log(1.25) times: 5 bytes written per byte in the end
 
 
@@ -43,9 +54,11 @@ class LayersFile:
         self._dtype = _dtype(len(self._names), len(self._metrics))
         with writing(self._rows):
             self._restore_rows()
-            # Counted, not only searched: after a power cut the tail may hold zeros, which would not be in order.
-            keep = int(np.searchsorted(self._read_rows()["step"][: -(-resume_step // every)], resume_step))
+            keep = _num_in_order(self._read_rows()["step"][: -(-resume_step // every)], every, resume_step)
             os.truncate(self._rows, keep * self._dtype.itemsize)
+            self._digest = new_digest()
+            for piece in pieces(self._rows):
+                self._digest.update(piece)
             self._file = self._rows.open("ab", buffering=0)
             self._num_rows = keep
             self._write_archive()
@@ -56,7 +69,13 @@ class LayersFile:
         rows["step"], rows["values"] = steps, values
         with writing(self._rows):
             append(self._file, rows.tobytes())
+        self._digest.update(rows.tobytes())
         self._num_rows += len(steps)
+
+    @property
+    def written(self) -> Written:
+        """What the rows' file holds now."""
+        return Written(self._num_rows * self._dtype.itemsize, self._digest.hexdigest())
 
     def sync(self) -> None:
         """Force the rows to disk, and bring the archive up to date when it has fallen behind by a quarter."""
@@ -79,12 +98,14 @@ class LayersFile:
     def _archived_rows(self) -> np.ndarray:
         if not self._archive.exists():
             return np.empty(0, self._dtype)
-        layers = _read_archive(self._archive)
+        try:
+            layers = _read_archive(self._archive)
+        except UsageError as error:
+            _log.warning("%s: the layers of the steps before are lost", error)
+            return np.empty(0, self._dtype)
         if (layers.names, layers.metrics) != (self._names, self._metrics):
             raise UsageError(f"{self._archive}: is of another network: its layers differ")
-        rows = np.empty(len(layers.steps), self._dtype)
-        rows["step"], rows["values"] = layers.steps, layers.values
-        return rows
+        return _as_rows(layers)
 
     def _read_rows(self) -> np.ndarray:
         return _read_rows(self._rows, self._dtype)
@@ -107,6 +128,30 @@ def read_layers(folder: Path) -> Layers:
     return layers._replace(steps=np.array(rows["step"]), values=np.array(rows["values"]))
 
 
+def is_whole(folder: Path, held: Written) -> bool:
+    """Whether the run's rows, wherever they are, still begin with what was ``held``."""
+    if (folder / ROWS_NAME).exists():
+        return held.matches(pieces(folder / ROWS_NAME))
+    if not (folder / NAME).exists():
+        return held.num_bytes == 0
+    try:
+        return held.matches([_as_rows(_read_archive(folder / NAME)).tobytes()])
+    except UsageError:
+        return False
+
+
+def _num_in_order(steps: np.ndarray, every: int, resume_step: int) -> int:
+    """How many of the first rows can be meant: after a power cut the tail may hold zeros, after damage anything."""
+    fine = (np.diff(steps, prepend=-1) > 0) & (steps % every == 0) & (steps >= 0) & (steps < resume_step)
+    return len(steps) if fine.all() else int(fine.argmin())
+
+
+def _as_rows(layers: Layers) -> np.ndarray:
+    rows = np.empty(len(layers.steps), _dtype(len(layers.names), len(layers.metrics)))
+    rows["step"], rows["values"] = layers.steps, layers.values
+    return rows
+
+
 def _dtype(num_names: int, num_metrics: int) -> np.dtype:
     return np.dtype([("step", "<i8"), ("values", "<f4", (num_names, num_metrics))])
 
@@ -119,10 +164,27 @@ def _read_rows(path: Path, dtype: np.dtype) -> np.ndarray:
 
 def _read_archive(path: Path) -> Layers:
     try:
-        with np.load(path, allow_pickle=False) as file:
-            names, metrics = (tuple(str(name) for name in file[key]) for key in ("names", "metrics"))
-            return Layers(file["steps"], file["values"], names, metrics)
+        with zipfile.ZipFile(path) as archive:
+            steps, values, names, metrics = (_member(archive, key) for key in ("steps", "values", "names", "metrics"))
     except OSError as error:
-        raise UsageError(f"{path}: cannot read: {error.strerror}") from None
-    except (ValueError, KeyError, zipfile.BadZipFile) as error:
-        raise UsageError(f"{path}: damaged: {' '.join(str(error).split())}") from None
+        raise UsageError(f"{path}: cannot read: {error.strerror or error}") from None
+    except _DAMAGE as error:
+        raise UsageError(f"{path}: damaged: {' '.join(str(error).split()) or type(error).__name__}") from None
+    layers = Layers(steps, values, *(tuple(str(name) for name in part.ravel()) for part in (names, metrics)))
+    kinds = (steps.dtype, steps.ndim, values.dtype, names.dtype.kind, metrics.dtype.kind)
+    if kinds != (np.dtype("<i8"), 1, np.dtype("<f4"), "U", "U") or values.shape != (len(steps), names.size, metrics.size):
+        raise UsageError(f"{path}: damaged: its arrays do not fit together")
+    return layers
+
+
+def _member(archive: zipfile.ZipFile, key: str) -> np.ndarray:
+    """One array of the archive. Its size is what the file's end says and its checksum is checked; the header of the array
+    only has to agree: it might ask for any amount of memory."""
+    content = archive.read(f"{key}.npy")
+    version = np.lib.format.read_magic(stream := io.BytesIO(content))
+    if version != (1, 0):
+        raise ValueError(f"{key}: array format {version}")
+    shape, fortran, dtype = np.lib.format.read_array_header_1_0(stream)
+    if not math.prod(shape):
+        return np.empty(shape, dtype)
+    return np.frombuffer(content, dtype, offset=stream.tell()).reshape(shape, order="F" if fortran else "C")

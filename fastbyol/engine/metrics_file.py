@@ -2,7 +2,7 @@
 
 A step's line is ``{"step": 0, "epoch": 0, "loss": ..., ...}``, steps and epochs counted from 0; numbers are the shortest
 decimals that give the float32 back, and null stands for what is not finite. An event's line has ``event`` (its kind) and
-``step``, the number of steps done by then.
+``step``, the number of steps done by then. A step that was left out for its gradient is followed by an event ``skipped``.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from fastbyol.engine.durable import append, writing
+from fastbyol.engine.durable import Written, append, new_digest, pieces, writing
 from fastbyol.errors import UsageError
 
 NAME = "metrics.jsonl"
@@ -28,16 +28,25 @@ _log = logging.getLogger(__name__)
 class MetricsFile:
     """The file open for appending, cut back to what belongs to the first ``resume_step`` steps.
 
-    Whatever was killed in the middle of a line leaves no trace. Raises FastbyolError where the file cannot be written.
+    ``held`` is what it held when they were saved, if that is known. Whatever was killed in the middle of a line leaves no
+    trace. ``skipped_in_row`` counts the newest steps, one after the other, that were left out. Raises FastbyolError where the
+    file cannot be written.
     """
 
-    def __init__(self, folder: Path, names: Sequence[str], *, steps_per_epoch: int, resume_step: int) -> None:
+    def __init__(
+        self, folder: Path, names: Sequence[str], *, steps_per_epoch: int, resume_step: int, held: Written | None = None
+    ) -> None:
         self._names, self._steps_per_epoch = tuple(names), steps_per_epoch
+        self.skipped_in_row = 0
         self._epoch_rows: list[dict[str, Any]] = []
         self._path = folder / NAME
         with writing(self._path):
             self._path.touch()
-            os.truncate(self._path, self._keep(resume_step))
+            self._num_bytes = self._keep(resume_step, held)
+            os.truncate(self._path, self._num_bytes)
+            self._digest = new_digest()
+            for piece in pieces(self._path):
+                self._digest.update(piece)
             self._file = self._path.open("ab", buffering=0)
 
     def append_steps(self, first_step: int, values: np.ndarray) -> list[dict[str, float]]:
@@ -50,19 +59,27 @@ class MetricsFile:
             lines.append(_line({**place, **dict(zip(self._names, numbers, strict=True))}))
             rows.append({**place, **{name: _parsed(text) for name, text in zip(self._names, numbers, strict=True)}})
             self._hold(rows[-1])
+            if self.skipped_in_row:
+                lines.append(_event_line("skipped", step + 1, {"in_a_row": self.skipped_in_row}))
         self._write(lines)
         return rows
 
     def append_event(self, kind: str, step: int, fields: Mapping[str, Any]) -> None:
         """Write an event that happened after ``step`` steps. ``fields`` must not depend on the clock or the machine."""
-        place = {"event": json.dumps(kind), "step": str(step)}
-        self._write([_line({**place, **{name: _text(value) for name, value in fields.items()}})])
+        self._write([_event_line(kind, step, fields)])
 
     def epoch_means(self) -> dict[str, float]:
         """Mean of each metric over the steps of the newest epoch, computed from the written decimals: the same whether the
-        steps were recorded by this process or found in the file."""
-        count = max(len(self._epoch_rows), 1)
-        return {name: math.fsum(row[name] for row in self._epoch_rows) / count for name in self._names}
+        steps were recorded by this process or found in the file. Steps that were left out count in ``skipped`` alone; where
+        there are no others all are NaN."""
+        counted = [row for row in self._epoch_rows if not _was_skipped(row)]
+        rows = {name: self._epoch_rows if name == "skipped" else counted for name in self._names}
+        return {name: _mean([row[name] for row in rows[name]]) for name in self._names}
+
+    @property
+    def written(self) -> Written:
+        """What the file holds now."""
+        return Written(self._num_bytes, self._digest.hexdigest())
 
     def sync(self) -> None:
         """Force what was written to disk."""
@@ -73,13 +90,14 @@ class MetricsFile:
         """Close; nothing is buffered."""
         self._file.close()
 
-    def _keep(self, resume_step: int) -> int:
+    def _keep(self, resume_step: int, held: Written | None) -> int:
         """Bytes that belong to the first ``resume_step`` steps. Events at that very step precede its checkpoint."""
         offset = num_rows = 0
+        limit = held.num_bytes if held is not None else math.inf
         with self._path.open("rb") as file:
             for size, row in _parse(file):
                 is_event = "event" in row
-                if row["step"] > (resume_step if is_event else resume_step - 1):
+                if row["step"] > (resume_step if is_event else resume_step - 1) or offset + size > limit:
                     break
                 offset += size
                 if not is_event:
@@ -93,10 +111,27 @@ class MetricsFile:
         if self._epoch_rows and self._epoch_rows[0]["epoch"] != row["epoch"]:
             self._epoch_rows = []
         self._epoch_rows.append(row)
+        self.skipped_in_row = self.skipped_in_row + 1 if _was_skipped(row) else 0
 
     def _write(self, lines: Sequence[str]) -> None:
+        content = "".join(lines).encode()
         with writing(self._path):
-            append(self._file, "".join(lines).encode())
+            append(self._file, content)
+        self._digest.update(content)
+        self._num_bytes += len(content)
+
+
+def last_step(folder: Path) -> int:
+    """The number of the newest step in the run's file; -1 where there is none."""
+    if not (folder / NAME).exists():
+        return -1
+    with _reading(folder / NAME) as file:
+        return max((row["step"] for _, row in _parse(file) if "event" not in row), default=-1)
+
+
+def is_whole(folder: Path, held: Written) -> bool:
+    """Whether the run's file still begins with what was ``held``."""
+    return held.matches(pieces(folder / NAME))
 
 
 def read_metrics(folder: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -131,6 +166,20 @@ def _parse(lines: Iterable[bytes]) -> Iterator[tuple[int, dict[str, Any]]]:
         if not isinstance(row, dict) or not isinstance(row.get("step"), int):
             return
         yield len(line), row
+
+
+def _was_skipped(row: Mapping[str, Any]) -> bool:
+    """Whether the optimizer left the step out: it says so, or its gradient was not finite, which is the rule it follows."""
+    said = row.get("skipped")
+    return bool(said) if said is not None else not math.isfinite(row.get("grad_norm", 0.0))
+
+
+def _mean(values: Sequence[float]) -> float:
+    return math.fsum(values) / len(values) if values else math.nan
+
+
+def _event_line(kind: str, step: int, fields: Mapping[str, Any]) -> str:
+    return _line({"event": json.dumps(kind), "step": str(step), **{name: _text(value) for name, value in fields.items()}})
 
 
 def _number(value: np.float32) -> str:

@@ -26,11 +26,13 @@ _log = logging.getLogger(__name__)
 class RunFolder:
     """An open run. Use as a context manager: leaving it releases the lock.
 
-    A new folder whose run ends in a UsageError before its first step is removed again, since nothing was changed by it.
+    ``config_text`` is config.toml as it was when the run was opened, origins in its comments. A new folder whose run ends in a
+    UsageError before its first step is removed again, since nothing was changed by it.
     """
 
     def __init__(self, path: Path, config: Config, lock: Lock | None, *, is_new: bool) -> None:
         self.path, self.config = path, config
+        self.config_text = (path / CONFIG).read_text("utf-8-sig")
         self._lock, self._is_new = lock, is_new
 
     @classmethod
@@ -46,8 +48,9 @@ class RunFolder:
             try:
                 _refuse_used(path)  # somebody may have come first between the look and the lock
                 (path / CHECKPOINTS).mkdir(exist_ok=True)
-                write_text(path / ENV, json.dumps(environment(), indent=2) + "\n")
-                write_text(path / CONFIG, config_io.dump(config, origin))
+                text = config_io.dump(config, origin)
+                write_text(path / ENV, json.dumps({**environment(), "config": text}, indent=2) + "\n")
+                write_text(path / CONFIG, text)
             except BaseException:
                 held.release()
                 raise
@@ -73,11 +76,6 @@ class RunFolder:
     def checkpoints(self) -> Path:
         """Where checkpoints lie."""
         return self.path / CHECKPOINTS
-
-    @property
-    def config_text(self) -> str:
-        """config.toml as it is, origins in its comments."""
-        return (self.path / CONFIG).read_text("utf-8")
 
     @property
     def env(self) -> dict[str, Any]:

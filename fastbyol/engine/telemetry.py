@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Protocol
@@ -18,11 +18,12 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import torch
 
-from fastbyol.engine.durable import writing
+from fastbyol.engine import layers_file, metrics_file
+from fastbyol.engine.durable import Written, writing
 from fastbyol.engine.layers_file import LayersFile, read_layers
 from fastbyol.engine.metrics_file import MetricsFile, read_metrics
 
-__all__ = ["StepValues", "Telemetry", "read_layers", "read_metrics"]
+__all__ = ["StepValues", "Telemetry", "damage", "read_layers", "read_metrics"]
 
 
 class StepValues(Protocol):
@@ -34,6 +35,14 @@ class StepValues(Protocol):
     def layers(self) -> torch.Tensor: ...
 
 
+def damage(folder: Path, written: Mapping[str, Sequence[Any]]) -> str | None:
+    """What of ``Telemetry.written`` is no longer in the folder's files as it was; None where all is."""
+    for name, is_whole in ((metrics_file.NAME, metrics_file.is_whole), (layers_file.NAME, layers_file.is_whole)):
+        if name in written and not is_whole(folder, Written(*written[name])):
+            return f"{folder / name}: is not what was written: cut, changed or lost"
+    return None
+
+
 class Telemetry:
     """Records steps and events of the run in ``folder``, from ``resume_step`` on: what lies beyond it there is cut off.
 
@@ -43,6 +52,7 @@ class Telemetry:
         drain_every: steps held on the device before they are written.
         layers_every: spacing in steps of the per-layer measures.
         resume_step: number of steps done, 0 for a new run.
+        resume_written: ``written`` as it was then, from the checkpoint.
 
     Raises:
         FastbyolError: a file cannot be written.
@@ -60,8 +70,10 @@ class Telemetry:
         layers_every: int,
         device: torch.device | str,
         resume_step: int = 0,
+        resume_written: Mapping[str, Sequence[Any]] | None = None,
     ) -> None:
-        self._metrics = MetricsFile(folder, metric_names, steps_per_epoch=steps_per_epoch, resume_step=resume_step)
+        held = Written(*resume_written[metrics_file.NAME]) if resume_written else None
+        self._metrics = MetricsFile(folder, metric_names, steps_per_epoch=steps_per_epoch, resume_step=resume_step, held=held)
         self._layers = LayersFile(folder, layer_names, layer_metric_names, every=layers_every, resume_step=resume_step)
         with writing(folder / "timing.jsonl"):
             self._timing = (folder / "timing.jsonl").open("a", buffering=1, encoding="utf-8")
@@ -96,6 +108,16 @@ class Telemetry:
         """
         self._write_pending()
         self._metrics.append_event(kind, self._step if step is None else step, fields)
+
+    @property
+    def written(self) -> dict[str, list[Any]]:
+        """What the files hold after ``flush``: name -> bytes and digest, for a checkpoint to remember."""
+        return {metrics_file.NAME: list(self._metrics.written), layers_file.NAME: list(self._layers.written)}
+
+    @property
+    def skipped_in_row(self) -> int:
+        """How many of the newest steps that were written, one after the other, the optimizer left out."""
+        return self._metrics.skipped_in_row
 
     def epoch_summary(self) -> dict[str, float]:
         """Mean of each metric over the steps of the epoch of the newest step, those before a resumption included."""

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from fastbyol import views
 from fastbyol.config import Config
 from fastbyol.data import embedded, loader
-from fastbyol.engine import checkpoint
+from fastbyol.engine import checkpoint, guards, metrics_file, origin, telemetry
 from fastbyol.engine.device import dtype_of, pick_device
-from fastbyol.engine.interrupt import Interrupt
+from fastbyol.engine.interrupt import Interrupt, Stopped
 from fastbyol.engine.observer import EpochEnd, Observer, Progress, Silent, Start
 from fastbyol.engine.run_folder import RunFolder
 from fastbyol.engine.step import LAYER_METRICS, METRICS, TrainState, train_step
 from fastbyol.engine.telemetry import Telemetry
-from fastbyol.errors import CollapsedError
+from fastbyol.errors import CollapsedError, FastbyolError, UsageError
 from fastbyol.evaluation import protocol
 from fastbyol.evaluation.collapse import CollapseMonitor
 
@@ -69,38 +72,67 @@ class Trainer:
         self.monitor = CollapseMonitor()
         self.accuracy: float | None = None
         self.epoch_means: dict[str, float] = {}
+        self.step = self.steps_per_epoch = self.total_steps = 0
+        # Whether the steps of an epoch are done and its end, with the probe, is not.
+        self.owes_epoch_end = False
 
     def fit(self) -> Summary:
-        """Train to the configured end. Returns early, saved and resumable, after SIGINT or SIGTERM.
+        """Train to the configured end. Returns early, saved and resumable, after a signal of ``interrupt.SIGNALS``.
 
-        Raises ``CollapsedError`` where ``train.stop_on_collapse`` is set and an epoch ends collapsed.
+        Raises ``CollapsedError`` where ``train.stop_on_collapse`` is set and an epoch ends collapsed, ``FastbyolError`` where
+        memory or disk run out or the numbers are no longer finite.
         """
-        config = self.config
-        train_file, test_file = embedded.training_file(config.data), embedded.held_out_file(config.data)
-        with Interrupt() as interrupt, self._open(train_file) as batches:
-            self.test = self._read_test(test_file)
-            self.steps_per_epoch = batches.steps_per_epoch
-            self.total_steps = self.steps_per_epoch * config.train.epochs
-            self.state = TrainState.create(config, steps_per_epoch=self.steps_per_epoch, device=self.device)
-            self.step = self._restore()
-            self._say_start(train_file, batches.num_samples)
+        with Interrupt() as interrupt, ExitStack() as opened, guards.memory_advice(self.config):
+            try:
+                with interrupt.abortable():
+                    batches = self._prepare(opened)
+            except Stopped:
+                return self._say_stopped(f"{interrupt.requested}: stopped before a step was made")
             with self._open_telemetry() as self.telemetry:
-                self.pace = Pace(config.train.batch_size, self.step)
-                while self.step < self.total_steps and not interrupt.requested:
-                    self._epoch(batches, interrupt)
-        if interrupt.requested:
-            self.observer.note(
-                f"{interrupt.requested}: saved at step {self.step}; go on with: fastbyol resume {self.folder.path}"
-            )
+                self._loop(batches, interrupt)
+            if interrupt.requested:
+                return self._say_stopped(f"{interrupt.requested}: saved at step {self.step}")
         return self.summary()
+
+    def _prepare(self, opened: ExitStack) -> loader.Loader:
+        """Data, networks and what was saved: all that goes before the first step and can be done again."""
+        config = self.config
+        self.step = checkpoint.newest_step(self.folder.checkpoints) or 0
+        train_file, test_file = embedded.training_file(config.data), embedded.held_out_file(config.data)
+        batches = opened.enter_context(self._open(train_file))
+        self.test = self._read_test(test_file)
+        self.steps_per_epoch = batches.steps_per_epoch
+        self.total_steps = self.steps_per_epoch * config.train.epochs
+        self.state = TrainState.create(config, steps_per_epoch=self.steps_per_epoch, device=self.device)
+        self.step = self._restore()
+        self._refuse_full_disk()
+        self._say_start(train_file, batches.num_samples)
+        return batches
+
+    def _loop(self, batches: loader.Loader, interrupt: Interrupt) -> None:
+        config = self.config
+        if config.train.init_from and checkpoint.newest(self.folder.checkpoints) is None:
+            self._save()  # the run must not depend on another's file for longer than it has to
+        self.pace = Pace(config.train.batch_size, self.step)
+        while not interrupt.requested and (self.owes_epoch_end or self.step < self.total_steps):
+            if self.owes_epoch_end:
+                self._end_epoch((self.step - 1) // self.steps_per_epoch, interrupt)
+            else:
+                self._epoch(batches, interrupt)
+
+    def _say_stopped(self, what: str) -> Summary:
+        summary = self.summary()
+        if not summary.finished:
+            self.observer.note(f"{what}; go on with: fastbyol resume {self.folder.path}")
+        return summary
 
     def summary(self) -> Summary:
         """Where the run stands."""
         return Summary(
             run=str(self.folder.path),
-            finished=self.step >= self.total_steps,
+            finished=0 < self.total_steps <= self.step and not self.owes_epoch_end,
             step=self.step,
-            epoch=self.step // self.steps_per_epoch,
+            epoch=self.step // max(self.steps_per_epoch, 1),
             state=self.monitor.state,
             accuracy=self.accuracy,
             metrics=self.epoch_means,
@@ -139,19 +171,52 @@ class Trainer:
             layers_every=run.layers_every_steps,
             device=self.device,
             resume_step=self.step,
+            resume_written=self._written,
         )
 
     def _restore(self) -> int:
-        if not checkpoint.exists(self.folder.checkpoints):
+        """Take over what was saved last, and the step it was saved at; for a new run the weights it starts from, and 0."""
+        self._written: Mapping[str, Sequence[Any]] | None = None
+        run, config = self.folder.path, self.config
+        if checkpoint.newest(self.folder.checkpoints) is None:
+            self._refuse_lost_checkpoints()
+            if isinstance(made_with := self.folder.env.get("config"), str):
+                origin.refuse_changed(run, config, made_with, str(run / "env.json"))
+            if config.train.init_from:
+                origin.take_weights(self.state, Path(config.train.init_from))
             return 0
-        loaded = checkpoint.load_latest(self.folder.checkpoints)
+        loaded = checkpoint.load_latest(
+            self.folder.checkpoints, doubt=lambda found: telemetry.damage(run, found.meta["telemetry"])
+        )
         for warning in loaded.warnings:
             self.observer.note(warning)
+        origin.refuse_changed(run, config, loaded.meta["config"], str(loaded.path))
         self.state.load_tensors(loaded.tensors)
+        self._written = loaded.meta["telemetry"]
+        self.owes_epoch_end = loaded.meta["owes_epoch_end"]
         self.monitor = CollapseMonitor.from_dict(loaded.meta["collapse"])
         self.accuracy = loaded.meta["accuracy"]
         self.epoch_means = loaded.meta["epoch_means"]
         return int(loaded.meta["step"])
+
+    def _refuse_lost_checkpoints(self) -> None:
+        """Every epoch ends with a checkpoint: a run with steps beyond its first epoch had one."""
+        if metrics_file.last_step(self.folder.path) >= self.steps_per_epoch:
+            raise UsageError(
+                f"{self.folder.checkpoints}: no checkpoint, though the run had made some: put them back, or start a new run"
+            )
+
+    def _refuse_full_disk(self) -> None:
+        tensors = self.state.tensors().values()
+        needed = guards.disk_bytes(
+            self.config,
+            checkpoint_bytes=sum(tensor.numel() * tensor.element_size() for tensor in tensors),
+            steps=self.total_steps - self.step,
+            num_metrics=len(METRICS),
+            layer_numbers=len(LAYER_METRICS) * len(self.state.segment_names),
+        )
+        if self.step < self.total_steps:
+            guards.refuse_full_disk(self.folder.path, needed - checkpoint.total_bytes(self.folder.checkpoints), self.config)
 
     def _say_start(self, data: Path, num_samples: int) -> None:
         self.observer.start(
@@ -176,6 +241,7 @@ class Trainer:
             rows = self.telemetry.record(train_step(self.state, pair))
             self.step += 1
             if rows:
+                self._stop_if_skipping()
                 self._say_progress(epoch, rows[-1])
             if self.step % self.steps_per_epoch == 0:
                 break
@@ -184,21 +250,28 @@ class Trainer:
                 return
             if every and self.step % every == 0:
                 self._save()
-        self._end_epoch(epoch)
-        self._save()
-        self._stop_if_collapsed(epoch)
+        self.owes_epoch_end = True
+        self._end_epoch(epoch, interrupt)
 
     def _say_progress(self, epoch: int, metrics: dict[str, float]) -> None:
         img_s = self.pace.update(self.step)
         left = self.pace.left_s(self.total_steps - self.step)
         self.observer.progress(Progress(self.step, epoch, img_s, left, self.monitor.state, metrics))
 
-    def _end_epoch(self, epoch: int) -> None:
-        self.epoch_means = self.telemetry.epoch_summary()
+    def _end_epoch(self, epoch: int, interrupt: Interrupt) -> None:
+        means = self.telemetry.epoch_summary()
+        self._stop_if_skipping()
         img_s = self.pace.update(self.step)
-        means = self.epoch_means
-        self.monitor.update(step=self.step, neg_cos=means["neg_cos"], pos_cos=means["pos_cos"], std=means["std_z"])
-        measured = self._probe(epoch)
+        try:
+            with interrupt.abortable():
+                measured = self._probe(epoch)
+        except Stopped:
+            self._save()
+            return
+        self.owes_epoch_end = False
+        self.epoch_means = means
+        if self.telemetry.skipped_in_row < self.steps_per_epoch:  # else there is nothing to observe
+            self.monitor.update(step=self.step, neg_cos=means["neg_cos"], pos_cos=means["pos_cos"], std=means["std_z"])
         if measured is not None:
             self.accuracy = measured
         self.telemetry.event("epoch", step=self.step, epoch=epoch, state=self.monitor.state, accuracy=measured, **means)
@@ -206,7 +279,9 @@ class Trainer:
         self.observer.epoch_end(
             EpochEnd(epoch, self.config.train.epochs, self.step, img_s, left, self.monitor.state, measured, means)
         )
+        self._save()
         self.pace.restart()
+        self._stop_if_collapsed(epoch)
 
     def _probe(self, epoch: int) -> float | None:
         every, last = self.config.probe.every_epochs, epoch + 1 == self.config.train.epochs
@@ -224,19 +299,45 @@ class Trainer:
 
     def _save(self) -> None:
         self.telemetry.flush()
+        self._stop_if_skipping()
+        tensors = self.state.tensors()
+        self._refuse_not_finite(tensors)
         checkpoint.save(
             self.folder.checkpoints,
             step=self.step,
-            tensors=self.state.tensors(),
+            tensors=tensors,
             meta={
                 "config": self.folder.config_text,
                 "step": self.step,
                 "collapse": self.monitor.to_dict(),
                 "accuracy": self.accuracy,
                 "epoch_means": self.epoch_means,
+                "owes_epoch_end": self.owes_epoch_end,
+                "telemetry": self.telemetry.written,
             },
             keep=self.config.run.keep_checkpoints,
         )
+
+    def _refuse_not_finite(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        bad = guards.not_finite(tensors)
+        if bad is not None:
+            raise FastbyolError(
+                f"{self.folder.path}: step {self.step}: {bad} holds NaN or infinity: not saved; {self._way_on()}"
+            )
+
+    def _stop_if_skipping(self) -> None:
+        skipped = self.telemetry.skipped_in_row
+        if skipped > self.config.train.max_skipped_steps:
+            raise FastbyolError(
+                f"{self.folder.path}: {skipped} steps in a row had a gradient that is not finite "
+                f"(train.max_skipped_steps: {self.config.train.max_skipped_steps}); {self._way_on()}"
+            )
+
+    def _way_on(self) -> str:
+        """What to do about numbers that blew up: the last checkpoint is good, since no other kind is written."""
+        good = checkpoint.newest(self.folder.checkpoints)
+        start = f"start again from the last good checkpoint with `fastbyol train --init-from {good}`" if good else "start again"
+        return f"{start} and a lower optim.lr, or with train.precision = fp32"
 
     def _stop_if_collapsed(self, epoch: int) -> None:
         if self.config.train.stop_on_collapse and self.monitor.state == "collapsed":

@@ -99,9 +99,9 @@ def test_nan_in_meta_comes_back(tmp_path: Path) -> None:
 def test_the_newest_are_kept_by_number_not_by_name(tmp_path: Path) -> None:
     for step in (8, 9, 10, 100, 11, 12):
         checkpoint.save(tmp_path, step, small(step), {}, keep=3)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [f"ckpt-{step}.safetensors" for step in (10, 11, 12)]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"ckpt-{step:09d}.safetensors" for step in (10, 11, 12)]
     assert checkpoint.load_latest(tmp_path).meta["step"] == 12
-    assert checkpoint.exists(tmp_path)
+    assert checkpoint.newest_step(tmp_path) == 12
 
 
 def test_a_run_that_went_back_does_not_lose_what_it_saves_next(tmp_path: Path) -> None:
@@ -170,7 +170,7 @@ class _Bomb:
 
 def test_nothing_is_unpickled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "ckpt-1.safetensors").write_bytes(pickle.dumps(_Bomb()))
+    (tmp_path / "ckpt-000000001.safetensors").write_bytes(pickle.dumps(_Bomb()))
     with pytest.raises(UsageError, match="no usable checkpoint among 1"):
         checkpoint.load_latest(tmp_path)
     assert not (tmp_path / "exploded").exists()
@@ -178,7 +178,7 @@ def test_nothing_is_unpickled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 def test_an_empty_or_absent_folder_is_a_usage_error(tmp_path: Path) -> None:
     for folder in (tmp_path, tmp_path / "absent"):
-        assert not checkpoint.exists(folder)
+        assert checkpoint.newest(folder) is None
         with pytest.raises(UsageError, match="no checkpoint"):
             checkpoint.load_latest(folder)
 
@@ -213,7 +213,7 @@ def test_a_full_disk_is_one_line_and_costs_nothing(tmp_path: Path, monkeypatch: 
     with pytest.raises(FastbyolError, match="No space left") as caught:
         checkpoint.save(tmp_path, 2, small(2), {}, keep=1)
     assert len(str(caught.value).splitlines()) == 1
-    assert [path.name for path in tmp_path.iterdir()] == ["ckpt-1.safetensors"]
+    assert [path.name for path in tmp_path.iterdir()] == ["ckpt-000000001.safetensors"]
 
 
 # Runs in a process of its own and forks one child per point of death; torch is imported once.
@@ -281,4 +281,4 @@ def test_a_save_killed_at_any_point_leaves_the_old_or_the_new(tmp_path: Path) ->
         assert torch.equal(loaded.tensors["x"], torch.full((1000,), float(loaded.meta["step"])))
         checkpoint.save(tmp_path / name, 5, {}, {}, keep=2)
         survivors = {path.name for path in (tmp_path / name).iterdir()}
-        assert survivors == {"ckpt-5.safetensors", f"ckpt-{loaded.meta['step']}.safetensors"}, name
+        assert survivors == {"ckpt-000000005.safetensors", f"ckpt-{loaded.meta['step']:09d}.safetensors"}, name

@@ -116,7 +116,7 @@ def test_sigterm_saves_between_steps_and_resumes(files: tuple[Path, Path], whole
     run = tmp_path / "run"
     child(train_and_term, tiny_config(files, "run.drain_every_steps=1"), run)
     (saved,) = (run / "checkpoints").glob("*.safetensors")
-    assert saved.stem == "ckpt-3", "saved in mid-epoch, after the step of the signal"
+    assert saved.stem == "ckpt-000000003", "saved in mid-epoch, after the step of the signal"
     child(api.resume, run)
     assert contents(run) == contents(whole)
 

@@ -1,0 +1,67 @@
+"""interrupt.py: every signal that means stop, when it is answered, and what comes back afterwards."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import pytest
+
+from fastbyol.engine.interrupt import SIGNALS, Interrupt, Stopped
+
+
+def send(number: int) -> None:
+    os.kill(os.getpid(), number)
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_each_signal_asks_once_and_the_old_handlers_come_back(number: signal.Signals) -> None:
+    before = [signal.getsignal(each) for each in SIGNALS]
+    with Interrupt() as interrupt:
+        assert interrupt.requested is None
+        send(number)
+        assert interrupt.requested == number.name
+        send(signal.SIGTERM)
+        assert interrupt.requested == number.name
+    assert [signal.getsignal(each) for each in SIGNALS] == before
+
+
+def test_only_a_second_ctrl_c_breaks_off_a_step() -> None:
+    with Interrupt() as interrupt:
+        send(signal.SIGUSR1)
+        send(signal.SIGUSR1)
+        send(signal.SIGTERM)
+        assert interrupt.requested == "SIGUSR1"
+        with pytest.raises(KeyboardInterrupt):
+            send(signal.SIGINT)
+
+
+def test_what_can_be_done_again_is_left_at_once() -> None:
+    done = []
+    with Interrupt() as interrupt:
+        with interrupt.abortable():
+            done.append("whole")
+        with pytest.raises(Stopped), interrupt.abortable():
+            done.extend(["begun", send(signal.SIGTERM), "not reached"])
+        with pytest.raises(Stopped), interrupt.abortable():
+            done.append("not begun")
+    assert done == ["whole"]
+
+
+class Finalizer:
+    def __del__(self) -> None:
+        send(signal.SIGTERM)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_request_that_a_finalizer_swallows_is_raised_at_the_end() -> None:
+    with Interrupt() as interrupt, pytest.raises(Stopped), interrupt.abortable():
+        Finalizer()
+
+
+def test_outside_the_abortable_part_a_request_waits() -> None:
+    with Interrupt() as interrupt:
+        with interrupt.abortable():
+            pass
+        send(signal.SIGINT)
+        assert interrupt.requested == "SIGINT"

@@ -12,7 +12,7 @@ from torch import nn
 from fastbyol import config_io
 from fastbyol.config import Config, resolve
 from fastbyol.data import embedded, loader
-from fastbyol.engine import checkpoint, trainer
+from fastbyol.engine import checkpoint, record, trainer
 from fastbyol.engine.device import pick_device
 from fastbyol.engine.observer import Observer
 from fastbyol.engine.origin import source_file
@@ -78,6 +78,9 @@ def _load(path: Path, weights: str) -> tuple[Config, nn.Module, int]:
         with RunFolder.open(path, lock=False) as folder:
             config = folder.config
             loaded = None if weights == "random" else checkpoint.load_latest(folder.checkpoints)
+            made_with = loaded.meta["config"] if loaded is not None else folder.env.get("config")
+            if isinstance(made_with, str):
+                record.refuse_changed(path, config, made_with, str(path))
     else:
         loaded = checkpoint.load(path)
         config = config_io.parse(loaded.meta["config"], where=str(path))

@@ -6,6 +6,7 @@ import html
 import importlib.util
 import io
 import json
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fastbyol.engine import record
 from fastbyol.engine.durable import write_text, writing
 from fastbyol.engine.run_folder import RunFolder
 from fastbyol.engine.telemetry import read_layers, read_metrics
@@ -21,6 +23,7 @@ from fastbyol.errors import UsageError
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+_log = logging.getLogger(__name__)
 # Colours of the Okabe-Ito palette, which colour-blind readers can tell apart (Okabe and Ito, 2008).
 BLUE, ORANGE, GREEN, RED = "#0072B2", "#E69F00", "#009E73", "#D55E00"
 STATE_COLOURS = {"collapsed": "#f7d6d0", "collapsing": "#fcebc8", "recovering": "#d5eaf5"}
@@ -49,6 +52,8 @@ def read(run: Path) -> Story:
     """Collect a run's metrics and layer telemetry. A run without a finished step is a ``UsageError``."""
     with RunFolder.open(run, lock=False) as folder:
         config = folder.config
+    for doubt in record.doubts(run, config, folder.env.get("config")):
+        _log.warning("%s", doubt)
     rows, events = read_metrics(folder.path)
     if not rows:
         raise UsageError(f"{run}: no step was recorded yet: nothing to draw")

@@ -1,13 +1,12 @@
 """Checkpoints: exact, atomic, checksummed, never unpickled.
 
-One safetensors file per step, ``ckpt-<step, nine digits or more>.safetensors``. Its metadata hold the format's name, the
-step, ``meta`` as JSON and a BLAKE2b digest over all of it and every tensor's name, dtype, shape and bytes: safetensors itself
-would read flipped bits without a word.
+One safetensors file per step, ``ckpt-<step, nine digits or more>.safetensors``. Its metadata hold one JSON text, since
+safetensors writes several in any order: the format's name, ``meta`` with the step, and a BLAKE2b digest over all of it and
+every tensor's name, dtype, shape and bytes, because safetensors itself would read flipped bits without a word.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -18,10 +17,11 @@ import safetensors
 import safetensors.torch
 import torch
 
-from fastbyol.engine.durable import remove_temporaries, write_atomically, writing
+from fastbyol.engine.durable import new_digest, remove_temporaries, write_atomically, writing
 from fastbyol.errors import UsageError
 
 FORMAT = "fastbyol-checkpoint-1"
+METADATA_KEY = "fastbyol"
 _GOING_BACK = ": going back to the checkpoint before"
 
 
@@ -54,9 +54,9 @@ def save(folder: Path, step: int, tensors: Mapping[str, torch.Tensor], meta: Map
     """
     path = _path(folder, step)
     owned = {name: _owned(tensor) for name, tensor in tensors.items()}
-    text = json.dumps({**meta, "step": step})
-    metadata = {"format": FORMAT, "meta": text, "digest": _digest(text, owned)}
-    content = safetensors.torch.save(owned, metadata)
+    meta = {**meta, "step": step}
+    metadata = json.dumps({"format": FORMAT, "digest": _digest(meta, owned), "meta": meta})
+    content = safetensors.torch.save(owned, {METADATA_KEY: metadata})
     with writing(path, "; earlier checkpoints are intact"):
         remove_temporaries(folder)
         write_atomically(path, lambda file: file.write(content))
@@ -140,9 +140,9 @@ def _owned(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
 
 
-def _digest(text: str, tensors: Mapping[str, torch.Tensor]) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    digest.update(json.dumps([FORMAT, text]).encode())
+def _digest(meta: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> str:
+    digest = new_digest()
+    digest.update(json.dumps([FORMAT, meta]).encode())
     for name in sorted(tensors):
         tensor = tensors[name]
         digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
@@ -153,18 +153,28 @@ def _digest(text: str, tensors: Mapping[str, torch.Tensor]) -> str:
 def _read(path: Path) -> Checkpoint:
     try:
         with safetensors.safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
+            text = (file.metadata() or {}).get(METADATA_KEY, "{}")
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
     except OSError as error:
         raise _UnusableError(f"cannot read: {error.strerror or error}") from None
     except safetensors.SafetensorError as error:
         raise _UnusableError(f"damaged or no checkpoint ({error})") from None
-    if metadata.get("format") != FORMAT:
-        raise _UnusableError(f"not a checkpoint of this version of fastbyol (format {metadata.get('format')}, not {FORMAT})")
-    text = metadata.get("meta", "")
-    if metadata.get("digest") != _digest(text, tensors):
+    said = _parsed(text)
+    if said.get("format") != FORMAT:
+        raise _UnusableError(f"not a checkpoint of this version of fastbyol (format {said.get('format')!r}, not {FORMAT!r})")
+    meta = said.get("meta")
+    if not isinstance(meta, dict) or said.get("digest") != _digest(meta, tensors):
         raise _UnusableError("damaged (its checksum differs)")
-    meta = json.loads(text)
     if _step_of(path) not in (None, meta["step"]):
         raise _UnusableError(f"holds step {meta['step']}, not what its name says")
     return Checkpoint(tensors, meta, path)
+
+
+def _parsed(text: str) -> dict[str, Any]:
+    try:
+        said = json.loads(text)
+    except (ValueError, RecursionError):
+        said = None
+    if not isinstance(said, dict):
+        raise _UnusableError("damaged (its metadata is no JSON object)")
+    return said

@@ -7,10 +7,12 @@ time before a job's end (``sbatch --signal=USR1@60``).
 from __future__ import annotations
 
 import signal
+import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType, TracebackType
+from typing import Any
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
@@ -33,13 +35,14 @@ class Interrupt:
     @contextmanager
     def abortable(self) -> Iterator[None]:
         """Work that can be done again and may take long: a request raises ``Stopped`` in it, at its start and at its end."""
-        self._abortable = True
+        before = sys.unraisablehook
+        self._abortable, sys.unraisablehook = True, _unless_stopped(before)
         try:
             self._stop()
             yield
-            self._stop()  # a finalizer swallows exceptions: what came within one is raised here
+            self._stop()  # finalizers and C's callbacks swallow exceptions: what came within one is raised here
         finally:
-            self._abortable = False
+            self._abortable, sys.unraisablehook = False, before
 
     def __enter__(self) -> Interrupt:
         if threading.current_thread() is threading.main_thread():
@@ -64,3 +67,13 @@ class Interrupt:
     def _stop(self) -> None:
         if self.requested:
             raise Stopped(self.requested)
+
+
+def _unless_stopped(hook: Callable[[Any], object]) -> Callable[[Any], None]:
+    """``sys.unraisablehook`` without a report of ``Stopped``: it was not lost."""
+
+    def report(args: Any) -> None:
+        if not isinstance(args.exc_value, Stopped):
+            hook(args)
+
+    return report

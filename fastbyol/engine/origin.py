@@ -1,4 +1,4 @@
-"""Where a run's weights and its right to go on come from: the configuration it was made with, and another run's weights."""
+"""A new run from another run's weights."""
 
 from __future__ import annotations
 
@@ -7,33 +7,9 @@ from pathlib import Path
 import torch
 
 from fastbyol import config_io
-from fastbyol.config import Config, resolve
 from fastbyol.engine import checkpoint
 from fastbyol.engine.step import TrainState
 from fastbyol.errors import UsageError
-
-# What may change between two stretches of a run: no number of it depends on these.
-FREE = frozenset(
-    (
-        *("data.cache", "data.workers", "train.max_skipped_steps"),
-        *("run.checkpoint_every_steps", "run.drain_every_steps", "run.keep_checkpoints"),
-    )
-)
-
-
-def refuse_changed(run: Path, config: Config, recorded: str, where: str) -> None:
-    """Raise UsageError where ``config`` is not what ``recorded``, a config.toml kept in ``where``, says, but for ``FREE``."""
-    now, then = config_io.flatten(config), config_io.flatten(resolve(config_io.parse(recorded, where)))
-    for key in now:
-        if now[key] != then[key] and key not in FREE:
-            raise UsageError(
-                f"{run / 'config.toml'}: {key} is {_shown(now[key])}, the run was made with {_shown(then[key])}: put it back, "
-                f"or start another run from these weights with `fastbyol train --init-from {run}`"
-            )
-
-
-def _shown(value: object) -> str:
-    return "not set" if value is None else config_io.show(value)
 
 
 def source_file(run_or_file: Path) -> tuple[Path, tuple[str, ...]]:

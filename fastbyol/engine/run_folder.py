@@ -13,7 +13,7 @@ from typing import Any
 
 from fastbyol import config_io
 from fastbyol.config import Config
-from fastbyol.engine import metrics_file
+from fastbyol.engine import metrics_file, record
 from fastbyol.engine.durable import write_text
 from fastbyol.engine.environment import environment
 from fastbyol.engine.lock import LOCK, Lock, is_held
@@ -162,7 +162,10 @@ def list_runs(root: Path) -> list[RunRow]:
 
 
 def _row(path: Path) -> RunRow:
-    epochs = config_io.read_run(path / CONFIG).train.epochs
+    with RunFolder.open(path, lock=False) as folder:
+        epochs = folder.config.train.epochs
+        for doubt in record.doubts(path, folder.config, folder.env.get("config")):
+            _log.warning("%s", doubt)
     events = [event for event in _events(path) if event["event"] == "epoch"]
     last = events[-1] if events else {}
     accuracies = [event["accuracy"] for event in events if event.get("accuracy") is not None]

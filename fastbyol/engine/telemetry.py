@@ -23,7 +23,7 @@ from fastbyol.engine.durable import Written, writing
 from fastbyol.engine.layers_file import LayersFile, read_layers
 from fastbyol.engine.metrics_file import MetricsFile, read_metrics
 
-__all__ = ["StepValues", "Telemetry", "damage", "read_layers", "read_metrics"]
+__all__ = ["StepValues", "Telemetry", "read_layers", "read_metrics"]
 
 
 class StepValues(Protocol):
@@ -33,14 +33,6 @@ class StepValues(Protocol):
     def values(self) -> torch.Tensor: ...
     @property
     def layers(self) -> torch.Tensor: ...
-
-
-def damage(folder: Path, written: Mapping[str, Sequence[Any]]) -> str | None:
-    """What of ``Telemetry.written`` is no longer in the folder's files as it was; None where all is."""
-    for name, is_whole in ((metrics_file.NAME, metrics_file.is_whole), (layers_file.NAME, layers_file.is_whole)):
-        if name in written and not is_whole(folder, Written(*written[name])):
-            return f"{folder / name}: is not what was written: cut, changed or lost"
-    return None
 
 
 class Telemetry:

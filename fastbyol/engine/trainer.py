@@ -14,7 +14,7 @@ import torch
 from fastbyol import views
 from fastbyol.config import Config
 from fastbyol.data import embedded, loader
-from fastbyol.engine import checkpoint, guards, metrics_file, origin, telemetry
+from fastbyol.engine import checkpoint, guards, metrics_file, origin, record
 from fastbyol.engine.device import dtype_of, pick_device
 from fastbyol.engine.interrupt import Interrupt, Stopped
 from fastbyol.engine.observer import EpochEnd, Observer, Progress, Silent, Start
@@ -181,16 +181,16 @@ class Trainer:
         if checkpoint.newest(self.folder.checkpoints) is None:
             self._refuse_lost_checkpoints()
             if isinstance(made_with := self.folder.env.get("config"), str):
-                origin.refuse_changed(run, config, made_with, str(run / "env.json"))
+                record.refuse_changed(run, config, made_with, str(run / "env.json"))
             if config.train.init_from:
                 origin.take_weights(self.state, Path(config.train.init_from))
             return 0
         loaded = checkpoint.load_latest(
-            self.folder.checkpoints, doubt=lambda found: telemetry.damage(run, found.meta["telemetry"])
+            self.folder.checkpoints, doubt=lambda found: record.damage(run, found.meta["telemetry"])
         )
         for warning in loaded.warnings:
             self.observer.note(warning)
-        origin.refuse_changed(run, config, loaded.meta["config"], str(loaded.path))
+        record.refuse_changed(run, config, loaded.meta["config"], str(loaded.path))
         self.state.load_tensors(loaded.tensors)
         self._written = loaded.meta["telemetry"]
         self.owes_epoch_end = loaded.meta["owes_epoch_end"]

@@ -53,7 +53,6 @@ class Finalizer:
         send(signal.SIGTERM)
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_request_that_a_finalizer_swallows_is_raised_at_the_end() -> None:
     with Interrupt() as interrupt, pytest.raises(Stopped), interrupt.abortable():
         Finalizer()

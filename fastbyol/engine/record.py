@@ -1,0 +1,88 @@
+"""Whether a run's files still are what the run wrote: its configuration, metrics.jsonl, layers.npz.
+
+Checkpoints hold the configuration and digests of both records as they were when it was saved; env.json holds the configuration
+from the start. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from fastbyol import config_io
+from fastbyol.config import Config, resolve
+from fastbyol.engine import layers_file, metrics_file
+from fastbyol.engine.durable import Written
+from fastbyol.errors import UsageError
+
+# What may change between two stretches of a run: no number of it depends on these.
+FREE = frozenset(
+    (
+        *("data.cache", "data.workers", "train.max_skipped_steps"),
+        *("run.checkpoint_every_steps", "run.drain_every_steps", "run.keep_checkpoints"),
+    )
+)
+_HEADER_BYTES = 100_000_000  # the most that safetensors allows
+
+
+def changed(run: Path, config: Config, recorded: str, where: str) -> str | None:
+    """Which key of the run's ``config`` is not what ``recorded``, a config.toml kept in ``where``, says; None where all are.
+
+    Keys of ``FREE`` do not count. Raises UsageError where ``recorded`` is damaged itself.
+    """
+    now, then = config_io.flatten(config), config_io.flatten(resolve(config_io.parse(recorded, where)))
+    for key in now:
+        if now[key] != then[key] and key not in FREE:
+            return f"{run / 'config.toml'}: {key} is {_shown(now[key])}, the run was made with {_shown(then[key])}"
+    return None
+
+
+def refuse_changed(run: Path, config: Config, recorded: str, where: str) -> None:
+    """Raise UsageError where ``changed`` finds a key."""
+    change = changed(run, config, recorded, where)
+    if change:
+        raise UsageError(
+            f"{change}: put it back, or start another run from these weights with `fastbyol train --init-from {run}`"
+        )
+
+
+def damage(folder: Path, written: Mapping[str, Sequence[Any]]) -> str | None:
+    """What of ``Telemetry.written`` is no longer in the run's files as it was; None where all is."""
+    for name, is_whole in ((metrics_file.NAME, metrics_file.is_whole), (layers_file.NAME, layers_file.is_whole)):
+        if not is_whole(folder, Written(*written[name])):
+            return f"{folder / name}: is not what was written: cut, changed or lost"
+    return None
+
+
+def doubts(run: Path, config: Config, made_with: object) -> Iterator[str]:
+    """What of the run's files is not as it was written, for commands that only read. ``made_with`` is env.json's ``config``."""
+    try:
+        if isinstance(made_with, str) and (change := changed(run, config, made_with, str(run / "env.json"))):
+            yield change
+    except UsageError as error:
+        yield str(error)
+    try:
+        what = damage(run, _last_meta(run / "checkpoints")["telemetry"])
+    except (LookupError, TypeError):  # no checkpoint, or a damaged one, which whoever loads it will say
+        return
+    if what:
+        yield what
+
+
+def _last_meta(checkpoints: Path) -> dict[str, Any]:
+    """``meta`` of the newest checkpoint, from its header; empty where there is none that can be read."""
+    path = max(checkpoints.glob("ckpt-*.safetensors"), default=checkpoints)  # names are padded with zeros
+    try:
+        with path.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(min(size, _HEADER_BYTES)))
+        meta = json.loads(header["__metadata__"]["fastbyol"])["meta"]
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return {}
+    return meta if isinstance(meta, dict) else {}
+
+
+def _shown(value: object) -> str:
+    return "not set" if value is None else config_io.show(value)

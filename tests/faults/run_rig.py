@@ -1,0 +1,130 @@
+"""What the tests that hurt runs share: a tiny run in a process of its own, and what must be equal in the end.
+
+Processes come from a fork server that has the slow imports behind it and no threads yet, so that one costs about a second.
+Counts are small in ``make test`` and those of the table in README.md with ``FASTBYOL_FAULTS=full`` (``make faults``).
+"""
+
+from __future__ import annotations
+
+import mmap
+import multiprocessing
+import os
+import sys
+from collections.abc import Callable
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+from fastbyol import api, cli, config_io, report
+from fastbyol.config import Config
+from fastbyol.engine import checkpoint, trainer
+from fastbyol.evaluation import protocol
+from tiny import beton_files, tiny_config
+
+FULL = os.environ.get("FASTBYOL_FAULTS") == "full"
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["fastbyol.api", "fastbyol.cli", "fastbyol.report", "ffcv.loader", "rich.live"])
+PHASES = ("start", "step", "probe", "checkpoint", "end")
+# One child's life on a machine that does other things too.
+PATIENCE_S = 120.0
+
+
+def many(small: int, full: int) -> int:
+    """How often a fault is injected: the count for every day, or that of ``make faults``."""
+    return full if FULL else small
+
+
+def make_config(folder: Path, *sets: str) -> Config:
+    """Three epochs of six steps, a checkpoint every other step."""
+    return tiny_config(beton_files(folder), "run.checkpoint_every_steps=2", *sets)
+
+
+class Marks:
+    """What a child is doing, in a byte that outlives it."""
+
+    def __init__(self, path: Path) -> None:
+        path.write_bytes(b"\0")
+        self.path = path
+
+    @property
+    def phase(self) -> str:
+        return PHASES[self.path.read_bytes()[0]]
+
+
+def _marking(byte: mmap.mmap, phase: str, work: Callable[..., Any]) -> Callable[..., Any]:
+    def marked(*args: Any, **kwargs: Any) -> Any:
+        before, byte[0] = byte[0], PHASES.index(phase)
+        try:
+            return work(*args, **kwargs)
+        finally:
+            byte[0] = before
+
+    return marked
+
+
+def _mark_phases(path: Path) -> None:
+    with path.open("r+b") as file:
+        byte = mmap.mmap(file.fileno(), 1)
+    byte[0] = 0
+    for owner, name, phase in (
+        (trainer.Trainer, "_loop", "step"),
+        (protocol, "evaluate", "probe"),
+        (checkpoint, "save", "checkpoint"),
+        (cli, "_finish", "end"),
+    ):
+        setattr(owner, name, _marking(byte, phase, getattr(owner, name)))
+
+
+def _go_on(run: Path, config: Config, marks: Path) -> None:
+    _mark_phases(marks)
+    if (run / "config.toml").exists():
+        api.resume(run)
+    else:
+        api.train(config, run)
+
+
+def start(run: Path, config: Config, marks: Marks) -> BaseProcess:
+    """A child that trains the run or goes on with it."""
+    process = PROCESSES.Process(target=_go_on, args=(run, config, marks.path))
+    process.start()
+    return process
+
+
+def _command(arguments: tuple[str, ...], output: Path, marks: Path) -> None:
+    os.setsid()
+    descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    _mark_phases(marks)
+    report.available = lambda: False  # two seconds of drawing that these tests are not about
+    sys.argv = ["fastbyol", *arguments]
+    cli.main()
+
+
+def command(run: Path, config: Config, output: Path, marks: Marks) -> BaseProcess:
+    """``fastbyol train`` or ``resume`` in a session of its own, what it says in ``output``."""
+    arguments: tuple[str, ...] = ("resume", str(run))
+    if not (run / "config.toml").exists():
+        file = Path(config.data.train).with_name("config.toml")  # one place, since origins name it
+        file.write_text(config_io.dump(config))
+        arguments = ("train", "--config", str(file), "--out", str(run))
+    process = PROCESSES.Process(target=_command, args=(arguments, output, marks.path))
+    process.start()
+    return process
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """Oldest first."""
+    return sorted((run / "checkpoints").glob("ckpt-*.safetensors"))
+
+
+def contents(run: Path) -> dict[str, bytes]:
+    """Every byte that must be the same whatever happened on the way: the last checkpoint and both records."""
+    files = (checkpoints(run)[-1], run / "metrics.jsonl", run / "layers.npz")
+    return {path.name: path.read_bytes() for path in files}
+
+
+def leftovers(run: Path) -> list[str]:
+    """Files that no finished run holds."""
+    known = {"config.toml", "env.json", "metrics.jsonl", "layers.npz", "timing.jsonl", ".lock", "checkpoints", "report.html"}
+    return [path.name for path in run.iterdir() if path.name not in known]

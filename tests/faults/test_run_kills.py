@@ -1,0 +1,52 @@
+"""Killed at any instant, again and again, a run ends as if nothing had been."""
+
+from __future__ import annotations
+
+import random
+import signal
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import run_rig as rig
+
+KILLS = rig.many(10, 200)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float]:
+    """The uninterrupted run and how long it took in a warm child, seconds."""
+    folder = tmp_path_factory.mktemp("whole")
+    for name in ("warm", "run"):  # the first child pays for what the machine has not read yet
+        began = time.monotonic()
+        process = rig.start(folder / name, rig.make_config(folder), rig.Marks(folder / "marks"))
+        process.join(rig.PATIENCE_S)
+        assert process.exitcode == 0
+    return folder / "run", time.monotonic() - began
+
+
+def test_killed_at_random_instants_a_run_ends_bit_for_bit_as_the_uninterrupted_one(
+    whole: tuple[Path, float], tmp_path: Path
+) -> None:
+    """Each child is killed after a random part of a whole run's time, so a run may be killed several times before its end."""
+    reference, seconds = rig.contents(whole[0]), whole[1]
+    config, marks = rig.make_config(whole[0].parent), rig.Marks(tmp_path / "marks")
+    draw, kills, runs = random.Random(6), Counter[str](), 0
+    while sum(kills.values()) < KILLS or (tmp_path / f"run{runs}").exists():
+        run = tmp_path / f"run{runs}"
+        process = rig.start(run, config, marks)
+        if sum(kills.values()) < KILLS:
+            process.join(draw.uniform(0.0, seconds))
+            process.kill()
+        process.join(rig.PATIENCE_S)
+        if process.exitcode == -signal.SIGKILL:
+            kills[marks.phase] += 1
+            continue
+        assert process.exitcode == 0
+        assert rig.contents(run) == reference
+        assert rig.leftovers(run) == []
+        runs += 1
+    print(f"{sum(kills.values())} kills over {runs} runs: {dict(kills)}")
+    if rig.FULL:
+        assert all(kills[phase] for phase in ("start", "step", "probe", "checkpoint")), kills

@@ -14,7 +14,13 @@ from rich.text import Text
 
 from fastbyol.engine.observer import EpochEnd, Progress, Start
 
-STATE_STYLE = {"healthy": "green", "collapsing": "yellow", "collapsed": "bold red", "recovering": "cyan"}
+STATE_STYLE = {
+    "healthy": "green",
+    "collapsing": "yellow",
+    "collapsed": "bold red",
+    "recovering": "cyan",
+    "dead": "bold white on red",
+}
 # Rows of finished epochs that stay on the screen: what fits a terminal of 24 lines beside header and bar.
 EPOCHS_SHOWN = 12
 

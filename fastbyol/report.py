@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 # Colours of the Okabe-Ito palette, which colour-blind readers can tell apart (Okabe and Ito, 2008).
 BLUE, ORANGE, GREEN, RED = "#0072B2", "#E69F00", "#009E73", "#D55E00"
-STATE_COLOURS = {"collapsed": "#f7d6d0", "collapsing": "#fcebc8", "recovering": "#d5eaf5"}
+STATE_COLOURS = {"collapsed": "#f7d6d0", "collapsing": "#fcebc8", "recovering": "#d5eaf5", "dead": "#cfcfcf"}
 
 
 @dataclass(frozen=True)
@@ -177,6 +177,8 @@ def page(story: Story, config_text: str, env: dict[str, Any]) -> str:
         facts += [("state", last["state"]), ("loss", f"{last['loss']:.4g}"), ("negative cosine", f"{last['neg_cos']:.4f}")]
         accuracies = [event["accuracy"] for event in story.epoch_events if event["accuracy"] is not None]
         facts += [("accuracy", f"{accuracies[-1]:.1f} %")] if accuracies else []
+        ranks = [event["rank_y"] for event in story.epoch_events if event.get("rank_y") is not None]
+        facts += [("effective rank of the embeddings", f"{ranks[-1]:.1f}")] if ranks else []
     table = "".join(f"<tr><th>{html.escape(name)}</th><td>{html.escape(str(value))}</td></tr>" for name, value in facts)
     key = "".join(f'<span style="background:{colour}">{state}</span>' for state, colour in STATE_COLOURS.items())
     pictures = "".join(f"<h2>{title}</h2>{_svg(figure(story, draw))}" for _, title, draw in PICTURES)

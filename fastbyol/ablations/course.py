@@ -24,6 +24,7 @@ from fastbyol.evaluation.collapse import CollapseMonitor
 Phase = Literal["fresh", "collapsed", "between", "separated"]
 Signal = Literal["cosines", "loss", "accuracy"]
 
+SIGNALS = ("neg_cos", "pos_cos", "std_z", "rank_y", "dead_y", "grad_norm")
 LOSS_COLLAPSED, LOSS_SEPARATED = 2e-3, 0.1
 ACCURACY_USEFUL, ACCURACY_SAYS_NOTHING_BEFORE = 40.0, 10
 
@@ -101,14 +102,15 @@ def course(run: Evidence) -> Course:
 def _by_cosines(run: Evidence, known: np.ndarray) -> Iterator[Phase]:
     monitor = CollapseMonitor()
     for index in np.flatnonzero(known):
-        negative, positive, std = (float(values[index]) for values in (run.neg_cos, run.pos_cos, run.std_z))
-        # Where a figure's positive curve cannot be seen it lies under the negative one. Nobody published a standard deviation.
-        positive = positive if np.isfinite(positive) else negative
-        state = monitor.update(step=int(index), neg_cos=negative, pos_cos=positive, std=std if np.isfinite(std) else 1.0)
+        seen = {name: float(getattr(run, name)[index]) for name in SIGNALS}
+        # Where a figure's positive curve cannot be seen it lies under the negative one. Nobody published a spread.
+        seen["pos_cos"] = seen["pos_cos"] if np.isfinite(seen["pos_cos"]) else seen["neg_cos"]
+        seen["std_z"] = seen["std_z"] if np.isfinite(seen["std_z"]) else 1.0
+        state = monitor.update(step=int(index), **seen)
         if state == "healthy":
             yield "separated" if monitor.separated else "fresh"
         else:
-            yield "collapsed" if state == "collapsed" else "between"
+            yield "collapsed" if state in ("collapsed", "dead") else "between"
 
 
 def _by_loss(run: Evidence, known: np.ndarray) -> Iterator[Phase]:

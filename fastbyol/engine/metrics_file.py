@@ -74,7 +74,8 @@ class MetricsFile:
         there are no others all are NaN."""
         counted = [row for row in self._epoch_rows if not _was_skipped(row)]
         rows = {name: self._epoch_rows if name == "skipped" else counted for name in self._names}
-        return {name: _mean([row[name] for row in rows[name]]) for name in self._names}
+        # A run begun before a metric was thought of has no column for it.
+        return {name: _mean([row.get(name, math.nan) for row in rows[name]]) for name in self._names}
 
     @property
     def written(self) -> Written:

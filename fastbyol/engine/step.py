@@ -33,7 +33,7 @@ from fastbyol_kernels.lars_ema import LAYER_METRICS, Rule, lars_ema
 
 __all__ = ["LAYER_METRICS", "METRICS", "StepMetrics", "TrainState", "train_step"]
 
-METRICS = ("loss", "pos_cos", "neg_cos", "std_z", "std_y", "grad_norm", "lr", "tau")
+METRICS = ("loss", "pos_cos", "neg_cos", "std_z", "std_y", "dead_y", "grad_norm", "lr", "tau")
 
 
 class StepMetrics(NamedTuple):
@@ -41,7 +41,8 @@ class StepMetrics(NamedTuple):
 
     loss is as it was minimised, scale included. pos_cos and neg_cos are mean cosines of online projections z(v) and target
     projections z'(v') of the same and of different images, averaged over the two orders of the views. std_z and std_y are the
-    spread of projections and embeddings (``model.objective``), grad_norm is the whole gradient's, lr and tau are this step's.
+    spread of projections and embeddings, dead_y is the share of embedding units that are 0 over the whole batch
+    (``model.objective``), grad_norm is the whole gradient's, lr and tau are this step's.
     """
 
     values: Tensor

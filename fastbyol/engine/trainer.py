@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -264,17 +264,19 @@ class Trainer:
         img_s = self.pace.update(self.step)
         try:
             with interrupt.abortable():
-                measured = self._probe(epoch)
+                measured, rank = self._probe(epoch)
         except Stopped:
             self._save()
             return
         self.owes_epoch_end = False
         self.epoch_means = means
         if self.telemetry.skipped_in_row < self.steps_per_epoch:  # else there is nothing to observe
-            self.monitor.update(step=self.step, neg_cos=means["neg_cos"], pos_cos=means["pos_cos"], std=means["std_z"])
+            self._watch(means, rank)
         if measured is not None:
             self.accuracy = measured
-        self.telemetry.event("epoch", step=self.step, epoch=epoch, state=self.monitor.state, accuracy=measured, **means)
+        self.telemetry.event(
+            "epoch", step=self.step, epoch=epoch, state=self.monitor.state, accuracy=measured, rank_y=rank, **means
+        )
         left = self.pace.left_s(self.total_steps - self.step)
         self.observer.epoch_end(
             EpochEnd(epoch, self.config.train.epochs, self.step, img_s, left, self.monitor.state, measured, means)
@@ -283,10 +285,19 @@ class Trainer:
         self.pace.restart()
         self._stop_if_collapsed(epoch)
 
-    def _probe(self, epoch: int) -> float | None:
+    def _watch(self, means: dict[str, float], rank: float | None) -> None:
+        """Tell the monitor of the epoch, and the run's file of every change of state."""
+        known = len(self.monitor.events)
+        watched = {name: means[name] for name in ("neg_cos", "pos_cos", "std_z", "dead_y", "grad_norm")}
+        self.monitor.update(step=self.step, rank_y=rank, **watched)
+        for event in self.monitor.events[known:]:
+            self.telemetry.event("state", **asdict(event))
+
+    def _probe(self, epoch: int) -> tuple[float | None, float | None]:
+        """Accuracy in percent and effective rank of the embeddings; None and None where this epoch is not probed."""
         every, last = self.config.probe.every_epochs, epoch + 1 == self.config.train.epochs
         if self.test is None or not (last or (every and (epoch + 1) % every == 0)):
-            return None
+            return None, None
         result = protocol.evaluate(
             self.config.probe.protocol,
             self.state.online.encoder,
@@ -295,7 +306,8 @@ class Trainer:
             views=self.config.views,
             device=self.device,
         )
-        return float(result["accuracy"])
+        # Six digits: the last ones depend on the number of threads, and a resumed run may have others.
+        return float(result["accuracy"]), float(f"{result['rank']:.6g}")
 
     def _save(self) -> None:
         self.telemetry.flush()
@@ -340,7 +352,7 @@ class Trainer:
         return f"{start} and a lower optim.lr, or with train.precision = fp32"
 
     def _stop_if_collapsed(self, epoch: int) -> None:
-        if self.config.train.stop_on_collapse and self.monitor.state == "collapsed":
+        if self.config.train.stop_on_collapse and self.monitor.state in ("collapsed", "dead"):
             raise CollapsedError(
                 f"{self.folder.path}: collapsed in epoch {epoch + 1} (negative cosine {self.epoch_means['neg_cos']:.4f}); "
                 f"saved at step {self.step}"

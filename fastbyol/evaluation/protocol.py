@@ -26,6 +26,7 @@ from fastbyol.errors import UsageError
 from fastbyol.evaluation.features import embed
 from fastbyol.evaluation.knn import knn_accuracy
 from fastbyol.evaluation.probe import logistic_multinomial, logistic_one_vs_rest
+from fastbyol.evaluation.rank import effective_rank
 
 PROTOCOLS = ("blog", "linear", "knn")
 BLOG_BATCH = 256
@@ -63,7 +64,8 @@ def evaluate(
     """Accuracy of ``encoder``, which is on ``device``, under ``protocol``; see the head of this file.
 
     Returns ``protocol``, ``accuracy`` and ``train_accuracy`` in percent (the latter None for ``knn``), ``num_train``,
-    ``num_test``, ``num_classes`` (of the fitted rows), ``dim``, ``split`` and ``seconds``. Raises UsageError for data that the
+    ``num_test``, ``num_classes`` (of the fitted rows), ``dim``, ``rank`` (the effective rank of the scored rows' embeddings),
+    ``split`` and ``seconds``. Raises UsageError for data that the
     protocol cannot use and FastbyolError for an encoder whose embeddings are not finite.
     """
     if protocol not in PROTOCOLS:
@@ -81,6 +83,7 @@ def evaluate(
         "num_test": len(score),
         "num_classes": len(torch.unique(rows.fit_labels)),
         "dim": fit.shape[1],
+        "rank": effective_rank(score),
         "split": rows.split,
         "seconds": time.perf_counter() - began,
     }

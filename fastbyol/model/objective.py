@@ -27,15 +27,23 @@ def byol_loss(q: Tensor, projections: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def observe(output: OnlineOutput, projections: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """pos_cos, neg_cos, std_z, std_y of a batch, 0-d each; see ``engine.step.StepMetrics``. O(B D): no matrix of pairs."""
+def observe(output: OnlineOutput, projections: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """pos_cos, neg_cos, std_z, std_y, dead_y of a batch, 0-d each; see ``engine.step.StepMetrics``.
+
+    O(B D): no matrix of pairs.
+    """
     z, other = unit(output.z), _swap(unit(projections))
     pos = (z * other).sum(-1).mean()
     num_images = len(z) // NUM_VIEWS
     # The mean over all pairs of the two views is the product of the means; the diagonal is the positive pairs.
     pairs = (_by_view(z).mean(1) * _by_view(other).mean(1)).sum(-1).mean()
     neg = (pairs * num_images - pos) / (num_images - 1)
-    return pos, neg, spread(output.z), spread(output.y)
+    return pos, neg, spread(output.z), spread(output.y), dead_share(output.y).to(pos.dtype)
+
+
+def dead_share(y: Tensor) -> Tensor:
+    """Share of features of ``y`` (N, D) that are exactly 0 in every row: units whose ReLU passes nothing on. fp32, 0-d."""
+    return (y == 0).all(dim=0).float().mean()
 
 
 def spread(x: Tensor) -> Tensor:

@@ -104,7 +104,7 @@ class TestMadeUp:
     def test_a_dead_network_is_collapsed(self) -> None:
         """Zeros have cosine 0, which is no separation."""
         run = made_up("arm", dict.fromkeys((0, 23), 0.0))
-        zeros = dataclasses.replace(run, pos_cos=np.zeros(24), std_z=np.zeros(24))
+        zeros = dataclasses.replace(run, pos_cos=np.zeros(24), std_z=np.zeros(24), dead_y=np.ones(24))
         assert course(zeros).end == "collapsed"
 
     def test_onsets_are_told_in_epochs_and_steps(self) -> None:

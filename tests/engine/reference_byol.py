@@ -178,6 +178,7 @@ class Reference:
             "neg_cos": sum(negative) / len(negative),
             "std_z": (spread(z[0]) + spread(z[1])) / 2,
             "std_y": (spread(y[0]) + spread(y[1])) / 2,
+            "dead_y": sum(not torch.cat(y)[:, unit].any() for unit in range(y[0].shape[1])) / y[0].shape[1],
             "grad_norm": math.sqrt(sum(v.pow(2).sum().item() for v in g.values())),
             "lr": lr,
             "tau": tau,

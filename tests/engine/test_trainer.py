@@ -16,6 +16,7 @@ from safetensors.numpy import load_file
 
 from fastbyol import api
 from fastbyol.config import Config
+from fastbyol.engine import metrics_file
 from fastbyol.engine.observer import EpochEnd, Progress, Silent, Start
 from fastbyol.errors import CollapsedError, UsageError
 from tiny import STEPS_PER_EPOCH, beton_files, tiny_config
@@ -182,23 +183,42 @@ def test_streaming_and_resident_data_give_the_same_run(files: tuple[Path, Path],
     assert contents(tmp_path / "run") == contents(whole)
 
 
+# With a tau of 0 and no norm the target is the online net of a step ago: the shortest way to a constant.
+COLLAPSING = (
+    "model.norm=gn", "model.projector.norm=none", "model.predictor.norm=none", "schedule.tau=0.0",
+    "schedule.tau_schedule=constant", "optim.sgd_lr=0.5",
+)  # fmt: skip
+
+
 def test_stop_on_collapse_saves_and_raises(files: tuple[Path, Path], tmp_path: Path) -> None:
-    """With a tau of 0 and no norm the target is the online net of a step ago: the shortest way to a constant."""
-    config = tiny_config(
-        files,
-        "train.stop_on_collapse=true",
-        "model.norm=gn",
-        "model.projector.norm=none",
-        "model.predictor.norm=none",
-        "schedule.tau=0.0",
-        "schedule.tau_schedule=constant",
-        "optim.sgd_lr=0.5",
-        "train.epochs=40",
-        "probe.every_epochs=0",
-    )
+    config = tiny_config(files, "train.stop_on_collapse=true", "train.epochs=40", "probe.every_epochs=0", *COLLAPSING)
     with pytest.raises(CollapsedError, match="collapsed in epoch"):
         api.train(config, tmp_path / "run")
     assert list((tmp_path / "run" / "checkpoints").glob("*.safetensors"))
+
+
+def test_changes_of_state_are_events_with_their_signals_and_a_resumed_run_tells_the_same(
+    files: tuple[Path, Path], tmp_path: Path
+) -> None:
+    config = tiny_config(files, "train.epochs=6", "probe.every_epochs=2", "run.drain_every_steps=1", *COLLAPSING)
+    child(api.train, config, tmp_path / "whole")
+    events = metrics_file.read_events(tmp_path / "whole")
+    states = [event for event in events if event["event"] == "state"]
+    epochs = [event for event in events if event["event"] == "epoch"]
+    assert [event["after"] for event in states][:2] == ["collapsing", "collapsed"]
+    for event in states:
+        (epoch,) = (e for e in epochs if e["step"] == event["step"])
+        assert {name: event[name] for name in ("neg_cos", "pos_cos", "std_z", "dead_y", "grad_norm")} == {
+            name: epoch[name] for name in ("neg_cos", "pos_cos", "std_z", "dead_y", "grad_norm")
+        }
+    assert [event["rank_y"] is not None for event in epochs] == [False, True, False, True, False, True]
+    assert epochs[-1]["state"] == states[-1]["after"]
+    changed = states[1]["step"]
+    for at in (changed, changed + 2):
+        run = tmp_path / f"killed-{at}"
+        killed_run(config, run, at)
+        child(api.resume, run)
+        assert contents(run) == contents(tmp_path / "whole")
 
 
 def test_a_batch_larger_than_the_set_is_refused(files: tuple[Path, Path], tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from fastbyol.evaluation.probe import logistic_multinomial, logistic_one_vs_rest
 from fastbyol.evaluation.protocol import PROTOCOLS, check, evaluate, halves
 
 VIEWS = ViewsConfig(size=8, blur_kernel=3)
-KEYS = {"protocol", "accuracy", "train_accuracy", "num_train", "num_test", "num_classes", "dim", "split", "seconds"}
+KEYS = {"protocol", "accuracy", "train_accuracy", "num_train", "num_test", "num_classes", "dim", "rank", "split", "seconds"}
 
 
 class Images(NamedTuple):

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastbyol.model.byol import OnlineOutput
-from fastbyol.model.objective import byol_loss, observe, spread
+from fastbyol.model.objective import byol_loss, dead_share, observe, spread
 
 
 def rows(count: int, features: int, seed: int = 0) -> Tensor:
@@ -69,9 +69,16 @@ def test_cosines_are_means_over_pairs(batch: int, features: int, seed: int) -> N
     z, t = rows(2 * batch, features, seed), rows(2 * batch, features, seed + 1000)
     matrices = [F.normalize(a) @ F.normalize(b).T for a, b in ((z[:batch], t[batch:]), (z[batch:], t[:batch]))]
     off = ~torch.eye(batch, dtype=torch.bool)
-    pos, neg, _, _ = observe(OnlineOutput(z, z, z), t)
+    pos, neg, _, _, _ = observe(OnlineOutput(z, z, z), t)
     assert pos.item() == pytest.approx(sum(m.diagonal().mean().item() for m in matrices) / 2, abs=1e-12)
     assert neg.item() == pytest.approx(sum(m[off].mean().item() for m in matrices) / 2, abs=1e-12)
+
+
+def test_dead_units_are_those_that_are_zero_in_both_views_of_all_images() -> None:
+    y = torch.tensor([[0.0, 0.0, 1.0, 0.0], [0.0, 0.0, 0.0, -0.0], [0.0, 2.0, 0.0, 0.0], [0.0, 0.0, 3.0, 0.0]])
+    assert dead_share(y).item() == 0.5
+    assert observe(OnlineOutput(y, y + 1, y), y + 1)[4].item() == 0.5
+    assert dead_share(torch.full((4, 3), 1e-45)).item() == 0.0
 
 
 def test_spread_of_collapsed_and_even_representations() -> None:

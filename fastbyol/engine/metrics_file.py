@@ -158,7 +158,8 @@ def _reading(path: Path) -> Iterator[BinaryIO]:
 
 
 def _parse(lines: Iterable[bytes]) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(bytes, content) of each whole line, up to the first that is not one."""
+    """(bytes, content) of each whole line, up to the first that is not one or goes back in time."""
+    done = 0
     for line in lines:
         try:
             row = json.loads(line) if line.endswith(b"\n") else None
@@ -166,6 +167,9 @@ def _parse(lines: Iterable[bytes]) -> Iterator[tuple[int, dict[str, Any]]]:
             return
         if not isinstance(row, dict) or not isinstance(row.get("step"), int):
             return
+        if row["step"] < done:
+            return
+        done = row["step"] + ("event" not in row)
         yield len(line), row
 
 

@@ -28,10 +28,13 @@ app = typer.Typer(
 )
 presets_app = typer.Typer(help="The settings that ship with fastbyol.", no_args_is_help=True)
 app.add_typer(presets_app, name="presets")
+data_app = typer.Typer(help="Look into a beton file.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
 
 Json = Annotated[
     bool, typer.Option("--json", help="Print one JSON object on standard output, everything else on standard error.")
 ]
+BetonPath = Annotated[Path, typer.Argument(metavar="FILE", help="A beton file.")]
 RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]
 Protocol = Annotated[Literal["blog", "linear", "knn"], typer.Option(help="How accuracy is measured.")]
 TRAIN = "Training"
@@ -341,6 +344,66 @@ def runs(
         accuracy = "" if row.accuracy is None else f"{row.accuracy:.1f}%"
         table.add_row(row.name, f"{row.epochs_done}/{row.epochs}", row.state or "", neg, accuracy)
     Console(highlight=False).print(table)
+
+
+@data_app.command("verify")
+def data_verify(
+    file: BetonPath,
+    deep: Annotated[bool, typer.Option("--deep", help="Decode every sample, and look at its label.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Prove that a beton file is whole: its structure, and the checksums that convert wrote."""
+    from fastbyol.data.verify import verify
+
+    bar, progress = _progress(_console(as_json), "verifying")
+    with bar:
+        verdict = verify(file, deep=deep, progress=progress)
+    if as_json:
+        damaged = [{"sample": sample, "what": what} for sample, what in verdict.damaged]
+        _print_json(
+            {"path": str(file), "num_samples": verdict.info.num_samples, "sealed": verdict.sealed, "deep": deep}
+            | {"whole": not damaged, "damaged": damaged}
+        )
+    verdict.demand_whole()
+    if not as_json:
+        proved = "structure and checksums" if verdict.sealed else "structure (no checksums: not written by fastbyol)"
+        typer.echo(f"{file}: {verdict.info.num_samples} samples, {proved}{', every image decoded' if deep else ''}: whole")
+
+
+@data_app.command("info")
+def data_info(file: BetonPath, as_json: Json = False) -> None:
+    """What a beton file holds."""
+    from fastbyol.data import beton
+
+    info = beton.info_dict(beton.inspect(file))
+    if as_json:
+        _print_json(info)
+        return
+    table = Table(box=None, show_header=False)
+    for key, value in info.items():
+        text = ", ".join(f"{k}: {v}" for k, v in value.items()) if isinstance(value, dict) else str(value)
+        table.add_row(key.replace("_", " "), text)
+    Console(highlight=False, markup=False).print(table)
+
+
+@data_app.command("preview")
+def data_preview(
+    file: BetonPath,
+    out: Annotated[Path, typer.Option("--out", metavar="PNG", help="The picture to write.")] = Path("preview.png"),
+    count: Annotated[int, typer.Option(help="Samples, spread evenly over the file.")] = 24,
+    preset: Annotated[str, typer.Option(help="Whose views to show: demo, blog or paper.")] = "blog",
+    config: Annotated[Path | None, typer.Option("--config", metavar="FILE", help="TOML file over the preset.")] = None,
+    sets: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any key, e.g. views.size=32.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Draw images of a beton file, each with its two views of epoch 0."""
+    from fastbyol import preview
+
+    ids = preview.write(file, out, _load(preset, config, sets or (), {}).config, count=count)
+    if as_json:
+        _print_json({"written": str(out), "samples": ids})
+    else:
+        typer.echo(f"{out}: {len(ids)} samples of {file}: image, view 1, view 2")
 
 
 @presets_app.command("list")

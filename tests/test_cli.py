@@ -228,3 +228,25 @@ def test_doctor_names_what_is_there(run) -> None:
     assert checks["torch"]["ok"]
     assert checks["ffcv"]["ok"]
     assert code == 0
+
+
+def test_data_commands(run, beton: Path, tmp_path: Path) -> None:
+    code, out, _ = run("data", "info", beton, "--json")
+    info = json.loads(out)
+    assert (code, info["num_samples"], info["sealed"], sum(info["labels"].values())) == (0, 32, True, 32)
+    code, out, _ = run("data", "info", beton)
+    assert code == 0
+    assert "textures" in out
+    code, out, _ = run("data", "verify", beton, "--deep")
+    assert (code, out) == (0, f"{beton}: 32 samples, structure and checksums, every image decoded: whole\n")
+    code, out, _ = run("data", "preview", beton, "--set", "views.size=16", "--count", 5, "--json")
+    assert (code, json.loads(out)) == (0, {"written": "preview.png", "samples": [0, 8, 16, 23, 31]})
+    damaged = tmp_path / "damaged.beton"
+    data = bytearray(beton.read_bytes())
+    data[(1 << 21) + 10 * 768] ^= 1
+    damaged.write_bytes(data)
+    code, out, err = run("data", "verify", damaged, "--json")
+    verdict = json.loads(out)
+    assert (code, verdict["whole"], len(verdict["damaged"])) == (2, False, 1)
+    assert err.count("\n") == 1
+    assert "1 of 32 samples are damaged" in err

@@ -22,7 +22,7 @@ RANKS = (
     ("data", "views", "model", "optim"),
     ("evaluation",),
     ("engine",),
-    ("display", "report"),
+    ("display", "preview", "report"),
     ("ablations",),
     ("api",),
     ("demo", "doctor"),

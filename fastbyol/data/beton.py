@@ -1,6 +1,6 @@
 """Beton files, FFCV's container: verify one (``inspect``), describe it (``info_dict``), make one (``write``)."""
 
 from fastbyol.data.beton_layout import BetonInfo, Field, info_dict, inspect
-from fastbyol.data.beton_write import UnreadableItemError, UnreadableItemsError, write
+from fastbyol.data.beton_write import Progress, UnreadableItemError, UnreadableItemsError, write
 
-__all__ = ["BetonInfo", "Field", "UnreadableItemError", "UnreadableItemsError", "info_dict", "inspect", "write"]
+__all__ = ["BetonInfo", "Field", "Progress", "UnreadableItemError", "UnreadableItemsError", "info_dict", "inspect", "write"]

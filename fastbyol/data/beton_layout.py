@@ -1,31 +1,35 @@
 """The beton format, version 2, and the proof that a file keeps to it.
 
 FFCV maps a file and follows its pointers without a check, so a damaged one is wrong pixels, a hang or a dead process.
-``inspect`` proves everything that FFCV relies on before FFCV sees the file; pixels carry no checksum. Little-endian::
+``inspect`` proves everything that FFCV relies on before FFCV sees the file. FFCV's pixels and labels carry no checksum; files
+that fastbyol wrote do, in a manifest (``data.manifest``). Little-endian::
 
     0             header, 24 B: u16 version = 2, u16 fields F, u32 page size P, u64 samples N, u64 table pointer A
     24            F descriptors of 1041 B: u8 type, 16 B ASCII name, 1024 B arguments (of array fields only)
     24 + 1041 F   N rows of an aligned struct with one member a field
     D             that end rounded up to P: whole pages; a region (one sample's data) never crosses a page
+                  (files of fastbyol: the last of them hold the manifest and no region)
     A             to the end of the file: one {u64 sample, u64 pointer, u64 size} a region, in any order
 """
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import re
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fastbyol.data import beton_jpeg
+from fastbyol.data import beton_jpeg, manifest
+from fastbyol.data.manifest import Manifest
 from fastbyol.errors import UsageError
 
 VERSION = 2
@@ -67,7 +71,12 @@ class Field:
 
 @dataclass(frozen=True, eq=False)
 class BetonInfo:
-    """What a verified file holds. ``widths``, ``heights`` (N,) uint16 pixels and ``raw`` (N,) bool are of ``image_field``."""
+    """What a verified file holds.
+
+    Of ``image_field``, in file order: ``widths``, ``heights`` (N,) uint16 pixels, ``raw`` (N,) bool, and where each image's
+    data lies, ``starts``, ``sizes`` (N,) int64 bytes. ``labels`` (N,) int64 are those of ``label_field``. ``stamp`` tells
+    whether a file is still this one (``stamp_of``).
+    """
 
     path: Path
     num_samples: int
@@ -78,13 +87,24 @@ class BetonInfo:
     widths: NDArray[np.uint16]
     heights: NDArray[np.uint16]
     raw: NDArray[np.bool_]
+    starts: NDArray[np.int64]
+    sizes: NDArray[np.int64]
+    labels: NDArray[np.int64] | None
     num_bytes: int
+    manifest: Manifest | None
+    stamp: tuple[int, ...]
 
     @property
     def uniform_size(self) -> tuple[int, int] | None:
         """(height, width) in pixels if all images share it."""
         same = (self.widths == self.widths[0]).all() and (self.heights == self.heights[0]).all()
         return (int(self.heights[0]), int(self.widths[0])) if same else None
+
+
+def stamp_of(fd: int) -> tuple[int, ...]:
+    """What changes when the file is written to or is another: device, inode, bytes, time of the last write in ns."""
+    found = os.fstat(fd)
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
 @dataclass(frozen=True)
@@ -119,6 +139,10 @@ class _Layout:
     data_start: int
     table_start: int
 
+    @property
+    def rows_end(self) -> int:
+        return self.row_byte(self.samples)
+
     def row_byte(self, sample: int) -> int:
         return self.rows_start + sample * self.rows.dtype.itemsize
 
@@ -133,11 +157,13 @@ def inspect(path: str | Path, *, image_field: str | None = None, label_field: st
     int field, else none. Raises UsageError: no such file, unreadable, damaged, or no such field.
     """
     with _opened(Path(path)) as file:
+        stamp = stamp_of(file.fd)
         layout = _read_layout(file)
         image, label = _chosen(file, layout.fields, image_field), _chosen_label(file, layout.fields, label_field)
-        _verify_regions(file, layout)
+        table = _read_table(file, layout)
+        sizes = _verify_regions(file, layout, table)[image]
         rows = layout.rows[f"f{image}"]
-        return BetonInfo(
+        info = BetonInfo(
             path=file.path,
             num_samples=layout.samples,
             page_size=layout.page,
@@ -147,8 +173,34 @@ def inspect(path: str | Path, *, image_field: str | None = None, label_field: st
             widths=rows["width"].copy(),
             heights=rows["height"].copy(),
             raw=rows["mode"] == RAW,
+            starts=rows["ptr"].astype(np.int64),
+            sizes=sizes,
+            labels=None if label is None else layout.rows[f"f{label}"].astype(np.int64),
             num_bytes=file.num_bytes,
+            manifest=None,
+            stamp=stamp,
         )
+        return replace(info, manifest=_verified_manifest(file, layout, table, info))
+
+
+def seal(path: Path, note: Mapping[str, Any]) -> None:
+    """Give the file, just written by FFCV, its manifest with the checksums of what it holds now. Not atomic: for new files.
+
+    OSError when the disk is full.
+    """
+    info = inspect(path)
+    with _opened(path, os.O_RDWR) as file:
+        layout = _read_layout(file)
+        table = os.pread(file.fd, file.num_bytes - layout.table_start, layout.table_start)
+        checksums = manifest.region_checksums(file.fd, info.starts, info.sizes)
+        added = manifest.num_bytes(layout.samples, len(json.dumps(dict(note))), layout.page)
+        header = file.read(0, HEADER, 1)
+        header["table"] += added
+        _write_at(file.fd, table, layout.table_start + added)
+        _write_at(file.fd, header.tobytes(), 0)
+        structure = manifest.structure_checksum(file.fd, layout.rows_end, layout.table_start + added, file.num_bytes + added)
+        sealed = Manifest(file.num_bytes + added, structure, checksums, note)
+        _write_at(file.fd, sealed.pack(layout.page), layout.table_start)
 
 
 def info_dict(info: BetonInfo) -> dict[str, object]:
@@ -165,16 +217,32 @@ def info_dict(info: BetonInfo) -> dict[str, object]:
         "largest": [int(info.heights.max()), int(info.widths.max())],
         "num_raw": int(info.raw.sum()),
         "num_jpeg": int((~info.raw).sum()),
+        "labels": None if info.labels is None else _histogram(info.labels),
+        "sealed": info.manifest is not None,
+        "source": None if info.manifest is None else dict(info.manifest.note),
     }
 
 
+def _histogram(labels: NDArray[np.int64]) -> dict[str, int]:
+    values, counts = np.unique(labels, return_counts=True)
+    return {str(value): int(count) for value, count in zip(values, counts, strict=True)}
+
+
+def _write_at(fd: int, data: bytes, offset: int) -> None:
+    """All of ``data``: a write on a full disk may end half way in silence."""
+    view = memoryview(data)
+    while view:
+        done = os.pwrite(fd, view, offset)
+        view, offset = view[done:], offset + done
+
+
 @contextmanager
-def _opened(path: Path) -> Iterator[_File]:
+def _opened(path: Path, flags: int = os.O_RDONLY) -> Iterator[_File]:
     try:
         # A pipe or a device would block or answer anything: look before opening.
         if not stat.S_ISREG(path.stat().st_mode):
             raise UsageError(f"{path}: not a file; name a beton file")
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        fd = os.open(path, flags | os.O_CLOEXEC)
     except FileNotFoundError:
         raise UsageError(f"{path}: no such file; make it with `fastbyol convert`") from None
     except (OSError, ValueError) as error:
@@ -282,20 +350,22 @@ def _listed(fields: tuple[Field, ...]) -> str:
     return ", ".join(f"{field.name} ({field.type_name})" for field in fields)
 
 
-def _verify_regions(file: _File, layout: _Layout) -> None:
-    """Every region lies in a page, none overlap, and regions and pointers match one to one with the right sizes."""
-    pointers = layout.pointer_fields()
-    num_regions = layout.samples * len(pointers)
+def _read_table(file: _File, layout: _Layout) -> NDArray[Any]:
+    """The allocation table in the file's order, of the due length."""
+    num_regions = layout.samples * len(layout.pointer_fields())
     if file.num_bytes - layout.table_start != num_regions * REGION.itemsize:
         held = (file.num_bytes - layout.table_start) / REGION.itemsize
         file.fail(layout.table_start, f"allocation table of {held:g} rows where {num_regions} are due")
-    table = file.read(layout.table_start, REGION, num_regions)
+    return file.read(layout.table_start, REGION, num_regions)
+
+
+def _verify_regions(file: _File, layout: _Layout, table: NDArray[Any]) -> dict[int, NDArray[np.int64]]:
+    """Every region lies in a page, none overlap, regions and pointers match one to one with the right sizes, by field."""
     order = np.argsort(table["ptr"], kind="stable")
     table = table[order]
     _verify_table(file, layout, table, order)
-    claimed = np.zeros(num_regions, bool)
-    for k in pointers:
-        _verify_field(file, layout, k, table, claimed)
+    claimed = np.zeros(len(table), bool)
+    return {k: _verify_field(file, layout, k, table, claimed) for k in layout.pointer_fields()}
 
 
 def _verify_table(file: _File, layout: _Layout, table: NDArray[Any], order: NDArray[np.int64]) -> None:
@@ -315,7 +385,8 @@ def _verify_table(file: _File, layout: _Layout, table: NDArray[Any], order: NDAr
     demand(table["sample"] < layout.samples, "belongs to no sample")
 
 
-def _verify_field(file: _File, layout: _Layout, k: int, table: NDArray[Any], claimed: NDArray[np.bool_]) -> None:
+def _verify_field(file: _File, layout: _Layout, k: int, table: NDArray[Any], claimed: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """Sizes (N,) of the field's regions, bytes."""
     field, rows = layout.fields[k], layout.rows[f"f{k}"]
 
     def demand(good: NDArray[np.bool_], what: str) -> None:
@@ -328,13 +399,14 @@ def _verify_field(file: _File, layout: _Layout, k: int, table: NDArray[Any], cla
     demand((table["ptr"][at] == ptr) & (table["sample"][at] == np.arange(len(rows))), "its pointer is no region of this sample")
     demand(~claimed[at], "shares its region with another field")
     claimed[at] = True
-    size = table["size"][at].astype(np.int64)
+    size: NDArray[np.int64] = table["size"][at].astype(np.int64)
     if field.type_name == "image":
         _verify_images(file, rows, size, demand)
     elif field.type_name in ("bytes", "json"):
         demand(size == rows["size"], "its size differs from its region's")
     else:
         demand(size == layout.array_bytes[k], "its size differs from its array type's")
+    return size
 
 
 def _verify_images(file: _File, rows: NDArray[Any], size: NDArray[np.int64], demand: Demand) -> None:
@@ -349,3 +421,28 @@ def _verify_images(file: _File, rows: NDArray[Any], size: NDArray[np.int64], dem
     same = np.ones(len(rows), bool)
     same[jpeg] = (found[0] == width[jpeg]) & (found[1] == height[jpeg])
     demand(same, "not a whole JPEG image of the size that its row gives")
+
+
+def _verified_manifest(file: _File, layout: _Layout, table: NDArray[Any], info: BetonInfo) -> Manifest | None:
+    """What lies in the pages behind the last region, proved to belong to the file's structure. Foreign files have none."""
+    used = int((table["ptr"] + table["size"]).max()) - layout.data_start if len(table) else 0
+    start = layout.data_start + -(-used // layout.page) * layout.page
+    length = layout.table_start - start
+    if length == 0:
+        return None
+    if length > manifest.num_bytes(layout.samples, manifest.MAX_NOTE_BYTES, layout.page):
+        file.fail(start, f"{length} bytes that belong to no sample")
+    try:
+        found = manifest.parse(file.read(start, np.dtype("u1"), length).tobytes())
+    except manifest.DamagedError as error:
+        file.fail(start, str(error), "update fastbyol" if "version" in str(error) else AGAIN)
+    if (found.num_bytes, len(found.checksums)) != (file.num_bytes, layout.samples):
+        held = f"{len(found.checksums)} samples in {found.num_bytes} bytes"
+        file.fail(start, f"its manifest belongs to another file, of {held}")
+    if found.structure != manifest.structure_checksum(file.fd, layout.rows_end, layout.table_start, file.num_bytes):
+        # A few samples tell damaged labels from a manifest that speaks of other images.
+        some = slice(0, 8)
+        same = manifest.region_checksums(file.fd, info.starts[some], info.sizes[some]) == found.checksums[some]
+        what = "labels or image sizes are not those that were written" if same.any() else "its manifest belongs to another file"
+        file.fail(layout.rows_start, what)
+    return found

@@ -2,7 +2,7 @@
 
 FFCV's writer waits for ever on a bad item, a dead worker or a full disk, and truncates the old file first. Here it runs in a
 child process (``beton_child``) with its own process group, which reports through a pipe and is killed when it reports a
-fault or nothing. The file is written under a temporary name, verified, synced and renamed.
+fault or nothing. The file is written under a temporary name, given its checksums, verified, synced and renamed.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any, Literal, Protocol
 
-from fastbyol.data.beton_layout import MIN_PAGE_BYTES, BetonInfo, inspect
+from fastbyol.data.beton_layout import MIN_PAGE_BYTES, BetonInfo, inspect, seal
 from fastbyol.errors import FastbyolError, UsageError
 
 Mode = Literal["raw", "jpg"]
@@ -87,13 +87,14 @@ def write(
     page_bytes: int = PAGE_BYTES,
     stop_at_unreadable: bool = False,
     stall_s: float = STALL_S,
+    note: Mapping[str, Any] | None = None,
 ) -> BetonInfo:
     """Write ``dataset`` as fields ``image`` and, if ``labelled``, ``label``; item i becomes sample i.
 
     ``workers`` 0 takes the cores. ``progress(items begun, items)`` is called a few times a second. Raises UsageError for a
     bad argument or item; UnreadableItemsError if items raised UnreadableItemError (all are tried, unless
     ``stop_at_unreadable``); FastbyolError for a full disk, a dead worker or a stall. ``path`` is touched only by the last
-    rename.
+    rename. ``note``, JSON values, says in the file's manifest where the items came from.
     """
     path, num_items = Path(path), len(dataset)
     check_output(path, overwrite=overwrite)
@@ -104,7 +105,7 @@ def write(
     job = Job(str(temporary), dataset, labelled, mode, quality, workers, page_bytes)
     try:
         _run(job, path, num_items, progress, stop_at_unreadable, stall_s)
-        info = _verified(temporary, path, num_items, labelled)
+        info = _sealed(temporary, path, num_items, labelled, note or {})
         check_output(path, overwrite=overwrite)
         _publish(temporary, path)
     finally:
@@ -285,11 +286,15 @@ def _reported(message: dict[str, Any], path: Path) -> FastbyolError:
     return FastbyolError(f"{text}; try again, with fewer workers if memory is short")
 
 
-def _verified(temporary: Path, path: Path, num_items: int, labelled: bool) -> BetonInfo:
+def _sealed(temporary: Path, path: Path, num_items: int, labelled: bool, note: Mapping[str, Any]) -> BetonInfo:
+    """Add the manifest and verify the whole."""
     try:
+        seal(temporary, note)
         info = inspect(temporary)
     except UsageError as error:
         raise FastbyolError(f"{path}: not written, FFCV's writer left a damaged file ({error})") from None
+    except OSError as error:
+        raise _reported({"error": error.strerror, "kind": "os", "errno": error.errno}, path) from None
     if info.num_samples != num_items or (info.label_field is not None) != labelled:
         raise FastbyolError(f"{path}: not written, FFCV's writer left {info.num_samples} of {num_items} samples; try again")
     return info

@@ -112,6 +112,7 @@ def convert(
             overwrite=overwrite,
             page_bytes=_page_bytes(path, items, mode),
             stop_at_unreadable=strict,
+            note=_note(source, opened, count=count, size=size, seed=seed) if made else _note(source, opened, size=size),
         )
 
     try:
@@ -136,6 +137,12 @@ def convert(
         num_bytes=info.num_bytes,
         seconds=time.monotonic() - started,
     )
+
+
+def _note(source: str, opened: sources.Source, **options: int | None) -> dict[str, object]:
+    """What the manifest says of where the images came from."""
+    said = {"source": source, "kind": opened.kind, "split": opened.split, "class_names": list(opened.class_names), **options}
+    return {key: value for key, value in said.items() if value is not None}
 
 
 def _checked_resize(resize: Resize | None, size: int | None) -> Resize:

@@ -1,19 +1,23 @@
-"""Decoded images of a beton by sample id: FFCV's reader, compiler and native decoders, without FFCV's Loader.
+"""Decoded images of a beton by sample id: FFCV's compiler and native decoders, without FFCV's Loader and Reader.
 
 FFCV 1.0.2's Loader drops the JPEG decoder's return code, so that damaged data trains without a word; overwrites a batch when
 the next is taken; where it crops, sets aside room for the largest image times five batches (46 GB for 12-megapixel pictures in
 batches of 256; here one picture a thread); compiles anew for every loader (0.5 s and more); and leaks a thread and that room
 when an epoch ends early. So the loop over a batch is ours, in the form that FFCV's compiler takes; what it calls is FFCV's.
 At 96x96 raw it is as fast as FFCV's Loader, whose batches one must copy to keep: both above 350,000 images/s on a core.
+
+Where the file has a manifest, a sample's bytes are held against their checksum the first time they are decoded, so nothing is
+read twice and no wrong pixel is ever delivered. A file that does not fit into memory is not mapped either: a map of a file that
+is cut, or whose disk fails, kills the process. Its samples are read, a batch at a time.
 """
 
 from __future__ import annotations
 
 import functools
-import mmap
 import os
 import threading
 import warnings
+import zlib
 from collections.abc import Callable
 from types import TracebackType
 from typing import Any
@@ -23,11 +27,14 @@ import torch
 from numpy.typing import NDArray
 
 from fastbyol.data.beton import BetonInfo
-from fastbyol.errors import UsageError
+from fastbyol.data.beton_layout import stamp_of
+from fastbyol.errors import FastbyolError, UsageError
 
 # Where one image's data lies in the file, bytes [start, end), and its size in pixels.
 PLACE = np.dtype([("start", "<i8"), ("end", "<i8"), ("height", "<i8"), ("width", "<i8"), ("raw", "<i8")])
 Native = Callable[..., None]
+# Linux reads at most 2 GiB less a page at once.
+READ_BYTES = 1 << 30
 
 _compiling = threading.Lock()
 
@@ -35,8 +42,8 @@ _compiling = threading.Lock()
 class Decoder:
     """The images of a verified beton, all of one size: as stored, or where sizes differ the centre square scaled to ``size``.
 
-    ``in_memory`` reads the file at once, after which nothing that happens to it matters. Otherwise it stays mapped, and
-    ``check_unchanged`` tells whether it is still what was verified. ``workers``: threads per call, 0 for one a core.
+    ``in_memory`` reads the file at once, after which nothing that happens to it matters. Otherwise each call reads what it
+    decodes, and fails when the file is no longer the one verified. ``workers``: threads per call, 0 for one a core.
     """
 
     def __init__(self, info: BetonInfo, *, size: int, workers: int, in_memory: bool) -> None:
@@ -46,37 +53,77 @@ class Decoder:
         self.shape = (size, size, 3) if crop else (*info.uniform_size, 3)  # type: ignore[misc]
         self.num_threads = min(workers or numba.config.NUMBA_NUM_THREADS, numba.config.NUMBA_NUM_THREADS)
         self._set_num_threads = numba.set_num_threads
-        self._fd = os.open(info.path, os.O_RDONLY | os.O_CLOEXEC)
-        self._stamp = self._stat()
-        self._bytes = _read(self._fd, self._stamp[0]) if in_memory else _map(self._fd)
-        self._places, self._labels = _columns(info)
-        self.check_unchanged()
-        self._native = _compiled(crop, self.num_threads > 1)
-        self.decode(np.empty(0, np.int64), np.empty((0, *self.shape), np.uint8))
+        self._places = _places(info)
+        self._unproved = np.full(info.num_samples, info.manifest is not None)
+        self._fd = _open(info)
+        try:
+            self._bytes = _read_all(self._fd, info) if in_memory else None
+            self.check_unchanged()
+            self._native = _compiled(crop, self.num_threads > 1)
+            self.decode(np.empty(0, np.int64), np.empty((0, *self.shape), np.uint8))
+        except BaseException:
+            self.close()
+            raise
 
     def decode(self, ids: NDArray[np.int64], images: NDArray[np.uint8]) -> None:
         """Fill ``images`` (n, H, W, 3) with the samples ``ids`` (n,). Thread-safe; releases the interpreter's lock.
 
-        Raises UsageError where a JPEG decoder reports damage, naming the sample; IndexError, ValueError for wrong arguments.
+        Raises UsageError for bytes that are not those written (by the manifest), for JPEG data that its decoder finds damaged,
+        naming the sample, and for a file that changed; IndexError, ValueError for wrong arguments.
         """
         if images.shape != (len(ids), *self.shape) or not images.flags.c_contiguous:
             raise ValueError(f"{len(ids)} images of {self.shape} need one array of them, got {images.shape}")
         if len(ids) and (ids.min() < 0 or ids.max() >= self.info.num_samples):
             raise IndexError(f"{self.info.path}: sample ids must lie in [0, {self.info.num_samples})")
+        places = self._places[ids]
+        data = self._bytes if self._bytes is not None else self._gather(places)
+        self._prove(ids, data, places)
         self._set_num_threads(self.num_threads)
         status = np.zeros(len(ids), np.int32)
-        self._native(ids, images, status, self._bytes, self._places)
+        self._native(images, status, data, places)
         if status.any():
             sample = ids[np.flatnonzero(status)[0]]
             raise UsageError(f"{self.info.path}: the JPEG data of sample {sample} is damaged; make the file again")
 
+    def _gather(self, places: NDArray[Any]) -> NDArray[np.uint8]:
+        """Read the regions of ``places`` one behind the other, and make ``places`` speak of them there."""
+        starts, sizes = places["start"].tolist(), (places["end"] - places["start"]).tolist()
+        for start, size in zip(starts, sizes, strict=True):
+            # All at once in the disk's queue, as readers side by side would put them there.
+            os.posix_fadvise(self._fd, start, size, os.POSIX_FADV_WILLNEED)
+        data = np.empty(sum(sizes), np.uint8)
+        at = 0
+        for start, size in zip(starts, sizes, strict=True):
+            _read(self._fd, data[at : at + size], start, self.info)
+            at += size
+        self.check_unchanged()
+        places["end"] = np.cumsum(sizes)
+        places["start"] = places["end"] - sizes
+        data.flags.writeable = False
+        return data
+
+    def _prove(self, ids: NDArray[np.int64], data: NDArray[np.uint8], places: NDArray[Any]) -> None:
+        """UsageError where a sample's bytes do not have the manifest's checksum; each sample is looked at once."""
+        new = np.flatnonzero(self._unproved[ids])
+        if not len(new) or self.info.manifest is None:
+            return
+        checksums = self.info.manifest.checksums
+        for row, start, end in zip(new.tolist(), places["start"][new].tolist(), places["end"][new].tolist(), strict=True):
+            if zlib.crc32(data[start:end].data) != checksums[ids[row]]:
+                at = int(self.info.starts[ids[row]])
+                raise UsageError(
+                    f"{self.info.path}: the data of sample {ids[row]}, bytes {at} to {at + end - start}, is not what was "
+                    "written (`fastbyol data verify` lists all such); make the file again"
+                )
+        self._unproved[ids[new]] = False
+
     def labels(self) -> NDArray[np.int64] | None:
         """(N,) in file order; None where the file has none."""
-        return self._labels
+        return self.info.labels
 
     def check_unchanged(self) -> None:
-        """UsageError if the file was written to since it was opened. (Replacing or deleting it does no harm.)"""
-        if self._stat() != self._stamp:
+        """UsageError if the file was written to since it was verified. (Replacing or deleting it does no harm.)"""
+        if stamp_of(self._fd) != self.info.stamp:
             raise UsageError(f"{self.info.path}: the file changed while in use; leave it alone and start again")
 
     def close(self) -> None:
@@ -84,17 +131,13 @@ class Decoder:
         if self._fd >= 0:
             os.close(self._fd)
         self._fd = -1
-        self._bytes = np.empty(0, np.uint8)
+        self._bytes = None
 
     def __enter__(self) -> Decoder:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
-
-    def _stat(self) -> tuple[int, int]:
-        found = os.fstat(self._fd)
-        return found.st_size, found.st_mtime_ns
 
 
 @functools.cache
@@ -142,9 +185,9 @@ def _compiled(crop: bool, parallel: bool) -> Native:
 
 
 def _whole(each: Any, imdecode: Any, memcpy: Any, _resize: Any) -> Native:
-    def decode(ids: Any, images: Any, status: Any, data: Any, places: Any) -> None:
-        for row in each(len(ids)):
-            place = places[ids[row]]
+    def decode(images: Any, status: Any, data: Any, places: Any) -> None:
+        for row in each(len(places)):
+            place = places[row]
             source, height, width = data[place.start : place.end], place.height, place.width
             if place.raw:
                 memcpy(source, images[row])
@@ -155,9 +198,9 @@ def _whole(each: Any, imdecode: Any, memcpy: Any, _resize: Any) -> Native:
 
 
 def _cropping(each: Any, imdecode: Any, _memcpy: Any, resize_crop: Any) -> Native:
-    def decode(ids: Any, images: Any, status: Any, data: Any, places: Any) -> None:
-        for row in each(len(ids)):
-            place = places[ids[row]]
+    def decode(images: Any, status: Any, data: Any, places: Any) -> None:
+        for row in each(len(places)):
+            place = places[row]
             source, height, width = data[place.start : place.end], place.height, place.width
             if not place.raw:
                 scratch = np.empty(height * width * 3, np.uint8)
@@ -170,32 +213,37 @@ def _cropping(each: Any, imdecode: Any, _memcpy: Any, resize_crop: Any) -> Nativ
     return decode
 
 
-def _columns(info: BetonInfo) -> tuple[NDArray[Any], NDArray[np.int64] | None]:
-    """What FFCV reads of the file, proved to be what ``inspect`` verified: places of the images (N,), and the labels."""
-    from ffcv.reader import Reader
-
-    reader = Reader(str(info.path))
-    rows = reader.metadata[f"f{reader.field_names.index(info.image_field)}"]
-    order = np.argsort(reader.alloc_table["ptr"], kind="stable")
-    region = reader.alloc_table[order][np.searchsorted(reader.alloc_table["ptr"][order], rows["data_ptr"])]
+def _places(info: BetonInfo) -> NDArray[Any]:
     places = np.empty(info.num_samples, PLACE)
-    places["start"], places["end"] = region["ptr"], region["ptr"] + region["size"]
+    places["start"], places["end"] = info.starts, info.starts + info.sizes
     places["height"], places["width"], places["raw"] = info.heights, info.widths, info.raw
-    same = (rows["height"] == info.heights) & (rows["width"] == info.widths) & (rows["mode"] == info.raw)
-    inside = (region["ptr"] == rows["data_ptr"]) & (places["start"] >= 0) & (places["end"] <= info.num_bytes)
-    whole = ~info.raw | (region["size"] == 3 * places["height"] * places["width"])
-    if not (same & inside & whole).all():
-        raise UsageError(f"{info.path}: the file changed while it was opened; leave it alone and start again")
-    labels = None if info.label_field is None else reader.metadata[f"f{reader.field_names.index(info.label_field)}"]
-    return places, None if labels is None else np.ascontiguousarray(labels)
+    return places
 
 
-def _read(fd: int, num_bytes: int) -> NDArray[np.uint8]:
-    with open(fd, "rb", closefd=False) as file:
-        data = np.fromfile(file, np.uint8, num_bytes)
-    data.flags.writeable = False  # so that it has the type of a mapped file, and one compiled loop serves both
+def _open(info: BetonInfo) -> int:
+    try:
+        return os.open(info.path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise UsageError(f"{info.path}: cannot be opened ({error.strerror}); check its name and rights") from None
+
+
+def _read_all(fd: int, info: BetonInfo) -> NDArray[np.uint8]:
+    data = np.empty(info.num_bytes, np.uint8)
+    _read(fd, data, 0, info)
+    data.flags.writeable = False
     return data
 
 
-def _map(fd: int) -> NDArray[np.uint8]:
-    return np.frombuffer(mmap.mmap(fd, 0, prot=mmap.PROT_READ), np.uint8)
+def _read(fd: int, room: NDArray[np.uint8], offset: int, info: BetonInfo) -> None:
+    """Fill ``room`` with the file's bytes from ``offset``."""
+    done = 0
+    while done < room.nbytes:
+        try:
+            got = os.preadv(fd, [room[done : done + READ_BYTES].data], offset + done)
+        except OSError as error:
+            raise FastbyolError(
+                f"{info.path}, byte {offset + done}: cannot be read ({error.strerror}); look at its disk"
+            ) from None
+        if got == 0:
+            raise UsageError(f"{info.path}: the file was cut while in use; leave it alone and start again")
+        done += got

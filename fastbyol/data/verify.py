@@ -1,0 +1,105 @@
+"""Look at every sample of a beton: its bytes against the manifest's checksums, and if asked its decoding and its label."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastbyol.data import beton, manifest
+from fastbyol.data.beton import BetonInfo
+from fastbyol.data.decoder import Decoder
+from fastbyol.errors import UsageError
+
+# Samples between two reports of progress.
+CHUNK = 256
+# Side to which images of mixed sizes are scaled once decoded; what is looked at is the decoder's word.
+SIZE = 32
+Progress = beton.Progress
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What was found: ``damaged`` holds (sample, what is wrong). Without a manifest no checksum could be looked at."""
+
+    info: BetonInfo
+    deep: bool
+    damaged: tuple[tuple[int, str], ...]
+
+    @property
+    def sealed(self) -> bool:
+        return self.info.manifest is not None
+
+    def demand_whole(self) -> None:
+        """UsageError that counts the damaged samples and names the first."""
+        if not self.damaged:
+            return
+        sample, what = self.damaged[0]
+        number = f"{len(self.damaged)} of {self.info.num_samples} samples are"
+        if self.sealed and len(self.damaged) == self.info.num_samples > 1:
+            number = f"its manifest belongs to other data: all {self.info.num_samples} samples are"
+        raise UsageError(f"{self.info.path}: {number} damaged, first sample {sample}: {what}; make the file again")
+
+
+def verify(path: str | Path, *, deep: bool = False, progress: Progress | None = None) -> Verdict:
+    """Structure, then checksums where the file has them; ``deep`` also decodes every sample and looks at its label.
+
+    ``progress(samples done, samples)`` is called now and then. UsageError: no beton file or a damaged structure. What is wrong
+    with single samples is in the result.
+    """
+    info = beton.inspect(path)
+    damaged: dict[int, str] = {}
+    for ids in _chunks(info.num_samples):
+        damaged |= _wrong_bytes(info, ids)
+        if progress is not None and not deep:
+            progress(int(ids[-1]) + 1, info.num_samples)
+    if deep:
+        damaged |= _wrong_labels(info) | damaged
+        with Decoder(info, size=SIZE, workers=0, in_memory=False) as decoder:
+            for ids in _chunks(info.num_samples):
+                damaged |= _undecodable(decoder, np.setdiff1d(ids, list(damaged)))
+                if progress is not None:
+                    progress(int(ids[-1]) + 1, info.num_samples)
+    return Verdict(info, deep, tuple(sorted(damaged.items())))
+
+
+def _chunks(count: int) -> Iterator[NDArray[np.int64]]:
+    for first in range(0, count, CHUNK):
+        yield np.arange(first, min(first + CHUNK, count))
+
+
+def _wrong_bytes(info: BetonInfo, ids: NDArray[np.int64]) -> dict[int, str]:
+    if info.manifest is None:
+        return {}
+    fd = os.open(info.path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        found = manifest.region_checksums(fd, info.starts[ids], info.sizes[ids])
+    finally:
+        os.close(fd)
+    wrong = ids[found != info.manifest.checksums[ids]].tolist()
+    return {i: f"bytes {info.starts[i]} to {info.starts[i] + info.sizes[i]} are not those that were written" for i in wrong}
+
+
+def _wrong_labels(info: BetonInfo) -> dict[int, str]:
+    """Labels outside the classes that the manifest names; a foreign file says nothing of its classes."""
+    names = () if info.manifest is None else info.manifest.note.get("class_names", ())
+    if info.labels is None or not names:
+        return {}
+    wrong = np.flatnonzero((info.labels < 0) | (info.labels >= len(names))).tolist()
+    return {i: f"label {info.labels[i]}, of {len(names)} classes" for i in wrong}
+
+
+def _undecodable(decoder: Decoder, ids: NDArray[np.int64]) -> dict[int, str]:
+    """All of a chunk at once; one by one where that fails."""
+    try:
+        decoder.decode(ids, np.empty((len(ids), *decoder.shape), np.uint8))
+    except UsageError as error:
+        decoder.check_unchanged()
+        if len(ids) == 1:
+            return {int(ids[0]): str(error).removeprefix(f"{decoder.info.path}: ").partition(";")[0]}
+        return {sample: what for one in ids for sample, what in _undecodable(decoder, one[None]).items()}
+    return {}

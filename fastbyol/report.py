@@ -19,6 +19,7 @@ from fastbyol.engine.durable import write_text, writing
 from fastbyol.engine.run_folder import RunFolder
 from fastbyol.engine.telemetry import read_layers, read_metrics
 from fastbyol.errors import UsageError
+from fastbyol.optim.lars import rate_ceiling
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -61,8 +62,6 @@ def read(run: Path) -> Story:
     per_epoch = next((row["step"] for row in rows if row["epoch"] == 1), None) or max(len(rows), 1)
     names = [name for name in rows[0] if name not in ("step", "epoch")]
     steps = np.array([row["step"] for row in rows], dtype=np.float64)
-    optim = config.optim
-    ceiling = optim.lr * optim.eta / optim.weight_decay if optim.name == "lars" and optim.lr and optim.weight_decay else None
     return Story(
         name=folder.path.name,
         epochs=steps / per_epoch,
@@ -71,7 +70,7 @@ def read(run: Path) -> Story:
         layer_epochs=layers.steps / per_epoch,
         layer_names=layers.names,
         rates=layers.values[:, :, layers.metrics.index("rate")],
-        rate_ceiling=ceiling if optim.dialect == "blog" else None,
+        rate_ceiling=rate_ceiling(config.optim),
     )
 
 

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from fastbyol.ablations.curves import appendix, published
-from fastbyol.config import Config
 from fastbyol.engine.layers_file import Layers, read_layers
 from fastbyol.engine.metrics_file import read_events
 from fastbyol.engine.run_folder import RunFolder
 from fastbyol.errors import UsageError
+from fastbyol.optim.lars import rate_ceiling
 
 if TYPE_CHECKING:
     from fastbyol.ablations.claims import Claim
@@ -38,7 +38,7 @@ class Evidence:
     end), NaN where not measured. ``rate_step`` int64 (T,), ``rates`` by layer group float64 (T,): the mean over the weight
     matrices and kernels of the group, e.g. ``encoder.layer1``. ``early_gradient_norm`` float64 (T,): the norm of the gradient
     of all parameters of ``EARLY``. ``epochs`` is how long the run is to be, ``finished`` whether it got there.
-    ``rate_ceiling``: lr * eta / wd, which no rate of the blog's LARS can exceed; None elsewhere.
+    ``rate_ceiling``: lr * eta / wd at the configured lr, which no rate of the blog's LARS can exceed; None elsewhere.
     """
 
     arm: str
@@ -84,7 +84,7 @@ class Evidence:
             rate_step=np.asarray(layers.steps),
             rates=_rates(layers),
             early_gradient_norm=_early_gradient_norm(layers),
-            rate_ceiling=rate_ceiling(config),
+            rate_ceiling=rate_ceiling(config.optim),
         )
 
     @classmethod
@@ -102,6 +102,15 @@ class Evidence:
         """Mean rate of ``group`` in each epoch, float64 (E,), NaN where it was not recorded."""
         return self._by_epoch(self.rates[group]) if group in self.rates else np.full(len(self.epoch), np.nan)
 
+    def ceiling_share(self, group: str) -> np.ndarray:
+        """Share of the ceiling of its epoch that the rate of ``group`` reached, float64 (E,): the ceiling falls as the lr does.
+
+        NaN where there is no ceiling or no rate.
+        """
+        if self.rate_ceiling is None:
+            return np.full(len(self.epoch), np.nan)
+        return np.asarray(self.rate_by_epoch(group) / (self.rate_ceiling * self.lr / np.nanmax(self.lr)))
+
     def early_gradient_by_epoch(self) -> np.ndarray:
         """Mean ``early_gradient_norm`` in each epoch, float64 (E,)."""
         return self._by_epoch(self.early_gradient_norm)
@@ -110,17 +119,6 @@ class Evidence:
         places = self.rate_step // self.steps_per_epoch
         found = {int(place): values[places == place] for place in np.unique(places)}
         return np.array([_mean(found.get(int(epoch), np.empty(0))) for epoch in self.epoch])
-
-
-def rate_ceiling(config: Config) -> float | None:
-    """lr * eta / wd of a resolved ``config``: what the rate lr * eta * |w| / (|g| + wd * |w|) of the blog's LARS cannot exceed.
-
-    None for SGD, other dialects and no weight decay.
-    """
-    optim = config.optim
-    if optim.name != "lars" or optim.dialect != "blog" or not optim.weight_decay or optim.lr is None:
-        return None
-    return optim.lr * optim.eta / optim.weight_decay
 
 
 def group_of(name: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from fastbyol.ablations.course import Course, course, rate_peak
+from fastbyol.ablations.course import Course, Peak, course, rate_peak
 from fastbyol.ablations.evidence import EARLY, Evidence
 from fastbyol.ablations.questions import Finding, Question, Runs
 
@@ -21,7 +21,7 @@ def rates_explode(arm: str, groups: tuple[str, ...], *, while_collapsed: bool) -
         peaks = {group: rate_peak(run, group) for group in groups}
         if any(peak is None for peak in peaks.values()):
             return Finding(None, "no rates were recorded")
-        told = "; ".join(f"{group} {peak.rate:.3g} in {seen.onset(peak.epoch)}" for group, peak in peaks.items() if peak)
+        told = "; ".join(f"{_described(run, seen, group, peak)}" for group, peak in peaks.items() if peak)
         text = f"highest rates: {told}; {_early_gradient(run, seen)}"
         held = all(peak is not None and peak.rise >= EXPLODES for peak in peaks.values())
         if held and while_collapsed:
@@ -48,10 +48,16 @@ def peaks_before(first: str, second: str, group: str) -> Question:
             if not run.finished:
                 return Finding(None, f"{arm}: not finished")
             places.append((peak.epoch + 1) * run.steps_per_epoch)
-            texts.append(f"{arm}: {group} {peak.rate:.3g} in {seen.onset(peak.epoch)}, {_early_gradient(run, seen)}")
+            texts.append(f"{arm}: {_described(run, seen, group, peak)}, {_early_gradient(run, seen)}")
         return Finding(places[0] < places[1], "; ".join(texts))
 
     return ask
+
+
+def _described(run: Evidence, seen: Course, group: str, peak: Peak) -> str:
+    share = run.ceiling_share(group)[run.epoch == peak.epoch]
+    of_ceiling = f" ({100 * share[0]:.2g} % of the ceiling)" if np.isfinite(share).any() else ""
+    return f"{group} {peak.rate:.3g}{of_ceiling} in {seen.onset(peak.epoch)}"
 
 
 def _early_gradient(run: Evidence, seen: Course) -> str:

@@ -29,6 +29,19 @@ def rule_of(config: OptimConfig) -> Rule:
     return "sgd" if config.name == "sgd" else config.dialect
 
 
+def rate_ceiling(config: OptimConfig) -> float | None:
+    """What the rate of a weight that adapts and decays cannot exceed, at the resolved ``config.lr`` and a factor of 1.
+
+    lr eta |w| / (|g| + wd |w|) < lr eta / wd, with the dialects ``blog`` and ``bolts``; ``rate_cap`` where it is lower. None
+    where nothing bounds it: SGD, ``deepmind``, whose |g + wd w| may vanish, or no weight decay.
+    """
+    if config.name != "lars" or config.lr is None:
+        return None
+    bounded = config.dialect != "deepmind" and config.weight_decay
+    bounds = [config.lr * config.eta / config.weight_decay] if bounded and config.weight_decay else []
+    return min([*bounds, config.rate_cap] if config.rate_cap is not None else bounds, default=None)
+
+
 def treatments(shapes: Mapping[str, Sequence[int]], config: OptimConfig) -> tuple[Treatment, ...]:
     """The treatment of each parameter, given the shapes by dotted name, in their order.
 

@@ -7,7 +7,7 @@ import pytest
 from fastbyol.config import HeadConfig, ModelConfig, OptimConfig
 from fastbyol.errors import UsageError
 from fastbyol.model.byol import build_online
-from fastbyol.optim.lars import Treatment, matches, rule_of, treatments
+from fastbyol.optim.lars import Treatment, matches, rate_ceiling, rule_of, treatments
 
 NORMED = ModelConfig(width=4, norm="bn", projector=HeadConfig(hidden=8, out=4), predictor=HeadConfig(hidden=8, out=4))
 SHAPES = {name: tuple(p.shape) for name, p in build_online(NORMED).named_parameters()}
@@ -99,3 +99,26 @@ def test_factors_of_all_matches_multiply() -> None:
 def test_patterns_that_match_nothing_are_refused(optim: dict[str, object], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         treated(**optim)
+
+
+class TestRateCeiling:
+    LARS = OptimConfig(name="lars", lr=0.1, weight_decay=2.37e-6)
+
+    def test_is_the_appendixs_own(self) -> None:
+        """The published peak of 42.2 at lr .1 with eta 1e-3 needs a weight decay of 2.4e-6 or less."""
+        assert rate_ceiling(self.LARS) == pytest.approx(42.2, abs=0.05)
+
+    @pytest.mark.parametrize(
+        ("change", "expected"),
+        [
+            ({"name": "sgd"}, None),
+            ({"dialect": "deepmind"}, None),
+            ({"dialect": "bolts"}, 0.1 * 1e-3 / 2.37e-6),
+            ({"weight_decay": 0.0}, None),
+            ({"rate_cap": 5.0}, 5.0),
+            ({"rate_cap": 500.0}, 0.1 * 1e-3 / 2.37e-6),
+            ({"dialect": "deepmind", "rate_cap": 5.0}, 5.0),
+        ],
+    )
+    def test_where_there_is_none_and_where_a_cap_is_lower(self, change: dict[str, object], expected: float | None) -> None:
+        assert rate_ceiling(self.LARS.model_copy(update=change)) == (expected and pytest.approx(expected))

@@ -424,14 +424,17 @@ def _verify_images(file: _File, rows: NDArray[Any], size: NDArray[np.int64], dem
 
 
 def _verified_manifest(file: _File, layout: _Layout, table: NDArray[Any], info: BetonInfo) -> Manifest | None:
-    """What lies in the pages behind the last region, proved to belong to the file's structure. Foreign files have none."""
-    used = int((table["ptr"] + table["size"]).max()) - layout.data_start if len(table) else 0
-    start = layout.data_start + -(-used // layout.page) * layout.page
-    length = layout.table_start - start
-    if length == 0:
+    """The manifest, proved to belong to the file's structure. Foreign files have none, and no page without a sample."""
+    end = layout.table_start
+    # The tail is looked for, too, where a damaged table has a sample lie in the manifest's pages.
+    tail = file.read(end - manifest.TAIL.itemsize, np.dtype("u1"), manifest.TAIL.itemsize).tobytes()
+    length = manifest.length(tail, layout.page)
+    used = int((table["ptr"] + table["size"]).max()) - layout.data_start
+    if length is None and end - used - layout.data_start < layout.page:
         return None
-    if length > manifest.num_bytes(layout.samples, manifest.MAX_NOTE_BYTES, layout.page):
-        file.fail(start, f"{length} bytes that belong to no sample")
+    if length is None or length > end - layout.data_start:
+        file.fail(end - manifest.TAIL.itemsize, "its manifest is damaged")
+    start = end - length
     try:
         found = manifest.parse(file.read(start, np.dtype("u1"), length).tobytes())
     except manifest.DamagedError as error:

@@ -2,12 +2,12 @@
 
 The manifest lies inside the beton, in whole pages between the last sample and the allocation table, which the table does not
 mention. So it comes and goes with the one rename that publishes the file, is copied and moved with it, and no instant exists
-at which one is there without the other. Little-endian, at the page M behind the last region::
+at which one is there without the other. Little-endian, ending at A, the allocation table::
 
-    M         head, 64 B (HEAD, its last 16 B a BLAKE2b of everything else in the manifest's pages)
-    M + 64    N u32: CRC-32 of each sample's image region, in file order
-    ...       the note, JSON: where the images came from
-    ...       zeros to A, the allocation table
+    pages     N u32: CRC-32 of each sample's image region, in file order
+              the note, JSON: where the images came from
+              zeros
+    A - 64    tail, 64 B (TAIL): found whatever the table says; its last 16 B are a BLAKE2b of all of the pages before them
 
 ``structure`` is the CRC-32 of the file's header, descriptors and rows, then of the allocation table. CRC-32 finds every
 single flipped bit and every burst of up to 32 of them (Peterson and Brown 1961), any other damage but for one in 2**32. It
@@ -33,7 +33,7 @@ VERSION = 1
 MAX_NOTE_BYTES = 1 << 24
 CHUNK_BYTES = 1 << 24
 
-HEAD = np.dtype(
+TAIL = np.dtype(
     {
         "names": ["magic", "version", "note_bytes", "num_bytes", "samples", "structure"],
         "formats": ["S16", "<u4", "<u4", "<u8", "<u8", "<u4"],
@@ -41,7 +41,7 @@ HEAD = np.dtype(
         "itemsize": 64,
     }
 )
-DIGEST_AT = 48
+DIGEST_BYTES = 16
 
 
 class DamagedError(ValueError):
@@ -60,34 +60,36 @@ class Manifest:
     def pack(self, page: int) -> bytes:
         """The manifest's pages, each ``page`` bytes."""
         note = json.dumps(dict(self.note)).encode()
-        head = np.zeros(1, HEAD)
-        head["magic"], head["version"], head["note_bytes"] = MAGIC, VERSION, len(note)
-        head["num_bytes"], head["samples"], head["structure"] = self.num_bytes, len(self.checksums), self.structure
-        pages = bytearray(num_bytes(len(self.checksums), len(note), page))
-        body = head.tobytes()[:DIGEST_AT] + bytes(HEAD.itemsize - DIGEST_AT)
-        body += self.checksums.astype("<u4").tobytes() + note
-        pages[: len(body)] = body
-        pages[DIGEST_AT : HEAD.itemsize] = _digest(bytes(pages))
-        return bytes(pages)
+        tail = np.zeros(1, TAIL)
+        tail["magic"], tail["version"], tail["note_bytes"] = MAGIC, VERSION, len(note)
+        tail["num_bytes"], tail["samples"], tail["structure"] = self.num_bytes, len(self.checksums), self.structure
+        body = self.checksums.astype("<u4").tobytes() + note
+        body += bytes(num_bytes(len(self.checksums), len(note), page) - len(body) - TAIL.itemsize)
+        pages = body + tail.tobytes()[:-DIGEST_BYTES]
+        return pages + _digest(pages)
 
 
 def num_bytes(samples: int, note: int, page: int) -> int:
     """Bytes of a manifest's whole pages for ``samples`` checksums and a note of ``note`` bytes."""
-    return -(-(HEAD.itemsize + 4 * samples + note) // page) * page
+    return -(-(TAIL.itemsize + 4 * samples + note) // page) * page
 
 
-def parse(data: bytes) -> Manifest:
-    """The manifest in its pages ``data``; DamagedError if it is none or not whole."""
-    head = np.frombuffer(data, HEAD, 1)
-    if head["magic"][0] != MAGIC or data[DIGEST_AT : HEAD.itemsize] != _digest(data):
+def length(tail: bytes, page: int) -> int | None:
+    """Bytes of the manifest that ends with ``tail``, the 64 bytes before the allocation table; None if no manifest does."""
+    read = np.frombuffer(tail, TAIL, 1)[0]
+    return num_bytes(int(read["samples"]), int(read["note_bytes"]), page) if read["magic"] == MAGIC else None
+
+
+def parse(pages: bytes) -> Manifest:
+    """The manifest in its pages; DamagedError if it is none or not whole."""
+    tail = np.frombuffer(pages, TAIL, 1, len(pages) - TAIL.itemsize)[0]
+    if tail["magic"] != MAGIC or pages[-DIGEST_BYTES:] != _digest(pages[:-DIGEST_BYTES]):
         raise DamagedError("its manifest is damaged")
-    if head["version"][0] != VERSION:
-        raise DamagedError(f"its manifest has version {head['version'][0]}, this fastbyol knows {VERSION}")
-    samples, note_bytes = int(head["samples"][0]), int(head["note_bytes"][0])
-    checksums = np.frombuffer(data, "<u4", samples, HEAD.itemsize)
-    at = HEAD.itemsize + 4 * samples
-    note = json.loads(data[at : at + note_bytes])
-    return Manifest(int(head["num_bytes"][0]), int(head["structure"][0]), checksums, note)
+    if tail["version"] != VERSION:
+        raise DamagedError(f"its manifest has version {tail['version']}, this fastbyol knows {VERSION}")
+    at = 4 * int(tail["samples"])
+    note = json.loads(pages[at : at + int(tail["note_bytes"])])
+    return Manifest(int(tail["num_bytes"]), int(tail["structure"]), np.frombuffer(pages, "<u4", at // 4), note)
 
 
 def structure_checksum(fd: int, rows_end: int, table_start: int, file_bytes: int) -> int:
@@ -105,8 +107,5 @@ def region_checksums(fd: int, starts: NDArray[np.int64], sizes: NDArray[np.int64
     return np.fromiter((zlib.crc32(os.pread(fd, size, start)) for start, size in pairs), np.uint32, len(starts))
 
 
-def _digest(data: bytes) -> bytes:
-    """Of all but the digest itself. On bytes, since numpy leaves the gaps between fields as it likes."""
-    digest = hashlib.blake2b(data[:DIGEST_AT], digest_size=HEAD.itemsize - DIGEST_AT)
-    digest.update(data[HEAD.itemsize :])
-    return digest.digest()
+def _digest(pages: bytes) -> bytes:
+    return hashlib.blake2b(pages, digest_size=DIGEST_BYTES).digest()

@@ -1,0 +1,195 @@
+"""Files given to every reader in a child, so that a signal or a hang is seen and the damage that caused it is known.
+
+A child works through its numbers and answers after each; where it dies, the next child goes on behind the number it was at.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import shutil
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import numpy as np
+import run_rig as rig
+from mutations import Base, mutated, mutated_manifest, said
+from numpy.typing import NDArray
+
+from fastbyol import cli
+from fastbyol.data import loader as loading
+from fastbyol.data.verify import verify
+from fastbyol.errors import UsageError
+
+SIZE = 16
+# The issue with a hang is the user who waits; all of it takes a fraction of a second.
+HANG_S = 10.0
+# Importing and compiling on a machine that does other things too.
+START_S = 180.0
+PER_CHILD = 500
+Delivered = tuple[NDArray[np.uint8], list[int] | None]
+# FFCV decodes by libjpeg's fast transform, Pillow by the exact one: twice this was seen on damaged quantisation tables.
+JPEG_LEVELS = 8.0
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A mutation that was not answered as it must be."""
+
+    number: int
+    kind: str
+    what: str
+
+
+def work(source: str, bases: list[Base], numbers: Sequence[int], pipe: Connection) -> None:
+    """A child's life: for each number damage a base, read it by every way, send (number, kind, outcome)."""
+    make = {"files": mutated, "manifests": mutated_manifest}[source]
+    folder = Path(tempfile.mkdtemp(prefix="mutations-"))
+    whole: dict[str, Delivered] = {}
+    try:
+        for base in bases:
+            (folder / "whole.beton").write_bytes(base.data)
+            whole[base.name] = streamed(folder / "whole.beton", 0)
+        pipe.send("ready")
+        for number in numbers:
+            base, kind, data = make(bases, number)
+            path = folder / "damaged.beton"
+            path.write_bytes(data)
+            pipe.send((number, kind, base.name, outcome(path, data, base, whole[base.name], number)))
+        pipe.send("done")
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def outcome(path: Path, data: bytes, base: Base, whole: Delivered, number: int) -> str:
+    """``refused``, ``the same``, ``as it says``, or what was wrong, with a capital letter."""
+    answers = {_answer(way, path, data, base, whole) for way in (lambda: resident(path), lambda: streamed(path, number))}
+    checked = (
+        _command(path) if number % 8 == 0 else _answer(lambda: verify(path, deep=True).demand_whole(), path, data, base, whole)
+    )
+    if len(answers) > 1:
+        return f"Ways differ: {sorted(answers)}"
+    answer = answers.pop()
+    if base.sealed and answer == "as it says":
+        return "Sealed, and yet other data was delivered"
+    # A whole file may hold damage where no sample lies, but what a reader refuses must not be verified.
+    if checked not in ("refused", "") or (answer == "refused") != (checked == "refused"):
+        return f"Verify says {checked!r} where reading was {answer}" if checked in ("refused", "") else checked
+    return answer
+
+
+def _answer(way: Callable[[], object], path: Path, data: bytes, base: Base, whole: Delivered) -> str:
+    try:
+        delivered = way()
+    except UsageError as error:
+        line = str(error)
+        return "refused" if "\n" not in line and line.startswith(str(path)) and ";" in line else f"Poor message: {line!r}"
+    except Exception as error:
+        return f"Raised {type(error).__name__}: {error}"
+    return "" if delivered is None else judged(delivered, data, base, whole)
+
+
+def judged(delivered: object, data: bytes, base: Base, whole: Delivered) -> str:
+    """Whether the data are those of the good file, or else those that the damaged file's own bytes say."""
+    images, labels = delivered  # type: ignore[misc]
+    if images.shape == whole[0].shape and (images == whole[0]).all() and labels == whole[1]:
+        return "the same"
+    try:
+        told = said(data)
+        wanted = told.decoded(SIZE)
+    except Exception as error:
+        return f"Delivered what cannot be read by hand ({type(error).__name__}: {error})"
+    if wanted.shape != images.shape or told.labels != labels:
+        return "Other labels, sizes or number than the file says"
+    jpeg = np.array([mode == 0 for mode, _, _, _ in told.images])
+    if not (wanted[~jpeg] == images[~jpeg]).all():
+        return "Other pixels than the file says"
+    far = np.abs(wanted[jpeg].astype(int) - images[jpeg]).mean((1, 2, 3)) if jpeg.any() else np.zeros(1)
+    return "as it says" if far.max() <= JPEG_LEVELS else f"JPEG pixels {far.max():.1f} levels from Pillow's"
+
+
+def resident(path: Path) -> Delivered:
+    images, labels = loading.read_all(path, workers=1, size=SIZE)
+    return images.numpy(), None if labels is None else labels.tolist()
+
+
+def streamed(path: Path, number: int) -> Delivered:
+    """One epoch in batches, put into file order. Odd numbers read from the file instead of memory."""
+    before = loading._fits_in_memory
+    if number % 2:
+        loading._fits_in_memory = lambda info, size: False
+    try:
+        with loading.open_loader(path, batch_size=1, seed=0, device="cpu", cache="none", workers=1, size=SIZE) as batches:
+            found = {int(ids[0]): images[0].numpy() for images, ids in batches.epoch(0)}
+            labels = batches._decoder.labels()  # type: ignore[attr-defined]
+    finally:
+        loading._fits_in_memory = before
+    return np.stack([found[k] for k in range(len(found))]), None if labels is None else labels.tolist()
+
+
+def _verified(path: Path) -> None:
+    verify(path, deep=True).demand_whole()
+
+
+def _command(path: Path) -> str:
+    """``fastbyol data verify --deep``: exit code 0, or 2 and one line."""
+    said_out, said_err, arguments = io.StringIO(), io.StringIO(), sys.argv
+    sys.argv = ["fastbyol", "data", "verify", str(path), "--deep"]
+    try:
+        with contextlib.redirect_stdout(said_out), contextlib.redirect_stderr(said_err):
+            cli.main()
+    except SystemExit as ended:
+        lines = said_err.getvalue().splitlines()
+        if ended.code == 0:
+            return "" if not lines else f"Said {lines} and exit code 0"
+        good = ended.code == 2 and len(lines) == 1 and lines[0].startswith("fastbyol: error: ")
+        return "refused" if good else f"Exit code {ended.code}, {lines}"
+    except Exception as error:
+        return f"Command raised {type(error).__name__}: {error}"
+    finally:
+        sys.argv = arguments
+    return "Command did not exit"
+
+
+def run(source: str, bases: list[Base], numbers: Sequence[int]) -> tuple[Counter[tuple[str, str]], list[Fault]]:
+    """Counts by (kind of damage, outcome), and the faults. A death or a hang costs its number, no other."""
+    counts: Counter[tuple[str, str]] = Counter()
+    faults: list[Fault] = []
+    left = list(numbers)
+    while left:
+        _one_child(source, bases, left, counts, faults)
+    return counts, faults
+
+
+def _one_child(source: str, bases: list[Base], left: list[int], counts: Counter[tuple[str, str]], faults: list[Fault]) -> None:
+    ours, theirs = rig.PROCESSES.Pipe()
+    child = rig.PROCESSES.Process(target=work, args=(source, bases, left[:PER_CHILD], theirs))
+    child.start()
+    theirs.close()
+    patience = START_S
+    try:
+        while ours.poll(patience):
+            message = ours.recv()
+            patience = HANG_S
+            if message == "done":
+                return
+            if message == "ready":
+                continue
+            number, kind, base, answer = message
+            assert left.pop(0) == number
+            counts[f"{base}, {kind.partition('+')[0]}", answer if not answer[0].isupper() else "FAULT"] += 1
+            if answer[0].isupper():
+                faults.append(Fault(number, f"{base}, {kind}", answer))
+        faults.append(Fault(left.pop(0), "?", f"nothing for {patience} s"))
+    except EOFError:
+        child.join()
+        faults.append(Fault(left.pop(0), "?", f"the child died: {child.exitcode}"))
+    finally:
+        child.kill()
+        child.join()
+        ours.close()

@@ -1,0 +1,75 @@
+"""Betons damaged in every way: an error of one line, or the data. Never a signal, a hang, or other data without a word.
+
+"The data" means: of a sealed file (ours) exactly the images and labels that were written. Of a foreign file, which holds no
+checksum, exactly what its damaged bytes say, read by hand in ``mutations.said``: raw pixels and labels to the bit, JPEG within
+the difference of two decoders. What a damaged pixel of a foreign file was before, nobody can know.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import data_rig
+import numpy as np
+import pytest
+import run_rig as rig
+from mutations import Base
+
+import foreign_betons as foreign
+from fastbyol.data.beton_write import write
+
+COUNT = 24
+
+
+class Pictures:
+    """Smooth pictures; every third of another size if ``mixed``."""
+
+    def __init__(self, mixed: bool) -> None:
+        self.mixed = mixed
+
+    def __len__(self) -> int:
+        return COUNT
+
+    def __getitem__(self, index: int) -> tuple[object, ...]:
+        height, width = (26 + index % 4, 30) if self.mixed and index % 3 == 0 else (20, 24)
+        y, x = np.arange(height)[:, None, None], np.arange(width)[None, :, None]
+        slope = np.random.default_rng(index).uniform(-4, 4, (3, 3))
+        return np.clip(128 + slope[0] * y + slope[1] * x + 20 * slope[2], 0, 255).astype(np.uint8), index % 5
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> list[Base]:
+    """Ours, raw and JPEG, of one size and of several; FFCV's own: raw, JPEG, and with fields of every type."""
+    folder = tmp_path_factory.mktemp("bases")
+    made = []
+    for name, mode, mixed in (("raw", "raw", False), ("jpg", "jpg", False), ("mixed raw", "raw", True)):
+        write(folder / name, Pictures(mixed), labelled=True, mode=mode, workers=1, page_bytes=1 << 21)  # type: ignore[arg-type]
+        made.append(Base(f"sealed {name}", (folder / name).read_bytes(), True))
+    return made + [Base(f"foreign {name}", _foreign(name), False) for name in ("raw", "jpg", "foreign", "mixed_jpg")]
+
+
+def _foreign(name: str) -> bytes:
+    return Path(foreign.made() / f"{name}.beton").read_bytes()
+
+
+def show(counts: Counter[tuple[str, str]]) -> str:
+    outcomes = Counter[str]()
+    for (_, answer), number in counts.items():
+        outcomes[answer] += number
+    return f"{sum(counts.values())} mutations: {dict(outcomes)}"
+
+
+def test_mutated_betons(bases: list[Base]) -> None:
+    counts, faults = data_rig.run("files", bases, range(rig.many(504, 20_000)))
+    print(show(counts), *sorted(counts.items()), sep="\n")
+    assert not faults, faults[:20]
+    assert {answer for _, answer in counts} == {"refused", "the same", "as it says"}
+
+
+def test_mutated_manifests(bases: list[Base]) -> None:
+    sealed = [base for base in bases if base.sealed]
+    counts, faults = data_rig.run("manifests", sealed, range(rig.many(60, 2_000)))
+    print(show(counts), *sorted(counts.items()), sep="\n")
+    assert not faults, faults[:20]
+    assert {answer for _, answer in counts} == {"refused", "the same"}

@@ -15,6 +15,7 @@ from fastbyol import views
 from fastbyol.config import Config
 from fastbyol.data import embedded, loader
 from fastbyol.engine import checkpoint, guards, metrics_file, origin, record
+from fastbyol.engine.allocator import keep_freed_memory
 from fastbyol.engine.device import dtype_of, pick_device
 from fastbyol.engine.interrupt import Interrupt, Stopped
 from fastbyol.engine.observer import EpochEnd, Observer, Progress, Silent, Start
@@ -360,7 +361,8 @@ class Trainer:
 
 
 def fit(folder: RunFolder, config: Config, observer: Observer | None = None) -> Summary:
-    """Run ``config`` in ``folder`` to its end; see ``Trainer.fit``."""
+    """Run ``config`` in ``folder`` to its end; see ``Trainer.fit``. Sets the process's TF32 switches and allocator for it."""
+    keep_freed_memory()
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
     return Trainer(folder, config, observer).fit()

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastbyol.config import ModelConfig
+from fastbyol.model.convolution import convolve
 from fastbyol.model.norm import make_norm
 from fastbyol_kernels.weight_standardization import weight_standardization
 
@@ -34,7 +35,7 @@ class Conv2d(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         weight = weight_standardization(self.weight) if self.ws else self.weight
-        return F.conv2d(x, weight.to(x.dtype), None, self.stride, self.padding)
+        return convolve(x, weight.to(x.dtype), self.stride[0], self.kernel_size[0] // 2)
 
 
 class BasicBlock(nn.Module):

@@ -1,0 +1,152 @@
+"""A 3x3 convolution whose output has few pixels, as one matrix product per pixel: for processors.
+
+At 96 pixels the last stage of ResNet-18 works on 3x3 pixels, at 32 pixels on one. A 3x3 kernel with a border of zeros then
+spends most of its products on the border: of 9 x 9 taps 49 fall on pixels, of 1 x 9 taps one. A library that blocks over the
+image does them all. Here each output pixel is the product of the pixels under its kernel with their part of the kernel, summed
+in the matrix product's own precision, so rounding is a convolution's.
+
+Letters: N samples, S pixels of a side, I and O channels in and out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+KERNEL = 3
+# Where products by pixel were faster than oneDNN's convolution, forward and backward together: the largest side of an output,
+# and the largest share of its taps that lie over pixels (64 to 512 channels, batches of 256 and 512, one core of an AVX512-BF16
+# processor: bench/LOG.md, "few pixels"). In float32 a product runs at half the convolution's rate, in bfloat16 at the same.
+LIMITS = {torch.bfloat16: (3, 1.0), torch.float32: (2, 0.5)}
+
+
+def convolve(x: Tensor, weight: Tensor, stride: int, padding: int) -> Tensor:
+    """``F.conv2d`` of x (N, I, S, S) with weight (O, I, k, k), by pixel where that is the faster way on this device.
+
+    Compiled code and dtypes other than float32 and bfloat16 take ``F.conv2d``.
+    """
+    if pays(x, weight, stride, padding):
+        return convolve_by_pixel(x, weight, stride)
+    return F.conv2d(x, weight, None, stride, padding)
+
+
+def pays(x: Tensor, weight: Tensor, stride: int, padding: int) -> bool:
+    """Whether ``convolve`` goes by pixel."""
+    if x.device.type != "cpu" or x.dtype not in LIMITS or torch.compiler.is_compiling():
+        return False
+    if weight.shape[2:] != (KERNEL, KERNEL) or padding != 1:
+        return False
+    most_pixels, most_share = LIMITS[x.dtype]
+    height, width = x.shape[2:]
+    return max(_out(height, stride), _out(width, stride)) <= most_pixels and (
+        _share(height, stride) * _share(width, stride) <= most_share
+    )
+
+
+def convolve_by_pixel(x: Tensor, weight: Tensor, stride: int) -> Tensor:
+    """x (N, I, H, W), weight (O, I, 3, 3), a border of one zero -> (N, O, H', W') in channels-last, differentiable once."""
+    result: Tensor = _ByPixel.apply(x, weight, stride)
+    return result
+
+
+class _ByPixel(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, stride: int) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.stride = stride
+        return _forward(x.permute(0, 2, 3, 1), weight.permute(0, 2, 3, 1), stride).permute(0, 3, 1, 2)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = (tensor.permute(0, 2, 3, 1) for tensor in ctx.saved_tensors)
+        gradient = grads[0].permute(0, 2, 3, 1)
+        needs_x, needs_weight, _ = ctx.needs_input_grad
+        dx = _input_gradient(gradient, weight, x.shape, ctx.stride).permute(0, 3, 1, 2) if needs_x else None
+        dweight = _weight_gradient(gradient, x, weight.shape, ctx.stride).permute(0, 3, 1, 2) if needs_weight else None
+        return dx, dweight, None
+
+
+def _forward(x: Tensor, weight: Tensor, stride: int) -> Tensor:
+    """x (N, H, W, I), weight (O, 3, 3, I) -> (N, H', W', O)."""
+    height, width = (_out(side, stride) for side in x.shape[1:3])
+    out = x.new_empty(len(x), height, width, len(weight))
+    for i, j in _pixels(height, width):
+        rows, columns = _under(i, stride, x.shape[1]), _under(j, stride, x.shape[2])
+        patch = x[:, rows, columns].flatten(1)
+        part = weight[:, _taps(rows, i, stride), _taps(columns, j, stride)].flatten(1)
+        torch.mm(patch, part.t(), out=out[:, i, j])
+    return out
+
+
+def _input_gradient(gradient: Tensor, weight: Tensor, shape: torch.Size, stride: int) -> Tensor:
+    """The gradient of x: each pixel gathers the outputs whose kernels lay over it. ``shape`` is (N, H, W, I)."""
+    dx = gradient.new_empty(shape)
+    turned = weight.flip(1, 2).permute(1, 2, 0, 3)  # (3, 3, O, I), the kernel as an input pixel sees it
+    for i, j in _pixels(*shape[1:3]):
+        rows, columns = _over(i, stride, gradient.shape[1]), _over(j, stride, gradient.shape[2])
+        patch = gradient[:, rows, columns].flatten(1)
+        part = turned[_turned_taps(rows, i, stride), _turned_taps(columns, j, stride)].flatten(0, 2)
+        torch.mm(patch, part, out=dx[:, i, j])
+    return dx
+
+
+def _weight_gradient(gradient: Tensor, x: Tensor, shape: torch.Size, stride: int) -> Tensor:
+    """The gradient of the weight, tap by tap: one product over all samples and pixels. ``shape`` is (O, 3, 3, I)."""
+    dweight = gradient.new_zeros(shape)
+    for a, b in _pixels(KERNEL, KERNEL):
+        rows, columns = _reached(a, stride, x.shape[1]), _reached(b, stride, x.shape[2])
+        if len(rows) and len(columns):
+            g = gradient[:, rows.start : rows.stop, columns.start : columns.stop].flatten(0, 2)
+            under = x[:, _shifted(rows, a, stride), _shifted(columns, b, stride)].flatten(0, 2)
+            dweight[:, a, b] = torch.mm(g.t(), under)
+    return dweight
+
+
+def _out(side: int, stride: int) -> int:
+    """The side of the output: a border of one on either side, a kernel of three."""
+    return (side - 1) // stride + 1
+
+
+def _share(side: int, stride: int) -> float:
+    """The share of a row of taps, over all of its outputs, that lie over pixels."""
+    outputs = range(_out(side, stride))
+    covered = sum(min(i * stride + 2, side) - max(i * stride - 1, 0) for i in outputs)
+    return covered / (KERNEL * len(outputs))
+
+
+def _pixels(height: int, width: int) -> Iterator[tuple[int, int]]:
+    return ((i, j) for i in range(height) for j in range(width))
+
+
+def _under(i: int, stride: int, side: int) -> slice:
+    """The input pixels under the kernel of output pixel i."""
+    return slice(max(i * stride - 1, 0), min(i * stride + 2, side))
+
+
+def _taps(pixels: slice, i: int, stride: int) -> slice:
+    """The kernel's taps that lie over those."""
+    return slice(pixels.start - i * stride + 1, pixels.stop - i * stride + 1)
+
+
+def _over(i: int, stride: int, side: int) -> slice:
+    """The output pixels whose kernels lie over input pixel i."""
+    return slice(max(-(-(i - 1) // stride), 0), min((i + 1) // stride + 1, side))
+
+
+def _turned_taps(pixels: slice, i: int, stride: int) -> slice:
+    """The taps, counted from the kernel's end, that those put over pixel i: tap i - p stride + 1 of output p."""
+    return slice(pixels.start * stride - i + 1, (pixels.stop - 1) * stride - i + 2, stride)
+
+
+def _reached(tap: int, stride: int, side: int) -> range:
+    """The output pixels for which ``tap`` lies over a pixel and not over the border."""
+    return range(-(-max(1 - tap, 0) // stride), min((side - tap) // stride + 1, _out(side, stride)))
+
+
+def _shifted(pixels: range, tap: int, stride: int) -> slice:
+    """The input pixels under ``tap`` of those outputs."""
+    return slice(pixels.start * stride + tap - 1, (pixels.stop - 1) * stride + tap, stride)

@@ -29,28 +29,31 @@ class Interrupt:
 
     def __init__(self) -> None:
         self.requested: str | None = None
-        self._abortable = False
+        self._abortable = self._has_stopped = False
+        self._unraisable_before: Callable[[Any], object] = sys.unraisablehook
         self._previous: dict[int, signal._HANDLER] = {}
 
     @contextmanager
     def abortable(self) -> Iterator[None]:
         """Work that can be done again and may take long: a request raises ``Stopped`` in it, at its start and at its end."""
-        before = sys.unraisablehook
-        self._abortable, sys.unraisablehook = True, _unless_stopped(before)
+        self._abortable = True
         try:
             self._stop()
             yield
             self._stop()  # finalizers and C's callbacks swallow exceptions: what came within one is raised here
         finally:
-            self._abortable, sys.unraisablehook = False, before
+            self._abortable = False
 
     def __enter__(self) -> Interrupt:
         if threading.current_thread() is threading.main_thread():
             for number in SIGNALS:
                 self._previous[number] = signal.signal(number, self._handle)
+            self._unraisable_before, sys.unraisablehook = sys.unraisablehook, self._unraisable
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._previous:
+            sys.unraisablehook = self._unraisable_before
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         self._previous.clear()
@@ -66,14 +69,10 @@ class Interrupt:
 
     def _stop(self) -> None:
         if self.requested:
+            self._has_stopped = True
             raise Stopped(self.requested)
 
-
-def _unless_stopped(hook: Callable[[Any], object]) -> Callable[[Any], None]:
-    """``sys.unraisablehook`` without a report of ``Stopped``: it was not lost."""
-
-    def report(args: Any) -> None:
-        if not isinstance(args.exc_value, Stopped):
-            hook(args)
-
-    return report
+    def _unraisable(self, args: Any) -> None:
+        """A ``Stopped`` that was swallowed is not lost, and half-made objects complain in their finalizers after one."""
+        if not self._has_stopped:
+            self._unraisable_before(args)

@@ -10,6 +10,7 @@ import mmap
 import multiprocessing
 import os
 import sys
+import time
 from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -43,12 +44,21 @@ class Marks:
     """What a child is doing, in a byte that outlives it."""
 
     def __init__(self, path: Path) -> None:
-        path.write_bytes(b"\0")
         self.path = path
+        self.clear()
+
+    def clear(self) -> None:
+        """Back to the start, for the next child."""
+        self.path.write_bytes(b"\0")
 
     @property
     def phase(self) -> str:
         return PHASES[self.path.read_bytes()[0]]
+
+    def wait_for_step(self, process: BaseProcess) -> None:
+        """Return once the child has begun its loop, or is dead."""
+        while self.phase == "start" and process.is_alive():
+            time.sleep(0.002)
 
 
 def _marking(byte: mmap.mmap, phase: str, work: Callable[..., Any]) -> Callable[..., Any]:
@@ -85,6 +95,7 @@ def _go_on(run: Path, config: Config, marks: Path) -> None:
 
 def start(run: Path, config: Config, marks: Marks) -> BaseProcess:
     """A child that trains the run or goes on with it."""
+    marks.clear()
     process = PROCESSES.Process(target=_go_on, args=(run, config, marks.path))
     process.start()
     return process
@@ -108,6 +119,7 @@ def command(run: Path, config: Config, output: Path, marks: Marks) -> BaseProces
         file = Path(config.data.train).with_name("config.toml")  # one place, since origins name it
         file.write_text(config_io.dump(config))
         arguments = ("train", "--config", str(file), "--out", str(run))
+    marks.clear()
     process = PROCESSES.Process(target=_command, args=(arguments, output, marks.path))
     process.start()
     return process

@@ -62,7 +62,9 @@ def stopped_runs(whole: tuple[Path, float], folder: Path, numbers: list[signal.S
     while numbers or (folder / f"run{runs}").exists():
         run = folder / f"run{runs}"
         process = rig.command(run, config, output, marks)
-        process.join(draw.uniform(0.15, seconds) if numbers else rig.PATIENCE_S)
+        if numbers and draw.random() < 0.8:  # else while it starts
+            marks.wait_for_step(process)
+        process.join(draw.uniform(0.15, seconds / 2) if numbers else rig.PATIENCE_S)
         if process.is_alive():
             number = numbers.pop()
             phases[marks.phase] += 1

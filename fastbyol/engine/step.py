@@ -132,6 +132,24 @@ class TrainState:
         return tensors | {"step": self.step}
 
     @torch.no_grad()
+    def statistics(self) -> Tensor:
+        """A copy of both networks' running statistics in one flat tensor, empty where no norm keeps any."""
+        buffers = self._float_buffers()
+        return torch.cat([buffer.flatten() for buffer in buffers]) if buffers else self.lr[:0]
+
+    @torch.no_grad()
+    def keep_statistics(self, flat: Tensor) -> None:
+        """Take over what ``statistics`` gave."""
+        buffers = self._float_buffers()
+        for buffer, kept in (
+            zip(buffers, torch.split(flat, [buffer.numel() for buffer in buffers]), strict=True) if buffers else ()
+        ):
+            buffer.copy_(kept.view_as(buffer))
+
+    def _float_buffers(self) -> list[Tensor]:
+        return [buffer for net in (self.online, self.target) for buffer in net.buffers() if buffer.is_floating_point()]
+
+    @torch.no_grad()
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         """Take over what ``tensors`` of an equally configured state gave. Raises ``UsageError``, having changed nothing,
         where names, shapes or dtypes differ."""
@@ -159,6 +177,7 @@ def train_step(state: TrainState, views: Tensor) -> StepMetrics:
     lr, tau = schedule.at(state.lr, state.step), schedule.at(state.tau, state.step)
     batch = as_batch(views, recipe.views_dtype)
     arena.gradient.zero_()
+    statistics = state.statistics()
     output = state.online(batch)
     with torch.no_grad():
         projections = state.target(batch)
@@ -170,6 +189,8 @@ def train_step(state: TrainState, views: Tensor) -> StepMetrics:
             arena.online, arena.gradient, arena.momentum, arena.target, arena.table, lr, tau,
             rule=recipe.rule, eta=recipe.eta, mu=recipe.momentum, ema_first=recipe.ema_first,
         )  # fmt: skip
+        # The optimizer leaves a step out whose gradient is not finite; what the norms gathered in it has to go as well.
+        state.keep_statistics(torch.where(layers[:, 1].isfinite().all(), state.statistics(), statistics))
         state.step.add_(1)
     return StepMetrics(values.float(), layers.float())
 

@@ -34,6 +34,7 @@ class Meter(Silent):
 
 def _train(config: Config, run: Path, result: Path) -> None:
     meter = Meter()
+    gc.freeze()  # the imported modules: going through them at every epoch would take most of the time
     api.train(config, run, observer=meter)
     result.write_text(json.dumps(meter.counts))
 
@@ -48,7 +49,7 @@ def test_threads_handles_and_memory_stay_flat_over_300_epochs(tmp_path: Path, ca
 
 def check_flat(tmp_path: Path, run: Path, cache: str) -> None:
     config = rig.make_config(
-        tmp_path, f"train.epochs={EPOCHS}", "train.batch_size=24", "views.size=8", "model.width=2", f"data.cache={cache}",
+        tmp_path, f"train.epochs={EPOCHS}", "train.batch_size=48", "views.size=8", "model.width=2", f"data.cache={cache}",
         "data.size=16", "data.test=none", "run.checkpoint_every_steps=0",
     )  # fmt: skip
     process = rig.PROCESSES.Process(target=_train, args=(config, run, tmp_path / "counts"))

@@ -8,7 +8,7 @@ DEMO := demo
 DEBIAN := g++ make pkg-config python3-venv python3-dev libopencv-core-dev libopencv-imgproc-dev libturbojpeg0-dev
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: setup demo test lint types unit figures clean
+.PHONY: setup demo test lint types unit faults figures clean
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/.ready
@@ -55,6 +55,10 @@ types: setup
 
 unit: setup
 	$(BIN)/python -m pytest
+
+# The faults of tests/faults/README.md at its counts, instead of the seeded few of `make test`.
+faults: setup
+	FASTBYOL_FAULTS=full $(BIN)/python -m pytest -s tests/faults
 
 figures: setup
 	$(BIN)/python -m fastbyol_bench.first_light bench/results/first_light

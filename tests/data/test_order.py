@@ -45,6 +45,12 @@ def test_is_the_permutation_that_sorts_the_keys(count: int, seed: int, epoch: in
     assert found.tolist() == sorted(range(count), key=keys.__getitem__)
 
 
+def test_every_size_up_to_a_thousand_is_a_permutation() -> None:
+    for count in range(1, 1001):
+        found = order.permutation(count, seed=count, epoch=count % 7)
+        assert torch.equal(found.sort().values, torch.arange(count)), count
+
+
 @settings(max_examples=10)
 @given(st.integers(1, 40), SEEDS, st.integers(1, 7))
 def test_does_not_depend_on_the_chunk(count: int, seed: int, chunk: int) -> None:

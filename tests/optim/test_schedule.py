@@ -57,6 +57,36 @@ def test_tau_rises_as_published(unit: str) -> None:
     assert (table.diff() >= 0).all()
 
 
+UNITS = st.sampled_from(["step", "epoch"])
+SHAPES = st.sampled_from(["cosine", "constant"])
+
+
+@given(UNITS, SHAPES, st.integers(1, 60), st.integers(1, 20), st.floats(0.0, 1.0))
+def test_tau_never_falls_nor_leaves_its_range(unit: str, shape: str, epochs: int, steps: int, tau: float) -> None:
+    config = ScheduleConfig.model_validate({"tau_unit": unit, "tau_schedule": shape, "tau": tau})
+    table = tau_table(config, horizon_epochs=epochs, steps_per_epoch=steps)
+    assert len(table) == epochs * steps + 1
+    assert (table.diff() >= 0).all()
+    # One rounding of 1 - (1 - tau) may fall short of tau.
+    assert table[0] == pytest.approx(tau, rel=1e-15, abs=1e-15)
+    assert table[-1] == (1.0 if shape == "cosine" else tau)
+    if unit == "epoch":
+        assert (table[:-1].view(epochs, steps) == table[:-1:steps, None]).all()
+
+
+@given(UNITS, SHAPES, st.integers(1, 40), st.integers(1, 20), st.floats(0.0, 60.0), st.floats(0.0, 100.0))
+def test_lr_rises_through_the_warm_up_and_falls_from_there(
+    unit: str, shape: str, epochs: int, steps: int, warmup_epochs: float, lr: float
+) -> None:
+    config = ScheduleConfig.model_validate({"lr_unit": unit, "lr": shape, "warmup_epochs": warmup_epochs})
+    table = lr_table(config, lr, horizon_epochs=epochs, steps_per_epoch=steps)
+    warmup = int(warmup_epochs * steps)
+    assert len(table) == max(epochs * steps, warmup) + 1
+    assert ((table >= 0) & (table <= lr)).all()
+    assert (table[:warmup].diff() >= 0).all()
+    assert (table[warmup:].diff() <= 0).all()
+
+
 def test_constants() -> None:
     config = ScheduleConfig(lr="constant", tau_schedule="constant", tau=0.99, warmup_epochs=0.5)
     assert lr_table(config, 0.3, horizon_epochs=2, steps_per_epoch=4).tolist() == [0.0, 0.15] + [0.3] * 7

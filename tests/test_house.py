@@ -13,6 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "fastbyol"
 KERNELS = ROOT / "kernels" / "fastbyol_kernels"
+BENCH = ROOT / "bench" / "fastbyol_bench"
 
 # A module may import from its own rank's folder and from lower ranks. The order is CONTRIBUTING's arrows, bottom first.
 RANKS = (
@@ -34,7 +35,7 @@ BANNED = {"utils.py", "helpers.py", "common.py", "misc.py"}
 
 
 def modules() -> list[Path]:
-    return sorted([*PACKAGE.rglob("*.py"), *KERNELS.rglob("*.py")])
+    return sorted([*PACKAGE.rglob("*.py"), *KERNELS.rglob("*.py"), *BENCH.rglob("*.py")])
 
 
 def imports(path: Path) -> Iterator[str]:
@@ -59,6 +60,9 @@ def test_imports_point_one_way(path: Path) -> None:
     own = path.relative_to(PACKAGE).parts[0].removesuffix(".py") if inside else ""
     for name in imports(path):
         top = name.split(".")[0]
+        if path.is_relative_to(BENCH):  # which may import everything but the tests
+            assert top != "tests", f"{path.name} imports {name}"
+            continue
         if not inside:
             assert top in sys.stdlib_module_names or top in {"torch", "triton", "fastbyol_kernels"}, f"kernels import {name}"
             continue
@@ -88,6 +92,7 @@ def test_tests_mirror_the_code() -> None:
     """A test file bears the stem of the module it tests, in the folder of the same name. Faults are of no one module."""
     stems = {path.relative_to(PACKAGE).with_suffix("") for path in PACKAGE.rglob("*.py")}
     stems |= {Path("kernels") / path.relative_to(KERNELS).with_suffix("") for path in KERNELS.rglob("*.py")}
+    stems |= {Path("bench") / path.relative_to(BENCH).with_suffix("") for path in BENCH.rglob("*.py")}
     stems |= {Path("house"), Path("first_light")}
     tests = [path.relative_to(ROOT / "tests") for path in (ROOT / "tests").rglob("test_*.py")]
     tests = [path for path in tests if path.parts[0] != "faults"]

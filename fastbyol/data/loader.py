@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterator
@@ -29,6 +30,8 @@ DEVICE_SHARE = 0.9
 # Images per call where a whole set is decoded: enough to occupy every core, short enough to stay interruptible.
 CHUNK = 1024
 CPU = torch.device("cpu")
+# A forked child inherits OpenMP's pool without its threads, and would wait for them for ever; one thread needs no pool.
+os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))
 
 
 class Batch(NamedTuple):
@@ -148,6 +151,8 @@ def open_loader(
     UsageError: the file is missing or damaged, holds less than a batch, or does not fit where it was told to.
     """
     info, where = beton.inspect(path), torch.device(device)
+    if batch_size < 1:
+        raise UsageError(f"train.batch_size = {batch_size}: must be at least 1")
     if info.num_samples < batch_size:
         raise UsageError(
             f"{info.path}: {info.num_samples} images are less than one batch of train.batch_size = {batch_size}; "

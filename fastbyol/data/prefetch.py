@@ -28,6 +28,8 @@ def prefetch(source: Iterable[T], *, name: str, ahead: int = 3, stall_s: float =
     ``stall_s`` seconds. Closing the iterator (or dropping it: a ``break``, an exception in the loop's body) ends the thread and
     waits for it, at most as long as one item takes.
     """
+    if ahead < 1:
+        raise ValueError(f"ahead {ahead}: must be at least 1")
     worker = _Worker(source, name, ahead)
     worker.start()
     _running.add(worker)

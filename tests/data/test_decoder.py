@@ -193,7 +193,6 @@ from ffcv.fields.rgb_image import IMAGE_MODES
 assert torch.get_num_threads() == {threads}, torch.get_num_threads()
 assert numba.typed.Dict.__module__.startswith("numba"), numba.typed.Dict
 assert dict(IMAGE_MODES) == dict(jpg=0, raw=1)
-assert numba.threading_layer() in ("tbb", "omp"), numba.threading_layer()
 """
 
 
@@ -213,7 +212,8 @@ def test_missing_ffcv_is_said_in_one_line(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_one_compilation_serves_all_loaders() -> None:
     for name in ("raw", "jpg", "unlabelled"):
-        opened(foreign.made() / f"{name}.beton").close()
-        opened(foreign.made() / f"{name}.beton", in_memory=False).close()
-    loop = decoding._compiled(False, False)
+        for in_memory in (True, False):
+            with opened(foreign.made() / f"{name}.beton", in_memory=in_memory) as decoder:
+                decoded(decoder)
+    loop = decoding._compiled(False)
     assert len(loop.signatures) == 1  # type: ignore[attr-defined]

@@ -1,8 +1,8 @@
 """Betons damaged in every way: an error of one line, or the data. Never a signal, a hang, or other data without a word.
 
 "The data" means: of a sealed file (ours) exactly the images and labels that were written. Of a foreign file, which holds no
-checksum, exactly what its damaged bytes say, read by hand in ``mutations.said``: raw pixels and labels to the bit, JPEG within
-the difference of two decoders. What a damaged pixel of a foreign file was before, nobody can know.
+checksum, exactly what its damaged bytes say, read by hand in ``mutations.said`` and, for JPEG, by libturbojpeg. What a damaged
+pixel of a foreign file was before, nobody can know.
 """
 
 from __future__ import annotations

@@ -1,0 +1,207 @@
+"""A loader always ends: left early, interrupted, forked, spawned, many times over; and leaves nothing behind."""
+
+from __future__ import annotations
+
+import gc
+import multiprocessing
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from multiprocessing.context import BaseContext
+from pathlib import Path
+
+import pytest
+import run_rig as rig
+import torch
+
+import foreign_betons as foreign
+from fastbyol.data.loader import Loader, StreamingLoader, open_loader
+
+EPOCHS = 300
+SETTLED = 10
+BREAKS = rig.many(100, 1000)
+CTRL_CS = rig.many(4, 50)
+# The issue's limit for leaving after Ctrl-C.
+LEAVE_S = 5.0
+
+
+def opened(name: str = "jpg", cache: str = "none", batch_size: int = 32) -> Loader:
+    path = foreign.made() / f"{name}.beton"
+    return open_loader(path, batch_size=batch_size, seed=1, device="cpu", cache=cache, workers=2, size=16)  # type: ignore[arg-type]
+
+
+def resident_kib() -> int:
+    """Memory of this process that is its own, in KiB: without what it shares with files."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
+
+
+def use() -> tuple[int, int]:
+    """Threads of the process (native ones too) and open files."""
+    return len(list(Path("/proc/self/task").iterdir())), len(list(Path("/proc/self/fd").iterdir()))
+
+
+def settles_at(before: tuple[int, int]) -> bool:
+    """Whether threads and files come down to ``before`` in no time: a joined thread leaves the system's list a little later."""
+    deadline = time.monotonic() + 2.0
+    while use() != before and time.monotonic() < deadline:
+        time.sleep(0.005)
+    return use() == before
+
+
+def _many_epochs(cache: str, pipe: object) -> None:
+    """In a process of its own, so that other tests' memory does not count."""
+    with opened(cache=cache) as batches:
+        for epoch in range(EPOCHS):
+            for _ in batches.epoch(epoch):
+                pass
+            if epoch + 1 == SETTLED:
+                gc.collect()
+                time.sleep(0.1)
+                before = (resident_kib(), *use())
+        gc.collect()
+        time.sleep(0.1)
+        pipe.send((before, (resident_kib(), *use())))  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("cache", ["none", "device"])
+def test_300_epochs_grow_nothing(cache: str) -> None:
+    ours, theirs = rig.PROCESSES.Pipe()
+    child = rig.PROCESSES.Process(target=_many_epochs, args=(cache, theirs))
+    child.start()
+    assert ours.poll(rig.PATIENCE_S)
+    before, after = ours.recv()
+    child.join(rig.PATIENCE_S)
+    print(f"{cache}: KiB, threads, files after epoch {SETTLED}: {before}, after {EPOCHS}: {after}")
+    assert after[1:] == before[1:]
+    assert after[0] <= 1.01 * before[0]
+
+
+def test_early_breaks_and_exceptions_leave_nothing() -> None:
+    draw = random.Random(0)
+    with opened() as batches:
+        list(batches.epoch(0))
+        num_threads = threading.active_count()
+        time.sleep(0.1)
+        before = use()
+        for number in range(BREAKS):
+            stop = draw.randrange(batches.steps_per_epoch)
+            try:
+                for step, _ in enumerate(batches.epoch(number)):
+                    if step == stop:
+                        if number % 2:
+                            raise ZeroDivisionError
+                        break
+            except ZeroDivisionError:
+                pass
+            assert threading.active_count() == num_threads
+            assert settles_at(before)
+    assert settles_at((before[0], before[1] - 1))  # the file
+
+
+def test_many_loaders_opened_and_dropped() -> None:
+    """Closed or forgotten in mid-epoch."""
+    opened().close()
+    time.sleep(0.1)
+    before = use()
+    for number in range(30):
+        batches = opened(cache=("none", "device")[number % 2])
+        next(batches.epoch(0))
+        if number % 3:
+            batches.close()
+        del batches
+    gc.collect()
+    assert settles_at(before)
+
+
+def _consume(loader: Loader | None) -> None:
+    """All ways in a child: a loader of its own, streamed and resident, and one that its parent opened."""
+    assert sum(len(batch.ids) for batch in (loader or opened()).epoch(3)) == 192
+    for cache in ("none", "device"):
+        with opened(cache=cache) as batches:
+            assert sum(len(batch.ids) for batch in batches.epoch(0)) == 192
+
+
+FORKED = """
+import multiprocessing, sys, warnings
+warnings.simplefilter("ignore")
+sys.path[:0] = {paths!r}
+import torch
+from test_data_loader import _consume, opened
+torch.set_num_threads(2)
+torch.randn(1 << 20).exp().sum()
+with opened() as batches:
+    _consume(None)
+    running = batches.epoch(1)
+    next(running)
+    children = [multiprocessing.get_context("fork").Process(target=_consume, args=(batches,)) for _ in range(3)]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join(60)
+        assert child.exitcode == 0, child.exitcode
+    assert len(list(running)) == 5
+"""
+
+
+def test_forked_after_threads_decoded() -> None:
+    """In mid-epoch, with torch's and numba's pools running: neither lives on in a forked child."""
+    foreign.made()
+    code = FORKED.format(paths=[str(Path(__file__).parent), str(Path(foreign.__file__).parent), *sys.path])
+    environment = os.environ | {"OMP_NUM_THREADS": "2"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], check=False, timeout=rig.PATIENCE_S, capture_output=True, env=environment
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("context", [multiprocessing.get_context("spawn"), rig.PROCESSES], ids=["spawn", "forkserver"])
+def test_other_processes(context: BaseContext) -> None:
+    children = [context.Process(target=_consume, args=(None,)) for _ in range(2)]  # type: ignore[attr-defined]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join(rig.PATIENCE_S)
+        assert child.exitcode == 0
+
+
+LOOP = """
+import sys
+from fastbyol.data.loader import open_loader
+batches = open_loader({path!r}, batch_size=2, seed=0, device="cpu", cache={cache!r}, workers=2, size=16)
+print("begun", flush=True)
+epoch = 0
+while True:
+    for images, ids in batches.epoch(epoch):
+        images.float().mean()
+    epoch += 1
+"""
+
+
+@pytest.mark.parametrize("cache", ["none", "device"])
+def test_ctrl_c_at_random_instants(cache: str) -> None:
+    """The process ends by KeyboardInterrupt at once: no thread holds it."""
+    draw, code = random.Random(cache), LOOP.format(path=str(foreign.made() / "jpg.beton"), cache=cache)
+    for _ in range(CTRL_CS // 2):
+        child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        assert child.stdout is not None
+        assert child.stdout.readline() == b"begun\n"
+        time.sleep(draw.uniform(0, 0.5))
+        child.send_signal(signal.SIGINT)
+        sent = time.monotonic()
+        _, errors = child.communicate(timeout=30)
+        assert time.monotonic() - sent < LEAVE_S
+        assert errors.strip().endswith(b"KeyboardInterrupt"), errors
+        assert child.returncode == -signal.SIGINT
+
+
+def test_torchs_threads_stay_as_they_were() -> None:
+    setting = torch.get_num_threads()
+    with opened() as batches:
+        assert isinstance(batches, StreamingLoader)
+        list(batches.epoch(0))
+        assert torch.get_num_threads() == setting

@@ -241,7 +241,8 @@ def _from_text(text: str, name: str) -> dict[str, Setting]:
     settings = {}
     for key, value in flatten_table(table).items():
         line = next((f":{lines[part]}" for part in _parents(key) if part in lines), "")
-        settings[_known(key, name + line)] = Setting(_cleared(key, value), name + line)
+        known = _known(key, name + line)
+        settings[known] = Setting(_cleared(known, value), name + line)
     return settings
 
 

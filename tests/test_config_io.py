@@ -256,6 +256,7 @@ def message(tmp_path: Path, text: str | bytes | None = None, **arguments: Any) -
         ("[views]\nscale = [0.5]\n", ("views.scale = [0.5] (FILE:2)", "more values")),
         ("[views]\nscale = [0.5, 0.6, 0.7]\n", ("views.scale", "FILE:2", "at most 2")),
         ("[views]\nsize = 8\nblur = 'gaussian'\nblur_kernel = 63\n", ("FILE:4", "FILE:2", "63 taps")),
+        ("[optim]\nlars_excludm = 'none'\n", ("optim.lars_excludm (FILE:2)", "nearest is optim.lars_exclude")),
         ("[optim]\nlr = = 1\n", ("FILE:2:6: not valid TOML",)),
         ("[optim\n", ("FILE:1:7: not valid TOML",)),
         ("optim.lr = 1\n[optim]\nlr = 2\n", ("FILE", "not valid TOML")),

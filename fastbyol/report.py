@@ -59,6 +59,9 @@ def read(run: Path) -> Story:
     if not rows:
         raise UsageError(f"{run}: no step was recorded yet: nothing to draw")
     layers = read_layers(folder.path)
+    lost = [name for name in ("loss", "pos_cos", "neg_cos") if name not in rows[0]]
+    if lost or "rate" not in layers.metrics:
+        raise UsageError(f"{run}: damaged: {lost[0] if lost else 'rate'} is not among what was measured")
     per_epoch = next((row["step"] for row in rows if row["epoch"] == 1), None) or max(len(rows), 1)
     names = [name for name in rows[0] if name not in ("step", "epoch")]
     steps = np.array([row["step"] for row in rows], dtype=np.float64)
@@ -102,7 +105,7 @@ def draw_cosines(axes: Axes, story: Story) -> None:
 
 def draw_accuracy(axes: Axes, story: Story) -> None:
     """The probe's accuracy at the epochs where it was measured."""
-    points = [(event["epoch"] + 1, event["accuracy"]) for event in story.epoch_events if event["accuracy"] is not None]
+    points = [(event["epoch"] + 1, event["accuracy"]) for event in story.epoch_events if event.get("accuracy") is not None]
     if points:
         axes.plot(*zip(*points, strict=True), color=BLUE, marker="o", ms=3)
     axes.set_ylim(0, 100)
@@ -173,8 +176,9 @@ def page(story: Story, config_text: str, env: dict[str, Any]) -> str:
     last = story.epoch_events[-1] if story.epoch_events else None
     facts = [("epochs", f"{story.epochs[-1]:.1f}")]
     if last is not None:
-        facts += [("state", last["state"]), ("loss", f"{last['loss']:.4g}"), ("negative cosine", f"{last['neg_cos']:.4f}")]
-        accuracies = [event["accuracy"] for event in story.epoch_events if event["accuracy"] is not None]
+        loss, neg_cos = (_number(last.get(name)) for name in ("loss", "neg_cos"))
+        facts += [("state", last["state"]), ("loss", f"{loss:.4g}"), ("negative cosine", f"{neg_cos:.4f}")]
+        accuracies = [event["accuracy"] for event in story.epoch_events if event.get("accuracy") is not None]
         facts += [("accuracy", f"{accuracies[-1]:.1f} %")] if accuracies else []
         ranks = [event["rank_y"] for event in story.epoch_events if event.get("rank_y") is not None]
         facts += [("effective rank of the embeddings", f"{ranks[-1]:.1f}")] if ranks else []

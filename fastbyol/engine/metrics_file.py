@@ -158,19 +158,40 @@ def _reading(path: Path) -> Iterator[BinaryIO]:
 
 
 def _parse(lines: Iterable[bytes]) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(bytes, content) of each whole line, up to the first that is not one or goes back in time."""
-    done = 0
+    """(bytes, content) of each whole line, up to the first that is not one, goes back in time or is unlike those before."""
+    done, names = 0, None
     for line in lines:
         try:
             row = json.loads(line) if line.endswith(b"\n") else None
-        except ValueError:
+        except (ValueError, RecursionError):
             return
-        if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+        if not isinstance(row, dict) or not _is_count(row.get("step")) or row["step"] < done:
             return
-        if row["step"] < done:
-            return
+        if "event" in row:
+            if not _is_event(row):
+                return
+        else:
+            names = names or row.keys()
+            if row.keys() != names or not _is_count(row.get("epoch")) or not all(map(_is_measure, row.values())):
+                return
         done = row["step"] + ("event" not in row)
         yield len(line), row
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and 0 <= value < 2**63
+
+
+def _is_measure(value: object) -> bool:
+    return value is None or isinstance(value, float) or _is_count(value)
+
+
+def _is_event(row: Mapping[str, Any]) -> bool:
+    """Whether readers find in an event what they look for."""
+    if row["event"] != "epoch":
+        return isinstance(row["event"], str)
+    state, accuracy, neg_cos = (row.get(name) for name in ("state", "accuracy", "neg_cos"))
+    return _is_count(row.get("epoch")) and isinstance(state, str) and _is_measure(accuracy) and _is_measure(neg_cos)
 
 
 def _was_skipped(row: Mapping[str, Any]) -> bool:

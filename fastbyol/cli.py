@@ -325,6 +325,59 @@ def report(
 
 
 @app.command()
+def explain(
+    topic: Annotated[str | None, typer.Argument(metavar="[lars]", help="What to explain.")] = None,
+    compare: Annotated[
+        str, typer.Option("--compare", metavar="DIALECTS", help="blog, deepmind, bolts, sgd; several with commas.")
+    ] = "blog,deepmind,bolts",
+    run: Annotated[Path | None, typer.Option("--run", metavar="RUN", help="Take the norms that this run recorded.")] = None,
+    step: Annotated[int | None, typer.Option("--step", help="Of --run. Default: where the highest rate was recorded.")] = None,
+    lr: Annotated[float, typer.Option(help="Of the examples.")] = 0.2,
+    wd: Annotated[float, typer.Option("--wd", help="Of the examples.")] = 1.5e-6,
+    eta: Annotated[float, typer.Option(help="Of the examples.")] = 1e-3,
+    diff: Annotated[
+        tuple[str, str] | None,
+        typer.Option("--diff", metavar="A B", help="Presets, TOML files or run folders: what differs, key by key."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """LARS's dialects in numbers (`explain lars`), or what differs between two configurations (`explain --diff A B`)."""
+    if diff is not None:
+        _explain_diff(*diff, as_json=as_json)
+        return
+    if topic != "lars":
+        what = "say what" if topic is None else f"nothing on {topic!r}; the nearest is lars"
+        raise UsageError(
+            f"explain: {what}: `fastbyol explain lars --compare blog,deepmind` or `fastbyol explain --diff blog paper`"
+        )
+    from fastbyol import explain as explains
+
+    rules = explains.dialects(compare)
+    found = explains.of_run(run, rules, step) if run else explains.lars(rules, lr=lr, weight_decay=wd, eta=eta)
+    if as_json:
+        _print_json(found)
+    else:
+        typer.echo(explains.run_in_words(found) if run else explains.in_words(found))
+
+
+def _explain_diff(a: str, b: str, *, as_json: bool) -> None:
+    from fastbyol import differences
+
+    rows = differences.between(differences.named(a), differences.named(b))
+    if as_json:
+        _print_json({"a": a, "b": b, "differences": [row._asdict() for row in rows]})
+        return
+    if not rows:
+        typer.echo(f"{a} and {b}: no key differs")
+        return
+    cells = [("key", a, b, "from", "from")]
+    cells += [(row.key, differences.text(row.a), differences.text(row.b), row.a_origin, row.b_origin) for row in rows]
+    # Not a rich table: it would cut keys and values to the terminal's width.
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    typer.echo("\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in cells))
+
+
+@app.command()
 def runs(
     root: Annotated[Path, typer.Argument(metavar="[DIR]", help="Folder of runs.")] = Path("runs"),
     as_json: Json = False,

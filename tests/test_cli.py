@@ -96,6 +96,12 @@ def is_one_line(error: str) -> bool:
         (["convert", "textures", "no/such/folder/out.beton"], "no/such/folder"),
         (["convert", "textures", "out.beton", "--size", "4"], "size"),
         (["presets", "show", "blgo"], "blog"),
+        (["explain"], "explain lars"),
+        (["explain", "lras"], "lars"),
+        (["explain", "lars", "--compare", "blgo"], "blog"),
+        (["explain", "lars", "--run", "absent"], "absent"),
+        (["explain", "lars", "--lr", "-1"], "--lr"),
+        (["explain", "--diff", "blgo", "paper"], "blog"),
         (["presets", "copy", "blog", "no/such/folder/x.toml"], "no/such/folder"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -250,3 +256,16 @@ def test_data_commands(run, beton: Path, tmp_path: Path) -> None:
     assert (code, verdict["whole"], len(verdict["damaged"])) == (2, False, 1)
     assert err.count("\n") == 1
     assert "1 of 32 samples are damaged" in err
+
+
+def test_explain_compares_dialects_and_configurations(run) -> None:
+    code, out, _ = run("explain", "lars", "--compare", "blog,bolts", "--json")
+    assert code == 0
+    assert list(json.loads(out)["dialects"]) == ["blog", "bolts"]
+    code, out, _ = run("explain", "--diff", "blog", "paper", "--json")
+    rows = {row["key"]: row for row in json.loads(out)["differences"]}
+    assert (code, rows["optim.dialect"]["a"], rows["optim.dialect"]["b"]) == (0, "blog", "deepmind")
+    code, out, _ = run("explain", "--diff", "blog", "paper")
+    line = next(line for line in out.splitlines() if line.startswith("optim.dialect"))
+    assert line.split() == ["optim.dialect", '"blog"', '"deepmind"', "preset", "blog", "preset", "paper"]
+    assert run("explain", "--diff", "blog", "blog")[1] == "blog and blog: no key differs\n"

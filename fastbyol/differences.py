@@ -1,0 +1,75 @@
+"""What differs between two configurations, be they presets, files or runs: key by key, with where each value comes from."""
+
+from __future__ import annotations
+
+import re
+from difflib import get_close_matches
+from pathlib import Path
+from typing import NamedTuple
+
+from fastbyol import config_io
+from fastbyol.config import Config
+from fastbyol.config_io import Loaded
+from fastbyol.engine.run_folder import RunFolder
+from fastbyol.errors import UsageError
+
+
+class Difference(NamedTuple):
+    """A key that two configurations disagree about, both values and where each was said."""
+
+    key: str
+    a: object
+    b: object
+    a_origin: str
+    b_origin: str
+
+
+def named(name: str) -> Loaded:
+    """The resolved configuration that a preset's name, a TOML file or a run folder stands for.
+
+    Raises UsageError where ``name`` is none of these, with the nearest preset.
+    """
+    if name in config_io.presets():
+        return config_io.load(preset=name)
+    path = Path(name)
+    if path.is_dir():
+        with RunFolder.open(path, lock=False) as folder:
+            origin = dict.fromkeys(config_io.flatten(folder.config), "the run") | _origins(folder.config_text)
+            return Loaded(folder.config, origin)
+    if path.is_file():
+        return config_io.load(file=path)
+    near = get_close_matches(name, config_io.presets(), n=1, cutoff=0.0)[0]
+    raise UsageError(f"{name}: no preset, configuration file or run folder of this name; the nearest preset is {near}")
+
+
+def between(a: Loaded, b: Loaded) -> list[Difference]:
+    """The keys whose values differ, in the order of config.py. ``preset`` itself is a name and no setting: it is left out."""
+    left, right = config_io.flatten(a.config), config_io.flatten(b.config)
+    return [
+        Difference(key, left[key], right[key], a.origin[key], b.origin[key])
+        for key in left
+        if key != "preset" and left[key] != right[key]
+    ]
+
+
+def against_preset(config: Config) -> list[Difference]:
+    """What a run's configuration says otherwise than the preset that it names."""
+    base = config_io.load(preset=config.preset)
+    return between(base, Loaded(config, dict.fromkeys(config_io.flatten(config), "the run")))
+
+
+def text(value: object) -> str:
+    """A value as a configuration file would have it; ``none`` for a key that is absent."""
+    return "none" if value is None else config_io.toml_value(value)
+
+
+def _origins(config_text: str) -> dict[str, str]:
+    """The comments that ``config_io.dump`` left behind values, by key."""
+    found: dict[str, str] = {}
+    section = ""
+    for line in config_text.splitlines():
+        if header := re.fullmatch(r"\[([\w.]+)\]", line.strip()):
+            section = f"{header[1]}."
+        elif pair := re.match(r"(\w+) = .*  # (.+)$", line):
+            found[section + pair[1]] = pair[2]
+    return found

@@ -15,7 +15,12 @@ _log = logging.getLogger(__name__)
 
 
 class Lock:
-    """An advisory lock on a run's folder, dropped by the system when the process dies."""
+    """An advisory lock on a run's folder, dropped by the system when the process dies, by kill -9 too.
+
+    It holds no process number that another process could come to bear, and the file's being there means nothing. On NFS the
+    server keeps it (Linux turns flock into a lock of bytes, which needs the file open for writing); a server without locks
+    is warned about.
+    """
 
     def __init__(self, path: Path) -> None:
         self._file = (path / LOCK).open("ab")

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import closing, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Protocol
@@ -22,6 +23,7 @@ from fastbyol.engine import layers_file, metrics_file
 from fastbyol.engine.durable import Written, writing
 from fastbyol.engine.layers_file import LayersFile, read_layers
 from fastbyol.engine.metrics_file import MetricsFile, read_metrics
+from fastbyol.errors import FastbyolError
 
 __all__ = ["StepValues", "Telemetry", "read_layers", "read_metrics"]
 
@@ -126,17 +128,18 @@ class Telemetry:
         if self._closed:
             return
         self._closed = True
-        self.flush()
-        self.timing("close")
-        self._metrics.close()
-        self._layers.close()
-        self._timing.close()
+        with self._timing, closing(self._metrics):
+            self.flush()
+            self.timing("close")
+            self._layers.close()
 
     def __enter__(self) -> Telemetry:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.close()
+        # After a disk has run full closing fails as well, and says less of what happened.
+        with suppress(*(FastbyolError,) if error is not None else ()):
+            self.close()
 
     def _write_pending(self) -> None:
         self._drain()

@@ -110,6 +110,33 @@ def test_a_disk_filled_at_any_step_costs_nothing(whole: Path, small_disk: Path, 
     assert where
 
 
+def test_a_disk_filled_under_the_metrics_costs_nothing(small_disk: Path, tmp_path: Path) -> None:
+    """24 steps before the first checkpoint and one sample of the layers: nothing but metrics.jsonl asks for another page."""
+    config = rig.make_config(
+        tmp_path, "train.batch_size=2", "train.epochs=1", "run.checkpoint_every_steps=0", "run.layers_every_steps=1000",
+        "run.drain_every_steps=1",
+    )  # fmt: skip
+    run, filler = small_disk / "run", small_disk / "filler"
+    error = train(run, config, tmp_path / "said", filler=(filler, 1, 0))
+    assert error == f"{run}/metrics.jsonl: cannot write: No space left on device"
+    filler.unlink()
+    assert train(run, config, tmp_path / "said") == ""
+    assert train(tmp_path / "whole", config, tmp_path / "said") == ""
+    assert rig.contents(run) == rig.contents(tmp_path / "whole")
+
+
+def test_a_run_on_a_disk_that_became_read_only_is_refused_in_one_line(whole: Path, small_disk: Path, tmp_path: Path) -> None:
+    run = small_disk / "run"
+    assert train(run, make_config(whole.parent), tmp_path / "said") == ""
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    for path in (run, small_disk / "new"):
+        error = train(path, make_config(whole.parent), tmp_path / "said")
+        assert len(error.splitlines()) == 1
+        assert "Read-only file system" in error
+    subprocess.run(["mount", "-o", "remount,rw", str(small_disk)], check=True)
+    assert rig.contents(run) == rig.contents(whole)
+
+
 def test_files_that_may_not_grow_cost_nothing(whole: Path, tmp_path: Path) -> None:
     """A limit on the size of a file acts as a quota: what is over it is refused in the middle of a write."""
     config, draw, where = make_config(whole.parent), random.Random(4), Counter[str]()

@@ -13,6 +13,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from fastbyol import ablate
 from fastbyol.errors import FastbyolError, UsageError
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ presets_app = typer.Typer(help="The settings that ship with fastbyol.", no_args_
 app.add_typer(presets_app, name="presets")
 data_app = typer.Typer(help="Look into a beton file.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
+app.add_typer(ablate.app, name="ablate")
 
 Json = Annotated[
     bool, typer.Option("--json", help="Print one JSON object on standard output, everything else on standard error.")
@@ -167,6 +169,13 @@ def train(
             "--lr-mult", metavar="PATTERN=FACTOR", help="Rate factor of some parameters, repeatable.", rich_help_panel=OPTIM
         ),
     ] = None,
+    replay_rates: Annotated[
+        Path | None,
+        typer.Option("--replay-rates", metavar="RUN", help="LARS: take the rates that RUN recorded.", rich_help_panel=OPTIM),
+    ] = None,
+    rate_cap: Annotated[
+        float | None, typer.Option("--rate-cap", help="LARS: no rate above this.", rich_help_panel=OPTIM)
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Train a network; without --data on the embedded textures set."""
@@ -196,6 +205,8 @@ def train(
         "optim.lars_on": ("--lars-on", _patterns(lars_on)),
         "optim.dialect": ("--lars-dialect", lars_dialect),
         "optim.lr_mult": ("--lr-mult", _factors(lr_mult)),
+        "optim.replay_rates": ("--replay-rates", replay_rates),
+        "optim.rate_cap": ("--rate-cap", rate_cap),
     }
     loaded = _load(preset, config, sets or (), flags)
     for line in (_what_data(loaded), *loaded.notes):

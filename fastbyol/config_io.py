@@ -132,14 +132,14 @@ def flatten_table(table: Mapping[str, object], prefix: str = "") -> dict[str, ob
 
 def presets() -> tuple[str, ...]:
     """Names of the presets, sorted."""
-    return tuple(sorted(path.stem for path in _preset_folder().glob("*.toml")))
+    return tuple(sorted(path.stem for path in config_folder().glob("*.toml")))
 
 
 def preset_text(name: str, origin: str = "preset") -> str:
     """A preset's file as it is, comments included. Raises UsageError for a name that is none."""
     if name not in presets():
         raise UsageError(f"{origin} {show(name)}: no such preset; there are {', '.join(presets())}")
-    return (_preset_folder() / f"{name}.toml").read_text("utf-8")
+    return (config_folder() / f"{name}.toml").read_text("utf-8")
 
 
 def preset_summary(name: str) -> str:
@@ -208,7 +208,8 @@ def _comment(key: str, origin: Mapping[str, str] | None) -> str:
     return "  # " + " ".join(re.sub(r"[\x00-\x1f\x7f]", " ", origin[key]).split()) if origin else ""
 
 
-def _preset_folder() -> Path:
+def config_folder() -> Path:
+    """Where presets and the settings of ablations lie."""
     packaged = _PACKAGE / "configs"  # in a wheel; a checkout has them beside the package
     return packaged if packaged.is_dir() else _PACKAGE.parent / "configs"
 

@@ -28,6 +28,7 @@ RANKS = (
     ("api", "explain"),
     ("demo", "doctor"),
     ("__init__",),
+    ("ablate",),
     ("cli",),
 )
 RANK = {name: rank for rank, names in enumerate(RANKS) for name in names}

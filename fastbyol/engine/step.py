@@ -28,6 +28,7 @@ from fastbyol.model.byol import NUM_VIEWS, Online, Target, build_online, build_t
 from fastbyol.model.objective import byol_loss, observe
 from fastbyol.optim import schedule
 from fastbyol.optim.arena import Arena
+from fastbyol.optim.given_rates import GivenRates
 from fastbyol.optim.lars import rule_of, treatments
 from fastbyol_kernels.lars_ema import LAYER_METRICS, Rule, lars_ema
 
@@ -77,7 +78,8 @@ class Recipe:
 class TrainState:
     """Everything that training changes: both networks over the arena's buffers, and ``step``, a 0-d int64 tensor.
 
-    ``lr`` and ``tau`` are the schedules as tables. Weights, momentum and statistics are fp32 (fp64 under that precision).
+    ``lr`` and ``tau`` are the schedules as tables, ``given`` rates that replace LARS's own. Weights, momentum and
+    statistics are fp32 (fp64 under that precision).
     """
 
     online: Online
@@ -87,6 +89,7 @@ class TrainState:
     lr: Tensor
     tau: Tensor
     recipe: Recipe
+    given: GivenRates | None = None
 
     @staticmethod
     def create(config: Config, *, steps_per_epoch: int, device: str | torch.device = "cpu") -> TrainState:
@@ -114,7 +117,8 @@ class TrainState:
         arena = Arena.adopt(online, target, treatments(shapes, optim), weight_decay=optim.weight_decay)
         step = torch.zeros((), dtype=torch.int64, device=device)
         lr, tau = (table.to(device, dtype) for table in tables)
-        return TrainState(online, target, arena, step, lr, tau, Recipe.of(optim, config.schedule, config.train))
+        recipe = Recipe.of(optim, config.schedule, config.train)
+        return TrainState(online, target, arena, step, lr, tau, recipe, GivenRates.of(optim, arena.table))
 
     @property
     def segment_names(self) -> tuple[str, ...]:
@@ -185,8 +189,12 @@ def train_step(state: TrainState, views: Tensor) -> StepMetrics:
     torch.autograd.backward(loss)
     with torch.no_grad():
         values = torch.stack((loss, *observe(output, projections), torch.linalg.vector_norm(arena.gradient), lr, tau))
+        table, factor = arena.table, lr
+        if state.given is not None:
+            state.given.set(arena.online, arena.gradient, lr, state.step)
+            table, factor = state.given.table, state.given.lr
         layers = lars_ema(
-            arena.online, arena.gradient, arena.momentum, arena.target, arena.table, lr, tau,
+            arena.online, arena.gradient, arena.momentum, arena.target, table, factor, tau,
             rule=recipe.rule, eta=recipe.eta, mu=recipe.momentum, ema_first=recipe.ema_first,
         )  # fmt: skip
         # The optimizer leaves a step out whose gradient is not finite; what the norms gathered in it has to go as well.

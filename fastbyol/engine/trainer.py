@@ -19,6 +19,7 @@ from fastbyol.engine.allocator import keep_freed_memory
 from fastbyol.engine.device import dtype_of, pick_device
 from fastbyol.engine.interrupt import Interrupt, Stopped
 from fastbyol.engine.observer import EpochEnd, Observer, Progress, Silent, Start
+from fastbyol.engine.replay import with_replayed_rates
 from fastbyol.engine.run_folder import RunFolder
 from fastbyol.engine.step import LAYER_METRICS, METRICS, TrainState, train_step
 from fastbyol.engine.telemetry import Telemetry
@@ -105,6 +106,8 @@ class Trainer:
         self.steps_per_epoch = batches.steps_per_epoch
         self.total_steps = self.steps_per_epoch * config.train.epochs
         self.state = TrainState.create(config, steps_per_epoch=self.steps_per_epoch, device=self.device)
+        if config.optim.replay_rates:
+            self.state = with_replayed_rates(self.state, Path(config.optim.replay_rates), total_steps=self.total_steps)
         self.step = self._restore()
         self._refuse_full_disk()
         self._say_start(train_file, batches.num_samples)

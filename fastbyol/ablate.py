@@ -1,0 +1,284 @@
+"""`fastbyol ablate`: the appendix's claims, listed, shown, run and judged. As in cli.py torch is imported in commands only."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from fastbyol.errors import FastbyolError, UsageError
+
+if TYPE_CHECKING:
+    from fastbyol.ablations.arms import Arm, ScaleName
+    from fastbyol.ablations.claims import Claim
+    from fastbyol.ablations.runner import Outcome
+    from fastbyol.ablations.verdict import Verdict
+
+app = typer.Typer(help="Run the post's ablations and say, claim by claim, whether they hold.", no_args_is_help=True)
+
+Json = Annotated[
+    bool, typer.Option("--json", help="Print one JSON object on standard output, everything else on standard error.")
+]
+Scale = Annotated[
+    Literal["full", "short", "mini"],
+    typer.Option(help="full: STL-10 as published; short: textures at 96x96; mini: a narrow net at 32x32, for two cores."),
+]
+Out = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Folder of the runs. Default: ablations/SCALE.")]
+Targets = Annotated[list[str] | None, typer.Argument(metavar="[CLAIM|ARM]...", help="Such as C6 C7 gn-lars-0.2@exclude.")]
+
+
+class NotReproduced(FastbyolError):  # noqa: N818 - a verdict, and no fault
+    """A claim's verdict is "not reproduced" and ``--check`` was said."""
+
+    exit_code = 4
+
+
+@app.command("list")
+def list_(scale: Scale = "mini", out: Out = None, as_json: Json = False) -> None:
+    """Claims and arms, and how far their runs in DIR are."""
+    from fastbyol.ablations.arms import arms
+    from fastbyol.ablations.claims import CLAIMS
+
+    rows = [_arm_row(arm, scale, _folder(out, scale)) for arm in arms().values() if scale in arm.scales]
+    if as_json:
+        claims = [{"id": claim.id, "says": claim.says, "arms": claim.arms, "controls": claim.controls} for claim in CLAIMS]
+        _print_json({"scale": scale, "out": str(_folder(out, scale)), "claims": claims, "arms": rows})
+        return
+    console = Console(highlight=False, markup=False)
+    claims_table = Table("claim", "says", box=None)
+    for claim in CLAIMS:
+        claims_table.add_row(claim.id, claim.says)
+    arms_table = Table("arm", "claims", "seeds", "runs done", "what it is", box=None)
+    for row in rows:
+        done = f"{row['done']}" + (f", {row['stopped']} stopped" if row["stopped"] else "")
+        arms_table.add_row(row["arm"], " ".join(row["claims"]), str(row["seeds"]), done, row["about"])
+    console.print(claims_table)
+    console.print()
+    console.print(arms_table)
+
+
+@app.command()
+def show(
+    target: Annotated[str, typer.Argument(metavar="CLAIM|ARM", help="Such as C6 or gn-lars-0.2.")],
+    scale: Scale = "mini",
+    as_json: Json = False,
+) -> None:
+    """One claim: text, figure, published numbers, verdict rule, and its runs' settings. One arm: its whole configuration."""
+    from fastbyol import config_io
+    from fastbyol.ablations.arms import arm, load
+    from fastbyol.ablations.claims import CLAIMS
+
+    claim = next((claim for claim in CLAIMS if claim.id == target.upper()), None)
+    if claim is not None:
+        _show_claim(claim, as_json)
+        return
+    found = arm(target)
+    loaded = load(found, scale, seed=0)
+    if as_json:
+        config = loaded.config.model_dump(mode="json")
+        _print_json({"arm": found.name, "about": found.about, "claims": found.claims, "scale": scale, "config": config})
+    else:
+        typer.echo(f"# {found.name}: {found.about} ({', '.join(found.claims)})\n{config_io.dump(loaded.config, loaded.origin)}")
+
+
+@app.command()
+def run(
+    targets: Targets = None,
+    everything: Annotated[bool, typer.Option("--all", help="Every arm of the scale, open settings included.")] = False,
+    scale: Scale = "mini",
+    seeds: Annotated[
+        int | None, typer.Option(min=1, max=1000, help="Runs per arm. Default: what each claim's verdict wants, 1 to 3.")
+    ] = None,
+    out: Out = None,
+    jobs: Annotated[
+        int | None, typer.Option(min=1, help="Runs at a time. Default: one a core, or what a GPU has room for.")
+    ] = None,
+    data: Annotated[str | None, typer.Option("--data", metavar="FILE", help="Beton to train on.")] = None,
+    test_data: Annotated[str | None, typer.Option("--test-data", metavar="FILE", help="Labelled beton for the probe.")] = None,
+    stl10: Annotated[
+        Path | None, typer.Option("--stl10", metavar="DIR", help="STL-10's folder, converted on the first call.")
+    ] = None,
+    sets: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Over the scale, under the arm.")] = None,
+    device: Annotated[str, typer.Option(metavar="auto|cpu|cuda[:N]")] = "auto",
+    check: Annotated[bool, typer.Option("--check", help="Exit with code 4 where a claim is not reproduced.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Train what is missing, several runs at a time, and print the verdicts. Interrupted, the next call goes on."""
+    from fastbyol.ablations import plan, runner, tally
+
+    console = Console(stderr=as_json, highlight=False)
+    folder = _folder(out, scale).resolve()
+    files = _data_files(scale, folder, data, test_data, stl10, console)
+    runs = plan.make(
+        plan.chosen(targets or (), scale, everything=everything),
+        scale, folder, seeds=seeds, sets=sets or (), flags=_flags(files, device),
+    )  # fmt: skip
+    asked = {"targets": targets or [], "all": everything, "seeds": seeds, "set": sets or [], "data": files}
+    outcome = runner.execute(runs, folder, scale, asked=asked, jobs=jobs, device=device, console=console)
+    found = tally.verdicts(tally.evidence_in(folder, scale), scale)
+    _say(outcome, found, folder, scale, console, as_json)
+    _finish(outcome, found, check=check)
+
+
+@app.command()
+def report(
+    scale: Scale = "mini",
+    out: Out = None,
+    check: Annotated[bool, typer.Option("--check", help="Exit with code 4 where a claim is not reproduced.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Judge the runs that lie in DIR: the verdict of every claim with its evidence."""
+    from fastbyol.ablations import ledger, tally
+
+    folder = _folder(out, scale)
+    scale = ledger.read(folder)["scale"]
+    found = tally.verdicts(tally.evidence_in(folder, scale), scale)
+    if as_json:
+        _print_json({"out": str(folder), "scale": scale, "verdicts": [_verdict_row(verdict) for verdict in found]})
+    else:
+        _print_verdicts(found, Console(highlight=False))
+    _check(found, check=check)
+
+
+def _folder(out: Path | None, scale: str) -> Path:
+    return out if out is not None else Path("ablations") / scale
+
+
+def _flags(files: dict[str, str], device: str) -> dict[str, Any]:
+    from fastbyol.config_io import Flag
+
+    names = {"data.train": "--data", "data.test": "--test-data"}
+    flags = {key: Flag(names[key], value) for key, value in files.items()}
+    return flags if device == "auto" else {**flags, "train.device": Flag("--device", device)}
+
+
+def _data_files(
+    scale: ScaleName, folder: Path, data: str | None, test_data: str | None, stl10: Path | None, console: Console
+) -> dict[str, str]:
+    """The files to train and score on as dotted key -> path; none of them where the scale's own textures serve."""
+    if stl10 is not None:
+        if data or test_data:
+            raise UsageError("--stl10 names both sets: leave out --data and --test-data")
+        return {key: str(path) for key, path in _convert_stl10(stl10, folder, console).items()}
+    if scale == "full" and not (data and test_data):
+        raise UsageError("--scale full is of STL-10: name its folder with --stl10, or two betons with --data and --test-data")
+    named = {"data.train": data, "data.test": test_data}
+    return {key: name if name == "textures" else str(Path(name).resolve()) for key, name in named.items() if name}
+
+
+def _convert_stl10(source: Path, folder: Path, console: Console) -> dict[str, Path]:
+    from fastbyol.data import beton
+    from fastbyol.data.convert import convert
+
+    files = {}
+    for key, split in (("data.train", "train+unlabeled"), ("data.test", "test")):
+        path = files[key] = folder / "data" / f"stl10-{split.replace('+', '-')}.beton"
+        if path.exists():
+            beton.inspect(path)
+            continue
+        path.parent.mkdir(parents=True, exist_ok=True)
+        console.print(f"converting {source}, {split}, to {path}", markup=False, soft_wrap=True)
+        convert(str(source), path, kind="stl10", split=split, strict=True)
+    return files
+
+
+def _arm_row(arm: Arm, scale: ScaleName, folder: Path) -> dict[str, Any]:
+    from fastbyol.ablations.plan import epochs_done, run_path, seeds_of
+    from fastbyol.config_io import read_run
+
+    done = stopped = 0
+    for path in sorted(run_path(folder, arm.name, 0).parent.glob("seed*/config.toml")):
+        finished = epochs_done(path.parent) >= read_run(path).train.epochs
+        done, stopped = done + finished, stopped + (not finished)
+    seeds = seeds_of(arm, None)
+    return {
+        "arm": arm.name, "about": arm.about, "claims": arm.claims, "seeds": seeds, "done": done, "stopped": stopped,
+    }  # fmt: skip
+
+
+def _show_claim(claim: Claim, as_json: bool) -> None:
+    from fastbyol.ablations.arms import arm
+
+    settings = {name: dict(arm(name).settings) for name in (*claim.arms, *claim.controls)}
+    if as_json:
+        _print_json(
+            {
+                "id": claim.id, "name": claim.name, "says": claim.says, "figures": claim.figures, "arms": settings,
+                "controls": claim.controls, "published": dict(claim.numbers), "rule": claim.rule_in_words.splitlines(),
+                "seeds": claim.needs,
+            }
+        )  # fmt: skip
+        return
+    lines = [f"{claim.id} {claim.name}: {claim.says}", "", f"figures: {', '.join(claim.figures) or 'none'}"]
+    lines += ["published:", *(f"  {key}: {value}" for key, value in claim.numbers.items())] if claim.numbers else []
+    lines += [
+        "",
+        f"verdict, from {claim.needs} seeds or more:",
+        *(f"  {line}" for line in claim.rule_in_words.splitlines()),
+        "",
+    ]
+    for name, values in settings.items():
+        kind = "control" if name in claim.controls else "arm"
+        lines += [f"{kind} {name}: {arm(name).about}", *(f"  {key} = {value}" for key, value in values.items())]
+    typer.echo("\n".join(lines))
+
+
+def _say(outcome: Outcome, found: Sequence[Verdict], folder: Path, scale: str, console: Console, as_json: bool) -> None:
+    if as_json:
+        from dataclasses import asdict
+
+        _print_json(
+            {"out": str(folder), "scale": scale, **asdict(outcome), "verdicts": [_verdict_row(verdict) for verdict in found]}
+        )
+        return
+    _print_verdicts(found, console)
+    from fastbyol.display import duration
+
+    console.print(
+        f"{folder}: {len(outcome.finished)} runs done, {len(outcome.skipped)} were done before, {len(outcome.stopped)} left, "
+        f"{len(outcome.failed)} failed; {duration(outcome.seconds)}",
+        markup=False,
+        soft_wrap=True,
+    )
+
+
+def _print_verdicts(found: Sequence[Verdict], console: Console) -> None:
+    table = Table("claim", "verdict", "statement", "held", "evidence", box=None)
+    for verdict in found:
+        for index, row in enumerate(verdict.statements):
+            held = "told" if row.role == "told" else {True: "yes", False: "no", None: "open"}[row.held]
+            first = (verdict.claim, verdict.outcome) if index == 0 else ("", "")
+            table.add_row(*first, row.text, held, row.evidence.partition(". ")[0])
+    console.print(table)
+
+
+def _verdict_row(verdict: Verdict) -> dict[str, Any]:
+    return {
+        "claim": verdict.claim,
+        "outcome": verdict.outcome,
+        "statements": [row._asdict() for row in verdict.statements],
+    }
+
+
+def _finish(outcome: Outcome, found: Sequence[Verdict], *, check: bool) -> None:
+    if outcome.interrupted:
+        raise typer.Exit(130)
+    if outcome.failed:
+        name, why = outcome.failed[0]
+        raise FastbyolError(f"{len(outcome.failed)} of the runs failed; {name}: {why}")
+    _check(found, check=check)
+
+
+def _check(found: Sequence[Verdict], *, check: bool) -> None:
+    lost = [verdict.claim for verdict in found if verdict.outcome == "not reproduced"]
+    if check and lost:
+        raise NotReproduced(f"not reproduced: {', '.join(lost)}")
+
+
+def _print_json(value: Any) -> None:
+    typer.echo(json.dumps(value, indent=2, default=str))

@@ -1,0 +1,96 @@
+"""The arms: the runs that claims are about, each as settings over those of a scale. Both are files in ``configs/ablations``."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from functools import cache
+from pathlib import Path
+from types import MappingProxyType
+from typing import Literal
+
+from fastbyol import config_io
+from fastbyol.ablations.claims import CLAIMS
+from fastbyol.config_io import Flag, Loaded
+from fastbyol.errors import UsageError
+
+ScaleName = Literal["full", "short", "mini"]
+SCALES: tuple[ScaleName, ...] = ("full", "short", "mini")
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One arm: ``settings`` by dotted key are all that it says; ``changes`` differ from ``base``, the NAME of NAME@WHAT.
+
+    ``epochs`` is how far the post followed it where that is less than 320, ``rates_of`` the arm whose rates it replays.
+    """
+
+    name: str
+    about: str
+    base: str | None
+    settings: Mapping[str, object]
+    changes: Mapping[str, object]
+    epochs: int | None
+    scales: tuple[ScaleName, ...]
+    rates_of: str | None
+
+    @property
+    def claims(self) -> tuple[str, ...]:
+        """Ids of the claims that it is an arm, a control or an open reading of."""
+        name = self.base or self.name
+        return tuple(claim.id for claim in CLAIMS if name in (*claim.arms, *claim.controls))
+
+
+@cache
+def arms() -> Mapping[str, Arm]:
+    """Every arm by name, in the order of ``arms.toml``."""
+    tables = tomllib.loads(_file("arms").read_text("utf-8"))
+    return MappingProxyType({name: _arm(name, tables) for name in tables})
+
+
+def arm(name: str) -> Arm:
+    """The arm ``name``. Raises UsageError, with the nearest names, where there is none."""
+    if name not in arms():
+        near = get_close_matches(name, arms(), n=3, cutoff=0.3)
+        raise UsageError(f"{name}: no such arm{'; nearest: ' + ', '.join(near) if near else ''}; see `fastbyol ablate list`")
+    return arms()[name]
+
+
+def load(
+    chosen: Arm, scale: ScaleName, *, seed: int, sets: Sequence[str] = (), flags: Mapping[str, Flag] | None = None
+) -> Loaded:
+    """The configuration of an arm's run. Weakest first: the preset of ``scale``, its file, ``sets``, the arm's own, ``flags``.
+
+    So ``sets`` cannot turn an arm into another. Raises UsageError as ``config_io.load`` does.
+    """
+    own = {key: Flag(f"arm {chosen.name}", value) for key, value in chosen.settings.items()}
+    if scale == "full" and chosen.epochs and not any(text.partition("=")[0].strip() == "train.epochs" for text in sets):
+        own.setdefault("train.epochs", Flag(f"arm {chosen.name}", chosen.epochs))
+    said = {**own, "train.seed": Flag("seed", seed), **(flags or {})}
+    return config_io.load(file=_file(scale), sets=sets, flags=said)
+
+
+def _arm(name: str, tables: Mapping[str, Mapping[str, object]]) -> Arm:
+    table = tables[name]
+    base = name.partition("@")[0] if "@" in name else None
+    changes = _settings(table)
+    return Arm(
+        name=name,
+        about=str(table["about"]),
+        base=base,
+        settings=MappingProxyType({**(_settings(tables[base]) if base else {}), **changes}),
+        changes=MappingProxyType(changes),
+        epochs=table.get("epochs"),  # type: ignore[arg-type]
+        scales=tuple(table.get("scales", SCALES)),  # type: ignore[arg-type]
+        rates_of=table.get("rates_of"),  # type: ignore[arg-type]
+    )
+
+
+def _settings(table: Mapping[str, object]) -> dict[str, object]:
+    return config_io.flatten_table(table["set"])  # type: ignore[arg-type]
+
+
+def _file(name: str) -> Path:
+    return config_io.config_folder() / "ablations" / f"{name}.toml"

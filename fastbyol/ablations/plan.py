@@ -1,0 +1,168 @@
+"""What is to be run: from claims and arms on the command line to runs with a configuration, a folder and a state each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from fastbyol import config_io
+from fastbyol.ablations.arms import Arm, ScaleName, arm, arms, load
+from fastbyol.ablations.claims import CLAIMS
+from fastbyol.config import Config
+from fastbyol.config_io import Flag
+from fastbyol.engine.metrics_file import read_events
+from fastbyol.engine.record import FREE
+from fastbyol.engine.run_folder import RunFolder
+from fastbyol.errors import FastbyolError, UsageError
+
+RUNS = "runs"
+# Claims that are about never collapsing are worth a third seed: one that does collapse must be told from a chance.
+THREE_SEEDS = ("C1", "C4")
+Status = Literal["new", "stopped", "done"]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run: arm and seed, its folder, what config.toml is to say, and the run that must be done before (its rates)."""
+
+    arm: Arm
+    seed: int
+    path: Path
+    config: Config
+    origin: Mapping[str, str]
+    after: Path | None = None
+
+    @property
+    def name(self) -> str:
+        """``ARM seed K``, as tables show it."""
+        return f"{self.arm.name} seed {self.seed}"
+
+
+def chosen(targets: Sequence[str], scale: ScaleName, *, everything: bool = False) -> tuple[Arm, ...]:
+    """The arms of ``targets``, which are ids of claims (arms and controls) or names of arms; all that ``scale`` has.
+
+    Raises UsageError: nothing named, no such claim or arm, an arm of other scales.
+    """
+    if everything:
+        return tuple(found for found in arms().values() if scale in found.scales)
+    if not targets:
+        raise UsageError("say which claims or arms to run, such as C6 C7, or --all; see `fastbyol ablate list`")
+    claims = {claim.id: claim for claim in CLAIMS}
+    names: list[str] = []
+    for target in targets:
+        claim = claims.get(target.upper())
+        names += (*claim.arms, *claim.controls) if claim else (target,)
+    found = [arm(name) for name in dict.fromkeys(names)]
+    odd = next((each for each in found if scale not in each.scales), None)
+    if odd is not None:
+        raise UsageError(f"{odd.name}: is for --scale {' and '.join(odd.scales)}, not {scale}")
+    return tuple(found)
+
+
+def seeds_of(each: Arm, seeds: int | None) -> int:
+    """How many seeds an arm is run with: as many as its claims' verdicts want, one for a setting that the post leaves open."""
+    if seeds is not None:
+        return seeds
+    if each.base:
+        return 1
+    needs = (max(claim.needs, 3 if claim.id in THREE_SEEDS else 0) for claim in CLAIMS if claim.id in each.claims)
+    return max(needs, default=1)
+
+
+def make(
+    which: Sequence[Arm],
+    scale: ScaleName,
+    out: Path,
+    *,
+    seeds: int | None = None,
+    sets: Sequence[str] = (),
+    flags: Mapping[str, Flag] | None = None,
+) -> tuple[Run, ...]:
+    """The runs, in the order to start them: a first seed of every arm, then the next, settings left open at the end.
+
+    A replay takes the rates of the next seed of its arm (the last one those of the first), since with its own seed it would
+    be the very same run; the runs that this needs are added. Raises UsageError for settings that cannot work.
+    """
+    counts = {each.name: seeds_of(each, seeds) for each in which}
+    for each in which:
+        if each.rates_of:
+            counts[each.rates_of] = max(counts.get(each.rates_of, 0), counts[each.name], 2)
+    wanted = [each for each in arms().values() if each.name in counts]
+    runs = [_run(each, seed, scale, out, counts, sets, flags or {}) for each in wanted for seed in range(counts[each.name])]
+    return tuple(sorted(runs, key=lambda run: (run.arm.base is not None, run.seed, run.after is not None)))
+
+
+def _run(
+    each: Arm, seed: int, scale: ScaleName, out: Path, counts: Mapping[str, int], sets: Sequence[str], flags: Mapping[str, Flag]
+) -> Run:
+    after = None
+    if each.rates_of:
+        after = run_path(out, each.rates_of, (seed + 1) % counts[each.rates_of])
+        flags = {**flags, "optim.replay_rates": Flag(f"arm {each.name}", str(after))}
+    loaded = load(each, scale, seed=seed, sets=sets, flags=flags)
+    return Run(each, seed, run_path(out, each.name, seed), loaded.config, loaded.origin, after)
+
+
+def run_path(out: Path, arm_name: str, seed: int) -> Path:
+    """Where the run of an arm and a seed lies in the folder ``out``."""
+    return out / RUNS / arm_name / f"seed{seed}"
+
+
+def status(run: Run) -> Status:
+    """How far ``run`` is. Raises UsageError where its folder holds a run of another configuration."""
+    if not (run.path / "config.toml").is_file():
+        return "new"
+    with RunFolder.open(run.path, lock=False) as folder:
+        _refuse_other(run, folder.config)
+    return "done" if epochs_done(run.path) >= run.config.train.epochs else "stopped"
+
+
+def epochs_done(path: Path) -> int:
+    """Finished epochs of the run folder ``path``."""
+    try:
+        events = read_events(path)
+    except FastbyolError:
+        return 0
+    return max((event["epoch"] + 1 for event in events if event["event"] == "epoch"), default=0)
+
+
+def found(out: Path) -> tuple[tuple[str, int, Path], ...]:
+    """(arm, seed, folder) of every run of a known arm that lies in ``out``, in the order of arms and seeds."""
+    rows = []
+    for name in arms():
+        for path in (out / RUNS / name).glob("seed*/config.toml"):
+            number = path.parent.name.removeprefix("seed")
+            if number.isdecimal():
+                rows.append((name, int(number), path.parent))
+    order = {name: place for place, name in enumerate(arms())}
+    return tuple(sorted(rows, key=lambda row: (order[row[0]], row[1])))
+
+
+def _refuse_other(run: Run, there: Config) -> None:
+    wanted, made = config_io.flatten(run.config), config_io.flatten(there)
+    for key in wanted:
+        if key not in FREE and _comparable(key, wanted[key]) != _comparable(key, made[key]):
+            raise UsageError(
+                f"{run.path}: holds a run with {key} = {config_io.show(made[key])}, asked for is "
+                f"{config_io.show(wanted[key])}: name another folder with --out, or remove this one"
+            )
+
+
+def _comparable(key: str, value: object) -> object:
+    """A folder of runs may be moved, or named from elsewhere: of paths only the last two parts count."""
+    is_path = key in ("optim.replay_rates", "data.train", "data.test") and isinstance(value, str)
+    return Path(str(value)).parts[-2:] if is_path else value
+
+
+def with_absolute_data(runs: Iterable[Run]) -> tuple[Run, ...]:
+    """The runs with data files named from the root: workers and later calls may be elsewhere."""
+    return tuple(replace(run, config=_absolute(run.config)) for run in runs)
+
+
+def _absolute(config: Config) -> Config:
+    data = config.data
+    names = {key: getattr(data, key) for key in ("train", "test")}
+    full = {key: str(Path(name).resolve()) for key, name in names.items() if name and name != "textures"}
+    return config.model_copy(update={"data": data.model_copy(update=full)})

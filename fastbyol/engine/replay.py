@@ -1,0 +1,28 @@
+"""The rates of one run, used step by step in another: what LARS's rates do without the feedback that made them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from fastbyol.engine.layers_file import read_layers
+from fastbyol.engine.step import TrainState
+from fastbyol.errors import UsageError
+from fastbyol.optim.given_rates import check_recorded
+
+
+def with_replayed_rates(state: TrainState, run: Path, *, total_steps: int) -> TrainState:
+    """``state`` with the rates of each step that the run folder ``run`` recorded, fp32 as they were.
+
+    Raises UsageError: no such run, other layers, too few steps, or a configuration whose rates cannot be given.
+    """
+    if state.given is None:
+        raise UsageError("optim.replay_rates: the state was made without it")
+    layers = read_layers(run)
+    steps = np.asarray(layers.steps).tolist()
+    check_recorded(run, steps, layers.names, own_names=state.segment_names, total_steps=total_steps)
+    rates = np.ascontiguousarray(layers.values[:total_steps, :, layers.metrics.index("rate")])
+    return replace(state, given=state.given.replay(torch.from_numpy(rates)))

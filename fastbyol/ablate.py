@@ -129,11 +129,16 @@ def run(
 def report(
     scale: Scale = "mini",
     out: Out = None,
+    html: Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Default: DIR/report.html.")] = None,
+    png: Annotated[
+        Path | None, typer.Option("--png", metavar="DIR", help="Write two pictures and verdicts.json there too.")
+    ] = None,
     check: Annotated[bool, typer.Option("--check", help="Exit with code 4 where a claim is not reproduced.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Judge the runs that lie in DIR: the verdict of every claim with its evidence."""
+    """Judge the runs that lie in DIR: the verdict of every claim with its evidence, and all of it as one HTML file."""
     from fastbyol.ablations import ledger, tally
+    from fastbyol.ablations import report as reports
 
     folder = _folder(out, scale)
     scale = ledger.read(folder)["scale"]
@@ -142,6 +147,10 @@ def report(
         _print_json({"out": str(folder), "scale": scale, "verdicts": [_verdict_row(verdict) for verdict in found]})
     else:
         _print_verdicts(found, Console(highlight=False))
+    page = html or folder / "report.html"
+    reports.write_report(folder, page)
+    for path in (page, *(reports.write_pictures(folder, png) if png else [])):
+        typer.echo(str(path), err=as_json)
     _check(found, check=check)
 
 

@@ -276,9 +276,9 @@ def _run(console: Console, work: Callable[[Any], Summary]) -> Summary:
 def _finish(summary: Summary, console: Console, as_json: bool) -> None:
     from dataclasses import asdict
 
-    from fastbyol import report
+    from fastbyol import figures, report
 
-    if report.available() and summary.finished:  # a run that was stopped is to end now
+    if figures.available() and summary.finished:  # a run that was stopped is to end now
         report.write(Path(summary.run))
     if as_json:
         _print_json(asdict(summary))

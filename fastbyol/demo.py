@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from fastbyol import api, config_io, report
+from fastbyol import api, config_io, figures, report
 from fastbyol.data import convert, loader
 from fastbyol.display import display, duration
 from fastbyol.errors import FastbyolError, UsageError
@@ -42,7 +42,7 @@ def run(out: Path, *, seed: int = 0, console: Console) -> dict[str, Any]:
     byol = api.evaluate(path, config.probe.protocol)
     _say(console, "the same encoder trained with labels")
     supervised = _supervised(config, train_file, test_file)
-    pictures = report.write(path, png=out / "pictures") if report.available() else []
+    pictures = report.write(path, png=out / "pictures") if figures.available() else []
     result = {
         "random": random["accuracy"],
         "byol": byol["accuracy"],

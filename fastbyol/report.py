@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import html
-import importlib.util
-import io
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,15 +17,14 @@ from fastbyol.engine.durable import write_text, writing
 from fastbyol.engine.run_folder import RunFolder
 from fastbyol.engine.telemetry import read_layers, read_metrics
 from fastbyol.errors import UsageError
+from fastbyol.figures import BLUE, GREEN, INK, RED, STATE_COLOURS, STYLE, demand, settings, svg, viridis
+from fastbyol.figures import page as html_page
 from fastbyol.optim.lars import rate_ceiling
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _log = logging.getLogger(__name__)
-# Colours of the Okabe-Ito palette, which colour-blind readers can tell apart (Okabe and Ito, 2008).
-BLUE, ORANGE, GREEN, RED = "#0072B2", "#E69F00", "#009E73", "#D55E00"
-STATE_COLOURS = {"collapsed": "#f7d6d0", "collapsing": "#fcebc8", "recovering": "#d5eaf5", "dead": "#cfcfcf"}
 
 
 @dataclass(frozen=True)
@@ -42,11 +39,6 @@ class Story:
     layer_names: tuple[str, ...]
     rates: np.ndarray
     rate_ceiling: float | None
-
-
-def available() -> bool:
-    """Whether matplotlib, an optional dependency, is there."""
-    return importlib.util.find_spec("matplotlib") is not None
 
 
 def read(run: Path) -> Story:
@@ -118,20 +110,14 @@ def draw_rates(axes: Axes, story: Story) -> None:
     for index, name in enumerate(story.layer_names):
         if name.endswith("weight"):
             groups.setdefault(".".join(name.split(".")[:2]), []).append(index)
-    colours = _colours(len(groups))
+    colours = viridis(len(groups))
     for (stage, members), colour in zip(groups.items(), colours, strict=True):
         rate = np.nanmean(story.rates[:, members], axis=1)
         axes.semilogy(story.layer_epochs, np.where(rate > 0, rate, np.nan), lw=0.9, label=stage, color=colour)
     if story.rate_ceiling is not None:
-        axes.axhline(story.rate_ceiling, color="black", lw=0.8, ls="--", label="lr eta / wd")
+        axes.axhline(story.rate_ceiling, color=INK, lw=0.8, ls="--", label="lr eta / wd")
     axes.set_ylabel("rate")
     axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False, fontsize=7)
-
-
-def _colours(count: int) -> Sequence[Any]:
-    from matplotlib import colormaps
-
-    return [colormaps["viridis"](value) for value in np.linspace(0.0, 0.92, max(count, 1))][:count]
 
 
 PICTURES: tuple[tuple[str, str, Callable[[Any, Story], None]], ...] = (
@@ -156,19 +142,10 @@ def figure(story: Story, draw: Callable[[Any, Story], None]) -> Any:
     return made
 
 
-def _svg(made: Any) -> str:
-    buffer = io.StringIO()
-    made.savefig(buffer, format="svg", metadata={"Date": None})
-    text = buffer.getvalue()
-    return text[text.index("<svg") :]
-
-
-STYLE = """
-body{font:16px/1.5 system-ui,sans-serif;margin:0 auto;max-width:60rem;padding:1rem;color:#222}
-svg{width:100%;height:auto}table{border-collapse:collapse}td,th{padding:.15rem .8rem .15rem 0;text-align:left}
-pre{background:#f6f6f6;padding:.8rem;overflow-x:auto;font-size:.8rem}h2{font-size:1.1rem;margin:1.6rem 0 .2rem}
-.key span{padding:0 .5rem;margin-right:.4rem}
-"""
+def drawn(story: Story, draw: Callable[[Any, Story], None]) -> str:
+    """One picture as an SVG element of a page."""
+    with settings():
+        return svg(figure(story, draw))
 
 
 def page(story: Story, config_text: str, env: dict[str, Any]) -> str:
@@ -183,21 +160,19 @@ def page(story: Story, config_text: str, env: dict[str, Any]) -> str:
         ranks = [event["rank_y"] for event in story.epoch_events if event.get("rank_y") is not None]
         facts += [("effective rank of the embeddings", f"{ranks[-1]:.1f}")] if ranks else []
     table = "".join(f"<tr><th>{html.escape(name)}</th><td>{html.escape(str(value))}</td></tr>" for name, value in facts)
-    key = "".join(f'<span style="background:{colour}">{state}</span>' for state, colour in STATE_COLOURS.items())
-    pictures = "".join(f"<h2>{title}</h2>{_svg(figure(story, draw))}" for _, title, draw in PICTURES)
-    return (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(story.name)}</title>'
-        f'<meta name="viewport" content="width=device-width,initial-scale=1"><style>{STYLE}</style></head><body>'
+    key = "".join(f'<span style="background:var(--{state})">{state}</span>' for state in STATE_COLOURS)
+    pictures = "".join(f"<h2>{title}</h2>{drawn(story, draw)}" for _, title, draw in PICTURES)
+    body = (
         f'<h1>{html.escape(story.name)}</h1><table>{table}</table><p class="key">shaded: {key}</p>{pictures}'
         f"<h2>Configuration</h2><pre>{html.escape(config_text)}</pre>"
-        f"<h2>Environment</h2><pre>{html.escape(json.dumps(env, indent=2))}</pre></body></html>"
+        f"<h2>Environment</h2><pre>{html.escape(json.dumps(env, indent=2))}</pre>"
     )
+    return html_page(story.name, STYLE, body)
 
 
 def write(run: Path, *, png: Path | None = None) -> list[Path]:
     """Write ``RUN/report.html``, and with ``png`` each picture as a file there. Returns the paths."""
-    if not available():
-        raise UsageError("report: matplotlib is not installed: pip install 'fastbyol[report]'")
+    demand()
     story = read(run)
     with RunFolder.open(run, lock=False) as folder:
         text = folder.config_text

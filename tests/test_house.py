@@ -23,6 +23,7 @@ RANKS = (
     ("data", "views", "model", "optim"),
     ("evaluation",),
     ("engine",),
+    ("figures",),
     ("differences", "display", "preview", "report"),
     ("ablations",),
     ("api", "explain"),

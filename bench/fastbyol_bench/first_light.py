@@ -20,7 +20,7 @@ import torch
 from rich.console import Console
 
 import fastbyol
-from fastbyol import api, demo, report
+from fastbyol import api, demo, figures, report
 from fastbyol.display import display
 
 # The post's claims C5 and C4, at the demo preset's size.
@@ -62,7 +62,7 @@ def draw_demo(story: report.Story, result: dict[str, Any], path: Path) -> None:
     left, right = figure.subplots(1, 2)
     report.draw_cosines(left, story)
     report.draw_accuracy(right, story)
-    for name, colour in (("random", report.ORANGE), ("supervised", report.GREEN)):
+    for name, colour in (("random", figures.ORANGE), ("supervised", figures.GREEN)):
         right.axhline(result[name], color=colour, lw=0.9, ls="--")
         right.annotate(name, (0.02, result[name] + 1), xycoords=("axes fraction", "data"), fontsize=8, color=colour)
     finish(figure, path)
@@ -74,7 +74,7 @@ def draw_collapse(stories: dict[str, report.Story], path: Path) -> None:
 
     figure = Figure(figsize=(9.0, 3.0), layout="constrained")
     left, right = figure.subplots(1, 2)
-    for (name, story), colour in zip(stories.items(), (report.RED, report.BLUE), strict=True):
+    for (name, story), colour in zip(stories.items(), (figures.RED, figures.BLUE), strict=True):
         left.plot(story.epochs, story.metrics["neg_cos"], color=colour, lw=0.9, label=name)
         right.semilogy(story.epochs, story.metrics["loss"], color=colour, lw=0.9, label=name)
     left.set_ylabel("cosine of z and z', negative pairs")

@@ -126,7 +126,8 @@ def group_of(name: str) -> str:
     return ".".join(name.split(".")[:2])
 
 
-def _is_matrix(name: str) -> bool:
+def is_matrix(name: str) -> bool:
+    """Whether a parameter is a weight matrix or a convolution's kernel."""
     module = name.split(".")[-2]
     return name.endswith(".weight") and (module.startswith(("conv", "linear")) or name.endswith("downsample.0.weight"))
 
@@ -134,7 +135,7 @@ def _is_matrix(name: str) -> bool:
 def _rates(layers: Layers) -> dict[str, np.ndarray]:
     groups: dict[str, list[int]] = {}
     for index, name in enumerate(layers.names):
-        if _is_matrix(name):
+        if is_matrix(name):
             groups.setdefault(group_of(name), []).append(index)
     rates = np.asarray(layers.values[:, :, layers.metrics.index("rate")], dtype=np.float64)
     return {group: rates[:, members].mean(axis=1) for group, members in groups.items()}

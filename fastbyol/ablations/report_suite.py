@@ -1,0 +1,95 @@
+"""The runs of an ablation's folder and what they come to: what its report tells."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fastbyol.ablations import ledger, plan
+from fastbyol.ablations.arms import ScaleName
+from fastbyol.ablations.claims import CLAIMS, Claim
+from fastbyol.ablations.evidence import Evidence
+from fastbyol.ablations.verdict import Verdict, judge, judge_variants
+from fastbyol.config import Config
+from fastbyol.engine.metrics_file import read_events
+from fastbyol.engine.run_folder import RunFolder
+from fastbyol.errors import UsageError
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """One run: its folder, what it measured, its configuration, the events that it recorded, and where it was made."""
+
+    path: Path
+    evidence: Evidence
+    config: Config
+    events: tuple[dict[str, Any], ...]
+    env: Mapping[str, Any]
+
+
+@dataclass(frozen=True, eq=False)
+class Suite:
+    """All runs by arm and seed, and the verdicts by claim, from finished runs alone.
+
+    ``left_out`` says which runs could not be read, and why; ``commands`` are the calls that made them.
+    """
+
+    scale: ScaleName
+    commands: tuple[str, ...]
+    runs: Mapping[str, tuple[Run, ...]]
+    left_out: tuple[str, ...]
+    verdicts: Mapping[str, Verdict]
+    variants: Mapping[str, Mapping[str, Verdict]]
+
+    def evidence(self, arm: str) -> tuple[Evidence, ...]:
+        """The evidence of an arm's runs, by seed; empty where it was not run."""
+        return tuple(run.evidence for run in self.runs.get(arm, ()))
+
+
+def read(out: Path) -> Suite:
+    """Read the runs and the ledger in ``out`` and judge all claims from the finished runs.
+
+    Raises UsageError: no ledger, or no run with a finished epoch.
+    """
+    asked = ledger.read(out)
+    scale: ScaleName = asked["scale"]
+    runs: dict[str, tuple[Run, ...]] = {}
+    left_out = []
+    for arm, seed, folder in plan.found(out):
+        try:
+            runs[arm] = (*runs.get(arm, ()), _read_run(folder, arm, seed, scale))
+        except UsageError as error:
+            left_out.append(str(error))
+    if not runs:
+        why = f": {left_out[0]}" if left_out else ""
+        raise UsageError(f"{out}: no run with a finished epoch{why}")
+    done = {arm: [run.evidence for run in found if run.evidence.finished] for arm, found in runs.items()}
+    return Suite(
+        scale=scale,
+        commands=_commands(asked),
+        runs=runs,
+        left_out=tuple(left_out),
+        verdicts={claim.id: judge(claim, done, scale) for claim in CLAIMS},
+        variants={claim.id: judge_variants(claim, done, scale) for claim in CLAIMS},
+    )
+
+
+def seeds_of(suite: Suite, claim: Claim) -> str:
+    """How many seeds the arms of a claim have: one number, or the least and the most."""
+    counts = sorted({len(suite.runs.get(arm, ())) for arm in claim.arms})
+    return "-".join(str(count) for count in dict.fromkeys((counts[0], counts[-1])))
+
+
+def _read_run(folder: Path, arm: str, seed: int, scale: ScaleName) -> Run:
+    evidence = Evidence.of_run(folder, arm=arm, seed=seed, scale=scale)
+    with RunFolder.open(folder, lock=False) as opened:
+        return Run(folder, evidence, opened.config, tuple(read_events(folder)), opened.env)
+
+
+def _commands(asked: Mapping[str, Any]) -> tuple[str, ...]:
+    """The calls that made the runs, without repetitions of one that was interrupted."""
+    calls = (call.get("command") or [] for call in asked["calls"])
+    return tuple(dict.fromkeys(shlex.join(["fastbyol", *map(str, command[1:])]) for command in calls if command))

@@ -1,0 +1,242 @@
+"""The ablations' report over small runs made here: whole, self-contained, and with the numbers that the verdicts have."""
+
+from __future__ import annotations
+
+import html
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fastbyol import api, config_io
+from fastbyol.ablations import report, report_figures, report_suite
+from fastbyol.ablations.claims import CLAIMS
+from fastbyol.ablations.curves import published
+from fastbyol.ablations.evidence import Evidence
+from fastbyol.ablations.verdict import judge
+from fastbyol.engine.layers_file import read_layers
+from fastbyol.errors import UsageError
+from made_up import COLLAPSED, made_up
+
+SMALL = ["model.width=4", "model.norm=gn", "model.projector.norm=none", "model.predictor.norm=none"]
+SMALL += ["model.projector.hidden=16", "model.projector.out=8", "model.predictor.hidden=16", "model.predictor.out=8"]
+SMALL += ["views.size=16", "data.textures_count=64", "data.textures_test_count=64", "data.workers=1", "train.device=cpu"]
+SMALL += ["train.batch_size=32", "train.epochs=2", "schedule.horizon_epochs=2", "probe.every_epochs=0"]
+RUNS = {
+    ("gn-sgd-mlp-none", 0): ["optim.name=sgd"],
+    ("gn-sgd-mlp-none", 1): ["optim.name=sgd"],
+    ("gn-sgd-mlp-none@lr0.2", 0): ["optim.name=sgd", "optim.lr=0.2"],
+    ("gn-lars-0.5", 0): ["optim.name=lars", "optim.lr=0.5"],
+    ("gn-lars-0.1", 0): ["optim.name=lars", "optim.lr=0.1"],
+}
+COMMAND = ["/somewhere/fastbyol", "ablate", "run", "C5", "C12", "--out", "a folder"]
+
+
+class Page(HTMLParser):
+    """What a test asks of a page: its elements with their attributes, and that they are closed in order."""
+
+    VOID = frozenset({"meta", "br", "img", "link"})
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.figures: dict[str, list[str]] = {}
+        self.feed(text)
+        self.close()
+        assert not self.open
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        said = dict(attrs)
+        self.elements.append((tag, said))
+        if tag not in self.VOID:
+            self.open.append(tag)
+        if name := said.get("data-figure"):
+            self.figures[name] = []
+        if name := said.get("data-series"):
+            list(self.figures.values())[-1].append(name)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("report") / "out"
+    for (arm, seed), sets in RUNS.items():
+        config = config_io.load(preset="demo", sets=[*SMALL, *sets, f"train.seed={seed}"]).config
+        api.train(config, folder / "runs" / arm / f"seed{seed}")
+    (folder / "ledger.json").write_text(json.dumps({"scale": "mini", "calls": [{"command": COMMAND}], "runs": {}}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def text(out: Path) -> str:
+    report.write_report(out, out / "report.html")
+    return (out / "report.html").read_text("utf-8")
+
+
+@pytest.fixture(scope="module")
+def suite(out: Path) -> report_suite.Suite:
+    return report_suite.read(out)
+
+
+def test_the_page_parses_and_has_every_figure_and_series(text: str) -> None:
+    page = Page(text)
+    expected: dict[str, list[str]] = {}
+    for figure, series in published():
+        expected.setdefault(figure, []).append(series)
+    assert {name: sorted(series) for name, series in page.figures.items()} == {n: sorted(s) for n, s in expected.items()}
+    assert sum(map(len, page.figures.values())) == 29
+
+
+def test_nothing_is_fetched_and_nothing_runs(text: str) -> None:
+    """Names of XML namespaces are no addresses; pictures inside are data."""
+    page = Page(text)
+    assert not {tag for tag, _ in page.elements} & {"script", "link", "iframe", "object", "embed", "img"}
+    for _, attributes in page.elements:
+        for name, value in attributes.items():
+            assert not name.startswith("on")
+            if name in ("href", "xlink:href", "src"):
+                assert value is not None
+                assert value.startswith(("#", "data:image/png;base64,"))
+    rest = re.sub(r'xmlns(:xlink)?="[^"]*"', "", text)
+    assert "http" not in rest
+    assert "@import" not in rest
+    assert not re.search(r"url\((?!#)", rest)
+    assert len(text) < 5 * 2**20
+
+
+def test_inner_links_and_references_have_their_targets(text: str) -> None:
+    elements = Page(text).elements
+    ids = [said["id"] for _, said in elements if "id" in said]
+    wanted = {
+        value[1:] for _, said in elements for name, value in said.items() if name.endswith("href") and value and value[0] == "#"
+    }
+    wanted |= set(re.findall(r"url\(#([^)]+)\)", text))
+    assert wanted <= set(ids)
+    assert all(claim.id in ids for claim in CLAIMS)
+
+
+def test_verdicts_are_judges_own(text: str, out: Path) -> None:
+    """Judged anew here from the run folders: outcome, every statement and every piece of evidence stand in the page."""
+    runs: dict[str, list[Evidence]] = {}
+    for arm, seed in RUNS:
+        runs.setdefault(arm, []).append(Evidence.of_run(out / "runs" / arm / f"seed{seed}", arm=arm, seed=seed, scale="mini"))
+    plain = html.unescape(re.sub(r"<br>", "; ", text))
+    for claim in CLAIMS:
+        verdict = judge(claim, runs, "mini")
+        section = plain[plain.index(f'<h3 id="{claim.id}">') :]
+        assert re.match(rf'<h3 id="{claim.id}">{claim.id} <span class="badge [\w-]+">{verdict.outcome}</span>', section)
+        table = section[: section.index("</table>")]
+        rows = re.findall(r"<tr><td>(.*?)</td><td>(.*?)</td><td>(.*?)</td><td>(.*?)</td></tr>", table)
+        assert len(rows) == len(verdict.statements)
+        for (held, words, _, evidence), statement in zip(rows, verdict.statements, strict=True):
+            assert held.endswith({True: "held", False: "not held", None: "undecided"}[statement.held])
+            assert words.startswith(statement.text)
+            assert evidence.replace(".; seed", ". seed") == statement.evidence
+
+
+def test_settings_left_open_are_told_with_their_own_verdict(text: str) -> None:
+    section = text[text.index('<h3 id="C5">') : text.index('<h3 id="C6">')]
+    assert "<code>lr0.2</code>" in section
+    assert 'data-arm="gn-sgd-mlp-none@lr0.2"' in text
+
+
+def test_configurations_are_told_key_by_key(text: str) -> None:
+    section = text[text.index("<h2>Configurations") : text.index("<h2>Environment")]
+    assert re.search(r'all arms</td><td><code>model.norm</code></td><td>"bn"</td><td>"gn"', html.unescape(section))
+    assert re.search(
+        r'<code>gn-lars-0.5</code></td><td><code>optim.name</code></td><td>"sgd"</td><td>"lars"', html.unescape(section)
+    )
+    assert "train.seed" not in section
+
+
+def test_the_command_and_the_ceilings_are_told(text: str) -> None:
+    assert "fastbyol ablate run C5 C12 --out 'a folder'" in html.unescape(text)
+    assert "Ceiling lr·eta/wd of ours: 66.67, 333.3." in text  # .1 and .5 times 1e-3 / 1.5e-6
+
+
+def test_bands_are_least_median_and_most_of_the_seeds() -> None:
+    runs = [made_up("arm", {0: value, 23: value}, seed=seed) for seed, value in enumerate((0.2, 0.5, 0.6))]
+    epochs, rows = report_figures.band([*runs, made_up("arm", {0: 0.9}, seed=3, done=4)], "neg_cos")
+    assert list(epochs) == list(range(24))
+    assert np.allclose(rows[:, 10], [0.2, 0.5, 0.6])
+    assert np.allclose(rows[:, 2], [0.2, 0.55, 0.9])
+
+
+def test_axes_and_units_are_the_posts(suite: report_suite.Suite) -> None:
+    panels = {panel.figure: panel for panel in report_figures.panels()}
+    assert len(panels) == 14
+    for name, panel in panels.items():
+        axes = report_figures.draw_panel(panel, suite).axes[0]
+        kind = name.split("_")[0] if name.startswith("accuracy") else name.split("_")[-1]
+        assert axes.get_yscale() == ("log" if kind == "loss" else "linear")
+        if kind == "accuracy":
+            assert axes.get_ylim() == (0, 100)
+        if kind == "cosine":
+            assert axes.get_ylim()[0] <= 0 < 1 < axes.get_ylim()[1] < 1.05
+        if kind == "rate":
+            assert axes.get_ylim()[0] == 0
+
+
+def test_published_and_own_curves_are_drawn_as_they_are(suite: report_suite.Suite) -> None:
+    panel = next(panel for panel in report_figures.panels() if panel.figure == "lars_timing_loss")
+    ours, theirs = report_figures.draw_panel(panel, suite).axes
+    for source, line, own in zip(panel.sources, theirs.lines, ours.lines, strict=True):
+        curve = published()[source.figure, source.series]
+        assert np.array_equal(line.get_xydata(), np.column_stack((curve.epoch, curve.value)))
+        (run,) = suite.evidence(source.arm)
+        assert np.array_equal(own.get_xydata(), np.column_stack((run.epoch, run.loss)))
+
+
+def test_the_map_of_rates_holds_the_recorded_ones(out: Path, suite: report_suite.Suite) -> None:
+    names, edges, table = report_figures.rate_map(suite.runs["gn-lars-0.5"][0])
+    layers = read_layers(out / "runs" / "gn-lars-0.5" / "seed0")
+    assert tuple(edges) == (0, len(layers.steps))
+    for name, row in zip(names, table, strict=True):
+        recorded = layers.values[:, layers.names.index(f"{name}.weight"), layers.metrics.index("rate")]
+        assert np.allclose(row, recorded, rtol=1e-6)  # fewer steps than columns: one to one
+
+
+def test_pictures_and_verdicts_for_the_readme(out: Path, tmp_path: Path, suite: report_suite.Suite) -> None:
+    paths = report.write_pictures(out, tmp_path / "pictures")
+    assert [path.name for path in paths] == ["timing.png", "cosines.png", "verdicts.json"]
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths[:2])
+    told = json.loads(paths[2].read_text("utf-8"))
+    assert (told["scale"], told["runs"]) == ("mini", len(RUNS))
+    assert {row["id"]: row["outcome"] for row in told["claims"]} == {k: v.outcome for k, v in suite.verdicts.items()}
+    c5 = next(row for row in told["claims"] if row["id"] == "C5")
+    assert (c5["seeds"], list(c5["unsettled"])) == ("2", ["lr0.2"])
+
+
+def test_equal_runs_make_equal_files(text: str, out: Path, tmp_path: Path) -> None:
+    report.write_report(out, tmp_path / "again.html")
+    assert (tmp_path / "again.html").read_text("utf-8") == text
+
+
+def test_a_folder_without_runs_is_told_in_one_line(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no ablations here"):
+        report.write_report(tmp_path, tmp_path / "report.html")
+    (tmp_path / "ledger.json").write_text('{"scale": "mini", "calls": [], "runs": {}}')
+    with pytest.raises(UsageError, match="no run with a finished epoch"):
+        report.write_report(tmp_path, tmp_path / "report.html")
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_without_matplotlib_the_remedy_is_said(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UsageError, match=re.escape("pip install 'fastbyol[report]'")):
+        report.write_report(out, out / "other.html")
+
+
+def test_a_run_of_made_up_length_keeps_its_own_axis() -> None:
+    """Seeds may be of different lengths while some go on: each is drawn as far as it is."""
+    epochs, rows = report_figures.band([made_up("arm", COLLAPSED, done=3)], "loss")
+    assert (list(epochs), rows.shape) == ([0, 1, 2], (3, 3))

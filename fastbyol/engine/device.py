@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from fastbyol.errors import UsageError
+from fastbyol_kernels.lars_ema import INTERPRETED
 
 
 def pick_device(name: str) -> torch.device:
@@ -22,3 +23,18 @@ def pick_device(name: str) -> torch.device:
 def dtype_of(precision: str) -> torch.dtype:
     """The dtype of the views that a step takes: bf16 products start from bf16 views, the references from their own."""
     return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}[precision]
+
+
+def pick_kernels(name: str, device: torch.device, dtype: torch.dtype) -> str:
+    """``triton`` or ``reference``: what ``engine.kernels`` means for networks in ``dtype`` on ``device``.
+
+    ``auto`` is Triton on CUDA and plain torch elsewhere and for fp64. Raises ``UsageError`` for Triton where it cannot run.
+    """
+    wide = dtype == torch.float64
+    if name == "auto":
+        return "triton" if device.type == "cuda" and not wide else "reference"
+    if name == "triton" and wide:
+        raise UsageError("engine.kernels: triton has no kernels for fp64: take auto or reference")
+    if name == "triton" and device.type != "cuda" and not INTERPRETED:
+        raise UsageError(f"engine.kernels: triton needs CUDA, train.device is {device}: take auto or reference")
+    return name

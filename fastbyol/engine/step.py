@@ -22,9 +22,11 @@ import torch
 from torch import Tensor
 
 from fastbyol.config import Config, ModelConfig, OptimConfig, ScheduleConfig, TrainConfig, resolve
-from fastbyol.engine.device import dtype_of
+from fastbyol.engine.device import dtype_of, pick_kernels
+from fastbyol.engine.standardized import StandardizedWeights
 from fastbyol.errors import UsageError
 from fastbyol.model.byol import NUM_VIEWS, Online, Target, build_online, build_target
+from fastbyol.model.norm import use_kernels
 from fastbyol.model.objective import byol_loss, observe
 from fastbyol.optim import schedule
 from fastbyol.optim.arena import Arena
@@ -78,8 +80,9 @@ class Recipe:
 class TrainState:
     """Everything that training changes: both networks over the arena's buffers, and ``step``, a 0-d int64 tensor.
 
-    ``lr`` and ``tau`` are the schedules as tables, ``given`` rates that replace LARS's own. Weights, momentum and
-    statistics are fp32 (fp64 under that precision).
+    ``lr`` and ``tau`` are the schedules as tables, ``given`` rates that replace LARS's own, ``standardized`` makes the weights
+    of a step that are made at once, and ``kernels`` is triton or reference. Weights, momentum and statistics are fp32 (fp64
+    under that precision).
     """
 
     online: Online
@@ -89,6 +92,8 @@ class TrainState:
     lr: Tensor
     tau: Tensor
     recipe: Recipe
+    standardized: StandardizedWeights
+    kernels: str
     given: GivenRates | None = None
 
     @staticmethod
@@ -104,6 +109,7 @@ class TrainState:
         assert optim.weight_decay is not None
         assert epochs is not None
         device, dtype = torch.device(device), torch.float64 if config.train.precision == "fp64" else torch.float32
+        kernels = pick_kernels(config.engine.kernels, device, dtype)
         if device.type == "cuda" and config.train.precision == "fp32":
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
         tables = (
@@ -111,14 +117,17 @@ class TrainState:
             schedule.tau_table(config.schedule, horizon_epochs=epochs, steps_per_epoch=steps_per_epoch),
         )
         online, target = _networks(config.model, config.train.seed)
-        online.to(device, dtype)
-        target.to(device, dtype)
+        for net in (online, target):
+            net.to(device, dtype)
+            use_kernels(net, kernels)
         shapes = {name: p.shape for name, p in online.named_parameters()}
         arena = Arena.adopt(online, target, treatments(shapes, optim), weight_decay=optim.weight_decay)
         step = torch.zeros((), dtype=torch.int64, device=device)
         lr, tau = (table.to(device, dtype) for table in tables)
         recipe = Recipe.of(optim, config.schedule, config.train)
-        return TrainState(online, target, arena, step, lr, tau, recipe, GivenRates.of(optim, arena.table))
+        standardized = StandardizedWeights.of(online, target, arena, recipe.views_dtype, kernels)
+        given = GivenRates.of(optim, arena.table)
+        return TrainState(online, target, arena, step, lr, tau, recipe, standardized, kernels, given)
 
     @property
     def segment_names(self) -> tuple[str, ...]:
@@ -182,11 +191,12 @@ def train_step(state: TrainState, views: Tensor) -> StepMetrics:
     batch = as_batch(views, recipe.views_dtype)
     arena.gradient.zero_()
     statistics = state.statistics()
-    output = state.online(batch)
-    with torch.no_grad():
-        projections = state.target(batch)
-    loss = byol_loss(output.q, projections) * recipe.loss_scale
-    torch.autograd.backward(loss)
+    with state.standardized.in_use():
+        output = state.online(batch)
+        with torch.no_grad():
+            projections = state.target(batch)
+        loss = byol_loss(output.q, projections) * recipe.loss_scale
+        torch.autograd.backward(loss)
     with torch.no_grad():
         values = torch.stack((loss, *observe(output, projections), torch.linalg.vector_norm(arena.gradient), lr, tau))
         table, factor = arena.table, lr
@@ -196,6 +206,7 @@ def train_step(state: TrainState, views: Tensor) -> StepMetrics:
         layers = lars_ema(
             arena.online, arena.gradient, arena.momentum, arena.target, table, factor, tau,
             rule=recipe.rule, eta=recipe.eta, mu=recipe.momentum, ema_first=recipe.ema_first,
+            kernels=state.kernels,
         )  # fmt: skip
         # The optimizer leaves a step out whose gradient is not finite; what the norms gathered in it has to go as well.
         state.keep_statistics(torch.where(layers[:, 1].isfinite().all(), state.statistics(), statistics))

@@ -241,7 +241,10 @@ class Trainer:
         epoch, first = divmod(self.step, self.steps_per_epoch)
         dtype = dtype_of(config.train.precision)
         for batch in batches.epoch(epoch, start_step=first):
-            pair = views.two_views(config.views, batch.images, batch.ids, seed=config.train.seed, epoch=epoch, dtype=dtype)
+            pair = views.two_views(
+                config.views, batch.images, batch.ids,
+                seed=config.train.seed, epoch=epoch, dtype=dtype, kernels=self.state.kernels,
+            )  # fmt: skip
             rows = self.telemetry.record(train_step(self.state, pair))
             self.step += 1
             if rows:

@@ -9,12 +9,11 @@ Letters: N samples, D features.
 from __future__ import annotations
 
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from fastbyol.config import HeadConfig
 from fastbyol.errors import UsageError
-from fastbyol.model.norm import make_norm
-from fastbyol_kernels.weight_standardization import weight_standardization
+from fastbyol.model.norm import make_norm, norm_relu
+from fastbyol.model.standardized import Linear
 
 
 class Head(nn.Module):
@@ -29,15 +28,13 @@ class Head(nn.Module):
         super().__init__()
         if config.ws and in_features < 2:
             raise UsageError("model: weight standardization of an MLP needs two input features or more, got 1: widen it")
-        self.ws = config.ws
-        self.linear1 = nn.Linear(in_features, config.hidden)
+        self.linear1 = Linear(in_features, config.hidden, ws=config.ws)
         self.norm = make_norm(config.norm, config.hidden, groups=groups, num_views=num_views)
         self.linear2 = nn.Linear(config.hidden, config.out)
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = self.linear1.weight
-        hidden = F.linear(x.to(weight.dtype), weight_standardization(weight) if self.ws else weight, self.linear1.bias)
-        result: Tensor = self.linear2(F.relu(self.norm(hidden), inplace=True))
+        hidden = self.linear1(x.to(self.linear1.weight.dtype))
+        result: Tensor = self.linear2(norm_relu(self.norm, hidden))
         return result
 
 

@@ -149,19 +149,42 @@ class BatchRenorm(nn.Module):
 
 
 class GroupNorm(nn.Module):
-    """Group norm over (N, C) or (N, C, H, W), eps 1e-5. One group is layer norm over all but N."""
+    """Group norm over (N, C) or (N, C, H, W), eps 1e-5. One group is layer norm over all but N.
+
+    ``kernels`` is what ``fastbyol_kernels.group_norm`` takes; ``use_kernels`` sets it.
+    """
 
     def __init__(self, num_groups: int, num_channels: int) -> None:
         super().__init__()
         self.num_groups = num_groups
+        self.kernels = "auto"
         self.weight = nn.Parameter(torch.ones(num_channels))
         self.bias = nn.Parameter(torch.zeros(num_channels))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return group_norm(x, self.num_groups, self.weight, self.bias)
+    def forward(self, x: Tensor, residual: Tensor | None = None, *, relu: bool = False) -> Tensor:
+        """relu(group norm of ``x`` + ``residual``), either of the two optional, in one operation."""
+        return group_norm(x, self.num_groups, self.weight, self.bias, residual=residual, relu=relu, kernels=self.kernels)
 
     def extra_repr(self) -> str:
         return f"{self.num_groups}, {self.weight.numel()}"
+
+
+def norm_relu(norm: nn.Module, x: Tensor, residual: Tensor | None = None) -> Tensor:
+    """relu(``norm``(x) + ``residual``) of a fresh ``x`` that nobody else keeps; one operation where ``norm`` is group norm."""
+    if isinstance(norm, GroupNorm):
+        y: Tensor = norm(x, residual, relu=True)
+        return y
+    y = norm(x)
+    if residual is not None:
+        y += residual
+    return F.relu(y, inplace=True)
+
+
+def use_kernels(net: nn.Module, kernels: str) -> None:
+    """Let every group norm in ``net`` run on ``kernels``: auto, triton or reference."""
+    for module in net.modules():
+        if isinstance(module, GroupNorm):
+            module.kernels = kernels
 
 
 def num_groups(channels: int, most: int) -> int:

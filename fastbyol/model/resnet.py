@@ -14,13 +14,13 @@ from torch.nn import functional as F
 
 from fastbyol.config import ModelConfig
 from fastbyol.model.convolution import convolve
-from fastbyol.model.norm import make_norm
-from fastbyol_kernels.weight_standardization import weight_standardization
+from fastbyol.model.norm import make_norm, norm_relu
+from fastbyol.model.standardized import Standardizing
 
 BLOCKS_PER_STAGE = (2, 2, 2, 2)
 
 
-class Conv2d(nn.Conv2d):
+class Conv2d(Standardizing, nn.Conv2d):
     """A convolution without bias and with "same" padding, its weights standardized first where ``ws`` says so.
 
     The product is in the input's dtype; weights stay in theirs. Initialised kaiming normal, fan out, as torchvision does.
@@ -34,8 +34,7 @@ class Conv2d(nn.Conv2d):
         nn.init.kaiming_normal_(self.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = weight_standardization(self.weight) if self.ws else self.weight
-        return convolve(x, weight.to(x.dtype), self.stride[0], self.kernel_size[0] // 2)
+        return convolve(x, self.used_weight().to(x.dtype), self.stride[0], self.kernel_size[0] // 2)
 
 
 class BasicBlock(nn.Module):
@@ -55,10 +54,8 @@ class BasicBlock(nn.Module):
             )
 
     def forward(self, x: Tensor) -> Tensor:
-        out = F.relu(self.bn1(self.conv1(x)), inplace=True)
-        out = self.bn2(self.conv2(out))
-        out += x if self.downsample is None else self.downsample(x)
-        return F.relu(out, inplace=True)
+        out = norm_relu(self.bn1, self.conv1(x))
+        return norm_relu(self.bn2, self.conv2(out), x if self.downsample is None else self.downsample(x))
 
 
 class ResNet(nn.Module):
@@ -82,7 +79,7 @@ class ResNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.contiguous(memory_format=torch.channels_last)
-        x = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        x = norm_relu(self.bn1, self.conv1(x))
         if self.pools:
             x = F.max_pool2d(x, kernel_size=3, stride=2, padding=1)
         for stage in range(len(BLOCKS_PER_STAGE)):

@@ -362,13 +362,9 @@ def _standardize_rows(
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The copy, and mean and std (R,) of the rows."""
-    _check_start("flat", flat)
     copy = torch.empty(copy_numel, dtype=dtype, device=flat.device)
     means, stds = (torch.empty(len(rows), dtype=torch.float32, device=flat.device) for _ in range(2))
-    num_short, grid = _programs(rows, num_long, len(copy_gaps))
-    _forward_kernel[grid](
-        flat, copy, means, stds, rows, copy_gaps, num_long, len(rows), num_short, eps, **_TILES, num_warps=NUM_WARPS
-    )
+    _launch_forward(flat, copy, means, stds, rows, copy_gaps, num_long, len(copy_gaps), eps)
     return copy, means, stds
 
 
@@ -385,6 +381,33 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor]:
     means, stds = (flat.new_empty(rows.shape[0], dtype=torch.float32) for _ in range(2))
     return flat.new_empty(copy_numel, dtype=dtype), means, stds
+
+
+@torch.library.custom_op("fastbyol::standardize_rows_into", mutates_args=("copy", "means", "stds"))
+def _standardize_rows_into(
+    copy: Tensor, means: Tensor, stds: Tensor, flat: Tensor, rows: Tensor, num_long: int, eps: float
+) -> None:
+    """As above into buffers that stay where they are; between the rows ``copy`` keeps what it holds."""
+    _launch_forward(flat, copy, means, stds, rows, rows, num_long, 0, eps)
+
+
+def _launch_forward(
+    flat: Tensor,
+    copy: Tensor,
+    means: Tensor,
+    stds: Tensor,
+    rows: Tensor,
+    gaps: Tensor,
+    num_long: int,
+    num_gaps: int,
+    eps: float,
+) -> None:
+    for name, tensor in (("copy", copy), ("flat", flat)):
+        _check_start(name, tensor)
+    num_short, grid = _programs(rows, num_long, num_gaps)
+    _forward_kernel[grid](
+        flat, copy, means, stds, rows, gaps, num_long, len(rows), num_short, eps, **_TILES, num_warps=NUM_WARPS
+    )
 
 
 @torch.library.custom_op("fastbyol::standardize_rows_backward", mutates_args=())
@@ -469,6 +492,28 @@ def standardize_rows(
     return reference_rows(flat, table, dtype, eps), means, stds
 
 
+def standardize_rows_into(
+    copy: Tensor, means: Tensor, stds: Tensor, flat: Tensor, table: RowTable, eps: float = EPS, *, kernels: str = "auto"
+) -> None:
+    """``standardize_rows`` into buffers that stay where they are: ``copy`` (table.copy_numel,), whose dtype it takes, and
+    ``means`` and ``stds`` (R,). Between the rows ``copy`` keeps what it holds. Not differentiable:
+    ``standardize_rows_backward_into`` takes the gradient of ``copy`` back.
+    """
+    _check_sizes(flat, table)
+    _check_copy("copy", copy, flat, table)
+    _check_statistics(flat, table, means=means, stds=stds)
+    if _use_triton(flat, kernels):
+        _check_rows(flat, table, copy.dtype)
+        _standardize_rows_into(copy, means, stds, flat, table.rows, table.num_long, eps)
+        return
+    with torch.no_grad():
+        made, *statistics = standardize_rows(flat, table, copy.dtype, eps, kernels="reference")
+        for buffer, values in zip((means, stds), statistics, strict=True):
+            buffer.copy_(values)
+        for _, num_rows, length, at in table.weights:
+            copy.narrow(0, at, num_rows * length).copy_(made.narrow(0, at, num_rows * length))
+
+
 def standardize_rows_backward_into(
     out: Tensor,
     gradient: Tensor,
@@ -484,16 +529,15 @@ def standardize_rows_backward_into(
 
     For an engine that keeps all gradients in one flat buffer: between the rows ``out`` keeps what it holds.
     """
+    _check_sizes(flat, table)
+    if out.shape != flat.shape or out.dtype != flat.dtype or out.device != flat.device or not out.is_contiguous():
+        raise ValueError(f"out must be as flat, {flat.dtype} {tuple(flat.shape)} on {flat.device}, contiguous")
+    _check_copy("gradient", gradient, flat, table)
+    _check_statistics(flat, table, means=means, stds=stds)
     if _use_triton(flat, kernels):
         _check_rows(flat, table, gradient.dtype)
-        for name, tensor, like in (("out", out, flat), ("means", means, table.rows[:, 0]), ("stds", stds, table.rows[:, 0])):
-            if tensor.shape != like.shape or tensor.dtype != torch.float32 or not tensor.is_contiguous():
-                raise ValueError(f"{name} must be float32 {tuple(like.shape)}, contiguous")
-        if gradient.shape != (table.copy_numel,) or not gradient.is_contiguous():
-            raise ValueError(f"gradient must be ({table.copy_numel},), contiguous, not {tuple(gradient.shape)}")
         _standardize_rows_backward_into(out, gradient, flat, means, stds, table.rows, table.num_long, eps)
         return
-    _check_sizes(flat, table)
     leaf = flat.detach().requires_grad_()
     with torch.enable_grad():
         (rows,) = torch.autograd.grad(reference_rows(leaf, table, gradient.dtype, eps), leaf, gradient)
@@ -530,6 +574,23 @@ def _check_rows(flat: Tensor, table: RowTable, dtype: torch.dtype) -> None:
         raise ValueError(f"flat must be float32 for the kernels, not {flat.dtype}")
     if dtype not in (torch.float32, torch.bfloat16):
         raise ValueError(f"dtype of the copy must be float32 or bfloat16 for the kernels, not {dtype}")
+
+
+def _check_copy(name: str, copy: Tensor, flat: Tensor, table: RowTable) -> None:
+    if copy.shape != (table.copy_numel,) or copy.device != flat.device or not copy.is_contiguous():
+        found = f"{tuple(copy.shape)} with strides {copy.stride()} on {copy.device}"
+        raise ValueError(f"{name} must be ({table.copy_numel},) on {flat.device}, contiguous, not {found}")
+
+
+def _check_statistics(flat: Tensor, table: RowTable, **tensors: Tensor) -> None:
+    dtype = torch.promote_types(flat.dtype, torch.float32)
+    for name, tensor in tensors.items():
+        if (tensor.shape, tensor.dtype, tensor.device) != (
+            (len(table.rows),),
+            dtype,
+            flat.device,
+        ) or not tensor.is_contiguous():
+            raise ValueError(f"{name} must be {dtype} ({len(table.rows)},) on {flat.device}, contiguous")
 
 
 def _check_start(name: str, tensor: Tensor) -> None:

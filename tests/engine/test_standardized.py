@@ -1,0 +1,143 @@
+"""A step whose fused operations run in Triton against the same step in plain torch, and the weights that are made at once."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastbyol.config import Config
+from fastbyol.engine import device as device_module
+from fastbyol.engine.step import TrainState, train_step
+from fastbyol.errors import UsageError
+from fastbyol.model.standardized import Standardizing
+from fastbyol_kernels.weight_standardization import reference
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+STEPS = 2
+
+
+def config(norm: str, ws: bool, optimizer: str, precision: str, kernels: str) -> Config:
+    """Width 4, since Triton's interpreter runs programs one by one; MLPs with the same norm, standardized, too."""
+    head = {"norm": norm, "hidden": 16, "out": 8, "ws": ws}
+    optim = {"name": "sgd", "lr": 0.02, "weight_decay": 1e-2}
+    if optimizer != "sgd":
+        optim = {"name": "lars", "dialect": optimizer, "lr": 2.0, "eta": 0.01, "weight_decay": 1e-2}
+    return Config.model_validate(
+        {
+            "model": {
+                "norm": norm, "ws": ws, "groups": 2, "width": 4, "stem": "small", "projector": head, "predictor": head
+            },
+            "optim": optim,
+            "schedule": {"tau": 0.9, "horizon_epochs": 7},
+            "train": {"precision": precision, "batch_size": 2},
+            "engine": {"kernels": kernels},
+        }
+    )  # fmt: skip
+
+
+def some_views(step: int, *, batch: int, size: int) -> Tensor:
+    g = torch.Generator().manual_seed(1000 + step)
+    images = torch.randn(1, batch, 3, size, size, generator=g)
+    return (images + 0.5 * torch.randn(2, batch, 3, size, size, generator=g)).to(DEVICE)
+
+
+class Course:
+    """A state after STEPS steps, with the values and the gradient of each."""
+
+    def __init__(self, choice: tuple[str, bool, str], precision: str, kernels: str, *, batch: int, size: int) -> None:
+        self.state = TrainState.create(config(*choice, precision, kernels), steps_per_epoch=2, device=DEVICE)
+        self.values, self.gradients = [], []
+        for step in range(STEPS):
+            self.values.append(train_step(self.state, some_views(step, batch=batch, size=size)).values)
+            self.gradients.append(self.state.arena.gradient.clone())
+
+
+def off(state: TrainState, got: Tensor, expected: Tensor) -> tuple[float, str]:
+    """The largest distance of a parameter's part of two flat buffers, relative to its length, and whose it is.
+
+    Some gradients are rounding and nothing else, a bias's before a batch norm, so a thousandth of the whole is added.
+    """
+    parts, floor = state.arena.named(expected.double()), 1e-3 * expected.double().norm()
+    mine = state.arena.named(got.double())
+    return max((float((mine[n] - part).norm() / (part.norm() + floor)), n) for n, part in parts.items())
+
+
+# Batch norm over the two numbers that two images leave at one pixel would be a sign: four images of four times the pixels.
+CASES = [
+    (("gn", True, "blog"), 2, 8),
+    (("ln", False, "deepmind"), 2, 8),
+    (("bn", True, "bolts"), 4, 16),
+    (("bn", False, "sgd"), 4, 16),
+]
+
+
+@pytest.mark.parametrize(("choice", "batch", "size"), CASES)
+def test_a_step_in_triton_equals_the_step_in_plain_torch(choice: tuple[str, bool, str], batch: int, size: int) -> None:
+    """fp32: sums in another order, which the second step of a net of 20 layers amplifies."""
+    plain = Course(choice, "fp32", "reference", batch=batch, size=size)
+    fused = Course(choice, "fp32", "triton", batch=batch, size=size)
+    for a, b in zip(fused.values, plain.values, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+    worst = off(plain.state, fused.gradients[0], plain.gradients[0])
+    assert worst[0] < 2e-5, worst
+    for name in ("online", "target", "momentum"):
+        worst = off(plain.state, getattr(fused.state.arena, name), getattr(plain.state.arena, name))
+        assert worst[0] < 1e-3, (name, worst)
+
+
+def test_in_bf16_triton_is_as_near_to_float64_as_plain_torch() -> None:
+    choice = ("gn", True, "blog")
+    exact = Course(choice, "fp64", "reference", batch=2, size=8)
+    plain = Course(choice, "bf16", "reference", batch=2, size=8)
+    fused = Course(choice, "bf16", "triton", batch=2, size=8)
+
+    def distance(course: Course) -> float:
+        gradient, truth = course.gradients[0].double(), exact.gradients[0]
+        parts = exact.state.arena.named(truth)
+        mine = course.state.arena.named(gradient)
+        return float(torch.cat([(mine[n] - parts[n]).flatten() for n in parts]).norm() / truth.norm())
+
+    # Both round weights and activations to 8 bits; which way a sum rounds is chance.
+    assert distance(fused) < 1.5 * distance(plain)
+
+
+def test_the_same_step_twice_is_the_same_bit_for_bit() -> None:
+    first, second = (Course(("gn", True, "blog"), "fp32", "triton", batch=2, size=8) for _ in range(2))
+    for name in ("online", "target", "momentum"):
+        assert torch.equal(getattr(first.state.arena, name), getattr(second.state.arena, name))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_weights_made_at_once_are_those_each_layer_makes(precision: str) -> None:
+    state = TrainState.create(config("gn", True, "blog", precision, "triton"), steps_per_epoch=2, device=DEVICE)
+    assert state.standardized.groups
+    with state.standardized.in_use():
+        for net in (state.online, state.target):
+            layers = {name: m for name, m in net.named_modules() if isinstance(m, Standardizing) and m.ws}
+            assert len(layers) == 20 + 1 + (net is state.online)  # ResNet-18's convolutions, the heads' first linears
+            for name, layer in layers.items():
+                assert layer.given is not None
+                truth = reference(layer.weight.double())
+                # One rounding to the copy's dtype after float32 statistics of rows of at most 288.
+                eps = torch.finfo(layer.given.dtype).eps
+                torch.testing.assert_close(layer.given.double(), truth, rtol=4 * eps, atol=4 * eps, msg=name)
+    assert all(m.given is None for net in (state.online, state.target) for m in net.modules() if isinstance(m, Standardizing))
+
+
+def test_the_switch_says_what_cannot_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    pick = device_module.pick_kernels
+    assert pick("auto", cuda, torch.float32) == "triton"
+    assert pick("auto", cuda, torch.float64) == pick("auto", cpu, torch.float32) == pick("reference", cuda, torch.float32)
+    with pytest.raises(UsageError, match=r"engine\.kernels: triton has no kernels for fp64"):
+        pick("triton", cuda, torch.float64)
+    monkeypatch.setattr(device_module, "INTERPRETED", False)
+    with pytest.raises(UsageError, match=r"engine\.kernels: triton needs CUDA, train\.device is cpu"):
+        pick("triton", cpu, torch.float32)
+
+
+def test_the_reference_standardizes_layer_by_layer() -> None:
+    state = TrainState.create(config("gn", True, "blog", "fp32", "auto"), steps_per_epoch=2, device="cpu")
+    assert state.kernels == "reference"
+    assert not state.standardized.groups

@@ -36,7 +36,8 @@ class Build:
 
     ``signature`` gives the Triton type of every argument that is no constexpr (``*fp32``, ``*bf16``, ``i32``, ...),
     ``constants`` the constexprs. ``aligned`` names the arguments that are divisible by 16: base pointers of segments
-    padded to 256 bytes, row lengths. ``why`` excuses spills or narrow accesses in the report.
+    padded to 256 bytes, row lengths. Without ``fp_fusion`` products and sums stay apart. ``why`` excuses spills or narrow
+    accesses in the report.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Build:
     num_warps: int = 4
     num_stages: int = 2
     max_registers: int | None = None
+    fp_fusion: bool = True
     why: str = ""
 
 
@@ -71,7 +73,12 @@ def resources(build: Build, architecture: int) -> Resources:
     signature = {name: "constexpr" if name in build.constants else build.signature[name] for name in names}
     attrs = {(names.index(name),): [["tt.divisibility", 16]] for name in build.aligned}
     source = ASTSource(fn=build.kernel, signature=signature, constexprs=dict(build.constants), attrs=attrs)
-    options = {"num_warps": build.num_warps, "num_stages": build.num_stages, "maxnreg": build.max_registers}
+    options = {
+        "num_warps": build.num_warps,
+        "num_stages": build.num_stages,
+        "maxnreg": build.max_registers,
+        "enable_fp_fusion": build.fp_fusion,
+    }
     compiled = triton.compile(source, target=GPUTarget("cuda", architecture, WARP_SIZE), options=options)
     ptx = compiled.asm["ptx"]
     registers, spill = _ptxas(ptx, architecture)

@@ -394,6 +394,7 @@ def _build() -> Build:
         _constants(96, 96, blog.num_views, *_numbers(blog, 96, 96)),
         aligned=tuple(pointers),
         num_warps=NUM_WARPS,
+        fp_fusion=False,
         why="reads ids, writes rows of 13 numbers: 28 KB",
     )
 

@@ -809,14 +809,15 @@ _WHY_RELU = f"launched with maxnreg={MAX_REGISTERS}: 16 to 44 bytes spilled, out
 
 
 def _builds() -> Iterator[Build]:
-    """ResNet-18's launches at 96x96 (torchvision stem, 32 groups, bf16), one of the cut samples, one in fp32."""
+    """ResNet-18's launches at 96x96 (torchvision stem, 32 groups), the head's norm and ReLU, and one of the cut samples."""
     plain, relu, added = (False, False), (False, True), (True, True)
-    yield from _build(48, 64, "bf16", *relu)
-    yield from (build for flags in (relu, added) for build in _build(24, 64, "bf16", *flags))
-    for side, channels in ((12, 128), (6, 256), (3, 512)):
-        yield from (build for flags in (plain, relu, added) for build in _build(side, channels, "bf16", *flags))
+    for dtype in ("bf16", "fp32"):
+        yield from _build(48, 64, dtype, *relu)
+        yield from (build for flags in (relu, added) for build in _build(24, 64, dtype, *flags))
+        for side, channels in ((12, 128), (6, 256), (3, 512)):
+            yield from (build for flags in (plain, relu, added) for build in _build(side, channels, dtype, *flags))
+    yield from _build(1, 512, "fp32", *relu)
     yield from _build(112, 64, "bf16", *relu)
-    yield from _build(24, 64, "fp32", *added)
     sizes = {"BLOCK_R": SUM_ROWS, "BLOCK_C": SUM_COLUMNS}
     yield _known("sums", _sum_rows_kernel, "fp32", sizes, SUM_WARPS, _WHY_SUMS)
 

@@ -721,11 +721,16 @@ def _builds() -> tuple[Build, ...]:
     known |= {"BOLTS_EPS": BOLTS_EPS, "EMA_FIRST": False}
     known |= dict.fromkeys(("loss_scale", "slots", "step", "skipped"))
     none = {"online_copy": None, "target_copy": None}
+    first = {"EMA_FIRST": True}
     norms, telemetry = "stores three numbers per 4096 elements", "five numbers per segment"
     return (
         _build("norms", _norms_kernel, types, known | {"DECAYED": False}, NUM_WARPS, norms),
         _build("norms deepmind", _norms_kernel, types, known | {"DECAYED": True}, NUM_WARPS, norms),
         *(_build(f"sweep {rule}", _sweep_kernel, types, known | none | {"RULE": rule}, NUM_WARPS) for rule in RULES),
+        *(
+            _build(f"sweep {rule}, EMA first", _sweep_kernel, types, known | none | first | {"RULE": rule}, NUM_WARPS)
+            for rule in RULES
+        ),
         *(_build(f"sweep {rule} +bf16", _sweep_kernel, types, known | {"RULE": rule}, NUM_WARPS) for rule in RULES),
         *(
             _build(f"telemetry {rule}", _telemetry_kernel, types, known | {"RULE": rule}, NUM_WARPS, telemetry)

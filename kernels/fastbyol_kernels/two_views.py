@@ -920,6 +920,13 @@ def _builds() -> Iterator[Build]:
             ("blur", _blur_kernel, plan.block, "; ".join(filter(None, (_WHY_SHIFTED, packed)))),
         ):
             yield _build(f"{name} {dtype} x{channels}", kernel, dtype, _known(kernel, constants, block), why)
+    for dtype in ("bf16", "fp32"):
+        plan = launch(96, 96, 96, False)
+        known = _known(_crop_kernel, _constants(plan, 96, 96, 96, 3, indexed=False, kernel=9), plan.crop_block)
+        yield _build(f"crop of a batch {dtype} x3", _crop_kernel, dtype, known, _WHY_GATHER)
+        plan = launch(224, 160, 96, False)
+        known = _known(_crop_kernel, _constants(plan, 224, 160, 96, 3, indexed=False, kernel=9), plan.crop_block)
+        yield _build(f"crop, 224x160 to 96 {dtype} x3", _crop_kernel, dtype, known, _WHY_GATHER)
     plan = launch(96, 96, 96, True)
     known = _known(_blur_kernel, _constants(plan, 96, 96, 96, 3, indexed=True, kernel=0), plan.block)
     yield _build("pil blur bf16 x3", _blur_kernel, "bf16", known, f"{_WHY_SHIFTED}; {_WHY_PACKED}")

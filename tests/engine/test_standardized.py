@@ -77,8 +77,8 @@ def test_a_step_in_triton_equals_the_step_in_plain_torch(choice: tuple[str, bool
     """fp32: sums in another order, which the second step of a net of 20 layers amplifies."""
     plain = Course(choice, "fp32", "reference", batch=batch, size=size)
     fused = Course(choice, "fp32", "triton", batch=batch, size=size)
-    for a, b in zip(fused.values, plain.values, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+    for a, b, rtol in zip(fused.values, plain.values, (1e-5, 1e-3), strict=True):
+        torch.testing.assert_close(a, b, rtol=rtol, atol=1e-5)
     worst = off(plain.state, fused.gradients[0], plain.gradients[0])
     assert worst[0] < 2e-5, worst
     for name in ("online", "target", "momentum"):

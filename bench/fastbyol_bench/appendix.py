@@ -22,7 +22,7 @@ BEFORE = "## By example"
 VERDICTS = "verdicts.json"
 PICTURES = {
     "timing.png": "Rate of layer1 and loss at learning rates .5 and .1, ours over the published curves",
-    "cosines.png": "Negative cosine of the arms, a band over seeds",
+    "cosines.png": "How far negative pairs are apart in each arm, a band over seeds",
 }
 
 

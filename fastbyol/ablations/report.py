@@ -184,7 +184,7 @@ def _rates(suite: Suite) -> Iterator[str]:
     yield (
         "<h2>LARS's rates, layer by step</h2><p>The first seed of each arm with LARS. The red line on the colour bar is the "
         "ceiling lr·eta/wd: |w| / (|g| + wd |w|) cannot exceed 1/wd, whatever the gradient. Layers that do not adapt "
-        "keep the learning rate.</p>"
+        "keep the learning rate.</p><div class='grid maps'>"
     )
     for arm, run in shown.items():
         ceiling = run.evidence.rate_ceiling
@@ -193,6 +193,7 @@ def _rates(suite: Suite) -> Iterator[str]:
             f'<figure class="map"><figcaption><b><code>{html.escape(arm)}</code> seed {run.evidence.seed}: {bound}</b>'
             f'</figcaption><div class="wide">{figures.svg(report_figures.draw_rates(run))}</div></figure>'
         )
+    yield "</div>"
 
 
 def _arms(suite: Suite) -> Iterator[str]:

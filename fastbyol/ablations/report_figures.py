@@ -17,7 +17,8 @@ from fastbyol.ablations.curves import published
 from fastbyol.ablations.evidence import PUBLISHED_STEPS_PER_EPOCH, Evidence, is_matrix
 from fastbyol.ablations.report_suite import Run, Suite
 from fastbyol.engine.layers_file import read_layers
-from fastbyol.figures import BLUE, GREEN, ORANGE, PURPLE, RED, viridis
+from fastbyol.evaluation.collapse import COLLAPSED_ABOVE
+from fastbyol.figures import BLUE, GREEN, ORANGE, PURPLE, RED, SKY
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -219,26 +220,43 @@ def draw_readme_timing(suite: Suite) -> Figure:
         theirs = axes.twiny()
         for source, colour in zip(panel.sources, COLOURS, strict=False):
             curve = published()[source.figure, source.series]
-            theirs.plot(curve.epoch, curve.value, color=colour, lw=0.9, ls=(0, (3, 1.5)), label=f"{source.arm}, published")
+            theirs.plot(curve.epoch, curve.value, color=colour, lw=0.9, ls=(0, (3, 1.5)))
             _draw_seeds(axes, suite.evidence(source.arm), source.measure, colour)
+            axes.plot([], [], color=colour, label=f"{source.arm} ({_count(suite, source.arm)})")
         _finish(axes, panel)
         axes.set_xlabel("epoch, ours (solid, band over seeds)")
         theirs.set_xlabel("epoch, published (dashed)")
-    made.axes[-1].legend(frameon=False, fontsize=8)
+        axes.legend(frameon=False, fontsize=8)
+    made.axes[0].set_ylabel("rate of layer1")
     return made
 
 
 def draw_readme_cosines(suite: Suite, arms: Iterable[str]) -> Figure:
-    """The negative cosine of some arms for the README, seeds as bands, on a scale that opens up near 1."""
+    """1 - the negative cosine of some arms for the README, seeds as bands: logarithmic, to tell collapses apart."""
     from matplotlib.figure import Figure
 
     made = Figure(figsize=(9.0, 3.4), layout="constrained", facecolor="white")
     axes = made.add_subplot()
     present = [arm for arm in arms if suite.evidence(arm)]
-    for arm, colour in zip(present, viridis(len(present)), strict=True):
-        _draw_seeds(axes, suite.evidence(arm), "neg_cos", colour)
-        axes.plot([], [], color=colour, label=f"{arm} ({len(suite.evidence(arm))} seeds)")
-    axes.set_ylabel("cosine of z and z', negative pairs")
+    for arm, colour in zip(present, (BLUE, SKY, RED, PURPLE, ORANGE, GREEN), strict=False):
+        epochs, (low, middle, high) = band(suite.evidence(arm), "neg_cos")
+        axes.fill_between(epochs, _distance(low), _distance(high), color=colour, alpha=0.2, lw=0)
+        axes.semilogy(epochs, _distance(middle), color=colour, lw=1.4, label=f"{arm} ({_count(suite, arm)})")
+    # Where the state machine of evaluation.collapse sees a collapse.
+    axes.axhline(1 - COLLAPSED_ABOVE, color="black", lw=0.7, ls=":")
+    axes.annotate("collapsed below", (0.01, 1 - COLLAPSED_ABOVE), (0, -10), xycoords=("axes fraction", "data"),
+                  textcoords="offset points", fontsize=7.5)  # fmt: skip
+    axes.set_ylabel("1 - cosine of z and z', negative pairs")
     axes.set_xlabel("epoch")
     axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return made
+
+
+def _distance(cosine: np.ndarray) -> np.ndarray:
+    """1 - cosine, kept above the rounding of a mean of fp32 cosines."""
+    return np.asarray(np.maximum(1 - cosine, 1e-8))
+
+
+def _count(suite: Suite, arm: str) -> str:
+    count = len(suite.evidence(arm))
+    return f"{count} seed{'s' * (count != 1)}" if count else "not run"

@@ -153,6 +153,7 @@ def run(source: str, bases: list[Base], numbers: Sequence[int]) -> tuple[Counter
     with tempfile.TemporaryDirectory(prefix="mutations-") as folder:
         while left:
             _one_child(source, bases, left, Path(folder), counts, faults)
+            print(f"{source}: {len(numbers) - len(left)} of {len(numbers)}, {len(faults)} faults", flush=True)
     return counts, faults
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fastbyol import ablate
+from fastbyol.engine import interrupt
 from fastbyol.errors import FastbyolError, UsageError
 
 if TYPE_CHECKING:
@@ -551,7 +553,8 @@ def main() -> None:
     # process on two cores an epoch of the demo ran at 193 images/s spinning and at 320 sleeping.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
-        code = app(standalone_mode=False, prog_name="fastbyol")
+        with interrupt.sent_again():
+            code = app(standalone_mode=False, prog_name="fastbyol")
         sys.exit(code if isinstance(code, int) else 0)
     except FastbyolError as error:
         _fail(str(error), error.exit_code)
@@ -561,6 +564,8 @@ def main() -> None:
         _fail("interrupted", 130)
     except BrokenPipeError:
         sys.exit(1)
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # nothing is left to be saved: Python's own would print a trace
 
 
 def _fail(message: str, code: int) -> NoReturn:

@@ -6,6 +6,7 @@ time before a job's end (``sbatch --signal=USR1@60``).
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import threading
@@ -15,10 +16,35 @@ from types import FrameType, TracebackType
 from typing import Any
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+AGAIN_S = 0.05
 
 
 class Stopped(KeyboardInterrupt):
     """What ``Interrupt.abortable`` raises: clean up as for Ctrl-C."""
+
+
+@contextmanager
+def sent_again() -> Iterator[None]:
+    """A Ctrl-C that a finalizer or a callback swallows in here comes again AGAIN_S later, and nothing is printed about it.
+
+    Python cannot raise out of either: it prints the exception, with its trace, and goes on as if nobody had asked.
+    """
+    before, timers = sys.unraisablehook, list[threading.Timer]()
+
+    def hook(args: Any) -> None:
+        if not isinstance(args.exc_value, KeyboardInterrupt):
+            before(args)
+            return
+        timers.append(threading.Timer(AGAIN_S, os.kill, (os.getpid(), signal.SIGINT)))
+        timers[-1].start()
+
+    sys.unraisablehook = hook
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
+        for timer in timers:
+            timer.cancel()
 
 
 class Interrupt:

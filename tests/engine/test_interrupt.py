@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
+import time
 
 import pytest
 
-from fastbyol.engine.interrupt import SIGNALS, Interrupt, Stopped
+from fastbyol.engine.interrupt import AGAIN_S, SIGNALS, Interrupt, Stopped, sent_again
 
 
 def send(number: int) -> None:
@@ -49,8 +51,11 @@ def test_what_can_be_done_again_is_left_at_once() -> None:
 
 
 class Finalizer:
+    def __init__(self, number: int = signal.SIGTERM) -> None:
+        self.number = number
+
     def __del__(self) -> None:
-        send(signal.SIGTERM)
+        send(self.number)
 
 
 def test_a_request_that_a_finalizer_swallows_is_raised_at_the_end() -> None:
@@ -64,3 +69,20 @@ def test_outside_the_abortable_part_a_request_waits() -> None:
             pass
         send(signal.SIGINT)
         assert interrupt.requested == "SIGINT"
+
+
+def swallow_one_and_wait() -> None:
+    Finalizer(signal.SIGINT)
+    time.sleep(100 * AGAIN_S)
+
+
+def test_ctrl_c_that_a_finalizer_swallows_comes_again(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "unraisablehook", sys.__unraisablehook__)
+    with pytest.raises(KeyboardInterrupt), sent_again():
+        swallow_one_and_wait()
+    with sent_again():
+        Finalizer(signal.SIGINT)
+    time.sleep(2 * AGAIN_S)  # what was swallowed at the very end is let go
+    assert capsys.readouterr().err == ""

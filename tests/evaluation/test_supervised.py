@@ -39,7 +39,8 @@ def stripes(num: int, seed: int, names: tuple[int, ...] = (0, 1, 2)) -> Images:
 def test_learns(norm: str) -> None:
     model = ModelConfig(width=8, norm=norm, stem="small")
     untrained = supervised_accuracy(model, stripes(256, 0), stripes(200, 1), VIEWS, epochs=0)
-    trained = supervised_accuracy(model, stripes(256, 0), stripes(200, 1), VIEWS, epochs=8, batch_size=16)
+    # At the default's .07 one of eight runs without batch norm diverges; which one changes with the number of threads.
+    trained = supervised_accuracy(model, stripes(256, 0), stripes(200, 1), VIEWS, epochs=8, batch_size=16, lr=0.03)
     assert untrained < 60.0
     assert trained > 95.0
 

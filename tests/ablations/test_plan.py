@@ -1,0 +1,94 @@
+"""From what is asked to runs: which arms, how many seeds, in which order, and how far each is."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from fastbyol import config_io
+from fastbyol.ablations import plan
+from fastbyol.ablations.arms import arm, arms
+from fastbyol.errors import UsageError
+
+
+def names(runs: tuple[plan.Run, ...]) -> list[str]:
+    return [run.name for run in runs]
+
+
+def test_a_claim_stands_for_its_arms_and_controls() -> None:
+    chosen = plan.chosen(["c6", "gn-lars-0.1", "C7"], "mini")
+    assert [found.name for found in chosen] == ["gn-lars-0.2", "gn-lars-0.2-replayed", "gn-lars-0.2-capped", "gn-lars-0.1"]
+
+
+def test_all_is_every_arm_of_the_scale() -> None:
+    mini = {found.name for found in plan.chosen((), "mini", everything=True)}
+    assert set(arms()) - mini == {"gn-lars-0.2@bf16", "gn-lars-0.1@bf16"}
+    assert {found.name for found in plan.chosen((), "short", everything=True)} == set(arms())
+
+
+@pytest.mark.parametrize(
+    ("targets", "says"), [([], "--all"), (["C99"], "no such arm"), (["gn-lars-0.2@bf16"], "is for --scale short and full")]
+)
+def test_what_cannot_be_chosen_is_said(targets: list[str], says: str) -> None:
+    with pytest.raises(UsageError, match=says):
+        plan.chosen(targets, "mini")
+
+
+def test_seeds_are_what_verdicts_want() -> None:
+    three = ("bn-sgd-mlp-bn", "gn-sgd-mlp-bn", "gn-sgd-mlp-none", "gn-lars-0.2", "gn-lars-0.1", "gn-lars-0.5")
+    assert {plan.seeds_of(arm(name), None) for name in three} == {3}
+    assert plan.seeds_of(arm("gn-ws-sgd"), None) == 2
+    assert plan.seeds_of(arm("gn-lars-0.2@exclude"), None) == 1
+    assert plan.seeds_of(arm("gn-lars-0.2@exclude"), 5) == 5
+
+
+def test_a_replay_takes_another_seed_and_comes_after_it() -> None:
+    runs = plan.make([arm("gn-lars-0.2-replayed")], "mini", Path("out"), seeds=1)
+    assert names(runs) == ["gn-lars-0.2 seed 0", "gn-lars-0.2-replayed seed 0", "gn-lars-0.2 seed 1"]
+    replay = runs[1]
+    assert replay.after == Path("out/runs/gn-lars-0.2/seed1") == Path(str(replay.config.optim.replay_rates))
+    for run in plan.make([arm("gn-lars-0.2-replayed")], "mini", Path("out")):
+        assert run.after is None or run.after.name != f"seed{run.seed}"
+
+
+def test_first_seeds_come_first_and_open_settings_last() -> None:
+    runs = plan.make(plan.chosen((), "mini", everything=True), "mini", Path("out"))
+    places = [(run.arm.base is not None, run.seed) for run in runs]
+    assert places == sorted(places)
+    assert len({run.path for run in runs}) == len(runs)
+
+
+def lay(run: plan.Run, epochs: int) -> None:
+    """A run's folder with ``epochs`` finished ones."""
+    run.path.mkdir(parents=True)
+    (run.path / "config.toml").write_text(config_io.dump(run.config))
+    said = {"event": "epoch", "state": "healthy", "accuracy": None, "neg_cos": 0.5}
+    events = [json.dumps({**said, "step": 8 * (epoch + 1), "epoch": epoch}) for epoch in range(epochs)]
+    (run.path / "metrics.jsonl").write_text("".join(f"{event}\n" for event in events))
+
+
+def test_status_is_read_from_the_run(tmp_path: Path) -> None:
+    new, stopped, done = plan.make([arm("gn-lars-0.2")], "mini", tmp_path, seeds=3)
+    lay(stopped, 3)
+    lay(done, done.config.train.epochs)
+    assert [plan.status(run) for run in (new, stopped, done)] == ["new", "stopped", "done"]
+    assert plan.found(tmp_path) == (("gn-lars-0.2", 1, stopped.path), ("gn-lars-0.2", 2, done.path))
+
+
+def test_another_configuration_in_the_folder_is_refused(tmp_path: Path) -> None:
+    (run,) = plan.make([arm("gn-ws-sgd")], "mini", tmp_path, seeds=1)
+    lay(run, 1)
+    (other,) = plan.make([arm("gn-ws-sgd")], "mini", tmp_path, seeds=1, sets=["train.epochs=7"])
+    with pytest.raises(UsageError, match=r"holds a run with train.epochs = 20, asked for is 7"):
+        plan.status(other)
+    (faster,) = plan.make([arm("gn-ws-sgd")], "mini", tmp_path, seeds=1, sets=["run.keep_checkpoints=9"])
+    assert plan.status(faster) == "stopped"
+
+
+def test_a_folder_that_was_moved_is_known_again(tmp_path: Path) -> None:
+    replay = plan.make([arm("gn-lars-0.2-replayed")], "mini", tmp_path / "before", seeds=1)[1]
+    lay(replay, 2)
+    (tmp_path / "before").rename(tmp_path / "after")
+    assert plan.status(plan.make([arm("gn-lars-0.2-replayed")], "mini", tmp_path / "after", seeds=1)[1]) == "stopped"

@@ -1,0 +1,129 @@
+"""`fastbyol ablate` as typed: what it lists, shows, runs and refuses; and the full scale, end to end, on STL-10's own files."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from fastbyol import cli
+from fastbyol.engine.run_folder import RunFolder
+from fastbyol.evaluation import protocol
+from small import SETS
+from source_files import stl10
+
+NARROW = [f"--set={text}" for text in SETS if not text.startswith(("views.", "data.textures"))]
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """Run a command line in an empty folder; returns (exit code, standard output, standard error)."""
+    monkeypatch.chdir(tmp_path)
+
+    def command(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["fastbyol", "ablate", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        printed = capsys.readouterr()
+        return int(ended.value.code or 0), printed.out, printed.err
+
+    return command
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["run"], "--all"),
+        (["run", "C99"], "no such arm"),
+        (["run", "C6", "--scale", "full"], "--stl10"),
+        (["run", "C6", "--scale", "big"], "big"),
+        (["run", "C6", "--scale", "full", "--stl10", "here", "--data", "x.beton"], "leave out --data"),
+        (["run", "C6", "--scale", "full", "--stl10", "nowhere"], "nowhere"),
+        (["run", "C6", "--set", "optim.lrr=1"], "optim.lr"),
+        (["run", "C6", "--device", "cuda:7"], "cuda:7"),
+        (["run", "gn-lars-0.2@bf16"], "--scale short and full"),
+        (["show", "C99"], "no such arm"),
+        (["report", "--out", "nowhere"], "fastbyol ablate run"),
+    ],
+)
+def test_what_cannot_work_is_one_line(run, arguments: list[str], says: str) -> None:
+    code, _, error = run(*arguments)
+    assert code == 2
+    assert error.startswith("fastbyol: error: ")
+    assert error.count("\n") == 1
+    assert says in error
+
+
+def test_list_names_all_claims_and_arms(run) -> None:
+    code, out, _ = run("list")
+    assert code == 0
+    assert "C13" in out
+    told = json.loads(run("list", "--scale", "short", "--json")[1])
+    assert [row["id"] for row in told["claims"]] == [*(f"C{number}" for number in range(1, 14)), "M1"]
+    rows = {row["arm"]: row for row in told["arms"]}
+    assert rows["gn-lars-0.2"] | {"about": ""} == {
+        "arm": "gn-lars-0.2", "about": "", "claims": ["C6"], "seeds": 3, "done": 0, "stopped": 0,
+    }  # fmt: skip
+    assert "gn-lars-0.1@bf16" in rows
+
+
+def test_show_tells_a_claim_and_an_arm(run) -> None:
+    _, out, _ = run("show", "c6")
+    for part in ("LARS at lr 0.2 recovers", "accuracy_gn_encoder", "accuracy@100: 64.4", "verdict", "optim.lr = 0.2"):
+        assert part in out
+    claim = json.loads(run("show", "C6", "--json")[1])
+    assert claim["published"]["accuracy@10"] == 40.9
+    assert claim["arms"]["gn-lars-0.2-capped"]["optim.rate_cap"] == 0.8
+    _, out, _ = run("show", "gn-lars-0.1@exclude")
+    assert 'lars_exclude = "substring"  # arm gn-lars-0.1@exclude' in out
+    assert json.loads(run("show", "random", "--json")[1])["config"]["optim"]["lr"] == 0.0
+
+
+def test_run_then_report_and_check(run, tmp_path: Path) -> None:
+    """Two epochs do not let LARS at .1 collapse, so its claim is not reproduced."""
+    sets = [f"--set={text}" for text in (*SETS, "train.epochs=2", "probe.every_epochs=1")]
+    code, out, error = run("run", "C7", "--seeds=3", "--jobs=1", "--json", *sets)
+    assert code == 0, error
+    told = json.loads(out)
+    assert sorted(told["finished"]) == [f"gn-lars-0.1 seed {seed}" for seed in range(3)]
+    verdicts = {row["claim"]: row["outcome"] for row in told["verdicts"]}
+    assert verdicts == {"C7": "not reproduced", "C12": "not reproduced"}
+    assert (tmp_path / "ablations/mini/runs/gn-lars-0.1/seed2/config.toml").exists()
+    code, out, error = run("report", "--check")
+    assert code == 4
+    assert error == "fastbyol: error: not reproduced: C7, C12\n"
+    assert "It is collapsed at the end." in " ".join(out.split())
+    rows = {row["arm"]: row for row in json.loads(run("list", "--json")[1])["arms"]}
+    assert rows["gn-lars-0.1"]["done"] == 3
+    code, _, error = run("run", "C7", "--seeds=3", "--scale=short", "--out=ablations/mini", *sets)
+    assert code == 2
+
+
+def test_full_scale_from_stl10s_own_files(run, tmp_path: Path) -> None:
+    """From the archive's binaries to a probed run, at 96x96 with the post's protocol; narrow, one epoch, random network too."""
+    stl10(tmp_path / "source", train=20, test=40, unlabeled=12)
+    code, out, error = run(
+        "run", "C1", "random", "--scale=full", "--stl10", tmp_path / "source", "--seeds=1", "--jobs=1", "--json",
+        "--set=train.epochs=1", *NARROW,
+    )  # fmt: skip
+    assert code == 0, error
+    assert len(json.loads(out)["finished"]) == 2
+    folder = tmp_path / "ablations/full"
+    with RunFolder.open(folder / "runs/bn-sgd-mlp-bn/seed0", lock=False) as opened:
+        config = opened.config
+    assert (config.views.size, config.train.precision, config.probe.protocol) == (96, "fp32", "blog")
+    assert Path(config.data.train) == folder / "data/stl10-train-unlabeled.beton"
+    events = (folder / "runs/bn-sgd-mlp-bn/seed0/metrics.jsonl").read_text().splitlines()
+    assert json.loads(events[-1])["step"] == 4  # 32 images of train and unlabeled, batches of 8
+    assert all(json.loads(row)["accuracy"] is not None for row in events if row.startswith('{"event": "epoch"'))
+
+
+def test_full_scale_fits_and_scores_the_posts_rows() -> None:
+    import torch
+
+    labels = torch.arange(8000) % 10
+    fit, score, _ = protocol.halves(labels)
+    assert torch.equal(fit, torch.arange(3968))
+    assert torch.equal(score, torch.arange(3968, 7936))

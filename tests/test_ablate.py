@@ -81,8 +81,9 @@ def test_show_tells_a_claim_and_an_arm(run) -> None:
     assert json.loads(run("show", "random", "--json")[1])["config"]["optim"]["lr"] == 0.0
 
 
-def test_run_then_report_and_check(run, tmp_path: Path) -> None:
+def test_run_then_report_and_check(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two epochs do not let LARS at .1 collapse, so its claim is not reproduced."""
+    monkeypatch.setenv("COLUMNS", "200")
     sets = [f"--set={text}" for text in (*SETS, "train.epochs=2", "probe.every_epochs=1")]
     code, out, error = run("run", "C7", "--seeds=3", "--jobs=1", "--json", *sets)
     assert code == 0, error

@@ -22,15 +22,21 @@ KERNEL = 3
 # and the largest share of its taps that lie over pixels (64 to 512 channels, batches of 256 and 512, one core of an AVX512-BF16
 # processor: bench/LOG.md, "few pixels"). In float32 a product runs at half the convolution's rate, in bfloat16 at the same.
 LIMITS = {torch.bfloat16: (3, 1.0), torch.float32: (2, 0.5)}
+# The weight gradient of oneDNN's strided 1x1 convolution writes past its workspace where channels-last inputs have fewer
+# channels than its block (github.com/uxlfoundation/oneDNN/issues/6035): wrong sums, a hang or SIGSEGV. Blocks are 8 or 16.
+SAFE_CHANNELS = 16
 
 
 def convolve(x: Tensor, weight: Tensor, stride: int, padding: int) -> Tensor:
     """``F.conv2d`` of x (N, I, S, S) with weight (O, I, k, k), by pixel where that is the faster way on this device.
 
-    Compiled code and dtypes other than float32 and bfloat16 take ``F.conv2d``.
+    Compiled code and dtypes other than float32 and bfloat16 take ``F.conv2d``. A strided 1x1 kernel of few channels is given
+    the pixels that it sees and nothing to step over (``SAFE_CHANNELS``).
     """
     if pays(x, weight, stride, padding):
         return convolve_by_pixel(x, weight, stride)
+    if weight.shape[2:] == (1, 1) and stride > 1 and x.shape[1] < SAFE_CHANNELS and x.device.type == "cpu":
+        return F.conv2d(x[:, :, ::stride, ::stride], weight)
     return F.conv2d(x, weight, None, stride, padding)
 
 

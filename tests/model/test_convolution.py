@@ -35,6 +35,25 @@ def test_equals_the_convolution_forward_and_backward(
         torch.testing.assert_close(a, b, **close)
 
 
+@pytest.mark.parametrize("channels", [1, 2, 4, 7, 12, 15, 16, 24])
+@pytest.mark.parametrize("side", [96, 95])
+def test_a_strided_1x1_kernel_of_few_channels(channels: int, side: int) -> None:
+    """torch's own ends in SIGSEGV here, or corrupts the heap, for 2 to 12 channels of 96 pixels."""
+    torch.manual_seed(0)
+    x = torch.randn(16, channels, side, side).to(memory_format=torch.channels_last).requires_grad_()
+    w = torch.randn(2 * channels, channels, 1, 1).requires_grad_()
+    exact_x, exact_w = (tensor.detach().double().requires_grad_() for tensor in (x, w))
+    exact, ours = F.conv2d(exact_x, exact_w, None, 2), convolve(x, w, 2, 0)
+    gradient = torch.randn(exact.shape)
+    pairs = zip(
+        (ours, *torch.autograd.grad(ours, (x, w), gradient)),
+        (exact, *torch.autograd.grad(exact, (exact_x, exact_w), gradient.double())),
+        strict=True,
+    )
+    for got, truth in pairs:  # sums of up to 36,864 products of order one
+        torch.testing.assert_close(got.double(), truth, rtol=1e-4, atol=1e-2)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("side", "stride"), [(3, 1), (6, 2), (2, 1), (1, 1), (2, 2), (4, 2)])
 def test_rounds_no_more_than_the_convolution(dtype: torch.dtype, side: int, stride: int) -> None:

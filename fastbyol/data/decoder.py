@@ -7,8 +7,9 @@ when an epoch ends early. So the loop over a batch is ours, in the form that FFC
 At 96x96 raw it is as fast as FFCV's Loader, whose batches one must copy to keep: both above 350,000 images/s on a core.
 
 Where the file has a manifest, a sample's bytes are held against their checksum the first time they are decoded, so nothing is
-read twice and no wrong pixel is ever delivered. A file that does not fit into memory is not mapped either: a map of a file that
-is cut, or whose disk fails, kills the process. Its samples are read, a batch at a time.
+read twice and no wrong pixel is ever delivered. Without one, JPEG data must bring their tables (``jpeg_tables``). A file that
+does not fit into memory is not mapped either: a map of a file that is cut, or whose disk fails, kills the process. Its samples
+are read, a batch at a time.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from numpy.typing import NDArray
 
 from fastbyol.data.beton import BetonInfo
 from fastbyol.data.beton_layout import stamp_of
+from fastbyol.data.jpeg_tables import brings_its_tables
 from fastbyol.errors import FastbyolError, UsageError
 
 # Where one image's data lies in the file, bytes [start, end), and its size in pixels.
@@ -57,7 +59,7 @@ class Decoder:
         self.num_threads = min(workers or cores, cores)
         self._native = _compiled(self._crop)
         self._places = _places(info)
-        self._unproved = np.full(info.num_samples, info.manifest is not None)
+        self._unproved = np.full(info.num_samples, True) if info.manifest is not None else ~info.raw
         self._fd = _open(info)
         self._release = weakref.finalize(self, os.close, self._fd)
         try:
@@ -83,8 +85,7 @@ class Decoder:
         status = np.zeros(len(ids), np.int32)
         self._run(images, status, data, places)
         if status.any():
-            sample = ids[np.flatnonzero(status)[0]]
-            raise UsageError(f"{self.info.path}: the JPEG data of sample {sample} is damaged; make the file again")
+            raise self._refused(ids[np.flatnonzero(status)[0]], "are damaged")
 
     def _run(self, images: NDArray[np.uint8], status: NDArray[np.int32], data: NDArray[np.uint8], places: NDArray[Any]) -> None:
         """The native loop over the batch, a part of it in each thread."""
@@ -112,19 +113,28 @@ class Decoder:
         return data
 
     def _prove(self, ids: NDArray[np.int64], data: NDArray[np.uint8], places: NDArray[Any]) -> None:
-        """UsageError where a sample's bytes do not have the manifest's checksum; each sample is looked at once."""
+        """UsageError where a sample's bytes do not have the manifest's checksum, or, without one, where JPEG data lack a table.
+
+        Each sample is looked at once.
+        """
         new = np.flatnonzero(self._unproved[ids])
-        if not len(new) or self.info.manifest is None:
+        if not len(new):
             return
-        checksums = self.info.manifest.checksums
+        checksums = None if self.info.manifest is None else self.info.manifest.checksums
         for row, start, end in zip(new.tolist(), places["start"][new].tolist(), places["end"][new].tolist(), strict=True):
-            if zlib.crc32(data[start:end].data) != checksums[ids[row]]:
+            if checksums is None:
+                if not brings_its_tables(data[start:end].tobytes()):
+                    raise self._refused(ids[row], "are damaged, or lack a table that they use")
+            elif zlib.crc32(data[start:end].data) != checksums[ids[row]]:
                 at = int(self.info.starts[ids[row]])
                 raise UsageError(
                     f"{self.info.path}: the data of sample {ids[row]}, bytes {at} to {at + end - start}, is not what was "
                     "written (`fastbyol data verify` lists all such); make the file again"
                 )
         self._unproved[ids[new]] = False
+
+    def _refused(self, sample: int, what: str) -> UsageError:
+        return UsageError(f"{self.info.path}: the JPEG data of sample {sample} {what}; make the file again")
 
     def labels(self) -> NDArray[np.int64] | None:
         """(N,) in file order; None where the file has none."""

@@ -134,7 +134,7 @@ def test_damaged_jpeg_is_named(name: str, workers: int, tmp_path: Path) -> None:
         file.write(b"\xff" * 16)
     with opened(path, workers=workers) as decoder:
         decoded(decoder, np.arange(50))
-        with pytest.raises(UsageError, match=rf"damaged\.beton: the JPEG data of sample {sample} is damaged"):
+        with pytest.raises(UsageError, match=rf"damaged\.beton: the JPEG data of sample {sample} are damaged"):
             decoded(decoder)
 
 

@@ -73,8 +73,8 @@ def test_decoding_finds_what_a_foreign_file_hides(tmp_path: Path) -> None:
     damage(path, [0, 202])
     assert verify(path).damaged == ()
     assert verify(path, deep=True).damaged == (
-        (0, "the JPEG data of sample 0 is damaged"),
-        (202, "the JPEG data of sample 202 is damaged"),
+        (0, "the JPEG data of sample 0 are damaged"),
+        (202, "the JPEG data of sample 202 are damaged"),
     )
 
 

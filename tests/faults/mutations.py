@@ -6,7 +6,6 @@ that is accepted must deliver exactly what its bytes say, and where a manifest s
 
 from __future__ import annotations
 
-import ctypes
 import io
 import struct
 from collections.abc import Callable
@@ -17,11 +16,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+import turbojpeg
+
 PAGE = 1 << 21
 HEADER, DESCRIPTOR, REGION = 24, 1041, 24
 Rng = np.random.Generator
-# Of turbojpeg.h. FFCV decodes by the fast transform.
-TJPF_RGB, TJFLAG_FASTDCT = 0, 2048
 # Member sizes and alignments of a row by field type: float, int, image, bytes, array, json, tensor.
 MEMBERS = {0: (8, 8), 1: (8, 8), 2: (13, 1), 3: (16, 1), 4: (8, 8), 5: (16, 1), 6: (8, 8)}
 
@@ -360,13 +359,7 @@ def said(data: bytes) -> Said:
 def _pixels(mode: int, height: int, width: int, data: bytes) -> NDArray[np.uint8]:
     if mode == 1:
         return np.frombuffer(data, np.uint8).reshape(height, width, 3)
-    pixels = np.empty((height, width, 3), np.uint8)
-    turbo = ctypes.CDLL("libturbojpeg.so.0")
-    turbo.tjInitDecompress.restype = ctypes.c_void_p
-    handle = ctypes.c_void_p(turbo.tjInitDecompress())
-    size, room = ctypes.c_ulong(len(data)), pixels.ctypes.data_as(ctypes.c_void_p)
-    failed = turbo.tjDecompress2(handle, data, size, room, width, 0, height, TJPF_RGB, TJFLAG_FASTDCT)
-    turbo.tjDestroy(handle)
+    failed, pixels = turbojpeg.Decompressor().decode(data, height, width)
     if failed:
         raise ValueError("libturbojpeg reports damage")
     return pixels

@@ -179,7 +179,7 @@ def test_flipped_jpeg_bytes_that_cannot_be_decoded(tmp_path: Path) -> None:
         at = data.index(b"\xff\xc4", int(base.regions[9, 1])) + 5
         data[at : at + 16] = b"\xff" * 16
 
-    refused(damaged(base, edit, tmp_path), "the JPEG data of sample 9 is damaged")
+    refused(damaged(base, edit, tmp_path), "the JPEG data of sample 9 are damaged")
 
 
 def test_truncated_or_rewritten_while_in_use(ours: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,10 @@ from fastbyol.errors import FastbyolError
 
 T = TypeVar("T")
 POLL_S = 0.05
-STALL_S = 60.0
+# A disk on the network may hiccup for minutes, and so long may a batch of large pictures take.
+STALL_S = 300.0
+# Who stops has no use for the item under way, and waits for it no longer than this.
+STOP_S = 60.0
 # A process that ends while a thread of it is in native code can die of that: Python ends such a thread as it comes back from
 # there, which C++ takes for an error.
 _running: weakref.WeakSet[_Worker[Any]] = weakref.WeakSet()
@@ -37,7 +40,7 @@ def prefetch(source: Iterable[T], *, name: str, ahead: int = 3, stall_s: float =
         while (box := worker.take(stall_s)) is not None:
             yield box[0]
     finally:
-        worker.stop(stall_s)
+        worker.stop(min(stall_s, STOP_S))
 
 
 class _Worker(threading.Thread, Generic[T]):
@@ -93,4 +96,4 @@ class _Worker(threading.Thread, Generic[T]):
 @atexit.register
 def _stop_all() -> None:
     for worker in list(_running):
-        worker.stop(STALL_S)
+        worker.stop(STOP_S)

@@ -26,8 +26,8 @@ FULL = os.environ.get("FASTBYOL_FAULTS") == "full"
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["fastbyol.api", "fastbyol.cli", "fastbyol.report", "ffcv.loader", "rich.live"])
 PHASES = ("start", "step", "probe", "checkpoint", "end")
-# One child's life on a machine that does other things too.
-PATIENCE_S = 120.0
+# One child's life, a few seconds, on a machine that does other things too.
+PATIENCE_S = 600.0
 
 
 def many(small: int, full: int) -> int:

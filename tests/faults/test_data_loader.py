@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 import run_rig as rig
 import torch
+from own_time import OwnTime, ends
 
 import foreign_betons as foreign
 from fastbyol.data.loader import Loader, StreamingLoader, open_loader
@@ -142,7 +143,7 @@ with opened() as batches:
     for child in children:
         child.start()
     for child in children:
-        child.join(60)
+        child.join(600)
         assert child.exitcode == 0, child.exitcode
     assert len(list(running)) == 5
 """
@@ -192,9 +193,8 @@ def test_ctrl_c_at_random_instants(cache: str) -> None:
         assert child.stdout.readline() == b"begun\n"
         time.sleep(draw.uniform(0, 0.5))
         child.send_signal(signal.SIGINT)
-        sent = time.monotonic()
-        _, errors = child.communicate(timeout=30)
-        assert time.monotonic() - sent < LEAVE_S
+        assert OwnTime(child.pid).waits(ends(child), LEAVE_S)
+        _, errors = child.communicate()
         assert errors.strip().endswith(b"KeyboardInterrupt"), errors
         assert child.returncode == -signal.SIGINT
 

@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 import run_rig as rig
+from own_time import OwnTime
 
 from fastbyol import api, report
 from fastbyol.engine.observer import Silent
@@ -189,10 +190,11 @@ def test_a_damaged_file_is_said_or_makes_no_difference(whole: Path, tmp_path: Pa
     mine, theirs = multiprocessing.Pipe()
     process = rig.PROCESSES.Process(target=work_through, args=(whole, tmp_path, name, PER_FILE, theirs))
     process.start()
+    assert process.pid is not None
     theirs.close()
     kinds, at, patience_s = Counter[str](), ("start", "", "", ""), rig.PATIENCE_S
     while at[0] != "end":
-        assert mine.poll(patience_s), f"hangs after {at}"
+        assert OwnTime(process.pid).waits(mine.poll, patience_s), f"hangs after {at}"
         try:
             at = mine.recv()
         except EOFError:

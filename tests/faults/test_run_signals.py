@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import run_rig as rig
+from own_time import OwnTime
 
 STOPS = rig.many(8, 50)
 OTHERS = rig.many(3, 30)
@@ -41,17 +42,17 @@ def is_gone(session: int) -> bool:
 
 
 def stop(process: BaseProcess, number: signal.Signals, *, twice: bool) -> float:
-    """Send the signal, as a terminal does to the whole session, and return how long the process lived on, seconds."""
+    """Send the signal, as a terminal does to the whole session, and return how long the process lived on, its own seconds."""
     assert process.pid is not None
-    began = time.monotonic()
+    clock = OwnTime(process.pid)
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, number)
     if twice:
         process.join(0.03)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, number)
-    process.join(rig.PATIENCE_S)
-    return time.monotonic() - began
+    clock.waits(lambda wait_s: process.join(wait_s) or not process.is_alive(), rig.PATIENCE_S)
+    return clock.seconds()
 
 
 def stopped_runs(whole: tuple[Path, float], folder: Path, numbers: list[signal.Signals], seed: int) -> Counter[str]:

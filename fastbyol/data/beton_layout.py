@@ -353,9 +353,9 @@ def _listed(fields: tuple[Field, ...]) -> str:
 def _read_table(file: _File, layout: _Layout) -> NDArray[Any]:
     """The allocation table in the file's order, of the due length."""
     num_regions = layout.samples * len(layout.pointer_fields())
-    if file.num_bytes - layout.table_start != num_regions * REGION.itemsize:
-        held = (file.num_bytes - layout.table_start) / REGION.itemsize
-        file.fail(layout.table_start, f"allocation table of {held:g} rows where {num_regions} are due")
+    held, due = file.num_bytes - layout.table_start, num_regions * REGION.itemsize
+    if held != due:
+        file.fail(layout.table_start, f"allocation table of {held} bytes where {due} are due")
     return file.read(layout.table_start, REGION, num_regions)
 
 

@@ -35,8 +35,9 @@ Progress = Callable[[int, int], None]
 CHUNK_ITEMS = 64
 # FFCV's own default page.
 PAGE_BYTES = 1 << 23
-# Without an item begun for so long the writer is taken for stuck. Importing FFCV takes 2 to 10 s of it.
-STALL_S = 120.0
+# Without an item begun for so long the writer is taken for stuck. Importing FFCV takes 2 to 10 s of it; a disk on the network
+# may hiccup for minutes, and so long may a busy machine keep a process of low priority waiting.
+STALL_S = 300.0
 
 
 class Items(Protocol):

@@ -232,7 +232,7 @@ def _set(part: int, field: str, value: int, at: int = 0) -> Callable[..., None]:
         ("plain", _set(0, "page", 0), "page size"),
         ("plain", _set(0, "samples", 0), "0 samples"),
         ("plain", _set(0, "samples", 2**63), "samples"),
-        ("plain", _set(0, "samples", COUNT - 1), "allocation table of 12 rows where 11"),
+        ("plain", _set(0, "samples", COUNT - 1), "allocation table of 288 bytes where 264"),
         ("plain", _set(0, "table", 0), "interrupted"),
         ("plain", _set(0, "table", PAGE + 8), "no page's end"),
         ("plain", _set(0, "table", 2**63), "no page's end"),

@@ -44,7 +44,7 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> list[Base]:
     folder = tmp_path_factory.mktemp("bases")
     made = []
     for name, mode, mixed in (("raw", "raw", False), ("jpg", "jpg", False), ("mixed raw", "raw", True)):
-        write(folder / name, Pictures(mixed), labelled=True, mode=mode, workers=1, page_bytes=1 << 21)  # type: ignore[arg-type]
+        write(folder / name, Pictures(mixed), labelled=True, mode=mode, workers=1, page_bytes=1 << 21, stall_s=data_rig.START_S)  # type: ignore[arg-type]
         made.append(Base(f"sealed {name}", (folder / name).read_bytes(), True))
     return made + [Base(f"foreign {name}", _foreign(name), False) for name in ("raw", "jpg", "foreign", "mixed_jpg")]
 

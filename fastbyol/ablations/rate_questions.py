@@ -56,7 +56,7 @@ def peaks_before(first: str, second: str, group: str) -> Question:
 
 def _described(run: Evidence, seen: Course, group: str, peak: Peak) -> str:
     share = run.ceiling_share(group)[run.epoch == peak.epoch]
-    of_ceiling = f" ({100 * share[0]:.2g} % of the ceiling)" if np.isfinite(share).any() else ""
+    of_ceiling = f" ({100 * share[0]:.3g} % of the ceiling)" if np.isfinite(share).any() else ""
     return f"{group} {peak.rate:.3g}{of_ceiling} in {seen.onset(peak.epoch)}"
 
 

@@ -69,6 +69,14 @@ def builds() -> dict[str, tuple[Build, ...]]:
 
 def resources(build: Build, architecture: int) -> Resources:
     """Compile ``build`` for ``sm_<architecture>`` and read its cost off the PTX and ptxas."""
+    compiled = compile_ahead(build, architecture)
+    ptx = compiled.asm["ptx"]
+    registers, spill = _ptxas(ptx, architecture)
+    return Resources(registers, spill, compiled.metadata.shared, _widest(ptx, "ld"), _widest(ptx, "st"))
+
+
+def compile_ahead(build: Build, architecture: int) -> Any:
+    """``build`` for ``sm_<architecture>`` as Triton's compiled kernel: ``asm["ptx"]``, ``metadata``."""
     names = build.kernel.arg_names
     signature = {name: "constexpr" if name in build.constants else build.signature[name] for name in names}
     attrs = {(names.index(name),): [["tt.divisibility", 16]] for name in build.aligned}
@@ -79,10 +87,7 @@ def resources(build: Build, architecture: int) -> Resources:
         "maxnreg": build.max_registers,
         "enable_fp_fusion": build.fp_fusion,
     }
-    compiled = triton.compile(source, target=GPUTarget("cuda", architecture, WARP_SIZE), options=options)
-    ptx = compiled.asm["ptx"]
-    registers, spill = _ptxas(ptx, architecture)
-    return Resources(registers, spill, compiled.metadata.shared, _widest(ptx, "ld"), _widest(ptx, "st"))
+    return triton.compile(source, target=GPUTarget("cuda", architecture, WARP_SIZE), options=options)
 
 
 def _ptxas(ptx: str, architecture: int) -> tuple[int, int]:

@@ -12,20 +12,38 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 TABLE = ROOT / "kernels" / "RESOURCES.txt"
 
 
-def test_every_build_compiles_and_costs_what_the_table_says() -> None:
-    """In a process of its own, since interpreted kernels cannot be compiled."""
+def compiling(*arguments: str) -> str:
+    """What Python prints in a process of its own, since interpreted kernels cannot be compiled."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-m", "fastbyol_kernels.aot"],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=900,
-        check=False,
-    )
+    command = [sys.executable, *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+def test_every_build_compiles_and_costs_what_the_table_says() -> None:
     kept = TABLE.read_text()
-    assert done.stdout == kept, "renew with: python -m fastbyol_kernels.aot --write kernels/RESOURCES.txt, and say why"
+    assert compiling("-m", "fastbyol_kernels.aot") == kept, (
+        "renew with: python -m fastbyol_kernels.aot --write kernels/RESOURCES.txt, and say why"
+    )
+
+
+BARRIERS = """
+from fastbyol_kernels import aot, two_views
+for build in two_views.BUILDS:
+    if "blur" in build.name:
+        for architecture in aot.ARCHITECTURES:
+            ptx = aot.compile_ahead(build, architecture).asm["ptx"]
+            print(build.constants["KERNEL"], ptx.count("bar.sync"))
+"""
+
+
+def test_every_pass_of_a_blur_ends_in_a_barrier() -> None:
+    """A program's threads read what others of it have written to global memory: bar.sync orders that within a block."""
+    counted = [tuple(map(int, line.split())) for line in compiling("-c", BARRIERS).splitlines()]
+    assert {taps == 0 for taps, _ in counted} == {True, False}
+    for taps, barriers in counted:
+        assert barriers >= (5 if taps == 0 else 1)
 
 
 def test_no_build_spills_or_moves_narrow_words_unexcused() -> None:

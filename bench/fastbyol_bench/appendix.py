@@ -65,7 +65,9 @@ def filled(readme: str, made: str) -> str:
 
 
 def _row(claim: dict[str, Any]) -> str:
-    deciding = (row for row in claim["statements"] if row["role"] == "main")
+    """What decides, and where that gave *partly* what took from it."""
+    roles = {"main", "other"} if claim["outcome"] == "partly" else {"main"}
+    deciding = (row for row in claim["statements"] if row["role"] == "main" or (row["role"] in roles and not row["held"]))
     decided = "<br>".join(f"{row['text']} {row['evidence'].partition('. seed ')[0]}" for row in deciding)
     cells = (claim["id"], claim["says"], claim["outcome"], claim["seeds"], decided)
     return f"| {' | '.join(str(cell).replace('|', chr(92) + '|') for cell in cells)} |"

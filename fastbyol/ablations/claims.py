@@ -8,14 +8,14 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from fastbyol.ablations.curves import appendix
-from fastbyol.ablations.rules import CAPPED, REPLAYED, in_words
+from fastbyol.ablations.rules import CAPPED, CONTRAST, REPLAYED, in_words
 
 # A setting that the post leaves open is one more arm, ARM@WHAT, e.g. gn-sgd-mlp-none@lr0.2.
 ARMS = {
     "C12": ("gn-lars-0.5", "gn-lars-0.1"),
     "M1": ("bn-sgd-mlp-bn", "bn-sgd-projector-bn", "bn-sgd-predictor-bn", "bn-sgd-mlp-none", "bn-sgd-mlp-ln", "random"),
 }
-CONTROLS = {"C6": (REPLAYED, CAPPED), "C13": (REPLAYED,)}
+CONTROLS = {"C6": (REPLAYED, CAPPED), "C13": (CONTRAST, REPLAYED)}
 # The seeds that a verdict wants of every arm, the post's single runs excepted. The four claims that the others hang on
 # (collapse and stay, recover, timing) want three, so that one odd seed cannot decide; of the others two must agree.
 SEEDS = {"C5": 3, "C6": 3, "C7": 3, "C12": 3}

@@ -198,7 +198,7 @@ def _rates(suite: Suite) -> Iterator[str]:
 
 def _arms(suite: Suite) -> Iterator[str]:
     """A card per arm, those of the claims first, then controls, then settings that the post leaves open."""
-    controls = {arm for names in CONTROLS.values() for arm in names}
+    controls = {arm for names in CONTROLS.values() for arm in names} - {arm for claim in CLAIMS for arm in claim.arms}
     kinds = {
         "Arms of the claims": [arm for arm in suite.runs if "@" not in arm and arm not in controls],
         "Control arms: what the post argues for and could not run": [arm for arm in suite.runs if arm in controls],

@@ -6,6 +6,7 @@ import html
 import json
 from collections.abc import Iterable, Sequence
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 
@@ -214,10 +215,15 @@ def _cells(row: Sequence[str]) -> tuple[str, ...]:
 @cache
 def _against_preset(config: Config) -> tuple[tuple[str, str, str], ...]:
     return tuple(
-        (row.key, differences.text(row.a), differences.text(row.b))
+        (row.key, differences.text(row.a), _within(row.b) if row.key == "optim.replay_rates" else differences.text(row.b))
         for row in differences.against_preset(config)
         if row.key not in NOT_COMPARED
     )
+
+
+def _within(run: object) -> str:
+    """The arm and seed of a run, wherever the folder of runs lies."""
+    return "/".join(Path(str(run)).parts[-2:])
 
 
 def environment_table(runs: Iterable[Run]) -> str:

@@ -47,6 +47,8 @@ Role = Literal["main", "other", "told"]
 
 # Arms that the post argues about and could not run: LARS's rates of another seed replayed without feedback, and a cap on them.
 REPLAYED, CAPPED = "gn-lars-0.2-replayed", "gn-lars-0.2-capped"
+# What C13 sets its higher learning rate against.
+CONTRAST = "gn-lars-layer1-layer2"
 
 
 @dataclass(frozen=True)
@@ -232,8 +234,14 @@ def _c12(fast: str, slow: str) -> tuple[Rule, ...]:
 
 
 def _c13(arm: str) -> tuple[Rule, ...]:
+    """Where LARS does not recover either, that a higher rate does not says little: partly, then."""
+    recovers = Rule(
+        "LARS on the same layers does make it recover.", f"the last epoch of {CONTRAST} does not end in the collapsed phase",
+        ends_out(CONTRAST), (CONTRAST,), "other",
+    )  # fmt: skip
     return (
         _ends_collapsed(arm, "A higher learning rate on layer1 and layer2 does not make it recover."),
+        recovers,
         _same_without_feedback("other"),
     )
 
@@ -273,7 +281,7 @@ RULES: Mapping[str, tuple[Rule, ...]] = {
     "C7": _c7("gn-lars-0.1"),
     "C8": _c8("gn-sgd-weight-decay"),
     "C9": _c9("gn-ws-sgd"),
-    "C10": _c10("gn-lars-layer1-layer2"),
+    "C10": _c10(CONTRAST),
     "C11": _c11("gn-lars-mlps"),
     "C12": _c12("gn-lars-0.5", "gn-lars-0.1"),
     "C13": _c13("gn-sgd-high-lr-layer1-layer2"),

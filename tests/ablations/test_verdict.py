@@ -104,6 +104,8 @@ STORIES: tuple[tuple[str, Outcome, Story], ...] = (
     ("C12", "not reproduced", timing(RECOVERED, EARLY_PEAK, RECOVERED_LATE, LATE_PEAK)),
     ("C13", "reproduced", {**one("C13", COLLAPSED), "gn-lars-0.2-replayed": of(COLLAPSED)}),
     ("C13", "reproduced", one("C13", COLLAPSED)),
+    ("C13", "reproduced", {**one("C13", COLLAPSED), "gn-lars-layer1-layer2": of(RECOVERED)}),
+    ("C13", "partly", {**one("C13", COLLAPSED), "gn-lars-layer1-layer2": of(COLLAPSED)}),
     ("C13", "partly", {**one("C13", COLLAPSED), "gn-lars-0.2-replayed": of(RECOVERED)}),
     ("C13", "not reproduced", one("C13", RECOVERED)),
     ("M1", "reproduced", table((57.7, 55.3, 48.0, 28.3, 29.4, 28.8))),

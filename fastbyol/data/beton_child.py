@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import json
+import mmap
 import multiprocessing
 import operator
 import os
@@ -17,9 +18,11 @@ import pickle
 import queue
 import sys
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any, NoReturn
 
 import cv2
+import ffcv.writer
 import numpy as np
 import torch
 from ffcv.fields import IntField, RGBImageField
@@ -92,7 +95,7 @@ class CheckedItems:
 
     def __init__(self, job: Job, send: Send) -> None:
         self.job, self.send = job, send
-        self.marks = np.ctypeslib.as_array(multiprocessing.RawArray(ctypes.c_uint8, len(job.items)))
+        self.marks = np.frombuffer(NamelessMemory(create=True, size=len(job.items)).buf, np.uint8)
         self._previous: int | None = None
 
     def __len__(self) -> int:
@@ -180,14 +183,21 @@ class Allocator(MemoryAllocator):  # type: ignore[misc]
             self.fp.close()
 
 
+class NamelessMemory:
+    """Shared with the workers that are forked next, as FFCV takes it; where a process is killed, no name stays in /dev/shm."""
+
+    def __init__(self, *, create: bool, size: int) -> None:
+        assert create
+        self.buf = memoryview(mmap.mmap(-1, size))
+
+
 class Writer(DatasetWriter):  # type: ignore[misc]
     """FFCV's writer with a loop that ends when a worker does."""
 
     def write_items(self, items: CheckedItems, send: Send) -> None:
         self.num_samples = len(items)
+        ffcv.writer.shared_memory = SimpleNamespace(SharedMemory=NamelessMemory)
         self.prepare()
-        # The workers inherit the mapping; without a name nothing can be left behind in shared memory.
-        self.metadata_sm.unlink()
         results: multiprocessing.Queue[list[Any]] = multiprocessing.Queue()
         allocator = Allocator(self.fname, self.data_region_start, self.page_size)
         done = multiprocessing.Value(ctypes.c_uint64, 0)

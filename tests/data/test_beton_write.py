@@ -17,8 +17,11 @@ import numpy as np
 import pytest
 
 import ffcv_files
+import leftovers
 from fastbyol.data import beton, beton_write
 from fastbyol.errors import FastbyolError, UsageError
+
+BEFORE = leftovers.in_shared_memory()
 
 
 @dataclass(frozen=True)
@@ -102,7 +105,7 @@ def demand_untouched(out: Path) -> None:
     while _writers() and time.monotonic() < deadline:
         time.sleep(0.02)
     assert not _writers()
-    assert not list(Path("/dev/shm").glob("psm_*"))
+    assert leftovers.in_shared_memory() <= BEFORE
 
 
 def _writers() -> list[str]:
@@ -158,6 +161,27 @@ def test_faults_end_the_writing(out: Path, fault: str, kind: type[FastbyolError]
     assert "\n" not in str(caught.value)
     assert time.monotonic() - started < 30
     demand_untouched(out)
+
+
+NAMELESS = """
+import sys
+import _posixshmem
+import numpy as np
+def refuse(*arguments, **options):
+    raise OSError("a name in /dev/shm")
+_posixshmem.shm_open = refuse
+from fastbyol.data.beton_child import write_job
+from fastbyol.data.beton_write import Job
+items = [(np.full((8, 8, 3), k, np.uint8), k) for k in range(100)]
+write_job(Job(sys.argv[1], items, True, "raw", 90, 2, 1 << 21), lambda **message: None)
+"""
+
+
+def test_no_memory_has_a_name(tmp_path: Path) -> None:
+    """Killed between naming its memory and taking the name away, a writer would leave it to the machine."""
+    path = tmp_path / "out.beton"
+    subprocess.run([sys.executable, "-W", "ignore", "-c", NAMELESS, str(path)], check=True)
+    assert beton.inspect(path).num_samples == 100
 
 
 def test_a_stall_ends_the_writing(out: Path) -> None:

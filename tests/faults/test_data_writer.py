@@ -21,6 +21,7 @@ import pytest
 import run_rig as rig
 from own_time import OwnTime, ends
 
+import leftovers
 from fastbyol.data import convert, textures
 from fastbyol.data.loader import read_all
 from fastbyol.data.verify import verify
@@ -41,9 +42,9 @@ convert('textures', sys.argv[1], count={count}, size={side}, seed=int(sys.argv[2
 
 @pytest.fixture(autouse=True)
 def _nothing_in_shared_memory() -> Iterator[None]:
-    before = set(Path("/dev/shm").iterdir())
+    before = leftovers.in_shared_memory()
     yield
-    assert not [path for path in set(Path("/dev/shm").iterdir()) - before if path.name.startswith(("psm_", "sem."))]
+    assert leftovers.in_shared_memory() <= before
 
 
 def start(out: Path, seed: int, count: int = COUNT, **options: object) -> subprocess.Popen[bytes]:

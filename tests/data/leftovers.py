@@ -1,0 +1,19 @@
+"""What dead processes left on the machine."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+
+# Names that Python and FFCV give to shared memory, semaphores and arenas.
+NAMES = ("psm_", "sem.", "pym-")
+
+
+def in_shared_memory() -> set[str]:
+    """Files in /dev/shm that no living process has mapped: others may use FFCV's own writer at the same time."""
+    names = {path.name for path in Path("/dev/shm").iterdir() if path.name.startswith(NAMES)}
+    for maps in Path("/proc").glob("[0-9]*/maps") if names else ():
+        with contextlib.suppress(OSError):
+            used = maps.read_text()
+            names = {name for name in names if name not in used}
+    return names

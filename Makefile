@@ -8,7 +8,7 @@ DEMO := demo
 DEBIAN := g++ make pkg-config python3-venv python3-dev libopencv-core-dev libopencv-imgproc-dev libturbojpeg0-dev
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: setup demo test lint types unit faults figures clean
+.PHONY: setup demo test lint types unit faults bench figures clean
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/.ready
@@ -59,6 +59,11 @@ unit: setup
 # The faults of tests/faults/README.md at its counts, instead of the seeded few of `make test`.
 faults: setup
 	FASTBYOL_FAULTS=full $(BIN)/python -m pytest -s tests/faults
+
+# Ten minutes on two cores; on a quiet machine only.
+bench: setup
+	$(BIN)/fastbyol bench all --device cpu --out bench/results/cpu.json
+	$(BIN)/python -m fastbyol_bench.readme
 
 figures: setup
 	$(BIN)/python -m fastbyol_bench.first_light bench/results/first_light

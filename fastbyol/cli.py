@@ -533,6 +533,33 @@ def doctor(as_json: Json = False) -> None:
 
 
 @app.command()
+def bench(
+    suites: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[SUITES]...", help="kernels, views, loader, optimizer, step, train; all, the default."),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="FILE|DIR", help="Keep the result: a .json file, or a folder for one.")
+    ] = None,
+    compare: Annotated[
+        tuple[Path, Path] | None, typer.Option("--compare", metavar="A B", help="Measure nothing: compare two kept results.")
+    ] = None,
+    device: Annotated[str, typer.Option(metavar="auto|cpu|cuda[:N]")] = "auto",
+    quick: Annotated[bool, typer.Option("--quick", help="Tiny sizes: shows that all of it works, not how fast.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Measure this machine's speed against its own limits and against plain PyTorch, side by side."""
+    from fastbyol_bench import command
+
+    console = Console(stderr=True, highlight=False)
+
+    def note(line: str) -> None:
+        console.print(line, markup=False, soft_wrap=True)
+
+    typer.echo(command.main(suites or (), out=out, compare=compare, device=device, quick=quick, as_json=as_json, note=note))
+
+
+@app.command()
 def demo(
     out: Annotated[Path, typer.Argument(metavar="DIR", help="Folder for data, run and pictures.")] = Path("demo"),
     seed: Annotated[int, typer.Option(min=0)] = 0,

@@ -107,6 +107,18 @@ def test_help_and_bare_import_leave_torch_alone() -> None:
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
 
+def test_only_the_bench_command_imports_the_benchmarks() -> None:
+    body = ast.parse((PACKAGE / "cli.py").read_text("utf-8")).body
+    users = [
+        getattr(node, "name", "the module itself")
+        for node in body
+        if any(
+            "fastbyol_bench" in ast.unparse(part) for part in ast.walk(node) if isinstance(part, ast.Import | ast.ImportFrom)
+        )
+    ]
+    assert users == ["bench"]
+
+
 def test_public_functions_have_docstrings() -> None:
     missing = []
     for path in modules():

@@ -1,0 +1,44 @@
+"""What this device can do at best, measured: the speed of a large copy and of large matrix products."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from fastbyol_bench.harness import Plan, Variant, clock_of, measure
+from fastbyol_bench.results import Ceiling, Floor
+
+
+def ceiling(device: torch.device, *, quick: bool) -> Ceiling:
+    """The best of several runs with torch's present number of threads."""
+    on_gpu = device.type == "cuda"
+    # Beyond the caches: 4 GB on a GPU, 512 MB on a processor. Products of a size where a GPU reaches its plateau.
+    num_bytes = (1 << 31 if on_gpu else 1 << 28) >> (4 if quick else 0)
+    side = (8192 if on_gpu else 2048) >> (2 if quick else 0)
+    source = torch.ones(num_bytes, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return Ceiling(
+        threads=torch.get_num_threads(),
+        copy_bytes_s=2 * num_bytes / _best(lambda: target.copy_(source), device, quick),
+        fp32_flop_s=2 * side**3 / _best(_product(side, torch.float32, device), device, quick),
+        bf16_flop_s=2 * side**3 / _best(_product(side, torch.bfloat16, device), device, quick),
+    )
+
+
+def _product(side: int, dtype: torch.dtype, device: torch.device) -> Callable[[], object]:
+    # Random numbers: zeros draw less power, and a GPU would run faster than it ever does in training.
+    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    return lambda: a @ b
+
+
+def _best(call: Callable[[], object], device: torch.device, quick: bool) -> float:
+    plan = Plan(rounds=3 if quick else 10, warmup=2, budget_s=3.0)
+    return min(reading.wall_s for reading in measure([Variant("it", call)], plan, clock_of(device))["it"])
+
+
+def floor(ceiling: Ceiling, *, num_bytes: float = 0.0, flop: float = 0.0, bf16: bool = True) -> Floor:
+    """The larger of bytes over the copy's speed and operations over the product's."""
+    by_bytes = num_bytes / ceiling.copy_bytes_s
+    by_flop = flop / (ceiling.bf16_flop_s if bf16 else ceiling.fp32_flop_s)
+    return Floor(seconds=max(by_bytes, by_flop), bound="bytes" if by_bytes >= by_flop else "operations")

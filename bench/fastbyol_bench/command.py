@@ -1,0 +1,109 @@
+"""``fastbyol bench``: run suites, print, keep, compare."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from fastbyol.engine.device import pick_device
+from fastbyol.errors import UsageError
+from fastbyol_bench import compare as comparison
+from fastbyol_bench import results, table, waterfall
+from fastbyol_bench.results import Result
+from fastbyol_bench.suite import Setting
+
+SUITES = ("kernels", "views", "loader", "optimizer", "step", "train")
+NO_PICTURE = "no picture of where a step's time goes: that needs matplotlib (pip install 'fastbyol[report]')"
+
+
+def chosen(names: Sequence[str]) -> tuple[str, ...]:
+    """The suites of that name in their own order; none and ``all`` are all. ``UsageError``: there is none of that name."""
+    for name in names:
+        if name not in (*SUITES, "all"):
+            raise UsageError(f"bench: no suite {name!r}: take some of {', '.join(SUITES)}, or all")
+    return SUITES if not names or "all" in names else tuple(name for name in SUITES if name in names)
+
+
+def run(names: Sequence[str], *, device: str, quick: bool, note: Callable[[str], object]) -> Result:
+    """Measure the suites ``names`` on ``device`` (auto, cpu, cuda[:N])."""
+    suites, began, load = chosen(names), time.perf_counter(), os.getloadavg()[0]
+    setting = Setting(pick_device(device), quick, note)
+    machine, environment = results.machine(setting.device.type)
+    if load > 1.0:
+        note(f"this machine is busy (load {load:.1f}): ratios are measured side by side and hold roughly, times do not")
+    rows = [row for name in suites for row in importlib.import_module(f"fastbyol_bench.{name}").rows(setting)]
+    return Result(
+        schema="fastbyol-bench/1",
+        suites=suites,
+        quick=quick,
+        machine=machine,
+        commit=results.commit(),
+        date=environment["started"],
+        command=("fastbyol", *sys.argv[1:]),
+        seconds=time.perf_counter() - began,
+        load=load,
+        ceilings=tuple(setting.ceilings.values()),
+        rows=tuple(rows),
+        waterfall=setting.waterfall,
+    )
+
+
+def keep(result: Result, out: Path) -> list[Path]:
+    """Write ``result`` to the file or into the folder ``out``, and the waterfall beside it. Returns what was written."""
+    path = out if out.suffix == ".json" else out / f"{result.machine.device}-{'-'.join(_short(result.suites))}.json"
+    try:
+        results.write(result, path)
+    except OSError as error:
+        raise UsageError(f"{path}: {error.strerror}: name a file or folder that can be written") from None
+    written = [path]
+    if result.waterfall and waterfall.available():
+        machine = result.machine
+        written.append(path.with_suffix(".png"))
+        waterfall.draw(result.waterfall, f"one step on {machine.device_name}, torch {machine.torch}", written[1])
+    return written
+
+
+def _short(suites: tuple[str, ...]) -> tuple[str, ...]:
+    return ("all",) if suites == SUITES else suites
+
+
+def main(
+    names: Sequence[str],
+    *,
+    out: Path | None,
+    compare: tuple[Path, Path] | None,
+    device: str,
+    quick: bool,
+    as_json: bool,
+    note: Callable[[str], object],
+) -> str:
+    """What the command prints on standard output; ``note`` takes the rest."""
+    if compare is not None:
+        if names:
+            raise UsageError("bench: --compare measures nothing: leave the suites out")
+        return compared(*compare, as_json=as_json, note=note)
+    result = run(names, device=device, quick=quick, note=note)
+    written = [] if out is None else keep(result, out)
+    for path in written:
+        note(f"wrote {path}")
+    if out is not None and result.waterfall and not waterfall.available():
+        note(NO_PICTURE)
+    return results.dumps(result).rstrip() if as_json else table.text(result)
+
+
+def compared(a: Path, b: Path, *, as_json: bool, note: Callable[[str], object]) -> str:
+    """The table of ``--compare A B``."""
+    first, second = results.read(a), results.read(b)
+    for caution in comparison.cautions(first, second):
+        note(caution)
+    changes = comparison.compare(first, second)
+    if as_json:
+        found: list[dict[str, Any]] = [change._asdict() for change in changes]
+        return json.dumps({"a": str(a), "b": str(b), "changes": found}, indent=2)
+    return "\n".join(table.aligned(table.cells_of(changes)))

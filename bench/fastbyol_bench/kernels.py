@@ -1,0 +1,145 @@
+"""The operations of fastbyol_kernels and of the model, each by itself, against what plain PyTorch offers for the same."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fastbyol.model.convolution import convolve_by_pixel
+from fastbyol.model.norm import BatchNorm
+from fastbyol_bench.ceilings import floor
+from fastbyol_bench.eager_peer import encoder
+from fastbyol_bench.harness import Variant
+from fastbyol_bench.results import Row
+from fastbyol_bench.suite import NEEDS_GPU, Setting, missing
+from fastbyol_kernels import group_norm, weight_standardization
+
+SUITE = "kernels"
+GROUPS = 32
+# ResNet-18's activations at 96 px, from the stem's to the last: side and channels.
+STAGES = ((48, 64), (24, 64), (12, 128), (6, 256), (3, 512))
+
+
+def rows(setting: Setting) -> list[Row]:
+    """Norms at every size of ResNet-18 at 96 px (on a processor at one), weight standardization, few-pixel convolutions."""
+    num_views = 4 if setting.quick else (512 if setting.on_gpu else 64)
+    found: list[Row] = []
+    for side, channels in STAGES if setting.on_gpu else STAGES[1:2]:
+        found += group_norms(setting, (num_views, channels, side, side))
+        found += batch_norms(setting, (num_views, channels, side, side))
+    return [*found, *standardization(setting), *few_pixels(setting, num_views)]
+
+
+def group_norms(setting: Setting, shape: tuple[int, int, int, int]) -> list[Row]:
+    """Group norm, residual and ReLU, bf16, forward, and forward with backward."""
+    n, channels, side, _ = shape
+    weight, bias = (torch.ones(channels, device=setting.device, requires_grad=True) for _ in range(2))
+    x, residual, dy = (_activation(setting, shape) for _ in range(3))
+
+    def ours() -> Tensor:
+        return group_norm.group_norm(x, GROUPS, weight, bias, residual=residual, relu=True)
+
+    def torchs() -> Tensor:
+        y = F.group_norm(x, GROUPS, weight.to(x.dtype), bias.to(x.dtype))
+        return F.relu(y + residual)
+
+    found: list[Row] = []
+    for title, backward in (("forward", False), ("forward and backward", True)):
+        name = f"group norm + residual + ReLU {side}x{side}x{channels}, {n} views, {title}"
+        calls = [_pass(call, (x, residual, weight, bias), dy, backward) for call in (ours, torchs)]
+        moved = group_norm.bytes_moved(shape, 2, residual=True, relu=True)
+        moved += group_norm.bytes_moved(shape, 2, residual=True, relu=True, backward=True) if backward else 0
+        found += _pair(setting, name, calls, ("F.group_norm, + and F.relu", moved))
+        if not setting.on_gpu:
+            found.append(missing(SUITE, name, "fused, Triton", NEEDS_GPU))
+    return found
+
+
+def batch_norms(setting: Setting, shape: tuple[int, int, int, int]) -> list[Row]:
+    """BatchNorm with statistics of each view, bf16, forward with backward, against one call per view."""
+    n, channels, side, _ = shape
+    ours = BatchNorm(channels, 2).to(setting.device)
+    x, dy = (_activation(setting, shape) for _ in range(2))
+
+    def torchs() -> Tensor:
+        args = (ours.running_mean, ours.running_var, ours.weight, ours.bias, True)
+        return torch.cat([F.batch_norm(chunk, *args) for chunk in x.chunk(2)])
+
+    calls = [_pass(call, (x, ours.weight, ours.bias), dy, True) for call in (lambda: ours(x), torchs)]
+    name = f"batch norm per view {side}x{side}x{channels}, {n} views, forward and backward"
+    # x read, y written; dy and x read, dx written: as the group norm's, without residual.
+    moved = group_norm.bytes_moved(shape, 2) + group_norm.bytes_moved(shape, 2, backward=True)
+    return _pair(setting, name, calls, ("F.batch_norm per view and torch.cat", moved))
+
+
+def standardization(setting: Setting) -> list[Row]:
+    """All convolution weights of ResNet-18 standardized into a bf16 copy, forward, against a loop over the weights."""
+    name = "weight standardization of ResNet-18, forward"
+    net = encoder("gn", ws=True)
+    weights = [p.detach().to(setting.device).flatten(1) for p in net.parameters() if p.ndim == 4]
+    sizes = [w.numel() for w in weights]
+    offsets = [sum(sizes[:index]) for index in range(len(sizes))]
+    flat = torch.cat([w.flatten() for w in weights])
+    table = weight_standardization.row_table(
+        offsets,
+        [w.shape for w in weights],
+        offsets,
+        flat_numel=sum(sizes),
+        copy_numel=sum(sizes),
+        device=setting.device,
+    )
+
+    def loop() -> list[Tensor]:
+        pieces = []
+        for weight in weights:
+            std, mean = torch.std_mean(weight, 1, keepdim=True)
+            pieces.append(((weight - mean) / (std + weight_standardization.EPS)).bfloat16())
+        return pieces
+
+    calls = [lambda: weight_standardization.standardize_rows(flat, table, torch.bfloat16), loop]
+    moved = weight_standardization.bytes_moved(table, 2)
+    found = _pair(setting, name, calls, ("loop over torch.std_mean", moved))
+    return found if setting.on_gpu else [*found, missing(SUITE, name, "one kernel, Triton", NEEDS_GPU)]
+
+
+def few_pixels(setting: Setting, num_views: int) -> list[Row]:
+    """ResNet-18's last convolution, 3x3 pixels, bf16, forward with backward: products by pixel against the library's."""
+    name = f"3x3 convolution of 3x3x512, {num_views} views, forward and backward"
+    if setting.on_gpu:
+        return [missing(SUITE, name, "by pixel", "a processor: on a GPU cuDNN's is taken")]
+    x, dy = (_activation(setting, (num_views, 512, 3, 3)) for _ in range(2))
+    weight = (torch.randn(512, 512, 3, 3) * 0.01).bfloat16().to(memory_format=torch.channels_last).requires_grad_()
+    calls = [
+        _pass(call, (x, weight), dy, True)
+        for call in (lambda: convolve_by_pixel(x, weight, 1), lambda: F.conv2d(x, weight, None, 1, 1))
+    ]
+    # 49 of 81 taps lie on pixels; forward, input's gradient, weight's gradient.
+    flop = 3 * 2 * num_views * 49 * 512 * 512
+    return _pair(setting, name, calls, ("F.conv2d", 0), flop=flop)
+
+
+def _activation(setting: Setting, shape: tuple[int, int, int, int]) -> Tensor:
+    x = torch.randn(shape, device=setting.device).bfloat16()
+    return x.contiguous(memory_format=torch.channels_last).requires_grad_()
+
+
+def _pass(call: Callable[[], Tensor], inputs: Sequence[Tensor], dy: Tensor, backward: bool) -> Callable[[], object]:
+    if not backward:
+        return torch.no_grad()(call)
+    return lambda: torch.autograd.grad(call(), inputs, dy.detach())
+
+
+def _pair(
+    setting: Setting,
+    name: str,
+    calls: Sequence[Callable[[], object]],
+    peer: tuple[str, float],
+    flop: float = 0.0,
+) -> list[Row]:
+    variants = [Variant("ours", calls[0]), Variant(peer[0], calls[1])]
+    least = floor(setting.ceiling(), num_bytes=peer[1], flop=flop)
+    floors = {variant.name: least for variant in variants}
+    return setting.rows(SUITE, name, variants, setting.plan(20, 5.0, warmup=3), floors=floors, cold=setting.on_gpu)

@@ -1,0 +1,213 @@
+"""What a benchmark leaves: frozen, schema-checked, as JSON. Nothing in it can be changed without being read as something else.
+
+Times are seconds, rates images per second. A row is one variant of one piece of work; the first variant of a name is ours.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
+
+from fastbyol.engine.environment import environment
+from fastbyol.errors import UsageError
+
+
+class Frozen(BaseModel):
+    """Unknown keys are errors, and so are NaN and infinity."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Timing(Frozen):
+    """Median over ``runs`` runs, their interquartile range, and the median of the processor seconds of all threads."""
+
+    median_s: PositiveFloat
+    spread_s: NonNegativeFloat
+    runs: PositiveInt
+    cpu_s: NonNegativeFloat
+
+
+class Ratio(Frozen):
+    """Time over our time: median and interquartile range of the ratios within rounds; ``cpu`` the same of processor time."""
+
+    median: PositiveFloat
+    spread: NonNegativeFloat
+    cpu: NonNegativeFloat | None = None
+
+
+class Floor(Frozen):
+    """The least time this device could take, by its measured ceilings, and what binds."""
+
+    seconds: PositiveFloat
+    bound: Literal["bytes", "operations"]
+
+
+class Row(Frozen):
+    """One variant of one piece of work, or what it ``needs`` to be measured.
+
+    ``derived`` rows are put together from measured parts, as ``note`` says. ``images`` is what one call works on; ``cores``
+    how many threads it had.
+    """
+
+    suite: str = Field(min_length=1)
+    name: str = Field(min_length=1)
+    variant: str = Field(min_length=1)
+    timing: Timing | None = None
+    needs: str | None = None
+    images: PositiveInt | None = None
+    cores: PositiveInt | None = None
+    floor: Floor | None = None
+    ratio: Ratio | None = None
+    derived: bool = False
+    note: str = ""
+
+    @model_validator(mode="after")
+    def _measured_or_not(self) -> Row:
+        if (self.timing is None) == (self.needs is None):
+            raise ValueError("a row has either a timing or what it needs")
+        return self
+
+    @property
+    def img_s(self) -> float | None:
+        """Images per second."""
+        return self.images / self.timing.median_s if self.images and self.timing else None
+
+    @property
+    def img_cpu_s(self) -> float | None:
+        """Images per processor second, all threads counted."""
+        return self.images / self.timing.cpu_s if self.images and self.timing and self.timing.cpu_s else None
+
+    @property
+    def share(self) -> float | None:
+        """Of the floor reached: 1 is the device's limit."""
+        return self.floor.seconds / self.timing.median_s if self.floor and self.timing else None
+
+
+class Ceiling(Frozen):
+    """What a device does at best with ``threads`` threads: bytes copied (read + written) and products, per second."""
+
+    threads: PositiveInt
+    copy_bytes_s: PositiveFloat
+    fp32_flop_s: PositiveFloat
+    bf16_flop_s: PositiveFloat
+
+
+class Part(Frozen):
+    """A part of a training step: median over runs."""
+
+    name: str
+    seconds: NonNegativeFloat
+
+
+class Machine(Frozen):
+    """Where: hardware and versions."""
+
+    device: Literal["cpu", "cuda"]
+    device_name: str
+    cpu: str
+    cores: PositiveInt
+    python: str
+    torch: str
+    torchvision: str | None
+    triton: str | None
+    cuda: str | None
+    driver: str | None
+    fastbyol: str | None
+    platform: str
+
+
+class Result(Frozen):
+    """One run of ``fastbyol bench``. ``load`` is the load average before it began: near 0 on a quiet machine."""
+
+    schema_: Literal["fastbyol-bench/1"] = Field("fastbyol-bench/1", alias="schema")
+    suites: tuple[str, ...]
+    quick: bool
+    machine: Machine
+    commit: str | None
+    date: str
+    command: tuple[str, ...]
+    seconds: NonNegativeFloat
+    load: NonNegativeFloat
+    ceilings: tuple[Ceiling, ...]
+    rows: tuple[Row, ...]
+    waterfall: tuple[Part, ...] = ()
+
+    @model_validator(mode="after")
+    def _unique(self) -> Result:
+        keys = [(row.suite, row.name, row.variant) for row in self.rows]
+        doubles = {key for key in keys if keys.count(key) > 1}
+        if doubles:
+            raise ValueError(f"rows occur twice: {sorted(doubles)}")
+        return self
+
+    def find(self, suite: str, name: str, variant: str) -> Row | None:
+        """The row of that name."""
+        return next((r for r in self.rows if (r.suite, r.name, r.variant) == (suite, name, variant)), None)
+
+
+def machine(device: str) -> tuple[Machine, dict[str, Any]]:
+    """This machine, and the whole record of the environment."""
+    found = environment()
+    name = found["gpus"][0] if device == "cuda" else found["cpu"]
+    kept = {key: found[key] for key in Machine.model_fields if key in found}
+    return Machine(device="cuda" if device == "cuda" else "cpu", device_name=name, driver=_driver(device), **kept), found
+
+
+def commit() -> str | None:
+    """The commit of the source tree, with ``+`` where it was changed; None outside of one."""
+    root = Path(__file__).resolve().parent
+    words = [["rev-parse", "--short=12", "HEAD"], ["status", "--porcelain", "--untracked-files=no"]]
+    try:
+        head, changed = (
+            subprocess.run(["git", "-C", str(root), *w], capture_output=True, text=True, check=True).stdout for w in words
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return head.strip() + ("+" if changed.strip() else "")
+
+
+def _driver(device: str) -> str | None:
+    if device != "cuda":
+        return None
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        return subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()[0].strip()
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        return None
+
+
+def write(result: Result, path: Path) -> None:
+    """As JSON with one line per field."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(dumps(result), "utf-8")
+
+
+def dumps(result: Result) -> str:
+    """The JSON text."""
+    return json.dumps(result.model_dump(mode="json", by_alias=True, exclude_defaults=False), indent=1) + "\n"
+
+
+def read(path: Path) -> Result:
+    """A file that ``write`` made. ``UsageError``: missing, or anything else."""
+    try:
+        return Result.model_validate_json(path.read_text("utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "no text"
+        raise UsageError(f"{path}: {reason}: name a file that `fastbyol bench --out` wrote") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "the file"
+        raise UsageError(f"{path}: {where}: {first['msg']}: no result of `fastbyol bench`, or one of another version") from None

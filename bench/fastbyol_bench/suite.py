@@ -1,0 +1,101 @@
+"""What the suites share: the setting they run in, and the way from variants to rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import get_args
+
+import torch
+
+from fastbyol.config import TrainConfig
+from fastbyol_bench import ceilings
+from fastbyol_bench.harness import Flush, Plan, Variant, clock_of, measure, ratios, timing
+from fastbyol_bench.results import Ceiling, Floor, Part, Row
+
+NEEDS_GPU = "a GPU"
+
+
+@dataclass
+class Setting:
+    """Where and how long: the device, whether only to try everything in tiny sizes, the ceilings measured so far."""
+
+    device: torch.device
+    quick: bool
+    note: Callable[[str], object] = lambda text: None
+    ceilings: dict[int, Ceiling] = field(default_factory=dict)
+    waterfall: tuple[Part, ...] = ()
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether the device is a GPU."""
+        return self.device.type == "cuda"
+
+    def ceiling(self) -> Ceiling:
+        """Of the device with torch's present number of threads, measured once."""
+        threads = torch.get_num_threads()
+        if threads not in self.ceilings:
+            self.ceilings[threads] = ceilings.ceiling(self.device, quick=self.quick)
+        return self.ceilings[threads]
+
+    def plan(self, rounds: int, budget_s: float, warmup: int = 1) -> Plan:
+        """That plan; in quick settings two rounds."""
+        return Plan(rounds=2, warmup=1, budget_s=budget_s) if self.quick else Plan(rounds, warmup, budget_s)
+
+    def rows(
+        self,
+        suite: str,
+        name: str,
+        variants: Sequence[Variant],
+        plan: Plan,
+        *,
+        floors: Mapping[str, Floor] | None = None,
+        notes: Mapping[str, str] | None = None,
+        cold: bool = False,
+    ) -> list[Row]:
+        """Measure ``variants`` interleaved, ours first. ``cold``: with everything flushed from the caches before each run."""
+        self.note(f"{suite}: {name}")
+        readings = measure(variants, plan, clock_of(self.device), before=self._flush() if cold else None)
+        against, cores = ratios(variants, readings), None if self.on_gpu else torch.get_num_threads()
+        return [
+            Row(
+                suite=suite,
+                name=name,
+                variant=variant.name,
+                timing=timing(readings[variant.name]),
+                images=variant.images,
+                cores=cores,
+                floor=(floors or {}).get(variant.name),
+                ratio=against.get(variant.name),
+                note=(notes or {}).get(variant.name, ""),
+            )
+            for variant in variants
+        ]
+
+    def _flush(self) -> Callable[[], None] | None:
+        return None if self.quick and not self.on_gpu else Flush(self.device)
+
+
+def missing(suite: str, name: str, variant: str, needs: str) -> Row:
+    """A row that says what it needs."""
+    return Row(suite=suite, name=name, variant=variant, needs=needs)
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """torch with that many threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def fast_precision(device: torch.device) -> str:
+    """What one sets for speed: ``auto`` where the engine decides, else bf16 where the device has units for it."""
+    if "auto" in get_args(TrainConfig.model_fields["precision"].annotation):
+        return "auto"
+    has_units = device.type == "cuda" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return "bf16" if has_units else "fp32"

@@ -1,0 +1,51 @@
+"""The tuned peer trains what the post's path trains, in float64; its operations are counted as the arithmetic says."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from fastbyol.config import ModelConfig
+from fastbyol.model.byol import build_online
+from fastbyol_bench.blog_path import BlogPath
+from fastbyol_bench.eager_peer import EagerPeer, encoder, step_flop
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "lars"])
+def test_trains_what_the_posts_path_trains(optimizer: str) -> None:
+    blog, tuned = BlogPath.create(optimizer=optimizer), EagerPeer.create(optimizer=optimizer, bf16=False)
+    for mine, theirs in ((tuned.online, blog.online), (tuned.predictor, blog.predictor), (tuned.target, blog.online)):
+        mine.load_state_dict(theirs.state_dict())
+    for module in (blog.online, blog.predictor, blog.target, tuned.online, tuned.predictor, tuned.target):
+        module.double()
+    if optimizer == "lars":
+        for lars in (blog.optimizer, tuned.optimizer):
+            lars.buffers = [buffer.double() for buffer in lars.buffers]
+    torch.manual_seed(0)
+    for _ in range(2):
+        views = torch.randn(2, 3, 3, 32, 32, dtype=torch.float64)
+        # float64; sums in another order, since the memory formats differ.
+        assert float(tuned.step(views)) == pytest.approx(blog.step(views[0], views[1]), rel=1e-9)
+    for mine, theirs in ((tuned.online, blog.online), (tuned.target, blog.target)):
+        for (name, a), b in zip(mine.state_dict().items(), theirs.state_dict().values(), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-9, msg=name)
+
+
+def test_standardized_encoder_is_ours() -> None:
+    peer, ours = encoder("gn", ws=True), build_online(ModelConfig(norm="gn", ws=True)).encoder
+    peer.fc = torch.nn.Identity()
+    ours.load_state_dict(copy.deepcopy(peer.state_dict()))
+    x = torch.randn(2, 3, 32, 32)
+    # float32 through twenty layers, both orders of summation.
+    torch.testing.assert_close(peer(x), ours(x), rtol=1e-3, atol=1e-3)
+
+
+def test_operations_of_a_step() -> None:
+    """333.1 M multiply-adds a view at 96 px; two views, three passes of the online network and one of the target's.
+
+    Per view the stem takes no gradient of its input: 48 x 48 x 64 x 147 fewer.
+    """
+    per_view, stem = 333.1e6, 48 * 48 * 64 * 147
+    assert step_flop(96) == pytest.approx(2 * 2 * (4 * per_view - stem), rel=0.005)  # 333.1 is rounded, heads differ in count

@@ -1,0 +1,88 @@
+"""The harness on a clock that the test winds: order of the readings, medians, spreads, ratios within rounds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fastbyol_bench import harness
+from fastbyol_bench.harness import HostClock, Plan, Reading, Variant, interquartile, measure, ratio, ratios, timing
+
+
+class WoundClock:
+    """Takes what a call returns for the seconds that it took; a drift doubles every round's times."""
+
+    def __init__(self, per_round: int) -> None:
+        self.calls, self.per_round = 0, per_round
+
+    def time(self, call: Callable[[], object]) -> Reading:
+        drift = 2.0 ** (self.calls // self.per_round)
+        self.calls += 1
+        seconds = float(call())  # type: ignore[arg-type]
+        return Reading(seconds * drift, 3 * seconds * drift)
+
+
+def test_rounds_turn_and_ratios_survive_drift() -> None:
+    order: list[str] = []
+
+    def work(name: str, seconds: float) -> Callable[[], float]:
+        def call() -> float:
+            order.append(name)
+            return seconds
+
+        return call
+
+    variants = [
+        Variant("a", work("a", 1.0), images=10),
+        Variant("b", work("b", 3.0), images=10),
+        Variant("c", work("c", 3.0), 5),
+    ]
+    before: list[int] = []
+    readings = measure(variants, Plan(4, warmup=1), WoundClock(3), before=lambda: before.append(len(order)))
+    assert "".join(order) == "abc" + "abc" + "bca" + "cab" + "abc"  # the first three warm up
+    assert before == list(range(3, 15))
+    assert [reading.wall_s for reading in readings["a"]] == [1.0, 2.0, 4.0, 8.0]
+    found = ratios(variants, readings)
+    assert (found["b"].median, found["b"].spread, found["b"].cpu) == (3.0, 0.0, 3.0)
+    assert found["c"].median == 6.0  # per image
+    medians = timing(readings["b"])
+    assert (medians.median_s, medians.runs, medians.cpu_s) == (9.0, 4, 27.0)
+
+
+def test_a_budget_ends_rounds_after_the_second() -> None:
+    clock = iter(range(100))
+    readings = measure([Variant("a", lambda: 1.0)], Plan(10, 0, budget_s=0.5), WoundClock(1), now=lambda: float(next(clock)))
+    assert len(readings["a"]) == 2
+    assert len(measure([Variant("a", lambda: 1.0)], Plan(10, 0, budget_s=9e9), WoundClock(1))["a"]) == 10
+
+
+def test_names_must_differ() -> None:
+    with pytest.raises(ValueError, match="differ in name"):
+        measure([Variant("a", int), Variant("a", int)], Plan(1), HostClock())
+
+
+@given(st.lists(st.floats(0.0, 1e6), min_size=1, max_size=30))
+def test_the_spread_is_numpys_interquartile_range(values: list[float]) -> None:
+    expected = float(np.subtract(*np.percentile(values, [75, 25])))
+    assert interquartile(values) == pytest.approx(expected, rel=1e-9, abs=1e-6)  # other order of the same sums
+
+
+def test_ratios_are_of_rounds_and_not_of_medians() -> None:
+    ours, theirs = [Reading(t, t) for t in (1.0, 10.0, 2.0)], [Reading(t, 2 * t) for t in (2.0, 20.0, 40.0)]
+    found = ratio(theirs, ours)
+    assert (found.median, found.cpu) == (2.0, 4.0)
+    assert found.spread == pytest.approx(9.0)  # of 2, 2, 20
+
+
+def test_the_host_clock_counts_both_times() -> None:
+    def work() -> None:
+        sum(range(300_000))
+
+    reading = HostClock().time(work)
+    assert reading.cpu_s > 0
+    assert reading.wall_s > 0
+    assert harness.clock_of(harness.torch.device("cpu")).__class__ is HostClock

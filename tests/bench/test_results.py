@@ -1,0 +1,81 @@
+"""Results as files: what is written is what is read, and nothing else is taken for a result."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from fastbyol.errors import UsageError
+from fastbyol_bench import results
+from fastbyol_bench.results import Row
+from sample_results import result
+
+
+def test_round_trip(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "folder" / "it.json"
+    results.write(result(), path)
+    assert results.read(path) == result()
+    assert json.loads(path.read_text())["schema"] == "fastbyol-bench/1"
+
+
+@pytest.mark.parametrize(
+    ("keys", "value", "where"),
+    [
+        (["schema"], "fastbyol-bench/2", "schema"),
+        (["rows", 0, "timing", "median_s"], 0.0, "median_s"),
+        (["rows", 0, "timing", "median_s"], "fast", "median_s"),
+        (["rows", 0, "timing", "spread_s"], -1.0, "spread_s"),
+        (["rows", 0, "timing", "runs"], 0, "runs"),
+        (["rows", 0, "timing"], None, "rows.0"),
+        (["rows", 0, "needs"], "luck", "rows.0"),
+        (["rows", 1, "variant"], "ours", "twice"),
+        (["rows", 0, "floor", "bound"], "hope", "bound"),
+        (["machine", "cores"], 0, "cores"),
+        (["machine", "colour"], "red", "colour"),
+        (["date"], None, "date"),
+    ],
+)
+def test_anything_else_is_refused_by_name(tmp_path: Path, keys: list[Any], value: object, where: str) -> None:
+    data = json.loads(results.dumps(result()))
+    place = data
+    for key in keys[:-1]:
+        place = place[key]
+    place[keys[-1]] = value
+    path = tmp_path / "it.json"
+    path.write_text(json.dumps(data))
+    with pytest.raises(UsageError, match=where) as refused:
+        results.read(path)
+    assert str(path) in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b"[]", b'{"schema": "fastbyol-bench/1"}'])
+def test_no_results_at_all(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "it.json"
+    path.write_bytes(content)
+    with pytest.raises(UsageError):
+        results.read(path)
+    with pytest.raises(UsageError, match="No such file"):
+        results.read(tmp_path / "none.json")
+
+
+def test_frozen_and_derived_numbers() -> None:
+    row = result().rows[0]
+    assert (row.img_s, row.img_cpu_s, row.share) == (640.0, 320.0, 0.25)
+    with pytest.raises(ValidationError):
+        row.name = "another"  # type: ignore[misc]
+    assert Row(suite="a", name="b", variant="c", needs="a GPU").img_s is None
+    with pytest.raises(ValidationError):
+        Row(suite="a", name="b", variant="c")
+
+
+def test_this_machine_and_commit() -> None:
+    machine, _ = results.machine("cpu")
+    assert machine.device == "cpu"
+    assert machine.cores >= 1
+    found = results.commit()
+    assert found is None or len(found.rstrip("+")) == 12

@@ -112,7 +112,7 @@ class EagerPeer:
         q, q_other = self.predictor(self.online(view)), self.predictor(self.online(other))
         with torch.no_grad():
             z, z_other = self.target(view), self.target(other)
-        return distance(q.float(), z_other.float()) + distance(q_other.float(), z.float())
+        return distance(_wide(q), _wide(z_other)) + distance(_wide(q_other), _wide(z))
 
     def step(self, views: Tensor) -> Tensor:
         """One step on views (2, B, 3, S, S); the loss, left on the device."""
@@ -130,6 +130,10 @@ class EagerPeer:
     def follow(self) -> None:
         """The target's moving average, all parameters at once."""
         torch._foreach_lerp_(list(self.target.parameters()), list(self.online.parameters()), 1.0 - self.tau)
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.float() if x.dtype == torch.bfloat16 else x
 
 
 def step_flop(size: int) -> int:

@@ -30,7 +30,9 @@ def test_trains_what_the_posts_path_trains(optimizer: str) -> None:
         assert float(tuned.step(views)) == pytest.approx(blog.step(views[0], views[1]), rel=1e-9)
     for mine, theirs in ((tuned.online, blog.online), (tuned.target, blog.target)):
         for (name, a), b in zip(mine.state_dict().items(), theirs.state_dict().values(), strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-9, msg=name)
+            # Relative to the tensor's largest element: batch norm over three rows of one pixel magnifies the last bits.
+            worst = float((a - b).abs().max()) / max(float(b.abs().max()), 1e-30)
+            assert worst < 1e-8, f"{name}: {worst}"
 
 
 def test_standardized_encoder_is_ours() -> None:

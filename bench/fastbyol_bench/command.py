@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import json
 import os
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -57,16 +60,33 @@ def run(names: Sequence[str], *, device: str, quick: bool, note: Callable[[str],
 def keep(result: Result, out: Path) -> list[Path]:
     """Write ``result`` to the file or into the folder ``out``, and the waterfall beside it. Returns what was written."""
     path = out if out.suffix == ".json" else out / f"{result.machine.device}-{'-'.join(_short(result.suites))}.json"
-    try:
+    with _writing(path):
         results.write(result, path)
-    except OSError as error:
-        raise UsageError(f"{path}: {error.strerror}: name a file or folder that can be written") from None
     written = [path]
     if result.waterfall and waterfall.available():
         machine = result.machine
         written.append(path.with_suffix(".png"))
         waterfall.draw(result.waterfall, f"one step on {machine.device_name}, torch {machine.torch}", written[1])
     return written
+
+
+def refuse_unwritable(out: Path) -> None:
+    """``UsageError`` where ``keep`` could not write to ``out``: before minutes of measuring, not after them."""
+    folder = out.parent if out.suffix == ".json" else out
+    with _writing(out):
+        if out.suffix == ".json" and out.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UsageError(f"{path}: {error.strerror}: name a file or folder that can be written") from None
 
 
 def _short(suites: tuple[str, ...]) -> tuple[str, ...]:
@@ -88,6 +108,9 @@ def main(
         if names:
             raise UsageError("bench: --compare measures nothing: leave the suites out")
         return compared(*compare, as_json=as_json, note=note)
+    if out is not None:
+        chosen(names)
+        refuse_unwritable(out)
     result = run(names, device=device, quick=quick, note=note)
     written = [] if out is None else keep(result, out)
     for path in written:

@@ -27,6 +27,10 @@ Stage = Literal["tests", "bench", "train", "profile"]
 STAGES: tuple[Stage, ...] = ("tests", "bench", "train", "profile")
 # A job that is given less time than this could not even import torch.
 LEAST_S = 15.0
+FASTBYOL = (sys.executable, "-m", "fastbyol.cli")
+NEED = ("pydantic", "typer", "rich", "safetensors")
+# The suites in the order of what they tell, and what else they need.
+BENCHES = {"kernels": (), "optimizer": (), "step": (), "views": (), "train": ("ffcv",), "loader": ("ffcv",)}
 
 
 @dataclass(frozen=True)
@@ -53,52 +57,60 @@ class Outcome:
     why: str = ""
 
 
-def jobs(out: Path) -> tuple[Job, ...]:
-    """All jobs, the most telling first within each stage. What they write lies in ``out``."""
-    python = sys.executable
-    bench = (python, "-m", "fastbyol.cli", "bench")
-    train = (python, "-m", "fastbyol.cli", "train", "--preset", "blog", "--data", "textures", "--epochs", "3", "--json")
-    textures = ("--set", "data.textures_count=20000", "--set", "data.textures_test_count=4096")
-    bf16 = ("--precision", "bf16", "--device", "cuda")
-    need = ("pydantic", "typer", "rich", "safetensors")
-    suites = ("kernels", "optimizer", "step", "views", "train", "loader")
-    data = {"train", "loader"}
+def jobs(out: Path, *, on_gpu: bool = True) -> tuple[Job, ...]:
+    """All jobs, the most telling first within each stage; what they write lies in ``out``. Without a GPU in tiny sizes."""
+    return (*_tests(), *_benches(out, on_gpu), *_trainings(out, on_gpu), *_profiles(out, on_gpu))
+
+
+def _tests() -> tuple[Job, ...]:
+    pytest, need = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"), ("pytest", "hypothesis")
     return (
-        Job("tests", "kernels", (python, "-m", "pytest", "-q", "tests/kernels"), 300, ("pytest", "hypothesis")),
+        Job("tests", "kernels", (*pytest, "tests/kernels"), 300, need),
         Job(
-            "tests", "model", (python, "-m", "pytest", "-q", "tests/model", "tests/optim"), 180, ("pytest", "hypothesis", *need)
+            "tests",
+            "engine",
+            (*pytest, *_there("tests/engine/test_step.py", "tests/engine/test_capture.py")),
+            240,
+            (*need, *NEED),
         ),
-        Job(
-            "tests", "engine", (python, "-m", "pytest", "-q", "tests/engine/test_step.py"), 120, ("pytest", "hypothesis", *need)
-        ),
-        *(
-            Job(
-                "bench",
-                suite,
-                (*bench, suite, "--device", "cuda", "--out", str(out)),
-                240,
-                (*need, *(["ffcv"] * (suite in data))),
-            )
-            for suite in suites
-        ),
-        Job("train", "bn", (*train, *textures, *bf16, "--out", str(out / "run-bn")), 400, (*need, "ffcv")),
-        Job(
-            "train",
-            "gn-lars",
-            (*train, *textures, *bf16, "--norm", "gn", "--ws", "--opt", "lars", "--out", str(out / "run-gn")),
-            400,
-            (*need, "ffcv"),
-        ),
-        Job(
-            "profile",
-            "ncu",
-            ("ncu", "--set", "basic", "--launch-count", "200", *bench, "optimizer", "--quick", "--device", "cuda"),
-            200,
-            need,
-            ("ncu",),
-        ),
-        Job("profile", "kernels", (python, "-m", "fastbyol_bench.gpu_profile", str(out / "profile.txt")), 120, need),
+        Job("tests", "model", (*pytest, "tests/model", "tests/optim"), 180, (*need, *NEED)),
     )
+
+
+def _there(*paths: str) -> tuple[str, ...]:
+    return tuple(path for path in paths if (ROOT / path).exists())
+
+
+def _benches(out: Path, on_gpu: bool) -> tuple[Job, ...]:
+    how = ("--device", "cuda") if on_gpu else ("--device", "cpu", "--quick")
+    return tuple(
+        Job("bench", suite, (*FASTBYOL, "bench", suite, *how, "--out", str(out)), 240, (*NEED, *needs))
+        for suite, needs in BENCHES.items()
+    )
+
+
+def _trainings(out: Path, on_gpu: bool) -> tuple[Job, ...]:
+    """As many images as the post's training set; five epochs, from which 320 follow."""
+    values = {"data.textures_count": 105_000, "data.textures_test_count": 4096}
+    how: tuple[str, ...] = ("--epochs", "5", "--precision", "bf16", "--device", "cuda")
+    if not on_gpu:
+        values = {"data.textures_count": 64, "data.textures_test_count": 64, "views.size": 32, "train.batch_size": 32}
+        how = ("--epochs", "1", "--device", "cpu")
+    sets = [word for key, value in values.items() for word in ("--set", f"{key}={value}")]
+    train = (*FASTBYOL, "train", "--preset", "blog", "--data", "textures", "--json", *how, *sets)
+    methods: dict[str, tuple[str, ...]] = {"bn": (), "gn-lars": ("--norm", "gn", "--ws", "--opt", "lars")}
+    return tuple(
+        Job("train", name, (*train, *method, "--out", str(out / f"run-{name}")), 400, (*NEED, "ffcv"))
+        for name, method in methods.items()
+    )
+
+
+def _profiles(out: Path, on_gpu: bool) -> tuple[Job, ...]:
+    ncu = ("ncu", "--set", "basic", "--launch-count", "200", *FASTBYOL, "bench", "optimizer", "--quick", "--device", "cuda")
+    kernels = Job(
+        "profile", "kernels", (sys.executable, "-m", "fastbyol_bench.gpu_profile", str(out / "profile.txt")), 120, NEED
+    )
+    return (kernels, Job("profile", "ncu", ncu, 200, NEED, ("ncu",))) if on_gpu else (kernels,)
 
 
 def lacks(job: Job) -> str:
@@ -146,6 +158,12 @@ def _call(job: Job, log: Path, most_s: float) -> int | None:
             return None
 
 
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
 def failed(outcome: Outcome) -> bool:
     """Whether a job ended badly or was cut off; one that was left out did not."""
     return outcome.code not in (0, None) or outcome.why.startswith("cut off")
@@ -160,7 +178,10 @@ def main() -> int:
     parser.add_argument("--dry-run", action="store_true", help="say what would run, and what is missing")
     arguments = parser.parse_args()
     out = arguments.out.resolve()
-    chosen = [job for job in jobs(out) if job.stage in (arguments.stage or STAGES)]
+    on_gpu = _has_gpu()
+    if not on_gpu:
+        print("no GPU here: tiny sizes on the processor, to try the stages; they say nothing about speed")
+    chosen = [job for job in jobs(out, on_gpu=on_gpu) if job.stage in (arguments.stage or STAGES)]
     outcomes = run(chosen, out, arguments.budget_s, dry=arguments.dry_run)
     for outcome in outcomes:
         said = outcome.why or f"exit code {outcome.code}"

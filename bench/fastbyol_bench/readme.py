@@ -35,7 +35,7 @@ def refreshed(text: str, folder: Path) -> str:
 def table(result: Result) -> str:
     """One result as a sentence and a Markdown table."""
     on_gpu = result.machine.device == "cuda"
-    heads = ["what", "variant", *(["time"] if on_gpu else []), "images/s", "ours is faster by", "of the device's limit"]
+    heads = ["what", "variant", "time" if on_gpu else "threads", "images/s", "ours is faster by", "of the device's limit"]
     lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     lines += ["| " + " | ".join(_cells(row, on_gpu)) + " |" for row in _shown(result, on_gpu)]
     return _sentence(result) + "\n\n" + "\n".join(lines)
@@ -52,8 +52,7 @@ def _cells(row: Row, on_gpu: bool) -> Iterator[str]:
     yield row.name
     yield row.variant
     assert row.timing is not None
-    if on_gpu:
-        yield seconds(row.timing.median_s)
+    yield seconds(row.timing.median_s) if on_gpu else str(row.threads or "")
     yield "" if row.img_s is None else f"{row.img_s:,.0f}"
     yield "" if row.ratio is None else f"{row.ratio.median:.2f}x"
     yield "" if row.share is None or row.share < 0.005 else f"{100 * row.share:.0f} %"

@@ -58,8 +58,8 @@ class Floor(Frozen):
 class Row(Frozen):
     """One variant of one piece of work, or what it ``needs`` to be measured.
 
-    ``derived`` rows are put together from measured parts, as ``note`` says. ``images`` is what one call works on; ``cores``
-    how many threads it had.
+    ``derived`` rows are put together from measured parts, as ``note`` says. ``images`` is what one call works on; ``threads``
+    how many torch had in this process, None on a GPU.
     """
 
     suite: str = Field(min_length=1)
@@ -68,7 +68,7 @@ class Row(Frozen):
     timing: Timing | None = None
     needs: str | None = None
     images: PositiveInt | None = None
-    cores: PositiveInt | None = None
+    threads: PositiveInt | None = None
     floor: Floor | None = None
     ratio: Ratio | None = None
     derived: bool = False

@@ -5,16 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import get_args
 
 import torch
 
-from fastbyol.config import TrainConfig
 from fastbyol_bench import ceilings
 from fastbyol_bench.harness import Flush, Plan, Variant, clock_of, measure, ratios, timing
 from fastbyol_bench.results import Ceiling, Floor, Part, Row
 
 NEEDS_GPU = "a GPU"
+CPU_UNITS = ("amx_bf16", "avx512_bf16")
 
 
 @dataclass
@@ -57,7 +56,7 @@ class Setting:
         """Measure ``variants`` interleaved, ours first. ``cold``: with everything flushed from the caches before each run."""
         self.note(f"{suite}: {name}")
         readings = measure(variants, plan, clock_of(self.device), before=self._flush() if cold else None)
-        against, cores = ratios(variants, readings), None if self.on_gpu else torch.get_num_threads()
+        against, num_threads = ratios(variants, readings), None if self.on_gpu else torch.get_num_threads()
         return [
             Row(
                 suite=suite,
@@ -65,7 +64,7 @@ class Setting:
                 variant=variant.name,
                 timing=timing(readings[variant.name]),
                 images=variant.images,
-                cores=cores,
+                threads=num_threads,
                 floor=(floors or {}).get(variant.name),
                 ratio=against.get(variant.name),
                 note=(notes or {}).get(variant.name, ""),
@@ -94,8 +93,6 @@ def threads(count: int) -> Iterator[None]:
 
 
 def fast_precision(device: torch.device) -> str:
-    """What one sets for speed: ``auto`` where the engine decides, else bf16 where the device has units for it."""
-    if "auto" in get_args(TrainConfig.model_fields["precision"].annotation):
-        return "auto"
-    has_units = device.type == "cuda" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return "bf16" if has_units else "fp32"
+    """What one sets for speed: bf16 where the device has units for its products, else fp32."""
+    has = torch.cpu.get_capabilities()
+    return "bf16" if device.type == "cuda" or any(has.get(unit) for unit in CPU_UNITS) else "fp32"

@@ -57,23 +57,24 @@ def seconds(value: float | None) -> str:
 
 def cells(rows: tuple[Row, ...]) -> list[tuple[str, ...]]:
     """Rows of a result as text, the heads first."""
-    heads = ("variant", "time", "spread", "runs", "img/s", "img/cpu-s", "of floor", "times ours", "in cpu-s", "")
+    heads = ("variant", "threads", "time", "spread", "runs", "img/s", "img/cpu-s", "of floor", "times ours", "in cpu-s", "")
     return [heads, *(_cells(row) for row in rows)]
 
 
 def _cells(row: Row) -> tuple[str, ...]:
     if row.timing is None:
-        return (row.variant, *[""] * 8, f"needs {row.needs}")
+        return (row.variant, *[""] * 9, f"needs {row.needs}")
     share = "" if row.share is None else f"{100 * row.share:.0f} % ({row.floor.bound})"  # type: ignore[union-attr]
     return (
         row.variant,
+        "" if row.threads is None else str(row.threads),
         seconds(row.timing.median_s),
         f"{100 * row.timing.spread_s / row.timing.median_s:.0f} %",
         str(row.timing.runs),
         "" if row.img_s is None else f"{row.img_s:,.0f}",
-        "" if row.img_cpu_s is None or row.cores is None else f"{row.img_cpu_s:,.0f}",
+        "" if row.img_cpu_s is None or row.threads is None else f"{row.img_cpu_s:,.0f}",
         share,
         "" if row.ratio is None else f"{row.ratio.median:.2f}",
-        "" if row.ratio is None or row.ratio.cpu is None or row.cores is None else f"{row.ratio.cpu:.2f}",
+        "" if row.ratio is None or row.ratio.cpu is None or row.threads is None else f"{row.ratio.cpu:.2f}",
         row.note,
     )

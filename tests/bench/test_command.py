@@ -90,6 +90,7 @@ def test_compares_kept_results(run, tmp_path: Path) -> None:
         (["speed"], "no suite 'speed'"),
         (["views", "--compare", "a", "b"], "leave the suites out"),
         (["--compare", "none.json", "none.json"], "none.json"),
+        (["views", "--out", "/proc/none/it.json"], "/proc/none/it.json"),
         (["--device", "cuda:7", "views", "--quick"], "cuda:7"),
     ],
 )

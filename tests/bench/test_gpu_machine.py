@@ -51,7 +51,7 @@ def test_stops_when_the_budget_is_used_up(tmp_path: Path) -> None:
 
 def test_the_jobs_exist(tmp_path: Path) -> None:
     """Every job's files, modules and options are there, so that none fails for its command alone."""
-    found = jobs(tmp_path)
+    found = (*jobs(tmp_path), *jobs(tmp_path, on_gpu=False))
     assert {job.stage for job in found} == set(gpu_machine.STAGES)
     for job in found:
         for part in job.command:
@@ -69,13 +69,15 @@ def test_train_jobs_are_valid_configurations(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(
         cli, "_train", lambda loaded, out, observer: seen.append(loaded.config) or (_ for _ in ()).throw(KeyboardInterrupt)
     )
-    for job in jobs(tmp_path):
+    for job in (*jobs(tmp_path), *jobs(tmp_path, on_gpu=False)):
         if job.stage == "train":
             monkeypatch.setattr(sys, "argv", ["fastbyol", *job.command[3:]])
             with pytest.raises(SystemExit) as ended:
                 cli.main()
             assert ended.value.code == 130
-    assert [(config.model.norm, config.optim.name, config.train.precision) for config in seen] == [
-        ("bn", "sgd", "bf16"),
-        ("gn", "lars", "bf16"),
+    assert [(config.model.norm, config.optim.name, config.train.precision, config.train.device) for config in seen] == [
+        ("bn", "sgd", "bf16", "cuda"),
+        ("gn", "lars", "bf16", "cuda"),
+        ("bn", "sgd", "fp32", "cpu"),
+        ("gn", "lars", "fp32", "cpu"),
     ]

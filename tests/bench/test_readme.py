@@ -22,7 +22,7 @@ def test_a_block_is_made_anew_and_the_rest_is_kept(tmp_path: Path) -> None:
         "before\n<!-- bench cpu.json -->\nA processor, 2 cores, torch 2.11.0, 2026-01-02, commit 0123456789ab.\n"
     )
     assert once.endswith("|\n<!-- end of bench -->\nafter\n")
-    assert "| two views of 96 px | Pillow | 160 | 4.00x |  |\n" in once
+    assert "| two views of 96 px | Pillow | 2 | 160 | 4.00x |  |\n" in once
     assert readme.refreshed(once, tmp_path) == once
     assert "old" not in once
     assert "fused, Triton" not in once

@@ -120,6 +120,8 @@ def check_output(path: Path, *, overwrite: bool) -> None:
     try:
         if path.is_dir():
             raise UsageError(f"{path}: is a folder; give the name of a file to write")
+        if path.exists() and not path.is_file():
+            raise UsageError(f"{path}: is a device or a pipe; give the name of a file to write")
         if path.exists() and not overwrite:
             raise UsageError(f"{path}: exists already; choose another name or pass --overwrite")
         if not folder.is_dir():

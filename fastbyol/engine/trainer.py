@@ -355,8 +355,12 @@ class Trainer:
     def _way_on(self) -> str:
         """What to do about numbers that blew up: the last checkpoint is good, since no other kind is written."""
         good = checkpoint.newest(self.folder.checkpoints)
-        start = f"start again from the last good checkpoint with `fastbyol train --init-from {good}`" if good else "start again"
-        return f"{start} and a lower optim.lr, or with train.precision = fp32"
+        start = (
+            f"start again from the last good checkpoint with `fastbyol train --init-from {good}` and"
+            if good
+            else "start again with"
+        )
+        return f"{start} a lower optim.lr, or with train.precision = fp32"
 
     def _stop_if_collapsed(self, epoch: int) -> None:
         if self.config.train.stop_on_collapse and self.monitor.state in ("collapsed", "dead"):

@@ -64,7 +64,11 @@ class _ByPixel(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, stride: int) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.stride = stride
-        return _forward(x.permute(0, 2, 3, 1), weight.permute(0, 2, 3, 1), stride).permute(0, 3, 1, 2)
+        sides = (_out(side, stride) for side in x.shape[2:])
+        # Not a view of another tensor, so that its owner may write over it.
+        out = torch.empty((len(x), len(weight), *sides), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+        _forward(x.permute(0, 2, 3, 1), weight.permute(0, 2, 3, 1), stride, out.permute(0, 2, 3, 1))
+        return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -76,16 +80,13 @@ class _ByPixel(torch.autograd.Function):
         return dx, dweight, None
 
 
-def _forward(x: Tensor, weight: Tensor, stride: int) -> Tensor:
-    """x (N, H, W, I), weight (O, 3, 3, I) -> (N, H', W', O)."""
-    height, width = (_out(side, stride) for side in x.shape[1:3])
-    out = x.new_empty(len(x), height, width, len(weight))
-    for i, j in _pixels(height, width):
+def _forward(x: Tensor, weight: Tensor, stride: int, out: Tensor) -> None:
+    """x (N, H, W, I), weight (O, 3, 3, I) into ``out`` (N, H', W', O)."""
+    for i, j in _pixels(*out.shape[1:3]):
         rows, columns = _under(i, stride, x.shape[1]), _under(j, stride, x.shape[2])
         patch = x[:, rows, columns].flatten(1)
         part = weight[:, _taps(rows, i, stride), _taps(columns, j, stride)].flatten(1)
         torch.mm(patch, part.t(), out=out[:, i, j])
-    return out
 
 
 def _input_gradient(gradient: Tensor, weight: Tensor, shape: torch.Size, stride: int) -> Tensor:

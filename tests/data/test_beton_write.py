@@ -245,6 +245,14 @@ def test_wrong_arguments(out: Path) -> None:
     demand_untouched(out)
 
 
+def test_devices_and_pipes_are_not_replaced(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", Path("/dev/null")):
+        with pytest.raises(UsageError, match="is a device or a pipe"):
+            write(path, Items())
+        assert not path.is_file()
+
+
 def test_leftovers_of_the_dead_are_removed(out: Path) -> None:
     ended = subprocess.Popen(["true"])
     ended.wait()

@@ -13,9 +13,11 @@ from fastbyol import config_io
 from fastbyol.config import Config, resolve
 from fastbyol.data import embedded, loader
 from fastbyol.engine import checkpoint, record, trainer
+from fastbyol.engine.capture import choose as engine_of
 from fastbyol.engine.device import pick_device
 from fastbyol.engine.observer import Observer
 from fastbyol.engine.origin import source_file
+from fastbyol.engine.precision import settle
 from fastbyol.engine.run_folder import RunFolder, default_run_path
 from fastbyol.engine.step import TrainState
 from fastbyol.engine.trainer import Summary
@@ -39,7 +41,8 @@ def train(
     Raises ``UsageError`` for input that cannot work and ``CollapsedError`` where the run was asked to stop on collapse.
     """
     config = _with_source(resolve(config), observer)
-    pick_device(config.train.device)
+    engine_of(config.engine, pick_device(config.train.device))
+    config = settle(config)
     path = Path(out) if out is not None else default_run_path(config)
     with RunFolder.create(path, config, origin) as folder:
         return trainer.fit(folder, config, observer)

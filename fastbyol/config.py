@@ -164,7 +164,9 @@ class TrainConfig(Model):
     epochs: int = Field(10, ge=1, le=1_000_000)
     batch_size: int = Field(256, ge=2, le=65536, description="images per step; each is seen as two views")
     seed: int = Field(0, ge=0, lt=2**63)
-    precision: Literal["fp32", "bf16", "fp64"] = Field("fp32", description="fp64 is for references and tests")
+    precision: Literal["fp32", "bf16", "fp64", "auto"] = Field(
+        "fp32", description="auto: bf16 where the device multiplies it natively and gradients agree; fp64 is for tests"
+    )
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
     init_from: str | None = Field(
         None, min_length=1, description="run folder or checkpoint whose weights a new run starts from; momentum and step do not"

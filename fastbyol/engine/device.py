@@ -21,7 +21,12 @@ def pick_device(name: str) -> torch.device:
 
 
 def dtype_of(precision: str) -> torch.dtype:
-    """The dtype of the views that a step takes: bf16 products start from bf16 views, the references from their own."""
+    """The dtype of the views that a step takes: bf16 products start from bf16 views, the references from their own.
+
+    ``auto`` is no precision yet and a ``UsageError``.
+    """
+    if precision == "auto":
+        raise UsageError("train.precision: auto has to be settled first (fastbyol.engine.precision.settle): say fp32 or bf16")
     return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}[precision]
 
 

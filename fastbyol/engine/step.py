@@ -14,7 +14,7 @@ Letters: V = 2 views, B images, S pixels.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -34,7 +34,7 @@ from fastbyol.optim.given_rates import GivenRates
 from fastbyol.optim.lars import rule_of, treatments
 from fastbyol_kernels.lars_ema import LAYER_METRICS, Rule, lars_ema
 
-__all__ = ["LAYER_METRICS", "METRICS", "StepMetrics", "TrainState", "train_step"]
+__all__ = ["LAYER_METRICS", "METRICS", "StepMetrics", "TrainState", "forward", "train_step"]
 
 METRICS = ("loss", "pos_cos", "neg_cos", "std_z", "std_y", "dead_y", "grad_norm", "lr", "tau")
 
@@ -181,10 +181,26 @@ class TrainState:
             tensor.copy_(tensors[name])
 
 
-def train_step(state: TrainState, views: Tensor) -> StepMetrics:
+Forward = Callable[[Online, Target, Tensor, float], tuple[Tensor, Tensor]]
+
+
+def forward(online: Online, target: Target, batch: Tensor, loss_scale: float) -> tuple[Tensor, Tensor]:
+    """Both networks on a batch (2B, 3, S, S): the loss, 0-d, and what ``observe`` watches beside it, (5,), without gradient.
+
+    One graph without a break, so that it and its backward pass can be compiled (``engine.capture``).
+    """
+    output = online(batch)
+    with torch.no_grad():
+        projections = target(batch)
+    loss = byol_loss(output.q, projections) * loss_scale
+    return loss, torch.stack(observe(output, projections))
+
+
+def train_step(state: TrainState, views: Tensor, forward: Forward = forward) -> StepMetrics:
     """One step on ``views`` (2, B, 3, S, S), normalised floats on the state's device, B >= 2. Never waits for the device.
 
     Forward passes of both networks, backward pass, optimizer and moving average in the configured order, ``step`` + 1.
+    ``forward`` is this module's or a compiled form of it.
     """
     recipe, arena = state.recipe, state.arena
     lr, tau = schedule.at(state.lr, state.step), schedule.at(state.tau, state.step)
@@ -192,13 +208,11 @@ def train_step(state: TrainState, views: Tensor) -> StepMetrics:
     arena.gradient.zero_()
     statistics = state.statistics()
     with state.standardized.in_use():
-        output = state.online(batch)
-        with torch.no_grad():
-            projections = state.target(batch)
-        loss = byol_loss(output.q, projections) * recipe.loss_scale
+        loss, observed = forward(state.online, state.target, batch, recipe.loss_scale)
         torch.autograd.backward(loss)
     with torch.no_grad():
-        values = torch.stack((loss, *observe(output, projections), torch.linalg.vector_norm(arena.gradient), lr, tau))
+        of_step = torch.stack((torch.linalg.vector_norm(arena.gradient), lr, tau))
+        values = torch.cat((loss.detach().view(1), observed, of_step))
         table, factor = arena.table, lr
         if state.given is not None:
             state.given.set(arena.online, arena.gradient, lr, state.step)

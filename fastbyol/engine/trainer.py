@@ -11,17 +11,16 @@ from typing import Any
 
 import torch
 
-from fastbyol import views
 from fastbyol.config import Config
 from fastbyol.data import embedded, loader
-from fastbyol.engine import checkpoint, guards, metrics_file, origin, record
+from fastbyol.engine import capture, checkpoint, guards, metrics_file, origin, record
 from fastbyol.engine.allocator import keep_freed_memory
-from fastbyol.engine.device import dtype_of, pick_device
+from fastbyol.engine.device import pick_device
 from fastbyol.engine.interrupt import Interrupt, Stopped
 from fastbyol.engine.observer import EpochEnd, Observer, Progress, Silent, Start
 from fastbyol.engine.replay import with_replayed_rates
 from fastbyol.engine.run_folder import RunFolder
-from fastbyol.engine.step import LAYER_METRICS, METRICS, TrainState, train_step
+from fastbyol.engine.step import LAYER_METRICS, METRICS, TrainState
 from fastbyol.engine.telemetry import Telemetry
 from fastbyol.errors import CollapsedError, FastbyolError, UsageError
 from fastbyol.evaluation import protocol
@@ -99,6 +98,7 @@ class Trainer:
     def _prepare(self, opened: ExitStack) -> loader.Loader:
         """Data, networks and what was saved: all that goes before the first step and can be done again."""
         config = self.config
+        chosen = capture.choose(config.engine, self.device)
         self.step = checkpoint.newest_step(self.folder.checkpoints) or 0
         train_file, test_file = embedded.training_file(config.data), embedded.held_out_file(config.data)
         batches = opened.enter_context(self._open(train_file))
@@ -109,6 +109,7 @@ class Trainer:
         if config.optim.replay_rates:
             self.state = with_replayed_rates(self.state, Path(config.optim.replay_rates), total_steps=self.total_steps)
         self.step = self._restore()
+        self.take_step = capture.engine(self.state, config, chosen, self.observer.note)
         self._refuse_full_disk()
         self._say_start(train_file, batches.num_samples)
         return batches
@@ -237,15 +238,10 @@ class Trainer:
         )
 
     def _epoch(self, batches: loader.Loader, interrupt: Interrupt) -> None:
-        config, every = self.config, self.config.run.checkpoint_every_steps
+        every = self.config.run.checkpoint_every_steps
         epoch, first = divmod(self.step, self.steps_per_epoch)
-        dtype = dtype_of(config.train.precision)
         for batch in batches.epoch(epoch, start_step=first):
-            pair = views.two_views(
-                config.views, batch.images, batch.ids,
-                seed=config.train.seed, epoch=epoch, dtype=dtype, kernels=self.state.kernels,
-            )  # fmt: skip
-            rows = self.telemetry.record(train_step(self.state, pair))
+            rows = self.telemetry.record(self.take_step(batch, epoch))
             self.step += 1
             if rows:
                 self._stop_if_skipping()

@@ -1,0 +1,134 @@
+"""What precision ``auto`` becomes: bf16 where the device multiplies it natively and the network's gradients bear it.
+
+The gate makes one step of a narrow copy of the network in bf16 and in fp64, from a healthy and from a collapsed state, and
+compares each layer's gradient. LARS divides by |g|, so a length that rounding inflates would change what a run shows.
+
+Letters: B images, S pixels.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastbyol.config import Config
+from fastbyol.engine.device import pick_device
+from fastbyol.engine.step import TrainState, train_step
+
+# The narrow copy and its batch: a 64 px view leaves 2x2 pixels at the end of the torchvision stem.
+WIDTH, HIDDEN, OUT, BATCH, SIZE = 16, 64, 32, 16, 64
+# Beneath this share of the largest gradient there is rounding only, even in fp64; a collapsed net's early layers keep 1e-8.
+ZERO = 1e-12
+CPU_UNITS = ("amx_bf16", "avx512_bf16")
+
+
+class Choice(NamedTuple):
+    """A value and the reason for it, in words."""
+
+    value: str
+    why: str
+
+
+class Gap(NamedTuple):
+    """The worst of all weight matrices and kernels: | |g| / |exact| - 1 | and |g - exact| / |exact|.
+
+    Vectors, a few numbers each, scatter twice as far and are left out.
+    """
+
+    length: float
+    error: float
+
+
+# Rounding turns a gradient more than it stretches it: with noise of e times its length, across it, a length grows by e^2 / 2,
+# and at e = 1 half of it is noise. At width 16 and 16 images, over the norms of encoder and heads, both states: lengths were
+# off by .02 to .10 and differences .16 to .75, but with group norm in the heads over standardized weights .31 and 1.6.
+LIMITS = {"healthy": Gap(0.2, 0.9), "collapsed": Gap(0.2, 0.9)}
+
+
+def settle(config: Config) -> Config:
+    """``config`` with ``train.precision`` auto replaced by what this device should take; else as it is.
+
+    To be called when a run is made: the run's configuration then names a precision, which a resume never changes.
+    """
+    if config.train.precision != "auto":
+        return config
+    chosen = choose(config, pick_device(config.train.device)).value
+    return config.model_copy(update={"train": config.train.model_copy(update={"precision": chosen})})
+
+
+def choose(config: Config, device: torch.device) -> Choice:
+    """bf16 or fp32 for the network of ``config`` on ``device``, and why."""
+    unit = native_unit(device)
+    if unit is None:
+        return Choice("fp32", f"{device.type} has no unit for bf16 products ({', '.join(CPU_UNITS)})")
+    for state in LIMITS:
+        gap, most = gradient_gap(config, device, state), LIMITS[state]
+        if not (gap.length <= most.length and gap.error <= most.error):
+            return Choice(
+                "fp32",
+                f"{unit}, but in a {state} state bf16 gradients are off: length {gap.length:.2g} (at most {most.length:g}), "
+                f"difference {gap.error:.2g} (at most {most.error:g})",
+            )
+    return Choice("bf16", f"{unit}, and gradients agree with fp64 in a healthy and a collapsed state")
+
+
+def native_unit(device: torch.device) -> str | None:
+    """The unit that multiplies bf16 on ``device``; None where it would be emulated."""
+    if device.type == "cuda":
+        return "CUDA bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else None
+    has = torch.cpu.get_capabilities()
+    return next((unit for unit in CPU_UNITS if has.get(unit)), None)
+
+
+def gradient_gap(config: Config, device: torch.device, state: str) -> Gap:
+    """How far bf16 gradients of one step lie from fp64's, worst layer; ``state`` is healthy or collapsed."""
+    exact, got = (_gradients(config, device, precision, state == "collapsed") for precision in ("fp64", "bf16"))
+    floor = ZERO * max(float(g.norm()) for g in exact.values())
+    measured = {name: g for name, g in exact.items() if g.ndim > 1 and float(g.norm()) > floor}
+    return Gap(
+        max(abs(float(got[name].norm() / g.norm()) - 1) for name, g in measured.items()),
+        max(float((got[name] - g).norm() / g.norm()) for name, g in measured.items()),
+    )
+
+
+def _gradients(config: Config, device: torch.device, precision: str, collapsed: bool) -> dict[str, Tensor]:
+    """Gradients of one step from the seed's weights, by name, fp64 on the CPU."""
+    state = TrainState.create(_narrow(config, precision), steps_per_epoch=1, device=device)
+    if collapsed:
+        _collapse(state)
+    train_step(state, _views().to(device))
+    return {name: g.double().cpu() for name, g in state.arena.named(state.arena.gradient).items()}
+
+
+def _narrow(config: Config, precision: str) -> Config:
+    """The network's kinds of layers at a size that takes a moment, without what belongs to the run."""
+    model = config.model
+    heads = {
+        name: head.model_copy(update={"hidden": HIDDEN, "out": OUT})
+        for name, head in (("projector", model.projector), ("predictor", model.predictor))
+    }
+    return Config.model_validate(
+        {
+            "model": model.model_copy(update={"width": WIDTH, **heads}).model_dump(),
+            "train": {"precision": precision},
+            "engine": config.engine.model_dump(),
+        }
+    )
+
+
+@torch.no_grad()
+def _collapse(state: TrainState) -> None:
+    """Bring all projections and predictions within 1e-3 of one direction."""
+    direction = torch.randn(OUT, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    for head in (state.online.projector, state.online.predictor, state.target.projector):
+        head.linear2.weight *= 1e-3
+        head.linear2.bias.copy_(direction)
+
+
+def _views() -> Tensor:
+    """Two noisy copies of random images (2, B, 3, S, S), fp64."""
+    g = torch.Generator().manual_seed(0)
+    images = torch.randn(1, BATCH, 3, SIZE, SIZE, generator=g, dtype=torch.float64)
+    return images + 0.5 * torch.randn(2, BATCH, 3, SIZE, SIZE, generator=g, dtype=torch.float64)

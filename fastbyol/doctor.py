@@ -33,6 +33,7 @@ def examine() -> list[Check]:
         *(_package(name, needed=False) for name in ("matplotlib", "scikit-learn")),
         _threading_layer(),
         _device(),
+        *_choices(),
         _cores(),
         _cache(),
     ]
@@ -100,6 +101,22 @@ def _device() -> Check:
     if not torch.cuda.is_available():
         return Check("gpu", False, False, "no CUDA device: runs take the CPU and the demo preset", "")
     return Check("gpu", True, False, torch.cuda.get_device_name(0), "")
+
+
+def _choices() -> list[Check]:
+    """What ``auto`` would be here for the blog preset's network: the engine's mode and the precision, and why."""
+    try:
+        from fastbyol import load_config
+        from fastbyol.engine import capture, precision
+        from fastbyol.engine.device import pick_device
+    except ImportError as error:
+        return [Check(name, False, False, f"unknown: {error}", "") for name in ("engine auto", "precision auto")]
+    config, device = load_config("blog", ["engine.mode=auto"]), pick_device("auto")
+    mode, unit = capture.choose(config.engine, device), precision.choose(config, device)
+    return [
+        Check("engine auto", True, False, f"{mode.mode}: {mode.why}", ""),
+        Check("precision auto", True, False, f"{unit.value}: {unit.why}", ""),
+    ]
 
 
 def _cores() -> Check:

@@ -236,7 +236,16 @@ def test_doctor_names_what_is_there(run) -> None:
     checks = {check["name"]: check for check in json.loads(out)}
     assert checks["torch"]["ok"]
     assert checks["ffcv"]["ok"]
+    assert checks["engine auto"]["found"].split(":")[0] in ("eager", "graph")
+    assert checks["precision auto"]["found"].split(":")[0] in ("fp32", "bf16")
     assert code == 0
+
+
+def test_an_engine_that_is_not_here_is_refused_before_anything_is_made(run, tmp_path: Path) -> None:
+    code, _, err = run("train", "--engine", "graph", "--device", "cpu", "--out", tmp_path / "run")
+    assert code == 2
+    assert "engine.mode: graph needs a CUDA device" in err
+    assert not (tmp_path / "run").exists()
 
 
 def test_data_commands(run, beton: Path, tmp_path: Path) -> None:

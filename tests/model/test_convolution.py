@@ -108,3 +108,13 @@ def test_compiled_code_takes_the_convolution(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(convolution, "convolve_by_pixel", lambda *_: pytest.fail("went by pixel"))
     x, w = torch.randn(2, 4, 1, 1), torch.randn(4, 4, 3, 3)
     assert torch.equal(convolve(x, w, 1, 1), F.conv2d(x, w, None, 1, 1))
+
+
+def test_a_relu_may_overwrite_the_result() -> None:
+    """As it does in an encoder without norms."""
+    x, w = torch.randn(2, 3, 2, 2, requires_grad=True), torch.randn(4, 3, 3, 3, requires_grad=True)
+    results = [F.relu(convolve_by_pixel(x, w, 1), inplace=True), F.relu(F.conv2d(x, w, None, 1, 1))]
+    assert results[0].is_contiguous(memory_format=torch.channels_last)
+    ours, theirs = (torch.autograd.grad(y.square().sum(), (x, w)) for y in results)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)  # fp32 sums of at most 27 products of order one

@@ -104,14 +104,14 @@ def _device() -> Check:
 
 
 def _choices() -> list[Check]:
-    """What ``auto`` would be here for the blog preset's network: the engine's mode and the precision, and why."""
+    """What ``auto`` would be here for the network of the defaults, the post's: the engine's mode and the precision, and why."""
     try:
-        from fastbyol import load_config
+        from fastbyol.config import Config
         from fastbyol.engine import capture, precision
         from fastbyol.engine.device import pick_device
     except ImportError as error:
         return [Check(name, False, False, f"unknown: {error}", "") for name in ("engine auto", "precision auto")]
-    config, device = load_config("blog", ["engine.mode=auto"]), pick_device("auto")
+    config, device = Config(), pick_device("auto")
     mode, unit = capture.choose(config.engine, device), precision.choose(config, device)
     return [
         Check("engine auto", True, False, f"{mode.mode}: {mode.why}", ""),

@@ -12,8 +12,7 @@ from torch import nn
 from fastbyol import config_io
 from fastbyol.config import Config, resolve
 from fastbyol.data import embedded, loader
-from fastbyol.engine import checkpoint, record, trainer
-from fastbyol.engine.capture import choose as engine_of
+from fastbyol.engine import capture, checkpoint, record, trainer
 from fastbyol.engine.device import pick_device
 from fastbyol.engine.observer import Observer
 from fastbyol.engine.origin import source_file
@@ -41,7 +40,7 @@ def train(
     Raises ``UsageError`` for input that cannot work and ``CollapsedError`` where the run was asked to stop on collapse.
     """
     config = _with_source(resolve(config), observer)
-    engine_of(config.engine, pick_device(config.train.device))
+    capture.choose(config.engine, pick_device(config.train.device))  # refuses what this machine lacks
     config = settle(config)
     path = Path(out) if out is not None else default_run_path(config)
     with RunFolder.create(path, config, origin) as folder:

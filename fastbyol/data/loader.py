@@ -61,7 +61,7 @@ class Loader(ABC):
         self._running: weakref.WeakSet[Generator[Batch]] = weakref.WeakSet()
         self._closed = False
 
-    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
+    def epoch(self, epoch: int, start_step: int = 0) -> Generator[Batch]:
         """The batches of ``epoch`` from ``start_step`` on, where an interrupted run goes on."""
         if self._closed:
             raise ValueError("the loader is closed")

@@ -8,7 +8,8 @@ device: the batch and the epoch in buffers that stay, the schedules in tables th
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -40,6 +41,13 @@ class Engine(Protocol):
 
     def __call__(self, batch: Batch, epoch: int) -> StepMetrics: ...
 
+    def prepare(self, batch: Batch, epoch: int) -> None:
+        """Compile and record for batches like this one: it may take minutes, can be done again, and leaves the state alone."""
+
+    @property
+    def mode(self) -> str:
+        """How steps are taken, once prepared: eager, compile or graph."""
+
 
 class Recorder(Protocol):
     """Runs ``work`` a few times and records it once more: what it returned then, and the call that does it again in place."""
@@ -47,16 +55,20 @@ class Recorder(Protocol):
     def __call__(self, work: Callable[[], StepMetrics]) -> tuple[StepMetrics, Callable[[], None]]: ...
 
 
-def choose(config: EngineConfig, device: torch.device) -> Choice:
-    """The mode that a run on ``device`` takes. It depends on nothing else, so that a resumed run takes the same.
+def choose(config: EngineConfig, device: torch.device, *, before: str | None = None) -> Choice:
+    """The mode that a run on ``device`` takes.
 
-    Raises UsageError where it was asked for and cannot be had.
+    ``before`` is the mode of the run's steps until now, which ``auto`` keeps where it can: another rounds differently. Raises
+    UsageError where a mode was asked for that cannot be had.
     """
-    if config.mode == "graph" and device.type != "cuda":
+    on_gpu = device.type == "cuda"
+    if config.mode == "graph" and not on_gpu:
         raise UsageError(f"engine.mode: graph needs a CUDA device, the run is on {device}: take --engine eager or compile")
     if config.mode != "auto":
         return Choice(config.mode, "as asked for")
-    if device.type == "cuda":
+    if before is not None and (before != "graph" or on_gpu):
+        return Choice(before, "as the run's steps before")
+    if on_gpu:
         return Choice("graph", "a GPU waits for launches otherwise", falls_back=True)
     return Choice("eager", EAGER_ON_A_PROCESSOR)
 
@@ -89,9 +101,16 @@ def compiled_forward(backend: str = "inductor") -> Forward:
 class Eager:
     """Operation by operation, or with a compiled ``forward``."""
 
-    def __init__(self, state: TrainState, config: Config, forward: Forward = forward) -> None:
+    def __init__(self, state: TrainState, config: Config, compiled: Forward | None = None) -> None:
         self.state = state
-        self._views, self._seed, self._forward = config.views, config.train.seed, forward
+        self.mode = "eager" if compiled is None else "compile"
+        self._views, self._seed, self._forward = config.views, config.train.seed, compiled or forward
+
+    def prepare(self, batch: Batch, epoch: int) -> None:
+        """Take a compiled step once, and take it back."""
+        if self.mode == "compile":
+            with kept(self.state):
+                self(batch, epoch)
 
     def __call__(self, batch: Batch, epoch: int | Tensor) -> StepMetrics:
         pair = views.two_views(
@@ -107,17 +126,22 @@ class Eager:
 
 
 class Captured:
-    """A recorded step, played back. Recording steps on the first batch, so the state is set back to before it."""
+    """A recorded step, played back; where it cannot be recorded, steps of ``fallback``, if there is one."""
 
     def __init__(self, inner: Eager, record: Recorder, fallback: Engine | None, note: Callable[[str], None]) -> None:
         self._inner, self._record, self._fallback, self._note = inner, record, fallback, note
         self._play: Callable[[], None] | None = None
-        self._failed = False
+        self._instead: Engine | None = None
+
+    @property
+    def mode(self) -> str:
+        """graph, or the fallback's."""
+        return self._instead.mode if self._instead is not None else "graph"
 
     def __call__(self, batch: Batch, epoch: int) -> StepMetrics:
-        if self._play is None and not self._capture(batch, epoch):
-            assert self._fallback is not None
-            return self._fallback(batch, epoch)
+        self.prepare(batch, epoch)
+        if self._instead is not None:
+            return self._instead(batch, epoch)
         assert self._play is not None
         self._batch.images.copy_(batch.images)
         self._batch.ids.copy_(batch.ids)
@@ -125,24 +149,32 @@ class Captured:
         self._play()
         return self._metrics
 
-    def _capture(self, batch: Batch, epoch: int) -> bool:
-        """Whether there is a recorded step now. After a failure with a fallback it is not tried again."""
-        if self._failed:
-            return False
-        state = self._inner.state
+    def prepare(self, batch: Batch, epoch: int) -> None:
+        """Warm up and record, once. Raises FastbyolError where that fails and there is nothing to fall back on."""
+        if self._play is not None or self._instead is not None:
+            return
         self._batch = Batch(batch.images.clone(), batch.ids.clone())
-        self._epoch = torch.full((), epoch, dtype=torch.int64, device=state.step.device)
-        saved = {name: tensor.clone() for name, tensor in state.tensors().items()}
+        self._epoch = torch.full((), epoch, dtype=torch.int64, device=batch.ids.device)
         try:
-            self._metrics, self._play = self._record(lambda: self._inner(self._batch, self._epoch))
+            with kept(self._inner.state):
+                self._metrics, self._play = self._record(lambda: self._inner(self._batch, self._epoch))
         except (RuntimeError, FastbyolError) as error:
-            if self._fallback is None or is_out_of_memory(error):
+            if is_out_of_memory(error):
                 raise
-            self._failed = True
+            if self._fallback is None:
+                raise FastbyolError(f"engine.mode: no CUDA graph ({_first_line(error)}): take --engine eager") from error
+            self._instead = self._fallback
             self._note(f"no CUDA graph ({_first_line(error)}): steps are taken eagerly")
-        finally:
-            state.load_tensors(saved)
-        return self._play is not None
+
+
+@contextmanager
+def kept(state: TrainState) -> Iterator[None]:
+    """Bring ``state`` back to what it was, whatever happens inside."""
+    saved = {name: tensor.clone() for name, tensor in state.tensors().items()}
+    try:
+        yield
+    finally:
+        state.load_tensors(saved)
 
 
 def record_cuda(work: Callable[[], StepMetrics]) -> tuple[StepMetrics, Callable[[], None]]:

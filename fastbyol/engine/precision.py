@@ -44,7 +44,8 @@ class Gap(NamedTuple):
 # Rounding turns a gradient more than it stretches it: with noise of e times its length, across it, a length grows by e^2 / 2,
 # and at e = 1 half of it is noise. At width 16 and 16 images, over the norms of encoder and heads, both states: lengths were
 # off by .02 to .10 and differences .16 to .75, but with group norm in the heads over standardized weights .31 and 1.6.
-LIMITS = {"healthy": Gap(0.2, 0.9), "collapsed": Gap(0.2, 0.9)}
+MOST = Gap(length=0.2, error=0.9)
+STATES = ("healthy", "collapsed")
 
 
 def settle(config: Config) -> Config:
@@ -63,13 +64,13 @@ def choose(config: Config, device: torch.device) -> Choice:
     unit = native_unit(device)
     if unit is None:
         return Choice("fp32", f"{device.type} has no unit for bf16 products ({', '.join(CPU_UNITS)})")
-    for state in LIMITS:
-        gap, most = gradient_gap(config, device, state), LIMITS[state]
-        if not (gap.length <= most.length and gap.error <= most.error):
+    for state in STATES:
+        gap = gradient_gap(config, device, state)
+        if not (gap.length <= MOST.length and gap.error <= MOST.error):
             return Choice(
                 "fp32",
-                f"{unit}, but in a {state} state bf16 gradients are off: length {gap.length:.2g} (at most {most.length:g}), "
-                f"difference {gap.error:.2g} (at most {most.error:g})",
+                f"{unit}, but in a {state} state bf16 gradients are off: length {gap.length:.2g} (at most {MOST.length:g}), "
+                f"difference {gap.error:.2g} (at most {MOST.error:g})",
             )
     return Choice("bf16", f"{unit}, and gradients agree with fp64 in a healthy and a collapsed state")
 
@@ -113,7 +114,7 @@ def _narrow(config: Config, precision: str) -> Config:
         {
             "model": model.model_copy(update={"width": WIDTH, **heads}).model_dump(),
             "train": {"precision": precision},
-            "engine": config.engine.model_dump(),
+            "engine": {"kernels": "auto" if precision == "fp64" else config.engine.kernels},  # Triton's know no fp64
         }
     )
 

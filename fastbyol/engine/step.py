@@ -36,7 +36,7 @@ from fastbyol_kernels.lars_ema import LAYER_METRICS, Rule, lars_ema
 
 __all__ = ["LAYER_METRICS", "METRICS", "StepMetrics", "TrainState", "forward", "train_step"]
 
-METRICS = ("loss", "pos_cos", "neg_cos", "std_z", "std_y", "dead_y", "grad_norm", "lr", "tau")
+METRICS = ("loss", "pos_cos", "neg_cos", "std_z", "std_y", "dead_y", "grad_norm", "lr", "tau", "skipped")
 
 
 class StepMetrics(NamedTuple):
@@ -45,7 +45,8 @@ class StepMetrics(NamedTuple):
     loss is as it was minimised, scale included. pos_cos and neg_cos are mean cosines of online projections z(v) and target
     projections z'(v') of the same and of different images, averaged over the two orders of the views. std_z and std_y are the
     spread of projections and embeddings, dead_y is the share of embedding units that are 0 over the whole batch
-    (``model.objective``), grad_norm is the whole gradient's, lr and tau are this step's.
+    (``model.objective``), grad_norm is the whole gradient's, lr and tau are this step's, skipped is 1 where the optimizer left
+    the step out, else 0.
     """
 
     values: Tensor
@@ -211,8 +212,6 @@ def train_step(state: TrainState, views: Tensor, forward: Forward = forward) -> 
         loss, observed = forward(state.online, state.target, batch, recipe.loss_scale)
         torch.autograd.backward(loss)
     with torch.no_grad():
-        of_step = torch.stack((torch.linalg.vector_norm(arena.gradient), lr, tau))
-        values = torch.cat((loss.detach().view(1), observed, of_step))
         table, factor = arena.table, lr
         if state.given is not None:
             state.given.set(arena.online, arena.gradient, lr, state.step)
@@ -223,8 +222,11 @@ def train_step(state: TrainState, views: Tensor, forward: Forward = forward) -> 
             kernels=state.kernels,
         )  # fmt: skip
         # The optimizer leaves a step out whose gradient is not finite; what the norms gathered in it has to go as well.
-        state.keep_statistics(torch.where(layers[:, 1].isfinite().all(), state.statistics(), statistics))
+        taken = layers[:, 1].isfinite().all()
+        state.keep_statistics(torch.where(taken, state.statistics(), statistics))
         state.step.add_(1)
+        of_step = torch.stack((torch.linalg.vector_norm(arena.gradient), lr, tau, (~taken).to(lr.dtype)))
+        values = torch.cat((loss.detach().view(1), observed, of_step))
     return StepMetrics(values.float(), layers.float())
 
 

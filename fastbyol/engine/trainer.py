@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -98,7 +98,6 @@ class Trainer:
     def _prepare(self, opened: ExitStack) -> loader.Loader:
         """Data, networks and what was saved: all that goes before the first step and can be done again."""
         config = self.config
-        chosen = capture.choose(config.engine, self.device)
         self.step = checkpoint.newest_step(self.folder.checkpoints) or 0
         train_file, test_file = embedded.training_file(config.data), embedded.held_out_file(config.data)
         batches = opened.enter_context(self._open(train_file))
@@ -109,10 +108,21 @@ class Trainer:
         if config.optim.replay_rates:
             self.state = with_replayed_rates(self.state, Path(config.optim.replay_rates), total_steps=self.total_steps)
         self.step = self._restore()
-        self.take_step = capture.engine(self.state, config, chosen, self.observer.note)
         self._refuse_full_disk()
         self._say_start(train_file, batches.num_samples)
+        self.take_step = self._engine(batches)
         return batches
+
+    def _engine(self, batches: loader.Loader) -> capture.Engine:
+        """What takes the steps, ready for the next batch; a run with none left prepares nothing."""
+        chosen = capture.choose(self.config.engine, self.device, before=self._mode_before)
+        engine = capture.engine(self.state, self.config, chosen, self.observer.note)
+        if chosen.mode != "eager" and self.step < self.total_steps:
+            self.observer.note(f"engine {chosen.mode}: compiling the step, which may take minutes")
+            epoch, first = divmod(self.step, self.steps_per_epoch)
+            with closing(batches.epoch(epoch, start_step=first)) as upcoming:
+                engine.prepare(next(upcoming), epoch)
+        return engine
 
     def _loop(self, batches: loader.Loader, interrupt: Interrupt) -> None:
         config = self.config
@@ -182,6 +192,7 @@ class Trainer:
     def _restore(self) -> int:
         """Take over what was saved last, and the step it was saved at; for a new run the weights it starts from, and 0."""
         self._written: Mapping[str, Sequence[Any]] | None = None
+        self._mode_before: str | None = None
         run, config = self.folder.path, self.config
         if checkpoint.newest(self.folder.checkpoints) is None:
             self._refuse_lost_checkpoints()
@@ -198,6 +209,7 @@ class Trainer:
         record.refuse_changed(run, config, loaded.meta["config"], str(loaded.path))
         self.state.load_tensors(loaded.tensors)
         self._written = loaded.meta["telemetry"]
+        self._mode_before = loaded.meta.get("engine", "eager")  # there was a time when nothing else was
         self.owes_epoch_end = loaded.meta["owes_epoch_end"]
         self.monitor = CollapseMonitor.from_dict(loaded.meta["collapse"])
         self.accuracy = loaded.meta["accuracy"]
@@ -329,6 +341,7 @@ class Trainer:
                 "epoch_means": self.epoch_means,
                 "owes_epoch_end": self.owes_epoch_end,
                 "telemetry": self.telemetry.written,
+                "engine": self.take_step.mode,
             },
             keep=self.config.run.keep_checkpoints,
         )

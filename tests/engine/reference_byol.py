@@ -182,6 +182,7 @@ class Reference:
             "grad_norm": math.sqrt(sum(v.pow(2).sum().item() for v in g.values())),
             "lr": lr,
             "tau": tau,
+            "skipped": 0.0,
         }
 
     def average(self, tau: float) -> None:

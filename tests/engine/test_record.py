@@ -7,11 +7,13 @@ import shutil
 from pathlib import Path
 
 import pytest
+from torch import Tensor
 
 from fastbyol import api
-from fastbyol.engine import checkpoint, record, trainer
+from fastbyol.engine import capture, checkpoint, record, trainer
 from fastbyol.engine.metrics_file import read_metrics
 from fastbyol.engine.observer import Silent
+from fastbyol.engine.step import Forward, StepMetrics, TrainState
 from fastbyol.errors import FastbyolError, UsageError
 from tiny import beton_files, tiny_config
 
@@ -85,10 +87,12 @@ def test_a_turned_clock_changes_nothing(run: Path, made: Path, monkeypatch: pyte
 
 def poisoned(monkeypatch: pytest.MonkeyPatch, *steps: int) -> None:
     """Views of NaN at some steps: the shortest way to a gradient that is not finite."""
-    step = trainer.train_step
-    monkeypatch.setattr(
-        trainer, "train_step", lambda state, views: step(state, views * float("nan") if int(state.step) in steps else views)
-    )
+    step = capture.train_step
+
+    def poison(state: TrainState, views: Tensor, forward: Forward) -> StepMetrics:
+        return step(state, views * float("nan") if int(state.step) in steps else views, forward)
+
+    monkeypatch.setattr(capture, "train_step", poison)
 
 
 def test_a_few_bad_steps_are_left_out_counted_and_said(
@@ -100,9 +104,11 @@ def test_a_few_bad_steps_are_left_out_counted_and_said(
     rows, events = read_metrics(tmp_path / "run")
     assert [(event["step"], event["in_a_row"]) for event in events if event["event"] == "skipped"] == [(3, 1), (4, 2), (8, 1)]
     assert [row["step"] for row in rows if row["grad_norm"] is None] == [2, 3, 7]
+    assert [row["skipped"] for row in rows[:8]] == [0.0, 0.0, 1.0, 1.0, 0.0, 0.0, 0.0, 1.0]
     first = next(event for event in events if event["event"] == "epoch")
     losses = [row["loss"] for row in rows[:6] if row["grad_norm"] is not None]
     assert first["loss"] == pytest.approx(sum(losses) / 4, rel=1e-6)
+    assert first["skipped"] == pytest.approx(2 / 6)
     assert record.damage(tmp_path / "run", checkpoint.load_latest(tmp_path / "run" / "checkpoints").meta["telemetry"]) is None
 
 

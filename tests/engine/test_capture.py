@@ -193,13 +193,13 @@ class Reads(TorchDispatchMode):
 
 @pytest.mark.parametrize("kinds", COVER, ids=str)
 def test_no_step_reads_the_device(kinds: tuple[str, str, bool, str]) -> None:
-    config = small_views(fp32(*kinds))
-    take = capture.Eager(TrainState.create(config, steps_per_epoch=2), config)
+    """From the views on, which kernels draw on a GPU."""
+    state = TrainState.create(fp32(*kinds), steps_per_epoch=2)
     with Reads() as reads:
-        for index in range(2):
-            take(batch_of(index), 0)
+        for step in range(2):
+            train_step(state, some_views(step))
         assert not reads.seen
-        assert bool(take.state.step == 2)
+        assert bool(state.step == 2)
     assert reads.seen == ["_local_scalar_dense"]
 
 

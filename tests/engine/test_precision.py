@@ -54,6 +54,11 @@ def test_the_gap_is_none_between_equals(monkeypatch: pytest.MonkeyPatch) -> None
     assert precision.gradient_gap(config, CPU, "collapsed") == (0.0, 0.0)
 
 
+def test_the_exact_step_has_no_use_for_tritons_kernels() -> None:
+    config = load_config("blog", ["engine.kernels=triton"])
+    assert [precision._narrow(config, unit).engine.kernels for unit in ("fp64", "bf16")] == ["auto", "triton"]
+
+
 def test_a_run_names_what_auto_became(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with_units(monkeypatch, avx512_bf16=True)
     config = tiny_config(beton_files(tmp_path), "train.precision=auto", "train.epochs=1")

@@ -75,13 +75,14 @@ CASES = [
 @pytest.mark.parametrize(("choice", "batch", "size"), CASES)
 def test_a_step_in_triton_equals_the_step_in_plain_torch(choice: tuple[str, bool, str], batch: int, size: int) -> None:
     """fp32: sums in another order, which a net of 20 layers amplifies, and again in the second step. The order of plain torch's
-    sums depends on the number of threads: with one the first step's values were within 1e-5, with two 1.4e-5 apart."""
+    sums depends on the number of threads: with one the first step's values were within 1e-5, with two 1.4e-5 apart and the heads'
+    gradients 2.6e-5."""
     plain = Course(choice, "fp32", "reference", batch=batch, size=size)
     fused = Course(choice, "fp32", "triton", batch=batch, size=size)
     for a, b, rtol in zip(fused.values, plain.values, (5e-5, 1e-3), strict=True):
         torch.testing.assert_close(a, b, rtol=rtol, atol=1e-5)
     worst = off(plain.state, fused.gradients[0], plain.gradients[0])
-    assert worst[0] < 2e-5, worst
+    assert worst[0] < 5e-5, worst
     for name in ("online", "target", "momentum"):
         worst = off(plain.state, getattr(fused.state.arena, name), getattr(plain.state.arena, name))
         assert worst[0] < 1e-3, (name, worst)

@@ -75,8 +75,8 @@ CASES = [
 @pytest.mark.parametrize(("choice", "batch", "size"), CASES)
 def test_a_step_in_triton_equals_the_step_in_plain_torch(choice: tuple[str, bool, str], batch: int, size: int) -> None:
     """fp32: sums in another order, which a net of 20 layers amplifies, and again in the second step. The order of plain torch's
-    sums depends on the number of threads: with one the first step's values were within 1e-5, with two 1.4e-5 apart and the heads'
-    gradients 2.6e-5."""
+    sums depends on the number of threads: with one the first step's values were within 1e-5, with two 1.4e-5 apart and the
+    heads' gradients 2.6e-5."""
     plain = Course(choice, "fp32", "reference", batch=batch, size=size)
     fused = Course(choice, "fp32", "triton", batch=batch, size=size)
     for a, b, rtol in zip(fused.values, plain.values, (5e-5, 1e-3), strict=True):

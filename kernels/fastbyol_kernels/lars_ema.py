@@ -181,6 +181,50 @@ def reference(
     return torch.stack((weight_norm, grad_norm, trust, rate, after * _norms(m)), dim=1)
 
 
+def on_processor(
+    online: Tensor,
+    gradient: Tensor,
+    momentum: Tensor,
+    target: Tensor,
+    table: SegmentTable,
+    lr: Tensor,
+    tau: Tensor,
+    *,
+    rule: Rule,
+    eta: float,
+    mu: float,
+    ema_first: bool,
+    loss_scale: Tensor | None = None,
+) -> Tensor:
+    """``reference`` for a CPU, where numbers are read without waiting: torch's fused SGD takes each segment in one pass.
+
+    With dampening 1 - a and rate b it is the module's formula. What 1 - a rounds off is 1e-16, in fp64.
+    """
+    if loss_scale is not None:
+        gradient = gradient / loss_scale
+    w, g, m = (table.split(buffer) for buffer in (online, gradient, momentum))
+    weight_norm, grad_norm, decay = _norms(w), _norms(g), table.decay
+    if not grad_norm.isfinite().all():
+        still = torch.zeros_like(grad_norm)
+        return torch.stack((weight_norm, grad_norm, still, still, still), dim=1)
+    decayed_norm = _norms(torch._foreach_addcmul(g, w, list(decay))) if rule == "deepmind" else grad_norm
+    trust = torch.where(table.adapt, trust_ratio(rule, weight_norm, grad_norm, decayed_norm, decay, eta), 1.0)
+    if rule == "bolts":
+        decay = torch.where(table.adapt & (grad_norm == 0), 0.0, decay)
+    rate = lr * table.lr_mult * trust
+    before, after = (rate, torch.ones_like(rate)) if rule == "blog" else (trust, lr * table.lr_mult)
+    if ema_first:
+        _follow(target, online, tau)
+    for a, b, d, one_w, one_g, one_m in zip(before.tolist(), after.tolist(), decay.tolist(), w, g, m, strict=True):
+        torch._fused_sgd_(
+            [one_w], [one_g], [one_m], lr=b, dampening=1.0 - a, momentum=mu, weight_decay=d,
+            nesterov=False, maximize=False, is_first_step=False,
+        )  # fmt: skip
+    if not ema_first:
+        _follow(target, online, tau)
+    return torch.stack((weight_norm, grad_norm, trust, rate, after * _norms(m)), dim=1)
+
+
 def _norms(tensors: list[Tensor] | tuple[Tensor, ...]) -> Tensor:
     return torch.stack(torch._foreach_norm(tensors))
 
@@ -601,15 +645,17 @@ def lars_ema(
     0-d bool, with whether the gradient was not finite.
 
     ``kernels``: "reference" (plain torch), "triton" (fp32, three launches; on a CPU only in Triton's interpreter), or "auto",
-    which is "triton" for CUDA tensors. fp64 always takes the reference. The kernels want segments that start and buffers that
-    end at multiples of 4 elements. Raises ValueError, naming the argument, for what does not fit.
+    which is "triton" for CUDA tensors and ``on_processor`` for others. fp64 never takes the kernels. The kernels want segments
+    that start and buffers that end at multiples of 4 elements. Raises ValueError, naming the argument, for what does not fit.
     """
     _check(online, gradient, momentum, target, table, lr, tau, rule, loss_scale)
     _check_outputs(online, target, table, online_copy, target_copy, slots, step, skipped)
     if kernels not in ("auto", "triton", "reference"):
         raise ValueError(f"kernels must be auto, triton or reference, not {kernels!r}")
     if kernels == "reference" or online.dtype == torch.float64 or (kernels == "auto" and not online.is_cuda):
-        layers: Tensor = reference(
+        # A graph of torch.compile would break where numbers are read.
+        direct = kernels == "auto" and not online.is_cuda and not torch.compiler.is_compiling()
+        layers: Tensor = (on_processor if direct else reference)(
             online, gradient, momentum, target, table, lr, tau,
             rule=rule, eta=eta, mu=mu, ema_first=ema_first, loss_scale=loss_scale,
         )  # fmt: skip

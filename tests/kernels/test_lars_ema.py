@@ -306,12 +306,13 @@ def _dirty(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("_dirty")
+@pytest.mark.parametrize("kernels", ["triton", "auto"])
 @pytest.mark.parametrize("ema_first", [False, True])
 @pytest.mark.parametrize("rule", RULES)
-def test_kernels_equal_fp64(device: torch.device, rule: Rule, ema_first: bool) -> None:
+def test_kernels_equal_fp64(device: torch.device, rule: Rule, ema_first: bool, kernels: str) -> None:
     start = problem(device)
     got = start.to(torch.float32)
-    layers = got.step(rule, ema_first=ema_first, kernels="triton")
+    layers = got.step(rule, ema_first=ema_first, kernels=kernels)
     assert_as_fp64(got, layers, start, rule, ema_first=ema_first)
     assert_padding_is_zero(got)
 

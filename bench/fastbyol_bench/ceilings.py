@@ -21,9 +21,21 @@ def ceiling(device: torch.device, *, quick: bool) -> Ceiling:
     return Ceiling(
         threads=torch.get_num_threads(),
         copy_bytes_s=2 * num_bytes / _best(lambda: target.copy_(source), device, quick),
-        fp32_flop_s=2 * side**3 / _best(_product(side, torch.float32, device), device, quick),
-        bf16_flop_s=2 * side**3 / _best(_product(side, torch.bfloat16, device), device, quick),
+        fp32_flop_s=_product_s(side, torch.float32, device, quick),
+        bf16_flop_s=_product_s(side, torch.bfloat16, device, quick),
     )
+
+
+def _product_s(side: int, dtype: torch.dtype, device: torch.device, quick: bool) -> float:
+    """Operations per second of a matrix product, or of the same as a convolution: on some processors torch's BLAS is slower."""
+    return 2 * side**3 / min(_best(make(side, dtype, device), device, quick) for make in (_product, _convolution))
+
+
+def _convolution(side: int, dtype: torch.dtype, device: torch.device) -> Callable[[], object]:
+    pixels = (side // 16, side, 4, 4)
+    x, weight = (torch.randn(shape, device=device).to(dtype) for shape in (pixels, (side, side, 1, 1)))
+    x, weight = (tensor.contiguous(memory_format=torch.channels_last) for tensor in (x, weight))
+    return lambda: torch.nn.functional.conv2d(x, weight)
 
 
 def _product(side: int, dtype: torch.dtype, device: torch.device) -> Callable[[], object]:

@@ -14,12 +14,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from fastbyol.engine.device import pick_device
 from fastbyol.errors import UsageError
 from fastbyol_bench import compare as comparison
 from fastbyol_bench import results, table, waterfall
 from fastbyol_bench.results import Result
-from fastbyol_bench.suite import Setting
+from fastbyol_bench.suite import Setting, threads
 
 SUITES = ("kernels", "views", "loader", "optimizer", "step", "train")
 NO_PICTURE = "no picture of where a step's time goes: that needs matplotlib (pip install 'fastbyol[report]')"
@@ -40,7 +42,11 @@ def run(names: Sequence[str], *, device: str, quick: bool, note: Callable[[str],
     machine, environment = results.machine(setting.device.type)
     if load > 1.0:
         note(f"this machine is busy (load {load:.1f}): ratios are measured side by side and hold roughly, times do not")
-    rows = [row for name in suites for row in importlib.import_module(f"fastbyol_bench.{name}").rows(setting)]
+    rows = []
+    for name in suites:
+        # FFCV sets torch to one thread when it is imported, and whatever a suite sets must not reach the next.
+        with threads(torch.get_num_threads()):
+            rows += importlib.import_module(f"fastbyol_bench.{name}").rows(setting)
     return Result(
         schema="fastbyol-bench/1",
         suites=suites,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import tempfile
 from pathlib import Path
 
@@ -23,9 +24,7 @@ def rows(setting: Setting) -> list[Row]:
     """An epoch of shuffled batches: streamed by one thread, resident, and torch's DataLoader over an array in memory."""
     size, count, batch = (32, 64, 8) if setting.quick else (96, 4096, 256)
     name = f"raw {size} px, batches of {batch}, one thread"
-    try:
-        import ffcv  # noqa: F401
-    except ImportError:
+    if importlib.util.find_spec("ffcv") is None:
         return [missing(SUITE, name, "streamed", NEEDS_FFCV), missing(SUITE, name, "resident", NEEDS_FFCV)]
     with tempfile.TemporaryDirectory() as folder, threads(1):
         return _measured(setting, name, beton(Path(folder), count, size), (size, count, batch))

@@ -47,8 +47,10 @@ EXPECTED = {
 @pytest.mark.skipif(torch.cuda.is_available(), reason="what needs a GPU is there")
 @pytest.mark.parametrize("suite", command.SUITES)
 def test_every_suite_measures_and_keeps(suite: str, run) -> None:
+    before = torch.get_num_threads()
     code, out, err = run(suite, "--quick", "--device", "cpu", "--out", "kept", "--json")
     assert code == 0, err
+    assert torch.get_num_threads() == before
     kept = results.read(Path("kept") / f"cpu-{suite}.json")
     assert results.Result.model_validate_json(out) == kept
     assert kept.suites == (suite,)

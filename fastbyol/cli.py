@@ -593,6 +593,10 @@ def main() -> None:
         _fail("interrupted", 130)
     except BrokenPipeError:
         sys.exit(1)
+    except Exception as error:
+        if not interrupt.is_behind(error):
+            raise
+        _fail("interrupted", 130)
     finally:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # nothing is left to be saved: Python's own would print a trace
 

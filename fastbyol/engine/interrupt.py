@@ -47,6 +47,14 @@ def sent_again() -> Iterator[None]:
             timer.cancel()
 
 
+def is_behind(error: BaseException) -> bool:
+    """Whether a Ctrl-C led to ``error``: compiled modules that are being imported make another exception of it."""
+    reason: BaseException | None = error
+    while reason is not None and not isinstance(reason, KeyboardInterrupt):
+        reason = reason.__cause__ or reason.__context__
+    return reason is not None
+
+
 class Interrupt:
     """While entered, the first of ``SIGNALS`` sets ``requested`` to its name; a second SIGINT raises KeyboardInterrupt at once.
 

@@ -9,7 +9,8 @@ import time
 
 import pytest
 
-from fastbyol.engine.interrupt import AGAIN_S, SIGNALS, Interrupt, Stopped, sent_again
+from fastbyol import cli
+from fastbyol.engine.interrupt import AGAIN_S, SIGNALS, Interrupt, Stopped, is_behind, sent_again
 
 
 def send(number: int) -> None:
@@ -86,3 +87,34 @@ def test_ctrl_c_that_a_finalizer_swallows_comes_again(
         Finalizer(signal.SIGINT)
     time.sleep(2 * AGAIN_S)  # what was swallowed at the very end is let go
     assert capsys.readouterr().err == ""
+
+
+def test_what_an_import_makes_of_ctrl_c_is_told_apart() -> None:
+    """A compiled module that is interrupted while it is imported says ImportError, "initialization failed"."""
+    with pytest.raises(ImportError) as caught:  # noqa: PT012
+        try:
+            send(signal.SIGINT)
+        except KeyboardInterrupt as interrupted:
+            raise ImportError("initialization failed") from interrupted
+    assert is_behind(caught.value)
+    assert not is_behind(ImportError("no such module"))
+
+
+def test_the_command_line_ends_for_it_as_for_ctrl_c(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(**options: object) -> None:
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt as reason:
+            raise ImportError("initialization failed") from reason
+
+    monkeypatch.setattr(cli, "app", interrupted)
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert ended.value.code == 130
+    assert capsys.readouterr().err == "fastbyol: error: interrupted\n"

@@ -16,7 +16,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-from fastbyol import api, cli, config_io, report
+from fastbyol import api, cli, config_io, figures
 from fastbyol.config import Config
 from fastbyol.engine import checkpoint, trainer
 from fastbyol.evaluation import protocol
@@ -107,7 +107,7 @@ def _command(arguments: tuple[str, ...], output: Path, marks: Path) -> None:
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     _mark_phases(marks)
-    report.available = lambda: False  # two seconds of drawing that these tests are not about
+    figures.available = lambda: False  # two seconds of drawing that these tests are not about
     sys.argv = ["fastbyol", *arguments]
     cli.main()
 

@@ -33,11 +33,6 @@ END_S = 20.0
 # What a whole conversion may take on a machine that does other things too. Alone it is 3 s.
 PATIENCE_S = rig.PATIENCE_S
 COUNT, SIDE = 2000, 64
-CODE = """
-import sys
-from fastbyol.data.convert import convert
-convert('textures', sys.argv[1], count={count}, size={side}, seed=int(sys.argv[2]), workers=2, overwrite=True)
-"""
 
 
 @pytest.fixture(autouse=True)
@@ -48,8 +43,8 @@ def _nothing_in_shared_memory() -> Iterator[None]:
 
 
 def start(out: Path, seed: int, count: int = COUNT, **options: object) -> subprocess.Popen[bytes]:
-    code = CODE.format(count=count, side=SIDE)
-    return subprocess.Popen([sys.executable, "-c", code, str(out), str(seed)], **options)  # type: ignore[call-overload]
+    what = f"convert textures {out} --count {count} --size {SIDE} --seed {seed} --workers 2 --overwrite".split()
+    return subprocess.Popen([sys.executable, "-m", "fastbyol.cli", *what], **options)  # type: ignore[call-overload]
 
 
 def writers(parent: int | None = None) -> list[int]:

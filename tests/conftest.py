@@ -1,8 +1,9 @@
-"""What all tests share: a cache folder that is nobody's, and Triton's interpreter where there is no GPU."""
+"""What all tests share: a cache folder that is nobody's, Ctrl-C as Python has it, and Triton's interpreter without a GPU."""
 
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +13,14 @@ import torch
 # Read when a kernel is defined, so it has to stand before the first import of fastbyol_kernels.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+
+
+@pytest.fixture(autouse=True)
+def _own_ctrl_c() -> Iterator[None]:
+    """A command line that has done its work lets Ctrl-C kill its process, which here is pytest's."""
+    before = signal.getsignal(signal.SIGINT)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(scope="session", autouse=True)

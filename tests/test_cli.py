@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import sys
 from pathlib import Path
 
@@ -38,10 +37,8 @@ def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp
 
     def command(*arguments: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["fastbyol", *map(str, arguments)])
-        before = signal.getsignal(signal.SIGINT)
         with pytest.raises(SystemExit) as ended:
             cli.main()
-        signal.signal(signal.SIGINT, before)  # a command lets Ctrl-C kill it once its work is over
         printed = capsys.readouterr()
         return int(ended.value.code or 0), printed.out, printed.err
 

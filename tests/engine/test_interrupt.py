@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
 import time
 
 import pytest
 
 from fastbyol import cli
-from fastbyol.engine.interrupt import AGAIN_S, SIGNALS, Interrupt, Stopped, is_behind, sent_again
+from fastbyol.engine import interrupt as module
+from fastbyol.engine.interrupt import SIGNALS, Interrupt, Stopped, is_behind
 
 
 def send(number: int) -> None:
@@ -74,23 +76,29 @@ def test_outside_the_abortable_part_a_request_waits() -> None:
 
 def swallow_one_and_wait() -> None:
     Finalizer(signal.SIGINT)
-    time.sleep(100 * AGAIN_S)
+    time.sleep(100 * module.AGAIN_S)
 
 
 def test_ctrl_c_that_a_finalizer_swallows_comes_again(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys, "unraisablehook", sys.__unraisablehook__)
-    with pytest.raises(KeyboardInterrupt), sent_again():
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    with pytest.raises(KeyboardInterrupt), module.sent_again():
         swallow_one_and_wait()
-    with sent_again():
+    monkeypatch.setattr(module, "AGAIN_S", 60.0)
+    with module.sent_again():
         Finalizer(signal.SIGINT)
-    time.sleep(2 * AGAIN_S)  # what was swallowed at the very end is let go
+    # What was swallowed at the very end is let go.
+    for timer in (thread for thread in threading.enumerate() if isinstance(thread, threading.Timer)):
+        timer.join(10.0)
+        assert not timer.is_alive()
     assert capsys.readouterr().err == ""
 
 
 def test_what_an_import_makes_of_ctrl_c_is_told_apart() -> None:
     """A compiled module that is interrupted while it is imported says ImportError, "initialization failed"."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     with pytest.raises(ImportError) as caught:  # noqa: PT012
         try:
             send(signal.SIGINT)
@@ -110,11 +118,7 @@ def test_the_command_line_ends_for_it_as_for_ctrl_c(
             raise ImportError("initialization failed") from reason
 
     monkeypatch.setattr(cli, "app", interrupted)
-    before = signal.getsignal(signal.SIGINT)
-    try:
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-    finally:
-        signal.signal(signal.SIGINT, before)
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
     assert ended.value.code == 130
     assert capsys.readouterr().err == "fastbyol: error: interrupted\n"

@@ -75,6 +75,10 @@ class Interrupt:
             self._stop()
             yield
             self._stop()  # finalizers and C's callbacks swallow exceptions: what came within one is raised here
+        except Exception as error:
+            if self._has_stopped:  # compiled code made another error of it
+                raise Stopped(self.requested) from error
+            raise
         finally:
             self._abortable = False
 

@@ -66,6 +66,17 @@ def test_a_request_that_a_finalizer_swallows_is_raised_at_the_end() -> None:
         Finalizer()
 
 
+def test_a_request_that_compiled_code_turns_into_another_error_is_still_one() -> None:
+    """torch made "could not determine the shape" of one that came while it read a checkpoint."""
+    with Interrupt() as interrupt, pytest.raises(Stopped, match="SIGTERM"), interrupt.abortable():  # noqa: PT012
+        try:
+            send(signal.SIGTERM)
+        except Stopped:
+            raise ValueError("could not determine the shape") from None
+    with Interrupt() as interrupt, pytest.raises(ValueError, match="wrong"), interrupt.abortable():
+        raise ValueError("wrong")
+
+
 def test_outside_the_abortable_part_a_request_waits() -> None:
     with Interrupt() as interrupt:
         with interrupt.abortable():

@@ -6,6 +6,7 @@ Counts are small in ``make test`` and those of the table in README.md with ``FAS
 
 from __future__ import annotations
 
+import faulthandler
 import mmap
 import multiprocessing
 import os
@@ -106,6 +107,7 @@ def _command(arguments: tuple[str, ...], output: Path, marks: Path) -> None:
     descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
+    faulthandler.enable()  # a child that hangs is ended by SIGABRT, and says where it was
     _mark_phases(marks)
     figures.available = lambda: False  # two seconds of drawing that these tests are not about
     sys.argv = ["fastbyol", *arguments]

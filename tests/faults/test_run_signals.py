@@ -51,7 +51,9 @@ def stop(process: BaseProcess, number: signal.Signals, *, twice: bool) -> float:
         process.join(0.03)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, number)
-    clock.waits(lambda wait_s: process.join(wait_s) or not process.is_alive(), rig.PATIENCE_S)
+    if not clock.waits(lambda wait_s: process.join(wait_s) or not process.is_alive(), 4 * WITHIN_S):
+        os.kill(process.pid, signal.SIGABRT)
+        process.join()
     return clock.seconds()
 
 

@@ -35,6 +35,10 @@ COVER = (
     ("none", "ln", False, "bolts"),
 )
 
+# Sums in another order round another way, and the collapsed state magnifies it: of one network the worst parameter was .6 times
+# as far from fp64 as in eager steps with one thread, and 6 times with two.
+CHANCE = 16
+
 # One network with all of it, since compiling takes a minute: compiled code is kept on disk, and the second test finds it there.
 ALL_KINDS = ("model.norm=bn", "model.ws=true", "model.projector.norm=gn", "model.predictor.norm=ln", "train.precision=bf16")
 
@@ -56,14 +60,14 @@ def fp64(config: Config) -> Config:
 
 
 def assert_near(exact: TrainState, eager: TrainState, other: TrainState) -> None:
-    """``other`` is as near to fp64 as eager steps are: four times their distance, and a few last bits of fp32."""
+    """``other`` is as near to fp64 as eager steps are: ``CHANCE`` times their distance, and a few last bits of fp32."""
     for buffer in ("online", "momentum", "target"):
         named = [state.arena.named(getattr(state.arena, buffer)) for state in (exact, eager, other)]
         for name, e in named[0].items():
-            allowed = 4 * float((named[1][name] - e).abs().max()) + 1e-5 * float(e.abs().max().clamp(min=1e-3))
+            allowed = CHANCE * float((named[1][name] - e).abs().max()) + 1e-5 * float(e.abs().max().clamp(min=1e-3))
             assert float((named[2][name] - e).abs().max()) <= allowed, f"{buffer}: {name}"
     for (name, e), x, y in zip(exact.online.named_buffers(), eager.online.buffers(), other.online.buffers(), strict=True):
-        assert float((y - e).abs().max()) <= 4 * float((x - e).abs().max()) + 1e-5 * float(e.abs().max()), name
+        assert float((y - e).abs().max()) <= CHANCE * float((x - e).abs().max()) + 1e-5 * float(e.abs().max()), name
 
 
 @pytest.mark.parametrize("kinds", COVER, ids=str)

@@ -184,8 +184,8 @@ class EngineConfig(Model):
     mode: Literal["auto", "eager", "compile", "graph"] = Field(
         "auto", description="eager, torch.compile, or one CUDA graph over compiled regions; auto: what is measured to pay"
     )
-    kernels: Literal["auto", "triton", "reference"] = Field(
-        "auto", description="the fused operations in Triton or in plain torch; auto: Triton on CUDA, torch elsewhere"
+    kernels: Literal["auto", "triton", "processor", "reference"] = Field(
+        "auto", description="the fused operations in Triton, in a processor's machine code, or in plain torch; auto: what fits"
     )
 
 

@@ -236,7 +236,7 @@ def _from_file(path: Path) -> dict[str, Setting]:
 def _from_text(text: str, name: str) -> dict[str, Setting]:
     try:
         table = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except ValueError as error:  # of which TOMLDecodeError is one; numbers of over 4,300 digits are refused by another
         raise UsageError(_syntax_error(str(error), name)) from None
     lines = _line_numbers(text)
     settings = {}
@@ -331,7 +331,7 @@ def _read(field: FieldInfo, text: str) -> object:
 def _toml(text: str) -> object:
     try:
         table = tomllib.loads(f"value = {text}")
-    except tomllib.TOMLDecodeError:
+    except ValueError:
         return text
     return table["value"] if table.keys() == {"value"} else text
 

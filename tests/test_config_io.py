@@ -259,6 +259,8 @@ def message(tmp_path: Path, text: str | bytes | None = None, **arguments: Any) -
         ("[optim]\nlars_excludm = 'none'\n", ("optim.lars_excludm (FILE:2)", "nearest is optim.lars_exclude")),
         ("[optim]\nlr = = 1\n", ("FILE:2:6: not valid TOML",)),
         ("[optim\n", ("FILE:1:7: not valid TOML",)),
+        # More digits than Python reads (sys.get_int_max_str_digits).
+        pytest.param(f"[train]\nepochs = {'9' * 5000}\n", ("FILE: not valid TOML", "digits"), id="digits"),
         ("optim.lr = 1\n[optim]\nlr = 2\n", ("FILE", "not valid TOML")),
         ("preset = 'blgo'\n", ('FILE:1 "blgo"', "no such preset", "blog")),
         ("preset = 3\n", ('FILE:1 "3"', "no such preset")),
@@ -278,6 +280,7 @@ def test_messages_about_a_file(tmp_path: Path, text: str | bytes, parts: tuple[s
         ({"sets": ["model.mlp_norm=bn"]}, ("model.mlp_norm (--set)", "model.norm")),
         ({"sets": ["optim.lr=abc"]}, ('optim.lr = "abc" (--set)', "valid number")),
         ({"sets": ["train.epochs=1.5"]}, ("train.epochs = 1.5 (--set)", "integer")),
+        pytest.param({"sets": ["train.epochs=" + "9" * 5000]}, ("train.epochs", "(--set)", "integer"), id="digits"),
         ({"sets": ["train.epochs=0"]}, ("train.epochs = 0 (--set)", "greater than or equal to 1")),
         ({"sets": ["train.device=gpu"]}, ('train.device = "gpu" (--set)', "auto|cpu|cuda")),
         ({"sets": ["optim.lr_mult=a,b"]}, ("optim.lr_mult", "--set")),

@@ -33,6 +33,7 @@ RANKS = (
     ("cli",),
 )
 RANK = {name: rank for rank, names in enumerate(RANKS) for name in names}
+KERNELS_IMPORT = {"torch", "triton", "numba", "numpy", "fastbyol_kernels"}
 BANNED = {"utils.py", "helpers.py", "common.py", "misc.py"}
 
 
@@ -66,7 +67,7 @@ def test_imports_point_one_way(path: Path) -> None:
             assert top != "tests", f"{path.name} imports {name}"
             continue
         if not inside:
-            assert top in sys.stdlib_module_names or top in {"torch", "triton", "fastbyol_kernels"}, f"kernels import {name}"
+            assert top in {*sys.stdlib_module_names, *KERNELS_IMPORT}, f"kernels import {name}"
             continue
         assert top not in {"tests", "fastbyol_bench"} or own == "cli", f"{own} imports {name}"
         if top != "fastbyol":

@@ -31,15 +31,17 @@ def dtype_of(precision: str) -> torch.dtype:
 
 
 def pick_kernels(name: str, device: torch.device, dtype: torch.dtype) -> str:
-    """``triton`` or ``reference``: what ``engine.kernels`` means for networks in ``dtype`` on ``device``.
+    """triton, processor or reference: what ``engine.kernels`` means for networks in ``dtype`` on ``device``.
 
-    ``auto`` is Triton on CUDA and plain torch elsewhere and for fp64. Raises ``UsageError`` for Triton where it cannot run.
+    ``auto`` is Triton on CUDA, machine code on a CPU, plain torch for fp64. Raises ``UsageError`` for kernels that cannot run.
     """
-    wide = dtype == torch.float64
+    wide, on_gpu = dtype == torch.float64, device.type == "cuda"
     if name == "auto":
-        return "triton" if device.type == "cuda" and not wide else "reference"
-    if name == "triton" and wide:
-        raise UsageError("engine.kernels: triton has no kernels for fp64: take auto or reference")
-    if name == "triton" and device.type != "cuda" and not INTERPRETED:
+        return "reference" if wide else "triton" if on_gpu else "processor"
+    if name != "reference" and wide:
+        raise UsageError(f"engine.kernels: {name} has no kernels for fp64: take auto or reference")
+    if name == "processor" and on_gpu:
+        raise UsageError(f"engine.kernels: processor needs a CPU, train.device is {device}: take auto, triton or reference")
+    if name == "triton" and not on_gpu and not INTERPRETED:
         raise UsageError(f"engine.kernels: triton needs CUDA, train.device is {device}: take auto or reference")
     return name

@@ -29,6 +29,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastbyol_kernels.aot import Build
+from fastbyol_kernels.choice import choose_kernels
 from fastbyol_kernels.philox import DOMAIN_VIEWS, philox4x32, split_id, uniform
 from fastbyol_kernels.two_views_config import JITTER_IDENTITY, JITTER_ORDERS, Column
 
@@ -341,11 +342,9 @@ def draw_views(
     ``kernels``: "reference" (plain torch), "triton" (on a CPU only in Triton's interpreter), or "auto", which is "triton" for
     CUDA tensors. All give the same bits. Raises ValueError naming a wrong argument.
     """
-    _check(ids, seed, epoch, height, width, kernels)
-    if kernels == "reference" or (kernels == "auto" and not ids.is_cuda):
+    _check(ids, seed, epoch, height, width)
+    if choose_kernels(kernels, "ids", ids, interpreted=INTERPRETED) == "reference":
         return reference(distribution, ids, seed, epoch, height, width)
-    if not ids.is_cuda and not INTERPRETED:
-        raise ValueError(f'kernels="triton" needs CUDA tensors, ids is on {ids.device} (or TRITON_INTERPRET=1 at import)')
     numbers = _numbers(distribution, height, width)
     seed, epoch = _on_device(seed, ids), _on_device(epoch, ids)
     table: Tensor = _draw(ids.contiguous(), seed, epoch, height, width, distribution.num_views, *numbers)
@@ -358,7 +357,7 @@ def _on_device(value: int | Tensor, ids: Tensor) -> Tensor:
     return torch.full((), value - 2**64 if value >= 2**63 else value, dtype=torch.int64, device=ids.device)
 
 
-def _check(ids: Tensor, seed: int | Tensor, epoch: int | Tensor, height: int, width: int, kernels: str) -> None:
+def _check(ids: Tensor, seed: int | Tensor, epoch: int | Tensor, height: int, width: int) -> None:
     if ids.dtype != torch.int64 or ids.ndim != 1:
         raise ValueError(f"ids must be int64 of shape (B,), got {ids.dtype} of shape {tuple(ids.shape)}")
     for name, value, bits in (("seed", seed, 64), ("epoch", epoch, 32)):
@@ -370,8 +369,6 @@ def _check(ids: Tensor, seed: int | Tensor, epoch: int | Tensor, height: int, wi
             raise ValueError(f"{name} must lie in [0, 2**{bits}), got {value}")
     if height < 1 or width < 1:
         raise ValueError(f"height and width must be at least 1, got {height} and {width}")
-    if kernels not in ("auto", "triton", "reference"):
-        raise ValueError(f"kernels must be auto, triton or reference, not {kernels!r}")
 
 
 def bytes_moved(num_views: int, num_images: int) -> int:

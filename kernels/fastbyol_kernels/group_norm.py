@@ -30,6 +30,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastbyol_kernels.aot import Build
+from fastbyol_kernels.choice import choose_kernels
 
 EPS = 1e-5
 DTYPES = (torch.bfloat16, torch.float32)
@@ -744,9 +745,8 @@ def group_norm(
     Raises ValueError, naming the argument, for what does not fit.
     """
     _check(x, num_groups, weight, bias, residual)
-    if kernels not in ("auto", "triton", "reference"):
-        raise ValueError(f"kernels must be auto, triton or reference, not {kernels!r}")
-    if kernels == "reference" or x.ndim == 2 or x.dtype == torch.float64 or (kernels == "auto" and not x.is_cuda):
+    chosen = choose_kernels(kernels, "x", x, interpreted=INTERPRETED)
+    if chosen == "reference" or x.ndim == 2:
         return reference(x, num_groups, weight, bias, eps, residual=residual, relu=relu)
     _check_kernel(x, weight, bias, residual)
     if x.numel() == 0:
@@ -769,8 +769,6 @@ def _check(x: Tensor, num_groups: int, weight: Tensor, bias: Tensor, residual: T
 
 
 def _check_kernel(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None) -> None:
-    if not x.is_cuda and not INTERPRETED:
-        raise ValueError(f'kernels="triton" needs CUDA tensors, x is on {x.device} (or TRITON_INTERPRET=1 at import)')
     if x.dtype not in DTYPES:
         raise ValueError(f"x must be bfloat16 or float32 for the kernels, not {x.dtype}")
     named = {"x": x, "weight": weight, "bias": bias} | ({} if residual is None else {"residual": residual})

@@ -42,6 +42,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastbyol_kernels.aot import Build
+from fastbyol_kernels.choice import choose_kernels
 
 Rule = Literal["sgd", "blog", "deepmind", "bolts"]
 RULES: tuple[Rule, ...] = ("sgd", "blog", "deepmind", "bolts")
@@ -196,33 +197,26 @@ def on_processor(
     ema_first: bool,
     loss_scale: Tensor | None = None,
 ) -> Tensor:
-    """``reference`` for a CPU, where numbers are read without waiting: torch's fused SGD takes each segment in one pass.
+    """``reference`` for fp32 on a CPU, where numbers are read without waiting, in two passes of machine code."""
+    from fastbyol_kernels import lars_ema_processor  # numba: who has a GPU need not wait for it
 
-    With dampening 1 - a and rate b it is the module's formula. What 1 - a rounds off is 1e-16, in fp64.
-    """
-    if loss_scale is not None:
-        gradient = gradient / loss_scale
-    w, g, m = (table.split(buffer) for buffer in (online, gradient, momentum))
-    weight_norm, grad_norm, decay = _norms(w), _norms(g), table.decay
+    scale = torch.ones_like(lr) if loss_scale is None else loss_scale
+    measured = online, gradient, table.decay, scale, table.chunks, table.spans
+    weight_norm, grad_norm, decayed_norm = lars_ema_processor.norms(*measured, all_three=rule != "sgd")
     if not grad_norm.isfinite().all():
-        still = torch.zeros_like(grad_norm)
+        weight_norm, still = lars_ema_processor.norms(*measured)[0], torch.zeros_like(grad_norm)
         return torch.stack((weight_norm, grad_norm, still, still, still), dim=1)
-    decayed_norm = _norms(torch._foreach_addcmul(g, w, list(decay))) if rule == "deepmind" else grad_norm
-    trust = torch.where(table.adapt, trust_ratio(rule, weight_norm, grad_norm, decayed_norm, decay, eta), 1.0)
+    trust = torch.where(table.adapt, trust_ratio(rule, weight_norm, grad_norm, decayed_norm, table.decay, eta), 1.0)
+    decay = table.decay
     if rule == "bolts":
         decay = torch.where(table.adapt & (grad_norm == 0), 0.0, decay)
     rate = lr * table.lr_mult * trust
     before, after = (rate, torch.ones_like(rate)) if rule == "blog" else (trust, lr * table.lr_mult)
-    if ema_first:
-        _follow(target, online, tau)
-    for a, b, d, one_w, one_g, one_m in zip(before.tolist(), after.tolist(), decay.tolist(), w, g, m, strict=True):
-        torch._fused_sgd_(
-            [one_w], [one_g], [one_m], lr=b, dampening=1.0 - a, momentum=mu, weight_decay=d,
-            nesterov=False, maximize=False, is_first_step=False,
-        )  # fmt: skip
-    if not ema_first:
-        _follow(target, online, tau)
-    return torch.stack((weight_norm, grad_norm, trust, rate, after * _norms(m)), dim=1)
+    momentum_norm, weight_norm = lars_ema_processor.sweep(
+        online, gradient, momentum, target, torch.stack((before, after, decay), dim=1),
+        torch.stack((torch.full_like(lr, mu), tau, 1 - tau, scale)), table.chunks, table.spans, ema_first=ema_first,
+    )  # fmt: skip
+    return torch.stack((weight_norm, grad_norm, trust, rate, after * momentum_norm), dim=1)
 
 
 def _norms(tensors: list[Tensor] | tuple[Tensor, ...]) -> Tensor:
@@ -644,18 +638,16 @@ def lars_ema(
     stay as it is; slot ``step`` % R of ``slots`` (R, S, 5), fp32, with what is returned (``step`` is 0-d int64); ``skipped``,
     0-d bool, with whether the gradient was not finite.
 
-    ``kernels``: "reference" (plain torch), "triton" (fp32, three launches; on a CPU only in Triton's interpreter), or "auto",
-    which is "triton" for CUDA tensors and ``on_processor`` for others. fp64 never takes the kernels. The kernels want segments
-    that start and buffers that end at multiples of 4 elements. Raises ValueError, naming the argument, for what does not fit.
+    ``kernels``: "reference" (plain torch), "triton" (fp32, three launches; on a CPU only in Triton's interpreter), "processor"
+    (fp32 on a CPU, two passes), or "auto", which is "triton" for CUDA tensors and "processor" for others. fp64 never takes the
+    kernels, nor does what torch.compile traces on a CPU. Triton's want segments that start and buffers that end at multiples of
+    4 elements. Raises ValueError, naming the argument, for what does not fit.
     """
     _check(online, gradient, momentum, target, table, lr, tau, rule, loss_scale)
     _check_outputs(online, target, table, online_copy, target_copy, slots, step, skipped)
-    if kernels not in ("auto", "triton", "reference"):
-        raise ValueError(f"kernels must be auto, triton or reference, not {kernels!r}")
-    if kernels == "reference" or online.dtype == torch.float64 or (kernels == "auto" and not online.is_cuda):
-        # A graph of torch.compile would break where numbers are read.
-        direct = kernels == "auto" and not online.is_cuda and not torch.compiler.is_compiling()
-        layers: Tensor = (on_processor if direct else reference)(
+    chosen = choose_kernels(kernels, "online", online, interpreted=INTERPRETED, processor=True)
+    if chosen != "triton":
+        layers: Tensor = (on_processor if chosen == "processor" else reference)(
             online, gradient, momentum, target, table, lr, tau,
             rule=rule, eta=eta, mu=mu, ema_first=ema_first, loss_scale=loss_scale,
         )  # fmt: skip
@@ -726,8 +718,6 @@ def _check_outputs(
 
 
 def _check_kernel(online: Tensor, target: Tensor, table: SegmentTable) -> None:
-    if not online.is_cuda and not INTERPRETED:
-        raise ValueError(f'kernels="triton" needs CUDA tensors, online is on {online.device} (or TRITON_INTERPRET=1 at import)')
     for name, buffer in (("online", online), ("target", target)):
         if len(buffer) % ALIGN:
             raise ValueError(f"{name} must have a multiple of {ALIGN} elements for the kernels, not {len(buffer)}")

@@ -26,6 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastbyol_kernels.aot import Build
+from fastbyol_kernels.choice import choose_kernels
 from fastbyol_kernels.draw_views import BUILDS as DRAW_BUILDS
 from fastbyol_kernels.two_views_config import JITTER_IDENTITY, JITTER_ORDERS, LUMA, Column
 
@@ -798,8 +799,9 @@ def two_views(
     _check_indices(images, indices)
     _check_table(images, table, len(images) if indices is None else len(indices))
     _check_settings(size, blur, blur_kernel, dtype)
-    _check_layout(size, channels, kernels)
-    if kernels == "reference" or dtype == torch.float64 or (kernels == "auto" and not images.is_cuda):
+    _check_layout(size, channels)
+    chosen = choose_kernels(kernels, "images", images, interpreted=INTERPRETED)
+    if chosen == "reference" or dtype == torch.float64:
         batch = images if indices is None else images.index_select(0, indices)
         views = reference(
             batch, table, size=size, blur=blur, blur_kernel=blur_kernel, mean=tuple(mean), std=tuple(std), dtype=dtype
@@ -844,18 +846,14 @@ def _check_table(images: Tensor, table: Tensor, num_images: int) -> None:
         raise ValueError(f"table must be on the images' device {images.device}, got {table.device}")
 
 
-def _check_layout(size: int, channels: int, kernels: str) -> None:
+def _check_layout(size: int, channels: int) -> None:
     if channels not in (3, 4, 8, SPACE_TO_DEPTH):
         raise ValueError(f"channels must be 3, 4, 8 or {SPACE_TO_DEPTH}, got {channels}")
     if channels == SPACE_TO_DEPTH and size % 2:
         raise ValueError(f"channels of {SPACE_TO_DEPTH}, space to depth, need an even size, got {size}")
-    if kernels not in ("auto", "triton", "reference"):
-        raise ValueError(f"kernels must be auto, triton or reference, got {kernels!r}")
 
 
 def _check_kernel(images: Tensor, indices: Tensor | None, table: Tensor, size: int, blur: str, blur_kernel: int) -> None:
-    if not images.is_cuda and not INTERPRETED:
-        raise ValueError(f'kernels="triton" needs CUDA tensors, images is on {images.device} (or TRITON_INTERPRET=1 at import)')
     for name, tensor in (("images", images), ("indices", indices), ("table", table)):
         if tensor is not None and not tensor.is_contiguous():
             raise ValueError(f"{name} must be contiguous for the kernels: strides {tensor.stride()}")

@@ -24,6 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastbyol_kernels.aot import Build
+from fastbyol_kernels.choice import choose_kernels
 
 EPS = 1e-5
 
@@ -552,13 +553,7 @@ def _row_statistics(flat: Tensor, table: RowTable) -> tuple[Tensor, Tensor]:
 
 
 def _use_triton(flat: Tensor, kernels: str) -> bool:
-    if kernels not in ("auto", "triton", "reference"):
-        raise ValueError(f"kernels must be auto, triton or reference, not {kernels!r}")
-    if kernels == "reference" or flat.dtype == torch.float64 or (kernels == "auto" and not flat.is_cuda):
-        return False
-    if not flat.is_cuda and not INTERPRETED:
-        raise ValueError(f'kernels="triton" needs CUDA tensors, flat is on {flat.device} (or TRITON_INTERPRET=1 at import)')
-    return True
+    return choose_kernels(kernels, "flat", flat, interpreted=INTERPRETED) == "triton"
 
 
 def _check_sizes(flat: Tensor, table: RowTable) -> None:

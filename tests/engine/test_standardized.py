@@ -131,7 +131,12 @@ def test_the_switch_says_what_cannot_be(monkeypatch: pytest.MonkeyPatch) -> None
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     pick = device_module.pick_kernels
     assert pick("auto", cuda, torch.float32) == "triton"
-    assert pick("auto", cuda, torch.float64) == pick("auto", cpu, torch.float32) == pick("reference", cuda, torch.float32)
+    assert pick("auto", cuda, torch.float64) == pick("auto", cpu, torch.float64) == pick("reference", cuda, torch.float32)
+    assert pick("auto", cpu, torch.float32) == pick("processor", cpu, torch.float32) == "processor"
+    with pytest.raises(UsageError, match="needs a CPU"):
+        pick("processor", cuda, torch.float32)
+    with pytest.raises(UsageError, match="fp64"):
+        pick("processor", cpu, torch.float64)
     with pytest.raises(UsageError, match=r"engine\.kernels: triton has no kernels for fp64"):
         pick("triton", cuda, torch.float64)
     monkeypatch.setattr(device_module, "INTERPRETED", False)
@@ -139,7 +144,7 @@ def test_the_switch_says_what_cannot_be(monkeypatch: pytest.MonkeyPatch) -> None
         pick("triton", cpu, torch.float32)
 
 
-def test_the_reference_standardizes_layer_by_layer() -> None:
+def test_on_a_processor_each_layer_standardizes_its_own() -> None:
     state = TrainState.create(config("gn", True, "blog", "fp32", "auto"), steps_per_epoch=2, device="cpu")
-    assert state.kernels == "reference"
+    assert state.kernels == "processor"
     assert not state.standardized.groups

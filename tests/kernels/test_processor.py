@@ -1,0 +1,156 @@
+"""Kernels for a processor: blocks are taken once, by torch's own threads, with the same bits for any number of them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fastbyol_kernels import processor
+from fastbyol_kernels.processor import argument, blocks, floats, halves, integers, kernel, narrowed, take, widened
+
+SIZE = 64
+
+
+@kernel
+def _count(table):  # type: ignore[no-untyped-def]
+    """How often each block is taken."""
+    counts, add = integers(table, 0), argument(table, 1)
+    block = take(table)
+    while block < blocks(table):
+        counts[block] += add
+        block = take(table)
+
+
+@kernel
+def _double(table):  # type: ignore[no-untyped-def]
+    """Twice a tensor's values, and their sums by blocks."""
+    sums = floats(table, 1)
+    block = take(table)
+    while block < blocks(table):
+        values = floats(table, 0)[block * SIZE : (block + 1) * SIZE]
+        total = np.float32(0)
+        for i in range(SIZE):
+            values[i] *= np.float32(2)
+            total += values[i]
+        sums[block] = total
+        block = take(table)
+
+
+@kernel
+def _through_bf16(table):  # type: ignore[no-untyped-def]
+    """float32 to bfloat16, and back."""
+    values, bits, back = floats(table, 0), halves(table, 1), floats(table, 2)
+    block = take(table)
+    while block < blocks(table):
+        bits[block] = narrowed(values[block])
+        back[block] = widened(bits[block])
+        block = take(table)
+
+
+@pytest.fixture(autouse=True)
+def _threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+@pytest.mark.parametrize("num_blocks", [0, 1, 2, 3, 1000])
+def test_every_block_is_taken_once(threads: int, num_blocks: int) -> None:
+    torch.set_num_threads(threads)
+    counts = torch.zeros(max(1, num_blocks), dtype=torch.int64)
+    _count(num_blocks, counts, 3)
+    assert counts.tolist() == [3] * num_blocks + [0] * (num_blocks == 0)
+
+
+def test_any_number_of_threads_gives_the_same_bits() -> None:
+    source, found = torch.randn(1000 * SIZE), []
+    for threads in (1, 2, 3, 8):
+        torch.set_num_threads(threads)
+        values, sums = source.clone(), torch.empty(1000)
+        _double(1000, values, sums)
+        assert torch.equal(values, 2 * source)
+        found.append(sums)
+    assert all(torch.equal(found[0], other) for other in found[1:])
+    torch.testing.assert_close(found[0].double(), (2 * source.double()).view(-1, SIZE).sum(1), rtol=0, atol=1e-4)
+
+
+def test_several_threads_of_python_may_call_at_once() -> None:
+    torch.set_num_threads(2)
+    tensors = [torch.full((200 * SIZE,), float(i)) for i in range(4)]
+
+    def work(values: torch.Tensor) -> None:
+        sums = torch.empty(200)
+        for _ in range(20):
+            _double(200, values, sums)
+
+    threads = [threading.Thread(target=work, args=(values,)) for values in tensors]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(bool((values == i * 2.0**20).all()) for i, values in enumerate(tensors))
+
+
+@settings(deadline=None)  # the first example waits for the compiler
+@given(st.lists(st.floats(width=32), min_size=1, max_size=50))
+def test_bfloat16_rounds_as_torch_does(values: list[float]) -> None:
+    source = torch.tensor(values, dtype=torch.float32)
+    bits, back = torch.empty(len(source), dtype=torch.bfloat16), torch.empty_like(source)
+    _through_bf16(len(source), source, bits, back)
+    expected = source.bfloat16()
+    torch.testing.assert_close(bits, expected, rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(back, expected.float(), rtol=0, atol=0, equal_nan=True)
+    assert torch.equal(back.signbit() & ~back.isnan(), source.signbit() & ~source.isnan())
+
+
+def test_without_torchs_threads_the_caller_does_it_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processor, "_team", lambda: None)
+    torch.set_num_threads(4)
+    counts = torch.zeros(50, dtype=torch.int64)
+    _count(50, counts, 1)
+    assert counts.tolist() == [1] * 50
+
+
+def test_torchs_own_threads_are_found() -> None:
+    if "OpenMP" not in torch.__config__.parallel_info():
+        pytest.skip("this build of torch runs without OpenMP")
+    processor._team.cache_clear()
+    assert processor._team() is not None
+
+
+def test_without_a_place_for_its_cache_a_kernel_is_compiled_anew() -> None:
+    """Such as in a read-only container."""
+    code = (
+        "import numba.core.caching as caching\n"
+        "caching.CacheImpl._locator_classes = []\n"
+        "from fastbyol_kernels.processor import *\n"
+        "from fastbyol_kernels import lars_ema_processor as ops\n"
+        "import torch\n"
+        "one = torch.ones(1)\n"
+        "print(ops.norms(one, one, one, one, torch.tensor([[0, 0, 1]]), torch.tensor([[0, 1]])).tolist())\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout == "[[1.0], [1.0], [2.0]]\n", done.stderr
+
+
+def test_a_forked_child_works_alone() -> None:
+    """torch's threads do not live on in it; DataLoader's workers are such, with one thread set."""
+    torch.set_num_threads(2)
+    _count(10, torch.zeros(10, dtype=torch.int64), 1)
+    child = os.fork()
+    if not child:
+        torch.set_num_threads(1)
+        counts = torch.zeros(10, dtype=torch.int64)
+        _count(10, counts, 1)
+        os._exit(0 if counts.tolist() == [1] * 10 else 1)
+    assert os.waitpid(child, 0)[1] == 0

@@ -14,7 +14,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastbyol import api, load_config, views
-from fastbyol.config import Config
+from fastbyol.config import Config, EngineConfig
 from fastbyol.data.loader import Batch
 from fastbyol.engine import capture, checkpoint
 from fastbyol.engine.observer import Silent
@@ -199,8 +199,9 @@ class Reads(TorchDispatchMode):
 
 @pytest.mark.parametrize("kinds", COVER, ids=str)
 def test_no_step_reads_the_device(kinds: tuple[str, str, bool, str]) -> None:
-    """From the views on, which kernels draw on a GPU."""
-    state = TrainState.create(fp32(*kinds), steps_per_epoch=2)
+    """From the views on, which kernels draw on a GPU. In plain torch, as a GPU has it: a processor does not wait for itself."""
+    plain = EngineConfig(kernels="reference")
+    state = TrainState.create(fp32(*kinds).model_copy(update={"engine": plain}), steps_per_epoch=2)
     with Reads() as reads:
         for step in range(2):
             train_step(state, some_views(step))

@@ -386,13 +386,14 @@ def test_views_equal_torchvisions_end_to_end(height: int, width: int, size: int,
     config = ViewsConfig(size=size, solarize_p=(solarize, solarize))
     images, ids = photographs(24, height, width), torch.arange(24) + 2**33
     table = views.draw(config, ids, seed=9, epoch=4, height=height, width=width)
-    result = views.two_views(config, images, ids, seed=9, epoch=4).double()
-    result = result * torch.tensor(config.std).view(3, 1, 1) + torch.tensor(config.mean).view(3, 1, 1)
     expected = torch.stack(
         [torchvision_view(images[i], table[v, i].tolist(), config) for v in range(2) for i in range(24)]
-    ).view_as(result)
-    torch.testing.assert_close(result, expected, rtol=0.0, atol=2e-5)  # the promise is 2/255 = 8e-3
-    assert result.flatten(0, 1).is_contiguous(memory_format=torch.channels_last)
+    ).view(2, 24, 3, size, size)
+    for kernels in ("auto", "reference"):
+        result = views.two_views(config, images, ids, seed=9, epoch=4, kernels=kernels).double()
+        result = result * torch.tensor(config.std).view(3, 1, 1) + torch.tensor(config.mean).view(3, 1, 1)
+        torch.testing.assert_close(result, expected, rtol=0.0, atol=2e-5)  # the promise is 2/255 = 8e-3
+        assert result.flatten(0, 1).is_contiguous(memory_format=torch.channels_last)
 
 
 def test_apply_obeys_every_setting_of_the_config() -> None:

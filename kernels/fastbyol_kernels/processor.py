@@ -16,16 +16,18 @@ to that block alone, so that its results are the same bits for any number of thr
 
 A pool of threads of one's own would fight with torch's, which spin for a while after each operation: the optimizer's step took
 twice as long beside them (bench/LOG.md, "one pass in machine code"). So the OpenMP library that torch has loaded is asked to
-run the kernel. Machine code is kept in numba's cache beside the source, as numba does it.
+run the kernel. Machine code is kept in numba's cache beside the source, under names that change with any source here.
 """
 
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import os
 import sys
 from collections.abc import Callable
 from functools import cache, cached_property
+from pathlib import Path
 from typing import Any
 
 import numba
@@ -35,8 +37,8 @@ from numba.core.types import CPointer  # type: ignore[attr-defined]
 from numba.extending import intrinsic
 from torch import Tensor
 
-# What every table begins with: the next block to take, and how many there are.
-_NEXT, _BLOCKS, _ARGUMENTS = 0, 1, 2
+# What every table begins with: the next block to take, how many there are, and how many workers have begun.
+_NEXT, _BLOCKS, _WORKERS, _ARGUMENTS = 0, 1, 2, 3
 # Sums may be added in any order, which vector instructions need; NaN and infinity stay what they are.
 FASTMATH = {"reassoc", "contract", "nsz"}
 # Where each library says that it is loaded; all of them know GNU's entry point.
@@ -54,6 +56,8 @@ class Kernel:
 
     @cached_property
     def _address(self) -> int:
+        # numba asks whether a kernel's own file has changed, not what it imports; old code would read the table wrongly.
+        self._function.__qualname__ += f"_{_sources()}"
         # Division by zero as in C, not an exception: nothing may be raised in a thread that Python does not know.
         options = {"nopython": True, "fastmath": FASTMATH, "error_model": "numpy"}
         try:
@@ -69,7 +73,7 @@ class Kernel:
         if num_blocks < 1:
             return
         table = (ctypes.c_int64 * (_ARGUMENTS + len(arguments)))(
-            0, num_blocks, *(a.data_ptr() if isinstance(a, Tensor) else a for a in arguments)
+            0, num_blocks, 0, *(a.data_ptr() if isinstance(a, Tensor) else a for a in arguments)
         )
         place, threads = ctypes.addressof(table), min(torch.get_num_threads(), num_blocks)
         team = _team() if threads > 1 else None
@@ -82,6 +86,13 @@ class Kernel:
 def kernel(function: Callable[[Any], None]) -> Kernel:
     """Make a kernel of ``function``, which takes the table and returns nothing."""
     return Kernel(function)
+
+
+@cache
+def _sources() -> str:
+    """A fingerprint of this package's source."""
+    files = sorted(Path(__file__).parent.glob("*.py"))
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:16]
 
 
 @cache
@@ -101,15 +112,20 @@ def _team() -> Callable[[int, int, int, int], None] | None:
 # What kernels are written with.
 
 
-@intrinsic
-def take(typing: Any, table: Any) -> Any:
-    """The next block's index, handed out once."""
+def _counter(place: int, meaning: str) -> Any:
+    def counter(typing: Any, table: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            at = builder.gep(arguments[0], [context.get_constant(numba.int64, place)])
+            return builder.atomic_rmw("add", at, context.get_constant(numba.int64, 1), "monotonic")
 
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        one = context.get_constant(numba.int64, 1)
-        return builder.atomic_rmw("add", arguments[0], one, "monotonic")
+        return numba.int64(table), generate
 
-    return numba.int64(table), generate
+    counter.__doc__ = meaning
+    return intrinsic(counter)
+
+
+take = _counter(_NEXT, "The next block's index, handed out once.")
+worker = _counter(_WORKERS, "To be called once: this thread's number, from 0, among at most as many as torch has threads.")
 
 
 def _pointer(dtype: Any) -> Any:
@@ -123,7 +139,7 @@ def _pointer(dtype: Any) -> Any:
     return pointer
 
 
-_float32, _uint16, _int64 = (_pointer(dtype) for dtype in (numba.float32, numba.uint16, numba.int64))
+_float32, _uint16, _int64, _uint8 = (_pointer(dtype) for dtype in (numba.float32, numba.uint16, numba.int64, numba.uint8))
 # A kernel knows the ends of its blocks; the arrays it sees have none.
 _ENDLESS = 1 << 40
 
@@ -170,3 +186,9 @@ def narrowed(value):
 def integers(table, index):
     """An int64 tensor that was passed, flat."""
     return numba.carray(_int64(argument(table, index)), _ENDLESS)
+
+
+@numba.njit(inline="always")
+def octets(table, index):
+    """A uint8 tensor that was passed, flat."""
+    return numba.carray(_uint8(argument(table, index)), _ENDLESS)

@@ -800,8 +800,11 @@ def two_views(
     _check_table(images, table, len(images) if indices is None else len(indices))
     _check_settings(size, blur, blur_kernel, dtype)
     _check_layout(size, channels)
-    chosen = choose_kernels(kernels, "images", images, interpreted=INTERPRETED)
-    if chosen == "reference" or dtype == torch.float64:
+    chosen = choose_kernels(kernels, "images", images, interpreted=INTERPRETED, processor=True)
+    if chosen == "processor" and dtype != torch.float64:
+        views = _on_processor(images, indices, table, size, blur, blur_kernel, mean, std, dtype)
+        return views if channels == 3 else _lay_out(views, channels)
+    if chosen != "triton" or dtype == torch.float64:
         batch = images if indices is None else images.index_select(0, indices)
         views = reference(
             batch, table, size=size, blur=blur, blur_kernel=blur_kernel, mean=tuple(mean), std=tuple(std), dtype=dtype
@@ -813,6 +816,34 @@ def two_views(
         images, indices, table, size, taps, [float(m) for m in mean], [float(s) for s in std], dtype, channels
     )  # fmt: skip
     return stored.view(*table.shape[:2], *stored.shape[1:]).permute(0, 1, 4, 2, 3)
+
+
+def _on_processor(
+    images: Tensor,
+    indices: Tensor | None,
+    table: Tensor,
+    size: int,
+    blur: str,
+    blur_kernel: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    dtype: torch.dtype,
+) -> Tensor:
+    from fastbyol_kernels import two_views_processor  # numba: who has a GPU need not wait for it
+
+    rows = table.flatten(0, 1)
+    _check_entries(rows, images.shape[1], images.shape[2])
+    _check_reach(rows, size, blur, blur_kernel)
+    if indices is None:
+        indices = torch.arange(len(images))
+    elif int(indices.min()) < 0 or int(indices.max()) >= len(images):
+        raise IndexError(f"indices must lie in [0, {len(images)}), got {int(indices.min())} to {int(indices.max())}")
+    taps = blur_kernel if blur == "gaussian" else 0
+    reach = taps // 2 if taps else int(_box_radius(rows[:, Column.BLUR_SIGMA].amax()).floor()) + 1
+    views = two_views_processor.views(
+        images.contiguous(), indices, table, size=size, taps=taps, reach=reach, mean=mean, std=std, dtype=dtype
+    )
+    return views.permute(0, 1, 4, 2, 3)
 
 
 def _lay_out(views: Tensor, channels: int) -> Tensor:

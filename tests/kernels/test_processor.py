@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -141,6 +142,30 @@ def test_without_a_place_for_its_cache_a_kernel_is_compiled_anew() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.stdout == "[[1.0], [1.0], [2.0]]\n", done.stderr
+
+
+def test_code_of_other_sources_is_never_taken_from_the_cache(tmp_path: Path) -> None:
+    """numba itself would: it looks at the file of the kernel alone."""
+    package = tmp_path / "fastbyol_kernels"
+    package.mkdir()
+    source = Path(processor.__file__).read_text("utf-8")
+    (package / "__init__.py").touch()
+    (tmp_path / "mine.py").write_text(
+        "import torch\nfrom fastbyol_kernels.processor import argument, integers, kernel, take\n"
+        "@kernel\ndef number(table):\n    integers(table, 0)[take(table)] = argument(table, 1)\n"
+        "out = torch.zeros(1, dtype=torch.int64)\nnumber(1, out, 7, 8)\nprint(int(out))\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    for text, found in (
+        (source, "7"),
+        (source, "7"),
+        (source.replace("_ARGUMENTS + index", "_ARGUMENTS + index + index"), "8"),
+    ):
+        (package / "processor.py").write_text(text)
+        run = [sys.executable, str(tmp_path / "mine.py")]
+        done = subprocess.run(run, capture_output=True, text=True, env=environment, check=False)
+        assert done.stdout.strip() == found, done.stderr
+    assert len(list((tmp_path / "__pycache__").glob("mine.number_*.nbi"))) == 2
 
 
 def test_a_forked_child_works_alone() -> None:

@@ -64,10 +64,12 @@ def assert_is(
     size: int = 24,
     **settings: object,
 ) -> None:
-    """The op with one table for all images equals ``expected`` on float64 images, for both views."""
+    """The op with one table for all images equals ``expected`` on float64 images, for both views, in plain torch and not."""
     pixels, rows = images(*shape), table(*shape, entries)
-    views = two_views(pixels.to(device), rows.to(device), size=size, **settings).cpu().double()  # type: ignore[arg-type]
-    torch.testing.assert_close(views, expected(floats(pixels)).expand(2, -1, -1, -1, -1).double(), rtol=0.0, atol=tolerance)
+    wanted = expected(floats(pixels)).expand(2, -1, -1, -1, -1).double()
+    for kernels in ("reference", "auto"):
+        views = two_views(pixels.to(device), rows.to(device), size=size, kernels=kernels, **settings)  # type: ignore[arg-type]
+        torch.testing.assert_close(views.cpu().double(), wanted, rtol=0.0, atol=tolerance, msg=lambda m, k=kernels: f"{k}: {m}")
 
 
 def test_identity_is_exact_to_rounding(device: torch.device) -> None:
@@ -200,18 +202,24 @@ def mixed_table(num_views: int, height: int, width: int) -> Tensor:
 
 
 @pytest.mark.parametrize("blur", ["gaussian", "pil"])
+@pytest.mark.parametrize("kernels", ["auto", "reference"])
 def test_a_view_depends_on_its_own_row_and_image_alone(
-    blur: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
+    kernels: str, blur: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Bit for bit, whatever stands beside it and however the work is cut into passes."""
+    """Bit for bit, whatever stands beside it, however the work is cut into passes and by however many threads it is done."""
     pixels, rows = images(40, 33).to(device), mixed_table(5, 40, 33).to(device)
-    together = two_views(pixels, rows, size=20, blur=blur)
+    together = two_views(pixels, rows, size=20, blur=blur, kernels=kernels)
     for image in range(6):
-        alone = two_views(pixels[image : image + 1], rows[:, image : image + 1], size=20, blur=blur)
-        assert torch.equal(alone[:, 0], together[:, image])
+        part = pixels[image : image + 1], rows[:, image : image + 1].contiguous()
+        assert torch.equal(two_views(*part, size=20, blur=blur, kernels=kernels)[:, 0], together[:, image])
     monkeypatch.setattr(op, "_PASS_BYTES_CPU", 1)
     monkeypatch.setattr(op, "_PASS_BYTES_GPU", 1)
-    assert torch.equal(two_views(pixels, rows, size=20, blur=blur), together)
+    threads = torch.get_num_threads()
+    for count in (1, 3):
+        torch.set_num_threads(count)
+        again = two_views(pixels, rows, size=20, blur=blur, kernels=kernels)
+        torch.set_num_threads(threads)
+        assert torch.equal(again, together)
 
 
 def test_layout_and_dtypes(device: torch.device) -> None:
@@ -229,10 +237,13 @@ def test_layout_and_dtypes(device: torch.device) -> None:
     assert torch.equal(half, single.bfloat16())
 
 
-def test_the_reference_reads_strided_images_as_they_are(device: torch.device) -> None:
+@pytest.mark.parametrize("kernels", ["processor", "reference"])
+def test_strided_images_are_read_as_they_are(kernels: str, device: torch.device) -> None:
+    if kernels == "processor" and device.type != "cpu":
+        pytest.skip("the images are on a GPU")
     pixels, rows = images(40, 33).to(device), mixed_table(2, 40, 33).to(device)
     strided = pixels.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
-    read = [two_views(x, rows, size=20, kernels="reference") for x in (strided, pixels)]
+    read = [two_views(x, rows, size=20, kernels=kernels) for x in (strided, pixels)]
     assert torch.equal(*read)
 
 
@@ -262,14 +273,15 @@ def assert_kernels_agree(
     times, which contrast and hue can double.
     """
     pixels, rows = pixels.to(device), rows.to(device)
-    got = two_views(pixels, rows, dtype=dtype, kernels="triton", **options)
     exact = two_views(pixels, rows, dtype=torch.float64, kernels="reference", **options)
-    assert got.dtype == dtype
-    assert got.stride() == exact.stride()
     half = dtype == torch.bfloat16
-    torch.testing.assert_close(
-        got.double(), exact, rtol=2**-7 if half else 0.0, atol=14 * 2**-17 if half else TOLERANCE
-    )  # fmt: skip
+    for kernels in ("triton", "processor") if device.type == "cpu" else ("triton",):
+        got = two_views(pixels, rows, dtype=dtype, kernels=kernels, **options)
+        assert got.dtype == dtype
+        assert got.stride() == exact.stride()
+        torch.testing.assert_close(
+            got.double(), exact, rtol=2**-7 if half else 0.0, atol=14 * 2**-17 if half else TOLERANCE
+        )  # fmt: skip
 
 
 @pytest.fixture
@@ -372,7 +384,7 @@ def test_kernels_repeat_themselves_and_a_view_depends_on_its_own_row_alone(devic
         assert torch.equal(alone[:, 0], together[:, image])
 
 
-@pytest.mark.parametrize("kernels", ["triton", "reference"])
+@pytest.mark.parametrize("kernels", ["auto", "triton", "reference"])
 def test_batches_are_picked_out_of_a_resident_set(kernels: str, device: torch.device) -> None:
     resident, indices = images(10, 10).to(device), torch.tensor([4, 0, 4], device=device)
     rows = mixed_table(2, 10, 10)[:, :3].contiguous().to(device)
@@ -390,6 +402,29 @@ def test_kernels_read_nothing_outside_whatever_the_table_says(device: torch.devi
     got = two_views(resident, wild, size=9, indices=torch.tensor([-7, 2, 600], device=device), kernels="triton")
     expected = two_views(resident, tame, size=9, indices=torch.tensor([0, 2, 5], device=device), kernels="reference")
     torch.testing.assert_close(got, expected, rtol=0.0, atol=TOLERANCE)
+
+
+def test_a_processor_refuses_what_lies_outside() -> None:
+    pixels, rows = images(9, 9), table(9, 9, {})[:1, :2]
+    for indices in ([-1, 0], [0, 6]):
+        with pytest.raises(IndexError, match=r"indices must lie in \[0, 6\)"):
+            two_views(pixels, rows, size=9, indices=torch.tensor(indices), kernels="processor")
+    for column, value, words in ((Column.TOP, 1, "does not lie within"), (Column.ORDER, 24, "jitter order")):
+        wild = rows.clone()
+        wild[0, 1, column] = value
+        with pytest.raises(ValueError, match=words):
+            two_views(pixels, wild, size=9, indices=torch.tensor([0, 1]), kernels="processor")
+    wide = rows.clone()
+    wide[..., Column.BLUR_SIGMA] = 1.0
+    with pytest.raises(ValueError, match="blur_kernel must be at most 17"):
+        two_views(pixels, wide, size=9, blur_kernel=19, indices=torch.tensor([0, 1]), kernels="processor")
+    # Pillow's boxes know no such limit: they repeat the edge.
+    for sigma in (9.0, 40.0):
+        wide[..., Column.BLUR_SIGMA] = sigma
+        options: dict[str, Any] = {"size": 9, "blur": "pil", "indices": torch.tensor([0, 1])}
+        exact = two_views(pixels, wide, dtype=torch.float64, kernels="reference", **options)
+        got = two_views(pixels, wide, kernels="processor", **options)
+        torch.testing.assert_close(got.double(), exact, rtol=0.0, atol=TOLERANCE)
 
 
 def test_opcheck(device: torch.device) -> None:

@@ -1,0 +1,326 @@
+"""``two_views`` on a processor: a view after the other, all of its steps while its planes are in the second-level cache.
+
+At 96 pixels the planes of a view are 110 KB. Plain torch makes a pass over memory per operation; here a view is read and
+written once. Steps and formulas are those of ``two_views.reference``, to rounding.
+
+Letters: S side of a view, C channels, K taps.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numba
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastbyol_kernels.processor import (
+    FASTMATH,
+    argument,
+    blocks,
+    floats,
+    halves,
+    integers,
+    kernel,
+    narrowed,
+    octets,
+    take,
+    worker,
+)
+from fastbyol_kernels.two_views_config import JITTER_ORDERS, LUMA, Column
+
+_R, _G, _B = (np.float32(weight) for weight in LUMA)
+_ZERO, _HALF, _ONE, _THREE, _TINY = (np.float32(x) for x in (0.0, 0.5, 1.0, 3.0, 1e-30))
+_COLUMNS = len(Column)
+_TOP, _LEFT, _HEIGHT, _WIDTH, _FLIP, _ORDER = (int(column) for column in tuple(Column)[:6])
+_FIRST_FACTOR, _GRAYSCALE, _SIGMA, _SOLARIZE = (
+    int(column) for column in (Column.BRIGHTNESS, Column.GRAYSCALE, Column.BLUR_SIGMA, Column.SOLARIZE)
+)
+_PLACES = 4  # operations of an order, by their column's distance from brightness
+_BRIGHTNESS, _CONTRAST, _SATURATION = 0, 1, 2
+_BOXES = 3  # Pillow's GaussianBlur
+
+inlined = numba.njit(fastmath=FASTMATH, error_model="numpy")
+
+
+@inlined
+def _taps(first, weights, num_taps, length, flip, size):
+    """Row numbers (S,) and weights (K, S) that resize ``length`` pixels to S: a triangle filter, as wide as the scale.
+
+    Centres are split in whole and fraction by integers, so that no digits are lost at large places.
+    """
+    support = max(np.float32(length) / np.float32(size), _ONE)
+    for s in range(size):
+        centre = (2 * (size - 1 - s if flip else s) + 1) * length
+        whole = centre // (2 * size)
+        fraction = np.float32(centre - whole * (2 * size)) / np.float32(2 * size)
+        start = max(np.float32(math.floor(fraction - support + _HALF)), -np.float32(whole))
+        first[s] = whole + np.int64(start)
+        total = _ZERO
+        for k in range(num_taps):
+            weight = max(_ONE - abs(start + _HALF - fraction + np.float32(k)) / support, _ZERO)
+            weights[k * size + s] = weight if first[s] + k < length else _ZERO
+            total += weights[k * size + s]
+        for k in range(num_taps):
+            weights[k * size + s] /= total
+
+
+@inlined
+def _crop(image, width, box, flip, planes, line, first, weights, size):
+    """The box (top, left, height, width) of a uint8 image (H, W, 3), resized and flipped, into planes (3, S, S) in [0, 1]."""
+    top, left, box_height, box_width = box
+    taps_y, taps_x = _num_taps(box_height, size), _num_taps(box_width, size)
+    first_y, first_x = first[:size], first[size : 2 * size]
+    weights_y, weights_x = weights[: taps_y * size], weights[taps_y * size : (taps_y + taps_x) * size]
+    _taps(first_y, weights_y, taps_y, box_height, False, size)
+    _taps(first_x, weights_x, taps_x, box_width, flip, size)
+    flat = line[: 3 * box_width]
+    for y in range(size):
+        for k in range(taps_y):
+            at = ((top + min(first_y[y] + k, box_height - 1)) * width + left) * 3
+            pixels, weight = image[at : at + 3 * box_width], weights_y[k * size + y] / np.float32(255)
+            if k == 0:
+                for i in range(len(flat)):
+                    flat[i] = weight * np.float32(pixels[i])
+            elif weight != 0:
+                for i in range(len(flat)):
+                    flat[i] += weight * np.float32(pixels[i])
+        for c in range(3):
+            out = planes[(c * size + y) * size : (c * size + y + 1) * size]
+            for k in range(taps_x):
+                weight_x = weights_x[k * size : (k + 1) * size]
+                if k == 0:
+                    for x in range(len(out)):
+                        out[x] = weight_x[x] * flat[np.uint64(3 * min(first_x[x], box_width - 1) + c)]
+                else:
+                    for x in range(len(out)):
+                        out[x] += weight_x[x] * flat[np.uint64(3 * min(first_x[x] + k, box_width - 1) + c)]
+
+
+@inlined
+def _num_taps(length, size):
+    return max(2, -(-2 * length // size))
+
+
+@inlined
+def _unit(value):
+    return min(max(value, _ZERO), _ONE)
+
+
+@inlined
+def _luma(r, g, b):
+    return _R * r + _G * g + _B * b
+
+
+@inlined
+def _blend(r, g, b, factor, gray):
+    for i in range(len(r)):
+        r[i], g[i], b[i] = _unit(r[i] * factor + gray), _unit(g[i] * factor + gray), _unit(b[i] * factor + gray)
+
+
+@inlined
+def _turned(hue, low, span):
+    return _unit(abs(abs(abs(hue) - _THREE) - _THREE) - _ONE) * span + low
+
+
+@inlined
+def _jitter(r, g, b, operation, factor):
+    """One operation on the planes, in place; see ``two_views._adjust_hue`` for the last."""
+    if operation == _BRIGHTNESS:
+        if factor != _ONE:
+            _blend(r, g, b, factor, _ZERO)
+    elif operation == _CONTRAST:
+        if factor != _ONE:
+            total = _ZERO
+            for i in range(len(r)):
+                total += _luma(r[i], g[i], b[i])
+            _blend(r, g, b, factor, total / np.float32(len(r)) * (_ONE - factor))
+    elif operation == _SATURATION:
+        if factor != _ONE:
+            rest = _ONE - factor
+            for i in range(len(r)):
+                gray = _luma(r[i], g[i], b[i]) * rest
+                r[i], g[i], b[i] = _unit(r[i] * factor + gray), _unit(g[i] * factor + gray), _unit(b[i] * factor + gray)
+    elif factor != 0:
+        shift = np.float32(6) * factor
+        for i in range(len(r)):
+            low, high = min(min(r[i], g[i]), b[i]), max(max(r[i], g[i]), b[i])
+            span = high - low
+            distance = (r[i] - g[i] - b[i] + low) / max(span, _TINY) + np.float32(2)
+            hue = (-distance if g[i] >= b[i] else distance) + shift
+            r[i] = _turned(hue, low, span)
+            g[i] = _turned(hue - np.float32(2), low, span)
+            b[i] = _turned(hue + np.float32(2), low, span)
+
+
+@inlined
+def _inside(place, size, reflects):
+    """The pixel that stands for one beyond the edge: its mirror image, or the edge's own."""
+    if reflects:
+        return (size - 1) - abs(size - 1 - abs(place))
+    return min(max(place, 0), size - 1)
+
+
+@inlined
+def _blur_taps(weights, sigma, kernel_size):
+    """Weights of the offsets -reach to reach, and reach; ``kernel_size`` 0: one of Pillow's boxes (``two_views._box_taps``)."""
+    total = _ZERO
+    if kernel_size > 0:
+        reach = kernel_size // 2
+        for k in range(2 * reach + 1):
+            away = np.float32(k - reach) / sigma
+            weights[k] = math.exp(-_HALF * away * away)
+            total += weights[k]
+    else:
+        variance = sigma * sigma / np.float32(_BOXES)
+        whole = np.float32(math.floor((math.sqrt(np.float32(12) * variance + _ONE) - _ONE) / np.float32(2)))
+        fraction = (np.float32(2) * whole + _ONE) * (whole * (whole + _ONE) - _THREE * variance)
+        radius = whole + fraction / (np.float32(6) * (variance - (whole + _ONE) * (whole + _ONE)))
+        reach = np.int64(math.floor(radius)) + 1
+        for k in range(2 * reach + 1):
+            weights[k] = min(max(radius + _ONE - abs(np.float32(k - reach)), _ZERO), _ONE)
+            total += weights[k]
+    for k in range(2 * reach + 1):
+        weights[k] /= total
+    return reach
+
+
+@inlined
+def _blur_down(source, out, weights, reach, reflects, size):
+    """Along the columns of one plane."""
+    for y in range(size):
+        row = out[y * size : (y + 1) * size]
+        for k in range(2 * reach + 1):
+            at = _inside(y + k - reach, size, reflects) * size
+            above, weight = source[at : at + size], weights[k]
+            if k == 0:
+                for x in range(len(row)):
+                    row[x] = weight * above[x]
+            else:
+                for x in range(len(row)):
+                    row[x] += weight * above[x]
+
+
+@inlined
+def _blur_along(source, out, weights, reach, reflects, size, line):
+    """Along the rows of one plane, each first widened at both edges."""
+    wide = line[: size + 2 * reach]
+    for y in range(size):
+        row, old = out[y * size : (y + 1) * size], source[y * size : (y + 1) * size]
+        for x in range(reach):
+            wide[x] = old[_inside(x - reach, size, reflects)]
+            wide[reach + size + x] = old[_inside(size + x, size, reflects)]
+        wide[reach : reach + size] = old
+        for k in range(2 * reach + 1):
+            near, weight = wide[k : k + size], weights[k]
+            if k == 0:
+                for x in range(len(row)):
+                    row[x] = weight * near[x]
+            else:
+                for x in range(len(row)):
+                    row[x] += weight * near[x]
+
+
+@inlined
+def _blur(planes, other, weights, line, sigma, kernel_size, size):
+    reach = _blur_taps(weights, sigma, kernel_size)
+    reflects, area = kernel_size > 0, size * size
+    for c in range(3):
+        plane, spare = planes[c * area : (c + 1) * area], other[:area]
+        for _ in range(1 if kernel_size > 0 else _BOXES):
+            _blur_down(plane, spare, weights, reach, reflects, size)
+            _blur_along(spare, plane, weights, reach, reflects, size, line)
+
+
+@kernel
+def _views(table):
+    """A view per block. Scratch, a row per worker: the planes and one more, a line, weights of the taps, weights of a blur."""
+    images, indices, rows, orders = octets(table, 0), integers(table, 1), floats(table, 2), integers(table, 3)
+    numbers, scratch, places, out32, out16 = (
+        floats(table, 4),
+        floats(table, 5),
+        integers(table, 6),
+        floats(table, 7),
+        halves(table, 8),
+    )
+    height, width, size, num_images = argument(table, 9), argument(table, 10), argument(table, 11), argument(table, 12)
+    kernel_size, is_half = argument(table, 13), argument(table, 14)
+    scratch_size, line_size, weights_size = argument(table, 15), argument(table, 16), argument(table, 17)
+    area, mine = size * size, worker(table)
+    own = scratch[mine * scratch_size : (mine + 1) * scratch_size]
+    first = places[mine * 2 * size : (mine + 1) * 2 * size]
+    planes, other, line = own[: 3 * area], own[3 * area : 4 * area], own[4 * area : 4 * area + line_size]
+    weights = own[4 * area + line_size : 4 * area + line_size + weights_size]
+    blur_weights = own[4 * area + line_size + weights_size :]
+    r, g, b = planes[:area], planes[area : 2 * area], planes[2 * area : 3 * area]
+    view = take(table)
+    while view < blocks(table):
+        row = rows[view * _COLUMNS : (view + 1) * _COLUMNS]
+        start = indices[view % num_images] * height * width * 3
+        box = (np.int64(row[_TOP]), np.int64(row[_LEFT]), np.int64(row[_HEIGHT]), np.int64(row[_WIDTH]))
+        image = images[start : start + height * width * 3]
+        _crop(image, width, box, row[_FLIP] > 0, planes, line, first, weights, size)
+        order = np.int64(row[_ORDER]) * _PLACES
+        for place in range(_PLACES):
+            operation = orders[order + place]
+            _jitter(r, g, b, operation, row[_FIRST_FACTOR + operation])
+        if row[_GRAYSCALE] > 0:
+            for i in range(len(r)):
+                gray = _luma(r[i], g[i], b[i])
+                r[i], g[i], b[i] = gray, gray, gray
+        if row[_SIGMA] > 0:
+            _blur(planes, other, blur_weights, line, row[_SIGMA], kernel_size, size)
+        if row[_SOLARIZE] > 0:
+            for i in range(len(planes)):
+                planes[i] = min(planes[i], _ONE - planes[i])
+        for c in range(3):
+            plane, mean, scale = planes[c * area : (c + 1) * area], numbers[c], numbers[3 + c]
+            for i in range(len(plane)):
+                plane[i] = (plane[i] - mean) * scale
+        if is_half:
+            pixels16 = out16[view * area * 3 : (view + 1) * area * 3]
+            for i in range(len(r)):
+                pixels16[3 * i], pixels16[3 * i + 1], pixels16[3 * i + 2] = narrowed(r[i]), narrowed(g[i]), narrowed(b[i])
+        else:
+            pixels32 = out32[view * area * 3 : (view + 1) * area * 3]
+            for i in range(len(r)):
+                pixels32[3 * i], pixels32[3 * i + 1], pixels32[3 * i + 2] = r[i], g[i], b[i]
+        view = take(table)
+
+
+def views(
+    images: Tensor,
+    indices: Tensor,
+    table: Tensor,
+    *,
+    size: int,
+    taps: int,
+    reach: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    dtype: torch.dtype,
+) -> Tensor:
+    """Views (V, B, S, S, 3), float32 or bfloat16, of contiguous uint8 images (N, H, W, 3), of which ``indices`` (B,) are the
+    batch, by ``table`` (V, B, columns). Everything was checked before.
+
+    ``taps`` of a sampled Gaussian, or 0 for Pillow's blur; ``reach`` is the most pixels that a blur looks to either side.
+    """
+    height, width = images.shape[1:3]
+    out = torch.empty(*table.shape[:2], size, size, 3, dtype=dtype)
+    numbers = torch.tensor([*mean, *(1.0 / s for s in std)], dtype=torch.float32)
+    line = max(3 * width, size + 2 * reach)
+    weights = size * sum(max(2, -(-2 * side // size)) for side in (height, width))
+    scratch = 4 * size * size + line + weights + 2 * reach + 1
+    workers = torch.get_num_threads()
+    _views(
+        table.shape[0] * table.shape[1], images, indices.contiguous(), table.contiguous(), _orders(), numbers,
+        torch.empty(workers, scratch), torch.empty(workers, 2 * size, dtype=torch.int64), out, out,
+        height, width, size, table.shape[1], taps, int(dtype == torch.bfloat16), scratch, line, weights,
+    )  # fmt: skip
+    return out
+
+
+def _orders() -> Tensor:
+    return torch.tensor([[column - Column.BRIGHTNESS for column in order] for order in JITTER_ORDERS], dtype=torch.int64)

@@ -35,7 +35,7 @@ def chosen(names: Sequence[str]) -> tuple[str, ...]:
     return SUITES if not names or "all" in names else tuple(name for name in SUITES if name in names)
 
 
-def run(names: Sequence[str], *, device: str, quick: bool, note: Callable[[str], object]) -> Result:
+def run(names: Sequence[str], *, device: str, quick: bool, note: Callable[[str], None]) -> Result:
     """Measure the suites ``names`` on ``device`` (auto, cpu, cuda[:N])."""
     suites, began, load = chosen(names), time.perf_counter(), os.getloadavg()[0]
     setting = Setting(pick_device(device), quick, note)
@@ -107,7 +107,7 @@ def main(
     device: str,
     quick: bool,
     as_json: bool,
-    note: Callable[[str], object],
+    note: Callable[[str], None],
 ) -> str:
     """What the command prints on standard output; ``note`` takes the rest."""
     if compare is not None:
@@ -126,7 +126,7 @@ def main(
     return results.dumps(result).rstrip() if as_json else table.text(result)
 
 
-def compared(a: Path, b: Path, *, as_json: bool, note: Callable[[str], object]) -> str:
+def compared(a: Path, b: Path, *, as_json: bool, note: Callable[[str], None]) -> str:
     """The table of ``--compare A B``."""
     first, second = results.read(a), results.read(b)
     for caution in comparison.cautions(first, second):

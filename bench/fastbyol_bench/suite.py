@@ -22,7 +22,7 @@ class Setting:
 
     device: torch.device
     quick: bool
-    note: Callable[[str], object] = lambda text: None
+    note: Callable[[str], None] = lambda _: None
     ceilings: dict[int, Ceiling] = field(default_factory=dict)
     waterfall: tuple[Part, ...] = ()
 

@@ -41,7 +41,7 @@ def train(
     """
     config = _with_source(resolve(config), observer)
     capture.choose(config.engine, pick_device(config.train.device))  # refuses what this machine lacks
-    config = settle(config)
+    config = settle(config, observer.note) if observer is not None else settle(config)
     path = Path(out) if out is not None else default_run_path(config)
     with RunFolder.create(path, config, origin) as folder:
         return trainer.fit(folder, config, observer)

@@ -386,6 +386,7 @@ def test_blog_is_the_original_code() -> None:
     assert jitter == [0.4, 0.4, 0.4, 0.1]
     assert (views.blur, views.size, config.train.batch_size, config.train.loss_scale) == ("pil", 96, 256, 1.0)
     assert (config.model.projector.hidden, config.model.projector.out) == (512, 128)
+    assert config.train.precision == "auto"  # which a run's own file names
 
 
 def test_paper_is_byol_as_published() -> None:

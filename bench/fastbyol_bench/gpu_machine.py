@@ -95,7 +95,7 @@ def _trainings(out: Path, on_gpu: bool) -> tuple[Job, ...]:
     how: tuple[str, ...] = ("--epochs", "5", "--precision", "bf16", "--device", "cuda")
     if not on_gpu:
         values = {"data.textures_count": 64, "data.textures_test_count": 64, "views.size": 32, "train.batch_size": 32}
-        how = ("--epochs", "1", "--device", "cpu")
+        how = ("--epochs", "1", "--precision", "fp32", "--device", "cpu")
     sets = [word for key, value in values.items() for word in ("--set", f"{key}={value}")]
     train = (*FASTBYOL, "train", "--preset", "blog", "--data", "textures", "--json", *how, *sets)
     methods: dict[str, tuple[str, ...]] = {"bn": (), "gn-lars": ("--norm", "gn", "--ws", "--opt", "lars")}

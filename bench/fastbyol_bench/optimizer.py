@@ -35,7 +35,7 @@ def _title(optimizer: str) -> str:
 
 def _measured(setting: Setting, optimizer: str) -> list[Row]:
     device = setting.device
-    config = load_config("blog", [f"optim.name={optimizer}"])
+    config = load_config("blog", [f"optim.name={optimizer}", "train.precision=fp32"])
     state = TrainState.create(config, steps_per_epoch=100, device=device)
     arena, recipe = state.arena, state.recipe
     arena.gradient.normal_(std=1e-3)

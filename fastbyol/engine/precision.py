@@ -8,6 +8,7 @@ Letters: B images, S pixels.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -48,15 +49,16 @@ MOST = Gap(length=0.2, error=0.9)
 STATES = ("healthy", "collapsed")
 
 
-def settle(config: Config) -> Config:
-    """``config`` with ``train.precision`` auto replaced by what this device should take; else as it is.
+def settle(config: Config, note: Callable[[str], None] = lambda _: None) -> Config:
+    """``config`` with ``train.precision`` auto replaced by what this device should take, which ``note`` is told; else as it is.
 
     To be called when a run is made: the run's configuration then names a precision, which a resume never changes.
     """
     if config.train.precision != "auto":
         return config
-    chosen = choose(config, pick_device(config.train.device)).value
-    return config.model_copy(update={"train": config.train.model_copy(update={"precision": chosen})})
+    chosen = choose(config, pick_device(config.train.device))
+    note(f"precision auto is {chosen.value}: {chosen.why}")
+    return config.model_copy(update={"train": config.train.model_copy(update={"precision": chosen.value})})
 
 
 def choose(config: Config, device: torch.device) -> Choice:

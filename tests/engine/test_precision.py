@@ -10,6 +10,7 @@ import torch
 from fastbyol import api, load_config
 from fastbyol.config import Config
 from fastbyol.engine import precision
+from fastbyol.engine.observer import Silent
 from fastbyol.engine.run_folder import RunFolder
 from fastbyol.engine.step import TrainState
 from fastbyol.errors import UsageError
@@ -62,7 +63,11 @@ def test_the_exact_step_has_no_use_for_tritons_kernels() -> None:
 def test_a_run_names_what_auto_became(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with_units(monkeypatch, avx512_bf16=True)
     config = tiny_config(beton_files(tmp_path), "train.precision=auto", "train.epochs=1")
-    api.train(config, tmp_path / "run")
+    notes: list[str] = []
+    observer = Silent()
+    monkeypatch.setattr(observer, "note", notes.append)
+    api.train(config, tmp_path / "run", observer=observer)
+    assert notes[0].startswith("precision auto is bf16: ")
     with_units(monkeypatch)  # another machine: a resume does not choose again
     with RunFolder.open(tmp_path / "run", lock=False) as folder:
         assert folder.config.train.precision == "bf16"
@@ -71,4 +76,4 @@ def test_a_run_names_what_auto_became(tmp_path: Path, monkeypatch: pytest.Monkey
 
 def test_a_state_is_made_of_a_settled_precision() -> None:
     with pytest.raises(UsageError, match="has to be settled"):
-        TrainState.create(load_config("blog", ["train.precision=auto", "model.width=4"]), steps_per_epoch=1)
+        TrainState.create(load_config("blog", ["model.width=4"]), steps_per_epoch=1)

@@ -22,6 +22,7 @@ TINY = (
     "optim.sgd_lr=0.1",
     "train.batch_size=8",
     "train.epochs=3",
+    "train.precision=fp32",
     "train.device=cpu",
     "run.drain_every_steps=4",
 )

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastbyol.model.convolution import convolve_by_pixel
-from fastbyol.model.norm import BatchNorm
+from fastbyol.model.norm import BatchNorm, norm_relu
 from fastbyol_bench.ceilings import floor
 from fastbyol_bench.eager_peer import encoder
 from fastbyol_bench.harness import Variant
@@ -59,20 +59,24 @@ def group_norms(setting: Setting, shape: tuple[int, int, int, int]) -> list[Row]
 
 
 def batch_norms(setting: Setting, shape: tuple[int, int, int, int]) -> list[Row]:
-    """BatchNorm with statistics of each view, bf16, forward with backward, against one call per view."""
+    """BatchNorm with statistics of each view, residual and ReLU, bf16, forward with backward, against one call per view."""
     n, channels, side, _ = shape
-    ours = BatchNorm(channels, 2).to(setting.device)
-    x, dy = (_activation(setting, shape) for _ in range(2))
+    norm = BatchNorm(channels, 2).to(setting.device)
+    x, residual, dy = (_activation(setting, shape) for _ in range(3))
+
+    def ours() -> Tensor:
+        return norm_relu(norm, x, residual)
 
     def torchs() -> Tensor:
-        args = (ours.running_mean, ours.running_var, ours.weight, ours.bias, True)
-        return torch.cat([F.batch_norm(chunk, *args) for chunk in x.chunk(2)])
+        args = (norm.running_mean, norm.running_var, norm.weight, norm.bias, True)
+        return F.relu(torch.cat([F.batch_norm(chunk, *args) for chunk in x.chunk(2)]) + residual)
 
-    calls = [_pass(call, (x, ours.weight, ours.bias), dy, True) for call in (lambda: ours(x), torchs)]
-    name = f"batch norm per view {side}x{side}x{channels}, {n} views, forward and backward"
-    # x read, y written; dy and x read, dx written: as the group norm's, without residual.
-    moved = group_norm.bytes_moved(shape, 2) + group_norm.bytes_moved(shape, 2, backward=True)
-    return _pair(setting, name, calls, ("F.batch_norm per view and torch.cat", moved))
+    calls = [_pass(call, (x, residual, norm.weight, norm.bias), dy, True) for call in (ours, torchs)]
+    name = f"batch norm per view + residual + ReLU {side}x{side}x{channels}, {n} views, forward and backward"
+    # The group norm's, to which it is alike in what crosses the bus.
+    flags = {"residual": True, "relu": True}
+    moved = group_norm.bytes_moved(shape, 2, **flags) + group_norm.bytes_moved(shape, 2, **flags, backward=True)
+    return _pair(setting, name, calls, ("F.batch_norm per view, torch.cat, + and F.relu", moved))
 
 
 def standardization(setting: Setting) -> list[Row]:

@@ -33,6 +33,7 @@ from typing import Any
 import numba
 import numpy as np
 import torch
+from numba.core.cgutils import ir
 from numba.core.types import CPointer  # type: ignore[attr-defined]
 from numba.extending import intrinsic
 from torch import Tensor
@@ -128,6 +129,21 @@ take = _counter(_NEXT, "The next block's index, handed out once.")
 worker = _counter(_WORKERS, "To be called once: this thread's number, from 0, among at most as many as torch has threads.")
 
 
+@intrinsic
+def prefetch(typing: Any, address: Any) -> Any:
+    """Have the cache line at an address brought to the nearest cache, if there is such memory."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        place, number = context.get_value_type(CPointer(numba.int8)), context.get_value_type(numba.int32)
+        of_four = ir.FunctionType(ir.VoidType(), [place, number, number, number])
+        function = builder.module.declare_intrinsic("llvm.prefetch", [place], of_four)
+        # To read, with the highest locality, data.
+        builder.call(function, [builder.inttoptr(arguments[0], place), number(0), number(3), number(1)])
+        return context.get_dummy_value()
+
+    return numba.void(numba.int64), generate
+
+
 def _pointer(dtype: Any) -> Any:
     @intrinsic
     def pointer(typing: Any, address: Any) -> Any:
@@ -139,7 +155,9 @@ def _pointer(dtype: Any) -> Any:
     return pointer
 
 
-_float32, _uint16, _int64, _uint8 = (_pointer(dtype) for dtype in (numba.float32, numba.uint16, numba.int64, numba.uint8))
+_float32, _float64, _int64, _uint16, _uint8 = (
+    _pointer(dtype) for dtype in (numba.float32, numba.float64, numba.int64, numba.uint16, numba.uint8)
+)
 # A kernel knows the ends of its blocks; the arrays it sees have none.
 _ENDLESS = 1 << 40
 
@@ -160,6 +178,12 @@ def blocks(table):
 def floats(table, index):
     """A float32 tensor that was passed, flat."""
     return numba.carray(_float32(argument(table, index)), _ENDLESS)
+
+
+@numba.njit(inline="always")
+def doubles(table, index):
+    """A float64 tensor that was passed, flat."""
+    return numba.carray(_float64(argument(table, index)), _ENDLESS)
 
 
 @numba.njit(inline="always")

@@ -14,6 +14,8 @@ The backward pass saves mean and rstd only. Without a residual it recomputes the
 reads y, which the next layer keeps anyway, instead of the residual, which no one may. It needs, per sample and channel, the
 sums of the gradient g and of g * x_hat: the gradients of bias and weight are their sums over samples, in a fixed order.
 
+On a CPU ``group_norm_processor`` does the same in machine code.
+
 Letters: N samples, C channels, H W pixels, G groups, K runs of pixels of a sample (1 if it is not cut).
 """
 
@@ -740,17 +742,24 @@ def group_norm(
     statistics: fp64 for fp64 ``x``, else fp32. Returns x's shape and dtype, in channels-last memory format where x has four
     dimensions. Differentiable once in all four tensors.
 
-    ``kernels``: "reference" (plain torch), "triton" (bf16 or fp32 in channels-last; on a CPU only in Triton's interpreter), or
-    "auto", which is "triton" for CUDA tensors. fp64 and (N, C) always take the reference.
+    ``kernels``: "reference" (plain torch), "triton" (bf16 or fp32 in channels-last; on a CPU only in Triton's interpreter),
+    "processor" (a CPU's machine code, for the same), or "auto", which is "triton" for CUDA tensors and else "processor", or the
+    reference for what is not channels-last. fp64, (N, C) and what torch.compile traces on a CPU always take the reference.
     Raises ValueError, naming the argument, for what does not fit.
     """
     _check(x, num_groups, weight, bias, residual)
-    chosen = choose_kernels(kernels, "x", x, interpreted=INTERPRETED)
+    chosen = choose_kernels(kernels, "x", x, interpreted=INTERPRETED, processor=True)
     if chosen == "reference" or x.ndim == 2:
+        return reference(x, num_groups, weight, bias, eps, residual=residual, relu=relu)
+    if chosen == "processor" and kernels == "auto" and _misfit(x, weight, bias, residual):
         return reference(x, num_groups, weight, bias, eps, residual=residual, relu=relu)
     _check_kernel(x, weight, bias, residual)
     if x.numel() == 0:
         return reference(x, num_groups, weight, bias, eps, residual=residual, relu=relu)
+    if chosen == "processor":
+        from fastbyol_kernels import group_norm_processor  # numba: who has a GPU need not wait for it
+
+        return group_norm_processor.group_norm(x, weight, bias, residual, num_groups, eps, relu=relu)
     y: Tensor = _group_norm(x, weight, bias, residual, num_groups, eps, relu)[0]
     return y
 
@@ -769,18 +778,24 @@ def _check(x: Tensor, num_groups: int, weight: Tensor, bias: Tensor, residual: T
 
 
 def _check_kernel(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None) -> None:
+    wrong = _misfit(x, weight, bias, residual)
+    if wrong is not None:
+        raise ValueError(wrong)
+
+
+def _misfit(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None) -> str | None:
+    """What keeps the kernels from taking these, None if nothing does."""
     if x.dtype not in DTYPES:
-        raise ValueError(f"x must be bfloat16 or float32 for the kernels, not {x.dtype}")
+        return f"x must be bfloat16 or float32 for the kernels, not {x.dtype}"
     named = {"x": x, "weight": weight, "bias": bias} | ({} if residual is None else {"residual": residual})
     for name, tensor in named.items():
         if tensor.device != x.device:
-            raise ValueError(f"{name} is on {tensor.device}, x on {x.device}")
+            return f"{name} is on {tensor.device}, x on {x.device}"
         if tensor.ndim == 1 and tensor.dtype != torch.float32:
-            raise ValueError(f"{name} must be float32 for the kernels, not {tensor.dtype}")
+            return f"{name} must be float32 for the kernels, not {tensor.dtype}"
         if not tensor.is_contiguous(memory_format=torch.channels_last if tensor.ndim == 4 else torch.contiguous_format):
-            raise ValueError(
-                f"{name} must be {'channels-last' if tensor.ndim == 4 else 'contiguous'}: strides {tensor.stride()}"
-            )
+            return f"{name} must be {'channels-last' if tensor.ndim == 4 else 'contiguous'}: strides {tensor.stride()}"
+    return None
 
 
 # Triton decides when a kernel is defined whether calls compile or interpret it.

@@ -99,8 +99,10 @@ class Case:
         *,
         mean: float = 0.5,
         gradient_scale: float = 1.0,
+        kernels: str = "triton",
     ) -> None:
         g = torch.Generator().manual_seed(sum(shape) + groups)
+        self.kernels = kernels
         self.groups, self.relu, self.dtype = groups, flags[1], dtype
 
         def activation(scale: float, shift: float) -> Tensor:
@@ -118,7 +120,7 @@ class Case:
         assert x is not None
         assert weight is not None
         assert bias is not None
-        y = group_norm(x, self.groups, weight, bias, residual=residual, relu=self.relu, **({"kernels": "triton"} | options))
+        y = group_norm(x, self.groups, weight, bias, residual=residual, relu=self.relu, **({"kernels": self.kernels} | options))
         y.backward(self.gradient.to(y.dtype))
         leaves = [t for t in (x, weight, bias, residual) if t is not None]
         grads = [t.grad for t in leaves if t.grad is not None]
@@ -172,6 +174,17 @@ def cut(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool
     return bool(request.param)
 
 
+@pytest.fixture(params=["triton", "processor"])
+def kernels(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def place(kernels: str, device: torch.device) -> torch.device:
+    """Where ``kernels`` run."""
+    return torch.device("cpu") if kernels == "processor" else device
+
+
 @pytest.fixture
 def nan_filled(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Fresh memory holds NaN, so that an element left unwritten shows."""
@@ -185,36 +198,37 @@ def nan_filled(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.mark.usefixtures("nan_filled", "cut")
 @pytest.mark.parametrize(("shape", "groups"), SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_kernels_equal_fp64(shape: tuple[int, ...], groups: int, dtype: torch.dtype, device: torch.device) -> None:
+def test_kernels_equal_fp64(shape: tuple[int, ...], groups: int, dtype: torch.dtype, kernels: str, place: torch.device) -> None:
     for flags in FLAGS:
-        case = Case(shape, groups, dtype, flags, device)
+        case = Case(shape, groups, dtype, flags, place, kernels=kernels)
         case.compare(case.run(), case.exact())
 
 
-@settings(max_examples=12, deadline=None, derandomize=True)
+@settings(max_examples=30, deadline=None, derandomize=True)
 @given(
     st.integers(1, 3), st.sampled_from((1, 2, 3, 8)), st.integers(1, 9), st.integers(1, 5), st.integers(1, 5),
-    st.sampled_from(FLAGS), st.booleans(),
+    st.sampled_from(FLAGS), st.booleans(), st.sampled_from(("triton", "processor")),
 )  # fmt: skip
 def test_kernels_equal_fp64_at_any_shape(
-    n: int, groups: int, per_group: int, h: int, w: int, flags: tuple[bool, bool], half: bool
+    n: int, groups: int, per_group: int, h: int, w: int, flags: tuple[bool, bool], half: bool, kernels: str
 ) -> None:
     # One value per group has no variance: its gradient is rounding noise times 1 / sqrt(eps).
     per_group = max(per_group, 2)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    case = Case((n, groups * per_group, h, w), groups, torch.bfloat16 if half else torch.float32, flags, device)
+    device = torch.device("cuda" if torch.cuda.is_available() and kernels == "triton" else "cpu")
+    dtype = torch.bfloat16 if half else torch.float32
+    case = Case((n, groups * per_group, h, w), groups, dtype, flags, device, kernels=kernels)
     case.compare(case.run(), case.exact())
 
 
 @pytest.mark.usefixtures("cut")
-def test_two_runs_are_equal_in_every_bit(device: torch.device) -> None:
-    case = Case((3, 64, 5, 5), 32, torch.bfloat16, (True, True), device)
+def test_two_runs_are_equal_in_every_bit(kernels: str, place: torch.device) -> None:
+    case = Case((3, 64, 5, 5), 32, torch.bfloat16, (True, True), place, kernels=kernels)
     for a, b in zip(case.run(), case.run(), strict=True):
         assert torch.equal(a, b)
 
 
-def test_samples_do_not_touch_each_other(device: torch.device) -> None:
-    case = Case((3, 64, 3, 5), 32, torch.float32, (True, True), device)
+def test_samples_do_not_touch_each_other(kernels: str, place: torch.device) -> None:
+    case = Case((3, 64, 3, 5), 32, torch.float32, (True, True), place, kernels=kernels)
     before = case.run()
     for tensor in (case.inputs[0], case.gradient):
         tensor[1] = float("nan")
@@ -226,24 +240,24 @@ def test_samples_do_not_touch_each_other(device: torch.device) -> None:
 
 
 @pytest.mark.usefixtures("cut")
-def test_large_mean_costs_no_digits_of_the_variance(device: torch.device) -> None:
+def test_large_mean_costs_no_digits_of_the_variance(kernels: str, place: torch.device) -> None:
     """At a mean of 1,000 stds the one-pass formula E[x^2] - E[x]^2 keeps one digit in fp32."""
-    case = Case((2, 64, 5, 5), 32, torch.float32, (False, False), device, mean=2000.0)
+    case = Case((2, 64, 5, 5), 32, torch.float32, (False, False), place, mean=2000.0, kernels=kernels)
     got, expected = case.run(), case.exact()
     # x * scale + shift is the difference of two numbers near 1,000 * weight: 2^-24 of 3,000.
     torch.testing.assert_close(got[0].double(), expected[0], rtol=0, atol=1e-3)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_collapsed_gradients_keep_their_digits(dtype: torch.dtype, device: torch.device) -> None:
+def test_collapsed_gradients_keep_their_digits(dtype: torch.dtype, kernels: str, place: torch.device) -> None:
     """Near collapse the gradient is a millionth of the weights: nothing may flush to zero or drown in a sum."""
-    case = Case((2, 64, 5, 4), 32, dtype, (True, True), device, gradient_scale=1e-6)
+    case = Case((2, 64, 5, 4), 32, dtype, (True, True), place, gradient_scale=1e-6, kernels=kernels)
     case.compare(case.run(), case.exact())
 
 
-def test_gradient_in_another_memory_format(device: torch.device) -> None:
+def test_gradient_in_another_memory_format(kernels: str, place: torch.device) -> None:
     """What pooling sends back is expanded: strides of zero."""
-    case = Case((2, 64, 3, 3), 32, torch.float32, (False, True), device)
+    case = Case((2, 64, 3, 3), 32, torch.float32, (False, True), place, kernels=kernels)
     case.gradient = case.gradient[:, :, :1, :1].expand(2, 64, 3, 3)
     case.compare(case.run(), case.exact())
 
@@ -298,14 +312,105 @@ def test_inductor_keeps_channels_last(device: torch.device) -> None:
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * a.abs().max().item())
 
 
-def test_auto_takes_the_reference_off_the_gpu() -> None:
+def test_auto_takes_the_processor_where_it_can() -> None:
     x, weight, bias = arguments((2, 8, 3, 3), torch.float32)
-    assert torch.equal(group_norm(x, 4, weight, bias), group_norm(x, 4, weight, bias, kernels="reference"))
+    auto = group_norm(x, 4, weight, bias)
+    assert torch.equal(auto, group_norm(x, 4, weight, bias, kernels="processor"))
+    for other in (x.contiguous(), x.half(), x[:, :, 0, 0], x.double()):
+        wide = (weight.double(), bias.double()) if other.dtype == torch.float64 else (weight, bias)
+        got = group_norm(other, 4, *wide)
+        assert torch.equal(got, group_norm(other, 4, *wide, kernels="reference"))
 
 
-def test_empty_batch(device: torch.device) -> None:
-    x, weight, bias = (t.to(device) for t in arguments((0, 8, 3, 3), torch.float32))
-    assert group_norm(x, 4, weight, bias, kernels="triton").shape == (0, 8, 3, 3)
+# The processor's machine code alone.
+
+
+@pytest.fixture
+def threads() -> Iterator[Sequence[int]]:
+    before = torch.get_num_threads()
+    yield (1, 2, 3, 7)
+    torch.set_num_threads(before)
+
+
+# Samples in one block and several, rows of several pixels with a short last one, one pixel, a sample of many rows.
+@pytest.mark.parametrize("shape", [(5, 64, 7, 9), (300, 32, 1, 1), (3, 96, 40, 41), (9, 520, 5, 5)], ids=str)
+@pytest.mark.parametrize("flags", FLAGS, ids=str)
+def test_any_number_of_threads_gives_the_same_bits(
+    shape: tuple[int, ...], flags: tuple[bool, bool], threads: Sequence[int]
+) -> None:
+    for dtype in (torch.bfloat16, torch.float32):
+        case, found = Case(shape, 4, dtype, flags, torch.device("cpu"), kernels="processor"), []
+        for number in threads:
+            torch.set_num_threads(number)
+            found.append(case.run())
+        for other in found[1:]:
+            assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+        if shape[2] > 1:
+            case.compare(found[0], case.exact())
+
+
+@pytest.mark.parametrize(("dtype", "mean", "rtol"), [(torch.bfloat16, 200.0, 2**-8), (torch.float32, 1e4, 2e-6)], ids=str)
+def test_statistics_keep_their_digits_at_a_huge_mean(dtype: torch.dtype, mean: float, rtol: float) -> None:
+    """Also where the first pixels, which a shift could be taken from, are far from all others."""
+    case = Case((2, 64, 24, 24), 32, dtype, (False, False), torch.device("cpu"), mean=mean, kernels="processor")
+    case.inputs[0][1, :, 0] = 0
+    got, expected = case.run()[0].double(), case.exact()[0]
+    # x * scale + shift are the difference of two numbers near mean / std: some roundings of 2^-24 of it.
+    for sample in range(2):
+        size = 8 * 2**-24 * mean * case.inputs[1].abs().max().item()
+        torch.testing.assert_close(got[sample], expected[sample], rtol=rtol, atol=size)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_the_backward_pass_masks_what_the_forward_pass_cut(dtype: torch.dtype) -> None:
+    """Bit for bit, in vectors and in what is left over: the bias's gradient counts what passed."""
+    for shape in ((2, 64, 9, 7), (3, 6, 5, 5), (2, 12, 1, 3)):
+        case = Case(shape, 2, dtype, (False, True), torch.device("cpu"), kernels="processor")
+        # Biases that put an element of each channel at zero, or within a rounding of it.
+        x, weight, _, _ = case.inputs
+        plain = group_norm(x, 2, weight, torch.zeros(shape[1]), kernels="processor")
+        case.inputs = (x, weight, -plain[0, :, 0, -1].float(), None)
+        case.gradient = torch.ones_like(x)
+        y, _, _, dbias = case.run()
+        assert torch.equal(dbias, (y > 0).sum((0, 2, 3)).float())
+
+
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize("added", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_what_is_no_number_comes_through(dtype: torch.dtype, added: bool, relu: bool) -> None:
+    for channels in (6, 64, 512):
+        for wrong in (float("nan"), float("inf")):
+            x, weight, bias = arguments((3, channels, 5, 3), torch.float32)
+            x = x.to(dtype)
+            residual = x.flip(0) if added else None
+            x[1, 0, 0, 0], bias[1] = wrong, float("nan")
+            found = [
+                group_norm(x, 2, weight, bias, residual=residual, relu=relu, kernels=kernels).isnan()
+                for kernels in ("processor", "reference")
+            ]
+            assert torch.equal(*found)
+
+
+def test_is_differentiable_once() -> None:
+    x, weight, bias = arguments((2, 8, 3, 3), torch.float32)
+    x.requires_grad_()
+    (gradient,) = torch.autograd.grad(group_norm(x, 4, weight, bias).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
+def test_only_what_needs_a_gradient_gets_one() -> None:
+    x, weight, bias = arguments((2, 8, 3, 3), torch.float32)
+    bias.requires_grad_()
+    group_norm(x, 4, weight, bias, residual=x, relu=True).sum().backward()
+    assert bias.grad is not None
+    assert x.grad is weight.grad is None
+
+
+def test_empty_batch(kernels: str, place: torch.device) -> None:
+    x, weight, bias = (t.to(place) for t in arguments((0, 8, 3, 3), torch.float32))
+    assert group_norm(x, 4, weight, bias, kernels=kernels).shape == (0, 8, 3, 3)
 
 
 def test_bad_input_names_the_argument(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:

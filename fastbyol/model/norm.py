@@ -8,6 +8,7 @@ Letters: V views, B images, N = V * B, C channels, H W pixels.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -142,10 +143,17 @@ def norm_relu(norm: nn.Module, x: Tensor, residual: Tensor | None = None) -> Ten
     return add_and_relu(norm(x), residual, relu=True)
 
 
+@runtime_checkable
+class _Choosing(Protocol):
+    """A module whose operations may run on one kind of kernels or another."""
+
+    kernels: str
+
+
 def use_kernels(net: nn.Module, kernels: str) -> None:
-    """Let every batch and group norm in ``net`` run on ``kernels``: auto, triton, processor or reference."""
+    """Let every module in ``net`` that has a choice run on ``kernels``: auto, triton, processor or reference."""
     for module in net.modules():
-        if isinstance(module, BatchNorm | GroupNorm):
+        if isinstance(module, _Choosing):
             module.kernels = kernels
 
 

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from fastbyol.config import ModelConfig
 from fastbyol.model.convolution import convolve
 from fastbyol.model.norm import make_norm, norm_relu
 from fastbyol.model.standardized import Standardizing
+from fastbyol_kernels.max_pool import max_pool
 
 BLOCKS_PER_STAGE = (2, 2, 2, 2)
 
@@ -59,13 +59,16 @@ class BasicBlock(nn.Module):
 
 
 class ResNet(nn.Module):
-    """Images (N, 3, S, S) -> embeddings y (N, ``embedding_dim``), fp32 (fp64 for fp64 input), in channels-last throughout."""
+    """Images (N, 3, S, S) -> embeddings y (N, ``embedding_dim``), fp32 (fp64 for fp64 input), in channels-last throughout.
+
+    ``kernels`` is what ``fastbyol_kernels.max_pool`` takes; ``use_kernels`` sets it.
+    """
 
     def __init__(self, config: ModelConfig, num_views: int) -> None:
         super().__init__()
         width = config.width
         self.embedding_dim = 8 * width
-        self.pools = config.stem == "torchvision"
+        self.pools, self.kernels = config.stem == "torchvision", "auto"
         self.conv1 = Conv2d(3, width, 7 if self.pools else 3, stride=2 if self.pools else 1, ws=config.ws)
         self.bn1 = make_norm(config.norm, width, groups=config.groups, num_views=num_views)
         channels = width
@@ -81,7 +84,7 @@ class ResNet(nn.Module):
         x = x.contiguous(memory_format=torch.channels_last)
         x = norm_relu(self.bn1, self.conv1(x))
         if self.pools:
-            x = F.max_pool2d(x, kernel_size=3, stride=2, padding=1)
+            x = max_pool(x, kernels=self.kernels)
         for stage in range(len(BLOCKS_PER_STAGE)):
             x = self.get_submodule(f"layer{stage + 1}")(x)
         return x.mean(dim=(2, 3), dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)

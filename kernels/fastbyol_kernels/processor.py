@@ -35,7 +35,7 @@ import numpy as np
 import torch
 from numba.core.cgutils import ir
 from numba.core.types import CPointer  # type: ignore[attr-defined]
-from numba.extending import intrinsic
+from numba.extending import intrinsic, overload
 from torch import Tensor
 
 # What every table begins with: the next block to take, how many there are, and how many workers have begun.
@@ -216,3 +216,23 @@ def integers(table, index):
 def octets(table, index):
     """A uint8 tensor that was passed, flat."""
     return numba.carray(_uint8(argument(table, index)), _ENDLESS)
+
+
+def value(element):
+    """An element of a bfloat16 or float32 tensor, float32: for kernels that are written once for both."""
+    raise NotImplementedError("in a kernel only")
+
+
+def rounded(number, array):
+    """``number``, float32, as an element of ``array``, a bfloat16 or float32 tensor."""
+    raise NotImplementedError("in a kernel only")
+
+
+@overload(value)
+def _value(element):
+    return (lambda element: widened(element)) if element == numba.uint16 else (lambda element: element)
+
+
+@overload(rounded)
+def _rounded(number, array):
+    return (lambda number, array: narrowed(number)) if array.dtype == numba.uint16 else (lambda number, array: number)

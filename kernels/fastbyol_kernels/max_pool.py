@@ -1,0 +1,46 @@
+"""Max pooling 3x3, stride 2, padding 1, as behind the torchvision stem.
+
+Letters: N samples, C channels, H W pixels.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fastbyol_kernels.choice import choose_kernels
+from fastbyol_kernels.max_pool_processor import DTYPES, TILE, PlacedMaxPool
+
+
+def reference(x: Tensor) -> Tensor:
+    """torch's own."""
+    return F.max_pool2d(x, kernel_size=3, stride=2, padding=1)
+
+
+def max_pool(x: Tensor, *, kernels: str = "auto") -> Tensor:
+    """The largest of each 3x3 window around every second pixel, (N, C, H, W) -> (N, C, (H + 1) // 2, (W + 1) // 2), as torch's.
+
+    Of equal values the first, row by row, takes the gradient; NaN is passed on. Differentiable once.
+
+    ``kernels``: "processor" is machine code, for bf16 or fp32 x in channels-last on a CPU, of 16 channels or more; all else,
+    "reference" and while torch.compile traces is torch's own. "auto" is the first that can be. There are no Triton kernels:
+    "triton" is the reference. Raises ValueError for other words, and for "processor" where x is not on a CPU.
+    """
+    chosen = choose_kernels(kernels, "x", x, interpreted=True, processor=True)
+    if chosen != "processor" or not _suits(x):
+        return reference(x)
+    y: Tensor = PlacedMaxPool.apply(x)
+    return y
+
+
+def _suits(x: Tensor) -> bool:
+    """Whether the machine code knows this."""
+    return (
+        x.ndim == 4
+        and x.numel() > 0
+        and x.device.type == "cpu"
+        and x.dtype in DTYPES
+        and x.shape[1] >= TILE
+        and x.is_contiguous(memory_format=torch.channels_last)
+    )

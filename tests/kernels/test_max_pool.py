@@ -1,0 +1,130 @@
+"""Max pooling on a processor against torch's, bit for bit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from fastbyol_kernels import max_pool as ops
+from fastbyol_kernels.max_pool_processor import TILE, PlacedMaxPool
+
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+@pytest.fixture(autouse=True)
+def _threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def activations(shape: tuple[int, ...], dtype: torch.dtype, *, seed: int = 0, whole: bool = False) -> Tensor:
+    """Channels-last; ``whole`` numbers, a few of them, make for windows of equal maxima and zeros of both signs."""
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(shape, generator=g)
+    return (x.round() if whole else x).to(dtype).contiguous(memory_format=torch.channels_last)
+
+
+def both(x: Tensor, dy: Tensor | None = None) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """Output and gradient of the machine code, and of torch, whose gradient is summed in fp32: in bf16 it rounds every sum."""
+    found = []
+    for kernels in ("processor", "reference"):
+        leaf = (x if kernels == "processor" else x.float()).clone(memory_format=torch.preserve_format).requires_grad_()
+        y = ops.max_pool(leaf, kernels=kernels)
+        dy = activations(tuple(y.shape), x.dtype, seed=1) if dy is None else dy
+        (dx,) = torch.autograd.grad(y, leaf, dy.to(y.dtype))
+        assert y.dtype == dx.dtype == leaf.dtype
+        found.append((y.detach().to(x.dtype), dx.to(x.dtype)))
+    return found[0], found[1]
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Equal, signs of zeros included, NaN where the other is NaN."""
+    return bool(((a == b) & (a.signbit() == b.signbit()) | a.isnan() & b.isnan()).all())
+
+
+def check(x: Tensor) -> None:
+    (y, dx), (expected, gradient) = both(x)
+    assert same_bits(y, expected)
+    assert torch.equal(dx, gradient)
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    assert dx.is_contiguous(memory_format=torch.channels_last)
+
+
+@given(
+    shape=st.tuples(st.integers(1, 3), st.integers(TILE, 3 * TILE), st.integers(1, 11), st.integers(1, 11)),
+    dtype=st.sampled_from(DTYPES),
+    whole=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+@settings(deadline=None)  # the first example waits for the compiler
+def test_any_shape_is_torchs(shape: tuple[int, int, int, int], dtype: torch.dtype, whole: bool, seed: int) -> None:
+    check(activations(shape, dtype, seed=seed, whole=whole))
+
+
+@given(
+    share=st.sampled_from([0.05, 0.5, 1.0]),
+    odd=st.sampled_from([float("nan"), float("inf"), -float("inf"), 0.0, -0.0]),
+    dtype=st.sampled_from(DTYPES),
+    seed=st.integers(0, 1000),
+)
+@settings(deadline=None)
+def test_what_is_no_number_is_passed_on_as_torch_does(share: float, odd: float, dtype: torch.dtype, seed: int) -> None:
+    x = activations((2, 20, 7, 8), dtype, seed=seed, whole=True)
+    for value in (odd, -odd, -torch.inf):
+        x = torch.where(torch.rand(x.shape, generator=torch.Generator().manual_seed(seed + 1)) < share, value, x)
+        x = x.to(dtype).contiguous(memory_format=torch.channels_last)
+        check(x)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_any_number_of_threads_gives_the_same_bits(dtype: torch.dtype) -> None:
+    x, results = activations((40, 64, 24, 24), dtype), []
+    for threads in (1, 2, 3, 8):
+        torch.set_num_threads(threads)
+        results.append(both(x)[0])
+    assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(other, results[0], strict=True))
+
+
+def test_a_place_is_saved_in_place_of_the_input() -> None:
+    x, saved = activations((4, 32, 24, 24), torch.bfloat16).requires_grad_(), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        y = ops.max_pool(x)
+    assert [(t.dtype, t.numel()) for t in saved] == [(torch.uint8, y.numel())]
+
+
+def test_gradients_of_any_strides() -> None:
+    x = activations((4, 16, 9, 9), torch.float32)
+    dy = activations((4, 16, 5, 5), torch.float32, seed=1)
+    expected = both(x, dy)[0][1]
+    assert torch.equal(both(x, dy.contiguous())[0][1], expected)
+    (_, ones), (_, torchs) = both(x, torch.ones(()).expand(4, 16, 5, 5))
+    assert torch.equal(ones, torchs)
+
+
+def test_everything_else_takes_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> Tensor:
+        raise AssertionError("machine code")
+
+    monkeypatch.setattr(PlacedMaxPool, "apply", refuse)
+    x = activations((4, 16, 9, 9), torch.float32)
+    others = (x.contiguous(), x.double(), x[:, :15].contiguous(memory_format=torch.channels_last), x[:0])
+    for other in others:
+        assert torch.equal(ops.max_pool(other, kernels="processor"), ops.reference(other))
+    assert torch.equal(ops.max_pool(x, kernels="reference"), ops.reference(x))
+    with pytest.raises(AssertionError, match="machine code"):
+        ops.max_pool(x)
+    with pytest.raises(ValueError, match="kernels must be one of"):
+        ops.max_pool(x, kernels="fast")
+
+
+def test_compiled_code_keeps_torchs_operation() -> None:
+    x = activations((4, 16, 9, 9), torch.float32)
+    run = torch.compile(ops.max_pool, backend="aot_eager", fullgraph=True)
+    assert torch.equal(run(x), ops.reference(x))

@@ -15,7 +15,7 @@ from fastbyol_bench.eager_peer import encoder
 from fastbyol_bench.harness import Variant
 from fastbyol_bench.results import Row
 from fastbyol_bench.suite import NEEDS_GPU, Setting, missing
-from fastbyol_kernels import group_norm, weight_standardization
+from fastbyol_kernels import group_norm, max_pool, weight_standardization
 
 SUITE = "kernels"
 GROUPS = 32
@@ -24,13 +24,15 @@ STAGES = ((48, 64), (24, 64), (12, 128), (6, 256), (3, 512))
 
 
 def rows(setting: Setting) -> list[Row]:
-    """Norms at every size of ResNet-18 at 96 px (on a processor at one), weight standardization, few-pixel convolutions."""
+    """Norms at every size of ResNet-18 at 96 px (on a processor at one), the stem's pooling, weight standardization,
+    few-pixel convolutions.
+    """
     num_views = 4 if setting.quick else (512 if setting.on_gpu else 64)
     found: list[Row] = []
     for side, channels in STAGES if setting.on_gpu else STAGES[1:2]:
         found += group_norms(setting, (num_views, channels, side, side))
         found += batch_norms(setting, (num_views, channels, side, side))
-    return [*found, *standardization(setting), *few_pixels(setting, num_views)]
+    return [*found, *max_pools(setting, num_views), *standardization(setting), *few_pixels(setting, num_views)]
 
 
 def group_norms(setting: Setting, shape: tuple[int, int, int, int]) -> list[Row]:
@@ -77,6 +79,16 @@ def batch_norms(setting: Setting, shape: tuple[int, int, int, int]) -> list[Row]
     flags = {"residual": True, "relu": True}
     moved = group_norm.bytes_moved(shape, 2, **flags) + group_norm.bytes_moved(shape, 2, **flags, backward=True)
     return _pair(setting, name, calls, ("F.batch_norm per view, torch.cat, + and F.relu", moved))
+
+
+def max_pools(setting: Setting, num_views: int) -> list[Row]:
+    """The stem's max pooling, bf16, forward with backward; on a GPU ours is torch's."""
+    x, dy = (_activation(setting, (num_views, 64, side, side)) for side in (48, 24))
+    calls = [_pass(call, (x,), dy, True) for call in (lambda: max_pool.max_pool(x), lambda: max_pool.reference(x))]
+    # x read and dx written, y written and dy read, and of y's size bytes of places written and read.
+    moved = 2 * 2 * (x.numel() + dy.numel()) + 2 * dy.numel()
+    name = f"max pooling 3x3 of 48x48x64, {num_views} views, forward and backward"
+    return _pair(setting, name, calls, ("F.max_pool2d", moved))
 
 
 def standardization(setting: Setting) -> list[Row]:

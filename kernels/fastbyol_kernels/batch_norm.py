@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastbyol_kernels.batch_norm_processor import DTYPES, FusedBatchNorm
 from fastbyol_kernels.choice import choose_kernels
+
+DTYPES = (torch.bfloat16, torch.float32)  # of the machine code
 
 
 def reference(
@@ -125,6 +126,8 @@ def batch_norm(
     affine = (weight, bias, running_mean, running_var)
     if chosen != "processor" or not _suits(x, affine):
         return reference(x, *affine, num_views, momentum=momentum, eps=eps, residual=residual, relu=relu)
+    from fastbyol_kernels.batch_norm_processor import FusedBatchNorm  # numba: who has a GPU need not wait for it
+
     if residual is not None:
         residual = residual.contiguous(memory_format=torch.channels_last)
     y: Tensor = FusedBatchNorm.apply(x, *affine, num_views, momentum, eps, residual, relu)

@@ -26,7 +26,6 @@ from torch.autograd.function import once_differentiable
 
 from fastbyol_kernels.processor import argument, blocks, doubles, floats, halves, kernel, prefetch, rounded, take, value
 
-DTYPES = (torch.bfloat16, torch.float32)
 # 64x48x48 bf16 normalises in 6.8 ms with 512 or 1024 lanes and in 7.0 with 256: enough to hide what a loop costs to begin.
 MIN_LANES = 512
 # Elements of a block: 10 us of work, and of few pixels with many channels still enough to outweigh a block's sums.

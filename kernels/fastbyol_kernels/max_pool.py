@@ -10,7 +10,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastbyol_kernels.choice import choose_kernels
-from fastbyol_kernels.max_pool_processor import DTYPES, TILE, PlacedMaxPool
+
+DTYPES = (torch.bfloat16, torch.float32)  # of the machine code
+# Channels that it takes at a time: numbers of a vector of 512 bits in fp32, which narrower processors take in parts.
+TILE = 16
 
 
 def reference(x: Tensor) -> Tensor:
@@ -30,6 +33,8 @@ def max_pool(x: Tensor, *, kernels: str = "auto") -> Tensor:
     chosen = choose_kernels(kernels, "x", x, interpreted=True, processor=True)
     if chosen != "processor" or not _suits(x):
         return reference(x)
+    from fastbyol_kernels.max_pool_processor import PlacedMaxPool  # numba: who has a GPU need not wait for it
+
     y: Tensor = PlacedMaxPool.apply(x)
     return y
 

@@ -23,11 +23,9 @@ from numba.extending import intrinsic
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from fastbyol_kernels.max_pool import TILE
 from fastbyol_kernels.processor import argument, blocks, floats, halves, kernel, octets, take
 
-DTYPES = (torch.bfloat16, torch.float32)
-# Channels of a tile: numbers of a vector of 512 bits in fp32, which narrower processors take in parts.
-TILE = 16
 # Input elements that a thread takes at a time, in whole images: 10 us of work.
 BLOCK = 262144
 

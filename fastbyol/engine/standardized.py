@@ -1,8 +1,8 @@
 """All standardized weights of a network, made in one launch at a step's start instead of one by one in the forward passes.
 
 The layers take views of one flat copy. Those of the online network are leaves of autograd whose gradients gather in a second
-flat buffer; one more launch takes that back to the parameters' gradient. Only the Triton kernels work so: in plain torch on a
-CPU a launch costs nothing, and each layer standardizes its own weights.
+flat buffer; one more launch takes that back to the parameters' gradient. The kernels of a GPU and of a processor work so, and
+write the copy in the products' dtype at once; in plain torch each layer standardizes its own weights.
 """
 
 from __future__ import annotations
@@ -34,10 +34,17 @@ class _Group:
     means: Tensor
     stds: Tensor
     table: RowTable
+    kernels: str
 
     @staticmethod
     def of(
-        layers: Sequence[Standardizing], segments: Sequence[Segment], flat: Tensor, dtype: torch.dtype, *, trained: bool
+        layers: Sequence[Standardizing],
+        segments: Sequence[Segment],
+        flat: Tensor,
+        dtype: torch.dtype,
+        kernels: str,
+        *,
+        trained: bool,
     ) -> _Group:
         places = [0]
         for segment in segments:
@@ -60,11 +67,11 @@ class _Group:
                 weight.requires_grad_().grad = moved.view(gradient)
             weights.append(weight)
         means, stds = flat.new_zeros(2, len(table.rows)).unbind()
-        return _Group(tuple(layers), tuple(weights), flat, copy, gradient, means, stds, table)
+        return _Group(tuple(layers), tuple(weights), flat, copy, gradient, means, stds, table, kernels)
 
     @torch.no_grad()
     def renew(self) -> None:
-        standardize_rows_into(self.copy, self.means, self.stds, self.flat, self.table, kernels="triton")
+        standardize_rows_into(self.copy, self.means, self.stds, self.flat, self.table, kernels=self.kernels)
         if self.gradient is not None:
             self.gradient.zero_()
 
@@ -72,7 +79,7 @@ class _Group:
     def write_gradient(self, out: Tensor) -> None:
         if self.gradient is not None:
             standardize_rows_backward_into(
-                out, self.gradient, self.flat, self.means, self.stds, self.table, kernels="triton"
+                out, self.gradient, self.flat, self.means, self.stds, self.table, kernels=self.kernels
             )  # fmt: skip
 
 
@@ -89,10 +96,10 @@ class StandardizedWeights:
 
         A launch each way per network, two where the two dtypes differ and linear layers are standardized, too.
         """
-        if kernels != "triton":
+        if kernels == "reference":
             return StandardizedWeights((), arena.gradient)
         nets = ((online, arena.online, True), (target, arena.target, False))
-        groups = (group for net, flat, trained in nets for group in _groups(net, arena, flat, dtype, trained))
+        groups = (group for net, flat, trained in nets for group in _groups(net, arena, flat, dtype, kernels, trained=trained))
         return StandardizedWeights(tuple(groups), arena.gradient)
 
     @contextmanager
@@ -115,7 +122,7 @@ class StandardizedWeights:
                 layer.given = weight if given else None
 
 
-def _groups(net: nn.Module, arena: Arena, flat: Tensor, dtype: torch.dtype, trained: bool) -> Iterator[_Group]:
+def _groups(net: nn.Module, arena: Arena, flat: Tensor, dtype: torch.dtype, kernels: str, *, trained: bool) -> Iterator[_Group]:
     segments = {segment.name: segment for segment in arena.segments}
     layers = {
         f"{name}.weight": module for name, module in net.named_modules() if isinstance(module, Standardizing) and module.ws
@@ -123,4 +130,4 @@ def _groups(net: nn.Module, arena: Arena, flat: Tensor, dtype: torch.dtype, trai
     of = {name: flat.dtype if isinstance(layer, Linear) else dtype for name, layer in layers.items()}
     for own in dict.fromkeys(of.values()):
         names = [name for name in layers if of[name] == own]
-        yield _Group.of([layers[n] for n in names], [segments[n] for n in names], flat, own, trained=trained)
+        yield _Group.of([layers[n] for n in names], [segments[n] for n in names], flat, own, kernels, trained=trained)

@@ -14,18 +14,20 @@ class Standardizing(nn.Module):
     """What convolutions and linear layers with a flag ``ws`` share.
 
     ``given`` is the standardized weight in the dtype of the product, where someone made it for all layers of a network in one
-    launch (``engine.standardized``); None lets the layer standardize its own at every forward.
+    launch (``engine.standardized``); None lets the layer standardize its own at every forward, on ``kernels``, which is what
+    ``weight_standardization`` takes.
     """
 
     weight: Tensor
     ws: bool = False
     given: Tensor | None = None
+    kernels: str = "auto"
 
     def used_weight(self) -> Tensor:
         """The weight (O, I, ...) that the product takes: as it is, or standardized where ``ws`` says so."""
         if not self.ws:
             return self.weight
-        return weight_standardization(self.weight) if self.given is None else self.given
+        return weight_standardization(self.weight, kernels=self.kernels) if self.given is None else self.given
 
 
 class Linear(Standardizing, nn.Linear):

@@ -15,11 +15,10 @@ from typing import Any
 import numba
 import numpy as np
 import torch
-from numba.core.compiler import Compiler
-from numba.extending import overload
 from torch import Tensor
 
-from fastbyol_kernels.processor import FASTMATH, argument, blocks, floats, halves, kernel, narrowed, take, widened
+from fastbyol_kernels.processor import apart, argument, blocks, floats, halves, kernel, rounded, take
+from fastbyol_kernels.processor import value as wide
 
 # Lanes of a row, if pixels have fewer channels: 32 vectors of 16, and all arrays of lanes together stay in the first cache.
 LANES = 512
@@ -31,49 +30,7 @@ BLOCK_BYTES = 1 << 16
 COLUMNS = 32
 
 
-def _wide(value):
-    """A value as float32, whether it is one or a bfloat16's bits."""
-
-
-@overload(_wide)
-def _wide_of(value):
-    if value == numba.uint16:
-        return lambda value: widened(value)
-    return lambda value: value
-
-
-def _put(array, index, value):
-    """Write a float32, rounded where the array holds bfloat16's bits."""
-
-
-@overload(_put)
-def _put_in(array, index, value):
-    if array.dtype == numba.uint16:
-
-        def put(array, index, value):
-            array[index] = narrowed(value)
-    else:
-
-        def put(array, index, value):
-            array[index] = value
-
-    return put
-
-
-class _Apart(Compiler):  # type: ignore[misc]
-    """Arrays that are passed to a function do not overlap: the compiler need not check it row by row, or give up on vectors."""
-
-    def __init__(self, *arguments: Any) -> None:
-        *before, flags, local = arguments
-        flags = flags.copy()
-        flags.noalias = True
-        super().__init__(*before, flags, local)
-
-
-_apart = numba.njit(fastmath=FASTMATH, error_model="numpy", pipeline_class=_Apart)
-
-
-@_apart
+@apart
 def _merge(mean, m2, known, other_mean, other_m2, more):
     """Chan's combination, lane by lane: ``known`` values with ``more`` values."""
     f = np.float32(more / (known + more))
@@ -84,7 +41,7 @@ def _merge(mean, m2, known, other_mean, other_m2, more):
         m2[i] += other_m2[i] + delta * delta * g
 
 
-@_apart
+@apart
 def _moments(x, mean, m2):
     """Mean and sum of squared deviations (L,) of the lanes of a sample; the last row may be short."""
     lanes = len(mean)
@@ -101,8 +58,8 @@ def _moments(x, mean, m2):
         x4, x5 = x[start + 4 * lanes : start + 5 * lanes], x[start + 5 * lanes : start + 6 * lanes]
         x6, x7 = x[start + 6 * lanes : start + 7 * lanes], x[start + 7 * lanes : start + 8 * lanes]
         for i in range(lanes):
-            v0, v1, v2, v3 = _wide(x0[i]), _wide(x1[i]), _wide(x2[i]), _wide(x3[i])
-            v4, v5, v6, v7 = _wide(x4[i]), _wide(x5[i]), _wide(x6[i]), _wide(x7[i])
+            v0, v1, v2, v3 = wide(x0[i]), wide(x1[i]), wide(x2[i]), wide(x3[i])
+            v4, v5, v6, v7 = wide(x4[i]), wide(x5[i]), wide(x6[i]), wide(x7[i])
             center = ((v0 + v1) + (v2 + v3) + ((v4 + v5) + (v6 + v7))) * np.float32(1 / ROWS)
             v0, v1, v2, v3 = v0 - center, v1 - center, v2 - center, v3 - center
             v4, v5, v6, v7 = v4 - center, v5 - center, v6 - center, v7 - center
@@ -114,13 +71,13 @@ def _moments(x, mean, m2):
         f = np.float32(1 / (row + 1))
         values = x[row * lanes : min(row * lanes + lanes, len(x))]
         for i in range(len(values)):
-            value = _wide(values[i])
+            value = wide(values[i])
             delta = value - mean[i]
             mean[i] += delta * f
             m2[i] += delta * (value - mean[i])
 
 
-@_apart
+@apart
 def _by_channel(mean, m2, channels, pixels):
     """Combine all lanes of a channel into its first one."""
     per_row = len(mean) // channels
@@ -133,7 +90,7 @@ def _by_channel(mean, m2, channels, pixels):
         known += more
 
 
-@_apart
+@apart
 def _by_group(mean, m2, group_mean, group_rstd, pixels, eps):
     """Mean and 1 / sqrt(var + eps) of each group, from those of its channels."""
     per_group = len(mean) // len(group_mean)
@@ -146,15 +103,15 @@ def _by_group(mean, m2, group_mean, group_rstd, pixels, eps):
         center = first + total / np.float32(per_group)
         inside = between = np.float32(0)
         for i in range(len(means)):
-            apart = means[i] - center
-            between += apart * apart
+            off = means[i] - center
+            between += off * off
             inside += squares[i]
         variance = (inside + np.float32(pixels) * between) / np.float32(pixels * per_group)
         group_mean[group] = center
         group_rstd[group] = np.float32(1) / np.sqrt(variance + eps)
 
 
-@_apart
+@apart
 def _lines(group_mean, group_rstd, weight, bias, scale, shift):
     """The normalisation of each lane as x * scale + shift, for both passes alike: they must agree on its sign."""
     channels = len(weight)
@@ -166,7 +123,7 @@ def _lines(group_mean, group_rstd, weight, bias, scale, shift):
             shift[c] = bias[c] - mean * scale[c]
 
 
-@_apart
+@apart
 def _repeat(values, channels):
     """The first pixel's values for all pixels of a row."""
     for start in range(channels, len(values), channels):
@@ -175,7 +132,7 @@ def _repeat(values, channels):
             here[i] = values[i]
 
 
-@_apart
+@apart
 def _write(x, y, scale, shift, least):
     """y = x * scale + shift, at least ``least``; NaN comes through. The last row first: the caches hold it.
 
@@ -185,11 +142,11 @@ def _write(x, y, scale, shift, least):
     for row in range((len(x) - 1) // lanes, -1, -1):
         values, out = x[row * lanes : min(row * lanes + lanes, len(x))], y[row * lanes : min(row * lanes + lanes, len(x))]
         for i in range(len(values)):
-            value = _wide(values[i]) * scale[i] + shift[i]
-            _put(out, i, max(value, least))
+            value = wide(values[i]) * scale[i] + shift[i]
+            out[i] = rounded(max(value, least), out)
 
 
-@_apart
+@apart
 def _write_sum(x, residual, y, scale, shift, least):
     """y = x * scale + shift + residual, at least ``least``."""
     lanes = len(scale)
@@ -197,8 +154,8 @@ def _write_sum(x, residual, y, scale, shift, least):
         start, stop = row * lanes, min(row * lanes + lanes, len(x))
         values, added, out = x[start:stop], residual[start:stop], y[start:stop]
         for i in range(len(values)):
-            value = _wide(values[i]) * scale[i] + shift[i] + _wide(added[i])
-            _put(out, i, max(value, least))
+            value = wide(values[i]) * scale[i] + shift[i] + wide(added[i])
+            out[i] = rounded(max(value, least), out)
 
 
 @numba.njit(inline="always")
@@ -239,7 +196,7 @@ def _forward(table):
         block = take(table)
 
 
-@_apart
+@apart
 def _sums(dy, x, scale, shift, center, total, weighted, limit):
     """Sums (L,) over a sample's rows of the gradient g and of g (x - center); dy stops where x * scale + shift <= ``limit``."""
     lanes = len(scale)
@@ -254,11 +211,11 @@ def _sums(dy, x, scale, shift, center, total, weighted, limit):
         d0, d1 = dy[start : start + lanes], dy[start + lanes : start + 2 * lanes]
         d2, d3 = dy[start + 2 * lanes : start + 3 * lanes], dy[start + 3 * lanes : start + 4 * lanes]
         for i in range(lanes):
-            v0, v1, v2, v3 = _wide(x0[i]), _wide(x1[i]), _wide(x2[i]), _wide(x3[i])
-            g0 = np.float32(0) if v0 * scale[i] + shift[i] <= limit else _wide(d0[i])
-            g1 = np.float32(0) if v1 * scale[i] + shift[i] <= limit else _wide(d1[i])
-            g2 = np.float32(0) if v2 * scale[i] + shift[i] <= limit else _wide(d2[i])
-            g3 = np.float32(0) if v3 * scale[i] + shift[i] <= limit else _wide(d3[i])
+            v0, v1, v2, v3 = wide(x0[i]), wide(x1[i]), wide(x2[i]), wide(x3[i])
+            g0 = np.float32(0) if v0 * scale[i] + shift[i] <= limit else wide(d0[i])
+            g1 = np.float32(0) if v1 * scale[i] + shift[i] <= limit else wide(d1[i])
+            g2 = np.float32(0) if v2 * scale[i] + shift[i] <= limit else wide(d2[i])
+            g3 = np.float32(0) if v3 * scale[i] + shift[i] <= limit else wide(d3[i])
             c = center[i]
             total[i] += (g0 + g1) + (g2 + g3)
             weighted[i] += (g0 * (v0 - c) + g1 * (v1 - c)) + (g2 * (v2 - c) + g3 * (v3 - c))
@@ -266,13 +223,13 @@ def _sums(dy, x, scale, shift, center, total, weighted, limit):
         start, stop = row * lanes, min(row * lanes + lanes, len(x))
         values, gradient = x[start:stop], dy[start:stop]
         for i in range(len(values)):
-            value = _wide(values[i])
-            g = np.float32(0) if value * scale[i] + shift[i] <= limit else _wide(gradient[i])
+            value = wide(values[i])
+            g = np.float32(0) if value * scale[i] + shift[i] <= limit else wide(gradient[i])
             total[i] += g
             weighted[i] += g * (value - center[i])
 
 
-@_apart
+@apart
 def _sums_by_y(dy, x, y, center, total, weighted):
     """``_sums`` where dy stops where y <= 0."""
     lanes = len(center)
@@ -289,25 +246,23 @@ def _sums_by_y(dy, x, y, center, total, weighted):
         d0, d1 = dy[start : start + lanes], dy[start + lanes : start + 2 * lanes]
         d2, d3 = dy[start + 2 * lanes : start + 3 * lanes], dy[start + 3 * lanes : start + 4 * lanes]
         for i in range(lanes):
-            g0 = np.float32(0) if _wide(y0[i]) <= np.float32(0) else _wide(d0[i])
-            g1 = np.float32(0) if _wide(y1[i]) <= np.float32(0) else _wide(d1[i])
-            g2 = np.float32(0) if _wide(y2[i]) <= np.float32(0) else _wide(d2[i])
-            g3 = np.float32(0) if _wide(y3[i]) <= np.float32(0) else _wide(d3[i])
+            g0 = np.float32(0) if wide(y0[i]) <= np.float32(0) else wide(d0[i])
+            g1 = np.float32(0) if wide(y1[i]) <= np.float32(0) else wide(d1[i])
+            g2 = np.float32(0) if wide(y2[i]) <= np.float32(0) else wide(d2[i])
+            g3 = np.float32(0) if wide(y3[i]) <= np.float32(0) else wide(d3[i])
             c = center[i]
             total[i] += (g0 + g1) + (g2 + g3)
-            weighted[i] += (g0 * (_wide(x0[i]) - c) + g1 * (_wide(x1[i]) - c)) + (
-                g2 * (_wide(x2[i]) - c) + g3 * (_wide(x3[i]) - c)
-            )
+            weighted[i] += (g0 * (wide(x0[i]) - c) + g1 * (wide(x1[i]) - c)) + (g2 * (wide(x2[i]) - c) + g3 * (wide(x3[i]) - c))
     for row in range(rows // 4 * 4, -(-len(x) // lanes)):
         start, stop = row * lanes, min(row * lanes + lanes, len(x))
         values, gradient, result = x[start:stop], dy[start:stop], y[start:stop]
         for i in range(len(values)):
-            g = np.float32(0) if _wide(result[i]) <= np.float32(0) else _wide(gradient[i])
+            g = np.float32(0) if wide(result[i]) <= np.float32(0) else wide(gradient[i])
             total[i] += g
-            weighted[i] += g * (_wide(values[i]) - center[i])
+            weighted[i] += g * (wide(values[i]) - center[i])
 
 
-@_apart
+@apart
 def _sum_lanes(values, channels, out):
     """Sums (C,) over the pixels of a row."""
     for i in range(channels):
@@ -318,7 +273,7 @@ def _sum_lanes(values, channels, out):
             out[i] += here[i]
 
 
-@_apart
+@apart
 def _slopes(weight, mean, rstd, total, weighted, slope, level, pixels):
     """dx = scale g - (x slope + level): ``slope`` and ``level`` of each channel. Multiplies ``weighted`` by rstd."""
     per_group = len(weight) // len(mean)
@@ -339,7 +294,7 @@ def _slopes(weight, mean, rstd, total, weighted, slope, level, pixels):
             levels[i] = a
 
 
-@_apart
+@apart
 def _write_gradient(dy, x, dx, scale, shift, slope, level, limit):
     """dx, the last row first."""
     lanes = len(scale)
@@ -347,12 +302,12 @@ def _write_gradient(dy, x, dx, scale, shift, slope, level, limit):
         start, stop = row * lanes, min(row * lanes + lanes, len(x))
         values, gradient, out = x[start:stop], dy[start:stop], dx[start:stop]
         for i in range(len(values)):
-            value = _wide(values[i])
-            g = np.float32(0) if value * scale[i] + shift[i] <= limit else _wide(gradient[i])
-            _put(out, i, scale[i] * g - (value * slope[i] + level[i]))
+            value = wide(values[i])
+            g = np.float32(0) if value * scale[i] + shift[i] <= limit else wide(gradient[i])
+            out[i] = rounded(scale[i] * g - (value * slope[i] + level[i]), out)
 
 
-@_apart
+@apart
 def _write_gradients_by_y(dy, x, y, dx, dresidual, scale, slope, level):
     """dx and the residual's gradient."""
     lanes = len(scale)
@@ -361,12 +316,12 @@ def _write_gradients_by_y(dy, x, y, dx, dresidual, scale, slope, level):
         values, gradient, result = x[start:stop], dy[start:stop], y[start:stop]
         out, passed = dx[start:stop], dresidual[start:stop]
         for i in range(len(values)):
-            g = np.float32(0) if _wide(result[i]) <= np.float32(0) else _wide(gradient[i])
-            _put(passed, i, g)
-            _put(out, i, scale[i] * g - (_wide(values[i]) * slope[i] + level[i]))
+            g = np.float32(0) if wide(result[i]) <= np.float32(0) else wide(gradient[i])
+            passed[i] = rounded(g, passed)
+            out[i] = rounded(scale[i] * g - (wide(values[i]) * slope[i] + level[i]), out)
 
 
-@_apart
+@apart
 def _spread(values, out):
     """A group's value for each of its channels."""
     per_group = len(out) // len(values)

@@ -34,6 +34,7 @@ import numba
 import numpy as np
 import torch
 from numba.core.cgutils import ir
+from numba.core.compiler import Compiler
 from numba.core.types import CPointer  # type: ignore[attr-defined]
 from numba.extending import intrinsic, overload
 from torch import Tensor
@@ -236,3 +237,18 @@ def _value(element):
 @overload(rounded)
 def _rounded(number, array):
     return (lambda number, array: narrowed(number)) if array.dtype == numba.uint16 else (lambda number, array: number)
+
+
+class _Apart(Compiler):  # type: ignore[misc]
+    """Compiles on the promise that arrays passed to a function do not overlap."""
+
+    def __init__(self, *arguments: Any) -> None:
+        *before, flags, local = arguments
+        flags = flags.copy()
+        flags.noalias = True
+        super().__init__(*before, flags, local)
+
+
+# For functions over parts of tensors: their arguments do not overlap, which the compiler would else check at every call, or,
+# with more than a few, not make vectors at all.
+apart = numba.njit(fastmath=FASTMATH, error_model="numpy", pipeline_class=_Apart)

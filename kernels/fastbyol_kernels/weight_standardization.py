@@ -40,11 +40,25 @@ def reference(weight: Tensor, eps: float = EPS) -> Tensor:
     return standardized
 
 
-def weight_standardization(weight: Tensor, eps: float = EPS) -> Tensor:
+def weight_standardization(weight: Tensor, eps: float = EPS, *, kernels: str = "auto") -> Tensor:
     """Standardize ``weight`` (O, ...) per output channel; same shape, dtype, device and memory format.
 
     Every channel needs at least two weights (the std is unbiased). Differentiable in ``weight``.
+
+    ``kernels``: "auto" and "processor" take machine code for fp32 on a CPU, once differentiable, unless torch.compile traces;
+    all else is plain torch, "triton" as well, whose kernels take a network at a time.
     """
+    if (
+        kernels != "triton"
+        and choose_kernels(kernels, "weight", weight, interpreted=INTERPRETED, processor=True) == "processor"
+    ):
+        rows_lie_together = weight.is_contiguous() or (
+            weight.ndim == 4 and weight.is_contiguous(memory_format=torch.channels_last)
+        )
+        if weight.dtype == torch.float32 and rows_lie_together and weight.numel() > len(weight):
+            from fastbyol_kernels import weight_standardization_processor  # numba: who has a GPU need not wait for it
+
+            return weight_standardization_processor.weight_standardization(weight, eps)
     return reference(weight, eps)
 
 
@@ -480,9 +494,18 @@ def standardize_rows(
     gradient is zeros between the rows), and the rows' means and stds (R,), which ``standardize_rows_backward_into`` takes.
 
     ``kernels``: "reference" (plain torch, also fp64), "triton" (fp32 parameter, fp32 or bf16 copy; on a CPU only in Triton's
-    interpreter), "auto" (the latter for CUDA tensors). Raises ValueError, naming the argument, for what does not fit.
+    interpreter), "processor" (the same in a CPU's machine code), "auto" (whichever of the two is for flat's device). Raises
+    ValueError, naming the argument, for what does not fit.
     """
-    if _use_triton(flat, kernels):
+    chosen = _choose(flat, dtype, kernels)
+    if chosen == "processor":
+        from fastbyol_kernels import weight_standardization_processor
+
+        _check_rows(flat, table, dtype)
+        return weight_standardization_processor.standardize_rows(
+            flat, table.rows, table.copy_gaps, table.flat_gaps, table.copy_numel, dtype, eps
+        )
+    if chosen == "triton":
         _check_rows(flat, table, dtype)
         copy, means, stds = _standardize_rows(
             flat, table.rows, table.copy_gaps, table.flat_gaps, table.num_long, table.copy_numel, dtype, eps
@@ -503,7 +526,14 @@ def standardize_rows_into(
     _check_sizes(flat, table)
     _check_copy("copy", copy, flat, table)
     _check_statistics(flat, table, means=means, stds=stds)
-    if _use_triton(flat, kernels):
+    chosen = _choose(flat, copy.dtype, kernels)
+    if chosen == "processor":
+        from fastbyol_kernels import weight_standardization_processor
+
+        _check_rows(flat, table, copy.dtype)
+        weight_standardization_processor.standardize(flat, copy, means, stds, table.rows, table.rows[:0], eps)
+        return
+    if chosen == "triton":
         _check_rows(flat, table, copy.dtype)
         _standardize_rows_into(copy, means, stds, flat, table.rows, table.num_long, eps)
         return
@@ -535,7 +565,16 @@ def standardize_rows_backward_into(
         raise ValueError(f"out must be as flat, {flat.dtype} {tuple(flat.shape)} on {flat.device}, contiguous")
     _check_copy("gradient", gradient, flat, table)
     _check_statistics(flat, table, means=means, stds=stds)
-    if _use_triton(flat, kernels):
+    chosen = _choose(flat, gradient.dtype, kernels)
+    if chosen == "processor":
+        from fastbyol_kernels import weight_standardization_processor
+
+        _check_rows(flat, table, gradient.dtype)
+        weight_standardization_processor.gradient_into(
+            out, gradient, flat, means, stds, table.rows, table.rows[:0], eps
+        )  # fmt: skip
+        return
+    if chosen == "triton":
         _check_rows(flat, table, gradient.dtype)
         _standardize_rows_backward_into(out, gradient, flat, means, stds, table.rows, table.num_long, eps)
         return
@@ -552,8 +591,11 @@ def _row_statistics(flat: Tensor, table: RowTable) -> tuple[Tensor, Tensor]:
     return means[table.order], stds[table.order]
 
 
-def _use_triton(flat: Tensor, kernels: str) -> bool:
-    return choose_kernels(kernels, "flat", flat, interpreted=INTERPRETED) == "triton"
+def _choose(flat: Tensor, dtype: torch.dtype, kernels: str) -> str:
+    """A CPU takes what its kernels do not know, such as a copy in fp16, in plain torch unless they were asked for."""
+    chosen = choose_kernels(kernels, "flat", flat, interpreted=INTERPRETED, processor=True)
+    known = flat.dtype == torch.float32 and dtype in (torch.float32, torch.bfloat16)
+    return "reference" if chosen == "processor" and kernels == "auto" and not known else chosen
 
 
 def _check_sizes(flat: Tensor, table: RowTable) -> None:

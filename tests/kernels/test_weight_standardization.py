@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -16,6 +16,7 @@ from fastbyol_kernels.weight_standardization import (
     EPS,
     RowTable,
     bytes_moved,
+    reference,
     row_table,
     standardize_rows,
     standardize_rows_backward_into,
@@ -133,10 +134,22 @@ def nan_filled(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "empty_like", lambda *a, **k: empty_like(*a, **k).fill_(float("nan")))
 
 
+@pytest.fixture(params=["triton", "processor"])
+def kernels(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def place(kernels: str, device: torch.device) -> torch.device:
+    """Where ``kernels`` run."""
+    return torch.device("cpu") if kernels == "processor" else device
+
+
 @pytest.mark.usefixtures("nan_filled")
-@pytest.mark.parametrize("kernels", ["triton", "reference"])
+@pytest.mark.parametrize("kernels", ["triton", "processor", "reference"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_rows_equal_fp64(dtype: torch.dtype, kernels: str, device: torch.device) -> None:
+def test_rows_equal_fp64(dtype: torch.dtype, kernels: str, place: torch.device) -> None:
+    device = place
     flat, table = network(NETWORK, device)
     gradient = upstream(table, dtype, device)
     copy, grad = both(flat, table, gradient, kernels)
@@ -148,40 +161,41 @@ def test_rows_equal_fp64(dtype: torch.dtype, kernels: str, device: torch.device)
         assert torch.equal(copy[offset : offset + length].float(), torch.zeros(length, device=device))
 
 
-@settings(max_examples=10, deadline=None, derandomize=True)
+@settings(max_examples=20, deadline=None, derandomize=True)
 @given(
     st.lists(st.tuples(st.integers(1, 4), st.integers(2, 40), st.sampled_from((1, 8, 9, 16))), min_size=1, max_size=5),
     st.integers(0, 70),
     st.booleans(),
+    st.sampled_from(("triton", "processor")),
 )
-def test_rows_equal_fp64_at_any_shape(shapes: list[tuple[int, ...]], skip: int, half: bool) -> None:
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def test_rows_equal_fp64_at_any_shape(shapes: list[tuple[int, ...]], skip: int, half: bool, kernels: str) -> None:
+    device = torch.device("cuda" if torch.cuda.is_available() and kernels == "triton" else "cpu")
     flat, table = network(shapes, device, skip=skip)
     gradient = upstream(table, torch.bfloat16 if half else torch.float32, device)
-    copy, grad = both(flat, table, gradient)
+    copy, grad = both(flat, table, gradient, kernels)
     smallest = standardize_rows(flat.double(), table, torch.float64)[2].min().item()
     compare(copy, grad, exact(flat, table, gradient), gradient, smallest)
 
 
-def test_statistics_are_those_of_the_rows(device: torch.device) -> None:
-    flat, table = network(NETWORK, device)
-    got = standardize_rows(flat, table, torch.float32, kernels="triton")[1:]
+def test_statistics_are_those_of_the_rows(kernels: str, place: torch.device) -> None:
+    flat, table = network(NETWORK, place)
+    got = standardize_rows(flat, table, torch.float32, kernels=kernels)[1:]
     expected = standardize_rows(flat.double(), table, torch.float64)[1:]
     for a, b in zip(got, expected, strict=True):
         torch.testing.assert_close(a.double(), b, rtol=1e-6, atol=1e-7)
 
 
-def test_two_runs_are_equal_in_every_bit(device: torch.device) -> None:
-    flat, table = network(NETWORK, device)
-    gradient = upstream(table, torch.bfloat16, device)
-    for a, b in zip(both(flat, table, gradient), both(flat, table, gradient), strict=True):
+def test_two_runs_are_equal_in_every_bit(kernels: str, place: torch.device) -> None:
+    flat, table = network(NETWORK, place)
+    gradient = upstream(table, torch.bfloat16, place)
+    for a, b in zip(both(flat, table, gradient, kernels), both(flat, table, gradient, kernels), strict=True):
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("kernels", ["triton", "reference"])
-def test_backward_into_a_buffer_leaves_the_rest_alone(kernels: str, device: torch.device) -> None:
-    flat, table = network(NETWORK, device)
-    gradient = upstream(table, torch.float32, device)
+@pytest.mark.parametrize("kernels", ["triton", "processor", "reference"])
+def test_backward_into_a_buffer_leaves_the_rest_alone(kernels: str, place: torch.device) -> None:
+    flat, table = network(NETWORK, place)
+    gradient = upstream(table, torch.float32, place)
     _, means, stds = standardize_rows(flat, table, torch.float32, kernels=kernels)
     out = torch.full_like(flat, 7.0)
     standardize_rows_backward_into(out, gradient, flat, means, stds, table, kernels=kernels)
@@ -191,21 +205,103 @@ def test_backward_into_a_buffer_leaves_the_rest_alone(kernels: str, device: torc
     assert torch.equal(out, expected)
 
 
-def test_equal_weights_give_zeros_and_a_finite_gradient(device: torch.device) -> None:
-    flat, table = network(((3, 512), (3, 30)), device)
+def test_equal_weights_give_zeros_and_a_finite_gradient(kernels: str, place: torch.device) -> None:
+    flat, table = network(((3, 512), (3, 30)), place)
     flat.fill_(0.25)
-    copy, grad = both(flat, table, upstream(table, torch.float32, device))
+    copy, grad = both(flat, table, upstream(table, torch.float32, place), kernels)
     assert torch.equal(copy, torch.zeros_like(copy))
     assert grad.isfinite().all()
 
 
-def test_collapsed_gradients_keep_their_digits(device: torch.device) -> None:
+def test_collapsed_gradients_keep_their_digits(kernels: str, place: torch.device) -> None:
     """Near collapse the gradient is a millionth of the weights: bf16 has its range, and no sum may drown it."""
-    flat, table = network(((3, 512), (3, 30)), device)
+    flat, table = network(((3, 512), (3, 30)), place)
     for dtype in (torch.float32, torch.bfloat16):
-        gradient = upstream(table, dtype, device, 1e-6)
-        copy, grad = both(flat, table, gradient)
+        gradient = upstream(table, dtype, place, 1e-6)
+        copy, grad = both(flat, table, gradient, kernels)
         compare(copy, grad, exact(flat, table, gradient), gradient, 0.03)
+
+
+# The processor's machine code alone.
+
+
+@pytest.fixture
+def threads() -> Iterator[Sequence[int]]:
+    before = torch.get_num_threads()
+    yield (1, 2, 3, 7)
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_any_number_of_threads_gives_the_same_bits(dtype: torch.dtype, threads: Sequence[int]) -> None:
+    cpu = torch.device("cpu")
+    flat, table = network((*NETWORK, (200, 300)), cpu)
+    gradient, found = upstream(table, dtype, cpu), []
+    for number in threads:
+        torch.set_num_threads(number)
+        found.append(both(flat, table, gradient, "processor"))
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
+@pytest.mark.parametrize("shape", [*SHAPES[:4], (300, 128, 3, 3), (2, 4, 1, 3), (1, 5)], ids=str)
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_a_weight_alone_equals_fp64(shape: tuple[int, ...], channels_last: bool) -> None:
+    generator = torch.Generator().manual_seed(sum(shape))
+    w = torch.randn(shape, generator=generator) * 0.05 + 0.01
+    if channels_last and w.ndim == 4:
+        w = w.contiguous(memory_format=torch.channels_last)
+    leaf, exactly = w.clone().requires_grad_(), w.double().requires_grad_()
+    gradient = torch.randn(shape, generator=generator)
+    out, expected = weight_standardization(leaf, kernels="processor"), by_sums(exactly)
+    out.backward(gradient)
+    expected.backward(gradient.double())
+    assert leaf.grad is not None
+    assert exactly.grad is not None
+    assert out.stride() == leaf.grad.stride() == w.stride()
+    torch.testing.assert_close(out.double(), expected, rtol=2e-6, atol=4e-6)
+    size = gradient.abs().max().item() / w.double().flatten(1).std(1).min().item()
+    torch.testing.assert_close(leaf.grad.double(), exactly.grad, rtol=1e-5, atol=4e-6 * size)
+
+
+def test_a_huge_mean_costs_no_digits_of_the_deviation() -> None:
+    w = torch.randn(4, 512, 3, 3, generator=torch.Generator().manual_seed(3)) + 1e4
+    # The mean itself is rounded: 2^-24 of 1e4, and a few of that for its sum.
+    torch.testing.assert_close(weight_standardization(w).double(), by_sums(w.double()), rtol=0, atol=8 * 2**-24 * 1e4)
+
+
+def test_what_is_no_number_stays_in_its_row() -> None:
+    w = torch.randn(5, 8, 3, 3, generator=torch.Generator().manual_seed(4))
+    w[2, 3, 1, 1], w[4, 0, 0, 0] = float("nan"), float("inf")
+    w.requires_grad_()
+    out = weight_standardization(w)
+    out.sum().backward()
+    assert w.grad is not None
+    for tensor in (out, w.grad):
+        assert tensor[[0, 1, 3]].isfinite().all()
+        assert tensor[[2, 4]].isnan().all()
+
+
+def test_what_machine_code_does_not_know_is_plain_torch() -> None:
+    w = torch.randn(6, 4, 3, 3, generator=torch.Generator().manual_seed(5))
+    assert not torch.equal(weight_standardization(w), reference(w))
+    for other in (w.double(), w.transpose(0, 1), w[:, ::2]):
+        assert torch.equal(weight_standardization(other), reference(other))
+    for kernels in ("reference", "triton"):
+        assert torch.equal(weight_standardization(w, kernels=kernels), reference(w))
+    with pytest.raises(ValueError, match=r"^kernels must be"):
+        weight_standardization(w, kernels="cuda")
+    flat, table = network(((2, 264), (3, 30)), torch.device("cpu"))
+    got = standardize_rows(flat, table, torch.float16)[0]
+    assert torch.equal(got, standardize_rows(flat, table, torch.float16, kernels="reference")[0])
+    with pytest.raises(ValueError, match=r"^dtype"):
+        standardize_rows(flat, table, torch.float16, kernels="processor")
+
+
+def test_no_rows_at_all() -> None:
+    _, table = network((), torch.device("cpu"))
+    copy, means, stds = standardize_rows(torch.randn(table.flat_numel), table, torch.float32, kernels="processor")
+    assert len(copy) == len(means) == len(stds) == 0
 
 
 # opcheck itself looks at the .grad of tensors that are no leaves.

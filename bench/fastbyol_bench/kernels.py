@@ -92,8 +92,9 @@ def max_pools(setting: Setting, num_views: int) -> list[Row]:
 
 
 def standardization(setting: Setting) -> list[Row]:
-    """All convolution weights of ResNet-18 standardized into a bf16 copy, forward, against a loop over the weights."""
-    name = "weight standardization of ResNet-18, forward"
+    """All convolution weights of ResNet-18 standardized into a bf16 copy, forward, and forward with backward, against a loop
+    over the weights.
+    """
     net = encoder("gn", ws=True)
     weights = [p.detach().to(setting.device).flatten(1) for p in net.parameters() if p.ndim == 4]
     sizes = [w.numel() for w in weights]
@@ -108,17 +109,34 @@ def standardization(setting: Setting) -> list[Row]:
         device=setting.device,
     )
 
+    flat.requires_grad_()
+    leaves = [weight.requires_grad_() for weight in weights]
+    gradient = torch.randn(sum(sizes), device=setting.device).bfloat16()
+
+    def ours() -> Tensor:
+        return weight_standardization.standardize_rows(flat, table, torch.bfloat16)[0]
+
     def loop() -> list[Tensor]:
         pieces = []
-        for weight in weights:
+        for weight in leaves:
             std, mean = torch.std_mean(weight, 1, keepdim=True)
             pieces.append(((weight - mean) / (std + weight_standardization.EPS)).bfloat16())
         return pieces
 
-    calls = [lambda: weight_standardization.standardize_rows(flat, table, torch.bfloat16), loop]
-    moved = weight_standardization.bytes_moved(table, 2)
-    found = _pair(setting, name, calls, ("loop over torch.std_mean", moved))
-    return found if setting.on_gpu else [*found, missing(SUITE, name, "one kernel, Triton", NEEDS_GPU)]
+    parts = [part.view_as(weight) for part, weight in zip(torch.split(gradient, sizes), leaves, strict=True)]
+    forward = [torch.no_grad()(ours), torch.no_grad()(loop)]
+    both = [
+        lambda: torch.autograd.grad(ours(), flat, gradient),
+        lambda: torch.autograd.grad(loop(), leaves, parts),
+    ]
+    found: list[Row] = []
+    for title, calls, passes in (("forward", forward, (False,)), ("forward and backward", both, (False, True))):
+        name = f"weight standardization of ResNet-18, {title}"
+        moved = sum(weight_standardization.bytes_moved(table, 2, backward=backward) for backward in passes)
+        found += _pair(setting, name, calls, ("loop over torch.std_mean", moved))
+        if not setting.on_gpu:
+            found.append(missing(SUITE, name, "one kernel, Triton", NEEDS_GPU))
+    return found
 
 
 def few_pixels(setting: Setting, num_views: int) -> list[Row]:

@@ -134,12 +134,12 @@ def _repeat(values, channels):
 
 @apart
 def _write(x, y, scale, shift, least):
-    """y = x * scale + shift, at least ``least``; NaN comes through. The last row first: the caches hold it.
+    """y = x * scale + shift, at least ``least``; NaN comes through.
 
     ``max`` gives its first argument unless the second is greater. The same as a conditional expression is not made vectors of.
     """
     lanes = len(scale)
-    for row in range((len(x) - 1) // lanes, -1, -1):
+    for row in range(-(-len(x) // lanes)):
         values, out = x[row * lanes : min(row * lanes + lanes, len(x))], y[row * lanes : min(row * lanes + lanes, len(x))]
         for i in range(len(values)):
             value = wide(values[i]) * scale[i] + shift[i]
@@ -150,7 +150,7 @@ def _write(x, y, scale, shift, least):
 def _write_sum(x, residual, y, scale, shift, least):
     """y = x * scale + shift + residual, at least ``least``."""
     lanes = len(scale)
-    for row in range((len(x) - 1) // lanes, -1, -1):
+    for row in range(-(-len(x) // lanes)):
         start, stop = row * lanes, min(row * lanes + lanes, len(x))
         values, added, out = x[start:stop], residual[start:stop], y[start:stop]
         for i in range(len(values)):
@@ -296,9 +296,9 @@ def _slopes(weight, mean, rstd, total, weighted, slope, level, pixels):
 
 @apart
 def _write_gradient(dy, x, dx, scale, shift, slope, level, limit):
-    """dx, the last row first."""
+    """dx."""
     lanes = len(scale)
-    for row in range((len(x) - 1) // lanes, -1, -1):
+    for row in range(-(-len(x) // lanes)):
         start, stop = row * lanes, min(row * lanes + lanes, len(x))
         values, gradient, out = x[start:stop], dy[start:stop], dx[start:stop]
         for i in range(len(values)):
@@ -311,7 +311,7 @@ def _write_gradient(dy, x, dx, scale, shift, slope, level, limit):
 def _write_gradients_by_y(dy, x, y, dx, dresidual, scale, slope, level):
     """dx and the residual's gradient."""
     lanes = len(scale)
-    for row in range((len(x) - 1) // lanes, -1, -1):
+    for row in range(-(-len(x) // lanes)):
         start, stop = row * lanes, min(row * lanes + lanes, len(x))
         values, gradient, result = x[start:stop], dy[start:stop], y[start:stop]
         out, passed = dx[start:stop], dresidual[start:stop]

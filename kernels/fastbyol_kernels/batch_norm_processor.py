@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastbyol_kernels.processor import argument, blocks, doubles, floats, halves, kernel, prefetch, rounded, take, value
+from fastbyol_kernels.processor import argument, blocks, doubles, floats, halves, kernel, prefetch, rounded, shared, take, value
 
 # 64x48x48 bf16 normalises in 6.8 ms with 512 or 1024 lanes and in 7.0 with 256: enough to hide what a loop costs to begin.
 MIN_LANES = 512
@@ -107,7 +107,7 @@ def _spread(tables, number, lanes, channels):
                 into[i] = first[i]
 
 
-@numba.njit
+@shared
 def _sum_deviations(table, x):
     """Sums (L,) of x - shift and of its square, and the shift (L,): a row (3, L) per block."""
     rows, run, parts, c, lanes, _ = _geometry(table)
@@ -222,7 +222,7 @@ def _moments(table):
         _spread(own, 3, lanes, c)
 
 
-@numba.njit
+@shared
 def _normalise(table, x, residual, y):
     """y = max((x - mean) * scale + shift + residual, least). Backwards: what was read last may still be in the cache.
 
@@ -263,7 +263,7 @@ def _normalise_fp32(table):
     _normalise(table, floats(table, 6), floats(table, 7), floats(table, 8))
 
 
-@numba.njit
+@shared
 def _sum_gradients(table, x, dy, y, g):
     """Sums (L,) of g and g * (x - mean): a row (2, L) per block. g is dy where the ReLU let through, else 0.
 
@@ -356,7 +356,7 @@ def _affine(table):
         _spread(own[3 * lanes :], 2, lanes, c)
 
 
-@numba.njit
+@shared
 def _input_gradient(table, x, dy, dx):
     """dx of the formula above, g being dy (masked already) or dy under the mask that the forward pass's words give.
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastbyol_kernels.max_pool import TILE
-from fastbyol_kernels.processor import argument, blocks, floats, halves, kernel, octets, take
+from fastbyol_kernels.processor import argument, blocks, floats, halves, kernel, octets, shared, take
 
 # Input elements that a thread takes at a time, in whole images: 10 us of work.
 BLOCK = 262144
@@ -219,7 +219,7 @@ def _geometry(table):
     return argument(table, 0), argument(table, 1), argument(table, 2), argument(table, 3), argument(table, 4)
 
 
-@numba.njit
+@shared
 def _forward(table, x, y, places, lowest):
     """y (N, P, Q, C) and the places of the maxima, from x (N, H, W, C)."""
     n, images, h, w, c = _geometry(table)
@@ -253,7 +253,7 @@ def _forward_fp32(table):
     _forward(table, floats(table, 5), floats(table, 6), octets(table, 7), floats(table, 8))
 
 
-@numba.njit
+@shared
 def _backward(table, dy, dx, places):
     """dx (N, H, W, C) from dy (N, P, Q, C) and the places."""
     n, images, h, w, c = _geometry(table)

@@ -229,12 +229,12 @@ def rounded(number, array):
     raise NotImplementedError("in a kernel only")
 
 
-@overload(value)
+@overload(value, jit_options={"forceinline": True})
 def _value(element):
     return (lambda element: widened(element)) if element == numba.uint16 else (lambda element: element)
 
 
-@overload(rounded)
+@overload(rounded, jit_options={"forceinline": True})
 def _rounded(number, array):
     return (lambda number, array: narrowed(number)) if array.dtype == numba.uint16 else (lambda number, array: number)
 
@@ -249,6 +249,9 @@ class _Apart(Compiler):  # type: ignore[misc]
         super().__init__(*before, flags, local)
 
 
-# For functions over parts of tensors: their arguments do not overlap, which the compiler would else check at every call, or,
-# with more than a few, not make vectors at all.
-apart = numba.njit(fastmath=FASTMATH, error_model="numpy", pipeline_class=_Apart)
+# For functions that kernels call. They must become part of each: a process that has just compiled a kernel would call such a
+# function as it was compiled by itself, one that reads the kernel from the cache as it was compiled in it, and sums differ.
+shared = numba.njit(fastmath=FASTMATH, error_model="numpy", forceinline=True)
+# And for functions over parts of tensors: their arguments do not overlap, which the compiler would else check at every call,
+# or, with more than a few, not make vectors at all.
+apart = numba.njit(fastmath=FASTMATH, error_model="numpy", forceinline=True, pipeline_class=_Apart)

@@ -11,13 +11,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-import numba
 import numpy as np
 import torch
 from torch import Tensor
 
 from fastbyol_kernels.processor import (
-    FASTMATH,
     argument,
     blocks,
     floats,
@@ -26,6 +24,7 @@ from fastbyol_kernels.processor import (
     kernel,
     narrowed,
     octets,
+    shared,
     take,
     worker,
 )
@@ -42,10 +41,8 @@ _PLACES = 4  # operations of an order, by their column's distance from brightnes
 _BRIGHTNESS, _CONTRAST, _SATURATION = 0, 1, 2
 _BOXES = 3  # Pillow's GaussianBlur
 
-inlined = numba.njit(fastmath=FASTMATH, error_model="numpy")
 
-
-@inlined
+@shared
 def _taps(first, weights, num_taps, length, flip, size):
     """Row numbers (S,) and weights (K, S) that resize ``length`` pixels to S: a triangle filter, as wide as the scale.
 
@@ -67,7 +64,7 @@ def _taps(first, weights, num_taps, length, flip, size):
             weights[k * size + s] /= total
 
 
-@inlined
+@shared
 def _crop(image, width, box, flip, planes, line, first, weights, size):
     """The box (top, left, height, width) of a uint8 image (H, W, 3), resized and flipped, into planes (3, S, S) in [0, 1]."""
     top, left, box_height, box_width = box
@@ -99,33 +96,33 @@ def _crop(image, width, box, flip, planes, line, first, weights, size):
                         out[x] += weight_x[x] * flat[np.uint64(3 * min(first_x[x] + k, box_width - 1) + c)]
 
 
-@inlined
+@shared
 def _num_taps(length, size):
     return max(2, -(-2 * length // size))
 
 
-@inlined
+@shared
 def _unit(value):
     return min(max(value, _ZERO), _ONE)
 
 
-@inlined
+@shared
 def _luma(r, g, b):
     return _R * r + _G * g + _B * b
 
 
-@inlined
+@shared
 def _blend(r, g, b, factor, gray):
     for i in range(len(r)):
         r[i], g[i], b[i] = _unit(r[i] * factor + gray), _unit(g[i] * factor + gray), _unit(b[i] * factor + gray)
 
 
-@inlined
+@shared
 def _turned(hue, low, span):
     return _unit(abs(abs(abs(hue) - _THREE) - _THREE) - _ONE) * span + low
 
 
-@inlined
+@shared
 def _jitter(r, g, b, operation, factor):
     """One operation on the planes, in place; see ``two_views._adjust_hue`` for the last."""
     if operation == _BRIGHTNESS:
@@ -155,7 +152,7 @@ def _jitter(r, g, b, operation, factor):
             b[i] = _turned(hue + np.float32(2), low, span)
 
 
-@inlined
+@shared
 def _inside(place, size, reflects):
     """The pixel that stands for one beyond the edge: its mirror image, or the edge's own."""
     if reflects:
@@ -163,7 +160,7 @@ def _inside(place, size, reflects):
     return min(max(place, 0), size - 1)
 
 
-@inlined
+@shared
 def _blur_taps(weights, sigma, kernel_size):
     """Weights of the offsets -reach to reach, and reach; ``kernel_size`` 0: one of Pillow's boxes (``two_views._box_taps``)."""
     total = _ZERO
@@ -187,7 +184,7 @@ def _blur_taps(weights, sigma, kernel_size):
     return reach
 
 
-@inlined
+@shared
 def _blur_down(source, out, weights, reach, reflects, size):
     """Along the columns of one plane."""
     for y in range(size):
@@ -203,7 +200,7 @@ def _blur_down(source, out, weights, reach, reflects, size):
                     row[x] += weight * above[x]
 
 
-@inlined
+@shared
 def _blur_along(source, out, weights, reach, reflects, size, line):
     """Along the rows of one plane, each first widened at both edges."""
     wide = line[: size + 2 * reach]
@@ -223,7 +220,7 @@ def _blur_along(source, out, weights, reach, reflects, size, line):
                     row[x] += weight * near[x]
 
 
-@inlined
+@shared
 def _blur(planes, other, weights, line, sigma, kernel_size, size):
     reach = _blur_taps(weights, sigma, kernel_size)
     reflects, area = kernel_size > 0, size * size

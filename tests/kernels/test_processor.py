@@ -168,6 +168,30 @@ def test_code_of_other_sources_is_never_taken_from_the_cache(tmp_path: Path) -> 
     assert len(list((tmp_path / "__pycache__").glob("mine.number_*.nbi"))) == 2
 
 
+@pytest.mark.slow
+def test_code_from_the_cache_gives_the_bits_of_code_just_compiled(tmp_path: Path) -> None:
+    """A run is resumed from the cache that was begun without one."""
+    code = (
+        "import torch\n"
+        "from fastbyol_kernels.batch_norm import batch_norm\n"
+        "from fastbyol_kernels.weight_standardization import weight_standardization\n"
+        "torch.manual_seed(0)\n"
+        "w = torch.randn(64, 32, 3, 3, requires_grad=True)\n"
+        "weight_standardization(w).backward(torch.randn(64, 32, 3, 3))\n"
+        "x = torch.randn(64, 32, 16, 16).contiguous(memory_format=torch.channels_last).requires_grad_()\n"
+        "affine = torch.rand(2, 32).unbind()\n"
+        "y = batch_norm(x, *affine, torch.zeros(32), torch.ones(32), 2, momentum=0.1, eps=1e-5, relu=True)\n"
+        "y.backward(torch.randn(64, 32, 16, 16))\n"
+        "print(*(t.view(torch.int32).sum(dtype=torch.int64).item() for t in (w.grad, y, x.grad)))\n"
+    )
+    environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}
+    run = [sys.executable, "-c", code]
+    found = [subprocess.run(run, capture_output=True, text=True, env=environment, check=False) for _ in range(2)]
+    assert found[0].stdout, found[0].stderr
+    assert found[0].stdout == found[1].stdout
+    assert list(tmp_path.rglob("*.nbc"))
+
+
 def test_a_forked_child_works_alone() -> None:
     """torch's threads do not live on in it; DataLoader's workers are such, with one thread set."""
     torch.set_num_threads(2)

@@ -2,13 +2,15 @@
 #   make demo    make test
 PYTHON ?= python3
 VENV := .venv
+CONSTRAINTS := constraints.txt
 BIN := $(VENV)/bin
 DEMO := demo
+FLOOR := tests/kernels tests/engine/test_capture.py tests/engine/test_standardized.py tests/engine/test_step.py
 # FFCV compiles one small extension against these: 57 packages instead of the 444 behind libopencv-dev.
 DEBIAN := g++ make pkg-config python3-venv python3-dev libopencv-core-dev libopencv-imgproc-dev libturbojpeg0-dev
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: setup demo test lint types unit faults bench figures clean
+.PHONY: setup demo test lint types unit test-floor floor faults bench figures clean
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/.ready
@@ -24,9 +26,9 @@ $(VENV)/.system:
 	@$(PYTHON) -m venv $(VENV)
 	@touch $@
 
-$(VENV)/.python: $(VENV)/.system pyproject.toml constraints.txt
+$(VENV)/.python: $(VENV)/.system pyproject.toml $(CONSTRAINTS)
 	@echo "python packages: installing torch and what else pyproject.toml names (several GB the first time)"
-	@$(PIP) install --constraint constraints.txt setuptools wheel --editable '.[report,dev]'
+	@$(PIP) install --constraint $(CONSTRAINTS) setuptools wheel --editable '.[report,dev]'
 	@touch $@
 
 # FFCV asks pkg-config for all of OpenCV and includes the umbrella header, yet uses cv::Mat and cv::resize only:
@@ -56,6 +58,13 @@ types: setup
 unit: setup
 	$(BIN)/python -m pytest
 
+# The oldest versions that pyproject.toml admits, which is what a machine with a GPU may have: what is compiled and launched there.
+test-floor:
+	$(MAKE) VENV=.venv-floor CONSTRAINTS=constraints-floor.txt floor
+
+floor: setup
+	$(BIN)/python -m pytest $(FLOOR)
+
 # The faults of tests/faults/README.md at its counts, instead of the seeded few of `make test`.
 faults: setup
 	FASTBYOL_FAULTS=full $(BIN)/python -m pytest -s tests/faults
@@ -69,4 +78,4 @@ figures: setup
 	$(BIN)/python -m fastbyol_bench.first_light bench/results/first_light
 
 clean:
-	rm -rf $(VENV) $(DEMO) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-floor $(DEMO) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

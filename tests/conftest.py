@@ -15,6 +15,16 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what takes the GPU where there is one by its fixture, and leave out what can run nowhere else."""
+    for item in items:
+        if "device" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.gpu)
+        needs_gpu = any(mark.kwargs.get("only") for mark in item.iter_markers("gpu"))
+        if needs_gpu and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
 @pytest.fixture(autouse=True)
 def _own_ctrl_c() -> Iterator[None]:
     """A command line that has done its work lets Ctrl-C kill its process, which here is pytest's."""

@@ -284,7 +284,7 @@ def test_the_draw_depends_on_no_thread_count() -> None:
     assert np.array_equal(tables[0], tables[1])
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu(only=True)
 def test_the_draw_depends_on_no_device() -> None:
     ids = torch.arange(200_000) * 5_000_011
     for height, width in SIZES:

@@ -26,7 +26,6 @@ from test_step import assert_equal_states, collapse, some_views, tiny
 from tiny import TINY, beton_files, tiny_config
 
 CPU = torch.device("cpu")
-on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 # Every norm of encoder and heads, standardized or not, and every optimizer, once or more.
 COVER = (
     ("bn", "brn", False, "sgd"),
@@ -308,7 +307,7 @@ def test_what_cannot_be_compiled_is_said_in_a_line() -> None:
     assert "\n" not in str(raised.value)
 
 
-@on_gpu
+@pytest.mark.gpu(only=True)
 @pytest.mark.parametrize("kinds", COVER, ids=str)
 def test_a_graph_takes_the_compiled_step(kinds: tuple[str, str, bool, str]) -> None:
     """Bit for bit, without waiting for the device and without allocating; and both are as near to fp64 as eager steps are."""
@@ -341,7 +340,7 @@ def test_a_graph_takes_the_compiled_step(kinds: tuple[str, str, bool, str]) -> N
         assert_near(exact, eager, graphed)
 
 
-@on_gpu
+@pytest.mark.gpu(only=True)
 def test_a_graphed_run_resumes_bit_for_bit(tmp_path: Path) -> None:
     sets = ("engine.mode=graph", "train.device=cuda", "train.epochs=2", "run.checkpoint_every_steps=4")
     assert_cut_and_whole_agree(tiny_config(beton_files(tmp_path), *sets), tmp_path)

@@ -13,6 +13,7 @@ from fastbyol.errors import UsageError
 from fastbyol.model.standardized import Standardizing
 from fastbyol_kernels.weight_standardization import reference
 
+pytestmark = pytest.mark.gpu
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 KERNELS = ("triton",) if DEVICE == "cuda" else ("triton", "processor")
 STEPS = 2

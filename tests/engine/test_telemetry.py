@@ -343,7 +343,7 @@ def test_closing_twice_or_after_an_error_writes_once(tmp_path: Path) -> None:
     assert [row["step"] for row in read_metrics(tmp_path)[0]] == [0]
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.gpu(only=True)
 def test_recording_and_draining_never_wait_for_the_gpu(tmp_path: Path) -> None:
     """torch's own detector of synchronising calls is set to raise; values still arrive, one ring late."""
     reference = tmp_path / "cpu"

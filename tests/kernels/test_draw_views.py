@@ -41,6 +41,7 @@ def test_the_kernel_draws_the_references_bits(height: int, width: int, device: t
     assert_same_bits(UNEVEN, ids, seed=2**64 - 3, epoch=2**32 - 1, height=height, width=width)
 
 
+@pytest.mark.gpu
 @settings(max_examples=15, deadline=None, derandomize=True)
 @given(
     st.lists(st.integers(0, 2**56 - 1), min_size=1, max_size=9), st.integers(0, 2**64 - 1), st.integers(0, 2**32 - 1),

@@ -543,7 +543,7 @@ def test_compiled_in_one_graph(device: torch.device, besides: bool) -> None:
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu(only=True)
 def test_in_a_cuda_graph_reads_its_scalars_anew(device: torch.device) -> None:
     captured, eager = problem(device), problem(device)
     keep = [b.clone() for b in captured.buffers]

@@ -341,6 +341,7 @@ def test_kernels_blur_with_pillows_boxes_of_any_radius(device: torch.device) -> 
     assert_kernels_agree(images(16, 16), rows, device, size=16, blur="pil")
 
 
+@pytest.mark.gpu
 @settings(max_examples=6, deadline=None, derandomize=True)
 @given(st.integers(1, 24), st.integers(1, 24), st.integers(5, 20), st.sampled_from(("gaussian", "pil")), st.data())
 def test_kernels_equal_the_reference_at_any_shape(height: int, width: int, size: int, blur: str, data: st.DataObject) -> None:

@@ -161,6 +161,7 @@ def test_rows_equal_fp64(dtype: torch.dtype, kernels: str, place: torch.device) 
         assert torch.equal(copy[offset : offset + length].float(), torch.zeros(length, device=device))
 
 
+@pytest.mark.gpu
 @settings(max_examples=20, deadline=None, derandomize=True)
 @given(
     st.lists(st.tuples(st.integers(1, 4), st.integers(2, 40), st.sampled_from((1, 8, 9, 16))), min_size=1, max_size=5),

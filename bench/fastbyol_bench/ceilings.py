@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -11,7 +12,22 @@ from fastbyol_bench.results import Ceiling, Floor
 
 
 def ceiling(device: torch.device, *, quick: bool) -> Ceiling:
-    """The best of several runs with torch's present number of threads."""
+    """Measure the best of several runs with torch's present number of threads; fp32 without TF32, whatever was set before."""
+    with _without_tf32():
+        return _measured(device, quick)
+
+
+@contextmanager
+def _without_tf32() -> Iterator[None]:
+    matmul, cudnn = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = matmul, cudnn
+
+
+def _measured(device: torch.device, quick: bool) -> Ceiling:
     on_gpu = device.type == "cuda"
     # Beyond the caches: 4 GB on a GPU, 512 MB on a processor. Products of a size where a GPU reaches its plateau.
     num_bytes = (1 << 31 if on_gpu else 1 << 28) >> (4 if quick else 0)

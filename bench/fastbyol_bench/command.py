@@ -11,6 +11,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from fastbyol.engine.device import pick_device
 from fastbyol.errors import UsageError
 from fastbyol_bench import compare as comparison
 from fastbyol_bench import results, table, waterfall
-from fastbyol_bench.results import Result
+from fastbyol_bench.results import Result, Row
 from fastbyol_bench.suite import Setting, threads
 
 SUITES = ("kernels", "views", "loader", "optimizer", "step", "train")
@@ -35,45 +36,70 @@ def chosen(names: Sequence[str]) -> tuple[str, ...]:
     return SUITES if not names or "all" in names else tuple(name for name in SUITES if name in names)
 
 
-def run(names: Sequence[str], *, device: str, quick: bool, note: Callable[[str], None]) -> Result:
-    """Measure the suites ``names`` on ``device`` (auto, cpu, cuda[:N])."""
+def run(
+    names: Sequence[str],
+    *,
+    device: str,
+    quick: bool,
+    note: Callable[[str], None],
+    keep: Callable[[Result], object] = lambda _: None,
+) -> Result:
+    """Measure the suites ``names`` on ``device`` (auto, cpu, cuda[:N]). ``keep`` is given what is known after every row."""
     suites, began, load = chosen(names), time.perf_counter(), os.getloadavg()[0]
     setting = Setting(pick_device(device), quick, note)
     machine, environment = results.machine(setting.device.type)
+    commit = results.commit()
     if load > 1.0:
         note(f"this machine is busy (load {load:.1f}): ratios are measured side by side and hold roughly, times do not")
-    rows = []
+    rows: list[Row] = []
+
+    def known(finished: bool) -> Result:
+        return Result(
+            schema="fastbyol-bench/1",
+            suites=suites,
+            quick=quick,
+            machine=machine,
+            commit=commit,
+            date=environment["started"],
+            command=("fastbyol", *sys.argv[1:]),
+            finished=finished,
+            seconds=time.perf_counter() - began,
+            load=load,
+            ceilings=tuple(setting.ceilings.values()),
+            rows=tuple(rows),
+            waterfall=setting.waterfall,
+        )
+
     for name in suites:
         # FFCV sets torch to one thread when it is imported, and whatever a suite sets must not reach the next.
         with threads(torch.get_num_threads()):
-            rows += importlib.import_module(f"fastbyol_bench.{name}").rows(setting)
-    return Result(
-        schema="fastbyol-bench/1",
-        suites=suites,
-        quick=quick,
-        machine=machine,
-        commit=results.commit(),
-        date=environment["started"],
-        command=("fastbyol", *sys.argv[1:]),
-        seconds=time.perf_counter() - began,
-        load=load,
-        ceilings=tuple(setting.ceilings.values()),
-        rows=tuple(rows),
-        waterfall=setting.waterfall,
-    )
+            for row in importlib.import_module(f"fastbyol_bench.{name}").rows(setting):
+                rows.append(row)
+                keep(known(finished=False))
+    return known(finished=True)
 
 
-def keep(result: Result, out: Path) -> list[Path]:
-    """Write ``result`` to the file or into the folder ``out``, and the waterfall beside it. Returns what was written."""
-    path = out if out.suffix == ".json" else out / f"{result.machine.device}-{'-'.join(_short(result.suites))}.json"
+def file_of(out: Path, suites: tuple[str, ...], device: str) -> Path:
+    """Return the file that ``--out`` means: itself, or in the folder that it names one for ``suites`` on ``device``."""
+    return out if out.suffix == ".json" else out / f"{device}-{'-'.join(_short(suites))}.json"
+
+
+def keep(result: Result, out: Path) -> Path:
+    """Write ``result`` to the file or into the folder ``out``, whole or not at all. Returns where."""
+    path = file_of(out, result.suites, result.machine.device)
     with _writing(path):
         results.write(result, path)
-    written = [path]
-    if result.waterfall and waterfall.available():
-        machine = result.machine
-        written.append(path.with_suffix(".png"))
-        waterfall.draw(result.waterfall, f"one step on {machine.device_name}, torch {machine.torch}", written[1])
-    return written
+    return path
+
+
+def picture(result: Result, path: Path) -> Path | None:
+    """Draw the waterfall of ``result``, if it has one and matplotlib is there, beside its file ``path``. Returns where."""
+    if not result.waterfall or not waterfall.available():
+        return None
+    drawn = path.with_suffix(".png")
+    with _writing(drawn):
+        waterfall.draw(result.waterfall, f"one step on {result.machine.device_name}, torch {result.machine.torch}", drawn)
+    return drawn
 
 
 def refuse_unwritable(out: Path) -> None:
@@ -117,10 +143,12 @@ def main(
     if out is not None:
         chosen(names)
         refuse_unwritable(out)
-    result = run(names, device=device, quick=quick, note=note)
-    written = [] if out is None else keep(result, out)
-    for path in written:
-        note(f"wrote {path}")
+    keep_it = (lambda _: None) if out is None else partial(keep, out=out)
+    result = run(names, device=device, quick=quick, note=note, keep=keep_it)
+    if out is not None:
+        path = keep(result, out)
+        for written in filter(None, (path, picture(result, path))):
+            note(f"wrote {written}")
     if out is not None and result.waterfall and not waterfall.available():
         note(NO_PICTURE)
     return results.dumps(result).rstrip() if as_json else table.text(result)

@@ -35,6 +35,7 @@ def compare(a: Result, b: Result) -> list[Change]:
 
 def cautions(a: Result, b: Result) -> list[str]:
     """Why the two should not be compared, in words."""
+    sides = (("A", a), ("B", b))
     found = [
         f"{field} differs: {getattr(a.machine, field)} and {getattr(b.machine, field)}"
         for field in ("device_name", "cpu", "cores", "torch", "triton", "driver")
@@ -42,7 +43,8 @@ def cautions(a: Result, b: Result) -> list[str]:
     ]
     if a.quick or b.quick:
         found.append("a --quick result says nothing about speed")
-    found += [f"{name} began on a busy machine (load {r.load:.1f})" for name, r in (("A", a), ("B", b)) if r.load > 1.0]
+    found += [f"{name} began on a busy machine (load {r.load:.1f})" for name, r in sides if r.load > 1.0]
+    found += [f"{name} is unfinished: it was cut off after {len(r.rows)} rows" for name, r in sides if not r.finished]
     return found
 
 

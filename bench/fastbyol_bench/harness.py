@@ -11,60 +11,91 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple, Protocol
 
 import torch
 
+from fastbyol_bench.kernel_times import Kernel, recorded
 from fastbyol_bench.results import Ratio, Timing
 
-# More than any cache that a figure is to be free of: the L2 of an H100 is 50 MB, the L3 of a server's processor up to 384 MB.
+# More than any cache that a figure is to be free of: the L2 of an H100 is 50 MB, the L3 of a server's cpu up to 384 MB.
 FLUSH_BYTES = 512 << 20
 
 
 class Reading(NamedTuple):
-    """One run: seconds that passed (on the GPU, where the clock is the GPU's), and processor seconds of this process."""
+    """One run: seconds that passed, on the clock of the device where it has one, and cpu seconds of the process."""
 
     wall_s: float
     cpu_s: float
 
 
-class Elsewhere(NamedTuple):
-    """What a call returns whose work is done in another process: the processor seconds it took there."""
-
-    cpu_s: float
+class PeerError(RuntimeError):
+    """A peer in a process of its own that died, failed or did not answer; one line that says which and how."""
 
 
 class Clock(Protocol):
-    """Times one call."""
+    """Times one call. A call that returns a ``Reading`` was timed where it was done, and that reading stands."""
 
     def time(self, call: Callable[[], object]) -> Reading:
-        """Run ``call`` once."""
+        """Run ``call``."""
 
 
 class HostClock:
-    """The machine's clock, and all threads' processor time."""
+    """The machine's clock, and all threads' cpu time."""
 
     def time(self, call: Callable[[], object]) -> Reading:
         """Run ``call`` once."""
         wall, cpu = time.perf_counter(), time.process_time()
         result = call()
         wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-        return Reading(wall, cpu + (result.cpu_s if isinstance(result, Elsewhere) else 0.0))
+        return result if isinstance(result, Reading) else Reading(wall, cpu)
 
 
 class CudaClock:
-    """CUDA events. What was queued before (a flush) hides the time that the host takes to launch."""
+    """CUDA events around ``calls`` calls one after the other, per call: what a loop over them gets.
+
+    One call alone, on an idle device, would also be charged for its launch, which a loop hides behind the call before.
+    """
+
+    def __init__(self, calls: int = 1) -> None:
+        self.calls = calls
 
     def time(self, call: Callable[[], object]) -> Reading:
-        """Run ``call`` once and wait for the device."""
+        """Run ``call`` and wait for the device."""
         first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         cpu = time.process_time()
         first.record()
-        call()
+        for _ in range(self.calls):
+            result = call()
+            if isinstance(result, Reading):
+                return result
         last.record()
         spent = time.process_time() - cpu
         last.synchronize()
-        return Reading(first.elapsed_time(last) / 1e3, spent)
+        return Reading(first.elapsed_time(last) / 1e3 / self.calls, spent / self.calls)
+
+
+class KernelClock:
+    """The sum of the durations of all kernels, copies and fills that a call runs on the GPU (``kernel_times``)."""
+
+    def __init__(self, record: Callable[[Callable[[], object]], Sequence[Kernel]] = recorded) -> None:
+        self._record = record
+
+    def time(self, call: Callable[[], object]) -> Reading:
+        """Run ``call`` once. Raises RuntimeError where the profiler saw no kernel of it."""
+        spent = 0.0
+
+        def timed() -> None:
+            nonlocal spent
+            cpu = time.process_time()
+            call()
+            spent = time.process_time() - cpu
+
+        kernels = self._record(timed)
+        if not kernels:
+            raise RuntimeError("torch's profiler saw no kernel of the call: CUPTI must be allowed to trace this process")
+        return Reading(sum(kernel.seconds for kernel in kernels), spent)
 
 
 @dataclass(frozen=True)
@@ -95,9 +126,14 @@ class Flush:
         self._buffer.zero_()
 
 
-def clock_of(device: torch.device) -> Clock:
-    """The clock of ``device``."""
-    return CudaClock() if device.type == "cuda" else HostClock()
+def clock_of(device: torch.device, calls: int = 1) -> Clock:
+    """Return the clock for whole pieces of work on ``device``; on a GPU a reading is the mean of ``calls`` calls."""
+    return CudaClock(calls) if device.type == "cuda" else HostClock()
+
+
+def kernel_clock(device: torch.device) -> Clock:
+    """Return the clock for single operations on ``device``: on a GPU their kernels alone count, not the host's launches."""
+    return KernelClock() if device.type == "cuda" else HostClock()
 
 
 def measure(
@@ -106,15 +142,35 @@ def measure(
     clock: Clock,
     *,
     before: Callable[[], object] | None = None,
+    ended: Callable[[Variant, PeerError], object] | None = None,
     now: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[Reading]]:
-    """Readings per variant, one a round, round by round. ``before`` runs ahead of each reading, outside of it."""
+    """Readings per variant, one a round, round by round. ``before`` runs ahead of each reading, outside of it.
+
+    A variant whose peer ends is told to ``ended`` and has no readings in the result; without ``ended`` that is raised.
+    """
     readings: dict[str, list[Reading]] = {variant.name: [] for variant in variants}
     if len(readings) != len(variants):
         raise ValueError(f"variants must differ in name: {[variant.name for variant in variants]}")
+
+    def attempt(variant: Variant, work: Callable[[], object]) -> None:
+        try:
+            if variant.name in readings:
+                work()
+        except PeerError as error:
+            if ended is None:
+                raise
+            del readings[variant.name]
+            ended(variant, error)
+
+    def read(variant: Variant) -> None:
+        if before is not None:
+            before()
+        readings[variant.name].append(clock.time(variant.call))
+
     for variant in variants:
         for _ in range(plan.warmup):
-            variant.call()
+            attempt(variant, variant.call)
     began = now()
     gc.collect()
     gc.disable()
@@ -124,9 +180,7 @@ def measure(
                 break
             for index in range(len(variants)):
                 variant = variants[(turn + index) % len(variants)]
-                if before is not None:
-                    before()
-                readings[variant.name].append(clock.time(variant.call))
+                attempt(variant, partial(read, variant))
     finally:
         gc.enable()
     return readings
@@ -164,10 +218,12 @@ def interquartile(values: Sequence[float]) -> float:
 
 
 def ratios(variants: Sequence[Variant], readings: Mapping[str, Sequence[Reading]]) -> dict[str, Ratio]:
-    """Every variant against the first, per image where both say how many they work on."""
+    """Every variant that has readings against the first, per image where both say how many they work on."""
     first = variants[0]
     found = {}
     for variant in variants[1:]:
+        if variant.name not in readings:
+            continue
         scale = first.images / variant.images if first.images and variant.images else 1.0
         found[variant.name] = ratio(readings[variant.name], readings[first.name], scale)
     return found

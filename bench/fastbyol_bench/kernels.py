@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -23,19 +23,20 @@ GROUPS = 32
 STAGES = ((48, 64), (24, 64), (12, 128), (6, 256), (3, 512))
 
 
-def rows(setting: Setting) -> list[Row]:
+def rows(setting: Setting) -> Iterator[Row]:
     """Norms at every size of ResNet-18 at 96 px (on a processor at one), the stem's pooling, weight standardization,
     few-pixel convolutions.
     """
     num_views = 4 if setting.quick else (512 if setting.on_gpu else 64)
-    found: list[Row] = []
     for side, channels in STAGES if setting.on_gpu else STAGES[1:2]:
-        found += group_norms(setting, (num_views, channels, side, side))
-        found += batch_norms(setting, (num_views, channels, side, side))
-    return [*found, *max_pools(setting, num_views), *standardization(setting), *few_pixels(setting, num_views)]
+        yield from group_norms(setting, (num_views, channels, side, side))
+        yield from batch_norms(setting, (num_views, channels, side, side))
+    yield from max_pools(setting, num_views)
+    yield from standardization(setting)
+    yield from few_pixels(setting, num_views)
 
 
-def group_norms(setting: Setting, shape: tuple[int, int, int, int]) -> list[Row]:
+def group_norms(setting: Setting, shape: tuple[int, int, int, int]) -> Iterator[Row]:
     """Group norm, residual and ReLU, bf16, forward, and forward with backward."""
     n, channels, side, _ = shape
     weight, bias = (torch.ones(channels, device=setting.device, requires_grad=True) for _ in range(2))
@@ -48,16 +49,14 @@ def group_norms(setting: Setting, shape: tuple[int, int, int, int]) -> list[Row]
         y = F.group_norm(x, GROUPS, weight.to(x.dtype), bias.to(x.dtype))
         return F.relu(y + residual)
 
-    found: list[Row] = []
     for title, backward in (("forward", False), ("forward and backward", True)):
         name = f"group norm + residual + ReLU {side}x{side}x{channels}, {n} views, {title}"
         calls = [_pass(call, (x, residual, weight, bias), dy, backward) for call in (ours, torchs)]
         moved = group_norm.bytes_moved(shape, 2, residual=True, relu=True)
         moved += group_norm.bytes_moved(shape, 2, residual=True, relu=True, backward=True) if backward else 0
-        found += _pair(setting, name, calls, ("F.group_norm, + and F.relu", moved))
+        yield from _pair(setting, name, calls, ("F.group_norm, + and F.relu", moved))
         if not setting.on_gpu:
-            found.append(missing(SUITE, name, "fused, Triton", NEEDS_GPU))
-    return found
+            yield missing(SUITE, name, "fused, Triton", NEEDS_GPU)
 
 
 def batch_norms(setting: Setting, shape: tuple[int, int, int, int]) -> list[Row]:
@@ -91,7 +90,7 @@ def max_pools(setting: Setting, num_views: int) -> list[Row]:
     return _pair(setting, name, calls, ("F.max_pool2d", moved))
 
 
-def standardization(setting: Setting) -> list[Row]:
+def standardization(setting: Setting) -> Iterator[Row]:
     """All convolution weights of ResNet-18 standardized into a bf16 copy, forward, and forward with backward, against a loop
     over the weights.
     """
@@ -129,14 +128,12 @@ def standardization(setting: Setting) -> list[Row]:
         lambda: torch.autograd.grad(ours(), flat, gradient),
         lambda: torch.autograd.grad(loop(), leaves, parts),
     ]
-    found: list[Row] = []
     for title, calls, passes in (("forward", forward, (False,)), ("forward and backward", both, (False, True))):
         name = f"weight standardization of ResNet-18, {title}"
         moved = sum(weight_standardization.bytes_moved(table, 2, backward=backward) for backward in passes)
-        found += _pair(setting, name, calls, ("loop over torch.std_mean", moved))
+        yield from _pair(setting, name, calls, ("loop over torch.std_mean", moved))
         if not setting.on_gpu:
-            found.append(missing(SUITE, name, "one kernel, Triton", NEEDS_GPU))
-    return found
+            yield missing(SUITE, name, "one kernel, Triton", NEEDS_GPU)
 
 
 def few_pixels(setting: Setting, num_views: int) -> list[Row]:
@@ -176,4 +173,4 @@ def _pair(
     variants = [Variant("ours", calls[0]), Variant(peer[0], calls[1])]
     least = floor(setting.ceiling(), num_bytes=peer[1], flop=flop)
     floors = {variant.name: least for variant in variants}
-    return setting.rows(SUITE, name, variants, setting.plan(20, 5.0, warmup=3), floors=floors, cold=setting.on_gpu)
+    return setting.kernel_rows(SUITE, name, variants, setting.plan(20, 5.0, warmup=3), floors=floors, cold=setting.on_gpu)

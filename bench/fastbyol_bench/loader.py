@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -20,14 +21,15 @@ SUITE = "loader"
 NEEDS_FFCV = "ffcv (make setup)"
 
 
-def rows(setting: Setting) -> list[Row]:
+def rows(setting: Setting) -> Iterator[Row]:
     """An epoch of shuffled batches: streamed by one thread, resident, and torch's DataLoader over an array in memory."""
     size, count, batch = (32, 64, 8) if setting.quick else (96, 4096, 256)
     name = f"raw {size} px, batches of {batch}, one thread"
     if importlib.util.find_spec("ffcv") is None:
-        return [missing(SUITE, name, "streamed", NEEDS_FFCV), missing(SUITE, name, "resident", NEEDS_FFCV)]
+        yield from (missing(SUITE, name, variant, NEEDS_FFCV) for variant in ("streamed", "resident"))
+        return
     with tempfile.TemporaryDirectory() as folder, threads(1):
-        return _measured(setting, name, beton(Path(folder), count, size), (size, count, batch))
+        yield from _measured(setting, name, beton(Path(folder), count, size), (size, count, batch))
 
 
 def _measured(setting: Setting, name: str, path: Path, shape: tuple[int, int, int]) -> list[Row]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 
 from fastbyol import load_config
@@ -19,14 +21,12 @@ LOOP = "per-tensor loop, as the post's"
 FOREACH = "torch's multi-tensor operations"
 
 
-def rows(setting: Setting) -> list[Row]:
+def rows(setting: Setting) -> Iterator[Row]:
     """Both optimizers on ResNet-18 with its heads; caches cold, as after a backward pass."""
-    found: list[Row] = []
     for name in ("lars", "sgd"):
-        found += _measured(setting, name)
+        yield from _measured(setting, name)
         if not setting.on_gpu:
-            found.append(missing(SUITE, _title(name), "three kernels, Triton", NEEDS_GPU))
-    return found
+            yield missing(SUITE, _title(name), "three kernels, Triton", NEEDS_GPU)
 
 
 def _title(optimizer: str) -> str:
@@ -64,4 +64,4 @@ def _measured(setting: Setting, optimizer: str) -> list[Row]:
     ]
     moved = bytes_moved(len(arena.online), len(arena.target), copies=False)
     floors = {variant.name: floor(setting.ceiling(), num_bytes=moved) for variant in variants}
-    return setting.rows(SUITE, _title(optimizer), variants, setting.plan(20, 15.0, warmup=3), floors=floors, cold=True)
+    return setting.kernel_rows(SUITE, _title(optimizer), variants, setting.plan(20, 15.0, warmup=3), floors=floors, cold=True)

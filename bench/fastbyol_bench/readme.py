@@ -62,8 +62,9 @@ def _sentence(result: Result) -> str:
     machine = result.machine
     versions = f"torch {machine.torch}" + (f", triton {machine.triton}, driver {machine.driver}" if machine.driver else "")
     busy = f"; the machine was busy (load {result.load:.1f})" if result.load > 1.0 else ""
+    cut = "" if result.finished else "; unfinished: the run was cut off after these rows"
     cores = f", {machine.cores} cores" if machine.device == "cpu" else ""
-    return f"{machine.device_name}{cores}, {versions}, {result.date[:10]}, commit {result.commit or 'unknown'}{busy}."
+    return f"{machine.device_name}{cores}, {versions}, {result.date[:10]}, commit {result.commit or 'unknown'}{busy}{cut}."
 
 
 def main() -> int:

@@ -21,6 +21,7 @@ from pydantic import (
     model_validator,
 )
 
+from fastbyol.engine.durable import write_text
 from fastbyol.engine.environment import environment
 from fastbyol.errors import UsageError
 
@@ -32,7 +33,7 @@ class Frozen(BaseModel):
 
 
 class Timing(Frozen):
-    """Median over ``runs`` runs, their interquartile range, and the median of the processor seconds of all threads."""
+    """Median over ``runs`` runs, their interquartile range, and the median of the cpu seconds of all threads."""
 
     median_s: PositiveFloat
     spread_s: NonNegativeFloat
@@ -130,7 +131,11 @@ class Machine(Frozen):
 
 
 class Result(Frozen):
-    """One run of ``fastbyol bench``. ``load`` is the load average before it began: near 0 on a quiet machine."""
+    """One run of ``fastbyol bench``. ``load`` is the load average before it began: near 0 on a quiet machine.
+
+    Where ``finished`` is false, more was to come: a run rewrites its file after every piece of work. Files of before that
+    was so have no such field, and are whole.
+    """
 
     schema_: Literal["fastbyol-bench/1"] = Field("fastbyol-bench/1", alias="schema")
     suites: tuple[str, ...]
@@ -139,6 +144,7 @@ class Result(Frozen):
     commit: str | None
     date: str
     command: tuple[str, ...]
+    finished: bool = True
     seconds: NonNegativeFloat
     load: NonNegativeFloat
     ceilings: tuple[Ceiling, ...]
@@ -190,9 +196,9 @@ def _driver(device: str) -> str | None:
 
 
 def write(result: Result, path: Path) -> None:
-    """As JSON with one line per field."""
+    """Write ``result`` as JSON with one line per field. Whatever kills the process, ``path`` holds this or what it held."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(dumps(result), "utf-8")
+    write_text(path, dumps(result))
 
 
 def dumps(result: Result) -> str:

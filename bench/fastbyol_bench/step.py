@@ -1,25 +1,22 @@
-"""One training step on views that are there: ours in both precisions, tuned eager PyTorch, torch.compile, the post's."""
+"""One training step: ours in both precisions, tuned eager PyTorch, torch.compile, the post's.
+
+Ours is the step that `fastbyol train` takes, views and all; on a GPU the replay of its graph. Peers find
+their views made, which favours them by what views cost. Each has a process of its own, with its own defaults.
+"""
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 
-import torch
-from torch import Tensor
-
-from fastbyol import load_config
-from fastbyol.engine.allocator import keep_freed_memory
-from fastbyol.engine.capture import compiled_forward
-from fastbyol.engine.step import Forward, TrainState, forward, train_step
 from fastbyol_bench import waterfall
-from fastbyol_bench.blog_path import BlogPath
-from fastbyol_bench.blog_process import BlogProcess
 from fastbyol_bench.ceilings import floor
-from fastbyol_bench.eager_peer import EagerPeer, step_flop
-from fastbyol_bench.harness import Variant
-from fastbyol_bench.pictures import pictures
+from fastbyol_bench.eager_peer import step_flop
+from fastbyol_bench.harness import Variant, clock_of
+from fastbyol_bench.own_step import OwnStep
+from fastbyol_bench.peer_process import PeerProcess, Recipe
+from fastbyol_bench.peers import Post, Tuned
 from fastbyol_bench.results import Row
 from fastbyol_bench.suite import Setting, fast_precision, missing
 
@@ -31,87 +28,67 @@ FAST = "ours, fastest"
 FP32 = "ours, fp32"
 OURS_COMPILED = "ours, torch.compile"
 APART = "in a process of its own"
+GN = ("model.norm=gn", "model.ws=true", "optim.name=lars")
 
 
-def rows(setting: Setting) -> list[Row]:
+def rows(setting: Setting) -> Iterator[Row]:
     """Steps of both methods, and where the time of ours goes."""
-    keep_freed_memory()
     size, batch = (32, 2) if setting.quick else (96, 256 if setting.on_gpu else 64)
-    views = [torch.randn(2, batch, 3, size, size, device=setting.device) for _ in range(3)]
-    found = [*_bn(setting, views), *_gn(setting, views)]
+    yield from _bn(setting, size, batch)
+    yield from _gn(setting, size, batch)
     setting.note("step: waterfall")
     setting.waterfall = waterfall.measured(setting, size=size, batch=batch)
-    return found
 
 
-def ours(setting: Setting, sets: list[str], precision: str, size: int) -> TrainState:
-    """The blog preset's state on the setting's device."""
-    config = load_config("blog", [f"train.precision={precision}", f"views.size={size}", *sets])
-    return TrainState.create(config, steps_per_epoch=1000, device=setting.device)
-
-
-def _endless(views: list[Tensor]) -> Iterator[Tensor]:
-    while True:
-        yield from views
-
-
-def _stepper(state: TrainState, views: list[Tensor], forward: Forward = forward) -> Callable[[], object]:
-    batches = _endless(views)
-    return lambda: train_step(state, next(batches), forward)
-
-
-def _bn(setting: Setting, views: list[Tensor]) -> list[Row]:
-    _, batch, _, size, _ = views[0].shape
+def _bn(setting: Setting, size: int, batch: int) -> list[Row]:
     name = f"BN, SGD: step of {batch} images of {size} px"
-    on, fast = setting.device, fast_precision(setting.device)
-    eager = EagerPeer.create(device=on)
-    mine = {FAST: ours(setting, [], fast, size), FP32: ours(setting, [], "fp32", size)}
-    batches = _endless(views)
-    variants = [Variant(key, _stepper(state, views), batch) for key, state in mine.items()]
+    fast = fast_precision(setting.device)
+    sets = {FAST: [f"train.precision={fast}"], FP32: ["train.precision=fp32"]}
+    peers: dict[str, Recipe] = {EAGER: Tuned(size, batch), BLOG: Post(size, batch)}
     absent = _no_compiler(setting)
     if not absent:
-        # Ours first: it forgets what was compiled before.
-        again, compiled = ours(setting, [], fast, size), compiled_forward()
-        peer = EagerPeer.create(device=on, compiled=True)
-        variants += [
-            Variant(OURS_COMPILED, _stepper(again, views, compiled), batch),
-            Variant(COMPILED, lambda: peer.step(next(batches)), batch),
-        ]
-    variants += [
-        Variant(EAGER, lambda: eager.step(next(batches)), batch),
-    ]
-    flop = step_flop(size) * batch
-    floors = {v.name: floor(setting.ceiling(), flop=flop, bf16=v.name != FP32) for v in variants}
-    floors[BLOG] = floor(setting.ceiling(), flop=flop, bf16=False)
-    notes = {FAST: f"precision {fast}; the floor counts operations alone", BLOG: "" if setting.on_gpu else APART}
-    with ExitStack() as opened:
-        variants.append(Variant(BLOG, _post(setting, batch, size, batches, opened), batch))
-        found = setting.rows(SUITE, name, variants, setting.plan(8, 60.0, warmup=2), floors=floors, notes=notes)
+        sets[OURS_COMPILED] = [f"train.precision={fast}", "engine.mode=compile"]
+        peers = {COMPILED: Tuned(size, batch, compiled=True), **peers}
+    found = _measured(setting, name, sets, peers, size, batch)
     return [*found, *(missing(SUITE, name, variant, absent) for variant in (OURS_COMPILED, COMPILED) if absent)]
 
 
-def _post(setting: Setting, batch: int, size: int, batches: Iterator[Tensor], opened: ExitStack) -> Callable[[], object]:
-    """The post's step. A GPU's clock sees this process alone."""
-    if setting.on_gpu:
-        blog = BlogPath.create(device=setting.device)
-        return lambda: blog.step(*next(batches))
-    return opened.enter_context(BlogProcess(pictures(batch, size)[0], batch_size=batch, workers=None)).step
-
-
-def _gn(setting: Setting, views: list[Tensor]) -> list[Row]:
-    _, batch, _, size, _ = views[0].shape
+def _gn(setting: Setting, size: int, batch: int) -> list[Row]:
     name = f"GN + WS, LARS: step of {batch} images of {size} px"
-    fast = fast_precision(setting.device)
-    state = ours(setting, ["model.norm=gn", "model.ws=true", "optim.name=lars"], fast, size)
-    eager = EagerPeer.create(norm="gn", ws=True, optimizer="lars", device=setting.device)
-    batches = _endless(views)
-    variants = [
-        Variant(FAST, _stepper(state, views), batch),
-        Variant(EAGER, lambda: eager.step(next(batches)), batch),
-    ]
-    least = floor(setting.ceiling(), flop=step_flop(size) * batch)
-    floors = {variant.name: least for variant in variants}
-    return setting.rows(SUITE, name, variants, setting.plan(8, 30.0, warmup=2), floors=floors)
+    sets = {FAST: [f"train.precision={fast_precision(setting.device)}", *GN]}
+    peers = {EAGER: Tuned(size, batch, norm="gn", ws=True, optimizer="lars")}
+    return _measured(setting, name, sets, peers, size, batch)
+
+
+def _measured(
+    setting: Setting,
+    name: str,
+    sets: Mapping[str, list[str]],
+    peers: Mapping[str, Recipe],
+    size: int,
+    batch: int,
+) -> list[Row]:
+    """Our step under each of ``sets``, FAST first, against ``peers``, all in turns."""
+    calls = setting.calls_per_reading
+    with ExitStack() as opened:
+        # Peers first: they start while ours is compiled.
+        started = {key: opened.enter_context(PeerProcess(key, peer, setting.device)) for key, peer in peers.items()}
+        ours = {
+            key: OwnStep.create(values, size=size, batch=batch, device=setting.device, note=setting.note)
+            for key, values in sets.items()
+        }
+        variants = [Variant(key, step, batch) for key, step in ours.items()]
+        variants += [Variant(key, peer.caller("step", calls), batch) for key, peer in started.items()]
+        flop = step_flop(size) * batch
+        floors = {v.name: floor(setting.ceiling(), flop=flop, bf16=v.name not in (FP32, BLOG)) for v in variants}
+        if setting.on_gpu:
+            # torch's own default is TF32 for convolutions, of which no ceiling was measured.
+            floors.pop(BLOG, None)
+        notes = {key: f"{step.mode}; views drawn in the step" for key, step in ours.items()}
+        notes[FAST] += f"; precision {fast_precision(setting.device)}; the floor counts operations alone"
+        notes |= dict.fromkeys(peers, APART)
+        clock, plan = clock_of(setting.device, calls), setting.plan(8, 60.0, warmup=2)
+        return setting.rows(SUITE, name, variants, plan, floors=floors, notes=notes, clock=clock)
 
 
 def _no_compiler(setting: Setting) -> str | None:

@@ -8,11 +8,14 @@ from dataclasses import dataclass, field
 
 import torch
 
+from fastbyol.engine.allocator import keep_freed_memory
 from fastbyol_bench import ceilings
-from fastbyol_bench.harness import Flush, Plan, Variant, clock_of, measure, ratios, timing
+from fastbyol_bench.harness import Clock, Flush, PeerError, Plan, Variant, clock_of, kernel_clock, measure, ratios, timing
 from fastbyol_bench.results import Ceiling, Floor, Part, Row
 
 NEEDS_GPU = "a GPU"
+KERNELS_ALONE = "time of its kernels on the device"
+STEPS_IN_A_ROW = 10
 CPU_UNITS = ("amx_bf16", "avx512_bf16")
 
 
@@ -30,6 +33,11 @@ class Setting:
     def on_gpu(self) -> bool:
         """Whether the device is a GPU."""
         return self.device.type == "cuda"
+
+    @property
+    def calls_per_reading(self) -> int:
+        """How many whole steps make one reading: on a GPU a few in a row, as in training."""
+        return STEPS_IN_A_ROW if self.on_gpu and not self.quick else 1
 
     def ceiling(self) -> Ceiling:
         """Of the device with torch's present number of threads, measured once."""
@@ -51,13 +59,25 @@ class Setting:
         *,
         floors: Mapping[str, Floor] | None = None,
         notes: Mapping[str, str] | None = None,
+        clock: Clock | None = None,
         cold: bool = False,
     ) -> list[Row]:
-        """Measure ``variants`` interleaved, ours first. ``cold``: with everything flushed from the caches before each run."""
+        """Measure ``variants`` in turns, ours first, by ``clock`` (default: the device's).
+
+        ``cold``: with everything flushed from the caches before each run. A peer that ends on the way becomes a row that
+        says so.
+        """
         self.note(f"{suite}: {name}")
-        readings = measure(variants, plan, clock_of(self.device), before=self._flush() if cold else None)
+        lost: list[Row] = []
+
+        def ended(variant: Variant, error: PeerError) -> None:
+            lost.append(missing(suite, name, variant.name, f"a peer that runs to its end: {error}"))
+            self.note(f"{suite}: {error}")
+
+        flush = self._flush() if cold else None
+        readings = measure(variants, plan, clock or clock_of(self.device), before=flush, ended=ended)
         against, num_threads = ratios(variants, readings), None if self.on_gpu else torch.get_num_threads()
-        return [
+        timed = [
             Row(
                 suite=suite,
                 name=name,
@@ -70,7 +90,24 @@ class Setting:
                 note=(notes or {}).get(variant.name, ""),
             )
             for variant in variants
+            if variant.name in readings
         ]
+        return [*timed, *lost]
+
+    def kernel_rows(
+        self,
+        suite: str,
+        name: str,
+        variants: Sequence[Variant],
+        plan: Plan,
+        *,
+        floors: Mapping[str, Floor],
+        cold: bool,
+    ) -> list[Row]:
+        """``rows`` of single operations: on a GPU the time of their kernels alone, which each row says."""
+        notes = dict.fromkeys((variant.name for variant in variants), KERNELS_ALONE if self.on_gpu else "")
+        clock = kernel_clock(self.device)
+        return self.rows(suite, name, variants, plan, floors=floors, notes=notes, clock=clock, cold=cold)
 
     def _flush(self) -> Callable[[], None] | None:
         return None if self.quick and not self.on_gpu else Flush(self.device)
@@ -90,6 +127,16 @@ def threads(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def settle_as_training_does() -> None:
+    """Set this process's switches as ``engine.trainer.fit`` sets them: no TF32, and an allocator that keeps freed memory.
+
+    Peers are to be measured in processes of their own, which none of this reaches (``peer_process``).
+    """
+    keep_freed_memory()
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
 
 
 def fast_precision(device: torch.device) -> str:

@@ -7,10 +7,12 @@ from collections.abc import Iterator, Sequence
 from fastbyol_bench.compare import Change
 from fastbyol_bench.results import Ceiling, Result, Row
 
+UNFINISHED = "unfinished: the run was cut off; these are the rows that it had measured"
+
 
 def text(result: Result) -> str:
     """The whole result: ceilings, then a block for each piece of work, ours first."""
-    lines = [*_ceilings(result.ceilings)]
+    lines = [*(() if result.finished else (UNFINISHED,)), *_ceilings(result.ceilings)]
     for suite, name in dict.fromkeys((row.suite, row.name) for row in result.rows):
         rows = tuple(row for row in result.rows if (row.suite, row.name) == (suite, name))
         lines += ["", f"{suite}: {name}", *aligned(cells(rows))]

@@ -1,73 +1,97 @@
-"""From images to a trained network: batches, views, steps and the probe, ours against the post's path, side by side.
+"""From images to a trained network: batches, views, steps, probe and whole epochs, ours and the peers' in turns.
 
-Ours takes its steps as ``fastbyol train`` does (``--engine auto``). On a processor the post's path has a process of its own,
-and runs once more in ours, whose allocator spares it the pages that large blocks cost. A step of either side includes its batch
-and its views: ours from a loader over a resident beton, the post's from a DataLoader whose worker processes make views with
-Pillow. While our steps run its workers have nothing to do, for their queue is full.
-An epoch is put together from the measured step and the measured probe.
+Ours takes its steps as ``fastbyol train`` does (``--engine auto``). A step of either side includes its batch and its views:
+ours from a loader over a resident beton, the post's from a DataLoader whose worker processes make views with Pillow. Peers
+have processes of their own. While our steps run the DataLoader's workers have nothing to do, for their queue is full.
+Our epochs are those of real training runs: on a GPU whole, on a cpu put together from measured steps and a measured end.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor
 
-from fastbyol import load_config, views
+from fastbyol import load_config
 from fastbyol.config import Config
-from fastbyol.data.loader import Batch, Images, Loader, open_loader
+from fastbyol.data.loader import Images, open_loader
+from fastbyol.data.order import permutation
 from fastbyol.engine import capture
-from fastbyol.engine.allocator import keep_freed_memory
 from fastbyol.engine.step import TrainState
 from fastbyol.evaluation import protocol
-from fastbyol_bench import blog_path
-from fastbyol_bench.blog_path import BlogPath
-from fastbyol_bench.blog_process import BlogProcess
+from fastbyol_bench import real_epochs
 from fastbyol_bench.ceilings import floor
-from fastbyol_bench.eager_peer import EagerPeer, step_flop
-from fastbyol_bench.harness import Variant
+from fastbyol_bench.eager_peer import step_flop
+from fastbyol_bench.harness import HostClock, Variant, clock_of, timing
+from fastbyol_bench.own_step import batches_of
+from fastbyol_bench.peer_process import PeerProcess
+from fastbyol_bench.peers import Post, Tuned
 from fastbyol_bench.pictures import beton, pictures
 from fastbyol_bench.results import Ratio, Row, Timing
 from fastbyol_bench.step import APART, BLOG, EAGER, FAST, FP32
-from fastbyol_bench.suite import Setting, fast_precision, missing
+from fastbyol_bench.suite import Setting, fast_precision, missing, settle_as_training_does
 
 SUITE = "train"
-BLOG_KEPT = "the same with our allocator"
+LIBLINEAR = "scikit-learn's liblinear, one-vs-rest"
 NEEDS_SKLEARN = "scikit-learn (the dev extra)"
 NEEDS_FFCV = "ffcv (make setup)"
 # The post trained on STL-10's 105,000 images without test labels; 5,000 are its labelled ones alone.
 EPOCHS = (105_000, 5_000)
+# The post probed on STL-10's 8,000 test images, half of them to fit; as many as the probe's row here.
+TEXTURES_TEST = 4096
+# One epoch goes before the first that is measured; a probe takes seconds on a cpu.
+WHOLE_EPOCHS, ENDED_EPOCHS = 4, 3
+END = "end of an epoch: probe, next order, files and checkpoint"
 
 
-def rows(setting: Setting) -> list[Row]:
-    """Step with data, probe, and epochs of both sizes with both."""
+def rows(setting: Setting) -> Iterator[Row]:
+    """Step with data, probe, the end of an epoch, and epochs of both sizes with both."""
     size, batch, count, probed = (32, 4, 32, 64) if setting.quick else (96, 256, 2048, 4096)
     name = f"batches of {batch} images of {size} px: data, views, step"
     if importlib.util.find_spec("ffcv") is None:
-        return [missing(SUITE, name, variant, NEEDS_FFCV) for variant in (FAST, FP32, EAGER, BLOG, BLOG_KEPT)]
-    keep_freed_memory()
-    with tempfile.TemporaryDirectory() as folder:
-        sides = Sides(setting, beton(Path(folder), count, size), size, batch, count)
-        try:
-            steps = sides.steps(name)
-            probes = sides.probes(probed)
-        finally:
-            sides.close()
-    return [*steps, *probes, *epochs(steps, probes, batch)]
+        yield from (missing(SUITE, name, variant, NEEDS_FFCV) for variant in (FAST, FP32, EAGER, BLOG))
+        return
+    settle_as_training_does()
+    with tempfile.TemporaryDirectory() as temporary, ExitStack() as opened:
+        folder = Path(temporary)
+        train = beton(folder, count, size)
+        workers = 0 if setting.quick else 16 if setting.on_gpu else max(1, torch.get_num_threads())
+        peers = {
+            EAGER: PeerProcess(EAGER, Tuned(size, batch, beton=train), setting.device),
+            BLOG: PeerProcess(BLOG, Post(size, batch, count, workers, probed), setting.device),
+        }
+        for peer in peers.values():
+            opened.enter_context(peer)
+        sides = Sides(setting, train, size, batch)
+        opened.callback(sides.loader.close)
+        steps = sides.steps(name, peers, workers)
+        yield from steps
+        probes = sides.probes(probed, peers[BLOG])
+        yield from probes
+        opened.close()  # peers have done their part, and a GPU's memory is whole again
+        fast, num_epochs = fast_precision(setting.device), WHOLE_EPOCHS if setting.on_gpu else ENDED_EPOCHS
+        config = real_epochs.config(fast, setting.device, size=size, batch=batch, epochs=num_epochs)
+        if setting.on_gpu:
+            ours = [(images, _whole(setting, config, folder, images)) for images in EPOCHS]
+        else:
+            end = _end(setting, config, folder, size=size, batch=batch, probed=probed)
+            yield end
+            ours = [(images, _assembled(steps[0], end, images, batch)) for images in EPOCHS]
+        for images, row in ours:
+            yield row
+            yield _posts_epoch(row, steps, probes, images // batch)
 
 
 class Sides:
-    """Everything that is compared, opened once."""
+    """Our side of what is compared, opened once: a loader, and an engine in each precision."""
 
-    def __init__(self, setting: Setting, path: Path, size: int, batch: int, count: int) -> None:
+    def __init__(self, setting: Setting, path: Path, size: int, batch: int) -> None:
         self.setting, self.size, self.batch = setting, size, batch
         fast = fast_precision(setting.device)
         self.configs = {
@@ -81,41 +105,32 @@ class Sides:
             for name, config in self.configs.items()
         }
         choice = capture.choose(self.configs[FAST].engine, setting.device)
-        self.note = f"precision {fast}; steps by {choice.mode}; resident beton"
-        self.engines = {
-            name: capture.engine(state, self.configs[name], choice, setting.note) for name, state in self.states.items()
-        }
-        self.eager, self.blog = EagerPeer.create(device=setting.device), BlogPath.create(device=setting.device)
-        self.workers = 0 if setting.quick else max(1, (torch.get_num_threads() if not setting.on_gpu else 16))
-        self.images = pictures(count, size)[0]
+        self.engines: dict[str, capture.Engine] = {}
+        for name, state in self.states.items():
+            engine = capture.engine(state, self.configs[name], choice, setting.note)
+            # Recorded before the next one is compiled, which may forget this one's code.
+            engine.prepare(next(self.loader.epoch(0)), 0)
+            self.engines[name] = engine
+        self.note = f"precision {fast}; steps by {self.engines[FAST].mode}; resident beton"
 
-    def steps(self, name: str) -> list[Row]:
-        """Batch, views and step of every side, interleaved."""
-        setting, batch = self.setting, self.batch
-        eager_views = _views(self.configs[FAST], self.loader)
-        peers = _peer_views(self.images, self.size, batch, self.workers, setting.device)
-        variants = [
-            Variant(key, partial(_advance, engine, _batches(self.loader)), batch) for key, engine in self.engines.items()
-        ]
-        variants += [
-            Variant(EAGER, lambda: self.eager.step(next(eager_views)), batch),
-        ]
-        blog = Variant(BLOG if setting.on_gpu else BLOG_KEPT, lambda: self.blog.step(*next(peers)), batch)
+    def steps(self, name: str, peers: dict[str, PeerProcess], workers: int) -> list[Row]:
+        """Batch, views and step of every side, in turns."""
+        setting, batch, calls = self.setting, self.batch, self.setting.calls_per_reading
+        variants = [Variant(key, partial(self._advance, key), batch) for key in self.engines]
+        variants += [Variant(key, peer.caller("step", calls), batch) for key, peer in peers.items()]
         flop = step_flop(self.size) * batch
-        names = (FAST, FP32, EAGER, BLOG, BLOG_KEPT)
-        floors = {variant: floor(setting.ceiling(), flop=flop, bf16=variant in (FAST, EAGER)) for variant in names}
-        loader = f"DataLoader with {self.workers} workers"
-        notes = {FAST: self.note, BLOG: loader if setting.on_gpu else f"{loader}; {APART}", BLOG_KEPT: loader}
-        notes[EAGER] = "our data and views"
-        with ExitStack() as opened:
-            if not setting.on_gpu:
-                apart = opened.enter_context(BlogProcess(self.images, batch_size=batch, workers=self.workers))
-                variants.append(Variant(BLOG, apart.step, batch))
-            found = setting.rows(SUITE, name, [*variants, blog], setting.plan(5, 120.0), floors=floors, notes=notes)
-        peers.close()
-        return found
+        floors = {v.name: floor(setting.ceiling(), flop=flop, bf16=v.name in (FAST, EAGER)) for v in variants}
+        if setting.on_gpu:
+            floors.pop(BLOG, None)  # see step.py
+        notes = {FAST: self.note, EAGER: f"our data and views; {APART}", BLOG: f"DataLoader with {workers} workers; {APART}"}
+        clock, plan = clock_of(setting.device, calls), setting.plan(5, 120.0)
+        self.batches = {key: batches_of(self.loader) for key in self.engines}
+        return setting.rows(SUITE, name, variants, plan, floors=floors, notes=notes, clock=clock)
 
-    def probes(self, count: int) -> list[Row]:
+    def _advance(self, key: str) -> None:
+        self.engines[key](*next(self.batches[key]))
+
+    def probes(self, count: int, post: PeerProcess) -> list[Row]:
         """The post's protocol on ``count`` labelled images: embedding, fit and score."""
         images, labels = pictures(count, self.size, seed=1)
         name = f"probe on {count:,} labelled images: embed, fit, score"
@@ -126,90 +141,80 @@ class Sides:
             encoder = self.states[FP32].online.encoder
             return protocol.evaluate("blog", encoder, test=test, train=None, views=views_config, device=device)
 
-        def theirs() -> object:
-            features = self.blog.embed(batch.to(device) for batch in blog_path.plain(images))
-            return blog_path.probe(features, labels)
-
-        variants = [Variant("ours", ours, count)]
+        variants, notes = [Variant("ours", ours, count)], {LIBLINEAR: APART}
         if importlib.util.find_spec("sklearn") is not None:
-            variants.append(Variant("scikit-learn's liblinear, one-vs-rest", theirs, count))
+            variants.append(Variant(LIBLINEAR, post.caller("probe"), count))
         plan = self.setting.plan(2, 60.0, warmup=1 if self.setting.quick else 0)
-        self.setting.note(f"{SUITE}: {name}")
-        found = self.setting.rows(SUITE, name, variants, plan)
+        found = self.setting.rows(SUITE, name, variants, plan, notes=notes)
         if len(variants) == 1:
-            found.append(missing(SUITE, name, "scikit-learn's liblinear, one-vs-rest", NEEDS_SKLEARN))
+            found.append(missing(SUITE, name, LIBLINEAR, NEEDS_SKLEARN))
         return found
 
-    def close(self) -> None:
-        """Let go of the loader."""
-        self.loader.close()
+
+def _epoch_name(images: int, batch: int) -> str:
+    return f"epoch of {images:,} images, batches of {batch}, with a probe"
 
 
-def epochs(steps: list[Row], probes: list[Row], batch: int) -> list[Row]:
-    """Whole epochs, put together: the step as often as it fits, and a probe; the post's path against ours."""
-    found: list[Row] = []
-    of = {row.variant: row for row in steps}
-    pairs = [(FAST, of[FAST], probes[0]), (BLOG, of[BLOG], probes[-1])]
-    for images in EPOCHS:
-        name = f"epoch of {images:,} images, batches of {batch}, with a probe"
-        if probes[-1].timing is None:
-            found += [missing(SUITE, name, variant, NEEDS_SKLEARN) for variant, _, _ in pairs]
-            continue
-        whole = {variant: _epoch(step.timing, probe.timing, images // batch) for variant, step, probe in pairs}
-        for variant, timing in whole.items():
-            ratio = None
-            if variant != FAST:
-                ratio = Ratio(
-                    median=timing.median_s / whole[FAST].median_s,
-                    # To first order the relative spreads add.
-                    spread=timing.median_s / whole[FAST].median_s * (_relative(timing) + _relative(whole[FAST])),
-                    cpu=timing.cpu_s / whole[FAST].cpu_s if whole[FAST].cpu_s else None,
-                )
-            num_images = images // batch * batch
-            note = f"{images // batch} steps and one probe, from the measured parts"
-            row = Row(
-                suite=SUITE, name=name, variant=variant, timing=timing, images=num_images, derived=True, ratio=ratio, note=note
-            )
-            found.append(row)
-    return found
+def _whole(setting: Setting, config: Config, folder: Path, images: int) -> Row:
+    """Our epoch of ``images`` embedded textures, by a real run; what comes before the first epoch's end is left out."""
+    name, batch = _epoch_name(images, config.train.batch_size), config.train.batch_size
+    setting.note(f"{SUITE}: {name}")
+    readings = real_epochs.whole(real_epochs.on_textures(config, images, TEXTURES_TEST), folder / f"run-{images}")
+    note = "whole epochs of a training run on the embedded textures"
+    return Row(suite=SUITE, name=name, variant=FAST, timing=timing(readings), images=images // batch * batch, note=note)
 
 
-def _epoch(step: Timing | None, probe: Timing | None, num_steps: int) -> Timing:
-    assert step is not None
-    assert probe is not None
-    return Timing(
-        median_s=num_steps * step.median_s + probe.median_s,
-        spread_s=num_steps * step.spread_s + probe.spread_s,
-        runs=min(step.runs, probe.runs),
-        cpu_s=num_steps * step.cpu_s + probe.cpu_s,
+def _end(setting: Setting, config: Config, folder: Path, *, size: int, batch: int, probed: int) -> Row:
+    """What our training run does between the last step of an epoch and the first of the next."""
+    setting.note(f"{SUITE}: {END}")
+    files = (beton(folder, batch, size), beton(folder, probed, size))
+    readings = real_epochs.ends(real_epochs.on_files(config, *files), folder / "run")
+    note = f"of a training run with {probed:,} test images"
+    return Row(suite=SUITE, name=END, variant="ours", timing=timing(readings), threads=torch.get_num_threads(), note=note)
+
+
+def _assembled(step: Row, end: Row, images: int, batch: int) -> Row:
+    """Our epoch of ``images`` from the measured step, the measured end, and the order of as many images."""
+    order = timing([HostClock().time(partial(permutation, images, seed=0, epoch=epoch)) for epoch in range(3)])
+    num_steps = images // batch
+    return Row(
+        suite=SUITE,
+        name=_epoch_name(images, batch),
+        variant=FAST,
+        timing=_sum((num_steps, step.timing), (1, end.timing), (1, order)),
+        images=num_steps * batch,
+        derived=True,
+        note=f"{num_steps} steps, the end of an epoch and an order of {images:,} ({order.median_s * 1e3:.3g} ms), measured",
     )
 
 
-def _relative(timing: Timing) -> float:
-    return timing.spread_s / timing.median_s
+def _posts_epoch(ours: Row, steps: Sequence[Row], probes: Sequence[Row], num_steps: int) -> Row:
+    """The post's epoch from its measured step and probe: what its logging and saving cost is not counted against it."""
+    step, probe = (next(r for r in found if r.variant == name) for found, name in ((steps, BLOG), (probes, LIBLINEAR)))
+    if step.timing is None or probe.timing is None:
+        return missing(SUITE, ours.name, BLOG, step.needs or probe.needs or "")
+    whole = _sum((num_steps, step.timing), (1, probe.timing))
+    assert ours.timing is not None
+    times = whole.median_s / ours.timing.median_s
+    ratio = Ratio(
+        median=times,
+        # To first order the relative spreads add.
+        spread=times * (whole.spread_s / whole.median_s + ours.timing.spread_s / ours.timing.median_s),
+        cpu=whole.cpu_s / ours.timing.cpu_s if ours.timing.cpu_s else None,
+    )
+    note = f"{num_steps} steps and one probe, from the measured parts"
+    return Row(
+        suite=SUITE, name=ours.name, variant=BLOG, timing=whole, images=ours.images, derived=True, ratio=ratio, note=note
+    )
 
 
-def _batches(loader: Loader) -> Iterator[tuple[Batch, int]]:
-    """Our batches with their epoch, epoch after epoch."""
-    for epoch in range(2**31):
-        for batch in loader.epoch(epoch):
-            yield batch, epoch
-
-
-def _views(config: Config, loader: Loader) -> Iterator[Tensor]:
-    """Our batches as views."""
-    dtype = torch.float32 if config.train.precision == "fp32" else torch.bfloat16
-    for batch, epoch in _batches(loader):
-        yield views.two_views(config.views, batch.images, batch.ids, seed=0, epoch=epoch, dtype=dtype)
-
-
-def _advance(engine: capture.Engine, batches: Iterator[tuple[Batch, int]]) -> None:
-    engine(*next(batches))
-
-
-def _peer_views(images: np.ndarray, size: int, batch: int, workers: int, device: torch.device) -> Any:
-    """The post's batches of two views, epoch after epoch, on ``device``."""
-    loader = blog_path.loader(images, size=size, batch_size=batch, workers=workers)
-    while True:
-        for view, other in loader:
-            yield view.to(device), other.to(device)
+def _sum(*parts: tuple[int, Timing | None]) -> Timing:
+    """So many of each."""
+    timed = [(times, part) for times, part in parts if part is not None]
+    assert len(timed) == len(parts)
+    return Timing(
+        median_s=sum(times * part.median_s for times, part in timed),
+        spread_s=sum(times * part.spread_s for times, part in timed),
+        runs=min(part.runs for _, part in timed),
+        cpu_s=sum(times * part.cpu_s for times, part in timed),
+    )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -21,14 +23,15 @@ PIL = "Pillow and torchvision, one process"
 TRITON = "fused, Triton"
 
 
-def rows(setting: Setting) -> list[Row]:
+def rows(setting: Setting) -> Iterator[Row]:
     """Views on one core (on a GPU: on the device) against Pillow's on one core."""
     size, count = (32, 8) if setting.quick else (96, 256 if setting.on_gpu else 64)
     name = f"two views of {size} px" + ("" if setting.on_gpu else ", one core")
     images, _ = pictures(count, size)
     with threads(1 if not setting.on_gpu else torch.get_num_threads()):
-        measured = _measured(setting, name, images, size)
-    return measured if setting.on_gpu else [*measured, missing(SUITE, name, TRITON, NEEDS_GPU)]
+        yield from _measured(setting, name, images, size)
+    if not setting.on_gpu:
+        yield missing(SUITE, name, TRITON, NEEDS_GPU)
 
 
 def _measured(setting: Setting, name: str, images: np.ndarray, size: int) -> list[Row]:
@@ -51,4 +54,4 @@ def _measured(setting: Setting, name: str, images: np.ndarray, size: int) -> lis
         variant.name: floor(setting.ceiling(), num_bytes=bytes_moved(2, len(images), size, size, size, element_bytes))
         for variant, element_bytes in zip(variants[:2], (2, 4), strict=True)
     }
-    return setting.rows(SUITE, name, variants, setting.plan(15, 20.0), floors=floors, cold=setting.on_gpu)
+    return setting.kernel_rows(SUITE, name, variants, setting.plan(15, 20.0), floors=floors, cold=setting.on_gpu)

@@ -1,19 +1,22 @@
-"""Where the time of our step goes: the real step with a clock at the seams between its parts, and the picture of it.
+"""Where the time of our step goes, and the picture of it.
 
-The parts are found by the names that ``engine.step`` calls. What it does between them is "rest". On a GPU the step runs eagerly
-for this, since a captured one has no seams, and each seam waits for the device.
+On a cpu the real step runs with a clock at the seams between its parts, which are found by the names that ``engine.step``
+calls; what it does between them is "rest". On a GPU the step is the replay of a graph, which has no seams: the parts are the
+kernels of a replay, sorted by their names.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import re
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from unittest import mock
 
 import torch
@@ -22,10 +25,10 @@ from torch import Tensor
 from fastbyol import load_config
 from fastbyol.engine import step
 from fastbyol.views import two_views
+from fastbyol_bench.kernel_times import Kernel, recorded
+from fastbyol_bench.own_step import OwnStep
 from fastbyol_bench.results import Part
-
-if TYPE_CHECKING:
-    from fastbyol_bench.suite import Setting
+from fastbyol_bench.suite import Setting, fast_precision
 
 VIEWS, ONLINE, TARGET, BACKWARD, OPTIMIZER, TELEMETRY, REST = (
     "views", "online forward", "target forward", "loss and backward", "optimizer and moving average", "telemetry", "rest",
@@ -34,24 +37,58 @@ PARTS = (VIEWS, ONLINE, TARGET, BACKWARD, OPTIMIZER, TELEMETRY, REST)
 RUNS = 5
 
 
+# Kinds of kernels by name, the first that fits. Ours are named in kernels/fastbyol_kernels, where group norm and weight
+# standardization share names; Inductor's say what they fuse (triton_poi_fused_add_relu_7); cuDNN's and cuBLAS's families are
+# those that torch's profiler shows on sm_80 and sm_90.
+KINDS = (
+    ("copies and fills", r"^Mem(cpy|set)|direct_copy_kernel|FillFunctor|CatArrayBatchedCopy|index_elementwise|gather"),
+    ("views", r"^_(draw|crop|contrast|blur)_kernel"),
+    ("optimizer and moving average", r"^_(norms|sweep|telemetry)_kernel"),
+    ("group norm, weight standardization", r"^_(forward|backward|moments|normalise|gradient|gradient_sums|sum_rows)_kernel"),
+    ("convolutions", r"fprop|dgrad|wgrad|conv(?!ert)|cudnn|nchwToNhwc|nhwcToNchw"),
+    ("heads", r"gemm|nvjet|cublas|splitKreduce|gemv"),
+    ("batch norm", r"^triton_\w*(batch_norm|native_norm)"),
+    ("pooling", r"^triton_\w*pool"),
+    ("compiled elementwise", r"^triton_"),
+)
+OTHERS, GAPS = "other kernels", "between kernels"
+
+
+def kind(name: str) -> str:
+    """Return the part of a step that a kernel of this name belongs to: one of ``KINDS``, or ``OTHERS``."""
+    return next((part for part, pattern in KINDS if re.search(pattern, name)), OTHERS)
+
+
+def of_kernels(replays: Sequence[Sequence[Kernel]]) -> tuple[Part, ...]:
+    """Seconds of each kind of kernel and between kernels: the median over ``replays``, parts without any left out."""
+    names = (*(part for part, _ in KINDS), OTHERS, GAPS)
+    runs = [_by_kind(kernels) for kernels in replays]
+    parts = (Part(name=name, seconds=statistics.median(run.get(name, 0.0) for run in runs)) for name in names)
+    return tuple(part for part in parts if part.seconds > 0)
+
+
+def _by_kind(kernels: Sequence[Kernel]) -> dict[str, float]:
+    seconds: dict[str, float] = defaultdict(float)
+    for kernel in kernels:
+        seconds[kind(kernel.name)] += kernel.seconds
+    whole = max(k.start_s + k.seconds for k in kernels) - min(k.start_s for k in kernels)
+    # Kernels of two streams may overlap: then nothing is between them.
+    seconds[GAPS] = max(0.0, whole - sum(seconds.values()))
+    return seconds
+
+
 class Seams:
     """Seconds per part, gathered by wrapped calls."""
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
+    def __init__(self) -> None:
         self.seconds = dict.fromkeys(PARTS, 0.0)
-
-    def _now(self) -> float:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-        return time.perf_counter()
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
         """Count the block's time as ``name``'s."""
-        began = self._now()
+        began = time.perf_counter()
         yield
-        self.seconds[name] += self._now() - began
+        self.seconds[name] += time.perf_counter() - began
 
     def wrapped(self, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
         """``call``, its time counted as ``name``'s."""
@@ -65,25 +102,27 @@ class Seams:
 
 def measured(setting: Setting, *, size: int, batch: int) -> tuple[Part, ...]:
     """Median seconds of each part over some steps of the blog preset with LARS in the fastest precision."""
-    from fastbyol_bench.suite import fast_precision
-
-    sets = [f"train.precision={fast_precision(setting.device)}", f"views.size={size}", "optim.name=lars", "engine.mode=eager"]
-    config = load_config("blog", sets)
-    state = step.TrainState.create(config, steps_per_epoch=1000, device=setting.device)
-    images = torch.randint(0, 256, (batch, size, size, 3), dtype=torch.uint8, device=setting.device)
-    ids = torch.arange(batch, device=setting.device)
+    sets = [f"train.precision={fast_precision(setting.device)}", "optim.name=lars"]
+    num_runs = 2 if setting.quick else RUNS
+    if setting.on_gpu:
+        replay = OwnStep.create(sets, size=size, batch=batch, device=setting.device, note=setting.note)
+        replay()
+        return of_kernels([recorded(replay) for _ in range(num_runs)])
+    config = load_config("blog", [*sets, f"views.size={size}", "engine.mode=eager"])
+    state = step.TrainState.create(config, steps_per_epoch=1000)
+    images = torch.randint(0, 256, (batch, size, size, 3), dtype=torch.uint8)
     dtype = torch.float32 if config.train.precision == "fp32" else torch.bfloat16
 
     def views(epoch: int) -> Tensor:
-        return two_views(config.views, images, ids, seed=0, epoch=epoch, dtype=dtype)
+        return two_views(config.views, images, torch.arange(batch), seed=0, epoch=epoch, dtype=dtype)
 
     step.train_step(state, views(0))
-    runs = [_one(state, partial(views, epoch), setting.device) for epoch in range(1, 3 if setting.quick else RUNS + 1)]
+    runs = [_one(state, partial(views, epoch)) for epoch in range(1, num_runs + 1)]
     return tuple(Part(name=name, seconds=statistics.median(run[name] for run in runs)) for name in PARTS)
 
 
-def _one(state: step.TrainState, views: Callable[[], Tensor], device: torch.device) -> dict[str, float]:
-    seams = Seams(device)
+def _one(state: step.TrainState, views: Callable[[], Tensor]) -> dict[str, float]:
+    seams = Seams()
     with ExitStack() as patched:
         for where, attribute, name in (
             (step, "byol_loss", BACKWARD),

@@ -1,0 +1,99 @@
+"""The peers that are measured in processes of their own: the post's path, and tuned eager PyTorch with or without a compiler.
+
+Each is a recipe for ``PeerProcess``; what is heavy is imported and made in the peer's process.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastbyol_bench import blog_path
+from fastbyol_bench.blog_path import BlogPath
+from fastbyol_bench.eager_peer import EagerPeer
+from fastbyol_bench.pictures import pictures
+
+# Not one batch again and again, which a cache might hold.
+NUM_RESIDENT = 3
+
+
+@dataclass(frozen=True)
+class Post:
+    """The post's path on batches of ``batch`` images of ``size`` pixels.
+
+    Its views are made from ``count`` pictures by a DataLoader's ``workers``; where ``workers`` is None they are there already.
+    ``probed``: how many labelled images its probe embeds, fits and scores.
+    """
+
+    size: int
+    batch: int
+    count: int = 0
+    workers: int | None = None
+    probed: int = 0
+
+    def open(self, device: torch.device) -> Mapping[str, Callable[[], object]]:
+        """Return ``step`` and ``probe``."""
+        peer = BlogPath.create(device=device)
+        views: Iterator[Sequence[Tensor] | Tensor]
+        views = resident(self.size, self.batch, device) if self.workers is None else self._made(device)
+
+        def probe() -> float:
+            images, labels = pictures(self.probed, self.size, seed=1)
+            features = peer.embed(batch.to(device) for batch in blog_path.plain(images))
+            return blog_path.probe(features, labels)
+
+        return {"step": lambda: peer.step(*next(views)), "probe": probe}
+
+    def _made(self, device: torch.device) -> Iterator[Sequence[Tensor]]:
+        images, _ = pictures(self.count, self.size)
+        assert self.workers is not None
+        loader = blog_path.loader(images, size=self.size, batch_size=self.batch, workers=self.workers)
+        epochs = itertools.chain.from_iterable(itertools.repeat(loader))
+        return ([view.to(device) for view in pair] for pair in epochs)
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """Tuned eager PyTorch, ``compiled`` or not, on batches of ``batch`` images of ``size`` pixels.
+
+    Its views are ours from the resident set ``beton``; where that is None they are there already.
+    """
+
+    size: int
+    batch: int
+    optimizer: str = "sgd"
+    norm: str = "bn"
+    ws: bool = False
+    compiled: bool = False
+    beton: Path | None = None
+
+    def open(self, device: torch.device) -> Mapping[str, Callable[[], object]]:
+        """Return ``step``. cuDNN tries its algorithms first, as whoever tunes a network of fixed shapes has it do."""
+        torch.backends.cudnn.benchmark = True
+        peer = EagerPeer.create(optimizer=self.optimizer, norm=self.norm, ws=self.ws, compiled=self.compiled, device=device)
+        views = resident(self.size, self.batch, device) if self.beton is None else self._ours(self.beton, device)
+        return {"step": lambda: peer.step(next(views))}
+
+    def _ours(self, path: Path, device: torch.device) -> Iterator[Tensor]:
+        from fastbyol import load_config, views
+        from fastbyol.data.loader import open_loader
+        from fastbyol_bench.own_step import batches_of
+
+        config = load_config("blog", [f"views.size={self.size}"]).views
+        common: dict[str, Any] = {"batch_size": self.batch, "seed": 0, "workers": 0, "size": self.size}
+        loader = open_loader(path, device=device, cache="device", **common)
+        return (
+            views.two_views(config, batch.images, batch.ids, seed=0, epoch=epoch, dtype=torch.bfloat16)
+            for batch, epoch in batches_of(loader)
+        )
+
+
+def resident(size: int, batch: int, device: torch.device) -> Iterator[Tensor]:
+    """Views (2, B, 3, S, S) that lie on ``device``, fp32, in turns without end."""
+    return itertools.cycle([torch.randn(2, batch, 3, size, size, device=device) for _ in range(NUM_RESIDENT)])

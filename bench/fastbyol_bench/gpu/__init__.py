@@ -1,0 +1,1 @@
+"""What a machine with a GPU is asked, in three calls: see bench/README.md."""

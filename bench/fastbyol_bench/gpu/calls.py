@@ -1,0 +1,357 @@
+"""Three calls that ask a bare machine with a GPU all that is worth asking, each within nine minutes; see bench/README.md.
+
+    python -m fastbyol_bench.gpu.calls A|B|C OUT [options]
+
+Every job is a process of its own. What it measures is a row in OUT/rows.jsonl at once, and after every job OUT/jobs.json and
+OUT/logs.tar.gz are made anew: whoever ends a call in the middle keeps what is known. The exit code is 1 where a job failed, was
+cut off or lacks something, or a row says ``failed``. Nothing but the standard library is imported here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import ctypes
+import importlib.util
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn
+
+from fastbyol_bench.gpu import rows as row_file
+
+ROOT = Path(__file__).resolve().parents[3]
+CALLS = ("A", "B", "C")
+# A machine takes back files up to 16 MiB: a larger archive of compiled code would be lost with all the rest of its time.
+MOST_BYTES = 15 << 20
+# A job that is given less could not even import torch and load what is compiled.
+LEAST_S = 40.0
+LAST_S = 15.0  # for what comes after the jobs
+# A dry run's sizes are tiny, but so may be the machine, and busy: nobody pays for its minutes.
+MINUTES, DRY_PATIENCE = 9.0, 8
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+FASTBYOL = ("pydantic", "safetensors")
+# The files with tests that take the GPU; a test of this module compares them with the marker.
+GPU_TESTS = (
+    "tests/engine/test_capture.py", "tests/engine/test_standardized.py", "tests/engine/test_telemetry.py",
+    "tests/kernels/test_draw_views.py", "tests/kernels/test_group_norm.py", "tests/kernels/test_lars_ema.py",
+    "tests/kernels/test_two_views.py", "tests/kernels/test_weight_standardization.py", "tests/test_views.py",
+)  # fmt: skip
+# Of a claim each: SGD collapses and stays, LARS .2 recovers, LARS .1 does not, layer1 and layer2 alone, rates .5 and .1.
+CLAIMS = ("C6", "C5", "C7", "C12", "C10")
+OUR_KERNELS = "regex:^_(forward|moments|normalise|backward|gradient|sum_rows|norms|sweep|telemetry|draw|crop|contrast|blur)"
+
+
+@dataclass(frozen=True)
+class Job:
+    """A command, what it is run under, and what it needs.
+
+    In its words {rows}, {work}, {out} and {seconds} stand for the file of rows, a folder for what need not come back, the
+    folder that does, and the seconds that it is given; {dry} is ``--dry`` or nothing. A dry run leaves ``under`` away, which
+    names programs that only a GPU has use for.
+    """
+
+    name: str
+    command: tuple[str, ...]
+    most_s: float
+    under: tuple[str, ...] = ()
+    modules: tuple[str, ...] = FASTBYOL
+    variables: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a job: ``code`` is its exit code, None where it did not run or was cut off; ``why`` says so."""
+
+    name: str
+    seconds: float
+    code: int | None
+    why: str = ""
+    failed: bool = False
+
+
+def jobs(call: str, options: argparse.Namespace) -> tuple[Job, ...]:
+    """Return the jobs of a call, the most telling first."""
+    return {"A": _works, "B": _limits, "C": _runs}[call](options)
+
+
+def _own(module: str, name: str, *words: str, most_s: float, **how: Any) -> Job:
+    """Return a job of one of this folder's modules, which all take the file of rows and their own name first."""
+    command = (sys.executable, "-m", f"fastbyol_bench.gpu.{module}", *words[:1] * (module == "runs"))
+    rest = words[1:] if module == "runs" else words
+    return Job(name, (*command, "{rows}", name, *rest, "{dry}"), most_s, **how)
+
+
+def _works(options: argparse.Namespace) -> tuple[Job, ...]:
+    """Call A: is each kernel right, do the three modes agree, how fast are replays, and under which settings."""
+
+    def engine(method: str, *settings: str) -> Job:
+        name = "-".join(["engine", method, *(word.lstrip("-").replace("=", "") for word in settings)])
+        # The first of a method compiles; later ones find most of it on disk.
+        return _own("engine", name, method, f"{{work}}/logs/{name}-kernels.txt", *settings, most_s=240)
+
+    return (
+        engine("bn"),
+        engine("gn_ws"),
+        _own("exactness", "kernels", most_s=150),
+        # Deterministic, benchmark: the engine takes 10.
+        *(engine("bn", f"--cudnn={digits}") for digits in ("11", "01")),
+        engine("bn", "--combo"),
+        engine("gn_ws", "--cudnn=01"),
+        engine("bn", "--timed"),
+        engine("bn", "--cudnn=00"),
+        engine("gn_ws", "--cudnn=11"),
+        engine("gn_ws", "--combo"),
+    )
+
+
+def _limits(options: argparse.Namespace) -> tuple[Job, ...]:
+    """Call B: what the device gives at best, the tests that take a GPU, wrong accesses and races, and the suites."""
+    pytest = (sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-k", "not processor", "-W", "default")
+    plugins = ("-p", "no:cacheprovider", "-p", "no:benchmark")
+    spread = ("-n", "8") if importlib.util.find_spec("xdist") else ()
+    tests = ("tests/kernels/test_draw_views.py",) if options.dry else GPU_TESTS
+    how = ("--device", "cpu", "--quick") if options.dry else ("--device", "cuda")
+    suites = ("kernels", "optimizer", "views", "step")
+    bench = (sys.executable, "-m", "fastbyol.cli", "bench", *suites, *how, "--out", "{out}/bench.json")
+    sanitizer = ("compute-sanitizer", "--error-exitcode", "9", "--tool")
+    own_memory = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    ncu = (
+        "ncu", "--clock-control", "none", "-k", OUR_KERNELS, "--launch-count", "60", "--csv",
+        "--log-file", "{work}/logs/ncu.csv",
+    )  # fmt: skip
+    return (
+        *(_own("limits", f"limits-cudnn{digits}", f"--cudnn={digits}", most_s=90) for digits in ("01", "10")),
+        Job("tests", (*pytest, *plugins, *spread, *tests), 180, modules=(*FASTBYOL, "pytest", "hypothesis")),
+        *(
+            _own("exactness", tool, "--small", "--untimed", most_s=90, under=(*sanitizer, tool), variables=own_memory)
+            for tool in ("memcheck", "racecheck")
+        ),
+        Job("bench", bench, 240, modules=(*FASTBYOL, "typer", "rich")),
+        _own("exactness", "ncu", "--untimed", most_s=90, under=ncu),
+    )
+
+
+def _runs(options: argparse.Namespace) -> tuple[Job, ...]:
+    """Call C: whole epochs with their ends, then the claims, on images that were carried and on textures."""
+
+    def run(what: str, name: str, *words: str, most_s: float) -> Job:
+        modules = (*FASTBYOL, "ffcv", "typer", "rich")
+        return _own("runs", name, what, "--folder", f"{{work}}/runs/{name}", *words, most_s=most_s, modules=modules)
+
+    def claims(name: str, precision: str, *files: str, most_s: float) -> Job:
+        how = ("--precision", precision, "--seconds", "{seconds}")
+        claim = CLAIMS[1:2] if options.dry else CLAIMS
+        return run("claims", f"claims-{name}-{precision}", *how, *files, *claim, most_s=most_s)
+
+    carried = ["--data", options.data, "--test-data", options.test_data]
+    carried += [word for each in options.set for word in ("--set", each)]
+    on_carried = [claims("carried", "bf16", *carried, most_s=200), claims("carried", "fp32", *carried, most_s=120)]
+    return (
+        *(run("train", f"train-{method}", "--method", method, most_s=150) for method in ("bn", "gn_ws")),
+        *(on_carried if options.data else ()),
+        *(claims("textures", precision, most_s=200) for precision in ("bf16", "fp32")),
+    )
+
+
+def lacks(job: Job, *, dry: bool) -> str:
+    """Return what of ``job``'s needs is not installed, in words; empty where all is there."""
+    absent = [name for name in job.modules if importlib.util.find_spec(name) is None]
+    absent += [] if dry else [name for name in job.under[:1] if shutil.which(name) is None]
+    return f"not installed: {', '.join(absent)}" if absent else ""
+
+
+class Call:
+    """One call: a folder OUT that comes back, a folder for the rest, and the seconds that are left."""
+
+    def __init__(self, name: str, out: Path, work: Path, options: argparse.Namespace) -> None:
+        self.name, self.out, self.work, self.options = name, out, work, options
+        self.rows = out / "rows.jsonl"
+        self.outcomes: list[Outcome] = []
+        self._until = time.monotonic() + 60.0 * options.minutes - LAST_S
+        self._process: subprocess.Popen[bytes] | None = None
+        for folder in (work / "logs", work / "runs"):  # of a call before; data and compiled code serve again
+            shutil.rmtree(folder, ignore_errors=True)
+        for folder in (out, work / "logs", work / "caches"):
+            folder.mkdir(parents=True, exist_ok=True)
+        self.rows.unlink(missing_ok=True)
+
+    def run(self, chosen: Sequence[Job]) -> None:
+        """Run the jobs one after the other while there is time; never raises for what a job does."""
+        for job in chosen:
+            most_s = job.most_s * (DRY_PATIENCE if self.options.dry else 1)
+            left = min(most_s, self._until - time.monotonic())
+            why = lacks(job, dry=self.options.dry)
+            code, began = None, time.monotonic()
+            failed = bool(why)
+            if not why and left < LEAST_S:
+                why = f"only {max(left, 0.0):.0f} s were left"
+            elif not why:
+                code = self._do(job, left)
+                why = "" if code is not None else f"cut off after {left:.0f} s"
+                failed = code != 0
+            self.outcomes.append(Outcome(job.name, round(time.monotonic() - began, 1), code, why, failed))
+            self._keep()
+            print(self._line(self.outcomes[-1]), flush=True)
+
+    def _do(self, job: Job, most_s: float) -> int | None:
+        """Return the exit code; None where it had to be killed, with all that it started."""
+        values = {"rows": self.rows, "work": self.work, "out": self.out, "seconds": f"{most_s - LAST_S:.0f}"}
+        values["dry"] = "--dry" if self.options.dry else ""
+        words = (*(() if self.options.dry else job.under), *job.command)
+        command = [word.format(**values) if word.startswith("{") else word for word in words]
+        command = [word for word in command if word]
+        with (self.work / "logs" / f"{job.name}.log").open("wb") as log:
+            self._process = subprocess.Popen(
+                command, cwd=ROOT, env=self._environment(job), stdout=log, stderr=log, stdin=subprocess.DEVNULL,
+                start_new_session=True, preexec_fn=_die_with_parent,
+            )  # fmt: skip
+            try:
+                return self._process.wait(most_s)
+            except subprocess.TimeoutExpired:
+                return None
+            finally:
+                self.end_job()
+
+    def end_job(self) -> None:
+        """Kill what the running job started, itself included."""
+        if self._process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+            self._process = None
+
+    def _environment(self, job: Job) -> dict[str, str]:
+        paths = [str(ROOT / part) for part in ("", "kernels", "bench")]
+        caches = self.work / "caches"
+        own = {
+            "PYTHONPATH": os.pathsep.join([*paths, os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep),
+            "PYTHONUNBUFFERED": "1",
+            "TRITON_CACHE_DIR": str(caches / "triton"),
+            "TORCHINDUCTOR_CACHE_DIR": str(caches / "inductor"),
+            "FASTBYOL_CACHE": str(self.work / "data"),
+            **({"FASTBYOL_COMMIT": self.options.commit} if self.options.commit else {}),
+            **({"CUDA_VISIBLE_DEVICES": ""} if self.options.dry else {}),
+        }
+        return {**os.environ, **own, **job.variables}
+
+    def _keep(self) -> None:
+        """Bring OUT up to date: what became of the jobs, and what they said."""
+        said = {"call": self.name, "commit": self.options.commit, "dry": self.options.dry}
+        text = json.dumps({**said, "jobs": [asdict(outcome) for outcome in self.outcomes]}, indent=1) + "\n"
+        _replace(self.out / "jobs.json", text.encode())
+        _archive(self.out / "logs.tar.gz", self.work, ["logs", *_records(self.work)])
+
+    def finish(self) -> int:
+        """Write the last files, print the table, return the exit code."""
+        self._keep()
+        _archive(self.out / "caches.tar.gz", self.work, ["caches"])
+        rows = row_file.read(self.rows)
+        _replace(self.out / "table.txt", (row_file.table(rows) + "\n").encode())
+        print(row_file.table([row for row in rows if row["part"] != "conv" or row["name"] == "all of a step"]))
+        failures = [row for row in rows if "failed" in row]
+        print("", *map(self._line, self.outcomes), sep="\n")
+        print(*(f"FAILED {row['job']}: {row_file.shown(row)}" for row in failures), sep="\n")
+        return int(bool(failures) or any(outcome.failed for outcome in self.outcomes))
+
+    @staticmethod
+    def _line(outcome: Outcome) -> str:
+        return f"{outcome.name:26s}{outcome.seconds:7.1f} s  {outcome.why or f'exit code {outcome.code}'}"
+
+
+def _die_with_parent() -> None:
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _records(work: Path) -> list[str]:
+    """Return what is worth keeping of runs: all but checkpoints and the rates of every layer at every step."""
+    names = ("config.toml", "env.json", "metrics.jsonl", "timing.jsonl", "ledger.json")
+    return [str(path.relative_to(work)) for path in sorted((work / "runs").rglob("*")) if path.name in names]
+
+
+def _archive(path: Path, root: Path, names: Sequence[str]) -> None:
+    """Pack files and folders below ``root``; one that grows beyond what comes back is left out, and said."""
+    partial = path.with_name(f".{path.name}")
+    with tarfile.open(partial, "w:gz", compresslevel=6) as archive:
+        for name in names:
+            archive.add(root / name, name)
+    if partial.stat().st_size > MOST_BYTES:
+        print(f"{path.name}: {partial.stat().st_size >> 20} MiB, left out", flush=True)
+        partial.unlink()
+        path.unlink(missing_ok=True)
+        return
+    partial.replace(path)
+
+
+def _replace(path: Path, content: bytes) -> None:
+    partial = path.with_name(f".{path.name}")
+    partial.write_bytes(content)
+    partial.replace(path)
+
+
+def parsed(words: Sequence[str] | None = None) -> argparse.Namespace:
+    """Return the options of the command line ``words``."""
+    parser = argparse.ArgumentParser(prog="bench/gpu.sh", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("call", choices=CALLS)
+    parser.add_argument("out", type=Path, help="a folder for at most eight files of at most 16 MiB")
+    parser.add_argument("--dry", action="store_true", help="every path at tiny size on a CPU; says nothing about speed")
+    parser.add_argument("--commit", default=os.environ.get("FASTBYOL_COMMIT"), help="of the sources, where no .git is")
+    parser.add_argument("--caches", type=Path, help="the caches.tar.gz of a call before, of the same versions")
+    parser.add_argument("--data", metavar="BETON", help="C: images to train the claims on, too")
+    parser.add_argument("--test-data", metavar="BETON", help="C: labelled images for the probe, with --data")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="C: for runs on --data")
+    parser.add_argument("--only", action="append", metavar="JOB", help="jobs by name; repeat it")
+    parser.add_argument("--minutes", type=float, help=f"for all jobs; default {MINUTES:.0f}, without a GPU more")
+    parser.add_argument("--work", type=Path, help="for data and runs; default: a temporary folder, removed at the end")
+    options = parser.parse_args(words)
+    if options.minutes is None:
+        options.minutes = MINUTES * (DRY_PATIENCE if options.dry else 1)
+    if bool(options.data) != bool(options.test_data):
+        parser.error("--data and --test-data go together: name both files")
+    if options.caches and not options.caches.is_file():
+        parser.error(f"--caches: {options.caches} is no file: name a caches.tar.gz of a call before")
+    known = [job.name for job in jobs(options.call, options)]
+    for name in options.only or ():
+        if name not in known:
+            parser.error(f"--only: no job {name!r} in call {options.call}: take some of {', '.join(known)}")
+    return options
+
+
+def main() -> int:
+    """Make the call; return the exit code."""
+    options = parsed()
+
+    def stop(number: int, frame: object) -> NoReturn:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, stop)
+    with tempfile.TemporaryDirectory(prefix="fastbyol-", ignore_cleanup_errors=True) as own:
+        return _made(options, (options.work or Path(own)).resolve())
+
+
+def _made(options: argparse.Namespace, work: Path) -> int:
+    call = Call(options.call, options.out.resolve(), work, options)
+    if options.caches:
+        with tarfile.open(options.caches) as archive:
+            archive.extractall(work, filter="data")
+    chosen = [job for job in jobs(options.call, options) if not options.only or job.name in options.only]
+    try:
+        call.run(chosen)
+    except KeyboardInterrupt:
+        call.end_job()
+        call.finish()
+        return 1
+    return call.finish()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,199 @@
+"""The engine's step on this GPU, eager, compiled and captured: does it hold, how fast is it, which kernels does it run.
+
+    python -m fastbyol_bench.gpu.engine ROWS JOB METHOD KERNELS [--cudnn DB] [--combo] [--timed] [--dry]
+
+METHOD is a key of ``METHODS``; the list of kernels of a replay goes to the file KERNELS. Every setting is a process of its
+own: cuDNN's plans are kept without asking for its switches. The code that one process compiled is found on disk by the next.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastbyol import load_config
+from fastbyol.config import Config
+from fastbyol.data.loader import Batch
+from fastbyol.engine import capture
+from fastbyol.engine.step import METRICS, StepMetrics, TrainState
+from fastbyol_bench.gpu.rows import Rows
+from fastbyol_bench.kernel_times import Kernel, recorded
+
+METHODS: dict[str, tuple[str, ...]] = {
+    "bn": (),
+    "gn_ws": ("model.norm=gn", "model.ws=true", "optim.name=lars"),
+}
+STEPS = 3
+REPLAYS, READINGS = 20, 5
+# Loss of a bf16 step that is compiled or eager: sums in another order, .5 % apart after three steps on a CPU.
+LOSS_TOLERANCE = 0.02
+
+
+class Stand:
+    """States of one method side by side, and what they are fed."""
+
+    def __init__(self, method: str, *, dry: bool, small: bool = False) -> None:
+        self.device = torch.device("cpu" if dry else "cuda")
+        self.batch, self.size = (4, 32) if dry or small else (256, 96)
+        narrow = ("model.width=16", "model.groups=8") if dry or small else ()
+        sets = ["train.precision=bf16", f"views.size={self.size}", *METHODS[method], *narrow]
+        self.config: Config = load_config("blog", sets)
+
+    def state(self) -> TrainState:
+        """Return a state before its first step: all of them are equal."""
+        return TrainState.create(self.config, steps_per_epoch=100, device=self.device)
+
+    def images(self, seed: int) -> Batch:
+        """Return a batch of noise, uint8 (B, S, S, 3), with its ids."""
+        g = torch.Generator().manual_seed(seed)
+        shape = (self.batch, self.size, self.size, 3)
+        pixels = torch.randint(0, 256, shape, generator=g, dtype=torch.uint8)
+        return Batch(pixels.to(self.device), (torch.arange(self.batch) + 1000 * seed).to(self.device))
+
+
+def re_run(work: Callable[[], StepMetrics]) -> tuple[StepMetrics, Callable[[], None]]:
+    """Stand in for ``capture.record_cuda`` on a CPU: playing back does the work again, into the same tensors."""
+    kept = StepMetrics(*(tensor.clone() for tensor in work()))
+
+    def play() -> None:
+        for static, new in zip(kept, work(), strict=True):
+            static.copy_(new)
+
+    return kept, play
+
+
+def steps(rows: Rows, stand: Stand, arguments: argparse.Namespace) -> capture.Captured:
+    """Take the same steps in all three modes and say how they agree; return the captured one."""
+    eager = stand.state()
+    values = _taken(rows, "eager", stand, capture.Eager(eager, stand.config))
+    capture.settle_cudnn(stand.device)
+    if arguments.cudnn:
+        torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = (flag == "1" for flag in arguments.cudnn)
+    # Inductor's code for a CPU takes a minute to compile and tells nothing here.
+    backend = "aot_eager" if arguments.dry else "inductor"
+    forward = capture.compiled_forward(backend, deterministic=not arguments.timed)
+    compiled, graphed = stand.state(), stand.state()
+    got = _taken(rows, "compiled", stand, capture.Eager(compiled, stand.config, forward))
+    gap = max(abs(a / b - 1) for a, b in zip(_column(got, "loss"), _column(values, "loss"), strict=True))
+    rows.check("engine", "compiled against eager", holds=gap < LOSS_TOLERANCE, says="losses differ", loss_gap=gap)
+    record = re_run if arguments.dry else capture.record_cuda
+    graph = capture.Captured(capture.Eager(graphed, stand.config, forward), record)
+    began = time.perf_counter()
+    graph.prepare(stand.images(0), 0)
+    rows.check(
+        "engine", "captured", holds=graph.mode == "graph", says="the mode is not graph",
+        seconds=time.perf_counter() - began, mode=graph.mode,
+        **({} if arguments.dry else {"gib": torch.cuda.max_memory_reserved() / 2**30}),
+    )  # fmt: skip
+    for index in range(STEPS):
+        graph(stand.images(index), 0)
+    others = compiled.tensors()
+    odd = [name for name, tensor in graphed.tensors().items() if not torch.equal(tensor, others[name])]
+    rows.check("engine", "graph is the compiled step bit for bit", holds=not odd, says=f"odd: {odd[:3]}")
+    return graph
+
+
+def _taken(rows: Rows, name: str, stand: Stand, take: capture.Engine) -> list[Tensor]:
+    began = time.perf_counter()
+    values = [take(stand.images(index), 0).values.cpu() for index in range(STEPS)]
+    losses = [round(loss, 5) for loss in _column(values, "loss")]
+    skipped = int(sum(_column(values, "skipped")))
+    rows.check(
+        "engine", f"{STEPS} steps {name}", holds=not skipped, says="gradients are not finite",
+        seconds=time.perf_counter() - began, losses=losses, skipped=skipped,
+    )  # fmt: skip
+    return values
+
+
+def _column(values: list[Tensor], name: str) -> list[float]:
+    return [float(step[METRICS.index(name)]) for step in values]
+
+
+def speed(rows: Rows, stand: Stand, graph: capture.Captured) -> None:
+    """Time replays, alone and with the copies into them."""
+    batch = stand.images(7)
+    for name, call in (("graph alone", graph.replay), ("with its copies in", lambda: graph(batch, 0))):
+        seconds = _seconds(call, stand.device)
+        rows.add("speed", name, ms=seconds * 1e3, img_s=stand.batch / seconds)
+
+
+def _seconds(call: Callable[[], object], device: torch.device) -> float:
+    """Return the median over ``READINGS`` of the seconds that a call takes among ``REPLAYS``."""
+    readings = []
+    for _ in range(READINGS):
+        began = _now(device)
+        for _ in range(REPLAYS):
+            call()
+        readings.append((_now(device) - began) / REPLAYS)
+    return statistics.median(readings)
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def profile(rows: Rows, stand: Stand, graph: capture.Captured, file: Path) -> None:
+    """Record the kernels of a replay: all of them into ``file``, how many and how long into a row."""
+    kernels = recorded(graph.replay) if stand.device.type == "cuda" else ()
+    file.write_text(listing(kernels), "utf-8")
+    rows.add("profile", "kernels of a replay", nodes=len(kernels), device_ms=sum(k.seconds for k in kernels) * 1e3)
+
+
+def listing(kernels: tuple[Kernel, ...]) -> str:
+    """Return a line for each name: microseconds and number of its kernels in one replay, the longest first."""
+    names = dict.fromkeys(kernel.name for kernel in kernels)
+    sums = {name: [k.seconds for k in kernels if k.name == name] for name in names}
+    ordered = sorted(sums.items(), key=lambda item: -sum(item[1]))
+    return "".join(f"{sum(seconds) * 1e6:9.1f} us {len(seconds):4d}  {name}\n" for name, seconds in ordered)
+
+
+def versions(rows: Rows, device: torch.device) -> None:
+    """Say where this runs."""
+    import triton
+
+    found: dict[str, Any] = {"torch": torch.__version__, "triton": triton.__version__}
+    if device.type == "cuda":
+        found |= {"gpu": torch.cuda.get_device_name(), "cudnn": torch.backends.cudnn.version()}
+    rows.add("env", "versions", **found)
+
+
+def main() -> int:
+    """Run all parts; return 1 where one failed."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("rows", type=Path)
+    parser.add_argument("job")
+    parser.add_argument("method", choices=METHODS)
+    parser.add_argument("kernels", type=Path)
+    parser.add_argument("--cudnn", help="two digits: deterministic, benchmark; default: as the engine sets them")
+    parser.add_argument("--combo", action="store_true", help="let Inductor fuse small kernels side by side")
+    parser.add_argument("--timed", action="store_true", help="let Inductor choose by timing, which the engine does not")
+    parser.add_argument("--dry", action="store_true")
+    arguments = parser.parse_args()
+    rows = Rows(arguments.rows, arguments.job)
+    if arguments.combo:
+        import torch._inductor.config
+
+        torch._inductor.config.combo_kernels = True
+    stand = Stand(arguments.method, dry=arguments.dry)
+    with rows.guarded("env", "versions"):
+        versions(rows, stand.device)
+    with rows.guarded("engine", "steps"):
+        graph = steps(rows, stand, arguments)
+        with rows.guarded("speed", "replays"):
+            speed(rows, stand, graph)
+        with rows.guarded("profile", "replay"):
+            profile(rows, stand, graph, arguments.kernels)
+    return int(rows.failures > 0)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,225 @@
+"""Every kernel at the engine's shapes: its error against float64, and its time on the device beside its floor in bytes.
+
+    python -m fastbyol_bench.gpu.exactness ROWS JOB [--small] [--untimed] [--dry]
+
+``--small`` is for tools that slow a program down a hundred times, ``--untimed`` for those that take the profiler themselves.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if __name__ == "__main__" and "--dry" in sys.argv:
+    os.environ["TRITON_INTERPRET"] = "1"  # read when kernels are defined, which importing them does
+
+import torch
+from torch import Tensor
+
+from fastbyol import views
+from fastbyol.data.loader import Batch
+from fastbyol_bench.gpu.engine import Stand
+from fastbyol_bench.harness import Flush
+from fastbyol_bench.kernel_times import recorded
+from fastbyol_kernels import group_norm, lars_ema, two_views
+from fastbyol_kernels import weight_standardization as ws
+
+if TYPE_CHECKING:
+    from fastbyol.engine.step import TrainState
+    from fastbyol_bench.gpu.rows import Rows
+
+# ResNet-18's activations at 96 px: side, channels, with a residual.
+NORMS = (
+    (48, 64, False), (24, 64, False), (24, 64, True), (12, 128, True), (6, 256, True), (3, 512, True),
+)  # fmt: skip
+# bf16 keeps 8 bits, so that rounding a result costs 2e-3 of it; two roundings and a residual stay under twice that. Sums in
+# fp32 over up to 4,608 values stay far below 1e-5.
+BF16, FP32 = 4e-3, 1e-5
+SAMPLES = 32  # of a batch that are compared: more would tell the same
+RUNS = 12
+
+
+class Bench:
+    """Where kernels run, how large, and how they are timed."""
+
+    def __init__(self, rows: Rows, arguments: argparse.Namespace) -> None:
+        self.rows = rows
+        self.small = arguments.small or arguments.dry
+        self.stand = Stand("gn_ws", dry=arguments.dry, small=self.small)
+        self.device = self.stand.device
+        self._flush = None if arguments.untimed or arguments.dry else Flush(self.device)
+
+    def say(self, name: str, errors: dict[str, float], most: float, call: Callable[[], object], moved: float) -> None:
+        """Write a row: ``errors``, which must not exceed ``most``, and the time of ``call``, which moves that many bytes."""
+        times = {}
+        if self._flush is not None:
+            seconds = self._seconds(call)
+            times = {"us": seconds * 1e6, "tb_s": moved / seconds / 1e12}
+        self.rows.check("kernel", name, holds=max(errors.values()) <= most, says=f"an error over {most:g}", **errors, **times)
+
+    def _seconds(self, call: Callable[[], object]) -> float:
+        """Return how long the kernels of ``call`` run on the device with cold caches, mean of ``RUNS``."""
+        assert self._flush is not None
+        call()
+        total = 0.0
+        for _ in range(RUNS):
+            self._flush()
+            total += sum(kernel.seconds for kernel in recorded(call))
+        return total / RUNS
+
+
+def off(got: Tensor, exact: Tensor) -> float:
+    """Return |got - exact| / |exact|; infinity where a number is not finite."""
+    if not bool(got.isfinite().all()):
+        return math.inf
+    return float((got.detach().double() - exact.detach()).norm() / exact.detach().norm().clamp_min(1e-300))
+
+
+def norms(bench: Bench) -> None:
+    """Compare group norm with ReLU, bf16, both ways, at every size of the network."""
+    for side, channels, residual in NORMS[-2:] if bench.small else NORMS:
+        name = f"group norm {side}x{side}x{channels}" + (" + residual" if residual else "")
+        with bench.rows.guarded("kernel", name):
+            _norm(bench, name, (2 * bench.stand.batch, channels, side, side), residual=residual)
+
+
+def _norm(bench: Bench, name: str, shape: tuple[int, int, int, int], *, residual: bool) -> None:
+    x, added, dy = (_activation(bench.device, shape) for _ in range(3))
+    weight, bias = (torch.randn(shape[1], device=bench.device).requires_grad_() for _ in range(2))
+    inputs = [x, weight, bias, added][: 4 if residual else 3]
+
+    def forward() -> Tensor:
+        return group_norm.group_norm(x, 32, weight, bias, residual=added if residual else None, relu=True, kernels="triton")
+
+    y = forward()
+
+    def backward() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(y, inputs, dy.detach(), retain_graph=True)
+
+    part = [t[:SAMPLES].detach().double().requires_grad_() for t in (x, added)]
+    affine = weight.detach().double(), bias.detach().double()
+    exact = group_norm.reference(part[0], 32, *affine, residual=part[1] if residual else None)
+    # Which side of ReLU's corner a value near 0 takes is a matter of rounding: the gradient takes the kernel's side.
+    upstream = dy[:SAMPLES].detach().double() * (y[:SAMPLES] > 0)
+    exact_dx = torch.autograd.grad(exact, part[0], upstream)[0]
+    flags = {"residual": residual, "relu": True}
+    errors = {"err_y": off(y[:SAMPLES], exact.relu())}
+    moved = group_norm.bytes_moved(shape, 2, **flags)
+    bench.say(f"{name}, forward", errors, BF16, torch.no_grad()(forward), moved)
+    errors = {"err_dx": off(backward()[0][:SAMPLES], exact_dx)}
+    bench.say(f"{name}, backward", errors, BF16, backward, group_norm.bytes_moved(shape, 2, **flags, backward=True))
+
+
+def _activation(device: torch.device, shape: tuple[int, int, int, int]) -> Tensor:
+    x = torch.randn(shape, device=device).bfloat16()
+    return x.contiguous(memory_format=torch.channels_last).requires_grad_()
+
+
+def weights(bench: Bench, state: TrainState) -> None:
+    """Compare the standardized weights of the online network, bf16, made at once, and the gradient back through them."""
+    (group,) = (group for group in state.standardized.groups if group.gradient is not None)
+    assert group.gradient is not None
+    group.renew()
+    flat = group.flat.detach().double().requires_grad_()
+    exact = ws.reference_rows(flat, group.table, torch.float64)
+    moved = ws.bytes_moved(group.table, group.copy.itemsize)
+    bench.say("weight standardization, forward", {"err": off(group.copy, exact)}, BF16, group.renew, moved)
+    group.gradient.normal_()
+    (exact_gradient,) = torch.autograd.grad(exact, flat, group.gradient.double())
+    out = torch.zeros_like(group.flat)
+    group.write_gradient(out)
+    moved = ws.bytes_moved(group.table, group.copy.itemsize, backward=True)
+    bench.say(
+        "weight standardization, backward", {"err": off(out, exact_gradient)}, FP32,
+        lambda: group.write_gradient(out), moved,
+    )  # fmt: skip
+
+
+def optimizer(bench: Bench, state: TrainState) -> None:
+    """Compare one update of LARS and the moving average, fp32, all buffers and the telemetry."""
+    arena, recipe = state.arena, state.recipe
+    for segment in arena.segments:  # what lies between them stays zero, as the operation asks for it
+        segment.view(arena.gradient).normal_(std=1e-3)
+        segment.view(arena.momentum).normal_(std=1e-3)
+    arena.target.mul_(0.9)  # at the start it equals the online weights, and a moving average would show nothing
+    flats = (arena.online, arena.gradient, arena.momentum, arena.target)
+    exact = arena.online.double(), arena.gradient.double(), arena.momentum.double(), arena.target.double()
+    lr, tau = state.lr[0].clone(), state.tau[0].clone()
+    table = replace(arena.table, decay=arena.table.decay.double(), lr_mult=arena.table.lr_mult.double())
+    exact_layers = lars_ema.reference(
+        *exact, table, lr.double(), tau.double(),
+        rule=recipe.rule, eta=recipe.eta, mu=recipe.momentum, ema_first=recipe.ema_first,
+    )  # fmt: skip
+
+    def update() -> Tensor:
+        return lars_ema.lars_ema(
+            *flats, arena.table, lr, tau,
+            rule=recipe.rule, eta=recipe.eta, mu=recipe.momentum, ema_first=recipe.ema_first, kernels="triton",
+        )  # fmt: skip
+
+    layers = update()
+    names = ("online", "gradient", "momentum", "target")
+    errors = {name: off(flat, truth) for name, flat, truth in zip(names, flats, exact, strict=True)}
+    moved = lars_ema.bytes_moved(len(arena.online), len(arena.target), copies=False)
+    bench.say("LARS and moving average", errors | {"layers": off(layers, exact_layers)}, FP32, update, moved)
+
+
+def pixels(bench: Bench) -> None:
+    """Compare the table of a batch's views, bit for bit, and the views made from it, bf16, with both kinds of blur."""
+    stand, size = bench.stand, bench.stand.size
+    batch = stand.images(1)
+    where = {"seed": 3, "epoch": 5, "height": size, "width": size}
+    table, exact = (views.draw(stand.config.views, batch.ids, **where, kernels=kernels) for kernels in ("triton", "reference"))
+    bench.rows.check("kernel", "parameters of views", holds=torch.equal(table, exact), says="other bits")
+    for blur in ("gaussian", "pil"):
+        with bench.rows.guarded("kernel", f"two views, blur {blur}"):
+            _pixels(bench, batch, table, blur)
+
+
+def _pixels(bench: Bench, batch: Batch, table: Tensor, blur: str) -> None:
+    stand, size = bench.stand, bench.stand.size
+    config = stand.config.views.model_copy(update={"blur": blur})
+
+    def make() -> Tensor:
+        return views.apply(batch.images, table, config, torch.bfloat16, kernels="triton")
+
+    part = slice(0, SAMPLES)
+    few = table[:, part].contiguous()
+    exact = views.apply(batch.images[part], few, config, torch.float64, kernels="reference")
+    moved = two_views.bytes_moved(2, stand.batch, size, size, size, 2)
+    bench.say(f"two views, blur {blur}", {"err": off(make()[:, part], exact)}, BF16, make, moved)
+
+
+def main() -> int:
+    """Compare all kernels; return 1 where one is off."""
+    from fastbyol_bench.gpu.rows import Rows
+
+    parser = argparse.ArgumentParser()
+    parser.add_argument("rows", type=Path)
+    parser.add_argument("job")
+    parser.add_argument("--small", action="store_true")
+    parser.add_argument("--untimed", action="store_true")
+    parser.add_argument("--dry", action="store_true")
+    arguments = parser.parse_args()
+    torch.manual_seed(0)
+    rows = Rows(arguments.rows, arguments.job)
+    bench = Bench(rows, arguments)
+    norms(bench)
+    state = bench.stand.state()
+    with rows.guarded("kernel", "weight standardization"):
+        weights(bench, state)
+    with rows.guarded("kernel", "LARS and moving average"):
+        optimizer(bench, state)
+    with rows.guarded("kernel", "views"):
+        pixels(bench)
+    return int(rows.failures > 0)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

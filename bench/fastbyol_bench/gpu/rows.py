@@ -1,0 +1,85 @@
+"""Rows that outlive the process: one JSON line each, in the file the moment it is measured."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+Row = Mapping[str, Any]
+# What every row says; the rest are figures.
+HEAD = ("job", "part", "name", "at_s")
+
+
+class Rows:
+    """Appends rows to a file that several processes may share; counts those that say ``failed``."""
+
+    def __init__(self, path: Path, job: str) -> None:
+        self._path, self._job, self._began = path, job, time.monotonic()
+        self.failures = 0
+
+    def add(self, part: str, name: str, **values: Any) -> None:
+        """Write one row with the figures ``values`` and print it."""
+        row = dict(zip(HEAD, (self._job, part, name, round(time.monotonic() - self._began, 1)), strict=True))
+        line = json.dumps({**row, **values}, allow_nan=True) + "\n"
+        # One write to a file opened for appending: lines of two processes do not mix, and a killed one leaves whole lines.
+        file = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        try:
+            os.write(file, line.encode())
+        finally:
+            os.close(file)
+        self.failures += "failed" in values
+        print(shown({**row, **values}), flush=True)
+
+    @contextmanager
+    def guarded(self, part: str, name: str) -> Iterator[None]:
+        """Turn what fails inside into a row that says so, its trace into the log: one part must not cost the others."""
+        try:
+            yield
+        except Exception as error:
+            traceback.print_exc(file=sys.stdout)
+            text = " ".join(str(error).split())
+            self.add(part, name, failed=f"{type(error).__name__}: {text}"[:300])
+
+    def check(self, part: str, name: str, *, holds: bool, says: str, **values: Any) -> None:
+        """Write a row, as a failed one that ``says`` what is wrong unless it ``holds``."""
+        self.add(part, name, **values, **({} if holds else {"failed": says}))
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """Return the whole rows of a file that ``Rows`` wrote; a line that a full disk cut is left out."""
+    if not path.exists():
+        return []
+    found = []
+    for line in path.read_text("utf-8", errors="replace").splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict):
+            found.append(row)
+    return found
+
+
+def shown(row: Row) -> str:
+    """Return one row as a line: its name, then each figure to four digits."""
+    figures = "  ".join(f"{key} {_figure(value)}" for key, value in row.items() if key not in HEAD)
+    return f"{row['part']:9s} {row['name']:44s} {figures}"
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Return all rows under their jobs' names."""
+    lines = []
+    for job in dict.fromkeys(row["job"] for row in rows):
+        lines += ["", f"{job}:", *(f"  {shown(row)}" for row in rows if row["job"] == job)]
+    return "\n".join(lines).lstrip("\n")
+
+
+def _figure(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

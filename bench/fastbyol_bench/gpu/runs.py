@@ -1,0 +1,166 @@
+"""Whole runs on a GPU: five epochs end to end, and the post's claims, a row at each epoch's end.
+
+python -m fastbyol_bench.gpu.runs train ROWS JOB --method bn|gn_ws --folder DIR [--dry]
+python -m fastbyol_bench.gpu.runs claims ROWS JOB --folder DIR --precision bf16 --seconds 200
+    [--data FILE --test-data FILE] [--set KEY=VALUE]... [--dry] CLAIM...
+"""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fastbyol import load_config, train
+from fastbyol.data import embedded
+from fastbyol.engine import checkpoint, metrics_file
+from fastbyol.engine.observer import EpochEnd, Silent
+from fastbyol.errors import FastbyolError
+from fastbyol_bench.gpu.engine import METHODS
+from fastbyol_bench.gpu.rows import Rows
+
+EPOCHS = 5
+HORIZON = 320  # the post's
+# The post's training set, STL-10's labelled and unlabelled images, and as many test images as a probe takes seconds for.
+FULL = ("data.textures_count=105000", "data.textures_test_count=4096", "data.textures_size=96")
+TINY = (
+    "data.textures_count=64", "data.textures_test_count=64", "data.textures_size=32", "model.width=16",
+    "model.groups=8", "train.batch_size=32",
+)  # fmt: skip
+POLL_S = 1.0
+GRACE_S = 15.0
+
+
+class Watch(Silent):
+    """Writes a row for each epoch: the whole of it, with its probe and checkpoint, and the steps alone."""
+
+    def __init__(self, rows: Rows) -> None:
+        self._rows = rows
+        self.ends = [time.perf_counter()]
+
+    def epoch_end(self, message: EpochEnd) -> None:
+        """Write the row."""
+        self.ends.append(time.perf_counter())
+        self._rows.add(
+            "epoch", f"epoch {message.epoch + 1}", seconds=self.ends[-1] - self.ends[-2], steps_img_s=message.img_s,
+            loss=message.metrics["loss"], state=message.state, accuracy=message.accuracy,
+        )  # fmt: skip
+
+    def note(self, text: str) -> None:
+        """Print what the run remarks."""
+        print(text, flush=True)
+
+
+def five_epochs(rows: Rows, method: str, folder: Path, *, dry: bool) -> None:
+    """Train ``EPOCHS`` epochs as the command line does and say what an epoch costs, its end included."""
+    device, sizes = ("cpu", TINY) if dry else ("cuda", FULL)
+    size = 32 if dry else 96
+    config = load_config(
+        "blog",
+        [
+            *("data.train=textures", f"train.epochs={EPOCHS}", "train.precision=bf16", f"train.device={device}"),
+            *(f"views.size={size}", "schedule.horizon_epochs=320", *sizes, *METHODS[method]),
+        ],
+    )
+    began = time.perf_counter()
+    embedded.training_file(config.data)
+    embedded.held_out_file(config.data)
+    rows.add("data", f"{config.data.textures_count} textures of {size} px", seconds=time.perf_counter() - began)
+    watch = Watch(rows)
+    summary = train(config, folder, observer=watch)
+    mode = checkpoint.load_latest(folder / "checkpoints").meta["engine"]
+    # The first epoch compiles; the others end where the next begins.
+    whole = sorted(b - a for a, b in zip(watch.ends[1:], watch.ends[2:], strict=False))
+    epoch_s = whole[len(whole) // 2]
+    rows.check(
+        "run", f"{EPOCHS} epochs", holds=summary.finished and mode == ("eager" if dry else "graph"),
+        says=f"finished {summary.finished}, mode {mode}", mode=mode, epoch_s=epoch_s,
+        img_s=config.data.textures_count / epoch_s, minutes_320=HORIZON * epoch_s / 60,
+        state=summary.state, accuracy=summary.accuracy,
+    )  # fmt: skip
+
+
+def claims(rows: Rows, arguments: argparse.Namespace) -> None:
+    """Run the claims by ``fastbyol ablate run`` for as long as there is time, writing a row for each epoch that was probed."""
+    folder: Path = arguments.folder
+    command = [sys.executable, "-m", "fastbyol.cli", "ablate", "run", *arguments.claims, "--out", str(folder)]
+    sets = [f"train.precision={arguments.precision}", *arguments.set]
+    if arguments.dry:
+        command += ["--scale", "mini", "--seeds", "1", "--device", "cpu"]
+        sets += ["train.epochs=2", "probe.every_epochs=1", *TINY]
+    else:
+        command += ["--scale", "short", "--device", "cuda"]
+    for name in ("data", "test_data"):
+        if getattr(arguments, name):
+            command += [f"--{name.replace('_', '-')}", getattr(arguments, name)]
+    command += [word for each in sets for word in ("--set", each)]
+    until = time.monotonic() + arguments.seconds
+    child = subprocess.Popen(command)
+    signal.signal(signal.SIGTERM, lambda *_: child.terminate())
+    seen: dict[Path, int] = {}
+    stopped = False
+    while child.poll() is None:
+        time.sleep(POLL_S)
+        _new_epochs(rows, folder, seen)
+        if time.monotonic() > until and not stopped:
+            stopped = True
+            child.terminate()  # runs are saved and stop
+            until = time.monotonic() + GRACE_S
+        elif stopped and time.monotonic() > until:
+            child.kill()
+    _new_epochs(rows, folder, seen)
+    rows.check(
+        "claims", " ".join(arguments.claims), holds=stopped or child.returncode == 0,
+        says=f"exit code {child.returncode}", runs=len(seen), epochs=sum(seen.values()), cut=stopped,
+    )  # fmt: skip
+
+
+def _new_epochs(rows: Rows, folder: Path, seen: dict[Path, int]) -> None:
+    """Write a row for every epoch with an accuracy that ``seen``, events by file, does not count yet."""
+    for path in sorted(folder.glob("runs/*/seed*")):
+        try:
+            events = [event for event in metrics_file.read_events(path) if event["event"] == "epoch"]
+        except FastbyolError:  # not begun yet
+            continue
+        for event in events[seen.get(path, 0) :]:
+            if event["accuracy"] is not None:
+                rows.add("claim", f"{path.parent.name} {path.name} epoch {event['epoch'] + 1}", **_figures(event))
+        seen[path] = len(events)
+
+
+def _figures(event: dict[str, Any]) -> dict[str, Any]:
+    return {name: event.get(name) for name in ("state", "accuracy", "neg_cos", "loss")}
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Train or run claims; return 1 where something failed."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("what", choices=("train", "claims"))
+    parser.add_argument("rows", type=Path)
+    parser.add_argument("job")
+    parser.add_argument("--method", choices=METHODS)
+    parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument("--precision", default="bf16")
+    parser.add_argument("--seconds", type=float, default=400.0)
+    parser.add_argument("--data")
+    parser.add_argument("--test-data")
+    parser.add_argument("--set", action="append", default=[])
+    parser.add_argument("--dry", action="store_true")
+    parser.add_argument("claims", nargs="*")
+    arguments = parser.parse_intermixed_args(words)
+    rows = Rows(arguments.rows, arguments.job)
+    with rows.guarded("run", arguments.what):
+        if arguments.what == "train":
+            five_epochs(rows, arguments.method, arguments.folder, dry=arguments.dry)
+        else:
+            claims(rows, arguments)
+    return int(rows.failures > 0)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

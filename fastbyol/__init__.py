@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastbyol.config import Config
-from fastbyol.errors import CollapsedError, FastbyolError, UsageError
+from fastbyol.errors import CollapsedError, FastbyolError, NoGraphError, UsageError
 
 if TYPE_CHECKING:
     from fastbyol.api import evaluate, load_encoder, resume, train
@@ -30,6 +30,7 @@ __all__ = [
     "CollapsedError",
     "Config",
     "FastbyolError",
+    "NoGraphError",
     "TrainState",
     "UsageError",
     "__version__",

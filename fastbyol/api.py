@@ -37,7 +37,9 @@ def train(
     """Train ``config`` in the new run folder ``out`` (default: a fresh name under ``runs/``).
 
     With ``train.init_from`` it starts from another run's weights; the run's own ``config.toml`` then names the checkpoint.
-    Raises ``UsageError`` for input that cannot work and ``CollapsedError`` where the run was asked to stop on collapse.
+    Raises ``UsageError`` for input that cannot work, ``CollapsedError`` where the run was asked to stop on collapse, and
+    ``NoGraphError`` where no CUDA graph can be had under ``engine.mode`` auto: ``resume`` then goes on with the run, compiled,
+    from another process.
     """
     config = _with_source(resolve(config), observer)
     capture.choose(config.engine, pick_device(config.train.device))  # refuses what this machine lacks
@@ -59,7 +61,7 @@ def _with_source(config: Config, observer: Observer | None) -> Config:
 
 
 def resume(run: str | Path, *, observer: Observer | None = None) -> Summary:
-    """Go on with a run from its newest sound checkpoint, bit for bit as if it had never stopped."""
+    """Go on with a run from its newest sound checkpoint, bit for bit as if it had never stopped. Raises what ``train`` does."""
     with RunFolder.open(Path(run), lock=True) as folder:
         return trainer.fit(folder, folder.config, observer)
 

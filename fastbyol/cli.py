@@ -16,7 +16,7 @@ from rich.table import Table
 
 from fastbyol import ablate
 from fastbyol.engine import interrupt
-from fastbyol.errors import FastbyolError, UsageError
+from fastbyol.errors import FastbyolError, NoGraphError, UsageError
 
 if TYPE_CHECKING:
     from fastbyol.config_io import Loaded
@@ -215,7 +215,7 @@ def train(
     loaded = _load(preset, config, sets or (), flags)
     for line in (_what_data(loaded), *loaded.notes):
         console.print(line, markup=False, soft_wrap=True)
-    summary = _run(console, lambda observer: _train(loaded, out, observer))
+    summary = _run(console, as_json, lambda observer: _train(loaded, out, observer))
     _finish(summary, console, as_json)
 
 
@@ -270,11 +270,29 @@ def _factors(values: list[str] | None) -> list[tuple[str, float]] | None:
     return pairs
 
 
-def _run(console: Console, work: Callable[[Any], Summary]) -> Summary:
+def _run(console: Console, as_json: bool, work: Callable[[Any], Summary]) -> Summary:
+    """What ``work`` returns; where its process can do no more, a fresh one goes on with the run and prints the rest."""
     from fastbyol.display import display
 
-    with display(console) as shown:
-        return work(shown)
+    try:
+        with display(console) as shown:
+            return work(shown)
+    except NoGraphError as error:
+        console.print(str(error), markup=False, soft_wrap=True)
+        _start_again("resume", str(error.run), *(["--json"] if as_json else []))
+
+
+def _start_again(*arguments: str) -> NoReturn:
+    """Become a fresh process of the same program with other ``arguments``.
+
+    Not a child: the GPU's memory is free again, and process number, terminal, signals and exit code stay what they were for
+    whoever started this one.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # The interpreter's flags and the script or module, as they were given.
+    program = sys.orig_argv[1 : len(sys.orig_argv) - len(sys.argv) + 1]
+    os.execv(sys.executable, [sys.executable, *program, *arguments])
 
 
 def _finish(summary: Summary, console: Console, as_json: bool) -> None:
@@ -297,7 +315,7 @@ def resume(run: RunPath, as_json: Json = False) -> None:
     from fastbyol import api
 
     console = _console(as_json)
-    _finish(_run(console, lambda observer: api.resume(run, observer=observer)), console, as_json)
+    _finish(_run(console, as_json, lambda observer: api.resume(run, observer=observer)), console, as_json)
 
 
 @app.command("eval")
@@ -571,7 +589,11 @@ def demo(
     from fastbyol import demo as demos
 
     console = _console(as_json)
-    result = demos.run(out, seed=seed, console=console)
+    try:
+        result = demos.run(out, seed=seed, console=console)
+    except NoGraphError as error:
+        console.print(str(error), markup=False, soft_wrap=True)
+        _start_again(*sys.argv[1:])  # which goes on with the run
     if as_json:
         _print_json(result)
 

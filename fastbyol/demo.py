@@ -10,14 +10,16 @@ from rich.console import Console
 from rich.table import Table
 
 from fastbyol import api, config_io, figures, report
+from fastbyol.config import Config
 from fastbyol.data import convert, loader
 from fastbyol.display import display, duration
+from fastbyol.engine.run_folder import CONFIG, list_runs
 from fastbyol.errors import FastbyolError, UsageError
 from fastbyol.evaluation.supervised import supervised_accuracy
 
 
 def run(out: Path, *, seed: int = 0, console: Console) -> dict[str, Any]:
-    """Convert the textures set, train with the demo preset, and compare encoders under the same probe.
+    """Convert the textures set, train with the demo preset or go on with it, and compare encoders under the same probe.
 
     Writes into ``out``: two beton files, the run folder and the report. What an earlier demonstration left there under
     the same names is replaced. Returns the accuracies in percent and the time taken in seconds.
@@ -31,10 +33,12 @@ def run(out: Path, *, seed: int = 0, console: Console) -> dict[str, Any]:
         _say(console, f"fastbyol convert textures {path} --count {count} --size {data.textures_size} --seed {seed + offset}")
         convert.convert("textures", path, count=count, size=data.textures_size, seed=seed + offset, overwrite=True)
     config = base.model_copy(update={"data": data.model_copy(update={"train": str(train_file), "test": str(test_file)})})
-    path = _fresh(out / "run")
-    _say(console, f"fastbyol train --preset demo --data {train_file} --test-data {test_file} --seed {seed} --out {path}")
+    left = _unfinished(out, config)
+    path = left or _fresh(out / "run")
+    command = f"train --preset demo --data {train_file} --test-data {test_file} --seed {seed} --out"
+    _say(console, f"fastbyol {'resume' if left else command} {path}")
     with display(console) as observer:
-        summary = api.train(config, path, observer=observer)
+        summary = api.resume(path, observer=observer) if left else api.train(config, path, observer=observer)
     if not summary.finished:
         raise FastbyolError(f"{path}: interrupted at step {summary.step}; go on with: fastbyol resume {path}")
     _say(console, f"fastbyol eval {path} --weights random")
@@ -70,6 +74,12 @@ def _claim(out: Path) -> None:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(f"{out}: {error.strerror}: name a folder that can be written") from None
+
+
+def _unfinished(out: Path, config: Config) -> Path | None:
+    """The run in ``out`` that an earlier demonstration of the same seed left behind, or None."""
+    stopped = (Path(row.path) for row in list_runs(out) if row.status == "stopped")
+    return next((path for path in stopped if config_io.read_run(path / CONFIG) == config), None)
 
 
 def _fresh(path: Path) -> Path:

@@ -113,9 +113,13 @@ def _choices() -> list[Check]:
         return [Check(name, False, False, f"unknown: {error}", "") for name in ("engine auto", "precision auto")]
     config, device = Config(), pick_device("auto")
     mode, unit = capture.choose(config.engine, device), precision.choose(config, device)
+    kept = ""
+    if precision.native_unit(device) is not None:  # else there is nothing to measure, and to keep
+        there = precision.kept_answer(precision.question(config, device)) is not None
+        kept = "; kept for the next run" if there else "; not kept, the cache folder cannot be written"
     return [
         Check("engine auto", True, False, f"{mode.mode}: {mode.why}", ""),
-        Check("precision auto", True, False, f"{unit.value}: {unit.why}", ""),
+        Check("precision auto", True, False, f"{unit.value}: {unit.why}{kept}", ""),
     ]
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from pathlib import Path
+
 
 class FastbyolError(Exception):
     """A failure with a one-line message. The command line prints it without a traceback and exits with ``exit_code``."""
@@ -19,3 +22,22 @@ class CollapsedError(FastbyolError):
     """The representation collapsed and the run was asked to stop then."""
 
     exit_code = 3
+
+
+class NoGraphError(FastbyolError):
+    """No CUDA graph could be recorded, and what that leaves in a process is unsafe: the run goes on in a fresh one, compiled.
+
+    ``run`` is the run's folder, in which that choice is kept.
+    """
+
+    def __init__(self, message: str, run: Path | None = None) -> None:
+        super().__init__(message)
+        self.run = run
+
+
+def chain(error: BaseException) -> Iterator[BaseException]:
+    """Yield ``error`` and, one after the other, the errors that led to it."""
+    reason: BaseException | None = error
+    while reason is not None:
+        yield reason
+        reason = reason.__cause__ or reason.__context__

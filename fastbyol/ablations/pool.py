@@ -123,6 +123,9 @@ class Pool:
                 if message["kind"] == "end":
                     worker.run = None
                 yield run, message
+                if "again" in message:  # nothing more can be asked of it, not even to end
+                    worker.kill()
+                    alive = False
             if not alive:
                 how, run = self._drop(worker), worker.run
                 if run is not None:

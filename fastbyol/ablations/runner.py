@@ -88,6 +88,9 @@ class Runner:
         seconds = time.monotonic() - self._began[run.name]
         if "died" in message and not self.interrupted:
             self._fail(run, f"its process was {message['died']}" if "killed" in message["died"] else message["died"], seconds)
+        elif "again" in message and not self.interrupted:
+            self._board.line(f"{run.name}: {message['again']}")
+            self._waiting.insert(0, run)
         elif "error" in message:
             self._fail(run, message["error"], seconds)
         elif message.get("finished"):

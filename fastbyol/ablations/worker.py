@@ -3,8 +3,9 @@
     python -m fastbyol.ablations.worker PARENT_PID
 
 Requests come as JSON lines on standard input ({"path", "config", "origin"}), and what happens goes out as JSON lines on
-standard output: the observer's messages, then {"kind": "end"}, with how the run stands or with ``error``. SIGTERM stops the run
-as it does everywhere, saved. The process ends with its input and, where the system can be asked for it, with its parent.
+standard output: the observer's messages, then {"kind": "end"}, with how the run stands, with ``error``, or with ``again`` where
+another worker must go on with it and this one can do no more. SIGTERM stops the run as it does everywhere, saved. The process
+ends with its input and, where the system can be asked for it, with its parent.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from fastbyol import config_io
 from fastbyol.engine import trainer
 from fastbyol.engine.observer import EpochEnd, Progress, Start
 from fastbyol.engine.run_folder import CONFIG, RunFolder
-from fastbyol.errors import FastbyolError
+from fastbyol.errors import FastbyolError, NoGraphError
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 Say = Callable[[str, Mapping[str, Any]], None]
@@ -60,6 +61,8 @@ def work(request: Mapping[str, Any], say: Say) -> dict[str, Any]:
     try:
         with _folder(path, request) as folder:
             summary = trainer.fit(folder, folder.config, Speaker(say))
+    except NoGraphError as error:
+        return {"again": str(error)}
     except FastbyolError as error:
         return {"error": str(error)}
     except KeyboardInterrupt:

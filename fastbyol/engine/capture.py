@@ -8,8 +8,10 @@ device: the batch and the epoch in buffers that stay, the schedules in tables th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
+from functools import lru_cache
+from types import FunctionType
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -18,19 +20,23 @@ from torch import Tensor
 from fastbyol import views
 from fastbyol.config import Config, EngineConfig
 from fastbyol.data.loader import Batch
+from fastbyol.engine import interrupt
 from fastbyol.engine.guards import is_out_of_memory
 from fastbyol.engine.step import Forward, StepMetrics, TrainState, forward, train_step
-from fastbyol.errors import FastbyolError, UsageError
+from fastbyol.errors import FastbyolError, NoGraphError, UsageError
+from fastbyol.model.byol import Online, Target
 
 # torch.cuda.graph's documentation asks for a few; the first compiles and tunes.
 WARM_UP_STEPS = 3
+# Networks whose compiled forward a process keeps. The ablations go through their arms once per seed, and have ten networks.
+MOST_NETWORKS = 16
 # bench/LOG.md, "The engine's own step under torch.compile": .88 s a step eager, 1.27 s compiled after 55 s of compiling, so
 # that no run is long enough for it to pay.
 EAGER_ON_A_PROCESSOR = "compiled steps were slower on a processor, .7 of the speed, after a minute of compiling"
 
 
 class Choice(NamedTuple):
-    """A mode, eager, compile or graph, and the reason for it, in words. ``falls_back``: eager where it cannot be done."""
+    """A mode, eager, compile or graph, and the reason for it, in words. ``falls_back``: to compile where it cannot be done."""
 
     mode: str
     why: str
@@ -68,35 +74,50 @@ def choose(config: EngineConfig, device: torch.device, *, before: str | None = N
     if config.mode != "auto":
         return Choice(config.mode, "as asked for")
     if before is not None and (before != "graph" or on_gpu):
-        return Choice(before, "as the run's steps before")
+        return Choice(before, "as the run's steps before", falls_back=before == "graph")
     if on_gpu:
         return Choice("graph", "a GPU waits for launches otherwise", falls_back=True)
     return Choice("eager", EAGER_ON_A_PROCESSOR)
 
 
-def engine(state: TrainState, config: Config, choice: Choice, note: Callable[[str], None]) -> Engine:
-    """What takes the steps of ``state``. ``note`` is told of a graph that could not be had."""
+def engine(state: TrainState, config: Config, choice: Choice) -> Engine:
+    """Return what takes the steps of ``state``. Sets cuDNN's switches for the process where the state is on a GPU."""
+    settle_cudnn(state.step.device)  # in every mode: a resumed run's bits depend on it
     if choice.mode == "eager":
         return Eager(state, config)
-    settle_cudnn(state.step.device)
     compiled = Eager(state, config, compiled_forward())
-    if choice.mode == "compile":
-        return compiled
-    return Captured(compiled, record_cuda, Eager(state, config) if choice.falls_back else None, note)
+    return compiled if choice.mode == "compile" else Captured(compiled, record_cuda, falls_back=choice.falls_back)
 
 
-def compiled_forward(backend: str = "inductor") -> Forward:
-    """``step.forward`` under torch.compile, in one graph. Forgets what was compiled before: one network at a time."""
-    torch.compiler.reset()
-    compiled = torch.compile(forward, fullgraph=True, dynamic=False, backend=backend)
+def compiled_forward(backend: str | Callable[..., Any] = "inductor", *, deterministic: bool = True) -> Forward:
+    """Return ``step.forward`` under torch.compile, in one graph, for any network and batch.
 
-    def checked(*arguments: Any) -> tuple[Tensor, Tensor]:
-        try:
-            return compiled(*arguments)
-        except torch._dynamo.exc.TorchDynamoException as error:
-            raise FastbyolError(f"engine.mode: torch.compile failed ({_first_line(error)}): take --engine eager") from error
+    What was compiled for a network, a batch's shape and dtype, a device and a backend serves every state of the kind for as
+    long as the process lives, and keeps none of them alive. On CUDA Inductor is kept from choices that depend on timing and
+    change bits; ``deterministic=False`` lets it, to measure what that costs.
+    """
 
-    return checked
+    def chosen(online: Online, target: Target, batch: Tensor, loss_scale: float) -> tuple[Tensor, Tensor]:
+        network = (online.config, batch.shape, batch.dtype, batch.device, loss_scale)
+        timed = not (deterministic and batch.is_cuda and backend == "inductor")
+        return _compiled(network, backend, timed)(online, target, batch, loss_scale)
+
+    return chosen
+
+
+@lru_cache(maxsize=MOST_NETWORKS)
+def _compiled(network: Hashable, backend: str | Callable[..., Any], timed: bool) -> Forward:
+    """``step.forward`` compiled for ``network`` and for what else Dynamo finds in it: its guards decide, not this key.
+
+    Dynamo keeps what it compiles with the code object, eight variants at most (``recompile_limit``), and tries the guards of
+    one after the other: each network has a code object of its own, with which all of it goes.
+    """
+    own = FunctionType(forward.__code__.replace(), forward.__globals__, forward.__name__)
+    # Inductor times the tilings of its kernels and keeps the answer in a temporary folder. For pointwise kernels they give the
+    # same bits, for reductions not; ``deterministic`` (torch 2.11 to 2.15) takes those by rule, leaves padded products alone,
+    # and holds for the backward pass, too, which is compiled after this call.
+    options: dict[str, Any] | None = None if timed else {"deterministic": True}
+    return torch.compile(own, fullgraph=True, dynamic=False, backend=backend, options=options)
 
 
 class Eager:
@@ -108,10 +129,14 @@ class Eager:
         self._views, self._seed, self._forward = config.views, config.train.seed, compiled or forward
 
     def prepare(self, batch: Batch, epoch: int) -> None:
-        """Take a compiled step once, and take it back."""
+        """Take a compiled step once, and take it back. Raises FastbyolError where that fails."""
         if self.mode == "compile":
-            with kept(self.state):
-                self(batch, epoch)
+            try:
+                with kept(self.state):
+                    self(batch, epoch)
+            except Exception as error:
+                _refuse_foreign(error)
+                raise FastbyolError(f"engine.mode: torch.compile failed ({_first_line(error)}): take --engine eager") from error
 
     def __call__(self, batch: Batch, epoch: int | Tensor) -> StepMetrics:
         pair = views.two_views(
@@ -127,22 +152,16 @@ class Eager:
 
 
 class Captured:
-    """A recorded step, played back; where it cannot be recorded, steps of ``fallback``, if there is one."""
+    """A recorded step, played back. ``falls_back``: where it cannot be recorded, its user can start again in another mode."""
 
-    def __init__(self, inner: Eager, record: Recorder, fallback: Engine | None, note: Callable[[str], None]) -> None:
-        self._inner, self._record, self._fallback, self._note = inner, record, fallback, note
+    mode = "graph"
+
+    def __init__(self, inner: Eager, record: Recorder, *, falls_back: bool = False) -> None:
+        self._inner, self._record, self._falls_back = inner, record, falls_back
         self._play: Callable[[], None] | None = None
-        self._instead: Engine | None = None
-
-    @property
-    def mode(self) -> str:
-        """graph, or the fallback's."""
-        return self._instead.mode if self._instead is not None else "graph"
 
     def __call__(self, batch: Batch, epoch: int) -> StepMetrics:
         self.prepare(batch, epoch)
-        if self._instead is not None:
-            return self._instead(batch, epoch)
         assert self._play is not None
         self._batch.images.copy_(batch.images)
         self._batch.ids.copy_(batch.ids)
@@ -151,21 +170,24 @@ class Captured:
         return self._metrics
 
     def prepare(self, batch: Batch, epoch: int) -> None:
-        """Warm up and record, once. Raises FastbyolError where that fails and there is nothing to fall back on."""
-        if self._play is not None or self._instead is not None:
+        """Warm up and record, once. Raises NoGraphError where that fails and falls back, else FastbyolError.
+
+        Nothing more is to be done on the device by a process in which it failed: before torch 2.12 the caching allocator
+        still believes in the recording, and hands out its pool's memory.
+        """
+        if self._play is not None:
             return
         self._batch = Batch(batch.images.clone(), batch.ids.clone())
         self._epoch = torch.full((), epoch, dtype=torch.int64, device=batch.ids.device)
         try:
             with kept(self._inner.state):
                 self._metrics, self._play = self._record(lambda: self._inner(self._batch, self._epoch))
-        except (RuntimeError, FastbyolError) as error:
-            if is_out_of_memory(error):
-                raise
-            if self._fallback is None:
-                raise FastbyolError(f"engine.mode: no CUDA graph ({_first_line(error)}): take --engine eager") from error
-            self._instead = self._fallback
-            self._note(f"no CUDA graph ({_first_line(error)}): steps are taken eagerly")
+        except Exception as error:
+            _refuse_foreign(error)
+            what = f"no CUDA graph ({_first_line(error)})"
+            if self._falls_back:
+                raise NoGraphError(what) from error
+            raise FastbyolError(f"engine.mode: {what}: take --engine compile, or eager") from error
 
 
 @contextmanager
@@ -187,10 +209,19 @@ def record_cuda(work: Callable[[], StepMetrics]) -> tuple[StepMetrics, Callable[
             work()
     torch.cuda.current_stream().wait_stream(side)
     torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    # thread_local: the loader's threads may allocate meanwhile.
-    with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
-        metrics = work()
+    graph, own = torch.cuda.CUDAGraph(), list[BaseException]()
+    try:
+        # thread_local: the loader's threads may allocate meanwhile.
+        with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
+            try:
+                metrics = work()
+            except BaseException as error:
+                own.append(error)
+                raise
+    except BaseException:
+        if own:  # ending the capture raised another error, which says nothing and hides a Ctrl-C or a want of memory
+            raise own[0] from own[0].__cause__
+        raise
     return metrics, graph.replay
 
 
@@ -201,5 +232,17 @@ def settle_cudnn(device: torch.device) -> None:
         torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
 
 
+def _refuse_foreign(error: Exception) -> None:
+    """Raise ``error`` again where no compiler or recorder is to blame: it is a Ctrl-C's, a want of memory, or said already.
+
+    All others are: Triton, Inductor, Dynamo, CUDA and the programs that they call raise errors of a dozen families.
+    """
+    if isinstance(error, FastbyolError) or interrupt.is_behind(error) or is_out_of_memory(error):
+        raise error
+
+
 def _first_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0]}" if str(error).strip() else type(error).__name__
+    """``error`` in a line: its type and what it says first. Triton's compiler says in ``error_message`` what is wrong, and where
+    in the kernel's source before."""
+    said = str(getattr(error, "error_message", None) or error).strip()
+    return f"{type(error).__name__}: {said.splitlines()[0]}" if said else type(error).__name__

@@ -19,14 +19,14 @@ def environment() -> dict[str, Any]:
     names = ("torchvision", "triton", "numpy", "ffcv")
     devices = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     return {
-        "fastbyol": _version("fastbyol"),
+        "fastbyol": package_version("fastbyol"),
         "python": platform.python_version(),
-        **{name: _version(name) for name in names},
+        **{name: package_version(name) for name in names},
         "torch": torch.__version__,  # with the build, which the package's version may leave out
         "cuda": torch.version.cuda,
         "gpus": devices,
         "platform": platform.platform(),
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
         "command": sys.argv,
@@ -34,14 +34,16 @@ def environment() -> dict[str, Any]:
     }
 
 
-def _version(name: str) -> str | None:
+def package_version(name: str) -> str | None:
+    """Return the version of an installed package, None where it is not installed."""
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
         return None
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """Return the cpu's name as the system has it."""
     try:
         text = Path("/proc/cpuinfo").read_text("utf-8")
     except OSError:

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from fastbyol.config import Config
-from fastbyol.errors import FastbyolError, UsageError
+from fastbyol.errors import FastbyolError, UsageError, chain
 
 # Bytes of a line of metrics.jsonl beside its numbers' texts, and of one number with its name: 290 bytes were counted for 8.
 _LINE_BYTES, _NUMBER_BYTES = 40, 32
@@ -45,8 +45,8 @@ def memory_advice(config: Config) -> Iterator[None]:
     """Turn running out of memory, the device's or the machine's, into a FastbyolError that says what to lower."""
     try:
         yield
-    except (MemoryError, torch.OutOfMemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
+    except Exception as error:
+        if isinstance(error, FastbyolError) or not is_out_of_memory(error):
             raise
         raise FastbyolError(
             f"out of memory: lower train.batch_size ({config.train.batch_size}), views.size ({config.views.size}) or "
@@ -55,10 +55,17 @@ def memory_advice(config: Config) -> Iterator[None]:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error is Python's, CUDA's, or the CPU allocator's, which torch raises as a bare RuntimeError."""
-    text = str(error)
-    marks = ("DefaultCPUAllocator", "CUDA out of memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(mark in text for mark in marks)
+    """Whether ``error``, or one that led to it, is Python's, CUDA's or the CPU allocator's want of memory.
+
+    Compilers wrap it in errors of their own, and all but Python and the caching allocator raise a bare RuntimeError.
+    """
+    # CUDA says so in several ways: torch "CUDA error: out of memory", Triton "Triton Error [CUDA]: out of memory". Triton's
+    # "out of resource" is another matter: a kernel that asks for more shared memory than there is.
+    marks = ("DefaultCPUAllocator", "out of memory", "_STATUS_ALLOC_FAILED")
+    return any(
+        isinstance(reason, MemoryError | torch.OutOfMemoryError) or any(mark in str(reason) for mark in marks)
+        for reason in chain(error)
+    )
 
 
 def not_finite(tensors: Mapping[str, torch.Tensor]) -> str | None:

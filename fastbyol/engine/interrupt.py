@@ -15,6 +15,8 @@ from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any
 
+from fastbyol.errors import chain
+
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 AGAIN_S = 0.05
 
@@ -49,10 +51,7 @@ def sent_again() -> Iterator[None]:
 
 def is_behind(error: BaseException) -> bool:
     """Whether a Ctrl-C led to ``error``: compiled modules that are being imported make another exception of it."""
-    reason: BaseException | None = error
-    while reason is not None and not isinstance(reason, KeyboardInterrupt):
-        reason = reason.__cause__ or reason.__context__
-    return reason is not None
+    return any(isinstance(reason, KeyboardInterrupt) for reason in chain(error))
 
 
 class Interrupt:

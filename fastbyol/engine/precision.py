@@ -8,14 +8,22 @@ Letters: B images, S pixels.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+import os
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+import fastbyol_kernels
 from fastbyol.config import Config
+from fastbyol.data.embedded import cache_folder
 from fastbyol.engine.device import pick_device
+from fastbyol.engine.durable import new_digest, write_text
+from fastbyol.engine.environment import cpu_name, package_version
 from fastbyol.engine.step import TrainState, train_step
 
 # The narrow copy and its batch: a 64 px view leaves 2x2 pixels at the end of the torchvision stem.
@@ -62,10 +70,73 @@ def settle(config: Config, note: Callable[[str], None] = lambda _: None) -> Conf
 
 
 def choose(config: Config, device: torch.device) -> Choice:
-    """bf16 or fp32 for the network of ``config`` on ``device``, and why."""
+    """Choose bf16 or fp32 for the network of ``config`` on ``device``, and say why.
+
+    What the gate finds is kept in the user's cache folder: on a GPU it compiles kernels for 10 to 20 s.
+    """
     unit = native_unit(device)
     if unit is None:
         return Choice("fp32", f"{device.type} has no unit for bf16 products ({', '.join(CPU_UNITS)})")
+    asked = question(config, device)
+    answer = kept_answer(asked)
+    if answer is None:
+        answer = _measured(config, device, unit)
+        _keep(asked, answer)
+    return answer
+
+
+def question(config: Config, device: torch.device) -> dict[str, str]:
+    """Return all that the gate's answer for ``config`` on ``device`` depends on: part -> text."""
+    properties = torch.cuda.get_device_properties(device) if device.type == "cuda" else None
+    return {
+        "device": properties.name if properties else cpu_name(),
+        "capability": f"{properties.major}.{properties.minor}" if properties else str(native_unit(device)),
+        "torch": torch.__version__,
+        "triton": str(package_version("triton")),
+        "cuda": str(torch.version.cuda),
+        "cudnn": str(torch.backends.cudnn.version()),  # type: ignore[no-untyped-call]
+        "fastbyol": f"{package_version('fastbyol')} {_sources()}",
+        "network": _narrow(config, "bf16").model_dump_json(),
+    }
+
+
+def kept_answer(asked: Mapping[str, str]) -> Choice | None:
+    """Return what was found before under the same circumstances; None where nothing was, or the file is damaged."""
+    try:
+        kept = json.loads(_answer_file(asked).read_text("utf-8"))
+        value, why = kept["value"], kept["why"]
+    except (OSError, RuntimeError, ValueError, LookupError, TypeError):  # RuntimeError: nobody's home folder is known
+        return None
+    sound = kept.get("asked") == asked and value in ("bf16", "fp32") and isinstance(why, str)
+    return Choice(value, why) if sound else None
+
+
+def _keep(asked: Mapping[str, str], answer: Choice) -> None:
+    """Write ``answer`` down for ``kept_answer``; where the folder cannot be written the gate just runs again."""
+    with suppress(OSError, RuntimeError):
+        path = _answer_file(asked)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        own = path.with_suffix(f".{os.getpid()}")  # two processes may ask at once: the last rename wins
+        write_text(own, json.dumps({**answer._asdict(), "asked": asked}, indent=2) + "\n")
+        own.replace(path)
+
+
+def _answer_file(asked: Mapping[str, str]) -> Path:
+    digest = new_digest()
+    digest.update(json.dumps(asked, sort_keys=True).encode())
+    return cache_folder() / "precision" / f"{digest.hexdigest()}.json"
+
+
+def _sources() -> str:
+    """Return a digest of the packages' code, so that nobody who changes a kernel is told what the one before did."""
+    digest = new_digest()
+    for package in (Path(__file__).parents[1], Path(str(fastbyol_kernels.__file__)).parent):
+        for path in sorted(package.rglob("*.py")):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def _measured(config: Config, device: torch.device, unit: str) -> Choice:
     for state in STATES:
         gap = gradient_gap(config, device, state)
         if not (gap.length <= MOST.length and gap.error <= MOST.error):

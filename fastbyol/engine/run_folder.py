@@ -14,12 +14,13 @@ from typing import Any
 from fastbyol import config_io
 from fastbyol.config import Config
 from fastbyol.engine import metrics_file, record
-from fastbyol.engine.durable import write_text
+from fastbyol.engine.durable import write_text, writing
 from fastbyol.engine.environment import environment
 from fastbyol.engine.lock import LOCK, Lock, is_held
 from fastbyol.errors import FastbyolError, UsageError
 
 CONFIG, ENV, CHECKPOINTS = "config.toml", "env.json", "checkpoints"
+ENGINE = "engine"
 _log = logging.getLogger(__name__)
 
 
@@ -85,6 +86,20 @@ class RunFolder:
         except (OSError, ValueError):
             return {}
         return env if isinstance(env, dict) else {}
+
+    @property
+    def kept_mode(self) -> str | None:
+        """The engine's mode that ``keep_mode`` wrote down, None where nothing was."""
+        mode = self.env.get(ENGINE)
+        return mode if mode in ("eager", "compile", "graph") else None
+
+    def keep_mode(self, mode: str) -> None:
+        """Write down in env.json how the run's steps are to be taken under ``auto``, whoever goes on with it.
+
+        Raises FastbyolError where the file cannot be written.
+        """
+        with writing(self.path / ENV):
+            write_text(self.path / ENV, json.dumps({**self.env, ENGINE: mode}, indent=2) + "\n")
 
     def close(self) -> None:
         """Release the lock."""

@@ -22,7 +22,7 @@ from fastbyol.engine.replay import with_replayed_rates
 from fastbyol.engine.run_folder import RunFolder
 from fastbyol.engine.step import LAYER_METRICS, METRICS, TrainState
 from fastbyol.engine.telemetry import Telemetry
-from fastbyol.errors import CollapsedError, FastbyolError, UsageError
+from fastbyol.errors import CollapsedError, FastbyolError, NoGraphError, UsageError
 from fastbyol.evaluation import protocol
 from fastbyol.evaluation.collapse import CollapseMonitor
 
@@ -81,7 +81,8 @@ class Trainer:
         """Train to the configured end. Returns early, saved and resumable, after a signal of ``interrupt.SIGNALS``.
 
         Raises ``CollapsedError`` where ``train.stop_on_collapse`` is set and an epoch ends collapsed, ``FastbyolError`` where
-        memory or disk run out or the numbers are no longer finite.
+        memory or disk run out or the numbers are no longer finite, and ``NoGraphError`` where the run has to go on in a fresh
+        process: it is as it was, but for the mode that its folder keeps.
         """
         with Interrupt() as interrupt, ExitStack() as opened, guards.memory_advice(self.config):
             try:
@@ -89,6 +90,12 @@ class Trainer:
                     batches = self._prepare(opened)
             except Stopped:
                 return self._say_stopped(f"{interrupt.requested}: stopped before a step was made")
+            except NoGraphError as error:
+                self.folder.keep_mode("compile")
+                run = self.folder.path
+                raise NoGraphError(
+                    f"{run}: {error}: its steps are compiled from now on, in a fresh process: fastbyol resume {run}", run
+                ) from error
             with self._open_telemetry() as self.telemetry:
                 self._loop(batches, interrupt)
             if interrupt.requested:
@@ -115,8 +122,8 @@ class Trainer:
 
     def _engine(self, batches: loader.Loader) -> capture.Engine:
         """What takes the steps, ready for the next batch; a run with none left prepares nothing."""
-        chosen = capture.choose(self.config.engine, self.device, before=self._mode_before)
-        engine = capture.engine(self.state, self.config, chosen, self.observer.note)
+        chosen = capture.choose(self.config.engine, self.device, before=self.folder.kept_mode or self._mode_before)
+        engine = capture.engine(self.state, self.config, chosen)
         if chosen.mode != "eager" and self.step < self.total_steps:
             self.observer.note(f"engine {chosen.mode}: compiling the step, which may take minutes")
             epoch, first = divmod(self.step, self.steps_per_epoch)

@@ -33,6 +33,7 @@ class Online(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
+        self.config = config
         self.encoder = build_encoder(config, num_views=NUM_VIEWS)
         self.projector = build_head(config.projector, self.encoder.embedding_dim, groups=config.groups, num_views=NUM_VIEWS)
         # byol: "the same architecture as the projector"; it maps projections onto the target's projections.

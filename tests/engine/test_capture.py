@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import gc
+import inspect
 import os
 import shutil
 import signal
+import subprocess
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
+from torch._dynamo.exc import BackendCompilerFailed, FailOnRecompileLimitHit, InternalTorchDynamoError, Unsupported
+from torch._inductor.exc import CppCompileError, InductorError, LoweringException
+from torch._inductor.runtime.triton_heuristics import NoTritonConfigsError
 from torch.utils._python_dispatch import TorchDispatchMode
+from triton.compiler.errors import CompilationError
+from triton.runtime.errors import OutOfResources, PTXASError
 
 from fastbyol import api, load_config, views
 from fastbyol.config import Config, EngineConfig
@@ -20,7 +31,7 @@ from fastbyol.engine import capture, checkpoint
 from fastbyol.engine.observer import Silent
 from fastbyol.engine.step import StepMetrics, TrainState, train_step
 from fastbyol.engine.step import forward as plain_forward
-from fastbyol.errors import FastbyolError, UsageError
+from fastbyol.errors import FastbyolError, NoGraphError, UsageError
 from fastbyol.model import resnet
 from test_step import assert_equal_states, collapse, some_views, tiny
 from tiny import TINY, beton_files, tiny_config
@@ -142,9 +153,9 @@ def test_a_run_under_auto_goes_on_in_the_mode_it_had(tmp_path: Path, monkeypatch
     chosen: list[capture.Choice] = []
     engine = capture.engine
 
-    def remember(state: TrainState, config: Config, choice: capture.Choice, note: Callable[[str], None]) -> capture.Engine:
+    def remember(state: TrainState, config: Config, choice: capture.Choice) -> capture.Engine:
         chosen.append(choice)
-        return engine(state, config, choice, note)
+        return engine(state, config, choice)
 
     monkeypatch.setattr(capture, "engine", remember)
     api.resume(tmp_path / "run")
@@ -244,7 +255,7 @@ def test_recording_leaves_no_trace(kinds: tuple[str, str, bool, str]) -> None:
     config = small_views(fp32(*kinds))
     eager, taped = (TrainState.create(config, steps_per_epoch=2) for _ in range(2))
     tape = Tape(taped)
-    plain, recorded = capture.Eager(eager, config), capture.Captured(capture.Eager(taped, config), tape, None, print)
+    plain, recorded = capture.Eager(eager, config), capture.Captured(capture.Eager(taped, config), tape)
     for step in range(4):
         expected, got = plain(batch_of(step), step // 2), recorded(batch_of(step), step // 2)
         assert torch.equal(expected.values, got.values)
@@ -253,28 +264,163 @@ def test_recording_leaves_no_trace(kinds: tuple[str, str, bool, str]) -> None:
     assert tape.recordings == 1
 
 
-def test_a_failed_recording_falls_back_once_and_says_so() -> None:
-    config = small_views(fp32("bn", "bn", False, "sgd"))
-    eager, other = (TrainState.create(config, steps_per_epoch=2) for _ in range(2))
-    tried: list[str] = []
-    said: list[str] = []
+# One of every family that Triton, Inductor, Dynamo, CUDA and the programs that they call raise, and what is said of it.
+FAILURES: tuple[tuple[Exception, str], ...] = (
+    (CompilationError("def kernel():\n    x", None, "no such operation\nmore"), "CompilationError: no such operation"),
+    (OutOfResources(300_000, 232_448, "shared memory"), "OutOfResources: out of resource: shared memory, Required: 300000"),
+    (PTXASError("ptxas failed\nlog"), "PTXASError: ptxas failed"),
+    (NoTritonConfigsError("No valid triton configs"), "NoTritonConfigsError: No valid triton configs"),
+    (InductorError(ValueError("bad\nmore"), inspect.currentframe()), "InductorError: ValueError: bad"),
+    (LoweringException(ValueError("bad"), "aten.add", [], {}), "LoweringException: ValueError: bad"),
+    (CppCompileError(["g++"], "log"), "CppCompileError: C++ compile error"),
+    (BackendCompilerFailed(plain_forward, ValueError("bad"), None), "BackendCompilerFailed: backend='forward' raised:"),
+    (InternalTorchDynamoError("assert"), "InternalTorchDynamoError: assert"),
+    (Unsupported("graph break\nmore"), "Unsupported: graph break"),
+    (FailOnRecompileLimitHit("limit"), "FailOnRecompileLimitHit: limit"),
+    (torch.AcceleratorError("CUDA error: invalid\nmore"), "AcceleratorError: CUDA error: invalid"),
+    (RuntimeError("operation not permitted when stream is capturing\nmore"), "RuntimeError: operation not permitted when"),
+    (subprocess.CalledProcessError(1, ["gcc"]), "CalledProcessError: Command '['gcc']' returned non-zero exit status 1."),
+    (FileNotFoundError(2, "No such file", "ptxas"), "FileNotFoundError: [Errno 2] No such file: 'ptxas'"),
+    (AssertionError(), "AssertionError"),
+)
+LACKS = (
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB"),
+    torch.AcceleratorError("CUDA error: out of memory\nmore"),
+    RuntimeError("Triton Error [CUDA]: out of memory"),
+    InductorError(torch.OutOfMemoryError("CUDA out of memory."), inspect.currentframe()),
+)
 
-    def fail(work: Callable[[], StepMetrics]) -> tuple[StepMetrics, Callable[[], None]]:
-        tried.append("once")
+
+def failing(error: BaseException) -> capture.Recorder:
+    def record(work: Callable[[], StepMetrics]) -> tuple[StepMetrics, Callable[[], None]]:
         work()
-        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+        raise error
 
-    inner = capture.Eager(other, config)
-    with pytest.raises(FastbyolError, match=r"^engine.mode: no CUDA graph .*capturing\): take --engine eager$"):
-        capture.Captured(inner, fail, None, said.append)(batch_of(0), 0)
-    recorded = capture.Captured(inner, fail, inner, said.append)
-    for step in range(2):
-        capture.Eager(eager, config)(batch_of(step), 0)
-        recorded(batch_of(step), 0)
-    assert_equal_states(eager, other)
-    assert len(tried) == 2
-    assert recorded.mode == "eager"
-    assert said == ["no CUDA graph (RuntimeError: operation not permitted when stream is capturing): steps are taken eagerly"]
+    return record
+
+
+@pytest.fixture(scope="module")
+def small() -> tuple[TrainState, Config]:
+    config = small_views(fp32("bn", "bn", False, "sgd"))
+    return TrainState.create(config, steps_per_epoch=2), config
+
+
+@pytest.mark.parametrize(("error", "said"), FAILURES, ids=lambda value: type(value).__name__)
+def test_whatever_fails_is_said_in_a_line_and_leaves_the_state_alone(
+    small: tuple[TrainState, Config], error: Exception, said: str
+) -> None:
+    state, config = small
+    before = {name: tensor.clone() for name, tensor in state.tensors().items()}
+
+    def refuse(*_: object) -> Any:
+        raise error
+
+    eager = capture.Eager(state, config)
+    graph = f"no CUDA graph ({said}"
+    for engine, kind, begin, end in (
+        (capture.Captured(eager, failing(error), falls_back=True), NoGraphError, graph, ")"),
+        (capture.Captured(eager, failing(error)), FastbyolError, f"engine.mode: {graph}", "): take --engine compile, or eager"),
+        (
+            capture.Eager(state, config, refuse),
+            FastbyolError,
+            f"engine.mode: torch.compile failed ({said}",
+            "take --engine eager",
+        ),
+    ):
+        with pytest.raises(kind) as raised:
+            engine.prepare(batch_of(0), 0)
+        line = str(raised.value)
+        assert type(raised.value) is kind
+        assert line.startswith(begin)
+        assert line.endswith(end)
+        assert "\n" not in line
+    assert all(torch.equal(tensor, before[name]) for name, tensor in state.tensors().items())
+
+
+@pytest.mark.parametrize("error", [*LACKS, UsageError("said already"), KeyboardInterrupt()], ids=lambda e: type(e).__name__)
+def test_want_of_memory_ctrl_c_and_what_is_said_already_stay_what_they_are(
+    small: tuple[TrainState, Config], error: BaseException
+) -> None:
+    def refuse(*_: object) -> Any:
+        raise error
+
+    eager = capture.Eager(*small)
+    for engine in (capture.Captured(eager, failing(error), falls_back=True), capture.Eager(*small, refuse)):
+        with pytest.raises(type(error)) as raised:
+            engine.prepare(batch_of(0), 0)
+        assert raised.value is error
+
+
+def test_a_ctrl_c_of_which_a_compiler_made_another_error_is_no_failed_recording(small: tuple[TrainState, Config]) -> None:
+    error = InductorError(ValueError("bad"), inspect.currentframe())
+    error.__cause__ = KeyboardInterrupt()
+    with pytest.raises(InductorError):
+        capture.Captured(capture.Eager(*small), failing(error), falls_back=True).prepare(batch_of(0), 0)
+
+
+class BrokenCapture:
+    """What torch.cuda.graph does once a captured operation has failed: ending it raises, too."""
+
+    def __init__(self, *_: object, **__: object) -> None:
+        pass
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *_: object) -> None:
+        raise torch.AcceleratorError("CUDA error: operation failed due to a previous error during capture")
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), LACKS[0], FAILURES[0][0]], ids=lambda e: type(e).__name__)
+def test_the_error_of_a_recording_is_the_one_that_made_it_fail(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
+    for name in ("Stream", "stream", "current_stream", "synchronize", "CUDAGraph"):
+        monkeypatch.setattr(torch.cuda, name, MagicMock())
+    monkeypatch.setattr(torch.cuda, "graph", BrokenCapture)
+    results: Iterator[Any] = iter([None] * capture.WARM_UP_STEPS)
+
+    def work() -> StepMetrics:
+        for result in results:
+            return result
+        raise error
+
+    with pytest.raises(type(error)) as raised:
+        capture.record_cuda(work)
+    assert raised.value is error
+    with pytest.raises(torch.AcceleratorError, match="previous error"):
+        capture.record_cuda(lambda: StepMetrics(torch.ones(1), torch.ones(1)))
+
+
+@pytest.mark.parametrize("mode", ["eager", "compile", "graph"])
+def test_every_mode_on_a_gpu_takes_cudnns_deterministic_algorithms(monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
+    """A resumed run's bits depend on them."""
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", False)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    state: Any = SimpleNamespace(step=SimpleNamespace(device=torch.device("cuda", 0)))
+    assert capture.engine(state, Config(), capture.Choice(mode, "")).mode == mode
+    assert (torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark) == (True, False)
+
+
+def test_a_cpu_leaves_cudnn_alone(monkeypatch: pytest.MonkeyPatch, small: tuple[TrainState, Config]) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", False)
+    capture.engine(*small, capture.Choice("eager", ""))
+    assert not torch.backends.cudnn.deterministic
+
+
+def test_inductor_chooses_by_rule_on_cuda_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiles, asked = torch.compile, list[dict[str, Any]]()
+
+    def remember(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+        asked.append(options)
+        compiles(function, **options)  # which refuses options that this torch has not
+        return lambda *_: "done"
+
+    monkeypatch.setattr(torch, "compile", remember)
+    monkeypatch.setattr(capture, "_compiled", capture._compiled.__wrapped__)
+    nets: Any = SimpleNamespace(config=Config().model)
+    for on_gpu, backend, deterministic in ((True, "inductor", True), (True, "inductor", False), (False, "inductor", True)):
+        batch: Any = SimpleNamespace(shape=(2, 3, 8, 8), dtype=torch.float32, device="of any kind", is_cuda=on_gpu)
+        assert capture.compiled_forward(backend, deterministic=deterministic)(nets, nets, batch, 1.0) == "done"
+    assert [call["options"] for call in asked] == [{"deterministic": True}, None, None]
 
 
 def test_modes_that_can_be_had() -> None:
@@ -290,21 +436,65 @@ def test_modes_that_can_be_had() -> None:
         capture.choose(config("graph"), CPU)
     # auto goes on as before, but for a graph that has lost its GPU.
     assert capture.choose(config("auto"), gpu, before="eager")[::2] == ("eager", False)
-    assert capture.choose(config("auto"), gpu, before="graph")[::2] == ("graph", False)
+    assert capture.choose(config("auto"), gpu, before="graph")[::2] == ("graph", True)
     assert capture.choose(config("auto"), CPU, before="compile").mode == "compile"
     assert capture.choose(config("auto"), CPU, before="graph").mode == "eager"
 
 
-def test_what_cannot_be_compiled_is_said_in_a_line() -> None:
-    config = fp32("bn", "bn", False, "sgd")
+def test_what_cannot_be_compiled_is_said_in_a_line(small: tuple[TrainState, Config]) -> None:
+    """By Dynamo itself, and a backend that refuses."""
 
     def refuse(*_: object) -> None:
         raise RuntimeError("no compiler\nfound")
 
-    forward = capture.compiled_forward(refuse)
-    with pytest.raises(FastbyolError, match="take --engine eager") as raised:
-        train_step(TrainState.create(config, steps_per_epoch=2), some_views(0).float(), forward)
+    engine = capture.Eager(*small, capture.compiled_forward(refuse))
+    with pytest.raises(FastbyolError, match=r"torch.compile failed \(BackendCompilerFailed.*take --engine eager$") as raised:
+        engine.prepare(batch_of(0), 0)
     assert "\n" not in str(raised.value)
+
+
+class Counter:
+    """A backend of torch.compile that counts what it is asked for and changes nothing."""
+
+    def __init__(self) -> None:
+        self.compiled = 0
+
+    def __call__(self, graph: torch.fx.GraphModule, _: object) -> Callable[..., Any]:
+        self.compiled += 1
+        return graph.forward
+
+
+def test_a_network_is_compiled_once_in_a_process_and_no_state_is_kept_by_it() -> None:
+    """For another seed and another run, and after others; and each has room of its own: Dynamo's limit is of eight variants."""
+    backend, gone = Counter(), list[weakref.ref[Any]]()
+
+    def run(config: Config, batch: int = 6) -> int:
+        state = TrainState.create(config, steps_per_epoch=2)
+        eager = TrainState.create(config, steps_per_epoch=2)
+        forward = capture.compiled_forward(backend)
+        for step in range(2):
+            pair = some_views(step, batch=batch).float()
+            # A graph may accumulate a gradient's parts in another order.
+            torch.testing.assert_close(train_step(state, pair, forward).values, train_step(eager, pair).values, rtol=1e-4, atol=0)
+        gone.extend(map(weakref.ref, (state.online, state.target, state.arena.online, state.arena.gradient)))
+        return backend.compiled
+
+    first, other = fp32("bn", "brn", True, "sgd"), fp32("gn", "bn", True, "blog")
+    with torch._dynamo.config.patch(recompile_limit=1):
+        assert [run(first), run(first.model_copy(update={"train": first.train.model_copy(update={"seed": 1})}))] == [1, 1]
+        assert [run(other), run(first), run(other)] == [2, 2, 2]
+        assert [run(first, batch=4), run(first), run(first, batch=4)] == [3, 3, 3]
+    gc.collect()
+    assert len(gone) == 32
+    assert not [each() for each in gone if each() is not None]
+
+
+def test_no_more_networks_are_kept_than_are_said(small: tuple[TrainState, Config]) -> None:
+    online, target = small[0].online, small[0].target
+    backend = Counter()
+    for scale in range(capture.MOST_NETWORKS + 1):
+        capture.compiled_forward(backend)(online, target, torch.randn(4, 3, 16, 16), 1.0 + scale)
+    assert capture._compiled.cache_info().currsize == capture.MOST_NETWORKS == backend.compiled - 1
 
 
 @pytest.mark.gpu(only=True)
@@ -318,7 +508,7 @@ def test_a_graph_takes_the_compiled_step(kinds: tuple[str, str, bool, str]) -> N
         TrainState.create(c, steps_per_epoch=2, device=device) for c in (fp64(config), config, config, config)
     ]
     forward = capture.compiled_forward()
-    graph = capture.Captured(capture.Eager(graphed, config, forward), capture.record_cuda, None, print)
+    graph = capture.Captured(capture.Eager(graphed, config, forward), capture.record_cuda)
     others = (capture.Eager(exact, fp64(config)), capture.Eager(eager, config), capture.Eager(compiled, config, forward))
     for collapsed in (False, True):
         for state in states if collapsed else ():

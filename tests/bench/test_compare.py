@@ -39,6 +39,7 @@ def test_rows_are_matched_by_name() -> None:
 
 def test_cautions() -> None:
     assert cautions(result(), result()) == []
+    assert cautions(result(), result(finished=False)) == ["B is unfinished: it was cut off after 4 rows"]
     said = cautions(result(), result(machine=GPU, quick=True, load=7.0))
     assert any("device_name" in line for line in said)
     assert any("--quick" in line for line in said)

@@ -10,7 +10,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastbyol_bench import harness
-from fastbyol_bench.harness import HostClock, Plan, Reading, Variant, interquartile, measure, ratio, ratios, timing
+from fastbyol_bench.harness import (
+    CudaClock,
+    HostClock,
+    KernelClock,
+    PeerError,
+    Plan,
+    Reading,
+    Variant,
+    interquartile,
+    measure,
+    ratio,
+    ratios,
+    timing,
+)
+from fastbyol_bench.kernel_times import Kernel
 
 
 class WoundClock:
@@ -86,3 +100,71 @@ def test_the_host_clock_counts_both_times() -> None:
     assert reading.cpu_s > 0
     assert reading.wall_s > 0
     assert harness.clock_of(harness.torch.device("cpu")).__class__ is HostClock
+
+
+def test_a_peer_that_ends_leaves_the_others_their_rounds() -> None:
+    order: list[str] = []
+
+    def work(name: str, ends_at: int = 99) -> Callable[[], float]:
+        def call() -> float:
+            order.append(name)
+            if order.count(name) == ends_at:
+                raise PeerError(f"{name} ended early")
+            return 1.0
+
+        return call
+
+    variants = [Variant("ours", work("o")), Variant("first", work("f", 1)), Variant("later", work("l", 3))]
+    lost: list[str] = []
+    readings = measure(
+        variants, Plan(4, warmup=1), WoundClock(9), ended=lambda variant, error: lost.append(f"{variant.name}: {error}")
+    )
+    assert lost == ["first: f ended early", "later: l ended early"]
+    assert "".join(order) == "ofl" + "ol" + "lo" + "o" + "o"
+    assert {name: len(found) for name, found in readings.items()} == {"ours": 4}
+    assert ratios(variants, readings) == {}
+    with pytest.raises(PeerError):
+        measure([Variant("first", work("again", 1))], Plan(1), WoundClock(1))
+
+
+def test_kernels_are_summed_whatever_the_host_takes() -> None:
+    def record(call: Callable[[], object]) -> list[Kernel]:
+        call()
+        return [Kernel("a", 0.0, 2e-6), Kernel("b", 900e-6, 3e-6)]
+
+    calls: list[int] = []
+    reading = KernelClock(record).time(lambda: calls.append(sum(range(300_000))))
+    assert reading.wall_s == pytest.approx(5e-6)
+    assert reading.cpu_s > 0
+    assert len(calls) == 1
+    with pytest.raises(RuntimeError, match="no kernel of the call"):
+        KernelClock(lambda call: []).time(int)
+
+
+def test_events_span_several_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The device's clock of the test is wound by each call; a reading is the mean of the calls between two events."""
+    device_ms = [0.0]
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            self.at = device_ms[0]
+
+        def synchronize(self) -> None:
+            pass
+
+        def elapsed_time(self, other: Event) -> float:
+            return other.at - self.at
+
+    def call() -> None:
+        device_ms[0] += 4.0
+
+    monkeypatch.setattr(harness.torch.cuda, "Event", Event)
+    assert CudaClock(5).time(call).wall_s == pytest.approx(4e-3)
+    assert device_ms == [20.0]
+    asked: list[int] = []
+    elsewhere = Reading(1.0, 2.0)
+    assert CudaClock(5).time(lambda: asked.append(1) or elsewhere) == elsewhere
+    assert asked == [1]

@@ -30,6 +30,9 @@ def test_a_block_is_made_anew_and_the_rest_is_kept(tmp_path: Path) -> None:
     assert "a norm" not in once
     results.write(result(load=9.0), tmp_path / "cpu.json")
     assert "busy" in readme.refreshed(once, tmp_path)
+    assert "unfinished" not in once
+    results.write(result(finished=False), tmp_path / "cpu.json")
+    assert "unfinished: the run was cut off" in readme.refreshed(once, tmp_path)
 
 
 def test_times_are_a_gpus(tmp_path: Path) -> None:

@@ -79,3 +79,28 @@ def test_this_machine_and_commit() -> None:
     assert machine.cores >= 1
     found = results.commit()
     assert found is None or len(found.rstrip("+")) == 12
+
+
+def test_kept_files_of_before_are_finished(tmp_path: Path) -> None:
+    """They have no such field; the one in this repository is read."""
+    data = json.loads(results.dumps(result(finished=False)))
+    assert data.pop("finished") is False
+    path = tmp_path / "it.json"
+    path.write_text(json.dumps(data))
+    assert results.read(path) == result(finished=True)
+    assert results.read(Path(__file__).parents[2] / "bench" / "results" / "cpu.json").finished
+
+
+def test_writing_leaves_the_old_or_the_new(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that dies before the rename has changed nothing."""
+    path = tmp_path / "it.json"
+    results.write(result(), path)
+
+    def dies(*_: object) -> None:
+        raise SystemExit
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "replace", dies)
+        with pytest.raises(SystemExit):
+            results.write(result(quick=True), path)
+    assert results.read(path) == result()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,17 +22,15 @@ class OwnStep:
     batch: Batch
 
     @staticmethod
-    def create(
-        sets: Sequence[str], *, size: int, batch: int, device: torch.device, note: Callable[[str], None] = lambda _: None
-    ) -> OwnStep:
+    def create(sets: Sequence[str], *, size: int, batch: int, device: torch.device) -> OwnStep:
         """The blog preset with ``sets`` (KEY=VALUE) on ``batch`` images of ``size`` pixels; compiled and recorded already.
 
-        Sets the process's switches as a training run does. Raises FastbyolError where a mode that ``sets`` asks for fails.
+        Sets the process's switches as a training run does. Raises FastbyolError where the mode fails.
         """
         settle_as_training_does()
         config = load_config("blog", [f"views.size={size}", f"train.batch_size={batch}", *sets])
         state = TrainState.create(config, steps_per_epoch=1000, device=device)
-        engine = capture.engine(state, config, capture.choose(config.engine, device), note)
+        engine = capture.engine(state, config, capture.choose(config.engine, device))
         images = torch.randint(0, 256, (batch, size, size, 3), dtype=torch.uint8, device=device)
         step = OwnStep(engine, Batch(images, torch.arange(batch, device=device)))
         engine.prepare(step.batch, 0)
@@ -44,7 +42,7 @@ class OwnStep:
 
     @property
     def mode(self) -> str:
-        """eager, compile or graph: how steps are taken, after what could not be had."""
+        """eager, compile or graph: how steps are taken."""
         return self.engine.mode
 
 

@@ -74,7 +74,7 @@ def _measured(
         # Peers first: they start while ours is compiled.
         started = {key: opened.enter_context(PeerProcess(key, peer, setting.device)) for key, peer in peers.items()}
         ours = {
-            key: OwnStep.create(values, size=size, batch=batch, device=setting.device, note=setting.note)
+            key: OwnStep.create(values, size=size, batch=batch, device=setting.device)
             for key, values in sets.items()
         }
         variants = [Variant(key, step, batch) for key, step in ours.items()]

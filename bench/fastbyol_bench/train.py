@@ -107,8 +107,7 @@ class Sides:
         choice = capture.choose(self.configs[FAST].engine, setting.device)
         self.engines: dict[str, capture.Engine] = {}
         for name, state in self.states.items():
-            engine = capture.engine(state, self.configs[name], choice, setting.note)
-            # Recorded before the next one is compiled, which may forget this one's code.
+            engine = capture.engine(state, self.configs[name], choice)
             engine.prepare(next(self.loader.epoch(0)), 0)
             self.engines[name] = engine
         self.note = f"precision {fast}; steps by {self.engines[FAST].mode}; resident beton"

@@ -105,7 +105,7 @@ def measured(setting: Setting, *, size: int, batch: int) -> tuple[Part, ...]:
     sets = [f"train.precision={fast_precision(setting.device)}", "optim.name=lars"]
     num_runs = 2 if setting.quick else RUNS
     if setting.on_gpu:
-        replay = OwnStep.create(sets, size=size, batch=batch, device=setting.device, note=setting.note)
+        replay = OwnStep.create(sets, size=size, batch=batch, device=setting.device)
         replay()
         return of_kernels([recorded(replay) for _ in range(num_runs)])
     config = load_config("blog", [*sets, f"views.size={size}", "engine.mode=eager"])

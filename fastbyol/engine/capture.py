@@ -162,12 +162,16 @@ class Captured:
 
     def __call__(self, batch: Batch, epoch: int) -> StepMetrics:
         self.prepare(batch, epoch)
-        assert self._play is not None
         self._batch.images.copy_(batch.images)
         self._batch.ids.copy_(batch.ids)
         self._epoch.fill_(epoch)
-        self._play()
+        self.replay()
         return self._metrics
+
+    def replay(self) -> None:
+        """Take the recorded step once more, on the batch of the last."""
+        assert self._play is not None
+        self._play()
 
     def prepare(self, batch: Batch, epoch: int) -> None:
         """Warm up and record, once. Raises NoGraphError where that fails and falls back, else FastbyolError.

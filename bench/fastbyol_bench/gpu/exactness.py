@@ -14,7 +14,6 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 if __name__ == "__main__" and "--dry" in sys.argv:
     os.environ["TRITON_INTERPRET"] = "1"  # read when kernels are defined, which importing them does
@@ -24,15 +23,13 @@ from torch import Tensor
 
 from fastbyol import views
 from fastbyol.data.loader import Batch
+from fastbyol.engine.step import TrainState
 from fastbyol_bench.gpu.engine import Stand
+from fastbyol_bench.gpu.rows import Rows
 from fastbyol_bench.harness import Flush
 from fastbyol_bench.kernel_times import recorded
 from fastbyol_kernels import group_norm, lars_ema, two_views
 from fastbyol_kernels import weight_standardization as ws
-
-if TYPE_CHECKING:
-    from fastbyol.engine.step import TrainState
-    from fastbyol_bench.gpu.rows import Rows
 
 # ResNet-18's activations at 96 px: side, channels, with a residual.
 NORMS = (
@@ -196,17 +193,20 @@ def _pixels(bench: Bench, batch: Batch, table: Tensor, blur: str) -> None:
     bench.say(f"two views, blur {blur}", {"err": off(make()[:, part], exact)}, BF16, make, moved)
 
 
-def main() -> int:
-    """Compare all kernels; return 1 where one is off."""
-    from fastbyol_bench.gpu.rows import Rows
-
+def parser() -> argparse.ArgumentParser:
+    """Return what reads the command line."""
     parser = argparse.ArgumentParser()
     parser.add_argument("rows", type=Path)
     parser.add_argument("job")
     parser.add_argument("--small", action="store_true")
     parser.add_argument("--untimed", action="store_true")
     parser.add_argument("--dry", action="store_true")
-    arguments = parser.parse_args()
+    return parser
+
+
+def main() -> int:
+    """Compare all kernels; return 1 where one is off."""
+    arguments = parser().parse_args()
     torch.manual_seed(0)
     rows = Rows(arguments.rows, arguments.job)
     bench = Bench(rows, arguments)

@@ -124,14 +124,19 @@ def convolutions(rows: Rows, device: torch.device, num_views: int) -> None:
     rows.add("conv", "all of a step", ms=step_s * 1e3, tflops=step_flop / step_s / 1e12)
 
 
-def main() -> int:
-    """Measure ceilings and convolutions; return 1 where a part failed."""
+def parser() -> argparse.ArgumentParser:
+    """Return what reads the command line."""
     parser = argparse.ArgumentParser()
     parser.add_argument("rows", type=Path)
     parser.add_argument("job")
     parser.add_argument("--cudnn", default="10")
     parser.add_argument("--dry", action="store_true")
-    arguments = parser.parse_args()
+    return parser
+
+
+def main() -> int:
+    """Measure ceilings and convolutions; return 1 where a part failed."""
+    arguments = parser().parse_args()
     rows = Rows(arguments.rows, arguments.job)
     device = torch.device("cpu" if arguments.dry else "cuda")
     torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = (d == "1" for d in arguments.cudnn)

@@ -12,7 +12,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -137,8 +136,8 @@ def _figures(event: dict[str, Any]) -> dict[str, Any]:
     return {name: event.get(name) for name in ("state", "accuracy", "neg_cos", "loss")}
 
 
-def main(words: Sequence[str] | None = None) -> int:
-    """Train or run claims; return 1 where something failed."""
+def parser() -> argparse.ArgumentParser:
+    """Return what reads the command line."""
     parser = argparse.ArgumentParser()
     parser.add_argument("what", choices=("train", "claims"))
     parser.add_argument("rows", type=Path)
@@ -152,7 +151,12 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--set", action="append", default=[])
     parser.add_argument("--dry", action="store_true")
     parser.add_argument("claims", nargs="*")
-    arguments = parser.parse_intermixed_args(words)
+    return parser
+
+
+def main() -> int:
+    """Train or run claims; return 1 where something failed."""
+    arguments = parser().parse_intermixed_args()
     rows = Rows(arguments.rows, arguments.job)
     with rows.guarded("run", arguments.what):
         if arguments.what == "train":

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+import no_graph
 from fastbyol import cli
+from fastbyol.errors import NoGraphError
 
 TINY = [
     "--width=4",
@@ -238,6 +241,26 @@ def test_doctor_names_what_is_there(run) -> None:
     assert code == 0
 
 
+def test_doctor_says_whether_the_precision_gates_answer_is_kept(run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import torch
+
+    from fastbyol.engine import precision
+
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
+    monkeypatch.setattr(precision, "gradient_gap", lambda *_: precision.Gap(0.0, 0.0))
+
+    def found() -> str:
+        return {check["name"]: check for check in json.loads(run("doctor", "--json")[1])}["precision auto"]["found"]
+
+    monkeypatch.setenv("FASTBYOL_CACHE", str(tmp_path / "cache"))
+    assert found().endswith("; kept for the next run")
+    (tmp_path / "a file").touch()
+    monkeypatch.setenv("FASTBYOL_CACHE", str(tmp_path / "a file"))
+    assert found().endswith("; not kept, the cache folder cannot be written")
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
+    assert "kept" not in found()
+
+
 def test_an_engine_that_is_not_here_is_refused_before_anything_is_made(run, tmp_path: Path) -> None:
     code, _, err = run("train", "--engine", "graph", "--device", "cpu", "--out", tmp_path / "run")
     assert code == 2
@@ -278,3 +301,76 @@ def test_explain_compares_dialects_and_configurations(run) -> None:
     line = next(line for line in out.splitlines() if line.startswith("optim.dialect"))
     assert line.split() == ["optim.dialect", '"blog"', '"deepmind"', "preset", "blog", "preset", "paper"]
     assert run("explain", "--diff", "blog", "blog")[1] == "blog and blog: no key differs\n"
+
+
+def started(folder: Path, *arguments: object) -> tuple[subprocess.CompletedProcess[str], list[list[str]]]:
+    """What the command line did as a program on a GPU without graphs, and [process number, *arguments] of its every start."""
+    starts = folder / "starts"
+    done = subprocess.run(
+        [sys.executable, "-W", "error", no_graph.__file__, *map(str, arguments)],
+        cwd=folder, env={**os.environ, "NO_GRAPH_STARTS": str(starts)}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    return done, [line.split() for line in starts.read_text().splitlines()]
+
+
+def test_a_run_whose_graph_cannot_be_recorded_ends_compiled_in_a_process_of_the_same_number(
+    beton: Path, tmp_path: Path
+) -> None:
+    """One line says so, the exit code is 0, and the run's bytes are those of one that was compiled from the first step."""
+    from safetensors.numpy import load_file
+
+    options = ["--data", beton, "--epochs", 2, *TINY, "--json"]
+    done, starts = started(tmp_path, "train", *options, "--out", "run")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["finished"]
+    (said,) = (line for line in done.stderr.splitlines() if "no CUDA graph" in line)
+    why = f"run: no CUDA graph ({no_graph.WHY})"
+    assert said == f"{why}: its steps are compiled from now on, in a fresh process: fastbyol resume run"
+    number = starts[0][0]
+    assert [start[0] for start in starts] == [number, number]
+    assert starts[1][1:] == ["resume", "run", "--json"]
+    done, starts = started(tmp_path, "train", *options, "--out", "compiled", "--engine", "compile")
+    assert (done.returncode, len(starts)) == (0, 3)
+    for name in ("metrics.jsonl", "layers.npz"):
+        assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "compiled" / name).read_bytes()
+    one, other = (max((tmp_path / name / "checkpoints").glob("*.safetensors")) for name in ("run", "compiled"))
+    one_tensors, other_tensors = load_file(one), load_file(other)
+    assert one.name == other.name
+    assert {name: value.tobytes() for name, value in one_tensors.items()} == {
+        name: value.tobytes() for name, value in other_tensors.items()
+    }
+
+
+class BecameAnotherError(Exception):
+    """os.execv does not return."""
+
+
+@pytest.mark.parametrize(
+    ("way_in", "typed", "becomes"),
+    [
+        (["-W", "error", "-m", "fastbyol.cli"], ["train", "--json"], ["resume", "runs/a b", "--json"]),
+        (["/venv/bin/fastbyol"], ["resume", "runs/a b"], ["resume", "runs/a b"]),
+        (["-P", "/venv/bin/fastbyol"], ["demo", "here", "--seed", "3"], ["demo", "here", "--seed", "3"]),
+    ],
+    ids=str,
+)
+def test_a_fresh_process_is_started_as_this_one_was(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, way_in: list[str], typed: list[str], becomes: list[str]
+) -> None:
+    from fastbyol import api, demo
+
+    def refuse(*_: object, **__: object) -> None:
+        raise NoGraphError("runs/a b: no CUDA graph", Path("runs/a b"))
+
+    def become(program: str, arguments: list[str]) -> None:
+        assert (program, arguments) == (sys.executable, [sys.executable, *way_in, *becomes])
+        raise BecameAnotherError
+
+    monkeypatch.chdir(tmp_path)
+    for module, name in ((api, "train"), (api, "resume"), (demo, "run")):
+        monkeypatch.setattr(module, name, refuse)
+    monkeypatch.setattr(os, "execv", become)
+    monkeypatch.setattr(sys, "argv", ["fastbyol", *typed])
+    monkeypatch.setattr(sys, "orig_argv", ["python", *way_in, *typed])
+    with pytest.raises(BecameAnotherError):
+        cli.main()

@@ -246,7 +246,9 @@ def _refuse_foreign(error: Exception) -> None:
 
 
 def _first_line(error: BaseException) -> str:
-    """``error`` in a line: its type and what it says first. Triton's compiler says in ``error_message`` what is wrong, and where
-    in the kernel's source before."""
+    """Say ``error`` in a line: its type and how its text begins.
+
+    Triton's compiler begins with the kernel's source, and keeps what is wrong in ``error_message``.
+    """
     said = str(getattr(error, "error_message", None) or error).strip()
     return f"{type(error).__name__}: {said.splitlines()[0]}" if said else type(error).__name__

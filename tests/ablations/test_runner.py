@@ -10,11 +10,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from rich.console import Console
 
-from fastbyol.ablations import ledger, plan, runner
+import no_graph
+from fastbyol.ablations import ledger, plan, pool, runner
 from fastbyol.ablations.arms import arm
 from small import SETS, contents
 
@@ -155,3 +158,23 @@ def test_a_worker_that_is_killed_costs_its_run_alone(tmp_path: Path, monkeypatch
     outcome, _ = execute(tmp_path, make(tmp_path, "gn-lars-0.1", seeds=2, sets=(*SETS, "train.epochs=1")))
     assert outcome.failed == (("gn-lars-0.1 seed 0", "its process was killed by SIGKILL"),)
     assert outcome.finished == ("gn-lars-0.1 seed 1",)
+
+
+def test_a_run_without_a_graph_goes_on_in_a_new_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    starts, begin = tmp_path / "starts", subprocess.Popen
+
+    def popen(command: list[str], **options: Any) -> subprocess.Popen[bytes]:
+        return begin([sys.executable, no_graph.__file__, "--worker", command[-1]], **options)
+
+    monkeypatch.setattr(pool, "subprocess", SimpleNamespace(**{**vars(subprocess), "Popen": popen}))
+    monkeypatch.setenv("NO_GRAPH_STARTS", str(starts))
+    sets = (*SETS, "train.epochs=1")
+    outcome, said = execute(tmp_path / "out", make(tmp_path / "out", "gn-lars-0.1", seeds=2, sets=sets))
+    assert outcome.finished == ("gn-lars-0.1 seed 0", "gn-lars-0.1 seed 1"), said
+    for seed in (0, 1):
+        (line,) = (
+            line for line in said.splitlines() if line.startswith(f"gn-lars-0.1 seed {seed}: ") and "no CUDA graph" in line
+        )
+        assert no_graph.WHY in line
+    workers = [line.split()[0] for line in starts.read_text().splitlines()]
+    assert len(set(workers)) == 3, "the second run begins in the process that went on with the first"

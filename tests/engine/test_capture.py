@@ -475,7 +475,9 @@ def test_a_network_is_compiled_once_in_a_process_and_no_state_is_kept_by_it() ->
         for step in range(2):
             pair = some_views(step, batch=batch).float()
             # A graph may accumulate a gradient's parts in another order.
-            torch.testing.assert_close(train_step(state, pair, forward).values, train_step(eager, pair).values, rtol=1e-4, atol=0)
+            torch.testing.assert_close(
+                train_step(state, pair, forward).values, train_step(eager, pair).values, rtol=1e-4, atol=0
+            )
         gone.extend(map(weakref.ref, (state.online, state.target, state.arena.online, state.arena.gradient)))
         return backend.compiled
 
@@ -489,12 +491,18 @@ def test_a_network_is_compiled_once_in_a_process_and_no_state_is_kept_by_it() ->
     assert not [each() for each in gone if each() is not None]
 
 
-def test_no_more_networks_are_kept_than_are_said(small: tuple[TrainState, Config]) -> None:
-    online, target = small[0].online, small[0].target
-    backend = Counter()
-    for scale in range(capture.MOST_NETWORKS + 1):
-        capture.compiled_forward(backend)(online, target, torch.randn(4, 3, 16, 16), 1.0 + scale)
-    assert capture._compiled.cache_info().currsize == capture.MOST_NETWORKS == backend.compiled - 1
+def test_no_more_networks_are_kept_than_are_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a forward pass of one operation, which compiles in no time."""
+
+    def double(online: object, target: object, batch: torch.Tensor, loss_scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+        return batch * loss_scale, batch
+
+    monkeypatch.setattr(capture, "forward", double)
+    backend, nets = Counter(), SimpleNamespace(config=Config().model)
+    take: Any = capture.compiled_forward(backend)
+    for scale in (*range(capture.MOST_NETWORKS + 1), 1, 0):  # the last one was forgotten
+        assert take(nets, nets, torch.ones(2), float(scale))[0].tolist() == [scale, scale]
+    assert capture._compiled.cache_info().currsize == capture.MOST_NETWORKS == backend.compiled - 2
 
 
 @pytest.mark.gpu(only=True)

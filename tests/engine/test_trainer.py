@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import multiprocessing
 import os
@@ -14,11 +15,13 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+import no_graph
 from fastbyol import api
 from fastbyol.config import Config
-from fastbyol.engine import metrics_file
+from fastbyol.engine import checkpoint, metrics_file
 from fastbyol.engine.observer import EpochEnd, Progress, Silent, Start
-from fastbyol.errors import CollapsedError, UsageError
+from fastbyol.engine.run_folder import RunFolder
+from fastbyol.errors import CollapsedError, FastbyolError, NoGraphError, UsageError
 from tiny import STEPS_PER_EPOCH, beton_files, tiny_config
 
 # Children come from a server that has the slow imports behind it and no threads yet.
@@ -237,3 +240,123 @@ def test_the_trained_encoder_loads_from_run_and_file(whole: Path) -> None:
     assert first.shape == (3, 32)
     assert torch.equal(first, second)
     assert not torch.allclose(first, untrained)
+
+
+def engine_of(run: Path) -> str:
+    """The mode that the newest checkpoint's steps were taken in."""
+    return str(checkpoint.load_latest(run / "checkpoints").meta["engine"])
+
+
+def test_a_run_without_a_graph_asks_for_another_process_and_goes_on_there_compiled(
+    files: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The choice is the folder's: a resume does not try again, before the first checkpoint and after it."""
+    tried: list[str] = []
+
+    def fail(work: Any) -> Any:
+        tried.append("once")
+        return no_graph.fail(work)
+
+    no_graph.install(fail, monkeypatch.setattr)
+    run, config = tmp_path / "run", tiny_config(files, "train.epochs=2")
+    with pytest.raises(NoGraphError) as raised:
+        api.train(config, run)
+    assert str(raised.value) == (
+        f"{run}: no CUDA graph ({no_graph.WHY}): its steps are compiled from now on, in a fresh process: fastbyol resume {run}"
+    )
+    assert raised.value.run == run
+    assert not (run / "metrics.jsonl").exists()
+    with RunFolder.open(run, lock=True) as folder:
+        assert (folder.kept_mode, folder.config.engine.mode) == ("compile", "auto")
+        assert folder.env["torch"]
+    assert api.resume(run).finished
+    assert (engine_of(run), tried) == ("compile", ["once"])
+    for path in sorted((run / "checkpoints").glob("*"))[1:]:
+        path.unlink()
+    assert api.resume(run).finished
+    assert (engine_of(run), tried) == ("compile", ["once"])
+    api.train(tiny_config(files, "train.epochs=2", "engine.mode=compile"), tmp_path / "compiled")
+    assert contents(run) == contents(tmp_path / "compiled")
+
+
+def test_a_run_that_had_a_graph_and_cannot_have_one_goes_on_compiled(
+    files: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def record(work: Any) -> Any:
+        metrics = work()
+
+        def play() -> None:
+            for static, new in zip(metrics, work(), strict=True):
+                static.copy_(new)
+
+        return metrics, play
+
+    run = tmp_path / "run"
+    with monkeypatch.context() as patched:
+        no_graph.install(record, patched.setattr)
+        api.train(tiny_config(files, "train.epochs=2"), run)
+    whole = contents(run)
+    assert engine_of(run) == "graph"
+    for path in sorted((run / "checkpoints").glob("*"))[1:]:
+        path.unlink()
+    no_graph.install(patch=monkeypatch.setattr)
+    with pytest.raises(NoGraphError):
+        api.resume(run)
+    assert api.resume(run).finished
+    assert engine_of(run) == "compile"
+    assert contents(run) == whole
+
+
+def test_a_graph_that_was_asked_for_is_not_replaced(
+    files: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    no_graph.install(patch=monkeypatch.setattr)
+    with pytest.raises(FastbyolError, match=r"no CUDA graph .*: take --engine compile, or eager$") as raised:
+        api.train(tiny_config(files, "engine.mode=graph"), tmp_path / "run")
+    assert not isinstance(raised.value, NoGraphError)
+    with RunFolder.open(tmp_path / "run", lock=False) as folder:
+        assert folder.kept_mode is None
+
+
+def test_a_signal_that_breaks_a_recording_off_is_no_failed_one(
+    files: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Compiled code may swallow the exception of the signal's handler and fail in its own way."""
+
+    def stopped(work: Any) -> Any:
+        with contextlib.suppress(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGTERM)
+        raise RuntimeError("cannot record")
+
+    no_graph.install(stopped, monkeypatch.setattr)
+    assert not api.train(tiny_config(files), tmp_path / "run").finished
+    with RunFolder.open(tmp_path / "run", lock=False) as folder:
+        assert folder.kept_mode is None
+
+
+def test_want_of_memory_while_recording_says_what_to_lower(
+    files: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(work: Any) -> Any:
+        raise RuntimeError("Triton Error [CUDA]: out of memory")
+
+    no_graph.install(full, monkeypatch.setattr)
+    with pytest.raises(FastbyolError, match=r"^out of memory: lower train.batch_size"):
+        api.train(tiny_config(files), tmp_path / "run")
+
+
+def test_a_folder_that_cannot_keep_the_choice_says_so(
+    files: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rather than that every process asks for the next one."""
+    run = tmp_path / "run"
+
+    def fail(work: Any) -> Any:
+        (run / "env.json").unlink()
+        (run / "env.json").mkdir()
+        return no_graph.fail(work)
+
+    no_graph.install(fail, monkeypatch.setattr)
+    with pytest.raises(FastbyolError, match=r"env.json: cannot write") as raised:
+        api.train(tiny_config(files), run)
+    assert not isinstance(raised.value, NoGraphError)

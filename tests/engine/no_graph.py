@@ -1,0 +1,60 @@
+"""A GPU whose graphs cannot be recorded, on a cpu: what a test's own process, or a program that it starts, runs under.
+
+    python no_graph.py train ...             the command line
+    python no_graph.py --worker PARENT_PID   a worker of the ablations
+
+Compiling is left out: it takes a minute on a cpu, and steps that are not compiled are the same steps. Every start of the
+program adds a line to the file that NO_GRAPH_STARTS names: its process number and its arguments.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastbyol import cli
+from fastbyol.ablations import worker
+from fastbyol.config import EngineConfig
+from fastbyol.engine import capture
+from fastbyol.engine.step import forward
+
+WHY = "AcceleratorError: CUDA error: operation not permitted when stream is capturing"
+
+
+def fail(work: Callable[[], object]) -> Any:
+    """Record as a GPU does that refuses."""
+    work()
+    raise torch.AcceleratorError("CUDA error: operation not permitted when stream is capturing\nmore")
+
+
+def install(record: Callable[..., Any] = fail, patch: Callable[[object, str, object], None] = setattr) -> None:
+    """Let runs on the cpu choose as on a GPU, whose recorder is ``record``."""
+    choose = capture.choose
+
+    def on_gpu(config: EngineConfig, device: torch.device, *, before: str | None = None) -> capture.Choice:
+        return choose(config, torch.device("cuda", 0), before=before)
+
+    patch(capture, "choose", on_gpu)
+    patch(capture, "record_cuda", record)
+    patch(capture, "compiled_forward", lambda: forward)
+
+
+def main() -> None:
+    """Run the program, watched."""
+    with Path(os.environ["NO_GRAPH_STARTS"]).open("a") as starts:
+        starts.write(f"{os.getpid()} {' '.join(sys.argv[1:])}\n")
+    install()
+    if sys.argv[1] == "--worker":
+        del sys.argv[1]
+        worker.main()
+    else:
+        cli.main()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,14 +1,15 @@
-"""Launch Triton's kernels without a GPU: compile what would run there, record how, and say what it costs the chip.
+"""Launch Triton's kernels without a GPU: compile what would run there, and say what it costs.
 
-``recording`` pretends that a GPU is there. Whatever is launched meanwhile takes Triton's own way, ``JITFunction.run``, which
-specialises a kernel on its arguments and compiles it down to a cubin; only the launch itself is left out. So a step of training
-on a CPU gives every launch that the same step makes on a GPU, with the options that it makes it with:
+``recording`` pretends that a GPU is there. Whatever is launched meanwhile takes Triton's own way,
+``JITFunction.run``, which specialises a kernel on its arguments and compiles it down to a cubin;
+only the launch itself is left out. So a step of training on a CPU gives every launch that the same
+step makes on a GPU, with the same options:
 
     with ahead_of_time.recording(90) as launches:
         group_norm(x, 32, weight, bias, kernels="triton")
     print(launches[0].name, launches[0].grid, launches[0].num_warps)
 
-What the kernels would have written stays as it was allocated: nothing may depend on it.
+What the kernels would have written is never written: nothing may depend on it.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ WARP_SIZE = 32
 class Launch:
     """One launch of a Triton kernel, as the GPU would have had it.
 
-    ``compiled`` is Triton's compiled kernel: ``asm["ptx"]``, ``metadata``, ``src``. Launches of the same code share it.
+    ``compiled`` is Triton's compiled kernel, with ``asm["ptx"]``, ``metadata`` and ``src``. Launches of
+    the same code share it.
     """
 
     function: JITFunction
@@ -59,6 +61,24 @@ class Launch:
         return module
 
     @property
+    def build(self) -> str:
+        """What the code is made for: types that it points to, integers that it knows, flags.
+
+        ``n/16`` is an integer argument that is a multiple of 16, ``x@`` a pointer that is none, which
+        keeps accesses narrow. Constants that are neither integers, flags nor words are left out.
+        """
+        source, names = self.compiled.src, self.function.arg_names
+        pointers = [name for name, kind in source.signature.items() if kind.startswith("*")]
+        multiple = ["tt.divisibility", 16]
+        aligned = {names[path[0]] for path, found in source.attrs.items() if multiple in found}
+        words = list(dict.fromkeys(source.signature[name][1:] for name in pointers))
+        words += [f"{name}@" for name in pointers if name not in aligned]
+        words += [f"{name}/16" for name in names if name in aligned and name not in pointers]
+        constants = {names[path[0]]: value for path, value in source.constants.items() if len(path) == 1}
+        words += [name if value is True else f"{name}={value}" for name, value in constants.items() if _is_known(value)]
+        return " ".join(words)
+
+    @property
     def num_warps(self) -> int:
         """Warps of a program."""
         return int(self.compiled.metadata.num_warps)
@@ -76,7 +96,7 @@ class Launch:
 
 @dataclass(frozen=True)
 class Driver:
-    """A GPU of compute capability ``architecture`` / 10, as far as Triton asks before it launches. It cannot launch."""
+    """A GPU of ``sm_<architecture>``, as far as Triton asks before it launches. It cannot launch."""
 
     architecture: int
 
@@ -99,14 +119,14 @@ class Driver:
 
 @contextmanager
 def recording(architecture: int) -> Iterator[list[Launch]]:
-    """Let Triton believe in a GPU of ``sm_<architecture>``; gather in a list what is launched, and run none of it.
+    """Let Triton believe in a GPU of ``sm_<architecture>``; list what is launched, and run none of it.
 
-    Operations with ``kernels="triton"`` take tensors on a CPU meanwhile. On leaving, all is as it was: the active driver, what
-    operations take, and what each kernel has compiled. May be nested. Grids must be tuples. Raises RuntimeError where kernels
-    are interpreted.
+    Operations with ``kernels="triton"`` take tensors on a CPU meanwhile. On leaving, all is as it was:
+    the active driver, what operations take, and what each kernel has compiled. May be nested. Grids
+    must be tuples. Raises RuntimeError where kernels are interpreted.
     """
     if knobs.runtime.interpret:
-        raise RuntimeError("TRITON_INTERPRET is set: interpreted kernels cannot be compiled, so start a process without it")
+        raise RuntimeError("TRITON_INTERPRET is set: kernels cannot be compiled: start a process without it")
     launches: list[Launch] = []
     run = JITFunction.run
     touched: set[JITFunction] = set()
@@ -115,7 +135,8 @@ def recording(architecture: int) -> Iterator[list[Launch]]:
         if self not in touched:
             # Compiled code is kept by the device's number, whatever the driver.
             touched.add(self)
-            caches.enter_context(mock.patch.object(self, "device_caches", type(self.device_caches)(self.create_binder)))
+            empty = type(self.device_caches)(self.create_binder)
+            caches.enter_context(mock.patch.object(self, "device_caches", empty))
         compiled = run(self, *args, grid=grid, warmup=True, **kwargs)
         if not warmup:
             x, y, z = (*grid, 1, 1)[:3]
@@ -131,8 +152,15 @@ def recording(architecture: int) -> Iterator[list[Launch]]:
         yield launches
 
 
+def _is_known(value: object) -> bool:
+    return isinstance(value, int | str) and value is not False
+
+
 class Resources(NamedTuple):
-    """What a kernel costs on one architecture. Widths are bits of the widest global access, 0 where there is none."""
+    """What a kernel costs on one architecture, per thread.
+
+    Widths are bits of the widest global access, 0 where there is none.
+    """
 
     registers: int
     spill_bytes: int
@@ -141,7 +169,7 @@ class Resources(NamedTuple):
 
 
 def resources(ptx: str) -> Resources:
-    """Return what ptxas makes of ``ptx``, per thread, and how wide its accesses are."""
+    """Return what ptxas makes of ``ptx``, and how wide its accesses are."""
     registers, spill = _ptxas(ptx)
     return Resources(registers, spill, _widest(ptx, "ld"), _widest(ptx, "st"))
 
@@ -149,11 +177,13 @@ def resources(ptx: str) -> Resources:
 def _ptxas(ptx: str) -> tuple[int, int]:
     target = re.search(r"\.target\s+(sm_(\d+)\w*)", ptx)
     assert target is not None
-    tool = get_ptxas(int(target[2])).path  # Triton's own choice: the oldest of its two does not read the newest PTX
+    # Triton's own choice: the older of its two does not read the newest PTX.
+    tool = get_ptxas(int(target[2])).path
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "kernel.ptx"
         source.write_text(ptx)
-        command = [str(tool), "-v", f"--gpu-name={target[1]}", str(source), "-o", str(Path(folder) / "kernel.cubin")]
+        result = Path(folder) / "kernel.cubin"
+        command = [str(tool), "-v", f"--gpu-name={target[1]}", str(source), "-o", str(result)]
         said = subprocess.run(command, check=True, capture_output=True, text=True).stderr
     registers = re.search(r"Used (\d+) registers", said)
     stores = re.search(r"(\d+) bytes spill stores", said)
@@ -163,11 +193,9 @@ def _ptxas(ptx: str) -> tuple[int, int]:
 
 def _widest(ptx: str, instruction: str) -> int:
     """Bits of the widest global access: ``ld.global.v4.b32`` is 128. Asynchronous copies count as loads."""
-    found = [
-        int(vector or 1) * int(bits)
-        for vector, bits in re.findall(rf"{instruction}\.global(?:\.[\w:]+)*?(?:\.v([248]))?\.[bfsu](\d+)", ptx)
-    ]
+    access = rf"{instruction}\.global(?:\.[\w:]+)*?(?:\.v([248]))?\.[bfsu](\d+)"
+    found = [int(vector or 1) * int(bits) for vector, bits in re.findall(access, ptx)]
     if instruction == "ld":
-        copies = re.findall(r"cp\.async\.\w+\.shared\.global[^;]*?,\s*(0x[0-9a-fA-F]+|\d+)", ptx)
-        found += [8 * int(size, 0) for size in copies]
+        copy = r"cp\.async\.\w+\.shared\.global[^;]*?,\s*(0x[0-9a-fA-F]+|\d+)"
+        found += [8 * int(size, 0) for size in re.findall(copy, ptx)]
     return max(found, default=0)

@@ -268,6 +268,8 @@ def _put_factor(out, mask, u, applied, RANGES: tl.constexpr, WHICH: tl.constexpr
     tl.store(out, tl.where(applied, _span(u, RANGES, WHICH), IDENTITY).to(tl.float32), mask=mask)
 
 
+# Why a kernel may move narrow words; ``fastbyol_bench.launches`` asks where one does.
+NARROW = {"_draw_kernel": "reads ids, writes rows of 13 numbers: 28 KB"}
 # Triton decides when a kernel is defined whether calls compile or interpret it.
 INTERPRETED = not isinstance(_draw_kernel, triton.runtime.JITFunction)
 # One element a thread: 512 rows are 64 programs, so that the chain of float64 operations, a microsecond of latency, is paid

@@ -530,6 +530,9 @@ def _sum_rows_kernel(sums, out, num_rows, num_columns, BLOCK_R: tl.constexpr, BL
     tl.store(out + columns, tl.sum(total, 0), mask=columns < num_columns)
 
 
+# Why a kernel may move narrow words; ``fastbyol_bench.launches`` asks where one does.
+_FEW = "writes sums, a few per run"
+NARROW = {"_moments_kernel": _FEW, "_gradient_sums_kernel": _FEW, "_sum_rows_kernel": _FEW}
 # Two 32-byte sectors: what the device memory moves at once. Narrower slabs would fetch bytes for their neighbours.
 MIN_SLAB_BYTES = 64
 # Work enough for a program to be worth its start (some 3 us for the first bytes, the reductions and the last bytes).
@@ -545,8 +548,9 @@ PER_THREAD_FORWARD, PER_THREAD_BACKWARD = 16, 8
 # Bytes a program goes over -> its warps. With the 1,024 threads above an SM has at most 320 KB in work at any time.
 WARPS = ((80 << 10, 8), (120 << 10, 16), (MAX_BYTES_BACKWARD, 32))
 # 1,024 threads per SM at all costs: left to itself ptxas gives the backward pass with a recomputed ReLU 99 registers, which
-# halves the bytes in flight. Under the cap that kernel spills 16 to 44 bytes, outside its loops: once per program.
+# halves the bytes in flight. Under the cap that kernel spills 16 to 48 bytes, outside its loops: once per program.
 MAX_REGISTERS = 64
+SPILLS = {"_backward_kernel": f"maxnreg={MAX_REGISTERS}: 16 to 48 bytes, outside the loops"}
 # A run of pixels of a sample that is cut; few enough runs that combining them (K rows of G values) costs nothing.
 RUN_BYTES = 64 << 10
 MAX_RUNS = 64

@@ -488,6 +488,13 @@ def _row(out, weight_norm, grad_norm, trust, rate, update_norm):
     tl.store(out + 4, update_norm)
 
 
+# Why a kernel may move narrow words; ``fastbyol_bench.launches`` asks where one does.
+NARROW = {
+    "_norms_kernel": "stores three numbers per 4096 elements",
+    "_telemetry_kernel": "five numbers per segment",
+}
+
+
 @dataclass(frozen=True)
 class Launch:
     """How many sums and flags a program adds up at once, and in how many passes."""

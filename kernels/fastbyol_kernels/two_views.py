@@ -618,6 +618,7 @@ def _blur_tile(source, row, pixel, mask, sigma, DOWN: tl.constexpr, SIZE: tl.con
 def _add_tap(
     r, g, b, source, row, y, x, mask, tap, weight, DOWN: tl.constexpr, SIZE: tl.constexpr, KERNEL: tl.constexpr
 ):  # fmt: skip
+    # Along the rows taps are shifted against what an access is aligned to, so that single values are loaded.
     at = _edge(y + tap, SIZE, KERNEL) * SIZE + x if DOWN else y * SIZE + _edge(x + tap, SIZE, KERNEL)
     tap_r, tap_g, tap_b = _staged(source, row, at, mask, SIZE)
     return r + weight * tap_r, g + weight * tap_g, b + weight * tap_b
@@ -666,6 +667,7 @@ def _finish(
         if CHANNELS == _SPACE_TO_DEPTH:
             y, x = pixel // SIZE, pixel % SIZE
             at = ((y // 2) * (SIZE // 2) + x // 2) * 12 + ((y % 2) * 2 + x % 2) * 3
+        # One value at a time: the 6 bytes of a pixel in bf16 are no power of two. Those of 4 channels go out 16 at once.
         tl.store(view + at, r, mask=mask)
         tl.store(view + at + 1, g, mask=mask)
         tl.store(view + at + 2, b, mask=mask)
@@ -676,6 +678,10 @@ def _store_wide(view, start, limit, padded, CHANNELS: tl.constexpr, BLOCK: tl.co
     """Whole pixels of CHANNELS values, 16 bytes a store; the joined axes are in the order of the channels."""
     at = start * CHANNELS + tl.arange(0, BLOCK * CHANNELS)
     tl.store(view + at, tl.reshape(padded, (BLOCK * CHANNELS,)), mask=at < limit * CHANNELS)
+
+
+# Why a kernel may move narrow words; ``fastbyol_bench.launches`` asks where one does.
+NARROW = {"_crop_kernel": "gathers bytes: bilinear taps of 3-byte pixels"}
 
 
 @dataclass(frozen=True)

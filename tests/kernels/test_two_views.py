@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import itertools
 import math
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -514,6 +518,32 @@ def test_wrong_arguments_of_the_kernels_are_named(device: torch.device, monkeypa
     with pytest.raises(ValueError, match=r"^channels .* even size"):
         two_views(**{**good, "size": 7, "channels": 12})
     if not pixels.is_cuda:
-        monkeypatch.setattr(op, "INTERPRETED", False)
+        monkeypatch.setattr("fastbyol_kernels.choice.TRITON_ON_CPU", False)
         with pytest.raises(ValueError, match="TRITON_INTERPRET"):
             two_views(**good)
+
+
+BARRIERS = """
+import torch
+from fastbyol_kernels import ahead_of_time
+from fastbyol_kernels.two_views import two_views
+
+images, table = torch.zeros(2, 96, 96, 3, dtype=torch.uint8), torch.zeros(2, 2, 13)
+for architecture in (80, 90):
+    with ahead_of_time.recording(architecture) as launches:
+        for blur in ("gaussian", "pil"):
+            two_views(images, table, size=96, blur=blur, kernels="triton")
+    print([launch.compiled.asm["ptx"].count("bar.sync") for launch in launches if launch.name == "_blur_kernel"])
+"""
+
+
+def test_every_pass_of_a_blur_ends_in_a_barrier() -> None:
+    """A program's threads read what others of it have written to global memory: bar.sync orders that within a block."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", BARRIERS]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=300)
+    counted = [ast.literal_eval(line) for line in done.stdout.splitlines()]
+    assert len(counted) == 2
+    for gaussian, pil in counted:
+        assert gaussian >= 1  # one pass before the last, which writes the result
+        assert pil >= 5

@@ -1,0 +1,270 @@
+"""Every Triton kernel that a step of training launches on a GPU, found without one, and its cost.
+
+    python -m fastbyol_bench.launches            # print both tables
+    python -m fastbyol_bench.launches --write    # renew them
+
+Whole steps of the engine, from uint8 images to the moving average, are taken on a CPU at the sizes
+that a GPU trains at, under ``ahead_of_time.recording``: no kernel runs, and torch's own operations
+on large tensors return memory that nobody fills. What torch launches itself, and Inductor in
+compiled steps, is not here.
+
+``kernels/LAUNCHES.txt`` holds the launches of each step in order, for sm_90;
+``kernels/RESOURCES.txt`` registers, spills and the widest accesses of every kernel in them, for
+sm_80 and sm_90. Code depends on Triton's version: those two are of the version that the project is
+tested with, two more, named after it, of the oldest that it admits.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import os
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from importlib import import_module
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch._prims_common import suggest_memory_format
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from fastbyol import load_config
+from fastbyol.data.loader import Batch
+from fastbyol.engine.capture import Eager
+from fastbyol.engine.step import TrainState
+from fastbyol_kernels import ahead_of_time
+from fastbyol_kernels.ahead_of_time import Launch, Resources, resources
+
+KERNELS = Path(__file__).resolve().parents[2] / "kernels"
+FLOOR = "3.6"  # of Triton, in pyproject.toml
+ARCHITECTURES = (80, 90)
+# The wider architecture, whose launches are listed: the steps' numbers are an H100's.
+LISTED = 90
+WIDE_BITS = 128  # the most that an instruction moves for a thread
+MINOR = ".".join(triton.__version__.split(".")[:2])
+
+
+@dataclass(frozen=True)
+class Step:
+    """A configuration, and its batches: ``num_images`` of ``height`` x ``width`` pixels."""
+
+    title: str
+    sets: tuple[str, ...]
+    num_images: int = 256
+    height: int = 96
+    width: int = 96
+
+    def launches(self, architecture: int) -> list[Launch]:
+        """Return the launches of a step in order, views included, on ``sm_<architecture>``."""
+        config = load_config("blog", ["engine.kernels=triton", *self.sets])
+        images = torch.zeros(self.num_images, self.height, self.width, 3, dtype=torch.uint8)
+        batch = Batch(images, torch.arange(self.num_images))
+        with ahead_of_time.recording(architecture) as launches:
+            step = Eager(TrainState.create(config, steps_per_epoch=10), config)
+            with Unfilled():  # type: ignore[no-untyped-call]
+                step(batch, 0)
+        return launches
+
+
+# The two that the bench measures, then what else kernels are made for: fp32, the other rules and blur,
+# samples that group norm cuts.
+STEPS = (
+    Step("BN, SGD, bf16", ("train.precision=bf16",)),
+    Step(
+        "GN, WS, LARS, bf16",
+        ("train.precision=bf16", "model.norm=gn", "model.ws=true", "optim.name=lars"),
+    ),
+    Step(
+        "GN, WS in the heads too, LARS as DeepMind's, target after the step, Gaussian blur, fp32",
+        (
+            "train.precision=fp32",
+            "views.blur=gaussian",
+            "model.norm=gn",
+            "model.ws=true",
+            "model.projector.norm=gn",
+            "model.projector.ws=true",
+            "model.predictor.norm=brn",
+            "model.predictor.ws=true",
+            "optim.name=lars",
+            "optim.dialect=deepmind",
+            "schedule.ema_order=after",
+        ),
+    ),
+    Step(
+        "LN, LARS as Bolts', views of 224 px from larger images, bf16",
+        (
+            "train.precision=bf16",
+            "views.size=224",
+            "model.norm=ln",
+            "model.projector.norm=ln",
+            "optim.name=lars",
+            "optim.dialect=bolts",
+        ),
+        num_images=64,
+        height=320,
+        width=256,
+    ),
+)
+
+
+class Unfilled(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Operations on large tensors return tensors of the right shape, strides and dtype, and compute nothing.
+
+    Views are views, and operations of ``fastbyol_kernels`` run, since they launch what is to be seen.
+    """
+
+    LARGE = 1 << 18  # elements; below, computing costs no more than asking for the shapes
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        if func.namespace != "aten" or not any(tensor.numel() >= self.LARGE for tensor in tensors):
+            return func(*args, **kwargs)
+        # The rules for shapes alone forget the memory format, which cuDNN takes from its input.
+        if func is torch.ops.aten.convolution_backward.default:
+            (_, x, weight), wanted = args[:3], args[10]
+            assert not wanted[2], "no convolution of the engine has a bias"
+            layout = suggest_memory_format(x)
+            likes = zip((x, weight), wanted, strict=False)
+            return *(torch.empty_like(t, memory_format=layout) if w else None for t, w in likes), None
+        schema = func._schema
+        if all(result.alias_info for result in schema.returns):
+            given = {argument.name: value for argument, value in zip(schema.arguments, args, strict=False)} | kwargs
+            written = [given[a.name] for a in schema.arguments if a.alias_info and a.alias_info.is_write]
+            if not written:
+                return func(*args, **kwargs)
+            return written[0] if len(schema.returns) == 1 else tuple(written) or None
+        made = func(*_on_meta(args), **_on_meta(kwargs))
+        if func is torch.ops.aten.convolution.default:
+            layout = suggest_memory_format(args[0])
+            return torch.empty(made.shape, dtype=made.dtype, memory_format=layout)
+        return tree_map_only(torch.Tensor, _unfilled, made)
+
+
+def _on_meta(arguments: Any) -> Any:
+    meta = torch.device("meta")
+    arguments = tree_map_only(torch.Tensor, lambda tensor: tensor.to(meta), arguments)
+    return tree_map_only(torch.device, lambda _: meta, arguments)
+
+
+def _unfilled(like: torch.Tensor) -> torch.Tensor:
+    return torch.empty_strided(like.shape, like.stride(), dtype=like.dtype)
+
+
+class Row(NamedTuple):
+    """A launch, what its kernel costs, and the excuse for spills and narrow accesses."""
+
+    op: str
+    kernel: str
+    grid: tuple[int, int, int]
+    num_warps: int
+    num_stages: int
+    shared_bytes: int
+    build: str
+    cost: Resources
+    why: str
+
+
+def rows(step: Step, architecture: int) -> list[Row]:
+    """Return the launches of ``step`` in order, on ``sm_<architecture>``."""
+    launches = step.launches(architecture)
+    compiled = {id(launch.compiled): launch.compiled for launch in launches}
+    costs = {key: resources(kernel.asm["ptx"]) for key, kernel in compiled.items()}
+    return [_row(launch, costs[id(launch.compiled)]) for launch in launches]
+
+
+def _row(launch: Launch, cost: Resources) -> Row:
+    return Row(
+        op=launch.module.rpartition(".")[2],
+        kernel=launch.name.removeprefix("_").removesuffix("_kernel"),
+        grid=launch.grid,
+        num_warps=launch.num_warps,
+        num_stages=launch.num_stages,
+        shared_bytes=launch.shared_bytes,
+        build=launch.build,
+        cost=cost,
+        why=_why(launch, cost),
+    )
+
+
+def _why(launch: Launch, cost: Resources) -> str:
+    """Why the kernel may spill or move narrow words, in the words of its op's file."""
+    narrow = min(cost.load_bits, cost.store_bits) < WIDE_BITS
+    flaws = {"SPILLS": cost.spill_bytes > 0, "NARROW": narrow}
+    module = import_module(launch.module)
+    excuses = [getattr(module, flaw, {}).get(launch.name) for flaw, found in flaws.items() if found]
+    return "; ".join(filter(None, excuses))
+
+
+def measured(architectures: Sequence[int]) -> dict[tuple[int, int], list[Row]]:
+    """Return the rows of all steps by number and architecture, made by a process per cpu."""
+    # The long ones first.
+    keys = list(itertools.product(reversed(range(len(STEPS))), architectures))
+    num_processes = min(os.cpu_count() or 1, len(keys))
+    with ProcessPoolExecutor(num_processes, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
+        found = pool.map(rows, [STEPS[number] for number, _ in keys], [sm for _, sm in keys])
+        return dict(sorted(zip(keys, found, strict=True)))
+
+
+def launch_table(found: Mapping[tuple[int, int], Sequence[Row]]) -> str:
+    """Return the launches of each step in order; ``times`` counts equal ones in a row."""
+    lines = [f"triton {MINOR}", f"sm_{LISTED}"]
+    for number, step in enumerate(STEPS):
+        made = found[number, LISTED]
+        images = f"{step.num_images} images of {step.height} x {step.width}"
+        head = ("op", "kernel", "grid", "times", "warps", "stages", "shared B", "build")
+        lines += ["", f"{step.title}; {images}: {len(made)} launches", _LAUNCH.format(*head)]
+        for row, equal in itertools.groupby(made):
+            grid = " x ".join(map(str, row.grid)).removesuffix(" x 1").removesuffix(" x 1")
+            figures = (len(list(equal)), row.num_warps, row.num_stages, row.shared_bytes)
+            lines.append(_LAUNCH.format(row.op, row.kernel, grid, *figures, row.build))
+    return "\n".join(lines) + "\n"
+
+
+_LAUNCH = "{:23}{:14}{:>11}{:>6}{:>6}{:>7}{:>9}  {}"
+
+
+def resource_table(found: Mapping[tuple[int, int], Sequence[Row]]) -> str:
+    """Return what each kernel of any step costs, a line for each architecture."""
+    lines: dict[tuple[str, str, str], dict[str, None]] = {}
+    for (_, architecture), made in found.items():
+        for row in made:
+            cost = (row.cost.registers, row.cost.spill_bytes, row.shared_bytes)
+            figures = (row.num_warps, row.num_stages, *cost, row.cost.load_bits, row.cost.store_bits)
+            build = f"{row.build} ({row.why})" if row.why else row.build
+            line = _RESOURCES.format(row.op, row.kernel, f"sm_{architecture}", *figures, build)
+            lines.setdefault((row.op, row.kernel, row.build), {})[line] = None
+    head = ("warps", "stages", "regs", "spill B", "shared B", "load b", "store b")
+    title = _RESOURCES.format("op", "kernel", "arch", *head, "build (why it spills or moves narrow words)")
+    # Kernel by kernel, its builds in the order of the steps.
+    body = [line for key in sorted(lines, key=lambda key: key[:2]) for line in lines[key]]
+    return "\n".join([f"triton {MINOR}", title, *body]) + "\n"
+
+
+_RESOURCES = "{:23}{:14}{:6}{:>6}{:>7}{:>5}{:>8}{:>9}{:>7}{:>8}  {}"
+
+
+def kept(table: str) -> Path:
+    """Return where ``LAUNCHES`` or ``RESOURCES`` of the installed Triton is kept."""
+    return KERNELS / (f"{table}-triton-{FLOOR}.txt" if MINOR == FLOOR else f"{table}.txt")
+
+
+def main() -> None:
+    """Print both tables; with ``--write`` keep them."""
+    parser = argparse.ArgumentParser(prog="python -m fastbyol_bench.launches")
+    parser.add_argument("--write", action="store_true", help="renew the tables in kernels/")
+    write = parser.parse_args().write
+    found = measured(ARCHITECTURES)
+    for table, text in (("LAUNCHES", launch_table(found)), ("RESOURCES", resource_table(found))):
+        print(text)
+        if write:
+            kept(table).write_text(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from fastbyol.errors import UsageError
-from fastbyol_kernels.lars_ema import INTERPRETED
+from fastbyol_kernels import choice
 
 
 def pick_device(name: str) -> torch.device:
@@ -42,6 +42,6 @@ def pick_kernels(name: str, device: torch.device, dtype: torch.dtype) -> str:
         raise UsageError(f"engine.kernels: {name} has no kernels for fp64: take auto or reference")
     if name == "processor" and on_gpu:
         raise UsageError(f"engine.kernels: processor needs a CPU, train.device is {device}: take auto, triton or reference")
-    if name == "triton" and not on_gpu and not INTERPRETED:
+    if name == "triton" and not on_gpu and not choice.TRITON_ON_CPU:
         raise UsageError(f"engine.kernels: triton needs CUDA, train.device is {device}: take auto or reference")
     return name

@@ -122,7 +122,7 @@ def batch_norm(
     is the reference. Raises ValueError, naming the argument, for what does not fit.
     """
     _check(x, weight, bias, running_mean, running_var, num_views, residual)
-    chosen = choose_kernels(kernels, "x", x, interpreted=True, processor=True)
+    chosen = choose_kernels(kernels, "x", x, triton=False, processor=True)
     affine = (weight, bias, running_mean, running_var)
     if chosen != "processor" or not _suits(x, affine):
         return reference(x, *affine, num_views, momentum=momentum, eps=eps, residual=residual, relu=relu)

@@ -28,7 +28,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastbyol_kernels.aot import Build
 from fastbyol_kernels.choice import choose_kernels
 from fastbyol_kernels.philox import DOMAIN_VIEWS, philox4x32, split_id, uniform
 from fastbyol_kernels.two_views_config import JITTER_IDENTITY, JITTER_ORDERS, Column
@@ -343,7 +342,7 @@ def draw_views(
     CUDA tensors. All give the same bits. Raises ValueError naming a wrong argument.
     """
     _check(ids, seed, epoch, height, width)
-    if choose_kernels(kernels, "ids", ids, interpreted=INTERPRETED) == "reference":
+    if choose_kernels(kernels, "ids", ids) == "reference":
         return reference(distribution, ids, seed, epoch, height, width)
     numbers = _numbers(distribution, height, width)
     seed, epoch = _on_device(seed, ids), _on_device(epoch, ids)
@@ -374,26 +373,3 @@ def _check(ids: Tensor, seed: int | Tensor, epoch: int | Tensor, height: int, wi
 def bytes_moved(num_views: int, num_images: int) -> int:
     """Bytes that must be read and written: the ids once, the table once."""
     return num_images * 8 + num_views * num_images * len(Column) * 4
-
-
-def _build() -> Build:
-    """The blog preset's draw for images of 96x96."""
-    blog = Distribution(
-        scale=(0.2, 1.0), ratio=(3 / 4, 4 / 3), brightness=(0.6, 1.4), contrast=(0.6, 1.4), saturation=(0.6, 1.4),
-        hue=(-0.1, 0.1), jitter_p=0.8, grayscale_p=0.2, flip_p=0.5, blur_sigma=(0.1, 2.0), blur_p=(0.5, 0.5),
-        solarize_p=(0.0, 0.0),
-    )  # fmt: skip
-    pointers = {"ids": "*i64", "seed": "*i64", "epoch": "*i64", "table": "*fp32"}
-    return Build(
-        "draw 96x96",
-        _draw_kernel,
-        {**pointers, "num_images": "i32"},
-        _constants(96, 96, blog.num_views, *_numbers(blog, 96, 96)),
-        aligned=tuple(pointers),
-        num_warps=NUM_WARPS,
-        fp_fusion=False,
-        why="reads ids, writes rows of 13 numbers: 28 KB",
-    )
-
-
-BUILDS = (_build(),)

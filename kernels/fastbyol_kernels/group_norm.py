@@ -21,7 +21,6 @@ Letters: N samples, C channels, H W pixels, G groups, K runs of pixels of a samp
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,7 +30,6 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastbyol_kernels.aot import Build
 from fastbyol_kernels.choice import choose_kernels
 
 EPS = 1e-5
@@ -665,7 +663,14 @@ def _group_norm_backward(
         )  # fmt: skip
     affine = torch.empty((2, c), dtype=torch.float32, device=x.device)
     _sum_rows_kernel[(triton.cdiv(2 * c, SUM_COLUMNS),)](
-        sums, affine, len(sums), 2 * c, BLOCK_R=SUM_ROWS, BLOCK_C=SUM_COLUMNS, num_warps=SUM_WARPS
+        sums,
+        affine,
+        len(sums),
+        2 * c,
+        BLOCK_R=SUM_ROWS,
+        BLOCK_C=SUM_COLUMNS,
+        num_warps=SUM_WARPS,
+        enable_fp_fusion=True,
     )
     return dx, dresidual, affine
 
@@ -703,7 +708,7 @@ def _runs_per_step(plan: Launch) -> int:
 
 
 def _options(plan: Launch) -> dict[str, int]:
-    return {"num_warps": plan.num_warps, "maxnreg": MAX_REGISTERS}
+    return {"num_warps": plan.num_warps, "maxnreg": MAX_REGISTERS, "enable_fp_fusion": True}
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -748,7 +753,7 @@ def group_norm(
     Raises ValueError, naming the argument, for what does not fit.
     """
     _check(x, num_groups, weight, bias, residual)
-    chosen = choose_kernels(kernels, "x", x, interpreted=INTERPRETED, processor=True)
+    chosen = choose_kernels(kernels, "x", x, processor=True)
     if chosen == "reference" or x.ndim == 2:
         return reference(x, num_groups, weight, bias, eps, residual=residual, relu=relu)
     if chosen == "processor" and kernels == "auto" and _misfit(x, weight, bias, residual):
@@ -798,10 +803,6 @@ def _misfit(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None) ->
     return None
 
 
-# Triton decides when a kernel is defined whether calls compile or interpret it.
-INTERPRETED = not isinstance(_forward_kernel, triton.runtime.JITFunction)
-
-
 def bytes_moved(
     shape: tuple[int, int, int, int], element_bytes: int, *, residual: bool = False, relu: bool = False, backward: bool = False
 ) -> int:
@@ -813,64 +814,3 @@ def bytes_moved(
     n, c, h, w = shape
     tensors = (3 + 2 * (residual and relu)) if backward else (2 + residual)
     return n * c * h * w * element_bytes * tensors
-
-
-_ACTIVATIONS = ("x", "residual", "y", "dy", "dx", "dresidual")
-_TABLES = ("weight", "bias", "mean", "rstd", "mean_out", "rstd_out", "sums", "partial", "out")
-_WHY_SUMS = "writes sums, a few per run"
-_WHY_RELU = f"launched with maxnreg={MAX_REGISTERS}: 16 to 44 bytes spilled, outside the loops"
-
-
-def _builds() -> Iterator[Build]:
-    """ResNet-18's launches at 96x96 (torchvision stem, 32 groups), the head's norm and ReLU, and one of the cut samples."""
-    plain, relu, added = (False, False), (False, True), (True, True)
-    for dtype in ("bf16", "fp32"):
-        yield from _build(48, 64, dtype, *relu)
-        yield from (build for flags in (relu, added) for build in _build(24, 64, dtype, *flags))
-        for side, channels in ((12, 128), (6, 256), (3, 512)):
-            yield from (build for flags in (plain, relu, added) for build in _build(side, channels, dtype, *flags))
-    yield from _build(1, 512, "fp32", *relu)
-    yield from _build(112, 64, "bf16", *relu)
-    sizes = {"BLOCK_R": SUM_ROWS, "BLOCK_C": SUM_COLUMNS}
-    yield _known("sums", _sum_rows_kernel, "fp32", sizes, SUM_WARPS, _WHY_SUMS)
-
-
-def _build(side: int, channels: int, dtype: str, residual: bool, relu: bool, num_groups: int = 32) -> Iterator[Build]:
-    name = f"{side}x{side}x{channels} {dtype}" + " +residual" * residual + " +relu" * relu
-    element_bytes = {"bf16": 2, "fp32": 4}[dtype]
-    flags = {"RESIDUAL": residual, "RELU": relu}
-    why = _WHY_RELU if relu and not residual else ""
-
-    plan = launch(side * side, channels, num_groups, element_bytes, 1, MAX_BYTES_FORWARD)
-    known = _constants(plan, channels, num_groups) | flags | {"BLOCK_K": triton.next_power_of_2(plan.num_runs)}
-    if plan.num_runs == 1:
-        yield _known(f"{name} forward", _forward_kernel, dtype, known, plan.num_warps)
-    else:
-        yield _known(f"{name} forward 1", _moments_kernel, dtype, known, plan.num_warps, _WHY_SUMS)
-        yield _known(f"{name} forward 2", _normalise_kernel, dtype, known, plan.num_warps)
-
-    plan = launch(side * side, channels, num_groups, element_bytes, 3 if residual and relu else 2, MAX_BYTES_BACKWARD)
-    known = _constants(plan, channels, num_groups) | flags | {"BLOCK_K": _runs_per_step(plan)}
-    if plan.num_runs == 1:
-        yield _known(f"{name} backward", _backward_kernel, dtype, known, plan.num_warps, why)
-    else:
-        yield _known(f"{name} backward 1", _gradient_sums_kernel, dtype, known, plan.num_warps, _WHY_SUMS)
-        yield _known(f"{name} backward 2", _gradient_kernel, dtype, known, plan.num_warps)
-
-
-def _known(name: str, kernel: Any, dtype: str, known: dict[str, int], num_warps: int, why: str = "") -> Build:
-    types = dict.fromkeys(_ACTIVATIONS, f"*{dtype}") | dict.fromkeys(_TABLES, "*fp32") | {"eps": "fp32"}
-    names = kernel.arg_names
-    return Build(
-        name,
-        kernel,
-        {key: types.get(key, "i32") for key in names},
-        {key: value for key, value in known.items() if key in names},
-        aligned=tuple(key for key in names if types.get(key, "").startswith("*") or key == "num_columns"),
-        num_warps=num_warps,
-        max_registers=None if kernel is _sum_rows_kernel else MAX_REGISTERS,
-        why=why,
-    )
-
-
-BUILDS = tuple(_builds())

@@ -32,16 +32,14 @@ Letters: L elements of a buffer, T of the target, S segments, K chunks, R slots 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastbyol_kernels.aot import Build
 from fastbyol_kernels.choice import choose_kernels
 
 Rule = Literal["sgd", "blog", "deepmind", "bolts"]
@@ -490,10 +488,6 @@ def _row(out, weight_norm, grad_norm, trust, rate, update_norm):
     tl.store(out + 4, update_norm)
 
 
-# Triton decides when a kernel is defined whether calls compile or interpret it.
-INTERPRETED = not isinstance(_sweep_kernel, triton.runtime.JITFunction)
-
-
 @dataclass(frozen=True)
 class Launch:
     """How many sums and flags a program adds up at once, and in how many passes."""
@@ -556,20 +550,21 @@ def _lars_ema(
     fine = torch.empty(triton.cdiv(num_chunks, 16) * 16, dtype=torch.int8, device=online.device)
     layers = torch.empty((num_segments, len(LAYER_METRICS)), dtype=torch.float32, device=online.device)
     cut = {"CHUNK": chunk, "ALIGN": ALIGN}
+    options = {"num_warps": NUM_WARPS, "enable_fp_fusion": True}
     treat = {"RULE": rule, "BOLTS_EPS": BOLTS_EPS, **launch(num_chunks, longest).constants}
     with torch.cuda.device_of(online):
         _norms_kernel[(num_chunks,)](
             online, gradient, chunks, decay, loss_scale, sums, fine, num_chunks,
-            DECAYED=rule == "deepmind", **cut, num_warps=NUM_WARPS,
+            DECAYED=rule == "deepmind", **cut, **options,
         )  # fmt: skip
         _sweep_kernel[(num_chunks,)](
             online, gradient, momentum, target, online_copy, target_copy, chunks, spans, adapt, decay, lr_mult,
             lr, tau, loss_scale, sums, fine, num_chunks, len(target), eta, mu,
-            EMA_FIRST=ema_first, **treat, **cut, num_warps=NUM_WARPS,
+            EMA_FIRST=ema_first, **treat, **cut, **options,
         )  # fmt: skip
         _telemetry_kernel[(num_segments,)](
             spans, adapt, decay, lr_mult, lr, sums, fine, layers, slots, step, skipped,
-            num_chunks, 1 if slots is None else len(slots), eta, **treat, num_warps=NUM_WARPS,
+            num_chunks, 1 if slots is None else len(slots), eta, **treat, **options,
         )  # fmt: skip
     return layers
 
@@ -645,7 +640,7 @@ def lars_ema(
     """
     _check(online, gradient, momentum, target, table, lr, tau, rule, loss_scale)
     _check_outputs(online, target, table, online_copy, target_copy, slots, step, skipped)
-    chosen = choose_kernels(kernels, "online", online, interpreted=INTERPRETED, processor=True)
+    chosen = choose_kernels(kernels, "online", online, processor=True)
     if chosen != "triton":
         layers: Tensor = (on_processor if chosen == "processor" else reference)(
             online, gradient, momentum, target, table, lr, tau,
@@ -745,43 +740,3 @@ def bytes_moved(num_online: int, num_target: int, *, copies: bool = True) -> int
     online = 3 * 4 + 2 * 4 + 4
     target = 2 * 4
     return num_online * (online + 2 * copies) + num_target * (target + 2 * copies)
-
-
-def _builds() -> tuple[Build, ...]:
-    """What a step launches, whatever the network: the numbers of chunks and segments are no constants."""
-    floats = ("online", "gradient", "momentum", "target", "decay", "lr_mult", "lr", "tau", "sums", "layers")
-    types = dict.fromkeys(floats, "*fp32") | dict.fromkeys(("chunks", "spans"), "*i32")
-    types |= {"online_copy": "*bf16", "target_copy": "*bf16", "adapt": "*i1", "fine": "*i8", "eta": "fp32", "mu": "fp32"}
-    types |= dict.fromkeys(("num_chunks", "num_target", "num_slots"), "i32")
-    known: dict[str, object] = {"CHUNK": CHUNK, "ALIGN": ALIGN, **launch(2887, 576).constants}
-    known |= {"BOLTS_EPS": BOLTS_EPS, "EMA_FIRST": False}
-    known |= dict.fromkeys(("loss_scale", "slots", "step", "skipped"))
-    none = {"online_copy": None, "target_copy": None}
-    first = {"EMA_FIRST": True}
-    norms, telemetry = "stores three numbers per 4096 elements", "five numbers per segment"
-    return (
-        _build("norms", _norms_kernel, types, known | {"DECAYED": False}, NUM_WARPS, norms),
-        _build("norms deepmind", _norms_kernel, types, known | {"DECAYED": True}, NUM_WARPS, norms),
-        *(_build(f"sweep {rule}", _sweep_kernel, types, known | none | {"RULE": rule}, NUM_WARPS) for rule in RULES),
-        *(
-            _build(f"sweep {rule}, EMA first", _sweep_kernel, types, known | none | first | {"RULE": rule}, NUM_WARPS)
-            for rule in RULES
-        ),
-        *(_build(f"sweep {rule} +bf16", _sweep_kernel, types, known | {"RULE": rule}, NUM_WARPS) for rule in RULES),
-        *(
-            _build(f"telemetry {rule}", _telemetry_kernel, types, known | {"RULE": rule}, NUM_WARPS, telemetry)
-            for rule in RULES
-        ),
-    )
-
-
-def _build(
-    name: str, kernel: Any, types: Mapping[str, str], known: Mapping[str, object], num_warps: int, why: str = ""
-) -> Build:
-    names: list[str] = kernel.arg_names
-    constants = {key: value for key, value in known.items() if key in names}
-    aligned = tuple(key for key in names if key not in constants and types[key].startswith("*"))
-    return Build(name, kernel, types, constants, aligned=aligned, num_warps=num_warps, why=why)
-
-
-BUILDS = _builds()

@@ -30,7 +30,7 @@ def max_pool(x: Tensor, *, kernels: str = "auto") -> Tensor:
     "reference" and while torch.compile traces is torch's own. "auto" is the first that can be. There are no Triton kernels:
     "triton" is the reference. Raises ValueError for other words, and for "processor" where x is not on a CPU.
     """
-    chosen = choose_kernels(kernels, "x", x, interpreted=True, processor=True)
+    chosen = choose_kernels(kernels, "x", x, triton=False, processor=True)
     if chosen != "processor" or not _suits(x):
         return reference(x)
     from fastbyol_kernels.max_pool_processor import PlacedMaxPool  # numba: who has a GPU need not wait for it

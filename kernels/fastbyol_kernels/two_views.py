@@ -25,9 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastbyol_kernels.aot import Build
 from fastbyol_kernels.choice import choose_kernels
-from fastbyol_kernels.draw_views import BUILDS as DRAW_BUILDS
 from fastbyol_kernels.two_views_config import JITTER_IDENTITY, JITTER_ORDERS, LUMA, Column
 
 _NO_JITTER = len(JITTER_ORDERS)
@@ -680,10 +678,6 @@ def _store_wide(view, start, limit, padded, CHANNELS: tl.constexpr, BLOCK: tl.co
     tl.store(view + at, tl.reshape(padded, (BLOCK * CHANNELS,)), mask=at < limit * CHANNELS)
 
 
-# Triton decides when a kernel is defined whether calls compile or interpret it.
-INTERPRETED = not isinstance(_crop_kernel, triton.runtime.JITFunction)
-
-
 @dataclass(frozen=True)
 class Launch:
     """How the three kernels are launched for views of one size: pixels of a tile, rows of a band, taps of the resize."""
@@ -800,7 +794,7 @@ def two_views(
     _check_table(images, table, len(images) if indices is None else len(indices))
     _check_settings(size, blur, blur_kernel, dtype)
     _check_layout(size, channels)
-    chosen = choose_kernels(kernels, "images", images, interpreted=INTERPRETED, processor=True)
+    chosen = choose_kernels(kernels, "images", images, processor=True)
     if chosen == "processor" and dtype != torch.float64:
         views = _on_processor(images, indices, table, size, blur, blur_kernel, mean, std, dtype)
         return views if channels == 3 else _lay_out(views, channels)
@@ -927,46 +921,3 @@ def bytes_moved(
     """Bytes that must be read and written: every image once, the table once, every view once with all that is stored."""
     stored = math.prod(_stored_shape(num_views * num_images, size, channels))
     return num_images * height * width * 3 + num_views * num_images * len(Column) * 4 + stored * element_bytes
-
-
-_POINTERS = {
-    "images": "*u8", "indices": "*i64", "table": "*fp32", "sums": "*fp32", "num_resident": "i32", "num_images": "i32"
-}  # fmt: skip
-_WHY_GATHER = "gathers bytes: bilinear taps of 3-byte pixels"
-_WHY_SHIFTED = "the pass along rows loads single values: its taps are shifted"
-_WHY_PACKED = "6 bytes a pixel: no power of two; 4 channels store 16"
-
-
-def _builds() -> Iterator[Build]:
-    """The blog preset's views at 96x96: as torch stores images, and as stems like them."""
-    for dtype, channels in (("bf16", 3), ("bf16", 4), ("bf16", 8), ("bf16", SPACE_TO_DEPTH), ("fp32", 3), ("fp32", 4)):
-        plan = launch(96, 96, 96, False)
-        constants = _constants(plan, 96, 96, 96, channels, indexed=True, kernel=9)
-        packed = _WHY_PACKED if channels not in (4, 8) else ""
-        for name, kernel, block, why in (
-            ("crop", _crop_kernel, plan.crop_block, _WHY_GATHER),
-            ("contrast", _contrast_kernel, plan.block, packed),
-            ("blur", _blur_kernel, plan.block, "; ".join(filter(None, (_WHY_SHIFTED, packed)))),
-        ):
-            yield _build(f"{name} {dtype} x{channels}", kernel, dtype, _known(kernel, constants, block), why)
-    for dtype in ("bf16", "fp32"):
-        plan = launch(96, 96, 96, False)
-        known = _known(_crop_kernel, _constants(plan, 96, 96, 96, 3, indexed=False, kernel=9), plan.crop_block)
-        yield _build(f"crop of a batch {dtype} x3", _crop_kernel, dtype, known, _WHY_GATHER)
-        plan = launch(224, 160, 96, False)
-        known = _known(_crop_kernel, _constants(plan, 224, 160, 96, 3, indexed=False, kernel=9), plan.crop_block)
-        yield _build(f"crop, 224x160 to 96 {dtype} x3", _crop_kernel, dtype, known, _WHY_GATHER)
-    plan = launch(96, 96, 96, True)
-    known = _known(_blur_kernel, _constants(plan, 96, 96, 96, 3, indexed=True, kernel=0), plan.block)
-    yield _build("pil blur bf16 x3", _blur_kernel, "bf16", known, f"{_WHY_SHIFTED}; {_WHY_PACKED}")
-
-
-def _build(name: str, kernel: Any, dtype: str, constants: dict[str, Any], why: str) -> Build:
-    staged = "*u16" if dtype == "bf16" else "*fp32"
-    types = {**_POINTERS, "scratch": staged, "other": staged, "out": f"*{dtype}"}
-    signature = {arg: types.get(arg, "fp32") for arg in kernel.arg_names if arg not in constants}
-    pointers = tuple(arg for arg, kind in signature.items() if kind.startswith("*"))
-    return Build(name, kernel, signature, constants, aligned=pointers, num_warps=NUM_WARPS, why=why)
-
-
-BUILDS = (*_builds(), *DRAW_BUILDS)

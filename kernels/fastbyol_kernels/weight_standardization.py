@@ -13,7 +13,7 @@ and 7x7x3) start on odd elements, so they move one element at a time, several ro
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -23,7 +23,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastbyol_kernels.aot import Build
 from fastbyol_kernels.choice import choose_kernels
 
 EPS = 1e-5
@@ -48,10 +47,7 @@ def weight_standardization(weight: Tensor, eps: float = EPS, *, kernels: str = "
     ``kernels``: "auto" and "processor" take machine code for fp32 on a CPU, once differentiable, unless torch.compile traces;
     all else is plain torch, "triton" as well, whose kernels take a network at a time.
     """
-    if (
-        kernels != "triton"
-        and choose_kernels(kernels, "weight", weight, interpreted=INTERPRETED, processor=True) == "processor"
-    ):
+    if kernels != "triton" and choose_kernels(kernels, "weight", weight, processor=True) == "processor":
         rows_lie_together = weight.is_contiguous() or (
             weight.ndim == 4 and weight.is_contiguous(memory_format=torch.channels_last)
         )
@@ -357,6 +353,7 @@ SHORT = 256
 # Elements of a gap that one program zeroes.
 GAP = 4096
 NUM_WARPS = 4
+_OPTIONS = {"num_warps": NUM_WARPS, "enable_fp_fusion": True}
 _TILES = {"BLOCK": BLOCK, "ROWS": ROWS, "COLUMNS": COLUMNS, "SIZE": GAP}
 
 
@@ -420,9 +417,7 @@ def _launch_forward(
     for name, tensor in (("copy", copy), ("flat", flat)):
         _check_start(name, tensor)
     num_short, grid = _programs(rows, num_long, num_gaps)
-    _forward_kernel[grid](
-        flat, copy, means, stds, rows, gaps, num_long, len(rows), num_short, eps, **_TILES, num_warps=NUM_WARPS
-    )
+    _forward_kernel[grid](flat, copy, means, stds, rows, gaps, num_long, len(rows), num_short, eps, **_TILES, **_OPTIONS)
 
 
 @torch.library.custom_op("fastbyol::standardize_rows_backward", mutates_args=())
@@ -466,7 +461,7 @@ def _launch_backward(
         _check_start(name, tensor)
     num_short, grid = _programs(rows, num_long, num_gaps)
     _backward_kernel[grid](
-        gradient, flat, means, stds, out, rows, gaps, num_long, len(rows), num_short, eps, **_TILES, num_warps=NUM_WARPS
+        gradient, flat, means, stds, out, rows, gaps, num_long, len(rows), num_short, eps, **_TILES, **_OPTIONS
     )
 
 
@@ -593,7 +588,7 @@ def _row_statistics(flat: Tensor, table: RowTable) -> tuple[Tensor, Tensor]:
 
 def _choose(flat: Tensor, dtype: torch.dtype, kernels: str) -> str:
     """A CPU takes what its kernels do not know, such as a copy in fp16, in plain torch unless they were asked for."""
-    chosen = choose_kernels(kernels, "flat", flat, interpreted=INTERPRETED, processor=True)
+    chosen = choose_kernels(kernels, "flat", flat, processor=True)
     known = flat.dtype == torch.float32 and dtype in (torch.float32, torch.bfloat16)
     return "reference" if chosen == "processor" and kernels == "auto" and not known else chosen
 
@@ -635,10 +630,6 @@ def _check_start(name: str, tensor: Tensor) -> None:
         raise ValueError(f"{name} must start on a multiple of 16 bytes: the kernel moves that many at a time")
 
 
-# Triton decides when a kernel is defined whether calls compile or interpret it.
-INTERPRETED = not isinstance(_forward_kernel, triton.runtime.JITFunction)
-
-
 def bytes_moved(table: RowTable, copy_bytes: int, *, backward: bool = False) -> int:
     """Bytes one pass must read and write if every element crosses the memory bus once (the statistics, 8 a row, left out).
 
@@ -646,16 +637,3 @@ def bytes_moved(table: RowTable, copy_bytes: int, *, backward: bool = False) -> 
     fp32 gradient out.
     """
     return int(table.rows[:, 1].sum()) * (copy_bytes + 4 + 4 * backward)
-
-
-def _builds() -> Iterator[Build]:
-    for dtype in ("bf16", "fp32"):
-        types = dict.fromkeys(("flat", "out", "means", "stds"), "*fp32") | dict.fromkeys(("copy", "gradient"), f"*{dtype}")
-        types |= dict.fromkeys(("table", "gaps"), "*i64") | {"eps": "fp32"}
-        for name, kernel in (("forward", _forward_kernel), ("backward", _backward_kernel)):
-            pointers = tuple(key for key in kernel.arg_names if types.get(key, "").startswith("*"))
-            signature = {key: types.get(key, "i32") for key in kernel.arg_names}
-            yield Build(f"rows {dtype} {name}", kernel, signature, _TILES, aligned=pointers, num_warps=NUM_WARPS)
-
-
-BUILDS = tuple(_builds())

@@ -150,7 +150,7 @@ def test_the_switch_says_what_cannot_be(monkeypatch: pytest.MonkeyPatch) -> None
         pick("processor", cpu, torch.float64)
     with pytest.raises(UsageError, match=r"engine\.kernels: triton has no kernels for fp64"):
         pick("triton", cuda, torch.float64)
-    monkeypatch.setattr(device_module, "INTERPRETED", False)
+    monkeypatch.setattr("fastbyol_kernels.choice.TRITON_ON_CPU", False)
     with pytest.raises(UsageError, match=r"engine\.kernels: triton needs CUDA, train\.device is cpu"):
         pick("triton", cpu, torch.float32)
 

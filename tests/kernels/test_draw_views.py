@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -86,16 +87,20 @@ def test_empty_batch(device: torch.device) -> None:
 def test_no_float64_operation_is_contracted() -> None:
     """The PTX that a GPU gets holds each product and sum with its own rounding, which ptxas has to respect."""
     code = (
-        "import triton\nfrom triton.backends.compiler import GPUTarget\nfrom triton.compiler import ASTSource\n"
-        "from fastbyol_kernels.draw_views import BUILDS\nbuild = BUILDS[0]\n"
-        "kinds = {a: build.signature.get(a, 'constexpr') for a in build.kernel.arg_names}\n"
-        "source = ASTSource(fn=build.kernel, signature=kinds, constexprs=dict(build.constants))\n"
-        "options = {'num_warps': 4, 'enable_fp_fusion': False}\n"
-        "print(triton.compile(source, target=GPUTarget('cuda', 90, 32), options=options).asm['ptx'])"
+        "import torch\nfrom fastbyol_kernels import ahead_of_time\nfrom test_draw_views import UNEVEN, draw_views\n"
+        "with ahead_of_time.recording(90) as launches:\n"
+        "    draw_views(UNEVEN, torch.arange(8), seed=1, epoch=2, height=96, width=96, kernels='triton')\n"
+        "print(launches[0].compiled.asm['ptx'])"
     )
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True, timeout=300
+        [sys.executable, "-c", code],
+        cwd=Path(__file__).parent,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=300,
     )
     used = set(re.findall(r"\b((?:add|sub|mul|fma|div|sqrt)\.[a-z0-9.]*f64)\b", done.stdout))
     assert {"add.rn.f64", "mul.rn.f64", "div.rn.f64", "sqrt.rn.f64"} <= used
@@ -135,7 +140,7 @@ def test_wrong_arguments_are_named(argument: str, value: object) -> None:
 
 
 def test_kernels_on_a_cpu_need_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(op, "INTERPRETED", False)
+    monkeypatch.setattr("fastbyol_kernels.choice.TRITON_ON_CPU", False)
     with pytest.raises(ValueError, match="TRITON_INTERPRET"):
         draw_views(UNEVEN, torch.arange(3), seed=0, epoch=0, height=8, width=8, kernels="triton")
 

@@ -437,7 +437,7 @@ def test_bad_input_names_the_argument(device: torch.device, monkeypatch: pytest.
         with pytest.raises(ValueError, match=names):
             call(**wrong)  # type: ignore[arg-type]
     if not x.is_cuda:
-        monkeypatch.setattr(module, "INTERPRETED", False)
+        monkeypatch.setattr("fastbyol_kernels.choice.TRITON_ON_CPU", False)
         with pytest.raises(ValueError, match="TRITON_INTERPRET"):
             call()
 

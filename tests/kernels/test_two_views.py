@@ -513,6 +513,6 @@ def test_wrong_arguments_of_the_kernels_are_named(device: torch.device, monkeypa
     with pytest.raises(ValueError, match=r"^channels .* even size"):
         two_views(**{**good, "size": 7, "channels": 12})
     if not pixels.is_cuda:
-        monkeypatch.setattr(op, "INTERPRETED", False)
+        monkeypatch.setattr("fastbyol_kernels.choice.TRITON_ON_CPU", False)
         with pytest.raises(ValueError, match="TRITON_INTERPRET"):
             two_views(**good)

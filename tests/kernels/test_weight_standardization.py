@@ -11,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fastbyol_kernels import weight_standardization as module
 from fastbyol_kernels.weight_standardization import (
     EPS,
     RowTable,
@@ -375,7 +374,7 @@ def test_bad_input_names_the_argument(device: torch.device, monkeypatch: pytest.
         with pytest.raises(ValueError, match=message):
             standardize_rows_backward_into(*arguments, table, kernels="triton")
     if not flat.is_cuda:
-        monkeypatch.setattr(module, "INTERPRETED", False)
+        monkeypatch.setattr("fastbyol_kernels.choice.TRITON_ON_CPU", False)
         with pytest.raises(ValueError, match="TRITON_INTERPRET"):
             call()
 

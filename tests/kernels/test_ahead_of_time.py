@@ -1,0 +1,112 @@
+"""Kernels are compiled as they would be launched, without a GPU, and nothing of it remains."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from fastbyol_kernels import ahead_of_time
+
+
+def compiling(code: str) -> str:
+    """What ``code`` prints in a process of its own, since interpreted kernels cannot be compiled."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-W", "error", "-c", code]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+STEP = """
+import torch
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+from fastbyol_kernels import ahead_of_time, choice, group_norm
+
+x = torch.zeros(4, 64, 24, 24, dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last).requires_grad_()
+weight, bias = torch.ones(64, requires_grad=True), torch.zeros(64, requires_grad=True)
+kernels = (group_norm._forward_kernel, group_norm._backward_kernel, group_norm._sum_rows_kernel)
+
+def step():
+    group_norm.group_norm(x, 32, weight, bias, relu=True, kernels="triton").sum().backward()
+"""
+
+RECORDED = """
+plan = group_norm.launch(576, 64, 32, 2, 1, group_norm.MAX_BYTES_FORWARD)
+back = group_norm.launch(576, 64, 32, 2, 2, group_norm.MAX_BYTES_BACKWARD)
+expected = [
+    ("_forward_kernel", (4 * 64 // plan.slab, 1, 1), plan.num_warps),
+    ("_backward_kernel", (4 * 64 // back.slab, 1, 1), back.num_warps),
+    ("_sum_rows_kernel", (128 // group_norm.SUM_COLUMNS, 1, 1), group_norm.SUM_WARPS),
+]
+for architecture in (80, 90):
+    with ahead_of_time.recording(architecture) as launches:
+        step()
+        step()
+    assert [(launch.name, launch.grid, launch.num_warps) for launch in launches] == 2 * expected
+    assert {launch.module for launch in launches} == {"fastbyol_kernels.group_norm"}
+    for first, second in zip(launches[:3], launches[3:], strict=True):
+        assert first.compiled is second.compiled
+        assert f".target sm_{architecture}" in first.compiled.asm["ptx"]
+        assert first.compiled.asm["cubin"]
+        assert ahead_of_time.resources(first.compiled.asm["ptx"]).registers <= group_norm.MAX_REGISTERS
+    # Left to itself Triton takes three, which is what a launch that does not ask for stages gets.
+    assert {launch.num_stages for launch in launches} == {3}
+"""
+
+RESTORED = """
+before = driver._active, JITFunction.run, choice.TRITON_ON_CPU
+kernels[0].device_caches["kept"] = "compiled before"
+for _ in range(2):
+    try:
+        with ahead_of_time.recording(90) as outer:
+            step()
+            with ahead_of_time.recording(80) as inner:
+                step()
+            step()
+            1 / 0
+    except ZeroDivisionError:
+        pass
+    assert (len(outer), len(inner)) == (6, 3)
+    assert [launch.compiled.metadata.target.arch for launch in outer] == 6 * [90]
+    assert [launch.compiled.metadata.target.arch for launch in inner] == 3 * [80]
+    assert (driver._active, JITFunction.run, choice.TRITON_ON_CPU) == before
+    assert dict(kernels[0].device_caches) == {"kept": "compiled before"}
+    assert not kernels[1].device_caches
+try:
+    step()
+except ValueError as error:
+    print(error)
+"""
+
+
+def test_launches_are_recorded_as_they_would_be_made() -> None:
+    compiling(STEP + RECORDED)
+
+
+def test_all_is_as_it_was_afterwards() -> None:
+    assert "needs CUDA tensors" in compiling(STEP + RESTORED)
+
+
+def test_interpreted_kernels_are_refused() -> None:
+    refused = "try:\n    ahead_of_time.recording(90).__enter__()\nexcept RuntimeError as error:\n    print(error)"
+    code = f"import os; os.environ['TRITON_INTERPRET'] = '1'\nfrom fastbyol_kernels import ahead_of_time\n{refused}"
+    assert "start a process without it" in compiling(code)
+
+
+@pytest.mark.parametrize(
+    ("instruction", "ptx", "bits"),
+    [
+        ("ld", "ld.global.v4.b32 {%r1, %r2, %r3, %r4}, [ %rd1 + 0 ];", 128),
+        ("ld", "ld.global.L1::evict_first.v2.b32 {%r1, %r2}, [ %rd1 + 0 ];\nld.global.b16 %rs1, [ %rd1 ];", 64),
+        ("ld", "cp.async.cg.shared.global [ %r1 + 0 ], [ %rd1 + 0 ], 0x10, %r2;", 128),
+        ("ld", "cp.async.ca.shared.global [ %r1 + 0 ], [ %rd1 + 0 ], 4, 4;", 32),
+        ("st", "st.global.v2.b64 [ %rd1 ], {%rd2, %rd3};\nst.shared.v4.b32 [ %r1 ], {%r2};", 128),
+        ("st", "ld.global.b32 %r1, [ %rd1 ];", 0),
+    ],
+)
+def test_the_widest_access_is_read_off_the_ptx(instruction: str, ptx: str, bits: int) -> None:
+    assert ahead_of_time._widest(ptx, instruction) == bits

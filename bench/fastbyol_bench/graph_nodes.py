@@ -54,7 +54,7 @@ class Node(NamedTuple):
     name: str
 
 
-class NodeCounter(TorchDispatchMode):
+class NodeCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts in ``nodes`` what operations would launch on CUDA while the mode is on.
 
     Tensors are on the CPU. Our operations are entered, so that what they allocate and fill is counted as well. Raises
@@ -62,7 +62,7 @@ class NodeCounter(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.nodes: Counter[Node] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -160,7 +160,8 @@ def of_step(state: TrainState, config: Config, batch: int, architecture: int) ->
     take = Eager(state, config, stand_in)
     with recording(architecture) as ours, NodeCounter() as counter:
         take(images, epoch)
-    return counter.nodes + _launched(ours)
+    total: Counter[Node] = counter.nodes + _launched(ours)
+    return total
 
 
 class Operation(NamedTuple):
@@ -183,7 +184,7 @@ def of_operations(region: fx.Graph, architecture: int) -> dict[str, Operation]:
         args, kwargs = tree_map_only(fx.Node, lambda n: tree_map_only(Tensor, _like, n.meta["val"]), (node.args, node.kwargs))
         with recording(architecture) as ours, NodeCounter() as counter:
             node.target(*args, **kwargs)
-        name = node.target.name().replace("::", ".")
+        name = str(node.target).rsplit(".", 1)[0]
         before = found.get(name, Operation(0, Counter()))
         found[name] = Operation(before.calls + 1, before.nodes + counter.nodes + _launched(ours))
     return found

@@ -28,11 +28,15 @@ LAUNCHES_NOTHING = frozenset(
 
 
 class Kernel(NamedTuple):
-    """A Triton kernel: pointwise, reduction, persistent_reduction ..., and the GB that a launch moves as Inductor counts."""
+    """A Triton kernel: pointwise, reduction, persistent_reduction ..., and the GB that a launch moves as Inductor counts.
+
+    ``atomic``: whether it adds atomically, so that the bits of its results depend on the order of its programs.
+    """
 
     name: str
     kind: str
     gb: float
+    atomic: bool = False
 
 
 class External(NamedTuple):
@@ -103,7 +107,8 @@ def _kernel(name: str, source: str) -> Kernel:
         if isinstance(decorator, ast.Call) and ast.unparse(decorator.func).startswith("triton_heuristics."):
             (meta,) = (keyword.value for keyword in decorator.keywords if keyword.arg == "inductor_meta")
             assert isinstance(meta, ast.Dict)
-            for key, value in zip(meta.keys, meta.values, strict=True):
-                if isinstance(key, ast.Constant) and key.value == "kernel_num_gb":
-                    return Kernel(name, ast.unparse(decorator.func).split(".")[-1], float(ast.literal_eval(value)))
+            said = {ast.unparse(key): value for key, value in zip(meta.keys, meta.values, strict=True) if key is not None}
+            if (gb := said.get("'kernel_num_gb'")) is not None:
+                kind, atomic = ast.unparse(decorator.func).split(".")[-1], said.get("'atomic_add_found'")
+                return Kernel(name, kind, float(ast.literal_eval(gb)), atomic is not None and bool(ast.literal_eval(atomic)))
     raise ValueError(f"Inductor's kernel {name} does not say how many GB it moves: lower it with profile_bandwidth")

@@ -87,9 +87,13 @@ class External(Frozen):
 
 
 class Region(Frozen):
-    """A compiled region: Inductor's kernels by kind, and other code that it calls, by name."""
+    """A compiled region: Inductor's kernels by kind, and other code that it calls, by name.
+
+    ``atomic`` of the launches add atomically: where there are any, a step's bits are not the same every time.
+    """
 
     launches: NonNegativeInt
+    atomic: NonNegativeInt
     gb: NonNegativeFloat
     overlap_gb: NonNegativeFloat
     kinds: dict[str, Kind]
@@ -314,6 +318,7 @@ def _region(text: str, overlap_gb: float, operations: Mapping[str, Operation]) -
         kinds[kind] = Kind(launches=len(gb), gb=_gb(gb))
     return Region(
         launches=len(code.kernels),
+        atomic=sum(kernel.atomic for kernel in code.kernels),
         gb=_gb(kind.gb for kind in kinds.values()),
         overlap_gb=_gb([overlap_gb]),
         kinds=kinds,

@@ -17,7 +17,7 @@ triton_poi_fused_relu_0 = async_compile.triton('triton_poi_fused_relu_0', '''
 import triton
 @triton_heuristics.pointwise(
     size_hints={'x': 1024},
-    inductor_meta={'kernel_name': 'triton_poi_fused_relu_0', 'num_load': 1, 'kernel_num_gb': 0.25},
+    inductor_meta={'kernel_name': 'triton_poi_fused_relu_0', 'atomic_add_found': False, 'kernel_num_gb': 0.25},
     min_elem_per_thread=0
 )
 @triton.jit
@@ -28,7 +28,7 @@ def triton_poi_fused_relu_0(in_ptr0, out_ptr0, xnumel, XBLOCK : tl.constexpr):
 triton_red_fused_sum_1 = async_compile.triton('triton_red_fused_sum_1', '''
 @triton_heuristics.reduction(
     size_hints={'x': 64, 'r0_': 512},
-    inductor_meta={'kernel_num_gb': 0.5}
+    inductor_meta={'atomic_add_found': True, 'kernel_num_gb': 0.5}
 )
 @triton.jit
 def triton_red_fused_sum_1(in_ptr0, out_ptr0, xnumel, r0_numel, XBLOCK : tl.constexpr):
@@ -64,7 +64,10 @@ class Runner:
 def benchmark_compiled_module(args, times=10, repeat=10):
     return print_performance(lambda: call(list(args)), times=times, repeat=repeat)
 """
-RELU, SUM = Kernel("triton_poi_fused_relu_0", "pointwise", 0.25), Kernel("triton_red_fused_sum_1", "reduction", 0.5)
+RELU, SUM = (
+    Kernel("triton_poi_fused_relu_0", "pointwise", 0.25),
+    Kernel("triton_red_fused_sum_1", "reduction", 0.5, atomic=True),
+)
 
 
 def test_launches_are_counted_as_they_are_called() -> None:

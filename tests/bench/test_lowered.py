@@ -25,6 +25,8 @@ def test_the_figures_are_whole_and_add_up() -> None:
         assert recipe.forward.external["convolution"].nodes == 40
         assert recipe.backward.external["convolution_backward"].nodes == 19 + 20
         assert recipe.kinds["matrix products"] == 6 + 8
+        # A resumed run is the same bit for bit only where nothing is added in any order.
+        assert recipe.forward.atomic == recipe.backward.atomic == 0
         assert recipe.outside["autograd"] == {"add_": 72}  # 20 convolutions, 22 norms of two, 4 linear layers of two
 
 
@@ -106,6 +108,7 @@ def test_code_and_nodes_are_put_together() -> None:
         "pointwise": lowered.Kind(launches=2, gb=0.5),
         "reduction": lowered.Kind(launches=1, gb=0.5),
     }
+    assert (recipe.forward.atomic, recipe.backward.atomic) == (1, 0)
     assert recipe.ours == {"norm": {"kernel": 2, "clone": 1}}
 
 

@@ -19,13 +19,13 @@ from __future__ import annotations
 import argparse
 import itertools
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from importlib import import_module
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import triton
@@ -47,6 +47,8 @@ ARCHITECTURES = (80, 90)
 LISTED = 90
 WIDE_BITS = 128  # the most that an instruction moves for a thread
 MINOR = ".".join(triton.__version__.split(".")[:2])
+
+Made = TypeVar("Made")
 
 
 @dataclass(frozen=True)
@@ -157,7 +159,7 @@ def _unfilled(like: torch.Tensor) -> torch.Tensor:
 
 
 class Row(NamedTuple):
-    """A launch, what its kernel costs, and the excuse for spills and narrow accesses."""
+    """A launch as the tables show it."""
 
     op: str
     kernel: str
@@ -166,30 +168,44 @@ class Row(NamedTuple):
     num_stages: int
     shared_bytes: int
     build: str
-    cost: Resources
+
+    @staticmethod
+    def of(launch: Launch) -> Row:
+        """Return the row of ``launch``."""
+        return Row(
+            op=launch.module.rpartition(".")[2],
+            kernel=launch.name.removeprefix("_").removesuffix("_kernel"),
+            grid=launch.grid,
+            num_warps=launch.num_warps,
+            num_stages=launch.num_stages,
+            shared_bytes=launch.shared_bytes,
+            build=launch.build,
+        )
+
+
+class Cost(NamedTuple):
+    """A kernel, here with the grid of its first launch, its cost, and the excuse for its flaws."""
+
+    row: Row
+    resources: Resources
     why: str
 
 
-def rows(step: Step, architecture: int) -> list[Row]:
+def listed(step: Step, architecture: int) -> list[Row]:
     """Return the launches of ``step`` in order, on ``sm_<architecture>``."""
-    launches = step.launches(architecture)
-    compiled = {id(launch.compiled): launch.compiled for launch in launches}
-    costs = {key: resources(kernel.asm["ptx"]) for key, kernel in compiled.items()}
-    return [_row(launch, costs[id(launch.compiled)]) for launch in launches]
+    return [Row.of(launch) for launch in step.launches(architecture)]
 
 
-def _row(launch: Launch, cost: Resources) -> Row:
-    return Row(
-        op=launch.module.rpartition(".")[2],
-        kernel=launch.name.removeprefix("_").removesuffix("_kernel"),
-        grid=launch.grid,
-        num_warps=launch.num_warps,
-        num_stages=launch.num_stages,
-        shared_bytes=launch.shared_bytes,
-        build=launch.build,
-        cost=cost,
-        why=_why(launch, cost),
-    )
+def costed(step: Step, architecture: int) -> list[Cost]:
+    """Return the cost of every kernel that ``step`` launches on ``sm_<architecture>``."""
+    kernels: dict[int, Launch] = {}
+    for launch in step.launches(architecture):
+        kernels.setdefault(id(launch.compiled), launch)
+    costs = []
+    for launch in kernels.values():
+        cost = resources(launch.compiled.asm["ptx"])
+        costs.append(Cost(Row.of(launch), cost, _why(launch, cost)))
+    return costs
 
 
 def _why(launch: Launch, cost: Resources) -> str:
@@ -201,25 +217,25 @@ def _why(launch: Launch, cost: Resources) -> str:
     return "; ".join(filter(None, excuses))
 
 
-def measured(architectures: Sequence[int]) -> dict[tuple[int, int], list[Row]]:
-    """Return the rows of all steps by number and architecture, made by a process per cpu."""
+def _of_steps(work: Callable[[Step, int], list[Made]], architectures: Sequence[int]) -> dict[tuple[int, int], list[Made]]:
+    """What ``work`` makes of all steps, by number and architecture, in a process per cpu."""
     # The long ones first.
     keys = list(itertools.product(reversed(range(len(STEPS))), architectures))
     num_processes = min(os.cpu_count() or 1, len(keys))
     with ProcessPoolExecutor(num_processes, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
-        found = pool.map(rows, [STEPS[number] for number, _ in keys], [sm for _, sm in keys])
-        return dict(sorted(zip(keys, found, strict=True)))
+        made = pool.map(work, [STEPS[number] for number, _ in keys], [sm for _, sm in keys])
+        return dict(sorted(zip(keys, made, strict=True)))
 
 
-def launch_table(found: Mapping[tuple[int, int], Sequence[Row]]) -> str:
+def launch_table() -> str:
     """Return the launches of each step in order; ``times`` counts equal ones in a row."""
     lines = [f"triton {MINOR}", f"sm_{LISTED}"]
-    for number, step in enumerate(STEPS):
-        made = found[number, LISTED]
+    for (number, _), rows in _of_steps(listed, (LISTED,)).items():
+        step = STEPS[number]
         images = f"{step.num_images} images of {step.height} x {step.width}"
         head = ("op", "kernel", "grid", "times", "warps", "stages", "shared B", "build")
-        lines += ["", f"{step.title}; {images}: {len(made)} launches", _LAUNCH.format(*head)]
-        for row, equal in itertools.groupby(made):
+        lines += ["", f"{step.title}; {images}: {len(rows)} launches", _LAUNCH.format(*head)]
+        for row, equal in itertools.groupby(rows):
             grid = " x ".join(map(str, row.grid)).removesuffix(" x 1").removesuffix(" x 1")
             figures = (len(list(equal)), row.num_warps, row.num_stages, row.shared_bytes)
             lines.append(_LAUNCH.format(row.op, row.kernel, grid, *figures, row.build))
@@ -229,15 +245,15 @@ def launch_table(found: Mapping[tuple[int, int], Sequence[Row]]) -> str:
 _LAUNCH = "{:23}{:14}{:>11}{:>6}{:>6}{:>7}{:>9}  {}"
 
 
-def resource_table(found: Mapping[tuple[int, int], Sequence[Row]]) -> str:
+def resource_table() -> str:
     """Return what each kernel of any step costs, a line for each architecture."""
     lines: dict[tuple[str, str, str], dict[str, None]] = {}
-    for (_, architecture), made in found.items():
-        for row in made:
-            cost = (row.cost.registers, row.cost.spill_bytes, row.shared_bytes)
-            figures = (row.num_warps, row.num_stages, *cost, row.cost.load_bits, row.cost.store_bits)
-            build = f"{row.build} ({row.why})" if row.why else row.build
-            line = _RESOURCES.format(row.op, row.kernel, f"sm_{architecture}", *figures, build)
+    for (_, architecture), costs in _of_steps(costed, ARCHITECTURES).items():
+        for row, found, why in costs:
+            figures = (row.num_warps, row.num_stages, found.registers, found.spill_bytes)
+            widths = (row.shared_bytes, found.load_bits, found.store_bits)
+            build = f"{row.build} ({why})" if why else row.build
+            line = _RESOURCES.format(row.op, row.kernel, f"sm_{architecture}", *figures, *widths, build)
             lines.setdefault((row.op, row.kernel, row.build), {})[line] = None
     head = ("warps", "stages", "regs", "spill B", "shared B", "load b", "store b")
     title = _RESOURCES.format("op", "kernel", "arch", *head, "build (why it spills or moves narrow words)")
@@ -259,8 +275,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m fastbyol_bench.launches")
     parser.add_argument("--write", action="store_true", help="renew the tables in kernels/")
     write = parser.parse_args().write
-    found = measured(ARCHITECTURES)
-    for table, text in (("LAUNCHES", launch_table(found)), ("RESOURCES", resource_table(found))):
+    for table, text in (("LAUNCHES", launch_table()), ("RESOURCES", resource_table())):
         print(text)
         if write:
             kept(table).write_text(text)

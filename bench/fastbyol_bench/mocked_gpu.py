@@ -5,8 +5,8 @@ the CPU. Inside ``mocked_h100`` a device "cuda" seems to be there, and ``lower``
 graphs over fake tensors of that device. Nothing is allocated there, compiled by Triton, or run.
 
 Where this may differ from a real GPU: autograd cannot go backward through tensors of a device without a driver, so the graphs
-are traced on the CPU and moved afterwards. Both devices share torch's decompositions and the partitioner, but whatever
-Inductor chooses by timing on the card (none of it here, by default) cannot be seen.
+are traced on the CPU and moved afterwards. Both devices share torch's decompositions and the partitioner; what Inductor would
+choose by timing on the card cannot be seen, and does not change which kernels there are.
 
 Process-wide switches are patched and put back, but what torch caches meanwhile stays: use a process of its own.
 """
@@ -233,6 +233,8 @@ def mocked_h100() -> Iterator[None]:
                 "_lazy_init": lambda: None,
                 "get_device_capability": lambda device=None: capability,
                 "get_device_properties": lambda device=None: H100,
+                "get_rng_state": lambda device=None: torch.zeros(16, dtype=torch.uint8),
+                "set_rng_state": lambda state, device=None: None,
                 "device": lambda device: nullcontext(),
                 "_DeviceGuard": lambda device: nullcontext(),
             },
@@ -270,10 +272,8 @@ def mocked_h100() -> Iterator[None]:
         for owner, new in replacements:
             for name, value in new.items():
                 patches.enter_context(mock.patch.object(owner, name, staticmethod(value) if isinstance(owner, type) else value))
-        # profile_bandwidth writes each kernel's GB beside it; caches would keep code that no GPU has seen.
-        patches.enter_context(
-            torch._inductor.config.patch(
-                compile_threads=1, profile_bandwidth=True, fx_graph_cache=False, benchmark_kernel=False
-            )
-        )
+        # profile_bandwidth writes each kernel's GB beside it; caches would keep code that no GPU has seen; a real GPU would be
+        # asked to time kernels where deterministic does not say that a rule decides, as the engine has it there (audit, D12).
+        configured = {"compile_threads": 1, "profile_bandwidth": True, "fx_graph_cache": False, "deterministic": True}
+        patches.enter_context(torch._inductor.config.patch(configured))
         yield

@@ -6,6 +6,8 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 # In a process of their own, because torch remembers what it asked of a device.
 RESTORED = """
 import torch
@@ -63,6 +65,7 @@ def run(code: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_a_gpu_that_is_not_there_gets_code_and_leaves_nothing_patched() -> None:
     forward, backward = run(LOWERED + RESTORED).splitlines()
     pixels, pooled = 64 * 64 * 32 * 32, 64 * 64 * 16 * 16

@@ -43,8 +43,9 @@ class Post:
         views: Iterator[Sequence[Tensor] | Tensor]
         views = resident(self.size, self.batch, device) if self.workers is None else self._made(device)
 
+        images, labels = pictures(self.probed, self.size, seed=1)
+
         def probe() -> float:
-            images, labels = pictures(self.probed, self.size, seed=1)
             features = peer.embed(batch.to(device) for batch in blog_path.plain(images))
             return blog_path.probe(features, labels)
 

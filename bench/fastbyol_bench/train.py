@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib.util
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from fastbyol_bench.ceilings import floor
 from fastbyol_bench.eager_peer import step_flop
 from fastbyol_bench.harness import HostClock, Variant, clock_of, timing
 from fastbyol_bench.own_step import batches_of
-from fastbyol_bench.peer_process import PeerProcess
+from fastbyol_bench.peer_process import PeerProcess, Recipe
 from fastbyol_bench.peers import Post, Tuned
 from fastbyol_bench.pictures import beton, pictures
 from fastbyol_bench.results import Ratio, Row, Timing
@@ -62,12 +62,11 @@ def rows(setting: Setting) -> Iterator[Row]:
         folder = Path(temporary)
         train = beton(folder, count, size)
         workers = 0 if setting.quick else 16 if setting.on_gpu else max(1, torch.get_num_threads())
-        peers = {
-            EAGER: PeerProcess(EAGER, Tuned(size, batch, beton=train), setting.device),
-            BLOG: PeerProcess(BLOG, Post(size, batch, count, workers, probed), setting.device),
+        recipes: dict[str, Recipe] = {
+            EAGER: Tuned(size, batch, beton=train),
+            BLOG: Post(size, batch, count, workers, probed),
         }
-        for peer in peers.values():
-            opened.enter_context(peer)
+        peers = {key: opened.enter_context(PeerProcess(key, peer, setting.device)) for key, peer in recipes.items()}
         sides = Sides(setting, train, size, batch)
         opened.callback(sides.loader.close)
         steps = sides.steps(name, peers, workers)
@@ -78,11 +77,11 @@ def rows(setting: Setting) -> Iterator[Row]:
         fast, num_epochs = fast_precision(setting.device), WHOLE_EPOCHS if setting.on_gpu else ENDED_EPOCHS
         config = real_epochs.config(fast, setting.device, size=size, batch=batch, epochs=num_epochs)
         if setting.on_gpu:
-            ours = [(images, _whole(setting, config, folder, images)) for images in EPOCHS]
+            ours = ((images, _whole(setting, config, folder, images)) for images in EPOCHS)
         else:
             end = _end(setting, config, folder, size=size, batch=batch, probed=probed)
             yield end
-            ours = [(images, _assembled(steps[0], end, images, batch)) for images in EPOCHS]
+            ours = ((images, _assembled(steps[0], end, images, batch)) for images in EPOCHS)
         for images, row in ours:
             yield row
             yield _posts_epoch(row, steps, probes, images // batch)
@@ -108,7 +107,8 @@ class Sides:
         self.engines: dict[str, capture.Engine] = {}
         for name, state in self.states.items():
             engine = capture.engine(state, self.configs[name], choice)
-            engine.prepare(next(self.loader.epoch(0)), 0)
+            with closing(self.loader.epoch(0)) as upcoming:
+                engine.prepare(next(upcoming), 0)
             self.engines[name] = engine
         self.note = f"precision {fast}; steps by {self.engines[FAST].mode}; resident beton"
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
+from fastbyol_bench import peers
 from fastbyol_bench.harness import HostClock, PeerError, Reading
 from fastbyol_bench.peer_process import PeerProcess
 from fastbyol_bench.peers import Post, Tuned
@@ -57,6 +58,14 @@ def test_its_reading_is_its_own(recipe: Post | Tuned) -> None:
             assert reading.cpu_s > 1e-3
             assert reading.wall_s > 1e-3
     assert not multiprocessing.active_children()
+
+
+def test_the_posts_probe_is_timed_without_the_making_of_its_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("sklearn")
+    calls = Post(32, 4, probed=40).open(CPU)
+    monkeypatch.setattr(peers, "pictures", None)
+    # Ten classes of two, embedded by a network that was never trained.
+    assert 0.0 <= calls["probe"]() <= 100.0
 
 
 def test_waiting_is_not_counted() -> None:

@@ -41,6 +41,8 @@ SUITE = "train"
 LIBLINEAR = "scikit-learn's liblinear, one-vs-rest"
 NEEDS_SKLEARN = "scikit-learn (the dev extra)"
 NEEDS_FFCV = "ffcv (make setup)"
+# What the post's code gives its DataLoader. On a cpu, where they would fight with the step, one a core.
+POST_WORKERS = 8
 # The post trained on STL-10's 105,000 images without test labels; 5,000 are its labelled ones alone.
 EPOCHS = (105_000, 5_000)
 # The post probed on STL-10's 8,000 test images, half of them to fit; as many as the probe's row here.
@@ -61,7 +63,7 @@ def rows(setting: Setting) -> Iterator[Row]:
     with tempfile.TemporaryDirectory() as temporary, ExitStack() as opened:
         folder = Path(temporary)
         train = beton(folder, count, size)
-        workers = 0 if setting.quick else 16 if setting.on_gpu else max(1, torch.get_num_threads())
+        workers = 0 if setting.quick else POST_WORKERS if setting.on_gpu else max(1, torch.get_num_threads())
         recipes: dict[str, Recipe] = {
             EAGER: Tuned(size, batch, beton=train),
             BLOG: Post(size, batch, count, workers, probed),

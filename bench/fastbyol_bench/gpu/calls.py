@@ -104,10 +104,10 @@ def _works(options: argparse.Namespace) -> tuple[Job, ...]:
         ("bn", "--cudnn=11"), ("bn", "--cudnn=01"), ("bn", "--combo"), ("gn_ws", "--cudnn=01"), ("bn", "--timed"),
         ("bn", "--cudnn=00"), ("gn_ws", "--cudnn=11"), ("gn_ws", "--combo"),
     )  # fmt: skip
-    # On a CPU a setting changes nothing, and to take its path once is enough.
-    chosen = settings[1:6:2] if options.dry else settings
+    # On a CPU a setting changes nothing, and each option's path is taken once.
+    once = (("bn", "--cudnn=01"), ("bn", "--combo"), ("bn", "--timed"))
     kernels = _own("exactness", "kernels", most_s=150)
-    return (engine("bn"), engine("gn_ws"), kernels, *(engine(*setting) for setting in chosen))
+    return (engine("bn"), engine("gn_ws"), kernels, *(engine(*setting) for setting in (once if options.dry else settings)))
 
 
 def _limits(options: argparse.Namespace) -> tuple[Job, ...]:

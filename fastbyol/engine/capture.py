@@ -9,7 +9,7 @@ device: the batch and the epoch in buffers that stay, the schedules in tables th
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from types import FunctionType
 from typing import Any, NamedTuple, Protocol
@@ -200,8 +200,11 @@ def kept(state: TrainState) -> Iterator[None]:
     saved = {name: tensor.clone() for name, tensor in state.tensors().items()}
     try:
         yield
-    finally:
-        state.load_tensors(saved)
+    except BaseException:
+        with suppress(RuntimeError):  # a device that has failed may refuse, and its first error is the one that counts
+            state.load_tensors(saved)
+        raise
+    state.load_tensors(saved)
 
 
 def record_cuda(work: Callable[[], StepMetrics]) -> tuple[StepMetrics, Callable[[], None]]:

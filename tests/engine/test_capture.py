@@ -358,6 +358,17 @@ def test_a_ctrl_c_of_which_a_compiler_made_another_error_is_no_failed_recording(
         capture.Captured(capture.Eager(*small), failing(error), falls_back=True).prepare(batch_of(0), 0)
 
 
+def test_a_device_that_refuses_more_after_an_error_does_not_hide_it(
+    small: tuple[TrainState, Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(TrainState, "load_tensors", refuse)
+    with pytest.raises(NoGraphError, match="no such operation"):
+        capture.Captured(capture.Eager(*small), failing(FAILURES[0][0]), falls_back=True).prepare(batch_of(0), 0)
+
+
 class BrokenCapture:
     """What torch.cuda.graph does once a captured operation has failed: ending it raises, too."""
 

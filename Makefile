@@ -5,12 +5,13 @@ VENV := .venv
 CONSTRAINTS := constraints.txt
 BIN := $(VENV)/bin
 DEMO := demo
-FLOOR := tests/kernels tests/engine/test_capture.py tests/engine/test_standardized.py tests/engine/test_step.py
+FLOOR := tests/kernels tests/engine/test_capture.py tests/engine/test_standardized.py tests/engine/test_step.py \
+  tests/bench/test_launches.py tests/bench/test_mocked_gpu.py tests/bench/test_kernel_times.py
 # FFCV compiles one small extension against these: 57 packages instead of the 444 behind libopencv-dev.
 DEBIAN := g++ make pkg-config python3-venv python3-dev libopencv-core-dev libopencv-imgproc-dev libturbojpeg0-dev
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: setup demo test lint types unit test-floor floor faults bench figures clean
+.PHONY: setup demo test lint types unit test-floor floor lowered lower faults bench figures clean
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/.ready
@@ -58,12 +59,20 @@ types: setup
 unit: setup
 	$(BIN)/python -m pytest
 
-# The oldest versions that pyproject.toml admits, which is what a machine with a GPU may have: what is compiled and launched there.
+# The oldest versions that pyproject.toml admits, which is what machines with a GPU have: what is compiled and launched there.
+OLDEST := VENV=.venv-floor CONSTRAINTS=constraints-floor.txt
 test-floor:
-	$(MAKE) VENV=.venv-floor CONSTRAINTS=constraints-floor.txt floor
+	$(MAKE) $(OLDEST) floor
 
 floor: setup
 	$(BIN)/python -m pytest $(FLOOR)
+
+# What Inductor makes of a step on an H100, without one: some minutes, with the same versions.
+lowered:
+	$(MAKE) $(OLDEST) lower
+
+lower: setup
+	$(BIN)/python -m fastbyol_bench.lowered
 
 # The faults of tests/faults/README.md at its counts, instead of the seeded few of `make test`.
 faults: setup

@@ -1,4 +1,4 @@
-"""Max pooling on a processor against torch's, bit for bit."""
+"""Max pooling on a processor against torch's: the output bit for bit, the gradient to its roundings."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ def activations(shape: tuple[int, ...], dtype: torch.dtype, *, seed: int = 0, wh
 
 
 def both(x: Tensor, dy: Tensor | None = None) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """Output and gradient of the machine code, and of torch, whose gradient is summed in fp32: in bf16 it rounds every sum."""
+    """Output and gradient of the machine code, and of torch in float64, whose gradient is left in it."""
     found = []
     for kernels in ("processor", "reference"):
-        leaf = (x if kernels == "processor" else x.float()).clone(memory_format=torch.preserve_format).requires_grad_()
+        leaf = (x if kernels == "processor" else x.double()).clone(memory_format=torch.preserve_format).requires_grad_()
         y = ops.max_pool(leaf, kernels=kernels)
         dy = activations(tuple(y.shape), x.dtype, seed=1) if dy is None else dy
         (dx,) = torch.autograd.grad(y, leaf, dy.to(y.dtype))
         assert y.dtype == dx.dtype == leaf.dtype
-        found.append((y.detach().to(x.dtype), dx.to(x.dtype)))
+        found.append((y.detach().to(x.dtype), dx))
     return found[0], found[1]
 
 
@@ -50,9 +50,12 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
 
 
 def check(x: Tensor) -> None:
+    """A pixel lies in four windows at most: three sums in fp32, in whatever order, then one rounding to the dtype."""
     (y, dx), (expected, gradient) = both(x)
     assert same_bits(y, expected)
-    assert torch.equal(dx, gradient)
+    size = both(x, activations(tuple(y.shape), x.dtype, seed=1).abs())[1][1]
+    rounding = 0.0 if x.dtype == torch.float32 else torch.finfo(x.dtype).eps / 2
+    assert bool(((dx.double() - gradient).abs() <= 3 * 2.0**-24 * size + rounding * gradient.abs()).all())
     assert y.is_contiguous(memory_format=torch.channels_last)
     assert dx.is_contiguous(memory_format=torch.channels_last)
 
@@ -105,7 +108,7 @@ def test_gradients_of_any_strides() -> None:
     expected = both(x, dy)[0][1]
     assert torch.equal(both(x, dy.contiguous())[0][1], expected)
     (_, ones), (_, torchs) = both(x, torch.ones(()).expand(4, 16, 5, 5))
-    assert torch.equal(ones, torchs)
+    assert torch.equal(ones.double(), torchs)  # whole numbers
 
 
 def test_everything_else_takes_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -307,7 +307,7 @@ def started(folder: Path, *arguments: object) -> tuple[subprocess.CompletedProce
     """What the command line did as a program on a GPU without graphs, and [process number, *arguments] of its every start."""
     starts = folder / "starts"
     done = subprocess.run(
-        [sys.executable, "-W", "error", no_graph.__file__, *map(str, arguments)],
+        [sys.executable, no_graph.__file__, *map(str, arguments)],
         cwd=folder, env={**os.environ, "NO_GRAPH_STARTS": str(starts)}, capture_output=True, text=True, check=False,
     )  # fmt: skip
     return done, [line.split() for line in starts.read_text().splitlines()]

@@ -6,6 +6,7 @@ Times are seconds, rates images per second. A row is one variant of one piece of
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 from pathlib import Path
 from typing import Any, Literal
@@ -173,7 +174,7 @@ def machine(device: str) -> tuple[Machine, dict[str, Any]]:
 
 
 def commit() -> str | None:
-    """The commit of the source tree, with ``+`` where it was changed; None outside of one."""
+    """Return the commit of the source tree, with ``+`` where it was changed; outside of one $FASTBYOL_COMMIT, or None."""
     root = Path(__file__).resolve().parent
     words = [["rev-parse", "--short=12", "HEAD"], ["status", "--porcelain", "--untracked-files=no"]]
     try:
@@ -181,7 +182,7 @@ def commit() -> str | None:
             subprocess.run(["git", "-C", str(root), *w], capture_output=True, text=True, check=True).stdout for w in words
         )
     except (OSError, subprocess.CalledProcessError):
-        return None
+        return os.environ.get("FASTBYOL_COMMIT")
     return head.strip() + ("+" if changed.strip() else "")
 
 

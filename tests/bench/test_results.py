@@ -104,3 +104,12 @@ def test_writing_leaves_the_old_or_the_new(tmp_path: Path, monkeypatch: pytest.M
         with pytest.raises(SystemExit):
             results.write(result(quick=True), path)
     assert results.read(path) == result()
+
+
+def test_without_git_the_commit_is_the_one_handed_in(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("FASTBYOL_COMMIT", "0123abcd")
+    monkeypatch.setattr(results, "__file__", str(tmp_path / "results.py"))
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    assert results.commit() == "0123abcd"
+    monkeypatch.delenv("FASTBYOL_COMMIT")
+    assert results.commit() is None

@@ -86,9 +86,7 @@ def jobs(call: str, options: argparse.Namespace) -> tuple[Job, ...]:
 
 def _own(module: str, name: str, *words: str, most_s: float, **how: Any) -> Job:
     """Return a job of one of this folder's modules, which all take the file of rows and their own name first."""
-    command = (sys.executable, "-m", f"fastbyol_bench.gpu.{module}", *words[:1] * (module == "runs"))
-    rest = words[1:] if module == "runs" else words
-    return Job(name, (*command, "{rows}", name, *rest, "{dry}"), most_s, **how)
+    return Job(name, (sys.executable, "-m", f"fastbyol_bench.gpu.{module}", "{rows}", name, *words, "{dry}"), most_s, **how)
 
 
 def _works(options: argparse.Namespace) -> tuple[Job, ...]:

@@ -24,6 +24,7 @@ from fastbyol.data.loader import Batch
 from fastbyol.engine import capture
 from fastbyol.engine.step import METRICS, StepMetrics, TrainState
 from fastbyol_bench.gpu.rows import Rows
+from fastbyol_bench.gpu.rows import parser as job_parser
 from fastbyol_bench.kernel_times import Kernel, recorded
 from fastbyol_bench.waterfall import of_kernels
 
@@ -175,15 +176,12 @@ def versions(rows: Rows, device: torch.device) -> None:
 
 def parser() -> argparse.ArgumentParser:
     """Return what reads the command line."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("rows", type=Path)
-    parser.add_argument("job")
+    parser = job_parser()
     parser.add_argument("method", choices=METHODS)
     parser.add_argument("kernels", type=Path)
     parser.add_argument("--cudnn", help="two digits: deterministic, benchmark; default: as the engine sets them")
     parser.add_argument("--combo", action="store_true", help="let Inductor fuse small kernels side by side")
     parser.add_argument("--timed", action="store_true", help="let Inductor choose by timing, which the engine does not")
-    parser.add_argument("--dry", action="store_true")
     return parser
 
 

@@ -13,7 +13,6 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 if __name__ == "__main__" and "--dry" in sys.argv:
     os.environ["TRITON_INTERPRET"] = "1"  # read when kernels are defined, which importing them does
@@ -26,6 +25,7 @@ from fastbyol.data.loader import Batch
 from fastbyol.engine.step import TrainState
 from fastbyol_bench.gpu.engine import Stand
 from fastbyol_bench.gpu.rows import Rows
+from fastbyol_bench.gpu.rows import parser as job_parser
 from fastbyol_bench.harness import Flush
 from fastbyol_bench.kernel_times import recorded
 from fastbyol_kernels import group_norm, lars_ema, two_views
@@ -195,12 +195,9 @@ def _pixels(bench: Bench, batch: Batch, table: Tensor, blur: str) -> None:
 
 def parser() -> argparse.ArgumentParser:
     """Return what reads the command line."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("rows", type=Path)
-    parser.add_argument("job")
+    parser = job_parser()
     parser.add_argument("--small", action="store_true")
     parser.add_argument("--untimed", action="store_true")
-    parser.add_argument("--dry", action="store_true")
     return parser
 
 

@@ -11,7 +11,6 @@ import argparse
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -19,6 +18,7 @@ from torch.nn import functional as F
 
 from fastbyol_bench.ceilings import ceiling
 from fastbyol_bench.gpu.rows import Rows
+from fastbyol_bench.gpu.rows import parser as job_parser
 from fastbyol_bench.harness import Flush, clock_of
 from fastbyol_bench.kernel_times import recorded
 
@@ -126,11 +126,8 @@ def convolutions(rows: Rows, device: torch.device, num_views: int) -> None:
 
 def parser() -> argparse.ArgumentParser:
     """Return what reads the command line."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("rows", type=Path)
-    parser.add_argument("job")
+    parser = job_parser()
     parser.add_argument("--cudnn", default="10")
-    parser.add_argument("--dry", action="store_true")
     return parser
 
 

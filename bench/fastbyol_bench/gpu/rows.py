@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import sys
@@ -50,6 +51,15 @@ class Rows:
     def check(self, part: str, name: str, *, holds: bool, says: str, **values: Any) -> None:
         """Write a row, as a failed one that ``says`` what is wrong unless it ``holds``."""
         self.add(part, name, **values, **({} if holds else {"failed": says}))
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return what reads the words that every job takes; each adds its own."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("rows", type=Path, help="the file to append rows to")
+    parser.add_argument("job", help="the name under which they stand")
+    parser.add_argument("--dry", action="store_true", help="tiny sizes on a CPU")
+    return parser
 
 
 def read(path: Path) -> list[dict[str, Any]]:

@@ -22,6 +22,7 @@ from fastbyol.engine.observer import EpochEnd, Silent
 from fastbyol.errors import FastbyolError
 from fastbyol_bench.gpu.engine import METHODS
 from fastbyol_bench.gpu.rows import Rows
+from fastbyol_bench.gpu.rows import parser as job_parser
 
 EPOCHS = 5
 HORIZON = 320  # the post's
@@ -138,10 +139,8 @@ def _figures(event: dict[str, Any]) -> dict[str, Any]:
 
 def parser() -> argparse.ArgumentParser:
     """Return what reads the command line."""
-    parser = argparse.ArgumentParser()
+    parser = job_parser()
     parser.add_argument("what", choices=("train", "claims"))
-    parser.add_argument("rows", type=Path)
-    parser.add_argument("job")
     parser.add_argument("--method", choices=METHODS)
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--precision", default="bf16")
@@ -149,7 +148,6 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--data")
     parser.add_argument("--test-data")
     parser.add_argument("--set", action="append", default=[])
-    parser.add_argument("--dry", action="store_true")
     parser.add_argument("claims", nargs="*")
     return parser
 

@@ -78,7 +78,7 @@ lower: setup
 faults: setup
 	FASTBYOL_FAULTS=full $(BIN)/python -m pytest -s tests/faults
 
-# Ten minutes on two cores; on a quiet machine only.
+# A quarter of an hour on two cores; on a quiet machine only.
 bench: setup
 	$(BIN)/fastbyol bench all --device cpu --out bench/results/cpu.json
 	$(BIN)/python -m fastbyol_bench.readme

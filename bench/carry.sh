@@ -1,6 +1,6 @@
 #!/bin/sh
 # Fill a folder with what a machine without a network lacks for the calls: pure and compiled packages for its Python, and FFCV.
-#   bench/carry.sh DIR [PYTHON_VERSION]      (here, after `make setup`; 3.12 by default; about 35 MB)
+#   bench/carry.sh DIR [PYTHON_VERSION]      (here, after `make setup`; 3.12 by default; about 42 MB)
 # There, put DIR first on PYTHONPATH. FFCV's extension is built here, against Debian's OpenCV, whose libraries come along.
 set -eu
 dir=${1:?usage: bench/carry.sh DIR [PYTHON_VERSION]}
@@ -8,7 +8,8 @@ version=${2:-3.12}
 root=$(cd "$(dirname "$0")/.." && pwd)
 python=$root/.venv/bin/python
 "$python" -c 'import ffcv._libffcv' || { echo "carry.sh: no FFCV in $root/.venv: run make setup" >&2; exit 1; }
-rm -rf "$dir" && mkdir -p "$dir"
+[ ! -e "$dir" ] || { echo "carry.sh: $dir is there already: name a new folder, or remove it" >&2; exit 1; }
+mkdir -p "$dir"
 pip() { "$python" -m pip --disable-pip-version-check --quiet "$@"; }
 platforms=$(for glibc in 28 17; do printf -- '--platform manylinux_2_%s_x86_64 ' $glibc; done)
 # shellcheck disable=SC2086 # one word each

@@ -25,7 +25,8 @@ def environment() -> dict[str, Any]:
         "torch": torch.__version__,  # with the build, which the package's version may leave out
         "cuda": torch.version.cuda,
         "gpus": devices,
-        "platform": platform.platform(),
+        # Not platform.platform(), which starts `uname -p`: a child that Ctrl-C may leave behind.
+        "platform": "-".join((platform.system(), platform.release(), platform.machine(), *platform.libc_ver())),
         "cpu": cpu_name(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
@@ -49,4 +50,4 @@ def cpu_name() -> str:
     except OSError:
         text = ""
     name = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
-    return name[1] if name else platform.processor() or platform.machine()
+    return name[1] if name else platform.machine()

@@ -33,12 +33,25 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float]:
     return folder / "run", time.monotonic() - began
 
 
-def is_gone(session: int) -> bool:
-    """Whether no process of the child's session is left."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(session, 0)
-        return False
-    return True
+def alive(group: int) -> list[str]:
+    """The processes of a group, as the system writes them; without those that ended and wait for their parent to look."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            state, _, its_group = stat.read_text().rpartition(") ")[2].split()[:3]
+            if int(its_group) == group and state not in "ZX":
+                found.append(f"{stat.parent.name} {(stat.parent / 'cmdline').read_text()}")
+    return found
+
+
+def left(group: int) -> list[str]:
+    """The processes of a group that stay; a child that was started as the signal came has a moment to end, too."""
+    until = time.monotonic() + WITHIN_S
+    while found := alive(group):
+        if time.monotonic() > until:
+            break
+        time.sleep(0.02)
+    return found
 
 
 def stop(process: BaseProcess, number: signal.Signals, *, twice: bool) -> float:
@@ -80,7 +93,7 @@ def stopped_runs(whole: tuple[Path, float], folder: Path, numbers: list[signal.S
         else:
             assert process.exitcode == 0, output.read_text()
         assert process.pid is not None
-        assert is_gone(process.pid)
+        assert left(process.pid) == []
         if process.exitcode == 0 and not says_stopped(output):
             assert rig.contents(run) == reference
             assert rig.leftovers(run) == []

@@ -2,7 +2,8 @@
 
 Our process switches TF32 off, has cuDNN take deterministic algorithms, keeps freed memory and lets idle threads sleep. Each of
 these would slow a peer down or speed it up. A peer's calls are asked for one by one, so that they take turns with ours; in
-between it waits in a read and takes no time. It times itself: on a GPU by events on its own stream.
+between it waits in a read, and what it started stands still: a DataLoader's workers would otherwise work ahead in our time,
+slowing our call and sparing the peer's next. It times itself: on a GPU by events on its own stream.
 """
 
 from __future__ import annotations
@@ -113,9 +114,21 @@ def _serve(pipe: Connection, recipe: Recipe, device: torch.device, threads: int)
             torch.set_num_threads(threads)  # ours, after FFCV's import has set one
             while True:
                 what, repeats = pipe.recv()
-                pipe.send(clock_of(device, repeats).time(calls[what]))
+                _signal_children(signal.SIGCONT)
+                reading = clock_of(device, repeats).time(calls[what])
+                _signal_children(signal.SIGSTOP)
+                pipe.send(reading)
         except (EOFError, ConnectionError):
             raise
         except Exception as error:  # in words, since the exception itself may not pickle
             lines = str(error).strip().splitlines() or [""]
             pipe.send(f"{type(error).__name__}: {lines[0]}")
+        finally:
+            _signal_children(signal.SIGCONT)  # or they could not follow when they are told to end
+
+
+def _signal_children(number: signal.Signals) -> None:
+    for child in multiprocessing.active_children():
+        assert child.pid is not None
+        with suppress(ProcessLookupError):
+            os.kill(child.pid, number)

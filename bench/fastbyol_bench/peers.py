@@ -6,14 +6,17 @@ Each is a recipe for ``PeerProcess``; what is heavy is imported and made in the 
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fastbyol.data.beton_write import die_with
 from fastbyol_bench import blog_path
 from fastbyol_bench.blog_path import BlogPath
 from fastbyol_bench.eager_peer import EagerPeer
@@ -55,6 +58,8 @@ class Post:
         images, _ = pictures(self.count, self.size)
         assert self.workers is not None
         loader = blog_path.loader(images, size=self.size, batch_size=self.batch, workers=self.workers)
+        # torch's workers look for themselves whether their parent lives, which one that is stopped cannot.
+        loader.worker_init_fn = partial(_die_with, os.getpid())
         epochs = itertools.chain.from_iterable(itertools.repeat(loader))
         return ([view.to(device) for view in pair] for pair in epochs)
 
@@ -93,6 +98,10 @@ class Tuned:
             views.two_views(config, batch.images, batch.ids, seed=0, epoch=epoch, dtype=torch.bfloat16)
             for batch, epoch in batches_of(loader)
         )
+
+
+def _die_with(parent: int, _: int) -> None:
+    die_with(parent)
 
 
 def resident(size: int, batch: int, device: torch.device) -> Iterator[Tensor]:

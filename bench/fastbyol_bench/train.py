@@ -2,7 +2,7 @@
 
 Ours takes its steps as ``fastbyol train`` does (``--engine auto``). A step of either side includes its batch and its views:
 ours from a loader over a resident beton, the post's from a DataLoader whose worker processes make views with Pillow. Peers
-have processes of their own. While our steps run the DataLoader's workers have nothing to do, for their queue is full.
+have processes of their own, which stand still while others run.
 Our epochs are those of real training runs: on a GPU whole, on a cpu put together from measured steps and a measured end.
 """
 

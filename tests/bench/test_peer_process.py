@@ -7,7 +7,9 @@ import os
 import signal
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -39,6 +41,25 @@ class Odd:
             raise ValueError(str(found))
 
         return {"sleep": lambda: time.sleep(0.2), "hang": lambda: time.sleep(600), "fails": fails, "switches": switches}
+
+
+@dataclass(frozen=True)
+class Parent:
+    """A peer that starts a process, which writes to ``file`` for ever."""
+
+    file: Path
+
+    def open(self, device: torch.device) -> Mapping[str, Callable[[], object]]:
+        """Its first call starts it, as a DataLoader's does."""
+        child = multiprocessing.Process(target=_write_on, args=(self.file,), daemon=True)
+        return {"start": child.start, "wait": lambda: time.sleep(0.5)}
+
+
+def _write_on(file: Path) -> None:
+    with file.open("wb", buffering=0) as opened:
+        while True:
+            opened.write(b".")
+            time.sleep(0.001)
 
 
 @dataclass(frozen=True)
@@ -75,6 +96,44 @@ def test_waiting_is_not_counted() -> None:
         reading = peer.call("sleep")
         assert 0.2 <= reading.wall_s < time.perf_counter() - began - 0.1
         assert reading.cpu_s < 0.2
+
+
+def test_what_it_started_stands_still_between_its_calls(tmp_path: Path) -> None:
+    file = tmp_path / "written"
+    with PeerProcess("a peer", Parent(file), CPU) as peer:
+        peer.call("start")
+        peer.call("wait")
+        written = file.stat().st_size
+        time.sleep(0.3)
+        assert file.stat().st_size == written > 0
+        peer.call("wait")
+        assert file.stat().st_size > written
+        began = time.perf_counter()
+    assert time.perf_counter() - began < 30.0  # of the 60 s after which a peer is killed, its children are not
+    written = file.stat().st_size
+    time.sleep(0.1)
+    assert file.stat().st_size == written
+
+
+def test_a_dataloaders_workers_die_with_their_peer() -> None:
+    with PeerProcess("the post's path", Post(32, 4, count=8, workers=1), CPU) as peer:
+        peer.call("step")
+        (child,) = multiprocessing.active_children()
+        workers = Path(f"/proc/{child.pid}/task/{child.pid}/children").read_text().split()
+        assert workers
+        child.kill()
+        child.join()
+        until = time.monotonic() + 30.0
+        while any(map(_runs, workers)):
+            assert time.monotonic() < until, workers
+            time.sleep(0.05)
+
+
+def _runs(process: str) -> bool:
+    """Whether it has not ended, its new parent may not have looked yet."""
+    with suppress(OSError):
+        return Path(f"/proc/{process}/stat").read_text().rpartition(") ")[2][0] not in "ZX"
+    return False
 
 
 def test_nothing_of_ours_reaches_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -69,7 +69,7 @@ def _measured(
     batch: int,
 ) -> list[Row]:
     """Our step under each of ``sets``, FAST first, against ``peers``, all in turns."""
-    calls = setting.calls_per_reading
+    calls, ceiling = setting.calls_per_reading, setting.ceiling()
     with ExitStack() as opened:
         # Peers first: they start while ours is compiled.
         started = {key: opened.enter_context(PeerProcess(key, peer, setting.device)) for key, peer in peers.items()}
@@ -77,7 +77,7 @@ def _measured(
         variants = [Variant(key, step, batch) for key, step in ours.items()]
         variants += [Variant(key, peer.caller("step", calls), batch) for key, peer in started.items()]
         flop = step_flop(size) * batch
-        floors = {v.name: floor(setting.ceiling(), flop=flop, bf16=v.name not in (FP32, BLOG)) for v in variants}
+        floors = {v.name: floor(ceiling, flop=flop, bf16=v.name not in (FP32, BLOG)) for v in variants}
         if setting.on_gpu:
             # torch's own default is TF32 for convolutions, of which no ceiling was measured.
             floors.pop(BLOG, None)

@@ -60,6 +60,7 @@ def rows(setting: Setting) -> Iterator[Row]:
         yield from (missing(SUITE, name, variant, NEEDS_FFCV) for variant in (FAST, FP32, EAGER, BLOG))
         return
     settle_as_training_does()
+    setting.ceiling()  # measured here if it was not yet: before peers start, and take cores
     with tempfile.TemporaryDirectory() as temporary, ExitStack() as opened:
         folder = Path(temporary)
         train = beton(folder, count, size)

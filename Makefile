@@ -5,6 +5,8 @@ VENV := .venv
 CONSTRAINTS := constraints.txt
 BIN := $(VENV)/bin
 DEMO := demo
+# How many processes share the tests, a file at a time.
+JOBS := 2
 FLOOR := tests/kernels tests/engine/test_capture.py tests/engine/test_standardized.py tests/engine/test_step.py \
   tests/bench/test_launches.py tests/bench/test_mocked_gpu.py tests/bench/test_kernel_times.py
 # FFCV compiles one small extension against these: 57 packages instead of the 444 behind libopencv-dev.
@@ -57,7 +59,7 @@ types: setup
 	$(BIN)/mypy
 
 unit: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile
 
 # The oldest versions that pyproject.toml admits, which is what machines with a GPU have: what is compiled and launched there.
 OLDEST := VENV=.venv-floor CONSTRAINTS=constraints-floor.txt
@@ -65,7 +67,7 @@ test-floor:
 	$(MAKE) $(OLDEST) floor
 
 floor: setup
-	$(BIN)/python -m pytest $(FLOOR)
+	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile $(FLOOR)
 
 # What Inductor makes of a step on an H100, without one: some minutes, with the same versions.
 lowered:
@@ -78,7 +80,7 @@ lower: setup
 faults: setup
 	FASTBYOL_FAULTS=full $(BIN)/python -m pytest -s tests/faults
 
-# A quarter of an hour on two cores; on a quiet machine only.
+# Some ten minutes on two cores; on a quiet machine only.
 bench: setup
 	$(BIN)/fastbyol bench all --device cpu --out bench/results/cpu.json
 	$(BIN)/python -m fastbyol_bench.readme

@@ -9,6 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
+
+# That a machine is busy, or that the first example waits for a compiler, is no fault of what is tested.
+settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("untimed")
 
 # Read when a kernel is defined, so it has to stand before the first import of fastbyol_kernels.
 if not torch.cuda.is_available():

@@ -20,7 +20,7 @@ from fastbyol.config import Config, resolve
 from fastbyol.config_io import Flag
 from fastbyol.errors import UsageError
 
-SPACE = settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow], deadline=None)
+SPACE = settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 
 
 def kinds(annotation: Any, bounds: dict[str, Any]) -> st.SearchStrategy[Any]:

@@ -44,7 +44,7 @@ def by_hand(rule: str, w: np.ndarray, g: np.ndarray, lr: float, wd: float, eta: 
 
 @pytest.mark.parametrize("rule", ["sgd", "blog", "deepmind", "bolts"])
 @given(numbers=st.fixed_dictionaries(NUMBERS))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_steps_are_the_formulas(rule: str, numbers: dict[str, float]) -> None:
     lr, wd, eta = numbers["lr"], numbers["weight_decay"], numbers["eta"]
     found = explain.step(rule, lr=lr, weight_decay=wd, eta=eta)  # type: ignore[arg-type]
@@ -63,7 +63,7 @@ def test_steps_are_the_formulas(rule: str, numbers: dict[str, float]) -> None:
 
 
 @given(numbers=st.fixed_dictionaries(NUMBERS))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_no_rate_exceeds_the_ceiling(numbers: dict[str, float]) -> None:
     found = explain.lars(("blog", "bolts", "deepmind"), **numbers)
     for rule in ("blog", "bolts"):

@@ -251,7 +251,7 @@ def test_the_independence_test_sees_a_weak_tie() -> None:
     assert np.nanmax(np.abs(cross)) > 4.5 / DRAWS**0.5
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     st.lists(st.integers(0, 2**40 - 1), min_size=1, max_size=40),
     st.integers(0, 2**63 - 1),
@@ -331,7 +331,7 @@ def scalar_draw(config: ViewsConfig, sample: int, view: int, seed: int, epoch: i
     ]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(0, 2**40 - 1), st.integers(0, 2**63 - 1), st.integers(0, 2**32 - 1), st.sampled_from(SIZES))
 def test_the_draw_equals_a_scalar_implementation(sample: int, seed: int, epoch: int, shape: tuple[int, int]) -> None:
     height, width = shape

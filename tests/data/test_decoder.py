@@ -77,7 +77,7 @@ def test_mixed_sizes_take_the_centre_square_and_average_areas() -> None:
     assert np.abs(found - means).max() <= 0.5  # rounded to the nearest
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.lists(st.integers(0, foreign.COUNT - 1), max_size=40))
 def test_any_ids_in_any_order_repeated_too(ids: list[int]) -> None:
     with opened(foreign.made() / "raw.beton", workers=2) as decoder:

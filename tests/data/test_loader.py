@@ -82,7 +82,7 @@ def test_streamed_and_resident_agree_on_every_kind_of_file(name: str) -> None:
         assert_equal(list(streamed.epoch(3)), list(resident.epoch(3)))
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(st.integers(0, STEPS), st.integers(0, 100), st.sampled_from(["none", "device"]))
 def test_resumes_at_any_step(start: int, epoch: int, cache: str) -> None:
     with opened(cache=cache) as batches:

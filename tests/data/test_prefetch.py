@@ -29,7 +29,7 @@ def fail_in_the_loop(items: Iterator[int]) -> None:
         raise KeyError(item)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.lists(st.one_of(st.integers(), st.none()), max_size=30), st.integers(1, 5))
 def test_items_come_in_order(items: list[int | None], ahead: int) -> None:
     assert list(prefetch(items, name="numbers", ahead=ahead)) == items

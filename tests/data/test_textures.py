@@ -33,7 +33,7 @@ def set_of_seed_0() -> tuple[Images, NDArray[np.int64]]:
     return textures.make(2 * FIT, SIZE, 0)
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(
     count=st.integers(0, 30),
     split=st.integers(0, 30),

@@ -26,7 +26,7 @@ DTYPES = (
     *(torch.int64, torch.int32, torch.int16, torch.int8),
     *(torch.uint64, torch.uint32, torch.uint16, torch.uint8, torch.bool),
 )
-SPACE = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+SPACE = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def raw(tensor: torch.Tensor) -> tuple[Any, ...]:

@@ -26,7 +26,7 @@ from fastbyol.errors import FastbyolError, UsageError
 METRICS = ("loss", "neg_cos")
 LAYERS = ("encoder.conv1.weight", "encoder.bn1.weight", "encoder.bn1.bias")
 LAYER_METRICS = ("weight_norm", "rate")
-SPACE = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+SPACE = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 class Measured(NamedTuple):

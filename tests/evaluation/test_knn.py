@@ -57,7 +57,7 @@ def test_chunks_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(knn_predict(bank, labels, queries, k=10), whole)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(seed=st.integers(0, 2**31), factor=st.floats(1e-6, 1e6), k=st.integers(1, 60))
 def test_lengths_and_names_do_not_matter(seed: int, factor: float, k: int) -> None:
     """Only directions count; a change of label names renames the prediction; a query's own row is its nearest."""

@@ -66,7 +66,7 @@ class TestHalves:
         assert score.tolist() == list(range(1, 600, 2))
         assert split == "alternate rows of each class of the test set"
 
-    @settings(max_examples=200, deadline=None)
+    @settings(max_examples=200)
     @given(labels=st.lists(st.integers(0, 4), max_size=40))
     def test_never_shares_a_row_nor_scores_a_class_it_has_not_seen(self, labels: list[int]) -> None:
         y = torch.tensor(labels, dtype=torch.int64)

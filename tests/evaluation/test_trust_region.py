@@ -52,7 +52,7 @@ def test_value_residual_and_hessian_are_autograds(kind: type[Sigmoid] | type[Sof
 
 
 @CASES
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     seed=st.integers(0, 2**31),
     scale=st.sampled_from([1e-4, 1e-2, 1.0, 1e2, 1e4]),

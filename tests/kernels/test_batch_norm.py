@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -105,7 +105,6 @@ def test_against_fp64(shape: tuple[int, ...], num_views: int, dtype: torch.dtype
     dtype=st.sampled_from(DTYPES),
     seed=st.integers(0, 1000),
 )
-@settings(deadline=None)  # the first example waits for the compiler
 def test_any_shape(
     shape: tuple[int, int, int, int], num_views: int, residual: bool, relu: bool, dtype: torch.dtype, seed: int
 ) -> None:

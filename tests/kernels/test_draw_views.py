@@ -43,7 +43,7 @@ def test_the_kernel_draws_the_references_bits(height: int, width: int, device: t
 
 
 @pytest.mark.gpu
-@settings(max_examples=15, deadline=None, derandomize=True)
+@settings(max_examples=15, derandomize=True)
 @given(
     st.lists(st.integers(0, 2**56 - 1), min_size=1, max_size=9), st.integers(0, 2**64 - 1), st.integers(0, 2**32 - 1),
     st.integers(1, 300), st.integers(1, 300), st.floats(0.01, 0.99), st.floats(0.1, 1.0),

@@ -73,7 +73,7 @@ def by_hand(
     return w - lr * k * m, m, lr * k * trust
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     rule=st.sampled_from(RULES),
     adapt=st.lists(st.booleans(), min_size=4, max_size=4),
@@ -355,7 +355,7 @@ def test_kernels_equal_fp64_over_steps_with_sums_in_passes(
         assert_as_fp64(got, got.step(rule, kernels="triton"), start, rule, ema_first=False)
 
 
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     numels=st.lists(st.integers(1, 3000), min_size=1, max_size=6),
     followed=st.integers(0, 6),

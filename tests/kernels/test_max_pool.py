@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -66,7 +66,6 @@ def check(x: Tensor) -> None:
     whole=st.booleans(),
     seed=st.integers(0, 1000),
 )
-@settings(deadline=None)  # the first example waits for the compiler
 def test_any_shape_is_torchs(shape: tuple[int, int, int, int], dtype: torch.dtype, whole: bool, seed: int) -> None:
     check(activations(shape, dtype, seed=seed, whole=whole))
 
@@ -77,7 +76,6 @@ def test_any_shape_is_torchs(shape: tuple[int, int, int, int], dtype: torch.dtyp
     dtype=st.sampled_from(DTYPES),
     seed=st.integers(0, 1000),
 )
-@settings(deadline=None)
 def test_what_is_no_number_is_passed_on_as_torch_does(share: float, odd: float, dtype: torch.dtype, seed: int) -> None:
     x = activations((2, 20, 7, 8), dtype, seed=seed, whole=True)
     for value in (odd, -odd, -torch.inf):

@@ -40,7 +40,7 @@ def test_known_answers(counter: str, key: str, answer: str) -> None:
     assert [int(word) for word in result] == words(answer)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.lists(WORD, min_size=4, max_size=4), st.integers(0, 2**64 - 1))
 def test_equals_integer_arithmetic(counter: list[int], key: int) -> None:
     result = philox4x32(*(torch.tensor(word) for word in counter), key)

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from fastbyol_kernels import processor
@@ -102,7 +102,6 @@ def test_several_threads_of_python_may_call_at_once() -> None:
     assert all(bool((values == i * 2.0**20).all()) for i, values in enumerate(tensors))
 
 
-@settings(deadline=None)  # the first example waits for the compiler
 @given(st.lists(st.floats(width=32), min_size=1, max_size=50))
 def test_bfloat16_rounds_as_torch_does(values: list[float]) -> None:
     source = torch.tensor(values, dtype=torch.float32)

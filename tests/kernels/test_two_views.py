@@ -81,7 +81,7 @@ def test_identity_is_exact_to_rounding(device: torch.device) -> None:
     assert_is(lambda x: x, {}, device, tolerance=1.2e-7)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.data(), st.integers(4, 70), st.integers(4, 70), st.integers(4, 40), st.booleans())
 def test_crop_resize_and_flip(data: st.DataObject, height: int, width: int, size: int, flip: bool) -> None:
     box_height, box_width = data.draw(st.integers(1, height)), data.draw(st.integers(1, width))
@@ -346,7 +346,7 @@ def test_kernels_blur_with_pillows_boxes_of_any_radius(device: torch.device) -> 
 
 
 @pytest.mark.gpu
-@settings(max_examples=6, deadline=None, derandomize=True)
+@settings(max_examples=6, derandomize=True)
 @given(st.integers(1, 24), st.integers(1, 24), st.integers(5, 20), st.sampled_from(("gaussian", "pil")), st.data())
 def test_kernels_equal_the_reference_at_any_shape(height: int, width: int, size: int, blur: str, data: st.DataObject) -> None:
     rows = mixed_table(1, height, width)

@@ -161,7 +161,7 @@ def test_rows_equal_fp64(dtype: torch.dtype, kernels: str, place: torch.device) 
 
 
 @pytest.mark.gpu
-@settings(max_examples=20, deadline=None, derandomize=True)
+@settings(max_examples=20, derandomize=True)
 @given(
     st.lists(st.tuples(st.integers(1, 4), st.integers(2, 40), st.sampled_from((1, 8, 9, 16))), min_size=1, max_size=5),
     st.integers(0, 70),

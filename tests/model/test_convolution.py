@@ -12,7 +12,7 @@ from fastbyol.model import convolution
 from fastbyol.model.convolution import convolve, convolve_by_pixel, pays
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     sides=st.tuples(st.integers(1, 7), st.integers(1, 7)),
     stride=st.integers(1, 3),

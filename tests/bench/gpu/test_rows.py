@@ -19,7 +19,7 @@ FIGURES = st.dictionaries(
 )
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.lists(st.tuples(TEXT, TEXT, FIGURES), max_size=5), st.integers(0, 200))
 def test_reads_back_what_was_added_and_drops_a_torn_end(
     tmp_path_factory: pytest.TempPathFactory, added: list[tuple[str, str, dict[str, object]]], cut: int

@@ -11,7 +11,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -143,8 +142,17 @@ def main(
     if out is not None:
         chosen(names)
         refuse_unwritable(out)
-    keep_it = (lambda _: None) if out is None else partial(keep, out=out)
-    result = run(names, device=device, quick=quick, note=note, keep=keep_it)
+    kept: Path | None = None
+
+    def keep_it(result: Result) -> None:
+        nonlocal kept
+        kept = None if out is None else keep(result, out)
+
+    try:
+        result = run(names, device=device, quick=quick, note=note, keep=keep_it)
+    except KeyboardInterrupt:
+        note(f"interrupted: {kept} holds every finished row" if kept else "interrupted: no row was kept")
+        raise
     if out is not None:
         path = keep(result, out)
         for written in filter(None, (path, picture(result, path))):

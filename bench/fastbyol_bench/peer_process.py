@@ -14,12 +14,14 @@ import signal
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import partial
+from multiprocessing import resource_tracker, util
 from multiprocessing.connection import Connection
 from types import TracebackType
 from typing import Protocol, Self
 
 import torch
 
+from fastbyol.data.beton_write import die_with
 from fastbyol_bench.harness import PeerError, Reading, clock_of
 
 # The first call waits for torch's import, for data and for a compiler. On a cpu full images take seconds a step, on slow
@@ -47,9 +49,11 @@ class PeerProcess:
         self._patience_s = PATIENCE_S[device.type] if patience_s is None else patience_s
         spawn = multiprocessing.get_context("spawn")
         self._pipe, theirs = spawn.Pipe()
+        # However this ends: multiprocessing waits for its children at exit, and this one for the pipe's end.
+        util.Finalize(self, self._pipe.close, exitpriority=1)
         arguments = (theirs, recipe, device, torch.get_num_threads())
         self._process = spawn.Process(target=_serve, args=arguments, name=name)
-        with _default_environment():
+        with _start():
             self._process.start()
         theirs.close()
 
@@ -76,7 +80,7 @@ class PeerProcess:
         return partial(self.call, what, calls)
 
     def close(self) -> None:
-        """End the process."""
+        """End the process, which may finish a call."""
         self._pipe.close()
         self._process.join(60.0)
         self._kill()
@@ -94,18 +98,25 @@ class PeerProcess:
 
 
 @contextmanager
-def _default_environment() -> Iterator[None]:
-    """Without ``OWN_VARIABLES``, for a process started within."""
+def _start() -> Iterator[None]:
+    """A process started within has none of ``OWN_VARIABLES``, and Ctrl-C blocked: it would print a trace until ``_serve``."""
     own = {name: os.environ.pop(name) for name in OWN_VARIABLES if name in os.environ}
+    resource_tracker.ensure_running()  # its start, else a part of the process's, unblocks Ctrl-C
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
         os.environ.update(own)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _serve(pipe: Connection, recipe: Recipe, device: torch.device, threads: int) -> None:
     """Answer requests (what, calls) with a ``Reading``, or once with a line that says what failed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the asking process gets it too, and closes the pipe
+    # Ctrl-C reaches the asking process too, which closes the pipe; a peer in the middle of a call need not end that first.
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    assert parent.pid is not None
+    die_with(parent.pid)
     # Linux's own for a DataLoader; a spawned process would go on spawning.
     multiprocessing.set_start_method("fork", force=True)
     with suppress(EOFError, ConnectionError):  # whoever asked has gone

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import processes
 import pytest
 import torch
 
@@ -101,6 +104,27 @@ def test_a_killed_run_keeps_every_finished_row(tmp_path: Path) -> None:
     assert not left.finished
     assert left.suites == ("kernels", "optimizer")
     assert table.text(left).startswith("unfinished")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_ended_while_peers_start_it_leaves_none(number: signal.Signals, tmp_path: Path) -> None:
+    """Ctrl-C goes to all that a terminal started, peers in the middle of torch's import among them; SIGKILL to one."""
+    arguments = ["bench", "step", "--quick", "--device", "cpu", "--out", str(tmp_path / "it.json")]
+    command_line = [sys.executable, "-m", "fastbyol.cli", *arguments]
+    with subprocess.Popen(command_line, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True) as process:
+        deadline = time.monotonic() + 300.0
+        while not any("spawn_main" in peer for peer in processes.of_group(process.pid)):
+            assert time.monotonic() < deadline
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.01)
+        time.sleep(0.5)
+        os.kill(-process.pid if number == signal.SIGINT else process.pid, number)
+        said = process.communicate()[1].decode()
+    assert processes.left(process.pid, 60.0) == []
+    assert "Traceback" not in said
+    if number == signal.SIGINT:
+        assert process.returncode == 130
+        assert said.splitlines()[-1] == "interrupted: no row was kept"
 
 
 def test_rows_are_kept_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:

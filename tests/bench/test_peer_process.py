@@ -7,10 +7,10 @@ import os
 import signal
 import time
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import processes
 import pytest
 import torch
 
@@ -124,16 +124,9 @@ def test_a_dataloaders_workers_die_with_their_peer() -> None:
         child.kill()
         child.join()
         until = time.monotonic() + 30.0
-        while any(map(_runs, workers)):
+        while any(map(processes.runs, workers)):
             assert time.monotonic() < until, workers
             time.sleep(0.05)
-
-
-def _runs(process: str) -> bool:
-    """Whether it has not ended, its new parent may not have looked yet."""
-    with suppress(OSError):
-        return Path(f"/proc/{process}/stat").read_text().rpartition(") ")[2][0] not in "ZX"
-    return False
 
 
 def test_nothing_of_ours_reaches_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ from collections import Counter
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+import processes
 import pytest
 import run_rig as rig
 from own_time import OwnTime
@@ -31,27 +32,6 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float]:
         process.join(rig.PATIENCE_S)
         assert process.exitcode == 0, (folder / "output").read_text()
     return folder / "run", time.monotonic() - began
-
-
-def alive(group: int) -> list[str]:
-    """The processes of a group, as the system writes them; without those that ended and wait for their parent to look."""
-    found = []
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):
-            state, _, its_group = stat.read_text().rpartition(") ")[2].split()[:3]
-            if int(its_group) == group and state not in "ZX":
-                found.append(f"{stat.parent.name} {(stat.parent / 'cmdline').read_text()}")
-    return found
-
-
-def left(group: int) -> list[str]:
-    """The processes of a group that stay; a child that was started as the signal came has a moment to end, too."""
-    until = time.monotonic() + WITHIN_S
-    while found := alive(group):
-        if time.monotonic() > until:
-            break
-        time.sleep(0.02)
-    return found
 
 
 def stop(process: BaseProcess, number: signal.Signals, *, twice: bool) -> float:
@@ -93,7 +73,8 @@ def stopped_runs(whole: tuple[Path, float], folder: Path, numbers: list[signal.S
         else:
             assert process.exitcode == 0, output.read_text()
         assert process.pid is not None
-        assert left(process.pid) == []
+        # A child that was started as the signal came has a moment to end, too.
+        assert processes.left(process.pid, WITHIN_S) == []
         if process.exitcode == 0 and not says_stopped(output):
             assert rig.contents(run) == reference
             assert rig.leftovers(run) == []

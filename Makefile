@@ -7,6 +7,7 @@ BIN := $(VENV)/bin
 DEMO := demo
 # How many processes share the tests, a file at a time.
 JOBS := 2
+PYTEST = $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile
 FLOOR := tests/kernels tests/engine/test_capture.py tests/engine/test_standardized.py tests/engine/test_step.py \
   tests/bench/test_launches.py tests/bench/test_mocked_gpu.py tests/bench/test_kernel_times.py
 # FFCV compiles one small extension against these: 57 packages instead of the 444 behind libopencv-dev.
@@ -59,7 +60,7 @@ types: setup
 	$(BIN)/mypy
 
 unit: setup
-	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile
+	$(PYTEST)
 
 # The oldest versions that pyproject.toml admits, which is what machines with a GPU have: what is compiled and launched there.
 OLDEST := VENV=.venv-floor CONSTRAINTS=constraints-floor.txt
@@ -67,7 +68,7 @@ test-floor:
 	$(MAKE) $(OLDEST) floor
 
 floor: setup
-	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile $(FLOOR)
+	$(PYTEST) $(FLOOR)
 
 # What Inductor makes of a step on an H100, without one: some minutes, with the same versions.
 lowered:

@@ -51,7 +51,7 @@ class PeerProcess:
         self._pipe, theirs = spawn.Pipe()
         # However this ends: multiprocessing waits for its children at exit, and this one for the pipe's end.
         util.Finalize(self, self._pipe.close, exitpriority=1)
-        arguments = (theirs, recipe, device, torch.get_num_threads())
+        arguments = (os.getpid(), theirs, recipe, device, torch.get_num_threads())
         self._process = spawn.Process(target=_serve, args=arguments, name=name)
         with _start():
             self._process.start()
@@ -110,13 +110,9 @@ def _start() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _serve(pipe: Connection, recipe: Recipe, device: torch.device, threads: int) -> None:
+def _serve(parent: int, pipe: Connection, recipe: Recipe, device: torch.device, threads: int) -> None:
     """Answer requests (what, calls) with a ``Reading``, or once with a line that says what failed."""
-    # Ctrl-C reaches the asking process too, which closes the pipe; a peer in the middle of a call need not end that first.
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    assert parent.pid is not None
-    die_with(parent.pid)
+    die_with(parent)  # the pipe's end would be seen after the call, which may take minutes
     # Linux's own for a DataLoader; a spawned process would go on spawning.
     multiprocessing.set_start_method("fork", force=True)
     with suppress(EOFError, ConnectionError):  # whoever asked has gone

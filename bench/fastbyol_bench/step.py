@@ -69,7 +69,8 @@ def _measured(
     batch: int,
 ) -> list[Row]:
     """Our step under each of ``sets``, FAST first, against ``peers``, all in turns."""
-    calls, ceiling = setting.calls_per_reading, setting.ceiling()
+    calls = setting.calls_per_reading
+    ceiling = setting.ceiling()  # measured here if it was not yet: before peers start, and take cores
     with ExitStack() as opened:
         # Peers first: they start while ours is compiled.
         started = {key: opened.enter_context(PeerProcess(key, peer, setting.device)) for key, peer in peers.items()}

@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import processes
 import pytest
 import run_rig as rig
 from own_time import OwnTime, ends
@@ -53,10 +54,10 @@ def writers(parent: int | None = None) -> list[int]:
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             command = (folder / "cmdline").read_bytes().rstrip(b"\0").split(b"\0")
-            state = (folder / "stat").read_text().rpartition(")")[2].split()[0]
         except OSError:
             continue
-        if state != "Z" and any(b"beton_child" in part for part in command) and command[-1] == str(parent).encode():
+        ours = any(b"beton_child" in part for part in command) and command[-1] == str(parent).encode()
+        if ours and processes.runs(folder.name):
             found.append(int(folder.name))
     return found
 

@@ -25,8 +25,10 @@ Json = Annotated[
     bool, typer.Option("--json", help="Print one JSON object on standard output, everything else on standard error.")
 ]
 Scale = Annotated[
-    Literal["full", "short", "mini"],
-    typer.Option(help="full: STL-10 as published; short: textures at 96x96; mini: a narrow net at 32x32, for two cores."),
+    Literal["full", "short", "long", "mini"],
+    typer.Option(
+        help="full: STL-10 as published; short: a GPU's hours; long: a narrow net for days; mini: the same net for an hour."
+    ),
 ]
 Out = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Folder of the runs. Default: ablations/SCALE.")]
 Targets = Annotated[list[str] | None, typer.Argument(metavar="[CLAIM|ARM]...", help="Such as C6 C7 gn-lars-0.2@exclude.")]
@@ -174,10 +176,12 @@ def _data_files(
         if data or test_data:
             raise UsageError("--stl10 names both sets: leave out --data and --test-data")
         return {key: str(path) for key, path in _convert_stl10(stl10, folder, console).items()}
+    from fastbyol.data.embedded import BUILT_IN
+
     if scale == "full" and not (data and test_data):
         raise UsageError("--scale full is of STL-10: name its folder with --stl10, or two betons with --data and --test-data")
     named = {"data.train": data, "data.test": test_data}
-    return {key: name if name == "textures" else str(Path(name).resolve()) for key, name in named.items() if name}
+    return {key: name if name in BUILT_IN else str(Path(name).resolve()) for key, name in named.items() if name}
 
 
 def _convert_stl10(source: Path, folder: Path, console: Console) -> dict[str, Path]:

@@ -31,14 +31,22 @@ class Model(BaseModel):
 class DataConfig(Model):
     """Where images come from and how they reach the device."""
 
-    train: str = Field("textures", min_length=1, description="beton file to train on, or 'textures' for the embedded set")
-    test: str | None = Field(None, min_length=1, description="labelled beton file that the probe is fitted and scored on")
-    textures_count: int = Field(4096, ge=64, le=10_000_000, description="images of the embedded training set")
-    textures_test_count: int = Field(2048, ge=64, le=10_000_000, description="images of the embedded test set")
-    textures_size: int | None = Field(
-        None, ge=16, le=1024, description="side of the embedded set's images, pixels; default: views.size"
+    train: str = Field("textures", min_length=1, description="beton file to train on, or 'textures' or 'fashion-mnist'")
+    test: str | None = Field(
+        None, min_length=1, description="labelled file for the probe; default: the held-out part of a built-in training set"
     )
-    textures_seed: int = Field(0, ge=0, lt=2**31, description="seed of the embedded training set; the test set takes the next")
+    limit: int | None = Field(
+        None, ge=2, description="train on so many of the file's images, drawn once and alike for every seed; default: all"
+    )
+    test_limit: int | None = Field(None, ge=2, description="the same for the probe's images")
+    textures_count: int = Field(4096, ge=64, le=10_000_000, description="images of the textures to train on")
+    textures_test_count: int = Field(2048, ge=64, le=10_000_000, description="images of the textures to test on")
+    textures_size: int | None = Field(
+        None, ge=16, le=1024, description="side of the textures' images, pixels; default: views.size"
+    )
+    textures_seed: int = Field(
+        0, ge=0, lt=2**31, description="seed of the textures to train on; those to test on take the next"
+    )
     cache: Literal["auto", "device", "none"] = Field(
         "auto", description="keep the decoded set on the device: if it fits, always, never"
     )

@@ -16,15 +16,16 @@ from fastbyol.ablations.claims import CLAIMS
 from fastbyol.config_io import Flag, Loaded
 from fastbyol.errors import UsageError
 
-ScaleName = Literal["full", "short", "mini"]
-SCALES: tuple[ScaleName, ...] = ("full", "short", "mini")
+ScaleName = Literal["full", "short", "long", "mini"]
+SCALES: tuple[ScaleName, ...] = ("full", "short", "long", "mini")
+USUAL: tuple[ScaleName, ...] = ("full", "short", "mini")
 
 
 @dataclass(frozen=True)
 class Arm:
     """One arm: ``settings`` by dotted key are all that it says; ``changes`` differ from ``base``, the NAME of NAME@WHAT.
 
-    ``epochs`` is how far the post followed it where that is less than 320, ``rates_of`` the arm whose rates it replays.
+    ``at`` are further settings by scale, ``rates_of`` the arm whose rates it replays.
     """
 
     name: str
@@ -32,7 +33,7 @@ class Arm:
     base: str | None
     settings: Mapping[str, object]
     changes: Mapping[str, object]
-    epochs: int | None
+    at: Mapping[str, Mapping[str, object]]
     scales: tuple[ScaleName, ...]
     rates_of: str | None
 
@@ -63,11 +64,12 @@ def load(
 ) -> Loaded:
     """The configuration of an arm's run. Weakest first: the preset of ``scale``, its file, ``sets``, the arm's own, ``flags``.
 
-    So ``sets`` cannot turn an arm into another. Raises UsageError as ``config_io.load`` does.
+    So ``sets`` cannot turn an arm into another; what the arm says for this scale alone they can change. Raises UsageError as
+    ``config_io.load`` does.
     """
-    own = {key: Flag(f"arm {chosen.name}", value) for key, value in chosen.settings.items()}
-    if scale == "full" and chosen.epochs and not any(text.partition("=")[0].strip() == "train.epochs" for text in sets):
-        own.setdefault("train.epochs", Flag(f"arm {chosen.name}", chosen.epochs))
+    changed = {text.partition("=")[0].strip() for text in sets}
+    here = {key: value for key, value in chosen.at.get(scale, {}).items() if key not in changed}
+    own = {key: Flag(f"arm {chosen.name}", value) for key, value in {**chosen.settings, **here}.items()}
     said = {**own, "train.seed": Flag("seed", seed), **(flags or {})}
     return config_io.load(file=_file(scale), sets=sets, flags=said)
 
@@ -75,21 +77,19 @@ def load(
 def _arm(name: str, tables: Mapping[str, Mapping[str, object]]) -> Arm:
     table = tables[name]
     base = name.partition("@")[0] if "@" in name else None
-    changes = _settings(table)
+    changes = config_io.flatten_table(table["set"])  # type: ignore[arg-type]
+    under = _arm(base, tables) if base else None
+    own = {scale: config_io.flatten_table(settings) for scale, settings in table.get("at", {}).items()}  # type: ignore[attr-defined]
     return Arm(
         name=name,
         about=str(table["about"]),
         base=base,
-        settings=MappingProxyType({**(_settings(tables[base]) if base else {}), **changes}),
+        settings=MappingProxyType({**(under.settings if under else {}), **changes}),
         changes=MappingProxyType(changes),
-        epochs=table.get("epochs"),  # type: ignore[arg-type]
-        scales=tuple(table.get("scales", SCALES)),  # type: ignore[arg-type]
+        at={scale: {**(under.at.get(scale, {}) if under else {}), **own.get(scale, {})} for scale in SCALES},
+        scales=tuple(table.get("scales", USUAL)),  # type: ignore[arg-type]
         rates_of=table.get("rates_of"),  # type: ignore[arg-type]
     )
-
-
-def _settings(table: Mapping[str, object]) -> dict[str, object]:
-    return config_io.flatten_table(table["set"])  # type: ignore[arg-type]
 
 
 def _file(name: str) -> Path:

@@ -22,7 +22,7 @@ from fastbyol.optim.lars import rate_ceiling
 if TYPE_CHECKING:
     from fastbyol.ablations.claims import Claim
 
-Scale = Literal["published", "full", "short", "mini"]
+Scale = Literal["published", "full", "short", "long", "mini"]
 MEASURES = ("loss", "pos_cos", "neg_cos", "std_z", "std_y", "grad_norm", "lr", "accuracy", "rank_y", "dead_y")
 # The layers whose gradients decide LARS's feedback: the post's rates that explode are layer1's and layer2's.
 EARLY = ("encoder.conv1", "encoder.layer1")

@@ -12,14 +12,13 @@ from fastbyol.ablations.arms import Arm, ScaleName, arm, arms, load
 from fastbyol.ablations.claims import CLAIMS
 from fastbyol.config import Config
 from fastbyol.config_io import Flag
+from fastbyol.data.embedded import BUILT_IN
 from fastbyol.engine.metrics_file import read_events
 from fastbyol.engine.record import FREE
 from fastbyol.engine.run_folder import RunFolder
 from fastbyol.errors import FastbyolError, UsageError
 
 RUNS = "runs"
-# Claims that are about never collapsing are worth a third seed: one that does collapse must be told from a chance.
-THREE_SEEDS = ("C1", "C4")
 Status = Literal["new", "stopped", "done"]
 
 
@@ -67,8 +66,7 @@ def seeds_of(each: Arm, seeds: int | None) -> int:
         return seeds
     if each.base:
         return 1
-    needs = (max(claim.needs, 3 if claim.id in THREE_SEEDS else 0) for claim in CLAIMS if claim.id in each.claims)
-    return max(needs, default=1)
+    return max((claim.needs for claim in CLAIMS if claim.id in each.claims), default=1)
 
 
 def make(
@@ -164,5 +162,5 @@ def with_absolute_data(runs: Iterable[Run]) -> tuple[Run, ...]:
 def _absolute(config: Config) -> Config:
     data = config.data
     names = {key: getattr(data, key) for key in ("train", "test")}
-    full = {key: str(Path(name).resolve()) for key, name in names.items() if name and name != "textures"}
+    full = {key: str(Path(name).resolve()) for key, name in names.items() if name and name not in BUILT_IN}
     return config.model_copy(update={"data": data.model_copy(update=full)})

@@ -18,7 +18,7 @@ from fastbyol.data import beton
 from fastbyol.data.beton import BetonInfo
 from fastbyol.data.decoder import Decoder
 from fastbyol.data.memory import available_bytes
-from fastbyol.data.order import permutation
+from fastbyol.data.order import permutation, subset
 from fastbyol.data.prefetch import STALL_S, prefetch
 from fastbyol.errors import UsageError
 
@@ -42,7 +42,7 @@ class Batch(NamedTuple):
 
 
 class Images(NamedTuple):
-    """A whole file in file order: uint8 (N, H, W, 3) and int64 (N,) or None, on the CPU."""
+    """A file's images in file order: uint8 (N, H, W, 3) and int64 (N,) or None, on the CPU."""
 
     images: Tensor
     labels: Tensor | None
@@ -51,12 +51,14 @@ class Images(NamedTuple):
 class Loader(ABC):
     """Whole batches of one file. A batch is the caller's: nothing writes to it again.
 
-    Batch ``k`` of an epoch holds the samples ``permutation(...)[k * B : (k + 1) * B]``, however it gets to the device.
+    Batch ``k`` of an epoch holds the samples ``permutation(...)[k * B : (k + 1) * B]``, however it gets to the device; where
+    only ``chosen`` of them, int64 (N,), are trained on, those in the places that the permutation gives.
     """
 
-    def __init__(self, info: BetonInfo, *, batch_size: int, seed: int, device: torch.device) -> None:
-        self.num_samples = info.num_samples
-        self.steps_per_epoch = info.num_samples // batch_size
+    def __init__(self, info: BetonInfo, chosen: Tensor | None, *, batch_size: int, seed: int, device: torch.device) -> None:
+        self.num_samples = info.num_samples if chosen is None else len(chosen)
+        self.steps_per_epoch = self.num_samples // batch_size
+        self._chosen = chosen
         self._batch_size, self._seed, self._device = batch_size, seed, device
         self._running: weakref.WeakSet[Generator[Batch]] = weakref.WeakSet()
         self._closed = False
@@ -67,15 +69,15 @@ class Loader(ABC):
             raise ValueError("the loader is closed")
         if not 0 <= start_step <= self.steps_per_epoch:
             raise ValueError(f"start_step {start_step} is not in [0, {self.steps_per_epoch}]")
-        ids = permutation(self.num_samples, seed=self._seed, epoch=epoch)
-        steps = ids[: self.steps_per_epoch * self._batch_size].view(self.steps_per_epoch, self._batch_size)[start_step:]
+        places = permutation(self.num_samples, seed=self._seed, epoch=epoch)
+        steps = places[: self.steps_per_epoch * self._batch_size].view(self.steps_per_epoch, self._batch_size)[start_step:]
         batches = self._batches(steps)
         self._running.add(batches)
         return batches
 
     @abstractmethod
     def _batches(self, steps: Tensor) -> Generator[Batch]:
-        """Batches of the ids in the rows of ``steps``, int64 (steps, B) on the CPU."""
+        """Batches of the places in the rows of ``steps``, int64 (steps, B) on the CPU."""
 
     def close(self) -> None:
         """End what is still running and let go of file and memory. Closing twice is fine."""
@@ -93,14 +95,16 @@ class Loader(ABC):
 class ResidentLoader(Loader):
     """The decoded set lies on the device; a batch is a gather there. No file and no thread once it is open."""
 
-    def __init__(self, decoder: Decoder, *, batch_size: int, seed: int, device: torch.device) -> None:
-        super().__init__(decoder.info, batch_size=batch_size, seed=seed, device=device)
+    def __init__(self, decoder: Decoder, chosen: Tensor | None, *, batch_size: int, seed: int, device: torch.device) -> None:
+        super().__init__(decoder.info, chosen, batch_size=batch_size, seed=seed, device=device)
         with decoder:
-            self._images = _decode_all(decoder, device)
+            self._images = _decode(decoder, chosen, device)
+        self._ids = None if chosen is None else _to_device(chosen, device)
 
     def _batches(self, steps: Tensor) -> Generator[Batch]:
-        for ids in _to_device(steps, self._device):
-            yield Batch(self._images.index_select(0, ids), ids)
+        for places in _to_device(steps, self._device):
+            ids = places if self._ids is None else self._ids.index_select(0, places)
+            yield Batch(self._images.index_select(0, places), ids)
 
     def close(self) -> None:
         super().close()
@@ -110,14 +114,17 @@ class ResidentLoader(Loader):
 class StreamingLoader(Loader):
     """One thread decodes a few batches ahead, each into memory of its own."""
 
-    def __init__(self, decoder: Decoder, *, batch_size: int, seed: int, device: torch.device, stall_s: float) -> None:
-        super().__init__(decoder.info, batch_size=batch_size, seed=seed, device=device)
+    def __init__(
+        self, decoder: Decoder, chosen: Tensor | None, *, batch_size: int, seed: int, device: torch.device, stall_s: float
+    ) -> None:
+        super().__init__(decoder.info, chosen, batch_size=batch_size, seed=seed, device=device)
         self._decoder, self._stall_s = decoder, stall_s
 
     def _batches(self, steps: Tensor) -> Generator[Batch]:
         self._decoder.check_unchanged()
         # Both sides own their tensors. On CUDA torch's pinned allocator reuses a block only after its copy is over, so no
         # event needs to be waited for before the decoder goes on.
+        steps = steps if self._chosen is None else self._chosen[steps]
         for images, ids in prefetch(self._decoded(steps), name=str(self._decoder.info.path), stall_s=self._stall_s):
             yield Batch(_to_device(images, self._device), _to_device(ids, self._device))
 
@@ -141,41 +148,54 @@ def open_loader(
     cache: Cache,
     workers: int,
     size: int,
+    limit: int | None = None,
     stall_s: float = STALL_S,
 ) -> Loader:
     """Verify ``path`` and open it for training.
 
     ``cache``: "device" holds the decoded set on ``device``, "none" streams it, "auto" does the first if that takes at most 40 %
-    of what the device has free. ``size``: side of the images where the file's differ in size, pixels. ``workers``: decoding
-    threads, 0 for one a core (never more). ``stall_s``: seconds without a batch after which the stream counts as hanging.
-    UsageError: the file is missing or damaged, holds less than a batch, or does not fit where it was told to.
+    of what the device has free. ``workers``: decoding threads, 0 for one a core (never more). ``size``: side of the images
+    where the file's differ in size, pixels. ``limit``: so many of the images alone (``order.subset``). ``stall_s``: seconds
+    without a batch after which the stream counts as hanging. UsageError: the file is missing or damaged, holds less than a
+    batch, or does not fit where it was told to.
     """
     info, where = beton.inspect(path), torch.device(device)
+    chosen = subset(info.num_samples, limit)
+    count = info.num_samples if chosen is None else len(chosen)
     if batch_size < 1:
         raise UsageError(f"train.batch_size = {batch_size}: must be at least 1")
-    if info.num_samples < batch_size:
+    if count < batch_size:
+        of_limit = "" if chosen is None else f" (data.limit, of {info.num_samples})"
         raise UsageError(
-            f"{info.path}: {info.num_samples} images are less than one batch of train.batch_size = {batch_size}; "
-            f"take --batch-size {info.num_samples} or less, or more images"
+            f"{info.path}: {count} images{of_limit} are less than one batch of train.batch_size = {batch_size}; "
+            f"take --batch-size {count} or less, or more images"
         )
-    resident = _is_resident(info, where, cache, size)
-    decoder = Decoder(info, size=size, workers=workers, in_memory=_fits_in_memory(info, size if resident else None))
+    need = _decoded_bytes(info, size, count)
+    resident = _is_resident(info, need, where, cache)
+    decoder = Decoder(info, size=size, workers=workers, in_memory=_fits_in_memory(info, need if resident else 0))
     if resident:
-        return ResidentLoader(decoder, batch_size=batch_size, seed=seed, device=where)
-    return StreamingLoader(decoder, batch_size=batch_size, seed=seed, device=where, stall_s=stall_s)
+        return ResidentLoader(decoder, chosen, batch_size=batch_size, seed=seed, device=where)
+    return StreamingLoader(decoder, chosen, batch_size=batch_size, seed=seed, device=where, stall_s=stall_s)
 
 
-def read_all(path: str | Path, *, workers: int, size: int) -> Images:
-    """Verify ``path`` and decode all of it, in file order. UsageError: missing, damaged, or more than the memory holds."""
+def read_all(path: str | Path, *, workers: int, size: int, limit: int | None = None) -> Images:
+    """Verify ``path`` and decode all of it, or ``limit`` of its images, in file order.
+
+    UsageError: missing, damaged, or more than the memory holds.
+    """
     info = beton.inspect(path)
-    _is_resident(info, CPU, "device", size)
-    with Decoder(info, size=size, workers=workers, in_memory=_fits_in_memory(info, size)) as decoder:
+    chosen = subset(info.num_samples, limit)
+    need = _decoded_bytes(info, size, info.num_samples if chosen is None else len(chosen))
+    _is_resident(info, need, CPU, "device")
+    with Decoder(info, size=size, workers=workers, in_memory=_fits_in_memory(info, need)) as decoder:
         labels = decoder.labels()
-        return Images(_decode_all(decoder, CPU), None if labels is None else torch.from_numpy(labels))
+        if labels is not None and chosen is not None:
+            labels = labels[chosen.numpy()]
+        return Images(_decode(decoder, chosen, CPU), None if labels is None else torch.from_numpy(labels))
 
 
-def _is_resident(info: BetonInfo, device: torch.device, cache: Cache, size: int) -> bool:
-    need, free = _decoded_bytes(info, size), available_bytes(device)
+def _is_resident(info: BetonInfo, need: int, device: torch.device, cache: Cache) -> bool:
+    free = available_bytes(device)
     if cache == "device" and need > DEVICE_SHARE * free:
         raise UsageError(
             f"{info.path}: the decoded images take {need / 1e9:.3g} GB of the {free / 1e9:.3g} GB that {device} has free; "
@@ -184,24 +204,24 @@ def _is_resident(info: BetonInfo, device: torch.device, cache: Cache, size: int)
     return cache == "device" or (cache == "auto" and need <= AUTO_SHARE * free)
 
 
-def _decoded_bytes(info: BetonInfo, size: int) -> int:
+def _decoded_bytes(info: BetonInfo, size: int, count: int) -> int:
     height, width = info.uniform_size or (size, size)
-    return info.num_samples * height * width * 3
+    return count * height * width * 3
 
 
-def _fits_in_memory(info: BetonInfo, size: int | None) -> bool:
-    """Whether the file itself can be read at once; ``size`` given, beside all of its decoded images."""
-    beside = 0 if size is None else _decoded_bytes(info, size)
+def _fits_in_memory(info: BetonInfo, beside: int) -> bool:
+    """Whether the file itself can be read at once, ``beside`` bytes of decoded images."""
     return info.num_bytes + beside <= AUTO_SHARE * available_bytes(CPU)
 
 
-def _decode_all(decoder: Decoder, device: torch.device) -> Tensor:
-    count = decoder.info.num_samples
-    images = torch.empty((count, *decoder.shape), dtype=torch.uint8, device=device)
-    for first in range(0, count, CHUNK):
+def _decode(decoder: Decoder, chosen: Tensor | None, device: torch.device) -> Tensor:
+    """Decode the samples ``chosen``, all for None, in this order."""
+    ids = np.arange(decoder.info.num_samples) if chosen is None else chosen.numpy()
+    images = torch.empty((len(ids), *decoder.shape), dtype=torch.uint8, device=device)
+    for first in range(0, len(ids), CHUNK):
         rows = images[first : first + CHUNK]
         part = rows if device.type == "cpu" else _host_images(len(rows), decoder, device)
-        decoder.decode(np.arange(first, first + len(rows)), part.numpy())
+        decoder.decode(ids[first : first + len(rows)], part.numpy())
         if part is not rows:
             rows.copy_(part, non_blocking=True)
     decoder.check_unchanged()

@@ -23,6 +23,16 @@ def permutation(num_samples: int, *, seed: int, epoch: int) -> Tensor:
     return torch.argsort(torch.cat([sort_keys(ids, seed=seed, epoch=epoch) for ids in chunks]), stable=True)
 
 
+def subset(num_samples: int, limit: int | None) -> Tensor | None:
+    """Return ``limit`` of the sample ids, int64 (limit,) ascending, all subsets equally likely; None where that is all.
+
+    A function of the two numbers alone, so that runs with different seeds see the same images.
+    """
+    if limit is None or limit >= num_samples:
+        return None
+    return permutation(num_samples, seed=0, epoch=0)[:limit].sort().values
+
+
 def sort_keys(ids: Tensor, *, seed: int, epoch: int | Tensor) -> Tensor:
     """int64 sample ids -> int64 keys, uniform over all of int64: the first two words of Philox at (id, epoch), broadcast."""
     low, high = split_id(ids, DOMAIN_ORDER)

@@ -8,10 +8,13 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from fastbyol.data import source_cifar, source_folders, source_npz, source_stl10, source_textures
+from fastbyol.data import source_cifar, source_folders, source_idx, source_npz, source_stl10, source_textures
+from fastbyol.data.cache import cache_folder
 from fastbyol.errors import UsageError
 
-KINDS = ("textures", "stl10", "cifar10", "cifar100", "npz", "classes", "folder")
+KINDS = ("textures", "fashion-mnist", "stl10", "cifar10", "cifar100", "idx", "npz", "classes", "folder")
+# Sources that are named and have no path.
+MADE = ("textures", "fashion-mnist")
 ARCHIVES = (".tar.gz", ".tgz", ".tar", ".tar.bz2", ".tar.xz", ".zip")
 
 
@@ -43,7 +46,7 @@ def open_source(
     seed: int = 0,
     strict: bool = False,
 ) -> Source:
-    """Open a path, or ``textures``, as the ``kind`` given or found; UsageError says what was expected there.
+    """Open a path, or one of ``MADE``, as the ``kind`` given or found; UsageError says what was expected there.
 
     ``split`` defaults to train where the source has splits. ``count``, ``size`` (default 32) and ``seed`` are for
     ``textures``; ``strict`` makes the first file that is no picture an error.
@@ -55,8 +58,12 @@ def open_source(
             raise UsageError(f"textures: has no split {split!r}; take another --seed for another set")
         return source_textures.open_textures(count=count, size=32 if size is None else size, seed=seed)
     path = Path(source)
+    if source == "fashion-mnist" and kind in (None, "fashion-mnist"):
+        kind, path = "fashion-mnist", source_idx.fashion_mnist_folder(cache_folder())
     try:
         kind = kind or detect(path, split)
+        if kind in ("idx", "fashion-mnist"):
+            return source_idx.open_idx(path, kind, split)
         if kind == "npz":
             return source_npz.open_npz(path, split)
         if not path.is_dir():
@@ -75,9 +82,13 @@ def open_source(
 def detect(path: Path, split: str | None = None) -> str:
     """The kind of what lies at ``path``, one of KINDS; ``classes`` and ``folder`` may hold one folder for each split."""
     if not path.exists():
-        raise UsageError(f"{path}: no such file or folder; give a folder of images, an .npz file or 'textures'")
+        raise UsageError(
+            f"{path}: no such file or folder; give a folder of images, an .npz file, 'textures' or 'fashion-mnist'"
+        )
     if path.is_file():
         return _detect_file(path)
+    if source_idx.has_idx(path):
+        return "idx"
     if any((_inner(path, "stl10_binary") / f"{part}_X.bin").exists() for part in ("train", "test", "unlabeled")):
         return "stl10"
     inner = _inner(path, "cifar-10-batches-py")
@@ -91,6 +102,8 @@ def detect(path: Path, split: str | None = None) -> str:
 
 def _detect_file(path: Path) -> str:
     name = path.name.lower()
+    if source_idx.has_idx(path):
+        return "idx"
     if name.endswith(ARCHIVES):
         command = f"unzip {path}" if name.endswith(".zip") else f"tar -xf {path}"
         raise UsageError(f"{path}: is packed; unpack it (`{command}`) and give the folder")

@@ -20,7 +20,7 @@ from torch import Tensor
 
 import fastbyol_kernels
 from fastbyol.config import Config
-from fastbyol.data.embedded import cache_folder
+from fastbyol.data.cache import cache_folder
 from fastbyol.engine.device import pick_device
 from fastbyol.engine.durable import new_digest, write_text
 from fastbyol.engine.environment import cpu_name, package_version

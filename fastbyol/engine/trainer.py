@@ -135,6 +135,8 @@ class Trainer:
         config = self.config
         if config.train.init_from and checkpoint.newest(self.folder.checkpoints) is None:
             self._save()  # the run must not depend on another's file for longer than it has to
+        if self.step == 0:
+            self._probe_untrained(interrupt)
         self.pace = Pace(config.train.batch_size, self.step)
         while not interrupt.requested and (self.owes_epoch_end or self.step < self.total_steps):
             if self.owes_epoch_end:
@@ -170,6 +172,7 @@ class Trainer:
             cache=config.data.cache,
             workers=config.data.workers,
             size=config.data.size or config.views.size,
+            limit=config.data.limit,
         )
 
     def _read_test(self, path: Path | None) -> loader.Images | None:
@@ -177,7 +180,7 @@ class Trainer:
             self.observer.note("no --test-data: accuracy is not measured")
             return None
         size = self.config.data.size or self.config.views.size
-        test = loader.read_all(path, workers=self.config.data.workers, size=size)
+        test = loader.read_all(path, workers=self.config.data.workers, size=size, limit=self.config.data.test_limit)
         protocol.check(self.config.probe.protocol, test=test, train=None)
         return test
 
@@ -315,21 +318,36 @@ class Trainer:
         for event in self.monitor.events[known:]:
             self.telemetry.event("state", **asdict(event))
 
+    def _probe_untrained(self, interrupt: Interrupt) -> None:
+        """Record what the weights give before the first step; a run that was killed before its first checkpoint has that."""
+        if self.test is None or any(event["event"] == "untrained" for event in metrics_file.read_events(self.folder.path)):
+            return
+        try:
+            with interrupt.abortable():
+                accuracy, rank, num_scored = self._evaluate(self.test)
+        except Stopped:
+            return
+        self.telemetry.event("untrained", step=0, accuracy=accuracy, rank_y=rank, num_scored=num_scored)
+
     def _probe(self, epoch: int) -> tuple[float | None, float | None]:
         """Accuracy in percent and effective rank of the embeddings; None and None where this epoch is not probed."""
         every, last = self.config.probe.every_epochs, epoch + 1 == self.config.train.epochs
         if self.test is None or not (last or (every and (epoch + 1) % every == 0)):
             return None, None
+        return self._evaluate(self.test)[:2]
+
+    def _evaluate(self, test: loader.Images) -> tuple[float, float, int]:
+        """Return accuracy in percent, effective rank of the embeddings, and on how many images both were measured."""
         result = protocol.evaluate(
             self.config.probe.protocol,
             self.state.online.encoder,
-            test=self.test,
+            test=test,
             train=None,
             views=self.config.views,
             device=self.device,
         )
         # Six digits: the last ones depend on the number of threads, and a resumed run may have others.
-        return float(result["accuracy"]), float(f"{result['rank']:.6g}")
+        return float(result["accuracy"]), float(f"{result['rank']:.6g}"), int(result["num_test"])
 
     def _save(self) -> None:
         self.telemetry.flush()

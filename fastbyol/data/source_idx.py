@@ -1,0 +1,218 @@
+"""The idx files of MNIST (LeCun, Cortes, Burges, 1998) and of all that took its format: Fashion-MNIST, KMNIST, EMNIST, QMNIST.
+
+A file is two zero bytes, a type, the number of dimensions, each dimension as a big-endian int32, and the values; it may be
+compressed with gzip. Images are grey (N, H, W) uint8. Sides below 32 pixels are padded to 32 with black, as LeNet-5 took
+them, since five halvings of 28 leave nothing. EMNIST's images are transposed in its files, and are left so.
+"""
+
+from __future__ import annotations
+
+import gzip
+import re
+import socket
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastbyol.data.source_arrays import ArraySource, Images, Labels
+from fastbyol.errors import UsageError
+
+SPLITS = {"train": ("train",), "test": ("t10k", "test")}
+SIDE = 32
+MAX_SIDE = 4096
+# Xiao, Rasul, Vollgraf, "Fashion-MNIST", arXiv:1708.07747, table 2.
+FASHION_CLASSES = (
+    "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
+)  # fmt: skip
+# Where Debian's package dataset-fashion-mnist puts the four files.
+DEBIAN = Path("/usr/share/datasets/fashion-mnist")
+DOWNLOAD_TIMEOUT_S = 30.0
+
+_IMAGES = re.compile(r"(?P<set>.*?)[-_]?(?P<split>train|t10k|test)[-_]images[-.]idx3[-.]ubyte(\.gz)?", re.IGNORECASE)
+_TYPES = {0x08: ">u1", 0x09: ">i1", 0x0B: ">i2", 0x0C: ">i4"}
+# What torchvision's downloads and common archives put around the files.
+_INNER = ("raw", "FashionMNIST/raw", "MNIST/raw", "KMNIST/raw", "EMNIST/raw", "QMNIST/raw", "gzip")
+
+
+def has_idx(path: Path) -> bool:
+    """Tell whether idx images lie at ``path``: a file of them, or a folder in one of the usual layouts."""
+    return bool(_IMAGES.fullmatch(path.name)) if path.is_file() else any(_image_files(path))
+
+
+def open_idx(path: Path, kind: str, split: str | None) -> ArraySource:
+    """Open the images of ``split`` (default: train, or that of the file) with the labels that lie beside them.
+
+    Labels are idx1 bytes, or QMNIST's idx2 integers of which the first column counts. Raises UsageError: files that are
+    missing, cut short, of another type, several sets in one folder.
+    """
+    images = path if path.is_file() else _chosen(path, split or "train")
+    named = _IMAGES.fullmatch(images.name)
+    if named is None:
+        raise UsageError(f"{images}: not named like idx images; call it train-images-idx3-ubyte, and its labels alike")
+    split = next(name for name, words in SPLITS.items() if named["split"].lower() in words)
+    shape, offset = _head(images)
+    if len(shape) != 3 or _dtype(images) != np.dtype(">u1"):
+        raise UsageError(f"{images}: its head says {len(shape)} dimensions of {_dtype(images)}; images are (N, H, W) bytes")
+    count, height, width = shape
+    if not (1 <= count and 1 <= height <= MAX_SIDE and 1 <= width <= MAX_SIDE):
+        raise UsageError(f"{images}: its head says {count} images of {width} x {height} pixels; fetch the file again")
+    labels = _labels(images, count)
+    _kept.cache_clear()
+    fashion = kind == "fashion-mnist"
+    names = FASHION_CLASSES if fashion else tuple(str(k) for k in range(int(labels.max()) + 1)) if labels is not None else ()
+    if labels is not None and fashion and labels.max() >= len(FASHION_CLASSES):
+        raise UsageError(f"{_labels_file(images)}: label {labels.max()} is none of Fashion-MNIST's ten; take --kind idx")
+    size = (max(SIDE, height), max(SIDE, width))
+    return ArraySource(kind, split, names, labels, count, size, Loader(images, shape, offset))
+
+
+def fashion_mnist_folder(cache: Path) -> Path:
+    """Return a folder that holds Fashion-MNIST: Debian's, else ``cache``'s, where torchvision downloads it on the first call.
+
+    Raises UsageError where it is in neither and cannot be downloaded.
+    """
+    for folder in (DEBIAN, cache):
+        if folder.is_dir() and all(any(_image_files(folder, split)) for split in SPLITS):
+            return folder
+    import torchvision
+
+    try:
+        with _timeout(DOWNLOAD_TIMEOUT_S):
+            for train in (True, False):
+                torchvision.datasets.FashionMNIST(str(cache), train=train, download=True)
+    except (OSError, RuntimeError) as error:  # the network's errors, and torchvision's after its last mirror
+        why = " ".join(str(error).split())[:120]
+        raise UsageError(
+            f"fashion-mnist: not on this machine, and the download failed ({why}): install Debian's package "
+            "dataset-fashion-mnist, convert a folder of its files (`fastbyol convert FOLDER train.beton`), or take textures"
+        ) from None
+    return cache
+
+
+@dataclass(frozen=True)
+class Loader:
+    """Loads image i of one file, which is read whole: grey as RGB, padded to ``SIDE``."""
+
+    path: Path
+    shape: tuple[int, ...]
+    offset: int
+
+    def __call__(self, index: int) -> Images:
+        grey = _kept(self.path, self.shape, self.offset)[index]
+        margins = [(missing // 2, missing - missing // 2) for missing in (max(0, SIDE - side) for side in grey.shape)]
+        return np.ascontiguousarray(np.repeat(np.pad(grey, margins)[:, :, None], 3, axis=2))
+
+
+@lru_cache(maxsize=1)
+def _kept(path: Path, shape: tuple[int, ...], offset: int) -> Images:
+    return _values(path, shape, offset, np.dtype(">u1"))
+
+
+def _image_files(folder: Path, split: str | None = None) -> Iterator[tuple[str, Path]]:
+    """Pairs (set, images file) of ``split`` (None: of any) in the first of the usual places that holds some."""
+    words = SPLITS[split] if split is not None else tuple(word for words in SPLITS.values() for word in words)
+    for place in (folder, *(folder / name for name in _INNER)):
+        found = {}
+        for path in sorted(place.iterdir(), reverse=True) if place.is_dir() else ():  # unpacked before packed
+            named = _IMAGES.fullmatch(path.name)
+            if named and named["split"].lower() in words and path.is_file():
+                found[named["set"], named["split"].lower()] = path
+        if found:
+            yield from ((name, path) for (name, _), path in found.items())
+            return
+
+
+def _chosen(folder: Path, split: str) -> Path:
+    if split not in SPLITS:
+        raise UsageError(f"{folder}: idx files have no split {split!r}; choose {', '.join(SPLITS)}")
+    found = list(_image_files(folder, split))
+    if not found:
+        raise UsageError(f"{folder}: no {SPLITS[split][0]}-images-idx3-ubyte (or .gz) in it; give the folder that holds it")
+    if len(found) > 1:
+        names = ", ".join(path.name for _, path in found)
+        raise UsageError(f"{folder}: holds several sets ({names}); name one of these files instead of the folder")
+    return found[0][1]
+
+
+def _labels(images: Path, count: int) -> Labels | None:
+    path = _labels_file(images)
+    if path is None:
+        return None
+    shape, offset = _head(path)
+    if len(shape) not in (1, 2) or shape[0] != count:
+        raise UsageError(f"{path}: its head says shape {shape} for {count} images; fetch both files again")
+    labels = _values(path, shape, offset, _dtype(path)).astype(np.int64)
+    labels = labels if labels.ndim == 1 else labels[:, 0]
+    if labels.min() < 0 or labels.max() > 255:
+        raise UsageError(f"{path}: labels from {labels.min()} to {labels.max()}; classes are 0 to 255, fetch the file again")
+    return labels
+
+
+def _labels_file(images: Path) -> Path | None:
+    """The file beside ``images`` with its labels, packed or not; None where there is none."""
+    stem = images.name.removesuffix(".gz")
+    start, _, end = stem.rpartition("images")
+    names = [
+        f"{start}labels{end.replace('idx3', dims).replace('ubyte', kind)}"
+        for dims, kind in (("idx1", "ubyte"), ("idx2", "int"))
+    ]
+    paths = [images.with_name(name + packed) for name in names for packed in ("", ".gz")]
+    return next((path for path in paths if path.is_file()), None)
+
+
+def _dtype(path: Path) -> np.dtype[np.generic]:
+    with _opened(path) as file:
+        return np.dtype(_TYPES[file.read(4)[2]])
+
+
+def _head(path: Path) -> tuple[tuple[int, ...], int]:
+    """The shape that a file's head says, and where its values begin."""
+    with _opened(path) as file:
+        magic = file.read(4)
+        if len(magic) < 4 or magic[:2] != b"\0\0" or magic[2] not in _TYPES or not 1 <= magic[3] <= 4:
+            raise UsageError(f"{path}: not an idx file of whole numbers (it begins {magic.hex() or 'nowhere'}); fetch it again")
+        dims = file.read(4 * magic[3])
+    if len(dims) < 4 * magic[3]:
+        raise UsageError(f"{path}: ends within its head; fetch it again")
+    shape = tuple(int(size) for size in np.frombuffer(dims, ">i4"))
+    if min(shape) < 0:
+        raise UsageError(f"{path}: its head says shape {shape}; fetch it again")
+    return shape, 4 + len(dims)
+
+
+def _values(path: Path, shape: tuple[int, ...], offset: int, dtype: np.dtype[np.generic]) -> NDArray[np.uint8]:
+    """The file's values, after reading a byte more than there may be: never what the head alone promises."""
+    wanted = int(np.prod(shape, dtype=object)) * dtype.itemsize
+    with _opened(path) as file:
+        content = file.read(offset + wanted + 1)
+    if len(content) != offset + wanted:
+        raise UsageError(f"{path}: {len(content) - offset} bytes of values or more, its head says {wanted}; fetch it again")
+    return np.frombuffer(content, dtype, offset=offset).reshape(shape)  # type: ignore[return-value]
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[BinaryIO]:
+    """The file, unpacked on the way; whatever reading meets is a UsageError."""
+    try:
+        with gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb") as file:  # type: ignore[attr-defined]
+            yield file  # type: ignore[misc]
+    except (OSError, EOFError, zlib.error, MemoryError) as error:
+        raise UsageError(f"{path}: cannot be read ({' '.join(str(error).split())}); fetch it again") from None
+
+
+@contextmanager
+def _timeout(seconds: float) -> Iterator[None]:
+    """Let no connection that is opened inside wait for longer; torchvision sets no limit of its own."""
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(seconds)
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(before)

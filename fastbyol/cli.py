@@ -67,7 +67,10 @@ def _progress(console: Console, what: str) -> tuple[Any, Callable[[int, int], No
 
 @app.command()
 def convert(
-    source: Annotated[str, typer.Argument(help="'textures', an STL-10 or CIFAR folder, a folder of images, or an .npz file.")],
+    source: Annotated[
+        str,
+        typer.Argument(help="'fashion-mnist', 'textures', a folder of images or of STL-10, CIFAR or idx files, an .npz file."),
+    ],
     out: Annotated[Path, typer.Argument(help="The beton file to write.")],
     kind: Annotated[str | None, typer.Option(help="What SOURCE is, where it cannot be told from its files.")] = None,
     split: Annotated[str | None, typer.Option(help="train, test, unlabeled, train+unlabeled; or a subfolder.")] = None,
@@ -118,7 +121,7 @@ def convert(
 
 @app.command()
 def train(
-    data: Annotated[str | None, typer.Option("--data", metavar="FILE", help="Beton to train on, or 'textures'.")] = None,
+    data: Annotated[str | None, typer.Option("--data", metavar="FILE", help="Beton, fashion-mnist or textures.")] = None,
     test_data: Annotated[str | None, typer.Option("--test-data", metavar="FILE", help="Labelled beton for the probe.")] = None,
     preset: Annotated[str | None, typer.Option(help="demo, blog or paper. Default: blog on a GPU, demo on a CPU.")] = None,
     config: Annotated[Path | None, typer.Option("--config", metavar="FILE", help="TOML file over the preset.")] = None,
@@ -181,7 +184,7 @@ def train(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Train a network; without --data on the embedded textures set."""
+    """Train a network; without --data on textures that are made for it."""
     console = _console(as_json)
     flags = {
         "data.train": ("--data", data),
@@ -245,8 +248,9 @@ def _has_gpu(device: str) -> bool:
 
 def _what_data(loaded: Loaded) -> str:
     data, preset = loaded.config.data, loaded.config.preset
+    limit = "" if not data.limit else f", {data.limit} of its images at most (data.limit)"
     if data.train != "textures":
-        return f"preset {preset}, data {data.train}"
+        return f"preset {preset}, data {data.train}{limit}"
     said = "data textures" if loaded.origin["data.train"] == "--data" else "no --data given, so the embedded textures set"
     return f"preset {preset}, {said}: {data.textures_count} images of {data.textures_size} px, seed {data.textures_seed}"
 
@@ -585,7 +589,7 @@ def demo(
     seed: Annotated[int, typer.Option(min=0)] = 0,
     as_json: Json = False,
 ) -> None:
-    """Make the textures set, train on it, and compare random, BYOL and supervised encoders."""
+    """Compare random, BYOL and supervised encoders, and let one network stay collapsed and another recover."""
     from fastbyol import demo as demos
 
     console = _console(as_json)

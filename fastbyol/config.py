@@ -35,10 +35,10 @@ class DataConfig(Model):
     test: str | None = Field(
         None, min_length=1, description="labelled file for the probe; default: the held-out part of a built-in training set"
     )
-    limit: int | None = Field(
-        None, ge=2, description="train on so many of the file's images, drawn once and alike for every seed; default: all"
+    limit: int = Field(
+        0, ge=0, le=2**40, description="train on so many of the file's images, drawn once and alike for every seed; 0: all"
     )
-    test_limit: int | None = Field(None, ge=2, description="the same for the probe's images")
+    test_limit: int = Field(0, ge=0, le=2**40, description="the same for the probe's images")
     textures_count: int = Field(4096, ge=64, le=10_000_000, description="images of the textures to train on")
     textures_test_count: int = Field(2048, ge=64, le=10_000_000, description="images of the textures to test on")
     textures_size: int | None = Field(

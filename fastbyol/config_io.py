@@ -391,12 +391,16 @@ def _derivation(key: str, config: Config, origin: Mapping[str, str]) -> str:
 
 def _check(config: Config, origin: Mapping[str, str]) -> None:
     """What no slice can see alone."""
-    batch, count = config.train.batch_size, config.data.textures_count
-    if config.data.train == "textures" and batch > count:
-        raise UsageError(
-            f"train.batch_size = {batch} ({origin['train.batch_size']}): more than the {count} images of the textures set "
-            f"(data.textures_count: {origin['data.textures_count']}), so an epoch would hold no step"
-        )
+    batch, data = config.train.batch_size, config.data
+    limits = ({"data.limit": data.limit} if data.limit else {}) | (
+        {"data.textures_count": data.textures_count} if data.train == "textures" else {}
+    )
+    for key, count in limits.items():
+        if batch > count:
+            raise UsageError(
+                f"train.batch_size = {batch} ({origin['train.batch_size']}): more than the {count} images to train on "
+                f"({key}: {origin[key]}), so an epoch would hold no step"
+            )
 
 
 def _notes(loaded: Loaded) -> Iterator[str]:

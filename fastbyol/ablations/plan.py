@@ -75,6 +75,7 @@ def make(
     out: Path,
     *,
     seeds: int | None = None,
+    first_seed: int = 0,
     sets: Sequence[str] = (),
     flags: Mapping[str, Flag] | None = None,
 ) -> tuple[Run, ...]:
@@ -88,7 +89,11 @@ def make(
         if each.rates_of:
             counts[each.rates_of] = max(counts.get(each.rates_of, 0), counts[each.name], 2)
     wanted = [each for each in arms().values() if each.name in counts]
-    runs = [_run(each, seed, scale, out, counts, sets, flags or {}) for each in wanted for seed in range(counts[each.name])]
+    runs = [
+        _run(each, first_seed + number, scale, out, counts, sets, flags or {})
+        for each in wanted
+        for number in range(counts[each.name])
+    ]
     return tuple(sorted(runs, key=lambda run: (run.arm.base is not None, run.seed, run.after is not None)))
 
 

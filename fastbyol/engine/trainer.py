@@ -345,6 +345,7 @@ class Trainer:
             train=None,
             views=self.config.views,
             device=self.device,
+            dtype=self.state.recipe.views_dtype,
         )
         # Six digits: the last ones depend on the number of threads, and a resumed run may have others.
         return float(result["accuracy"]), float(f"{result['rank']:.6g}"), int(result["num_test"])

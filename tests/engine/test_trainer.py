@@ -62,6 +62,15 @@ def contents(run: Path) -> dict[str, Any]:
     return {"name": newest.name, "tensors": tensors, "metrics": (run / "metrics.jsonl").read_bytes(), "layers": samples}
 
 
+def test_untrained_weights_are_probed_before_the_first_step(whole: Path, files: tuple[Path, Path]) -> None:
+    """As ``eval --weights random`` does it, and once, whatever is resumed."""
+    (event,) = [row for row in metrics_file.read_events(whole) if row["event"] == "untrained"]
+    assert (whole / "metrics.jsonl").read_text().startswith('{"event": "untrained", "step": 0, ')
+    expected = api.evaluate(whole, "blog", weights="random")
+    assert event["accuracy"] == pytest.approx(expected["accuracy"])
+    assert event["num_scored"] == expected["num_test"]
+
+
 class Killer(Silent):
     """Kills its own process, as a power cut would, once ``step`` is reached."""
 

@@ -10,6 +10,7 @@ import pytest
 from fastbyol import config_io
 from fastbyol.ablations import plan
 from fastbyol.ablations.arms import arm, arms
+from fastbyol.config_io import Flag
 from fastbyol.errors import UsageError
 
 
@@ -58,6 +59,16 @@ def test_first_seeds_come_first_and_open_settings_last() -> None:
     places = [(run.arm.base is not None, run.seed) for run in runs]
     assert places == sorted(places)
     assert len({run.path for run in runs}) == len(runs)
+
+
+def test_fewer_images_make_more_epochs(tmp_path: Path) -> None:
+    """1,000 images instead of 4,096: 31 steps an epoch instead of 128, and so 82 epochs instead of 20."""
+    flags = {"data.train": Flag("--data", str(tmp_path / "few.beton"))}
+    (few,) = plan.make([arm("gn-lars-0.2")], "mini", tmp_path, seeds=1, flags=flags, num_images=1000)
+    (many,) = plan.make([arm("gn-lars-0.2")], "mini", tmp_path, seeds=1, flags=flags, num_images=60_000)
+    assert (many.config.train.epochs, many.config.probe.every_epochs, many.config.schedule.horizon_epochs) == (20, 2, 320)
+    assert (few.config.train.epochs, few.config.probe.every_epochs, few.config.schedule.horizon_epochs) == (82, 8, 1311)
+    assert few.config.train.epochs * (1000 // 32) == pytest.approx(many.config.train.epochs * (4096 // 32), rel=0.02)
 
 
 def lay(run: plan.Run, epochs: int) -> None:

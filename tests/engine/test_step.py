@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import pytest
@@ -175,6 +176,25 @@ def test_other_methods_equal_the_plain_implementation(name: str, norm: str, head
     contrastive loss magnify the first one's 1e-13 to 2e-10. Here the worst is 3e-12."""
     slow: dict[str, object] = {"optim__lr": 0.001} if optimizer == "sgd" else {}
     run_both(tiny(norm, head_norm, optimizer=optimizer, **METHODS[name], **slow), steps=5, steps_per_epoch=2)
+
+
+def test_sgd_is_torchs_under_a_rate_that_moves_at_every_step() -> None:
+    """The rate stands outside the momentum: m = mu m + g + wd w, then w -= lr m.
+
+    LARS's blog dialect has it inside, w -= m with m = mu m + rate (g + wd w), as algorithm 1 of arXiv:1708.03888 and the post's
+    lars.py do: there a rate belongs to the gradient that it was measured on. Where lr is constant the two are one.
+    """
+    state = TrainState.create(tiny("gn", "bn", schedule__lr_unit="step", schedule__horizon_epochs=3), steps_per_epoch=4)
+    theirs = [p.detach().clone() for p in state.online.parameters()]
+    optimizer = torch.optim.SGD(theirs, momentum=0.9, weight_decay=1e-2)
+    for step in range(8):
+        train_step(state, some_views(step))
+        for other, p in zip(theirs, state.online.parameters(), strict=True):
+            other.grad = p.grad
+        optimizer.param_groups[0]["lr"] = 0.005 * (1 + math.cos(math.pi * step / 12)) / 2
+        optimizer.step()
+    for other, p in zip(theirs, state.online.parameters(), strict=True):
+        torch.testing.assert_close(p.detach(), other, rtol=1e-13, atol=1e-15)  # a few roundings each step
 
 
 def test_a_contrastive_start_is_that_of_byol_and_random_keys() -> None:

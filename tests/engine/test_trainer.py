@@ -99,7 +99,7 @@ def test_killed_at_a_step_and_resumed_is_the_uninterrupted_run(
 
 
 def test_a_killed_run_finds_its_queue_again(files: tuple[Path, Path], tmp_path: Path) -> None:
-    """In mid-epoch, with keys of 20 of its 27 rows replaced twice: the same bits as the run that was not killed."""
+    """Killed in mid-epoch, once the pointer has gone round a queue that is no whole number of batches."""
     config = tiny_config(files, "method.name=contrastive", "method.queue=27", "run.checkpoint_every_steps=2")
     child(api.train, config, tmp_path / "whole")
     killed_run(config, tmp_path / "killed", STEPS_PER_EPOCH + 2)

@@ -144,12 +144,18 @@ def train(
             "--init-from", metavar="RUN", help="Start from this run's or checkpoint's weights.", rich_help_panel=TRAIN
         ),
     ] = None,
+    method: Annotated[str | None, typer.Option(metavar="byol|contrastive|simsiam", rich_help_panel=MODEL)] = None,
+    temperature: Annotated[float | None, typer.Option(help="Of the contrastive loss.", rich_help_panel=MODEL)] = None,
+    queue: Annotated[
+        int | None, typer.Option(help="Past keys that are negatives; 0: the batch's others.", rich_help_panel=MODEL)
+    ] = None,
     norm: Annotated[str | None, typer.Option(metavar="bn|gn|ln|none", help="Encoder's norm.", rich_help_panel=MODEL)] = None,
     mlp_norm: Annotated[
         str | None, typer.Option(metavar="bn|gn|ln|none|brn", help="Norm of both MLPs.", rich_help_panel=MODEL)
     ] = None,
     projector_norm: Annotated[str | None, typer.Option(metavar="bn|gn|ln|none|brn", rich_help_panel=MODEL)] = None,
     predictor_norm: Annotated[str | None, typer.Option(metavar="bn|gn|ln|none|brn", rich_help_panel=MODEL)] = None,
+    predictor_layers: Annotated[int | None, typer.Option(metavar="0|2", help="0: no predictor.", rich_help_panel=MODEL)] = None,
     ws: Annotated[
         bool | None, typer.Option("--ws/--no-ws", help="Standardize convolution weights.", rich_help_panel=MODEL)
     ] = None,
@@ -197,12 +203,16 @@ def train(
         "engine.mode": ("--engine", engine),
         "train.stop_on_collapse": ("--stop-on-collapse", stop_on_collapse),
         "train.init_from": ("--init-from", init_from),
+        "method.name": ("--method", method),
+        "method.temperature": ("--temperature", temperature),
+        "method.queue": ("--queue", queue),
         "model.norm": ("--norm", norm),
         "model.projector.norm": ("--projector-norm", projector_norm) if projector_norm else ("--mlp-norm", mlp_norm),
         "model.predictor.norm": ("--predictor-norm", predictor_norm) if predictor_norm else ("--mlp-norm", mlp_norm),
         "model.ws": ("--ws", ws),
         "model.projector.ws": ("--mlp-ws", mlp_ws),
         "model.predictor.ws": ("--mlp-ws", mlp_ws),
+        "model.predictor.layers": ("--predictor-layers", predictor_layers),
         "views.size": ("--res", res),
         "model.width": ("--width", width),
         "model.stem": ("--stem", stem),

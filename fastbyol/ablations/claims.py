@@ -15,7 +15,11 @@ ARMS = {
     "C12": ("gn-lars-0.5", "gn-lars-0.1"),
     "M1": ("bn-sgd-mlp-bn", "bn-sgd-projector-bn", "bn-sgd-predictor-bn", "bn-sgd-mlp-none", "bn-sgd-mlp-ln", "random"),
 }
-CONTROLS = {"C6": (REPLAYED, CAPPED), "C13": (CONTRAST, REPLAYED)}
+CONTROLS = {
+    "C6": (REPLAYED, CAPPED),
+    "C13": (CONTRAST, REPLAYED),
+    "M1": ("bn-sgd-simsiam", "bn-sgd-no-predictor"),
+}
 # The seeds that a verdict wants of every arm, the post's single runs excepted. The four claims that the others hang on
 # (collapse and stay, recover, timing) want three, so that one odd seed cannot decide; of the others two must agree.
 SEEDS = {"C5": 3, "C6": 3, "C7": 3, "C12": 3}

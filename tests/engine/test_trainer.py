@@ -107,6 +107,16 @@ def test_killed_at_a_step_and_resumed_is_the_uninterrupted_run(
     assert contents(run) == contents(whole)
 
 
+def test_a_killed_run_finds_its_queue_again(files: tuple[Path, Path], tmp_path: Path) -> None:
+    """Killed in mid-epoch, once the pointer has gone round a queue that is no whole number of batches."""
+    config = tiny_config(files, "method.name=contrastive", "method.queue=27", "run.checkpoint_every_steps=2")
+    child(api.train, config, tmp_path / "whole")
+    killed_run(config, tmp_path / "killed", STEPS_PER_EPOCH + 2)
+    child(api.resume, tmp_path / "killed")
+    assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
+    assert contents(tmp_path / "whole")["tensors"]["queue"][0] == np.float32
+
+
 @pytest.mark.parametrize("after_s", [0.05, 0.25, 0.5])
 def test_killed_at_any_instant_and_resumed_is_the_uninterrupted_run(
     files: tuple[Path, Path], whole: Path, tmp_path: Path, after_s: float

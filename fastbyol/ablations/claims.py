@@ -28,8 +28,8 @@ CONTROLS = {
     "C13": (CONTRAST, REPLAYED),
     "M1": ("bn-sgd-simsiam", "bn-sgd-no-predictor"),
 }
-# The seeds that a verdict wants of every arm, the post's single runs excepted. Three, so that one odd seed shows; five where the
-# learning rate is at the border of recovery and the answer is a share.
+# The seeds that a verdict wants of every arm, the post's single runs excepted. Three, so that one odd seed shows; five where
+# the learning rate is at the border of recovery and the answer is a share.
 SEEDS = {"C7": 5, "C12": 5}
 
 

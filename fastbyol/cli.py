@@ -319,8 +319,8 @@ def _finish(summary: Summary, console: Console, as_json: bool) -> None:
     if as_json:
         _print_json(asdict(summary))
         return
-    accuracy = "" if summary.accuracy is None else f", accuracy {summary.accuracy:.1f}%"
-    console.print(f"{summary.run}: step {summary.step}, {summary.state}{accuracy}", markup=False, soft_wrap=True)
+    words = ", ".join(filter(None, (f"step {summary.step}", summary.state, summary.accuracies.in_words())))
+    console.print(f"{summary.run}: {words}", markup=False, soft_wrap=True)
 
 
 @app.command()

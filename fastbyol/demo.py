@@ -92,7 +92,8 @@ def _pair(out: Path, config: Config, console: Console) -> dict[str, dict[str, An
     if outcome.failed or outcome.interrupted:
         why = f"{outcome.failed[0][0]}: {outcome.failed[0][1]}" if outcome.failed else "interrupted"
         raise FastbyolError(f"{out}: {why}; the same command goes on from here")
-    return {each.arm.name: {"run": str(each.path), **_ending(report.read(each.path))} for each in runs}
+    paths = {each.arm.name: each.path for each in runs}
+    return {name: {"run": str(paths[name]), **_ending(report.read(paths[name]))} for name in PAIR}
 
 
 def _ending(story: report.Story) -> dict[str, Any]:

@@ -76,7 +76,8 @@ def _number(value: Any) -> float:
     return float("nan") if value is None else float(value)
 
 
-def _shade_states(axes: Axes, story: Story) -> None:
+def shade_states(axes: Axes, story: Story) -> None:
+    """Colour the epochs that ended collapsing, collapsed, recovering or dead."""
     for event in story.epoch_events:
         colour = STATE_COLOURS.get(event["state"])
         if colour:
@@ -140,7 +141,7 @@ def figure(story: Story, draw: Callable[[Any, Story], None]) -> Any:
 
     made = Figure(figsize=(7.2, 3.0), layout="constrained")
     axes = made.add_subplot()
-    _shade_states(axes, story)
+    shade_states(axes, story)
     draw(axes, story)
     axes.set_xlabel("epoch")
     axes.spines[["top", "right"]].set_visible(False)

@@ -203,12 +203,11 @@ def _say_what_data(run: Run, console: Console) -> float:
     """Say what the runs train on and how much of what two views differ in is the image; returns that share."""
     from fastbyol.ablations.arms import arm, load
     from fastbyol.ablations.marker import image_share
-    from fastbyol.config_io import Flag
 
     config = run.config
-    flags = {key: Flag("", value) for key, value in (("data.train", config.data.train), ("train.device", config.train.device))}
     # The network that the recoveries are about, whatever was asked for.
-    share = image_share(load(arm("gn-lars-0.2"), "mini", seed=0, flags=flags).config)
+    network = load(arm("gn-lars-0.2"), "mini", seed=0).config.model
+    share = image_share(config.model_copy(update={"model": network}))
     limit = f", {config.data.limit} images at most" if config.data.limit else ""
     console.print(
         f"data {config.data.train}{limit}: image share r = {share:.3f} (textures .01, where no recovery shows; "

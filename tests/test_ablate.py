@@ -14,7 +14,7 @@ from fastbyol.evaluation import protocol
 from small import SETS
 from source_files import stl10
 
-NARROW = [f"--set={text}" for text in SETS if not text.startswith(("views.", "data.textures"))]
+NARROW = [f"--set={text}" for text in SETS if not text.startswith(("views.", "data."))]
 
 
 @pytest.fixture

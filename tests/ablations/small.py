@@ -8,7 +8,13 @@ from safetensors.numpy import load_file
 
 SETS = (
     *("views.size=16", "model.width=4", "model.stem=small", "train.batch_size=8", "data.workers=1", "probe.every_epochs=0"),
-    *("data.textures_count=64", "data.textures_test_count=64", "run.drain_every_steps=2", "train.device=cpu"),
+    *(
+        "data.train=textures",
+        "data.textures_count=64",
+        "data.textures_test_count=64",
+        "run.drain_every_steps=2",
+        "train.device=cpu",
+    ),
     *(f"model.{head}.{key}" for head in ("projector", "predictor") for key in ("hidden=16", "out=8")),
 )
 

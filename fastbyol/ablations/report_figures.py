@@ -252,6 +252,37 @@ def draw_readme_cosines(suite: Suite, arms: Iterable[str]) -> Figure:
     return made
 
 
+def draw_recoveries(suite: Suite) -> Figure:
+    """Draw 1 - the negative cosine over steps, a panel per arm with its open settings, over the published curve, dashed."""
+    from matplotlib.figure import Figure
+
+    arms = [arm for arm in suite.runs if "@" not in arm]
+    theirs = {source.arm: source for claim in CLAIMS for source in claim.sources if source.measure == "neg_cos"}
+    rows = -(-len(arms) // 3)
+    made = Figure(figsize=(9.0, 0.4 + 2.6 * rows), layout="constrained", facecolor="white")
+    for place, arm in enumerate(arms):
+        axes = made.add_subplot(rows, min(len(arms), 3), place + 1)
+        if source := theirs.get(arm):
+            curve = published()[source.figure, source.series]
+            steps = (curve.epoch + 1) * PUBLISHED_STEPS_PER_EPOCH
+            axes.plot(steps, _distance(curve.value), color="black", lw=0.9, ls=(0, (3, 1.5)), label="published")
+        open_settings = [name for name in suite.runs if name.startswith(f"{arm}@")]
+        for name, colour in zip((arm, *open_settings), COLOURS, strict=False):
+            runs = suite.evidence(name)
+            epochs, (low, middle, high) = band(runs, "neg_cos")
+            steps = (epochs + 1) * runs[0].steps_per_epoch
+            axes.fill_between(steps, _distance(low), _distance(high), color=colour, alpha=0.2, lw=0)
+            label = f"{name.partition('@')[2] or 'ours'} ({_count(suite, name)})"
+            axes.plot(steps, _distance(middle), color=colour, lw=1.4, marker="o" if len(epochs) < 3 else "", ms=3, label=label)
+        axes.set(xscale="log", yscale="log", xlabel="step")
+        axes.set_title(arm, fontsize=9)
+        axes.axhline(1 - COLLAPSED_ABOVE, color="black", lw=0.7, ls=":")
+        axes.legend(frameon=False, fontsize=7)
+        if place % 3 == 0:
+            axes.set_ylabel("1 - cosine, negative pairs")
+    return made
+
+
 def _distance(cosine: np.ndarray) -> np.ndarray:
     """1 - cosine, kept above the rounding of a mean of fp32 cosines."""
     return np.asarray(np.maximum(1 - cosine, 1e-8))

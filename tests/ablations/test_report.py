@@ -25,7 +25,8 @@ from made_up import COLLAPSED, HEALTHY, RECOVERED_LATE, made_up
 
 SMALL = ["model.width=4", "model.norm=gn", "model.projector.norm=none", "model.predictor.norm=none"]
 SMALL += ["model.projector.hidden=16", "model.projector.out=8", "model.predictor.hidden=16", "model.predictor.out=8"]
-SMALL += ["data.train=textures", "views.size=16", "data.textures_count=64", "data.textures_test_count=64", "data.workers=1", "train.device=cpu"]
+SMALL += ["data.train=textures", "views.size=16"]
+SMALL += ["data.textures_count=64", "data.textures_test_count=64", "data.workers=1", "train.device=cpu"]
 SMALL += ["train.batch_size=32", "train.epochs=2", "schedule.horizon_epochs=2", "probe.every_epochs=0"]
 RUNS = {
     ("gn-sgd-mlp-none", 0): ["optim.name=sgd"],

@@ -158,6 +158,8 @@ def _share(row: Mapping[str, Any]) -> str:
         return str(row["evidence"].partition(". seed ")[0])
     if not row["asked"]:
         return "not run"
+    if row["open"]:
+        return f"{row['yes']} of {row['asked']}, {row['open']} open"
     low, high = (f"{end:.2f}".removeprefix("0") for end in row["interval"])
     return f"{row['yes']} of {row['asked']} ({low} to {high})"
 

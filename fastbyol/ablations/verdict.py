@@ -29,7 +29,7 @@ class Statement(NamedTuple):
 
     A ``main`` statement decides, an ``other`` one refines, and one that is ``told`` counts for nothing: it cannot be asked of
     these runs, or is a control. ``rule`` says in words when it holds for a seed. It held for ``yes`` of the ``asked`` seeds, a
-    share that lies in ``interval``.
+    share that lies in ``interval``; ``open`` of them have no answer.
     """
 
     text: str
@@ -39,6 +39,7 @@ class Statement(NamedTuple):
     rule: str = ""
     yes: int = 0
     asked: int = 0
+    open: int = 0
     interval: tuple[float, float] = (0.0, 1.0)
 
 
@@ -106,7 +107,8 @@ def _state(rule: Rule, claim: Claim, by_seed: Mapping[str, Mapping[int, Evidence
     held, summary = decide(yes, no, len(asked), needs)
     details = "; ".join(f"seed {seed}: {finding.text}" for seed, finding in asked.items())
     evidence = f"{summary}. {details}" if details else summary
-    return Statement(rule.text, held, evidence, rule.role, rule.words, yes, len(asked), wilson(yes, len(asked)))
+    total = len(asked)
+    return Statement(rule.text, held, evidence, rule.role, rule.words, yes, total, total - yes - no, wilson(yes, total))
 
 
 def decide(yes: int, no: int, asked: int, needs: int) -> tuple[bool | None, str]:
@@ -115,7 +117,9 @@ def decide(yes: int, no: int, asked: int, needs: int) -> tuple[bool | None, str]
     See the head of this file. Where one answer is enough its share alone decides.
     """
     summary = f"held for {yes} of {asked} seed{'s' * (asked != 1)}"
-    if needs > 1 and asked:
+    if yes + no < asked:
+        summary += f", open for {asked - yes - no}"
+    elif needs > 1 and asked:
         low, high = wilson(yes, asked)
         summary += f" (share {share(yes / asked)}, 95 % interval {share(low)} to {share(high)})"
     if yes + no < needs:

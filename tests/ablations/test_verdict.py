@@ -237,6 +237,8 @@ class TestSeeds:
         assert decide(1, 0, 1, 3)[1].endswith("; too few to decide: 1 of 3 needed")
         assert decide(2, 1, 3, 3)[1].endswith(": mixed")
         assert decide(1, 0, 1, 1) == (True, "held for 1 of 1 seed")
+        assert decide(0, 0, 3, 3) == (None, "held for 0 of 3 seeds, open for 3; too few to decide: 0 of 3 needed")
+        assert decide(4, 0, 5, 3) == (True, "held for 4 of 5 seeds, open for 1")
 
     @given(st.integers(0, 30), st.integers(0, 30), st.integers(0, 5))
     def test_yes_and_no_are_alike_and_more_of_one_never_undoes_it(self, yes: int, no: int, open_: int) -> None:
@@ -322,7 +324,11 @@ class TestLongRuns:
         """8,000 steps cannot refute "within 100 epochs". C10's figure ends at epoch 30, 12,300 steps: so may a run of it."""
         short = judge(BY_ID["C9"], {"gn-ws-sgd": self.run("gn-ws-sgd", None, 8_000, steps_per_epoch=16)}, "long")
         assert short.outcome == "undetermined"
+        assert short.statements[0].evidence.startswith(
+            "held for 0 of 3 seeds, open for 3; too few to decide: 0 of 3 needed. seed"
+        )
         assert "not separated within 8,000 steps" in short.statements[0].evidence
+        assert (short.statements[0].asked, short.statements[0].open) == (3, 3)
         quickly = "It leaves the collapse quickly."
         assert self.held("C10", quickly, self.run("gn-lars-layer1-layer2", None, 12_288)).held is False
         assert self.held("C10", quickly, self.run("gn-lars-layer1-layer2", None, 11_000)).held is None

@@ -32,16 +32,9 @@ OLD = {
 
 def claim(name: str, outcome: str, seeds: str, *held: tuple[str, str, int, int]) -> dict[str, Any]:
     """A verdict with statements (text, role, yes, asked) whose intervals are made up."""
+    counts = {"open": 0, "interval": [0.2, 1.0], "evidence": ""}
     statements = [
-        {
-            "text": text,
-            "held": 2 * yes > asked,
-            "evidence": "",
-            "role": role,
-            "yes": yes,
-            "asked": asked,
-            "interval": [0.2, 1.0],
-        }
+        {"text": text, "held": 2 * yes > asked, "role": role, "yes": yes, "asked": asked, **counts}
         for text, role, yes, asked in held
     ]
     return {"id": name, "says": f"{name} says.", "seeds": seeds, "outcome": outcome, "statements": statements}
@@ -92,6 +85,13 @@ def test_a_claim_is_told_at_the_scale_that_can_show_it(folders: list[Path]) -> N
     shares = "It ends: 3 of 3 (.20 to 1.00)<br>It is useless: 0 of 3 (.20 to 1.00)"
     assert c5 == f"| C5 | C5 says. | partly (mini, seeds: 3) | {shares} | reproduced |"
     assert c6 == "| C6 | C6 says. | reproduced (long, seeds: 3) | It goes: 4 of 5 (.20 to 1.00) | undetermined |"
+
+
+def test_seeds_without_an_answer_are_not_told_as_a_share(folders: list[Path]) -> None:
+    long = json.loads((folders[1] / "verdicts.json").read_text())
+    long["claims"][1]["statements"][0] |= {"yes": 1, "asked": 3, "open": 2}
+    (folders[1] / "verdicts.json").write_text(json.dumps(long))
+    assert "| It goes: 1 of 3, 2 open |" in appendix.section(folders, folders[0].parent)
 
 
 def test_what_became_of_the_runs_is_said(folders: list[Path]) -> None:

@@ -12,6 +12,8 @@ FLOOR := tests/kernels tests/engine/test_capture.py tests/engine/test_standardiz
   tests/bench/test_launches.py tests/bench/test_mocked_gpu.py tests/bench/test_kernel_times.py
 # FFCV compiles one small extension against these: 57 packages instead of the 444 behind libopencv-dev.
 DEBIAN := g++ make pkg-config python3-venv python3-dev libopencv-core-dev libopencv-imgproc-dev libturbojpeg0-dev
+# 30 MB of real images. A set-up without them goes on: the demonstration then takes textures.
+IMAGES := dataset-fashion-mnist
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
 .PHONY: setup demo test lint types unit test-floor floor lowered lower faults bench figures clean
@@ -27,6 +29,9 @@ $(VENV)/.system:
 	  else echo "neither root nor sudo: ask an administrator for: apt-get install $(DEBIAN)"; exit 1; fi; \
 	  $$SUDO apt-get update -qq && \
 	  $$SUDO env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(DEBIAN) >/dev/null; fi
+	@dpkg -s $(IMAGES) >/dev/null 2>&1 || { if [ "$$(id -u)" = 0 ]; then SUDO=; else SUDO=sudo; fi; \
+	  $$SUDO env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(IMAGES) >/dev/null; } || \
+	  echo "no package $(IMAGES): the demonstration downloads it or takes textures"
 	@$(PYTHON) -m venv $(VENV)
 	@touch $@
 

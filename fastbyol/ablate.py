@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -16,6 +16,7 @@ from fastbyol.errors import FastbyolError, UsageError
 if TYPE_CHECKING:
     from fastbyol.ablations.arms import Arm, ScaleName
     from fastbyol.ablations.claims import Claim
+    from fastbyol.ablations.plan import Run
     from fastbyol.ablations.runner import Outcome
     from fastbyol.ablations.verdict import Verdict
 
@@ -100,7 +101,7 @@ def run(
     jobs: Annotated[
         int | None, typer.Option(min=1, help="Runs at a time. Default: one a core, or what a GPU has room for.")
     ] = None,
-    data: Annotated[str | None, typer.Option("--data", metavar="FILE", help="Beton to train on.")] = None,
+    data: Annotated[str | None, typer.Option("--data", metavar="FILE", help="Beton, fashion-mnist or textures.")] = None,
     test_data: Annotated[str | None, typer.Option("--test-data", metavar="FILE", help="Labelled beton for the probe.")] = None,
     stl10: Annotated[
         Path | None, typer.Option("--stl10", metavar="DIR", help="STL-10's folder, converted on the first call.")
@@ -115,12 +116,13 @@ def run(
 
     console = Console(stderr=as_json, highlight=False)
     folder = _folder(out, scale).resolve()
+    chosen = plan.chosen(targets or (), scale, everything=everything)
     files = _data_files(scale, folder, data, test_data, stl10, console)
     runs = plan.make(
-        plan.chosen(targets or (), scale, everything=everything),
-        scale, folder, seeds=seeds, sets=sets or (), flags=_flags(files, device),
+        chosen, scale, folder, seeds=seeds, sets=sets or (), flags=_flags(files, device), num_images=_checked(files),
     )  # fmt: skip
     asked = {"targets": targets or [], "all": everything, "seeds": seeds, "set": sets or [], "data": files}
+    asked["image_share"] = _say_what_data(runs[0], console)
     outcome = runner.execute(runs, folder, scale, asked=asked, jobs=jobs, device=device, console=console)
     found = tally.verdicts(tally.evidence_in(folder, scale), scale)
     _say(outcome, found, folder, scale, console, as_json)
@@ -182,6 +184,37 @@ def _data_files(
         raise UsageError("--scale full is of STL-10: name its folder with --stl10, or two betons with --data and --test-data")
     named = {"data.train": data, "data.test": test_data}
     return {key: name if name in BUILT_IN else str(Path(name).resolve()) for key, name in named.items() if name}
+
+
+def _checked(files: Mapping[str, str]) -> int | None:
+    """Return how many images the named training file has, None for a built-in set, having looked at both files."""
+    from fastbyol.data import beton
+    from fastbyol.data.embedded import BUILT_IN
+
+    test, train = files.get("data.test"), files.get("data.train")
+    if test and test not in BUILT_IN:
+        labels = beton.inspect(test).labels
+        if labels is None or len(set(labels[labels >= 0].tolist())) < 2:
+            raise UsageError(f"{test}: the probe needs labels of two classes or more: name a labelled file with --test-data")
+    return None if train is None or train in BUILT_IN else beton.inspect(train).num_samples
+
+
+def _say_what_data(run: Run, console: Console) -> float:
+    """Say what the runs train on and how much of what two views differ in is the image; returns that share."""
+    from fastbyol.ablations.arms import arm, load
+    from fastbyol.ablations.marker import image_share
+    from fastbyol.config_io import Flag
+
+    config = run.config
+    flags = {key: Flag("", value) for key, value in (("data.train", config.data.train), ("train.device", config.train.device))}
+    # The network that the recoveries are about, whatever was asked for.
+    share = image_share(load(arm("gn-lars-0.2"), "mini", seed=0, flags=flags).config)
+    limit = f", {config.data.limit} images at most" if config.data.limit else ""
+    console.print(
+        f"data {config.data.train}{limit}: image share r = {share:.3f} (textures .01, where no recovery shows; "
+        "Fashion-MNIST .08, where LARS recovers)", markup=False, soft_wrap=True,
+    )  # fmt: skip
+    return share
 
 
 def _convert_stl10(source: Path, folder: Path, console: Console) -> dict[str, Path]:

@@ -108,7 +108,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """Accuracy of a run's encoder under ``protocol`` (``blog``, ``linear`` or ``knn``; see ``evaluation.protocol``).
 
-    Data default to the run's own images; files that are named are taken whole. Returns a dict with at least ``accuracy`` (percent), ``protocol`` and ``step``.
+    Data default to the run's own images; files that are named are taken whole.
+    Returns a dict with at least ``accuracy`` (percent), ``protocol`` and ``step``.
     """
     if protocol not in PROTOCOLS:
         raise UsageError(f"protocol: {protocol!r} is none of {', '.join(PROTOCOLS)}")
@@ -117,13 +118,11 @@ def evaluate(
     if test_file is None:
         raise UsageError(f"{run}: the run has no test data: name a labelled beton with --test-data")
     size = config.data.size or config.views.size
-    test = loader.read_all(
-        test_file, workers=config.data.workers, size=size, limit=None if test_data else config.data.test_limit
-    )
+    test = loader.read_all(test_file, workers=config.data.workers, size=size, limit=0 if test_data else config.data.test_limit)
     train = None
     if protocol != "blog":  # which is fitted within the test set
         train_file = Path(train_data) if train_data else embedded.training_file(config.data)
-        limit = None if train_data else config.data.limit
+        limit = 0 if train_data else config.data.limit
         train = loader.read_all(train_file, workers=config.data.workers, size=size, limit=limit)
     target = pick_device(device)
     result = protocols.evaluate(protocol, encoder.to(target), test=test, train=train, views=config.views, device=target)

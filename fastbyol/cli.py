@@ -67,7 +67,10 @@ def _progress(console: Console, what: str) -> tuple[Any, Callable[[int, int], No
 
 @app.command()
 def convert(
-    source: Annotated[str, typer.Argument(help="'textures', an STL-10 or CIFAR folder, a folder of images, or an .npz file.")],
+    source: Annotated[
+        str,
+        typer.Argument(help="'fashion-mnist', 'textures', a folder of images or of STL-10, CIFAR or idx files, an .npz file."),
+    ],
     out: Annotated[Path, typer.Argument(help="The beton file to write.")],
     kind: Annotated[str | None, typer.Option(help="What SOURCE is, where it cannot be told from its files.")] = None,
     split: Annotated[str | None, typer.Option(help="train, test, unlabeled, train+unlabeled; or a subfolder.")] = None,
@@ -118,7 +121,7 @@ def convert(
 
 @app.command()
 def train(
-    data: Annotated[str | None, typer.Option("--data", metavar="FILE", help="Beton to train on, or 'textures'.")] = None,
+    data: Annotated[str | None, typer.Option("--data", metavar="FILE", help="Beton, fashion-mnist or textures.")] = None,
     test_data: Annotated[str | None, typer.Option("--test-data", metavar="FILE", help="Labelled beton for the probe.")] = None,
     preset: Annotated[str | None, typer.Option(help="demo, blog or paper. Default: blog on a GPU, demo on a CPU.")] = None,
     config: Annotated[Path | None, typer.Option("--config", metavar="FILE", help="TOML file over the preset.")] = None,
@@ -141,12 +144,18 @@ def train(
             "--init-from", metavar="RUN", help="Start from this run's or checkpoint's weights.", rich_help_panel=TRAIN
         ),
     ] = None,
+    method: Annotated[str | None, typer.Option(metavar="byol|contrastive|simsiam", rich_help_panel=MODEL)] = None,
+    temperature: Annotated[float | None, typer.Option(help="Of the contrastive loss.", rich_help_panel=MODEL)] = None,
+    queue: Annotated[
+        int | None, typer.Option(help="Past keys that are negatives; 0: the batch's others.", rich_help_panel=MODEL)
+    ] = None,
     norm: Annotated[str | None, typer.Option(metavar="bn|gn|ln|none", help="Encoder's norm.", rich_help_panel=MODEL)] = None,
     mlp_norm: Annotated[
         str | None, typer.Option(metavar="bn|gn|ln|none|brn", help="Norm of both MLPs.", rich_help_panel=MODEL)
     ] = None,
     projector_norm: Annotated[str | None, typer.Option(metavar="bn|gn|ln|none|brn", rich_help_panel=MODEL)] = None,
     predictor_norm: Annotated[str | None, typer.Option(metavar="bn|gn|ln|none|brn", rich_help_panel=MODEL)] = None,
+    predictor_layers: Annotated[int | None, typer.Option(metavar="0|2", help="0: no predictor.", rich_help_panel=MODEL)] = None,
     ws: Annotated[
         bool | None, typer.Option("--ws/--no-ws", help="Standardize convolution weights.", rich_help_panel=MODEL)
     ] = None,
@@ -181,7 +190,7 @@ def train(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Train a network; without --data on the embedded textures set."""
+    """Train a network; without --data on textures that are made for it."""
     console = _console(as_json)
     flags = {
         "data.train": ("--data", data),
@@ -194,12 +203,16 @@ def train(
         "engine.mode": ("--engine", engine),
         "train.stop_on_collapse": ("--stop-on-collapse", stop_on_collapse),
         "train.init_from": ("--init-from", init_from),
+        "method.name": ("--method", method),
+        "method.temperature": ("--temperature", temperature),
+        "method.queue": ("--queue", queue),
         "model.norm": ("--norm", norm),
         "model.projector.norm": ("--projector-norm", projector_norm) if projector_norm else ("--mlp-norm", mlp_norm),
         "model.predictor.norm": ("--predictor-norm", predictor_norm) if predictor_norm else ("--mlp-norm", mlp_norm),
         "model.ws": ("--ws", ws),
         "model.projector.ws": ("--mlp-ws", mlp_ws),
         "model.predictor.ws": ("--mlp-ws", mlp_ws),
+        "model.predictor.layers": ("--predictor-layers", predictor_layers),
         "views.size": ("--res", res),
         "model.width": ("--width", width),
         "model.stem": ("--stem", stem),
@@ -245,8 +258,9 @@ def _has_gpu(device: str) -> bool:
 
 def _what_data(loaded: Loaded) -> str:
     data, preset = loaded.config.data, loaded.config.preset
+    limit = "" if not data.limit else f", {data.limit} of its images at most (data.limit)"
     if data.train != "textures":
-        return f"preset {preset}, data {data.train}"
+        return f"preset {preset}, data {data.train}{limit}"
     said = "data textures" if loaded.origin["data.train"] == "--data" else "no --data given, so the embedded textures set"
     return f"preset {preset}, {said}: {data.textures_count} images of {data.textures_size} px, seed {data.textures_seed}"
 
@@ -305,8 +319,8 @@ def _finish(summary: Summary, console: Console, as_json: bool) -> None:
     if as_json:
         _print_json(asdict(summary))
         return
-    accuracy = "" if summary.accuracy is None else f", accuracy {summary.accuracy:.1f}%"
-    console.print(f"{summary.run}: step {summary.step}, {summary.state}{accuracy}", markup=False, soft_wrap=True)
+    words = ", ".join(filter(None, (f"step {summary.step}", summary.state, summary.accuracies.in_words())))
+    console.print(f"{summary.run}: {words}", markup=False, soft_wrap=True)
 
 
 @app.command()
@@ -585,7 +599,7 @@ def demo(
     seed: Annotated[int, typer.Option(min=0)] = 0,
     as_json: Json = False,
 ) -> None:
-    """Make the textures set, train on it, and compare random, BYOL and supervised encoders."""
+    """Compare random, BYOL and supervised encoders, and let one network stay collapsed and another recover."""
     from fastbyol import demo as demos
 
     console = _console(as_json)

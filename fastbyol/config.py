@@ -7,6 +7,7 @@ Sources named in this file:
   post   "Understanding self-supervised and contrastive learning with BYOL" (2020), text and appendix
   code   the post's published code: moco.py, utils.py, lars.py, ws_resnet.py, train_blog.py
   byol   Grill et al., "Bootstrap Your Own Latent", arXiv:2006.07733, section 3.3 and appendix B, J
+  moco   He et al., "Momentum Contrast", arXiv:1911.05722, and its version 2, arXiv:2003.04297
 """
 
 from __future__ import annotations
@@ -35,10 +36,10 @@ class DataConfig(Model):
     test: str | None = Field(
         None, min_length=1, description="labelled file for the probe; default: the held-out part of a built-in training set"
     )
-    limit: int | None = Field(
-        None, ge=2, description="train on so many of the file's images, drawn once and alike for every seed; default: all"
+    limit: int = Field(
+        0, ge=0, le=2**40, description="train on so many of the file's images, drawn once and alike for every seed; 0: all"
     )
-    test_limit: int | None = Field(None, ge=2, description="the same for the probe's images")
+    test_limit: int = Field(0, ge=0, le=2**40, description="the same for the probe's images")
     textures_count: int = Field(4096, ge=64, le=10_000_000, description="images of the textures to train on")
     textures_test_count: int = Field(2048, ge=64, le=10_000_000, description="images of the textures to test on")
     textures_size: int | None = Field(
@@ -106,6 +107,12 @@ class HeadConfig(Model):
     ws: bool = False
 
 
+class PredictorConfig(HeadConfig):
+    """The online network's second head."""
+
+    layers: Literal[0, 2] = Field(2, description="0: there is no predictor, predictions are the projections")
+
+
 class ModelConfig(Model):
     """ResNet-18 encoder, projector and predictor. Defaults: the post's sizes."""
 
@@ -115,7 +122,19 @@ class ModelConfig(Model):
     width: int = Field(64, ge=2, le=1024, description="channels of the first stage; the embedding has 8 times as many")
     stem: Literal["torchvision", "small"] = Field("torchvision", description="7x7 stride 2 and max-pool, or 3x3 stride 1")
     projector: HeadConfig = HeadConfig()
-    predictor: HeadConfig = HeadConfig()
+    predictor: PredictorConfig = PredictorConfig()
+
+
+class MethodConfig(Model):
+    """What a step learns from. Defaults of the contrastive loss: code, moco.py, after moco version 2."""
+
+    name: Literal["byol", "contrastive", "simsiam"] = Field(
+        "byol", description="cosines with a moving average's projections, cross-entropy over negatives, or cosines with its own"
+    )
+    temperature: float = Field(0.2, gt=0.0, le=1000.0, description="contrastive: cosines are divided by it")
+    queue: int = Field(
+        65536, ge=0, le=10_000_000, description="contrastive: past target projections kept as negatives; 0: the batch's others"
+    )
 
 
 class OptimConfig(Model):
@@ -220,6 +239,7 @@ class Config(Model):
     data: DataConfig = DataConfig()
     views: ViewsConfig = ViewsConfig()
     model: ModelConfig = ModelConfig()
+    method: MethodConfig = MethodConfig()
     optim: OptimConfig = OptimConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     train: TrainConfig = TrainConfig()

@@ -324,7 +324,7 @@ def _read(field: FieldInfo, text: str) -> object:
     kinds = _options(field)
     if any(typing.get_origin(kind) is tuple for kind in kinds) and not text.startswith("["):
         return [_toml(part.strip()) if part.strip()[:1] in "\"'" else part.strip() for part in text.split(",") if part.strip()]
-    is_text = any(kind is str or typing.get_origin(kind) is typing.Literal for kind in kinds)
+    is_text = any(kind is str or str in map(type, typing.get_args(kind)) for kind in kinds)
     return text if is_text and text[:1] not in ('"', "'") else _toml(text)
 
 
@@ -391,11 +391,21 @@ def _derivation(key: str, config: Config, origin: Mapping[str, str]) -> str:
 
 def _check(config: Config, origin: Mapping[str, str]) -> None:
     """What no slice can see alone."""
-    batch, count = config.train.batch_size, config.data.textures_count
-    if config.data.train == "textures" and batch > count:
+    batch, data = config.train.batch_size, config.data
+    limits = ({"data.limit": data.limit} if data.limit else {}) | (
+        {"data.textures_count": data.textures_count} if data.train == "textures" else {}
+    )
+    for key, count in limits.items():
+        if batch > count:
+            raise UsageError(
+                f"train.batch_size = {batch} ({origin['train.batch_size']}): more than the {count} images to train on "
+                f"({key}: {origin[key]}), so an epoch would hold no step"
+            )
+    method = config.method
+    if method.name == "contrastive" and 0 < method.queue < batch:
         raise UsageError(
-            f"train.batch_size = {batch} ({origin['train.batch_size']}): more than the {count} images of the textures set "
-            f"(data.textures_count: {origin['data.textures_count']}), so an epoch would hold no step"
+            f"method.queue = {method.queue} ({origin['method.queue']}): holds fewer keys than the {batch} of a batch "
+            f"(train.batch_size: {origin['train.batch_size']}): take {batch} or more, or 0 for the batch's own"
         )
 
 

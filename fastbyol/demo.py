@@ -1,72 +1,144 @@
-"""The demonstration: images on disk to three linear accuracies, in minutes on two cores."""
+"""The demonstration, in minutes on two cores: what BYOL learns from images, how a network collapses, and how one recovers."""
 
 from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
 
 from fastbyol import api, config_io, figures, report
-from fastbyol.config import Config
-from fastbyol.data import convert, loader
+from fastbyol.ablations import plan, runner
+from fastbyol.ablations.arms import arm
+from fastbyol.config import Config, DataConfig
+from fastbyol.config_io import Flag
+from fastbyol.data import embedded, loader
 from fastbyol.display import display, duration
 from fastbyol.engine.run_folder import CONFIG, list_runs
 from fastbyol.errors import FastbyolError, UsageError
+from fastbyol.evaluation.collapse import COLLAPSED_ABOVE
 from fastbyol.evaluation.supervised import supervised_accuracy
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+# The post's C7 and C6: the same network and optimizer at half the rate stays where the other one leaves.
+PAIR = ("gn-lars-0.1", "gn-lars-0.2")
 
 
 def run(out: Path, *, seed: int = 0, console: Console) -> dict[str, Any]:
-    """Convert the textures set, train with the demo preset or go on with it, and compare encoders under the same probe.
+    """Train the demo preset, or go on with it, compare encoders under the same probe, and train the two runs of ``PAIR``.
 
-    Writes into ``out``: two beton files, the run folder and the report. What an earlier demonstration left there under
-    the same names is replaced. Returns the accuracies in percent and the time taken in seconds.
+    The images are Fashion-MNIST where it is on this machine or can be downloaded, else textures. Writes into ``out``: the
+    runs and their pictures; earlier ones stay. Returns the accuracies in percent and the time taken in seconds.
     """
     began = time.perf_counter()
     _claim(out)
-    train_file, test_file = out / "textures-train.beton", out / "textures-test.beton"
-    base = config_io.load(preset="demo", sets=[f"train.seed={seed}"]).config
-    data = base.data
-    for path, count, offset in ((train_file, data.textures_count, 0), (test_file, data.textures_test_count, 1)):
-        _say(console, f"fastbyol convert textures {path} --count {count} --size {data.textures_size} --seed {seed + offset}")
-        convert.convert("textures", path, count=count, size=data.textures_size, seed=seed + offset, overwrite=True)
-    config = base.model_copy(update={"data": data.model_copy(update={"train": str(train_file), "test": str(test_file)})})
+    config = config_io.load(preset="demo", sets=[f"train.seed={seed}", f"data.train={_images(console)}"]).config
+    path = _train(out, config, console)
+    _say(console, f"fastbyol eval {path} --weights random")
+    random = api.evaluate(path, config.probe.protocol, weights="random")
+    byol = api.evaluate(path, config.probe.protocol)
+    _say(console, "the same encoder trained with labels")
+    result = {
+        "data": config.data.train,
+        "random": random["accuracy"],
+        "byol": byol["accuracy"],
+        "supervised": _supervised(config),
+        "protocol": config.probe.protocol,
+        "run": str(path),
+        "pair": _pair(out / "lars", config, console),
+        "pictures": [],
+    }
+    if figures.available():
+        result["pictures"] = [str(picture) for picture in report.write(path, png=out / "pictures")]
+        result["pictures"].append(str(_draw_pair({name: Path(row["run"]) for name, row in result["pair"].items()}, out)))
+    result["seconds"] = time.perf_counter() - began
+    _print(console, result)
+    return result
+
+
+def _images(console: Console) -> str:
+    """Return the name of the built-in set to train on; what keeps it from being real images is said."""
+    try:
+        embedded.training_file(DataConfig(train=embedded.FASHION))
+    except UsageError as error:
+        console.print(f"{error}; so this is on textures, where no recovery shows", markup=False, soft_wrap=True)
+        return embedded.TEXTURES
+    return embedded.FASHION
+
+
+def _train(out: Path, config: Config, console: Console) -> Path:
     left = _unfinished(out, config)
     path = left or _fresh(out / "run")
-    command = f"train --preset demo --data {train_file} --test-data {test_file} --seed {seed} --out"
+    command = f"train --preset demo --data {config.data.train} --seed {config.train.seed} --out"
     _say(console, f"fastbyol {'resume' if left else command} {path}")
     with display(console) as observer:
         summary = api.resume(path, observer=observer) if left else api.train(config, path, observer=observer)
     if not summary.finished:
         raise FastbyolError(f"{path}: interrupted at step {summary.step}; go on with: fastbyol resume {path}")
-    _say(console, f"fastbyol eval {path} --weights random")
-    random = api.evaluate(path, config.probe.protocol, weights="random")
-    byol = api.evaluate(path, config.probe.protocol)
-    _say(console, "the same encoder trained with labels")
-    supervised = _supervised(config, train_file, test_file)
-    pictures = report.write(path, png=out / "pictures") if figures.available() else []
-    result = {
-        "random": random["accuracy"],
-        "byol": byol["accuracy"],
-        "supervised": supervised,
-        "state": summary.state,
-        "neg_cos": summary.metrics["neg_cos"],
-        "protocol": config.probe.protocol,
-        "run": str(path),
-        "pictures": [str(picture) for picture in pictures],
-        "seconds": time.perf_counter() - began,
-    }
-    _print(console, result)
-    return result
+    return path
 
 
-def _supervised(config: Any, train_file: Path, test_file: Path) -> float:
-    size = config.views.size
-    train = loader.read_all(train_file, workers=config.data.workers, size=size)
-    test = loader.read_all(test_file, workers=config.data.workers, size=size)
+def _pair(out: Path, config: Config, console: Console) -> dict[str, dict[str, Any]]:
+    """Train the arms of ``PAIR`` side by side, or go on with them: by arm, where the run lies and how it ended."""
+    seed, data = config.train.seed, config.data.train
+    _say(console, f"fastbyol ablate run {' '.join(PAIR)} --seeds 1 --data {data} --out {out}")
+    flags = {"data.train": Flag("--data", data)}
+    runs = plan.make([arm(name) for name in PAIR], "mini", out, seeds=1, first_seed=seed, flags=flags)
+    outcome = runner.execute(runs, out, "mini", asked={"targets": PAIR}, jobs=None, device="auto", console=console)
+    if outcome.failed or outcome.interrupted:
+        why = f"{outcome.failed[0][0]}: {outcome.failed[0][1]}" if outcome.failed else "interrupted"
+        raise FastbyolError(f"{out}: {why}; the same command goes on from here")
+    paths = {each.arm.name: each.path for each in runs}
+    return {name: {"run": str(paths[name]), **_ending(report.read(paths[name]))} for name in PAIR}
+
+
+def _ending(story: report.Story) -> dict[str, Any]:
+    last = story.epoch_events[-1]
+    collapsed = next((event["epoch"] + 1 for event in story.epoch_events if event["state"] == "collapsed"), None)
+    return {"state": last["state"], "neg_cos": last["neg_cos"], "accuracy": last["accuracy"], "collapsed_in_epoch": collapsed}
+
+
+def _supervised(config: Config) -> float:
+    data, size = config.data, config.views.size
+    test_file = embedded.held_out_file(data)
+    assert test_file is not None
+    train = loader.read_all(embedded.training_file(data), workers=data.workers, size=size, limit=data.limit)
+    test = loader.read_all(test_file, workers=data.workers, size=size, limit=data.test_limit)
     return supervised_accuracy(config.model, train, test, config.views, seed=config.train.seed)
+
+
+def _draw_pair(runs: dict[str, Path], out: Path) -> Path:
+    """Draw how far negative pairs are apart, and the accuracy, in each of ``runs``."""
+    from matplotlib.figure import Figure
+
+    made = Figure(figsize=(9.0, 3.2), layout="constrained", facecolor="white")
+    left, right = made.subplots(1, 2)
+    for (name, path), colour in zip(runs.items(), (figures.RED, figures.BLUE), strict=True):
+        draw_distance(left, report.read(path), colour, name)
+        points = [(event["epoch"] + 1, event["accuracy"]) for event in report.read(path).epoch_events]
+        right.plot(*zip(*((e, a) for e, a in points if a is not None), strict=True), color=colour, marker="o", ms=3, label=name)
+    right.set_ylim(0, 100)
+    right.set_ylabel("linear accuracy, %")
+    left.legend(frameon=False, fontsize=8)
+    for axes in (left, right):
+        axes.set_xlabel("epoch")
+        axes.spines[["top", "right"]].set_visible(False)
+    path = out / "pictures" / "recovery.png"
+    made.savefig(path, dpi=110)
+    return path
+
+
+def draw_distance(axes: Axes, story: report.Story, colour: str, label: str) -> None:
+    """Draw 1 - the cosine of negative pairs over epochs, logarithmic, and the border of the collapsed state."""
+    axes.semilogy(story.epochs, (1 - story.metrics["neg_cos"]).clip(min=1e-8), color=colour, lw=0.9, label=label)
+    axes.axhline(1 - COLLAPSED_ABOVE, color="black", lw=0.7, ls=":")
+    axes.annotate("collapsed below", (0.99, 1 - COLLAPSED_ABOVE), (0, -9), xycoords=("axes fraction", "data"),
+                  textcoords="offset points", ha="right", fontsize=7.5)  # fmt: skip
+    axes.set_ylabel("1 - cosine of z and z', negative pairs")
 
 
 def _claim(out: Path) -> None:
@@ -101,11 +173,12 @@ def _print(console: Console, result: dict[str, Any]) -> None:
     for name, key in (("random weights", "random"), ("BYOL", "byol"), ("supervised", "supervised")):
         table.add_row(name, f"{result[key]:.1f}%")
     console.print(table)
-    console.print(
-        f"BYOL {result['byol'] - result['random']:+.1f} points over random weights; state {result['state']}, "
-        f"negative cosine {result['neg_cos']:.3f}; {duration(result['seconds'])} in all",
-        markup=False,
-        soft_wrap=True,
-    )
+    ends = Table("LARS without BatchNorm", "collapsed in epoch", "at the end", "negative cosine", "accuracy", box=None)
+    for name, row in result["pair"].items():
+        ends.add_row(
+            name, str(row["collapsed_in_epoch"] or "none"), row["state"], f"{row['neg_cos']:.4f}", f"{row['accuracy']:.1f}%"
+        )
+    console.print(ends)
     for picture in result["pictures"]:
         console.print(f"wrote {picture}", markup=False, soft_wrap=True)
+    console.print(f"on {result['data']}, {duration(result['seconds'])} in all", markup=False, soft_wrap=True)

@@ -17,6 +17,7 @@ from fastbyol.engine.durable import write_text, writing
 from fastbyol.engine.run_folder import RunFolder
 from fastbyol.engine.telemetry import read_layers, read_metrics
 from fastbyol.errors import UsageError
+from fastbyol.evaluation.progress import Accuracies
 from fastbyol.figures import BLUE, GREEN, INK, RED, STATE_COLOURS, STYLE, demand, settings, svg, viridis
 from fastbyol.figures import page as html_page
 from fastbyol.optim.lars import rate_ceiling
@@ -35,6 +36,7 @@ class Story:
     epochs: np.ndarray
     metrics: dict[str, np.ndarray]
     epoch_events: list[dict[str, Any]]
+    accuracies: Accuracies
     layer_epochs: np.ndarray
     layer_names: tuple[str, ...]
     rates: np.ndarray
@@ -62,6 +64,7 @@ def read(run: Path) -> Story:
         epochs=steps / per_epoch,
         metrics={name: np.array([_number(row[name]) for row in rows]) for name in names},
         epoch_events=[event for event in events if event["event"] == "epoch"],
+        accuracies=Accuracies.of(events),
         layer_epochs=layers.steps / per_epoch,
         layer_names=layers.names,
         rates=layers.values[:, :, layers.metrics.index("rate")],
@@ -73,7 +76,8 @@ def _number(value: Any) -> float:
     return float("nan") if value is None else float(value)
 
 
-def _shade_states(axes: Axes, story: Story) -> None:
+def shade_states(axes: Axes, story: Story) -> None:
+    """Colour the epochs that ended collapsing, collapsed, recovering or dead."""
     for event in story.epoch_events:
         colour = STATE_COLOURS.get(event["state"])
         if colour:
@@ -100,6 +104,9 @@ def draw_accuracy(axes: Axes, story: Story) -> None:
     points = [(event["epoch"] + 1, event["accuracy"]) for event in story.epoch_events if event.get("accuracy") is not None]
     if points:
         axes.plot(*zip(*points, strict=True), color=BLUE, marker="o", ms=3)
+    if story.accuracies.untrained is not None:
+        axes.axhline(story.accuracies.untrained, color=INK, lw=0.8, ls="--", label="random weights")
+        axes.legend(loc="lower right", frameon=False)
     axes.set_ylim(0, 100)
     axes.set_ylabel("accuracy, %")
 
@@ -134,7 +141,7 @@ def figure(story: Story, draw: Callable[[Any, Story], None]) -> Any:
 
     made = Figure(figsize=(7.2, 3.0), layout="constrained")
     axes = made.add_subplot()
-    _shade_states(axes, story)
+    shade_states(axes, story)
     draw(axes, story)
     axes.set_xlabel("epoch")
     axes.spines[["top", "right"]].set_visible(False)
@@ -155,8 +162,7 @@ def page(story: Story, config_text: str, env: dict[str, Any]) -> str:
     if last is not None:
         loss, neg_cos = (_number(last.get(name)) for name in ("loss", "neg_cos"))
         facts += [("state", last["state"]), ("loss", f"{loss:.4g}"), ("negative cosine", f"{neg_cos:.4f}")]
-        accuracies = [event["accuracy"] for event in story.epoch_events if event.get("accuracy") is not None]
-        facts += [("accuracy", f"{accuracies[-1]:.1f} %")] if accuracies else []
+        facts += [("accuracy", words)] if (words := story.accuracies.in_words().removeprefix("accuracy ")) else []
         ranks = [event["rank_y"] for event in story.epoch_events if event.get("rank_y") is not None]
         facts += [("effective rank of the embeddings", f"{ranks[-1]:.1f}")] if ranks else []
     table = "".join(f"<tr><th>{html.escape(name)}</th><td>{html.escape(str(value))}</td></tr>" for name, value in facts)

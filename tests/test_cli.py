@@ -201,7 +201,8 @@ def test_flags_reach_the_configuration(run, beton: Path, tmp_path: Path) -> None
 
     flags = "--norm ln --mlp-norm brn --predictor-norm none --ws --opt lars --lr 0.3 --wd 1e-5 --lars-dialect bolts --seed 7"
     patterns = ["--lars-on", "encoder.layer1,encoder.layer2", "--lars-on", "projector", "--lr-mult", "encoder.layer1=4"]
-    code, _, err = run("train", "--data", beton, "--epochs", 1, "--out", "run", *TINY, *flags.split(), *patterns)
+    method = ["--method", "contrastive", "--temperature", 0.5, "--queue", 12]
+    code, _, err = run("train", "--data", beton, "--epochs", 1, "--out", "run", *TINY, *flags.split(), *patterns, *method)
     assert code == 0, err
     config = read_run(tmp_path / "run" / "config.toml")
     assert (config.model.norm, config.model.projector.norm, config.model.predictor.norm) == ("ln", "brn", "none")
@@ -211,6 +212,21 @@ def test_flags_reach_the_configuration(run, beton: Path, tmp_path: Path) -> None
     assert config.optim.lars_on == ("encoder.layer1", "encoder.layer2", "projector")
     assert config.optim.lr_mult == (("encoder.layer1", 4.0),)
     assert config.train.seed == 7
+    assert (config.method.name, config.method.temperature, config.method.queue) == ("contrastive", 0.5, 12)
+
+
+def test_the_controls_train_and_say_what_they_lack(run, beton: Path, tmp_path: Path) -> None:
+    from fastbyol.config_io import read_run
+
+    options = ["--data", beton, "--epochs", 1, "--opt", "lars", *TINY, "--method", "simsiam", "--predictor-layers", 0]
+    code, _, err = run("train", *options, "--out", "run")
+    assert code == 0, err
+    config = read_run(tmp_path / "run" / "config.toml")
+    assert (config.method.name, config.model.predictor.layers) == ("simsiam", 0)
+    code, _, err = run("train", *options, "--lars-on", "predictor", "--out", "other")
+    assert code == 2
+    assert is_one_line(err)
+    assert "optim.lars_on: 'predictor' matches no parameter; nearest: projector" in err
 
 
 def test_the_preset_that_nobody_named_fits_the_device(run, tmp_path: Path) -> None:

@@ -103,11 +103,21 @@ def test_a_dumped_run_loads_over_any_preset_and_as_a_run(tmp_path: Path, config:
     """Nothing that a preset says may show through a resolved configuration, and comments are only comments."""
     small = config.train.model_copy(update={"batch_size": min(config.train.batch_size, 64)})
     optim = config.optim.model_copy(update={"lr_scaling": "none"})
-    resolved = resolve(config.model_copy(update={"train": small, "optim": optim}))
+    method = config.method.model_copy(update={"queue": max(config.method.queue, 64)})
+    resolved = resolve(config.model_copy(update={"train": small, "optim": optim, "method": method}))
     path = tmp_path / "config.toml"
     path.write_text(config_io.dump(resolved, dict.fromkeys(KEYS, origin)), encoding="utf-8", newline="")
     assert config_io.load(file=path).config == resolved
     assert config_io.read_run(path) == resolved
+
+
+def test_a_run_of_before_there_were_methods_is_byol(tmp_path: Path) -> None:
+    """Its config.toml lacks their keys, and those of the predictor's layers."""
+    new = ("[method]", 'name = "byol"', "temperature", "queue", "layers")
+    config = config_io.load(preset="blog").config
+    lines = [line for line in config_io.dump(config).splitlines() if not line.startswith(new)]
+    (tmp_path / "config.toml").write_text("\n".join(lines))
+    assert config_io.read_run(tmp_path / "config.toml") == config
 
 
 def test_what_resolving_leaves_open_is_in_no_preset() -> None:
@@ -202,6 +212,8 @@ def test_origins_of_derived_numbers() -> None:
         ("data.test=none", None),
         ("schedule.horizon_epochs=none", 320),  # cleared, so resolved to the run's 320 epochs
         ("train.seed=1_000", 1000),
+        ("model.predictor.layers=0", 0),
+        ("method.queue=0", 0),
     ],
 )
 def test_set_reads_toml_and_bare_words(text: str, expected: object) -> None:
@@ -291,6 +303,19 @@ def test_messages_about_a_file(tmp_path: Path, text: str | bytes, parts: tuple[s
         ({"file": Path("/")}, ("/: cannot read", "directory")),
         ({"sets": ["train.batch_size=5000", "data.textures_count=4096"]}, ("5000 (--set)", "4096", "no step")),
         (
+            {"sets": ["method.name=contrastive"], "flags": {"method.queue": Flag("--queue", 255)}},
+            (
+                "method.queue = 255 (--queue)",
+                "fewer keys than the 256",
+                "train.batch_size: preset blog",
+                "take 256 or more, or 0",
+            ),
+        ),
+        ({"sets": ["model.predictor.layers=1"]}, ("model.predictor.layers = ", "(--set)", "should be 0 or 2")),
+        ({"sets": ["model.projector.layers=0"]}, ("model.projector.layers (--set)", "model.predictor.layers")),
+        ({"sets": ["method.name=moco"]}, ('method.name = "moco" (--set)', "'byol', 'contrastive' or 'simsiam'")),
+        ({"sets": ["method.temperature=0"]}, ("method.temperature = 0 (--set)", "greater than 0")),
+        (
             {"preset": "paper", "sets": ["train.batch_size=60000", "data.textures_count=60000", "optim.lr=30"]},
             ("optim.lr = 7031.25 (--set, times train.batch_size / 256)", "less than or equal to 1000"),
         ),
@@ -367,7 +392,7 @@ def test_a_copied_preset_loads_to_the_same(tmp_path: Path) -> None:
 def test_every_number_of_the_method_is_written_out_in_the_preset(name: str) -> None:
     """So that a change of a default in config.py cannot change a preset unnoticed."""
     said = config_io.flatten_table(tomllib.loads(config_io.preset_text(name)))
-    method = {key for key in KEYS if key.split(".")[0] in ("views", "model", "optim", "schedule")}
+    method = {key for key in KEYS if key.split(".")[0] in ("views", "model", "method", "optim", "schedule")}
     left_to_others = {"optim.lr", "optim.weight_decay", "schedule.horizon_epochs", "model.groups"}
     off = {"optim.rate_cap", "optim.replay_rates"}
     assert method - set(said) <= left_to_others | off

@@ -1,4 +1,4 @@
-"""The demonstration goes on with a run of its own that was left behind."""
+"""The demonstration goes on with runs of its own that were left behind, and shows what it found."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from rich.console import Console
 
 import no_graph
 from fastbyol import config_io, demo
-from fastbyol.errors import NoGraphError
+from fastbyol.ablations import plan
+from fastbyol.data import embedded
+from fastbyol.errors import NoGraphError, UsageError
+from small import SETS
 from tiny import TINY
 
 SMALL = ("train.epochs=1", "data.textures_test_count=64", "data.textures_size=16", "probe.every_epochs=0")
@@ -25,6 +28,9 @@ def test_the_second_call_goes_on_with_the_run_of_the_first(tmp_path: Path, monke
         return load(preset=preset, sets=[*sets, *TINY, *SMALL])
 
     monkeypatch.setattr(config_io, "load", small)
+    monkeypatch.setattr(demo, "_images", lambda _: "textures")
+    monkeypatch.setattr(demo, "_pair", lambda *_: {})
+    monkeypatch.setattr(demo, "_draw_pair", lambda _, out: out)
     monkeypatch.setattr(demo, "_supervised", lambda *_: 50.0)
     monkeypatch.setattr(demo.report, "write", lambda *_, **__: [])
     no_graph.install(patch=monkeypatch.setattr)
@@ -39,3 +45,33 @@ def test_the_second_call_goes_on_with_the_run_of_the_first(tmp_path: Path, monke
         with pytest.raises(NoGraphError) as raised:
             run(seed)
         assert raised.value.run == tmp_path / path
+
+
+def test_without_real_images_it_takes_textures_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> Path:
+        raise UsageError("fashion-mnist: not on this machine")
+
+    monkeypatch.setattr(embedded, "training_file", refuse)
+    said = io.StringIO()
+    assert demo._images(Console(file=said)) == "textures"
+    assert "fashion-mnist: not on this machine; so this is on textures, where no recovery shows" in " ".join(
+        said.getvalue().split()
+    )
+
+
+def test_the_pair_are_the_arms_of_the_claims(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both are trained with the seed asked for, found again by a second call, and drawn."""
+    make = plan.make
+    monkeypatch.setattr(
+        plan, "make", lambda *which, **options: make(*which, sets=[*SETS, "train.epochs=2", "data.limit=64"], **options)
+    )
+    config = config_io.load(preset="demo", sets=["train.seed=3", "data.train=textures"]).config
+    found = [demo._pair(tmp_path / "lars", config, Console(file=io.StringIO())) for _ in range(2)]
+    assert found[0] == found[1]
+    assert list(found[0]) == list(demo.PAIR)
+    runs = {name: Path(row["run"]) for name, row in found[0].items()}
+    for name, path in runs.items():
+        there = config_io.read_run(path / "config.toml")
+        assert (there.train.seed, there.optim.lr) == (3, float(name.rpartition("-")[2]))
+    (tmp_path / "pictures").mkdir()
+    assert demo._draw_pair(runs, tmp_path).stat().st_size > 10_000

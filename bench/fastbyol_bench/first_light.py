@@ -1,8 +1,9 @@
-"""The README's runs and pictures: the demonstration, and group norm with and without BatchNorm in the MLPs.
+"""The README's first example and demonstration: their runs, their pictures and what they printed.
 
     python -m fastbyol_bench.first_light bench/results/first_light
 
-trains in a temporary folder and leaves ``results.json``, ``demo.png`` and ``collapse.png``; takes minutes on two cores.
+trains in a temporary folder and leaves ``results.json``, ``typed.txt``, ``typed.png``, ``recovery.png`` and ``demo.png``;
+takes minutes on two cores.
 """
 
 from __future__ import annotations
@@ -10,9 +11,10 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shutil
+import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -20,71 +22,46 @@ import torch
 from rich.console import Console
 
 import fastbyol
-from fastbyol import api, demo, figures, report
-from fastbyol.display import display
+from fastbyol import demo, figures, report
 
-# The post's claims C5 and C4, at the demo preset's size.
-ARMS = {"no norm in the MLPs": "none", "BatchNorm in the MLPs": "bn"}
+# As the README has it.
+TYPED = "train --data fashion-mnist --norm gn --opt lars --lr 0.2 --mlp-norm none"
 
 
-def collapse_runs(folder: Path, console: Console) -> dict[str, dict[str, Any]]:
-    """Train both arms on the demonstration's files in ``folder``; returns name -> state, cosines, accuracy, run."""
-    results = {}
-    for name, norm in ARMS.items():
-        sets = [
-            "model.norm=gn",
-            "optim.name=sgd",
-            f"model.projector.norm={norm}",
-            f"model.predictor.norm={norm}",
-            f"data.train={folder / 'textures-train.beton'}",
-            f"data.test={folder / 'textures-test.beton'}",
-        ]
-        began = time.perf_counter()
-        with display(console) as observer:
-            summary = api.train(fastbyol.load_config("demo", sets), folder / f"gn-mlp-{norm}", observer=observer)
-        results[name] = {
-            "state": summary.state,
-            "neg_cos": summary.metrics["neg_cos"],
-            "pos_cos": summary.metrics["pos_cos"],
-            "loss": summary.metrics["loss"],
-            "accuracy": summary.accuracy,
-            "seconds": time.perf_counter() - began,
-            "run": summary.run,
-        }
-    return results
+def typed_run(folder: Path) -> tuple[Path, str]:
+    """Run ``TYPED`` on one core; returns its run folder and what it printed, with the folder's name cut to its last part."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "fastbyol.cli", *TYPED.split(), "--device", "cpu", "--out", "runs/typed"]
+    printed = subprocess.run(command, cwd=folder, env=environment, check=True, capture_output=True, text=True).stdout
+    return folder / "runs" / "typed", printed
+
+
+def draw_typed(story: report.Story, path: Path) -> None:
+    """Draw cosines and accuracy side by side, the live states shaded behind them."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9.0, 3.2), layout="constrained")
+    for axes, draw in zip(figure.subplots(1, 2), (report.draw_cosines, report.draw_accuracy), strict=True):
+        report.shade_states(axes, story)
+        draw(axes, story)
+    finish(figure, path)
 
 
 def draw_demo(story: report.Story, result: dict[str, Any], path: Path) -> None:
-    """Cosines and accuracy side by side, with the two encoders that BYOL is measured against."""
+    """Draw cosines and accuracy side by side, with the two encoders that BYOL is measured against."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9.0, 3.0), layout="constrained")
     left, right = figure.subplots(1, 2)
     report.draw_cosines(left, story)
     report.draw_accuracy(right, story)
-    for name, colour in (("random", figures.ORANGE), ("supervised", figures.GREEN)):
-        right.axhline(result[name], color=colour, lw=0.9, ls="--")
-        right.annotate(name, (0.02, result[name] + 1), xycoords=("axes fraction", "data"), fontsize=8, color=colour)
-    finish(figure, path)
-
-
-def draw_collapse(stories: dict[str, report.Story], path: Path) -> None:
-    """Negative cosine and loss of both arms."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9.0, 3.0), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    for (name, story), colour in zip(stories.items(), (figures.RED, figures.BLUE), strict=True):
-        left.plot(story.epochs, story.metrics["neg_cos"], color=colour, lw=0.9, label=name)
-        right.semilogy(story.epochs, story.metrics["loss"], color=colour, lw=0.9, label=name)
-    left.set_ylabel("cosine of z and z', negative pairs")
-    right.set_ylabel("loss")
-    left.legend(frameon=False, fontsize=8)
+    right.axhline(result["supervised"], color=figures.GREEN, lw=0.9, ls="--", label="supervised")
+    right.legend(loc="lower right", frameon=False, fontsize=8)
     finish(figure, path)
 
 
 def finish(figure: Any, path: Path) -> None:
-    """Common axes dressing, and the file."""
+    """Dress the axes alike, and write the file."""
     for axes in figure.axes:
         axes.set_xlabel("epoch")
         axes.spines[["top", "right"]].set_visible(False)
@@ -98,10 +75,12 @@ def main() -> None:
     console = Console(highlight=False, width=140)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        result = demo.run(folder, console=console)
-        arms = collapse_runs(folder, console)
-        draw_demo(report.read(folder / "run"), result, out / "demo.png")
-        draw_collapse({name: report.read(Path(arm["run"])) for name, arm in arms.items()}, out / "collapse.png")
+        run, printed = typed_run(folder)
+        (out / "typed.txt").write_text(f"$ fastbyol {TYPED}\n{printed}")
+        draw_typed(report.read(run), out / "typed.png")
+        result = demo.run(folder / "demo", console=console)
+        draw_demo(report.read(Path(result["run"])), result, out / "demo.png")
+        shutil.copy(folder / "demo" / "pictures" / "recovery.png", out / "recovery.png")
     machine = {
         "processor": platform.machine(),
         "cores": len(os.sched_getaffinity(0)),
@@ -110,8 +89,9 @@ def main() -> None:
         "fastbyol": fastbyol.__version__,
     }
     kept = {name: value for name, value in result.items() if name not in ("run", "pictures")}
-    arms = {name: {key: value for key, value in arm.items() if key != "run"} for name, arm in arms.items()}
-    (out / "results.json").write_text(json.dumps({"machine": machine, "demo": kept, "gn_sgd": arms}, indent=2) + "\n")
+    for row in kept["pair"].values():
+        row.pop("run")
+    (out / "results.json").write_text(json.dumps({"machine": machine, "demo": kept}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

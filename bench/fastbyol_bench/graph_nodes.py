@@ -26,6 +26,7 @@ from fastbyol.data.loader import Batch
 from fastbyol.engine.capture import Eager
 from fastbyol.engine.step import TrainState
 from fastbyol.model.byol import Online, Target
+from fastbyol.model.objective import Objective
 from fastbyol_kernels.ahead_of_time import recording
 
 OURS, ADD, COPY, FILL, OTHER = "our Triton kernels", "adds", "copies", "fills", "other ATen operations"
@@ -135,10 +136,12 @@ class _StandIn(torch.autograd.Function):
         return tuple(torch.empty_like(leaf) for leaf in ctx.leaves)
 
 
-def stand_in(online: Online, target: Target, batch: Tensor, loss_scale: float) -> tuple[Tensor, Tensor]:
+def stand_in(
+    online: Online, target: Target, batch: Tensor, objective: Objective, queue: Tensor | None = None
+) -> tuple[Tensor, Tensor, None]:
     """Stand in for a compiled ``step.forward``: the loss of all leaves, which are not read, and what is watched beside it."""
     loss: Tensor = _StandIn.apply(*leaves(online))
-    return loss, torch.empty(5)
+    return loss, torch.empty(5), None
 
 
 def leaves(net: nn.Module) -> Iterator[Tensor]:

@@ -90,7 +90,8 @@ def trace(state: TrainState, batch: int, size: int) -> tuple[Graph, Graph]:
     """
     views = torch.empty(2 * batch, 3, size, size, dtype=state.recipe.views_dtype, memory_format=torch.channels_last)
     with recording(ARCHITECTURE), state.standardized.in_use():
-        return graphs_of(lambda backend: compiled_forward(backend)(state.online, state.target, views, state.recipe.loss_scale))
+        networks = state.online, state.target
+        return graphs_of(lambda backend: compiled_forward(backend)(*networks, views, state.recipe.objective, state.queue))
 
 
 def graphs_of(run: Callable[[Any], object]) -> tuple[Graph, Graph]:

@@ -75,32 +75,59 @@ def make(
     out: Path,
     *,
     seeds: int | None = None,
+    first_seed: int = 0,
     sets: Sequence[str] = (),
     flags: Mapping[str, Flag] | None = None,
+    num_images: int | None = None,
 ) -> tuple[Run, ...]:
     """The runs, in the order to start them: a first seed of every arm, then the next, settings left open at the end.
 
     A replay takes the rates of the next seed of its arm (the last one those of the first), since with its own seed it would
-    be the very same run; the runs that this needs are added. Raises UsageError for settings that cannot work.
+    be the very same run; the runs that this needs are added. Where ``num_images`` to train on are fewer than the scale is
+    made for, runs have the more epochs: what happens takes steps. Raises UsageError for settings that cannot work.
     """
     counts = {each.name: seeds_of(each, seeds) for each in which}
     for each in which:
         if each.rates_of:
             counts[each.rates_of] = max(counts.get(each.rates_of, 0), counts[each.name], 2)
     wanted = [each for each in arms().values() if each.name in counts]
-    runs = [_run(each, seed, scale, out, counts, sets, flags or {}) for each in wanted for seed in range(counts[each.name])]
+    runs = [
+        _run(each, first_seed + number, scale, out, counts, sets, flags or {}, num_images)
+        for each in wanted
+        for number in range(counts[each.name])
+    ]
     return tuple(sorted(runs, key=lambda run: (run.arm.base is not None, run.seed, run.after is not None)))
 
 
 def _run(
-    each: Arm, seed: int, scale: ScaleName, out: Path, counts: Mapping[str, int], sets: Sequence[str], flags: Mapping[str, Flag]
+    each: Arm,
+    seed: int,
+    scale: ScaleName,
+    out: Path,
+    counts: Mapping[str, int],
+    sets: Sequence[str],
+    flags: Mapping[str, Flag],
+    num_images: int | None,
 ) -> Run:
     after = None
     if each.rates_of:
         after = run_path(out, each.rates_of, (seed + 1) % counts[each.rates_of])
         flags = {**flags, "optim.replay_rates": Flag(f"arm {each.name}", str(after))}
     loaded = load(each, scale, seed=seed, sets=sets, flags=flags)
+    limit = loaded.config.data.limit
+    if num_images is not None and num_images < limit:
+        loaded = load(each, scale, seed=seed, sets=sets, flags={**flags, **_as_many_steps(loaded.config, limit / num_images)})
     return Run(each, seed, run_path(out, each.name, seed), loaded.config, loaded.origin, after)
+
+
+def _as_many_steps(config: Config, factor: float) -> dict[str, Flag]:
+    """Return the flags that give epochs of fewer images the steps of those of ``config``."""
+    lengths = {
+        "train.epochs": config.train.epochs,
+        "schedule.horizon_epochs": config.schedule.horizon_epochs,
+        "probe.every_epochs": config.probe.every_epochs,
+    }
+    return {key: Flag("few images", max(1, round(length * factor))) for key, length in lengths.items() if length}
 
 
 def run_path(out: Path, arm_name: str, seed: int) -> Path:

@@ -148,7 +148,7 @@ def open_loader(
     cache: Cache,
     workers: int,
     size: int,
-    limit: int | None = None,
+    limit: int = 0,
     stall_s: float = STALL_S,
 ) -> Loader:
     """Verify ``path`` and open it for training.
@@ -178,7 +178,7 @@ def open_loader(
     return StreamingLoader(decoder, chosen, batch_size=batch_size, seed=seed, device=where, stall_s=stall_s)
 
 
-def read_all(path: str | Path, *, workers: int, size: int, limit: int | None = None) -> Images:
+def read_all(path: str | Path, *, workers: int, size: int, limit: int = 0) -> Images:
     """Verify ``path`` and decode all of it, or ``limit`` of its images, in file order.
 
     UsageError: missing, damaged, or more than the memory holds.

@@ -23,12 +23,12 @@ def permutation(num_samples: int, *, seed: int, epoch: int) -> Tensor:
     return torch.argsort(torch.cat([sort_keys(ids, seed=seed, epoch=epoch) for ids in chunks]), stable=True)
 
 
-def subset(num_samples: int, limit: int | None) -> Tensor | None:
-    """Return ``limit`` of the sample ids, int64 (limit,) ascending, all subsets equally likely; None where that is all.
+def subset(num_samples: int, limit: int) -> Tensor | None:
+    """Return ``limit`` of the sample ids, int64 (limit,) ascending, all subsets equally likely; None where that is all, or 0.
 
     A function of the two numbers alone, so that runs with different seeds see the same images.
     """
-    if limit is None or limit >= num_samples:
+    if limit == 0 or limit >= num_samples:
         return None
     return permutation(num_samples, seed=0, epoch=0)[:limit].sort().values
 

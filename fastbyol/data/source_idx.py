@@ -8,6 +8,7 @@ them, since five halvings of 28 leave nothing. EMNIST's images are transposed in
 from __future__ import annotations
 
 import gzip
+import math
 import re
 import socket
 import zlib
@@ -21,7 +22,7 @@ from typing import BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from fastbyol.data.source_arrays import ArraySource, Images, Labels
+from fastbyol.data.source_arrays import ArraySource, Images, Labels, size_of
 from fastbyol.errors import UsageError
 
 SPLITS = {"train": ("train",), "test": ("t10k", "test")}
@@ -34,6 +35,8 @@ FASHION_CLASSES = (
 # Where Debian's package dataset-fashion-mnist puts the four files.
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")
 DOWNLOAD_TIMEOUT_S = 30.0
+# Deflate's best ratio: 258 bytes for two bits (RFC 1951).
+MOST_PER_GZIP_BYTE = 1032
 
 _IMAGES = re.compile(r"(?P<set>.*?)[-_]?(?P<split>train|t10k|test)[-_]images[-.]idx3[-.]ubyte(\.gz)?", re.IGNORECASE)
 _TYPES = {0x08: ">u1", 0x09: ">i1", 0x0B: ">i2", 0x0C: ">i4"}
@@ -61,7 +64,7 @@ def open_idx(path: Path, kind: str, split: str | None) -> ArraySource:
     if len(shape) != 3 or _dtype(images) != np.dtype(">u1"):
         raise UsageError(f"{images}: its head says {len(shape)} dimensions of {_dtype(images)}; images are (N, H, W) bytes")
     count, height, width = shape
-    if not (1 <= count and 1 <= height <= MAX_SIDE and 1 <= width <= MAX_SIDE):
+    if not (count >= 1 and 1 <= height <= MAX_SIDE and 1 <= width <= MAX_SIDE):
         raise UsageError(f"{images}: its head says {count} images of {width} x {height} pixels; fetch the file again")
     labels = _labels(images, count)
     _kept.cache_clear()
@@ -188,20 +191,22 @@ def _head(path: Path) -> tuple[tuple[int, ...], int]:
 
 
 def _values(path: Path, shape: tuple[int, ...], offset: int, dtype: np.dtype[np.generic]) -> NDArray[np.uint8]:
-    """The file's values, after reading a byte more than there may be: never what the head alone promises."""
-    wanted = int(np.prod(shape, dtype=object)) * dtype.itemsize
+    """The file's values; a head that promises more than the file can hold is refused before memory is taken."""
+    wanted = math.prod(shape) * dtype.itemsize
+    if wanted > size_of(path) * (MOST_PER_GZIP_BYTE if path.suffix.lower() == ".gz" else 1):
+        raise UsageError(f"{path}: {size_of(path)} bytes cannot hold the {wanted} that its head says; fetch it again")
     with _opened(path) as file:
         content = file.read(offset + wanted + 1)
     if len(content) != offset + wanted:
         raise UsageError(f"{path}: {len(content) - offset} bytes of values or more, its head says {wanted}; fetch it again")
-    return np.frombuffer(content, dtype, offset=offset).reshape(shape)  # type: ignore[return-value]
+    return np.frombuffer(content, dtype, offset=offset).reshape(shape)
 
 
 @contextmanager
 def _opened(path: Path) -> Iterator[BinaryIO]:
     """The file, unpacked on the way; whatever reading meets is a UsageError."""
     try:
-        with gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb") as file:  # type: ignore[attr-defined]
+        with gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb") as file:
             yield file  # type: ignore[misc]
     except (OSError, EOFError, zlib.error, MemoryError) as error:
         raise UsageError(f"{path}: cannot be read ({' '.join(str(error).split())}); fetch it again") from None

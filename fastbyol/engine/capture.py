@@ -25,6 +25,7 @@ from fastbyol.engine.guards import is_out_of_memory
 from fastbyol.engine.step import Forward, StepMetrics, TrainState, forward, train_step
 from fastbyol.errors import FastbyolError, NoGraphError, UsageError
 from fastbyol.model.byol import Online, Target
+from fastbyol.model.objective import Objective
 
 # torch.cuda.graph's documentation asks for a few; the first compiles and tunes.
 WARM_UP_STEPS = 3
@@ -97,10 +98,13 @@ def compiled_forward(backend: str | Callable[..., Any] = "inductor", *, determin
     change bits; ``deterministic=False`` lets it, to measure what that costs.
     """
 
-    def chosen(online: Online, target: Target, batch: Tensor, loss_scale: float) -> tuple[Tensor, Tensor]:
-        network = (online.config, batch.shape, batch.dtype, batch.device, loss_scale)
+    def chosen(
+        online: Online, target: Target, batch: Tensor, objective: Objective, queue: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        num_keys = 0 if queue is None else len(queue)
+        network = (online.config, batch.shape, batch.dtype, batch.device, objective, num_keys)
         timed = not (deterministic and batch.is_cuda and backend == "inductor")
-        return _compiled(network, backend, timed)(online, target, batch, loss_scale)
+        return _compiled(network, backend, timed)(online, target, batch, objective, queue)
 
     return chosen
 

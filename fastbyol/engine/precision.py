@@ -25,6 +25,7 @@ from fastbyol.engine.device import pick_device
 from fastbyol.engine.durable import new_digest, write_text
 from fastbyol.engine.environment import cpu_name, package_version
 from fastbyol.engine.step import TrainState, train_step
+from fastbyol.model.heads import Head
 
 # The narrow copy and its batch: a 64 px view leaves 2x2 pixels at the end of the torchvision stem.
 WIDTH, HIDDEN, OUT, BATCH, SIZE = 16, 64, 32, 16, 64
@@ -186,6 +187,7 @@ def _narrow(config: Config, precision: str) -> Config:
     return Config.model_validate(
         {
             "model": model.model_copy(update={"width": WIDTH, **heads}).model_dump(),
+            "method": config.method.model_copy(update={"queue": min(config.method.queue, 1) * BATCH}).model_dump(),
             "train": {"precision": precision},
             "engine": {"kernels": "auto" if precision == "fp64" else config.engine.kernels},  # Triton's know no fp64
         }
@@ -197,8 +199,9 @@ def _collapse(state: TrainState) -> None:
     """Bring all projections and predictions within 1e-3 of one direction."""
     direction = torch.randn(OUT, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     for head in (state.online.projector, state.online.predictor, state.target.projector):
-        head.linear2.weight *= 1e-3
-        head.linear2.bias.copy_(direction)
+        if isinstance(head, Head):  # there may be no predictor
+            head.linear2.weight *= 1e-3
+            head.linear2.bias.copy_(direction)
 
 
 def _views() -> Tensor:

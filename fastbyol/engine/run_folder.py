@@ -213,7 +213,8 @@ def _refuse_used(path: Path) -> None:
 
 def _stem(config: Config) -> str:
     model, optim = config.model, config.optim
-    projector, predictor = model.projector.norm, model.predictor.norm
+    projector, predictor = model.projector.norm, model.predictor.norm if model.predictor.layers else "absent"
+    method = "" if config.method.name == "byol" else f"{config.method.name}-"
     mlp = projector if projector == predictor else f"{projector}_{predictor}"
     ws = "-ws" if model.ws else ""
-    return f"{model.norm}-{optim.name}{optim.lr:g}-mlp_{mlp}{ws}-s{config.train.seed}"
+    return f"{method}{model.norm}-{optim.name}{optim.lr:g}-mlp_{mlp}{ws}-s{config.train.seed}"

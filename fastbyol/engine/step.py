@@ -21,13 +21,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastbyol.config import Config, ModelConfig, OptimConfig, ScheduleConfig, TrainConfig, resolve
+from fastbyol.config import Config, ModelConfig, resolve
 from fastbyol.engine.device import dtype_of, pick_kernels
 from fastbyol.engine.standardized import StandardizedWeights
 from fastbyol.errors import UsageError
 from fastbyol.model.byol import NUM_VIEWS, Online, Target, build_online, build_target
 from fastbyol.model.norm import use_kernels
-from fastbyol.model.objective import byol_loss, observe
+from fastbyol.model.objective import Objective, byol_loss, contrastive_loss, enqueue, observe, unit
 from fastbyol.optim import schedule
 from fastbyol.optim.arena import Arena
 from fastbyol.optim.given_rates import GivenRates
@@ -43,10 +43,10 @@ class StepMetrics(NamedTuple):
     """What one step measured, on the device: ``values`` (len(METRICS),) and ``layers`` (segments, len(LAYER_METRICS)), fp32.
 
     loss is as it was minimised, scale included. pos_cos and neg_cos are mean cosines of online projections z(v) and target
-    projections z'(v') of the same and of different images, averaged over the two orders of the views. std_z and std_y are the
-    spread of projections and embeddings, dead_y is the share of embedding units that are 0 over the whole batch
-    (``model.objective``), grad_norm is the whole gradient's, lr and tau are this step's, skipped is 1 where the optimizer left
-    the step out, else 0.
+    projections z'(v') of the same and of different images, averaged over the two orders of the views; under simsiam z' is z.
+    std_z and std_y are the spread of projections and embeddings, dead_y is the share of embedding units that are 0 over the
+    whole batch (``model.objective``), grad_norm is the whole gradient's, lr and tau are this step's, skipped is 1 where the
+    optimizer left the step out, else 0.
     """
 
     values: Tensor
@@ -61,18 +61,19 @@ class Recipe:
     eta: float
     momentum: float
     ema_first: bool
-    loss_scale: float
+    objective: Objective
     views_dtype: torch.dtype
 
     @staticmethod
-    def of(optim: OptimConfig, ema: ScheduleConfig, train: TrainConfig) -> Recipe:
-        """The recipe that three slices of a configuration make."""
+    def of(config: Config) -> Recipe:
+        """Take a configuration's numbers."""
+        optim, method, train = config.optim, config.method, config.train
         return Recipe(
             rule=rule_of(optim),
             eta=optim.eta,
             momentum=optim.momentum,
-            ema_first=ema.ema_order == "before",
-            loss_scale=train.loss_scale,
+            ema_first=config.schedule.ema_order == "before",
+            objective=Objective(method.name, train.loss_scale, method.temperature),
             views_dtype=dtype_of(train.precision),
         )
 
@@ -82,8 +83,9 @@ class TrainState:
     """Everything that training changes: both networks over the arena's buffers, and ``step``, a 0-d int64 tensor.
 
     ``lr`` and ``tau`` are the schedules as tables, ``given`` rates that replace LARS's own, ``standardized`` makes the weights
-    of a step that are made at once, and ``kernels`` is triton or reference. Weights, momentum and statistics are fp32 (fp64
-    under that precision).
+    of a step that are made at once, and ``kernels`` is triton or reference. ``queue`` (K, D) holds the contrastive loss's
+    negatives: past target projections as unit vectors, at first random ones. Weights, momentum, statistics and queue are fp32
+    (fp64 under that precision).
     """
 
     online: Online
@@ -96,6 +98,7 @@ class TrainState:
     standardized: StandardizedWeights
     kernels: str
     given: GivenRates | None = None
+    queue: Tensor | None = None
 
     @staticmethod
     def create(config: Config, *, steps_per_epoch: int, device: str | torch.device = "cpu") -> TrainState:
@@ -117,7 +120,8 @@ class TrainState:
             schedule.lr_table(config.schedule, optim.lr, horizon_epochs=epochs, steps_per_epoch=steps_per_epoch),
             schedule.tau_table(config.schedule, horizon_epochs=epochs, steps_per_epoch=steps_per_epoch),
         )
-        online, target = _networks(config.model, config.train.seed)
+        num_keys = config.method.queue if config.method.name == "contrastive" else 0
+        online, target, keys = _drawn(config.model, config.train.seed, num_keys)
         for net in (online, target):
             net.to(device, dtype)
             use_kernels(net, kernels)
@@ -125,10 +129,11 @@ class TrainState:
         arena = Arena.adopt(online, target, treatments(shapes, optim), weight_decay=optim.weight_decay)
         step = torch.zeros((), dtype=torch.int64, device=device)
         lr, tau = (table.to(device, dtype) for table in tables)
-        recipe = Recipe.of(optim, config.schedule, config.train)
+        recipe = Recipe.of(config)
         standardized = StandardizedWeights.of(online, target, arena, recipe.views_dtype, kernels)
         given = GivenRates.of(optim, arena.table)
-        return TrainState(online, target, arena, step, lr, tau, recipe, standardized, kernels, given)
+        queue = unit(keys.to(dtype)).to(device) if num_keys else None
+        return TrainState(online, target, arena, step, lr, tau, recipe, standardized, kernels, given, queue)
 
     @property
     def segment_names(self) -> tuple[str, ...]:
@@ -138,12 +143,12 @@ class TrainState:
     def tensors(self) -> dict[str, Tensor]:
         """What a checkpoint must hold to go on bit for bit, by stable names: the live tensors, not copies.
 
-        The three flat buffers that outlive a step, the norm layers' buffers of both networks, and the step.
+        The three flat buffers that outlive a step, the norm layers' buffers of both networks, the step, and the queue if any.
         """
         tensors = {f"arena.{name}": getattr(self.arena, name) for name in ("online", "momentum", "target")}
         for prefix, net in (("online", self.online), ("target", self.target)):
             tensors |= {f"{prefix}.{name}": buffer for name, buffer in net.named_buffers()}
-        return tensors | {"step": self.step}
+        return tensors | {"step": self.step} | ({} if self.queue is None else {"queue": self.queue})
 
     @torch.no_grad()
     def statistics(self) -> Tensor:
@@ -182,19 +187,29 @@ class TrainState:
             tensor.copy_(tensors[name])
 
 
-Forward = Callable[[Online, Target, Tensor, float], tuple[Tensor, Tensor]]
+Forward = Callable[[Online, Target, Tensor, Objective, Tensor | None], tuple[Tensor, Tensor, Tensor | None]]
 
 
-def forward(online: Online, target: Target, batch: Tensor, loss_scale: float) -> tuple[Tensor, Tensor]:
-    """Both networks on a batch (2B, 3, S, S): the loss, 0-d, and what ``observe`` watches beside it, (5,), without gradient.
+def forward(
+    online: Online, target: Target, batch: Tensor, objective: Objective, queue: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Run both networks on a batch (2B, 3, S, S).
 
-    One graph without a break, so that it and its backward pass can be compiled (``engine.capture``).
+    Return the loss, 0-d; what ``observe`` watches beside it, (5,), without gradient; and the keys that are to enter ``queue``,
+    (B, D), None without one. It is one graph without a break, so that it and its backward pass can be compiled
+    (``engine.capture``).
     """
     output = online(batch)
     with torch.no_grad():
-        projections = target(batch)
-    loss = byol_loss(output.q, projections) * loss_scale
-    return loss, torch.stack(observe(output, projections))
+        # simsiam: a target that is the online network itself, without gradient (arXiv:2011.10566, algorithm 1).
+        projections = output.z.detach() if objective.name == "simsiam" else target(batch)
+    if objective.name == "contrastive":
+        loss = contrastive_loss(output.q, projections, objective.temperature, queue) * objective.loss_scale
+    else:
+        loss = byol_loss(output.q, projections) * objective.loss_scale
+    # The post's code keeps the second view's keys alone (moco.py).
+    keys = None if queue is None else unit(projections)[len(batch) // NUM_VIEWS :]
+    return loss, torch.stack(observe(output, projections)), keys
 
 
 def train_step(state: TrainState, views: Tensor, forward: Forward = forward) -> StepMetrics:
@@ -209,7 +224,7 @@ def train_step(state: TrainState, views: Tensor, forward: Forward = forward) -> 
     arena.gradient.zero_()
     statistics = state.statistics()
     with state.standardized.in_use():
-        loss, observed = forward(state.online, state.target, batch, recipe.loss_scale)
+        loss, observed, keys = forward(state.online, state.target, batch, recipe.objective, state.queue)
         torch.autograd.backward(loss)
     with torch.no_grad():
         table, factor = arena.table, lr
@@ -221,9 +236,11 @@ def train_step(state: TrainState, views: Tensor, forward: Forward = forward) -> 
             rule=recipe.rule, eta=recipe.eta, mu=recipe.momentum, ema_first=recipe.ema_first,
             kernels=state.kernels,
         )  # fmt: skip
-        # The optimizer leaves a step out whose gradient is not finite; what the norms gathered in it has to go as well.
+        # The optimizer leaves a step out whose gradient is not finite; what norms and queue gathered in it has to go as well.
         taken = layers[:, 1].isfinite().all()
         state.keep_statistics(torch.where(taken, state.statistics(), statistics))
+        if state.queue is not None and keys is not None:
+            enqueue(state.queue, keys, state.step, taken)
         state.step.add_(1)
         of_step = torch.stack((torch.linalg.vector_norm(arena.gradient), lr, tau, (~taken).to(lr.dtype)))
         values = torch.cat((loss.detach().view(1), observed, of_step))
@@ -237,11 +254,14 @@ def as_batch(views: Tensor, dtype: torch.dtype) -> Tensor:
     return views.flatten(0, 1).to(dtype, memory_format=torch.channels_last)
 
 
-def _networks(config: ModelConfig, seed: int) -> tuple[Online, Target]:
-    """Both networks on the CPU in fp32, the online one drawn from ``seed`` alone; torch's generators are left as they were."""
+def _drawn(config: ModelConfig, seed: int, num_keys: int) -> tuple[Online, Target, Tensor]:
+    """Draw both networks and then ``num_keys`` normal keys (K, D) from ``seed`` alone, on the CPU in fp32.
+
+    torch's generators are left as they were.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        return build_online(config), build_target(config)
+        return build_online(config), build_target(config), torch.randn(num_keys, config.projector.out)
 
 
 def _kind(tensor: Tensor) -> str:

@@ -25,11 +25,15 @@ from fastbyol.engine.telemetry import Telemetry
 from fastbyol.errors import CollapsedError, FastbyolError, NoGraphError, UsageError
 from fastbyol.evaluation import protocol
 from fastbyol.evaluation.collapse import CollapseMonitor
+from fastbyol.evaluation.progress import Accuracies
 
 
 @dataclass(frozen=True)
 class Summary:
-    """How a run ended. ``metrics`` are the last epoch's means, ``accuracy`` is in percent or None where nothing was probed."""
+    """How a run ended. ``metrics`` are the last epoch's means, ``accuracy`` is in percent or None where nothing was probed.
+
+    ``accuracies`` are those of random weights, the best and the last, and on how many images.
+    """
 
     run: str
     finished: bool
@@ -38,6 +42,7 @@ class Summary:
     state: str
     accuracy: float | None
     metrics: dict[str, float]
+    accuracies: Accuracies
 
 
 class Pace:
@@ -152,6 +157,7 @@ class Trainer:
 
     def summary(self) -> Summary:
         """Where the run stands."""
+        begun = (self.folder.path / metrics_file.NAME).exists()
         return Summary(
             run=str(self.folder.path),
             finished=0 < self.total_steps <= self.step and not self.owes_epoch_end,
@@ -160,6 +166,7 @@ class Trainer:
             state=self.monitor.state,
             accuracy=self.accuracy,
             metrics=self.epoch_means,
+            accuracies=Accuracies.of(metrics_file.read_events(self.folder.path) if begun else ()),
         )
 
     def _open(self, path: Path) -> loader.Loader:
@@ -345,6 +352,7 @@ class Trainer:
             train=None,
             views=self.config.views,
             device=self.device,
+            dtype=self.state.recipe.views_dtype,
         )
         # Six digits: the last ones depend on the number of threads, and a resumed run may have others.
         return float(result["accuracy"]), float(f"{result['rank']:.6g}"), int(result["num_test"])

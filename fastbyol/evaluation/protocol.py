@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from fastbyol.config import ViewsConfig
 from fastbyol.errors import UsageError
-from fastbyol.evaluation.features import embed
+from fastbyol.evaluation.features import agreeing_dtype, embed
 from fastbyol.evaluation.knn import knn_accuracy
 from fastbyol.evaluation.probe import logistic_multinomial, logistic_one_vs_rest
 from fastbyol.evaluation.rank import effective_rank
@@ -60,8 +60,11 @@ def evaluate(
     train: LabelledImages | None,
     views: ViewsConfig,
     device: torch.device | str,
+    dtype: torch.dtype = torch.float32,
 ) -> dict[str, Any]:
     """Accuracy of ``encoder``, which is on ``device``, under ``protocol``; see the head of this file.
+
+    Images are embedded in ``dtype`` where that agrees with the encoder's own (``features.agreeing_dtype``).
 
     Returns ``protocol``, ``accuracy`` and ``train_accuracy`` in percent (the latter None for ``knn``), ``num_train``,
     ``num_test``, ``num_classes`` (of the fitted rows), ``dim``, ``rank`` (the effective rank of the scored rows' embeddings),
@@ -72,8 +75,8 @@ def evaluate(
         raise UsageError(f"protocol: {protocol!r} is none of {', '.join(PROTOCOLS)}")
     began = time.perf_counter()
     rows = _choose(protocol, test, train)
-    fit = embed(encoder, rows.fit_images, views, device=device)
-    score = embed(encoder, rows.score_images, views, device=device)
+    dtype = agreeing_dtype(encoder, rows.fit_images, views, dtype, device=device)
+    fit, score = (embed(encoder, images, views, device=device, dtype=dtype) for images in (rows.fit_images, rows.score_images))
     accuracy, train_accuracy = _accuracies(protocol, fit, rows.fit_labels, score, rows.score_labels)
     return {
         "protocol": protocol,

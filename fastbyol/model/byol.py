@@ -21,7 +21,10 @@ NUM_VIEWS = 2
 
 
 class OnlineOutput(NamedTuple):
-    """Embeddings y (N, 8 * width), projections z (N, D) and predictions q (N, D), fp32 or, in fp64 runs, fp64."""
+    """Embeddings y (N, 8 * width), projections z (N, D) and predictions q (N, D), fp32 or, in fp64 runs, fp64.
+
+    Without a predictor q is z.
+    """
 
     y: Tensor
     z: Tensor
@@ -37,7 +40,9 @@ class Online(nn.Module):
         self.encoder = build_encoder(config, num_views=NUM_VIEWS)
         self.projector = build_head(config.projector, self.encoder.embedding_dim, groups=config.groups, num_views=NUM_VIEWS)
         # byol: "the same architecture as the projector"; it maps projections onto the target's projections.
-        self.predictor = build_head(config.predictor, config.projector.out, groups=config.groups, num_views=NUM_VIEWS)
+        self.predictor: nn.Module = nn.Identity()
+        if config.predictor.layers:
+            self.predictor = build_head(config.predictor, config.projector.out, groups=config.groups, num_views=NUM_VIEWS)
 
     def forward(self, views: Tensor) -> OnlineOutput:
         y = self.encoder(views)
@@ -67,7 +72,7 @@ def build_online(config: ModelConfig) -> Online:
 
     Raises ``UsageError`` where predictor and projector differ in output size, since q is compared with z'.
     """
-    if config.predictor.out != config.projector.out:
+    if config.predictor.layers and config.predictor.out != config.projector.out:
         raise UsageError(
             f"model.predictor.out: {config.predictor.out} differs from model.projector.out = {config.projector.out}; "
             "predictions are compared with projections: make them equal"

@@ -1,19 +1,29 @@
-"""The loss, and what is watched beside it: cosines of positive and negative pairs, spread of representations.
+"""The losses, and what is watched beside them: cosines of positive and negative pairs, spread of representations.
 
 All of it is fp32 at least, whatever the networks' precision. Batches hold the two views one after the other.
 
-Letters: V = 2 views, B images, N = V * B, D features.
+Letters: V = 2 views, B images, N = V * B, D features, K keys in a queue.
 """
 
 from __future__ import annotations
 
 import math
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fastbyol.errors import UsageError
 from fastbyol.model.byol import NUM_VIEWS, OnlineOutput
+
+
+class Objective(NamedTuple):
+    """Which loss a step minimises, and its numbers; see ``config.MethodConfig``. ``loss_scale`` is a factor on any of them."""
+
+    name: Literal["byol", "contrastive", "simsiam"] = "byol"
+    loss_scale: float = 1.0
+    temperature: float = 0.2
 
 
 def byol_loss(q: Tensor, projections: Tensor) -> Tensor:
@@ -24,6 +34,38 @@ def byol_loss(q: Tensor, projections: Tensor) -> Tensor:
     # 1 - cos(a, b) as half the squared distance of the unit vectors. Once the representation has collapsed 1 - cos is all
     # rounding: at a loss of 6e-8 fp32 gave 0, and gradients 1e-2 off (median over layers) where this form is 4e-5 off.
     return (unit(q) - _swap(unit(projections))).square().sum(-1).mean()
+
+
+def contrastive_loss(q: Tensor, projections: Tensor, temperature: float, queue: Tensor | None = None) -> Tensor:
+    """Return the cross-entropy of each image's own projection among negatives, both orders of the views summed.
+
+    Logits are cosines over ``temperature``: of a prediction q(v) with z'(v') of its image and with the negatives. These are the
+    unit vectors of ``queue`` (K, D); without one, z'(v') of the batch's other images. Means over the batch; fp32 or fp64, 0-d.
+
+    Source: MoCo, arXiv:1911.05722, equation 1. The post's code takes predictions for queries, and both views in turn (moco.py).
+    """
+    q, keys = unit(q), _swap(unit(projections))
+    if queue is None:
+        logits = (_by_view(q) @ _by_view(keys).mT).flatten(0, 1)
+        labels = torch.arange(logits.shape[1], device=q.device).repeat(NUM_VIEWS)
+    else:
+        logits = torch.cat(((q * keys).sum(-1, keepdim=True), q @ queue.T), dim=1)
+        labels = torch.zeros(len(q), dtype=torch.int64, device=q.device)
+    return NUM_VIEWS * F.cross_entropy(logits / temperature, labels)
+
+
+@torch.no_grad()
+def enqueue(queue: Tensor, keys: Tensor, step: Tensor, taken: Tensor) -> None:
+    """Write ``keys`` (B, D) over the oldest of ``queue`` (K, D), from row ``step`` * B modulo K on, unless ``taken`` is false.
+
+    ``step`` and ``taken`` are 0-d tensors on the device, which is not waited for. Raises ``UsageError`` where B exceeds K.
+    """
+    if len(keys) > len(queue):
+        raise UsageError(
+            f"method.queue: {len(queue)} keys are fewer than the {len(keys)} of a batch: take {len(keys)} or more, or 0"
+        )
+    rows = (step * len(keys) + torch.arange(len(keys), device=step.device)) % len(queue)
+    queue.index_copy_(0, rows, torch.where(taken, keys, queue.index_select(0, rows)))
 
 
 @torch.no_grad()

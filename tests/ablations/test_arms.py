@@ -32,12 +32,11 @@ def test_every_arm_of_a_claim_is_there_and_every_arm_belongs_to_one() -> None:
 def test_an_arm_is_the_scale_and_its_own_settings(found: Arm, scale: ScaleName) -> None:
     config = config_io.flatten(load(found, scale, seed=3).config)
     assert config["train.seed"] == 3
-    for key, value in found.settings.items():
+    for key, value in {**found.settings, **found.at[scale]}.items():
         if key != "optim.lr_scaling" and not (key == "optim.lr" and "optim.lr_scaling" in found.settings):
             assert config[key] == (tuple(map(tuple, value)) if key == "optim.lr_mult" else _frozen(value)), key
-    plain = Arm("plain", "", None, {}, {}, None, SCALES, None)
-    expected = set(found.settings) | ({"train.epochs"} if scale == "full" and found.epochs else set())
-    assert differing(found, plain, scale) - DERIVED <= expected
+    plain = Arm("plain", "", None, {}, {}, {}, SCALES, None)
+    assert differing(found, plain, scale) - DERIVED <= {*found.settings, *found.at[scale]}
 
 
 def _frozen(value: object) -> object:
@@ -46,10 +45,12 @@ def _frozen(value: object) -> object:
 
 @pytest.mark.parametrize(("found", "scale"), [row for row in EVERY if row.values[0].base])
 def test_an_open_setting_changes_what_it_says_and_nothing_else(found: Arm, scale: ScaleName) -> None:
-    length = {"train.epochs"} if scale == "full" and found.epochs != arm(str(found.base)).epochs else set()
-    changed = differing(found, arm(str(found.base)), scale)
+    base = arm(str(found.base))
+    here = {key for key, value in found.at[scale].items() if base.at[scale].get(key) != value}
     # Four groups are what 16 channels or fewer get anyway only where a group would hold under two: the key differs always.
-    assert changed == set(found.changes) | length
+    # A learning rate that is scaled by the batch is another one, and says no more that it is to be scaled.
+    scaled = {"optim.lr"} if "optim.lr_scaling" in found.changes else set()
+    assert differing(found, base, scale) - scaled == (set(found.changes) | here) - {"optim.lr_scaling"}
 
 
 def test_sgd_scales_with_the_batch_and_lars_does_not() -> None:
@@ -74,3 +75,29 @@ def test_set_reaches_what_the_arm_leaves_open_and_not_the_arm() -> None:
 def test_an_unknown_arm_is_one_line_with_the_nearest() -> None:
     with pytest.raises(UsageError, match=r"gn-lars-0\.3: no such arm; nearest: gn-lars-0\.\d"):
         arm("gn-lars-0.3")
+
+
+def test_what_an_arm_says_for_one_scale_is_not_said_for_others_and_yields_to_the_user() -> None:
+    decay = arm("gn-sgd-weight-decay@wd1e-4")
+    long, short = (load(decay, scale, seed=0).config for scale in ("long", "short"))
+    assert (long.train.epochs, long.optim.lr, long.optim.weight_decay) == (400, 0.2, 1e-4)
+    assert short.train.epochs == 60
+    assert load(decay, "long", seed=0, sets=["train.epochs=3"]).config.train.epochs == 3
+
+
+@pytest.mark.parametrize(("scale", "steps"), [("mini", 128), ("short", 64), ("full", 410)])
+def test_a_warm_up_of_ten_steps_is_one(scale: ScaleName, steps: int) -> None:
+    """Ten steps below the learning rate, in epochs of as many steps as the scale's images make."""
+    from fastbyol.optim.schedule import lr_table
+
+    config = load(arm("gn-lars-0.2@warmup-steps"), scale, seed=0).config
+    table = lr_table(config.schedule, 0.2, horizon_epochs=320, steps_per_epoch=steps)
+    assert table[9] < 0.2 * 0.91
+    assert table[10] == pytest.approx(0.2, rel=1e-4)
+
+
+def test_the_posts_warm_up_is_as_many_steps_at_long() -> None:
+    config = load(arm("gn-lars-layer1-layer2@warmup"), "long", seed=0).config
+    assert config.schedule.warmup_epochs * 128 == pytest.approx(10 * 410, abs=2)
+    assert config.schedule.horizon_epochs * 128 == pytest.approx(320 * 410, rel=1e-3)
+    assert load(arm("gn-ws-sgd"), "long", seed=0).config.schedule.horizon_epochs * 16 == pytest.approx(320 * 410, rel=1e-3)

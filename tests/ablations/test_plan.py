@@ -10,6 +10,7 @@ import pytest
 from fastbyol import config_io
 from fastbyol.ablations import plan
 from fastbyol.ablations.arms import arm, arms
+from fastbyol.config_io import Flag
 from fastbyol.errors import UsageError
 
 
@@ -24,7 +25,14 @@ def test_a_claim_stands_for_its_arms_and_controls() -> None:
 
 def test_all_is_every_arm_of_the_scale() -> None:
     mini = {found.name for found in plan.chosen((), "mini", everything=True)}
-    assert set(arms()) - mini == {"gn-lars-0.2@bf16", "gn-lars-0.1@bf16"}
+    long = {found.name for found in plan.chosen((), "long", everything=True)}
+    # What needs thousands of steps is for long; a learning rate beyond what LARS leaves alone is compared at both.
+    assert mini & long == {"gn-sgd-high-lr-layer1-layer2"}
+    assert {arm(name).claims for name in long} == {("C8",), ("C9",), ("C10", "C13"), ("C11",), ("C13",)}
+    assert {name for name in set(arms()) - mini - long if "bf16" not in name} == {
+        *("gn-sgd-weight-decay@wd1e-6", "gn-ws-sgd@lr0.2", "gn-ws-sgd@mlp-ws"),
+        *("gn-lars-layer1-layer2@lr0.5", "gn-lars-mlps@lr0.5"),
+    }
     assert {found.name for found in plan.chosen((), "short", everything=True)} == set(arms())
 
 
@@ -37,9 +45,9 @@ def test_what_cannot_be_chosen_is_said(targets: list[str], says: str) -> None:
 
 
 def test_seeds_are_what_verdicts_want() -> None:
-    three = ("bn-sgd-mlp-bn", "gn-sgd-mlp-bn", "gn-sgd-mlp-none", "gn-lars-0.2", "gn-lars-0.1", "gn-lars-0.5")
+    three = ("bn-sgd-mlp-bn", "gn-sgd-mlp-bn", "gn-sgd-mlp-none", "gn-lars-0.2", "gn-ws-sgd", "bn-sgd-simsiam")
     assert {plan.seeds_of(arm(name), None) for name in three} == {3}
-    assert plan.seeds_of(arm("gn-ws-sgd"), None) == 2
+    assert {plan.seeds_of(arm(name), None) for name in ("gn-lars-0.1", "gn-lars-0.5")} == {5}
     assert plan.seeds_of(arm("gn-lars-0.2@exclude"), None) == 1
     assert plan.seeds_of(arm("gn-lars-0.2@exclude"), 5) == 5
 
@@ -58,6 +66,16 @@ def test_first_seeds_come_first_and_open_settings_last() -> None:
     places = [(run.arm.base is not None, run.seed) for run in runs]
     assert places == sorted(places)
     assert len({run.path for run in runs}) == len(runs)
+
+
+def test_fewer_images_make_more_epochs(tmp_path: Path) -> None:
+    """1,000 images instead of 4,096: 31 steps an epoch instead of 128, and so 82 epochs instead of 20."""
+    flags = {"data.train": Flag("--data", str(tmp_path / "few.beton"))}
+    (few,) = plan.make([arm("gn-lars-0.2")], "mini", tmp_path, seeds=1, flags=flags, num_images=1000)
+    (many,) = plan.make([arm("gn-lars-0.2")], "mini", tmp_path, seeds=1, flags=flags, num_images=60_000)
+    assert (many.config.train.epochs, many.config.probe.every_epochs, many.config.schedule.horizon_epochs) == (20, 2, 320)
+    assert (few.config.train.epochs, few.config.probe.every_epochs, few.config.schedule.horizon_epochs) == (82, 8, 1311)
+    assert few.config.train.epochs * (1000 // 32) == pytest.approx(many.config.train.epochs * (4096 // 32), rel=0.02)
 
 
 def lay(run: plan.Run, epochs: int) -> None:

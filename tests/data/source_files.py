@@ -5,6 +5,7 @@ Every builder returns what it wrote as (images uint8 (N, H, W, 3), labels) or pe
 
 from __future__ import annotations
 
+import gzip
 import struct
 from pathlib import Path
 
@@ -75,6 +76,25 @@ def cifar100(folder: Path, *, train: int = 12, test: int = 9) -> dict[str, tuple
         what = {"fine_labels": labels, "coarse_labels": [k // 5 for k in labels], "data": _planes(images)}
         (inner / split).write_bytes(python2_pickle(what))
         written[split] = (images, labels)
+    return written
+
+
+def idx(
+    folder: Path, *, train: int = 20, test: int = 24, side: int = 28, packed: bool = True, sets: str = ""
+) -> dict[str, tuple[Images, list[int]]]:
+    """The four files of MNIST's format: big-endian heads, grey rows; what they hold as RGB, in the middle of 32 x 32."""
+    folder.mkdir(parents=True, exist_ok=True)
+    written = {}
+    for split, name, count in (("train", "train", train), ("test", "t10k", test)):
+        grey, labels = random_images(count, side, side, len(name))[..., 0], [(3 * k + count) % 10 for k in range(count)]
+        heads = struct.pack(">BBBBIII", 0, 0, 8, 3, *grey.shape), struct.pack(">BBBBI", 0, 0, 8, 1, count)
+        for what, head, body in (("images-idx3", heads[0], grey.tobytes()), ("labels-idx1", heads[1], bytes(labels))):
+            path = folder / f"{sets}{name}-{what}-ubyte{'.gz' * packed}"
+            path.write_bytes(gzip.compress(head + body) if packed else head + body)
+        padded = np.zeros((count, max(32, side), max(32, side), 3), np.uint8)
+        start = max(0, 32 - side) // 2
+        padded[:, start : start + side, start : start + side] = grey[..., None]
+        written[split] = (padded, labels)
     return written
 
 

@@ -20,7 +20,7 @@ import foreign_betons as foreign
 from fastbyol.data import loader as loading
 from fastbyol.data.decoder import Decoder
 from fastbyol.data.loader import Batch, Loader, ResidentLoader, StreamingLoader, open_loader, read_all
-from fastbyol.data.order import permutation
+from fastbyol.data.order import permutation, subset
 from fastbyol.errors import FastbyolError, UsageError
 
 BATCH = 32
@@ -72,6 +72,31 @@ def test_batches_are_the_orders_samples(cache: str, workers: int) -> None:
                 assert batch.images.dtype == torch.uint8
                 expected = np.stack([foreign.pixels("raw", i) for i in batch.ids.tolist()])
                 np.testing.assert_array_equal(batch.images.numpy(), expected)
+
+
+@pytest.mark.usefixtures("no_thread_left")
+@pytest.mark.parametrize("cache", ["none", "device"])
+def test_a_limit_trains_on_some_of_the_samples(cache: str) -> None:
+    """The same ones in every epoch and for every seed, with the ids and pixels that they have in the file."""
+    limit = 2 * BATCH + 5
+    chosen = subset(foreign.COUNT, limit)
+    assert chosen is not None
+    for seed in (SEED, SEED + 1):
+        with opened(cache=cache, limit=limit, seed=seed) as batches:
+            assert (batches.num_samples, batches.steps_per_epoch) == (limit, 2)
+            for epoch in (0, 3):
+                found = list(batches.epoch(epoch))
+                expected = chosen[permutation(limit, seed=seed, epoch=epoch)[: 2 * BATCH]]
+                assert torch.equal(torch.cat([batch.ids for batch in found]), expected)
+                for batch in found:
+                    pixels = np.stack([foreign.pixels("raw", i) for i in batch.ids.tolist()])
+                    np.testing.assert_array_equal(batch.images.numpy(), pixels)
+            assert torch.equal(next(batches.epoch(3, start_step=1)).ids, expected[BATCH:])
+    whole, some = (read_all(foreign.made() / "raw.beton", workers=1, size=foreign.SIZE, limit=n) for n in (0, limit))
+    assert torch.equal(some.images, whole.images[chosen])
+    assert torch.equal(some.labels, whole.labels[chosen])
+    with pytest.raises(UsageError, match=r"5 images \(data.limit, of \d+\) are less than one batch"):
+        opened(cache=cache, limit=5)
 
 
 @pytest.mark.parametrize("name", foreign.NAMES)

@@ -100,3 +100,23 @@ def test_epochs_and_seeds_are_independent(seeds: tuple[int, int], lag: int) -> N
 def test_refuses_what_has_no_order(count: int, epoch: int) -> None:
     with pytest.raises(ValueError, match="no permutation"):
         order.permutation(count, seed=0, epoch=epoch)
+
+
+@given(st.integers(1, 3000), st.integers(0, 4000))
+def test_a_subset_is_the_same_few_samples_in_order(num_samples: int, limit: int) -> None:
+    chosen = order.subset(num_samples, limit)
+    if limit in (0, num_samples) or limit > num_samples:
+        assert chosen is None
+    else:
+        assert chosen.tolist() == sorted(set(chosen.tolist()))
+        assert len(chosen) == limit
+        assert chosen[0] >= 0
+        assert chosen[-1] < num_samples
+        assert set(chosen.tolist()) <= set(order.permutation(num_samples, seed=0, epoch=0).tolist()[: limit + 1])
+
+
+def test_a_subset_of_a_sorted_file_has_all_its_classes() -> None:
+    """Files are often sorted by class: the first samples would be of one class alone."""
+    classes = torch.arange(60_000) // 6000
+    counts = torch.bincount(classes[order.subset(60_000, 4096)], minlength=10)
+    assert stats.chisquare(counts.numpy()).pvalue > LEAST_P

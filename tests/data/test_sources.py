@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import pickle
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +12,7 @@ import pytest
 from PIL import Image
 
 import source_files
-from fastbyol.data import sources
+from fastbyol.data import source_idx, sources
 from fastbyol.errors import UsageError
 
 
@@ -271,6 +273,117 @@ def test_npz_refused(tmp_path: Path) -> None:
     damaged[300] ^= 1  # a pixel: the archive's checksum finds it
     path.write_bytes(damaged)
     refused("a.npz", "CRC", source=path)
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize(("inner", "sets"), [("", ""), ("FashionMNIST/raw", ""), ("gzip", "emnist-letters-"), ("raw", "")])
+def test_idx(tmp_path: Path, packed: bool, inner: str, sets: str) -> None:
+    written = source_files.idx(tmp_path / inner, packed=packed, sets=sets)
+    for split in (None, "train", "test"):
+        source = sources.open_source(str(tmp_path), split=split)
+        assert (source.kind, source.split) == ("idx", split or "train")
+        demand_equal(source, *written[split or "train"])
+    named = next((tmp_path / inner).glob("*t10k-images*"))
+    demand_equal(sources.open_source(str(named)), *written["test"])
+    assert sources.open_source(str(tmp_path), kind="fashion-mnist").class_names[9] == "Ankle boot"
+
+
+@pytest.mark.parametrize("side", [20, 31, 32, 40])
+def test_idx_of_other_sides(tmp_path: Path, side: int) -> None:
+    """Small ones are padded to 32, large ones are left as they are."""
+    written = source_files.idx(tmp_path, side=side)
+    demand_equal(sources.open_source(str(tmp_path)), *written["train"])
+
+
+def test_idx_with_qmnists_labels_with_dots_and_without_labels(tmp_path: Path) -> None:
+    images, labels = source_files.idx(tmp_path, packed=False)["train"]
+    (tmp_path / "train-labels-idx1-ubyte").unlink()
+    (tmp_path / "train-images-idx3-ubyte").rename(tmp_path / "train-images.idx3-ubyte")
+    demand_equal(sources.open_source(str(tmp_path)), images, None)
+    rows = np.array([[label, 7, 1000, 3, 4, 5, 6, 70000] for label in labels], ">i4")
+    head = struct.pack(">BBBBII", 0, 0, 0x0C, 2, *rows.shape)
+    (tmp_path / "train-labels.idx2-int").write_bytes(head + rows.tobytes())
+    demand_equal(sources.open_source(str(tmp_path)), images, labels)
+
+
+def test_idx_as_torchvision_reads_it(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("torchvision.datasets")
+    source_files.idx(tmp_path / "FashionMNIST" / "raw", packed=False)
+    theirs = datasets.FashionMNIST(str(tmp_path), train=False, download=False)
+    ours = sources.open_source(str(tmp_path), split="test")
+    for k in range(len(theirs)):
+        image, label = theirs[k]
+        np.testing.assert_array_equal(ours.image(k)[2:30, 2:30, 1], np.asarray(image))
+        assert ours.label(k) == label
+    assert not ours.image(0)[:2].any()
+
+
+def test_idx_refused(tmp_path: Path) -> None:
+    source_files.idx(tmp_path, packed=False)
+    path = tmp_path / "train-images-idx3-ubyte"
+    whole = path.read_bytes()
+
+    def holds(content: bytes) -> Path:
+        path.write_bytes(content)
+        return tmp_path
+
+    refused("split", "valid", source=tmp_path, split="valid")
+    refused("begins 00000d03", source=holds(b"\0\0\x0d\x03" + whole[4:]))
+    refused("begins nowhere", source=holds(b""))
+    refused("ends within its head", source=holds(whole[:9]))
+    refused("1 dimensions", source=holds((tmp_path / "train-labels-idx1-ubyte").read_bytes()))
+    refused("28 x 0 pixels", source=holds(whole[:8] + bytes(4) + whole[12:]))
+    refused("shape (-1, 28, 28)", source=holds(whole[:4] + b"\xff" * 4 + whole[8:]))
+    refused("for 21 images", source=holds(whole[:7] + b"\x15" + whole[8:]))
+    refused("15679 bytes", source=holds(whole[:-1]))
+    refused("cannot hold", source=holds(whole[:1000]))
+    refused("its head says 15680", source=holds(whole + b"\0"))
+    path.unlink()
+    packed = gzip.compress(whole)
+    for content, says in ((packed[:-9], "cannot be read"), (b"no gzip", "cannot be read"), (packed[:20], "cannot be read")):
+        (tmp_path / "train-images-idx3-ubyte.gz").write_bytes(content)
+        refused(says, "train-images-idx3-ubyte.gz", source=tmp_path)
+    bomb = gzip.compress(struct.pack(">BBBBIII", 0, 0, 8, 3, 20, 4096, 4096))
+    (tmp_path / "train-images-idx3-ubyte.gz").write_bytes(bomb)
+    refused("cannot hold the 335544320", source=tmp_path)
+    source_files.idx(tmp_path, sets="emnist-digits-")
+    source_files.idx(tmp_path, sets="emnist-letters-")
+    refused("several sets", "emnist-letters-train", source=tmp_path)
+    refused("Fashion-MNIST's ten", source=labelled_eleven(tmp_path / "eleven"), kind="fashion-mnist")
+    refused("no train-images", source=tmp_path / "absent", kind="idx")
+
+
+def labelled_eleven(folder: Path) -> Path:
+    source_files.idx(folder, packed=False)
+    path = folder / "train-labels-idx1-ubyte"
+    path.write_bytes(path.read_bytes()[:-1] + b"\x0b")
+    return folder
+
+
+def test_fashion_mnist_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the system's folder; else from where it was downloaded to; else the error says what to do, at once."""
+    written = source_files.idx(tmp_path / "debian")
+    monkeypatch.setattr(source_idx, "DEBIAN", tmp_path / "debian")
+    monkeypatch.setenv("FASTBYOL_CACHE", str(tmp_path / "cache"))
+    source = sources.open_source("fashion-mnist", split="test")
+    assert source.class_names == source_idx.FASHION_CLASSES
+    demand_equal(source, *written["test"])
+    monkeypatch.setattr(source_idx, "DEBIAN", tmp_path / "none")
+    datasets = pytest.importorskip("torchvision.datasets")
+
+    def offline(root: str, **_: object) -> None:
+        raise RuntimeError("Error downloading train-images-idx3-ubyte.gz")
+
+    monkeypatch.setattr(datasets, "FashionMNIST", offline)
+    refused("fashion-mnist", "dataset-fashion-mnist", "Error downloading", "textures", source="fashion-mnist")
+
+    def online(root: str, **_: object) -> None:
+        source_files.idx(Path(root) / "FashionMNIST" / "raw")
+
+    monkeypatch.setattr(datasets, "FashionMNIST", online)
+    demand_equal(sources.open_source("fashion-mnist"), *written["train"])
+    monkeypatch.setattr(datasets, "FashionMNIST", offline)
+    demand_equal(sources.open_source("fashion-mnist"), *written["train"])
 
 
 def test_kinds_that_are_none(tmp_path: Path) -> None:

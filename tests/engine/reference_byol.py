@@ -1,8 +1,9 @@
-"""BYOL written out from its formulas, in float64: no modules, one pass per view, one loop over tensors per update.
+"""BYOL and its relatives from their formulas, in float64: no modules, one pass per view, one loop over tensors per update.
 
 Slow and independent: it shares nothing with fastbyol but the parameters' names and the configuration's fields. Sources: byol
-arXiv:2006.07733; ResNet arXiv:1512.03385; batch norm arXiv:1502.03167; group norm arXiv:1803.08494; batch renormalisation
-arXiv:1702.03275; weight standardization arXiv:1903.10520; LARS arXiv:1708.03888 in the three readings that fastbyol documents.
+arXiv:2006.07733; MoCo arXiv:1911.05722; SimSiam arXiv:2011.10566; ResNet arXiv:1512.03385; batch norm arXiv:1502.03167; group
+norm arXiv:1803.08494; batch renormalisation arXiv:1702.03275; weight standardization arXiv:1903.10520; LARS arXiv:1708.03888 in
+the three readings that fastbyol documents.
 """
 
 from __future__ import annotations
@@ -116,9 +117,13 @@ def cosine(a: Tensor, b: Tensor) -> Tensor:
     return (a * b).sum(1) / (a.pow(2).sum(1).sqrt() * b.pow(2).sum(1).sqrt())
 
 
+def distance(q: Tensor, t: Tensor) -> Tensor:
+    return 1 - cosine(q, t).mean()
+
+
 @dataclass
 class Reference:
-    """A run of ``config`` from given starting parameters and buffers (by name; both are copied)."""
+    """A run of ``config`` from given starting parameters and buffers (by name) and queue; all are copied."""
 
     config: Config
     parameters: Named
@@ -126,6 +131,8 @@ class Reference:
     online_buffers: Named
     target_buffers: Named
     steps_per_epoch: int
+    queue: Tensor | None = None
+    oldest: int = 0
     step_count: int = 0
     momentum: Named = field(default_factory=dict)
 
@@ -135,16 +142,20 @@ class Reference:
         self.online = Net(model, {k: v.clone().requires_grad_() for k, v in start.items()}, dict(self.online_buffers))
         self.target = Net(model, followed, dict(self.target_buffers))
         self.momentum = {k: torch.zeros_like(v) for k, v in start.items()}
+        self.queue = None if self.queue is None else self.queue.clone()
 
     def step(self, views: Tensor) -> dict[str, float]:
         config, online, target = self.config, self.online, self.target
         y = [online.encoder(view) for view in views]
         z = [online.head(one, "projector", config.model.projector) for one in y]
-        q = [online.head(one, "predictor", config.model.predictor) for one in z]
-        with torch.no_grad():
-            t = [target.head(target.encoder(view), "projector", config.model.projector) for view in views]
-        loss = (1 - cosine(q[0], t[1]).mean()) + (1 - cosine(q[1], t[0]).mean())
-        loss = loss * config.train.loss_scale
+        q = [online.head(one, "predictor", config.model.predictor) for one in z] if config.model.predictor.layers else z
+        if config.method.name == "simsiam":
+            t = [one.detach() for one in z]
+        else:
+            with torch.no_grad():
+                t = [target.head(target.encoder(view), "projector", config.model.projector) for view in views]
+        one_way = self.cross_entropy if config.method.name == "contrastive" else distance
+        loss = (one_way(q[0], t[1]) + one_way(q[1], t[0])) * config.train.loss_scale
         names = list(online.p)
         gradient = dict(zip(names, torch.autograd.grad(loss, [online.p[n] for n in names]), strict=True))
         lr, tau = self.lr(), self.tau()
@@ -155,8 +166,23 @@ class Reference:
             self.update(gradient, lr)
             if config.schedule.ema_order == "after":
                 self.average(tau)
+            if self.queue is not None:
+                for key in t[1]:
+                    self.queue[self.oldest] = key / key.pow(2).sum().sqrt()
+                    self.oldest = (self.oldest + 1) % len(self.queue)
         self.step_count += 1
         return measured
+
+    def cross_entropy(self, q: Tensor, keys: Tensor) -> Tensor:
+        """Mean of -log(positive's share), an image at a time and a pair at a time."""
+        total = q.new_zeros(())
+        for i, query in enumerate(q):
+            negatives = [key for j, key in enumerate(keys) if j != i] if self.queue is None else list(self.queue)
+            positive, *others = (
+                (cosine(query[None], key[None])[0] / self.config.method.temperature).exp() for key in (keys[i], *negatives)
+            )
+            total = total - (positive / (positive + sum(others))).log()
+        return total / len(q)
 
     def measure(
         self, loss: Tensor, y: list[Tensor], z: list[Tensor], t: list[Tensor], g: Named, lr: float, tau: float

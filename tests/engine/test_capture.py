@@ -33,7 +33,8 @@ from fastbyol.engine.step import StepMetrics, TrainState, train_step
 from fastbyol.engine.step import forward as plain_forward
 from fastbyol.errors import FastbyolError, NoGraphError, UsageError
 from fastbyol.model import resnet
-from test_step import assert_equal_states, collapse, some_views, tiny
+from fastbyol.model.objective import Objective
+from test_step import METHODS, assert_equal_states, collapse, some_views, tiny
 from tiny import TINY, beton_files, tiny_config
 
 CPU = torch.device("cpu")
@@ -63,6 +64,10 @@ def _short_compiling(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def fp32(norm: str, heads: str, ws: bool, optimizer: str) -> Config:
     return tiny(norm, heads, ws, optimizer, train__precision="fp32")
+
+
+def of_method(name: str) -> Config:
+    return small_views(tiny("bn", "bn", optimizer="blog", train__precision="fp32", **METHODS[name]))
 
 
 def fp64(config: Config) -> Config:
@@ -95,6 +100,25 @@ def test_one_graph_takes_the_eager_step(kinds: tuple[str, str, bool, str]) -> No
             expected, got = train_step(eager, pair.float()), train_step(traced, pair.float(), forward)
             torch.testing.assert_close(got.values, expected.values, rtol=1e-3, atol=1e-5)
         assert_near(exact, eager, traced)
+
+
+@pytest.mark.parametrize("name", ["contrastive, odd queue", "contrastive in the batch", "simsiam, no predictor"])
+def test_one_graph_takes_the_eager_step_of_other_methods(name: str) -> None:
+    """And compiling it, which takes steps, leaves the state with its queue as it was."""
+    config = of_method(name)
+    exact, eager, traced = [TrainState.create(c, steps_per_epoch=2) for c in (fp64(config), config, config)]
+    forward = capture.compiled_forward("aot_eager")
+    capture.Eager(traced, config, forward).prepare(batch_of(0), 0)
+    assert_equal_states(eager, traced)
+    for step in range(3):
+        pair = some_views(step)
+        train_step(exact, pair)
+        expected, got = train_step(eager, pair.float()), train_step(traced, pair.float(), forward)
+        torch.testing.assert_close(got.values, expected.values, rtol=1e-3, atol=1e-5)
+    assert_near(exact, eager, traced)
+    if exact.queue is not None and eager.queue is not None and traced.queue is not None:
+        allowed = CHANCE * float((eager.queue - exact.queue).abs().max()) + 1e-5
+        assert float((traced.queue - exact.queue).abs().max()) <= allowed
 
 
 @torch._dynamo.config.patch(error_on_recompile=True)
@@ -264,6 +288,21 @@ def test_recording_leaves_no_trace(kinds: tuple[str, str, bool, str]) -> None:
     assert tape.recordings == 1
 
 
+@pytest.mark.parametrize("name", ["contrastive, odd queue", "contrastive in the batch", "simsiam"])
+def test_other_methods_are_recorded_and_read_nothing(name: str) -> None:
+    """The queue goes back to before the warm-up, and its pointer is the step's number on the device."""
+    config = of_method(name).model_copy(update={"engine": EngineConfig(kernels="reference")})
+    eager, taped = (TrainState.create(config, steps_per_epoch=2) for _ in range(2))
+    recorded = capture.Captured(capture.Eager(taped, config), Tape(taped))
+    for step in range(4):
+        expected, got = capture.Eager(eager, config)(batch_of(step), 0), recorded(batch_of(step), 0)
+        assert torch.equal(expected.values, got.values)
+    assert_equal_states(eager, taped)
+    with Reads() as reads:
+        train_step(eager, some_views(4))
+    assert not reads.seen
+
+
 # One of every family that Triton, Inductor, Dynamo, CUDA and the programs that they call raise, and what is said of it.
 FAILURES: tuple[tuple[Exception, str], ...] = (
     (CompilationError("def kernel():\n    x", None, "no such operation\nmore"), "CompilationError: no such operation"),
@@ -430,7 +469,7 @@ def test_inductor_chooses_by_rule_on_cuda_alone(monkeypatch: pytest.MonkeyPatch)
     nets: Any = SimpleNamespace(config=Config().model)
     for on_gpu, backend, deterministic in ((True, "inductor", True), (True, "inductor", False), (False, "inductor", True)):
         batch: Any = SimpleNamespace(shape=(2, 3, 8, 8), dtype=torch.float32, device="of any kind", is_cuda=on_gpu)
-        assert capture.compiled_forward(backend, deterministic=deterministic)(nets, nets, batch, 1.0) == "done"
+        assert capture.compiled_forward(backend, deterministic=deterministic)(nets, nets, batch, Objective()) == "done"
     assert [call["options"] for call in asked] == [{"deterministic": True}, None, None]
 
 
@@ -505,23 +544,25 @@ def test_a_network_is_compiled_once_in_a_process_and_no_state_is_kept_by_it() ->
 def test_no_more_networks_are_kept_than_are_said(monkeypatch: pytest.MonkeyPatch) -> None:
     """With a forward pass of one operation, which compiles in no time."""
 
-    def double(online: object, target: object, batch: torch.Tensor, loss_scale: float) -> tuple[torch.Tensor, torch.Tensor]:
-        return batch * loss_scale, batch
+    def double(
+        online: object, target: object, batch: torch.Tensor, objective: Objective, queue: None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return batch * objective.loss_scale, batch
 
     monkeypatch.setattr(capture, "forward", double)
     backend, nets = Counter(), SimpleNamespace(config=Config().model)
     take: Any = capture.compiled_forward(backend)
     for scale in (*range(capture.MOST_NETWORKS + 1), 1, 0):  # the last one was forgotten
-        assert take(nets, nets, torch.ones(2), float(scale))[0].tolist() == [scale, scale]
+        assert take(nets, nets, torch.ones(2), Objective(loss_scale=float(scale)))[0].tolist() == [scale, scale]
     assert capture._compiled.cache_info().currsize == capture.MOST_NETWORKS == backend.compiled - 2
 
 
 @pytest.mark.gpu(only=True)
-@pytest.mark.parametrize("kinds", COVER, ids=str)
-def test_a_graph_takes_the_compiled_step(kinds: tuple[str, str, bool, str]) -> None:
+@pytest.mark.parametrize("kinds", [*COVER, "contrastive, odd queue", "simsiam"], ids=str)
+def test_a_graph_takes_the_compiled_step(kinds: tuple[str, str, bool, str] | str) -> None:
     """Bit for bit, without waiting for the device and without allocating; and both are as near to fp64 as eager steps are."""
     device = torch.device("cuda", 0)
-    config = small_views(fp32(*kinds))
+    config = of_method(kinds) if isinstance(kinds, str) else small_views(fp32(*kinds))
     capture.settle_cudnn(device)
     exact, eager, compiled, graphed = states = [
         TrainState.create(c, steps_per_epoch=2, device=device) for c in (fp64(config), config, config, config)

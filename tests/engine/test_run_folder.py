@@ -194,6 +194,8 @@ def test_names_say_the_run_and_count_up(tmp_path: Path) -> None:
     assert default_run_path(plain, tmp_path).name == "gn-sgd0.8-mlp_none-s0-42"
     mixed = config("optim.name=lars", "model.predictor.norm=none", "model.ws=true", "train.seed=3")
     assert default_run_path(mixed, tmp_path).name == "bn-lars0.2-mlp_bn_none-ws-s3-1"
+    other = config("method.name=simsiam", "model.predictor.layers=0")
+    assert default_run_path(other, tmp_path).name == "simsiam-bn-sgd0.8-mlp_bn_absent-s0-1"
     with RunFolder.create(default_run_path(plain, tmp_path), plain) as folder:
         assert folder.path.name.endswith("-43")
 

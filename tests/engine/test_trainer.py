@@ -62,6 +62,15 @@ def contents(run: Path) -> dict[str, Any]:
     return {"name": newest.name, "tensors": tensors, "metrics": (run / "metrics.jsonl").read_bytes(), "layers": samples}
 
 
+def test_untrained_weights_are_probed_before_the_first_step(whole: Path, files: tuple[Path, Path]) -> None:
+    """As ``eval --weights random`` does it, and once, whatever is resumed."""
+    (event,) = [row for row in metrics_file.read_events(whole) if row["event"] == "untrained"]
+    assert (whole / "metrics.jsonl").read_text().startswith('{"event": "untrained", "step": 0, ')
+    expected = api.evaluate(whole, "blog", weights="random")
+    assert event["accuracy"] == pytest.approx(expected["accuracy"])
+    assert event["num_scored"] == expected["num_test"]
+
+
 class Killer(Silent):
     """Kills its own process, as a power cut would, once ``step`` is reached."""
 
@@ -96,6 +105,16 @@ def test_killed_at_a_step_and_resumed_is_the_uninterrupted_run(
     killed_run(tiny_config(files, "run.drain_every_steps=1"), run, at)
     child(api.resume, run)
     assert contents(run) == contents(whole)
+
+
+def test_a_killed_run_finds_its_queue_again(files: tuple[Path, Path], tmp_path: Path) -> None:
+    """Killed in mid-epoch, once the pointer has gone round a queue that is no whole number of batches."""
+    config = tiny_config(files, "method.name=contrastive", "method.queue=27", "run.checkpoint_every_steps=2")
+    child(api.train, config, tmp_path / "whole")
+    killed_run(config, tmp_path / "killed", STEPS_PER_EPOCH + 2)
+    child(api.resume, tmp_path / "killed")
+    assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
+    assert contents(tmp_path / "whole")["tensors"]["queue"][0] == np.float32
 
 
 @pytest.mark.parametrize("after_s", [0.05, 0.25, 0.5])

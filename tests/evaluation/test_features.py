@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from fastbyol import views
 from fastbyol.config import ModelConfig, ViewsConfig
 from fastbyol.errors import FastbyolError
-from fastbyol.evaluation.features import check_finite, embed
+from fastbyol.evaluation.features import MOST_ROUNDING, agreeing_dtype, check_finite, embed
 from fastbyol.model.resnet import build_encoder
 
 VIEWS = ViewsConfig(size=16, blur_kernel=3)
@@ -103,3 +103,31 @@ def test_check_finite_counts_rows() -> None:
     x[5] = float("nan")
     with pytest.raises(FastbyolError, match="embeddings: 2 of 10 rows"):
         check_finite(x, "embeddings")
+
+
+class Shifted(nn.Module):
+    """Embeddings of one direction in common, and of ``scale`` times the image beside it."""
+
+    def __init__(self, scale: float) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(scale))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 1.0 + self.scale.to(x.dtype) * x.flatten(1)
+
+
+@pytest.mark.parametrize(("scale", "expected"), [(1.0, torch.bfloat16), (1e-3, torch.float32)])
+def test_bf16_is_taken_where_it_keeps_the_differences(scale: float, expected: torch.dtype) -> None:
+    """Of a collapsed network it keeps what is common, and rounds away what differs."""
+    net = Shifted(scale)
+    assert agreeing_dtype(net, images(), VIEWS, torch.bfloat16, device="cpu") == expected
+    assert agreeing_dtype(net, images(), VIEWS, torch.float32, device="cpu") == torch.float32
+    assert agreeing_dtype(net.double(), images(), VIEWS, torch.bfloat16, device="cpu") == torch.float64
+
+
+def test_what_is_taken_in_bf16_agrees(encoder: nn.Module) -> None:
+    rounded, exact = (embed(encoder, images(), VIEWS, device="cpu", dtype=dtype) for dtype in (torch.bfloat16, torch.float32))
+    assert rounded.dtype == torch.float32
+    agrees = float((rounded - exact).norm() / (exact - exact.mean(0)).norm()) <= MOST_ROUNDING
+    assert (agreeing_dtype(encoder, images(), VIEWS, torch.bfloat16, device="cpu") == torch.bfloat16) == agrees
+    assert not torch.equal(rounded, exact)

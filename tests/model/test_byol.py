@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastbyol.config import HeadConfig, ModelConfig
+from fastbyol.config import HeadConfig, ModelConfig, PredictorConfig
 from fastbyol.errors import UsageError
 from fastbyol.model.byol import build_online, build_target
 
-TINY = ModelConfig(width=4, projector=HeadConfig(hidden=16, out=8), predictor=HeadConfig(hidden=12, out=8))
+TINY = ModelConfig(width=4, projector=HeadConfig(hidden=16, out=8), predictor=PredictorConfig(hidden=12, out=8))
 
 
 def test_parameter_names() -> None:
@@ -45,6 +45,20 @@ def test_each_view_has_its_own_statistics_in_every_norm() -> None:
 
 
 def test_predictor_must_map_onto_projections() -> None:
-    config = TINY.model_copy(update={"predictor": HeadConfig(hidden=12, out=9)})
+    config = TINY.model_copy(update={"predictor": PredictorConfig(hidden=12, out=9)})
     with pytest.raises(UsageError, match=r"model.predictor.out: 9 differs from model.projector.out = 8"):
         build_online(config)
+
+
+def test_without_a_predictor_predictions_are_the_projections() -> None:
+    """No parameters of it, an output size that nobody asks about, and the same draws as with one before it."""
+    config = TINY.model_copy(update={"predictor": PredictorConfig(layers=0, out=9)})
+    torch.manual_seed(0)
+    with_one = dict(build_online(TINY).named_parameters())
+    torch.manual_seed(0)
+    online = build_online(config)
+    output = online(torch.randn(8, 3, 16, 16))
+    assert output.q is output.z
+    own = dict(online.named_parameters())
+    assert own.keys() == {name for name in with_one if not name.startswith("predictor.")}
+    assert all(torch.equal(p, with_one[name]) for name, p in own.items())

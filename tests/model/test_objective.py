@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
+from fastbyol.errors import UsageError
 from fastbyol.model.byol import OnlineOutput
-from fastbyol.model.objective import byol_loss, dead_share, observe, spread
+from fastbyol.model.objective import byol_loss, contrastive_loss, dead_share, enqueue, observe, spread
 
 
 def rows(count: int, features: int, seed: int = 0) -> Tensor:
@@ -62,6 +63,95 @@ def test_fp32_keeps_loss_and_gradient_of_a_collapsed_state(angle: float) -> None
     # Unit vectors known to 6e-8 of each component differ by `angle`; their own rounding is all there is.
     assert error < 6e-8 / angle
     assert abs(loss.item() / expected.item() - 1) < 6e-8 / angle
+
+
+QUEUES = st.sampled_from([0, 1, 5, 40])
+TEMPERATURES = st.floats(0.05, 5.0)
+
+
+def keys_of(count: int, features: int) -> Tensor | None:
+    return F.normalize(rows(count, features, 7)) if count else None
+
+
+def by_logsumexp(q: Tensor, z: Tensor, temperature: float, queue: Tensor | None) -> float:
+    """Image by image and order by order of the views: log of the sum of exponentials less the positive's logit."""
+    half, total = len(q) // 2, 0.0
+    for first, second in ((0, half), (half, 0)):
+        for i in range(half):
+            others = [z[second + j] for j in range(half) if j != i] if queue is None else list(queue)
+            pairs = [F.cosine_similarity(q[first + i], key, dim=0) / temperature for key in (z[second + i], *others)]
+            total += (torch.stack(pairs).logsumexp(0) - pairs[0]).item() / half
+    return total
+
+
+@given(st.integers(2, 6), st.integers(1, 9), QUEUES, TEMPERATURES, st.integers(0, 99))
+def test_contrastive_loss_is_a_logsumexp(batch: int, features: int, count: int, temperature: float, seed: int) -> None:
+    q, z, queue = rows(2 * batch, features, seed), rows(2 * batch, features, seed + 1000), keys_of(count, features)
+    expected = by_logsumexp(q, z, temperature, queue)
+    assert contrastive_loss(q, z, temperature, queue).item() == pytest.approx(expected, rel=1e-12, abs=1e-12)
+
+
+@given(QUEUES, TEMPERATURES, st.integers(0, 99), st.floats(0.01, 100.0))
+def test_contrastive_loss_sees_directions_only(count: int, temperature: float, seed: int, scale: float) -> None:
+    q, z, queue = rows(8, 5, seed), rows(8, 5, seed + 1000), keys_of(count, 5)
+    expected = contrastive_loss(q, z, temperature, queue).item()
+    scales = scale ** rows(8, 1, seed).abs()
+    assert contrastive_loss(q * scales, z / scales, temperature, queue).item() == pytest.approx(expected, rel=1e-12)
+
+
+@given(st.integers(1, 50), st.integers(2, 6), TEMPERATURES)
+def test_equal_logits_cost_the_logarithm_of_their_number(count: int, batch: int, temperature: float) -> None:
+    """Of all keys in one direction each is the positive with the same probability: both orders cost log(1 + negatives)."""
+    q, key = rows(2 * batch, 4), F.normalize(rows(1, 4, 1))
+    queued = contrastive_loss(q, key.expand(2 * batch, 4), temperature, key.expand(count, 4))
+    assert queued.item() == pytest.approx(2 * math.log(1 + count), rel=1e-12)
+    assert contrastive_loss(q, key.expand(2 * batch, 4), temperature).item() == pytest.approx(2 * math.log(batch), rel=1e-12)
+
+
+@given(st.lists(st.floats(0.0, math.pi), min_size=2, max_size=2, unique=True), QUEUES.filter(bool), st.floats(0.5, 5.0))
+def test_contrastive_loss_falls_as_the_positive_cosine_rises(angles: list[float], count: int, temperature: float) -> None:
+    q, queue = torch.tensor([[1.0, 0.0]], dtype=torch.float64).expand(4, 2), keys_of(count, 2)
+    keys = [torch.tensor([[math.cos(a), math.sin(a)]], dtype=torch.float64).expand(4, 2) for a in sorted(angles)]
+    # Colder, a positive far ahead of the negatives costs less than the last bit of its logit.
+    near, far = (contrastive_loss(q, key, temperature, queue).item() for key in keys)
+    assert near < far or math.cos(min(angles)) - math.cos(max(angles)) < 1e-9
+
+
+@pytest.mark.parametrize("count", [0, 7])
+def test_contrastive_gradient(count: int) -> None:
+    """The derivative, which is orthogonal to each prediction, since only directions count."""
+    q, z, queue = rows(8, 5).requires_grad_(), rows(8, 5, 1), keys_of(count, 5)
+    assert torch.autograd.gradcheck(lambda q: contrastive_loss(q, z, 0.2, queue), (q,))
+    (grad,) = torch.autograd.grad(contrastive_loss(q, z, 0.2, queue), q)
+    torch.testing.assert_close((grad * q).sum(1), torch.zeros(8, dtype=torch.float64), rtol=0.0, atol=1e-14)
+
+
+def test_contrastive_loss_of_low_precision_goes_through_fp32() -> None:
+    """Logits of up to 20 are known to 2e-6 in fp32; a temperature of .05 in bf16 would be off by .1."""
+    q, z, queue = rows(16, 32).bfloat16(), rows(16, 32, 1).bfloat16(), F.normalize(rows(50, 32, 2))
+    got, exact = contrastive_loss(q, z, 0.05, queue.float()), contrastive_loss(q.double(), z.double(), 0.05, queue)
+    assert got.dtype == torch.float32
+    assert got.item() == pytest.approx(exact.item(), abs=1e-5)
+
+
+@given(st.integers(1, 6), st.integers(0, 9), st.lists(st.booleans(), max_size=12))
+def test_the_queue_holds_the_latest_keys(batch: int, more: int, taken: list[bool]) -> None:
+    """Against a list of rows; a step that is left out leaves its rows as they were."""
+    queue = rows(batch + more, 3)
+    expected = [row.clone() for row in queue]
+    for step, good in enumerate(taken):
+        keys = rows(batch, 3, 100 + step) if good else torch.full((batch, 3), torch.nan, dtype=torch.float64)
+        enqueue(queue, keys, torch.tensor(step), torch.tensor(good))
+        for i, key in enumerate(keys) if good else ():
+            expected[(step * batch + i) % len(expected)] = key
+    assert torch.equal(queue, torch.stack(expected))
+
+
+def test_a_queue_shorter_than_a_batch_is_refused() -> None:
+    queue = rows(5, 3)
+    with pytest.raises(UsageError, match=r"^method.queue: 5 keys are fewer than the 6 of a batch: take 6 or more, or 0$"):
+        enqueue(queue, rows(6, 3, 1), torch.tensor(0), torch.tensor(True))
+    assert torch.equal(queue, rows(5, 3))
 
 
 @given(st.integers(2, 8), st.integers(2, 10), st.integers(0, 99))

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from fastbyol.config import HeadConfig, ModelConfig, OptimConfig
+from fastbyol.config import HeadConfig, ModelConfig, OptimConfig, PredictorConfig
 from fastbyol.errors import UsageError
 from fastbyol.model.byol import build_online
 from fastbyol.optim.lars import Treatment, matches, rate_ceiling, rule_of, treatments
 
-NORMED = ModelConfig(width=4, norm="bn", projector=HeadConfig(hidden=8, out=4), predictor=HeadConfig(hidden=8, out=4))
+NORMED = ModelConfig(width=4, norm="bn", projector=HeadConfig(hidden=8, out=4), predictor=PredictorConfig(hidden=8, out=4))
 SHAPES = {name: tuple(p.shape) for name, p in build_online(NORMED).named_parameters()}
 
 

@@ -153,7 +153,7 @@ def _runs(options: argparse.Namespace) -> tuple[Job, ...]:
     return (
         *(run("train", f"train-{method}", "--method", method, most_s=150) for method in ("bn", "gn_ws")),
         *(on_carried if options.data else ()),
-        *(claims("textures", precision, most_s=200) for precision in ("bf16", "fp32")),
+        *(claims("textures", precision, "--data", "textures", most_s=200) for precision in ("bf16", "fp32")),
     )
 
 

@@ -1,0 +1,52 @@
+"""What a run's probes came to: with random weights, at best, at the end, each with the interval that sampling leaves."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from fastbyol.evaluation.intervals import wilson
+
+
+@dataclass(frozen=True)
+class Accuracies:
+    """Accuracies in percent, None where there is none: ``untrained``, ``best`` in ``best_epoch`` (from 0), and ``last``.
+
+    All are shares of the same ``num_scored`` images; None in runs of older versions, which did not record it.
+    """
+
+    untrained: float | None
+    best: float | None
+    best_epoch: int | None
+    last: float | None
+    num_scored: int | None
+
+    @classmethod
+    def of(cls, events: Iterable[Mapping[str, Any]]) -> Accuracies:
+        """Collect them from the events of a run's ``metrics.jsonl``."""
+        rows = [event for event in events if event.get("accuracy") is not None]
+        before = next((row for row in rows if row["event"] == "untrained"), {})
+        probed = [row for row in rows if row["event"] == "epoch"]
+        best = max(probed, key=lambda row: float(row["accuracy"]), default={"accuracy": None, "epoch": None})
+        return cls(
+            untrained=before.get("accuracy"),
+            best=best["accuracy"],
+            best_epoch=best["epoch"],
+            last=probed[-1]["accuracy"] if probed else None,
+            num_scored=before.get("num_scored"),
+        )
+
+    def shown(self, accuracy: float) -> str:
+        """Return ``62.0% (59.0 to 64.9)``, with the Wilson interval of 95 % where the number of images is known."""
+        if not self.num_scored:
+            return f"{accuracy:.1f}%"
+        low, high = wilson(accuracy / 100 * self.num_scored, self.num_scored)
+        return f"{accuracy:.1f}% ({100 * low:.1f} to {100 * high:.1f})"
+
+    def in_words(self) -> str:
+        """Return all that is known in one line, empty where nothing was probed."""
+        named = [("accuracy", self.last), ("random weights", self.untrained)]
+        if self.best_epoch is not None:
+            named.insert(1, (f"best in epoch {self.best_epoch + 1}", self.best))
+        return ", ".join(f"{name} {self.shown(value)}" for name, value in named if value is not None)

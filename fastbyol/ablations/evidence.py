@@ -5,6 +5,7 @@ Letters: E finished epochs, T steps with per-layer measures.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +29,9 @@ MEASURES = ("loss", "pos_cos", "neg_cos", "std_z", "std_y", "grad_norm", "lr", "
 EARLY = ("encoder.conv1", "encoder.layer1")
 PUBLISHED_EPOCHS = int(appendix()["setting"]["epochs"])
 PUBLISHED_STEPS_PER_EPOCH = 410  # 105,000 images in whole batches of 256
+# How many images an accuracy was scored on where a run does not say: rows 3968..7935 of STL-10's test split at full scale, half
+# of the 2,048 that the smaller scales hold out.
+PUBLISHED_SCORED, SMALL_SCORED = 3968, 1024
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,6 +43,8 @@ class Evidence:
     matrices and kernels of the group, e.g. ``encoder.layer1``. ``early_gradient_norm`` float64 (T,): the norm of the gradient
     of all parameters of ``EARLY``. ``epochs`` is how long the run is to be, ``finished`` whether it got there.
     ``rate_ceiling``: lr * eta / wd at the configured lr, which no rate of the blog's LARS can exceed; None elsewhere.
+    ``untrained_accuracy`` in percent: of the run's own weights before the first step, NaN where unknown. ``num_scored``: how
+    many images its accuracies were scored on, None where the run does not say.
     """
 
     arm: str
@@ -62,16 +68,20 @@ class Evidence:
     rates: Mapping[str, np.ndarray] = field(default_factory=dict)
     early_gradient_norm: np.ndarray = field(default_factory=lambda: np.empty(0))
     rate_ceiling: float | None = None
+    untrained_accuracy: float = math.nan
+    num_scored: int | None = None
 
     @classmethod
     def of_run(cls, path: Path, *, arm: str, seed: int, scale: Scale = "mini") -> Evidence:
         """Read the run folder ``path``, finished or not. Raises UsageError: no run, or no epoch of it has ended."""
         with RunFolder.open(path, lock=False) as folder:
             config = folder.config
-        rows = [event for event in read_events(path) if event["event"] == "epoch"]
+        events = read_events(path)
+        rows = [event for event in events if event["event"] == "epoch"]
         if not rows:
             raise UsageError(f"{path}: no epoch has ended: go on with `fastbyol resume {path}`")
         layers = read_layers(path)
+        untrained = next((event for event in events if event["event"] == "untrained"), {})
         return cls(
             arm=arm,
             seed=seed,
@@ -85,6 +95,8 @@ class Evidence:
             rates=_rates(layers),
             early_gradient_norm=_early_gradient_norm(layers),
             rate_ceiling=rate_ceiling(config.optim),
+            untrained_accuracy=untrained.get("accuracy", math.nan),
+            num_scored=untrained.get("num_scored"),
         )
 
     @classmethod
@@ -97,6 +109,22 @@ class Evidence:
             return _of_table(claim.numbers)
         arms = dict.fromkeys(source.arm for source in claim.sources)
         return {arm: (_of_curves(arm, claim),) for arm in arms}
+
+    @property
+    def steps(self) -> int:
+        """Steps that its epochs have taken so far."""
+        return (int(self.epoch[-1]) + 1) * self.steps_per_epoch
+
+    @property
+    def scored(self) -> int:
+        """``num_scored``, and where the run does not say, what its scale has."""
+        return self.num_scored or (PUBLISHED_SCORED if self.scale in ("published", "full") else SMALL_SCORED)
+
+    @property
+    def last_accuracy(self) -> float:
+        """The newest accuracy in percent; NaN where none was measured."""
+        known = self.accuracy[np.isfinite(self.accuracy)]
+        return float(known[-1]) if len(known) else math.nan
 
     def rate_by_epoch(self, group: str) -> np.ndarray:
         """Mean rate of ``group`` in each epoch, float64 (E,), NaN where it was not recorded."""
@@ -171,7 +199,7 @@ def _of_curves(arm: str, claim: Claim) -> Evidence:
     return _published(arm, PUBLISHED_EPOCHS, epoch, columns)
 
 
-# What the table calls its rows. The contrastive one is not a run of BYOL.
+# What the table calls its rows.
 _TABLE = {
     "bn-sgd-mlp-bn": "mlp_bn",
     "bn-sgd-projector-bn": "projector_bn",
@@ -179,6 +207,7 @@ _TABLE = {
     "bn-sgd-mlp-none": "none",
     "bn-sgd-mlp-ln": "ln",
     "random": "random",
+    "bn-sgd-contrastive": "contrastive",
 }
 
 
@@ -210,4 +239,6 @@ def _published(arm: str, epochs: int, epoch: np.ndarray, columns: Mapping[str, n
         rates={name.removeprefix("rate:"): values for name, values in columns.items() if name.startswith("rate:")},
         early_gradient_norm=nothing,
         rate_ceiling=None,
+        untrained_accuracy=math.nan,
+        num_scored=PUBLISHED_SCORED,
     )

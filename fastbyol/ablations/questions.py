@@ -1,13 +1,14 @@
 """The questions about collapse that rules are made of: each looks at one seed's runs and answers held, not held or cannot tell.
 
-How long a time is relative. The post's runs have 320 epochs of 410 steps; a run at ``short`` or ``mini`` scale is as long as
-the events take, so there a limit is a share of the run:
+How long a time is relative. The post's runs have 320 epochs of 410 steps. At ``long`` a step goes as far as one of the post's,
+so limits there are the post's in steps. A run at ``short`` or ``mini`` scale is as long as the events take: a limit is a share
+of it.
 
-            published, full       short, mini
-AT_ONCE     by epoch 10           first quarter      C7's accuracy is below 10 % at epoch 10; the other collapses end by epoch 3
-QUICKLY     by epoch 40           first half         C10 has separated by epoch 20, C6 learns from epoch 2 to 10 on
-IN_TIME     by epoch 100          first three        C9: "within 100 epochs"
-                                  quarters
+            published, full   long            short, mini
+AT_ONCE     by epoch 10       4,100 steps     first quarter    C7 is below 10 % at epoch 10; other collapses end by epoch 3
+QUICKLY     by epoch 40       16,400 steps    first half       C10 has separated by epoch 20, C6 learns from epoch 2 to 10 on
+IN_TIME     by epoch 100      41,000 steps    first three      C9: "within 100 epochs"
+                                              quarters
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 
 from fastbyol.ablations.course import Course, course
-from fastbyol.ablations.evidence import Evidence
+from fastbyol.ablations.evidence import PUBLISHED_STEPS_PER_EPOCH, Evidence
 
 Runs = Mapping[str, Evidence]
 
@@ -36,86 +37,113 @@ class Finding(NamedTuple):
 
 
 class Span(NamedTuple):
-    """A stretch from the start: up to an epoch of the post's runs, or a share of a shorter run."""
+    """A stretch from the start: up to an epoch of the post's runs, or a share of a shorter run, which ``part`` says in words.
 
-    words: str
+    ``followed``: how many epochs the post shows of the run in question, where that is less.
+    """
+
     epoch: int
     share: float
+    part: str
+    followed: int | None = None
+
+    @property
+    def words(self) -> str:
+        """Say where it ends, at every scale."""
+        steps = self.epoch * PUBLISHED_STEPS_PER_EPOCH
+        return f"by epoch {self.epoch} (long: within {steps:,} steps; short and mini: in the first {self.part} of the run)"
 
     def last_epoch(self, run: Evidence) -> float:
-        """The last epoch, counted from 0, that lies in it."""
-        return self.epoch if run.scale in ("published", "full") else max(self.share * run.epochs - 1, 0.0)
+        """Return the last epoch of ``run``, counted from 0, that lies in it."""
+        if run.scale in ("published", "full"):
+            return self.epoch
+        if run.scale == "long":
+            return self.epoch * PUBLISHED_STEPS_PER_EPOCH / run.steps_per_epoch - 1
+        return max(self.share * run.epochs - 1, 0.0)
+
+    def is_over(self, run: Evidence) -> bool:
+        """Return whether what ``run`` has not shown so far did not happen in this span.
+
+        A run of its scale's own length has had its time. At ``long`` lengths differ: the post's steps must have been taken.
+        """
+        if run.scale == "long":
+            return run.steps >= (self.followed or self.epoch) * PUBLISHED_STEPS_PER_EPOCH - run.steps_per_epoch
+        return run.finished or bool(run.epoch[-1] >= self.last_epoch(run))
 
 
-AT_ONCE = Span("by epoch 10 (short and mini: in the first quarter of the run)", 10, 0.25)
-QUICKLY = Span("by epoch 40 (short and mini: in the first half of the run)", 40, 0.5)
-IN_TIME = Span("by epoch 100 (short and mini: in the first three quarters of the run)", 100, 0.75)
+AT_ONCE = Span(10, 0.25, "quarter")
+QUICKLY = Span(40, 0.5, "half")
+IN_TIME = Span(100, 0.75, "three quarters")
 
 Question = Callable[[Runs], Finding]
 
 
 def never_collapses(arm: str) -> Question:
-    """No epoch is in the collapsed phase."""
+    """Ask whether no epoch is in the collapsed phase."""
 
     def ask(runs: Runs) -> Finding:
         seen = course(runs[arm])
         if seen.collapse is not None:
             return Finding(False, f"collapsed in {seen.onset(seen.collapse)}")
-        return Finding(True if seen.finished else None, f"never collapsed, {now(runs[arm], seen)}")
+        return Finding(True if seen.finished else None, f"not collapsed {within(runs[arm])}, {now(runs[arm], seen)}")
 
     return ask
 
 
-def collapses(arm: str, span: Span) -> Question:
-    """Some epoch in ``span`` is in the collapsed phase."""
+def collapses(arm: str, span: Span | None = None) -> Question:
+    """Ask whether some epoch in ``span``, or any, is in the collapsed phase."""
 
     def ask(runs: Runs) -> Finding:
         run, seen = runs[arm], course(runs[arm])
         if seen.collapse is not None:
-            return Finding(seen.collapse <= span.last_epoch(run), f"collapsed in {seen.onset(seen.collapse)}")
-        over = seen.finished or seen.epoch[-1] >= span.last_epoch(run)
-        return Finding(False if over else None, f"not collapsed, {now(run, seen)}")
+            return Finding(span is None or seen.collapse <= span.last_epoch(run), f"collapsed in {seen.onset(seen.collapse)}")
+        over = span.is_over(run) if span else run.finished
+        return Finding(False if over else None, f"not collapsed {within(run)}, {now(run, seen)}")
 
     return ask
 
 
 def was_collapsed(arm: str) -> Question:
-    """Some epoch is in the collapsed phase. Accuracy alone does not show a short collapse, and is not asked."""
+    """Ask whether some epoch is in the collapsed phase. Accuracy alone does not show a short collapse, and is not asked."""
 
     def ask(runs: Runs) -> Finding:
         seen = course(runs[arm])
         if seen.signal == "accuracy":
             return Finding(None, "accuracy alone does not show it", asked=False)
-        return collapses(arm, Span("", 10**9, 1.0))(runs)
+        return collapses(arm)(runs)
 
     return ask
 
 
 def ends_collapsed(arm: str) -> Question:
-    """The last epoch is in the collapsed phase."""
+    """Ask whether the last epoch is in the collapsed phase."""
     return _at_end(arm, lambda seen: seen.end == "collapsed")
 
 
-def ends_out(arm: str) -> Question:
-    """The last epoch is not in the collapsed phase, and where accuracy alone is known, has a useful one."""
-    return _at_end(arm, lambda seen: seen.end != "collapsed")
+def ends_out(arm: str, span: Span | None = None) -> Question:
+    """Ask whether the last epoch is not in the collapsed phase; by accuracy alone: whether it is useful.
+
+    A run that ended before ``span`` did, and is collapsed, leaves it open.
+    """
+    return _at_end(arm, lambda seen: seen.end != "collapsed", span)
 
 
 def ends_separated(arm: str) -> Question:
-    """The last epoch is in the separated phase."""
+    """Ask whether the last epoch is in the separated phase."""
     return _at_end(arm, lambda seen: seen.end == "separated")
 
 
-def _at_end(arm: str, held: Callable[[Course], bool]) -> Question:
+def _at_end(arm: str, held: Callable[[Course], bool], span: Span | None = None) -> Question:
     def ask(runs: Runs) -> Finding:
-        seen = course(runs[arm])
-        return Finding(held(seen) if seen.finished else None, now(runs[arm], seen))
+        run, seen = runs[arm], course(runs[arm])
+        decided = seen.finished and (held(seen) or span is None or span.is_over(run))
+        return Finding(held(seen) if decided else None, now(run, seen))
 
     return ask
 
 
 def never_leaves(arm: str) -> Question:
-    """Once collapsed it stays so in every epoch."""
+    """Ask whether it stays collapsed in every epoch after the first collapse."""
 
     def ask(runs: Runs) -> Finding:
         seen = course(runs[arm])
@@ -123,13 +151,14 @@ def never_leaves(arm: str) -> Question:
             return Finding(False if seen.finished else None, "never collapsed")
         if seen.leaving is not None:
             return Finding(False, f"left the collapsed state in {seen.onset(seen.leaving)}")
-        return Finding(True if seen.finished else None, f"collapsed from {seen.onset(seen.collapse)} on")
+        text = f"collapsed from {seen.onset(seen.collapse)} on, not left {within(runs[arm])}"
+        return Finding(True if seen.finished else None, text)
 
     return ask
 
 
 def leaves(arm: str, span: Span) -> Question:
-    """It leaves the collapsed phase within ``span``. Accuracy alone: it is useful by then.
+    """Ask whether it leaves the collapsed phase within ``span``. Accuracy alone: it is useful by then.
 
     A run that never collapsed has nothing to leave, so this does not hold.
     """
@@ -138,14 +167,15 @@ def leaves(arm: str, span: Span) -> Question:
         run, seen = runs[arm], course(runs[arm])
         left = seen.first("separated") if seen.signal == "accuracy" else seen.leaving
         if left is None:
-            return Finding(False if seen.finished else None, "never collapsed" if seen.collapse is None else now(run, seen))
+            text = f"never collapsed {within(run)}" if seen.collapse is None else now(run, seen)
+            return Finding(False if span.is_over(run) else None, text)
         return Finding(left <= span.last_epoch(run), f"left the collapsed state in {seen.onset(left)}")
 
     return ask
 
 
 def stays_beyond(arm: str, span: Span) -> Question:
-    """It collapses, and does not leave the collapsed phase within ``span``."""
+    """Ask whether it collapses and does not leave the collapsed phase within ``span``."""
 
     def ask(runs: Runs) -> Finding:
         run, seen = runs[arm], course(runs[arm])
@@ -159,34 +189,34 @@ def stays_beyond(arm: str, span: Span) -> Question:
 
 
 def separates(arm: str, span: Span) -> Question:
-    """It is in the separated phase in some epoch of ``span`` that comes after a collapse."""
+    """Ask whether it is in the separated phase in some epoch of ``span`` that comes after a collapse."""
 
     def ask(runs: Runs) -> Finding:
         run, seen = runs[arm], course(runs[arm])
         if seen.collapse is None:
-            return Finding(False if seen.finished else None, "never collapsed")
+            return Finding(False if span.is_over(run) else None, f"never collapsed {within(run)}")
         at = seen.first("separated", after=seen.collapse)
         if at is not None:
             return Finding(at <= span.last_epoch(run), f"separated in {seen.onset(at)}")
-        return Finding(False if seen.finished else None, f"not separated, {now(run, seen)}")
+        return Finding(False if span.is_over(run) else None, f"not separated {within(run)}, {now(run, seen)}")
 
     return ask
 
 
-def comes_and_goes(arm: str) -> Question:
-    """It separates at least twice, with a relapse in between."""
+def comes_and_goes(arm: str, span: Span) -> Question:
+    """Ask whether it separates at least twice, with a relapse in between. A run that is over before ``span`` leaves it open."""
 
     def ask(runs: Runs) -> Finding:
-        seen = course(runs[arm])
-        text = f"separated in epochs {_listed(seen.separations)}, relapsed in epochs {_listed(seen.relapses)}"
+        run, seen = runs[arm], course(runs[arm])
+        text = f"separated in epochs {_listed(seen.separations)}, relapsed in epochs {_listed(seen.relapses)} {within(run)}"
         held = len(seen.separations) >= 2
-        return Finding(held if held or seen.finished else None, text)
+        return Finding(held if held or (seen.finished and span.is_over(run)) else None, text)
 
     return ask
 
 
 def disturbed(arm: str) -> Question:
-    """After the collapse the loss climbs to DISTURBED times its lowest so far, or the collapsed phase is left."""
+    """Ask whether after the collapse the loss climbs to DISTURBED times its lowest so far, or the collapsed phase is left."""
 
     def ask(runs: Runs) -> Finding:
         run, seen = runs[arm], course(runs[arm])
@@ -202,7 +232,7 @@ def disturbed(arm: str) -> Question:
 
 
 def loss_rises_after_collapse(arm: str) -> Question:
-    """The last loss is higher than DISTURBED times the lowest of the collapsed epochs."""
+    """Ask whether the last loss is higher than DISTURBED times the lowest of the collapsed epochs."""
 
     def ask(runs: Runs) -> Finding:
         run, seen = runs[arm], course(runs[arm])
@@ -217,7 +247,7 @@ def loss_rises_after_collapse(arm: str) -> Question:
 
 
 def every(*questions: Question) -> Question:
-    """All of them hold; one that does not decides, whatever the others say."""
+    """Ask whether all of them hold; one that does not decides, whatever the others say."""
 
     def ask(runs: Runs) -> Finding:
         found = [question(runs) for question in questions]
@@ -228,15 +258,21 @@ def every(*questions: Question) -> Question:
     return ask
 
 
+def within(run: Evidence) -> str:
+    """Say how far a run has gone, for what it has not shown: ``within 51,200 steps``."""
+    return f"within {run.steps:,} steps"
+
+
 def now(run: Evidence, seen: Course) -> str:
-    """Where a run stands at its newest epoch, in words."""
+    """Say where a run stands at its newest epoch, and how long it has not left a collapse."""
     name, values = {
         "cosines": ("negative cosine", run.neg_cos),
         "loss": ("loss", run.loss),
         "accuracy": ("accuracy", run.accuracy),
     }[seen.signal]
     value = values[np.isfinite(values)][-1]
-    return f"{'' if seen.finished else 'not finished, '}{seen.end} in {seen.onset(seen.epoch[-1])}, {name} {value:.4g}"
+    stays = f", not left {within(run)}" if seen.end == "collapsed" and seen.leaving is None else ""
+    return f"{'' if seen.finished else 'not finished, '}{seen.end} in {seen.onset(seen.epoch[-1])}, {name} {value:.4g}{stays}"
 
 
 def _listed(epochs: tuple[int, ...]) -> str:

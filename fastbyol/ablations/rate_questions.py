@@ -14,7 +14,7 @@ EXPLODES = 4.0
 
 
 def rates_explode(arm: str, groups: tuple[str, ...], *, while_collapsed: bool) -> Question:
-    """The rate of every group peaks at EXPLODES times its first one, and if asked next to a collapsed epoch."""
+    """Ask whether the rate of every group peaks at EXPLODES times its first one, and if asked next to a collapsed epoch."""
 
     def ask(runs: Runs) -> Finding:
         run, seen = runs[arm], course(runs[arm])
@@ -36,7 +36,7 @@ def _near_collapse(seen: Course, epoch: int) -> bool:
 
 
 def peaks_before(first: str, second: str, group: str) -> Question:
-    """The rate of ``group`` is highest in an earlier step in arm ``first`` than in arm ``second``."""
+    """Ask whether the rate of ``group`` is highest in an earlier step in arm ``first`` than in arm ``second``."""
 
     def ask(runs: Runs) -> Finding:
         places, texts = [], []

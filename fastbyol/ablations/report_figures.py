@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from fastbyol.ablations.claims import CLAIMS, Source
-from fastbyol.ablations.curves import published
+from fastbyol.ablations.curves import appendix, published
 from fastbyol.ablations.evidence import PUBLISHED_STEPS_PER_EPOCH, Evidence, is_matrix
 from fastbyol.ablations.report_suite import Run, Suite
 from fastbyol.engine.layers_file import read_layers
@@ -249,6 +250,42 @@ def draw_readme_cosines(suite: Suite, arms: Iterable[str]) -> Figure:
     axes.set_ylabel("1 - cosine of z and z', negative pairs")
     axes.set_xlabel("epoch")
     axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    return made
+
+
+def draw_recoveries(suite: Suite) -> Figure:
+    """Draw 1 - the negative cosine over steps, a line per seed, over the published curve, dashed.
+
+    A panel per arm, with its settings left open.
+    """
+    from matplotlib.figure import Figure
+
+    read_to = appendix()["accuracy_of_reading"]["cosine"]
+    arms = [arm for arm in suite.runs if "@" not in arm]
+    theirs = {source.arm: source for claim in CLAIMS for source in claim.sources if source.measure == "neg_cos"}
+    rows = -(-len(arms) // 3)
+    made = Figure(figsize=(9.0, 0.4 + 2.6 * rows), layout="constrained", facecolor="white")
+    for place, arm in enumerate(arms):
+        axes = made.add_subplot(rows, min(len(arms), 3), place + 1)
+        if source := theirs.get(arm):
+            curve = published()[source.figure, source.series]
+            # A cosine read off a figure as 1 is 1 to within the reading.
+            distance, steps = np.maximum(1 - curve.value, read_to), (curve.epoch + 1) * PUBLISHED_STEPS_PER_EPOCH
+            axes.plot(steps, distance, color="black", lw=0.9, ls=(0, (3, 1.5)), label=f"published, read to {read_to}")
+        open_settings = [name for name in suite.runs if name.startswith(f"{arm}@")]
+        for name, colour in zip((arm, *open_settings), cycle(COLOURS), strict=False):
+            for number, run in enumerate(suite.evidence(name)):
+                label = f"{name.partition('@')[2] or 'ours'} ({_count(suite, name)})" if number == 0 else None
+                steps = (run.epoch + 1) * run.steps_per_epoch
+                axes.plot(
+                    steps, _distance(run.neg_cos), color=colour, lw=1.1, marker="o" if len(steps) < 3 else "", label=label
+                )
+        axes.set(xscale="log", yscale="log", xlabel="step")
+        axes.set_title(arm, fontsize=9)
+        axes.axhline(1 - COLLAPSED_ABOVE, color="black", lw=0.7, ls=":")
+        axes.legend(frameon=False, fontsize=7)
+        if place % 3 == 0:
+            axes.set_ylabel("1 - cosine, negative pairs")
     return made
 
 

@@ -12,6 +12,7 @@ from fastbyol.ablations import ledger, plan
 from fastbyol.ablations.arms import ScaleName
 from fastbyol.ablations.claims import CLAIMS, Claim
 from fastbyol.ablations.evidence import Evidence
+from fastbyol.ablations.tally import Account, account
 from fastbyol.ablations.verdict import Verdict, judge, judge_variants
 from fastbyol.config import Config
 from fastbyol.engine.metrics_file import read_events
@@ -34,7 +35,8 @@ class Run:
 class Suite:
     """All runs by arm and seed, and the verdicts by claim, from finished runs alone.
 
-    ``left_out`` says which runs could not be read, and why; ``commands`` are the calls that made them.
+    ``left_out`` says which runs could not be read, and why; ``commands`` are the calls that made them, ``account`` is what
+    became of every run asked for, ``data`` the names of the sets that the runs were trained on.
     """
 
     scale: ScaleName
@@ -43,9 +45,11 @@ class Suite:
     left_out: tuple[str, ...]
     verdicts: Mapping[str, Verdict]
     variants: Mapping[str, Mapping[str, Verdict]]
+    account: Account
+    data: tuple[str, ...]
 
     def evidence(self, arm: str) -> tuple[Evidence, ...]:
-        """The evidence of an arm's runs, by seed; empty where it was not run."""
+        """Return the evidence of an arm's runs, by seed; empty where it was not run."""
         return tuple(run.evidence for run in self.runs.get(arm, ()))
 
 
@@ -74,11 +78,13 @@ def read(out: Path) -> Suite:
         left_out=tuple(left_out),
         verdicts={claim.id: judge(claim, done, scale) for claim in CLAIMS},
         variants={claim.id: judge_variants(claim, done, scale) for claim in CLAIMS},
+        account=account(out, asked),
+        data=tuple(sorted({Path(run.config.data.train).name for found in runs.values() for run in found})),
     )
 
 
 def seeds_of(suite: Suite, claim: Claim) -> str:
-    """How many seeds the arms of a claim have: one number, or the least and the most."""
+    """Say how many seeds the arms of a claim have: one number, or the least and the most."""
     counts = sorted({len(suite.runs.get(arm, ())) for arm in claim.arms})
     return "-".join(str(count) for count in dict.fromkeys((counts[0], counts[-1])))
 
@@ -90,6 +96,6 @@ def _read_run(folder: Path, arm: str, seed: int, scale: ScaleName) -> Run:
 
 
 def _commands(asked: Mapping[str, Any]) -> tuple[str, ...]:
-    """The calls that made the runs, without repetitions of one that was interrupted."""
+    """Return the calls that made the runs, without repetitions of one that was interrupted."""
     calls = (call.get("command") or [] for call in asked["calls"])
     return tuple(dict.fromkeys(shlex.join(["fastbyol", *map(str, command[1:])]) for command in calls if command))

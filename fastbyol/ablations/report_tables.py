@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import html
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 
 import numpy as np
 
 from fastbyol import differences
+from fastbyol.ablations.accuracy_questions import interval, table_accuracy, untrained_accuracy
 from fastbyol.ablations.claims import CLAIMS, Claim
 from fastbyol.ablations.course import course, rate_peak
 from fastbyol.ablations.evidence import Evidence
@@ -66,8 +67,34 @@ def claim_section(claim: Claim, suite: Suite) -> str:
     arms = ", ".join(f"<code>{html.escape(arm)}</code>" for arm in claim.arms)
     return (
         f'<h3 id="{claim.id}">{claim.id} {badge(verdict.outcome)}</h3><p>{html.escape(claim.says)} '
-        f'<span class="small">Arms: {arms}.</span></p>{told}{statement_table(verdict)}{_variants(claim, suite)}'
+        f'<span class="small">Arms: {arms}.</span></p>{told}{statement_table(verdict)}'
+        f"{number_table(claim, suite) if claim.id == 'M1' else ''}{_variants(claim, suite)}"
     )
+
+
+def number_table(claim: Claim, suite: Suite) -> str:
+    """Set the post's table beside ours, controls too: accuracies and cosines, ours as median and range over seeds."""
+    post, rows = Evidence.of_published(claim), []
+    for arm in (*claim.arms, *claim.controls):
+        theirs, ours = post.get(arm, ()), [run for run in suite.evidence(arm) if run.finished]
+        cells = []
+        for read, digits in ((table_accuracy, 1), (_last("pos_cos"), 4), (_last("neg_cos"), 4)):
+            cells += [_over_seeds([read(run) for run in runs], digits) for runs in (theirs, ours)]
+        rows.append((f"<code>{html.escape(arm)}</code>", str(len(ours)), *cells))
+    head = ("arm", "seeds", "accuracy, post", "ours", "pos. cosine, post", "ours", "neg. cosine, post", "ours")
+    return f"<p>The post's table and ours, median and range over seeds:</p>{table(head, rows, 'numbers')}"
+
+
+def _last(measure: str) -> Callable[[Evidence], float]:
+    return lambda run: float(getattr(run, measure)[-1])
+
+
+def _over_seeds(values: Sequence[float], digits: int) -> str:
+    known = [value for value in values if np.isfinite(value)]
+    if not known:
+        return NOTHING
+    middle = f"{np.median(known):.{digits}f}"
+    return middle if len(known) == 1 else f"{middle} ({min(known):.{digits}f} to {max(known):.{digits}f})"
 
 
 def statement_table(verdict: Verdict) -> str:
@@ -108,7 +135,8 @@ def run_table(suite: Suite) -> str:
     """Every run in numbers: its course, its lowest and last loss, the rate's peak and the early gradient's low."""
     head = (
         "arm", "seed", "epochs", "end", "collapsed in", "left in", "separated in", "loss, lowest", "loss, last",
-        "neg. cosine, last", "accuracy, last", "layer1 rate, peak", "of ceiling", "early gradient, lowest",
+        "neg. cosine, last", "accuracy, untrained", "best", "at last", "layer1 rate, peak", "of ceiling",
+        "early gradient, lowest",
     )  # fmt: skip
     rows = []
     for arm, runs in suite.runs.items():
@@ -121,6 +149,7 @@ def _run_cells(run: Evidence) -> tuple[str, ...]:
     peak, norms = rate_peak(run, "encoder.layer1"), run.early_gradient_by_epoch()
     share = run.ceiling_share("encoder.layer1")[run.epoch == peak.epoch] if peak else np.empty(0)
     low = int(np.nanargmin(norms)) if np.isfinite(norms).any() else None
+    scored = accuracies(run)
     return (
         str(run.seed),
         f"{len(run.epoch)}" if run.finished else f"{len(run.epoch)} of {run.epochs}",
@@ -131,11 +160,38 @@ def _run_cells(run: Evidence) -> tuple[str, ...]:
         _number(np.nanmin(run.loss)),
         _number(run.loss[-1]),
         f"{run.neg_cos[-1]:.4f}",
-        _number(next((v for v in run.accuracy[::-1] if np.isfinite(v)), np.nan), " %"),
+        *(_accuracy(scored[name]) for name in ("untrained", "best", "last")),
         f"{peak.rate:.3g} ({peak.rise:.3g} times the first) in {peak.epoch}" if peak else NOTHING,
         _number(100 * share[0], " %") if len(share) else NOTHING,
         f"{norms[low]:.2g} in {int(run.epoch[low])}" if low is not None else NOTHING,
     )
+
+
+def accuracies(run: Evidence) -> dict[str, dict[str, float] | None]:
+    """Return a run's accuracies, of the untrained weights, the best and the last: percent, interval, epoch; None if unknown."""
+    best = None
+    if np.isfinite(run.accuracy).any():
+        top = int(np.nanargmax(run.accuracy))
+        best = (_with_interval(run.accuracy[top], run) or {}) | {"epoch": int(run.epoch[top])}
+    return {
+        "untrained": _with_interval(untrained_accuracy(run), run),
+        "best": best,
+        "last": _with_interval(run.last_accuracy, run),
+    }
+
+
+def _with_interval(accuracy: float, run: Evidence) -> dict[str, float] | None:
+    if not np.isfinite(accuracy):
+        return None
+    low, high = interval(accuracy, run)
+    return {"accuracy": round(float(accuracy), 3), "low": round(low, 2), "high": round(high, 2)}
+
+
+def _accuracy(found: Mapping[str, float] | None) -> str:
+    if found is None:
+        return NOTHING
+    at = f" in {found['epoch']}" if "epoch" in found else ""
+    return f"{found['accuracy']:.1f} ({found['low']:.1f} to {found['high']:.1f}){at}"
 
 
 def _epoch(epoch: int | None) -> str:

@@ -1,8 +1,10 @@
 """What a claim's evidence comes to: every rule asked of every seed, the answers counted, and one outcome drawn.
 
-Seeds: a statement is asked of every seed that all its arms have been run with. It held where it did so for two thirds of the
-seeds, did not where it failed for two thirds, and is undecided in between, and with fewer seeds than the claim needs (the
-post's own figures are single runs, and one is enough there).
+Seeds: a statement is asked of every seed that all its arms have been run with, and its answer is a share of them with Wilson's
+95 % interval. It held where at least two thirds of the seeds hold and the interval lies above one third, so that "it holds in a
+third of the runs or fewer" is excluded. It did not where at most a third hold and the interval lies below two thirds. Else it
+is undecided: 2 of 3 are mixed; 3 of 3, 4 of 5 and 5 of 5 hold. It is undecided too with fewer answers than the claim needs.
+The post's own figures are single runs: there one is enough, and no interval is asked for.
 
 Outcome: *not reproduced* where a main statement did not hold; else *undetermined* where one is undecided; else *reproduced*
 where all the others held too, and *partly* where not all did.
@@ -16,8 +18,8 @@ from typing import Literal, NamedTuple
 
 from fastbyol.ablations.claims import Claim
 from fastbyol.ablations.evidence import Evidence, Scale
-from fastbyol.ablations.questions import Finding
 from fastbyol.ablations.rules import RULES, Role, Rule
+from fastbyol.evaluation.intervals import wilson
 
 Outcome = Literal["reproduced", "partly", "not reproduced", "undetermined"]
 
@@ -26,7 +28,8 @@ class Statement(NamedTuple):
     """One sentence of a claim: whether it held (None: not decided) and the measurements that say so.
 
     A ``main`` statement decides, an ``other`` one refines, and one that is ``told`` counts for nothing: it cannot be asked of
-    these runs, or is a control. ``rule`` says in words when it holds for a seed.
+    these runs, or is a control. ``rule`` says in words when it holds for a seed. It held for ``yes`` of the ``asked`` seeds, a
+    share that lies in ``interval``; ``open`` of them have no answer.
     """
 
     text: str
@@ -34,6 +37,10 @@ class Statement(NamedTuple):
     evidence: str
     role: Role = "main"
     rule: str = ""
+    yes: int = 0
+    asked: int = 0
+    open: int = 0
+    interval: tuple[float, float] = (0.0, 1.0)
 
 
 @dataclass(frozen=True)
@@ -86,8 +93,6 @@ def _by_seed(arm: str, runs: Sequence[Evidence]) -> dict[int, Evidence]:
 
 
 def _state(rule: Rule, claim: Claim, by_seed: Mapping[str, Mapping[int, Evidence]], needs: int) -> Statement:
-    if rule.ask is None:
-        return Statement(rule.text, None, "not run", "told", rule.words)
     missing = [arm for arm in rule.arms if not by_seed.get(arm)]
     if missing:
         # A control belongs to a claim only where somebody ran it.
@@ -98,19 +103,33 @@ def _state(rule: Rule, claim: Claim, by_seed: Mapping[str, Mapping[int, Evidence
     asked = {seed: finding for seed, finding in findings.items() if finding.asked}
     if findings and not asked:
         return Statement(rule.text, None, next(iter(findings.values())).text, "told", rule.words)
-    held, summary = _count(asked, needs)
+    yes, no = (sum(finding.held is answer for finding in asked.values()) for answer in (True, False))
+    held, summary = decide(yes, no, len(asked), needs)
     details = "; ".join(f"seed {seed}: {finding.text}" for seed, finding in asked.items())
-    return Statement(rule.text, held, f"{summary}. {details}" if details else summary, rule.role, rule.words)
+    evidence = f"{summary}. {details}" if details else summary
+    total = len(asked)
+    return Statement(rule.text, held, evidence, rule.role, rule.words, yes, total, total - yes - no, wilson(yes, total))
 
 
-def _count(findings: Mapping[int, Finding], needs: int) -> tuple[bool | None, str]:
-    yes, no = (sum(finding.held is answer for finding in findings.values()) for answer in (True, False))
-    total = len(findings)
-    summary = f"held for {yes} of {total} seed{'s' * (total != 1)}"
+def decide(yes: int, no: int, asked: int, needs: int) -> tuple[bool | None, str]:
+    """Return whether a statement held, and the count in words: ``yes`` and ``no`` of ``asked`` seeds, ``needs`` answers needed.
+
+    See the head of this file. Where one answer is enough its share alone decides.
+    """
+    summary = f"held for {yes} of {asked} seed{'s' * (asked != 1)}"
+    if yes + no < asked:
+        summary += f", open for {asked - yes - no}"
+    elif needs > 1 and asked:
+        low, high = wilson(yes, asked)
+        summary += f" (share {share(yes / asked)}, 95 % interval {share(low)} to {share(high)})"
     if yes + no < needs:
         return None, f"{summary}; too few to decide: {yes + no} of {needs} needed"
-    if 3 * yes >= 2 * total:
-        return True, summary
-    if 3 * no >= 2 * total:
-        return False, summary
+    for answer, count in ((True, yes), (False, no)):
+        if 3 * count >= 2 * asked and (needs == 1 or 3 * wilson(count, asked)[0] > 1):
+            return answer, summary
     return None, f"{summary}: mixed"
+
+
+def share(value: float) -> str:
+    """Return a share with two digits: .80, 1.00."""
+    return f"{value:.2f}".removeprefix("0")

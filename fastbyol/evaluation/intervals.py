@@ -21,3 +21,8 @@ def wilson(hits: float, total: int, *, z: float = Z95) -> tuple[float, float]:
     half = z / (1 + spread) * math.sqrt(share * (1 - share) / total + spread / (4 * total))
     # Rounding must not leave the ends open where they are known.
     return (0.0 if hits == 0 else max(0.0, centre - half)), (1.0 if hits == total else min(1.0, centre + half))
+
+
+def difference_margin(first: float, first_total: int, second: float, second_total: int, *, z: float = Z95) -> float:
+    """Return how far two independent shares may be apart by sampling alone: z sqrt(p1 q1 / n1 + p2 q2 / n2)."""
+    return z * math.sqrt(first * (1 - first) / first_total + second * (1 - second) / second_total)

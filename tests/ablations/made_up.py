@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -31,16 +32,19 @@ def made_up(
     neg: Points,
     *,
     seed: int = 0,
-    accuracy: Sequence[float] | None = None,
+    accuracy: Sequence[float] | Points | None = None,
+    num_scored: int | None = 1024,
     rates: Mapping[str, Points] | None = None,
     loss: Points | None = None,
     scale: Scale = "mini",
     epochs: int = 24,
     done: int | None = None,
+    steps_per_epoch: int = STEPS,
 ) -> Evidence:
-    """A run of ``epochs`` epochs, ``done`` of them finished. ``accuracy``: at the first and the last epoch.
+    """Make a run of ``epochs`` epochs, ``done`` of them finished.
 
-    Positives are nearer than negatives by a tenth of the negatives' spread, or by .5 where those are far apart.
+    ``accuracy``: before training, which the first epoch leaves as it is, and at the last epoch; or points. Positives are nearer
+    than negatives by a tenth of the negatives' spread, or by .5 where those are far apart.
     """
     length = epochs if done is None else done
     negative = line(neg, length)
@@ -52,19 +56,25 @@ def made_up(
         "loss": line(loss, length) if loss is not None else 0.3 * (1 - negative),
     }
     if accuracy is not None:
-        columns["accuracy"] = np.linspace(*accuracy, length)
-    steps = np.arange(length * STEPS)
+        points = accuracy if isinstance(accuracy, Mapping) else {0: accuracy[0], length - 1: accuracy[1]}
+        columns["accuracy"] = line(points, length)
+    steps = np.arange(length * steps_per_epoch)
     return Evidence(
         arm=arm,
         seed=seed,
         scale=scale,
         epochs=epochs,
-        steps_per_epoch=STEPS,
+        steps_per_epoch=steps_per_epoch,
         finished=length == epochs,
         epoch=np.arange(length, dtype=np.float64),
         **columns,
         rate_step=steps,
-        rates={group: np.interp(steps / STEPS, sorted(p), [p[at] for at in sorted(p)]) for group, p in (rates or {}).items()},
+        rates={
+            group: np.interp(steps / steps_per_epoch, sorted(p), [p[at] for at in sorted(p)])
+            for group, p in (rates or {}).items()
+        },
         early_gradient_norm=np.full(len(steps), 1e-3),
         rate_ceiling=None,
+        untrained_accuracy=math.nan if accuracy is None else float(columns["accuracy"][0]),
+        num_scored=num_scored,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from fastbyol.ablations.claims import CLAIMS
 from fastbyol.ablations.evidence import EARLY, Evidence, group_of
 from fastbyol.engine import trainer
 from fastbyol.engine.layers_file import read_layers
-from fastbyol.engine.metrics_file import read_metrics
+from fastbyol.engine.metrics_file import read_events, read_metrics
 from fastbyol.engine.run_folder import RunFolder
 from fastbyol.errors import UsageError
 from tiny import STEPS_PER_EPOCH, beton_files, tiny_config
@@ -46,6 +47,21 @@ def test_columns_are_means_over_the_epochs_steps(run: Path) -> None:
 def test_accuracy_is_nan_where_it_was_not_measured(run: Path) -> None:
     """Every second epoch, and the last."""
     assert np.isfinite(Evidence.of_run(run, arm="a", seed=0).accuracy).tolist() == [False, True, True]
+
+
+def test_the_untrained_weights_are_scored_before_the_first_step(run: Path, tmp_path: Path) -> None:
+    """A random network's accuracy, which the run's own weights had: read from its event, unknown where an old run has none."""
+    evidence = Evidence.of_run(run, arm="a", seed=0)
+    (event,) = (row for row in read_events(run) if row["event"] == "untrained")
+    assert (evidence.untrained_accuracy, evidence.num_scored) == (event["accuracy"], event["num_scored"])
+    assert evidence.scored == event["num_scored"]
+    old = shutil.copytree(run, tmp_path / "old")
+    lines = (old / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (old / "metrics.jsonl").write_text("".join(line for line in lines if '"untrained"' not in line))
+    unknown = Evidence.of_run(old, arm="a", seed=0)
+    assert np.isnan(unknown.untrained_accuracy)
+    assert (unknown.num_scored, unknown.scored) == (None, 1024)
+    assert Evidence.of_run(old, arm="a", seed=0, scale="full").scored == 3968
 
 
 def test_rates_are_means_over_the_kernels_of_a_group(run: Path) -> None:
@@ -93,4 +109,13 @@ def test_published_evidence_holds_the_curves_points_and_nan_between() -> None:
     assert (len(evidence.epoch), evidence.epochs, evidence.scale) == (320, 320, "published")
     assert evidence.neg_cos[111] < 0.5 < evidence.neg_cos[110]
     assert np.isnan(evidence.pos_cos[:95]).all()
-    assert evidence.accuracy[-1] == 56
+    assert evidence.accuracy[-1] == evidence.last_accuracy == 56
+    assert (evidence.steps, evidence.scored) == (320 * 410, 3968)
+
+
+def test_the_published_table_has_all_its_rows() -> None:
+    claim = next(c for c in CLAIMS if c.id == "M1")
+    found = Evidence.of_published(claim)
+    assert list(found) == list(claim.arms)
+    accuracies = [rows[0].last_accuracy for rows in found.values()]
+    assert accuracies == [57.7, 55.3, 48, 28.3, 29.4, 28.8, 44.1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import html
 import json
 import re
@@ -10,20 +11,22 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from scipy.stats import binomtest
 
 from fastbyol import api, config_io
-from fastbyol.ablations import report, report_figures, report_suite
+from fastbyol.ablations import report, report_figures, report_suite, report_tables, tally
 from fastbyol.ablations.claims import CLAIMS
 from fastbyol.ablations.curves import published
 from fastbyol.ablations.evidence import Evidence
 from fastbyol.ablations.verdict import judge
 from fastbyol.engine.layers_file import read_layers
 from fastbyol.errors import UsageError
-from made_up import COLLAPSED, made_up
+from made_up import COLLAPSED, HEALTHY, RECOVERED_LATE, made_up
 
 SMALL = ["model.width=4", "model.norm=gn", "model.projector.norm=none", "model.predictor.norm=none"]
 SMALL += ["model.projector.hidden=16", "model.projector.out=8", "model.predictor.hidden=16", "model.predictor.out=8"]
-SMALL += ["views.size=16", "data.textures_count=64", "data.textures_test_count=64", "data.workers=1", "train.device=cpu"]
+SMALL += ["data.train=textures", "views.size=16"]
+SMALL += ["data.textures_count=64", "data.textures_test_count=64", "data.workers=1", "train.device=cpu"]
 SMALL += ["train.batch_size=32", "train.epochs=2", "schedule.horizon_epochs=2", "probe.every_epochs=0"]
 RUNS = {
     ("gn-sgd-mlp-none", 0): ["optim.name=sgd"],
@@ -32,6 +35,17 @@ RUNS = {
     ("gn-lars-0.5", 0): ["optim.name=lars", "optim.lr=0.5"],
     ("gn-lars-0.1", 0): ["optim.name=lars", "optim.lr=0.1"],
 }
+LEDGER = {
+    "gn-sgd-mlp-none/seed0": {"arm": "gn-sgd-mlp-none", "seed": 0, "status": "done"},
+    "gn-sgd-mlp-none/seed1": {"arm": "gn-sgd-mlp-none", "seed": 1, "status": "done"},
+    "gn-sgd-mlp-none@lr0.2/seed0": {"arm": "gn-sgd-mlp-none@lr0.2", "seed": 0, "status": "done"},
+    "gn-lars-0.5/seed0": {"arm": "gn-lars-0.5", "seed": 0, "status": "done"},
+    "gn-lars-0.5/seed1": {"arm": "gn-lars-0.5", "seed": 1, "status": "failed", "error": "no <room> left"},
+    "gn-lars-0.5/seed2": {"arm": "gn-lars-0.5", "seed": 2, "status": "done"},
+    "gn-lars-0.5/seed3": {"arm": "gn-lars-0.5", "seed": 3, "status": "stopped"},
+}
+ASKED = ["gn-sgd-mlp-none seed 0", "gn-sgd-mlp-none seed 1", "gn-lars-0.5 seed 0", "gn-lars-0.5 seed 4"]
+SCORED = {"untrained": 200, "best": 300, "last": 250}
 COMMAND = ["/somewhere/fastbyol", "ablate", "run", "C5", "C12", "--out", "a folder"]
 
 
@@ -72,7 +86,8 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for (arm, seed), sets in RUNS.items():
         config = config_io.load(preset="demo", sets=[*SMALL, *sets, f"train.seed={seed}"]).config
         api.train(config, folder / "runs" / arm / f"seed{seed}")
-    (folder / "ledger.json").write_text(json.dumps({"scale": "mini", "calls": [{"command": COMMAND}], "runs": {}}))
+    calls = [{"command": COMMAND, "runs": ASKED}]
+    (folder / "ledger.json").write_text(json.dumps({"scale": "mini", "calls": calls, "runs": LEDGER}))
     return folder
 
 
@@ -205,15 +220,110 @@ def test_the_map_of_rates_holds_the_recorded_ones(out: Path, suite: report_suite
         assert np.allclose(row, recorded, rtol=1e-6)  # fewer steps than columns: one to one
 
 
+def test_every_run_ever_asked_for_is_accounted_for(text: str, suite: report_suite.Suite) -> None:
+    found = suite.account
+    assert {*found.done, *found.failed, *found.stopped, *found.left} == set(found.asked)
+    assert len(found.asked) == len(found.done) + len(found.failed) + len(found.stopped) + len(found.left) == 8
+    head = html.unescape(text[: text.index("<h2>Verdicts")])
+    for line in (
+        "Of 8 runs asked for 5 are done, 1 failed, 1 were stopped, 1 are left.",
+        "gn-lars-0.5 seed 1 failed: no <room> left",
+        "gn-lars-0.5 seed 2: done by the ledger, not in the folder",
+        "gn-lars-0.5 seed 3: stopped by the ledger, not in the folder",
+        "gn-lars-0.5 seed 4 is left: not begun, or not ended",
+        "gn-lars-0.1 seed 0: in the folder, not in the ledger",
+        "trained on textures",
+        "counter-example",
+    ):
+        assert line in head
+
+
+def test_an_arm_that_is_no_more_is_named(tmp_path: Path) -> None:
+    folder = tmp_path / "runs" / "gone" / "seed0"
+    folder.mkdir(parents=True)
+    (folder / "config.toml").write_text("")
+    ledger = {"calls": [], "runs": {"gone/seed0": {"arm": "gone", "seed": 0, "status": "done"}}}
+    assert tally.account(tmp_path, ledger).odd == ("gone seed 0: there is no arm of this name, so it is not judged",)
+
+
+def test_accuracies_have_their_intervals() -> None:
+    run = made_up("arm", HEALTHY, accuracy={0: 50.0, 12: 75.0, 23: 62.5}, num_scored=400)
+    expected = {name: binomtest(hits, 400).proportion_ci(method="wilson") for name, hits in SCORED.items()}
+    for name, found in report_tables.accuracies(run).items():
+        assert found is not None
+        assert (found["low"], found["high"]) == pytest.approx((100 * expected[name].low, 100 * expected[name].high), abs=0.005)
+        assert found["accuracy"] == SCORED[name] / 4
+        assert found.get("epoch") == (12 if name == "best" else None)
+    assert set(report_tables.accuracies(made_up("arm", HEALTHY)).values()) == {None}
+
+
+def test_the_posts_table_stands_beside_ours(suite: report_suite.Suite) -> None:
+    claim = next(claim for claim in CLAIMS if claim.id == "M1")
+    arms = {"bn-sgd-mlp-bn": (57.0, 61.0, 60.0), "bn-sgd-contrastive": (40.0, 42.0), "bn-sgd-simsiam": (50.0,)}
+    runs = {
+        arm: tuple(
+            dataclasses.replace(suite.runs["gn-lars-0.1"][0], evidence=made_up(arm, HEALTHY, seed=seed, accuracy=(20.0, last)))
+            for seed, last in enumerate(found)
+        )
+        for arm, found in arms.items()
+    }
+    made = report_tables.number_table(claim, dataclasses.replace(suite, runs=runs))
+    rows = {row[0]: row[1:] for row in (re.findall(r"<td>(.*?)</td>", line) for line in made.split("<tr>")) if row}
+    assert list(rows) == [f"<code>{arm}</code>" for arm in (*claim.arms, *claim.controls)]
+    full = rows["<code>bn-sgd-mlp-bn</code>"]
+    assert full[:3] == ["3", "57.7", "60.0 (57.0 to 61.0)"]
+    assert full[5:] == ["0.2700", "0.2500 (0.2500 to 0.2500)"]
+    assert rows["<code>bn-sgd-contrastive</code>"][:3] == ["2", "44.1", "41.0 (40.0 to 42.0)"]
+    assert rows["<code>bn-sgd-simsiam</code>"][:3] == ["1", "-", "50.0"]
+    assert rows["<code>random</code>"][:3] == ["0", "28.8", "-"]
+
+
+def test_recoveries_are_drawn_over_steps(suite: report_suite.Suite) -> None:
+    """Ours and the post's on one axis of steps, which at this scale are alike; a setting left open lies in its arm's panel."""
+    arm = "gn-sgd-weight-decay"
+    names = (arm, f"{arm}@wd1e-4", "gn-sgd-high-lr-layer1-layer2")
+    run = suite.runs["gn-lars-0.1"][0]
+    runs = {
+        name: (dataclasses.replace(run, evidence=made_up(name, RECOVERED_LATE, scale="long", steps_per_epoch=64)),)
+        for name in names
+    }
+    first, second = report_figures.draw_recoveries(dataclasses.replace(suite, scale="long", runs=runs)).axes
+    assert [axes.get_title() for axes in (first, second)] == [arm, "gn-sgd-high-lr-layer1-layer2"]
+    theirs, ours, other, _ = first.lines
+    curve = published()["weight_decay_cosine", "negative"]
+    assert np.allclose(theirs.get_xdata(), (curve.epoch + 1) * 410)
+    assert np.allclose(theirs.get_ydata(), np.maximum(1 - curve.value, 0.005))
+    assert np.allclose(ours.get_xdata(), 64 * np.arange(1, 25))
+    assert np.allclose(ours.get_ydata(), 1 - runs[arm][0].evidence.neg_cos)
+    assert other.get_label() == "wd1e-4 (1 seed)"
+    assert len(second.lines) == 2
+    assert first.get_xscale() == first.get_yscale() == "log"
+
+
 def test_pictures_and_verdicts_for_the_readme(out: Path, tmp_path: Path, suite: report_suite.Suite) -> None:
     paths = report.write_pictures(out, tmp_path / "pictures")
     assert [path.name for path in paths] == ["timing.png", "cosines.png", "verdicts.json"]
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths[:2])
     told = json.loads(paths[2].read_text("utf-8"))
     assert (told["scale"], told["runs"]) == ("mini", len(RUNS))
+    assert (told["data"], told["account"]["failed"]) == (["textures"], {"gn-lars-0.5 seed 1": "no <room> left"})
+    assert len(told["accuracies"]) == len(RUNS)
+    for row in told["accuracies"]:
+        (run,) = (run for run in suite.evidence(row["arm"]) if run.seed == row["seed"])
+        assert row["last"]["accuracy"] == pytest.approx(run.last_accuracy, abs=1e-3)
+        assert row["untrained"]["accuracy"] == pytest.approx(run.untrained_accuracy, abs=1e-3)
+        assert row["num_scored"] == run.num_scored
     assert {row["id"]: row["outcome"] for row in told["claims"]} == {k: v.outcome for k, v in suite.verdicts.items()}
     c5 = next(row for row in told["claims"] if row["id"] == "C5")
     assert (c5["seeds"], list(c5["unsettled"])) == ("2", ["lr0.2"])
+
+
+def test_long_runs_have_a_picture_of_their_recoveries(out: Path, tmp_path: Path) -> None:
+    (tmp_path / "runs").symlink_to(out / "runs")
+    (tmp_path / "ledger.json").write_text('{"scale": "long", "calls": [], "runs": {}}')
+    paths = report.write_pictures(tmp_path, tmp_path / "pictures")
+    assert [path.name for path in paths] == ["recoveries.png", "verdicts.json"]
+    assert paths[0].read_bytes().startswith(b"\x89PNG")
 
 
 def test_equal_runs_make_equal_files(text: str, out: Path, tmp_path: Path) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,8 +13,7 @@ from fastbyol.errors import UsageError
 from fastbyol_bench import appendix
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-RESULTS = "bench/results/ablations"
-TOLD = {
+OLD = {
     "scale": "mini",
     "commands": ["fastbyol ablate run --all"],
     "runs": 4,
@@ -29,49 +30,114 @@ TOLD = {
 }  # fmt: skip
 
 
+def claim(name: str, outcome: str, seeds: str, *held: tuple[str, str, int, int]) -> dict[str, Any]:
+    """A verdict with statements (text, role, yes, asked) whose intervals are made up."""
+    counts = {"open": 0, "interval": [0.2, 1.0], "evidence": ""}
+    statements = [
+        {"text": text, "held": 2 * yes > asked, "role": role, "yes": yes, "asked": asked, **counts}
+        for text, role, yes, asked in held
+    ]
+    return {"id": name, "says": f"{name} says.", "seeds": seeds, "outcome": outcome, "statements": statements}
+
+
+def told(scale: str, claims: Sequence[Mapping[str, Any]], **account: Sequence[str]) -> dict[str, Any]:
+    kept = {"asked": ["a", "b", "c"], "done": ["a", "b", "c"], "failed": {}, "stopped": [], "left": [], **account}
+    command = f"fastbyol ablate run --all --scale {scale}"
+    return {"scale": scale, "data": ["fashion-mnist"], "commands": [command], "runs": 3, "account": kept, "claims": claims}
+
+
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    (tmp_path / "verdicts.json").write_text(json.dumps(TOLD))
-    return tmp_path
+def folders(tmp_path: Path) -> list[Path]:
+    """Three folders as the README's: short runs and long ones of the same images, and older ones of others."""
+    mini = told(
+        "mini",
+        [
+            claim("C5", "partly", "3", ("It ends.", "main", 3, 3), ("It is useless.", "other", 0, 3), ("So.", "other", 3, 3)),
+            claim("C6", "undetermined", "0", ("It goes.", "main", 0, 0)),
+        ],
+        done=["a"], failed={"b": "why"}, left=["c"],
+    )  # fmt: skip
+    long = told(
+        "long", [claim("C5", "undetermined", "0"), claim("C6", "reproduced", "3", ("It goes.", "main", 4, 5))]
+    )  # fmt: skip
+    for name, verdicts in (("mini", mini), ("long", long), ("textures", OLD)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "verdicts.json").write_text(json.dumps(verdicts))
+    (tmp_path / "long" / "recoveries.png").touch()
+    return [tmp_path / name for name in ("mini", "long", "textures")]
 
 
 def test_the_readme_says_what_was_measured() -> None:
-    """No verdicts, no section; with them the section is theirs, and both pictures are there."""
+    """No verdicts, no section; with them the section is theirs."""
     readme = (ROOT / "README.md").read_text("utf-8")
-    folder = ROOT / RESULTS
-    assert (appendix.BEGIN in readme) == (folder / appendix.VERDICTS).exists()
+    there = [ROOT / folder for folder in appendix.FOLDERS]
+    assert (appendix.BEGIN in readme) == any((folder / appendix.VERDICTS).exists() for folder in there)
     if appendix.BEGIN in readme:
-        assert appendix.filled(readme, appendix.section(folder, RESULTS)) == readme, (
-            f"run: python -m {appendix.__name__} {RESULTS} README.md"
+        assert appendix.filled(readme, appendix.section(there, ROOT)) == readme, (
+            f"run: python -m {appendix.__name__} README.md {' '.join(appendix.FOLDERS)}"
         )
-        assert all((folder / name).exists() for name in appendix.PICTURES)
 
 
-def test_a_row_tells_what_decides(folder: Path) -> None:
-    made = appendix.section(folder, "results")
-    assert "| C5 | It \\| stays. | reproduced | 2-3 | It ends. held for 3 of 3 seeds |" in made
-    assert "It learns" not in made
-    assert "4 runs: 1 reproduced, 1 undetermined." in made
-    assert "![" in made
-    assert "(results/timing.png)" in made
-    assert "\nfastbyol ablate run --all\n" in made
+def test_a_claim_is_told_at_the_scale_that_can_show_it(folders: list[Path]) -> None:
+    made = appendix.section(folders, folders[0].parent)
+    assert "\n| claim | the post | Fashion-MNIST | what decides | textures |\n|---|---|---|---|---|\n" in made
+    c5, c6 = (line for line in made.splitlines() if line.startswith(("| C5", "| C6")))
+    shares = "It ends: 3 of 3 (.20 to 1.00)<br>It is useless: 0 of 3 (.20 to 1.00)"
+    assert c5 == f"| C5 | C5 says. | partly (mini, seeds: 3) | {shares} | reproduced |"
+    assert c6 == "| C6 | C6 says. | reproduced (long, seeds: 3) | It goes: 4 of 5 (.20 to 1.00) | undetermined |"
 
 
-def test_filling_twice_changes_nothing_more(folder: Path) -> None:
+def test_seeds_without_an_answer_are_not_told_as_a_share(folders: list[Path]) -> None:
+    long = json.loads((folders[1] / "verdicts.json").read_text())
+    long["claims"][1]["statements"][0] |= {"yes": 1, "asked": 3, "open": 2}
+    (folders[1] / "verdicts.json").write_text(json.dumps(long))
+    assert "| It goes: 1 of 3, 2 open |" in appendix.section(folders, folders[0].parent)
+
+
+def test_what_became_of_the_runs_is_said(folders: list[Path]) -> None:
+    made = appendix.section(folders, folders[0].parent).splitlines()
+    mini = "1 of 3 runs (mini scale, [report](mini/report.html), 1 failed, 1 left)"
+    long = "3 of 3 runs (long scale, [report](long/report.html))"
+    assert f"- Fashion-MNIST: 1 partly, 1 reproduced; from {mini} and {long}." in made
+    old = (
+        "4 runs (mini scale, [report](textures/report.html)), judged by the rule of its time: two thirds of two or three seeds"
+    )
+    assert f"- textures: 1 not run, 1 reproduced; from {old}." in made
+    assert "fastbyol ablate run --all --scale long" in made
+
+
+def test_pictures_are_those_that_are_there(folders: list[Path]) -> None:
+    (folders[2] / "timing.png").touch()
+    made = appendix.section(folders, folders[0].parent)
+    assert made.count("![") == 1
+    assert "(long/recoveries.png)" in made
+
+
+def test_a_folder_that_is_missing_has_no_column(folders: list[Path]) -> None:
+    alone = appendix.section([folders[0].parent / "nowhere", folders[2]], folders[0].parent)
+    assert "\n| claim | the post | textures | what decides |\n|---|---|---|---|\n" in alone
+    assert "| C5 | It \\| stays. | reproduced (mini, seeds: 2-3) | It ends: held for 3 of 3 seeds |" in alone
+    assert "It learns" not in alone
+
+
+def test_filling_twice_changes_nothing_more(folders: list[Path]) -> None:
     readme = "# title\n\ntext\n\n## By example\nmore\n"
-    once = appendix.filled(readme, appendix.section(folder, "results"))
+    once = appendix.filled(readme, appendix.section(folders, folders[0].parent))
     assert once.startswith("# title\n\ntext\n\n<!-- appendix")
     assert once.endswith(f"{appendix.END}\n\n## By example\nmore\n")
-    assert appendix.filled(once, appendix.section(folder, "results")) == once
-    changed = appendix.filled(once, appendix.section(folder, "elsewhere"))
-    assert changed == once.replace("(results/", "(elsewhere/")
+    assert appendix.filled(once, appendix.section(folders, folders[0].parent)) == once
+    changed = appendix.filled(once, appendix.section(folders, folders[0]))
+    assert changed == once.replace("(mini/", "(./").replace("(long/", "(../long/").replace("(textures/", "(../textures/")
 
 
-def test_one_mark_alone_is_refused(folder: Path) -> None:
+def test_one_mark_alone_is_refused(folders: list[Path]) -> None:
     with pytest.raises(UsageError, match="one of the two marks"):
-        appendix.filled(f"a\n{appendix.BEGIN}\n", appendix.section(folder, "results"))
+        appendix.filled(f"a\n{appendix.BEGIN}\n", appendix.section(folders, folders[0].parent))
 
 
 def test_without_verdicts_the_command_is_said(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="fastbyol ablate report --png"):
-        appendix.section(tmp_path, "results")
+        appendix.section([tmp_path], tmp_path)
+    (tmp_path / "verdicts.json").write_text("{")
+    with pytest.raises(UsageError, match="damaged"):
+        appendix.section([tmp_path], tmp_path)

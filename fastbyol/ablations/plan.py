@@ -91,10 +91,9 @@ def make(
         if each.rates_of:
             counts[each.rates_of] = max(counts.get(each.rates_of, 0), counts[each.name], 2)
     wanted = [each for each in arms().values() if each.name in counts]
+    ranges = {name: range(first_seed, first_seed + count) for name, count in counts.items()}
     runs = [
-        _run(each, first_seed + number, scale, out, counts, sets, flags or {}, num_images)
-        for each in wanted
-        for number in range(counts[each.name])
+        _run(each, seed, scale, out, ranges, sets, flags or {}, num_images) for each in wanted for seed in ranges[each.name]
     ]
     return tuple(sorted(runs, key=lambda run: (run.arm.base is not None, run.seed, run.after is not None)))
 
@@ -104,14 +103,15 @@ def _run(
     seed: int,
     scale: ScaleName,
     out: Path,
-    counts: Mapping[str, int],
+    seeds: Mapping[str, range],
     sets: Sequence[str],
     flags: Mapping[str, Flag],
     num_images: int | None,
 ) -> Run:
     after = None
     if each.rates_of:
-        after = run_path(out, each.rates_of, (seed + 1) % counts[each.rates_of])
+        of = seeds[each.rates_of]
+        after = run_path(out, each.rates_of, seed + 1 if seed + 1 in of else of[0])
         flags = {**flags, "optim.replay_rates": Flag(f"arm {each.name}", str(after))}
     loaded = load(each, scale, seed=seed, sets=sets, flags=flags)
     limit = loaded.config.data.limit

@@ -29,11 +29,11 @@ TYPED = "train --data fashion-mnist --norm gn --opt lars --lr 0.2 --mlp-norm non
 
 
 def typed_run(folder: Path) -> tuple[Path, str]:
-    """Run ``TYPED`` on one core; returns its run folder and what it printed, with the folder's name cut to its last part."""
+    """Run ``TYPED`` on one core; returns its run folder and what it printed, the home folder cut from it."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "fastbyol.cli", *TYPED.split(), "--device", "cpu", "--out", "runs/typed"]
     printed = subprocess.run(command, cwd=folder, env=environment, check=True, capture_output=True, text=True).stdout
-    return folder / "runs" / "typed", printed
+    return folder / "runs" / "typed", printed.replace(str(Path.home()), "~")
 
 
 def draw_typed(story: report.Story, path: Path) -> None:

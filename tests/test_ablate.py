@@ -6,9 +6,11 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from fastbyol import cli
+from fastbyol.data.convert import convert
 from fastbyol.engine.run_folder import RunFolder
 from fastbyol.evaluation import protocol
 from small import SETS
@@ -100,6 +102,37 @@ def test_run_then_report_and_check(run, tmp_path: Path, monkeypatch: pytest.Monk
     assert rows["gn-lars-0.1"]["done"] == 5
     code, _, error = run("run", "C7", "--seeds=5", "--scale=short", "--out=ablations/mini", *sets)
     assert code == 2
+
+
+def test_a_set_of_ones_own_at_every_scale(run, tmp_path: Path) -> None:
+    """Limited to what the scale is made for, or with as many steps where it is smaller; its images are told first."""
+    for name, count, seed in (("train", 48, 0), ("test", 40, 1)):
+        convert("textures", tmp_path / f"{name}.beton", count=count, size=16, seed=seed)
+    own = ["--data", "train.beton", "--test-data", "test.beton", "--seeds=1", "--jobs=1"]
+    sets = [f"--set={text}" for text in SETS if not text.startswith("data.t")]
+    for scale, more, steps in (("mini", ["data.limit=96", "train.epochs=2"], 4 * 6), ("short", ["train.epochs=2"], 2 * 6)):
+        command = ("run", "gn-lars-0.2", "--scale", scale, *own, *sets, *(f"--set={text}" for text in more))
+        code, out, error = run(*command)
+        assert code == 0, error
+        assert f"data {tmp_path / 'train.beton'}" in out.replace("\n", "")
+        assert "image share r = " in out
+        folder = tmp_path / "ablations" / scale / "runs/gn-lars-0.2/seed0"
+        events = [json.loads(row) for row in (folder / "metrics.jsonl").read_text().splitlines() if "event" in row]
+        assert [event["step"] for event in events if event["event"] == "epoch"][-1] == steps
+        assert [event["num_scored"] for event in events if event["event"] == "untrained"] == [20]
+        assert "1 were done before" in run(*command)[1]
+    ledger = json.loads((tmp_path / "ablations/mini/ledger.json").read_text())
+    assert 0.0 < ledger["calls"][0]["image_share"] < 1.0
+
+
+def test_test_data_that_cannot_be_scored_are_refused_before_a_run(run, tmp_path: Path) -> None:
+    np.savez(tmp_path / "plain.npz", images=np.zeros((40, 16, 16, 3), np.uint8))
+    convert(str(tmp_path / "plain.npz"), tmp_path / "plain.beton")
+    code, _, error = run("run", "C6", "--data", "plain.beton", "--test-data", "plain.beton")
+    assert code == 2
+    assert "labels of two classes or more" in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "ablations").exists()
 
 
 def test_full_scale_from_stl10s_own_files(run, tmp_path: Path) -> None:

@@ -29,12 +29,12 @@ def image_share(config: Config) -> float:
 
 
 def _share(config: Config, images: torch.Tensor, seed: int, device: torch.device) -> float:
-    seeded = config.model_copy(update={"train": config.train.model_copy(update={"seed": seed})})
+    seeded = config.model_copy(update={"train": config.train.model_copy(update={"seed": seed, "precision": "fp32"})})
     state = TrainState.create(seeded, steps_per_epoch=1, device=device)
     halves = []
     for ids in torch.split(torch.arange(len(images)), CHUNK):
         pair = views.two_views(config.views, images[ids].to(device), ids.to(device), seed=seed, epoch=0, dtype=torch.float32)
-        batch = pair.flatten(0, 1).to(dtype=state.arena.online.dtype, memory_format=torch.channels_last)
+        batch = pair.flatten(0, 1).contiguous(memory_format=torch.channels_last)
         halves.append(unit(state.online.encoder(batch)).double().view(2, len(ids), -1))
     first, second = torch.cat(halves, dim=1)
     positive = float((first * second).sum(1).mean())

@@ -168,6 +168,8 @@ def found(out: Path) -> tuple[tuple[str, int, Path], ...]:
 def _refuse_other(run: Run, there: Config) -> None:
     wanted, made = config_io.flatten(run.config), config_io.flatten(there)
     for key in wanted:
+        if key == "train.precision" and wanted[key] == "auto":
+            continue  # which the run has settled for its device
         if key not in FREE and _comparable(key, wanted[key]) != _comparable(key, made[key]):
             raise UsageError(
                 f"{run.path}: holds a run with {key} = {config_io.show(made[key])}, asked for is "

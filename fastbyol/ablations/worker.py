@@ -25,6 +25,7 @@ from typing import Any, TextIO
 from fastbyol import config_io
 from fastbyol.engine import trainer
 from fastbyol.engine.observer import EpochEnd, Progress, Start
+from fastbyol.engine.precision import settle
 from fastbyol.engine.run_folder import CONFIG, RunFolder
 from fastbyol.errors import FastbyolError, NoGraphError
 
@@ -59,8 +60,9 @@ def work(request: Mapping[str, Any], say: Say) -> dict[str, Any]:
     """Train the run that ``request`` names, or go on with it; returns how it ended."""
     path = Path(request["path"])
     try:
-        with _folder(path, request) as folder:
-            summary = trainer.fit(folder, folder.config, Speaker(say))
+        speaker = Speaker(say)
+        with _folder(path, request, speaker) as folder:
+            summary = trainer.fit(folder, folder.config, speaker)
     except NoGraphError as error:
         return {"again": str(error)}
     except FastbyolError as error:
@@ -75,10 +77,10 @@ def work(request: Mapping[str, Any], say: Say) -> dict[str, Any]:
     return asdict(summary)
 
 
-def _folder(path: Path, request: Mapping[str, Any]) -> RunFolder:
+def _folder(path: Path, request: Mapping[str, Any], speaker: Speaker) -> RunFolder:
     if (path / CONFIG).is_file():
         return RunFolder.open(path, lock=True)
-    config = config_io.parse(request["config"], where=str(path))
+    config = settle(config_io.parse(request["config"], where=str(path)), speaker.note)
     return RunFolder.create(path, config, request["origin"])
 
 

@@ -2,8 +2,8 @@
 
     python -m fastbyol_bench.first_light bench/results/first_light
 
-trains in a temporary folder and leaves ``results.json``, ``typed.txt``, ``typed.png``, ``recovery.png`` and ``demo.png``;
-takes minutes on two cores.
+trains in a temporary folder and leaves ``results.json``, ``typed.txt``, ``typed.png``, ``demo.txt``, ``recovery.png`` and
+``demo.png``; takes minutes on two cores.
 """
 
 from __future__ import annotations
@@ -19,21 +19,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 
 import fastbyol
-from fastbyol import demo, figures, report
+from fastbyol import figures, report
 
 # As the README has it.
 TYPED = "train --data fashion-mnist --norm gn --opt lars --lr 0.2 --mlp-norm none"
 
 
-def typed_run(folder: Path) -> tuple[Path, str]:
-    """Run ``TYPED`` on one core; returns its run folder and what it printed, the home folder cut from it."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "fastbyol.cli", *TYPED.split(), "--device", "cpu", "--out", "runs/typed"]
-    printed = subprocess.run(command, cwd=folder, env=environment, check=True, capture_output=True, text=True).stdout
-    return folder / "runs" / "typed", printed.replace(str(Path.home()), "~")
+def run(folder: Path, *words: str, threads: int | None = None) -> tuple[str, str]:
+    """Run ``fastbyol`` in ``folder`` with ``words``; returns what it printed on both streams, the home folder cut from it."""
+    environment = os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
+    command = [sys.executable, "-m", "fastbyol.cli", *words]
+    ended = subprocess.run(command, cwd=folder, env=environment, check=True, capture_output=True, text=True)
+    return tuple(text.replace(str(Path.home()), "~") for text in (ended.stdout, ended.stderr))  # type: ignore[return-value]
 
 
 def draw_typed(story: report.Story, path: Path) -> None:
@@ -72,14 +71,15 @@ def main() -> None:
     """Run everything and write into the folder named on the command line."""
     out = Path(sys.argv[1])
     out.mkdir(parents=True, exist_ok=True)
-    console = Console(highlight=False, width=140)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        run, printed = typed_run(folder)
+        printed, _ = run(folder, *TYPED.split(), "--device", "cpu", "--out", "runs/typed", threads=1)
         (out / "typed.txt").write_text(f"$ fastbyol {TYPED}\n{printed}")
-        draw_typed(report.read(run), out / "typed.png")
-        result = demo.run(folder / "demo", console=console)
-        draw_demo(report.read(Path(result["run"])), result, out / "demo.png")
+        draw_typed(report.read(folder / "runs" / "typed"), out / "typed.png")
+        answer, printed = run(folder, "demo", "demo", "--json")
+        (out / "demo.txt").write_text(f"$ make demo\n{printed}")
+        result = json.loads(answer)
+        draw_demo(report.read(folder / result["run"]), result, out / "demo.png")
         shutil.copy(folder / "demo" / "pictures" / "recovery.png", out / "recovery.png")
     machine = {
         "processor": platform.machine(),

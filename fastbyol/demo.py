@@ -16,6 +16,7 @@ from fastbyol.config import Config, DataConfig
 from fastbyol.config_io import Flag
 from fastbyol.data import embedded, loader
 from fastbyol.display import display, duration
+from fastbyol.engine.device import fitting_threads
 from fastbyol.engine.run_folder import CONFIG, list_runs
 from fastbyol.errors import FastbyolError, UsageError
 from fastbyol.evaluation.collapse import COLLAPSED_ABOVE
@@ -108,7 +109,8 @@ def _supervised(config: Config) -> float:
     assert test_file is not None
     train = loader.read_all(embedded.training_file(data), workers=data.workers, size=size, limit=data.limit)
     test = loader.read_all(test_file, workers=data.workers, size=size, limit=data.test_limit)
-    return supervised_accuracy(config.model, train, test, config.views, seed=config.train.seed)
+    with fitting_threads(config):
+        return supervised_accuracy(config.model, train, test, config.views, seed=config.train.seed)
 
 
 def _draw_pair(runs: dict[str, Path], out: Path) -> Path:

@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 
+from fastbyol.config import Config
 from fastbyol.errors import UsageError
 from fastbyol_kernels import choice
+
+# Images a step x pixels x width^2, of which a step's products are a multiple. Below it a second thread costs more than it
+# brings (two cores, fp32, images/s with one thread and with two): 8e6 1,025 and 550; 3e7 480 and 375; 3e7, of more images,
+# 1,630 and 1,540; 8e7 235 and 295; 1e8 175 and 215; 2e9 23 and 44.
+SMALL_STEP = 5e7
 
 
 def pick_device(name: str) -> torch.device:
@@ -45,3 +55,19 @@ def pick_kernels(name: str, device: torch.device, dtype: torch.dtype) -> str:
     if name == "triton" and not on_gpu and not choice.TRITON_ON_CPU:
         raise UsageError(f"engine.kernels: triton needs CUDA, train.device is {device}: take auto or reference")
     return name
+
+
+@contextmanager
+def fitting_threads(config: Config) -> Iterator[None]:
+    """Let torch work with one thread inside where the steps of ``config`` on a cpu are too small to share.
+
+    By rule and not by timing: a resumed run is to take as many. OMP_NUM_THREADS, where somebody set it, is left alone.
+    """
+    before = torch.get_num_threads()
+    size = config.train.batch_size * config.views.size**2 * config.model.width**2
+    if size < SMALL_STEP and "OMP_NUM_THREADS" not in os.environ and pick_device(config.train.device).type == "cpu":
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

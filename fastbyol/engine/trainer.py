@@ -15,7 +15,7 @@ from fastbyol.config import Config
 from fastbyol.data import embedded, loader
 from fastbyol.engine import capture, checkpoint, guards, metrics_file, origin, record
 from fastbyol.engine.allocator import keep_freed_memory
-from fastbyol.engine.device import pick_device
+from fastbyol.engine.device import fitting_threads, pick_device
 from fastbyol.engine.interrupt import Interrupt, Stopped
 from fastbyol.engine.observer import EpochEnd, Observer, Progress, Silent, Start
 from fastbyol.engine.replay import with_replayed_rates
@@ -413,8 +413,12 @@ class Trainer:
 
 
 def fit(folder: RunFolder, config: Config, observer: Observer | None = None) -> Summary:
-    """Run ``config`` in ``folder`` to its end; see ``Trainer.fit``. Sets the process's TF32 switches and allocator for it."""
+    """Run ``config`` in ``folder`` to its end; see ``Trainer.fit``.
+
+    Sets the process's TF32 switches and allocator for it, and its threads for as long as it lasts.
+    """
     keep_freed_memory()
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
-    return Trainer(folder, config, observer).fit()
+    with fitting_threads(config):
+        return Trainer(folder, config, observer).fit()

@@ -1,0 +1,35 @@
+"""How many threads a run takes on a cpu."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fastbyol import load_config
+from fastbyol.engine.device import fitting_threads
+
+
+@pytest.mark.parametrize(
+    ("preset", "sets", "said", "expected"),
+    [
+        ("demo", [], None, 1),
+        ("demo", ["model.width=64"], None, 3),
+        ("demo", ["views.size=96"], None, 3),
+        ("blog", [], None, 3),
+        ("demo", [], "3", 3),
+    ],
+)
+def test_small_steps_take_one_thread_unless_somebody_said_how_many(
+    preset: str, sets: list[str], said: str | None, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if said is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", said)
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        with fitting_threads(load_config(preset, [*sets, "train.device=cpu"])):
+            assert torch.get_num_threads() == expected
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)

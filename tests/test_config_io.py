@@ -104,7 +104,8 @@ def test_a_dumped_run_loads_over_any_preset_and_as_a_run(tmp_path: Path, config:
     small = config.train.model_copy(update={"batch_size": min(config.train.batch_size, 64)})
     optim = config.optim.model_copy(update={"lr_scaling": "none"})
     method = config.method.model_copy(update={"queue": max(config.method.queue, 64)})
-    resolved = resolve(config.model_copy(update={"train": small, "optim": optim, "method": method}))
+    data = config.data.model_copy(update={"limit": config.data.limit and max(config.data.limit, 64)})
+    resolved = resolve(config.model_copy(update={"train": small, "optim": optim, "method": method, "data": data}))
     path = tmp_path / "config.toml"
     path.write_text(config_io.dump(resolved, dict.fromkeys(KEYS, origin)), encoding="utf-8", newline="")
     assert config_io.load(file=path).config == resolved

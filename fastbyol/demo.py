@@ -120,8 +120,9 @@ def _draw_pair(runs: dict[str, Path], out: Path) -> Path:
     made = Figure(figsize=(9.0, 3.2), layout="constrained", facecolor="white")
     left, right = made.subplots(1, 2)
     for (name, path), colour in zip(runs.items(), (figures.RED, figures.BLUE), strict=True):
-        draw_distance(left, report.read(path), colour, name)
-        points = [(event["epoch"] + 1, event["accuracy"]) for event in report.read(path).epoch_events]
+        story = report.read(path)
+        draw_distance(left, story, colour, name)
+        points = [(event["epoch"] + 1, event["accuracy"]) for event in story.epoch_events]
         right.plot(*zip(*((e, a) for e, a in points if a is not None), strict=True), color=colour, marker="o", ms=3, label=name)
     right.set_ylim(0, 100)
     right.set_ylabel("linear accuracy, %")

@@ -14,7 +14,7 @@ from fastbyol.ablations.course import course
 from fastbyol.ablations.curves import appendix
 from fastbyol.ablations.evidence import Evidence
 from fastbyol.ablations.questions import Finding, Question, Runs, Span, within
-from fastbyol.evaluation.intervals import difference_margin, wilson
+from fastbyol.evaluation.intervals import difference_margin
 
 # Levels are of STL-10 at full scale. 5 pp: reading .3, sampling 1.35, and seeds, of which nobody published more than one.
 LEVEL_PP = 5.0
@@ -63,12 +63,6 @@ def untrained_accuracy(run: Evidence) -> float:
 def margin(a: float, run_a: Evidence, b: float, run_b: Evidence) -> float:
     """Return by how many points two accuracies in percent may differ by sampling alone."""
     return 100 * difference_margin(a / 100, run_a.scored, b / 100, run_b.scored)
-
-
-def interval(accuracy: float, run: Evidence) -> tuple[float, float]:
-    """Return the 95 % interval of an accuracy of ``run``, all in percent."""
-    low, high = wilson(accuracy / 100 * run.scored, run.scored)
-    return 100 * low, 100 * high
 
 
 def _first(run: Evidence) -> str:

@@ -11,13 +11,14 @@ from pathlib import Path
 import numpy as np
 
 from fastbyol import differences
-from fastbyol.ablations.accuracy_questions import interval, table_accuracy, untrained_accuracy
+from fastbyol.ablations.accuracy_questions import table_accuracy, untrained_accuracy
 from fastbyol.ablations.claims import CLAIMS, Claim
 from fastbyol.ablations.course import course, rate_peak
 from fastbyol.ablations.evidence import Evidence
 from fastbyol.ablations.report_suite import Run, Suite, seeds_of
 from fastbyol.ablations.verdict import Statement, Verdict
 from fastbyol.config import Config
+from fastbyol.evaluation.intervals import accuracy_interval
 
 HELD = {True: "held", False: "not held", None: "undecided"}
 NOTHING = "-"
@@ -183,7 +184,7 @@ def accuracies(run: Evidence) -> dict[str, dict[str, float] | None]:
 def _with_interval(accuracy: float, run: Evidence) -> dict[str, float] | None:
     if not np.isfinite(accuracy):
         return None
-    low, high = interval(accuracy, run)
+    low, high = accuracy_interval(float(accuracy), run.scored)
     return {"accuracy": round(float(accuracy), 3), "low": round(low, 2), "high": round(high, 2)}
 
 

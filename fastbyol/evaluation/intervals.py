@@ -23,6 +23,12 @@ def wilson(hits: float, total: int, *, z: float = Z95) -> tuple[float, float]:
     return (0.0 if hits == 0 else max(0.0, centre - half)), (1.0 if hits == total else min(1.0, centre + half))
 
 
+def accuracy_interval(accuracy: float, num_scored: int) -> tuple[float, float]:
+    """Return the 95 % interval of an ``accuracy`` on ``num_scored`` images, all in percent."""
+    low, high = wilson(accuracy / 100 * num_scored, num_scored)
+    return 100 * low, 100 * high
+
+
 def difference_margin(first: float, first_total: int, second: float, second_total: int, *, z: float = Z95) -> float:
     """Return how far two independent shares may be apart by sampling alone: z sqrt(p1 q1 / n1 + p2 q2 / n2)."""
     return z * math.sqrt(first * (1 - first) / first_total + second * (1 - second) / second_total)

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from fastbyol.evaluation.intervals import wilson
+from fastbyol.evaluation.intervals import accuracy_interval
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,8 @@ class Accuracies:
         """Return ``62.0% (59.0 to 64.9)``, with the Wilson interval of 95 % where the number of images is known."""
         if not self.num_scored:
             return f"{accuracy:.1f}%"
-        low, high = wilson(accuracy / 100 * self.num_scored, self.num_scored)
-        return f"{accuracy:.1f}% ({100 * low:.1f} to {100 * high:.1f})"
+        low, high = accuracy_interval(accuracy, self.num_scored)
+        return f"{accuracy:.1f}% ({low:.1f} to {high:.1f})"
 
     def in_words(self) -> str:
         """Return all that is known in one line, empty where nothing was probed."""

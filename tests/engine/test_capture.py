@@ -85,6 +85,15 @@ def assert_near(exact: TrainState, eager: TrainState, other: TrainState) -> None
         assert float((y - e).abs().max()) <= CHANCE * float((x - e).abs().max()) + 1e-5 * float(e.abs().max()), name
 
 
+def take_alike(exact: TrainState, eager: TrainState, traced: TrainState, forward: Any, *, steps: int) -> None:
+    """Take steps on the same views in float64, eagerly and by ``forward``; the metrics of the last two must agree."""
+    for step in range(steps):
+        pair = some_views(step)
+        train_step(exact, pair)
+        expected, got = train_step(eager, pair.float()), train_step(traced, pair.float(), forward)
+        torch.testing.assert_close(got.values, expected.values, rtol=1e-3, atol=1e-5)
+
+
 @pytest.mark.parametrize("kinds", COVER, ids=str)
 def test_one_graph_takes_the_eager_step(kinds: tuple[str, str, bool, str]) -> None:
     """Traced whole, forward and backward, with torch's own kernels: no break, or fullgraph would raise."""
@@ -94,11 +103,7 @@ def test_one_graph_takes_the_eager_step(kinds: tuple[str, str, bool, str]) -> No
     for collapsed in (False, True):
         for state in states if collapsed else ():
             collapse(state)
-        for step in range(2):
-            pair = some_views(step)
-            train_step(exact, pair)
-            expected, got = train_step(eager, pair.float()), train_step(traced, pair.float(), forward)
-            torch.testing.assert_close(got.values, expected.values, rtol=1e-3, atol=1e-5)
+        take_alike(exact, eager, traced, forward, steps=2)
         assert_near(exact, eager, traced)
 
 
@@ -110,11 +115,7 @@ def test_one_graph_takes_the_eager_step_of_other_methods(name: str) -> None:
     forward = capture.compiled_forward("aot_eager")
     capture.Eager(traced, config, forward).prepare(batch_of(0), 0)
     assert_equal_states(eager, traced)
-    for step in range(3):
-        pair = some_views(step)
-        train_step(exact, pair)
-        expected, got = train_step(eager, pair.float()), train_step(traced, pair.float(), forward)
-        torch.testing.assert_close(got.values, expected.values, rtol=1e-3, atol=1e-5)
+    take_alike(exact, eager, traced, forward, steps=3)
     assert_near(exact, eager, traced)
     if exact.queue is not None and eager.queue is not None and traced.queue is not None:
         allowed = CHANCE * float((eager.queue - exact.queue).abs().max()) + 1e-5

@@ -557,11 +557,11 @@ def doctor(as_json: Json = False) -> None:
     if as_json:
         _print_json([check._asdict() for check in checks])
     else:
+        width = 2 + max(len(check.name) for check in checks)
         for check in checks:
             mark = "ok  " if check.ok else ("MISSING" if check.needed else "none")
-            typer.echo(
-                f"{mark:8s}{check.name:16s}{check.found}" + (f"\n{'':8s}{'':16s}-> {check.remedy}" if check.remedy else "")
-            )
+            remedy = f"\n{'':{8 + width}s}-> {check.remedy}" if check.remedy else ""
+            typer.echo(f"{mark:8s}{check.name:{width}s}{check.found}{remedy}")
     if any(check.needed and not check.ok for check in checks):
         raise typer.Exit(1)
 
@@ -624,7 +624,11 @@ def main() -> None:
     except FastbyolError as error:
         _fail(str(error), error.exit_code)
     except typer.TyperException as error:
-        _fail(error.format_message() or "say what to do: see fastbyol --help", error.exit_code)
+        message = error.format_message() or "say what to do: see fastbyol --help"
+        if message.startswith("Usage: "):  # a group of commands without one: its help, which is no one-line error
+            print(message, file=sys.stderr)
+            sys.exit(error.exit_code)
+        _fail(message, error.exit_code)
     except (KeyboardInterrupt, typer.Abort):
         _fail("interrupted", 130)
     except BrokenPipeError:

@@ -92,6 +92,7 @@ def is_one_line(error: str) -> bool:
         (["train", "--device", "cuda:99"], "cuda:99"),
         (["train", "--lr-mult", "encoder"], "PATTERN=FACTOR"),
         (["resume", "absent"], "absent"),
+        (["runs"], "train makes runs/NAME"),
         (["eval", "absent"], "absent"),
         (["eval", "absent", "--protocol", "logistic"], "protocol"),
         (["report", "absent"], "absent"),
@@ -115,6 +116,15 @@ def test_what_is_wrong_is_said_in_one_line(run, arguments: list[str], says: str)
     assert is_one_line(err), err
     assert says in err
     assert "error" not in out
+
+
+@pytest.mark.parametrize("group", [[], ["presets"], ["data"], ["ablate"]], ids=" ".join)
+def test_a_group_without_a_command_says_which_it_has(run, group: list[str]) -> None:
+    code, out, err = run(*group)
+    assert code == 2
+    assert out == ""
+    assert err.startswith(f"Usage: {' '.join(['fastbyol', *group])} [OPTIONS] COMMAND")
+    assert "\n\nCommands:\n" in err
 
 
 def test_an_unknown_key_in_a_file_is_named_with_its_place_and_the_nearest_right_one(run, tmp_path: Path) -> None:
@@ -250,6 +260,8 @@ def test_presets_list_show_copy(run, tmp_path: Path) -> None:
 def test_doctor_names_what_is_there(run) -> None:
     code, out, _ = run("doctor", "--json")
     checks = {check["name"]: check for check in json.loads(out)}
+    told = run("doctor")[1].splitlines()
+    assert all(any(f" {name}  " in line for line in told) for name in checks), "a column is as wide as its widest name"
     assert checks["torch"]["ok"]
     assert checks["ffcv"]["ok"]
     assert checks["engine auto"]["found"].split(":")[0] in ("eager", "graph")

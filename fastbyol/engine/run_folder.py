@@ -166,7 +166,7 @@ def list_runs(root: Path) -> list[RunRow]:
     Raises UsageError where ``root`` is no folder.
     """
     if not root.is_dir():
-        raise UsageError(f"{root}: no such folder of runs")
+        raise UsageError(f"{root}: no such folder of runs: train makes runs/NAME where it is called, or name another folder")
     rows = []
     for path in sorted(config.parent for config in root.glob(f"*/{CONFIG}")):
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -58,7 +59,7 @@ def list_(scale: Scale = "mini", out: Out = None, as_json: Json = False) -> None
         claims_table.add_row(claim.id, claim.says)
     arms_table = Table("arm", "claims", "seeds", "runs done", "what it is", box=None)
     for row in rows:
-        done = f"{row['done']}" + (f", {row['stopped']} stopped" if row["stopped"] else "")
+        done = f"{row['done']}" + "".join(f", {row[name]} {name}" for name in ("stopped", "damaged") if row[name])
         arms_table.add_row(row["arm"], " ".join(row["claims"]), str(row["seeds"]), done, row["about"])
     console.print(claims_table)
     console.print()
@@ -95,7 +96,7 @@ def run(
     everything: Annotated[bool, typer.Option("--all", help="Every arm of the scale, open settings included.")] = False,
     scale: Scale = "mini",
     seeds: Annotated[
-        int | None, typer.Option(min=1, max=1000, help="Runs per arm. Default: what each claim's verdict wants, 1 to 3.")
+        int | None, typer.Option(min=1, max=1000, help="Runs per arm. Default: what each claim's verdict wants, 1 to 5.")
     ] = None,
     out: Out = None,
     jobs: Annotated[
@@ -124,7 +125,9 @@ def run(
     asked = {"targets": targets or [], "all": everything, "seeds": seeds, "set": sets or [], "data": files}
     asked["image_share"] = _say_what_data(runs[0], console)
     outcome = runner.execute(runs, folder, scale, asked=asked, jobs=jobs, device=device, console=console)
-    found = tally.verdicts(tally.evidence_in(folder, scale), scale)
+    evidence, left_out = tally.evidence_in(folder, scale)
+    found = tally.verdicts(evidence, scale)
+    _warn(left_out)
     _say(outcome, found, folder, scale, console, as_json)
     _finish(outcome, found, check=check)
 
@@ -146,7 +149,9 @@ def report(
 
     folder = _folder(out, scale)
     scale = ledger.read(folder)["scale"]
-    found = tally.verdicts(tally.evidence_in(folder, scale), scale)
+    evidence, left_out = tally.evidence_in(folder, scale)
+    found = tally.verdicts(evidence, scale)
+    _warn(left_out)
     if as_json:
         _print_json({"out": str(folder), "scale": scale, "verdicts": [_verdict_row(verdict) for verdict in found]})
     else:
@@ -156,6 +161,11 @@ def report(
     for path in (page, *(reports.write_pictures(folder, png) if png else [])):
         typer.echo(str(path), err=as_json)
     _check(found, check=check)
+
+
+def _warn(left_out: Sequence[str]) -> None:
+    for why in left_out:
+        typer.echo(f"not judged: {why}", err=True)
 
 
 def _folder(out: Path | None, scale: str) -> Path:
@@ -236,14 +246,13 @@ def _arm_row(arm: Arm, scale: ScaleName, folder: Path) -> dict[str, Any]:
     from fastbyol.ablations.plan import epochs_done, run_path, seeds_of
     from fastbyol.config_io import read_run
 
-    done = stopped = 0
+    counts = Counter(done=0, stopped=0, damaged=0)
     for path in sorted(run_path(folder, arm.name, 0).parent.glob("seed*/config.toml")):
-        finished = epochs_done(path.parent) >= read_run(path).train.epochs
-        done, stopped = done + finished, stopped + (not finished)
-    seeds = seeds_of(arm, None)
-    return {
-        "arm": arm.name, "about": arm.about, "claims": arm.claims, "seeds": seeds, "done": done, "stopped": stopped,
-    }  # fmt: skip
+        try:
+            counts["done" if epochs_done(path.parent) >= read_run(path).train.epochs else "stopped"] += 1
+        except FastbyolError:
+            counts["damaged"] += 1
+    return {"arm": arm.name, "about": arm.about, "claims": arm.claims, "seeds": seeds_of(arm, None), **counts}
 
 
 def _show_claim(claim: Claim, as_json: bool) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -85,16 +87,30 @@ def _train(out: Path, config: Config, console: Console) -> Path:
 
 def _pair(out: Path, config: Config, console: Console) -> dict[str, dict[str, Any]]:
     """Train the arms of ``PAIR`` side by side, or go on with them: by arm, where the run lies and how it ended."""
-    seed, data = config.train.seed, config.data.train
-    _say(console, f"fastbyol ablate run {' '.join(PAIR)} --seeds 1 --data {data} --out {out}")
-    flags = {"data.train": Flag("--data", data)}
-    runs = plan.make([arm(name) for name in PAIR], "mini", out, seeds=1, first_seed=seed, flags=flags)
+    out, runs = _pair_runs(out, config)
+    _say(console, f"fastbyol ablate run {' '.join(PAIR)} --seeds 1 --data {config.data.train} --out {out}")
     outcome = runner.execute(runs, out, "mini", asked={"targets": PAIR}, jobs=None, device="auto", console=console)
     if outcome.failed or outcome.interrupted:
         why = f"{outcome.failed[0][0]}: {outcome.failed[0][1]}" if outcome.failed else "interrupted"
         raise FastbyolError(f"{out}: {why}; the same command goes on from here")
     paths = {each.arm.name: each.path for each in runs}
     return {name: {"run": str(paths[name]), **_ending(report.read(paths[name]))} for name in PAIR}
+
+
+def _pair_runs(out: Path, config: Config) -> tuple[Path, tuple[plan.Run, ...]]:
+    """The folder for the pair's runs, and the runs: ``out``, or where that holds others ``out-2``, ``out-3`` ..."""
+    flags = {"data.train": Flag("--data", config.data.train)}
+    arms, seed = [arm(name) for name in PAIR], config.train.seed
+    planned = ((at, plan.make(arms, "mini", at, seeds=1, first_seed=seed, flags=flags)) for at in _candidates(out))
+    return next((at, runs) for at, runs in planned if _can_go_on(runs, at))
+
+
+def _can_go_on(runs: tuple[plan.Run, ...], out: Path) -> bool:
+    try:
+        plan.refuse_other_data(runs, out)
+        return all(plan.status(each) for each in runs)
+    except UsageError:
+        return False
 
 
 def _ending(story: report.Story) -> dict[str, Any]:
@@ -158,12 +174,14 @@ def _unfinished(out: Path, config: Config) -> Path | None:
 
 
 def _fresh(path: Path) -> Path:
-    """The first of ``path``, ``path-2``, ``path-3`` ... that is not there: an earlier demonstration's run is kept."""
-    number, candidate = 1, path
-    while candidate.exists():
-        number += 1
-        candidate = path.with_name(f"{path.name}-{number}")
-    return candidate
+    """The first of ``_candidates`` that is not there: an earlier demonstration's run is kept."""
+    return next(candidate for candidate in _candidates(path) if not candidate.exists())
+
+
+def _candidates(path: Path) -> Iterator[Path]:
+    """``path``, ``path-2``, ``path-3`` ..."""
+    yield path
+    yield from (path.with_name(f"{path.name}-{number}") for number in count(2))
 
 
 def _say(console: Console, command: str) -> None:

@@ -105,7 +105,7 @@ def draw_accuracy(axes: Axes, story: Story) -> None:
     if points:
         axes.plot(*zip(*points, strict=True), color=BLUE, marker="o", ms=3)
     if story.accuracies.untrained is not None:
-        axes.axhline(story.accuracies.untrained, color=INK, lw=0.8, ls="--", label="random weights")
+        axes.axhline(story.accuracies.untrained, color=INK, lw=0.8, ls="--", label=story.accuracies.weights)
         axes.legend(loc="lower right", frameon=False)
     axes.set_ylim(0, 100)
     axes.set_ylabel("accuracy, %")

@@ -73,5 +73,7 @@ def test_the_pair_are_the_arms_of_the_claims(tmp_path: Path, monkeypatch: pytest
     for name, path in runs.items():
         there = config_io.read_run(path / "config.toml")
         assert (there.train.seed, there.optim.lr) == (3, float(name.rpartition("-")[2]))
+    other = config.model_copy(update={"data": config.data.model_copy(update={"train": "fashion-mnist"})})
+    assert [demo._pair_runs(tmp_path / "lars", each)[0].name for each in (config, other)] == ["lars", "lars-2"]
     (tmp_path / "pictures").mkdir()
     assert demo._draw_pair(runs, tmp_path).stat().st_size > 10_000

@@ -61,7 +61,7 @@ def untrained_accuracy(run: Evidence) -> float:
 
 
 def margin(a: float, run_a: Evidence, b: float, run_b: Evidence) -> float:
-    """Return by how many points two accuracies in percent may differ by sampling alone."""
+    """Return by how many points accuracy ``a`` may be above ``b``, both in percent, by sampling alone."""
     return 100 * difference_margin(a / 100, run_a.scored, b / 100, run_b.scored)
 
 
@@ -124,7 +124,7 @@ def in_order(arms: tuple[str, ...]) -> Question:
         if not np.isfinite(values).all():
             return Finding(None, f"accuracy was not measured: {text}")
         pairs = zip(arms, values, arms[1:], values[1:], strict=False)
-        return Finding(all(b - a <= margin(a, runs[one], b, runs[other]) for one, a, other, b in pairs), text)
+        return Finding(all(b - a <= margin(b, runs[other], a, runs[one]) for one, a, other, b in pairs), text)
 
     return ask
 

@@ -135,7 +135,7 @@ def _by_accuracy(run: Evidence, known: np.ndarray) -> Iterator[Phase]:
 class Peak:
     """The highest epoch mean of a layer group's rate, when it was, and how many times the first rate recorded it is.
 
-    The first is that of the run's first step, and of a figure's first epoch; zeros, as a warm-up begins with, are passed over.
+    The first is that of the run's first step, and of a figure's first epoch; zeros are passed over. A warm-up alone is no rise.
     """
 
     epoch: int
@@ -150,5 +150,4 @@ def rate_peak(run: Evidence, group: str) -> Peak | None:
     if not len(known):
         return None
     top = int(known[np.argmax(rates[known])])
-    positive = run.rates[group][run.rates[group] > 0]
-    return Peak(int(run.epoch[top]), float(rates[top]), float(rates[top] / positive[0]) if len(positive) else 1.0)
+    return Peak(int(run.epoch[top]), float(rates[top]), float(run.rise_by_epoch(group)[top]))

@@ -44,7 +44,8 @@ class Evidence:
     of all parameters of ``EARLY``. ``epochs`` is how long the run is to be, ``finished`` whether it got there.
     ``rate_ceiling``: lr * eta / wd at the configured lr, which no rate of the blog's LARS can exceed; None elsewhere.
     ``untrained_accuracy`` in percent: of the run's own weights before the first step, NaN where unknown. ``num_scored``: how
-    many images its accuracies were scored on, None where the run does not say.
+    many images its accuracies were scored on, None where the run does not say. ``warmup_steps``: how long the learning rate
+    rises linearly from 0.
     """
 
     arm: str
@@ -70,6 +71,7 @@ class Evidence:
     rate_ceiling: float | None = None
     untrained_accuracy: float = math.nan
     num_scored: int | None = None
+    warmup_steps: int = 0
 
     @classmethod
     def of_run(cls, path: Path, *, arm: str, seed: int, scale: Scale = "mini") -> Evidence:
@@ -81,13 +83,14 @@ class Evidence:
         if not rows:
             raise UsageError(f"{path}: no epoch has ended: go on with `fastbyol resume {path}`")
         layers = read_layers(path)
+        steps_per_epoch = rows[0]["step"] // (rows[0]["epoch"] + 1)
         untrained = next((event for event in events if event["event"] == "untrained"), {})
         return cls(
             arm=arm,
             seed=seed,
             scale=scale,
             epochs=config.train.epochs,
-            steps_per_epoch=rows[0]["step"] // (rows[0]["epoch"] + 1),
+            steps_per_epoch=steps_per_epoch,
             finished=rows[-1]["epoch"] + 1 >= config.train.epochs,
             epoch=np.array([row["epoch"] for row in rows], dtype=np.float64),
             **{name: _column(rows, name) for name in MEASURES},
@@ -97,6 +100,7 @@ class Evidence:
             rate_ceiling=rate_ceiling(config.optim),
             untrained_accuracy=untrained.get("accuracy", math.nan),
             num_scored=untrained.get("num_scored"),
+            warmup_steps=int(config.schedule.warmup_epochs * steps_per_epoch),
         )
 
     @classmethod
@@ -129,6 +133,15 @@ class Evidence:
     def rate_by_epoch(self, group: str) -> np.ndarray:
         """Mean rate of ``group`` in each epoch, float64 (E,), NaN where it was not recorded."""
         return self._by_epoch(self.rates[group]) if group in self.rates else np.full(len(self.epoch), np.nan)
+
+    def rise_by_epoch(self, group: str) -> np.ndarray:
+        """Mean rate of ``group`` in each epoch over its first one that is not 0, float64 (E,); the warm-up's part taken out."""
+        if group not in self.rates:
+            return np.full(len(self.epoch), np.nan)
+        warmed = np.minimum(1.0, self.rate_step / self.warmup_steps) if self.warmup_steps else np.ones(len(self.rate_step))
+        rates = np.divide(self.rates[group], warmed, out=np.zeros(len(warmed)), where=warmed > 0)
+        positive = rates[rates > 0]
+        return self._by_epoch(rates / positive[0]) if len(positive) else np.ones(len(self.epoch))
 
     def ceiling_share(self, group: str) -> np.ndarray:
         """Share of the ceiling of its epoch that the rate of ``group`` reached, float64 (E,): the ceiling falls as the lr does.

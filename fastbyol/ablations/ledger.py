@@ -33,11 +33,19 @@ class Ledger:
         self._write()
 
     def record(self, run: Run, row: Mapping[str, Any]) -> None:
-        """Note how ``run`` stands: status, seconds, and what its summary said. Seconds of several calls add up."""
+        """Note how ``run`` stands: status, seconds, and what its summary said.
+
+        Seconds of several calls add up, and a failure is not forgotten when the run is made again: ``failed_before``.
+        """
         runs = self._content["runs"]
         key = f"{run.arm.name}/seed{run.seed}"
-        seconds = runs.get(key, {}).get("seconds", 0.0) + row.get("seconds", 0.0)
-        runs[key] = {"arm": run.arm.name, "seed": run.seed, "claims": list(run.arm.claims), **row, "seconds": round(seconds, 1)}
+        before = runs.get(key, {})
+        failures = [*before.get("failed_before", ()), *([before["error"]] if before.get("status") == "failed" else [])]
+        runs[key] = {
+            "arm": run.arm.name, "seed": run.seed, "claims": list(run.arm.claims), **row,
+            "seconds": round(before.get("seconds", 0.0) + row.get("seconds", 0.0), 1),
+            **({"failed_before": failures} if failures else {}),
+        }  # fmt: skip
         self._write()
 
     def end(self, **fields: Any) -> None:
@@ -55,7 +63,9 @@ def read(out: Path) -> dict[str, Any]:
     path = out / NAME
     try:
         content = json.loads(path.read_text("utf-8"))
-        if content["scale"] not in SCALES or not isinstance(content["runs"], dict) or not isinstance(content["calls"], list):
+        runs, calls = dict(content["runs"]), list(content["calls"])
+        sound = all({"arm", "seed"} <= set(row) for row in runs.values()) and all(isinstance(call, dict) for call in calls)
+        if content["scale"] not in SCALES or not sound:
             raise KeyError("scale")
     except OSError:
         raise UsageError(f"{out}: no ablations here (no {NAME}); make some with `fastbyol ablate run --out {out}`") from None

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from fastbyol import config_io
 from fastbyol.ablations.arms import Arm, ScaleName, arm, arms, load
@@ -84,7 +84,8 @@ def make(
 
     A replay takes the rates of the next seed of its arm (the last one those of the first), since with its own seed it would
     be the very same run; the runs that this needs are added. Where ``num_images`` to train on are fewer than the scale is
-    made for, runs have the more epochs: what happens takes steps. Raises UsageError for settings that cannot work.
+    made for, runs have the more epochs: what happens takes steps. Raises UsageError for settings that cannot work, and for
+    less than a batch of images.
     """
     counts = {each.name: seeds_of(each, seeds) for each in which}
     for each in which:
@@ -114,20 +115,32 @@ def _run(
         after = run_path(out, each.rates_of, seed + 1 if seed + 1 in of else of[0])
         flags = {**flags, "optim.replay_rates": Flag(f"arm {each.name}", str(after))}
     loaded = load(each, scale, seed=seed, sets=sets, flags=flags)
-    limit = loaded.config.data.limit
-    if num_images is not None and num_images < limit:
-        loaded = load(each, scale, seed=seed, sets=sets, flags={**flags, **_as_many_steps(loaded.config, limit / num_images)})
+    if num_images is not None:
+        said = {text.partition("=")[0].strip() for text in sets}
+        few = {key: flag for key, flag in _as_many_steps(loaded.config, num_images).items() if key not in said}
+        loaded = load(each, scale, seed=seed, sets=sets, flags={**flags, **few}) if few else loaded
     return Run(each, seed, run_path(out, each.name, seed), loaded.config, loaded.origin, after)
 
 
-def _as_many_steps(config: Config, factor: float) -> dict[str, Flag]:
-    """Return the flags that give epochs of fewer images the steps of those of ``config``."""
-    lengths = {
-        "train.epochs": config.train.epochs,
-        "schedule.horizon_epochs": config.schedule.horizon_epochs,
-        "probe.every_epochs": config.probe.every_epochs,
+def _as_many_steps(config: Config, num_images: int) -> dict[str, Flag]:
+    """Return the flags that give epochs of ``num_images`` the steps of those of ``config``; none where they have them."""
+    batch, limit = config.train.batch_size, config.data.limit
+    if (taken := min(num_images, limit or num_images)) < batch:
+        raise UsageError(
+            f"--data: {taken} images are less than a batch of {batch}: name a larger set, or --set train.batch_size"
+        )
+    if num_images >= limit:
+        return {}
+    factor = (limit // batch) / (num_images // batch)
+    lengths: dict[str, Any] = {
+        "train.epochs": round(config.train.epochs * factor),
+        "schedule.horizon_epochs": round(config.schedule.horizon_epochs * factor),
+        "schedule.warmup_epochs": config.schedule.warmup_epochs * factor,
+        "probe.every_epochs": round(config.probe.every_epochs * factor),
     }
-    return {key: Flag("few images", max(1, round(length * factor))) for key, length in lengths.items() if length}
+    if config.method.name == "contrastive":
+        lengths["method.queue"] = max(batch, round(config.method.queue * num_images / limit))
+    return {key: Flag("few images", length) for key, length in lengths.items() if length}
 
 
 def run_path(out: Path, arm_name: str, seed: int) -> Path:
@@ -159,10 +172,27 @@ def found(out: Path) -> tuple[tuple[str, int, Path], ...]:
     for name in arms():
         for path in (out / RUNS / name).glob("seed*/config.toml"):
             number = path.parent.name.removeprefix("seed")
-            if number.isdecimal():
+            if number.isdecimal() and number == str(int(number)):  # of seed01 beside seed1 nobody knows which is meant
                 rows.append((name, int(number), path.parent))
     order = {name: place for place, name in enumerate(arms())}
     return tuple(sorted(rows, key=lambda row: (order[row[0]], row[1])))
+
+
+def refuse_other_data(runs: Iterable[Run], out: Path) -> None:
+    """Raise UsageError where ``out`` holds a run on other images than those of ``runs``: claims are judged across arms."""
+    asked = {_data(run.config) for run in runs}
+    for _, _, path in found(out):
+        try:
+            there = _data(config_io.read_run(path / "config.toml"))
+        except FastbyolError:
+            continue  # it is told apart from the others, and not judged
+        if asked - {there}:
+            raise UsageError(f"{out}: holds runs on other images, such as {path} on {there[0]}: name another folder with --out")
+
+
+def _data(config: Config) -> tuple[object, ...]:
+    data = config.data
+    return (*(_comparable(f"data.{key}", getattr(data, key)) for key in ("train", "test")), data.limit, data.test_limit)
 
 
 def _refuse_other(run: Run, there: Config) -> None:
@@ -178,18 +208,9 @@ def _refuse_other(run: Run, there: Config) -> None:
 
 
 def _comparable(key: str, value: object) -> object:
-    """A folder of runs may be moved, or named from elsewhere: of paths only the last two parts count."""
-    is_path = key in ("optim.replay_rates", "data.train", "data.test") and isinstance(value, str)
-    return Path(str(value)).parts[-2:] if is_path else value
-
-
-def with_absolute_data(runs: Iterable[Run]) -> tuple[Run, ...]:
-    """The runs with data files named from the root: workers and later calls may be elsewhere."""
-    return tuple(replace(run, config=_absolute(run.config)) for run in runs)
-
-
-def _absolute(config: Config) -> Config:
-    data = config.data
-    names = {key: getattr(data, key) for key in ("train", "test")}
-    full = {key: str(Path(name).resolve()) for key, name in names.items() if name and name not in BUILT_IN}
-    return config.model_copy(update={"data": data.model_copy(update=full)})
+    """A folder of runs may be moved, or named from elsewhere: of another run's path the last two parts count, ARM and seed."""
+    if not isinstance(value, str):
+        return value
+    if key == "optim.replay_rates":
+        return Path(value).parts[-2:]
+    return str(Path(value).resolve()) if key in ("data.train", "data.test") and value not in BUILT_IN else value

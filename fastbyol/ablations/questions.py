@@ -26,6 +26,7 @@ Runs = Mapping[str, Evidence]
 # A collapse is disturbed where the loss climbs back to this many times its lowest so far: published 45 (epoch 46 to 67, cosines
 # unmoved) and 160 (to epoch 92).
 DISTURBED = 10.0
+TINY = float(np.finfo(np.float32).tiny)
 
 
 class Finding(NamedTuple):
@@ -204,12 +205,15 @@ def separates(arm: str, span: Span) -> Question:
 
 
 def comes_and_goes(arm: str, span: Span) -> Question:
-    """Ask whether it separates at least twice, with a relapse in between. A run that is over before ``span`` leaves it open."""
+    """Ask whether after a collapse it separates at least twice, with a relapse in between.
+
+    A run that is over before ``span`` leaves it open.
+    """
 
     def ask(runs: Runs) -> Finding:
         run, seen = runs[arm], course(runs[arm])
         text = f"separated in epochs {_listed(seen.separations)}, relapsed in epochs {_listed(seen.relapses)} {within(run)}"
-        held = len(seen.separations) >= 2
+        held = seen.collapse is not None and sum(epoch > seen.collapse for epoch in seen.separations) >= 2
         return Finding(held if held or (seen.finished and span.is_over(run)) else None, text)
 
     return ask
@@ -223,7 +227,8 @@ def disturbed(arm: str) -> Question:
         if seen.collapse is None:
             return Finding(False if seen.finished else None, "never collapsed")
         loss = run.loss[(run.epoch >= seen.collapse) & np.isfinite(run.loss)]
-        rise = float(np.max(loss / np.minimum.accumulate(loss))) if len(loss) else 1.0
+        # A loss can round to nothing: what climbs from there has climbed.
+        rise = float(np.max(loss / np.maximum(np.minimum.accumulate(loss), TINY))) if len(loss) else 1.0
         left = "" if seen.leaving is None else f", left the collapsed state in {seen.onset(seen.leaving)}"
         held = rise >= DISTURBED or seen.leaving is not None
         return Finding(held if held or seen.finished else None, f"loss climbed to {rise:.3g} times its lowest{left}")

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastbyol.ablations import ledger, plan
+from fastbyol.ablations import ledger
 from fastbyol.ablations.arms import ScaleName
 from fastbyol.ablations.claims import CLAIMS, Claim
 from fastbyol.ablations.evidence import Evidence
-from fastbyol.ablations.tally import Account, account
+from fastbyol.ablations.tally import Account, account, read_each
 from fastbyol.ablations.verdict import Verdict, judge, judge_variants
 from fastbyol.config import Config
 from fastbyol.engine.metrics_file import read_events
@@ -60,13 +60,7 @@ def read(out: Path) -> Suite:
     """
     asked = ledger.read(out)
     scale: ScaleName = asked["scale"]
-    runs: dict[str, tuple[Run, ...]] = {}
-    left_out = []
-    for arm, seed, folder in plan.found(out):
-        try:
-            runs[arm] = (*runs.get(arm, ()), _read_run(folder, arm, seed, scale))
-        except UsageError as error:
-            left_out.append(str(error))
+    runs, left_out = read_each(out, lambda folder, arm, seed: _read_run(folder, arm, seed, scale))
     if not runs:
         why = f": {left_out[0]}" if left_out else ""
         raise UsageError(f"{out}: no run with a finished epoch{why}")
@@ -75,7 +69,7 @@ def read(out: Path) -> Suite:
         scale=scale,
         commands=_commands(asked),
         runs=runs,
-        left_out=tuple(left_out),
+        left_out=left_out,
         verdicts={claim.id: judge(claim, done, scale) for claim in CLAIMS},
         variants={claim.id: judge_variants(claim, done, scale) for claim in CLAIMS},
         account=account(out, asked),
@@ -84,8 +78,8 @@ def read(out: Path) -> Suite:
 
 
 def seeds_of(suite: Suite, claim: Claim) -> str:
-    """Say how many seeds the arms of a claim have: one number, or the least and the most."""
-    counts = sorted({len(suite.runs.get(arm, ())) for arm in claim.arms})
+    """Say how many finished seeds the arms of a claim have: one number, or the least and the most."""
+    counts = sorted({sum(run.finished for run in suite.evidence(arm)) for arm in claim.arms})
     return "-".join(str(count) for count in dict.fromkeys((counts[0], counts[-1])))
 
 

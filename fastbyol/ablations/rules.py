@@ -105,7 +105,7 @@ def _ends_out(arm: str, text: str = "It is out of the collapse at the end.", spa
 
 
 def _was_collapsed(arm: str) -> Rule:
-    return Rule("It collapses first.", "some epoch ends in the collapsed phase", was_collapsed(arm), (arm,), "other")
+    return Rule("It collapses first.", "some epoch ends in the collapsed phase", was_collapsed(arm), (arm,))
 
 
 def _leaves(arm: str, span: Span, text: str, role: Role = "other") -> Rule:
@@ -147,7 +147,7 @@ def _c2(arm: str) -> tuple[Rule, ...]:
 
 def _c5(arm: str) -> tuple[Rule, ...]:
     stays = Rule("It never recovers in between.", "once collapsed, every epoch is", never_leaves(arm), (arm,), "other")
-    useless = _learns_nothing(arm, "Its encodings become useless.")
+    useless = _learns_nothing(arm, "Its encodings are worth no more than random weights'.")
     return (_collapses_at_once(arm), _ends_collapsed(arm), stays, useless, _level(arm, "C5"))
 
 
@@ -194,7 +194,7 @@ def _c9(arm: str) -> tuple[Rule, ...]:
             separates(arm, IN_TIME), (arm,),
         ),
         Rule(
-            "It collapses and recovers several times.", "it separates twice or more, with a relapse in between",
+            "It collapses and recovers several times.", "after a collapse it separates twice or more, with relapses in between",
             comes_and_goes(arm, IN_TIME), (arm,), "other",
         ),
         _ends_out(arm, span=IN_TIME),

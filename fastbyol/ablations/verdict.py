@@ -4,7 +4,8 @@ Seeds: a statement is asked of every seed that all its arms have been run with, 
 95 % interval. It held where at least two thirds of the seeds hold and the interval lies above one third, so that "it holds in a
 third of the runs or fewer" is excluded. It did not where at most a third hold and the interval lies below two thirds. Else it
 is undecided: 2 of 3 are mixed; 3 of 3, 4 of 5 and 5 of 5 hold. It is undecided too with fewer answers than the claim needs.
-The post's own figures are single runs: there one is enough, and no interval is asked for.
+The post's own figures are single runs, and so are settings that it leaves open: there one is enough, and no interval is asked
+for.
 
 Outcome: *not reproduced* where a main statement did not hold; else *undetermined* where one is undecided; else *reproduced*
 where all the others held too, and *partly* where not all did.
@@ -52,27 +53,27 @@ class Verdict:
     statements: tuple[Statement, ...]
 
 
-def judge(claim: Claim, evidence: Mapping[str, Sequence[Evidence]], scale: Scale) -> Verdict:
+def judge(claim: Claim, evidence: Mapping[str, Sequence[Evidence]], scale: Scale, *, needs: int | None = None) -> Verdict:
     """Ask the rules of ``claim`` of the runs in ``evidence``, by arm name; one run per seed.
 
-    Arms that the claim does not name are not looked at, and the order of runs does not matter. ``scale`` is the runs' own.
-    Raises ValueError for two runs of an arm with one seed.
+    Arms that the claim does not name are not looked at, and the order of runs does not matter. ``scale`` is the runs' own;
+    ``needs`` are the answers needed, by default what the claim wants. Raises ValueError for two runs of an arm with one seed.
     """
     by_seed = {arm: _by_seed(arm, runs) for arm, runs in evidence.items()}
-    needs = 1 if scale == "published" else claim.needs
+    needs = needs or (1 if scale == "published" else claim.needs)
     statements = tuple(_state(rule, claim, by_seed, needs) for rule in RULES[claim.id])
     return Verdict(claim.id, outcome_of(statements), statements)
 
 
 def judge_variants(claim: Claim, evidence: Mapping[str, Sequence[Evidence]], scale: Scale) -> dict[str, Verdict]:
-    """Verdicts on the settings that the post leaves open: by WHAT, with the runs of ARM@WHAT in the place of ARM's."""
+    """Verdicts on the settings that the post leaves open: by WHAT, with the runs of ARM@WHAT in the place of ARM's.
+
+    They are run with one seed, which is enough here as it is of the post's figures: they say what else could be, and count for
+    nothing.
+    """
     whats = {what for arm in evidence for base, _, what in [arm.partition("@")] if what and base in claim.arms}
-    return {
-        what: judge(
-            claim, {**evidence, **{arm: evidence.get(f"{arm}@{what}", evidence.get(arm, ())) for arm in claim.arms}}, scale
-        )
-        for what in sorted(whats)
-    }
+    places = {what: {arm: evidence.get(f"{arm}@{what}", evidence.get(arm, ())) for arm in claim.arms} for what in sorted(whats)}
+    return {what: judge(claim, {**evidence, **runs}, scale, needs=1) for what, runs in places.items()}
 
 
 def outcome_of(statements: Sequence[Statement]) -> Outcome:

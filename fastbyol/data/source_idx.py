@@ -39,6 +39,9 @@ DOWNLOAD_TIMEOUT_S = 30.0
 MOST_PER_GZIP_BYTE = 1032
 
 _IMAGES = re.compile(r"(?P<set>.*?)[-_]?(?P<split>train|t10k|test)[-_]images[-.]idx3[-.]ubyte(\.gz)?", re.IGNORECASE)
+_LABELS = re.compile(
+    r"(?P<set>.*?)[-_]?(?P<split>train|t10k|test)[-_]labels[-.]idx(?P<kind>1[-.]ubyte|2[-.]int)(?P<packed>\.gz)?", re.IGNORECASE
+)
 _TYPES = {0x08: ">u1", 0x09: ">i1", 0x0B: ">i2", 0x0C: ">i4"}
 # What torchvision's downloads and common archives put around the files.
 _INNER = ("raw", "FashionMNIST/raw", "MNIST/raw", "KMNIST/raw", "EMNIST/raw", "QMNIST/raw", "gzip")
@@ -53,13 +56,15 @@ def open_idx(path: Path, kind: str, split: str | None) -> ArraySource:
     """Open the images of ``split`` (default: train, or that of the file) with the labels that lie beside them.
 
     Labels are idx1 bytes, or QMNIST's idx2 integers of which the first column counts. Raises UsageError: files that are
-    missing, cut short, of another type, several sets in one folder.
+    missing, cut short, of another type or split, several sets in one folder.
     """
     images = path if path.is_file() else _chosen(path, split or "train")
     named = _IMAGES.fullmatch(images.name)
     if named is None:
         raise UsageError(f"{images}: not named like idx images; call it train-images-idx3-ubyte, and its labels alike")
-    split = next(name for name, words in SPLITS.items() if named["split"].lower() in words)
+    of = next(name for name, words in SPLITS.items() if named["split"].lower() in words)
+    if split not in (None, of):
+        raise UsageError(f"{images}: is of the split {of} by its name, not {split}; name the other file, or their folder")
     shape, offset = _head(images)
     if len(shape) != 3 or _dtype(images) != np.dtype(">u1"):
         raise UsageError(f"{images}: its head says {len(shape)} dimensions of {_dtype(images)}; images are (N, H, W) bytes")
@@ -73,7 +78,7 @@ def open_idx(path: Path, kind: str, split: str | None) -> ArraySource:
     if labels is not None and fashion and labels.max() >= len(FASHION_CLASSES):
         raise UsageError(f"{_labels_file(images)}: label {labels.max()} is none of Fashion-MNIST's ten; take --kind idx")
     size = (max(SIDE, height), max(SIDE, width))
-    return ArraySource(kind, split, names, labels, count, size, Loader(images, shape, offset))
+    return ArraySource(kind, of, names, labels, count, size, Loader(images, shape, offset))
 
 
 def fashion_mnist_folder(cache: Path) -> Path:
@@ -82,7 +87,8 @@ def fashion_mnist_folder(cache: Path) -> Path:
     Raises UsageError where it is in neither and cannot be downloaded.
     """
     for folder in (DEBIAN, cache):
-        if folder.is_dir() and all(any(_image_files(folder, split)) for split in SPLITS):
+        files = [path for split in SPLITS for _, path in _image_files(folder, split)]
+        if len(files) == len(SPLITS) and all(map(_labels_file, files)):  # a download may have been cut
             return folder
     import torchvision
 
@@ -149,7 +155,7 @@ def _labels(images: Path, count: int) -> Labels | None:
     if path is None:
         return None
     shape, offset = _head(path)
-    if len(shape) not in (1, 2) or shape[0] != count:
+    if len(shape) not in (1, 2) or shape[0] != count or 0 in shape:
         raise UsageError(f"{path}: its head says shape {shape} for {count} images; fetch both files again")
     labels = _values(path, shape, offset, _dtype(path)).astype(np.int64)
     labels = labels if labels.ndim == 1 else labels[:, 0]
@@ -159,15 +165,14 @@ def _labels(images: Path, count: int) -> Labels | None:
 
 
 def _labels_file(images: Path) -> Path | None:
-    """The file beside ``images`` with its labels, packed or not; None where there is none."""
-    stem = images.name.removesuffix(".gz")
-    start, _, end = stem.rpartition("images")
-    names = [
-        f"{start}labels{end.replace('idx3', dims).replace('ubyte', kind)}"
-        for dims, kind in (("idx1", "ubyte"), ("idx2", "int"))
-    ]
-    paths = [images.with_name(name + packed) for name in names for packed in ("", ".gz")]
-    return next((path for path in paths if path.is_file()), None)
+    """The file beside ``images`` with its labels, idx1 before idx2, unpacked before packed; None where there is none."""
+    wanted = _IMAGES.fullmatch(images.name)
+    found = []
+    for path in images.parent.iterdir() if wanted else ():
+        named = _LABELS.fullmatch(path.name)
+        if wanted and named and path.is_file() and all(named[k].lower() == wanted[k].lower() for k in ("set", "split")):
+            found.append((named["kind"].lower(), named["packed"] is not None, path))
+    return min(found)[2] if found else None
 
 
 def _dtype(path: Path) -> np.dtype[np.generic]:

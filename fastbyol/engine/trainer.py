@@ -334,7 +334,8 @@ class Trainer:
                 accuracy, rank, num_scored = self._evaluate(self.test)
         except Stopped:
             return
-        self.telemetry.event("untrained", step=0, accuracy=accuracy, rank_y=rank, num_scored=num_scored)
+        given = {"weights": "given"} if self.config.train.init_from else {}
+        self.telemetry.event("untrained", step=0, accuracy=accuracy, rank_y=rank, num_scored=num_scored, **given)
 
     def _probe(self, epoch: int) -> tuple[float | None, float | None]:
         """Accuracy in percent and effective rank of the embeddings; None and None where this epoch is not probed."""

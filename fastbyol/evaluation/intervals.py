@@ -30,5 +30,11 @@ def accuracy_interval(accuracy: float, num_scored: int) -> tuple[float, float]:
 
 
 def difference_margin(first: float, first_total: int, second: float, second_total: int, *, z: float = Z95) -> float:
-    """Return how far two independent shares may be apart by sampling alone: z sqrt(p1 q1 / n1 + p2 q2 / n2)."""
-    return z * math.sqrt(first * (1 - first) / first_total + second * (1 - second) / second_total)
+    """Return how far the share ``first`` may be above the independent ``second`` by sampling alone.
+
+    sqrt((p1 - l1)^2 + (u2 - p2)^2) with the ends l1 and u2 of ``wilson``: it keeps its level at shares of 0 and 1.
+    Source: Newcombe, "Interval estimation for the difference between independent proportions", 1998, method 10.
+    """
+    return math.hypot(
+        first - wilson(first * first_total, first_total, z=z)[0], wilson(second * second_total, second_total, z=z)[1] - second
+    )

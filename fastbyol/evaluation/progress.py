@@ -1,4 +1,4 @@
-"""What a run's probes came to: with random weights, at best, at the end, each with the interval that sampling leaves."""
+"""What a run's probes came to: before its first step, at best, at the end, each with the interval that sampling leaves."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from fastbyol.evaluation.intervals import accuracy_interval
 class Accuracies:
     """Accuracies in percent, None where there is none: ``untrained``, ``best`` in ``best_epoch`` (from 0), and ``last``.
 
-    All are shares of the same ``num_scored`` images; None in runs of older versions, which did not record it.
+    All are shares of the same ``num_scored`` images; None in runs of older versions, which did not record it. ``weights`` says
+    what those before the first step were.
     """
 
     untrained: float | None
@@ -21,6 +22,7 @@ class Accuracies:
     best_epoch: int | None
     last: float | None
     num_scored: int | None
+    weights: str = "random weights"
 
     @classmethod
     def of(cls, events: Iterable[Mapping[str, Any]]) -> Accuracies:
@@ -35,6 +37,7 @@ class Accuracies:
             best_epoch=best["epoch"],
             last=probed[-1]["accuracy"] if probed else None,
             num_scored=before.get("num_scored"),
+            weights="weights at the start" if before.get("weights") == "given" else cls.weights,
         )
 
     def shown(self, accuracy: float) -> str:
@@ -46,7 +49,7 @@ class Accuracies:
 
     def in_words(self) -> str:
         """Return all that is known in one line, empty where nothing was probed."""
-        named = [("accuracy", self.last), ("random weights", self.untrained)]
+        named = [("accuracy", self.last), (self.weights, self.untrained)]
         if self.best_epoch is not None:
             named.insert(1, (f"best in epoch {self.best_epoch + 1}", self.best))
         return ", ".join(f"{name} {self.shown(value)}" for name, value in named if value is not None)

@@ -40,6 +40,7 @@ def made_up(
     epochs: int = 24,
     done: int | None = None,
     steps_per_epoch: int = STEPS,
+    warmup_steps: int = 0,
 ) -> Evidence:
     """Make a run of ``epochs`` epochs, ``done`` of them finished.
 
@@ -77,4 +78,5 @@ def made_up(
         rate_ceiling=None,
         untrained_accuracy=math.nan if accuracy is None else float(columns["accuracy"][0]),
         num_scored=num_scored,
+        warmup_steps=warmup_steps,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -69,13 +70,35 @@ def test_first_seeds_come_first_and_open_settings_last() -> None:
 
 
 def test_fewer_images_make_more_epochs(tmp_path: Path) -> None:
-    """1,000 images instead of 4,096: 31 steps an epoch instead of 128, and so 82 epochs instead of 20."""
+    """1,000 images instead of 4,096: 31 steps an epoch instead of 128, and so 83 epochs instead of 20."""
     flags = {"data.train": Flag("--data", str(tmp_path / "few.beton"))}
     (few,) = plan.make([arm("gn-lars-0.2")], "mini", tmp_path, seeds=1, flags=flags, num_images=1000)
     (many,) = plan.make([arm("gn-lars-0.2")], "mini", tmp_path, seeds=1, flags=flags, num_images=60_000)
     assert (many.config.train.epochs, many.config.probe.every_epochs, many.config.schedule.horizon_epochs) == (20, 2, 320)
-    assert (few.config.train.epochs, few.config.probe.every_epochs, few.config.schedule.horizon_epochs) == (82, 8, 1311)
+    assert (few.config.train.epochs, few.config.probe.every_epochs, few.config.schedule.horizon_epochs) == (83, 8, 1321)
     assert few.config.train.epochs * (1000 // 32) == pytest.approx(many.config.train.epochs * (4096 // 32), rel=0.02)
+
+
+@pytest.mark.parametrize("num_images", [32, 63, 500, 1024, 4095])
+def test_a_small_set_takes_the_steps_of_a_large_one_in_everything(tmp_path: Path, num_images: int) -> None:
+    flags = {"data.train": Flag("--data", str(tmp_path / "few.beton"))}
+    arms = [arm(name) for name in ("gn-lars-0.2@warmup", "gn-lars-0.2@warmup-steps", "bn-sgd-contrastive")]
+    few = plan.make(arms, "mini", tmp_path, seeds=1, flags=flags, num_images=num_images)
+    for small, large in zip(few, plan.make(arms, "mini", tmp_path, seeds=1, flags=flags), strict=True):
+        steps, usual = num_images // 32, 4096 // 32
+        for part in ("train.epochs", "schedule.warmup_epochs", "schedule.horizon_epochs"):
+            ours, theirs = (config_io.flatten(each.config)[part] for each in (small, large))
+            assert ours * steps == pytest.approx(theirs * usual, abs=steps / 2)
+        assert small.config.method.queue == (max(32, round(0.625 * num_images)) if "contrastive" in small.name else 65536)
+
+
+def test_less_than_a_batch_is_refused_at_once_and_what_was_said_is_not_changed(tmp_path: Path) -> None:
+    flags = {"data.train": Flag("--data", str(tmp_path / "few.beton"))}
+    with pytest.raises(UsageError, match="--data: 16 images are less than a batch of 32"):
+        plan.make([arm("gn-lars-0.2")], "mini", tmp_path, seeds=1, flags=flags, num_images=16)
+    said = ["train.batch_size=8", "train.epochs=3"]
+    (run,) = plan.make([arm("gn-lars-0.2")], "mini", tmp_path, seeds=1, flags=flags, sets=said, num_images=16)
+    assert (run.config.train.epochs, run.config.schedule.horizon_epochs) == (3, 320 * 512 // 2)
 
 
 def lay(run: plan.Run, epochs: int) -> None:
@@ -93,6 +116,30 @@ def test_status_is_read_from_the_run(tmp_path: Path) -> None:
     lay(done, done.config.train.epochs)
     assert [plan.status(run) for run in (new, stopped, done)] == ["new", "stopped", "done"]
     assert plan.found(tmp_path) == (("gn-lars-0.2", 1, stopped.path), ("gn-lars-0.2", 2, done.path))
+
+
+def test_a_folder_holds_runs_on_the_same_images_alone(tmp_path: Path) -> None:
+    """Claims are judged across arms. Files of one name in one folder's name are others still."""
+    near, far = (str(tmp_path / name / "betons" / "train.beton") for name in ("mnist", "kmnist"))
+
+    def planned(name: str, data: str) -> tuple[plan.Run, ...]:
+        return plan.make([arm(name)], "mini", tmp_path, seeds=1, flags={"data.train": Flag("--data", data)})
+
+    (run,) = planned("gn-lars-0.2", near)
+    lay(run, 1)
+    plan.refuse_other_data(planned("gn-lars-0.1", near), tmp_path)
+    for other in (far, "textures"):
+        with pytest.raises(UsageError, match="holds runs on other images, such as"):
+            plan.refuse_other_data(planned("gn-lars-0.1", other), tmp_path)
+        with pytest.raises(UsageError, match=r"holds a run with data\.train"):
+            plan.status(planned("gn-lars-0.2", other)[0])
+
+
+def test_a_copy_beside_a_run_is_not_another_seed(tmp_path: Path) -> None:
+    (run,) = plan.make([arm("gn-lars-0.2")], "mini", tmp_path, seeds=1)
+    lay(run, 1)
+    shutil.copytree(run.path, run.path.with_name("seed00"))
+    assert [seed for _, seed, _ in plan.found(tmp_path)] == [0]
 
 
 def test_another_configuration_in_the_folder_is_refused(tmp_path: Path) -> None:

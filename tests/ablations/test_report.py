@@ -6,15 +6,17 @@ import dataclasses
 import html
 import json
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pytest
 from scipy.stats import binomtest
+from typer.testing import CliRunner
 
-from fastbyol import api, config_io
-from fastbyol.ablations import report, report_figures, report_suite, report_tables, tally
+from fastbyol import ablate, api, config_io
+from fastbyol.ablations import ledger, report, report_figures, report_suite, report_tables, tally
 from fastbyol.ablations.claims import CLAIMS
 from fastbyol.ablations.curves import published
 from fastbyol.ablations.evidence import Evidence
@@ -244,6 +246,33 @@ def test_an_arm_that_is_no_more_is_named(tmp_path: Path) -> None:
     (folder / "config.toml").write_text("")
     ledger = {"calls": [], "runs": {"gone/seed0": {"arm": "gone", "seed": 0, "status": "done"}}}
     assert tally.account(tmp_path, ledger).odd == ("gone seed 0: there is no arm of this name, so it is not judged",)
+
+
+def test_a_damaged_run_is_named_and_the_others_are_judged(out: Path, tmp_path: Path) -> None:
+    """By the report, the verdicts of the command line, and the list; a damaged ledger is named too."""
+    there = tmp_path / "out"
+    shutil.copytree(out, there)
+    before, _ = tally.evidence_in(there, "mini")
+    arm, seed = next(iter(RUNS))
+    run = there / "runs" / arm / f"seed{seed}"
+    (run / "layers.npz").write_bytes((run / "layers.npz").read_bytes()[:100])
+    evidence, left_out = tally.evidence_in(there, "mini")
+    assert len(left_out) == 1
+    assert str(run) in left_out[0]
+    assert sum(map(len, evidence.values())) == sum(map(len, before.values())) - 1
+    assert report_suite.read(there).left_out == left_out
+    (run / "config.toml").write_text("nothing = [")
+    assert len(tally.evidence_in(there, "mini")[1]) == 1
+    printed = CliRunner().invoke(ablate.app, ["report", "--out", str(there), "--json"])
+    assert printed.exit_code == 0, printed.output
+    assert printed.stderr.startswith(f"not judged: {run}")
+    assert json.loads(printed.stdout)["verdicts"]
+    listed = json.loads(CliRunner().invoke(ablate.app, ["list", "--out", str(there), "--json"]).stdout)["arms"]
+    assert next(row["damaged"] for row in listed if row["arm"] == arm) == 1
+    for text in ('{"scale": "mini", "calls": [null], "runs": {}}', '{"scale": "mini", "calls": [], "runs": {"a": {}}}', "[]"):
+        (there / "ledger.json").write_text(text)
+        with pytest.raises(UsageError, match=r"ledger\.json: damaged"):
+            ledger.read(there)
 
 
 def test_accuracies_have_their_intervals() -> None:

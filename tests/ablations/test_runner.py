@@ -17,7 +17,7 @@ import pytest
 from rich.console import Console
 
 import no_graph
-from fastbyol.ablations import ledger, plan, pool, runner
+from fastbyol.ablations import ledger, plan, pool, runner, tally
 from fastbyol.ablations.arms import arm
 from small import SETS, contents
 
@@ -132,6 +132,11 @@ def test_one_failing_run_does_not_stop_the_others(tmp_path: Path) -> None:
     (blocked / "a file of somebody's").unlink()
     again, _ = execute(tmp_path, good)
     assert again.finished == ("gn-lars-0.2 seed 0",)
+    found = tally.account(tmp_path, ledger.read(tmp_path))
+    assert (len(found.done), dict(found.failed)) == (3, {})
+    (failure,) = found.odd
+    assert failure.startswith("gn-lars-0.2 seed 0: failed before (")
+    assert "is not empty" in failure
 
 
 def test_a_replay_fails_with_its_source(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy import optimize
 from scipy.stats import binomtest
 
 from fastbyol.ablations.claims import CLAIMS, Claim
@@ -80,7 +81,7 @@ STORIES: tuple[tuple[str, Outcome, Story], ...] = (
     ("C5", "not reproduced", one("C5", COLLAPSED_LATE)),
     ("C6", "reproduced", one("C6", RECOVERED, accuracy=LEARNS)),
     ("C6", "partly", one("C6", RECOVERED_LATE, accuracy=LEARNS)),
-    ("C6", "partly", one("C6", HEALTHY, accuracy=LEARNS)),
+    ("C6", "not reproduced", one("C6", HEALTHY, accuracy=LEARNS)),
     ("C6", "not reproduced", one("C6", COLLAPSED, accuracy=LEARNS)),
     ("C6", "not reproduced", one("C6", RECOVERED, accuracy=IDLE)),
     ("C6", "undetermined", one("C6", RECOVERED)),
@@ -277,6 +278,14 @@ class TestSeeds:
         assert judge(BY_ID["C1"], runs(one("C1", HEALTHY, done=3)), "mini").outcome == "undetermined"
 
 
+def test_a_variant_is_judged_from_one_seed() -> None:
+    arm = BY_ID["C5"].arms[0]
+    evidence = {arm: runs({arm: of(COLLAPSED)})[arm], f"{arm}@lr0.2": [of(HEALTHY)(f"{arm}@lr0.2", 0)]}
+    (verdict,) = judge_variants(BY_ID["C5"], evidence, "mini").values()
+    assert verdict.outcome == "not reproduced"
+    assert "0 of 1 seed" in verdict.statements[0].evidence
+
+
 def test_variants_are_judged_in_the_place_of_their_arm() -> None:
     arm = BY_ID["C5"].arms[0]
     evidence = runs({arm: of(COLLAPSED), f"{arm}@lr0.2": of(HEALTHY), "gn-ws-sgd@heads": of(COLLAPSED)})
@@ -333,6 +342,29 @@ class TestLongRuns:
         assert self.held("C10", quickly, self.run("gn-lars-layer1-layer2", None, 12_288)).held is False
         assert self.held("C10", quickly, self.run("gn-lars-layer1-layer2", None, 11_000)).held is None
 
+    def test_a_warm_up_alone_is_no_explosion(self) -> None:
+        """Rates that follow the learning rate's ramp, and ones that rise tenfold beside it."""
+        groups, ramp = ("encoder.layer1", "encoder.layer2"), {0: 0.0, 32: 0.2, 119: 0.2}
+        for points, explodes in ((ramp, False), ({0: 0.0, 16: 0.1, 32: 2.0, 119: 2.0}, True)):
+            make = of(COLLAPSED, scale="long", epochs=120, rates=dict.fromkeys(groups, points), warmup_steps=32 * 32)
+            found = [make("gn-lars-layer1-layer2", seed) for seed in range(3)]
+            assert self.held("C10", "explode as it collapses", found).held is explodes
+            without = [dataclasses.replace(run, warmup_steps=0) for run in found]
+            assert self.held("C10", "explode as it collapses", without).held is True
+
+    def test_a_loss_that_rounds_to_nothing_and_climbs_is_disturbed(self) -> None:
+        (run,) = runs(one("C11", COLLAPSED), seeds=[0])["gn-lars-mlps"]
+        nothing = dataclasses.replace(run, loss=np.concatenate([[1e-2, 1e-2], np.zeros(5), np.full(17, 1e-3)]))
+        found = [dataclasses.replace(nothing, seed=seed) for seed in range(3)]
+        assert self.held("C11", "The collapse is disturbed.", found).held is True
+        still = [dataclasses.replace(each, loss=np.zeros(24)) for each in found]
+        assert self.held("C11", "The collapse is disturbed.", still).held is False
+
+    def test_coming_and_going_begins_with_a_collapse(self) -> None:
+        never = {0: 0.9, 2: 0.3, 4: 0.75, 5: 0.85, 7: 0.3, 23: 0.3}
+        ((_, wholly),) = runs(one("C9", never)).items()
+        assert self.held("C9", "several times", wholly).held is not True
+
     def test_both_arms_of_c13(self) -> None:
         runs = {"gn-sgd-high-lr-layer1-layer2": None, "gn-lars-layer1-layer2": 9_000}
         evidence = {arm: self.run(arm, leaves, 15_360) for arm, leaves in runs.items()}
@@ -346,13 +378,23 @@ class TestAccuracy:
 
     @pytest.mark.parametrize("num_scored", [256, 1024, 3968])
     def test_it_learns_where_two_samples_of_its_size_would_not_differ_so(self, num_scored: int) -> None:
-        """The margin found here by bisection is the formula's root: d = 1.96 sqrt(p1 q1 / n + p2 q2 / n)."""
+        """The margin found here by bisection is the root of Newcombe's formula, with scipy's Wilson intervals."""
         low, high = 48.0, 70.0
         while high - low > 1e-9:
             middle = (low + high) / 2
             low, high = (low, middle) if self.learns(num_scored=num_scored, last=middle) else (middle, high)
         p1, p2 = 0.48, high / 100
-        assert p2 - p1 == pytest.approx(1.96 * np.sqrt((p1 * (1 - p1) + p2 * (1 - p2)) / num_scored), rel=1e-4)
+
+        def end(share: float, sign: int) -> float:
+            return float(
+                optimize.brentq(lambda p: (p - share) ** 2 - 3.8414588 * p * (1 - p) / num_scored, share, share + sign * 0.2)
+            )
+
+        assert p2 - p1 == pytest.approx(np.hypot(p2 - end(p2, -1), end(p1, 1) - p1), rel=1e-4)
+
+    def test_one_scored_image_says_nothing(self) -> None:
+        story = one("C6", RECOVERED, accuracy=(0.0, 100.0), num_scored=1)
+        assert statement("It learns.", judge(BY_ID["C6"], runs(story), "mini")).held is False
 
     def test_an_unknown_number_is_that_of_the_small_scales(self) -> None:
         for last in (50.0, 52.0, 52.3, 52.4, 54.0):
@@ -362,7 +404,7 @@ class TestAccuracy:
         (run, *_), *_ = runs(one("C5", COLLAPSED, accuracy=(48.0, 49.0))).values()
         fell = dataclasses.replace(run, accuracy=np.append(np.full(23, 10.0), 30.0))
         verdict = judge(BY_ID["C5"], {run.arm: [dataclasses.replace(fell, seed=seed) for seed in range(3)]}, "mini")
-        useless = statement("Its encodings become useless.", verdict)
+        useless = statement("worth no more than random", verdict)
         assert useless.held is True
         assert "accuracy 48.0 % untrained, 30.0 % at last" in useless.evidence
 

@@ -306,6 +306,22 @@ def test_idx_with_qmnists_labels_with_dots_and_without_labels(tmp_path: Path) ->
     demand_equal(sources.open_source(str(tmp_path)), images, labels)
 
 
+@pytest.mark.parametrize(
+    ("images", "labels"),
+    [
+        ("TRAIN-IMAGES-IDX3-UBYTE", "TRAIN-LABELS-IDX1-UBYTE"),
+        ("train-images.idx3-ubyte", "train-labels-idx1-ubyte"),
+        ("train-images-idx3-ubyte", "train-labels.idx1.ubyte"),
+        ("EMNIST-Letters-train-images-idx3-ubyte", "emnist-letters-train-labels-idx1-ubyte"),
+    ],
+)
+def test_idx_finds_labels_however_both_are_written(tmp_path: Path, images: str, labels: str) -> None:
+    written = source_files.idx(tmp_path, packed=False)["train"]
+    (tmp_path / "train-images-idx3-ubyte").rename(tmp_path / images)
+    (tmp_path / "train-labels-idx1-ubyte").rename(tmp_path / labels)
+    demand_equal(sources.open_source(str(tmp_path / images)), *written)
+
+
 def test_idx_as_torchvision_reads_it(tmp_path: Path) -> None:
     datasets = pytest.importorskip("torchvision.datasets")
     source_files.idx(tmp_path / "FashionMNIST" / "raw", packed=False)
@@ -337,6 +353,12 @@ def test_idx_refused(tmp_path: Path) -> None:
     refused("for 21 images", source=holds(whole[:7] + b"\x15" + whole[8:]))
     refused("15679 bytes", source=holds(whole[:-1]))
     refused("cannot hold", source=holds(whole[:1000]))
+    refused("is of the split train by its name, not test", source=holds(whole) / path.name, split="test")
+    labels = tmp_path / "train-labels-idx1-ubyte"
+    named = labels.read_bytes()
+    labels.write_bytes(struct.pack(">BBBBII", 0, 0, 8, 2, 20, 0))
+    refused("shape (20, 0) for 20 images", source=tmp_path)
+    labels.write_bytes(named)
     refused("its head says 15680", source=holds(whole + b"\0"))
     path.unlink()
     packed = gzip.compress(whole)
@@ -376,6 +398,11 @@ def test_fashion_mnist_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(datasets, "FashionMNIST", offline)
     refused("fashion-mnist", "dataset-fashion-mnist", "Error downloading", "textures", source="fashion-mnist")
+
+    cut = tmp_path / "cache" / "FashionMNIST" / "raw"
+    source_files.idx(cut)
+    (cut / "t10k-labels-idx1-ubyte.gz").unlink()
+    refused("fashion-mnist", "Error downloading", source="fashion-mnist", split="test")
 
     def online(root: str, **_: object) -> None:
         source_files.idx(Path(root) / "FashionMNIST" / "raw")

@@ -34,6 +34,7 @@ def test_a_run_from_its_events() -> None:
         ([], ""),
         ([epoch(0, None)], ""),
         ([UNTRAINED], "random weights 48.4% (45.4 to 51.5)"),
+        ([{**UNTRAINED, "weights": "given"}], "weights at the start 48.4% (45.4 to 51.5)"),  # of --init-from
         (EPOCHS[:2], "accuracy 50.0%, best in epoch 2 50.0%"),  # of a version that recorded neither start nor number
     ],
 )

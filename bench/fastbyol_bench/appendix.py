@@ -82,7 +82,7 @@ def section(folders: Sequence[Path], start: Path) -> str:
         *(_counts(images, found) for images, found in by_images.items()),
         "",
         "```",
-        *dict.fromkeys(command for result in results for command in result.told["commands"]),
+        *dict.fromkeys(command for result in results for command in _commands(result)),
         "```",
         "",
         f"| {' | '.join(('claim', 'the post', first, 'what decides', *others))} |",
@@ -126,6 +126,12 @@ def _runs(result: Result) -> str:
     account = result.told["account"]
     lost = "".join(f", {len(account[key])} {key}" for key in ("failed", "stopped", "left") if account[key])
     return f"{len(account['done'])} of {len(account['asked'])} runs ({report}{lost})"
+
+
+def _commands(result: Result) -> tuple[str, ...]:
+    """The calls that made its runs, those of old runs with what the same call would take today said."""
+    today = f"  # as typed then; today with --data {result.images}" if result.old else ""
+    return tuple(f"{command}{today}" for command in result.told["commands"])
 
 
 def _row(name: str, says: str, by_images: Mapping[str, Sequence[Result]]) -> str:

@@ -104,6 +104,7 @@ def test_what_became_of_the_runs_is_said(folders: list[Path]) -> None:
     )
     assert f"- textures: 1 not run, 1 reproduced; from {old}." in made
     assert "fastbyol ablate run --all --scale long" in made
+    assert "fastbyol ablate run --all  # as typed then; today with --data textures" in made
 
 
 def test_pictures_are_those_that_are_there(folders: list[Path]) -> None:

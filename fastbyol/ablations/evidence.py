@@ -254,4 +254,5 @@ def _published(arm: str, epochs: int, epoch: np.ndarray, columns: Mapping[str, n
         rate_ceiling=None,
         untrained_accuracy=math.nan,
         num_scored=PUBLISHED_SCORED,
+        warmup_steps=0,
     )

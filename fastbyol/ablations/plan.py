@@ -134,7 +134,7 @@ def _as_many_steps(config: Config, num_images: int) -> dict[str, Flag]:
     factor = (limit // batch) / (num_images // batch)
     lengths: dict[str, Any] = {
         "train.epochs": round(config.train.epochs * factor),
-        "schedule.horizon_epochs": round(config.schedule.horizon_epochs * factor),
+        "schedule.horizon_epochs": round((config.schedule.horizon_epochs or 0) * factor),
         "schedule.warmup_epochs": config.schedule.warmup_epochs * factor,
         "probe.every_epochs": round(config.probe.every_epochs * factor),
     }

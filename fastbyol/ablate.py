@@ -305,7 +305,7 @@ def _print_verdicts(found: Sequence[Verdict], console: Console) -> None:
     table = Table("claim", "verdict", "statement", "held", "evidence", box=None)
     for verdict in found:
         for index, row in enumerate(verdict.statements):
-            held = "told" if row.role == "told" else {True: "yes", False: "no", None: "open"}[row.held]
+            held = "told" if row.role == "told" else row.answer
             first = (verdict.claim, verdict.outcome) if index == 0 else ("", "")
             table.add_row(*first, row.text, held, row.evidence.partition(". ")[0])
     console.print(table)

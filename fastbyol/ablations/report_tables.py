@@ -20,9 +20,8 @@ from fastbyol.ablations.verdict import Statement, Verdict
 from fastbyol.config import Config
 from fastbyol.evaluation.intervals import accuracy_interval
 
-HELD = {True: "held", False: "not held", None: "undecided"}
 NOTHING = "-"
-MARKS = {True: "✓", False: "✗", None: "?"}
+MARKS = {"held": "✓", "not held": "✗", "mixed": "±", "undecided": "?"}
 ROLES = {"main": "decides", "other": "refines", "told": "told only"}
 # What differs between the seeds of an arm, or says how and where a run was made and not what it is.
 NOT_COMPARED = ("train.seed", "train.device", "data.workers", "data.cache", "data.train", "data.test")
@@ -102,7 +101,7 @@ def statement_table(verdict: Verdict) -> str:
     """Every statement of a verdict: held or not, its role, its rule, and its evidence seed by seed."""
     rows = (
         (
-            f"{_mark(statement)}&nbsp;{HELD[statement.held]}",
+            f"{_mark(statement)}&nbsp;{statement.answer}",
             f"{html.escape(statement.text)}<br><small>{html.escape(statement.rule)}</small>",
             ROLES[statement.role],
             html.escape(statement.evidence).replace("; seed ", "<br>seed ").replace(". seed ", ".<br>seed "),
@@ -128,8 +127,8 @@ def _told(statement: Statement) -> str:
 
 
 def _mark(statement: Statement) -> str:
-    name = HELD[statement.held]
-    return f'<span class="mark {name.replace(" ", "-")}" title="{name}">{MARKS[statement.held]}</span>'
+    name = statement.answer
+    return f'<span class="mark {name.replace(" ", "-")}" title="{name}">{MARKS[name]}</span>'
 
 
 def run_table(suite: Suite) -> str:

@@ -2,13 +2,14 @@
 
 Seeds: a statement is asked of every seed that all its arms have been run with, and its answer is a share of them with Wilson's
 95 % interval. It held where at least two thirds of the seeds hold and the interval lies above one third, so that "it holds in a
-third of the runs or fewer" is excluded. It did not where at most a third hold and the interval lies below two thirds. Else it
-is undecided: 2 of 3 are mixed; 3 of 3, 4 of 5 and 5 of 5 hold. It is undecided too with fewer answers than the claim needs.
+third of the runs or fewer" is excluded. It did not where at most a third hold and the interval lies below two thirds: 3 of 3, 4
+of 5 and 5 of 5 hold, 0 of 3 and 1 of 5 do not. Else it is mixed: it happens with some seeds and not with others. It is
+undecided with fewer answers than the claim needs.
 The post's own figures are single runs, and so are settings that it leaves open: there one is enough, and no interval is asked
 for.
 
-Outcome: *not reproduced* where a main statement did not hold; else *undetermined* where one is undecided; else *reproduced*
-where all the others held too, and *partly* where not all did.
+Outcome: *not reproduced* where a main statement did not hold; else *undetermined* where one is undecided; else *mixed* where
+one is that; else *reproduced* where all others held too, and *partly* where not all did.
 """
 
 from __future__ import annotations
@@ -22,11 +23,11 @@ from fastbyol.ablations.evidence import Evidence, Scale
 from fastbyol.ablations.rules import RULES, Role, Rule
 from fastbyol.evaluation.intervals import wilson
 
-Outcome = Literal["reproduced", "partly", "not reproduced", "undetermined"]
+Outcome = Literal["reproduced", "partly", "mixed", "not reproduced", "undetermined"]
 
 
 class Statement(NamedTuple):
-    """One sentence of a claim: whether it held (None: not decided) and the measurements that say so.
+    """One sentence of a claim: whether it held (None: ``mixed``, or not decided) and the measurements that say so.
 
     A ``main`` statement decides, an ``other`` one refines, and one that is ``told`` counts for nothing: it cannot be asked of
     these runs, or is a control. ``rule`` says in words when it holds for a seed. It held for ``yes`` of the ``asked`` seeds, a
@@ -42,6 +43,12 @@ class Statement(NamedTuple):
     asked: int = 0
     open: int = 0
     interval: tuple[float, float] = (0.0, 1.0)
+    mixed: bool = False
+
+    @property
+    def answer(self) -> str:
+        """What it came to, in a word or two."""
+        return "mixed" if self.mixed else {True: "held", False: "not held", None: "undecided"}[self.held]
 
 
 @dataclass(frozen=True)
@@ -78,11 +85,13 @@ def judge_variants(claim: Claim, evidence: Mapping[str, Sequence[Evidence]], sca
 
 def outcome_of(statements: Sequence[Statement]) -> Outcome:
     """The outcome that statements come to; see the head of this file. Without a main statement: undetermined."""
-    main = [statement.held for statement in statements if statement.role == "main"]
-    if False in main:
+    main = {statement.answer for statement in statements if statement.role == "main"}
+    if "not held" in main:
         return "not reproduced"
-    if None in main or not main:
+    if "undecided" in main or not main:
         return "undetermined"
+    if "mixed" in main:
+        return "mixed"
     return "reproduced" if all(s.held for s in statements if s.role == "other") else "partly"
 
 
@@ -109,7 +118,8 @@ def _state(rule: Rule, claim: Claim, by_seed: Mapping[str, Mapping[int, Evidence
     details = "; ".join(f"seed {seed}: {finding.text}" for seed, finding in asked.items())
     evidence = f"{summary}. {details}" if details else summary
     total = len(asked)
-    return Statement(rule.text, held, evidence, rule.role, rule.words, yes, total, total - yes - no, wilson(yes, total))
+    mixed = held is None and 0 not in (yes, no) and yes + no >= needs
+    return Statement(rule.text, held, evidence, rule.role, rule.words, yes, total, total - yes - no, wilson(yes, total), mixed)
 
 
 def decide(yes: int, no: int, asked: int, needs: int) -> tuple[bool | None, str]:
@@ -128,7 +138,7 @@ def decide(yes: int, no: int, asked: int, needs: int) -> tuple[bool | None, str]
     for answer, count in ((True, yes), (False, no)):
         if 3 * count >= 2 * asked and (needs == 1 or 3 * wilson(count, asked)[0] > 1):
             return answer, summary
-    return None, f"{summary}: mixed"
+    return None, f"{summary}{': mixed' if yes and no else '; too many are open'}"
 
 
 def share(value: float) -> str:

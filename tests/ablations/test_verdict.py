@@ -212,8 +212,8 @@ class TestSeeds:
         [
             (0, "not reproduced"),
             (1, "not reproduced"),
-            (2, "undetermined"),
-            (3, "undetermined"),
+            (2, "mixed"),
+            (3, "mixed"),
             (4, "reproduced"),
             (5, "reproduced"),
         ],
@@ -237,6 +237,7 @@ class TestSeeds:
         assert decide(4, 1, 5, 5) == (True, "held for 4 of 5 seeds (share .80, 95 % interval .38 to .96)")
         assert decide(1, 0, 1, 3)[1].endswith("; too few to decide: 1 of 3 needed")
         assert decide(2, 1, 3, 3)[1].endswith(": mixed")
+        assert decide(3, 0, 8, 3) == (None, "held for 3 of 8 seeds, open for 5; too many are open")
         assert decide(1, 0, 1, 1) == (True, "held for 1 of 1 seed")
         assert decide(0, 0, 3, 3) == (None, "held for 0 of 3 seeds, open for 3; too few to decide: 0 of 3 needed")
         assert decide(4, 0, 5, 3) == (True, "held for 4 of 5 seeds, open for 1")
@@ -444,7 +445,7 @@ statements = st.lists(
     ),
     max_size=6,
 )
-BETTER = ("reproduced", "partly", "undetermined", "not reproduced")
+BETTER = ("reproduced", "partly", "mixed", "undetermined", "not reproduced")
 
 
 @given(statements, st.data())

@@ -259,6 +259,7 @@ def draw_recoveries(suite: Suite) -> Figure:
     A panel per arm, with its settings left open.
     """
     from matplotlib.figure import Figure
+    from matplotlib.ticker import NullFormatter
 
     read_to = appendix()["accuracy_of_reading"]["cosine"]
     arms = [arm for arm in suite.runs if "@" not in arm]
@@ -281,6 +282,7 @@ def draw_recoveries(suite: Suite) -> Figure:
                     steps, _distance(run.neg_cos), color=colour, lw=1.1, marker="o" if len(steps) < 3 else "", label=label
                 )
         axes.set(xscale="log", yscale="log", xlabel="step")
+        axes.xaxis.set_minor_formatter(NullFormatter())  # within a decade matplotlib labels them, over each other
         axes.set_title(arm, fontsize=9)
         axes.axhline(1 - COLLAPSED_ABOVE, color="black", lw=0.7, ls=":")
         axes.legend(frameon=False, fontsize=7)

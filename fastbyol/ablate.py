@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from fastbyol.errors import FastbyolError, UsageError
 
@@ -54,10 +54,13 @@ def list_(scale: Scale = "mini", out: Out = None, as_json: Json = False) -> None
         _print_json({"scale": scale, "out": str(_folder(out, scale)), "claims": claims, "arms": rows})
         return
     console = Console(highlight=False, markup=False)
+    here = {claim for row in rows for claim in row["claims"]}
     claims_table = Table("claim", "says", box=None)
     for claim in CLAIMS:
-        claims_table.add_row(claim.id, claim.says)
-    arms_table = Table("arm", "claims", "seeds", "runs done", "what it is", box=None)
+        claims_table.add_row(
+            claim.id, claim.says + ("" if claim.id in here else f" (not at --scale {scale}: {_scales_of(claim)})")
+        )
+    arms_table = Table(Column("arm", overflow="fold"), "claims", "seeds", "runs done", "what it is", box=None)
     for row in rows:
         done = f"{row['done']}" + "".join(f", {row[name]} {name}" for name in ("stopped", "damaged") if row[name])
         arms_table.add_row(row["arm"], " ".join(row["claims"]), str(row["seeds"]), done, row["about"])
@@ -119,11 +122,10 @@ def run(
     folder = _folder(out, scale).resolve()
     chosen = plan.chosen(targets or (), scale, everything=everything)
     files = _data_files(scale, folder, data, test_data, stl10, console)
-    runs = plan.make(
-        chosen, scale, folder, seeds=seeds, sets=sets or (), flags=_flags(files, device), num_images=_checked(files),
-    )  # fmt: skip
+    num_images = _checked(files)
+    runs = plan.make(chosen, scale, folder, seeds=seeds, sets=sets or (), flags=_flags(files, device), num_images=num_images)
     asked = {"targets": targets or [], "all": everything, "seeds": seeds, "set": sets or [], "data": files}
-    asked["image_share"] = _say_what_data(runs[0], console)
+    asked["image_share"] = _say_what_data(runs[0], num_images, console)
     outcome = runner.execute(runs, folder, scale, asked=asked, jobs=jobs, device=device, console=console)
     evidence, left_out = tally.evidence_in(folder, scale)
     found = tally.verdicts(evidence, scale)
@@ -209,8 +211,11 @@ def _checked(files: Mapping[str, str]) -> int | None:
     return None if train is None or train in BUILT_IN else beton.inspect(train).num_samples
 
 
-def _say_what_data(run: Run, console: Console) -> float:
-    """Say what the runs train on and how much of what two views differ in is the image; returns that share."""
+def _say_what_data(run: Run, num_images: int | None, console: Console) -> float:
+    """Say what the runs train on and how much of what two views differ in is the image; returns that share.
+
+    ``num_images``: how many the named file has, None for a built-in set.
+    """
     from fastbyol.ablations.arms import arm, load
     from fastbyol.ablations.marker import image_share
 
@@ -218,11 +223,17 @@ def _say_what_data(run: Run, console: Console) -> float:
     # The network that the recoveries are about, whatever was asked for.
     network = load(arm("gn-lars-0.2"), "mini", seed=0).config.model
     share = image_share(config.model_copy(update={"model": network}))
-    limit = f", {config.data.limit} images at most" if config.data.limit else ""
+    limit = config.data.limit
+    taken = (
+        f"{min(num_images, limit or num_images)} images" if num_images else f"{limit} images at most" if limit else "all images"
+    )
+    more = f", as many steps in {config.train.epochs} epochs" if num_images and num_images < limit else ""
     console.print(
-        f"data {config.data.train}{limit}: image share r = {share:.3f} (textures .01, where no recovery shows; "
-        "Fashion-MNIST .08, where LARS recovers)", markup=False, soft_wrap=True,
-    )  # fmt: skip
+        f"data {config.data.train}, {taken}{more}: image share r = {share:.3f}, the part of what two views differ in "
+        "that is the image (textures 0.010, where no recovery shows; Fashion-MNIST 0.078, where LARS recovers)",
+        markup=False,
+        soft_wrap=True,
+    )
     return share
 
 
@@ -240,6 +251,13 @@ def _convert_stl10(source: Path, folder: Path, console: Console) -> dict[str, Pa
         console.print(f"converting {source}, {split}, to {path}", markup=False, soft_wrap=True)
         convert(str(source), path, kind="stl10", split=split, strict=True)
     return files
+
+
+def _scales_of(claim: Claim) -> str:
+    """The scales that have the arms of ``claim``."""
+    from fastbyol.ablations.arms import SCALES, arm
+
+    return ", ".join(scale for scale in SCALES if all(scale in arm(name).scales for name in claim.arms))
 
 
 def _arm_row(arm: Arm, scale: ScaleName, folder: Path) -> dict[str, Any]:
@@ -290,12 +308,14 @@ def _say(outcome: Outcome, found: Sequence[Verdict], folder: Path, scale: str, c
             {"out": str(folder), "scale": scale, **asdict(outcome), "verdicts": [_verdict_row(verdict) for verdict in found]}
         )
         return
-    _print_verdicts(found, console)
+    if found:
+        _print_verdicts(found, console)
     from fastbyol.display import duration
 
     console.print(
         f"{folder}: {len(outcome.finished)} runs done, {len(outcome.skipped)} were done before, {len(outcome.stopped)} left, "
-        f"{len(outcome.failed)} failed; {duration(outcome.seconds)}",
+        f"{len(outcome.failed)} failed; {duration(outcome.seconds)}"
+        + ("; interrupted, the same command goes on" if outcome.interrupted else ""),
         markup=False,
         soft_wrap=True,
     )

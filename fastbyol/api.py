@@ -108,7 +108,7 @@ def evaluate(
 ) -> dict[str, Any]:
     """Accuracy of a run's encoder under ``protocol`` (``blog``, ``linear`` or ``knn``; see ``evaluation.protocol``).
 
-    Data default to the run's own images; files that are named are taken whole.
+    Data default to the run's own images; files that are named are taken whole. ``blog`` does not look at ``train_data``.
     Returns a dict with at least ``accuracy`` (percent), ``protocol`` and ``step``.
     """
     if protocol not in PROTOCOLS:

@@ -345,6 +345,8 @@ def evaluate(
     """Measure the accuracy of a run's encoder."""
     from fastbyol import api
 
+    if protocol == "blog" and train_data is not None:
+        typer.echo("--train-data: not looked at, the blog protocol fits within the test set; linear and knn take it", err=True)
     result = api.evaluate(run, protocol, train_data=train_data, test_data=test_data, weights=weights, device=device)
     if as_json:
         _print_json(result)

@@ -190,9 +190,9 @@ def write(run: Path, *, png: Path | None = None) -> list[Path]:
 
 
 def _write_pngs(story: Story, folder: Path) -> list[Path]:
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = []
-    for name, _, draw in PICTURES:
-        paths.append(folder / f"{story.name}-{name}.png")
-        figure(story, draw).savefig(paths[-1], dpi=120)
+    paths = [folder / f"{story.name}-{name}.png" for name, _, _ in PICTURES]
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        for path, (_, _, draw) in zip(paths, PICTURES, strict=True):
+            figure(story, draw).savefig(path, dpi=120)
     return paths

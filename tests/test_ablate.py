@@ -66,7 +66,7 @@ def test_list_names_all_claims_and_arms(run) -> None:
     assert [row["id"] for row in told["claims"]] == [*(f"C{number}" for number in range(1, 14)), "M1"]
     rows = {row["arm"]: row for row in told["arms"]}
     assert rows["gn-lars-0.2"] | {"about": ""} == {
-        "arm": "gn-lars-0.2", "about": "", "claims": ["C6"], "seeds": 3, "done": 0, "stopped": 0,
+        "arm": "gn-lars-0.2", "about": "", "claims": ["C6"], "seeds": 3, "done": 0, "stopped": 0, "damaged": 0,
     }  # fmt: skip
     assert "gn-lars-0.1@bf16" in rows
 
@@ -105,16 +105,17 @@ def test_run_then_report_and_check(run, tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_a_set_of_ones_own_at_every_scale(run, tmp_path: Path) -> None:
-    """Limited to what the scale is made for, or with as many steps where it is smaller; its images are told first."""
+    """With as many steps as the scale has where it is smaller, and with the epochs that are said; its images are told first."""
     for name, count, seed in (("train", 48, 0), ("test", 40, 1)):
         convert("textures", tmp_path / f"{name}.beton", count=count, size=16, seed=seed)
     own = ["--data", "train.beton", "--test-data", "test.beton", "--seeds=1", "--jobs=1"]
     sets = [f"--set={text}" for text in SETS if not text.startswith("data.t")]
-    for scale, more, steps in (("mini", ["data.limit=96", "train.epochs=2"], 4 * 6), ("short", ["train.epochs=2"], 2 * 6)):
+    for scale, more, steps in (("mini", ["data.limit=96"], 20 * 12), ("short", ["train.epochs=2"], 2 * 6)):
         command = ("run", "gn-lars-0.2", "--scale", scale, *own, *sets, *(f"--set={text}" for text in more))
         code, out, error = run(*command)
         assert code == 0, error
         assert f"data {tmp_path / 'train.beton'}" in out.replace("\n", "")
+        assert (", 48 images, as many steps in 40 epochs: " if scale == "mini" else ", 48 images: ") in out.replace("\n", "")
         assert "image share r = " in out
         folder = tmp_path / "ablations" / scale / "runs/gn-lars-0.2/seed0"
         events = [json.loads(row) for row in (folder / "metrics.jsonl").read_text().splitlines() if "event" in row]

@@ -193,10 +193,13 @@ def test_convert_train_eval_resume_report_runs(run, tmp_path: Path) -> None:
     for protocol in ("blog", "linear", "knn"):
         code, out, err = run("eval", "runs/mine", "--protocol", protocol, *data_of_eval(), "--json")
         assert code == 0, err
+        assert ("--train-data: not looked at" in err) == (protocol == "blog")
         assert 0 <= json.loads(out)["accuracy"] <= 100
     assert json.loads(run("resume", "runs/mine", "--json")[1])["step"] == 10
     code, out, _ = run("report", "runs/mine", "--png", "pictures", "--json")
     assert len(json.loads(out)["written"]) == 5
+    code, _, err = run("report", "runs/mine", "--png", "runs/mine/config.toml")
+    assert (code, is_one_line(err)) == (1, True)
     (row,) = json.loads(run("runs", "--json")[1])
     assert row["name"] == "mine"
     assert row["epochs_done"] == 2

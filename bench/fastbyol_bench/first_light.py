@@ -73,9 +73,10 @@ def main() -> None:
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        printed, _ = run(folder, *TYPED.split(), "--device", "cpu", "--out", "runs/typed", threads=1)
+        printed, _ = run(folder, *TYPED.split(), "--device", "cpu", threads=1)
         (out / "typed.txt").write_text(f"$ fastbyol {TYPED}\n{printed}")
-        draw_typed(report.read(folder / "runs" / "typed"), out / "typed.png")
+        (made,) = (folder / "runs").iterdir()
+        draw_typed(report.read(made), out / "typed.png")
         answer, printed = run(folder, "demo", "demo", "--json")
         (out / "demo.txt").write_text(f"$ make demo\n{printed}")
         result = json.loads(answer)

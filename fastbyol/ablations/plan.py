@@ -127,7 +127,7 @@ def _as_many_steps(config: Config, num_images: int) -> dict[str, Flag]:
     batch, limit = config.train.batch_size, config.data.limit
     if (taken := min(num_images, limit or num_images)) < batch:
         raise UsageError(
-            f"--data: {taken} images are less than a batch of {batch}: name a larger set, or --set train.batch_size"
+            f"--data: {taken} images are less than a batch of {batch}: name a larger set, or --set train.batch_size=N"
         )
     if num_images >= limit:
         return {}

@@ -241,7 +241,7 @@ def _opened(path: Path, flags: int = os.O_RDONLY) -> Iterator[_File]:
     try:
         # A pipe or a device would block or answer anything: look before opening.
         if not stat.S_ISREG(path.stat().st_mode):
-            raise UsageError(f"{path}: not a file; name a beton file")
+            raise UsageError(f"{path}: not a file; {NOT_ONE}")
         fd = os.open(path, flags | os.O_CLOEXEC)
     except FileNotFoundError:
         raise UsageError(f"{path}: no such file; make it with `fastbyol convert`") from None

@@ -104,6 +104,10 @@ def _ends_out(arm: str, text: str = "It is out of the collapse at the end.", spa
     return Rule(text, words, ends_out(arm, span), (arm,))
 
 
+def _stays_collapsed(arm: str, text: str, role: Role) -> Rule:
+    return Rule(text, "once collapsed, every epoch is", never_leaves(arm), (arm,), role)
+
+
 def _was_collapsed(arm: str) -> Rule:
     return Rule("It collapses first.", "some epoch ends in the collapsed phase", was_collapsed(arm), (arm,))
 
@@ -146,7 +150,7 @@ def _c2(arm: str) -> tuple[Rule, ...]:
 
 
 def _c5(arm: str) -> tuple[Rule, ...]:
-    stays = Rule("It never recovers in between.", "once collapsed, every epoch is", never_leaves(arm), (arm,), "other")
+    stays = _stays_collapsed(arm, "It never recovers in between.", "other")
     useless = _learns_nothing(arm, "Its encodings are worth no more than random weights'.")
     return (_collapses_at_once(arm), _ends_collapsed(arm), stays, useless, _level(arm, "C5"))
 
@@ -256,6 +260,7 @@ def _c13(arm: str) -> tuple[Rule, ...]:
         _ends_collapsed(arm, "A higher learning rate on layer1 and layer2 does not make it recover."),
         recovers,
         _same_without_feedback("other"),
+        _stays_collapsed(arm, "It does not leave the collapse in between.", "told"),
     )
 
 

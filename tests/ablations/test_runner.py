@@ -98,6 +98,7 @@ def test_ctrl_c_saves_and_the_next_call_goes_on(whole: Path, tmp_path: Path) -> 
     said, _ = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 130, said
     assert "saved at step" in said
+    assert "; interrupted, the same command goes on" in said.replace("\n", "")
     assert "Traceback" not in said + (tmp_path / "workers.log").read_text()
     kept = ledger.read(tmp_path)
     assert kept["calls"][0]["interrupted"] is True

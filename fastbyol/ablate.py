@@ -99,7 +99,12 @@ def run(
     everything: Annotated[bool, typer.Option("--all", help="Every arm of the scale, open settings included.")] = False,
     scale: Scale = "mini",
     seeds: Annotated[
-        int | None, typer.Option(min=1, max=1000, help="Runs per arm. Default: what each claim's verdict wants, 1 to 5.")
+        int | None,
+        typer.Option(
+            min=1,
+            max=1000,
+            help="Runs per arm, two or more of one whose rates are replayed. Default: what each claim's verdict wants, 1 to 5.",
+        ),
     ] = None,
     out: Out = None,
     jobs: Annotated[

@@ -121,7 +121,7 @@ def run(
     as_json: Json = False,
 ) -> None:
     """Train what is missing, several runs at a time, and print the verdicts. Interrupted, the next call goes on."""
-    from fastbyol.ablations import plan, runner, tally
+    from fastbyol.ablations import plan, runner
 
     console = Console(stderr=as_json, highlight=False)
     folder = _folder(out, scale).resolve()
@@ -132,9 +132,7 @@ def run(
     asked = {"targets": targets or [], "all": everything, "seeds": seeds, "set": sets or [], "data": files}
     asked["image_share"] = _say_what_data(runs[0], num_images, console)
     outcome = runner.execute(runs, folder, scale, asked=asked, jobs=jobs, device=device, console=console)
-    evidence, left_out = tally.evidence_in(folder, scale)
-    found = tally.verdicts(evidence, scale)
-    _warn(left_out)
+    found = _judged(folder, scale)
     _say(outcome, found, folder, scale, console, as_json)
     _finish(outcome, found, check=check)
 
@@ -151,14 +149,12 @@ def report(
     as_json: Json = False,
 ) -> None:
     """Judge the runs that lie in DIR: the verdict of every claim with its evidence, and all of it as one HTML file."""
-    from fastbyol.ablations import ledger, tally
+    from fastbyol.ablations import ledger
     from fastbyol.ablations import report as reports
 
     folder = _folder(out, scale)
     scale = ledger.read(folder)["scale"]
-    evidence, left_out = tally.evidence_in(folder, scale)
-    found = tally.verdicts(evidence, scale)
-    _warn(left_out)
+    found = _judged(folder, scale)
     if as_json:
         _print_json({"out": str(folder), "scale": scale, "verdicts": [_verdict_row(verdict) for verdict in found]})
     else:
@@ -170,9 +166,14 @@ def report(
     _check(found, check=check)
 
 
-def _warn(left_out: Sequence[str]) -> None:
+def _judged(folder: Path, scale: ScaleName) -> tuple[Verdict, ...]:
+    """The verdicts on the runs in ``folder``; what cannot be read is said."""
+    from fastbyol.ablations import tally
+
+    evidence, left_out = tally.evidence_in(folder, scale)
     for why in left_out:
         typer.echo(f"not judged: {why}", err=True)
+    return tally.verdicts(evidence, scale)
 
 
 def _folder(out: Path | None, scale: str) -> Path:
@@ -229,12 +230,14 @@ def _say_what_data(run: Run, num_images: int | None, console: Console) -> float:
     network = load(arm("gn-lars-0.2"), "mini", seed=0).config.model
     share = image_share(config.model_copy(update={"model": network}))
     limit = config.data.limit
-    taken = (
-        f"{min(num_images, limit or num_images)} images" if num_images else f"{limit} images at most" if limit else "all images"
-    )
-    more = f", as many steps in {config.train.epochs} epochs" if num_images and num_images < limit else ""
+    if num_images is None:
+        taken = f"{limit} images at most" if limit else "all images"
+    elif num_images < limit:
+        taken = f"{num_images} images, as many steps in {config.train.epochs} epochs"
+    else:
+        taken = f"{limit or num_images} images"
     console.print(
-        f"data {config.data.train}, {taken}{more}: image share r = {share:.3f}, the part of what two views differ in "
+        f"data {config.data.train}, {taken}: image share r = {share:.3f}, the part of what two views differ in "
         "that is the image (textures 0.010, where no recovery shows; Fashion-MNIST 0.078, where LARS recovers)",
         markup=False,
         soft_wrap=True,

@@ -67,7 +67,7 @@ def load(
     So ``sets`` cannot turn an arm into another; what the arm says for this scale alone they can change. Raises UsageError as
     ``config_io.load`` does.
     """
-    changed = {text.partition("=")[0].strip() for text in sets}
+    changed = config_io.said(sets=sets)
     here = {key: value for key, value in chosen.at.get(scale, {}).items() if key not in changed}
     own = {key: Flag(f"arm {chosen.name}", value) for key, value in {**chosen.settings, **here}.items()}
     said = {**own, "train.seed": Flag("seed", seed), **(flags or {})}

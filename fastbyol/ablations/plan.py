@@ -116,7 +116,7 @@ def _run(
         flags = {**flags, "optim.replay_rates": Flag(f"arm {each.name}", str(after))}
     loaded = load(each, scale, seed=seed, sets=sets, flags=flags)
     if num_images is not None:
-        said = {text.partition("=")[0].strip() for text in sets}
+        said = config_io.said(sets=sets)
         few = {key: flag for key, flag in _as_many_steps(loaded.config, num_images).items() if key not in said}
         loaded = load(each, scale, seed=seed, sets=sets, flags={**flags, **few}) if few else loaded
     return Run(each, seed, run_path(out, each.name, seed), loaded.config, loaded.origin, after)
@@ -176,6 +176,13 @@ def found(out: Path) -> tuple[tuple[str, int, Path], ...]:
                 rows.append((name, int(number), path.parent))
     order = {name: place for place, name in enumerate(arms())}
     return tuple(sorted(rows, key=lambda row: (order[row[0]], row[1])))
+
+
+def left(runs: Sequence[Run], out: Path) -> tuple[Run, ...]:
+    """Return those of ``runs`` that are to be trained. Raises UsageError where ``out`` holds runs that cannot go with them."""
+    unfinished = tuple(run for run in runs if status(run) != "done")
+    refuse_other_data(runs, out)
+    return unfinished
 
 
 def refuse_other_data(runs: Iterable[Run], out: Path) -> None:

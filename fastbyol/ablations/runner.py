@@ -13,10 +13,11 @@ from typing import Any
 
 from rich.console import Console
 
+from fastbyol.ablations import plan
 from fastbyol.ablations.arms import ScaleName
 from fastbyol.ablations.board import Board, board
 from fastbyol.ablations.ledger import Ledger
-from fastbyol.ablations.plan import Run, epochs_done, refuse_other_data, status
+from fastbyol.ablations.plan import Run, epochs_done
 from fastbyol.ablations.pool import LOG, Pool, default_size
 from fastbyol.data import embedded
 from fastbyol.engine.device import pick_device
@@ -150,8 +151,7 @@ def execute(
     began = time.monotonic()
     where = str(pick_device(device))
     with _locked(out):
-        left = [run for run in runs if status(run) != "done"]
-        refuse_other_data(runs, out)
+        left = plan.left(runs, out)
         size = min(jobs or default_size(where), max(len(left), 1))
         ledger = Ledger(out, scale, {**asked, "jobs": size, "runs": [run.name for run in runs]})
         _make_data(left)

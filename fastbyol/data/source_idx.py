@@ -38,10 +38,9 @@ DOWNLOAD_TIMEOUT_S = 30.0
 # Deflate's best ratio: 258 bytes for two bits (RFC 1951).
 MOST_PER_GZIP_BYTE = 1032
 
-_IMAGES = re.compile(r"(?P<set>.*?)[-_]?(?P<split>train|t10k|test)[-_]images[-.]idx3[-.]ubyte(\.gz)?", re.IGNORECASE)
-_LABELS = re.compile(
-    r"(?P<set>.*?)[-_]?(?P<split>train|t10k|test)[-_]labels[-.]idx(?P<kind>1[-.]ubyte|2[-.]int)(?P<packed>\.gz)?", re.IGNORECASE
-)
+_STEM = r"(?P<set>.*?)[-_]?(?P<split>train|t10k|test)[-_]"
+_IMAGES = re.compile(_STEM + r"images[-.]idx3[-.]ubyte(\.gz)?", re.IGNORECASE)
+_LABELS = re.compile(_STEM + r"labels[-.]idx(?P<kind>1[-.]ubyte|2[-.]int)(?P<packed>\.gz)?", re.IGNORECASE)
 _TYPES = {0x08: ">u1", 0x09: ">i1", 0x0B: ">i2", 0x0C: ">i4"}
 # What torchvision's downloads and common archives put around the files.
 _INNER = ("raw", "FashionMNIST/raw", "MNIST/raw", "KMNIST/raw", "EMNIST/raw", "QMNIST/raw", "gzip")
@@ -166,13 +165,18 @@ def _labels(images: Path, count: int) -> Labels | None:
 
 def _labels_file(images: Path) -> Path | None:
     """The file beside ``images`` with its labels, idx1 before idx2, unpacked before packed; None where there is none."""
-    wanted = _IMAGES.fullmatch(images.name)
+    stem = _stem(_IMAGES.fullmatch(images.name))
     found = []
-    for path in images.parent.iterdir() if wanted else ():
+    for path in images.parent.iterdir():
         named = _LABELS.fullmatch(path.name)
-        if wanted and named and path.is_file() and all(named[k].lower() == wanted[k].lower() for k in ("set", "split")):
-            found.append((named["kind"].lower(), named["packed"] is not None, path))
+        if named and _stem(named) == stem and path.is_file():
+            found.append((named["kind"][0], named["packed"] is not None, path))
     return min(found)[2] if found else None
+
+
+def _stem(named: re.Match[str] | None) -> tuple[str, str] | None:
+    """The set and split of a file's name, however they are written."""
+    return (named["set"].lower(), named["split"].lower()) if named else None
 
 
 def _dtype(path: Path) -> np.dtype[np.generic]:

@@ -110,13 +110,14 @@ def convert(
             overwrite=overwrite,
             progress=progress,
         )
-    for name, reason in report.skipped:
-        console.print(f"skipped {name}: {reason}", markup=False, soft_wrap=True)
+    for line in report.in_words():
+        console.print(line, markup=False, soft_wrap=True)
     if as_json:
-        _print_json({"out": str(out), "images": report.num_written, "skipped": [list(row) for row in report.skipped]})
-    else:
-        skipped = f", {len(report.skipped)} skipped" if report.skipped else ""
-        console.print(f"{out}: {report.num_written} images{skipped}", markup=False, soft_wrap=True)
+        _print_json(
+            {"out": str(out), "images": report.num_written, "labelled": report.labelled, "classes": report.class_names}
+            | {"split": report.split, "skipped": report.skipped, "notes": report.notes}
+            | {"ignored": {kind: len(names) for kind, names in report.ignored_by_kind().items()}}
+        )
 
 
 @app.command()

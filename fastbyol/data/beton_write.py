@@ -107,8 +107,7 @@ def write(
     try:
         _run(job, path, num_items, progress, stop_at_unreadable, stall_s)
         info = _sealed(temporary, path, num_items, labelled, note or {})
-        check_output(path, overwrite=overwrite)
-        _publish(temporary, path)
+        _publish(temporary, path, overwrite=overwrite)
     finally:
         temporary.unlink(missing_ok=True)
     return replace(info, path=path)
@@ -303,14 +302,35 @@ def _sealed(temporary: Path, path: Path, num_items: int, labelled: bool, note: M
     return info
 
 
-def _publish(temporary: Path, path: Path) -> None:
-    """Rename, with data and name on the disk before this returns."""
+def _publish(temporary: Path, path: Path, *, overwrite: bool) -> None:
+    """Give the file its name, with both on the disk before this returns; without ``overwrite`` nothing is ever replaced."""
     try:
         _sync(temporary)
-        temporary.replace(path)
+        if overwrite:
+            temporary.replace(path)
+        else:
+            _place(temporary, path)
         _sync(path.parent)
+    except FileExistsError:
+        raise UsageError(f"{path}: was written by somebody else meanwhile; choose another name or pass --overwrite") from None
     except OSError as error:
         raise FastbyolError(f"{path}: cannot be put in place ({error.strerror}); look at its disk and try again") from None
+
+
+def _place(temporary: Path, path: Path) -> None:
+    """Give ``temporary`` a name that nothing has, in one step; FileExistsError otherwise. The caller removes the old name."""
+    try:
+        path.hardlink_to(temporary)
+        return
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without links: an empty file keeps the name for us until the rename
+        path.touch(exist_ok=False)
+    try:
+        temporary.replace(path)
+    except BaseException:
+        path.unlink()
+        raise
 
 
 def _sync(path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,24 +21,49 @@ from fastbyol.errors import FastbyolError, UsageError
 SMALL_SET_BYTES = 1 << 28
 # FFCV keeps a page's size in 32 bits.
 MAX_PAGE_BYTES = 1 << 31
+# Of each kind of thing that is ignored.
+SHOWN_NAMES = 3
 
 
 @dataclass(frozen=True)
 class Report:
-    """What a conversion did. ``skipped`` holds (name, reason) of every unreadable image, ``num_ignored`` counts files that are
-    no pictures; ``image_size`` is (height, width) in pixels where all images share it."""
+    """What a conversion did.
+
+    ``skipped`` holds (name, reason) of every image that could not be read, ``ignored`` (name, kind) of whatever is no image;
+    ``notes`` says what was chosen where there was a choice. ``image_size`` is (height, width) in pixels where all share it.
+    """
 
     path: Path
     kind: str
     split: str | None
     num_written: int
     skipped: tuple[tuple[str, str], ...]
-    num_ignored: int
+    ignored: tuple[tuple[str, str], ...]
+    notes: tuple[str, ...]
     labelled: bool
     class_names: tuple[str, ...]
     image_size: tuple[int, int] | None
     num_bytes: int
     seconds: float
+
+    def in_words(self) -> Iterator[str]:
+        """Yield lines that account for everything that the source held; the last one sums it up."""
+        yield from (f"{self.kind}: {note}" for note in self.notes)
+        yield from (f"skipped {name}: {reason}" for name, reason in self.skipped)
+        for kind, names in self.ignored_by_kind().items():
+            more = f" and {len(names) - SHOWN_NAMES} more" if len(names) > SHOWN_NAMES else ""
+            yield f"ignored {kind}: {', '.join(names[:SHOWN_NAMES])}{more}"
+        images = "1 image" if self.num_written == 1 else f"{self.num_written} images"
+        classes = "1 class" if len(self.class_names) == 1 else f"{len(self.class_names)} classes"
+        left_out = [f"{len(rows)} {what}" for what, rows in (("skipped", self.skipped), ("ignored", self.ignored)) if rows]
+        yield f"{self.path}: {', '.join((images, classes if self.labelled else 'no labels', *left_out))}"
+
+    def ignored_by_kind(self) -> dict[str, list[str]]:
+        """The names of what was ignored, by what it is, the commonest first."""
+        by_kind: dict[str, list[str]] = {}
+        for name, kind in self.ignored:
+            by_kind.setdefault(kind, []).append(name)
+        return dict(sorted(by_kind.items(), key=lambda item: -len(item[1])))
 
 
 @dataclass(frozen=True)
@@ -98,7 +124,7 @@ def convert(
     opened = sources.open_source(source, kind=kind, split=split, count=count, size=size, seed=seed, strict=strict)
     resize = "none" if made else _checked_resize(resize, size)
     items = _Items(opened, np.arange(len(opened)), resize, None if made else size)
-    skipped = list(getattr(opened, "unreadable", ()))
+    skipped = list(opened.skipped)
 
     def write(items: _Items) -> beton.BetonInfo:
         return beton.write(
@@ -130,7 +156,8 @@ def convert(
         split=opened.split,
         num_written=info.num_samples,
         skipped=tuple(sorted(skipped)),
-        num_ignored=getattr(opened, "num_ignored", 0),
+        ignored=opened.ignored,
+        notes=opened.notes,
         labelled=opened.labelled,
         class_names=opened.class_names,
         image_size=info.uniform_size,

@@ -1,54 +1,82 @@
-"""From any picture file or array to uint8 RGB, and to the wanted size.
+"""From any picture file to uint8 RGB, and to the wanted size.
 
-What becomes of what is not RGB: the EXIF rotation is applied; transparent pixels are shown on white, as a page would; palettes,
-CMYK, YCbCr and grey are converted by Pillow; 16-bit grey is divided by 257; of an animation the first frame counts; colour
-profiles are ignored. Floating-point and 32-bit grey have no agreed range and are refused.
+What becomes of what is not RGB, row by row: tests/data/PICTURES.md, which their test writes. In words:
+
+- The rotation of EXIF or XMP is applied. Metadata that is damaged is left out and never costs a picture.
+- Transparent pixels are shown on white, as a page would show them; alpha that is 0 everywhere says nothing and is dropped.
+- Palettes, CMYK, YCbCr, Lab and grey are converted by Pillow. Colour profiles are ignored.
+- 16-bit grey is divided by 257, 12-bit grey by 4095 / 255, or by what the file says is its largest value.
+- Of an animation, a pair or a stack the first frame counts; of an icon the largest.
+- Floating-point, signed and 32-bit pixels have no agreed range and are refused. So are 12-bit values in a 16-bit file that does
+  not say so, since they would come out nearly black.
 """
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
-from typing import Literal
+from typing import BinaryIO, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageCms, ImageFile, TiffImagePlugin, UnidentifiedImageError
 
 from fastbyol.data.beton import UnreadableItemError
+from fastbyol.data.picture_metadata import without_metadata
+from fastbyol.files import open_regular
 
 Resize = Literal["resize", "centre", "none"]
 # A decompression bomb's limit; a 100 megapixel picture takes 300 MB.
 MAX_PIXELS = 100_000_000
+# Pillow's plugins that call other programs or decode nothing.
+_NOT_OPENED = frozenset(("BUFR", "EPS", "FITS", "GRIB", "HDF5", "IMT", "IPTC", "MCIDAS", "MPEG", "WMF"))
+# Pictures to whoever has them, whether or not this Pillow opens them.
+_ALSO_PICTURES = frozenset((".avif", ".heic", ".heif", ".hif", ".jp2", ".jxl", ".webp"))
+# EXIF 2.32, tag 0x0112: what brings a stored picture to how it is to be seen.
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 _DEEP = ("I;16", "I;16L", "I;16B", "I;16N", "I")
+# The formats whose mode I holds 16 bits, by the Pillow that opens them.
+_FORMATS_OF_16 = ("PNG", "PPM")
+_MAX_SAMPLE_VALUE = 281  # a tag that Pillow has no name for
+# 8 bits of a picture whose values end here are 4 or fewer.
+_DARK_16 = 1 << 12
+# ISO/IEC 23008-12: brands of pictures coded by HEVC.
+_HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
+T = TypeVar("T")
+
+
+@cache
+def suffixes() -> frozenset[str]:
+    """Return the suffixes of files that are taken for pictures, in small letters."""
+    formats = (*_formats(), "MPO")  # which is opened as JPEG
+    return _ALSO_PICTURES | {suffix for suffix, name in Image.registered_extensions().items() if name in formats}
 
 
 def probe(path: Path) -> tuple[int, int]:
-    """(height, width) in pixels from the file's head, before any rotation; UnreadableItemError if it is no picture."""
-    try:
-        with _opened(path) as image:
-            return image.height, image.width
-    except UnreadableItemError:
-        raise
-    except Exception as error:  # Pillow's decoders meet untrusted bytes with any exception there is
-        raise UnreadableItemError(_reason(error)) from None
+    """Return (height, width) in pixels by the file's head, before any rotation; UnreadableItemError if it is no picture."""
+    return _read(path, lambda image: (image.height, image.width))
 
 
 def read(path: Path) -> NDArray[np.uint8]:
-    """The picture as (H, W, 3); UnreadableItemError if it is damaged, too large or of a kind that has no RGB meaning."""
-    try:
-        with _opened(path) as image:
-            return np.asarray(_to_rgb(ImageOps.exif_transpose(image)))
-    except UnreadableItemError:
-        raise
-    except Exception as error:  # as above
-        raise UnreadableItemError(_reason(error)) from None
+    """Return the picture as (H, W, 3); UnreadableItemError if it is damaged, too large or has no RGB meaning."""
+    return _read(path, lambda image: np.asarray(_decoded(image)))
 
 
 def resized(image: NDArray[np.uint8], resize: Resize, size: int | None) -> NDArray[np.uint8]:
-    """(H, W, 3) -> (size, size, 3), by Pillow's antialiased bilinear filter; ``none`` returns ``image``.
+    """Return (H, W, 3) as (size, size, 3), by Pillow's antialiased bilinear filter; ``none`` returns ``image``.
 
     ``resize`` stretches. ``centre`` takes the short side to ``size`` and cuts out the middle, rounding as torchvision does.
+    Raises UnreadableItemError where that passes through more than MAX_PIXELS.
     """
     height, width = image.shape[:2]
     if resize == "none" or size is None or (height, width) == (size, size):
@@ -57,43 +85,150 @@ def resized(image: NDArray[np.uint8], resize: Resize, size: int | None) -> NDArr
         return np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.BILINEAR))
     short = min(height, width)
     new_width, new_height = int(size * width / short), int(size * height / short)
+    if new_width * new_height > MAX_PIXELS:
+        raise UnreadableItemError(f"{width} x {height} pixels are too thin for a short side of {size}")
     whole = Image.fromarray(image).resize((new_width, new_height), Image.Resampling.BILINEAR)
     left, top = round((new_width - size) / 2.0), round((new_height - size) / 2.0)
     return np.asarray(whole.crop((left, top, left + size, top + size)))
 
 
-def _opened(path: Path) -> Image.Image:
-    with warnings.catch_warnings():
-        # The limit below is stricter than the one that Pillow warns of.
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        image = Image.open(path)
-    if image.width * image.height > MAX_PIXELS:
-        image.close()
-        raise UnreadableItemError(f"{image.width} x {image.height} pixels, more than {MAX_PIXELS:,}")
-    return image
+@cache
+def _formats() -> tuple[str, ...]:
+    try:
+        import pillow_heif
+
+        pillow_heif.register_heif_opener()
+    except ImportError:
+        pass  # an option; `_reason` names it where a picture asks for it
+    Image.init()
+    return tuple(name for name in Image.OPEN if name not in _NOT_OPENED)
+
+
+def _read(path: Path, take: Callable[[ImageFile.ImageFile], T]) -> T:
+    """What ``take`` makes of the picture, or where that fails of the picture without its metadata."""
+    try:
+        with warnings.catch_warnings(), open_regular(path) as file:
+            # Pillow warns of what it mends and of sizes below our own limit.
+            warnings.simplefilter("ignore")
+            try:
+                return _taken(file, take)
+            except UnreadableItemError:
+                raise
+            except Exception as error:  # Pillow's decoders meet untrusted bytes with any exception there is
+                file.seek(0)
+                bare = without_metadata(file)
+                if bare is None:
+                    raise UnreadableItemError(_reason(error, file)) from None
+                try:
+                    return _taken(bare, take)
+                except UnreadableItemError:
+                    raise
+                except Exception:  # as above
+                    raise UnreadableItemError(_reason(error, file)) from None
+    except OSError as error:
+        raise UnreadableItemError(error.strerror or str(error)) from None
+
+
+def _taken(file: BinaryIO, take: Callable[[ImageFile.ImageFile], T]) -> T:
+    with Image.open(file, formats=_formats()) as image:
+        if image.width * image.height > MAX_PIXELS:
+            raise UnreadableItemError(f"{image.width} x {image.height} pixels, more than {MAX_PIXELS:,}")
+        return take(image)
+
+
+def _decoded(image: ImageFile.ImageFile) -> Image.Image:
+    # A raw mode such as RGB;16B, of which Pillow keeps the high octets. Only known before the pixels are.
+    arguments = image.tile[0].args if image.tile else ""
+    raw_mode = arguments[0] if isinstance(arguments, tuple) else arguments
+    made = _to_rgb(_upright(image))
+    if "16" in str(raw_mode) and image.mode not in _DEEP:
+        largest = max(high for _, high in made.getextrema())  # type: ignore[misc]
+        if 0 < largest < _DARK_16 >> 8:
+            raise UnreadableItemError(f"16-bit colours of at most {largest} of 255, nearly black; save them with 8 bits")
+    return made
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    image.load()
+    try:
+        turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # of damaged EXIF or XMP, and then there is no rotation to apply
+        return image
+    # Not ImageOps.exif_transpose, which writes the other tags anew and fails where one of them is damaged.
+    return image if turn is None else image.transpose(turn)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
+    if isinstance(image, TiffImagePlugin.TiffImageFile) and _tag(image, TiffImagePlugin.SAMPLEFORMAT) == 2:
+        raise UnreadableItemError("signed pixels, which have no agreed range")
     if image.mode in _DEEP:
         return _from_deep(image)
     if image.mode == "F":
         raise UnreadableItemError("floating-point pixels, which have no agreed range")
+    if image.mode == "LAB":
+        transform = ImageCms.buildTransform(ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB"), "LAB", "RGB")
+        converted = ImageCms.applyTransform(image, transform)
+        assert converted is not None
+        return converted
     if image.has_transparency_data:
-        layer = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
+        return _on_white(image)
     return image.convert("RGB")
 
 
+def _on_white(image: Image.Image) -> Image.Image:
+    if image.mode == "La":  # premultiplied, which Pillow takes to LA only
+        image = image.convert("LA")
+    layer = image.convert("RGBA")
+    if layer.getchannel("A").getextrema() == (0, 0):
+        return layer.convert("RGB")
+    return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
+
+
 def _from_deep(image: Image.Image) -> Image.Image:
-    values = np.asarray(image).astype(np.int64)
-    if values.min() < 0 or values.max() > 65535:
+    if image.mode == "I" and image.format not in _FORMATS_OF_16:
         raise UnreadableItemError("32-bit grey pixels, which have no agreed range")
-    return Image.fromarray(((values + 128) // 257).astype(np.uint8)).convert("RGB")
+    values = np.asarray(image).astype(np.int64)
+    largest = _largest(image)
+    if values.min() < 0 or values.max() > largest:
+        raise UnreadableItemError(f"grey pixels beyond {largest}, the largest value that the file allows")
+    if largest == 65535 and 0 < values.max() < _DARK_16:
+        raise UnreadableItemError(f"16-bit grey pixels of at most {values.max()}, nearly black; save them with 8 bits")
+    if isinstance(image, TiffImagePlugin.TiffImageFile) and _tag(image, TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == 0:
+        values = largest - values  # white is zero, which Pillow turns for up to 8 bits only
+    grey = (2 * 255 * values + largest) // (2 * largest)  # rounded to the nearest
+    transparent = image.info.get("transparency")
+    if isinstance(transparent, int):
+        grey[values == transparent] = 255
+    return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
 
 
-def _reason(error: Exception) -> str:
+def _largest(image: Image.Image) -> int:
+    """The value that is white in a picture of more than 8 bits."""
+    if not isinstance(image, TiffImagePlugin.TiffImageFile):
+        return 65535
+    of_depth = (1 << (_tag(image, TiffImagePlugin.BITSPERSAMPLE) or 16)) - 1
+    said = _tag(image, _MAX_SAMPLE_VALUE)
+    return said if said is not None and 255 < said < of_depth else of_depth
+
+
+def _tag(image: TiffImagePlugin.TiffImageFile, number: int) -> int | None:
+    """The first value of a tag that holds whole numbers; None where it is not there."""
+    value = image.tag_v2.get(number)
+    first = value[0] if isinstance(value, tuple) and value else value
+    return first if isinstance(first, int) else None
+
+
+def _reason(error: Exception, file: BinaryIO) -> str:
     if isinstance(error, UnidentifiedImageError):
+        file.seek(4)
+        box = file.read(8)
+        if box[:4] == b"ftyp" and box[4:] in _HEIC_BRANDS:
+            return "a damaged HEIC picture, or one that needs the package pillow-heif (pip install pillow-heif)"
+        if box[:4] == b"ftyp" and box[4:] in (b"avif", b"avis"):
+            return "a damaged AVIF picture, or this Pillow was built without AVIF (pip install --upgrade Pillow)"
         return "not a picture that Pillow knows"
+    if isinstance(error, MemoryError):
+        return "not enough memory to decode it"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return " ".join(str(error).split()) or type(error).__name__

@@ -29,6 +29,9 @@ class ArraySource:
     num_images: int
     size: tuple[int, int]
     load: Callable[[int], Images]
+    skipped: tuple[tuple[str, str], ...] = ()
+    ignored: tuple[tuple[str, str], ...] = ()
+    notes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return self.num_images

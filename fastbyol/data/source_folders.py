@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,21 +10,18 @@ from numpy.typing import NDArray
 
 from fastbyol.data import rgb
 from fastbyol.data.beton import UnreadableItemError
+from fastbyol.data.folder_layout import NamesAndReasons, lay_out
+from fastbyol.data.folder_walk import walk
 from fastbyol.errors import UsageError
-
-# fmt: off
-SUFFIXES = frozenset((
-    ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".dib", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".pbm", ".pnm",
-    ".jp2", ".tga", ".avif",
-))
-# fmt: on
-SPLIT_FOLDERS = ("train", "test", "val", "valid", "validation", "unlabeled")
 
 
 @dataclass(frozen=True)
 class FolderSource:
-    """Picture files under ``root``. ``labels`` is None for a plain folder; ``unreadable`` holds (name, reason) of left out
-    files, ``sizes`` (N,) the bytes of each decoded image."""
+    """Picture files under ``root``. ``labels`` is None for a plain folder; ``sizes`` (N,) are the bytes of decoded images.
+
+    ``skipped`` holds (name, reason) of pictures that are left out, ``ignored`` the same of whatever is no picture, ``notes``
+    what was chosen where there was a choice.
+    """
 
     kind: str
     split: str | None
@@ -35,8 +30,9 @@ class FolderSource:
     files: tuple[str, ...]
     labels: NDArray[np.int64] | None
     sizes: NDArray[np.int64]
-    unreadable: tuple[tuple[str, str], ...]
-    num_ignored: int
+    skipped: NamesAndReasons
+    ignored: NamesAndReasons
+    notes: tuple[str, ...]
 
     def __len__(self) -> int:
         return len(self.files)
@@ -61,84 +57,36 @@ class FolderSource:
         return self.sizes
 
 
-def open_plain(root: Path, *, split: str | None, strict: bool) -> FolderSource:
-    """Every picture below ``root``, in the order of their names, without labels."""
-    pictures, ignored = _pictures(root)
-    return _opened("folder", root, pictures, None, (), split, ignored, strict)
+def open_folder(path: Path, kind: str | None, split: str | None, *, strict: bool) -> FolderSource:
+    """Open the pictures below ``path``: ``classes``, ``folder`` (without labels), or None for what the layout says.
 
-
-def open_classes(root: Path, *, class_names: tuple[str, ...], split: str | None, strict: bool) -> FolderSource:
-    """Every picture below ``root``'s subfolders; the label is the place of the subfolder's name in ``class_names``."""
-    files: list[str] = []
-    labels: list[int] = []
-    num_ignored = 0
-    for label, name in enumerate(class_names):
-        pictures, ignored = _pictures(root / name) if (root / name).is_dir() else ([], 0)
-        files += [f"{name}/{file}" for file in pictures]
-        labels += [label] * len(pictures)
-        num_ignored += ignored
-    return _opened("classes", root, files, np.array(labels, np.int64), class_names, split, num_ignored, strict)
-
-
-def subfolders(root: Path) -> list[str]:
-    """Names of the folders in ``root`` that are not hidden and not an archive program's litter, sorted."""
-    with os.scandir(root) as entries:
-        return sorted(e.name for e in entries if e.is_dir() and not e.name.startswith(".") and e.name != "__MACOSX")
-
-
-def has_pictures(root: Path) -> bool:
-    """Whether a picture file lies in ``root`` itself."""
-    with os.scandir(root) as entries:
-        return any(_is_picture(entry.name) and entry.is_file() for entry in entries)
-
-
-def _is_picture(name: str) -> bool:
-    return not name.startswith(".") and os.path.splitext(name)[1].lower() in SUFFIXES  # noqa: PTH122 - called a million times
-
-
-def _pictures(root: Path) -> tuple[list[str], int]:
-    """Picture files below ``root``, sorted, relative to it, and the number of other files that are not hidden."""
-    names = [name for name in _walk(root) if not os.path.basename(name).startswith(".")]  # noqa: PTH119
-    pictures = sorted(name for name in names if _is_picture(name))
-    return pictures, len(names) - len(pictures)
-
-
-def _walk(root: Path) -> Iterator[str]:
-    """Files below ``root``; links to folders are followed once."""
-    seen: set[tuple[int, int]] = set()
-    for folder, folders, files in os.walk(root, followlinks=True):
-        status = os.stat(folder)  # noqa: PTH116
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        if (status.st_dev, status.st_ino) in seen:
-            folders.clear()
-            continue
-        seen.add((status.st_dev, status.st_ino))
-        for name in files:
-            yield os.path.relpath(os.path.join(folder, name), root)  # noqa: PTH118
-
-
-def _opened(
-    kind: str,
-    root: Path,
-    files: list[str],
-    labels: NDArray[np.int64] | None,
-    class_names: tuple[str, ...],
-    split: str | None,
-    num_ignored: int,
-    strict: bool,
-) -> FolderSource:
-    """Look at every file's head: what is no picture at all is left out before any decoding."""
-    sizes = np.zeros(len(files), np.int64)
-    unreadable = []
-    for k, name in enumerate(files):
+    Looks at every file's head: what is no picture at all is left out before any decoding. Raises UsageError where no picture
+    can be read, with ``strict`` for the first one that cannot, and what ``lay_out`` does.
+    """
+    layout = lay_out(path, walk(path), kind=kind, split=split)
+    sizes = np.zeros(len(layout.files), np.int64)
+    skipped = list(layout.skipped)
+    for k, name in enumerate(layout.files):
         try:
-            height, width = rgb.probe(root / name)
+            height, width = rgb.probe(path / name)
             sizes[k] = 3 * height * width
         except UnreadableItemError as error:
-            if strict:
-                raise UsageError(f"{root / name}: {error}; correct or remove it, or leave out --strict") from None
-            unreadable.append((name, str(error)))
+            skipped.append((name, str(error)))
+    if strict and skipped:
+        raise UsageError(f"{path / skipped[0][0]}: {skipped[0][1]}; correct or remove it, or leave out --strict")
     keep = np.flatnonzero(sizes)
-    kept = tuple(files[k] for k in keep)
-    labels = None if labels is None else labels[keep]
-    return FolderSource(kind, split, class_names, root, kept, labels, sizes[keep], tuple(unreadable), num_ignored)
+    if not len(keep):
+        first = f", the first: {skipped[0][0]}: {skipped[0][1]}" if skipped else ""
+        raise UsageError(f"{path}: no readable pictures in it{first}; give a folder of images or of class folders")
+    return FolderSource(
+        kind=layout.kind,
+        split=layout.split,
+        class_names=layout.class_names,
+        root=path,
+        files=tuple(layout.files[k] for k in keep),
+        labels=None if layout.labels is None else np.array(layout.labels, np.int64)[keep],
+        sizes=sizes[keep],
+        skipped=tuple(skipped),
+        ignored=layout.ignored,
+        notes=layout.notes,
+    )

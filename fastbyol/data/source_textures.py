@@ -35,6 +35,9 @@ class TexturesSource:
     split: None = None
     class_names: tuple[str, ...] = textures.CLASSES
     labelled: bool = True
+    skipped: tuple[tuple[str, str], ...] = ()
+    ignored: tuple[tuple[str, str], ...] = ()
+    notes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return self.count

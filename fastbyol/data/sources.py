@@ -19,7 +19,11 @@ ARCHIVES = (".tar.gz", ".tgz", ".tar", ".tar.bz2", ".tar.xz", ".zip")
 
 
 class Source(Protocol):
-    """Images by number, as small picklable objects that read on demand."""
+    """Images by number, as small picklable objects that read on demand.
+
+    ``skipped`` and ``ignored`` hold (name, reason) of pictures and of other things that are left out, ``notes`` what a reader
+    should know of the choice of images.
+    """
 
     @property
     def kind(self) -> str: ...
@@ -29,6 +33,12 @@ class Source(Protocol):
     def class_names(self) -> tuple[str, ...]: ...
     @property
     def labelled(self) -> bool: ...
+    @property
+    def skipped(self) -> tuple[tuple[str, str], ...]: ...
+    @property
+    def ignored(self) -> tuple[tuple[str, str], ...]: ...
+    @property
+    def notes(self) -> tuple[str, ...]: ...
     def __len__(self) -> int: ...
     def name(self, index: int) -> str: ...
     def image(self, index: int) -> NDArray[np.uint8]: ...
@@ -61,26 +71,26 @@ def open_source(
     if source == "fashion-mnist" and kind in (None, "fashion-mnist"):
         kind, path = "fashion-mnist", source_idx.fashion_mnist_folder(cache_folder())
     try:
-        kind = kind or detect(path, split)
+        kind = kind or detect(path)
         if kind in ("idx", "fashion-mnist"):
             return source_idx.open_idx(path, kind, split)
         if kind == "npz":
             return source_npz.open_npz(path, split)
         if not path.is_dir():
-            raise UsageError(f"{path}: no such folder; give the folder that holds the {kind} files")
+            raise UsageError(f"{path}: no such folder; give the folder that holds the {kind or 'images'} files")
         if kind == "stl10":
             return source_stl10.open_stl10(_inner(path, "stl10_binary"), split or "train")
         if kind == "cifar10":
             return source_cifar.open_cifar(_inner(path, "cifar-10-batches-py"), kind, split or "train")
         if kind == "cifar100":
             return source_cifar.open_cifar(_inner(path, "cifar-100-python"), kind, split or "train")
-        return _open_folder(path, kind, split, strict)
+        return source_folders.open_folder(path, kind, split, strict=strict)
     except OSError as error:
         raise UsageError(f"{error.filename or path}: {error.strerror}; check its name and rights") from None
 
 
-def detect(path: Path, split: str | None = None) -> str:
-    """The kind of what lies at ``path``, one of KINDS; ``classes`` and ``folder`` may hold one folder for each split."""
+def detect(path: Path) -> str | None:
+    """The kind of what lies at ``path``, one of KINDS; None for a folder in which only pictures can lie."""
     if not path.exists():
         raise UsageError(
             f"{path}: no such file or folder; give a folder of images, an .npz file, 'textures' or 'fashion-mnist'"
@@ -97,7 +107,7 @@ def detect(path: Path, split: str | None = None) -> str:
     inner = _inner(path, "cifar-100-python")
     if (inner / "meta").is_file() and ((inner / "train").is_file() or (inner / "test").is_file()):
         return "cifar100"
-    return _detect_folder(path, split)
+    return None
 
 
 def _detect_file(path: Path) -> str:
@@ -114,57 +124,6 @@ def _detect_file(path: Path) -> str:
     raise UsageError(f"{path}: neither a folder nor an .npz file; arrays can be saved with numpy.savez(images=..., labels=...)")
 
 
-def _detect_folder(path: Path, split: str | None) -> str:
-    inside = [split] if split is not None and (path / split).is_dir() else _splits(path)
-    here = path / inside[0] if inside else path
-    folders = source_folders.subfolders(here)
-    pictures = source_folders.has_pictures(here)
-    nested = [name for name in folders if any(_below(here / name))]
-    if pictures and nested:
-        raise UsageError(
-            f"{here}: has pictures beside folders of pictures; say --kind folder (all, no labels) or --kind classes"
-        )
-    if not pictures and not nested:
-        raise UsageError(f"{path}: no pictures in it; give a folder of images, of class folders, STL-10's or CIFAR's")
-    return "classes" if nested else "folder"
-
-
-def _below(folder: Path) -> list[bool]:
-    """Whether pictures lie in ``folder`` or deeper, by looking at as little as needed."""
-    if source_folders.has_pictures(folder):
-        return [True]
-    return [True for name in source_folders.subfolders(folder) if any(_below(folder / name))][:1]
-
-
 def _inner(path: Path, name: str) -> Path:
     """``path`` itself or the folder that its archive unpacks to."""
     return path / name if (path / name).is_dir() else path
-
-
-def _splits(path: Path) -> list[str]:
-    """The subfolders that are splits, if all are; train first."""
-    folders = source_folders.subfolders(path)
-    if not folders or source_folders.has_pictures(path) or not set(folders) <= set(source_folders.SPLIT_FOLDERS):
-        return []
-    return sorted(folders, key=source_folders.SPLIT_FOLDERS.index)
-
-
-def _open_folder(path: Path, kind: str, split: str | None, strict: bool) -> Source:
-    splits = _splits(path)
-    if split is None and splits:
-        split = splits[0]
-    root = path if split is None else path / split
-    if not root.is_dir():
-        known = ", ".join(splits or source_folders.subfolders(path)) or "none"
-        raise UsageError(f"{path}: no subfolder {split!r} to take as split; its subfolders are {known}")
-    if kind == "folder":
-        found = source_folders.open_plain(root, split=split, strict=strict)
-    else:
-        # One numbering for all splits, though a class may be absent from some.
-        roots = [path / name for name in {*splits, split}] if split is not None else [path]
-        names = sorted({name for one in roots if one.is_dir() for name in source_folders.subfolders(one)})
-        found = source_folders.open_classes(root, class_names=tuple(names), split=split, strict=strict)
-    if not len(found):
-        first = f", the first: {found.unreadable[0][0]}: {found.unreadable[0][1]}" if found.unreadable else ""
-        raise UsageError(f"{root}: no readable pictures in it{first}; give a folder of images or of class folders")
-    return found

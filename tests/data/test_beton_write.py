@@ -8,8 +8,10 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -317,3 +319,53 @@ def test_writes_are_whole_or_errors() -> None:
     assert disk.held == b"abcdefghijk"
     with pytest.raises(OSError, match="full"):
         WholeWrites(disk).write(b"lm")
+
+
+@pytest.mark.parametrize("links", [True, False], ids=["links", "no links"])
+def test_of_writers_that_come_at_once_one_gets_the_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, links: bool) -> None:
+    """Whatever each of them saw before: nothing that was written is replaced, with or without links on the disk."""
+    if not links:
+        monkeypatch.setattr(Path, "hardlink_to", refuse_links)
+    path, begin = tmp_path / "out.beton", threading.Barrier(8)
+
+    def publish(number: int) -> bool:
+        temporary = tmp_path / f"{number}.tmp"
+        temporary.write_text(str(number))
+        begin.wait()
+        try:
+            beton_write._publish(temporary, path, overwrite=False)
+        except UsageError as error:
+            assert "--overwrite" in str(error)  # noqa: PT017 - all but one
+            return False
+        return True
+
+    for _ in range(20):
+        with ThreadPoolExecutor(8) as pool:
+            won = list(pool.map(publish, range(8)))
+        assert won.count(True) == 1
+        assert path.read_text() == str(won.index(True))
+        path.unlink()
+
+
+def refuse_links(self: Path, target: Path) -> None:
+    raise OSError(errno.EPERM, "Operation not permitted")
+
+
+def test_a_rename_that_fails_leaves_no_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(self: Path, target: Path) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(Path, "hardlink_to", refuse_links)
+    monkeypatch.setattr(Path, "replace", fail)
+    (tmp_path / "a.tmp").touch()
+    with pytest.raises(FastbyolError, match="cannot be put in place"):
+        beton_write._publish(tmp_path / "a.tmp", tmp_path / "out.beton", overwrite=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.tmp"]
+
+
+def test_a_file_that_comes_while_another_is_written_is_kept(tmp_path: Path) -> None:
+    path = tmp_path / "out.beton"
+    with pytest.raises(UsageError, match="meanwhile"):
+        beton_write.write(path, Items(count=70), labelled=True, progress=lambda done, total: path.write_text("theirs"))
+    assert path.read_text() == "theirs"
+    assert [each.name for each in tmp_path.iterdir()] == ["out.beton"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import signal
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from torchvision.transforms import v2
 
 import ffcv_files
 import source_files
-from fastbyol.data import beton, convert, rgb, textures
+from fastbyol.data import beton, beton_write, convert, rgb, textures
 from fastbyol.errors import FastbyolError, UsageError
 
 
@@ -127,6 +128,43 @@ def test_damaged_pictures_are_left_out_and_named(tmp_path: Path, out: Path) -> N
     with pytest.raises(UsageError, match=r"half\.png.*truncated.*--strict"):
         convert.convert(str(tmp_path / "source"), tmp_path / "strict.beton", strict=True)
     demand_alone(out)
+
+
+def test_the_report_accounts_for_everything(tmp_path: Path, out: Path) -> None:
+    source = tmp_path / "source"
+    source_files.class_folders(source / "train")
+    source_files.class_folders(source / "val")
+    for name in ("readme.md", "train/ant/notes.txt", "train/bee/notes.txt", "train/labels.csv", "train/bee/.x.png"):
+        (source / name).touch()
+    os.mkfifo(source / "train" / "cow" / "pipe.png")
+    (source / "train" / "ant" / "gone.jpg").symlink_to("nowhere")
+    Image.new("RGB", (60000, 1)).save(source / "train" / "ant" / "thin.png")
+    report = convert.convert(str(source), out, size=64)
+    *lines, last = report.in_words()
+    assert last == f"{out}: 12 images, 3 classes, 3 skipped, 5 ignored"
+    assert set(lines) == {
+        "classes: split train; there are also val",
+        "skipped train/ant/gone.jpg: No such file or directory",
+        "skipped train/ant/thin.png: 60000 x 1 pixels are too thin for a short side of 64",
+        "skipped train/cow/pipe.png: is a named pipe, not a regular file",
+        "ignored .txt files: train/ant/notes.txt, train/bee/notes.txt",
+        "ignored hidden: train/bee/.x.png",
+        "ignored .md files: readme.md",
+        "ignored .csv files: train/labels.csv",
+    }
+
+
+@pytest.mark.parametrize(("resize", "mode", "kept"), [("centre", "raw", 2), ("resize", "jpg", 4), ("none", "jpg", 2)])
+def test_odd_shapes_never_cost_the_others(
+    tmp_path: Path, out: Path, resize: rgb.Resize, mode: beton_write.Mode, kept: int
+) -> None:
+    """Written, or left out and named; the memory is bounded before it is taken."""
+    for name, size in {"a": (32, 32), "b": (60000, 1), "c": (1, 30000), "d": (9999, 3)}.items():
+        Image.new("RGB", size).save(tmp_path / f"{name}.png")
+    report = convert.convert(str(tmp_path), out, size=None if resize == "none" else 64, resize=resize, mode=mode)
+    assert report.num_written == kept
+    left_out = [name for name, _ in report.skipped]
+    assert left_out == ([] if resize == "resize" else ["b.png", "c.png"])
 
 
 def test_nothing_readable(tmp_path: Path, out: Path) -> None:

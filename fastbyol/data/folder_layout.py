@@ -1,0 +1,258 @@
+"""Which pictures of a folder are meant, and their labels: splits, folders of classes, annotations, or plain pictures.
+
+Layouts that are known: ``CLASS/...``, ``SPLIT/CLASS/...``, ``SPLIT/...`` and plain pictures, each also within folders that hold
+nothing else; below a class folders may go on (``CLASS/images/...``). Of one split, labels may stand in a file instead
+(tiny-imagenet's ``val/val_annotations.txt``). What could be read in two ways is refused.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from fastbyol.data import splits
+from fastbyol.data.folder_walk import Found
+from fastbyol.errors import UsageError
+from fastbyol.files import open_regular
+
+# A single folder of such a name is no class.
+_CONTAINERS = frozenset(("all", "data", "image", "images", "img", "imgs", "jpegimages", "jpegs", "photos", "pictures", "raw"))
+_ANNOTATIONS = "annotations.txt"
+_MAX_ANNOTATION_BYTES = 1 << 28
+NamesAndReasons = tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The pictures ``files``, relative to the source's folder, with ``labels`` into ``class_names``, or None for none.
+
+    ``skipped`` and ``ignored`` hold (name, reason) of what is left out, ``notes`` what a reader should know of the choice.
+    """
+
+    kind: str
+    split: str | None
+    files: tuple[str, ...]
+    labels: tuple[int, ...] | None
+    class_names: tuple[str, ...]
+    skipped: NamesAndReasons
+    ignored: NamesAndReasons
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Tree:
+    """The pictures below one folder: those right in it, and the others by its subfolders; names are relative to it."""
+
+    direct: tuple[str, ...]
+    nested: dict[str, _Tree]
+
+    @classmethod
+    def of(cls, names: Iterable[str]) -> _Tree:
+        direct, deeper = [], dict[str, list[str]]()
+        for name in names:
+            first, slash, rest = name.partition("/")
+            if slash:
+                deeper.setdefault(first, []).append(rest)
+            else:
+                direct.append(first)
+        return cls(tuple(direct), {first: cls.of(rest) for first, rest in deeper.items()})
+
+    def names(self) -> Iterator[str]:
+        """Yield the names of all pictures."""
+        yield from self.direct
+        for first, tree in self.nested.items():
+            yield from (f"{first}/{name}" for name in tree.names())
+
+    def at(self, folder: str) -> _Tree:
+        """The tree below ``folder``, a path relative to this one; empty where no picture lies there."""
+        tree = self
+        for part in filter(None, folder.split("/")):
+            tree = tree.nested.get(part, _Tree((), {}))
+        return tree
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether no folder here is a class: pictures only, or one folder of pictures whose name says nothing."""
+        return not self.nested or (not self.direct and self._only in _CONTAINERS and not self.nested[self._name].nested)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no picture lies here or below."""
+        return not self.direct and not self.nested
+
+    @property
+    def _name(self) -> str:
+        return next(iter(self.nested))
+
+    @property
+    def _only(self) -> str | None:
+        return self._name.lower() if len(self.nested) == 1 else None
+
+
+def lay_out(path: Path, found: Found, *, kind: str | None, split: str | None) -> Layout:
+    """Tell which pictures that were ``found`` in ``path`` are meant. ``kind`` None chooses classes or folder by what is there.
+
+    Raises UsageError: no pictures, a split that is not there, or a layout that has two readings.
+    """
+    tree = _Tree.of(found.pictures)
+    if not found.pictures:
+        raise UsageError(
+            f"{path}: no pictures in it{_what_lies(found)}; give a folder of images, of class folders, STL-10's or CIFAR's"
+        )
+    start = _within(tree, kind)
+    parts = _parts(tree.at(start))
+    chosen = _chosen(path, start, tree, parts, found, kind, split)
+    inside = _join(start, chosen)
+    if chosen or kind is None:
+        inside = _join(inside, _within(tree.at(inside), kind))
+    here = tree.at(inside)
+    names = {name for part in parts for name in _classes(path, _join(start, part), tree, found, kind)} if chosen else set()
+    names |= _classes(path, inside, tree, found, kind)
+    if kind is None and here.direct and here.nested:
+        raise UsageError(
+            f"{path / inside}: has pictures beside folders of pictures; say --kind folder (all, no labels) or --kind classes"
+        )
+    if chosen and kind is None and (within := [name for name in here.nested if splits.canonical(name) not in (None, "train")]):
+        raise UsageError(f"{path / inside}: {_listed(within)} look like splits within a split; give the folder of one of them")
+    skipped, ignored = _left_out(found, tree, [_join(start, part) for part in parts if part != chosen])
+    notes = _notes(chosen, parts, inside)
+    said = _annotated(path, inside, here, found) if kind != "folder" and here.is_plain else None
+    if said is not None:
+        rows = [(name, said.get(Path(name).name)) for name in sorted(here.names())]
+        skipped += [(_join(inside, name), "not named in the annotations") for name, of in rows if of is None]
+        labelled = [(name, of) for name, of in rows if of is not None]
+    elif kind == "folder" or (kind is None and here.is_plain):
+        labelled = [(name, "") for name in sorted(here.names())]
+        names = set()
+    elif here.nested:
+        ignored += [(_join(inside, name), "pictures beside the class folders") for name in here.direct]
+        labelled = [(f"{of}/{name}", of) for of in sorted(here.nested) for name in sorted(here.nested[of].names())]
+    else:
+        raise UsageError(f"{path / inside}: no class folders with pictures in it; say --kind folder, or give what holds them")
+    class_names = tuple(sorted(names))
+    numbers = {name: number for number, name in enumerate(class_names)}
+    return Layout(
+        kind="classes" if names else "folder",
+        split=chosen or None,
+        files=tuple(_join(inside, name) for name, _ in labelled),
+        labels=tuple(numbers[of] for _, of in labelled) if names else None,
+        class_names=class_names,
+        skipped=tuple(skipped),
+        ignored=tuple(ignored),
+        notes=notes,
+    )
+
+
+def _within(tree: _Tree, kind: str | None) -> str:
+    """The folder, relative, that holds all the rest of ``tree`` and is no class itself; empty where there is none."""
+    folder, here = "", tree
+    while kind is None and len(here.nested) == 1 and not here.direct:
+        ((name, inner),) = here.nested.items()
+        if splits.canonical(name) or inner.direct:
+            return folder if splits.canonical(name) else ""
+        folder, here = _join(folder, name), inner
+    return folder if len(here.nested) > 1 and not here.direct else ""
+
+
+def _parts(tree: _Tree) -> list[str]:
+    """The subfolders that are splits by their names, train first."""
+    named = [(splits.NAMES.index(of), name) for name in tree.nested if (of := splits.canonical(name)) is not None]
+    return [name for _, name in sorted(named)]
+
+
+def _chosen(path: Path, start: str, tree: _Tree, parts: list[str], found: Found, kind: str | None, split: str | None) -> str:
+    """The split's folder, relative to ``start``; empty where there are no splits."""
+    here = tree.at(start)
+    if split is not None:
+        return _asked(path, start, here, parts, found, split)
+    others = [name for name in here.nested if name not in parts]
+    if parts and not others and not here.direct:
+        first = [name for name in parts if splits.canonical(name) == splits.canonical(parts[0])]
+        if len(first) > 1:
+            raise UsageError(f"{path}: {_listed(first)} are all the split {splits.canonical(first[0])}; name one with --split")
+        return parts[0]
+    # A class may be called train; val, test and the like are no classes, nor are several splits.
+    if kind is None and any(splits.canonical(name) != "train" or here.nested[name].nested for name in parts):
+        beside = _listed(others) if others else "pictures"
+        raise UsageError(
+            f"{path}: {_listed(parts)} look like splits, beside {beside}: name one with --split {parts[0]}, or take "
+            "every folder as a class with --kind classes"
+        )
+    if kind is None and (shared := _shared(here)):
+        raise UsageError(
+            f"{path}: {_listed(list(here.nested))} hold the same folders ({_listed(shared)}) and look like splits: name "
+            f"one with --split {next(iter(here.nested))}, or take them as the classes with --kind classes"
+        )
+    return ""
+
+
+def _asked(path: Path, start: str, here: _Tree, parts: list[str], found: Found, split: str) -> str:
+    if _join(start, split) in found.folders:
+        return split
+    named = [name for name in parts if splits.canonical(name) == (splits.canonical(split) or split)]
+    if len(named) > 1:
+        raise UsageError(f"{path}: {_listed(named)} are all spelled like {split!r}; give one of these names with --split")
+    if not named:
+        known = _listed([*parts, *(name for name in here.nested if name not in parts)]) or "none"
+        raise UsageError(f"{path}: no subfolder {split!r} to take as split; its subfolders are {known}")
+    return named[0]
+
+
+def _shared(tree: _Tree) -> list[str]:
+    """Names of folders that lie in every subfolder, where all of these hold nothing but several folders."""
+    inner = list(tree.nested.values())
+    if tree.direct or len(inner) < 2 or any(one.direct or len(one.nested) < 2 for one in inner):
+        return []
+    return sorted(set.intersection(*(set(one.nested) for one in inner)))
+
+
+def _classes(path: Path, folder: str, tree: _Tree, found: Found, kind: str | None) -> set[str]:
+    """The names of the classes in ``folder``, relative to the root of ``tree``."""
+    folder = _join(folder, _within(tree.at(folder), kind))
+    here = tree.at(folder)
+    if not here.is_plain or (kind == "classes" and here.nested):
+        return set(here.nested)
+    return set((_annotated(path, folder, here, found) or {}).values())
+
+
+def _annotated(path: Path, folder: str, tree: _Tree, found: Found) -> dict[str, str] | None:
+    """The class of each picture by its file's name, as an annotations file in ``folder`` says; None where there is none."""
+    start = f"{folder}/" if folder else ""
+    names = [name for name, _ in found.ignored if name.startswith(start) and "/" not in name[len(start) :]]
+    name = next((name for name in names if name.lower().endswith(_ANNOTATIONS)), None)
+    if name is None:
+        return None
+    with open_regular(path / name) as file:
+        text = file.read(_MAX_ANNOTATION_BYTES).decode("utf-8", "replace")
+    rows = [line.split("\t") for line in text.splitlines()]
+    said = {row[0]: row[1].strip() for row in rows if len(row) >= 2 and row[1].strip()}
+    return said if any(Path(picture).name in said for picture in tree.names()) else None
+
+
+def _left_out(found: Found, tree: _Tree, others: Sequence[str]) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
+    """What was skipped and ignored, but for what lies in the splits that are not taken."""
+    away = tuple(f"{other}/" for other in others)
+    skipped, ignored = ([row for row in rows if not row[0].startswith(away)] for rows in (found.skipped, found.ignored))
+    empty = [name for name in found.folders if not f"{name}/".startswith(away) and tree.at(name).is_empty]
+    return skipped, ignored + [(f"{name}/", "folders without pictures") for name in empty]
+
+
+def _notes(chosen: str, parts: list[str], inside: str) -> tuple[str, ...]:
+    others = [part for part in parts if part != chosen]
+    split = [f"split {chosen}; there are also {_listed(others)}"] if chosen and others else []
+    return (*split, *([f"taken from {inside}/, which holds all the rest"] if inside != chosen and inside else []))
+
+
+def _what_lies(found: Found) -> str:
+    kinds = Counter(reason for _, reason in (*found.ignored, *found.skipped))
+    return f" but {', '.join(f'{count} {kind}' for kind, count in kinds.most_common(4))}" if kinds else ""
+
+
+def _join(*parts: str) -> str:
+    return "/".join(filter(None, parts))
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")

@@ -1,0 +1,111 @@
+"""Everything that lies in a folder: its pictures, and by name and reason whatever is not taken for one."""
+
+from __future__ import annotations
+
+import os
+import stat
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from fastbyol.data import rgb
+from fastbyol.files import refuse_special
+
+# What archive programs and systems leave beside pictures.
+_LITTER = ("__MACOSX", "@eaDir", "$RECYCLE.BIN")
+
+
+@dataclass
+class Found:
+    """What a walk came upon, as paths relative to its root.
+
+    ``pictures`` are files with a picture's suffix; ``skipped`` holds those that cannot be opened and folders that cannot be
+    read, with the reason; ``ignored`` everything else, with the kind of thing it is; ``folders`` are all that were read.
+    """
+
+    pictures: list[str] = field(default_factory=list)
+    skipped: list[tuple[str, str]] = field(default_factory=list)
+    ignored: list[tuple[str, str]] = field(default_factory=list)
+    folders: list[str] = field(default_factory=list)
+
+
+def walk(root: Path) -> Found:
+    """Look at everything below ``root``, sorted by name. Raises OSError where ``root`` itself cannot be read.
+
+    Links to files are files. Links to folders are followed once, after all real folders, and not where they lead to one that is
+    read anyway or to one around ``root``. Hidden files and folders are not looked into.
+    """
+    found, links = Found(), list[str]()
+    # The folders around the root: a link to one of them would bring everything beside the root.
+    seen = {_identity(folder) for folder in root.resolve().parents}
+    with os.scandir(root):
+        pass  # what is wrong with the root is the caller's to hear
+    _read_below(root, "", found, links, seen)
+    while links:
+        links.sort()
+        name = links.pop(0)
+        if _identity(root / name) in seen:
+            found.ignored.append((name, "links to folders that are read anyway"))
+        else:
+            _read_below(root, name, found, links, seen)
+    for names in (found.pictures, found.skipped, found.ignored, found.folders):
+        names.sort()
+    return found
+
+
+def _read_below(root: Path, start: str, found: Found, links: list[str], seen: set[tuple[int, int]]) -> None:
+    """Take in the real folders from ``start`` downwards; links to folders are kept in ``links`` for later."""
+    pending = [start]
+    while pending:
+        folder = pending.pop()
+        try:
+            identity = _identity(root / folder)
+            if identity in seen:  # mounted twice
+                continue
+            seen.add(identity)
+            entries = sorted(os.scandir(root / folder), key=lambda entry: entry.name)
+        except OSError as error:
+            found.skipped.append((f"{folder}/", error.strerror or str(error)))
+            continue
+        if folder:
+            found.folders.append(folder)
+        for entry, name in ((entry, f"{folder}/{entry.name}" if folder else entry.name) for entry in entries):
+            kind = _take(entry, name, found)
+            if kind is not None:
+                (links if entry.is_symlink() else pending).append(name)
+
+
+def _take(entry: os.DirEntry[str], name: str, found: Found) -> str | None:
+    """File ``entry`` under what it is; return ``name`` where it is a folder to go into."""
+    if entry.name.startswith(".") or entry.name in _LITTER:
+        found.ignored.append((name, "hidden"))
+        return None
+    try:
+        # Not a look at every regular file: an entry knows that it is one.
+        mode = stat.S_IFREG if entry.is_file(follow_symlinks=False) else os.stat(entry.path).st_mode  # noqa: PTH116
+        if stat.S_ISDIR(mode):
+            return name
+        refuse_special(Path(entry.path), mode)
+    except OSError as error:
+        where = found.skipped if is_picture(entry.name) else found.ignored
+        where.append((name, error.strerror or str(error)))
+        return None
+    if is_picture(entry.name):
+        found.pictures.append(name)
+    else:
+        found.ignored.append((name, _kind(entry.name)))
+    return None
+
+
+def is_picture(name: str) -> bool:
+    """Tell whether a file's name has the suffix of a picture."""
+    return os.path.splitext(name)[1].lower() in rgb.suffixes()  # noqa: PTH122 - called a million times
+
+
+def _kind(name: str) -> str:
+    suffix = os.path.splitext(name)[1].lower()  # noqa: PTH122 - as above
+    return f"{suffix} files" if suffix else "files without a suffix"
+
+
+def _identity(folder: Path) -> tuple[int, int]:
+    status = folder.stat()
+    return status.st_dev, status.st_ino

@@ -1,0 +1,101 @@
+"""Pictures without what only describes them: the second try where Pillow fails on damaged metadata.
+
+Pillow looks at EXIF, colour profiles, texts and the like while it opens a file, and gives up the picture where one of them is
+damaged. Browsers and other decoders do not. What the pixels depend on is kept as it is, damaged or not.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+import struct
+import zlib
+from typing import BinaryIO
+
+# A larger file is tried once only.
+MAX_BYTES = 1 << 30
+_PNG = b"\x89PNG\r\n\x1a\n"
+# PNG 1.2, 4: the critical chunks, and transparency.
+_PNG_PIXELS = (b"IHDR", b"PLTE", b"IDAT", b"IEND", b"tRNS")
+_JPEG = b"\xff\xd8"
+_SOS = 0xDA
+# ITU-T T.81, table B.1: markers that stand alone.
+_JPEG_ALONE = (0x01, *range(0xD0, 0xD9))
+_JPEG_COMMENT = 0xFE
+# ISO/IEC 23008-12: the entry of an item in an AVIF file's list, versions 2 and 3, up to its type.
+_AVIF_EXIF = re.compile(rb"(infe[\x02\x03].{7}(?:..)?)Exif", re.DOTALL)
+_TIFF = (b"II*\0", b"MM\0*")
+# TIFF 6.0 and its supplements: all that says how pixels are stored or coloured, and the rotation.
+_TIFF_PIXELS = frozenset((
+    *range(256, 260), 262, 266, 273, 274, *range(277, 282), 284, 292, 293, 317, 320, *range(322, 326), 332, 338, 339, 347,
+    *range(512, 522), *range(529, 533),
+))  # fmt: skip
+# A private tag of one byte, in place of one that describes.
+_TIFF_SKIPPED = (65000, 1, 1, 0)
+
+
+def without_metadata(file: BinaryIO) -> BinaryIO | None:
+    """Return the PNG, JPEG, TIFF or AVIF in ``file``, read from where it stands, with little but pixels.
+
+    EXIF that looks whole is kept for its rotation. Returns None for other formats, and for what does not begin as one.
+    """
+    data = file.read(MAX_BYTES + 1)
+    if len(data) > MAX_BYTES:
+        return None
+    if data.startswith(_PNG):
+        return io.BytesIO(_png(data))
+    if data.startswith(_JPEG):
+        return io.BytesIO(_jpeg(data))
+    if data[4:8] == b"ftyp":
+        return io.BytesIO(_AVIF_EXIF.sub(rb"\1skip", data))  # items of unknown types are not looked at
+    if data.startswith(_TIFF):
+        return io.BytesIO(_tiff(data))
+    return None
+
+
+def _png(data: bytes) -> bytes:
+    kept, at = [_PNG], len(_PNG)
+    while at + 12 <= len(data):
+        (size,), kind = struct.unpack_from(">I", data, at), data[at + 4 : at + 8]
+        end = at + 12 + size
+        checksum = data[end - 4 : end]
+        is_whole = len(checksum) == 4 and zlib.crc32(data[at + 4 : end - 4]) == int.from_bytes(checksum, "big")
+        if kind in _PNG_PIXELS or (kind == b"eXIf" and is_whole):
+            kept.append(data[at:end])
+        at = end
+    return b"".join(kept)
+
+
+def _jpeg(data: bytes) -> bytes:
+    kept, at = [_JPEG], len(_JPEG)
+    while at + 4 <= len(data) and data[at] == 0xFF:
+        marker = data[at + 1]
+        if marker in _JPEG_ALONE or marker == 0xFF:  # the latter is a fill byte
+            at += 2 if marker != 0xFF else 1
+            continue
+        if marker == _SOS:
+            break
+        end = at + 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+        if _is_needed(marker, data[at + 4 : end]):
+            kept.append(data[at:end])
+        at = end
+    return b"".join((*kept, data[at:]))
+
+
+def _is_needed(marker: int, content: bytes) -> bool:
+    """Tell whether a decoder or the rotation needs a segment: JFIF's and Adobe's say how colours are coded."""
+    if 0xE0 <= marker <= 0xEF:
+        known = ((0xE0, b"JFIF\0", 14), (0xE1, b"Exif\0\0", 14), (0xEE, b"Adobe", 12))
+        return any(marker == m and content.startswith(head) and len(content) >= size for m, head, size in known)
+    return marker != _JPEG_COMMENT
+
+
+def _tiff(data: bytes) -> bytes:
+    order = "<" if data.startswith(b"II") else ">"
+    made = bytearray(data)
+    (start,) = struct.unpack_from(f"{order}I", data, 4) if len(data) >= 8 else (len(data),)
+    (entries,) = struct.unpack_from(f"{order}H", data, start) if start + 2 <= len(data) else (0,)
+    for at in range(start + 2, min(start + 2 + 12 * entries, len(data) - 11), 12):
+        if struct.unpack_from(f"{order}H", data, at)[0] not in _TIFF_PIXELS:
+            struct.pack_into(f"{order}HHII", made, at, *_TIFF_SKIPPED)
+    return bytes(made)

@@ -1,0 +1,18 @@
+"""The usual spellings of the parts of a data set."""
+
+from __future__ import annotations
+
+import re
+
+# In the order in which one is taken where nobody names one.
+NAMES = ("train", "test", "val", "unlabeled")
+_WORDS = r"(?P<train>train(?:ing)?|trn)|(?P<val>val(?:id(?:ation)?)?|dev)|(?P<test>test(?:ing)?|tst)|(?P<unlabeled>unlabell?ed)"
+# Around the word: what says that images lie there, years, numbers, and the A and B of image translation.
+_AROUND = r"(?:images?|imgs?|data|dataset|set|split|raw|[\W\d_])*"
+_SPELLING = re.compile(rf"{_AROUND}(?:{_WORDS}){_AROUND}[ab]?", re.IGNORECASE)
+
+
+def canonical(name: str) -> str | None:
+    """Return which of NAMES is spelled ``name`` (``Training``, ``val2017``, ``test_images``, ``unlabelled``), or None."""
+    spelled = _SPELLING.fullmatch(name)
+    return None if spelled is None else spelled.lastgroup

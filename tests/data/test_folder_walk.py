@@ -1,0 +1,157 @@
+"""Everything in a folder is a picture, skipped or ignored with a reason, whatever lies there; nothing is waited for."""
+
+from __future__ import annotations
+
+import os
+import socket
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fastbyol.data.folder_walk import Found, walk
+
+
+def put(root: Path, *names: str) -> None:
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).touch()
+
+
+def _socket(path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as made:
+        made.bind(str(path))
+
+
+SPECIAL: dict[str, tuple[Callable[[Path], object], str]] = {
+    "pipe": (os.mkfifo, "is a named pipe, not a regular file"),
+    "socket": (_socket, "is a socket, not a regular file"),
+    "link to a device": (lambda path: path.symlink_to("/dev/zero"), "is a device, not a regular file"),
+    "broken link": (lambda path: path.symlink_to("nowhere"), "No such file or directory"),
+    "link to itself": (lambda path: path.symlink_to(path.name), "Too many levels of symbolic links"),
+}
+
+
+@pytest.mark.parametrize("kind", SPECIAL)
+def test_what_cannot_be_opened_is_skipped_if_it_is_called_a_picture_and_else_ignored(tmp_path: Path, kind: str) -> None:
+    make, reason = SPECIAL[kind]
+    put(tmp_path, "a/x.png")
+    make(tmp_path / "a" / "odd.jpg")
+    make(tmp_path / "a" / "odd.txt")
+    found = walk(tmp_path)
+    assert found.pictures == ["a/x.png"]
+    assert found.skipped == [("a/odd.jpg", reason)]
+    assert found.ignored == [("a/odd.txt", reason)]
+
+
+def test_everything_is_accounted_for(tmp_path: Path) -> None:
+    put(tmp_path, "a/x.PNG", "a/y.JPeG", "a/m.mpo", "a/i.ico", "a/h.HEIC", "a/n.txt", "a/labels.csv", "a/noname", "readme.md")
+    put(tmp_path, "a/.x.png.swp", "a/.hidden.png", ".git/x.png", "__MACOSX/a/._x.png", "a/clip.mp4", "a/scan.eps")
+    found = walk(tmp_path)
+    assert found.pictures == ["a/h.HEIC", "a/i.ico", "a/m.mpo", "a/x.PNG", "a/y.JPeG"]
+    assert dict(found.ignored) == {
+        ".git": "hidden",
+        "__MACOSX": "hidden",
+        "a/.hidden.png": "hidden",
+        "a/.x.png.swp": "hidden",
+        "a/clip.mp4": ".mp4 files",
+        "a/labels.csv": ".csv files",
+        "a/n.txt": ".txt files",
+        "a/scan.eps": ".eps files",
+        "a/noname": "files without a suffix",
+        "readme.md": ".md files",
+    }
+    assert not found.skipped
+    assert found.folders == ["a"]
+
+
+def test_an_error_of_the_system_within_a_folder_costs_that_folder_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(tmp_path, "a/x.png", "b/x.png")
+    real = os.scandir
+
+    def scandir(path: Path) -> object:
+        if Path(path).name == "b":
+            raise OSError(5, "Input/output error")
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    found = walk(tmp_path)
+    assert (found.pictures, found.skipped) == (["a/x.png"], [("b/", "Input/output error")])
+
+
+LINKS: dict[str, tuple[str, str]] = {
+    "to its parent": ("a/back", ".."),
+    "to itself's folder": ("a/back", "."),
+    "to a sibling": ("a/back", "../b"),
+    "above the root": ("a/back", "../.."),
+    "to the root of all": ("a/back", "/"),
+    "by its full name": ("b/back", "{root}"),
+}
+
+
+@pytest.mark.parametrize("kind", LINKS)
+def test_links_to_what_is_read_anyway_are_not_followed(tmp_path: Path, kind: str) -> None:
+    root = tmp_path / "root"
+    put(root, "a/z/1.png", "b/2.png")
+    name, target = LINKS[kind]
+    (root / name).symlink_to(target.format(root=root))
+    found = walk(root)
+    assert found.pictures == ["a/z/1.png", "b/2.png"]
+    assert found.ignored == [(name, "links to folders that are read anyway")]
+
+
+def test_links_to_elsewhere_are_followed_once_and_links_to_files_are_files(tmp_path: Path) -> None:
+    put(tmp_path, "away/deep/1.png", "away/2.png", "root/a/3.png")
+    root = tmp_path / "root"
+    (root / "a" / "more").symlink_to(tmp_path / "away")
+    (root / "b").symlink_to(tmp_path / "away")
+    (root / "a" / "again.png").symlink_to("3.png")
+    (tmp_path / "away" / "round").symlink_to(root)
+    found = walk(root)
+    assert found.pictures == ["a/3.png", "a/again.png", "a/more/2.png", "a/more/deep/1.png"]
+    assert {name for name, _ in found.ignored} == {"b", "a/more/round"}
+
+
+names = st.sampled_from(("a", "b", "x.png", "y.txt", "z.jpg", "noname", ".h"))
+
+
+@given(
+    st.lists(
+        st.tuples(st.lists(names, min_size=1, max_size=4), st.sampled_from(("file", "folder", "pipe", "link", "up"))),
+        max_size=12,
+    )
+)
+def test_every_entry_is_in_one_list(entries: list[tuple[list[str], str]]) -> None:
+    """Whatever is made: each file, link and special file that can be reached comes out once, and it ends."""
+    with tempfile.TemporaryDirectory() as made:
+        root = Path(made).resolve()
+        for parts, kind in entries:
+            path = root.joinpath(*parts)
+            if path.is_symlink() or path.exists() or any((root / Path(*parts[:k])).is_file() for k in range(1, len(parts))):
+                continue
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                {
+                    "file": lambda path=path: path.touch(),
+                    "folder": lambda path=path: path.mkdir(),
+                    "pipe": lambda path=path: os.mkfifo(path),
+                    "link": lambda path=path: path.symlink_to(root / "a"),
+                    "up": lambda path=path: path.symlink_to(".."),
+                }[kind]()
+            except (FileExistsError, NotADirectoryError, OSError):
+                continue
+        found: Found = walk(root)
+        listed = [*found.pictures, *(name for name, _ in (*found.skipped, *found.ignored))]
+        assert len(listed) == len(set(listed))
+        real = {
+            str((Path(folder) / name).relative_to(root))
+            for folder, folders, files in os.walk(root)
+            for name in files
+            if not any(part.startswith(".") for part in (Path(folder) / name).relative_to(root).parts)
+        }
+        assert real <= set(listed)

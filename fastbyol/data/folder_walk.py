@@ -10,6 +10,7 @@ from pathlib import Path
 from fastbyol.data import rgb
 from fastbyol.files import refuse_special
 
+_TABLES = (".csv", ".jsonl", ".parquet", ".tsv", ".xlsx")
 # What archive programs and systems leave beside pictures.
 _LITTER = ("__MACOSX", "@eaDir", "$RECYCLE.BIN")
 
@@ -103,6 +104,8 @@ def is_picture(name: str) -> bool:
 
 def _kind(name: str) -> str:
     suffix = os.path.splitext(name)[1].lower()  # noqa: PTH122 - as above
+    if suffix in _TABLES:
+        return f"{suffix} tables, whose labels are not read"
     return f"{suffix} files" if suffix else "files without a suffix"
 
 

@@ -138,7 +138,7 @@ def _taken(file: BinaryIO, take: Callable[[ImageFile.ImageFile], T]) -> T:
 
 def _decoded(image: ImageFile.ImageFile) -> Image.Image:
     # A raw mode such as RGB;16B, of which Pillow keeps the high octets. Only known before the pixels are.
-    arguments = image.tile[0].args if image.tile else ""
+    arguments = image.tile[0][3] if image.tile else ""
     raw_mode = arguments[0] if isinstance(arguments, tuple) else arguments
     made = _to_rgb(_upright(image))
     if "16" in str(raw_mode) and image.mode not in _DEEP:

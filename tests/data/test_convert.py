@@ -150,7 +150,7 @@ def test_the_report_accounts_for_everything(tmp_path: Path, out: Path) -> None:
         "ignored .txt files: train/ant/notes.txt, train/bee/notes.txt",
         "ignored hidden: train/bee/.x.png",
         "ignored .md files: readme.md",
-        "ignored .csv files: train/labels.csv",
+        "ignored .csv tables, whose labels are not read: train/labels.csv",
     }
 
 

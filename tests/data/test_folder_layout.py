@@ -189,7 +189,7 @@ def test_what_is_left_out_is_named(tmp_path: Path) -> None:
     layout = laid(tmp_path)
     assert layout.class_names == ("cat", "dog")
     assert dict(layout.ignored) == {
-        "labels.csv": ".csv files",
+        "labels.csv": ".csv tables, whose labels are not read",
         "docs/readme.txt": ".txt files",
         "docs/": "folders without pictures",
         "empty/": "folders without pictures",

@@ -58,7 +58,7 @@ def test_everything_is_accounted_for(tmp_path: Path) -> None:
         "a/.hidden.png": "hidden",
         "a/.x.png.swp": "hidden",
         "a/clip.mp4": ".mp4 files",
-        "a/labels.csv": ".csv files",
+        "a/labels.csv": ".csv tables, whose labels are not read",
         "a/n.txt": ".txt files",
         "a/scan.eps": ".eps files",
         "a/noname": "files without a suffix",

@@ -13,7 +13,7 @@ import zlib
 from typing import BinaryIO
 
 # A larger file is tried once only.
-MAX_BYTES = 1 << 30
+MAX_BYTES = 1 << 28
 _PNG = b"\x89PNG\r\n\x1a\n"
 # PNG 1.2, 4: the critical chunks, and transparency.
 _PNG_PIXELS = (b"IHDR", b"PLTE", b"IDAT", b"IEND", b"tRNS")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -105,10 +106,13 @@ def evaluate(
     test_data: str | Path | None = None,
     weights: str = "trained",
     device: str = "auto",
+    image_field: str | None = None,
+    label_field: str | None = None,
 ) -> dict[str, Any]:
     """Accuracy of a run's encoder under ``protocol`` (``blog``, ``linear`` or ``knn``; see ``evaluation.protocol``).
 
     Data default to the run's own images; files that are named are taken whole. ``blog`` does not look at ``train_data``.
+    The fields of both files default to those that the run was told to take.
     Returns a dict with at least ``accuracy`` (percent), ``protocol`` and ``step``.
     """
     if protocol not in PROTOCOLS:
@@ -118,12 +122,18 @@ def evaluate(
     if test_file is None:
         raise UsageError(f"{run}: the run has no test data: name a labelled beton with --test-data")
     size = config.data.size or config.views.size
-    test = loader.read_all(test_file, workers=config.data.workers, size=size, limit=0 if test_data else config.data.test_limit)
+    read = partial(
+        loader.read_all,
+        workers=config.data.workers,
+        size=size,
+        image_field=image_field or config.data.image_field,
+        label_field=label_field or config.data.label_field,
+    )
+    test = read(test_file, limit=0 if test_data else config.data.test_limit, labels="needed")
     train = None
     if protocol != "blog":  # which is fitted within the test set
         train_file = Path(train_data) if train_data else embedded.training_file(config.data)
-        limit = 0 if train_data else config.data.limit
-        train = loader.read_all(train_file, workers=config.data.workers, size=size, limit=limit)
+        train = read(train_file, limit=0 if train_data else config.data.limit, labels="optional")
     target = pick_device(device)
     result = protocols.evaluate(protocol, encoder.to(target), test=test, train=train, views=config.views, device=target)
     return {"run": str(run), "step": step, "weights": weights, **result}

@@ -39,6 +39,10 @@ Json = Annotated[
     bool, typer.Option("--json", help="Print one JSON object on standard output, everything else on standard error.")
 ]
 BetonPath = Annotated[Path, typer.Argument(metavar="FILE", help="A beton file.")]
+ImageField = Annotated[str | None, typer.Option("--image-field", metavar="NAME", help="Default: the only image field.")]
+LabelField = Annotated[
+    str | None, typer.Option("--label-field", metavar="NAME", help="Default: label, else the only int field.")
+]
 RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]
 Protocol = Annotated[Literal["blog", "linear", "knn"], typer.Option(help="How accuracy is measured.")]
 TRAIN = "Training"
@@ -124,6 +128,8 @@ def convert(
 def train(
     data: Annotated[str | None, typer.Option("--data", metavar="FILE", help="Beton, fashion-mnist or textures.")] = None,
     test_data: Annotated[str | None, typer.Option("--test-data", metavar="FILE", help="Labelled beton for the probe.")] = None,
+    image_field: ImageField = None,
+    label_field: LabelField = None,
     preset: Annotated[str | None, typer.Option(help="demo, blog or paper. Default: blog on a GPU, demo on a CPU.")] = None,
     config: Annotated[Path | None, typer.Option("--config", metavar="FILE", help="TOML file over the preset.")] = None,
     sets: Annotated[
@@ -196,6 +202,8 @@ def train(
     flags = {
         "data.train": ("--data", data),
         "data.test": ("--test-data", test_data),
+        "data.image_field": ("--image-field", image_field),
+        "data.label_field": ("--label-field", label_field),
         "train.epochs": ("--epochs", epochs),
         "train.batch_size": ("--batch-size", batch_size),
         "train.precision": ("--precision", precision),
@@ -340,6 +348,8 @@ def evaluate(
     train_data: Annotated[Path | None, typer.Option("--train-data", metavar="FILE", help="Fit on this (linear, knn).")] = None,
     test_data: Annotated[Path | None, typer.Option("--test-data", metavar="FILE", help="Score on this.")] = None,
     weights: Annotated[Literal["trained", "random"], typer.Option(help="random: before the first step.")] = "trained",
+    image_field: ImageField = None,
+    label_field: LabelField = None,
     device: Annotated[str, typer.Option(metavar="auto|cpu|cuda[:N]")] = "auto",
     as_json: Json = False,
 ) -> None:
@@ -348,7 +358,16 @@ def evaluate(
 
     if protocol == "blog" and train_data is not None:
         typer.echo("--train-data: not looked at, the blog protocol fits within the test set; linear and knn take it", err=True)
-    result = api.evaluate(run, protocol, train_data=train_data, test_data=test_data, weights=weights, device=device)
+    result = api.evaluate(
+        run,
+        protocol,
+        train_data=train_data,
+        test_data=test_data,
+        weights=weights,
+        device=device,
+        image_field=image_field,
+        label_field=label_field,
+    )
     if as_json:
         _print_json(result)
     else:
@@ -453,6 +472,8 @@ def runs(
 def data_verify(
     file: BetonPath,
     deep: Annotated[bool, typer.Option("--deep", help="Decode every sample, and look at its label.")] = False,
+    image_field: ImageField = None,
+    label_field: LabelField = None,
     as_json: Json = False,
 ) -> None:
     """Prove that a beton file is whole: its structure, and the checksums that convert wrote."""
@@ -460,7 +481,7 @@ def data_verify(
 
     bar, progress = _progress(_console(as_json), "verifying")
     with bar:
-        verdict = verify(file, deep=deep, progress=progress)
+        verdict = verify(file, deep=deep, image_field=image_field, label_field=label_field, progress=progress)
     if as_json:
         damaged = [{"sample": sample, "what": what} for sample, what in verdict.damaged]
         _print_json(
@@ -474,11 +495,11 @@ def data_verify(
 
 
 @data_app.command("info")
-def data_info(file: BetonPath, as_json: Json = False) -> None:
+def data_info(file: BetonPath, image_field: ImageField = None, label_field: LabelField = None, as_json: Json = False) -> None:
     """What a beton file holds."""
     from fastbyol.data import beton
 
-    info = beton.info_dict(beton.inspect(file))
+    info = beton.info_dict(beton.inspect(file, image_field=image_field, label_field=label_field))
     if as_json:
         _print_json(info)
         return
@@ -497,12 +518,15 @@ def data_preview(
     preset: Annotated[str, typer.Option(help="Whose views to show: demo, blog or paper.")] = "blog",
     config: Annotated[Path | None, typer.Option("--config", metavar="FILE", help="TOML file over the preset.")] = None,
     sets: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any key, e.g. views.size=32.")] = None,
+    image_field: ImageField = None,
+    label_field: LabelField = None,
     as_json: Json = False,
 ) -> None:
     """Draw images of a beton file, each with its two views of epoch 0."""
     from fastbyol import preview
 
-    ids = preview.write(file, out, _load(preset, config, sets or (), {}).config, count=count)
+    flags = {"data.image_field": ("--image-field", image_field), "data.label_field": ("--label-field", label_field)}
+    ids = preview.write(file, out, _load(preset, config, sets or (), flags).config, count=count)
     if as_json:
         _print_json({"written": str(out), "samples": ids})
     else:

@@ -31,7 +31,7 @@ def write(path: str | Path, out: Path, config: Config, *, count: int = 24) -> li
 
     Each is followed by the two views that training with ``config`` sees in epoch 0. UsageError: a damaged file, a wrong count.
     """
-    info = beton.inspect(path)
+    info = beton.inspect(path, image_field=config.data.image_field, label_field=config.data.label_field)
     if not 1 <= count <= MAX_COUNT:
         raise UsageError(f"--count {count}: must be 1 to {MAX_COUNT}")
     ids = np.unique(np.linspace(0, info.num_samples - 1, count).round().astype(np.int64))

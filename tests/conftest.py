@@ -1,12 +1,23 @@
-"""What all tests share: a cache folder that is nobody's, Ctrl-C as Python has it, and Triton's interpreter without a GPU."""
+"""What all tests share: a cache folder that is nobody's, Ctrl-C as Python has it, and Triton's interpreter without a GPU.
+
+And an end. pytest-timeout interrupts a test at its limit by a signal: it fails, what it started is killed, and the others go
+on. Code that hangs outside of Python never sees the signal, and may hold the lock that a thread would need to act: ``GRACE_S``
+later faulthandler, which needs neither, says where every thread is and ends the process. pytest-xdist counts that as the
+test's failure and has another worker go on, with that test again, which now fails at once. The same clock runs while pytest
+itself ends.
+"""
 
 from __future__ import annotations
 
+import faulthandler
+import hashlib
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
+from typing import Any
 
+import processes
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
@@ -18,6 +29,65 @@ settings.load_profile("untimed")
 # Read when a kernel is defined, so it has to stand before the first import of fastbyol_kernels.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+
+# FFCV's own loader starts numba's pool. Of its layers this one survives a fork; on one core TBB's waits at exit for ever.
+os.environ["NUMBA_THREADING_LAYER"] = "workqueue"
+
+# How long a test's fixtures may take to end after its limit, and pytest itself.
+GRACE_S = 120.0
+MARK, BEGAN, STDERR = pytest.StashKey[Path](), pytest.StashKey[float](), pytest.StashKey[int]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Whatever is started from now on ends with this process."""
+    config.stash[STDERR] = os.dup(2)  # not captured yet
+    config.stash[MARK] = processes.own()
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """Not for ever, either, what runs at exit."""
+    faulthandler.dump_traceback_later(GRACE_S, exit=True, file=config.stash[STDERR])
+
+
+def pytest_timeout_set_timer(item: pytest.Item, settings: Any) -> None:
+    """Beside pytest-timeout's own."""
+    faulthandler.dump_traceback_later(settings.timeout + GRACE_S, exit=True, file=item.config.stash[STDERR])
+
+
+def pytest_timeout_cancel_timer(item: pytest.Item) -> None:
+    """With pytest-timeout's own."""
+    faulthandler.cancel_dump_traceback_later()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Note when a test began, and in a worker where its successor will look."""
+    item.stash[BEGAN] = processes.now()
+    if hasattr(item.config, "workerinput"):
+        try:
+            _begun(item).touch(exist_ok=False)
+        except FileExistsError:
+            pytest.fail("a worker died in this test", pytrace=False)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item: pytest.Item) -> None:
+    """No worker died in it."""
+    if hasattr(item.config, "workerinput"):
+        _begun(item).unlink(missing_ok=True)
+
+
+def _begun(item: pytest.Item) -> Path:
+    return item.config.stash[MARK].with_name(hashlib.sha256(item.nodeid.encode()).hexdigest())
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """End what a failed test started, before its fixtures wait for it."""
+    report = yield
+    if report.failed:
+        processes.end_started_since(item.stash[BEGAN])
+    return report
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

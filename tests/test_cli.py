@@ -321,6 +321,111 @@ def test_data_commands(run, beton: Path, tmp_path: Path) -> None:
     assert "1 of 32 samples are damaged" in err
 
 
+@pytest.fixture(scope="module")
+def foreign(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """FFCV's own files of the same 24 pictures and labels under several names."""
+    import numpy as np
+
+    import ffcv_files
+    import source_files
+
+    folder = tmp_path_factory.mktemp("foreign")
+    pictures, masks = source_files.random_images(24, 16, 16, 0), np.zeros((24, 16, 16, 3), np.uint8)
+    plain = [(picture, k % 2) for k, picture in enumerate(pictures)]
+    several = [(k, masks[k], float(k), picture, k % 2) for k, (picture, _) in enumerate(plain)]
+    files = {
+        "plain": ({"image": "raw", "label": "int"}, plain),
+        "one": ({"img": "raw", "y": "int"}, plain),
+        "several": ({"id": "int", "mask": "raw", "label": "float", "img": "raw", "target": "int"}, several),
+        "alone": ({"img": "raw"}, [(picture,) for picture in pictures]),
+    }
+    paths = {name: folder / f"{name}.beton" for name in files}
+    ffcv_files.write_all({paths[name]: made for name, made in files.items()})
+    return paths
+
+
+def test_foreign_fields_are_chosen_by_name(run, foreign: dict[str, Path]) -> None:
+    """The runs and their accuracies are those of the plain file."""
+    fields = ("--image-field", "img", "--label-field", "target")
+    cases = {
+        "plain": ("plain", "plain", ()),
+        "one": ("one", "one", ()),
+        "several": ("several", "several", fields),
+        "unlabelled": ("alone", "several", fields),
+    }
+    summaries, scores = {}, {}
+    for name, (data, test, options) in cases.items():
+        files = ("--data", foreign[data], "--test-data", foreign[test], *options)
+        code, out, err = run("train", *files, "--epochs", 1, *TINY, "--out", name, "--json")
+        assert code == 0, err
+        summaries[name] = {key: value for key, value in json.loads(out).items() if key != "run"}
+        code, out, err = run("eval", name, "--protocol", "knn", "--device", "cpu", "--json")
+        assert code == 0, err
+        scores[name] = json.loads(out)["accuracy"]
+    assert summaries["one"] == summaries["several"] == summaries["unlabelled"] == summaries["plain"]
+    assert scores["one"] == scores["several"] == scores["plain"]  # the unlabelled file leaves knn the halves of the other
+    files = ("--train-data", foreign["several"], "--test-data", foreign["several"])
+    code, out, err = run("eval", "plain", "--protocol", "knn", *files, *fields, "--device", "cpu", "--json")
+    assert code == 0, err
+    assert json.loads(out)["accuracy"] == scores["plain"]
+
+
+def test_data_commands_take_the_fields(run, foreign: dict[str, Path], tmp_path: Path) -> None:
+    file, fields = foreign["several"], ("--image-field", "img", "--label-field", "target")
+    info = json.loads(run("data", "info", file, *fields, "--json")[1])
+    assert (info["image_field"], info["label_field"], info["labels"]) == ("img", "target", {"0": 12, "1": 12})
+    assert run("data", "verify", file, "--deep", *fields)[0] == 0
+    for name, of in (("plain", ()), ("several", fields), ("one", ())):
+        assert run("data", "preview", foreign[name], "--out", f"{name}.png", *of, "--set", "views.size=16")[0] == 0
+    assert len({(tmp_path / f"{name}.png").read_bytes() for name in ("plain", "several", "one")}) == 1
+    options = ("--out", "mask.png", "--image-field", "mask", "--set", "views.size=16")
+    assert run("data", "preview", file, *options)[0] == 0
+    assert (tmp_path / "mask.png").read_bytes() != (tmp_path / "plain.png").read_bytes()
+
+
+LISTED = "id (int), mask (image), label (float), img (image), target (int)"
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ((), ("2 image fields", "--image-field")),
+        (("--image-field", "picture"), ("no RGB image field 'picture'",)),
+        (("--image-field", "target"), ("no RGB image field 'target'",)),
+        (("--image-field", "img", "--label-field", "label"), ("no int field 'label'",)),
+        (("--image-field", "img", "--label-field", "y"), ("no int field 'y'",)),
+    ],
+)
+def test_fields_that_are_not_there_are_refused_in_a_line(
+    run, foreign: dict[str, Path], tmp_path: Path, fields: tuple[str, ...], says: tuple[str, ...]
+) -> None:
+    file = foreign["several"]
+    commands = [("data", what, file, *fields) for what in ("info", "verify", "preview")]
+    for command in (*commands, ("train", "--data", file, "--test-data", file, *TINY, *fields, "--out", "run")):
+        code, out, err = run(*command)
+        assert code == 2, out
+        assert err.splitlines()[-1].startswith(f"fastbyol: error: {file}: ")
+        assert all(word in err for word in (*says, LISTED)), err
+    assert not (tmp_path / "run").exists() or not list((tmp_path / "run").glob("**/*.safetensors"))
+
+
+def test_several_int_fields_are_refused_only_where_labels_are_needed(run, foreign: dict[str, Path]) -> None:
+    file, image = foreign["several"], ("--image-field", "img")
+    code, out, _ = run("data", "info", file, *image, "--json")
+    assert (code, json.loads(out)["labels"]) == (0, None)
+    assert run("train", "--data", file, *TINY, "--epochs", 1, *image, "--out", "run", "--json")[0] == 0
+    for command in (
+        ("train", "--data", file, "--test-data", file, *TINY, *image, "--out", "other"),
+        ("eval", "run", "--test-data", file, "--device", "cpu"),
+        ("eval", "run", "--test-data", foreign["one"], "--train-data", file, "--protocol", "knn", "--device", "cpu"),
+    ):
+        code, _, err = run(*command)
+        assert code == 2
+        assert "several int fields" in err
+        assert LISTED in err
+        assert "--label-field" in err
+
+
 def test_explain_compares_dialects_and_configurations(run) -> None:
     code, out, _ = run("explain", "lars", "--compare", "blog,bolts", "--json")
     assert code == 0

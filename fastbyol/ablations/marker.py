@@ -24,7 +24,8 @@ def image_share(config: Config) -> float:
     """
     device, data = pick_device(config.train.device), config.data
     size = data.size or config.views.size
-    images = loader.read_all(embedded.training_file(data), workers=data.workers, size=size, limit=IMAGES).images
+    file, field = embedded.training_file(data), data.image_field
+    images = loader.read_all(file, workers=data.workers, size=size, limit=IMAGES, image_field=field).images
     return sum(_share(config, images, seed, device) for seed in SEEDS) / len(SEEDS)
 
 

@@ -199,7 +199,8 @@ def refuse_other_data(runs: Iterable[Run], out: Path) -> None:
 
 def _data(config: Config) -> tuple[object, ...]:
     data = config.data
-    return (*(_comparable(f"data.{key}", getattr(data, key)) for key in ("train", "test")), data.limit, data.test_limit)
+    files = (_comparable(f"data.{key}", getattr(data, key)) for key in ("train", "test"))
+    return (*files, data.image_field, data.label_field, data.limit, data.test_limit)
 
 
 def _refuse_other(run: Run, there: Config) -> None:

@@ -1,6 +1,16 @@
 """Beton files, FFCV's container: verify one (``inspect``), describe it (``info_dict``), make one (``write``)."""
 
-from fastbyol.data.beton_layout import BetonInfo, Field, info_dict, inspect
+from fastbyol.data.beton_layout import BetonInfo, Field, demand_labels, info_dict, inspect
 from fastbyol.data.beton_write import Progress, UnreadableItemError, UnreadableItemsError, write
 
-__all__ = ["BetonInfo", "Field", "Progress", "UnreadableItemError", "UnreadableItemsError", "info_dict", "inspect", "write"]
+__all__ = [
+    "BetonInfo",
+    "Field",
+    "Progress",
+    "UnreadableItemError",
+    "UnreadableItemsError",
+    "demand_labels",
+    "info_dict",
+    "inspect",
+    "write",
+]

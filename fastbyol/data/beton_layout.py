@@ -95,6 +95,11 @@ class BetonInfo:
     stamp: tuple[int, ...]
 
     @property
+    def has_ints(self) -> bool:
+        """Whether some field could hold labels."""
+        return any(field.type_name == "int" for field in self.fields)
+
+    @property
     def uniform_size(self) -> tuple[int, int] | None:
         """(height, width) in pixels if all images share it."""
         same = (self.widths == self.widths[0]).all() and (self.heights == self.heights[0]).all()
@@ -150,16 +155,20 @@ class _Layout:
         return [k for k, field in enumerate(self.fields) if field.type_name not in ("float", "int")]
 
 
-def inspect(path: str | Path, *, image_field: str | None = None, label_field: str | None = None) -> BetonInfo:
+def inspect(
+    path: str | Path, *, image_field: str | None = None, label_field: str | None = None, may_lack_labels: bool = False
+) -> BetonInfo:
     """Verify the structure of a beton file, without FFCV and without decoding.
 
-    ``image_field`` defaults to the first RGB image field; ``label_field`` to the int field named ``label``, else the only
-    int field, else none. Raises UsageError: no such file, unreadable, damaged, or no such field.
+    ``image_field`` defaults to the only RGB image field; ``label_field`` to the int field named ``label``, else the only
+    int field, else none. With ``may_lack_labels`` it is not looked for in a file without int fields. Raises UsageError: no
+    such file, unreadable, damaged, no such field, or several image fields and no choice.
     """
     with _opened(Path(path)) as file:
         stamp = stamp_of(file.fd)
         layout = _read_layout(file)
-        image, label = _chosen(file, layout.fields, image_field), _chosen_label(file, layout.fields, label_field)
+        image = _chosen(file, layout.fields, image_field)
+        label = _chosen_label(file, layout.fields, label_field, may_lack_labels)
         table = _read_table(file, layout)
         sizes = _verify_regions(file, layout, table)[image]
         rows = layout.rows[f"f{image}"]
@@ -181,6 +190,15 @@ def inspect(path: str | Path, *, image_field: str | None = None, label_field: st
             stamp=stamp,
         )
         return replace(info, manifest=_verified_manifest(file, layout, table, info))
+
+
+def demand_labels(info: BetonInfo) -> None:
+    """UsageError that lists the fields, unless one of them holds the labels."""
+    if info.labels is None:
+        what, remedy = ("has no int field for labels", "name a file with one")
+        if info.has_ints:
+            what, remedy = ("has several int fields", "choose the one with the labels with --label-field")
+        raise UsageError(f"{info.path}: {what}, its fields are {_listed(info.fields)}; {remedy}")
 
 
 def seal(path: Path, note: Mapping[str, Any]) -> None:
@@ -333,13 +351,17 @@ def _chosen(file: _File, fields: tuple[Field, ...], name: str | None) -> int:
     if not images:
         what = "has no RGB image field" if name is None else f"has no RGB image field {name!r}"
         raise UsageError(f"{file.path}: {what}, its fields are {_listed(fields)}; name one that it has")
+    if len(images) > 1:
+        raise UsageError(
+            f"{file.path}: has {len(images)} image fields, its fields are {_listed(fields)}; choose one with --image-field"
+        )
     return images[0]
 
 
-def _chosen_label(file: _File, fields: tuple[Field, ...], name: str | None) -> int | None:
+def _chosen_label(file: _File, fields: tuple[Field, ...], name: str | None, may_lack: bool) -> int | None:
     ints = [k for k, field in enumerate(fields) if field.type_name == "int"]
     named = [k for k in ints if fields[k].name == (name or "label")]
-    if name is not None and not named:
+    if name is not None and not named and (ints or not may_lack):
         raise UsageError(f"{file.path}: has no int field {name!r}, its fields are {_listed(fields)}; name one that it has")
     if named:
         return named[0]

@@ -163,7 +163,8 @@ def import_ffcv() -> Any:
     """Import FFCV, slow and full of side effects, without these; returns numba. UsageError if something is missing.
 
     Left to itself the import takes 2.4 s instead of 0.3 (it compiles a typed dict of two entries that only Python reads),
-    and leaves torch with one thread.
+    leaves torch with one thread, and starts numba's pool of threads, which nothing here uses: on a machine of one core a
+    process that has forked since then waits at its exit for ever for a thread of it.
     """
     num_threads = torch.get_num_threads()
     try:
@@ -173,10 +174,12 @@ def import_ffcv() -> Any:
             import numba.typed
 
             typed_dict, numba.typed.Dict = numba.typed.Dict, dict
+            set_num_threads, numba.set_num_threads = numba.set_num_threads, lambda _: None
             try:
-                import ffcv.loader  # noqa: F401 (brings in all that is used later)
+                import ffcv.loader
             finally:
-                numba.typed.Dict = typed_dict
+                numba.typed.Dict, numba.set_num_threads = typed_dict, set_num_threads
+            ffcv.pipeline.compiler.set_num_threads = set_num_threads  # for FFCV's own Loader, should anybody use it
     except (ImportError, OSError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise UsageError(f"FFCV cannot be used ({reason}); `fastbyol doctor` says what to install") from error

@@ -149,17 +149,21 @@ def open_loader(
     workers: int,
     size: int,
     limit: int = 0,
+    image_field: str | None = None,
+    label_field: str | None = None,
     stall_s: float = STALL_S,
 ) -> Loader:
     """Verify ``path`` and open it for training.
 
     ``cache``: "device" holds the decoded set on ``device``, "none" streams it, "auto" does the first if that takes at most 40 %
     of what the device has free. ``workers``: decoding threads, 0 for one a core (never more). ``size``: side of the images
-    where the file's differ in size, pixels. ``limit``: so many of the images alone (``order.subset``). ``stall_s``: seconds
-    without a batch after which the stream counts as hanging. UsageError: the file is missing or damaged, holds less than a
+    where the file's differ in size, pixels. ``limit``: so many of the images alone (``order.subset``). ``image_field``,
+    ``label_field``: as ``beton.inspect`` takes them. ``stall_s``: seconds without a batch after which the stream counts as
+    hanging. UsageError: the file is missing or damaged, holds less than a
     batch, or does not fit where it was told to.
     """
-    info, where = beton.inspect(path), torch.device(device)
+    info = beton.inspect(path, image_field=image_field, label_field=label_field, may_lack_labels=True)
+    where = torch.device(device)
     chosen = subset(info.num_samples, limit)
     count = info.num_samples if chosen is None else len(chosen)
     if batch_size < 1:
@@ -178,20 +182,32 @@ def open_loader(
     return StreamingLoader(decoder, chosen, batch_size=batch_size, seed=seed, device=where, stall_s=stall_s)
 
 
-def read_all(path: str | Path, *, workers: int, size: int, limit: int = 0) -> Images:
+def read_all(
+    path: str | Path,
+    *,
+    workers: int,
+    size: int,
+    limit: int = 0,
+    image_field: str | None = None,
+    label_field: str | None = None,
+    labels: Literal["unused", "optional", "needed"] = "unused",
+) -> Images:
     """Verify ``path`` and decode all of it, or ``limit`` of its images, in file order.
 
-    UsageError: missing, damaged, or more than the memory holds.
+    ``image_field``, ``label_field``: as ``beton.inspect`` takes them. UsageError: missing, damaged, more than the memory holds;
+    without labels where they are "needed"; where they are "optional", several int fields that could hold them.
     """
-    info = beton.inspect(path)
+    info = beton.inspect(path, image_field=image_field, label_field=label_field, may_lack_labels=labels != "needed")
+    if labels == "needed" or (labels == "optional" and info.has_ints):
+        beton.demand_labels(info)
     chosen = subset(info.num_samples, limit)
     need = _decoded_bytes(info, size, info.num_samples if chosen is None else len(chosen))
     _is_resident(info, need, CPU, "device")
     with Decoder(info, size=size, workers=workers, in_memory=_fits_in_memory(info, need)) as decoder:
-        labels = decoder.labels()
-        if labels is not None and chosen is not None:
-            labels = labels[chosen.numpy()]
-        return Images(_decode(decoder, chosen, CPU), None if labels is None else torch.from_numpy(labels))
+        held = decoder.labels()
+        if held is not None and chosen is not None:
+            held = held[chosen.numpy()]
+        return Images(_decode(decoder, chosen, CPU), None if held is None else torch.from_numpy(held))
 
 
 def _is_resident(info: BetonInfo, need: int, device: torch.device, cache: Cache) -> bool:

@@ -45,13 +45,21 @@ class Verdict:
         raise UsageError(f"{self.info.path}: {number} damaged, first sample {sample}: {what}; make the file again")
 
 
-def verify(path: str | Path, *, deep: bool = False, progress: Progress | None = None) -> Verdict:
+def verify(
+    path: str | Path,
+    *,
+    deep: bool = False,
+    image_field: str | None = None,
+    label_field: str | None = None,
+    progress: Progress | None = None,
+) -> Verdict:
     """Structure, then checksums where the file has them; ``deep`` also decodes every sample and looks at its label.
 
-    ``progress(samples done, samples)`` is called now and then. UsageError: no beton file or a damaged structure. What is wrong
+    ``image_field``, ``label_field``: as ``beton.inspect`` takes them. ``progress(samples done, samples)`` is called now and
+    then. UsageError: no beton file or a damaged structure. What is wrong
     with single samples is in the result.
     """
-    info = beton.inspect(path)
+    info = beton.inspect(path, image_field=image_field, label_field=label_field)
     damaged: dict[int, str] = {}
     for ids in _chunks(info.num_samples):
         damaged |= _wrong_bytes(info, ids)

@@ -180,14 +180,24 @@ class Trainer:
             workers=config.data.workers,
             size=config.data.size or config.views.size,
             limit=config.data.limit,
+            image_field=config.data.image_field,
+            label_field=config.data.label_field,
         )
 
     def _read_test(self, path: Path | None) -> loader.Images | None:
         if path is None:
             self.observer.note("no --test-data: accuracy is not measured")
             return None
-        size = self.config.data.size or self.config.views.size
-        test = loader.read_all(path, workers=self.config.data.workers, size=size, limit=self.config.data.test_limit)
+        data, size = self.config.data, self.config.data.size or self.config.views.size
+        test = loader.read_all(
+            path,
+            workers=data.workers,
+            size=size,
+            limit=data.test_limit,
+            image_field=data.image_field,
+            label_field=data.label_field,
+            labels="needed",
+        )
         protocol.check(self.config.probe.protocol, test=test, train=None)
         return test
 

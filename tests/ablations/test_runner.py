@@ -23,7 +23,7 @@ from small import SETS, contents
 
 ARMS = ("gn-sgd-mlp-none", "gn-lars-0.1")
 LONG = (*SETS, "train.epochs=6")
-PATIENCE_S = 120.0
+PATIENCE_S = 600.0
 
 
 def start(out: Path, *more: str) -> subprocess.Popen[str]:
@@ -83,7 +83,7 @@ def test_a_killed_runner_takes_its_workers_along_and_the_next_goes_on(whole: Pat
     process.communicate()
     began = time.monotonic()
     while workers_of(process.pid):
-        assert time.monotonic() - began < 10
+        assert time.monotonic() - began < PATIENCE_S
         time.sleep(0.01)
     outcome, said = execute(tmp_path, make(tmp_path, *ARMS, seeds=2), jobs=2)
     assert len(outcome.finished) + len(outcome.skipped) == 4

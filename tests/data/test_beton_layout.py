@@ -31,23 +31,37 @@ FIELDS = {
     | {"label": "int", "mask": "raw"},
 }
 
+# Chosen where a file has several.
+IMAGE = {"plain": None, "jpg": None, "foreign": "photo"}
+# Of no labels, or of no clear ones; and what is said where they are needed.
+UNLABELLED = {
+    "bare": ({"image": "raw"}, "has no int field for labels, its fields are image (image);"),
+    "float": ({"img": "raw", "y": "float"}, "has no int field for labels, its fields are img (image), y (float);"),
+    "two": (
+        {"img": "raw", "y": "int", "target": "int"},
+        "has several int fields, its fields are img (image), y (int), target (int);",
+    ),
+    "array": ({"meta": "json", "x": "raw", "classes": "array"}, "meta (json), x (image), classes (ndarray);"),
+}
+
 
 def sides(k: int) -> tuple[int, int]:
     return 20 + k % 5, 16 + 3 * k
 
 
-def sample(name: str, k: int) -> tuple[Any, ...]:
+def sample(fields: dict[str, str], k: int) -> tuple[Any, ...]:
     image = source_files.random_images(1, *sides(k), k)[0]
     values = {"raw": image, "jpg": image, "json": {"k": k}, "int": k % 4, "float": k / 3}
     values |= {"bytes": np.arange(k + 1, dtype=np.uint8), "array": np.full((2, 3), k, np.float32)}
-    return tuple(values[kind] for kind in FIELDS[name].values())
+    return tuple(values[kind] for kind in fields.values())
 
 
 @pytest.fixture(scope="module")
 def good(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("good")
-    files = {name: folder / f"{name}.beton" for name in FIELDS}
-    ffcv_files.write_all({path: (FIELDS[name], [sample(name, k) for k in range(COUNT)]) for name, path in files.items()})
+    fields = FIELDS | {name: made for name, (made, _) in UNLABELLED.items()}
+    files = {name: folder / f"{name}.beton" for name in fields}
+    ffcv_files.write_all({files[name]: (made, [sample(made, k) for k in range(COUNT)]) for name, made in fields.items()})
     return files
 
 
@@ -61,9 +75,9 @@ def copied(good: dict[str, Path], tmp_path: Path) -> Callable[[str], Path]:
     return copy
 
 
-def refused(path: Path, *words: str) -> None:
+def refused(path: Path, *words: str, image_field: str | None = None) -> None:
     with pytest.raises(UsageError) as caught:
-        beton.inspect(path)
+        beton.inspect(path, image_field=image_field)
     message = str(caught.value)
     assert message.startswith(str(path))
     assert "\n" not in message
@@ -73,9 +87,9 @@ def refused(path: Path, *words: str) -> None:
 
 @pytest.mark.parametrize("name", FIELDS)
 def test_files_of_ffcvs_writer(good: dict[str, Path], name: str) -> None:
-    info = beton.inspect(good[name])
-    image = {"plain": "image", "jpg": "picture", "foreign": "photo"}[name]
+    info = beton.inspect(good[name], image_field=IMAGE[name])
     assert (info.num_samples, info.page_size, info.num_bytes) == (COUNT, PAGE, good[name].stat().st_size)
+    image = IMAGE[name] or next(iter(FIELDS[name]))
     assert (info.image_field, info.label_field) == (image, None if name == "jpg" else "label")
     assert info.heights.tolist() == [sides(k)[0] for k in range(COUNT)]
     assert info.widths.tolist() == [sides(k)[1] for k in range(COUNT)]
@@ -99,6 +113,33 @@ def test_fields_can_be_chosen(good: dict[str, Path]) -> None:
         beton.inspect(good["plain"], image_field="x")
 
 
+def test_several_image_fields_and_no_choice(good: dict[str, Path]) -> None:
+    """Refused, where FFCV's users would be given the first: the line lists all fields with their types."""
+    refused(good["foreign"], "2 image fields", "photo (image)", "mask (image)", "weight (float)", "--image-field")
+
+
+@pytest.mark.parametrize("name", UNLABELLED)
+def test_labels_are_demanded_where_they_are_needed(good: dict[str, Path], name: str) -> None:
+    """And nowhere else: the file itself is fine."""
+    path, (fields, says) = good[name], UNLABELLED[name]
+    info = beton.inspect(path)
+    assert info.labels is None
+    with pytest.raises(UsageError) as caught:
+        beton.demand_labels(info)
+    assert str(caught.value).startswith(f"{path}: ")
+    assert says in str(caught.value)
+    assert "\n" not in str(caught.value)
+    # An unlabelled file may stand beside a labelled one, for which the field is named; one with other int fields may not.
+    if "int" in fields.values():
+        assert beton.inspect(path, label_field="y").labels.tolist() == [k % 4 for k in range(COUNT)]
+        with pytest.raises(UsageError, match="has no int field 'id'"):
+            beton.inspect(path, label_field="id", may_lack_labels=True)
+    else:
+        assert beton.inspect(path, label_field="id", may_lack_labels=True).labels is None
+        with pytest.raises(UsageError, match="has no int field 'id'"):
+            beton.inspect(path, label_field="id")
+
+
 def test_what_is_no_file(tmp_path: Path) -> None:
     refused(tmp_path / "absent", "no such file")
     refused(tmp_path, "not a file")
@@ -120,10 +161,10 @@ def test_cut_or_continued_anywhere_structural(copied: Callable[[str], Path], nam
     places |= {HEADER.itemsize + k * DESCRIPTOR.itemsize for k in range(len(FIELDS[name]))}
     for cut in sorted({min(max(place + d, 0), len(whole) - 1) for place in places for d in (-1, 0, 1)}):
         os.truncate(path, cut)
-        refused(path)
+        refused(path, image_field=IMAGE[name])
         path.write_bytes(whole)
     path.write_bytes(whole + bytes(24))
-    refused(path, "allocation")
+    refused(path, "allocation", image_field=IMAGE[name])
 
 
 def may_change(name: str, whole: bytes) -> tuple[np.ndarray, int]:
@@ -156,7 +197,7 @@ def test_flipped_bits_are_refused_or_harmless(copied: Callable[[str], Path], nam
     """Seeded single-bit flips of header, descriptors, rows and table: never another exception, never another geometry."""
     path = copied(name)
     whole = path.read_bytes()
-    reference, (free, rows_end) = beton.inspect(path), may_change(name, whole)
+    reference, (free, rows_end) = beton.inspect(path, image_field=IMAGE[name]), may_change(name, whole)
     structural = np.r_[0:rows_end, int(np.frombuffer(whole, HEADER, 1)[0]["table"]) : len(whole)]
     rng = np.random.default_rng(1)
     # Half of them where no change is allowed: descriptors are mostly zeros that few flips should be spent on.
@@ -169,7 +210,7 @@ def test_flipped_bits_are_refused_or_harmless(copied: Callable[[str], Path], nam
             file.write(bytes([whole[at] ^ 1 << int(rng.integers(8))]))
             file.flush()
             try:
-                info = beton.inspect(path)
+                info = beton.inspect(path, image_field=IMAGE[name])
             except UsageError as error:
                 assert "\n" not in str(error)  # noqa: PT017
             else:

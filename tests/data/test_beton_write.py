@@ -103,7 +103,7 @@ def out(tmp_path: Path) -> Path:
 def demand_untouched(out: Path) -> None:
     assert [path.name for path in out.parent.iterdir()] == [out.name]
     assert out.read_text() == "older"
-    deadline = time.monotonic() + 5.0
+    deadline = time.monotonic() + 60.0
     while _writers() and time.monotonic() < deadline:
         time.sleep(0.02)
     assert not _writers()
@@ -161,7 +161,7 @@ def test_faults_end_the_writing(out: Path, fault: str, kind: type[FastbyolError]
     assert type(caught.value) is kind
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
-    assert time.monotonic() - started < 30
+    assert time.monotonic() - started < beton_write.STALL_S  # it was told, and gave nothing up
     demand_untouched(out)
 
 

@@ -198,7 +198,28 @@ assert dict(IMAGE_MODES) == dict(jpg=0, raw=1)
 
 def test_import_leaves_no_side_effects() -> None:
     """In a process of its own where every warning is an error."""
-    subprocess.run([sys.executable, "-W", "error", "-c", IMPORT.format(threads=2)], check=True, timeout=120)
+    subprocess.run([sys.executable, "-W", "error", "-c", IMPORT.format(threads=2)], check=True, timeout=600)
+
+
+FORKED = """
+import os
+os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+from fastbyol.data.decoder import Decoder
+from fastbyol.data.beton_layout import inspect
+with Decoder(inspect(%r), size=16, workers=2, in_memory=True):
+    pass
+child = os.fork()
+if not child:
+    os._exit(0)
+os.waitpid(child, 0)
+"""
+
+
+def test_on_one_core_a_process_that_forks_after_the_import_ends() -> None:
+    """With the layer that numba takes by itself: TBB's pool, once begun, waits for ever here."""
+    environment = {name: value for name, value in os.environ.items() if name != "NUMBA_THREADING_LAYER"}
+    code = FORKED % str(foreign.made() / "raw.beton")
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=600, env=environment)
 
 
 def test_missing_ffcv_is_said_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -63,7 +63,7 @@ def writers(parent: int | None = None) -> list[int]:
 
 
 def gone(parent: int) -> bool:
-    deadline = time.monotonic() + END_S
+    deadline = time.monotonic() + PATIENCE_S
     while writers(parent) and time.monotonic() < deadline:
         time.sleep(0.01)
     return not writers(parent)

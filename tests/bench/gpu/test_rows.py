@@ -64,7 +64,7 @@ def test_processes_that_share_a_file_do_not_mix_their_lines(tmp_path: Path) -> N
     path = tmp_path / "rows.jsonl"
     command = [sys.executable, "-c", code, str(path)]
     children = [subprocess.Popen([*command, name], stdout=subprocess.DEVNULL) for name in "ab"]
-    assert [child.wait(60) for child in children] == [0, 0]
+    assert [child.wait(600) for child in children] == [0, 0]
     found = rows.read(path)
     assert len(found) == 600
     for name in "ab":

@@ -1,0 +1,151 @@
+"""The tests themselves end: at their limit, and with all that they started when pytest is killed."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import processes
+import pytest
+
+ROOT = Path(__file__).parents[2]
+# Imports of a session, its end and what its guard does then, beside other processes.
+PATIENCE_S = 300.0
+
+# A session's only file: ``{body}`` is what the first test does after its children have begun.
+SESSION = """
+import ctypes, multiprocessing, os, signal, subprocess, sys, time
+from pathlib import Path
+from types import SimpleNamespace
+import conftest
+
+def reach_the_limit(test):  # in a second, and a second later what follows it
+    conftest.GRACE_S = 1.0
+    conftest.pytest_timeout_set_timer(test, SimpleNamespace(timeout=1.0))
+    signal.setitimer(signal.ITIMER_REAL, 1.0)
+
+def deadlock():  # outside of Python, with its lock held, and no signal ends it
+    mutex = ctypes.create_string_buffer(128)
+    for _ in range(2):
+        ctypes.PyDLL(None).pthread_mutex_lock(mutex)
+
+PARENT = '''
+import subprocess
+child = subprocess.Popen(["sleep", "600"], start_new_session=True)
+print(child.pid, flush=True)
+child.wait()
+'''
+
+def test_that_hangs(request):
+    away = subprocess.Popen([sys.executable, "-c", PARENT], start_new_session=True, stdout=subprocess.PIPE, text=True)
+    started = [away.pid, int(away.stdout.readline())]
+    forked = os.fork()
+    if not forked:
+        time.sleep(600)
+    started.append(forked)
+    served = multiprocessing.get_context("forkserver").Process(target=time.sleep, args=(600,))
+    served.start()
+    started.append(served.pid)
+    Path("started.tmp").write_text(" ".join(map(str, [os.getpid(), os.getppid(), *started])))
+    Path("started.tmp").rename("started")
+    {body}
+
+def test_that_passes():
+    pass
+"""
+
+
+def session(folder: Path, body: str, *options: str) -> subprocess.Popen[str]:
+    """Start pytest in ``folder`` with what all tests share."""
+    (folder / "test_session.py").write_text(SESSION.replace("{body}", body))
+    (folder / "pytest.ini").write_text("[pytest]\ntimeout = 600\ntimeout_method = signal\n")
+    paths = [str(ROOT / "tests"), str(ROOT / "tests" / "faults"), *sys.path]
+    words = [sys.executable, "-m", "pytest", "-p", "conftest", "-p", "no:cacheprovider", *options, "test_session.py"]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
+    return subprocess.Popen(words, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def started(folder: Path, child: subprocess.Popen[str]) -> list[int]:
+    """The process that runs the test, its parent, and the four that it started, once they are there."""
+    until = time.monotonic() + PATIENCE_S
+    while not (folder / "started").exists():
+        assert child.poll() is None, child.communicate()[0]
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    return [int(word) for word in (folder / "started").read_text().split()]
+
+
+def all_end(numbers: list[int]) -> bool:
+    until = time.monotonic() + PATIENCE_S
+    while any(map(processes.runs, numbers)) and time.monotonic() < until:
+        time.sleep(0.05)
+    return not any(map(processes.runs, numbers))
+
+
+@pytest.mark.parametrize(
+    ("killed", "number"),
+    [
+        ("pytest", signal.SIGKILL),
+        ("pytest", signal.SIGINT),
+        ("worker", signal.SIGKILL),
+        ("master", signal.SIGKILL),
+        ("master", signal.SIGTERM),
+    ],
+)
+def test_killed_in_a_test_it_leaves_nobody(tmp_path: Path, killed: str, number: signal.Signals) -> None:
+    """Children in sessions of their own, a grandchild, a forked one and a fork server's."""
+    options = ("-p", "no:xdist") if killed == "pytest" else ("--numprocesses", "2", "--dist", "loadfile")
+    child = session(tmp_path, "time.sleep(600)", *options)
+    runner, parent, *others = started(tmp_path, child)
+    assert all(map(processes.runs, others))
+    os.kill({"pytest": runner, "worker": runner, "master": parent}[killed], number)
+    said, _ = child.communicate(timeout=PATIENCE_S)
+    assert child.returncode != 0, said
+    assert all_end([runner, *others]), said
+    if killed == "worker":
+        assert "2 failed, 1 passed" in said
+
+
+def test_at_its_limit_a_test_fails_and_the_others_go_on(tmp_path: Path) -> None:
+    """It waits for a child that does not end; so would its session's end."""
+    child = session(tmp_path, "reach_the_limit(request.node); served.join()", "-p", "no:xdist")
+    said, _ = child.communicate(timeout=PATIENCE_S)
+    assert child.returncode == 1, said
+    assert "1 failed, 1 passed" in said
+    assert all_end([int(word) for word in (tmp_path / "started").read_text().split()][2:])
+
+
+def test_a_hang_outside_of_python_ends_the_process(tmp_path: Path) -> None:
+    """Which says where it was."""
+    child = session(tmp_path, "reach_the_limit(request.node); deadlock()", "-p", "no:xdist")
+    said, _ = child.communicate(timeout=PATIENCE_S)
+    assert child.returncode == 1, said
+    assert re.search(r"line \d+ in deadlock\n", said), said
+    assert all_end([int(word) for word in (tmp_path / "started").read_text().split()][2:])
+
+
+def test_a_hang_outside_of_python_costs_a_worker(tmp_path: Path) -> None:
+    """And another goes on, to which xdist gives the same test again."""
+    child = session(tmp_path, "reach_the_limit(request.node); deadlock()", "--numprocesses", "2", "--dist", "loadfile")
+    said, _ = child.communicate(timeout=PATIENCE_S)
+    assert child.returncode == 1, said
+    assert "2 failed, 1 passed" in said
+    assert "a worker died in this test" in said
+    assert "crashed while running 'test_session.py::test_that_hangs'" in said
+
+
+def test_a_hang_at_exit_is_a_failure(tmp_path: Path) -> None:
+    child = session(
+        tmp_path,
+        "import atexit; atexit.register(deadlock); conftest.GRACE_S = 1.0; served.kill(); served.join()",
+        "-p",
+        "no:xdist",
+    )
+    said, _ = child.communicate(timeout=PATIENCE_S)
+    assert child.returncode == 1, said
+    assert "2 passed" in said

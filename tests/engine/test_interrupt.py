@@ -12,7 +12,7 @@ import pytest
 
 from fastbyol import cli
 from fastbyol.engine import interrupt as module
-from fastbyol.engine.interrupt import SIGNALS, Interrupt, Stopped, is_behind
+from fastbyol.engine.interrupt import SIGNALS, Interrupt, Stopped, behind
 
 
 def send(number: int) -> None:
@@ -115,8 +115,8 @@ def test_what_an_import_makes_of_ctrl_c_is_told_apart() -> None:
             send(signal.SIGINT)
         except KeyboardInterrupt as interrupted:
             raise ImportError("initialization failed") from interrupted
-    assert is_behind(caught.value)
-    assert not is_behind(ImportError("no such module"))
+    assert behind(caught.value)
+    assert not behind(ImportError("no such module"))
 
 
 def test_the_command_line_ends_for_it_as_for_ctrl_c(

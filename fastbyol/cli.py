@@ -637,6 +637,7 @@ def _run_command() -> int:
     """Run the command line; returns its exit code, its error said. Raises ``Ended`` where a signal ended it."""
     try:
         with interrupt.ending():
+            _demand_working_folder()
             code = app(standalone_mode=False, prog_name="fastbyol")
         return code if isinstance(code, int) else 0
     except FastbyolError as error:
@@ -662,6 +663,14 @@ def _run_command() -> int:
         # Of the machine, and not foreseen: a folder that went away, a disk that fails.
         _say_error(f"{error.filename or 'system'}: {error.strerror or error}")
         return 1
+
+
+def _demand_working_folder() -> None:
+    """Raise UsageError where the folder that the command was called in was removed: torch's libraries end a process there."""
+    try:
+        Path.cwd()
+    except OSError as error:
+        raise UsageError(f"the working folder: {error.strerror}: cd to one that is there") from None
 
 
 def _say_error(message: str) -> None:

@@ -68,6 +68,15 @@ def test_a_reader_that_left_is_no_news() -> None:
     assert (done.returncode, done.stderr) == (1, b"")
 
 
+def test_a_working_folder_that_is_gone_is_named(tmp_path: Path) -> None:
+    program = 'cd "$1" && rmdir "$1" && exec "$0" -m fastbyol.cli eval some/run'
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    done = subprocess.run(["bash", "-c", program, sys.executable, gone], check=False, capture_output=True, text=True)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+    assert "working folder" in done.stderr
+
+
 @pytest.mark.parametrize("closed", [">&-", "2>&-", "<&-", ">&- 2>&- <&-"])
 def test_closed_streams_are_nobodys_file(closed: str, tmp_path: Path) -> None:
     """The first file that a process opens gets the lowest free number, which is the one that text is printed to."""
@@ -131,7 +140,7 @@ def test_names_on_consoles_in_lines_in_tables_and_in_logs(tmp_path: Path) -> Non
         output.say(EVIL, err=True)
     assert not failures
     # The last two letters are a matter of the encoding; Python's own escapes and those of what is unseen look alike.
-    assert [line.rstrip() for line in (tmp_path / "out").read_text("ascii").splitlines()] == [SHOWN] * 4
+    assert [line.strip() for line in (tmp_path / "out").read_text("ascii").splitlines()] == [SHOWN] * 4
     assert (tmp_path / "err").read_text("ascii") == f"{SHOWN}\n"
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,6 +12,8 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from fastbyol.errors import FastbyolError, UsageError
+from fastbyol.output import console as make_console
+from fastbyol.output import print_json, say
 
 if TYPE_CHECKING:
     from fastbyol.ablations.arms import Arm, ScaleName
@@ -51,9 +52,9 @@ def list_(scale: Scale = "mini", out: Out = None, as_json: Json = False) -> None
     rows = [_arm_row(arm, scale, _folder(out, scale)) for arm in arms().values() if scale in arm.scales]
     if as_json:
         claims = [{"id": claim.id, "says": claim.says, "arms": claim.arms, "controls": claim.controls} for claim in CLAIMS]
-        _print_json({"scale": scale, "out": str(_folder(out, scale)), "claims": claims, "arms": rows})
+        print_json({"scale": scale, "out": str(_folder(out, scale)), "claims": claims, "arms": rows})
         return
-    console = Console(highlight=False, markup=False)
+    console = make_console()
     here = {claim for row in rows for claim in row["claims"]}
     claims_table = Table("claim", "says", box=None)
     for claim in CLAIMS:
@@ -88,9 +89,10 @@ def show(
     loaded = load(found, scale, seed=0)
     if as_json:
         config = loaded.config.model_dump(mode="json")
-        _print_json({"arm": found.name, "about": found.about, "claims": found.claims, "scale": scale, "config": config})
+        print_json({"arm": found.name, "about": found.about, "claims": found.claims, "scale": scale, "config": config})
     else:
-        typer.echo(f"# {found.name}: {found.about} ({', '.join(found.claims)})\n{config_io.dump(loaded.config, loaded.origin)}")
+        say(f"# {found.name}: {found.about} ({', '.join(found.claims)})")
+        say(*config_io.dump(loaded.config, loaded.origin).split("\n"))
 
 
 @app.command()
@@ -123,7 +125,7 @@ def run(
     """Train what is missing, several runs at a time, and print the verdicts. Interrupted, the next call goes on."""
     from fastbyol.ablations import plan, runner
 
-    console = Console(stderr=as_json, highlight=False)
+    console = make_console(err=as_json)
     folder = _folder(out, scale).resolve()
     chosen = plan.chosen(targets or (), scale, everything=everything)
     files = _data_files(scale, folder, data, test_data, stl10, console)
@@ -156,13 +158,13 @@ def report(
     scale = ledger.read(folder)["scale"]
     found = _judged(folder, scale)
     if as_json:
-        _print_json({"out": str(folder), "scale": scale, "verdicts": [_verdict_row(verdict) for verdict in found]})
+        print_json({"out": str(folder), "scale": scale, "verdicts": [_verdict_row(verdict) for verdict in found]})
     else:
-        _print_verdicts(found, Console(highlight=False))
+        _print_verdicts(found, make_console())
     page = html or folder / "report.html"
     reports.write_report(folder, page)
     for path in (page, *(reports.write_pictures(folder, png) if png else [])):
-        typer.echo(str(path), err=as_json)
+        say(str(path), err=as_json)
     _check(found, check=check)
 
 
@@ -172,7 +174,7 @@ def _judged(folder: Path, scale: ScaleName) -> tuple[Verdict, ...]:
 
     evidence, left_out = tally.evidence_in(folder, scale)
     for why in left_out:
-        typer.echo(f"not judged: {why}", err=True)
+        say(f"not judged: {why}", err=True)
     return tally.verdicts(evidence, scale)
 
 
@@ -286,7 +288,7 @@ def _show_claim(claim: Claim, as_json: bool) -> None:
 
     settings = {name: dict(arm(name).settings) for name in (*claim.arms, *claim.controls)}
     if as_json:
-        _print_json(
+        print_json(
             {
                 "id": claim.id, "name": claim.name, "says": claim.says, "figures": claim.figures, "arms": settings,
                 "controls": claim.controls, "published": dict(claim.numbers), "rule": claim.rule_in_words.splitlines(),
@@ -305,14 +307,14 @@ def _show_claim(claim: Claim, as_json: bool) -> None:
     for name, values in settings.items():
         kind = "control" if name in claim.controls else "arm"
         lines += [f"{kind} {name}: {arm(name).about}", *(f"  {key} = {value}" for key, value in values.items())]
-    typer.echo("\n".join(lines))
+    say(*lines)
 
 
 def _say(outcome: Outcome, found: Sequence[Verdict], folder: Path, scale: str, console: Console, as_json: bool) -> None:
     if as_json:
         from dataclasses import asdict
 
-        _print_json(
+        print_json(
             {"out": str(folder), "scale": scale, **asdict(outcome), "verdicts": [_verdict_row(verdict) for verdict in found]}
         )
         return
@@ -360,7 +362,3 @@ def _check(found: Sequence[Verdict], *, check: bool) -> None:
     lost = [verdict.claim for verdict in found if verdict.outcome == "not reproduced"]
     if check and lost:
         raise NotReproduced(f"not reproduced: {', '.join(lost)}")
-
-
-def _print_json(value: Any) -> None:
-    typer.echo(json.dumps(value, indent=2, default=str))

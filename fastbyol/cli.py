@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import sys
@@ -12,11 +11,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from fastbyol import ablate
 from fastbyol.engine import interrupt
 from fastbyol.errors import FastbyolError, NoGraphError, UsageError
+from fastbyol.output import console as make_console
+from fastbyol.output import guarded, is_live, print_json, say
+from fastbyol.text import printable
 
 if TYPE_CHECKING:
     from fastbyol.config_io import Loaded
@@ -50,21 +52,13 @@ MODEL = "Model"
 OPTIM = "Optimizer"
 
 
-def _console(to_stderr: bool) -> Console:
-    return Console(stderr=to_stderr, highlight=False)
-
-
-def _print_json(value: Any) -> None:
-    typer.echo(json.dumps(value, indent=2, default=str))
-
-
 def _progress(console: Console, what: str) -> tuple[Any, Callable[[int, int], None]]:
     """A bar, and the function that moves it; in a log, nothing is drawn."""
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as Bar
 
     columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    bar = Bar(*columns, console=console, disable=not console.is_terminal)
+    bar = Bar(*columns, console=console, disable=not is_live(console))
     task = bar.add_task(what, total=None)
     return bar, lambda done, total: bar.update(task, completed=done, total=total)
 
@@ -95,7 +89,7 @@ def convert(
     """Convert images to a beton file."""
     from fastbyol.data.convert import convert as run
 
-    console = _console(as_json)
+    console = make_console(err=as_json)
     bar, progress = _progress(console, "converting")
     with bar:
         report = run(
@@ -117,7 +111,7 @@ def convert(
     for line in report.in_words():
         console.print(line, markup=False, soft_wrap=True)
     if as_json:
-        _print_json(
+        print_json(
             {"out": str(out), "images": report.num_written, "labelled": report.labelled, "classes": report.class_names}
             | {"split": report.split, "skipped": report.skipped, "notes": report.notes}
             | {"ignored": {kind: len(names) for kind, names in report.ignored_by_kind().items()}}
@@ -198,7 +192,7 @@ def train(
     as_json: Json = False,
 ) -> None:
     """Train a network; without --data on textures that are made for it."""
-    console = _console(as_json)
+    console = make_console(err=as_json)
     flags = {
         "data.train": ("--data", data),
         "data.test": ("--test-data", test_data),
@@ -326,7 +320,7 @@ def _finish(summary: Summary, console: Console, as_json: bool) -> None:
     if figures.available() and summary.finished:  # a run that was stopped is to end now
         report.write(Path(summary.run))
     if as_json:
-        _print_json(asdict(summary))
+        print_json(asdict(summary))
         return
     words = ", ".join(filter(None, (f"step {summary.step}", summary.state, summary.accuracies.in_words())))
     console.print(f"{summary.run}: {words}", markup=False, soft_wrap=True)
@@ -337,7 +331,7 @@ def resume(run: RunPath, as_json: Json = False) -> None:
     """Go on with a run that was stopped, bit for bit."""
     from fastbyol import api
 
-    console = _console(as_json)
+    console = make_console(err=as_json)
     _finish(_run(console, as_json, lambda observer: api.resume(run, observer=observer)), console, as_json)
 
 
@@ -357,7 +351,7 @@ def evaluate(
     from fastbyol import api
 
     if protocol == "blog" and train_data is not None:
-        typer.echo("--train-data: not looked at, the blog protocol fits within the test set; linear and knn take it", err=True)
+        say("--train-data: not looked at, the blog protocol fits within the test set; linear and knn take it", err=True)
     result = api.evaluate(
         run,
         protocol,
@@ -369,9 +363,9 @@ def evaluate(
         label_field=label_field,
     )
     if as_json:
-        _print_json(result)
+        print_json(result)
     else:
-        typer.echo(
+        say(
             f"{run}: {result['accuracy']:.2f}% ({protocol}, {result['num_train']} fitted, {result['num_test']} scored, "
             f"{result['num_classes']} classes)"
         )
@@ -388,9 +382,9 @@ def report(
 
     paths = reports.write(run, png=png)
     if as_json:
-        _print_json({"written": [str(path) for path in paths]})
+        print_json({"written": [str(path) for path in paths]})
     else:
-        typer.echo("\n".join(str(path) for path in paths))
+        say(*map(str, paths))
 
 
 @app.command()
@@ -424,9 +418,9 @@ def explain(
     rules = explains.dialects(compare)
     found = explains.of_run(run, rules, step) if run else explains.lars(rules, lr=lr, weight_decay=wd, eta=eta)
     if as_json:
-        _print_json(found)
+        print_json(found)
     else:
-        typer.echo(explains.run_in_words(found) if run else explains.in_words(found))
+        say(*(explains.run_in_words(found) if run else explains.in_words(found)).split("\n"))
 
 
 def _explain_diff(a: str, b: str, *, as_json: bool) -> None:
@@ -434,16 +428,17 @@ def _explain_diff(a: str, b: str, *, as_json: bool) -> None:
 
     rows = differences.between(differences.named(a), differences.named(b))
     if as_json:
-        _print_json({"a": a, "b": b, "differences": [row._asdict() for row in rows]})
+        print_json({"a": a, "b": b, "differences": [row._asdict() for row in rows]})
         return
     if not rows:
-        typer.echo(f"{a} and {b}: no key differs")
+        say(f"{a} and {b}: no key differs")
         return
-    cells = [("key", a, b, "from", "from")]
-    cells += [(row.key, differences.text(row.a), differences.text(row.b), row.a_origin, row.b_origin) for row in rows]
+    texts = [("key", a, b, "from", "from")]
+    texts += [(row.key, differences.text(row.a), differences.text(row.b), row.a_origin, row.b_origin) for row in rows]
+    cells = [tuple(map(printable, row)) for row in texts]
     # Not a rich table: it would cut keys and values to the terminal's width.
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    typer.echo("\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in cells))
+    say(*("  ".join(map(str.ljust, row, widths)).rstrip() for row in cells))
 
 
 @app.command()
@@ -458,14 +453,14 @@ def runs(
 
     rows = list_runs(root)
     if as_json:
-        _print_json([asdict(row) for row in rows])
+        print_json([asdict(row) for row in rows])
         return
-    table = Table("run", "epochs", "state", "neg cos", "accuracy", box=None)
+    table = Table(Column("run", overflow="fold"), "epochs", "state", "neg cos", "accuracy", box=None)
     for row in rows:
         neg = "" if row.neg_cos is None else f"{row.neg_cos:.4f}"
         accuracy = "" if row.accuracy is None else f"{row.accuracy:.1f}%"
         table.add_row(row.name, f"{row.epochs_done}/{row.epochs}", row.state or "", neg, accuracy)
-    Console(highlight=False).print(table)
+    make_console().print(table)
 
 
 @data_app.command("verify")
@@ -479,19 +474,19 @@ def data_verify(
     """Prove that a beton file is whole: its structure, and the checksums that convert wrote."""
     from fastbyol.data.verify import verify
 
-    bar, progress = _progress(_console(as_json), "verifying")
+    bar, progress = _progress(make_console(err=as_json), "verifying")
     with bar:
         verdict = verify(file, deep=deep, image_field=image_field, label_field=label_field, progress=progress)
     if as_json:
         damaged = [{"sample": sample, "what": what} for sample, what in verdict.damaged]
-        _print_json(
+        print_json(
             {"path": str(file), "num_samples": verdict.info.num_samples, "sealed": verdict.sealed, "deep": deep}
             | {"whole": not damaged, "damaged": damaged}
         )
     verdict.demand_whole()
     if not as_json:
         proved = "structure and checksums" if verdict.sealed else "structure (no checksums: not written by fastbyol)"
-        typer.echo(f"{file}: {verdict.info.num_samples} samples, {proved}{', every image decoded' if deep else ''}: whole")
+        say(f"{file}: {verdict.info.num_samples} samples, {proved}{', every image decoded' if deep else ''}: whole")
 
 
 @data_app.command("info")
@@ -501,13 +496,13 @@ def data_info(file: BetonPath, image_field: ImageField = None, label_field: Labe
 
     info = beton.info_dict(beton.inspect(file, image_field=image_field, label_field=label_field))
     if as_json:
-        _print_json(info)
+        print_json(info)
         return
-    table = Table(box=None, show_header=False)
+    table = Table(Column(), Column(overflow="fold"), box=None, show_header=False)
     for key, value in info.items():
         text = ", ".join(f"{k}: {v}" for k, v in value.items()) if isinstance(value, dict) else str(value)
         table.add_row(key.replace("_", " "), text)
-    Console(highlight=False, markup=False).print(table)
+    make_console().print(table)
 
 
 @data_app.command("preview")
@@ -528,9 +523,9 @@ def data_preview(
     flags = {"data.image_field": ("--image-field", image_field), "data.label_field": ("--label-field", label_field)}
     ids = preview.write(file, out, _load(preset, config, sets or (), flags).config, count=count)
     if as_json:
-        _print_json({"written": str(out), "samples": ids})
+        print_json({"written": str(out), "samples": ids})
     else:
-        typer.echo(f"{out}: {len(ids)} samples of {file}: image, view 1, view 2")
+        say(f"{out}: {len(ids)} samples of {file}: image, view 1, view 2")
 
 
 @presets_app.command("list")
@@ -540,10 +535,10 @@ def presets_list(as_json: Json = False) -> None:
 
     rows = {name: config_io.preset_summary(name) for name in config_io.presets()}
     if as_json:
-        _print_json(rows)
+        print_json(rows)
     else:
         for name, text in rows.items():
-            typer.echo(f"{name:8s}{text}")
+            say(f"{name:8s}{text}")
 
 
 @presets_app.command("show")
@@ -556,9 +551,9 @@ def presets_show(
 
     loaded = config_io.load(preset=name, file=None, sets=(), flags={})
     if as_json:
-        _print_json(loaded.config.model_dump(mode="json"))
+        print_json(loaded.config.model_dump(mode="json"))
     else:
-        typer.echo(config_io.dump(loaded.config, loaded.origin))
+        say(*config_io.dump(loaded.config, loaded.origin).split("\n"))
 
 
 @presets_app.command("copy")
@@ -568,11 +563,11 @@ def presets_copy(name: str, out: Annotated[Path, typer.Argument(help="TOML file 
 
     text = config_io.preset_text(name)
     try:
-        with out.open("x") as file:
+        with out.open("x", encoding="utf-8") as file:
             file.write(text)
     except OSError as error:
         raise UsageError(f"{out}: {error.strerror}: name a new file in a folder that can be written") from None
-    typer.echo(str(out))
+    say(str(out))
 
 
 @app.command()
@@ -582,13 +577,13 @@ def doctor(as_json: Json = False) -> None:
 
     checks = doctors.examine()
     if as_json:
-        _print_json([check._asdict() for check in checks])
+        print_json([check._asdict() for check in checks])
     else:
         width = 2 + max(len(check.name) for check in checks)
         for check in checks:
             mark = "ok  " if check.ok else ("MISSING" if check.needed else "none")
-            remedy = f"\n{'':{8 + width}s}-> {check.remedy}" if check.remedy else ""
-            typer.echo(f"{mark:8s}{check.name:{width}s}{check.found}{remedy}")
+            remedy = [f"{'':{8 + width}s}-> {check.remedy}"] if check.remedy else []
+            say(f"{mark:8s}{check.name:{width}s}{check.found}", *remedy)
     if any(check.needed and not check.ok for check in checks):
         raise typer.Exit(1)
 
@@ -612,12 +607,13 @@ def bench(
     """Measure this machine's speed against its own limits and against plain PyTorch, side by side."""
     from fastbyol_bench import command
 
-    console = Console(stderr=True, highlight=False)
+    console = make_console(err=True)
 
     def note(line: str) -> None:
         console.print(line, markup=False, soft_wrap=True)
 
-    typer.echo(command.main(suites or (), out=out, compare=compare, device=device, quick=quick, as_json=as_json, note=note))
+    text = command.main(suites or (), out=out, compare=compare, device=device, quick=quick, as_json=as_json, note=note)
+    say(*text.split("\n"))
 
 
 @app.command()
@@ -629,49 +625,81 @@ def demo(
     """Compare random, BYOL and supervised encoders, and let one network stay collapsed and another recover."""
     from fastbyol import demo as demos
 
-    console = _console(as_json)
+    console = make_console(err=as_json)
     try:
         result = demos.run(out, seed=seed, console=console)
     except NoGraphError as error:
         console.print(str(error), markup=False, soft_wrap=True)
         _start_again(*sys.argv[1:])  # which goes on with the run
     if as_json:
-        _print_json(result)
+        print_json(result)
 
 
 def main() -> None:
-    """Entry point: every foreseen failure is one line on standard error and an exit code of ``errors``."""
+    """Entry point: every foreseen failure is one line on standard error and an exit code of ``errors``.
+
+    A command whose output cannot be written does its work to the end, and then fails for it.
+    """
     # Read when torch is imported. Threads that spin while they wait take the cores from whatever else runs: beside another
     # process on two cores an epoch of the demo ran at 193 images/s spinning and at 320 sleeping.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
-        with interrupt.sent_again():
-            code = app(standalone_mode=False, prog_name="fastbyol")
-        sys.exit(code if isinstance(code, int) else 0)
-    except FastbyolError as error:
-        _fail(str(error), error.exit_code)
-    except typer.TyperException as error:
-        message = error.format_message() or "say what to do: see fastbyol --help"
-        if message.startswith("Usage: "):  # a group of commands without one: its help, which is no one-line error
-            print(message, file=sys.stderr)
-            sys.exit(error.exit_code)
-        _fail(message, error.exit_code)
-    except (KeyboardInterrupt, typer.Abort):
-        _fail("interrupted", 130)
-    except BrokenPipeError:
-        sys.exit(1)
-    except Exception as error:
-        if not interrupt.is_behind(error):
-            raise
-        _fail("interrupted", 130)
+        with guarded() as failures:
+            code = _run_command()
+            if failures and not code:
+                code = 1
+                if words := failures.in_words():
+                    _say_error(words)
+        sys.exit(code)
+    except interrupt.Ended as error:  # all is cleaned up: end as the signal would have ended us
+        signal.signal(error.number, signal.SIG_DFL)
+        os.kill(os.getpid(), error.number)
     finally:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # nothing is left to be saved: Python's own would print a trace
 
 
-def _fail(message: str, code: int) -> NoReturn:
-    line = " ".join(message.split())
-    print(f"fastbyol: error: {line}", file=sys.stderr)
-    sys.exit(code)
+def _run_command() -> int:
+    """Run the command line; returns its exit code, its error said. Raises ``Ended`` where a signal ended it."""
+    try:
+        with interrupt.ending():
+            _demand_working_folder()
+            code = app(standalone_mode=False, prog_name="fastbyol")
+        return code if isinstance(code, int) else 0
+    except FastbyolError as error:
+        _say_error(str(error))
+        return error.exit_code
+    except typer.TyperException as error:
+        message = error.format_message() or "say what to do: see fastbyol --help"
+        if message.startswith("Usage: "):  # a group of commands without one: its help, which is no one-line error
+            say(*message.split("\n"), err=True)
+        else:
+            _say_error(" ".join(message.split()))
+        return error.exit_code
+    except (KeyboardInterrupt, typer.Abort, Exception) as error:
+        told = interrupt.behind(error)
+        if isinstance(told, interrupt.Ended):
+            _say_error(f"ended by {told}")
+            raise told from None
+        if told or isinstance(error, typer.Abort):
+            _say_error("interrupted")
+            return 130
+        if not isinstance(error, OSError):
+            raise
+        # Of the machine, and not foreseen: a folder that went away, a disk that fails.
+        _say_error(f"{error.filename or 'system'}: {error.strerror or error}")
+        return 1
+
+
+def _demand_working_folder() -> None:
+    """Raise UsageError where the folder that the command was called in was removed: torch's libraries end a process there."""
+    try:
+        Path.cwd()
+    except OSError as error:
+        raise UsageError(f"the working folder: {error.strerror}: cd to one that is there") from None
+
+
+def _say_error(message: str) -> None:
+    say(f"fastbyol: error: {message.strip()}", err=True)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from pydantic.fields import FieldInfo
 
 from fastbyol.config import Config, resolve
 from fastbyol.errors import UsageError
+from fastbyol.text import printable
 
 DEFAULT_PRESET = "blog"
 _PACKAGE = Path(__file__).resolve().parent
@@ -103,11 +104,15 @@ def read_run(path: Path) -> Config:
 
 
 def dump(config: Config, origin: Mapping[str, str] | None = None) -> str:
-    """TOML that ``parse`` reads back to an equal configuration. None is a key left out; origins become comments."""
+    """TOML that ``parse`` reads back to an equal configuration. None is a key left out; origins become comments.
+
+    Raises UsageError: a name that is not UTF-8, which TOML cannot hold.
+    """
     sections: dict[str, list[str]] = {"": []}
     for key, value in flatten(config).items():
         section, _, leaf = key.rpartition(".")
         if value is not None:
+            _refuse_unwritable(key, Setting(value, origin[key] if origin else "configuration"))
             sections.setdefault(section, []).append(f"{leaf} = {toml_value(value)}{_comment(key, origin)}")
     blocks = ["\n".join([f"[{name}]"] * bool(name) + lines) for name, lines in sections.items()]
     return "\n\n".join(blocks) + "\n"
@@ -177,12 +182,8 @@ def toml_value(value: object) -> str:
 
 def show(value: object) -> str:
     """A value for a message: one line, not too long."""
-    text = _printable(toml_value(value))
+    text = printable(toml_value(value))
     return text if len(text) <= 80 else f"{text[:77]}..."
-
-
-def _printable(text: str) -> str:
-    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
 def _walk(model: type[BaseModel], prefix: str) -> Iterator[tuple[str, FieldInfo]]:
@@ -205,7 +206,7 @@ def _get(config: BaseModel, key: str) -> object:
 
 
 def _comment(key: str, origin: Mapping[str, str] | None) -> str:
-    return "  # " + " ".join(re.sub(r"[\x00-\x1f\x7f]", " ", origin[key]).split()) if origin else ""
+    return f"  # {printable(origin[key])}" if origin else ""
 
 
 def config_folder() -> Path:
@@ -275,7 +276,7 @@ def _known(key: str, origin: str) -> str:
     inside = _first_within(key)
     if inside:
         raise UsageError(f"{key} ({origin}): this is a section; set a key in it, such as {inside}")
-    raise UsageError(f"{_printable(key)} ({origin}): no such key; the nearest is {nearest(key)}")
+    raise UsageError(f"{printable(key)} ({origin}): no such key; the nearest is {nearest(key)}")
 
 
 def _first_within(section: str) -> str | None:
@@ -304,7 +305,7 @@ def _line_numbers(text: str) -> dict[str, int]:
 def _syntax_error(message: str, name: str) -> str:
     what, _, where = " ".join(message.split()).partition(" (at ")
     place = re.match(r"line (\d+), column (\d+)", where)
-    return f"{name}{f':{place[1]}:{place[2]}' if place else ''}: not valid TOML: {_printable(what[:1].lower() + what[1:])}"
+    return f"{name}{f':{place[1]}:{place[2]}' if place else ''}: not valid TOML: {printable(what[:1].lower() + what[1:])}"
 
 
 # Values.
@@ -341,6 +342,7 @@ def _validated(settings: Mapping[str, Setting]) -> Config:
     for key, setting in settings.items():
         if isinstance(setting.value, bool) and bool not in _options(keys()[key]):
             raise UsageError(f"{key} = {show(setting.value)} ({setting.origin}): should not be true or false")
+        _refuse_unwritable(key, setting)
         table = nested
         *sections, leaf = key.split(".")
         for section in sections:
@@ -350,6 +352,16 @@ def _validated(settings: Mapping[str, Setting]) -> Config:
         return Config.model_validate(nested)
     except ValidationError as error:
         raise UsageError(_explain(error, settings)) from None
+
+
+def _refuse_unwritable(key: str, setting: Setting) -> None:
+    try:
+        toml_value(setting.value).encode()
+    except UnicodeEncodeError:
+        raise UsageError(
+            f"{key} = {show(setting.value)} ({setting.origin}): its name is not UTF-8, which config.toml cannot hold: "
+            "rename it, or name a link to it"
+        ) from None
 
 
 def _explain(error: ValidationError, settings: Mapping[str, Setting]) -> str:

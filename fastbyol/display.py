@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fastbyol.engine.observer import EpochEnd, Progress, Start
+from fastbyol.output import is_live
 
 STATE_STYLE = {
     "healthy": "green",
@@ -137,4 +138,4 @@ class LiveDisplay(PlainDisplay):
 
 def display(console: Console) -> PlainDisplay:
     """The live table on a terminal, plain lines elsewhere."""
-    return LiveDisplay(console) if console.is_terminal else PlainDisplay(console)
+    return LiveDisplay(console) if is_live(console) else PlainDisplay(console)

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fastbyol.errors import UsageError
+from fastbyol.text import printable_lines
 
 # Colours of the Okabe-Ito palette, which colour-blind readers can tell apart (Okabe and Ito, 2008).
 BLUE, ORANGE, GREEN, RED, PURPLE, SKY = "#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9"
@@ -97,8 +98,8 @@ def viridis(count: int) -> Sequence[Any]:
 
 
 def page(title: str, style: str, body: str) -> str:
-    """A whole HTML page without script or network."""
-    return (
+    """A whole HTML page without script or network, of characters that are visible and that UTF-8 has: others are escaped."""
+    return printable_lines(
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>'
         f'<meta name="viewport" content="width=device-width,initial-scale=1"><style>{style}</style></head>'
         f"<body>{body}</body></html>\n"

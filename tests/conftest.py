@@ -1,4 +1,4 @@
-"""What all tests share: a cache folder that is nobody's, Ctrl-C as Python has it, and Triton's interpreter without a GPU.
+"""What all tests share: a cache folder that is nobody's, signals as Python has them, and Triton's interpreter without a GPU.
 
 And an end. pytest-timeout interrupts a test at its limit by a signal: it fails, what it started is killed, and the others go
 on. Code that hangs outside of Python never sees the signal, and may hold the lock that a thread would need to act: ``GRACE_S``
@@ -106,6 +106,14 @@ def _own_ctrl_c() -> Iterator[None]:
     before = signal.getsignal(signal.SIGINT)
     yield
     signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture(autouse=True)
+def _own_hangup() -> Iterator[None]:
+    """Whoever started the tests may have let SIGHUP be ignored, as nohup does, and the processes they start would go on so."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
 
 
 @pytest.fixture(scope="session", autouse=True)

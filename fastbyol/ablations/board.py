@@ -15,6 +15,7 @@ from rich.text import Text
 
 from fastbyol.ablations.plan import Run
 from fastbyol.display import STATE_STYLE, duration
+from fastbyol.output import is_live
 
 
 class Board:
@@ -93,4 +94,4 @@ class LiveBoard(Board):
 
 def board(console: Console, runs: Sequence[Run], done_epochs: Mapping[str, int]) -> Board:
     """The live table on a terminal, plain lines elsewhere."""
-    return (LiveBoard if console.is_terminal else Board)(console, runs, done_epochs)
+    return (LiveBoard if is_live(console) else Board)(console, runs, done_epochs)

@@ -20,6 +20,7 @@ from fastbyol.ablations.ledger import Ledger
 from fastbyol.ablations.plan import Run, epochs_done
 from fastbyol.ablations.pool import LOG, Pool, default_size
 from fastbyol.data import embedded
+from fastbyol.engine import interrupt
 from fastbyol.engine.device import pick_device
 from fastbyol.engine.lock import Lock
 from fastbyol.errors import UsageError
@@ -54,7 +55,7 @@ class Runner:
 
     def execute(self) -> None:
         """Hand out runs and listen, until nothing is left or somebody interrupts."""
-        with self._signals():
+        with interrupt.answered(self._interrupt, interrupt.taken()):
             while True:
                 self._hand_out()
                 if not self._pool.busy:
@@ -115,19 +116,11 @@ class Runner:
         self._ledger.record(run, {"status": "failed", "error": why, "seconds": seconds})
         self._board.ended(run, "failed", f": {why}", seconds)
 
-    @contextmanager
-    def _signals(self) -> Iterator[None]:
-        numbers = (signal.SIGINT, signal.SIGTERM)
-        before = {number: signal.signal(number, self._interrupt) for number in numbers}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
     def _interrupt(self, number: int, frame: FrameType | None) -> None:
         if self.interrupted:
-            raise KeyboardInterrupt
+            if number == signal.SIGINT:
+                raise KeyboardInterrupt
+            return
         self.interrupted = True
         self._pool.stop()
 
@@ -145,8 +138,8 @@ def execute(
     """Train ``runs``, which lie in ``out``, ``jobs`` at a time (None: what the device has room for).
 
     ``asked`` goes into the ledger. Returns how it went; a run that fails is in there and does not stop the others. After
-    SIGINT or SIGTERM what runs is saved and stopped; a second one kills it. Raises UsageError: another call works in ``out``,
-    or a folder holds another run.
+    one of ``interrupt.SIGNALS`` what runs is saved and stopped; a second SIGINT kills it. Raises UsageError: another call works
+    in ``out``, or a folder holds another run.
     """
     began = time.monotonic()
     where = str(pick_device(device))

@@ -22,7 +22,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
 
-from fastbyol import config_io
+from fastbyol import config_io, output
 from fastbyol.engine import trainer
 from fastbyol.engine.observer import EpochEnd, Progress, Start
 from fastbyol.engine.precision import settle
@@ -97,8 +97,9 @@ def main() -> None:
     die_with_parent(int(sys.argv[1]))
     out = os.fdopen(os.dup(1), "w", encoding="utf-8", buffering=1)
     os.dup2(2, 1)  # whatever a library prints goes to the log
-    for line in sys.stdin:
-        _tell(out, "end", work(json.loads(line), lambda kind, fields: _tell(out, kind, fields)))
+    with output.guarded():  # a log on a full disk ends no run
+        for line in sys.stdin:
+            _tell(out, "end", work(json.loads(line), lambda kind, fields: _tell(out, kind, fields)))
 
 
 def _tell(out: TextIO, kind: str, fields: Mapping[str, Any]) -> None:

@@ -248,7 +248,7 @@ def _refuse_foreign(error: Exception) -> None:
 
     All others are: Triton, Inductor, Dynamo, CUDA and the programs that they call raise errors of a dozen families.
     """
-    if isinstance(error, FastbyolError) or interrupt.is_behind(error) or is_out_of_memory(error):
+    if isinstance(error, FastbyolError) or interrupt.behind(error) or is_out_of_memory(error):
         raise error
 
 

@@ -8,10 +8,11 @@ every tensor's name, dtype, shape and bytes, because safetensors itself would re
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import safetensors
 import safetensors.torch
@@ -19,6 +20,7 @@ import torch
 
 from fastbyol.engine.durable import new_digest, remove_temporaries, write_atomically, writing
 from fastbyol.errors import UsageError
+from fastbyol.files import open_regular
 
 FORMAT = "fastbyol-checkpoint-1"
 METADATA_KEY = "fastbyol"
@@ -152,7 +154,7 @@ def _digest(meta: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> str
 
 def _read(path: Path) -> Checkpoint:
     try:
-        with safetensors.safe_open(path, framework="pt") as file:
+        with open_regular(path) as opened, safetensors.safe_open(_utf8_name(path, opened), framework="pt") as file:
             text = (file.metadata() or {}).get(METADATA_KEY, "{}")
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
     except OSError as error:
@@ -168,6 +170,15 @@ def _read(path: Path) -> Checkpoint:
     if _step_of(path) not in (None, meta["step"]):
         raise _UnusableError(f"holds step {meta['step']}, not what its name says")
     return Checkpoint(tensors, meta, path)
+
+
+def _utf8_name(path: Path, opened: BinaryIO) -> str:
+    """Return a name of the file ``opened`` at ``path`` that safetensors takes, which wants UTF-8."""
+    try:
+        os.fsencode(path).decode()
+    except UnicodeDecodeError:
+        return f"/dev/fd/{opened.fileno()}"
+    return str(path)
 
 
 def _parsed(text: str) -> dict[str, Any]:

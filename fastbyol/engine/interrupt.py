@@ -1,7 +1,9 @@
 """Signals that ask a run to stop: answered between two steps, or at once where nothing is lost by it.
 
-SIGINT is Ctrl-C, SIGTERM what systems send before they kill; SIGUSR1 and SIGUSR2 are what batch systems send on demand some
-time before a job's end (``sbatch --signal=USR1@60``).
+SIGINT is Ctrl-C, SIGTERM what systems send before they kill, SIGHUP what a terminal sends that is closed; SIGUSR1 and SIGUSR2
+are what batch systems send on demand some time before a job's end (``sbatch --signal=USR1@60``), SIGXCPU what the system and
+they send when the processor time that a job may take is used up (``ulimit -t``). A SIGHUP that was ignored when the process
+began, as by ``nohup``, stays so. SIGQUIT is left to end a process at once.
 """
 
 from __future__ import annotations
@@ -10,26 +12,71 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from types import FrameType, TracebackType
 from typing import Any
 
 from fastbyol.errors import chain
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
 AGAIN_S = 0.05
+# A terminal that is closed sends SIGHUP, and so does its shell: within this time they are one wish.
+SAME_S = 1.0
 
 
 class Stopped(KeyboardInterrupt):
     """What ``Interrupt.abortable`` raises: clean up as for Ctrl-C."""
 
 
+class Ended(KeyboardInterrupt):
+    """What ``ending`` raises for the signal ``number``: clean up as for Ctrl-C."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.number = signal.Signals(number)
+
+
+def taken() -> tuple[signal.Signals, ...]:
+    """Those of ``SIGNALS`` that are to be answered: all but a SIGHUP that is ignored. None outside the main thread."""
+    if threading.current_thread() is not threading.main_thread():
+        return ()
+    return tuple(n for n in SIGNALS if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN)
+
+
+@contextmanager
+def answered(handler: Callable[[int, FrameType | None], None], numbers: Iterable[signal.Signals]) -> Iterator[None]:
+    """While entered, ``handler`` answers the signals ``numbers``; afterwards who did so before."""
+    before = {number: signal.signal(number, handler) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, previous in before.items():
+            signal.signal(number, previous)
+
+
+@contextmanager
+def ending() -> Iterator[None]:
+    """While entered, a signal that would end the process at once raises ``Ended``, so that what was begun is cleaned up."""
+    last = -SAME_S
+
+    def end(number: int, frame: FrameType | None) -> None:
+        nonlocal last
+        if time.monotonic() - last >= SAME_S:
+            last = time.monotonic()
+            raise Ended(number)
+
+    with answered(end, [number for number in taken() if number != signal.SIGINT]), sent_again():
+        yield
+
+
 @contextmanager
 def sent_again() -> Iterator[None]:
-    """A Ctrl-C that a finalizer or a callback swallows in here comes again AGAIN_S later, and nothing is printed about it.
+    """A Ctrl-C, or an ``Ended``, that a finalizer or a callback swallows in here comes again, and nothing is printed about it.
 
-    Python cannot raise out of either: it prints the exception, with its trace, and goes on as if nobody had asked.
+    It comes AGAIN_S later. Python cannot raise out of either: it prints the exception, with its trace, and goes on as if nobody
+    had asked.
     """
     before, timers = sys.unraisablehook, list[threading.Timer]()
 
@@ -37,7 +84,10 @@ def sent_again() -> Iterator[None]:
         if not isinstance(args.exc_value, KeyboardInterrupt):
             before(args)
             return
-        timers.append(threading.Timer(AGAIN_S, os.kill, (os.getpid(), signal.SIGINT)))
+        number, pause_s = signal.SIGINT, AGAIN_S
+        if isinstance(args.exc_value, Ended):
+            number, pause_s = args.exc_value.number, SAME_S + AGAIN_S
+        timers.append(threading.Timer(pause_s, os.kill, (os.getpid(), number)))
         timers[-1].start()
 
     sys.unraisablehook = hook
@@ -49,9 +99,9 @@ def sent_again() -> Iterator[None]:
             timer.cancel()
 
 
-def is_behind(error: BaseException) -> bool:
-    """Whether a Ctrl-C led to ``error``: compiled modules that are being imported make another exception of it."""
-    return any(isinstance(reason, KeyboardInterrupt) for reason in chain(error))
+def behind(error: BaseException) -> KeyboardInterrupt | None:
+    """The Ctrl-C or ``Ended`` that led to ``error``: compiled modules that are being imported make another exception of it."""
+    return next((reason for reason in chain(error) if isinstance(reason, KeyboardInterrupt)), None)
 
 
 class Interrupt:
@@ -64,7 +114,7 @@ class Interrupt:
         self.requested: str | None = None
         self._abortable = self._has_stopped = False
         self._unraisable_before: Callable[[Any], object] = sys.unraisablehook
-        self._previous: dict[int, signal._HANDLER] = {}
+        self._answered = ExitStack()
 
     @contextmanager
     def abortable(self) -> Iterator[None]:
@@ -82,18 +132,14 @@ class Interrupt:
             self._abortable = False
 
     def __enter__(self) -> Interrupt:
-        if threading.current_thread() is threading.main_thread():
-            for number in SIGNALS:
-                self._previous[number] = signal.signal(number, self._handle)
+        if numbers := taken():
+            self._answered.enter_context(answered(self._handle, numbers))
+            self._answered.callback(setattr, sys, "unraisablehook", sys.unraisablehook)
             self._unraisable_before, sys.unraisablehook = sys.unraisablehook, self._unraisable
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if self._previous:
-            sys.unraisablehook = self._unraisable_before
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-        self._previous.clear()
+        self._answered.close()
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.requested:

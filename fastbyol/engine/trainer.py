@@ -320,10 +320,11 @@ class Trainer:
             "epoch", step=self.step, epoch=epoch, state=self.monitor.state, accuracy=measured, rank_y=rank, **means
         )
         left = self.pace.left_s(self.total_steps - self.step)
+        self._save()
+        # An epoch that was announced is saved, whatever becomes of the process or of who listens.
         self.observer.epoch_end(
             EpochEnd(epoch, self.config.train.epochs, self.step, img_s, left, self.monitor.state, measured, means)
         )
-        self._save()
         self.pace.restart()
         self._stop_if_collapsed(epoch)
 

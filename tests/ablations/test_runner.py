@@ -19,6 +19,7 @@ from rich.console import Console
 import no_graph
 from fastbyol.ablations import ledger, plan, pool, runner, tally
 from fastbyol.ablations.arms import arm
+from fastbyol.engine import checkpoint, metrics_file
 from small import SETS, contents
 
 ARMS = ("gn-sgd-mlp-none", "gn-lars-0.1")
@@ -106,6 +107,24 @@ def test_ctrl_c_saves_and_the_next_call_goes_on(whole: Path, tmp_path: Path) -> 
     outcome, _ = execute(tmp_path, make(tmp_path, *ARMS, seeds=2), jobs=2)
     assert not outcome.failed
     assert contents(tmp_path / "runs") == contents(whole / "runs")
+
+
+def test_a_hangup_with_nobody_left_to_listen_saves_too(tmp_path: Path) -> None:
+    """A terminal that is closed and its shell send it twice, and what is printed from then on goes nowhere."""
+    process = start(tmp_path)
+    wait_for_steps(process, tmp_path, 10)
+    workers = workers_of(process.pid)
+    assert process.stdout is not None
+    process.stdout.close()
+    for _ in range(2):
+        process.send_signal(signal.SIGHUP)
+    assert process.wait(PATIENCE_S) == 130
+    assert not [worker for worker in workers if Path(f"/proc/{worker}/cmdline").exists()]
+    kept = ledger.read(tmp_path)
+    assert (kept["calls"][0]["interrupted"], {row["status"] for row in kept["runs"].values()}) == (True, {"stopped"})
+    assert "Traceback" not in (tmp_path / "workers.log").read_text()
+    runs = [path.parent for path in tmp_path.glob("runs/*/*/metrics.jsonl")]
+    assert [checkpoint.newest_step(run / "checkpoints") for run in runs] == [metrics_file.last_step(run) + 1 for run in runs]
 
 
 def test_what_is_done_is_skipped_and_what_is_missing_added(whole: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 
 from fastbyol import cli
 from fastbyol.engine import interrupt as module
-from fastbyol.engine.interrupt import SIGNALS, Interrupt, Stopped, is_behind
+from fastbyol.engine.interrupt import SIGNALS, Ended, Interrupt, Stopped, behind
 
 
 def send(number: int) -> None:
@@ -36,9 +36,46 @@ def test_only_a_second_ctrl_c_breaks_off_a_step() -> None:
         send(signal.SIGUSR1)
         send(signal.SIGUSR1)
         send(signal.SIGTERM)
+        send(signal.SIGHUP)
+        send(signal.SIGHUP)
         assert interrupt.requested == "SIGUSR1"
         with pytest.raises(KeyboardInterrupt):
             send(signal.SIGINT)
+
+
+def test_a_hangup_that_is_ignored_stays_so() -> None:
+    """As under nohup; the others are answered."""
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with module.ending(), Interrupt() as interrupt:
+        send(signal.SIGHUP)
+        assert interrupt.requested is None
+        send(signal.SIGXCPU)
+        assert interrupt.requested == "SIGXCPU"
+    assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+
+
+@pytest.mark.parametrize("number", [number for number in SIGNALS if number != signal.SIGINT])
+def test_what_would_end_the_process_at_once_lets_it_clean_up(number: signal.Signals) -> None:
+    """Once: the shell's SIGHUP comes on the heels of the terminal's, and must not break off the cleaning up."""
+    done = []
+    with pytest.raises(Ended) as caught, module.ending():  # noqa: PT012
+        try:
+            send(number)
+        finally:
+            send(number)
+            send(signal.SIGHUP)
+            done.append("cleaned up")
+    assert caught.value.number == number
+    assert done == ["cleaned up"]
+    assert signal.getsignal(number) == signal.SIG_DFL
+
+
+def test_one_that_a_finalizer_swallows_comes_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "unraisablehook", sys.__unraisablehook__)
+    monkeypatch.setattr(module, "SAME_S", 0.05)
+    with pytest.raises(Ended, match="SIGTERM"), module.ending():  # noqa: PT012
+        Finalizer()
+        time.sleep(100 * module.AGAIN_S)
 
 
 def test_what_can_be_done_again_is_left_at_once() -> None:
@@ -115,8 +152,8 @@ def test_what_an_import_makes_of_ctrl_c_is_told_apart() -> None:
             send(signal.SIGINT)
         except KeyboardInterrupt as interrupted:
             raise ImportError("initialization failed") from interrupted
-    assert is_behind(caught.value)
-    assert not is_behind(ImportError("no such module"))
+    assert behind(caught.value)
+    assert not behind(ImportError("no such module"))
 
 
 def test_the_command_line_ends_for_it_as_for_ctrl_c(

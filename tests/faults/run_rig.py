@@ -104,7 +104,7 @@ def start(run: Path, config: Config, marks: Marks) -> BaseProcess:
 
 def _command(arguments: tuple[str, ...], output: Path, marks: Path) -> None:
     os.setsid()
-    descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)  # a terminal is this session's from here on
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     faulthandler.enable()  # a child that hangs is ended by SIGABRT, and says where it was

@@ -163,15 +163,32 @@ def test_a_disk_without_room_for_the_checksums(small_disk: Path) -> None:
     assert [path.name for path in small_disk.iterdir()] == ["filler"]
 
 
-def test_ctrl_c_leaves_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("number", "delay_s", "group"),
+    [
+        (signal.SIGINT, 0.3, False),
+        (signal.SIGINT, 4.0, False),
+        (signal.SIGTERM, 2.0, False),
+        (signal.SIGTERM, 4.0, True),
+        (signal.SIGHUP, 4.0, False),
+        (signal.SIGUSR1, 4.0, True),
+    ],
+)
+def test_a_conversion_that_is_told_to_end_leaves_nothing(
+    number: signal.Signals, delay_s: float, group: bool, tmp_path: Path
+) -> None:
+    """Whether its process alone is told, or its group, as a terminal or a batch system does."""
     out = tmp_path / "out.beton"
-    for delay_s in (0.3, 2.0, 4.0):
-        parent = start(out, 1, count=200_000, stderr=subprocess.DEVNULL)
-        time.sleep(delay_s)
-        parent.send_signal(signal.SIGINT)
-        assert OwnTime(parent.pid).waits(ends(parent), END_S)
-        assert gone(parent.pid)
-        assert list(tmp_path.iterdir()) == []
+    parent = start(out, 1, count=200_000, stderr=subprocess.PIPE, start_new_session=True)
+    time.sleep(delay_s)
+    (os.killpg if group else os.kill)(parent.pid, number)
+    assert OwnTime(parent.pid).waits(ends(parent), END_S)
+    _, said = parent.communicate()
+    # Before it has taken the signals over they do what they always do.
+    assert parent.returncode in (130 if number == signal.SIGINT else -number, -number)
+    assert said.count(b"\n") <= 1 or delay_s < 1, said
+    assert gone(parent.pid)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_interrupted_file_never_reads_as_zeros(tmp_path: Path) -> None:

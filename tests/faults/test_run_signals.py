@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import os
+import pty
 import random
 import signal
 import time
 from collections import Counter
+from collections.abc import Callable, Iterator
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 import processes
 import pytest
@@ -17,7 +20,7 @@ import run_rig as rig
 from own_time import OwnTime
 
 STOPS = rig.many(8, 50)
-OTHERS = rig.many(3, 30)
+OTHERS = (signal.SIGTERM, signal.SIGHUP, signal.SIGXCPU, signal.SIGUSR1, signal.SIGUSR2)
 WITHIN_S = 5.0
 
 
@@ -92,6 +95,50 @@ def test_ctrl_c_at_random_instants(whole: tuple[Path, float], tmp_path: Path) ->
 
 
 def test_the_other_signals_at_random_instants(whole: tuple[Path, float], tmp_path: Path) -> None:
-    numbers = [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2] * (OTHERS // 3)
-    phases = stopped_runs(whole, tmp_path, numbers, seed=2)
-    print(f"{sum(phases.values())} SIGTERM, SIGUSR1, SIGUSR2: {dict(phases)}")
+    phases = stopped_runs(whole, tmp_path, [*OTHERS] * rig.many(1, 6), seed=2)
+    print(f"{sum(phases.values())} {', '.join(number.name for number in OTHERS)}: {dict(phases)}")
+
+
+@contextlib.contextmanager
+def full_disk(folder: Path) -> Iterator[tuple[Path, Callable[[], object]]]:
+    """A file that takes nothing, from the start."""
+    yield Path("/dev/full"), lambda: None
+
+
+@contextlib.contextmanager
+def reader_that_leaves(folder: Path) -> Iterator[tuple[Path, Callable[[], object]]]:
+    """A pipe, and what closes its other end."""
+    os.mkfifo(folder / "pipe")
+    with os.fdopen(os.open(folder / "pipe", os.O_RDONLY | os.O_NONBLOCK), "rb") as reader:
+        yield folder / "pipe", reader.close
+
+
+@contextlib.contextmanager
+def terminal_that_closes(folder: Path) -> Iterator[tuple[Path, Callable[[], object]]]:
+    """A terminal, and what closes its window: the session gets SIGHUP, and nothing can be written any more."""
+    master, slave = pty.openpty()
+    window = os.fdopen(master, "rb", buffering=0)
+    try:
+        with window:
+            yield Path(os.ttyname(slave)), lambda: (os.close(slave), window.close())
+    finally:
+        window.close()
+
+
+@pytest.mark.parametrize("output", [full_disk, reader_that_leaves, terminal_that_closes])
+def test_a_run_whose_output_is_gone_loses_no_step(output: Any, whole: tuple[Path, float], tmp_path: Path) -> None:
+    config, marks = rig.make_config(whole[0].parent), rig.Marks(tmp_path / "marks")
+    with output(tmp_path) as (path, leave):
+        process = rig.command(tmp_path / "run", config, path, marks)
+        marks.wait_for_step(process)
+        leave()
+        process.join(rig.PATIENCE_S)
+    # 0: stopped and saved with nothing left to say.
+    assert process.exitcode in ((0, 1) if output is terminal_that_closes else (1,))
+    if output is terminal_that_closes:
+        assert rig.checkpoints(tmp_path / "run")
+        again = rig.command(tmp_path / "run", config, tmp_path / "output", marks)
+        again.join(rig.PATIENCE_S)
+        assert again.exitcode == 0
+    assert rig.contents(tmp_path / "run") == rig.contents(whole[0])
+    assert rig.leftovers(tmp_path / "run") == []

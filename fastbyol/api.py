@@ -12,7 +12,7 @@ from torch import nn
 from fastbyol import config_io
 from fastbyol.config import Config, resolve
 from fastbyol.data import embedded, loader
-from fastbyol.engine import capture, checkpoint, record, trainer
+from fastbyol.engine import capture, checkpoint, inputs, record, trainer
 from fastbyol.engine.device import pick_device
 from fastbyol.engine.observer import Observer
 from fastbyol.engine.origin import source_file
@@ -41,7 +41,7 @@ def train(
     ``NoGraphError`` where no CUDA graph can be had under ``engine.mode`` auto: ``resume`` then goes on with the run, compiled,
     from another process.
     """
-    config = _with_source(resolve(config), observer)
+    config = _placed(_with_source(resolve(config), observer))
     capture.choose(config.engine, pick_device(config.train.device))  # refuses what this machine lacks
     config = settle(config, observer.note) if observer is not None else settle(config)
     path = Path(out) if out is not None else default_run_path(config)
@@ -60,10 +60,28 @@ def _with_source(config: Config, observer: Observer | None) -> Config:
     return config.model_copy(update={"train": config.train.model_copy(update={"init_from": str(file)})})
 
 
-def resume(run: str | Path, *, observer: Observer | None = None) -> Summary:
-    """Go on with a run from its newest sound checkpoint, bit for bit as if it had never stopped. Raises what ``train`` does."""
+def _placed(config: Config) -> Config:
+    """The paths of ``config`` made absolute: the run is found again from any working folder."""
+    data, optim = config.data, config.optim
+    files = {"train": inputs.placed(data.train), "test": data.test and inputs.placed(data.test)}
+    rates = {"replay_rates": optim.replay_rates and inputs.placed(optim.replay_rates)}
+    return config.model_copy(update={"data": data.model_copy(update=files), "optim": optim.model_copy(update=rates)})
+
+
+def resume(
+    run: str | Path,
+    *,
+    data: str | Path | None = None,
+    test_data: str | Path | None = None,
+    observer: Observer | None = None,
+) -> Summary:
+    """Go on with a run from its newest sound checkpoint, bit for bit as if it had never stopped. Raises what ``train`` does.
+
+    ``data`` and ``test_data`` say where its files lie now; the run keeps that. What they hold must be what it was made with.
+    """
     with RunFolder.open(Path(run), lock=True) as folder:
-        return trainer.fit(folder, folder.config, observer)
+        config = folder.config.model_copy(update={"data": inputs.moved(folder.config.data, data, test_data)})
+        return trainer.fit(folder, config, observer)
 
 
 def load_encoder(run_or_file: str | Path, *, weights: str = "trained") -> nn.Module:
@@ -109,21 +127,26 @@ def evaluate(
     """Accuracy of a run's encoder under ``protocol`` (``blog``, ``linear`` or ``knn``; see ``evaluation.protocol``).
 
     Data default to the run's own images; files that are named are taken whole. ``blog`` does not look at ``train_data``.
-    Returns a dict with at least ``accuracy`` (percent), ``protocol`` and ``step``.
+    The run's own must hold what they held when it was made. Returns a dict with at least ``accuracy`` (percent), ``protocol``,
+    ``step`` and ``notes``: lines on what keeps the accuracy from saying much.
     """
     if protocol not in PROTOCOLS:
         raise UsageError(f"protocol: {protocol!r} is none of {', '.join(PROTOCOLS)}")
     config, encoder, step = _load(Path(run), weights)
-    test_file = Path(test_data) if test_data else embedded.held_out_file(config.data)
+    data, pinned = config.data, inputs.of_run(Path(run))
+    test_file = Path(test_data) if test_data else embedded.held_out_file(data)
     if test_file is None:
         raise UsageError(f"{run}: the run has no test data: name a labelled beton with --test-data")
-    size = config.data.size or config.views.size
-    test = loader.read_all(test_file, workers=config.data.workers, size=size, limit=0 if test_data else config.data.test_limit)
+
+    def read(name: str, file: Path, limit: int, *, named: bool) -> loader.Images:
+        own = file if named else inputs.own_data(Path(run), pinned, name, file)
+        return loader.read_all(own, workers=data.workers, size=data.size or config.views.size, limit=0 if named else limit)
+
+    test = read("test", test_file, data.test_limit, named=test_data is not None)
     train = None
     if protocol != "blog":  # which is fitted within the test set
-        train_file = Path(train_data) if train_data else embedded.training_file(config.data)
-        limit = 0 if train_data else config.data.limit
-        train = loader.read_all(train_file, workers=config.data.workers, size=size, limit=limit)
+        train_file = Path(train_data) if train_data else embedded.training_file(data)
+        train = read("train", train_file, data.limit, named=train_data is not None)
     target = pick_device(device)
     result = protocols.evaluate(protocol, encoder.to(target), test=test, train=train, views=config.views, device=target)
     return {"run": str(run), "step": step, "weights": weights, **result}

@@ -324,12 +324,22 @@ def _finish(summary: Summary, console: Console, as_json: bool) -> None:
 
 
 @app.command()
-def resume(run: RunPath, as_json: Json = False) -> None:
+def resume(
+    run: RunPath,
+    data: Annotated[
+        str | None, typer.Option("--data", metavar="FILE", help="Where the run's training data lie now, unchanged.")
+    ] = None,
+    test_data: Annotated[
+        str | None, typer.Option("--test-data", metavar="FILE", help="Where its test data lie now, unchanged.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
     """Go on with a run that was stopped, bit for bit."""
     from fastbyol import api
 
     console = _console(as_json)
-    _finish(_run(console, as_json, lambda observer: api.resume(run, observer=observer)), console, as_json)
+    summary = _run(console, as_json, lambda observer: api.resume(run, data=data, test_data=test_data, observer=observer))
+    _finish(summary, console, as_json)
 
 
 @app.command("eval")
@@ -348,6 +358,8 @@ def evaluate(
     if protocol == "blog" and train_data is not None:
         typer.echo("--train-data: not looked at, the blog protocol fits within the test set; linear and knn take it", err=True)
     result = api.evaluate(run, protocol, train_data=train_data, test_data=test_data, weights=weights, device=device)
+    for note in result["notes"]:
+        typer.echo(note, err=True)
     if as_json:
         _print_json(result)
     else:

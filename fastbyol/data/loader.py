@@ -20,7 +20,7 @@ from fastbyol.data.decoder import Decoder
 from fastbyol.data.memory import available_bytes
 from fastbyol.data.order import permutation, subset
 from fastbyol.data.prefetch import STALL_S, prefetch
-from fastbyol.errors import UsageError
+from fastbyol.errors import UsageError, size_text
 
 Cache = Literal["auto", "device", "none"]
 
@@ -140,7 +140,7 @@ class StreamingLoader(Loader):
 
 
 def open_loader(
-    path: str | Path,
+    file: str | Path | BetonInfo,
     *,
     batch_size: int,
     seed: int,
@@ -151,7 +151,7 @@ def open_loader(
     limit: int = 0,
     stall_s: float = STALL_S,
 ) -> Loader:
-    """Verify ``path`` and open it for training.
+    """Verify ``file``, unless it was just inspected, and open it for training.
 
     ``cache``: "device" holds the decoded set on ``device``, "none" streams it, "auto" does the first if that takes at most 40 %
     of what the device has free. ``workers``: decoding threads, 0 for one a core (never more). ``size``: side of the images
@@ -159,7 +159,7 @@ def open_loader(
     without a batch after which the stream counts as hanging. UsageError: the file is missing or damaged, holds less than a
     batch, or does not fit where it was told to.
     """
-    info, where = beton.inspect(path), torch.device(device)
+    info, where = _inspected(file), torch.device(device)
     chosen = subset(info.num_samples, limit)
     count = info.num_samples if chosen is None else len(chosen)
     if batch_size < 1:
@@ -178,12 +178,12 @@ def open_loader(
     return StreamingLoader(decoder, chosen, batch_size=batch_size, seed=seed, device=where, stall_s=stall_s)
 
 
-def read_all(path: str | Path, *, workers: int, size: int, limit: int = 0) -> Images:
-    """Verify ``path`` and decode all of it, or ``limit`` of its images, in file order.
+def read_all(file: str | Path | BetonInfo, *, workers: int, size: int, limit: int = 0) -> Images:
+    """Verify ``file``, unless it was just inspected, and decode all of it, or ``limit`` of its images, in file order.
 
     UsageError: missing, damaged, or more than the memory holds.
     """
-    info = beton.inspect(path)
+    info = _inspected(file)
     chosen = subset(info.num_samples, limit)
     need = _decoded_bytes(info, size, info.num_samples if chosen is None else len(chosen))
     _is_resident(info, need, CPU, "device")
@@ -194,11 +194,15 @@ def read_all(path: str | Path, *, workers: int, size: int, limit: int = 0) -> Im
         return Images(_decode(decoder, chosen, CPU), None if labels is None else torch.from_numpy(labels))
 
 
+def _inspected(file: str | Path | BetonInfo) -> BetonInfo:
+    return file if isinstance(file, BetonInfo) else beton.inspect(file)
+
+
 def _is_resident(info: BetonInfo, need: int, device: torch.device, cache: Cache) -> bool:
     free = available_bytes(device)
     if cache == "device" and need > DEVICE_SHARE * free:
         raise UsageError(
-            f"{info.path}: the decoded images take {need / 1e9:.3g} GB of the {free / 1e9:.3g} GB that {device} has free; "
+            f"{info.path}: the decoded images take {size_text(need)} of the {size_text(free)} that {device} has free; "
             "take data.cache = 'none', a smaller size or fewer images"
         )
     return cache == "device" or (cache == "auto" and need <= AUTO_SHARE * free)

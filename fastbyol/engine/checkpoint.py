@@ -19,6 +19,7 @@ import torch
 
 from fastbyol.engine.durable import new_digest, remove_temporaries, write_atomically, writing
 from fastbyol.errors import UsageError
+from fastbyol.files import open_regular
 
 FORMAT = "fastbyol-checkpoint-1"
 METADATA_KEY = "fastbyol"
@@ -28,12 +29,13 @@ _GOING_BACK = ": going back to the checkpoint before"
 class Checkpoint(NamedTuple):
     """What was saved: tensors on the CPU and ``meta`` with the key ``step`` added; ``path`` is its file.
 
-    ``warnings`` names newer checkpoints that were passed over, and why.
+    ``digest`` is of all of it. ``warnings`` names newer checkpoints that were passed over, and why.
     """
 
     tensors: dict[str, torch.Tensor]
     meta: dict[str, Any]
     path: Path
+    digest: str
     warnings: tuple[str, ...] = ()
 
 
@@ -152,6 +154,7 @@ def _digest(meta: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> str
 
 def _read(path: Path) -> Checkpoint:
     try:
+        open_regular(path).close()  # which the library would wait for where it is a pipe
         with safetensors.safe_open(path, framework="pt") as file:
             text = (file.metadata() or {}).get(METADATA_KEY, "{}")
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
@@ -167,7 +170,7 @@ def _read(path: Path) -> Checkpoint:
         raise _UnusableError("damaged (its checksum differs)")
     if _step_of(path) not in (None, meta["step"]):
         raise _UnusableError(f"holds step {meta['step']}, not what its name says")
-    return Checkpoint(tensors, meta, path)
+    return Checkpoint(tensors, meta, path, said["digest"])
 
 
 def _parsed(text: str) -> dict[str, Any]:

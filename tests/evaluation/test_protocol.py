@@ -18,7 +18,20 @@ from fastbyol.evaluation.probe import logistic_multinomial, logistic_one_vs_rest
 from fastbyol.evaluation.protocol import PROTOCOLS, check, evaluate, halves
 
 VIEWS = ViewsConfig(size=8, blur_kernel=3)
-KEYS = {"protocol", "accuracy", "train_accuracy", "num_train", "num_test", "num_classes", "dim", "rank", "split", "seconds"}
+KEYS = {
+    "protocol",
+    "accuracy",
+    "train_accuracy",
+    "num_train",
+    "num_test",
+    "num_classes",
+    "num_repeated",
+    "notes",
+    "dim",
+    "rank",
+    "split",
+    "seconds",
+}
 
 
 class Images(NamedTuple):
@@ -140,7 +153,7 @@ class TestEvaluate:
             evaluate("blog", encoder, test=test, train=None, views=VIEWS, device="cpu")
 
         one_class = labelled(60, 0)
-        with pytest.raises(UsageError, match="at least two classes"):
+        with pytest.raises(UsageError, match=r"30 images to fit the probe on all have label 4.*--test-data"):
             run(Images(one_class.images, torch.full((60,), 4)))
         with pytest.raises(UsageError, match="60 images but 59 labels"):
             run(Images(one_class.images, torch.zeros(59, dtype=torch.int64)))

@@ -41,7 +41,8 @@ def train(
     ``NoGraphError`` where no CUDA graph can be had under ``engine.mode`` auto: ``resume`` then goes on with the run, compiled,
     from another process.
     """
-    config = _placed(_with_source(resolve(config), observer))
+    config = _with_source(resolve(config), observer)
+    config = inputs.with_places(config, config)
     capture.choose(config.engine, pick_device(config.train.device))  # refuses what this machine lacks
     config = settle(config, observer.note) if observer is not None else settle(config)
     path = Path(out) if out is not None else default_run_path(config)
@@ -60,14 +61,6 @@ def _with_source(config: Config, observer: Observer | None) -> Config:
     return config.model_copy(update={"train": config.train.model_copy(update={"init_from": str(file)})})
 
 
-def _placed(config: Config) -> Config:
-    """The paths of ``config`` made absolute: the run is found again from any working folder."""
-    data, optim = config.data, config.optim
-    files = {"train": inputs.placed(data.train), "test": data.test and inputs.placed(data.test)}
-    rates = {"replay_rates": optim.replay_rates and inputs.placed(optim.replay_rates)}
-    return config.model_copy(update={"data": data.model_copy(update=files), "optim": optim.model_copy(update=rates)})
-
-
 def resume(
     run: str | Path,
     *,
@@ -80,8 +73,7 @@ def resume(
     ``data`` and ``test_data`` say where its files lie now; the run keeps that. What they hold must be what it was made with.
     """
     with RunFolder.open(Path(run), lock=True) as folder:
-        config = folder.config.model_copy(update={"data": inputs.moved(folder.config.data, data, test_data)})
-        return trainer.fit(folder, config, observer)
+        return trainer.fit(folder, inputs.moved(folder.config, data, test_data), observer)
 
 
 def load_encoder(run_or_file: str | Path, *, weights: str = "trained") -> nn.Module:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastbyol.config import DataConfig
+from fastbyol.config import Config, DataConfig
 from fastbyol.data import beton, embedded
 from fastbyol.data.beton import BetonInfo
 from fastbyol.data.contents import Contents
@@ -82,14 +82,25 @@ def refuse_missing(run: Path, data: DataConfig) -> None:
             )
 
 
-def moved(data: DataConfig, train: str | Path | None, test: str | Path | None) -> DataConfig:
-    """Return ``data`` with the files that a caller names; test data that came with a built-in training set stay."""
-    if train is None and test is None:
-        return data
-    said_test = placed(test) if test is not None else data.test
-    if train is not None and said_test is None and data.train in embedded.BUILT_IN:
-        said_test = data.train
-    return data.model_copy(update={"train": placed(train) if train is not None else data.train, "test": said_test})
+def moved(config: Config, train: str | Path | None, test: str | Path | None) -> Config:
+    """Return ``config`` with the data files that a caller names; test data that came with a built-in training set stay."""
+    data = config.data
+    if train is not None and test is None and data.test is None and data.train in embedded.BUILT_IN:
+        test = data.train
+    files = {name: placed(file) for name, file in (("train", train), ("test", test)) if file is not None}
+    return config.model_copy(update={"data": data.model_copy(update=files)})
+
+
+def with_places(config: Config, asked: Config) -> Config:
+    """Return ``config`` with its data files and the run whose rates it takes where ``asked`` has them, as absolute paths."""
+    data, optim, rates = asked.data, config.optim, asked.optim.replay_rates
+    files = {"train": placed(data.train), "test": data.test and placed(data.test)}
+    return config.model_copy(
+        update={
+            "data": config.data.model_copy(update=files),
+            "optim": optim.model_copy(update={"replay_rates": rates and placed(rates)}),
+        }
+    )
 
 
 def placed(path: str | Path) -> str:
@@ -127,6 +138,8 @@ def of_run(run_or_file: Path) -> Inputs | None:
 
 def own_data(run: Path, pinned: Inputs | None, name: str, file: Path) -> BetonInfo:
     """Inspect a run's own data file to measure the run on. Raises UsageError where it changed since the run was made."""
+    if not file.exists():
+        raise UsageError(f"{file}: no such file, the {_WORDS[name]} of {run}: put it back, or name a file with --{name}-data")
     info = beton.inspect(file)
     then = None if pinned is None else (pinned.train if name == "train" else pinned.test)
     if then is not None and (change := then.change(Contents.of(info))):

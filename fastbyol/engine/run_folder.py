@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import Any
 
 from fastbyol import config_io
-from fastbyol.config import Config, DataConfig
+from fastbyol.config import Config
 from fastbyol.engine import metrics_file, record
 from fastbyol.engine.durable import write_text, writing
 from fastbyol.engine.environment import ENV, env_of, environment
@@ -109,9 +109,8 @@ class RunFolder:
         """
         self._keep({META: inputs.as_json(), **{key: said for key, said in made_by.items() if key not in self.env}})
 
-    def keep_data(self, data: DataConfig) -> None:
-        """Write down in config.toml where the run's data lie now. Raises FastbyolError where the file cannot be written."""
-        config = self.config.model_copy(update={"data": data})
+    def keep_places(self, config: Config) -> None:
+        """Write down ``config``, the run's but for where its data lie. Raises FastbyolError where that cannot be written."""
         before, now = (config_io.flatten(each) for each in (self.config, config))
         moved = {key: "where it was moved to" for key in now if now[key] != before[key]}
         text = config_io.dump(config, config_io.origins(self.config_text) | moved)

@@ -167,8 +167,8 @@ class Trainer:
             self.inputs = replace(self.inputs, weights=self.pinned.weights)  # which no later stretch reads
         if self.inputs != self.pinned:
             self.folder.keep_inputs(self.inputs, self.made_by)
-        if self.config.data != self.folder.config.data:
-            self.folder.keep_data(self.config.data)
+        if self.config != self.folder.config:
+            self.folder.keep_places(self.config)
 
     def _engine(self, batches: loader.Loader) -> capture.Engine:
         """What takes the steps, ready for the next batch; a run with none left prepares nothing."""

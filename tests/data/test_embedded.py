@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,7 @@ def ask(start: Any, answers: Any) -> None:
     convert.convert = counting
     start.wait()
     path = embedded.training_file(CONFIG)
-    answers.put((os.stat(path).st_ino, len(wrote)))
+    answers.put((path.stat().st_ino, len(wrote)))
 
 
 def test_of_two_that_ask_at_once_one_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

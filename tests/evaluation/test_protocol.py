@@ -177,10 +177,10 @@ class TestNotes:
         """knn gave 100 % for it."""
         images = labelled(60, 0).images
         one = Images(images, torch.full((60,), 2))
-        with pytest.raises(UsageError, match="30 images to fit the probe on all have label 2.*--test-data"):
+        with pytest.raises(UsageError, match=r"30 images to fit the probe on all have label 2.*--test-data"):
             evaluate(protocol, encoder, test=one, train=None, views=VIEWS, device="cpu")
         if protocol != "blog":
-            with pytest.raises(UsageError, match="training data: the 60 images.*--train-data"):
+            with pytest.raises(UsageError, match=r"training data: the 60 images.*--train-data"):
                 evaluate(protocol, encoder, test=labelled(40, 1), train=one, views=VIEWS, device="cpu")
 
     @pytest.mark.parametrize("protocol", ["linear", "knn"])

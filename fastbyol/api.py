@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from torch import nn
 from fastbyol import config_io
 from fastbyol.config import Config, resolve
 from fastbyol.data import embedded, loader
-from fastbyol.engine import capture, checkpoint, record, trainer
+from fastbyol.engine import capture, checkpoint, inputs, record, trainer
 from fastbyol.engine.device import pick_device
 from fastbyol.engine.observer import Observer
 from fastbyol.engine.origin import source_file
@@ -43,6 +42,7 @@ def train(
     from another process.
     """
     config = _with_source(resolve(config), observer)
+    config = inputs.with_places(config, config)
     capture.choose(config.engine, pick_device(config.train.device))  # refuses what this machine lacks
     config = settle(config, observer.note) if observer is not None else settle(config)
     path = Path(out) if out is not None else default_run_path(config)
@@ -61,10 +61,19 @@ def _with_source(config: Config, observer: Observer | None) -> Config:
     return config.model_copy(update={"train": config.train.model_copy(update={"init_from": str(file)})})
 
 
-def resume(run: str | Path, *, observer: Observer | None = None) -> Summary:
-    """Go on with a run from its newest sound checkpoint, bit for bit as if it had never stopped. Raises what ``train`` does."""
+def resume(
+    run: str | Path,
+    *,
+    data: str | Path | None = None,
+    test_data: str | Path | None = None,
+    observer: Observer | None = None,
+) -> Summary:
+    """Go on with a run from its newest sound checkpoint, bit for bit as if it had never stopped. Raises what ``train`` does.
+
+    ``data`` and ``test_data`` say where its files lie now; the run keeps that. What they hold must be what it was made with.
+    """
     with RunFolder.open(Path(run), lock=True) as folder:
-        return trainer.fit(folder, folder.config, observer)
+        return trainer.fit(folder, inputs.moved(folder.config, data, test_data), observer)
 
 
 def load_encoder(run_or_file: str | Path, *, weights: str = "trained") -> nn.Module:
@@ -112,28 +121,32 @@ def evaluate(
     """Accuracy of a run's encoder under ``protocol`` (``blog``, ``linear`` or ``knn``; see ``evaluation.protocol``).
 
     Data default to the run's own images; files that are named are taken whole. ``blog`` does not look at ``train_data``.
-    The fields of both files default to those that the run was told to take.
-    Returns a dict with at least ``accuracy`` (percent), ``protocol`` and ``step``.
+    The fields of both files default to those that the run was told to take; of these the run's own files must hold what they
+    held when it was made. Returns a dict with at least ``accuracy`` (percent), ``protocol``, ``step`` and ``notes``: lines on
+    what keeps the accuracy from saying much.
     """
     if protocol not in PROTOCOLS:
         raise UsageError(f"protocol: {protocol!r} is none of {', '.join(PROTOCOLS)}")
     config, encoder, step = _load(Path(run), weights)
-    test_file = Path(test_data) if test_data else embedded.held_out_file(config.data)
+    data, pinned = config.data, inputs.of_run(Path(run))
+    test_file = Path(test_data) if test_data else embedded.held_out_file(data)
     if test_file is None:
         raise UsageError(f"{run}: the run has no test data: name a labelled beton with --test-data")
-    size = config.data.size or config.views.size
-    read = partial(
-        loader.read_all,
-        workers=config.data.workers,
-        size=size,
-        image_field=image_field or config.data.image_field,
-        label_field=label_field or config.data.label_field,
-    )
-    test = read(test_file, limit=0 if test_data else config.data.test_limit, labels="needed")
+
+    fields = {"image_field": image_field or data.image_field, "label_field": label_field or data.label_field}
+    if (fields["image_field"], fields["label_field"]) != (data.image_field, data.label_field):
+        pinned = None  # which is of the run's fields
+
+    def read(name: str, file: Path, limit: int, *, named: bool, labels: loader.Labels) -> loader.Images:
+        own = file if named else inputs.own_data(Path(run), pinned, name, file, **fields)
+        size = data.size or config.views.size
+        return loader.read_all(own, workers=data.workers, size=size, limit=0 if named else limit, labels=labels, **fields)
+
+    test = read("test", test_file, data.test_limit, named=test_data is not None, labels="needed")
     train = None
     if protocol != "blog":  # which is fitted within the test set
-        train_file = Path(train_data) if train_data else embedded.training_file(config.data)
-        train = read(train_file, limit=0 if train_data else config.data.limit, labels="optional")
+        train_file = Path(train_data) if train_data else embedded.training_file(data)
+        train = read("train", train_file, data.limit, named=train_data is not None, labels="optional")
     target = pick_device(device)
     result = protocols.evaluate(protocol, encoder.to(target), test=test, train=train, views=config.views, device=target)
     return {"run": str(run), "step": step, "weights": weights, **result}

@@ -327,12 +327,22 @@ def _finish(summary: Summary, console: Console, as_json: bool) -> None:
 
 
 @app.command()
-def resume(run: RunPath, as_json: Json = False) -> None:
+def resume(
+    run: RunPath,
+    data: Annotated[
+        str | None, typer.Option("--data", metavar="FILE", help="Where the run's training data lie now, unchanged.")
+    ] = None,
+    test_data: Annotated[
+        str | None, typer.Option("--test-data", metavar="FILE", help="Where its test data lie now, unchanged.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
     """Go on with a run that was stopped, bit for bit."""
     from fastbyol import api
 
     console = make_console(err=as_json)
-    _finish(_run(console, as_json, lambda observer: api.resume(run, observer=observer)), console, as_json)
+    summary = _run(console, as_json, lambda observer: api.resume(run, data=data, test_data=test_data, observer=observer))
+    _finish(summary, console, as_json)
 
 
 @app.command("eval")
@@ -362,6 +372,8 @@ def evaluate(
         image_field=image_field,
         label_field=label_field,
     )
+    for note in result["notes"]:
+        say(note, err=True)
     if as_json:
         print_json(result)
     else:

@@ -23,6 +23,7 @@ from pydantic.fields import FieldInfo
 
 from fastbyol.config import Config, resolve
 from fastbyol.errors import UsageError
+from fastbyol.files import open_regular
 from fastbyol.text import printable
 
 DEFAULT_PRESET = "blog"
@@ -118,6 +119,18 @@ def dump(config: Config, origin: Mapping[str, str] | None = None) -> str:
     return "\n\n".join(blocks) + "\n"
 
 
+def origins(text: str) -> dict[str, str]:
+    """The comments that ``dump`` left behind values, by key."""
+    found: dict[str, str] = {}
+    section = ""
+    for line in text.splitlines():
+        if header := re.fullmatch(r"\[([\w.]+)\]", line.strip()):
+            section = f"{header[1]}."
+        elif pair := re.match(r"(\w+) = .*  # (.+)$", line):
+            found[section + pair[1]] = pair[2]
+    return found
+
+
 def flatten(config: Config) -> dict[str, object]:
     """Dotted key -> value of every field, in the order of config.py."""
     return {key: _get(config, key) for key in keys()}
@@ -206,7 +219,7 @@ def _get(config: BaseModel, key: str) -> object:
 
 
 def _comment(key: str, origin: Mapping[str, str] | None) -> str:
-    return f"  # {printable(origin[key])}" if origin else ""
+    return f"  # {printable(origin[key])}" if origin and key in origin else ""
 
 
 def config_folder() -> Path:
@@ -224,14 +237,19 @@ def _from_preset(chosen: Setting) -> dict[str, Setting]:
     return {key: Setting(setting.value, f"preset {name}") for key, setting in settings.items()}
 
 
-def _from_file(path: Path) -> dict[str, Setting]:
+def read_text(path: Path) -> str:
+    """The text of a configuration file. Raises UsageError where it cannot be read, is no file, or is not UTF-8."""
     try:
-        text = path.read_text("utf-8-sig")
+        with open_regular(path) as file:
+            return file.read().decode("utf-8-sig")
     except OSError as error:
         raise UsageError(f"{path}: cannot read this configuration: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise UsageError(f"{path}: not a TOML file: byte {error.start} is not UTF-8") from None
-    return _from_text(text, str(path))
+
+
+def _from_file(path: Path) -> dict[str, Setting]:
+    return _from_text(read_text(path), str(path))
 
 
 def _from_text(text: str, name: str) -> dict[str, Setting]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from difflib import get_close_matches
 from pathlib import Path
 from typing import NamedTuple
@@ -34,7 +33,7 @@ def named(name: str) -> Loaded:
     path = Path(name)
     if path.is_dir():
         with RunFolder.open(path, lock=False) as folder:
-            origin = dict.fromkeys(config_io.flatten(folder.config), "the run") | _origins(folder.config_text)
+            origin = dict.fromkeys(config_io.flatten(folder.config), "the run") | config_io.origins(folder.config_text)
             return Loaded(folder.config, origin)
     if path.is_file():
         return config_io.load(file=path)
@@ -61,15 +60,3 @@ def against_preset(config: Config) -> list[Difference]:
 def text(value: object) -> str:
     """A value as a configuration file would have it; ``none`` for a key that is absent."""
     return "none" if value is None else config_io.toml_value(value)
-
-
-def _origins(config_text: str) -> dict[str, str]:
-    """The comments that ``config_io.dump`` left behind values, by key."""
-    found: dict[str, str] = {}
-    section = ""
-    for line in config_text.splitlines():
-        if header := re.fullmatch(r"\[([\w.]+)\]", line.strip()):
-            section = f"{header[1]}."
-        elif pair := re.match(r"(\w+) = .*  # (.+)$", line):
-            found[section + pair[1]] = pair[2]
-    return found

@@ -35,6 +35,16 @@ class NoGraphError(FastbyolError):
         self.run = run
 
 
+def size_text(num_bytes: int) -> str:
+    """A size for a message, in the unit that fits it: 3 digits or more of bytes, kB, MB, GB or TB (powers of 1000)."""
+    size, unit = float(num_bytes), "bytes"
+    for unit in ("bytes", "kB", "MB", "GB", "TB"):
+        if abs(size) < 999.5 or unit == "TB":
+            break
+        size /= 1000
+    return f"{size:.0f} {unit}" if abs(size) >= 99.95 or unit == "bytes" else f"{size:.1f} {unit}"
+
+
 def chain(error: BaseException) -> Iterator[BaseException]:
     """Yield ``error`` and, one after the other, the errors that led to it."""
     reason: BaseException | None = error

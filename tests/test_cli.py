@@ -205,6 +205,62 @@ def test_convert_train_eval_resume_report_runs(run, tmp_path: Path) -> None:
     assert row["epochs_done"] == 2
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["train", "--config", "pipe"],
+        ["train", "--init-from", "pipe"],
+        ["train", "--data", "pipe"],
+        ["train", "--test-data", "pipe"],
+        ["train", "--opt", "lars", "--replay-rates", "folder"],
+        ["train", "--opt", "lars", "--replay-rates", "pipe"],
+        ["resume", "pipe"],
+        ["eval", "pipe"],
+        ["data", "info", "pipe"],
+        ["data", "verify", "pipe"],
+        ["data", "preview", "pipe"],
+        ["explain", "--diff", "pipe", "paper"],
+        ["bench", "--compare", "pipe", "pipe"],
+    ],
+    ids=" ".join,
+)
+def test_a_pipe_is_waited_for_by_nobody(run, tmp_path: Path, beton: Path, arguments: list[str]) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "folder" / "layers.npz")
+    if arguments[0] == "train":
+        arguments = ["train", "--preset", "demo", *TINY, "--data", str(beton), *arguments[1:]]
+    code, out, err = run(*arguments)
+    assert (code, out) == (2, "" if arguments[0] != "train" else out)
+    assert "Traceback" not in err
+    assert is_one_line(err)
+    assert not (tmp_path / "runs").exists() or not list((tmp_path / "runs").iterdir())
+
+
+def test_a_run_goes_on_with_its_own_data_alone(run, tmp_path: Path, beton: Path) -> None:
+    """Replaced data are refused by file and change; moved data are named once, from whatever folder."""
+    import shutil
+
+    shutil.copy(beton, tmp_path / "d.beton")
+    assert run("train", "--data", "d.beton", "--epochs", 1, "--out", "r", *TINY)[0] == 0
+    assert run("convert", "textures", "d.beton", "--count", 24, "--size", 16, "--overwrite")[0] == 0
+    code, _, err = run("resume", "r")
+    assert (code, is_one_line(err)) == (2, True)
+    assert f"{tmp_path / 'd.beton'}: is not the training data that the run was made with: 32 samples then, 24 now" in err
+    assert "fastbyol resume r --data FILE" in err
+    shutil.copy(beton, tmp_path / "there.beton")
+    (tmp_path / "r").rename(tmp_path / "s")
+    assert run("resume", "s", "--data", "d.beton")[0] == 2
+    assert run("resume", "s", "--data", "there.beton")[0] == 0
+    assert run("resume", "s")[0] == 0
+    code, out, err = run("eval", "s", "--test-data", "there.beton", "--train-data", beton, "--protocol", "knn", "--json")
+    assert code == 0
+    assert json.loads(out)["num_repeated"] == 32
+    assert "32 of 32 scored images are among those fitted" in err
+    code, out, err = run("explain", "--diff", "s", "s")
+    assert (code, err) == (0, "")
+
+
 def data_of_eval() -> list[str]:
     return ["--train-data", "train.beton", "--test-data", "test.beton"]
 

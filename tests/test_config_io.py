@@ -301,7 +301,7 @@ def test_messages_about_a_file(tmp_path: Path, text: str | bytes, parts: tuple[s
         ({"flags": {"optim.lr_mult": Flag("--lr-mult", [("a", -1.0)])}}, ("optim.lr_mult", "--lr-mult", "0 or more")),
         ({"preset": "none such"}, ('--preset "none such"', "blog, demo, paper")),
         ({"file": Path("/nowhere/x.toml")}, ("/nowhere/x.toml", "No such file")),
-        ({"file": Path("/")}, ("/: cannot read", "directory")),
+        ({"file": Path("/")}, ("/: cannot read", "is a folder")),
         ({"sets": ["train.batch_size=5000", "data.textures_count=4096"]}, ("5000 (--set)", "4096", "no step")),
         (
             {"sets": ["method.name=contrastive"], "flags": {"method.queue": Flag("--queue", 255)}},

@@ -25,6 +25,7 @@ from pydantic import (
 from fastbyol.engine.durable import write_text
 from fastbyol.engine.environment import environment
 from fastbyol.errors import UsageError
+from fastbyol.files import open_regular
 
 
 class Frozen(BaseModel):
@@ -210,7 +211,8 @@ def dumps(result: Result) -> str:
 def read(path: Path) -> Result:
     """A file that ``write`` made. ``UsageError``: missing, or anything else."""
     try:
-        return Result.model_validate_json(path.read_text("utf-8"))
+        with open_regular(path) as file:
+            return Result.model_validate_json(file.read().decode("utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "no text"
         raise UsageError(f"{path}: {reason}: name a file that `fastbyol bench --out` wrote") from None

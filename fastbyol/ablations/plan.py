@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
 from fastbyol import config_io
 from fastbyol.ablations.arms import Arm, ScaleName, arm, arms, load
 from fastbyol.ablations.claims import CLAIMS
-from fastbyol.config import Config
+from fastbyol.config import Config, DataConfig
 from fastbyol.config_io import Flag
+from fastbyol.data import beton
+from fastbyol.data.contents import Contents
 from fastbyol.data.embedded import BUILT_IN
+from fastbyol.engine import inputs
 from fastbyol.engine.metrics_file import read_events
 from fastbyol.engine.record import FREE
 from fastbyol.engine.run_folder import RunFolder
@@ -20,6 +24,7 @@ from fastbyol.errors import FastbyolError, UsageError
 
 RUNS = "runs"
 Status = Literal["new", "stopped", "done"]
+_FILES: dict[str, Literal["train", "test"]] = {"data.train": "train", "data.test": "test"}
 
 
 @dataclass(frozen=True)
@@ -187,20 +192,34 @@ def left(runs: Sequence[Run], out: Path) -> tuple[Run, ...]:
 
 def refuse_other_data(runs: Iterable[Run], out: Path) -> None:
     """Raise UsageError where ``out`` holds a run on other images than those of ``runs``: claims are judged across arms."""
-    asked = {_data(run.config) for run in runs}
+    asked = {run.config.data for run in runs}
     for _, _, path in found(out):
         try:
-            there = _data(config_io.read_run(path / "config.toml"))
+            there = config_io.read_run(path / "config.toml").data
         except FastbyolError:
             continue  # it is told apart from the others, and not judged
-        if asked - {there}:
-            raise UsageError(f"{out}: holds runs on other images, such as {path} on {there[0]}: name another folder with --out")
+        for data in asked:
+            limits = (data.limit, data.test_limit) == (there.limit, there.test_limit)
+            if not limits or not all(_same_file(path, name, data, there) for name in ("train", "test")):
+                raise UsageError(
+                    f"{out}: holds runs on other images, such as {path} on {there.train}: name another folder with --out"
+                )
 
 
-def _data(config: Config) -> tuple[object, ...]:
-    data = config.data
-    files = (_comparable(f"data.{key}", getattr(data, key)) for key in ("train", "test"))
-    return (*files, data.image_field, data.label_field, data.limit, data.test_limit)
+def _same_file(run: Path, name: Literal["train", "test"], asked: DataConfig, there: DataConfig) -> bool:
+    """Whether the file asked for holds what the run was made with; where that was not pinned, whether it is the same one."""
+    wanted, made = getattr(asked, name), getattr(there, name)
+    pinned = inputs.of_run(run)
+    if wanted is None or wanted in BUILT_IN or pinned is None:
+        return _comparable(f"data.{name}", wanted) == _comparable(f"data.{name}", made)
+    file, then = Path(wanted), pinned.train if name == "train" else pinned.test
+    return then == _contents(file, asked.image_field, asked.label_field, file.stat().st_mtime_ns if file.exists() else 0)
+
+
+@lru_cache(maxsize=4)
+def _contents(file: Path, image_field: str | None, label_field: str | None, written_ns: int) -> Contents:
+    """Look into ``file``, which was last written at ``written_ns``, once for all runs."""
+    return Contents.of(beton.inspect(file, image_field=image_field, label_field=label_field, may_lack_labels=True))
 
 
 def _refuse_other(run: Run, there: Config) -> None:
@@ -208,7 +227,15 @@ def _refuse_other(run: Run, there: Config) -> None:
     for key in wanted:
         if key == "train.precision" and wanted[key] == "auto":
             continue  # which the run has settled for its device
-        if key not in FREE and _comparable(key, wanted[key]) != _comparable(key, made[key]):
+        same = _comparable(key, wanted[key]) == _comparable(key, made[key])
+        if name := _FILES.get(key):
+            same, named_alike = _same_file(run.path, name, run.config.data, there.data), same
+            if named_alike and not same:
+                raise UsageError(
+                    f"{wanted[key]}: holds other data than when {run.path} was made: put it back, or name another folder "
+                    "with --out"
+                )
+        if key not in FREE and not same:
             raise UsageError(
                 f"{run.path}: holds a run with {key} = {config_io.show(made[key])}, asked for is "
                 f"{config_io.show(wanted[key])}: name another folder with --out, or remove this one"

@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from fastbyol import config_io, output
-from fastbyol.engine import trainer
+from fastbyol.config import Config
+from fastbyol.engine import inputs, trainer
 from fastbyol.engine.observer import EpochEnd, Progress, Start
 from fastbyol.engine.precision import settle
 from fastbyol.engine.run_folder import CONFIG, RunFolder
@@ -62,7 +63,7 @@ def work(request: Mapping[str, Any], say: Say) -> dict[str, Any]:
     try:
         speaker = Speaker(say)
         with _folder(path, request, speaker) as folder:
-            summary = trainer.fit(folder, folder.config, speaker)
+            summary = trainer.fit(folder, _with_places(folder.config, request), speaker)
     except NoGraphError as error:
         return {"again": str(error)}
     except FastbyolError as error:
@@ -81,7 +82,12 @@ def _folder(path: Path, request: Mapping[str, Any], speaker: Speaker) -> RunFold
     if (path / CONFIG).is_file():
         return RunFolder.open(path, lock=True)
     config = settle(config_io.parse(request["config"], where=str(path)), speaker.note)
-    return RunFolder.create(path, config, request["origin"])
+    return RunFolder.create(path, inputs.with_places(config, config), request["origin"])
+
+
+def _with_places(config: Config, request: Mapping[str, Any]) -> Config:
+    """``config`` of a run that may be gone on with, with its files where the request has them: they may have been moved."""
+    return inputs.with_places(config, config_io.parse(request["config"], where=request["path"]))
 
 
 def die_with_parent(parent: int) -> None:

@@ -15,7 +15,7 @@ from fastbyol.data import beton, beton_write, rgb, sources
 from fastbyol.data.beton_layout import MAX_SIDE, MIN_PAGE_BYTES
 from fastbyol.data.beton_write import Mode, Progress
 from fastbyol.data.rgb import Resize
-from fastbyol.errors import FastbyolError, UsageError
+from fastbyol.errors import FastbyolError, UsageError, size_text
 
 # A file's first page and each worker's last are partly empty: small sets take FFCV's smallest page.
 SMALL_SET_BYTES = 1 << 28
@@ -198,9 +198,7 @@ def _page_bytes(path: Path, items: _Items, mode: Mode) -> int:
     largest, total = int(sizes.max()), int(sizes.sum())
     free = shutil.disk_usage(path.parent).free
     if mode == "raw" and total > free:
-        raise FastbyolError(
-            f"{path}: needs {total / 1e9:.1f} GB and its disk has {free / 1e9:.1f}; make room or use --mode jpg"
-        )
+        raise FastbyolError(f"{path}: needs {size_text(total)} and its disk has {size_text(free)}; make room or use --mode jpg")
     # JPEG of noise at quality 100 can exceed the raw pixels.
     page = MIN_PAGE_BYTES if total < SMALL_SET_BYTES else beton_write.PAGE_BYTES
     while page < largest * (1 if mode == "raw" else 2):

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import fcntl
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
@@ -13,6 +16,7 @@ from fastbyol.data.cache import cache_folder
 TEXTURES, FASHION = "textures", "fashion-mnist"
 BUILT_IN = (TEXTURES, FASHION)
 Progress = Callable[[int, int], None]
+_log = logging.getLogger(__name__)
 
 
 def training_file(config: DataConfig, *, progress: Progress | None = None) -> Path:
@@ -47,12 +51,27 @@ def _file(name: str, split: Literal["train", "test"], config: DataConfig, progre
 def _made(stem: str, progress: Progress | None, *, source: str, **options: object) -> Path:
     """Return the beton ``stem`` of the cache folder, written on the first call.
 
-    Two processes may ask at once: each writes its own temporary file and the last rename wins with the same bytes.
+    Of several processes that ask at once one writes it and the others wait: a file replaced under a reader is another file.
     """
     path = cache_folder() / f"{stem}.beton"
-    if path.exists():
-        beton.inspect(path)
-        return path
-    path.parent.mkdir(parents=True, exist_ok=True)
-    convert.convert(source, path, progress=progress, overwrite=True, **options)  # type: ignore[arg-type]
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _alone(path.with_name(f".{stem}.lock")):
+            if not path.exists():
+                convert.convert(source, path, progress=progress, overwrite=True, **options)  # type: ignore[arg-type]
+    beton.inspect(path)
     return path
+
+
+@contextmanager
+def _alone(lock: Path) -> Iterator[None]:
+    """Hold ``lock``, which the system lets go of when the process dies; where the disk knows no locks nothing is held.
+
+    The file stays: removing it would let two processes lock two files of one name.
+    """
+    with lock.open("ab") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as error:
+            _log.info("%s: no lock: %s", lock, error.strerror)
+        yield

@@ -20,9 +20,10 @@ from fastbyol.data.decoder import Decoder
 from fastbyol.data.memory import available_bytes
 from fastbyol.data.order import permutation, subset
 from fastbyol.data.prefetch import STALL_S, prefetch
-from fastbyol.errors import UsageError
+from fastbyol.errors import UsageError, size_text
 
 Cache = Literal["auto", "device", "none"]
+Labels = Literal["unused", "optional", "needed"]
 
 # Of what a device has free: "auto" leaves most of it to training, "device" was asked for by name.
 AUTO_SHARE = 0.4
@@ -140,7 +141,7 @@ class StreamingLoader(Loader):
 
 
 def open_loader(
-    path: str | Path,
+    file: str | Path | BetonInfo,
     *,
     batch_size: int,
     seed: int,
@@ -153,17 +154,15 @@ def open_loader(
     label_field: str | None = None,
     stall_s: float = STALL_S,
 ) -> Loader:
-    """Verify ``path`` and open it for training.
+    """Verify ``file``, unless it was just inspected, and open it for training.
 
     ``cache``: "device" holds the decoded set on ``device``, "none" streams it, "auto" does the first if that takes at most 40 %
     of what the device has free. ``workers``: decoding threads, 0 for one a core (never more). ``size``: side of the images
     where the file's differ in size, pixels. ``limit``: so many of the images alone (``order.subset``). ``image_field``,
     ``label_field``: as ``beton.inspect`` takes them. ``stall_s``: seconds without a batch after which the stream counts as
-    hanging. UsageError: the file is missing or damaged, holds less than a
-    batch, or does not fit where it was told to.
+    hanging. UsageError: the file is missing or damaged, holds less than a batch, or does not fit where it was told to.
     """
-    info = beton.inspect(path, image_field=image_field, label_field=label_field, may_lack_labels=True)
-    where = torch.device(device)
+    info, where = _inspected(file, image_field, label_field, may_lack_labels=True), torch.device(device)
     chosen = subset(info.num_samples, limit)
     count = info.num_samples if chosen is None else len(chosen)
     if batch_size < 1:
@@ -183,21 +182,21 @@ def open_loader(
 
 
 def read_all(
-    path: str | Path,
+    file: str | Path | BetonInfo,
     *,
     workers: int,
     size: int,
     limit: int = 0,
     image_field: str | None = None,
     label_field: str | None = None,
-    labels: Literal["unused", "optional", "needed"] = "unused",
+    labels: Labels = "unused",
 ) -> Images:
-    """Verify ``path`` and decode all of it, or ``limit`` of its images, in file order.
+    """Verify ``file``, unless it was just inspected, and decode all of it, or ``limit`` of its images, in file order.
 
     ``image_field``, ``label_field``: as ``beton.inspect`` takes them. UsageError: missing, damaged, more than the memory holds;
     without labels where they are "needed"; where they are "optional", several int fields that could hold them.
     """
-    info = beton.inspect(path, image_field=image_field, label_field=label_field, may_lack_labels=labels != "needed")
+    info = _inspected(file, image_field, label_field, may_lack_labels=labels != "needed")
     if labels == "needed" or (labels == "optional" and info.has_ints):
         beton.demand_labels(info)
     chosen = subset(info.num_samples, limit)
@@ -210,11 +209,19 @@ def read_all(
         return Images(_decode(decoder, chosen, CPU), None if held is None else torch.from_numpy(held))
 
 
+def _inspected(
+    file: str | Path | BetonInfo, image_field: str | None, label_field: str | None, *, may_lack_labels: bool
+) -> BetonInfo:
+    if isinstance(file, BetonInfo):
+        return file
+    return beton.inspect(file, image_field=image_field, label_field=label_field, may_lack_labels=may_lack_labels)
+
+
 def _is_resident(info: BetonInfo, need: int, device: torch.device, cache: Cache) -> bool:
     free = available_bytes(device)
     if cache == "device" and need > DEVICE_SHARE * free:
         raise UsageError(
-            f"{info.path}: the decoded images take {need / 1e9:.3g} GB of the {free / 1e9:.3g} GB that {device} has free; "
+            f"{info.path}: the decoded images take {size_text(need)} of the {size_text(free)} that {device} has free; "
             "take data.cache = 'none', a smaller size or fewer images"
         )
     return cache == "device" or (cache == "auto" and need <= AUTO_SHARE * free)

@@ -30,12 +30,13 @@ _GOING_BACK = ": going back to the checkpoint before"
 class Checkpoint(NamedTuple):
     """What was saved: tensors on the CPU and ``meta`` with the key ``step`` added; ``path`` is its file.
 
-    ``warnings`` names newer checkpoints that were passed over, and why.
+    ``digest`` is of all of it. ``warnings`` names newer checkpoints that were passed over, and why.
     """
 
     tensors: dict[str, torch.Tensor]
     meta: dict[str, Any]
     path: Path
+    digest: str
     warnings: tuple[str, ...] = ()
 
 
@@ -154,6 +155,7 @@ def _digest(meta: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> str
 
 def _read(path: Path) -> Checkpoint:
     try:
+        # A pipe, which the library would wait for, is refused on opening.
         with open_regular(path) as opened, safetensors.safe_open(_utf8_name(path, opened), framework="pt") as file:
             text = (file.metadata() or {}).get(METADATA_KEY, "{}")
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
@@ -169,7 +171,7 @@ def _read(path: Path) -> Checkpoint:
         raise _UnusableError("damaged (its checksum differs)")
     if _step_of(path) not in (None, meta["step"]):
         raise _UnusableError(f"holds step {meta['step']}, not what its name says")
-    return Checkpoint(tensors, meta, path)
+    return Checkpoint(tensors, meta, path, said["digest"])
 
 
 def _utf8_name(path: Path, opened: BinaryIO) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from fastbyol.errors import FastbyolError
+from fastbyol.files import open_regular
 
 _SUFFIX = ".tmp"
 
@@ -40,7 +41,7 @@ def new_digest() -> hashlib.blake2b:
 def pieces(path: Path, size: int = 1 << 20) -> Iterator[bytes]:
     """A file's bytes in pieces of ``size``; nothing where there is no file."""
     if path.exists():
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             while piece := file.read(size):
                 yield piece
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import re
@@ -9,20 +10,26 @@ import sys
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from fastbyol.files import open_regular
+
+if TYPE_CHECKING:
+    import torch
+
+ENV = "env.json"
+# Packages that a run's numbers may depend on.
+_PACKAGES = ("triton", "numpy", "ffcv")
 
 
 def environment() -> dict[str, Any]:
     """Versions, machine and command line, for the record. Imports torch."""
     import torch
 
-    names = ("torchvision", "triton", "numpy", "ffcv")
     devices = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     return {
-        "fastbyol": package_version("fastbyol"),
-        "python": platform.python_version(),
-        **{name: package_version(name) for name in names},
-        "torch": torch.__version__,  # with the build, which the package's version may leave out
+        **_versions(),
+        "torchvision": package_version("torchvision"),
         "cuda": torch.version.cuda,
         "gpus": devices,
         # Not platform.platform(), which starts `uname -p`: a child that Ctrl-C may leave behind.
@@ -33,6 +40,34 @@ def environment() -> dict[str, Any]:
         "command": sys.argv,
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
     }
+
+
+def made_by(device: torch.device) -> dict[str, str | None]:
+    """Return the versions and the name of the device that a run's numbers may depend on."""
+    import torch
+
+    return {**_versions(), "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()}
+
+
+def _versions() -> dict[str, str | None]:
+    import torch
+
+    return {
+        "fastbyol": package_version("fastbyol"),
+        "python": platform.python_version(),
+        **{name: package_version(name) for name in _PACKAGES},
+        "torch": torch.__version__,  # with the build, which the package's version may leave out
+    }
+
+
+def env_of(run: Path) -> dict[str, Any]:
+    """Return what env.json of a run folder says; empty where the file is gone or damaged."""
+    try:
+        with open_regular(run / ENV) as file:
+            env = json.load(file)
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return env if isinstance(env, dict) else {}
 
 
 def package_version(name: str) -> str | None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from fastbyol.config import Config
-from fastbyol.errors import FastbyolError, UsageError, chain
+from fastbyol.errors import FastbyolError, UsageError, chain, size_text
 
 # Bytes of a line of metrics.jsonl beside its numbers' texts, and of one number with its name: 290 bytes were counted for 8.
 _LINE_BYTES, _NUMBER_BYTES = 40, 32
@@ -35,8 +35,8 @@ def refuse_full_disk(folder: Path, needed: int, config: Config) -> None:
     if free < needed:
         run = config.run
         raise UsageError(
-            f"{folder}: {_size(needed)} are needed for checkpoints and telemetry, {_size(free)} are free: make room, or lower "
-            f"run.keep_checkpoints ({run.keep_checkpoints}), or raise run.layers_every_steps ({run.layers_every_steps})"
+            f"{folder}: {size_text(needed)} are needed for checkpoints and telemetry, {size_text(free)} are free: make room, "
+            f"or lower run.keep_checkpoints ({run.keep_checkpoints}) or raise run.layers_every_steps ({run.layers_every_steps})"
         )
 
 
@@ -76,7 +76,3 @@ def not_finite(tensors: Mapping[str, torch.Tensor]) -> str | None:
     # A sum is not finite where an element is not (32 bits cannot overflow it), and takes no mask as large as the tensor.
     fine = torch.stack([tensor.detach().sum(dtype=torch.float64).isfinite() for tensor in floats.values()]).cpu()
     return None if fine.all() else list(floats)[int(fine.int().argmin())]
-
-
-def _size(count: int) -> str:
-    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"

@@ -24,6 +24,7 @@ import numpy as np
 
 from fastbyol.engine.durable import Written, append, new_digest, pieces, write_atomically, writing
 from fastbyol.errors import UsageError
+from fastbyol.files import open_regular
 
 _log = logging.getLogger(__name__)
 NAME = "layers.npz"
@@ -164,7 +165,7 @@ def _read_rows(path: Path, dtype: np.dtype) -> np.ndarray:
 
 def _read_archive(path: Path) -> Layers:
     try:
-        with zipfile.ZipFile(path) as archive:
+        with open_regular(path) as file, zipfile.ZipFile(file) as archive:
             steps, values, names, metrics = (_member(archive, key) for key in ("steps", "values", "names", "metrics"))
     except OSError as error:
         raise UsageError(f"{path}: cannot read: {error.strerror or error}") from None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import logging
+import os
 import time
 from pathlib import Path
 
@@ -23,13 +24,26 @@ class Lock:
     """
 
     def __init__(self, path: Path) -> None:
-        self._file = (path / LOCK).open("ab")
+        while not self._took(path / LOCK):
+            pass
+
+    def _took(self, name: Path) -> bool:
+        """Whether what was locked is the folder's lock: the holder before may have removed the file with its whole run."""
+        # O_NONBLOCK: a pipe of this name is refused by the system and not waited for.
+        self._file = open(name, "ab", opener=lambda file, flags: os.open(file, flags | os.O_NONBLOCK, 0o666))  # noqa: SIM115
         try:
             if not _try_lock(self._file.fileno()):
-                raise UsageError(f"{path}: another process works on this run; wait for it or stop it")
+                raise UsageError(f"{name.parent}: another process works on this run; wait for it or stop it")
+            try:
+                same = os.path.samestat(os.fstat(self._file.fileno()), name.stat())
+            except FileNotFoundError:
+                same = False
         except BaseException:
             self._file.close()
             raise
+        if not same:
+            self._file.close()
+        return same
 
     def release(self) -> None:
         """Let others in. The file stays: removing it would let two processes lock two files of one name."""

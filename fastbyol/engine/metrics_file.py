@@ -20,6 +20,7 @@ import numpy as np
 
 from fastbyol.engine.durable import Written, append, new_digest, pieces, writing
 from fastbyol.errors import UsageError
+from fastbyol.files import open_regular
 
 NAME = "metrics.jsonl"
 _log = logging.getLogger(__name__)
@@ -95,7 +96,7 @@ class MetricsFile:
         """Bytes that belong to the first ``resume_step`` steps. Events at that very step precede its checkpoint."""
         offset = num_rows = 0
         limit = held.num_bytes if held is not None else math.inf
-        with self._path.open("rb") as file:
+        with open_regular(self._path) as file:
             for size, row in _parse(file):
                 is_event = "event" in row
                 if row["step"] > (resume_step if is_event else resume_step - 1) or offset + size > limit:
@@ -151,7 +152,7 @@ def read_events(folder: Path) -> list[dict[str, Any]]:
 @contextmanager
 def _reading(path: Path) -> Iterator[BinaryIO]:
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             yield file
     except OSError as error:
         raise UsageError(f"{path}: cannot read: {error.strerror}") from None

@@ -19,11 +19,11 @@ def source_file(run_or_file: Path) -> tuple[Path, tuple[str, ...]]:
 
 
 @torch.no_grad()
-def take_weights(state: TrainState, file: Path) -> None:
+def take_weights(state: TrainState, file: Path) -> str:
     """Copy both networks of the checkpoint ``file``, statistics of their norms included, into a new ``state``.
 
-    Momentum and step stay those of a new run. Raises UsageError naming the first tensor that is missing or of another shape;
-    ``state`` is unchanged then.
+    Momentum and step stay those of a new run. Returns the checkpoint's digest. Raises UsageError naming the first tensor that
+    is missing or of another shape; ``state`` is unchanged then.
     """
     loaded = checkpoint.load(file)
     source = TrainState.create(config_io.parse(loaded.meta["config"], str(file)), steps_per_epoch=1)
@@ -42,3 +42,4 @@ def take_weights(state: TrainState, file: Path) -> None:
         mine_.copy_(theirs_)
     # Through the front door once more, which brings copies in working precision up to date.
     state.load_tensors({name: tensor.clone() for name, tensor in state.tensors().items()})
+    return loaded.digest

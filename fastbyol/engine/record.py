@@ -16,6 +16,7 @@ from fastbyol.config import Config, resolve
 from fastbyol.engine import layers_file, metrics_file
 from fastbyol.engine.durable import Written
 from fastbyol.errors import UsageError
+from fastbyol.files import open_regular
 
 # What may change between two stretches of a run: no number of it depends on these.
 FREE = frozenset(
@@ -27,21 +28,22 @@ FREE = frozenset(
 _HEADER_BYTES = 100_000_000  # the most that safetensors allows
 
 
-def changed(run: Path, config: Config, recorded: str, where: str) -> str | None:
+def changed(run: Path, config: Config, recorded: str, where: str, *, places: bool = False) -> str | None:
     """Which key of the run's ``config`` is not what ``recorded``, a config.toml kept in ``where``, says; None where all are.
 
-    Keys of ``FREE`` do not count. Raises UsageError where ``recorded`` is damaged itself.
+    Keys of ``FREE`` do not count. Without ``places`` nor do those that say where data lie, which are pinned by content
+    (``engine.inputs``). Raises UsageError where ``recorded`` is damaged itself.
     """
     now, then = config_io.flatten(config), config_io.flatten(resolve(config_io.parse(recorded, where)))
     for key in now:
-        if now[key] != then[key] and key not in FREE:
+        if now[key] != then[key] and key not in FREE and (places or not _is_place(key, now[key], then[key])):
             return f"{run / 'config.toml'}: {key} is {_shown(now[key])}, the run was made with {_shown(then[key])}"
     return None
 
 
-def refuse_changed(run: Path, config: Config, recorded: str, where: str) -> None:
+def refuse_changed(run: Path, config: Config, recorded: str, where: str, *, places: bool = False) -> None:
     """Raise UsageError where ``changed`` finds a key."""
-    change = changed(run, config, recorded, where)
+    change = changed(run, config, recorded, where, places=places)
     if change:
         raise UsageError(
             f"{change}: put it back, or start another run from these weights with `fastbyol train --init-from {run}`"
@@ -51,7 +53,11 @@ def refuse_changed(run: Path, config: Config, recorded: str, where: str) -> None
 def damage(folder: Path, written: Mapping[str, Sequence[Any]]) -> str | None:
     """What of ``Telemetry.written`` is no longer in the run's files as it was; None where all is."""
     for name, is_whole in ((metrics_file.NAME, metrics_file.is_whole), (layers_file.NAME, layers_file.is_whole)):
-        if not is_whole(folder, Written(*written[name])):
+        try:
+            whole = is_whole(folder, Written(*written[name]))
+        except OSError as error:
+            return f"{folder / name}: cannot read: {error.strerror}"
+        if not whole:
             return f"{folder / name}: is not what was written: cut, changed or lost"
     return None
 
@@ -64,24 +70,33 @@ def doubts(run: Path, config: Config, made_with: object) -> Iterator[str]:
     except UsageError as error:
         yield str(error)
     try:
-        what = damage(run, _last_meta(run / "checkpoints")["telemetry"])
+        what = damage(run, last_meta(run / "checkpoints")["telemetry"])
     except (LookupError, TypeError):  # no checkpoint, or a damaged one, which whoever loads it will say
         return
     if what:
         yield what
 
 
-def _last_meta(checkpoints: Path) -> dict[str, Any]:
-    """``meta`` of the newest checkpoint, from its header; empty where there is none that can be read."""
-    path = max(checkpoints.glob("ckpt-*.safetensors"), default=checkpoints)  # names are padded with zeros
+def last_meta(checkpoints: Path) -> dict[str, Any]:
+    """``meta`` of the newest checkpoint in a folder, from its header; empty where there is none that can be read."""
+    return meta_of(max(checkpoints.glob("ckpt-*.safetensors"), default=checkpoints))  # names are padded with zeros
+
+
+def meta_of(path: Path) -> dict[str, Any]:
+    """``meta`` of one checkpoint, from its header; empty where it cannot be read."""
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             size = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(min(size, _HEADER_BYTES)))
         meta = json.loads(header["__metadata__"]["fastbyol"])["meta"]
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return {}
     return meta if isinstance(meta, dict) else {}
+
+
+def _is_place(key: str, *values: object) -> bool:
+    """Whether the key's values only say where something lies."""
+    return key in ("data.train", "data.test") or (key == "optim.replay_rates" and None not in values)
 
 
 def _shown(value: object) -> str:

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from fastbyol.engine.durable import new_digest
 from fastbyol.engine.layers_file import read_layers
 from fastbyol.engine.step import TrainState
 from fastbyol.errors import UsageError
 from fastbyol.optim.given_rates import check_recorded
 
 
-def with_replayed_rates(state: TrainState, run: Path, *, total_steps: int) -> TrainState:
-    """``state`` with the rates of each step that the run folder ``run`` recorded, fp32 as they were.
+def with_replayed_rates(state: TrainState, run: Path, *, total_steps: int) -> tuple[TrainState, str]:
+    """``state`` with the rates of each step that the run folder ``run`` recorded, fp32 as they were, and their digest.
 
     Raises UsageError: no such run, other layers, too few steps, or a configuration whose rates cannot be given.
     """
@@ -25,4 +27,7 @@ def with_replayed_rates(state: TrainState, run: Path, *, total_steps: int) -> Tr
     steps = np.asarray(layers.steps).tolist()
     check_recorded(run, steps, layers.names, own_names=state.segment_names, total_steps=total_steps)
     rates = np.ascontiguousarray(layers.values[:total_steps, :, layers.metrics.index("rate")])
-    return replace(state, given=state.given.replay(torch.from_numpy(rates)))
+    digest = new_digest()
+    digest.update(json.dumps([*layers.names, *rates.shape]).encode())
+    digest.update(rates.astype("<f4").tobytes())
+    return replace(state, given=state.given.replay(torch.from_numpy(rates))), digest.hexdigest()

@@ -15,11 +15,12 @@ from fastbyol import config_io
 from fastbyol.config import Config
 from fastbyol.engine import metrics_file, record
 from fastbyol.engine.durable import write_text, writing
-from fastbyol.engine.environment import environment
+from fastbyol.engine.environment import ENV, env_of, environment
+from fastbyol.engine.inputs import META, Inputs, of_run
 from fastbyol.engine.lock import LOCK, Lock, is_held
 from fastbyol.errors import FastbyolError, UsageError
 
-CONFIG, ENV, CHECKPOINTS = "config.toml", "env.json", "checkpoints"
+CONFIG, CHECKPOINTS = "config.toml", "checkpoints"
 ENGINE = "engine"
 _log = logging.getLogger(__name__)
 
@@ -32,9 +33,9 @@ class RunFolder:
     """
 
     def __init__(self, path: Path, config: Config, lock: Lock | None, *, is_new: bool) -> None:
-        self.path, self.config = path, config
-        self.config_text = (path / CONFIG).read_text("utf-8-sig")
-        self._lock, self._is_new = lock, is_new
+        self.path, self.config, self.is_new = path, config, is_new
+        self.config_text = config_io.read_text(path / CONFIG)
+        self._lock = lock
 
     @classmethod
     def create(cls, path: Path, config: Config, origin: Mapping[str, str] | None = None) -> RunFolder:
@@ -81,11 +82,7 @@ class RunFolder:
     @property
     def env(self) -> dict[str, Any]:
         """What ``environment`` said when the run was made; empty where the file is gone."""
-        try:
-            env = json.loads((self.path / ENV).read_text("utf-8"))
-        except (OSError, ValueError):
-            return {}
-        return env if isinstance(env, dict) else {}
+        return env_of(self.path)
 
     @property
     def kept_mode(self) -> str | None:
@@ -98,8 +95,32 @@ class RunFolder:
 
         Raises FastbyolError where the file cannot be written.
         """
+        self._keep({ENGINE: mode})
+
+    @property
+    def inputs(self) -> Inputs | None:
+        """What the run was made from; None where nothing was pinned."""
+        return of_run(self.path)
+
+    def keep_inputs(self, inputs: Inputs, made_by: Mapping[str, str | None]) -> None:
+        """Write down in env.json what the run is made from, and by which versions where that is not there.
+
+        Raises FastbyolError where the file cannot be written.
+        """
+        self._keep({META: inputs.as_json(), **{key: said for key, said in made_by.items() if key not in self.env}})
+
+    def keep_places(self, config: Config) -> None:
+        """Write down ``config``, the run's but for where its data lie. Raises FastbyolError where that cannot be written."""
+        before, now = (config_io.flatten(each) for each in (self.config, config))
+        moved = {key: "where it was moved to" for key in now if now[key] != before[key]}
+        text = config_io.dump(config, config_io.origins(self.config_text) | moved)
+        with writing(self.path / CONFIG):
+            write_text(self.path / CONFIG, text)
+        self.config, self.config_text = config, text
+
+    def _keep(self, said: Mapping[str, object]) -> None:
         with writing(self.path / ENV):
-            write_text(self.path / ENV, json.dumps({**self.env, ENGINE: mode}, indent=2) + "\n")
+            write_text(self.path / ENV, json.dumps({**self.env, **said}, indent=2) + "\n")
 
     def close(self) -> None:
         """Release the lock."""
@@ -110,7 +131,7 @@ class RunFolder:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if self._is_new and isinstance(error, UsageError) and not (self.path / metrics_file.NAME).exists():
+        if self.is_new and isinstance(error, UsageError) and not (self.path / metrics_file.NAME).exists():
             self._remove()
         self.close()
 

@@ -5,17 +5,20 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from fastbyol.config import Config
-from fastbyol.data import embedded, loader
-from fastbyol.engine import capture, checkpoint, guards, metrics_file, origin, record
+from fastbyol.data import beton, embedded, loader
+from fastbyol.data.beton import BetonInfo
+from fastbyol.engine import capture, checkpoint, environment, guards, inputs, metrics_file, origin, record
 from fastbyol.engine.allocator import keep_freed_memory
 from fastbyol.engine.device import fitting_threads, pick_device
+from fastbyol.engine.inputs import Inputs
 from fastbyol.engine.interrupt import Interrupt, Stopped
 from fastbyol.engine.observer import EpochEnd, Observer, Progress, Silent, Start
 from fastbyol.engine.replay import with_replayed_rates
@@ -69,7 +72,11 @@ class Pace:
 
 
 class Trainer:
-    """One run in one process. ``fit`` starts it or goes on from the newest checkpoint in its folder."""
+    """One run in one process. ``fit`` starts it or goes on from the newest checkpoint in its folder.
+
+    ``config`` is the folder's, but that its data may lie elsewhere than the folder says: that is kept once it is proved to be
+    the same.
+    """
 
     def __init__(self, folder: RunFolder, config: Config, observer: Observer | None = None) -> None:
         self.folder, self.config = folder, config
@@ -79,6 +86,7 @@ class Trainer:
         self.accuracy: float | None = None
         self.epoch_means: dict[str, float] = {}
         self.step = self.steps_per_epoch = self.total_steps = 0
+        self.inputs: Inputs
         # Whether the steps of an epoch are done and its end, with the probe, is not.
         self.owes_epoch_end = False
 
@@ -111,19 +119,58 @@ class Trainer:
         """Data, networks and what was saved: all that goes before the first step and can be done again."""
         config = self.config
         self.step = checkpoint.newest_step(self.folder.checkpoints) or 0
-        train_file, test_file = embedded.training_file(config.data), embedded.held_out_file(config.data)
+        self.pinned = self.folder.inputs
+        train_file, test_file = self._data_files()
         batches = opened.enter_context(self._open(train_file))
         self.test = self._read_test(test_file)
         self.steps_per_epoch = batches.steps_per_epoch
         self.total_steps = self.steps_per_epoch * config.train.epochs
         self.state = TrainState.create(config, steps_per_epoch=self.steps_per_epoch, device=self.device)
         if config.optim.replay_rates:
-            self.state = with_replayed_rates(self.state, Path(config.optim.replay_rates), total_steps=self.total_steps)
+            self.state, rates = with_replayed_rates(self.state, Path(config.optim.replay_rates), total_steps=self.total_steps)
+            self._refuse_other(f"optim.replay_rates: what {config.optim.replay_rates} recorded", "rates", rates)
+            self.inputs = replace(self.inputs, rates=rates)
         self.step = self._restore()
         self._refuse_full_disk()
-        self._say_start(train_file, batches.num_samples)
+        self._keep_inputs()
+        self._say_start(train_file.path, batches.num_samples)
         self.take_step = self._engine(batches)
         return batches
+
+    def _data_files(self) -> tuple[BetonInfo, BetonInfo | None]:
+        """Look at training and test file, which hold what they held when the run was made."""
+        run, data = self.folder.path, self.config.data
+        if not self.folder.is_new:
+            inputs.refuse_missing(run, data)
+        train, test = embedded.training_file(data), embedded.held_out_file(data)
+        inspect = partial(beton.inspect, image_field=data.image_field, label_field=data.label_field)
+        infos = inspect(train, may_lack_labels=True), None if test is None else inspect(test)
+        self.inputs = Inputs.of(*infos)
+        if self.pinned is not None:
+            inputs.refuse_other_data(run, self.pinned, self.inputs, train, test)
+        elif self.step or metrics_file.last_step(run) >= 0:
+            self.observer.note(
+                f"{run}: what its data held was not written down when it was begun, so nobody can tell whether they still do; "
+                "from now on it is"
+            )
+        if self.inputs.test is not None and self.inputs.test.images == self.inputs.train.images:
+            self.observer.note(f"{test}: holds the training images: accuracy on them says nothing of images not seen")
+        return infos
+
+    def _refuse_other(self, what: str, name: str, digest: str) -> None:
+        then = None if self.pinned is None else getattr(self.pinned, name)
+        if then not in (None, digest):
+            run = self.folder.path
+            raise UsageError(f"{what}: changed since {run} was begun: put it back, or start another run with `fastbyol train`")
+
+    def _keep_inputs(self) -> None:
+        """Write down what the run is made from and where its data lie, once nothing speaks against them."""
+        if self.pinned is not None and self.inputs.weights is None:
+            self.inputs = replace(self.inputs, weights=self.pinned.weights)  # which no later stretch reads
+        if self.inputs != self.pinned:
+            self.folder.keep_inputs(self.inputs, self.made_by)
+        if self.config != self.folder.config:
+            self.folder.keep_places(self.config)
 
     def _engine(self, batches: loader.Loader) -> capture.Engine:
         """What takes the steps, ready for the next batch; a run with none left prepares nothing."""
@@ -138,6 +185,8 @@ class Trainer:
 
     def _loop(self, batches: loader.Loader, interrupt: Interrupt) -> None:
         config = self.config
+        if self.other_versions and self.step < self.total_steps:
+            self.telemetry.event("versions", step=self.step, changed=self.other_versions)
         if config.train.init_from and checkpoint.newest(self.folder.checkpoints) is None:
             self._save()  # the run must not depend on another's file for longer than it has to
         if self.step == 0:
@@ -169,10 +218,10 @@ class Trainer:
             accuracies=Accuracies.of(metrics_file.read_events(self.folder.path) if begun else ()),
         )
 
-    def _open(self, path: Path) -> loader.Loader:
+    def _open(self, file: BetonInfo) -> loader.Loader:
         config = self.config
         return loader.open_loader(
-            path,
+            file,
             batch_size=config.train.batch_size,
             seed=config.train.seed,
             device=self.device,
@@ -180,24 +229,14 @@ class Trainer:
             workers=config.data.workers,
             size=config.data.size or config.views.size,
             limit=config.data.limit,
-            image_field=config.data.image_field,
-            label_field=config.data.label_field,
         )
 
-    def _read_test(self, path: Path | None) -> loader.Images | None:
-        if path is None:
+    def _read_test(self, file: BetonInfo | None) -> loader.Images | None:
+        if file is None:
             self.observer.note("no --test-data: accuracy is not measured")
             return None
         data, size = self.config.data, self.config.data.size or self.config.views.size
-        test = loader.read_all(
-            path,
-            workers=data.workers,
-            size=size,
-            limit=data.test_limit,
-            image_field=data.image_field,
-            label_field=data.label_field,
-            labels="needed",
-        )
+        test = loader.read_all(file, workers=data.workers, size=size, limit=data.test_limit, labels="needed")
         protocol.check(self.config.probe.protocol, test=test, train=None)
         return test
 
@@ -221,19 +260,26 @@ class Trainer:
         self._written: Mapping[str, Sequence[Any]] | None = None
         self._mode_before: str | None = None
         run, config = self.folder.path, self.config
+        # Where nothing was pinned a file is known by its name alone, but for those that the caller names.
+        places = self.pinned is None
+        self.made_by = environment.made_by(self.device)
         if checkpoint.newest(self.folder.checkpoints) is None:
             self._refuse_lost_checkpoints()
             if isinstance(made_with := self.folder.env.get("config"), str):
-                record.refuse_changed(run, config, made_with, str(run / "env.json"))
+                record.refuse_changed(run, self.folder.config, made_with, str(run / "env.json"), places=places)
             if config.train.init_from:
-                origin.take_weights(self.state, Path(config.train.init_from))
+                weights = origin.take_weights(self.state, Path(config.train.init_from))
+                self._refuse_other(f"{config.train.init_from}: the checkpoint to start from", "weights", weights)
+                self.inputs = replace(self.inputs, weights=weights)
+            self._note_versions(self.folder.env)
             return 0
         loaded = checkpoint.load_latest(
             self.folder.checkpoints, doubt=lambda found: record.damage(run, found.meta["telemetry"])
         )
         for warning in loaded.warnings:
             self.observer.note(warning)
-        record.refuse_changed(run, config, loaded.meta["config"], str(loaded.path))
+        record.refuse_changed(run, self.folder.config, loaded.meta["config"], str(loaded.path), places=places)
+        self._note_versions(loaded.meta.get("made_by", self.folder.env))
         self.state.load_tensors(loaded.tensors)
         self._written = loaded.meta["telemetry"]
         self._mode_before = loaded.meta.get("engine", "eager")  # there was a time when nothing else was
@@ -242,6 +288,14 @@ class Trainer:
         self.accuracy = loaded.meta["accuracy"]
         self.epoch_means = loaded.meta["epoch_means"]
         return int(loaded.meta["step"])
+
+    def _note_versions(self, before: Mapping[str, Any]) -> None:
+        """Say what of the versions and the device is not as ``before``: numbers may round otherwise."""
+        now = self.made_by
+        self.other_versions = {key: [before[key], now[key]] for key in now if key in before and before[key] != now[key]}
+        if self.other_versions:
+            words = ", ".join(f"{key} was {then}, is {is_now}" for key, (then, is_now) in self.other_versions.items())
+            self.observer.note(f"goes on with other versions than before: {words}: numbers may round otherwise from here on")
 
     def _refuse_lost_checkpoints(self) -> None:
         """Every epoch ends with a checkpoint: a run with steps beyond its first epoch had one."""
@@ -387,6 +441,8 @@ class Trainer:
                 "owes_epoch_end": self.owes_epoch_end,
                 "telemetry": self.telemetry.written,
                 "engine": self.take_step.mode,
+                inputs.META: self.inputs.as_json(),
+                "made_by": self.made_by,
             },
             keep=self.config.run.keep_checkpoints,
         )

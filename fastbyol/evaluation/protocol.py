@@ -15,6 +15,7 @@ alternate rows of each class instead. ``split`` in the result says what was done
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -50,6 +51,7 @@ class _Rows:
     score_images: Tensor
     score_labels: Tensor
     split: str
+    from_two_sets: bool = False
 
 
 def evaluate(
@@ -67,14 +69,16 @@ def evaluate(
     Images are embedded in ``dtype`` where that agrees with the encoder's own (``features.agreeing_dtype``).
 
     Returns ``protocol``, ``accuracy`` and ``train_accuracy`` in percent (the latter None for ``knn``), ``num_train``,
-    ``num_test``, ``num_classes`` (of the fitted rows), ``dim``, ``rank`` (the effective rank of the scored rows' embeddings),
-    ``split`` and ``seconds``. Raises UsageError for data that the
+    ``num_test``, ``num_classes`` (of the fitted rows), ``num_repeated`` (scored images that are among the fitted, same bytes;
+    None within one set, where nobody looks), ``notes`` (lines on what keeps the accuracy from saying much), ``dim``, ``rank``
+    (the effective rank of the scored rows' embeddings), ``split`` and ``seconds``. Raises UsageError for data that the
     protocol cannot use and FastbyolError for an encoder whose embeddings are not finite.
     """
     if protocol not in PROTOCOLS:
         raise UsageError(f"protocol: {protocol!r} is none of {', '.join(PROTOCOLS)}")
     began = time.perf_counter()
     rows = _choose(protocol, test, train)
+    repeated = _num_repeated(rows) if rows.from_two_sets else None
     dtype = agreeing_dtype(encoder, rows.fit_images, views, dtype, device=device)
     fit, score = (embed(encoder, images, views, device=device, dtype=dtype) for images in (rows.fit_images, rows.score_images))
     accuracy, train_accuracy = _accuracies(protocol, fit, rows.fit_labels, score, rows.score_labels)
@@ -85,6 +89,8 @@ def evaluate(
         "num_train": len(fit),
         "num_test": len(score),
         "num_classes": len(torch.unique(rows.fit_labels)),
+        "num_repeated": repeated,
+        "notes": list(_notes(rows, repeated or 0)),
         "dim": fit.shape[1],
         "rank": effective_rank(score),
         "split": rows.split,
@@ -94,13 +100,7 @@ def evaluate(
 
 def check(protocol: str, *, test: LabelledImages, train: LabelledImages | None) -> None:
     """Raise the UsageError that ``evaluate`` would raise for these data, before an encoder was trained for nothing."""
-    rows = _choose(protocol, test, train)
-    classes = torch.unique(rows.fit_labels)
-    if len(classes) < 2 and protocol != "knn":
-        raise UsageError(
-            f"test data: the {len(rows.fit_labels)} images to fit the probe on all have label {int(classes[0])}: "
-            "name a test set of two classes or more with --test-data"
-        )
+    _choose(protocol, test, train)
 
 
 def halves(labels: Tensor) -> tuple[Tensor, Tensor, str]:
@@ -126,7 +126,39 @@ def _accuracies(protocol: str, fit: Tensor, fit_labels: Tensor, score: Tensor, l
     return classifier.score(score, labels), classifier.score(fit, fit_labels)
 
 
+def _notes(rows: _Rows, repeated: int) -> Iterator[str]:
+    """Yield what keeps the accuracy on ``rows`` from saying much, a line each."""
+    total, classes = len(rows.score_labels), torch.unique(rows.score_labels)
+    if len(classes) == 1:
+        yield f"the {total} scored images all have label {int(classes[0])}: accuracy says nothing of telling classes apart"
+    if unknown := int((~torch.isin(rows.score_labels, rows.fit_labels)).sum()):
+        yield f"{unknown} of {total} scored images have a label that no fitted image has: they can only be wrong"
+    if repeated:
+        yield f"{repeated} of {total} scored images are among those fitted: accuracy on them says nothing of images not seen"
+
+
+def _num_repeated(rows: _Rows) -> int:
+    """How many of the scored images are among the fitted, by a hash of 64 bits of their pixels."""
+    if rows.fit_images.shape[1:] != rows.score_images.shape[1:]:
+        return 0
+    fitted, scored = ([hash(image.tobytes()) for image in part.numpy()] for part in (rows.fit_images, rows.score_images))
+    known = set(fitted)
+    return sum(key in known for key in scored)
+
+
 def _choose(protocol: str, test: LabelledImages, train: LabelledImages | None) -> _Rows:
+    """Choose the rows. Raises UsageError where there are too few, or one class alone, of which any encoder is right."""
+    rows = _chosen(protocol, test, train)
+    if bool((rows.fit_labels == rows.fit_labels[0]).all()):
+        what, flag = ("training", "--train-data") if rows.from_two_sets else ("test", "--test-data")
+        raise UsageError(
+            f"{what} data: the {len(rows.fit_labels)} images to fit the probe on all have label {int(rows.fit_labels[0])}: "
+            f"name a {what} set of two classes or more with {flag}"
+        )
+    return rows
+
+
+def _chosen(protocol: str, test: LabelledImages, train: LabelledImages | None) -> _Rows:
     images, labels = _labelled(test, "test data")
     if not len(labels):
         raise UsageError(
@@ -136,7 +168,7 @@ def _choose(protocol: str, test: LabelledImages, train: LabelledImages | None) -
     if protocol != "blog" and train is not None:
         fit_images, fit_labels = _labelled(train, "training data")
         if len(fit_labels):
-            return _Rows(fit_images, fit_labels, images, labels, "training set and test set")
+            return _Rows(fit_images, fit_labels, images, labels, "training set and test set", from_two_sets=True)
     fit, score, split = halves(labels)
     if not len(fit) or not len(score):
         raise UsageError(

@@ -12,6 +12,8 @@ from fastbyol import config_io
 from fastbyol.ablations import plan
 from fastbyol.ablations.arms import arm, arms
 from fastbyol.config_io import Flag
+from fastbyol.data import beton, convert
+from fastbyol.engine import inputs
 from fastbyol.errors import UsageError
 
 
@@ -133,6 +135,31 @@ def test_a_folder_holds_runs_on_the_same_images_alone(tmp_path: Path) -> None:
             plan.refuse_other_data(planned("gn-lars-0.1", other), tmp_path)
         with pytest.raises(UsageError, match=r"holds a run with data\.train"):
             plan.status(planned("gn-lars-0.2", other)[0])
+
+
+def test_where_the_data_were_pinned_their_content_counts(tmp_path: Path) -> None:
+    """A moved file is the same, another under the old name is not, and neither need be in the run's own words."""
+    files = [tmp_path / name for name in ("a.beton", "b.beton", "c.beton")]
+    for seed, file in zip((0, 0, 1), files, strict=True):
+        convert.convert("textures", file, count=64, size=16, seed=seed)
+
+    def planned(name: str, data: Path) -> tuple[plan.Run, ...]:
+        flags = {"data.train": Flag("--data", str(data)), "data.test": Flag("--test-data", str(files[2]))}
+        return plan.make([arm(name)], "mini", tmp_path / "out", seeds=1, flags=flags)
+
+    (run,) = planned("gn-lars-0.2", files[0])
+    lay(run, 1)
+    pinned = inputs.Inputs.of(beton.inspect(files[0]), beton.inspect(files[2]))
+    (run.path / "env.json").write_text(json.dumps({inputs.META: pinned.as_json()}))
+    assert plan.status(planned("gn-lars-0.2", files[1])[0]) == "stopped"
+    plan.refuse_other_data(planned("gn-lars-0.1", files[1]), tmp_path / "out")
+    with pytest.raises(UsageError, match="holds runs on other images"):
+        plan.refuse_other_data(planned("gn-lars-0.1", files[2]), tmp_path / "out")
+    with pytest.raises(UsageError, match=r"holds a run with data\.train"):
+        plan.status(planned("gn-lars-0.2", files[2])[0])
+    convert.convert("textures", files[0], count=80, size=16, overwrite=True)
+    with pytest.raises(UsageError, match=r"a\.beton: holds other data than when .* was made"):
+        plan.status(run)
 
 
 def test_a_copy_beside_a_run_is_not_another_seed(tmp_path: Path) -> None:

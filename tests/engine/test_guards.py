@@ -46,7 +46,7 @@ def test_a_disk_too_small_refuses_the_run_with_numbers_and_leaves_no_folder(
     config = tiny_config(beton_files(tmp_path))
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(10**9, 10**9, 1000))
     with pytest.raises(
-        UsageError, match=r"MB are needed for checkpoints and telemetry, 0.0 MB are free.*keep_checkpoints \(3\)"
+        UsageError, match=r"MB are needed for checkpoints and telemetry, 1.0 kB are free.*keep_checkpoints \(3\)"
     ):
         api.train(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()

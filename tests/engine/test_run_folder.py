@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +18,7 @@ import torch
 
 from fastbyol import config_io
 from fastbyol.config import Config
-from fastbyol.engine import run_folder
+from fastbyol.engine import checkpoint, lock, metrics_file, run_folder
 from fastbyol.engine.lock import Lock, is_held
 from fastbyol.engine.run_folder import RunFolder, default_run_path, list_runs
 from fastbyol.engine.telemetry import Telemetry
@@ -161,6 +164,73 @@ def test_a_lock_within_one_process_counts_too(tmp_path: Path) -> None:
         Lock(tmp_path)
     held.release()
     Lock(tmp_path).release()
+
+
+def test_a_lock_whose_file_was_removed_is_not_the_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The holder before removed its refused run; who had the file open by then locks one that nobody else can see."""
+    taken = lock._try_lock
+
+    def removed_between(descriptor: int) -> bool:
+        monkeypatch.setattr(lock, "_try_lock", taken)
+        (tmp_path / ".lock").unlink()
+        return taken(descriptor)
+
+    monkeypatch.setattr(lock, "_try_lock", removed_between)
+    held = Lock(tmp_path)
+    assert is_held(tmp_path)
+    held.release()
+    assert not is_held(tmp_path)
+
+
+def make_at(path: Path, start: Any, answers: Any) -> None:
+    start.wait()
+    try:
+        with RunFolder.create(path, config()):
+            answers.put("made")
+            time.sleep(1.0)
+    except UsageError as error:
+        answers.put(str(error))
+
+
+def test_of_two_runs_begun_at_once_in_one_folder_one_is_told(tmp_path: Path) -> None:
+    processes = multiprocessing.get_context("forkserver")
+    start, answers = processes.Event(), processes.Queue()
+    children = [processes.Process(target=make_at, args=(tmp_path / "run", start, answers)) for _ in range(3)]
+    for child in children:
+        child.start()
+    start.set()
+    said = sorted(answers.get(timeout=120) for _ in children)
+    for child in children:
+        child.join(60)
+    assert said.count("made") == 1
+    assert all("another process works on this run" in text or "holds a run already" in text for text in said if text != "made")
+
+
+def used(path: Path) -> None:
+    with RunFolder.open(path, lock=True) as folder:
+        assert folder.inputs is None
+        assert metrics_file.last_step(path) == -1
+        checkpoint.load_latest(folder.checkpoints)
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("config.toml", "no run here"),
+        ("env.json", "no checkpoint"),  # its loss is no harm
+        (".lock", "No such device"),
+        ("metrics.jsonl", "is a named pipe"),
+        ("checkpoints/ckpt-000000006.safetensors", "is a named pipe"),
+    ],
+)
+def test_a_pipe_among_a_runs_files_is_waited_for_by_nobody(tmp_path: Path, name: str, says: str) -> None:
+    with RunFolder.create(tmp_path / "run", config()):
+        pass
+    (tmp_path / "run" / name).unlink(missing_ok=True)
+    os.mkfifo(tmp_path / "run" / name)
+    with pytest.raises(UsageError, match=says) as caught:
+        used(tmp_path / "run")
+    one_line(caught)
 
 
 def test_a_run_refused_before_its_first_step_leaves_nothing(tmp_path: Path) -> None:

@@ -18,7 +18,20 @@ from fastbyol.evaluation.probe import logistic_multinomial, logistic_one_vs_rest
 from fastbyol.evaluation.protocol import PROTOCOLS, check, evaluate, halves
 
 VIEWS = ViewsConfig(size=8, blur_kernel=3)
-KEYS = {"protocol", "accuracy", "train_accuracy", "num_train", "num_test", "num_classes", "dim", "rank", "split", "seconds"}
+KEYS = {
+    "protocol",
+    "accuracy",
+    "train_accuracy",
+    "num_train",
+    "num_test",
+    "num_classes",
+    "num_repeated",
+    "notes",
+    "dim",
+    "rank",
+    "split",
+    "seconds",
+}
 
 
 class Images(NamedTuple):
@@ -140,7 +153,7 @@ class TestEvaluate:
             evaluate("blog", encoder, test=test, train=None, views=VIEWS, device="cpu")
 
         one_class = labelled(60, 0)
-        with pytest.raises(UsageError, match="at least two classes"):
+        with pytest.raises(UsageError, match=r"30 images to fit the probe on all have label 4.*--test-data"):
             run(Images(one_class.images, torch.full((60,), 4)))
         with pytest.raises(UsageError, match="60 images but 59 labels"):
             run(Images(one_class.images, torch.zeros(59, dtype=torch.int64)))
@@ -154,6 +167,48 @@ class TestEvaluate:
         next(encoder.parameters()).data[0] = float("nan")
         with pytest.raises(FastbyolError, match="diverged"):
             evaluate(protocol, encoder, test=labelled(60, 0), train=None, views=VIEWS, device="cpu")
+
+
+class TestNotes:
+    """What keeps an accuracy from saying anything is refused, or said beside it."""
+
+    @pytest.mark.parametrize("protocol", PROTOCOLS)
+    def test_one_class_to_fit_on_is_refused(self, encoder: nn.Module, protocol: str) -> None:
+        """knn gave 100 % for it."""
+        images = labelled(60, 0).images
+        one = Images(images, torch.full((60,), 2))
+        with pytest.raises(UsageError, match=r"30 images to fit the probe on all have label 2.*--test-data"):
+            evaluate(protocol, encoder, test=one, train=None, views=VIEWS, device="cpu")
+        if protocol != "blog":
+            with pytest.raises(UsageError, match=r"training data: the 60 images.*--train-data"):
+                evaluate(protocol, encoder, test=labelled(40, 1), train=one, views=VIEWS, device="cpu")
+
+    @pytest.mark.parametrize("protocol", ["linear", "knn"])
+    def test_one_class_to_score_unknown_labels_and_repeated_images_are_said(self, encoder: nn.Module, protocol: str) -> None:
+        train = labelled(60, 0)
+
+        def notes(test: Images) -> tuple[int, list[str]]:
+            result = evaluate(protocol, encoder, test=test, train=train, views=VIEWS, device="cpu")
+            return result["num_repeated"], result["notes"]
+
+        assert notes(labelled(40, 1)) == (0, [])
+        fresh = labelled(40, 1)
+        (one,) = notes(Images(fresh.images, torch.full((40,), 2)))[1]
+        assert "40 scored images all have label 2" in one
+        (unknown,) = notes(Images(fresh.images, torch.arange(40) % 8))[1]
+        assert "15 of 40 scored images have a label that no fitted image has" in unknown
+        assert notes(train) == (
+            60,
+            ["60 of 60 scored images are among those fitted: accuracy on them says nothing of images not seen"],
+        )
+        assert train.labels is not None
+        assert fresh.labels is not None
+        some = Images(torch.cat((fresh.images, train.images[5:12])), torch.cat((fresh.labels, train.labels[5:12])))
+        assert notes(some)[0] == 7
+
+    def test_halves_of_one_set_are_not_looked_at(self, encoder: nn.Module) -> None:
+        result = evaluate("knn", encoder, test=labelled(60, 0), train=None, views=VIEWS, device="cpu")
+        assert (result["num_repeated"], result["notes"]) == (None, [])
 
 
 def diluted(data: Images) -> Images:

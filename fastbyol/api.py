@@ -20,9 +20,13 @@ from fastbyol.engine.precision import settle
 from fastbyol.engine.run_folder import RunFolder, default_run_path
 from fastbyol.engine.step import TrainState
 from fastbyol.engine.trainer import Summary
-from fastbyol.errors import UsageError
+from fastbyol.errors import UsageError, check_choice
 from fastbyol.evaluation import protocol as protocols
 from fastbyol.evaluation.protocol import PROTOCOLS
+from fastbyol.model.resnet import ResNet
+
+# Of an encoder: the online network's, the target network's, and the online network's before its first step.
+WEIGHTS = ("trained", "target", "random")
 
 _log = logging.getLogger(__name__)
 
@@ -67,17 +71,25 @@ def resume(run: str | Path, *, observer: Observer | None = None) -> Summary:
 
 
 def load_encoder(run_or_file: str | Path, *, weights: str = "trained") -> nn.Module:
-    """The online encoder f of a run folder or a checkpoint file, in eval mode, float32, on the CPU.
+    """The encoder f of a run folder or a checkpoint file as an ordinary network: in eval mode, float32, on the CPU.
 
-    Where a run's newest checkpoint is damaged the one before is taken, and the log says so.
+    It maps views (N, 3, S, S), normalised as ``views.plain`` does, to embeddings y (N, 8 * width). It is torchvision's ResNet
+    of torch's own operations (``model.ordinary``), without the engine's kernels and its statistics per view, so that whatever
+    torch can do with a network can be done with it; ``fc`` is free for a classifier.
 
-    It maps views (N, 3, S, S), normalised as ``views.plain`` does, to embeddings y (N, 8 * width).
-    ``weights="random"`` gives the same network as it was before its first step.
+    ``weights``: "trained" is the online network's, "target" the target network's, "random" the online network's as the run's
+    seed drew them. Raises UsageError for another word. Where a run's newest checkpoint is damaged the one before is taken, and
+    the log says so.
     """
-    return _load(Path(run_or_file), weights)[1]
+    from fastbyol.model.ordinary import ordinary  # torchvision takes a second to import, and training does without
+
+    config, encoder, _ = _load(Path(run_or_file), weights)
+    return ordinary(encoder, config.model)
 
 
-def _load(path: Path, weights: str) -> tuple[Config, nn.Module, int]:
+def _load(path: Path, weights: str) -> tuple[Config, ResNet, int]:
+    """The configuration, the engine's own encoder and the step of a run folder or checkpoint."""
+    check_choice("weights", weights, WEIGHTS)
     if path.is_dir():
         with RunFolder.open(path, lock=False) as folder:
             config = folder.config
@@ -93,7 +105,7 @@ def _load(path: Path, weights: str) -> tuple[Config, nn.Module, int]:
     state = TrainState.create(config, steps_per_epoch=1, device="cpu")
     if loaded is not None and weights != "random":
         state.load_tensors(loaded.tensors)
-    encoder: nn.Module = state.online.encoder.float().eval()
+    encoder = (state.target if weights == "target" else state.online).encoder.float().eval()
     return config, encoder, int(loaded.meta["step"]) if loaded is not None else 0
 
 
@@ -109,10 +121,11 @@ def evaluate(
     """Accuracy of a run's encoder under ``protocol`` (``blog``, ``linear`` or ``knn``; see ``evaluation.protocol``).
 
     Data default to the run's own images; files that are named are taken whole. ``blog`` does not look at ``train_data``.
+    ``weights`` as in ``load_encoder``; ``device``: auto, cpu, cuda or cuda:N. Raises UsageError for other words.
     Returns a dict with at least ``accuracy`` (percent), ``protocol`` and ``step``.
     """
-    if protocol not in PROTOCOLS:
-        raise UsageError(f"protocol: {protocol!r} is none of {', '.join(PROTOCOLS)}")
+    check_choice("protocol", protocol, PROTOCOLS)
+    target = pick_device(device)
     config, encoder, step = _load(Path(run), weights)
     test_file = Path(test_data) if test_data else embedded.held_out_file(config.data)
     if test_file is None:
@@ -124,6 +137,5 @@ def evaluate(
         train_file = Path(train_data) if train_data else embedded.training_file(config.data)
         limit = 0 if train_data else config.data.limit
         train = loader.read_all(train_file, workers=config.data.workers, size=size, limit=limit)
-    target = pick_device(device)
     result = protocols.evaluate(protocol, encoder.to(target), test=test, train=train, views=config.views, device=target)
     return {"run": str(run), "step": step, "weights": weights, **result}

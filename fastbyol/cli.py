@@ -338,7 +338,10 @@ def evaluate(
     protocol: Protocol = "blog",
     train_data: Annotated[Path | None, typer.Option("--train-data", metavar="FILE", help="Fit on this (linear, knn).")] = None,
     test_data: Annotated[Path | None, typer.Option("--test-data", metavar="FILE", help="Score on this.")] = None,
-    weights: Annotated[Literal["trained", "random"], typer.Option(help="random: before the first step.")] = "trained",
+    weights: Annotated[
+        Literal["trained", "target", "random"],
+        typer.Option(help="Of the online network, of the target network, or as they were drawn before the first step."),
+    ] = "trained",
     device: Annotated[str, typer.Option(metavar="auto|cpu|cuda[:N]")] = "auto",
     as_json: Json = False,
 ) -> None:

@@ -27,7 +27,7 @@ from fastbyol.engine.standardized import StandardizedWeights
 from fastbyol.errors import UsageError
 from fastbyol.model.byol import NUM_VIEWS, Online, Target, build_online, build_target
 from fastbyol.model.norm import use_kernels
-from fastbyol.model.objective import Objective, byol_loss, contrastive_loss, enqueue, observe, unit
+from fastbyol.model.objective import OBJECTIVES, Objective, byol_loss, contrastive_loss, enqueue, observe, unit
 from fastbyol.optim import schedule
 from fastbyol.optim.arena import Arena
 from fastbyol.optim.given_rates import GivenRates
@@ -203,6 +203,8 @@ def forward(
     with torch.no_grad():
         # simsiam: a target that is the online network itself, without gradient (arXiv:2011.10566, algorithm 1).
         projections = output.z.detach() if objective.name == "simsiam" else target(batch)
+    if objective.name not in OBJECTIVES:
+        raise ValueError(f"objective must be one of {', '.join(OBJECTIVES)}, not {objective.name!r}")
     if objective.name == "contrastive":
         loss = contrastive_loss(output.q, projections, objective.temperature, queue) * objective.loss_scale
     else:

@@ -753,11 +753,11 @@ def group_norm(
 
     ``kernels``: "reference" (plain torch), "triton" (bf16 or fp32 in channels-last; on a CPU only in Triton's interpreter),
     "processor" (a CPU's machine code, for the same), or "auto", which is "triton" for CUDA tensors and else "processor", or the
-    reference for what is not channels-last. fp64, (N, C) and what torch.compile traces on a CPU always take the reference.
-    Raises ValueError, naming the argument, for what does not fit.
+    reference for what is not channels-last. fp64, (N, C) and what does not run at once on a CPU
+    (``choice.at_once``) always take the reference. Raises ValueError, naming the argument, for what does not fit.
     """
     _check(x, num_groups, weight, bias, residual)
-    chosen = choose_kernels(kernels, "x", x, processor=True)
+    chosen = choose_kernels(kernels, "x", x, weight, bias, residual, processor=True)
     if chosen == "reference" or x.ndim == 2:
         return reference(x, num_groups, weight, bias, eps, residual=residual, relu=relu)
     if chosen == "processor" and kernels == "auto" and _misfit(x, weight, bias, residual):

@@ -1,4 +1,8 @@
-"""What scripts call: train, resume, evaluate, load an encoder. The command line is a thin layer over these."""
+"""What scripts call: train, resume, evaluate, load an encoder. The command line is a thin layer over these.
+
+Each leaves the process as it found it (``process.left_as_found``). None touches the C library's allocator, which could not be
+put back: ``engine.allocator.keep_freed_memory`` is for processes that only train, as the command line's.
+"""
 
 from __future__ import annotations
 
@@ -24,6 +28,7 @@ from fastbyol.errors import UsageError, check_choice
 from fastbyol.evaluation import protocol as protocols
 from fastbyol.evaluation.protocol import PROTOCOLS
 from fastbyol.model.resnet import ResNet
+from fastbyol.process import left_as_found
 
 # Of an encoder: the online network's, the target network's, and the online network's before its first step.
 WEIGHTS = ("trained", "target", "random")
@@ -31,6 +36,7 @@ WEIGHTS = ("trained", "target", "random")
 _log = logging.getLogger(__name__)
 
 
+@left_as_found()
 def train(
     config: Config,
     out: str | Path | None = None,
@@ -64,12 +70,14 @@ def _with_source(config: Config, observer: Observer | None) -> Config:
     return config.model_copy(update={"train": config.train.model_copy(update={"init_from": str(file)})})
 
 
+@left_as_found()
 def resume(run: str | Path, *, observer: Observer | None = None) -> Summary:
     """Go on with a run from its newest sound checkpoint, bit for bit as if it had never stopped. Raises what ``train`` does."""
     with RunFolder.open(Path(run), lock=True) as folder:
         return trainer.fit(folder, folder.config, observer)
 
 
+@left_as_found()
 def load_encoder(run_or_file: str | Path, *, weights: str = "trained") -> nn.Module:
     """The encoder f of a run folder or a checkpoint file as an ordinary network: in eval mode, float32, on the CPU.
 
@@ -109,6 +117,7 @@ def _load(path: Path, weights: str) -> tuple[Config, ResNet, int]:
     return config, encoder, int(loaded.meta["step"]) if loaded is not None else 0
 
 
+@left_as_found()
 def evaluate(
     run: str | Path,
     protocol: str = "blog",

@@ -16,6 +16,7 @@ from rich.table import Table
 
 from fastbyol import ablate
 from fastbyol.engine import interrupt
+from fastbyol.engine.allocator import keep_freed_memory
 from fastbyol.errors import FastbyolError, NoGraphError, UsageError
 
 if TYPE_CHECKING:
@@ -622,6 +623,7 @@ def main() -> None:
     # Read when torch is imported. Threads that spin while they wait take the cores from whatever else runs: beside another
     # process on two cores an epoch of the demo ran at 193 images/s spinning and at 320 sleeping.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    keep_freed_memory()
     try:
         with interrupt.sent_again():
             code = app(standalone_mode=False, prog_name="fastbyol")

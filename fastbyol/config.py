@@ -268,12 +268,13 @@ def resolve(config: Config) -> Config:
     decay = optim.weight_decay
     if decay is None:
         decay = optim.sgd_weight_decay if optim.name == "sgd" else optim.lars_weight_decay
-    return config.model_copy(
+    # pydantic's own copies: config_io, which knows where a number comes from, says it of one that is out of range.
+    copy = BaseModel.model_copy
+    return copy(
+        config,
         update={
-            "optim": optim.model_copy(update={"lr": lr, "weight_decay": decay, "lr_scaling": "none"}),
-            "data": config.data.model_copy(update={"textures_size": config.data.textures_size or max(16, config.views.size)}),
-            "schedule": config.schedule.model_copy(
-                update={"horizon_epochs": config.schedule.horizon_epochs or config.train.epochs}
-            ),
-        }
+            "optim": copy(optim, update={"lr": lr, "weight_decay": decay, "lr_scaling": "none"}),
+            "data": copy(config.data, update={"textures_size": config.data.textures_size or max(16, config.views.size)}),
+            "schedule": copy(config.schedule, update={"horizon_epochs": config.schedule.horizon_epochs or config.train.epochs}),
+        },
     )

@@ -14,7 +14,6 @@ import torch
 from fastbyol.config import Config
 from fastbyol.data import embedded, loader
 from fastbyol.engine import capture, checkpoint, guards, metrics_file, origin, record
-from fastbyol.engine.allocator import keep_freed_memory
 from fastbyol.engine.device import fitting_threads, pick_device
 from fastbyol.engine.interrupt import Interrupt, Stopped
 from fastbyol.engine.observer import EpochEnd, Observer, Progress, Silent, Start
@@ -26,6 +25,7 @@ from fastbyol.errors import CollapsedError, FastbyolError, NoGraphError, UsageEr
 from fastbyol.evaluation import protocol
 from fastbyol.evaluation.collapse import CollapseMonitor
 from fastbyol.evaluation.progress import Accuracies
+from fastbyol.process import exact_products, left_as_found
 
 
 @dataclass(frozen=True)
@@ -416,10 +416,8 @@ class Trainer:
 def fit(folder: RunFolder, config: Config, observer: Observer | None = None) -> Summary:
     """Run ``config`` in ``folder`` to its end; see ``Trainer.fit``.
 
-    Sets the process's TF32 switches and allocator for it, and its threads for as long as it lasts.
+    What it sets for the process, torch's switches and threads, is put back at its end.
     """
-    keep_freed_memory()
-    torch.backends.cuda.matmul.allow_tf32 = False
-    torch.backends.cudnn.allow_tf32 = False
-    with fitting_threads(config):
+    with left_as_found(), fitting_threads(config):
+        exact_products()
         return Trainer(folder, config, observer).fit()

@@ -38,12 +38,18 @@ def reference(
 ) -> Tensor:
     """The formula above through torch's batch norm: bit for bit what ``num_views`` separate passes give."""
     running = (running_mean, running_var)
-    if at_once(x, weight, bias, *running):
+    if at_once(x, weight, bias, *running) and _is_dense(x):
         y: Tensor = _OfViews.apply(x, weight, bias, *running, num_views, momentum, eps)
     else:
         chunks = x.chunk(num_views)
         y = torch.cat([F.batch_norm(chunk, *running, weight, bias, True, momentum, eps) for chunk in chunks])
     return add_and_relu(y, residual, relu)
+
+
+def _is_dense(x: Tensor) -> bool:
+    """Whether there is something, and without gaps: into a buffer of other strides torch's kernel writes other numbers."""
+    contiguous = x.is_contiguous() or (x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last))
+    return x.numel() > 0 and contiguous
 
 
 def add_and_relu(y: Tensor, residual: Tensor | None, relu: bool) -> Tensor:

@@ -31,7 +31,7 @@ def choose_kernels(
     if kernels == "triton" and triton and not tensor.is_cuda and not TRITON_ON_CPU:
         raise ValueError(f'kernels="triton" needs CUDA tensors, {name} is on {tensor.device} (or TRITON_INTERPRET=1 at import)')
     if kernels == "triton" or (kernels == "auto" and tensor.is_cuda):
-        return "triton" if torch.compiler.is_compiling() or not _is_transformed() else "reference"
+        return "reference" if is_transformed() else "triton"
     return "processor" if processor and at_once(tensor, *beside) else "reference"
 
 
@@ -53,7 +53,7 @@ def at_once(*tensors: Tensor | None) -> bool:
     return (
         torch._C._get_tracing_state() is None
         and not torch._C._len_torch_dispatch_stack()
-        and not _is_transformed()
+        and not is_transformed()
         and all(tensor is None or is_plain(tensor) for tensor in tensors)
     )
 
@@ -64,6 +64,8 @@ def is_plain(tensor: Tensor) -> bool:
     return (kind is Tensor or kind is torch.nn.Parameter) and tensor.device.type == "cpu" and tensor.layout == torch.strided
 
 
-def _is_transformed() -> bool:
-    """Whether torch.func or forward-mode differentiation is at work."""
+def is_transformed() -> bool:
+    """Whether torch.func or forward-mode differentiation is at work, and not under torch.compile, which sees to them itself."""
+    if torch.compiler.is_compiling():
+        return False
     return torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0

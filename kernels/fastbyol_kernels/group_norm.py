@@ -30,7 +30,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastbyol_kernels.choice import choose_kernels
+from fastbyol_kernels.choice import choose_kernels, is_transformed
 
 EPS = 1e-5
 DTYPES = (torch.bfloat16, torch.float32)
@@ -54,7 +54,9 @@ def reference(
     if relu:
         y = F.relu(y)
     y = y.to(x.dtype)
-    return y.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else y
+    if x.ndim != 4 or is_transformed():  # torch.func.vmap knows no memory formats
+        return y
+    return y.contiguous(memory_format=torch.channels_last)
 
 
 @triton.jit
@@ -776,6 +778,8 @@ def group_norm(
 def _check(x: Tensor, num_groups: int, weight: Tensor, bias: Tensor, residual: Tensor | None) -> None:
     if x.ndim not in (2, 4):
         raise ValueError(f"x must be (N, C, H, W) or (N, C), not of {x.ndim} dimensions")
+    if not x.is_floating_point():
+        raise ValueError(f"x must be of floating point numbers, not {x.dtype}")
     channels = x.shape[1]
     if num_groups < 1 or channels % num_groups:
         raise ValueError(f"num_groups is {num_groups}, which does not divide x's {channels} channels")

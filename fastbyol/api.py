@@ -1,4 +1,8 @@
-"""What scripts call: train, resume, evaluate, load an encoder. The command line is a thin layer over these."""
+"""What scripts call: train, resume, evaluate, load an encoder. The command line is a thin layer over these.
+
+Each leaves the process as it found it (``process.left_as_found``). None touches the C library's allocator, which could not be
+put back: ``engine.allocator.keep_freed_memory`` is for processes that only train, as the command line's.
+"""
 
 from __future__ import annotations
 
@@ -20,13 +24,19 @@ from fastbyol.engine.precision import settle
 from fastbyol.engine.run_folder import RunFolder, default_run_path
 from fastbyol.engine.step import TrainState
 from fastbyol.engine.trainer import Summary
-from fastbyol.errors import UsageError
+from fastbyol.errors import UsageError, check_choice
 from fastbyol.evaluation import protocol as protocols
 from fastbyol.evaluation.protocol import PROTOCOLS
+from fastbyol.model.resnet import ResNet
+from fastbyol.process import left_as_found
+
+# Of an encoder: the online network's, the target network's, and the online network's before its first step.
+WEIGHTS = ("trained", "target", "random")
 
 _log = logging.getLogger(__name__)
 
 
+@left_as_found()
 def train(
     config: Config,
     out: str | Path | None = None,
@@ -61,6 +71,7 @@ def _with_source(config: Config, observer: Observer | None) -> Config:
     return config.model_copy(update={"train": config.train.model_copy(update={"init_from": str(file)})})
 
 
+@left_as_found()
 def resume(
     run: str | Path,
     *,
@@ -76,18 +87,27 @@ def resume(
         return trainer.fit(folder, inputs.moved(folder.config, data, test_data), observer)
 
 
+@left_as_found()
 def load_encoder(run_or_file: str | Path, *, weights: str = "trained") -> nn.Module:
-    """The online encoder f of a run folder or a checkpoint file, in eval mode, float32, on the CPU.
+    """The encoder f of a run folder or a checkpoint file as an ordinary network: in eval mode, float32, on the CPU.
 
-    Where a run's newest checkpoint is damaged the one before is taken, and the log says so.
+    It maps views (N, 3, S, S), normalised as ``views.plain`` does, to embeddings y (N, 8 * width). It is torchvision's ResNet
+    of torch's own operations (``model.ordinary``), without the engine's kernels and its statistics per view, so that whatever
+    torch can do with a network can be done with it; ``fc`` is free for a classifier.
 
-    It maps views (N, 3, S, S), normalised as ``views.plain`` does, to embeddings y (N, 8 * width).
-    ``weights="random"`` gives the same network as it was before its first step.
+    ``weights``: "trained" is the online network's, "target" the target network's, "random" the online network's as the run's
+    seed drew them. Raises UsageError for another word. Where a run's newest checkpoint is damaged the one before is taken, and
+    the log says so.
     """
-    return _load(Path(run_or_file), weights)[1]
+    from fastbyol.model.ordinary import ordinary  # torchvision takes a second to import, and training does without
+
+    config, encoder, _ = _load(Path(run_or_file), weights)
+    return ordinary(encoder, config.model)
 
 
-def _load(path: Path, weights: str) -> tuple[Config, nn.Module, int]:
+def _load(path: Path, weights: str) -> tuple[Config, ResNet, int]:
+    """The configuration, the engine's own encoder and the step of a run folder or checkpoint."""
+    check_choice("weights", weights, WEIGHTS)
     if path.is_dir():
         with RunFolder.open(path, lock=False) as folder:
             config = folder.config
@@ -103,10 +123,11 @@ def _load(path: Path, weights: str) -> tuple[Config, nn.Module, int]:
     state = TrainState.create(config, steps_per_epoch=1, device="cpu")
     if loaded is not None and weights != "random":
         state.load_tensors(loaded.tensors)
-    encoder: nn.Module = state.online.encoder.float().eval()
+    encoder = (state.target if weights == "target" else state.online).encoder.float().eval()
     return config, encoder, int(loaded.meta["step"]) if loaded is not None else 0
 
 
+@left_as_found()
 def evaluate(
     run: str | Path,
     protocol: str = "blog",
@@ -122,11 +143,12 @@ def evaluate(
 
     Data default to the run's own images; files that are named are taken whole. ``blog`` does not look at ``train_data``.
     The fields of both files default to those that the run was told to take; of these the run's own files must hold what they
-    held when it was made. Returns a dict with at least ``accuracy`` (percent), ``protocol``, ``step`` and ``notes``: lines on
-    what keeps the accuracy from saying much.
+    held when it was made. ``weights`` as in ``load_encoder``; ``device``: auto, cpu, cuda or cuda:N. Raises UsageError for
+    other words. Returns a dict with at least ``accuracy`` (percent), ``protocol``, ``step`` and ``notes``: lines on what keeps
+    the accuracy from saying much.
     """
-    if protocol not in PROTOCOLS:
-        raise UsageError(f"protocol: {protocol!r} is none of {', '.join(PROTOCOLS)}")
+    check_choice("protocol", protocol, PROTOCOLS)
+    target = pick_device(device)
     config, encoder, step = _load(Path(run), weights)
     data, pinned = config.data, inputs.of_run(Path(run))
     test_file = Path(test_data) if test_data else embedded.held_out_file(data)
@@ -147,6 +169,5 @@ def evaluate(
     if protocol != "blog":  # which is fitted within the test set
         train_file = Path(train_data) if train_data else embedded.training_file(data)
         train = read("train", train_file, data.limit, named=train_data is not None, labels="optional")
-    target = pick_device(device)
     result = protocols.evaluate(protocol, encoder.to(target), test=test, train=train, views=config.views, device=target)
     return {"run": str(run), "step": step, "weights": weights, **result}

@@ -15,6 +15,7 @@ from rich.table import Column, Table
 
 from fastbyol import ablate
 from fastbyol.engine import interrupt
+from fastbyol.engine.allocator import keep_freed_memory
 from fastbyol.errors import FastbyolError, NoGraphError, UsageError
 from fastbyol.output import console as make_console
 from fastbyol.output import guarded, is_live, print_json, say
@@ -351,7 +352,10 @@ def evaluate(
     protocol: Protocol = "blog",
     train_data: Annotated[Path | None, typer.Option("--train-data", metavar="FILE", help="Fit on this (linear, knn).")] = None,
     test_data: Annotated[Path | None, typer.Option("--test-data", metavar="FILE", help="Score on this.")] = None,
-    weights: Annotated[Literal["trained", "random"], typer.Option(help="random: before the first step.")] = "trained",
+    weights: Annotated[
+        Literal["trained", "target", "random"],
+        typer.Option(help="Of the online network, of the target network, or as they were drawn before the first step."),
+    ] = "trained",
     image_field: ImageField = None,
     label_field: LabelField = None,
     device: Annotated[str, typer.Option(metavar="auto|cpu|cuda[:N]")] = "auto",
@@ -655,6 +659,7 @@ def main() -> None:
     # Read when torch is imported. Threads that spin while they wait take the cores from whatever else runs: beside another
     # process on two cores an epoch of the demo ran at 193 images/s spinning and at 320 sleeping.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    keep_freed_memory()
     try:
         with guarded() as failures:
             code = _run_command()

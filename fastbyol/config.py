@@ -12,7 +12,8 @@ Sources named in this file:
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -27,6 +28,11 @@ class Model(BaseModel):
     """Base of all slices: unknown keys are errors and instances are frozen and hashable."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+        """A copy with ``update``, checked as any other: pydantic's own takes every word and every number."""
+        copied = super().model_copy(update=update, deep=deep)
+        return type(self).model_validate(copied.model_dump(warnings=False)) if update else copied
 
 
 class DataConfig(Model):
@@ -268,12 +274,13 @@ def resolve(config: Config) -> Config:
     decay = optim.weight_decay
     if decay is None:
         decay = optim.sgd_weight_decay if optim.name == "sgd" else optim.lars_weight_decay
-    return config.model_copy(
+    # pydantic's own copies: config_io, which knows where a number comes from, says it of one that is out of range.
+    copy = BaseModel.model_copy
+    return copy(
+        config,
         update={
-            "optim": optim.model_copy(update={"lr": lr, "weight_decay": decay, "lr_scaling": "none"}),
-            "data": config.data.model_copy(update={"textures_size": config.data.textures_size or max(16, config.views.size)}),
-            "schedule": config.schedule.model_copy(
-                update={"horizon_epochs": config.schedule.horizon_epochs or config.train.epochs}
-            ),
-        }
+            "optim": copy(optim, update={"lr": lr, "weight_decay": decay, "lr_scaling": "none"}),
+            "data": copy(config.data, update={"textures_size": config.data.textures_size or max(16, config.views.size)}),
+            "schedule": copy(config.schedule, update={"horizon_epochs": config.schedule.horizon_epochs or config.train.epochs}),
+        },
     )

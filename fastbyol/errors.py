@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from difflib import get_close_matches
 from pathlib import Path
 
 
@@ -43,6 +44,15 @@ def size_text(num_bytes: int) -> str:
             break
         size /= 1000
     return f"{size:.0f} {unit}" if abs(size) >= 99.95 or unit == "bytes" else f"{size:.1f} {unit}"
+
+
+def check_choice(what: str, word: object, choices: Iterable[str]) -> None:
+    """Raise ``UsageError`` where ``word``, given for ``what``, is none of ``choices``: it names them and the nearest."""
+    known = tuple(choices)
+    if not isinstance(word, str) or word not in known:
+        near = get_close_matches(str(word), known, n=1, cutoff=0.5)
+        hint = f"; the nearest is {near[0]}" if near else ""
+        raise UsageError(f"{what}: {word!r} is none of {', '.join(known)}{hint}")
 
 
 def chain(error: BaseException) -> Iterator[BaseException]:

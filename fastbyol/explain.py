@@ -7,7 +7,6 @@ the norms that a run recorded.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -19,7 +18,7 @@ from fastbyol.config import OptimConfig
 from fastbyol.engine.layers_file import Layers, read_layers
 from fastbyol.engine.metrics_file import read_metrics
 from fastbyol.engine.run_folder import RunFolder
-from fastbyol.errors import UsageError
+from fastbyol.errors import UsageError, check_choice
 from fastbyol.model.byol import Online
 from fastbyol.optim.lars import Treatment, rate_ceiling, rule_of, treatments
 from fastbyol_kernels.lars_ema import BOLTS_EPS, RULES, Rule, SegmentTable, reference, trust_ratio
@@ -65,9 +64,7 @@ def dialects(text: str) -> tuple[Rule, ...]:
     """The rules named in ``blog,deepmind,...``. Raises UsageError with the nearest right name."""
     names = tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
     for name in names:
-        if name not in RULES:
-            near = get_close_matches(name, RULES, n=1, cutoff=0.0)[0]
-            raise UsageError(f"--compare {name}: no such dialect; the nearest is {near}, all are {', '.join(RULES)}")
+        check_choice("--compare", name, RULES)
     if not names:
         raise UsageError(f"--compare: name dialects, such as {','.join(DIALECTS)}")
     return cast(tuple[Rule, ...], names)
@@ -96,6 +93,7 @@ def step(rule: Rule, *, lr: float, weight_decay: float, eta: float) -> dict[str,
 
 def ceiling(rule: Rule, *, lr: float, weight_decay: float, eta: float) -> float | None:
     """What the rate cannot exceed; None where nothing bounds it."""
+    check_choice("dialect", rule, RULES)
     if rule == "sgd":
         return lr
     optim = {"name": "lars", "lr": lr, "weight_decay": weight_decay, "eta": eta, "dialect": rule}
@@ -105,8 +103,10 @@ def ceiling(rule: Rule, *, lr: float, weight_decay: float, eta: float) -> float 
 def lars(rules: Sequence[Rule], *, lr: float = 0.2, weight_decay: float = 1.5e-6, eta: float = 1e-3) -> dict[str, Any]:
     """Formulas, steps on the examples and ceilings of ``rules``, and what the published peak says about the weight decay.
 
-    Raises UsageError for numbers out of range.
+    Raises UsageError for numbers out of range and for other rules.
     """
+    for rule in rules:
+        check_choice("dialect", rule, RULES)
     for name, value in (("--lr", lr), ("--wd", weight_decay), ("--eta", eta)):
         if not (0.0 <= value < float("inf")) or (name == "--eta" and value == 0.0):
             raise UsageError(f"{name} {value:g}: should be {'above 0' if name == '--eta' else '0 or more'}")
@@ -146,8 +146,10 @@ def of_run(path: Path, rules: Sequence[Rule], at_step: int | None = None) -> dic
     """What ``rules`` make of the norms that a run recorded at one step: by default the one of its highest recorded rate.
 
     Only norms are recorded, so ``deepmind``'s |g + wd w| is known between two bounds; its trust ratio and rate are pairs then.
-    Raises UsageError: no run, nothing recorded, or no record of that step.
+    Raises UsageError: no run, nothing recorded, or no record of that step, no such rule.
     """
+    for rule in rules:
+        check_choice("dialect", rule, RULES)
     with RunFolder.open(path, lock=False) as folder:
         config = folder.config
     layers, optim = read_layers(path), config.optim

@@ -17,7 +17,7 @@ BENCH = ROOT / "bench" / "fastbyol_bench"
 
 # A module may import from its own rank's folder and from lower ranks. The order is CONTRIBUTING's arrows, bottom first.
 RANKS = (
-    ("errors", "files", "text"),
+    ("errors", "files", "process", "text"),
     ("config", "output"),
     ("config_io",),
     ("data", "views", "model", "optim"),

@@ -14,7 +14,7 @@ from typing import Literal
 from fastbyol import config_io
 from fastbyol.ablations.claims import CLAIMS
 from fastbyol.config_io import Flag, Loaded
-from fastbyol.errors import UsageError
+from fastbyol.errors import UsageError, check_choice
 
 ScaleName = Literal["full", "short", "long", "mini"]
 SCALES: tuple[ScaleName, ...] = ("full", "short", "long", "mini")
@@ -67,6 +67,7 @@ def load(
     So ``sets`` cannot turn an arm into another; what the arm says for this scale alone they can change. Raises UsageError as
     ``config_io.load`` does.
     """
+    check_choice("scale", scale, SCALES)
     changed = config_io.said(sets=sets)
     here = {key: value for key, value in chosen.at.get(scale, {}).items() if key not in changed}
     own = {key: Flag(f"arm {chosen.name}", value) for key, value in {**chosen.settings, **here}.items()}

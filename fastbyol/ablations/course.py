@@ -14,11 +14,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 
 from fastbyol.ablations.evidence import Evidence
+from fastbyol.errors import check_choice
 from fastbyol.evaluation.collapse import CollapseMonitor
 
 Phase = Literal["fresh", "collapsed", "between", "separated"]
@@ -44,6 +45,7 @@ class Course:
 
     def first(self, phase: Phase, *, after: int = -1) -> int | None:
         """The first epoch in ``phase`` that comes after epoch ``after``; None where there is none."""
+        check_choice("phase", phase, get_args(Phase))
         return next((e for e, p in self._pairs() if p == phase and e > after), None)
 
     @property

@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 
@@ -17,7 +17,7 @@ from fastbyol.ablations.curves import appendix, published
 from fastbyol.engine.layers_file import Layers, read_layers
 from fastbyol.engine.metrics_file import read_events
 from fastbyol.engine.run_folder import RunFolder
-from fastbyol.errors import UsageError
+from fastbyol.errors import UsageError, check_choice
 from fastbyol.optim.lars import rate_ceiling
 
 if TYPE_CHECKING:
@@ -76,6 +76,7 @@ class Evidence:
     @classmethod
     def of_run(cls, path: Path, *, arm: str, seed: int, scale: Scale = "mini") -> Evidence:
         """Read the run folder ``path``, finished or not. Raises UsageError: no run, or no epoch of it has ended."""
+        check_choice("scale", scale, get_args(Scale))
         with RunFolder.open(path, lock=False) as folder:
             config = folder.config
         events = read_events(path)

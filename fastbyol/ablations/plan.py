@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fastbyol import config_io
-from fastbyol.ablations.arms import Arm, ScaleName, arm, arms, load
+from fastbyol.ablations.arms import SCALES, Arm, ScaleName, arm, arms, load
 from fastbyol.ablations.claims import CLAIMS
 from fastbyol.config import Config, DataConfig
 from fastbyol.config_io import Flag
@@ -20,7 +20,7 @@ from fastbyol.engine import inputs
 from fastbyol.engine.metrics_file import read_events
 from fastbyol.engine.record import FREE
 from fastbyol.engine.run_folder import RunFolder
-from fastbyol.errors import FastbyolError, UsageError
+from fastbyol.errors import FastbyolError, UsageError, check_choice
 
 RUNS = "runs"
 Status = Literal["new", "stopped", "done"]
@@ -49,6 +49,7 @@ def chosen(targets: Sequence[str], scale: ScaleName, *, everything: bool = False
 
     Raises UsageError: nothing named, no such claim or arm, an arm of other scales.
     """
+    check_choice("scale", scale, SCALES)
     if everything:
         return tuple(found for found in arms().values() if scale in found.scales)
     if not targets:

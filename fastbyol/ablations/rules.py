@@ -44,6 +44,7 @@ from fastbyol.ablations.questions import (
     was_collapsed,
 )
 from fastbyol.ablations.rate_questions import EXPLODES, peaks_before, rates_explode
+from fastbyol.errors import check_choice
 
 Role = Literal["main", "other", "told"]
 
@@ -317,6 +318,7 @@ RULES: Mapping[str, tuple[Rule, ...]] = {
 
 def in_words(claim: str) -> str:
     """The rules of a claim as lines of text, one a statement."""
+    check_choice("claim", claim, RULES)
     marks = {"main": "", "other": " (refines)", "told": " (told, does not count)"}
     return "\n".join(f"{rule.text[:-1]}{marks[rule.role]}: {rule.words}." for rule in _ordered(RULES[claim]))
 

@@ -25,6 +25,7 @@ from typing import Any, TextIO
 from fastbyol import config_io, output
 from fastbyol.config import Config
 from fastbyol.engine import inputs, trainer
+from fastbyol.engine.allocator import keep_freed_memory
 from fastbyol.engine.observer import EpochEnd, Progress, Start
 from fastbyol.engine.precision import settle
 from fastbyol.engine.run_folder import CONFIG, RunFolder
@@ -101,6 +102,7 @@ def die_with_parent(parent: int) -> None:
 def main() -> None:
     """Answer requests until the input ends."""
     die_with_parent(int(sys.argv[1]))
+    keep_freed_memory()
     out = os.fdopen(os.dup(1), "w", encoding="utf-8", buffering=1)
     os.dup2(2, 1)  # whatever a library prints goes to the log
     with output.guarded():  # a log on a full disk ends no run

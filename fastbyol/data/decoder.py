@@ -26,13 +26,13 @@ from types import TracebackType
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from fastbyol.data.beton import BetonInfo
 from fastbyol.data.beton_layout import stamp_of
 from fastbyol.data.jpeg_tables import brings_its_tables
 from fastbyol.errors import FastbyolError, UsageError
+from fastbyol.process import left_as_found
 
 # Where one image's data lies in the file, bytes [start, end), and its size in pixels.
 PLACE = np.dtype([("start", "<i8"), ("end", "<i8"), ("height", "<i8"), ("width", "<i8"), ("raw", "<i8")])
@@ -163,12 +163,11 @@ def import_ffcv() -> Any:
     """Import FFCV, slow and full of side effects, without these; returns numba. UsageError if something is missing.
 
     Left to itself the import takes 2.4 s instead of 0.3 (it compiles a typed dict of two entries that only Python reads),
-    leaves torch with one thread, and starts numba's pool of threads, which nothing here uses: on a machine of one core a
-    process that has forked since then waits at its exit for ever for a thread of it.
+    leaves torch and numba with one thread, and starts numba's pool of threads, which nothing here uses: on a machine of one
+    core a process that has forked since then waits at its exit for ever for a thread of it.
     """
-    num_threads = torch.get_num_threads()
     try:
-        with warnings.catch_warnings():
+        with left_as_found(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             import numba
             import numba.typed
@@ -183,8 +182,6 @@ def import_ffcv() -> Any:
     except (ImportError, OSError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise UsageError(f"FFCV cannot be used ({reason}); `fastbyol doctor` says what to install") from error
-    finally:
-        torch.set_num_threads(num_threads)
     return numba
 
 

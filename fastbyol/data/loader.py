@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from fastbyol.data.decoder import Decoder
 from fastbyol.data.memory import available_bytes
 from fastbyol.data.order import permutation, subset
 from fastbyol.data.prefetch import STALL_S, prefetch
-from fastbyol.errors import UsageError, size_text
+from fastbyol.errors import UsageError, check_choice, size_text
 
 Cache = Literal["auto", "device", "none"]
 Labels = Literal["unused", "optional", "needed"]
@@ -162,6 +162,7 @@ def open_loader(
     ``label_field``: as ``beton.inspect`` takes them. ``stall_s``: seconds without a batch after which the stream counts as
     hanging. UsageError: the file is missing or damaged, holds less than a batch, or does not fit where it was told to.
     """
+    check_choice("data.cache", cache, get_args(Cache))
     info, where = _inspected(file, image_field, label_field, may_lack_labels=True), torch.device(device)
     chosen = subset(info.num_samples, limit)
     count = info.num_samples if chosen is None else len(chosen)

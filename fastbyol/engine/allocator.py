@@ -20,6 +20,8 @@ def keep_freed_memory() -> bool:
     By default glibc maps each block over 32 MB anew, and the kernel fills its pages with zeros at every step: 15 % of the
     processor time of a bf16 step of ResNet-18 at 96 px (bench/LOG.md, "page faults"). The process keeps the largest amount
     of memory that it ever needed. Does nothing where the C library is not glibc.
+
+    For a process that only trains: what was set before cannot be asked for, and glibc, once told, no longer adapts by itself.
     """
     if platform.system() != "Linux" or platform.libc_ver()[0] != "glibc":
         return False

@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 
 from fastbyol.config import Config
-from fastbyol.errors import UsageError
+from fastbyol.errors import UsageError, check_choice
 from fastbyol_kernels import choice
 
 # Images a step x pixels x width^2, of which a step's products are a multiple. Below it a second thread costs more than it
 # brings (two cores, fp32, images/s with one thread and with two): 8e6 1,025 and 550; 3e7 480 and 375; 3e7, of more images,
 # 1,630 and 1,540; 8e7 235 and 295; 1e8 175 and 215; 2e9 23 and 44.
 SMALL_STEP = 5e7
+DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
 
 
 def pick_device(name: str) -> torch.device:
-    """``auto`` takes the first CUDA device, else the CPU. A device that is not there is a ``UsageError``."""
+    """``auto`` takes the first CUDA device, else the CPU; cpu, cuda and cuda:N are as they say.
+
+    Raises ``UsageError`` for another word and for a device that is not there.
+    """
+    if not DEVICE.fullmatch(str(name)):
+        check_choice("device", name, ("auto", "cpu", "cuda", "cuda:1"))
     if name == "auto":
         return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     device = torch.device(name)
@@ -37,7 +44,9 @@ def dtype_of(precision: str) -> torch.dtype:
     """
     if precision == "auto":
         raise UsageError("train.precision: auto has to be settled first (fastbyol.engine.precision.settle): say fp32 or bf16")
-    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}[precision]
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
+    check_choice("train.precision", precision, dtypes)
+    return dtypes[precision]
 
 
 def pick_kernels(name: str, device: torch.device, dtype: torch.dtype) -> str:
@@ -45,6 +54,7 @@ def pick_kernels(name: str, device: torch.device, dtype: torch.dtype) -> str:
 
     ``auto`` is Triton on CUDA, machine code on a CPU, plain torch for fp64. Raises ``UsageError`` for kernels that cannot run.
     """
+    check_choice("engine.kernels", name, choice.KERNELS)
     wide, on_gpu = dtype == torch.float64, device.type == "cuda"
     if name == "auto":
         return "reference" if wide else "triton" if on_gpu else "processor"

@@ -25,6 +25,7 @@ from fastbyol.engine.device import pick_device
 from fastbyol.engine.durable import new_digest, write_text
 from fastbyol.engine.environment import cpu_name, package_version
 from fastbyol.engine.step import TrainState, train_step
+from fastbyol.errors import check_choice
 from fastbyol.model.heads import Head
 
 # The narrow copy and its batch: a 64 px view leaves 2x2 pixels at the end of the torchvision stem.
@@ -158,7 +159,8 @@ def native_unit(device: torch.device) -> str | None:
 
 
 def gradient_gap(config: Config, device: torch.device, state: str) -> Gap:
-    """How far bf16 gradients of one step lie from fp64's, worst layer; ``state`` is healthy or collapsed."""
+    """How far bf16 gradients of one step lie from fp64's, worst layer; ``state`` is one of ``STATES``."""
+    check_choice("state", state, STATES)
     exact, got = (_gradients(config, device, precision, state == "collapsed") for precision in ("fp64", "bf16"))
     floor = ZERO * max(float(g.norm()) for g in exact.values())
     measured = {name: g for name, g in exact.items() if g.ndim > 1 and float(g.norm()) > floor}

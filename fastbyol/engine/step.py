@@ -27,11 +27,12 @@ from fastbyol.engine.standardized import StandardizedWeights
 from fastbyol.errors import UsageError
 from fastbyol.model.byol import NUM_VIEWS, Online, Target, build_online, build_target
 from fastbyol.model.norm import use_kernels
-from fastbyol.model.objective import Objective, byol_loss, contrastive_loss, enqueue, observe, unit
+from fastbyol.model.objective import OBJECTIVES, Objective, byol_loss, contrastive_loss, enqueue, observe, unit
 from fastbyol.optim import schedule
 from fastbyol.optim.arena import Arena
 from fastbyol.optim.given_rates import GivenRates
 from fastbyol.optim.lars import rule_of, treatments
+from fastbyol.process import exact_products, left_as_found
 from fastbyol_kernels.lars_ema import LAYER_METRICS, Rule, lars_ema
 
 __all__ = ["LAYER_METRICS", "METRICS", "StepMetrics", "TrainState", "forward", "train_step"]
@@ -104,8 +105,8 @@ class TrainState:
     def create(config: Config, *, steps_per_epoch: int, device: str | torch.device = "cpu") -> TrainState:
         """The state before the first step. It depends on ``config`` alone: the same on any device, whatever was drawn before.
 
-        On CUDA under ``fp32`` TF32 is switched off for the process. Raises ``UsageError`` for configurations that name
-        parameters which do not exist, heads that do not fit together, or a horizon beyond all measure.
+        On CUDA under ``fp32`` TF32 is switched off for the process (``process.exact_products``). Raises ``UsageError`` for
+        configurations that name parameters which do not exist, heads that do not fit together, or a horizon beyond all measure.
         """
         config = resolve(config)
         optim, epochs = config.optim, config.schedule.horizon_epochs
@@ -115,7 +116,7 @@ class TrainState:
         device, dtype = torch.device(device), torch.float64 if config.train.precision == "fp64" else torch.float32
         kernels = pick_kernels(config.engine.kernels, device, dtype)
         if device.type == "cuda" and config.train.precision == "fp32":
-            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+            exact_products()
         tables = (
             schedule.lr_table(config.schedule, optim.lr, horizon_epochs=epochs, steps_per_epoch=steps_per_epoch),
             schedule.tau_table(config.schedule, horizon_epochs=epochs, steps_per_epoch=steps_per_epoch),
@@ -203,6 +204,8 @@ def forward(
     with torch.no_grad():
         # simsiam: a target that is the online network itself, without gradient (arXiv:2011.10566, algorithm 1).
         projections = output.z.detach() if objective.name == "simsiam" else target(batch)
+    if objective.name not in OBJECTIVES:
+        raise ValueError(f"objective must be one of {', '.join(OBJECTIVES)}, not {objective.name!r}")
     if objective.name == "contrastive":
         loss = contrastive_loss(output.q, projections, objective.temperature, queue) * objective.loss_scale
     else:
@@ -259,7 +262,7 @@ def _drawn(config: ModelConfig, seed: int, num_keys: int) -> tuple[Online, Targe
 
     torch's generators are left as they were.
     """
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), left_as_found():
         torch.default_generator.manual_seed(seed)
         return build_online(config), build_target(config), torch.randn(num_keys, config.projector.out)
 

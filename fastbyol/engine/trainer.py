@@ -16,7 +16,6 @@ from fastbyol.config import Config
 from fastbyol.data import beton, embedded, loader
 from fastbyol.data.beton import BetonInfo
 from fastbyol.engine import capture, checkpoint, environment, guards, inputs, metrics_file, origin, record
-from fastbyol.engine.allocator import keep_freed_memory
 from fastbyol.engine.device import fitting_threads, pick_device
 from fastbyol.engine.inputs import Inputs
 from fastbyol.engine.interrupt import Interrupt, Stopped
@@ -29,6 +28,7 @@ from fastbyol.errors import CollapsedError, FastbyolError, NoGraphError, UsageEr
 from fastbyol.evaluation import protocol
 from fastbyol.evaluation.collapse import CollapseMonitor
 from fastbyol.evaluation.progress import Accuracies
+from fastbyol.process import exact_products, left_as_found
 
 
 @dataclass(frozen=True)
@@ -483,10 +483,8 @@ class Trainer:
 def fit(folder: RunFolder, config: Config, observer: Observer | None = None) -> Summary:
     """Run ``config`` in ``folder`` to its end; see ``Trainer.fit``.
 
-    Sets the process's TF32 switches and allocator for it, and its threads for as long as it lasts.
+    What it sets for the process, torch's switches and threads, is put back at its end.
     """
-    keep_freed_memory()
-    torch.backends.cuda.matmul.allow_tf32 = False
-    torch.backends.cudnn.allow_tf32 = False
-    with fitting_threads(config):
+    with left_as_found(), fitting_threads(config):
+        exact_products()
         return Trainer(folder, config, observer).fit()

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from fastbyol.config import ViewsConfig
-from fastbyol.errors import UsageError
+from fastbyol.errors import UsageError, check_choice
 from fastbyol.evaluation.features import agreeing_dtype, embed
 from fastbyol.evaluation.knn import knn_accuracy
 from fastbyol.evaluation.probe import logistic_multinomial, logistic_one_vs_rest
@@ -74,8 +74,7 @@ def evaluate(
     (the effective rank of the scored rows' embeddings), ``split`` and ``seconds``. Raises UsageError for data that the
     protocol cannot use and FastbyolError for an encoder whose embeddings are not finite.
     """
-    if protocol not in PROTOCOLS:
-        raise UsageError(f"protocol: {protocol!r} is none of {', '.join(PROTOCOLS)}")
+    check_choice("protocol", protocol, PROTOCOLS)
     began = time.perf_counter()
     rows = _choose(protocol, test, train)
     repeated = _num_repeated(rows) if rows.from_two_sets else None
@@ -100,6 +99,7 @@ def evaluate(
 
 def check(protocol: str, *, test: LabelledImages, train: LabelledImages | None) -> None:
     """Raise the UsageError that ``evaluate`` would raise for these data, before an encoder was trained for nothing."""
+    check_choice("protocol", protocol, PROTOCOLS)
     _choose(protocol, test, train)
 
 

@@ -15,7 +15,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+
+from fastbyol_kernels.choice import at_once
 
 KERNEL = 3
 # Where products by pixel were faster than oneDNN's convolution, forward and backward together: the largest side of an output,
@@ -30,8 +33,8 @@ SAFE_CHANNELS = 16
 def convolve(x: Tensor, weight: Tensor, stride: int, padding: int) -> Tensor:
     """``F.conv2d`` of x (N, I, S, S) with weight (O, I, k, k), by pixel where that is the faster way on this device.
 
-    Compiled code and dtypes other than float32 and bfloat16 take ``F.conv2d``. A strided 1x1 kernel of few channels is given
-    the pixels that it sees and nothing to step over (``SAFE_CHANNELS``).
+    What does not run at once (``choice.at_once``) and dtypes other than float32 and bfloat16 take ``F.conv2d``. A strided 1x1
+    kernel of few channels is given the pixels that it sees and nothing to step over (``SAFE_CHANNELS``).
     """
     if pays(x, weight, stride, padding):
         return convolve_by_pixel(x, weight, stride)
@@ -42,7 +45,7 @@ def convolve(x: Tensor, weight: Tensor, stride: int, padding: int) -> Tensor:
 
 def pays(x: Tensor, weight: Tensor, stride: int, padding: int) -> bool:
     """Whether ``convolve`` goes by pixel."""
-    if x.device.type != "cpu" or x.dtype not in LIMITS or torch.compiler.is_compiling():
+    if x.dtype not in LIMITS or not at_once(x, weight):
         return False
     if weight.shape[2:] != (KERNEL, KERNEL) or padding != 1:
         return False
@@ -71,6 +74,7 @@ class _ByPixel(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = (tensor.permute(0, 2, 3, 1) for tensor in ctx.saved_tensors)
         gradient = grads[0].permute(0, 2, 3, 1)

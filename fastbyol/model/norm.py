@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastbyol.config import HeadNormName, NormName
+from fastbyol.errors import check_choice
 from fastbyol_kernels.batch_norm import add_and_relu, batch_norm
+from fastbyol_kernels.choice import check_kernels
 from fastbyol_kernels.group_norm import group_norm
 
 BATCH_NORM_EPS = 1e-5
@@ -151,7 +153,11 @@ class _Choosing(Protocol):
 
 
 def use_kernels(net: nn.Module, kernels: str) -> None:
-    """Let every module in ``net`` that has a choice run on ``kernels``: auto, triton, processor or reference."""
+    """Let every module in ``net`` that has a choice run on ``kernels``: auto, triton, processor or reference.
+
+    Raises ValueError for another word.
+    """
+    check_kernels(kernels)
     for module in net.modules():
         if isinstance(module, _Choosing):
             module.kernels = kernels
@@ -172,6 +178,7 @@ def make_norm(name: NormName | HeadNormName, channels: int, *, groups: int, num_
         "ln": lambda: GroupNorm(1, channels),
         "none": nn.Identity,
     }
+    check_choice("norm", name, makers)
     return makers[name]()
 
 

@@ -17,6 +17,8 @@ from torch.nn import functional as F
 from fastbyol.errors import UsageError
 from fastbyol.model.byol import NUM_VIEWS, OnlineOutput
 
+OBJECTIVES = ("byol", "contrastive", "simsiam")
+
 
 class Objective(NamedTuple):
     """Which loss a step minimises, and its numbers; see ``config.MethodConfig``. ``loss_scale`` is a factor on any of them."""

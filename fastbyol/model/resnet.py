@@ -12,12 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from fastbyol.config import ModelConfig
+from fastbyol.errors import check_choice
 from fastbyol.model.convolution import convolve
 from fastbyol.model.norm import make_norm, norm_relu
 from fastbyol.model.standardized import Standardizing
 from fastbyol_kernels.max_pool import max_pool
 
 BLOCKS_PER_STAGE = (2, 2, 2, 2)
+STEMS = ("torchvision", "small")
 
 
 class Conv2d(Standardizing, nn.Conv2d):
@@ -67,6 +69,7 @@ class ResNet(nn.Module):
     def __init__(self, config: ModelConfig, num_views: int) -> None:
         super().__init__()
         width = config.width
+        check_choice("stem", config.stem, STEMS)
         self.embedding_dim = 8 * width
         self.pools, self.kernels = config.stem == "torchvision", "auto"
         self.conv1 = Conv2d(3, width, 7 if self.pools else 3, stride=2 if self.pools else 1, ws=config.ws)

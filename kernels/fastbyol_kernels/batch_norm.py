@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastbyol_kernels.choice import choose_kernels
+from fastbyol_kernels.choice import at_once, choose_kernels
 
 DTYPES = (torch.bfloat16, torch.float32)  # of the machine code
 
@@ -38,12 +38,18 @@ def reference(
 ) -> Tensor:
     """The formula above through torch's batch norm: bit for bit what ``num_views`` separate passes give."""
     running = (running_mean, running_var)
-    if x.device.type == "cpu" and not torch.compiler.is_compiling():
+    if at_once(x, weight, bias, *running) and _is_dense(x):
         y: Tensor = _OfViews.apply(x, weight, bias, *running, num_views, momentum, eps)
     else:
         chunks = x.chunk(num_views)
         y = torch.cat([F.batch_norm(chunk, *running, weight, bias, True, momentum, eps) for chunk in chunks])
     return add_and_relu(y, residual, relu)
+
+
+def _is_dense(x: Tensor) -> bool:
+    """Whether there is something, and without gaps: into a buffer of other strides torch's kernel writes other numbers."""
+    contiguous = x.is_contiguous() or (x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last))
+    return x.numel() > 0 and contiguous
 
 
 def add_and_relu(y: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
@@ -57,7 +63,8 @@ class _OfViews(torch.autograd.Function):
     """torch's batch norm kernel on each chunk, written straight into its part of one output.
 
     Saves the copy of a ``torch.cat``, a quarter of the forward's time on a CPU (16 channels of 32x32, 256 samples: 2.6 instead
-    of 3.4 ms on one core). Compiled code fuses the copy away, and so takes the plain expression.
+    of 3.4 ms on one core). Compiled code fuses the copy away, and so takes the plain expression, as does
+    what does not run at once.
     """
 
     @staticmethod
@@ -118,12 +125,12 @@ def batch_norm(
     for fp64 ``x``, else fp32. Returns x's shape, dtype and memory format. Differentiable once in x, weight, bias and residual.
 
     ``kernels``: "processor" is machine code, for bf16 or fp32 x (N, C, H, W) in channels-last on a CPU; all else, "reference"
-    and while torch.compile traces is torch's own kernel. "auto" is the first that can be. There are no Triton kernels: "triton"
-    is the reference. Raises ValueError, naming the argument, for what does not fit.
+    and what does not run at once (``choice.at_once``) is torch's own kernel. "auto" is the first that can be. There are no
+    Triton kernels: "triton" is the reference. Raises ValueError, naming the argument, for what does not fit.
     """
     _check(x, weight, bias, running_mean, running_var, num_views, residual)
-    chosen = choose_kernels(kernels, "x", x, triton=False, processor=True)
     affine = (weight, bias, running_mean, running_var)
+    chosen = choose_kernels(kernels, "x", x, *affine, residual, triton=False, processor=True)
     if chosen != "processor" or not _suits(x, affine):
         return reference(x, *affine, num_views, momentum=momentum, eps=eps, residual=residual, relu=relu)
     from fastbyol_kernels.batch_norm_processor import FusedBatchNorm  # numba: who has a GPU need not wait for it
@@ -154,8 +161,7 @@ def _suits(x: Tensor, affine: tuple[Tensor, ...]) -> bool:
     return (
         x.ndim == 4
         and x.numel() > 0
-        and x.device.type == "cpu"
         and x.dtype in DTYPES
         and x.is_contiguous(memory_format=torch.channels_last)
-        and all(t.dtype == torch.float32 and t.device == x.device and t.is_contiguous() for t in affine)
+        and all(t.dtype == torch.float32 and t.is_contiguous() for t in affine)
     )

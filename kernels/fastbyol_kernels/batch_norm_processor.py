@@ -461,12 +461,11 @@ class FusedBatchNorm(torch.autograd.Function):
 
 @cache
 def _numbers(eps: float, momentum: float) -> Tensor:
-    return torch.tensor([eps, momentum, 1 - momentum], dtype=torch.float64)
+    return torch.tensor([eps, momentum, 1 - momentum], dtype=torch.float64, device="cpu")
 
 
 @cache
 def _least(relu: bool, dtype: torch.dtype) -> Tensor:
     """What the output is at least, and what must be exceeded before rounding to ``dtype`` for the output to exceed it."""
-    if not relu:
-        return torch.tensor([-torch.inf, -torch.inf])
-    return torch.tensor([0.0, _LEAST_HALF if dtype == torch.bfloat16 else 0.0])
+    least = (0.0, _LEAST_HALF if dtype == torch.bfloat16 else 0.0) if relu else (-torch.inf, -torch.inf)
+    return torch.tensor(least, dtype=torch.float32, device="cpu")

@@ -30,7 +30,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastbyol_kernels.choice import choose_kernels
+from fastbyol_kernels.choice import choose_kernels, is_transformed
 
 EPS = 1e-5
 DTYPES = (torch.bfloat16, torch.float32)
@@ -54,7 +54,9 @@ def reference(
     if relu:
         y = F.relu(y)
     y = y.to(x.dtype)
-    return y.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else y
+    if x.ndim != 4 or is_transformed():  # torch.func.vmap knows no memory formats
+        return y
+    return y.contiguous(memory_format=torch.channels_last)
 
 
 @triton.jit
@@ -753,11 +755,11 @@ def group_norm(
 
     ``kernels``: "reference" (plain torch), "triton" (bf16 or fp32 in channels-last; on a CPU only in Triton's interpreter),
     "processor" (a CPU's machine code, for the same), or "auto", which is "triton" for CUDA tensors and else "processor", or the
-    reference for what is not channels-last. fp64, (N, C) and what torch.compile traces on a CPU always take the reference.
-    Raises ValueError, naming the argument, for what does not fit.
+    reference for what is not channels-last. fp64, (N, C) and what does not run at once on a CPU
+    (``choice.at_once``) always take the reference. Raises ValueError, naming the argument, for what does not fit.
     """
     _check(x, num_groups, weight, bias, residual)
-    chosen = choose_kernels(kernels, "x", x, processor=True)
+    chosen = choose_kernels(kernels, "x", x, weight, bias, residual, processor=True)
     if chosen == "reference" or x.ndim == 2:
         return reference(x, num_groups, weight, bias, eps, residual=residual, relu=relu)
     if chosen == "processor" and kernels == "auto" and _misfit(x, weight, bias, residual):
@@ -776,6 +778,8 @@ def group_norm(
 def _check(x: Tensor, num_groups: int, weight: Tensor, bias: Tensor, residual: Tensor | None) -> None:
     if x.ndim not in (2, 4):
         raise ValueError(f"x must be (N, C, H, W) or (N, C), not of {x.ndim} dimensions")
+    if not x.is_floating_point():
+        raise ValueError(f"x must be of floating point numbers, not {x.dtype}")
     channels = x.shape[1]
     if num_groups < 1 or channels % num_groups:
         raise ValueError(f"num_groups is {num_groups}, which does not divide x's {channels} channels")

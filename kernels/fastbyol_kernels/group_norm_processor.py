@@ -423,8 +423,8 @@ class _GroupNorm(torch.autograd.Function):
     ) -> Tensor:
         n, c, h, w = x.shape
         y = torch.empty_like(x)
-        mean, rstd = (torch.empty((n, num_groups), dtype=torch.float32) for _ in range(2))
-        numbers = torch.tensor((eps, 0.0 if relu else -float("inf")))
+        mean, rstd = (weight.new_empty((n, num_groups)) for _ in range(2))
+        numbers = weight.new_tensor((eps, 0.0 if relu else -float("inf")))
         per_row, per_block, num_blocks = _plan(x)
         _forward(
             num_blocks, x, x if residual is None else residual, y, weight, bias, mean, rstd, numbers, n, c, num_groups, h * w,
@@ -442,8 +442,8 @@ class _GroupNorm(torch.autograd.Function):
         dy = dy.contiguous(memory_format=torch.channels_last)
         dx = torch.empty_like(x)
         dresidual = None if y is None else torch.empty_like(x)
-        sums, affine = torch.empty((n, 2, c), dtype=torch.float32), torch.empty((2, c), dtype=torch.float32)
-        numbers = torch.tensor((0.0 if ctx.relu else -float("inf"),))
+        sums, affine = weight.new_empty((n, 2, c)), weight.new_empty((2, c))
+        numbers = weight.new_tensor((0.0 if ctx.relu else -float("inf"),))
         per_row, per_block, num_blocks = _plan(x)
         _backward(
             num_blocks, dy, x, x if y is None else y, dx, dx if dresidual is None else dresidual, weight, bias, mean, rstd,

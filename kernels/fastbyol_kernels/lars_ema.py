@@ -124,6 +124,7 @@ class SegmentTable:
 
 def trust_ratio(rule: Rule, weight_norm: Tensor, grad_norm: Tensor, decayed_norm: Tensor, decay: Tensor, eta: float) -> Tensor:
     """Trust ratios (S,) by ``rule`` for segments that adapt, from the norms of w, g and u = g + d w."""
+    _check_rule(rule)
     one = torch.ones_like(weight_norm)
     if rule == "sgd":
         return one
@@ -642,12 +643,12 @@ def lars_ema(
 
     ``kernels``: "reference" (plain torch), "triton" (fp32, three launches; on a CPU only in Triton's interpreter), "processor"
     (fp32 on a CPU, two passes), or "auto", which is "triton" for CUDA tensors and "processor" for others. fp64 never takes the
-    kernels, nor does what torch.compile traces on a CPU. Triton's want segments that start and buffers that end at multiples of
-    4 elements. Raises ValueError, naming the argument, for what does not fit.
+    kernels, nor does what does not run at once on a CPU (``choice.at_once``). Triton's want segments that start and buffers
+    that end at multiples of 4 elements. Raises ValueError, naming the argument, for what does not fit.
     """
     _check(online, gradient, momentum, target, table, lr, tau, rule, loss_scale)
     _check_outputs(online, target, table, online_copy, target_copy, slots, step, skipped)
-    chosen = choose_kernels(kernels, "online", online, processor=True)
+    chosen = choose_kernels(kernels, "online", online, gradient, momentum, target, lr, tau, loss_scale, processor=True)
     if chosen != "triton":
         layers: Tensor = (on_processor if chosen == "processor" else reference)(
             online, gradient, momentum, target, table, lr, tau,
@@ -675,8 +676,7 @@ def _check(
     rule: str,
     loss_scale: Tensor | None,
 ) -> None:
-    if rule not in RULES:
-        raise ValueError(f"rule must be one of {', '.join(RULES)}, not {rule!r}")
+    _check_rule(rule)
     if online.ndim != 1 or online.dtype not in (torch.float32, torch.float64) or not online.is_contiguous():
         raise ValueError(f"online must be flat, contiguous, float32 or float64, not {_kind(online)}")
     if len(online) < table.end:
@@ -693,6 +693,11 @@ def _check(
     for name, scalar in (("lr", lr), ("tau", tau), ("loss_scale", loss_scale)):
         if scalar is not None:
             _expect(name, scalar, (), *like)
+
+
+def _check_rule(rule: str) -> None:
+    if rule not in RULES:
+        raise ValueError(f"rule must be one of {', '.join(RULES)}, not {rule!r}")
 
 
 def _check_outputs(

@@ -27,8 +27,8 @@ def max_pool(x: Tensor, *, kernels: str = "auto") -> Tensor:
     Of equal values the first, row by row, takes the gradient; NaN is passed on. Differentiable once.
 
     ``kernels``: "processor" is machine code, for bf16 or fp32 x in channels-last on a CPU, of 16 channels or more; all else,
-    "reference" and while torch.compile traces is torch's own. "auto" is the first that can be. There are no Triton kernels:
-    "triton" is the reference. Raises ValueError for other words, and for "processor" where x is not on a CPU.
+    "reference" and what does not run at once (``choice.at_once``) is torch's own. "auto" is the first that can be. There are no
+    Triton kernels: "triton" is the reference. Raises ValueError for other words, and for "processor" where x is on a GPU.
     """
     chosen = choose_kernels(kernels, "x", x, triton=False, processor=True)
     if chosen != "processor" or not _suits(x):
@@ -44,7 +44,6 @@ def _suits(x: Tensor) -> bool:
     return (
         x.ndim == 4
         and x.numel() > 0
-        and x.device.type == "cpu"
         and x.dtype in DTYPES
         and x.shape[1] >= TILE
         and x.is_contiguous(memory_format=torch.channels_last)

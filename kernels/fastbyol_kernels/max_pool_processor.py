@@ -292,8 +292,9 @@ class PlacedMaxPool(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         n, c, h, w = x.shape
-        y = torch.empty((n, c, (h + 1) // 2, (w + 1) // 2), dtype=x.dtype, memory_format=torch.channels_last)
-        places = torch.empty(y.numel(), dtype=torch.uint8)
+        size = (n, c, (h + 1) // 2, (w + 1) // 2)
+        y = torch.empty(size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+        places = x.new_empty(y.numel(), dtype=torch.uint8)
         images = max(1, BLOCK // (c * h * w))
         run = _forward_fp32 if x.dtype == torch.float32 else _forward_bf16
         run(-(-n // images), n, images, h, w, c, x, y, places, x.new_full((TILE,), -torch.inf))
@@ -306,7 +307,7 @@ class PlacedMaxPool(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
         dy, (places,) = grads[0].contiguous(memory_format=torch.channels_last), ctx.saved_tensors
         n, c, h, w = ctx.shape
-        dx = torch.empty(ctx.shape, dtype=dy.dtype, memory_format=torch.channels_last)
+        dx = torch.empty(ctx.shape, dtype=dy.dtype, device=dy.device, memory_format=torch.channels_last)
         images = max(1, BLOCK // (c * h * w))
         run = _backward_fp32 if dy.dtype == torch.float32 else _backward_bf16
         run(-(-n // images), n, images, h, w, c, dy, dx, places)

@@ -39,6 +39,8 @@ from numba.core.types import CPointer  # type: ignore[attr-defined]
 from numba.extending import intrinsic, overload
 from torch import Tensor
 
+from fastbyol_kernels.choice import is_plain
+
 # What every table begins with: the next block to take, how many there are, and how many workers have begun.
 _NEXT, _BLOCKS, _WORKERS, _ARGUMENTS = 0, 1, 2, 3
 # Sums may be added in any order, which vector instructions need; NaN and infinity stay what they are.
@@ -69,9 +71,15 @@ class Kernel:
         return int(self._compiled.address)
 
     def __call__(self, num_blocks: int, *arguments: Tensor | int) -> None:
-        """Run blocks 0 to ``num_blocks`` - 1. Tensors must be on the CPU and contiguous in memory as the kernel reads them; the
-        kernel trusts its caller. Waits until all is done; Python's other threads run meanwhile.
+        """Run blocks 0 to ``num_blocks`` - 1. Tensors must be contiguous in memory as the kernel reads them; the kernel trusts
+        its caller. Waits until all is done; Python's other threads run meanwhile.
+
+        Raises ValueError for a tensor that is not one of torch's own on the CPU: it may have no memory behind its address.
         """
+        for a in arguments:
+            if isinstance(a, Tensor) and not is_plain(a):
+                what = f"{type(a).__name__} on {a.device}"
+                raise ValueError(f'machine code takes plain tensors on a CPU, not a {what}: take kernels="reference"')
         if num_blocks < 1:
             return
         table = (ctypes.c_int64 * (_ARGUMENTS + len(arguments)))(

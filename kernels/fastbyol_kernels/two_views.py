@@ -68,7 +68,7 @@ def reference(
 def _passes(host: Tensor, size: int, on_gpu: bool) -> Iterator[tuple[Tensor, list[int]]]:
     """Row indices of each pass, (N,), with their jitter orders: blurred views apart from others, equal orders side by side."""
     factors = host[:, Column.BRIGHTNESS : Column.HUE + 1]
-    jittered = (factors != torch.tensor(JITTER_IDENTITY)).any(1)
+    jittered = (factors != factors.new_tensor(JITTER_IDENTITY)).any(1)
     orders = torch.where(jittered, host[:, Column.ORDER], float(_NO_JITTER)).long()
     limit = max(1, (_PASS_BYTES_GPU if on_gpu else _PASS_BYTES_CPU) // (3 * 4 * size * size))
     blurred = host[:, Column.BLUR_SIGMA] > 0
@@ -800,7 +800,7 @@ def two_views(
     _check_table(images, table, len(images) if indices is None else len(indices))
     _check_settings(size, blur, blur_kernel, dtype)
     _check_layout(size, channels)
-    chosen = choose_kernels(kernels, "images", images, processor=True)
+    chosen = choose_kernels(kernels, "images", images, table, indices, processor=True)
     if chosen == "processor" and dtype != torch.float64:
         views = _on_processor(images, indices, table, size, blur, blur_kernel, mean, std, dtype)
         return views if channels == 3 else _lay_out(views, channels)
@@ -835,7 +835,7 @@ def _on_processor(
     _check_entries(rows, images.shape[1], images.shape[2])
     _check_reach(rows, size, blur, blur_kernel)
     if indices is None:
-        indices = torch.arange(len(images))
+        indices = torch.arange(len(images), device=images.device)
     elif int(indices.min()) < 0 or int(indices.max()) >= len(images):
         raise IndexError(f"indices must lie in [0, {len(images)}), got {int(indices.min())} to {int(indices.max())}")
     taps = blur_kernel if blur == "gaussian" else 0

@@ -305,19 +305,19 @@ def views(
     ``taps`` of a sampled Gaussian, or 0 for Pillow's blur; ``reach`` is the most pixels that a blur looks to either side.
     """
     height, width = images.shape[1:3]
-    out = torch.empty(*table.shape[:2], size, size, 3, dtype=dtype)
-    numbers = torch.tensor([*mean, *(1.0 / s for s in std)], dtype=torch.float32)
+    out = table.new_empty((*table.shape[:2], size, size, 3), dtype=dtype)
+    numbers = table.new_tensor([*mean, *(1.0 / s for s in std)])
     line = max(3 * width, size + 2 * reach)
     weights = size * sum(max(2, -(-2 * side // size)) for side in (height, width))
     scratch = 4 * size * size + line + weights + 2 * reach + 1
     workers = torch.get_num_threads()
     _views(
-        table.shape[0] * table.shape[1], images, indices.contiguous(), table.contiguous(), _orders(), numbers,
-        torch.empty(workers, scratch), torch.empty(workers, 2 * size, dtype=torch.int64), out, out,
+        table.shape[0] * table.shape[1], images, indices.contiguous(), table.contiguous(), _orders(indices), numbers,
+        table.new_empty(workers, scratch), indices.new_empty(workers, 2 * size), out, out,
         height, width, size, table.shape[1], taps, int(dtype == torch.bfloat16), scratch, line, weights,
     )  # fmt: skip
     return out
 
 
-def _orders() -> Tensor:
-    return torch.tensor([[column - Column.BRIGHTNESS for column in order] for order in JITTER_ORDERS], dtype=torch.int64)
+def _orders(like: Tensor) -> Tensor:
+    return like.new_tensor([[column - Column.BRIGHTNESS for column in order] for order in JITTER_ORDERS])

@@ -44,8 +44,8 @@ def weight_standardization(weight: Tensor, eps: float = EPS, *, kernels: str = "
 
     Every channel needs at least two weights (the std is unbiased). Differentiable in ``weight``.
 
-    ``kernels``: "auto" and "processor" take machine code for fp32 on a CPU, once differentiable, unless torch.compile traces;
-    all else is plain torch, "triton" as well, whose kernels take a network at a time.
+    ``kernels``: "auto" and "processor" take machine code for fp32 on a CPU, once differentiable, where it runs at once
+    (``choice.at_once``); all else is plain torch, "triton" as well, whose kernels take a network at a time.
     """
     if kernels != "triton" and choose_kernels(kernels, "weight", weight, processor=True) == "processor":
         rows_lie_together = weight.is_contiguous() or (
@@ -521,7 +521,7 @@ def standardize_rows_into(
     _check_sizes(flat, table)
     _check_copy("copy", copy, flat, table)
     _check_statistics(flat, table, means=means, stds=stds)
-    chosen = _choose(flat, copy.dtype, kernels)
+    chosen = _choose(flat, copy.dtype, kernels, copy, means, stds, table.rows)
     if chosen == "processor":
         from fastbyol_kernels import weight_standardization_processor
 
@@ -560,7 +560,7 @@ def standardize_rows_backward_into(
         raise ValueError(f"out must be as flat, {flat.dtype} {tuple(flat.shape)} on {flat.device}, contiguous")
     _check_copy("gradient", gradient, flat, table)
     _check_statistics(flat, table, means=means, stds=stds)
-    chosen = _choose(flat, gradient.dtype, kernels)
+    chosen = _choose(flat, gradient.dtype, kernels, out, gradient, means, stds, table.rows)
     if chosen == "processor":
         from fastbyol_kernels import weight_standardization_processor
 
@@ -586,9 +586,9 @@ def _row_statistics(flat: Tensor, table: RowTable) -> tuple[Tensor, Tensor]:
     return means[table.order], stds[table.order]
 
 
-def _choose(flat: Tensor, dtype: torch.dtype, kernels: str) -> str:
+def _choose(flat: Tensor, dtype: torch.dtype, kernels: str, *beside: Tensor) -> str:
     """A CPU takes what its kernels do not know, such as a copy in fp16, in plain torch unless they were asked for."""
-    chosen = choose_kernels(kernels, "flat", flat, processor=True)
+    chosen = choose_kernels(kernels, "flat", flat, *beside, processor=True)
     known = flat.dtype == torch.float32 and dtype in (torch.float32, torch.bfloat16)
     return "reference" if chosen == "processor" and kernels == "auto" and not known else chosen
 

@@ -123,7 +123,7 @@ def standardize(flat: Tensor, copy: Tensor, means: Tensor, stds: Tensor, rows: T
     """Fill ``copy`` (fp32 or bf16), ``means`` and ``stds`` (R,) for ``rows`` (R, 3) of a ``RowTable``; zero the ``gaps``."""
     num_blocks, per_block = _blocks(rows)
     _forward(
-        num_blocks + len(gaps), flat, copy, means, stds, rows, gaps, torch.tensor((eps,)), len(rows), per_block,
+        num_blocks + len(gaps), flat, copy, means, stds, rows, gaps, flat.new_tensor((eps,)), len(rows), per_block,
         int(copy.dtype == torch.bfloat16),
     )  # fmt: skip
 
@@ -134,7 +134,7 @@ def gradient_into(
     """Fill ``out``, as ``flat``, where rows are, given the ``gradient`` of the copy, and zero the ``gaps``."""
     num_blocks, per_block = _blocks(rows)
     _backward(
-        num_blocks + len(gaps), gradient, flat, means, stds, out, rows, gaps, torch.tensor((eps,)), len(rows), per_block,
+        num_blocks + len(gaps), gradient, flat, means, stds, out, rows, gaps, flat.new_tensor((eps,)), len(rows), per_block,
         int(gradient.dtype == torch.bfloat16),
     )  # fmt: skip
 
@@ -161,8 +161,8 @@ class _Rows(torch.autograd.Function):
         dtype: torch.dtype,
         eps: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        copy = torch.empty(copy_numel, dtype=dtype)
-        means, stds = (torch.empty(len(rows), dtype=torch.float32) for _ in range(2))
+        copy = flat.new_empty(copy_numel, dtype=dtype)
+        means, stds = flat.new_empty(2, len(rows)).unbind()
         standardize(flat, copy, means, stds, rows, copy_gaps, eps)
         ctx.eps = eps
         ctx.save_for_backward(flat, means, stds, rows, flat_gaps)
@@ -193,7 +193,7 @@ class _Weight(torch.autograd.Function):
     def forward(ctx: Any, weight: Tensor, eps: float) -> Tensor:
         rows, gaps = _rows_of(len(weight), weight[0].numel())
         out = torch.empty_like(weight)
-        means, stds = (torch.empty(len(weight), dtype=torch.float32) for _ in range(2))
+        means, stds = weight.new_empty(2, len(weight)).unbind()
         standardize(weight, out, means, stds, rows, gaps, eps)
         ctx.eps = eps
         ctx.save_for_backward(weight, means, stds)
@@ -214,10 +214,8 @@ class _Weight(torch.autograd.Function):
 @cache
 def _rows_of(channels: int, length: int) -> tuple[Tensor, Tensor]:
     """The rows and gaps of a weight alone."""
-    starts = torch.arange(channels) * length
-    return torch.stack((starts, torch.full_like(starts, length), starts), 1).contiguous(), torch.empty(
-        (0, 2), dtype=torch.int64
-    )
+    starts = torch.arange(channels, device="cpu") * length
+    return torch.stack((starts, torch.full_like(starts, length), starts), 1).contiguous(), starts.new_empty(0, 2)
 
 
 def weight_standardization(weight: Tensor, eps: float) -> Tensor:

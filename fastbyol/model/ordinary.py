@@ -1,0 +1,100 @@
+"""The encoder as it is handed out: torchvision's ResNet, of torch's own modules and operations alone.
+
+What trains (``model.resnet``) has statistics per view, machine code and kernels. Its twin here computes the same function, has
+the same state dict, and is anybody's network: to be traced, scripted, exported, transformed, pickled and fine-tuned. ``fc`` is
+an identity, the usual place for a classifier.
+
+Letters: N samples, O output channels, D features, S pixels.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchvision.models.resnet import BasicBlock
+from torchvision.models.resnet import ResNet as TorchvisionResNet
+
+from fastbyol.config import ModelConfig, NormName
+from fastbyol.errors import check_choice
+from fastbyol.model.convolution import SAFE_CHANNELS
+from fastbyol.model.norm import BATCH_NORM_EPS, BATCH_NORM_MOMENTUM, num_groups
+from fastbyol.model.resnet import BLOCKS_PER_STAGE, STEMS, ResNet
+from fastbyol_kernels import group_norm, weight_standardization
+
+
+class Conv2d(nn.Conv2d):
+    """A convolution whose weights are standardized first (``ws``), or that sees few channels at a stride (``picks``).
+
+    The latter takes the pixels that it sees and steps over nothing: see ``model.convolution.SAFE_CHANNELS``.
+    """
+
+    def __init__(self, like: nn.Conv2d, *, ws: bool) -> None:
+        size, stride = like.kernel_size[0], like.stride[0]
+        super().__init__(like.in_channels, like.out_channels, size, stride, size // 2, bias=False)
+        self.ws, self.picks = ws, _picks(like)
+        self.scale = float(max(like.in_channels * size * size - 1, 1)) ** -0.5
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight
+        if self.ws:  # the formula of fastbyol_kernels.weight_standardization
+            weight = weight - weight.mean([1, 2, 3], keepdim=True)
+            std = torch.linalg.vector_norm(weight, dim=[1, 2, 3], keepdim=True) * self.scale
+            weight = weight / (std + weight_standardization.EPS)
+        if self.picks:
+            return F.conv2d(x[:, :, :: self.stride[0], :: self.stride[1]], weight)
+        return F.conv2d(x, weight, None, self.stride, self.padding)
+
+
+class Encoder(TorchvisionResNet):  # type: ignore[misc]
+    """Images (N, 3, S, S) -> embeddings y (N, ``embedding_dim``), both in the parameters' dtype.
+
+    Batch norm is over the whole batch.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        check_choice("stem", config.stem, STEMS)
+        norm, width = partial(_norm, config.norm, config.groups), config.width
+        super().__init__(BasicBlock, list(BLOCKS_PER_STAGE), norm_layer=norm)
+        self.embedding_dim = 8 * width
+        self.inplanes = width
+        if config.stem == "torchvision":
+            self.conv1 = nn.Conv2d(3, width, 7, stride=2, padding=3, bias=False)
+        else:
+            self.conv1, self.maxpool = nn.Conv2d(3, width, 3, padding=1, bias=False), nn.Identity()
+        self.bn1, self.fc = norm(width), nn.Identity()
+        for stage, num_blocks in enumerate(BLOCKS_PER_STAGE):
+            blocks = self._make_layer(BasicBlock, width << stage, num_blocks, stride=2 if stage else 1)
+            self.add_module(f"layer{stage + 1}", blocks)
+        del self._norm_layer  # no function of ours in what is pickled and scripted
+        for parent in list(self.modules()):
+            for name, layer in list(parent.named_children()):
+                if isinstance(layer, nn.Conv2d) and (config.ws or _picks(layer)):
+                    setattr(parent, name, Conv2d(layer, ws=config.ws))
+
+
+def ordinary(encoder: ResNet, config: ModelConfig) -> Encoder:
+    """Make the twin of ``encoder``, which is of ``config``: weights copied, contiguous, in eval mode, all to be trained."""
+    with torch.device("meta"):  # nothing is drawn, and no memory taken twice
+        twin = Encoder(config)
+    # Copies: what the encoder has are views of the flat buffers of a whole run.
+    state = {name: t.clone(memory_format=torch.contiguous_format) for name, t in encoder.state_dict().items()}
+    twin.load_state_dict(state, assign=True)
+    twin.requires_grad_().eval()
+    return twin
+
+
+def _norm(name: NormName, groups: int, channels: int) -> nn.Module:
+    """torch's own module for what ``model.norm.make_norm`` makes."""
+    if name == "bn":
+        return nn.BatchNorm2d(channels, eps=BATCH_NORM_EPS, momentum=BATCH_NORM_MOMENTUM)
+    if name == "none":
+        return nn.Identity()
+    check_choice("norm", name, ("bn", "gn", "ln", "none"))
+    return nn.GroupNorm(num_groups(channels, groups) if name == "gn" else 1, channels, eps=group_norm.EPS)
+
+
+def _picks(layer: nn.Conv2d) -> bool:
+    return layer.kernel_size == (1, 1) and layer.stride != (1, 1) and layer.in_channels < SAFE_CHANNELS

@@ -90,7 +90,8 @@ class Loader:
 
     def __call__(self, index: int) -> Images:
         planes = self.rows(index)[-IMAGE_BYTES:].reshape(3, 32, 32)
-        return np.ascontiguousarray(planes.transpose(1, 2, 0))
+        image: Images = np.ascontiguousarray(planes.transpose(1, 2, 0))
+        return image
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,8 @@ class PickledRows:
 
     def __call__(self, index: int) -> NDArray[np.uint8]:
         """(3072,) uint8."""
-        return _kept_rows(self.path)[index]
+        row: Images = _kept_rows(self.path)[index]
+        return row
 
 
 def _files(kind: str, split: str) -> tuple[str, ...]:

@@ -86,7 +86,7 @@ class Named:
             )
         if wanted is None:
             return splits[0]
-        meant = next((split for split, words in SPLIT_NAMES.items() if wanted.lower() in words), wanted)
+        meant = _meant(wanted)
         if meant not in splits:
             known = listed(split for split in splits if split is not None)
             raise UsageError(f"{self.where}: no split {wanted!r}; its splits are {known}, its arrays {listed(self.names)}")
@@ -105,6 +105,11 @@ class Named:
     def all_labels(self) -> list[str]:
         """The names of the labels of every split, and of none."""
         return [name for split in (None, *SPLIT_NAMES) if (name := self.find(split, labels=True)) is not None]
+
+
+def _meant(split: str) -> str:
+    """A split in our spelling."""
+    return next((known for known, words in SPLIT_NAMES.items() if split.lower() in words), split)
 
 
 def role_of(name: str) -> Role | None:
@@ -198,7 +203,7 @@ def open_npy(path: Path, split: str | None) -> ArraySource:
             split = named.split(split)
             image = files[str(named.find(split, labels=False))]
         else:
-            if split is not None and Named("", (str(only),)).split(split) != role.split:
+            if split is not None and _meant(split) != role.split:
                 raise UsageError(f"{path}: is not of the split {split} by its name")
             split, image = role.split, path
         found = named.find(split, labels=True)

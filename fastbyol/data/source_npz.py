@@ -88,14 +88,16 @@ def _array(path: Path, key: str) -> NDArray[Any]:
 def _head(path: Path, key: str) -> Head:
     """The head of an array, which its part of the archive can hold."""
     where = f"{path}: {key!r}"
-    with _archive(path) as archive, archive.open(f"{key}.npy") as file:
-        head = read_head(file, where)  # type: ignore[arg-type]
+    with _archive(path) as archive:
         member = archive.getinfo(f"{key}.npy")
-    packed = member.compress_size * (MOST_PER_BYTE if member.compress_type == zipfile.ZIP_DEFLATED else 1)
-    if member.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) and member.file_size > packed:
-        raise UsageError(
-            f"{where}: {member.compress_size} bytes cannot hold the {member.file_size} that are said; save it again"
-        )
+        packed = member.compress_type == zipfile.ZIP_DEFLATED
+        if not packed and member.compress_type != zipfile.ZIP_STORED:  # zipfile unpacks such without a bound
+            raise UsageError(f"{where}: compressed in a way that numpy does not write; save it with numpy.savez_compressed")
+        if member.file_size > member.compress_size * (MOST_PER_BYTE if packed else 1):
+            what = f"{member.compress_size} bytes cannot hold the {member.file_size} that are said"
+            raise UsageError(f"{where}: {what}; save it again")
+        with archive.open(member) as file:
+            head = read_head(file, where)  # type: ignore[arg-type]
     demand_held(where, head, member.file_size)
     return head
 

@@ -1,37 +1,28 @@
-"""Arrays in MATLAB files: version 5, which scipy reads, and version 7.3, which is HDF5 and h5py reads.
+"""Arrays in MATLAB files: version 5, and version 7.3, which is HDF5 and read by h5py where that is installed.
 
-Both are asked for shapes first; an array is read only where file and memory can hold what it is said to be.
+Shapes come first; an array is read only where file and memory can hold what it is said to be.
 """
 
 from __future__ import annotations
 
 import math
-import struct
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from types import ModuleType
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from fastbyol.data import mat5
 from fastbyol.data.source_arrays import demand_memory, listed, one_line, size_of
 from fastbyol.errors import UsageError
 from fastbyol.files import open_regular
 
-# Of a version 5 file: text, version, and which way its numbers run.
-HEAD_BYTES = 128
-COMPRESSED = 15
 # Deflate's best ratio: 258 bytes for two bits (RFC 1951).
 MOST_PER_BYTE = 1032
-# What names, shapes and texts may take beside the numbers.
-SLACK_BYTES = 1 << 20
-PIECE_BYTES = 1 << 20
-_ITEM_BYTES = {"uint8": 1, "int8": 1, "char": 4, "logical": 1, "uint16": 2, "int16": 2, "uint32": 4, "int32": 4, "single": 4}
 
 
 @dataclass(frozen=True)
@@ -95,10 +86,8 @@ def cells(path: Path, name: str) -> list[Any]:
     shape_of(path, name)
     if _is_hdf5(path):
         raise UsageError(f"{path}: cell arrays are read from version 5 alone; save it with save -v7")
-    found = _values5(path, name)
-    if found.dtype != object:
-        raise UsageError(f"{path}: {name!r} is no cell array; get the file again")
-    return [item.item() if np.asarray(item).dtype.kind == "U" and np.size(item) == 1 else item for item in found.flat]
+    with _reading(path), open_regular(path) as file:
+        return mat5.read_cells(file, mat5.variables(file)[name])
 
 
 def forget() -> None:
@@ -109,55 +98,12 @@ def forget() -> None:
 
 @lru_cache(maxsize=6)
 def _kept(path: Path, name: str) -> NDArray[Any]:
-    return _values73(path, name) if _is_hdf5(path) else _values5(path, name)
-
-
-@lru_cache(maxsize=16)
-def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """Shapes of all arrays, as MATLAB says them."""
-    if _is_hdf5(path):
-        with _hdf5(path) as file:
-            return {name: tuple(map(int, item.shape[::-1])) for name, item in _datasets(file)}
-    with _version5(path) as (scipy_io, file):
-        return {name: tuple(map(int, shape)) for name, shape, _ in scipy_io.whosmat(file)}
-
-
-def _values5(path: Path, name: str) -> NDArray[Any]:
-    with _version5(path) as (scipy_io, file):
-        kinds = scipy_io.whosmat(file)
-        said = sum(math.prod(map(int, shape)) * _ITEM_BYTES.get(kind, 8) for _, shape, kind in kinds)
-        _demand_inflated(path, file, said)
-        demand_memory(f"{path}: {name!r}", said)
-        file.seek(0)
-        return np.asarray(scipy_io.loadmat(file, variable_names=[name])[name])
-
-
-def _demand_inflated(path: Path, file: BinaryIO, said: int) -> None:
-    """UsageError if what is compressed in a version 5 file comes to more than ``said`` bytes of arrays, with some slack."""
-    file.seek(HEAD_BYTES - 2)
-    order = "<" if file.read(2) == b"IM" else ">"
-    most, end = 2 * said + SLACK_BYTES, size_of(path)
-    while len(tag := file.read(8)) == 8:
-        kind, size = struct.unpack(f"{order}II", tag)
-        start = file.tell()
-        if start + size > end:
-            raise UsageError(f"{path}: ends within an array; get the file again")
-        if kind == COMPRESSED:
-            unpack, left = zlib.decompressobj(), size
-            while left and not unpack.eof:
-                piece = file.read(min(left, PIECE_BYTES // 16))
-                left -= len(piece)
-                while piece and not unpack.eof:
-                    most -= len(unpack.decompress(piece, PIECE_BYTES))
-                    piece = unpack.unconsumed_tail
-                    if most < 0:
-                        raise UsageError(f"{path}: unpacks to more than its {said} bytes of arrays; get the file again")
-        file.seek(start + size)
-
-
-def _values73(path: Path, name: str) -> NDArray[Any]:
-    with _hdf5(path) as file:
-        item = dict(_datasets(file))[name]
+    """The array as it is stored, whole."""
+    if not _is_hdf5(path):
+        with _reading(path), open_regular(path) as file:
+            return mat5.read(file, mat5.variables(file)[name], f"{path}: {name!r}")
+    with _hdf5(path) as opened:
+        item = dict(_datasets(opened))[name]
         if item.dtype.kind not in "iufb":
             raise UsageError(f"{path}: {name!r} is {item.dtype}, no array of numbers; get the file again")
         if item.nbytes > item.id.get_storage_size() * MOST_PER_BYTE:
@@ -166,9 +112,20 @@ def _values73(path: Path, name: str) -> NDArray[Any]:
         return np.asarray(item[()]).T
 
 
+@lru_cache(maxsize=16)
+def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Shapes of all arrays, as MATLAB says them."""
+    if not _is_hdf5(path):
+        with _reading(path), open_regular(path) as file:
+            return {name: variable.shape for name, variable in mat5.variables(file).items()}
+    with _hdf5(path) as opened:
+        return {name: tuple(map(int, item.shape[::-1])) for name, item in _datasets(opened)}
+
+
 def _datasets(file: Any) -> Iterator[tuple[str, Any]]:
     """Arrays that lie in the file itself: no links, and nothing that leads to other files."""
-    h5py = _import("h5py")
+    import h5py
+
     for name in file:
         item = file[name] if isinstance(file.get(name, getlink=True), h5py.HardLink) else None
         if isinstance(item, h5py.Dataset) and item.shape is not None and not item.external and not item.is_virtual:
@@ -177,7 +134,7 @@ def _datasets(file: Any) -> Iterator[tuple[str, Any]]:
 
 def _is_hdf5(path: Path) -> bool:
     with open_regular(path) as file:
-        head = file.read(HEAD_BYTES)
+        head = file.read(mat5.HEAD_BYTES)
     if head[:10] == b"MATLAB 7.3":
         return True
     if head[:10] != b"MATLAB 5.0" or head[126:] not in (b"IM", b"MI"):
@@ -186,15 +143,11 @@ def _is_hdf5(path: Path) -> bool:
 
 
 @contextmanager
-def _version5(path: Path) -> Iterator[tuple[Any, BinaryIO]]:
-    scipy_io = _import("scipy.io")
-    with _reading(path), open_regular(path) as file:
-        yield scipy_io, file
-
-
-@contextmanager
 def _hdf5(path: Path) -> Iterator[Any]:
-    h5py = _import("h5py")
+    try:
+        import h5py
+    except ImportError:
+        raise UsageError(f"{path}: is of MATLAB's version 7.3, which h5py reads; pip install h5py") from None
     with _reading(path), open_regular(path) as file, h5py.File(file, "r") as opened:
         yield opened
 
@@ -208,14 +161,3 @@ def _reading(path: Path) -> Iterator[None]:
         raise
     except Exception as error:
         raise UsageError(f"{path}: not a whole MATLAB file ({one_line(error)}); get it again") from None
-
-
-def _import(name: str) -> ModuleType:
-    """scipy.io or h5py, which MATLAB files alone need."""
-    import importlib
-
-    try:
-        return importlib.import_module(name)
-    except ImportError:
-        package = name.partition(".")[0]
-        raise UsageError(f"MATLAB files: {package} is not installed, which reads them; pip install {package}") from None

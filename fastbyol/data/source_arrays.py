@@ -39,6 +39,9 @@ class ArraySource:
     num_images: int
     size: tuple[int, int]
     load: Callable[[int], Images]
+    skipped: tuple[tuple[str, str], ...] = ()
+    ignored: tuple[tuple[str, str], ...] = ()
+    notes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return self.num_images
@@ -187,6 +190,13 @@ def class_labels(
         return own.astype(np.int64), tuple(map(str, range(int(known[-1]) + 1)))
     _demand_few(where, known)
     return np.where(own < 0, -1, np.searchsorted(known, own)).astype(np.int64), tuple(map(str, known))
+
+
+def notes_on(class_names: tuple[str, ...]) -> tuple[str, ...]:
+    """What a reader should know of labels that ``class_labels`` mapped."""
+    if not class_names or class_names[-1] == str(len(class_names) - 1) or not class_names[-1].isdecimal():
+        return ()
+    return (f"labels up to {class_names[-1]} became 0 to {len(class_names) - 1}, the classes' names say what they were",)
 
 
 def _whole(where: str, values: NDArray[Any]) -> NDArray[Any]:

@@ -55,7 +55,7 @@ def has_cifar(path: Path, kind: str) -> bool:
     if kind == "cifar10":
         return any((folder / f"{name}{end}").exists() for name in ("data_batch_1", "test_batch") for end in _ENDINGS.values())
     return any(
-        (folder / _NAMES[version][1]).is_file() and any((folder / f"{split}{end}").is_file() for split in SPLITS)
+        _no_folder(folder / _NAMES[version][1]) and any(_no_folder(folder / f"{split}{end}") for split in SPLITS)
         for version, end in _ENDINGS.items()
     )
 
@@ -105,6 +105,11 @@ class PickledRows:
         """(3072,) uint8."""
         row: Images = _kept_rows(self.path)[index]
         return row
+
+
+def _no_folder(path: Path) -> bool:
+    """Whether something lies there that is no folder: what else it is no file is said when it is opened."""
+    return path.exists() and not path.is_dir()
 
 
 def _files(kind: str, split: str) -> tuple[str, ...]:

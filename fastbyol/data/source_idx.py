@@ -22,7 +22,7 @@ from typing import BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from fastbyol.data.source_arrays import ArraySource, Images, Labels, class_labels, demand_memory, size_of
+from fastbyol.data.source_arrays import ArraySource, Images, Labels, class_labels, demand_memory, notes_on, size_of
 from fastbyol.errors import UsageError
 from fastbyol.files import open_regular
 
@@ -78,7 +78,7 @@ def open_idx(path: Path, kind: str, split: str | None) -> ArraySource:
             raise UsageError(f"{_labels_file(images)}: label {labels.max()} is none of Fashion-MNIST's ten; take --kind idx")
         names = FASHION_CLASSES
     size = (max(SIDE, height), max(SIDE, width))
-    return ArraySource(kind, of, names, labels, count, size, Loader(images, shape, offset))
+    return ArraySource(kind, of, names, labels, count, size, Loader(images, shape, offset), notes=notes_on(names))
 
 
 def fashion_mnist_folder(cache: Path) -> Path:

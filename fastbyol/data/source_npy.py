@@ -9,7 +9,7 @@ import io
 import math
 import os
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -28,6 +28,7 @@ from fastbyol.data.source_arrays import (
     demand_memory,
     image_size,
     listed,
+    notes_on,
     one_line,
     planes_first,
 )
@@ -91,6 +92,17 @@ class Named:
             known = listed(split for split in splits if split is not None)
             raise UsageError(f"{self.where}: no split {wanted!r}; its splits are {known}, its arrays {listed(self.names)}")
         return meant
+
+    def notes(self, wanted: str | None, taken: str | None) -> tuple[str, ...]:
+        """What a reader should know where a split was taken that nobody asked for."""
+        others = [split for split in SPLIT_NAMES if split != taken and self.find(split, labels=False) is not None]
+        if wanted is not None or not others:
+            return ()
+        return (f"took {f'the split {taken}' if taken else 'the images of no split'}; --split takes {' or '.join(others)}",)
+
+    def ignored(self) -> tuple[tuple[str, str], ...]:
+        """The arrays whose names say nothing."""
+        return tuple((name, "arrays of no known name") for name in self.names if role_of(name) is None)
 
     def find(self, split: str | None, *, labels: bool) -> str | None:
         """The name of the images or the labels of a split; None where there are none, UsageError where two names mean it."""
@@ -188,7 +200,10 @@ def open_npy(path: Path, split: str | None) -> ArraySource:
 
     Beside ``x_train.npy`` lies ``y_train.npy`` or ``train_labels.npy``, beside ``cats.npy`` ``cats_labels.npy``.
     """
-    files, only = _arrays_in(path if path.is_dir() else path.parent), None if path.is_dir() else path.stem
+    folder, only = (path, None) if path.is_dir() else (path.parent, path.stem)
+    files = _arrays_in(folder)
+    ignored: tuple[tuple[str, str], ...] = ()
+    notes: tuple[str, ...] = ()
     role = role_of(only) if only is not None else None
     if only is not None and (role is None or role.labels):
         if role is not None:
@@ -198,9 +213,11 @@ def open_npy(path: Path, split: str | None) -> ArraySource:
         image, label = path, next((files[name] for name in _beside(only) if name in files), None)
         others: list[Path] = []
     else:
-        named = Named(str(path if path.is_dir() else path.parent), tuple(files))
+        named = Named(str(folder), tuple(files))
         if role is None:
-            split = named.split(split)
+            wanted, split = split, named.split(split)
+            notes = named.notes(wanted, split)
+            ignored = named.ignored() + _others_in(folder)
             image = files[str(named.find(split, labels=False))]
         else:
             if split is not None and _meant(split) != role.split:
@@ -209,7 +226,8 @@ def open_npy(path: Path, split: str | None) -> ArraySource:
         found = named.find(split, labels=True)
         label = None if found is None else files[found]
         others = [files[name] for name in named.all_labels() if name != found]
-    return _opened(image, label, others, split)
+    source = _opened(image, label, others, split)
+    return replace(source, ignored=ignored, notes=notes + notes_on(source.class_names))
 
 
 def _opened(image: Path, label: Path | None, others: list[Path], split: str | None) -> ArraySource:
@@ -270,6 +288,12 @@ def _arrays_in(folder: Path) -> dict[str, Path]:
     with os.scandir(folder) as entries:
         names = sorted(entry.name for entry in entries if entry.name.lower().endswith(".npy") and entry.name[0] != ".")
     return {name[:-4]: folder / name for name in names}
+
+
+def _others_in(folder: Path) -> tuple[tuple[str, str], ...]:
+    with os.scandir(folder) as entries:
+        names = sorted(entry.name for entry in entries if not entry.name.lower().endswith(".npy") and entry.name[0] != ".")
+    return tuple((name, "no array") for name in names)
 
 
 def _beside(stem: str) -> list[str]:

@@ -21,6 +21,7 @@ from fastbyol.data.source_arrays import (
     class_labels,
     demand_labels,
     image_size,
+    notes_on,
     one_line,
     planes_first,
 )
@@ -39,8 +40,9 @@ def open_npz(path: Path, split: str | None) -> ArraySource:
     train is taken where all are of splits.
     """
     with _archive(path) as archive:
-        named = Named(str(path), tuple(name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")))
-    split = named.split(split)
+        members = archive.namelist()
+    named = Named(str(path), tuple(name.removesuffix(".npy") for name in members if name.endswith(".npy")))
+    wanted, split = split, named.split(split)
     key, label_key = str(named.find(split, labels=False)), named.find(split, labels=True)
     head = _head(path, key)
     num_labels = None if label_key is None else math.prod(_head(path, label_key).shape)
@@ -51,7 +53,17 @@ def open_npz(path: Path, split: str | None) -> ArraySource:
         others = [_labels(path, other) for other in named.all_labels() if other != label_key]
         labels, names = class_labels(f"{path}: {label_key!r}", _labels(path, label_key, head.shape[0]), others)
     _kept_array.cache_clear()
-    return ArraySource("npz", split, names, labels, head.shape[0], (height, width), Loader(path, key))
+    return ArraySource(
+        kind="npz",
+        split=split,
+        class_names=names,
+        labels=labels,
+        num_images=head.shape[0],
+        size=(height, width),
+        load=Loader(path, key),
+        ignored=named.ignored() + tuple((name, "no array") for name in members if not name.endswith(".npy")),
+        notes=named.notes(wanted, split) + notes_on(names),
+    )
 
 
 @dataclass(frozen=True)

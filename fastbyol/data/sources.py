@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-from collections import Counter
 from pathlib import Path
 from typing import Protocol
 
@@ -138,13 +136,6 @@ def _detect_file(path: Path) -> str:
     if Path(name).suffix in source_folders.SUFFIXES:
         raise UsageError(f"{path}: is one picture; give the folder that it lies in")
     raise UsageError(f"{path}: neither a folder nor an .npz file; arrays can be saved with numpy.savez(images=..., labels=...)")
-
-
-def contents(folder: Path, most: int = 5) -> str:
-    """What lies in a folder, for a message: how many entries of each ending, the most frequent first."""
-    with os.scandir(folder) as entries:
-        endings = Counter("folders" if entry.is_dir() else Path(entry.name).suffix or "without ending" for entry in entries)
-    return ", ".join(f"{count} {ending}" for ending, count in endings.most_common(most)) or "nothing"
 
 
 def _demand_no_fold(where: str, fold: int | None) -> None:

@@ -408,6 +408,7 @@ def test_npz(tmp_path: Path, form: str, packed: bool) -> None:
     with zipfile.ZipFile(path, "a") as archive:
         archive.writestr("notes.txt", "no array")
     source = sources.open_source(str(path))
+    assert source.ignored == (("notes.txt", "no array"),)  # type: ignore[attr-defined]
     assert source.split == {"keras": "train", "medical": "train", "dashes": "train", "validation": "val"}.get(form)
     demand_equal(source, expected, labels if label_key else None)
 
@@ -509,6 +510,7 @@ def test_large_idx_labels_are_mapped_too(tmp_path: Path) -> None:
     (tmp_path / "train-labels-idx2-int").write_bytes(head + rows.tobytes())
     source = sources.open_source(str(tmp_path))
     assert source.class_names == tuple(str(k * 10**8) for k in range(10))
+    assert "900000000 became 0 to 9" in source.notes[0]  # type: ignore[attr-defined]
     demand_equal(source, images, labels)
 
 
@@ -604,6 +606,7 @@ def test_npz_splits(tmp_path: Path) -> None:
     source = sources.open_source(str(path), split="test")
     assert (source.split, len(source.class_names)) == ("test", 6)
     demand_equal(source, images[5:], [5])
+    assert sources.open_source(str(path)).notes == ("took the split train; --split takes val or test",)  # type: ignore[attr-defined]
     refused("'dev'", "train, val, test", source=path, split="dev")
     np.savez(path, images=images)
     refused("'test'", "its splits are none", source=path, split="test")

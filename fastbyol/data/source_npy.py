@@ -90,7 +90,8 @@ class Named:
         meant = _meant(wanted)
         if meant not in splits:
             known = listed(split for split in splits if split is not None)
-            raise UsageError(f"{self.where}: no split {wanted!r}; its splits are {known}, its arrays {listed(self.names)}")
+            what = f"no split {wanted!r}, as {meant}_images would be; its splits are {known}"
+            raise UsageError(f"{self.where}: {what}, its arrays {listed(self.names)}")
         return meant
 
     def notes(self, wanted: str | None, taken: str | None) -> tuple[str, ...]:

@@ -68,11 +68,14 @@ def _progress(console: Console, what: str) -> tuple[Any, Callable[[int, int], No
 def convert(
     source: Annotated[
         str,
-        typer.Argument(help="'fashion-mnist', 'textures', a folder of images or of STL-10, CIFAR or idx files, an .npz file."),
+        typer.Argument(
+            help="'fashion-mnist', 'textures', a folder of images or of STL-10, CIFAR, SVHN, idx or .npy files, an .npz."
+        ),
     ],
     out: Annotated[Path, typer.Argument(help="The beton file to write.")],
     kind: Annotated[str | None, typer.Option(help="What SOURCE is, where it cannot be told from its files.")] = None,
     split: Annotated[str | None, typer.Option(help="train, test, unlabeled, train+unlabeled; or a subfolder.")] = None,
+    fold: Annotated[int | None, typer.Option(min=0, max=9, help="One of STL-10's ten folds of train.")] = None,
     size: Annotated[int | None, typer.Option(min=8, max=4096, help="Side of the written images, pixels.")] = None,
     resize: Annotated[
         Literal["resize", "centre", "none"] | None,
@@ -98,6 +101,7 @@ def convert(
             out,
             kind=kind,
             split=split,
+            fold=fold,
             size=size,
             resize=resize,
             mode=mode,

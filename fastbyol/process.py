@@ -77,12 +77,14 @@ def _keep_precisions(found: ExitStack) -> None:
 
 
 def _numba_threads() -> int | None:
-    return sys.modules["numba"].get_num_threads() if "numba" in sys.modules else None
+    """How many threads numba has; None where its pool is not running, which asking numba itself would start."""
+    pool = sys.modules.get("numba.np.ufunc.parallel")
+    return sys.modules["numba"].get_num_threads() if pool is not None and pool._is_initialized else None
 
 
 def _give_numba_its_threads(before: int | None) -> None:
-    """``before``, or all where numba was imported since: FFCV's import leaves one."""
-    if "numba" in sys.modules:
+    """``before``, or all where its pool was started since: FFCV's import leaves one."""
+    if _numba_threads() is not None:
         numba = sys.modules["numba"]
         numba.set_num_threads(numba.config.NUMBA_NUM_THREADS if before is None else before)
 

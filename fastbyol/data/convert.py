@@ -100,6 +100,7 @@ def convert(
     *,
     kind: str | None = None,
     split: str | None = None,
+    fold: int | None = None,
     count: int = 4096,
     size: int | None = None,
     seed: int = 0,
@@ -121,7 +122,7 @@ def convert(
     started, path = time.monotonic(), Path(out)
     beton_write.check_output(path, overwrite=overwrite)
     made = kind == "textures" or (kind is None and source == "textures")
-    opened = sources.open_source(source, kind=kind, split=split, count=count, size=size, seed=seed, strict=strict)
+    opened = sources.open_source(source, kind=kind, split=split, fold=fold, count=count, size=size, seed=seed, strict=strict)
     resize = "none" if made else _checked_resize(resize, size)
     items = _Items(opened, np.arange(len(opened)), resize, None if made else size)
     skipped = list(opened.skipped)
@@ -138,7 +139,7 @@ def convert(
             overwrite=overwrite,
             page_bytes=_page_bytes(path, items, mode),
             stop_at_unreadable=strict,
-            note=_note(source, opened, count=count, size=size, seed=seed) if made else _note(source, opened, size=size),
+            note=_note(source, opened, size=size, fold=fold, **({"count": count, "seed": seed} if made else {})),
         )
 
     try:

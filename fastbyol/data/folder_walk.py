@@ -53,6 +53,12 @@ def walk(root: Path) -> Found:
     return found
 
 
+def has_pictures(folder: Path) -> bool:
+    """Tell whether a picture lies right in ``folder`` or in one of its folders."""
+    within = [folder, *(Path(entry) for entry in os.scandir(folder) if entry.is_dir(follow_symlinks=False))]
+    return any(is_picture(entry.name) for one in within if os.access(one, os.R_OK | os.X_OK) for entry in os.scandir(one))
+
+
 def _read_below(root: Path, start: str, found: Found, links: list[str], seen: set[tuple[int, int]]) -> None:
     """Take in the real folders from ``start`` downwards; links to folders are kept in ``links`` for later."""
     pending = [start]

@@ -1,21 +1,31 @@
 """What sources that lie in arrays share: images of one size, found by number, with labels or without.
 
-A source holds paths and numbers only, so that it can be handed to another process; arrays are read on first use there.
+A source holds paths and numbers only, so that it can be handed to another process; images are read on first use there. Every
+number that a file says is held against what the file can hold and what memory is there before it is used.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fastbyol.errors import UsageError
+from fastbyol.files import open_regular, refuse_special
 
 Images = NDArray[np.uint8]
 Labels = NDArray[np.int64]
+
+# Labels below this are classes as they are; above, a label is rather a name than a number of a class.
+MAX_CLASSES = 1 << 16
+# Less than this is not held against the memory that is there.
+SMALL_BYTES = 1 << 26
+CHANNELS = (1, 3)
 
 
 @dataclass(frozen=True)
@@ -56,15 +66,222 @@ class ArraySource:
         return np.full(self.num_images, 3 * self.size[0] * self.size[1], np.int64)
 
 
+@dataclass(frozen=True)
+class Rows:
+    """``count`` rows of ``row_bytes`` bytes from ``offset`` on in a file, read one at a time."""
+
+    path: Path
+    count: int
+    row_bytes: int
+    offset: int = 0
+
+    def __call__(self, index: int) -> NDArray[np.uint8]:
+        """(row_bytes,) uint8; UsageError where the file ends before."""
+        with open_regular(self.path) as file:
+            data = os.pread(file.fileno(), self.row_bytes, self.offset + index * self.row_bytes)
+        if len(data) != self.row_bytes:
+            raise UsageError(f"{self.path}: ends within image {index}; it became shorter, get it again")
+        return np.frombuffer(data, np.uint8)
+
+
+class Part(Protocol):
+    """Rows of pixels by number."""
+
+    @property
+    def count(self) -> int: ...
+    def __call__(self, index: int, /) -> NDArray[np.uint8]: ...
+
+
+@dataclass(frozen=True)
+class Chain:
+    """Parts one after the other."""
+
+    parts: tuple[Part, ...]
+
+    def __call__(self, index: int) -> NDArray[np.uint8]:
+        for part in self.parts:
+            if index < part.count:
+                return part(index)
+            index -= part.count
+        raise IndexError(index)
+
+
+def image_size(where: str, shape: Sequence[int], dtype: np.dtype[Any], num_labels: int | None) -> tuple[int, int]:
+    """(H, W) of the images in an array: uint8 (N, H, W, 3), (N, H, W, 1), (N, 3, H, W), (N, 1, H, W) or grey (N, H, W).
+
+    UsageError for all else, one image without N included. ``num_labels`` tells whether (32, 32, 3) is 32 narrow grey images.
+    """
+    if dtype != np.uint8:
+        remedy = "images.astype('uint8') in the range 0 to 255"
+        if dtype.kind == "f":
+            remedy = "(255 * images).round().astype('uint8')"
+        elif dtype.hasobject:
+            remedy = "numpy.stack(images), which needs images of one size; others go into a folder of pictures"
+        raise UsageError(f"{where} is {dtype}, not uint8; save {remedy}")
+    shape = tuple(shape)
+    if len(shape) == 3 and num_labels != shape[0] and (shape[2] in (1, 3, 4) or shape[0] == 3):
+        raise UsageError(
+            f"{where} has shape {shape}, which looks like one image; save images[None] for one, images[..., None] for grey"
+        )
+    if len(shape) == 2:
+        raise UsageError(
+            f"{where} has shape {shape}; save images[None] if it is one image, images.reshape(N, H, W, 3) if rows are"
+        )
+    if len(shape) == 4 and 4 in (shape[1], shape[3]) and not set(CHANNELS) & {shape[1], shape[3]}:
+        raise UsageError(
+            f"{where} has shape {shape}; what a fourth channel means is not said: save the first three, or shown on white"
+        )
+    if len(shape) == 4 and shape[1] in CHANNELS and shape[3] in CHANNELS and shape[2] > 3:
+        raise UsageError(f"{where} has shape {shape}: its channels may be the second or the last; pad the images")
+    known = len(shape) == 3 or (len(shape) == 4 and (shape[3] in CHANNELS or shape[1] in CHANNELS))
+    if not known or min(shape) < 1:
+        raise UsageError(f"{where} has shape {shape}; save it as (N, H, W, 3), (N, 3, H, W) or (N, H, W)")
+    return (shape[2], shape[3]) if planes_first(shape) else (shape[1], shape[2])
+
+
+def planes_first(shape: Sequence[int]) -> bool:
+    """Tell (N, 3, H, W) from (N, H, W, 3)."""
+    return len(shape) == 4 and shape[3] not in CHANNELS
+
+
+def as_rgb(image: NDArray[np.uint8], planes: bool) -> Images:
+    """(H, W), (H, W, 1 or 3) or, with ``planes``, (1 or 3, H, W) -> (H, W, 3)."""
+    if image.ndim == 2:
+        image = image[:, :, None]
+    elif planes:
+        image = image.transpose(1, 2, 0)
+    return np.ascontiguousarray(np.broadcast_to(image, (*image.shape[:2], 3)))
+
+
+def demand_labels(where: str, shape: Sequence[int], dtype: np.dtype[Any], num_images: int) -> None:
+    """UsageError unless an array holds a whole number, a truth value, or a text for each image."""
+    shape, what = tuple(shape), f"{where} is {dtype} of shape {tuple(shape)} for {num_images} images"
+    if len(shape) == 2 and shape[0] == num_images and shape[1] > 1:
+        raise UsageError(f"{what}; save one label for each image: labels.argmax(1) if they are one-hot")
+    if dtype.kind not in "iubfUS" or dtype.itemsize == 0 or shape not in ((num_images,), (num_images, 1), (1, num_images)):
+        raise UsageError(f"{what}; save one integer label for each image")
+
+
+def class_labels(
+    where: str, values: NDArray[Any], others: Iterable[NDArray[Any]] = ()
+) -> tuple[Labels | None, tuple[str, ...]]:
+    """Labels as classes 0 to K - 1 and the classes' names, from what ``demand_labels`` let pass; None if all are -1.
+
+    Whole numbers below ``MAX_CLASSES`` stay as they are. Larger ones, and texts, are mapped: the distinct values, sorted, are
+    the classes, and their names say what they were. ``others`` are the labels of the other splits, which count too, so that
+    a class is the same in all. -1 is no label; other negative numbers, and parts of numbers, are a UsageError.
+    """
+    own = _whole(where, values)
+    all_values = [own, *(_whole(where, other) for other in others)]
+    if len({part.dtype.kind for part in all_values}) > 1:
+        raise UsageError(f"{where}: texts in one split and numbers in another; save one kind")
+    known = np.unique(np.concatenate(all_values))
+    if known.dtype.kind == "U":
+        _demand_few(where, known)
+        return np.searchsorted(known, own).astype(np.int64), tuple(map(str, known))
+    if known.tolist() == [-1, 1]:
+        raise UsageError(f"{where}: labels are -1 and 1, and -1 stands for no label; save (labels > 0).astype(int)")
+    if known[0] < -1:
+        raise UsageError(f"{where}: label {known[0]} is negative; save numpy.unique(labels, return_inverse=True)[1]")
+    known = known[known >= 0]
+    if not known.size:
+        return None, ()
+    if known[-1] < MAX_CLASSES:
+        return own.astype(np.int64), tuple(map(str, range(int(known[-1]) + 1)))
+    _demand_few(where, known)
+    return np.where(own < 0, -1, np.searchsorted(known, own)).astype(np.int64), tuple(map(str, known))
+
+
+def notes_on(class_names: tuple[str, ...]) -> tuple[str, ...]:
+    """What a reader should know of labels that ``class_labels`` mapped."""
+    if not class_names or class_names[-1] == str(len(class_names) - 1) or not class_names[-1].isdecimal():
+        return ()
+    return (f"labels up to {class_names[-1]} became 0 to {len(class_names) - 1}, the classes' names say what they were",)
+
+
+def _whole(where: str, values: NDArray[Any]) -> NDArray[Any]:
+    """(N,) int64, or str where the values are texts."""
+    values = values.reshape(-1)
+    if values.dtype.kind == "S":
+        return np.array([value.decode("utf-8", "replace") for value in values.tolist()])
+    if values.dtype.kind == "U":
+        return values
+    if values.dtype.kind == "f" and not (np.isfinite(values).all() and (values == np.floor(values)).all()):
+        raise UsageError(f"{where}: is {values.dtype} and not all are whole numbers; save one integer label for each image")
+    if values.dtype.kind in "fu" and values.size and values.max() >= 1 << 63:
+        raise UsageError(f"{where}: has labels beyond 64 bits with sign; save smaller ones")
+    return values.astype(np.int64)
+
+
+def _demand_few(where: str, known: NDArray[Any]) -> None:
+    if len(known) > MAX_CLASSES:
+        raise UsageError(f"{where}: {len(known):,} distinct labels are no classes; leave them out, or save fewer")
+
+
 def demand_range(path: Path, labels: Labels, num_classes: int) -> None:
     """UsageError unless all labels are classes."""
     if labels.size and not 0 <= labels.min() <= labels.max() < num_classes:
         raise UsageError(f"{path}: labels go beyond {num_classes} classes; unpack the archive again")
 
 
+def demand_memory(where: str, num_bytes: int) -> None:
+    """UsageError unless an array of ``num_bytes`` can be held."""
+    if num_bytes < SMALL_BYTES:
+        return
+    import torch
+
+    from fastbyol.data.memory import available_bytes
+
+    free = available_bytes(torch.device("cpu"))
+    if num_bytes > free:
+        raise UsageError(f"{where}: is said to take {num_bytes / 1e9:,.1f} GB, memory has {free / 1e9:.1f}; save it in parts")
+
+
 def size_of(path: Path) -> int:
-    """Bytes of a file that has to be there."""
+    """Bytes of a regular file that has to be there."""
     try:
-        return path.stat().st_size
+        status = path.stat()
+        refuse_special(path, status.st_mode)
+        return status.st_size
     except OSError as error:
         raise UsageError(f"{path}: {error.strerror}; is the archive unpacked whole?") from None
+
+
+def count_rows(path: Path, row_bytes: int) -> int:
+    """How many rows of ``row_bytes`` a file holds; UsageError unless it is a whole number above 0."""
+    num_bytes = size_of(path)
+    if num_bytes == 0 or num_bytes % row_bytes:
+        raise UsageError(f"{path}: {num_bytes} bytes is no whole number of {row_bytes}-byte images; unpack the archive again")
+    return num_bytes // row_bytes
+
+
+def read_small(path: Path, most: int = 1 << 24) -> bytes:
+    """The bytes of a file that is small by its nature; UsageError where it is not, or not to be read."""
+    if size_of(path) > most:
+        raise UsageError(f"{path}: {size_of(path)} bytes are too many for what it is; unpack the archive again")
+    try:
+        with open_regular(path) as file:
+            return file.read(most)
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read ({error.strerror}); check its rights") from None
+
+
+def text_lines(path: Path) -> tuple[str, ...]:
+    """The lines of a small text file that are not empty."""
+    return tuple(line.strip() for line in read_small(path).decode("utf-8", "replace").splitlines() if line.strip())
+
+
+def inner(path: Path, *names: str) -> Path:
+    """``path``, or the first of the folders ``names`` in it: what an archive unpacks to."""
+    return next((path / name for name in names if (path / name).is_dir()), path)
+
+
+def one_line(error: object, most: int = 200) -> str:
+    """What an error of a foreign library says, in one line."""
+    return " ".join(str(error).split())[:most] or type(error).__name__
+
+
+def listed(names: Iterable[str], most: int = 12) -> str:
+    """Names for a message, the first few of many."""
+    names = [" ".join(name.split())[:60] for name in names]
+    return (", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")) or "none"

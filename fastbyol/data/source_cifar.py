@@ -1,6 +1,7 @@
-"""CIFAR-10 and CIFAR-100, python version (Krizhevsky, 2009): pickled dicts of uint8 (N, 3072) rows, planes R, G, B.
+"""CIFAR-10 and CIFAR-100 (Krizhevsky, 2009) in their three versions: rows of 3,072 bytes, planes R, G, B.
 
-Unpickling runs code by design, so only what an array is made of may be named in these files.
+Python: pickled dicts. Unpickling runs code by design, so only what an array is made of may be named in these files. Binary:
+a row's label, or its coarse and its fine label, before it. MATLAB: arrays ``data`` and ``labels``.
 """
 
 from __future__ import annotations
@@ -9,63 +10,146 @@ import pickle
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
-from fastbyol.data.source_arrays import ArraySource, Images, Labels, demand_range, size_of
+from fastbyol.data import source_mat
+from fastbyol.data.source_arrays import (
+    ArraySource,
+    Chain,
+    Images,
+    Labels,
+    Part,
+    Rows,
+    count_rows,
+    demand_memory,
+    demand_range,
+    inner,
+    one_line,
+    size_of,
+    text_lines,
+)
 from fastbyol.errors import UsageError
+from fastbyol.files import open_regular
 
 IMAGE_BYTES = 3 * 32 * 32
 SPLITS = ("train", "test")
+Version = Literal["python", "binary", "matlab"]
+_FOLDERS = {
+    "cifar10": ("cifar-10-batches-py", "cifar-10-batches-bin", "cifar-10-batches-mat"),
+    "cifar100": ("cifar-100-python", "cifar-100-binary", "cifar-100-matlab"),
+}
+_ENDINGS: dict[Version, str] = {"python": "", "binary": ".bin", "matlab": ".mat"}
+_NAMES: dict[Version, tuple[str, str]] = {
+    "python": ("batches.meta", "meta"),
+    "binary": ("batches.meta.txt", "fine_label_names.txt"),
+    "matlab": ("batches.meta.mat", "meta.mat"),
+}
 
 
-def open_cifar(folder: Path, kind: str, split: str) -> ArraySource:
-    """CIFAR-10 or CIFAR-100's python version: pickled dicts of (N, 3072) uint8 rows, planes R, G, B (Krizhevsky, 2009)."""
-    if split not in SPLITS:
-        raise UsageError(f"{folder}: CIFAR has no split {split!r}; choose {', '.join(SPLITS)}")
-    files = _files(folder, kind, split)
-    _kept_rows.cache_clear()
-    load, key = Loader(files), "labels" if kind == "cifar10" else "fine_labels"
-    labels = [_labels(path, key, 10 if kind == "cifar10" else 100) for path in files]
-    return ArraySource(
-        kind=kind,
-        split=split,
-        class_names=_class_names(folder, kind),
-        labels=np.concatenate(labels),
-        num_images=sum(map(len, labels)),
-        size=(32, 32),
-        load=load,
+def has_cifar(path: Path, kind: str) -> bool:
+    """Tell whether the files of CIFAR-10 or CIFAR-100 lie in a folder, or in the one that an archive unpacks to."""
+    folder = inner(path, *_FOLDERS[kind])
+    if kind == "cifar10":
+        return any((folder / f"{name}{end}").exists() for name in ("data_batch_1", "test_batch") for end in _ENDINGS.values())
+    return any(
+        _no_folder(folder / _NAMES[version][1]) and any(_no_folder(folder / f"{split}{end}") for split in SPLITS)
+        for version, end in _ENDINGS.items()
     )
 
 
-def _class_names(folder: Path, kind: str) -> tuple[str, ...]:
-    path, key = (folder / "batches.meta", "label_names") if kind == "cifar10" else (folder / "meta", "fine_label_names")
-    names = _unpickled(path).get(key)
-    if not isinstance(names, list):
-        raise UsageError(f"{path}: {key!r} is not a list; unpack the archive again")
-    return tuple(_text(name) for name in names)
-
-
-def _files(folder: Path, kind: str, split: str) -> tuple[Path, ...]:
-    if kind == "cifar100":
-        return (folder / split,)
-    return tuple(folder / f"data_batch_{k}" for k in range(1, 6)) if split == "train" else (folder / "test_batch",)
+def open_cifar(path: Path, kind: str, split: str | None) -> ArraySource:
+    """Open ``split`` (default: train) of CIFAR-10 or CIFAR-100, with the fine labels, in the version that lies there."""
+    folder, split = inner(path, *_FOLDERS[kind]), split or "train"
+    if split not in SPLITS:
+        raise UsageError(f"{folder}: CIFAR has no split {split!r}; choose {', '.join(SPLITS)}")
+    version = _version(folder, kind)
+    files = [folder / f"{name}{_ENDINGS[version]}" for name in _files(kind, split)]
+    _kept_rows.cache_clear()
+    source_mat.forget()
+    names = _class_names(folder, kind, version)
+    key = "labels" if kind == "cifar10" else "fine_labels"
+    parts: list[Part] = []
+    labels: list[Labels] = []
+    for file in files:
+        part, own = {"python": _python, "binary": _binary, "matlab": _matlab}[version](file, key)
+        demand_range(file, own, 10 if kind == "cifar10" else 100)
+        parts.append(part)
+        labels.append(own)
+    num_images = sum(map(len, labels))
+    return ArraySource(kind, split, names, np.concatenate(labels), num_images, (32, 32), Loader(Chain(tuple(parts))))
 
 
 @dataclass(frozen=True)
 class Loader:
-    """Loads image i of the files in turn."""
+    """Loads image i of the rows; what stands before its pixels is left out."""
 
-    files: tuple[Path, ...]
+    rows: Chain
 
     def __call__(self, index: int) -> Images:
-        for path in self.files:
-            rows = _kept_rows(path)
-            if index < len(rows):
-                return np.ascontiguousarray(rows[index].reshape(3, 32, 32).transpose(1, 2, 0))
-            index -= len(rows)
-        raise IndexError(index)
+        planes = self.rows(index)[-IMAGE_BYTES:].reshape(3, 32, 32)
+        image: Images = np.ascontiguousarray(planes.transpose(1, 2, 0))
+        return image
+
+
+@dataclass(frozen=True)
+class PickledRows:
+    """The rows of a file of the Python version, which is read whole on first use."""
+
+    path: Path
+    count: int
+
+    def __call__(self, index: int) -> NDArray[np.uint8]:
+        """(3072,) uint8."""
+        row: Images = _kept_rows(self.path)[index]
+        return row
+
+
+def _no_folder(path: Path) -> bool:
+    """Whether something lies there that is no folder: what else it is no file is said when it is opened."""
+    return path.exists() and not path.is_dir()
+
+
+def _files(kind: str, split: str) -> tuple[str, ...]:
+    if kind == "cifar100":
+        return (split,)
+    return tuple(f"data_batch_{k}" for k in range(1, 6)) if split == "train" else ("test_batch",)
+
+
+def _version(folder: Path, kind: str) -> Version:
+    """The version whose files are there; the Python version where none is, for its messages."""
+    for version, end in _ENDINGS.items():
+        if any((folder / f"{name}{end}").exists() for split in SPLITS for name in _files(kind, split)):
+            return version
+    return "python"
+
+
+def _class_names(folder: Path, kind: str, version: Version) -> tuple[str, ...]:
+    path = folder / _NAMES[version][kind == "cifar100"]
+    key = "label_names" if kind == "cifar10" else "fine_label_names"
+    if version == "binary":
+        names: object = list(text_lines(path))
+    else:
+        names = _unpickled(path).get(key) if version == "python" else source_mat.cells(path, key)
+    wanted = 10 if kind == "cifar10" else 100
+    if not isinstance(names, list) or len(names) != wanted or not all(isinstance(name, str | bytes) for name in names):
+        raise UsageError(f"{path}: {key!r} is not a list of {wanted} names; unpack the archive again")
+    return tuple(_text(name) for name in names)
+
+
+def _binary(path: Path, key: str) -> tuple[Part, Labels]:
+    before = 1 if key == "labels" else 2
+    row_bytes = before + IMAGE_BYTES
+    rows = Rows(path, count_rows(path, row_bytes), row_bytes)
+    with open_regular(path) as file:
+        return rows, np.array([file.read(row_bytes)[before - 1] for _ in range(rows.count)], np.int64)
+
+
+def _matlab(path: Path, key: str) -> tuple[Part, Labels]:
+    rows = source_mat.uint8_rows(path, "data", IMAGE_BYTES)
+    return rows, source_mat.labels(path, key, rows.count)
 
 
 @lru_cache(maxsize=5)
@@ -77,19 +161,21 @@ def _rows(path: Path, batch: dict[str, Any]) -> Images:
     rows = batch.get("data")
     if not isinstance(rows, np.ndarray) or rows.dtype != np.uint8 or rows.ndim != 2 or rows.shape[1] != IMAGE_BYTES:
         raise UsageError(f"{path}: 'data' is not uint8 of shape (N, {IMAGE_BYTES}); unpack the archive again")
+    if not len(rows):
+        raise UsageError(f"{path}: holds no images; unpack the archive again")
     return rows
 
 
-def _labels(path: Path, key: str, num_classes: int) -> Labels:
+def _python(path: Path, key: str) -> tuple[Part, Labels]:
     batch = _unpickled(path)
     values, rows = batch.get(key), _rows(path, batch)
     if not isinstance(values, list) or not all(type(value) is int for value in values):
         raise UsageError(f"{path}: {key!r} is not a list of integers; unpack the archive again")
     if len(values) != len(rows):
         raise UsageError(f"{path}: {len(values)} labels for {len(rows)} images; unpack the archive again")
-    labels = np.array(values, np.int64)
-    demand_range(path, labels, num_classes)
-    return labels
+    if not all(0 <= value < 100 for value in values):
+        raise UsageError(f"{path}: labels go beyond {10 if key == 'labels' else 100} classes; unpack the archive again")
+    return PickledRows(path, len(rows)), np.array(values, np.int64)
 
 
 def _text(name: object) -> str:
@@ -98,20 +184,50 @@ def _text(name: object) -> str:
 
 def _unpickled(path: Path) -> dict[str, Any]:
     """The dict in a CIFAR file, its keys as text. Nothing but arrays and plain values is ever constructed."""
-    size_of(path)
+    demand_memory(str(path), size_of(path))
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             value = _ArraysOnly(file, encoding="bytes").load()
-        return {_text(key): item for key, item in value.items()}
+        return {_text(key): item.values if isinstance(item, _Array) else item for key, item in value.items()}
     except OSError as error:
         raise UsageError(f"{path}: cannot be read ({error.strerror}); check its rights") from None
     except Exception as error:  # a damaged pickle raises anything
-        raise UsageError(f"{path}: not a CIFAR file ({' '.join(str(error).split())[:200]}); unpack the archive again") from None
+        raise UsageError(f"{path}: not a CIFAR file ({one_line(error)}); unpack the archive again") from None
 
 
-def _dtype(code: str | bytes, align: object = False, copy: object = False) -> np.dtype[Any]:
-    # The flags are the integers 0 and 1 in the published files, which numpy 2.4 warns about.
-    return np.dtype(_text(code), bool(align), bool(copy))
+class _Type:
+    """What a pickle says of an array's type: its code; then a state that says the byte order, which bytes have none of."""
+
+    def __init__(self, code: str | bytes, align: object = False, copy: object = False) -> None:
+        self.code = _text(code)
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        if self.code not in ("u1", "uint8", "B"):
+            raise pickle.UnpicklingError(f"an array of {self.code!r}, not of bytes")
+
+
+class _Array:
+    """An array of bytes as a pickle rebuilds it; made from data that is there, so that no number alone takes memory."""
+
+    values: Images
+
+    def __init__(self, kind: object, shape: object, code: object) -> None:
+        self.values = np.zeros(0, np.uint8)
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        _, shape, kind, fortran, data = state
+        self._fill(data, kind, shape, "F" if fortran else "C")
+
+    def _fill(self, data: Any, kind: object, shape: Any, order: Any) -> None:
+        if not isinstance(kind, _Type):
+            raise pickle.UnpicklingError("an array without a type")
+        self.values = np.frombuffer(data, np.uint8).reshape(shape, order=order)
+
+
+def _from_buffer(data: object, kind: object, shape: object, order: object) -> _Array:
+    found = _Array(None, None, None)
+    found._fill(data, kind, shape, order)
+    return found
 
 
 def _latin1(text: str, encoding: str) -> bytes:
@@ -121,20 +237,22 @@ def _latin1(text: str, encoding: str) -> bytes:
     return text.encode("latin1")
 
 
-class _ArraysOnly(pickle.Unpickler):
-    """Reconstructs numpy arrays and built-in values; any other name in the pickle is refused, not imported."""
+_ALLOWED = {
+    ("numpy.core.multiarray", "_reconstruct"): _Array,
+    ("numpy._core.multiarray", "_reconstruct"): _Array,
+    ("numpy.core.numeric", "_frombuffer"): _from_buffer,
+    ("numpy._core.numeric", "_frombuffer"): _from_buffer,
+    ("numpy", "ndarray"): None,  # the first argument of _reconstruct
+    ("numpy", "dtype"): _Type,
+    ("_codecs", "encode"): _latin1,
+}
+
+
+# The unpickler in Python: the one in C zeroes a table as long as the largest number that a file gives to a remembered value.
+class _ArraysOnly(pickle._Unpickler):
+    """Reconstructs arrays of bytes and built-in values; any other name in the pickle is refused, not imported."""
 
     def find_class(self, module: str, name: str) -> Any:
-        reconstruct, from_buffer = np.zeros(0).__reduce__()[0], np.zeros(0).__reduce_ex__(5)[0]
-        allowed = {
-            ("numpy.core.multiarray", "_reconstruct"): reconstruct,
-            ("numpy._core.multiarray", "_reconstruct"): reconstruct,
-            ("numpy.core.numeric", "_frombuffer"): from_buffer,
-            ("numpy._core.numeric", "_frombuffer"): from_buffer,
-            ("numpy", "ndarray"): np.ndarray,
-            ("numpy", "dtype"): _dtype,
-            ("_codecs", "encode"): _latin1,
-        }
-        if (module, name) not in allowed:
+        if (module, name) not in _ALLOWED:
             raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is no array")
-        return allowed[module, name]
+        return _ALLOWED[module, name]

@@ -22,8 +22,9 @@ from typing import BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from fastbyol.data.source_arrays import ArraySource, Images, Labels, size_of
+from fastbyol.data.source_arrays import ArraySource, Images, Labels, class_labels, demand_memory, notes_on, size_of
 from fastbyol.errors import UsageError
+from fastbyol.files import open_regular
 
 SPLITS = {"train": ("train",), "test": ("t10k", "test")}
 SIDE = 32
@@ -57,7 +58,7 @@ def open_idx(path: Path, kind: str, split: str | None) -> ArraySource:
     Labels are idx1 bytes, or QMNIST's idx2 integers of which the first column counts. Raises UsageError: files that are
     missing, cut short, of another type or split, several sets in one folder.
     """
-    images = path if path.is_file() else _chosen(path, split or "train")
+    images = path if path.exists() and not path.is_dir() else _chosen(path, split or "train")
     named = _IMAGES.fullmatch(images.name)
     if named is None:
         raise UsageError(f"{images}: not named like idx images; call it train-images-idx3-ubyte, and its labels alike")
@@ -70,14 +71,14 @@ def open_idx(path: Path, kind: str, split: str | None) -> ArraySource:
     count, height, width = shape
     if not (count >= 1 and 1 <= height <= MAX_SIDE and 1 <= width <= MAX_SIDE):
         raise UsageError(f"{images}: its head says {count} images of {width} x {height} pixels; fetch the file again")
-    labels = _labels(images, count)
+    labels, names = _labels(images, count)
     _kept.cache_clear()
-    fashion = kind == "fashion-mnist"
-    names = FASHION_CLASSES if fashion else tuple(str(k) for k in range(int(labels.max()) + 1)) if labels is not None else ()
-    if labels is not None and fashion and labels.max() >= len(FASHION_CLASSES):
-        raise UsageError(f"{_labels_file(images)}: label {labels.max()} is none of Fashion-MNIST's ten; take --kind idx")
+    if kind == "fashion-mnist":
+        if labels is not None and labels.max() >= len(FASHION_CLASSES):
+            raise UsageError(f"{_labels_file(images)}: label {labels.max()} is none of Fashion-MNIST's ten; take --kind idx")
+        names = FASHION_CLASSES
     size = (max(SIDE, height), max(SIDE, width))
-    return ArraySource(kind, of, names, labels, count, size, Loader(images, shape, offset))
+    return ArraySource(kind, of, names, labels, count, size, Loader(images, shape, offset), notes=notes_on(names))
 
 
 def fashion_mnist_folder(cache: Path) -> Path:
@@ -130,7 +131,7 @@ def _image_files(folder: Path, split: str | None = None) -> Iterator[tuple[str, 
         found = {}
         for path in sorted(place.iterdir(), reverse=True) if place.is_dir() else ():  # unpacked before packed
             named = _IMAGES.fullmatch(path.name)
-            if named and named["split"].lower() in words and path.is_file():
+            if named and named["split"].lower() in words and not path.is_dir():
                 found[named["set"], named["split"].lower()] = path
         if found:
             yield from ((name, path) for (name, _), path in found.items())
@@ -149,18 +150,15 @@ def _chosen(folder: Path, split: str) -> Path:
     return found[0][1]
 
 
-def _labels(images: Path, count: int) -> Labels | None:
+def _labels(images: Path, count: int) -> tuple[Labels | None, tuple[str, ...]]:
     path = _labels_file(images)
     if path is None:
-        return None
+        return None, ()
     shape, offset = _head(path)
     if len(shape) not in (1, 2) or shape[0] != count or 0 in shape:
         raise UsageError(f"{path}: its head says shape {shape} for {count} images; fetch both files again")
-    labels = _values(path, shape, offset, _dtype(path)).astype(np.int64)
-    labels = labels if labels.ndim == 1 else labels[:, 0]
-    if labels.min() < 0 or labels.max() > 255:
-        raise UsageError(f"{path}: labels from {labels.min()} to {labels.max()}; classes are 0 to 255, fetch the file again")
-    return labels
+    values = _values(path, shape, offset, _dtype(path))
+    return class_labels(str(path), values if values.ndim == 1 else values[:, 0])
 
 
 def _labels_file(images: Path) -> Path | None:
@@ -169,7 +167,7 @@ def _labels_file(images: Path) -> Path | None:
     found = []
     for path in images.parent.iterdir():
         named = _LABELS.fullmatch(path.name)
-        if named and _stem(named) == stem and path.is_file():
+        if named and _stem(named) == stem:
             found.append((named["kind"][0], named["packed"] is not None, path))
     return min(found)[2] if found else None
 
@@ -204,6 +202,7 @@ def _values(path: Path, shape: tuple[int, ...], offset: int, dtype: np.dtype[np.
     wanted = math.prod(shape) * dtype.itemsize
     if wanted > size_of(path) * (MOST_PER_GZIP_BYTE if path.suffix.lower() == ".gz" else 1):
         raise UsageError(f"{path}: {size_of(path)} bytes cannot hold the {wanted} that its head says; fetch it again")
+    demand_memory(str(path), wanted)
     with _opened(path) as file:
         content = file.read(offset + wanted + 1)
     if len(content) != offset + wanted:
@@ -215,8 +214,12 @@ def _values(path: Path, shape: tuple[int, ...], offset: int, dtype: np.dtype[np.
 def _opened(path: Path) -> Iterator[BinaryIO]:
     """The file, unpacked on the way; whatever reading meets is a UsageError."""
     try:
-        with gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb") as file:
-            yield file  # type: ignore[misc]
+        with open_regular(path) as file:
+            if path.suffix.lower() == ".gz":
+                with gzip.GzipFile(fileobj=file) as unpacked:
+                    yield unpacked  # type: ignore[misc]
+            else:
+                yield file
     except (OSError, EOFError, zlib.error, MemoryError) as error:
         raise UsageError(f"{path}: cannot be read ({' '.join(str(error).split())}); fetch it again") from None
 

@@ -8,11 +8,23 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from fastbyol.data import source_cifar, source_folders, source_idx, source_npz, source_stl10, source_textures
+from fastbyol.data import (
+    folder_walk,
+    source_cifar,
+    source_folders,
+    source_idx,
+    source_npy,
+    source_npz,
+    source_stl10,
+    source_svhn,
+    source_textures,
+    splits,
+)
 from fastbyol.data.cache import cache_folder
 from fastbyol.errors import UsageError
+from fastbyol.files import refuse_special
 
-KINDS = ("textures", "fashion-mnist", "stl10", "cifar10", "cifar100", "idx", "npz", "classes", "folder")
+KINDS = ("textures", "fashion-mnist", "stl10", "cifar10", "cifar100", "svhn", "idx", "npz", "npy", "classes", "folder")
 # Sources that are named and have no path.
 MADE = ("textures", "fashion-mnist")
 ARCHIVES = (".tar.gz", ".tgz", ".tar", ".tar.bz2", ".tar.xz", ".zip")
@@ -51,6 +63,7 @@ def open_source(
     *,
     kind: str | None = None,
     split: str | None = None,
+    fold: int | None = None,
     count: int = 4096,
     size: int | None = None,
     seed: int = 0,
@@ -58,32 +71,41 @@ def open_source(
 ) -> Source:
     """Open a path, or one of ``MADE``, as the ``kind`` given or found; UsageError says what was expected there.
 
-    ``split`` defaults to train where the source has splits. ``count``, ``size`` (default 32) and ``seed`` are for
-    ``textures``; ``strict`` makes the first file that is no picture an error.
+    ``split`` defaults to train where the source has splits; ``fold`` (0 to 9) is one of STL-10's parts of train. ``count``,
+    ``size`` (default 32) and ``seed`` are for ``textures``; ``strict`` makes the first file that is no picture an error.
     """
     if kind is not None and kind not in KINDS:
         raise UsageError(f"{source}: unknown kind {kind!r}; choose {', '.join(KINDS)}")
     if kind == "textures" or (kind is None and source == "textures"):
+        _demand_no_fold("textures", fold)
         if split is not None:
             raise UsageError(f"textures: has no split {split!r}; take another --seed for another set")
         return source_textures.open_textures(count=count, size=32 if size is None else size, seed=seed)
+    if not source:
+        raise UsageError("no source given: name a folder or a file; for the working folder, '.'")
     path = Path(source)
     if source == "fashion-mnist" and kind in (None, "fashion-mnist"):
         kind, path = "fashion-mnist", source_idx.fashion_mnist_folder(cache_folder())
     try:
         kind = kind or detect(path)
+        if kind != "stl10":
+            _demand_no_fold(f"{path} ({kind or 'images in folders'})", fold)
+        if kind not in (None, "classes", "folder") and split is not None:
+            split = splits.canonical(split) or split
         if kind in ("idx", "fashion-mnist"):
             return source_idx.open_idx(path, kind, split)
         if kind == "npz":
             return source_npz.open_npz(path, split)
+        if kind == "npy":
+            return source_npy.open_npy(path, split)
+        if kind == "svhn":
+            return source_svhn.open_svhn(path, split)
         if not path.is_dir():
             raise UsageError(f"{path}: no such folder; give the folder that holds the {kind or 'images'} files")
         if kind == "stl10":
-            return source_stl10.open_stl10(_inner(path, "stl10_binary"), split or "train")
-        if kind == "cifar10":
-            return source_cifar.open_cifar(_inner(path, "cifar-10-batches-py"), kind, split or "train")
-        if kind == "cifar100":
-            return source_cifar.open_cifar(_inner(path, "cifar-100-python"), kind, split or "train")
+            return source_stl10.open_stl10(path, split, fold)
+        if kind in ("cifar10", "cifar100"):
+            return source_cifar.open_cifar(path, kind, split)
         return source_folders.open_folder(path, kind, split, strict=strict)
     except OSError as error:
         raise UsageError(f"{error.filename or path}: {error.strerror}; check its name and rights") from None
@@ -95,35 +117,41 @@ def detect(path: Path) -> str | None:
         raise UsageError(
             f"{path}: no such file or folder; give a folder of images, an .npz file, 'textures' or 'fashion-mnist'"
         )
-    if path.is_file():
+    if not path.is_dir():
         return _detect_file(path)
     if source_idx.has_idx(path):
         return "idx"
-    if any((_inner(path, "stl10_binary") / f"{part}_X.bin").exists() for part in ("train", "test", "unlabeled")):
+    if source_stl10.has_stl10(path):
         return "stl10"
-    inner = _inner(path, "cifar-10-batches-py")
-    if (inner / "data_batch_1").is_file() or (inner / "test_batch").is_file():
-        return "cifar10"
-    inner = _inner(path, "cifar-100-python")
-    if (inner / "meta").is_file() and ((inner / "train").is_file() or (inner / "test").is_file()):
-        return "cifar100"
-    return None
+    for kind in ("cifar10", "cifar100"):
+        if source_cifar.has_cifar(path, kind):
+            return kind
+    if source_svhn.has_svhn(path):
+        return "svhn"
+    return "npy" if source_npy.has_npy(path) and not folder_walk.has_pictures(path) else None
 
 
 def _detect_file(path: Path) -> str:
+    refuse_special(path, path.stat().st_mode)
     name = path.name.lower()
     if source_idx.has_idx(path):
         return "idx"
+    if source_svhn.has_svhn(path):
+        return "svhn"
     if name.endswith(ARCHIVES):
         command = f"unzip {path}" if name.endswith(".zip") else f"tar -xf {path}"
         raise UsageError(f"{path}: is packed; unpack it (`{command}`) and give the folder")
     if name.endswith(".beton"):
         raise UsageError(f"{path}: is a beton file already; pass it to `fastbyol train --data`")
-    if name.endswith(".npz"):
-        return "npz"
+    if name.endswith((".npz", ".npy")):
+        return name[-3:]
+    if name.endswith((".mat", ".bin")) or name.startswith(("data_batch_", "test_batch")):
+        raise UsageError(f"{path}: is read with the files beside it; give the folder of STL-10, CIFAR or SVHN, or save an .npz")
+    if folder_walk.is_picture(name):
+        raise UsageError(f"{path}: is one picture; give the folder that it lies in")
     raise UsageError(f"{path}: neither a folder nor an .npz file; arrays can be saved with numpy.savez(images=..., labels=...)")
 
 
-def _inner(path: Path, name: str) -> Path:
-    """``path`` itself or the folder that its archive unpacks to."""
-    return path / name if (path / name).is_dir() else path
+def _demand_no_fold(where: str, fold: int | None) -> None:
+    if fold is not None:
+        raise UsageError(f"{where}: has no folds, STL-10 has; leave out --fold")

@@ -9,12 +9,15 @@ import gzip
 import struct
 from pathlib import Path
 
+import h5py
 import numpy as np
+import scipy.io
 from numpy.typing import NDArray
 from PIL import Image
 
 Images = NDArray[np.uint8]
 
+CIFAR10_NAMES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 STL10_NAMES = ("airplane", "bird", "car", "cat", "deer", "dog", "horse", "monkey", "ship", "truck")
 
 
@@ -29,6 +32,7 @@ def stl10(folder: Path, *, train: int = 20, test: int = 10, unlabeled: int = 12)
     inner = folder / "stl10_binary"
     inner.mkdir(parents=True)
     (inner / "class_names.txt").write_text("\n".join(STL10_NAMES) + "\n")
+    (inner / "fold_indices.txt").write_text("".join(" ".join(map(str, fold)) + " \n" for fold in folds(train)))
     written = {}
     for seed, (part, count) in enumerate((("train", train), ("test", test), ("unlabeled", unlabeled))):
         images = random_images(count, 96, 96, seed)
@@ -46,12 +50,102 @@ def stl10(folder: Path, *, train: int = 20, test: int = 10, unlabeled: int = 12)
     return written
 
 
+def stl10_matlab(folder: Path, *, train: int = 20, test: int = 10, unlabeled: int = 12) -> dict[str, tuple[Images, list[int]]]:
+    """``folder/stl10_matlab`` as the archive unpacks: train and test of version 5, unlabeled of 7.3, ten folds of train."""
+    inner = folder / "stl10_matlab"
+    inner.mkdir(parents=True)
+    names, written = np.array([[np.array([name])] for name in STL10_NAMES], object), {}
+    for seed, (part, count) in enumerate((("train", train), ("test", test), ("unlabeled", unlabeled))):
+        images = random_images(count, 96, 96, seed)
+        rows = images.transpose(0, 3, 2, 1).reshape(count, -1)
+        labels = [(7 * k + seed) % 10 for k in range(count)]
+        if part == "unlabeled":
+            labels = [-1] * count
+            hdf5_mat(inner / "unlabeled.mat", X=rows)
+        else:
+            arrays = {"X": rows, "y": np.array(labels, np.uint8)[:, None] + 1, "class_names": names.T}
+            if part == "train":
+                arrays["fold_indices"] = np.empty((1, 10), object)
+                for k, fold in enumerate(folds(train)):
+                    arrays["fold_indices"][0, k] = np.array(fold, np.float64)[:, None] + 1  # MATLAB counts from 1
+            scipy.io.savemat(inner / f"{part}.mat", arrays, do_compression=True)
+        written[part] = (images, labels)
+    return written
+
+
+def folds(count: int, size: int = 5) -> list[list[int]]:
+    """Ten of STL-10's folds: places of images in train, which may be in several folds."""
+    return [sorted(np.random.default_rng(k).permutation(count)[:size].tolist()) for k in range(10)]
+
+
+def hdf5_mat(path: Path, **arrays: NDArray[np.uint8]) -> None:
+    """MATLAB's version 7.3: HDF5 behind 512 bytes that say so; arrays lie transposed, in compressed chunks."""
+    with h5py.File(path, "w", userblock_size=512) as file:
+        for name, array in arrays.items():
+            file.create_dataset(name, data=array.T, chunks=True, compression="gzip").attrs["MATLAB_class"] = np.bytes_("uint8")
+    with path.open("r+b") as opened:
+        opened.write(b"MATLAB 7.3 MAT-file, Platform: GLNXA64".ljust(116) + bytes(8) + b"\x00\x02IM")
+
+
+def cifar_binary(folder: Path, *, classes: int = 10, count: int = 6) -> dict[str, tuple[Images, list[int]]]:
+    """The binary version: a row is the label, or coarse and fine label, and the planes; the names are text files."""
+    inner = folder / ("cifar-10-batches-bin" if classes == 10 else "cifar-100-binary")
+    inner.mkdir(parents=True)
+    names = CIFAR10_NAMES if classes == 10 else tuple(f"fine {k}" for k in range(100))
+    (inner / ("batches.meta.txt" if classes == 10 else "fine_label_names.txt")).write_text("\n".join(names) + "\n\n")
+    parts = []
+    files = [*(f"data_batch_{k}" for k in range(1, 6)), "test_batch"] if classes == 10 else ["train", "test"]
+    for seed, file in enumerate(files):
+        images, labels = random_images(count, 32, 32, seed + 80), [(7 * k + seed) % classes for k in range(count)]
+        rows = [bytes([label] if classes == 10 else [label // 5, label]) for label in labels]
+        planes = _planes(images)
+        (inner / f"{file}.bin").write_bytes(b"".join(row + plane.tobytes() for row, plane in zip(rows, planes, strict=True)))
+        parts.append((images, labels))
+    return {"train": _joined(parts[:-1]), "test": parts[-1]}
+
+
+def cifar_matlab(folder: Path, *, classes: int = 10, count: int = 6) -> dict[str, tuple[Images, list[int]]]:
+    """The MATLAB version: arrays ``data`` (N, 3072) and ``labels`` or ``fine_labels`` (N, 1); the names are cells."""
+    inner = folder / ("cifar-10-batches-mat" if classes == 10 else "cifar-100-matlab")
+    inner.mkdir(parents=True)
+    names = CIFAR10_NAMES if classes == 10 else tuple(f"fine {k}" for k in range(100))
+    cells = np.array([[np.array([name])] for name in names], object)
+    key = "label_names" if classes == 10 else "fine_label_names"
+    scipy.io.savemat(inner / ("batches.meta.mat" if classes == 10 else "meta.mat"), {key: cells})
+    parts = []
+    for seed, file in enumerate(
+        [*(f"data_batch_{k}" for k in range(1, 6)), "test_batch"] if classes == 10 else ["train", "test"]
+    ):
+        images, labels = random_images(count, 32, 32, seed + 90), [(7 * k + seed) % classes for k in range(count)]
+        arrays = {"data": _planes(images), key.replace("label_names", "labels"): np.array(labels, np.uint8)[:, None]}
+        scipy.io.savemat(inner / f"{file}.mat", arrays)
+        parts.append((images, labels))
+    return {"train": _joined(parts[:-1]), "test": parts[-1]}
+
+
+def svhn(folder: Path, *, train: int = 11, test: int = 7) -> dict[str, tuple[Images, list[int]]]:
+    """SVHN's cropped digits: ``X`` (32, 32, 3, N), ``y`` (N, 1) from 1 to 10; returned labels are digits."""
+    folder.mkdir(parents=True, exist_ok=True)
+    written = {}
+    for split, count in (("train", train), ("test", test)):
+        images, y = random_images(count, 32, 32, count), np.arange(count, dtype=np.uint8) % 10 + 1
+        scipy.io.savemat(
+            folder / f"{split}_32x32.mat", {"X": images.transpose(1, 2, 3, 0), "y": y[:, None]}, do_compression=True
+        )
+        written[split] = (images, [int(label) % 10 for label in y])
+    return written
+
+
+def _joined(parts: list[tuple[Images, list[int]]]) -> tuple[Images, list[int]]:
+    return np.concatenate([images for images, _ in parts]), [label for _, labels in parts for label in labels]
+
+
 def cifar10(folder: Path, *, per_batch: int = 6, test: int = 8) -> dict[str, tuple[Images, list[int]]]:
     """``folder/cifar-10-batches-py``: five training batches, a test batch and the names, pickled as Python 2 did."""
     inner = folder / "cifar-10-batches-py"
     inner.mkdir(parents=True)
-    names = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
-    (inner / "batches.meta").write_bytes(python2_pickle({"num_cases_per_batch": per_batch, "label_names": names}))
+    names = python2_pickle({"num_cases_per_batch": per_batch, "label_names": list(CIFAR10_NAMES)})
+    (inner / "batches.meta").write_bytes(names)
     parts = []
     for batch in range(1, 7):
         count = per_batch if batch < 6 else test
@@ -59,8 +153,7 @@ def cifar10(folder: Path, *, per_batch: int = 6, test: int = 8) -> dict[str, tup
         what = {"batch_label": f"batch {batch}", "labels": labels, "data": _planes(images), "filenames": ["a.png"] * count}
         (inner / (f"data_batch_{batch}" if batch < 6 else "test_batch")).write_bytes(python2_pickle(what))
         parts.append((images, labels))
-    train = np.concatenate([images for images, _ in parts[:5]]), [label for _, labels in parts[:5] for label in labels]
-    return {"train": train, "test": parts[5]}
+    return {"train": _joined(parts[:5]), "test": parts[5]}
 
 
 def cifar100(folder: Path, *, train: int = 12, test: int = 9) -> dict[str, tuple[Images, list[int]]]:

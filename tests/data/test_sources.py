@@ -2,18 +2,34 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
+import io
+import os
 import pickle
+import socket
 import struct
+import sys
+import tracemalloc
+import zipfile
+import zlib
+from collections.abc import Callable
 from pathlib import Path
 
+import h5py
+import hypothesis.extra.numpy
 import numpy as np
 import pytest
+import scipy.io
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
 import source_files
-from fastbyol.data import source_idx, sources
+from fastbyol.data import source_arrays, source_idx, sources
 from fastbyol.errors import UsageError
+
+Writer = Callable[..., dict[str, tuple[np.ndarray, list[int]]]]
 
 
 def held(source: sources.Source) -> tuple[list[np.ndarray], list[int] | None]:
@@ -70,6 +86,130 @@ def test_stl10_unlabeled(tmp_path: Path) -> None:
     both = np.concatenate([written["train"][0], written["unlabeled"][0]])
     labels = written["train"][1] + [-1] * len(written["unlabeled"][0])
     demand_equal(sources.open_source(str(tmp_path), split="train+unlabeled"), both, labels)
+
+
+@pytest.mark.parametrize("inner", ["", "stl10_matlab"])
+def test_stl10_matlab(tmp_path: Path, inner: str) -> None:
+    """The same as the binary files say, and the folds too."""
+    written = source_files.stl10_matlab(tmp_path)
+    for split, (images, labels) in written.items():
+        source = sources.open_source(str(tmp_path / inner), split=split)
+        assert (source.kind, source.split, source.class_names) == ("stl10", split, source_files.STL10_NAMES)
+        demand_equal(source, images, None if split == "unlabeled" else labels)
+    both = np.concatenate([written["train"][0], written["unlabeled"][0]])
+    demand_equal(sources.open_source(str(tmp_path), split="train+unlabeled"), both, written["train"][1] + [-1] * 12)
+
+
+@pytest.mark.parametrize("write", [source_files.stl10, source_files.stl10_matlab])
+@pytest.mark.parametrize("fold", [0, 3, 9])
+def test_stl10_folds(tmp_path: Path, write: Writer, fold: int) -> None:
+    images, labels = write(tmp_path)["train"]
+    chosen = source_files.folds(20)[fold]
+    demand_equal(sources.open_source(str(tmp_path), fold=fold), images[chosen], [labels[k] for k in chosen])
+
+
+def test_stl10_folds_refused(tmp_path: Path) -> None:
+    source_files.stl10(tmp_path)
+    path = tmp_path / "stl10_binary" / "fold_indices.txt"
+    lines = path.read_text().splitlines()
+    refused("no fold 10", "0 to 9", source=tmp_path, fold=10)
+    refused("test", source=tmp_path, fold=1, split="test")
+    refused("train+unlabeled", source=tmp_path, fold=1, split="train+unlabeled")
+    for content, word in (
+        ("\n".join(lines[:9]), "9 folds"),
+        ("\n".join(lines)[:-3], "of one size"),
+        ("\n".join(["0 1 2 3 20", *lines[1:]]), "none of 20"),
+        ("\n".join(["0 1 2 3 -1", *lines[1:]]), "none of 20"),
+        ("\n".join(["0 1 2 3 3", *lines[1:]]), "twice"),
+        ("\n".join(["0 1 2 3 x", *lines[1:]]), "whole numbers"),
+        ("\n".join(["0 1 2 3 99999999999999999999", *lines[1:]]), "whole numbers"),
+        ("", "0 folds"),
+    ):
+        path.write_text(content)
+        refused("fold_indices.txt", word, source=tmp_path, fold=5)
+    path.unlink()
+    refused("fold_indices.txt", source=tmp_path, fold=5)
+    assert len(sources.open_source(str(tmp_path))) == 20
+    for other in (source_files.cifar10, source_files.class_folders, source_files.idx):
+        other(tmp_path / other.__name__)
+        refused("has no folds", source=tmp_path / other.__name__, fold=0)
+    refused("has no folds", source="textures", fold=0)
+
+
+@pytest.mark.parametrize("split", [None, "train", "test"])
+@pytest.mark.parametrize("classes", [10, 100])
+@pytest.mark.parametrize("write", [source_files.cifar_binary, source_files.cifar_matlab])
+def test_cifar_binary_and_matlab(tmp_path: Path, write: Writer, classes: int, split: str | None) -> None:
+    written = write(tmp_path, classes=classes)
+    inside = next(tmp_path.iterdir())
+    for folder in (tmp_path, inside):
+        source = sources.open_source(str(folder), split=split)
+        assert (source.kind, len(source.class_names)) == (f"cifar{classes}", classes)
+        assert source.class_names[6] == ("frog" if classes == 10 else "fine 6")
+        demand_equal(source, *written[split or "train"])
+
+
+def test_cifar_binary_damaged(tmp_path: Path) -> None:
+    source_files.cifar_binary(tmp_path)
+    path = tmp_path / "cifar-10-batches-bin" / "data_batch_2.bin"
+    whole = path.read_bytes()
+    for content, word in ((whole[:-1], "whole number"), (b"", "whole number"), (b"\x0a" + whole[1:], "10 classes")):
+        path.write_bytes(content)
+        refused("data_batch_2.bin", word, source=tmp_path)
+    path.unlink()
+    refused("data_batch_2.bin", source=tmp_path)
+
+
+def test_svhn(tmp_path: Path) -> None:
+    written = source_files.svhn(tmp_path)
+    for split, (images, labels) in written.items():
+        source = sources.open_source(str(tmp_path), split=split)
+        assert (source.kind, source.split, source.class_names[9]) == ("svhn", split, "9")
+        demand_equal(source, images, labels)
+        demand_equal(sources.open_source(str(tmp_path / f"{split}_32x32.mat")), images, labels)
+    refused("extra_32x32.mat", source=tmp_path, split="extra")
+    refused("by its name", source=tmp_path / "test_32x32.mat", split="train")
+
+
+def test_matlab_refused(tmp_path: Path) -> None:
+    source_files.stl10_matlab(tmp_path)
+    path = tmp_path / "stl10_matlab" / "train.mat"
+    rows, y = np.zeros((4, 27648), np.uint8), np.ones((4, 1))
+
+    def saved(compressed: bool = False, **arrays: np.ndarray) -> Path:
+        scipy.io.savemat(path, arrays, do_compression=compressed)
+        return tmp_path
+
+    assert len(sources.open_source(str(saved(X=rows, y=y)))) == 4
+    refused("no array 'X'", "Y", source=saved(Y=rows, y=y))
+    refused("(4, 27647)", source=saved(X=rows[:, 1:], y=y))
+    refused("'X'", "float64", source=saved(X=rows.astype(float), y=y))
+    refused("'y'", "(3, 1)", "4 images", source=saved(X=rows, y=y[:3]))
+    refused("whole numbers", source=saved(X=rows, y=y / 2))
+    refused("whole numbers", source=saved(X=rows, y=y * np.nan))
+    refused("10 classes", source=saved(X=rows, y=y * 11))
+    refused("no MATLAB file", source=path.write_bytes(b"\0" * 500) and tmp_path)
+    bomb = path.read_bytes() if saved(compressed=True, X=rows, y=y) else b""
+    element = struct.pack("<II", 14, 1 << 31) + bytes(1 << 24)
+    packed = zlib.compress(element)
+    path.write_bytes(bomb + struct.pack("<II", 15, len(packed)) + packed)
+    refused("train.mat", source=tmp_path)
+    source_files.hdf5_mat(path, X=rows)
+    refused("no array 'y'", source=tmp_path)
+    with h5py.File(tmp_path / "huge.h5", "w", userblock_size=512) as file:
+        file.create_dataset("X", (27648, 10**6), np.uint8, chunks=(27648, 1))
+        file.create_dataset("y", (1, 10**6), np.uint8, chunks=(1, 1000))
+        file["link"] = h5py.ExternalLink("unlabeled.mat", "X")
+    head = (tmp_path / "stl10_matlab" / "unlabeled.mat").read_bytes()[:512]
+    path.write_bytes(head + (tmp_path / "huge.h5").read_bytes()[512:])
+    refused("cannot hold", source=tmp_path)
+
+
+def test_matlab_of_version_73_without_h5py(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written = source_files.stl10_matlab(tmp_path)
+    monkeypatch.setitem(sys.modules, "h5py", None)
+    refused("pip install h5py", source=tmp_path, split="unlabeled")
+    demand_equal(sources.open_source(str(tmp_path)), *written["train"])
 
 
 def test_stl10_damaged(tmp_path: Path) -> None:
@@ -233,18 +373,280 @@ def test_links_that_go_round(tmp_path: Path, kind: str) -> None:
     assert len(sources.open_source(str(tmp_path), kind=kind)) == len(images)
 
 
-@pytest.mark.parametrize("form", ["nhwc", "nchw", "nhw", "nhw1", "keras", "medical", "unlabelled"])
-def test_npz(tmp_path: Path, form: str) -> None:
-    images, labels = source_files.npz(tmp_path / "a.npz", count=7, side=12)
+FORMS = ["nhwc", "nchw", "nhw", "nhw1", "n1hw", "fortran", "keras", "medical", "dashes", "validation", "unlabelled"]
+KEYS = {
+    "keras": ("x_train", "y_train"),
+    "medical": ("train_images", "train_labels"),
+    "dashes": ("Train-Data", "labelsTraining"),
+    "validation": ("X_valid", "val_targets"),
+    "unlabelled": ("imgs", None),
+}
+
+
+def in_form(form: str, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The images as an array of that form, and as RGB."""
     grey = images[..., 0]
-    array = {"nchw": images.transpose(0, 3, 1, 2), "nhw": grey, "nhw1": grey[..., None]}.get(form, images)
-    expected = np.repeat(grey[..., None], 3, 3) if form in ("nhw", "nhw1") else images
-    keys = {"keras": ("x_train", "y_train"), "medical": ("train_images", "train_labels")}.get(form, ("arr_0", "y"))
+    array = {
+        "nchw": images.transpose(0, 3, 1, 2),
+        "nhw": grey,
+        "nhw1": grey[..., None],
+        "n1hw": grey[:, None],
+        "fortran": np.asfortranarray(images),
+    }.get(form, images)
+    return array, np.repeat(grey[..., None], 3, 3) if form in ("nhw", "nhw1", "n1hw") else images
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("packed", [True, False])
+def test_npz(tmp_path: Path, form: str, packed: bool) -> None:
+    images, labels = source_files.npz(tmp_path / "a.npz", count=7, side=12)
+    array, expected = in_form(form, images)
+    key, label_key = KEYS.get(form, ("arr_0", "y"))
     path = tmp_path / "b.npz"
-    column = np.array(labels, np.uint8)[:, None]
-    np.savez(path, **({keys[0]: array} if form == "unlabelled" else {keys[0]: array, keys[1]: column}))
-    split = "train" if form in ("keras", "medical") else None
-    demand_equal(sources.open_source(str(path), split=split), expected, None if form == "unlabelled" else labels)
+    arrays = {key: array} | ({label_key: np.array(labels, np.uint8)[:, None]} if label_key else {})
+    (np.savez_compressed if packed else np.savez)(path, **arrays)
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr("notes.txt", "no array")
+    source = sources.open_source(str(path))
+    assert source.ignored == (("notes.txt", "no array"),)  # type: ignore[attr-defined]
+    assert source.split == {"keras": "train", "medical": "train", "dashes": "train", "validation": "val"}.get(form)
+    demand_equal(source, expected, labels if label_key else None)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("whole_folder", [True, False])
+def test_npy(tmp_path: Path, form: str, whole_folder: bool) -> None:
+    images, labels = source_files.npz(tmp_path / "a.npz", count=7, side=12)
+    array, expected = in_form(form, images)
+    key, label_key = KEYS.get(form, ("X", "y"))
+    np.save(tmp_path / f"{key}.npy", array)
+    if label_key:
+        np.save(tmp_path / f"{label_key}.npy", np.array(labels, ">i2"))
+    source = sources.open_source(str(tmp_path if whole_folder else tmp_path / f"{key}.npy"))
+    assert source.kind == "npy"
+    demand_equal(source, expected, labels if label_key else None)
+
+
+def test_npy_of_any_name_and_splits(tmp_path: Path) -> None:
+    images, labels = source_files.random_images(6, 9, 8), [0, 1, 2, 0, 1, 2]
+    np.save(tmp_path / "flowers.npy", images)
+    demand_equal(sources.open_source(str(tmp_path / "flowers.npy")), images, None)
+    np.save(tmp_path / "flowers_labels.npy", labels)
+    demand_equal(sources.open_source(str(tmp_path / "flowers.npy")), images, labels)
+    refused("no pictures", source=tmp_path)
+    for split, part in (("train", slice(4)), ("test", slice(4, 6))):
+        np.save(tmp_path / f"X_{split}.npy", images[part])
+        np.save(tmp_path / f"y_{split}.npy", labels[part])
+    demand_equal(sources.open_source(str(tmp_path)), images[:4], labels[:4])
+    demand_equal(sources.open_source(str(tmp_path), split="testing"), images[4:], labels[4:])
+    source = sources.open_source(str(tmp_path / "X_test.npy"))
+    assert source.class_names == ("0", "1", "2")
+    demand_equal(source, images[4:], labels[4:])
+    refused("'val'", "train, test", source=tmp_path, split="val")
+    refused("by its name", source=tmp_path / "X_test.npy", split="train")
+    refused("holds labels", source=tmp_path / "y_test.npy")
+
+
+def test_npy_refused(tmp_path: Path) -> None:
+    path = tmp_path / "x.npy"
+    np.save(path, np.zeros((4, 8, 8, 3), np.uint8))
+    whole = path.read_bytes()
+    for content, word in (
+        (whole[:-1], "767 bytes"),
+        (whole + b"\0", "769 bytes"),
+        (whole[:50], "npy format"),
+        (b"", "npy format"),
+        (whole.replace(b"(4, 8, 8, 3)", b"(9**9,8, 3) "), "npy format"),
+        (whole.replace(b"(4, 8, 8, 3), }" + b" " * 11, b"(1000000000,1000000000,3)}"), "its head says 3000000000000000000"),
+        (whole.replace(b"(4, 8, 8, 3)", b"(-4, 8,-8,3)"), "(-4, 8, -8, 3)"),
+        (whole.replace(b"'|u1'", b"'|U0'"), "its head says"),
+        (whole[:6] + b"\x02\0" + b"\xff" * 4 + whole[12:], "npy format"),
+        (whole[:6] + b"\x09\0" + whole[8:], "version (9, 0)"),
+    ):
+        path.write_bytes(content)
+        refused("x.npy", word, source=path)
+    np.save(path, np.zeros((4, 8, 8, 3), np.uint8))
+    (tmp_path / "y.npy").write_bytes(b"none")
+    refused("y.npy", source=path)
+
+
+LABELS = {
+    "whole floats": ([0.0, 1.0, 3.0, 1.0], [0, 1, 3, 1], ("0", "1", "2", "3")),
+    "truth": ([True, False, False, True], [1, 0, 0, 1], ("0", "1")),
+    "big-endian": (np.array([2, 0, 1, 1], ">u4"), [2, 0, 1, 1], ("0", "1", "2")),
+    "row": (np.array([[2, 0, 1, 1]], np.int8), [2, 0, 1, 1], ("0", "1", "2")),
+    "some unlabelled": ([-1, 0, 1, -1], [-1, 0, 1, -1], ("0", "1")),
+    "none labelled": ([-1, -1, -1, -1], None, ()),
+    "billions": ([3 * 10**9, 7, -1, 7], [1, 0, -1, 0], ("7", "3000000000")),
+    "63 bits": (np.array([2**63 - 1, 0, 0, 5], np.uint64), [2, 0, 0, 1], ("0", "5", str(2**63 - 1))),
+    "large floats": ([1e15, 0, 0, 1e15], [1, 0, 0, 1], ("0", str(10**15))),
+    "texts": (["dog", "ant", "\u00e9t\u00e9", "ant"], [1, 0, 2, 0], ("ant", "dog", "\u00e9t\u00e9")),
+    "bytes": (np.array([b"b", b"a", b"a", b"c"]), [1, 0, 0, 2], ("a", "b", "c")),
+    "at the bound": ([65_535, 0, 1, 1], [65_535, 0, 1, 1], tuple(map(str, range(65_536)))),
+    "above the bound": ([65_536, 0, 1, 1], [2, 0, 1, 1], ("0", "1", "65536")),
+}
+
+
+@pytest.mark.parametrize("case", LABELS)
+@pytest.mark.parametrize("form", ["npz", "npy"])
+def test_labels_become_classes(tmp_path: Path, case: str, form: str) -> None:
+    values, expected, names = LABELS[case]
+    images = source_files.random_images(4, 8, 8)
+    if form == "npz":
+        np.savez(tmp_path / "a.npz", x=images, y=np.asarray(values))
+    else:
+        np.save(tmp_path / "x.npy", images)
+        np.save(tmp_path / "y.npy", np.asarray(values))
+    source = sources.open_source(str(tmp_path / "a.npz" if form == "npz" else tmp_path))
+    assert source.class_names == names
+    demand_equal(source, images, expected)
+
+
+def test_large_idx_labels_are_mapped_too(tmp_path: Path) -> None:
+    images, labels = source_files.idx(tmp_path, packed=False)["train"]
+    (tmp_path / "train-labels-idx1-ubyte").unlink()
+    rows = np.array([[label * 10**8] for label in labels], ">i4")
+    head = struct.pack(">BBBBII", 0, 0, 0x0C, 2, *rows.shape)
+    (tmp_path / "train-labels-idx2-int").write_bytes(head + rows.tobytes())
+    source = sources.open_source(str(tmp_path))
+    assert source.class_names == tuple(str(k * 10**8) for k in range(10))
+    assert "900000000 became 0 to 9" in source.notes[0]  # type: ignore[attr-defined]
+    demand_equal(source, images, labels)
+
+
+ANY_LABELS = hypothesis.extra.numpy.arrays(np.int64, st.integers(1, 12), elements=st.integers(-1, 2**62))
+
+
+@given(ANY_LABELS, ANY_LABELS)
+def test_names_say_what_the_labels_were(train: np.ndarray, test: np.ndarray) -> None:
+    """In every split alike: the class's name is the label as it was, and the same label is the same class."""
+    if {*train.tolist(), *test.tolist()} == {-1, 1}:
+        return
+    labels, names = source_arrays.class_labels("a", train, [test])
+    others, other_names = source_arrays.class_labels("a", test, [train])
+    assert names == other_names
+    for before, classes in ((train, labels), (test, others)):
+        classes = np.full(len(before), -1) if classes is None else classes
+        assert [int(names[k]) if k >= 0 else -1 for k in classes] == before.tolist()
+
+
+def test_labels_mean_the_same_in_every_split(tmp_path: Path) -> None:
+    images = source_files.random_images(3, 8, 8)
+    train, test = np.array([10**6, 3 * 10**6, 2 * 10**6]), np.array([3 * 10**6] * 3)
+    np.savez(tmp_path / "a.npz", train_images=images, train_labels=train, test_images=images, test_labels=test)
+    assert held(sources.open_source(str(tmp_path / "a.npz")))[1] == [0, 2, 1]
+    source = sources.open_source(str(tmp_path / "a.npz"), split="test")
+    assert held(source)[1] == [2, 2, 2]
+    assert source.class_names == ("1000000", "2000000", "3000000")
+
+
+def test_labels_refused(tmp_path: Path) -> None:
+    images, path = np.zeros((4, 8, 8, 3), np.uint8), tmp_path / "a.npz"
+    for labels, word in (
+        (np.eye(4, dtype=np.uint8), "argmax(1)"),
+        (np.array([0, 1, 2, np.nan]), "whole numbers"),
+        (np.array([0, 1, 2, np.inf]), "whole numbers"),
+        (np.array([0, 1, 2, 1e300]), "64 bits"),
+        (np.array([0, 1, 2, 0.5]), "whole numbers"),
+        (np.array([-2, 0, 1, 2]), "negative"),
+        (np.array([-1, 1, 1, -1]), "(labels > 0)"),
+        (np.array([0, 1, 2]), "(3,)"),
+        (np.array(5), "()"),
+        (np.zeros(4, [("a", "u1"), ("b", "u1")]), "integer label"),
+        (np.array(["a", "b", 3, None], object), "integer label"),
+        (np.zeros(4, complex), "integer label"),
+        (np.zeros(4, "datetime64[s]"), "integer label"),
+    ):
+        np.savez(path, images=images, labels=labels)
+        refused("'labels'", word, source=path)
+    many = np.arange(70_000) * 10**6
+    np.savez_compressed(path, images=np.zeros((70_000, 1, 1, 3), np.uint8), labels=many)
+    with pytest.raises(UsageError, match="70,000 distinct"):
+        sources.open_source(str(path))
+
+
+@pytest.mark.parametrize("form", ["npz", "npy"])
+def test_one_image_is_not_taken_for_many(tmp_path: Path, form: str) -> None:
+    def saved(images: np.ndarray, labels: object = None) -> Path:
+        for old in tmp_path.iterdir():
+            old.unlink()
+        if form == "npz":
+            np.savez(tmp_path / "a.npz", images=images, **({} if labels is None else {"labels": labels}))
+            return tmp_path / "a.npz"
+        np.save(tmp_path / "images.npy", images)
+        if labels is not None:
+            np.save(tmp_path / "labels.npy", labels)
+        return tmp_path
+
+    one = source_files.random_images(1, 12, 16)[0]
+    for image in (one, one[..., :1], one.transpose(2, 0, 1), np.concatenate([one, one[..., :1]], 2)):
+        refused("looks like one image", "images[None]", source=saved(image))
+    refused("looks like one image", source=saved(one, [3]))
+    refused("images[None]", source=saved(one[..., 0]))
+    refused("reshape", source=saved(np.zeros((5, 784), np.uint8)))
+    refused("fourth channel", source=saved(np.zeros((5, 8, 9, 4), np.uint8)))
+    refused("fourth channel", source=saved(np.zeros((5, 4, 9, 8), np.uint8)))
+    refused("second or the last", source=saved(np.zeros((5, 3, 9, 1), np.uint8)))
+    refused("()", source=saved(np.array(3, np.uint8)))
+    demand_equal(sources.open_source(str(saved(one[None]))), one[None], None)
+    # As many labels as rows: narrow grey images after all.
+    labels = [k % 3 for k in range(12)]
+    demand_equal(sources.open_source(str(saved(one, labels))), np.repeat(one[..., None], 3, 3), labels)
+
+
+def test_npz_splits(tmp_path: Path) -> None:
+    """MedMNIST's keys: train unless said otherwise, and a wrong split names those that are there."""
+    images, path = source_files.random_images(6, 28, 28), tmp_path / "pathmnist.npz"
+    arrays = {}
+    for split, part in (("train", slice(0, 3)), ("val", slice(3, 5)), ("test", slice(5, 6))):
+        arrays |= {f"{split}_images": images[part], f"{split}_labels": np.arange(6, dtype=np.uint8)[part, None]}
+    np.savez_compressed(path, **arrays)
+    demand_equal(sources.open_source(str(path)), images[:3], [0, 1, 2])
+    demand_equal(sources.open_source(str(path), split="validation"), images[3:5], [3, 4])
+    source = sources.open_source(str(path), split="test")
+    assert (source.split, len(source.class_names)) == ("test", 6)
+    demand_equal(source, images[5:], [5])
+    assert sources.open_source(str(path)).notes == ("took the split train; --split takes val or test",)  # type: ignore[attr-defined]
+    refused("'dev'", "train, val, test", source=path, split="dev")
+    np.savez(path, images=images)
+    refused("'test'", "its splits are none", source=path, split="test")
+    np.savez(path, images=images, train_images=images[:2], x=images[:1])
+    assert len(sources.open_source(str(path))) == 6
+    assert len(sources.open_source(str(path), split="train")) == 2
+    np.savez(path, x=images, X=images)
+    refused("x, X", source=path)
+
+
+def test_npz_that_says_more_than_it_holds(tmp_path: Path) -> None:
+    """Heads, sizes in the archive and bombs: refused before memory is taken."""
+    path = tmp_path / "a.npz"
+
+    def saved(shape: tuple[int, ...], body: bytes, size: int | None = None, kind: int = zipfile.ZIP_DEFLATED) -> Path:
+        start = io.BytesIO()
+        np.lib.format.write_array_header_1_0(start, {"descr": "|u1", "fortran_order": False, "shape": shape})
+        with zipfile.ZipFile(path, "w", kind) as archive:
+            archive.writestr("images.npy", start.getvalue() + body)
+        if size is not None:  # in the archive's directory, which is what counts
+            data = bytearray(path.read_bytes())
+            struct.pack_into("<I", data, data.index(b"PK\x01\x02") + 24, size)
+            path.write_bytes(data)
+        return path
+
+    def refused_at_once(word: str, source: Path) -> None:
+        tracemalloc.start()
+        try:
+            refused(word, source=source)
+            assert tracemalloc.get_traced_memory()[1] < 1 << 25
+        finally:
+            tracemalloc.stop()
+
+    refused_at_once("its head says 3000000000000000000", saved((10**9, 10**9, 3), bytes(100)))
+    refused_at_once("its head says", saved((2, 4, 4, 3), bytes(1 << 26)))
+    refused_at_once("cannot hold", saved((50000, 100, 200, 3), bytes(3000), size=128 + 3 * 10**9))
+    refused_at_once("cannot hold", saved((50, 1000, 2000, 3), bytes(3000), size=128 + 3 * 10**8))
+    refused_at_once("a.npz", saved((5, 100, 200, 3), bytes(3000), size=128 + 3 * 10**5))
+    for kind in (zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA):
+        refused_at_once("compressed in a way", saved((2, 4, 4, 3), bytes(1 << 26), kind=kind))
 
 
 def test_npz_refused(tmp_path: Path) -> None:
@@ -262,7 +664,7 @@ def test_npz_refused(tmp_path: Path) -> None:
     refused("pictures", "images", source=saved(pictures=images))
     refused("images", "labels", source=saved(labels=labels), split="test")
     refused("(3,)", "4 images", source=saved(images=images, labels=labels[:3]))
-    refused("float64", source=saved(images=images, labels=labels / 1.0))
+    refused("float64", "whole", source=saved(images=images, labels=labels / 2.0))
     refused("64 bits", source=saved(images=images, labels=labels.astype(np.uint64) << np.uint64(62)))
     refused("object", source=saved(images=np.array([images[0], None], object)))
     whole = saved(images=images, labels=labels).read_bytes()
@@ -427,3 +829,53 @@ def test_kinds_that_are_none(tmp_path: Path) -> None:
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "a.png").touch()
     refused("no readable pictures", "a.png", source=tmp_path / "bad")
+
+
+SPECIAL = {
+    "stl10": (source_files.stl10, "train", ("train_X.bin", "train_y.bin", "class_names.txt")),
+    "stl10_matlab": (source_files.stl10_matlab, "unlabeled", ("unlabeled.mat",)),
+    "cifar10": (source_files.cifar10, "train", ("data_batch_1", "data_batch_4", "batches.meta")),
+    "cifar100": (source_files.cifar100, "test", ("test",)),
+    "cifar_binary": (source_files.cifar_binary, "test", ("test_batch.bin", "batches.meta.txt")),
+    "cifar_matlab": (source_files.cifar_matlab, "test", ("test_batch.mat", "batches.meta.mat")),
+    "svhn": (source_files.svhn, "train", ("train_32x32.mat",)),
+    "idx": (source_files.idx, "train", ("train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz")),
+}
+
+
+@pytest.mark.parametrize("special", ["pipe", "socket", "folder", "device"])
+@pytest.mark.parametrize("case", SPECIAL)
+def test_only_regular_files_are_opened(tmp_path: Path, case: str, special: str) -> None:
+    """Whatever lies in the place of one of a source's files, it is named at once."""
+    write, split, names = SPECIAL[case]
+    write(tmp_path)
+    for name in names:
+        path = next(tmp_path.rglob(name))
+        path.rename(path.with_name("aside"))
+        _put(path, special)
+        message = refused(source=tmp_path, split=split)
+        assert name in message or special == "folder", message
+        path.rmdir() if special == "folder" else path.unlink()
+        path.with_name("aside").rename(path)
+
+
+@pytest.mark.parametrize("special", ["pipe", "socket", "device"])
+@pytest.mark.parametrize("name", ["a.npz", "x.npy", "train-images-idx3-ubyte", "train_32x32.mat", "a.tar", "thing", "a.png"])
+def test_a_source_that_is_no_regular_file(tmp_path: Path, name: str, special: str) -> None:
+    _put(tmp_path / name, special)
+    says = {"pipe": "named pipe", "socket": "socket", "device": "device"}[special]
+    refused(name, says, source=tmp_path / name)
+    for kind in ("npz", "npy", "idx", "svhn", "stl10", "cifar10"):
+        refused(name, source=tmp_path / name, kind=kind)
+
+
+def _put(path: Path, special: str) -> None:
+    if special == "pipe":
+        os.mkfifo(path)
+    elif special == "folder":
+        path.mkdir()
+    elif special == "device":
+        path.symlink_to("/dev/zero")
+    else:
+        with socket.socket(socket.AF_UNIX) as opened, contextlib.chdir(path.parent):  # a path of a socket is limited
+            opened.bind(path.name)

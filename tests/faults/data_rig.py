@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import run_rig as rig
@@ -148,23 +149,34 @@ def _command(path: Path) -> str:
     return "Command did not exit"
 
 
-def run(source: str, bases: list[Base], numbers: Sequence[int]) -> tuple[Counter[tuple[str, str]], list[Fault]]:
-    """Counts by (kind of damage, outcome), and the faults. A death or a hang costs its number, no other."""
+def run(
+    source: str, bases: list[Any], numbers: Sequence[int], target: Callable[..., None] = work
+) -> tuple[Counter[tuple[str, str]], list[Fault]]:
+    """Counts by (kind of damage, outcome), and the faults. A death or a hang costs its number, no other.
+
+    ``target`` is a child's life, and ``bases`` what it takes.
+    """
     counts: Counter[tuple[str, str]] = Counter()
     faults: list[Fault] = []
     left = list(numbers)
     with tempfile.TemporaryDirectory(prefix="mutations-") as folder:
         while left:
-            _one_child(source, bases, left, Path(folder), counts, faults)
+            _one_child(target, source, bases, left, Path(folder), counts, faults)
             print(f"{source}: {len(numbers) - len(left)} of {len(numbers)}, {len(faults)} faults", flush=True)
     return counts, faults
 
 
 def _one_child(
-    source: str, bases: list[Base], left: list[int], folder: Path, counts: Counter[tuple[str, str]], faults: list[Fault]
+    target: Callable[..., None],
+    source: str,
+    bases: list[Any],
+    left: list[int],
+    folder: Path,
+    counts: Counter[tuple[str, str]],
+    faults: list[Fault],
 ) -> None:
     ours, theirs = rig.PROCESSES.Pipe()
-    child = rig.PROCESSES.Process(target=work, args=(source, bases, left[:PER_CHILD], folder, theirs))
+    child = rig.PROCESSES.Process(target=target, args=(source, bases, left[:PER_CHILD], folder, theirs))
     child.start()
     theirs.close()
     assert child.pid is not None

@@ -1,0 +1,297 @@
+"""npy files: one with images, and beside it one with labels; and what npz files share with them, names and heads.
+
+An array's name says what it holds and of which split: ``images``, ``x_train``, ``train_labels``, ``testY`` and so on.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+import warnings
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastbyol.data import splits
+from fastbyol.data.source_arrays import (
+    ArraySource,
+    Images,
+    Labels,
+    Rows,
+    as_rgb,
+    class_labels,
+    demand_labels,
+    demand_memory,
+    image_size,
+    listed,
+    notes_on,
+    one_line,
+    planes_first,
+)
+from fastbyol.errors import UsageError
+from fastbyol.files import open_regular
+
+IMAGE_NAMES = ("images", "image", "imgs", "img", "x", "data", "arr0")
+LABEL_NAMES = ("labels", "label", "targets", "target", "y", "classes", "class", "arr1")
+SPLIT_NAMES = {
+    "train": ("train", "training"),
+    "val": ("val", "valid", "validation"),
+    "test": ("test", "testing"),
+    "unlabeled": ("unlabeled", "unlabelled"),
+}
+# numpy reads heads of 10,000 letters at most unless told to trust them.
+MAX_HEAD = 1 << 14
+PIECE_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class Role:
+    """What an array is for by its name; ``rank`` orders the names of one role."""
+
+    rank: int
+    labels: bool
+    split: str | None
+
+
+def _roles() -> dict[str, Role]:
+    found = {}
+    for split, words in ((None, ("",)), *SPLIT_NAMES.items()):
+        for labels, names in ((False, IMAGE_NAMES), (True, LABEL_NAMES)):
+            for rank, name in enumerate(names):
+                for word in words:
+                    found[word + name] = found[name + word] = Role(rank, labels, split)
+    return found
+
+
+_ROLES = _roles()
+
+
+@dataclass(frozen=True)
+class Named:
+    """The arrays of one file or folder by what their names say. ``where`` begins the messages."""
+
+    where: str
+    names: tuple[str, ...]
+
+    def split(self, wanted: str | None) -> str | None:
+        """The split to take: ``wanted`` in our spelling, else none, train or the first; UsageError if it is not there."""
+        held = [split for split in (None, *SPLIT_NAMES) if self.find(split, labels=False) is not None]
+        if not held:
+            raise UsageError(
+                f"{self.where}: no images under images, x, train_images, x_train or the like; its arrays are "
+                f"{listed(self.names)}, save them so"
+            )
+        if wanted is None:
+            return held[0]
+        meant = splits.canonical(wanted) or wanted
+        if meant not in held:
+            known = listed(split for split in held if split is not None)
+            what = f"no split {wanted!r}, as {meant}_images would be; its splits are {known}"
+            raise UsageError(f"{self.where}: {what}, its arrays {listed(self.names)}")
+        return meant
+
+    def notes(self, wanted: str | None, taken: str | None) -> tuple[str, ...]:
+        """What a reader should know where a split was taken that nobody asked for."""
+        others = [split for split in SPLIT_NAMES if split != taken and self.find(split, labels=False) is not None]
+        if wanted is not None or not others:
+            return ()
+        return (f"took {f'the split {taken}' if taken else 'the images of no split'}; --split takes {' or '.join(others)}",)
+
+    def ignored(self) -> tuple[tuple[str, str], ...]:
+        """The arrays whose names say nothing."""
+        return tuple((name, "arrays of no known name") for name in self.names if role_of(name) is None)
+
+    def find(self, split: str | None, *, labels: bool) -> str | None:
+        """The name of the images or the labels of a split; None where there are none, UsageError where two names mean it."""
+        ranked = [
+            (role.rank, name) for name in self.names if (role := role_of(name)) and (role.labels, role.split) == (labels, split)
+        ]
+        best = [name for rank, name in ranked if rank == min(ranked)[0]]
+        if len(best) > 1:
+            raise UsageError(f"{self.where}: {listed(best)} may all be meant; keep one of them under that name")
+        return best[0] if best else None
+
+    def all_labels(self) -> list[str]:
+        """The names of the labels of every split, and of none."""
+        return [name for split in (None, *SPLIT_NAMES) if (name := self.find(split, labels=True)) is not None]
+
+
+def role_of(name: str) -> Role | None:
+    """What an array's name says, in any spelling of ``_``, ``-`` and capitals."""
+    return _ROLES.get("".join(letter for letter in name.lower() if letter.isalnum()))
+
+
+@dataclass(frozen=True)
+class Head:
+    """What an array in npy format says of itself; its values begin at ``offset``."""
+
+    shape: tuple[int, ...]
+    fortran: bool
+    dtype: np.dtype[Any]
+    offset: int
+
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def read_head(file: BinaryIO, where: str) -> Head:
+    """The head of an array in npy format at the beginning of ``file``; no more than ``MAX_HEAD`` bytes are read."""
+    start = io.BytesIO(file.read(MAX_HEAD))
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the literals in a damaged head
+            version = np.lib.format.read_magic(start)
+            if version not in ((1, 0), (2, 0), (3, 0)):
+                raise ValueError(f"of version {version}")
+            first = version == (1, 0)
+            shape, fortran, dtype = (np.lib.format.read_array_header_1_0 if first else np.lib.format.read_array_header_2_0)(
+                start
+            )
+    except Exception as error:  # heads are parsed from untrusted bytes
+        raise UsageError(f"{where}: not a whole array in npy format ({one_line(error)}); save it again") from None
+    if min(shape, default=0) < 0 or dtype.itemsize == 0:
+        raise UsageError(f"{where}: its head says shape {shape} of {dtype}; save it again")
+    return Head(tuple(map(int, shape)), fortran, dtype, start.tell())
+
+
+def demand_held(where: str, head: Head, num_bytes: int) -> None:
+    """UsageError unless ``num_bytes``, head included, are what the head says."""
+    held = num_bytes - head.offset
+    if head.dtype.hasobject or held == head.num_bytes:  # of objects, which are refused elsewhere, no number is known
+        return
+    raise UsageError(f"{where}: holds {held} bytes of values, its head says {head.num_bytes}; save it again")
+
+
+def read_values(file: BinaryIO, where: str, head: Head) -> NDArray[Any]:
+    """The array whose ``head`` was read; ``file`` stands at its beginning. Memory is taken once, if it is there."""
+    demand_memory(where, head.num_bytes)
+    file.read(head.offset)
+    try:
+        values = np.empty(head.num_bytes, np.uint8)
+    except MemoryError:
+        raise UsageError(f"{where}: no memory for {head.num_bytes} bytes; save it in parts") from None
+    rest = values.data
+    # A zip archive's member makes its own copy of what is asked for at once.
+    while rest and (count := file.readinto(rest[:PIECE_BYTES])):  # type: ignore[attr-defined]
+        rest = rest[count:]
+    if rest:
+        raise UsageError(f"{where}: ends {len(rest)} bytes before its head says; save it again")
+    return values.view(head.dtype).reshape(head.shape, order="F" if head.fortran else "C")
+
+
+def has_npy(path: Path) -> bool:
+    """Tell whether ``path`` is an npy file, or a folder that holds one with images by its name."""
+    if path.is_file():
+        return path.name.lower().endswith(".npy")
+    return any((role := role_of(name)) is not None and not role.labels for name in _arrays_in(path))
+
+
+def open_npy(path: Path, split: str | None) -> ArraySource:
+    """Open npy files: the images of ``split`` in a folder, or those of one file, with the labels beside them.
+
+    Beside ``x_train.npy`` lies ``y_train.npy`` or ``train_labels.npy``, beside ``cats.npy`` ``cats_labels.npy``.
+    """
+    folder, only = (path, None) if path.is_dir() else (path.parent, path.stem)
+    files = _arrays_in(folder)
+    ignored: tuple[tuple[str, str], ...] = ()
+    notes: tuple[str, ...] = ()
+    role = role_of(only) if only is not None else None
+    if only is not None and (role is None or role.labels):
+        if role is not None:
+            raise UsageError(f"{path}: holds labels by its name; give the file with the images, or the folder of both")
+        if split is not None:
+            raise UsageError(f"{path}: its name says no split; call it {split}_images.npy, or leave out the split")
+        image, label = path, next((files[name] for name in _beside(only) if name in files), None)
+        others: list[Path] = []
+    else:
+        named = Named(str(folder), tuple(files))
+        if role is None:
+            wanted, split = split, named.split(split)
+            notes = named.notes(wanted, split)
+            ignored = named.ignored() + _others_in(folder)
+            image = files[str(named.find(split, labels=False))]
+        else:
+            if split is not None and (splits.canonical(split) or split) != role.split:
+                raise UsageError(f"{path}: is not of the split {split} by its name")
+            split, image = role.split, path
+        found = named.find(split, labels=True)
+        label = None if found is None else files[found]
+        others = [files[name] for name in named.all_labels() if name != found]
+    source = _opened(image, label, others, split)
+    return replace(source, ignored=ignored, notes=notes + notes_on(source.class_names))
+
+
+def _opened(image: Path, label: Path | None, others: list[Path], split: str | None) -> ArraySource:
+    head = file_head(image)
+    labels: Labels | None = None
+    names: tuple[str, ...] = ()
+    count = head.shape[0] if head.shape else 0
+    height, width = image_size(str(image), head.shape, head.dtype, None if label is None else math.prod(file_head(label).shape))
+    if label is not None:
+        labels, names = class_labels(str(label), _labels(label, count), [_labels(other) for other in others])
+    return ArraySource("npy", split, names, labels, count, (height, width), Loader(image, head))
+
+
+@dataclass(frozen=True)
+class Loader:
+    """Loads image i of a file: alone, or where they do not lie one after the other (Fortran order), from the whole."""
+
+    path: Path
+    head: Head
+
+    def __call__(self, index: int) -> Images:
+        shape = self.head.shape
+        if self.head.fortran:
+            image = _kept(self.path, self.head)[index]
+        else:
+            image = Rows(self.path, shape[0], math.prod(shape[1:]), self.head.offset)(index).reshape(shape[1:])
+        return as_rgb(image, planes_first(shape))
+
+
+@lru_cache(maxsize=1)
+def _kept(path: Path, head: Head) -> NDArray[Any]:
+    return _file_values(path, head)
+
+
+def file_head(path: Path) -> Head:
+    """The head of an npy file, which holds what it says."""
+    with open_regular(path) as file:
+        head = read_head(file, str(path))
+    demand_held(str(path), head, path.stat().st_size)
+    return head
+
+
+def _file_values(path: Path, head: Head) -> NDArray[Any]:
+    with open_regular(path) as file:
+        return read_values(file, str(path), head)
+
+
+def _labels(path: Path, count: int | None = None) -> NDArray[Any]:
+    head = file_head(path)
+    demand_labels(str(path), head.shape, head.dtype, math.prod(head.shape) if count is None else count)
+    return _file_values(path, head)
+
+
+def _arrays_in(folder: Path) -> dict[str, Path]:
+    """The npy files of a folder by their names without the ending."""
+    if not folder.is_dir():
+        return {}
+    with os.scandir(folder) as entries:
+        names = sorted(entry.name for entry in entries if entry.name.lower().endswith(".npy") and entry.name[0] != ".")
+    return {name[:-4]: folder / name for name in names}
+
+
+def _others_in(folder: Path) -> tuple[tuple[str, str], ...]:
+    with os.scandir(folder) as entries:
+        names = sorted(entry.name for entry in entries if not entry.name.lower().endswith(".npy") and entry.name[0] != ".")
+    return tuple((name, "no array") for name in names)
+
+
+def _beside(stem: str) -> list[str]:
+    return [f"{stem}{mark}{name}" for mark in ("_", "-", ".") for name in LABEL_NAMES]

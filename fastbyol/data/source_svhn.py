@@ -1,0 +1,58 @@
+"""SVHN's cropped digits (Netzer et al., 2011): MATLAB files, ``X`` uint8 (32, 32, 3, N), ``y`` 1 to 10; 10 is the digit 0."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from fastbyol.data import source_mat
+from fastbyol.data.source_arrays import ArraySource, Images
+from fastbyol.errors import UsageError
+
+SPLITS = ("train", "test", "extra")
+
+
+def has_svhn(path: Path) -> bool:
+    """Tell whether ``path`` is one of SVHN's files by its name, or a folder that holds some."""
+    if path.is_file():
+        return path.name in map(_name, SPLITS)
+    return any((path / _name(split)).exists() for split in SPLITS)
+
+
+def open_svhn(path: Path, split: str | None) -> ArraySource:
+    """Open ``split`` (default: train, or that of the file). Raises UsageError: files missing, cut or of another form."""
+    if not path.is_dir():
+        of = next((split for split in SPLITS if path.name == _name(split)), None)
+        if of is None or split not in (None, of):
+            raise UsageError(f"{path}: not SVHN's {_name(split or 'train')} by its name; give that file, or its folder")
+        split, path = of, path.parent
+    split = split or "train"
+    if split not in SPLITS:
+        raise UsageError(f"{path}: SVHN has no split {split!r}; choose {', '.join(SPLITS)}")
+    file = path / _name(split)
+    source_mat.forget()
+    shape = source_mat.shape_of(file, "X")
+    if len(shape) != 4 or shape[:3] != (32, 32, 3) or shape[3] < 1:
+        raise UsageError(f"{file}: 'X' has shape {shape}, not (32, 32, 3, N); get the file again")
+    labels = source_mat.labels(file, "y", shape[3])
+    # torchvision and others count the digit 0 as class 0; the files in circulation hold 10, converted ones 0.
+    if labels.min() < 0 or labels.max() > 10:
+        raise UsageError(f"{file}: labels from {labels.min()} to {labels.max()}, not 1 to 10; get the file again")
+    names = tuple(map(str, range(10)))
+    return ArraySource("svhn", split, names, labels % 10, shape[3], (32, 32), Loader(file))
+
+
+@dataclass(frozen=True)
+class Loader:
+    """Loads image i of the file, which is read whole."""
+
+    path: Path
+
+    def __call__(self, index: int) -> Images:
+        return np.ascontiguousarray(source_mat.pixels(self.path, "X")[:, :, :, index])
+
+
+def _name(split: str) -> str:
+    return f"{split}_32x32.mat"

@@ -1,0 +1,295 @@
+"""Damaged sources by number: a small data set of every kind, and what happens to one of its files. All is a function of a seed.
+
+A base is names and bytes of files, so that it can be written anywhere; a mutation changes bytes, or what lies under a name.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import io
+import os
+import re
+import struct
+import zipfile
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+import source_files
+
+Rng = np.random.Generator
+
+
+@dataclass(frozen=True)
+class Base:
+    """A good source: its files by name, what to open of them, and with what options."""
+
+    name: str
+    files: dict[str, bytes]
+    at: str = "."
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+def bases(folder: Path) -> list[Base]:
+    """One of every kind and form, written below ``folder``."""
+    made = []
+
+    def add(name: str, write: Callable[[Path], object], at: str = ".", without: str = "", **options: Any) -> None:
+        place = folder / name
+        place.mkdir(parents=True)
+        write(place)
+        paths = [path for path in sorted(place.rglob("*")) if path.is_file() and not (without and re.match(without, path.name))]
+        files = {str(path.relative_to(place)): path.read_bytes() for path in paths}
+        made.append(Base(name, files, at, options))
+
+    add("npz", lambda place: source_files.npz(place / "a.npz", count=12), "a.npz")
+    add("npz of splits", _medical, "a.npz", split="test")
+    add("npy", _arrays)
+    add("npy in Fortran's order", lambda place: np.save(place / "x.npy", np.asfortranarray(_images(9))), "x.npy")
+    add("cifar10", lambda place: source_files.cifar10(place, per_batch=3, test=3))
+    add("cifar100", lambda place: source_files.cifar100(place, train=5, test=5), without="train", split="test")
+    add("cifar10 binary", lambda place: source_files.cifar_binary(place, count=3))
+    add("cifar100 binary", lambda place: source_files.cifar_binary(place, classes=100, count=5), without="test")
+    add("cifar100 matlab", lambda place: source_files.cifar_matlab(place, classes=100, count=4), without="test")
+    add("stl10", lambda place: source_files.stl10(place, train=6, test=1, unlabeled=3), without="test", split="train+unlabeled")
+    add("stl10 fold", lambda place: source_files.stl10(place, train=7, test=1, unlabeled=1), without="test|unlab", fold=3)
+    add(
+        "stl10 matlab",
+        lambda place: source_files.stl10_matlab(place, train=6, test=1, unlabeled=1),
+        without="test|unlab",
+        fold=2,
+    )
+    add(
+        "stl10 hdf5",
+        lambda place: source_files.stl10_matlab(place, train=5, test=1, unlabeled=3),
+        without="test|train",
+        split="unlabeled",
+    )
+    add("svhn", lambda place: source_files.svhn(place, train=5, test=4), without="test")
+    add("idx", lambda place: source_files.idx(place, train=6, test=5, packed=False))
+    add("idx packed", lambda place: source_files.idx(place, train=6, test=5), without="train", split="test")
+    add("classes", lambda place: source_files.class_folders(place, per_class=3))
+    add("classes of splits", _splits, split="val")
+    add("odd pictures", lambda place: source_files.odd_pictures(place / "odd"), "odd")
+    add("pictures of every format", _formats)
+    return made
+
+
+def _images(count: int) -> source_files.Images:
+    return source_files.random_images(count, 14, 12, 1)
+
+
+def _medical(place: Path) -> None:
+    arrays = {}
+    for split, count in (("train", 5), ("val", 2), ("test", 4)):
+        arrays |= {f"{split}_images": _images(count), f"{split}_labels": np.arange(count, dtype=np.uint8)[:, None]}
+    np.savez(place / "a.npz", **arrays)
+
+
+def _arrays(place: Path) -> None:
+    for split, count in (("train", 5), ("test", 4)):
+        np.save(place / f"X_{split}.npy", _images(count))
+        np.save(place / f"y_{split}.npy", np.arange(count) * 10**6)
+
+
+def _splits(place: Path) -> None:
+    for split in ("train", "val"):
+        source_files.class_folders(place / split, per_class=2)
+
+
+def _formats(place: Path) -> None:
+    picture = Image.fromarray(source_files.random_images(1, 30, 40, 2)[0])
+    for name in ("a.png", "b.jpg", "c.tif", "d.gif", "e.bmp", "f.webp", "g.ppm", "h.tga", "i.jp2", "j.avif", "k.dib", "l.pbm"):
+        (picture.convert("1") if name == "l.pbm" else picture).save(place / name)
+    for name, how in (("m.tif", "tiff_lzw"), ("n.tif", "jpeg"), ("o.tif", "tiff_deflate"), ("p.tif", "packbits")):
+        picture.save(place / name, compression=how)
+    picture.save(place / "q.jpg", progressive=True)
+    picture.convert("P").save(place / "r.gif", save_all=True, append_images=[picture.convert("P").rotate(90)])
+
+
+def wide(rng: Rng) -> int:
+    """A number that parsers stumble over."""
+    near = [0, 1, 2, 3, 4, 255, 256, 10_000, (1 << 15) - 1, 1 << 15, (1 << 16) - 1, 1 << 20, 1 << 24, (1 << 31) - 1, 1 << 31]
+    return int(rng.choice(np.array([*near, (1 << 32) - 1, 1 << 32, 1 << 40, (1 << 63) - 1, 1 << 63, (1 << 64) - 1], np.uint64)))
+
+
+def put(data: bytearray, at: int, rng: Rng) -> None:
+    """A wide number of 1, 2, 4 or 8 bytes, in either order."""
+    size = int(rng.choice([1, 2, 4, 4, 8]))
+    number = (wide(rng) & ((1 << 8 * size) - 1)).to_bytes(size, "little" if rng.integers(2) else "big")
+    data[at : at + size] = number
+
+
+def flip_head(data: bytearray, rng: Rng) -> None:
+    """One to four bits of the first bytes."""
+    for _ in range(int(rng.integers(1, 5))):
+        data[int(rng.integers(min(len(data), 200)))] ^= 1 << int(rng.integers(8))
+
+
+def flip_anywhere(data: bytearray, rng: Rng) -> None:
+    for at in rng.integers(0, len(data), int(rng.integers(1, 9))).tolist():
+        data[at] ^= 1 << int(rng.integers(8))
+
+
+def enlarge_head(data: bytearray, rng: Rng) -> None:
+    put(data, int(rng.integers(min(len(data), 160))), rng)
+
+
+def enlarge_anywhere(data: bytearray, rng: Rng) -> None:
+    put(data, int(rng.integers(len(data))), rng)
+
+
+def enlarge_marked(data: bytearray, rng: Rng) -> None:
+    """A number behind one of the marks that formats have: zip's, PNG's, TIFF's, JPEG's, pickle's, HDF5's."""
+    marks = rb"IHDR|IDAT|\xff\xc0|\xff\xc2|\xff\xda|II\*\0|RIFF|VP8|ihdr|ispe|FRHP|TREE|SNOD|HEAP|[TXBrj]"
+    marks += rb"|PK\x01\x02|PK\x03\x04|PK\x05\x06"
+    places = [match.end() for match in re.finditer(marks, bytes(data[:100_000]), re.DOTALL)]
+    put(data, int(rng.choice(places)) + int(rng.integers(30) if rng.integers(2) else 0), rng)
+    if data[12:16] == b"IHDR":  # whose checksum would be found out first
+        data[29:33] = struct.pack(">I", zlib.crc32(data[12:29]))
+
+
+def other_digits(data: bytearray, rng: Rng) -> None:
+    """A number in letters: a shape in npy's head, a size in PPM's, the index of a fold."""
+    found = list(re.finditer(rb"\d+", bytes(data[:4000])))
+    match = found[int(rng.integers(len(found)))]
+    data[match.start() : match.end()] = str(wide(rng) - int(rng.integers(2)) * wide(rng)).encode()
+
+
+def zero(data: bytearray, rng: Rng) -> None:
+    at = int(rng.integers(len(data)))
+    size = min(int(2 ** rng.uniform(0, 13)), len(data) - at)
+    data[at : at + size] = bytes(size)
+
+
+def noise(data: bytearray, rng: Rng) -> None:
+    at = int(rng.integers(len(data)))
+    size = min(int(2 ** rng.uniform(0, 13)), len(data) - at)
+    data[at : at + size] = rng.bytes(size)
+
+
+def cut(data: bytearray, rng: Rng) -> None:
+    del data[int(rng.integers(len(data))) if rng.integers(2) else len(data) - int(rng.integers(1, 40)) :]
+
+
+def grow(data: bytearray, rng: Rng) -> None:
+    size = int(rng.choice([1, 2, 3072, 3073, 27_648, 100_000]))
+    data += rng.bytes(size) if rng.integers(2) else bytes(size)
+
+
+def drop(data: bytearray, rng: Rng) -> None:
+    """Bytes taken out, so that all behind them moves."""
+    at = int(rng.integers(len(data)))
+    del data[at : at + int(rng.integers(1, 20))]
+
+
+BYTES = (
+    flip_head, flip_anywhere, enlarge_head, enlarge_head, enlarge_anywhere, enlarge_marked, enlarge_marked, other_digits, zero,
+    noise, cut, grow, drop,
+)  # fmt: skip
+
+
+def inside(name: str, data: bytes, change: Callable[[bytearray, Rng], None], rng: Rng) -> bytes:
+    """The file with what it holds compressed or checked changed, and packed again, so that its checksums agree."""
+    if name.endswith(".gz"):
+        return gzip.compress(_changed(gzip.decompress(data), change, rng))
+    if name.endswith(".npz"):
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            members = {member: archive.read(member) for member in archive.namelist()}
+        chosen = str(rng.choice(list(members)))
+        members[chosen] = _changed(members[chosen], change, rng)
+        packed = io.BytesIO()
+        with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
+            for member, content in members.items():
+                archive.writestr(member, content)
+        return packed.getvalue()
+    if name.endswith(".mat") and data[:10] == b"MATLAB 5.0":
+        elements, at = [], 128
+        while at < len(data):
+            kind, size = struct.unpack_from("<II", data, at)
+            elements.append((kind, data[at + 8 : at + 8 + size]))
+            at += 8 + size
+        chosen_at = int(rng.integers(len(elements)))
+        kind, content = elements[chosen_at]
+        changed = _changed(zlib.decompress(content) if kind == 15 else content, change, rng)
+        elements[chosen_at] = (kind, zlib.compress(changed) if kind == 15 else changed)
+        return data[:128] + b"".join(struct.pack("<II", kind, len(content)) + content for kind, content in elements)
+    return _changed(data, change, rng)
+
+
+def _changed(data: bytes, change: Callable[[bytearray, Rng], None], rng: Rng) -> bytes:
+    """``data`` after ``change``, or as it was where there is nothing to change."""
+    new = bytearray(data)
+    try:
+        change(new, rng)
+    except (IndexError, ValueError, OverflowError):
+        return data
+    return bytes(new)
+
+
+def put_special(path: Path, rng: Rng) -> str:
+    """Something else under the file's name; returns what."""
+    kind = str(rng.choice(["pipe", "folder", "loop", "dangling", "device", "parent", "absent", "empty", "renamed"]))
+    content = path.read_bytes()
+    path.unlink()
+    match kind:
+        case "pipe":
+            os.mkfifo(path)
+        case "folder":
+            path.mkdir()
+        case "loop":
+            path.symlink_to(path)
+        case "dangling":
+            path.symlink_to("nowhere")
+        case "device":
+            path.symlink_to(str(rng.choice(["/dev/zero", "/dev/null"])))
+        case "parent":
+            path.symlink_to("..")
+        case "empty":
+            path.touch()
+        case "renamed":
+            ending = str(rng.choice([".png", ".npy", ".npz", ".gz", ".jpg", ".mat", ".bin", ".tif", "", "\udcff", "\n"]))
+            path.with_name(path.name.partition(".")[0] + ending).write_bytes(content)
+    return kind
+
+
+def mutate(known: list[Base], number: int, folder: Path) -> tuple[Base, str]:
+    """Write mutation ``number`` below ``folder``, which is empty; returns its base and what was done."""
+    rng = np.random.default_rng([9, number])
+    base = known[number % len(known)]
+    for name, content in base.files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+    done = []
+    for _ in range(2 if rng.integers(6) == 0 else 1):
+        name = str(rng.choice(list(base.files)))
+        path = folder / name
+        if not path.is_file() or not path.stat().st_size:
+            continue
+        match int(rng.integers(12)):
+            case 0:
+                done.append(put_special(path, rng))
+            case 1:
+                other = known[int(rng.integers(len(known)))] if rng.integers(2) else base
+                content = other.files[str(rng.choice(list(other.files)))]
+                at = int(rng.integers(len(content)))
+                path.write_bytes(content if rng.integers(2) else path.read_bytes()[:at] + content[at:])
+                done.append("splice")
+            case _:
+                change = BYTES[int(rng.integers(len(BYTES)))]
+                content = path.read_bytes()
+                with contextlib.suppress(Exception):  # what is damaged already need not unpack
+                    content = (inside if rng.integers(2) else _outside)(name, content, change, rng)
+                path.write_bytes(content)
+                done.append(change.__name__)
+    return base, "+".join(done)
+
+
+def _outside(_: str, data: bytes, change: Callable[[bytearray, Rng], None], rng: Rng) -> bytes:
+    return _changed(data, change, rng)

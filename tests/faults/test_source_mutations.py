@@ -1,0 +1,139 @@
+"""Sources damaged in every way: images and labels of the promised form, with named skips, or an error of one line.
+
+Never a traceback, a signal, a hang, or memory beyond twice the largest size that is declared. What a damaged pixel was before,
+nobody can know where a format holds no checksum; so pixels are not judged here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import shutil
+import sys
+import warnings
+from collections.abc import Sequence
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import data_rig
+import numpy as np
+import run_rig as rig
+import source_mutations as mutations
+from test_data_mutations import show
+
+from fastbyol import cli
+from fastbyol.data import sources
+from fastbyol.data.beton import UnreadableItemError
+from fastbyol.errors import UsageError
+
+# What reading takes beside the images: decoders, and copies of files, which are small here.
+BESIDE_BYTES = 96 << 20
+# Pillow holds four bytes a pixel where three are delivered.
+PILLOW = 4 / 3
+# A conversion starts two processes and takes seconds, so few are whole.
+WHOLE_EVERY = 40
+
+
+def work(_: str, known: list[mutations.Base], numbers: Sequence[int], folder: Path, pipe: Connection) -> None:
+    """A child's life: for each number write a damaged source, read all of it, send (number, what was done, base, outcome)."""
+    # As for a user: shown, never raised. Pillow says much of damaged pictures.
+    warnings.simplefilter("ignore")
+    _read(known[0], _fresh(folder), 0)
+    pipe.send("ready")
+    for number in numbers:
+        place = _fresh(folder)
+        base, done = mutations.mutate(known, number, place)
+        answer = _read(base, place, number)
+        if answer in ("refused", "read", "with skips") and number % WHOLE_EVERY == WHOLE_EVERY - 1:
+            answer = _converted(base, place, answer)
+        pipe.send((number, done or "nothing", base.name, answer))
+    pipe.send("done")
+
+
+def _fresh(folder: Path) -> Path:
+    place = folder / "source"
+    shutil.rmtree(place, ignore_errors=True)
+    place.mkdir()
+    return place
+
+
+def _read(base: mutations.Base, place: Path, number: int) -> str:
+    """``refused``, ``read``, ``with skips``, or what was wrong, with a capital letter."""
+    before, declared, skipped = _reset_peak(), 0, 0
+    try:
+        source = sources.open_source(str(place / base.at), **base.options)
+        sizes = source.image_bytes()
+        # One picture of a folder is in memory at a time; an array may be there as a whole.
+        declared = int(sizes.max() if source.kind in ("folder", "classes") else sizes.sum())
+        skipped = len(getattr(source, "unreadable", ()))
+        json.dumps([source.name(k) for k in range(len(source))] + list(source.class_names))
+        for k in range(len(source)):
+            try:
+                image = source.image(k)
+            except UnreadableItemError as error:
+                skipped += 1
+                if "\n" in str(error) or not str(error):
+                    return f"Poor reason: {error!r}"
+                continue
+            if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+                return f"Image {k} is {image.dtype} of shape {image.shape}"
+            if source.labelled and not -1 <= source.label(k) < len(source.class_names):
+                return f"Label {source.label(k)} of {len(source.class_names)} classes"
+        answer = "with skips" if skipped else "read"
+    except UsageError as error:
+        line = str(error)
+        answer = "refused" if "\n" not in line and ";" in line and len(line) < 1500 else f"Poor message: {line!r}"
+    except Exception as error:
+        return f"Raised {type(error).__name__}: {error}"
+    peak = _peak() - before
+    if peak > 2 * PILLOW * declared + BESIDE_BYTES:
+        return f"Memory: {peak >> 20} MiB where {declared >> 20} MiB were declared"
+    return answer
+
+
+def _converted(base: mutations.Base, place: Path, read: str) -> str:
+    """``fastbyol convert`` of the same: exit code 0 and a file, or 2 and one line."""
+    out, err, before = io.StringIO(), io.StringIO(), sys.argv
+    file = place.parent / "out.beton"
+    file.unlink(missing_ok=True)
+    options = [part for key, value in base.options.items() for part in (f"--{key}", str(value))]
+    sys.argv = ["fastbyol", "convert", str(place / base.at), str(file), "--size", "16", "--workers", "1", *options]
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            cli.main()
+    except SystemExit as ended:
+        lines = err.getvalue().splitlines()
+        if ended.code == 0:
+            return read if read != "refused" and file.is_file() and not lines else f"Converted, {read}, and said {lines}"
+        good = ended.code == 2 and len(lines) == 1 and lines[0].startswith("fastbyol: error: ")
+        # Pictures that cannot be read are left out, but if all are, there is nothing to write.
+        return read if good and read != "read" else f"Exit code {ended.code}, {read}, {lines}"
+    except Exception as error:
+        return f"Command raised {type(error).__name__}: {error}"
+    finally:
+        sys.argv = before
+    return "Command did not exit"
+
+
+def _reset_peak() -> int:
+    """Start to count the largest memory anew; what is held now, bytes."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return _status("VmRSS")
+
+
+def _peak() -> int:
+    return _status("VmHWM")
+
+
+def _status(key: str) -> int:
+    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(lines[key].split()[0]) * 1024
+
+
+def test_mutated_sources(tmp_path: Path) -> None:
+    known = mutations.bases(tmp_path)
+    counts, faults = data_rig.run("sources", known, range(rig.many(80, 2_000)), work)
+    print(show(counts), *sorted(counts.items()), sep="\n")
+    assert not faults, faults[:20]
+    assert {answer for _, answer in counts} == {"refused", "read", "with skips"}

@@ -91,7 +91,7 @@ def open_source(
         if kind != "stl10":
             _demand_no_fold(f"{path} ({kind or 'images in folders'})", fold)
         if kind not in (None, "classes", "folder") and split is not None:
-            split = splits.canonical(split) or split
+            split = "+".join(splits.canonical(part) or part for part in split.split("+"))
         if kind in ("idx", "fashion-mnist"):
             return source_idx.open_idx(path, kind, split)
         if kind == "npz":

@@ -215,7 +215,7 @@ def test_matlab_of_version_73_without_h5py(tmp_path: Path, monkeypatch: pytest.M
 def test_stl10_damaged(tmp_path: Path) -> None:
     source_files.stl10(tmp_path)
     folder = tmp_path / "stl10_binary"
-    refused("split", "valid", "train+unlabeled", source=tmp_path, split="valid")
+    refused("split", "odd", "train+unlabeled", source=tmp_path, split="odd")
     labels = (folder / "train_y.bin").read_bytes()
     (folder / "train_y.bin").write_bytes(labels[:-1])
     refused("train_y.bin", "19 labels", "20 images", source=tmp_path)
@@ -607,7 +607,7 @@ def test_npz_splits(tmp_path: Path) -> None:
     assert (source.split, len(source.class_names)) == ("test", 6)
     demand_equal(source, images[5:], [5])
     assert sources.open_source(str(path)).notes == ("took the split train; --split takes val or test",)  # type: ignore[attr-defined]
-    refused("'dev'", "train, val, test", source=path, split="dev")
+    refused("'odd'", "train, val, test", source=path, split="odd")
     np.savez(path, images=images)
     refused("'test'", "its splits are none", source=path, split="test")
     np.savez(path, images=images, train_images=images[:2], x=images[:1])
@@ -745,7 +745,7 @@ def test_idx_refused(tmp_path: Path) -> None:
         path.write_bytes(content)
         return tmp_path
 
-    refused("split", "valid", source=tmp_path, split="valid")
+    refused("split", "odd", source=tmp_path, split="odd")
     refused("begins 00000d03", source=holds(b"\0\0\x0d\x03" + whole[4:]))
     refused("begins nowhere", source=holds(b""))
     refused("ends within its head", source=holds(whole[:9]))

@@ -37,6 +37,9 @@ MAX_FIELDS = 64
 MIN_PAGE_BYTES = 1 << 21
 # FFCV allocates whole batches of the largest image; beyond this a damaged size is likelier than a picture.
 MAX_SIDE = 16384
+LABEL_FIELD = "label"
+# Other int fields, such as an index or a time, are no labels unless somebody says so.
+LABEL_NAMES = frozenset(("category", "class", "class_id", "classes", "cls", "label", "labels", "target", "targets", "y"))
 JPG, RAW = 0, 1
 
 HEADER = np.dtype([("version", "<u2"), ("fields", "<u2"), ("page", "<u4"), ("samples", "<u8"), ("table", "<u8")])
@@ -100,6 +103,12 @@ class BetonInfo:
         return any(field.type_name == "int" for field in self.fields)
 
     @property
+    def class_names(self) -> tuple[str, ...]:
+        """The names of labels 0, 1 and so on, as the manifest says; empty where it does not."""
+        names = self.manifest.note.get("class_names") if self.manifest is not None else None
+        return tuple(map(str, names)) if isinstance(names, list) and self.label_field == LABEL_FIELD else ()
+
+    @property
     def uniform_size(self) -> tuple[int, int] | None:
         """(height, width) in pixels if all images share it."""
         same = (self.widths == self.widths[0]).all() and (self.heights == self.heights[0]).all()
@@ -160,9 +169,9 @@ def inspect(
 ) -> BetonInfo:
     """Verify the structure of a beton file, without FFCV and without decoding.
 
-    ``image_field`` defaults to the only RGB image field; ``label_field`` to the int field named ``label``, else the only
-    int field, else none. With ``may_lack_labels`` it is not looked for in a file without int fields. Raises UsageError: no
-    such file, unreadable, damaged, no such field, or several image fields and no choice.
+    ``image_field`` defaults to the only RGB image field; ``label_field`` to the int field named ``label``, else the only one
+    of another usual name (``LABEL_NAMES``), else none. With ``may_lack_labels`` it is not looked for in a file without int
+    fields. Raises UsageError: no such file, unreadable, damaged, no such field, or several image fields and no choice.
     """
     with _opened(Path(path)) as file:
         stamp = stamp_of(file.fd)
@@ -197,7 +206,7 @@ def demand_labels(info: BetonInfo) -> None:
     if info.labels is None:
         what, remedy = ("has no int field for labels", "name a file with one")
         if info.has_ints:
-            what, remedy = ("has several int fields", "choose the one with the labels with --label-field")
+            what, remedy = ("does not say which int field is the label", "choose it with --label-field")
         raise UsageError(f"{info.path}: {what}, its fields are {_listed(info.fields)}; {remedy}")
 
 
@@ -360,12 +369,13 @@ def _chosen(file: _File, fields: tuple[Field, ...], name: str | None) -> int:
 
 def _chosen_label(file: _File, fields: tuple[Field, ...], name: str | None, may_lack: bool) -> int | None:
     ints = [k for k, field in enumerate(fields) if field.type_name == "int"]
-    named = [k for k in ints if fields[k].name == (name or "label")]
+    named = [k for k in ints if fields[k].name == (name or LABEL_FIELD)]
     if name is not None and not named and (ints or not may_lack):
         raise UsageError(f"{file.path}: has no int field {name!r}, its fields are {_listed(fields)}; name one that it has")
     if named:
         return named[0]
-    return ints[0] if len(ints) == 1 else None
+    usual = [k for k in ints if fields[k].name.lower() in LABEL_NAMES]
+    return usual[0] if len(usual) == 1 else None
 
 
 def _listed(fields: tuple[Field, ...]) -> str:

@@ -38,6 +38,8 @@ PAGE_BYTES = 1 << 23
 # Without an item begun for so long the writer is taken for stuck. Importing FFCV takes 2 to 10 s of it; a disk on the network
 # may hiccup for minutes, and so long may a busy machine keep a process of low priority waiting.
 STALL_S = 300.0
+# Of the output's name in that of the temporary file.
+MAX_NAME_BYTES = 120
 
 
 class Items(Protocol):
@@ -99,6 +101,8 @@ def write(
     """
     path, num_items = Path(path), len(dataset)
     check_output(path, overwrite=overwrite)
+    if path.is_symlink():
+        path = path.resolve()  # what a link leads to is replaced, not the link
     _check_arguments(num_items, mode, quality, workers, page_bytes)
     workers = min(workers or len(os.sched_getaffinity(0)), -(-num_items // CHUNK_ITEMS))
     remove_leftovers(path)
@@ -150,7 +154,9 @@ def die_with(parent: int) -> None:
 
 def _temporary_prefix(path: Path) -> str:
     # The machine's name, since a process number says nothing about another machine's on a shared disk.
-    return f".{path.name}.{platform.node()}-"
+    # Names may have 255 bytes, and this one needs some more.
+    name = os.fsdecode(os.fsencode(path.name)[:MAX_NAME_BYTES])
+    return f".{name}.{platform.node()}-"
 
 
 def _alive(pid: int) -> bool:

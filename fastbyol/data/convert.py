@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import time
 from collections.abc import Iterator
@@ -169,7 +170,9 @@ def convert(
 
 def _note(source: str, opened: sources.Source, **options: int | None) -> dict[str, object]:
     """What the manifest says of where the images came from."""
-    said = {"source": source, "kind": opened.kind, "split": opened.split, "class_names": list(opened.class_names), **options}
+    # Of folders' names, as UTF-8 whatever the system's encoding is: they are compared with those of other files.
+    names = [os.fsencode(name).decode("utf-8", "surrogateescape") for name in opened.class_names]
+    said = {"source": source, "kind": opened.kind, "split": opened.split, "class_names": names, **options}
     return {key: value for key, value in said.items() if value is not None}
 
 

@@ -12,7 +12,7 @@ from fastbyol.files import refuse_special
 
 _TABLES = (".csv", ".jsonl", ".parquet", ".tsv", ".xlsx")
 # What archive programs and systems leave beside pictures.
-_LITTER = ("__MACOSX", "@eaDir", "$RECYCLE.BIN")
+_LITTER = ("#recycle", "$RECYCLE.BIN", "@eaDir", "System Volume Information", "__MACOSX", "__pycache__", "lost+found")
 
 
 @dataclass
@@ -84,7 +84,7 @@ def _read_below(root: Path, start: str, found: Found, links: list[str], seen: se
 def _take(entry: os.DirEntry[str], name: str, found: Found) -> str | None:
     """File ``entry`` under what it is; return ``name`` where it is a folder to go into."""
     if entry.name.startswith(".") or entry.name in _LITTER:
-        found.ignored.append((name, "hidden"))
+        found.ignored.append((name, "hidden" if entry.name.startswith(".") else "a system's own"))
         return None
     try:
         # Not a look at every regular file: an entry knows that it is one.

@@ -43,10 +43,14 @@ class Batch(NamedTuple):
 
 
 class Images(NamedTuple):
-    """A file's images in file order: uint8 (N, H, W, 3) and int64 (N,) or None, on the CPU."""
+    """A file's images in file order: uint8 (N, H, W, 3) and int64 (N,) or None, on the CPU.
+
+    ``class_names`` are those of labels 0, 1 and so on, empty where the file does not say.
+    """
 
     images: Tensor
     labels: Tensor | None
+    class_names: tuple[str, ...] = ()
 
 
 class Loader(ABC):
@@ -207,7 +211,7 @@ def read_all(
         held = decoder.labels()
         if held is not None and chosen is not None:
             held = held[chosen.numpy()]
-        return Images(_decode(decoder, chosen, CPU), None if held is None else torch.from_numpy(held))
+        return Images(_decode(decoder, chosen, CPU), None if held is None else torch.from_numpy(held), info.class_names)
 
 
 def _inspected(

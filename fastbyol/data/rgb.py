@@ -140,7 +140,14 @@ def _decoded(image: ImageFile.ImageFile) -> Image.Image:
     # A raw mode such as RGB;16B, of which Pillow keeps the high octets. Only known before the pixels are.
     arguments = image.tile[0][3] if image.tile else ""
     raw_mode = arguments[0] if isinstance(arguments, tuple) else arguments
+    drawn = image.tile[0][1] if image.tile else None
+    if "16" in str(raw_mode) and isinstance(transparent := image.info.get("transparency"), tuple):
+        image.info["transparency"] = tuple(value >> 8 for value in transparent)  # as its pixels will be
     made = _to_rgb(_upright(image))
+    if image.format == "GIF" and drawn is not None and drawn != (0, 0, *image.size):
+        whole = Image.new("RGB", image.size, "white")  # what the first frame leaves out is as good as transparent
+        whole.paste(made.crop(drawn), drawn[:2])
+        made = whole
     if "16" in str(raw_mode) and image.mode not in _DEEP:
         largest = max(high for _, high in made.getextrema())  # type: ignore[misc]
         if 0 < largest < _DARK_16 >> 8:
@@ -159,8 +166,12 @@ def _upright(image: Image.Image) -> Image.Image:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    if isinstance(image, TiffImagePlugin.TiffImageFile) and _tag(image, TiffImagePlugin.SAMPLEFORMAT) == 2:
-        raise UnreadableItemError("signed pixels, which have no agreed range")
+    if isinstance(image, TiffImagePlugin.TiffImageFile):
+        if _tag(image, TiffImagePlugin.SAMPLEFORMAT) == 2:
+            raise UnreadableItemError("signed pixels, which have no agreed range")
+        colours = image.tag_v2.get(TiffImagePlugin.COLORMAP)
+        if image.mode == "P" and colours and max(colours) < 256:  # of 8 bits, which libtiff takes so too
+            image.putpalette(bytes(np.reshape(colours, (3, -1)).T.astype(np.uint8).tobytes()))
     if image.mode in _DEEP:
         return _from_deep(image)
     if image.mode == "F":

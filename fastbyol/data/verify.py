@@ -94,7 +94,7 @@ def _wrong_bytes(info: BetonInfo, ids: NDArray[np.int64]) -> dict[int, str]:
 
 def _wrong_labels(info: BetonInfo) -> dict[int, str]:
     """Labels outside the classes that the manifest names; a foreign file says nothing of its classes."""
-    names = () if info.manifest is None else info.manifest.note.get("class_names", ())
+    names = info.class_names
     if info.labels is None or not names:
         return {}
     wrong = np.flatnonzero((info.labels < 0) | (info.labels >= len(names))).tolist()

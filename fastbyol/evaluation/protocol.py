@@ -34,12 +34,14 @@ BLOG_BATCH = 256
 
 
 class LabelledImages(Protocol):
-    """What ``data.loader.read_all`` returns: uint8 (N, H, W, 3) and int64 (N,) or None, on the CPU."""
+    """What ``data.loader.read_all`` returns: uint8 (N, H, W, 3) and int64 (N,) or None, on the CPU; names of the labels."""
 
     @property
     def images(self) -> Tensor: ...
     @property
     def labels(self) -> Tensor | None: ...
+    @property
+    def class_names(self) -> tuple[str, ...]: ...
 
 
 @dataclass(frozen=True)
@@ -168,6 +170,7 @@ def _chosen(protocol: str, test: LabelledImages, train: LabelledImages | None) -
     if protocol != "blog" and train is not None:
         fit_images, fit_labels = _labelled(train, "training data")
         if len(fit_labels):
+            labels = _renumbered(labels, test.class_names, train.class_names)
             return _Rows(fit_images, fit_labels, images, labels, "training set and test set", from_two_sets=True)
     fit, score, split = halves(labels)
     if not len(fit) or not len(score):
@@ -176,6 +179,19 @@ def _chosen(protocol: str, test: LabelledImages, train: LabelledImages | None) -
             "and one to score: name a larger set with --test-data"
         )
     return _Rows(images[fit], labels[fit], images[score], labels[score], split)
+
+
+def _renumbered(labels: Tensor, names: tuple[str, ...], fitted: tuple[str, ...]) -> Tensor:
+    """``labels`` (N,) of classes ``names`` in the numbers of the ``fitted`` names: folders that lack a class count otherwise.
+
+    Classes that are not among those fitted come after them. Where one of the sets names no classes, numbers are all there is.
+    """
+    if not names or not fitted or names == fitted:
+        return labels
+    numbers = {name: number for number, name in enumerate(fitted)}
+    highest = max(len(names), int(labels.max()) + 1)
+    told = [numbers.get(name, len(fitted) + k) for k, name in enumerate(names)]
+    return torch.tensor([*told, *range(len(fitted) + len(names), len(fitted) + highest)])[labels]
 
 
 def _labelled(data: LabelledImages, name: str) -> tuple[Tensor, Tensor]:

@@ -245,6 +245,12 @@ def palettes() -> Iterator[Picture]:
         on_white(expected, alphas[INDEX][..., None]),
         1,
     )
+    small = tuple(int(v) for v in np.pad(PALETTE, ((0, 240), (0, 0))).T.reshape(-1))
+    old = tiff(INDEX.tobytes(), t258=8, t262=3, t320=small)
+    yield Picture("P", "8", "TIFF, its map of 8 bits", "its colours", written(old), expected)
+    part = Image.new("RGB", (WIDTH, HEIGHT), "white")
+    part.paste(Image.fromarray(expected).crop((0, 0, 9, 7)), (5, 6))
+    yield Picture("P", "8", "GIF, a frame of a part", "the rest is white", part_of_gif, np.asarray(part))
     table = tuple(int(v) * 257 for v in np.pad(PALETTE, ((0, 240), (0, 0))).T.reshape(-1))
     yield Picture(
         "PA", "8", "TIFF", "on white",
@@ -301,6 +307,9 @@ def colours() -> Iterator[Picture]:
         np.where((first == COLOUR).all(2)[..., None], np.uint8(255), COLOUR),
     )
     wide = COLOUR.astype(np.uint16) * 257
+    transparent = png(wide, 2, png_chunk(b"tRNS", struct.pack(">HHH", *(int(value) * 257 for value in first))))
+    shown = np.where((first == COLOUR).all(2)[..., None], np.uint8(255), COLOUR)
+    yield Picture("RGB", "16", "PNG, tRNS", "one colour on white", written(transparent), shown)
     for suffix in ("png", "tiff"):
         yield Picture("RGB", "16", suffix.upper(), "the upper 8 bits", by_opencv(wide), COLOUR)
         dark = (wide >> 4).astype(np.uint16)
@@ -347,6 +356,17 @@ def rgb_of_lab(lab: Pixels) -> Pixels:
     )
     linear = np.clip(xyz @ matrix.T, 0, 1)
     return np.round(255 * np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)).astype(np.uint8)
+
+
+def part_of_gif(path: Path) -> None:
+    """A GIF whose only frame is 9 x 7 pixels of a larger screen (GIF89a, 20: left, top, width, height)."""
+    file = io.BytesIO()
+    paletted().crop((0, 0, 9, 7)).save(file, "GIF")
+    content = bytearray(file.getvalue())
+    content[6:10] = struct.pack("<HH", WIDTH, HEIGHT)
+    at = content.index(b"," + struct.pack("<HHHH", 0, 0, 9, 7))
+    content[at + 1 : at + 5] = struct.pack("<HH", 5, 6)
+    path.write_bytes(content)
 
 
 def several() -> Iterator[Picture]:

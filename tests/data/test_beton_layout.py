@@ -39,8 +39,10 @@ UNLABELLED = {
     "float": ({"img": "raw", "y": "float"}, "has no int field for labels, its fields are img (image), y (float);"),
     "two": (
         {"img": "raw", "y": "int", "target": "int"},
-        "has several int fields, its fields are img (image), y (int), target (int);",
+        "does not say which int field is the label, its fields are img (image), y (int), target (int);",
     ),
+    # What counts samples or tells the time is no label for being the only number.
+    "index": ({"img": "raw", "index": "int"}, "does not say which int field is the label"),
     "array": ({"meta": "json", "x": "raw", "classes": "array"}, "meta (json), x (image), classes (ndarray);"),
 }
 
@@ -118,6 +120,20 @@ def test_several_image_fields_and_no_choice(good: dict[str, Path]) -> None:
     refused(good["foreign"], "2 image fields", "photo (image)", "mask (image)", "weight (float)", "--image-field")
 
 
+@pytest.mark.parametrize("name", ["y", "target", "Class", "fine_label"])
+def test_the_only_int_field_of_a_usual_name_is_the_label(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "a.beton"
+    ffcv_files.write_all(
+        {
+            path: (
+                {"x": "raw", name: "int", "index": "int"},
+                [sample({"x": "raw", name: "int", "index": "int"}, k) for k in range(COUNT)],
+            )
+        }
+    )
+    assert beton.inspect(path).label_field == (None if name == "fine_label" else name)
+
+
 @pytest.mark.parametrize("name", UNLABELLED)
 def test_labels_are_demanded_where_they_are_needed(good: dict[str, Path], name: str) -> None:
     """And nowhere else: the file itself is fine."""
@@ -131,7 +147,8 @@ def test_labels_are_demanded_where_they_are_needed(good: dict[str, Path], name: 
     assert "\n" not in str(caught.value)
     # An unlabelled file may stand beside a labelled one, for which the field is named; one with other int fields may not.
     if "int" in fields.values():
-        assert beton.inspect(path, label_field="y").labels.tolist() == [k % 4 for k in range(COUNT)]
+        first = next(field for field, kind in fields.items() if kind == "int")
+        assert beton.inspect(path, label_field=first).labels.tolist() == [k % 4 for k in range(COUNT)]
         with pytest.raises(UsageError, match="has no int field 'id'"):
             beton.inspect(path, label_field="id", may_lack_labels=True)
     else:

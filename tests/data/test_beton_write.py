@@ -369,3 +369,19 @@ def test_a_file_that_comes_while_another_is_written_is_kept(tmp_path: Path) -> N
         beton_write.write(path, Items(count=70), labelled=True, progress=lambda done, total: path.write_text("theirs"))
     assert path.read_text() == "theirs"
     assert [each.name for each in tmp_path.iterdir()] == ["out.beton"]
+
+
+def test_an_output_of_the_longest_name(tmp_path: Path) -> None:
+    path = tmp_path / (249 * "x" + ".beton")
+    assert beton_write.write(path, Items(count=3), labelled=True).path == path
+    assert [each.name for each in tmp_path.iterdir()] == [path.name]
+
+
+def test_what_a_link_leads_to_is_replaced(tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "disk" / "a.beton").write_text("old")
+    link = tmp_path / "a.beton"
+    link.symlink_to("disk/a.beton")
+    beton_write.write(link, Items(count=3), labelled=True, overwrite=True)
+    assert link.is_symlink()
+    assert beton.inspect(tmp_path / "disk" / "a.beton").num_samples == 3

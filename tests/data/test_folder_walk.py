@@ -54,7 +54,7 @@ def test_everything_is_accounted_for(tmp_path: Path) -> None:
     assert found.pictures == ["a/h.HEIC", "a/i.ico", "a/m.mpo", "a/x.PNG", "a/y.JPeG"]
     assert dict(found.ignored) == {
         ".git": "hidden",
-        "__MACOSX": "hidden",
+        "__MACOSX": "a system's own",
         "a/.hidden.png": "hidden",
         "a/.x.png.swp": "hidden",
         "a/clip.mp4": ".mp4 files",

@@ -37,6 +37,7 @@ KEYS = {
 class Images(NamedTuple):
     images: Tensor
     labels: Tensor | None
+    class_names: tuple[str, ...] = ()
 
 
 def labelled(num: int, seed: int, num_classes: int = 5) -> Images:
@@ -226,3 +227,36 @@ def test_check_refuses_what_evaluate_would() -> None:
         check("blog", test=Images(images, torch.full((8,), 3)), train=None)
     with pytest.raises(UsageError, match="label"):
         check("blog", test=Images(images, None), train=None)
+
+
+NAMES = ("ant", "bee", "cow", "dog", "eel")
+
+
+@given(st.sets(st.sampled_from(NAMES), min_size=2), st.sampled_from(("knn", "linear")))
+@settings(max_examples=12)
+def test_classes_are_matched_by_name(kept: set[str], name: str) -> None:
+    """A test set that lacks classes numbers those it has from 0: its accuracy is that of the numbers of the training set."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        encoder = nn.Sequential(nn.Conv2d(3, 12, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    train, test = labelled(200, 1), labelled(120, 2)
+    rows = torch.tensor([NAMES[int(label)] in kept for label in test.labels])
+    some = Images(test.images[rows], test.labels[rows])
+    own = tuple(sorted(kept))
+    renumbered = torch.tensor([own.index(NAMES[int(label)]) for label in some.labels])
+    wanted, found = (
+        evaluate(name, encoder, test=scored, train=Images(*train[:2], NAMES), views=VIEWS, device="cpu")
+        for scored in (some, Images(some.images, renumbered, own))
+    )
+    assert found["accuracy"] == wanted["accuracy"]
+    assert found["notes"] == wanted["notes"]
+
+
+def test_a_class_of_the_test_set_alone_can_only_be_wrong_and_that_is_said(encoder: nn.Module) -> None:
+    train, test = labelled(200, 1, 4), labelled(120, 2)
+    result = evaluate(
+        "knn", encoder, test=Images(*test[:2], ("fox", *NAMES[1:4], "gnu")), train=Images(*train[:2], NAMES[:4]),
+        views=VIEWS, device="cpu",
+    )  # fmt: skip
+    alone = int(((test.labels == 0) | (test.labels == 4)).sum())
+    assert any(f"{alone} of 120 scored images have a label that no fitted image has" in note for note in result["notes"])

@@ -213,7 +213,7 @@ def _same_file(run: Path, name: Literal["train", "test"], asked: DataConfig, the
     if wanted is None or wanted in BUILT_IN or pinned is None:
         return _comparable(f"data.{name}", wanted) == _comparable(f"data.{name}", made)
     file, then = Path(wanted), pinned.train if name == "train" else pinned.test
-    return then == _contents(file, file.stat().st_mtime_ns if file.is_file() else 0)
+    return then == _contents(file, file.stat().st_mtime_ns if file.exists() else 0)
 
 
 @lru_cache(maxsize=4)

@@ -138,7 +138,7 @@ def of_run(run_or_file: Path) -> Inputs | None:
 
 def own_data(run: Path, pinned: Inputs | None, name: str, file: Path) -> BetonInfo:
     """Inspect a run's own data file to measure the run on. Raises UsageError where it changed since the run was made."""
-    if not os.path.exists(file):  # noqa: PTH110 - never raises
+    if not file.exists():
         raise UsageError(f"{file}: no such file, the {_WORDS[name]} of {run}: put it back, or name a file with --{name}-data")
     info = beton.inspect(file)
     then = None if pinned is None else (pinned.train if name == "train" else pinned.test)

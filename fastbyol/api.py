@@ -84,7 +84,8 @@ def resume(
     ``data`` and ``test_data`` say where its files lie now; the run keeps that. What they hold must be what it was made with.
     """
     with RunFolder.open(Path(run), lock=True) as folder:
-        return trainer.fit(folder, inputs.moved(folder.config, data, test_data), observer)
+        config = inputs.moved(inputs.with_places(folder.config, folder.config), data, test_data)
+        return trainer.fit(folder, config, observer)
 
 
 @left_as_found()

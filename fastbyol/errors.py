@@ -37,7 +37,7 @@ class NoGraphError(FastbyolError):
 
 
 def size_text(num_bytes: int) -> str:
-    """A size for a message, in the unit that fits it: 3 digits or more of bytes, kB, MB, GB or TB (powers of 1000)."""
+    """A size for a message in the unit that fits it (bytes, kB, MB, GB, TB, powers of 1000): 12.3 MB, 123 MB, 1.2 GB."""
     size, unit = float(num_bytes), "bytes"
     for unit in ("bytes", "kB", "MB", "GB", "TB"):
         if abs(size) < 999.5 or unit == "TB":

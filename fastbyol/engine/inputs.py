@@ -6,6 +6,7 @@ may change between two stretches of a run; what they hold may not. Nothing here 
 
 from __future__ import annotations
 
+import os
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -74,10 +75,9 @@ def refuse_other_data(run: Path, made: Inputs, now: Inputs, train: Path, test: P
 def refuse_missing(run: Path, data: DataConfig) -> None:
     """Raise UsageError where a data file of a run that was begun is not where the run has it."""
     for name, said in (("train", data.train), ("test", data.test)):
-        if said is not None and said not in embedded.BUILT_IN and not Path(said).exists():
-            where = "" if Path(said).is_absolute() else f", looked for from {Path.cwd()}"
+        if said is not None and said not in embedded.BUILT_IN and not os.path.exists(said):  # noqa: PTH110 - never raises
             raise UsageError(
-                f"{said}: no such file{where}, and the run needs it as its {_WORDS[name]}: put it back, or say where it lies "
+                f"{said}: no such file, and the run needs it as its {_WORDS[name]}: put it back, or say where it lies "
                 f"now with `fastbyol resume {_quoted(run)} {_FLAGS[name]} FILE`"
             )
 
@@ -113,10 +113,10 @@ def placed(path: str | Path) -> str:
         return str(path)
     try:
         found = Path(path).expanduser().absolute()
-    except (RuntimeError, OSError):  # ~ of nobody, or a working folder that is gone
+        if ".." in found.parts:  # not what it names once a folder on the way is gone
+            found = found.parent.resolve() / found.name
+    except (RuntimeError, OSError, ValueError):  # ~ of nobody, a working folder that is gone, a name that cannot be one
         found = Path(path)
-    if ".." in found.parts:  # not what it names once a folder on the way is gone
-        found = found.parent.resolve() / found.name
     try:
         str(found).encode("utf-8")
     except UnicodeEncodeError:

@@ -231,7 +231,7 @@ def test_refusals_say_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
         read_all(tmp_path / "cut.beton", workers=1, size=16)
     monkeypatch.setattr(loading, "available_bytes", lambda _: 300_000)
     for use in (lambda: opened(cache="device"), lambda: read_all(foreign.made() / "raw.beton", workers=1, size=16)):
-        with pytest.raises(UsageError, match=r"raw\.beton: the decoded images take 0\.000292 GB of the 0\.0003 GB"):
+        with pytest.raises(UsageError, match=r"raw\.beton: the decoded images take 292 kB of the 300 kB"):
             use()
 
 

@@ -146,6 +146,34 @@ def test_a_run_that_pinned_nothing_goes_on_and_says_so(here: Path, made: Path) -
     assert "48 samples then, 60 now" in refused(api.resume, here / "run")
 
 
+def test_a_relative_path_of_an_earlier_version_becomes_absolute(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From elsewhere the way on is named; once it went on from where it was begun, it does so from anywhere."""
+    unpin(here / "run")
+    file = here / "run/config.toml"
+    newest = checkpoint.newest(here / "run/checkpoints")
+    assert newest is not None
+    loaded = checkpoint.load(newest)
+    file.write_text(file.read_text().replace(f'"{here}/', '"'))
+    meta = {**loaded.meta, "config": file.read_text()}
+    checkpoint.save(here / "run/checkpoints", meta["step"], loaded.tensors, meta)
+    monkeypatch.chdir("/")
+    text = refused(api.resume, here / "run")
+    assert text.startswith("/train.beton: no such file")
+    assert "--data FILE" in text
+    monkeypatch.chdir(here)
+    assert api.resume("run").finished
+    monkeypatch.chdir("/")
+    assert api.resume(here / "run").finished
+    assert config_io.read_run(file).data.test == str(here / "test.beton")
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "../a\0b", "~nobody-here/x", "loop"])
+def test_a_name_that_names_nothing_is_one_line(here: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(here)
+    (here / "loop").symlink_to("loop")
+    refused(api.resume, here / "run", data=name)
+
+
 def test_a_path_changed_by_hand_counts_where_nothing_was_pinned(here: Path) -> None:
     unpin(here / "run")
     assert "data.train is" in refused(api.resume, here / "run")

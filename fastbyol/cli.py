@@ -696,12 +696,12 @@ def _run_command() -> int:
         else:
             _say_error(" ".join(message.split()))
         return error.exit_code
-    except (KeyboardInterrupt, typer.Abort, Exception) as error:
+    except (KeyboardInterrupt, interrupt.Ended, Exception) as error:
         told = interrupt.behind(error)
         if isinstance(told, interrupt.Ended):
             _say_error(f"ended by {told}")
             raise told from None
-        if told or isinstance(error, typer.Abort):
+        if told:
             _say_error("interrupted")
             return 130
         if not isinstance(error, OSError):

@@ -23,6 +23,9 @@ from rich.text import Text
 
 from fastbyol.text import printable, printable_lines
 
+# In less a table shows nothing; the terminal breaks what is longer than its lines.
+LEAST_WIDTH = 40
+
 
 class _Plain(Console):
     """A console that takes every text as it is: no markup, no smileys, escapes for what is not visible."""
@@ -33,7 +36,10 @@ class _Plain(Console):
 
 def console(*, err: bool = False) -> Console:
     """Return a console on standard output or, with ``err``, standard error."""
-    return _Plain(stderr=err, markup=False, emoji=False, highlight=False)
+    made = _Plain(stderr=err, markup=False, emoji=False, highlight=False)
+    if made.width < LEAST_WIDTH:
+        made.width = LEAST_WIDTH
+    return made
 
 
 def is_live(shown: Console) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tomllib
 import types
 import typing
@@ -441,3 +442,22 @@ def test_notes_tell_what_surprises(tmp_path: Path) -> None:
     (note,) = config_io.load(file=path, flags={"optim.name": Flag("--opt", "lars")}).notes
     assert "optim.lr = 0.8" in note
     assert "--opt" in note
+
+
+@pytest.mark.parametrize("key", ["data.train", "data.test", "train.init_from", "optim.replay_rates"])
+def test_a_name_that_toml_cannot_hold_is_refused_in_a_line(key: str) -> None:
+    name = os.fsdecode(b"caf\xe9\x1b[31m.beton")
+    with pytest.raises(UsageError) as refused:
+        config_io.load(flags={key: Flag("--flag", name)})
+    said = str(refused.value)
+    assert said.isprintable()
+    assert said.startswith(key)
+    assert "caf\\udce9" in said
+    assert "link" in said
+
+
+def test_an_origin_with_any_letters_is_a_comment_of_one_line() -> None:
+    config = Config()
+    text = config_io.dump(config, dict.fromkeys(config_io.keys(), os.fsdecode(b"caf\xe9\n\r\x1b.toml:3")))
+    assert r"# caf\udce9\n\r\x1b.toml:3" in text
+    assert config_io.parse(text.encode().decode(), "text") == config

@@ -166,6 +166,15 @@ def test_json_is_strict_and_gives_names_back(capsys: pytest.CaptureFixture[str])
     }  # fmt: skip
 
 
+def test_a_tiny_terminal_still_gets_its_rows(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    for columns in ("1", "0", "-5", "many"):
+        monkeypatch.setenv("COLUMNS", columns)
+        table = Table("run", "state", box=None)
+        table.add_row("run-1", "healthy")
+        output.console().print(table)
+        assert "run-1" in capsys.readouterr().out, columns
+
+
 def test_a_stream_that_fails_once_is_left_alone_and_the_other_goes_on(tmp_path: Path) -> None:
     with guarded_on_files(tmp_path) as failures:
         full = os.open("/dev/full", os.O_WRONLY)

@@ -12,6 +12,7 @@ from typing import Literal
 from fastbyol.config import DataConfig
 from fastbyol.data import beton, convert
 from fastbyol.data.cache import cache_folder
+from fastbyol.errors import UsageError
 
 TEXTURES, FASHION = "textures", "fashion-mnist"
 BUILT_IN = (TEXTURES, FASHION)
@@ -55,7 +56,12 @@ def _made(stem: str, progress: Progress | None, *, source: str, **options: objec
     """
     path = cache_folder() / f"{stem}.beton"
     if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UsageError(
+                f"{path.parent}: {error.strerror}: name a folder that can be written with FASTBYOL_CACHE=DIR"
+            ) from None
         with _alone(path.with_name(f".{stem}.lock")):
             if not path.exists():
                 convert.convert(source, path, progress=progress, overwrite=True, **options)  # type: ignore[arg-type]

@@ -30,8 +30,8 @@ class Stopped(KeyboardInterrupt):
     """What ``Interrupt.abortable`` raises: clean up as for Ctrl-C."""
 
 
-class Ended(KeyboardInterrupt):
-    """What ``ending`` raises for the signal ``number``: clean up as for Ctrl-C."""
+class Ended(BaseException):
+    """What ``ending`` raises for the signal ``number``: clean up as for Ctrl-C. Typer would make 130 of a KeyboardInterrupt."""
 
     def __init__(self, number: int) -> None:
         super().__init__(signal.Signals(number).name)
@@ -81,7 +81,7 @@ def sent_again() -> Iterator[None]:
     before, timers = sys.unraisablehook, list[threading.Timer]()
 
     def hook(args: Any) -> None:
-        if not isinstance(args.exc_value, KeyboardInterrupt):
+        if not isinstance(args.exc_value, KeyboardInterrupt | Ended):
             before(args)
             return
         number, pause_s = signal.SIGINT, AGAIN_S
@@ -99,9 +99,9 @@ def sent_again() -> Iterator[None]:
             timer.cancel()
 
 
-def behind(error: BaseException) -> KeyboardInterrupt | None:
+def behind(error: BaseException) -> KeyboardInterrupt | Ended | None:
     """The Ctrl-C or ``Ended`` that led to ``error``: compiled modules that are being imported make another exception of it."""
-    return next((reason for reason in chain(error) if isinstance(reason, KeyboardInterrupt)), None)
+    return next((reason for reason in chain(error) if isinstance(reason, KeyboardInterrupt | Ended)), None)
 
 
 class Interrupt:

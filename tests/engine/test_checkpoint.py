@@ -282,3 +282,16 @@ def test_a_save_killed_at_any_point_leaves_the_old_or_the_new(tmp_path: Path) ->
         checkpoint.save(tmp_path / name, 5, {}, {}, keep=2)
         survivors = {path.name for path in (tmp_path / name).iterdir()}
         assert survivors == {"ckpt-000000005.safetensors", f"ckpt-{loaded.meta['step']:09d}.safetensors"}, name
+
+
+@pytest.mark.parametrize("name", [b"caf\xe9", b"\xff\x1b[31m\n", "b\u00e4d \u65e5".encode()])
+def test_a_folder_of_any_name(name: bytes, tmp_path: Path) -> None:
+    folder = tmp_path / os.fsdecode(name)
+    folder.mkdir()
+    path = checkpoint.save(folder, 3, small(), {"name": os.fsdecode(name)})
+    loaded = checkpoint.load(path)
+    assert raws(loaded.tensors) == raws(small())
+    assert loaded.meta == {"name": os.fsdecode(name), "step": 3}
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(UsageError, match="damaged"):
+        checkpoint.load(path)

@@ -62,6 +62,20 @@ def contents(run: Path) -> dict[str, Any]:
     return {"name": newest.name, "tensors": tensors, "metrics": (run / "metrics.jsonl").read_bytes(), "layers": samples}
 
 
+def test_an_epoch_that_was_announced_is_saved(files: tuple[Path, Path], tmp_path: Path) -> None:
+    """Whatever becomes of who listens, and of the process with it."""
+
+    class Gone(Silent):
+        def epoch_end(self, message: EpochEnd) -> None:
+            assert checkpoint.newest_step(tmp_path / "run/checkpoints") == message.step
+            raise BrokenPipeError
+
+    with pytest.raises(BrokenPipeError):
+        api.train(tiny_config(files), tmp_path / "run", observer=Gone())
+    loaded = checkpoint.load_latest(tmp_path / "run/checkpoints")
+    assert (loaded.meta["step"], loaded.meta["owes_epoch_end"]) == (STEPS_PER_EPOCH, False)
+
+
 def test_untrained_weights_are_probed_before_the_first_step(whole: Path, files: tuple[Path, Path]) -> None:
     """As ``eval --weights random`` does it, and once, whatever is resumed."""
     (event,) = [row for row in metrics_file.read_events(whole) if row["event"] == "untrained"]

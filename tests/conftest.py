@@ -64,10 +64,9 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     """Note when a test began, and in a worker where its successor will look."""
     item.stash[BEGAN] = processes.now()
     if hasattr(item.config, "workerinput"):
-        try:
-            _begun(item).touch(exist_ok=False)
-        except FileExistsError:
+        if _begun(item).exists():
             pytest.fail("a worker died in this test", pytrace=False)
+        _begun(item).touch()
 
 
 @pytest.hookimpl(trylast=True)

@@ -108,7 +108,7 @@ def test_killed_in_a_test_it_leaves_nobody(tmp_path: Path, killed: str, number: 
     assert child.returncode != 0, said
     assert all_end([runner, *others]), said
     if killed == "worker":
-        assert "2 failed, 1 passed" in said
+        assert "1 failed, 1 passed, 1 error" in said
 
 
 def test_at_its_limit_a_test_fails_and_the_others_go_on(tmp_path: Path) -> None:
@@ -134,7 +134,7 @@ def test_a_hang_outside_of_python_costs_a_worker(tmp_path: Path) -> None:
     child = session(tmp_path, "reach_the_limit(request.node); deadlock()", "--numprocesses", "2", "--dist", "loadfile")
     said, _ = child.communicate(timeout=PATIENCE_S)
     assert child.returncode == 1, said
-    assert "2 failed, 1 passed" in said
+    assert "1 failed, 1 passed, 1 error" in said
     assert "a worker died in this test" in said
     assert "crashed while running 'test_session.py::test_that_hangs'" in said
 

@@ -84,7 +84,7 @@ lower: setup
 
 # The faults of tests/faults/README.md at its counts, instead of the seeded few of `make test`.
 faults: setup
-	FASTBYOL_FAULTS=full $(BIN)/python -m pytest -s tests/faults
+	FASTBYOL_FAULTS=full $(BIN)/python -m pytest -s --timeout 14400 tests/faults
 
 # Some ten minutes on two cores; on a quiet machine only.
 bench: setup

@@ -33,6 +33,8 @@ if not torch.cuda.is_available():
 # FFCV's own loader starts numba's pool. Of its layers this one survives a fork; on one core TBB's waits at exit for ever.
 os.environ["NUMBA_THREADING_LAYER"] = "workqueue"
 
+# A compiler's work for every shape, in one test: what its own children are given, and more.
+SLOW_S = 2400.0
 # How long a test's fixtures may take to end after its limit, and pytest itself.
 GRACE_S = 120.0
 MARK, BEGAN, STDERR = pytest.StashKey[Path](), pytest.StashKey[float](), pytest.StashKey[int]()
@@ -64,10 +66,9 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     """Note when a test began, and in a worker where its successor will look."""
     item.stash[BEGAN] = processes.now()
     if hasattr(item.config, "workerinput"):
-        try:
-            _begun(item).touch(exist_ok=False)
-        except FileExistsError:
+        if _begun(item).exists():
             pytest.fail("a worker died in this test", pytrace=False)
+        _begun(item).touch()
 
 
 @pytest.hookimpl(trylast=True)
@@ -91,8 +92,10 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what takes the GPU where there is one by its fixture, and leave out what can run nowhere else."""
+    """Mark what takes the GPU where there is one by its fixture, leave out what can run nowhere else, and let slow be slow."""
     for item in items:
+        if item.get_closest_marker("slow") and item.config.getoption("timeout") is None:
+            item.add_marker(pytest.mark.timeout(SLOW_S))
         if "device" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.gpu)
         needs_gpu = any(mark.kwargs.get("only") for mark in item.iter_markers("gpu"))

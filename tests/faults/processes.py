@@ -25,8 +25,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 VARIABLE = "FASTBYOL_TESTS"
-# Processes of Python's that serve all tests of a process, whichever was the first to need them.
-SERVERS = (b"multiprocessing.resource_tracker", b"multiprocessing.forkserver")
+# What Python starts for all tests of a process, whichever was the first to need it. The tracker ends by itself when nobody is
+# left, having removed what they left in /dev/shm. The server's children look like the server.
+TRACKER, SERVER = b"multiprocessing.resource_tracker", b"multiprocessing.forkserver"
+PRCTL = ctypes.CDLL(None).prctl
 
 
 def own() -> Path:
@@ -51,7 +53,7 @@ def now() -> float:
 
 
 def end_started_since(began: float) -> list[str]:
-    """Kill what this process and its children have started since, but for Python's own servers; their numbers."""
+    """Kill what this process and its children have started since, but for Python's own; their numbers."""
     for child in multiprocessing.active_children():
         child.kill()
         child.join()
@@ -71,8 +73,9 @@ def marked(mark: str, since: float = 0.0) -> list[str]:
             )
             # To the hundredth of a second, rounded down.
             begun = (int(fields[19]) + 1) / os.sysconf("SC_CLK_TCK")
-            server = any(name in (folder / "cmdline").read_bytes() for name in SERVERS)
-            if ours and begun >= since and fields[0] not in "ZX" and not (since and server):
+            command = (folder / "cmdline").read_bytes()
+            spared = TRACKER in command or (since and SERVER in command)
+            if ours and begun >= since and fields[0] not in "ZX" and not spared:
                 found.append(folder.name)
     return found
 
@@ -94,7 +97,7 @@ def _end(find: Callable[[], list[str]]) -> list[str]:
 
 def _die_with_parent() -> None:
     pr_set_pdeathsig = 1
-    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+    PRCTL(pr_set_pdeathsig, signal.SIGKILL)
 
 
 def _guard(process: int, mark: str) -> None:

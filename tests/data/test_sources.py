@@ -108,6 +108,23 @@ def test_stl10_folds(tmp_path: Path, write: Writer, fold: int) -> None:
     demand_equal(sources.open_source(str(tmp_path), fold=fold), images[chosen], [labels[k] for k in chosen])
 
 
+def test_stl10_and_svhn_as_torchvision_reads_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("torchvision.datasets")
+    source_files.stl10(tmp_path)
+    source_files.svhn(tmp_path)
+    monkeypatch.setattr(datasets.STL10, "_check_integrity", lambda self: True)
+    monkeypatch.setattr(datasets.SVHN, "_check_integrity", lambda self: True)
+    for theirs, ours in (
+        (datasets.STL10(str(tmp_path), "train", folds=4), sources.open_source(str(tmp_path), fold=4)),
+        (datasets.STL10(str(tmp_path), "train+unlabeled"), sources.open_source(str(tmp_path), split="train+unlabeled")),
+        (datasets.SVHN(str(tmp_path), "test"), sources.open_source(str(tmp_path), kind="svhn", split="test")),
+    ):
+        assert len(theirs) == len(ours)
+        for k, (image, label) in enumerate(theirs):
+            np.testing.assert_array_equal(ours.image(k), np.asarray(image))
+            assert ours.label(k) == label
+
+
 def test_stl10_folds_refused(tmp_path: Path) -> None:
     source_files.stl10(tmp_path)
     path = tmp_path / "stl10_binary" / "fold_indices.txt"

@@ -630,6 +630,11 @@ def test_npz_splits(tmp_path: Path) -> None:
     np.savez(path, images=images, train_images=images[:2], x=images[:1])
     assert len(sources.open_source(str(path))) == 6
     assert len(sources.open_source(str(path), split="train")) == 2
+    source = sources.open_source(str(path), split="train")
+    assert [name for name, _ in source.ignored] == ["images", "x"]  # type: ignore[attr-defined]
+    np.savez(path, images=images, masks=images, data=images, labels=np.arange(6), y=np.arange(6), test_images=images)
+    source = sources.open_source(str(path))
+    assert [name for name, _ in source.ignored] == ["masks", "data", "y"]  # type: ignore[attr-defined]
     np.savez(path, x=images, X=images)
     refused("x, X", source=path)
 

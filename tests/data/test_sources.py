@@ -564,6 +564,7 @@ def test_labels_refused(tmp_path: Path) -> None:
         (np.array([0, 1, 2, np.nan]), "whole numbers"),
         (np.array([0, 1, 2, np.inf]), "whole numbers"),
         (np.array([0, 1, 2, 1e300]), "64 bits"),
+        (np.array([0, 1, 2, -1e300]), "64 bits"),
         (np.array([0, 1, 2, 0.5]), "whole numbers"),
         (np.array([-2, 0, 1, 2]), "negative"),
         (np.array([-1, 1, 1, -1]), "(labels > 0)"),

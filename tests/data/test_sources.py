@@ -625,7 +625,7 @@ def test_npz_splits(tmp_path: Path) -> None:
     assert (source.split, len(source.class_names)) == ("test", 6)
     demand_equal(source, images[5:], [5])
     assert sources.open_source(str(path)).notes == ("took the split train; --split takes val or test",)  # type: ignore[attr-defined]
-    refused("'holdout'", "train, val, test", source=path, split="holdout")
+    refused("'odd'", "train, val, test", source=path, split="odd")
     np.savez(path, images=images)
     refused("'test'", "its splits are none", source=path, split="test")
     np.savez(path, images=images, train_images=images[:2], x=images[:1])

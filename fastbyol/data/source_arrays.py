@@ -208,7 +208,7 @@ def _whole(where: str, values: NDArray[Any]) -> NDArray[Any]:
         return values
     if values.dtype.kind == "f" and not (np.isfinite(values).all() and (values == np.floor(values)).all()):
         raise UsageError(f"{where}: is {values.dtype} and not all are whole numbers; save one integer label for each image")
-    if values.dtype.kind in "fu" and values.size and values.max() >= 1 << 63:
+    if values.dtype.kind in "fu" and values.size and np.abs(values).max() >= 1 << 63:
         raise UsageError(f"{where}: has labels beyond 64 bits with sign; save smaller ones")
     return values.astype(np.int64)
 

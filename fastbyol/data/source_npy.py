@@ -102,9 +102,15 @@ class Named:
             return ()
         return (f"took {f'the split {taken}' if taken else 'the images of no split'}; --split takes {' or '.join(others)}",)
 
-    def ignored(self) -> tuple[tuple[str, str], ...]:
-        """The arrays whose names say nothing."""
-        return tuple((name, "arrays of no known name") for name in self.names if role_of(name) is None)
+    def ignored(self, taken: str | None) -> tuple[tuple[str, str], ...]:
+        """The arrays whose names say nothing, and those of ``taken`` or of no split in whose place others were taken."""
+        chosen = {self.find(taken, labels=labels) for labels in (False, True)}
+        found = []
+        for name in self.names:
+            role = role_of(name)
+            if role is None or (role.split in (taken, None) and name not in chosen):
+                found.append((name, "arrays of no known name" if role is None else "arrays beside those that were taken"))
+        return tuple(found)
 
     def find(self, split: str | None, *, labels: bool) -> str | None:
         """The name of the images or the labels of a split; None where there are none, UsageError where two names mean it."""
@@ -214,7 +220,7 @@ def open_npy(path: Path, split: str | None) -> ArraySource:
         if role is None:
             wanted, split = split, named.split(split)
             notes = named.notes(wanted, split)
-            ignored = named.ignored() + _others_in(folder)
+            ignored = named.ignored(split) + _others_in(folder)
             image = files[str(named.find(split, labels=False))]
         else:
             if split is not None and (splits.canonical(split) or split) != role.split:

@@ -61,7 +61,7 @@ def open_npz(path: Path, split: str | None) -> ArraySource:
         num_images=head.shape[0],
         size=(height, width),
         load=Loader(path, key),
-        ignored=named.ignored() + tuple((name, "no array") for name in members if not name.endswith(".npy")),
+        ignored=named.ignored(split) + tuple((name, "no array") for name in members if not name.endswith(".npy")),
         notes=named.notes(wanted, split) + notes_on(names),
     )
 

@@ -108,6 +108,23 @@ def test_stl10_folds(tmp_path: Path, write: Writer, fold: int) -> None:
     demand_equal(sources.open_source(str(tmp_path), fold=fold), images[chosen], [labels[k] for k in chosen])
 
 
+def test_stl10_and_svhn_as_torchvision_reads_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("torchvision.datasets")
+    source_files.stl10(tmp_path)
+    source_files.svhn(tmp_path)
+    monkeypatch.setattr(datasets.STL10, "_check_integrity", lambda self: True)
+    monkeypatch.setattr(datasets.SVHN, "_check_integrity", lambda self: True)
+    for theirs, ours in (
+        (datasets.STL10(str(tmp_path), "train", folds=4), sources.open_source(str(tmp_path), fold=4)),
+        (datasets.STL10(str(tmp_path), "train+unlabeled"), sources.open_source(str(tmp_path), split="train+unlabeled")),
+        (datasets.SVHN(str(tmp_path), "test"), sources.open_source(str(tmp_path), kind="svhn", split="test")),
+    ):
+        assert len(theirs) == len(ours)
+        for k, (image, label) in enumerate(theirs):
+            np.testing.assert_array_equal(ours.image(k), np.asarray(image))
+            assert ours.label(k) == label
+
+
 def test_stl10_folds_refused(tmp_path: Path) -> None:
     source_files.stl10(tmp_path)
     path = tmp_path / "stl10_binary" / "fold_indices.txt"
@@ -547,6 +564,7 @@ def test_labels_refused(tmp_path: Path) -> None:
         (np.array([0, 1, 2, np.nan]), "whole numbers"),
         (np.array([0, 1, 2, np.inf]), "whole numbers"),
         (np.array([0, 1, 2, 1e300]), "64 bits"),
+        (np.array([0, 1, 2, -1e300]), "64 bits"),
         (np.array([0, 1, 2, 0.5]), "whole numbers"),
         (np.array([-2, 0, 1, 2]), "negative"),
         (np.array([-1, 1, 1, -1]), "(labels > 0)"),
@@ -613,6 +631,11 @@ def test_npz_splits(tmp_path: Path) -> None:
     np.savez(path, images=images, train_images=images[:2], x=images[:1])
     assert len(sources.open_source(str(path))) == 6
     assert len(sources.open_source(str(path), split="train")) == 2
+    source = sources.open_source(str(path), split="train")
+    assert [name for name, _ in source.ignored] == ["images", "x"]  # type: ignore[attr-defined]
+    np.savez(path, images=images, masks=images, data=images, labels=np.arange(6), y=np.arange(6), test_images=images)
+    source = sources.open_source(str(path))
+    assert [name for name, _ in source.ignored] == ["masks", "data", "y"]  # type: ignore[attr-defined]
     np.savez(path, x=images, X=images)
     refused("x, X", source=path)
 

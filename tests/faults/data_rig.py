@@ -150,24 +150,25 @@ def _command(path: Path) -> str:
 
 
 def run(
-    source: str, bases: list[Any], numbers: Sequence[int], target: Callable[..., None] = work
+    source: str, bases: list[Any], numbers: Sequence[int], target: Callable[..., None] = work, hang_s: float = HANG_S
 ) -> tuple[Counter[tuple[str, str]], list[Fault]]:
     """Counts by (kind of damage, outcome), and the faults. A death or a hang costs its number, no other.
 
-    ``target`` is a child's life, and ``bases`` what it takes.
+    ``target`` is a child's life, ``bases`` what it takes, ``hang_s`` what it may take for one number.
     """
     counts: Counter[tuple[str, str]] = Counter()
     faults: list[Fault] = []
     left = list(numbers)
     with tempfile.TemporaryDirectory(prefix="mutations-") as folder:
         while left:
-            _one_child(target, source, bases, left, Path(folder), counts, faults)
+            _one_child(target, hang_s, source, bases, left, Path(folder), counts, faults)
             print(f"{source}: {len(numbers) - len(left)} of {len(numbers)}, {len(faults)} faults", flush=True)
     return counts, faults
 
 
 def _one_child(
     target: Callable[..., None],
+    hang_s: float,
     source: str,
     bases: list[Any],
     left: list[int],
@@ -184,7 +185,7 @@ def _one_child(
     try:
         while OwnTime(child.pid).waits(ours.poll, patience):
             message = ours.recv()
-            patience = HANG_S
+            patience = hang_s
             if message == "done":
                 return
             if message == "ready":

@@ -193,8 +193,8 @@ def test_other_precisions(op: Op, dtype: torch.dtype) -> None:
     wanted = copy.deepcopy(op).double().reference(x.double())
     try:
         got = op(x)
-    except (ValueError, RuntimeError) as error:  # torch's own norms want one dtype for all
-        assert "\n" not in str(error).strip().splitlines()[0]  # noqa: PT017 - either end is right
+    except RuntimeError:  # torch's own norms and convolutions want one dtype for all
+        assert dtype != torch.float64
         return
     close(got.double(), wanted, rtol=0.05 if dtype != torch.float64 else 1e-9, atol=0.05 if dtype != torch.float64 else 1e-9)
 

@@ -49,7 +49,7 @@ def run(out: Path, *, seed: int = 0, console: Console) -> dict[str, Any]:
         "data": config.data.train,
         "random": random["accuracy"],
         "byol": byol["accuracy"],
-        "supervised": _supervised(config),
+        "supervised": supervised(config),
         "protocol": config.probe.protocol,
         "run": str(path),
         "pair": _pair(out / "lars", config, console),
@@ -119,7 +119,8 @@ def _ending(story: report.Story) -> dict[str, Any]:
     return {"state": last["state"], "neg_cos": last["neg_cos"], "accuracy": last["accuracy"], "collapsed_in_epoch": collapsed}
 
 
-def _supervised(config: Config) -> float:
+def supervised(config: Config) -> float:
+    """Return the accuracy in percent of the encoder of ``config`` trained with the labels of its images."""
     data, size = config.data, config.views.size
     test_file = embedded.held_out_file(data)
     assert test_file is not None

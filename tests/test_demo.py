@@ -31,7 +31,7 @@ def test_the_second_call_goes_on_with_the_run_of_the_first(tmp_path: Path, monke
     monkeypatch.setattr(demo, "_images", lambda _: "textures")
     monkeypatch.setattr(demo, "_pair", lambda *_: {})
     monkeypatch.setattr(demo, "_draw_pair", lambda _, out: out)
-    monkeypatch.setattr(demo, "_supervised", lambda *_: 50.0)
+    monkeypatch.setattr(demo, "supervised", lambda *_: 50.0)
     monkeypatch.setattr(demo.report, "write", lambda *_, **__: [])
     no_graph.install(patch=monkeypatch.setattr)
 

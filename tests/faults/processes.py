@@ -17,7 +17,6 @@ import os
 import select
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -38,13 +37,13 @@ def own() -> Path:
     # A forked child has the environment that its parent was started with.
     os.register_at_fork(after_in_child=_die_with_parent)
     guard = [sys.executable, "-I", "-S", __file__, str(os.getpid()), mark]
-    away = subprocess.DEVNULL
-    _guards.append(subprocess.Popen(guard, stdin=away, stdout=away, stderr=away, start_new_session=True))
+    away = [(os.POSIX_SPAWN_OPEN, number, os.devnull, os.O_RDWR, 0) for number in range(3)]
+    # Not a Popen, which complains when it is forgotten while its process runs: the guard outlives this process.
+    _guards.append(str(os.posix_spawn(sys.executable, guard, os.environ, file_actions=away, setsid=True)))
     return Path(mark)
 
 
-# Kept, since a Popen that is forgotten while its process runs is a ResourceWarning.
-_guards: list[subprocess.Popen[bytes]] = []
+_guards: list[str] = []
 
 
 def now() -> float:
@@ -57,8 +56,7 @@ def end_started_since(began: float) -> list[str]:
     for child in multiprocessing.active_children():
         child.kill()
         child.join()
-    spared = {str(process.pid) for process in _guards}
-    return _end(lambda: [process for process in marked(os.environ[VARIABLE], began) if process not in spared])
+    return _end(lambda: [process for process in marked(os.environ[VARIABLE], began) if process not in _guards])
 
 
 def marked(mark: str, since: float = 0.0) -> list[str]:

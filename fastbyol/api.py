@@ -7,6 +7,7 @@ put back: ``engine.allocator.keep_freed_memory`` is for processes that only trai
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -100,7 +101,8 @@ def load_encoder(run_or_file: str | Path, *, weights: str = "trained") -> nn.Mod
     seed drew them. Raises UsageError for another word. Where a run's newest checkpoint is damaged the one before is taken, and
     the log says so.
     """
-    from fastbyol.model.ordinary import ordinary  # torchvision takes a second to import, and training does without
+    with warnings.catch_warnings():  # torchvision's import adds a filter; it takes a second, and training does without
+        from fastbyol.model.ordinary import ordinary
 
     config, encoder, _ = _load(Path(run_or_file), weights)
     return ordinary(encoder, config.model)

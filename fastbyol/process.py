@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-# cv2 sets it when it is imported, for programs that it does not call; every child process would get it.
-LIBRARY_PATH = "LD_LIBRARY_PATH"
+# What importing cv2 and torchvision sets; every child process would get it.
+VARIABLES = ("LD_LIBRARY_PATH", "TORCHINDUCTOR_CACHE_DIR")
 
 
 @contextmanager
@@ -20,7 +20,7 @@ def left_as_found() -> Iterator[None]:
     """Work inside as in a fresh process, and put back what was changed for all of it, after an error too.
 
     Inside, gradients are on and new tensors are float32 on the CPU. Put back are these two, torch's TF32 and cuDNN switches and
-    its threads, numba's threads, the start method of ``multiprocessing`` and the variable that importing cv2 sets. What
+    its threads, numba's threads, the start method of ``multiprocessing`` and the variables that imports set. What
     torch.compile leaves once it was used is torch's own. The C library's allocator cannot be asked what it was told before:
     see ``engine.allocator``.
     """
@@ -29,7 +29,8 @@ def left_as_found() -> Iterator[None]:
         found.callback(torch.set_num_threads, torch.get_num_threads())
         if multiprocessing.get_start_method(allow_none=True) is None:  # numba's import asks for it, which settles it
             found.callback(multiprocessing.set_start_method, None, force=True)
-        found.callback(_set_library_path, os.environ.get(LIBRARY_PATH))
+        for name in VARIABLES:
+            found.callback(_set_variable, name, os.environ.get(name))
         cudnn = torch.backends.cudnn
         for name in ("deterministic", "benchmark"):
             found.callback(setattr, cudnn, name, getattr(cudnn, name))
@@ -89,8 +90,8 @@ def _give_numba_its_threads(before: int | None) -> None:
         numba.set_num_threads(numba.config.NUMBA_NUM_THREADS if before is None else before)
 
 
-def _set_library_path(before: str | None) -> None:
+def _set_variable(name: str, before: str | None) -> None:
     if before is None:
-        os.environ.pop(LIBRARY_PATH, None)
+        os.environ.pop(name, None)
     else:
-        os.environ[LIBRARY_PATH] = before
+        os.environ[name] = before

@@ -83,10 +83,7 @@ WORDS: dict[str, tuple[Callable[[Path, Any], Any], str]] = {
     "gradient_gap": (lambda run, word: precision.gradient_gap(Config(), torch.device("cpu"), word), "collapsed"),
     "open_loader(cache)": (_open, "device"),
     "convert(mode)": (lambda run, word: convert.convert("textures", run / "x.beton", count=64, mode=word), "jpg"),
-    "convert(resize)": (
-        lambda run, word: convert.convert(str(run), run / "x.beton", kind="folder", size=8, resize=word),
-        "centre",
-    ),
+    "convert(resize)": (_resize, "centre"),
     "convert(kind)": (lambda run, word: convert.convert("textures", run / "x.beton", kind=word), "idx"),
     "make_norm": (lambda run, word: make_norm(word, 8, groups=2, num_views=2), "gn"),
     "use_kernels": (lambda run, word: use_kernels(torch.nn.Identity(), word), "processor"),

@@ -47,8 +47,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
-    """Not for ever, either, what runs at exit."""
-    faulthandler.dump_traceback_later(GRACE_S, exit=True, file=config.stash[STDERR])
+    """Not for ever, either, what runs at exit, which may wait for children that an interrupted test left."""
+    processes.end_started_since(0.0)
+    if not hasattr(config, "workerinput"):  # a worker waits for its master, which kills it if it must
+        faulthandler.dump_traceback_later(GRACE_S, exit=True, file=config.stash[STDERR])
 
 
 def pytest_timeout_set_timer(item: pytest.Item, settings: Any) -> None:

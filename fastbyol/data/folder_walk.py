@@ -32,8 +32,8 @@ class Found:
 def walk(root: Path) -> Found:
     """Look at everything below ``root``, sorted by name. Raises OSError where ``root`` itself cannot be read.
 
-    Links to files are files. Links to folders are followed once, after all real folders, and not where they lead to one that is
-    read anyway or to one around ``root``. Hidden files and folders are not looked into.
+    Links to files are files. A link to a folder is followed, but where it leads to one that is read anyway or to one around
+    ``root``; on the way from one link every folder is read once. Hidden files and folders are not looked into.
     """
     found, links = Found(), list[str]()
     # The folders around the root: a link to one of them would bring everything beside the root.
@@ -41,13 +41,14 @@ def walk(root: Path) -> Found:
     with os.scandir(root):
         pass  # what is wrong with the root is the caller's to hear
     _read_below(root, "", found, links, seen)
-    while links:
-        links.sort()
-        name = links.pop(0)
-        if _identity(root / name) in seen:
-            found.ignored.append((name, "links to folders that are read anyway"))
-        else:
-            _read_below(root, name, found, links, seen)
+    for link in links:
+        on_the_way, pending = set(seen), [link]
+        while pending:
+            name = pending.pop()
+            if _identity(root / name) in on_the_way:
+                found.ignored.append((name, "links to folders that are read anyway"))
+            else:
+                _read_below(root, name, found, pending, on_the_way)
     for names in (found.pictures, found.skipped, found.ignored, found.folders):
         names.sort()
     return found

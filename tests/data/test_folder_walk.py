@@ -105,7 +105,7 @@ def test_links_to_what_is_read_anyway_are_not_followed(tmp_path: Path, kind: str
     assert found.ignored == [(name, "links to folders that are read anyway")]
 
 
-def test_links_to_elsewhere_are_followed_once_and_links_to_files_are_files(tmp_path: Path) -> None:
+def test_links_to_elsewhere_are_followed_each_and_links_to_files_are_files(tmp_path: Path) -> None:
     put(tmp_path, "away/deep/1.png", "away/2.png", "root/a/3.png")
     root = tmp_path / "root"
     (root / "a" / "more").symlink_to(tmp_path / "away")
@@ -113,8 +113,19 @@ def test_links_to_elsewhere_are_followed_once_and_links_to_files_are_files(tmp_p
     (root / "a" / "again.png").symlink_to("3.png")
     (tmp_path / "away" / "round").symlink_to(root)
     found = walk(root)
-    assert found.pictures == ["a/3.png", "a/again.png", "a/more/2.png", "a/more/deep/1.png"]
-    assert {name for name, _ in found.ignored} == {"b", "a/more/round"}
+    assert found.pictures == ["a/3.png", "a/again.png", "a/more/2.png", "a/more/deep/1.png", "b/2.png", "b/deep/1.png"]
+    assert {name for name, _ in found.ignored} == {"a/more/round", "b/round"}
+
+
+def test_links_among_folders_elsewhere_do_not_multiply(tmp_path: Path) -> None:
+    """Two links at each of twelve levels: 4,096 ways, each folder read once."""
+    for level in range(12):
+        put(tmp_path, f"{level}/x.png")
+        for name in ("left", "right"):
+            (tmp_path / str(level) / name).symlink_to(tmp_path / str(level + 1))
+    put(tmp_path, "12/x.png", "root/a/y.png")
+    (tmp_path / "root" / "a" / "in").symlink_to(tmp_path / "0")
+    assert len(walk(tmp_path / "root").pictures) == 1 + 13
 
 
 names = st.sampled_from(("a", "b", "x.png", "y.txt", "z.jpg", "noname", ".h"))

@@ -11,6 +11,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from numpy.lib.format import MAGIC_PREFIX
 from numpy.typing import NDArray
 
 from fastbyol.data.source_arrays import (
@@ -118,8 +119,11 @@ def _head(path: Path, key: str) -> Head:
 def _archive(path: Path) -> Iterator[zipfile.ZipFile]:
     """The archive; whatever reading it meets is a UsageError."""
     try:
-        with open_regular(path) as file, zipfile.ZipFile(file) as archive:
-            yield archive
+        with open_regular(path) as file:
+            if file.read(len(MAGIC_PREFIX)) == MAGIC_PREFIX:
+                raise UsageError(f"{path}: is a single array, as .npy files are; give it that suffix")
+            with zipfile.ZipFile(file) as archive:
+                yield archive
     except UsageError:
         raise
     except OSError as error:

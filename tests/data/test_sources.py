@@ -640,6 +640,12 @@ def test_npz_splits(tmp_path: Path) -> None:
     refused("x, X", source=path)
 
 
+def test_npz_that_is_npy(tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", source_files.random_images(3, 8, 8))
+    (tmp_path / "a.npy").rename(tmp_path / "a.npz")
+    refused("single array", ".npy", source=tmp_path / "a.npz")
+
+
 def test_npz_that_says_more_than_it_holds(tmp_path: Path) -> None:
     """Heads, sizes in the archive and bombs: refused before memory is taken."""
     path = tmp_path / "a.npz"

@@ -291,6 +291,8 @@ def _reported(message: dict[str, Any], path: Path) -> FastbyolError:
         return UsageError(f"{text}; correct or remove it")
     if message.get("errno") in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return FastbyolError(f"{text}; make room on that disk and try again")
+    if message.get("errno") == errno.EROFS:  # not of the output, which `check_output` tried
+        return FastbyolError(f"{text}: its processes share memory in /dev/shm, which has to be writable")
     return FastbyolError(f"{text}; try again, with fewer workers if memory is short")
 
 

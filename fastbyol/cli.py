@@ -44,7 +44,7 @@ Json = Annotated[
 BetonPath = Annotated[Path, typer.Argument(metavar="FILE", help="A beton file.")]
 ImageField = Annotated[str | None, typer.Option("--image-field", metavar="NAME", help="Default: the only image field.")]
 LabelField = Annotated[
-    str | None, typer.Option("--label-field", metavar="NAME", help="Default: label, else the only int field.")
+    str | None, typer.Option("--label-field", metavar="NAME", help="Default: label, or the only one of a usual name.")
 ]
 RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]
 Protocol = Annotated[Literal["blog", "linear", "knn"], typer.Option(help="How accuracy is measured.")]
@@ -358,7 +358,7 @@ def evaluate(
     test_data: Annotated[Path | None, typer.Option("--test-data", metavar="FILE", help="Score on this.")] = None,
     weights: Annotated[
         Literal["trained", "target", "random"],
-        typer.Option(help="Of the online network, of the target network, or as they were drawn before the first step."),
+        typer.Option(help="Of the online network, of the target network, or as the seed drew them."),
     ] = "trained",
     image_field: ImageField = None,
     label_field: LabelField = None,

@@ -117,8 +117,10 @@ def guarded() -> Iterator[Failures]:
     What is logged goes to standard error a line at a time.
     """
     _open_closed()
-    assert logging.lastResort is not None
-    logging.lastResort.setFormatter(_OneLine())
+    last_resort = logging.lastResort
+    format_before = last_resort.formatter if last_resort is not None else None
+    if last_resort is not None:
+        last_resort.setFormatter(_OneLine())
     before, failures = (sys.stdout, sys.stderr), Failures()
     if sys.stdout is sys.__stdout__:
         sys.stdout = _stream(1, "standard output", failures, sys.stdout)
@@ -130,6 +132,8 @@ def guarded() -> Iterator[Failures]:
         sys.stdout.flush()
         sys.stderr.flush()
         sys.stdout, sys.stderr = before
+        if last_resort is not None:
+            last_resort.setFormatter(format_before)
 
 
 def _stream(descriptor: int, name: str, failures: Failures, before: Any) -> io.TextIOWrapper:

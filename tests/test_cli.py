@@ -392,7 +392,7 @@ def foreign(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     files = {
         "plain": ({"image": "raw", "label": "int"}, plain),
         "one": ({"img": "raw", "y": "int"}, plain),
-        "several": ({"id": "int", "mask": "raw", "label": "float", "img": "raw", "target": "int"}, several),
+        "several": ({"id": "int", "mask": "raw", "label": "float", "img": "raw", "kind": "int"}, several),
         "alone": ({"img": "raw"}, [(picture,) for picture in pictures]),
     }
     paths = {name: folder / f"{name}.beton" for name in files}
@@ -402,7 +402,7 @@ def foreign(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 def test_foreign_fields_are_chosen_by_name(run, foreign: dict[str, Path]) -> None:
     """The runs and their accuracies are those of the plain file."""
-    fields = ("--image-field", "img", "--label-field", "target")
+    fields = ("--image-field", "img", "--label-field", "kind")
     cases = {
         "plain": ("plain", "plain", ()),
         "one": ("one", "one", ()),
@@ -427,9 +427,9 @@ def test_foreign_fields_are_chosen_by_name(run, foreign: dict[str, Path]) -> Non
 
 
 def test_data_commands_take_the_fields(run, foreign: dict[str, Path], tmp_path: Path) -> None:
-    file, fields = foreign["several"], ("--image-field", "img", "--label-field", "target")
+    file, fields = foreign["several"], ("--image-field", "img", "--label-field", "kind")
     info = json.loads(run("data", "info", file, *fields, "--json")[1])
-    assert (info["image_field"], info["label_field"], info["labels"]) == ("img", "target", {"0": 12, "1": 12})
+    assert (info["image_field"], info["label_field"], info["labels"]) == ("img", "kind", {"0": 12, "1": 12})
     assert run("data", "verify", file, "--deep", *fields)[0] == 0
     for name, of in (("plain", ()), ("several", fields), ("one", ())):
         assert run("data", "preview", foreign[name], "--out", f"{name}.png", *of, "--set", "views.size=16")[0] == 0
@@ -439,7 +439,7 @@ def test_data_commands_take_the_fields(run, foreign: dict[str, Path], tmp_path: 
     assert (tmp_path / "mask.png").read_bytes() != (tmp_path / "plain.png").read_bytes()
 
 
-LISTED = "id (int), mask (image), label (float), img (image), target (int)"
+LISTED = "id (int), mask (image), label (float), img (image), kind (int)"
 
 
 @pytest.mark.parametrize(
@@ -447,7 +447,7 @@ LISTED = "id (int), mask (image), label (float), img (image), target (int)"
     [
         ((), ("2 image fields", "--image-field")),
         (("--image-field", "picture"), ("no RGB image field 'picture'",)),
-        (("--image-field", "target"), ("no RGB image field 'target'",)),
+        (("--image-field", "kind"), ("no RGB image field 'target'",)),
         (("--image-field", "img", "--label-field", "label"), ("no int field 'label'",)),
         (("--image-field", "img", "--label-field", "y"), ("no int field 'y'",)),
     ],
@@ -477,7 +477,7 @@ def test_several_int_fields_are_refused_only_where_labels_are_needed(run, foreig
     ):
         code, _, err = run(*command)
         assert code == 2
-        assert "several int fields" in err
+        assert "does not say which int field" in err
         assert LISTED in err
         assert "--label-field" in err
 

@@ -32,7 +32,7 @@ def command(*arguments: str, shell: str = "", **environment: str) -> subprocess.
     program = f'exec "$0" -m fastbyol.cli "$@" {shell}'
     return subprocess.run(
         ["bash", "-c", program, sys.executable, *arguments],
-        check=False, capture_output=True, text=True, errors="surrogateescape", timeout=120, env=os.environ | environment,
+        check=False, capture_output=True, text=True, errors="surrogateescape", timeout=600, env=os.environ | environment,
     )  # fmt: skip
 
 

@@ -2,7 +2,7 @@
 
 FFCV's writer waits for ever on a bad item, a dead worker or a full disk, and truncates the old file first. Here it runs in a
 child process (``beton_child``) with its own process group, which reports through a pipe and is killed when it reports a
-fault or nothing. The file is written under a temporary name, given its checksums, verified, synced and renamed.
+fault or nothing. The file is written under a temporary name, given its checksums, verified, synced and given its name.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ PAGE_BYTES = 1 << 23
 # Without an item begun for so long the writer is taken for stuck. Importing FFCV takes 2 to 10 s of it; a disk on the network
 # may hiccup for minutes, and so long may a busy machine keep a process of low priority waiting.
 STALL_S = 300.0
-# Of the output's name in that of the temporary file.
+# So much of the output's name goes into the temporary file's.
 MAX_NAME_BYTES = 120
 
 
@@ -96,13 +96,12 @@ def write(
 
     ``workers`` 0 takes the cores. ``progress(items begun, items)`` is called a few times a second. Raises UsageError for a
     bad argument or item; UnreadableItemsError if items raised UnreadableItemError (all are tried, unless
-    ``stop_at_unreadable``); FastbyolError for a full disk, a dead worker or a stall. ``path`` is touched only by the last
-    rename. ``note``, JSON values, says in the file's manifest where the items came from.
+    ``stop_at_unreadable``); FastbyolError for a full disk, a dead worker or a stall. Nothing lies at
+    ``path`` before the whole file does, but for an instant on disks that know no links. ``note``, JSON values, says in the
+    file's manifest where the items came from.
     """
-    path, num_items = Path(path), len(dataset)
+    path, num_items = followed(Path(path)), len(dataset)
     check_output(path, overwrite=overwrite)
-    if path.is_symlink():
-        path = path.resolve()  # what a link leads to is replaced, not the link
     _check_arguments(num_items, mode, quality, workers, page_bytes)
     workers = min(workers or len(os.sched_getaffinity(0)), -(-num_items // CHUNK_ITEMS))
     remove_leftovers(path)
@@ -115,6 +114,14 @@ def write(
     finally:
         temporary.unlink(missing_ok=True)
     return replace(info, path=path)
+
+
+def followed(path: Path) -> Path:
+    """Return where ``path`` leads: what a link leads to is written, not the link."""
+    try:
+        return path.resolve() if path.is_symlink() else path
+    except (OSError, RuntimeError):  # a link to itself
+        return path
 
 
 def check_output(path: Path, *, overwrite: bool) -> None:

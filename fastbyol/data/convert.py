@@ -22,7 +22,7 @@ from fastbyol.errors import FastbyolError, UsageError, size_text
 SMALL_SET_BYTES = 1 << 28
 # FFCV keeps a page's size in 32 bits.
 MAX_PAGE_BYTES = 1 << 31
-# Of each kind of thing that is ignored.
+# So many names of each kind that is ignored are shown.
 SHOWN_NAMES = 3
 
 
@@ -120,7 +120,7 @@ def convert(
     leaves them. Unreadable images are left out and reported, or with ``strict`` the first one is an error.
     Raises UsageError for what the caller can correct, FastbyolError for a full disk or a failed writer.
     """
-    started, path = time.monotonic(), Path(out)
+    started, path = time.monotonic(), beton_write.followed(Path(out))
     beton_write.check_output(path, overwrite=overwrite)
     made = kind == "textures" or (kind is None and source == "textures")
     opened = sources.open_source(source, kind=kind, split=split, fold=fold, count=count, size=size, seed=seed, strict=strict)

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
+from typing import BinaryIO, Literal
 
 from fastbyol.config import DataConfig
 from fastbyol.data import beton, convert
@@ -58,11 +58,12 @@ def _made(stem: str, progress: Progress | None, *, source: str, **options: objec
     if not path.exists():
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
+            lock = path.with_name(f".{stem}.lock").open("ab")
         except OSError as error:
             raise UsageError(
                 f"{path.parent}: {error.strerror}: name a folder that can be written with FASTBYOL_CACHE=DIR"
             ) from None
-        with _alone(path.with_name(f".{stem}.lock")):
+        with _alone(lock):
             if not path.exists():
                 convert.convert(source, path, progress=progress, overwrite=True, **options)  # type: ignore[arg-type]
     beton.inspect(path)
@@ -70,14 +71,14 @@ def _made(stem: str, progress: Progress | None, *, source: str, **options: objec
 
 
 @contextmanager
-def _alone(lock: Path) -> Iterator[None]:
+def _alone(lock: BinaryIO) -> Iterator[None]:
     """Hold ``lock``, which the system lets go of when the process dies; where the disk knows no locks nothing is held.
 
     The file stays: removing it would let two processes lock two files of one name.
     """
-    with lock.open("ab") as file:
+    with lock:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX)
+            fcntl.flock(lock, fcntl.LOCK_EX)
         except OSError as error:
-            _log.info("%s: no lock: %s", lock, error.strerror)
+            _log.info("%s: no lock: %s", lock.name, error.strerror)
         yield

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fastbyol.data import splits
-from fastbyol.data.folder_walk import Found
+from fastbyol.data.folder_walk import HIDDEN, Found
 from fastbyol.errors import UsageError
 from fastbyol.files import open_regular
 
@@ -108,7 +108,7 @@ def lay_out(path: Path, found: Found, *, kind: str | None, split: str | None) ->
     if chosen or kind is None:
         inside = _join(inside, _within(tree.at(inside), kind))
     here = tree.at(inside)
-    names = {name for part in parts for name in _classes(path, _join(start, part), tree, found, kind)} if chosen else set()
+    names = {name for part in parts for name in _classes(path, _join(start, part), tree, found, None)} if chosen else set()
     names |= _classes(path, inside, tree, found, kind)
     if kind is None and here.direct and here.nested:
         raise UsageError(
@@ -116,10 +116,12 @@ def lay_out(path: Path, found: Found, *, kind: str | None, split: str | None) ->
         )
     if chosen and kind is None and (within := [name for name in here.nested if splits.canonical(name) not in (None, "train")]):
         raise UsageError(f"{path / inside}: {_listed(within)} look like splits within a split; give the folder of one of them")
-    skipped, ignored = _left_out(found, tree, [_join(start, part) for part in parts if part != chosen])
+    untaken = [part for part in parts if chosen and part != chosen.split("/")[0]]
+    skipped, ignored = _left_out(found, tree, [_join(start, part) for part in untaken])
     notes = _notes(chosen, parts, inside)
     said = _annotated(path, inside, here, found) if kind != "folder" and here.is_plain else None
     if said is not None:
+        ignored = [row for row in ignored if row[0] != _annotations_file(inside, found)]
         rows = [(name, said.get(Path(name).name)) for name in sorted(here.names())]
         skipped += [(_join(inside, name), "not named in the annotations") for name, of in rows if of is None]
         labelled = [(name, of) for name, of in rows if of is not None]
@@ -212,16 +214,14 @@ def _classes(path: Path, folder: str, tree: _Tree, found: Found, kind: str | Non
     """The names of the classes in ``folder``, relative to the root of ``tree``."""
     folder = _join(folder, _within(tree.at(folder), kind))
     here = tree.at(folder)
-    if not here.is_plain or (kind == "classes" and here.nested):
-        return set(here.nested)
-    return set((_annotated(path, folder, here, found) or {}).values())
+    if kind != "folder" and here.is_plain and (named := _annotated(path, folder, here, found)):
+        return set(named.values())
+    return set(here.nested) if not here.is_plain or kind == "classes" else set()
 
 
 def _annotated(path: Path, folder: str, tree: _Tree, found: Found) -> dict[str, str] | None:
     """The class of each picture by its file's name, as an annotations file in ``folder`` says; None where there is none."""
-    start = f"{folder}/" if folder else ""
-    names = [name for name, _ in found.ignored if name.startswith(start) and "/" not in name[len(start) :]]
-    name = next((name for name in names if name.lower().endswith(_ANNOTATIONS)), None)
+    name = _annotations_file(folder, found)
     if name is None:
         return None
     with open_regular(path / name) as file:
@@ -229,6 +229,12 @@ def _annotated(path: Path, folder: str, tree: _Tree, found: Found) -> dict[str, 
     rows = [line.split("\t") for line in text.splitlines()]
     said = {row[0]: row[1].strip() for row in rows if len(row) >= 2 and row[1].strip()}
     return said if any(Path(picture).name in said for picture in tree.names()) else None
+
+
+def _annotations_file(folder: str, found: Found) -> str | None:
+    start = f"{folder}/" if folder else ""
+    names = [name for name, kind in found.ignored if kind != HIDDEN and name.startswith(start)]
+    return next((name for name in names if "/" not in name[len(start) :] and name.lower().endswith(_ANNOTATIONS)), None)
 
 
 def _left_out(found: Found, tree: _Tree, others: Sequence[str]) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:

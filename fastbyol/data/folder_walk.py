@@ -11,6 +11,7 @@ from fastbyol.data import rgb
 from fastbyol.files import refuse_special
 
 _TABLES = (".csv", ".jsonl", ".parquet", ".tsv", ".xlsx")
+HIDDEN = "hidden files and folders"
 # What archive programs and systems leave beside pictures.
 _LITTER = ("#recycle", "$RECYCLE.BIN", "@eaDir", "System Volume Information", "__MACOSX", "__pycache__", "lost+found")
 
@@ -46,7 +47,7 @@ def walk(root: Path) -> Found:
         while pending:
             name = pending.pop()
             if _identity(root / name) in on_the_way:
-                found.ignored.append((name, "links to folders that are read anyway"))
+                found.ignored.append((name, "links to folders that are read anyway or lie around"))
             else:
                 _read_below(root, name, found, pending, on_the_way)
     for names in (found.pictures, found.skipped, found.ignored, found.folders):
@@ -55,9 +56,8 @@ def walk(root: Path) -> Found:
 
 
 def has_pictures(folder: Path) -> bool:
-    """Tell whether a picture lies right in ``folder`` or in one of its folders."""
-    within = [folder, *(Path(entry) for entry in os.scandir(folder) if entry.is_dir(follow_symlinks=False))]
-    return any(is_picture(entry.name) for one in within if os.access(one, os.R_OK | os.X_OK) for entry in os.scandir(one))
+    """Tell whether a picture lies in ``folder`` or below, links not followed."""
+    return any(is_picture(name) for _, _, names in os.walk(folder) for name in names)
 
 
 def _read_below(root: Path, start: str, found: Found, links: list[str], seen: set[tuple[int, int]]) -> None:
@@ -85,7 +85,7 @@ def _read_below(root: Path, start: str, found: Found, links: list[str], seen: se
 def _take(entry: os.DirEntry[str], name: str, found: Found) -> str | None:
     """File ``entry`` under what it is; return ``name`` where it is a folder to go into."""
     if entry.name.startswith(".") or entry.name in _LITTER:
-        found.ignored.append((name, "hidden" if entry.name.startswith(".") else "a system's own"))
+        found.ignored.append((name, HIDDEN if entry.name.startswith(".") else "system folders"))
         return None
     try:
         # Not a look at every regular file: an entry knows that it is one.

@@ -8,24 +8,28 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fastbyol.errors import UsageError
+from fastbyol.errors import UsageError, size_text
 from fastbyol.files import open_regular, refuse_special
 
 Images = NDArray[np.uint8]
 Labels = NDArray[np.int64]
+T = TypeVar("T")
 
 # Labels below this are classes as they are; above, a label is rather a name than a number of a class.
 MAX_CLASSES = 1 << 16
 # Less than this is not held against the memory that is there.
 SMALL_BYTES = 1 << 26
 CHANNELS = (1, 3)
+# Deflate's best ratio: 258 bytes for two bits (RFC 1951).
+MOST_PER_BYTE = 1032
 
 
 @dataclass(frozen=True)
@@ -192,6 +196,15 @@ def class_labels(
     return np.where(own < 0, -1, np.searchsorted(known, own)).astype(np.int64), tuple(map(str, known))
 
 
+def fit_labels(read: Callable[[T], NDArray[Any]], others: Iterable[T]) -> list[NDArray[Any]]:
+    """Read the labels of ``others`` with ``read``, and leave out those that are no labels: nobody asked for these splits."""
+    fit = []
+    for other in others:
+        with suppress(UsageError):
+            fit.append(read(other))
+    return fit
+
+
 def notes_on(class_names: tuple[str, ...]) -> tuple[str, ...]:
     """What a reader should know of labels that ``class_labels`` mapped."""
     if not class_names or class_names[-1] == str(len(class_names) - 1) or not class_names[-1].isdecimal():
@@ -205,6 +218,10 @@ def _whole(where: str, values: NDArray[Any]) -> NDArray[Any]:
     if values.dtype.kind == "S":
         return np.array([value.decode("utf-8", "replace") for value in values.tolist()])
     if values.dtype.kind == "U":
+        # What Python does not take: beyond the last character, and the halves of surrogate pairs.
+        codes = np.ascontiguousarray(values).view(values.dtype.byteorder.replace("|", "=") + "u4")
+        if ((codes > 0x10FFFF) | ((codes >= 0xD800) & (codes < 0xE000))).any():
+            raise UsageError(f"{where}: holds texts that are no Unicode; save others")
         return values
     if values.dtype.kind == "f" and not (np.isfinite(values).all() and (values == np.floor(values)).all()):
         raise UsageError(f"{where}: is {values.dtype} and not all are whole numbers; save one integer label for each image")
@@ -234,7 +251,7 @@ def demand_memory(where: str, num_bytes: int) -> None:
 
     free = available_bytes(torch.device("cpu"))
     if num_bytes > free:
-        raise UsageError(f"{where}: is said to take {num_bytes / 1e9:,.1f} GB, memory has {free / 1e9:.1f}; save it in parts")
+        raise UsageError(f"{where}: is said to take {size_text(num_bytes)}, memory has {size_text(free)}; save it in parts")
 
 
 def size_of(path: Path) -> int:

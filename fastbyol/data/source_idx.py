@@ -22,7 +22,16 @@ from typing import BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from fastbyol.data.source_arrays import ArraySource, Images, Labels, class_labels, demand_memory, notes_on, size_of
+from fastbyol.data.source_arrays import (
+    MOST_PER_BYTE,
+    ArraySource,
+    Images,
+    Labels,
+    class_labels,
+    demand_memory,
+    notes_on,
+    size_of,
+)
 from fastbyol.errors import UsageError
 from fastbyol.files import open_regular
 
@@ -36,8 +45,6 @@ FASHION_CLASSES = (
 # Where Debian's package dataset-fashion-mnist puts the four files.
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")
 DOWNLOAD_TIMEOUT_S = 30.0
-# Deflate's best ratio: 258 bytes for two bits (RFC 1951).
-MOST_PER_GZIP_BYTE = 1032
 
 _STEM = r"(?P<set>.*?)[-_]?(?P<split>train|t10k|test)[-_]"
 _IMAGES = re.compile(_STEM + r"images[-.]idx3[-.]ubyte(\.gz)?", re.IGNORECASE)
@@ -200,7 +207,7 @@ def _head(path: Path) -> tuple[tuple[int, ...], int]:
 def _values(path: Path, shape: tuple[int, ...], offset: int, dtype: np.dtype[np.generic]) -> NDArray[np.uint8]:
     """The file's values; a head that promises more than the file can hold is refused before memory is taken."""
     wanted = math.prod(shape) * dtype.itemsize
-    if wanted > size_of(path) * (MOST_PER_GZIP_BYTE if path.suffix.lower() == ".gz" else 1):
+    if wanted > size_of(path) * (MOST_PER_BYTE if path.suffix.lower() == ".gz" else 1):
         raise UsageError(f"{path}: {size_of(path)} bytes cannot hold the {wanted} that its head says; fetch it again")
     demand_memory(str(path), wanted)
     with _opened(path) as file:

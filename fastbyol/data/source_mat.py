@@ -17,12 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastbyol.data import mat5
-from fastbyol.data.source_arrays import demand_memory, listed, one_line, size_of
+from fastbyol.data.source_arrays import MOST_PER_BYTE, demand_memory, listed, one_line, size_of
 from fastbyol.errors import UsageError
 from fastbyol.files import open_regular
-
-# Deflate's best ratio: 258 bytes for two bits (RFC 1951).
-MOST_PER_BYTE = 1032
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ from fastbyol.data.source_arrays import (
     class_labels,
     demand_labels,
     demand_memory,
+    fit_labels,
     image_size,
     listed,
     notes_on,
@@ -39,14 +40,15 @@ from fastbyol.files import open_regular
 IMAGE_NAMES = ("images", "image", "imgs", "img", "x", "data", "arr0")
 LABEL_NAMES = ("labels", "label", "targets", "target", "y", "classes", "class", "arr1")
 SPLIT_NAMES = {
-    "train": ("train", "training"),
-    "val": ("val", "valid", "validation"),
-    "test": ("test", "testing"),
+    "train": ("train", "training", "trn"),
+    "val": ("val", "valid", "validation", "dev"),
+    "test": ("test", "testing", "tst"),
     "unlabeled": ("unlabeled", "unlabelled"),
 }
 # numpy reads heads of 10,000 letters at most unless told to trust them.
 MAX_HEAD = 1 << 14
 PIECE_BYTES = 1 << 20
+NO_ARRAYS = "files that are no arrays"
 
 
 @dataclass(frozen=True)
@@ -234,13 +236,14 @@ def open_npy(path: Path, split: str | None) -> ArraySource:
 
 
 def _opened(image: Path, label: Path | None, others: list[Path], split: str | None) -> ArraySource:
+    _kept.cache_clear()
     head = file_head(image)
     labels: Labels | None = None
     names: tuple[str, ...] = ()
     count = head.shape[0] if head.shape else 0
     height, width = image_size(str(image), head.shape, head.dtype, None if label is None else math.prod(file_head(label).shape))
     if label is not None:
-        labels, names = class_labels(str(label), _labels(label, count), [_labels(other) for other in others])
+        labels, names = class_labels(str(label), _labels(label, count), fit_labels(_labels, others))
     return ArraySource("npy", split, names, labels, count, (height, width), Loader(image, head))
 
 
@@ -296,7 +299,7 @@ def _arrays_in(folder: Path) -> dict[str, Path]:
 def _others_in(folder: Path) -> tuple[tuple[str, str], ...]:
     with os.scandir(folder) as entries:
         names = sorted(entry.name for entry in entries if not entry.name.lower().endswith(".npy") and entry.name[0] != ".")
-    return tuple((name, "no array") for name in names)
+    return tuple((name, NO_ARRAYS) for name in names)
 
 
 def _beside(stem: str) -> list[str]:

@@ -7,7 +7,7 @@ import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -15,23 +15,22 @@ from numpy.lib.format import MAGIC_PREFIX
 from numpy.typing import NDArray
 
 from fastbyol.data.source_arrays import (
+    MOST_PER_BYTE,
     ArraySource,
     Images,
     Labels,
     as_rgb,
     class_labels,
     demand_labels,
+    fit_labels,
     image_size,
     notes_on,
     one_line,
     planes_first,
 )
-from fastbyol.data.source_npy import Head, Named, demand_held, read_head, read_values
+from fastbyol.data.source_npy import NO_ARRAYS, Head, Named, demand_held, read_head, read_values
 from fastbyol.errors import UsageError
 from fastbyol.files import open_regular
-
-# Deflate's best ratio: 258 bytes for two bits (RFC 1951).
-MOST_PER_BYTE = 1032
 
 
 def open_npz(path: Path, split: str | None) -> ArraySource:
@@ -51,7 +50,7 @@ def open_npz(path: Path, split: str | None) -> ArraySource:
     labels: Labels | None = None
     names: tuple[str, ...] = ()
     if label_key is not None:
-        others = [_labels(path, other) for other in named.all_labels() if other != label_key]
+        others = fit_labels(partial(_labels, path), (other for other in named.all_labels() if other != label_key))
         labels, names = class_labels(f"{path}: {label_key!r}", _labels(path, label_key, head.shape[0]), others)
     _kept_array.cache_clear()
     return ArraySource(
@@ -62,7 +61,7 @@ def open_npz(path: Path, split: str | None) -> ArraySource:
         num_images=head.shape[0],
         size=(height, width),
         load=Loader(path, key),
-        ignored=named.ignored(split) + tuple((name, "no array") for name in members if not name.endswith(".npy")),
+        ignored=(*named.ignored(split), *((name, NO_ARRAYS) for name in members if not name.endswith(".npy"))),
         notes=named.notes(wanted, split) + notes_on(names),
     )
 

@@ -8,7 +8,7 @@ import re
 NAMES = ("train", "test", "val", "unlabeled")
 _WORDS = r"(?P<train>train(?:ing)?|trn)|(?P<val>val(?:id(?:ation)?)?|dev)|(?P<test>test(?:ing)?|tst)|(?P<unlabeled>unlabell?ed)"
 # Around the word: what says that images lie there, years, numbers, and the A and B of image translation.
-_AROUND = r"(?:images?|imgs?|data|dataset|set|split|raw|[\W\d_])*"
+_AROUND = r"(?:images?|imgs?|data|set|split|raw|[\W\d_])*"
 _SPELLING = re.compile(rf"{_AROUND}(?:{_WORDS}){_AROUND}[ab]?", re.IGNORECASE)
 
 

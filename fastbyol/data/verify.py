@@ -97,7 +97,7 @@ def _wrong_labels(info: BetonInfo) -> dict[int, str]:
     names = info.class_names
     if info.labels is None or not names:
         return {}
-    wrong = np.flatnonzero((info.labels < 0) | (info.labels >= len(names))).tolist()
+    wrong = np.flatnonzero((info.labels < -1) | (info.labels >= len(names))).tolist()
     return {i: f"label {info.labels[i]}, of {len(names)} classes" for i in wrong}
 
 

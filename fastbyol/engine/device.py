@@ -17,7 +17,7 @@ from fastbyol_kernels import choice
 # brings (two cores, fp32, images/s with one thread and with two): 8e6 1,025 and 550; 3e7 480 and 375; 3e7, of more images,
 # 1,630 and 1,540; 8e7 235 and 295; 1e8 175 and 215; 2e9 23 and 44.
 SMALL_STEP = 5e7
-DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
+DEVICE = re.compile(r"auto|cpu|cuda(:(0|[1-9][0-9]?))?")
 
 
 def pick_device(name: str) -> torch.device:

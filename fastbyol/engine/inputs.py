@@ -20,6 +20,7 @@ from fastbyol.data.contents import Contents
 from fastbyol.engine import record
 from fastbyol.engine.environment import env_of
 from fastbyol.errors import UsageError
+from fastbyol.text import printable
 
 META = "inputs"
 _FLAGS = {"train": "--data", "test": "--test-data"}
@@ -121,7 +122,7 @@ def placed(path: str | Path) -> str:
         str(found).encode("utf-8")
     except UnicodeEncodeError:
         raise UsageError(
-            f"{_printable(str(found))}: its name is not UTF-8, so no run can keep it: rename it or make a link to it"
+            f"{printable(str(found))}: its name is not UTF-8, so no run can keep it: rename it or make a link to it"
         ) from None
     return str(found)
 
@@ -160,7 +161,3 @@ def _afresh(run: Path) -> str:
 
 def _quoted(run: Path) -> str:
     return shlex.quote(str(run))
-
-
-def _printable(text: str) -> str:
-    return text.encode("utf-8", "backslashreplace").decode("utf-8")

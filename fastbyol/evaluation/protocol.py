@@ -184,9 +184,10 @@ def _chosen(protocol: str, test: LabelledImages, train: LabelledImages | None) -
 def _renumbered(labels: Tensor, names: tuple[str, ...], fitted: tuple[str, ...]) -> Tensor:
     """``labels`` (N,) of classes ``names`` in the numbers of the ``fitted`` names: folders that lack a class count otherwise.
 
-    Classes that are not among those fitted come after them. Where one of the sets names no classes, numbers are all there is.
+    Classes that are not among those fitted come after them. Where the sets share no name (one has none, or has numbers for
+    names) numbers are all there is.
     """
-    if not names or not fitted or names == fitted:
+    if names == fitted or not set(names) & set(fitted):
         return labels
     numbers = {name: number for number, name in enumerate(fitted)}
     highest = max(len(names), int(labels.max()) + 1)

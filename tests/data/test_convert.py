@@ -148,7 +148,7 @@ def test_the_report_accounts_for_everything(tmp_path: Path, out: Path) -> None:
         "skipped train/ant/thin.png: 60000 x 1 pixels are too thin for a short side of 64",
         "skipped train/cow/pipe.png: is a named pipe, not a regular file",
         "ignored .txt files: train/ant/notes.txt, train/bee/notes.txt",
-        "ignored hidden: train/bee/.x.png",
+        "ignored hidden files and folders: train/bee/.x.png",
         "ignored .md files: readme.md",
         "ignored .csv tables, whose labels are not read: train/labels.csv",
     }

@@ -52,7 +52,7 @@ SPELLINGS = {
         "01_train",
         "trainA",
     ),
-    "val": ("val", "valid", "Validation", "val2017", "ILSVRC_val"[7:], "validation-set", "dev", "val_images"),
+    "val": ("val", "valid", "Validation", "val2017", "Val", "validation-set", "dev", "val_images"),
     "test": ("test", "Testing", "test_set", "TEST", "testB", "images-test", "tst"),
     "unlabeled": ("unlabeled", "unlabelled", "Unlabeled_images"),
 }
@@ -226,3 +226,25 @@ def test_any_layout_is_refused_in_a_line_or_every_picture_has_a_place(names: set
     if layout.labels is not None:
         assert all(f"/{name}/" in f"/{file}" for file, name in classes(layout).items())
         assert kind == "classes" or not any(splits.canonical(name) in ("val", "test") for name in layout.class_names)
+
+
+def test_annotations_and_explicit_classes(tmp_path: Path) -> None:
+    """The file's classes count, not the name of the folder that holds the pictures."""
+    tiny_imagenet(tmp_path)
+    val = laid(tmp_path, kind="classes", split="val")
+    assert val.class_names == ("n01", "n02", "n03")
+    assert laid(tmp_path / "val", kind="classes").class_names == ("n01", "n02", "n03")
+    assert laid(tmp_path, kind="folder", split="val").labels is None
+    assert not any("annotations" in name for name, _ in val.ignored)
+
+
+def test_a_hidden_companion_is_not_taken_for_the_annotations(tmp_path: Path) -> None:
+    tiny_imagenet(tmp_path)
+    (tmp_path / "val" / "._val_annotations.txt").write_bytes(b"\0\5\x16\7")
+    assert laid(tmp_path, split="val").class_names == ("n01", "n02", "n03")
+
+
+@pytest.mark.parametrize("kind", ["classes", "folder"])
+def test_what_is_left_out_below_a_folder_called_like_a_split_is_named_where_it_is_taken(tmp_path: Path, kind: str) -> None:
+    put(tmp_path, "car/1.png", "train/2.png", "train/notes.txt")
+    assert ("train/notes.txt", ".txt files") in laid(tmp_path, kind=kind).ignored

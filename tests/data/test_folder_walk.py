@@ -53,10 +53,10 @@ def test_everything_is_accounted_for(tmp_path: Path) -> None:
     found = walk(tmp_path)
     assert found.pictures == ["a/h.HEIC", "a/i.ico", "a/m.mpo", "a/x.PNG", "a/y.JPeG"]
     assert dict(found.ignored) == {
-        ".git": "hidden",
-        "__MACOSX": "a system's own",
-        "a/.hidden.png": "hidden",
-        "a/.x.png.swp": "hidden",
+        ".git": "hidden files and folders",
+        "__MACOSX": "system folders",
+        "a/.hidden.png": "hidden files and folders",
+        "a/.x.png.swp": "hidden files and folders",
         "a/clip.mp4": ".mp4 files",
         "a/labels.csv": ".csv tables, whose labels are not read",
         "a/n.txt": ".txt files",
@@ -102,7 +102,7 @@ def test_links_to_what_is_read_anyway_are_not_followed(tmp_path: Path, kind: str
     (root / name).symlink_to(target.format(root=root))
     found = walk(root)
     assert found.pictures == ["a/z/1.png", "b/2.png"]
-    assert found.ignored == [(name, "links to folders that are read anyway")]
+    assert found.ignored == [(name, "links to folders that are read anyway or lie around")]
 
 
 def test_links_to_elsewhere_are_followed_each_and_links_to_files_are_files(tmp_path: Path) -> None:

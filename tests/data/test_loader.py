@@ -237,7 +237,7 @@ def test_refusals_say_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 
 @pytest.mark.parametrize("name", foreign.NAMES)
 def test_read_all_is_the_file_in_its_order(name: str) -> None:
-    images, labels = read_all(foreign.made() / f"{name}.beton", workers=2, size=foreign.SIZE)
+    images, labels, _ = read_all(foreign.made() / f"{name}.beton", workers=2, size=foreign.SIZE)
     with opened(name, batch_size=foreign.COUNT) as batches:
         (batch,) = batches.epoch(0)
     assert torch.equal(images[batch.ids], batch.images)

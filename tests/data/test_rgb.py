@@ -40,7 +40,6 @@ def test_the_table_is_of_these_pictures() -> None:
     if "FASTBYOL_WRITE_TABLE" in os.environ:
         TABLE.write_text(text)
     assert TABLE.read_text() == text
-    assert len(PICTURES) >= 60
 
 
 @pytest.mark.parametrize("picture", PICTURES, ids=lambda picture: f"{picture.mode}-{picture.depth}-{picture.format}")

@@ -425,7 +425,7 @@ def test_npz(tmp_path: Path, form: str, packed: bool) -> None:
     with zipfile.ZipFile(path, "a") as archive:
         archive.writestr("notes.txt", "no array")
     source = sources.open_source(str(path))
-    assert source.ignored == (("notes.txt", "no array"),)  # type: ignore[attr-defined]
+    assert source.ignored == (("notes.txt", "files that are no arrays"),)  # type: ignore[attr-defined]
     assert source.split == {"keras": "train", "medical": "train", "dashes": "train", "validation": "val"}.get(form)
     demand_equal(source, expected, labels if label_key else None)
 
@@ -908,3 +908,40 @@ def _put(path: Path, special: str) -> None:
     else:
         with socket.socket(socket.AF_UNIX) as opened, contextlib.chdir(path.parent):  # a path of a socket is limited
             opened.bind(path.name)
+
+
+def test_arrays_beside_folders_of_pictures_are_not_the_source(tmp_path: Path) -> None:
+    images, labels = source_files.class_folders(tmp_path / "train")
+    np.save(tmp_path / "data.npy", source_files.random_images(3, 8, 8))
+    source = sources.open_source(str(tmp_path))
+    demand_equal(source, images, labels)
+    assert ("data.npy", ".npy files") in source.ignored
+
+
+def test_an_npy_file_that_was_written_anew_is_read_anew(tmp_path: Path) -> None:
+    for seed in (1, 2):
+        images = np.asfortranarray(source_files.random_images(5, 8, 8, seed))
+        np.save(tmp_path / "images.npy", images)
+        demand_equal(sources.open_source(str(tmp_path / "images.npy")), images, None)
+
+
+@pytest.mark.parametrize("save", ["npz", "npy"])
+def test_a_split_that_nobody_asked_for_refuses_none(tmp_path: Path, save: str) -> None:
+    images = source_files.random_images(6, 8, 8)
+    arrays = {"train_images": images, "train_labels": np.arange(6), "test_images": images, "test_labels": np.eye(6, dtype=int)}
+    if save == "npz":
+        np.savez(tmp_path / "a.npz", **arrays)
+    else:
+        for name, array in arrays.items():
+            np.save(tmp_path / f"{name}.npy", array)
+    path = tmp_path / "a.npz" if save == "npz" else tmp_path
+    demand_equal(sources.open_source(str(path), split="train"), images, list(range(6)))
+    refused("argmax", source=path, split="test")
+
+
+def test_texts_that_are_no_unicode(tmp_path: Path) -> None:
+    np.savez(tmp_path / "a.npz", images=source_files.random_images(2, 8, 8), labels=np.array(["a", "\ud800"]))
+    refused("no Unicode", source=tmp_path / "a.npz")
+    damaged = np.array([ord("a"), 0x7FFFFFFF], "<u4").view("<U1")
+    np.savez(tmp_path / "a.npz", images=source_files.random_images(2, 8, 8), labels=damaged)
+    refused("no Unicode", source=tmp_path / "a.npz")

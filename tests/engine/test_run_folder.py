@@ -199,7 +199,7 @@ def test_of_two_runs_begun_at_once_in_one_folder_one_is_told(tmp_path: Path) -> 
     for child in children:
         child.start()
     start.set()
-    said = sorted(answers.get(timeout=120) for _ in children)
+    said = sorted(answers.get(timeout=600) for _ in children)
     for child in children:
         child.join(60)
     assert said.count("made") == 1

@@ -260,3 +260,14 @@ def test_a_class_of_the_test_set_alone_can_only_be_wrong_and_that_is_said(encode
     )  # fmt: skip
     alone = int(((test.labels == 0) | (test.labels == 4)).sum())
     assert any(f"{alone} of 120 scored images have a label that no fitted image has" in note for note in result["notes"])
+
+
+def test_numbers_for_names_are_numbers(encoder: nn.Module) -> None:
+    """An idx folder's classes are called 0, 1 and so on: against real names their numbers count."""
+    train, test = labelled(200, 1), labelled(120, 2)
+    digits = tuple(map(str, range(5)))
+    plain, named = (
+        evaluate("knn", encoder, test=Images(*test[:2], names), train=Images(*train[:2], NAMES), views=VIEWS, device="cpu")
+        for names in ((), digits)
+    )
+    assert named["accuracy"] == plain["accuracy"]

@@ -105,7 +105,7 @@ def judged(delivered: object, data: bytes, base: Base, whole: Delivered) -> str:
 
 
 def resident(path: Path) -> Delivered:
-    images, labels = loading.read_all(path, workers=1, size=SIZE)
+    images, labels, _ = loading.read_all(path, workers=1, size=SIZE)
     return images.numpy(), None if labels is None else labels.tolist()
 
 

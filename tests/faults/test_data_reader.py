@@ -40,7 +40,7 @@ def base_of(name: str) -> Base:
 
 def read(path: Path) -> Delivered:
     """By every way, which must agree."""
-    images, labels = loader.read_all(path, workers=2, size=SIZE)
+    images, labels, _ = loader.read_all(path, workers=2, size=SIZE)
     with open_loader(path) as batches:
         for batch, ids in batches.epoch(0):
             assert torch.equal(batch, images[ids])

@@ -90,7 +90,7 @@ def test_killed_at_random_instants(tmp_path: Path) -> None:
         assert verdict.info.manifest is not None
         seed = verdict.info.manifest.note["seed"]
         # Not by its own checksums alone: by the pixels that it should hold.
-        images, labels = read_all(out, workers=1, size=SIDE)
+        images, labels, _ = read_all(out, workers=1, size=SIDE)
         np.testing.assert_array_equal(images.numpy(), made[seed][0])
         np.testing.assert_array_equal(labels, made[seed][1])
         whom = "nobody, too early or late" if not victims else "the parent" if victims == [parent.pid] else "a writer"

@@ -68,7 +68,7 @@ def _read(base: mutations.Base, place: Path, number: int) -> str:
         sizes = source.image_bytes()
         # One picture of a folder is in memory at a time; an array may be there as a whole.
         declared = int(sizes.max() if source.kind in ("folder", "classes") else sizes.sum())
-        skipped = len(getattr(source, "unreadable", ()))
+        skipped = len(source.skipped)
         json.dumps([source.name(k) for k in range(len(source))] + list(source.class_names))
         for k in range(len(source)):
             try:

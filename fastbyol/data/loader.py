@@ -154,20 +154,18 @@ def open_loader(
     workers: int,
     size: int,
     limit: int = 0,
-    image_field: str | None = None,
-    label_field: str | None = None,
     stall_s: float = STALL_S,
 ) -> Loader:
     """Verify ``file``, unless it was just inspected, and open it for training.
 
     ``cache``: "device" holds the decoded set on ``device``, "none" streams it, "auto" does the first if that takes at most 40 %
     of what the device has free. ``workers``: decoding threads, 0 for one a core (never more). ``size``: side of the images
-    where the file's differ in size, pixels. ``limit``: so many of the images alone (``order.subset``). ``image_field``,
-    ``label_field``: as ``beton.inspect`` takes them. ``stall_s``: seconds without a batch after which the stream counts as
-    hanging. UsageError: the file is missing or damaged, holds less than a batch, or does not fit where it was told to.
+    where the file's differ in size, pixels. ``limit``: so many of the images alone (``order.subset``). ``stall_s``: seconds
+    without a batch after which the stream counts as hanging. UsageError: the file is missing or damaged, holds less than a
+    batch, or does not fit where it was told to.
     """
     check_choice("data.cache", cache, get_args(Cache))
-    info, where = _inspected(file, image_field, label_field, may_lack_labels=True), torch.device(device)
+    info, where = _inspected(file, None, None, may_lack_labels=True), torch.device(device)
     chosen = subset(info.num_samples, limit)
     count = info.num_samples if chosen is None else len(chosen)
     if batch_size < 1:
@@ -199,7 +197,7 @@ def read_all(
     """Verify ``file``, unless it was just inspected, and decode all of it, or ``limit`` of its images, in file order.
 
     ``image_field``, ``label_field``: as ``beton.inspect`` takes them. UsageError: missing, damaged, more than the memory holds;
-    without labels where they are "needed"; where they are "optional", several int fields that could hold them.
+    without labels where they are "needed"; where they are "optional", int fields of which none is clearly the label.
     """
     info = _inspected(file, image_field, label_field, may_lack_labels=labels != "needed")
     if labels == "needed" or (labels == "optional" and info.has_ints):

@@ -49,6 +49,7 @@ def bases(folder: Path) -> list[Base]:
         made.append(Base(name, files, at, options))
 
     add("npz", lambda place: source_files.npz(place / "a.npz", count=12), "a.npz")
+    add("npz of texts", _texts, "a.npz")
     add("npz of splits", _medical, "a.npz", split="test")
     add("npy", _arrays)
     add("npy in Fortran's order", lambda place: np.save(place / "x.npy", np.asfortranarray(_images(9))), "x.npy")
@@ -83,6 +84,11 @@ def bases(folder: Path) -> list[Base]:
 
 def _images(count: int) -> source_files.Images:
     return source_files.random_images(count, 14, 12, 1)
+
+
+def _texts(place: Path) -> None:
+    labels = np.array([("cat", "dog", "ünï")[k % 3] for k in range(12)])
+    np.savez(place / "a.npz", images=source_files.random_images(12, 16, 16), labels=labels)
 
 
 def _medical(place: Path) -> None:

@@ -447,7 +447,7 @@ LISTED = "id (int), mask (image), label (float), img (image), kind (int)"
     [
         ((), ("2 image fields", "--image-field")),
         (("--image-field", "picture"), ("no RGB image field 'picture'",)),
-        (("--image-field", "kind"), ("no RGB image field 'target'",)),
+        (("--image-field", "kind"), ("no RGB image field 'kind'",)),
         (("--image-field", "img", "--label-field", "label"), ("no int field 'label'",)),
         (("--image-field", "img", "--label-field", "y"), ("no int field 'y'",)),
     ],

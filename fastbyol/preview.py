@@ -16,6 +16,7 @@ from fastbyol.data import beton
 from fastbyol.data.decoder import Decoder
 from fastbyol.engine import durable
 from fastbyol.errors import UsageError
+from fastbyol.files import open_regular
 
 # Small pictures are enlarged by a whole factor to about this side, pixels.
 SHOWN = 96
@@ -31,6 +32,7 @@ def write(path: str | Path, out: Path, config: Config, *, count: int = 24) -> li
 
     Each is followed by the two views that training with ``config`` sees in epoch 0. UsageError: a damaged file, a wrong count.
     """
+    _refuse_used(out)
     info = beton.inspect(path, image_field=config.data.image_field, label_field=config.data.label_field)
     if not 1 <= count <= MAX_COUNT:
         raise UsageError(f"--count {count}: must be 1 to {MAX_COUNT}")
@@ -42,6 +44,19 @@ def write(path: str | Path, out: Path, config: Config, *, count: int = 24) -> li
     with durable.writing(out, "; choose another place with --out"):
         durable.write_atomically(out, lambda file: picture.save(file, "PNG"))
     return [int(i) for i in ids]
+
+
+def _refuse_used(out: Path) -> None:
+    """Raise UsageError where something other than a PNG, such as the data set itself, would be replaced."""
+    if not out.exists():
+        return
+    try:
+        with open_regular(out) as file:
+            is_png = file.read(8) in (b"", b"\x89PNG\r\n\x1a\n")
+    except OSError as error:
+        raise UsageError(f"{out}: {error.strerror}; choose another place with --out") from None
+    if not is_png:
+        raise UsageError(f"{out}: is there already and no PNG; choose another name with --out")
 
 
 def sheet(images: Tensor, ids: Tensor, config: Config) -> Tensor:

@@ -18,6 +18,8 @@ from fastbyol.data.beton_write import Mode, Progress
 from fastbyol.data.rgb import Resize
 from fastbyol.errors import FastbyolError, UsageError, size_text
 
+# Unless somebody says otherwise: images of textures, and JPEG's quality.
+COUNT, QUALITY = 4096, 90
 # A file's first page and each worker's last are partly empty: small sets take FFCV's smallest page.
 SMALL_SET_BYTES = 1 << 28
 # FFCV keeps a page's size in 32 bits.
@@ -102,12 +104,12 @@ def convert(
     kind: str | None = None,
     split: str | None = None,
     fold: int | None = None,
-    count: int = 4096,
+    count: int = COUNT,
     size: int | None = None,
     seed: int = 0,
     resize: Resize | None = None,
     mode: Mode = "raw",
-    quality: int = 90,
+    quality: int = QUALITY,
     workers: int = 0,
     strict: bool = False,
     progress: Progress | None = None,
@@ -124,7 +126,8 @@ def convert(
     beton_write.check_output(path, overwrite=overwrite)
     made = kind == "textures" or (kind is None and source == "textures")
     opened = sources.open_source(source, kind=kind, split=split, fold=fold, count=count, size=size, seed=seed, strict=strict)
-    resize = "none" if made else _checked_resize(resize, size)
+    resize = _checked_resize(resize, size, made=made)
+    _refuse_idle(count, seed, quality, mode, made=made)
     items = _Items(opened, np.arange(len(opened)), resize, None if made else size)
     skipped = list(opened.skipped)
 
@@ -176,9 +179,22 @@ def _note(source: str, opened: sources.Source, **options: int | None) -> dict[st
     return {key: value for key, value in said.items() if value is not None}
 
 
-def _checked_resize(resize: Resize | None, size: int | None) -> Resize:
+def _refuse_idle(count: int, seed: int, quality: int, mode: Mode, *, made: bool) -> None:
+    """Raise UsageError for an option that was given and would change nothing."""
+    idle = [("count", count != COUNT and not made, "textures"), ("seed", seed != 0 and not made, "textures")]
+    idle.append(("quality", quality != QUALITY and mode == "raw", "--mode jpg"))
+    for name, is_idle, of in idle:
+        if is_idle:
+            raise UsageError(f"{name}: is of {of} and changes nothing here; leave it out")
+
+
+def _checked_resize(resize: Resize | None, size: int | None, *, made: bool) -> Resize:
     if resize not in (None, "resize", "centre", "none"):
         raise UsageError(f"resize {resize!r}: must be 'resize', 'centre' or 'none'")
+    if made:
+        if resize in ("resize", "centre"):
+            raise UsageError(f"resize {resize!r}: textures are made at their size; leave it out")
+        return "none"
     if size is None and resize in ("resize", "centre"):
         raise UsageError(f"resize {resize!r}: needs a size; pass --size")
     if size is not None and resize == "none":

@@ -106,7 +106,7 @@ def lay_out(path: Path, found: Found, *, kind: str | None, split: str | None) ->
     chosen = _chosen(path, start, tree, parts, found, kind, split)
     inside = _join(start, chosen)
     if chosen or kind is None:
-        inside = _join(inside, _within(tree.at(inside), kind))
+        inside = _join(inside, _within(tree.at(inside), kind, in_split=bool(chosen)))
     here = tree.at(inside)
     names = {name for part in parts for name in _classes(path, _join(start, part), tree, found, None)} if chosen else set()
     names |= _classes(path, inside, tree, found, kind)
@@ -147,15 +147,22 @@ def lay_out(path: Path, found: Found, *, kind: str | None, split: str | None) ->
     )
 
 
-def _within(tree: _Tree, kind: str | None) -> str:
-    """The folder, relative, that holds all the rest of ``tree`` and is no class itself; empty where there is none."""
-    folder, here = "", tree
+def _within(tree: _Tree, kind: str | None, *, in_split: bool = False) -> str:
+    """The folder, relative, that holds all the rest of ``tree`` and is no class itself; empty where there is none.
+
+    ``in_split``: ``tree`` is a split, within which a folder of such a name is none (``seg_train/seg_train/CLASS``).
+    """
+    folder, named, here = "", "", tree
     while kind is None and len(here.nested) == 1 and not here.direct:
         ((name, inner),) = here.nested.items()
-        if splits.canonical(name) or inner.direct:
-            return folder if splits.canonical(name) else ""
+        is_split = splits.canonical(name) is not None
+        if is_split and not in_split:
+            return folder
+        if inner.direct and not is_split:
+            break
         folder, here = _join(folder, name), inner
-    return folder if len(here.nested) > 1 and not here.direct else ""
+        named = folder if is_split else named
+    return folder if len(here.nested) > 1 and not here.direct else named
 
 
 def _parts(tree: _Tree) -> list[str]:
@@ -182,10 +189,17 @@ def _chosen(path: Path, start: str, tree: _Tree, parts: list[str], found: Found,
             f"{path}: {_listed(parts)} look like splits, beside {beside}: name one with --split {parts[0]}, or take "
             "every folder as a class with --kind classes"
         )
-    if kind is None and (shared := _shared(here)):
+    if kind is None and (hidden := _hidden(here)):
+        tops = _listed(list(here.nested))
         raise UsageError(
-            f"{path}: {_listed(list(here.nested))} hold the same folders ({_listed(shared)}) and look like splits: name "
-            f"one with --split {next(iter(here.nested))}, or take them as the classes with --kind classes"
+            f"{path}: {tops} hold no pictures but folders of them ({_listed(hidden)}), so labels may be either: give one of "
+            f"{tops} (or --split with its name), or take these as the classes with --kind classes"
+        )
+    if kind is None and len(here.nested) > 1 and (vague := [name for name in here.nested if name.lower() in _CONTAINERS]):
+        beside = _listed([name for name in here.nested if name not in vague] or vague[1:])
+        raise UsageError(
+            f"{path}: {vague[0]} is no class by its name, beside {beside}: give {path / start / vague[0]}, or take every "
+            "folder as a class with --kind classes"
         )
     return ""
 
@@ -202,17 +216,17 @@ def _asked(path: Path, start: str, here: _Tree, parts: list[str], found: Found, 
     return named[0]
 
 
-def _shared(tree: _Tree) -> list[str]:
-    """Names of folders that lie in every subfolder, where all of these hold nothing but several folders."""
-    inner = list(tree.nested.values())
-    if tree.direct or len(inner) < 2 or any(one.direct or len(one.nested) < 2 for one in inner):
+def _hidden(tree: _Tree) -> list[str]:
+    """Names of the folders below the subfolders, where none of these holds pictures and one has several folders of them."""
+    inner = [one.at(_within(one, None)) for one in tree.nested.values()]
+    if tree.direct or len(inner) < 2 or any(one.direct for one in tree.nested.values()):
         return []
-    return sorted(set.intersection(*(set(one.nested) for one in inner)))
+    return sorted({name for one in inner for name in one.nested}) if any(len(one.nested) > 1 for one in inner) else []
 
 
 def _classes(path: Path, folder: str, tree: _Tree, found: Found, kind: str | None) -> set[str]:
     """The names of the classes in ``folder``, relative to the root of ``tree``."""
-    folder = _join(folder, _within(tree.at(folder), kind))
+    folder = _join(folder, _within(tree.at(folder), kind, in_split=True))
     here = tree.at(folder)
     if kind != "folder" and here.is_plain and (named := _annotated(path, folder, here, found)):
         return set(named.values())
@@ -225,9 +239,13 @@ def _annotated(path: Path, folder: str, tree: _Tree, found: Found) -> dict[str, 
     if name is None:
         return None
     with open_regular(path / name) as file:
-        text = file.read(_MAX_ANNOTATION_BYTES).decode("utf-8", "replace")
+        text = file.read(_MAX_ANNOTATION_BYTES).decode("utf-8-sig", "replace")
     rows = [line.split("\t") for line in text.splitlines()]
-    said = {row[0]: row[1].strip() for row in rows if len(row) >= 2 and row[1].strip()}
+    pairs = {(row[0], row[1].strip()) for row in rows if len(row) >= 2 and row[1].strip()}
+    said = dict(pairs)
+    if len(said) < len(pairs):
+        twice = next(picture for picture, count in Counter(picture for picture, _ in pairs).items() if count > 1)
+        raise UsageError(f"{path / name}: gives {twice} several classes; leave one")
     return said if any(Path(picture).name in said for picture in tree.names()) else None
 
 

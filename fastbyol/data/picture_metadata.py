@@ -24,6 +24,9 @@ _JPEG_ALONE = (0x01, *range(0xD0, 0xD9))
 _JPEG_COMMENT = 0xFE
 # ISO/IEC 23008-12: the entry of an item in an AVIF file's list, versions 2 and 3, up to its type.
 _AVIF_EXIF = re.compile(rb"(infe[\x02\x03].{7}(?:..)?)Exif", re.DOTALL)
+# WebP container specification: image, alpha and animation chunks, and what VP8X says of them.
+_WEBP_PIXELS = (b"VP8 ", b"VP8L", b"ALPH", b"ANIM", b"ANMF")
+_WEBP_FLAGS = 0x12
 _TIFF = (b"II*\0", b"MM\0*")
 # TIFF 6.0 and its supplements: all that says how pixels are stored or coloured, and the rotation.
 _TIFF_PIXELS = frozenset((
@@ -35,7 +38,7 @@ _TIFF_SKIPPED = (65000, 1, 1, 0)
 
 
 def without_metadata(file: BinaryIO) -> BinaryIO | None:
-    """Return the PNG, JPEG, TIFF or AVIF in ``file``, read from where it stands, with little but pixels.
+    """Return the PNG, JPEG, WebP, TIFF or AVIF in ``file``, read from where it stands, with little but pixels.
 
     EXIF that looks whole is kept for its rotation. Returns None for other formats, and for what does not begin as one.
     """
@@ -48,6 +51,8 @@ def without_metadata(file: BinaryIO) -> BinaryIO | None:
         return io.BytesIO(_jpeg(data))
     if data[4:8] == b"ftyp":
         return io.BytesIO(_AVIF_EXIF.sub(rb"\1skip", data))  # items of unknown types are not looked at
+    if data.startswith(b"RIFF") and data[8:12] == b"WEBP":
+        return io.BytesIO(_webp(data))
     if data.startswith(_TIFF):
         return io.BytesIO(_tiff(data))
     return None
@@ -64,6 +69,20 @@ def _png(data: bytes) -> bytes:
             kept.append(data[at:end])
         at = end
     return b"".join(kept)
+
+
+def _webp(data: bytes) -> bytes:
+    kept, at = [], 12
+    while at + 8 <= len(data):
+        kind, (size,) = data[at : at + 4], struct.unpack_from("<I", data, at + 4)
+        end = at + 8 + size + size % 2
+        if kind == b"VP8X":
+            kept.append(data[at : at + 8] + bytes((data[at + 8] & _WEBP_FLAGS,)) + data[at + 9 : end])
+        elif kind in _WEBP_PIXELS:
+            kept.append(data[at:end])
+        at = end
+    body = b"WEBP" + b"".join(kept)
+    return b"RIFF" + struct.pack("<I", len(body)) + body
 
 
 def _jpeg(data: bytes) -> bytes:

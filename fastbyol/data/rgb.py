@@ -3,7 +3,7 @@
 What becomes of what is not RGB, row by row: tests/data/PICTURES.md, which their test writes. In words:
 
 - The rotation of EXIF or XMP is applied. Metadata that is damaged is left out and never costs a picture.
-- Transparent pixels are shown on white, as a page would show them; alpha that is 0 everywhere says nothing and is dropped.
+- Transparent pixels are shown on white, as a page would show them. TGA's alpha counts unless it is 0 everywhere.
 - Palettes, CMYK, YCbCr, Lab and grey are converted by Pillow. Colour profiles are ignored.
 - 16-bit grey is divided by 257, 12-bit grey by 4095 / 255, or by what the file says is its largest value.
 - Of an animation, a pair or a stack the first frame counts; of an icon the largest.
@@ -139,19 +139,21 @@ def _taken(file: BinaryIO, take: Callable[[ImageFile.ImageFile], T]) -> T:
 def _decoded(image: ImageFile.ImageFile) -> Image.Image:
     # A raw mode such as RGB;16B, of which Pillow keeps the high octets. Only known before the pixels are.
     arguments = image.tile[0][3] if image.tile else ""
-    raw_mode = arguments[0] if isinstance(arguments, tuple) else arguments
+    raw_mode, maximum = (*arguments, 0)[:2] if isinstance(arguments, tuple) else (arguments, 0)
+    is_deep = "16" in str(raw_mode) or (image.format == "PPM" and maximum > 255)
     drawn = image.tile[0][1] if image.tile else None
-    if "16" in str(raw_mode) and isinstance(transparent := image.info.get("transparency"), tuple):
+    if is_deep and isinstance(transparent := image.info.get("transparency"), tuple):
         image.info["transparency"] = tuple(value >> 8 for value in transparent)  # as its pixels will be
-    made = _to_rgb(_upright(image))
+    stored = _upright(image)
+    if is_deep and image.mode not in _DEEP:
+        largest = max(high for _, high in stored.convert("RGB").getextrema())  # type: ignore[misc]
+        if largest < _DARK_16 >> 8:  # black too: the lower 8 bits, which Pillow drops, may hold a picture
+            raise UnreadableItemError(f"16-bit colours of at most {largest} of 255, nearly black; save them with 8 bits")
+    made = _to_rgb(stored)
     if image.format == "GIF" and drawn is not None and drawn != (0, 0, *image.size):
         whole = Image.new("RGB", image.size, "white")  # what the first frame leaves out is as good as transparent
         whole.paste(made.crop(drawn), drawn[:2])
         made = whole
-    if "16" in str(raw_mode) and image.mode not in _DEEP:
-        largest = max(high for _, high in made.getextrema())  # type: ignore[misc]
-        if 0 < largest < _DARK_16 >> 8:
-            raise UnreadableItemError(f"16-bit colours of at most {largest} of 255, nearly black; save them with 8 bits")
     return made
 
 
@@ -190,8 +192,8 @@ def _on_white(image: Image.Image) -> Image.Image:
     if image.mode == "La":  # premultiplied, which Pillow takes to LA only
         image = image.convert("LA")
     layer = image.convert("RGBA")
-    if layer.getchannel("A").getextrema() == (0, 0):
-        return layer.convert("RGB")
+    if image.format == "TGA" and layer.getchannel("A").getextrema() == (0, 0):
+        return layer.convert("RGB")  # a fourth byte that nobody filled in
     return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
 
 

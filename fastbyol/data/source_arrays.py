@@ -207,7 +207,8 @@ def fit_labels(read: Callable[[T], NDArray[Any]], others: Iterable[T]) -> list[N
 
 def notes_on(class_names: tuple[str, ...]) -> tuple[str, ...]:
     """What a reader should know of labels that ``class_labels`` mapped."""
-    if not class_names or class_names[-1] == str(len(class_names) - 1) or not class_names[-1].isdecimal():
+    numbers = [int(name) for name in class_names if name.isdecimal()]
+    if len(numbers) < len(class_names) or numbers in (sorted(range(len(numbers))), []) or numbers != sorted(numbers):
         return ()
     return (f"labels up to {class_names[-1]} became 0 to {len(class_names) - 1}, the classes' names say what they were",)
 

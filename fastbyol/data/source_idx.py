@@ -30,6 +30,7 @@ from fastbyol.data.source_arrays import (
     class_labels,
     demand_memory,
     notes_on,
+    one_line,
     size_of,
 )
 from fastbyol.errors import UsageError
@@ -228,7 +229,8 @@ def _opened(path: Path) -> Iterator[BinaryIO]:
             else:
                 yield file
     except (OSError, EOFError, zlib.error, MemoryError) as error:
-        raise UsageError(f"{path}: cannot be read ({' '.join(str(error).split())}); fetch it again") from None
+        why = getattr(error, "strerror", None) or one_line(error)
+        raise UsageError(f"{path}: cannot be read ({why}); fetch it again") from None
 
 
 @contextmanager

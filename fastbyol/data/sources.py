@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
@@ -21,12 +23,21 @@ from fastbyol.data import (
     splits,
 )
 from fastbyol.data.cache import cache_folder
+from fastbyol.data.source_arrays import ArraySource
 from fastbyol.errors import UsageError
 from fastbyol.files import refuse_special
 
 KINDS = ("textures", "fashion-mnist", "stl10", "cifar10", "cifar100", "svhn", "idx", "npz", "npy", "classes", "folder")
 # Sources that are named and have no path.
 MADE = ("textures", "fashion-mnist")
+# The files of a source, by the last parts of their names; what else lies in its folder is told.
+_OWN = {
+    "idx": r".*(images|labels)[-.]idx.*",
+    "stl10": r"(train|test|unlabeled)(_[Xy]\.bin|\.mat)|class_names\.txt|fold_indices\.txt",
+    "cifar10": r"(data_batch_[1-5]|test_batch|batches\.meta)(\.bin|\.mat|\.txt)?|readme\.html",
+    "cifar100": r"(train|test|meta)(\.bin|\.mat)?|(fine|coarse)_label_names\.txt|file\.txt~",
+    "svhn": r"(train|test|extra)_32x32\.mat",
+}
 ARCHIVES = (".tar.gz", ".tgz", ".tar", ".tar.bz2", ".tar.xz", ".zip")
 
 
@@ -87,28 +98,49 @@ def open_source(
     if source == "fashion-mnist" and kind in (None, "fashion-mnist"):
         kind, path = "fashion-mnist", source_idx.fashion_mnist_folder(cache_folder())
     try:
-        kind = kind or detect(path)
-        if kind != "stl10":
-            _demand_no_fold(f"{path} ({kind or 'images in folders'})", fold)
-        if kind not in (None, "classes", "folder") and split is not None:
-            split = "+".join(splits.canonical(part) or part for part in split.split("+"))
-        if kind in ("idx", "fashion-mnist"):
-            return source_idx.open_idx(path, kind, split)
-        if kind == "npz":
-            return source_npz.open_npz(path, split)
-        if kind == "npy":
-            return source_npy.open_npy(path, split)
-        if kind == "svhn":
-            return source_svhn.open_svhn(path, split)
-        if not path.is_dir():
-            raise UsageError(f"{path}: no such folder; give the folder that holds the {kind or 'images'} files")
-        if kind == "stl10":
-            return source_stl10.open_stl10(path, split, fold)
-        if kind in ("cifar10", "cifar100"):
-            return source_cifar.open_cifar(path, kind, split)
-        return source_folders.open_folder(path, kind, split, strict=strict)
+        opened = _opened(path, kind, split, fold, strict=strict)
+        return _accounted(opened, path, chosen=split is not None) if opened.kind in _OWN and path.is_dir() else opened
     except OSError as error:
         raise UsageError(f"{error.filename or path}: {error.strerror}; check its name and rights") from None
+
+
+def _opened(path: Path, kind: str | None, split: str | None, fold: int | None, *, strict: bool) -> Source:
+    kind = kind or detect(path)
+    if kind != "stl10":
+        _demand_no_fold(f"{path} ({kind or 'images in folders'})", fold)
+    if kind not in (None, "classes", "folder") and split is not None:
+        split = "+".join(splits.canonical(part) or part for part in split.split("+"))
+    if kind in ("idx", "fashion-mnist"):
+        return source_idx.open_idx(path, kind, split)
+    if kind == "npz":
+        return source_npz.open_npz(path, split)
+    if kind == "npy":
+        return source_npy.open_npy(path, split)
+    if kind == "svhn":
+        return source_svhn.open_svhn(path, split)
+    if not path.is_dir():
+        raise UsageError(f"{path}: no such folder; give the folder that holds the {kind or 'images'} files")
+    if kind == "stl10":
+        return source_stl10.open_stl10(path, split, fold)
+    if kind in ("cifar10", "cifar100"):
+        return source_cifar.open_cifar(path, kind, split)
+    return source_folders.open_folder(path, kind, split, strict=strict)
+
+
+def _accounted(source: Source, path: Path, *, chosen: bool) -> Source:
+    """``source`` with a word on what else lies in its folders, and on a split that nobody asked for."""
+    assert isinstance(source, ArraySource)
+    own, ignored = re.compile(_OWN[source.kind]), list(source.ignored)
+    # Some archives unpack to FOLDER/raw.
+    held = [
+        each for each in sorted(path.glob("*/")) if any(own.fullmatch(f.name) for at in ("*", "*/*") for f in each.glob(at))
+    ]
+    for folder in (path, *held):
+        beside = [each for each in sorted(folder.iterdir()) if not own.fullmatch(each.name) and each not in held]
+        if folder == path or any(own.fullmatch(each.name) for each in folder.iterdir()):
+            ignored += [(each.relative_to(path).as_posix(), "files and folders beside the arrays") for each in beside]
+    notes = () if chosen or source.split is None else (f"took the split {source.split}; --split takes another",)
+    return replace(source, ignored=tuple(ignored), notes=(*notes, *source.notes))
 
 
 def detect(path: Path) -> str | None:

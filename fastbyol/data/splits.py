@@ -6,10 +6,14 @@ import re
 
 # In the order in which one is taken where nobody names one.
 NAMES = ("train", "test", "val", "unlabeled")
-_WORDS = r"(?P<train>train(?:ing)?|trn)|(?P<val>val(?:id(?:ation)?)?|dev)|(?P<test>test(?:ing)?|tst)|(?P<unlabeled>unlabell?ed)"
-# Around the word: what says that images lie there, years, numbers, and the A and B of image translation.
+_WORDS = (
+    r"(?P<train>train(?:ing)?|trn)|(?P<val>val(?:id(?:ation)?)?|eval(?:uation)?|dev)|(?P<test>test(?:ing)?|tst)"
+    r"|(?P<unlabeled>unlabell?ed)"
+)
+# Around the word: what says that images lie there, years, numbers, and the A and B of image translation. Before it, and set off
+# from it, the set's own name (seg_train, ILSVRC2012_img_val).
 _AROUND = r"(?:images?|imgs?|data|set|split|raw|[\W\d_])*"
-_SPELLING = re.compile(rf"{_AROUND}(?:{_WORDS}){_AROUND}[ab]?", re.IGNORECASE)
+_SPELLING = re.compile(rf"(?:.*[_. -])?{_AROUND}(?:{_WORDS}){_AROUND}[ab]?", re.IGNORECASE)
 
 
 def canonical(name: str) -> str | None:

@@ -289,8 +289,8 @@ def colours() -> Iterator[Picture]:
         yield Picture("RGBA", "8", suffix.upper(), "on white", saved(four), on_white(COLOUR, ALPHA), 1)
     yield Picture("RGBA", "8", "WEBP, lossless", "on white", saved(four, lossless=True, exact=True), on_white(COLOUR, ALPHA), 1)
     unseen = Image.fromarray(np.concatenate([COLOUR, np.zeros_like(ALPHA)], 2))
-    for suffix in ("png", "tga"):
-        yield Picture("RGBA", "8", f"{suffix.upper()}, alpha 0 everywhere", "its colours", saved(unseen), COLOUR)
+    yield Picture("RGBA", "8", "PNG, alpha 0 everywhere", "white", saved(unseen), np.full_like(COLOUR, 255))
+    yield Picture("RGBA", "8", "TGA, alpha 0 everywhere", "its colours", saved(unseen), COLOUR)
     premultiplied = np.concatenate([np.round(COLOUR * (ALPHA / 255.0)).astype(np.uint8), ALPHA], 2)
     yield Picture(
         "RGBa", "8", "TIFF", "premultiplied, on white",
@@ -312,12 +312,20 @@ def colours() -> Iterator[Picture]:
     yield Picture("RGB", "16", "PNG, tRNS", "one colour on white", written(transparent), shown)
     for suffix in ("png", "tiff"):
         yield Picture("RGB", "16", suffix.upper(), "the upper 8 bits", by_opencv(wide), COLOUR)
+        yield Picture("RGB", "8 in 16", suffix.upper(), "refused", by_opencv(COLOUR.astype(np.uint16)), "nearly black")
         dark = (wide >> 4).astype(np.uint16)
         yield Picture("RGB", "12 in 16", suffix.upper(), "refused", by_opencv(dark), "nearly black")
     deep_four = np.concatenate([wide, ALPHA.astype(np.uint16) * 257], 2)
     yield Picture("RGBA", "16", "PNG", "the upper 8 bits, on white", by_opencv(deep_four), on_white(COLOUR, ALPHA), 1)
     deep_two = np.concatenate([GREY[..., None], ALPHA], 2).astype(np.uint16) * 257
     yield Picture("LA", "16", "PNG", "the upper 8 bits, on white", written(png(deep_two, 4)), on_white(GREY_RGB, ALPHA), 1)
+    dark_four = np.concatenate([COLOUR, ALPHA], 2).astype(np.uint16)
+    yield Picture("RGBA", "8 in 16", "PNG", "refused", by_opencv(dark_four), "nearly black")
+    dark_grey = np.concatenate([GREY[..., None], ALPHA], 2).astype(np.uint16)
+    yield Picture("LA", "8 in 16", "PNG", "refused", written(png(dark_grey, 4)), "nearly black")
+    head = b"P6 %d %d 65535\n" % (WIDTH, HEIGHT)
+    yield Picture("RGB", "16", "PPM", "divided by 257", written(head + wide.astype(">u2").tobytes()), COLOUR, 1)
+    yield Picture("RGB", "8 in 16", "PPM", "refused", written(head + COLOUR.astype(">u2").tobytes()), "nearly black")
     # Colours of print as their complements, the definition without profiles.
     inks = Image.fromarray(COLOUR).convert("CMYK")
     yield Picture("CMYK", "8", "TIFF", "complements", saved(inks), COLOUR)
@@ -468,6 +476,7 @@ def damaged_metadata() -> Iterator[Picture]:
             COLOUR,
             LOSSY if suffix == "avif" else 0,
         )
+    yield Picture("RGB", "8", "WEBP, damaged: EXIF's length", "as it is", webp_with_long_exif, COLOUR)
     for what, tag in (("a maker's name", 271), ("EXIF", 34665), ("XMP", 700)):
         far = tiff(COLOUR.tobytes(), t258=(8,) * 3, t262=2, t277=3, **{f"t{tag}": (1,) * 40})
         yield Picture("RGB", "8", f"TIFF, damaged: {what}", "as it is", written(point_away(far, tag)), COLOUR)
@@ -496,6 +505,14 @@ def with_spoilt_exif(options: dict[str, Any]) -> Callable[[Path], object]:
         path.write_bytes(content[:head] + b"\0\x08\0\x02" + content[head + 4 :])
 
     return write
+
+
+def webp_with_long_exif(path: Path) -> None:
+    with_spoilt_exif({"lossless": True})(path)
+    content = bytearray(path.read_bytes())
+    at = content.index(b"EXIF") + 4
+    content[at : at + 4] = struct.pack("<I", 0xFFFF)
+    path.write_bytes(content)
 
 
 def point_away(content: bytes, tag: int) -> bytes:

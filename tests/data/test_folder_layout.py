@@ -90,8 +90,36 @@ AMBIGUOUS: dict[str, tuple[tuple[str, ...], str]] = {
     "one split": (("train/cat/1.png", "train/dog/1.png", "samples/1.png"), "--split train"),
     "pictures beside splits": (("train/cat/1.png", "val/cat/1.png", "logo.png"), "--split train"),
     "two of one kind": (("trainA/1.png", "trainB/1.png", "testA/1.png"), "trainA, trainB"),
-    "parts without names": (("set1/cat/1.png", "set1/dog/1.png", "set2/cat/1.png", "set2/dog/1.png"), "--split set1"),
+    "parts without names": (("set1/cat/1.png", "set1/dog/1.png", "set2/cat/1.png", "set2/dog/1.png"), "--kind classes"),
     "folds": (tuple(f"fold{k}/{name}/1.png" for k in range(3) for name in ("cat", "dog", "owl")), "cat, dog, owl"),
+    "intel": (
+        ("seg_train/seg_train/a/1.png", "seg_train/seg_train/b/1.png", "seg_test/seg_test/a/1.png", "seg_pred/seg_pred/1.png"),
+        "--split seg_train",
+    ),
+    "imagenet's archives": (
+        ("ILSVRC2012_img_train/n1/1.JPEG", "ILSVRC2012_img_val/1.JPEG", "devkit/1.png"),
+        "--split ILSVRC2012_img_train",
+    ),
+    "omniglot": (
+        ("images_background/Greek/c1/1.png", "images_background/Latin/c1/1.png", "images_evaluation/Angelic/c1/1.png"),
+        "images_evaluation",
+    ),
+    "domains": (
+        tuple(f"{domain}/images/{name}/1.png" for domain in ("amazon", "dslr") for name in ("bike", "mug")),
+        "bike, mug",
+    ),
+    "uneven domains": (("photo/cat/1.png", "photo/dog/1.png", "sketch/dog/1.png", "art/cat/1.png"), "--kind classes"),
+    "a hidden level": (("animals/cat/1.png", "animals/dog/1.png", "vehicles/car/1.png"), "car, cat, dog"),
+    "a split in each class": (
+        tuple(f"{name}/{part}/1.png" for name in ("cat", "dog") for part in ("train", "test")),
+        "--kind classes",
+    ),
+    "splits of each class": (
+        tuple(f"{name}_{part}/1.png" for name in ("cat", "dog") for part in ("train", "test")),
+        "cat_train, dog_train",
+    ),
+    "masks": (("images/1.png", "masks/1.png"), "images is no class"),
+    "voc": (("JPEGImages/1.jpg", "SegmentationClass/1.png"), "JPEGImages is no class"),
     "pictures beside classes": (("cat/1.png", "2.png"), "--kind"),
 }
 
@@ -158,6 +186,15 @@ def test_tiny_imagenet(tmp_path: Path) -> None:
     test = laid(tmp_path, split="test")
     assert (test.kind, test.labels, len(test.files)) == ("folder", None, 2)
     assert classes(laid(tmp_path / "val")).keys() == {name.removeprefix("val/") for name in val.files}
+
+
+def test_annotations_that_contradict_themselves_are_refused_and_a_byte_order_mark_is_none(tmp_path: Path) -> None:
+    put(tmp_path, "val/images/1.png", "val/images/2.png")
+    path = tmp_path / "val" / "val_annotations.txt"
+    path.write_text("\ufeff1.png\tn1\n2.png\tn2\n")
+    assert classes(laid(tmp_path / "val")) == {"images/1.png": "n1", "images/2.png": "n2"}
+    path.write_text("1.png\tn1\n2.png\tn2\n1.png\tn2\n")
+    refused(tmp_path, "1.png", "several classes")
 
 
 def test_a_flat_validation_set_has_no_labels(tmp_path: Path) -> None:

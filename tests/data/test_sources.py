@@ -910,6 +910,20 @@ def _put(path: Path, special: str) -> None:
             opened.bind(path.name)
 
 
+@pytest.mark.parametrize("kind", ["idx", "cifar10", "stl10"])
+def test_what_lies_beside_arrays_is_told(tmp_path: Path, kind: str) -> None:
+    {"idx": source_files.idx, "cifar10": source_files.cifar10, "stl10": source_files.stl10}[kind](tmp_path)
+    inner = {"idx": tmp_path, "cifar10": tmp_path / "cifar-10-batches-py", "stl10": tmp_path / "stl10_binary"}[kind]
+    for path in (inner / "mine.png", tmp_path / "cat" / "1.png", tmp_path / "notes.txt"):
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
+    source = sources.open_source(str(tmp_path))
+    wanted = {(inner / "mine.png").relative_to(tmp_path).as_posix(), "cat", "notes.txt"}
+    assert {name for name, _ in source.ignored} == wanted
+    assert source.notes[0] == "took the split train; --split takes another"
+    assert not sources.open_source(str(tmp_path), split="test").notes
+
+
 def test_arrays_beside_folders_of_pictures_are_not_the_source(tmp_path: Path) -> None:
     images, labels = source_files.class_folders(tmp_path / "train")
     np.save(tmp_path / "data.npy", source_files.random_images(3, 8, 8))

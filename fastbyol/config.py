@@ -43,10 +43,10 @@ class DataConfig(Model):
         None, min_length=1, description="labelled file for the probe; default: the held-out part of a built-in training set"
     )
     image_field: str | None = Field(
-        None, min_length=1, max_length=16, description="image field of both files; default: the only one that a file has"
+        None, min_length=1, description="image field of both files; default: the only one that a file has"
     )
     label_field: str | None = Field(
-        None, min_length=1, max_length=16, description="int field of both files; default: 'label', or one of a usual name"
+        None, min_length=1, description="int field of both files; default: 'label', or one of a usual name"
     )
     limit: int = Field(
         0, ge=0, le=2**40, description="train on so many of the file's images, drawn once and alike for every seed; 0: all"

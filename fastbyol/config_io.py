@@ -113,7 +113,7 @@ def dump(config: Config, origin: Mapping[str, str] | None = None) -> str:
     for key, value in flatten(config).items():
         section, _, leaf = key.rpartition(".")
         if value is not None:
-            _refuse_unwritable(key, Setting(value, origin[key] if origin else "configuration"))
+            _refuse_unwritable(key, Setting(value, (origin or {}).get(key, "configuration")))
             sections.setdefault(section, []).append(f"{leaf} = {toml_value(value)}{_comment(key, origin)}")
     blocks = ["\n".join([f"[{name}]"] * bool(name) + lines) for name, lines in sections.items()]
     return "\n\n".join(blocks) + "\n"

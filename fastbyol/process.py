@@ -25,10 +25,10 @@ def left_as_found() -> Iterator[None]:
     see ``engine.allocator``.
     """
     with ExitStack() as found:
+        if multiprocessing.get_start_method(allow_none=True) is None:  # numba asks for it, which settles it
+            found.callback(multiprocessing.set_start_method, None, force=True)
         found.callback(_give_numba_its_threads, _numba_threads())
         found.callback(torch.set_num_threads, torch.get_num_threads())
-        if multiprocessing.get_start_method(allow_none=True) is None:  # numba's import asks for it, which settles it
-            found.callback(multiprocessing.set_start_method, None, force=True)
         for name in VARIABLES:
             found.callback(_set_variable, name, os.environ.get(name))
         cudnn = torch.backends.cudnn

@@ -223,7 +223,7 @@ def test_interrupted_by_the_caller(out: Path) -> None:
 
 def test_a_file_that_came_meanwhile_is_kept(out: Path) -> None:
     out.unlink()
-    with pytest.raises(UsageError, match="exists already"):
+    with pytest.raises(UsageError, match="meanwhile"):
         write(out, Items(count=3), overwrite=False, progress=lambda done, total: out.write_text("older"))  # type: ignore[arg-type]
     demand_untouched(out)
 
@@ -361,14 +361,6 @@ def test_a_rename_that_fails_leaves_no_name(tmp_path: Path, monkeypatch: pytest.
     with pytest.raises(FastbyolError, match="cannot be put in place"):
         beton_write._publish(tmp_path / "a.tmp", tmp_path / "out.beton", overwrite=False)
     assert [path.name for path in tmp_path.iterdir()] == ["a.tmp"]
-
-
-def test_a_file_that_comes_while_another_is_written_is_kept(tmp_path: Path) -> None:
-    path = tmp_path / "out.beton"
-    with pytest.raises(UsageError, match="meanwhile"):
-        beton_write.write(path, Items(count=70), labelled=True, progress=lambda done, total: path.write_text("theirs"))
-    assert path.read_text() == "theirs"
-    assert [each.name for each in tmp_path.iterdir()] == ["out.beton"]
 
 
 def test_an_output_of_the_longest_name(tmp_path: Path) -> None:

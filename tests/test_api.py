@@ -150,9 +150,11 @@ def found():
 
 def same(what, before):
     import numba
+    from numba.np.ufunc import parallel
     after = found()
     changed = {key: [before[key], after[key]] for key in before if before[key] != after[key]}
-    if numba.get_num_threads() != numba.config.NUMBA_NUM_THREADS:
+    # Asking starts numba's pool, which settles the start method of processes.
+    if parallel._is_initialized and numba.get_num_threads() != numba.config.NUMBA_NUM_THREADS:
         changed["numba"] = numba.get_num_threads()
     print(json.dumps([what, changed]))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ CONFIG = DataConfig(textures_count=64, textures_size=16)
 PROCESSES = multiprocessing.get_context("forkserver")
 
 
-def ask(start: Any, answers: Any) -> None:
+def ask(start: Any, answers: Any, cache: str) -> None:
     """Answers with the inode of the set's file as this process found it, and whether it wrote it."""
     wrote = []
     convert_ = convert.convert
@@ -25,15 +26,16 @@ def ask(start: Any, answers: Any) -> None:
         return convert_(*arguments, **options)
 
     convert.convert = counting
+    os.environ["FASTBYOL_CACHE"] = cache  # a server of forks has the environment of its own start
     start.wait()
     path = embedded.training_file(CONFIG)
     answers.put((path.stat().st_ino, len(wrote)))
 
 
-def test_of_two_that_ask_at_once_one_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_of_three_that_ask_at_once_one_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FASTBYOL_CACHE", str(tmp_path / "cache"))
     start, answers = PROCESSES.Event(), PROCESSES.Queue()
-    children = [PROCESSES.Process(target=ask, args=(start, answers)) for _ in range(3)]
+    children = [PROCESSES.Process(target=ask, args=(start, answers, str(tmp_path / "cache"))) for _ in range(3)]
     for child in children:
         child.start()
     start.set()

@@ -182,6 +182,8 @@ def import_ffcv() -> Any:
     except (ImportError, OSError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise UsageError(f"FFCV cannot be used ({reason}); `fastbyol doctor` says what to install") from error
+    if numba.config.DISABLE_JIT:
+        raise UsageError("NUMBA_DISABLE_JIT is set, and images are decoded by compiled code: unset it")
     return numba
 
 

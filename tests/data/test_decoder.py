@@ -238,3 +238,11 @@ def test_one_compilation_serves_all_loaders() -> None:
                 decoded(decoder)
     loop = decoding._compiled(False)
     assert len(loop.signatures) == 1  # type: ignore[attr-defined]
+
+
+def test_without_a_compiler_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    import numba
+
+    monkeypatch.setattr(numba.config, "DISABLE_JIT", 1)
+    with pytest.raises(UsageError, match="NUMBA_DISABLE_JIT is set"):
+        import_ffcv.__wrapped__()

@@ -182,7 +182,7 @@ def _note(source: str, opened: sources.Source, **options: int | None) -> dict[st
 def _refuse_idle(count: int, seed: int, quality: int, mode: Mode, *, made: bool) -> None:
     """Raise UsageError for an option that was given and would change nothing."""
     idle = [("count", count != COUNT and not made, "textures"), ("seed", seed != 0 and not made, "textures")]
-    idle.append(("quality", quality != QUALITY and mode == "raw", "--mode jpg"))
+    idle.append(("quality", quality != QUALITY and 1 <= quality <= 100 and mode == "raw", "--mode jpg"))
     for name, is_idle, of in idle:
         if is_idle:
             raise UsageError(f"{name}: is of {of} and changes nothing here; leave it out")

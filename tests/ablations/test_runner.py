@@ -78,6 +78,10 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_killed_runner_takes_its_workers_along_and_the_next_goes_on(whole: Path, tmp_path: Path) -> None:
     process = start(tmp_path)
     wait_for_steps(process, tmp_path, 10)
+    began = time.monotonic()
+    while not list(tmp_path.glob("runs/*/*/checkpoints/ckpt-*.safetensors")):  # rows come before the checkpoint of an epoch
+        assert time.monotonic() - began < PATIENCE_S
+        time.sleep(0.01)
     workers = workers_of(process.pid)
     assert len(workers) == 2
     os.kill(process.pid, signal.SIGKILL)

@@ -36,6 +36,11 @@ class NoGraphError(FastbyolError):
         self.run = run
 
 
+def one_line(error: BaseException, most: int | None = 200) -> str:
+    """Return what an error of a foreign library says in one line of at most ``most`` letters, or its type."""
+    return " ".join(str(error).split())[:most] or type(error).__name__
+
+
 def size_text(num_bytes: int) -> str:
     """A size for a message in the unit that fits it (bytes, kB, MB, GB, TB, powers of 1000): 12.3 MB, 123 MB, 1.2 GB."""
     size, unit = float(num_bytes), "bytes"

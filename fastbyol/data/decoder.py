@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 from fastbyol.data.beton import BetonInfo
 from fastbyol.data.beton_layout import stamp_of
 from fastbyol.data.jpeg_tables import brings_its_tables
-from fastbyol.errors import FastbyolError, UsageError
+from fastbyol.errors import FastbyolError, UsageError, one_line
 from fastbyol.process import left_as_found
 
 # Where one image's data lies in the file, bytes [start, end), and its size in pixels.
@@ -180,8 +180,7 @@ def import_ffcv() -> Any:
                 numba.typed.Dict, numba.set_num_threads = typed_dict, set_num_threads
             ffcv.pipeline.compiler.set_num_threads = set_num_threads  # for FFCV's own Loader, should anybody use it
     except (ImportError, OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise UsageError(f"FFCV cannot be used ({reason}); `fastbyol doctor` says what to install") from error
+        raise UsageError(f"FFCV cannot be used ({one_line(error, None)}); `fastbyol doctor` says what to install") from error
     if numba.config.DISABLE_JIT:
         raise UsageError("NUMBA_DISABLE_JIT is set, and images are decoded by compiled code: unset it")
     return numba

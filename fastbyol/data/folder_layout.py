@@ -8,8 +8,9 @@ nothing else; below a class folders may go on (``CLASS/images/...``). Of one spl
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from fastbyol.data import splits
@@ -75,20 +76,15 @@ class _Tree:
     @property
     def is_plain(self) -> bool:
         """Whether no folder here is a class: pictures only, or one folder of pictures whose name says nothing."""
-        return not self.nested or (not self.direct and self._only in _CONTAINERS and not self.nested[self._name].nested)
+        if not self.nested:
+            return True
+        (name, inner), *others = self.nested.items()
+        return not self.direct and not others and name.lower() in _CONTAINERS and not inner.nested
 
     @property
     def is_empty(self) -> bool:
         """Whether no picture lies here or below."""
         return not self.direct and not self.nested
-
-    @property
-    def _name(self) -> str:
-        return next(iter(self.nested))
-
-    @property
-    def _only(self) -> str | None:
-        return self._name.lower() if len(self.nested) == 1 else None
 
 
 def lay_out(path: Path, found: Found, *, kind: str | None, split: str | None) -> Layout:
@@ -108,8 +104,9 @@ def lay_out(path: Path, found: Found, *, kind: str | None, split: str | None) ->
     if chosen or kind is None:
         inside = _join(inside, _within(tree.at(inside), kind, in_split=bool(chosen)))
     here = tree.at(inside)
-    names = {name for part in parts for name in _classes(path, _join(start, part), tree, found, None)} if chosen else set()
-    names |= _classes(path, inside, tree, found, kind)
+    annotated = cache(lambda folder: _annotated(path, folder, tree.at(folder), found))  # each file is read once
+    names = {name for part in parts for name in _classes(_join(start, part), tree, annotated, None)} if chosen else set()
+    names |= _classes(inside, tree, annotated, kind)
     if kind is None and here.direct and here.nested:
         raise UsageError(
             f"{path / inside}: has pictures beside folders of pictures; say --kind folder (all, no labels) or --kind classes"
@@ -119,9 +116,10 @@ def lay_out(path: Path, found: Found, *, kind: str | None, split: str | None) ->
     untaken = [part for part in parts if chosen and part != chosen.split("/")[0]]
     skipped, ignored = _left_out(found, tree, [_join(start, part) for part in untaken])
     notes = _notes(chosen, parts, inside)
-    said = _annotated(path, inside, here, found) if kind != "folder" and here.is_plain else None
+    said = annotated(inside) if kind != "folder" and here.is_plain else None
     if said is not None:
-        ignored = [row for row in ignored if row[0] != _annotations_file(inside, found)]
+        read = _annotations_file(inside, found)
+        ignored = [row for row in ignored if row[0] != read]
         rows = [(name, said.get(Path(name).name)) for name in sorted(here.names())]
         skipped += [(_join(inside, name), "not named in the annotations") for name, of in rows if of is None]
         labelled = [(name, of) for name, of in rows if of is not None]
@@ -224,11 +222,11 @@ def _hidden(tree: _Tree) -> list[str]:
     return sorted({name for one in inner for name in one.nested}) if any(len(one.nested) > 1 for one in inner) else []
 
 
-def _classes(path: Path, folder: str, tree: _Tree, found: Found, kind: str | None) -> set[str]:
+def _classes(folder: str, tree: _Tree, annotated: Callable[[str], dict[str, str] | None], kind: str | None) -> set[str]:
     """The names of the classes in ``folder``, relative to the root of ``tree``."""
     folder = _join(folder, _within(tree.at(folder), kind, in_split=True))
     here = tree.at(folder)
-    if kind != "folder" and here.is_plain and (named := _annotated(path, folder, here, found)):
+    if kind != "folder" and here.is_plain and (named := annotated(folder)):
         return set(named.values())
     return set(here.nested) if not here.is_plain or kind == "classes" else set()
 

@@ -97,9 +97,10 @@ def variables(file: BinaryIO) -> dict[str, Variable]:
         if at + 8 + size > end:
             raise DamagedError("ends within an array")
         if kind in (MATRIX, COMPRESSED):
-            stream = _Unpacked(file, size) if kind == COMPRESSED else file
-            start = stream.read((8 if kind == COMPRESSED else 0) + min(MOST_HEAD_BYTES, size if kind == MATRIX else 1 << 30))
-            head = _head(memoryview(start)[8 if kind == COMPRESSED else 0 :], order)
+            if kind == COMPRESSED:  # an element with a head of its own
+                head = _head(memoryview(_Unpacked(file, size).read(8 + MOST_HEAD_BYTES))[8:], order)
+            else:
+                head = _head(memoryview(file.read(min(MOST_HEAD_BYTES, size))), order)
             name = "cell" if head.number == _CELL else _NUMBERS.get(head.number, f"class {head.number}")
             found[head.name] = Variable(name, head.shape, at + 8, size, kind == COMPRESSED)
         at += 8 + size

@@ -25,6 +25,7 @@ from PIL import ExifTags, Image, ImageCms, ImageFile, TiffImagePlugin, Unidentif
 
 from fastbyol.data.beton import UnreadableItemError
 from fastbyol.data.picture_metadata import without_metadata
+from fastbyol.errors import one_line
 from fastbyol.files import open_regular
 
 Resize = Literal["resize", "centre", "none"]
@@ -244,4 +245,4 @@ def _reason(error: Exception, file: BinaryIO) -> str:
         return "not enough memory to decode it"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    return " ".join(str(error).split()) or type(error).__name__
+    return one_line(error, None)

@@ -294,11 +294,6 @@ def inner(path: Path, *names: str) -> Path:
     return next((path / name for name in names if (path / name).is_dir()), path)
 
 
-def one_line(error: object, most: int = 200) -> str:
-    """What an error of a foreign library says, in one line."""
-    return " ".join(str(error).split())[:most] or type(error).__name__
-
-
 def listed(names: Iterable[str], most: int = 12) -> str:
     """Names for a message, the first few of many."""
     names = [" ".join(name.split())[:60] for name in names]

@@ -27,11 +27,10 @@ from fastbyol.data.source_arrays import (
     demand_memory,
     demand_range,
     inner,
-    one_line,
     size_of,
     text_lines,
 )
-from fastbyol.errors import UsageError
+from fastbyol.errors import UsageError, one_line
 from fastbyol.files import open_regular
 
 IMAGE_BYTES = 3 * 32 * 32

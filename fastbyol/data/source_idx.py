@@ -30,10 +30,9 @@ from fastbyol.data.source_arrays import (
     class_labels,
     demand_memory,
     notes_on,
-    one_line,
     size_of,
 )
-from fastbyol.errors import UsageError
+from fastbyol.errors import UsageError, one_line
 from fastbyol.files import open_regular
 
 SPLITS = {"train": ("train",), "test": ("t10k", "test")}
@@ -105,7 +104,7 @@ def fashion_mnist_folder(cache: Path) -> Path:
             for train in (True, False):
                 torchvision.datasets.FashionMNIST(str(cache), train=train, download=True)
     except (OSError, RuntimeError) as error:  # the network's errors, and torchvision's after its last mirror
-        why = " ".join(str(error).split())[:120]
+        why = one_line(error, 120)
         raise UsageError(
             f"fashion-mnist: not on this machine, and the download failed ({why}): install Debian's package "
             "dataset-fashion-mnist, convert a folder of its files (`fastbyol convert FOLDER train.beton`), or take textures"

@@ -17,8 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastbyol.data import mat5
-from fastbyol.data.source_arrays import MOST_PER_BYTE, demand_memory, listed, one_line, size_of
-from fastbyol.errors import UsageError
+from fastbyol.data.source_arrays import MOST_PER_BYTE, demand_memory, listed, size_of
+from fastbyol.errors import UsageError, one_line
 from fastbyol.files import open_regular
 
 

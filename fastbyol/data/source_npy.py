@@ -31,10 +31,9 @@ from fastbyol.data.source_arrays import (
     image_size,
     listed,
     notes_on,
-    one_line,
     planes_first,
 )
-from fastbyol.errors import UsageError
+from fastbyol.errors import UsageError, one_line
 from fastbyol.files import open_regular
 
 IMAGE_NAMES = ("images", "image", "imgs", "img", "x", "data", "arr0")

@@ -25,11 +25,10 @@ from fastbyol.data.source_arrays import (
     fit_labels,
     image_size,
     notes_on,
-    one_line,
     planes_first,
 )
 from fastbyol.data.source_npy import NO_ARRAYS, Head, Named, demand_held, read_head, read_values
-from fastbyol.errors import UsageError
+from fastbyol.errors import UsageError, one_line
 from fastbyol.files import open_regular
 
 

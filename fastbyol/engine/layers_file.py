@@ -23,7 +23,7 @@ from typing import NamedTuple
 import numpy as np
 
 from fastbyol.engine.durable import Written, append, new_digest, pieces, write_atomically, writing
-from fastbyol.errors import UsageError
+from fastbyol.errors import UsageError, one_line
 from fastbyol.files import open_regular
 
 _log = logging.getLogger(__name__)
@@ -170,7 +170,7 @@ def _read_archive(path: Path) -> Layers:
     except OSError as error:
         raise UsageError(f"{path}: cannot read: {error.strerror or error}") from None
     except _DAMAGE as error:
-        raise UsageError(f"{path}: damaged: {' '.join(str(error).split()) or type(error).__name__}") from None
+        raise UsageError(f"{path}: damaged: {one_line(error, None)}") from None
     layers = Layers(steps, values, *(tuple(str(name) for name in part.ravel()) for part in (names, metrics)))
     kinds = (steps.dtype, steps.ndim, values.dtype, names.dtype.kind, metrics.dtype.kind)
     if kinds != (np.dtype("<i8"), 1, np.dtype("<f4"), "U", "U") or values.shape != (len(steps), names.size, metrics.size):

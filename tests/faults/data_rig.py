@@ -129,24 +129,36 @@ def _verified(path: Path) -> None:
     verify(path, deep=True).demand_whole()
 
 
-def _command(path: Path) -> str:
-    """``fastbyol data verify --deep``: exit code 0, or 2 and one line."""
-    said_out, said_err, arguments = io.StringIO(), io.StringIO(), sys.argv
-    sys.argv = ["fastbyol", "data", "verify", str(path), "--deep"]
+def command(*arguments: str) -> tuple[object, list[str]] | str:
+    """``fastbyol`` with ``arguments``: its exit code and lines on standard error, or what was wrong, with a capital letter."""
+    out, err, before = io.StringIO(), io.StringIO(), sys.argv
+    sys.argv = ["fastbyol", *arguments]
     try:
-        with contextlib.redirect_stdout(said_out), contextlib.redirect_stderr(said_err):
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             cli.main()
     except SystemExit as ended:
-        lines = said_err.getvalue().splitlines()
-        if ended.code == 0:
-            return "" if not lines else f"Said {lines} and exit code 0"
-        good = ended.code == 2 and len(lines) == 1 and lines[0].startswith("fastbyol: error: ")
-        return "refused" if good else f"Exit code {ended.code}, {lines}"
+        return ended.code, err.getvalue().splitlines()
     except Exception as error:
         return f"Command raised {type(error).__name__}: {error}"
     finally:
-        sys.argv = arguments
+        sys.argv = before
     return "Command did not exit"
+
+
+def is_refusal(code: object, lines: list[str]) -> bool:
+    """Whether a command ended by exit code 2 and one line."""
+    return code == 2 and len(lines) == 1 and lines[0].startswith("fastbyol: error: ")
+
+
+def _command(path: Path) -> str:
+    """``fastbyol data verify --deep``: exit code 0, or 2 and one line."""
+    ended = command("data", "verify", str(path), "--deep")
+    if isinstance(ended, str):
+        return ended
+    code, lines = ended
+    if code == 0:
+        return "" if not lines else f"Said {lines} and exit code 0"
+    return "refused" if is_refusal(code, lines) else f"Exit code {code}, {lines}"
 
 
 def run(

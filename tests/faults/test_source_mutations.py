@@ -6,11 +6,8 @@ nobody can know where a format holds no checksum; so pixels are not judged here.
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 import shutil
-import sys
 import warnings
 from collections.abc import Sequence
 from multiprocessing.connection import Connection
@@ -22,7 +19,6 @@ import run_rig as rig
 import source_mutations as mutations
 from test_data_mutations import show
 
-from fastbyol import cli
 from fastbyol.data import sources
 from fastbyol.data.beton import UnreadableItemError
 from fastbyol.errors import UsageError
@@ -96,26 +92,17 @@ def _read(base: mutations.Base, place: Path, number: int) -> str:
 
 def _converted(base: mutations.Base, place: Path, read: str) -> str:
     """``fastbyol convert`` of the same: exit code 0 and a file, or 2 and one line."""
-    out, err, before = io.StringIO(), io.StringIO(), sys.argv
     file = place.parent / "out.beton"
     file.unlink(missing_ok=True)
     options = [part for key, value in base.options.items() for part in (f"--{key}", str(value))]
-    sys.argv = ["fastbyol", "convert", str(place / base.at), str(file), "--size", "16", "--workers", "1", *options]
-    try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            cli.main()
-    except SystemExit as ended:
-        lines = err.getvalue().splitlines()
-        if ended.code == 0:
-            return read if read != "refused" and file.is_file() and not lines else f"Converted, {read}, and said {lines}"
-        good = ended.code == 2 and len(lines) == 1 and lines[0].startswith("fastbyol: error: ")
-        # Pictures that cannot be read are left out, but if all are, there is nothing to write.
-        return read if good and read != "read" else f"Exit code {ended.code}, {read}, {lines}"
-    except Exception as error:
-        return f"Command raised {type(error).__name__}: {error}"
-    finally:
-        sys.argv = before
-    return "Command did not exit"
+    ended = data_rig.command("convert", str(place / base.at), str(file), "--size", "16", "--workers", "1", *options)
+    if isinstance(ended, str):
+        return ended
+    code, lines = ended
+    if code == 0:
+        return read if read != "refused" and file.is_file() and not lines else f"Converted, {read}, and said {lines}"
+    # Pictures that cannot be read are left out, but if all are, there is nothing to write.
+    return read if data_rig.is_refusal(code, lines) and read != "read" else f"Exit code {code}, {read}, {lines}"
 
 
 def _reset_peak() -> int:

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import math
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
+import golden
 import pytest
 import torch
 from torch import Tensor
@@ -417,3 +423,22 @@ def test_gradients_of_a_collapsed_state(precision: str, length: float, error: fl
         assert got[name].isfinite().all()
         assert abs(got[name].norm() / g.norm() - 1) < length, name
         assert (got[name] - g).norm() / g.norm() < error, name
+
+
+@pytest.mark.slow
+def test_twenty_steps_give_the_bits_that_are_kept(tmp_path: Path) -> None:
+    """For one thread and for two, compiled anew and from the cache; on another machine the last two are equal at least."""
+    cold, warm, alone = (_digests(threads, tmp_path) for threads in ("2", "2", "1"))
+    assert list(tmp_path.rglob("*.nbc"))
+    assert cold == warm
+    kept = json.loads(golden.GOLDEN.read_text("utf-8")).get(golden.machine())
+    if kept is None:
+        pytest.skip(f"golden.json holds no bits of {golden.machine()}: bits differ between processors and versions")
+    assert {"1": alone, "2": warm} == kept
+
+
+def _digests(threads: str, cache: Path) -> dict[str, str]:
+    """Run the program in a process of its own, whose compiled kernels lie in ``cache``."""
+    environment = {**os.environ, "NUMBA_CACHE_DIR": str(cache), "OMP_NUM_THREADS": threads}
+    found = subprocess.check_output([sys.executable, golden.__file__, threads], env=environment)
+    return dict(json.loads(found))

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 NormName = Literal["bn", "gn", "ln", "none"]
 HeadNormName = Literal["bn", "gn", "ln", "none", "brn"]
@@ -223,9 +223,15 @@ class EngineConfig(Model):
     mode: Literal["auto", "eager", "compile", "graph"] = Field(
         "auto", description="eager, torch.compile, or one CUDA graph over compiled regions; auto: what is measured to pay"
     )
-    kernels: Literal["auto", "triton", "processor", "reference"] = Field(
-        "auto", description="the fused operations in Triton, in a processor's machine code, or in plain torch; auto: what fits"
+    kernels: Literal["auto", "triton", "cpu", "reference"] = Field(
+        "auto", description="the fused operations in Triton, compiled for a CPU, or in plain torch; auto: what fits"
     )
+
+    @field_validator("kernels", mode="before")
+    @classmethod
+    def _read_old_word(cls, kernels: object) -> object:
+        """Read what configurations said before ``cpu`` was the word."""
+        return "cpu" if kernels == "processor" else kernels
 
 
 class ProbeConfig(Model):

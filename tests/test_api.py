@@ -26,6 +26,7 @@ from fastbyol.errors import UsageError
 from fastbyol.evaluation import protocol
 from fastbyol.model.norm import make_norm, use_kernels
 from fastbyol.model.objective import Objective
+from fastbyol_kernels import dispatch
 from tiny import beton_files, tiny_config
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -79,14 +80,14 @@ WORDS: dict[str, tuple[Callable[[Path, Any], Any], str]] = {
     "protocol.check": (lambda run, word: protocol.check(word, test=None, train=None), "linear"),
     "pick_device": (lambda run, word: device.pick_device(word), "cpu"),
     "dtype_of": (lambda run, word: device.dtype_of(word), "bf16"),
-    "pick_kernels": (lambda run, word: device.pick_kernels(word, torch.device("cpu"), torch.float32), "processor"),
+    "dispatch.resolve": (lambda run, word: dispatch.resolve(word, torch.device("cpu"), torch.float32), "cpu"),
     "gradient_gap": (lambda run, word: precision.gradient_gap(Config(), torch.device("cpu"), word), "collapsed"),
     "open_loader(cache)": (_open, "device"),
     "convert(mode)": (lambda run, word: convert.convert("textures", run / "x.beton", count=64, mode=word), "jpg"),
     "convert(resize)": (_resize, "centre"),
     "convert(kind)": (lambda run, word: convert.convert("textures", run / "x.beton", kind=word), "idx"),
     "make_norm": (lambda run, word: make_norm(word, 8, groups=2, num_views=2), "gn"),
-    "use_kernels": (lambda run, word: use_kernels(torch.nn.Identity(), word), "processor"),
+    "use_kernels": (lambda run, word: use_kernels(torch.nn.Identity(), word), "cpu"),
     "objective": (lambda run, word: _step(word), "simsiam"),
     "Config(optim.dialect)": (lambda run, word: OptimConfig.model_validate({"dialect": word}), "deepmind"),
     "model_copy(optim.dialect)": (
@@ -165,6 +166,7 @@ class Interrupting:
     def note(self, text): pass
 
 import fastbyol
+from fastbyol_kernels import dispatch
 from tiny import beton_files, tiny_config
 folder, before = Path(sys.argv[1]), found()
 files = beton_files(folder)

@@ -11,7 +11,6 @@ import torch
 
 from fastbyol.config import Config
 from fastbyol.errors import UsageError, check_choice
-from fastbyol_kernels import choice
 
 # Images a step x pixels x width^2, of which a step's products are a multiple. Below it a second thread costs more than it
 # brings (two cores, fp32, images/s with one thread and with two): 8e6 1,025 and 550; 3e7 480 and 375; 3e7, of more images,
@@ -47,24 +46,6 @@ def dtype_of(precision: str) -> torch.dtype:
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
     check_choice("train.precision", precision, dtypes)
     return dtypes[precision]
-
-
-def pick_kernels(name: str, device: torch.device, dtype: torch.dtype) -> str:
-    """triton, processor or reference: what ``engine.kernels`` means for networks in ``dtype`` on ``device``.
-
-    ``auto`` is Triton on CUDA, machine code on a CPU, plain torch for fp64. Raises ``UsageError`` for kernels that cannot run.
-    """
-    check_choice("engine.kernels", name, choice.KERNELS)
-    wide, on_gpu = dtype == torch.float64, device.type == "cuda"
-    if name == "auto":
-        return "reference" if wide else "triton" if on_gpu else "processor"
-    if name != "reference" and wide:
-        raise UsageError(f"engine.kernels: {name} has no kernels for fp64: take auto or reference")
-    if name == "processor" and on_gpu:
-        raise UsageError(f"engine.kernels: processor needs a CPU, train.device is {device}: take auto, triton or reference")
-    if name == "triton" and not on_gpu and not choice.TRITON_ON_CPU:
-        raise UsageError(f"engine.kernels: triton needs CUDA, train.device is {device}: take auto or reference")
-    return name
 
 
 @contextmanager

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from fastbyol.config import Config, ModelConfig, resolve
-from fastbyol.engine.device import dtype_of, pick_kernels
+from fastbyol.engine.device import dtype_of
 from fastbyol.engine.standardized import StandardizedWeights
 from fastbyol.errors import UsageError
 from fastbyol.model.byol import NUM_VIEWS, Online, Target, build_online, build_target
@@ -33,6 +33,7 @@ from fastbyol.optim.arena import Arena
 from fastbyol.optim.given_rates import GivenRates
 from fastbyol.optim.lars import rule_of, treatments
 from fastbyol.process import exact_products, left_as_found
+from fastbyol_kernels import dispatch
 from fastbyol_kernels.lars_ema import LAYER_METRICS, Rule, lars_ema
 
 __all__ = ["LAYER_METRICS", "METRICS", "StepMetrics", "TrainState", "forward", "train_step"]
@@ -84,7 +85,7 @@ class TrainState:
     """Everything that training changes: both networks over the arena's buffers, and ``step``, a 0-d int64 tensor.
 
     ``lr`` and ``tau`` are the schedules as tables, ``given`` rates that replace LARS's own, ``standardized`` makes the weights
-    of a step that are made at once, and ``kernels`` is triton or reference. ``queue`` (K, D) holds the contrastive loss's
+    of a step that are made at once, and ``kernels`` is triton, cpu or reference. ``queue`` (K, D) holds the contrastive loss's
     negatives: past target projections as unit vectors, at first random ones. Weights, momentum, statistics and queue are fp32
     (fp64 under that precision).
     """
@@ -114,7 +115,10 @@ class TrainState:
         assert optim.weight_decay is not None
         assert epochs is not None
         device, dtype = torch.device(device), torch.float64 if config.train.precision == "fp64" else torch.float32
-        kernels = pick_kernels(config.engine.kernels, device, dtype)
+        try:
+            kernels = dispatch.resolve(config.engine.kernels, device, dtype)
+        except ValueError as error:
+            raise UsageError(f"engine.{error}") from None
         if device.type == "cuda" and config.train.precision == "fp32":
             exact_products()
         tables = (

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from fastbyol_kernels.choice import at_once
+from fastbyol_kernels.dispatch import at_once
 
 KERNEL = 3
 # Where products by pixel were faster than oneDNN's convolution, forward and backward together: the largest side of an output,
@@ -33,7 +33,7 @@ SAFE_CHANNELS = 16
 def convolve(x: Tensor, weight: Tensor, stride: int, padding: int) -> Tensor:
     """``F.conv2d`` of x (N, I, S, S) with weight (O, I, k, k), by pixel where that is the faster way on this device.
 
-    What does not run at once (``choice.at_once``) and dtypes other than float32 and bfloat16 take ``F.conv2d``. A strided 1x1
+    What does not run at once (``dispatch.at_once``) and dtypes other than float32 and bfloat16 take ``F.conv2d``. A strided 1x1
     kernel of few channels is given the pixels that it sees and nothing to step over (``SAFE_CHANNELS``).
     """
     if pays(x, weight, stride, padding):

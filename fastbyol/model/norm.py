@@ -16,8 +16,8 @@ from torch.nn import functional as F
 
 from fastbyol.config import HeadNormName, NormName
 from fastbyol.errors import check_choice
+from fastbyol_kernels import dispatch
 from fastbyol_kernels.batch_norm import add_and_relu, batch_norm
-from fastbyol_kernels.choice import check_kernels
 from fastbyol_kernels.group_norm import group_norm
 
 BATCH_NORM_EPS = 1e-5
@@ -153,11 +153,11 @@ class _Choosing(Protocol):
 
 
 def use_kernels(net: nn.Module, kernels: str) -> None:
-    """Let every module in ``net`` that has a choice run on ``kernels``: auto, triton, processor or reference.
+    """Let every module in ``net`` that has a choice run on ``kernels``: auto, triton, cpu or reference.
 
     Raises ValueError for another word.
     """
-    check_kernels(kernels)
+    dispatch.check(kernels)
     for module in net.modules():
         if isinstance(module, _Choosing):
             module.kernels = kernels

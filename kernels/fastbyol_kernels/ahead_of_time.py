@@ -31,7 +31,7 @@ from triton.backends.nvidia.compiler import get_ptxas
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from fastbyol_kernels import choice
+from fastbyol_kernels import dispatch
 
 WARP_SIZE = 32
 
@@ -146,7 +146,7 @@ def recording(architecture: int) -> Iterator[list[Launch]]:
     with (
         ExitStack() as caches,
         mock.patch.object(driver, "_active", Driver(architecture)),
-        mock.patch.object(choice, "TRITON_ON_CPU", True),
+        mock.patch.object(dispatch, "TRITON_ON_CPU", True),
         mock.patch.object(JITFunction, "run", record),
     ):
         yield launches

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastbyol_kernels.choice import at_once, choose_kernels
+from fastbyol_kernels.dispatch import at_once, dispatch
 
 DTYPES = (torch.bfloat16, torch.float32)  # of the machine code
 
@@ -124,14 +124,14 @@ def batch_norm(
     ``residual`` has its shape and dtype. ``weight`` and ``bias`` (C,) have the dtype of the statistics and of the buffers: fp64
     for fp64 ``x``, else fp32. Returns x's shape, dtype and memory format. Differentiable once in x, weight, bias and residual.
 
-    ``kernels``: "processor" is machine code, for bf16 or fp32 x (N, C, H, W) in channels-last on a CPU; all else, "reference"
-    and what does not run at once (``choice.at_once``) is torch's own kernel. "auto" is the first that can be. There are no
+    ``kernels``: "cpu" is machine code, for bf16 or fp32 x (N, C, H, W) in channels-last on a CPU; all else, "reference"
+    and what does not run at once (``dispatch.at_once``) is torch's own kernel. "auto" is the first that can be. There are no
     Triton kernels: "triton" is the reference. Raises ValueError, naming the argument, for what does not fit.
     """
     _check(x, weight, bias, running_mean, running_var, num_views, residual)
     affine = (weight, bias, running_mean, running_var)
-    chosen = choose_kernels(kernels, "x", x, *affine, residual, triton=False, processor=True)
-    if chosen != "processor" or not _suits(x, affine):
+    chosen = dispatch(kernels, "x", x, *affine, residual, has=("cpu",))
+    if chosen != "cpu" or not _suits(x, affine):
         return reference(x, *affine, num_views, momentum=momentum, eps=eps, residual=residual, relu=relu)
     from fastbyol_kernels.batch_norm_processor import FusedBatchNorm  # numba: who has a GPU need not wait for it
 

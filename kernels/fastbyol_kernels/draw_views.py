@@ -28,7 +28,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastbyol_kernels.choice import choose_kernels
+from fastbyol_kernels.dispatch import dispatch
 from fastbyol_kernels.philox import DOMAIN_VIEWS, philox4x32, split_id, uniform
 from fastbyol_kernels.two_views_config import JITTER_IDENTITY, JITTER_ORDERS, Column
 
@@ -344,7 +344,7 @@ def draw_views(
     CUDA tensors. All give the same bits. Raises ValueError naming a wrong argument.
     """
     _check(ids, seed, epoch, height, width)
-    if choose_kernels(kernels, "ids", ids) == "reference":
+    if dispatch(kernels, "ids", ids, has=("triton",)) == "reference":
         return reference(distribution, ids, seed, epoch, height, width)
     numbers = _numbers(distribution, height, width)
     seed, epoch = _on_device(seed, ids), _on_device(epoch, ids)

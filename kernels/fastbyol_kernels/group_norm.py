@@ -30,7 +30,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastbyol_kernels.choice import choose_kernels, is_transformed
+from fastbyol_kernels.dispatch import dispatch, is_transformed
 
 EPS = 1e-5
 DTYPES = (torch.bfloat16, torch.float32)
@@ -754,20 +754,20 @@ def group_norm(
     dimensions. Differentiable once in all four tensors.
 
     ``kernels``: "reference" (plain torch), "triton" (bf16 or fp32 in channels-last; on a CPU only in Triton's interpreter),
-    "processor" (a CPU's machine code, for the same), or "auto", which is "triton" for CUDA tensors and else "processor", or the
+    "cpu" (a CPU's machine code, for the same), or "auto", which is "triton" for CUDA tensors and else "cpu", or the
     reference for what is not channels-last. fp64, (N, C) and what does not run at once on a CPU
-    (``choice.at_once``) always take the reference. Raises ValueError, naming the argument, for what does not fit.
+    (``dispatch.at_once``) always take the reference. Raises ValueError, naming the argument, for what does not fit.
     """
     _check(x, num_groups, weight, bias, residual)
-    chosen = choose_kernels(kernels, "x", x, weight, bias, residual, processor=True)
+    chosen = dispatch(kernels, "x", x, weight, bias, residual)
     if chosen == "reference" or x.ndim == 2:
         return reference(x, num_groups, weight, bias, eps, residual=residual, relu=relu)
-    if chosen == "processor" and kernels == "auto" and _misfit(x, weight, bias, residual):
+    if chosen == "cpu" and kernels == "auto" and _misfit(x, weight, bias, residual):
         return reference(x, num_groups, weight, bias, eps, residual=residual, relu=relu)
     _check_kernel(x, weight, bias, residual)
     if x.numel() == 0:
         return reference(x, num_groups, weight, bias, eps, residual=residual, relu=relu)
-    if chosen == "processor":
+    if chosen == "cpu":
         from fastbyol_kernels import group_norm_processor  # numba: who has a GPU need not wait for it
 
         return group_norm_processor.group_norm(x, weight, bias, residual, num_groups, eps, relu=relu)

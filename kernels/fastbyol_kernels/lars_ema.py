@@ -40,7 +40,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastbyol_kernels.choice import choose_kernels
+from fastbyol_kernels.dispatch import dispatch
 
 Rule = Literal["sgd", "blog", "deepmind", "bolts"]
 RULES: tuple[Rule, ...] = ("sgd", "blog", "deepmind", "bolts")
@@ -641,16 +641,16 @@ def lars_ema(
     stay as it is; slot ``step`` % R of ``slots`` (R, S, 5), fp32, with what is returned (``step`` is 0-d int64); ``skipped``,
     0-d bool, with whether the gradient was not finite.
 
-    ``kernels``: "reference" (plain torch), "triton" (fp32, three launches; on a CPU only in Triton's interpreter), "processor"
-    (fp32 on a CPU, two passes), or "auto", which is "triton" for CUDA tensors and "processor" for others. fp64 never takes the
-    kernels, nor does what does not run at once on a CPU (``choice.at_once``). Triton's want segments that start and buffers
+    ``kernels``: "reference" (plain torch), "triton" (fp32, three launches; on a CPU only in Triton's interpreter), "cpu"
+    (fp32 on a CPU, two passes), or "auto", which is "triton" for CUDA tensors and "cpu" for others. fp64 never takes the
+    kernels, nor does what does not run at once on a CPU (``dispatch.at_once``). Triton's want segments that start and buffers
     that end at multiples of 4 elements. Raises ValueError, naming the argument, for what does not fit.
     """
     _check(online, gradient, momentum, target, table, lr, tau, rule, loss_scale)
     _check_outputs(online, target, table, online_copy, target_copy, slots, step, skipped)
-    chosen = choose_kernels(kernels, "online", online, gradient, momentum, target, lr, tau, loss_scale, processor=True)
+    chosen = dispatch(kernels, "online", online, gradient, momentum, target, lr, tau, loss_scale)
     if chosen != "triton":
-        layers: Tensor = (on_processor if chosen == "processor" else reference)(
+        layers: Tensor = (on_processor if chosen == "cpu" else reference)(
             online, gradient, momentum, target, table, lr, tau,
             rule=rule, eta=eta, mu=mu, ema_first=ema_first, loss_scale=loss_scale,
         )  # fmt: skip

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastbyol_kernels.choice import choose_kernels
+from fastbyol_kernels.dispatch import dispatch
 
 DTYPES = (torch.bfloat16, torch.float32)  # of the machine code
 # Channels that it takes at a time: numbers of a vector of 512 bits in fp32, which narrower processors take in parts.
@@ -26,12 +26,12 @@ def max_pool(x: Tensor, *, kernels: str = "auto") -> Tensor:
 
     Of equal values the first, row by row, takes the gradient; NaN is passed on. Differentiable once.
 
-    ``kernels``: "processor" is machine code, for bf16 or fp32 x in channels-last on a CPU, of 16 channels or more; all else,
-    "reference" and what does not run at once (``choice.at_once``) is torch's own. "auto" is the first that can be. There are no
-    Triton kernels: "triton" is the reference. Raises ValueError for other words, and for "processor" where x is on a GPU.
+    ``kernels``: "cpu" is machine code, for bf16 or fp32 x in channels-last on a CPU, of 16 channels or more; all else,
+    "reference" and what does not run at once (``dispatch.at_once``) is torch's own. "auto" is the first that can be. There
+    are no Triton kernels: "triton" is the reference. Raises ValueError for other words, and for "cpu" where x is on a GPU.
     """
-    chosen = choose_kernels(kernels, "x", x, triton=False, processor=True)
-    if chosen != "processor" or not _suits(x):
+    chosen = dispatch(kernels, "x", x, has=("cpu",))
+    if chosen != "cpu" or not _suits(x):
         return reference(x)
     from fastbyol_kernels.max_pool_processor import PlacedMaxPool  # numba: who has a GPU need not wait for it
 

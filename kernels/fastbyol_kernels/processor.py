@@ -39,7 +39,7 @@ from numba.core.types import CPointer  # type: ignore[attr-defined]
 from numba.extending import intrinsic, overload
 from torch import Tensor
 
-from fastbyol_kernels.choice import is_plain
+from fastbyol_kernels.dispatch import is_plain
 
 # What every table begins with: the next block to take, how many there are, and how many workers have begun.
 _NEXT, _BLOCKS, _WORKERS, _ARGUMENTS = 0, 1, 2, 3

@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastbyol_kernels.choice import choose_kernels
+from fastbyol_kernels.dispatch import dispatch
 from fastbyol_kernels.two_views_config import JITTER_IDENTITY, JITTER_ORDERS, LUMA, Column
 
 _NO_JITTER = len(JITTER_ORDERS)
@@ -800,8 +800,8 @@ def two_views(
     _check_table(images, table, len(images) if indices is None else len(indices))
     _check_settings(size, blur, blur_kernel, dtype)
     _check_layout(size, channels)
-    chosen = choose_kernels(kernels, "images", images, table, indices, processor=True)
-    if chosen == "processor" and dtype != torch.float64:
+    chosen = dispatch(kernels, "images", images, table, indices)
+    if chosen == "cpu" and dtype != torch.float64:
         views = _on_processor(images, indices, table, size, blur, blur_kernel, mean, std, dtype)
         return views if channels == 3 else _lay_out(views, channels)
     if chosen != "triton" or dtype == torch.float64:

@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastbyol_kernels.choice import choose_kernels
+from fastbyol_kernels.dispatch import dispatch
 
 EPS = 1e-5
 
@@ -44,10 +44,10 @@ def weight_standardization(weight: Tensor, eps: float = EPS, *, kernels: str = "
 
     Every channel needs at least two weights (the std is unbiased). Differentiable in ``weight``.
 
-    ``kernels``: "auto" and "processor" take machine code for fp32 on a CPU, once differentiable, where it runs at once
-    (``choice.at_once``); all else is plain torch, "triton" as well, whose kernels take a network at a time.
+    ``kernels``: "auto" and "cpu" take machine code for fp32 on a CPU, once differentiable, where it runs at once
+    (``dispatch.at_once``); all else is plain torch, "triton" as well, whose kernels take a network at a time.
     """
-    if kernels != "triton" and choose_kernels(kernels, "weight", weight, processor=True) == "processor":
+    if kernels != "triton" and dispatch(kernels, "weight", weight) == "cpu":
         rows_lie_together = weight.is_contiguous() or (
             weight.ndim == 4 and weight.is_contiguous(memory_format=torch.channels_last)
         )
@@ -489,11 +489,11 @@ def standardize_rows(
     gradient is zeros between the rows), and the rows' means and stds (R,), which ``standardize_rows_backward_into`` takes.
 
     ``kernels``: "reference" (plain torch, also fp64), "triton" (fp32 parameter, fp32 or bf16 copy; on a CPU only in Triton's
-    interpreter), "processor" (the same in a CPU's machine code), "auto" (whichever of the two is for flat's device). Raises
+    interpreter), "cpu" (the same in a CPU's machine code), "auto" (whichever of the two is for flat's device). Raises
     ValueError, naming the argument, for what does not fit.
     """
     chosen = _choose(flat, dtype, kernels)
-    if chosen == "processor":
+    if chosen == "cpu":
         from fastbyol_kernels import weight_standardization_processor
 
         _check_rows(flat, table, dtype)
@@ -522,7 +522,7 @@ def standardize_rows_into(
     _check_copy("copy", copy, flat, table)
     _check_statistics(flat, table, means=means, stds=stds)
     chosen = _choose(flat, copy.dtype, kernels, copy, means, stds, table.rows)
-    if chosen == "processor":
+    if chosen == "cpu":
         from fastbyol_kernels import weight_standardization_processor
 
         _check_rows(flat, table, copy.dtype)
@@ -561,7 +561,7 @@ def standardize_rows_backward_into(
     _check_copy("gradient", gradient, flat, table)
     _check_statistics(flat, table, means=means, stds=stds)
     chosen = _choose(flat, gradient.dtype, kernels, out, gradient, means, stds, table.rows)
-    if chosen == "processor":
+    if chosen == "cpu":
         from fastbyol_kernels import weight_standardization_processor
 
         _check_rows(flat, table, gradient.dtype)
@@ -588,9 +588,9 @@ def _row_statistics(flat: Tensor, table: RowTable) -> tuple[Tensor, Tensor]:
 
 def _choose(flat: Tensor, dtype: torch.dtype, kernels: str, *beside: Tensor) -> str:
     """A CPU takes what its kernels do not know, such as a copy in fp16, in plain torch unless they were asked for."""
-    chosen = choose_kernels(kernels, "flat", flat, *beside, processor=True)
+    chosen = dispatch(kernels, "flat", flat, *beside)
     known = flat.dtype == torch.float32 and dtype in (torch.float32, torch.bfloat16)
-    return "reference" if chosen == "processor" and kernels == "auto" and not known else chosen
+    return "reference" if chosen == "cpu" and kernels == "auto" and not known else chosen
 
 
 def _check_sizes(flat: Tensor, table: RowTable) -> None:

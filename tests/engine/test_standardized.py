@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from fastbyol.config import Config
-from fastbyol.engine import device as device_module
 from fastbyol.engine.step import TrainState, train_step
 from fastbyol.errors import UsageError
 from fastbyol.model.standardized import Standardizing
@@ -15,7 +14,7 @@ from fastbyol_kernels.weight_standardization import reference
 
 pytestmark = pytest.mark.gpu
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-KERNELS = ("triton",) if DEVICE == "cuda" else ("triton", "processor")
+KERNELS = ("triton",) if DEVICE == "cuda" else ("triton", "cpu")
 STEPS = 2
 
 
@@ -139,26 +138,15 @@ def test_weights_made_at_once_are_those_each_layer_makes(precision: str, kernels
     assert all(m.given is None for net in (state.online, state.target) for m in net.modules() if isinstance(m, Standardizing))
 
 
-def test_the_switch_says_what_cannot_be(monkeypatch: pytest.MonkeyPatch) -> None:
-    cpu, cuda = torch.device("cpu"), torch.device("cuda")
-    pick = device_module.pick_kernels
-    assert pick("auto", cuda, torch.float32) == "triton"
-    assert pick("auto", cuda, torch.float64) == pick("auto", cpu, torch.float64) == pick("reference", cuda, torch.float32)
-    assert pick("auto", cpu, torch.float32) == pick("processor", cpu, torch.float32) == "processor"
-    with pytest.raises(UsageError, match="needs a CPU"):
-        pick("processor", cuda, torch.float32)
-    with pytest.raises(UsageError, match="fp64"):
-        pick("processor", cpu, torch.float64)
-    with pytest.raises(UsageError, match=r"engine\.kernels: triton has no kernels for fp64"):
-        pick("triton", cuda, torch.float64)
-    monkeypatch.setattr("fastbyol_kernels.choice.TRITON_ON_CPU", False)
-    with pytest.raises(UsageError, match=r"engine\.kernels: triton needs CUDA, train\.device is cpu"):
-        pick("triton", cpu, torch.float32)
+def test_kernels_that_are_not_there_are_refused_in_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastbyol_kernels.dispatch.TRITON_ON_CPU", False)
+    with pytest.raises(UsageError, match=r"^engine\.kernels=triton needs CUDA, the network is on cpu: take auto or reference"):
+        TrainState.create(config("gn", True, "blog", "fp32", "triton"), steps_per_epoch=2, device="cpu")
 
 
-def test_on_a_processor_the_weights_are_made_at_once_and_in_plain_torch_by_each_layer() -> None:
+def test_on_a_cpu_the_weights_are_made_at_once_and_in_plain_torch_by_each_layer() -> None:
     for kernels, groups in (("auto", 4), ("reference", 0)):
         state = TrainState.create(config("gn", True, "blog", "bf16", kernels), steps_per_epoch=2, device="cpu")
-        assert state.kernels == ("processor" if kernels == "auto" else kernels)
+        assert state.kernels == ("cpu" if kernels == "auto" else kernels)
         # Two networks, whose convolutions multiply in bf16 and whose heads in fp32.
         assert len(state.standardized.groups) == groups

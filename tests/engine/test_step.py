@@ -10,11 +10,11 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import golden
 import pytest
 import torch
 from torch import Tensor
 
+import golden
 from fastbyol.config import Config
 from fastbyol.engine.step import LAYER_METRICS, METRICS, StepMetrics, TrainState, as_batch, train_step
 from fastbyol.errors import UsageError

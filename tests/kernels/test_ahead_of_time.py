@@ -24,7 +24,7 @@ STEP = """
 import torch
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
-from fastbyol_kernels import ahead_of_time, choice, group_norm
+from fastbyol_kernels import ahead_of_time, dispatch, group_norm
 
 x = torch.zeros(4, 64, 24, 24, dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last).requires_grad_()
 weight, bias = torch.ones(64, requires_grad=True), torch.zeros(64, requires_grad=True)
@@ -58,7 +58,7 @@ for architecture in (80, 90):
 """
 
 RESTORED = """
-before = driver._active, JITFunction.run, choice.TRITON_ON_CPU
+before = driver._active, JITFunction.run, dispatch.TRITON_ON_CPU
 kernels[0].device_caches["kept"] = "compiled before"
 for _ in range(2):
     try:
@@ -73,7 +73,7 @@ for _ in range(2):
     assert (len(outer), len(inner)) == (6, 3)
     assert [launch.compiled.metadata.target.arch for launch in outer] == 6 * [90]
     assert [launch.compiled.metadata.target.arch for launch in inner] == 3 * [80]
-    assert (driver._active, JITFunction.run, choice.TRITON_ON_CPU) == before
+    assert (driver._active, JITFunction.run, dispatch.TRITON_ON_CPU) == before
     assert dict(kernels[0].device_caches) == {"kept": "compiled before"}
     assert not kernels[1].device_caches
 try:

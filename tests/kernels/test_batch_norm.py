@@ -110,7 +110,7 @@ def test_any_shape(
 ) -> None:
     images, *rest = shape
     given = tensors((images * num_views, *rest), dtype, residual=residual, seed=seed)
-    found = run(given, num_views, relu=relu, kernels="processor")
+    found = run(given, num_views, relu=relu, kernels="cpu")
     expected = run(given, num_views, relu=relu, kernels="reference", wide=True)
     if images * rest[1] * rest[2] == 1:
         assert bool(found["running_var"].isnan().all())  # the unbiased variance of one value, as torch's
@@ -246,7 +246,7 @@ def test_everything_else_takes_the_reference(monkeypatch: pytest.MonkeyPatch) ->
     }
     for case in cases.values():
         assert not takes_machine_code(case) or case["x"].dtype == torch.float64
-        run(case, 2, relu=True, kernels="processor")
+        run(case, 2, relu=True, kernels="cpu")
     run(given, 2, relu=True, kernels="reference")
     with pytest.raises(AssertionError, match="machine code"):
         run(given, 2, relu=True, kernels="auto")

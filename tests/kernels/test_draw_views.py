@@ -141,7 +141,7 @@ def test_wrong_arguments_are_named(argument: str, value: object) -> None:
 
 
 def test_kernels_on_a_cpu_need_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fastbyol_kernels.choice.TRITON_ON_CPU", False)
+    monkeypatch.setattr("fastbyol_kernels.dispatch.TRITON_ON_CPU", False)
     with pytest.raises(ValueError, match="TRITON_INTERPRET"):
         draw_views(UNEVEN, torch.arange(3), seed=0, epoch=0, height=8, width=8, kernels="triton")
 

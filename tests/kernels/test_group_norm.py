@@ -174,7 +174,7 @@ def cut(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool
     return bool(request.param)
 
 
-@pytest.fixture(params=["triton", "processor"])
+@pytest.fixture(params=["triton", "cpu"])
 def kernels(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
@@ -182,7 +182,7 @@ def kernels(request: pytest.FixtureRequest) -> str:
 @pytest.fixture
 def place(kernels: str, device: torch.device) -> torch.device:
     """Where ``kernels`` run."""
-    return torch.device("cpu") if kernels == "processor" else device
+    return torch.device("cpu") if kernels == "cpu" else device
 
 
 @pytest.fixture
@@ -208,7 +208,7 @@ def test_kernels_equal_fp64(shape: tuple[int, ...], groups: int, dtype: torch.dt
 @settings(max_examples=30, derandomize=True)
 @given(
     st.integers(1, 3), st.sampled_from((1, 2, 3, 8)), st.integers(1, 9), st.integers(1, 5), st.integers(1, 5),
-    st.sampled_from(FLAGS), st.booleans(), st.sampled_from(("triton", "processor")),
+    st.sampled_from(FLAGS), st.booleans(), st.sampled_from(("triton", "cpu")),
 )  # fmt: skip
 def test_kernels_equal_fp64_at_any_shape(
     n: int, groups: int, per_group: int, h: int, w: int, flags: tuple[bool, bool], half: bool, kernels: str
@@ -316,7 +316,7 @@ def test_inductor_keeps_channels_last(device: torch.device) -> None:
 def test_auto_takes_the_processor_where_it_can() -> None:
     x, weight, bias = arguments((2, 8, 3, 3), torch.float32)
     auto = group_norm(x, 4, weight, bias)
-    assert torch.equal(auto, group_norm(x, 4, weight, bias, kernels="processor"))
+    assert torch.equal(auto, group_norm(x, 4, weight, bias, kernels="cpu"))
     for other in (x.contiguous(), x.half(), x[:, :, 0, 0], x.double()):
         wide = (weight.double(), bias.double()) if other.dtype == torch.float64 else (weight, bias)
         got = group_norm(other, 4, *wide)
@@ -340,7 +340,7 @@ def test_any_number_of_threads_gives_the_same_bits(
     shape: tuple[int, ...], flags: tuple[bool, bool], threads: Sequence[int]
 ) -> None:
     for dtype in (torch.bfloat16, torch.float32):
-        case, found = Case(shape, 4, dtype, flags, torch.device("cpu"), kernels="processor"), []
+        case, found = Case(shape, 4, dtype, flags, torch.device("cpu"), kernels="cpu"), []
         for number in threads:
             torch.set_num_threads(number)
             found.append(case.run())
@@ -353,7 +353,7 @@ def test_any_number_of_threads_gives_the_same_bits(
 @pytest.mark.parametrize(("dtype", "mean", "rtol"), [(torch.bfloat16, 200.0, 2**-8), (torch.float32, 1e4, 2e-6)], ids=str)
 def test_statistics_keep_their_digits_at_a_huge_mean(dtype: torch.dtype, mean: float, rtol: float) -> None:
     """Also where the first pixels, which a shift could be taken from, are far from all others."""
-    case = Case((2, 64, 24, 24), 32, dtype, (False, False), torch.device("cpu"), mean=mean, kernels="processor")
+    case = Case((2, 64, 24, 24), 32, dtype, (False, False), torch.device("cpu"), mean=mean, kernels="cpu")
     case.inputs[0][1, :, 0] = 0
     got, expected = case.run()[0].double(), case.exact()[0]
     # x * scale + shift are the difference of two numbers near mean / std: some roundings of 2^-24 of it.
@@ -366,10 +366,10 @@ def test_statistics_keep_their_digits_at_a_huge_mean(dtype: torch.dtype, mean: f
 def test_the_backward_pass_masks_what_the_forward_pass_cut(dtype: torch.dtype) -> None:
     """Bit for bit, in vectors and in what is left over: the bias's gradient counts what passed."""
     for shape in ((2, 64, 9, 7), (3, 6, 5, 5), (2, 12, 1, 3)):
-        case = Case(shape, 2, dtype, (False, True), torch.device("cpu"), kernels="processor")
+        case = Case(shape, 2, dtype, (False, True), torch.device("cpu"), kernels="cpu")
         # Biases that put an element of each channel at zero, or within a rounding of it.
         x, weight, _, _ = case.inputs
-        plain = group_norm(x, 2, weight, torch.zeros(shape[1]), kernels="processor")
+        plain = group_norm(x, 2, weight, torch.zeros(shape[1]), kernels="cpu")
         case.inputs = (x, weight, -plain[0, :, 0, -1].float(), None)
         case.gradient = torch.ones_like(x)
         y, _, _, dbias = case.run()
@@ -388,7 +388,7 @@ def test_what_is_no_number_comes_through(dtype: torch.dtype, added: bool, relu: 
             x[1, 0, 0, 0], bias[1] = wrong, float("nan")
             found = [
                 group_norm(x, 2, weight, bias, residual=residual, relu=relu, kernels=kernels).isnan()
-                for kernels in ("processor", "reference")
+                for kernels in ("cpu", "reference")
             ]
             assert torch.equal(*found)
 
@@ -438,7 +438,7 @@ def test_bad_input_names_the_argument(device: torch.device, monkeypatch: pytest.
         with pytest.raises(ValueError, match=names):
             call(**wrong)  # type: ignore[arg-type]
     if not x.is_cuda:
-        monkeypatch.setattr("fastbyol_kernels.choice.TRITON_ON_CPU", False)
+        monkeypatch.setattr("fastbyol_kernels.dispatch.TRITON_ON_CPU", False)
         with pytest.raises(ValueError, match="TRITON_INTERPRET"):
             call()
 

@@ -621,7 +621,7 @@ def test_a_bad_table_is_refused() -> None:
 
 
 def test_triton_on_a_cpu_needs_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fastbyol_kernels.choice.TRITON_ON_CPU", False)
+    monkeypatch.setattr("fastbyol_kernels.dispatch.TRITON_ON_CPU", False)
     with pytest.raises(ValueError, match="needs CUDA tensors"):
         problem(torch.device("cpu")).step("sgd", kernels="triton")
 

@@ -34,8 +34,8 @@ def activations(shape: tuple[int, ...], dtype: torch.dtype, *, seed: int = 0, wh
 def both(x: Tensor, dy: Tensor | None = None) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """Output and gradient of the machine code, and of torch in float64, whose gradient is left in it."""
     found = []
-    for kernels in ("processor", "reference"):
-        leaf = (x if kernels == "processor" else x.double()).clone(memory_format=torch.preserve_format).requires_grad_()
+    for kernels in ("cpu", "reference"):
+        leaf = (x if kernels == "cpu" else x.double()).clone(memory_format=torch.preserve_format).requires_grad_()
         y = ops.max_pool(leaf, kernels=kernels)
         dy = activations(tuple(y.shape), x.dtype, seed=1) if dy is None else dy
         (dx,) = torch.autograd.grad(y, leaf, dy.to(y.dtype))
@@ -117,7 +117,7 @@ def test_everything_else_takes_the_reference(monkeypatch: pytest.MonkeyPatch) ->
     x = activations((4, 16, 9, 9), torch.float32)
     others = (x.contiguous(), x.double(), x[:, :15].contiguous(memory_format=torch.channels_last), x[:0])
     for other in others:
-        assert torch.equal(ops.max_pool(other, kernels="processor"), ops.reference(other))
+        assert torch.equal(ops.max_pool(other, kernels="cpu"), ops.reference(other))
     assert torch.equal(ops.max_pool(x, kernels="reference"), ops.reference(x))
     with pytest.raises(AssertionError, match="machine code"):
         ops.max_pool(x)

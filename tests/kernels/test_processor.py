@@ -16,7 +16,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastbyol_kernels import choice, processor
+from fastbyol_kernels import dispatch, processor
 from fastbyol_kernels.processor import argument, blocks, floats, halves, integers, kernel, narrowed, take, widened
 
 SIZE = 64
@@ -150,7 +150,7 @@ def test_code_of_other_sources_is_never_taken_from_the_cache(tmp_path: Path) -> 
     package.mkdir()
     source = Path(processor.__file__).read_text("utf-8")
     (package / "__init__.py").touch()
-    shutil.copy(choice.__file__, package)
+    shutil.copy(dispatch.__file__, package)
     (tmp_path / "mine.py").write_text(
         "import torch\nfrom fastbyol_kernels.processor import argument, integers, kernel, take\n"
         "@kernel\ndef number(table):\n    integers(table, 0)[take(table)] = argument(table, 1)\n"

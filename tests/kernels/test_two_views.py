@@ -241,9 +241,9 @@ def test_layout_and_dtypes(device: torch.device) -> None:
     assert torch.equal(half, single.bfloat16())
 
 
-@pytest.mark.parametrize("kernels", ["processor", "reference"])
+@pytest.mark.parametrize("kernels", ["cpu", "reference"])
 def test_strided_images_are_read_as_they_are(kernels: str, device: torch.device) -> None:
-    if kernels == "processor" and device.type != "cpu":
+    if kernels == "cpu" and device.type != "cpu":
         pytest.skip("the images are on a GPU")
     pixels, rows = images(40, 33).to(device), mixed_table(2, 40, 33).to(device)
     strided = pixels.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
@@ -279,7 +279,7 @@ def assert_kernels_agree(
     pixels, rows = pixels.to(device), rows.to(device)
     exact = two_views(pixels, rows, dtype=torch.float64, kernels="reference", **options)
     half = dtype == torch.bfloat16
-    for kernels in ("triton", "processor") if device.type == "cpu" else ("triton",):
+    for kernels in ("triton", "cpu") if device.type == "cpu" else ("triton",):
         got = two_views(pixels, rows, dtype=dtype, kernels=kernels, **options)
         assert got.dtype == dtype
         assert got.stride() == exact.stride()
@@ -413,22 +413,22 @@ def test_a_processor_refuses_what_lies_outside() -> None:
     pixels, rows = images(9, 9), table(9, 9, {})[:1, :2]
     for indices in ([-1, 0], [0, 6]):
         with pytest.raises(IndexError, match=r"indices must lie in \[0, 6\)"):
-            two_views(pixels, rows, size=9, indices=torch.tensor(indices), kernels="processor")
+            two_views(pixels, rows, size=9, indices=torch.tensor(indices), kernels="cpu")
     for column, value, words in ((Column.TOP, 1, "does not lie within"), (Column.ORDER, 24, "jitter order")):
         wild = rows.clone()
         wild[0, 1, column] = value
         with pytest.raises(ValueError, match=words):
-            two_views(pixels, wild, size=9, indices=torch.tensor([0, 1]), kernels="processor")
+            two_views(pixels, wild, size=9, indices=torch.tensor([0, 1]), kernels="cpu")
     wide = rows.clone()
     wide[..., Column.BLUR_SIGMA] = 1.0
     with pytest.raises(ValueError, match="blur_kernel must be at most 17"):
-        two_views(pixels, wide, size=9, blur_kernel=19, indices=torch.tensor([0, 1]), kernels="processor")
+        two_views(pixels, wide, size=9, blur_kernel=19, indices=torch.tensor([0, 1]), kernels="cpu")
     # Pillow's boxes know no such limit: they repeat the edge.
     for sigma in (9.0, 40.0):
         wide[..., Column.BLUR_SIGMA] = sigma
         options: dict[str, Any] = {"size": 9, "blur": "pil", "indices": torch.tensor([0, 1])}
         exact = two_views(pixels, wide, dtype=torch.float64, kernels="reference", **options)
-        got = two_views(pixels, wide, kernels="processor", **options)
+        got = two_views(pixels, wide, kernels="cpu", **options)
         torch.testing.assert_close(got.double(), exact, rtol=0.0, atol=TOLERANCE)
 
 
@@ -518,7 +518,7 @@ def test_wrong_arguments_of_the_kernels_are_named(device: torch.device, monkeypa
     with pytest.raises(ValueError, match=r"^channels .* even size"):
         two_views(**{**good, "size": 7, "channels": 12})
     if not pixels.is_cuda:
-        monkeypatch.setattr("fastbyol_kernels.choice.TRITON_ON_CPU", False)
+        monkeypatch.setattr("fastbyol_kernels.dispatch.TRITON_ON_CPU", False)
         with pytest.raises(ValueError, match="TRITON_INTERPRET"):
             two_views(**good)
 

@@ -133,7 +133,7 @@ def nan_filled(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "empty_like", lambda *a, **k: empty_like(*a, **k).fill_(float("nan")))
 
 
-@pytest.fixture(params=["triton", "processor"])
+@pytest.fixture(params=["triton", "cpu"])
 def kernels(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
@@ -141,11 +141,11 @@ def kernels(request: pytest.FixtureRequest) -> str:
 @pytest.fixture
 def place(kernels: str, device: torch.device) -> torch.device:
     """Where ``kernels`` run."""
-    return torch.device("cpu") if kernels == "processor" else device
+    return torch.device("cpu") if kernels == "cpu" else device
 
 
 @pytest.mark.usefixtures("nan_filled")
-@pytest.mark.parametrize("kernels", ["triton", "processor", "reference"])
+@pytest.mark.parametrize("kernels", ["triton", "cpu", "reference"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_rows_equal_fp64(dtype: torch.dtype, kernels: str, place: torch.device) -> None:
     device = place
@@ -166,7 +166,7 @@ def test_rows_equal_fp64(dtype: torch.dtype, kernels: str, place: torch.device) 
     st.lists(st.tuples(st.integers(1, 4), st.integers(2, 40), st.sampled_from((1, 8, 9, 16))), min_size=1, max_size=5),
     st.integers(0, 70),
     st.booleans(),
-    st.sampled_from(("triton", "processor")),
+    st.sampled_from(("triton", "cpu")),
 )
 def test_rows_equal_fp64_at_any_shape(shapes: list[tuple[int, ...]], skip: int, half: bool, kernels: str) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() and kernels == "triton" else "cpu")
@@ -192,7 +192,7 @@ def test_two_runs_are_equal_in_every_bit(kernels: str, place: torch.device) -> N
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("kernels", ["triton", "processor", "reference"])
+@pytest.mark.parametrize("kernels", ["triton", "cpu", "reference"])
 def test_backward_into_a_buffer_leaves_the_rest_alone(kernels: str, place: torch.device) -> None:
     flat, table = network(NETWORK, place)
     gradient = upstream(table, torch.float32, place)
@@ -239,7 +239,7 @@ def test_any_number_of_threads_gives_the_same_bits(dtype: torch.dtype, threads: 
     gradient, found = upstream(table, dtype, cpu), []
     for number in threads:
         torch.set_num_threads(number)
-        found.append(both(flat, table, gradient, "processor"))
+        found.append(both(flat, table, gradient, "cpu"))
     for other in found[1:]:
         assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
 
@@ -253,7 +253,7 @@ def test_a_weight_alone_equals_fp64(shape: tuple[int, ...], channels_last: bool)
         w = w.contiguous(memory_format=torch.channels_last)
     leaf, exactly = w.clone().requires_grad_(), w.double().requires_grad_()
     gradient = torch.randn(shape, generator=generator)
-    out, expected = weight_standardization(leaf, kernels="processor"), by_sums(exactly)
+    out, expected = weight_standardization(leaf, kernels="cpu"), by_sums(exactly)
     out.backward(gradient)
     expected.backward(gradient.double())
     assert leaf.grad is not None
@@ -295,12 +295,12 @@ def test_what_machine_code_does_not_know_is_plain_torch() -> None:
     got = standardize_rows(flat, table, torch.float16)[0]
     assert torch.equal(got, standardize_rows(flat, table, torch.float16, kernels="reference")[0])
     with pytest.raises(ValueError, match=r"^dtype"):
-        standardize_rows(flat, table, torch.float16, kernels="processor")
+        standardize_rows(flat, table, torch.float16, kernels="cpu")
 
 
 def test_no_rows_at_all() -> None:
     _, table = network((), torch.device("cpu"))
-    copy, means, stds = standardize_rows(torch.randn(table.flat_numel), table, torch.float32, kernels="processor")
+    copy, means, stds = standardize_rows(torch.randn(table.flat_numel), table, torch.float32, kernels="cpu")
     assert len(copy) == len(means) == len(stds) == 0
 
 
@@ -375,7 +375,7 @@ def test_bad_input_names_the_argument(device: torch.device, monkeypatch: pytest.
         with pytest.raises(ValueError, match=message):
             standardize_rows_backward_into(*arguments, table, kernels="triton")
     if not flat.is_cuda:
-        monkeypatch.setattr("fastbyol_kernels.choice.TRITON_ON_CPU", False)
+        monkeypatch.setattr("fastbyol_kernels.dispatch.TRITON_ON_CPU", False)
         with pytest.raises(ValueError, match="TRITON_INTERPRET"):
             call()
 

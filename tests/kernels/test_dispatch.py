@@ -16,7 +16,7 @@ from torch.autograd import forward_ad
 from torch.func import functional_call, grad, jvp, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from fastbyol_kernels import batch_norm, choice, group_norm, lars_ema, max_pool, weight_standardization
+from fastbyol_kernels import batch_norm, dispatch, group_norm, lars_ema, max_pool, weight_standardization
 from fastbyol_kernels.processor import kernel
 
 N, C, S = 4, 16, 6
@@ -81,7 +81,7 @@ OPS: dict[str, Callable[[], Op]] = {
         ),
     ),
 }
-KERNELS = ("auto", "processor", "triton", "reference")
+KERNELS = ("auto", "cpu", "triton", "reference")
 close = torch.testing.assert_close
 
 
@@ -164,7 +164,7 @@ def _with_default_device(op: Op, x: Tensor) -> Tensor:
 # What torch.func.jvp imports of torch's own.
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:FutureWarning")
 @pytest.mark.parametrize("caller", CALLERS)
-@pytest.mark.parametrize("kernels", ["auto", "processor"])
+@pytest.mark.parametrize("kernels", ["auto", "cpu"])
 def test_an_unusual_caller_gets_plain_torchs_result(op: Op, caller: str, kernels: str) -> None:
     op.kernels = kernels if caller not in ("contiguous", "strided", "expanded") else "auto"  # which layout they do not fit
     call, reference = CALLERS[caller]
@@ -172,7 +172,7 @@ def test_an_unusual_caller_gets_plain_torchs_result(op: Op, caller: str, kernels
     close(call(op, x), reference(op, x), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("kernels", ["auto", "processor"])
+@pytest.mark.parametrize("kernels", ["auto", "cpu"])
 def test_tensors_without_numbers_keep_to_shapes(op: Op, kernels: str) -> None:
     op.kernels, x = kernels, images()
     wanted = op.reference(x)
@@ -232,16 +232,32 @@ def test_complex_and_sparse_input_is_an_error_or_torchs_result(op: Op) -> None:
             op(x).double()
 
 
+def test_what_kernels_means_and_what_cannot_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu, cuda, resolve = torch.device("cpu"), torch.device("cuda"), dispatch.resolve
+    assert resolve("auto", cuda, torch.float32) == "triton"
+    assert resolve("auto", cuda, torch.float64) == resolve("auto", cpu, torch.float64) == "reference"
+    assert resolve("reference", cuda, torch.float32) == "reference"
+    assert resolve("auto", cpu, torch.float32) == resolve("cpu", cpu, torch.float32) == "cpu"
+    with pytest.raises(ValueError, match="kernels=cpu needs a CPU, the network is on cuda"):
+        resolve("cpu", cuda, torch.float32)
+    for kernels, device in (("cpu", cpu), ("triton", cuda)):
+        with pytest.raises(ValueError, match=f"kernels={kernels} has no kernels for fp64"):
+            resolve(kernels, device, torch.float64)
+    monkeypatch.setattr("fastbyol_kernels.dispatch.TRITON_ON_CPU", False)
+    with pytest.raises(ValueError, match="kernels=triton needs CUDA, x is on cpu"):
+        resolve("triton", cpu, torch.float32, what="x")
+
+
 def test_what_is_recorded_does_not_run_at_once() -> None:
     x = torch.ones(2)
-    assert choice.at_once(x, None, torch.nn.Parameter(x))
-    assert not choice.at_once(x, x.to("meta"))
-    assert not choice.at_once(FakeTensorMode().from_tensor(x))
-    assert not choice.at_once(x.to_sparse())
+    assert dispatch.at_once(x, None, torch.nn.Parameter(x))
+    assert not dispatch.at_once(x, x.to("meta"))
+    assert not dispatch.at_once(FakeTensorMode().from_tensor(x))
+    assert not dispatch.at_once(x.to_sparse())
     with FakeTensorMode(allow_non_fake_inputs=True):
-        assert not choice.at_once(x)
-    assert vmap(lambda row: row * choice.at_once(row))(x).sum() == 0
-    assert torch.compile(lambda x: x * choice.at_once(x), backend="eager", fullgraph=True)(x).sum() == 0
+        assert not dispatch.at_once(x)
+    assert vmap(lambda row: row * dispatch.at_once(row))(x).sum() == 0
+    assert torch.compile(lambda x: x * dispatch.at_once(x), backend="eager", fullgraph=True)(x).sum() == 0
 
 
 @kernel
@@ -285,5 +301,5 @@ def test_the_optimizer_takes_no_addresses_that_are_none(how: str) -> None:
 @pytest.mark.parametrize("word", ["", "Auto", "cuda", "numba", None])
 def test_a_word_that_is_none_of_the_kernels_is_refused(op: Op, word: Any) -> None:
     op.kernels = word
-    with pytest.raises(ValueError, match="kernels must be one of auto, triton, processor, reference"):
+    with pytest.raises(ValueError, match="kernels must be one of auto, triton, cpu, reference"):
         op(images())

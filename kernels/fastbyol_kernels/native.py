@@ -1,0 +1,305 @@
+"""Kernels for a CPU: numba functions with named, typed arguments, run by the very threads that torch's operations run on.
+
+    @kernel
+    def double(block: int, values: F32) -> None:
+        for i in range(block * 1024, (block + 1) * 1024):
+            values[i] *= np.float32(2)
+
+    double(len(values) // 1024, values)
+
+Blocks are handed out one by one. A kernel writes what belongs to its block alone, so that its results are the same bits for
+any number of threads.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import struct
+import sys
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from types import FunctionType
+from typing import Annotated, Any, get_type_hints
+
+import numba
+import numpy as np
+import torch
+from numba.core.cgutils import ir
+from numba.core.compiler import Compiler
+from numba.core.types import CPointer  # type: ignore[attr-defined]
+from numba.extending import intrinsic, overload
+from numba.np.arrayobj import populate_array
+from torch import Tensor
+
+from fastbyol_kernels.dispatch import is_plain
+
+# What an argument may be beside ``int`` and ``float``, which are 64 bits wide: a tensor, seen flat and without an end.
+F32, F64 = Annotated[Any, numba.float32], Annotated[Any, numba.float64]
+I32, I64 = Annotated[Any, numba.int32], Annotated[Any, numba.int64]
+U8 = Annotated[Any, numba.uint8]
+# bf16, seen as its bits (see ``widened`` and ``narrowed``), or f32, all of a call alike: the kernel is compiled for both.
+_ACTIVATION, _WORKER = "bf16 or f32", "worker"
+Activation = Annotated[Any, _ACTIVATION]
+# Passed by nobody: this thread's number, from 0, among at most as many as torch has threads.
+Worker = Annotated[int, _WORKER]
+
+_BF16 = numba.uint16
+_DTYPES = {
+    numba.float32: torch.float32,
+    numba.float64: torch.float64,
+    numba.int32: torch.int32,
+    numba.int64: torch.int64,
+    numba.uint8: torch.uint8,
+}
+_ELEMENTS = {torch.float32: numba.float32, torch.bfloat16: _BF16}
+# A call is a table of 64-bit words: the next block, how many there are, how many workers have begun, then the arguments.
+_NEXT, _BLOCKS, _WORKERS, _ARGUMENTS = range(4)
+# A kernel knows the ends of its blocks; the arrays it sees have none.
+_ENDLESS = 1 << 40
+# Sums may be added in any order, which vector instructions need; NaN and infinity stay what they are. Division by zero as in C,
+# not an exception: nothing may be raised in a thread that Python does not know.
+_OPTIONS: dict[str, Any] = {"fastmath": {"reassoc", "contract", "nsz"}, "error_model": "numpy"}
+# Where each library says that it is loaded; all of them know GNU's entry point.
+_OPENMP = ("libgomp.so.1", "libiomp5.so", "libomp.so")
+_FUNCTION = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+
+
+class Kernel:
+    """A compiled kernel. Compiled, or read from numba's cache, at its first call, which takes up to a second."""
+
+    def __init__(self, function: Callable[..., None], *, backwards: bool) -> None:
+        self._function, self._backwards, self.__doc__ = function, backwards, function.__doc__
+        hints = get_type_hints(function, include_extras=True)
+        names = function.__code__.co_varnames[1 : function.__code__.co_argcount]
+        self._kinds = {name: getattr(hints[name], "__metadata__", (hints[name],))[0] for name in names}
+        self._passed = tuple((name, kind) for name, kind in self._kinds.items() if kind != _WORKER)
+        self._compiled: dict[torch.dtype, Any] = {}
+
+    def __call__(self, num_blocks: int, *arguments: Tensor | float) -> None:
+        """Run blocks 0 to ``num_blocks`` - 1. Wait until all is done; Python's other threads run meanwhile.
+
+        The kernel trusts its caller with the sizes of tensors, and that they are contiguous as it reads them. Raises
+        ValueError, naming the argument, for a tensor of another dtype than declared, and for one that is not torch's own on
+        the CPU: it may have no memory behind its address.
+        """
+        words: list[Any] = [0, num_blocks, 0]
+        activation = None
+        for (name, kind), value in zip(self._passed, arguments, strict=True):
+            if isinstance(value, Tensor) == (kind in (int, float)):
+                raise TypeError(f"{name} is a {type(value).__name__}, the kernel {self._function.__name__} takes {kind}")
+            if not isinstance(value, Tensor):
+                words.append(value if kind is int else struct.unpack("q", struct.pack("d", value))[0])
+                continue
+            if not is_plain(value):
+                what = f"a {type(value).__name__} on {value.device}"
+                raise ValueError(f'{name} is {what}, compiled code takes plain tensors on a CPU: take kernels="reference"')
+            if kind == _ACTIVATION and activation is None and value.dtype in _ELEMENTS:
+                activation = value.dtype
+            expected = activation if kind == _ACTIVATION else _DTYPES[kind]
+            if value.dtype != expected:
+                raise ValueError(f"{name} is {value.dtype}, the kernel {self._function.__name__} takes {expected or kind}")
+            words.append(value.data_ptr())
+        if num_blocks < 1:
+            return
+        table = (ctypes.c_int64 * len(words))(*words)
+        address, threads = self._address(activation or torch.float32), min(torch.get_num_threads(), num_blocks)
+        team = _team() if threads > 1 else None
+        if team is None:
+            _FUNCTION(address)(ctypes.addressof(table))
+        else:
+            team(address, ctypes.addressof(table), threads, 0)
+
+    def _address(self, activation: torch.dtype) -> int:
+        if activation not in self._compiled:
+            self._compiled[activation] = self._compile(_ELEMENTS[activation])
+        return int(self._compiled[activation].address)
+
+    def _compile(self, activation: Any) -> Any:
+        """Compile the loop over blocks with the kernel in it, for activations of ``activation``."""
+        body = inlined(self._function)
+        unpack = _unpack([activation if kind == _ACTIVATION else kind for kind in self._kinds.values()])
+        code = (_backwards if self._backwards else _forwards).__code__
+        # numba keeps what it compiled under a function's name, and asks whether the function's own file has changed, which for
+        # all kernels is this one: the name tells the kernel, and its sources.
+        name = f"{self._function.__module__}.{self._function.__qualname__}.{activation}"
+        name += "." + _fingerprint(Path(self._function.__code__.co_filename))
+        loop = FunctionType(code, {**globals(), "body": body, "unpack": unpack}, name)
+        loop.__module__ = __name__
+        loop.__qualname__ = "".join(letter if letter.isalnum() else "_" for letter in name)
+        signature = numba.void(CPointer(numba.int64))
+        try:
+            return numba.cfunc(signature, cache=True, nopython=True, **_OPTIONS)(loop)
+        except RuntimeError:  # numba found no folder to write its cache to
+            return numba.cfunc(signature, nopython=True, **_OPTIONS)(loop)
+
+
+def kernel(function: Callable[..., None] | None = None, *, backwards: bool = False) -> Any:
+    """Make a ``Kernel`` of ``function``, whose first parameter is a block's number and whose others are typed as above.
+
+    ``backwards``: the last block goes first, for a pass that begins with what the pass before has left in the caches.
+    """
+    if function is None:
+        return lambda function: Kernel(function, backwards=backwards)
+    return Kernel(function, backwards=backwards)
+
+
+# What ``Kernel._compile`` puts in their place for the two loops below.
+unpack: Any = None
+body: Any = None
+
+
+def _forwards(table):
+    arguments = unpack(table)
+    block = _take(table)
+    while block < _blocks(table):
+        body(block, *arguments)
+        block = _take(table)
+
+
+def _backwards(table):
+    arguments = unpack(table)
+    block = _take(table)
+    while block < _blocks(table):
+        body(_blocks(table) - 1 - block, *arguments)
+        block = _take(table)
+
+
+@cache
+def _fingerprint(source: Path) -> str:
+    """Return a digest of ``source`` and of this package's files, any of which may change what a kernel does."""
+    files = sorted({source, *Path(__file__).parent.rglob("*.py")})
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:16]
+
+
+@cache
+def _team() -> Callable[[int, int, int, int], None] | None:
+    """Return GOMP_parallel(function, data, threads, flags) of the OpenMP library that torch runs on, None if there is none.
+
+    A pool of threads of one's own would fight with torch's, which spin for a while after each operation: the optimizer's step
+    took twice as long beside them (bench/LOG.md, "one pass in machine code").
+    """
+    for name in _OPENMP:
+        try:
+            library = ctypes.CDLL(name, mode=os.RTLD_NOLOAD | os.RTLD_LAZY if sys.platform != "win32" else 0)
+            run = library.GOMP_parallel
+        except (OSError, AttributeError):
+            continue
+        run.argtypes, run.restype = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint), None
+        return run
+    return None
+
+
+# What the table of a call is read with.
+
+
+def _word(context: Any, builder: Any, table: Any, place: int) -> Any:
+    return builder.gep(table, [context.get_constant(numba.int64, place)])
+
+
+def _count(context: Any, builder: Any, table: Any, place: int) -> Any:
+    return builder.atomic_rmw("add", _word(context, builder, table, place), context.get_constant(numba.int64, 1), "monotonic")
+
+
+@intrinsic
+def _take(typing: Any, table: Any) -> Any:
+    """The next block, handed out once."""
+    return numba.int64(table), lambda context, builder, _, arguments: _count(context, builder, arguments[0], _NEXT)
+
+
+@intrinsic
+def _blocks(typing: Any, table: Any) -> Any:
+    """How many blocks there are."""
+    return numba.int64(table), lambda context, builder, _, arguments: builder.load(
+        _word(context, builder, arguments[0], _BLOCKS)
+    )
+
+
+def _unpack(kinds: list[Any]) -> Any:
+    """Return an intrinsic that makes a tuple of arrays and numbers of a table, as ``kinds`` says."""
+    types = [
+        numba.int64 if kind in (int, _WORKER) else numba.float64 if kind is float else numba.types.Array(kind, 1, "C")
+        for kind in kinds
+    ]
+    made = numba.types.Tuple(types)
+
+    @intrinsic
+    def unpack(typing: Any, table: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            values, place = [], _ARGUMENTS
+            for kind, of in zip(kinds, types, strict=True):
+                if kind == _WORKER:
+                    values.append(_count(context, builder, arguments[0], _WORKERS))
+                    continue
+                word = builder.load(_word(context, builder, arguments[0], place))
+                place += 1
+                if kind is float:
+                    word = builder.bitcast(word, ir.DoubleType())
+                values.append(word if kind in (int, float) else _array(context, builder, of, word))
+            return context.make_tuple(builder, made, values)
+
+        return made(table), generate
+
+    return unpack
+
+
+def _array(context: Any, builder: Any, of: Any, address: Any) -> Any:
+    """An array without an end at an address."""
+    array = context.make_array(of)(context, builder)
+    data = builder.inttoptr(address, context.get_data_type(of.dtype).as_pointer())
+    size = context.get_constant(numba.types.intp, of.dtype.bitwidth // 8)
+    shape = [context.get_constant(numba.types.intp, _ENDLESS)]
+    populate_array(array, data=data, shape=shape, strides=[size], itemsize=size, meminfo=None)
+    return array._getvalue()
+
+
+# What kernels are written with.
+
+
+def widened(element):
+    """An element of an Activation, float32."""
+    raise NotImplementedError("in a kernel only")
+
+
+def narrowed(number, array):
+    """``number``, float32, as an element of ``array``, an Activation: rounded to nearest, ties to even; NaN stays NaN."""
+    raise NotImplementedError("in a kernel only")
+
+
+@overload(widened, jit_options={"forceinline": True})
+def _widened(element):
+    if element == _BF16:
+        return lambda element: np.uint32(np.uint32(element) << np.uint32(16)).view(np.float32)
+    return lambda element: element
+
+
+@overload(narrowed, jit_options={"forceinline": True})
+def _narrowed(number, array):
+    return (lambda number, array: _to_bf16(number)) if array.dtype == _BF16 else (lambda number, array: number)
+
+
+@numba.njit(inline="always")
+def _to_bf16(value):
+    bits = np.float32(value).view(np.uint32)
+    rounded = np.uint32(bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1)))
+    return np.uint16((np.uint32(0x7FC00000) if value != value else rounded) >> np.uint32(16))
+
+
+class _NoAlias(Compiler):  # type: ignore[misc]
+    """Compiles on the promise that arrays passed to a function do not overlap."""
+
+    def __init__(self, *arguments: Any) -> None:
+        *before, flags, local = arguments
+        flags = flags.copy()
+        flags.noalias = True
+        super().__init__(*before, flags, local)
+
+
+# For functions that kernels call. They must become part of each: a process that has just compiled a kernel would call such a
+# function as it was compiled by itself, one that reads the kernel from the cache as it was compiled in it, and sums differ.
+inlined = numba.njit(forceinline=True, **_OPTIONS)
+# And for functions over parts of tensors: their arguments do not overlap, which the compiler would else check at every call,
+# or, with more than a few, not make vectors at all.
+noalias = numba.njit(forceinline=True, pipeline_class=_NoAlias, **_OPTIONS)

@@ -110,7 +110,7 @@ def _works(options: argparse.Namespace) -> tuple[Job, ...]:
 
 def _limits(options: argparse.Namespace) -> tuple[Job, ...]:
     """Call B: what the device gives at best, the tests that take a GPU, wrong accesses and races, and the suites."""
-    pytest = (sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-k", "not processor", "-W", "default")
+    pytest = (sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-k", "not cpu", "-W", "default")
     plugins = ("-p", "no:cacheprovider", "-p", "no:benchmark")
     spread = ("-n", "8") if importlib.util.find_spec("xdist") else ()
     tests = ("tests/kernels/test_draw_views.py",) if options.dry else GPU_TESTS

@@ -139,7 +139,7 @@ def _runs(options: argparse.Namespace) -> tuple[Job, ...]:
     """Call C: whole epochs with their ends, then the claims, on images that were carried and on textures."""
 
     def run(what: str, name: str, *words: str, most_s: float) -> Job:
-        modules = (*FASTBYOL, "ffcv", "typer", "rich")
+        modules = (*FASTBYOL, "typer", "rich")
         return _own("runs", name, what, "--folder", f"{{work}}/runs/{name}", *words, most_s=most_s, modules=modules)
 
     def claims(name: str, precision: str, *files: str, most_s: float) -> Job:

@@ -1,86 +1,91 @@
 """The writing processes behind ``beton_write``: read items, check them, encode them, write them where they stay.
 
-One process is started. It loads the data set and forks the workers, which share what that holds in memory; they tell the
-caller what goes wrong by JSON messages. Nothing else imports this module.
+One process is started. It loads the data set and forks the workers, which share what that holds in memory. Nothing else
+imports this module.
 """
 
 from __future__ import annotations
 
 import contextlib
 import io
-import json
 import mmap
 import operator
 import os
 import pickle
-import socket
 import sys
 import zlib
-from collections.abc import Callable
+from multiprocessing.connection import Connection
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from fastbyol.data.beton_layout import MAX_SIDE
-from fastbyol.data.beton_write import BEGUN, CHUNK_ITEMS, DONE, RESULT, Job, UnreadableItemError, die_with, write_at
+from fastbyol.data.beton_layout import JPG, MAX_SIDE, RAW
+from fastbyol.data.beton_write import (
+    BEGUN,
+    CHUNK_ITEMS,
+    DONE,
+    RESULT,
+    Job,
+    UnreadableItemError,
+    die_with,
+    disk_error,
+    write_at,
+)
+from fastbyol.errors import FastbyolError, UsageError
 
-# With JSON's escapes at six bytes a letter a message stays below the 4096 bytes that are read at once.
+# A pipe takes messages of up to 4096 bytes at once, so that workers may share it; a letter has up to four.
 MAX_LETTERS = 600
 # How a worker ends that has nothing left to do: a data set's own code may end one with 0.
 FINISHED = 77
-Send = Callable[..., None]
 
 
 def main() -> None:
-    """Work off the pickled ``Job`` in standard input, reporting on the socket ``argv[1]`` to the process ``argv[2]``."""
+    """Work off the pickled ``Job`` in standard input, reporting on the pipe ``argv[1]`` to the process ``argv[2]``.
+
+    Reports are (index, reason) of an item that cannot be read, a FastbyolError for what ends the writing, None for its end.
+    """
     die_with(int(sys.argv[2]))
-    reports, job = socket.socket(fileno=int(sys.argv[1])), pickle.load(sys.stdin.buffer)
-
-    def send(**message: object) -> None:
-        reports.send(json.dumps(message).encode())
-
-    results = np.frombuffer(mmap.mmap(job.results, len(job.items) * RESULT.itemsize), RESULT)
+    reports, job = Connection(int(sys.argv[1]), readable=False), pickle.load(sys.stdin.buffer)
+    results = np.frombuffer(mmap.mmap(job.results, 0), RESULT)
     # What the data set loads on first use is shared by the workers. A worker meets a fault again and reports it.
     with contextlib.suppress(Exception):
         job.items[0]
     me = os.getpid()
-    workers = [os.fork() or _work(me, job, results, send) for _ in range(job.workers)]
+    workers = {os.fork() or _work(me, job, results, reports) for _ in range(job.workers)}
     while workers:
         pid, status = os.wait()
         code = os.waitstatus_to_exitcode(status)
         if pid in workers and code != FINISHED:
             how = f"by signal {-code}" if code < 0 else f"with status {code}"
             names = ", ".join(job.name(index) for index in np.flatnonzero(results["state"] == BEGUN)[:4].tolist())
-            send(error=f"a worker process ended {how} while these were in work: {names}"[:MAX_LETTERS], kind="other")
-        workers = [worker for worker in workers if worker != pid]
-    send(finished=True)
+            text = f"a worker process ended {how} while these were in work: {names}"[:MAX_LETTERS]
+            reports.send(FastbyolError(f"{text}; try again, with fewer workers if memory is short"))
+        workers.discard(pid)
+    reports.send(None)
 
 
-def _work(parent: int, job: Job, results: NDArray[Any], send: Send) -> int:
+def _work(parent: int, job: Job, results: NDArray[Any], reports: Connection) -> int:
     """Write items until none is left, and end the process."""
     code = 1
     try:
         die_with(parent)
-        _write_items(job, results, send)
+        _write_items(job, results, reports)
         code = FINISHED
+    except FastbyolError as error:
+        reports.send(error)
     except OSError as error:
-        send(error=(error.strerror or str(error))[:MAX_LETTERS], kind="os", errno=error.errno)
-    except _ItemError as error:
-        send(error=str(error)[:MAX_LETTERS], kind="item")
+        reports.send(disk_error(error))
     except BaseException as error:  # SystemExit of a data set's code too: nobody else would say it
-        send(error=f"{type(error).__name__}: {error}"[:MAX_LETTERS], kind="other")
+        reports.send(FastbyolError(f"{type(error).__name__}: {error}"[:MAX_LETTERS]))
     finally:
         os._exit(code)
 
 
-class _ItemError(Exception):
-    """An item that no file can hold; says which."""
-
-
-def _write_items(job: Job, results: NDArray[Any], send: Send) -> None:
-    total, start, used = len(job.items), 0, job.page_bytes
+def _write_items(job: Job, results: NDArray[Any], reports: Connection) -> None:
+    total, page, used = len(job.items), 0, job.page_bytes
+    mode = RAW if job.mode == "raw" else JPG
     # The positions of two open files, which all workers share and the kernel moves by one step at a time, count the items
     # that are taken and the pages that are: no lock is left behind by a worker that is killed.
     while (first := os.lseek(job.results, CHUNK_ITEMS, os.SEEK_CUR) - CHUNK_ITEMS) < total:
@@ -89,16 +94,16 @@ def _write_items(job: Job, results: NDArray[Any], send: Send) -> None:
             try:
                 height, width, data, label = _encoded(job, job.items[index])
             except UnreadableItemError as error:
-                send(unreadable=index, reason=str(error)[:MAX_LETTERS])
+                reports.send((index, str(error)[:MAX_LETTERS]))
                 results["state"][index] = DONE
                 continue
             except Exception as error:  # anything that a data set may raise
                 text = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
-                raise _ItemError(f"{job.name(index)} {text}") from error
+                raise UsageError(f"{job.name(index)} {text}"[:MAX_LETTERS] + "; correct or remove it") from None
             if used + len(data) > job.page_bytes:
-                start, used = os.lseek(job.out, job.page_bytes, os.SEEK_CUR) - job.page_bytes, 0
-            write_at(job.out, data, start + used)
-            results[index] = DONE, job.mode == "raw", width, height, start + used, len(data), zlib.crc32(data), label
+                page, used = os.lseek(job.out, job.page_bytes, os.SEEK_CUR) - job.page_bytes, 0
+            write_at(job.out, data, page + used)
+            results[index] = DONE, mode, width, height, page + used, len(data), zlib.crc32(data), label
             used += len(data)
 
 

@@ -12,13 +12,13 @@ import ctypes
 import errno
 import json
 import mmap
+import multiprocessing
 import os
 import pickle
 import platform
 import re
 import secrets
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -26,6 +26,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import IO, Any, Literal, Protocol
 
@@ -48,7 +49,6 @@ PAGE_BYTES = 1 << 23
 STALL_S = 300.0
 # Between two looks at how far the workers are.
 POLL_S = 0.2
-MAX_MESSAGE_BYTES = 4096
 # So much of the output's name goes into the temporary file's.
 MAX_NAME_BYTES = 120
 # What the workers say of each item, in memory that they share with the caller. ``state`` is 0 before an item is begun.
@@ -136,19 +136,23 @@ def write(
     temporary = path.with_name(f"{_temporary_prefix(path)}{os.getpid()}-{secrets.token_hex(4)}.tmp")
     with contextlib.ExitStack() as stack:
         stack.callback(temporary.unlink, missing_ok=True)
-        with _disk_errors(path):
-            out = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-        stack.callback(os.close, out)
-        os.lseek(out, _data_start(num_items, labelled, page_bytes), os.SEEK_SET)
-        results_file = stack.enter_context(_memory("results"))
-        results_file.truncate(num_items * RESULT.itemsize)
-        results = np.frombuffer(mmap.mmap(results_file.fileno(), 0), RESULT)
-        job = Job(dataset, labelled, mode, quality, workers, page_bytes, out, results_file.fileno())
-        _run(job, results, path, progress, stop_at_unreadable, stall_s)
-        with _disk_errors(path):
-            _finish(out, results, labelled, page_bytes, note or {})
-            os.fsync(out)
-        info = inspect(temporary)
+        try:
+            with _disk_errors():
+                out = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+            stack.callback(os.close, out)
+            os.lseek(out, _data_start(num_items, labelled, page_bytes), os.SEEK_SET)
+            shared = stack.enter_context(_memory("results"))
+            shared.truncate(num_items * RESULT.itemsize)
+            results = np.frombuffer(mmap.mmap(shared.fileno(), 0), RESULT)
+            job = Job(dataset, labelled, mode, quality, workers, page_bytes, out, shared.fileno())
+            _run(job, results, progress, stop_at_unreadable, stall_s)
+            with _disk_errors():
+                _finish(out, results, labelled, page_bytes, note or {})
+                os.fsync(out)
+            info = inspect(temporary)
+        except FastbyolError as error:
+            error.args = (f"{path}: not written, {error}",)
+            raise
         _publish(temporary, path, overwrite=overwrite)
     return replace(info, path=path)
 
@@ -231,62 +235,48 @@ def _data_start(num_items: int, labelled: bool, page_bytes: int) -> int:
     return -(-head // page_bytes) * page_bytes
 
 
-def _run(
-    job: Job, results: NDArray[Any], path: Path, progress: Progress | None, stop_at_unreadable: bool, stall_s: float
-) -> None:
-    """Have all items written and ``results`` filled in, or raise what the workers report."""
+def _run(job: Job, results: NDArray[Any], progress: Progress | None, stop_at_unreadable: bool, stall_s: float) -> None:
+    """Have all items written and ``results`` filled in, or raise what went wrong."""
     unreadable: dict[int, str] = {}
-    begun, moved, finished = 0, time.monotonic(), False
-    with _workers(job, path) as received:
-        while not finished:
-            match received():
-                case None:
-                    pass
-                case {"unreadable": int(index), "reason": str(reason)}:
-                    unreadable[index] = reason
-                    if stop_at_unreadable:
-                        break
-                case {"finished": True}:
-                    finished = True
-                case message:
-                    raise _reported(message, path)
+    begun, moved, is_finished = 0, time.monotonic(), False
+    with _workers(job) as reports:
+        while not is_finished and not (unreadable and stop_at_unreadable):
+            if reports.poll(POLL_S):
+                match reports.recv():
+                    case FastbyolError() as error:
+                        raise error
+                    case (index, reason):
+                        unreadable[index] = reason
+                    case None:
+                        is_finished = True
             if (now := int(np.count_nonzero(results["state"]))) > begun:
                 begun, moved = now, time.monotonic()
                 if progress is not None:
                     progress(begun, len(results))
             elif time.monotonic() - moved > stall_s:
-                raise FastbyolError(f"{path}: not written, no item was read for {stall_s:g} s; look at the disks and try again")
+                raise FastbyolError(f"no item was read for {stall_s:g} s; look at the disks and try again")
     if unreadable:
-        items = tuple(sorted(unreadable.items()))
-        what = f"{len(items)} of {len(results)} items cannot be read; first, item {items[0][0]}: {items[0][1]}"
-        raise UnreadableItemsError(f"{path}: not written, {what}", items)
+        (first, reason), *_ = items = tuple(sorted(unreadable.items()))
+        what = f"{len(items)} of {len(results)} items cannot be read; first, item {first}: {reason}"
+        raise UnreadableItemsError(what, items)
 
 
 @contextlib.contextmanager
-def _workers(job: Job, path: Path) -> Iterator[Callable[[], dict[str, Any] | None]]:
-    """Start the workers. Yield what waits for their next message, at most POLL_S; afterwards none of them is alive."""
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    with ours, _memory("job") as payload, _memory("errors") as errors, contextlib.ExitStack() as stack:
-        with theirs:
+def _workers(job: Job) -> Iterator[Connection]:
+    """Start the workers and yield where their reports arrive; afterwards none of them is alive."""
+    reports, end = multiprocessing.Pipe(duplex=False)
+    with reports, _memory("job") as payload, _memory("errors") as errors, contextlib.ExitStack() as stack:
+        with end:
             pickle.dump(job, payload)
             payload.seek(0)
-            process = _start(payload, errors, (job.out, job.results, theirs.fileno()))
+            process = _start(payload, errors, (job.out, job.results, end.fileno()))
         stack.callback(_kill_group, process)
-        ours.settimeout(POLL_S)
-
-        def received() -> dict[str, Any] | None:
-            try:
-                message = ours.recv(MAX_MESSAGE_BYTES)
-            except TimeoutError:
-                return None
-            if message:
-                found: dict[str, Any] = json.loads(message)
-                return found
+        try:
+            yield reports
+        except EOFError:
             errors.seek(0)
             last = (errors.read().decode(errors="replace").splitlines() or ["without a word"])[-1][:300]
-            raise FastbyolError(f"{path}: not written, the writing process died ({last}); try `fastbyol doctor`")
-
-        yield received
+            raise FastbyolError(f"the writing process died ({last}); try `fastbyol doctor`") from None
 
 
 def _start(payload: IO[bytes], errors: IO[bytes], files: tuple[int, int, int]) -> subprocess.Popen[bytes]:
@@ -354,21 +344,19 @@ def write_at(fd: int, data: bytes | memoryview, offset: int) -> None:
         view, offset = view[done:], offset + done
 
 
-def _reported(message: dict[str, Any], path: Path) -> FastbyolError:
-    text = f"{path}: not written, {message['error']}"
-    if message["kind"] == "item":
-        return UsageError(f"{text}; correct or remove it")
-    if message.get("errno") in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return FastbyolError(f"{text}; make room on that disk and try again")
-    return FastbyolError(f"{text}; try again, with fewer workers if memory is short")
+def disk_error(error: OSError) -> FastbyolError:
+    """Say what to do about an error in writing the file."""
+    is_full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    remedy = "make room on that disk and try again" if is_full else "try again, with fewer workers if memory is short"
+    return FastbyolError(f"{error.strerror}; {remedy}")
 
 
 @contextlib.contextmanager
-def _disk_errors(path: Path) -> Iterator[None]:
+def _disk_errors() -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise _reported({"error": error.strerror, "kind": "os", "errno": error.errno}, path) from None
+        raise disk_error(error) from None
 
 
 def _publish(temporary: Path, path: Path, *, overwrite: bool) -> None:

@@ -43,8 +43,9 @@ FASTBYOL = ("pydantic", "safetensors")
 # The files with tests that take the GPU; a test of this module compares them with the marker.
 GPU_TESTS = (
     "tests/engine/test_capture.py", "tests/engine/test_standardized.py", "tests/engine/test_telemetry.py",
-    "tests/kernels/test_draw_views.py", "tests/kernels/test_group_norm.py", "tests/kernels/test_lars_ema.py",
-    "tests/kernels/test_two_views.py", "tests/kernels/test_weight_standardization.py", "tests/test_views.py",
+    "tests/kernels/test_group_norm.py", "tests/kernels/test_lars_ema.py",
+    "tests/kernels/test_weight_standardization.py", "tests/kernels/views/test_draw.py", "tests/kernels/views/test_table.py",
+    "tests/test_views.py",
 )  # fmt: skip
 # Of a claim each: SGD collapses and stays, LARS .2 recovers, LARS .1 does not, layer1 and layer2 alone, rates .5 and .1.
 CLAIMS = ("C6", "C5", "C7", "C12", "C10")
@@ -113,7 +114,7 @@ def _limits(options: argparse.Namespace) -> tuple[Job, ...]:
     pytest = (sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-k", "not cpu", "-W", "default")
     plugins = ("-p", "no:cacheprovider", "-p", "no:benchmark")
     spread = ("-n", "8") if importlib.util.find_spec("xdist") else ()
-    tests = ("tests/kernels/test_draw_views.py",) if options.dry else GPU_TESTS
+    tests = ("tests/kernels/views/test_draw.py",) if options.dry else GPU_TESTS
     how = ("--device", "cpu", "--quick") if options.dry else ("--device", "cuda")
     suites = ("kernels", "optimizer", "views", "step")
     bench = (sys.executable, "-m", "fastbyol.cli", "bench", *suites, *how, "--out", "{out}/bench.json")

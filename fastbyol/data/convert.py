@@ -16,6 +16,7 @@ from fastbyol.data import beton, beton_write, rgb, sources
 from fastbyol.data.beton_layout import MAX_SIDE, MIN_PAGE_BYTES
 from fastbyol.data.beton_write import Mode, Progress
 from fastbyol.data.rgb import Resize
+from fastbyol.data.source_arrays import Source
 from fastbyol.errors import FastbyolError, UsageError, size_text
 
 # Unless somebody says otherwise: images of textures, and JPEG's quality.
@@ -73,7 +74,7 @@ class Report:
 class _Items:
     """A source's chosen images at their final size, as ``beton.write`` takes them."""
 
-    source: sources.Source
+    source: Source
     chosen: NDArray[np.int64]
     resize: Resize
     size: int | None
@@ -86,7 +87,7 @@ class _Items:
         image = rgb.resized(self.source.image(at), self.resize, self.size)
         if max(image.shape) > MAX_SIDE:
             raise beton.UnreadableItemError(f"{image.shape[1]} x {image.shape[0]} pixels, a side may have {MAX_SIDE}")
-        return (image, self.source.label(at)) if self.source.labelled else (image,)
+        return (image,) if self.source.labels is None else (image, int(self.source.labels[at]))
 
     def name(self, index: int) -> str:
         return self.source.name(int(self.chosen[index]))
@@ -171,7 +172,7 @@ def convert(
     )
 
 
-def _note(source: str, opened: sources.Source, **options: int | None) -> dict[str, object]:
+def _note(source: str, opened: Source, **options: int | None) -> dict[str, object]:
     """What the manifest says of where the images came from."""
     # Of folders' names, as UTF-8 whatever the system's encoding is: they are compared with those of other files.
     names = [os.fsencode(name).decode("utf-8", "surrogateescape") for name in opened.class_names]

@@ -14,8 +14,7 @@ import socket
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import BinaryIO
 
@@ -24,15 +23,15 @@ from numpy.typing import NDArray
 
 from fastbyol.data.source_arrays import (
     MOST_PER_BYTE,
-    ArraySource,
     Images,
     Labels,
+    Source,
     class_labels,
     demand_memory,
     notes_on,
     size_of,
 )
-from fastbyol.errors import UsageError, one_line
+from fastbyol.errors import UsageError, check_choice, one_line
 from fastbyol.files import open_regular
 
 SPLITS = {"train": ("train",), "test": ("t10k", "test")}
@@ -59,7 +58,7 @@ def has_idx(path: Path) -> bool:
     return bool(_IMAGES.fullmatch(path.name)) if path.is_file() else any(_image_files(path))
 
 
-def open_idx(path: Path, kind: str, split: str | None) -> ArraySource:
+def open_idx(path: Path, kind: str, split: str | None) -> Source:
     """Open the images of ``split`` (default: train, or that of the file) with the labels that lie beside them.
 
     Labels are idx1 bytes, or QMNIST's idx2 integers of which the first column counts. Raises UsageError: files that are
@@ -84,8 +83,8 @@ def open_idx(path: Path, kind: str, split: str | None) -> ArraySource:
         if labels is not None and labels.max() >= len(FASHION_CLASSES):
             raise UsageError(f"{_labels_file(images)}: label {labels.max()} is none of Fashion-MNIST's ten; take --kind idx")
         names = FASHION_CLASSES
-    size = (max(SIDE, height), max(SIDE, width))
-    return ArraySource(kind, of, names, labels, count, size, Loader(images, shape, offset), notes=notes_on(names))
+    num_bytes = 3 * max(SIDE, height) * max(SIDE, width)
+    return Source(kind, of, names, labels, count, num_bytes, partial(_image, images, shape, offset), notes=notes_on(names))
 
 
 def fashion_mnist_folder(cache: Path) -> Path:
@@ -112,18 +111,11 @@ def fashion_mnist_folder(cache: Path) -> Path:
     return cache
 
 
-@dataclass(frozen=True)
-class Loader:
-    """Loads image i of one file, which is read whole: grey as RGB, padded to ``SIDE``."""
-
-    path: Path
-    shape: tuple[int, ...]
-    offset: int
-
-    def __call__(self, index: int) -> Images:
-        grey = _kept(self.path, self.shape, self.offset)[index]
-        margins = [(missing // 2, missing - missing // 2) for missing in (max(0, SIDE - side) for side in grey.shape)]
-        return np.ascontiguousarray(np.repeat(np.pad(grey, margins)[:, :, None], 3, axis=2))
+def _image(path: Path, shape: tuple[int, ...], offset: int, index: int) -> Images:
+    """Return image ``index``, grey as RGB, padded to ``SIDE``; the file is read whole on first use."""
+    grey = _kept(path, shape, offset)[index]
+    margins = [(missing // 2, missing - missing // 2) for missing in (max(0, SIDE - side) for side in grey.shape)]
+    return np.ascontiguousarray(np.repeat(np.pad(grey, margins)[:, :, None], 3, axis=2))
 
 
 @lru_cache(maxsize=1)
@@ -146,8 +138,7 @@ def _image_files(folder: Path, split: str | None = None) -> Iterator[tuple[str, 
 
 
 def _chosen(folder: Path, split: str) -> Path:
-    if split not in SPLITS:
-        raise UsageError(f"{folder}: idx files have no split {split!r}; choose {', '.join(SPLITS)}")
+    check_choice(f"{folder}: the split of idx files", split, SPLITS)
     found = list(_image_files(folder, split))
     if not found:
         raise UsageError(f"{folder}: no {SPLITS[split][0]}-images-idx3-ubyte (or .gz) in it; give the folder that holds it")

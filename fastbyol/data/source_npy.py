@@ -10,7 +10,7 @@ import math
 import os
 import warnings
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -19,10 +19,9 @@ from numpy.typing import NDArray
 
 from fastbyol.data import splits
 from fastbyol.data.source_arrays import (
-    ArraySource,
     Images,
     Labels,
-    Rows,
+    Source,
     as_rgb,
     class_labels,
     demand_labels,
@@ -32,6 +31,7 @@ from fastbyol.data.source_arrays import (
     listed,
     notes_on,
     planes_first,
+    read_row,
 )
 from fastbyol.errors import UsageError, one_line
 from fastbyol.files import open_regular
@@ -199,7 +199,7 @@ def has_npy(path: Path) -> bool:
     return any((role := role_of(name)) is not None and not role.labels for name in _arrays_in(path))
 
 
-def open_npy(path: Path, split: str | None) -> ArraySource:
+def open_npy(path: Path, split: str | None) -> Source:
     """Open npy files: the images of ``split`` in a folder, or those of one file, with the labels beside them.
 
     Beside ``x_train.npy`` lies ``y_train.npy`` or ``train_labels.npy``, beside ``cats.npy`` ``cats_labels.npy``.
@@ -234,7 +234,7 @@ def open_npy(path: Path, split: str | None) -> ArraySource:
     return replace(source, ignored=ignored, notes=notes + notes_on(source.class_names))
 
 
-def _opened(image: Path, label: Path | None, others: list[Path], split: str | None) -> ArraySource:
+def _opened(image: Path, label: Path | None, others: list[Path], split: str | None) -> Source:
     _kept.cache_clear()
     head = file_head(image)
     labels: Labels | None = None
@@ -243,23 +243,16 @@ def _opened(image: Path, label: Path | None, others: list[Path], split: str | No
     height, width = image_size(str(image), head.shape, head.dtype, None if label is None else math.prod(file_head(label).shape))
     if label is not None:
         labels, names = class_labels(str(label), _labels(label, count), fit_labels(_labels, others))
-    return ArraySource("npy", split, names, labels, count, (height, width), Loader(image, head))
+    return Source("npy", split, names, labels, count, 3 * height * width, partial(_image, image, head))
 
 
-@dataclass(frozen=True)
-class Loader:
-    """Loads image i of a file: alone, or where they do not lie one after the other (Fortran order), from the whole."""
-
-    path: Path
-    head: Head
-
-    def __call__(self, index: int) -> Images:
-        shape = self.head.shape
-        if self.head.fortran:
-            image = _kept(self.path, self.head)[index]
-        else:
-            image = Rows(self.path, shape[0], math.prod(shape[1:]), self.head.offset)(index).reshape(shape[1:])
-        return as_rgb(image, planes_first(shape))
+def _image(path: Path, head: Head, index: int) -> Images:
+    """Read one image: alone, or where they do not lie one after the other (Fortran order), from the whole."""
+    if head.fortran:
+        image = _kept(path, head)[index]
+    else:
+        image = read_row(path, math.prod(head.shape[1:]), head.offset, index).reshape(head.shape[1:])
+    return as_rgb(image, planes_first(head.shape))
 
 
 @lru_cache(maxsize=1)

@@ -6,7 +6,6 @@ import math
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -16,9 +15,9 @@ from numpy.typing import NDArray
 
 from fastbyol.data.source_arrays import (
     MOST_PER_BYTE,
-    ArraySource,
     Images,
     Labels,
+    Source,
     as_rgb,
     class_labels,
     demand_labels,
@@ -32,7 +31,7 @@ from fastbyol.errors import UsageError, one_line
 from fastbyol.files import open_regular
 
 
-def open_npz(path: Path, split: str | None) -> ArraySource:
+def open_npz(path: Path, split: str | None) -> Source:
     """Open an npz file: uint8 images (N, H, W, 3), (N, 3, H, W), or grey with one channel or none; labels (N,) if any.
 
     Keys: ``images`` or ``x`` (``labels`` or ``y``), or of a split ``train_images``, ``x_train`` and so on; without ``split``
@@ -52,29 +51,22 @@ def open_npz(path: Path, split: str | None) -> ArraySource:
         others = fit_labels(partial(_labels, path), (other for other in named.all_labels() if other != label_key))
         labels, names = class_labels(f"{path}: {label_key!r}", _labels(path, label_key, head.shape[0]), others)
     _kept_array.cache_clear()
-    return ArraySource(
+    return Source(
         kind="npz",
         split=split,
         class_names=names,
         labels=labels,
         num_images=head.shape[0],
-        size=(height, width),
-        load=Loader(path, key),
+        num_bytes=3 * height * width,
+        image=partial(_image, path, key),
         ignored=(*named.ignored(split), *((name, NO_ARRAYS) for name in members if not name.endswith(".npy"))),
         notes=named.notes(wanted, split) + notes_on(names),
     )
 
 
-@dataclass(frozen=True)
-class Loader:
-    """Loads image i of one array; the array is read whole."""
-
-    path: Path
-    key: str
-
-    def __call__(self, index: int) -> Images:
-        images = _kept_array(self.path, self.key)
-        return as_rgb(images[index], planes_first(images.shape))
+def _image(path: Path, key: str, index: int) -> Images:
+    images = _kept_array(path, key)
+    return as_rgb(images[index], planes_first(images.shape))
 
 
 @lru_cache(maxsize=1)

@@ -143,7 +143,7 @@ def as_rgb(image: NDArray[np.uint8], planes: bool) -> Images:
     return np.ascontiguousarray(np.broadcast_to(image, (*image.shape[:2], 3)))
 
 
-def demand_labels(where: str, shape: Sequence[int], dtype: np.dtype[Any], num_images: int) -> None:
+def demand_one_label_each(where: str, shape: Sequence[int], dtype: np.dtype[Any], num_images: int) -> None:
     """Raise UsageError unless an array holds a whole number, a truth value, or a text for each image."""
     shape, what = tuple(shape), f"{where} is {dtype} of shape {tuple(shape)} for {num_images} images"
     if len(shape) == 2 and shape[0] == num_images and shape[1] > 1:
@@ -155,11 +155,12 @@ def demand_labels(where: str, shape: Sequence[int], dtype: np.dtype[Any], num_im
 def class_labels(
     where: str, values: NDArray[Any], others: Iterable[NDArray[Any]] = ()
 ) -> tuple[Labels | None, tuple[str, ...]]:
-    """Return labels as classes 0 to K - 1 and the classes' names, from what ``demand_labels`` let pass; None if all are -1.
+    """Return labels as classes 0 to K - 1 and the classes' names; no labels if all are -1.
 
-    Whole numbers below ``MAX_CLASSES`` stay as they are. Larger ones, and texts, are mapped: the distinct values, sorted, are
-    the classes, and their names say what they were. ``others`` are the labels of the other splits, which count too, so that
-    a class is the same in all. -1 is no label; other negative numbers, and parts of numbers, are a UsageError.
+    ``demand_one_label_each`` has let ``values`` pass. Whole numbers below ``MAX_CLASSES`` stay as they are. Larger ones,
+    and texts, are mapped: the distinct values, sorted, are the classes, and their names say what they were. ``others`` are the
+    labels of the other splits, which count too, so that a class is the same in all. -1 is no label; other negative numbers,
+    and parts of numbers, are a UsageError.
     """
     own = _whole(where, values)
     all_values = [own, *(_whole(where, other) for other in others)]

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from fastbyol.data.memory import cpu_bytes
 from fastbyol.errors import UsageError, size_text
 from fastbyol.files import open_regular, refuse_special
 
@@ -233,11 +234,7 @@ def demand_memory(where: str, num_bytes: int) -> None:
     """Raise UsageError unless an array of ``num_bytes`` can be held."""
     if num_bytes < SMALL_BYTES:
         return
-    import torch
-
-    from fastbyol.data.memory import available_bytes
-
-    free = available_bytes(torch.device("cpu"))
+    free = cpu_bytes()
     if num_bytes > free:
         raise UsageError(f"{where}: is said to take {size_text(num_bytes)}, memory has {size_text(free)}; save it in parts")
 

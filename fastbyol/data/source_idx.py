@@ -71,9 +71,9 @@ def open_idx(path: Path, kind: str, split: str | None) -> Source:
     of = next(name for name, words in SPLITS.items() if named["split"].lower() in words)
     if split not in (None, of):
         raise UsageError(f"{images}: is of the split {of} by its name, not {split}; name the other file, or their folder")
-    shape, offset = _head(images)
-    if len(shape) != 3 or _dtype(images) != np.dtype(">u1"):
-        raise UsageError(f"{images}: its head says {len(shape)} dimensions of {_dtype(images)}; images are (N, H, W) bytes")
+    shape, offset, dtype = _head(images)
+    if len(shape) != 3 or dtype != np.dtype(">u1"):
+        raise UsageError(f"{images}: its head says {len(shape)} dimensions of {dtype}; images are (N, H, W) bytes")
     count, height, width = shape
     if not (count >= 1 and 1 <= height <= MAX_SIDE and 1 <= width <= MAX_SIDE):
         raise UsageError(f"{images}: its head says {count} images of {width} x {height} pixels; fetch the file again")
@@ -124,7 +124,7 @@ def _kept(path: Path, shape: tuple[int, ...], offset: int) -> Images:
 
 
 def _image_files(folder: Path, split: str | None = None) -> Iterator[tuple[str, Path]]:
-    """Pairs (set, images file) of ``split`` (None: of any) in the first of the usual places that holds some."""
+    """Yield pairs (set, images file) of ``split`` (None: of any) in the first of the usual places that holds some."""
     words = SPLITS[split] if split is not None else tuple(word for words in SPLITS.values() for word in words)
     for place in (folder, *(folder / name for name in _INNER)):
         found = {}
@@ -152,10 +152,10 @@ def _labels(images: Path, count: int) -> tuple[Labels | None, tuple[str, ...]]:
     path = _labels_file(images)
     if path is None:
         return None, ()
-    shape, offset = _head(path)
+    shape, offset, dtype = _head(path)
     if len(shape) not in (1, 2) or shape[0] != count or 0 in shape:
         raise UsageError(f"{path}: its head says shape {shape} for {count} images; fetch both files again")
-    values = _values(path, shape, offset, _dtype(path))
+    values = _values(path, shape, offset, dtype)
     return class_labels(str(path), values if values.ndim == 1 else values[:, 0])
 
 
@@ -171,17 +171,12 @@ def _labels_file(images: Path) -> Path | None:
 
 
 def _stem(named: re.Match[str] | None) -> tuple[str, str] | None:
-    """The set and split of a file's name, however they are written."""
+    """Return the set and split of a file's name, however they are written."""
     return (named["set"].lower(), named["split"].lower()) if named else None
 
 
-def _dtype(path: Path) -> np.dtype[np.generic]:
-    with _opened(path) as file:
-        return np.dtype(_TYPES[file.read(4)[2]])
-
-
-def _head(path: Path) -> tuple[tuple[int, ...], int]:
-    """The shape that a file's head says, and where its values begin."""
+def _head(path: Path) -> tuple[tuple[int, ...], int, np.dtype[np.generic]]:
+    """Read the shape that a file's head says, where its values begin, and their type."""
     with _opened(path) as file:
         magic = file.read(4)
         if len(magic) < 4 or magic[:2] != b"\0\0" or magic[2] not in _TYPES or not 1 <= magic[3] <= 4:
@@ -192,11 +187,11 @@ def _head(path: Path) -> tuple[tuple[int, ...], int]:
     shape = tuple(int(size) for size in np.frombuffer(dims, ">i4"))
     if min(shape) < 0:
         raise UsageError(f"{path}: its head says shape {shape}; fetch it again")
-    return shape, 4 + len(dims)
+    return shape, 4 + len(dims), np.dtype(_TYPES[magic[2]])
 
 
 def _values(path: Path, shape: tuple[int, ...], offset: int, dtype: np.dtype[np.generic]) -> NDArray[np.uint8]:
-    """The file's values; a head that promises more than the file can hold is refused before memory is taken."""
+    """Read the file's values; a head that promises more than the file can hold is refused before memory is taken."""
     wanted = math.prod(shape) * dtype.itemsize
     if wanted > size_of(path) * (MOST_PER_BYTE if path.suffix.lower() == ".gz" else 1):
         raise UsageError(f"{path}: {size_of(path)} bytes cannot hold the {wanted} that its head says; fetch it again")
@@ -210,7 +205,7 @@ def _values(path: Path, shape: tuple[int, ...], offset: int, dtype: np.dtype[np.
 
 @contextmanager
 def _opened(path: Path) -> Iterator[BinaryIO]:
-    """The file, unpacked on the way; whatever reading meets is a UsageError."""
+    """Open the file, unpacked on the way; whatever reading meets is a UsageError."""
     try:
         with open_regular(path) as file:
             if path.suffix.lower() == ".gz":

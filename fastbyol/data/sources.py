@@ -20,7 +20,7 @@ from fastbyol.data import (
 )
 from fastbyol.data.cache import cache_folder
 from fastbyol.data.source_arrays import Source
-from fastbyol.errors import UsageError
+from fastbyol.errors import UsageError, check_choice
 from fastbyol.files import refuse_special
 
 KINDS = ("textures", "fashion-mnist", "stl10", "cifar10", "cifar100", "svhn", "idx", "npz", "npy", "classes", "folder")
@@ -53,8 +53,8 @@ def open_source(
     ``split`` defaults to train where the source has splits; ``fold`` (0 to 9) is one of STL-10's parts of train. ``count``,
     ``size`` (default 32) and ``seed`` are for ``textures``; ``strict`` makes the first file that is no picture an error.
     """
-    if kind is not None and kind not in KINDS:
-        raise UsageError(f"{source}: unknown kind {kind!r}; choose {', '.join(KINDS)}")
+    if kind is not None:
+        check_choice(f"{source}: the kind", kind, KINDS)
     if kind == "textures" or (kind is None and source == "textures"):
         _demand_no_fold("textures", fold)
         if split is not None:

@@ -252,6 +252,23 @@ def _opened(path: Path) -> Iterator[_File]:
         os.close(fd)
 
 
+@contextmanager
+def reopened(info: BetonInfo) -> Iterator[int]:
+    """Open the file that ``info`` describes again. Raises UsageError where it cannot be read, or has changed in the end."""
+    try:
+        fd = os.open(info.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError as error:
+        raise UsageError(f"{info.path}: cannot be opened ({error.strerror}); check its name and rights") from None
+    try:
+        yield fd
+        if stamp_of(fd) != info.stamp:
+            raise UsageError(f"{info.path}: the file changed while in use; leave it alone and start again")
+    except OSError as error:
+        raise UsageError(f"{info.path}: cannot be read ({error.strerror}); look at its disk") from None
+    finally:
+        os.close(fd)
+
+
 def _read_layout(file: _File) -> _Layout:
     if file.num_bytes < HEADER.itemsize:
         file.fail(file.num_bytes, "too short for a beton file", NOT_ONE)

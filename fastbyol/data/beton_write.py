@@ -36,7 +36,8 @@ from numpy.typing import NDArray
 from fastbyol.data import manifest
 from fastbyol.data.beton_layout import DESCRIPTOR, HEADER, IMAGE, MIN_PAGE_BYTES, REGION, VERSION, BetonInfo, inspect
 from fastbyol.data.manifest import Manifest
-from fastbyol.errors import FastbyolError, UsageError
+from fastbyol.errors import FastbyolError, UsageError, check_choice
+from fastbyol.files import refuse_special
 
 Mode = Literal["raw", "jpg"]
 Progress = Callable[[int, int], None]
@@ -166,15 +167,13 @@ def followed(path: Path) -> Path:
 
 
 def check_output(path: Path, *, overwrite: bool) -> None:
-    """UsageError unless a file can be made at ``path``: cheap, so ask before any work."""
+    """Raise UsageError unless a file can be made at ``path``: cheap, so ask before any work."""
     folder = path.parent
     try:
-        if path.is_dir():
-            raise UsageError(f"{path}: is a folder; give the name of a file to write")
-        if path.exists() and not path.is_file():
-            raise UsageError(f"{path}: is a device or a pipe; give the name of a file to write")
-        if path.exists() and not overwrite:
-            raise UsageError(f"{path}: exists already; choose another name or pass --overwrite")
+        if path.exists():
+            refuse_special(path, path.stat().st_mode)
+            if not overwrite:
+                raise UsageError(f"{path}: exists already; choose another name or pass --overwrite")
         if not folder.is_dir():
             raise UsageError(f"{folder}: no such folder; make it first (mkdir -p)")
         with tempfile.NamedTemporaryFile(dir=folder, prefix=f".{path.name}."[:64]):
@@ -220,8 +219,7 @@ def _alive(pid: int) -> bool:
 def _check_arguments(num_items: int, mode: str, quality: int, workers: int, page_bytes: int) -> None:
     if num_items < 1:
         raise UsageError("nothing to write: the data set is empty")
-    if mode not in ("raw", "jpg"):
-        raise UsageError(f"mode {mode!r}: must be 'raw' or 'jpg'")
+    check_choice("mode", mode, ("raw", "jpg"))
     if not 1 <= quality <= 100:
         raise UsageError(f"quality {quality}: must be 1 to 100")
     if not 0 <= workers <= 1024:

@@ -70,33 +70,23 @@ def loop(crop: bool) -> Any:
         # What Compiler reads; its set_num_threads would set torch's too.
         Compiler.num_threads = 1
         calls = [Compiler.compile(call) for call in (imdecode, memcpy, resize_crop)]
-        return Compiler.compile((_cropping if crop else _whole)(*calls))
+        return Compiler.compile(_loop(crop, *calls))
 
 
-def _whole(imdecode: Any, memcpy: Any, _resize: Any) -> Any:
-    def decode(images: Any, status: Any, data: Any, places: Any) -> None:
-        for row in range(len(places)):
-            place = places[row]
-            source, height, width = data[place.start : place.end], place.height, place.width
-            if place.raw:
-                memcpy(source, images[row])
-            else:
-                status[row] = imdecode(source, images[row], height, width, height, width, 0, 0, 1, 1, False, False)
-
-    return decode
-
-
-def _cropping(imdecode: Any, _memcpy: Any, resize_crop: Any) -> Any:
+def _loop(crop: bool, imdecode: Any, memcpy: Any, resize_crop: Any) -> Any:
     def decode(images: Any, status: Any, data: Any, places: Any) -> None:
         for row in range(len(places)):
             place = places[row]
             source, height, width = data[place.start : place.end], place.height, place.width
             if not place.raw:
-                scratch = np.empty(height * width * 3, np.uint8)
-                status[row] = imdecode(source, scratch, height, width, height, width, 0, 0, 1, 1, False, False)
-                source = scratch
-            side = min(height, width)
-            top, left = (height - side) // 2, (width - side) // 2
-            resize_crop(source.reshape(height, width, 3), top, top + side, left, left + side, images[row])
+                room = np.empty(height * width * 3, np.uint8) if crop else images[row].reshape(-1)
+                status[row] = imdecode(source, room, height, width, height, width, 0, 0, 1, 1, False, False)
+                source = room
+            if crop:
+                side = min(height, width)
+                top, left = (height - side) // 2, (width - side) // 2
+                resize_crop(source.reshape(height, width, 3), top, top + side, left, left + side, images[row])
+            elif place.raw:
+                memcpy(source, images[row])
 
     return decode

@@ -10,7 +10,6 @@ import multiprocessing
 from pathlib import Path
 from typing import Any
 
-import mutations
 import numpy as np
 import pytest
 from numpy.typing import NDArray
@@ -50,10 +49,16 @@ def _write_all(files: dict[Path, tuple[dict[str, str], list[tuple[Any, ...]]]]) 
         DatasetWriter(str(path), made, page_size=1 << 21, num_workers=1).from_indexed_dataset(samples)
 
 
+def _by_hand(path: Path) -> Any:
+    from mutations import said  # here, since it needs OpenCV, which data sets of tests have to do without
+
+    return said(path.read_bytes())
+
+
 def loaded(path: Path) -> tuple[NDArray[np.uint8], list[int] | None]:
     """Images of one size (N, H, W, 3) and labels, in file order, through FFCV's loader."""
     if not HAS_FFCV:
-        by_hand = mutations.said(path.read_bytes())
+        by_hand = _by_hand(path)
         images = [
             Image.open(io.BytesIO(data)) if mode == 0 else np.frombuffer(data, np.uint8).reshape(h, w, 3)
             for mode, h, w, data in by_hand.images
@@ -79,7 +84,7 @@ def loaded(path: Path) -> tuple[NDArray[np.uint8], list[int] | None]:
 def regions(path: Path) -> tuple[list[NDArray[np.uint8]], list[int] | None]:
     """Raw images of any sizes, and labels, as FFCV's reader finds them."""
     if not HAS_FFCV:
-        by_hand = mutations.said(path.read_bytes())
+        by_hand = _by_hand(path)
         return [np.frombuffer(data, np.uint8).reshape(h, w, 3) for _, h, w, data in by_hand.images], by_hand.labels
     from ffcv.reader import Reader
 
@@ -93,7 +98,7 @@ def regions(path: Path) -> tuple[list[NDArray[np.uint8]], list[int] | None]:
 def raw_regions(path: Path) -> list[NDArray[np.uint8]]:
     """The bytes that each sample's image row points to."""
     if not HAS_FFCV:
-        return [np.frombuffer(data, np.uint8) for *_, data in mutations.said(path.read_bytes()).images]
+        return [np.frombuffer(data, np.uint8) for *_, data in _by_hand(path).images]
     from ffcv.reader import Reader
 
     reader = Reader(str(path))

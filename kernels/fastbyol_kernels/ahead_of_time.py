@@ -1,15 +1,12 @@
-"""Launch Triton's kernels without a GPU: compile what would run there, and say what it costs.
-
-``recording`` pretends that a GPU is there. Whatever is launched meanwhile takes Triton's own way,
-``JITFunction.run``, which specialises a kernel on its arguments and compiles it down to a cubin;
-only the launch itself is left out. So a step of training on a CPU gives every launch that the same
-step makes on a GPU, with the same options:
+"""Triton's kernels compiled without a GPU: what a GPU would be asked to launch, and what it costs.
 
     with ahead_of_time.recording(90) as launches:
         group_norm(x, 32, weight, bias, kernels="triton")
     print(launches[0].name, launches[0].grid, launches[0].num_warps)
 
-What the kernels would have written is never written: nothing may depend on it.
+A launch takes Triton's own way, ``JITFunction.run``, which specialises a kernel on its arguments and
+compiles it to a cubin, but is never made. So a step of training on a CPU lists every launch that it
+makes on a GPU, with the same options. Nothing may depend on what the kernels would have written.
 """
 
 from __future__ import annotations
@@ -38,9 +35,9 @@ WARP_SIZE = 32
 
 @dataclass(frozen=True)
 class Launch:
-    """One launch of a Triton kernel, as the GPU would have had it.
+    """A launch of a Triton kernel.
 
-    ``compiled`` is Triton's compiled kernel, with ``asm["ptx"]``, ``metadata`` and ``src``. Launches of
+    ``compiled`` is Triton's compiled kernel, with ``asm["ptx"]``, ``metadata`` and ``src``; launches of
     the same code share it.
     """
 
@@ -50,58 +47,58 @@ class Launch:
 
     @property
     def name(self) -> str:
-        """The function's name in the source."""
-        name: str = self.function.fn.__name__
-        return name
+        """Return the function's name in the source."""
+        return str(self.function.fn.__name__)
 
     @property
     def module(self) -> str:
-        """The dotted name of the module that defines it."""
-        module: str = self.function.fn.__module__
-        return module
+        """Return the dotted name of the module that defines the function."""
+        return str(self.function.fn.__module__)
 
     @property
     def build(self) -> str:
-        """What the code is made for: types that it points to, integers that it knows, flags.
+        """Return what the code is specialised on: types that it points to, integers and flags.
 
-        ``n/16`` is an integer argument that is a multiple of 16, ``x@`` a pointer that is none, which
+        ``n/16`` is an integer argument that is a multiple of 16, ``x@`` a pointer that is not, which
         keeps accesses narrow. Constants that are neither integers, flags nor words are left out.
         """
         source, names = self.compiled.src, self.function.arg_names
         pointers = [name for name, kind in source.signature.items() if kind.startswith("*")]
         multiple = ["tt.divisibility", 16]
-        aligned = {names[path[0]] for path, found in source.attrs.items() if multiple in found}
+        aligned = {names[path[0]] for path, attributes in source.attrs.items() if multiple in attributes}
         words = list(dict.fromkeys(source.signature[name][1:] for name in pointers))
         words += [f"{name}@" for name in pointers if name not in aligned]
         words += [f"{name}/16" for name in names if name in aligned and name not in pointers]
         constants = {names[path[0]]: value for path, value in source.constants.items() if len(path) == 1}
-        words += [name if value is True else f"{name}={value}" for name, value in constants.items() if _is_known(value)]
+        for name, value in constants.items():
+            if isinstance(value, int | str) and value is not False:
+                words.append(name if value is True else f"{name}={value}")
         return " ".join(words)
 
     @property
     def num_warps(self) -> int:
-        """Warps of a program."""
+        """Return the warps of a program."""
         return int(self.compiled.metadata.num_warps)
 
     @property
     def num_stages(self) -> int:
-        """Stages of its software pipeline."""
+        """Return the stages of its software pipeline."""
         return int(self.compiled.metadata.num_stages)
 
     @property
     def shared_bytes(self) -> int:
-        """Shared memory of a program, in bytes."""
+        """Return the shared memory of a program, in bytes."""
         return int(self.compiled.metadata.shared)
 
 
 @dataclass(frozen=True)
 class Driver:
-    """A GPU of ``sm_<architecture>``, as far as Triton asks before it launches. It cannot launch."""
+    """A driver of one GPU of ``sm_<architecture>`` that answers what Triton asks before a launch."""
 
     architecture: int
 
     def get_current_device(self) -> int:
-        """Return the number of the only device."""
+        """Return the device's number."""
         return 0
 
     def get_current_stream(self, device: int) -> int:
@@ -109,21 +106,21 @@ class Driver:
         return 0
 
     def get_current_target(self) -> GPUTarget:
-        """Return what Triton compiles for."""
+        """Return the target that Triton compiles for."""
         return GPUTarget("cuda", self.architecture, WARP_SIZE)
 
     def get_active_torch_device(self) -> torch.device:
-        """Return where torch's tensors are."""
+        """Return the device of torch's tensors."""
         return torch.device("cuda", 0)
 
 
 @contextmanager
 def recording(architecture: int) -> Iterator[list[Launch]]:
-    """Let Triton believe in a GPU of ``sm_<architecture>``; list what is launched, and run none of it.
+    """List what is launched, compiled for a GPU of ``sm_<architecture>``, and run none of it.
 
-    Operations with ``kernels="triton"`` take tensors on a CPU meanwhile. On leaving, all is as it was:
-    the active driver, what operations take, and what each kernel has compiled. May be nested. Grids
-    must be tuples. Raises RuntimeError where kernels are interpreted.
+    Operations with ``kernels="triton"`` take tensors on a CPU inside. On leaving, the active driver,
+    what operations take, and what each kernel has compiled are as before. May be nested. Grids must be
+    tuples. Raises RuntimeError where kernels are interpreted.
     """
     if knobs.runtime.interpret:
         raise RuntimeError("TRITON_INTERPRET is set: kernels cannot be compiled: start a process without it")
@@ -133,7 +130,7 @@ def recording(architecture: int) -> Iterator[list[Launch]]:
 
     def record(self: JITFunction, *args: Any, grid: tuple[int, ...], warmup: bool, **kwargs: Any) -> Any:
         if self not in touched:
-            # Compiled code is kept by the device's number, whatever the driver.
+            # Triton keeps compiled code under the device's number, whatever the driver.
             touched.add(self)
             empty = type(self.device_caches)(self.create_binder)
             caches.enter_context(mock.patch.object(self, "device_caches", empty))
@@ -152,12 +149,8 @@ def recording(architecture: int) -> Iterator[list[Launch]]:
         yield launches
 
 
-def _is_known(value: object) -> bool:
-    return isinstance(value, int | str) and value is not False
-
-
 class Resources(NamedTuple):
-    """What a kernel costs on one architecture, per thread.
+    """The cost of a kernel on one architecture, per thread.
 
     Widths are bits of the widest global access, 0 where there is none.
     """
@@ -169,12 +162,7 @@ class Resources(NamedTuple):
 
 
 def resources(ptx: str) -> Resources:
-    """Return what ptxas makes of ``ptx``, and how wide its accesses are."""
-    registers, spill = _ptxas(ptx)
-    return Resources(registers, spill, _widest(ptx, "ld"), _widest(ptx, "st"))
-
-
-def _ptxas(ptx: str) -> tuple[int, int]:
+    """Return the registers and spills that ptxas reports for ``ptx``, and how wide its accesses are."""
     target = re.search(r"\.target\s+(sm_(\d+)\w*)", ptx)
     assert target is not None
     # Triton's own choice: the older of its two does not read the newest PTX.
@@ -182,20 +170,19 @@ def _ptxas(ptx: str) -> tuple[int, int]:
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "kernel.ptx"
         source.write_text(ptx)
-        result = Path(folder) / "kernel.cubin"
-        command = [str(tool), "-v", f"--gpu-name={target[1]}", str(source), "-o", str(result)]
-        said = subprocess.run(command, check=True, capture_output=True, text=True).stderr
-    registers = re.search(r"Used (\d+) registers", said)
-    stores = re.search(r"(\d+) bytes spill stores", said)
-    assert registers is not None, said
-    return int(registers[1]), int(stores[1]) if stores else 0
+        command = [str(tool), "-v", f"--gpu-name={target[1]}", str(source), "-o", f"{folder}/kernel.cubin"]
+        report = subprocess.run(command, check=True, capture_output=True, text=True).stderr
+    registers = re.search(r"Used (\d+) registers", report)
+    stores = re.search(r"(\d+) bytes spill stores", report)
+    assert registers is not None, report
+    return Resources(int(registers[1]), int(stores[1]) if stores else 0, _widest(ptx, "ld"), _widest(ptx, "st"))
 
 
 def _widest(ptx: str, instruction: str) -> int:
-    """Bits of the widest global access: ``ld.global.v4.b32`` is 128. Asynchronous copies count as loads."""
+    """Return the bits of the widest global access, 128 of ``ld.global.v4.b32``; asynchronous copies are loads."""
     access = rf"{instruction}\.global(?:\.[\w:]+)*?(?:\.v([248]))?\.[bfsu](\d+)"
-    found = [int(vector or 1) * int(bits) for vector, bits in re.findall(access, ptx)]
+    widths = [int(vector or 1) * int(bits) for vector, bits in re.findall(access, ptx)]
     if instruction == "ld":
         copy = r"cp\.async\.\w+\.shared\.global[^;]*?,\s*(0x[0-9a-fA-F]+|\d+)"
-        found += [8 * int(size, 0) for size in re.findall(copy, ptx)]
-    return max(found, default=0)
+        widths += [8 * int(size, 0) for size in re.findall(copy, ptx)]
+    return max(widths, default=0)

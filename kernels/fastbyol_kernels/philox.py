@@ -17,7 +17,6 @@ from torch import Tensor
 
 DOMAIN_VIEWS = 1
 DOMAIN_ORDER = 2
-ROUNDS = 10
 
 _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -27,17 +26,16 @@ _WEYL = (0x9E3779B9, 0xBB67AE85)
 def philox4x32(
     c0: Tensor, c1: Tensor | int, c2: Tensor | int, c3: Tensor | int, key: int | Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Ten rounds of Philox 4x32 on the counters (c0, c1, c2, c3) under ``key``.
+    """Apply ten rounds of Philox 4x32 to the counters (c0, c1, c2, c3) under ``key``.
 
-    Counters are int64 tensors (or Python integers) that broadcast together; of each only the low 32 bits count. ``key`` is an
-    integer, or an int64 tensor of no dimension, of which the low 64 bits count. Returns four int64 tensors of the broadcast
-    shape, each element a word in [0, 2**32). Integer arithmetic that never leaves 63 bits: the same on every device and under
-    a compiler.
+    Counters are int64 tensors (or Python integers) that broadcast together; only the low 32 bits of each count. ``key`` is an
+    integer, or an int64 tensor of no dimension; its low 64 bits count. Returns four int64 tensors of the broadcast shape, each
+    element a word in [0, 2**32). No number leaves 63 bits, so that the words are the same on every device and when compiled.
     """
     # Not expanded up front: every word comes to depend on all four counters within three rounds, and so has their shape.
     x0, x1, x2, x3 = (torch.as_tensor(c, dtype=torch.int64, device=c0.device) & _MASK for c in (c0, c1, c2, c3))
     k0, k1 = key & _MASK, (key >> 32) & _MASK
-    for _ in range(ROUNDS):
+    for _ in range(10):
         high0, low0 = _multiply(x0, _MULTIPLIERS[0])
         high1, low1 = _multiply(x2, _MULTIPLIERS[1])
         x0, x1, x2, x3 = high1 ^ x1 ^ k0, low1, high0 ^ x3 ^ k1, low0
@@ -46,17 +44,17 @@ def philox4x32(
 
 
 def uniform(words: Tensor) -> Tensor:
-    """int64 words in [0, 2**32) -> float32 in [0, 1): the top 24 bits times 2**-24, exact on any device."""
+    """Turn int64 words in [0, 2**32) into float32 in [0, 1): the top 24 bits times 2**-24, exact on any device."""
     return (words >> 8).to(torch.float32) * 2.0**-24
 
 
 def split_id(ids: Tensor, domain: int) -> tuple[Tensor, Tensor]:
-    """int64 sample ids in [0, 2**56) -> the counter words (c0, c3) that carry them, c3 with the domain tag in its low byte."""
+    """Return the counter words (c0, c3) of int64 sample ids in [0, 2**56); the low byte of c3 is the domain."""
     return ids & _MASK, ((ids >> 32) << 8) | domain
 
 
 def _multiply(x: Tensor, constant: int) -> tuple[Tensor, Tensor]:
-    """High and low words of the 64-bit products, by 16-bit halves of the constant so that int64 cannot overflow."""
+    """Return the high and low words of the 64-bit products, by halves of the constant, so that int64 cannot overflow."""
     upper, lower = x * (constant >> 16), x * (constant & 0xFFFF)
     high = (upper + (lower >> 16)) >> 16
     low = (((upper & 0xFFFF) << 16) + lower) & _MASK

@@ -1,4 +1,4 @@
-"""Weight standardization, of one weight in a layer's forward pass or of all rows of a network at once: see ``reference``."""
+"""Weight standardization of one weight in its layer's forward pass, or of all weights of a network at once."""
 
 from __future__ import annotations
 
@@ -55,11 +55,11 @@ def standardize_rows(
     """Standardize all rows of ``table`` in the flat parameter ``flat``, in one launch, into buffers that stay where they are.
 
     Writes ``copy`` (table.copy_numel,), which keeps what it holds between the rows, and the rows' ``means`` and ``stds`` (R,).
-    Not differentiable: ``standardize_rows_backward`` takes the gradient of ``copy`` back.
+    Not differentiable: ``standardize_rows_backward`` takes the gradient of ``copy`` back to ``flat``.
 
-    ``kernels``: "triton" and "cpu" take an fp32 parameter and an fp32 or bf16 copy, "reference" (plain torch) any dtypes, and
-    statistics in flat's; "auto" is whichever is for flat's device. Raises ValueError, naming the argument, for what does not
-    fit.
+    ``kernels``: "triton" and "cpu" take an fp32 ``flat`` and an fp32 or bf16 ``copy``, "reference" (plain torch) any dtypes;
+    "auto" is what runs on flat's device. Statistics are in flat's dtype. Raises ValueError, naming the argument, for a tensor
+    that does not fit.
     """
     match _choose(kernels, table, flat=flat, copy=copy, means=means, stds=stds):
         case "cpu":
@@ -75,10 +75,10 @@ def standardize_rows(
 def standardize_rows_backward(
     out: Tensor, gradient: Tensor, flat: Tensor, means: Tensor, stds: Tensor, table: RowTable, *, kernels: str = "auto"
 ) -> None:
-    """Write the rows' part of the gradient of ``flat`` into ``out``, from the ``gradient`` of the copy, in one launch.
+    """Write the gradient of ``flat``, where rows are, into ``out``, from the ``gradient`` of the copy, in one launch.
 
-    For an engine that keeps all gradients in one flat buffer: between the rows ``out`` keeps what it holds. All else is as in
-    ``standardize_rows``.
+    Between the rows ``out``, which may hold the gradients of all parameters, keeps what it holds. ``means`` and ``stds`` are
+    what ``standardize_rows`` wrote. ``kernels`` and errors are as there.
     """
     match _choose(kernels, table, flat=flat, out=out, gradient=gradient, means=means, stds=stds):
         case "cpu":
@@ -94,16 +94,16 @@ def standardize_rows_backward(
 def _choose(kernels: str, table: RowTable, *, flat: Tensor, **beside: Tensor) -> str:
     """Return the backend, after checking every tensor's size, dtype, device and layout."""
     backend = dispatch(kernels, "flat", flat, *beside.values(), table.rows)
-    sizes = dict.fromkeys(("flat", "out"), table.flat_numel) | dict.fromkeys(("copy", "gradient"), table.copy_numel)
+    sizes = {"flat": table.flat_numel, "out": table.flat_numel, "copy": table.copy_numel, "gradient": table.copy_numel}
     device = table.rows.device
     for name, tensor in {"flat": flat, **beside}.items():
         size = sizes.get(name, len(table.rows))
         if tensor.shape != (size,) or tensor.device != device or not tensor.is_contiguous():
             found = f"{tuple(tensor.shape)} with strides {tensor.stride()} on {tensor.device}"
             raise ValueError(f"{name} must be ({size},), contiguous, on {device} as table is, not {found}")
-        dtypes = {flat.dtype} if backend == "reference" else {torch.float32}
+        dtypes = [flat.dtype if backend == "reference" else torch.float32]
         if name in ("copy", "gradient"):
-            dtypes = {tensor.dtype} if backend == "reference" else {torch.float32, torch.bfloat16}
+            dtypes = [tensor.dtype] if backend == "reference" else [torch.float32, torch.bfloat16]
         if tensor.dtype not in dtypes:
-            raise ValueError(f"{name} must be {' or '.join(sorted(map(str, dtypes)))} for {backend}, not {tensor.dtype}")
+            raise ValueError(f"{name} must be {' or '.join(map(str, dtypes))} for {backend}, not {tensor.dtype}")
     return backend

@@ -40,7 +40,7 @@ def _standardize(row, out):
 
 @noalias
 def _gradient(upstream, row, out, mean, std):
-    """dw = (g - mean(g) - (w - mean) * sum(g (w - mean)) / ((std + eps) std (L - 1))) / (std + eps); 0 where the std is 0."""
+    """Write dw = (g - mean(g) - (w - mean) * sum(g (w - mean)) / ((std + eps) std (n - 1))) / (std + eps)."""
     total = weighted = np.float32(0)
     for i in range(len(row)):
         g = widened(upstream[i])
@@ -48,6 +48,7 @@ def _gradient(upstream, row, out, mean, std):
         weighted += g * (row[i] - mean)
     level = total / np.float32(len(row))
     below = (std + _EPS) * std * np.float32(len(row) - 1)
+    # As for torch's norm, whose gradient at zero is zero.
     slope = weighted / below if std > np.float32(0) else np.float32(0)
     scale = np.float32(1) / (std + _EPS)
     for i in range(len(row)):

@@ -24,7 +24,7 @@ _OPTIONS = {"BLOCK": BLOCK, "ROWS": ROWS, "COLUMNS": COLUMNS, "num_warps": 4, "e
 
 @triton.jit
 def _long_forward(flat, copy, means, stds, table, row, eps, BLOCK: tl.constexpr):
-    """One row of a multiple of 8 elements, all of it aligned to 8: read, then read again from cache and written."""
+    """Standardize a row whose offsets and length are multiples of 8: read it, read it again from cache and write."""
     source = flat + tl.multiple_of(tl.load(table + row * 3), 8)
     length = tl.multiple_of(tl.load(table + row * 3 + 1).to(tl.int32), 8)
     target = copy + tl.multiple_of(tl.load(table + row * 3 + 2), 8)
@@ -56,7 +56,7 @@ def _long_forward(flat, copy, means, stds, table, row, eps, BLOCK: tl.constexpr)
 
 @triton.jit
 def _short_rows(table, first, num_rows, ROWS: tl.constexpr):
-    """Offsets, lengths and copy offsets (ROWS,) of rows of any length and alignment, lengths 0 beyond the last."""
+    """Return numbers, mask, offsets, lengths and copy offsets (ROWS,) of rows; lengths are 0 beyond the last."""
     rows = first + tl.arange(0, ROWS)
     mask = rows < num_rows
     length = tl.load(table + rows * 3 + 1, mask=mask, other=0).to(tl.int32)
@@ -65,7 +65,7 @@ def _short_rows(table, first, num_rows, ROWS: tl.constexpr):
 
 @triton.jit
 def _short_forward(flat, copy, means, stds, table, first, num_rows, eps, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """ROWS rows of any length and alignment: the sum, then the squared deviations, then the copy."""
+    """Standardize ROWS rows of any length and alignment: the sum, then the squared deviations, then the copy."""
     rows, mask, offset, length, target = _short_rows(table, first, num_rows, ROWS)
     columns = tl.arange(0, COLUMNS)
     longest = tl.max(length, 0)
@@ -95,7 +95,7 @@ def _short_forward(flat, copy, means, stds, table, first, num_rows, eps, ROWS: t
 def _forward_kernel(
     flat, copy, means, stds, table, num_long, num_rows, eps, BLOCK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):  # fmt: skip
-    """A long row or ROWS short ones per program."""
+    """Standardize a long row, or ROWS short ones, per program."""
     program = tl.program_id(0)
     if program < num_long:
         _long_forward(flat, copy, means, stds, table, program, eps, BLOCK)
@@ -106,7 +106,7 @@ def _forward_kernel(
 
 @triton.jit
 def _slope(weighted, std, length, eps):
-    """The factor of (w - mean) in the gradient; 0 where the std is, as torch's norm has it."""
+    """Return the factor of (w - mean) in the gradient: 0 where the std is, as for torch's norm."""
     below = (std + eps) * std * (length - 1)
     return tl.where(std > 0, weighted / tl.where(std > 0, below, 1.0), 0.0)
 
@@ -168,7 +168,7 @@ def _backward_kernel(
     gradient, flat, means, stds, out, table, num_long, num_rows, eps,
     BLOCK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """dw = (g - mean(g) - (w - mean) * sum(g (w - mean)) / ((std + eps) std (n - 1))) / (std + eps)."""
+    """Write dw = (g - mean(g) - (w - mean) * sum(g (w - mean)) / ((std + eps) std (n - 1))) / (std + eps)."""
     program = tl.program_id(0)
     if program < num_long:
         _long_backward(gradient, flat, means, stds, out, table, program, eps, BLOCK)

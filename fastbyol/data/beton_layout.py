@@ -14,12 +14,11 @@ that fastbyol wrote do, in a manifest (``data.manifest``). Little-endian::
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
 import stat
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -210,26 +209,6 @@ def demand_labels(info: BetonInfo) -> None:
         raise UsageError(f"{info.path}: {what}, its fields are {_listed(info.fields)}; {remedy}")
 
 
-def seal(path: Path, note: Mapping[str, Any]) -> None:
-    """Give the file, just written by FFCV, its manifest with the checksums of what it holds now. Not atomic: for new files.
-
-    OSError when the disk is full.
-    """
-    info = inspect(path)
-    with _opened(path, os.O_RDWR) as file:
-        layout = _read_layout(file)
-        table = os.pread(file.fd, file.num_bytes - layout.table_start, layout.table_start)
-        checksums = manifest.region_checksums(file.fd, info.starts, info.sizes)
-        added = manifest.num_bytes(layout.samples, len(json.dumps(dict(note))), layout.page)
-        header = file.read(0, HEADER, 1)
-        header["table"] += added
-        _write_at(file.fd, table, layout.table_start + added)
-        _write_at(file.fd, header.tobytes(), 0)
-        structure = manifest.structure_checksum(file.fd, layout.rows_end, layout.table_start + added, file.num_bytes + added)
-        sealed = Manifest(file.num_bytes + added, structure, checksums, note)
-        _write_at(file.fd, sealed.pack(layout.page), layout.table_start)
-
-
 def info_dict(info: BetonInfo) -> dict[str, object]:
     """``info`` as JSON values; image sizes as [height, width] of the smallest and the largest sides."""
     return {
@@ -255,21 +234,13 @@ def _histogram(labels: NDArray[np.int64]) -> dict[str, int]:
     return {str(value): int(count) for value, count in zip(values, counts, strict=True)}
 
 
-def _write_at(fd: int, data: bytes, offset: int) -> None:
-    """All of ``data``: a write on a full disk may end half way in silence."""
-    view = memoryview(data)
-    while view:
-        done = os.pwrite(fd, view, offset)
-        view, offset = view[done:], offset + done
-
-
 @contextmanager
-def _opened(path: Path, flags: int = os.O_RDONLY) -> Iterator[_File]:
+def _opened(path: Path) -> Iterator[_File]:
     try:
         # A pipe or a device would block or answer anything: look before opening.
         if not stat.S_ISREG(path.stat().st_mode):
             raise UsageError(f"{path}: not a file; {NOT_ONE}")
-        fd = os.open(path, flags | os.O_CLOEXEC)
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError:
         raise UsageError(f"{path}: no such file; make it with `fastbyol convert`") from None
     except (OSError, ValueError) as error:
@@ -277,6 +248,23 @@ def _opened(path: Path, flags: int = os.O_RDONLY) -> Iterator[_File]:
         raise UsageError(f"{path}: cannot be opened ({reason}); check its name and rights") from None
     try:
         yield _File(path, fd, os.fstat(fd).st_size)
+    finally:
+        os.close(fd)
+
+
+@contextmanager
+def reopened(info: BetonInfo) -> Iterator[int]:
+    """Open the file that ``info`` describes again. Raises UsageError where it cannot be read, or has changed in the end."""
+    try:
+        fd = os.open(info.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError as error:
+        raise UsageError(f"{info.path}: cannot be opened ({error.strerror}); check its name and rights") from None
+    try:
+        yield fd
+        if stamp_of(fd) != info.stamp:
+            raise UsageError(f"{info.path}: the file changed while in use; leave it alone and start again")
+    except OSError as error:
+        raise UsageError(f"{info.path}: cannot be read ({error.strerror}); look at its disk") from None
     finally:
         os.close(fd)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from numpy.typing import NDArray
 
 from fastbyol.data import beton, manifest
 from fastbyol.data.beton import BetonInfo
+from fastbyol.data.beton_layout import reopened
 from fastbyol.data.decoder import Decoder
 from fastbyol.errors import UsageError
 
@@ -83,11 +83,8 @@ def _chunks(count: int) -> Iterator[NDArray[np.int64]]:
 def _wrong_bytes(info: BetonInfo, ids: NDArray[np.int64]) -> dict[int, str]:
     if info.manifest is None:
         return {}
-    fd = os.open(info.path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
+    with reopened(info) as fd:
         found = manifest.region_checksums(fd, info.starts[ids], info.sizes[ids])
-    finally:
-        os.close(fd)
     wrong = ids[found != info.manifest.checksums[ids]].tolist()
     return {i: f"bytes {info.starts[i]} to {info.starts[i] + info.sizes[i]} are not those that were written" for i in wrong}
 

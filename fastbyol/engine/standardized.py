@@ -1,7 +1,7 @@
 """All standardized weights of a network, made in one launch at a step's start instead of one by one in the forward passes.
 
 The layers take views of one flat copy. Those of the online network are leaves of autograd whose gradients gather in a second
-flat buffer; one more launch takes that back to the parameters' gradient. The kernels of a GPU and of a processor work so, and
+flat buffer; one more launch takes that back to the parameters' gradient. The kernels of a GPU and of a CPU work so, and
 write the copy in the products' dtype at once; in plain torch each layer standardizes its own weights.
 """
 

@@ -254,6 +254,6 @@ def _children_of(pid: int) -> list[str]:
             command = (folder / "cmdline").read_bytes().rstrip(b"\0").split(b"\0")
         except OSError:
             continue
-        if b"beton_child" in b" ".join(command) and command[-1] == str(pid).encode():
+        if b"beton_worker" in b" ".join(command) and command[-1] == str(pid).encode():
             found.append(folder.name)
     return found

@@ -28,7 +28,8 @@ from fastbyol_bench.gpu.rows import Rows
 from fastbyol_bench.gpu.rows import parser as job_parser
 from fastbyol_bench.harness import Flush
 from fastbyol_bench.kernel_times import recorded
-from fastbyol_kernels import group_norm, lars_ema, two_views
+from fastbyol_kernels import group_norm, lars_ema
+from fastbyol_kernels import views as view_kernels
 from fastbyol_kernels import weight_standardization as ws
 
 # ResNet-18's activations at 96 px: side, channels, with a residual.
@@ -189,7 +190,7 @@ def _pixels(bench: Bench, batch: Batch, table: Tensor, blur: str) -> None:
     part = slice(0, SAMPLES)
     few = table[:, part].contiguous()
     exact = views.apply(batch.images[part], few, config, torch.float64, kernels="reference")
-    moved = two_views.bytes_moved(2, stand.batch, size, size, size, 2)
+    moved = view_kernels.bytes_moved(2, stand.batch, size, size, size, 2)
     bench.say(f"two views, blur {blur}", {"err": off(make()[:, part], exact)}, BF16, make, moved)
 
 

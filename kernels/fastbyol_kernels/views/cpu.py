@@ -1,7 +1,7 @@
-"""``two_views`` on a processor: a view after the other, all of its steps while its planes are in the second-level cache.
+"""``two_views`` on a CPU: a view after the other, all of its steps while its planes are in the second-level cache.
 
 At 96 pixels the planes of a view are 110 KB. Plain torch makes a pass over memory per operation; here a view is read and
-written once. Steps and formulas are those of ``two_views.reference``, to rounding.
+written once. Steps and formulas are the reference's, to rounding.
 
 Letters: S side of a view, C channels, K taps.
 """
@@ -15,34 +15,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastbyol_kernels.processor import (
-    argument,
-    blocks,
-    floats,
-    halves,
-    integers,
-    kernel,
-    narrowed,
-    octets,
-    shared,
-    take,
-    worker,
-)
-from fastbyol_kernels.two_views_config import JITTER_ORDERS, LUMA, Column
+from fastbyol_kernels.native import F32, I64, U8, Activation, Worker, inlined, kernel, narrowed
+from fastbyol_kernels.views.reference import BOXES, box_radius
+from fastbyol_kernels.views.table import JITTER_ORDERS, LUMA, Column
 
 _R, _G, _B = (np.float32(weight) for weight in LUMA)
 _ZERO, _HALF, _ONE, _THREE, _TINY = (np.float32(x) for x in (0.0, 0.5, 1.0, 3.0, 1e-30))
 _COLUMNS = len(Column)
-_TOP, _LEFT, _HEIGHT, _WIDTH, _FLIP, _ORDER = (int(column) for column in tuple(Column)[:6])
-_FIRST_FACTOR, _GRAYSCALE, _SIGMA, _SOLARIZE = (
-    int(column) for column in (Column.BRIGHTNESS, Column.GRAYSCALE, Column.BLUR_SIGMA, Column.SOLARIZE)
-)
-_PLACES = 4  # operations of an order, by their column's distance from brightness
-_BRIGHTNESS, _CONTRAST, _SATURATION = 0, 1, 2
-_BOXES = 3  # Pillow's GaussianBlur
+# numba knows no members of an IntEnum as places in an array.
+(
+    _TOP, _LEFT, _HEIGHT, _WIDTH, _FLIP, _ORDER, _BRIGHTNESS, _CONTRAST, _SATURATION, _, _GRAYSCALE, _SIGMA, _SOLARIZE
+) = map(int, Column)  # fmt: skip
+_OPERATIONS = len(JITTER_ORDERS[0])
 
 
-@shared
+@inlined
 def _taps(first, weights, num_taps, length, flip, size):
     """Row numbers (S,) and weights (K, S) that resize ``length`` pixels to S: a triangle filter, as wide as the scale.
 
@@ -64,7 +51,7 @@ def _taps(first, weights, num_taps, length, flip, size):
             weights[k * size + s] /= total
 
 
-@shared
+@inlined
 def _crop(image, width, box, flip, planes, line, first, weights, size):
     """The box (top, left, height, width) of a uint8 image (H, W, 3), resized and flipped, into planes (3, S, S) in [0, 1]."""
     top, left, box_height, box_width = box
@@ -96,35 +83,35 @@ def _crop(image, width, box, flip, planes, line, first, weights, size):
                         out[x] += weight_x[x] * flat[np.uint64(3 * min(first_x[x] + k, box_width - 1) + c)]
 
 
-@shared
+@inlined
 def _num_taps(length, size):
     return max(2, -(-2 * length // size))
 
 
-@shared
+@inlined
 def _unit(value):
     return min(max(value, _ZERO), _ONE)
 
 
-@shared
+@inlined
 def _luma(r, g, b):
     return _R * r + _G * g + _B * b
 
 
-@shared
+@inlined
 def _blend(r, g, b, factor, gray):
     for i in range(len(r)):
         r[i], g[i], b[i] = _unit(r[i] * factor + gray), _unit(g[i] * factor + gray), _unit(b[i] * factor + gray)
 
 
-@shared
+@inlined
 def _turned(hue, low, span):
     return _unit(abs(abs(abs(hue) - _THREE) - _THREE) - _ONE) * span + low
 
 
-@shared
+@inlined
 def _jitter(r, g, b, operation, factor):
-    """One operation on the planes, in place; see ``two_views._adjust_hue`` for the last."""
+    """One operation on the planes, in place; see ``reference._adjust_hue`` for the last."""
     if operation == _BRIGHTNESS:
         if factor != _ONE:
             _blend(r, g, b, factor, _ZERO)
@@ -152,7 +139,7 @@ def _jitter(r, g, b, operation, factor):
             b[i] = _turned(hue + np.float32(2), low, span)
 
 
-@shared
+@inlined
 def _inside(place, size, reflects):
     """The pixel that stands for one beyond the edge: its mirror image, or the edge's own."""
     if reflects:
@@ -160,18 +147,18 @@ def _inside(place, size, reflects):
     return min(max(place, 0), size - 1)
 
 
-@shared
-def _blur_taps(weights, sigma, kernel_size):
-    """Weights of the offsets -reach to reach, and reach; ``kernel_size`` 0: one of Pillow's boxes (``two_views._box_taps``)."""
+@inlined
+def _blur_taps(weights, sigma, blur_kernel):
+    """Weights of the offsets -reach to reach, and reach; ``blur_kernel`` 0: one of Pillow's boxes (``reference._box_taps``)."""
     total = _ZERO
-    if kernel_size > 0:
-        reach = kernel_size // 2
+    if blur_kernel > 0:
+        reach = blur_kernel // 2
         for k in range(2 * reach + 1):
             away = np.float32(k - reach) / sigma
             weights[k] = math.exp(-_HALF * away * away)
             total += weights[k]
     else:
-        variance = sigma * sigma / np.float32(_BOXES)
+        variance = sigma * sigma / np.float32(BOXES)
         whole = np.float32(math.floor((math.sqrt(np.float32(12) * variance + _ONE) - _ONE) / np.float32(2)))
         fraction = (np.float32(2) * whole + _ONE) * (whole * (whole + _ONE) - _THREE * variance)
         radius = whole + fraction / (np.float32(6) * (variance - (whole + _ONE) * (whole + _ONE)))
@@ -184,7 +171,7 @@ def _blur_taps(weights, sigma, kernel_size):
     return reach
 
 
-@shared
+@inlined
 def _blur_down(source, out, weights, reach, reflects, size):
     """Along the columns of one plane."""
     for y in range(size):
@@ -200,7 +187,7 @@ def _blur_down(source, out, weights, reach, reflects, size):
                     row[x] += weight * above[x]
 
 
-@shared
+@inlined
 def _blur_along(source, out, weights, reach, reflects, size, line):
     """Along the rows of one plane, each first widened at both edges."""
     wide = line[: size + 2 * reach]
@@ -220,104 +207,71 @@ def _blur_along(source, out, weights, reach, reflects, size, line):
                     row[x] += weight * near[x]
 
 
-@shared
-def _blur(planes, other, weights, line, sigma, kernel_size, size):
-    reach = _blur_taps(weights, sigma, kernel_size)
-    reflects, area = kernel_size > 0, size * size
+@inlined
+def _blur(planes, other, weights, line, sigma, blur_kernel, size):
+    reach = _blur_taps(weights, sigma, blur_kernel)
+    reflects, area = blur_kernel > 0, size * size
     for c in range(3):
         plane, spare = planes[c * area : (c + 1) * area], other[:area]
-        for _ in range(1 if kernel_size > 0 else _BOXES):
+        for _ in range(1 if blur_kernel > 0 else BOXES):
             _blur_down(plane, spare, weights, reach, reflects, size)
             _blur_along(spare, plane, weights, reach, reflects, size, line)
 
 
 @kernel
-def _views(table):
-    """A view per block. Scratch, a row per worker: the planes and one more, a line, weights of the taps, weights of a blur."""
-    images, indices, rows, orders = octets(table, 0), integers(table, 1), floats(table, 2), integers(table, 3)
-    numbers, scratch, places, out32, out16 = (
-        floats(table, 4),
-        floats(table, 5),
-        integers(table, 6),
-        floats(table, 7),
-        halves(table, 8),
-    )
-    height, width, size, num_images = argument(table, 9), argument(table, 10), argument(table, 11), argument(table, 12)
-    kernel_size, is_half = argument(table, 13), argument(table, 14)
-    scratch_size, line_size, weights_size = argument(table, 15), argument(table, 16), argument(table, 17)
-    area, mine = size * size, worker(table)
-    own = scratch[mine * scratch_size : (mine + 1) * scratch_size]
-    first = places[mine * 2 * size : (mine + 1) * 2 * size]
+def _views(
+    view: int, images: U8, table: F32, orders: I64, colours: F32, scratch: F32, places: I64, out: Activation, worker: Worker,
+    height: int, width: int, num_images: int, size: int, blur_kernel: int, scratch_size: int, line_size: int,
+) -> None:  # fmt: skip
+    """Make a view. Scratch, a row per worker: the planes and one more, a line, weights of the taps."""
+    area = size * size
+    row = table[view * _COLUMNS : (view + 1) * _COLUMNS]
+    own = scratch[worker * scratch_size : (worker + 1) * scratch_size]
+    first = places[worker * 2 * size : (worker + 1) * 2 * size]
     planes, other, line = own[: 3 * area], own[3 * area : 4 * area], own[4 * area : 4 * area + line_size]
-    weights = own[4 * area + line_size : 4 * area + line_size + weights_size]
-    blur_weights = own[4 * area + line_size + weights_size :]
+    weights = own[4 * area + line_size :]
     r, g, b = planes[:area], planes[area : 2 * area], planes[2 * area : 3 * area]
-    view = take(table)
-    while view < blocks(table):
-        row = rows[view * _COLUMNS : (view + 1) * _COLUMNS]
-        start = indices[view % num_images] * height * width * 3
-        box = (np.int64(row[_TOP]), np.int64(row[_LEFT]), np.int64(row[_HEIGHT]), np.int64(row[_WIDTH]))
-        image = images[start : start + height * width * 3]
-        _crop(image, width, box, row[_FLIP] > 0, planes, line, first, weights, size)
-        order = np.int64(row[_ORDER]) * _PLACES
-        for place in range(_PLACES):
-            operation = orders[order + place]
-            _jitter(r, g, b, operation, row[_FIRST_FACTOR + operation])
-        if row[_GRAYSCALE] > 0:
-            for i in range(len(r)):
-                gray = _luma(r[i], g[i], b[i])
-                r[i], g[i], b[i] = gray, gray, gray
-        if row[_SIGMA] > 0:
-            _blur(planes, other, blur_weights, line, row[_SIGMA], kernel_size, size)
-        if row[_SOLARIZE] > 0:
-            for i in range(len(planes)):
-                planes[i] = min(planes[i], _ONE - planes[i])
-        for c in range(3):
-            plane, mean, scale = planes[c * area : (c + 1) * area], numbers[c], numbers[3 + c]
-            for i in range(len(plane)):
-                plane[i] = (plane[i] - mean) * scale
-        if is_half:
-            pixels16 = out16[view * area * 3 : (view + 1) * area * 3]
-            for i in range(len(r)):
-                pixels16[3 * i], pixels16[3 * i + 1], pixels16[3 * i + 2] = narrowed(r[i]), narrowed(g[i]), narrowed(b[i])
-        else:
-            pixels32 = out32[view * area * 3 : (view + 1) * area * 3]
-            for i in range(len(r)):
-                pixels32[3 * i], pixels32[3 * i + 1], pixels32[3 * i + 2] = r[i], g[i], b[i]
-        view = take(table)
+    start = view % num_images * height * width * 3
+    box = (np.int64(row[_TOP]), np.int64(row[_LEFT]), np.int64(row[_HEIGHT]), np.int64(row[_WIDTH]))
+    image = images[start : start + height * width * 3]
+    _crop(image, width, box, row[_FLIP] > 0, planes, line, first, weights, size)
+    order = np.int64(row[_ORDER]) * _OPERATIONS
+    for place in range(_OPERATIONS):
+        operation = orders[order + place]
+        _jitter(r, g, b, operation, row[operation])
+    if row[_GRAYSCALE] > 0:
+        for i in range(len(r)):
+            gray = _luma(r[i], g[i], b[i])
+            r[i], g[i], b[i] = gray, gray, gray
+    if row[_SIGMA] > 0:
+        _blur(planes, other, weights, line, row[_SIGMA], blur_kernel, size)
+    if row[_SOLARIZE] > 0:
+        for i in range(len(planes)):
+            planes[i] = min(planes[i], _ONE - planes[i])
+    for c in range(3):
+        plane, mean, scale = planes[c * area : (c + 1) * area], colours[c], colours[3 + c]
+        for i in range(len(plane)):
+            plane[i] = (plane[i] - mean) * scale
+    pixels = out[view * area * 3 : (view + 1) * area * 3]
+    for i in range(len(r)):
+        pixels[3 * i], pixels[3 * i + 1], pixels[3 * i + 2] = narrowed(r[i], out), narrowed(g[i], out), narrowed(b[i], out)
 
 
-def views(
-    images: Tensor,
-    indices: Tensor,
-    table: Tensor,
-    *,
-    size: int,
-    taps: int,
-    reach: int,
-    mean: Sequence[float],
-    std: Sequence[float],
-    dtype: torch.dtype,
+def apply(
+    images: Tensor, table: Tensor, size: int, blur_kernel: int, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype
 ) -> Tensor:
-    """Views (V, B, S, S, 3), float32 or bfloat16, of contiguous uint8 images (N, H, W, 3), of which ``indices`` (B,) are the
-    batch, by ``table`` (V, B, columns). Everything was checked before.
-
-    ``taps`` of a sampled Gaussian, or 0 for Pillow's blur; ``reach`` is the most pixels that a blur looks to either side.
-    """
+    """Return the views (V, B, S, S, C), fp32 or bf16. ``blur_kernel`` is 0 for Pillow's blur."""
     height, width = images.shape[1:3]
     out = table.new_empty((*table.shape[:2], size, size, 3), dtype=dtype)
-    numbers = table.new_tensor([*mean, *(1.0 / s for s in std)])
-    line = max(3 * width, size + 2 * reach)
-    weights = size * sum(max(2, -(-2 * side // size)) for side in (height, width))
-    scratch = 4 * size * size + line + weights + 2 * reach + 1
-    workers = torch.get_num_threads()
+    # The most pixels that a blur looks to either side; one more, since the kernel may round a radius otherwise.
+    reach = blur_kernel // 2 if blur_kernel else int(box_radius(table[..., Column.BLUR_SIGMA].amax()).floor()) + 2
+    line_size = max(3 * width, size + 2 * reach)
+    weights_size = max(size * (_num_taps(height, size) + _num_taps(width, size)), 2 * reach + 1)
+    scratch_size, workers = 4 * size * size + line_size + weights_size, torch.get_num_threads()
     _views(
-        table.shape[0] * table.shape[1], images, indices.contiguous(), table.contiguous(), _orders(indices), numbers,
-        table.new_empty(workers, scratch), indices.new_empty(workers, 2 * size), out, out,
-        height, width, size, table.shape[1], taps, int(dtype == torch.bfloat16), scratch, line, weights,
+        table.shape[0] * table.shape[1], images.contiguous(), table.contiguous(), torch.tensor(JITTER_ORDERS),
+        table.new_tensor([*mean, *(1.0 / s for s in std)]), table.new_empty(workers, scratch_size),
+        torch.empty(workers, 2 * size, dtype=torch.int64), out,
+        height, width, table.shape[1], size, blur_kernel, scratch_size, line_size,
     )  # fmt: skip
     return out
-
-
-def _orders(like: Tensor) -> Tensor:
-    return like.new_tensor([[column - Column.BRIGHTNESS for column in order] for order in JITTER_ORDERS])

@@ -124,13 +124,14 @@ def weights(bench: Bench, state: TrainState) -> None:
     (group,) = (group for group in state.standardized.groups if group.gradient is not None)
     assert group.gradient is not None
     group.renew()
-    flat = group.flat.detach().double().requires_grad_()
-    exact = ws.reference_rows(flat, group.table, torch.float64)
+    flat, exact, means, stds = (t.detach().double() for t in (group.flat, group.copy, group.means, group.stds))
+    ws.standardize_rows(exact, means, stds, flat, group.table, kernels="reference")
     moved = ws.bytes_moved(group.table, group.copy.itemsize)
     bench.say("weight standardization, forward", {"err": off(group.copy, exact)}, BF16, group.renew, moved)
     group.gradient.normal_()
-    (exact_gradient,) = torch.autograd.grad(exact, flat, group.gradient.double())
-    out = torch.zeros_like(group.flat)
+    out, exact_gradient = torch.zeros_like(group.flat), torch.zeros_like(flat)
+    upstream = group.gradient.double()
+    ws.standardize_rows_backward(exact_gradient, upstream, flat, means, stds, group.table, kernels="reference")
     group.write_gradient(out)
     moved = ws.bytes_moved(group.table, group.copy.itemsize, backward=True)
     bench.say(

@@ -252,17 +252,27 @@ def _opened(path: Path) -> Iterator[_File]:
         os.close(fd)
 
 
-@contextmanager
-def reopened(info: BetonInfo) -> Iterator[int]:
-    """Open the file that ``info`` describes again. Raises UsageError where it cannot be read, or has changed in the end."""
+def open_again(info: BetonInfo) -> int:
+    """Open the file that ``info`` describes again. Raises UsageError where that fails."""
     try:
-        fd = os.open(info.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        return os.open(info.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError as error:
         raise UsageError(f"{info.path}: cannot be opened ({error.strerror}); check its name and rights") from None
+
+
+def refuse_changed(fd: int, info: BetonInfo) -> None:
+    """Raise UsageError where the open file was written to since ``info`` was made. (Replacing or deleting it does no harm.)"""
+    if stamp_of(fd) != info.stamp:
+        raise UsageError(f"{info.path}: the file changed while in use; leave it alone and start again")
+
+
+@contextmanager
+def reopened(info: BetonInfo) -> Iterator[int]:
+    """``open_again`` for a while. Raises UsageError where the file cannot be read, or has changed in the end."""
+    fd = open_again(info)
     try:
         yield fd
-        if stamp_of(fd) != info.stamp:
-            raise UsageError(f"{info.path}: the file changed while in use; leave it alone and start again")
+        refuse_changed(fd, info)
     except OSError as error:
         raise UsageError(f"{info.path}: cannot be read ({error.strerror}); look at its disk") from None
     finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,18 +61,14 @@ def verify(
     with single samples is in the result.
     """
     info = beton.inspect(path, image_field=image_field, label_field=label_field)
-    damaged: dict[int, str] = {}
-    for ids in _chunks(info.num_samples):
-        damaged |= _wrong_bytes(info, ids)
-        if progress is not None and not deep:
-            progress(int(ids[-1]) + 1, info.num_samples)
-    if deep:
-        damaged |= _wrong_labels(info) | damaged
-        with Decoder(info, size=SIZE, workers=0, in_memory=False) as decoder:
-            for ids in _chunks(info.num_samples):
+    damaged = _wrong_labels(info) if deep else {}
+    with Decoder(info, size=SIZE, workers=0, in_memory=False) if deep else nullcontext() as decoder:
+        for ids in _chunks(info.num_samples):
+            damaged |= _wrong_bytes(info, ids)
+            if decoder is not None:
                 damaged |= _undecodable(decoder, np.setdiff1d(ids, list(damaged)))
-                if progress is not None:
-                    progress(int(ids[-1]) + 1, info.num_samples)
+            if progress is not None:
+                progress(int(ids[-1]) + 1, info.num_samples)
     return Verdict(info, deep, tuple(sorted(damaged.items())))
 
 

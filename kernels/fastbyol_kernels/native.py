@@ -37,8 +37,10 @@ from torch import Tensor
 from fastbyol_kernels.dispatch import is_plain
 
 # What an argument may be beside ``int`` and ``float``, which are 64 bits wide: a tensor, seen flat and without an end.
-F32, F64 = Annotated[Any, numba.float32], Annotated[Any, numba.float64]
-I32, I64 = Annotated[Any, numba.int32], Annotated[Any, numba.int64]
+F32 = Annotated[Any, numba.float32]
+F64 = Annotated[Any, numba.float64]
+I32 = Annotated[Any, numba.int32]
+I64 = Annotated[Any, numba.int64]
 U8 = Annotated[Any, numba.uint8]
 # bf16, seen as its bits (see ``widened`` and ``narrowed``), or f32, all of a call alike: the kernel is compiled for both.
 _ACTIVATION, _WORKER = "bf16 or f32", "worker"

@@ -109,7 +109,7 @@ def _formats() -> tuple[str, ...]:
 
 
 def _read(path: Path, take: Callable[[ImageFile.ImageFile], T]) -> T:
-    """What ``take`` makes of the picture, or where that fails of the picture without its metadata."""
+    """Return what ``take`` makes of the picture, or where that fails of the picture without its metadata."""
     try:
         with warnings.catch_warnings(), open_regular(path) as file:
             # Pillow warns of what it mends and of sizes below our own limit.
@@ -220,7 +220,7 @@ def _from_deep(image: Image.Image) -> Image.Image:
 
 
 def _largest(image: Image.Image) -> int:
-    """The value that is white in a picture of more than 8 bits."""
+    """Return the value that is white in a picture of more than 8 bits."""
     if not isinstance(image, TiffImagePlugin.TiffImageFile):
         return 65535
     of_depth = (1 << (_tag(image, TiffImagePlugin.BITSPERSAMPLE) or 16)) - 1
@@ -229,7 +229,7 @@ def _largest(image: Image.Image) -> int:
 
 
 def _tag(image: TiffImagePlugin.TiffImageFile, number: int) -> int | None:
-    """The first value of a tag that holds whole numbers; None where it is not there."""
+    """Return the first value of a tag that holds whole numbers; None where it is not there."""
     value = image.tag_v2.get(number)
     first = value[0] if isinstance(value, tuple) and value else value
     return first if isinstance(first, int) else None

@@ -36,7 +36,7 @@ class Verdict:
         return self.info.manifest is not None
 
     def demand_whole(self) -> None:
-        """UsageError that counts the damaged samples and names the first."""
+        """Raise UsageError that counts the damaged samples and names the first."""
         if not self.damaged:
             return
         sample, what = self.damaged[0]
@@ -87,7 +87,7 @@ def _wrong_bytes(info: BetonInfo, ids: NDArray[np.int64]) -> dict[int, str]:
 
 
 def _wrong_labels(info: BetonInfo) -> dict[int, str]:
-    """Labels outside the classes that the manifest names; a foreign file says nothing of its classes."""
+    """Find labels outside the classes that the manifest names; a foreign file says nothing of its classes."""
     names = info.class_names
     if info.labels is None or not names:
         return {}
@@ -96,7 +96,7 @@ def _wrong_labels(info: BetonInfo) -> dict[int, str]:
 
 
 def _undecodable(decoder: Decoder, ids: NDArray[np.int64]) -> dict[int, str]:
-    """All of a chunk at once; one by one where that fails."""
+    """Decode all of a chunk at once; one by one where that fails."""
     try:
         decoder.decode(ids, np.empty((len(ids), *decoder.shape), np.uint8))
     except UsageError as error:

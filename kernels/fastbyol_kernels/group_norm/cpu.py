@@ -56,9 +56,8 @@ def _moments(x, mean, m2):
     """Take mean and sum of squared deviations (L,) of the lanes of a sample: one reading, no cancellation at any mean."""
     lanes = len(mean)
     rows = len(x) // lanes
-    for i in range(lanes):
-        mean[i] = np.float32(0)
-        m2[i] = np.float32(0)
+    mean[:] = np.float32(0)
+    m2[:] = np.float32(0)
     # Mean and squared deviations of eight rows first, then Chan's combination with those of the rows before.
     for row in range(0, rows - ROWS + 1, ROWS):
         f = np.float32(ROWS / (row + ROWS))
@@ -120,7 +119,7 @@ def _by_group(mean, m2, group_mean, group_rstd, pixels, eps):
 
 
 @noalias
-def _lines(group_mean, group_rstd, weight, bias, scale, shift):
+def _lines(group_mean, group_rstd, weight, bias, scale, shift, center):
     """Express the normalisation of each lane as x * scale + shift, for both passes alike: they must agree on its sign."""
     channels = len(weight)
     per_group = channels // len(group_mean)
@@ -129,8 +128,12 @@ def _lines(group_mean, group_rstd, weight, bias, scale, shift):
         for c in range(group * per_group, (group + 1) * per_group):
             scale[c] = rstd * weight[c]
             shift[c] = bias[c] - mean * scale[c]
+            if center is not None:
+                center[c] = mean
     _repeat(scale, channels)
     _repeat(shift, channels)
+    if center is not None:
+        _repeat(center, channels)
 
 
 @noalias
@@ -169,16 +172,16 @@ def _forward(
     size, length = pixels * channels, per_row * channels
     first, second = np.empty(length, np.float32), np.empty(length, np.float32)
     for sample in range(block * per_block, min(block * per_block + per_block, samples)):
-        start, stop = sample * size, sample * size + size
+        here = slice(sample * size, sample * size + size)
         mean, rstd = means[sample * groups : sample * groups + groups], rstds[sample * groups : sample * groups + groups]
-        _moments(x[start:stop], first, second)
+        _moments(x[here], first, second)
         _by_channel(first, second, channels, pixels)
         _by_group(first[:channels], second[:channels], mean, rstd, pixels, np.float32(eps))
-        _lines(mean, rstd, weight[:channels], bias[:channels], first, second)
+        _lines(mean, rstd, weight[:channels], bias[:channels], first, second, None)
         if added:
-            _write(x[start:stop], residual[start:stop], y[start:stop], first, second, np.float32(least))
+            _write(x[here], residual[here], y[here], first, second, np.float32(least))
         else:
-            _write(x[start:stop], None, y[start:stop], first, second, np.float32(least))
+            _write(x[here], None, y[here], first, second, np.float32(least))
 
 
 @inlined
@@ -193,15 +196,15 @@ def _passed(dy, x, result, i, y, scale, shift, limit):
 def _sums(dy, x, y, scale, shift, center, total, weighted, limit):
     """Sum the gradient g, and g (x - center), over a sample's rows to (L,)."""
     lanes = len(center)
-    for i in range(lanes):
-        total[i] = np.float32(0)
-        weighted[i] = np.float32(0)
+    total[:] = np.float32(0)
+    weighted[:] = np.float32(0)
     rows, results = len(x) // lanes, x if y is None else y
     for row in range(0, rows - 3, 4):
         x0, x1, x2, x3 = _rows(x, row, lanes)
         y0, y1, y2, y3 = _rows(results, row, lanes)
         d0, d1, d2, d3 = _rows(dy, row, lanes)
         for i in range(lanes):
+            # Before the gradients here, after them with ``y``: sums are in the order of their loads, whatever is written below.
             if y is None:
                 v0, v1, v2, v3 = widened(x0[i]), widened(x1[i]), widened(x2[i]), widened(x3[i])
             g0 = _passed(d0, x0, y0, i, y, scale, shift, limit)
@@ -269,17 +272,6 @@ def _write_gradients(dy, x, y, dx, dresidual, scale, shift, slope, level, limit)
             out[i] = narrowed(scale[i] * g - (widened(values[i]) * slope[i] + level[i]), out)
 
 
-@noalias
-def _spread(values, channels, out):
-    """Copy a group's value to each of its lanes."""
-    per_group = channels // len(values)
-    for group in range(len(values)):
-        here = out[group * per_group : (group + 1) * per_group]
-        for i in range(len(here)):
-            here[i] = values[group]
-    _repeat(out, channels)
-
-
 @kernel
 def _backward(
     block: int, dy: Activation, x: Activation, y: Activation, dx: Activation, dresidual: Activation,
@@ -289,30 +281,24 @@ def _backward(
     """Write dx, the residual's gradient, and sums (N, 2, C) of g x_hat and g, of ``per_block`` samples."""
     size, length = pixels * channels, per_row * channels
     scale, shift, center = np.empty(length, np.float32), np.empty(length, np.float32), np.empty(length, np.float32)
-    third, fourth = np.empty(length, np.float32), np.empty(length, np.float32)
+    third, fourth, bound = np.empty(length, np.float32), np.empty(length, np.float32), np.float32(limit)
     for sample in range(block * per_block, min(block * per_block + per_block, samples)):
-        start, stop = sample * size, sample * size + size
+        here = slice(sample * size, sample * size + size)
         mean, rstd = means[sample * groups : sample * groups + groups], rstds[sample * groups : sample * groups + groups]
         row = sample * 2 * channels
         weighted, total = sums[row : row + channels], sums[row + channels : row + 2 * channels]
-        _lines(mean, rstd, weight[:channels], bias[:channels], scale, shift)
-        _spread(mean, channels, center)
+        _lines(mean, rstd, weight[:channels], bias[:channels], scale, shift, center)
         if by_y:
-            _sums(dy[start:stop], x[start:stop], y[start:stop], scale, shift, center, third, fourth, np.float32(limit))
+            _sums(dy[here], x[here], y[here], scale, shift, center, third, fourth, bound)
         else:
-            _sums(dy[start:stop], x[start:stop], None, scale, shift, center, third, fourth, np.float32(limit))
+            _sums(dy[here], x[here], None, scale, shift, center, third, fourth, bound)
         _sum_lanes(third, channels, total)
         _sum_lanes(fourth, channels, weighted)
         _slopes(weight[:channels], mean, rstd, total, weighted, third, fourth, pixels)
         if by_y:
-            _write_gradients(
-                dy[start:stop], x[start:stop], y[start:stop], dx[start:stop], dresidual[start:stop],
-                scale, shift, third, fourth, np.float32(limit),
-            )  # fmt: skip
+            _write_gradients(dy[here], x[here], y[here], dx[here], dresidual[here], scale, shift, third, fourth, bound)
         else:
-            _write_gradients(
-                dy[start:stop], x[start:stop], None, dx[start:stop], None, scale, shift, third, fourth, np.float32(limit)
-            )
+            _write_gradients(dy[here], x[here], None, dx[here], None, scale, shift, third, fourth, bound)
 
 
 @kernel

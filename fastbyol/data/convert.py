@@ -63,7 +63,7 @@ class Report:
         yield f"{self.path}: {', '.join((images, classes if self.labelled else 'no labels', *left_out))}"
 
     def ignored_by_kind(self) -> dict[str, list[str]]:
-        """The names of what was ignored, by what it is, the commonest first."""
+        """Return the names of what was ignored, by what it is, the commonest first."""
         by_kind: dict[str, list[str]] = {}
         for name, kind in self.ignored:
             by_kind.setdefault(kind, []).append(name)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import importlib
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -28,9 +27,9 @@ Image = NDArray[np.uint8]
 
 def loop(crop: bool, has_jpeg: bool) -> Any:
     """Return the loop over images, with or without cropping them: a ``decoder.Loop``."""
-    cv2 = _imported("cv2") if crop else None
+    shrink = _shrink() if crop else None
     if has_jpeg:
-        _imported("torchvision.io")  # here, so that no batch fails where it cannot be
+        _decode_jpeg()  # here, so that no batch fails where it is missing
 
     def decode(images: Image, status: NDArray[np.int32], data: Image, places: NDArray[Any]) -> None:
         rows = images.reshape(len(images), -1)  # copying flat rows takes two thirds of the time
@@ -39,13 +38,12 @@ def loop(crop: bool, has_jpeg: bool) -> Any:
             image = stored.reshape(height, width, 3) if raw else _decoded(stored)
             if image is None or image.shape != (height, width, 3):
                 status[row] = 1
-            elif cv2 is None:
+            elif shrink is None:
                 rows[row] = image.reshape(-1)
             else:
                 side = min(height, width)
                 top, left = (height - side) // 2, (width - side) // 2
-                square = image[top : top + side, left : left + side]
-                cv2.resize(square, images.shape[1:3], images[row], interpolation=cv2.INTER_AREA)
+                shrink(image[top : top + side, left : left + side], images.shape[1:3], images[row])
 
     return decode
 
@@ -72,11 +70,9 @@ def _can_decode(stream: Image) -> bool:
 
 def _decoded(stream: Image) -> Image | None:
     """Decode a JPEG stream to (H, W, 3); None where that fails."""
-    rgb = _imported("torchvision.io").ImageReadMode.RGB.value
+    decode_jpeg = _decode_jpeg()
     try:
-        # The operator itself: its public name warns at every call, from 0.29 on, that TorchCodec will follow it. A copy,
-        # since torch warns of memory that must not be written to.
-        planes: torch.Tensor = torch.ops.image.decode_jpeg(torch.from_numpy(stream.copy()), rgb, False)
+        planes = decode_jpeg(torch.from_numpy(stream.copy()))  # torch warns of memory that must not be written to
     except RuntimeError as error:
         if "DefaultCPUAllocator" in str(error):  # out of memory
             raise
@@ -85,15 +81,32 @@ def _decoded(stream: Image) -> Image | None:
 
 
 @functools.cache
-def _imported(module: str) -> Any:
-    """Import torchvision, which takes more than a second, or OpenCV, without side effects."""
+def _decode_jpeg() -> Callable[[torch.Tensor], torch.Tensor]:
+    """Import torchvision, which takes more than a second; return its decoder to RGB (3, H, W)."""
+    with _needed("torchvision"):
+        from torchvision.io import ImageReadMode
+
+        # The operator: its public name warns at every call, from 0.29 on, that TorchCodec takes over.
+        return functools.partial(torch.ops.image.decode_jpeg, mode=ImageReadMode.RGB.value)
+
+
+@functools.cache
+def _shrink() -> Callable[..., object]:
+    with _needed("OpenCV"):
+        import cv2
+
+        return functools.partial(cv2.resize, interpolation=cv2.INTER_AREA)
+
+
+@contextmanager
+def _needed(name: str) -> Iterator[None]:
+    """Import what the block imports without side effects. Raises UsageError where that fails."""
     try:
         with left_as_found():
-            return importlib.import_module(module)
-    except (ImportError, OSError, RuntimeError) as error:  # RuntimeError: made for another torch
+            yield
+    except (ImportError, OSError, RuntimeError, AttributeError) as error:  # the last two: made for another torch
         raise UsageError(
-            f"{module} cannot be used ({one_line(error)}), and without FFCV images are decoded with it; "
-            "`fastbyol doctor` says what to install"
+            f"{name} cannot be used ({one_line(error)}), and images are decoded with it; `fastbyol doctor` says what to install"
         ) from error
 
 

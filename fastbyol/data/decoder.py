@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from fastbyol.data import decode_ffcv, decode_torchvision
 from fastbyol.data.beton import BetonInfo
-from fastbyol.data.beton_layout import stamp_of
+from fastbyol.data.beton_layout import open_again, refuse_changed
 from fastbyol.data.jpeg_tables import brings_its_tables
 from fastbyol.errors import FastbyolError, UsageError, check_choice
 
@@ -83,7 +83,7 @@ class Decoder:
         )
         self._places = _places(info)
         self._unproved = np.full(info.num_samples, True) if info.manifest is not None else ~info.raw
-        self._fd = _open(info)
+        self._fd = open_again(info)
         self._release = weakref.finalize(self, os.close, self._fd)
         try:
             self._bytes = _read_all(self._fd, info) if in_memory else None
@@ -172,9 +172,8 @@ class Decoder:
         return self.info.labels
 
     def check_unchanged(self) -> None:
-        """UsageError if the file was written to since it was verified. (Replacing or deleting it does no harm.)"""
-        if stamp_of(self._fd) != self.info.stamp:
-            raise UsageError(f"{self.info.path}: the file changed while in use; leave it alone and start again")
+        """Raise UsageError where the file was written to since it was verified."""
+        refuse_changed(self._fd, self.info)
 
     def close(self) -> None:
         """Let go of the file. Closing twice is fine, and a dropped decoder does it too."""
@@ -204,13 +203,6 @@ def _places(info: BetonInfo) -> NDArray[Any]:
     places["start"], places["end"] = info.starts, info.starts + info.sizes
     places["height"], places["width"], places["raw"] = info.heights, info.widths, info.raw
     return places
-
-
-def _open(info: BetonInfo) -> int:
-    try:
-        return os.open(info.path, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError as error:
-        raise UsageError(f"{info.path}: cannot be opened ({error.strerror}); check its name and rights") from None
 
 
 def _read_all(fd: int, info: BetonInfo) -> NDArray[np.uint8]:

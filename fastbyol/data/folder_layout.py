@@ -67,7 +67,7 @@ class _Tree:
             yield from (f"{first}/{name}" for name in tree.names())
 
     def at(self, folder: str) -> _Tree:
-        """The tree below ``folder``, a path relative to this one; empty where no picture lies there."""
+        """Return the tree below ``folder``, a path relative to this one; empty where no picture lies there."""
         tree = self
         for part in filter(None, folder.split("/")):
             tree = tree.nested.get(part, _Tree((), {}))
@@ -146,7 +146,7 @@ def lay_out(path: Path, found: Found, *, kind: str | None, split: str | None) ->
 
 
 def _within(tree: _Tree, kind: str | None, *, in_split: bool = False) -> str:
-    """The folder, relative, that holds all the rest of ``tree`` and is no class itself; empty where there is none.
+    """Return the folder, relative, that holds all the rest of ``tree`` and is no class itself; empty where there is none.
 
     ``in_split``: ``tree`` is a split, within which a folder of such a name is none (``seg_train/seg_train/CLASS``).
     """
@@ -164,13 +164,13 @@ def _within(tree: _Tree, kind: str | None, *, in_split: bool = False) -> str:
 
 
 def _parts(tree: _Tree) -> list[str]:
-    """The subfolders that are splits by their names, train first."""
+    """Return the subfolders that are splits by their names, train first."""
     named = [(splits.NAMES.index(of), name) for name in tree.nested if (of := splits.canonical(name)) is not None]
     return [name for _, name in sorted(named)]
 
 
 def _chosen(path: Path, start: str, tree: _Tree, parts: list[str], found: Found, kind: str | None, split: str | None) -> str:
-    """The split's folder, relative to ``start``; empty where there are no splits."""
+    """Return the split's folder, relative to ``start``; empty where there are no splits."""
     here = tree.at(start)
     if split is not None:
         return _asked(path, start, here, parts, found, split)
@@ -215,7 +215,7 @@ def _asked(path: Path, start: str, here: _Tree, parts: list[str], found: Found, 
 
 
 def _hidden(tree: _Tree) -> list[str]:
-    """Names of the folders below the subfolders, where none of these holds pictures and one has several folders of them."""
+    """Name the folders below the subfolders, where none of these holds pictures and one has several folders of them."""
     inner = [one.at(_within(one, None)) for one in tree.nested.values()]
     if tree.direct or len(inner) < 2 or any(one.direct for one in tree.nested.values()):
         return []
@@ -223,7 +223,7 @@ def _hidden(tree: _Tree) -> list[str]:
 
 
 def _classes(folder: str, tree: _Tree, annotated: Callable[[str], dict[str, str] | None], kind: str | None) -> set[str]:
-    """The names of the classes in ``folder``, relative to the root of ``tree``."""
+    """Return the names of the classes in ``folder``, relative to the root of ``tree``."""
     folder = _join(folder, _within(tree.at(folder), kind, in_split=True))
     here = tree.at(folder)
     if kind != "folder" and here.is_plain and (named := annotated(folder)):
@@ -232,7 +232,7 @@ def _classes(folder: str, tree: _Tree, annotated: Callable[[str], dict[str, str]
 
 
 def _annotated(path: Path, folder: str, tree: _Tree, found: Found) -> dict[str, str] | None:
-    """The class of each picture by its file's name, as an annotations file in ``folder`` says; None where there is none."""
+    """Read the class of each picture by its file's name from the annotations in ``folder``; None where there are none."""
     name = _annotations_file(folder, found)
     if name is None:
         return None
@@ -254,7 +254,7 @@ def _annotations_file(folder: str, found: Found) -> str | None:
 
 
 def _left_out(found: Found, tree: _Tree, others: Sequence[str]) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
-    """What was skipped and ignored, but for what lies in the splits that are not taken."""
+    """Return what was skipped and ignored, but for what lies in the splits that are not taken."""
     away = tuple(f"{other}/" for other in others)
     skipped, ignored = ([row for row in rows if not row[0].startswith(away)] for rows in (found.skipped, found.ignored))
     empty = [name for name in found.folders if not f"{name}/".startswith(away) and tree.at(name).is_empty]

@@ -160,7 +160,7 @@ def _labels(images: Path, count: int) -> tuple[Labels | None, tuple[str, ...]]:
 
 
 def _labels_file(images: Path) -> Path | None:
-    """The file beside ``images`` with its labels, idx1 before idx2, unpacked before packed; None where there is none."""
+    """Find the file beside ``images`` with its labels, idx1 before idx2, unpacked before packed; None where there is none."""
     stem = _stem(_IMAGES.fullmatch(images.name))
     found = []
     for path in images.parent.iterdir():

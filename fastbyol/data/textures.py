@@ -107,7 +107,7 @@ def _coordinates(scalar: Floats, size: int) -> tuple[Floats, Floats, Floats]:
 
 
 def _colour(tone: Floats, form: Floats, draws: Floats) -> NDArray[np.uint8]:
-    """tone, form (B, S, S) and draws (B, 2, 3) in [0, 1) -> uint8 (B, S, S, 3): ink where form is 0, paper where 1."""
+    """Colour tone, form (B, S, S) by draws (B, 2, 3) in [0, 1): uint8 (B, S, S, 3), ink where form is 0, paper where 1."""
     tints = np.array((INK, PAPER), _F) + _F(2 * TINT) * (draws - _HALF)
     images = np.empty((*tone.shape, 3), np.uint8)
     for channel in range(3):
@@ -118,13 +118,13 @@ def _colour(tone: Floats, form: Floats, draws: Floats) -> NDArray[np.uint8]:
 
 
 def _lattices(draws: Floats, side: int) -> Floats:
-    """(B, 3 * side**2) uniform draws -> three lattices (3, B, side, side) in [-.5, .5)."""
+    """Make of uniform draws (B, 3 * side**2) three lattices (3, B, side, side) in [-.5, .5)."""
     lattices: Floats = draws.reshape(len(draws), 3, side, side).transpose(1, 0, 2, 3) - _HALF
     return lattices
 
 
 def _smooth(lattice: Floats, size: int) -> Floats:
-    """(B, n + 1, n + 1) -> (B, S, S), blended between lattice points by smoothstep."""
+    """Make (B, S, S) of (B, n + 1, n + 1), blended between lattice points by smoothstep."""
     cells = lattice.shape[1] - 1
     position = (np.arange(size, dtype=_F) + _HALF) * _F(cells / size)
     whole = np.floor(position)
@@ -135,7 +135,7 @@ def _smooth(lattice: Floats, size: int) -> Floats:
 
 
 def _uniform(seed: int, ids: Counters, num: int, domain: int) -> Floats:
-    """float32 (B, num) in [0, 1): word k of image i is word k % 4 of the Philox block k // 4."""
+    """Draw float32 (B, num) in [0, 1): word k of image i is word k % 4 of the Philox block k // 4."""
     c0, c3 = ids[:, None] & _MASK, np.uint64(domain) | (ids[:, None] >> np.uint64(32)) << np.uint64(8)
     c1 = np.arange(-(-num // 4), dtype=np.uint64)[None]
     words = np.stack(_philox(c0, c1, np.zeros_like(c0), c3, seed), axis=-1).reshape(len(ids), 4 * c1.size)[:, :num]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,7 +36,7 @@ class Verdict:
         return self.info.manifest is not None
 
     def demand_whole(self) -> None:
-        """UsageError that counts the damaged samples and names the first."""
+        """Raise UsageError that counts the damaged samples and names the first."""
         if not self.damaged:
             return
         sample, what = self.damaged[0]
@@ -60,18 +61,14 @@ def verify(
     with single samples is in the result.
     """
     info = beton.inspect(path, image_field=image_field, label_field=label_field)
-    damaged: dict[int, str] = {}
-    for ids in _chunks(info.num_samples):
-        damaged |= _wrong_bytes(info, ids)
-        if progress is not None and not deep:
-            progress(int(ids[-1]) + 1, info.num_samples)
-    if deep:
-        damaged |= _wrong_labels(info) | damaged
-        with Decoder(info, size=SIZE, workers=0, in_memory=False) as decoder:
-            for ids in _chunks(info.num_samples):
+    damaged = _wrong_labels(info) if deep else {}
+    with Decoder(info, size=SIZE, workers=0, in_memory=False) if deep else nullcontext() as decoder:
+        for ids in _chunks(info.num_samples):
+            damaged |= _wrong_bytes(info, ids)
+            if decoder is not None:
                 damaged |= _undecodable(decoder, np.setdiff1d(ids, list(damaged)))
-                if progress is not None:
-                    progress(int(ids[-1]) + 1, info.num_samples)
+            if progress is not None:
+                progress(int(ids[-1]) + 1, info.num_samples)
     return Verdict(info, deep, tuple(sorted(damaged.items())))
 
 
@@ -90,7 +87,7 @@ def _wrong_bytes(info: BetonInfo, ids: NDArray[np.int64]) -> dict[int, str]:
 
 
 def _wrong_labels(info: BetonInfo) -> dict[int, str]:
-    """Labels outside the classes that the manifest names; a foreign file says nothing of its classes."""
+    """Find labels outside the classes that the manifest names; a foreign file says nothing of its classes."""
     names = info.class_names
     if info.labels is None or not names:
         return {}
@@ -99,7 +96,7 @@ def _wrong_labels(info: BetonInfo) -> dict[int, str]:
 
 
 def _undecodable(decoder: Decoder, ids: NDArray[np.int64]) -> dict[int, str]:
-    """All of a chunk at once; one by one where that fails."""
+    """Decode all of a chunk at once; one by one where that fails."""
     try:
         decoder.decode(ids, np.empty((len(ids), *decoder.shape), np.uint8))
     except UsageError as error:

@@ -179,7 +179,7 @@ def test_nothing_readable(tmp_path: Path, out: Path) -> None:
     [
         ({"resize": "centre"}, "--size"),
         ({"resize": "none", "size": 8}, "drop one"),
-        ({"resize": "crop"}, "resize 'crop'"),
+        ({"resize": "crop"}, "resize: 'crop' is none of"),
         ({"size": 20000}, "16384"),
         ({"mode": "png"}, "'png'"),
         ({"quality": 0}, "quality 0"),

@@ -20,6 +20,7 @@ from PIL import Image
 import turbojpeg
 from fastbyol.data import decode_torchvision
 from fastbyol.data.decoder import PLACE
+from fastbyol.errors import UsageError
 
 SIDES = st.integers(1, 70)
 
@@ -72,6 +73,14 @@ def test_pixels_are_pillows(
 def test_another_size_than_the_file_says_is_damage() -> None:
     for height, width in ((20, 31), (30, 21), (40, 15)):
         assert decoded(jpeg(picture(20, 30)), height, width)[0] != 0
+
+
+@pytest.mark.parametrize(("package", "use"), [("torchvision", "_decode_jpeg"), ("cv2", "_shrink")])
+def test_a_missing_package_is_one_line(package: str, use: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.delitem(sys.modules, f"{package}.io", raising=False)
+    with pytest.raises(UsageError, match=r"cannot be used \(.*\), and images are decoded with it; `fastbyol doctor`"):
+        getattr(decode_torchvision, use).__wrapped__()
 
 
 def first_damaged(streams: list[bytes]) -> int | None:

@@ -848,7 +848,7 @@ def test_fashion_mnist_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_kinds_that_are_none(tmp_path: Path) -> None:
     refused("absent", "no such", source=tmp_path / "absent")
     refused("no pictures", source=tmp_path)
-    refused("unknown kind", "cifar100", source=tmp_path, kind="imagenet")
+    refused("kind: 'imagenet' is none of", "cifar100", source=tmp_path, kind="imagenet")
     for name, word in (("a.tar.gz", "tar -xf"), ("a.zip", "unzip"), ("a.beton", "--data"), ("a.mat", "npz")):
         (tmp_path / name).touch()
         refused(word, source=tmp_path / name)

@@ -19,7 +19,7 @@ from fastbyol_kernels.views import reference, triton
 from fastbyol_kernels.views.draw import Distribution, draw_views
 from fastbyol_kernels.views.table import JITTER_ORDERS, Column
 
-__all__ = ["JITTER_ORDERS", "Column", "Distribution", "bytes_moved", "draw_views", "two_views"]
+__all__ = ["Distribution", "bytes_moved", "draw_views", "two_views"]
 
 
 def two_views(

@@ -96,7 +96,7 @@ def _between(u: Tensor, bounds: Range) -> Tensor:
 
 
 def _crop_boxes(u: Tensor, distribution: Distribution, height: int, width: int) -> Tensor:
-    """Return top, left, height, width of the first attempt that fits, (V, B, A, 4) -> (V, B, 4)."""
+    """Return (V, B, 4), top, left, height, width of the first attempt that fits, as RandomResizedCrop.get_params does."""
     area = height * width * _between(u[..., 0], distribution.scale)
     ratio = _exp(_between(u[..., 1], _logs(distribution.ratio)))
     box_width, box_height = torch.sqrt(area * ratio).round(), torch.sqrt(area / ratio).round()
@@ -158,7 +158,7 @@ def _draw_kernel(
     PROBABILITIES: tl.constexpr,  # flip, jitter, grayscale, then blur per view, then solarize per view
     CENTRAL: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """ROWS rows of the table; the second axis of the tile runs over Philox blocks, which are crop attempts at first."""
+    """Draw ROWS rows of the table; the second axis of the tile is Philox blocks, which are crop attempts at first."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     mask = row < NUM_VIEWS * num_images
     view = row // num_images
@@ -213,7 +213,7 @@ def _draw_kernel(
 
 @triton.jit
 def _unit(words):
-    """uint32 words -> float64 in [0, 1), multiples of 2**-24."""
+    """Turn uint32 words to float64 in [0, 1), multiples of 2**-24."""
     return (words >> 8).to(tl.float64) * 5.9604644775390625e-08
 
 
@@ -237,14 +237,14 @@ def _exp_kernel(x):
 
 @triton.jit
 def _of_view(p, view, V: tl.constexpr, PROBABILITIES: tl.constexpr, FIRST: tl.constexpr):
-    """``p`` with the rows of view V replaced. tl.full, since tl.where would take the number as float32."""
+    """Replace ``p`` in the rows of view V. tl.full, since tl.where would take the number as float32."""
     own: tl.constexpr = PROBABILITIES[FIRST + V]
     return tl.where(view == V, tl.full(p.shape, own, tl.float64), p)
 
 
 @triton.jit
 def _pick(values, block, which):
-    """Column ``which`` of (ROWS, blocks). All else adds exact zeros."""
+    """Return column ``which`` of (ROWS, blocks). All else adds exact zeros."""
     return tl.sum(tl.where(block == which, values, 0.0), 1)
 
 

@@ -38,7 +38,7 @@ def _crop_kernel(
     images, table, scratch, sums, out, num_images, mean_r, mean_g, mean_b, scale_r, scale_g, scale_b,
     H: tl.constexpr, W: tl.constexpr, SIZE: tl.constexpr, TAPS_Y: tl.constexpr, TAPS_X: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """``sums`` (V * B, tiles): luma of each tile before contrast."""
+    """Crop, resize and jitter. ``sums`` (V * B, tiles) takes the luma of each tile before contrast."""
     tiles: tl.constexpr = (SIZE * SIZE + BLOCK - 1) // BLOCK
     row = tl.program_id(0) // tiles
     pixel = (tl.program_id(0) % tiles) * BLOCK + tl.arange(0, BLOCK)
@@ -63,7 +63,7 @@ def _contrast_kernel(
     table, scratch, sums, out, mean_r, mean_g, mean_b, scale_r, scale_g, scale_b,
     SIZE: tl.constexpr, BLOCK: tl.constexpr, SUM_TILES: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
-    """Views whose contrast changes. SUM_TILES are the tiles of the first kernel, BLOCK_T as many up to a power of two."""
+    """Change the contrast. SUM_TILES are the tiles of the first kernel, BLOCK_T as many up to a power of two."""
     tiles: tl.constexpr = (SIZE * SIZE + BLOCK - 1) // BLOCK
     row = tl.program_id(0) // tiles
     parameters = table + row * _NUM_COLUMNS
@@ -87,7 +87,7 @@ def _blur_kernel(
     table, scratch, other, out, mean_r, mean_g, mean_b, scale_r, scale_g, scale_b,
     SIZE: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, KERNEL: tl.constexpr,
 ):  # fmt: skip
-    """Views with blur, ROWS rows a program: down the columns to ``other``, then along the rows, which are its own.
+    """Blur ROWS rows a program: down the columns to ``other``, then along the rows, which are its own.
 
     KERNEL is the taps of the sampled Gaussian, or 0 for Pillow's boxes: three passes each way, in one program per view.
     """
@@ -116,7 +116,7 @@ def _blur_kernel(
 def _crop_tile(
     image, parameters, pixel, H: tl.constexpr, W: tl.constexpr, SIZE: tl.constexpr, TAPS_Y: tl.constexpr, TAPS_X: tl.constexpr
 ):
-    """Pixels of the cropped, resized and flipped view, in [0, 1]. Pixels beyond the view repeat its last."""
+    """Return pixels of the cropped, resized and flipped view, in [0, 1]. Pixels beyond the view repeat its last."""
     pixel = tl.minimum(pixel, SIZE * SIZE - 1)
     y, x = pixel // SIZE, pixel % SIZE
     x = tl.where(tl.load(parameters + _FLIP) > 0.0, SIZE - 1 - x, x)
@@ -132,14 +132,14 @@ def _crop_tile(
 
 @triton.jit
 def _box_side(start, length, LIMIT: tl.constexpr):
-    """A box's first pixel and its length on one axis. The clamps guard memory against a table that was not checked."""
+    """Return a box's first pixel and its length on one axis. The clamps guard memory: the table was not checked."""
     start = tl.minimum(tl.maximum(start.to(tl.int32), 0), LIMIT - 1)
     return start, tl.minimum(tl.maximum(length.to(tl.int32), 1), LIMIT - start)
 
 
 @triton.jit
 def _enlarge(corner, y, x, height, width, W: tl.constexpr, SIZE: tl.constexpr):
-    """Where no box is larger than the view: plain bilinear interpolation, which the triangle filter then is."""
+    """Interpolate bilinearly, which the triangle filter is where no box is larger than the view."""
     y, below, weight_y = _pair(y, height, SIZE)
     x, right, weight_x = _pair(x, width, SIZE)
     weight_y *= 1.0 / 255.0
@@ -164,7 +164,7 @@ def _weighed(at, weight):
 
 @triton.jit
 def _pair(place, length, SIZE: tl.constexpr):
-    """The two pixels around (place + 1/2) * length / SIZE - 1/2, and the weight of the second.
+    """Return the two pixels around (place + 1/2) * length / SIZE - 1/2, and the weight of the second.
 
     Split in whole and fraction by integers, so that no digits are lost at large places.
     """
@@ -178,7 +178,7 @@ def _pair(place, length, SIZE: tl.constexpr):
 def _resize(
     corner, y, x, height, width, W: tl.constexpr, SIZE: tl.constexpr, TAPS_Y: tl.constexpr, TAPS_X: tl.constexpr
 ):  # fmt: skip
-    """``reference._bilinear``, with the number of taps that the largest box needs."""
+    """Resize as ``reference._bilinear``, with the number of taps that the largest box needs."""
     first_y, offset_y, slope_y = _taps_of(y, height, SIZE)
     first_x, offset_x, slope_x = _taps_of(x, width, SIZE)
     r, g, b = offset_y * 0.0, offset_y * 0.0, offset_y * 0.0
@@ -199,7 +199,7 @@ def _resize(
 
 @triton.jit
 def _taps_of(place, length, SIZE: tl.constexpr):
-    """First tap of a resize of ``length`` pixels to SIZE, its distance from the centre, and the triangle's slope."""
+    """Return the first tap of a resize of ``length`` pixels to SIZE, its distance from the centre, the triangle's slope."""
     centre = (2 * place + 1) * length
     whole = centre // (2 * SIZE)
     fraction = (centre - whole * (2 * SIZE)).to(tl.float32) * (1.0 / (2 * SIZE))
@@ -210,7 +210,7 @@ def _taps_of(place, length, SIZE: tl.constexpr):
 
 @triton.jit
 def _decode(order):
-    """Index into JITTER_ORDERS -> its operations, two bits each (0 brightness .. 3 hue), and the place of contrast.
+    """Turn an index into JITTER_ORDERS to operations, two bits each (0 brightness .. 3 hue), and the place of contrast.
 
     Permutations in lexicographic order: the digits of the index in factorial base choose among what is left.
     """
@@ -227,7 +227,7 @@ def _decode(order):
 
 @triton.jit
 def _jitter_tile(r, g, b, order, first, stop, parameters):
-    """The operations at places [first, stop) of an order, but for contrast."""
+    """Apply the operations at places [first, stop) of an order, but for contrast."""
     brightness, saturation = tl.load(parameters + _BRIGHTNESS), tl.load(parameters + _SATURATION)
     hue = tl.load(parameters + _HUE)
     # Constant bounds: the interpreter of triton 3.6 takes no tensors there.
@@ -246,7 +246,7 @@ def _jitter_tile(r, g, b, order, first, stop, parameters):
 
 @triton.jit
 def _turn(r, g, b, shift):
-    """``reference._adjust_hue``; shift in sixths of a turn."""
+    """Turn the hue as ``reference._adjust_hue`` does; shift in sixths of a turn."""
     low = tl.minimum(tl.minimum(r, g), b)
     span = tl.maximum(tl.maximum(r, g), b) - low
     distance = (r - g - b + low) / tl.maximum(span, 1e-30) + 2.0
@@ -271,7 +271,7 @@ def _luma_tile(r, g, b):
 
 @triton.jit
 def _leave(scratch, out, row, pixel, r, g, b, parameters, colours, SIZE: tl.constexpr):
-    """What follows the jitter: grayscale, then the way to the blur or to the result."""
+    """Take grayscale, then hand over to the blur or to the result."""
     if tl.load(parameters + _GRAYSCALE) > 0.0:
         gray = _luma_tile(r, g, b)
         r, g, b = gray, gray, gray
@@ -294,7 +294,7 @@ def _stage(scratch, row, pixel, mask, r, g, b, SIZE: tl.constexpr):
 
 @triton.jit
 def _staged(scratch, row, pixel, mask, SIZE: tl.constexpr):
-    """Staged planes as stored: to be multiplied by ``_level``."""
+    """Return staged planes as stored: to be multiplied by ``_level``."""
     plane = scratch + row.to(tl.int64) * (3 * SIZE * SIZE)
     r = tl.load(plane + pixel, mask=mask, other=0).to(tl.float32)
     g = tl.load(plane + SIZE * SIZE + pixel, mask=mask, other=0).to(tl.float32)
@@ -312,7 +312,7 @@ def _pass(
     source, target, row, first, limit, sigma,
     DOWN: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, KERNEL: tl.constexpr,
 ):  # fmt: skip
-    """One blur of a band, down the columns or along the rows, from planes to planes."""
+    """Blur a band once, down the columns or along the rows, from planes to planes."""
     for start in range(0, ROWS * SIZE, BLOCK):
         pixel = first + start + tl.arange(0, BLOCK)
         r, g, b = _blur_tile(source, row, pixel, pixel < limit, sigma, DOWN, SIZE, KERNEL)
@@ -323,7 +323,7 @@ def _pass(
 
 @triton.jit
 def _blur_tile(source, row, pixel, mask, sigma, DOWN: tl.constexpr, SIZE: tl.constexpr, KERNEL: tl.constexpr):
-    """Weighted sums of a tile's neighbours on one axis: ``_gaussian_taps`` or ``_box_taps`` of the reference."""
+    """Return weighted sums of a tile's neighbours on one axis: ``_gaussian_taps`` or ``_box_taps`` of the reference."""
     y, x = pixel // SIZE, pixel % SIZE
     r, g, b = tl.zeros(pixel.shape, tl.float32), tl.zeros(pixel.shape, tl.float32), tl.zeros(pixel.shape, tl.float32)
     total = sigma * 0.0
@@ -366,7 +366,7 @@ def _edge(place, SIZE: tl.constexpr, KERNEL: tl.constexpr):
 
 @triton.jit
 def _radius(sigma):
-    """``reference.box_radius``."""
+    """Return ``reference.box_radius``."""
     variance = sigma * sigma / _BOXES
     whole = tl.floor((tl.sqrt(12.0 * variance + 1.0) - 1.0) / 2.0)
     fraction = (2 * whole + 1) * (whole * (whole + 1) - 3.0 * variance) / (6.0 * (variance - (whole + 1) * (whole + 1)))

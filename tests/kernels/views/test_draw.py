@@ -15,7 +15,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastbyol_kernels.views import Column, Distribution, draw, draw_views
+from fastbyol_kernels.views import Distribution, draw, draw_views
+from fastbyol_kernels.views.table import Column
 
 # Nothing here is a short binary number.
 UNEVEN = Distribution(

@@ -20,7 +20,8 @@ from hypothesis import strategies as st
 from PIL import Image, ImageFilter
 from torch import Tensor
 
-from fastbyol_kernels.views import JITTER_ORDERS, Column, bytes_moved, reference, triton, two_views
+from fastbyol_kernels.views import bytes_moved, reference, triton, two_views
+from fastbyol_kernels.views.table import JITTER_ORDERS, Column
 from fastbyol_kernels.views.triton import launch
 
 # The promise is 2/255. float32 needs far less: some 20 roundings of 6e-8, and tap positions to 4e-6 pixels on noise.

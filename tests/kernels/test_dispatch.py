@@ -17,7 +17,7 @@ from torch.func import functional_call, grad, jvp, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from fastbyol_kernels import batch_norm, dispatch, group_norm, lars_ema, max_pool, weight_standardization
-from fastbyol_kernels.processor import kernel
+from fastbyol_kernels.native import F32, kernel
 
 N, C, S = 4, 16, 6
 
@@ -261,13 +261,13 @@ def test_what_is_recorded_does_not_run_at_once() -> None:
 
 
 @kernel
-def _untouched(table):
+def _untouched(block: int, values: F32) -> None:
     """Write nowhere."""
 
 
 @pytest.mark.parametrize("tensor", [torch.empty(2, device="meta"), FakeTensorMode().from_tensor(torch.ones(2))])
 def test_no_kernel_takes_the_address_of_what_has_none(tensor: Tensor) -> None:
-    with pytest.raises(ValueError, match="machine code takes plain tensors on a CPU"):
+    with pytest.raises(ValueError, match=r"values is a .*, compiled code takes plain tensors on a CPU"):
         _untouched(1, tensor)
 
 

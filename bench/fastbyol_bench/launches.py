@@ -173,7 +173,7 @@ class Row(NamedTuple):
     def of(launch: Launch) -> Row:
         """Return the row of ``launch``."""
         return Row(
-            op=launch.module.rpartition(".")[2],
+            op=launch.module.split(".")[1],
             kernel=launch.name.removeprefix("_").removesuffix("_kernel"),
             grid=launch.grid,
             num_warps=launch.num_warps,

@@ -37,8 +37,10 @@ from torch import Tensor
 from fastbyol_kernels.dispatch import is_plain
 
 # What an argument may be beside ``int`` and ``float``, which are 64 bits wide: a tensor, seen flat and without an end.
-F32, F64 = Annotated[Any, numba.float32], Annotated[Any, numba.float64]
-I32, I64 = Annotated[Any, numba.int32], Annotated[Any, numba.int64]
+F32 = Annotated[Any, numba.float32]
+F64 = Annotated[Any, numba.float64]
+I32 = Annotated[Any, numba.int32]
+I64 = Annotated[Any, numba.int64]
 U8 = Annotated[Any, numba.uint8]
 # bf16, seen as its bits (see ``widened`` and ``narrowed``), or f32, all of a call alike: the kernel is compiled for both.
 _ACTIVATION, _WORKER = "bf16 or f32", "worker"
@@ -285,6 +287,21 @@ def _to_bf16(value):
     bits = np.float32(value).view(np.uint32)
     rounded = np.uint32(bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1)))
     return np.uint16((np.uint32(0x7FC00000) if value != value else rounded) >> np.uint32(16))
+
+
+@intrinsic
+def fma(typing: Any, x: Any, y: Any, z: Any) -> Any:
+    """x y + z of float32, rounded once where the CPU can.
+
+    Left to the compiler, which products are rounded on their own would depend on its version, and bits with it.
+    """
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        kind = ir.FloatType()
+        of_three = ir.FunctionType(kind, [kind] * 3)
+        return builder.call(builder.module.declare_intrinsic("llvm.fmuladd", [kind], of_three), arguments)
+
+    return numba.float32(numba.float32, numba.float32, numba.float32), generate
 
 
 class _NoAlias(Compiler):  # type: ignore[misc]

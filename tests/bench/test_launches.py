@@ -105,8 +105,8 @@ def test_a_step_launches_what_its_network_asks_for(text: str) -> None:
 
 def test_every_kernel_that_an_operation_launches_is_in_the_tables() -> None:
     found = {
-        (path.stem, name.removeprefix("_").removesuffix("_kernel"))
-        for path in OPS.glob("*.py")
+        (path.relative_to(OPS).with_suffix("").parts[0], name.removeprefix("_").removesuffix("_kernel"))
+        for path in OPS.rglob("*.py")
         for name in re.findall(r"(\w+_kernel)\[", path.read_text())
     }
     assert len(found) >= 16
@@ -132,7 +132,8 @@ def test_no_kernel_spills_or_moves_narrow_words_unexcused_and_no_excuse_is_left_
             flawed = spill > 0 or min(load, store) < launches.WIDE_BITS
             assert flawed == bool(why), (op, kernel, architecture, rest)
             used |= set(why[1].split("; ")) if why else set()
-    modules = [import_module(f"fastbyol_kernels.{path.stem}") for path in OPS.glob("*.py") if "_kernel[" in path.read_text()]
+    places = [path.relative_to(OPS).with_suffix("") for path in OPS.rglob("*.py") if "_kernel[" in path.read_text()]
+    modules = [import_module(".".join(("fastbyol_kernels", *place.parts))) for place in places]
     excuses = [getattr(module, name, {}) for module in modules for name in ("SPILLS", "NARROW")]
     assert used == {why for found in excuses for why in found.values()}
 

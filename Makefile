@@ -3,6 +3,7 @@
 PYTHON ?= python3
 VENV := .venv
 CONSTRAINTS := constraints.txt
+EXTRAS := report,dev,ffcv
 BIN := $(VENV)/bin
 DEMO := demo
 # How many processes share the tests, a file at a time.
@@ -10,26 +11,31 @@ JOBS := 2
 PYTEST = $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile
 FLOOR := tests/kernels tests/engine/test_capture.py tests/engine/test_standardized.py tests/engine/test_step.py \
   tests/bench/test_launches.py tests/bench/test_mocked_gpu.py tests/bench/test_kernel_times.py
+# What takes betons from sources through runs to accuracies; of these files only what compares with FFCV itself is skipped.
+NO_FFCV := $(addprefix tests/data/test_,decoder.py decode_torchvision.py loader.py verify.py manifest.py jpeg_tables.py \
+  beton_write.py convert.py embedded.py) $(addprefix tests/engine/test_,inputs.py run_folder.py trainer.py) \
+  tests/evaluation/test_protocol.py tests/test_api.py tests/test_cli.py tests/test_first_light.py \
+  tests/faults/test_data_reader.py tests/faults/test_data_mutations.py
 # FFCV compiles one small extension against these: 57 packages instead of the 444 behind libopencv-dev.
 DEBIAN := g++ make pkg-config python3-venv python3-dev libopencv-core-dev libopencv-imgproc-dev libturbojpeg0-dev
 # 30 MB of real images. A set-up without them goes on: the demonstration then takes textures.
 IMAGES := dataset-fashion-mnist
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: setup demo test lint types unit test-floor floor lowered lower faults bench figures clean
+.PHONY: setup demo test lint types unit test-floor floor test-no-ffcv no-ffcv lowered lower faults bench figures clean
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/.ready
 
 $(VENV)/.system:
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and f"fastbyol needs Python 3.11 or newer and {sys.executable} is {v[0]}.{v[1]}: run make PYTHON=python3.12")'
-	@if dpkg -s $(DEBIAN) >/dev/null 2>&1; then echo "system packages: all there"; else \
+	@if [ -z "$(DEBIAN)" ]; then :; elif dpkg -s $(DEBIAN) >/dev/null 2>&1; then echo "system packages: all there"; else \
 	  echo "system packages: installing $(DEBIAN)"; \
 	  if [ "$$(id -u)" = 0 ]; then SUDO=; elif command -v sudo >/dev/null; then SUDO=sudo; \
 	  else echo "neither root nor sudo: ask an administrator for: apt-get install $(DEBIAN)"; exit 1; fi; \
 	  $$SUDO apt-get update -qq && \
 	  $$SUDO env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(DEBIAN) >/dev/null; fi
-	@dpkg -s $(IMAGES) >/dev/null 2>&1 || { if [ "$$(id -u)" = 0 ]; then SUDO=; else SUDO=sudo; fi; \
+	@[ -z "$(IMAGES)" ] || dpkg -s $(IMAGES) >/dev/null 2>&1 || { if [ "$$(id -u)" = 0 ]; then SUDO=; else SUDO=sudo; fi; \
 	  $$SUDO env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(IMAGES) >/dev/null; } || \
 	  echo "no package $(IMAGES): the demonstration downloads it or takes textures"
 	@$(PYTHON) -m venv $(VENV)
@@ -37,7 +43,7 @@ $(VENV)/.system:
 
 $(VENV)/.python: $(VENV)/.system pyproject.toml $(CONSTRAINTS)
 	@echo "python packages: installing torch and what else pyproject.toml names (several GB the first time)"
-	@$(PIP) install --constraint $(CONSTRAINTS) setuptools wheel --editable '.[report,dev]'
+	@$(PIP) install --constraint $(CONSTRAINTS) setuptools wheel --editable '.[$(EXTRAS)]'
 	@touch $@
 
 # FFCV asks pkg-config for all of OpenCV and includes the umbrella header, yet uses cv::Mat and cv::resize only:
@@ -75,6 +81,13 @@ test-floor:
 floor: setup
 	$(PYTEST) $(FLOOR)
 
+# As a machine has it that takes fastbyol by pip alone: neither FFCV nor any Debian package.
+test-no-ffcv:
+	$(MAKE) VENV=.venv-no-ffcv EXTRAS=report,dev DEBIAN= IMAGES= no-ffcv
+
+no-ffcv: $(VENV)/.python
+	$(PYTEST) $(NO_FFCV)
+
 # What Inductor makes of a step on an H100, without one: some minutes, with the same versions.
 lowered:
 	$(MAKE) $(OLDEST) lower
@@ -95,4 +108,4 @@ figures: setup
 	$(BIN)/python -m fastbyol_bench.first_light bench/results/first_light
 
 clean:
-	rm -rf .venv .venv-floor $(DEMO) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-floor .venv-no-ffcv $(DEMO) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

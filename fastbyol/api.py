@@ -16,6 +16,7 @@ from torch import nn
 
 from fastbyol import config_io
 from fastbyol.config import Config, resolve
+from fastbyol.data import decoder as decoding
 from fastbyol.data import embedded, loader
 from fastbyol.engine import capture, checkpoint, inputs, record, trainer
 from fastbyol.engine.device import pick_device
@@ -147,13 +148,14 @@ def evaluate(
     Data default to the run's own images; files that are named are taken whole. ``blog`` does not look at ``train_data``.
     The fields of both files default to those that the run was told to take; of these the run's own files must hold what they
     held when it was made. ``weights`` as in ``load_encoder``; ``device``: auto, cpu, cuda or cuda:N. Raises UsageError for
-    other words. Returns a dict with at least ``accuracy`` (percent), ``protocol``, ``step`` and ``notes``: lines on what keeps
-    the accuracy from saying much.
+    other words. Returns a dict with at least ``accuracy`` (percent), ``protocol``, ``step``, ``decoder`` (the run's, or without
+    FFCV torchvision) and ``notes``: lines on what keeps the accuracy from saying much.
     """
     check_choice("protocol", protocol, PROTOCOLS)
     target = pick_device(device)
     config, encoder, step = _load(Path(run), weights)
     data, pinned = config.data, inputs.of_run(Path(run))
+    decoder = decoding.choose(data.decoder) if pinned is None else decoding.choose_again(pinned.decoder)
     test_file = Path(test_data) if test_data else embedded.held_out_file(data)
     if test_file is None:
         raise UsageError(f"{run}: the run has no test data: name a labelled beton with --test-data")
@@ -165,7 +167,15 @@ def evaluate(
     def read(name: str, file: Path, limit: int, *, named: bool, labels: loader.Labels) -> loader.Images:
         own = file if named else inputs.own_data(Path(run), pinned, name, file, **fields)
         size = data.size or config.views.size
-        return loader.read_all(own, workers=data.workers, size=size, limit=0 if named else limit, labels=labels, **fields)
+        return loader.read_all(
+            own,
+            workers=data.workers,
+            size=size,
+            limit=0 if named else limit,
+            decoder=decoder,
+            labels=labels,
+            **fields,
+        )
 
     test = read("test", test_file, data.test_limit, named=test_data is not None, labels="needed")
     train = None
@@ -173,4 +183,4 @@ def evaluate(
         train_file = Path(train_data) if train_data else embedded.training_file(data)
         train = read("train", train_file, data.limit, named=train_data is not None, labels="optional")
     result = protocols.evaluate(protocol, encoder.to(target), test=test, train=train, views=config.views, device=target)
-    return {"run": str(run), "step": step, "weights": weights, **result}
+    return {"run": str(run), "step": step, "weights": weights, "decoder": decoder, **result}

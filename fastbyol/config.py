@@ -63,7 +63,10 @@ class DataConfig(Model):
     cache: Literal["auto", "device", "none"] = Field(
         "auto", description="keep the decoded set on the device: if it fits, always, never"
     )
-    workers: int = Field(0, ge=0, le=1024, description="FFCV decoding threads; 0 takes the machine's cores")
+    decoder: Literal["auto", "ffcv", "torchvision"] = Field(
+        "auto", description="auto: FFCV where it is installed; of JPEG images torchvision's pixels are others, up to 6 levels"
+    )
+    workers: int = Field(0, ge=0, le=1024, description="decoding threads; 0 takes the machine's cores")
     size: int | None = Field(
         None, ge=8, le=4096, description="decoded side for sets of mixed sizes, pixels; default: views.size"
     )

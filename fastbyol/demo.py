@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -124,8 +125,9 @@ def supervised(config: Config) -> float:
     data, size = config.data, config.views.size
     test_file = embedded.held_out_file(data)
     assert test_file is not None
-    train = loader.read_all(embedded.training_file(data), workers=data.workers, size=size, limit=data.limit)
-    test = loader.read_all(test_file, workers=data.workers, size=size, limit=data.test_limit)
+    read = partial(loader.read_all, workers=data.workers, size=size, decoder=data.decoder)
+    train = read(embedded.training_file(data), limit=data.limit)
+    test = read(test_file, limit=data.test_limit)
     with fitting_threads(config):
         return supervised_accuracy(config.model, train, test, config.views, seed=config.train.seed)
 

@@ -56,21 +56,21 @@ def _package(name: str, *, needed: bool, distribution: str | None = None) -> Che
 
 
 def _ffcv() -> Check:
-    """FFCV's package may be there without its extension, or the extension without the libraries it was linked to."""
+    """FFCV may be left out. Its package may be there without its extension, or that without the libraries it was linked to."""
+    without = "torchvision decodes"
     if importlib.util.find_spec("ffcv") is None:
-        missing = _missing_for_build()
-        return Check("ffcv", False, True, f"not installed{missing}", SETUP)
+        return Check("ffcv", False, False, f"not installed, {without}{_missing_for_build()}", "")
     folder = Path(importlib.util.find_spec("ffcv").origin or "").parent  # type: ignore[union-attr]
     extensions = sorted(folder.glob("_libffcv*.so"))
     if not extensions:
-        return Check("ffcv", False, True, "installed without its compiled extension", SETUP)
+        return Check("ffcv", False, False, f"installed without its compiled extension, {without}", SETUP)
     import ctypes
 
     try:
         ctypes.CDLL(str(extensions[0]))
     except OSError as error:
-        return Check("ffcv", False, True, f"its extension does not load: {error}", SETUP)
-    return Check("ffcv", True, True, importlib.metadata.version("ffcv"), "")
+        return Check("ffcv", False, False, f"its extension does not load: {error}; {without}", SETUP)
+    return Check("ffcv", True, False, importlib.metadata.version("ffcv"), "")
 
 
 def _missing_for_build() -> str:
@@ -81,7 +81,7 @@ def _missing_for_build() -> str:
         "libopencv-imgproc-dev": Path("/usr/include/opencv4/opencv2/imgproc.hpp").exists(),
     }
     missing = [name for name, found in need.items() if not found]
-    return f", and to build it these are missing: {' '.join(missing)}" if missing else ""
+    return f"; `{SETUP}` builds it" + (f" and installs for that: {' '.join(missing)}" if missing else "")
 
 
 def _threading_layer() -> Check:

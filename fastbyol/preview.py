@@ -37,7 +37,7 @@ def write(path: str | Path, out: Path, config: Config, *, count: int = 24) -> li
     if not 1 <= count <= MAX_COUNT:
         raise UsageError(f"--count {count}: must be 1 to {MAX_COUNT}")
     ids = np.unique(np.linspace(0, info.num_samples - 1, count).round().astype(np.int64))
-    with Decoder(info, size=config.views.size, workers=1, in_memory=False) as decoder:
+    with Decoder(info, size=config.views.size, workers=1, in_memory=False, decoder=config.data.decoder) as decoder:
         images = np.empty((len(ids), *decoder.shape), np.uint8)
         decoder.decode(ids, images)
     picture = Image.fromarray(sheet(torch.from_numpy(images), torch.from_numpy(ids), config).numpy())

@@ -54,7 +54,7 @@ def full_precision() -> Iterator[None]:
 
 
 def exact_products() -> None:
-    """Have products and convolutions of float32 made in float32: neither TF32 nor, on a processor, bfloat16. Process-wide."""
+    """Have products and convolutions of float32 made in float32: neither TF32 nor, on a CPU, bfloat16. Process-wide."""
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False
     for switch in _precisions():

@@ -3,7 +3,7 @@
 Both are operations of fastbyol_kernels; here a config becomes their arguments. Every entry of the table is a function of
 (seed, epoch, sample id, view) alone and the same bit for bit on any device and for any batch, order or worker count.
 
-Shapes: V views, B images, S side of a view, C channels that are stored.
+Shapes: V views, B images, S side of a view, C channels.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastbyol.config import ViewsConfig
-from fastbyol_kernels.draw_views import Distribution, draw_views
-from fastbyol_kernels.two_views import two_views as apply_table
+from fastbyol_kernels.views import Distribution, draw_views
+from fastbyol_kernels.views import two_views as apply_table
 
 
 def draw(
@@ -29,7 +29,7 @@ def draw(
     width: int,
     kernels: str = "auto",
 ) -> Tensor:
-    """Parameters of every view of the samples ``ids``, int64 (B,): float32 (V, B, len(Column)) on the device of ``ids``.
+    """Draw parameters of every view of the samples ``ids``, int64 (B,): float32 (V, B, len(Column)) on the device of ``ids``.
 
     ``seed`` in [0, 2**64), ``epoch`` in [0, 2**32), ids in [0, 2**56); ``height`` and ``width`` of the images in pixels. Seed
     and epoch may be int64 tensors of no dimension, read by the kernel. ``kernels`` is auto, triton or reference, all of which
@@ -40,7 +40,7 @@ def draw(
 
 @cache
 def distribution(config: ViewsConfig) -> Distribution:
-    """The ranges and probabilities of a config. ``strength`` scales the jitter; a factor is never negative."""
+    """Return the ranges and probabilities of a config. ``strength`` scales the jitter; a factor is never negative."""
     amplitudes = [config.strength * a for a in (config.brightness, config.contrast, config.saturation)]
     brightness, contrast, saturation = ((max(0.0, 1.0 - a), 1.0 + a) for a in amplitudes)
     return Distribution(
@@ -60,20 +60,12 @@ def distribution(config: ViewsConfig) -> Distribution:
 
 
 def apply(
-    images: Tensor,
-    table: Tensor,
-    config: ViewsConfig,
-    dtype: torch.dtype = torch.float32,
-    *,
-    indices: Tensor | None = None,
-    channels: int = 3,
-    kernels: str = "auto",
+    images: Tensor, table: Tensor, config: ViewsConfig, dtype: torch.dtype = torch.float32, *, kernels: str = "auto"
 ) -> Tensor:
-    """The views that a drawn table describes: uint8 (B, H, W, 3) -> (V, B, C, S, S), normalised.
+    """Make the views that a drawn table describes: uint8 (B, H, W, 3) -> (V, B, C, S, S), normalised.
 
-    With ``indices``, int64 (B,), ``images`` is a resident set (N, H, W, 3) of which these are the batch. ``dtype`` is float32,
-    bfloat16 or float64; ``channels`` is 3, 4 or 8 (zeros after the third) or 12 (2x2 pixels, S / 2 a side). The result's
-    ``flatten(0, 1)`` is contiguous in channels_last. Raises ValueError naming a wrong argument.
+    ``dtype`` is float32, bfloat16 or float64. The result's ``flatten(0, 1)`` is contiguous in channels_last. Raises ValueError
+    naming a wrong argument.
     """
     return apply_table(
         images,
@@ -84,8 +76,6 @@ def apply(
         mean=config.mean,
         std=config.std,
         dtype=dtype,
-        indices=indices,
-        channels=channels,
         kernels=kernels,
     )
 
@@ -98,18 +88,16 @@ def two_views(
     seed: int | Tensor,
     epoch: int | Tensor,
     dtype: torch.dtype = torch.float32,
-    indices: Tensor | None = None,
-    channels: int = 3,
     kernels: str = "auto",
 ) -> Tensor:
     """Draw and apply: uint8 images (B, H, W, 3) and their int64 sample ids (B,) -> (V, B, C, S, S)."""
     height, width = images.shape[1:3]
     table = draw(config, ids, seed=seed, epoch=epoch, height=height, width=width, kernels=kernels)
-    return apply(images, table, config, dtype, indices=indices, channels=channels, kernels=kernels)
+    return apply(images, table, config, dtype, kernels=kernels)
 
 
 def plain(images: Tensor, config: ViewsConfig, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Images as they are, for evaluation: uint8 (N, H, W, 3) -> normalised (N, 3, S, S), channels_last.
+    """Normalise images as they are, for evaluation: uint8 (N, H, W, 3) -> (N, 3, S, S), channels_last.
 
     Where the size differs, the short side is resized to S (bilinear, antialiased) and the centre is kept.
     """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -322,9 +323,19 @@ def test_doctor_names_what_is_there(run) -> None:
     told = run("doctor")[1].splitlines()
     assert all(any(f" {name}  " in line for line in told) for name in checks), "a column is as wide as its widest name"
     assert checks["torch"]["ok"]
-    assert checks["ffcv"]["ok"]
+    assert checks["ffcv"]["ok"] or "not installed, torchvision decodes" in checks["ffcv"]["found"]
     assert checks["engine auto"]["found"].split(":")[0] in ("eager", "graph")
     assert checks["precision auto"]["found"].split(":")[0] in ("fp32", "bf16")
+    assert code == 0
+
+
+def test_a_missing_ffcv_is_a_choice_to_doctor(run, monkeypatch: pytest.MonkeyPatch) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "ffcv" else find(name))
+    code, out, _ = run("doctor")
+    (line,) = (line for line in out.splitlines() if " ffcv " in line)
+    assert line.startswith("none ")
+    assert "not installed, torchvision decodes; `make setup` builds it" in line
     assert code == 0
 
 

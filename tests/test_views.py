@@ -24,7 +24,7 @@ from torchvision.transforms import ColorJitter, RandomResizedCrop
 from fastbyol import views
 from fastbyol.config import ViewsConfig
 from fastbyol_kernels.philox import DOMAIN_VIEWS, philox4x32, uniform
-from fastbyol_kernels.two_views import JITTER_ORDERS, Column
+from fastbyol_kernels.views.table import JITTER_ORDERS, Column
 
 DRAWS = 20_000
 PASS = 1e-3

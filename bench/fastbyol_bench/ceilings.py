@@ -29,7 +29,7 @@ def _without_tf32() -> Iterator[None]:
 
 def _measured(device: torch.device, quick: bool) -> Ceiling:
     on_gpu = device.type == "cuda"
-    # Beyond the caches: 4 GB on a GPU, 512 MB on a processor. Products of a size where a GPU reaches its plateau.
+    # Beyond the caches: 4 GB on a GPU, 512 MB on a CPU. Products of a size where a GPU reaches its plateau.
     num_bytes = (1 << 31 if on_gpu else 1 << 28) >> (4 if quick else 0)
     side = (8192 if on_gpu else 2048) >> (2 if quick else 0)
     source = torch.ones(num_bytes, dtype=torch.uint8, device=device)
@@ -43,7 +43,7 @@ def _measured(device: torch.device, quick: bool) -> Ceiling:
 
 
 def _product_s(side: int, dtype: torch.dtype, device: torch.device, quick: bool) -> float:
-    """Operations per second of a matrix product, or of the same as a convolution: on some processors torch's BLAS is slower."""
+    """Operations per second of a matrix product, or of the same as a convolution: on some CPUs torch's BLAS is slower."""
     return 2 * side**3 / min(_best(make(side, dtype, device), device, quick) for make in (_product, _convolution))
 
 

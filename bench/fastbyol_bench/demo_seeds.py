@@ -1,11 +1,11 @@
-"""The demonstration's figures over seeds, on this processor and as a narrower one rounds; the README's table of them.
+"""The demonstration's figures over seeds, on this CPU and as a narrower one rounds; the README's table of them.
 
     python -m fastbyol_bench.demo_seeds measure FOLDER   # train what FOLDER lacks, and write both: half an hour on one core
     python -m fastbyol_bench.demo_seeds collect FOLDER   # write bench/results/first_light/seeds.json from FOLDER's runs
     python -m fastbyol_bench.demo_seeds readme           # write the README's table
 
-A library takes the order of its sums from the processor's instructions. ``PROCESSORS`` are settings that keep each of them from
-what a narrower processor lacks; the runs of a name are made under them in a process of their own, with one thread. The pair
+A library takes the order of its sums from the CPU's instructions. ``CPUS`` are settings that keep each of them from
+what a narrower CPU lacks; the runs of a name are made under them in a process of their own, with one thread. The pair
 that collapses is told from the appendix's runs, which have more seeds.
 """
 
@@ -26,7 +26,7 @@ RESULTS = ROOT / "bench" / "results"
 KEPT = RESULTS / "first_light" / "seeds.json"
 APPENDIX = RESULTS / "ablations" / "mini" / "ledger.json"
 BEGIN, END = "<!-- demo: made by fastbyol_bench.demo_seeds -->", "<!-- demo: end -->"
-PROCESSORS: Mapping[str, Mapping[str, str]] = {
+CPUS: Mapping[str, Mapping[str, str]] = {
     "native": {},
     "avx2": {
         "ATEN_CPU_CAPABILITY": "avx2",
@@ -59,17 +59,17 @@ def train(folder: Path) -> None:
 
 
 def measure(folder: Path) -> None:
-    """Train under every name of ``PROCESSORS``, each in ``folder`` / its name."""
-    for name, settings in PROCESSORS.items():
+    """Train under every name of ``CPUS``, each in ``folder`` / its name."""
+    for name, settings in CPUS.items():
         command = [sys.executable, "-m", "fastbyol_bench.demo_seeds", "train", str(folder / name)]
         subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1", **settings}, check=True)
 
 
 def collected(folder: Path) -> dict[str, Any]:
-    """What the finished runs in ``folder`` came to, by the name of the processor a row a seed, accuracies in percent."""
+    """What the finished runs in ``folder`` came to, by the name of the CPU a row a seed, accuracies in percent."""
     from fastbyol.engine.environment import cpu_name
 
-    return {"cpu": cpu_name(), "data": DATA, "processors": {name: list(_rows(folder / name)) for name in PROCESSORS}}
+    return {"cpu": cpu_name(), "data": DATA, "cpus": {name: list(_rows(folder / name)) for name in CPUS}}
 
 
 def _rows(folder: Path) -> Iterator[dict[str, Any]]:
@@ -94,10 +94,10 @@ def block(told: Mapping[str, Any], ledger: Mapping[str, Any]) -> str:
     """The README's block, marks included: of what ``collected`` gave, and the pair's runs in the appendix's ledger."""
     from fastbyol.demo import PAIR
 
-    names = list(told["processors"])
-    heads = [f"{name}, seeds: {len(told['processors'][name])}" for name in names]
+    names = list(told["cpus"])
+    heads = [f"{name}, seeds: {len(told['cpus'][name])}" for name in names]
     found = {
-        title: [span(row[key] for row in told["processors"][name]) for name in names]
+        title: [span(row[key] for row in told["cpus"][name]) for name in names]
         for title, key in (("random weights", "random"), ("BYOL", "byol"), ("supervised", "supervised"))
     }
     lines = [f"| {title} | {' | '.join(cells)} |" for title, cells in found.items() if set(cells) != {NOTHING}]

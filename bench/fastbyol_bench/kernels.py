@@ -83,7 +83,7 @@ def batch_norms(setting: Setting, shape: tuple[int, int, int, int]) -> list[Row]
 def max_pools(setting: Setting, num_views: int) -> list[Row]:
     """The stem's max pooling, bf16, forward with backward; on a GPU ours is torch's."""
     x, dy = (_activation(setting, (num_views, 64, side, side)) for side in (48, 24))
-    calls = [_pass(call, (x,), dy, True) for call in (lambda: max_pool.max_pool(x), lambda: max_pool.reference(x))]
+    calls = [_pass(call, (x,), dy, True) for call in (lambda: max_pool.max_pool(x), lambda: F.max_pool2d(x, 3, 2, 1))]
     # x read and dx written, y written and dy read, and of y's size bytes of places written and read.
     moved = 2 * 2 * (x.numel() + dy.numel()) + 2 * dy.numel()
     name = f"max pooling 3x3 of 48x48x64, {num_views} views, forward and backward"
@@ -108,12 +108,17 @@ def standardization(setting: Setting) -> Iterator[Row]:
         device=setting.device,
     )
 
-    flat.requires_grad_()
     leaves = [weight.requires_grad_() for weight in weights]
     gradient = torch.randn(sum(sizes), device=setting.device).bfloat16()
+    copy, out = torch.empty_like(gradient), torch.empty_like(flat)
+    means, stds = flat.new_empty(2, len(table.rows)).unbind()
 
-    def ours() -> Tensor:
-        return weight_standardization.standardize_rows(flat, table, torch.bfloat16)[0]
+    def ours() -> None:
+        weight_standardization.standardize_rows(copy, means, stds, flat, table)
+
+    def ours_and_back() -> None:
+        ours()
+        weight_standardization.standardize_rows_backward(out, gradient, flat, means, stds, table)
 
     def loop() -> list[Tensor]:
         pieces = []
@@ -123,11 +128,8 @@ def standardization(setting: Setting) -> Iterator[Row]:
         return pieces
 
     parts = [part.view_as(weight) for part, weight in zip(torch.split(gradient, sizes), leaves, strict=True)]
-    forward = [torch.no_grad()(ours), torch.no_grad()(loop)]
-    both = [
-        lambda: torch.autograd.grad(ours(), flat, gradient),
-        lambda: torch.autograd.grad(loop(), leaves, parts),
-    ]
+    forward: list[Callable[[], object]] = [ours, torch.no_grad()(loop)]
+    both: list[Callable[[], object]] = [ours_and_back, lambda: torch.autograd.grad(loop(), leaves, parts)]
     for title, calls, passes in (("forward", forward, (False,)), ("forward and backward", both, (False, True))):
         name = f"weight standardization of ResNet-18, {title}"
         moved = sum(weight_standardization.bytes_moved(table, 2, backward=backward) for backward in passes)

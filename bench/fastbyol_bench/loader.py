@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,19 +14,16 @@ from fastbyol_bench.ceilings import floor
 from fastbyol_bench.harness import Variant
 from fastbyol_bench.pictures import beton, pictures
 from fastbyol_bench.results import Row
-from fastbyol_bench.suite import Setting, missing, threads
+from fastbyol_bench.suite import Setting, threads
 
 SUITE = "loader"
-NEEDS_FFCV = "ffcv (make setup)"
 
 
 def rows(setting: Setting) -> Iterator[Row]:
-    """An epoch of shuffled batches: streamed by one thread, resident, and torch's DataLoader over an array in memory."""
+    """An epoch of shuffled batches: streamed by one thread, with FFCV where it is there and without, resident, and torch's
+    DataLoader over an array in memory."""
     size, count, batch = (32, 64, 8) if setting.quick else (96, 4096, 256)
     name = f"raw {size} px, batches of {batch}, one thread"
-    if importlib.util.find_spec("ffcv") is None:
-        yield from (missing(SUITE, name, variant, NEEDS_FFCV) for variant in ("streamed", "resident"))
-        return
     with tempfile.TemporaryDirectory() as folder, threads(1):
         yield from _measured(setting, name, beton(Path(folder), count, size), (size, count, batch))
 
@@ -43,13 +39,18 @@ def _measured(setting: Setting, name: str, path: Path, shape: tuple[int, int, in
             pass
 
     common = {"batch_size": batch, "seed": 0, "device": setting.device, "workers": 1, "size": size}
-    with open_loader(path, cache="none", **common) as streamed, open_loader(path, cache="device", **common) as resident:  # type: ignore[arg-type]
+    with (
+        open_loader(path, cache="none", **common) as streamed,  # type: ignore[arg-type]
+        open_loader(path, cache="none", decoder="torchvision", **common) as without_ffcv,  # type: ignore[arg-type]
+        open_loader(path, cache="device", **common) as resident,  # type: ignore[arg-type]
+    ):
         variants = [
             Variant("streamed", lambda: epoch(streamed), count),
+            Variant("streamed without FFCV", lambda: epoch(without_ffcv), count),
             Variant("resident", lambda: epoch(resident), count),
             Variant("torch's DataLoader over an array", lambda: list(plain), count),
         ]
         # Each byte is read once and written once.
         moved = floor(setting.ceiling(), num_bytes=2 * count * size * size * 3)
-        floors = {"streamed": moved, "resident": moved}
+        floors = dict.fromkeys(("streamed", "streamed without FFCV", "resident"), moved)
         return setting.rows(SUITE, name, variants, setting.plan(20, 20.0, warmup=2), floors=floors)

@@ -3,7 +3,7 @@
     python -m fastbyol_bench.readme           # write it
     python -m fastbyol_bench.readme --check   # exit code 1 where it is stale
 
-stands between the marks ``<!-- bench FILE ... -->`` and ``<!-- end of bench -->``, FILEs below bench/results. On a processor
+stands between the marks ``<!-- bench FILE ... -->`` and ``<!-- end of bench -->``, FILEs below bench/results. On a CPU
 ratios and rates count; times are shown for a GPU alone.
 """
 
@@ -42,7 +42,7 @@ def table(result: Result) -> str:
 
 
 def _shown(result: Result, on_gpu: bool) -> Iterator[Row]:
-    """What was measured; on a processor the single kernels say little, since they are the references there."""
+    """What was measured; on a CPU the single kernels say little, since they are the references there."""
     for row in result.rows:
         if row.timing is not None and (on_gpu or row.suite != "kernels"):
             yield row

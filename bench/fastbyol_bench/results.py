@@ -44,7 +44,7 @@ class Timing(Frozen):
 
 
 class Ratio(Frozen):
-    """Time over our time: median and interquartile range of the ratios within rounds; ``cpu`` the same of processor time."""
+    """Time over our time: median and interquartile range of the ratios within rounds; ``cpu`` the same of CPU time."""
 
     median: PositiveFloat
     spread: NonNegativeFloat
@@ -90,7 +90,7 @@ class Row(Frozen):
 
     @property
     def img_cpu_s(self) -> float | None:
-        """Images per processor second, all threads counted."""
+        """Images per CPU second, all threads counted."""
         return self.images / self.timing.cpu_s if self.images and self.timing and self.timing.cpu_s else None
 
     @property

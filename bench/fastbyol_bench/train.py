@@ -40,7 +40,6 @@ from fastbyol_bench.suite import Setting, fast_precision, missing, settle_as_tra
 SUITE = "train"
 LIBLINEAR = "scikit-learn's liblinear, one-vs-rest"
 NEEDS_SKLEARN = "scikit-learn (the dev extra)"
-NEEDS_FFCV = "ffcv (make setup)"
 # What the post's code gives its DataLoader. On a cpu, where they would fight with the step, one a core.
 POST_WORKERS = 8
 # The post trained on STL-10's 105,000 images without test labels; 5,000 are its labelled ones alone.
@@ -56,9 +55,6 @@ def rows(setting: Setting) -> Iterator[Row]:
     """Step with data, probe, the end of an epoch, and epochs of both sizes with both."""
     size, batch, count, probed = (32, 4, 32, 64) if setting.quick else (96, 256, 2048, 4096)
     name = f"batches of {batch} images of {size} px: data, views, step"
-    if importlib.util.find_spec("ffcv") is None:
-        yield from (missing(SUITE, name, variant, NEEDS_FFCV) for variant in (FAST, FP32, EAGER, BLOG))
-        return
     settle_as_training_does()
     setting.ceiling()  # measured here if it was not yet: before peers start, and take cores
     with tempfile.TemporaryDirectory() as temporary, ExitStack() as opened:

@@ -16,7 +16,7 @@ from fastbyol_bench.harness import Variant
 from fastbyol_bench.pictures import pictures
 from fastbyol_bench.results import Row
 from fastbyol_bench.suite import NEEDS_GPU, Setting, missing, threads
-from fastbyol_kernels.two_views import bytes_moved
+from fastbyol_kernels.views import bytes_moved
 
 SUITE = "views"
 PIL = "Pillow and torchvision, one process"

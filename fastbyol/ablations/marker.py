@@ -25,8 +25,8 @@ def image_share(config: Config) -> float:
     device, data = pick_device(config.train.device), config.data
     size = data.size or config.views.size
     file, field = embedded.training_file(data), data.image_field
-    images = loader.read_all(file, workers=data.workers, size=size, limit=IMAGES, image_field=field).images
-    return sum(_share(config, images, seed, device) for seed in SEEDS) / len(SEEDS)
+    read = loader.read_all(file, workers=data.workers, size=size, limit=IMAGES, decoder=data.decoder, image_field=field)
+    return sum(_share(config, read.images, seed, device) for seed in SEEDS) / len(SEEDS)
 
 
 def _share(config: Config, images: torch.Tensor, seed: int, device: torch.device) -> float:

@@ -14,12 +14,11 @@ that fastbyol wrote do, in a manifest (``data.manifest``). Little-endian::
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
 import stat
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -116,7 +115,7 @@ class BetonInfo:
 
 
 def stamp_of(fd: int) -> tuple[int, ...]:
-    """What changes when the file is written to or is another: device, inode, bytes, time of the last write in ns."""
+    """Return what changes when the file is written to or is another: device, inode, bytes, time of the last write in ns."""
     found = os.fstat(fd)
     return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
@@ -131,7 +130,7 @@ class _File:
         raise UsageError(f"{self.path}, byte {offset}: {what}; {remedy}")
 
     def read(self, offset: int, dtype: np.dtype[Any], count: int) -> NDArray[Any]:
-        """``count`` records; the caller has proved that they lie inside the file."""
+        """Read ``count`` records; the caller has proved that they lie inside the file."""
         out = np.empty(count, dtype)
         view, done = out.view(np.uint8).data, 0
         while done < out.nbytes:
@@ -202,7 +201,7 @@ def inspect(
 
 
 def demand_labels(info: BetonInfo) -> None:
-    """UsageError that lists the fields, unless one of them holds the labels."""
+    """Raise UsageError, which lists the fields, unless one of them holds the labels."""
     if info.labels is None:
         what, remedy = ("has no int field for labels", "name a file with one")
         if info.has_ints:
@@ -210,28 +209,8 @@ def demand_labels(info: BetonInfo) -> None:
         raise UsageError(f"{info.path}: {what}, its fields are {_listed(info.fields)}; {remedy}")
 
 
-def seal(path: Path, note: Mapping[str, Any]) -> None:
-    """Give the file, just written by FFCV, its manifest with the checksums of what it holds now. Not atomic: for new files.
-
-    OSError when the disk is full.
-    """
-    info = inspect(path)
-    with _opened(path, os.O_RDWR) as file:
-        layout = _read_layout(file)
-        table = os.pread(file.fd, file.num_bytes - layout.table_start, layout.table_start)
-        checksums = manifest.region_checksums(file.fd, info.starts, info.sizes)
-        added = manifest.num_bytes(layout.samples, len(json.dumps(dict(note))), layout.page)
-        header = file.read(0, HEADER, 1)
-        header["table"] += added
-        _write_at(file.fd, table, layout.table_start + added)
-        _write_at(file.fd, header.tobytes(), 0)
-        structure = manifest.structure_checksum(file.fd, layout.rows_end, layout.table_start + added, file.num_bytes + added)
-        sealed = Manifest(file.num_bytes + added, structure, checksums, note)
-        _write_at(file.fd, sealed.pack(layout.page), layout.table_start)
-
-
 def info_dict(info: BetonInfo) -> dict[str, object]:
-    """``info`` as JSON values; image sizes as [height, width] of the smallest and the largest sides."""
+    """Return ``info`` as JSON values; image sizes as [height, width] of the smallest and the largest sides."""
     return {
         "path": str(info.path),
         "num_bytes": info.num_bytes,
@@ -255,21 +234,13 @@ def _histogram(labels: NDArray[np.int64]) -> dict[str, int]:
     return {str(value): int(count) for value, count in zip(values, counts, strict=True)}
 
 
-def _write_at(fd: int, data: bytes, offset: int) -> None:
-    """All of ``data``: a write on a full disk may end half way in silence."""
-    view = memoryview(data)
-    while view:
-        done = os.pwrite(fd, view, offset)
-        view, offset = view[done:], offset + done
-
-
 @contextmanager
-def _opened(path: Path, flags: int = os.O_RDONLY) -> Iterator[_File]:
+def _opened(path: Path) -> Iterator[_File]:
     try:
         # A pipe or a device would block or answer anything: look before opening.
         if not stat.S_ISREG(path.stat().st_mode):
             raise UsageError(f"{path}: not a file; {NOT_ONE}")
-        fd = os.open(path, flags | os.O_CLOEXEC)
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError:
         raise UsageError(f"{path}: no such file; make it with `fastbyol convert`") from None
     except (OSError, ValueError) as error:
@@ -279,6 +250,31 @@ def _opened(path: Path, flags: int = os.O_RDONLY) -> Iterator[_File]:
         yield _File(path, fd, os.fstat(fd).st_size)
     finally:
         os.close(fd)
+
+
+def open_again(info: BetonInfo) -> int:
+    """Open the file that ``info`` describes again. Raises UsageError where that fails."""
+    try:
+        return os.open(info.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError as error:
+        raise UsageError(f"{info.path}: cannot be opened ({error.strerror}); check its name and rights") from None
+
+
+def refuse_changed(fd: int, info: BetonInfo) -> None:
+    """Raise UsageError where the open file was written to since ``info`` was made. (Replacing or deleting it does no harm.)"""
+    if stamp_of(fd) != info.stamp:
+        raise UsageError(f"{info.path}: the file changed while in use; leave it alone and start again")
+
+
+@contextmanager
+def reopened(info: BetonInfo) -> Iterator[int]:
+    """Open the file that ``info`` describes again. Raises UsageError where it cannot be read, or has changed in the end."""
+    with _opened(info.path) as file:
+        try:
+            yield file.fd
+        except OSError as error:
+            raise UsageError(f"{info.path}: cannot be read ({error.strerror}); look at its disk") from None
+        refuse_changed(file.fd, info)
 
 
 def _read_layout(file: _File) -> _Layout:
@@ -318,7 +314,7 @@ def _verify_table_place(file: _File, table: int, data_start: int, page: int) -> 
 
 
 def _read_fields(file: _File, count: int) -> tuple[tuple[Field, ...], tuple[int, ...]]:
-    """The fields, and for each array field the bytes of one array (0 for the others)."""
+    """Read the fields, and for each array field the bytes of one array (0 for the others)."""
     fields, array_bytes = [], []
     for k, record in enumerate(file.read(HEADER.itemsize, DESCRIPTOR, count)):
         at = HEADER.itemsize + k * DESCRIPTOR.itemsize
@@ -383,7 +379,7 @@ def _listed(fields: tuple[Field, ...]) -> str:
 
 
 def _read_table(file: _File, layout: _Layout) -> NDArray[Any]:
-    """The allocation table in the file's order, of the due length."""
+    """Read the allocation table in the file's order, of the due length."""
     num_regions = layout.samples * len(layout.pointer_fields())
     held, due = file.num_bytes - layout.table_start, num_regions * REGION.itemsize
     if held != due:
@@ -392,7 +388,7 @@ def _read_table(file: _File, layout: _Layout) -> NDArray[Any]:
 
 
 def _verify_regions(file: _File, layout: _Layout, table: NDArray[Any]) -> dict[int, NDArray[np.int64]]:
-    """Every region lies in a page, none overlap, regions and pointers match one to one with the right sizes, by field."""
+    """Prove that regions lie in pages, none overlap, and each has one pointer. Return their sizes by field, bytes."""
     order = np.argsort(table["ptr"], kind="stable")
     table = table[order]
     _verify_table(file, layout, table, order)
@@ -418,7 +414,7 @@ def _verify_table(file: _File, layout: _Layout, table: NDArray[Any], order: NDAr
 
 
 def _verify_field(file: _File, layout: _Layout, k: int, table: NDArray[Any], claimed: NDArray[np.bool_]) -> NDArray[np.int64]:
-    """Sizes (N,) of the field's regions, bytes."""
+    """Return the sizes (N,) of the field's regions, bytes."""
     field, rows = layout.fields[k], layout.rows[f"f{k}"]
 
     def demand(good: NDArray[np.bool_], what: str) -> None:
@@ -456,7 +452,7 @@ def _verify_images(file: _File, rows: NDArray[Any], size: NDArray[np.int64], dem
 
 
 def _verified_manifest(file: _File, layout: _Layout, table: NDArray[Any], info: BetonInfo) -> Manifest | None:
-    """The manifest, proved to belong to the file's structure. Foreign files have none, and no page without a sample."""
+    """Return the manifest, proved to be the file's. Foreign files have none, and no page without a sample."""
     end = layout.table_start
     # The tail is looked for, too, where a damaged table has a sample lie in the manifest's pages.
     tail = file.read(end - manifest.TAIL.itemsize, np.dtype("u1"), manifest.TAIL.itemsize).tobytes()

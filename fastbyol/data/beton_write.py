@@ -1,8 +1,8 @@
-"""Writing a beton file so that it always ends: whole under its name, or not there.
+"""Write a beton file so that it always ends: whole under its name, or not there.
 
-FFCV's writer waits for ever on a bad item, a dead worker or a full disk, and truncates the old file first. Here it runs in a
-child process (``beton_child``) with its own process group, which reports through a pipe and is killed when it reports a
-fault or nothing. The file is written under a temporary name, given its checksums, verified, synced and given its name.
+Processes of their own (``beton_worker``) read, check and encode the items and write each where it stays, since a decoder may
+hang, or end its process. The file grows under a temporary name; rows, checksums and the allocation table follow
+once all items are in it, then it is inspected, synced and given its name. The format is in ``beton_layout``.
 """
 
 from __future__ import annotations
@@ -11,23 +11,33 @@ import contextlib
 import ctypes
 import errno
 import json
+import mmap
+import multiprocessing
 import os
 import pickle
 import platform
 import re
 import secrets
-import select
 import signal
 import subprocess
 import sys
 import tempfile
+import time
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import IO, Any, Literal, Protocol
 
-from fastbyol.data.beton_layout import MIN_PAGE_BYTES, BetonInfo, inspect, seal
-from fastbyol.errors import FastbyolError, UsageError
+import numpy as np
+from numpy.typing import NDArray
+
+from fastbyol.data import manifest
+from fastbyol.data.beton_layout import DESCRIPTOR, HEADER, IMAGE, MIN_PAGE_BYTES, REGION, VERSION, BetonInfo, inspect
+from fastbyol.data.manifest import Manifest
+from fastbyol.errors import FastbyolError, UsageError, check_choice
+from fastbyol.files import refuse_special
 
 Mode = Literal["raw", "jpg"]
 Progress = Callable[[int, int], None]
@@ -35,11 +45,24 @@ Progress = Callable[[int, int], None]
 CHUNK_ITEMS = 64
 # FFCV's own default page.
 PAGE_BYTES = 1 << 23
-# Without an item begun for so long the writer is taken for stuck. Importing FFCV takes 2 to 10 s of it; a disk on the network
-# may hiccup for minutes, and so long may a busy machine keep a process of low priority waiting.
+# Without an item begun for so long the writer is taken for stuck: a disk on the network may hiccup for minutes, and so long
+# may a busy machine keep a process of low priority waiting.
 STALL_S = 300.0
+# Between two looks at how far the workers are.
+POLL_S = 0.2
 # So much of the output's name goes into the temporary file's.
 MAX_NAME_BYTES = 120
+# What the workers say of each item, in memory that they share with the caller. ``state`` is 0 before an item is begun.
+RESULT = np.dtype(
+    {
+        "names": ["state", "mode", "width", "height", "ptr", "size", "checksum", "label"],
+        "formats": ["u1", "u1", "<u2", "<u2", "<u8", "<u8", "<u4", "<i8"],
+    }
+)
+BEGUN, DONE = 1, 2
+# Fields by whether the items are labelled: name and FFCV's number of the type.
+FIELDS = (((b"image", 2),), ((b"image", 2), (b"label", 1)))
+ROWS = (np.dtype([("image", IMAGE)], align=True), np.dtype([("image", IMAGE), ("label", "<i8")], align=True))
 
 
 class Items(Protocol):
@@ -66,15 +89,21 @@ class UnreadableItemsError(UsageError):
 
 @dataclass(frozen=True)
 class Job:
-    """What the child needs to know."""
+    """What the workers need to know. ``out`` and ``results`` are open files that they share."""
 
-    path: str
     items: Items
     labelled: bool
     mode: Mode
     quality: int
     workers: int
     page_bytes: int
+    out: int
+    results: int
+
+    def name(self, index: int) -> str:
+        """Name an item for a message."""
+        name = getattr(self.items, "name", None)
+        return f"item {index} ({name(index)})" if name else f"item {index}"
 
 
 def write(
@@ -106,13 +135,26 @@ def write(
     workers = min(workers or len(os.sched_getaffinity(0)), -(-num_items // CHUNK_ITEMS))
     remove_leftovers(path)
     temporary = path.with_name(f"{_temporary_prefix(path)}{os.getpid()}-{secrets.token_hex(4)}.tmp")
-    job = Job(str(temporary), dataset, labelled, mode, quality, workers, page_bytes)
-    try:
-        _run(job, path, num_items, progress, stop_at_unreadable, stall_s)
-        info = _sealed(temporary, path, num_items, labelled, note or {})
+    with contextlib.ExitStack() as stack:
+        stack.callback(temporary.unlink, missing_ok=True)
+        try:
+            with _disk_errors():
+                out = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+            stack.callback(os.close, out)
+            os.lseek(out, _data_start(num_items, labelled, page_bytes), os.SEEK_SET)
+            shared = stack.enter_context(_memory("results"))
+            shared.truncate(num_items * RESULT.itemsize)
+            results = np.frombuffer(mmap.mmap(shared.fileno(), 0), RESULT)
+            job = Job(dataset, labelled, mode, quality, workers, page_bytes, out, shared.fileno())
+            _run(job, results, progress, stop_at_unreadable, stall_s)
+            with _disk_errors():
+                _finish(out, results, labelled, page_bytes, note or {})
+                os.fsync(out)
+            info = inspect(temporary)
+        except FastbyolError as error:
+            error.args = (f"{path}: not written, {error}",)
+            raise
         _publish(temporary, path, overwrite=overwrite)
-    finally:
-        temporary.unlink(missing_ok=True)
     return replace(info, path=path)
 
 
@@ -125,15 +167,13 @@ def followed(path: Path) -> Path:
 
 
 def check_output(path: Path, *, overwrite: bool) -> None:
-    """UsageError unless a file can be made at ``path``: cheap, so ask before any work."""
+    """Raise UsageError unless a file can be made at ``path``: cheap, so ask before any work."""
     folder = path.parent
     try:
-        if path.is_dir():
-            raise UsageError(f"{path}: is a folder; give the name of a file to write")
-        if path.exists() and not path.is_file():
-            raise UsageError(f"{path}: is a device or a pipe; give the name of a file to write")
-        if path.exists() and not overwrite:
-            raise UsageError(f"{path}: exists already; choose another name or pass --overwrite")
+        if path.exists():
+            refuse_special(path, path.stat().st_mode)
+            if not overwrite:
+                raise UsageError(f"{path}: exists already; choose another name or pass --overwrite")
         if not folder.is_dir():
             raise UsageError(f"{folder}: no such folder; make it first (mkdir -p)")
         with tempfile.NamedTemporaryFile(dir=folder, prefix=f".{path.name}."[:64]):
@@ -179,8 +219,7 @@ def _alive(pid: int) -> bool:
 def _check_arguments(num_items: int, mode: str, quality: int, workers: int, page_bytes: int) -> None:
     if num_items < 1:
         raise UsageError("nothing to write: the data set is empty")
-    if mode not in ("raw", "jpg"):
-        raise UsageError(f"mode {mode!r}: must be 'raw' or 'jpg'")
+    check_choice("mode", mode, ("raw", "jpg"))
     if not 1 <= quality <= 100:
         raise UsageError(f"quality {quality}: must be 1 to 100")
     if not 0 <= workers <= 1024:
@@ -189,143 +228,150 @@ def _check_arguments(num_items: int, mode: str, quality: int, workers: int, page
         raise UsageError(f"page of {page_bytes} bytes: must be a power of two from {MIN_PAGE_BYTES} to 2**31")
 
 
-def _run(job: Job, path: Path, total: int, progress: Progress | None, stop_at_unreadable: bool, stall_s: float) -> None:
-    """Run the child to its end, or raise what it reports."""
+def _data_start(num_items: int, labelled: bool, page_bytes: int) -> int:
+    head = HEADER.itemsize + len(FIELDS[labelled]) * DESCRIPTOR.itemsize + num_items * ROWS[labelled].itemsize
+    return -(-head // page_bytes) * page_bytes
+
+
+def _run(job: Job, results: NDArray[Any], progress: Progress | None, stop_at_unreadable: bool, stall_s: float) -> None:
+    """Have all items written and ``results`` filled in, or raise what went wrong."""
     unreadable: dict[int, str] = {}
-    with _child(job) as child:
-        for message in _messages(child, path, stall_s):
-            match message:
-                case {"begun": int(begun)}:
-                    if progress is not None:
-                        progress(begun, total)
-                case {"unreadable": int(index), "reason": str(reason)}:
-                    unreadable[index] = reason
-                    if stop_at_unreadable:
-                        break
-                case {"finished": True}:
-                    break
-                case _:
-                    raise _reported(message, path)
+    begun, moved, is_finished = 0, time.monotonic(), False
+    with _workers(job) as reports:
+        while not is_finished and not (unreadable and stop_at_unreadable):
+            if reports.poll(POLL_S):
+                match reports.recv():
+                    case FastbyolError() as error:
+                        raise error
+                    case (index, reason):
+                        unreadable[index] = reason
+                    case None:
+                        is_finished = True
+            if (now := int(np.count_nonzero(results["state"]))) > begun:
+                begun, moved = now, time.monotonic()
+                if progress is not None:
+                    progress(begun, len(results))
+            elif time.monotonic() - moved > stall_s:
+                raise FastbyolError(f"no item was read for {stall_s:g} s; look at the disks and try again")
     if unreadable:
-        items = tuple(sorted(unreadable.items()))
-        what = f"{len(items)} of {total} items cannot be read; first, item {items[0][0]}: {items[0][1]}"
-        raise UnreadableItemsError(f"{path}: not written, {what}", items)
-
-
-@dataclass(frozen=True)
-class _Child:
-    pipe: int
-    errors: IO[bytes]
-
-    def last_words(self) -> str:
-        self.errors.seek(0)
-        lines = self.errors.read().decode(errors="replace").strip().splitlines()
-        return lines[-1][:300] if lines else "without a word"
+        (first, reason), *_ = items = tuple(sorted(unreadable.items()))
+        what = f"{len(items)} of {len(results)} items cannot be read; first, item {first}: {reason}"
+        raise UnreadableItemsError(what, items)
 
 
 @contextlib.contextmanager
-def _child(job: Job) -> Iterator[_Child]:
-    """The child with its job handed over. Whatever happens inside, no process of its group outlives this."""
-    payload = pickle.dumps(job)
-    pipe, child_end = os.pipe()
-    with contextlib.ExitStack() as stack:
-        stack.callback(os.close, pipe)
-        errors = stack.enter_context(tempfile.TemporaryFile())
-        try:
-            process = _start(child_end, errors)
-        finally:
-            os.close(child_end)
+def _workers(job: Job) -> Iterator[Connection]:
+    """Start the workers and yield where their reports arrive; afterwards none of them is alive."""
+    reports, end = multiprocessing.Pipe(duplex=False)
+    with reports, _memory("job") as payload, _memory("errors") as errors, contextlib.ExitStack() as stack:
+        with end:
+            pickle.dump(job, payload)
+            payload.seek(0)
+            process = _start(payload, errors, (job.out, job.results, end.fileno()))
         stack.callback(_kill_group, process)
-        assert process.stdin is not None
-        # A child that died already is found out by its messages ending.
-        with contextlib.suppress(BrokenPipeError), process.stdin:
-            process.stdin.write(payload)
-        yield _Child(pipe, errors)
+        try:
+            yield reports
+        except EOFError:
+            errors.seek(0)
+            last = (errors.read().decode(errors="replace").splitlines() or ["without a word"])[-1][:300]
+            raise FastbyolError(f"the writing process died ({last}); try `fastbyol doctor`") from None
 
 
-def _start(pipe: int, errors: IO[bytes]) -> subprocess.Popen[bytes]:
+def _start(payload: IO[bytes], errors: IO[bytes], files: tuple[int, int, int]) -> subprocess.Popen[bytes]:
     # Not multiprocessing's spawn, which imports the caller's main module again and needs its guard.
-    # The link to this process comes before the seconds that importing FFCV takes.
-    program = (
-        "import sys; from fastbyol.data.beton_write import die_with; die_with(int(sys.argv[2])); "
-        "from fastbyol.data.beton_child import main; main()"
-    )
+    program = "from fastbyol.data.beton_worker import main; main()"
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join(entry or str(Path.cwd()) for entry in sys.path),
         # The workers are forked, which threads of numpy's and OpenMP's do not survive.
         "OMP_NUM_THREADS": "1",
         "OPENBLAS_NUM_THREADS": "1",
         "MKL_NUM_THREADS": "1",
-        # Writing runs nothing compiled, and importing FFCV takes 2 s instead of 5 without.
-        "NUMBA_DISABLE_JIT": "1",
+        # glibc would map and unmap each image anew, and the kernel fill its pages with zeros: a fifth of a texture's time.
+        "MALLOC_MMAP_THRESHOLD_": str(1 << 25),
+        "MALLOC_TRIM_THRESHOLD_": str(1 << 30),
     }
     return subprocess.Popen(
-        [sys.executable, "-P", "-c", program, str(pipe), str(os.getpid())],
-        stdin=subprocess.PIPE,
+        [sys.executable, "-P", "-c", program, str(files[-1]), str(os.getpid())],
+        stdin=payload,
         stdout=errors,
         stderr=errors,
         env=environment,
-        pass_fds=(pipe,),
+        pass_fds=files,
         start_new_session=True,
     )
 
 
 def _kill_group(process: subprocess.Popen[bytes]) -> None:
-    # The child is not waited for before this, so its number and its group's still belong to it.
+    # The process is not waited for before this, so its number and its group's still belong to it.
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 
 
-def _messages(child: _Child, path: Path, stall_s: float) -> Iterator[dict[str, Any]]:
-    """The child's messages as they come; FastbyolError when they end or none comes for ``stall_s``."""
-    poll = select.poll()
-    poll.register(child.pipe, select.POLLIN)
-    held = b""
-    while True:
-        if not poll.poll(stall_s * 1000.0):
-            raise FastbyolError(f"{path}: not written, no item was read for {stall_s:g} s; look at the disks and try again")
-        data = os.read(child.pipe, 1 << 16)
-        if not data:
-            raise FastbyolError(f"{path}: not written, the writing process died ({child.last_words()}); try `fastbyol doctor`")
-        *lines, held = (held + data).split(b"\n")
-        yield from map(json.loads, lines)
+def _memory(name: str) -> IO[bytes]:
+    """Open a file in memory, which has no name on any disk that a killed process could leave behind."""
+    return os.fdopen(os.memfd_create(name), "w+b")
 
 
-def _reported(message: dict[str, Any], path: Path) -> FastbyolError:
-    text = f"{path}: not written, {message['error']}"
-    if message["kind"] == "item":
-        return UsageError(f"{text}; correct or remove it")
-    if message.get("errno") in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return FastbyolError(f"{text}; make room on that disk and try again")
-    if message.get("errno") == errno.EROFS:  # not of the output, which `check_output` tried
-        return FastbyolError(f"{text}: its processes share memory in /dev/shm, which has to be writable")
-    return FastbyolError(f"{text}; try again, with fewer workers if memory is short")
+def _finish(out: int, results: NDArray[Any], labelled: bool, page_bytes: int, note: Mapping[str, Any]) -> None:
+    """Write all but the items: manifest and allocation table behind them, then header, descriptors and rows before them."""
+    rows, regions = np.zeros(len(results), ROWS[labelled]), np.zeros(len(results), REGION)
+    for name in IMAGE.names or ():
+        rows["image"][name] = results[name]
+    if labelled:
+        rows["label"] = results["label"]
+    regions["sample"], regions["ptr"], regions["size"] = np.arange(len(results)), results["ptr"], results["size"]
+    descriptors = np.zeros(len(FIELDS[labelled]), DESCRIPTOR)
+    for descriptor, (field, kind) in zip(descriptors, FIELDS[labelled], strict=True):
+        descriptor["type"] = kind
+        descriptor["name"][: len(field)] = np.frombuffer(field, np.uint8)
+    # The workers have moved the position to the end of their last page.
+    data_end = os.lseek(out, 0, os.SEEK_CUR)
+    table_start = data_end + manifest.num_bytes(len(results), len(json.dumps(dict(note))), page_bytes)
+    header = np.array([(VERSION, len(descriptors), page_bytes, len(results), table_start)], HEADER)
+    head, table = header.tobytes() + descriptors.tobytes() + rows.tobytes(), regions.tobytes()
+    structure = zlib.crc32(table, zlib.crc32(head))
+    sealed = Manifest(table_start + len(table), structure, results["checksum"], note)
+    write_at(out, sealed.pack(page_bytes) + table, data_end)
+    # Last, so that a file that was left half way has no allocation table and is refused.
+    write_at(out, head, 0)
 
 
-def _sealed(temporary: Path, path: Path, num_items: int, labelled: bool, note: Mapping[str, Any]) -> BetonInfo:
-    """Add the manifest and verify the whole."""
+def write_at(fd: int, data: bytes | memoryview, offset: int) -> None:
+    """Write all of ``data``: a write on a full disk may end half way in silence."""
+    view = memoryview(data)
+    while view:
+        done = os.pwrite(fd, view, offset)
+        view, offset = view[done:], offset + done
+
+
+def disk_error(error: OSError) -> FastbyolError:
+    """Say what to do about an error in writing the file."""
+    is_full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    remedy = "make room on that disk and try again" if is_full else "try again, with fewer workers if memory is short"
+    return FastbyolError(f"{error.strerror}; {remedy}")
+
+
+@contextlib.contextmanager
+def _disk_errors() -> Iterator[None]:
     try:
-        seal(temporary, note)
-        info = inspect(temporary)
-    except UsageError as error:
-        raise FastbyolError(f"{path}: not written, FFCV's writer left a damaged file ({error})") from None
+        yield
     except OSError as error:
-        raise _reported({"error": error.strerror, "kind": "os", "errno": error.errno}, path) from None
-    if info.num_samples != num_items or (info.label_field is not None) != labelled:
-        raise FastbyolError(f"{path}: not written, FFCV's writer left {info.num_samples} of {num_items} samples; try again")
-    return info
+        raise disk_error(error) from None
 
 
 def _publish(temporary: Path, path: Path, *, overwrite: bool) -> None:
-    """Give the file its name, with both on the disk before this returns; without ``overwrite`` nothing is ever replaced."""
+    """Give the file, which is on the disk, its name there. Without ``overwrite`` nothing is ever replaced."""
     try:
-        _sync(temporary)
         if overwrite:
             temporary.replace(path)
         else:
             _place(temporary, path)
-        _sync(path.parent)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
     except FileExistsError:
         raise UsageError(f"{path}: was written by somebody else meanwhile; choose another name or pass --overwrite") from None
     except OSError as error:
@@ -346,11 +392,3 @@ def _place(temporary: Path, path: Path) -> None:
     except BaseException:
         path.unlink()
         raise
-
-
-def _sync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

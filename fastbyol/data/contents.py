@@ -5,17 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 from collections.abc import Mapping
 from typing import NamedTuple
 
-import numpy as np
-from numpy.typing import NDArray
-
 from fastbyol.data import manifest
 from fastbyol.data.beton import BetonInfo
-from fastbyol.data.beton_layout import stamp_of
-from fastbyol.errors import UsageError
+from fastbyol.data.beton_layout import reopened
 
 # Of a file without checksums so many bytes of images are read: 5 s at the 0.45 GB/s measured on a core of a busy machine.
 READ_BYTES = 1 << 31
@@ -40,7 +35,8 @@ class Contents(NamedTuple):
         every, checksums = 1, info.manifest.checksums if info.manifest is not None else None
         if checksums is None:
             every = math.ceil(int(info.sizes.sum()) / READ_BYTES)
-            checksums = _read_checksums(info, every)
+            with reopened(info) as fd:
+                checksums = manifest.region_checksums(fd, info.starts[::every], info.sizes[::every])
         head = json.dumps([1, info.num_samples, every]).encode()
         images = hashlib.blake2b(head, digest_size=16)
         for column, kind in ((info.raw, "u1"), (info.heights, "<u2"), (info.widths, "<u2"), (info.sizes, "<i8")):
@@ -66,19 +62,3 @@ class Contents(NamedTuple):
         if self.labels != now.labels:
             return "the images of then with other labels"
         return None
-
-
-def _read_checksums(info: BetonInfo, every: int) -> NDArray[np.uint32]:
-    try:
-        fd = os.open(info.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    except OSError as error:
-        raise UsageError(f"{info.path}: cannot be opened ({error.strerror}); check its name and rights") from None
-    try:
-        found = manifest.region_checksums(fd, info.starts[::every], info.sizes[::every])
-        if stamp_of(fd) != info.stamp:
-            raise UsageError(f"{info.path}: the file changed while in use; leave it alone and start again")
-    except OSError as error:
-        raise UsageError(f"{info.path}: cannot be read ({error.strerror}); look at its disk") from None
-    finally:
-        os.close(fd)
-    return found

@@ -6,7 +6,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -16,13 +16,14 @@ from fastbyol.data import beton, beton_write, rgb, sources
 from fastbyol.data.beton_layout import MAX_SIDE, MIN_PAGE_BYTES
 from fastbyol.data.beton_write import Mode, Progress
 from fastbyol.data.rgb import Resize
-from fastbyol.errors import FastbyolError, UsageError, size_text
+from fastbyol.data.source_arrays import Source
+from fastbyol.errors import FastbyolError, UsageError, check_choice, size_text
 
 # Unless somebody says otherwise: images of textures, and JPEG's quality.
 COUNT, QUALITY = 4096, 90
-# A file's first page and each worker's last are partly empty: small sets take FFCV's smallest page.
+# A file's first page and each worker's last are partly empty: small sets take the smallest page.
 SMALL_SET_BYTES = 1 << 28
-# FFCV keeps a page's size in 32 bits.
+# The format keeps a page's size in 32 bits.
 MAX_PAGE_BYTES = 1 << 31
 # So many names of each kind that is ignored are shown.
 SHOWN_NAMES = 3
@@ -62,7 +63,7 @@ class Report:
         yield f"{self.path}: {', '.join((images, classes if self.labelled else 'no labels', *left_out))}"
 
     def ignored_by_kind(self) -> dict[str, list[str]]:
-        """The names of what was ignored, by what it is, the commonest first."""
+        """Return the names of what was ignored, by what it is, the commonest first."""
         by_kind: dict[str, list[str]] = {}
         for name, kind in self.ignored:
             by_kind.setdefault(kind, []).append(name)
@@ -73,7 +74,7 @@ class Report:
 class _Items:
     """A source's chosen images at their final size, as ``beton.write`` takes them."""
 
-    source: sources.Source
+    source: Source
     chosen: NDArray[np.int64]
     resize: Resize
     size: int | None
@@ -86,7 +87,7 @@ class _Items:
         image = rgb.resized(self.source.image(at), self.resize, self.size)
         if max(image.shape) > MAX_SIDE:
             raise beton.UnreadableItemError(f"{image.shape[1]} x {image.shape[0]} pixels, a side may have {MAX_SIDE}")
-        return (image, self.source.label(at)) if self.source.labelled else (image,)
+        return (image,) if self.source.labels is None else (image, int(self.source.labels[at]))
 
     def name(self, index: int) -> str:
         return self.source.name(int(self.chosen[index]))
@@ -171,8 +172,8 @@ def convert(
     )
 
 
-def _note(source: str, opened: sources.Source, **options: int | None) -> dict[str, object]:
-    """What the manifest says of where the images came from."""
+def _note(source: str, opened: Source, **options: int | None) -> dict[str, object]:
+    """Return what the manifest says of where the images came from."""
     # Of folders' names, as UTF-8 whatever the system's encoding is: they are compared with those of other files.
     names = [os.fsencode(name).decode("utf-8", "surrogateescape") for name in opened.class_names]
     said = {"source": source, "kind": opened.kind, "split": opened.split, "class_names": names, **options}
@@ -189,8 +190,7 @@ def _refuse_idle(count: int, seed: int, quality: int, mode: Mode, *, made: bool)
 
 
 def _checked_resize(resize: Resize | None, size: int | None, *, made: bool) -> Resize:
-    if resize not in (None, "resize", "centre", "none"):
-        raise UsageError(f"resize {resize!r}: must be 'resize', 'centre' or 'none'")
+    check_choice("resize", resize or "none", ("resize", "centre", "none"))
     if made:
         if resize in ("resize", "centre"):
             raise UsageError(f"resize {resize!r}: textures are made at their size; leave it out")
@@ -205,15 +205,15 @@ def _checked_resize(resize: Resize | None, size: int | None, *, made: bool) -> R
 
 
 def _without(source: str, items: _Items, damaged: tuple[tuple[int, str], ...]) -> _Items:
-    """The items again, less those that cannot be read."""
+    """Return the items again, less those that cannot be read."""
     chosen = np.delete(items.chosen, [index for index, _ in damaged])
     if not len(chosen):
         raise UsageError(f"{source}: none of {len(items)} images can be read, the first: {damaged[0][1]}; look at the files")
-    return _Items(items.source, chosen, items.resize, items.size)
+    return replace(items, chosen=chosen)
 
 
 def _page_bytes(path: Path, items: _Items, mode: Mode) -> int:
-    """A page that holds the largest image; FastbyolError if the disk cannot hold them all."""
+    """Return the bytes of a page that holds the largest image; FastbyolError if the disk cannot hold them all."""
     sizes = items.image_bytes()
     largest, total = int(sizes.max()), int(sizes.sum())
     free = shutil.disk_usage(path.parent).free

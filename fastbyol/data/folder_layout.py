@@ -15,6 +15,7 @@ from pathlib import Path
 
 from fastbyol.data import splits
 from fastbyol.data.folder_walk import HIDDEN, Found
+from fastbyol.data.source_arrays import NamesAndReasons, listed
 from fastbyol.errors import UsageError
 from fastbyol.files import open_regular
 
@@ -22,7 +23,6 @@ from fastbyol.files import open_regular
 _CONTAINERS = frozenset(("all", "data", "image", "images", "img", "imgs", "jpegimages", "jpegs", "photos", "pictures", "raw"))
 _ANNOTATIONS = "annotations.txt"
 _MAX_ANNOTATION_BYTES = 1 << 28
-NamesAndReasons = tuple[tuple[str, str], ...]
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class _Tree:
             yield from (f"{first}/{name}" for name in tree.names())
 
     def at(self, folder: str) -> _Tree:
-        """The tree below ``folder``, a path relative to this one; empty where no picture lies there."""
+        """Return the tree below ``folder``, a path relative to this one; empty where no picture lies there."""
         tree = self
         for part in filter(None, folder.split("/")):
             tree = tree.nested.get(part, _Tree((), {}))
@@ -112,7 +112,7 @@ def lay_out(path: Path, found: Found, *, kind: str | None, split: str | None) ->
             f"{path / inside}: has pictures beside folders of pictures; say --kind folder (all, no labels) or --kind classes"
         )
     if chosen and kind is None and (within := [name for name in here.nested if splits.canonical(name) not in (None, "train")]):
-        raise UsageError(f"{path / inside}: {_listed(within)} look like splits within a split; give the folder of one of them")
+        raise UsageError(f"{path / inside}: {listed(within)} look like splits within a split; give the folder of one of them")
     untaken = [part for part in parts if chosen and part != chosen.split("/")[0]]
     skipped, ignored = _left_out(found, tree, [_join(start, part) for part in untaken])
     notes = _notes(chosen, parts, inside)
@@ -146,7 +146,7 @@ def lay_out(path: Path, found: Found, *, kind: str | None, split: str | None) ->
 
 
 def _within(tree: _Tree, kind: str | None, *, in_split: bool = False) -> str:
-    """The folder, relative, that holds all the rest of ``tree`` and is no class itself; empty where there is none.
+    """Return the folder, relative, that holds all the rest of ``tree`` and is no class itself; empty where there is none.
 
     ``in_split``: ``tree`` is a split, within which a folder of such a name is none (``seg_train/seg_train/CLASS``).
     """
@@ -164,13 +164,13 @@ def _within(tree: _Tree, kind: str | None, *, in_split: bool = False) -> str:
 
 
 def _parts(tree: _Tree) -> list[str]:
-    """The subfolders that are splits by their names, train first."""
+    """Return the subfolders that are splits by their names, train first."""
     named = [(splits.NAMES.index(of), name) for name in tree.nested if (of := splits.canonical(name)) is not None]
     return [name for _, name in sorted(named)]
 
 
 def _chosen(path: Path, start: str, tree: _Tree, parts: list[str], found: Found, kind: str | None, split: str | None) -> str:
-    """The split's folder, relative to ``start``; empty where there are no splits."""
+    """Return the split's folder, relative to ``start``; empty where there are no splits."""
     here = tree.at(start)
     if split is not None:
         return _asked(path, start, here, parts, found, split)
@@ -178,23 +178,23 @@ def _chosen(path: Path, start: str, tree: _Tree, parts: list[str], found: Found,
     if parts and not others and not here.direct:
         first = [name for name in parts if splits.canonical(name) == splits.canonical(parts[0])]
         if len(first) > 1:
-            raise UsageError(f"{path}: {_listed(first)} are all the split {splits.canonical(first[0])}; name one with --split")
+            raise UsageError(f"{path}: {listed(first)} are all the split {splits.canonical(first[0])}; name one with --split")
         return parts[0]
     # A class may be called train; val, test and the like are no classes, nor are several splits.
     if kind is None and any(splits.canonical(name) != "train" or here.nested[name].nested for name in parts):
-        beside = _listed(others) if others else "pictures"
+        beside = listed(others) if others else "pictures"
         raise UsageError(
-            f"{path}: {_listed(parts)} look like splits, beside {beside}: name one with --split {parts[0]}, or take "
+            f"{path}: {listed(parts)} look like splits, beside {beside}: name one with --split {parts[0]}, or take "
             "every folder as a class with --kind classes"
         )
     if kind is None and (hidden := _hidden(here)):
-        tops = _listed(list(here.nested))
+        tops = listed(list(here.nested))
         raise UsageError(
-            f"{path}: {tops} hold no pictures but folders of them ({_listed(hidden)}), so labels may be either: give one of "
+            f"{path}: {tops} hold no pictures but folders of them ({listed(hidden)}), so labels may be either: give one of "
             f"{tops} (or --split with its name), or take these as the classes with --kind classes"
         )
     if kind is None and len(here.nested) > 1 and (vague := [name for name in here.nested if name.lower() in _CONTAINERS]):
-        beside = _listed([name for name in here.nested if name not in vague] or vague[1:])
+        beside = listed([name for name in here.nested if name not in vague] or vague[1:])
         raise UsageError(
             f"{path}: {vague[0]} is no class by its name, beside {beside}: give {path / start / vague[0]}, or take every "
             "folder as a class with --kind classes"
@@ -207,15 +207,15 @@ def _asked(path: Path, start: str, here: _Tree, parts: list[str], found: Found, 
         return split
     named = [name for name in parts if splits.canonical(name) == (splits.canonical(split) or split)]
     if len(named) > 1:
-        raise UsageError(f"{path}: {_listed(named)} are all spelled like {split!r}; give one of these names with --split")
+        raise UsageError(f"{path}: {listed(named)} are all spelled like {split!r}; give one of these names with --split")
     if not named:
-        known = _listed([*parts, *(name for name in here.nested if name not in parts)]) or "none"
+        known = listed([*parts, *(name for name in here.nested if name not in parts)]) or "none"
         raise UsageError(f"{path}: no subfolder {split!r} to take as split; its subfolders are {known}")
     return named[0]
 
 
 def _hidden(tree: _Tree) -> list[str]:
-    """Names of the folders below the subfolders, where none of these holds pictures and one has several folders of them."""
+    """Name the folders below the subfolders, where none of these holds pictures and one has several folders of them."""
     inner = [one.at(_within(one, None)) for one in tree.nested.values()]
     if tree.direct or len(inner) < 2 or any(one.direct for one in tree.nested.values()):
         return []
@@ -223,7 +223,7 @@ def _hidden(tree: _Tree) -> list[str]:
 
 
 def _classes(folder: str, tree: _Tree, annotated: Callable[[str], dict[str, str] | None], kind: str | None) -> set[str]:
-    """The names of the classes in ``folder``, relative to the root of ``tree``."""
+    """Return the names of the classes in ``folder``, relative to the root of ``tree``."""
     folder = _join(folder, _within(tree.at(folder), kind, in_split=True))
     here = tree.at(folder)
     if kind != "folder" and here.is_plain and (named := annotated(folder)):
@@ -232,7 +232,7 @@ def _classes(folder: str, tree: _Tree, annotated: Callable[[str], dict[str, str]
 
 
 def _annotated(path: Path, folder: str, tree: _Tree, found: Found) -> dict[str, str] | None:
-    """The class of each picture by its file's name, as an annotations file in ``folder`` says; None where there is none."""
+    """Read the class of each picture by its file's name from the annotations in ``folder``; None where there are none."""
     name = _annotations_file(folder, found)
     if name is None:
         return None
@@ -254,7 +254,7 @@ def _annotations_file(folder: str, found: Found) -> str | None:
 
 
 def _left_out(found: Found, tree: _Tree, others: Sequence[str]) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
-    """What was skipped and ignored, but for what lies in the splits that are not taken."""
+    """Return what was skipped and ignored, but for what lies in the splits that are not taken."""
     away = tuple(f"{other}/" for other in others)
     skipped, ignored = ([row for row in rows if not row[0].startswith(away)] for rows in (found.skipped, found.ignored))
     empty = [name for name in found.folders if not f"{name}/".startswith(away) and tree.at(name).is_empty]
@@ -263,7 +263,7 @@ def _left_out(found: Found, tree: _Tree, others: Sequence[str]) -> tuple[list[tu
 
 def _notes(chosen: str, parts: list[str], inside: str) -> tuple[str, ...]:
     others = [part for part in parts if part != chosen]
-    split = [f"split {chosen}; there are also {_listed(others)}"] if chosen and others else []
+    split = [f"split {chosen}; there are also {listed(others)}"] if chosen and others else []
     return (*split, *([f"taken from {inside}/, which holds all the rest"] if inside != chosen and inside else []))
 
 
@@ -274,7 +274,3 @@ def _what_lies(found: Found) -> str:
 
 def _join(*parts: str) -> str:
     return "/".join(filter(None, parts))
-
-
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")

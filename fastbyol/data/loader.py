@@ -154,15 +154,16 @@ def open_loader(
     workers: int,
     size: int,
     limit: int = 0,
+    decoder: str = "auto",
     stall_s: float = STALL_S,
 ) -> Loader:
     """Verify ``file``, unless it was just inspected, and open it for training.
 
     ``cache``: "device" holds the decoded set on ``device``, "none" streams it, "auto" does the first if that takes at most 40 %
     of what the device has free. ``workers``: decoding threads, 0 for one a core (never more). ``size``: side of the images
-    where the file's differ in size, pixels. ``limit``: so many of the images alone (``order.subset``). ``stall_s``: seconds
-    without a batch after which the stream counts as hanging. UsageError: the file is missing or damaged, holds less than a
-    batch, or does not fit where it was told to.
+    where the file's differ in size, pixels. ``limit``: so many of the images alone (``order.subset``). ``decoder``: as
+    ``decoder.choose`` takes it. ``stall_s``: seconds without a batch after which the stream counts as hanging. UsageError: the
+    file is missing or damaged, holds less than a batch, or does not fit where it was told to.
     """
     check_choice("data.cache", cache, get_args(Cache))
     info, where = _inspected(file, None, None, may_lack_labels=True), torch.device(device)
@@ -178,10 +179,11 @@ def open_loader(
         )
     need = _decoded_bytes(info, size, count)
     resident = _is_resident(info, need, where, cache)
-    decoder = Decoder(info, size=size, workers=workers, in_memory=_fits_in_memory(info, need if resident else 0))
+    in_memory = _fits_in_memory(info, need if resident else 0)
+    images = Decoder(info, size=size, workers=workers, in_memory=in_memory, decoder=decoder)
     if resident:
-        return ResidentLoader(decoder, chosen, batch_size=batch_size, seed=seed, device=where)
-    return StreamingLoader(decoder, chosen, batch_size=batch_size, seed=seed, device=where, stall_s=stall_s)
+        return ResidentLoader(images, chosen, batch_size=batch_size, seed=seed, device=where)
+    return StreamingLoader(images, chosen, batch_size=batch_size, seed=seed, device=where, stall_s=stall_s)
 
 
 def read_all(
@@ -190,13 +192,15 @@ def read_all(
     workers: int,
     size: int,
     limit: int = 0,
+    decoder: str = "auto",
     image_field: str | None = None,
     label_field: str | None = None,
     labels: Labels = "unused",
 ) -> Images:
     """Verify ``file``, unless it was just inspected, and decode all of it, or ``limit`` of its images, in file order.
 
-    ``image_field``, ``label_field``: as ``beton.inspect`` takes them. UsageError: missing, damaged, more than the memory holds;
+    ``decoder``: as ``decoder.choose`` takes it. ``image_field``, ``label_field``: as ``beton.inspect`` takes them. UsageError:
+    missing, damaged, more than the memory holds;
     without labels where they are "needed"; where they are "optional", int fields of which none is clearly the label.
     """
     info = _inspected(file, image_field, label_field, may_lack_labels=labels != "needed")
@@ -205,11 +209,12 @@ def read_all(
     chosen = subset(info.num_samples, limit)
     need = _decoded_bytes(info, size, info.num_samples if chosen is None else len(chosen))
     _is_resident(info, need, CPU, "device")
-    with Decoder(info, size=size, workers=workers, in_memory=_fits_in_memory(info, need)) as decoder:
-        held = decoder.labels()
+    in_memory = _fits_in_memory(info, need)
+    with Decoder(info, size=size, workers=workers, in_memory=in_memory, decoder=decoder) as images:
+        held = images.labels()
         if held is not None and chosen is not None:
             held = held[chosen.numpy()]
-        return Images(_decode(decoder, chosen, CPU), None if held is None else torch.from_numpy(held), info.class_names)
+        return Images(_decode(images, chosen, CPU), None if held is None else torch.from_numpy(held), info.class_names)
 
 
 def _inspected(

@@ -58,7 +58,7 @@ class Manifest:
     note: Mapping[str, Any] = field(default_factory=dict)
 
     def pack(self, page: int) -> bytes:
-        """The manifest's pages, each ``page`` bytes."""
+        """Return the manifest's pages, each ``page`` bytes."""
         note = json.dumps(dict(self.note)).encode()
         tail = np.zeros(1, TAIL)
         tail["magic"], tail["version"], tail["note_bytes"] = MAGIC, VERSION, len(note)
@@ -70,18 +70,18 @@ class Manifest:
 
 
 def num_bytes(samples: int, note: int, page: int) -> int:
-    """Bytes of a manifest's whole pages for ``samples`` checksums and a note of ``note`` bytes."""
+    """Count the bytes of a manifest's whole pages for ``samples`` checksums and a note of ``note`` bytes."""
     return -(-(TAIL.itemsize + 4 * samples + note) // page) * page
 
 
 def length(tail: bytes, page: int) -> int | None:
-    """Bytes of the manifest that ends with ``tail``, the 64 bytes before the allocation table; None if no manifest does."""
+    """Count the bytes of the manifest whose ``tail`` are the 64 bytes before the allocation table; None if they are none."""
     read = np.frombuffer(tail, TAIL, 1)[0]
     return num_bytes(int(read["samples"]), int(read["note_bytes"]), page) if read["magic"] == MAGIC else None
 
 
 def parse(pages: bytes) -> Manifest:
-    """The manifest in its pages; DamagedError if it is none or not whole."""
+    """Read the manifest in its pages; DamagedError if it is none or not whole."""
     tail = np.frombuffer(pages, TAIL, 1, len(pages) - TAIL.itemsize)[0]
     if tail["magic"] != MAGIC or pages[-DIGEST_BYTES:] != _digest(pages[:-DIGEST_BYTES]):
         raise DamagedError("its manifest is damaged")
@@ -93,7 +93,7 @@ def parse(pages: bytes) -> Manifest:
 
 
 def structure_checksum(fd: int, rows_end: int, table_start: int, file_bytes: int) -> int:
-    """CRC-32 of [0, rows_end) and [table_start, file_bytes) of the file."""
+    """Return the CRC-32 of [0, rows_end) and [table_start, file_bytes) of the file."""
     value = 0
     for start, end in ((0, rows_end), (table_start, file_bytes)):
         for at in range(start, end, CHUNK_BYTES):
@@ -102,7 +102,7 @@ def structure_checksum(fd: int, rows_end: int, table_start: int, file_bytes: int
 
 
 def region_checksums(fd: int, starts: NDArray[np.int64], sizes: NDArray[np.int64]) -> NDArray[np.uint32]:
-    """CRC-32 (n,) of the file's bytes [start, start + size)."""
+    """Return the CRC-32 (n,) of the file's bytes [start, start + size)."""
     pairs = zip(starts.tolist(), sizes.tolist(), strict=True)
     return np.fromiter((zlib.crc32(os.pread(fd, size, start)) for start, size in pairs), np.uint32, len(starts))
 

@@ -29,18 +29,7 @@ MATRIX, COMPRESSED = 14, 15
 _TYPES = {1: "i1", 2: "u1", 3: "i2", 4: "u2", 5: "i4", 6: "u4", 7: "f4", 9: "f8", 12: "i8", 13: "u8"}
 _TEXTS = {1: "latin1", 2: "latin1", 16: "utf-8", 4: "utf-16", 17: "utf-16", 18: "utf-32"}
 _CELL, _CHAR, _COMPLEX = 1, 4, 0x0800
-_NUMBERS = {
-    6: "double",
-    7: "single",
-    8: "int8",
-    9: "uint8",
-    10: "int16",
-    11: "uint16",
-    12: "int32",
-    13: "uint32",
-    14: "int64",
-    15: "uint64",
-}
+_NUMBERS = range(6, 16)  # double, single, and integers of 8 to 64 bits
 
 
 class DamagedError(Exception):
@@ -49,9 +38,8 @@ class DamagedError(Exception):
 
 @dataclass(frozen=True)
 class Variable:
-    """An array in a file: its class (``uint8``, ``cell``, ...), MATLAB's shape, and where its ``size`` bytes begin."""
+    """An array in a file: MATLAB's shape, and where its ``size`` bytes begin."""
 
-    kind: str
     shape: tuple[int, ...]
     start: int
     size: int
@@ -74,7 +62,7 @@ class _Unpacked:
         self.file, self.left, self.rest, self.unpack = file, size, b"", zlib.decompressobj()
 
     def read(self, count: int) -> bytes:
-        """Up to ``count`` bytes: less at the end alone."""
+        """Unpack up to ``count`` bytes: less at the end alone."""
         parts = []
         while count and not self.unpack.eof:
             if not self.rest:
@@ -88,7 +76,7 @@ class _Unpacked:
 
 
 def variables(file: BinaryIO) -> dict[str, Variable]:
-    """Every array of a file by its name. Raises DamagedError, zlib.error."""
+    """Find every array of a file by its name. Raises DamagedError, zlib.error."""
     order, end = _order(file), file.seek(0, 2)
     found, at = {}, HEAD_BYTES
     while at + 8 <= end:
@@ -101,14 +89,13 @@ def variables(file: BinaryIO) -> dict[str, Variable]:
                 head = _head(memoryview(_Unpacked(file, size).read(8 + MOST_HEAD_BYTES))[8:], order)
             else:
                 head = _head(memoryview(file.read(min(MOST_HEAD_BYTES, size))), order)
-            name = "cell" if head.number == _CELL else _NUMBERS.get(head.number, f"class {head.number}")
-            found[head.name] = Variable(name, head.shape, at + 8, size, kind == COMPRESSED)
+            found[head.name] = Variable(head.shape, at + 8, size, kind == COMPRESSED)
         at += 8 + size
     return found
 
 
 def read(file: BinaryIO, variable: Variable, where: str) -> NDArray[np.generic]:
-    """A numeric array as it is stored, in MATLAB's shape. Memory is taken once, if the file says what the shape says."""
+    """Read a numeric array as it is stored, in MATLAB's shape. Memory is taken once, if the file says what the shape says."""
     order, stream = _order(file), _stream(file, variable)
     start = stream.read(MOST_HEAD_BYTES)
     head = _head(memoryview(start), order)
@@ -135,7 +122,7 @@ def read(file: BinaryIO, variable: Variable, where: str) -> NDArray[np.generic]:
 
 
 def read_cells(file: BinaryIO, variable: Variable) -> list[NDArray[np.generic] | str]:
-    """What a cell array holds, in MATLAB's order: arrays of numbers, and texts."""
+    """Read what a cell array holds, in MATLAB's order: arrays of numbers, and texts."""
     order, content = _order(file), _stream(file, variable).read(min(MOST_CELL_BYTES, 1 << 30) + 1)
     if not variable.compressed:
         content = content[: variable.size]
@@ -168,7 +155,7 @@ def _order(file: BinaryIO) -> str:
 
 
 def _stream(file: BinaryIO, variable: Variable) -> BinaryIO | _Unpacked:
-    """The content of an array's element, its tag left out."""
+    """Open the content of an array's element, its tag left out."""
     file.seek(variable.start)
     if not variable.compressed:
         return file
@@ -189,7 +176,7 @@ def _elements(data: memoryview, order: str) -> Iterator[tuple[int, memoryview]]:
 
 
 def _tag(data: memoryview, at: int, order: str) -> tuple[int, int, int]:
-    """Type, bytes and place of the element at ``at``; of up to four bytes it lies in the tag itself."""
+    """Return type, bytes and place of the element at ``at``; of up to four bytes it lies in the tag itself."""
     if at + 8 > len(data):
         raise DamagedError("ends within the head of an array")
     kind, size = struct.unpack_from(f"{order}II", data, at)
@@ -201,7 +188,7 @@ def _tag(data: memoryview, at: int, order: str) -> tuple[int, int, int]:
 
 
 def _head(data: memoryview, order: str) -> _Head:
-    """Flags, shape and name at the beginning of an array."""
+    """Read flags, shape and name at the beginning of an array."""
     parts, at = [], 0
     for _ in range(3):
         _, size, start = _tag(data, at, order)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 MEMINFO = Path("/proc/meminfo")
 OWN_CGROUP = Path("/proc/self/cgroup")
@@ -12,20 +14,27 @@ CGROUPS = Path("/sys/fs/cgroup")
 
 
 def available_bytes(device: torch.device) -> int:
-    """Free memory of ``device``: what CUDA reports, or for a CPU what the system and its control groups still give."""
+    """Return the free memory of ``device``: what CUDA reports, or what the system and its control groups still give."""
     if device.type == "cuda":
+        import torch
+
         return int(torch.cuda.mem_get_info(device)[0])
+    return cpu_bytes()
+
+
+def cpu_bytes() -> int:
+    """Return the memory that the system and its control groups still give."""
     return min(_system_bytes(), *_cgroup_bytes())
 
 
 def _system_bytes() -> int:
-    """``MemAvailable``: what can be had without swapping, the page cache counted as free."""
+    """Read ``MemAvailable``: what can be had without swapping, the page cache counted as free."""
     lines = dict(line.split(":", 1) for line in MEMINFO.read_text().splitlines())
     return int(lines["MemAvailable"].split()[0]) * 1024
 
 
 def _cgroup_bytes() -> list[int]:
-    """What is left in each control group (version 2) around this process; a huge number where there is none."""
+    """Return what is left in each control group (version 2) around this process; a huge number where there is none."""
     left = [2**62]
     own = OWN_CGROUP.read_text().splitlines() if OWN_CGROUP.exists() else []
     for line in own:

@@ -33,6 +33,7 @@ Resize = Literal["resize", "centre", "none"]
 MAX_PIXELS = 100_000_000
 # Pillow's plugins that call other programs or decode nothing.
 _NOT_OPENED = frozenset(("BUFR", "EPS", "FITS", "GRIB", "HDF5", "IMT", "IPTC", "MCIDAS", "MPEG", "WMF"))
+_COMMON = ("JPEG", "PNG")
 # Pictures to whoever has them, whether or not this Pillow opens them.
 _ALSO_PICTURES = frozenset((".avif", ".heic", ".heif", ".hif", ".jp2", ".jxl", ".webp"))
 # EXIF 2.32, tag 0x0112: what brings a stored picture to how it is to be seen.
@@ -102,11 +103,13 @@ def _formats() -> tuple[str, ...]:
     except ImportError:
         pass  # an option; `_reason` names it where a picture asks for it
     Image.init()
-    return tuple(name for name in Image.OPEN if name not in _NOT_OPENED)
+    # The commonest first: they are told by their first bytes, where others are tried by parsing, for 40 us a picture.
+    others = (name for name in Image.OPEN if name not in _NOT_OPENED and name not in _COMMON)
+    return (*_COMMON, *others)
 
 
 def _read(path: Path, take: Callable[[ImageFile.ImageFile], T]) -> T:
-    """What ``take`` makes of the picture, or where that fails of the picture without its metadata."""
+    """Return what ``take`` makes of the picture, or where that fails of the picture without its metadata."""
     try:
         with warnings.catch_warnings(), open_regular(path) as file:
             # Pillow warns of what it mends and of sizes below our own limit.
@@ -217,7 +220,7 @@ def _from_deep(image: Image.Image) -> Image.Image:
 
 
 def _largest(image: Image.Image) -> int:
-    """The value that is white in a picture of more than 8 bits."""
+    """Return the value that is white in a picture of more than 8 bits."""
     if not isinstance(image, TiffImagePlugin.TiffImageFile):
         return 65535
     of_depth = (1 << (_tag(image, TiffImagePlugin.BITSPERSAMPLE) or 16)) - 1
@@ -226,7 +229,7 @@ def _largest(image: Image.Image) -> int:
 
 
 def _tag(image: TiffImagePlugin.TiffImageFile, number: int) -> int | None:
-    """The first value of a tag that holds whole numbers; None where it is not there."""
+    """Return the first value of a tag that holds whole numbers; None where it is not there."""
     value = image.tag_v2.get(number)
     first = value[0] if isinstance(value, tuple) and value else value
     return first if isinstance(first, int) else None

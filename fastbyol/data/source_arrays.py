@@ -1,7 +1,6 @@
-"""What sources that lie in arrays share: images of one size, found by number, with labels or without.
+"""What sources share: images found by number, with labels or without, and the proof of what files say of them.
 
-A source holds paths and numbers only, so that it can be handed to another process; images are read on first use there. Every
-number that a file says is held against what the file can hold and what memory is there before it is used.
+Every number that a file says is held against what the file can hold and what memory is there before it is used.
 """
 
 from __future__ import annotations
@@ -11,16 +10,18 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from fastbyol.data.memory import cpu_bytes
 from fastbyol.errors import UsageError, size_text
 from fastbyol.files import open_regular, refuse_special
 
 Images = NDArray[np.uint8]
 Labels = NDArray[np.int64]
+NamesAndReasons = tuple[tuple[str, str], ...]
 T = TypeVar("T")
 
 # Labels below this are classes as they are; above, a label is rather a name than a number of a class.
@@ -33,18 +34,24 @@ MOST_PER_BYTE = 1032
 
 
 @dataclass(frozen=True)
-class ArraySource:
-    """Images of one size, found by number. ``labels`` is None where there are none; -1 marks an unlabelled image."""
+class Source:
+    """Images by number, small enough to be handed to another process: ``image(i)`` reads image i, (H, W, 3) uint8, there.
+
+    ``labels`` (N,) is None where there are none; -1 marks an unlabelled image. ``num_bytes`` is what each decoded image takes,
+    (N,) or one number for all; ``names`` are those of files. ``skipped`` and ``ignored`` hold (name, reason) of pictures
+    and of other things that are left out, ``notes`` what a reader should know of the choice of images.
+    """
 
     kind: str
     split: str | None
     class_names: tuple[str, ...]
     labels: Labels | None
     num_images: int
-    size: tuple[int, int]
-    load: Callable[[int], Images]
-    skipped: tuple[tuple[str, str], ...] = ()
-    ignored: tuple[tuple[str, str], ...] = ()
+    num_bytes: int | NDArray[np.int64]
+    image: Callable[[int], Images]
+    names: tuple[str, ...] = ()
+    skipped: NamesAndReasons = ()
+    ignored: NamesAndReasons = ()
     notes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
@@ -52,66 +59,46 @@ class ArraySource:
 
     @property
     def labelled(self) -> bool:
+        """Tell whether there are labels."""
         return self.labels is not None
 
     def name(self, index: int) -> str:
-        return f"image {index}"
-
-    def image(self, index: int) -> Images:
-        """(H, W, 3) uint8."""
-        return self.load(index)
-
-    def label(self, index: int) -> int:
-        assert self.labels is not None
-        return int(self.labels[index])
+        """Name an image for a message."""
+        return self.names[index] if self.names else f"image {index}"
 
     def image_bytes(self) -> NDArray[np.int64]:
-        """(N,) bytes of each image."""
-        return np.full(self.num_images, 3 * self.size[0] * self.size[1], np.int64)
+        """Return the bytes of each decoded image, (N,)."""
+        return np.full(self.num_images, self.num_bytes, np.int64)
 
 
 @dataclass(frozen=True)
-class Rows:
-    """``count`` rows of ``row_bytes`` bytes from ``offset`` on in a file, read one at a time."""
+class Part:
+    """Some of a source's rows of pixels: ``read`` gives row i of ``count``."""
 
-    path: Path
     count: int
-    row_bytes: int
-    offset: int = 0
-
-    def __call__(self, index: int) -> NDArray[np.uint8]:
-        """(row_bytes,) uint8; UsageError where the file ends before."""
-        with open_regular(self.path) as file:
-            data = os.pread(file.fileno(), self.row_bytes, self.offset + index * self.row_bytes)
-        if len(data) != self.row_bytes:
-            raise UsageError(f"{self.path}: ends within image {index}; it became shorter, get it again")
-        return np.frombuffer(data, np.uint8)
+    read: Callable[[int], NDArray[np.uint8]]
 
 
-class Part(Protocol):
-    """Rows of pixels by number."""
+def row_of(parts: tuple[Part, ...], index: int) -> NDArray[np.uint8]:
+    """Read row ``index`` of the parts, one after the other."""
+    for part in parts:
+        if index < part.count:
+            return part.read(index)
+        index -= part.count
+    raise IndexError(index)
 
-    @property
-    def count(self) -> int: ...
-    def __call__(self, index: int, /) -> NDArray[np.uint8]: ...
 
-
-@dataclass(frozen=True)
-class Chain:
-    """Parts one after the other."""
-
-    parts: tuple[Part, ...]
-
-    def __call__(self, index: int) -> NDArray[np.uint8]:
-        for part in self.parts:
-            if index < part.count:
-                return part(index)
-            index -= part.count
-        raise IndexError(index)
+def read_row(path: Path, row_bytes: int, offset: int, index: int) -> NDArray[np.uint8]:
+    """Read row ``index`` (row_bytes,) of those that begin at ``offset`` in a file; UsageError where it ends before."""
+    with open_regular(path) as file:
+        data = os.pread(file.fileno(), row_bytes, offset + index * row_bytes)
+    if len(data) != row_bytes:
+        raise UsageError(f"{path}: ends within image {index}; it became shorter, get it again")
+    return np.frombuffer(data, np.uint8)
 
 
 def image_size(where: str, shape: Sequence[int], dtype: np.dtype[Any], num_labels: int | None) -> tuple[int, int]:
-    """(H, W) of the images in an array: uint8 (N, H, W, 3), (N, H, W, 1), (N, 3, H, W), (N, 1, H, W) or grey (N, H, W).
+    """Return (H, W) of the images in an array: uint8 (N, H, W, 3), (N, H, W, 1), (N, 3, H, W), (N, 1, H, W) or grey (N, H, W).
 
     UsageError for all else, one image without N included. ``num_labels`` tells whether (32, 32, 3) is 32 narrow grey images.
     """
@@ -149,7 +136,7 @@ def planes_first(shape: Sequence[int]) -> bool:
 
 
 def as_rgb(image: NDArray[np.uint8], planes: bool) -> Images:
-    """(H, W), (H, W, 1 or 3) or, with ``planes``, (1 or 3, H, W) -> (H, W, 3)."""
+    """Return (H, W), (H, W, 1 or 3) or, with ``planes``, (1 or 3, H, W) as (H, W, 3)."""
     if image.ndim == 2:
         image = image[:, :, None]
     elif planes:
@@ -157,8 +144,8 @@ def as_rgb(image: NDArray[np.uint8], planes: bool) -> Images:
     return np.ascontiguousarray(np.broadcast_to(image, (*image.shape[:2], 3)))
 
 
-def demand_labels(where: str, shape: Sequence[int], dtype: np.dtype[Any], num_images: int) -> None:
-    """UsageError unless an array holds a whole number, a truth value, or a text for each image."""
+def demand_one_label_each(where: str, shape: Sequence[int], dtype: np.dtype[Any], num_images: int) -> None:
+    """Raise UsageError unless an array holds a whole number, a truth value, or a text for each image."""
     shape, what = tuple(shape), f"{where} is {dtype} of shape {tuple(shape)} for {num_images} images"
     if len(shape) == 2 and shape[0] == num_images and shape[1] > 1:
         raise UsageError(f"{what}; save one label for each image: labels.argmax(1) if they are one-hot")
@@ -169,11 +156,12 @@ def demand_labels(where: str, shape: Sequence[int], dtype: np.dtype[Any], num_im
 def class_labels(
     where: str, values: NDArray[Any], others: Iterable[NDArray[Any]] = ()
 ) -> tuple[Labels | None, tuple[str, ...]]:
-    """Labels as classes 0 to K - 1 and the classes' names, from what ``demand_labels`` let pass; None if all are -1.
+    """Return labels as classes 0 to K - 1 and the classes' names; no labels if all are -1.
 
-    Whole numbers below ``MAX_CLASSES`` stay as they are. Larger ones, and texts, are mapped: the distinct values, sorted, are
-    the classes, and their names say what they were. ``others`` are the labels of the other splits, which count too, so that
-    a class is the same in all. -1 is no label; other negative numbers, and parts of numbers, are a UsageError.
+    ``demand_one_label_each`` has let ``values`` pass. Whole numbers below ``MAX_CLASSES`` stay as they are. Larger ones,
+    and texts, are mapped: the distinct values, sorted, are the classes, and their names say what they were. ``others`` are the
+    labels of the other splits, which count too, so that a class is the same in all. -1 is no label; other negative numbers,
+    and parts of numbers, are a UsageError.
     """
     own = _whole(where, values)
     all_values = [own, *(_whole(where, other) for other in others)]
@@ -206,7 +194,7 @@ def fit_labels(read: Callable[[T], NDArray[Any]], others: Iterable[T]) -> list[N
 
 
 def notes_on(class_names: tuple[str, ...]) -> tuple[str, ...]:
-    """What a reader should know of labels that ``class_labels`` mapped."""
+    """Say what a reader should know of labels that ``class_labels`` mapped."""
     numbers = [int(name) for name in class_names if name.isdecimal()]
     if len(numbers) < len(class_names) or numbers in (sorted(range(len(numbers))), []) or numbers != sorted(numbers):
         return ()
@@ -214,7 +202,7 @@ def notes_on(class_names: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _whole(where: str, values: NDArray[Any]) -> NDArray[Any]:
-    """(N,) int64, or str where the values are texts."""
+    """Return (N,) int64, or str where the values are texts."""
     values = values.reshape(-1)
     if values.dtype.kind == "S":
         return np.array([value.decode("utf-8", "replace") for value in values.tolist()])
@@ -237,26 +225,22 @@ def _demand_few(where: str, known: NDArray[Any]) -> None:
 
 
 def demand_range(path: Path, labels: Labels, num_classes: int) -> None:
-    """UsageError unless all labels are classes."""
+    """Raise UsageError unless all labels are classes."""
     if labels.size and not 0 <= labels.min() <= labels.max() < num_classes:
         raise UsageError(f"{path}: labels go beyond {num_classes} classes; unpack the archive again")
 
 
 def demand_memory(where: str, num_bytes: int) -> None:
-    """UsageError unless an array of ``num_bytes`` can be held."""
+    """Raise UsageError unless an array of ``num_bytes`` can be held."""
     if num_bytes < SMALL_BYTES:
         return
-    import torch
-
-    from fastbyol.data.memory import available_bytes
-
-    free = available_bytes(torch.device("cpu"))
+    free = cpu_bytes()
     if num_bytes > free:
         raise UsageError(f"{where}: is said to take {size_text(num_bytes)}, memory has {size_text(free)}; save it in parts")
 
 
 def size_of(path: Path) -> int:
-    """Bytes of a regular file that has to be there."""
+    """Return the bytes of a regular file that has to be there."""
     try:
         status = path.stat()
         refuse_special(path, status.st_mode)
@@ -266,7 +250,7 @@ def size_of(path: Path) -> int:
 
 
 def count_rows(path: Path, row_bytes: int) -> int:
-    """How many rows of ``row_bytes`` a file holds; UsageError unless it is a whole number above 0."""
+    """Count the rows of ``row_bytes`` in a file; UsageError unless it is a whole number above 0."""
     num_bytes = size_of(path)
     if num_bytes == 0 or num_bytes % row_bytes:
         raise UsageError(f"{path}: {num_bytes} bytes is no whole number of {row_bytes}-byte images; unpack the archive again")
@@ -274,7 +258,7 @@ def count_rows(path: Path, row_bytes: int) -> int:
 
 
 def read_small(path: Path, most: int = 1 << 24) -> bytes:
-    """The bytes of a file that is small by its nature; UsageError where it is not, or not to be read."""
+    """Read a file that is small by its nature; UsageError where it is not, or not to be read."""
     if size_of(path) > most:
         raise UsageError(f"{path}: {size_of(path)} bytes are too many for what it is; unpack the archive again")
     try:
@@ -285,16 +269,16 @@ def read_small(path: Path, most: int = 1 << 24) -> bytes:
 
 
 def text_lines(path: Path) -> tuple[str, ...]:
-    """The lines of a small text file that are not empty."""
+    """Return the lines of a small text file that are not empty."""
     return tuple(line.strip() for line in read_small(path).decode("utf-8", "replace").splitlines() if line.strip())
 
 
 def inner(path: Path, *names: str) -> Path:
-    """``path``, or the first of the folders ``names`` in it: what an archive unpacks to."""
+    """Return ``path``, or the first of the folders ``names`` in it: what an archive unpacks to."""
     return next((path / name for name in names if (path / name).is_dir()), path)
 
 
 def listed(names: Iterable[str], most: int = 12) -> str:
-    """Names for a message, the first few of many."""
+    """Join names for a message, the first few of many."""
     names = [" ".join(name.split())[:60] for name in names]
     return (", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")) or "none"

@@ -7,8 +7,7 @@ a row's label, or its coarse and its fine label, before it. MATLAB: arrays ``dat
 from __future__ import annotations
 
 import pickle
-from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,20 +16,20 @@ from numpy.typing import NDArray
 
 from fastbyol.data import source_mat
 from fastbyol.data.source_arrays import (
-    ArraySource,
-    Chain,
     Images,
     Labels,
     Part,
-    Rows,
+    Source,
     count_rows,
     demand_memory,
     demand_range,
     inner,
+    read_row,
+    row_of,
     size_of,
     text_lines,
 )
-from fastbyol.errors import UsageError, one_line
+from fastbyol.errors import UsageError, check_choice, one_line
 from fastbyol.files import open_regular
 
 IMAGE_BYTES = 3 * 32 * 32
@@ -59,11 +58,10 @@ def has_cifar(path: Path, kind: str) -> bool:
     )
 
 
-def open_cifar(path: Path, kind: str, split: str | None) -> ArraySource:
+def open_cifar(path: Path, kind: str, split: str | None) -> Source:
     """Open ``split`` (default: train) of CIFAR-10 or CIFAR-100, with the fine labels, in the version that lies there."""
     folder, split = inner(path, *_FOLDERS[kind]), split or "train"
-    if split not in SPLITS:
-        raise UsageError(f"{folder}: CIFAR has no split {split!r}; choose {', '.join(SPLITS)}")
+    check_choice(f"{folder}: CIFAR's split", split, SPLITS)
     version = _version(folder, kind)
     files = [folder / f"{name}{_ENDINGS[version]}" for name in _files(kind, split)]
     _kept_rows.cache_clear()
@@ -77,37 +75,17 @@ def open_cifar(path: Path, kind: str, split: str | None) -> ArraySource:
         demand_range(file, own, 10 if kind == "cifar10" else 100)
         parts.append(part)
         labels.append(own)
-    num_images = sum(map(len, labels))
-    return ArraySource(kind, split, names, np.concatenate(labels), num_images, (32, 32), Loader(Chain(tuple(parts))))
+    image = partial(_image, tuple(parts))
+    return Source(kind, split, names, np.concatenate(labels), sum(map(len, labels)), IMAGE_BYTES, image)
 
 
-@dataclass(frozen=True)
-class Loader:
-    """Loads image i of the rows; what stands before its pixels is left out."""
-
-    rows: Chain
-
-    def __call__(self, index: int) -> Images:
-        planes = self.rows(index)[-IMAGE_BYTES:].reshape(3, 32, 32)
-        image: Images = np.ascontiguousarray(planes.transpose(1, 2, 0))
-        return image
-
-
-@dataclass(frozen=True)
-class PickledRows:
-    """The rows of a file of the Python version, which is read whole on first use."""
-
-    path: Path
-    count: int
-
-    def __call__(self, index: int) -> NDArray[np.uint8]:
-        """(3072,) uint8."""
-        row: Images = _kept_rows(self.path)[index]
-        return row
+def _image(parts: tuple[Part, ...], index: int) -> Images:
+    planes = row_of(parts, index)[-IMAGE_BYTES:].reshape(3, 32, 32)  # what stands before the pixels is left out
+    return np.ascontiguousarray(planes.transpose(1, 2, 0))
 
 
 def _no_folder(path: Path) -> bool:
-    """Whether something lies there that is no folder: what else it is no file is said when it is opened."""
+    """Tell whether something lies there that is no folder: what else it is no file is said when it is opened."""
     return path.exists() and not path.is_dir()
 
 
@@ -118,7 +96,7 @@ def _files(kind: str, split: str) -> tuple[str, ...]:
 
 
 def _version(folder: Path, kind: str) -> Version:
-    """The version whose files are there; the Python version where none is, for its messages."""
+    """Tell the version whose files are there; the Python version where none is, for its messages."""
     for version, end in _ENDINGS.items():
         if any((folder / f"{name}{end}").exists() for split in SPLITS for name in _files(kind, split)):
             return version
@@ -141,9 +119,10 @@ def _class_names(folder: Path, kind: str, version: Version) -> tuple[str, ...]:
 def _binary(path: Path, key: str) -> tuple[Part, Labels]:
     before = 1 if key == "labels" else 2
     row_bytes = before + IMAGE_BYTES
-    rows = Rows(path, count_rows(path, row_bytes), row_bytes)
+    count = count_rows(path, row_bytes)
     with open_regular(path) as file:
-        return rows, np.array([file.read(row_bytes)[before - 1] for _ in range(rows.count)], np.int64)
+        labels = np.array([file.read(row_bytes)[before - 1] for _ in range(count)], np.int64)
+    return Part(count, partial(read_row, path, row_bytes, 0)), labels
 
 
 def _matlab(path: Path, key: str) -> tuple[Part, Labels]:
@@ -154,6 +133,11 @@ def _matlab(path: Path, key: str) -> tuple[Part, Labels]:
 @lru_cache(maxsize=5)
 def _kept_rows(path: Path) -> Images:
     return _rows(path, _unpickled(path))
+
+
+def _pickled_row(path: Path, index: int) -> NDArray[np.uint8]:
+    row: Images = _kept_rows(path)[index]
+    return row
 
 
 def _rows(path: Path, batch: dict[str, Any]) -> Images:
@@ -174,7 +158,7 @@ def _python(path: Path, key: str) -> tuple[Part, Labels]:
         raise UsageError(f"{path}: {len(values)} labels for {len(rows)} images; unpack the archive again")
     if not all(0 <= value < 100 for value in values):
         raise UsageError(f"{path}: labels go beyond {10 if key == 'labels' else 100} classes; unpack the archive again")
-    return PickledRows(path, len(rows)), np.array(values, np.int64)
+    return Part(len(rows), partial(_pickled_row, path)), np.array(values, np.int64)
 
 
 def _text(name: object) -> str:
@@ -182,7 +166,7 @@ def _text(name: object) -> str:
 
 
 def _unpickled(path: Path) -> dict[str, Any]:
-    """The dict in a CIFAR file, its keys as text. Nothing but arrays and plain values is ever constructed."""
+    """Read the dict in a CIFAR file, its keys as text. Nothing but arrays and plain values is ever constructed."""
     demand_memory(str(path), size_of(path))
     try:
         with open_regular(path) as file:

@@ -14,8 +14,7 @@ import socket
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import BinaryIO
 
@@ -24,15 +23,15 @@ from numpy.typing import NDArray
 
 from fastbyol.data.source_arrays import (
     MOST_PER_BYTE,
-    ArraySource,
     Images,
     Labels,
+    Source,
     class_labels,
     demand_memory,
     notes_on,
     size_of,
 )
-from fastbyol.errors import UsageError, one_line
+from fastbyol.errors import UsageError, check_choice, one_line
 from fastbyol.files import open_regular
 
 SPLITS = {"train": ("train",), "test": ("t10k", "test")}
@@ -59,7 +58,7 @@ def has_idx(path: Path) -> bool:
     return bool(_IMAGES.fullmatch(path.name)) if path.is_file() else any(_image_files(path))
 
 
-def open_idx(path: Path, kind: str, split: str | None) -> ArraySource:
+def open_idx(path: Path, kind: str, split: str | None) -> Source:
     """Open the images of ``split`` (default: train, or that of the file) with the labels that lie beside them.
 
     Labels are idx1 bytes, or QMNIST's idx2 integers of which the first column counts. Raises UsageError: files that are
@@ -72,9 +71,9 @@ def open_idx(path: Path, kind: str, split: str | None) -> ArraySource:
     of = next(name for name, words in SPLITS.items() if named["split"].lower() in words)
     if split not in (None, of):
         raise UsageError(f"{images}: is of the split {of} by its name, not {split}; name the other file, or their folder")
-    shape, offset = _head(images)
-    if len(shape) != 3 or _dtype(images) != np.dtype(">u1"):
-        raise UsageError(f"{images}: its head says {len(shape)} dimensions of {_dtype(images)}; images are (N, H, W) bytes")
+    shape, offset, dtype = _head(images)
+    if len(shape) != 3 or dtype != np.dtype(">u1"):
+        raise UsageError(f"{images}: its head says {len(shape)} dimensions of {dtype}; images are (N, H, W) bytes")
     count, height, width = shape
     if not (count >= 1 and 1 <= height <= MAX_SIDE and 1 <= width <= MAX_SIDE):
         raise UsageError(f"{images}: its head says {count} images of {width} x {height} pixels; fetch the file again")
@@ -84,8 +83,8 @@ def open_idx(path: Path, kind: str, split: str | None) -> ArraySource:
         if labels is not None and labels.max() >= len(FASHION_CLASSES):
             raise UsageError(f"{_labels_file(images)}: label {labels.max()} is none of Fashion-MNIST's ten; take --kind idx")
         names = FASHION_CLASSES
-    size = (max(SIDE, height), max(SIDE, width))
-    return ArraySource(kind, of, names, labels, count, size, Loader(images, shape, offset), notes=notes_on(names))
+    num_bytes = 3 * max(SIDE, height) * max(SIDE, width)
+    return Source(kind, of, names, labels, count, num_bytes, partial(_image, images, shape, offset), notes=notes_on(names))
 
 
 def fashion_mnist_folder(cache: Path) -> Path:
@@ -112,18 +111,11 @@ def fashion_mnist_folder(cache: Path) -> Path:
     return cache
 
 
-@dataclass(frozen=True)
-class Loader:
-    """Loads image i of one file, which is read whole: grey as RGB, padded to ``SIDE``."""
-
-    path: Path
-    shape: tuple[int, ...]
-    offset: int
-
-    def __call__(self, index: int) -> Images:
-        grey = _kept(self.path, self.shape, self.offset)[index]
-        margins = [(missing // 2, missing - missing // 2) for missing in (max(0, SIDE - side) for side in grey.shape)]
-        return np.ascontiguousarray(np.repeat(np.pad(grey, margins)[:, :, None], 3, axis=2))
+def _image(path: Path, shape: tuple[int, ...], offset: int, index: int) -> Images:
+    """Return image ``index``, grey as RGB, padded to ``SIDE``; the file is read whole on first use."""
+    grey = _kept(path, shape, offset)[index]
+    margins = [(missing // 2, missing - missing // 2) for missing in (max(0, SIDE - side) for side in grey.shape)]
+    return np.ascontiguousarray(np.repeat(np.pad(grey, margins)[:, :, None], 3, axis=2))
 
 
 @lru_cache(maxsize=1)
@@ -132,7 +124,7 @@ def _kept(path: Path, shape: tuple[int, ...], offset: int) -> Images:
 
 
 def _image_files(folder: Path, split: str | None = None) -> Iterator[tuple[str, Path]]:
-    """Pairs (set, images file) of ``split`` (None: of any) in the first of the usual places that holds some."""
+    """Yield pairs (set, images file) of ``split`` (None: of any) in the first of the usual places that holds some."""
     words = SPLITS[split] if split is not None else tuple(word for words in SPLITS.values() for word in words)
     for place in (folder, *(folder / name for name in _INNER)):
         found = {}
@@ -146,8 +138,7 @@ def _image_files(folder: Path, split: str | None = None) -> Iterator[tuple[str, 
 
 
 def _chosen(folder: Path, split: str) -> Path:
-    if split not in SPLITS:
-        raise UsageError(f"{folder}: idx files have no split {split!r}; choose {', '.join(SPLITS)}")
+    check_choice(f"{folder}: the split of idx files", split, SPLITS)
     found = list(_image_files(folder, split))
     if not found:
         raise UsageError(f"{folder}: no {SPLITS[split][0]}-images-idx3-ubyte (or .gz) in it; give the folder that holds it")
@@ -161,15 +152,15 @@ def _labels(images: Path, count: int) -> tuple[Labels | None, tuple[str, ...]]:
     path = _labels_file(images)
     if path is None:
         return None, ()
-    shape, offset = _head(path)
+    shape, offset, dtype = _head(path)
     if len(shape) not in (1, 2) or shape[0] != count or 0 in shape:
         raise UsageError(f"{path}: its head says shape {shape} for {count} images; fetch both files again")
-    values = _values(path, shape, offset, _dtype(path))
+    values = _values(path, shape, offset, dtype)
     return class_labels(str(path), values if values.ndim == 1 else values[:, 0])
 
 
 def _labels_file(images: Path) -> Path | None:
-    """The file beside ``images`` with its labels, idx1 before idx2, unpacked before packed; None where there is none."""
+    """Find the file beside ``images`` with its labels, idx1 before idx2, unpacked before packed; None where there is none."""
     stem = _stem(_IMAGES.fullmatch(images.name))
     found = []
     for path in images.parent.iterdir():
@@ -180,17 +171,12 @@ def _labels_file(images: Path) -> Path | None:
 
 
 def _stem(named: re.Match[str] | None) -> tuple[str, str] | None:
-    """The set and split of a file's name, however they are written."""
+    """Return the set and split of a file's name, however they are written."""
     return (named["set"].lower(), named["split"].lower()) if named else None
 
 
-def _dtype(path: Path) -> np.dtype[np.generic]:
-    with _opened(path) as file:
-        return np.dtype(_TYPES[file.read(4)[2]])
-
-
-def _head(path: Path) -> tuple[tuple[int, ...], int]:
-    """The shape that a file's head says, and where its values begin."""
+def _head(path: Path) -> tuple[tuple[int, ...], int, np.dtype[np.generic]]:
+    """Read the shape that a file's head says, where its values begin, and their type."""
     with _opened(path) as file:
         magic = file.read(4)
         if len(magic) < 4 or magic[:2] != b"\0\0" or magic[2] not in _TYPES or not 1 <= magic[3] <= 4:
@@ -201,11 +187,11 @@ def _head(path: Path) -> tuple[tuple[int, ...], int]:
     shape = tuple(int(size) for size in np.frombuffer(dims, ">i4"))
     if min(shape) < 0:
         raise UsageError(f"{path}: its head says shape {shape}; fetch it again")
-    return shape, 4 + len(dims)
+    return shape, 4 + len(dims), np.dtype(_TYPES[magic[2]])
 
 
 def _values(path: Path, shape: tuple[int, ...], offset: int, dtype: np.dtype[np.generic]) -> NDArray[np.uint8]:
-    """The file's values; a head that promises more than the file can hold is refused before memory is taken."""
+    """Read the file's values; a head that promises more than the file can hold is refused before memory is taken."""
     wanted = math.prod(shape) * dtype.itemsize
     if wanted > size_of(path) * (MOST_PER_BYTE if path.suffix.lower() == ".gz" else 1):
         raise UsageError(f"{path}: {size_of(path)} bytes cannot hold the {wanted} that its head says; fetch it again")
@@ -219,7 +205,7 @@ def _values(path: Path, shape: tuple[int, ...], offset: int, dtype: np.dtype[np.
 
 @contextmanager
 def _opened(path: Path) -> Iterator[BinaryIO]:
-    """The file, unpacked on the way; whatever reading meets is a UsageError."""
+    """Open the file, unpacked on the way; whatever reading meets is a UsageError."""
     try:
         with open_regular(path) as file:
             if path.suffix.lower() == ".gz":

@@ -8,8 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -17,26 +16,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastbyol.data import mat5
-from fastbyol.data.source_arrays import MOST_PER_BYTE, demand_memory, listed, size_of
+from fastbyol.data.source_arrays import MOST_PER_BYTE, Part, demand_memory, listed, size_of
 from fastbyol.errors import UsageError, one_line
 from fastbyol.files import open_regular
 
 
-@dataclass(frozen=True)
-class MatRows:
-    """The rows of an array uint8 (N, D) in a MATLAB file, which is read whole on first use."""
-
-    path: Path
-    name: str
-    count: int
-
-    def __call__(self, index: int) -> NDArray[np.uint8]:
-        """(D,) uint8."""
-        return np.ascontiguousarray(pixels(self.path, self.name)[index])
-
-
 def shape_of(path: Path, name: str) -> tuple[int, ...]:
-    """MATLAB's shape of the array ``name``; UsageError where there is none."""
+    """Return MATLAB's shape of the array ``name``; UsageError where there is none."""
     size_of(path)
     arrays = _shapes(path)
     if name not in arrays:
@@ -45,23 +31,27 @@ def shape_of(path: Path, name: str) -> tuple[int, ...]:
 
 
 def pixels(path: Path, name: str) -> NDArray[np.uint8]:
-    """The array ``name``, read whole; UsageError unless it is uint8 of the shape that was said. The last few are kept."""
+    """Read the array ``name`` whole; UsageError unless it is uint8 of the shape that was said. The last few are kept."""
     found = _kept(path, name)
     if found.dtype != np.uint8 or found.shape != shape_of(path, name):
         raise UsageError(f"{path}: {name!r} is {found.dtype} of shape {found.shape}, not uint8 as said; get the file again")
     return found
 
 
-def uint8_rows(path: Path, name: str, row_bytes: int) -> MatRows:
-    """The array ``name``, whose shape is (N, ``row_bytes``)."""
+def uint8_rows(path: Path, name: str, row_bytes: int) -> Part:
+    """Return the rows of the array ``name``, whose shape is (N, ``row_bytes``); the file is read whole on first use."""
     shape = shape_of(path, name)
     if len(shape) != 2 or shape[1] != row_bytes or shape[0] < 1:
         raise UsageError(f"{path}: {name!r} has shape {shape}, not (N, {row_bytes}); get the file again")
-    return MatRows(path, name, shape[0])
+    return Part(shape[0], partial(_row, path, name))
+
+
+def _row(path: Path, name: str, index: int) -> NDArray[np.uint8]:
+    return np.ascontiguousarray(pixels(path, name)[index])
 
 
 def labels(path: Path, name: str, count: int) -> NDArray[np.int64]:
-    """(count,) whole numbers of the array ``name``, (N, 1) or (1, N)."""
+    """Return the whole numbers (count,) of the array ``name``, (N, 1) or (1, N)."""
     shape = shape_of(path, name)
     if math.prod(shape) != count:
         raise UsageError(f"{path}: {name!r} has shape {shape} for {count} images; get the file again")
@@ -69,7 +59,7 @@ def labels(path: Path, name: str, count: int) -> NDArray[np.int64]:
 
 
 def whole_numbers(path: Path, name: str, numbers: object) -> NDArray[np.int64]:
-    """Any array as (N,) int64; UsageError unless all are whole numbers that a double holds."""
+    """Return any array as (N,) int64; UsageError unless all are whole numbers that a double holds."""
     given = np.asarray(numbers).reshape(-1)
     if given.dtype.kind in "iuf" and (np.abs(given.astype(np.float64)) < 1 << 53).all():
         found = given.astype(np.int64)
@@ -79,7 +69,7 @@ def whole_numbers(path: Path, name: str, numbers: object) -> NDArray[np.int64]:
 
 
 def cells(path: Path, name: str) -> list[Any]:
-    """What a small cell array of a version 5 file holds: texts as str, numbers as arrays."""
+    """Read what a small cell array of a version 5 file holds: texts as str, numbers as arrays."""
     shape_of(path, name)
     if _is_hdf5(path):
         raise UsageError(f"{path}: cell arrays are read from version 5 alone; save it with save -v7")
@@ -95,7 +85,7 @@ def forget() -> None:
 
 @lru_cache(maxsize=6)
 def _kept(path: Path, name: str) -> NDArray[Any]:
-    """The array as it is stored, whole."""
+    """Read the array whole, as it is stored."""
     if not _is_hdf5(path):
         with _reading(path), open_regular(path) as file:
             return mat5.read(file, mat5.variables(file)[name], f"{path}: {name!r}")
@@ -111,7 +101,7 @@ def _kept(path: Path, name: str) -> NDArray[Any]:
 
 @lru_cache(maxsize=16)
 def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """Shapes of all arrays, as MATLAB says them."""
+    """Return the shapes of all arrays, as MATLAB says them."""
     if not _is_hdf5(path):
         with _reading(path), open_regular(path) as file:
             return {name: variable.shape for name, variable in mat5.variables(file).items()}
@@ -120,7 +110,7 @@ def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
 
 
 def _datasets(file: Any) -> Iterator[tuple[str, Any]]:
-    """Arrays that lie in the file itself: no links, and nothing that leads to other files."""
+    """Yield the arrays that lie in the file itself: no links, and nothing that leads to other files."""
     import h5py
 
     for name in file:
@@ -151,7 +141,7 @@ def _hdf5(path: Path) -> Iterator[Any]:
 
 @contextmanager
 def _reading(path: Path) -> Iterator[None]:
-    """Whatever a library meets in the bytes of a file is a UsageError."""
+    """Make a UsageError of whatever a library meets in the bytes of a file."""
     try:
         yield
     except UsageError:

@@ -9,41 +9,37 @@ import io
 import math
 import os
 import warnings
+from collections.abc import Hashable
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fastbyol.data import splits
 from fastbyol.data.source_arrays import (
-    ArraySource,
     Images,
     Labels,
-    Rows,
+    NamesAndReasons,
+    Source,
     as_rgb,
     class_labels,
-    demand_labels,
     demand_memory,
+    demand_one_label_each,
     fit_labels,
     image_size,
     listed,
     notes_on,
     planes_first,
+    read_row,
 )
 from fastbyol.errors import UsageError, one_line
 from fastbyol.files import open_regular
 
 IMAGE_NAMES = ("images", "image", "imgs", "img", "x", "data", "arr0")
 LABEL_NAMES = ("labels", "label", "targets", "target", "y", "classes", "class", "arr1")
-SPLIT_NAMES = {
-    "train": ("train", "training", "trn"),
-    "val": ("val", "valid", "validation", "dev"),
-    "test": ("test", "testing", "tst"),
-    "unlabeled": ("unlabeled", "unlabelled"),
-}
 # numpy reads heads of 10,000 letters at most unless told to trust them.
 MAX_HEAD = 1 << 14
 PIECE_BYTES = 1 << 20
@@ -61,7 +57,7 @@ class Role:
 
 def _roles() -> dict[str, Role]:
     found = {}
-    for split, words in ((None, ("",)), *SPLIT_NAMES.items()):
+    for split, words in ((None, ("",)), *splits.WORDS.items()):
         for labels, names in ((False, IMAGE_NAMES), (True, LABEL_NAMES)):
             for rank, name in enumerate(names):
                 for word in words:
@@ -80,8 +76,8 @@ class Named:
     names: tuple[str, ...]
 
     def split(self, wanted: str | None) -> str | None:
-        """The split to take: ``wanted`` in our spelling, else none, train or the first; UsageError if it is not there."""
-        held = [split for split in (None, *SPLIT_NAMES) if self.find(split, labels=False) is not None]
+        """Return the split to take: ``wanted``, else none, train or the first; UsageError if it is not there."""
+        held = [split for split in (None, *splits.WORDS) if self.find(split, labels=False) is not None]
         if not held:
             raise UsageError(
                 f"{self.where}: no images under images, x, train_images, x_train or the like; its arrays are "
@@ -89,22 +85,21 @@ class Named:
             )
         if wanted is None:
             return held[0]
-        meant = splits.canonical(wanted) or wanted
-        if meant not in held:
+        if wanted not in held:
             known = listed(split for split in held if split is not None)
-            what = f"no split {wanted!r}, as {meant}_images would be; its splits are {known}"
+            what = f"no split {wanted!r}, as {wanted}_images would be; its splits are {known}"
             raise UsageError(f"{self.where}: {what}, its arrays {listed(self.names)}")
-        return meant
+        return wanted
 
     def notes(self, wanted: str | None, taken: str | None) -> tuple[str, ...]:
-        """What a reader should know where a split was taken that nobody asked for."""
-        others = [split for split in SPLIT_NAMES if split != taken and self.find(split, labels=False) is not None]
+        """Say what a reader should know where a split was taken that nobody asked for."""
+        others = [split for split in splits.WORDS if split != taken and self.find(split, labels=False) is not None]
         if wanted is not None or not others:
             return ()
         return (f"took {f'the split {taken}' if taken else 'the images of no split'}; --split takes {' or '.join(others)}",)
 
     def ignored(self, taken: str | None) -> tuple[tuple[str, str], ...]:
-        """The arrays whose names say nothing, and those of ``taken`` or of no split in whose place others were taken."""
+        """Return the arrays whose names say nothing, and those of ``taken`` or of no split in whose place others were taken."""
         chosen = {self.find(taken, labels=labels) for labels in (False, True)}
         found = []
         for name in self.names:
@@ -114,7 +109,7 @@ class Named:
         return tuple(found)
 
     def find(self, split: str | None, *, labels: bool) -> str | None:
-        """The name of the images or the labels of a split; None where there are none, UsageError where two names mean it."""
+        """Return the name of a split's images or labels; None where there are none, UsageError where two names mean it."""
         ranked = [
             (role.rank, name) for name in self.names if (role := role_of(name)) and (role.labels, role.split) == (labels, split)
         ]
@@ -123,13 +118,15 @@ class Named:
             raise UsageError(f"{self.where}: {listed(best)} may all be meant; keep one of them under that name")
         return best[0] if best else None
 
-    def all_labels(self) -> list[str]:
-        """The names of the labels of every split, and of none."""
-        return [name for split in (None, *SPLIT_NAMES) if (name := self.find(split, labels=True)) is not None]
+    def pair(self, split: str | None) -> tuple[str, str | None, list[str]]:
+        """Return the names of a split's images and labels, and of the labels of all others."""
+        labels = self.find(split, labels=True)
+        every = [name for other in (None, *splits.WORDS) if (name := self.find(other, labels=True))]
+        return str(self.find(split, labels=False)), labels, [name for name in every if name != labels]
 
 
 def role_of(name: str) -> Role | None:
-    """What an array's name says, in any spelling of ``_``, ``-`` and capitals."""
+    """Tell what an array's name says, in any spelling of ``_``, ``-`` and capitals."""
     return _ROLES.get("".join(letter for letter in name.lower() if letter.isalnum()))
 
 
@@ -148,7 +145,7 @@ class Head:
 
 
 def read_head(file: BinaryIO, where: str) -> Head:
-    """The head of an array in npy format at the beginning of ``file``; no more than ``MAX_HEAD`` bytes are read."""
+    """Read the head of an array in npy format at the beginning of ``file``; no more than ``MAX_HEAD`` bytes are read."""
     start = io.BytesIO(file.read(MAX_HEAD))
     try:
         with warnings.catch_warnings():
@@ -168,7 +165,7 @@ def read_head(file: BinaryIO, where: str) -> Head:
 
 
 def demand_held(where: str, head: Head, num_bytes: int) -> None:
-    """UsageError unless ``num_bytes``, head included, are what the head says."""
+    """Raise UsageError unless ``num_bytes``, head included, are what the head says."""
     held = num_bytes - head.offset
     if head.dtype.hasobject or held == head.num_bytes:  # of objects, which are refused elsewhere, no number is known
         return
@@ -176,7 +173,7 @@ def demand_held(where: str, head: Head, num_bytes: int) -> None:
 
 
 def read_values(file: BinaryIO, where: str, head: Head) -> NDArray[Any]:
-    """The array whose ``head`` was read; ``file`` stands at its beginning. Memory is taken once, if it is there."""
+    """Read the array whose ``head`` was read; ``file`` stands at its beginning. Memory is taken once, if it is there."""
     demand_memory(where, head.num_bytes)
     file.read(head.offset)
     try:
@@ -199,95 +196,103 @@ def has_npy(path: Path) -> bool:
     return any((role := role_of(name)) is not None and not role.labels for name in _arrays_in(path))
 
 
-def open_npy(path: Path, split: str | None) -> ArraySource:
+def open_npy(path: Path, split: str | None) -> Source:
     """Open npy files: the images of ``split`` in a folder, or those of one file, with the labels beside them.
 
     Beside ``x_train.npy`` lies ``y_train.npy`` or ``train_labels.npy``, beside ``cats.npy`` ``cats_labels.npy``.
     """
     folder, only = (path, None) if path.is_dir() else (path.parent, path.stem)
     files = _arrays_in(folder)
-    ignored: tuple[tuple[str, str], ...] = ()
-    notes: tuple[str, ...] = ()
-    role = role_of(only) if only is not None else None
-    if only is not None and (role is None or role.labels):
-        if role is not None:
-            raise UsageError(f"{path}: holds labels by its name; give the file with the images, or the folder of both")
+    ignored: NamesAndReasons = ()
+    notes, others = tuple[str, ...](), list[str]()
+    role = None if only is None else role_of(only)
+    if only is None:
+        named = Named(str(folder), tuple(files))
+        wanted, split = split, named.split(split)
+        notes, ignored = named.notes(wanted, split), named.ignored(split) + _others_in(folder)
+        image, label, others = named.pair(split)
+    elif role is None:
         if split is not None:
             raise UsageError(f"{path}: its name says no split; call it {split}_images.npy, or leave out the split")
-        image, label = path, next((files[name] for name in _beside(only) if name in files), None)
-        others: list[Path] = []
+        image, label = only, next((name for name in _beside(only) if name in files), None)
+    elif role.labels:
+        raise UsageError(f"{path}: holds labels by its name; give the file with the images, or the folder of both")
+    elif split not in (None, role.split):
+        raise UsageError(f"{path}: is not of the split {split} by its name")
     else:
-        named = Named(str(folder), tuple(files))
-        if role is None:
-            wanted, split = split, named.split(split)
-            notes = named.notes(wanted, split)
-            ignored = named.ignored(split) + _others_in(folder)
-            image = files[str(named.find(split, labels=False))]
-        else:
-            if split is not None and (splits.canonical(split) or split) != role.split:
-                raise UsageError(f"{path}: is not of the split {split} by its name")
-            split, image = role.split, path
-        found = named.find(split, labels=True)
-        label = None if found is None else files[found]
-        others = [files[name] for name in named.all_labels() if name != found]
-    source = _opened(image, label, others, split)
-    return replace(source, ignored=ignored, notes=notes + notes_on(source.class_names))
+        split = role.split
+        image, (_, label, others) = only, Named(str(folder), tuple(files)).pair(split)
+    paths = [str(files[name]) for name in others]
+    source = opened("npy", Files(), str(files.get(image, path)), None if label is None else str(files[label]), paths, split)
+    return replace(source, ignored=ignored, notes=notes + source.notes)
 
 
-def _opened(image: Path, label: Path | None, others: list[Path], split: str | None) -> ArraySource:
+class Arrays(Hashable, Protocol):
+    """Arrays in npy format by name: ``where`` begins messages on one."""
+
+    def where(self, name: str, /) -> str: ...
+    def head(self, name: str, /) -> Head: ...
+    def values(self, name: str, /) -> NDArray[Any]: ...
+
+
+def opened(kind: str, arrays: Arrays, image: str, label: str | None, others: list[str], split: str | None) -> Source:
+    """Open the array ``image`` with the labels in the array ``label``; ``others`` are the labels of the other splits."""
     _kept.cache_clear()
-    head = file_head(image)
+    head, where = arrays.head(image), arrays.where(image)
+    num_labels = None if label is None else math.prod(arrays.head(label).shape)
+    height, width = image_size(where, head.shape, head.dtype, num_labels)
     labels: Labels | None = None
     names: tuple[str, ...] = ()
-    count = head.shape[0] if head.shape else 0
-    height, width = image_size(str(image), head.shape, head.dtype, None if label is None else math.prod(file_head(label).shape))
     if label is not None:
-        labels, names = class_labels(str(label), _labels(label, count), fit_labels(_labels, others))
-    return ArraySource("npy", split, names, labels, count, (height, width), Loader(image, head))
+        own = _labels(arrays, head.shape[0], label)
+        labels, names = class_labels(arrays.where(label), own, fit_labels(partial(_labels, arrays, None), others))
+    load = partial(_image, arrays, image, head)
+    return Source(kind, split, names, labels, head.shape[0], 3 * height * width, load, notes=notes_on(names))
 
 
-@dataclass(frozen=True)
-class Loader:
-    """Loads image i of a file: alone, or where they do not lie one after the other (Fortran order), from the whole."""
+def _labels(arrays: Arrays, count: int | None, name: str) -> NDArray[Any]:
+    head = arrays.head(name)
+    demand_one_label_each(arrays.where(name), head.shape, head.dtype, math.prod(head.shape) if count is None else count)
+    return arrays.values(name)
 
-    path: Path
-    head: Head
 
-    def __call__(self, index: int) -> Images:
-        shape = self.head.shape
-        if self.head.fortran:
-            image = _kept(self.path, self.head)[index]
-        else:
-            image = Rows(self.path, shape[0], math.prod(shape[1:]), self.head.offset)(index).reshape(shape[1:])
-        return as_rgb(image, planes_first(shape))
+def _image(arrays: Arrays, name: str, head: Head, index: int) -> Images:
+    # Alone, unless it lies in an archive, or not in one piece (Fortran order).
+    if isinstance(arrays, Files) and not head.fortran:
+        image = read_row(Path(name), math.prod(head.shape[1:]), head.offset, index).reshape(head.shape[1:])
+    else:
+        image = _kept(arrays, name)[index]
+    return as_rgb(image, planes_first(head.shape))
 
 
 @lru_cache(maxsize=1)
-def _kept(path: Path, head: Head) -> NDArray[Any]:
-    return _file_values(path, head)
+def _kept(arrays: Arrays, name: str) -> NDArray[Any]:
+    return arrays.values(name)
 
 
-def file_head(path: Path) -> Head:
-    """The head of an npy file, which holds what it says."""
-    with open_regular(path) as file:
-        head = read_head(file, str(path))
-    demand_held(str(path), head, path.stat().st_size)
-    return head
+@dataclass(frozen=True)
+class Files:
+    """npy files, named by their paths."""
 
+    def where(self, path: str) -> str:
+        return path
 
-def _file_values(path: Path, head: Head) -> NDArray[Any]:
-    with open_regular(path) as file:
-        return read_values(file, str(path), head)
+    def head(self, path: str) -> Head:
+        """Read the head of a file, which holds what it says."""
+        with open_regular(Path(path)) as file:
+            head = read_head(file, path)
+            demand_held(path, head, os.fstat(file.fileno()).st_size)
+        return head
 
-
-def _labels(path: Path, count: int | None = None) -> NDArray[Any]:
-    head = file_head(path)
-    demand_labels(str(path), head.shape, head.dtype, math.prod(head.shape) if count is None else count)
-    return _file_values(path, head)
+    def values(self, path: str) -> NDArray[Any]:
+        """Read an array whole."""
+        head = self.head(path)
+        with open_regular(Path(path)) as file:
+            return read_values(file, path, head)
 
 
 def _arrays_in(folder: Path) -> dict[str, Path]:
-    """The npy files of a folder by their names without the ending."""
+    """Return the npy files of a folder by their names without the ending."""
     if not folder.is_dir():
         return {}
     with os.scandir(folder) as entries:

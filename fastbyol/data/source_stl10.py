@@ -5,7 +5,7 @@ Ten folds of 1,000 training images each are part of its protocol.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,20 +13,20 @@ from numpy.typing import NDArray
 
 from fastbyol.data import source_mat
 from fastbyol.data.source_arrays import (
-    ArraySource,
-    Chain,
     Images,
     Labels,
     Part,
-    Rows,
+    Source,
     count_rows,
     demand_range,
     inner,
+    read_row,
     read_small,
+    row_of,
     size_of,
     text_lines,
 )
-from fastbyol.errors import UsageError
+from fastbyol.errors import UsageError, check_choice
 
 SIDE = 96
 IMAGE_BYTES = 3 * SIDE * SIDE
@@ -45,74 +45,56 @@ def has_stl10(path: Path) -> bool:
     return any((folder / f"{part}.mat").exists() for part in parts) and not (folder / "meta.mat").exists()
 
 
-def open_stl10(path: Path, split: str | None, fold: int | None = None) -> ArraySource:
+def open_stl10(path: Path, split: str | None, fold: int | None = None) -> Source:
     """Open ``split`` (default: train) of STL-10's files, or one ``fold`` (0 to 9) of the images of train.
 
     Labels are 1 to 10 in the files and 0 to 9 here. Raises UsageError: files that are missing or cut, an unknown split.
     """
     folder, split = inner(path, *_FOLDERS), split or "train"
-    if split not in SPLITS:
-        raise UsageError(f"{folder}: STL-10 has no split {split!r}; choose {', '.join(SPLITS)}")
+    check_choice(f"{folder}: STL-10's split", split, SPLITS)
     if fold is not None and split != "train":
         raise UsageError(f"{folder}: STL-10's folds are of the split train, not {split}; leave out one of the two")
     source_mat.forget()
     matlab = not any(folder.glob("*_X.bin"))
-    parts: list[Part] = [(_mat_images if matlab else _images)(folder, part) for part in split.split("+")]
+    names = split.split("+")
+    parts = tuple(_images(folder, name, matlab) for name in names)
     labels = None
     if split != "unlabeled":
-        label_of = _mat_labels if matlab else _labels
-        labels = np.concatenate(
-            [label_of(folder, name, part.count) for name, part in zip(split.split("+"), parts, strict=True)]
-        )
+        labels = np.concatenate([_labels(folder, name, part.count, matlab) for name, part in zip(names, parts, strict=True)])
     chosen = None if fold is None else _fold(folder, fold, parts[0].count, matlab)
-    return ArraySource(
+    return Source(
         kind="stl10",
         split=split,
         class_names=_classes(folder),
         labels=labels if labels is None or chosen is None else labels[chosen],
         num_images=sum(part.count for part in parts) if chosen is None else len(chosen),
-        size=(SIDE, SIDE),
-        load=Loader(Chain(tuple(parts)), chosen),
+        num_bytes=IMAGE_BYTES,
+        image=partial(_image, parts, chosen),
     )
 
 
-@dataclass(frozen=True)
-class Loader:
-    """Loads image i of the rows, or of those ``chosen``."""
-
-    rows: Chain
-    chosen: NDArray[np.int64] | None
-
-    def __call__(self, index: int) -> Images:
-        row = self.rows(index if self.chosen is None else int(self.chosen[index]))
-        return np.ascontiguousarray(row.reshape(3, SIDE, SIDE).transpose(2, 1, 0))
+def _image(parts: tuple[Part, ...], chosen: NDArray[np.int64] | None, index: int) -> Images:
+    row = row_of(parts, index if chosen is None else int(chosen[index]))
+    return np.ascontiguousarray(row.reshape(3, SIDE, SIDE).transpose(2, 1, 0))
 
 
-def _images(folder: Path, part: str) -> Rows:
+def _images(folder: Path, part: str, matlab: bool) -> Part:
+    if matlab:
+        return source_mat.uint8_rows(folder / f"{part}.mat", "X", IMAGE_BYTES)
     path = folder / f"{part}_X.bin"
-    return Rows(path, count_rows(path, IMAGE_BYTES), IMAGE_BYTES)
+    return Part(count_rows(path, IMAGE_BYTES), partial(read_row, path, IMAGE_BYTES, 0))
 
 
-def _mat_images(folder: Path, part: str) -> source_mat.MatRows:
-    return source_mat.uint8_rows(folder / f"{part}.mat", "X", IMAGE_BYTES)
-
-
-def _labels(folder: Path, part: str, count: int) -> Labels:
+def _labels(folder: Path, part: str, count: int, matlab: bool) -> Labels:
     if part == "unlabeled":
         return np.full(count, -1, np.int64)
-    path = folder / f"{part}_y.bin"
-    if size_of(path) != count:
+    path = folder / (f"{part}.mat" if matlab else f"{part}_y.bin")
+    if matlab:
+        labels = source_mat.labels(path, "y", count) - 1
+    elif size_of(path) == count:
+        labels = np.frombuffer(read_small(path, count), np.uint8).astype(np.int64) - 1
+    else:
         raise UsageError(f"{path}: {size_of(path)} labels for {count} images in {part}_X.bin; unpack the archive again")
-    labels = np.frombuffer(read_small(path, count), np.uint8).astype(np.int64) - 1
-    demand_range(path, labels, len(CLASSES))
-    return labels
-
-
-def _mat_labels(folder: Path, part: str, count: int) -> Labels:
-    if part == "unlabeled":
-        return np.full(count, -1, np.int64)
-    path = folder / f"{part}.mat"
-    labels = source_mat.labels(path, "y", count) - 1
     demand_range(path, labels, len(CLASSES))
     return labels
 
@@ -126,7 +108,7 @@ def _classes(folder: Path) -> tuple[str, ...]:
 
 
 def _fold(folder: Path, fold: int, count: int, matlab: bool) -> NDArray[np.int64]:
-    """The places of a fold's images in train; all folds are looked at."""
+    """Return the places of a fold's images in train; all folds are looked at."""
     if not 0 <= fold < FOLDS:
         raise UsageError(f"{folder}: STL-10 has no fold {fold}; choose 0 to {FOLDS - 1}")
     path = folder / ("train.mat" if matlab else "fold_indices.txt")

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from fastbyol.data import source_mat
-from fastbyol.data.source_arrays import ArraySource, Images
-from fastbyol.errors import UsageError
+from fastbyol.data.source_arrays import Images, Source
+from fastbyol.errors import UsageError, check_choice
 
 SPLITS = ("train", "test", "extra")
 
@@ -21,7 +21,7 @@ def has_svhn(path: Path) -> bool:
     return any((path / _name(split)).exists() for split in SPLITS)
 
 
-def open_svhn(path: Path, split: str | None) -> ArraySource:
+def open_svhn(path: Path, split: str | None) -> Source:
     """Open ``split`` (default: train, or that of the file). Raises UsageError: files missing, cut or of another form."""
     if not path.is_dir():
         of = next((split for split in SPLITS if path.name == _name(split)), None)
@@ -29,8 +29,7 @@ def open_svhn(path: Path, split: str | None) -> ArraySource:
             raise UsageError(f"{path}: not SVHN's {_name(split or 'train')} by its name; give that file, or its folder")
         split, path = of, path.parent
     split = split or "train"
-    if split not in SPLITS:
-        raise UsageError(f"{path}: SVHN has no split {split!r}; choose {', '.join(SPLITS)}")
+    check_choice(f"{path}: SVHN's split", split, SPLITS)
     file = path / _name(split)
     source_mat.forget()
     shape = source_mat.shape_of(file, "X")
@@ -41,17 +40,11 @@ def open_svhn(path: Path, split: str | None) -> ArraySource:
     if labels.min() < 0 or labels.max() > 10:
         raise UsageError(f"{file}: labels from {labels.min()} to {labels.max()}, not 1 to 10; get the file again")
     names = tuple(map(str, range(10)))
-    return ArraySource("svhn", split, names, labels % 10, shape[3], (32, 32), Loader(file))
+    return Source("svhn", split, names, labels % 10, shape[3], 3 * 32 * 32, partial(_image, file))
 
 
-@dataclass(frozen=True)
-class Loader:
-    """Loads image i of the file, which is read whole."""
-
-    path: Path
-
-    def __call__(self, index: int) -> Images:
-        return np.ascontiguousarray(source_mat.pixels(self.path, "X")[:, :, :, index])
+def _image(path: Path, index: int) -> Images:
+    return np.ascontiguousarray(source_mat.pixels(path, "X")[:, :, :, index])
 
 
 def _name(split: str) -> str:

@@ -5,10 +5,6 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 from pathlib import Path
-from typing import Protocol
-
-import numpy as np
-from numpy.typing import NDArray
 
 from fastbyol.data import (
     folder_walk,
@@ -23,8 +19,8 @@ from fastbyol.data import (
     splits,
 )
 from fastbyol.data.cache import cache_folder
-from fastbyol.data.source_arrays import ArraySource
-from fastbyol.errors import UsageError
+from fastbyol.data.source_arrays import Source
+from fastbyol.errors import UsageError, check_choice
 from fastbyol.files import refuse_special
 
 KINDS = ("textures", "fashion-mnist", "stl10", "cifar10", "cifar100", "svhn", "idx", "npz", "npy", "classes", "folder")
@@ -39,34 +35,6 @@ _OWN = {
     "svhn": r"(train|test|extra)_32x32\.mat",
 }
 ARCHIVES = (".tar.gz", ".tgz", ".tar", ".tar.bz2", ".tar.xz", ".zip")
-
-
-class Source(Protocol):
-    """Images by number, as small picklable objects that read on demand.
-
-    ``skipped`` and ``ignored`` hold (name, reason) of pictures and of other things that are left out, ``notes`` what a reader
-    should know of the choice of images.
-    """
-
-    @property
-    def kind(self) -> str: ...
-    @property
-    def split(self) -> str | None: ...
-    @property
-    def class_names(self) -> tuple[str, ...]: ...
-    @property
-    def labelled(self) -> bool: ...
-    @property
-    def skipped(self) -> tuple[tuple[str, str], ...]: ...
-    @property
-    def ignored(self) -> tuple[tuple[str, str], ...]: ...
-    @property
-    def notes(self) -> tuple[str, ...]: ...
-    def __len__(self) -> int: ...
-    def name(self, index: int) -> str: ...
-    def image(self, index: int) -> NDArray[np.uint8]: ...
-    def label(self, index: int) -> int: ...
-    def image_bytes(self) -> NDArray[np.int64]: ...
 
 
 def open_source(
@@ -85,8 +53,8 @@ def open_source(
     ``split`` defaults to train where the source has splits; ``fold`` (0 to 9) is one of STL-10's parts of train. ``count``,
     ``size`` (default 32) and ``seed`` are for ``textures``; ``strict`` makes the first file that is no picture an error.
     """
-    if kind is not None and kind not in KINDS:
-        raise UsageError(f"{source}: unknown kind {kind!r}; choose {', '.join(KINDS)}")
+    if kind is not None:
+        check_choice(f"{source}: the kind", kind, KINDS)
     if kind == "textures" or (kind is None and source == "textures"):
         _demand_no_fold("textures", fold)
         if split is not None:
@@ -128,8 +96,7 @@ def _opened(path: Path, kind: str | None, split: str | None, fold: int | None, *
 
 
 def _accounted(source: Source, path: Path, *, chosen: bool) -> Source:
-    """``source`` with a word on what else lies in its folders, and on a split that nobody asked for."""
-    assert isinstance(source, ArraySource)
+    """Return ``source`` with a word on what else lies in its folders, and on a split that nobody asked for."""
     own, ignored = re.compile(_OWN[source.kind]), list(source.ignored)
     # Some archives unpack to FOLDER/raw.
     held = [
@@ -144,7 +111,7 @@ def _accounted(source: Source, path: Path, *, chosen: bool) -> Source:
 
 
 def detect(path: Path) -> str | None:
-    """The kind of what lies at ``path``, one of KINDS; None for a folder in which only pictures can lie."""
+    """Return the kind of what lies at ``path``, one of KINDS; None for a folder in which only pictures can lie."""
     if not path.exists():
         raise UsageError(
             f"{path}: no such file or folder; give a folder of images, an .npz file, 'textures' or 'fashion-mnist'"

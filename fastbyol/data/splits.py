@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import re
 
-# In the order in which one is taken where nobody names one.
+WORDS = {
+    "train": ("train", "training", "trn"),
+    "val": ("val", "valid", "validation", "eval", "evaluation", "dev"),
+    "test": ("test", "testing", "tst"),
+    "unlabeled": ("unlabeled", "unlabelled"),
+}
+# In the order in which a folder is taken where nobody names one.
 NAMES = ("train", "test", "val", "unlabeled")
-_WORDS = (
-    r"(?P<train>train(?:ing)?|trn)|(?P<val>val(?:id(?:ation)?)?|eval(?:uation)?|dev)|(?P<test>test(?:ing)?|tst)"
-    r"|(?P<unlabeled>unlabell?ed)"
-)
+_WORDS = "|".join(f"(?P<{name}>{'|'.join(words)})" for name, words in WORDS.items())
 # Around the word: what says that images lie there, years, numbers, and the A and B of image translation. Before it, and set off
 # from it, the set's own name (seg_train, ILSVRC2012_img_val).
 _AROUND = r"(?:images?|imgs?|data|set|split|raw|[\W\d_])*"

@@ -42,7 +42,7 @@ def _bricks(u: Floats, v: Floats, pixel: Floats, salt: Words) -> Floats:
 
 
 def _scales(u: Floats, v: Floats, pixel: Floats, salt: Words) -> Floats:
-    """Overlapping discs in rows shifted by half: shaded from each disc's rim."""
+    """Draw overlapping discs in rows shifted by half: shaded from each disc's rim."""
     v = v * _F(1.6)
     row = np.floor(v)
     y, x = v - row, _fraction(u + _HALF * _odd(row)) - _HALF
@@ -79,7 +79,7 @@ def _triangles(u: Floats, v: Floats, pixel: Floats, salt: Words) -> Floats:
 
 
 def _cells(u: Floats, v: Floats, pixel: Floats, salt: Words) -> Floats:
-    """Worley's cellular texture (SIGGRAPH 1996): distance to the second nearest point less that to the nearest."""
+    """Draw Worley's cellular texture (SIGGRAPH 1996): distance to the second nearest point less that to the nearest."""
     u, v = u * _F(1.1), v * _F(1.1)
     column, row = np.floor(u), np.floor(v)
     nearest, second = np.full_like(u, 9), np.full_like(u, 9)
@@ -107,7 +107,7 @@ PATTERNS: dict[str, Pattern] = {
 
 
 def _scatter(u: Floats, v: Floats, salt: Words, jitter: float, shrink: float) -> tuple[Floats, Floats, Floats, Floats]:
-    """Position about the centre of each unit cell's own object, the object's scale in [1 - shrink, 1] and a draw in [0, 1]."""
+    """Return the position about the centre of each unit cell's own object, its scale in [1 - shrink, 1], a draw in [0, 1]."""
     column, row = np.floor(u), np.floor(v)
     words = lattice_hash(column, row, salt)
     x = u - column - _HALF - _F(jitter) * (_byte(words, 0) - _HALF)
@@ -116,12 +116,12 @@ def _scatter(u: Floats, v: Floats, salt: Words, jitter: float, shrink: float) ->
 
 
 def _edge(distance: Floats, pixel: Floats) -> Floats:
-    """Signed distance to an outline -> coverage, smoothed over one and a half pixels."""
+    """Make coverage of the signed distance to an outline, smoothed over one and a half pixels."""
     return smoothstep(np.clip(distance / (pixel * _F(1.5)) + _HALF, 0, 1))
 
 
 def smoothstep(x: Floats) -> Floats:
-    """x in [0, 1] -> 3x^2 - 2x^3: flat at both ends."""
+    """Map x in [0, 1] to 3x^2 - 2x^3: flat at both ends."""
     return x * x * (3 - 2 * x)
 
 
@@ -130,13 +130,13 @@ def _fraction(x: Floats) -> Floats:
 
 
 def _wave(x: Floats) -> Floats:
-    """Triangle wave of period 1 in [0, 1]."""
+    """Return a triangle wave of period 1 in [0, 1]."""
     wave: Floats = np.abs(_fraction(x) - _HALF) * 2
     return wave
 
 
 def _odd(x: Floats) -> Floats:
-    """1 where a whole number is odd, else 0."""
+    """Return 1 where a whole number is odd, else 0."""
     odd: Floats = x - 2 * np.floor(x * _HALF)
     return odd
 
@@ -147,7 +147,7 @@ def _byte(words: Words, shift: int) -> Floats:
 
 
 def lattice_hash(x: Floats, y: Floats, salt: Words) -> Words:
-    """Words that look random for whole numbers x, y: a multiply-xorshift finalizer, many times cheaper here than Philox."""
+    """Hash whole numbers x, y by a multiply-xorshift finalizer: looks random, many times cheaper here than Philox."""
     a, b = (z.astype(np.int32).view(np.uint32) for z in (x, y))
     word = (a * np.uint32(0x9E3779B1)) ^ (b * np.uint32(0x85EBCA77)) ^ salt
     for shift, factor in ((15, 0x2C1B3C6D), (12, 0x297A2D39)):

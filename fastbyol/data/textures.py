@@ -1,8 +1,8 @@
 """The embedded data set: ten classes of warped patterns, made from a formula, of any size and count.
 
 The class is the form of a pattern that fills the picture, so that every crop keeps it. Everything else is a nuisance drawn
-for each image: rotation, period, a smooth warp, contrast, brightness, uneven light, the tints of ink and paper. ``Style``
-says how far each reaches.
+for each image: rotation, period, a smooth warp, contrast, brightness, uneven light, the tints of ink and paper. The constants
+below say how far each reaches.
 
 Two views of one picture share all of these, and BYOL learns first whatever they share: with free colours it learns the palette
 and nothing else, with wide contrasts and uneven light mostly those. So the nuisances are those that crops, flips and jitter
@@ -18,8 +18,6 @@ Shapes: B images of one class, S pixels along a side.
 """
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,70 +41,61 @@ _NUM_SCALARS = 16
 _BLOCK_PIXELS = 1 << 16  # a float32 plane of a block is 256 KiB: the planes in flight stay in a core's cache
 
 
-@dataclass(frozen=True)
-class Style:
-    """How far the nuisances reach: periods of the pattern in a picture, warp in periods, light in shares of full white.
-
-    Widening two of them costs BYOL more than random weights: one seed, 24 epochs of the demo's configuration, blog protocol,
-    before coverage was evened out and with tint .02, brightness .05: contrast .7 to .9 with light .1 went from 33.8 to 80.4 %,
-    contrast .55 to .9 with light .2 from 31.5 to 68.4 %.
-    """
-
-    periods: tuple[float, float] = (2.8, 4.2)
-    warp: float = 0.5
-    contrast: tuple[float, float] = (0.6, 0.9)
-    brightness: float = 0.08
-    light: float = 0.15
-    tint: float = 0.03
+# How far the nuisances reach: periods of the pattern in a picture, warp in periods, light in shares of full white. Widening
+# two of them costs BYOL more than random weights: one seed, 24 epochs of the demo's configuration, blog protocol, before
+# coverage was evened out and with tint .02, brightness .05: contrast .7 to .9 with light .1 went from 33.8 to 80.4 %, contrast
+# .55 to .9 with light .2 from 31.5 to 68.4 %.
+PERIODS = (2.8, 4.2)
+WARP = 0.5
+CONTRAST = (0.6, 0.9)
+BRIGHTNESS = 0.08
+LIGHT = 0.15
+TINT = 0.03
 
 
-STYLE = Style()
-
-
-def make(
-    count: int, size: int, seed: int, *, start: int = 0, style: Style = STYLE
-) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    """Images ``start`` to ``start + count`` of the set of ``seed``: uint8 (count, size, size, 3) RGB, int64 labels (count,).
+def make(count: int, size: int, seed: int, *, start: int = 0) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    """Make images ``start`` to ``start + count`` of the set ``seed``: uint8 (count, size, size, 3) RGB, int64 labels (count,).
 
     Each run of ten images that starts at a multiple of ten holds each class once, in random order.
     """
     ids = np.arange(start, start + count, dtype=np.uint64)
-    labels = _labels(ids, seed)
+    found = labels(ids, seed)
     images = np.empty((count, size, size, 3), np.uint8)
     step = max(1, _BLOCK_PIXELS // size**2)
     for label, pattern in enumerate(PATTERNS.values()):
-        members = np.flatnonzero(labels == label)
+        members = np.flatnonzero(found == label)
         for first in range(0, len(members), step):
             block = members[first : first + step]
-            images[block] = _render(ids[block], size, seed, pattern, style)
-    return images, labels
+            images[block] = _render(ids[block], size, seed, pattern)
+    return images, found
 
 
-def _labels(ids: Counters, seed: int) -> NDArray[np.int64]:
+def labels(ids: Counters, seed: int) -> NDArray[np.int64]:
+    """Return the classes of the images ``ids``, (N,)."""
     tens, place = np.divmod(ids, np.uint64(10))
     groups, where = np.unique(tens, return_inverse=True)
     order = np.argsort(_uniform(seed, groups, 10, DOMAIN_LABELS), axis=1, kind="stable")
     return order[where, place.astype(np.int64)].astype(np.int64)
 
 
-def _render(ids: Counters, size: int, seed: int, pattern: Pattern, style: Style) -> NDArray[np.uint8]:
-    """One class's images (B,) -> uint8 (B, S, S, 3)."""
+def _render(ids: Counters, size: int, seed: int, pattern: Pattern) -> NDArray[np.uint8]:
+    """Make images (B,) of one class: uint8 (B, S, S, 3)."""
     side = _WARP_CELLS + 1
     draws = _uniform(seed, ids, _NUM_SCALARS + 3 * side * side, DOMAIN_IMAGES)
     scalar = draws[:, :_NUM_SCALARS, None, None]
     warp_u, warp_v, light = (_smooth(field, size) for field in _lattices(draws[:, _NUM_SCALARS:], side))
     salt = (scalar[:, 4] * _F(1 << 24)).astype(np.uint32)
-    u, v, pixel = _coordinates(scalar, size, style)
-    form = pattern(u + _F(style.warp) * warp_u, v + _F(style.warp) * warp_v, pixel, salt)
-    low, high = style.contrast
+    u, v, pixel = _coordinates(scalar, size)
+    form = pattern(u + _F(WARP) * warp_u, v + _F(WARP) * warp_v, pixel, salt)
+    low, high = CONTRAST
     contrast = _F(low) + _F(high - low) * scalar[:, 6]
-    tone = _HALF + _F(style.brightness) * (scalar[:, 7] - _HALF) + contrast * (form - _HALF)
-    return _colour(tone * (1 + _F(style.light) * light), form, scalar[:, 8:14, 0, 0].reshape(-1, 2, 3), style)
+    tone = _HALF + _F(BRIGHTNESS) * (scalar[:, 7] - _HALF) + contrast * (form - _HALF)
+    return _colour(tone * (1 + _F(LIGHT) * light), form, scalar[:, 8:14, 0, 0].reshape(-1, 2, 3))
 
 
-def _coordinates(scalar: Floats, size: int, style: Style) -> tuple[Floats, Floats, Floats]:
+def _coordinates(scalar: Floats, size: int) -> tuple[Floats, Floats, Floats]:
     """Turned and shifted lattice coordinates u, v (B, S, S) and the side of a pixel (B, 1, 1), in periods."""
-    shortest, longest = style.periods
+    shortest, longest = PERIODS
     periods = (shortest * (longest / shortest) ** scalar[:, 1].astype(np.float64)).astype(_F)
     angle = 2 * np.pi * scalar[:, 0].astype(np.float64)
     cosine, sine = np.cos(angle).astype(_F), np.sin(angle).astype(_F)
@@ -117,9 +106,9 @@ def _coordinates(scalar: Floats, size: int, style: Style) -> tuple[Floats, Float
     return u, v, periods / _F(size)
 
 
-def _colour(tone: Floats, form: Floats, draws: Floats, style: Style) -> NDArray[np.uint8]:
-    """tone, form (B, S, S) and draws (B, 2, 3) in [0, 1) -> uint8 (B, S, S, 3): ink where form is 0, paper where 1."""
-    tints = np.array((INK, PAPER), _F) + _F(2 * style.tint) * (draws - _HALF)
+def _colour(tone: Floats, form: Floats, draws: Floats) -> NDArray[np.uint8]:
+    """Colour tone, form (B, S, S) by draws (B, 2, 3) in [0, 1): uint8 (B, S, S, 3), ink where form is 0, paper where 1."""
+    tints = np.array((INK, PAPER), _F) + _F(2 * TINT) * (draws - _HALF)
     images = np.empty((*tone.shape, 3), np.uint8)
     for channel in range(3):
         ink, paper = tints[:, 0, channel, None, None], tints[:, 1, channel, None, None]
@@ -129,13 +118,13 @@ def _colour(tone: Floats, form: Floats, draws: Floats, style: Style) -> NDArray[
 
 
 def _lattices(draws: Floats, side: int) -> Floats:
-    """(B, 3 * side**2) uniform draws -> three lattices (3, B, side, side) in [-.5, .5)."""
+    """Make of uniform draws (B, 3 * side**2) three lattices (3, B, side, side) in [-.5, .5)."""
     lattices: Floats = draws.reshape(len(draws), 3, side, side).transpose(1, 0, 2, 3) - _HALF
     return lattices
 
 
 def _smooth(lattice: Floats, size: int) -> Floats:
-    """(B, n + 1, n + 1) -> (B, S, S), blended between lattice points by smoothstep."""
+    """Make (B, S, S) of (B, n + 1, n + 1), blended between lattice points by smoothstep."""
     cells = lattice.shape[1] - 1
     position = (np.arange(size, dtype=_F) + _HALF) * _F(cells / size)
     whole = np.floor(position)
@@ -146,7 +135,7 @@ def _smooth(lattice: Floats, size: int) -> Floats:
 
 
 def _uniform(seed: int, ids: Counters, num: int, domain: int) -> Floats:
-    """float32 (B, num) in [0, 1): word k of image i is word k % 4 of the Philox block k // 4."""
+    """Draw float32 (B, num) in [0, 1): word k of image i is word k % 4 of the Philox block k // 4."""
     c0, c3 = ids[:, None] & _MASK, np.uint64(domain) | (ids[:, None] >> np.uint64(32)) << np.uint64(8)
     c1 = np.arange(-(-num // 4), dtype=np.uint64)[None]
     words = np.stack(_philox(c0, c1, np.zeros_like(c0), c3, seed), axis=-1).reshape(len(ids), 4 * c1.size)[:, :num]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from fastbyol.data import beton, manifest
 from fastbyol.data.beton import BetonInfo
+from fastbyol.data.beton_layout import reopened
 from fastbyol.data.decoder import Decoder
 from fastbyol.errors import UsageError
 
@@ -35,7 +36,7 @@ class Verdict:
         return self.info.manifest is not None
 
     def demand_whole(self) -> None:
-        """UsageError that counts the damaged samples and names the first."""
+        """Raise UsageError that counts the damaged samples and names the first."""
         if not self.damaged:
             return
         sample, what = self.damaged[0]
@@ -60,18 +61,14 @@ def verify(
     with single samples is in the result.
     """
     info = beton.inspect(path, image_field=image_field, label_field=label_field)
-    damaged: dict[int, str] = {}
-    for ids in _chunks(info.num_samples):
-        damaged |= _wrong_bytes(info, ids)
-        if progress is not None and not deep:
-            progress(int(ids[-1]) + 1, info.num_samples)
-    if deep:
-        damaged |= _wrong_labels(info) | damaged
-        with Decoder(info, size=SIZE, workers=0, in_memory=False) as decoder:
-            for ids in _chunks(info.num_samples):
+    damaged = _wrong_labels(info) if deep else {}
+    with Decoder(info, size=SIZE, workers=0, in_memory=False) if deep else nullcontext() as decoder:
+        for ids in _chunks(info.num_samples):
+            damaged |= _wrong_bytes(info, ids)
+            if decoder is not None:
                 damaged |= _undecodable(decoder, np.setdiff1d(ids, list(damaged)))
-                if progress is not None:
-                    progress(int(ids[-1]) + 1, info.num_samples)
+            if progress is not None:
+                progress(int(ids[-1]) + 1, info.num_samples)
     return Verdict(info, deep, tuple(sorted(damaged.items())))
 
 
@@ -83,17 +80,14 @@ def _chunks(count: int) -> Iterator[NDArray[np.int64]]:
 def _wrong_bytes(info: BetonInfo, ids: NDArray[np.int64]) -> dict[int, str]:
     if info.manifest is None:
         return {}
-    fd = os.open(info.path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
+    with reopened(info) as fd:
         found = manifest.region_checksums(fd, info.starts[ids], info.sizes[ids])
-    finally:
-        os.close(fd)
     wrong = ids[found != info.manifest.checksums[ids]].tolist()
     return {i: f"bytes {info.starts[i]} to {info.starts[i] + info.sizes[i]} are not those that were written" for i in wrong}
 
 
 def _wrong_labels(info: BetonInfo) -> dict[int, str]:
-    """Labels outside the classes that the manifest names; a foreign file says nothing of its classes."""
+    """Find labels outside the classes that the manifest names; a foreign file says nothing of its classes."""
     names = info.class_names
     if info.labels is None or not names:
         return {}
@@ -102,7 +96,7 @@ def _wrong_labels(info: BetonInfo) -> dict[int, str]:
 
 
 def _undecodable(decoder: Decoder, ids: NDArray[np.int64]) -> dict[int, str]:
-    """All of a chunk at once; one by one where that fails."""
+    """Decode all of a chunk at once; one by one where that fails."""
     try:
         decoder.decode(ids, np.empty((len(ids), *decoder.shape), np.uint8))
     except UsageError as error:

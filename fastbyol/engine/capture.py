@@ -33,7 +33,7 @@ WARM_UP_STEPS = 3
 MOST_NETWORKS = 16
 # bench/LOG.md, "The engine's own step under torch.compile": .88 s a step eager, 1.27 s compiled after 55 s of compiling, so
 # that no run is long enough for it to pay.
-EAGER_ON_A_PROCESSOR = "compiled steps were slower on a processor, .7 of the speed, after a minute of compiling"
+EAGER_ON_A_CPU = "compiled steps were slower on a CPU, .7 of the speed, after a minute of compiling"
 
 
 class Choice(NamedTuple):
@@ -78,7 +78,7 @@ def choose(config: EngineConfig, device: torch.device, *, before: str | None = N
         return Choice(before, "as the run's steps before", falls_back=before == "graph")
     if on_gpu:
         return Choice("graph", "a GPU waits for launches otherwise", falls_back=True)
-    return Choice("eager", EAGER_ON_A_PROCESSOR)
+    return Choice("eager", EAGER_ON_A_CPU)
 
 
 def engine(state: TrainState, config: Config, choice: Choice) -> Engine:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 ENV = "env.json"
 # Packages that a run's numbers may depend on.
-_PACKAGES = ("triton", "numpy", "ffcv")
+_PACKAGES = ("triton", "numpy", "ffcv", "torchvision")
 
 
 def environment() -> dict[str, Any]:
@@ -29,7 +29,6 @@ def environment() -> dict[str, Any]:
     devices = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     return {
         **_versions(),
-        "torchvision": package_version("torchvision"),
         "cuda": torch.version.cuda,
         "gpus": devices,
         # Not platform.platform(), which starts `uname -p`: a child that Ctrl-C may leave behind.

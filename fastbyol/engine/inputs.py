@@ -9,9 +9,9 @@ from __future__ import annotations
 import os
 import shlex
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from fastbyol.config import Config, DataConfig
 from fastbyol.data import beton, embedded
@@ -29,17 +29,21 @@ _WORDS = {"train": "training data", "test": "test data"}
 
 @dataclass(frozen=True)
 class Inputs:
-    """Contents of the data files (``test`` None: there is none), digests of the checkpoint and the rates (None: not used)."""
+    """Contents of the data files (``test`` None: there is none), digests of the checkpoint and the rates (None: not used).
+
+    ``decoder`` made pixels of the data files: "ffcv" or "torchvision".
+    """
 
     train: Contents
     test: Contents | None
+    decoder: str
     weights: str | None = None
     rates: str | None = None
 
     @staticmethod
-    def of(train: BetonInfo, test: BetonInfo | None) -> Inputs:
-        """Return the pin of two data files."""
-        return Inputs(Contents.of(train), None if test is None else Contents.of(test))
+    def of(train: BetonInfo, test: BetonInfo | None, decoder: str) -> Inputs:
+        """Return the pin of two data files and what decodes them."""
+        return Inputs(Contents.of(train), None if test is None else Contents.of(test), decoder)
 
     @staticmethod
     def read(said: object) -> Inputs | None:
@@ -47,16 +51,17 @@ class Inputs:
         if not isinstance(said, Mapping) or (train := Contents.read(said.get("train"))) is None:
             return None
         test, digests = Contents.read(said.get("test")), [said.get(name) for name in ("weights", "rates")]
+        decoder = said.get("decoder", "ffcv")  # there was a time when nothing else was
         if (test is None and said.get("test") is not None) or not all(
-            text is None or isinstance(text, str) for text in digests
+            text is None or isinstance(text, str) for text in (*digests, decoder)
         ):
             return None
-        return Inputs(train, test, *digests)
+        return Inputs(train, test, decoder, *digests)
 
     def as_json(self) -> dict[str, Any]:
         """Return JSON values."""
         test = None if self.test is None else self.test._asdict()
-        return {"train": self.train._asdict(), "test": test, "weights": self.weights, "rates": self.rates}
+        return {**asdict(self), "train": self.train._asdict(), "test": test}
 
 
 def refuse_other_data(run: Path, made: Inputs, now: Inputs, train: Path, test: Path | None) -> None:
@@ -71,6 +76,14 @@ def refuse_other_data(run: Path, made: Inputs, now: Inputs, train: Path, test: P
             f"{file}: is not the {_WORDS[name]} that the run was made with: {then.change(found)}: put it back, say where the "
             f"same lies with `fastbyol resume {_quoted(run)} {_FLAGS[name]} FILE`, or {_afresh(run)}"
         )
+
+
+def refuse_other_decoder(run: Path, then: str) -> NoReturn:
+    """Raise UsageError: images of the run ``run`` are JPEG, and what decoded them then is missing."""
+    raise UsageError(
+        f"{run}: the run was made with JPEG images decoded by {then}, which cannot be used here, and by another decoder their "
+        f"pixels are others: install it (`fastbyol doctor` says how), or {_afresh(run)}"
+    )
 
 
 def refuse_missing(run: Path, data: DataConfig) -> None:

@@ -2,7 +2,7 @@
 
 SIGINT is Ctrl-C, SIGTERM what systems send before they kill, SIGHUP what a terminal sends that is closed; SIGUSR1 and SIGUSR2
 are what batch systems send on demand some time before a job's end (``sbatch --signal=USR1@60``), SIGXCPU what the system and
-they send when the processor time that a job may take is used up (``ulimit -t``). A SIGHUP that was ignored when the process
+they send when the CPU time that a job may take is used up (``ulimit -t``). A SIGHUP that was ignored when the process
 began, as by ``nohup``, stays so. SIGQUIT is left to end a process at once.
 """
 

@@ -1,7 +1,7 @@
 """All standardized weights of a network, made in one launch at a step's start instead of one by one in the forward passes.
 
 The layers take views of one flat copy. Those of the online network are leaves of autograd whose gradients gather in a second
-flat buffer; one more launch takes that back to the parameters' gradient. The kernels of a GPU and of a processor work so, and
+flat buffer; one more launch takes that back to the parameters' gradient. The kernels of a GPU and of a CPU work so, and
 write the copy in the products' dtype at once; in plain torch each layer standardizes its own weights.
 """
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fastbyol.model.standardized import Linear, Standardizing
 from fastbyol.optim.arena import ALIGN_BYTES, Arena, Segment, padded
-from fastbyol_kernels.weight_standardization import RowTable, row_table, standardize_rows_backward_into, standardize_rows_into
+from fastbyol_kernels.weight_standardization import RowTable, row_table, standardize_rows, standardize_rows_backward
 
 
 @dataclass(frozen=True)
@@ -71,16 +71,14 @@ class _Group:
 
     @torch.no_grad()
     def renew(self) -> None:
-        standardize_rows_into(self.copy, self.means, self.stds, self.flat, self.table, kernels=self.kernels)
+        standardize_rows(self.copy, self.means, self.stds, self.flat, self.table, kernels=self.kernels)
         if self.gradient is not None:
             self.gradient.zero_()
 
     @torch.no_grad()
     def write_gradient(self, out: Tensor) -> None:
         if self.gradient is not None:
-            standardize_rows_backward_into(
-                out, self.gradient, self.flat, self.means, self.stds, self.table, kernels=self.kernels
-            )  # fmt: skip
+            standardize_rows_backward(out, self.gradient, self.flat, self.means, self.stds, self.table, kernels=self.kernels)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from fastbyol.config import Config
-from fastbyol.data import beton, embedded, loader
+from fastbyol.data import beton, decoder, embedded, loader
 from fastbyol.data.beton import BetonInfo
 from fastbyol.engine import capture, checkpoint, environment, guards, inputs, metrics_file, origin, record
 from fastbyol.engine.device import fitting_threads, pick_device
@@ -145,7 +145,7 @@ class Trainer:
         train, test = embedded.training_file(data), embedded.held_out_file(data)
         inspect = partial(beton.inspect, image_field=data.image_field, label_field=data.label_field)
         infos = inspect(train, may_lack_labels=True), None if test is None else inspect(test)
-        self.inputs = Inputs.of(*infos)
+        self.inputs = Inputs.of(*infos, self._decoder(*infos))
         if self.pinned is not None:
             inputs.refuse_other_data(run, self.pinned, self.inputs, train, test)
         elif self.step or metrics_file.last_step(run) >= 0:
@@ -156,6 +156,16 @@ class Trainer:
         if self.inputs.test is not None and self.inputs.test.images == self.inputs.train.images:
             self.observer.note(f"{test}: holds the training images: accuracy on them says nothing of images not seen")
         return infos
+
+    def _decoder(self, *infos: BetonInfo | None) -> str:
+        """What decodes: the decoder that the run was begun with, but for raw images, of which all give the same pixels."""
+        if self.pinned is None:
+            return decoder.choose(self.config.data.decoder)
+        then = self.pinned.decoder
+        chosen = decoder.choose_again(then)
+        if chosen != then and not all(info is None or info.raw.all() for info in infos):
+            inputs.refuse_other_decoder(self.folder.path, then)
+        return chosen
 
     def _refuse_other(self, what: str, name: str, digest: str) -> None:
         then = None if self.pinned is None else getattr(self.pinned, name)
@@ -229,6 +239,7 @@ class Trainer:
             workers=config.data.workers,
             size=config.data.size or config.views.size,
             limit=config.data.limit,
+            decoder=self.inputs.decoder,
         )
 
     def _read_test(self, file: BetonInfo | None) -> loader.Images | None:
@@ -236,7 +247,14 @@ class Trainer:
             self.observer.note("no --test-data: accuracy is not measured")
             return None
         data, size = self.config.data, self.config.data.size or self.config.views.size
-        test = loader.read_all(file, workers=data.workers, size=size, limit=data.test_limit, labels="needed")
+        test = loader.read_all(
+            file,
+            workers=data.workers,
+            size=size,
+            limit=data.test_limit,
+            decoder=self.inputs.decoder,
+            labels="needed",
+        )
         protocol.check(self.config.probe.protocol, test=test, train=None)
         return test
 
@@ -294,7 +312,9 @@ class Trainer:
         now = self.made_by
         self.other_versions = {key: [before[key], now[key]] for key in now if key in before and before[key] != now[key]}
         if self.other_versions:
-            words = ", ".join(f"{key} was {then}, is {is_now}" for key, (then, is_now) in self.other_versions.items())
+            words = ", ".join(
+                f"{key} was {then or 'absent'}, is {is_now or 'absent'}" for key, (then, is_now) in self.other_versions.items()
+            )
             self.observer.note(f"goes on with other versions than before: {words}: numbers may round otherwise from here on")
 
     def _refuse_lost_checkpoints(self) -> None:

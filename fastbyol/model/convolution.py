@@ -1,4 +1,4 @@
-"""A 3x3 convolution whose output has few pixels, as one matrix product per pixel: for processors.
+"""A 3x3 convolution whose output has few pixels, as one matrix product per pixel: for CPUs.
 
 At 96 pixels the last stage of ResNet-18 works on 3x3 pixels, at 32 pixels on one. A 3x3 kernel with a border of zeros then
 spends most of its products on the border: of 9 x 9 taps 49 fall on pixels, of 1 x 9 taps one. A library that blocks over the
@@ -23,7 +23,7 @@ from fastbyol_kernels.dispatch import at_once
 KERNEL = 3
 # Where products by pixel were faster than oneDNN's convolution, forward and backward together: the largest side of an output,
 # and the largest share of its taps that lie over pixels (64 to 512 channels, batches of 256 and 512, one core of an AVX512-BF16
-# processor: bench/LOG.md, "few pixels"). In float32 a product runs at half the convolution's rate, in bfloat16 at the same.
+# CPU: bench/LOG.md, "few pixels"). In float32 a product runs at half the convolution's rate, in bfloat16 at the same.
 LIMITS = {torch.bfloat16: (3, 1.0), torch.float32: (2, 0.5)}
 # The weight gradient of oneDNN's strided 1x1 convolution writes past its workspace where channels-last inputs have fewer
 # channels than its block (github.com/uxlfoundation/oneDNN/issues/6035): wrong sums, a hang or SIGSEGV. Blocks are 8 or 16.

@@ -1,6 +1,6 @@
 """The encoder as it is handed out: torchvision's ResNet, of torch's own modules and operations alone.
 
-What trains (``model.resnet``) has statistics per view, machine code and kernels. Its twin here computes the same function, has
+What trains (``model.resnet``) has statistics per view and compiled kernels. Its twin here computes the same function, has
 the same state dict, and is anybody's network: to be traced, scripted, exported, transformed, pickled and fine-tuned. ``fc`` is
 an identity, the usual place for a classifier.
 

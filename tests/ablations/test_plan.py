@@ -149,7 +149,7 @@ def test_where_the_data_were_pinned_their_content_counts(tmp_path: Path) -> None
 
     (run,) = planned("gn-lars-0.2", files[0])
     lay(run, 1)
-    pinned = inputs.Inputs.of(beton.inspect(files[0]), beton.inspect(files[2]))
+    pinned = inputs.Inputs.of(beton.inspect(files[0]), beton.inspect(files[2]), "ffcv")
     (run.path / "env.json").write_text(json.dumps({inputs.META: pinned.as_json()}))
     assert plan.status(planned("gn-lars-0.2", files[1])[0]) == "stopped"
     plan.refuse_other_data(planned("gn-lars-0.1", files[1]), tmp_path / "out")

@@ -7,14 +7,14 @@ from typing import Any
 from fastbyol_bench.results import Ceiling, Floor, Machine, Part, Ratio, Result, Row, Timing
 
 MACHINE = Machine(
-    device="cpu", device_name="A processor", cpu="A processor", cores=2, python="3.11.2", torch="2.11.0", torchvision=None,
+    device="cpu", device_name="A CPU", cpu="A CPU", cores=2, python="3.11.2", torch="2.11.0", torchvision=None,
     triton="3.6.0", cuda=None, driver=None, fastbyol="0.1.0", platform="Linux",
 )  # fmt: skip
 GPU = MACHINE.model_copy(update={"device": "cuda", "device_name": "A GPU", "driver": "1.2"})
 
 
 def timed(median_s: float, spread_s: float = 0.001, runs: int = 5) -> Timing:
-    """A timing whose processor seconds are twice the clock's."""
+    """A timing whose CPU seconds are twice the clock's."""
     return Timing(median_s=median_s, spread_s=spread_s, runs=runs, cpu_s=2 * median_s)
 
 

@@ -38,7 +38,7 @@ def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp
 EXPECTED = {
     "kernels": ({"ours", "F.conv2d", "loop over torch.std_mean"}, {"fused, Triton", "one kernel, Triton"}),
     "views": ({"ours, bf16", "ours, fp32", "Pillow and torchvision, one process"}, {"fused, Triton"}),
-    "loader": ({"streamed", "resident", "torch's DataLoader over an array"}, set()),
+    "loader": ({"streamed", "streamed without FFCV", "resident", "torch's DataLoader over an array"}, set()),
     "optimizer": ({"ours", "torch's multi-tensor operations", "per-tensor loop, as the post's"}, {"three kernels, Triton"}),
     "step": (
         {"ours, fastest", "ours, fp32", "the post's code path, fp32, a pass per view"},

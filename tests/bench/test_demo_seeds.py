@@ -1,4 +1,4 @@
-"""The README's ranges over seeds are what the kept runs say, and the narrower processor's settings reach the libraries."""
+"""The README's ranges over seeds are what the kept runs say, and the narrower CPU's settings reach the libraries."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tiny import TINY
 TOLD: dict[str, Any] = {
     "cpu": "one",
     "data": "fashion-mnist",
-    "processors": {
+    "cpus": {
         "native": [
             {"seed": 0, "state": "healthy", "random": 70.04, "byol": 73.0, "supervised": 82.0},
             {"seed": 1, "state": "healthy", "random": 72.56, "byol": 77.25, "supervised": 82.0},
@@ -41,9 +41,9 @@ def test_the_readme_says_what_was_measured() -> None:
     assert demo_seeds.fresh(readme) == readme, f"run: python -m {demo_seeds.__name__} readme"
 
 
-def test_five_seeds_and_two_processors_lie_within_ten_points() -> None:
-    told = json.loads(demo_seeds.KEPT.read_text("utf-8"))["processors"]
-    assert set(told) == set(demo_seeds.PROCESSORS)
+def test_five_seeds_and_two_cpus_lie_within_ten_points() -> None:
+    told = json.loads(demo_seeds.KEPT.read_text("utf-8"))["cpus"]
+    assert set(told) == set(demo_seeds.CPUS)
     assert all([row["seed"] for row in rows] == list(demo_seeds.SEEDS) for rows in told.values())
     accuracies = [row["byol"] for rows in told.values() for row in rows]
     assert max(accuracies) - min(accuracies) < 10
@@ -55,8 +55,8 @@ def test_a_range_is_the_lowest_and_the_highest_of_what_was_run() -> None:
     assert "| random weights | 70.0 to 72.6 % | 70.0 % |" in made
     assert "| BYOL | 73.0 to 77.2 % | 75.5 % |" in made
     assert "| supervised | 82.0 % | not run |" in made
-    unlabelled = {name: [row | {"supervised": None} for row in rows] for name, rows in TOLD["processors"].items()}
-    assert "supervised" not in demo_seeds.block({**TOLD, "processors": unlabelled}, LEDGER)
+    unlabelled = {name: [row | {"supervised": None} for row in rows] for name, rows in TOLD["cpus"].items()}
+    assert "supervised" not in demo_seeds.block({**TOLD, "cpus": unlabelled}, LEDGER)
     assert "| gn-lars-0.1 | collapsed 2 of 3, 9.4 %; recovering 1 of 3, 55.0 % |" in made
     assert "| gn-lars-0.2 | recovering 2 of 2, 59.8 to 63.2 % |" in made
 
@@ -73,7 +73,7 @@ def test_finished_runs_are_collected_with_the_accuracies_that_they_recorded(tmp_
     summary = fastbyol.train(fastbyol.load_config("demo", sets), tmp_path / "native" / "seed3")
     (tmp_path / "avx2").mkdir()
     (tmp_path / "native" / demo_seeds.SUPERVISED).write_text('{"3": 50.5}')
-    found = demo_seeds.collected(tmp_path)["processors"]
+    found = demo_seeds.collected(tmp_path)["cpus"]
     events = map(json.loads, (tmp_path / "native" / "seed3" / "metrics.jsonl").read_text("utf-8").splitlines())
     first = next(event for event in events if event.get("event") == "untrained")
     assert found["avx2"] == []
@@ -82,7 +82,7 @@ def test_finished_runs_are_collected_with_the_accuracies_that_they_recorded(tmp_
     assert row["byol"] == summary.accuracy
 
 
-def test_the_settings_of_a_narrower_processor_reach_the_libraries() -> None:
+def test_the_settings_of_a_narrower_cpu_reach_the_libraries() -> None:
     """torch and numba name what they compute for; oneDNN and MKL say it with their first convolution and product."""
     code = (
         "import torch, numba.core.config as numba\n"
@@ -90,7 +90,7 @@ def test_the_settings_of_a_narrower_processor_reach_the_libraries() -> None:
         "torch.ones(64, 64) @ torch.ones(64, 64)\n"
         "print('torch', torch.backends.cpu.get_cpu_capability()); print('numba', numba.CPU_NAME)\n"
     )
-    settings = {**os.environ, **demo_seeds.PROCESSORS["avx2"], "ONEDNN_VERBOSE": "1", "MKL_VERBOSE": "1"}
+    settings = {**os.environ, **demo_seeds.CPUS["avx2"], "ONEDNN_VERBOSE": "1", "MKL_VERBOSE": "1"}
     said = subprocess.run([sys.executable, "-c", code], env=settings, check=True, capture_output=True, text=True)
     assert all(name in said.stdout for name in ("torch", "numba haswell", "onednn_verbose", "MKL_VERBOSE"))
     assert "avx512" not in said.stdout.lower().replace("-", "")

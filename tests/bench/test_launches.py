@@ -92,7 +92,7 @@ def test_a_step_launches_what_its_network_asks_for(text: str) -> None:
             counted[op, kernel] += times
         assert f"{counted.total()} launches" == part.split("\n")[0]
         counts.append(counted)
-    views = {("draw_views", "draw"): 1, **{("two_views", kernel): 1 for kernel in ("crop", "contrast", "blur")}}
+    views = {("views", kernel): 1 for kernel in ("draw", "crop", "contrast", "blur")}
     assert counts[0] == views | {("lars_ema", kernel): 1 for kernel in ("norms", "sweep", "telemetry")}
     assert counts[1] == counts[0] | {
         ("group_norm", "forward"): 2 * norms,

@@ -50,12 +50,12 @@ def sources(tmp_path: Path) -> Path:
 def test_the_fingerprint_is_of_what_the_code_does(sources: Path) -> None:
     before = lowered.fingerprint(sources)
     assert before == lowered.fingerprint()
-    step, processor = sources / "fastbyol/engine/step.py", sources / "kernels/fastbyol_kernels/batch_norm_processor.py"
+    step, cpu = sources / "fastbyol/engine/step.py", sources / "kernels/fastbyol_kernels/batch_norm/cpu.py"
     code = step.read_text()
     step.write_text(
         code.replace('"""The whole state', '"""# Another\n\nThe whole state').replace("\n\n\nclass", "\n\n\n# Why\n\nclass")
     )
-    processor.write_text("# of a CPU\n")
+    cpu.write_text("# of a CPU\n")
     assert lowered.fingerprint(sources) == before
     step.write_text(code.replace("arena.gradient.zero_()", "arena.gradient.mul_(0)"))
     assert lowered.fingerprint(sources) != before

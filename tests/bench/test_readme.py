@@ -1,4 +1,4 @@
-"""The README's table is what its results say, and says no time of a processor."""
+"""The README's table is what its results say, and says no time of a CPU."""
 
 from __future__ import annotations
 
@@ -18,9 +18,7 @@ def test_a_block_is_made_anew_and_the_rest_is_kept(tmp_path: Path) -> None:
     results.write(result(), tmp_path / "cpu.json")
     text = "before\n<!-- bench cpu.json -->\nold\n<!-- end of bench -->\nafter\n"
     once = readme.refreshed(text, tmp_path)
-    assert once.startswith(
-        "before\n<!-- bench cpu.json -->\nA processor, 2 cores, torch 2.11.0, 2026-01-02, commit 0123456789ab.\n"
-    )
+    assert once.startswith("before\n<!-- bench cpu.json -->\nA CPU, 2 cores, torch 2.11.0, 2026-01-02, commit 0123456789ab.\n")
     assert once.endswith("|\n<!-- end of bench -->\nafter\n")
     assert "| two views of 96 px | Pillow | 2 | 160 | 4.00x |  |\n" in once
     assert readme.refreshed(once, tmp_path) == once

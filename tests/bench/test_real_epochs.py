@@ -16,7 +16,6 @@ from fastbyol_bench.harness import Reading
 from fastbyol_bench.pictures import beton
 from fastbyol_bench.suite import Setting
 
-pytest.importorskip("ffcv")
 CPU = torch.device("cpu")
 STEP_S, PROBE_S = 0.2, 0.5
 

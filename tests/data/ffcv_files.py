@@ -1,7 +1,11 @@
-"""Beton files made and read by FFCV itself, without fastbyol: the other side of every round trip."""
+"""Beton files made and read by FFCV itself, without fastbyol: the other side of every round trip.
+
+Where FFCV is not installed files are read by hand instead (``mutations.said``), and what must be written by it is skipped.
+"""
 
 from __future__ import annotations
 
+import io
 import multiprocessing
 from pathlib import Path
 from typing import Any
@@ -9,10 +13,15 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from PIL import Image
+
+from foreign_betons import HAS_FFCV
 
 
 def write_all(files: dict[Path, tuple[dict[str, str], list[tuple[Any, ...]]]]) -> None:
     """FFCV's own writer for each path: fields as name -> kind (see ``_write_all``), and the samples; pages of 2 MiB."""
+    if not HAS_FFCV:
+        pytest.skip("needs files of FFCV's own writer, which is not installed")
     process = multiprocessing.get_context("spawn").Process(target=_write_all, args=(files,))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("NUMBA_DISABLE_JIT", "1")  # writing runs nothing compiled
@@ -40,8 +49,21 @@ def _write_all(files: dict[Path, tuple[dict[str, str], list[tuple[Any, ...]]]]) 
         DatasetWriter(str(path), made, page_size=1 << 21, num_workers=1).from_indexed_dataset(samples)
 
 
+def _by_hand(path: Path) -> Any:
+    from mutations import said  # here, since it needs OpenCV, which data sets of tests have to do without
+
+    return said(path.read_bytes())
+
+
 def loaded(path: Path) -> tuple[NDArray[np.uint8], list[int] | None]:
     """Images of one size (N, H, W, 3) and labels, in file order, through FFCV's loader."""
+    if not HAS_FFCV:
+        by_hand = _by_hand(path)
+        images = [
+            Image.open(io.BytesIO(data)) if mode == 0 else np.frombuffer(data, np.uint8).reshape(h, w, 3)
+            for mode, h, w, data in by_hand.images
+        ]
+        return np.stack([np.asarray(image) for image in images]), by_hand.labels
     import torch
     from ffcv.fields.decoders import IntDecoder, SimpleRGBImageDecoder
     from ffcv.loader import Loader, OrderOption
@@ -61,6 +83,9 @@ def loaded(path: Path) -> tuple[NDArray[np.uint8], list[int] | None]:
 
 def regions(path: Path) -> tuple[list[NDArray[np.uint8]], list[int] | None]:
     """Raw images of any sizes, and labels, as FFCV's reader finds them."""
+    if not HAS_FFCV:
+        by_hand = _by_hand(path)
+        return [np.frombuffer(data, np.uint8).reshape(h, w, 3) for _, h, w, data in by_hand.images], by_hand.labels
     from ffcv.reader import Reader
 
     reader = Reader(str(path))
@@ -72,6 +97,8 @@ def regions(path: Path) -> tuple[list[NDArray[np.uint8]], list[int] | None]:
 
 def raw_regions(path: Path) -> list[NDArray[np.uint8]]:
     """The bytes that each sample's image row points to."""
+    if not HAS_FFCV:
+        return [np.frombuffer(data, np.uint8) for *_, data in _by_hand(path).images]
     from ffcv.reader import Reader
 
     reader = Reader(str(path))

@@ -4,14 +4,18 @@
     python foreign_betons.py decode FOLDER     writes decoded.npz: for each of DECODED uint8 (N, H, W, 3) in file order
 
 ``made()`` and ``decoded_by_ffcv()`` do that once. The pixels of sample i are ``pixels(name, i)``, its label is ``label(i)``.
+Where FFCV is not installed ``made()`` writes all but "foreign" from the description of the format.
 """
 
 from __future__ import annotations
 
 import atexit
 import functools
+import importlib.util
+import io
 import multiprocessing
 import shutil
+import struct
 import subprocess
 import sys
 import tempfile
@@ -20,12 +24,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from numpy.typing import NDArray
+from PIL import Image
 
+HAS_FFCV = importlib.util.find_spec("ffcv") is not None
+needs_ffcv = pytest.mark.skipif(not HAS_FFCV, reason="is about FFCV itself, which is not installed")
+# What ``data.decoder`` may be here.
+DECODERS = [pytest.param("ffcv", marks=needs_ffcv), "torchvision"]
 COUNT = 203
 SIZE = 16
 PAGE_BYTES = 1 << 21
-NAMES = ("raw", "jpg", "foreign", "unlabelled", "mixed", "mixed_jpg")
+NAMES = ("raw", "jpg", "unlabelled", "mixed", "mixed_jpg", "foreign")
+FILES = [pytest.param(name, marks=needs_ffcv) if name == "foreign" else name for name in NAMES]
 DECODED = ("jpg", "foreign", "mixed", "mixed_jpg")
 
 
@@ -34,13 +45,46 @@ def made() -> Path:
     """The folder of the files, deleted at exit."""
     folder = Path(tempfile.mkdtemp(prefix="foreign-betons-"))
     atexit.register(shutil.rmtree, folder)
-    _run("write", folder)
+    if HAS_FFCV:
+        _run("write", folder)
+    else:
+        for name in NAMES[:-1]:
+            (folder / f"{name}.beton").write_bytes(by_hand(name))
     return folder
+
+
+def by_hand(name: str) -> bytes:
+    """A beton as FFCV writes it: header, fields, rows, pages of samples, a table of where each lies."""
+    labelled = name != "unlabelled"
+    row = np.dtype(
+        [("mode", "u1"), ("width", "<u2"), ("height", "<u2"), ("at", "<u8")] + [("pad", "u1", 3), ("label", "<i8")] * labelled
+    )
+    fields = np.zeros(1 + labelled, [("type", "u1"), ("name", "S16"), ("arguments", "u1", 1024)])
+    fields["type"], fields["name"] = [2, 1][: len(fields)], ["image", "label"][: len(fields)]
+    rows, table = np.zeros(COUNT, row), np.zeros((COUNT, 3), "<u8")
+    pages = bytearray()
+    first = -(-(24 + fields.nbytes + rows.nbytes) // PAGE_BYTES) * PAGE_BYTES
+    for i in range(COUNT):
+        image, is_jpeg = pixels(name, i), name == "jpg" or (name == "mixed_jpg" and i % 2 == 0)
+        file = io.BytesIO(b"" if is_jpeg else image.tobytes())
+        if is_jpeg:
+            Image.fromarray(image).save(file, "JPEG", quality=95)
+        stored = file.getvalue()
+        if len(pages) % PAGE_BYTES + len(stored) > PAGE_BYTES:
+            pages += bytes(-len(pages) % PAGE_BYTES)
+        table[i] = i, first + len(pages), len(stored)
+        rows[["mode", "width", "height", "at"]][i] = (not is_jpeg, image.shape[1], image.shape[0], table[i, 1])
+        if labelled:
+            rows["label"][i] = label(i)
+        pages += stored
+    pages += bytes(-len(pages) % PAGE_BYTES)
+    head = struct.pack("<HHIQQ", 2, len(fields), PAGE_BYTES, COUNT, first + len(pages)) + fields.tobytes() + rows.tobytes()
+    return head.ljust(first, b"\0") + bytes(pages) + table.tobytes()
 
 
 @functools.cache
 def decoded_by_ffcv() -> dict[str, NDArray[np.uint8]]:
-    """What FFCV's own Loader and decoders make of the files."""
+    """What FFCV's own Loader and decoders make of the files. For tests that are marked ``needs_ffcv``."""
     _run("decode", made())
     with np.load(made() / "decoded.npz") as arrays:
         return dict(arrays)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -20,7 +21,7 @@ import pytest
 
 import ffcv_files
 import leftovers
-from fastbyol.data import beton, beton_write
+from fastbyol.data import beton, beton_worker, beton_write
 from fastbyol.errors import FastbyolError, UsageError
 
 BEFORE = leftovers.in_shared_memory()
@@ -113,7 +114,7 @@ def demand_untouched(out: Path) -> None:
 def _writers() -> list[str]:
     """Processes of a writing child of this process, dead ones aside."""
     marks = subprocess.run(["ps", "-eo", "pid,stat,args"], capture_output=True, text=True, check=True).stdout.splitlines()
-    return [line for line in marks if "beton_child" in line and line.endswith(f" {os.getpid()}") and " Z" not in line]
+    return [line for line in marks if "beton_worker" in line and line.endswith(f" {os.getpid()}") and " Z" not in line]
 
 
 def write(out: Path, items: Items, **options: object) -> beton.BetonInfo:
@@ -165,27 +166,6 @@ def test_faults_end_the_writing(out: Path, fault: str, kind: type[FastbyolError]
     demand_untouched(out)
 
 
-NAMELESS = """
-import sys
-import _posixshmem
-import numpy as np
-def refuse(*arguments, **options):
-    raise OSError("a name in /dev/shm")
-_posixshmem.shm_open = refuse
-from fastbyol.data.beton_child import write_job
-from fastbyol.data.beton_write import Job
-items = [(np.full((8, 8, 3), k, np.uint8), k) for k in range(100)]
-write_job(Job(sys.argv[1], items, True, "raw", 90, 2, 1 << 21), lambda **message: None)
-"""
-
-
-def test_no_memory_has_a_name(tmp_path: Path) -> None:
-    """Killed between naming its memory and taking the name away, a writer would leave it to the machine."""
-    path = tmp_path / "out.beton"
-    subprocess.run([sys.executable, "-W", "ignore", "-c", NAMELESS, str(path)], check=True)
-    assert beton.inspect(path).num_samples == 100
-
-
 def test_a_stall_ends_the_writing(out: Path) -> None:
     with pytest.raises(FastbyolError, match="no item was read for 6 s"):
         write(out, Items(fault="sleep"), stall_s=6.0)
@@ -228,17 +208,33 @@ def test_a_file_that_came_meanwhile_is_kept(out: Path) -> None:
     demand_untouched(out)
 
 
-def test_without_ffcv(out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "shadow").mkdir()
-    (tmp_path / "shadow" / "ffcv.py").touch()
-    monkeypatch.syspath_prepend(tmp_path / "shadow")
-    with pytest.raises(FastbyolError, match=r"ModuleNotFoundError.*doctor"):
+def shadow(folder: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make processes that are started from now on fail to import the package ``name``."""
+    (folder / "shadow").mkdir(exist_ok=True)
+    (folder / "shadow" / f"{name}.py").write_text(f"raise ImportError('no {name} here')")
+    monkeypatch.syspath_prepend(folder / "shadow")
+
+
+def test_needs_neither_ffcv_nor_opencv_nor_torch(
+    out: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("ffcv", "cv2", "numba", "torch"):
+        shadow(tmp_path_factory.getbasetemp(), name, monkeypatch)
+    assert write(out, Items(), mode="jpg").num_samples == 200
+
+
+def test_a_writing_process_that_cannot_start(
+    out: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shadow(tmp_path_factory.mktemp("path"), "PIL", monkeypatch)
+    with pytest.raises(FastbyolError, match=r"died \(ImportError: no PIL here\).*doctor"):
         write(out, Items())
+    demand_untouched(out)
 
 
 def test_wrong_arguments(out: Path) -> None:
     for options in ({"mode": "png"}, {"quality": 101}, {"workers": -1}, {"page_bytes": 1 << 20}, {"page_bytes": 3 << 20}):
-        with pytest.raises(UsageError, match="must be"):
+        with pytest.raises(UsageError, match=r"must be|is none of raw, jpg"):
             write(out, Items(), **options)
     with pytest.raises(UsageError, match="empty"):
         write(out, Items(count=0))
@@ -249,8 +245,8 @@ def test_wrong_arguments(out: Path) -> None:
 
 def test_devices_and_pipes_are_not_replaced(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
-    for path in (tmp_path / "pipe", Path("/dev/null")):
-        with pytest.raises(UsageError, match="is a device or a pipe"):
+    for path, kind in ((tmp_path / "pipe", "a named pipe"), (Path("/dev/null"), "a device")):
+        with pytest.raises(UsageError, match=f"is {kind}, not a regular file"):
             write(path, Items())
         assert not path.is_file()
 
@@ -281,44 +277,37 @@ def test_leftovers_of_the_dead_are_removed(out: Path) -> None:
         ("huge label", "64 bits"),
     ],
 )
-def test_items_are_checked_before_ffcv_sees_them(fault: str, words: str) -> None:
-    from fastbyol.data import beton_child
-
-    sent: list[dict[str, object]] = []
-    job = beton_write.Job("", Items(fault=fault, at=1), True, "raw", 90, 1, 1 << 21)
-    items = beton_child.CheckedItems(job, lambda **message: sent.append(message))
-    items[0]
-    with pytest.raises(ValueError, match=r".") as caught:
-        items[1]
-    assert words in str(caught.value)
-    assert sent == [{"error": f"item 1 (picture 1) {caught.value}", "kind": "item"}]
-    assert items.in_work() == [1]
+def test_items_are_checked(fault: str, words: str) -> None:
+    items = Items(fault=fault, at=1)
+    job = beton_write.Job(items, True, "raw", 90, 1, 1 << 21, -1, -1)
+    beton_worker._encoded(job, items[0])
+    with pytest.raises(ValueError, match=re.escape(words)):
+        beton_worker._encoded(job, items[1])
 
 
-def test_writes_are_whole_or_errors() -> None:
-    from fastbyol.data.beton_child import WholeWrites
+def test_a_jpeg_that_is_larger_than_a_page_and_than_its_pixels() -> None:
+    job = beton_write.Job(Items(), True, "jpg", 100, 1, 1000, -1, -1)
+    with pytest.raises(ValueError, match=r"takes 1\d\d\d bytes as JPEG, more than a page of 1000"):
+        beton_worker._encoded(job, job.items[0])
 
-    class Disk:
-        """Takes 5 bytes at a time, 12 in all."""
 
-        def __init__(self) -> None:
-            self.held = b""
+def test_writes_are_whole_or_errors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a disk that takes 5 bytes at a time, 12 in all."""
+    held = bytearray()
 
-        def write(self, data: memoryview) -> int:
-            if len(self.held) == 12:
-                raise OSError(errno.ENOSPC, "full")
-            part = bytes(data[: min(5, 12 - len(self.held))])
-            self.held += part
-            return len(part)
+    def pwrite(fd: int, data: memoryview, offset: int) -> int:
+        if len(held) == 12:
+            raise OSError(errno.ENOSPC, "full")
+        assert offset == len(held)
+        part = bytes(data[: min(5, 12 - len(held))])
+        held.extend(part)
+        return len(part)
 
-        def seek(self, *_: int) -> None: ...
-        def close(self) -> None: ...
-
-    disk = Disk()
-    WholeWrites(disk).write(b"abcdefghijk")
-    assert disk.held == b"abcdefghijk"
+    monkeypatch.setattr(os, "pwrite", pwrite)
+    beton_write.write_at(-1, b"abcdefghijk", 0)
+    assert held == b"abcdefghijk"
     with pytest.raises(OSError, match="full"):
-        WholeWrites(disk).write(b"lm")
+        beton_write.write_at(-1, b"lm", 11)
 
 
 @pytest.mark.parametrize("links", [True, False], ids=["links", "no links"])

@@ -179,7 +179,7 @@ def test_nothing_readable(tmp_path: Path, out: Path) -> None:
     [
         ({"resize": "centre"}, "--size"),
         ({"resize": "none", "size": 8}, "drop one"),
-        ({"resize": "crop"}, "resize 'crop'"),
+        ({"resize": "crop"}, "resize: 'crop' is none of"),
         ({"size": 20000}, "16384"),
         ({"mode": "png"}, "'png'"),
         ({"quality": 0}, "quality 0"),
@@ -254,6 +254,6 @@ def _children_of(pid: int) -> list[str]:
             command = (folder / "cmdline").read_bytes().rstrip(b"\0").split(b"\0")
         except OSError:
             continue
-        if b"beton_child" in b" ".join(command) and command[-1] == str(pid).encode():
+        if b"beton_worker" in b" ".join(command) and command[-1] == str(pid).encode():
             found.append(folder.name)
     return found

@@ -99,7 +99,7 @@ def test_a_limit_trains_on_some_of_the_samples(cache: str) -> None:
         opened(cache=cache, limit=5)
 
 
-@pytest.mark.parametrize("name", foreign.NAMES)
+@pytest.mark.parametrize("name", foreign.FILES)
 def test_streamed_and_resident_agree_on_every_kind_of_file(name: str) -> None:
     with opened(name, "none", workers=2) as streamed, opened(name, "device") as resident:
         assert isinstance(streamed, StreamingLoader)
@@ -235,7 +235,7 @@ def test_refusals_say_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
             use()
 
 
-@pytest.mark.parametrize("name", foreign.NAMES)
+@pytest.mark.parametrize("name", foreign.FILES)
 def test_read_all_is_the_file_in_its_order(name: str) -> None:
     images, labels, _ = read_all(foreign.made() / f"{name}.beton", workers=2, size=foreign.SIZE)
     with opened(name, batch_size=foreign.COUNT) as batches:

@@ -27,17 +27,18 @@ from PIL import Image
 
 import source_files
 from fastbyol.data import source_arrays, source_idx, sources
+from fastbyol.data.source_arrays import Source
 from fastbyol.errors import UsageError
 
 Writer = Callable[..., dict[str, tuple[np.ndarray, list[int]]]]
 
 
-def held(source: sources.Source) -> tuple[list[np.ndarray], list[int] | None]:
+def held(source: Source) -> tuple[list[np.ndarray], list[int] | None]:
     images = [source.image(k) for k in range(len(source))]
-    return images, [source.label(k) for k in range(len(source))] if source.labelled else None
+    return images, None if source.labels is None else source.labels.tolist()
 
 
-def demand_equal(source: sources.Source, images: np.ndarray, labels: list[int] | None) -> None:
+def demand_equal(source: Source, images: np.ndarray, labels: list[int] | None) -> None:
     found, found_labels = held(pickle.loads(pickle.dumps(source)))
     assert found_labels == labels
     assert len(found) == len(images)
@@ -122,7 +123,7 @@ def test_stl10_and_svhn_as_torchvision_reads_them(tmp_path: Path, monkeypatch: p
         assert len(theirs) == len(ours)
         for k, (image, label) in enumerate(theirs):
             np.testing.assert_array_equal(ours.image(k), np.asarray(image))
-            assert ours.label(k) == label
+            assert ours.labels[k] == label
 
 
 def test_stl10_folds_refused(tmp_path: Path) -> None:
@@ -761,7 +762,7 @@ def test_idx_as_torchvision_reads_it(tmp_path: Path) -> None:
     for k in range(len(theirs)):
         image, label = theirs[k]
         np.testing.assert_array_equal(ours.image(k)[2:30, 2:30, 1], np.asarray(image))
-        assert ours.label(k) == label
+        assert ours.labels[k] == label
     assert not ours.image(0)[:2].any()
 
 
@@ -847,7 +848,7 @@ def test_fashion_mnist_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_kinds_that_are_none(tmp_path: Path) -> None:
     refused("absent", "no such", source=tmp_path / "absent")
     refused("no pictures", source=tmp_path)
-    refused("unknown kind", "cifar100", source=tmp_path, kind="imagenet")
+    refused("kind: 'imagenet' is none of", "cifar100", source=tmp_path, kind="imagenet")
     for name, word in (("a.tar.gz", "tar -xf"), ("a.zip", "unzip"), ("a.beton", "--data"), ("a.mat", "npz")):
         (tmp_path / name).touch()
         refused(word, source=tmp_path / name)

@@ -52,7 +52,7 @@ def test_whole_files(jpegs: Path, deep: bool) -> None:
     verdict.demand_whole()
 
 
-@pytest.mark.parametrize("name", foreign.NAMES)
+@pytest.mark.parametrize("name", foreign.FILES)
 def test_whole_foreign_files(name: str) -> None:
     verdict = verify(foreign.made() / f"{name}.beton", deep=True)
     assert (verdict.sealed, verdict.damaged) == (False, ())

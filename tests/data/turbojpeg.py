@@ -19,11 +19,12 @@ class Decompressor:
         self._library.tjInitDecompress.restype = ctypes.c_void_p
         self._handle = ctypes.c_void_p(self._library.tjInitDecompress())
 
-    def decode(self, data: bytes, height: int, width: int) -> tuple[bool, NDArray[np.uint8]]:
-        """Whether it failed, and uint8 (height, width, 3): zeros where nothing was decoded."""
+    def decode(self, data: bytes, height: int, width: int, *, exact: bool = False) -> tuple[bool, NDArray[np.uint8]]:
+        """Whether it failed, and uint8 (height, width, 3): zeros where none was decoded. ``exact``: by the slow transform."""
         pixels = np.zeros((height, width, 3), np.uint8)
         size, room = ctypes.c_ulong(len(data)), pixels.ctypes.data_as(ctypes.c_void_p)
-        failed = self._library.tjDecompress2(self._handle, data, size, room, width, 0, height, TJPF_RGB, TJFLAG_FASTDCT)
+        flags = 0 if exact else TJFLAG_FASTDCT
+        failed = self._library.tjDecompress2(self._handle, data, size, room, width, 0, height, TJPF_RGB, flags)
         return bool(failed), pixels
 
     def __del__(self) -> None:

@@ -76,7 +76,7 @@ def _feed(found: hashlib._Hash, *tensors: Tensor) -> None:
 
 
 def machine() -> str:
-    """Return what decides the bits beside the source: libraries, and the processor that they and numba compile for."""
+    """Return what decides the bits beside the source: libraries, and the CPU that they and numba compile for."""
     cpu = f"{llvmlite.binding.get_host_cpu_name()} {torch.backends.cpu.get_cpu_capability()}"
     return f"{cpu}, torch {torch.__version__.split('+')[0]}, numba {numba.__version__}"
 

@@ -234,7 +234,7 @@ class Reads(TorchDispatchMode):
 
 @pytest.mark.parametrize("kinds", COVER, ids=str)
 def test_no_step_reads_the_device(kinds: tuple[str, str, bool, str]) -> None:
-    """From the views on, which kernels draw on a GPU. In plain torch, as a GPU has it: a processor does not wait for itself."""
+    """From the views on, which kernels draw on a GPU. In plain torch, as a GPU has it: a CPU does not wait for itself."""
     plain = EngineConfig(kernels="reference")
     state = TrainState.create(fp32(*kinds).model_copy(update={"engine": plain}), steps_per_epoch=2)
     with Reads() as reads:

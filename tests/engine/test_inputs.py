@@ -12,7 +12,7 @@ import pytest
 
 from fastbyol import api, config_io
 from fastbyol.config import Config
-from fastbyol.data import convert
+from fastbyol.data import convert, decode_ffcv, decode_torchvision
 from fastbyol.engine import checkpoint, environment, inputs
 from fastbyol.engine.metrics_file import read_events
 from fastbyol.engine.observer import Silent
@@ -299,3 +299,99 @@ def test_pins_read_back_and_damage_is_none(made: Path) -> None:
     assert inputs.Inputs.read(pinned.as_json()) == pinned
     for said in (None, 3, {}, {**pinned.as_json(), "test": 3}, {**pinned.as_json(), "weights": 3}):
         assert inputs.Inputs.read(said) is None
+
+
+def _ffcv(patch: pytest.MonkeyPatch, *, there: bool) -> None:
+    """A stand-in of FFCV, installed or not: raw images are the same by it, JPEG images darker by a level."""
+
+    def missing() -> None:
+        raise UsageError("FFCV cannot be used (no such module)")
+
+    def loop(crop: bool) -> Any:
+        exact = decode_torchvision.loop(crop, has_jpeg=True)
+
+        def decode(images: Any, status: Any, data: Any, places: Any) -> None:
+            exact(images, status, data, places)
+            images -= (images > 0) & (places["raw"] == 0)[:, None, None, None]
+
+        return decode
+
+    patch.setattr(decode_ffcv, "import_ffcv", (lambda: None) if there else missing)
+    patch.setattr(decode_ffcv, "loop", loop)
+
+
+def decoder_of(run: Path) -> set[str]:
+    """What the run's files say: env.json and the newest checkpoint."""
+    newest = checkpoint.newest(run / "checkpoints")
+    assert newest is not None
+    return {json.loads((run / "env.json").read_text())["inputs"]["decoder"], checkpoint.load(newest).meta["inputs"]["decoder"]}
+
+
+@pytest.fixture(scope="module", params=["raw", "jpg"])
+def decoded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder named by the mode of its files, with a run by each decoder."""
+    folder = tmp_path_factory.mktemp(request.param)
+    files = folder / "train.beton", folder / "test.beton"
+    for seed, file in enumerate(files):
+        convert.convert("textures", file, count=48, size=16, seed=seed, mode=request.param)
+    with pytest.MonkeyPatch.context() as patch:
+        _ffcv(patch, there=True)
+        for name, said in (("ffcv", "auto"), ("torchvision", "torchvision")):
+            api.train(tiny_config(files, *SHORT, f"data.decoder={said}"), folder / name)
+    return folder
+
+
+def _stopped(decoded: Path, name: str, folder: Path) -> Path:
+    """A copy of a run, an epoch short of its end."""
+    run = shutil.copytree(decoded / name, folder / name)
+    checkpoint.newest(run / "checkpoints").unlink()  # type: ignore[union-attr]
+    return run
+
+
+def test_what_decoded_is_recorded_and_taken_again(decoded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also the decoder that ``auto`` would not take."""
+    _ffcv(monkeypatch, there=True)
+    ends = []
+    for name in ("ffcv", "torchvision"):
+        run = _stopped(decoded, name, tmp_path)
+        assert api.resume(run).finished
+        assert decoder_of(run) == decoder_of(decoded / name) == {name}
+        assert api.evaluate(run)["decoder"] == name
+        ends.append((run / "metrics.jsonl").read_bytes())
+        assert ends[-1] == (decoded / name / "metrics.jsonl").read_bytes()
+    assert (ends[0] == ends[1]) == decoded.name.startswith("raw")
+
+
+def test_a_run_that_moves_to_where_ffcv_is_missing(decoded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With raw images it goes on to the same end, and that is recorded; with JPEG images it is refused. It can be measured."""
+    _ffcv(monkeypatch, there=False)
+    run = _stopped(decoded, "ffcv", tmp_path)
+    if decoded.name.startswith("raw"):
+        assert api.resume(run).finished
+        assert (run / "metrics.jsonl").read_bytes() == (decoded / "ffcv/metrics.jsonl").read_bytes()
+        assert decoder_of(run) == {"torchvision"}
+    else:
+        text = refused(api.resume, run)
+        assert text.startswith(f"{run}: the run was made with JPEG images decoded by ffcv, which cannot be used here")
+        assert "fastbyol doctor" in text
+        assert "--init-from" in text
+        assert decoder_of(run) == {"ffcv"}
+    assert api.evaluate(run)["decoder"] == "torchvision"
+
+
+def test_a_run_of_before_decoded_by_ffcv(decoded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = _stopped(decoded, "ffcv", tmp_path)
+    for path in (run / "checkpoints").iterdir():
+        loaded = checkpoint.load(path)
+        loaded.meta["inputs"].pop("decoder")
+        checkpoint.save(run / "checkpoints", loaded.meta["step"], loaded.tensors, loaded.meta, keep=9)
+    _ffcv(monkeypatch, there=True)
+    assert api.resume(run).finished
+    assert decoder_of(run) == {"ffcv"}
+
+
+def test_a_new_run_by_a_missing_ffcv_is_refused(decoded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _ffcv(monkeypatch, there=False)
+    config = tiny_config((decoded / "train.beton", decoded / "test.beton"), *SHORT, "data.decoder=ffcv")
+    assert refused(api.train, config, tmp_path / "run").startswith("FFCV cannot be used")
+    assert not (tmp_path / "run").exists()

@@ -53,14 +53,14 @@ def with_units(monkeypatch: pytest.MonkeyPatch, **units: bool) -> None:
 
 
 @pytest.mark.parametrize("unit", precision.CPU_UNITS)
-def test_a_processor_with_bf16_units_takes_bf16(monkeypatch: pytest.MonkeyPatch, unit: str) -> None:
+def test_a_cpu_with_bf16_units_takes_bf16(monkeypatch: pytest.MonkeyPatch, unit: str) -> None:
     with_units(monkeypatch, **{unit: True})
     chosen = precision.choose(network("bn", "bn", False), CPU)
     assert chosen.value == "bf16"
     assert unit in chosen.why
 
 
-def test_a_processor_without_takes_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cpu_without_takes_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
     with_units(monkeypatch, avx512_f=True, amx_bf16=False)
     assert precision.choose(network("bn", "bn", False), CPU).value == "fp32"
 

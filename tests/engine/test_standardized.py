@@ -73,8 +73,8 @@ CASES = [
 ]
 
 
-# Of the processor's only what has no batch norm: over four images that magnifies plain torch's own rounding, the first step's
-# values are 4e-5 off fp64 and the second's 3e-3, the processor's 2e-5 and as many.
+# Of the CPU's only what has no batch norm: over four images that magnifies plain torch's own rounding, the first step's
+# values are 4e-5 off fp64 and the second's 3e-3, the CPU's 2e-5 and as many.
 @pytest.mark.parametrize(
     ("choice", "batch", "size", "kernels"),
     [(*case, kernels) for case in CASES for kernels in KERNELS if kernels == "triton" or case[0][0] != "bn"],

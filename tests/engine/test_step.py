@@ -433,7 +433,7 @@ def test_twenty_steps_give_the_bits_that_are_kept(tmp_path: Path) -> None:
     assert cold == warm
     kept = json.loads(golden.GOLDEN.read_text("utf-8")).get(golden.machine())
     if kept is None:
-        pytest.skip(f"golden.json holds no bits of {golden.machine()}: bits differ between processors and versions")
+        pytest.skip(f"golden.json holds no bits of {golden.machine()}: bits differ between CPUs and versions")
     assert {"1": alone, "2": warm} == kept
 
 

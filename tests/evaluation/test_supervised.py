@@ -14,7 +14,7 @@ from fastbyol.data import textures
 from fastbyol.errors import UsageError
 from fastbyol.evaluation import supervised
 from fastbyol.evaluation.supervised import supervised_accuracy
-from fastbyol_kernels.two_views import Column
+from fastbyol_kernels.views.table import Column
 
 VIEWS = ViewsConfig(size=16, blur_kernel=3)
 SMALL = ModelConfig(width=8, stem="small")

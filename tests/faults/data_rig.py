@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from own_time import OwnTime
 
 from fastbyol import cli
+from fastbyol.data import decoder as decoding
 from fastbyol.data import loader as loading
 from fastbyol.data.verify import verify
 from fastbyol.errors import UsageError
@@ -45,8 +46,12 @@ class Fault:
     what: str
 
 
-def work(source: str, bases: list[Base], numbers: Sequence[int], folder: Path, pipe: Connection) -> None:
+def work(
+    source: str, bases: list[Base], numbers: Sequence[int], folder: Path, pipe: Connection, *, decoder: str = "auto"
+) -> None:
     """A child's life: for each number damage a base, read it by every way, send (number, kind, outcome)."""
+    chosen = decoding.choose(decoder)
+    decoding.choose = lambda _: chosen
     make = {"files": mutated, "manifests": mutated_manifest}[source]
     whole: dict[str, Delivered] = {}
     for base in bases:
@@ -96,7 +101,7 @@ def judged(delivered: object, data: bytes, base: Base, whole: Delivered) -> str:
         return "the same"
     try:
         told = said(data)
-        wanted = told.decoded(SIZE)
+        wanted = told.decoded(SIZE, exact=decoding.choose("auto") == "torchvision")
     except Exception as error:
         return f"Delivered what cannot be read by hand ({type(error).__name__}: {error})"
     if wanted.shape != images.shape or told.labels != labels:

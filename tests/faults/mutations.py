@@ -329,10 +329,13 @@ class Said:
     images: list[tuple[int, int, int, bytes]]
     labels: list[int] | None
 
-    def decoded(self, size: int) -> NDArray[np.uint8]:
-        """uint8 (N, H, W, 3): as stored where all have one size, else the centre square scaled to ``size``."""
+    def decoded(self, size: int, *, exact: bool = False) -> NDArray[np.uint8]:
+        """uint8 (N, H, W, 3): as stored where all have one size, else the centre square scaled to ``size``.
+
+        ``exact``: JPEG by the slow transform, torchvision's, instead of FFCV's fast one.
+        """
         same = len({(height, width) for _, height, width, _ in self.images}) == 1
-        pictures = [_pixels(*image) for image in self.images]
+        pictures = [_pixels(*image, exact) for image in self.images]
         return np.stack(pictures if same else [_square(picture, size) for picture in pictures])
 
 
@@ -356,10 +359,10 @@ def said(data: bytes) -> Said:
     return Said(images, labels)
 
 
-def _pixels(mode: int, height: int, width: int, data: bytes) -> NDArray[np.uint8]:
+def _pixels(mode: int, height: int, width: int, data: bytes, exact: bool) -> NDArray[np.uint8]:
     if mode == 1:
         return np.frombuffer(data, np.uint8).reshape(height, width, 3)
-    failed, pixels = turbojpeg.Decompressor().decode(data, height, width)
+    failed, pixels = turbojpeg.Decompressor().decode(data, height, width, exact=exact)
     if failed:
         raise ValueError("libturbojpeg reports damage")
     return pixels

@@ -2,12 +2,14 @@
 
 "The data" means: of a sealed file (ours) exactly the images and labels that were written. Of a foreign file, which holds no
 checksum, exactly what its damaged bytes say, read by hand in ``mutations.said`` and, for JPEG, by libturbojpeg. What a damaged
-pixel of a foreign file was before, nobody can know.
+pixel of a foreign file was before, nobody can know. All of it with FFCV and without.
 """
 
 from __future__ import annotations
 
 from collections import Counter
+from ctypes.util import find_library
+from functools import partial
 from pathlib import Path
 
 import data_rig
@@ -46,7 +48,8 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> list[Base]:
     for name, mode, mixed in (("raw", "raw", False), ("jpg", "jpg", False), ("mixed raw", "raw", True)):
         write(folder / name, Pictures(mixed), labelled=True, mode=mode, workers=1, page_bytes=1 << 21, stall_s=data_rig.START_S)  # type: ignore[arg-type]
         made.append(Base(f"sealed {name}", (folder / name).read_bytes(), True))
-    return made + [Base(f"foreign {name}", _foreign(name), False) for name in ("raw", "jpg", "foreign", "mixed_jpg")]
+    names = ("raw", "jpg", "foreign", "mixed_jpg") if foreign.HAS_FFCV else ("raw", "jpg", "mixed_jpg")
+    return made + [Base(f"foreign {name}", _foreign(name), False) for name in names]
 
 
 def _foreign(name: str) -> bytes:
@@ -60,16 +63,20 @@ def show(counts: Counter[tuple[str, str]]) -> str:
     return f"{sum(counts.values())} mutations: {dict(outcomes)}"
 
 
-def test_mutated_betons(bases: list[Base]) -> None:
-    counts, faults = data_rig.run("files", bases, range(rig.many(504, 20_000)))
+@pytest.mark.skipif(find_library("turbojpeg") is None, reason="JPEG is judged by libturbojpeg, which is not installed")
+@pytest.mark.parametrize("decoder", foreign.DECODERS)
+def test_mutated_betons(bases: list[Base], decoder: str) -> None:
+    work = partial(data_rig.work, decoder=decoder)
+    counts, faults = data_rig.run("files", bases, range(rig.many(504, 20_000)), work)
     print(show(counts), *sorted(counts.items()), sep="\n")
     assert not faults, faults[:20]
     assert {answer for _, answer in counts} == {"refused", "the same", "as it says"}
 
 
-def test_mutated_manifests(bases: list[Base]) -> None:
-    sealed = [base for base in bases if base.sealed]
-    counts, faults = data_rig.run("manifests", sealed, range(rig.many(60, 2_000)))
+@pytest.mark.parametrize("decoder", foreign.DECODERS)
+def test_mutated_manifests(bases: list[Base], decoder: str) -> None:
+    sealed, work = [base for base in bases if base.sealed], partial(data_rig.work, decoder=decoder)
+    counts, faults = data_rig.run("manifests", sealed, range(rig.many(60, 2_000)), work)
     print(show(counts), *sorted(counts.items()), sep="\n")
     assert not faults, faults[:20]
     assert {answer for _, answer in counts} == {"refused", "the same"}

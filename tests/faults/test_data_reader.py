@@ -19,12 +19,20 @@ from mutations import DESCRIPTOR, HEADER, PAGE, REGION, Base, put, row_layout, s
 
 import foreign_betons as foreign
 from fastbyol.data import beton, loader, prefetch
+from fastbyol.data import decoder as decoding
 from fastbyol.data.beton_write import write
 from fastbyol.data.decoder import Decoder
 from fastbyol.errors import FastbyolError, UsageError
 
 SIZE = 16
 Edit = Callable[[Base, bytearray], object]
+
+
+@pytest.fixture(autouse=True, params=foreign.DECODERS)
+def by(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Every test reads by every decoder."""
+    monkeypatch.setattr(decoding, "choose", lambda _: request.param)
+    return str(request.param)
 
 
 @pytest.fixture(scope="module")

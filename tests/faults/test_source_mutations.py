@@ -76,8 +76,8 @@ def _read(base: mutations.Base, place: Path, number: int) -> str:
                 continue
             if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
                 return f"Image {k} is {image.dtype} of shape {image.shape}"
-            if source.labelled and not -1 <= source.label(k) < len(source.class_names):
-                return f"Label {source.label(k)} of {len(source.class_names)} classes"
+            if source.labels is not None and not -1 <= source.labels[k] < len(source.class_names):
+                return f"Label {source.labels[k]} of {len(source.class_names)} classes"
         answer = "with skips" if skipped else "read"
     except UsageError as error:
         line = str(error)

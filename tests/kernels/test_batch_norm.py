@@ -1,4 +1,4 @@
-"""Batch norm on a processor against fp64, which torch's own kernel computes, and the rules that hold at any shape."""
+"""Batch norm on a CPU against fp64, which torch's own kernel computes, and the rules that hold at any shape."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fastbyol_kernels import batch_norm as ops
-from fastbyol_kernels.batch_norm_processor import FusedBatchNorm
+from fastbyol_kernels.batch_norm.cpu import FusedBatchNorm
 
 EPS, MOMENTUM = 1e-5, 0.1
 DTYPES = (torch.float32, torch.bfloat16)
@@ -59,9 +59,9 @@ def relative(found: Tensor, expected: Tensor) -> float:
     return float((found.double() - expected).norm() / expected.norm().clamp(min=expected.numel() ** 0.5))
 
 
-def takes_machine_code(given: dict[str, Tensor]) -> bool:
+def is_compiled(given: dict[str, Tensor]) -> bool:
     affine = (given["weight"], given["bias"], given["running_mean"], given["running_var"])
-    return ops._suits(given["x"], affine)
+    return ops._is_compiled_for(given["x"], affine)
 
 
 @pytest.mark.parametrize("relu", [False, True], ids=["", "relu"])
@@ -82,7 +82,7 @@ def takes_machine_code(given: dict[str, Tensor]) -> bool:
 )
 def test_against_fp64(shape: tuple[int, ...], num_views: int, dtype: torch.dtype, residual: bool, relu: bool) -> None:
     given = tensors(shape, dtype, residual=residual)
-    assert takes_machine_code(given)
+    assert is_compiled(given)
     found = run(given, num_views, relu=relu, kernels="auto")
     expected = run(given, num_views, relu=relu, kernels="reference", wide=True)
     few = len(given["x"]) // num_views * shape[2] * shape[3]
@@ -235,7 +235,7 @@ def test_constant_channels_have_no_variance() -> None:
 
 def test_everything_else_takes_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any) -> Tensor:
-        raise AssertionError("machine code")
+        raise AssertionError("compiled code")
 
     monkeypatch.setattr(FusedBatchNorm, "apply", refuse)
     given = tensors((8, 4, 6, 6), torch.float32)
@@ -245,16 +245,16 @@ def test_everything_else_takes_the_reference(monkeypatch: pytest.MonkeyPatch) ->
         "(N, C)": {name: t.contiguous()[:, :, 0, 0].clone() if t.ndim == 4 else t for name, t in given.items()},
     }
     for case in cases.values():
-        assert not takes_machine_code(case) or case["x"].dtype == torch.float64
+        assert not is_compiled(case) or case["x"].dtype == torch.float64
         run(case, 2, relu=True, kernels="cpu")
     run(given, 2, relu=True, kernels="reference")
-    with pytest.raises(AssertionError, match="machine code"):
+    with pytest.raises(AssertionError, match="compiled code"):
         run(given, 2, relu=True, kernels="auto")
 
 
 def test_an_empty_batch_is_torchs() -> None:
     given = tensors((0, 4, 6, 6), torch.float32, residual=False)
-    assert not takes_machine_code(given)
+    assert not is_compiled(given)
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fastbyol_kernels import group_norm as module
-from fastbyol_kernels.group_norm import bytes_moved, group_norm, launch
+from fastbyol_kernels.group_norm import bytes_moved, group_norm
+from fastbyol_kernels.group_norm import triton as module
+from fastbyol_kernels.group_norm.triton import launch
 
 CASES = (((3, 8, 5, 3), 4), ((2, 6, 1, 1), 3), ((4, 12, 2, 7), 1), ((5, 16), 8), ((3, 10), 1))
 # Kernels: odd sizes, 2 to 32 channels per group, channel counts that are no power of two, one pixel, one group, one sample.
@@ -313,7 +314,7 @@ def test_inductor_keeps_channels_last(device: torch.device) -> None:
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * a.abs().max().item())
 
 
-def test_auto_takes_the_processor_where_it_can() -> None:
+def test_auto_takes_the_kernels_for_a_cpu_where_it_can() -> None:
     x, weight, bias = arguments((2, 8, 3, 3), torch.float32)
     auto = group_norm(x, 4, weight, bias)
     assert torch.equal(auto, group_norm(x, 4, weight, bias, kernels="cpu"))
@@ -323,7 +324,7 @@ def test_auto_takes_the_processor_where_it_can() -> None:
         assert torch.equal(got, group_norm(other, 4, *wide, kernels="reference"))
 
 
-# The processor's machine code alone.
+# The kernels for a CPU alone.
 
 
 @pytest.fixture

@@ -43,8 +43,9 @@ FASTBYOL = ("pydantic", "safetensors")
 # The files with tests that take the GPU; a test of this module compares them with the marker.
 GPU_TESTS = (
     "tests/engine/test_capture.py", "tests/engine/test_standardized.py", "tests/engine/test_telemetry.py",
-    "tests/kernels/test_draw_views.py", "tests/kernels/test_group_norm.py", "tests/kernels/test_lars_ema.py",
-    "tests/kernels/test_two_views.py", "tests/kernels/test_weight_standardization.py", "tests/test_views.py",
+    "tests/kernels/test_group_norm.py", "tests/kernels/test_lars_ema.py",
+    "tests/kernels/test_weight_standardization.py", "tests/kernels/views/test_draw.py", "tests/kernels/views/test_table.py",
+    "tests/test_views.py",
 )  # fmt: skip
 # Of a claim each: SGD collapses and stays, LARS .2 recovers, LARS .1 does not, layer1 and layer2 alone, rates .5 and .1.
 CLAIMS = ("C6", "C5", "C7", "C12", "C10")
@@ -110,10 +111,10 @@ def _works(options: argparse.Namespace) -> tuple[Job, ...]:
 
 def _limits(options: argparse.Namespace) -> tuple[Job, ...]:
     """Call B: what the device gives at best, the tests that take a GPU, wrong accesses and races, and the suites."""
-    pytest = (sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-k", "not processor", "-W", "default")
+    pytest = (sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-k", "not cpu", "-W", "default")
     plugins = ("-p", "no:cacheprovider", "-p", "no:benchmark")
     spread = ("-n", "8") if importlib.util.find_spec("xdist") else ()
-    tests = ("tests/kernels/test_draw_views.py",) if options.dry else GPU_TESTS
+    tests = ("tests/kernels/views/test_draw.py",) if options.dry else GPU_TESTS
     how = ("--device", "cpu", "--quick") if options.dry else ("--device", "cuda")
     suites = ("kernels", "optimizer", "views", "step")
     bench = (sys.executable, "-m", "fastbyol.cli", "bench", *suites, *how, "--out", "{out}/bench.json")
@@ -139,7 +140,7 @@ def _runs(options: argparse.Namespace) -> tuple[Job, ...]:
     """Call C: whole epochs with their ends, then the claims, on images that were carried and on textures."""
 
     def run(what: str, name: str, *words: str, most_s: float) -> Job:
-        modules = (*FASTBYOL, "ffcv", "typer", "rich")
+        modules = (*FASTBYOL, "typer", "rich")
         return _own("runs", name, what, "--folder", f"{{work}}/runs/{name}", *words, most_s=most_s, modules=modules)
 
     def claims(name: str, precision: str, *files: str, most_s: float) -> Job:

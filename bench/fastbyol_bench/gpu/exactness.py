@@ -28,7 +28,8 @@ from fastbyol_bench.gpu.rows import Rows
 from fastbyol_bench.gpu.rows import parser as job_parser
 from fastbyol_bench.harness import Flush
 from fastbyol_bench.kernel_times import recorded
-from fastbyol_kernels import group_norm, lars_ema, two_views
+from fastbyol_kernels import group_norm, lars_ema
+from fastbyol_kernels import views as view_kernels
 from fastbyol_kernels import weight_standardization as ws
 
 # ResNet-18's activations at 96 px: side, channels, with a residual.
@@ -123,13 +124,14 @@ def weights(bench: Bench, state: TrainState) -> None:
     (group,) = (group for group in state.standardized.groups if group.gradient is not None)
     assert group.gradient is not None
     group.renew()
-    flat = group.flat.detach().double().requires_grad_()
-    exact = ws.reference_rows(flat, group.table, torch.float64)
+    flat, exact, means, stds = (t.detach().double() for t in (group.flat, group.copy, group.means, group.stds))
+    ws.standardize_rows(exact, means, stds, flat, group.table, kernels="reference")
     moved = ws.bytes_moved(group.table, group.copy.itemsize)
     bench.say("weight standardization, forward", {"err": off(group.copy, exact)}, BF16, group.renew, moved)
     group.gradient.normal_()
-    (exact_gradient,) = torch.autograd.grad(exact, flat, group.gradient.double())
-    out = torch.zeros_like(group.flat)
+    out, exact_gradient = torch.zeros_like(group.flat), torch.zeros_like(flat)
+    upstream = group.gradient.double()
+    ws.standardize_rows_backward(exact_gradient, upstream, flat, means, stds, group.table, kernels="reference")
     group.write_gradient(out)
     moved = ws.bytes_moved(group.table, group.copy.itemsize, backward=True)
     bench.say(
@@ -189,7 +191,7 @@ def _pixels(bench: Bench, batch: Batch, table: Tensor, blur: str) -> None:
     part = slice(0, SAMPLES)
     few = table[:, part].contiguous()
     exact = views.apply(batch.images[part], few, config, torch.float64, kernels="reference")
-    moved = two_views.bytes_moved(2, stand.batch, size, size, size, 2)
+    moved = view_kernels.bytes_moved(2, stand.batch, size, size, size, 2)
     bench.say(f"two views, blur {blur}", {"err": off(make()[:, part], exact)}, BF16, make, moved)
 
 

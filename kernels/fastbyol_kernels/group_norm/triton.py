@@ -1,20 +1,13 @@
-"""Group norm over channels-last activations with optional residual and ReLU, statistics in at least fp32.
+"""Group norm on a GPU, in Triton.
 
-    y = relu((x - mean) / sqrt(var + eps) * weight + bias + residual)
-
-mean and biased variance over a group's channels and all pixels. One group is layer norm over (C, H, W).
-Source: Wu & He, "Group Normalization", arXiv:1803.08494; eps = 1e-5 (torch's default).
-
-Kernels. Groups are independent, so a program takes one sample and a slab of whole groups, at least 64 bytes wide (two DRAM
-sectors; a single group of 64 channels in 32 would be 4). It reads the slab once for the statistics and once more, backwards,
-to normalise: the second reading comes from the SM's own cache or the L2, so the device memory moves each byte once. Samples
-too large for that are cut into runs of pixels, with the statistics of each run written by a first launch.
+Groups are independent, so a program takes one sample and a slab of whole groups, at least 64 bytes wide (two DRAM sectors; a
+single group of 64 channels in 32 would be 4). It reads the slab once for the statistics and once more, backwards, to
+normalise: the second reading comes from the SM's own cache or the L2, so the device memory moves each byte once. Samples too
+large for that are cut into runs of pixels, with the statistics of each run written by a first launch.
 
 The backward pass saves mean and rstd only. Without a residual it recomputes the ReLU's mask from x, bit for bit; with one it
 reads y, which the next layer keeps anyway, instead of the residual, which no one may. It needs, per sample and channel, the
 sums of the gradient g and of g * x_hat: the gradients of bias and weight are their sums over samples, in a fixed order.
-
-On a CPU ``group_norm_processor`` does the same in machine code.
 
 Letters: N samples, C channels, H W pixels, G groups, K runs of pixels of a sample (1 if it is not cut).
 """
@@ -28,35 +21,12 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.nn import functional as F
-
-from fastbyol_kernels.dispatch import dispatch, is_transformed
-
-EPS = 1e-5
-DTYPES = (torch.bfloat16, torch.float32)
 
 
-def reference(
-    x: Tensor,
-    num_groups: int,
-    weight: Tensor,
-    bias: Tensor,
-    eps: float = EPS,
-    *,
-    residual: Tensor | None = None,
-    relu: bool = False,
-) -> Tensor:
-    """The formula above through torch's group norm, which keeps channels-last on a CPU but not on every device."""
-    wide = x if x.dtype == torch.float64 else x.float()
-    y = F.group_norm(wide, num_groups, weight, bias, eps)
-    if residual is not None:
-        y = y + residual
-    if relu:
-        y = F.relu(y)
-    y = y.to(x.dtype)
-    if x.ndim != 4 or is_transformed():  # torch.func.vmap knows no memory formats
-        return y
-    return y.contiguous(memory_format=torch.channels_last)
+@triton.jit
+def _slab(C: tl.constexpr, SLAB: tl.constexpr):
+    """Return this program's slab and sample."""
+    return tl.program_id(0) % (C // SLAB), (tl.program_id(0) // (C // SLAB)).to(tl.int64)
 
 
 @triton.jit
@@ -94,17 +64,10 @@ def _by_channel(values, PER_GROUP: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_G:
 
 @triton.jit
 def _moments(
-    x,
-    first,
-    stop,
-    slab,
-    C: tl.constexpr,
-    SLAB: tl.constexpr,
-    PER_GROUP: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    BLOCK_C: tl.constexpr,
+    x, first, stop, slab,
+    C: tl.constexpr, SLAB: tl.constexpr, PER_GROUP: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
     BLOCK_G: tl.constexpr,
-):
+):  # fmt: skip
     """Mean and sum of squared deviations per group over pixels [first, stop) of a sample.
 
     Welford's recurrence in every lane of the tile, then Chan's combination of the lanes: no cancellation at any mean.
@@ -128,21 +91,10 @@ def _moments(
 
 @triton.jit
 def _write_normalised(
-    x,
-    residual,
-    y,
-    first,
-    stop,
-    slab,
-    scale,
-    shift,
-    C: tl.constexpr,
-    SLAB: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    RESIDUAL: tl.constexpr,
+    x, residual, y, first, stop, slab, scale, shift,
+    C: tl.constexpr, SLAB: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, RESIDUAL: tl.constexpr,
     RELU: tl.constexpr,
-):
+):  # fmt: skip
     """y = relu(x * scale + shift + residual), last pixels first: they were read last and are nearest."""
     blocks = tl.cdiv(stop - first, BLOCK_P)
     for step in range(blocks):
@@ -174,27 +126,12 @@ def _line(mean, rstd, gamma, beta):
 
 @triton.jit
 def _forward_kernel(
-    x,
-    residual,
-    weight,
-    bias,
-    y,
-    mean_out,
-    rstd_out,
-    num_pixels,
-    eps,
-    C: tl.constexpr,
-    SLAB: tl.constexpr,
-    PER_GROUP: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_G: tl.constexpr,
-    RESIDUAL: tl.constexpr,
-    RELU: tl.constexpr,
-):
+    x, residual, weight, bias, y, mean_out, rstd_out, num_pixels, eps,
+    C: tl.constexpr, SLAB: tl.constexpr, PER_GROUP: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK_G: tl.constexpr, RESIDUAL: tl.constexpr, RELU: tl.constexpr,
+):  # fmt: skip
     """One sample's slab per program."""
-    slab = tl.program_id(0) % (C // SLAB)
-    sample = (tl.program_id(0) // (C // SLAB)).to(tl.int64)
+    slab, sample = _slab(C, SLAB)
     base = sample * num_pixels * C
     mean, m2 = _moments(x + base, 0, num_pixels, slab, C, SLAB, PER_GROUP, BLOCK_P, BLOCK_C, BLOCK_G)
     rstd = 1.0 / tl.sqrt(m2 / (num_pixels * PER_GROUP) + eps)
@@ -214,20 +151,12 @@ def _forward_kernel(
 
 @triton.jit
 def _moments_kernel(
-    x,
-    partial,
-    num_pixels,
-    run,
-    C: tl.constexpr,
-    SLAB: tl.constexpr,
-    PER_GROUP: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    BLOCK_C: tl.constexpr,
+    x, partial, num_pixels, run,
+    C: tl.constexpr, SLAB: tl.constexpr, PER_GROUP: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
     BLOCK_G: tl.constexpr,
-):
+):  # fmt: skip
     """One run of pixels of one slab per program; ``partial`` (N, K, 2, G) takes its mean and squared deviations."""
-    slab = tl.program_id(0) % (C // SLAB)
-    sample = (tl.program_id(0) // (C // SLAB)).to(tl.int64)
+    slab, sample = _slab(C, SLAB)
     first = tl.program_id(1) * run
     stop = tl.minimum(first + run, num_pixels)
     base = sample * num_pixels * C
@@ -241,30 +170,12 @@ def _moments_kernel(
 
 @triton.jit
 def _normalise_kernel(
-    x,
-    residual,
-    weight,
-    bias,
-    partial,
-    y,
-    mean_out,
-    rstd_out,
-    num_pixels,
-    run,
-    eps,
-    C: tl.constexpr,
-    SLAB: tl.constexpr,
-    PER_GROUP: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_G: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    RESIDUAL: tl.constexpr,
-    RELU: tl.constexpr,
-):
+    x, residual, weight, bias, partial, y, mean_out, rstd_out, num_pixels, run, eps,
+    C: tl.constexpr, SLAB: tl.constexpr, PER_GROUP: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK_G: tl.constexpr, BLOCK_K: tl.constexpr, RESIDUAL: tl.constexpr, RELU: tl.constexpr,
+):  # fmt: skip
     """One run of pixels of one slab per program. Each combines the runs' statistics for itself; the first writes them."""
-    slab = tl.program_id(0) % (C // SLAB)
-    sample = (tl.program_id(0) // (C // SLAB)).to(tl.int64)
+    slab, sample = _slab(C, SLAB)
     num_runs = tl.num_programs(1)
     groups = tl.arange(0, BLOCK_G)
     runs = tl.arange(0, BLOCK_K)
@@ -308,23 +219,10 @@ def _through_relu(dy, y, offsets, mask, value, scale, shift, RESIDUAL: tl.conste
 
 @triton.jit
 def _gradient_sums(
-    dy,
-    x,
-    y,
-    first,
-    stop,
-    slab,
-    mean,
-    rstd,
-    gamma,
-    beta,
-    C: tl.constexpr,
-    SLAB: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    RESIDUAL: tl.constexpr,
+    dy, x, y, first, stop, slab, mean, rstd, gamma, beta,
+    C: tl.constexpr, SLAB: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, RESIDUAL: tl.constexpr,
     RELU: tl.constexpr,
-):
+):  # fmt: skip
     """Sums over pixels [first, stop), per channel, of the gradient g and of g * x_hat."""
     scale, shift = _line(mean, rstd, gamma, beta)
     total = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
@@ -340,30 +238,10 @@ def _gradient_sums(
 
 @triton.jit
 def _write_gradient(
-    dy,
-    x,
-    y,
-    dx,
-    dresidual,
-    first,
-    stop,
-    slab,
-    mean,
-    rstd,
-    gamma,
-    beta,
-    total,
-    weighted,
-    count,
-    C: tl.constexpr,
-    SLAB: tl.constexpr,
-    PER_GROUP: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_G: tl.constexpr,
-    RESIDUAL: tl.constexpr,
-    RELU: tl.constexpr,
-):
+    dy, x, y, dx, dresidual, first, stop, slab, mean, rstd, gamma, beta, total, weighted, count,
+    C: tl.constexpr, SLAB: tl.constexpr, PER_GROUP: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK_G: tl.constexpr, RESIDUAL: tl.constexpr, RELU: tl.constexpr,
+):  # fmt: skip
     """dx = rstd * (gamma g - mean of gamma g - x_hat * mean of gamma g x_hat), means over the group; last pixels first."""
     scale, shift = _line(mean, rstd, gamma, beta)
     of_total = _by_group(gamma * total, PER_GROUP, BLOCK_C, BLOCK_G)
@@ -400,29 +278,12 @@ def _store_sums(sums, row, total, weighted, slab, C: tl.constexpr, SLAB: tl.cons
 
 @triton.jit
 def _backward_kernel(
-    dy,
-    x,
-    y,
-    weight,
-    bias,
-    mean,
-    rstd,
-    dx,
-    dresidual,
-    sums,
-    num_pixels,
-    C: tl.constexpr,
-    SLAB: tl.constexpr,
-    PER_GROUP: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_G: tl.constexpr,
-    RESIDUAL: tl.constexpr,
-    RELU: tl.constexpr,
-):
+    dy, x, y, weight, bias, mean, rstd, dx, dresidual, sums, num_pixels,
+    C: tl.constexpr, SLAB: tl.constexpr, PER_GROUP: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK_G: tl.constexpr, RESIDUAL: tl.constexpr, RELU: tl.constexpr,
+):  # fmt: skip
     """One sample's slab per program; ``sums`` (N, 2, C) takes its part of the gradients of weight and bias."""
-    slab = tl.program_id(0) % (C // SLAB)
-    sample = (tl.program_id(0) // (C // SLAB)).to(tl.int64)
+    slab, sample = _slab(C, SLAB)
     base = sample * num_pixels * C
     mu, r = _statistics(mean, rstd, sample, slab, C, SLAB, PER_GROUP, BLOCK_C)
     gamma, beta = _affine(weight, bias, slab, SLAB, BLOCK_C)
@@ -441,27 +302,12 @@ def _backward_kernel(
 
 @triton.jit
 def _gradient_sums_kernel(
-    dy,
-    x,
-    y,
-    weight,
-    bias,
-    mean,
-    rstd,
-    sums,
-    num_pixels,
-    run,
-    C: tl.constexpr,
-    SLAB: tl.constexpr,
-    PER_GROUP: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    RESIDUAL: tl.constexpr,
-    RELU: tl.constexpr,
-):
+    dy, x, y, weight, bias, mean, rstd, sums, num_pixels, run,
+    C: tl.constexpr, SLAB: tl.constexpr, PER_GROUP: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+    RESIDUAL: tl.constexpr, RELU: tl.constexpr,
+):  # fmt: skip
     """One run of pixels of one slab per program; ``sums`` (N * K, 2, C) takes its sums."""
-    slab = tl.program_id(0) % (C // SLAB)
-    sample = (tl.program_id(0) // (C // SLAB)).to(tl.int64)
+    slab, sample = _slab(C, SLAB)
     first = tl.program_id(1) * run
     base = sample * num_pixels * C
     mu, r = _statistics(mean, rstd, sample, slab, C, SLAB, PER_GROUP, BLOCK_C)
@@ -475,31 +321,12 @@ def _gradient_sums_kernel(
 
 @triton.jit
 def _gradient_kernel(
-    dy,
-    x,
-    y,
-    weight,
-    bias,
-    mean,
-    rstd,
-    sums,
-    dx,
-    dresidual,
-    num_pixels,
-    run,
-    C: tl.constexpr,
-    SLAB: tl.constexpr,
-    PER_GROUP: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_G: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    RESIDUAL: tl.constexpr,
-    RELU: tl.constexpr,
-):
+    dy, x, y, weight, bias, mean, rstd, sums, dx, dresidual, num_pixels, run,
+    C: tl.constexpr, SLAB: tl.constexpr, PER_GROUP: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK_G: tl.constexpr, BLOCK_K: tl.constexpr, RESIDUAL: tl.constexpr, RELU: tl.constexpr,
+):  # fmt: skip
     """One run of pixels of one slab per program, which adds up the runs' sums for itself."""
-    slab = tl.program_id(0) % (C // SLAB)
-    sample = (tl.program_id(0) // (C // SLAB)).to(tl.int64)
+    slab, sample = _slab(C, SLAB)
     num_runs = tl.num_programs(1)
     channels = tl.arange(0, BLOCK_C)
     total = tl.zeros((BLOCK_C,), tl.float32)
@@ -574,9 +401,10 @@ class Launch:
 
 
 def launch(num_pixels: int, channels: int, num_groups: int, element_bytes: int, num_read: int, max_bytes: int) -> Launch:
-    """The launch for samples of (``num_pixels``, ``channels``) when ``num_read`` tensors are read twice."""
+    """Plan the launch for samples of (``num_pixels``, ``channels``) when ``num_read`` tensors are read twice."""
     per_group = channels // num_groups
-    slabs = [s for s in _powers(channels) if s % per_group == 0 and channels % s == 0 and s * element_bytes >= MIN_SLAB_BYTES]
+    powers = [1 << e for e in range(channels.bit_length())]
+    slabs = [s for s in powers if s % per_group == 0 and channels % s == 0 and s * element_bytes >= MIN_SLAB_BYTES]
     slab = next((s for s in slabs if s * element_bytes * num_pixels >= ENOUGH_BYTES), channels)
     row_bytes = slab * element_bytes * num_read
     run = num_pixels
@@ -587,130 +415,82 @@ def launch(num_pixels: int, channels: int, num_groups: int, element_bytes: int, 
     per_warp = 32 * (PER_THREAD_FORWARD if num_read == 1 else PER_THREAD_BACKWARD)
     block_p = max(1, min(triton.next_power_of_2(run), num_warps * per_warp // block_c))
     num_warps = min(num_warps, max(1, block_p * block_c // per_warp))
-    return Launch(
-        slab, -(-num_pixels // run), run, block_p, block_c, triton.next_power_of_2(slab // per_group), num_warps
-    )  # fmt: skip
-
-
-def _powers(limit: int) -> list[int]:
-    return [1 << e for e in range(limit.bit_length()) if 1 << e <= limit]
+    return Launch(slab, -(-num_pixels // run), run, block_p, block_c, triton.next_power_of_2(slab // per_group), num_warps)
 
 
 @torch.library.custom_op("fastbyol::group_norm", mutates_args=())
-def _group_norm(
+def triton_group_norm(
     x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, num_groups: int, eps: float, relu: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """y, and mean and rstd (N, G)."""
+    """Return y, and mean and rstd (N, G), of what ``group_norm`` has checked."""
     n, c, h, w = x.shape
     y = torch.empty_like(x)
     mean, rstd = (torch.empty((n, num_groups), dtype=torch.float32, device=x.device) for _ in range(2))
     plan = launch(h * w, c, num_groups, x.element_size(), 1, MAX_BYTES_FORWARD)
     grid = (n * (c // plan.slab), plan.num_runs)
-    tile = _constants(plan, c, num_groups)
+    tile, options = _tile_of(plan, c, num_groups), _options(plan)
     flags = {"RESIDUAL": residual is not None, "RELU": relu}
-    added = x if residual is None else residual
+    read = (x, x if residual is None else residual, weight, bias)
     if plan.num_runs == 1:
-        _forward_kernel[grid](
-            x, added, weight, bias, y, mean, rstd, h * w, eps, **tile, **flags, **_options(plan)
-        )  # fmt: skip
+        _forward_kernel[grid](*read, y, mean, rstd, h * w, eps, **tile, **flags, **options)
         return y, mean, rstd
     partial = torch.empty((n, plan.num_runs, 2, num_groups), dtype=torch.float32, device=x.device)
-    _moments_kernel[grid](x, partial, h * w, plan.run, **tile, **_options(plan))
-    block_k = triton.next_power_of_2(plan.num_runs)
-    _normalise_kernel[grid](
-        x, added, weight, bias, partial, y, mean, rstd, h * w, plan.run, eps,
-        **tile, **flags, BLOCK_K=block_k, **_options(plan),
-    )  # fmt: skip
+    _moments_kernel[grid](x, partial, h * w, plan.run, **tile, **options)
+    flags["BLOCK_K"] = triton.next_power_of_2(plan.num_runs)
+    _normalise_kernel[grid](*read, partial, y, mean, rstd, h * w, plan.run, eps, **tile, **flags, **options)
     return y, mean, rstd
 
 
-@_group_norm.register_fake
-def _(
-    x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, num_groups: int, eps: float, relu: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    mean, rstd = (x.new_empty((x.shape[0], num_groups), dtype=torch.float32) for _ in range(2))
-    return torch.empty_like(x), mean, rstd
+@triton_group_norm.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, num_groups: int, *_: Any) -> tuple[Tensor, ...]:
+    return torch.empty_like(x), *(x.new_empty((len(x), num_groups), dtype=torch.float32) for _ in range(2))
 
 
 @torch.library.custom_op("fastbyol::group_norm_backward", mutates_args=())
 def _group_norm_backward(
-    dy: Tensor,
-    x: Tensor,
-    y: Tensor | None,
-    weight: Tensor,
-    bias: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    num_groups: int,
-    relu: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dx, the residual's gradient (empty unless ``y`` is given) and those of weight and bias (2, C).
+    dy: Tensor, x: Tensor, y: Tensor | None, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor,
+    num_groups: int, relu: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Return dx, the residual's gradient (empty without ``y``), and those of weight and bias (2, C).
 
-    ``y`` is given where a residual was added before the ReLU.
+    ``y`` is passed where a residual was added before the ReLU.
     """
     n, c, h, w = x.shape
-    residual = y is not None
     dx = torch.empty_like(x)
-    dresidual = torch.empty_like(x) if residual else x.new_empty(0)
-    plan = launch(h * w, c, num_groups, x.element_size(), 3 if residual else 2, MAX_BYTES_BACKWARD)
+    dresidual = x.new_empty(0) if y is None else torch.empty_like(x)
+    plan = launch(h * w, c, num_groups, x.element_size(), 2 if y is None else 3, MAX_BYTES_BACKWARD)
     grid = (n * (c // plan.slab), plan.num_runs)
-    tile = _constants(plan, c, num_groups)
-    flags = {"RESIDUAL": residual, "RELU": relu}
+    tile, options = _tile_of(plan, c, num_groups), _options(plan)
+    flags = {"RESIDUAL": y is not None, "RELU": relu}
     sums = torch.empty((n * plan.num_runs, 2, c), dtype=torch.float32, device=x.device)
     read = (dy, x, x if y is None else y, weight, bias, mean, rstd)
-    written = (dx, dresidual if residual else dx)
+    written = (dx, dx if y is None else dresidual)
     if plan.num_runs == 1:
-        _backward_kernel[grid](*read, *written, sums, h * w, **tile, **flags, **_options(plan))
+        _backward_kernel[grid](*read, *written, sums, h * w, **tile, **flags, **options)
     else:
-        ungrouped = {name: value for name, value in tile.items() if name != "BLOCK_G"}
-        _gradient_sums_kernel[grid](*read, sums, h * w, plan.run, **ungrouped, **flags, **_options(plan))
-        _gradient_kernel[grid](
-            *read, sums, *written, h * w, plan.run, **tile, **flags, BLOCK_K=_runs_per_step(plan), **_options(plan)
-        )  # fmt: skip
+        block_g = tile.pop("BLOCK_G")
+        _gradient_sums_kernel[grid](*read, sums, h * w, plan.run, **tile, **flags, **options)
+        # Runs whose sums a program adds at a time: a tile like its others.
+        block_k = max(1, min(triton.next_power_of_2(plan.num_runs), plan.num_warps * 32 * PER_THREAD_BACKWARD // plan.block_c))
+        tile |= {"BLOCK_G": block_g, "BLOCK_K": block_k}
+        _gradient_kernel[grid](*read, sums, *written, h * w, plan.run, **tile, **flags, **options)
     affine = torch.empty((2, c), dtype=torch.float32, device=x.device)
     _sum_rows_kernel[(triton.cdiv(2 * c, SUM_COLUMNS),)](
-        sums,
-        affine,
-        len(sums),
-        2 * c,
-        BLOCK_R=SUM_ROWS,
-        BLOCK_C=SUM_COLUMNS,
-        num_warps=SUM_WARPS,
-        enable_fp_fusion=True,
-    )
+        sums, affine, len(sums), 2 * c,
+        BLOCK_R=SUM_ROWS, BLOCK_C=SUM_COLUMNS, num_warps=SUM_WARPS, enable_fp_fusion=True,
+    )  # fmt: skip
     return dx, dresidual, affine
 
 
 @_group_norm_backward.register_fake
-def _(
-    dy: Tensor,
-    x: Tensor,
-    y: Tensor | None,
-    weight: Tensor,
-    bias: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    num_groups: int,
-    relu: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(dy: Tensor, x: Tensor, y: Tensor | None, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     dresidual = x.new_empty(0) if y is None else torch.empty_like(x)
     return torch.empty_like(x), dresidual, x.new_empty((2, x.shape[1]), dtype=torch.float32)
 
 
-def _constants(plan: Launch, channels: int, num_groups: int) -> dict[str, int]:
-    return {
-        "C": channels,
-        "SLAB": plan.slab,
-        "PER_GROUP": channels // num_groups,
-        "BLOCK_P": plan.block_p,
-        "BLOCK_C": plan.block_c,
-        "BLOCK_G": plan.block_g,
-    }
-
-
-def _runs_per_step(plan: Launch) -> int:
-    """Runs whose sums a program of the second backward launch adds at a time: a tile like its others."""
-    return max(1, min(triton.next_power_of_2(plan.num_runs), plan.num_warps * 32 * PER_THREAD_BACKWARD // plan.block_c))
+def _tile_of(plan: Launch, channels: int, num_groups: int) -> dict[str, int]:
+    blocks = {"BLOCK_P": plan.block_p, "BLOCK_C": plan.block_c, "BLOCK_G": plan.block_g}
+    return {"C": channels, "SLAB": plan.slab, "PER_GROUP": channels // num_groups, **blocks}
 
 
 def _options(plan: Launch) -> dict[str, int]:
@@ -733,92 +513,4 @@ def _backward(ctx: Any, dy: Tensor, _mean: Tensor, _rstd: Tensor) -> tuple[Tenso
     return dx, affine[0], affine[1], dresidual if ctx.residual else None, None, None, None
 
 
-_group_norm.register_autograd(_backward, setup_context=_save)
-
-
-def group_norm(
-    x: Tensor,
-    num_groups: int,
-    weight: Tensor,
-    bias: Tensor,
-    eps: float = EPS,
-    *,
-    residual: Tensor | None = None,
-    relu: bool = False,
-    kernels: str = "auto",
-) -> Tensor:
-    """relu(group norm of ``x`` + ``residual``), either of the two optional, in ``num_groups`` groups of adjacent channels.
-
-    ``x`` (N, C, H, W) or (N, C); ``residual`` has its shape and dtype. ``weight`` and ``bias`` (C,) have the dtype of the
-    statistics: fp64 for fp64 ``x``, else fp32. Returns x's shape and dtype, in channels-last memory format where x has four
-    dimensions. Differentiable once in all four tensors.
-
-    ``kernels``: "reference" (plain torch), "triton" (bf16 or fp32 in channels-last; on a CPU only in Triton's interpreter),
-    "cpu" (a CPU's machine code, for the same), or "auto", which is "triton" for CUDA tensors and else "cpu", or the
-    reference for what is not channels-last. fp64, (N, C) and what does not run at once on a CPU
-    (``dispatch.at_once``) always take the reference. Raises ValueError, naming the argument, for what does not fit.
-    """
-    _check(x, num_groups, weight, bias, residual)
-    chosen = dispatch(kernels, "x", x, weight, bias, residual)
-    if chosen == "reference" or x.ndim == 2:
-        return reference(x, num_groups, weight, bias, eps, residual=residual, relu=relu)
-    if chosen == "cpu" and kernels == "auto" and _misfit(x, weight, bias, residual):
-        return reference(x, num_groups, weight, bias, eps, residual=residual, relu=relu)
-    _check_kernel(x, weight, bias, residual)
-    if x.numel() == 0:
-        return reference(x, num_groups, weight, bias, eps, residual=residual, relu=relu)
-    if chosen == "cpu":
-        from fastbyol_kernels import group_norm_processor  # numba: who has a GPU need not wait for it
-
-        return group_norm_processor.group_norm(x, weight, bias, residual, num_groups, eps, relu=relu)
-    y: Tensor = _group_norm(x, weight, bias, residual, num_groups, eps, relu)[0]
-    return y
-
-
-def _check(x: Tensor, num_groups: int, weight: Tensor, bias: Tensor, residual: Tensor | None) -> None:
-    if x.ndim not in (2, 4):
-        raise ValueError(f"x must be (N, C, H, W) or (N, C), not of {x.ndim} dimensions")
-    if not x.is_floating_point():
-        raise ValueError(f"x must be of floating point numbers, not {x.dtype}")
-    channels = x.shape[1]
-    if num_groups < 1 or channels % num_groups:
-        raise ValueError(f"num_groups is {num_groups}, which does not divide x's {channels} channels")
-    for name, tensor in (("weight", weight), ("bias", bias)):
-        if tensor.shape != (channels,):
-            raise ValueError(f"{name} must be ({channels},), not {tuple(tensor.shape)}")
-    if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
-        raise ValueError(f"residual must be as x, {tuple(x.shape)} {x.dtype}, not {tuple(residual.shape)} {residual.dtype}")
-
-
-def _check_kernel(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None) -> None:
-    wrong = _misfit(x, weight, bias, residual)
-    if wrong is not None:
-        raise ValueError(wrong)
-
-
-def _misfit(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None) -> str | None:
-    """What keeps the kernels from taking these, None if nothing does."""
-    if x.dtype not in DTYPES:
-        return f"x must be bfloat16 or float32 for the kernels, not {x.dtype}"
-    named = {"x": x, "weight": weight, "bias": bias} | ({} if residual is None else {"residual": residual})
-    for name, tensor in named.items():
-        if tensor.device != x.device:
-            return f"{name} is on {tensor.device}, x on {x.device}"
-        if tensor.ndim == 1 and tensor.dtype != torch.float32:
-            return f"{name} must be float32 for the kernels, not {tensor.dtype}"
-        if not tensor.is_contiguous(memory_format=torch.channels_last if tensor.ndim == 4 else torch.contiguous_format):
-            return f"{name} must be {'channels-last' if tensor.ndim == 4 else 'contiguous'}: strides {tensor.stride()}"
-    return None
-
-
-def bytes_moved(
-    shape: tuple[int, int, int, int], element_bytes: int, *, residual: bool = False, relu: bool = False, backward: bool = False
-) -> int:
-    """Bytes that one pass must read and write when every element crosses the memory bus once; statistics are left out.
-
-    Forward x and the residual in, y out. Backward dy and x in, dx out; y in and the residual's gradient out where a residual
-    went into a ReLU (without the ReLU the residual's gradient is dy itself).
-    """
-    n, c, h, w = shape
-    tensors = (3 + 2 * (residual and relu)) if backward else (2 + residual)
-    return n * c * h * w * element_bytes * tensors
+triton_group_norm.register_autograd(_backward, setup_context=_save)

@@ -15,9 +15,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastbyol_kernels import draw_views as op
-from fastbyol_kernels.draw_views import Distribution, draw_views
-from fastbyol_kernels.two_views_config import Column
+from fastbyol_kernels.views import Distribution, draw, draw_views
+from fastbyol_kernels.views.table import Column
 
 # Nothing here is a short binary number.
 UNEVEN = Distribution(
@@ -88,7 +87,7 @@ def test_empty_batch(device: torch.device) -> None:
 def test_no_float64_operation_is_contracted() -> None:
     """The PTX that a GPU gets holds each product and sum with its own rounding, which ptxas has to respect."""
     code = (
-        "import torch\nfrom fastbyol_kernels import ahead_of_time\nfrom test_draw_views import UNEVEN, draw_views\n"
+        "import torch\nfrom fastbyol_kernels import ahead_of_time\nfrom test_draw import UNEVEN, draw_views\n"
         "with ahead_of_time.recording(90) as launches:\n"
         "    draw_views(UNEVEN, torch.arange(8), seed=1, epoch=2, height=96, width=96, kernels='triton')\n"
         "print(launches[0].compiled.asm['ptx'])"
@@ -110,13 +109,13 @@ def test_no_float64_operation_is_contracted() -> None:
 
 def test_opcheck_and_compile(device: torch.device) -> None:
     ids, seed, epoch = torch.arange(5, device=device), torch.tensor(1, device=device), torch.tensor(2, device=device)
-    numbers = op._numbers(UNEVEN, 9, 9)
-    torch.library.opcheck(torch.ops.fastbyol.draw_views, (ids, seed, epoch, 9, 9, 2, *numbers))
+    numbers = draw._numbers(UNEVEN, 9, 9)
+    torch.library.opcheck(torch.ops.fastbyol.draw_views, (ids, seed, epoch, 2, 9, 9, *numbers))
 
-    def draw() -> torch.Tensor:
+    def more() -> torch.Tensor:
         return draw_views(UNEVEN, ids, seed=seed, epoch=epoch, height=9, width=9, kernels="triton") + 1
 
-    assert torch.equal(torch.compile(draw, fullgraph=True, backend="aot_eager")(), draw())
+    assert torch.equal(torch.compile(more, fullgraph=True, backend="aot_eager")(), more())
 
 
 @pytest.mark.parametrize(
@@ -144,7 +143,3 @@ def test_kernels_on_a_cpu_need_the_interpreter(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr("fastbyol_kernels.dispatch.TRITON_ON_CPU", False)
     with pytest.raises(ValueError, match="TRITON_INTERPRET"):
         draw_views(UNEVEN, torch.arange(3), seed=0, epoch=0, height=8, width=8, kernels="triton")
-
-
-def test_bytes_moved() -> None:
-    assert op.bytes_moved(2, 256) == 256 * 8 + 512 * 52

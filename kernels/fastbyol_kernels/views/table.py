@@ -1,4 +1,4 @@
-"""The parameter table of the two views: its columns, their meaning and their constants. See two_views.py."""
+"""The parameter table of the two views: its columns, their meaning and their constants."""
 
 from __future__ import annotations
 
@@ -21,10 +21,9 @@ class Column(IntEnum):
     HUE = 9  # shift in turns, -0.5..0.5, identity 0
     GRAYSCALE = 10  # 0 or 1
     BLUR_SIGMA = 11  # standard deviation in pixels of the view, 0 is none
-    SOLARIZE = 12  # 0 or 1: invert what is not below SOLARIZE_THRESHOLD
+    SOLARIZE = 12  # 0 or 1: invert what is not below 1/2 (byol, appendix B)
 
 
 JITTER_ORDERS = tuple(itertools.permutations((Column.BRIGHTNESS, Column.CONTRAST, Column.SATURATION, Column.HUE)))
 JITTER_IDENTITY = (1.0, 1.0, 1.0, 0.0)  # of BRIGHTNESS .. HUE
 LUMA = (0.2989, 0.587, 0.114)  # torchvision's rgb_to_grayscale
-SOLARIZE_THRESHOLD = 0.5  # 128 of 256 (byol, appendix B)

@@ -14,22 +14,23 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torchvision.transforms.v2.functional as reference
+import torchvision.transforms.v2.functional as torchvision
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageFilter
 from torch import Tensor
 
-from fastbyol_kernels import two_views as op
-from fastbyol_kernels.two_views import JITTER_ORDERS, Column, launch, two_views
+from fastbyol_kernels.views import bytes_moved, reference, triton, two_views
+from fastbyol_kernels.views.table import JITTER_ORDERS, Column
+from fastbyol_kernels.views.triton import launch
 
 # The promise is 2/255. float32 needs far less: some 20 roundings of 6e-8, and tap positions to 4e-6 pixels on noise.
 TOLERANCE = 2e-5
 JITTER = {
-    Column.BRIGHTNESS: reference.adjust_brightness,
-    Column.CONTRAST: reference.adjust_contrast,
-    Column.SATURATION: reference.adjust_saturation,
-    Column.HUE: reference.adjust_hue,
+    Column.BRIGHTNESS: torchvision.adjust_brightness,
+    Column.CONTRAST: torchvision.adjust_contrast,
+    Column.SATURATION: torchvision.adjust_saturation,
+    Column.HUE: torchvision.adjust_hue,
 }
 FACTORS = {Column.BRIGHTNESS: 1.3, Column.CONTRAST: 0.65, Column.SATURATION: 1.4, Column.HUE: -0.09}
 
@@ -88,8 +89,8 @@ def test_crop_resize_and_flip(data: st.DataObject, height: int, width: int, size
     top, left = data.draw(st.integers(0, height - box_height)), data.draw(st.integers(0, width - box_width))
 
     def expected(x: Tensor) -> Tensor:
-        x = reference.resized_crop(x, top, left, box_height, box_width, [size, size], antialias=True)
-        return reference.horizontal_flip(x) if flip else x
+        x = torchvision.resized_crop(x, top, left, box_height, box_width, [size, size], antialias=True)
+        return torchvision.horizontal_flip(x) if flip else x
 
     box = {Column.TOP: top, Column.LEFT: left, Column.HEIGHT: box_height, Column.WIDTH: box_width, Column.FLIP: float(flip)}
     assert_is(expected, box, torch.device("cpu"), shape=(height, width), size=size)
@@ -110,7 +111,7 @@ def test_hue_on_every_corner_edge_and_face_of_the_colour_cube(device: torch.devi
     for shift in torch.linspace(-0.5, 0.5, 25).tolist():
         rows = table(27, 27, {Column.HUE: shift})[:1, :1]
         views = two_views(cube.to(device), rows.to(device), size=27).cpu()
-        expected = reference.adjust_hue(floats(cube), shift)
+        expected = torchvision.adjust_hue(floats(cube), shift)
         torch.testing.assert_close(views[0].double(), expected, rtol=0.0, atol=TOLERANCE)
 
 
@@ -130,7 +131,7 @@ def test_the_orders_are_all_permutations() -> None:
 
 
 def test_grayscale(device: torch.device) -> None:
-    assert_is(lambda x: reference.rgb_to_grayscale(x, 3), {Column.GRAYSCALE: 1.0}, device)
+    assert_is(lambda x: torchvision.rgb_to_grayscale(x, 3), {Column.GRAYSCALE: 1.0}, device)
 
 
 @pytest.mark.parametrize("kernel", [1, 3, 9, 23, 47])
@@ -138,7 +139,7 @@ def test_grayscale(device: torch.device) -> None:
 def test_gaussian_blur(kernel: int, sigma: float, device: torch.device) -> None:
     expected = float(np.float32(sigma))
     assert_is(
-        lambda x: reference.gaussian_blur(x, [kernel, kernel], [expected, expected]),
+        lambda x: torchvision.gaussian_blur(x, [kernel, kernel], [expected, expected]),
         {Column.BLUR_SIGMA: sigma},
         device,
         blur_kernel=kernel,
@@ -172,12 +173,12 @@ def test_pil_blur_of_a_point_has_the_asked_variance(device: torch.device) -> Non
 
 
 def test_solarize(device: torch.device) -> None:
-    assert_is(lambda x: reference.solarize(x, 0.5), {Column.SOLARIZE: 1.0}, device)
+    assert_is(lambda x: torchvision.solarize(x, 0.5), {Column.SOLARIZE: 1.0}, device)
 
 
 def test_normalize(device: torch.device) -> None:
     mean, std = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
-    assert_is(lambda x: reference.normalize(x, mean, std), {}, device, mean=mean, std=std)
+    assert_is(lambda x: torchvision.normalize(x, mean, std), {}, device, mean=mean, std=std)
 
 
 def mixed_table(num_views: int, height: int, width: int) -> Tensor:
@@ -216,8 +217,8 @@ def test_a_view_depends_on_its_own_row_and_image_alone(
     for image in range(6):
         part = pixels[image : image + 1], rows[:, image : image + 1].contiguous()
         assert torch.equal(two_views(*part, size=20, blur=blur, kernels=kernels)[:, 0], together[:, image])
-    monkeypatch.setattr(op, "_PASS_BYTES_CPU", 1)
-    monkeypatch.setattr(op, "_PASS_BYTES_GPU", 1)
+    monkeypatch.setattr(reference, "_PASS_BYTES_CPU", 1)
+    monkeypatch.setattr(reference, "_PASS_BYTES_GPU", 1)
     threads = torch.get_num_threads()
     for count in (1, 3):
         torch.set_num_threads(count)
@@ -249,22 +250,6 @@ def test_strided_images_are_read_as_they_are(kernels: str, device: torch.device)
     strided = pixels.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
     read = [two_views(x, rows, size=20, kernels=kernels) for x in (strided, pixels)]
     assert torch.equal(*read)
-
-
-@pytest.mark.parametrize("channels", [4, 8, 12])
-def test_stored_channels(channels: int, device: torch.device) -> None:
-    """Zeros after the third, or 2x2 pixels side by side, whoever stores them."""
-    pixels, rows = images(12, 14).to(device), mixed_table(2, 12, 14).to(device)
-    plain = two_views(pixels, rows, size=8, kernels="reference")
-    stored = two_views(pixels, rows, size=8, channels=channels, kernels="reference")
-    assert stored.flatten(0, 1).is_contiguous(memory_format=torch.channels_last)
-    if channels == 12:
-        for y, x, colour in itertools.product(range(8), range(8), range(3)):
-            channel = 3 * (2 * (y % 2) + x % 2) + colour
-            assert torch.equal(stored[:, :, channel, y // 2, x // 2], plain[:, :, colour, y, x])
-    else:
-        assert torch.equal(stored[:, :, :3], plain)
-        assert not stored[:, :, 3:].any()
 
 
 def assert_kernels_agree(
@@ -313,11 +298,10 @@ def test_kernels_equal_the_reference(height: int, width: int, size: int, blur: s
 
 
 @pytest.mark.usefixtures("nan_filled")
-@pytest.mark.parametrize("channels", [3, 4, 8, 12])
 @pytest.mark.parametrize("blur", ["gaussian", "pil"])
-def test_kernels_equal_the_reference_in_bfloat16(channels: int, blur: str, device: torch.device) -> None:
+def test_kernels_equal_the_reference_in_bfloat16(blur: str, device: torch.device) -> None:
     pixels, rows = images(20, 15), mixed_table(2, 20, 15)
-    assert_kernels_agree(pixels, rows, device, size=14, channels=channels, blur=blur, dtype=torch.bfloat16)
+    assert_kernels_agree(pixels, rows, device, size=14, blur=blur, dtype=torch.bfloat16)
 
 
 def test_kernels_follow_all_24_orders(device: torch.device) -> None:
@@ -371,11 +355,10 @@ def test_kernels_cut_views_into_tiles_and_bands(
 ) -> None:
     """As at full size: several tiles per view, the last one short, bands whose last is short, tiles across bands' ends."""
     for name, value in (("CROP_BLOCK", 64), ("BLOCK", 32), ("MIN_ROWS", 5), ("MAX_ROWS", 5)):
-        monkeypatch.setattr(op, name, value)
+        monkeypatch.setattr(triton, name, value)
     pixels, rows = images(14, 14)[:3], mixed_table(1, 14, 14)[:, :3].contiguous()
     rows[:, :2, Column.BLUR_SIGMA] = 1.5
-    for channels in (3, 8):
-        assert_kernels_agree(pixels, rows, device, size=13, channels=channels, dtype=dtype)
+    assert_kernels_agree(pixels, rows, device, size=13, dtype=dtype)
 
 
 def test_kernels_repeat_themselves_and_a_view_depends_on_its_own_row_alone(device: torch.device) -> None:
@@ -389,54 +372,40 @@ def test_kernels_repeat_themselves_and_a_view_depends_on_its_own_row_alone(devic
         assert torch.equal(alone[:, 0], together[:, image])
 
 
-@pytest.mark.parametrize("kernels", ["auto", "triton", "reference"])
-def test_batches_are_picked_out_of_a_resident_set(kernels: str, device: torch.device) -> None:
-    resident, indices = images(10, 10).to(device), torch.tensor([4, 0, 4], device=device)
-    rows = mixed_table(2, 10, 10)[:, :3].contiguous().to(device)
-    picked = two_views(resident, rows, size=8, indices=indices, kernels=kernels)
-    assert torch.equal(picked, two_views(resident[indices], rows, size=8, kernels=kernels))
-
-
 def test_kernels_read_nothing_outside_whatever_the_table_says(device: torch.device) -> None:
-    """A box or index that lies outside is moved inside; the reference says what that gives."""
-    resident, wild = images(9, 9).to(device), table(9, 9, {})[:1, :3].to(device)
+    """A box that lies outside is moved inside; the reference says what that gives."""
+    pixels, wild = images(9, 9)[:3].to(device), table(9, 9, {})[:1, :3].to(device)
     boxes = torch.tensor([[-5.0, 3, 9, 99], [50, 2, 4, 4], [0, 8, -3, 7]])
     inside = torch.tensor([[0.0, 3, 9, 6], [8, 2, 1, 4], [0, 8, 1, 1]])
     tame = wild.clone()
     wild[0, :, : Column.WIDTH + 1], tame[0, :, : Column.WIDTH + 1] = boxes.to(device), inside.to(device)
-    got = two_views(resident, wild, size=9, indices=torch.tensor([-7, 2, 600], device=device), kernels="triton")
-    expected = two_views(resident, tame, size=9, indices=torch.tensor([0, 2, 5], device=device), kernels="reference")
+    got, expected = two_views(pixels, wild, size=9, kernels="triton"), two_views(pixels, tame, size=9, kernels="reference")
     torch.testing.assert_close(got, expected, rtol=0.0, atol=TOLERANCE)
 
 
-def test_a_processor_refuses_what_lies_outside() -> None:
-    pixels, rows = images(9, 9), table(9, 9, {})[:1, :2]
-    for indices in ([-1, 0], [0, 6]):
-        with pytest.raises(IndexError, match=r"indices must lie in \[0, 6\)"):
-            two_views(pixels, rows, size=9, indices=torch.tensor(indices), kernels="cpu")
+def test_a_cpu_refuses_what_lies_outside() -> None:
+    pixels, rows = images(9, 9)[:2], table(9, 9, {})[:1, :2]
     for column, value, words in ((Column.TOP, 1, "does not lie within"), (Column.ORDER, 24, "jitter order")):
         wild = rows.clone()
         wild[0, 1, column] = value
         with pytest.raises(ValueError, match=words):
-            two_views(pixels, wild, size=9, indices=torch.tensor([0, 1]), kernels="cpu")
+            two_views(pixels, wild, size=9, kernels="cpu")
     wide = rows.clone()
     wide[..., Column.BLUR_SIGMA] = 1.0
     with pytest.raises(ValueError, match="blur_kernel must be at most 17"):
-        two_views(pixels, wide, size=9, blur_kernel=19, indices=torch.tensor([0, 1]), kernels="cpu")
+        two_views(pixels, wide, size=9, blur_kernel=19, kernels="cpu")
     # Pillow's boxes know no such limit: they repeat the edge.
     for sigma in (9.0, 40.0):
         wide[..., Column.BLUR_SIGMA] = sigma
-        options: dict[str, Any] = {"size": 9, "blur": "pil", "indices": torch.tensor([0, 1])}
-        exact = two_views(pixels, wide, dtype=torch.float64, kernels="reference", **options)
-        got = two_views(pixels, wide, kernels="cpu", **options)
+        exact = two_views(pixels, wide, size=9, blur="pil", dtype=torch.float64, kernels="reference")
+        got = two_views(pixels, wide, size=9, blur="pil", kernels="cpu")
         torch.testing.assert_close(got.double(), exact, rtol=0.0, atol=TOLERANCE)
 
 
 def test_opcheck(device: torch.device) -> None:
     pixels, rows = images(6, 6).to(device), mixed_table(1, 6, 6).to(device)
-    indices = torch.arange(6, device=device)
-    for channels, dtype in ((3, torch.float32), (12, torch.bfloat16)):
-        arguments = (pixels, indices, rows, 4, 3, [0.0] * 3, [1.0] * 3, dtype, channels)
+    for dtype in (torch.float32, torch.bfloat16):
+        arguments = (pixels, rows, 4, 3, [0.0] * 3, [1.0] * 3, dtype)
         torch.library.opcheck(torch.ops.fastbyol.two_views, arguments)
 
 
@@ -444,7 +413,7 @@ def test_compiled_equals_eager(device: torch.device) -> None:
     pixels, rows = images(6, 6).to(device), mixed_table(1, 6, 6).to(device)
 
     def twice() -> Tensor:
-        return two_views(pixels, rows, size=4, blur_kernel=3, channels=4, kernels="triton") * 2
+        return two_views(pixels, rows, size=4, blur_kernel=3, kernels="triton") * 2
 
     assert torch.equal(torch.compile(twice, fullgraph=True, backend="aot_eager")(), twice())
 
@@ -457,12 +426,12 @@ def test_launches_cover_views(size: int, pil: bool) -> None:
         assert plan.taps_y >= 2 * side / size
         assert 1 <= plan.rows <= size
         assert plan.rows == size or not pil
-    assert launch(96, 96, 96, False).rows * 96 % op.BLOCK == 0
+    assert launch(96, 96, 96, False).rows * 96 % triton.BLOCK == 0
 
 
 def test_bytes_moved_is_what_the_budget_says() -> None:
     """256 images of 96x96 as two bfloat16 views: 35.4 MB and the table."""
-    assert op.bytes_moved(2, 256, 96, 96, 96, 2) == 256 * 96 * 96 * 3 * (1 + 2 * 2) + 512 * 13 * 4
+    assert bytes_moved(2, 256, 96, 96, 96, 2) == 256 * 96 * 96 * 3 * (1 + 2 * 2) + 512 * 13 * 4
 
 
 GOOD = {"images": images(8, 8), "table": table(8, 8, {Column.BLUR_SIGMA: 1}), "size": 8}
@@ -494,11 +463,7 @@ GOOD = {"images": images(8, 8), "table": table(8, 8, {Column.BLUR_SIGMA: 1}), "s
         ("blur_kernel", -1),
         ("blur_kernel", 17),
         ("dtype", torch.float16),
-        ("indices", torch.arange(6, dtype=torch.int32)),
-        ("indices", torch.arange(6).view(2, 3)),
-        ("indices", torch.arange(6, device="meta")),
         ("table", table(8, 8, {})[:, :2]),
-        ("channels", 5),
         ("kernels", "cuda"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -515,8 +480,6 @@ def test_wrong_arguments_of_the_kernels_are_named(device: torch.device, monkeypa
     for name, value in (*strided.items(), ("blur_kernel", 17)):
         with pytest.raises(ValueError, match=rf"^{name} "):
             two_views(**{**good, name: value})
-    with pytest.raises(ValueError, match=r"^channels .* even size"):
-        two_views(**{**good, "size": 7, "channels": 12})
     if not pixels.is_cuda:
         monkeypatch.setattr("fastbyol_kernels.dispatch.TRITON_ON_CPU", False)
         with pytest.raises(ValueError, match="TRITON_INTERPRET"):
@@ -526,7 +489,7 @@ def test_wrong_arguments_of_the_kernels_are_named(device: torch.device, monkeypa
 BARRIERS = """
 import torch
 from fastbyol_kernels import ahead_of_time
-from fastbyol_kernels.two_views import two_views
+from fastbyol_kernels.views import two_views
 
 images, table = torch.zeros(2, 96, 96, 3, dtype=torch.uint8), torch.zeros(2, 2, 13)
 for architecture in (80, 90):

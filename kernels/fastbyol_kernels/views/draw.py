@@ -4,10 +4,6 @@ Every entry is a function of (seed, epoch, sample id, view) alone, through Philo
 that IEEE 754 rounds one way only: sums, products, one quotient, square roots. So the table is the same bit for bit on any
 device, by the reference or the kernel, for any batch, order or number of workers.
 
-The kernel is launched with ``enable_fp_fusion=False``: then LLVM writes products and sums as ``mul.rn`` and ``add.rn``, which
-ptxas may not contract to a fused multiply-add, and no result depends on how a compiler felt about it. A test reads the PTX.
-Both paths multiply by reciprocals computed beforehand, since torch on a GPU divides by a number so, but not on a CPU.
-
 Sources: byol, appendix B (two views, blur and solarize per view); torchvision's RandomResizedCrop and ColorJitter, whose
 ``get_params`` this file follows.
 
@@ -21,7 +17,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import triton
@@ -30,7 +25,7 @@ from torch import Tensor
 
 from fastbyol_kernels.dispatch import dispatch
 from fastbyol_kernels.philox import DOMAIN_VIEWS, philox4x32, split_id, uniform
-from fastbyol_kernels.two_views_config import JITTER_IDENTITY, JITTER_ORDERS, Column
+from fastbyol_kernels.views.table import JITTER_IDENTITY, JITTER_ORDERS, Column
 
 Range = tuple[float, float]
 
@@ -67,7 +62,7 @@ class Distribution:
 def reference(
     distribution: Distribution, ids: Tensor, seed: int | Tensor, epoch: int | Tensor, height: int, width: int
 ) -> Tensor:
-    """The draw in plain torch."""
+    """Draw in plain torch."""
     d, num_views = distribution, distribution.num_views
     u = _uniforms(ids, num_views, seed, epoch)
     table = torch.zeros(num_views, len(ids), len(Column), dtype=torch.float64, device=ids.device)
@@ -88,7 +83,7 @@ def reference(
 
 
 def _uniforms(ids: Tensor, num_views: int, seed: int | Tensor, epoch: int | Tensor) -> Tensor:
-    """float64 (V, B, blocks, 4) in [0, 1), multiples of 2**-24."""
+    """Draw float64 (V, B, blocks, 4) in [0, 1), multiples of 2**-24."""
     low, high = split_id(ids, DOMAIN_VIEWS)
     view = torch.arange(num_views, device=ids.device)[:, None, None]
     block = view * 256 + torch.arange(_NUM_BLOCKS, device=ids.device)
@@ -101,7 +96,7 @@ def _between(u: Tensor, bounds: Range) -> Tensor:
 
 
 def _crop_boxes(u: Tensor, distribution: Distribution, height: int, width: int) -> Tensor:
-    """RandomResizedCrop.get_params: (V, B, A, 4) -> (V, B, 4), top, left, height, width of the first attempt that fits."""
+    """Return (V, B, 4), top, left, height, width of the first attempt that fits, as RandomResizedCrop.get_params does."""
     area = height * width * _between(u[..., 0], distribution.scale)
     ratio = _exp(_between(u[..., 1], _logs(distribution.ratio)))
     box_width, box_height = torch.sqrt(area * ratio).round(), torch.sqrt(area / ratio).round()
@@ -121,7 +116,7 @@ def _logs(ratio: Range) -> Range:
 
 
 def central_box(ratio: Range, height: int, width: int) -> tuple[int, int, int, int]:
-    """torchvision's fallback, (top, left, height, width): the largest central box whose aspect ratio is allowed."""
+    """Return torchvision's fallback, (top, left, height, width): the largest central box whose aspect ratio is allowed."""
     box_height, box_width = height, width
     if width / height < ratio[0]:
         box_height = max(1, round(width / ratio[0]))
@@ -131,9 +126,13 @@ def central_box(ratio: Range, height: int, width: int) -> tuple[int, int, int, i
 
 
 def _exp(x: Tensor) -> Tensor:
-    """exp of float64 |x| < 20 to 1e-12. Sums and products only: library exponentials differ between devices in the last bit."""
+    """Return exp(x) of float64 |x| < 20 to 1e-12.
+
+    By sums and products only: library exponentials differ between devices in the last bit.
+    """
     small, result = x * 2.0**-10, torch.ones_like(x)
     for divisor in range(8, 0, -1):
+        # By the reciprocal, as torch on a GPU divides by a number, but not on a CPU.
         result = 1.0 + result * (small * (1.0 / divisor))
     for _ in range(10):
         result = result * result
@@ -153,20 +152,13 @@ _ROUNDER = tl.constexpr(6755399441055744.0)
 
 @triton.jit
 def _draw_kernel(
-    ids,
-    seed,
-    epoch,
-    table,
-    num_images,
-    HEIGHT: tl.constexpr,
-    WIDTH: tl.constexpr,
-    NUM_VIEWS: tl.constexpr,
+    ids, seed, epoch, table, num_images,
+    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, NUM_VIEWS: tl.constexpr,
     RANGES: tl.constexpr,  # low and high - low of scale, log ratio, the four factors, sigma
     PROBABILITIES: tl.constexpr,  # flip, jitter, grayscale, then blur per view, then solarize per view
-    CENTRAL: tl.constexpr,
-    ROWS: tl.constexpr,
-):
-    """ROWS rows of the table; the second axis of the tile runs over Philox blocks, which are crop attempts at first."""
+    CENTRAL: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Draw ROWS rows of the table; the second axis of the tile is Philox blocks, which are crop attempts at first."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     mask = row < NUM_VIEWS * num_images
     view = row // num_images
@@ -221,7 +213,7 @@ def _draw_kernel(
 
 @triton.jit
 def _unit(words):
-    """uint32 words -> float64 in [0, 1), multiples of 2**-24."""
+    """Turn uint32 words to float64 in [0, 1), multiples of 2**-24."""
     return (words >> 8).to(tl.float64) * 5.9604644775390625e-08
 
 
@@ -245,14 +237,14 @@ def _exp_kernel(x):
 
 @triton.jit
 def _of_view(p, view, V: tl.constexpr, PROBABILITIES: tl.constexpr, FIRST: tl.constexpr):
-    """``p`` with the rows of view V replaced. tl.full, since tl.where would take the number as float32."""
+    """Replace ``p`` in the rows of view V. tl.full, since tl.where would take the number as float32."""
     own: tl.constexpr = PROBABILITIES[FIRST + V]
     return tl.where(view == V, tl.full(p.shape, own, tl.float64), p)
 
 
 @triton.jit
 def _pick(values, block, which):
-    """Column ``which`` of (ROWS, blocks). All else adds exact zeros."""
+    """Return column ``which`` of (ROWS, blocks). All else adds exact zeros."""
     return tl.sum(tl.where(block == which, values, 0.0), 1)
 
 
@@ -280,48 +272,34 @@ ROWS_INTERPRETED = 128  # the interpreter runs programs one by one
 
 @torch.library.custom_op("fastbyol::draw_views", mutates_args=())
 def _draw(
-    ids: Tensor, seed: Tensor, epoch: Tensor, height: int, width: int, num_views: int,
-    ranges: list[float], probabilities: list[float], central: list[int],
+    ids: Tensor, seed: Tensor, epoch: Tensor, num_views: int, height: int, width: int,
+    ranges: list[float], probabilities: list[float], central: list[float],
 ) -> Tensor:  # fmt: skip
     table = torch.empty((num_views, len(ids), len(Column)), dtype=torch.float32, device=ids.device)
+    rows = ROWS_INTERPRETED if INTERPRETED else ROWS
     if len(ids):
-        constants = _constants(height, width, num_views, ranges, probabilities, central)
-        _draw_kernel[(triton.cdiv(num_views * len(ids), constants["ROWS"]),)](
-            ids, seed, epoch, table, len(ids), **constants, num_warps=NUM_WARPS, enable_fp_fusion=False
-        )
+        # Ranges and probabilities are known when the kernel compiles: Triton passes a Python float as float32. Without fusion
+        # LLVM writes products and sums as mul.rn and add.rn, which ptxas may not contract to a fused multiply-add, and no
+        # result depends on how a compiler felt about it.
+        _draw_kernel[(triton.cdiv(num_views * len(ids), rows),)](
+            ids, seed, epoch, table, len(ids), HEIGHT=height, WIDTH=width, NUM_VIEWS=num_views, RANGES=tuple(ranges),
+            PROBABILITIES=tuple(probabilities), CENTRAL=tuple(central), ROWS=rows, num_warps=NUM_WARPS, enable_fp_fusion=False,
+        )  # fmt: skip
     return table
 
 
-@_draw.register_fake
-def _(
-    ids: Tensor, seed: Tensor, epoch: Tensor, height: int, width: int, num_views: int,
-    ranges: list[float], probabilities: list[float], central: list[int],
-) -> Tensor:  # fmt: skip
-    return ids.new_empty((num_views, ids.shape[0], len(Column)), dtype=torch.float32)
+_draw.register_fake(
+    lambda ids, seed, epoch, num_views, *rest: ids.new_empty((num_views, ids.shape[0], len(Column)), dtype=torch.float32)
+)
 
 
-def _constants(
-    height: int, width: int, num_views: int, ranges: list[float], probabilities: list[float], central: list[int]
-) -> dict[str, Any]:
-    """The kernel's constexprs. Triton passes a Python float as float32, so these have to be known when it compiles."""
-    return {
-        "HEIGHT": height,
-        "WIDTH": width,
-        "NUM_VIEWS": num_views,
-        "RANGES": tuple(ranges),
-        "PROBABILITIES": tuple(probabilities),
-        "CENTRAL": tuple(float(edge) for edge in central),
-        "ROWS": ROWS_INTERPRETED if INTERPRETED else ROWS,
-    }
-
-
-def _numbers(distribution: Distribution, height: int, width: int) -> tuple[list[float], list[float], list[int]]:
-    """``ranges``, ``probabilities`` and ``central`` of the custom op, flat."""
+def _numbers(distribution: Distribution, height: int, width: int) -> tuple[list[float], list[float], list[float]]:
+    """Return ``ranges``, ``probabilities`` and ``central`` of the custom op, flat."""
     d = distribution
     bounds = (d.scale, _logs(d.ratio), *d.factors, d.blur_sigma)
     ranges = [float(number) for low, high in bounds for number in (low, high - low)]
     probabilities = [float(p) for p in (d.flip_p, d.jitter_p, d.grayscale_p, *d.blur_p, *d.solarize_p)]
-    return ranges, probabilities, list(central_box(d.ratio, height, width))
+    return ranges, probabilities, [float(edge) for edge in central_box(d.ratio, height, width)]
 
 
 def draw_views(
@@ -334,7 +312,7 @@ def draw_views(
     width: int,
     kernels: str = "auto",
 ) -> Tensor:
-    """Parameters of every view of the samples ``ids``, int64 (B,): float32 (V, B, len(Column)) on the device of ``ids``.
+    """Draw parameters of every view of the samples ``ids``, int64 (B,): float32 (V, B, len(Column)) on the device of ``ids``.
 
     ``seed`` in [0, 2**64), ``epoch`` in [0, 2**32), ids in [0, 2**56); ``height`` and ``width`` of the images in pixels. Seed
     and epoch may be int64 tensors of no dimension on the device of ``ids`` (a seed from 2**63 on is then negative), read when
@@ -348,7 +326,7 @@ def draw_views(
         return reference(distribution, ids, seed, epoch, height, width)
     numbers = _numbers(distribution, height, width)
     seed, epoch = _on_device(seed, ids), _on_device(epoch, ids)
-    table: Tensor = _draw(ids.contiguous(), seed, epoch, height, width, distribution.num_views, *numbers)
+    table: Tensor = _draw(ids.contiguous(), seed, epoch, distribution.num_views, height, width, *numbers)
     return table
 
 
@@ -370,8 +348,3 @@ def _check(ids: Tensor, seed: int | Tensor, epoch: int | Tensor, height: int, wi
             raise ValueError(f"{name} must lie in [0, 2**{bits}), got {value}")
     if height < 1 or width < 1:
         raise ValueError(f"height and width must be at least 1, got {height} and {width}")
-
-
-def bytes_moved(num_views: int, num_images: int) -> int:
-    """Bytes that must be read and written: the ids once, the table once."""
-    return num_images * 8 + num_views * num_images * len(Column) * 4

@@ -1,0 +1,145 @@
+"""The writing processes behind ``beton_write``: read items, check them, encode them, write them where they stay.
+
+One process is started. It loads the data set and forks the workers, which share what that holds in memory. Nothing else
+imports this module.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import mmap
+import operator
+import os
+import pickle
+import sys
+import zlib
+from multiprocessing.connection import Connection
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from fastbyol.data.beton_layout import JPG, MAX_SIDE, RAW
+from fastbyol.data.beton_write import (
+    BEGUN,
+    CHUNK_ITEMS,
+    DONE,
+    RESULT,
+    Job,
+    UnreadableItemError,
+    die_with,
+    disk_error,
+    write_at,
+)
+from fastbyol.errors import FastbyolError, UsageError
+
+# A pipe takes messages of up to 4096 bytes at once, so that workers may share it; a letter has up to four.
+MAX_LETTERS = 600
+# How a worker ends that has nothing left to do: a data set's own code may end one with 0.
+FINISHED = 77
+
+
+def main() -> None:
+    """Work off the pickled ``Job`` in standard input, reporting on the pipe ``argv[1]`` to the process ``argv[2]``.
+
+    Reports are (index, reason) of an item that cannot be read, a FastbyolError for what ends the writing, None for its end.
+    """
+    die_with(int(sys.argv[2]))
+    reports, job = Connection(int(sys.argv[1]), readable=False), pickle.load(sys.stdin.buffer)
+    results = np.frombuffer(mmap.mmap(job.results, 0), RESULT)
+    # What the data set loads on first use is shared by the workers. A worker meets a fault again and reports it.
+    with contextlib.suppress(Exception):
+        job.items[0]
+    me = os.getpid()
+    workers = {os.fork() or _work(me, job, results, reports) for _ in range(job.workers)}
+    while workers:
+        pid, status = os.wait()
+        code = os.waitstatus_to_exitcode(status)
+        if pid in workers and code != FINISHED:
+            how = f"by signal {-code}" if code < 0 else f"with status {code}"
+            names = ", ".join(job.name(index) for index in np.flatnonzero(results["state"] == BEGUN)[:4].tolist())
+            text = f"a worker process ended {how} while these were in work: {names}"[:MAX_LETTERS]
+            reports.send(FastbyolError(f"{text}; try again, with fewer workers if memory is short"))
+        workers.discard(pid)
+    reports.send(None)
+
+
+def _work(parent: int, job: Job, results: NDArray[Any], reports: Connection) -> int:
+    """Write items until none is left, and end the process."""
+    code = 1
+    try:
+        die_with(parent)
+        _write_items(job, results, reports)
+        code = FINISHED
+    except FastbyolError as error:
+        reports.send(error)
+    except OSError as error:
+        reports.send(disk_error(error))
+    except BaseException as error:  # SystemExit of a data set's code too: nobody else would say it
+        reports.send(FastbyolError(f"{type(error).__name__}: {error}"[:MAX_LETTERS]))
+    finally:
+        os._exit(code)
+
+
+def _write_items(job: Job, results: NDArray[Any], reports: Connection) -> None:
+    total, page, used = len(job.items), 0, job.page_bytes
+    mode = RAW if job.mode == "raw" else JPG
+    # The positions of two open files, which all workers share and the kernel moves by one step at a time, count the items
+    # that are taken and the pages that are: no lock is left behind by a worker that is killed.
+    while (first := os.lseek(job.results, CHUNK_ITEMS, os.SEEK_CUR) - CHUNK_ITEMS) < total:
+        for index in range(first, min(first + CHUNK_ITEMS, total)):
+            results["state"][index] = BEGUN
+            try:
+                height, width, data, label = _encoded(job, job.items[index])
+            except UnreadableItemError as error:
+                reports.send((index, str(error)[:MAX_LETTERS]))
+                results["state"][index] = DONE
+                continue
+            except Exception as error:  # anything that a data set may raise
+                text = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+                raise UsageError(f"{job.name(index)} {text}"[:MAX_LETTERS] + "; correct or remove it") from None
+            if used + len(data) > job.page_bytes:
+                page, used = os.lseek(job.out, job.page_bytes, os.SEEK_CUR) - job.page_bytes, 0
+            write_at(job.out, data, page + used)
+            results[index] = DONE, mode, width, height, page + used, len(data), zlib.crc32(data), label
+            used += len(data)
+
+
+def _encoded(job: Job, item: tuple[Any, ...]) -> tuple[int, int, memoryview | bytes, int]:
+    """Height, width, bytes and label (0 for none) of an item; ValueError says what is wrong with it."""
+    image, label = checked_image(item[0], job.page_bytes), checked_label(item) if job.labelled else 0
+    height, width = image.shape[:2]
+    if job.mode == "raw":
+        return height, width, image.reshape(-1).data, label
+    file = io.BytesIO()
+    # Chrominance at half the resolution, as FFCV's writer has it: libjpeg's default for both.
+    Image.fromarray(image).save(file, "JPEG", quality=job.quality)
+    if file.tell() > job.page_bytes:
+        raise ValueError(f"takes {file.tell()} bytes as JPEG, more than a page of {job.page_bytes}")
+    return height, width, file.getvalue(), label
+
+
+def checked_image(image: object, page_bytes: int) -> NDArray[np.uint8]:
+    """Return ``image`` as it can be written; ValueError says what is wrong with it."""
+    if not isinstance(image, np.ndarray):
+        raise ValueError(f"is a {type(image).__name__}, not a numpy array")
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+        raise ValueError(f"is {image.dtype} of shape {image.shape}, not uint8 (height, width, 3)")
+    if not 1 <= min(image.shape[:2]) <= max(image.shape[:2]) <= MAX_SIDE:
+        raise ValueError(f"has {image.shape[1]} x {image.shape[0]} pixels, a side must be 1 to {MAX_SIDE}")
+    if image.nbytes > page_bytes:
+        raise ValueError(f"takes {image.nbytes} bytes, more than a page of {page_bytes}")
+    return np.ascontiguousarray(image)
+
+
+def checked_label(item: tuple[Any, ...]) -> int:
+    """Return the label of an item; ValueError unless it is an integer of 64 bits."""
+    try:
+        label = operator.index(item[1])
+    except (TypeError, IndexError):
+        raise ValueError(f"has no integer label but {item[1:]!r}") from None
+    if not -(1 << 63) <= label < 1 << 63:
+        raise ValueError(f"has label {label}, which does not fit 64 bits")
+    return label

@@ -1,0 +1,73 @@
+"""Batch norm in training mode with statistics of each view alone: torch's own, or two fused passes on a CPU."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastbyol_kernels.batch_norm.reference import add_and_relu, reference
+from fastbyol_kernels.dispatch import dispatch
+
+__all__ = ["add_and_relu", "batch_norm", "reference"]
+
+
+def batch_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    num_views: int,
+    *,
+    momentum: float,
+    eps: float,
+    residual: Tensor | None = None,
+    relu: bool = False,
+    kernels: str = "auto",
+) -> Tensor:
+    """Return relu(batch norm of ``x`` + ``residual``), either of the two optional. Update the running buffers (C,) in place.
+
+    ``x`` (N, C, H, W) or (N, C), whose ``num_views`` equal consecutive chunks are each normalised by their own statistics;
+    ``residual`` has its shape and dtype. ``weight`` and ``bias`` (C,) have the dtype of the statistics and of the buffers: fp64
+    for fp64 ``x``, else fp32. Returns x's shape, dtype and memory format. Differentiable once in x, weight, bias and residual.
+
+    ``kernels``: "cpu" is compiled code, for bf16 or fp32 x (N, C, H, W) in channels-last on a CPU; all else, "reference"
+    and what does not run at once (``dispatch.at_once``) is torch's own kernel. "auto" is the first that can be. There are no
+    Triton kernels: "triton" is the reference. Raises ValueError, naming the argument, for what does not fit.
+    """
+    _check(x, weight, bias, running_mean, running_var, num_views, residual)
+    affine = (weight, bias, running_mean, running_var)
+    backend = dispatch(kernels, "x", x, *affine, residual, has=("cpu",))
+    if backend != "cpu" or not _is_compiled_for(x, affine):
+        return reference(x, *affine, num_views, momentum=momentum, eps=eps, residual=residual, relu=relu)
+    from fastbyol_kernels.batch_norm.cpu import FusedBatchNorm  # numba: who has a GPU need not wait for it
+
+    if residual is not None:
+        residual = residual.contiguous(memory_format=torch.channels_last)
+    y: Tensor = FusedBatchNorm.apply(x, *affine, num_views, momentum, eps, residual, relu)
+    return y
+
+
+def _check(
+    x: Tensor, weight: Tensor, bias: Tensor, running_mean: Tensor, running_var: Tensor, num_views: int, residual: Tensor | None
+) -> None:
+    if x.ndim not in (2, 4):
+        raise ValueError(f"x must be (N, C, H, W) or (N, C), not of {x.ndim} dimensions")
+    if num_views < 1 or len(x) % num_views:
+        raise ValueError(f"a batch of {len(x)} cannot be split into {num_views} views of equal size")
+    named = {"weight": weight, "bias": bias, "running_mean": running_mean, "running_var": running_var}
+    for name, tensor in named.items():
+        if tensor.shape != (x.shape[1],):
+            raise ValueError(f"{name} must be ({x.shape[1]},), not {tuple(tensor.shape)}")
+    if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
+        raise ValueError(f"residual must be as x, {tuple(x.shape)} {x.dtype}, not {tuple(residual.shape)} {residual.dtype}")
+
+
+def _is_compiled_for(x: Tensor, affine: tuple[Tensor, ...]) -> bool:
+    return (
+        x.ndim == 4
+        and x.numel() > 0
+        and x.dtype in (torch.bfloat16, torch.float32)
+        and x.is_contiguous(memory_format=torch.channels_last)
+        and all(t.dtype == torch.float32 and t.is_contiguous() for t in affine)
+    )

@@ -1,0 +1,379 @@
+"""``batch_norm`` on a CPU: two passes over the activations forward, two backward, each about as fast as a copy.
+
+A block is a run of pixels of one view. Rows of few channels are short loops, so a lane is a channel of several neighbouring
+pixels, and tables by channel are repeated over the lanes.
+
+Every kernel takes how views are cut: ``rows`` pixels of a view, ``run`` of a block, ``parts`` blocks of a view, ``c`` channels
+and ``lanes``. Letters: V views, K blocks of a view, C channels, L lanes.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numba import int8, int32, int64, njit, void
+from numba.core.cgutils import ir
+from numba.core.types import CPointer  # type: ignore[attr-defined]
+from numba.extending import intrinsic
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fastbyol_kernels.native import F32, F64, Activation, inlined, kernel, narrowed, widened
+
+# 64x48x48 bf16 normalises in 6.8 ms with 512 or 1024 lanes and in 7.0 with 256: enough to hide what a loop costs to begin.
+MIN_LANES = 512
+# Elements of a block: 10 us of work, and of few pixels with many channels still enough to outweigh a block's sums.
+BLOCK, MIN_RUN = 65536, 64
+# One pixel that makes all the variance of its view loses 16 ** 2 times less in 16 than alone.
+_PIXELS_OF_SHIFT = 16
+# Halfway to the smallest bfloat16: what is not above it is rounded to 0.
+_LEAST_HALF = 2.0**-134
+_CACHE_LINE = 64
+
+
+class _Cut(NamedTuple):
+    """How views are cut, in the order of the kernels' last arguments."""
+
+    rows: int
+    run: int
+    parts: int
+    c: int
+    lanes: int
+
+    @staticmethod
+    def of(x: Tensor, num_views: int) -> _Cut:
+        n, c, h, w = x.shape
+        rows, run = n // num_views * h * w, max(MIN_RUN, BLOCK // c)
+        return _Cut(rows, run, -(-rows // run), c, -(-MIN_LANES // c) * c)
+
+
+@inlined
+def _elements(block, rows, run, parts, c):
+    """Return the first element of a block and the one behind its last."""
+    start = (block // parts * rows + block % parts * run) * c
+    return start, min(start + run * c, (block // parts + 1) * rows * c)
+
+
+@intrinsic
+def _prefetch(typing: Any, address: Any) -> Any:
+    """Have the cache line at an address brought to the nearest cache, if there is such memory."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        place, number = context.get_value_type(CPointer(int8)), context.get_value_type(int32)
+        of_four = ir.FunctionType(ir.VoidType(), [place, number, number, number])
+        function = builder.module.declare_intrinsic("llvm.prefetch", [place], of_four)
+        # To read, with the highest locality, data.
+        builder.call(function, [builder.inttoptr(arguments[0], place), number(0), number(3), number(1)])
+        return context.get_dummy_value()
+
+    return void(int64), generate
+
+
+@njit(inline="always")
+def _fetch_ahead(array, start, stop):
+    """Prefetch fp32 elements that are read only where a ReLU let through.
+
+    A masked load waits for its mask first, and the pass took twice as long. bf16 is widened before it is masked, so its loads
+    do not wait.
+    """
+    if array.itemsize == 4:
+        for address in range(array.ctypes.data + start * 4, array.ctypes.data + stop * 4, _CACHE_LINE):
+            _prefetch(address)
+
+
+@njit(inline="always")
+def _passed(gradient, before, least):
+    """Return ``gradient`` where the ReLU let ``before`` through, else 0.
+
+    By bits: after a branch the compiler would put off what is done to the gradient until it knows the mask, and a product would
+    make NaN of what is infinite.
+    """
+    keep = np.uint32(np.uint32(before <= least) - np.uint32(1))
+    return np.uint32(np.float32(gradient).view(np.uint32) & keep).view(np.float32)
+
+
+@njit(inline="always")
+def _spread(tables, number, lanes, channels):
+    """Repeat the first ``channels`` of each of ``number`` tables over all its lanes."""
+    for table in range(number):
+        values = tables[table * lanes : (table + 1) * lanes]
+        first = values[:channels]
+        for lane in range(channels, lanes, channels):
+            into = values[lane : lane + channels]
+            for i in range(channels):
+                into[i] = first[i]
+
+
+@njit(inline="always")
+def _fold(sums, channels):
+    """Add the lanes of each channel up, in order, into the first of them."""
+    into = sums[:channels]
+    for lane in range(channels, len(sums), channels):
+        other = sums[lane : lane + channels]
+        for i in range(channels):
+            into[i] += other[i]
+
+
+@kernel
+def _sum_deviations(block: int, x: Activation, sums: F32, rows: int, run: int, parts: int, c: int, lanes: int) -> None:
+    """Sum by lanes x - shift and its square: a row of ``sums`` (V, K, 3, L) is these two and the shift.
+
+    The shift is the mean of the block's first few pixels. So a large mean costs nothing, and odd first pixels little: they
+    spoil their own block alone.
+    """
+    start, stop = _elements(block, rows, run, parts, c)
+    own = sums[block * 3 * lanes : (block + 1) * 3 * lanes]
+    once, twice, shift = own[:lanes], own[lanes : 2 * lanes], own[2 * lanes :]
+    once[:] = np.float32(0)
+    twice[:] = np.float32(0)
+    first, into, pixels = x[start : start + c], shift[:c], min((stop - start) // c, _PIXELS_OF_SHIFT)
+    into[:] = np.float32(0)
+    for pixel in range(1, pixels):
+        other = x[start + pixel * c : start + (pixel + 1) * c]
+        for i in range(c):
+            into[i] += widened(other[i]) - widened(first[i])
+    for i in range(c):
+        into[i] = widened(first[i]) + into[i] / np.float32(pixels)
+    _spread(shift, 1, lanes, c)
+    # Four at a time: a sum is stored, which takes longer than to add, once for four.
+    while start + 4 * lanes <= stop:
+        x0, x1 = x[start : start + lanes], x[start + lanes : start + 2 * lanes]
+        x2, x3 = x[start + 2 * lanes : start + 3 * lanes], x[start + 3 * lanes : start + 4 * lanes]
+        for i in range(lanes):
+            d0, d1 = widened(x0[i]) - shift[i], widened(x1[i]) - shift[i]
+            d2, d3 = widened(x2[i]) - shift[i], widened(x3[i]) - shift[i]
+            once[i] += (d0 + d1) + (d2 + d3)
+            twice[i] += (d0 * d0 + d1 * d1) + (d2 * d2 + d3 * d3)
+        start += 4 * lanes
+    while start < stop:
+        x0 = x[start : min(stop, start + lanes)]
+        for i in range(len(x0)):
+            d0 = widened(x0[i]) - shift[i]
+            once[i] += d0
+            twice[i] += d0 * d0
+        start += lanes
+
+
+@kernel
+def _moments(
+    block: int, weight: F32, bias: F32, running_mean: F32, running_var: F32, sums: F32, moments: F32, table: F32, scratch: F64,
+    num_views: int, eps: float, momentum: float, rest: float, rows: int, run: int, parts: int, c: int, lanes: int,
+) -> None:  # fmt: skip
+    """Combine a view's blocks in fp64, update the running buffers view by view, and fill what the other passes need.
+
+    One block. ``table`` (V, 3, L) is mean, scale and shift. The mean is kept in two fp32 parts, of which the first, the
+    table's, is subtracted before anything is multiplied: ``moments`` (V, 2, C) is the second, and 1 / std. ``scratch`` (2, C).
+    ``rest`` is 1 - ``momentum``, which compiled here would be rearranged.
+
+    Source: Chan, Golub & LeVeque, "Updating Formulae and a Pairwise Algorithm for Computing Sample Variances", 1979.
+    """
+    means, m2 = scratch[:c], scratch[c : 2 * c]
+    for view in range(num_views):
+        means[:] = 0.0
+        m2[:] = 0.0
+        for part in range(parts):
+            start = (view * parts + part) * 3 * lanes
+            once, twice = sums[start : start + lanes], sums[start + lanes : start + 2 * lanes]
+            shift = sums[start + 2 * lanes : start + 2 * lanes + c]
+            _fold(once, c)
+            _fold(twice, c)
+            pixels = float(min(rows - part * run, run))
+            for i in range(c):
+                means[i] += np.float64(once[i]) + pixels * np.float64(shift[i])
+        for i in range(c):
+            means[i] /= float(rows)
+        for part in range(parts):
+            start = (view * parts + part) * 3 * lanes
+            once, twice = sums[start : start + c], sums[start + lanes : start + lanes + c]
+            shift = sums[start + 2 * lanes : start + 2 * lanes + c]
+            pixels = float(min(rows - part * run, run))
+            for i in range(c):
+                sum_of_block = np.float64(once[i])
+                apart = sum_of_block / pixels + (np.float64(shift[i]) - means[i])
+                m2[i] += np.float64(twice[i]) - sum_of_block * (sum_of_block / pixels) + pixels * apart * apart
+        own, of_view = table[view * 3 * lanes : (view + 1) * 3 * lanes], moments[view * 2 * c : (view + 1) * 2 * c]
+        for i in range(c):
+            of_channel = 0.0 if m2[i] < 0.0 else m2[i]
+            running_mean[i] = np.float32(momentum * means[i] + rest * np.float64(running_mean[i]))
+            running_var[i] = np.float32(momentum * (of_channel / float(rows - 1)) + rest * np.float64(running_var[i]))
+            rstd = 1.0 / np.sqrt(of_channel / float(rows) + eps)
+            mean = np.float32(means[i])
+            below = means[i] - np.float64(mean)
+            scale = rstd * np.float64(weight[i])
+            of_view[i], of_view[c + i] = np.float32(below), np.float32(rstd)
+            own[i], own[lanes + i] = mean, np.float32(scale)
+            own[2 * lanes + i] = np.float32(np.float64(bias[i]) - below * scale)
+        _spread(own, 3, lanes, c)
+
+
+@kernel(backwards=True)
+def _normalise(
+    block: int, x: Activation, residual: Activation, y: Activation, table: F32, added: int, limit: float,
+    rows: int, run: int, parts: int, c: int, lanes: int,
+) -> None:  # fmt: skip
+    """y = max((x - mean) * scale + shift + residual if ``added``, limit)."""
+    start, stop = _elements(block, rows, run, parts, c)
+    own, least = table[block // parts * 3 * lanes : (block // parts + 1) * 3 * lanes], np.float32(limit)
+    mean, scale, shift = own[:lanes], own[lanes : 2 * lanes], own[2 * lanes :]
+    while start < stop:
+        xs, ys = x[start : min(stop, start + lanes)], y[start : min(stop, start + lanes)]
+        if added:
+            other = residual[start : min(stop, start + lanes)]
+            for i in range(len(xs)):
+                before = (widened(xs[i]) - mean[i]) * scale[i] + shift[i] + widened(other[i])
+                ys[i] = narrowed(least if before <= least else before, ys)
+        else:
+            for i in range(len(xs)):
+                before = (widened(xs[i]) - mean[i]) * scale[i] + shift[i]
+                ys[i] = narrowed(least if before <= least else before, ys)
+        start += lanes
+
+
+@kernel
+def _sum_gradients(
+    block: int, x: Activation, dy: Activation, y: Activation, g: Activation, table: F32, sums: F32, from_y: int, limit: float,
+    rows: int, run: int, parts: int, c: int, lanes: int,
+) -> None:  # fmt: skip
+    """Sum by lanes g and g * (x - mean), a row of ``sums`` (V, K, 2, L). g is dy where the ReLU let through, else 0.
+
+    ``from_y``: take the mask from y and write g; else make what went into the ReLU again, and compare it with ``limit``.
+    """
+    start, stop = _elements(block, rows, run, parts, c)
+    own, least = table[block // parts * 3 * lanes : (block // parts + 1) * 3 * lanes], np.float32(limit)
+    mean, scale, shift = own[:lanes], own[lanes : 2 * lanes], own[2 * lanes :]
+    of_block = sums[block * 2 * lanes : (block + 1) * 2 * lanes]
+    of_g, of_gd = of_block[:lanes], of_block[lanes:]
+    of_g[:] = np.float32(0)
+    of_gd[:] = np.float32(0)
+    while start < stop:
+        end = min(stop, start + lanes)
+        xs, dys = x[start:end], dy[start:end]
+        _fetch_ahead(dy, end, end + lanes)
+        if from_y:
+            ys, gs = y[start:end], g[start:end]
+            for i in range(len(xs)):
+                one = _passed(widened(dys[i]), widened(ys[i]), np.float32(0))
+                gs[i] = narrowed(one, gs)
+                of_g[i] += one
+                of_gd[i] += one * (widened(xs[i]) - mean[i])
+        else:
+            for i in range(len(xs)):
+                d = widened(xs[i]) - mean[i]
+                before = d * scale[i] + shift[i]
+                one = _passed(widened(dys[i]), before, least)
+                of_g[i] += one
+                of_gd[i] += one * d
+        start += lanes
+
+
+@kernel
+def _affine(
+    block: int, moments: F32, table: F32, sums: F32, affine: F32, tables: F32, scratch: F64,
+    num_views: int, rows: int, run: int, parts: int, c: int, lanes: int,
+) -> None:  # fmt: skip
+    """Make the gradients of weight and bias, ``affine`` (2, C), in fp64, and ``tables`` (V, 5, L) for the input's.
+
+    One block. ``tables`` are ``table``'s mean, scale and shift, and b and c of
+    dx = scale * (g - sum(g) / n - x_hat * sum(g * x_hat) / n) = scale * g + b * (x - mean) + c. ``scratch`` (2, C).
+    """
+    of_g, of_gx = scratch[:c], scratch[c : 2 * c]
+    dweight, dbias = affine[:c], affine[c : 2 * c]
+    dweight[:] = np.float32(0)
+    dbias[:] = np.float32(0)
+    for view in range(num_views):
+        of_g[:] = 0.0
+        of_gx[:] = 0.0
+        for part in range(parts):
+            start = (view * parts + part) * 2 * lanes
+            once, twice = sums[start : start + lanes], sums[start + lanes : start + 2 * lanes]
+            _fold(once, c)
+            _fold(twice, c)
+            for i in range(c):
+                of_g[i] += np.float64(once[i])
+                of_gx[i] += np.float64(twice[i])
+        below, rstd = moments[view * 2 * c : view * 2 * c + c], moments[view * 2 * c + c : (view + 1) * 2 * c]
+        before = table[view * 3 * lanes : (view + 1) * 3 * lanes]
+        own = tables[view * 5 * lanes : (view + 1) * 5 * lanes]
+        for i in range(3 * lanes):
+            own[i] = before[i]
+        for i in range(c):
+            inverse, scale = np.float64(rstd[i]), np.float64(before[lanes + i])
+            of_gx[i] = inverse * (of_gx[i] - np.float64(below[i]) * of_g[i])
+            dweight[i] += np.float32(of_gx[i])
+            dbias[i] += np.float32(of_g[i])
+            slope = -scale * inverse * of_gx[i] / float(rows)
+            own[3 * lanes + i] = np.float32(slope)
+            own[4 * lanes + i] = np.float32(-scale * of_g[i] / float(rows) - slope * np.float64(below[i]))
+        _spread(own[3 * lanes :], 2, lanes, c)
+
+
+@kernel(backwards=True)
+def _input_gradient(
+    block: int, x: Activation, dy: Activation, dx: Activation, tables: F32, masks: int, limit: float,
+    rows: int, run: int, parts: int, c: int, lanes: int,
+) -> None:  # fmt: skip
+    """dx of ``_affine``'s formula. g is dy, which this masks, as ``_sum_gradients`` does, where ``masks``."""
+    start, stop = _elements(block, rows, run, parts, c)
+    own, least = tables[block // parts * 5 * lanes : (block // parts + 1) * 5 * lanes], np.float32(limit)
+    mean, scale, shift = own[:lanes], own[lanes : 2 * lanes], own[2 * lanes : 3 * lanes]
+    slope, constant = own[3 * lanes : 4 * lanes], own[4 * lanes :]
+    while start < stop:
+        end = min(stop, start + lanes)
+        xs, dys, dxs = x[start:end], dy[start:end], dx[start:end]
+        _fetch_ahead(dy, end, end + lanes)
+        if masks:
+            for i in range(len(xs)):
+                d = widened(xs[i]) - mean[i]
+                before = d * scale[i] + shift[i]
+                one = _passed(widened(dys[i]), before, least)
+                dxs[i] = narrowed(scale[i] * one + (slope[i] * d + constant[i]), dxs)
+        else:
+            for i in range(len(xs)):
+                d = widened(xs[i]) - mean[i]
+                dxs[i] = narrowed(scale[i] * widened(dys[i]) + (slope[i] * d + constant[i]), dxs)
+        start += lanes
+
+
+class FusedBatchNorm(torch.autograd.Function):
+    """``batch_norm`` for channels-last x (N, C, H, W), bf16 or fp32, and everything else contiguous fp32.
+
+    Saves x, and y where a residual went into a ReLU; else the ReLU's mask is made again from x, bit for bit.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, running_mean: Tensor, running_var: Tensor, num_views: int,
+        momentum: float, eps: float, residual: Tensor | None, relu: bool,
+    ) -> Tensor:  # fmt: skip
+        cut = _Cut.of(x, num_views)
+        sums = weight.new_empty(num_views, cut.parts, 3, cut.lanes)
+        table, moments = weight.new_empty(num_views, 3, cut.lanes), weight.new_empty(num_views, 2, cut.c)
+        scratch = weight.new_empty(2, cut.c, dtype=torch.float64)
+        y, added, limit = torch.empty_like(x), residual is not None, 0.0 if relu else -torch.inf
+        _sum_deviations(num_views * cut.parts, x, sums, *cut)
+        _moments(
+            1, weight, bias, running_mean, running_var, sums, moments, table, scratch,
+            num_views, eps, momentum, 1 - momentum, *cut,
+        )  # fmt: skip
+        _normalise(num_views * cut.parts, x, residual if added else x, y, table, added, limit, *cut)
+        ctx.num_views, ctx.relu, ctx.added = num_views, relu, added
+        ctx.save_for_backward(x, y if relu and added else None, moments, table)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, y, moments, table = ctx.saved_tensors
+        dy, num_views = grads[0].contiguous(memory_format=torch.channels_last), ctx.num_views
+        cut, masks = _Cut.of(x, num_views), ctx.relu and y is None
+        # What must be exceeded before rounding for the output to exceed 0.
+        limit = (_LEAST_HALF if x.dtype == torch.bfloat16 else 0.0) if masks else -torch.inf
+        sums, affine = table.new_empty(num_views, cut.parts, 2, cut.lanes), table.new_empty(2, cut.c)
+        tables, scratch = table.new_empty(num_views, 5, cut.lanes), table.new_empty(2, cut.c, dtype=torch.float64)
+        dx, g = torch.empty_like(x), dy if y is None else torch.empty_like(x)
+        _sum_gradients(num_views * cut.parts, x, dy, dy if y is None else y, g, table, sums, y is not None, limit, *cut)
+        _affine(1, moments, table, sums, affine, tables, scratch, num_views, *cut)
+        _input_gradient(num_views * cut.parts, x, g, dx, tables, masks, limit, *cut)
+        return dx, affine[0], affine[1], *[None] * 5, g if ctx.added else None, None

@@ -1,0 +1,92 @@
+"""Group norm with optional residual and ReLU in one operation (``reference`` has the formula), and what it moves."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastbyol_kernels.dispatch import dispatch
+from fastbyol_kernels.group_norm.reference import EPS, reference
+from fastbyol_kernels.group_norm.triton import triton_group_norm
+
+__all__ = ["EPS", "bytes_moved", "group_norm", "reference"]
+
+
+def group_norm(
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float = EPS,
+    *,
+    residual: Tensor | None = None,
+    relu: bool = False,
+    kernels: str = "auto",
+) -> Tensor:
+    """Return relu(group norm of ``x`` + ``residual``), either of the two optional, over groups of adjacent channels.
+
+    ``x`` (N, C, H, W) or (N, C); ``residual`` has its shape and dtype. ``weight`` and ``bias`` (C,) have the dtype of the
+    statistics: fp64 for fp64 ``x``, else fp32. Returns x's shape and dtype, in channels-last memory format where x has four
+    dimensions. Differentiable once in all four tensors.
+
+    ``kernels`` is a word of ``dispatch``. Both kinds of kernels take bf16 or fp32 in channels-last; on a CPU "auto" leaves
+    all else to the reference, as do all words (N, C) and what ``dispatch`` says. Raises ValueError, naming the argument, for
+    what does not fit.
+    """
+    _check(x, num_groups, weight, bias, residual)
+    backend = dispatch(kernels, "x", x, weight, bias, residual)
+    misfit = None if backend == "reference" or x.ndim == 2 else _misfit(x, weight, bias, residual)
+    if misfit and (backend, kernels) != ("cpu", "auto"):
+        raise ValueError(misfit)
+    if backend == "reference" or x.ndim == 2 or misfit or x.numel() == 0:
+        return reference(x, num_groups, weight, bias, eps, residual=residual, relu=relu)
+    if backend == "triton":
+        y: Tensor = triton_group_norm(x, weight, bias, residual, num_groups, eps, relu)[0]
+    else:
+        from fastbyol_kernels.group_norm.cpu import CpuGroupNorm  # numba: who has a GPU need not wait for it
+
+        y = CpuGroupNorm.apply(x, weight, bias, residual, num_groups, eps, relu)
+    return y
+
+
+def _check(x: Tensor, num_groups: int, weight: Tensor, bias: Tensor, residual: Tensor | None) -> None:
+    if x.ndim not in (2, 4):
+        raise ValueError(f"x must be (N, C, H, W) or (N, C), not of {x.ndim} dimensions")
+    if not x.is_floating_point():
+        raise ValueError(f"x must be of floating point numbers, not {x.dtype}")
+    channels = x.shape[1]
+    if num_groups < 1 or channels % num_groups:
+        raise ValueError(f"num_groups is {num_groups}, which does not divide x's {channels} channels")
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor.shape != (channels,):
+            raise ValueError(f"{name} must be ({channels},), not {tuple(tensor.shape)}")
+    if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
+        raise ValueError(f"residual must be as x, {tuple(x.shape)} {x.dtype}, not {tuple(residual.shape)} {residual.dtype}")
+
+
+def _misfit(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None) -> str | None:
+    """Return what keeps kernels from taking these, or None."""
+    if x.dtype not in (torch.bfloat16, torch.float32):
+        return f"x must be bfloat16 or float32 for the kernels, not {x.dtype}"
+    named = {"x": x, "weight": weight, "bias": bias} | ({} if residual is None else {"residual": residual})
+    for name, tensor in named.items():
+        if tensor.device != x.device:
+            return f"{name} is on {tensor.device}, x on {x.device}"
+        if tensor.ndim == 1 and tensor.dtype != torch.float32:
+            return f"{name} must be float32 for the kernels, not {tensor.dtype}"
+        if not tensor.is_contiguous(memory_format=torch.channels_last if tensor.ndim == 4 else torch.contiguous_format):
+            return f"{name} must be {'channels-last' if tensor.ndim == 4 else 'contiguous'}: strides {tensor.stride()}"
+    return None
+
+
+def bytes_moved(
+    shape: tuple[int, int, int, int], element_bytes: int, *, residual: bool = False, relu: bool = False, backward: bool = False
+) -> int:
+    """Return the bytes that one pass must read and write if every element crosses the memory bus once, statistics left out.
+
+    Forward x and the residual in, y out. Backward dy and x in, dx out; y in and the residual's gradient out where a residual
+    went into a ReLU (without the ReLU the residual's gradient is dy itself).
+    """
+    n, c, h, w = shape
+    tensors = (3 + 2 * (residual and relu)) if backward else (2 + residual)
+    return n * c * h * w * element_bytes * tensors

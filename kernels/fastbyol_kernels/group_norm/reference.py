@@ -1,0 +1,40 @@
+"""Group norm over channels-last activations with optional residual and ReLU, statistics in at least fp32.
+
+    y = relu((x - mean) / sqrt(var + eps) * weight + bias + residual)
+
+mean and biased variance over a group's channels and all pixels. One group is layer norm over (C, H, W).
+Source: Wu & He, "Group Normalization", arXiv:1803.08494; eps = 1e-5 (torch's default).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fastbyol_kernels.dispatch import is_transformed
+
+EPS = 1e-5
+
+
+def reference(
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float = EPS,
+    *,
+    residual: Tensor | None = None,
+    relu: bool = False,
+) -> Tensor:
+    """Compute the formula above by torch's group norm, in channels-last, which torch's forgets on some devices."""
+    wide = x if x.dtype == torch.float64 else x.float()
+    y = F.group_norm(wide, num_groups, weight, bias, eps)
+    if residual is not None:
+        y = y + residual
+    if relu:
+        y = F.relu(y)
+    y = y.to(x.dtype)
+    if x.ndim != 4 or is_transformed():  # torch.func.vmap knows no memory formats
+        return y
+    return y.contiguous(memory_format=torch.channels_last)

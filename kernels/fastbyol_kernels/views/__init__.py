@@ -1,0 +1,102 @@
+"""Two random views of every image: draw a table of parameters, apply it to uint8 images.
+
+The table is float32 (V, B, len(Column)): one row per view and image. ``draw_views`` writes it, ``two_views`` applies it. Every
+implementation of an op consumes or writes that same table, so that they agree to rounding, and the random distributions are
+tested on the table alone.
+
+Shapes: V views, B images, C channels, H W pixels of an image, S side of a view.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fastbyol_kernels.dispatch import dispatch
+from fastbyol_kernels.views import reference, triton
+from fastbyol_kernels.views.draw import Distribution, draw_views
+from fastbyol_kernels.views.table import JITTER_ORDERS, Column
+
+__all__ = ["Distribution", "bytes_moved", "draw_views", "two_views"]
+
+
+def two_views(
+    images: Tensor,
+    table: Tensor,
+    *,
+    size: int,
+    blur: str = "gaussian",
+    blur_kernel: int = 9,
+    mean: Sequence[float] = (0.0, 0.0, 0.0),
+    std: Sequence[float] = (1.0, 1.0, 1.0),
+    dtype: torch.dtype = torch.float32,
+    kernels: str = "auto",
+) -> Tensor:
+    """Apply float32 ``table`` (V, B, len(Column)) to uint8 ``images`` (B, H, W, C). Return (V, B, C, S, S) of ``dtype``.
+
+    The result's ``flatten(0, 1)`` is contiguous in channels_last. ``blur`` is "gaussian" (torchvision's gaussian_blur with
+    ``blur_kernel`` taps, edges reflected) or "pil" (Pillow's GaussianBlur: three extended box blurs, edges repeated). ``mean``
+    and ``std`` are per channel, for values in [0, 1]. The arithmetic is float32, or float64 when ``dtype`` is, which always
+    takes the reference. Raises ValueError, naming the argument, for a wrong shape, dtype, device or value.
+
+    ``kernels`` is as ``dispatch`` says. Triton's take contiguous inputs, and do not look at the entries of ``table`` first,
+    since that would stall the GPU: a box that does not lie within its image is moved to where it does.
+    """
+    _check(images, table, size, blur, blur_kernel, dtype)
+    backend = dispatch(kernels, "images", images, table)
+    if dtype == torch.float64:
+        backend = "reference"
+    if backend == "triton":
+        for name, tensor in (("images", images), ("table", table)):
+            if not tensor.is_contiguous():
+                raise ValueError(f"{name} must be contiguous for Triton's kernels: strides {tensor.stride()}")
+    else:
+        _check_entries(table, *images.shape[1:3])
+    # A reflected edge is at most size - 1 pixels deep.
+    too_wide = blur == "gaussian" and blur_kernel // 2 >= size
+    if too_wide and (backend == "triton" or bool((table[..., Column.BLUR_SIGMA] > 0).any())):
+        raise ValueError(f"blur_kernel must be at most {2 * size - 1} for views of {size} pixels, got {blur_kernel}")
+    if backend == "cpu":
+        from fastbyol_kernels.views import cpu  # numba: who has a GPU need not wait for it
+    apply = triton.apply if backend == "triton" else cpu.apply if backend == "cpu" else reference.apply
+    kernel = blur_kernel if blur == "gaussian" else 0
+    views = apply(images, table, size, kernel, [float(m) for m in mean], [float(s) for s in std], dtype)
+    return views.permute(0, 1, 4, 2, 3)
+
+
+def _check(images: Tensor, table: Tensor, size: int, blur: str, blur_kernel: int, dtype: torch.dtype) -> None:
+    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[3] != 3 or 0 in images.shape:
+        raise ValueError(f"images must be uint8 of shape (B, H, W, 3), got {images.dtype} of shape {tuple(images.shape)}")
+    if table.dtype != torch.float32 or table.ndim != 3 or table.shape[1:] != (len(images), len(Column)) or not len(table):
+        wanted = f"float32 of shape (V, {len(images)}, {len(Column)})"
+        raise ValueError(f"table must be {wanted}, got {table.dtype} of shape {tuple(table.shape)}")
+    if table.device != images.device:
+        raise ValueError(f"table must be on the images' device {images.device}, got {table.device}")
+    if size < 1:
+        raise ValueError(f"size must be at least 1, got {size}")
+    if blur not in ("gaussian", "pil"):
+        raise ValueError(f"blur must be 'gaussian' or 'pil', got {blur!r}")
+    if blur_kernel < 1 or blur_kernel % 2 == 0:
+        raise ValueError(f"blur_kernel must be odd and positive, got {blur_kernel}")
+    if dtype not in (torch.float32, torch.bfloat16, torch.float64):
+        raise ValueError(f"dtype must be float32, bfloat16 or float64, got {dtype}")
+
+
+def _check_entries(table: Tensor, height: int, width: int) -> None:
+    """Refuse what would read outside an image or outside JITTER_ORDERS."""
+    top, left, box_height, box_width = table[..., : Column.WIDTH + 1].unbind(-1)
+    inside = (top >= 0) & (left >= 0) & (box_height >= 1) & (box_width >= 1)
+    inside &= (top + box_height <= height) & (left + box_width <= width)
+    if not bool(inside.all()):
+        raise ValueError(f"table holds a crop box that does not lie within images of {height} x {width} pixels")
+    orders = table[..., Column.ORDER]
+    if not bool(((orders >= 0) & (orders < len(JITTER_ORDERS))).all()):
+        raise ValueError(f"table holds a jitter order outside 0..{len(JITTER_ORDERS) - 1}")
+
+
+def bytes_moved(num_views: int, num_images: int, height: int, width: int, size: int, element_bytes: int) -> int:
+    """Return the bytes that must be read and written: every image once, the table once, every view once."""
+    table, views = (num_views * num_images * number for number in (len(Column) * 4, size * size * 3 * element_bytes))
+    return num_images * height * width * 3 + table + views

@@ -1,0 +1,455 @@
+"""``two_views`` on a GPU: three kernels over tiles of views.
+
+A view's pixels are numbered p = y * S + x and cut into flat tiles, so that no lane idles at odd sizes. Three colour planes of
+a tile live in registers. The first two kernels run a program per tile, the third a program per band of rows.
+  _crop_kernel     crops, resizes, jitters as far as contrast; adds up what contrast needs the mean of
+  _contrast_kernel contrast with its mean, the rest of the jitter; ends at once for views without contrast
+  _blur_kernel     both blur passes; ends at once for views without blur
+Each writes a view's result as soon as nothing is left to do for it, else stages it in scratch planes (V * B, C, S * S).
+Conditions are on one view's parameters, so that whole programs take or skip a branch.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastbyol_kernels.views.reference import BOXES
+from fastbyol_kernels.views.table import LUMA, Column
+
+# A kernel reads module constants only as constexpr.
+(
+    _TOP, _LEFT, _HEIGHT, _WIDTH, _FLIP, _ORDER, _BRIGHTNESS, _CONTRAST, _SATURATION, _HUE, _GRAYSCALE, _BLUR_SIGMA, _SOLARIZE
+) = (tl.constexpr(int(column)) for column in Column)  # fmt: skip
+_NUM_COLUMNS = tl.constexpr(len(Column))
+_LUMA_R, _LUMA_G, _LUMA_B = (tl.constexpr(weight) for weight in LUMA)
+_LEVELS = tl.constexpr(65535.0)
+_ALL_JITTER = tl.constexpr(4)
+_BOXES = tl.constexpr(BOXES)
+
+
+@triton.jit
+def _crop_kernel(
+    images, table, scratch, sums, out, num_images, mean_r, mean_g, mean_b, scale_r, scale_g, scale_b,
+    H: tl.constexpr, W: tl.constexpr, SIZE: tl.constexpr, TAPS_Y: tl.constexpr, TAPS_X: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Crop, resize and jitter. ``sums`` (V * B, tiles) takes the luma of each tile before contrast."""
+    tiles: tl.constexpr = (SIZE * SIZE + BLOCK - 1) // BLOCK
+    row = tl.program_id(0) // tiles
+    pixel = (tl.program_id(0) % tiles) * BLOCK + tl.arange(0, BLOCK)
+    parameters = table + row * _NUM_COLUMNS
+    image = images + (row % num_images).to(tl.int64) * (H * W * 3)
+    r, g, b = _crop_tile(image, parameters, pixel, H, W, SIZE, TAPS_Y, TAPS_X)
+    contrast = tl.load(parameters + _CONTRAST)
+    order, place = _decode(tl.load(parameters + _ORDER).to(tl.int32))
+    if contrast != 1.0:
+        r, g, b = _jitter_tile(r, g, b, order, 0, place, parameters)
+        _stage(scratch, row, pixel, pixel < SIZE * SIZE, r, g, b, SIZE)
+        luma = _luma_tile(r, g, b)
+        tl.store(sums + tl.program_id(0), tl.sum(tl.where(pixel < SIZE * SIZE, luma, 0.0)))
+    else:
+        r, g, b = _jitter_tile(r, g, b, order, 0, _ALL_JITTER, parameters)
+        colours = mean_r, mean_g, mean_b, scale_r, scale_g, scale_b
+        _leave(scratch, out, row, pixel, r, g, b, parameters, colours, SIZE)
+
+
+@triton.jit
+def _contrast_kernel(
+    table, scratch, sums, out, mean_r, mean_g, mean_b, scale_r, scale_g, scale_b,
+    SIZE: tl.constexpr, BLOCK: tl.constexpr, SUM_TILES: tl.constexpr, BLOCK_T: tl.constexpr,
+):  # fmt: skip
+    """Change the contrast. SUM_TILES are the tiles of the first kernel, BLOCK_T as many up to a power of two."""
+    tiles: tl.constexpr = (SIZE * SIZE + BLOCK - 1) // BLOCK
+    row = tl.program_id(0) // tiles
+    parameters = table + row * _NUM_COLUMNS
+    contrast = tl.load(parameters + _CONTRAST)
+    if contrast != 1.0:
+        pixel = (tl.program_id(0) % tiles) * BLOCK + tl.arange(0, BLOCK)
+        tile = tl.arange(0, BLOCK_T)
+        mean = tl.sum(tl.load(sums + row * SUM_TILES + tile, mask=tile < SUM_TILES, other=0.0)) * (1.0 / (SIZE * SIZE))
+        gray = mean * (1.0 - contrast)
+        r, g, b = _staged(scratch, row, pixel, pixel < SIZE * SIZE, SIZE)
+        factor = contrast * _level(scratch)
+        r, g, b = _unit(r * factor + gray), _unit(g * factor + gray), _unit(b * factor + gray)
+        order, place = _decode(tl.load(parameters + _ORDER).to(tl.int32))
+        r, g, b = _jitter_tile(r, g, b, order, place + 1, _ALL_JITTER, parameters)
+        colours = mean_r, mean_g, mean_b, scale_r, scale_g, scale_b
+        _leave(scratch, out, row, pixel, r, g, b, parameters, colours, SIZE)
+
+
+@triton.jit
+def _blur_kernel(
+    table, scratch, other, out, mean_r, mean_g, mean_b, scale_r, scale_g, scale_b,
+    SIZE: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, KERNEL: tl.constexpr,
+):  # fmt: skip
+    """Blur ROWS rows a program: down the columns to ``other``, then along the rows, which are its own.
+
+    KERNEL is the taps of the sampled Gaussian, or 0 for Pillow's boxes: three passes each way, in one program per view.
+    """
+    bands: tl.constexpr = (SIZE + ROWS - 1) // ROWS
+    tl.static_assert((KERNEL > 0) | (bands == 1))
+    row = tl.program_id(0) // bands
+    first = (tl.program_id(0) % bands) * (ROWS * SIZE)
+    parameters = table + row * _NUM_COLUMNS
+    sigma = tl.load(parameters + _BLUR_SIGMA)
+    if sigma > 0.0:
+        # The last band can reach beyond the view.
+        limit = first + ROWS * SIZE if SIZE % ROWS == 0 else tl.minimum(first + ROWS * SIZE, SIZE * SIZE)
+        for i in tl.static_range(1 if KERNEL > 0 else 2 * _BOXES - 1):
+            if i % 2 == 0:
+                _pass(scratch, other, row, first, limit, sigma, i < _BOXES, SIZE, BLOCK, ROWS, KERNEL)
+            else:
+                _pass(other, scratch, row, first, limit, sigma, i < _BOXES, SIZE, BLOCK, ROWS, KERNEL)
+        for start in range(0, ROWS * SIZE, BLOCK):
+            pixel = first + start + tl.arange(0, BLOCK)
+            r, g, b = _blur_tile(other, row, pixel, pixel < limit, sigma, False, SIZE, KERNEL)
+            colours = mean_r, mean_g, mean_b, scale_r, scale_g, scale_b
+            _finish(out, row, pixel, pixel < limit, r, g, b, parameters, colours, SIZE)
+
+
+@triton.jit
+def _crop_tile(
+    image, parameters, pixel, H: tl.constexpr, W: tl.constexpr, SIZE: tl.constexpr, TAPS_Y: tl.constexpr, TAPS_X: tl.constexpr
+):
+    """Return pixels of the cropped, resized and flipped view, in [0, 1]. Pixels beyond the view repeat its last."""
+    pixel = tl.minimum(pixel, SIZE * SIZE - 1)
+    y, x = pixel // SIZE, pixel % SIZE
+    x = tl.where(tl.load(parameters + _FLIP) > 0.0, SIZE - 1 - x, x)
+    top, height = _box_side(tl.load(parameters + _TOP), tl.load(parameters + _HEIGHT), H)
+    left, width = _box_side(tl.load(parameters + _LEFT), tl.load(parameters + _WIDTH), W)
+    corner = image + (top * W + left) * 3
+    if (TAPS_Y == 2) & (TAPS_X == 2):
+        r, g, b = _enlarge(corner, y, x, height, width, W, SIZE)
+    else:
+        r, g, b = _resize(corner, y, x, height, width, W, SIZE, TAPS_Y, TAPS_X)
+    return r, g, b
+
+
+@triton.jit
+def _box_side(start, length, LIMIT: tl.constexpr):
+    """Return a box's first pixel and its length on one axis. The clamps guard memory: the table was not checked."""
+    start = tl.minimum(tl.maximum(start.to(tl.int32), 0), LIMIT - 1)
+    return start, tl.minimum(tl.maximum(length.to(tl.int32), 1), LIMIT - start)
+
+
+@triton.jit
+def _enlarge(corner, y, x, height, width, W: tl.constexpr, SIZE: tl.constexpr):
+    """Interpolate bilinearly, which the triangle filter is where no box is larger than the view."""
+    y, below, weight_y = _pair(y, height, SIZE)
+    x, right, weight_x = _pair(x, width, SIZE)
+    weight_y *= 1.0 / 255.0
+    w11 = weight_y * weight_x
+    w10 = weight_y - w11
+    w01 = weight_x * (1.0 / 255.0) - w11
+    w00 = (1.0 / 255.0 - weight_y) - w01
+    p00 = corner + (y * W + x) * 3
+    p01, p10, p11 = corner + (y * W + right) * 3, corner + (below * W + x) * 3, corner + (below * W + right) * 3
+    r, g, b = _weighed(p00, w00)
+    r1, g1, b1 = _weighed(p01, w01)
+    r2, g2, b2 = _weighed(p10, w10)
+    r3, g3, b3 = _weighed(p11, w11)
+    return r + r1 + r2 + r3, g + g1 + g2 + g3, b + b1 + b2 + b3
+
+
+@triton.jit
+def _weighed(at, weight):
+    r, g, b = tl.load(at).to(tl.float32), tl.load(at + 1).to(tl.float32), tl.load(at + 2).to(tl.float32)
+    return r * weight, g * weight, b * weight
+
+
+@triton.jit
+def _pair(place, length, SIZE: tl.constexpr):
+    """Return the two pixels around (place + 1/2) * length / SIZE - 1/2, and the weight of the second.
+
+    Split in whole and fraction by integers, so that no digits are lost at large places.
+    """
+    position = tl.maximum((2 * place + 1) * length - SIZE, 0)
+    first = position // (2 * SIZE)
+    fraction = (position - first * (2 * SIZE)).to(tl.float32) * (1.0 / (2 * SIZE))
+    return first, tl.minimum(first + 1, length - 1), fraction
+
+
+@triton.jit
+def _resize(
+    corner, y, x, height, width, W: tl.constexpr, SIZE: tl.constexpr, TAPS_Y: tl.constexpr, TAPS_X: tl.constexpr
+):  # fmt: skip
+    """Resize as ``reference._bilinear``, with the number of taps that the largest box needs."""
+    first_y, offset_y, slope_y = _taps_of(y, height, SIZE)
+    first_x, offset_x, slope_x = _taps_of(x, width, SIZE)
+    r, g, b = offset_y * 0.0, offset_y * 0.0, offset_y * 0.0
+    total_y, total_x = offset_y * 0.0, offset_y * 0.0
+    for j in range(TAPS_Y):
+        weight_y = tl.where(first_y + j < height, tl.maximum(1.0 - tl.abs(offset_y + j) * slope_y, 0.0), 0.0)
+        line = corner + tl.minimum(first_y + j, height - 1) * (W * 3)
+        total_y += weight_y
+        total_x = offset_y * 0.0
+        for i in range(TAPS_X):
+            weight_x = tl.where(first_x + i < width, tl.maximum(1.0 - tl.abs(offset_x + i) * slope_x, 0.0), 0.0)
+            tap_r, tap_g, tap_b = _weighed(line + tl.minimum(first_x + i, width - 1) * 3, weight_y * weight_x)
+            r, g, b = r + tap_r, g + tap_g, b + tap_b
+            total_x += weight_x
+    scale = 1.0 / (255.0 * total_y * total_x)
+    return r * scale, g * scale, b * scale
+
+
+@triton.jit
+def _taps_of(place, length, SIZE: tl.constexpr):
+    """Return the first tap of a resize of ``length`` pixels to SIZE, its distance from the centre, the triangle's slope."""
+    centre = (2 * place + 1) * length
+    whole = centre // (2 * SIZE)
+    fraction = (centre - whole * (2 * SIZE)).to(tl.float32) * (1.0 / (2 * SIZE))
+    support = tl.maximum(length.to(tl.float32) * (1.0 / SIZE), 1.0)
+    first = tl.maximum(tl.floor(fraction - support + 0.5), -whole.to(tl.float32))
+    return whole + first.to(tl.int32), first + 0.5 - fraction, 1.0 / support
+
+
+@triton.jit
+def _decode(order):
+    """Turn an index into JITTER_ORDERS to operations, two bits each (0 brightness .. 3 hue), and the place of contrast.
+
+    Permutations in lexicographic order: the digits of the index in factorial base choose among what is left.
+    """
+    a = order // 6
+    b = (order % 6) // 2
+    b += (b >= a).to(tl.int32)
+    low, high = tl.minimum(a, b), tl.maximum(a, b)
+    c = tl.where(low > 0, 0, tl.where(high > 1, 1, 2))
+    d = 6 - a - b - c
+    c, d = tl.where(order % 2 == 0, c, d), tl.where(order % 2 == 0, d, c)
+    place = tl.where(a == 1, 0, tl.where(b == 1, 1, tl.where(c == 1, 2, 3)))
+    return a | (b << 2) | (c << 4) | (d << 6), place
+
+
+@triton.jit
+def _jitter_tile(r, g, b, order, first, stop, parameters):
+    """Apply the operations at places [first, stop) of an order, but for contrast."""
+    brightness, saturation = tl.load(parameters + _BRIGHTNESS), tl.load(parameters + _SATURATION)
+    hue = tl.load(parameters + _HUE)
+    # Constant bounds: the interpreter of triton 3.6 takes no tensors there.
+    for place in range(4):
+        operation = (order >> (2 * place)) & 3
+        operation = tl.where(place < first, 1, tl.where(place < stop, operation, 1))
+        if (operation == 0) & (brightness != 1.0):
+            r, g, b = _unit(r * brightness), _unit(g * brightness), _unit(b * brightness)
+        if (operation == 2) & (saturation != 1.0):
+            gray = _luma_tile(r, g, b) * (1.0 - saturation)
+            r, g, b = _unit(r * saturation + gray), _unit(g * saturation + gray), _unit(b * saturation + gray)
+        if (operation == 3) & (hue != 0.0):
+            r, g, b = _turn(r, g, b, 6.0 * hue)
+    return r, g, b
+
+
+@triton.jit
+def _turn(r, g, b, shift):
+    """Turn the hue as ``reference._adjust_hue`` does; shift in sixths of a turn."""
+    low = tl.minimum(tl.minimum(r, g), b)
+    span = tl.maximum(tl.maximum(r, g), b) - low
+    distance = (r - g - b + low) / tl.maximum(span, 1e-30) + 2.0
+    hue = tl.where(g >= b, -distance, distance) + shift
+    return _turned(hue, low, span), _turned(hue - 2.0, low, span), _turned(hue + 2.0, low, span)
+
+
+@triton.jit
+def _turned(hue, low, span):
+    return _unit(tl.abs(tl.abs(tl.abs(hue) - 3.0) - 3.0) - 1.0) * span + low
+
+
+@triton.jit
+def _unit(x):
+    return tl.minimum(tl.maximum(x, 0.0), 1.0)
+
+
+@triton.jit
+def _luma_tile(r, g, b):
+    return r * _LUMA_R + g * _LUMA_G + b * _LUMA_B
+
+
+@triton.jit
+def _leave(scratch, out, row, pixel, r, g, b, parameters, colours, SIZE: tl.constexpr):
+    """Take grayscale, then hand over to the blur or to the result."""
+    if tl.load(parameters + _GRAYSCALE) > 0.0:
+        gray = _luma_tile(r, g, b)
+        r, g, b = gray, gray, gray
+    if tl.load(parameters + _BLUR_SIGMA) > 0.0:
+        _stage(scratch, row, pixel, pixel < SIZE * SIZE, r, g, b, SIZE)
+    else:
+        _finish(out, row, pixel, pixel < SIZE * SIZE, r, g, b, parameters, colours, SIZE)
+
+
+@triton.jit
+def _stage(scratch, row, pixel, mask, r, g, b, SIZE: tl.constexpr):
+    plane = scratch + row.to(tl.int64) * (3 * SIZE * SIZE)
+    if scratch.dtype.element_ty == tl.uint16:
+        r, g, b = r * _LEVELS + 0.5, g * _LEVELS + 0.5, b * _LEVELS + 0.5
+    kind: tl.constexpr = scratch.dtype.element_ty
+    tl.store(plane + pixel, r.to(kind), mask=mask)
+    tl.store(plane + SIZE * SIZE + pixel, g.to(kind), mask=mask)
+    tl.store(plane + 2 * SIZE * SIZE + pixel, b.to(kind), mask=mask)
+
+
+@triton.jit
+def _staged(scratch, row, pixel, mask, SIZE: tl.constexpr):
+    """Return staged planes as stored: to be multiplied by ``_level``."""
+    plane = scratch + row.to(tl.int64) * (3 * SIZE * SIZE)
+    r = tl.load(plane + pixel, mask=mask, other=0).to(tl.float32)
+    g = tl.load(plane + SIZE * SIZE + pixel, mask=mask, other=0).to(tl.float32)
+    b = tl.load(plane + 2 * SIZE * SIZE + pixel, mask=mask, other=0).to(tl.float32)
+    return r, g, b
+
+
+@triton.jit
+def _level(scratch):
+    return 1.0 / _LEVELS if scratch.dtype.element_ty == tl.uint16 else 1.0
+
+
+@triton.jit
+def _pass(
+    source, target, row, first, limit, sigma,
+    DOWN: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, KERNEL: tl.constexpr,
+):  # fmt: skip
+    """Blur a band once, down the columns or along the rows, from planes to planes."""
+    for start in range(0, ROWS * SIZE, BLOCK):
+        pixel = first + start + tl.arange(0, BLOCK)
+        r, g, b = _blur_tile(source, row, pixel, pixel < limit, sigma, DOWN, SIZE, KERNEL)
+        _stage(target, row, pixel, pixel < limit, r, g, b, SIZE)
+    # What the program's threads wrote becomes visible to each other.
+    tl.debug_barrier()
+
+
+@triton.jit
+def _blur_tile(source, row, pixel, mask, sigma, DOWN: tl.constexpr, SIZE: tl.constexpr, KERNEL: tl.constexpr):
+    """Return weighted sums of a tile's neighbours on one axis: ``_gaussian_taps`` or ``_box_taps`` of the reference."""
+    y, x = pixel // SIZE, pixel % SIZE
+    r, g, b = tl.zeros(pixel.shape, tl.float32), tl.zeros(pixel.shape, tl.float32), tl.zeros(pixel.shape, tl.float32)
+    total = sigma * 0.0
+    if KERNEL > 0:
+        for tap in range(-(KERNEL // 2), KERNEL // 2 + 1):
+            weight = tl.exp(-0.5 * (tap / sigma) * (tap / sigma))
+            r, g, b = _add_tap(r, g, b, source, row, y, x, mask, tap, weight, DOWN, SIZE, KERNEL)
+            total += weight
+    else:
+        radius = _radius(sigma)
+        reach = tl.floor(radius) + 1.0
+        place = -reach
+        while place <= reach:
+            weight = _unit(radius + 1.0 - tl.abs(place))
+            r, g, b = _add_tap(r, g, b, source, row, y, x, mask, place.to(tl.int32), weight, DOWN, SIZE, KERNEL)
+            total += weight
+            place += 1.0
+    scale = _level(source) / total
+    return r * scale, g * scale, b * scale
+
+
+@triton.jit
+def _add_tap(
+    r, g, b, source, row, y, x, mask, tap, weight, DOWN: tl.constexpr, SIZE: tl.constexpr, KERNEL: tl.constexpr
+):  # fmt: skip
+    # Along the rows taps are shifted against what an access is aligned to, so that single values are loaded.
+    at = _edge(y + tap, SIZE, KERNEL) * SIZE + x if DOWN else y * SIZE + _edge(x + tap, SIZE, KERNEL)
+    tap_r, tap_g, tap_b = _staged(source, row, at, mask, SIZE)
+    return r + weight * tap_r, g + weight * tap_g, b + weight * tap_b
+
+
+@triton.jit
+def _edge(place, SIZE: tl.constexpr, KERNEL: tl.constexpr):
+    """Reflect about the outermost pixels for the Gaussian, repeat them for the boxes."""
+    if KERNEL > 0:
+        place = tl.where(place < 0, -place, place)
+        place = tl.where(place > SIZE - 1, 2 * (SIZE - 1) - place, place)
+    return tl.minimum(tl.maximum(place, 0), SIZE - 1)
+
+
+@triton.jit
+def _radius(sigma):
+    """Return ``reference.box_radius``."""
+    variance = sigma * sigma / _BOXES
+    whole = tl.floor((tl.sqrt(12.0 * variance + 1.0) - 1.0) / 2.0)
+    fraction = (2 * whole + 1) * (whole * (whole + 1) - 3.0 * variance) / (6.0 * (variance - (whole + 1) * (whole + 1)))
+    return whole + fraction
+
+
+@triton.jit
+def _finish(out, row, pixel, mask, r, g, b, parameters, colours, SIZE: tl.constexpr):
+    """Solarize, normalise and write."""
+    if tl.load(parameters + _SOLARIZE) > 0.0:
+        r, g, b = tl.minimum(r, 1.0 - r), tl.minimum(g, 1.0 - g), tl.minimum(b, 1.0 - b)
+    mean_r, mean_g, mean_b, scale_r, scale_g, scale_b = colours
+    kind: tl.constexpr = out.dtype.element_ty
+    r, g, b = ((r - mean_r) * scale_r).to(kind), ((g - mean_g) * scale_g).to(kind), ((b - mean_b) * scale_b).to(kind)
+    view, at = out + row.to(tl.int64) * (SIZE * SIZE * 3), pixel * 3
+    # One value at a time: the 6 bytes of a pixel in bf16 are no power of two.
+    tl.store(view + at, r, mask=mask)
+    tl.store(view + at + 1, g, mask=mask)
+    tl.store(view + at + 2, b, mask=mask)
+
+
+# Why a kernel may move narrow words; ``fastbyol_bench.launches`` asks where one does.
+NARROW = {"_crop_kernel": "gathers bytes: bilinear taps of 3-byte pixels"}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How the three kernels are launched for views of one size: pixels of a tile, rows of a band, taps of the resize."""
+
+    crop_block: int
+    block: int
+    rows: int
+    taps_y: int
+    taps_x: int
+
+
+# 4 pixels a thread in the gathering kernel: its loads are bytes whatever the tile, and small programs hide their latency.
+# 8 a thread in the others: 16 bytes of a staged plane.
+NUM_WARPS, CROP_BLOCK, BLOCK = 4, 512, 1024
+# Rows of a band, of which each is read once more for every band edge; at 96 pixels 32 rows are three full tiles.
+MIN_ROWS, MAX_ROWS = 16, 48
+
+
+def launch(height: int, width: int, size: int, pil: bool) -> Launch:
+    """Choose for images of ``height`` x ``width``. Taps follow from the shapes: a crop is never larger than its image."""
+    pixels = triton.next_power_of_2(size * size)
+    block = min(BLOCK, pixels)
+    choices = [size] if pil else range(min(MIN_ROWS, size), min(MAX_ROWS, size) + 1)
+    rows = min(choices, key=lambda rows: -(-size // rows) * -(-rows * size // block))
+    taps_y, taps_x = (math.ceil(2.0 * max(1.0, side / size)) for side in (height, width))
+    return Launch(min(CROP_BLOCK, pixels), block, rows, taps_y, taps_x)
+
+
+@torch.library.custom_op("fastbyol::two_views", mutates_args=())
+def apply(
+    images: Tensor, table: Tensor, size: int, blur_kernel: int, mean: list[float], std: list[float], dtype: torch.dtype
+) -> Tensor:
+    """Return the views (V, B, S, S, C) of contiguous inputs. ``blur_kernel`` is 0 for Pillow's blur."""
+    num_rows, (height, width) = table.shape[0] * table.shape[1], images.shape[1:3]
+    out = torch.empty((*table.shape[:2], size, size, 3), dtype=dtype, device=images.device)
+    # uint16 levels of 1/65535 for bf16: an error of 8e-6, a hundredth of the result's own rounding near 1, and half the
+    # traffic: 28 MB for 512 views of 96x96, which stay in a 50 MB L2.
+    kind = torch.uint16 if dtype == torch.bfloat16 else torch.float32
+    scratch, other = (torch.empty((num_rows, 3, size * size), dtype=kind, device=images.device) for _ in range(2))
+    plan = launch(height, width, size, blur_kernel == 0)
+    crop_tiles, tiles = (triton.cdiv(size * size, block) for block in (plan.crop_block, plan.block))
+    sums = torch.empty((num_rows, crop_tiles), dtype=torch.float32, device=images.device)
+    colours = (*mean, *(1.0 / value for value in std))
+    options = {"SIZE": size, "num_warps": NUM_WARPS, "enable_fp_fusion": True}
+    _crop_kernel[(num_rows * crop_tiles,)](
+        images, table, scratch, sums, out, table.shape[1], *colours,
+        H=height, W=width, TAPS_Y=plan.taps_y, TAPS_X=plan.taps_x, BLOCK=plan.crop_block, **options,
+    )  # fmt: skip
+    _contrast_kernel[(num_rows * tiles,)](
+        table, scratch, sums, out, *colours,
+        BLOCK=plan.block, SUM_TILES=crop_tiles, BLOCK_T=triton.next_power_of_2(crop_tiles), **options,
+    )  # fmt: skip
+    _blur_kernel[(num_rows * triton.cdiv(size, plan.rows),)](
+        table, scratch, other, out, *colours, BLOCK=plan.block, ROWS=plan.rows, KERNEL=blur_kernel, **options
+    )
+    return out
+
+
+apply.register_fake(
+    lambda images, table, size, blur_kernel, mean, std, dtype: images.new_empty((*table.shape[:2], size, size, 3), dtype=dtype)
+)

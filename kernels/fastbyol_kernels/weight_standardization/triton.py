@@ -1,0 +1,203 @@
+"""Weight standardization in Triton: all rows of a network in one launch each way.
+
+Rows whose offsets and length are multiples of 8 elements take a program each and move 16 bytes at a time; a program reads its
+row twice, the second time from cache. Other rows (27 and 147 elements of a stem: 3x3x3 and 7x7x3) start on odd elements, so
+they move one element at a time, several rows to a program.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastbyol_kernels.weight_standardization.reference import EPS
+
+# A long row's step: 16 elements per thread of 4 warps, four 16-byte loads of fp32 in flight. 4,608 elements (3x3 over 512
+# channels) are three steps; 16 such programs fill an SM with 64 warps' worth of threads at 32 registers, 8 at 64.
+BLOCK = 2048
+# Short or unaligned rows: 8 of them side by side, a 7x7x3 row (147) in one step. They are 2 % of ResNet-18's weights.
+ROWS, COLUMNS = 8, 256
+_OPTIONS = {"BLOCK": BLOCK, "ROWS": ROWS, "COLUMNS": COLUMNS, "num_warps": 4, "enable_fp_fusion": True}
+
+
+@triton.jit
+def _long_forward(flat, copy, means, stds, table, row, eps, BLOCK: tl.constexpr):
+    """One row of a multiple of 8 elements, all of it aligned to 8: read, then read again from cache and written."""
+    source = flat + tl.multiple_of(tl.load(table + row * 3), 8)
+    length = tl.multiple_of(tl.load(table + row * 3 + 1).to(tl.int32), 8)
+    target = copy + tl.multiple_of(tl.load(table + row * 3 + 2), 8)
+    columns = tl.arange(0, BLOCK)
+    mean = tl.zeros((BLOCK,), tl.float32)
+    m2 = tl.zeros((BLOCK,), tl.float32)
+    steps = 0.0
+    for start in range(0, length, BLOCK):
+        mask = start + columns < length
+        value = tl.load(source + start + columns, mask=mask, other=0.0)
+        # Welford's recurrence in each lane, Chan's combination after: no cancellation at any mean.
+        steps += 1.0
+        delta = tl.where(mask, value - mean, 0.0)
+        mean += delta * (1.0 / steps)
+        m2 += delta * (value - mean)
+    counts = ((length - columns + BLOCK - 1) // BLOCK).to(tl.float32)
+    center = tl.sum(counts * mean, 0) / length
+    apart = mean - center
+    std = tl.sqrt(tl.sum(m2 + counts * apart * apart, 0) / (length - 1))
+    tl.store(means + row, center)
+    tl.store(stds + row, std)
+    scale = 1.0 / (std + eps)
+    blocks = tl.cdiv(length, BLOCK)
+    for step in range(blocks):
+        at = (blocks - 1 - step) * BLOCK + columns
+        value = tl.load(source + at, mask=at < length, other=0.0)
+        tl.store(target + at, ((value - center) * scale).to(copy.dtype.element_ty), mask=at < length)
+
+
+@triton.jit
+def _short_rows(table, first, num_rows, ROWS: tl.constexpr):
+    """Offsets, lengths and copy offsets (ROWS,) of rows of any length and alignment, lengths 0 beyond the last."""
+    rows = first + tl.arange(0, ROWS)
+    mask = rows < num_rows
+    length = tl.load(table + rows * 3 + 1, mask=mask, other=0).to(tl.int32)
+    return rows, mask, tl.load(table + rows * 3, mask=mask, other=0), length, tl.load(table + rows * 3 + 2, mask=mask, other=0)
+
+
+@triton.jit
+def _short_forward(flat, copy, means, stds, table, first, num_rows, eps, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """ROWS rows of any length and alignment: the sum, then the squared deviations, then the copy."""
+    rows, mask, offset, length, target = _short_rows(table, first, num_rows, ROWS)
+    columns = tl.arange(0, COLUMNS)
+    longest = tl.max(length, 0)
+    total = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for start in range(0, longest, COLUMNS):
+        inside = (start + columns)[None, :] < length[:, None]
+        total += tl.load(flat + offset[:, None] + (start + columns)[None, :], mask=inside, other=0.0)
+    mean = tl.sum(total, 1) / tl.maximum(length, 1)
+    squares = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for start in range(0, longest, COLUMNS):
+        inside = (start + columns)[None, :] < length[:, None]
+        value = tl.load(flat + offset[:, None] + (start + columns)[None, :], mask=inside, other=0.0)
+        apart = tl.where(inside, value - mean[:, None], 0.0)
+        squares += apart * apart
+    std = tl.sqrt(tl.sum(squares, 1) / tl.maximum(length - 1, 1))
+    tl.store(means + rows, mean, mask=mask)
+    tl.store(stds + rows, std, mask=mask)
+    scale = 1.0 / (std + eps)
+    for start in range(0, longest, COLUMNS):
+        inside = (start + columns)[None, :] < length[:, None]
+        value = tl.load(flat + offset[:, None] + (start + columns)[None, :], mask=inside, other=0.0)
+        value = (value - mean[:, None]) * scale[:, None]
+        tl.store(copy + target[:, None] + (start + columns)[None, :], value.to(copy.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _forward_kernel(
+    flat, copy, means, stds, table, num_long, num_rows, eps, BLOCK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):  # fmt: skip
+    """A long row or ROWS short ones per program."""
+    program = tl.program_id(0)
+    if program < num_long:
+        _long_forward(flat, copy, means, stds, table, program, eps, BLOCK)
+    else:
+        first = num_long + (program - num_long) * ROWS
+        _short_forward(flat, copy, means, stds, table, first, num_rows, eps, ROWS, COLUMNS)
+
+
+@triton.jit
+def _slope(weighted, std, length, eps):
+    """The factor of (w - mean) in the gradient; 0 where the std is, as torch's norm has it."""
+    below = (std + eps) * std * (length - 1)
+    return tl.where(std > 0, weighted / tl.where(std > 0, below, 1.0), 0.0)
+
+
+@triton.jit
+def _long_backward(gradient, flat, means, stds, out, table, row, eps, BLOCK: tl.constexpr):
+    source = tl.multiple_of(tl.load(table + row * 3), 8)
+    length = tl.multiple_of(tl.load(table + row * 3 + 1).to(tl.int32), 8)
+    g = gradient + tl.multiple_of(tl.load(table + row * 3 + 2), 8)
+    mean = tl.load(means + row)
+    std = tl.load(stds + row)
+    columns = tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), tl.float32)
+    weighted = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, length, BLOCK):
+        at = start + columns
+        upstream = tl.load(g + at, mask=at < length, other=0.0).to(tl.float32)
+        total += upstream
+        weighted += upstream * (tl.load(flat + source + at, mask=at < length, other=0.0) - mean)
+    level = tl.sum(total, 0) / length
+    slope = _slope(tl.sum(weighted, 0), std, length, eps)
+    scale = 1.0 / (std + eps)
+    blocks = tl.cdiv(length, BLOCK)
+    for step in range(blocks):
+        at = (blocks - 1 - step) * BLOCK + columns
+        upstream = tl.load(g + at, mask=at < length, other=0.0).to(tl.float32)
+        centred = tl.load(flat + source + at, mask=at < length, other=0.0) - mean
+        tl.store(out + source + at, (upstream - level - centred * slope) * scale, mask=at < length)
+
+
+@triton.jit
+def _short_backward(gradient, flat, means, stds, out, table, first, num_rows, eps, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    rows, mask, offset, length, target = _short_rows(table, first, num_rows, ROWS)
+    mean = tl.load(means + rows, mask=mask, other=0.0)[:, None]
+    std = tl.load(stds + rows, mask=mask, other=1.0)
+    columns = tl.arange(0, COLUMNS)
+    longest = tl.max(length, 0)
+    total = tl.zeros((ROWS, COLUMNS), tl.float32)
+    weighted = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for start in range(0, longest, COLUMNS):
+        at = (start + columns)[None, :]
+        inside = at < length[:, None]
+        upstream = tl.load(gradient + target[:, None] + at, mask=inside, other=0.0).to(tl.float32)
+        total += upstream
+        weighted += upstream * (tl.load(flat + offset[:, None] + at, mask=inside, other=0.0) - mean)
+    level = (tl.sum(total, 1) / tl.maximum(length, 1))[:, None]
+    slope = _slope(tl.sum(weighted, 1), std, tl.maximum(length, 2), eps)[:, None]
+    scale = (1.0 / (std + eps))[:, None]
+    for start in range(0, longest, COLUMNS):
+        at = (start + columns)[None, :]
+        inside = at < length[:, None]
+        upstream = tl.load(gradient + target[:, None] + at, mask=inside, other=0.0).to(tl.float32)
+        centred = tl.load(flat + offset[:, None] + at, mask=inside, other=0.0) - mean
+        tl.store(out + offset[:, None] + at, (upstream - level - centred * slope) * scale, mask=inside)
+
+
+@triton.jit
+def _backward_kernel(
+    gradient, flat, means, stds, out, table, num_long, num_rows, eps,
+    BLOCK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """dw = (g - mean(g) - (w - mean) * sum(g (w - mean)) / ((std + eps) std (n - 1))) / (std + eps)."""
+    program = tl.program_id(0)
+    if program < num_long:
+        _long_backward(gradient, flat, means, stds, out, table, program, eps, BLOCK)
+    else:
+        first = num_long + (program - num_long) * ROWS
+        _short_backward(gradient, flat, means, stds, out, table, first, num_rows, eps, ROWS, COLUMNS)
+
+
+@torch.library.custom_op("fastbyol::standardize_rows", mutates_args=("copy", "means", "stds"))
+def standardize_rows(copy: Tensor, means: Tensor, stds: Tensor, flat: Tensor, rows: Tensor, num_long: int) -> None:
+    """Launch the forward kernel on ``rows`` and ``num_long`` of a ``RowTable``."""
+    _check_starts(copy=copy, flat=flat)
+    _forward_kernel[_grid(rows, num_long)](flat, copy, means, stds, rows, num_long, len(rows), EPS, **_OPTIONS)
+
+
+@torch.library.custom_op("fastbyol::standardize_rows_backward", mutates_args=("out",))
+def standardize_rows_backward(
+    out: Tensor, gradient: Tensor, flat: Tensor, means: Tensor, stds: Tensor, rows: Tensor, num_long: int
+) -> None:
+    """Launch the backward kernel on ``rows`` and ``num_long`` of a ``RowTable``."""
+    _check_starts(out=out, gradient=gradient, flat=flat)
+    _backward_kernel[_grid(rows, num_long)](gradient, flat, means, stds, out, rows, num_long, len(rows), EPS, **_OPTIONS)
+
+
+def _grid(rows: Tensor, num_long: int) -> tuple[int]:
+    return (max(1, num_long + triton.cdiv(len(rows) - num_long, ROWS)),)
+
+
+def _check_starts(**tensors: Tensor) -> None:
+    for name, tensor in tensors.items():
+        if tensor.data_ptr() % 16:
+            raise ValueError(f"{name} must start on a multiple of 16 bytes: the kernel moves that many at a time")

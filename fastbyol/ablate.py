@@ -285,13 +285,14 @@ def _arm_row(arm: Arm, scale: ScaleName, folder: Path) -> dict[str, Any]:
 
 def _show_claim(claim: Claim, as_json: bool) -> None:
     from fastbyol.ablations.arms import arm
+    from fastbyol.ablations.rules import in_words
 
     settings = {name: dict(arm(name).settings) for name in (*claim.arms, *claim.controls)}
     if as_json:
         print_json(
             {
                 "id": claim.id, "name": claim.name, "says": claim.says, "figures": claim.figures, "arms": settings,
-                "controls": claim.controls, "published": dict(claim.numbers), "rule": claim.rule_in_words.splitlines(),
+                "controls": claim.controls, "published": dict(claim.numbers), "rule": in_words(claim.id).splitlines(),
                 "seeds": claim.needs,
             }
         )  # fmt: skip
@@ -301,7 +302,7 @@ def _show_claim(claim: Claim, as_json: bool) -> None:
     lines += [
         "",
         f"verdict, from {claim.needs} seeds or more:",
-        *(f"  {line}" for line in claim.rule_in_words.splitlines()),
+        *(f"  {line}" for line in in_words(claim.id).splitlines()),
         "",
     ]
     for name, values in settings.items():

@@ -62,6 +62,6 @@ def _measured(setting: Setting, optimizer: str) -> list[Row]:
         Variant(FOREACH, lambda: step(tuned)),
         Variant(LOOP, lambda: step(blog)),
     ]
-    moved = bytes_moved(len(arena.online), len(arena.target), copies=False)
+    moved = bytes_moved(len(arena.online), len(arena.target))
     floors = {variant.name: floor(setting.ceiling(), num_bytes=moved) for variant in variants}
     return setting.kernel_rows(SUITE, _title(optimizer), variants, setting.plan(20, 15.0, warmup=3), floors=floors, cold=True)

@@ -8,8 +8,16 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from fastbyol.ablations.curves import appendix
-from fastbyol.ablations.rules import CAPPED, CONTRAST, REPLAYED, TABLE, in_words
 
+# The arms of the post's table, as ``rules._m1`` names them.
+TABLE = (
+    "bn-sgd-mlp-bn", "bn-sgd-projector-bn", "bn-sgd-predictor-bn", "bn-sgd-mlp-none", "bn-sgd-mlp-ln", "random",
+    "bn-sgd-contrastive",
+)  # fmt: skip
+# Arms that the post argues about and could not run: LARS's rates of another seed replayed without feedback, and a cap on them.
+REPLAYED, CAPPED = "gn-lars-0.2-replayed", "gn-lars-0.2-capped"
+# What C13 sets its higher learning rate against.
+CONTRAST = "gn-lars-layer1-layer2"
 # A setting that the post leaves open is one more arm, ARM@WHAT, e.g. gn-sgd-mlp-none@lr0.2.
 ARMS = {
     "C12": ("gn-lars-0.5", "gn-lars-0.1"),
@@ -55,11 +63,6 @@ class Claim:
     numbers: Mapping[str, Any]
     sources: tuple[Source, ...]
     needs: int
-
-    @property
-    def rule_in_words(self) -> str:
-        """The verdict rule as lines of text, one per statement."""
-        return in_words(self.id)
 
 
 def _sources() -> dict[str, tuple[Source, ...]]:

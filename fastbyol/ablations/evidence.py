@@ -9,19 +9,17 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 
+from fastbyol.ablations.claims import Claim
 from fastbyol.ablations.curves import appendix, published
 from fastbyol.engine.layers_file import Layers, read_layers
 from fastbyol.engine.metrics_file import read_events
 from fastbyol.engine.run_folder import RunFolder
 from fastbyol.errors import UsageError, check_choice
 from fastbyol.optim.lars import rate_ceiling
-
-if TYPE_CHECKING:
-    from fastbyol.ablations.claims import Claim
 
 Scale = Literal["published", "full", "short", "long", "mini"]
 MEASURES = ("loss", "pos_cos", "neg_cos", "std_z", "std_y", "grad_norm", "lr", "accuracy", "rank_y", "dead_y")

@@ -21,6 +21,7 @@ from fastbyol.ablations.accuracy_questions import (
     no_better,
     published_accuracy,
 )
+from fastbyol.ablations.claims import CAPPED, CONTRAST, REPLAYED, TABLE
 from fastbyol.ablations.questions import (
     AT_ONCE,
     DISTURBED,
@@ -48,16 +49,7 @@ from fastbyol.errors import check_choice
 
 Role = Literal["main", "other", "told"]
 
-# The arms of the post's table, as ``_m1`` names them.
-TABLE = (
-    "bn-sgd-mlp-bn", "bn-sgd-projector-bn", "bn-sgd-predictor-bn", "bn-sgd-mlp-none", "bn-sgd-mlp-ln", "random",
-    "bn-sgd-contrastive",
-)  # fmt: skip
-# Arms that the post argues about and could not run: LARS's rates of another seed replayed without feedback, and a cap on them.
-REPLAYED, CAPPED = "gn-lars-0.2-replayed", "gn-lars-0.2-capped"
 ABOVE_UNTRAINED = "above that of its own untrained weights by more than sampling explains"
-# What C13 sets its higher learning rate against.
-CONTRAST = "gn-lars-layer1-layer2"
 
 
 @dataclass(frozen=True)

@@ -289,6 +289,21 @@ def _to_bf16(value):
     return np.uint16((np.uint32(0x7FC00000) if value != value else rounded) >> np.uint32(16))
 
 
+@intrinsic
+def fma(typing: Any, x: Any, y: Any, z: Any) -> Any:
+    """x y + z of float32, rounded once where the CPU can.
+
+    Left to the compiler, which products are rounded on their own would depend on its version, and bits with it.
+    """
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        kind = ir.FloatType()
+        of_three = ir.FunctionType(kind, [kind] * 3)
+        return builder.call(builder.module.declare_intrinsic("llvm.fmuladd", [kind], of_three), arguments)
+
+    return numba.float32(numba.float32, numba.float32, numba.float32), generate
+
+
 class _NoAlias(Compiler):  # type: ignore[misc]
     """Compiles on the promise that arrays passed to a function do not overlap."""
 

@@ -129,21 +129,6 @@ def test_torchs_own_threads_are_found() -> None:
     assert processor._team() is not None
 
 
-def test_without_a_place_for_its_cache_a_kernel_is_compiled_anew() -> None:
-    """Such as in a read-only container."""
-    code = (
-        "import numba.core.caching as caching\n"
-        "caching.CacheImpl._locator_classes = []\n"
-        "from fastbyol_kernels.processor import *\n"
-        "from fastbyol_kernels import lars_ema_processor as ops\n"
-        "import torch\n"
-        "one = torch.ones(1)\n"
-        "print(ops.norms(one, one, one, one, torch.tensor([[0, 0, 1]]), torch.tensor([[0, 1]])).tolist())\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.stdout == "[[1.0], [1.0], [2.0]]\n", done.stderr
-
-
 def test_code_of_other_sources_is_never_taken_from_the_cache(tmp_path: Path) -> None:
     """numba itself would: it looks at the file of the kernel alone."""
     package = tmp_path / "fastbyol_kernels"

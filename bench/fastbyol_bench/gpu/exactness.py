@@ -165,7 +165,7 @@ def optimizer(bench: Bench, state: TrainState) -> None:
     layers = update()
     names = ("online", "gradient", "momentum", "target")
     errors = {name: off(flat, truth) for name, flat, truth in zip(names, flats, exact, strict=True)}
-    moved = lars_ema.bytes_moved(len(arena.online), len(arena.target), copies=False)
+    moved = lars_ema.bytes_moved(len(arena.online), len(arena.target))
     bench.say("LARS and moving average", errors | {"layers": off(layers, exact_layers)}, FP32, update, moved)
 
 

@@ -1,0 +1,100 @@
+"""``lars_ema`` on a CPU: the norms in one pass over weights and gradient, everything else in a second one.
+
+Bytes bound both: a copy of as many as ResNet-18's step must move takes as long as the step (bench/LOG.md). So no pass reads
+what it can do without, and the second begins where the first ended, with what the caches still hold.
+
+Letters: S segments, K chunks, as in ``reference``; a block is a few neighbouring chunks.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastbyol_kernels.lars_ema.reference import Rule, SegmentTable, factors, trust_ratio
+from fastbyol_kernels.native import F32, I32, fma, kernel
+
+# Chunks that a thread takes at a time: 2 us of work for 100 ns of counting.
+CHUNKS = 8
+
+
+@kernel
+def _norms(block: int, online: F32, gradient: F32, decay: F32, sums: F32, chunks: I32, num_chunks: int, all_three: int) -> None:
+    """Write sums of the squares of w, g and u = g + d w, a row (3,) per chunk; unless ``all_three`` of g alone."""
+    for chunk in range(block * CHUNKS, min(block * CHUNKS + CHUNKS, num_chunks)):
+        start, stop, d = chunks[3 * chunk + 1], chunks[3 * chunk + 2], decay[chunks[3 * chunk]]
+        w, g = online[start:stop], gradient[start:stop]
+        of_w = of_g = of_u = np.float32(0)
+        if all_three:
+            for i in range(len(w)):
+                u = g[i] + d * w[i]
+                of_w += w[i] * w[i]
+                of_g += g[i] * g[i]
+                of_u += u * u
+        else:
+            for i in range(len(g)):
+                of_g += g[i] * g[i]
+        sums[3 * chunk], sums[3 * chunk + 1], sums[3 * chunk + 2] = of_w, of_g, of_u
+
+
+@kernel(backwards=True)
+def _sweep(
+    block: int, online: F32, gradient: F32, momentum: F32, target: F32, before: F32, after: F32, decay: F32,
+    mu: float, tau: float, sums: F32, chunks: I32, num_chunks: int, num_target: int, ema_first: int,
+) -> None:  # fmt: skip
+    """Move all, with a ``before``, b ``after`` the momentum; write the squares' sums of m and the old w, (2,) per chunk."""
+    keep_m, keep_t = np.float32(mu), np.float32(tau)
+    take_w = np.float32(1) - keep_t
+    for chunk in range(block * CHUNKS, min(block * CHUNKS + CHUNKS, num_chunks)):
+        segment, start, stop = chunks[3 * chunk], chunks[3 * chunk + 1], chunks[3 * chunk + 2]
+        a, b, ad = before[segment], after[segment], before[segment] * decay[segment]
+        w, g, m, t = online[start:stop], gradient[start:stop], momentum[start:stop], target[start:stop]
+        followed, of_m, of_w = start < num_target, np.float32(0), np.float32(0)
+        for i in range(len(w)):
+            old = w[i]
+            moved = fma(keep_m, m[i], fma(a, g[i], ad * old))
+            new = fma(-b, moved, old)
+            m[i], w[i] = moved, new
+            if followed:
+                t[i] = fma(take_w, old if ema_first else new, keep_t * t[i])
+            of_m += moved * moved
+            of_w += old * old
+        sums[2 * chunk], sums[2 * chunk + 1] = of_m, of_w
+
+
+def step(
+    online: Tensor, gradient: Tensor, momentum: Tensor, target: Tensor, table: SegmentTable, lr: Tensor, tau: Tensor,
+    *, rule: Rule, eta: float, mu: float, ema_first: bool,
+) -> Tensor:  # fmt: skip
+    """Take the step as ``reference`` does, for fp32 on a CPU, where numbers are read without waiting."""
+    weight_norm, grad_norm, decayed_norm = norms(online, gradient, table, all_three=rule != "sgd")
+    if not grad_norm.isfinite().all():
+        weight_norm, still = norms(online, gradient, table)[0], torch.zeros_like(grad_norm)
+        return torch.stack((weight_norm, grad_norm, still, still, still), dim=1)
+    trust = torch.where(table.adapt, trust_ratio(rule, weight_norm, grad_norm, decayed_norm, table.decay, eta), 1.0)
+    rate, before, after, decay = factors(rule, table, trust, grad_norm, lr)
+    sums, chunks = online.new_empty(len(table.chunks), 2), table.chunks
+    _sweep(
+        _blocks(table), online, gradient, momentum, target, before, after, decay, mu, float(tau), sums,
+        chunks, len(chunks), len(target), ema_first,
+    )  # fmt: skip
+    momentum_norm, weight_norm = _roots(sums, table)
+    return torch.stack((weight_norm, grad_norm, trust, rate, after * momentum_norm), dim=1)
+
+
+def norms(online: Tensor, gradient: Tensor, table: SegmentTable, *, all_three: bool = True) -> Tensor:
+    """Return |w|, |g| and |g + d w| of each segment, (3, S); unless ``all_three`` only |g|, and 0 for the others."""
+    sums, chunks = online.new_empty(len(table.chunks), 3), table.chunks
+    _norms(_blocks(table), online, gradient, table.decay, sums, chunks, len(chunks), all_three)
+    return _roots(sums, table)
+
+
+def _blocks(table: SegmentTable) -> int:
+    return -(-len(table.chunks) // CHUNKS)
+
+
+def _roots(sums: Tensor, table: SegmentTable) -> Tensor:
+    """Sums (K, n) of chunks -> roots (n, S) of the segments' sums, which fp64 adds up."""
+    whole = torch.segment_reduce(sums.double(), "sum", lengths=table.spans.diff().flatten().long(), axis=0)
+    return whole.sqrt().to(sums.dtype).t()

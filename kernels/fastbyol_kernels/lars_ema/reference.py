@@ -1,0 +1,184 @@
+"""SGD or LARS, with momentum, over flat buffers, and the target network's moving average: the step after the backward pass.
+
+For each segment (one parameter) with weights w, gradient g, momentum m, weight decay d, factor k of the learning rate:
+
+    u  = g + d w
+    m <- mu m + a u            m is kept from step to step
+    w <- w - b m               rate = lr k trust is what the telemetry calls the rate
+
+    rule      a      b      trust, where the segment adapts (1 elsewhere)
+    sgd       1      lr k   1                                              torch.optim.SGD
+    blog      rate   1      eta |w| / (|g| + d |w|), 0 if the sum is 0     the post's code, lars.py
+    deepmind  trust  lr k   eta |w| / |u|, 1 where |w| or |u| is 0         deepmind-research, byol/utils/optimizers.py
+    bolts     trust  lr k   eta |w| / (|g| + d |w| + 1e-8), and            Lightning Bolts, whence solo-learn and lightly
+                            1 without decay where |w| or |g| is 0
+
+All are readings of You et al., "Large Batch Training of Convolutional Networks", arXiv:1708.03888. With ``blog`` a tensor that
+starts at zero (a norm layer's bias) never moves while it adapts. In the originals of ``bolts`` what does not adapt does not
+decay either; here that is the table's choice.
+
+    target <- tau target + (1 - tau) online      over the target's segments, before or after the step on w
+
+Where the norm of any segment's gradient is not finite nothing moves, and trust, rate and update norm of all segments are 0.
+
+Letters: L elements of a buffer, T of the target, S segments, K chunks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Rule = Literal["sgd", "blog", "deepmind", "bolts"]
+RULES: tuple[Rule, ...] = ("sgd", "blog", "deepmind", "bolts")
+LAYER_METRICS = ("weight_norm", "grad_norm", "trust_ratio", "rate", "update_norm")
+BOLTS_EPS = 1e-8
+
+# Elements of a chunk. ResNet-18's convolutions behind the stem are whole multiples of 4096. Half as many would double the share
+# of sums (576 in the largest segment) and flags in what the sweep reads, now 5 %; twice as many take 192 registers or more,
+# which leaves one program to an SM.
+CHUNK = 4096
+# Elements of fp32 in a 16-byte access: Triton's kernels want segments to start at a multiple of this. With 8, a 16-byte access
+# in bf16, the compiler would give each thread 8 neighbours and shuffle them through shared memory for every store in fp32.
+ALIGN = 4
+
+
+@dataclass(frozen=True)
+class SegmentTable:
+    """Where S segments lie in a flat buffer and how each is treated. The tensors (S,) are on the buffers' device.
+
+    ``offsets`` ascend without overlap. ``chunk``, a power of two, is how many elements a program of the kernels takes; from it
+    ``chunks`` (K, 3) holds segment, start and stop of each chunk and ``spans`` (S, 2) each segment's first and end chunk.
+    Raises ValueError, naming the field, for what does not fit.
+    """
+
+    offsets: tuple[int, ...]
+    numels: tuple[int, ...]
+    adapt: Tensor  # bool: takes a trust ratio
+    decay: Tensor  # weight decay, 0 where there is none; the buffers' dtype
+    lr_mult: Tensor  # factor of the learning rate; the buffers' dtype
+    chunk: int = CHUNK
+    chunks: Tensor = field(init=False, repr=False)
+    spans: Tensor = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self._check()
+        rows: list[tuple[int, int, int]] = []
+        spans: list[tuple[int, int]] = []
+        for segment, (offset, numel) in enumerate(zip(self.offsets, self.numels, strict=True)):
+            end = offset + numel
+            first = len(rows)
+            rows += [(segment, start, min(start + self.chunk, end)) for start in range(offset, end, self.chunk)]
+            spans.append((first, len(rows)))
+        # Made once, here: a step that is being captured in a graph cannot copy from the host.
+        for name, table in (("chunks", rows), ("spans", spans)):
+            object.__setattr__(self, name, torch.tensor(table, dtype=torch.int32, device=self.adapt.device))
+
+    @property
+    def longest(self) -> int:
+        """The most chunks a segment has."""
+        return -(-max(self.numels) // self.chunk)
+
+    @property
+    def end(self) -> int:
+        """Where the last segment ends: the least length of a buffer."""
+        return self.offsets[-1] + self.numels[-1]
+
+    def split(self, buffer: Tensor) -> list[Tensor]:
+        """Return the segments of ``buffer`` as one-dimensional views."""
+        return [buffer.narrow(0, offset, numel) for offset, numel in zip(self.offsets, self.numels, strict=True)]
+
+    def _check(self) -> None:
+        if not self.offsets or len(self.offsets) != len(self.numels):
+            raise ValueError(f"numels must be as many as offsets, at least 1: {len(self.numels)} and {len(self.offsets)}")
+        if min(self.numels) < 1:
+            raise ValueError(f"numels must be positive, not {min(self.numels)}")
+        free = 0
+        for segment, (offset, numel) in enumerate(zip(self.offsets, self.numels, strict=True)):
+            if offset < free:
+                raise ValueError(f"offsets: segment {segment} starts at {offset}, before {free}")
+            free = offset + numel
+        if self.end >= 2**31:
+            raise ValueError(f"offsets: the last segment ends at {self.end}, beyond 2**31 - 1")
+        if self.chunk < ALIGN or self.chunk & (self.chunk - 1):
+            raise ValueError(f"chunk must be a power of two, at least {ALIGN}, not {self.chunk}")
+        shape, device = (len(self.offsets),), self.adapt.device
+        for name, tensor in (("adapt", self.adapt), ("decay", self.decay), ("lr_mult", self.lr_mult)):
+            if tensor.shape != shape or tensor.device != device:
+                raise ValueError(f"{name} must be {shape} on {device}, not {tuple(tensor.shape)} on {tensor.device}")
+        if self.adapt.dtype != torch.bool:
+            raise ValueError(f"adapt must be bool, not {self.adapt.dtype}")
+
+
+def trust_ratio(rule: Rule, weight_norm: Tensor, grad_norm: Tensor, decayed_norm: Tensor, decay: Tensor, eta: float) -> Tensor:
+    """Return trust ratios (S,) by ``rule`` for segments that adapt, from the norms of w, g and u = g + d w."""
+    check_rule(rule)
+    one = torch.ones_like(weight_norm)
+    if rule == "sgd":
+        return one
+    scaled = eta * weight_norm
+    if rule == "blog":
+        below = grad_norm + decay * weight_norm
+        return torch.where(below > 0, scaled / below, 0.0)
+    if rule == "deepmind":
+        return torch.where((weight_norm > 0) & (decayed_norm > 0), scaled / decayed_norm, one)
+    below = grad_norm + decay * weight_norm + BOLTS_EPS
+    return torch.where((weight_norm > 0) & (grad_norm > 0), scaled / below, one)
+
+
+def check_rule(rule: str) -> None:
+    """Raise ValueError for a word that is none of ``RULES``."""
+    if rule not in RULES:
+        raise ValueError(f"rule must be one of {', '.join(RULES)}, not {rule!r}")
+
+
+def reference(
+    online: Tensor, gradient: Tensor, momentum: Tensor, target: Tensor, table: SegmentTable, lr: Tensor, tau: Tensor,
+    *, rule: Rule, eta: float, mu: float, ema_first: bool,
+) -> Tensor:  # fmt: skip
+    """Take the step in plain torch, as ``lars_ema`` does: ``foreach`` operations over views of the segments.
+
+    Scalars stay on the device.
+    """
+    grad_norm = _norms(table.split(gradient))
+    # Of a gradient that is not finite nothing may enter, not even times zero.
+    fine = grad_norm.isfinite().all()
+    gradient, tau = torch.where(fine, gradient, 0.0), torch.where(fine, tau, 1.0)
+    w, g, m = (table.split(buffer) for buffer in (online, gradient, momentum))
+    weight_norm, decay = _norms(w), table.decay
+    decayed_norm = _norms(torch._foreach_addcmul(g, w, list(decay))) if rule == "deepmind" else grad_norm
+    if ema_first:
+        _follow(target, online, tau)
+    trust = trust_ratio(rule, weight_norm, grad_norm, decayed_norm, decay, eta)
+    trust = torch.where(table.adapt, trust, 1.0).where(fine, 0.0)
+    rate, before, after, decay = factors(rule, table, trust, grad_norm, lr)
+    after = torch.where(fine, after, 0.0)
+    momentum.mul_(torch.where(fine, momentum.new_full((), mu), 1.0))
+    torch._foreach_addcmul_(m, g, list(before))
+    torch._foreach_addcmul_(m, w, list(before * decay))
+    torch._foreach_addcmul_(w, m, list(-after))
+    if not ema_first:
+        _follow(target, online, tau)
+    return torch.stack((weight_norm, grad_norm, trust, rate, after * _norms(m)), dim=1)
+
+
+def factors(
+    rule: Rule, table: SegmentTable, trust: Tensor, grad_norm: Tensor, lr: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the rate, a, b and d of each segment, (S,) each, from its trust ratio."""
+    base, decay = lr * table.lr_mult, table.decay
+    rate = base * trust
+    if rule == "bolts":
+        decay = torch.where(table.adapt & (grad_norm == 0), 0.0, decay)
+    return (rate, rate, torch.ones_like(rate), decay) if rule == "blog" else (rate, trust, base, decay)
+
+
+def _norms(tensors: list[Tensor] | tuple[Tensor, ...]) -> Tensor:
+    return torch.stack(torch._foreach_norm(tensors))
+
+
+def _follow(target: Tensor, online: Tensor, tau: Tensor) -> None:
+    target.lerp_(online[: len(target)], 1 - tau)

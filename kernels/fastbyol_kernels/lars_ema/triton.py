@@ -1,0 +1,241 @@
+"""``lars_ema`` on a GPU, in three launches.
+
+Segments are cut into chunks that never straddle two. The launches: the sums of squares of each chunk; the sweep over chunks,
+in which every program adds up the sums of its segment in the same fixed order and then reads each buffer once; the numbers for
+the telemetry. A norm counts as infinite where its square, or that times the number of chunks, overflows fp32.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastbyol_kernels.lars_ema.reference import ALIGN, BOLTS_EPS, LAYER_METRICS, Rule, SegmentTable
+
+# A kernel reads module constants only as constexpr.
+_ALIGN, _BOLTS_EPS = tl.constexpr(ALIGN), tl.constexpr(BOLTS_EPS)
+# Why a kernel may move narrow words; ``fastbyol_bench.launches`` asks where one does.
+NARROW = {
+    "_norms_kernel": "stores three numbers per 4096 elements",
+    "_telemetry_kernel": "five numbers per segment",
+}
+# 16 elements per thread and stream, four 16-byte loads each. The sweep takes at most 128 registers: two programs to an SM, with
+# 128 KB in flight between them. 4 warps take up to 241 registers, for as many bytes and fewer warps to hide the sums behind.
+NUM_WARPS = 8
+# 16 sums or flags per thread. Known when compiled, so that all loads go out before the first addition.
+MAX_LANES = 4096
+
+
+@triton.jit
+def _chunk(chunks, index):
+    """Return segment, start, number of elements, and how many may be touched.
+
+    The last is a multiple of 4, into the padding, so that accesses stay 16 bytes wide. The start is 64 bits wide so that one
+    address serves all of a thread's accesses to a buffer, each at a constant distance.
+    """
+    segment = tl.load(chunks + index * 3)
+    start = tl.multiple_of(tl.load(chunks + index * 3 + 1), _ALIGN)
+    count = tl.load(chunks + index * 3 + 2) - start
+    return segment, start.to(tl.int64), count, tl.cdiv(count, _ALIGN) * _ALIGN
+
+
+@triton.jit
+def _norms_kernel(online, gradient, chunks, decay, sums, fine, num_chunks, DECAYED: tl.constexpr, CHUNK: tl.constexpr):
+    """Write the squares' sums of w, g and, where DECAYED, u of a chunk into ``sums`` (4, K), and 1 or 0 into ``fine`` (K,)."""
+    index = tl.program_id(0)
+    segment, start, count, touched = _chunk(chunks, index)
+    elements = tl.arange(0, CHUNK)
+    near = elements < touched
+    w = tl.where(elements < count, tl.load(online + start + elements, mask=near, other=0.0), 0.0)
+    g = tl.where(elements < count, tl.load(gradient + start + elements, mask=near, other=0.0), 0.0)
+    squares = tl.sum(g * g, 0)
+    tl.store(sums + index, tl.sum(w * w, 0))
+    tl.store(sums + num_chunks + index, squares)
+    # False for NaN, too, and for what might overflow when all chunks are added.
+    tl.store(fine + index, (squares * num_chunks < float("inf")).to(tl.int8))
+    if DECAYED:
+        u = g + tl.load(decay + segment) * w
+        tl.store(sums + 2 * num_chunks + index, tl.sum(u * u, 0))
+
+
+@triton.jit
+def _norm(sums, first, end, LANES: tl.constexpr, PASSES: tl.constexpr):
+    """The norm of a segment from its chunks' sums, always added in the same order."""
+    total = tl.zeros((LANES,), tl.float32)
+    for turn in tl.static_range(PASSES):
+        lanes = first + turn * LANES + tl.arange(0, LANES)
+        total += tl.load(sums + lanes, mask=lanes < end, other=0.0)
+    return tl.sqrt_rn(tl.sum(total, 0))
+
+
+@triton.jit
+def _all_fine(fine, num_chunks, FLAGS: tl.constexpr, FLAG_PASSES: tl.constexpr):
+    """``fine`` is as long as a multiple of 16, so that accesses are 16 bytes wide; what is beyond K may be anything."""
+    least = tl.full((FLAGS // 16, 16), 1, tl.int32)
+    for turn in tl.static_range(FLAG_PASSES):
+        # In two dimensions, lest the tiles of the sweep, when as long, be laid out like this one, 16 neighbours per thread.
+        lanes = turn * FLAGS + 16 * tl.arange(0, FLAGS // 16)[:, None] + tl.arange(0, 16)[None, :]
+        flags = tl.load(fine + lanes, mask=lanes < tl.cdiv(num_chunks, 16) * 16, other=1).to(tl.int32)
+        least = tl.minimum(least, tl.where(lanes < num_chunks, flags, 1))
+    return tl.min(tl.min(least, 1), 0) > 0
+
+
+@triton.jit
+def _treatment(
+    segment, spans, adapt, decay, lr_mult, lr, sums, fine, num_chunks, eta, RULE: tl.constexpr,
+    LANES: tl.constexpr, PASSES: tl.constexpr, FLAGS: tl.constexpr, FLAG_PASSES: tl.constexpr,
+):  # fmt: skip
+    """Return a segment's first and end chunk, |w|, |g|, trust, rate, a, b, d of the formulas, and whether to step at all."""
+    first = tl.load(spans + segment * 2)
+    end = tl.load(spans + segment * 2 + 1)
+    d = tl.load(decay + segment)
+    adapts = tl.load(adapt + segment) != 0
+    base = tl.load(lr) * tl.load(lr_mult + segment)
+    go = _all_fine(fine, num_chunks, FLAGS, FLAG_PASSES)
+    weight_norm = _norm(sums, first, end, LANES, PASSES)
+    grad_norm = _norm(sums + num_chunks, first, end, LANES, PASSES)
+    g = tl.where(go, grad_norm, 0.0)
+    trust = 1.0
+    if RULE != "sgd":
+        below = g + d * weight_norm
+        moves = below > 0
+        otherwise = 0.0
+        if RULE == "deepmind":
+            below = _norm(sums + 2 * num_chunks, first, end, LANES, PASSES)
+            moves = go & (weight_norm > 0) & (below > 0)
+            otherwise = 1.0
+        if RULE == "bolts":
+            below += _BOLTS_EPS
+            moves = (weight_norm > 0) & (g > 0)
+            otherwise = 1.0
+            d = tl.where(adapts & (g == 0), 0.0, d)
+        trust = tl.where(moves, tl.div_rn(eta * weight_norm, tl.where(moves, below, 1.0)), otherwise)
+        trust = tl.where(adapts, trust, 1.0)
+    trust = tl.where(go, trust, 0.0)
+    rate = base * trust
+    a = trust
+    b = base
+    if RULE == "blog":
+        a = rate
+        b = 1.0
+    return first, end, weight_norm, grad_norm, trust, rate, a, b, d, go
+
+
+@triton.jit
+def _sweep_kernel(
+    online, gradient, momentum, target, chunks, spans, adapt, decay, lr_mult, lr, tau, sums, fine,
+    num_chunks, num_target, eta, mu, RULE: tl.constexpr, EMA_FIRST: tl.constexpr, CHUNK: tl.constexpr,
+    LANES: tl.constexpr, PASSES: tl.constexpr, FLAGS: tl.constexpr, FLAG_PASSES: tl.constexpr,
+):  # fmt: skip
+    """Move a chunk of each buffer; row 3 of ``sums`` takes the squares of the new momentum."""
+    # The last chunk first: the L2 still holds what the norms read last.
+    index = num_chunks - 1 - tl.program_id(0)
+    segment, start, count, touched = _chunk(chunks, index)
+    elements = tl.arange(0, CHUNK)
+    near = elements < touched
+    followed = elements < tl.where(start < num_target, touched, 0)
+    # The four streams are asked for before the sums are added up, which hides the one behind the other, and are marked as not
+    # worth keeping: the L2 has the weights and gradients of the chunks to come.
+    w = tl.load(online + start + elements, mask=near, other=0.0, eviction_policy="evict_first")
+    g = tl.load(gradient + start + elements, mask=near, other=0.0, eviction_policy="evict_first")
+    m = tl.load(momentum + start + elements, mask=near, other=0.0, eviction_policy="evict_first")
+    t = tl.load(target + start + elements, mask=followed, other=0.0, eviction_policy="evict_first")
+    _, _, _, _, _, _, a, b, d, go = _treatment(
+        segment, spans, adapt, decay, lr_mult, lr, sums, fine, num_chunks, eta, RULE, LANES, PASSES, FLAGS, FLAG_PASSES
+    )
+    moves = elements < tl.where(go, count, 0)
+    g = tl.where(moves, g, 0.0)
+    m_new = tl.where(moves, mu * m + a * (g + d * w), m)
+    w_new = tl.where(moves, w - b * m_new, w)
+    tl.store(sums + 3 * num_chunks + index, tl.sum(tl.where(moves, m_new * m_new, 0.0), 0))
+    # As torch.lerp: exact at either end.
+    weight = 1.0 - tl.load(tau)
+    leader = w_new
+    if EMA_FIRST:
+        leader = w
+    t_new = tl.where(weight < 0.5, t + weight * (leader - t), leader - (leader - t) * (1.0 - weight))
+    t_new = tl.where(moves, t_new, t)
+    tl.store(momentum + start + elements, m_new, mask=near, eviction_policy="evict_first")
+    tl.store(online + start + elements, w_new, mask=near, eviction_policy="evict_first")
+    tl.store(target + start + elements, t_new, mask=followed, eviction_policy="evict_first")
+
+
+@triton.jit
+def _telemetry_kernel(
+    spans, adapt, decay, lr_mult, lr, sums, fine, layers, num_chunks, eta, RULE: tl.constexpr,
+    LANES: tl.constexpr, PASSES: tl.constexpr, FLAGS: tl.constexpr, FLAG_PASSES: tl.constexpr,
+):  # fmt: skip
+    """Write a segment's five numbers into ``layers`` (S, 5)."""
+    segment = tl.program_id(0)
+    first, end, weight_norm, grad_norm, trust, rate, _, b, _, go = _treatment(
+        segment, spans, adapt, decay, lr_mult, lr, sums, fine, num_chunks, eta, RULE, LANES, PASSES, FLAGS, FLAG_PASSES
+    )
+    update_norm = tl.where(go, b * _norm(sums + 3 * num_chunks, first, end, LANES, PASSES), 0.0)
+    row = layers + segment * 5
+    tl.store(row, weight_norm)
+    tl.store(row + 1, grad_norm)
+    tl.store(row + 2, trust)
+    tl.store(row + 3, rate)
+    tl.store(row + 4, update_norm)
+
+
+def _added_at_once(num_chunks: int, longest: int) -> dict[str, int]:
+    """Return how many sums and flags a program adds up at once, and in how many passes, as the kernels take it.
+
+    ResNet-18, with 2,887 chunks and at most 576 in a segment, takes one pass of each.
+    """
+    lanes, flags = (min(triton.next_power_of_2(max(count, 16)), MAX_LANES) for count in (longest, num_chunks))
+    passes, flag_passes = triton.cdiv(longest, lanes), triton.cdiv(num_chunks, flags)
+    return {"LANES": lanes, "PASSES": passes, "FLAGS": flags, "FLAG_PASSES": flag_passes}
+
+
+@torch.library.custom_op("fastbyol::lars_ema", mutates_args=("online", "momentum", "target"))
+def _lars_ema(
+    online: Tensor, gradient: Tensor, momentum: Tensor, target: Tensor, chunks: Tensor, spans: Tensor, adapt: Tensor,
+    decay: Tensor, lr_mult: Tensor, lr: Tensor, tau: Tensor,
+    chunk: int, longest: int, rule: str, eta: float, mu: float, ema_first: bool,
+) -> Tensor:  # fmt: skip
+    num_chunks, num_segments = len(chunks), len(spans)
+    sums = torch.empty((4, num_chunks), dtype=torch.float32, device=online.device)
+    fine = torch.empty(triton.cdiv(num_chunks, 16) * 16, dtype=torch.int8, device=online.device)
+    layers = torch.empty((num_segments, len(LAYER_METRICS)), dtype=torch.float32, device=online.device)
+    options = {"num_warps": NUM_WARPS, "enable_fp_fusion": True}
+    treat = {"RULE": rule, **_added_at_once(num_chunks, longest), **options}
+    with torch.cuda.device_of(online):
+        _norms_kernel[(num_chunks,)](
+            online, gradient, chunks, decay, sums, fine, num_chunks, DECAYED=rule == "deepmind", CHUNK=chunk, **options
+        )
+        _sweep_kernel[(num_chunks,)](
+            online, gradient, momentum, target, chunks, spans, adapt, decay, lr_mult, lr, tau, sums, fine,
+            num_chunks, len(target), eta, mu, EMA_FIRST=ema_first, CHUNK=chunk, **treat,
+        )  # fmt: skip
+        _telemetry_kernel[(num_segments,)](spans, adapt, decay, lr_mult, lr, sums, fine, layers, num_chunks, eta, **treat)
+    return layers
+
+
+@_lars_ema.register_fake
+def _(online: Tensor, gradient: Tensor, momentum: Tensor, target: Tensor, chunks: Tensor, spans: Tensor, *_: object) -> Tensor:
+    return online.new_empty((len(spans), len(LAYER_METRICS)), dtype=torch.float32)
+
+
+def step(
+    online: Tensor, gradient: Tensor, momentum: Tensor, target: Tensor, table: SegmentTable, lr: Tensor, tau: Tensor,
+    *, rule: Rule, eta: float, mu: float, ema_first: bool,
+) -> Tensor:  # fmt: skip
+    """Take the step as ``reference`` does, for fp32 on a GPU.
+
+    Raises ValueError for segments that do not start, or buffers that do not end, at multiples of ``ALIGN`` elements.
+    """
+    for name, buffer in (("online", online), ("target", target)):
+        if len(buffer) % ALIGN:
+            raise ValueError(f"{name} must have a multiple of {ALIGN} elements for the kernels, not {len(buffer)}")
+    for segment, offset in enumerate(table.offsets):
+        if offset % ALIGN:
+            raise ValueError(f"table: segment {segment} starts at {offset}, no multiple of {ALIGN}")
+    layers = _lars_ema(
+        online, gradient, momentum, target, table.chunks, table.spans, table.adapt, table.decay, table.lr_mult, lr, tau,
+        table.chunk, table.longest, rule, eta, mu, ema_first,
+    )  # fmt: skip
+    return layers  # noqa: RET504

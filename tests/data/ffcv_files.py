@@ -1,4 +1,7 @@
-"""Beton files made and read by FFCV itself, without fastbyol: the other side of every round trip."""
+"""Beton files made and read by FFCV itself, without fastbyol: the other side of every round trip.
+
+A test that asks for one is skipped where FFCV is not installed.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,7 @@ from numpy.typing import NDArray
 
 def write_all(files: dict[Path, tuple[dict[str, str], list[tuple[Any, ...]]]]) -> None:
     """FFCV's own writer for each path: fields as name -> kind (see ``_write_all``), and the samples; pages of 2 MiB."""
+    pytest.importorskip("ffcv")
     process = multiprocessing.get_context("spawn").Process(target=_write_all, args=(files,))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("NUMBA_DISABLE_JIT", "1")  # writing runs nothing compiled
@@ -42,6 +46,7 @@ def _write_all(files: dict[Path, tuple[dict[str, str], list[tuple[Any, ...]]]]) 
 
 def loaded(path: Path) -> tuple[NDArray[np.uint8], list[int] | None]:
     """Images of one size (N, H, W, 3) and labels, in file order, through FFCV's loader."""
+    pytest.importorskip("ffcv")
     import torch
     from ffcv.fields.decoders import IntDecoder, SimpleRGBImageDecoder
     from ffcv.loader import Loader, OrderOption
@@ -61,6 +66,7 @@ def loaded(path: Path) -> tuple[NDArray[np.uint8], list[int] | None]:
 
 def regions(path: Path) -> tuple[list[NDArray[np.uint8]], list[int] | None]:
     """Raw images of any sizes, and labels, as FFCV's reader finds them."""
+    pytest.importorskip("ffcv")
     from ffcv.reader import Reader
 
     reader = Reader(str(path))
@@ -72,6 +78,7 @@ def regions(path: Path) -> tuple[list[NDArray[np.uint8]], list[int] | None]:
 
 def raw_regions(path: Path) -> list[NDArray[np.uint8]]:
     """The bytes that each sample's image row points to."""
+    pytest.importorskip("ffcv")
     from ffcv.reader import Reader
 
     reader = Reader(str(path))

@@ -33,7 +33,7 @@ from fastbyol.data.beton_write import (
     disk_error,
     write_at,
 )
-from fastbyol.errors import FastbyolError, UsageError
+from fastbyol.errors import FastbyolError, UsageError, one_line
 
 # A pipe takes messages of up to 4096 bytes at once, so that workers may share it; a letter has up to four.
 MAX_LETTERS = 600
@@ -78,7 +78,7 @@ def _work(parent: int, job: Job, results: NDArray[Any], reports: Connection) -> 
     except OSError as error:
         reports.send(disk_error(error))
     except BaseException as error:  # SystemExit of a data set's code too: nobody else would say it
-        reports.send(FastbyolError(f"{type(error).__name__}: {error}"[:MAX_LETTERS]))
+        reports.send(FastbyolError(f"{type(error).__name__}: {one_line(error)}; look at the data set's code"))
     finally:
         os._exit(code)
 
@@ -98,8 +98,9 @@ def _write_items(job: Job, results: NDArray[Any], reports: Connection) -> None:
                 results["state"][index] = DONE
                 continue
             except Exception as error:  # anything that a data set may raise
-                text = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
-                raise UsageError(f"{job.name(index)} {text}"[:MAX_LETTERS] + "; correct or remove it") from None
+                kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+                text = f"{job.name(index)} {kind}{one_line(error)}"[:MAX_LETTERS]
+                raise UsageError(f"{text}; correct or remove it") from None
             if used + len(data) > job.page_bytes:
                 page, used = os.lseek(job.out, job.page_bytes, os.SEEK_CUR) - job.page_bytes, 0
             write_at(job.out, data, page + used)

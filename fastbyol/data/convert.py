@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -48,7 +47,6 @@ class Report:
     class_names: tuple[str, ...]
     image_size: tuple[int, int] | None
     num_bytes: int
-    seconds: float
 
     def in_words(self) -> Iterator[str]:
         """Yield lines that account for everything that the source held; the last one sums it up."""
@@ -123,7 +121,7 @@ def convert(
     leaves them. Unreadable images are left out and reported, or with ``strict`` the first one is an error.
     Raises UsageError for what the caller can correct, FastbyolError for a full disk or a failed writer.
     """
-    started, path = time.monotonic(), beton_write.followed(Path(out))
+    path = beton_write.followed(Path(out))
     beton_write.check_output(path, overwrite=overwrite)
     made = kind == "textures" or (kind is None and source == "textures")
     opened = sources.open_source(source, kind=kind, split=split, fold=fold, count=count, size=size, seed=seed, strict=strict)
@@ -168,7 +166,6 @@ def convert(
         class_names=opened.class_names,
         image_size=info.uniform_size,
         num_bytes=info.num_bytes,
-        seconds=time.monotonic() - started,
     )
 
 

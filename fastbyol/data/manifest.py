@@ -29,8 +29,6 @@ from numpy.typing import NDArray
 
 MAGIC = b"fastbyol sealed"
 VERSION = 1
-# A note longer than this is no description of a source but damage.
-MAX_NOTE_BYTES = 1 << 24
 CHUNK_BYTES = 1 << 24
 
 TAIL = np.dtype(

@@ -48,7 +48,7 @@ class Items:
 
 
 def _fail(image: np.ndarray, index: int) -> tuple[object, ...]:
-    raise RuntimeError("lost it")
+    raise RuntimeError("lost\nit")
 
 
 def _unreadable(image: np.ndarray, index: int) -> tuple[object, ...]:

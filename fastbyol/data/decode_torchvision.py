@@ -55,7 +55,8 @@ def first_damaged(streams: Sequence[Image], threads: Executor) -> int | None:
     an error; torchvision leaves it to libjpeg, which writes a line to C's standard error.
     """
     with _c_stderr_bytes() as written:
-        if all(list(threads.map(_can_decode, streams))) and not written():
+        decodable = list(threads.map(_can_decode, streams))  # to the last, so that none writes below
+        if all(decodable) and not written():
             return None
         for index, stream in enumerate(streams):
             before = written()

@@ -6,6 +6,7 @@ import ast
 import subprocess
 import sys
 from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -75,6 +76,67 @@ def test_imports_point_one_way(path: Path) -> None:
         target = room(name)
         allowed = target == own or RANK[target] < RANK[own] or (own == "__init__" and target == "__init__")
         assert allowed, f"{path.relative_to(ROOT)} (rank of {own}) imports {name} (rank of {target})"
+
+
+def named(path: Path) -> str:
+    """The dotted name of a module; a package's is that of its ``__init__``."""
+    top = next(folder.parent for folder in (PACKAGE, KERNELS, BENCH) if path.is_relative_to(folder))
+    return ".".join(path.relative_to(top).with_suffix("").parts).removesuffix(".__init__")
+
+
+def test_no_module_imports_itself_by_way_of_others() -> None:
+    """Whether at once or inside a function. Who imports a module is not taken to import the packages around it."""
+    paths = {named(path): path for path in modules()}
+    graph: dict[str, set[str]] = {}
+    for name, path in paths.items():
+        targets = ({target, target.rpartition(".")[0]} & paths.keys() for target in imports(path))
+        # Of a package and a module in it, the module is what is imported.
+        graph[name] = {max(found, key=len) for found in targets if found} - {name}
+    circles = []
+    while True:
+        try:
+            TopologicalSorter(graph).prepare()
+        except CycleError as error:
+            circle = error.args[1]
+            circles.append(" <- ".join(circle))
+            # Without one of its imports, the others show.
+            graph[circle[1]].discard(circle[0])
+        else:
+            break
+    assert not circles
+
+
+def test_every_keyword_of_a_kernel_op_is_passed_by_someone() -> None:
+    """Whatever only tests pass is nobody's: an option to be wired, or to be deleted."""
+    passed: dict[str, list[ast.Call]] = {}
+    for path in [*PACKAGE.rglob("*.py"), *BENCH.rglob("*.py")]:
+        nodes = list(ast.walk(ast.parse(path.read_text("utf-8"))))
+        names = [alias for node in nodes if isinstance(node, ast.ImportFrom) for alias in node.names]
+        meant = {alias.asname: alias.name for alias in names if alias.asname}
+        for node in nodes:
+            if isinstance(node, ast.Call):
+                name = ast.unparse(node.func).rpartition(".")[2]
+                passed.setdefault(meant.get(name, name), []).append(node)
+    idle = []
+    for path in sorted(KERNELS.glob("*/__init__.py")):
+        body = ast.parse(path.read_text("utf-8")).body
+        for function in (node for node in body if isinstance(node, ast.FunctionDef) and not node.name.startswith("_")):
+            positional = [argument.arg for argument in function.args.args]
+            options = positional[len(positional) - len(function.args.defaults) :]
+            options += [argument.arg for argument in function.args.kwonlyargs]
+            calls = passed.get(function.name, [])
+            idle += [
+                f"{named(path)}.{function.name}({option}=)"
+                for option in options
+                if not any(_passes(call, option, positional) for call in calls)
+            ]
+    assert not idle
+
+
+def _passes(call: ast.Call, option: str, positional: list[str]) -> bool:
+    """Whether ``call`` may pass ``option``: by name, in its place, or in a ``**dict`` whose names cannot be seen here."""
+    places = len(positional) if any(isinstance(a, ast.Starred) for a in call.args) else len(call.args)
+    return option in positional[:places] or any(keyword.arg in (option, None) for keyword in call.keywords)
 
 
 def test_every_room_has_a_rank() -> None:

@@ -124,14 +124,16 @@ class GroupNorm(nn.Module):
 
     def __init__(self, num_groups: int, num_channels: int) -> None:
         super().__init__()
-        self.num_groups = num_groups
+        self.num_groups, self.eps = num_groups, 1e-5
         self.kernels = "auto"
         self.weight = nn.Parameter(torch.ones(num_channels))
         self.bias = nn.Parameter(torch.zeros(num_channels))
 
     def forward(self, x: Tensor, residual: Tensor | None = None, *, relu: bool = False) -> Tensor:
         """relu(group norm of ``x`` + ``residual``), either of the two optional, in one operation."""
-        return group_norm(x, self.num_groups, self.weight, self.bias, residual=residual, relu=relu, kernels=self.kernels)
+        return group_norm(
+            x, self.num_groups, self.weight, self.bias, residual=residual, relu=relu, eps=self.eps, kernels=self.kernels
+        )
 
     def extra_repr(self) -> str:
         return f"{self.num_groups}, {self.weight.numel()}"

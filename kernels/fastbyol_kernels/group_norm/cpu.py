@@ -170,7 +170,8 @@ def _forward(
 ) -> None:  # fmt: skip
     """Write y, and mean and rstd (N, G), of ``per_block`` samples."""
     size, length = pixels * channels, per_row * channels
-    first, second = np.empty(length, np.float32), np.empty(length, np.float32)
+    lanes = np.empty(2 * length, np.float32)
+    first, second = lanes[:length], lanes[length : 2 * length]
     for sample in range(block * per_block, min(block * per_block + per_block, samples)):
         here = slice(sample * size, sample * size + size)
         mean, rstd = means[sample * groups : sample * groups + groups], rstds[sample * groups : sample * groups + groups]
@@ -204,7 +205,7 @@ def _sums(dy, x, y, scale, shift, center, total, weighted, limit):
         y0, y1, y2, y3 = _rows(results, row, lanes)
         d0, d1, d2, d3 = _rows(dy, row, lanes)
         for i in range(lanes):
-            # Before the gradients here, after them with ``y``: sums are in the order of their loads, whatever is written below.
+            # LLVM adds in the order in which it loads: x comes before the gradients, but with ``y`` after them.
             if y is None:
                 v0, v1, v2, v3 = widened(x0[i]), widened(x1[i]), widened(x2[i]), widened(x3[i])
             g0 = _passed(d0, x0, y0, i, y, scale, shift, limit)
@@ -213,9 +214,10 @@ def _sums(dy, x, y, scale, shift, center, total, weighted, limit):
             g3 = _passed(d3, x3, y3, i, y, scale, shift, limit)
             c = center[i]
             total[i] += (g0 + g1) + (g2 + g3)
+            before = weighted[i]
             if y is not None:
                 v0, v1, v2, v3 = widened(x0[i]), widened(x1[i]), widened(x2[i]), widened(x3[i])
-            weighted[i] += (g0 * (v0 - c) + g1 * (v1 - c)) + (g2 * (v2 - c) + g3 * (v3 - c))
+            weighted[i] = before + ((g0 * (v0 - c) + g1 * (v1 - c)) + (g2 * (v2 - c) + g3 * (v3 - c)))
     for row in range(rows // 4 * 4, -(-len(x) // lanes)):
         values, result, gradient = _row(x, row, lanes), _row(results, row, lanes), _row(dy, row, lanes)
         for i in range(len(values)):
@@ -280,8 +282,9 @@ def _backward(
 ) -> None:  # fmt: skip
     """Write dx, the residual's gradient, and sums (N, 2, C) of g x_hat and g, of ``per_block`` samples."""
     size, length = pixels * channels, per_row * channels
-    scale, shift, center = np.empty(length, np.float32), np.empty(length, np.float32), np.empty(length, np.float32)
-    third, fourth, bound = np.empty(length, np.float32), np.empty(length, np.float32), np.float32(limit)
+    lanes, bound = np.empty(5 * length, np.float32), np.float32(limit)
+    scale, shift, center = lanes[:length], lanes[length : 2 * length], lanes[2 * length : 3 * length]
+    third, fourth = lanes[3 * length : 4 * length], lanes[4 * length : 5 * length]
     for sample in range(block * per_block, min(block * per_block + per_block, samples)):
         here = slice(sample * size, sample * size + size)
         mean, rstd = means[sample * groups : sample * groups + groups], rstds[sample * groups : sample * groups + groups]

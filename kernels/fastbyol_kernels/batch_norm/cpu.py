@@ -9,7 +9,7 @@ and ``lanes``. Letters: V views, K blocks of a view, C channels, L lanes.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,20 +33,11 @@ _LEAST_HALF = 2.0**-134
 _CACHE_LINE = 64
 
 
-class _Cut(NamedTuple):
-    """How views are cut, in the order of the kernels' last arguments."""
-
-    rows: int
-    run: int
-    parts: int
-    c: int
-    lanes: int
-
-    @staticmethod
-    def of(x: Tensor, num_views: int) -> _Cut:
-        n, c, h, w = x.shape
-        rows, run = n // num_views * h * w, max(MIN_RUN, BLOCK // c)
-        return _Cut(rows, run, -(-rows // run), c, -(-MIN_LANES // c) * c)
+def _cut(x: Tensor, num_views: int) -> tuple[int, int, int, int, int]:
+    """Return rows, run, parts, c and lanes."""
+    n, c, h, w = x.shape
+    rows, run = n // num_views * h * w, max(MIN_RUN, BLOCK // c)
+    return rows, run, -(-rows // run), c, -(-MIN_LANES // c) * c
 
 
 @inlined
@@ -270,13 +261,13 @@ def _sum_gradients(
 
 @kernel
 def _affine(
-    block: int, moments: F32, table: F32, sums: F32, affine: F32, tables: F32, scratch: F64,
+    block: int, moments: F32, table: F32, sums: F32, affine: F32, slopes: F32, scratch: F64,
     num_views: int, rows: int, run: int, parts: int, c: int, lanes: int,
 ) -> None:  # fmt: skip
-    """Make the gradients of weight and bias, ``affine`` (2, C), in fp64, and ``tables`` (V, 5, L) for the input's.
+    """Make the gradients of weight and bias, ``affine`` (2, C), in fp64, and what the input's takes.
 
-    One block. ``tables`` are ``table``'s mean, scale and shift, and b and c of
-    dx = scale * (g - sum(g) / n - x_hat * sum(g * x_hat) / n) = scale * g + b * (x - mean) + c. ``scratch`` (2, C).
+    One block. ``slopes`` (V, 2, L) is a and b of
+    dx = scale * (g - sum(g) / n - x_hat * sum(g * x_hat) / n) = scale * g + a * (x - mean) + b. ``scratch`` (2, C).
     """
     of_g, of_gx = scratch[:c], scratch[c : 2 * c]
     dweight, dbias = affine[:c], affine[c : 2 * c]
@@ -294,31 +285,29 @@ def _affine(
                 of_g[i] += np.float64(once[i])
                 of_gx[i] += np.float64(twice[i])
         below, rstd = moments[view * 2 * c : view * 2 * c + c], moments[view * 2 * c + c : (view + 1) * 2 * c]
-        before = table[view * 3 * lanes : (view + 1) * 3 * lanes]
-        own = tables[view * 5 * lanes : (view + 1) * 5 * lanes]
-        for i in range(3 * lanes):
-            own[i] = before[i]
+        own = slopes[view * 2 * lanes : (view + 1) * 2 * lanes]
         for i in range(c):
-            inverse, scale = np.float64(rstd[i]), np.float64(before[lanes + i])
+            inverse, scale = np.float64(rstd[i]), np.float64(table[view * 3 * lanes + lanes + i])
             of_gx[i] = inverse * (of_gx[i] - np.float64(below[i]) * of_g[i])
             dweight[i] += np.float32(of_gx[i])
             dbias[i] += np.float32(of_g[i])
             slope = -scale * inverse * of_gx[i] / float(rows)
-            own[3 * lanes + i] = np.float32(slope)
-            own[4 * lanes + i] = np.float32(-scale * of_g[i] / float(rows) - slope * np.float64(below[i]))
-        _spread(own[3 * lanes :], 2, lanes, c)
+            own[i] = np.float32(slope)
+            own[lanes + i] = np.float32(-scale * of_g[i] / float(rows) - slope * np.float64(below[i]))
+        _spread(own, 2, lanes, c)
 
 
 @kernel(backwards=True)
 def _input_gradient(
-    block: int, x: Activation, dy: Activation, dx: Activation, tables: F32, masks: int, limit: float,
+    block: int, x: Activation, dy: Activation, dx: Activation, table: F32, slopes: F32, masks: int, limit: float,
     rows: int, run: int, parts: int, c: int, lanes: int,
 ) -> None:  # fmt: skip
     """dx of ``_affine``'s formula. g is dy, which this masks, as ``_sum_gradients`` does, where ``masks``."""
     start, stop = _elements(block, rows, run, parts, c)
-    own, least = tables[block // parts * 5 * lanes : (block // parts + 1) * 5 * lanes], np.float32(limit)
-    mean, scale, shift = own[:lanes], own[lanes : 2 * lanes], own[2 * lanes : 3 * lanes]
-    slope, constant = own[3 * lanes : 4 * lanes], own[4 * lanes :]
+    view, least = block // parts, np.float32(limit)
+    own, of_view = table[view * 3 * lanes : (view + 1) * 3 * lanes], slopes[view * 2 * lanes : (view + 1) * 2 * lanes]
+    mean, scale, shift = own[:lanes], own[lanes : 2 * lanes], own[2 * lanes :]
+    slope, constant = of_view[:lanes], of_view[lanes:]
     while start < stop:
         end = min(stop, start + lanes)
         xs, dys, dxs = x[start:end], dy[start:end], dx[start:end]
@@ -347,17 +336,16 @@ class FusedBatchNorm(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, running_mean: Tensor, running_var: Tensor, num_views: int,
         momentum: float, eps: float, residual: Tensor | None, relu: bool,
     ) -> Tensor:  # fmt: skip
-        cut = _Cut.of(x, num_views)
-        sums = weight.new_empty(num_views, cut.parts, 3, cut.lanes)
-        table, moments = weight.new_empty(num_views, 3, cut.lanes), weight.new_empty(num_views, 2, cut.c)
-        scratch = weight.new_empty(2, cut.c, dtype=torch.float64)
+        _, _, parts, c, lanes = cut = _cut(x, num_views)
+        sums, table = weight.new_empty(num_views, parts, 3, lanes), weight.new_empty(num_views, 3, lanes)
+        moments, scratch = weight.new_empty(num_views, 2, c), weight.new_empty(2, c, dtype=torch.float64)
         y, added, limit = torch.empty_like(x), residual is not None, 0.0 if relu else -torch.inf
-        _sum_deviations(num_views * cut.parts, x, sums, *cut)
+        _sum_deviations(num_views * parts, x, sums, *cut)
         _moments(
             1, weight, bias, running_mean, running_var, sums, moments, table, scratch,
             num_views, eps, momentum, 1 - momentum, *cut,
         )  # fmt: skip
-        _normalise(num_views * cut.parts, x, residual if added else x, y, table, added, limit, *cut)
+        _normalise(num_views * parts, x, residual if added else x, y, table, added, limit, *cut)
         ctx.num_views, ctx.relu, ctx.added = num_views, relu, added
         ctx.save_for_backward(x, y if relu and added else None, moments, table)
         return y
@@ -367,13 +355,14 @@ class FusedBatchNorm(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, y, moments, table = ctx.saved_tensors
         dy, num_views = grads[0].contiguous(memory_format=torch.channels_last), ctx.num_views
-        cut, masks = _Cut.of(x, num_views), ctx.relu and y is None
+        _, _, parts, c, lanes = cut = _cut(x, num_views)
+        masks = ctx.relu and y is None
         # What must be exceeded before rounding for the output to exceed 0.
         limit = (_LEAST_HALF if x.dtype == torch.bfloat16 else 0.0) if masks else -torch.inf
-        sums, affine = table.new_empty(num_views, cut.parts, 2, cut.lanes), table.new_empty(2, cut.c)
-        tables, scratch = table.new_empty(num_views, 5, cut.lanes), table.new_empty(2, cut.c, dtype=torch.float64)
+        sums, slopes = table.new_empty(num_views, parts, 2, lanes), table.new_empty(num_views, 2, lanes)
+        affine, scratch = table.new_empty(2, c), table.new_empty(2, c, dtype=torch.float64)
         dx, g = torch.empty_like(x), dy if y is None else torch.empty_like(x)
-        _sum_gradients(num_views * cut.parts, x, dy, dy if y is None else y, g, table, sums, y is not None, limit, *cut)
-        _affine(1, moments, table, sums, affine, tables, scratch, num_views, *cut)
-        _input_gradient(num_views * cut.parts, x, g, dx, tables, masks, limit, *cut)
+        _sum_gradients(num_views * parts, x, dy, dy if y is None else y, g, table, sums, y is not None, limit, *cut)
+        _affine(1, moments, table, sums, affine, slopes, scratch, num_views, *cut)
+        _input_gradient(num_views * parts, x, g, dx, table, slopes, masks, limit, *cut)
         return dx, affine[0], affine[1], *[None] * 5, g if ctx.added else None, None

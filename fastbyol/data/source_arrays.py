@@ -29,6 +29,8 @@ MAX_CLASSES = 1 << 16
 # Less than this is not held against the memory that is there.
 SMALL_BYTES = 1 << 26
 CHANNELS = (1, 3)
+# Names of classes and folds of STL-10 take far less.
+MAX_TEXT_BYTES = 1 << 24
 # Deflate's best ratio: 258 bytes for two bits (RFC 1951).
 MOST_PER_BYTE = 1032
 
@@ -69,23 +71,6 @@ class Source:
     def image_bytes(self) -> NDArray[np.int64]:
         """Return the bytes of each decoded image, (N,)."""
         return np.full(self.num_images, self.num_bytes, np.int64)
-
-
-@dataclass(frozen=True)
-class Part:
-    """Some of a source's rows of pixels: ``read`` gives row i of ``count``."""
-
-    count: int
-    read: Callable[[int], NDArray[np.uint8]]
-
-
-def row_of(parts: tuple[Part, ...], index: int) -> NDArray[np.uint8]:
-    """Read row ``index`` of the parts, one after the other."""
-    for part in parts:
-        if index < part.count:
-            return part.read(index)
-        index -= part.count
-    raise IndexError(index)
 
 
 def read_row(path: Path, row_bytes: int, offset: int, index: int) -> NDArray[np.uint8]:
@@ -249,28 +234,29 @@ def size_of(path: Path) -> int:
         raise UsageError(f"{path}: {error.strerror}; is the archive unpacked whole?") from None
 
 
-def count_rows(path: Path, row_bytes: int) -> int:
-    """Count the rows of ``row_bytes`` in a file; UsageError unless it is a whole number above 0."""
-    num_bytes = size_of(path)
+def count_rows(path: Path, num_bytes: int, row_bytes: int) -> int:
+    """Count the rows of ``row_bytes`` in a file of ``num_bytes``; UsageError unless it is a whole number above 0."""
     if num_bytes == 0 or num_bytes % row_bytes:
         raise UsageError(f"{path}: {num_bytes} bytes is no whole number of {row_bytes}-byte images; unpack the archive again")
     return num_bytes // row_bytes
 
 
-def read_small(path: Path, most: int = 1 << 24) -> bytes:
-    """Read a file that is small by its nature; UsageError where it is not, or not to be read."""
-    if size_of(path) > most:
-        raise UsageError(f"{path}: {size_of(path)} bytes are too many for what it is; unpack the archive again")
+def read_whole(path: Path) -> bytes:
+    """Read a file that memory can hold; UsageError where it cannot, or the file is not to be read."""
+    num_bytes = size_of(path)
+    demand_memory(str(path), num_bytes)
     try:
         with open_regular(path) as file:
-            return file.read(most)
+            return file.read(num_bytes)
     except OSError as error:
         raise UsageError(f"{path}: cannot be read ({error.strerror}); check its rights") from None
 
 
 def text_lines(path: Path) -> tuple[str, ...]:
     """Return the lines of a small text file that are not empty."""
-    return tuple(line.strip() for line in read_small(path).decode("utf-8", "replace").splitlines() if line.strip())
+    if size_of(path) > MAX_TEXT_BYTES:
+        raise UsageError(f"{path}: {size_of(path)} bytes are too many for what it is; unpack the archive again")
+    return tuple(line.strip() for line in read_whole(path).decode("utf-8", "replace").splitlines() if line.strip())
 
 
 def inner(path: Path, *names: str) -> Path:

@@ -32,15 +32,12 @@ def open_svhn(path: Path, split: str | None) -> Source:
     check_choice(f"{path}: SVHN's split", split, SPLITS)
     file = path / _name(split)
     source_mat.forget()
-    shape = source_mat.shape_of(file, "X")
-    if len(shape) != 4 or shape[:3] != (32, 32, 3) or shape[3] < 1:
-        raise UsageError(f"{file}: 'X' has shape {shape}, not (32, 32, 3, N); get the file again")
-    labels = source_mat.labels(file, "y", shape[3])
+    count = source_mat.shape_of(file, "X", 32, 32, 3, None)[3]
+    labels = source_mat.labels(file, "y", count)
     # torchvision and others count the digit 0 as class 0; the files in circulation hold 10, converted ones 0.
     if labels.min() < 0 or labels.max() > 10:
         raise UsageError(f"{file}: labels from {labels.min()} to {labels.max()}, not 1 to 10; get the file again")
-    names = tuple(map(str, range(10)))
-    return Source("svhn", split, names, labels % 10, shape[3], 3 * 32 * 32, partial(_image, file))
+    return Source("svhn", split, tuple("0123456789"), labels % 10, count, 3 * 32 * 32, partial(_image, file))
 
 
 def _image(path: Path, index: int) -> Images:

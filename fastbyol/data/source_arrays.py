@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,7 +21,6 @@ from fastbyol.files import open_regular, refuse_special
 Images = NDArray[np.uint8]
 Labels = NDArray[np.int64]
 NamesAndReasons = tuple[tuple[str, str], ...]
-T = TypeVar("T")
 
 # Labels below this are classes as they are; above, a label is rather a name than a number of a class.
 MAX_CLASSES = 1 << 16
@@ -167,15 +165,6 @@ def class_labels(
         return own.astype(np.int64), tuple(map(str, range(int(known[-1]) + 1)))
     _demand_few(where, known)
     return np.where(own < 0, -1, np.searchsorted(known, own)).astype(np.int64), tuple(map(str, known))
-
-
-def fit_labels(read: Callable[[T], NDArray[Any]], others: Iterable[T]) -> list[NDArray[Any]]:
-    """Read the labels of ``others`` with ``read``, and leave out those that are no labels: nobody asked for these splits."""
-    fit = []
-    for other in others:
-        with suppress(UsageError):
-            fit.append(read(other))
-    return fit
 
 
 def notes_on(class_names: tuple[str, ...]) -> tuple[str, ...]:

@@ -34,7 +34,8 @@ from fastbyol.data.source_arrays import (
 from fastbyol.errors import UsageError, check_choice, one_line
 from fastbyol.files import open_regular
 
-SPLITS = {"train": ("train",), "test": ("t10k", "test")}
+# What each word that the names of files have for a split means.
+SPLITS = {"train": "train", "t10k": "test", "test": "test"}
 SIDE = 32
 MAX_SIDE = 4096
 # Xiao, Rasul, Vollgraf, "Fashion-MNIST", arXiv:1708.07747, table 2.
@@ -68,10 +69,10 @@ def open_idx(path: Path, kind: str, split: str | None) -> Source:
     named = _IMAGES.fullmatch(images.name)
     if named is None:
         raise UsageError(f"{images}: not named like idx images; call it train-images-idx3-ubyte, and its labels alike")
-    of = next(name for name, words in SPLITS.items() if named["split"].lower() in words)
+    of = SPLITS[named["split"].lower()]
     if split not in (None, of):
         raise UsageError(f"{images}: is of the split {of} by its name, not {split}; name the other file, or their folder")
-    shape, offset, dtype = _head(images)
+    shape, _, dtype = _head(images)
     if len(shape) != 3 or dtype != np.dtype(">u1"):
         raise UsageError(f"{images}: its head says {len(shape)} dimensions of {dtype}; images are (N, H, W) bytes")
     count, height, width = shape
@@ -84,7 +85,7 @@ def open_idx(path: Path, kind: str, split: str | None) -> Source:
             raise UsageError(f"{_labels_file(images)}: label {labels.max()} is none of Fashion-MNIST's ten; take --kind idx")
         names = FASHION_CLASSES
     num_bytes = 3 * max(SIDE, height) * max(SIDE, width)
-    return Source(kind, of, names, labels, count, num_bytes, partial(_image, images, shape, offset), notes=notes_on(names))
+    return Source(kind, of, names, labels, count, num_bytes, partial(_image, images), notes=notes_on(names))
 
 
 def fashion_mnist_folder(cache: Path) -> Path:
@@ -93,8 +94,8 @@ def fashion_mnist_folder(cache: Path) -> Path:
     Raises UsageError where it is in neither and cannot be downloaded.
     """
     for folder in (DEBIAN, cache):
-        files = [path for split in SPLITS for _, path in _image_files(folder, split)]
-        if len(files) == len(SPLITS) and all(map(_labels_file, files)):  # a download may have been cut
+        files = _image_files(folder)
+        if len(files) == 2 and all(map(_labels_file, files)):  # a download may have been cut
             return folder
     import torchvision
 
@@ -111,62 +112,54 @@ def fashion_mnist_folder(cache: Path) -> Path:
     return cache
 
 
-def _image(path: Path, shape: tuple[int, ...], offset: int, index: int) -> Images:
+def _image(path: Path, index: int) -> Images:
     """Return image ``index``, grey as RGB, padded to ``SIDE``; the file is read whole on first use."""
-    grey = _kept(path, shape, offset)[index]
+    grey = _kept(path)[index]
     margins = [(missing // 2, missing - missing // 2) for missing in (max(0, SIDE - side) for side in grey.shape)]
     return np.ascontiguousarray(np.repeat(np.pad(grey, margins)[:, :, None], 3, axis=2))
 
 
-@lru_cache(maxsize=1)
-def _kept(path: Path, shape: tuple[int, ...], offset: int) -> Images:
-    return _values(path, shape, offset, np.dtype(">u1"))
-
-
-def _image_files(folder: Path, split: str | None = None) -> Iterator[tuple[str, Path]]:
-    """Yield pairs (set, images file) of ``split`` (None: of any) in the first of the usual places that holds some."""
-    words = SPLITS[split] if split is not None else tuple(word for words in SPLITS.values() for word in words)
+def _image_files(folder: Path, split: str | None = None) -> list[Path]:
+    """Return the images files of ``split`` (None: of any), one a set, in the first of the usual places that holds some."""
     for place in (folder, *(folder / name for name in _INNER)):
         found = {}
         for path in sorted(place.iterdir(), reverse=True) if place.is_dir() else ():  # unpacked before packed
             named = _IMAGES.fullmatch(path.name)
-            if named and named["split"].lower() in words and not path.is_dir():
+            if named and split in (None, SPLITS[named["split"].lower()]) and not path.is_dir():
                 found[named["set"], named["split"].lower()] = path
         if found:
-            yield from ((name, path) for (name, _), path in found.items())
-            return
+            return list(found.values())
+    return []
 
 
 def _chosen(folder: Path, split: str) -> Path:
-    check_choice(f"{folder}: the split of idx files", split, SPLITS)
-    found = list(_image_files(folder, split))
+    check_choice(f"{folder}: the split of idx files", split, dict.fromkeys(SPLITS.values()))
+    found = _image_files(folder, split)
     if not found:
-        raise UsageError(f"{folder}: no {SPLITS[split][0]}-images-idx3-ubyte (or .gz) in it; give the folder that holds it")
+        word = next(word for word, of in SPLITS.items() if of == split)
+        raise UsageError(f"{folder}: no {word}-images-idx3-ubyte (or .gz) in it; give the folder that holds it")
     if len(found) > 1:
-        names = ", ".join(path.name for _, path in found)
+        names = ", ".join(path.name for path in found)
         raise UsageError(f"{folder}: holds several sets ({names}); name one of these files instead of the folder")
-    return found[0][1]
+    return found[0]
 
 
 def _labels(images: Path, count: int) -> tuple[Labels | None, tuple[str, ...]]:
     path = _labels_file(images)
     if path is None:
         return None, ()
-    shape, offset, dtype = _head(path)
+    shape, _, _ = _head(path)
     if len(shape) not in (1, 2) or shape[0] != count or 0 in shape:
         raise UsageError(f"{path}: its head says shape {shape} for {count} images; fetch both files again")
-    values = _values(path, shape, offset, dtype)
+    values = _values(path)
     return class_labels(str(path), values if values.ndim == 1 else values[:, 0])
 
 
 def _labels_file(images: Path) -> Path | None:
     """Find the file beside ``images`` with its labels, idx1 before idx2, unpacked before packed; None where there is none."""
     stem = _stem(_IMAGES.fullmatch(images.name))
-    found = []
-    for path in images.parent.iterdir():
-        named = _LABELS.fullmatch(path.name)
-        if named and _stem(named) == stem:
-            found.append((named["kind"][0], named["packed"] is not None, path))
+    named = [(_LABELS.fullmatch(path.name), path) for path in images.parent.iterdir()]
+    found = [(of["kind"][0], of["packed"] is not None, path) for of, path in named if of and _stem(of) == stem]
     return min(found)[2] if found else None
 
 
@@ -190,8 +183,9 @@ def _head(path: Path) -> tuple[tuple[int, ...], int, np.dtype[np.generic]]:
     return shape, 4 + len(dims), np.dtype(_TYPES[magic[2]])
 
 
-def _values(path: Path, shape: tuple[int, ...], offset: int, dtype: np.dtype[np.generic]) -> NDArray[np.uint8]:
+def _values(path: Path) -> NDArray[np.uint8]:
     """Read the file's values; a head that promises more than the file can hold is refused before memory is taken."""
+    shape, offset, dtype = _head(path)
     wanted = math.prod(shape) * dtype.itemsize
     if wanted > size_of(path) * (MOST_PER_BYTE if path.suffix.lower() == ".gz" else 1):
         raise UsageError(f"{path}: {size_of(path)} bytes cannot hold the {wanted} that its head says; fetch it again")
@@ -203,16 +197,15 @@ def _values(path: Path, shape: tuple[int, ...], offset: int, dtype: np.dtype[np.
     return np.frombuffer(content, dtype, offset=offset).reshape(shape)
 
 
+_kept = lru_cache(maxsize=1)(_values)
+
+
 @contextmanager
 def _opened(path: Path) -> Iterator[BinaryIO]:
     """Open the file, unpacked on the way; whatever reading meets is a UsageError."""
     try:
         with open_regular(path) as file:
-            if path.suffix.lower() == ".gz":
-                with gzip.GzipFile(fileobj=file) as unpacked:
-                    yield unpacked  # type: ignore[misc]
-            else:
-                yield file
+            yield gzip.GzipFile(fileobj=file) if path.suffix.lower() == ".gz" else file  # type: ignore[misc]
     except (OSError, EOFError, zlib.error, MemoryError) as error:
         why = getattr(error, "strerror", None) or one_line(error)
         raise UsageError(f"{path}: cannot be read ({why}); fetch it again") from None

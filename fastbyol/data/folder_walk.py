@@ -76,32 +76,32 @@ def _read_below(root: Path, start: str, found: Found, links: list[str], seen: se
             continue
         if folder:
             found.folders.append(folder)
-        for entry, name in ((entry, f"{folder}/{entry.name}" if folder else entry.name) for entry in entries):
-            kind = _take(entry, name, found)
-            if kind is not None:
+        for entry in entries:
+            name = f"{folder}/{entry.name}" if folder else entry.name
+            if _take(entry, name, found):
                 (links if entry.is_symlink() else pending).append(name)
 
 
-def _take(entry: os.DirEntry[str], name: str, found: Found) -> str | None:
-    """File ``entry`` under what it is; return ``name`` where it is a folder to go into."""
-    if entry.name.startswith(".") or entry.name in _LITTER:
-        found.ignored.append((name, HIDDEN if entry.name.startswith(".") else "system folders"))
-        return None
+def _take(entry: os.DirEntry[str], name: str, found: Found) -> bool:
+    """File ``entry`` under what it is; tell whether it is a folder to go into."""
+    hidden, picture = entry.name.startswith("."), is_picture(entry.name)
+    if hidden or entry.name in _LITTER:
+        found.ignored.append((name, HIDDEN if hidden else "system folders"))
+        return False
     try:
         # Not a look at every regular file: an entry knows that it is one.
         mode = stat.S_IFREG if entry.is_file(follow_symlinks=False) else os.stat(entry.path).st_mode  # noqa: PTH116
         if stat.S_ISDIR(mode):
-            return name
+            return True
         refuse_special(Path(entry.path), mode)
     except OSError as error:
-        where = found.skipped if is_picture(entry.name) else found.ignored
-        where.append((name, error.strerror or str(error)))
-        return None
-    if is_picture(entry.name):
+        (found.skipped if picture else found.ignored).append((name, error.strerror or str(error)))
+        return False
+    if picture:
         found.pictures.append(name)
     else:
         found.ignored.append((name, _kind(entry.name)))
-    return None
+    return False
 
 
 def is_picture(name: str) -> bool:

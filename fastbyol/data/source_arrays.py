@@ -220,14 +220,11 @@ def count_rows(path: Path, num_bytes: int, row_bytes: int) -> int:
 
 
 def read_whole(path: Path) -> bytes:
-    """Read a file that memory can hold; UsageError where it cannot, or the file is not to be read."""
+    """Read a file that memory can hold; UsageError where it cannot. Raises OSError where the file cannot be read."""
     num_bytes = size_of(path)
     demand_memory(str(path), num_bytes)
-    try:
-        with open_regular(path) as file:
-            return file.read(num_bytes)
-    except OSError as error:
-        raise UsageError(f"{path}: cannot be read ({error.strerror}); check its rights") from None
+    with open_regular(path) as file:
+        return file.read(num_bytes)
 
 
 def text_lines(path: Path) -> tuple[str, ...]:

@@ -26,6 +26,7 @@ from fastbyol.data.source_arrays import (
     Images,
     Labels,
     Source,
+    as_rgb,
     class_labels,
     demand_memory,
     notes_on,
@@ -46,9 +47,10 @@ FASHION_CLASSES = (
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")
 DOWNLOAD_TIMEOUT_S = 30.0
 
+# Of names in small letters.
 _STEM = r"(?P<set>.*?)[-_]?(?P<split>train|t10k|test)[-_]"
-_IMAGES = re.compile(_STEM + r"images[-.]idx3[-.]ubyte(\.gz)?", re.IGNORECASE)
-_LABELS = re.compile(_STEM + r"labels[-.]idx(?P<kind>1[-.]ubyte|2[-.]int)(?P<packed>\.gz)?", re.IGNORECASE)
+_IMAGES = re.compile(_STEM + r"images[-.]idx3[-.]ubyte(\.gz)?")
+_LABELS = re.compile(_STEM + r"labels[-.]idx(?P<kind>1[-.]ubyte|2[-.]int)(?P<packed>\.gz)?")
 _TYPES = {0x08: ">u1", 0x09: ">i1", 0x0B: ">i2", 0x0C: ">i4"}
 # What torchvision's downloads and common archives put around the files.
 _INNER = ("raw", "FashionMNIST/raw", "MNIST/raw", "KMNIST/raw", "EMNIST/raw", "QMNIST/raw", "gzip")
@@ -56,7 +58,7 @@ _INNER = ("raw", "FashionMNIST/raw", "MNIST/raw", "KMNIST/raw", "EMNIST/raw", "Q
 
 def has_idx(path: Path) -> bool:
     """Tell whether idx images lie at ``path``: a file of them, or a folder in one of the usual layouts."""
-    return bool(_IMAGES.fullmatch(path.name)) if path.is_file() else any(_image_files(path))
+    return bool(_IMAGES.fullmatch(path.name.lower())) if path.is_file() else any(_image_files(path))
 
 
 def open_idx(path: Path, kind: str, split: str | None) -> Source:
@@ -66,10 +68,10 @@ def open_idx(path: Path, kind: str, split: str | None) -> Source:
     missing, cut short, of another type or split, several sets in one folder.
     """
     images = path if path.exists() and not path.is_dir() else _chosen(path, split or "train")
-    named = _IMAGES.fullmatch(images.name)
+    named = _IMAGES.fullmatch(images.name.lower())
     if named is None:
         raise UsageError(f"{images}: not named like idx images; call it train-images-idx3-ubyte, and its labels alike")
-    of = SPLITS[named["split"].lower()]
+    of = SPLITS[named["split"]]
     if split not in (None, of):
         raise UsageError(f"{images}: is of the split {of} by its name, not {split}; name the other file, or their folder")
     shape, _, dtype = _head(images)
@@ -78,11 +80,12 @@ def open_idx(path: Path, kind: str, split: str | None) -> Source:
     count, height, width = shape
     if not (count >= 1 and 1 <= height <= MAX_SIDE and 1 <= width <= MAX_SIDE):
         raise UsageError(f"{images}: its head says {count} images of {width} x {height} pixels; fetch the file again")
-    labels, names = _labels(images, count)
+    labels_file = _labels_file(images)
+    labels, names = (None, ()) if labels_file is None else _labels(labels_file, count)
     _kept.cache_clear()
     if kind == "fashion-mnist":
         if labels is not None and labels.max() >= len(FASHION_CLASSES):
-            raise UsageError(f"{_labels_file(images)}: label {labels.max()} is none of Fashion-MNIST's ten; take --kind idx")
+            raise UsageError(f"{labels_file}: label {labels.max()} is none of Fashion-MNIST's ten; take --kind idx")
         names = FASHION_CLASSES
     num_bytes = 3 * max(SIDE, height) * max(SIDE, width)
     return Source(kind, of, names, labels, count, num_bytes, partial(_image, images), notes=notes_on(names))
@@ -99,16 +102,19 @@ def fashion_mnist_folder(cache: Path) -> Path:
             return folder
     import torchvision
 
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(DOWNLOAD_TIMEOUT_S)  # torchvision sets no limit of its own
     try:
-        with _timeout(DOWNLOAD_TIMEOUT_S):
-            for train in (True, False):
-                torchvision.datasets.FashionMNIST(str(cache), train=train, download=True)
+        for train in (True, False):
+            torchvision.datasets.FashionMNIST(str(cache), train=train, download=True)
     except (OSError, RuntimeError) as error:  # the network's errors, and torchvision's after its last mirror
         why = one_line(error, 120)
         raise UsageError(
             f"fashion-mnist: not on this machine, and the download failed ({why}): install Debian's package "
             "dataset-fashion-mnist, convert a folder of its files (`fastbyol convert FOLDER train.beton`), or take textures"
         ) from None
+    finally:
+        socket.setdefaulttimeout(before)
     return cache
 
 
@@ -116,7 +122,7 @@ def _image(path: Path, index: int) -> Images:
     """Return image ``index``, grey as RGB, padded to ``SIDE``; the file is read whole on first use."""
     grey = _kept(path)[index]
     margins = [(missing // 2, missing - missing // 2) for missing in (max(0, SIDE - side) for side in grey.shape)]
-    return np.ascontiguousarray(np.repeat(np.pad(grey, margins)[:, :, None], 3, axis=2))
+    return as_rgb(np.pad(grey, margins), planes=False)
 
 
 def _image_files(folder: Path, split: str | None = None) -> list[Path]:
@@ -124,9 +130,9 @@ def _image_files(folder: Path, split: str | None = None) -> list[Path]:
     for place in (folder, *(folder / name for name in _INNER)):
         found = {}
         for path in sorted(place.iterdir(), reverse=True) if place.is_dir() else ():  # unpacked before packed
-            named = _IMAGES.fullmatch(path.name)
-            if named and split in (None, SPLITS[named["split"].lower()]) and not path.is_dir():
-                found[named["set"], named["split"].lower()] = path
+            named = _IMAGES.fullmatch(path.name.lower())
+            if named and split in (None, SPLITS[named["split"]]) and not path.is_dir():
+                found[path.name[: named.end("split")]] = path
         if found:
             return list(found.values())
     return []
@@ -144,10 +150,7 @@ def _chosen(folder: Path, split: str) -> Path:
     return found[0]
 
 
-def _labels(images: Path, count: int) -> tuple[Labels | None, tuple[str, ...]]:
-    path = _labels_file(images)
-    if path is None:
-        return None, ()
+def _labels(path: Path, count: int) -> tuple[Labels | None, tuple[str, ...]]:
     shape, _, _ = _head(path)
     if len(shape) not in (1, 2) or shape[0] != count or 0 in shape:
         raise UsageError(f"{path}: its head says shape {shape} for {count} images; fetch both files again")
@@ -157,15 +160,14 @@ def _labels(images: Path, count: int) -> tuple[Labels | None, tuple[str, ...]]:
 
 def _labels_file(images: Path) -> Path | None:
     """Find the file beside ``images`` with its labels, idx1 before idx2, unpacked before packed; None where there is none."""
-    stem = _stem(_IMAGES.fullmatch(images.name))
-    named = [(_LABELS.fullmatch(path.name), path) for path in images.parent.iterdir()]
-    found = [(of["kind"][0], of["packed"] is not None, path) for of, path in named if of and _stem(of) == stem]
+    stem = _IMAGES.fullmatch(images.name.lower())
+    named = [(_LABELS.fullmatch(path.name.lower()), path) for path in images.parent.iterdir()]
+    found = [
+        (of["kind"], of["packed"] is not None, path)
+        for of, path in named
+        if of and stem and of.group("set", "split") == stem.group("set", "split")
+    ]
     return min(found)[2] if found else None
-
-
-def _stem(named: re.Match[str] | None) -> tuple[str, str] | None:
-    """Return the set and split of a file's name, however they are written."""
-    return (named["set"].lower(), named["split"].lower()) if named else None
 
 
 def _head(path: Path) -> tuple[tuple[int, ...], int, np.dtype[np.generic]]:
@@ -209,14 +211,3 @@ def _opened(path: Path) -> Iterator[BinaryIO]:
     except (OSError, EOFError, zlib.error, MemoryError) as error:
         why = getattr(error, "strerror", None) or one_line(error)
         raise UsageError(f"{path}: cannot be read ({why}); fetch it again") from None
-
-
-@contextmanager
-def _timeout(seconds: float) -> Iterator[None]:
-    """Let no connection that is opened inside wait for longer; torchvision sets no limit of its own."""
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(seconds)
-    try:
-        yield
-    finally:
-        socket.setdefaulttimeout(before)

@@ -23,7 +23,6 @@ from fastbyol.data import splits
 from fastbyol.data.source_arrays import (
     Images,
     Labels,
-    NamesAndReasons,
     Source,
     as_rgb,
     class_labels,
@@ -150,13 +149,16 @@ def open_npy(path: Path, split: str | None) -> Source:
         if split is not None:
             raise UsageError(f"{path}: its name says no split; call it {split}_images.npy, or leave out the split")
         beside = [f"{path.stem}{mark}{name}" for mark in ("_", "-", ".") for name in LABEL_NAMES]
-        return _opened("npy", None, NpyFile(path), next((arrays[name] for name in beside if name in arrays), None), [])
-    if role.labels:
+        labels = next((arrays[name] for name in beside if name in arrays), None)
+        named = {"images": NpyFile(path)} | ({} if labels is None else {"labels": labels})
+    elif role.labels:
         raise UsageError(f"{path}: holds labels by its name; give the file with the images, or the folder of both")
-    if split not in (None, role.split):
+    elif split not in (None, role.split):
         raise UsageError(f"{path}: is not of the split {split} by its name")
-    labels = {name: array for name, array in arrays.items() if (of := role_of(name)) and of.labels}
-    return replace(open_named("npy", str(path.parent), {path.stem: NpyFile(path)} | labels, (), split), ignored=())
+    else:
+        named = {name: array for name, array in arrays.items() if (of := role_of(name)) and of.labels}
+        named[path.stem] = NpyFile(path)
+    return replace(open_named("npy", str(path.parent), named, (), split), ignored=())
 
 
 def open_named(kind: str, where: str, arrays: Mapping[str, NpyFile], others: Iterable[str], split: str | None) -> Source:
@@ -176,16 +178,33 @@ def open_named(kind: str, where: str, arrays: Mapping[str, NpyFile], others: Ite
     notes: tuple[str, ...] = ()
     if split is None and (untaken := [each for each in held if each not in (taken, None)]):
         notes = (f"took {f'the split {taken}' if taken else 'the images of no split'}; --split takes {' or '.join(untaken)}",)
-    image, label = names[taken, False], names.get((taken, True))
+    chosen = names[taken, False], names.get((taken, True))
     ignored = [
         (name, "arrays of no known name" if role is None else "arrays beside those that were taken")
         for name in arrays
-        if (role := role_of(name)) is None or (role.split in (taken, None) and name not in (image, label))
+        if (role := role_of(name)) is None or (role.split in (taken, None) and name not in chosen)
     ]
     ignored += [(name, "files that are no arrays") for name in others]
-    other_labels = [arrays[name] for (_, are_labels), name in names.items() if are_labels and name != label]
-    own_labels = None if label is None else arrays[label]
-    return _opened(kind, taken, arrays[image], own_labels, other_labels, notes, tuple(ignored))
+    image, label = arrays[chosen[0]], None if chosen[1] is None else arrays[chosen[1]]
+    _kept.cache_clear()
+    head = image.head()
+    height, width = image_size(image.where, head.shape, head.dtype, None if label is None else math.prod(label.head().shape))
+    labels: Labels | None = None
+    class_names: tuple[str, ...] = ()
+    if label is not None:
+        other_labels = [arrays[name] for (_, are_labels), name in names.items() if are_labels and name != chosen[1]]
+        labels, class_names = class_labels(label.where, _labels(label, head.shape[0]), _fit(other_labels))
+    return Source(
+        kind=kind,
+        split=taken,
+        class_names=class_names,
+        labels=labels,
+        num_images=head.shape[0],
+        num_bytes=3 * height * width,
+        image=partial(_image, image, head),
+        ignored=tuple(ignored),
+        notes=notes + notes_on(class_names),
+    )
 
 
 def _by_role(where: str, names: Iterable[str]) -> dict[tuple[str | None, bool], str]:
@@ -201,38 +220,11 @@ def _by_role(where: str, names: Iterable[str]) -> dict[tuple[str | None, bool], 
     return {key: min(rows)[1] for key, rows in ranked.items()}
 
 
-def _opened(
-    kind: str,
-    split: str | None,
-    image: NpyFile,
-    label: NpyFile | None,
-    others: list[NpyFile],
-    notes: tuple[str, ...] = (),
-    ignored: NamesAndReasons = (),
-) -> Source:
-    """Open the array ``image`` with the labels in the array ``label``; ``others`` are the labels of the other splits."""
-    _kept.cache_clear()
-    head = image.head()
-    height, width = image_size(image.where, head.shape, head.dtype, None if label is None else math.prod(label.head().shape))
-    labels: Labels | None = None
-    names: tuple[str, ...] = ()
-    if label is not None:
-        fit = []
-        for other in others:
-            with suppress(UsageError):  # those that are no labels are left out: nobody asked for these splits
-                fit.append(_labels(other, math.prod(other.head().shape)))
-        labels, names = class_labels(label.where, _labels(label, head.shape[0]), fit)
-    return Source(
-        kind=kind,
-        split=split,
-        class_names=names,
-        labels=labels,
-        num_images=head.shape[0],
-        num_bytes=3 * height * width,
-        image=partial(_image, image, head),
-        ignored=ignored,
-        notes=notes + notes_on(names),
-    )
+def _fit(arrays: Iterable[NpyFile]) -> Iterator[NDArray[Any]]:
+    """Read the labels of other splits, and leave out those that are no labels: nobody asked for these splits."""
+    for array in arrays:
+        with suppress(UsageError):
+            yield _labels(array, math.prod(array.head().shape))
 
 
 def _labels(array: NpyFile, count: int) -> NDArray[Any]:
@@ -250,9 +242,7 @@ def _image(array: NpyFile, head: Head, index: int) -> Images:
     return as_rgb(image, planes_first(head.shape))
 
 
-@lru_cache(maxsize=1)
-def _kept(array: NpyFile) -> NDArray[Any]:
-    return array.values()
+_kept = lru_cache(maxsize=1)(NpyFile.values)
 
 
 def _arrays_in(folder: Path) -> dict[str, NpyFile]:

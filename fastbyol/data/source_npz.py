@@ -68,7 +68,5 @@ def _archive(path: Path) -> Iterator[zipfile.ZipFile]:
                 yield archive
     except UsageError:
         raise
-    except OSError as error:
-        raise UsageError(f"{path}: cannot be read ({error.strerror or one_line(error)}); save it again") from None
     except Exception as error:  # zip's heads are parsed from untrusted bytes
         raise UsageError(f"{path}: not a whole npz file ({one_line(error)}); save it again") from None

@@ -28,21 +28,20 @@ from fastbyol.files import refuse_special
 KINDS = ("textures", "fashion-mnist", "stl10", "cifar10", "cifar100", "svhn", "idx", "npz", "npy", "classes", "folder")
 # Sources that are named and have no path.
 MADE = ("textures", "fashion-mnist")
-# The files of a source, by the last parts of their names; what else lies in its folder is told.
-_OWN = {
-    "idx": r".*(images|labels)[-.]idx.*",
-    "stl10": r"(train|test|unlabeled)(_[Xy]\.bin|\.mat)|class_names\.txt|fold_indices\.txt",
-    "cifar10": r"(data_batch_[1-5]|test_batch|batches\.meta)(\.bin|\.mat|\.txt)?|readme\.html",
-    "cifar100": r"(train|test|meta)(\.bin|\.mat)?|(fine|coarse)_label_names\.txt|file\.txt~",
-    "svhn": r"(train|test|extra)_32x32\.mat",
-}
-# What tells them from each other, in this order.
-_HAS: dict[str, Callable[[Path], bool]] = {
-    "idx": source_idx.has_idx,
-    "stl10": source_stl10.has_stl10,
-    "cifar10": partial(source_cifar.has_cifar, kind="cifar10"),
-    "cifar100": partial(source_cifar.has_cifar, kind="cifar100"),
-    "svhn": source_svhn.has_svhn,
+# Arrays in folders, in the order in which they are told from each other: what tells them, and a source's own files by the last
+# parts of their names; what else lies in its folder is told.
+_ARRAYS: dict[str, tuple[Callable[[Path], bool], str]] = {
+    "idx": (source_idx.has_idx, r".*(images|labels)[-.]idx.*"),
+    "stl10": (source_stl10.has_stl10, r"(train|test|unlabeled)(_[Xy]\.bin|\.mat)|class_names\.txt|fold_indices\.txt"),
+    "cifar10": (
+        partial(source_cifar.has_cifar, kind="cifar10"),
+        r"(data_batch_[1-5]|test_batch|batches\.meta)(\.bin|\.mat|\.txt)?|readme\.html",
+    ),
+    "cifar100": (
+        partial(source_cifar.has_cifar, kind="cifar100"),
+        r"(train|test|meta)(\.bin|\.mat)?|(fine|coarse)_label_names\.txt|file\.txt~",
+    ),
+    "svhn": (source_svhn.has_svhn, r"(train|test|extra)_32x32\.mat"),
 }
 ARCHIVES = (".tar.gz", ".tgz", ".tar", ".tar.bz2", ".tar.xz", ".zip")
 
@@ -79,7 +78,7 @@ def open_source(
         if source == kind == "fashion-mnist":
             path = source_idx.fashion_mnist_folder(cache_folder())
         opened = _opened(path, kind, split, fold, strict=strict)
-        return _accounted(opened, path, chosen=split is not None) if opened.kind in _OWN and path.is_dir() else opened
+        return _accounted(opened, path, chosen=split is not None) if opened.kind in _ARRAYS and path.is_dir() else opened
     except OSError as error:
         raise UsageError(f"{error.filename or path}: {error.strerror}; check its name and rights") from None
 
@@ -106,7 +105,7 @@ def _opened(path: Path, kind: str | None, split: str | None, fold: int | None, *
 
 def _accounted(source: Source, path: Path, *, chosen: bool) -> Source:
     """Return ``source`` with a word on what else lies in its folders, and on a split that nobody asked for."""
-    own = re.compile(_OWN[source.kind])
+    own = re.compile(_ARRAYS[source.kind][1])
     # Some archives unpack to FOLDER/raw.
     files = [each for at in ("*", "*/*", "*/*/*") for each in path.glob(at) if own.fullmatch(each.name)]
     folders = {path} | {folder for file in files for folder in file.parents if folder.is_relative_to(path)}
@@ -125,7 +124,7 @@ def detect(path: Path) -> str | None:
         )
     if not path.is_dir():
         refuse_special(path, path.stat().st_mode)
-    for kind, lies_at in _HAS.items():
+    for kind, (lies_at, _) in _ARRAYS.items():
         if lies_at(path):
             return kind
     if path.is_dir():

@@ -100,20 +100,19 @@ def _take(entry: os.DirEntry[str], name: str, found: Found) -> bool:
     if picture:
         found.pictures.append(name)
     else:
-        found.ignored.append((name, _kind(entry.name)))
+        suffix = _suffix(entry.name)
+        kind = f"{suffix} files" if suffix else "files without a suffix"
+        found.ignored.append((name, f"{suffix} tables, whose labels are not read" if suffix in _TABLES else kind))
     return False
 
 
 def is_picture(name: str) -> bool:
     """Tell whether a file's name has the suffix of a picture."""
-    return os.path.splitext(name)[1].lower() in rgb.suffixes()  # noqa: PTH122 - called a million times
+    return _suffix(name) in rgb.suffixes()
 
 
-def _kind(name: str) -> str:
-    suffix = os.path.splitext(name)[1].lower()  # noqa: PTH122 - as above
-    if suffix in _TABLES:
-        return f"{suffix} tables, whose labels are not read"
-    return f"{suffix} files" if suffix else "files without a suffix"
+def _suffix(name: str) -> str:
+    return os.path.splitext(name)[1].lower()  # noqa: PTH122 - called a million times
 
 
 def _identity(folder: Path) -> tuple[int, int]:

@@ -70,7 +70,7 @@ class _Unpacked(io.RawIOBase):
                 self.left -= len(packed)
             if not packed:
                 break
-            piece = self.unpack.decompress(packed, len(buffer))
+            piece = self.unpack.decompress(packed, min(len(buffer), PIECE_BYTES))
         buffer[: len(piece)] = piece
         return len(piece)
 

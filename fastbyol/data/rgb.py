@@ -131,6 +131,7 @@ def _read(path: Path, take: Callable[[ImageFile.ImageFile], T]) -> T:
 
 
 def _attempts(file: BinaryIO) -> Iterator[BinaryIO]:
+    """Yield ``file``, then, for whom that was not enough, what it holds without metadata."""
     yield file
     file.seek(0)
     bare = without_metadata(file)
@@ -140,10 +141,9 @@ def _attempts(file: BinaryIO) -> Iterator[BinaryIO]:
 
 def _decoded(image: ImageFile.ImageFile) -> Image.Image:
     # A raw mode such as RGB;16B, of which Pillow keeps the high octets. Only known before the pixels are.
-    arguments = image.tile[0][3] if image.tile else ""
+    _, drawn, _, arguments, *_ = image.tile[0] if image.tile else (None, None, None, "")
     raw_mode, maximum = (*arguments, 0)[:2] if isinstance(arguments, tuple) else (arguments, 0)
     is_deep = "16" in str(raw_mode) or (image.format == "PPM" and maximum > 255)
-    drawn = image.tile[0][1] if image.tile else None
     if is_deep and isinstance(transparent := image.info.get("transparency"), tuple):
         image.info["transparency"] = tuple(value >> 8 for value in transparent)  # as its pixels will be
     stored = _upright(image)

@@ -84,15 +84,15 @@ def _kept(kind: str, files: tuple[Path, ...], end: str) -> Images:
     return np.concatenate([_read(file, end, SETS[kind])[0] for file in files])
 
 
-def _lies(path: Path) -> bool:
-    """Tell whether something lies there that is no folder: what else it is no file is said when it is opened."""
-    return path.exists() and not path.is_dir()
-
-
 def _endings(folder: Path, kind: str) -> list[str]:
-    """Tell of which versions files are there."""
+    """Return the endings of the versions of which files are there."""
     names = [name for files in SETS[kind].files.values() for name in files]
     return [end for end in SETS[kind].names if any(_lies(folder / f"{name}{end}") for name in names)]
+
+
+def _lies(path: Path) -> bool:
+    # What else it is no regular file is said when it is opened.
+    return path.exists() and not path.is_dir()
 
 
 def _class_names(path: Path, end: str, of: _Set) -> tuple[str, ...]:

@@ -77,14 +77,12 @@ class Head(NamedTuple):
 
 @dataclass(frozen=True)
 class NpyFile:
-    """An array in npy format: here in a file of its own, whose rows can be read one by one."""
+    """An array in npy format: here in a file of its own, whose rows can be read one by one. As text it begins messages."""
 
     path: Path
     alone: ClassVar[bool] = True
 
-    @property
-    def where(self) -> str:
-        """The beginning of messages."""
+    def __str__(self) -> str:
         return str(self.path)
 
     @contextmanager
@@ -97,38 +95,38 @@ class NpyFile:
         """Read the head, no more than ``MAX_HEAD`` bytes; UsageError unless what follows is what it says."""
         with self.open() as (file, num_bytes):
             start = io.BytesIO(file.read(MAX_HEAD))
-        with _parsing(self.where):
+        with _parsing(self):
             version = np.lib.format.read_magic(start)
             if version not in ((1, 0), (2, 0), (3, 0)):
                 raise ValueError(f"of version {version}")
             read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
             shape, fortran, dtype = read(start)
         if min(shape, default=0) < 0 or dtype.itemsize == 0:
-            raise UsageError(f"{self.where}: its head says shape {shape} of {dtype}; save it again")
+            raise UsageError(f"{self}: its head says shape {shape} of {dtype}; save it again")
         held, said = num_bytes - start.tell(), math.prod(shape) * dtype.itemsize
         if held != said and not dtype.hasobject:  # of objects, which are refused elsewhere, no number is known
-            raise UsageError(f"{self.where}: holds {held} bytes of values, its head says {said}; save it again")
+            raise UsageError(f"{self}: holds {held} bytes of values, its head says {said}; save it again")
         return Head(tuple(map(int, shape)), fortran, dtype, start.tell())
 
     def values(self) -> NDArray[Any]:
         """Read the array whole. Memory is taken once, if it is there."""
         head = self.head()
-        demand_memory(self.where, math.prod(head.shape) * head.dtype.itemsize)
-        with self.open() as (file, _), _parsing(self.where):
+        demand_memory(str(self), math.prod(head.shape) * head.dtype.itemsize)
+        with self.open() as (file, _), _parsing(self):
             values: NDArray[Any] = np.lib.format.read_array(file, allow_pickle=False)
             file.read(1)  # at the end of a part of an archive its checksum is looked at
         return values
 
 
 @contextmanager
-def _parsing(where: str) -> Iterator[None]:
-    """Make a UsageError of whatever numpy meets in the bytes of an array."""
+def _parsing(array: NpyFile) -> Iterator[None]:
+    """Make a UsageError of whatever numpy meets in the bytes of ``array``."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of the literals in a damaged head
             yield
     except Exception as error:  # heads are parsed from untrusted bytes
-        raise UsageError(f"{where}: not a whole array in npy format ({one_line(error)}); save it again") from None
+        raise UsageError(f"{array}: not a whole array in npy format ({one_line(error)}); save it again") from None
 
 
 def has_npy(path: Path) -> bool:
@@ -188,12 +186,12 @@ def open_named(kind: str, where: str, arrays: Mapping[str, NpyFile], others: Ite
     image, label = arrays[chosen[0]], None if chosen[1] is None else arrays[chosen[1]]
     _kept.cache_clear()
     head = image.head()
-    height, width = image_size(image.where, head.shape, head.dtype, None if label is None else math.prod(label.head().shape))
+    height, width = image_size(str(image), head.shape, head.dtype, None if label is None else math.prod(label.head().shape))
     labels: Labels | None = None
     class_names: tuple[str, ...] = ()
     if label is not None:
         other_labels = [arrays[name] for (_, are_labels), name in names.items() if are_labels and name != chosen[1]]
-        labels, class_names = class_labels(label.where, _labels(label, head.shape[0]), _fit(other_labels))
+        labels, class_names = class_labels(str(label), _labels(label, head.shape[0]), _fit(other_labels))
     return Source(
         kind=kind,
         split=taken,
@@ -229,7 +227,7 @@ def _fit(arrays: Iterable[NpyFile]) -> Iterator[NDArray[Any]]:
 
 def _labels(array: NpyFile, count: int) -> NDArray[Any]:
     head = array.head()
-    demand_one_label_each(array.where, head.shape, head.dtype, count)
+    demand_one_label_each(str(array), head.shape, head.dtype, count)
     return array.values()
 
 

@@ -36,9 +36,7 @@ class NpzMember(NpyFile):
     name: str
     alone: ClassVar[bool] = False
 
-    @property
-    def where(self) -> str:
-        """The beginning of messages."""
+    def __str__(self) -> str:
         return f"{self.path}: {self.name!r}"
 
     @contextmanager
@@ -49,10 +47,10 @@ class NpzMember(NpyFile):
             packed = member.compress_type == zipfile.ZIP_DEFLATED
             if not packed and member.compress_type != zipfile.ZIP_STORED:  # zipfile unpacks such without a bound
                 how = "compressed in a way that numpy does not write"
-                raise UsageError(f"{self.where}: {how}; save it with numpy.savez_compressed")
+                raise UsageError(f"{self}: {how}; save it with numpy.savez_compressed")
             if member.file_size > member.compress_size * (MOST_PER_BYTE if packed else 1):
                 what = f"{member.compress_size} bytes cannot hold the {member.file_size} that are said"
-                raise UsageError(f"{self.where}: {what}; save it again")
+                raise UsageError(f"{self}: {what}; save it again")
             with archive.open(member) as file:
                 yield file, member.file_size
 

@@ -11,26 +11,24 @@ from fastbyol.data import source_mat
 from fastbyol.data.source_arrays import Images, Source
 from fastbyol.errors import UsageError, check_choice
 
-SPLITS = ("train", "test", "extra")
+FILES = {split: f"{split}_32x32.mat" for split in ("train", "test", "extra")}
 
 
 def has_svhn(path: Path) -> bool:
     """Tell whether ``path`` is one of SVHN's files by its name, or a folder that holds some."""
-    if path.is_file():
-        return path.name in map(_name, SPLITS)
-    return any((path / _name(split)).exists() for split in SPLITS)
+    return path.name in FILES.values() if path.is_file() else any((path / name).exists() for name in FILES.values())
 
 
 def open_svhn(path: Path, split: str | None) -> Source:
     """Open ``split`` (default: train, or that of the file). Raises UsageError: files missing, cut or of another form."""
     if not path.is_dir():
-        of = next((split for split in SPLITS if path.name == _name(split)), None)
+        of = next((split for split, name in FILES.items() if path.name == name), None)
         if of is None or split not in (None, of):
-            raise UsageError(f"{path}: not SVHN's {_name(split or 'train')} by its name; give that file, or its folder")
+            raise UsageError(f"{path}: not SVHN's {split or 'train'} images by its name; give that file, or its folder")
         split, path = of, path.parent
     split = split or "train"
-    check_choice(f"{path}: SVHN's split", split, SPLITS)
-    file = path / _name(split)
+    check_choice(f"{path}: SVHN's split", split, FILES)
+    file = path / FILES[split]
     source_mat.forget()
     count = source_mat.shape_of(file, "X", 32, 32, 3, None)[3]
     labels = source_mat.labels(file, "y", count)
@@ -42,7 +40,3 @@ def open_svhn(path: Path, split: str | None) -> Source:
 
 def _image(path: Path, index: int) -> Images:
     return np.ascontiguousarray(source_mat.pixels(path, "X")[:, :, :, index])
-
-
-def _name(split: str) -> str:
-    return f"{split}_32x32.mat"

@@ -21,27 +21,27 @@ _F = np.float32
 _HALF = _F(0.5)
 
 
-def stripes(u: Floats, v: Floats, pixel: Floats, salt: Words) -> Floats:
+def _stripes(u: Floats, v: Floats, pixel: Floats, salt: Words) -> Floats:
     return _edge(_wave(u * _F(1.4)) - _HALF, pixel * _F(2.8))
 
 
-def chevrons(u: Floats, v: Floats, pixel: Floats, salt: Words) -> Floats:
+def _chevrons(u: Floats, v: Floats, pixel: Floats, salt: Words) -> Floats:
     return _edge(_wave(v * _F(1.4) + _wave(u) * _F(0.9)) - _HALF, pixel * _F(3.2))
 
 
-def checks(u: Floats, v: Floats, pixel: Floats, salt: Words) -> Floats:
+def _checks(u: Floats, v: Floats, pixel: Floats, salt: Words) -> Floats:
     a, b = _wave(u) - _HALF, _wave(v) - _HALF
     return _edge(np.copysign(np.minimum(np.abs(a), np.abs(b)), a * b), pixel * 2)
 
 
-def bricks(u: Floats, v: Floats, pixel: Floats, salt: Words) -> Floats:
+def _bricks(u: Floats, v: Floats, pixel: Floats, salt: Words) -> Floats:
     v = v * _F(1.4)
     u = u * _F(0.7) + _HALF * _odd(np.floor(v))
     seam = np.minimum(_HALF - np.abs(_fraction(v) - _HALF), 2 * (_HALF - np.abs(_fraction(u) - _HALF)))
     return _edge(seam - _F(0.19), pixel * _F(1.4))
 
 
-def scales(u: Floats, v: Floats, pixel: Floats, salt: Words) -> Floats:
+def _scales(u: Floats, v: Floats, pixel: Floats, salt: Words) -> Floats:
     """Draw overlapping discs in rows shifted by half: shaded from each disc's rim."""
     v = v * _F(1.6)
     row = np.floor(v)
@@ -53,24 +53,24 @@ def scales(u: Floats, v: Floats, pixel: Floats, salt: Words) -> Floats:
     return shade
 
 
-def dots(u: Floats, v: Floats, pixel: Floats, salt: Words) -> Floats:
+def _dots(u: Floats, v: Floats, pixel: Floats, salt: Words) -> Floats:
     x, y, scale, _ = _scatter(u, v, salt, 0.12, 0.2)
     return _edge(_F(0.44) * scale - np.sqrt(x * x + y * y), pixel)
 
 
-def rings(u: Floats, v: Floats, pixel: Floats, salt: Words) -> Floats:
+def _rings(u: Floats, v: Floats, pixel: Floats, salt: Words) -> Floats:
     x, y, scale, _ = _scatter(u, v, salt, 0.1, 0.2)
     return _edge(_F(0.13) - np.abs(np.sqrt(x * x + y * y) - _F(0.34) * scale), pixel)
 
 
-def crosses(u: Floats, v: Floats, pixel: Floats, salt: Words) -> Floats:
+def _crosses(u: Floats, v: Floats, pixel: Floats, salt: Words) -> Floats:
     x, y, scale, turn = _scatter(u, v, salt, 0.1, 0.2)
     slope = _F(0.6) * (turn - _HALF)
     x, y = np.abs(x - slope * y), np.abs(y + slope * x)
     return _edge(np.minimum(_F(0.195) - np.minimum(x, y), _F(0.48) * scale - np.maximum(x, y)), pixel)
 
 
-def triangles(u: Floats, v: Floats, pixel: Floats, salt: Words) -> Floats:
+def _triangles(u: Floats, v: Floats, pixel: Floats, salt: Words) -> Floats:
     v = v * _F(2 / 3**0.5)
     a, b = _fraction(u - _HALF * v), _fraction(v)
     up = np.minimum(np.minimum(a, b), 1 - a - b)
@@ -78,7 +78,7 @@ def triangles(u: Floats, v: Floats, pixel: Floats, salt: Words) -> Floats:
     return _edge(np.where(a + b < 1, up, -down), pixel)
 
 
-def cells(u: Floats, v: Floats, pixel: Floats, salt: Words) -> Floats:
+def _cells(u: Floats, v: Floats, pixel: Floats, salt: Words) -> Floats:
     """Draw Worley's cellular texture (SIGGRAPH 1996): distance to the second nearest point less that to the nearest."""
     u, v = u * _F(1.1), v * _F(1.1)
     column, row = np.floor(u), np.floor(v)
@@ -93,7 +93,8 @@ def cells(u: Floats, v: Floats, pixel: Floats, salt: Words) -> Floats:
 
 
 PATTERNS: dict[str, Pattern] = {
-    draw.__name__: draw for draw in (stripes, chevrons, checks, bricks, scales, dots, rings, crosses, triangles, cells)
+    draw.__name__.lstrip("_"): draw
+    for draw in (_stripes, _chevrons, _checks, _bricks, _scales, _dots, _rings, _crosses, _triangles, _cells)
 }
 
 

@@ -72,10 +72,10 @@ def _image(files: tuple[tuple[Path, int], ...], chosen: NDArray[np.int64], index
     row = int(chosen[index])
     for file, count in files:
         if row < count:
-            break
+            pixels = source_mat.pixels(file, "X")[row] if file.suffix == ".mat" else read_row(file, IMAGE_BYTES, 0, row)
+            return np.ascontiguousarray(pixels.reshape(3, SIDE, SIDE).transpose(2, 1, 0))
         row -= count
-    pixels = source_mat.pixels(file, "X")[row] if file.suffix == ".mat" else read_row(file, IMAGE_BYTES, 0, row)
-    return np.ascontiguousarray(pixels.reshape(3, SIDE, SIDE).transpose(2, 1, 0))
+    raise IndexError(index)
 
 
 def _part(folder: Path, part: str, matlab: bool) -> tuple[Path, Labels]:

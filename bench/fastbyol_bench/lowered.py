@@ -59,7 +59,7 @@ SOURCES = (
     "bench/fastbyol_bench/inductor_code.py",
     "bench/fastbyol_bench/graph_nodes.py",
 )
-NOT_ON_A_GPU = ("processor.py", "_processor.py", "cpu.py", "native.py")  # ends of names: kernels of a CPU
+NOT_ON_A_GPU = ("cpu.py", "native.py")  # ends of names: kernels of a CPU
 INDUCTORS = "Inductor's kernels"
 EXTERNAL = {"convolution": "convolutions", "convolution_backward": "convolutions"} | dict.fromkeys(
     ("addmm", "baddbmm", "bmm", "mm"), "matrix products"

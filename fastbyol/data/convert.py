@@ -187,7 +187,8 @@ def _refuse_idle(count: int, seed: int, quality: int, mode: Mode, *, made: bool)
 
 
 def _checked_resize(resize: Resize | None, size: int | None, *, made: bool) -> Resize:
-    check_choice("resize", resize or "none", ("resize", "centre", "none"))
+    if resize is not None:
+        check_choice("resize", resize, ("resize", "centre", "none"))
     if made:
         if resize in ("resize", "centre"):
             raise UsageError(f"resize {resize!r}: textures are made at their size; leave it out")

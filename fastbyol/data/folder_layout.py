@@ -70,21 +70,19 @@ class _Tree:
         """Return the tree below ``folder``, a path relative to this one; empty where no picture lies there."""
         tree = self
         for part in filter(None, folder.split("/")):
-            tree = tree.nested.get(part, _Tree((), {}))
+            tree = tree.nested.get(part, _EMPTY)
         return tree
 
     @property
     def is_plain(self) -> bool:
-        """Whether no folder here is a class: pictures only, or one folder of pictures whose name says nothing."""
+        """Tell whether no folder here is a class: pictures only, or one folder of pictures whose name says nothing."""
         if not self.nested:
             return True
         (name, inner), *others = self.nested.items()
         return not self.direct and not others and name.lower() in _CONTAINERS and not inner.nested
 
-    @property
-    def is_empty(self) -> bool:
-        """Whether no picture lies here or below."""
-        return not self.direct and not self.nested
+
+_EMPTY = _Tree((), {})
 
 
 def lay_out(path: Path, found: Found, *, kind: str | None, split: str | None) -> Layout:
@@ -115,11 +113,10 @@ def lay_out(path: Path, found: Found, *, kind: str | None, split: str | None) ->
         raise UsageError(f"{path / inside}: {listed(within)} look like splits within a split; give the folder of one of them")
     untaken = [part for part in parts if chosen and part != chosen.split("/")[0]]
     skipped, ignored = _left_out(found, tree, [_join(start, part) for part in untaken])
-    notes = _notes(chosen, parts, inside)
-    said = annotated(inside) if kind != "folder" and here.is_plain else None
-    if said is not None:
-        read = _annotations_file(inside, found)
-        ignored = [row for row in ignored if row[0] != read]
+    annotations = annotated(inside) if kind != "folder" and here.is_plain else None
+    if annotations is not None:
+        file, said = annotations
+        ignored = [row for row in ignored if row[0] != file]
         rows = [(name, said.get(Path(name).name)) for name in sorted(here.names())]
         skipped += [(_join(inside, name), "not named in the annotations") for name, of in rows if of is None]
         labelled = [(name, of) for name, of in rows if of is not None]
@@ -141,7 +138,7 @@ def lay_out(path: Path, found: Found, *, kind: str | None, split: str | None) ->
         class_names=class_names,
         skipped=tuple(skipped),
         ignored=tuple(ignored),
-        notes=notes,
+        notes=_notes(chosen, parts, inside),
     )
 
 
@@ -163,55 +160,56 @@ def _within(tree: _Tree, kind: str | None, *, in_split: bool = False) -> str:
     return folder if len(here.nested) > 1 and not here.direct else named
 
 
-def _parts(tree: _Tree) -> list[str]:
-    """Return the subfolders that are splits by their names, train first."""
+def _parts(tree: _Tree) -> dict[str, str]:
+    """Return the subfolders that are splits by their names, train first, and which of ``splits.NAMES`` each is."""
     named = [(splits.NAMES.index(of), name) for name in tree.nested if (of := splits.canonical(name)) is not None]
-    return [name for _, name in sorted(named)]
+    return {name: splits.NAMES[rank] for rank, name in sorted(named)}
 
 
-def _chosen(path: Path, start: str, tree: _Tree, parts: list[str], found: Found, kind: str | None, split: str | None) -> str:
+def _chosen(
+    path: Path, start: str, tree: _Tree, parts: dict[str, str], found: Found, kind: str | None, split: str | None
+) -> str:
     """Return the split's folder, relative to ``start``; empty where there are no splits."""
     here = tree.at(start)
-    if split is not None:
-        return _asked(path, start, here, parts, found, split)
     others = [name for name in here.nested if name not in parts]
+    if split is not None:
+        if _join(start, split) in found.folders:
+            return split
+        named = [name for name, of in parts.items() if of == (splits.canonical(split) or split)]
+        if len(named) > 1:
+            raise UsageError(f"{path}: {listed(named)} are all spelled like {split!r}; give one of these names with --split")
+        if not named:
+            known = listed([*parts, *others])
+            raise UsageError(f"{path}: no subfolder {split!r} to take as split; its subfolders are {known}")
+        return named[0]
     if parts and not others and not here.direct:
-        first = [name for name in parts if splits.canonical(name) == splits.canonical(parts[0])]
-        if len(first) > 1:
-            raise UsageError(f"{path}: {listed(first)} are all the split {splits.canonical(first[0])}; name one with --split")
-        return parts[0]
+        first, *more = parts
+        if more and parts[more[0]] == parts[first]:
+            alike = listed(name for name, of in parts.items() if of == parts[first])
+            raise UsageError(f"{path}: {alike} are all the split {parts[first]}; name one with --split")
+        return first
+    if kind is not None:
+        return ""
     # A class may be called train; val, test and the like are no classes, nor are several splits.
-    if kind is None and any(splits.canonical(name) != "train" or here.nested[name].nested for name in parts):
+    if any(of != "train" or here.nested[name].nested for name, of in parts.items()):
         beside = listed(others) if others else "pictures"
         raise UsageError(
-            f"{path}: {listed(parts)} look like splits, beside {beside}: name one with --split {parts[0]}, or take "
+            f"{path}: {listed(parts)} look like splits, beside {beside}: name one with --split {next(iter(parts))}, or take "
             "every folder as a class with --kind classes"
         )
-    if kind is None and (hidden := _hidden(here)):
-        tops = listed(list(here.nested))
+    if hidden := _hidden(here):
+        tops = listed(here.nested)
         raise UsageError(
             f"{path}: {tops} hold no pictures but folders of them ({listed(hidden)}), so labels may be either: give one of "
             f"{tops} (or --split with its name), or take these as the classes with --kind classes"
         )
-    if kind is None and len(here.nested) > 1 and (vague := [name for name in here.nested if name.lower() in _CONTAINERS]):
+    if len(here.nested) > 1 and (vague := [name for name in here.nested if name.lower() in _CONTAINERS]):
         beside = listed([name for name in here.nested if name not in vague] or vague[1:])
         raise UsageError(
             f"{path}: {vague[0]} is no class by its name, beside {beside}: give {path / start / vague[0]}, or take every "
             "folder as a class with --kind classes"
         )
     return ""
-
-
-def _asked(path: Path, start: str, here: _Tree, parts: list[str], found: Found, split: str) -> str:
-    if _join(start, split) in found.folders:
-        return split
-    named = [name for name in parts if splits.canonical(name) == (splits.canonical(split) or split)]
-    if len(named) > 1:
-        raise UsageError(f"{path}: {listed(named)} are all spelled like {split!r}; give one of these names with --split")
-    if not named:
-        known = listed([*parts, *(name for name in here.nested if name not in parts)]) or "none"
-        raise UsageError(f"{path}: no subfolder {split!r} to take as split; its subfolders are {known}")
-    return named[0]
 
 
 def _hidden(tree: _Tree) -> list[str]:
@@ -222,46 +220,43 @@ def _hidden(tree: _Tree) -> list[str]:
     return sorted({name for one in inner for name in one.nested}) if any(len(one.nested) > 1 for one in inner) else []
 
 
-def _classes(folder: str, tree: _Tree, annotated: Callable[[str], dict[str, str] | None], kind: str | None) -> set[str]:
+def _classes(
+    folder: str, tree: _Tree, annotated: Callable[[str], tuple[str, dict[str, str]] | None], kind: str | None
+) -> set[str]:
     """Return the names of the classes in ``folder``, relative to the root of ``tree``."""
     folder = _join(folder, _within(tree.at(folder), kind, in_split=True))
     here = tree.at(folder)
     if kind != "folder" and here.is_plain and (named := annotated(folder)):
-        return set(named.values())
+        return set(named[1].values())
     return set(here.nested) if not here.is_plain or kind == "classes" else set()
 
 
-def _annotated(path: Path, folder: str, tree: _Tree, found: Found) -> dict[str, str] | None:
-    """Read the class of each picture by its file's name from the annotations in ``folder``; None where there are none."""
-    name = _annotations_file(folder, found)
-    if name is None:
+def _annotated(path: Path, folder: str, tree: _Tree, found: Found) -> tuple[str, dict[str, str]] | None:
+    """Read the annotations in ``folder``: their file, and each picture's class by its name; None where there are none."""
+    names = [name for name, kind in found.ignored if kind != HIDDEN and name.rpartition("/")[0] == folder]
+    file = next((name for name in names if name.lower().endswith(_ANNOTATIONS)), None)
+    if file is None:
         return None
-    with open_regular(path / name) as file:
-        text = file.read(_MAX_ANNOTATION_BYTES).decode("utf-8-sig", "replace")
+    with open_regular(path / file) as opened:
+        text = opened.read(_MAX_ANNOTATION_BYTES).decode("utf-8-sig", "replace")
     rows = [line.split("\t") for line in text.splitlines()]
     pairs = {(row[0], row[1].strip()) for row in rows if len(row) >= 2 and row[1].strip()}
     said = dict(pairs)
     if len(said) < len(pairs):
-        twice = next(picture for picture, count in Counter(picture for picture, _ in pairs).items() if count > 1)
-        raise UsageError(f"{path / name}: gives {twice} several classes; leave one")
-    return said if any(Path(picture).name in said for picture in tree.names()) else None
-
-
-def _annotations_file(folder: str, found: Found) -> str | None:
-    start = f"{folder}/" if folder else ""
-    names = [name for name, kind in found.ignored if kind != HIDDEN and name.startswith(start)]
-    return next((name for name in names if "/" not in name[len(start) :] and name.lower().endswith(_ANNOTATIONS)), None)
+        twice = next(picture for picture, of in pairs if said[picture] != of)
+        raise UsageError(f"{path / file}: gives {twice} several classes; leave one")
+    return (file, said) if any(Path(picture).name in said for picture in tree.names()) else None
 
 
 def _left_out(found: Found, tree: _Tree, others: Sequence[str]) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
     """Return what was skipped and ignored, but for what lies in the splits that are not taken."""
     away = tuple(f"{other}/" for other in others)
     skipped, ignored = ([row for row in rows if not row[0].startswith(away)] for rows in (found.skipped, found.ignored))
-    empty = [name for name in found.folders if not f"{name}/".startswith(away) and tree.at(name).is_empty]
+    empty = [name for name in found.folders if not f"{name}/".startswith(away) and tree.at(name) is _EMPTY]
     return skipped, ignored + [(f"{name}/", "folders without pictures") for name in empty]
 
 
-def _notes(chosen: str, parts: list[str], inside: str) -> tuple[str, ...]:
+def _notes(chosen: str, parts: Iterable[str], inside: str) -> tuple[str, ...]:
     others = [part for part in parts if part != chosen]
     split = [f"split {chosen}; there are also {listed(others)}"] if chosen and others else []
     return (*split, *([f"taken from {inside}/, which holds all the rest"] if inside != chosen and inside else []))

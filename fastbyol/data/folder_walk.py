@@ -76,44 +76,43 @@ def _read_below(root: Path, start: str, found: Found, links: list[str], seen: se
             continue
         if folder:
             found.folders.append(folder)
-        for entry, name in ((entry, f"{folder}/{entry.name}" if folder else entry.name) for entry in entries):
-            kind = _take(entry, name, found)
-            if kind is not None:
+        for entry in entries:
+            name = f"{folder}/{entry.name}" if folder else entry.name
+            if _take(entry, name, found):
                 (links if entry.is_symlink() else pending).append(name)
 
 
-def _take(entry: os.DirEntry[str], name: str, found: Found) -> str | None:
-    """File ``entry`` under what it is; return ``name`` where it is a folder to go into."""
-    if entry.name.startswith(".") or entry.name in _LITTER:
-        found.ignored.append((name, HIDDEN if entry.name.startswith(".") else "system folders"))
-        return None
+def _take(entry: os.DirEntry[str], name: str, found: Found) -> bool:
+    """File ``entry`` under what it is; tell whether it is a folder to go into."""
+    hidden, picture = entry.name.startswith("."), is_picture(entry.name)
+    if hidden or entry.name in _LITTER:
+        found.ignored.append((name, HIDDEN if hidden else "system folders"))
+        return False
     try:
         # Not a look at every regular file: an entry knows that it is one.
         mode = stat.S_IFREG if entry.is_file(follow_symlinks=False) else os.stat(entry.path).st_mode  # noqa: PTH116
         if stat.S_ISDIR(mode):
-            return name
+            return True
         refuse_special(Path(entry.path), mode)
     except OSError as error:
-        where = found.skipped if is_picture(entry.name) else found.ignored
-        where.append((name, error.strerror or str(error)))
-        return None
-    if is_picture(entry.name):
+        (found.skipped if picture else found.ignored).append((name, error.strerror or str(error)))
+        return False
+    if picture:
         found.pictures.append(name)
     else:
-        found.ignored.append((name, _kind(entry.name)))
-    return None
+        suffix = _suffix(entry.name)
+        kind = f"{suffix} files" if suffix else "files without a suffix"
+        found.ignored.append((name, f"{suffix} tables, whose labels are not read" if suffix in _TABLES else kind))
+    return False
 
 
 def is_picture(name: str) -> bool:
     """Tell whether a file's name has the suffix of a picture."""
-    return os.path.splitext(name)[1].lower() in rgb.suffixes()  # noqa: PTH122 - called a million times
+    return _suffix(name) in rgb.suffixes()
 
 
-def _kind(name: str) -> str:
-    suffix = os.path.splitext(name)[1].lower()  # noqa: PTH122 - as above
-    if suffix in _TABLES:
-        return f"{suffix} tables, whose labels are not read"
-    return f"{suffix} files" if suffix else "files without a suffix"
+def _suffix(name: str) -> str:
+    return os.path.splitext(name)[1].lower()  # noqa: PTH122 - called a million times
 
 
 def _identity(folder: Path) -> tuple[int, int]:

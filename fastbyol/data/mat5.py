@@ -6,12 +6,12 @@ here a number from a file is held against what is there before it is used.
 
 from __future__ import annotations
 
+import io
 import math
 import struct
 import zlib
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import BinaryIO
+from dataclasses import dataclass, replace
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,9 +27,10 @@ MOST_HEAD_BYTES = 1 << 12
 MOST_CELL_BYTES = 1 << 24
 MATRIX, COMPRESSED = 14, 15
 _TYPES = {1: "i1", 2: "u1", 3: "i2", 4: "u2", 5: "i4", 6: "u4", 7: "f4", 9: "f8", 12: "i8", 13: "u8"}
-_TEXTS = {1: "latin1", 2: "latin1", 16: "utf-8", 4: "utf-16", 17: "utf-16", 18: "utf-32"}
-_CELL, _CHAR, _COMPLEX = 1, 4, 0x0800
-_NUMBERS = range(6, 16)  # double, single, and integers of 8 to 64 bits
+_TEXTS = {1: "latin1", 2: "latin1", 16: "utf-8", 4: "utf-16-{}", 17: "utf-16-{}", 18: "utf-32-{}"}
+_COMPLEX = 0x0800
+# By the class: double, single and integers of 8 to 64 bits are numbers.
+_HOLDS = {1: "cells", 4: "text"} | dict.fromkeys(range(6, 16), "numbers")
 
 
 class DamagedError(Exception):
@@ -38,46 +39,46 @@ class DamagedError(Exception):
 
 @dataclass(frozen=True)
 class Variable:
-    """An array in a file: MATLAB's shape, and where its ``size`` bytes begin."""
+    """An array's head of ``head_bytes``: its name, MATLAB's shape, and whether it ``holds`` numbers, text, cells or else.
 
-    shape: tuple[int, ...]
-    start: int
-    size: int
-    compressed: bool
+    ``place`` in the file: where its element begins, its tag left out, how many bytes that takes, and whether compressed.
+    """
 
-
-@dataclass(frozen=True)
-class _Head:
     name: str
-    number: int
-    is_complex: bool
+    holds: str
     shape: tuple[int, ...]
-    num_bytes: int
+    head_bytes: int
+    order: str
+    place: tuple[int, int, bool] = (0, 0, False)
 
 
-class _Unpacked:
+class _Unpacked(io.RawIOBase):
     """What lies compressed in the next ``size`` bytes of a file, piece by piece."""
 
     def __init__(self, file: BinaryIO, size: int) -> None:
-        self.file, self.left, self.rest, self.unpack = file, size, b"", zlib.decompressobj()
+        self.file, self.left, self.unpack = file, size, zlib.decompressobj()
 
-    def read(self, count: int) -> bytes:
-        """Unpack up to ``count`` bytes: less at the end alone."""
-        parts = []
-        while count and not self.unpack.eof:
-            if not self.rest:
-                self.rest = self.file.read(min(self.left, PIECE_BYTES // 16))
-                self.left -= len(self.rest)
-                if not self.rest:
-                    break
-            parts.append(self.unpack.decompress(self.rest, count))
-            self.rest, count = self.unpack.unconsumed_tail, count - len(parts[-1])
-        return b"".join(parts)
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        piece = b""
+        while not piece and not self.unpack.eof:
+            packed = self.unpack.unconsumed_tail
+            if not packed:
+                packed = self.file.read(min(self.left, PIECE_BYTES // 16))
+                self.left -= len(packed)
+            if not packed:
+                break
+            piece = self.unpack.decompress(packed, min(len(buffer), PIECE_BYTES))
+        buffer[: len(piece)] = piece
+        return len(piece)
 
 
 def variables(file: BinaryIO) -> dict[str, Variable]:
     """Find every array of a file by its name. Raises DamagedError, zlib.error."""
-    order, end = _order(file), file.seek(0, 2)
+    file.seek(HEAD_BYTES - 2)
+    order, end = "<" if file.read(2) == b"IM" else ">", file.seek(0, 2)
     found, at = {}, HEAD_BYTES
     while at + 8 <= end:
         file.seek(at)
@@ -85,94 +86,79 @@ def variables(file: BinaryIO) -> dict[str, Variable]:
         if at + 8 + size > end:
             raise DamagedError("ends within an array")
         if kind in (MATRIX, COMPRESSED):
-            if kind == COMPRESSED:  # an element with a head of its own
-                head = _head(memoryview(_Unpacked(file, size).read(8 + MOST_HEAD_BYTES))[8:], order)
-            else:
-                head = _head(memoryview(file.read(min(MOST_HEAD_BYTES, size))), order)
-            found[head.name] = Variable(head.shape, at + 8, size, kind == COMPRESSED)
+            place = at + 8, size, kind == COMPRESSED
+            head = _head(memoryview(_beginning(file, place, MOST_HEAD_BYTES)[0]), order)
+            found[head.name] = replace(head, place=place)
         at += 8 + size
     return found
 
 
 def read(file: BinaryIO, variable: Variable, where: str) -> NDArray[np.generic]:
     """Read a numeric array as it is stored, in MATLAB's shape. Memory is taken once, if the file says what the shape says."""
-    order, stream = _order(file), _stream(file, variable)
-    start = stream.read(MOST_HEAD_BYTES)
-    head = _head(memoryview(start), order)
-    if head.number not in _NUMBERS or head.is_complex or head.shape != variable.shape:
+    if variable.holds != "numbers":
         raise DamagedError("no array of real numbers")
-    kind, size, skipped = _tag(memoryview(start), head.num_bytes, order)
-    if kind not in _TYPES or size != math.prod(head.shape) * np.dtype(_TYPES[kind]).itemsize:
-        raise DamagedError(f"{size} bytes of type {kind} for shape {head.shape}")
-    if not variable.compressed and skipped + size > variable.size:
+    begins, stream = _beginning(file, variable.place, variable.head_bytes + 8)
+    _, element_bytes, compressed = variable.place
+    kind, size, start = _tag(memoryview(begins), variable.head_bytes, variable.order)
+    if kind not in _TYPES or size != math.prod(variable.shape) * np.dtype(_TYPES[kind]).itemsize:
+        raise DamagedError(f"{size} bytes of type {kind} for shape {variable.shape}")
+    if not compressed and start + size > element_bytes:
         raise DamagedError("an array is longer than its element")
     demand_memory(where, size)
     values = np.empty(size, np.uint8)
-    have = np.frombuffer(start, np.uint8)[skipped:][:size]
-    values[: len(have)] = have
-    at = len(have)
-    while at < size and (piece := stream.read(min(PIECE_BYTES, size - at))):
-        values[at : at + len(piece)] = np.frombuffer(piece, np.uint8)
-        at += len(piece)
-    if at < size:
+    in_tag = begins[start : start + size]
+    values[: len(in_tag)] = np.frombuffer(in_tag, np.uint8)
+    if stream.readinto(values.data[len(in_tag) :]) < size - len(in_tag):
         raise DamagedError("ends within an array")
-    if isinstance(stream, _Unpacked) and (len(stream.read(PIECE_BYTES)) >= PIECE_BYTES or not stream.unpack.eof):
+    if compressed and (len(stream.read(PIECE_BYTES)) >= PIECE_BYTES or not stream.raw.unpack.eof):
         raise DamagedError("unpacks to more than it says")  # and where it ends, its checksum has been held against it
-    return values.view(np.dtype(order + _TYPES[kind])).reshape(head.shape, order="F")
+    return values.view(np.dtype(variable.order + _TYPES[kind])).reshape(variable.shape, order="F")
 
 
 def read_cells(file: BinaryIO, variable: Variable) -> list[NDArray[np.generic] | str]:
     """Read what a cell array holds, in MATLAB's order: arrays of numbers, and texts."""
-    order, content = _order(file), _stream(file, variable).read(min(MOST_CELL_BYTES, 1 << 30) + 1)
-    if not variable.compressed:
-        content = content[: variable.size]
+    if variable.holds != "cells":
+        raise DamagedError("no cell array")
+    content, _ = _beginning(file, variable.place, MOST_CELL_BYTES + 1)
     if len(content) > MOST_CELL_BYTES:
         raise DamagedError(f"more than {MOST_CELL_BYTES} bytes in a cell array")
-    head = _head(memoryview(content), order)
-    if head.number != _CELL:
-        raise DamagedError("no cell array")
-    cells = [_cell(data, order) for kind, data in _elements(memoryview(content)[head.num_bytes :], order) if kind == MATRIX]
-    if len(cells) != math.prod(head.shape):
-        raise DamagedError(f"{len(cells)} cells for shape {head.shape}")
+    data, cells, at = memoryview(content), [], variable.head_bytes
+    while at + 8 <= len(data):
+        kind, part, at = _element(data, at, variable.order)
+        if kind == MATRIX:
+            cells.append(_cell(part, variable.order))
+    if len(cells) != math.prod(variable.shape):
+        raise DamagedError(f"{len(cells)} cells for shape {variable.shape}")
     return cells
+
+
+def _beginning(file: BinaryIO, place: tuple[int, int, bool], most: int) -> tuple[bytes, Any]:
+    """Read up to ``most`` bytes of an array's element, its tag left out; return the stream of the rest too."""
+    start, size, compressed = place
+    file.seek(start)
+    if not compressed:
+        return file.read(min(most, size)), file
+    stream = io.BufferedReader(_Unpacked(file, size), PIECE_BYTES)
+    stream.read(8)  # the tag of what is compressed
+    return stream.read(most), stream
 
 
 def _cell(data: memoryview, order: str) -> NDArray[np.generic] | str:
     head = _head(data, order)
-    kind, size, start = _tag(data, head.num_bytes, order)
-    part = bytes(data[start : start + size])
-    if head.number == _CHAR and kind in _TEXTS:
-        encoding = _TEXTS[kind] + ({"<": "-le", ">": "-be"}[order] if kind in (4, 17, 18) else "")
-        return part.decode(encoding, "replace")
-    if head.number not in _NUMBERS or head.is_complex or kind not in _TYPES or len(part) != size:
+    kind, part, _ = _element(data, head.head_bytes, order)
+    if head.holds == "text" and kind in _TEXTS:
+        return bytes(part).decode(_TEXTS[kind].format("le" if order == "<" else "be"), "replace")
+    if head.holds != "numbers" or kind not in _TYPES:
         raise DamagedError("a cell that is no text and no array of real numbers")
     return np.frombuffer(part, np.dtype(order + _TYPES[kind]))
 
 
-def _order(file: BinaryIO) -> str:
-    file.seek(HEAD_BYTES - 2)
-    return "<" if file.read(2) == b"IM" else ">"
-
-
-def _stream(file: BinaryIO, variable: Variable) -> BinaryIO | _Unpacked:
-    """Open the content of an array's element, its tag left out."""
-    file.seek(variable.start)
-    if not variable.compressed:
-        return file
-    stream = _Unpacked(file, variable.size)
-    stream.read(8)
-    return stream
-
-
-def _elements(data: memoryview, order: str) -> Iterator[tuple[int, memoryview]]:
-    at = 0
-    while at + 8 <= len(data):
-        kind, size, start = _tag(data, at, order)
-        if start + size > len(data):
-            raise DamagedError("an element is longer than what holds it")
-        yield kind, data[start : start + size]
-        at = start + size if start == at + 4 else start + size + -size % 8
-        at += -at % 8
+def _element(data: memoryview, at: int, order: str) -> tuple[int, memoryview, int]:
+    """Return type and content of the element at ``at``, and where the next one begins."""
+    kind, size, start = _tag(data, at, order)
+    if start + size > len(data):
+        raise DamagedError("an element is longer than what holds it")
+    return kind, data[start : start + size], start + size + -(start + size) % 8
 
 
 def _tag(data: memoryview, at: int, order: str) -> tuple[int, int, int]:
@@ -187,20 +173,16 @@ def _tag(data: memoryview, at: int, order: str) -> tuple[int, int, int]:
     return kind & 0xFFFF, kind >> 16, at + 4
 
 
-def _head(data: memoryview, order: str) -> _Head:
+def _head(data: memoryview, order: str) -> Variable:
     """Read flags, shape and name at the beginning of an array."""
-    parts, at = [], 0
-    for _ in range(3):
-        _, size, start = _tag(data, at, order)
-        if start + size > len(data):
-            raise DamagedError("ends within the head of an array")
-        parts.append(data[start : start + size])
-        at = start + size + -(start + size) % 8
-    flags, dims, name = parts
+    _, flags, at = _element(data, 0, order)
+    _, dims, at = _element(data, at, order)
+    _, name, at = _element(data, at, order)
     if len(flags) < 4 or len(dims) % 4 or not dims:
         raise DamagedError("the head of an array is not whole")
     (bits,) = struct.unpack_from(f"{order}I", flags)
     shape = struct.unpack(f"{order}{len(dims) // 4}i", dims)
     if min(shape) < 0:
         raise DamagedError(f"shape {shape}")
-    return _Head(bytes(name).decode("latin1"), bits & 0xFF, bool(bits & _COMPLEX), shape, at)
+    holds = "complex numbers" if bits & _COMPLEX else _HOLDS.get(bits & 0xFF, "something else")
+    return Variable(bytes(name).decode("latin1"), holds, shape, at, order)

@@ -14,7 +14,7 @@ What becomes of what is not RGB, row by row: tests/data/PICTURES.md, which their
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import BinaryIO, Literal, TypeVar
@@ -110,42 +110,40 @@ def _formats() -> tuple[str, ...]:
 
 def _read(path: Path, take: Callable[[ImageFile.ImageFile], T]) -> T:
     """Return what ``take`` makes of the picture, or where that fails of the picture without its metadata."""
+    reason = ""
     try:
         with warnings.catch_warnings(), open_regular(path) as file:
             # Pillow warns of what it mends and of sizes below our own limit.
             warnings.simplefilter("ignore")
-            try:
-                return _taken(file, take)
-            except UnreadableItemError:
-                raise
-            except Exception as error:  # Pillow's decoders meet untrusted bytes with any exception there is
-                file.seek(0)
-                bare = without_metadata(file)
-                if bare is None:
-                    raise UnreadableItemError(_reason(error, file)) from None
+            for attempt in _attempts(file):
                 try:
-                    return _taken(bare, take)
+                    with Image.open(attempt, formats=_formats()) as image:
+                        if image.width * image.height > MAX_PIXELS:
+                            raise UnreadableItemError(f"{image.width} x {image.height} pixels, more than {MAX_PIXELS:,}")
+                        return take(image)
                 except UnreadableItemError:
                     raise
-                except Exception:  # as above
-                    raise UnreadableItemError(_reason(error, file)) from None
+                except Exception as error:  # Pillow's decoders meet untrusted bytes with any exception there is
+                    reason = reason or _reason(error, file)
     except OSError as error:
-        raise UnreadableItemError(error.strerror or str(error)) from None
+        reason = error.strerror or str(error)
+    raise UnreadableItemError(reason)
 
 
-def _taken(file: BinaryIO, take: Callable[[ImageFile.ImageFile], T]) -> T:
-    with Image.open(file, formats=_formats()) as image:
-        if image.width * image.height > MAX_PIXELS:
-            raise UnreadableItemError(f"{image.width} x {image.height} pixels, more than {MAX_PIXELS:,}")
-        return take(image)
+def _attempts(file: BinaryIO) -> Iterator[BinaryIO]:
+    """Yield ``file``, then, for whom that was not enough, what it holds without metadata."""
+    yield file
+    file.seek(0)
+    bare = without_metadata(file)
+    if bare is not None:
+        yield bare
 
 
 def _decoded(image: ImageFile.ImageFile) -> Image.Image:
     # A raw mode such as RGB;16B, of which Pillow keeps the high octets. Only known before the pixels are.
-    arguments = image.tile[0][3] if image.tile else ""
+    _, drawn, _, arguments, *_ = image.tile[0] if image.tile else (None, None, None, "")
     raw_mode, maximum = (*arguments, 0)[:2] if isinstance(arguments, tuple) else (arguments, 0)
     is_deep = "16" in str(raw_mode) or (image.format == "PPM" and maximum > 255)
-    drawn = image.tile[0][1] if image.tile else None
     if is_deep and isinstance(transparent := image.info.get("transparency"), tuple):
         image.info["transparency"] = tuple(value >> 8 for value in transparent)  # as its pixels will be
     stored = _upright(image)
@@ -172,11 +170,11 @@ def _upright(image: Image.Image) -> Image.Image:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    if isinstance(image, TiffImagePlugin.TiffImageFile):
-        if _tag(image, TiffImagePlugin.SAMPLEFORMAT) == 2:
-            raise UnreadableItemError("signed pixels, which have no agreed range")
+    if _tag(image, TiffImagePlugin.SAMPLEFORMAT) == 2:
+        raise UnreadableItemError("signed pixels, which have no agreed range")
+    if isinstance(image, TiffImagePlugin.TiffImageFile) and image.mode == "P":
         colours = image.tag_v2.get(TiffImagePlugin.COLORMAP)
-        if image.mode == "P" and colours and max(colours) < 256:  # of 8 bits, which libtiff takes so too
+        if colours and max(colours) < 256:  # of 8 bits, which libtiff takes so too
             image.putpalette(bytes(np.reshape(colours, (3, -1)).T.astype(np.uint8).tobytes()))
     if image.mode in _DEEP:
         return _from_deep(image)
@@ -205,12 +203,16 @@ def _from_deep(image: Image.Image) -> Image.Image:
     if image.mode == "I" and image.format not in _FORMATS_OF_16:
         raise UnreadableItemError("32-bit grey pixels, which have no agreed range")
     values = np.asarray(image).astype(np.int64)
-    largest = _largest(image)
+    # The value that is white.
+    largest = (1 << (_tag(image, TiffImagePlugin.BITSPERSAMPLE) or 16)) - 1
+    said = _tag(image, _MAX_SAMPLE_VALUE)
+    if said is not None and 255 < said < largest:
+        largest = said
     if values.min() < 0 or values.max() > largest:
         raise UnreadableItemError(f"grey pixels beyond {largest}, the largest value that the file allows")
     if largest == 65535 and 0 < values.max() < _DARK_16:
         raise UnreadableItemError(f"16-bit grey pixels of at most {values.max()}, nearly black; save them with 8 bits")
-    if isinstance(image, TiffImagePlugin.TiffImageFile) and _tag(image, TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == 0:
+    if _tag(image, TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == 0:
         values = largest - values  # white is zero, which Pillow turns for up to 8 bits only
     grey = (2 * 255 * values + largest) // (2 * largest)  # rounded to the nearest
     transparent = image.info.get("transparency")
@@ -219,18 +221,9 @@ def _from_deep(image: Image.Image) -> Image.Image:
     return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
 
 
-def _largest(image: Image.Image) -> int:
-    """Return the value that is white in a picture of more than 8 bits."""
-    if not isinstance(image, TiffImagePlugin.TiffImageFile):
-        return 65535
-    of_depth = (1 << (_tag(image, TiffImagePlugin.BITSPERSAMPLE) or 16)) - 1
-    said = _tag(image, _MAX_SAMPLE_VALUE)
-    return said if said is not None and 255 < said < of_depth else of_depth
-
-
-def _tag(image: TiffImagePlugin.TiffImageFile, number: int) -> int | None:
-    """Return the first value of a tag that holds whole numbers; None where it is not there."""
-    value = image.tag_v2.get(number)
+def _tag(image: Image.Image, number: int) -> int | None:
+    """Return the first value of a TIFF's tag that holds whole numbers; None where it is not there, as in other formats."""
+    value = image.tag_v2.get(number) if isinstance(image, TiffImagePlugin.TiffImageFile) else None
     first = value[0] if isinstance(value, tuple) and value else value
     return first if isinstance(first, int) else None
 

@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,13 +21,14 @@ from fastbyol.files import open_regular, refuse_special
 Images = NDArray[np.uint8]
 Labels = NDArray[np.int64]
 NamesAndReasons = tuple[tuple[str, str], ...]
-T = TypeVar("T")
 
 # Labels below this are classes as they are; above, a label is rather a name than a number of a class.
 MAX_CLASSES = 1 << 16
 # Less than this is not held against the memory that is there.
 SMALL_BYTES = 1 << 26
 CHANNELS = (1, 3)
+# Names of classes and folds of STL-10 take far less.
+MAX_TEXT_BYTES = 1 << 24
 # Deflate's best ratio: 258 bytes for two bits (RFC 1951).
 MOST_PER_BYTE = 1032
 
@@ -71,23 +71,6 @@ class Source:
         return np.full(self.num_images, self.num_bytes, np.int64)
 
 
-@dataclass(frozen=True)
-class Part:
-    """Some of a source's rows of pixels: ``read`` gives row i of ``count``."""
-
-    count: int
-    read: Callable[[int], NDArray[np.uint8]]
-
-
-def row_of(parts: tuple[Part, ...], index: int) -> NDArray[np.uint8]:
-    """Read row ``index`` of the parts, one after the other."""
-    for part in parts:
-        if index < part.count:
-            return part.read(index)
-        index -= part.count
-    raise IndexError(index)
-
-
 def read_row(path: Path, row_bytes: int, offset: int, index: int) -> NDArray[np.uint8]:
     """Read row ``index`` (row_bytes,) of those that begin at ``offset`` in a file; UsageError where it ends before."""
     with open_regular(path) as file:
@@ -109,24 +92,20 @@ def image_size(where: str, shape: Sequence[int], dtype: np.dtype[Any], num_label
         elif dtype.hasobject:
             remedy = "numpy.stack(images), which needs images of one size; others go into a folder of pictures"
         raise UsageError(f"{where} is {dtype}, not uint8; save {remedy}")
-    shape = tuple(shape)
+    shape, fault = tuple(shape), None
+    first, last = (shape[1] in CHANNELS, shape[3] in CHANNELS) if len(shape) == 4 else (False, False)
     if len(shape) == 3 and num_labels != shape[0] and (shape[2] in (1, 3, 4) or shape[0] == 3):
-        raise UsageError(
-            f"{where} has shape {shape}, which looks like one image; save images[None] for one, images[..., None] for grey"
-        )
-    if len(shape) == 2:
-        raise UsageError(
-            f"{where} has shape {shape}; save images[None] if it is one image, images.reshape(N, H, W, 3) if rows are"
-        )
-    if len(shape) == 4 and 4 in (shape[1], shape[3]) and not set(CHANNELS) & {shape[1], shape[3]}:
-        raise UsageError(
-            f"{where} has shape {shape}; what a fourth channel means is not said: save the first three, or shown on white"
-        )
-    if len(shape) == 4 and shape[1] in CHANNELS and shape[3] in CHANNELS and shape[2] > 3:
-        raise UsageError(f"{where} has shape {shape}: its channels may be the second or the last; pad the images")
-    known = len(shape) == 3 or (len(shape) == 4 and (shape[3] in CHANNELS or shape[1] in CHANNELS))
-    if not known or min(shape) < 1:
-        raise UsageError(f"{where} has shape {shape}; save it as (N, H, W, 3), (N, 3, H, W) or (N, H, W)")
+        fault = "it looks like one image: save images[None] for one, images[..., None] for grey"
+    elif len(shape) == 2:
+        fault = "save images[None] if it is one image, images.reshape(N, H, W, 3) if rows are"
+    elif len(shape) == 4 and 4 in (shape[1], shape[3]) and not (first or last):
+        fault = "what a fourth channel means is not said: save the first three, or shown on white"
+    elif first and last and shape[2] > 3:
+        fault = "its channels may be the second or the last: pad the images"
+    elif not (len(shape) == 3 or first or last) or min(shape) < 1:
+        fault = "save it as (N, H, W, 3), (N, 3, H, W) or (N, H, W)"
+    if fault is not None:
+        raise UsageError(f"{where} has shape {shape}; {fault}")
     return (shape[2], shape[3]) if planes_first(shape) else (shape[1], shape[2])
 
 
@@ -168,35 +147,27 @@ def class_labels(
     if len({part.dtype.kind for part in all_values}) > 1:
         raise UsageError(f"{where}: texts in one split and numbers in another; save one kind")
     known = np.unique(np.concatenate(all_values))
-    if known.dtype.kind == "U":
-        _demand_few(where, known)
-        return np.searchsorted(known, own).astype(np.int64), tuple(map(str, known))
-    if known.tolist() == [-1, 1]:
-        raise UsageError(f"{where}: labels are -1 and 1, and -1 stands for no label; save (labels > 0).astype(int)")
-    if known[0] < -1:
-        raise UsageError(f"{where}: label {known[0]} is negative; save numpy.unique(labels, return_inverse=True)[1]")
-    known = known[known >= 0]
-    if not known.size:
-        return None, ()
-    if known[-1] < MAX_CLASSES:
-        return own.astype(np.int64), tuple(map(str, range(int(known[-1]) + 1)))
-    _demand_few(where, known)
-    return np.where(own < 0, -1, np.searchsorted(known, own)).astype(np.int64), tuple(map(str, known))
-
-
-def fit_labels(read: Callable[[T], NDArray[Any]], others: Iterable[T]) -> list[NDArray[Any]]:
-    """Read the labels of ``others`` with ``read``, and leave out those that are no labels: nobody asked for these splits."""
-    fit = []
-    for other in others:
-        with suppress(UsageError):
-            fit.append(read(other))
-    return fit
+    texts = known.dtype.kind == "U"
+    if not texts:
+        if known.tolist() == [-1, 1]:
+            raise UsageError(f"{where}: labels are -1 and 1, and -1 stands for no label; save (labels > 0).astype(int)")
+        if known[0] < -1:
+            raise UsageError(f"{where}: label {known[0]} is negative; save numpy.unique(labels, return_inverse=True)[1]")
+        known = known[known >= 0]
+        if not known.size:
+            return None, ()
+        if known[-1] < MAX_CLASSES:
+            return own, tuple(map(str, range(int(known[-1]) + 1)))
+    if len(known) > MAX_CLASSES:
+        raise UsageError(f"{where}: {len(known):,} distinct labels are no classes; leave them out, or save fewer")
+    labels = np.searchsorted(known, own).astype(np.int64)
+    return labels if texts else np.where(own < 0, -1, labels), tuple(map(str, known))
 
 
 def notes_on(class_names: tuple[str, ...]) -> tuple[str, ...]:
     """Say what a reader should know of labels that ``class_labels`` mapped."""
     numbers = [int(name) for name in class_names if name.isdecimal()]
-    if len(numbers) < len(class_names) or numbers in (sorted(range(len(numbers))), []) or numbers != sorted(numbers):
+    if len(numbers) < len(class_names) or numbers == list(range(len(numbers))) or numbers != sorted(numbers):
         return ()
     return (f"labels up to {class_names[-1]} became 0 to {len(class_names) - 1}, the classes' names say what they were",)
 
@@ -219,11 +190,6 @@ def _whole(where: str, values: NDArray[Any]) -> NDArray[Any]:
     return values.astype(np.int64)
 
 
-def _demand_few(where: str, known: NDArray[Any]) -> None:
-    if len(known) > MAX_CLASSES:
-        raise UsageError(f"{where}: {len(known):,} distinct labels are no classes; leave them out, or save fewer")
-
-
 def demand_range(path: Path, labels: Labels, num_classes: int) -> None:
     """Raise UsageError unless all labels are classes."""
     if labels.size and not 0 <= labels.min() <= labels.max() < num_classes:
@@ -232,10 +198,7 @@ def demand_range(path: Path, labels: Labels, num_classes: int) -> None:
 
 def demand_memory(where: str, num_bytes: int) -> None:
     """Raise UsageError unless an array of ``num_bytes`` can be held."""
-    if num_bytes < SMALL_BYTES:
-        return
-    free = cpu_bytes()
-    if num_bytes > free:
+    if num_bytes >= SMALL_BYTES and num_bytes > (free := cpu_bytes()):
         raise UsageError(f"{where}: is said to take {size_text(num_bytes)}, memory has {size_text(free)}; save it in parts")
 
 
@@ -249,28 +212,26 @@ def size_of(path: Path) -> int:
         raise UsageError(f"{path}: {error.strerror}; is the archive unpacked whole?") from None
 
 
-def count_rows(path: Path, row_bytes: int) -> int:
-    """Count the rows of ``row_bytes`` in a file; UsageError unless it is a whole number above 0."""
-    num_bytes = size_of(path)
+def count_rows(path: Path, num_bytes: int, row_bytes: int) -> int:
+    """Count the rows of ``row_bytes`` in a file of ``num_bytes``; UsageError unless it is a whole number above 0."""
     if num_bytes == 0 or num_bytes % row_bytes:
         raise UsageError(f"{path}: {num_bytes} bytes is no whole number of {row_bytes}-byte images; unpack the archive again")
     return num_bytes // row_bytes
 
 
-def read_small(path: Path, most: int = 1 << 24) -> bytes:
-    """Read a file that is small by its nature; UsageError where it is not, or not to be read."""
-    if size_of(path) > most:
-        raise UsageError(f"{path}: {size_of(path)} bytes are too many for what it is; unpack the archive again")
-    try:
-        with open_regular(path) as file:
-            return file.read(most)
-    except OSError as error:
-        raise UsageError(f"{path}: cannot be read ({error.strerror}); check its rights") from None
+def read_whole(path: Path) -> bytes:
+    """Read a file that memory can hold; UsageError where it cannot. Raises OSError where the file cannot be read."""
+    num_bytes = size_of(path)
+    demand_memory(str(path), num_bytes)
+    with open_regular(path) as file:
+        return file.read(num_bytes)
 
 
 def text_lines(path: Path) -> tuple[str, ...]:
     """Return the lines of a small text file that are not empty."""
-    return tuple(line.strip() for line in read_small(path).decode("utf-8", "replace").splitlines() if line.strip())
+    if size_of(path) > MAX_TEXT_BYTES:
+        raise UsageError(f"{path}: {size_of(path)} bytes are too many for what it is; unpack the archive again")
+    return tuple(line.strip() for line in read_whole(path).decode("utf-8", "replace").splitlines() if line.strip())
 
 
 def inner(path: Path, *names: str) -> Path:

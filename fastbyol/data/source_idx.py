@@ -26,6 +26,7 @@ from fastbyol.data.source_arrays import (
     Images,
     Labels,
     Source,
+    as_rgb,
     class_labels,
     demand_memory,
     notes_on,
@@ -34,7 +35,8 @@ from fastbyol.data.source_arrays import (
 from fastbyol.errors import UsageError, check_choice, one_line
 from fastbyol.files import open_regular
 
-SPLITS = {"train": ("train",), "test": ("t10k", "test")}
+# What each word that the names of files have for a split means.
+SPLITS = {"train": "train", "t10k": "test", "test": "test"}
 SIDE = 32
 MAX_SIDE = 4096
 # Xiao, Rasul, Vollgraf, "Fashion-MNIST", arXiv:1708.07747, table 2.
@@ -45,9 +47,10 @@ FASHION_CLASSES = (
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")
 DOWNLOAD_TIMEOUT_S = 30.0
 
+# Of names in small letters.
 _STEM = r"(?P<set>.*?)[-_]?(?P<split>train|t10k|test)[-_]"
-_IMAGES = re.compile(_STEM + r"images[-.]idx3[-.]ubyte(\.gz)?", re.IGNORECASE)
-_LABELS = re.compile(_STEM + r"labels[-.]idx(?P<kind>1[-.]ubyte|2[-.]int)(?P<packed>\.gz)?", re.IGNORECASE)
+_IMAGES = re.compile(_STEM + r"images[-.]idx3[-.]ubyte(\.gz)?")
+_LABELS = re.compile(_STEM + r"labels[-.]idx(?P<kind>1[-.]ubyte|2[-.]int)(?P<packed>\.gz)?")
 _TYPES = {0x08: ">u1", 0x09: ">i1", 0x0B: ">i2", 0x0C: ">i4"}
 # What torchvision's downloads and common archives put around the files.
 _INNER = ("raw", "FashionMNIST/raw", "MNIST/raw", "KMNIST/raw", "EMNIST/raw", "QMNIST/raw", "gzip")
@@ -55,7 +58,7 @@ _INNER = ("raw", "FashionMNIST/raw", "MNIST/raw", "KMNIST/raw", "EMNIST/raw", "Q
 
 def has_idx(path: Path) -> bool:
     """Tell whether idx images lie at ``path``: a file of them, or a folder in one of the usual layouts."""
-    return bool(_IMAGES.fullmatch(path.name)) if path.is_file() else any(_image_files(path))
+    return bool(_IMAGES.fullmatch(path.name.lower())) if path.is_file() else any(_image_files(path))
 
 
 def open_idx(path: Path, kind: str, split: str | None) -> Source:
@@ -65,26 +68,27 @@ def open_idx(path: Path, kind: str, split: str | None) -> Source:
     missing, cut short, of another type or split, several sets in one folder.
     """
     images = path if path.exists() and not path.is_dir() else _chosen(path, split or "train")
-    named = _IMAGES.fullmatch(images.name)
+    named = _IMAGES.fullmatch(images.name.lower())
     if named is None:
         raise UsageError(f"{images}: not named like idx images; call it train-images-idx3-ubyte, and its labels alike")
-    of = next(name for name, words in SPLITS.items() if named["split"].lower() in words)
+    of = SPLITS[named["split"]]
     if split not in (None, of):
         raise UsageError(f"{images}: is of the split {of} by its name, not {split}; name the other file, or their folder")
-    shape, offset, dtype = _head(images)
+    shape, _, dtype = _head(images)
     if len(shape) != 3 or dtype != np.dtype(">u1"):
         raise UsageError(f"{images}: its head says {len(shape)} dimensions of {dtype}; images are (N, H, W) bytes")
     count, height, width = shape
     if not (count >= 1 and 1 <= height <= MAX_SIDE and 1 <= width <= MAX_SIDE):
         raise UsageError(f"{images}: its head says {count} images of {width} x {height} pixels; fetch the file again")
-    labels, names = _labels(images, count)
+    labels_file = _labels_file(images)
+    labels, names = (None, ()) if labels_file is None else _labels(labels_file, count)
     _kept.cache_clear()
     if kind == "fashion-mnist":
         if labels is not None and labels.max() >= len(FASHION_CLASSES):
-            raise UsageError(f"{_labels_file(images)}: label {labels.max()} is none of Fashion-MNIST's ten; take --kind idx")
+            raise UsageError(f"{labels_file}: label {labels.max()} is none of Fashion-MNIST's ten; take --kind idx")
         names = FASHION_CLASSES
     num_bytes = 3 * max(SIDE, height) * max(SIDE, width)
-    return Source(kind, of, names, labels, count, num_bytes, partial(_image, images, shape, offset), notes=notes_on(names))
+    return Source(kind, of, names, labels, count, num_bytes, partial(_image, images), notes=notes_on(names))
 
 
 def fashion_mnist_folder(cache: Path) -> Path:
@@ -93,86 +97,77 @@ def fashion_mnist_folder(cache: Path) -> Path:
     Raises UsageError where it is in neither and cannot be downloaded.
     """
     for folder in (DEBIAN, cache):
-        files = [path for split in SPLITS for _, path in _image_files(folder, split)]
-        if len(files) == len(SPLITS) and all(map(_labels_file, files)):  # a download may have been cut
+        files = _image_files(folder)
+        if len(files) == 2 and all(map(_labels_file, files)):  # a download may have been cut
             return folder
     import torchvision
 
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(DOWNLOAD_TIMEOUT_S)  # torchvision sets no limit of its own
     try:
-        with _timeout(DOWNLOAD_TIMEOUT_S):
-            for train in (True, False):
-                torchvision.datasets.FashionMNIST(str(cache), train=train, download=True)
+        for train in (True, False):
+            torchvision.datasets.FashionMNIST(str(cache), train=train, download=True)
     except (OSError, RuntimeError) as error:  # the network's errors, and torchvision's after its last mirror
         why = one_line(error, 120)
         raise UsageError(
             f"fashion-mnist: not on this machine, and the download failed ({why}): install Debian's package "
             "dataset-fashion-mnist, convert a folder of its files (`fastbyol convert FOLDER train.beton`), or take textures"
         ) from None
+    finally:
+        socket.setdefaulttimeout(before)
     return cache
 
 
-def _image(path: Path, shape: tuple[int, ...], offset: int, index: int) -> Images:
+def _image(path: Path, index: int) -> Images:
     """Return image ``index``, grey as RGB, padded to ``SIDE``; the file is read whole on first use."""
-    grey = _kept(path, shape, offset)[index]
+    grey = _kept(path)[index]
     margins = [(missing // 2, missing - missing // 2) for missing in (max(0, SIDE - side) for side in grey.shape)]
-    return np.ascontiguousarray(np.repeat(np.pad(grey, margins)[:, :, None], 3, axis=2))
+    return as_rgb(np.pad(grey, margins), planes=False)
 
 
-@lru_cache(maxsize=1)
-def _kept(path: Path, shape: tuple[int, ...], offset: int) -> Images:
-    return _values(path, shape, offset, np.dtype(">u1"))
-
-
-def _image_files(folder: Path, split: str | None = None) -> Iterator[tuple[str, Path]]:
-    """Yield pairs (set, images file) of ``split`` (None: of any) in the first of the usual places that holds some."""
-    words = SPLITS[split] if split is not None else tuple(word for words in SPLITS.values() for word in words)
+def _image_files(folder: Path, split: str | None = None) -> list[Path]:
+    """Return the images files of ``split`` (None: of any), one a set, in the first of the usual places that holds some."""
     for place in (folder, *(folder / name for name in _INNER)):
         found = {}
         for path in sorted(place.iterdir(), reverse=True) if place.is_dir() else ():  # unpacked before packed
-            named = _IMAGES.fullmatch(path.name)
-            if named and named["split"].lower() in words and not path.is_dir():
-                found[named["set"], named["split"].lower()] = path
+            named = _IMAGES.fullmatch(path.name.lower())
+            if named and split in (None, SPLITS[named["split"]]) and not path.is_dir():
+                found[path.name[: named.end("split")]] = path
         if found:
-            yield from ((name, path) for (name, _), path in found.items())
-            return
+            return list(found.values())
+    return []
 
 
 def _chosen(folder: Path, split: str) -> Path:
-    check_choice(f"{folder}: the split of idx files", split, SPLITS)
-    found = list(_image_files(folder, split))
+    check_choice(f"{folder}: the split of idx files", split, dict.fromkeys(SPLITS.values()))
+    found = _image_files(folder, split)
     if not found:
-        raise UsageError(f"{folder}: no {SPLITS[split][0]}-images-idx3-ubyte (or .gz) in it; give the folder that holds it")
+        word = next(word for word, of in SPLITS.items() if of == split)
+        raise UsageError(f"{folder}: no {word}-images-idx3-ubyte (or .gz) in it; give the folder that holds it")
     if len(found) > 1:
-        names = ", ".join(path.name for _, path in found)
+        names = ", ".join(path.name for path in found)
         raise UsageError(f"{folder}: holds several sets ({names}); name one of these files instead of the folder")
-    return found[0][1]
+    return found[0]
 
 
-def _labels(images: Path, count: int) -> tuple[Labels | None, tuple[str, ...]]:
-    path = _labels_file(images)
-    if path is None:
-        return None, ()
-    shape, offset, dtype = _head(path)
+def _labels(path: Path, count: int) -> tuple[Labels | None, tuple[str, ...]]:
+    shape, _, _ = _head(path)
     if len(shape) not in (1, 2) or shape[0] != count or 0 in shape:
         raise UsageError(f"{path}: its head says shape {shape} for {count} images; fetch both files again")
-    values = _values(path, shape, offset, dtype)
+    values = _values(path)
     return class_labels(str(path), values if values.ndim == 1 else values[:, 0])
 
 
 def _labels_file(images: Path) -> Path | None:
     """Find the file beside ``images`` with its labels, idx1 before idx2, unpacked before packed; None where there is none."""
-    stem = _stem(_IMAGES.fullmatch(images.name))
-    found = []
-    for path in images.parent.iterdir():
-        named = _LABELS.fullmatch(path.name)
-        if named and _stem(named) == stem:
-            found.append((named["kind"][0], named["packed"] is not None, path))
+    stem = _IMAGES.fullmatch(images.name.lower())
+    named = [(_LABELS.fullmatch(path.name.lower()), path) for path in images.parent.iterdir()]
+    found = [
+        (of["kind"], of["packed"] is not None, path)
+        for of, path in named
+        if of and stem and of.group("set", "split") == stem.group("set", "split")
+    ]
     return min(found)[2] if found else None
-
-
-def _stem(named: re.Match[str] | None) -> tuple[str, str] | None:
-    """Return the set and split of a file's name, however they are written."""
-    return (named["set"].lower(), named["split"].lower()) if named else None
 
 
 def _head(path: Path) -> tuple[tuple[int, ...], int, np.dtype[np.generic]]:
@@ -190,8 +185,9 @@ def _head(path: Path) -> tuple[tuple[int, ...], int, np.dtype[np.generic]]:
     return shape, 4 + len(dims), np.dtype(_TYPES[magic[2]])
 
 
-def _values(path: Path, shape: tuple[int, ...], offset: int, dtype: np.dtype[np.generic]) -> NDArray[np.uint8]:
+def _values(path: Path) -> NDArray[np.uint8]:
     """Read the file's values; a head that promises more than the file can hold is refused before memory is taken."""
+    shape, offset, dtype = _head(path)
     wanted = math.prod(shape) * dtype.itemsize
     if wanted > size_of(path) * (MOST_PER_BYTE if path.suffix.lower() == ".gz" else 1):
         raise UsageError(f"{path}: {size_of(path)} bytes cannot hold the {wanted} that its head says; fetch it again")
@@ -203,27 +199,15 @@ def _values(path: Path, shape: tuple[int, ...], offset: int, dtype: np.dtype[np.
     return np.frombuffer(content, dtype, offset=offset).reshape(shape)
 
 
+_kept = lru_cache(maxsize=1)(_values)
+
+
 @contextmanager
 def _opened(path: Path) -> Iterator[BinaryIO]:
     """Open the file, unpacked on the way; whatever reading meets is a UsageError."""
     try:
         with open_regular(path) as file:
-            if path.suffix.lower() == ".gz":
-                with gzip.GzipFile(fileobj=file) as unpacked:
-                    yield unpacked  # type: ignore[misc]
-            else:
-                yield file
+            yield gzip.GzipFile(fileobj=file) if path.suffix.lower() == ".gz" else file  # type: ignore[misc]
     except (OSError, EOFError, zlib.error, MemoryError) as error:
         why = getattr(error, "strerror", None) or one_line(error)
         raise UsageError(f"{path}: cannot be read ({why}); fetch it again") from None
-
-
-@contextmanager
-def _timeout(seconds: float) -> Iterator[None]:
-    """Let no connection that is opened inside wait for longer; torchvision sets no limit of its own."""
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(seconds)
-    try:
-        yield
-    finally:
-        socket.setdefaulttimeout(before)

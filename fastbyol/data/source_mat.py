@@ -8,46 +8,42 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fastbyol.data import mat5
-from fastbyol.data.source_arrays import MOST_PER_BYTE, Part, demand_memory, listed, size_of
+from fastbyol.data.source_arrays import MOST_PER_BYTE, demand_memory, listed, size_of
 from fastbyol.errors import UsageError, one_line
 from fastbyol.files import open_regular
 
 
-def shape_of(path: Path, name: str) -> tuple[int, ...]:
-    """Return MATLAB's shape of the array ``name``; UsageError where there is none."""
+def shape_of(path: Path, name: str, *wanted: int | None) -> tuple[int, ...]:
+    """Return MATLAB's shape of the array ``name``; UsageError where there is none, or it is not as ``wanted``.
+
+    None in ``wanted`` is any number but 0; nothing wanted is any shape.
+    """
     size_of(path)
-    arrays = _shapes(path)
-    if name not in arrays:
-        raise UsageError(f"{path}: no array {name!r} in it, but {listed(arrays)}; get the file again")
-    return arrays[name]
+    shapes = _shapes(path)
+    if name not in shapes:
+        raise UsageError(f"{path}: no array {name!r} in it, but {listed(shapes)}; get the file again")
+    shape = shapes[name]
+    fits = len(shape) == len(wanted) and all(size == (want or max(size, 1)) for size, want in zip(shape, wanted, strict=True))
+    if wanted and not fits:
+        text = ", ".join("N" if want is None else str(want) for want in wanted)
+        raise UsageError(f"{path}: {name!r} has shape {shape}, not ({text}); get the file again")
+    return shape
 
 
-def pixels(path: Path, name: str) -> NDArray[np.uint8]:
+def pixels(path: Path, name: str, *wanted: int | None) -> NDArray[np.uint8]:
     """Read the array ``name`` whole; UsageError unless it is uint8 of the shape that was said. The last few are kept."""
-    found = _kept(path, name)
-    if found.dtype != np.uint8 or found.shape != shape_of(path, name):
+    shape, found = shape_of(path, name, *wanted), _kept(path, name)
+    if found.dtype != np.uint8 or found.shape != shape:
         raise UsageError(f"{path}: {name!r} is {found.dtype} of shape {found.shape}, not uint8 as said; get the file again")
     return found
-
-
-def uint8_rows(path: Path, name: str, row_bytes: int) -> Part:
-    """Return the rows of the array ``name``, whose shape is (N, ``row_bytes``); the file is read whole on first use."""
-    shape = shape_of(path, name)
-    if len(shape) != 2 or shape[1] != row_bytes or shape[0] < 1:
-        raise UsageError(f"{path}: {name!r} has shape {shape}, not (N, {row_bytes}); get the file again")
-    return Part(shape[0], partial(_row, path, name))
-
-
-def _row(path: Path, name: str, index: int) -> NDArray[np.uint8]:
-    return np.ascontiguousarray(pixels(path, name)[index])
 
 
 def labels(path: Path, name: str, count: int) -> NDArray[np.int64]:
@@ -71,10 +67,10 @@ def whole_numbers(path: Path, name: str, numbers: object) -> NDArray[np.int64]:
 def cells(path: Path, name: str) -> list[Any]:
     """Read what a small cell array of a version 5 file holds: texts as str, numbers as arrays."""
     shape_of(path, name)
-    if _is_hdf5(path):
-        raise UsageError(f"{path}: cell arrays are read from version 5 alone; save it with save -v7")
-    with _reading(path), open_regular(path) as file:
-        return mat5.read_cells(file, mat5.variables(file)[name])
+    with _opened(path) as (file, arrays):
+        if isinstance(arrays[name], mat5.Variable):
+            return mat5.read_cells(file, arrays[name])
+    raise UsageError(f"{path}: cell arrays are read from version 5 alone; save it with save -v7")
 
 
 def forget() -> None:
@@ -86,27 +82,51 @@ def forget() -> None:
 @lru_cache(maxsize=6)
 def _kept(path: Path, name: str) -> NDArray[Any]:
     """Read the array whole, as it is stored."""
-    if not _is_hdf5(path):
-        with _reading(path), open_regular(path) as file:
-            return mat5.read(file, mat5.variables(file)[name], f"{path}: {name!r}")
-    with _hdf5(path) as opened:
-        item = dict(_datasets(opened))[name]
+    where = f"{path}: {name!r}"
+    with _opened(path) as (file, arrays):
+        item = arrays[name]
+        if isinstance(item, mat5.Variable):
+            return mat5.read(file, item, where)
         if item.dtype.kind not in "iufb":
-            raise UsageError(f"{path}: {name!r} is {item.dtype}, no array of numbers; get the file again")
+            raise UsageError(f"{where} is {item.dtype}, no array of numbers; get the file again")
         if item.nbytes > item.id.get_storage_size() * MOST_PER_BYTE:
             raise UsageError(f"{path}: cannot hold the {item.nbytes} bytes that {name!r} is said to take; get the file again")
-        demand_memory(f"{path}: {name!r}", item.nbytes)
+        demand_memory(where, item.nbytes)
         return np.asarray(item[()]).T
 
 
 @lru_cache(maxsize=16)
 def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of all arrays, as MATLAB says them."""
-    if not _is_hdf5(path):
-        with _reading(path), open_regular(path) as file:
-            return {name: variable.shape for name, variable in mat5.variables(file).items()}
-    with _hdf5(path) as opened:
-        return {name: tuple(map(int, item.shape[::-1])) for name, item in _datasets(opened)}
+    """Return the shapes of all arrays, as MATLAB says them: HDF5's run the other way."""
+    with _opened(path) as (_, arrays):
+        return {
+            name: item.shape if isinstance(item, mat5.Variable) else tuple(map(int, item.shape[::-1]))
+            for name, item in arrays.items()
+        }
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[tuple[BinaryIO, dict[str, Any]]]:
+    """Open a file and its arrays by name, mat5's or h5py's; whatever a library meets in its bytes is a UsageError."""
+    try:
+        with open_regular(path) as file:
+            head = file.read(mat5.HEAD_BYTES)
+            if head[:10] == b"MATLAB 7.3":
+                try:
+                    import h5py
+                except ImportError:
+                    raise UsageError(f"{path}: is of MATLAB's version 7.3, which h5py reads; pip install h5py") from None
+                with h5py.File(file, "r") as opened:
+                    yield file, dict(_datasets(opened))
+            elif head[:10] == b"MATLAB 5.0" and head[126:] in (b"IM", b"MI"):
+                yield file, mat5.variables(file)
+            else:
+                says = "no MATLAB file of version 5 or 7.3 by its head"
+                raise UsageError(f"{path}: {says}; get it again, or save it with save -v7")
+    except UsageError:
+        raise
+    except Exception as error:
+        raise UsageError(f"{path}: not a whole MATLAB file ({one_line(error)}); get it again") from None
 
 
 def _datasets(file: Any) -> Iterator[tuple[str, Any]]:
@@ -117,34 +137,3 @@ def _datasets(file: Any) -> Iterator[tuple[str, Any]]:
         item = file[name] if isinstance(file.get(name, getlink=True), h5py.HardLink) else None
         if isinstance(item, h5py.Dataset) and item.shape is not None and not item.external and not item.is_virtual:
             yield name, item
-
-
-def _is_hdf5(path: Path) -> bool:
-    with open_regular(path) as file:
-        head = file.read(mat5.HEAD_BYTES)
-    if head[:10] == b"MATLAB 7.3":
-        return True
-    if head[:10] != b"MATLAB 5.0" or head[126:] not in (b"IM", b"MI"):
-        raise UsageError(f"{path}: no MATLAB file of version 5 or 7.3 by its head; get it again, or save it with save -v7")
-    return False
-
-
-@contextmanager
-def _hdf5(path: Path) -> Iterator[Any]:
-    try:
-        import h5py
-    except ImportError:
-        raise UsageError(f"{path}: is of MATLAB's version 7.3, which h5py reads; pip install h5py") from None
-    with _reading(path), open_regular(path) as file, h5py.File(file, "r") as opened:
-        yield opened
-
-
-@contextmanager
-def _reading(path: Path) -> Iterator[None]:
-    """Make a UsageError of whatever a library meets in the bytes of a file."""
-    try:
-        yield
-    except UsageError:
-        raise
-    except Exception as error:
-        raise UsageError(f"{path}: not a whole MATLAB file ({one_line(error)}); get it again") from None

@@ -5,15 +5,14 @@ from __future__ import annotations
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from numpy.lib.format import MAGIC_PREFIX
-from numpy.typing import NDArray
 
 from fastbyol.data.source_arrays import MOST_PER_BYTE, Source
-from fastbyol.data.source_npy import NO_ARRAYS, Head, Named, demand_held, opened, read_head, read_values
+from fastbyol.data.source_npy import NpyFile, open_named
 from fastbyol.errors import UsageError, one_line
 from fastbyol.files import open_regular
 
@@ -26,49 +25,34 @@ def open_npz(path: Path, split: str | None) -> Source:
     """
     with _archive(path) as archive:
         members = archive.namelist()
-    named = Named(str(path), tuple(name.removesuffix(".npy") for name in members if name.endswith(".npy")))
-    wanted, split = split, named.split(split)
-    image, label, others = named.pair(split)
-    source = opened("npz", Members(path), image, label, others, split)
-    return replace(
-        source,
-        ignored=(*named.ignored(split), *((name, NO_ARRAYS) for name in members if not name.endswith(".npy"))),
-        notes=named.notes(wanted, split) + source.notes,
-    )
+    arrays = {name[:-4]: NpzMember(path, name[:-4]) for name in members if name.endswith(".npy")}
+    return open_named("npz", str(path), arrays, [name for name in members if not name.endswith(".npy")], split)
 
 
 @dataclass(frozen=True)
-class Members:
-    """The arrays of an npz file."""
+class NpzMember(NpyFile):
+    """An array of an npz file."""
 
-    path: Path
+    name: str
+    alone: ClassVar[bool] = False
 
-    def where(self, name: str) -> str:
-        return f"{self.path}: {name!r}"
+    def __str__(self) -> str:
+        return f"{self.path}: {self.name!r}"
 
-    def head(self, name: str) -> Head:
-        """Read the head of an array, which its part of the archive can hold."""
-        where = self.where(name)
+    @contextmanager
+    def open(self) -> Iterator[tuple[Any, int]]:
+        """Open it to read its bytes, which its part of the archive can hold, and tell how many there are."""
         with _archive(self.path) as archive:
-            member = archive.getinfo(f"{name}.npy")
+            member = archive.getinfo(f"{self.name}.npy")
             packed = member.compress_type == zipfile.ZIP_DEFLATED
             if not packed and member.compress_type != zipfile.ZIP_STORED:  # zipfile unpacks such without a bound
-                raise UsageError(f"{where}: compressed in a way that numpy does not write; save it with numpy.savez_compressed")
+                how = "compressed in a way that numpy does not write"
+                raise UsageError(f"{self}: {how}; save it with numpy.savez_compressed")
             if member.file_size > member.compress_size * (MOST_PER_BYTE if packed else 1):
                 what = f"{member.compress_size} bytes cannot hold the {member.file_size} that are said"
-                raise UsageError(f"{where}: {what}; save it again")
+                raise UsageError(f"{self}: {what}; save it again")
             with archive.open(member) as file:
-                head = read_head(file, where)  # type: ignore[arg-type]
-        demand_held(where, head, member.file_size)
-        return head
-
-    def values(self, name: str) -> NDArray[Any]:
-        """Read an array whole."""
-        head = self.head(name)
-        with _archive(self.path) as archive, archive.open(f"{name}.npy") as file:
-            values = read_values(file, self.where(name), head)  # type: ignore[arg-type]
-            file.read(1)  # at the end the archive's checksum is looked at
-        return values
+                yield file, member.file_size
 
 
 @contextmanager
@@ -82,7 +66,5 @@ def _archive(path: Path) -> Iterator[zipfile.ZipFile]:
                 yield archive
     except UsageError:
         raise
-    except OSError as error:
-        raise UsageError(f"{path}: cannot be read ({error.strerror or one_line(error)}); save it again") from None
     except Exception as error:  # zip's heads are parsed from untrusted bytes
         raise UsageError(f"{path}: not a whole npz file ({one_line(error)}); save it again") from None

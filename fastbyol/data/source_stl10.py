@@ -15,14 +15,12 @@ from fastbyol.data import source_mat
 from fastbyol.data.source_arrays import (
     Images,
     Labels,
-    Part,
     Source,
     count_rows,
     demand_range,
     inner,
     read_row,
-    read_small,
-    row_of,
+    read_whole,
     size_of,
     text_lines,
 )
@@ -56,47 +54,44 @@ def open_stl10(path: Path, split: str | None, fold: int | None = None) -> Source
         raise UsageError(f"{folder}: STL-10's folds are of the split train, not {split}; leave out one of the two")
     source_mat.forget()
     matlab = not any(folder.glob("*_X.bin"))
-    names = split.split("+")
-    parts = tuple(_images(folder, name, matlab) for name in names)
-    labels = None
-    if split != "unlabeled":
-        labels = np.concatenate([_labels(folder, name, part.count, matlab) for name, part in zip(names, parts, strict=True)])
-    chosen = None if fold is None else _fold(folder, fold, parts[0].count, matlab)
+    parts = [_part(folder, name, matlab) for name in split.split("+")]
+    labels = np.concatenate([own for _, own in parts])
+    chosen = np.arange(len(labels)) if fold is None else _fold(folder, fold, len(labels), matlab)
     return Source(
         kind="stl10",
         split=split,
         class_names=_classes(folder),
-        labels=labels if labels is None or chosen is None else labels[chosen],
-        num_images=sum(part.count for part in parts) if chosen is None else len(chosen),
+        labels=None if split == "unlabeled" else labels[chosen],
+        num_images=len(chosen),
         num_bytes=IMAGE_BYTES,
-        image=partial(_image, parts, chosen),
+        image=partial(_image, tuple((file, len(own)) for file, own in parts), chosen),
     )
 
 
-def _image(parts: tuple[Part, ...], chosen: NDArray[np.int64] | None, index: int) -> Images:
-    row = row_of(parts, index if chosen is None else int(chosen[index]))
-    return np.ascontiguousarray(row.reshape(3, SIDE, SIDE).transpose(2, 1, 0))
+def _image(files: tuple[tuple[Path, int], ...], chosen: NDArray[np.int64], index: int) -> Images:
+    row, ((file, count), *others) = int(chosen[index]), files
+    if row >= count:
+        row, ((file, _),) = row - count, others  # of the second part, which is the last
+    pixels = source_mat.pixels(file, "X")[row] if file.suffix == ".mat" else read_row(file, IMAGE_BYTES, 0, row)
+    return np.ascontiguousarray(pixels.reshape(3, SIDE, SIDE).transpose(2, 1, 0))
 
 
-def _images(folder: Path, part: str, matlab: bool) -> Part:
+def _part(folder: Path, part: str, matlab: bool) -> tuple[Path, Labels]:
+    """Return the file with a part's images, and their labels, -1 where there are none."""
     if matlab:
-        return source_mat.uint8_rows(folder / f"{part}.mat", "X", IMAGE_BYTES)
-    path = folder / f"{part}_X.bin"
-    return Part(count_rows(path, IMAGE_BYTES), partial(read_row, path, IMAGE_BYTES, 0))
-
-
-def _labels(folder: Path, part: str, count: int, matlab: bool) -> Labels:
-    if part == "unlabeled":
-        return np.full(count, -1, np.int64)
-    path = folder / (f"{part}.mat" if matlab else f"{part}_y.bin")
-    if matlab:
-        labels = source_mat.labels(path, "y", count) - 1
-    elif size_of(path) == count:
-        labels = np.frombuffer(read_small(path, count), np.uint8).astype(np.int64) - 1
+        file = labels_file = folder / f"{part}.mat"
+        count = source_mat.shape_of(file, "X", None, IMAGE_BYTES)[0]
     else:
-        raise UsageError(f"{path}: {size_of(path)} labels for {count} images in {part}_X.bin; unpack the archive again")
-    demand_range(path, labels, len(CLASSES))
-    return labels
+        file, labels_file = folder / f"{part}_X.bin", folder / f"{part}_y.bin"
+        count = count_rows(file, size_of(file), IMAGE_BYTES)
+    if part == "unlabeled":
+        return file, np.full(count, -1, np.int64)
+    labels = source_mat.labels(file, "y", count) if matlab else np.frombuffer(read_whole(labels_file), np.uint8)
+    if len(labels) != count:
+        raise UsageError(f"{labels_file}: {len(labels)} labels for {count} images in {file.name}; unpack the archive again")
+    labels = labels.astype(np.int64) - 1
+    demand_range(labels_file, labels, len(CLASSES))
+    return file, labels
 
 
 def _classes(folder: Path) -> tuple[str, ...]:

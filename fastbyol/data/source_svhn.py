@@ -11,41 +11,32 @@ from fastbyol.data import source_mat
 from fastbyol.data.source_arrays import Images, Source
 from fastbyol.errors import UsageError, check_choice
 
-SPLITS = ("train", "test", "extra")
+FILES = {split: f"{split}_32x32.mat" for split in ("train", "test", "extra")}
 
 
 def has_svhn(path: Path) -> bool:
     """Tell whether ``path`` is one of SVHN's files by its name, or a folder that holds some."""
-    if path.is_file():
-        return path.name in map(_name, SPLITS)
-    return any((path / _name(split)).exists() for split in SPLITS)
+    return path.name in FILES.values() if path.is_file() else any((path / name).exists() for name in FILES.values())
 
 
 def open_svhn(path: Path, split: str | None) -> Source:
     """Open ``split`` (default: train, or that of the file). Raises UsageError: files missing, cut or of another form."""
     if not path.is_dir():
-        of = next((split for split in SPLITS if path.name == _name(split)), None)
+        of = next((split for split, name in FILES.items() if path.name == name), None)
         if of is None or split not in (None, of):
-            raise UsageError(f"{path}: not SVHN's {_name(split or 'train')} by its name; give that file, or its folder")
+            raise UsageError(f"{path}: not SVHN's {split or 'train'} images by its name; give that file, or its folder")
         split, path = of, path.parent
     split = split or "train"
-    check_choice(f"{path}: SVHN's split", split, SPLITS)
-    file = path / _name(split)
+    check_choice(f"{path}: SVHN's split", split, FILES)
+    file = path / FILES[split]
     source_mat.forget()
-    shape = source_mat.shape_of(file, "X")
-    if len(shape) != 4 or shape[:3] != (32, 32, 3) or shape[3] < 1:
-        raise UsageError(f"{file}: 'X' has shape {shape}, not (32, 32, 3, N); get the file again")
-    labels = source_mat.labels(file, "y", shape[3])
+    count = source_mat.shape_of(file, "X", 32, 32, 3, None)[3]
+    labels = source_mat.labels(file, "y", count)
     # torchvision and others count the digit 0 as class 0; the files in circulation hold 10, converted ones 0.
     if labels.min() < 0 or labels.max() > 10:
         raise UsageError(f"{file}: labels from {labels.min()} to {labels.max()}, not 1 to 10; get the file again")
-    names = tuple(map(str, range(10)))
-    return Source("svhn", split, names, labels % 10, shape[3], 3 * 32 * 32, partial(_image, file))
+    return Source("svhn", split, tuple("0123456789"), labels % 10, count, 3 * 32 * 32, partial(_image, file))
 
 
 def _image(path: Path, index: int) -> Images:
     return np.ascontiguousarray(source_mat.pixels(path, "X")[:, :, :, index])
-
-
-def _name(split: str) -> str:
-    return f"{split}_32x32.mat"

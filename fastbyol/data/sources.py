@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from fastbyol.data import (
@@ -26,13 +28,20 @@ from fastbyol.files import refuse_special
 KINDS = ("textures", "fashion-mnist", "stl10", "cifar10", "cifar100", "svhn", "idx", "npz", "npy", "classes", "folder")
 # Sources that are named and have no path.
 MADE = ("textures", "fashion-mnist")
-# The files of a source, by the last parts of their names; what else lies in its folder is told.
-_OWN = {
-    "idx": r".*(images|labels)[-.]idx.*",
-    "stl10": r"(train|test|unlabeled)(_[Xy]\.bin|\.mat)|class_names\.txt|fold_indices\.txt",
-    "cifar10": r"(data_batch_[1-5]|test_batch|batches\.meta)(\.bin|\.mat|\.txt)?|readme\.html",
-    "cifar100": r"(train|test|meta)(\.bin|\.mat)?|(fine|coarse)_label_names\.txt|file\.txt~",
-    "svhn": r"(train|test|extra)_32x32\.mat",
+# Arrays in folders, in the order in which they are told from each other: what tells them, and a source's own files by the last
+# parts of their names; what else lies in its folder is told.
+_ARRAYS: dict[str, tuple[Callable[[Path], bool], str]] = {
+    "idx": (source_idx.has_idx, r".*(images|labels)[-.]idx.*"),
+    "stl10": (source_stl10.has_stl10, r"(train|test|unlabeled)(_[Xy]\.bin|\.mat)|class_names\.txt|fold_indices\.txt"),
+    "cifar10": (
+        partial(source_cifar.has_cifar, kind="cifar10"),
+        r"(data_batch_[1-5]|test_batch|batches\.meta)(\.bin|\.mat|\.txt)?|readme\.html",
+    ),
+    "cifar100": (
+        partial(source_cifar.has_cifar, kind="cifar100"),
+        r"(train|test|meta)(\.bin|\.mat)?|(fine|coarse)_label_names\.txt|file\.txt~",
+    ),
+    "svhn": (source_svhn.has_svhn, r"(train|test|extra)_32x32\.mat"),
 }
 ARCHIVES = (".tar.gz", ".tgz", ".tar", ".tar.bz2", ".tar.xz", ".zip")
 
@@ -53,29 +62,28 @@ def open_source(
     ``split`` defaults to train where the source has splits; ``fold`` (0 to 9) is one of STL-10's parts of train. ``count``,
     ``size`` (default 32) and ``seed`` are for ``textures``; ``strict`` makes the first file that is no picture an error.
     """
-    if kind is not None:
-        check_choice(f"{source}: the kind", kind, KINDS)
-    if kind == "textures" or (kind is None and source == "textures"):
-        _demand_no_fold("textures", fold)
-        if split is not None:
-            raise UsageError(f"textures: has no split {split!r}; take another --seed for another set")
-        return source_textures.open_textures(count=count, size=32 if size is None else size, seed=seed)
     if not source:
         raise UsageError("no source given: name a folder or a file; for the working folder, '.'")
+    if kind is not None:
+        check_choice(f"{source}: the kind", kind, KINDS)
     path = Path(source)
-    if source == "fashion-mnist" and kind in (None, "fashion-mnist"):
-        kind, path = "fashion-mnist", source_idx.fashion_mnist_folder(cache_folder())
     try:
+        kind = kind or (source if source in MADE else detect(path))
+        if fold is not None and kind != "stl10":
+            raise UsageError(f"{source} ({kind or 'images in folders'}): has no folds, STL-10 has; leave out --fold")
+        if kind == "textures":
+            if split is not None:
+                raise UsageError(f"textures: has no split {split!r}; take another --seed for another set")
+            return source_textures.open_textures(count=count, size=32 if size is None else size, seed=seed)
+        if source == kind == "fashion-mnist":
+            path = source_idx.fashion_mnist_folder(cache_folder())
         opened = _opened(path, kind, split, fold, strict=strict)
-        return _accounted(opened, path, chosen=split is not None) if opened.kind in _OWN and path.is_dir() else opened
+        return _accounted(opened, path, chosen=split is not None) if opened.kind in _ARRAYS and path.is_dir() else opened
     except OSError as error:
         raise UsageError(f"{error.filename or path}: {error.strerror}; check its name and rights") from None
 
 
 def _opened(path: Path, kind: str | None, split: str | None, fold: int | None, *, strict: bool) -> Source:
-    kind = kind or detect(path)
-    if kind != "stl10":
-        _demand_no_fold(f"{path} ({kind or 'images in folders'})", fold)
     if kind not in (None, "classes", "folder") and split is not None:
         split = "+".join(splits.canonical(part) or part for part in split.split("+"))
     if kind in ("idx", "fashion-mnist"):
@@ -97,17 +105,15 @@ def _opened(path: Path, kind: str | None, split: str | None, fold: int | None, *
 
 def _accounted(source: Source, path: Path, *, chosen: bool) -> Source:
     """Return ``source`` with a word on what else lies in its folders, and on a split that nobody asked for."""
-    own, ignored = re.compile(_OWN[source.kind]), list(source.ignored)
+    own = re.compile(_ARRAYS[source.kind][1])
     # Some archives unpack to FOLDER/raw.
-    held = [
-        each for each in sorted(path.glob("*/")) if any(own.fullmatch(f.name) for at in ("*", "*/*") for f in each.glob(at))
-    ]
-    for folder in (path, *held):
-        beside = [each for each in sorted(folder.iterdir()) if not own.fullmatch(each.name) and each not in held]
-        if folder == path or any(own.fullmatch(each.name) for each in folder.iterdir()):
-            ignored += [(each.relative_to(path).as_posix(), "files and folders beside the arrays") for each in beside]
+    files = [each for at in ("*", "*/*", "*/*/*") for each in path.glob(at) if own.fullmatch(each.name)]
+    folders = {path} | {folder for file in files for folder in file.parents if folder.is_relative_to(path)}
+    beside = [each for folder in sorted(folders) for each in sorted(folder.iterdir()) if each not in folders]
+    names = [each.relative_to(path).as_posix() for each in beside if not own.fullmatch(each.name)]
+    ignored = (*source.ignored, *((name, "files and folders beside the arrays") for name in names))
     notes = () if chosen or source.split is None else (f"took the split {source.split}; --split takes another",)
-    return replace(source, ignored=tuple(ignored), notes=(*notes, *source.notes))
+    return replace(source, ignored=ignored, notes=(*notes, *source.notes))
 
 
 def detect(path: Path) -> str | None:
@@ -117,26 +123,13 @@ def detect(path: Path) -> str | None:
             f"{path}: no such file or folder; give a folder of images, an .npz file, 'textures' or 'fashion-mnist'"
         )
     if not path.is_dir():
-        return _detect_file(path)
-    if source_idx.has_idx(path):
-        return "idx"
-    if source_stl10.has_stl10(path):
-        return "stl10"
-    for kind in ("cifar10", "cifar100"):
-        if source_cifar.has_cifar(path, kind):
+        refuse_special(path, path.stat().st_mode)
+    for kind, (lies_at, _) in _ARRAYS.items():
+        if lies_at(path):
             return kind
-    if source_svhn.has_svhn(path):
-        return "svhn"
-    return "npy" if source_npy.has_npy(path) and not folder_walk.has_pictures(path) else None
-
-
-def _detect_file(path: Path) -> str:
-    refuse_special(path, path.stat().st_mode)
+    if path.is_dir():
+        return "npy" if source_npy.has_npy(path) and not folder_walk.has_pictures(path) else None
     name = path.name.lower()
-    if source_idx.has_idx(path):
-        return "idx"
-    if source_svhn.has_svhn(path):
-        return "svhn"
     if name.endswith(ARCHIVES):
         command = f"unzip {path}" if name.endswith(".zip") else f"tar -xf {path}"
         raise UsageError(f"{path}: is packed; unpack it (`{command}`) and give the folder")
@@ -149,8 +142,3 @@ def _detect_file(path: Path) -> str:
     if folder_walk.is_picture(name):
         raise UsageError(f"{path}: is one picture; give the folder that it lies in")
     raise UsageError(f"{path}: neither a folder nor an .npz file; arrays can be saved with numpy.savez(images=..., labels=...)")
-
-
-def _demand_no_fold(where: str, fold: int | None) -> None:
-    if fold is not None:
-        raise UsageError(f"{where}: has no folds, STL-10 has; leave out --fold")

@@ -93,16 +93,8 @@ def _cells(u: Floats, v: Floats, pixel: Floats, salt: Words) -> Floats:
 
 
 PATTERNS: dict[str, Pattern] = {
-    "stripes": _stripes,
-    "chevrons": _chevrons,
-    "checks": _checks,
-    "bricks": _bricks,
-    "scales": _scales,
-    "dots": _dots,
-    "rings": _rings,
-    "crosses": _crosses,
-    "triangles": _triangles,
-    "cells": _cells,
+    draw.__name__.lstrip("_"): draw
+    for draw in (_stripes, _chevrons, _checks, _bricks, _scales, _dots, _rings, _crosses, _triangles, _cells)
 }
 
 

@@ -83,7 +83,8 @@ def _render(ids: Counters, size: int, seed: int, pattern: Pattern) -> NDArray[np
     side = _WARP_CELLS + 1
     draws = _uniform(seed, ids, _NUM_SCALARS + 3 * side * side, DOMAIN_IMAGES)
     scalar = draws[:, :_NUM_SCALARS, None, None]
-    warp_u, warp_v, light = (_smooth(field, size) for field in _lattices(draws[:, _NUM_SCALARS:], side))
+    lattices = draws[:, _NUM_SCALARS:].reshape(len(ids), 3, side, side) - _HALF
+    warp_u, warp_v, light = (_smooth(lattices[:, k], size) for k in range(3))
     salt = (scalar[:, 4] * _F(1 << 24)).astype(np.uint32)
     u, v, pixel = _coordinates(scalar, size)
     form = pattern(u + _F(WARP) * warp_u, v + _F(WARP) * warp_v, pixel, salt)
@@ -117,12 +118,6 @@ def _colour(tone: Floats, form: Floats, draws: Floats) -> NDArray[np.uint8]:
     return images
 
 
-def _lattices(draws: Floats, side: int) -> Floats:
-    """Make of uniform draws (B, 3 * side**2) three lattices (3, B, side, side) in [-.5, .5)."""
-    lattices: Floats = draws.reshape(len(draws), 3, side, side).transpose(1, 0, 2, 3) - _HALF
-    return lattices
-
-
 def _smooth(lattice: Floats, size: int) -> Floats:
     """Make (B, S, S) of (B, n + 1, n + 1), blended between lattice points by smoothstep."""
     cells = lattice.shape[1] - 1
@@ -135,23 +130,19 @@ def _smooth(lattice: Floats, size: int) -> Floats:
 
 
 def _uniform(seed: int, ids: Counters, num: int, domain: int) -> Floats:
-    """Draw float32 (B, num) in [0, 1): word k of image i is word k % 4 of the Philox block k // 4."""
-    c0, c3 = ids[:, None] & _MASK, np.uint64(domain) | (ids[:, None] >> np.uint64(32)) << np.uint64(8)
-    c1 = np.arange(-(-num // 4), dtype=np.uint64)[None]
-    words = np.stack(_philox(c0, c1, np.zeros_like(c0), c3, seed), axis=-1).reshape(len(ids), 4 * c1.size)[:, :num]
-    return (words >> np.uint64(8)).astype(_F) * _F(2.0**-24)
+    """Draw float32 (B, num) in [0, 1): word k of image i is word k % 4 of the Philox block k // 4.
 
-
-def _philox(c0: Counters, c1: Counters, c2: Counters, c3: Counters, key: int) -> tuple[Counters, ...]:
-    """Philox 4x32-10 as in fastbyol_kernels.philox, to 32-bit words held in uint64: NumPy's products cannot overflow those.
-
+    Philox 4x32-10 as in fastbyol_kernels.philox, its 32-bit words held in uint64: NumPy's products cannot overflow those.
     Here since pictures are made in the data writer's forked children, where torch's thread pool does not survive.
     """
-    k0, k1 = key & 0xFFFFFFFF, key >> 32 & 0xFFFFFFFF
-    c0, c1, c2, c3 = np.broadcast_arrays(c0, c1, c2, c3)
+    high = np.uint64(domain) | (ids[:, None] >> np.uint64(32)) << np.uint64(8)
+    blocks = np.arange(-(-num // 4), dtype=np.uint64)[None]
+    c0, c1, c2, c3 = np.broadcast_arrays(ids[:, None] & _MASK, blocks, np.uint64(0), high)
+    k0, k1 = seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF
     for _ in range(10):
         a, b = np.uint64(0xD2511F53) * c0, np.uint64(0xCD9E8D57) * c2
         c0, c1 = b >> np.uint64(32) ^ c1 ^ np.uint64(k0), b & _MASK
         c2, c3 = a >> np.uint64(32) ^ c3 ^ np.uint64(k1), a & _MASK
         k0, k1 = (k0 + 0x9E3779B9) & 0xFFFFFFFF, (k1 + 0xBB67AE85) & 0xFFFFFFFF
-    return c0, c1, c2, c3
+    words = np.stack((c0, c1, c2, c3), axis=-1).reshape(len(ids), 4 * blocks.size)[:, :num]
+    return (words >> np.uint64(8)).astype(_F) * _F(2.0**-24)

@@ -140,17 +140,17 @@ def write(
         try:
             with _disk_errors():
                 out = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-            stack.callback(os.close, out)
-            os.lseek(out, _data_start(num_items, labelled, page_bytes), os.SEEK_SET)
-            shared = stack.enter_context(_memory("results"))
-            shared.truncate(num_items * RESULT.itemsize)
+                stack.callback(os.close, out)
+                os.lseek(out, _data_start(num_items, labelled, page_bytes), os.SEEK_SET)
+                shared = stack.enter_context(_memory("results"))
+                shared.truncate(num_items * RESULT.itemsize)
             results = np.frombuffer(mmap.mmap(shared.fileno(), 0), RESULT)
             job = Job(dataset, labelled, mode, quality, workers, page_bytes, out, shared.fileno())
             _run(job, results, progress, stop_at_unreadable, stall_s)
             with _disk_errors():
                 _finish(out, results, labelled, page_bytes, note or {})
                 os.fsync(out)
-            info = inspect(temporary)
+                info = inspect(temporary)
         except FastbyolError as error:
             error.args = (f"{path}: not written, {error}",)
             raise
@@ -264,9 +264,8 @@ def _workers(job: Job) -> Iterator[Connection]:
     """Start the workers and yield where their reports arrive; afterwards none of them is alive."""
     reports, end = multiprocessing.Pipe(duplex=False)
     with reports, _memory("job") as payload, _memory("errors") as errors, contextlib.ExitStack() as stack:
-        with end:
-            pickle.dump(job, payload)
-            payload.seek(0)
+        with end, _disk_errors():
+            write_at(payload.fileno(), pickle.dumps(job), 0)
             process = _start(payload, errors, (job.out, job.results, end.fileno()))
         stack.callback(_kill_group, process)
         try:

@@ -180,10 +180,11 @@ def test_unreadable_items_are_gathered(out: Path, stop: bool) -> None:
     demand_untouched(out)
 
 
-def test_a_full_disk_ends_the_writing(out: Path) -> None:
-    """A limit on the size of files breaks writes off half way, as a full disk does."""
+@pytest.mark.parametrize("most", [100, 4096, 3 << 20])
+def test_a_full_disk_ends_the_writing(out: Path, most: int) -> None:
+    """A limit on the size of files, of those in memory too, breaks writes off half way, as a full disk does."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (3 << 20, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most, before[1]))
     try:
         with pytest.raises(FastbyolError, match="make room"):
             write(out, Items(side=270))

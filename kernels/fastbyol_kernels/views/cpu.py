@@ -259,9 +259,9 @@ def apply(
     weights_size = max(size * (_num_taps(height, size) + _num_taps(width, size)), 2 * reach + 1)
     scratch_size, workers = 4 * size * size + line_size + weights_size, torch.get_num_threads()
     _views(
-        table.shape[0] * table.shape[1], images.contiguous(), table.contiguous(), torch.tensor(JITTER_ORDERS),
+        table.shape[0] * table.shape[1], images.contiguous(), table.contiguous(), torch.tensor(JITTER_ORDERS, device="cpu"),
         table.new_tensor([*mean, *(1.0 / s for s in std)]), table.new_empty(workers, scratch_size),
-        torch.empty(workers, 2 * size, dtype=torch.int64), out,
+        table.new_empty(workers, 2 * size, dtype=torch.int64), out,
         height, width, table.shape[1], size, blur_kernel, scratch_size, line_size,
     )  # fmt: skip
     return out

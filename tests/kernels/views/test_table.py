@@ -402,6 +402,14 @@ def test_a_cpu_refuses_what_lies_outside() -> None:
         torch.testing.assert_close(got.double(), exact, rtol=0.0, atol=TOLERANCE)
 
 
+@pytest.mark.parametrize("kernels", ["cpu", "reference"])
+def test_another_default_device_changes_nothing(kernels: str) -> None:
+    pixels, rows = images(9, 9), table(9, 9, {})
+    views = two_views(pixels, rows, size=9, kernels=kernels)
+    with torch.device("meta"):
+        assert torch.equal(two_views(pixels, rows, size=9, kernels=kernels), views)
+
+
 def test_opcheck(device: torch.device) -> None:
     pixels, rows = images(6, 6).to(device), mixed_table(1, 6, 6).to(device)
     for dtype in (torch.float32, torch.bfloat16):

@@ -138,7 +138,7 @@ def _beginning(file: BinaryIO, place: tuple[int, int, bool], most: int) -> tuple
     file.seek(start)
     if not compressed:
         return file.read(min(most, size)), file
-    stream = io.BufferedReader(_Unpacked(file, size), PIECE_BYTES)
+    stream = io.BufferedReader(_Unpacked(file, size), MOST_HEAD_BYTES)  # no more than the head is read ahead
     stream.read(8)  # the tag of what is compressed
     return stream.read(most), stream
 

@@ -31,7 +31,8 @@ def shape_of(path: Path, name: str, *wanted: int | None) -> tuple[int, ...]:
     if name not in shapes:
         raise UsageError(f"{path}: no array {name!r} in it, but {listed(shapes)}; get the file again")
     shape = shapes[name]
-    fits = len(shape) == len(wanted) and all(size == (want or max(size, 1)) for size, want in zip(shape, wanted, strict=True))
+    pairs = zip(shape, wanted, strict=False)
+    fits = len(shape) == len(wanted) and all(size == want or (want is None and size > 0) for size, want in pairs)
     if wanted and not fits:
         text = ", ".join("N" if want is None else str(want) for want in wanted)
         raise UsageError(f"{path}: {name!r} has shape {shape}, not ({text}); get the file again")

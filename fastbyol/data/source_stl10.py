@@ -69,11 +69,13 @@ def open_stl10(path: Path, split: str | None, fold: int | None = None) -> Source
 
 
 def _image(files: tuple[tuple[Path, int], ...], chosen: NDArray[np.int64], index: int) -> Images:
-    row, ((file, count), *others) = int(chosen[index]), files
-    if row >= count:
-        row, ((file, _),) = row - count, others  # of the second part, which is the last
-    pixels = source_mat.pixels(file, "X")[row] if file.suffix == ".mat" else read_row(file, IMAGE_BYTES, 0, row)
-    return np.ascontiguousarray(pixels.reshape(3, SIDE, SIDE).transpose(2, 1, 0))
+    row = int(chosen[index])
+    for file, count in files:
+        if row < count:
+            pixels = source_mat.pixels(file, "X")[row] if file.suffix == ".mat" else read_row(file, IMAGE_BYTES, 0, row)
+            return np.ascontiguousarray(pixels.reshape(3, SIDE, SIDE).transpose(2, 1, 0))
+        row -= count
+    raise IndexError(index)
 
 
 def _part(folder: Path, part: str, matlab: bool) -> tuple[Path, Labels]:

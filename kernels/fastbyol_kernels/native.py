@@ -115,9 +115,11 @@ class Kernel:
             team(address, ctypes.addressof(table), threads, 0)
 
     def _address(self, activation: torch.dtype) -> int:
-        if activation not in self._compiled:
-            self._compiled[activation] = self._compile(_ELEMENTS[activation])
-        return int(self._compiled[activation].address)
+        made = self._compiled.get(activation)
+        if made is None:
+            # Of two threads that compile it at once both take the first one's: code that nobody keeps is freed.
+            made = self._compiled.setdefault(activation, self._compile(_ELEMENTS[activation]))
+        return int(made.address)
 
     def _compile(self, activation: Any) -> Any:
         """Compile the loop over blocks with the kernel in it, for activations of ``activation``."""

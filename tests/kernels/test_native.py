@@ -253,3 +253,28 @@ def test_a_forked_child_works_alone() -> None:
         _count(10, counts, 1)
         os._exit(0 if counts.tolist() == [1] * 10 else 1)
     assert os.waitpid(child, 0)[1] == 0
+
+
+def test_two_threads_that_compile_at_once_run_code_that_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    @kernel
+    def once(block: int, counts: I64) -> None:
+        counts[block] += 1
+
+    made, both = [], threading.Barrier(2)
+
+    def compile_slowly(self: native.Kernel, activation: object) -> object:
+        both.wait()
+        made.append(compiled(self, activation))
+        return made[-1]
+
+    compiled = native.Kernel._compile
+    monkeypatch.setattr(native.Kernel, "_compile", compile_slowly)
+    counts = [torch.zeros(1, dtype=torch.int64) for _ in range(2)]
+    threads = [threading.Thread(target=once, args=(1, each)) for each in counts]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [int(each) for each in counts] == [1, 1]
+    assert len(made) == 2
+    assert next(iter(once._compiled.values())) in made

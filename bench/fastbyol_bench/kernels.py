@@ -24,7 +24,7 @@ STAGES = ((48, 64), (24, 64), (12, 128), (6, 256), (3, 512))
 
 
 def rows(setting: Setting) -> Iterator[Row]:
-    """Norms at every size of ResNet-18 at 96 px (on a processor at one), the stem's pooling, weight standardization,
+    """Norms at every size of ResNet-18 at 96 px (on a CPU at one), the stem's pooling, weight standardization,
     few-pixel convolutions.
     """
     num_views = 4 if setting.quick else (512 if setting.on_gpu else 64)
@@ -142,7 +142,7 @@ def few_pixels(setting: Setting, num_views: int) -> list[Row]:
     """ResNet-18's last convolution, 3x3 pixels, bf16, forward with backward: products by pixel against the library's."""
     name = f"3x3 convolution of 3x3x512, {num_views} views, forward and backward"
     if setting.on_gpu:
-        return [missing(SUITE, name, "by pixel", "a processor: on a GPU cuDNN's is taken")]
+        return [missing(SUITE, name, "by pixel", "a CPU: on a GPU cuDNN's is taken")]
     x, dy = (_activation(setting, (num_views, 512, 3, 3)) for _ in range(2))
     weight = (torch.randn(512, 512, 3, 3) * 0.01).bfloat16().to(memory_format=torch.channels_last).requires_grad_()
     calls = [

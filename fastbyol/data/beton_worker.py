@@ -47,7 +47,9 @@ def main() -> None:
     Reports are (index, reason) of an item that cannot be read, a FastbyolError for what ends the writing, None for its end.
     """
     die_with(int(sys.argv[2]))
-    reports, job = Connection(int(sys.argv[1]), readable=False), pickle.load(sys.stdin.buffer)
+    # Held by this frame before anything can fail, so that the pipe ends after the error was written to standard error.
+    reports = Connection(int(sys.argv[1]), readable=False)
+    job = pickle.load(sys.stdin.buffer)
     results = np.frombuffer(mmap.mmap(job.results, 0), RESULT)
     # What the data set loads on first use is shared by the workers. A worker meets a fault again and reports it.
     with contextlib.suppress(Exception):

@@ -209,13 +209,13 @@ def _count(context: Any, builder: Any, table: Any, place: int) -> Any:
 
 @intrinsic
 def _take(typing: Any, table: Any) -> Any:
-    """The next block, handed out once."""
+    """Hand out the next block, once."""
     return numba.int64(table), lambda context, builder, _, arguments: _count(context, builder, arguments[0], _NEXT)
 
 
 @intrinsic
 def _blocks(typing: Any, table: Any) -> Any:
-    """How many blocks there are."""
+    """Return how many blocks there are."""
     return numba.int64(table), lambda context, builder, _, arguments: builder.load(
         _word(context, builder, arguments[0], _BLOCKS)
     )
@@ -250,7 +250,7 @@ def _unpack(kinds: list[Any]) -> Any:
 
 
 def _array(context: Any, builder: Any, of: Any, address: Any) -> Any:
-    """An array without an end at an address."""
+    """Make an array without an end at an address."""
     array = context.make_array(of)(context, builder)
     data = builder.inttoptr(address, context.get_data_type(of.dtype).as_pointer())
     size = context.get_constant(numba.types.intp, of.dtype.bitwidth // 8)
@@ -263,12 +263,12 @@ def _array(context: Any, builder: Any, of: Any, address: Any) -> Any:
 
 
 def widened(element):
-    """An element of an Activation, float32."""
+    """Return an element of an Activation as float32."""
     raise NotImplementedError("in a kernel only")
 
 
 def narrowed(number, array):
-    """``number``, float32, as an element of ``array``, an Activation: rounded to nearest, ties to even; NaN stays NaN."""
+    """Round ``number``, float32, to an element of ``array``, an Activation: to nearest, ties to even; NaN stays NaN."""
     raise NotImplementedError("in a kernel only")
 
 
@@ -293,7 +293,7 @@ def _to_bf16(value):
 
 @intrinsic
 def fma(typing: Any, x: Any, y: Any, z: Any) -> Any:
-    """x y + z of float32, rounded once where the CPU can.
+    """Return x y + z of float32, rounded once where the CPU can.
 
     Left to the compiler, which products are rounded on their own would depend on its version, and bits with it.
     """

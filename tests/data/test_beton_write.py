@@ -180,6 +180,24 @@ def test_unreadable_items_are_gathered(out: Path, stop: bool) -> None:
     demand_untouched(out)
 
 
+class Unloadable(Items):
+    """Raises where it is loaded, as the class of a script does that the writing process cannot import."""
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (_unload, ())
+
+
+def _unload() -> Items:
+    raise LookupError("cannot be loaded")
+
+
+def test_a_data_set_that_cannot_be_loaded_says_why(out: Path) -> None:
+    for _ in range(3):
+        with pytest.raises(FastbyolError, match=r"the writing process died \(LookupError: cannot be loaded\)"):
+            write(out, Unloadable())
+    demand_untouched(out)
+
+
 @pytest.mark.parametrize("most", [100, 4096, 3 << 20])
 def test_a_full_disk_ends_the_writing(out: Path, most: int) -> None:
     """A limit on the size of files, of those in memory too, breaks writes off half way, as a full disk does."""

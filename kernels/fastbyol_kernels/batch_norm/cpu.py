@@ -204,7 +204,7 @@ def _normalise(
     block: int, x: Activation, residual: Activation, y: Activation, table: F32, added: int, limit: float,
     rows: int, run: int, parts: int, c: int, lanes: int,
 ) -> None:  # fmt: skip
-    """y = max((x - mean) * scale + shift + residual if ``added``, limit)."""
+    """Write y = max((x - mean) * scale + shift + residual if ``added``, limit)."""
     start, stop = _elements(block, rows, run, parts, c)
     own, least = table[block // parts * 3 * lanes : (block // parts + 1) * 3 * lanes], np.float32(limit)
     mean, scale, shift = own[:lanes], own[lanes : 2 * lanes], own[2 * lanes :]
@@ -302,7 +302,7 @@ def _input_gradient(
     block: int, x: Activation, dy: Activation, dx: Activation, table: F32, slopes: F32, masks: int, limit: float,
     rows: int, run: int, parts: int, c: int, lanes: int,
 ) -> None:  # fmt: skip
-    """dx of ``_affine``'s formula. g is dy, which this masks, as ``_sum_gradients`` does, where ``masks``."""
+    """Write dx of ``_affine``'s formula. g is dy, which this masks, as ``_sum_gradients`` does, where ``masks``."""
     start, stop = _elements(block, rows, run, parts, c)
     view, least = block // parts, np.float32(limit)
     own, of_view = table[view * 3 * lanes : (view + 1) * 3 * lanes], slopes[view * 2 * lanes : (view + 1) * 2 * lanes]

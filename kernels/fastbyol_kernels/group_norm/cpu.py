@@ -42,7 +42,7 @@ def _row(x, row, lanes):
 
 @noalias
 def _merge(mean, m2, count, other_mean, other_m2, more):
-    """Chan's combination, lane by lane: ``count`` values with ``more`` values."""
+    """Combine, by Chan's formula and lane by lane, ``count`` values with ``more`` values."""
     f = np.float32(more / (count + more))
     g = np.float32(count * more / (count + more))
     for i in range(len(mean)):

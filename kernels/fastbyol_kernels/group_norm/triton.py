@@ -31,7 +31,7 @@ def _slab(C: tl.constexpr, SLAB: tl.constexpr):
 
 @triton.jit
 def _tile(first, stop, slab, C: tl.constexpr, SLAB: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Offsets (BLOCK_P, BLOCK_C) into a sample, and which of them exist."""
+    """Return offsets (BLOCK_P, BLOCK_C) into a sample, and which of them exist."""
     pixels = first + tl.arange(0, BLOCK_P)
     channels = tl.arange(0, BLOCK_C)
     mask = (pixels < stop)[:, None] & (channels < SLAB)[None, :]
@@ -40,13 +40,13 @@ def _tile(first, stop, slab, C: tl.constexpr, SLAB: tl.constexpr, BLOCK_P: tl.co
 
 @triton.jit
 def _belongs(PER_GROUP: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_G: tl.constexpr):
-    """(BLOCK_C, BLOCK_G): 1 where the channel belongs to the group. Any number of channels per group works."""
+    """Return (BLOCK_C, BLOCK_G): 1 where the channel belongs to the group. Any number of channels per group works."""
     return ((tl.arange(0, BLOCK_C) // PER_GROUP)[:, None] == tl.arange(0, BLOCK_G)[None, :]).to(tl.float32)
 
 
 @triton.jit
 def _by_group(values, PER_GROUP: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_G: tl.constexpr):
-    """(BLOCK_C,) -> sums (BLOCK_G,). Channels beyond the slab belong to groups beyond it, which nothing reads."""
+    """Sum (BLOCK_C,) to (BLOCK_G,). Channels beyond the slab belong to groups beyond it, which nothing reads."""
     if BLOCK_G * PER_GROUP == BLOCK_C:
         return tl.sum(tl.reshape(values, (BLOCK_G, PER_GROUP)), 1)
     else:  # noqa: RET505  (a branch at compile time)
@@ -55,7 +55,7 @@ def _by_group(values, PER_GROUP: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_G: t
 
 @triton.jit
 def _by_channel(values, PER_GROUP: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_G: tl.constexpr):
-    """(BLOCK_G,) -> (BLOCK_C,): every channel gets its group's value."""
+    """Give every channel its group's value: (BLOCK_G,) -> (BLOCK_C,)."""
     if BLOCK_G * PER_GROUP == BLOCK_C:
         return tl.reshape(tl.broadcast_to(values[:, None], (BLOCK_G, PER_GROUP)), (BLOCK_C,))
     else:  # noqa: RET505
@@ -68,7 +68,7 @@ def _moments(
     C: tl.constexpr, SLAB: tl.constexpr, PER_GROUP: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
     BLOCK_G: tl.constexpr,
 ):  # fmt: skip
-    """Mean and sum of squared deviations per group over pixels [first, stop) of a sample.
+    """Return mean and sum of squared deviations per group over pixels [first, stop) of a sample.
 
     Welford's recurrence in every lane of the tile, then Chan's combination of the lanes: no cancellation at any mean.
     """
@@ -95,7 +95,7 @@ def _write_normalised(
     C: tl.constexpr, SLAB: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, RESIDUAL: tl.constexpr,
     RELU: tl.constexpr,
 ):  # fmt: skip
-    """y = relu(x * scale + shift + residual), last pixels first: they were read last and are nearest."""
+    """Write y = relu(x * scale + shift + residual), last pixels first: they were read last and are nearest."""
     blocks = tl.cdiv(stop - first, BLOCK_P)
     for step in range(blocks):
         offsets, mask = _tile(first + (blocks - 1 - step) * BLOCK_P, stop, slab, C, SLAB, BLOCK_P, BLOCK_C)
@@ -119,7 +119,7 @@ def _affine(weight, bias, slab, SLAB: tl.constexpr, BLOCK_C: tl.constexpr):
 
 @triton.jit
 def _line(mean, rstd, gamma, beta):
-    """The normalisation of a channel as x * scale + shift, for both passes alike: they must agree on its sign."""
+    """Express the normalisation of a channel as x * scale + shift, for both passes alike: they must agree on its sign."""
     scale = rstd * gamma
     return scale, beta - mean * scale
 
@@ -130,7 +130,7 @@ def _forward_kernel(
     C: tl.constexpr, SLAB: tl.constexpr, PER_GROUP: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
     BLOCK_G: tl.constexpr, RESIDUAL: tl.constexpr, RELU: tl.constexpr,
 ):  # fmt: skip
-    """One sample's slab per program."""
+    """Normalise one sample's slab per program."""
     slab, sample = _slab(C, SLAB)
     base = sample * num_pixels * C
     mean, m2 = _moments(x + base, 0, num_pixels, slab, C, SLAB, PER_GROUP, BLOCK_P, BLOCK_C, BLOCK_G)
@@ -155,7 +155,7 @@ def _moments_kernel(
     C: tl.constexpr, SLAB: tl.constexpr, PER_GROUP: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
     BLOCK_G: tl.constexpr,
 ):  # fmt: skip
-    """One run of pixels of one slab per program; ``partial`` (N, K, 2, G) takes its mean and squared deviations."""
+    """Write mean and squared deviations of one run of pixels of one slab per program to ``partial`` (N, K, 2, G)."""
     slab, sample = _slab(C, SLAB)
     first = tl.program_id(1) * run
     stop = tl.minimum(first + run, num_pixels)
@@ -174,7 +174,7 @@ def _normalise_kernel(
     C: tl.constexpr, SLAB: tl.constexpr, PER_GROUP: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
     BLOCK_G: tl.constexpr, BLOCK_K: tl.constexpr, RESIDUAL: tl.constexpr, RELU: tl.constexpr,
 ):  # fmt: skip
-    """One run of pixels of one slab per program. Each combines the runs' statistics for itself; the first writes them."""
+    """Normalise one run of pixels of a slab per program. Each combines the runs' statistics itself; the first writes them."""
     slab, sample = _slab(C, SLAB)
     num_runs = tl.num_programs(1)
     groups = tl.arange(0, BLOCK_G)
@@ -208,7 +208,7 @@ def _normalise_kernel(
 
 @triton.jit
 def _through_relu(dy, y, offsets, mask, value, scale, shift, RESIDUAL: tl.constexpr, RELU: tl.constexpr):
-    """The gradient before the ReLU: the mask from y if a residual entered it, else recomputed as the forward pass did."""
+    """Return the gradient before the ReLU: masked by y if a residual entered it, else made again as the forward pass did."""
     gradient = tl.load(dy + offsets, mask=mask, other=0.0).to(tl.float32)
     if RELU and RESIDUAL:
         gradient = tl.where(tl.load(y + offsets, mask=mask, other=0.0).to(tl.float32) > 0, gradient, 0.0)
@@ -223,7 +223,7 @@ def _gradient_sums(
     C: tl.constexpr, SLAB: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, RESIDUAL: tl.constexpr,
     RELU: tl.constexpr,
 ):  # fmt: skip
-    """Sums over pixels [first, stop), per channel, of the gradient g and of g * x_hat."""
+    """Sum over pixels [first, stop), per channel, the gradient g and g * x_hat."""
     scale, shift = _line(mean, rstd, gamma, beta)
     total = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
     weighted = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
@@ -242,7 +242,7 @@ def _write_gradient(
     C: tl.constexpr, SLAB: tl.constexpr, PER_GROUP: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
     BLOCK_G: tl.constexpr, RESIDUAL: tl.constexpr, RELU: tl.constexpr,
 ):  # fmt: skip
-    """dx = rstd * (gamma g - mean of gamma g - x_hat * mean of gamma g x_hat), means over the group; last pixels first."""
+    """Write dx = rstd * (gamma g - mean of gamma g - x_hat * mean of gamma g x_hat), means over groups; last pixels first."""
     scale, shift = _line(mean, rstd, gamma, beta)
     of_total = _by_group(gamma * total, PER_GROUP, BLOCK_C, BLOCK_G)
     of_weighted = _by_group(gamma * weighted, PER_GROUP, BLOCK_C, BLOCK_G)
@@ -261,7 +261,7 @@ def _write_gradient(
 
 @triton.jit
 def _statistics(mean, rstd, sample, slab, C: tl.constexpr, SLAB: tl.constexpr, PER_GROUP: tl.constexpr, BLOCK_C: tl.constexpr):
-    """The saved mean and rstd of each channel of a slab."""
+    """Load mean and rstd of each channel of a slab."""
     channels = tl.arange(0, BLOCK_C)
     place = sample * (C // PER_GROUP) + slab * (SLAB // PER_GROUP) + channels // PER_GROUP
     mask = channels < SLAB
@@ -282,7 +282,7 @@ def _backward_kernel(
     C: tl.constexpr, SLAB: tl.constexpr, PER_GROUP: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
     BLOCK_G: tl.constexpr, RESIDUAL: tl.constexpr, RELU: tl.constexpr,
 ):  # fmt: skip
-    """One sample's slab per program; ``sums`` (N, 2, C) takes its part of the gradients of weight and bias."""
+    """Write dx of one sample's slab per program, and its part of weight's and bias's gradients to ``sums`` (N, 2, C)."""
     slab, sample = _slab(C, SLAB)
     base = sample * num_pixels * C
     mu, r = _statistics(mean, rstd, sample, slab, C, SLAB, PER_GROUP, BLOCK_C)
@@ -306,7 +306,7 @@ def _gradient_sums_kernel(
     C: tl.constexpr, SLAB: tl.constexpr, PER_GROUP: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
     RESIDUAL: tl.constexpr, RELU: tl.constexpr,
 ):  # fmt: skip
-    """One run of pixels of one slab per program; ``sums`` (N * K, 2, C) takes its sums."""
+    """Write the sums of one run of pixels of one slab per program to ``sums`` (N * K, 2, C)."""
     slab, sample = _slab(C, SLAB)
     first = tl.program_id(1) * run
     base = sample * num_pixels * C
@@ -325,7 +325,7 @@ def _gradient_kernel(
     C: tl.constexpr, SLAB: tl.constexpr, PER_GROUP: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
     BLOCK_G: tl.constexpr, BLOCK_K: tl.constexpr, RESIDUAL: tl.constexpr, RELU: tl.constexpr,
 ):  # fmt: skip
-    """One run of pixels of one slab per program, which adds up the runs' sums for itself."""
+    """Write dx of one run of pixels of one slab per program, which adds up the runs' sums for itself."""
     slab, sample = _slab(C, SLAB)
     num_runs = tl.num_programs(1)
     channels = tl.arange(0, BLOCK_C)
@@ -349,7 +349,7 @@ def _gradient_kernel(
 
 @triton.jit
 def _sum_rows_kernel(sums, out, num_rows, num_columns, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
-    """out (columns) = sum of ``sums`` (rows, columns) in a fixed order, a block of columns per program."""
+    """Write out (columns) = sum of ``sums`` (rows, columns) in a fixed order, a block of columns per program."""
     columns = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     total = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
     for start in range(0, num_rows, BLOCK_R):

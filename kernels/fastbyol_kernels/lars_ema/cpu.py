@@ -95,6 +95,6 @@ def _blocks(table: SegmentTable) -> int:
 
 
 def _roots(sums: Tensor, table: SegmentTable) -> Tensor:
-    """Sums (K, n) of chunks -> roots (n, S) of the segments' sums, which fp64 adds up."""
+    """Return the roots (n, S) of the segments' sums, which fp64 adds up, from the sums (K, n) of chunks."""
     whole = torch.segment_reduce(sums.double(), "sum", lengths=table.spans.diff().flatten().long(), axis=0)
     return whole.sqrt().to(sums.dtype).t()

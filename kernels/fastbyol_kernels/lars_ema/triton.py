@@ -62,7 +62,7 @@ def _norms_kernel(online, gradient, chunks, decay, sums, fine, num_chunks, DECAY
 
 @triton.jit
 def _norm(sums, first, end, LANES: tl.constexpr, PASSES: tl.constexpr):
-    """The norm of a segment from its chunks' sums, always added in the same order."""
+    """Return the norm of a segment from its chunks' sums, always added in the same order."""
     total = tl.zeros((LANES,), tl.float32)
     for turn in tl.static_range(PASSES):
         lanes = first + turn * LANES + tl.arange(0, LANES)
@@ -72,7 +72,7 @@ def _norm(sums, first, end, LANES: tl.constexpr, PASSES: tl.constexpr):
 
 @triton.jit
 def _all_fine(fine, num_chunks, FLAGS: tl.constexpr, FLAG_PASSES: tl.constexpr):
-    """``fine`` is as long as a multiple of 16, so that accesses are 16 bytes wide; what is beyond K may be anything."""
+    """Return whether all of ``fine`` is: as long as a multiple of 16, for accesses of 16 bytes; beyond K may be anything."""
     least = tl.full((FLAGS // 16, 16), 1, tl.int32)
     for turn in tl.static_range(FLAG_PASSES):
         # In two dimensions, lest the tiles of the sweep, when as long, be laid out like this one, 16 neighbours per thread.

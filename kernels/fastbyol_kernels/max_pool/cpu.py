@@ -52,7 +52,7 @@ def _maximum(y, places, x0, x1, x2, x3, x4, x5, x6, x7, x8, top, bottom, left, r
 
 @kernel
 def _forward(block: int, x: Activation, y: Activation, places: U8, h: int, w: int, c: int) -> None:
-    """y (N, P, Q, C) and the places of the maxima, from x (N, H, W, C)."""
+    """Write y (N, P, Q, C) and the places of the maxima, from x (N, H, W, C)."""
     p, q = (h + 1) // 2, (w + 1) // 2
     for row in range(p):
         # How far there is a neighbour. One that is not is the middle again, place and all, which changes no maximum.
@@ -91,7 +91,7 @@ def _gradient(dx, d0, d1, d2, d3, p0, p1, p2, p3, n0, n1, n2, n3):
 
 @kernel
 def _backward(block: int, dy: Activation, places: U8, dx: Activation, h: int, w: int, c: int) -> None:
-    """dx (N, H, W, C) from dy (N, P, Q, C) and the places."""
+    """Write dx (N, H, W, C) from dy (N, P, Q, C) and the places."""
     p, q = (h + 1) // 2, (w + 1) // 2
     for row in range(h):
         # An odd pixel lies in the bottom row of one window and in the top row of the next, an even one in a middle row.

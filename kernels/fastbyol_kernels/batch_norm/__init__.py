@@ -55,6 +55,10 @@ def _check(
         raise ValueError(f"x must be (N, C, H, W) or (N, C), not of {x.ndim} dimensions")
     if num_views < 1 or len(x) % num_views:
         raise ValueError(f"a batch of {len(x)} cannot be split into {num_views} views of equal size")
+    if x.numel() == num_views * x.shape[1] > 0:  # torch refuses it, too: the unbiased variance divides by zero
+        raise ValueError(
+            f"x has one value per channel and view, {tuple(x.shape)} for {num_views} views: two or more have a variance"
+        )
     named = {"weight": weight, "bias": bias, "running_mean": running_mean, "running_var": running_var}
     for name, tensor in named.items():
         if tensor.shape != (x.shape[1],):

@@ -121,9 +121,9 @@ def test_stems(stem: str, side: int) -> None:
     net = build_encoder(ModelConfig.model_validate({"width": 4, "stem": stem}))
     sizes: list[torch.Size] = []
     hook = net.layer1.register_forward_pre_hook(lambda _module, args: sizes.append(args[0].shape))
-    assert net(images(2, 32)).shape == (2, net.embedding_dim) == (2, 32)
+    assert net(images(4, 32)).shape == (4, net.embedding_dim) == (4, 32)
     hook.remove()
-    assert sizes == [(2, 4, side, side)]
+    assert sizes == [(4, 4, side, side)]
 
 
 def test_activations_and_weights_stay_channels_last() -> None:

@@ -10,6 +10,7 @@ early. So the loop is ours, in the form that FFCV's compiler takes; what it call
 from __future__ import annotations
 
 import functools
+import importlib.util
 import threading
 import warnings
 from typing import Any
@@ -35,6 +36,9 @@ def import_ffcv() -> Any:
     """
     other = "or take data.decoder = 'torchvision'"
     try:
+        if importlib.util.find_spec("ffcv") is None:
+            # Before numba is imported for it, .14 s that a machine with a GPU need not spend.
+            raise ModuleNotFoundError("No module named 'ffcv'")
         with left_as_found(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             import numba

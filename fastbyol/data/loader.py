@@ -200,8 +200,8 @@ def read_all(
     """Verify ``file``, unless it was just inspected, and decode all of it, or ``limit`` of its images, in file order.
 
     ``decoder``: as ``decoder.choose`` takes it. ``image_field``, ``label_field``: as ``beton.inspect`` takes them. UsageError:
-    missing, damaged, more than the memory holds;
-    without labels where they are "needed"; where they are "optional", int fields of which none is clearly the label.
+    missing, damaged, more than the memory holds; without labels where they are "needed"; where they are "optional", int fields
+    of which none is clearly the label.
     """
     info = _inspected(file, image_field, label_field, may_lack_labels=labels != "needed")
     if labels == "needed" or (labels == "optional" and info.has_ints):

@@ -158,7 +158,7 @@ class Trainer:
         return infos
 
     def _decoder(self, *infos: BetonInfo | None) -> str:
-        """What decodes: the decoder that the run was begun with, but for raw images, of which all give the same pixels."""
+        """Choose what decodes: what the run was begun with, but for raw images, of which all give the same pixels."""
         if self.pinned is None:
             return decoder.choose(self.config.data.decoder)
         then = self.pinned.decoder

@@ -18,7 +18,7 @@ from fastbyol.config import HeadNormName, NormName
 from fastbyol.errors import check_choice
 from fastbyol_kernels import dispatch
 from fastbyol_kernels.batch_norm import add_and_relu, batch_norm
-from fastbyol_kernels.group_norm import group_norm
+from fastbyol_kernels.group_norm import EPS, group_norm
 
 BATCH_NORM_EPS = 1e-5
 BATCH_NORM_MOMENTUM = 0.1
@@ -124,7 +124,7 @@ class GroupNorm(nn.Module):
 
     def __init__(self, num_groups: int, num_channels: int) -> None:
         super().__init__()
-        self.num_groups, self.eps = num_groups, 1e-5
+        self.num_groups, self.eps = num_groups, EPS
         self.kernels = "auto"
         self.weight = nn.Parameter(torch.ones(num_channels))
         self.bias = nn.Parameter(torch.zeros(num_channels))

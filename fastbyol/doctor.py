@@ -128,7 +128,7 @@ def _cores() -> Check:
 
 
 def _cache() -> Check:
-    from fastbyol.data.cache import cache_folder
+    from fastbyol.files import cache_folder
 
     folder = cache_folder()
     nearest = next(parent for parent in (folder, *folder.parents) if parent.exists())

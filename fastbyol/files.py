@@ -1,4 +1,4 @@
-"""Opening what a user named: regular files only, so that nobody waits for a pipe, a device or a socket."""
+"""Opening what a user named: regular files only, so that nobody waits for a pipe, a device or a socket; and our own folder."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import os
 import stat
 from pathlib import Path
 from typing import BinaryIO
+
+from fastbyol.errors import UsageError
 
 _KINDS = {
     stat.S_IFIFO: "a named pipe",
@@ -38,3 +40,18 @@ def refuse_special(path: Path, mode: int) -> None:
     if not stat.S_ISREG(mode):
         kind = _KINDS.get(stat.S_IFMT(mode), "a special file")
         raise OSError(errno.EINVAL, f"is {kind}, not a regular file", str(path))
+
+
+def cache_folder() -> Path:
+    """Return where is kept what can be made again: ``$FASTBYOL_CACHE``, else a folder in the user's.
+
+    That is ``$XDG_CACHE_HOME/fastbyol`` or ``~/.cache/fastbyol``. Raises UsageError for a user without a home.
+    """
+    own = os.environ.get("FASTBYOL_CACHE")
+    if own:
+        return Path(own)
+    base = os.environ.get("XDG_CACHE_HOME")
+    try:
+        return (Path(base) if base else Path.home() / ".cache") / "fastbyol"
+    except RuntimeError:  # a user without HOME of whom the system knows no other
+        raise UsageError("no home folder: name one for what can be made again with FASTBYOL_CACHE=DIR") from None

@@ -18,8 +18,8 @@ BENCH = ROOT / "bench" / "fastbyol_bench"
 
 # A module may import from its own rank's folder and from lower ranks. The order is CONTRIBUTING's arrows, bottom first.
 RANKS = (
-    ("errors", "files", "process", "text"),
-    ("config", "output"),
+    ("errors", "process", "text"),
+    ("config", "files", "output"),
     ("config_io",),
     ("data", "views", "model", "optim"),
     ("evaluation",),

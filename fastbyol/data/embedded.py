@@ -11,8 +11,8 @@ from typing import BinaryIO, Literal
 
 from fastbyol.config import DataConfig
 from fastbyol.data import beton, convert
-from fastbyol.data.cache import cache_folder
 from fastbyol.errors import UsageError
+from fastbyol.files import cache_folder
 
 TEXTURES, FASHION = "textures", "fashion-mnist"
 BUILT_IN = (TEXTURES, FASHION)

@@ -20,10 +20,9 @@ from fastbyol.data import (
     source_textures,
     splits,
 )
-from fastbyol.data.cache import cache_folder
 from fastbyol.data.source_arrays import Source
 from fastbyol.errors import UsageError, check_choice
-from fastbyol.files import refuse_special
+from fastbyol.files import cache_folder, refuse_special
 
 KINDS = ("textures", "fashion-mnist", "stl10", "cifar10", "cifar100", "svhn", "idx", "npz", "npy", "classes", "folder")
 # Sources that are named and have no path.

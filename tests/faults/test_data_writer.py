@@ -73,10 +73,11 @@ def test_killed_at_random_instants(tmp_path: Path) -> None:
     """Parent or child: under the name lies the old file or the new one, each whole; the next conversion clears up."""
     out, draw, seen = tmp_path / "out.beton", random.Random(0), Counter[str]()
     started = time.monotonic()
-    convert.convert("textures", out, count=COUNT, size=SIDE, seed=0, workers=2)
+    assert start(out, 0).wait(timeout=PATIENCE_S) == 0
+    # As long as a whole one takes, imports too: later there is nobody left to kill.
+    lasts_s = 1.1 * (time.monotonic() - started)
     older = out.read_bytes()
     made = [textures.make(COUNT, SIDE, seed) for seed in (0, 1)]
-    lasts_s = 1.3 * (time.monotonic() - started) + 2.0
     while sum(seen[what] for what in seen if "nobody" not in what) < KILLS:
         parent = start(out, 1, stderr=subprocess.DEVNULL)
         time.sleep(draw.uniform(0, lasts_s))

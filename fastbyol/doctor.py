@@ -10,6 +10,8 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
+from fastbyol.files import cache_folder
+
 SETUP = "make setup"
 
 
@@ -128,8 +130,6 @@ def _cores() -> Check:
 
 
 def _cache() -> Check:
-    from fastbyol.files import cache_folder
-
     folder = cache_folder()
     nearest = next(parent for parent in (folder, *folder.parents) if parent.exists())
     ok = os.access(nearest, os.W_OK)

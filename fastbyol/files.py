@@ -1,4 +1,7 @@
-"""Opening what a user named: regular files only, so that nobody waits for a pipe, a device or a socket; and our own folder."""
+"""Opening what a user named: regular files only, so that nobody waits for a pipe, a device or a socket.
+
+And the folder of what fastbyol keeps for itself.
+"""
 
 from __future__ import annotations
 

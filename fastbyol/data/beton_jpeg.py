@@ -18,6 +18,7 @@ FRAME_BYTES = 10
 # A frame header further back than this many reads is no picture that a writer made.
 MAX_WINDOWS = 512
 SOI, EOI = b"\xff\xd8", b"\xff\xd9"
+# Baseline, extended and progressive Huffman frames.
 FRAMES = frozenset((0xC0, 0xC1, 0xC2))
 # Markers that carry a length and may come before a frame header: DHT, DQT, DRI, APPn, COM.
 SKIPPED = frozenset((0xC4, 0xDB, 0xDD, *range(0xE0, 0xF0), 0xFE))

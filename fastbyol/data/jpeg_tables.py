@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import re
 
+from fastbyol.data.beton_jpeg import FRAMES
+
 # What ends entropy-coded data: any marker but stuffed zeros, restarts and fill bytes.
 _MARKER = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")
-# Baseline, extended and progressive Huffman frames: what beton_jpeg accepts.
-_SOF0, _SOF1, _SOF2 = 0xC0, 0xC1, 0xC2
+# Of beton_jpeg's frames, the one that is progressive.
+_SOF2 = 0xC2
 _DHT, _EOI, _SOS, _DQT = 0xC4, 0xD9, 0xDA, 0xDB
 
 
@@ -36,15 +38,15 @@ def brings_its_tables(stream: bytes) -> bool:
             at += 2 + length
             if marker in tables:
                 tables[marker] |= _table_numbers(marker, body)
-            elif marker in (_SOF0, _SOF1, _SOF2):
+            elif marker in FRAMES:
                 progressive = marker == _SOF2
                 components = {body[6 + 3 * k]: body[8 + 3 * k] for k in range(body[5])}
                 if len(components) != body[5]:  # two of one name (B.2.2)
                     return False
             elif marker == _SOS:
-                for component, huffman in _uses(body, progressive):
-                    if components[component] not in tables[_DQT] or not huffman <= tables[_DHT]:
-                        return False
+                uses = _uses(body, progressive)
+                if not all(components[name] in tables[_DQT] and huffman <= tables[_DHT] for name, huffman in uses):
+                    return False
                 if not progressive and body[0] == len(components):
                     break  # the only scan that a decoder needs
                 found = _MARKER.search(stream, at)
@@ -60,9 +62,12 @@ def _table_numbers(marker: int, body: bytes) -> set[int]:
     """Return the numbers of the tables in a segment; of Huffman's, class << 4 | number, class 0 for DC and 1 for AC."""
     numbers, at = set(), 0
     while at < len(body):
-        first = body[at]
-        numbers.add(first & 15 if marker == _DQT else first)
-        at += (129 if first >> 4 else 65) if marker == _DQT else 17 + sum(body[at + 1 : at + 17])
+        if marker == _DQT:  # precision and number, then 64 values of one byte or two (B.2.4.1)
+            number, size = body[at] & 15, 128 if body[at] >> 4 else 64
+        else:  # class and number, how many codes of each of 16 lengths, then a value for each (B.2.4.2)
+            number, size = body[at], 16 + sum(body[at + 1 : at + 17])
+        numbers.add(number)
+        at += 1 + size
     return numbers
 
 
@@ -70,6 +75,10 @@ def _uses(scan: bytes, progressive: bool) -> list[tuple[int, set[int]]]:
     """Return each component of a scan, and the Huffman tables that it is decoded with there."""
     count = scan[0]
     first, before = scan[1 + 2 * count], scan[3 + 2 * count] >> 4
-    pairs = [(scan[1 + 2 * k], scan[2 + 2 * k]) for k in range(count)]
-    dc, ac = not progressive or first == before == 0, not progressive or first > 0
-    return [(name, ({of >> 4} if dc else set()) | ({16 | of & 15} if ac else set())) for name, of in pairs]
+    needs_dc, needs_ac = not progressive or first == before == 0, not progressive or first > 0
+    uses = []
+    for k in range(count):
+        name, numbers = scan[1 + 2 * k], scan[2 + 2 * k]
+        by_need = ((needs_dc, numbers >> 4), (needs_ac, 16 | numbers & 15))
+        uses.append((name, {number for is_needed, number in by_need if is_needed}))
+    return uses

@@ -18,12 +18,11 @@ from fastbyol import config_io
 from fastbyol.config import Config, resolve
 from fastbyol.data import decoder as decoding
 from fastbyol.data import embedded, loader
-from fastbyol.engine import capture, checkpoint, inputs, record, trainer
+from fastbyol.engine import capture, trainer
 from fastbyol.engine.device import pick_device
 from fastbyol.engine.observer import Observer
 from fastbyol.engine.origin import source_file
 from fastbyol.engine.precision import settle
-from fastbyol.engine.run_folder import RunFolder, default_run_path
 from fastbyol.engine.step import TrainState
 from fastbyol.engine.trainer import Summary
 from fastbyol.errors import UsageError, check_choice
@@ -31,6 +30,8 @@ from fastbyol.evaluation import protocol as protocols
 from fastbyol.evaluation.protocol import PROTOCOLS
 from fastbyol.model.resnet import ResNet
 from fastbyol.process import left_as_found
+from fastbyol.runs import checkpoint, consistency, inputs
+from fastbyol.runs.folder import RunFolder, default_run_path
 
 # Of an encoder: the online network's, the target network's, and the online network's before its first step.
 WEIGHTS = ("trained", "target", "random")
@@ -118,7 +119,7 @@ def _load(path: Path, weights: str) -> tuple[Config, ResNet, int]:
             loaded = None if weights == "random" else checkpoint.load_latest(folder.checkpoints)
             made_with = loaded.meta["config"] if loaded is not None else folder.env.get("config")
             if isinstance(made_with, str):
-                record.refuse_changed(path, config, made_with, str(path))
+                consistency.refuse_changed(path, config, made_with, str(path))
     else:
         loaded = checkpoint.load(path)
         config = config_io.parse(loaded.meta["config"], where=str(path))

@@ -12,18 +12,19 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
-from fastbyol import api, config_io, figures, report
+from fastbyol import api, config_io
 from fastbyol.ablations import plan, runner
 from fastbyol.ablations.arms import arm
 from fastbyol.config import Config, DataConfig
 from fastbyol.config_io import Flag
 from fastbyol.data import embedded, loader
-from fastbyol.display import display, duration
 from fastbyol.engine.device import fitting_threads
-from fastbyol.engine.run_folder import CONFIG, list_runs
 from fastbyol.errors import FastbyolError, UsageError
 from fastbyol.evaluation.collapse import COLLAPSED_ABOVE
 from fastbyol.evaluation.supervised import supervised_accuracy
+from fastbyol.runs.folder import CONFIG, list_runs
+from fastbyol.show import figures, run_report
+from fastbyol.show.screen import display, duration
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -57,7 +58,7 @@ def run(out: Path, *, seed: int = 0, console: Console) -> dict[str, Any]:
         "pictures": [],
     }
     if figures.available():
-        result["pictures"] = [str(picture) for picture in report.write(path, png=out / "pictures")]
+        result["pictures"] = [str(picture) for picture in run_report.write(path, png=out / "pictures")]
         result["pictures"].append(str(_draw_pair({name: Path(row["run"]) for name, row in result["pair"].items()}, out)))
     result["seconds"] = time.perf_counter() - began
     _print(console, result)
@@ -95,7 +96,7 @@ def _pair(out: Path, config: Config, console: Console) -> dict[str, dict[str, An
         why = f"{outcome.failed[0][0]}: {outcome.failed[0][1]}" if outcome.failed else "interrupted"
         raise FastbyolError(f"{out}: {why}; the same command goes on from here")
     paths = {each.arm.name: each.path for each in runs}
-    return {name: {"run": str(paths[name]), **_ending(report.read(paths[name]))} for name in PAIR}
+    return {name: {"run": str(paths[name]), **_ending(run_report.read(paths[name]))} for name in PAIR}
 
 
 def _pair_runs(out: Path, config: Config) -> tuple[Path, tuple[plan.Run, ...]]:
@@ -114,7 +115,7 @@ def _can_go_on(runs: tuple[plan.Run, ...], out: Path) -> bool:
     return True
 
 
-def _ending(story: report.Story) -> dict[str, Any]:
+def _ending(story: run_report.Story) -> dict[str, Any]:
     last = story.epoch_events[-1]
     collapsed = next((event["epoch"] + 1 for event in story.epoch_events if event["state"] == "collapsed"), None)
     return {"state": last["state"], "neg_cos": last["neg_cos"], "accuracy": last["accuracy"], "collapsed_in_epoch": collapsed}
@@ -139,7 +140,7 @@ def _draw_pair(runs: dict[str, Path], out: Path) -> Path:
     made = Figure(figsize=(9.0, 3.2), layout="constrained", facecolor="white")
     left, right = made.subplots(1, 2)
     for (name, path), colour in zip(runs.items(), (figures.RED, figures.BLUE), strict=True):
-        story = report.read(path)
+        story = run_report.read(path)
         draw_distance(left, story, colour, name)
         points = [(event["epoch"] + 1, event["accuracy"]) for event in story.epoch_events]
         right.plot(*zip(*((e, a) for e, a in points if a is not None), strict=True), color=colour, marker="o", ms=3, label=name)
@@ -154,7 +155,7 @@ def _draw_pair(runs: dict[str, Path], out: Path) -> Path:
     return path
 
 
-def draw_distance(axes: Axes, story: report.Story, colour: str, label: str) -> None:
+def draw_distance(axes: Axes, story: run_report.Story, colour: str, label: str) -> None:
     """Draw 1 - the cosine of negative pairs over epochs, logarithmic, and the border of the collapsed state."""
     axes.semilogy(story.epochs, (1 - story.metrics["neg_cos"]).clip(min=1e-8), color=colour, lw=0.9, label=label)
     axes.axhline(1 - COLLAPSED_ABOVE, color="black", lw=0.7, ls=":")

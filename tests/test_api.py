@@ -15,17 +15,19 @@ import numpy as np
 import pytest
 import torch
 
-from fastbyol import api, explain
+from fastbyol import api
 from fastbyol.ablations import arms, plan
 from fastbyol.ablations.rules import in_words
+from fastbyol.cli import explain
 from fastbyol.config import Config, OptimConfig
 from fastbyol.data import convert, loader
-from fastbyol.engine import checkpoint, device, precision
+from fastbyol.engine import device, precision
 from fastbyol.engine.step import TrainState, train_step
 from fastbyol.errors import UsageError
 from fastbyol.evaluation import protocol
 from fastbyol.model.norm import make_norm, use_kernels
 from fastbyol.model.objective import Objective
+from fastbyol.runs import checkpoint
 from fastbyol_kernels import dispatch
 from tiny import beton_files, tiny_config
 

@@ -22,15 +22,14 @@ RANKS = (
     ("config", "files", "output"),
     ("config_io",),
     ("data", "views", "model", "optim"),
+    ("runs",),
     ("evaluation",),
     ("engine",),
-    ("figures",),
-    ("differences", "display", "preview", "report"),
+    ("show",),
     ("ablations",),
-    ("api", "explain"),
-    ("demo", "doctor"),
+    ("api",),
+    ("demo",),
     ("__init__",),
-    ("ablate",),
     ("cli",),
 )
 RANK = {name: rank for rank, names in enumerate(RANKS) for name in names}
@@ -167,12 +166,12 @@ def test_tests_mirror_the_code() -> None:
 
 
 def test_help_and_bare_import_leave_torch_alone() -> None:
-    code = "import sys, fastbyol, fastbyol.cli; sys.exit('torch' in sys.modules or 'numba' in sys.modules)"
+    code = "import sys, fastbyol, fastbyol.cli.main; sys.exit('torch' in sys.modules or 'numba' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
 
 def test_only_the_bench_command_imports_the_benchmarks() -> None:
-    body = ast.parse((PACKAGE / "cli.py").read_text("utf-8")).body
+    body = ast.parse((PACKAGE / "cli" / "main.py").read_text("utf-8")).body
     users = [
         getattr(node, "name", "the module itself")
         for node in body

@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fastbyol import config_io, output
-from fastbyol.display import LiveDisplay, PlainDisplay, display
+from fastbyol.show.screen import LiveDisplay, PlainDisplay, display
 
 EVIL = os.fsdecode(b"caf\xe9") + "\x1b[31m\r\n\u202e[bold]:cat:[/x] b\u00e4d \u65e5"
 SHOWN = r"caf\udce9\x1b[31m\r\n\u202e[bold]:cat:[/x] b\xe4d \u65e5"
@@ -29,7 +29,7 @@ LOST = "fastbyol: error: standard output: cannot write: "
 
 def command(*arguments: str, shell: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
     """``fastbyol`` with its streams as ``shell`` says, such as ``>/dev/full``."""
-    program = f'exec "$0" -m fastbyol.cli "$@" {shell}'
+    program = f'exec "$0" -m fastbyol.cli.main "$@" {shell}'
     return subprocess.run(
         ["bash", "-c", program, sys.executable, *arguments],
         check=False, capture_output=True, text=True, errors="surrogateescape", timeout=600, env=os.environ | environment,
@@ -62,14 +62,17 @@ def test_a_reader_that_left_is_no_news() -> None:
     reader, writer = os.pipe()
     os.close(reader)
     done = subprocess.run(
-        [sys.executable, "-m", "fastbyol.cli", "presets", "show", "blog"], check=False, stdout=writer, stderr=subprocess.PIPE
+        [sys.executable, "-m", "fastbyol.cli.main", "presets", "show", "blog"],
+        check=False,
+        stdout=writer,
+        stderr=subprocess.PIPE,
     )
     os.close(writer)
     assert (done.returncode, done.stderr) == (1, b"")
 
 
 def test_a_working_folder_that_is_gone_is_named(tmp_path: Path) -> None:
-    program = 'cd "$1" && rmdir "$1" && exec "$0" -m fastbyol.cli eval some/run'
+    program = 'cd "$1" && rmdir "$1" && exec "$0" -m fastbyol.cli.main eval some/run'
     gone = tmp_path / "gone"
     gone.mkdir()
     done = subprocess.run(["bash", "-c", program, sys.executable, gone], check=False, capture_output=True, text=True)
@@ -149,7 +152,7 @@ def test_our_log_lines_stay_lines() -> None:
         assert logging.lastResort is not None
         shown = [
             logging.lastResort.format(logging.makeLogRecord({"name": name, "msg": "%s", "args": ("a\n\x1b[2Jb",)}))
-            for name in ("fastbyol.engine.lock", "torch")
+            for name in ("fastbyol.runs.lock", "torch")
         ]
     assert shown == [r"a\n\x1b[2Jb", "a\n\\x1b[2Jb"]
 

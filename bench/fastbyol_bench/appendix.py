@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastbyol.engine.durable import write_text
 from fastbyol.errors import UsageError
+from fastbyol.runs.durable import write_text
 
 BEGIN, END = "<!-- appendix: made by fastbyol_bench.appendix -->", "<!-- appendix: end -->"
 TITLE = "## The appendix, reproduced"

@@ -19,7 +19,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fastbyol.engine.durable import write_text
+from fastbyol.runs.durable import write_text
+from fastbyol.show import run_report
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "bench" / "results"
@@ -67,20 +68,19 @@ def measure(folder: Path) -> None:
 
 def collected(folder: Path) -> dict[str, Any]:
     """What the finished runs in ``folder`` came to, by the name of the CPU a row a seed, accuracies in percent."""
-    from fastbyol.engine.environment import cpu_name
+    from fastbyol.runs.environment import cpu_name
 
     return {"cpu": cpu_name(), "data": DATA, "cpus": {name: list(_rows(folder / name)) for name in CPUS}}
 
 
 def _rows(folder: Path) -> Iterator[dict[str, Any]]:
-    from fastbyol import report
-    from fastbyol.engine.run_folder import list_runs
+    from fastbyol.runs.folder import list_runs
 
     told = _supervised(folder)
     for run in list_runs(folder):
         if run.status == "done":
             path = Path(run.path)
-            seed, story = int(path.name.removeprefix("seed")), report.read(path)
+            seed, story = int(path.name.removeprefix("seed")), run_report.read(path)
             found = {"random": story.accuracies.untrained, "byol": story.accuracies.last, "supervised": told.get(seed)}
             yield {"seed": seed, "state": story.epoch_events[-1]["state"], **found}
 

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 import fastbyol
-from fastbyol import figures, report
+from fastbyol.show import figures, run_report
 
 # As the README has it.
 TYPED = "train --data fashion-mnist --norm gn --opt lars --lr 0.2 --mlp-norm none"
@@ -30,30 +30,30 @@ TYPED = "train --data fashion-mnist --norm gn --opt lars --lr 0.2 --mlp-norm non
 def run(folder: Path, *words: str, threads: int | None = None) -> tuple[str, str]:
     """Run ``fastbyol`` in ``folder`` with ``words``; returns what it printed on both streams, the home folder cut from it."""
     environment = os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
-    command = [sys.executable, "-m", "fastbyol.cli", *words]
+    command = [sys.executable, "-m", "fastbyol.cli.main", *words]
     ended = subprocess.run(command, cwd=folder, env=environment, check=True, capture_output=True, text=True)
     return tuple(text.replace(str(Path.home()), "~") for text in (ended.stdout, ended.stderr))  # type: ignore[return-value]
 
 
-def draw_typed(story: report.Story, path: Path) -> None:
+def draw_typed(story: run_report.Story, path: Path) -> None:
     """Draw cosines and accuracy side by side, the live states shaded behind them."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9.0, 3.2), layout="constrained")
-    for axes, draw in zip(figure.subplots(1, 2), (report.draw_cosines, report.draw_accuracy), strict=True):
-        report.shade_states(axes, story)
+    for axes, draw in zip(figure.subplots(1, 2), (run_report.draw_cosines, run_report.draw_accuracy), strict=True):
+        run_report.shade_states(axes, story)
         draw(axes, story)
     finish(figure, path)
 
 
-def draw_demo(story: report.Story, result: dict[str, Any], path: Path) -> None:
+def draw_demo(story: run_report.Story, result: dict[str, Any], path: Path) -> None:
     """Draw cosines and accuracy side by side, with the two encoders that BYOL is measured against."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9.0, 3.0), layout="constrained")
     left, right = figure.subplots(1, 2)
-    report.draw_cosines(left, story)
-    report.draw_accuracy(right, story)
+    run_report.draw_cosines(left, story)
+    run_report.draw_accuracy(right, story)
     right.axhline(result["supervised"], color=figures.GREEN, lw=0.9, ls="--", label="supervised")
     right.legend(loc="lower right", frameon=False, fontsize=8)
     finish(figure, path)
@@ -76,11 +76,11 @@ def main() -> None:
         printed, _ = run(folder, *TYPED.split(), "--device", "cpu", threads=1)
         (out / "typed.txt").write_text(f"$ fastbyol {TYPED}\n{printed}")
         (made,) = (folder / "runs").iterdir()
-        draw_typed(report.read(made), out / "typed.png")
+        draw_typed(run_report.read(made), out / "typed.png")
         answer, printed = run(folder, "demo", "demo", "--json")
         (out / "demo.txt").write_text(f"$ make demo\n{printed}")
         result = json.loads(answer)
-        draw_demo(report.read(folder / result["run"]), result, out / "demo.png")
+        draw_demo(run_report.read(folder / result["run"]), result, out / "demo.png")
         shutil.copy(folder / "demo" / "pictures" / "recovery.png", out / "recovery.png")
     machine = {
         "processor": platform.machine(),

@@ -26,9 +26,9 @@ import triton
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt, ValidationError, model_validator
 
 from fastbyol import load_config
-from fastbyol.engine.durable import write_atomically
 from fastbyol.engine.step import TrainState
 from fastbyol.errors import UsageError
+from fastbyol.runs.durable import write_atomically
 from fastbyol_bench import graph_nodes, inductor_code
 from fastbyol_bench.graph_nodes import Node, Operation
 from fastbyol_bench.results import Frozen, commit

@@ -22,10 +22,10 @@ from pydantic import (
     model_validator,
 )
 
-from fastbyol.engine.durable import write_text
-from fastbyol.engine.environment import environment
 from fastbyol.errors import UsageError
 from fastbyol.files import open_regular
+from fastbyol.runs.durable import write_text
+from fastbyol.runs.environment import environment
 
 
 class Frozen(BaseModel):

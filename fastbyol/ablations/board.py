@@ -14,8 +14,8 @@ from rich.table import Table
 from rich.text import Text
 
 from fastbyol.ablations.plan import Run
-from fastbyol.display import STATE_STYLE, duration
 from fastbyol.output import is_live
+from fastbyol.show.screen import STATE_STYLE, duration
 
 
 class Board:

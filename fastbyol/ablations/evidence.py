@@ -15,11 +15,11 @@ import numpy as np
 
 from fastbyol.ablations.claims import Claim
 from fastbyol.ablations.curves import appendix, published
-from fastbyol.engine.layers_file import Layers, read_layers
-from fastbyol.engine.metrics_file import read_events
-from fastbyol.engine.run_folder import RunFolder
 from fastbyol.errors import UsageError, check_choice
 from fastbyol.optim.lars import rate_ceiling
+from fastbyol.runs.folder import RunFolder
+from fastbyol.runs.layers import Layers, read_layers
+from fastbyol.runs.metrics import read_events
 
 Scale = Literal["published", "full", "short", "long", "mini"]
 MEASURES = ("loss", "pos_cos", "neg_cos", "std_z", "std_y", "grad_norm", "lr", "accuracy", "rank_y", "dead_y")

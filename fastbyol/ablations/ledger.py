@@ -11,9 +11,9 @@ from typing import Any
 
 from fastbyol.ablations.arms import SCALES, ScaleName
 from fastbyol.ablations.plan import Run
-from fastbyol.engine.durable import write_text, writing
-from fastbyol.engine.environment import environment
 from fastbyol.errors import UsageError
+from fastbyol.runs.durable import write_text, writing
+from fastbyol.runs.environment import environment
 
 NAME = "ledger.json"
 

@@ -16,11 +16,11 @@ from fastbyol.config_io import Flag
 from fastbyol.data import beton
 from fastbyol.data.contents import Contents
 from fastbyol.data.embedded import BUILT_IN
-from fastbyol.engine import inputs
-from fastbyol.engine.metrics_file import read_events
-from fastbyol.engine.record import FREE
-from fastbyol.engine.run_folder import RunFolder
 from fastbyol.errors import FastbyolError, UsageError, check_choice
+from fastbyol.runs import inputs
+from fastbyol.runs.consistency import FREE
+from fastbyol.runs.folder import RunFolder
+from fastbyol.runs.metrics import read_events
 
 RUNS = "runs"
 Status = Literal["new", "stopped", "done"]

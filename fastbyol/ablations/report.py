@@ -10,14 +10,14 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from fastbyol import figures
 from fastbyol.ablations import report_figures, report_suite, report_tables
 from fastbyol.ablations.arms import arms
 from fastbyol.ablations.claims import CLAIMS, CONTROLS
 from fastbyol.ablations.curves import appendix
 from fastbyol.ablations.report_figures import Panel
 from fastbyol.ablations.report_suite import Suite
-from fastbyol.engine.durable import write_text, writing
+from fastbyol.runs.durable import write_text, writing
+from fastbyol.show import figures
 
 TITLES = {
     "accuracy_bn_encoder": "Accuracy, BatchNorm encoder",

@@ -17,9 +17,9 @@ from fastbyol.ablations.claims import CLAIMS, Source
 from fastbyol.ablations.curves import appendix, published
 from fastbyol.ablations.evidence import PUBLISHED_STEPS_PER_EPOCH, Evidence, is_matrix
 from fastbyol.ablations.report_suite import Run, Suite
-from fastbyol.engine.layers_file import read_layers
 from fastbyol.evaluation.collapse import COLLAPSED_ABOVE
-from fastbyol.figures import BLUE, GREEN, ORANGE, PURPLE, RED, SKY
+from fastbyol.runs.layers import read_layers
+from fastbyol.show.figures import BLUE, GREEN, ORANGE, PURPLE, RED, SKY
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

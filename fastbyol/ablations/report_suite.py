@@ -15,9 +15,9 @@ from fastbyol.ablations.evidence import Evidence
 from fastbyol.ablations.tally import Account, account, read_each
 from fastbyol.ablations.verdict import Verdict, judge, judge_variants
 from fastbyol.config import Config
-from fastbyol.engine.metrics_file import read_events
-from fastbyol.engine.run_folder import RunFolder
 from fastbyol.errors import UsageError
+from fastbyol.runs.folder import RunFolder
+from fastbyol.runs.metrics import read_events
 
 
 @dataclass(frozen=True, eq=False)

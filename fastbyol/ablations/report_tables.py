@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 
-from fastbyol import differences
 from fastbyol.ablations.accuracy_questions import table_accuracy, untrained_accuracy
 from fastbyol.ablations.claims import CLAIMS, Claim
 from fastbyol.ablations.course import course, rate_peak
@@ -19,6 +18,7 @@ from fastbyol.ablations.report_suite import Run, Suite, seeds_of
 from fastbyol.ablations.verdict import Statement, Verdict
 from fastbyol.config import Config
 from fastbyol.evaluation.intervals import accuracy_interval
+from fastbyol.runs import differences
 
 NOTHING = "-"
 MARKS = {"held": "✓", "not held": "✗", "mixed": "±", "undecided": "?"}

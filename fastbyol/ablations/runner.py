@@ -22,8 +22,8 @@ from fastbyol.ablations.pool import LOG, Pool, default_size
 from fastbyol.data import embedded
 from fastbyol.engine import interrupt
 from fastbyol.engine.device import pick_device
-from fastbyol.engine.lock import Lock
 from fastbyol.errors import UsageError
+from fastbyol.runs.lock import Lock
 
 TICK_S = 0.5
 

@@ -24,12 +24,13 @@ from typing import Any, TextIO
 
 from fastbyol import config_io, output
 from fastbyol.config import Config
-from fastbyol.engine import inputs, trainer
+from fastbyol.engine import trainer
 from fastbyol.engine.allocator import keep_freed_memory
 from fastbyol.engine.observer import EpochEnd, Progress, Start
 from fastbyol.engine.precision import settle
-from fastbyol.engine.run_folder import CONFIG, RunFolder
 from fastbyol.errors import FastbyolError, NoGraphError
+from fastbyol.runs import inputs
+from fastbyol.runs.folder import CONFIG, RunFolder
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 Say = Callable[[str, Mapping[str, Any]], None]

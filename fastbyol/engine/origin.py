@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 
 from fastbyol import config_io
-from fastbyol.engine import checkpoint
 from fastbyol.engine.step import TrainState
 from fastbyol.errors import UsageError
+from fastbyol.runs import checkpoint
 
 
 def source_file(run_or_file: Path) -> tuple[Path, tuple[str, ...]]:

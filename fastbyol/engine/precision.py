@@ -21,12 +21,12 @@ from torch import Tensor
 import fastbyol_kernels
 from fastbyol.config import Config
 from fastbyol.engine.device import pick_device
-from fastbyol.engine.durable import new_digest, write_text
-from fastbyol.engine.environment import cpu_name, package_version
 from fastbyol.engine.step import TrainState, train_step
 from fastbyol.errors import check_choice
 from fastbyol.files import cache_folder
 from fastbyol.model.heads import Head
+from fastbyol.runs.durable import new_digest, write_text
+from fastbyol.runs.environment import cpu_name, package_version
 
 # The narrow copy and its batch: a 64 px view leaves 2x2 pixels at the end of the torchvision stem.
 WIDTH, HIDDEN, OUT, BATCH, SIZE = 16, 64, 32, 16, 64

@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fastbyol.engine.durable import new_digest
-from fastbyol.engine.layers_file import read_layers
 from fastbyol.engine.step import TrainState
 from fastbyol.errors import UsageError
 from fastbyol.optim.given_rates import check_recorded
+from fastbyol.runs.durable import new_digest
+from fastbyol.runs.layers import read_layers
 
 
 def with_replayed_rates(state: TrainState, run: Path, *, total_steps: int) -> tuple[TrainState, str]:

@@ -19,13 +19,10 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import torch
 
-from fastbyol.engine import layers_file, metrics_file
-from fastbyol.engine.durable import Written, writing
-from fastbyol.engine.layers_file import LayersFile, read_layers
-from fastbyol.engine.metrics_file import MetricsFile, read_metrics
 from fastbyol.errors import FastbyolError
-
-__all__ = ["StepValues", "Telemetry", "read_layers", "read_metrics"]
+from fastbyol.runs.durable import Written, writing
+from fastbyol.runs.layers import LAYERS_FILE, LayersFile
+from fastbyol.runs.metrics import METRICS_FILE, MetricsFile
 
 
 class StepValues(Protocol):
@@ -66,7 +63,7 @@ class Telemetry:
         resume_step: int = 0,
         resume_written: Mapping[str, Sequence[Any]] | None = None,
     ) -> None:
-        held = Written(*resume_written[metrics_file.NAME]) if resume_written else None
+        held = Written(*resume_written[METRICS_FILE]) if resume_written else None
         self._metrics = MetricsFile(folder, metric_names, steps_per_epoch=steps_per_epoch, resume_step=resume_step, held=held)
         self._layers = LayersFile(folder, layer_names, layer_metric_names, every=layers_every, resume_step=resume_step)
         with writing(folder / "timing.jsonl"):
@@ -106,7 +103,7 @@ class Telemetry:
     @property
     def written(self) -> dict[str, list[Any]]:
         """What the files hold after ``flush``: name -> bytes and digest, for a checkpoint to remember."""
-        return {metrics_file.NAME: list(self._metrics.written), layers_file.NAME: list(self._layers.written)}
+        return {METRICS_FILE: list(self._metrics.written), LAYERS_FILE: list(self._layers.written)}
 
     @property
     def skipped_in_row(self) -> int:

@@ -15,13 +15,11 @@ import torch
 from fastbyol.config import Config
 from fastbyol.data import beton, decoder, embedded, loader
 from fastbyol.data.beton import BetonInfo
-from fastbyol.engine import capture, checkpoint, environment, guards, inputs, metrics_file, origin, record
+from fastbyol.engine import capture, guards, origin
 from fastbyol.engine.device import fitting_threads, pick_device
-from fastbyol.engine.inputs import Inputs
 from fastbyol.engine.interrupt import Interrupt, Stopped
 from fastbyol.engine.observer import EpochEnd, Observer, Progress, Silent, Start
 from fastbyol.engine.replay import with_replayed_rates
-from fastbyol.engine.run_folder import RunFolder
 from fastbyol.engine.step import LAYER_METRICS, METRICS, TrainState
 from fastbyol.engine.telemetry import Telemetry
 from fastbyol.errors import CollapsedError, FastbyolError, NoGraphError, UsageError
@@ -29,6 +27,10 @@ from fastbyol.evaluation import protocol
 from fastbyol.evaluation.collapse import CollapseMonitor
 from fastbyol.evaluation.progress import Accuracies
 from fastbyol.process import exact_products, left_as_found
+from fastbyol.runs import checkpoint, consistency, environment, inputs
+from fastbyol.runs.folder import RunFolder
+from fastbyol.runs.inputs import Inputs
+from fastbyol.runs.metrics import METRICS_FILE, last_step, read_events
 
 
 @dataclass(frozen=True)
@@ -148,7 +150,7 @@ class Trainer:
         self.inputs = Inputs.of(*infos, self._decoder(*infos))
         if self.pinned is not None:
             inputs.refuse_other_data(run, self.pinned, self.inputs, train, test)
-        elif self.step or metrics_file.last_step(run) >= 0:
+        elif self.step or last_step(run) >= 0:
             self.observer.note(
                 f"{run}: what its data held was not written down when it was begun, so nobody can tell whether they still do; "
                 "from now on it is"
@@ -216,7 +218,7 @@ class Trainer:
 
     def summary(self) -> Summary:
         """Where the run stands."""
-        begun = (self.folder.path / metrics_file.NAME).exists()
+        begun = (self.folder.path / METRICS_FILE).exists()
         return Summary(
             run=str(self.folder.path),
             finished=0 < self.total_steps <= self.step and not self.owes_epoch_end,
@@ -225,7 +227,7 @@ class Trainer:
             state=self.monitor.state,
             accuracy=self.accuracy,
             metrics=self.epoch_means,
-            accuracies=Accuracies.of(metrics_file.read_events(self.folder.path) if begun else ()),
+            accuracies=Accuracies.of(read_events(self.folder.path) if begun else ()),
         )
 
     def _open(self, file: BetonInfo) -> loader.Loader:
@@ -284,7 +286,7 @@ class Trainer:
         if checkpoint.newest(self.folder.checkpoints) is None:
             self._refuse_lost_checkpoints()
             if isinstance(made_with := self.folder.env.get("config"), str):
-                record.refuse_changed(run, self.folder.config, made_with, str(run / "env.json"), places=places)
+                consistency.refuse_changed(run, self.folder.config, made_with, str(run / "env.json"), places=places)
             if config.train.init_from:
                 weights = origin.take_weights(self.state, Path(config.train.init_from))
                 self._refuse_other(f"{config.train.init_from}: the checkpoint to start from", "weights", weights)
@@ -292,11 +294,11 @@ class Trainer:
             self._note_versions(self.folder.env)
             return 0
         loaded = checkpoint.load_latest(
-            self.folder.checkpoints, doubt=lambda found: record.damage(run, found.meta["telemetry"])
+            self.folder.checkpoints, doubt=lambda found: consistency.damage(run, found.meta["telemetry"])
         )
         for warning in loaded.warnings:
             self.observer.note(warning)
-        record.refuse_changed(run, self.folder.config, loaded.meta["config"], str(loaded.path), places=places)
+        consistency.refuse_changed(run, self.folder.config, loaded.meta["config"], str(loaded.path), places=places)
         self._note_versions(loaded.meta.get("made_by", self.folder.env))
         self.state.load_tensors(loaded.tensors)
         self._written = loaded.meta["telemetry"]
@@ -319,7 +321,7 @@ class Trainer:
 
     def _refuse_lost_checkpoints(self) -> None:
         """Every epoch ends with a checkpoint: a run with steps beyond its first epoch had one."""
-        if metrics_file.last_step(self.folder.path) >= self.steps_per_epoch:
+        if last_step(self.folder.path) >= self.steps_per_epoch:
             raise UsageError(
                 f"{self.folder.checkpoints}: no checkpoint, though the run had made some: put them back, or start a new run"
             )
@@ -412,7 +414,7 @@ class Trainer:
 
     def _probe_untrained(self, interrupt: Interrupt) -> None:
         """Record what the weights give before the first step; a run that was killed before its first checkpoint has that."""
-        if self.test is None or any(event["event"] == "untrained" for event in metrics_file.read_events(self.folder.path)):
+        if self.test is None or any(event["event"] == "untrained" for event in read_events(self.folder.path)):
             return
         try:
             with interrupt.abortable():

@@ -5,11 +5,13 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from fastbyol.config import Exclusion, OptimConfig
 from fastbyol.errors import UsageError
-from fastbyol_kernels.lars_ema import Rule
+
+if TYPE_CHECKING:
+    from fastbyol_kernels.lars_ema import Rule
 
 # The filter of the post's code, on names. It is not "biases and norms": it misses the norms' weights of the downsampling paths
 # (`downsample.1.weight`) and of the heads. The blog preset keeps it because its published curves came from it.

@@ -12,10 +12,10 @@ from fastbyol import config_io
 from fastbyol.ablations.claims import CLAIMS
 from fastbyol.ablations.evidence import EARLY, Evidence, group_of
 from fastbyol.engine import trainer
-from fastbyol.engine.layers_file import read_layers
-from fastbyol.engine.metrics_file import read_events, read_metrics
-from fastbyol.engine.run_folder import RunFolder
 from fastbyol.errors import UsageError
+from fastbyol.runs.folder import RunFolder
+from fastbyol.runs.layers import read_layers
+from fastbyol.runs.metrics import read_events, read_metrics
 from tiny import STEPS_PER_EPOCH, beton_files, tiny_config
 
 LARS = (

@@ -13,8 +13,8 @@ from fastbyol.ablations import plan
 from fastbyol.ablations.arms import arm, arms
 from fastbyol.config_io import Flag
 from fastbyol.data import beton, convert
-from fastbyol.engine import inputs
 from fastbyol.errors import UsageError
+from fastbyol.runs import inputs
 
 
 def names(runs: tuple[plan.Run, ...]) -> list[str]:

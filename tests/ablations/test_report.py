@@ -15,14 +15,15 @@ import pytest
 from scipy.stats import binomtest
 from typer.testing import CliRunner
 
-from fastbyol import ablate, api, config_io
+from fastbyol import api, config_io
 from fastbyol.ablations import ledger, report, report_figures, report_suite, report_tables, tally
 from fastbyol.ablations.claims import CLAIMS
 from fastbyol.ablations.curves import published
 from fastbyol.ablations.evidence import Evidence
 from fastbyol.ablations.verdict import judge
-from fastbyol.engine.layers_file import read_layers
+from fastbyol.cli import ablate
 from fastbyol.errors import UsageError
+from fastbyol.runs.layers import read_layers
 from made_up import COLLAPSED, HEALTHY, RECOVERED_LATE, made_up
 
 SMALL = ["model.width=4", "model.norm=gn", "model.projector.norm=none", "model.predictor.norm=none"]

@@ -19,7 +19,8 @@ from rich.console import Console
 import no_graph
 from fastbyol.ablations import ledger, plan, pool, runner, tally
 from fastbyol.ablations.arms import arm
-from fastbyol.engine import checkpoint, metrics_file
+from fastbyol.runs import checkpoint
+from fastbyol.runs.metrics import last_step
 from small import SETS, contents
 
 ARMS = ("gn-sgd-mlp-none", "gn-lars-0.1")
@@ -29,7 +30,7 @@ PATIENCE_S = 600.0
 
 def start(out: Path, *more: str) -> subprocess.Popen[str]:
     sets = [f"--set={text}" for text in LONG]
-    command = [sys.executable, "-m", "fastbyol.cli", "ablate", "run", *ARMS, "--seeds=2", "--jobs=2", f"--out={out}"]
+    command = [sys.executable, "-m", "fastbyol.cli.main", "ablate", "run", *ARMS, "--seeds=2", "--jobs=2", f"--out={out}"]
     return subprocess.Popen([*command, *sets, *more], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
@@ -128,7 +129,7 @@ def test_a_hangup_with_nobody_left_to_listen_saves_too(tmp_path: Path) -> None:
     assert (kept["calls"][0]["interrupted"], {row["status"] for row in kept["runs"].values()}) == (True, {"stopped"})
     assert "Traceback" not in (tmp_path / "workers.log").read_text()
     runs = [path.parent for path in tmp_path.glob("runs/*/*/metrics.jsonl")]
-    assert [checkpoint.newest_step(run / "checkpoints") for run in runs] == [metrics_file.last_step(run) + 1 for run in runs]
+    assert [checkpoint.newest_step(run / "checkpoints") for run in runs] == [last_step(run) + 1 for run in runs]
 
 
 def test_what_is_done_is_skipped_and_what_is_missing_added(whole: Path) -> None:

@@ -15,7 +15,7 @@ import processes
 import pytest
 import torch
 
-from fastbyol import cli
+from fastbyol.cli import main
 from fastbyol_bench import command, results, table, train, views, waterfall
 from sample_results import result, timed
 
@@ -27,7 +27,7 @@ def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp
     def typed(*arguments: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["fastbyol", "bench", *map(str, arguments)])
         with pytest.raises(SystemExit) as ended:
-            cli.main()
+            main.main()
         printed = capsys.readouterr()
         return int(ended.value.code or 0), printed.out, printed.err
 
@@ -86,7 +86,7 @@ def test_a_killed_run_keeps_every_finished_row(tmp_path: Path) -> None:
     arguments = ["bench", "optimizer", "kernels", "--quick", "--device", "cpu", "--out", str(path)]
     seen: tuple[results.Row, ...] = ()
     with subprocess.Popen(
-        [sys.executable, "-m", "fastbyol.cli", *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        [sys.executable, "-m", "fastbyol.cli.main", *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     ) as process:
         deadline = time.monotonic() + 300.0
         while len(seen) < 5 and process.poll() is None and time.monotonic() < deadline:
@@ -110,7 +110,7 @@ def test_a_killed_run_keeps_every_finished_row(tmp_path: Path) -> None:
 def test_ended_while_peers_start_it_leaves_none(number: signal.Signals, tmp_path: Path) -> None:
     """Ctrl-C goes to all that a terminal started, peers in the middle of torch's import among them; SIGKILL to one."""
     arguments = ["bench", "step", "--quick", "--device", "cpu", "--out", str(tmp_path / "it.json")]
-    command_line = [sys.executable, "-m", "fastbyol.cli", *arguments]
+    command_line = [sys.executable, "-m", "fastbyol.cli.main", *arguments]
     with subprocess.Popen(command_line, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True) as process:
         deadline = time.monotonic() + 300.0
         while not any("spawn_main" in peer for peer in processes.of_group(process.pid)):

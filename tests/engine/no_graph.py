@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 
-from fastbyol import cli
 from fastbyol.ablations import worker
+from fastbyol.cli import main as command_line
 from fastbyol.config import EngineConfig
 from fastbyol.engine import capture
 from fastbyol.engine.step import forward
@@ -53,7 +53,7 @@ def main() -> None:
         del sys.argv[1]
         worker.main()
     else:
-        cli.main()
+        command_line.main()
 
 
 if __name__ == "__main__":

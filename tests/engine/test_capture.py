@@ -27,13 +27,14 @@ from triton.runtime.errors import OutOfResources, PTXASError
 from fastbyol import api, load_config, views
 from fastbyol.config import Config, EngineConfig
 from fastbyol.data.loader import Batch
-from fastbyol.engine import capture, checkpoint
+from fastbyol.engine import capture
 from fastbyol.engine.observer import Silent
 from fastbyol.engine.step import StepMetrics, TrainState, train_step
 from fastbyol.engine.step import forward as plain_forward
 from fastbyol.errors import FastbyolError, NoGraphError, UsageError
 from fastbyol.model import resnet
 from fastbyol.model.objective import Objective
+from fastbyol.runs import checkpoint
 from test_step import METHODS, assert_equal_states, collapse, some_views, tiny
 from tiny import TINY, beton_files, tiny_config
 

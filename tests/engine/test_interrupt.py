@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from fastbyol import cli
+from fastbyol.cli import main
 from fastbyol.engine import interrupt as module
 from fastbyol.engine.interrupt import SIGNALS, Ended, Interrupt, Stopped, behind
 
@@ -166,8 +166,8 @@ def test_the_command_line_ends_for_it_as_for_ctrl_c(
         except KeyboardInterrupt as reason:
             raise ImportError("initialization failed") from reason
 
-    monkeypatch.setattr(cli, "app", interrupted)
+    monkeypatch.setattr(main, "app", interrupted)
     with pytest.raises(SystemExit) as ended:
-        cli.main()
+        main.main()
     assert ended.value.code == 130
     assert capsys.readouterr().err == "fastbyol: error: interrupted\n"

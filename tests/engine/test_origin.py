@@ -9,10 +9,11 @@ import torch
 from typer.testing import CliRunner
 
 from fastbyol import api
-from fastbyol.cli import app
-from fastbyol.engine import checkpoint, origin
+from fastbyol.cli.main import app
+from fastbyol.engine import origin
 from fastbyol.engine.step import TrainState
 from fastbyol.errors import UsageError
+from fastbyol.runs import checkpoint
 from tiny import beton_files, tiny_config
 
 

@@ -14,9 +14,9 @@ from fastbyol import api, load_config
 from fastbyol.config import Config
 from fastbyol.engine import precision
 from fastbyol.engine.observer import Silent
-from fastbyol.engine.run_folder import RunFolder
 from fastbyol.engine.step import TrainState
 from fastbyol.errors import UsageError
+from fastbyol.runs.folder import RunFolder
 from tiny import beton_files, tiny_config
 
 CPU = torch.device("cpu")

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from fastbyol import api
-from fastbyol.engine.layers_file import read_layers
 from fastbyol.errors import UsageError
+from fastbyol.runs.layers import read_layers
 from tiny import beton_files, tiny_config
 
 LARS = ("optim.name=lars", "optim.lr=0.3", "probe.every_epochs=0")

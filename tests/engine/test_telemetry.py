@@ -1,4 +1,4 @@
-"""telemetry.py, metrics_file.py, layers_file.py: exact values, and the same bytes whether a run was killed or not."""
+"""telemetry.py, metrics_file.py, layers.py: exact values, and the same bytes whether a run was killed or not."""
 
 from __future__ import annotations
 
@@ -19,9 +19,11 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fastbyol.engine import layers_file, metrics_file
-from fastbyol.engine.telemetry import Telemetry, read_layers, read_metrics
+from fastbyol.engine.telemetry import Telemetry
 from fastbyol.errors import FastbyolError, UsageError
+from fastbyol.runs import layers as layers_file
+from fastbyol.runs.layers import read_layers
+from fastbyol.runs.metrics import read_events, read_metrics
 
 METRICS = ("loss", "neg_cos")
 LAYERS = ("encoder.conv1.weight", "encoder.bn1.weight", "encoder.bn1.bias")
@@ -213,7 +215,7 @@ def test_an_event_at_the_checkpoint_is_kept_and_later_ones_are_cut(tmp_path: Pat
     assert [row["step"] for row in rows] == [0, 1, 2, 3, 4]
     assert [event["step"] for event in events] == [0, 5]
     assert events[0] == {"event": "start", "step": 0, "names": ["a"], "ratio": 0.1, "missing": None}
-    assert events == metrics_file.read_events(tmp_path)
+    assert events == read_events(tmp_path)
 
 
 def test_resuming_from_nothing_starts_clean(tmp_path: Path) -> None:

@@ -18,10 +18,11 @@ from safetensors.numpy import load_file
 import no_graph
 from fastbyol import api
 from fastbyol.config import Config
-from fastbyol.engine import checkpoint, metrics_file
 from fastbyol.engine.observer import EpochEnd, Progress, Silent, Start
-from fastbyol.engine.run_folder import RunFolder
 from fastbyol.errors import CollapsedError, FastbyolError, NoGraphError, UsageError
+from fastbyol.runs import checkpoint
+from fastbyol.runs.folder import RunFolder
+from fastbyol.runs.metrics import read_events
 from tiny import STEPS_PER_EPOCH, beton_files, tiny_config
 
 # Children come from a server that has the slow imports behind it and no threads yet.
@@ -78,7 +79,7 @@ def test_an_epoch_that_was_announced_is_saved(files: tuple[Path, Path], tmp_path
 
 def test_untrained_weights_are_probed_before_the_first_step(whole: Path, files: tuple[Path, Path]) -> None:
     """As ``eval --weights random`` does it, and once, whatever is resumed."""
-    (event,) = [row for row in metrics_file.read_events(whole) if row["event"] == "untrained"]
+    (event,) = [row for row in read_events(whole) if row["event"] == "untrained"]
     assert (whole / "metrics.jsonl").read_text().startswith('{"event": "untrained", "step": 0, ')
     expected = api.evaluate(whole, "blog", weights="random")
     assert event["accuracy"] == pytest.approx(expected["accuracy"])
@@ -238,7 +239,7 @@ def test_changes_of_state_are_events_with_their_signals_and_a_resumed_run_tells_
 ) -> None:
     config = tiny_config(files, "train.epochs=6", "probe.every_epochs=2", "run.drain_every_steps=1", *COLLAPSING)
     child(api.train, config, tmp_path / "whole")
-    events = metrics_file.read_events(tmp_path / "whole")
+    events = read_events(tmp_path / "whole")
     states = [event for event in events if event["event"] == "state"]
     epochs = [event for event in events if event["event"] == "epoch"]
     assert [event["after"] for event in states][:2] == ["collapsing", "collapsed"]

@@ -22,7 +22,7 @@ from mutations import Base, mutated, mutated_manifest, said
 from numpy.typing import NDArray
 from own_time import OwnTime
 
-from fastbyol import cli
+from fastbyol.cli import main
 from fastbyol.data import decoder as decoding
 from fastbyol.data import loader as loading
 from fastbyol.data.verify import verify
@@ -140,7 +140,7 @@ def command(*arguments: str) -> tuple[object, list[str]] | str:
     sys.argv = ["fastbyol", *arguments]
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            cli.main()
+            main.main()
     except SystemExit as ended:
         return ended.code, err.getvalue().splitlines()
     except Exception as error:

@@ -17,15 +17,18 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-from fastbyol import api, cli, config_io, figures
+from fastbyol import api, config_io
+from fastbyol.cli import main
 from fastbyol.config import Config
-from fastbyol.engine import checkpoint, trainer
+from fastbyol.engine import trainer
 from fastbyol.evaluation import protocol
+from fastbyol.runs import checkpoint
+from fastbyol.show import figures
 from tiny import beton_files, tiny_config
 
 FULL = os.environ.get("FASTBYOL_FAULTS") == "full"
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["fastbyol.api", "fastbyol.cli", "fastbyol.report", "ffcv.loader", "rich.live"])
+PROCESSES.set_forkserver_preload(["fastbyol.api", "fastbyol.cli.main", "fastbyol.show.run_report", "ffcv.loader", "rich.live"])
 PHASES = ("start", "step", "probe", "checkpoint", "end")
 # One child's life, a few seconds, on a machine that does other things too.
 PATIENCE_S = 600.0
@@ -81,7 +84,7 @@ def _mark_phases(path: Path) -> None:
         (trainer.Trainer, "_loop", "step"),
         (protocol, "evaluate", "probe"),
         (checkpoint, "save", "checkpoint"),
-        (cli, "_finish", "end"),
+        (main, "_finish", "end"),
     ):
         setattr(owner, name, _marking(byte, phase, getattr(owner, name)))
 
@@ -111,7 +114,7 @@ def _command(arguments: tuple[str, ...], output: Path, marks: Path) -> None:
     _mark_phases(marks)
     figures.available = lambda: False  # two seconds of drawing that these tests are not about
     sys.argv = ["fastbyol", *arguments]
-    cli.main()
+    main.main()
 
 
 def command(run: Path, config: Config, output: Path, marks: Marks) -> BaseProcess:

@@ -45,7 +45,7 @@ def _nothing_in_shared_memory() -> Iterator[None]:
 
 def start(out: Path, seed: int, count: int = COUNT, **options: object) -> subprocess.Popen[bytes]:
     what = f"convert textures {out} --count {count} --size {SIDE} --seed {seed} --workers 2 --overwrite".split()
-    return subprocess.Popen([sys.executable, "-m", "fastbyol.cli", *what], **options)  # type: ignore[call-overload]
+    return subprocess.Popen([sys.executable, "-m", "fastbyol.cli.main", *what], **options)  # type: ignore[call-overload]
 
 
 def writers(parent: int | None = None) -> list[int]:

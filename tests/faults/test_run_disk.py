@@ -15,9 +15,9 @@ import run_rig as rig
 
 from fastbyol import api
 from fastbyol.config import Config
-from fastbyol.engine import checkpoint
 from fastbyol.engine.observer import Progress, Silent
 from fastbyol.errors import FastbyolError
+from fastbyol.runs import checkpoint
 
 TIMES = rig.many(4, 60)
 DISK_BYTES = 24_000_000

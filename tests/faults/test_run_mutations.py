@@ -21,10 +21,11 @@ import pytest
 import run_rig as rig
 from own_time import OwnTime
 
-from fastbyol import api, report
+from fastbyol import api
 from fastbyol.engine.observer import Silent
-from fastbyol.engine.run_folder import list_runs
 from fastbyol.errors import FastbyolError
+from fastbyol.runs.folder import list_runs
+from fastbyol.show import run_report
 
 PER_FILE = rig.many(25, 400)
 # What a command may take on a machine that does other things too. All are done in a fraction of a second.
@@ -95,7 +96,7 @@ def weights(run: Path) -> bytes:
 
 
 def drawn(run: Path) -> Any:
-    story = report.read(run)
+    story = run_report.read(run)
     numbers = {name: values.tobytes() for name, values in story.metrics.items()}
     return story.name, story.epochs.tobytes(), numbers, repr(story.epoch_events), story.rates.tobytes(), story.rate_ceiling
 

@@ -117,7 +117,7 @@ def _limits(options: argparse.Namespace) -> tuple[Job, ...]:
     tests = ("tests/kernels/views/test_draw.py",) if options.dry else GPU_TESTS
     how = ("--device", "cpu", "--quick") if options.dry else ("--device", "cuda")
     suites = ("kernels", "optimizer", "views", "step")
-    bench = (sys.executable, "-m", "fastbyol.cli", "bench", *suites, *how, "--out", "{out}/bench.json")
+    bench = (sys.executable, "-m", "fastbyol.cli.main", "bench", *suites, *how, "--out", "{out}/bench.json")
     sanitizer = ("compute-sanitizer", "--error-exitcode", "9", "--tool")
     own_memory = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     ncu = (

@@ -17,9 +17,10 @@ from typing import Any
 
 from fastbyol import load_config, train
 from fastbyol.data import embedded
-from fastbyol.engine import checkpoint, metrics_file
 from fastbyol.engine.observer import EpochEnd, Silent
 from fastbyol.errors import FastbyolError
+from fastbyol.runs import checkpoint
+from fastbyol.runs.metrics import read_events
 from fastbyol_bench.gpu.engine import METHODS
 from fastbyol_bench.gpu.rows import Rows
 from fastbyol_bench.gpu.rows import parser as job_parser
@@ -88,7 +89,7 @@ def five_epochs(rows: Rows, method: str, folder: Path, *, dry: bool) -> None:
 def claims(rows: Rows, arguments: argparse.Namespace) -> None:
     """Run the claims by ``fastbyol ablate run`` for as long as there is time, writing a row for each epoch that was probed."""
     folder: Path = arguments.folder
-    command = [sys.executable, "-m", "fastbyol.cli", "ablate", "run", *arguments.claims, "--out", str(folder)]
+    command = [sys.executable, "-m", "fastbyol.cli.main", "ablate", "run", *arguments.claims, "--out", str(folder)]
     sets = [f"train.precision={arguments.precision}", *arguments.set]
     if arguments.dry:
         command += ["--scale", "mini", "--seeds", "1", "--device", "cpu"]
@@ -124,7 +125,7 @@ def _new_epochs(rows: Rows, folder: Path, seen: dict[Path, int]) -> None:
     """Write a row for every epoch with an accuracy that ``seen``, events by file, does not count yet."""
     for path in sorted(folder.glob("runs/*/seed*")):
         try:
-            events = [event for event in metrics_file.read_events(path) if event["event"] == "epoch"]
+            events = [event for event in read_events(path) if event["event"] == "epoch"]
         except FastbyolError:  # not begun yet
             continue
         for event in events[seen.get(path, 0) :]:

@@ -185,7 +185,7 @@ def test_the_jobs_can_be_asked(name: str, dry: bool) -> None:
         module = words[2]
         if module.startswith("fastbyol_bench.gpu."):
             importlib.import_module(module).parser().parse_intermixed_args(words[3:])
-        elif module == "fastbyol.cli":
+        elif module == "fastbyol.cli.main":
             assert command.chosen(words[4:8]) == tuple(name for name in command.SUITES if name in words[4:8])
         assert all((calls.ROOT / word).exists() for word in words if word.startswith("tests/"))
         assert job.most_s <= 60 * calls.MINUTES

@@ -9,13 +9,14 @@ import pytest
 import torch
 from PIL import Image
 
-from fastbyol import preview, views
+from fastbyol import views
 from fastbyol.config_io import load
 from fastbyol.data import convert, textures
 from fastbyol.errors import FastbyolError, UsageError
+from fastbyol.show import contact_sheet
 
 CONFIG = load(preset="demo", file=None, sets=["views.size=24", "train.seed=9"]).config
-CELL = preview.SHOWN + preview.GAP
+CELL = contact_sheet.SHOWN + contact_sheet.GAP
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +30,7 @@ def cells(path: Path) -> np.ndarray:
     """(rows, triples, cells of a triple, side, side, 3) of the sheet."""
     with Image.open(path) as file:
         sheet = np.asarray(file)
-    gap = preview.GAP
+    gap = contact_sheet.GAP
     rows, columns = sheet.shape[0] // (CELL + gap), sheet.shape[1] // (3 * CELL + 2 * gap)
     triples = sheet.reshape(rows, CELL + gap, columns, 3 * CELL + 2 * gap, 3)[:, gap // 2 : -(gap // 2), :, gap:-gap]
     found = triples.reshape(rows, CELL, columns, 3, CELL, 3).transpose(0, 2, 3, 1, 4, 5)
@@ -37,7 +38,7 @@ def cells(path: Path) -> np.ndarray:
 
 
 def test_images_and_their_views(beton: Path, tmp_path: Path) -> None:
-    ids = preview.write(beton, tmp_path / "sheet.png", CONFIG, count=4)
+    ids = contact_sheet.write(beton, tmp_path / "sheet.png", CONFIG, count=4)
     assert ids == [0, 16, 33, 49]
     found = cells(tmp_path / "sheet.png")
     assert found.shape == (2, 3, 3, 96, 96, 3)
@@ -49,19 +50,19 @@ def test_images_and_their_views(beton: Path, tmp_path: Path) -> None:
         wanted = (both[view].numpy() * std + mean).transpose(0, 2, 3, 1) * 255
         shown = found.reshape(6, 3, 96, 96, 3)[:4, 1 + view, ::4, ::4]
         assert np.abs(shown - wanted).max() <= 0.5 + 1e-3  # rounded to a byte, from float32
-    assert (found[1, 1:] == preview.BACKGROUND).all()
+    assert (found[1, 1:] == contact_sheet.BACKGROUND).all()
 
 
 def test_more_samples_than_there_are(beton: Path, tmp_path: Path) -> None:
-    assert preview.write(beton, tmp_path / "sheet.png", CONFIG, count=200) == list(range(50))
+    assert contact_sheet.write(beton, tmp_path / "sheet.png", CONFIG, count=200) == list(range(50))
 
 
 @pytest.mark.parametrize("count", [0, 1001])
 def test_wrong_counts(beton: Path, tmp_path: Path, count: int) -> None:
     with pytest.raises(UsageError, match="--count"):
-        preview.write(beton, tmp_path / "sheet.png", CONFIG, count=count)
+        contact_sheet.write(beton, tmp_path / "sheet.png", CONFIG, count=count)
 
 
 def test_a_place_that_cannot_be_written(beton: Path, tmp_path: Path) -> None:
     with pytest.raises(FastbyolError, match="--out"):
-        preview.write(beton, tmp_path / "no" / "sheet.png", CONFIG)
+        contact_sheet.write(beton, tmp_path / "no" / "sheet.png", CONFIG)

@@ -13,11 +13,11 @@ import pytest
 from fastbyol import api, config_io
 from fastbyol.config import Config
 from fastbyol.data import convert, decode_ffcv, decode_torchvision
-from fastbyol.engine import checkpoint, environment, inputs
-from fastbyol.engine.metrics_file import read_events
 from fastbyol.engine.observer import Silent
-from fastbyol.engine.run_folder import RunFolder
 from fastbyol.errors import UsageError
+from fastbyol.runs import checkpoint, environment, inputs
+from fastbyol.runs.folder import RunFolder
+from fastbyol.runs.metrics import read_events
 from tiny import beton_files, tiny_config
 
 SHORT = ("train.epochs=2", "probe.every_epochs=0")

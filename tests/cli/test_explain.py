@@ -12,9 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastbyol import api, config_io, explain
-from fastbyol.engine.layers_file import read_layers
+from fastbyol import api, config_io
+from fastbyol.cli import explain
 from fastbyol.errors import UsageError
+from fastbyol.runs.layers import read_layers
 
 TIGHT = 1e-12  # float64 throughout; sums of two squares
 

@@ -1,4 +1,4 @@
-"""record.py: a run goes on as what it was, or says which key or file is not what it was."""
+"""consistency.py: a run goes on as what it was, or says which key or file is not what it was."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ import pytest
 from torch import Tensor
 
 from fastbyol import api
-from fastbyol.engine import capture, checkpoint, record, trainer
-from fastbyol.engine.metrics_file import read_metrics
+from fastbyol.engine import capture, trainer
 from fastbyol.engine.observer import Silent
 from fastbyol.engine.step import Forward, StepMetrics, TrainState
 from fastbyol.errors import FastbyolError, UsageError
+from fastbyol.runs import checkpoint, consistency
+from fastbyol.runs.metrics import read_metrics
 from tiny import beton_files, tiny_config
 
 
@@ -109,7 +110,8 @@ def test_a_few_bad_steps_are_left_out_counted_and_said(
     losses = [row["loss"] for row in rows[:6] if row["grad_norm"] is not None]
     assert first["loss"] == pytest.approx(sum(losses) / 4, rel=1e-6)
     assert first["skipped"] == pytest.approx(2 / 6)
-    assert record.damage(tmp_path / "run", checkpoint.load_latest(tmp_path / "run" / "checkpoints").meta["telemetry"]) is None
+    meta = checkpoint.load_latest(tmp_path / "run" / "checkpoints").meta
+    assert consistency.damage(tmp_path / "run", meta["telemetry"]) is None
 
 
 def test_too_many_in_a_row_end_the_run_and_name_the_last_good_checkpoint(
@@ -133,7 +135,7 @@ def test_weights_that_are_no_numbers_are_never_saved(
                 worker.state.arena.online[5] = float("inf")
 
     config = tiny_config(files, "probe.every_epochs=0", "run.drain_every_steps=1", "run.checkpoint_every_steps=3")
-    from fastbyol.engine.run_folder import RunFolder
+    from fastbyol.runs.folder import RunFolder
 
     with RunFolder.create(tmp_path / "run", config) as folder:
         worker = trainer.Trainer(folder, config, Vandal())

@@ -13,10 +13,10 @@ from typing import Any
 
 from fastbyol import config_io
 from fastbyol.config import Config, resolve
-from fastbyol.engine import layers_file, metrics_file
-from fastbyol.engine.durable import Written
 from fastbyol.errors import UsageError
 from fastbyol.files import open_regular
+from fastbyol.runs import layers, metrics
+from fastbyol.runs.durable import Written
 
 # What may change between two stretches of a run: no number of it depends on these.
 FREE = frozenset(
@@ -52,7 +52,7 @@ def refuse_changed(run: Path, config: Config, recorded: str, where: str, *, plac
 
 def damage(folder: Path, written: Mapping[str, Sequence[Any]]) -> str | None:
     """What of ``Telemetry.written`` is no longer in the run's files as it was; None where all is."""
-    for name, is_whole in ((metrics_file.NAME, metrics_file.is_whole), (layers_file.NAME, layers_file.is_whole)):
+    for name, is_whole in ((metrics.METRICS_FILE, metrics.is_whole), (layers.LAYERS_FILE, layers.is_whole)):
         try:
             whole = is_whole(folder, Written(*written[name]))
         except OSError as error:

@@ -9,11 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastbyol import config_io, differences
-from fastbyol.engine.run_folder import RunFolder
+from fastbyol import config_io
 from fastbyol.errors import UsageError
+from fastbyol.runs import differences
+from fastbyol.runs.folder import RunFolder
 
-CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
 
 def test_presets_differ_where_their_files_do() -> None:

@@ -17,9 +17,9 @@ from fastbyol.config import Config, DataConfig
 from fastbyol.data import beton, embedded
 from fastbyol.data.beton import BetonInfo
 from fastbyol.data.contents import Contents
-from fastbyol.engine import record
-from fastbyol.engine.environment import env_of
 from fastbyol.errors import UsageError
+from fastbyol.runs import consistency
+from fastbyol.runs.environment import env_of
 from fastbyol.text import printable
 
 META = "inputs"
@@ -146,8 +146,9 @@ def of_run(run_or_file: Path) -> Inputs | None:
     The newest checkpoint's word counts, then env.json's.
     """
     if not run_or_file.is_dir():
-        return Inputs.read(record.meta_of(run_or_file).get(META))
-    return Inputs.read(record.last_meta(run_or_file / "checkpoints").get(META)) or Inputs.read(env_of(run_or_file).get(META))
+        return Inputs.read(consistency.meta_of(run_or_file).get(META))
+    saved = consistency.last_meta(run_or_file / "checkpoints").get(META)
+    return Inputs.read(saved) or Inputs.read(env_of(run_or_file).get(META))
 
 
 def own_data(

@@ -13,12 +13,13 @@ from typing import Any
 
 from fastbyol import config_io
 from fastbyol.config import Config
-from fastbyol.engine import metrics_file, record
-from fastbyol.engine.durable import write_text, writing
-from fastbyol.engine.environment import ENV, env_of, environment
-from fastbyol.engine.inputs import META, Inputs, of_run
-from fastbyol.engine.lock import LOCK, Lock, is_held
 from fastbyol.errors import FastbyolError, UsageError
+from fastbyol.runs import consistency
+from fastbyol.runs.durable import write_text, writing
+from fastbyol.runs.environment import ENV, env_of, environment
+from fastbyol.runs.inputs import META, Inputs, of_run
+from fastbyol.runs.lock import LOCK, Lock, is_held
+from fastbyol.runs.metrics import METRICS_FILE, read_events
 
 CONFIG, CHECKPOINTS = "config.toml", "checkpoints"
 ENGINE = "engine"
@@ -131,7 +132,7 @@ class RunFolder:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if self.is_new and isinstance(error, UsageError) and not (self.path / metrics_file.NAME).exists():
+        if self.is_new and isinstance(error, UsageError) and not (self.path / METRICS_FILE).exists():
             self._remove()
         self.close()
 
@@ -200,7 +201,7 @@ def list_runs(root: Path) -> list[RunRow]:
 def _row(path: Path) -> RunRow:
     with RunFolder.open(path, lock=False) as folder:
         epochs = folder.config.train.epochs
-        for doubt in record.doubts(path, folder.config, folder.env.get("config")):
+        for doubt in consistency.doubts(path, folder.config, folder.env.get("config")):
             _log.warning("%s", doubt)
     events = [event for event in _events(path) if event["event"] == "epoch"]
     last = events[-1] if events else {}
@@ -219,7 +220,7 @@ def _row(path: Path) -> RunRow:
 
 
 def _events(path: Path) -> list[dict[str, Any]]:
-    return metrics_file.read_events(path) if (path / metrics_file.NAME).exists() else []
+    return read_events(path) if (path / METRICS_FILE).exists() else []
 
 
 def _refuse_used(path: Path) -> None:

@@ -9,7 +9,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from fastbyol import figures
+from fastbyol.show import figures
 
 
 class Texts(HTMLParser):

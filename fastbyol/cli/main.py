@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.table import Column, Table
 
-from fastbyol import ablate
+from fastbyol.cli import ablate
 from fastbyol.engine import interrupt
 from fastbyol.engine.allocator import keep_freed_memory
 from fastbyol.errors import FastbyolError, NoGraphError, UsageError
@@ -294,7 +294,7 @@ def _factors(values: list[str] | None) -> list[tuple[str, float]] | None:
 
 def _run(console: Console, as_json: bool, work: Callable[[Any], Summary]) -> Summary:
     """What ``work`` returns; where its process can do no more, a fresh one goes on with the run and prints the rest."""
-    from fastbyol.display import display
+    from fastbyol.show.screen import display
 
     try:
         with display(console) as shown:
@@ -320,10 +320,10 @@ def _start_again(*arguments: str) -> NoReturn:
 def _finish(summary: Summary, console: Console, as_json: bool) -> None:
     from dataclasses import asdict
 
-    from fastbyol import figures, report
+    from fastbyol.show import figures, run_report
 
     if figures.available() and summary.finished:  # a run that was stopped is to end now
-        report.write(Path(summary.run))
+        run_report.write(Path(summary.run))
     if as_json:
         print_json(asdict(summary))
         return
@@ -398,7 +398,7 @@ def report(
     as_json: Json = False,
 ) -> None:
     """Draw a run: loss, cosines, accuracy, rates per layer, in RUN/report.html."""
-    from fastbyol import report as reports
+    from fastbyol.show import run_report as reports
 
     paths = reports.write(run, png=png)
     if as_json:
@@ -433,7 +433,7 @@ def explain(
         raise UsageError(
             f"explain: {what}: `fastbyol explain lars --compare blog,deepmind` or `fastbyol explain --diff blog paper`"
         )
-    from fastbyol import explain as explains
+    from fastbyol.cli import explain as explains
 
     rules = explains.dialects(compare)
     found = explains.of_run(run, rules, step) if run else explains.lars(rules, lr=lr, weight_decay=wd, eta=eta)
@@ -444,7 +444,7 @@ def explain(
 
 
 def _explain_diff(a: str, b: str, *, as_json: bool) -> None:
-    from fastbyol import differences
+    from fastbyol.runs import differences
 
     rows = differences.between(differences.named(a), differences.named(b))
     if as_json:
@@ -469,7 +469,7 @@ def runs(
     """List runs with their state and accuracy."""
     from dataclasses import asdict
 
-    from fastbyol.engine.run_folder import list_runs
+    from fastbyol.runs.folder import list_runs
 
     rows = list_runs(root)
     if as_json:
@@ -538,10 +538,10 @@ def data_preview(
     as_json: Json = False,
 ) -> None:
     """Draw images of a beton file, each with its two views of epoch 0."""
-    from fastbyol import preview
+    from fastbyol.show import contact_sheet
 
     flags = {"data.image_field": ("--image-field", image_field), "data.label_field": ("--label-field", label_field)}
-    ids = preview.write(file, out, _load(preset, config, sets or (), flags).config, count=count)
+    ids = contact_sheet.write(file, out, _load(preset, config, sets or (), flags).config, count=count)
     if as_json:
         print_json({"written": str(out), "samples": ids})
     else:
@@ -593,7 +593,7 @@ def presets_copy(name: str, out: Annotated[Path, typer.Argument(help="TOML file 
 @app.command()
 def doctor(as_json: Json = False) -> None:
     """Say what is missing and the exact command that brings it."""
-    from fastbyol import doctor as doctors
+    from fastbyol.cli import doctor as doctors
 
     checks = doctors.examine()
     if as_json:

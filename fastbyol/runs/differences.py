@@ -9,8 +9,8 @@ from typing import NamedTuple
 from fastbyol import config_io
 from fastbyol.config import Config
 from fastbyol.config_io import Loaded
-from fastbyol.engine.run_folder import RunFolder
 from fastbyol.errors import UsageError
+from fastbyol.runs.folder import RunFolder
 
 
 class Difference(NamedTuple):

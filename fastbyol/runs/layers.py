@@ -22,13 +22,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fastbyol.engine.durable import Written, append, new_digest, pieces, write_atomically, writing
 from fastbyol.errors import UsageError, one_line
 from fastbyol.files import open_regular
+from fastbyol.runs.durable import Written, append, new_digest, pieces, write_atomically, writing
 
 _log = logging.getLogger(__name__)
-NAME = "layers.npz"
-ROWS_NAME = "layers.rows"
+LAYERS_FILE = "layers.npz"
+ROWS_FILE = "layers.rows"
 # What Python's zip reader and numpy's header parser are seen to raise over damaged bytes.
 _DAMAGE = (
     *(ValueError, KeyError, EOFError, RuntimeError, SyntaxError, OverflowError, MemoryError),
@@ -50,7 +50,7 @@ class LayersFile:
     """The rows open for appending, cut back to steps below ``resume_step``; ``every`` is their spacing in steps."""
 
     def __init__(self, folder: Path, names: Sequence[str], metrics: Sequence[str], *, every: int, resume_step: int) -> None:
-        self._archive, self._rows = folder / NAME, folder / ROWS_NAME
+        self._archive, self._rows = folder / LAYERS_FILE, folder / ROWS_FILE
         self._names, self._metrics = tuple(names), tuple(metrics)
         self._dtype = _dtype(len(self._names), len(self._metrics))
         with writing(self._rows):
@@ -121,8 +121,8 @@ class LayersFile:
 
 def read_layers(folder: Path) -> Layers:
     """The per-layer measures of a run, finished or not. Raises UsageError where there are none or they are damaged."""
-    layers = _read_archive(folder / NAME)
-    rows_path = folder / ROWS_NAME
+    layers = _read_archive(folder / LAYERS_FILE)
+    rows_path = folder / ROWS_FILE
     if not rows_path.exists():
         return layers
     rows = _read_rows(rows_path, _dtype(len(layers.names), len(layers.metrics)))
@@ -131,12 +131,12 @@ def read_layers(folder: Path) -> Layers:
 
 def is_whole(folder: Path, held: Written) -> bool:
     """Whether the run's rows, wherever they are, still begin with what was ``held``."""
-    if (folder / ROWS_NAME).exists():
-        return held.matches(pieces(folder / ROWS_NAME))
-    if not (folder / NAME).exists():
+    if (folder / ROWS_FILE).exists():
+        return held.matches(pieces(folder / ROWS_FILE))
+    if not (folder / LAYERS_FILE).exists():
         return held.num_bytes == 0
     try:
-        return held.matches([_as_rows(_read_archive(folder / NAME)).tobytes()])
+        return held.matches([_as_rows(_read_archive(folder / LAYERS_FILE)).tobytes()])
     except UsageError:
         return False
 

@@ -12,15 +12,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fastbyol.engine import record
-from fastbyol.engine.durable import write_text, writing
-from fastbyol.engine.run_folder import RunFolder
-from fastbyol.engine.telemetry import read_layers, read_metrics
 from fastbyol.errors import UsageError
 from fastbyol.evaluation.progress import Accuracies
-from fastbyol.figures import BLUE, GREEN, INK, RED, STATE_COLOURS, STYLE, demand, settings, svg, viridis
-from fastbyol.figures import page as html_page
 from fastbyol.optim.lars import rate_ceiling
+from fastbyol.runs import consistency
+from fastbyol.runs.durable import write_text, writing
+from fastbyol.runs.folder import RunFolder
+from fastbyol.runs.layers import read_layers
+from fastbyol.runs.metrics import read_metrics
+from fastbyol.show.figures import BLUE, GREEN, INK, RED, STATE_COLOURS, STYLE, demand, settings, svg, viridis
+from fastbyol.show.figures import page as html_page
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -47,7 +48,7 @@ def read(run: Path) -> Story:
     """Collect a run's metrics and layer telemetry. A run without a finished step is a ``UsageError``."""
     with RunFolder.open(run, lock=False) as folder:
         config = folder.config
-    for doubt in record.doubts(run, config, folder.env.get("config")):
+    for doubt in consistency.doubts(run, config, folder.env.get("config")):
         _log.warning("%s", doubt)
     rows, events = read_metrics(folder.path)
     if not rows:

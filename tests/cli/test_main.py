@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import no_graph
-from fastbyol import cli
+from fastbyol.cli import main
 from fastbyol.errors import NoGraphError
 
 TINY = [
@@ -42,7 +42,7 @@ def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp
     def command(*arguments: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["fastbyol", *map(str, arguments)])
         with pytest.raises(SystemExit) as ended:
-            cli.main()
+            main.main()
         printed = capsys.readouterr()
         return int(ended.value.code or 0), printed.out, printed.err
 
@@ -551,7 +551,7 @@ class BecameAnotherError(Exception):
 @pytest.mark.parametrize(
     ("way_in", "typed", "becomes"),
     [
-        (["-W", "error", "-m", "fastbyol.cli"], ["train", "--json"], ["resume", "runs/a b", "--json"]),
+        (["-W", "error", "-m", "fastbyol.cli.main"], ["train", "--json"], ["resume", "runs/a b", "--json"]),
         (["/venv/bin/fastbyol"], ["resume", "runs/a b"], ["resume", "runs/a b"]),
         (["-P", "/venv/bin/fastbyol"], ["demo", "here", "--seed", "3"], ["demo", "here", "--seed", "3"]),
     ],
@@ -576,4 +576,4 @@ def test_a_fresh_process_is_started_as_this_one_was(
     monkeypatch.setattr(sys, "argv", ["fastbyol", *typed])
     monkeypatch.setattr(sys, "orig_argv", ["python", *way_in, *typed])
     with pytest.raises(BecameAnotherError):
-        cli.main()
+        main.main()

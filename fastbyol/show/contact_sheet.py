@@ -14,9 +14,9 @@ from fastbyol import views
 from fastbyol.config import Config
 from fastbyol.data import beton
 from fastbyol.data.decoder import Decoder
-from fastbyol.engine import durable
 from fastbyol.errors import UsageError
 from fastbyol.files import open_regular
+from fastbyol.runs import durable
 
 # Small pictures are enlarged by a whole factor to about this side, pixels.
 SHOWN = 96

@@ -18,8 +18,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as st_numpy
 
-from fastbyol.engine import checkpoint, durable
 from fastbyol.errors import FastbyolError, UsageError
+from fastbyol.runs import checkpoint, durable
 
 DTYPES = (
     *(torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn),
@@ -221,7 +221,7 @@ KILLER = """
 import json, os, sys
 from pathlib import Path
 import torch
-from fastbyol.engine import checkpoint, durable
+from fastbyol.runs import checkpoint, durable
 
 def die(*args, **kwargs):
     os._exit(9)

@@ -18,11 +18,11 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from fastbyol.engine.durable import Written, append, new_digest, pieces, writing
 from fastbyol.errors import UsageError
 from fastbyol.files import open_regular
+from fastbyol.runs.durable import Written, append, new_digest, pieces, writing
 
-NAME = "metrics.jsonl"
+METRICS_FILE = "metrics.jsonl"
 _log = logging.getLogger(__name__)
 
 
@@ -40,7 +40,7 @@ class MetricsFile:
         self._names, self._steps_per_epoch = tuple(names), steps_per_epoch
         self.skipped_in_row = 0
         self._epoch_rows: list[dict[str, Any]] = []
-        self._path = folder / NAME
+        self._path = folder / METRICS_FILE
         with writing(self._path):
             self._path.touch()
             self._num_bytes = self._keep(resume_step, held)
@@ -125,27 +125,27 @@ class MetricsFile:
 
 def last_step(folder: Path) -> int:
     """The number of the newest step in the run's file; -1 where there is none."""
-    if not (folder / NAME).exists():
+    if not (folder / METRICS_FILE).exists():
         return -1
-    with _reading(folder / NAME) as file:
+    with _reading(folder / METRICS_FILE) as file:
         return max((row["step"] for _, row in _parse(file) if "event" not in row), default=-1)
 
 
 def is_whole(folder: Path, held: Written) -> bool:
     """Whether the run's file still begins with what was ``held``."""
-    return held.matches(pieces(folder / NAME))
+    return held.matches(pieces(folder / METRICS_FILE))
 
 
 def read_metrics(folder: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """(steps, events) of a run, finished or not, in order; None stands for what was not finite."""
-    with _reading(folder / NAME) as file:
+    with _reading(folder / METRICS_FILE) as file:
         lines = [row for _, row in _parse(file)]
     return [row for row in lines if "event" not in row], [row for row in lines if "event" in row]
 
 
 def read_events(folder: Path) -> list[dict[str, Any]]:
     """The events alone, without the cost of parsing a long run's steps."""
-    with _reading(folder / NAME) as file:
+    with _reading(folder / METRICS_FILE) as file:
         return [row for _, row in _parse(line for line in file if line.startswith(b'{"event"'))]
 
 

@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fastbyol import cli
+from fastbyol.cli import main
 from fastbyol.data.convert import convert
-from fastbyol.engine.run_folder import RunFolder
 from fastbyol.evaluation import protocol
+from fastbyol.runs.folder import RunFolder
 from small import SETS
 from source_files import stl10
 
@@ -27,7 +27,7 @@ def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp
     def command(*arguments: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["fastbyol", "ablate", *map(str, arguments)])
         with pytest.raises(SystemExit) as ended:
-            cli.main()
+            main.main()
         printed = capsys.readouterr()
         return int(ended.value.code or 0), printed.out, printed.err
 

@@ -18,11 +18,13 @@ import torch
 
 from fastbyol import config_io
 from fastbyol.config import Config
-from fastbyol.engine import checkpoint, lock, metrics_file, run_folder
-from fastbyol.engine.lock import Lock, is_held
-from fastbyol.engine.run_folder import RunFolder, default_run_path, list_runs
 from fastbyol.engine.telemetry import Telemetry
 from fastbyol.errors import FastbyolError, UsageError
+from fastbyol.runs import checkpoint, lock
+from fastbyol.runs.environment import environment
+from fastbyol.runs.folder import RunFolder, default_run_path, list_runs
+from fastbyol.runs.lock import Lock, is_held
+from fastbyol.runs.metrics import last_step
 
 
 def config(*sets: str) -> Config:
@@ -38,7 +40,7 @@ def one_line(error: pytest.ExceptionInfo[UsageError]) -> str:
 
 @contextmanager
 def held_by_another_process(path: Path) -> Iterator[None]:
-    code = "import sys; from pathlib import Path; from fastbyol.engine.lock import Lock; held = Lock(Path(sys.argv[1]));"
+    code = "import sys; from pathlib import Path; from fastbyol.runs.lock import Lock; held = Lock(Path(sys.argv[1]));"
     code += "print('held', flush=True); sys.stdin.read()"
     command = [sys.executable, "-c", code, str(path)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
@@ -209,7 +211,7 @@ def test_of_two_runs_begun_at_once_in_one_folder_one_is_told(tmp_path: Path) -> 
 def used(path: Path) -> None:
     with RunFolder.open(path, lock=True) as folder:
         assert folder.inputs is None
-        assert metrics_file.last_step(path) == -1
+        assert last_step(path) == -1
         checkpoint.load_latest(folder.checkpoints)
 
 
@@ -301,12 +303,12 @@ def test_runs_are_listed_from_their_files(tmp_path: Path, caplog: pytest.LogCapt
 
 
 def test_listing_leaves_torch_alone() -> None:
-    code = "import sys; from fastbyol.engine import run_folder; sys.exit('torch' in sys.modules)"
+    code = "import sys; import fastbyol.runs.folder, fastbyol.show.run_report; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_env_json_is_json_and_its_loss_no_harm(tmp_path: Path) -> None:
-    json.dumps(run_folder.environment(), allow_nan=False)
+    json.dumps(environment(), allow_nan=False)
     with RunFolder.create(tmp_path, config()) as folder:
         (tmp_path / "env.json").unlink()
         assert folder.env == {}

@@ -15,12 +15,12 @@ import torch
 
 from fastbyol.ablations.curves import appendix, published
 from fastbyol.config import OptimConfig
-from fastbyol.engine.layers_file import Layers, read_layers
-from fastbyol.engine.metrics_file import read_metrics
-from fastbyol.engine.run_folder import RunFolder
 from fastbyol.errors import UsageError, check_choice
 from fastbyol.model.byol import Online
 from fastbyol.optim.lars import Treatment, rate_ceiling, rule_of, treatments
+from fastbyol.runs.folder import RunFolder
+from fastbyol.runs.layers import Layers, read_layers
+from fastbyol.runs.metrics import read_metrics
 from fastbyol_kernels.lars_ema import BOLTS_EPS, RULES, Rule, SegmentTable, reference, trust_ratio
 
 DIALECTS: tuple[Rule, ...] = ("blog", "deepmind", "bolts")

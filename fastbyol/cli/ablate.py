@@ -321,7 +321,7 @@ def _say(outcome: Outcome, found: Sequence[Verdict], folder: Path, scale: str, c
         return
     if found:
         _print_verdicts(found, console)
-    from fastbyol.display import duration
+    from fastbyol.show.screen import duration
 
     console.print(
         f"{folder}: {len(outcome.finished)} runs done, {len(outcome.skipped)} were done before, {len(outcome.stopped)} left, "

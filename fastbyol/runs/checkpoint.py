@@ -18,9 +18,9 @@ import safetensors
 import safetensors.torch
 import torch
 
-from fastbyol.engine.durable import new_digest, remove_temporaries, write_atomically, writing
 from fastbyol.errors import UsageError
 from fastbyol.files import open_regular
+from fastbyol.runs.durable import new_digest, remove_temporaries, write_atomically, writing
 
 FORMAT = "fastbyol-checkpoint-1"
 METADATA_KEY = "fastbyol"

@@ -81,7 +81,7 @@ def _mark_phases(path: Path) -> None:
         byte = mmap.mmap(file.fileno(), 1)
     byte[0] = 0
     for owner, name, phase in (
-        (trainer.Trainer, "_loop", "step"),
+        (trainer.Loop, "run", "step"),
         (protocol, "evaluate", "probe"),
         (checkpoint, "save", "checkpoint"),
         (main, "_finish", "end"),

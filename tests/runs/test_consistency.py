@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from torch import Tensor
 
 from fastbyol import api
-from fastbyol.engine import capture, trainer
+from fastbyol.engine import capture
 from fastbyol.engine.observer import Silent
 from fastbyol.engine.step import Forward, StepMetrics, TrainState
 from fastbyol.errors import FastbyolError, UsageError
@@ -129,16 +130,20 @@ def test_too_many_in_a_row_end_the_run_and_name_the_last_good_checkpoint(
 def test_weights_that_are_no_numbers_are_never_saved(
     files: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    states: list[TrainState] = []
+    create = TrainState.create
+
+    def created(*args: Any, **options: Any) -> TrainState:
+        states.append(create(*args, **options))
+        return states[-1]
+
     class Vandal(Silent):
         def progress(self, message: object) -> None:
             if message.step == 9:  # type: ignore[attr-defined]
-                worker.state.arena.online[5] = float("inf")
+                states[0].arena.online[5] = float("inf")
 
+    monkeypatch.setattr(TrainState, "create", created)
     config = tiny_config(files, "probe.every_epochs=0", "run.drain_every_steps=1", "run.checkpoint_every_steps=3")
-    from fastbyol.runs.folder import RunFolder
-
-    with RunFolder.create(tmp_path / "run", config) as folder:
-        worker = trainer.Trainer(folder, config, Vandal())
-        with pytest.raises(FastbyolError, match=r"arena.online holds NaN or infinity: not saved.*ckpt-000000006"):
-            worker.fit()
+    with pytest.raises(FastbyolError, match=r"arena.online holds NaN or infinity: not saved.*ckpt-000000006"):
+        api.train(config, tmp_path / "run", observer=Vandal())
     assert checkpoint.load_latest(tmp_path / "run" / "checkpoints").meta["step"] == 6

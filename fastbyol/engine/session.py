@@ -1,0 +1,331 @@
+"""Everything a run's loop works with, made ready before the first step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from fastbyol.config import Config
+from fastbyol.data import beton, decoder, embedded, loader
+from fastbyol.data.beton import BetonInfo
+from fastbyol.engine import capture, guards, origin
+from fastbyol.engine.device import pick_device
+from fastbyol.engine.observer import Observer, Start
+from fastbyol.engine.replay import with_replayed_rates
+from fastbyol.engine.step import LAYER_METRICS, METRICS, TrainState
+from fastbyol.engine.telemetry import Telemetry
+from fastbyol.errors import UsageError
+from fastbyol.evaluation import protocol
+from fastbyol.evaluation.collapse import CollapseMonitor
+from fastbyol.runs import checkpoint, consistency, environment, inputs
+from fastbyol.runs.folder import RunFolder
+from fastbyol.runs.inputs import Inputs
+from fastbyol.runs.metrics import last_step
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run has come. With the tensors of its state this is what a checkpoint keeps.
+
+    ``owes_epoch_end``: all steps of an epoch are done, and its end with the probe is not.
+    ``collapse``: ``CollapseMonitor.to_dict``. ``accuracy``: the last one measured, in percent.
+    ``epoch_means``: of the last epoch that ended.
+    """
+
+    step: int = 0
+    owes_epoch_end: bool = False
+    collapse: Mapping[str, Any] = field(default_factory=CollapseMonitor().to_dict)
+    accuracy: float | None = None
+    epoch_means: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def state(self) -> str:
+        """The collapse state at the last epoch's end."""
+        return str(self.collapse["state"])
+
+    @classmethod
+    def of(cls, meta: Mapping[str, Any]) -> Progress:
+        """Return the progress that a checkpoint's meta holds. Raises ValueError where it cannot be."""
+        CollapseMonitor.from_dict(meta["collapse"])
+        return cls(**{name: meta[name] for name in cls.__dataclass_fields__})
+
+
+@dataclass(frozen=True)
+class Session:
+    """What the loop of a run works with. Nothing in it is replaced; tensors change in place.
+
+    ``config`` is the run's, with its data where they lie now. ``repeated``: what the meta of every
+    checkpoint holds alike. ``recorded``: telemetry's record in the checkpoint that the run goes on
+    from. ``other_versions``: what changed since then, name -> [before, now].
+    """
+
+    folder: RunFolder
+    config: Config
+    observer: Observer
+    batches: loader.Loader
+    test: loader.Images | None
+    state: TrainState
+    take_step: capture.Engine
+    repeated: Mapping[str, Any]
+    recorded: Mapping[str, Sequence[Any]] | None
+    other_versions: Mapping[str, Sequence[str | None]]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the run trains."""
+        return self.state.step.device
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """The number of steps of an epoch."""
+        return self.batches.steps_per_epoch
+
+    @property
+    def total_steps(self) -> int:
+        """The number of steps of the whole run."""
+        return self.steps_per_epoch * self.config.train.epochs
+
+    def is_finished(self, progress: Progress) -> bool:
+        """Tell whether all steps are taken and no epoch's end is owed."""
+        return progress.step >= self.total_steps and not progress.owes_epoch_end
+
+    def open_telemetry(self, step: int) -> Telemetry:
+        """Open the run's records, cut back to ``step``."""
+        run = self.config.run
+        return Telemetry(
+            self.folder.path,
+            metric_names=METRICS,
+            layer_names=self.state.segment_names,
+            layer_metric_names=LAYER_METRICS,
+            steps_per_epoch=self.steps_per_epoch,
+            drain_every=run.drain_every_steps,
+            layers_every=run.layers_every_steps,
+            device=self.device,
+            resume_step=step,
+            resume_written=self.recorded,
+        )
+
+
+class _Saved(NamedTuple):
+    """What an earlier process left: its progress and versions, telemetry's record, the engine's mode."""
+
+    progress: Progress
+    made_by: Mapping[str, Any]
+    recorded: Mapping[str, Sequence[Any]] | None = None
+    mode: str | None = None
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """The work before the first step. It can be broken off and done again at any point.
+
+    In the run's folder only env.json and config.toml are written, and only after every check.
+    """
+
+    folder: RunFolder
+    config: Config
+    observer: Observer
+
+    @cached_property
+    def pinned(self) -> Inputs | None:
+        """What the run was made from; None for runs of a time when that was not written down."""
+        return self.folder.inputs
+
+    @cached_property
+    def device(self) -> torch.device:
+        """Where the run trains."""
+        return pick_device(self.config.train.device)
+
+    def run(self, opened: ExitStack) -> tuple[Session, Progress]:
+        """Open the data, build the networks, and take over what was saved. ``opened`` closes all of it.
+
+        Raises UsageError where data, weights, rates or configuration are not what the run was made
+        with, and NoGraphError where the run has to go on in a fresh process.
+        """
+        config = self.config
+        train, test = self._inspect_data()
+        made_from = Inputs.of(train, test, self._choose_decoder(train, test))
+        self._check_data(made_from, train, test)
+        batches = opened.enter_context(self._open_loader(train, made_from.decoder))
+        test_images = self._read_test(test, made_from.decoder)
+        state = TrainState.create(config, steps_per_epoch=batches.steps_per_epoch, device=self.device)
+        total_steps = batches.steps_per_epoch * config.train.epochs
+        if config.optim.replay_rates:
+            state, rates = with_replayed_rates(state, Path(config.optim.replay_rates), total_steps=total_steps)
+            self._refuse_other(f"optim.replay_rates: what {config.optim.replay_rates} recorded", "rates", rates)
+            made_from = replace(made_from, rates=rates)
+        # The state is filled before the step is captured: a graph keeps the addresses that it saw.
+        if checkpoint.newest(self.folder.checkpoints) is None:
+            saved, weights = self._begin(state, batches.steps_per_epoch)
+        else:
+            saved, weights = self._restore(state), None if self.pinned is None else self.pinned.weights
+        made_from = replace(made_from, weights=weights)
+        made_by = environment.made_by(self.device)
+        other_versions = self._note_other_versions(saved.made_by, made_by)
+        if saved.progress.step < total_steps:
+            self._refuse_full_disk(state, steps=total_steps - saved.progress.step)
+        # Nothing speaks against the run any more: what it is made from is written down.
+        if made_from != self.pinned:
+            self.folder.keep_inputs(made_from, made_by)
+        if config != self.folder.config:
+            self.folder.keep_places(config)
+        self._announce(train, batches, state, saved.progress.step)
+        engine = self._ready_engine(batches, state, saved)
+        repeated = {
+            "config": self.folder.config_text,
+            "engine": engine.mode,
+            inputs.META: made_from.as_json(),
+            "made_by": made_by,
+        }
+        session = Session(
+            self.folder, config, self.observer, batches, test_images, state, engine, repeated, saved.recorded, other_versions
+        )  # fmt: skip
+        return session, saved.progress
+
+    def _inspect_data(self) -> tuple[BetonInfo, BetonInfo | None]:
+        """Look at the training and the test file."""
+        data = self.config.data
+        if not self.folder.is_new:
+            inputs.refuse_missing(self.folder.path, data)
+        inspect = partial(beton.inspect, image_field=data.image_field, label_field=data.label_field)
+        train, test = embedded.training_file(data), embedded.held_out_file(data)
+        return inspect(train, may_lack_labels=True), None if test is None else inspect(test)
+
+    def _choose_decoder(self, *files: BetonInfo | None) -> str:
+        if self.pinned is None:
+            return decoder.choose(self.config.data.decoder)
+        before = self.pinned.decoder
+        chosen = decoder.choose_again(before)
+        # Raw images have the same pixels by every decoder, JPEG images have not.
+        if chosen != before and not all(file is None or file.raw.all() for file in files):
+            inputs.refuse_other_decoder(self.folder.path, before)
+        return chosen
+
+    def _check_data(self, now: Inputs, train: BetonInfo, test: BetonInfo | None) -> None:
+        run = self.folder.path
+        if self.pinned is not None:
+            inputs.refuse_other_data(run, self.pinned, now, train.path, None if test is None else test.path)
+        elif checkpoint.newest_step(self.folder.checkpoints) or last_step(run) >= 0:
+            self.observer.note(
+                f"{run}: what its data held was not written down when it was begun, so nobody can tell whether they still do; "
+                "from now on it is"
+            )
+        if test is not None and now.test is not None and now.test.images == now.train.images:
+            self.observer.note(f"{test.path}: holds the training images: accuracy on them says nothing of images not seen")
+
+    def _refuse_other(self, what: str, name: str, digest: str) -> None:
+        """Raise UsageError where ``digest`` is not the pinned one of that name."""
+        if self.pinned is not None and getattr(self.pinned, name) not in (None, digest):
+            run = self.folder.path
+            raise UsageError(f"{what}: changed since {run} was begun: put it back, or start another run with `fastbyol train`")
+
+    def _open_loader(self, file: BetonInfo, decoder: str) -> loader.Loader:
+        config, data = self.config, self.config.data
+        return loader.open_loader(
+            file,
+            batch_size=config.train.batch_size,
+            seed=config.train.seed,
+            device=self.device,
+            cache=data.cache,
+            workers=data.workers,
+            size=data.size or config.views.size,
+            limit=data.limit,
+            decoder=decoder,
+        )
+
+    def _read_test(self, file: BetonInfo | None, decoder: str) -> loader.Images | None:
+        if file is None:
+            self.observer.note("no --test-data: accuracy is not measured")
+            return None
+        data, size = self.config.data, self.config.data.size or self.config.views.size
+        test = loader.read_all(file, workers=data.workers, size=size, limit=data.test_limit, decoder=decoder, labels="needed")
+        protocol.check(self.config.probe.protocol, test=test, train=None)
+        return test
+
+    def _begin(self, state: TrainState, steps_per_epoch: int) -> tuple[_Saved, str | None]:
+        """Give a run without checkpoints its first weights. Return also the digest of those it was given."""
+        folder, source = self.folder, self.config.train.init_from
+        # Every epoch ends with a checkpoint: a run with steps beyond its first epoch had one.
+        if last_step(folder.path) >= steps_per_epoch:
+            raise UsageError(
+                f"{folder.checkpoints}: no checkpoint, though the run had made some: put them back, or start a new run"
+            )
+        if isinstance(made_with := folder.env.get("config"), str):
+            self._refuse_changed(made_with, folder.path / "env.json")
+        if source is None:
+            return _Saved(Progress(), folder.env), None
+        weights = origin.take_weights(state, Path(source))
+        self._refuse_other(f"{source}: the checkpoint to start from", "weights", weights)
+        return _Saved(Progress(), folder.env), weights
+
+    def _restore(self, state: TrainState) -> _Saved:
+        """Fill ``state`` from the newest checkpoint that is sound and whose run's records are."""
+        run = self.folder.path
+        loaded = checkpoint.load_latest(
+            self.folder.checkpoints, doubt=lambda saved: consistency.damage(run, saved.meta["telemetry"])
+        )
+        for warning in loaded.warnings:
+            self.observer.note(warning)
+        meta = loaded.meta
+        self._refuse_changed(meta["config"], loaded.path)
+        state.load_tensors(loaded.tensors)
+        # A checkpoint that names no engine is of a time when there was only the eager one.
+        made_by, mode = meta.get("made_by", self.folder.env), meta.get("engine", "eager")
+        return _Saved(Progress.of(meta), made_by, meta["telemetry"], mode)
+
+    def _refuse_changed(self, made_with: str, where: Path) -> None:
+        """Raise UsageError where the run's configuration is not the recorded one."""
+        # Where no contents are pinned, data are known by their names alone.
+        by_name = self.pinned is None
+        consistency.refuse_changed(self.folder.path, self.folder.config, made_with, str(where), places=by_name)
+
+    def _note_other_versions(self, before: Mapping[str, Any], now: Mapping[str, str | None]) -> dict[str, list[str | None]]:
+        """Return, and tell the observer, what of versions and device changed."""
+        changed = {key: [before[key], now[key]] for key in now if key in before and before[key] != now[key]}
+        if changed:
+            words = ", ".join(f"{key} was {old or 'absent'}, is {new or 'absent'}" for key, (old, new) in changed.items())
+            self.observer.note(f"goes on with other versions than before: {words}: numbers may round otherwise from here on")
+        return changed
+
+    def _refuse_full_disk(self, state: TrainState, *, steps: int) -> None:
+        needed = guards.disk_bytes(
+            self.config,
+            checkpoint_bytes=sum(tensor.numel() * tensor.element_size() for tensor in state.tensors().values()),
+            steps=steps,
+            num_metrics=len(METRICS),
+            layer_numbers=len(LAYER_METRICS) * len(state.segment_names),
+        )
+        saved_bytes = checkpoint.total_bytes(self.folder.checkpoints)  # which go as new ones come
+        guards.refuse_full_disk(self.folder.path, needed - saved_bytes, self.config)
+
+    def _announce(self, file: BetonInfo, batches: loader.Loader, state: TrainState, step: int) -> None:
+        self.observer.start(
+            Start(
+                run=str(self.folder.path),
+                device=str(self.device),
+                data=str(file.path),
+                num_samples=batches.num_samples,
+                num_parameters=sum(p.numel() for p in state.online.parameters()),
+                steps_per_epoch=batches.steps_per_epoch,
+                epochs=self.config.train.epochs,
+                first_step=step,
+            )
+        )
+
+    def _ready_engine(self, batches: loader.Loader, state: TrainState, saved: _Saved) -> capture.Engine:
+        """Return what takes the steps, compiled for the next batch; a run with none left compiles nothing."""
+        step = saved.progress.step
+        chosen = capture.choose(self.config.engine, self.device, before=self.folder.kept_mode or saved.mode)
+        engine = capture.engine(state, self.config, chosen)
+        if chosen.mode != "eager" and step < batches.steps_per_epoch * self.config.train.epochs:
+            self.observer.note(f"engine {chosen.mode}: compiling the step, which may take minutes")
+            epoch, first = divmod(step, batches.steps_per_epoch)
+            with closing(batches.epoch(epoch, start_step=first)) as upcoming:
+                engine.prepare(next(upcoming), epoch)
+        return engine

@@ -154,18 +154,10 @@ class Preparation:
         self._check_data(made_from, train, test)
         batches = opened.enter_context(self._open_loader(train, made_from.decoder))
         test_images = self._read_test(test, made_from.decoder)
-        state = TrainState.create(config, steps_per_epoch=batches.steps_per_epoch, device=self.device)
-        total_steps = batches.steps_per_epoch * config.train.epochs
-        if config.optim.replay_rates:
-            state, rates = with_replayed_rates(state, Path(config.optim.replay_rates), total_steps=total_steps)
-            self._refuse_other(f"optim.replay_rates: what {config.optim.replay_rates} recorded", "rates", rates)
-            made_from = replace(made_from, rates=rates)
-        # The state is filled before the step is captured: a graph keeps the addresses that it saw.
-        if checkpoint.newest(self.folder.checkpoints) is None:
-            saved, weights = self._begin(state, batches.steps_per_epoch)
-        else:
-            saved, weights = self._restore(state), None if self.pinned is None else self.pinned.weights
-        made_from = replace(made_from, weights=weights)
+        steps_per_epoch, total_steps = batches.steps_per_epoch, batches.steps_per_epoch * config.train.epochs
+        state = TrainState.create(config, steps_per_epoch=steps_per_epoch, device=self.device)
+        # The state is filled before its step is captured: a graph keeps the addresses that it saw.
+        state, made_from, saved = self._fill(state, made_from, steps_per_epoch, total_steps)
         made_by = environment.made_by(self.device)
         other_versions = self._note_other_versions(saved.made_by, made_by)
         if saved.progress.step < total_steps:
@@ -177,15 +169,23 @@ class Preparation:
             self.folder.keep_places(config)
         self._announce(train, batches, state, saved.progress.step)
         engine = self._ready_engine(batches, state, saved)
-        repeated = {
-            "config": self.folder.config_text,
-            "engine": engine.mode,
-            inputs.META: made_from.as_json(),
-            "made_by": made_by,
-        }
         session = Session(
-            self.folder, config, self.observer, batches, test_images, state, engine, repeated, saved.recorded, other_versions
-        )  # fmt: skip
+            folder=self.folder,
+            config=config,
+            observer=self.observer,
+            batches=batches,
+            test=test_images,
+            state=state,
+            take_step=engine,
+            repeated={
+                "config": self.folder.config_text,
+                "engine": engine.mode,
+                inputs.META: made_from.as_json(),
+                "made_by": made_by,
+            },
+            recorded=saved.recorded,
+            other_versions=other_versions,
+        )
         return session, saved.progress
 
     def _inspect_data(self) -> tuple[BetonInfo, BetonInfo | None]:
@@ -247,6 +247,21 @@ class Preparation:
         test = loader.read_all(file, workers=data.workers, size=size, limit=data.test_limit, decoder=decoder, labels="needed")
         protocol.check(self.config.probe.protocol, test=test, train=None)
         return test
+
+    def _fill(
+        self, state: TrainState, made_from: Inputs, steps_per_epoch: int, total_steps: int
+    ) -> tuple[TrainState, Inputs, _Saved]:
+        """Give ``state`` its rates and tensors. Return it, and what it was made from and goes on from."""
+        source = self.config.optim.replay_rates
+        if source:
+            state, rates = with_replayed_rates(state, Path(source), total_steps=total_steps)
+            self._refuse_other(f"optim.replay_rates: what {source} recorded", "rates", rates)
+            made_from = replace(made_from, rates=rates)
+        if checkpoint.newest(self.folder.checkpoints) is None:
+            saved, weights = self._begin(state, steps_per_epoch)
+        else:
+            saved, weights = self._restore(state), None if self.pinned is None else self.pinned.weights
+        return state, replace(made_from, weights=weights), saved
 
     def _begin(self, state: TrainState, steps_per_epoch: int) -> tuple[_Saved, str | None]:
         """Give a run without checkpoints its first weights. Return also the digest of those it was given."""

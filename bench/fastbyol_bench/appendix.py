@@ -1,4 +1,6 @@
-"""How the post's claims came out: the tables of docs/appendix.md and README.md, from what `fastbyol ablate report --png` wrote.
+"""How the post's claims came out: the tables of docs/appendix.md and README.md.
+
+They are made of the verdicts that ``fastbyol ablate report --png`` writes:
 
     python -m fastbyol_bench.appendix [FOLDER ...]   # default: FOLDERS
 
@@ -36,7 +38,10 @@ NAMES = {"fashion-mnist": "Fashion-MNIST"}
 
 @dataclass(frozen=True)
 class Result:
-    """The verdicts of one folder: ``verdicts`` is its verdicts.json, ``link`` the path to the folder in a document."""
+    """The verdicts of one folder.
+
+    ``verdicts`` is its verdicts.json, ``link`` the path to the folder in a document.
+    """
 
     folder: Path
     link: str
@@ -66,8 +71,8 @@ class Result:
 def section(folders: Sequence[Path], start: Path) -> str:
     """Return the full section as Markdown, marks included, with links relative to ``start``.
 
-    Folders without verdicts are left out. The images of the first folder get a column on what decides. Raises UsageError
-    where no folder has verdicts.
+    Folders without verdicts are left out. The images of the first folder get a column on what
+    decides. Raises UsageError where no folder has verdicts.
     """
     by_images = _read_all(folders, start)
     results = [result for group in by_images.values() for result in group]
@@ -95,7 +100,7 @@ def section(folders: Sequence[Path], start: Path) -> str:
 
 
 def summary(folders: Sequence[Path], start: Path) -> str:
-    """Return the README's block: how all claims came out in a line for each set of images, and a table of ``SHORT``."""
+    """Return the README's block: the counts of all claims' outcomes, and a table of ``SHORT``."""
     by_images = _read_all(folders, start)
     first = next(iter(by_images.values()))[0]
     lines = [
@@ -122,7 +127,7 @@ def _counts(images: str, results: Sequence[Result]) -> str:
 
 
 def _runs(result: Result) -> str:
-    """Say how many of the requested runs finished, what became of the others, and which rule judged old ones."""
+    """Say how many requested runs finished, what became of the others, and which rule judged."""
     report = f"{result.verdicts['scale']} scale, [report]({result.link}/report.html)"
     if result.old:
         return f"{result.verdicts['runs']} runs ({report}), judged by the rule of its time: two thirds of two or three seeds"
@@ -158,7 +163,7 @@ def _showing(name: str, results: Sequence[Result]) -> Result:
 
 
 def _deciding(claim: Mapping[str, Any]) -> str:
-    """Return the statements that decide a claim; where it is *partly* reproduced, also those that failed."""
+    """Return the statements that decide a claim; of a *partly* reproduced one also those that failed."""
     failing = "other" if claim["outcome"] == "partly" else "main"
     rows = (row for row in claim["statements"] if row["role"] == "main" or (row["role"] == failing and not row["held"]))
     return "<br>".join(f"{row['text'].rstrip('.')}: {_share(row)}" for row in rows)
@@ -176,7 +181,7 @@ def _share(row: Mapping[str, Any]) -> str:
 
 
 def _read_all(folders: Sequence[Path], start: Path) -> dict[str, list[Result]]:
-    """Read the folders that have verdicts, grouped by their images. Raises UsageError where none has."""
+    """Read the folders with verdicts, grouped by their images. Raises UsageError where none has."""
     by_images: dict[str, list[Result]] = {}
     for folder in folders:
         if (folder / VERDICTS).exists():

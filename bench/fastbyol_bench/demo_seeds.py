@@ -1,10 +1,10 @@
-"""The demonstration's figures over seeds, on this CPU and with a narrower CPU's instructions; docs/demo.md's tables.
+"""The tables of docs/demo.md: the demonstration over seeds, on this CPU and as a narrower one.
 
-    python -m fastbyol_bench.demo_seeds measure FOLDER   # train what FOLDER lacks, and write both: half an hour on one core
-    python -m fastbyol_bench.demo_seeds collect FOLDER   # write bench/results/first_light/seeds.json from FOLDER's runs
-    python -m fastbyol_bench.demo_seeds docs             # write the tables of docs/demo.md
+    python -m fastbyol_bench.demo_seeds measure FOLDER   # train what FOLDER lacks, collect, docs
+    python -m fastbyol_bench.demo_seeds collect FOLDER   # write first_light/seeds.json from its runs
+    python -m fastbyol_bench.demo_seeds docs             # write the tables
 
-The runs of each name in ``CPUS`` are made in a process of their own, with one thread.
+Measuring takes half an hour on one core. The runs of each name in ``CPUS`` are made in a process of their own, with one thread.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ KEPT = RESULTS / "first_light" / "seeds.json"
 # The pair that collapses has more seeds in the appendix's runs.
 APPENDIX = RESULTS / "ablations" / "mini" / "ledger.json"
 BEGIN, END = "<!-- demo: made by fastbyol_bench.demo_seeds -->", "<!-- demo: end -->"
-# A library adds in an order that depends on the CPU's instructions. These settings keep each library from instructions that
-# a narrower CPU lacks.
+# A library adds in an order that depends on the CPU's instructions. These settings keep each
+# library from instructions that a narrower CPU lacks.
 CPUS: Mapping[str, Mapping[str, str]] = {
     "native": {},
     "avx2": {
@@ -68,7 +68,7 @@ def measure(folder: Path) -> None:
 
 
 def collected(folder: Path) -> dict[str, Any]:
-    """Return the results of the finished runs in ``folder``: a row for each seed, by CPU. Accuracies are in percent."""
+    """Return a row for each finished run in ``folder``, by CPU. Accuracies are in percent."""
     from fastbyol.runs.environment import cpu_name
 
     return {"cpu": cpu_name(), "data": DATA, "cpus": {name: list(_rows(folder / name)) for name in CPUS}}
@@ -98,7 +98,7 @@ def _supervised(folder: Path) -> dict[int, float]:
 
 
 def block(record: Mapping[str, Any], ledger: Mapping[str, Any]) -> str:
-    """Return the document's block, marks included, from what ``collected`` returned and from the appendix's ledger."""
+    """Return the block, marks included, from ``collected``'s record and the appendix's ledger."""
     from fastbyol.demo import PAIR
 
     names = list(record["cpus"])
@@ -125,7 +125,7 @@ def block(record: Mapping[str, Any], ledger: Mapping[str, Any]) -> str:
 
 
 def _endings(runs: Sequence[Mapping[str, Any]]) -> str:
-    """Return the states at the end, the most frequent first: ``recovering 3 of 3, 59.8 to 63.2 %``."""
+    """Return the final states, the most frequent first: ``recovering 3 of 3, 59.8 to 63.2 %``."""
     states = [run["state"] for run in runs]
     return "; ".join(
         f"{state} {states.count(state)} of {len(states)}, {span(run['accuracy'] for run in runs if run['state'] == state)}"
@@ -143,7 +143,7 @@ def span(values: Iterable[float | None]) -> str:
 
 
 def fresh(text: str) -> str:
-    """Return the document's ``text`` with its block made anew from the results under bench/results."""
+    """Return the document's ``text`` with its block made anew from bench/results."""
     return filled(text, BEGIN, END, block(*(json.loads(path.read_text("utf-8")) for path in (KEPT, APPENDIX))))
 
 

@@ -1,4 +1,4 @@
-"""The performance tables of README.md and docs/speed.md, generated from the results under bench/results.
+"""The performance tables of README.md and docs/speed.md, generated from bench/results.
 
     python -m fastbyol_bench.readme           # write both documents
     python -m fastbyol_bench.readme --check   # exit with code 1 where one of them is stale
@@ -37,7 +37,7 @@ SHORT = (
 
 
 def filled(text: str, begin: str, end: str, block: str) -> str:
-    """Return ``text`` with ``block``, marks included, in place of what lies from ``begin`` to ``end``.
+    """Return ``text`` with ``block`` in place of what stands between two marks, marks included.
 
     Raises ValueError where one of the marks is missing.
     """
@@ -46,7 +46,7 @@ def filled(text: str, begin: str, end: str, block: str) -> str:
 
 
 def refreshed(text: str, folder: Path) -> str:
-    """Return ``text`` with every marked block generated anew from the files that it names in ``folder``."""
+    """Return ``text`` with every block generated anew from the files that it names in ``folder``."""
 
     def block(match: re.Match[str]) -> str:
         make = short_table if match[2] == "bench-short" else table
@@ -66,7 +66,10 @@ def table(result: Result) -> str:
 
 
 def short_table(result: Result) -> str:
-    """Return a sentence on the machine and a Markdown table of the comparisons in ``SHORT``, as far as they were measured."""
+    """Return a sentence on the machine and a Markdown table of the comparisons in ``SHORT``.
+
+    Comparisons that were not measured are left out.
+    """
     ratios = {(row.name, row.variant): row.ratio.median for row in result.rows if row.ratio is not None}
     rows = ((name, peer, f"{ratios[name, peer]:.2f}x") for name, peer in SHORT if (name, peer) in ratios)
     return _sentence(result) + "\n\n" + _markdown(("what", "compared with", "ours is faster by"), rows)

@@ -1,4 +1,4 @@
-"""The tables of the post's claims: made of the verdicts under bench/results, and of nothing else."""
+"""The tables of the post's claims are made of the verdicts under bench/results alone."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def verdicts(scale: str, claims: Sequence[Mapping[str, Any]], **account: Sequenc
 
 @pytest.fixture
 def folders(tmp_path: Path) -> list[Path]:
-    """Three folders as the repository's: short and long runs of the same images, and older runs of others."""
+    """Write short and long runs of the same images, and older runs of others."""
     mini = verdicts(
         "mini",
         [

@@ -1,4 +1,4 @@
-"""The ranges over seeds match the kept runs, and the narrower CPU's settings reach the libraries."""
+"""The ranges over seeds match the kept runs; a narrower CPU's settings reach the libraries."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_finished_runs_are_collected_with_the_accuracies_that_they_recorded(tmp_
 
 
 def test_the_settings_of_a_narrower_cpu_reach_the_libraries() -> None:
-    """torch and numba name what they compute for; oneDNN and MKL say it with their first convolution and product."""
+    """Ask torch and numba, and what oneDNN and MKL print at their first operation."""
     code = (
         "import torch, numba.core.config as numba\n"
         "torch.nn.functional.conv2d(torch.ones(64, 16, 8, 8), torch.ones(16, 16, 3, 3))\n"

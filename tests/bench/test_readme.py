@@ -1,4 +1,4 @@
-"""The documents: their tables match the results and show no time of a CPU, their links lead somewhere, their commands parse."""
+"""The documents: their tables match the results, their links lead somewhere, their commands parse."""
 
 from __future__ import annotations
 

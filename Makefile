@@ -1,4 +1,4 @@
-# Two commands do everything on a fresh Debian or Ubuntu machine with Python >= 3.11, as root or with sudo:
+# Two commands, on a fresh Debian or Ubuntu machine with Python >= 3.11, as root or with sudo:
 #   make demo    make test
 PYTHON ?= python3
 VENV := .venv
@@ -6,19 +6,20 @@ CONSTRAINTS := constraints.txt
 EXTRAS := report,dev,ffcv
 BIN := $(VENV)/bin
 DEMO := demo
-# How many processes share the tests, a file at a time.
+# Processes that run the tests, one file at a time each.
 JOBS := 2
 PYTEST = $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile
 FLOOR := tests/kernels tests/engine/test_capture.py tests/engine/test_standardized.py tests/engine/test_step.py \
   tests/bench/test_launches.py tests/bench/test_mocked_gpu.py tests/bench/test_kernel_times.py
-# What takes betons from sources through runs to accuracies; of these files only what compares with FFCV itself is skipped.
+# The path from sources through betons and runs to accuracies. Only tests that compare with FFCV
+# itself are skipped.
 NO_FFCV := $(addprefix tests/data/test_,decoder.py decode_torchvision.py loader.py verify.py manifest.py jpeg_tables.py \
   beton_write.py convert.py embedded.py) $(addprefix tests/engine/test_,inputs.py run_folder.py trainer.py) \
   tests/evaluation/test_protocol.py tests/test_api.py tests/test_cli.py tests/test_first_light.py \
   tests/faults/test_data_reader.py tests/faults/test_data_mutations.py
-# FFCV compiles one small extension against these: 57 packages instead of the 444 behind libopencv-dev.
+# FFCV compiles one small extension against these: 57 packages instead of libopencv-dev's 444.
 DEBIAN := g++ make pkg-config python3-venv python3-dev libopencv-core-dev libopencv-imgproc-dev libturbojpeg0-dev
-# 30 MB of real images. A set-up without them goes on: the demonstration then takes textures.
+# 30 MB of real images. Without them the installation goes on; the demonstration uses textures.
 IMAGES := dataset-fashion-mnist
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
@@ -46,8 +47,8 @@ $(VENV)/.python: $(VENV)/.system pyproject.toml $(CONSTRAINTS)
 	@$(PIP) install --constraint $(CONSTRAINTS) setuptools wheel --editable '.[$(EXTRAS)]'
 	@touch $@
 
-# FFCV asks pkg-config for all of OpenCV and includes the umbrella header, yet uses cv::Mat and cv::resize only:
-# it is given a package file and a header that name the two modules that hold them.
+# FFCV asks pkg-config for all of OpenCV and includes the umbrella header, but uses only cv::Mat
+# and cv::resize. The package file and header below name just the two modules that contain these.
 $(VENV)/.ready: $(VENV)/.python
 	@echo "ffcv: building"
 	@shim=$$(mktemp -d) && trap 'rm -rf "$$shim"' EXIT && mkdir "$$shim/opencv2" && \
@@ -73,7 +74,8 @@ types: setup
 unit: setup
 	$(PYTEST)
 
-# The oldest versions that pyproject.toml admits, which is what machines with a GPU have: what is compiled and launched there.
+# Tests what is compiled and launched on a GPU with the oldest versions that pyproject.toml allows,
+# which such machines have.
 OLDEST := VENV=.venv-floor CONSTRAINTS=constraints-floor.txt
 test-floor:
 	$(MAKE) $(OLDEST) floor
@@ -81,25 +83,25 @@ test-floor:
 floor: setup
 	$(PYTEST) $(FLOOR)
 
-# As a machine has it that takes fastbyol by pip alone: neither FFCV nor any Debian package.
+# Tests with fastbyol installed by pip alone: without FFCV and without Debian packages.
 test-no-ffcv:
 	$(MAKE) VENV=.venv-no-ffcv EXTRAS=report,dev DEBIAN= IMAGES= no-ffcv
 
 no-ffcv: $(VENV)/.python
 	$(PYTEST) $(NO_FFCV)
 
-# What Inductor makes of a step on an H100, without one: some minutes, with the same versions.
+# Lowers a step for an H100 with Inductor, without an H100. Oldest versions; takes some minutes.
 lowered:
 	$(MAKE) $(OLDEST) lower
 
 lower: setup
 	$(BIN)/python -m fastbyol_bench.lowered
 
-# The faults of tests/faults/README.md at its counts, instead of the seeded few of `make test`.
+# Runs the faults of tests/faults/README.md at its full counts; `make test` runs a seeded few.
 faults: setup
 	FASTBYOL_FAULTS=full $(BIN)/python -m pytest -s --timeout 14400 tests/faults
 
-# Some ten minutes on two cores; on a quiet machine only.
+# About ten minutes on two cores. Run it on a quiet machine only.
 bench: setup
 	$(BIN)/fastbyol bench all --device cpu --out bench/results/cpu.json
 	$(BIN)/python -m fastbyol_bench.readme

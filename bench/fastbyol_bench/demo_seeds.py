@@ -1,12 +1,10 @@
-"""The demonstration's figures over seeds, on this CPU and as a narrower one rounds; the README's table of them.
+"""The tables of docs/demo.md: the demonstration over seeds, on this CPU and as a narrower one.
 
-    python -m fastbyol_bench.demo_seeds measure FOLDER   # train what FOLDER lacks, and write both: half an hour on one core
-    python -m fastbyol_bench.demo_seeds collect FOLDER   # write bench/results/first_light/seeds.json from FOLDER's runs
-    python -m fastbyol_bench.demo_seeds readme           # write the README's table
+    python -m fastbyol_bench.demo_seeds measure FOLDER   # train what FOLDER lacks, collect, docs
+    python -m fastbyol_bench.demo_seeds collect FOLDER   # write first_light/seeds.json from its runs
+    python -m fastbyol_bench.demo_seeds docs             # write the tables
 
-A library takes the order of its sums from the CPU's instructions. ``CPUS`` are settings that keep each of them from
-what a narrower CPU lacks; the runs of a name are made under them in a process of their own, with one thread. The pair
-that collapses is told from the appendix's runs, which have more seeds.
+Measuring takes half an hour on one core. The runs of each name in ``CPUS`` are made in a process of their own, with one thread.
 """
 
 from __future__ import annotations
@@ -21,12 +19,15 @@ from typing import Any
 
 from fastbyol.runs.durable import write_text
 from fastbyol.show import run_report
+from fastbyol_bench.readme import DOCS, RESULTS, filled
 
-ROOT = Path(__file__).resolve().parents[2]
-RESULTS = ROOT / "bench" / "results"
+DOCUMENT = DOCS / "demo.md"
 KEPT = RESULTS / "first_light" / "seeds.json"
+# The pair that collapses has more seeds in the appendix's runs.
 APPENDIX = RESULTS / "ablations" / "mini" / "ledger.json"
 BEGIN, END = "<!-- demo: made by fastbyol_bench.demo_seeds -->", "<!-- demo: end -->"
+# A library adds in an order that depends on the CPU's instructions. These settings keep each
+# library from instructions that a narrower CPU lacks.
 CPUS: Mapping[str, Mapping[str, str]] = {
     "native": {},
     "avx2": {
@@ -46,7 +47,7 @@ def train(folder: Path) -> None:
     """Train what ``folder`` lacks of every seed, BYOL and with labels, in this process."""
     from fastbyol import api, config_io, demo
 
-    told = _supervised(folder)
+    supervised = _supervised(folder)
     for seed in SEEDS:
         config = config_io.load(preset="demo", sets=[f"train.seed={seed}", f"data.train={DATA}", "train.device=cpu"]).config
         run = folder / f"seed{seed}"
@@ -54,20 +55,20 @@ def train(folder: Path) -> None:
             api.resume(run)
         else:
             api.train(config, run)
-        if seed not in told:
-            told[seed] = demo.supervised(config)
-            write_text(folder / SUPERVISED, json.dumps(told) + "\n")
+        if seed not in supervised:
+            supervised[seed] = demo.supervised(config)
+            write_text(folder / SUPERVISED, json.dumps(supervised) + "\n")
 
 
 def measure(folder: Path) -> None:
-    """Train under every name of ``CPUS``, each in ``folder`` / its name."""
+    """Train under each of ``CPUS``, one after the other, into ``folder`` / its name."""
     for name, settings in CPUS.items():
         command = [sys.executable, "-m", "fastbyol_bench.demo_seeds", "train", str(folder / name)]
         subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1", **settings}, check=True)
 
 
 def collected(folder: Path) -> dict[str, Any]:
-    """What the finished runs in ``folder`` came to, by the name of the CPU a row a seed, accuracies in percent."""
+    """Return a row for each finished run in ``folder``, by CPU. Accuracies are in percent."""
     from fastbyol.runs.environment import cpu_name
 
     return {"cpu": cpu_name(), "data": DATA, "cpus": {name: list(_rows(folder / name)) for name in CPUS}}
@@ -76,13 +77,19 @@ def collected(folder: Path) -> dict[str, Any]:
 def _rows(folder: Path) -> Iterator[dict[str, Any]]:
     from fastbyol.runs.folder import list_runs
 
-    told = _supervised(folder)
+    supervised = _supervised(folder)
     for run in list_runs(folder):
         if run.status == "done":
             path = Path(run.path)
-            seed, story = int(path.name.removeprefix("seed")), run_report.read(path)
-            found = {"random": story.accuracies.untrained, "byol": story.accuracies.last, "supervised": told.get(seed)}
-            yield {"seed": seed, "state": story.epoch_events[-1]["state"], **found}
+            seed, curves = int(path.name.removeprefix("seed")), run_report.read(path)
+            accuracies = curves.accuracies
+            yield {
+                "seed": seed,
+                "state": curves.epoch_events[-1]["state"],
+                "random": accuracies.untrained,
+                "byol": accuracies.last,
+                "supervised": supervised.get(seed),
+            }
 
 
 def _supervised(folder: Path) -> dict[int, float]:
@@ -90,17 +97,17 @@ def _supervised(folder: Path) -> dict[int, float]:
     return {int(seed): value for seed, value in json.loads(path.read_text("utf-8")).items()} if path.exists() else {}
 
 
-def block(told: Mapping[str, Any], ledger: Mapping[str, Any]) -> str:
-    """The README's block, marks included: of what ``collected`` gave, and the pair's runs in the appendix's ledger."""
+def block(record: Mapping[str, Any], ledger: Mapping[str, Any]) -> str:
+    """Return the block, marks included, from ``collected``'s record and the appendix's ledger."""
     from fastbyol.demo import PAIR
 
-    names = list(told["cpus"])
-    heads = [f"{name}, seeds: {len(told['cpus'][name])}" for name in names]
-    found = {
-        title: [span(row[key] for row in told["cpus"][name]) for name in names]
+    names = list(record["cpus"])
+    heads = [f"{name}, seeds: {len(record['cpus'][name])}" for name in names]
+    ranges = {
+        title: [span(row[key] for row in record["cpus"][name]) for name in names]
         for title, key in (("random weights", "random"), ("BYOL", "byol"), ("supervised", "supervised"))
     }
-    lines = [f"| {title} | {' | '.join(cells)} |" for title, cells in found.items() if set(cells) != {NOTHING}]
+    lines = [f"| {title} | {' | '.join(cells)} |" for title, cells in ranges.items() if set(cells) != {NOTHING}]
     pair = [f"| {name} | {_endings([run for run in ledger['runs'].values() if run['arm'] == name])} |" for name in PAIR]
     return "\n".join(
         [
@@ -118,7 +125,7 @@ def block(told: Mapping[str, Any], ledger: Mapping[str, Any]) -> str:
 
 
 def _endings(runs: Sequence[Mapping[str, Any]]) -> str:
-    """``recovering 3 of 3, 59.8 to 63.2 %``: the states, the commonest first."""
+    """Return the final states, the most frequent first: ``recovering 3 of 3, 59.8 to 63.2 %``."""
     states = [run["state"] for run in runs]
     return "; ".join(
         f"{state} {states.count(state)} of {len(states)}, {span(run['accuracy'] for run in runs if run['state'] == state)}"
@@ -127,26 +134,21 @@ def _endings(runs: Sequence[Mapping[str, Any]]) -> str:
 
 
 def span(values: Iterable[float | None]) -> str:
-    """``73.0 to 77.2 %``, lowest and highest of what was measured."""
-    known = [value for value in values if value is not None]
-    if not known:
+    """Return the lowest and the highest of the measured ``values``: ``73.0 to 77.2 %``."""
+    measured = [value for value in values if value is not None]
+    if not measured:
         return NOTHING
-    low, high = f"{min(known):.1f}", f"{max(known):.1f}"
+    low, high = f"{min(measured):.1f}", f"{max(measured):.1f}"
     return f"{low} %" if low == high else f"{low} to {high} %"
 
 
-def filled(readme: str, made: str) -> str:
-    """``readme`` with the block ``made`` in the place of its own."""
-    return readme[: readme.index(BEGIN)] + made + readme[readme.index(END) + len(END) :]
-
-
-def fresh(readme: str) -> str:
-    """``readme`` with the block of what lies under bench/results."""
-    return filled(readme, block(*(json.loads(path.read_text("utf-8")) for path in (KEPT, APPENDIX))))
+def fresh(text: str) -> str:
+    """Return the document's ``text`` with its block made anew from bench/results."""
+    return filled(text, BEGIN, END, block(*(json.loads(path.read_text("utf-8")) for path in (KEPT, APPENDIX))))
 
 
 def main() -> None:
-    """Do what the command line says."""
+    """Do what the first word of the command line says."""
     word, *where = sys.argv[1:]
     if word == "train":
         train(Path(*where))
@@ -154,8 +156,8 @@ def main() -> None:
         measure(Path(*where))
     if word in ("measure", "collect"):
         write_text(KEPT, json.dumps(collected(Path(*where)), indent=1) + "\n")
-    if word in ("measure", "readme"):
-        write_text(ROOT / "README.md", fresh((ROOT / "README.md").read_text("utf-8")))
+    if word in ("measure", "docs"):
+        write_text(DOCUMENT, fresh(DOCUMENT.read_text("utf-8")))
 
 
 if __name__ == "__main__":

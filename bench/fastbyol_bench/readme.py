@@ -1,17 +1,16 @@
-"""The README's performance table, generated from kept results.
+"""The performance tables of README.md and docs/speed.md, generated from bench/results.
 
-    python -m fastbyol_bench.readme           # write it
-    python -m fastbyol_bench.readme --check   # exit code 1 where it is stale
+    python -m fastbyol_bench.readme           # write both documents
+    python -m fastbyol_bench.readme --check   # exit with code 1 where one of them is stale
 
-stands between the marks ``<!-- bench FILE ... -->`` and ``<!-- end of bench -->``, FILEs below bench/results. On a CPU
-ratios and rates count; times are shown for a GPU alone.
+A block stands between the marks ``<!-- bench FILE ... -->`` and ``<!-- end of bench -->``.
 """
 
 from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from fastbyol_bench import results
@@ -19,31 +18,71 @@ from fastbyol_bench.results import Result, Row
 from fastbyol_bench.table import seconds
 
 ROOT = Path(__file__).resolve().parents[2]
-BLOCK = re.compile(r"(<!-- bench ([^>]+?) -->\n).*?(<!-- end of bench -->)", re.DOTALL)
+RESULTS = ROOT / "bench" / "results"
+README = ROOT / "README.md"
+DOCS = ROOT / "docs"
+DOCUMENTS = (README, DOCS / "speed.md")
+# A block names its result files; ``bench-short`` asks for the table of SHORT alone.
+BLOCK = re.compile(r"(<!-- (bench|bench-short) ([^>]+?) -->\n).*?(<!-- end of bench -->)", re.DOTALL)
+# The README's rows: a name of a piece of work, and the peer that stands for it.
+TUNED = "tuned eager PyTorch, bf16, channels-last, foreach"
+SHORT = (
+    ("two views of 96 px, one core", "Pillow and torchvision, one process"),
+    ("raw 96 px, batches of 256, one thread", "torch's DataLoader over an array"),
+    ("BN, SGD: step of 64 images of 96 px", TUNED),
+    ("GN + WS, LARS: step of 64 images of 96 px", TUNED),
+    ("batches of 256 images of 96 px: data, views, step", TUNED),
+    ("epoch of 105,000 images, batches of 256, with a probe", "the post's code path, fp32, a pass per view"),
+)
+
+
+def filled(text: str, begin: str, end: str, block: str) -> str:
+    """Return ``text`` with ``block`` in place of what stands between two marks, marks included.
+
+    Raises ValueError where one of the marks is missing.
+    """
+    start, stop = text.index(begin), text.index(end) + len(end)
+    return text[:start] + block + text[stop:]
 
 
 def refreshed(text: str, folder: Path) -> str:
-    """``text`` with every marked block generated anew from the files it names in ``folder``."""
+    """Return ``text`` with every block generated anew from the files that it names in ``folder``."""
 
     def block(match: re.Match[str]) -> str:
-        tables = [table(results.read(folder / name)) for name in match[2].split()]
-        return match[1] + "\n\n".join(tables) + "\n" + match[3]
+        make = short_table if match[2] == "bench-short" else table
+        return match[1] + "\n\n".join(make(results.read(folder / name)) for name in match[3].split()) + "\n" + match[4]
 
     return BLOCK.sub(block, text)
 
 
 def table(result: Result) -> str:
-    """One result as a sentence and a Markdown table."""
+    """Return a sentence on the machine and a Markdown table of every row that was measured.
+
+    A GPU's rows show times; a CPU's show threads instead, since ratios and rates alone carry over to other CPUs.
+    """
     on_gpu = result.machine.device == "cuda"
-    heads = ["what", "variant", "time" if on_gpu else "threads", "images/s", "ours is faster by", "of the device's limit"]
+    heads = ("what", "variant", "time" if on_gpu else "threads", "images/s", "ours is faster by", "of the device's limit")
+    return _sentence(result) + "\n\n" + _markdown(heads, (tuple(_cells(row, on_gpu)) for row in _shown(result, on_gpu)))
+
+
+def short_table(result: Result) -> str:
+    """Return a sentence on the machine and a Markdown table of the comparisons in ``SHORT``.
+
+    Comparisons that were not measured are left out.
+    """
+    ratios = {(row.name, row.variant): row.ratio.median for row in result.rows if row.ratio is not None}
+    rows = ((name, peer, f"{ratios[name, peer]:.2f}x") for name, peer in SHORT if (name, peer) in ratios)
+    return _sentence(result) + "\n\n" + _markdown(("what", "compared with", "ours is faster by"), rows)
+
+
+def _markdown(heads: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
     lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
-    lines += ["| " + " | ".join(_cells(row, on_gpu)) + " |" for row in _shown(result, on_gpu)]
-    return _sentence(result) + "\n\n" + "\n".join(lines)
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
 
 
 def _shown(result: Result, on_gpu: bool) -> Iterator[Row]:
-    """What was measured; on a CPU the single kernels say little, since they are the references there."""
     for row in result.rows:
+        # On a CPU the suite of single kernels compares references with themselves.
         if row.timing is not None and (on_gpu or row.suite != "kernels"):
             yield row
 
@@ -68,16 +107,17 @@ def _sentence(result: Result) -> str:
 
 
 def main() -> int:
-    """Write or check; returns the exit code."""
-    path = ROOT / "README.md"
-    old = path.read_text("utf-8")
-    new = refreshed(old, ROOT / "bench" / "results")
-    if "--check" in sys.argv[1:]:
-        if new != old:
-            print("README.md is stale: run python -m fastbyol_bench.readme", file=sys.stderr)
-        return int(new != old)
-    path.write_text(new, "utf-8")
-    return 0
+    """Write the documents, or check them; return the exit code."""
+    stale = 0
+    for path in DOCUMENTS:
+        old = path.read_text("utf-8")
+        new = refreshed(old, RESULTS)
+        if "--check" not in sys.argv[1:]:
+            path.write_text(new, "utf-8")
+        elif new != old:
+            print(f"{path.relative_to(ROOT)} is stale: run python -m fastbyol_bench.readme", file=sys.stderr)
+            stale = 1
+    return stale
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
-"""The README's section on the appendix: made of the verdicts that lie under bench/results, and of nothing else."""
+"""The tables of the post's claims are made of the verdicts under bench/results alone."""
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,6 @@ import pytest
 from fastbyol.errors import UsageError
 from fastbyol_bench import appendix
 
-ROOT = Path(__file__).resolve().parent.parent.parent
 OLD = {
     "scale": "mini",
     "commands": ["fastbyol ablate run --all"],
@@ -40,7 +40,7 @@ def claim(name: str, outcome: str, seeds: str, *held: tuple[str, str, int, int])
     return {"id": name, "says": f"{name} says.", "seeds": seeds, "outcome": outcome, "statements": statements}
 
 
-def told(scale: str, claims: Sequence[Mapping[str, Any]], **account: Sequence[str]) -> dict[str, Any]:
+def verdicts(scale: str, claims: Sequence[Mapping[str, Any]], **account: Sequence[str]) -> dict[str, Any]:
     kept = {"asked": ["a", "b", "c"], "done": ["a", "b", "c"], "failed": {}, "stopped": [], "left": [], **account}
     command = f"fastbyol ablate run --all --scale {scale}"
     return {"scale": scale, "data": ["fashion-mnist"], "commands": [command], "runs": 3, "account": kept, "claims": claims}
@@ -48,8 +48,8 @@ def told(scale: str, claims: Sequence[Mapping[str, Any]], **account: Sequence[st
 
 @pytest.fixture
 def folders(tmp_path: Path) -> list[Path]:
-    """Three folders as the README's: short runs and long ones of the same images, and older ones of others."""
-    mini = told(
+    """Write short and long runs of the same images, and older runs of others."""
+    mini = verdicts(
         "mini",
         [
             claim("C5", "partly", "3", ("It ends.", "main", 3, 3), ("It is useless.", "other", 0, 3), ("So.", "other", 3, 3)),
@@ -57,28 +57,33 @@ def folders(tmp_path: Path) -> list[Path]:
         ],
         done=["a"], failed={"b": "why"}, left=["c"],
     )  # fmt: skip
-    long = told(
+    long = verdicts(
         "long", [claim("C5", "undetermined", "0"), claim("C6", "reproduced", "3", ("It goes.", "main", 4, 5))]
     )  # fmt: skip
-    for name, verdicts in (("mini", mini), ("long", long), ("textures", OLD)):
+    for name, content in (("mini", mini), ("long", long), ("textures", OLD)):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "verdicts.json").write_text(json.dumps(verdicts))
+        (tmp_path / name / "verdicts.json").write_text(json.dumps(content))
     (tmp_path / "long" / "recoveries.png").touch()
     return [tmp_path / name for name in ("mini", "long", "textures")]
 
 
-def test_the_readme_says_what_was_measured() -> None:
-    """No verdicts, no section; with them the section is theirs."""
-    readme = (ROOT / "README.md").read_text("utf-8")
-    there = [ROOT / folder for folder in appendix.FOLDERS]
-    assert (appendix.BEGIN in readme) == any((folder / appendix.VERDICTS).exists() for folder in there)
-    if appendix.BEGIN in readme:
-        assert appendix.filled(readme, appendix.section(there, ROOT)) == readme, (
-            f"run: python -m {appendix.__name__} README.md {' '.join(appendix.FOLDERS)}"
-        )
+@pytest.mark.parametrize("path", [appendix.DOCUMENT, appendix.README], ids=lambda path: path.name)
+def test_the_documents_say_what_was_measured(path: Path) -> None:
+    assert path.read_text("utf-8") == appendix.fresh()[path], f"run: python -m {appendix.__name__}"
 
 
-def test_a_claim_is_told_at_the_scale_that_can_show_it(folders: list[Path]) -> None:
+def test_the_summary_has_six_claims_and_every_outcome() -> None:
+    made = appendix.summary(appendix.FOLDERS, appendix.README.parent)
+    rows = [line for line in made.splitlines() if re.match(r"\| [CM]\d+ ", line)]
+    assert len(rows) == len(appendix.SHORT) <= 6
+    kept = json.loads((appendix.FOLDERS[0] / "verdicts.json").read_text("utf-8"))["claims"]
+    outcomes = {row.split(" | ")[2].partition(" (")[0] for row in rows}
+    assert outcomes >= {claim["outcome"] for claim in kept if claim["outcome"] != "undetermined"}
+    full = appendix.section(appendix.FOLDERS, appendix.README.parent)
+    assert all(" | ".join(row.split(" | ")[:3]) in full for row in rows)
+
+
+def test_a_claim_is_shown_at_the_scale_that_can_show_it(folders: list[Path]) -> None:
     made = appendix.section(folders, folders[0].parent)
     assert "\n| claim | the post | Fashion-MNIST | what decides | textures |\n|---|---|---|---|---|\n" in made
     c5, c6 = (line for line in made.splitlines() if line.startswith(("| C5", "| C6")))
@@ -87,14 +92,14 @@ def test_a_claim_is_told_at_the_scale_that_can_show_it(folders: list[Path]) -> N
     assert c6 == "| C6 | C6 says. | reproduced (long, seeds: 3) | It goes: 4 of 5 (.20 to 1.00) | undetermined |"
 
 
-def test_seeds_without_an_answer_are_not_told_as_a_share(folders: list[Path]) -> None:
+def test_seeds_without_an_answer_make_no_share(folders: list[Path]) -> None:
     long = json.loads((folders[1] / "verdicts.json").read_text())
     long["claims"][1]["statements"][0] |= {"yes": 1, "asked": 3, "open": 2}
     (folders[1] / "verdicts.json").write_text(json.dumps(long))
     assert "| It goes: 1 of 3, 2 open |" in appendix.section(folders, folders[0].parent)
 
 
-def test_what_became_of_the_runs_is_said(folders: list[Path]) -> None:
+def test_the_runs_are_accounted_for(folders: list[Path]) -> None:
     made = appendix.section(folders, folders[0].parent).splitlines()
     mini = "1 of 3 runs (mini scale, [report](mini/report.html), 1 failed, 1 left)"
     long = "3 of 3 runs (long scale, [report](long/report.html))"
@@ -121,22 +126,14 @@ def test_a_folder_that_is_missing_has_no_column(folders: list[Path]) -> None:
     assert "It learns" not in alone
 
 
-def test_filling_twice_changes_nothing_more(folders: list[Path]) -> None:
-    readme = "# title\n\ntext\n\n## By example\nmore\n"
-    once = appendix.filled(readme, appendix.section(folders, folders[0].parent))
-    assert once.startswith("# title\n\ntext\n\n<!-- appendix")
-    assert once.endswith(f"{appendix.END}\n\n## By example\nmore\n")
-    assert appendix.filled(once, appendix.section(folders, folders[0].parent)) == once
-    changed = appendix.filled(once, appendix.section(folders, folders[0]))
-    assert changed == once.replace("(mini/", "(./").replace("(long/", "(../long/").replace("(textures/", "(../textures/")
+def test_links_are_relative_to_the_document(folders: list[Path]) -> None:
+    (folders[0] / "timing.png").touch()
+    made = appendix.section(folders, folders[0])
+    assert "(./timing.png)" in made
+    assert "(../long/recoveries.png)" in made
 
 
-def test_one_mark_alone_is_refused(folders: list[Path]) -> None:
-    with pytest.raises(UsageError, match="one of the two marks"):
-        appendix.filled(f"a\n{appendix.BEGIN}\n", appendix.section(folders, folders[0].parent))
-
-
-def test_without_verdicts_the_command_is_said(tmp_path: Path) -> None:
+def test_without_verdicts_the_error_names_the_command(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="fastbyol ablate report --png"):
         appendix.section([tmp_path], tmp_path)
     (tmp_path / "verdicts.json").write_text("{")

@@ -1,17 +1,62 @@
-"""The README's table is what its results say, and says no time of a CPU."""
+"""The documents: their tables match the results, their links lead somewhere, their commands parse."""
 
 from __future__ import annotations
 
+import re
+import shlex
+from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+from typer.core import TyperGroup
+from typer.main import get_command
+
+from fastbyol.cli import main
 from fastbyol_bench import readme, results
 from sample_results import GPU, result
 
+WRITTEN = [readme.ROOT / "CONTRIBUTING.md", readme.README, *sorted(readme.DOCS.glob("*.md"))]
+DOCUMENTS = [*WRITTEN, *(readme.ROOT / name for name in ("CHANGELOG.md", "bench/README.md", "tests/faults/README.md"))]
+# Code in backticks that names a file: one of these folders, then a name with a suffix.
+FILE = re.compile(r"`((?:fastbyol|kernels|bench|tests|configs|docs)/[\w./-]*\.\w+)`")
 
-def test_readme_is_up_to_date() -> None:
-    text = (readme.ROOT / "README.md").read_text("utf-8")
-    fresh = readme.refreshed(text, readme.ROOT / "bench" / "results")
-    assert text == fresh, "README.md is stale: run python -m fastbyol_bench.readme"
+
+def commands() -> Iterator[str]:
+    """Return every ``fastbyol ...`` line of the documents' code blocks, without comments."""
+    for path in WRITTEN:
+        for code in re.findall(r"^```\n(.*?)^```", path.read_text("utf-8"), re.DOTALL | re.MULTILINE):
+            yield from (line.removeprefix("$ ") for line in code.splitlines() if re.match(r"(\$ )?fastbyol ", line))
+
+
+@pytest.mark.parametrize("path", readme.DOCUMENTS, ids=lambda path: path.name)
+def test_the_documents_are_up_to_date(path: Path) -> None:
+    text = path.read_text("utf-8")
+    assert text == readme.refreshed(text, readme.RESULTS), f"{path.name} is stale: run python -m fastbyol_bench.readme"
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(readme.ROOT)))
+def test_links_and_names_of_files_lead_somewhere(path: Path) -> None:
+    text = path.read_text("utf-8")
+    links = [link for link in re.findall(r"\]\(([^)#]+)", text) if "://" not in link]
+    missing = [link for link in links if not (path.parent / link).exists()]
+    missing += [name for name in FILE.findall(text) if not (readme.ROOT / name).exists()]
+    assert not missing
+
+
+@pytest.mark.parametrize("line", sorted(set(commands())))
+def test_commands_parse(line: str) -> None:
+    """Parse the words as the command line does, without running anything."""
+    command, words = get_command(main.app), shlex.split(line, comments=True)[1:]
+    while isinstance(command, TyperGroup):
+        command = command.commands[words.pop(0)]
+    command.make_context(command.name, words)
+
+
+def test_the_short_table_has_at_most_six_rows_of_the_long_one() -> None:
+    rows = [row for row in readme.short_table(results.read(readme.RESULTS / "cpu.json")).splitlines() if row.endswith("x |")]
+    assert len(rows) == len(readme.SHORT) <= 6
+    long = (readme.DOCS / "speed.md").read_text("utf-8")
+    assert all(re.search(rf"\| {re.escape(name)} \| {re.escape(peer)} \| .*x \|", long) for name, peer in readme.SHORT)
 
 
 def test_a_block_is_made_anew_and_the_rest_is_kept(tmp_path: Path) -> None:

@@ -14,8 +14,8 @@ FLOOR := tests/kernels tests/engine/test_capture.py tests/engine/test_standardiz
 # The path from sources through betons and runs to accuracies. Only tests that compare with FFCV
 # itself are skipped.
 NO_FFCV := $(addprefix tests/data/test_,decoder.py decode_torchvision.py loader.py verify.py manifest.py jpeg_tables.py \
-  beton_write.py convert.py embedded.py) $(addprefix tests/engine/test_,inputs.py run_folder.py trainer.py) \
-  tests/evaluation/test_protocol.py tests/test_api.py tests/test_cli.py tests/test_first_light.py \
+  beton_write.py convert.py embedded.py) $(addprefix tests/runs/test_,inputs.py folder.py) tests/engine/test_trainer.py \
+  tests/evaluation/test_protocol.py tests/test_api.py tests/cli/test_main.py tests/test_first_light.py \
   tests/faults/test_data_reader.py tests/faults/test_data_mutations.py
 # FFCV compiles one small extension against these: 57 packages instead of libopencv-dev's 444.
 DEBIAN := g++ make pkg-config python3-venv python3-dev libopencv-core-dev libopencv-imgproc-dev libturbojpeg0-dev

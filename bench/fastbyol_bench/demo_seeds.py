@@ -80,9 +80,9 @@ def _rows(folder: Path) -> Iterator[dict[str, Any]]:
     for run in list_runs(folder):
         if run.status == "done":
             path = Path(run.path)
-            seed, story = int(path.name.removeprefix("seed")), run_report.read(path)
-            found = {"random": story.accuracies.untrained, "byol": story.accuracies.last, "supervised": told.get(seed)}
-            yield {"seed": seed, "state": story.epoch_events[-1]["state"], **found}
+            seed, curves = int(path.name.removeprefix("seed")), run_report.read(path)
+            found = {"random": curves.accuracies.untrained, "byol": curves.accuracies.last, "supervised": told.get(seed)}
+            yield {"seed": seed, "state": curves.epoch_events[-1]["state"], **found}
 
 
 def _supervised(folder: Path) -> dict[int, float]:

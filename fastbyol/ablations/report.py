@@ -42,7 +42,8 @@ VERDICTS = "verdicts.json"
 def write_report(out: Path, html: Path) -> None:
     """Write the report of the runs under ``out`` into the file ``html``.
 
-    Raises UsageError: matplotlib is missing, there is no run with a finished epoch, the file cannot be written.
+    Raises UsageError: matplotlib is missing, no run has finished an epoch, or the file cannot be
+    written.
     """
     figures.demand()
     text = page(report_suite.read(out))
@@ -53,7 +54,8 @@ def write_report(out: Path, html: Path) -> None:
 def write_pictures(out: Path, folder: Path) -> list[Path]:
     """Write the README's pictures and the verdicts as JSON into ``folder``. Return the paths.
 
-    The picture of long runs shows their recoveries over steps. Raises UsageError as ``write_report`` does.
+    The picture of long runs shows their recoveries over steps.
+    Raises UsageError as ``write_report`` does.
     """
     figures.demand()
     suite = report_suite.read(out)
@@ -73,7 +75,7 @@ def write_pictures(out: Path, folder: Path) -> list[Path]:
 
 
 def verdicts(suite: Suite) -> dict[str, Any]:
-    """Return what verdicts.json holds: the suite, every verdict with its statements, and accuracies."""
+    """Return the suite, its verdicts with their statements, and accuracies, as plain values."""
     rows = [
         {
             "id": claim.id,
@@ -125,7 +127,7 @@ def page(suite: Suite) -> str:
             timeline=report_tables.timeline(suite),
             signals=report_tables.SIGNALS,
             events=report_tables.event_rows(suite),
-            rates=list(_rates(suite)),
+            rates=_rates(suite),
             cards=_cards(suite),
             configurations=report_tables.configurations(suite),
             environment=report_tables.environment(suite),
@@ -173,14 +175,14 @@ def _panel(panel: Panel, suite: Suite) -> dict[str, Any]:
 
 
 def _rates(suite: Suite) -> Iterator[tuple[Any, ...]]:
-    """Yield arm, seed, upper bound of the rates and picture of the first run of each arm with LARS."""
+    """Yield arm, seed, upper bound and picture of the rates of each LARS arm's first run."""
     for arm, (run, *_) in suite.runs.items():
         if run.config.optim.name == "lars":
             yield arm, run.evidence.seed, run.evidence.rate_ceiling, figures.svg(report_figures.draw_rates(run))
 
 
 def _cards(suite: Suite) -> dict[str, list[tuple[Any, ...]]]:
-    """Return by heading what the card of each arm shows: its name, description, seeds and picture."""
+    """Return by heading the name, description, seeds and picture of each arm."""
     controls = {arm for names in CONTROLS.values() for arm in names} - {arm for claim in CLAIMS for arm in claim.arms}
     cards: dict[str, list[tuple[Any, ...]]] = {
         "Arms of the claims": [],

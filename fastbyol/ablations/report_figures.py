@@ -1,4 +1,4 @@
-"""The pictures of the ablations' report: the post's figures with ours, a card per arm, maps of LARS's rates."""
+"""The pictures of the ablations' report: the post's figures with ours, arms, maps of LARS's rates."""
 
 from __future__ import annotations
 
@@ -63,32 +63,29 @@ def panels() -> tuple[Panel, ...]:
 
 
 def band(runs: Sequence[Evidence], measure: str) -> tuple[np.ndarray, np.ndarray]:
-    """Return epochs (E,), and the least, median and most (3, E) over the seeds that were measured at each."""
+    """Return epochs (E,), and least, median and most (3, E) of the seeds that were measured there."""
     epochs = np.unique(np.concatenate([run.epoch for run in runs]))
     table = np.full((len(runs), len(epochs)), np.nan)
     for row, run in zip(table, runs, strict=True):
-        row[np.searchsorted(epochs, run.epoch)] = _values(run, measure)
+        group = measure.removeprefix("rate:")
+        row[np.searchsorted(epochs, run.epoch)] = getattr(run, measure) if group == measure else run.rate_by_epoch(group)
     measured = np.isfinite(table).any(axis=0)
     # Without a measured epoch numpy leaves out the axis of the three.
     return epochs[measured], np.nanquantile(table[:, measured], (0.0, 0.5, 1.0), axis=0).reshape(3, -1)
 
 
-def _values(run: Evidence, measure: str) -> np.ndarray:
-    if measure.startswith("rate:"):
-        return run.rate_by_epoch(measure.removeprefix("rate:"))
-    return np.asarray(getattr(run, measure))
-
-
 def draw_panel(panel: Panel, suite: Suite) -> Figure:
     """Draw our seeds as a line with a band over the published curve, which is dashed.
 
-    Where the lengths differ, each has an axis of its own, stretched to the picture's width: ours at the bottom, the post's on
-    top. Shapes and order can then be compared, epochs cannot.
+    Where the lengths differ, each has an axis of its own, ours at the bottom and the post's on top,
+    both stretched to the picture's width. Shapes and order can then be compared, epochs cannot.
     """
     made = blank(WIDTH, 3.0)
     ours = made.add_subplot()
     runs = _runs(panel, suite)
-    theirs = ours if _same_length(runs, suite) else ours.twiny()
+    # At full scale an epoch is the post's only if it has as many steps.
+    same_length = suite.scale == "full" and all(run.steps_per_epoch == PUBLISHED_STEPS_PER_EPOCH for run in runs)
+    theirs = ours if same_length or not runs else ours.twiny()
     _draw_curves(ours, theirs, panel, suite, alpha=0.75)
     theirs.set_xlim(0, max(published()[s.figure, s.series].epoch[-1] for s in panel.sources))
     if theirs is ours:
@@ -104,12 +101,6 @@ def draw_panel(panel: Panel, suite: Suite) -> Figure:
 
 def _runs(panel: Panel, suite: Suite) -> list[Evidence]:
     return [run for source in panel.sources for run in suite.evidence(source.arm)]
-
-
-def _same_length(runs: Sequence[Evidence], suite: Suite) -> bool:
-    """Return whether one axis serves both: there is no run, or all are as long as the post's, in steps too."""
-    full = suite.scale == "full"
-    return not runs or (full and all(run.steps_per_epoch == PUBLISHED_STEPS_PER_EPOCH for run in runs))
 
 
 def _draw_curves(ours: Axes, theirs: Axes, panel: Panel, suite: Suite, alpha: float | None = None) -> None:
@@ -202,9 +193,9 @@ def draw_rates(run: Run) -> Figure:
 
 
 def rate_map(run: Run) -> tuple[list[str], np.ndarray, np.ndarray]:
-    """Return names of the weight matrices and kernels (R,), first and end step (2,), and rates (R, columns).
+    """Return names of the weight matrices and kernels (R,), first and end step (2,), and their rates.
 
-    The rates are float64 means over at most ``MAP_COLUMNS`` spans of steps.
+    Rates are float64 (R, columns), means over at most ``MAP_COLUMNS`` spans of steps.
     """
     layers = read_layers(run.path)
     rows = [index for index, name in enumerate(layers.names) if is_matrix(name)]
@@ -221,7 +212,7 @@ def _positive(table: np.ndarray) -> np.ndarray:
 
 
 def draw_readme_timing(suite: Suite) -> Figure:
-    """Draw claim C12: layer1's rate and the loss at both learning rates, over the published curves."""
+    """Draw claim C12: layer1's rate and the loss at both learning rates, over the post's."""
     chosen = [panel for panel in panels() if panel.figure.startswith("lars_timing")]
     made = blank(9.0, 3.4, facecolor="white")
     for axes, panel in zip(made.subplots(1, 2), chosen, strict=True):
@@ -237,7 +228,7 @@ def draw_readme_timing(suite: Suite) -> Figure:
 
 
 def draw_readme_cosines(suite: Suite, arms: Iterable[str]) -> Figure:
-    """Draw 1 - the negative cosine of ``arms``, seeds as bands, on a log axis that tells collapses apart."""
+    """Draw 1 - the negative cosine of ``arms``, seeds as bands, on a log axis."""
     made = blank(9.0, 3.4, facecolor="white")
     axes = made.add_subplot()
     present = [arm for arm in arms if suite.evidence(arm)]
@@ -255,9 +246,9 @@ def draw_readme_cosines(suite: Suite, arms: Iterable[str]) -> Figure:
 
 
 def draw_recoveries(suite: Suite) -> Figure:
-    """Draw 1 - the negative cosine over steps, a line per seed, over the published curve, which is dashed.
+    """Draw 1 - the negative cosine over steps, a line per seed, over the published curve.
 
-    Each arm has a panel, which shows the settings that the post leaves open too.
+    Each arm has a panel, which also shows the settings that the post leaves open.
     """
     arms = [arm for arm in suite.runs if "@" not in arm]
     rows = -(-len(arms) // 3)

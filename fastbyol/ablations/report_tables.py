@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from functools import cache
 from itertools import chain, groupby
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,7 @@ Row = tuple[object, ...]
 
 
 def number_rows(claim: Claim, suite: Suite) -> list[Row]:
-    """Return, for each arm and control of ``claim``, accuracy and cosines of the post and of our finished seeds."""
+    """Return a row per arm and control of ``claim``: accuracy and cosines, the post's and ours."""
     post, rows = Evidence.of_published(claim), []
     for arm in (*claim.arms, *claim.controls):
         theirs, ours = post.get(arm, ()), [run for run in suite.evidence(arm) if run.finished]
@@ -56,7 +55,7 @@ def _over_seeds(values: Sequence[float], digits: int) -> str:
 
 
 def run_rows(suite: Suite) -> list[Row]:
-    """Return a row per run: its states, lowest and last loss, accuracies, peak rate and lowest early gradient."""
+    """Return a row per run: its phases, losses, accuracies, peak rate and early gradient."""
     return [(arm, *_run_cells(run)) for arm in suite.runs for run in suite.evidence(arm)]
 
 
@@ -83,9 +82,9 @@ def _run_cells(run: Evidence) -> Row:
 
 
 def accuracies(run: Evidence) -> dict[str, dict[str, float] | None]:
-    """Return the accuracies in percent of the untrained weights, the best and the last epoch, with 95 % intervals.
+    """Return a run's accuracies in percent, with 95 % intervals. The best has its epoch.
 
-    One that was not measured is None. The best has its epoch.
+    One that was not measured is None.
     """
     best = None
     if np.isfinite(run.accuracy).any():
@@ -117,7 +116,7 @@ def _number(value: float, unit: str = "") -> str:
 
 
 def timeline(suite: Suite) -> list[tuple[str, int, int, list[tuple[int, int, str]]]]:
-    """Return arm, seed, number of epochs, and (first epoch, last epoch, state) of each stretch in one state."""
+    """Return arm, seed, epochs, and (first epoch, last epoch, state) of each stretch in a state."""
     rows = []
     for arm, runs in suite.runs.items():
         for run in runs:
@@ -140,7 +139,10 @@ def event_rows(suite: Suite) -> list[Row]:
 
 
 def configurations(suite: Suite) -> dict[str, Any]:
-    """Return the presets, and as (key, preset's value, arm's value) what all arms share and what each has of its own."""
+    """Return the presets, the changes that all arms share, and the other changes by arm.
+
+    A change is (key, preset's value, arm's value).
+    """
     first = {arm: runs[0].config for arm, runs in suite.runs.items()}
     changes = {arm: _against_preset(config) for arm, config in first.items()}
     shared = set.intersection(*map(set, changes.values()))
@@ -151,18 +153,17 @@ def configurations(suite: Suite) -> dict[str, Any]:
     }
 
 
-@cache
 def _against_preset(config: Config) -> tuple[tuple[str, str, str], ...]:
     return tuple(
-        (row.key, differences.text(row.a), _within(row.b) if row.key == "optim.replay_rates" else differences.text(row.b))
+        (row.key, differences.text(row.a), _value(row.key, row.b))
         for row in differences.against_preset(config)
         if row.key not in NOT_COMPARED
     )
 
 
-def _within(run: object) -> str:
-    """Return the arm and seed of a run, wherever the folder of runs is."""
-    return "/".join(Path(str(run)).parts[-2:])
+def _value(key: str, value: object) -> str:
+    # Of a run's path only arm and seed matter, wherever the folder of runs is.
+    return "/".join(Path(str(value)).parts[-2:]) if key == "optim.replay_rates" else differences.text(value)
 
 
 def environment(suite: Suite) -> dict[str, Counter[str]]:

@@ -1,4 +1,4 @@
-"""A contact sheet of a data set: images of a beton beside the two views that training makes of them."""
+"""A contact sheet of a data set: images beside the two views that training makes of them."""
 
 from __future__ import annotations
 

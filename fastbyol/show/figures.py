@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 BLUE, ORANGE, GREEN, RED, PURPLE, SKY = "#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9"
 DARK_STATES = ("#6b2f27", "#5f4a1c", "#1f4a61", "#555555")
 STATE_COLOURS = {"collapsed": "#f7d6d0", "collapsing": "#fcebc8", "recovering": "#d5eaf5", "dead": "#cfcfcf"}
-# Stands for black in an SVG. In a page it becomes the colour of the text, so that it can be read on a dark page too.
+# Stands for black in an SVG. In a page it becomes the colour of the text, also on a dark page.
 INK = "#010203"
 
 # Each colour of a picture is a CSS variable of the page: name -> (on a light page, on a dark page).
@@ -35,7 +35,8 @@ PALETTE: Mapping[str, tuple[str, str]] = {
     **{state: (light, dark) for (state, light), dark in zip(STATE_COLOURS.items(), DARK_STATES, strict=True)},
 }  # fmt: skip
 
-# Text that stays text keeps a picture small and takes the reader's fonts. With a fixed salt equal pictures are equal files.
+# Text that stays text keeps a picture small and takes the reader's fonts. With a fixed salt equal
+# pictures are equal files.
 _SETTINGS = {
     "svg.fonttype": "none",
     "svg.hashsalt": "fastbyol",
@@ -83,7 +84,8 @@ def svg(figure: Figure) -> Markup:
     figure.savefig(buffer, format="svg", metadata=_NO_METADATA)
     text = buffer.getvalue()
     text = text[text.index("<svg") :].replace(INK, "currentColor")
-    # matplotlib numbers groups anew in every figure. Nothing refers to these ids, and in one page they would clash.
+    # matplotlib numbers groups anew in every figure: in one page these ids would clash. Nothing
+    # refers to them.
     text = re.sub(r' id="[\w.]+_\d+"', "", text)
     for name, (colour, _) in PALETTE.items():
         text = text.replace(colour, f"var(--{name})")
@@ -110,7 +112,7 @@ def _templates(package: str) -> Environment:
 
 
 def page(template: str, package: str = "fastbyol.show", **values: Any) -> str:
-    """Return the HTML page that ``template`` makes of ``values``: one file, without script or network."""
+    """Return the HTML page, without script or network, that ``template`` makes of ``values``."""
     text = _templates(package).get_template(template).render(palette=PALETTE, **values)
-    # Control characters and surrogates in names become visible escapes, in pictures and attributes too.
+    # Control characters and surrogates become visible escapes, in pictures and attributes too.
     return printable_lines(text)

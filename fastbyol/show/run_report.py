@@ -31,7 +31,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class RunCurves:
-    """The curves of a run over epochs. ``rates`` is (samples, segments), named by ``layer_names``."""
+    """The curves of a run over epochs. ``rates`` is (samples, segments)."""
 
     name: str
     epochs: np.ndarray
@@ -178,7 +178,7 @@ def _facts(curves: RunCurves) -> list[tuple[str, str]]:
 
 
 def write(run: Path, *, png: Path | None = None) -> list[Path]:
-    """Write ``RUN/report.html``, and each picture as a PNG into the folder ``png``. Return the paths.
+    """Write ``RUN/report.html``, and each picture as a PNG into ``png``. Return the paths.
 
     Raises UsageError: matplotlib is missing, or ``read`` raises it.
     """

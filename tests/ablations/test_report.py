@@ -1,4 +1,4 @@
-"""The ablations' report of small runs: it is complete and self-contained, and has the verdicts' numbers."""
+"""The ablations' report of small runs is complete and self-contained, and has the right numbers."""
 
 from __future__ import annotations
 
@@ -154,7 +154,7 @@ def test_inner_links_and_references_have_their_targets(text: str, page: Page) ->
 
 
 def test_verdicts_are_judges_own(page: Page, out: Path) -> None:
-    """Judge the run folders anew: outcome, every statement and all its evidence stand in the page."""
+    """Judge the run folders anew: outcome, statements and their evidence stand in the page."""
     runs: dict[str, list[Evidence]] = {}
     for arm, seed in RUNS:
         runs.setdefault(arm, []).append(Evidence.of_run(out / "runs" / arm / f"seed{seed}", arm=arm, seed=seed, scale="mini"))
@@ -253,7 +253,7 @@ def test_an_arm_that_is_no_more_is_named(tmp_path: Path) -> None:
 
 
 def test_a_damaged_run_is_named_and_the_others_are_judged(out: Path, tmp_path: Path) -> None:
-    """The report, the command line's verdicts and the list leave it out. A damaged ledger is named too."""
+    """Report, verdicts and list leave the run out. A damaged ledger is named too."""
     there = tmp_path / "out"
     shutil.copytree(out, there)
     before, _ = tally.evidence_in(there, "mini")

@@ -364,7 +364,7 @@ def test_equal_runs_make_equal_files(text: str, out: Path, tmp_path: Path) -> No
     assert (tmp_path / "again.html").read_text("utf-8") == text
 
 
-def test_a_folder_without_runs_is_told_in_one_line(tmp_path: Path) -> None:
+def test_a_folder_without_runs_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no ablations here"):
         report.write_report(tmp_path, tmp_path / "report.html")
     (tmp_path / "ledger.json").write_text('{"scale": "mini", "calls": [], "runs": {}}')
@@ -373,7 +373,7 @@ def test_a_folder_without_runs_is_told_in_one_line(tmp_path: Path) -> None:
     assert not (tmp_path / "report.html").exists()
 
 
-def test_without_matplotlib_the_remedy_is_said(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_matplotlib_the_remedy_is_named(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UsageError, match=re.escape("pip install 'fastbyol[report]'")):
         report.write_report(out, out / "other.html")

@@ -115,9 +115,9 @@ def _can_go_on(runs: tuple[plan.Run, ...], out: Path) -> bool:
     return True
 
 
-def _ending(story: run_report.Story) -> dict[str, Any]:
-    last = story.epoch_events[-1]
-    collapsed = next((event["epoch"] + 1 for event in story.epoch_events if event["state"] == "collapsed"), None)
+def _ending(curves: run_report.RunCurves) -> dict[str, Any]:
+    last = curves.epoch_events[-1]
+    collapsed = next((event["epoch"] + 1 for event in curves.epoch_events if event["state"] == "collapsed"), None)
     return {"state": last["state"], "neg_cos": last["neg_cos"], "accuracy": last["accuracy"], "collapsed_in_epoch": collapsed}
 
 
@@ -140,9 +140,9 @@ def _draw_pair(runs: dict[str, Path], out: Path) -> Path:
     made = Figure(figsize=(9.0, 3.2), layout="constrained", facecolor="white")
     left, right = made.subplots(1, 2)
     for (name, path), colour in zip(runs.items(), (figures.RED, figures.BLUE), strict=True):
-        story = run_report.read(path)
-        draw_distance(left, story, colour, name)
-        points = [(event["epoch"] + 1, event["accuracy"]) for event in story.epoch_events]
+        curves = run_report.read(path)
+        draw_distance(left, curves, colour, name)
+        points = [(event["epoch"] + 1, event["accuracy"]) for event in curves.epoch_events]
         right.plot(*zip(*((e, a) for e, a in points if a is not None), strict=True), color=colour, marker="o", ms=3, label=name)
     right.set_ylim(0, 100)
     right.set_ylabel("linear accuracy, %")
@@ -155,9 +155,9 @@ def _draw_pair(runs: dict[str, Path], out: Path) -> Path:
     return path
 
 
-def draw_distance(axes: Axes, story: run_report.Story, colour: str, label: str) -> None:
+def draw_distance(axes: Axes, curves: run_report.RunCurves, colour: str, label: str) -> None:
     """Draw 1 - the cosine of negative pairs over epochs, logarithmic, and the border of the collapsed state."""
-    axes.semilogy(story.epochs, (1 - story.metrics["neg_cos"]).clip(min=1e-8), color=colour, lw=0.9, label=label)
+    axes.semilogy(curves.epochs, (1 - curves.metrics["neg_cos"]).clip(min=1e-8), color=colour, lw=0.9, label=label)
     axes.axhline(1 - COLLAPSED_ABOVE, color="black", lw=0.7, ls=":")
     axes.annotate("collapsed below", (0.99, 1 - COLLAPSED_ABOVE), (0, -9), xycoords=("axes fraction", "data"),
                   textcoords="offset points", ha="right", fontsize=7.5)  # fmt: skip

@@ -35,25 +35,25 @@ def run(folder: Path, *words: str, threads: int | None = None) -> tuple[str, str
     return tuple(text.replace(str(Path.home()), "~") for text in (ended.stdout, ended.stderr))  # type: ignore[return-value]
 
 
-def draw_typed(story: run_report.Story, path: Path) -> None:
+def draw_typed(curves: run_report.RunCurves, path: Path) -> None:
     """Draw cosines and accuracy side by side, the live states shaded behind them."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9.0, 3.2), layout="constrained")
     for axes, draw in zip(figure.subplots(1, 2), (run_report.draw_cosines, run_report.draw_accuracy), strict=True):
-        run_report.shade_states(axes, story)
-        draw(axes, story)
+        run_report.shade_states(axes, curves)
+        draw(axes, curves)
     finish(figure, path)
 
 
-def draw_demo(story: run_report.Story, result: dict[str, Any], path: Path) -> None:
+def draw_demo(curves: run_report.RunCurves, result: dict[str, Any], path: Path) -> None:
     """Draw cosines and accuracy side by side, with the two encoders that BYOL is measured against."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9.0, 3.0), layout="constrained")
     left, right = figure.subplots(1, 2)
-    run_report.draw_cosines(left, story)
-    run_report.draw_accuracy(right, story)
+    run_report.draw_cosines(left, curves)
+    run_report.draw_accuracy(right, curves)
     right.axhline(result["supervised"], color=figures.GREEN, lw=0.9, ls="--", label="supervised")
     right.legend(loc="lower right", frameon=False, fontsize=8)
     finish(figure, path)

@@ -1,166 +1,80 @@
-"""The tables of the ablations' report, as HTML: verdicts with their evidence, runs, states, configurations, environment."""
+"""The rows of the tables in the ablations' report, and the accuracies of a run."""
 
 from __future__ import annotations
 
-import html
-import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import cache
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from itertools import chain, groupby
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from fastbyol.ablations.accuracy_questions import table_accuracy, untrained_accuracy
-from fastbyol.ablations.claims import CLAIMS, Claim
+from fastbyol.ablations.claims import Claim
 from fastbyol.ablations.course import course, rate_peak
 from fastbyol.ablations.evidence import Evidence
-from fastbyol.ablations.report_suite import Run, Suite, seeds_of
-from fastbyol.ablations.verdict import Statement, Verdict
+from fastbyol.ablations.report_suite import Suite
 from fastbyol.config import Config
 from fastbyol.evaluation.intervals import accuracy_interval
 from fastbyol.runs import differences
 
 NOTHING = "-"
-MARKS = {"held": "✓", "not held": "✗", "mixed": "±", "undecided": "?"}
-ROLES = {"main": "decides", "other": "refines", "told": "told only"}
-# What differs between the seeds of an arm, or says how and where a run was made and not what it is.
+SIGNALS = ("neg_cos", "pos_cos", "std_z", "rank_y", "dead_y", "grad_norm")
+# Keys that differ between the seeds of an arm, or that say how and where a run was made.
 NOT_COMPARED = ("train.seed", "train.device", "data.workers", "data.cache", "data.train", "data.test")
 
-
-def table(head: Sequence[str], rows: Iterable[Sequence[str]], kind: str = "") -> str:
-    """A table that scrolls sideways by itself; cells are HTML already."""
-    top = "".join(f"<th>{cell}</th>" for cell in head)
-    body = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in rows)
-    return f'<div class="wide"><table class="{kind}"><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
+Row = tuple[object, ...]
 
 
-def badge(outcome: str) -> str:
-    """An outcome as a coloured word."""
-    return f'<span class="badge {outcome.replace(" ", "-")}">{outcome}</span>'
-
-
-def verdict_table(suite: Suite) -> str:
-    """One row per claim: what it says, its outcome, how its deciding statements came out, and the seeds."""
-    rows = []
-    for claim in CLAIMS:
-        verdict = suite.verdicts[claim.id]
-        decided = "<br>".join(
-            f"{_mark(s)} {html.escape(s.text)} <small>{html.escape(summary(s))}</small>"
-            for s in verdict.statements
-            if s.role == "main"
-        )
-        link = f'<a href="#{claim.id}">{claim.id}</a>'
-        rows.append((link, html.escape(claim.says), badge(verdict.outcome), decided, seeds_of(suite, claim)))
-    return table(("claim", "what the post says", "outcome", "statements that decide", "seeds"), rows, "verdicts")
-
-
-def summary(statement: Statement) -> str:
-    """The count of a statement's evidence, without the seeds' own findings: ``held for 3 of 3 seeds``."""
-    return statement.evidence.partition(". seed ")[0]
-
-
-def claim_section(claim: Claim, suite: Suite) -> str:
-    """Everything about one claim: its statements with rules and evidence, and what the unsettled settings make of it."""
-    verdict = suite.verdicts[claim.id]
-    numbers = ", ".join(f"{html.escape(name)} {html.escape(json.dumps(value))}" for name, value in claim.numbers.items())
-    told = f'<p class="small">Published: {numbers}.</p>' if numbers else ""
-    arms = ", ".join(f"<code>{html.escape(arm)}</code>" for arm in claim.arms)
-    return (
-        f'<h3 id="{claim.id}">{claim.id} {badge(verdict.outcome)}</h3><p>{html.escape(claim.says)} '
-        f'<span class="small">Arms: {arms}.</span></p>{told}{statement_table(verdict)}'
-        f"{number_table(claim, suite) if claim.id == 'M1' else ''}{_variants(claim, suite)}"
-    )
-
-
-def number_table(claim: Claim, suite: Suite) -> str:
-    """Set the post's table beside ours, controls too: accuracies and cosines, ours as median and range over seeds."""
+def number_rows(claim: Claim, suite: Suite) -> list[Row]:
+    """Return a row per arm and control of ``claim``: accuracy and cosines, the post's and ours."""
     post, rows = Evidence.of_published(claim), []
     for arm in (*claim.arms, *claim.controls):
         theirs, ours = post.get(arm, ()), [run for run in suite.evidence(arm) if run.finished]
-        cells = []
-        for read, digits in ((table_accuracy, 1), (_last("pos_cos"), 4), (_last("neg_cos"), 4)):
-            cells += [_over_seeds([read(run) for run in runs], digits) for runs in (theirs, ours)]
-        rows.append((f"<code>{html.escape(arm)}</code>", str(len(ours)), *cells))
-    head = ("arm", "seeds", "accuracy, post", "ours", "pos. cosine, post", "ours", "neg. cosine, post", "ours")
-    return f"<p>The post's table and ours, median and range over seeds:</p>{table(head, rows, 'numbers')}"
+        rows.append((arm, len(ours), *chain(*zip(_last_values(theirs), _last_values(ours), strict=True))))
+    return rows
 
 
-def _last(measure: str) -> Callable[[Evidence], float]:
-    return lambda run: float(getattr(run, measure)[-1])
+def _last_values(runs: Sequence[Evidence]) -> tuple[str, str, str]:
+    """Return accuracy and cosines of positive and negative pairs at the end of ``runs``."""
+    return (
+        _over_seeds([table_accuracy(run) for run in runs], 1),
+        _over_seeds([run.pos_cos[-1] for run in runs], 4),
+        _over_seeds([run.neg_cos[-1] for run in runs], 4),
+    )
 
 
 def _over_seeds(values: Sequence[float], digits: int) -> str:
-    known = [value for value in values if np.isfinite(value)]
-    if not known:
+    """Return median and range of the values that were measured."""
+    measured = [value for value in values if np.isfinite(value)]
+    if not measured:
         return NOTHING
-    middle = f"{np.median(known):.{digits}f}"
-    return middle if len(known) == 1 else f"{middle} ({min(known):.{digits}f} to {max(known):.{digits}f})"
+    median = f"{np.median(measured):.{digits}f}"
+    return median if len(measured) == 1 else f"{median} ({min(measured):.{digits}f} to {max(measured):.{digits}f})"
 
 
-def statement_table(verdict: Verdict) -> str:
-    """Every statement of a verdict: held or not, its role, its rule, and its evidence seed by seed."""
-    rows = (
-        (
-            f"{_mark(statement)}&nbsp;{statement.answer}",
-            f"{html.escape(statement.text)}<br><small>{html.escape(statement.rule)}</small>",
-            ROLES[statement.role],
-            html.escape(statement.evidence).replace("; seed ", "<br>seed ").replace(". seed ", ".<br>seed "),
-        )
-        for statement in verdict.statements
-    )
-    return table(("", "statement and rule", "role", "evidence"), rows, "statements")
+def run_rows(suite: Suite) -> list[Row]:
+    """Return a row per run: its phases, losses, accuracies, peak rate and early gradient."""
+    return [(arm, *_run_cells(run)) for arm in suite.runs for run in suite.evidence(arm)]
 
 
-def _variants(claim: Claim, suite: Suite) -> str:
-    variants = suite.variants[claim.id]
-    if not variants:
-        return ""
-    rows = []
-    for what, found in {"as above": suite.verdicts[claim.id], **variants}.items():
-        statements = "<br>".join(_told(s) for s in found.statements if s.role != "told")
-        rows.append((f"<code>{html.escape(what)}</code>", badge(found.outcome), statements))
-    return f"<p>Settings that the post leaves open, one arm each:</p>{table(('setting', 'outcome', 'statements'), rows)}"
-
-
-def _told(statement: Statement) -> str:
-    return f"{_mark(statement)} {html.escape(statement.text)} <small>{html.escape(summary(statement))}</small>"
-
-
-def _mark(statement: Statement) -> str:
-    name = statement.answer
-    return f'<span class="mark {name.replace(" ", "-")}" title="{name}">{MARKS[name]}</span>'
-
-
-def run_table(suite: Suite) -> str:
-    """Every run in numbers: its course, its lowest and last loss, the rate's peak and the early gradient's low."""
-    head = (
-        "arm", "seed", "epochs", "end", "collapsed in", "left in", "separated in", "loss, lowest", "loss, last",
-        "neg. cosine, last", "accuracy, untrained", "best", "at last", "layer1 rate, peak", "of ceiling",
-        "early gradient, lowest",
-    )  # fmt: skip
-    rows = []
-    for arm, runs in suite.runs.items():
-        rows += [(f"<code>{html.escape(arm)}</code>", *_run_cells(run.evidence)) for run in runs]
-    return table(head, rows, "numbers")
-
-
-def _run_cells(run: Evidence) -> tuple[str, ...]:
-    seen = course(run)
+def _run_cells(run: Evidence) -> Row:
+    phases = course(run)
     peak, norms = rate_peak(run, "encoder.layer1"), run.early_gradient_by_epoch()
     share = run.ceiling_share("encoder.layer1")[run.epoch == peak.epoch] if peak else np.empty(0)
     low = int(np.nanargmin(norms)) if np.isfinite(norms).any() else None
-    scored = accuracies(run)
     return (
-        str(run.seed),
-        f"{len(run.epoch)}" if run.finished else f"{len(run.epoch)} of {run.epochs}",
-        seen.end,
-        _epoch(seen.collapse),
-        _epoch(seen.leaving),
-        ", ".join(map(str, seen.separations)) or NOTHING,
+        run.seed,
+        len(run.epoch) if run.finished else f"{len(run.epoch)} of {run.epochs}",
+        phases.end,
+        NOTHING if phases.collapse is None else phases.collapse,
+        NOTHING if phases.leaving is None else phases.leaving,
+        ", ".join(map(str, phases.separations)) or NOTHING,
         _number(np.nanmin(run.loss)),
         _number(run.loss[-1]),
         f"{run.neg_cos[-1]:.4f}",
-        *(_accuracy(scored[name]) for name in ("untrained", "best", "last")),
+        *map(_accuracy, accuracies(run).values()),
         f"{peak.rate:.3g} ({peak.rise:.3g} times the first) in {peak.epoch}" if peak else NOTHING,
         _number(100 * share[0], " %") if len(share) else NOTHING,
         f"{norms[low]:.2g} in {int(run.epoch[low])}" if low is not None else NOTHING,
@@ -168,7 +82,10 @@ def _run_cells(run: Evidence) -> tuple[str, ...]:
 
 
 def accuracies(run: Evidence) -> dict[str, dict[str, float] | None]:
-    """Return a run's accuracies, of the untrained weights, the best and the last: percent, interval, epoch; None if unknown."""
+    """Return a run's accuracies in percent, with 95 % intervals. The best has its epoch.
+
+    One that was not measured is None.
+    """
     best = None
     if np.isfinite(run.accuracy).any():
         top = int(np.nanargmax(run.accuracy))
@@ -187,115 +104,76 @@ def _with_interval(accuracy: float, run: Evidence) -> dict[str, float] | None:
     return {"accuracy": round(float(accuracy), 3), "low": round(low, 2), "high": round(high, 2)}
 
 
-def _accuracy(found: Mapping[str, float] | None) -> str:
-    if found is None:
+def _accuracy(measured: Mapping[str, float] | None) -> str:
+    if measured is None:
         return NOTHING
-    at = f" in {found['epoch']}" if "epoch" in found else ""
-    return f"{found['accuracy']:.1f} ({found['low']:.1f} to {found['high']:.1f}){at}"
-
-
-def _epoch(epoch: int | None) -> str:
-    return NOTHING if epoch is None else str(epoch)
+    epoch = f" in {measured['epoch']}" if "epoch" in measured else ""
+    return f"{measured['accuracy']:.1f} ({measured['low']:.1f} to {measured['high']:.1f}){epoch}"
 
 
 def _number(value: float, unit: str = "") -> str:
     return f"{value:.3g}{unit}" if np.isfinite(value) else NOTHING
 
 
-def timeline(suite: Suite) -> str:
-    """The state at every epoch's end as a bar per run, over the run's own length."""
-    bars = []
-    for arm, runs in suite.runs.items():
-        for run in runs:
-            states = [event["state"] for event in run.events if event["event"] == "epoch"]
-            boxes = "".join(_box(*stretch) for stretch in _stretches(states))
-            label = f"<code>{html.escape(arm)}</code> seed {run.evidence.seed}"
-            bars.append(
-                f'<div class="run"><span>{label}</span><svg class="bar" preserveAspectRatio="none" '
-                f'viewBox="0 0 {run.evidence.epochs} 1" role="img" aria-label="{_in_words(states)}">{boxes}</svg>'
-                f"<span>{states[-1]}</span></div>"
-            )
-    return f'<div class="timeline">{"".join(bars)}</div>'
-
-
-def _box(first: int, count: int, state: str) -> str:
-    title = f"<title>{state} from epoch {first} to {first + count - 1}</title>"
-    return f'<rect x="{first}" width="{count}" height="1" class="{state}">{title}</rect>'
-
-
-def _stretches(states: Sequence[str]) -> list[tuple[int, int, str]]:
-    """(first epoch, number of epochs, state) of stretches in one state."""
-    found: list[tuple[int, int, str]] = []
-    for epoch, state in enumerate(states):
-        if found and found[-1][2] == state:
-            found[-1] = (found[-1][0], found[-1][1] + 1, state)
-        else:
-            found.append((epoch, 1, state))
-    return found
-
-
-def _in_words(states: Sequence[str]) -> str:
-    return ", ".join(f"{state} from epoch {first}" for first, _, state in _stretches(states))
-
-
-def event_table(suite: Suite) -> str:
-    """Every change of state that a run recorded, with the signals that brought it."""
-    signals = ("neg_cos", "pos_cos", "std_z", "rank_y", "dead_y", "grad_norm")
+def timeline(suite: Suite) -> list[tuple[str, int, int, list[tuple[int, int, str]]]]:
+    """Return arm, seed, epochs, and (first epoch, last epoch, state) of each stretch in a state."""
     rows = []
     for arm, runs in suite.runs.items():
         for run in runs:
-            for event in (row for row in run.events if row["event"] == "state"):
-                told = [event.get(name) for name in signals]
-                change = f"{event['before']} → {event['after']}"
-                cells = (NOTHING if value is None else f"{value:.4g}" for value in told)
-                rows.append((f"<code>{html.escape(arm)}</code>", str(run.evidence.seed), str(event["step"]), change, *cells))
-    return table(("arm", "seed", "step", "change", *signals), rows, "numbers")
+            states = enumerate(event["state"] for event in run.events if event["event"] == "epoch")
+            parts = ((state, [epoch for epoch, _ in part]) for state, part in groupby(states, key=lambda pair: pair[1]))
+            stretches = [(epochs[0], epochs[-1], state) for state, epochs in parts]
+            rows.append((arm, run.evidence.seed, run.evidence.epochs, stretches))
+    return rows
 
 
-def configuration_table(suite: Suite) -> str:
-    """Each arm against the preset it was made from: first what all arms share, then what each has of its own."""
-    found = {arm: _against_preset(runs[0].config) for arm, runs in suite.runs.items()}
-    shared = set.intersection(*(set(rows) for rows in found.values()))
-    presets = sorted({runs[0].config.preset for runs in suite.runs.values()})
-    rows = [("all arms", *_cells(row)) for row in sorted(shared)]
-    for arm, differs in found.items():
-        own = [row for row in differs if row not in shared] or [("as all arms", "", "")]
-        rows += [(f"<code>{html.escape(arm)}</code>" if index == 0 else "", *_cells(row)) for index, row in enumerate(own)]
-    return table(("arm", "key", f"preset {', '.join(presets)}", "the arm"), rows, "numbers")
+def event_rows(suite: Suite) -> list[Row]:
+    """Return a row per change of state, with the ``SIGNALS`` that brought it."""
+    rows = []
+    for arm, runs in suite.runs.items():
+        for run in runs:
+            for event in (event for event in run.events if event["event"] == "state"):
+                signals = (NOTHING if event.get(name) is None else f"{event[name]:.4g}" for name in SIGNALS)
+                rows.append((arm, run.evidence.seed, event["step"], f"{event['before']} → {event['after']}", *signals))
+    return rows
 
 
-def _cells(row: Sequence[str]) -> tuple[str, ...]:
-    return (f"<code>{html.escape(row[0])}</code>", html.escape(row[1]), html.escape(row[2]))
+def configurations(suite: Suite) -> dict[str, Any]:
+    """Return the presets, the changes that all arms share, and the other changes by arm.
+
+    A change is (key, preset's value, arm's value).
+    """
+    first = {arm: runs[0].config for arm, runs in suite.runs.items()}
+    changes = {arm: _against_preset(config) for arm, config in first.items()}
+    shared = set.intersection(*map(set, changes.values()))
+    return {
+        "presets": sorted({config.preset for config in first.values()}),
+        "shared": sorted(shared),
+        "own": {arm: [row for row in rows if row not in shared] for arm, rows in changes.items()},
+    }
 
 
-@cache
 def _against_preset(config: Config) -> tuple[tuple[str, str, str], ...]:
     return tuple(
-        (row.key, differences.text(row.a), _within(row.b) if row.key == "optim.replay_rates" else differences.text(row.b))
+        (row.key, differences.text(row.a), _value(row.key, row.b))
         for row in differences.against_preset(config)
         if row.key not in NOT_COMPARED
     )
 
 
-def _within(run: object) -> str:
-    """The arm and seed of a run, wherever the folder of runs lies."""
-    return "/".join(Path(str(run)).parts[-2:])
+def _value(key: str, value: object) -> str:
+    # Of a run's path only arm and seed matter, wherever the folder of runs is.
+    return "/".join(Path(str(value)).parts[-2:]) if key == "optim.replay_rates" else differences.text(value)
 
 
-def environment_table(runs: Iterable[Run]) -> str:
-    """Versions and machine of all runs, a line for each value that occurs."""
-    found: dict[str, dict[str, int]] = {}
-    for run in runs:
+def environment(suite: Suite) -> dict[str, Counter[str]]:
+    """Return by name how many runs have each value of their environment."""
+    counts: dict[str, Counter[str]] = {}
+    for run in (run for runs in suite.runs.values() for run in runs):
         for name, value in run.env.items():
             if name not in ("config", "command", "started"):
-                told = found.setdefault(name, {})
-                text = _plain(value)
-                told[text] = told.get(text, 0) + 1
-    rows = [
-        (html.escape(name), "<br>".join(html.escape(t) + (f" ({n} runs)" if len(told) > 1 else "") for t, n in told.items()))
-        for name, told in found.items()
-    ]
-    return table(("", "value"), rows)
+                counts.setdefault(name, Counter())[_plain(value)] += 1
+    return counts
 
 
 def _plain(value: object) -> str:

@@ -1,1 +1,1 @@
-"""Runs and data sets as pictures and pages, and runs on the screen."""
+"""Pictures, pages and screens of runs and data sets."""

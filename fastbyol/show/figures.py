@@ -1,25 +1,30 @@
-"""How pictures look: colours, SVG that takes the page's colours and fonts, and the style of a self-contained HTML page."""
+"""The style of all pictures and HTML pages: colours, figures as SVG, templates."""
 
 from __future__ import annotations
 
-import html
 import importlib.util
 import io
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from functools import cache
+from typing import TYPE_CHECKING, Any
 
 from fastbyol.errors import UsageError
 from fastbyol.text import printable_lines
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
+    from markupsafe import Markup
+    from matplotlib.figure import Figure
 
 # Colours of the Okabe-Ito palette, which colour-blind readers can tell apart (Okabe and Ito, 2008).
 BLUE, ORANGE, GREEN, RED, PURPLE, SKY = "#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9"
 DARK_STATES = ("#6b2f27", "#5f4a1c", "#1f4a61", "#555555")
 STATE_COLOURS = {"collapsed": "#f7d6d0", "collapsing": "#fcebc8", "recovering": "#d5eaf5", "dead": "#cfcfcf"}
-# What an SVG says instead of black: in a page it becomes the text's own colour, to be read on a dark page too.
+# Stands for black in an SVG. In a page it becomes the colour of the text, also on a dark page.
 INK = "#010203"
 
-# Each colour of a picture is a variable of the page: name -> (colour, on a dark page).
+# Each colour of a picture is a CSS variable of the page: name -> (on a light page, on a dark page).
 PALETTE: Mapping[str, tuple[str, str]] = {
     "blue": (BLUE, "#4aa8e0"),
     "orange": (ORANGE, "#f0b030"),
@@ -30,7 +35,8 @@ PALETTE: Mapping[str, tuple[str, str]] = {
     **{state: (light, dark) for (state, light), dark in zip(STATE_COLOURS.items(), DARK_STATES, strict=True)},
 }  # fmt: skip
 
-# Text as text keeps a picture small and takes the reader's fonts; a fixed salt makes equal pictures equal files.
+# Text that stays text keeps a picture small and takes the reader's fonts. With a fixed salt equal
+# pictures are equal files.
 _SETTINGS = {
     "svg.fonttype": "none",
     "svg.hashsalt": "fastbyol",
@@ -42,65 +48,71 @@ _SETTINGS = {
     "axes.facecolor": "none",
     **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK),
 }
-_NOTHING_TO_TELL = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-
-STYLE = (
-    ":root{color-scheme:light dark;--ink:#222;--paper:#fff;--panel:#f6f6f6;--rule:#ddd;"
-    + "".join(f"--{name}:{light};" for name, (light, _) in PALETTE.items())
-    + "}@media(prefers-color-scheme:dark){:root{--ink:#ddd;--paper:#16181b;--panel:#22252a;--rule:#3a3e45;"
-    + "".join(f"--{name}:{dark};" for name, (_, dark) in PALETTE.items())
-    + """}}
-body{font:16px/1.5 system-ui,sans-serif;margin:0 auto;max-width:60rem;padding:1rem;color:var(--ink);background:var(--paper)}
-svg{width:100%;height:auto}table{border-collapse:collapse}td,th{padding:.15rem .8rem .15rem 0;text-align:left}
-pre{background:var(--panel);padding:.8rem;overflow-x:auto;font-size:.8rem}h2{font-size:1.1rem;margin:1.6rem 0 .2rem}
-.key span{padding:0 .5rem;margin-right:.4rem;white-space:nowrap}
-"""
-)
+_NO_METADATA = dict.fromkeys(("Date", "Creator", "Format", "Type"))
 
 
 def available() -> bool:
-    """Whether matplotlib, an optional dependency, is there."""
+    """Return whether matplotlib, an optional dependency, is installed."""
     return importlib.util.find_spec("matplotlib") is not None
 
 
 def demand() -> None:
-    """Raises UsageError where matplotlib is missing."""
+    """Raise UsageError if matplotlib is missing."""
     if not available():
         raise UsageError("report: matplotlib is not installed: pip install 'fastbyol[report]'")
 
 
 def settings() -> Any:
-    """A context in which figures get the house's looks; drawing and ``svg`` both belong in it."""
+    """Return a context with the style of all pictures. Both drawing and ``svg`` need it."""
     import matplotlib as mpl
 
     return mpl.rc_context(_SETTINGS)
 
 
-def svg(made: Any) -> str:
-    """A figure as an SVG element for a page that has ``STYLE``: its colours and its ink are the page's."""
+def blank(width: float, height: float, **options: Any) -> Figure:
+    """Return an empty figure of ``width`` by ``height`` inches."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained", **options)
+
+
+def svg(figure: Figure) -> Markup:
+    """Return a figure as an SVG element that takes its colours from the page around it."""
+    from markupsafe import Markup
+
     buffer = io.StringIO()
-    made.savefig(buffer, format="svg", metadata=_NOTHING_TO_TELL)
+    figure.savefig(buffer, format="svg", metadata=_NO_METADATA)
     text = buffer.getvalue()
     text = text[text.index("<svg") :].replace(INK, "currentColor")
-    # Groups are numbered anew in every figure; in one page these names would clash, and nothing refers to them.
+    # matplotlib numbers groups anew in every figure: in one page these ids would clash. Nothing
+    # refers to them.
     text = re.sub(r' id="[\w.]+_\d+"', "", text)
     for name, (colour, _) in PALETTE.items():
         text = text.replace(colour, f"var(--{name})")
-    return text
+    return Markup(text)
 
 
 def viridis(count: int) -> Sequence[Any]:
-    """``count`` colours from dark to light."""
+    """Return ``count`` colours from dark to light."""
     import numpy as np
     from matplotlib import colormaps
 
     return [colormaps["viridis"](value) for value in np.linspace(0.0, 0.92, max(count, 1))][:count]
 
 
-def page(title: str, style: str, body: str) -> str:
-    """A whole HTML page without script or network, of characters that are visible and that UTF-8 has: others are escaped."""
-    return printable_lines(
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>'
-        f'<meta name="viewport" content="width=device-width,initial-scale=1"><style>{style}</style></head>'
-        f"<body>{body}</body></html>\n"
-    )
+@cache
+def _templates(package: str) -> Environment:
+    """Return the templates of ``package`` and those of this package, which they extend."""
+    from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
+
+    return Environment(
+        loader=ChoiceLoader([PackageLoader(package), PackageLoader("fastbyol.show")]),
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
+    )  # fmt: skip
+
+
+def page(template: str, package: str = "fastbyol.show", **values: Any) -> str:
+    """Return the HTML page, without script or network, that ``template`` makes of ``values``."""
+    text = _templates(package).get_template(template).render(palette=PALETTE, **values)
+    # Control characters and surrogates become visible escapes, in pictures and attributes too.
+    return printable_lines(text)

@@ -1,4 +1,4 @@
-"""A run on the screen: a live table on a terminal, one plain line per epoch elsewhere."""
+"""The display of a running training: a live table on a terminal, elsewhere a line per epoch."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ STATE_STYLE = {
     "recovering": "cyan",
     "dead": "bold white on red",
 }
-# Rows of finished epochs that stay on the screen: what fits a terminal of 24 lines beside header and bar.
+# Finished epochs on the screen. With header and bar they fit a terminal of 24 lines.
 EPOCHS_SHOWN = 12
 
 
 def duration(seconds: float) -> str:
-    """``3725`` -> ``1:02:05``; under an hour ``m:ss``."""
+    """Return ``3725`` seconds as ``1:02:05``, less than an hour as ``m:ss``."""
     total = max(0, round(seconds))
     hours, rest = divmod(total, 3600)
     minutes, secs = divmod(rest, 60)
@@ -35,7 +35,7 @@ def duration(seconds: float) -> str:
 
 
 def headline(message: Start) -> str:
-    """The line that opens a run."""
+    """Return the line that opens a run."""
     at = f", from step {message.first_step}" if message.first_step else ""
     return (
         f"{message.run}: {message.epochs} epochs of {message.steps_per_epoch} steps on {message.device}, "
@@ -44,17 +44,13 @@ def headline(message: Start) -> str:
 
 
 def cells(metrics: Mapping[str, float]) -> list[str]:
-    """Loss, cosines and std as a row shows them."""
-    return [
-        f"{metrics['loss']:.4g}",
-        f"{metrics['pos_cos']:.4f}",
-        f"{metrics['neg_cos']:.4f}",
-        f"{metrics['std_z']:.3f}",
-    ]
+    """Return loss, cosines and std as a row shows them."""
+    formats = {"loss": ".4g", "pos_cos": ".4f", "neg_cos": ".4f", "std_z": ".3f"}
+    return [format(metrics[name], spec) for name, spec in formats.items()]
 
 
 class PlainDisplay:
-    """One line per epoch, for logs and pipes."""
+    """A display of one line per epoch, for logs and pipes."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
@@ -63,7 +59,7 @@ class PlainDisplay:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        """Nothing to take down."""
+        """Do nothing: lines stay."""
 
     def _line(self, text: str) -> None:
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
@@ -72,7 +68,7 @@ class PlainDisplay:
         self._line(headline(message))
 
     def progress(self, message: Progress) -> None:
-        """Steps are not shown in a log."""
+        """Do nothing: a log does not show steps."""
 
     def epoch_end(self, message: EpochEnd) -> None:
         loss, pos, neg, std = cells(message.metrics)
@@ -87,7 +83,7 @@ class PlainDisplay:
 
 
 class LiveDisplay(PlainDisplay):
-    """A table that is redrawn in place: finished epochs, the running one, a bar."""
+    """A table that is redrawn in place: finished epochs, the current one, a bar."""
 
     def __init__(self, console: Console) -> None:
         super().__init__(console)
@@ -124,18 +120,19 @@ class LiveDisplay(PlainDisplay):
             table.add_column(name, justify="left" if name == "state" else "right")
         for row in self._epochs:
             accuracy = "" if row.accuracy is None else f"{row.accuracy:.1f}%"
-            state = Text(row.state, style=STATE_STYLE.get(row.state, ""))
-            label = f"{row.epoch + 1}/{row.epochs}"
-            table.add_row(label, *cells(row.metrics), state, accuracy, f"{row.img_s:.0f}", duration(row.eta_s))
-        if self._now is not None and self._start is not None:
-            now = self._now
-            state = Text(now.state, style=STATE_STYLE.get(now.state, ""))
-            table.add_row(f"step {now.step}", *cells(now.metrics), state, "", f"{now.img_s:.0f}", duration(now.eta_s))
-            total = self._start.steps_per_epoch * self._start.epochs
-            return Group(table, ProgressBar(total=total, completed=now.step, width=60))
-        return Group(table)
+            table.add_row(f"{row.epoch + 1}/{row.epochs}", *_row(row, accuracy))
+        if self._now is None or self._start is None:
+            return Group(table)
+        table.add_row(f"step {self._now.step}", *_row(self._now, ""))
+        total = self._start.steps_per_epoch * self._start.epochs
+        return Group(table, ProgressBar(total=total, completed=self._now.step, width=60))
+
+
+def _row(message: EpochEnd | Progress, accuracy: str) -> tuple[str | Text, ...]:
+    state = Text(message.state, style=STATE_STYLE.get(message.state, ""))
+    return *cells(message.metrics), state, accuracy, f"{message.img_s:.0f}", duration(message.eta_s)
 
 
 def display(console: Console) -> PlainDisplay:
-    """The live table on a terminal, plain lines elsewhere."""
+    """Return the live table on a terminal, plain lines elsewhere."""
     return LiveDisplay(console) if is_live(console) else PlainDisplay(console)

@@ -96,9 +96,9 @@ def weights(run: Path) -> bytes:
 
 
 def drawn(run: Path) -> Any:
-    story = run_report.read(run)
-    numbers = {name: values.tobytes() for name, values in story.metrics.items()}
-    return story.name, story.epochs.tobytes(), numbers, repr(story.epoch_events), story.rates.tobytes(), story.rate_ceiling
+    curves = run_report.read(run)
+    numbers = {name: values.tobytes() for name, values in curves.metrics.items()}
+    return curves.name, curves.epochs.tobytes(), numbers, repr(curves.epoch_events), curves.rates.tobytes(), curves.rate_ceiling
 
 
 def listed(run: Path) -> Any:

@@ -1,27 +1,15 @@
-"""figures.py: pages that any file holds and any browser reads, whatever the names on them are."""
+"""Pages can be stored and read whatever the names on them are."""
 
 from __future__ import annotations
 
-import html
 import os
 import unicodedata
 from html.parser import HTMLParser
 
 import pytest
+from jinja2 import UndefinedError
 
 from fastbyol.show import figures
-
-
-class Texts(HTMLParser):
-    """What a browser shows."""
-
-    def __init__(self, page: str) -> None:
-        super().__init__()
-        self.seen: list[str] = []
-        self.feed(page)
-
-    def handle_data(self, data: str) -> None:
-        self.seen.append(data)
 
 
 @pytest.mark.parametrize(
@@ -34,9 +22,18 @@ class Texts(HTMLParser):
     ],
 )
 def test_a_page_is_utf8_and_says_so_and_shows_names_escaped(name: str, shown: str) -> None:
-    page = figures.page(name, figures.STYLE, f"<pre>{html.escape(name)}\n\tx</pre>")
+    values = {"title": name, "facts": [(name, name)], "states": [], "pictures": [], "env": "", "config": f"{name}\n\tx"}
+    page = figures.page("run.html.j2", **values)
     assert '<meta charset="utf-8">' in page.encode().decode()
-    seen = Texts(page).seen
-    assert seen[0] == shown
-    assert f"{shown}\n\tx" in "".join(seen)
+    texts: list[str] = []
+    parser = HTMLParser()
+    parser.handle_data = texts.append  # type: ignore[method-assign]
+    parser.feed(page)
+    assert texts.count(shown) == 4  # the page's title, its heading, name and value of a fact
+    assert f"{shown}\n\tx" in texts
     assert {char for char in page if unicodedata.category(char) in {"Cc", "Cf", "Cs"}} <= {"\n", "\t"}
+
+
+def test_a_value_that_a_template_needs_must_be_passed() -> None:
+    with pytest.raises(UndefinedError, match="facts"):
+        figures.page("run.html.j2", title="")

@@ -9,7 +9,7 @@ DEMO := demo
 # How many processes share the tests, a file at a time.
 JOBS := 2
 PYTEST = $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile
-FLOOR := tests/kernels tests/engine/test_capture.py tests/engine/test_standardized.py tests/engine/test_step.py \
+FLOOR := tests/kernels tests/engine/test_capture.py tests/engine/test_standardized_weights.py tests/engine/test_step.py \
   tests/bench/test_launches.py tests/bench/test_mocked_gpu.py tests/bench/test_kernel_times.py
 # What takes betons from sources through runs to accuracies; of these files only what compares with FFCV itself is skipped.
 NO_FFCV := $(addprefix tests/data/test_,decoder.py decode_torchvision.py loader.py verify.py manifest.py jpeg_tables.py \

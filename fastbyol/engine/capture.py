@@ -83,7 +83,7 @@ def choose(config: EngineConfig, device: torch.device, *, before: str | None = N
 
 def engine(state: TrainState, config: Config, choice: Choice) -> Engine:
     """Return what takes the steps of ``state``. Sets cuDNN's switches for the process where the state is on a GPU."""
-    settle_cudnn(state.step.device)  # in every mode: a resumed run's bits depend on it
+    make_cudnn_deterministic(state.step.device)  # in every mode: a resumed run's bits depend on it
     if choice.mode == "eager":
         return Eager(state, config)
     compiled = Eager(state, config, compiled_forward())
@@ -236,7 +236,7 @@ def record_cuda(work: Callable[[], StepMetrics]) -> tuple[StepMetrics, Callable[
     return metrics, graph.replay
 
 
-def settle_cudnn(device: torch.device) -> None:
+def make_cudnn_deterministic(device: torch.device) -> None:
     """Let cuDNN take algorithms that give the same bits every time, chosen by rule: a benchmark's choice would change from
     process to process, and with it the bits of a resumed run. Process-wide."""
     if device.type == "cuda":

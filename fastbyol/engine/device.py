@@ -42,7 +42,9 @@ def dtype_of(precision: str) -> torch.dtype:
     ``auto`` is no precision yet and a ``UsageError``.
     """
     if precision == "auto":
-        raise UsageError("train.precision: auto has to be settled first (fastbyol.engine.precision.settle): say fp32 or bf16")
+        raise UsageError(
+            "train.precision: auto has to be settled first (fastbyol.engine.precision.choose_precision): say fp32 or bf16"
+        )
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
     check_choice("train.precision", precision, dtypes)
     return dtypes[precision]

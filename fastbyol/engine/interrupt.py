@@ -38,7 +38,7 @@ class Ended(BaseException):
         self.number = signal.Signals(number)
 
 
-def taken() -> tuple[signal.Signals, ...]:
+def signals_to_handle() -> tuple[signal.Signals, ...]:
     """Those of ``SIGNALS`` that are to be answered: all but a SIGHUP that is ignored. None outside the main thread."""
     if threading.current_thread() is not threading.main_thread():
         return ()
@@ -46,7 +46,7 @@ def taken() -> tuple[signal.Signals, ...]:
 
 
 @contextmanager
-def answered(handler: Callable[[int, FrameType | None], None], numbers: Iterable[signal.Signals]) -> Iterator[None]:
+def handling(handler: Callable[[int, FrameType | None], None], numbers: Iterable[signal.Signals]) -> Iterator[None]:
     """While entered, ``handler`` answers the signals ``numbers``; afterwards who did so before."""
     before = {number: signal.signal(number, handler) for number in numbers}
     try:
@@ -71,7 +71,7 @@ def ending() -> Iterator[None]:
             raise Ended(number)
 
     timers = list[threading.Timer]()
-    with answered(end, [number for number in taken() if number != signal.SIGINT]), sent_again():
+    with handling(end, [number for number in signals_to_handle() if number != signal.SIGINT]), sent_again():
         try:
             yield
         finally:
@@ -146,8 +146,8 @@ class Interrupt:
             self._abortable = False
 
     def __enter__(self) -> Interrupt:
-        if numbers := taken():
-            self._answered.enter_context(answered(self._handle, numbers))
+        if numbers := signals_to_handle():
+            self._answered.enter_context(handling(self._handle, numbers))
             self._answered.callback(setattr, sys, "unraisablehook", sys.unraisablehook)
             self._unraisable_before, sys.unraisablehook = sys.unraisablehook, self._unraisable
         return self

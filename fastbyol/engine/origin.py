@@ -19,7 +19,7 @@ def source_file(run_or_file: Path) -> tuple[Path, tuple[str, ...]]:
 
 
 @torch.no_grad()
-def take_weights(state: TrainState, file: Path) -> str:
+def copy_weights(state: TrainState, file: Path) -> str:
     """Copy both networks of the checkpoint ``file``, statistics of their norms included, into a new ``state``.
 
     Momentum and step stay those of a new run. Returns the checkpoint's digest. Raises UsageError naming the first tensor that

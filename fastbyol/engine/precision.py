@@ -59,19 +59,19 @@ MOST = Gap(length=0.2, error=0.9)
 STATES = ("healthy", "collapsed")
 
 
-def settle(config: Config, note: Callable[[str], None] = lambda _: None) -> Config:
+def choose_precision(config: Config, note: Callable[[str], None] = lambda _: None) -> Config:
     """``config`` with ``train.precision`` auto replaced by what this device should take, which ``note`` is told; else as it is.
 
     To be called when a run is made: the run's configuration then names a precision, which a resume never changes.
     """
     if config.train.precision != "auto":
         return config
-    chosen = choose(config, pick_device(config.train.device))
+    chosen = decide(config, pick_device(config.train.device))
     note(f"precision auto is {chosen.value}: {chosen.why}")
     return config.model_copy(update={"train": config.train.model_copy(update={"precision": chosen.value})})
 
 
-def choose(config: Config, device: torch.device) -> Choice:
+def decide(config: Config, device: torch.device) -> Choice:
     """Choose bf16 or fp32 for the network of ``config`` on ``device``, and say why.
 
     What the gate finds is kept in the user's cache folder: on a GPU it compiles kernels for 10 to 20 s.

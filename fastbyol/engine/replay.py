@@ -11,7 +11,7 @@ import torch
 
 from fastbyol.engine.step import TrainState
 from fastbyol.errors import UsageError
-from fastbyol.optim.given_rates import check_recorded
+from fastbyol.optim.rate_override import check_recorded
 from fastbyol.runs.durable import new_digest
 from fastbyol.runs.layers import read_layers
 
@@ -21,7 +21,7 @@ def with_replayed_rates(state: TrainState, run: Path, *, total_steps: int) -> tu
 
     Raises UsageError: no such run, other layers, too few steps, or a configuration whose rates cannot be given.
     """
-    if state.given is None:
+    if state.rate_override is None:
         raise UsageError("optim.replay_rates: the state was made without it")
     layers = read_layers(run)
     steps = np.asarray(layers.steps).tolist()
@@ -30,4 +30,4 @@ def with_replayed_rates(state: TrainState, run: Path, *, total_steps: int) -> tu
     digest = new_digest()
     digest.update(json.dumps([*layers.names, *rates.shape]).encode())
     digest.update(rates.astype("<f4").tobytes())
-    return replace(state, given=state.given.replay(torch.from_numpy(rates))), digest.hexdigest()
+    return replace(state, rate_override=state.rate_override.replay(torch.from_numpy(rates))), digest.hexdigest()

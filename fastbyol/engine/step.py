@@ -23,15 +23,15 @@ from torch import Tensor
 
 from fastbyol.config import Config, ModelConfig, resolve
 from fastbyol.engine.device import dtype_of
-from fastbyol.engine.standardized import StandardizedWeights
+from fastbyol.engine.standardized_weights import StandardizedWeights
 from fastbyol.errors import UsageError
 from fastbyol.model.byol import NUM_VIEWS, Online, Target, build_online, build_target
 from fastbyol.model.norm import use_kernels
 from fastbyol.model.objective import OBJECTIVES, Objective, byol_loss, contrastive_loss, enqueue, observe, unit
 from fastbyol.optim import schedule
 from fastbyol.optim.arena import Arena
-from fastbyol.optim.given_rates import GivenRates
 from fastbyol.optim.lars import rule_of, treatments
+from fastbyol.optim.rate_override import RateOverride
 from fastbyol.process import exact_products, left_as_found
 from fastbyol_kernels import dispatch
 from fastbyol_kernels.lars_ema import LAYER_METRICS, Rule, lars_ema
@@ -99,7 +99,7 @@ class TrainState:
     recipe: Recipe
     standardized: StandardizedWeights
     kernels: str
-    given: GivenRates | None = None
+    rate_override: RateOverride | None = None
     queue: Tensor | None = None
 
     @staticmethod
@@ -136,9 +136,9 @@ class TrainState:
         lr, tau = (table.to(device, dtype) for table in tables)
         recipe = Recipe.of(config)
         standardized = StandardizedWeights.of(online, target, arena, recipe.views_dtype, kernels)
-        given = GivenRates.of(optim, arena.table)
+        rate_override = RateOverride.of(optim, arena.table)
         queue = unit(keys.to(dtype)).to(device) if num_keys else None
-        return TrainState(online, target, arena, step, lr, tau, recipe, standardized, kernels, given, queue)
+        return TrainState(online, target, arena, step, lr, tau, recipe, standardized, kernels, rate_override, queue)
 
     @property
     def segment_names(self) -> tuple[str, ...]:
@@ -162,7 +162,7 @@ class TrainState:
         return torch.cat([buffer.flatten() for buffer in buffers]) if buffers else self.lr[:0]
 
     @torch.no_grad()
-    def keep_statistics(self, flat: Tensor) -> None:
+    def restore_statistics(self, flat: Tensor) -> None:
         """Take over what ``statistics`` gave."""
         buffers = self._float_buffers()
         for buffer, kept in (
@@ -235,9 +235,9 @@ def train_step(state: TrainState, views: Tensor, forward: Forward = forward) -> 
         torch.autograd.backward(loss)
     with torch.no_grad():
         table, factor = arena.table, lr
-        if state.given is not None:
-            state.given.set(arena.online, arena.gradient, lr, state.step)
-            table, factor = state.given.table, state.given.lr
+        if state.rate_override is not None:
+            state.rate_override.set(arena.online, arena.gradient, lr, state.step)
+            table, factor = state.rate_override.table, state.rate_override.lr
         layers = lars_ema(
             arena.online, arena.gradient, arena.momentum, arena.target, table, factor, tau,
             rule=recipe.rule, eta=recipe.eta, mu=recipe.momentum, ema_first=recipe.ema_first,
@@ -245,7 +245,7 @@ def train_step(state: TrainState, views: Tensor, forward: Forward = forward) -> 
         )  # fmt: skip
         # The optimizer leaves a step out whose gradient is not finite; what norms and queue gathered in it has to go as well.
         taken = layers[:, 1].isfinite().all()
-        state.keep_statistics(torch.where(taken, state.statistics(), statistics))
+        state.restore_statistics(torch.where(taken, state.statistics(), statistics))
         if state.queue is not None and keys is not None:
             enqueue(state.queue, keys, state.step, taken)
         state.step.add_(1)

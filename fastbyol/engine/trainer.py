@@ -288,7 +288,7 @@ class Trainer:
             if isinstance(made_with := self.folder.env.get("config"), str):
                 consistency.refuse_changed(run, self.folder.config, made_with, str(run / "env.json"), places=places)
             if config.train.init_from:
-                weights = origin.take_weights(self.state, Path(config.train.init_from))
+                weights = origin.copy_weights(self.state, Path(config.train.init_from))
                 self._refuse_other(f"{config.train.init_from}: the checkpoint to start from", "weights", weights)
                 self.inputs = replace(self.inputs, weights=weights)
             self._note_versions(self.folder.env)

@@ -105,7 +105,7 @@ def check(protocol: str, *, test: LabelledImages, train: LabelledImages | None) 
     _choose(protocol, test, train)
 
 
-def halves(labels: Tensor) -> tuple[Tensor, Tensor, str]:
+def split_rows(labels: Tensor) -> tuple[Tensor, Tensor, str]:
     """Split rows with ``labels`` (N,) as the head of this file says: rows to fit, rows to score, int64, and a description."""
     total = len(labels)
     kept = total // BLOG_BATCH * BLOG_BATCH if total >= 2 * BLOG_BATCH else total
@@ -172,7 +172,7 @@ def _chosen(protocol: str, test: LabelledImages, train: LabelledImages | None) -
         if len(fit_labels):
             labels = _renumbered(labels, test.class_names, train.class_names)
             return _Rows(fit_images, fit_labels, images, labels, "training set and test set", from_two_sets=True)
-    fit, score, split = halves(labels)
+    fit, score, split = split_rows(labels)
     if not len(fit) or not len(score):
         raise UsageError(
             f"test data: {len(labels)} labelled images are too few to split in two, as no class has one to fit "

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fastbyol.config import HeadConfig
 from fastbyol.errors import UsageError
 from fastbyol.model.norm import make_norm, norm_relu
-from fastbyol.model.standardized import Linear
+from fastbyol.model.standardizing import Linear
 
 
 class Head(nn.Module):

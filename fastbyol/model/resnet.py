@@ -15,7 +15,7 @@ from fastbyol.config import ModelConfig
 from fastbyol.errors import check_choice
 from fastbyol.model.convolution import convolve
 from fastbyol.model.norm import make_norm, norm_relu
-from fastbyol.model.standardized import Standardizing
+from fastbyol.model.standardizing import Standardizing
 from fastbyol_kernels.max_pool import max_pool
 
 BLOCKS_PER_STAGE = (2, 2, 2, 2)

@@ -565,7 +565,7 @@ def test_a_graph_takes_the_compiled_step(kinds: tuple[str, str, bool, str] | str
     """Bit for bit, without waiting for the device and without allocating; and both are as near to fp64 as eager steps are."""
     device = torch.device("cuda", 0)
     config = of_method(kinds) if isinstance(kinds, str) else small_views(fp32(*kinds))
-    capture.settle_cudnn(device)
+    capture.make_cudnn_deterministic(device)
     exact, eager, compiled, graphed = states = [
         TrainState.create(c, steps_per_epoch=2, device=device) for c in (fp64(config), config, config, config)
     ]

@@ -15,7 +15,7 @@ from fastbyol.config import ViewsConfig
 from fastbyol.errors import FastbyolError, UsageError
 from fastbyol.evaluation.knn import knn_accuracy
 from fastbyol.evaluation.probe import logistic_multinomial, logistic_one_vs_rest
-from fastbyol.evaluation.protocol import PROTOCOLS, check, evaluate, halves
+from fastbyol.evaluation.protocol import PROTOCOLS, check, evaluate, split_rows
 
 VIEWS = ViewsConfig(size=8, blur_kernel=3)
 KEYS = {
@@ -69,13 +69,13 @@ class TestHalves:
     )
     def test_the_posts_arithmetic(self, total: int, half: int) -> None:
         """8,000 is STL-10's test split: rows 0..3967 and 3968..7935."""
-        fit, score, split = halves(torch.zeros(total, dtype=torch.int64))
+        fit, score, split = split_rows(torch.zeros(total, dtype=torch.int64))
         assert fit.tolist() == list(range(half))
         assert score.tolist() == list(range(half, 2 * half))
         assert split == "halves of the test set by row"
 
     def test_files_sorted_by_class_are_split_within_classes(self) -> None:
-        fit, score, split = halves(torch.arange(10).repeat_interleave(60))
+        fit, score, split = split_rows(torch.arange(10).repeat_interleave(60))
         assert fit.tolist() == list(range(0, 600, 2))
         assert score.tolist() == list(range(1, 600, 2))
         assert split == "alternate rows of each class of the test set"
@@ -84,7 +84,7 @@ class TestHalves:
     @given(labels=st.lists(st.integers(0, 4), max_size=40))
     def test_never_shares_a_row_nor_scores_a_class_it_has_not_seen(self, labels: list[int]) -> None:
         y = torch.tensor(labels, dtype=torch.int64)
-        fit, score, _ = halves(y)
+        fit, score, _ = split_rows(y)
         assert not set(fit.tolist()) & set(score.tolist())
         assert set(y[score].tolist()) <= set(y[fit].tolist())
         assert len(fit) >= len(score)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from fastbyol.model.standardized import Linear, Standardizing
+from fastbyol.model.standardizing import Linear, Standardizing
 from fastbyol.optim.arena import ALIGN_BYTES, Arena, Segment, padded
 from fastbyol_kernels.weight_standardization import RowTable, row_table, standardize_rows, standardize_rows_backward
 
@@ -117,7 +117,7 @@ class StandardizedWeights:
     def _give(self, given: bool) -> None:
         for group in self.groups:
             for layer, weight in zip(group.layers, group.weights, strict=True):
-                layer.given = weight if given else None
+                layer.precomputed = weight if given else None
 
 
 def _groups(net: nn.Module, arena: Arena, flat: Tensor, dtype: torch.dtype, kernels: str, *, trained: bool) -> Iterator[_Group]:

@@ -7,7 +7,7 @@ import torch
 
 from fastbyol.config import OptimConfig
 from fastbyol.errors import UsageError
-from fastbyol.optim.given_rates import GivenRates, check_recorded
+from fastbyol.optim.rate_override import RateOverride, check_recorded
 from fastbyol_kernels.lars_ema import SegmentTable, lars_ema
 
 NUMELS = (12, 5, 7)
@@ -32,8 +32,8 @@ def step(buffers: list[torch.Tensor], segments: SegmentTable, lr: torch.Tensor) 
     return lars_ema(*buffers, segments, lr, tau, rule="blog", eta=1e-3, mu=0.9, ema_first=True)
 
 
-def given(**keys: object) -> GivenRates:
-    made = GivenRates.of(OptimConfig(name="lars", **keys), table())
+def given(**keys: object) -> RateOverride:
+    made = RateOverride.of(OptimConfig(name="lars", **keys), table())
     assert made is not None
     return made
 
@@ -76,10 +76,10 @@ def test_a_replay_is_momentum_sgd_at_the_recorded_rates() -> None:
 
 
 def test_nothing_given_is_none_and_sgd_is_refused() -> None:
-    assert GivenRates.of(OptimConfig(name="lars"), table()) is None
+    assert RateOverride.of(OptimConfig(name="lars"), table()) is None
     for optim in (OptimConfig(name="sgd", rate_cap=1.0), OptimConfig(name="lars", dialect="deepmind", replay_rates="run")):
         with pytest.raises(UsageError, match="LARS in the dialect blog only"):
-            GivenRates.of(optim, table())
+            RateOverride.of(optim, table())
 
 
 @pytest.mark.parametrize(

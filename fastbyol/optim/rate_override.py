@@ -21,7 +21,7 @@ from fastbyol_kernels.lars_ema import SegmentTable, trust_ratio
 
 
 @dataclass(frozen=True)
-class GivenRates:
+class RateOverride:
     """``table`` is LARS's own but that nothing adapts, and its ``lr_mult`` are the rates of the step; ``lr`` is a 0-d 1.
 
     ``recorded`` (T, S) are rates to replay, or None; ``cap`` is the highest rate, or None.
@@ -35,7 +35,7 @@ class GivenRates:
     cap: float | None
 
     @staticmethod
-    def of(optim: OptimConfig, table: SegmentTable) -> GivenRates | None:
+    def of(optim: OptimConfig, table: SegmentTable) -> RateOverride | None:
         """What a configuration asks for; None where LARS or SGD chooses. The rates to replay come with ``replay``.
 
         Raises UsageError for an optimizer whose rates cannot be given.
@@ -46,9 +46,9 @@ class GivenRates:
         if optim.name != "lars" or optim.dialect != "blog":
             raise UsageError(f"{key}: rates can be given to LARS in the dialect blog only: set optim.name to lars")
         given = replace(table, adapt=torch.zeros_like(table.adapt), lr_mult=table.lr_mult.clone())
-        return GivenRates(table, given, table.lr_mult.new_ones(()), optim.eta, None, optim.rate_cap)
+        return RateOverride(table, given, table.lr_mult.new_ones(()), optim.eta, None, optim.rate_cap)
 
-    def replay(self, rates: Tensor) -> GivenRates:
+    def replay(self, rates: Tensor) -> RateOverride:
         """The same with ``rates`` (T, S) to replay, moved to the table's device and dtype."""
         return replace(self, recorded=rates.to(self.table.lr_mult))
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from fastbyol.config import Config
 from fastbyol.engine.step import TrainState, train_step
 from fastbyol.errors import UsageError
-from fastbyol.model.standardized import Standardizing
+from fastbyol.model.standardizing import Standardizing
 from fastbyol_kernels.weight_standardization import reference
 
 pytestmark = pytest.mark.gpu
@@ -130,12 +130,14 @@ def test_weights_made_at_once_are_those_each_layer_makes(precision: str, kernels
             layers = {name: m for name, m in net.named_modules() if isinstance(m, Standardizing) and m.ws}
             assert len(layers) == 20 + 1 + (net is state.online)  # ResNet-18's convolutions, the heads' first linears
             for name, layer in layers.items():
-                assert layer.given is not None
+                assert layer.precomputed is not None
                 truth = reference(layer.weight.double())
                 # One rounding to the copy's dtype after float32 statistics of rows of at most 288.
-                eps = torch.finfo(layer.given.dtype).eps
-                torch.testing.assert_close(layer.given.double(), truth, rtol=4 * eps, atol=4 * eps, msg=name)
-    assert all(m.given is None for net in (state.online, state.target) for m in net.modules() if isinstance(m, Standardizing))
+                eps = torch.finfo(layer.precomputed.dtype).eps
+                torch.testing.assert_close(layer.precomputed.double(), truth, rtol=4 * eps, atol=4 * eps, msg=name)
+    assert all(
+        m.precomputed is None for net in (state.online, state.target) for m in net.modules() if isinstance(m, Standardizing)
+    )
 
 
 def test_kernels_that_are_not_there_are_refused_in_a_line(monkeypatch: pytest.MonkeyPatch) -> None:

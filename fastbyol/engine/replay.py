@@ -1,4 +1,4 @@
-"""The rates of one run, used step by step in another: what LARS's rates do without the feedback that made them."""
+"""The recorded rates of one run, replayed step by step in another: LARS without its feedback."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from fastbyol.runs.layers import read_layers
 
 
 def with_replayed_rates(state: TrainState, run: Path, *, total_steps: int) -> tuple[TrainState, str]:
-    """``state`` with the rates of each step that the run folder ``run`` recorded, fp32 as they were, and their digest.
+    """Return ``state`` with the fp32 rates recorded in the run folder ``run``, and their digest.
 
-    Raises UsageError: no such run, other layers, too few steps, or a configuration whose rates cannot be given.
+    Raises UsageError for no such run, other layers, too few steps or a state without an override.
     """
     if state.rate_override is None:
         raise UsageError("optim.replay_rates: the state was made without it")

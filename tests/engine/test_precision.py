@@ -98,8 +98,8 @@ def test_a_run_names_what_auto_became(tmp_path: Path, monkeypatch: pytest.Monkey
         assert precision.choose_precision(folder.config) == folder.config
 
 
-def test_a_state_is_made_of_a_settled_precision() -> None:
-    with pytest.raises(UsageError, match="has to be settled"):
+def test_a_state_needs_a_chosen_precision() -> None:
+    with pytest.raises(UsageError, match="has to be chosen"):
         TrainState.create(load_config("blog", ["model.width=4"]), steps_per_epoch=1)
 
 

@@ -120,7 +120,7 @@ def test_the_crop_tests_see_a_slightly_wrong_range(wrong: dict[str, tuple[float,
     assert min(same(ours[name], theirs[name]) for name in theirs) < CONTROL
 
 
-def test_the_crop_tests_see_a_ratio_that_is_uniform_and_a_place_that_is_off_by_one() -> None:
+def test_the_crop_tests_see_a_uniform_ratio_and_an_offset_by_one() -> None:
     theirs = torchvision_boxes(96, 96, ViewsConfig().scale, ViewsConfig().ratio)
     random = np.random.default_rng(0)
     area, ratio = 96**2 * random.uniform(0.2, 1.0, DRAWS), random.uniform(0.75, 4 / 3, DRAWS)
@@ -192,12 +192,8 @@ def test_each_operation_happens_as_often_as_configured() -> None:
         flip_p=0.45, jitter_p=0.8, grayscale_p=0.2, blur_p=(0.9, 0.1), solarize_p=(0.0, 0.25), strength=1.0, hue=0.5
     )
     wanted = {
-        "flip": (0.45, 0.45),
-        "jitter": (0.8, 0.8),
-        "grayscale": (0.2, 0.2),
-        "blur": (0.9, 0.1),
-        "solarize": (0.0, 0.25),
-    }
+        "flip": (0.45, 0.45), "jitter": (0.8, 0.8), "grayscale": (0.2, 0.2), "blur": (0.9, 0.1), "solarize": (0.0, 0.25)
+    }  # fmt: skip
     for name, rows in applied(draw(config)).items():
         for row, probability in zip(rows, wanted[name], strict=True):
             assert stats.binomtest(int(row.sum()), DRAWS, probability).pvalue > PASS, name

@@ -35,7 +35,7 @@ EAGER_ON_A_CPU = "compiled steps were slower on a CPU, .7 of the speed, after a 
 
 
 class Choice(NamedTuple):
-    """A mode, eager, compile or graph, and the reason in words.
+    """A mode (eager, compile or graph) and the reason for it, in words.
 
     With ``falls_back`` a run goes on in mode compile if capturing the graph fails.
     """
@@ -48,14 +48,14 @@ class Choice(NamedTuple):
 class Engine(Protocol):
     """A callable that takes the next step on a batch, with ``epoch``'s views, without waiting."""
 
-    def __call__(self, batch: Batch, epoch: int) -> StepMetrics: ...
-
-    def prepare(self, batch: Batch, epoch: int) -> None:
-        """Compile and capture for batches like this one, in minutes, leaving the state alone."""
-
     @property
     def mode(self) -> str:
         """The mode of its steps, once prepared: eager, compile or graph."""
+
+    def prepare(self, batch: Batch, epoch: int) -> None:
+        """Compile and capture for batches like this one, in minutes, and restore the state."""
+
+    def __call__(self, batch: Batch, epoch: int) -> StepMetrics: ...
 
 
 # Warms up and captures a function. Returns its outputs and a function that replays it in place.

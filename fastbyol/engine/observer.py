@@ -60,13 +60,13 @@ class Silent:
     """An observer that ignores all messages."""
 
     def start(self, message: Start) -> None:
-        """Ignore."""
+        """Ignore the message."""
 
     def progress(self, message: Progress) -> None:
-        """Ignore."""
+        """Ignore the message."""
 
     def epoch_end(self, message: EpochEnd) -> None:
-        """Ignore."""
+        """Ignore the message."""
 
     def note(self, text: str) -> None:
-        """Ignore."""
+        """Ignore the message."""

@@ -35,7 +35,7 @@ CPU_UNITS = ("amx_bf16", "avx512_bf16")
 
 
 class Choice(NamedTuple):
-    """A precision, fp32 or bf16, and the reason in words."""
+    """A precision (fp32 or bf16) and the reason for it, in words."""
 
     value: str
     why: str

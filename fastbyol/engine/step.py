@@ -24,7 +24,7 @@ from fastbyol.config import Config, ModelConfig, resolve
 from fastbyol.engine.device import dtype_of
 from fastbyol.engine.standardized_weights import StandardizedWeights
 from fastbyol.errors import UsageError
-from fastbyol.model.byol import NUM_VIEWS, Online, Target, build_online, build_target
+from fastbyol.model.byol import NUM_VIEWS, Online, Target
 from fastbyol.model.norm import use_kernels
 from fastbyol.model.objective import OBJECTIVES, Objective, byol_loss, contrastive_loss, enqueue, observe, unit
 from fastbyol.optim import schedule
@@ -266,7 +266,7 @@ def train_step(state: TrainState, views: Tensor, forward: Forward = forward) -> 
 
 
 def as_batch(views: Tensor, dtype: torch.dtype) -> Tensor:
-    """Flatten views (2, B, 3, S, S) to (2B, 3, S, S) in ``dtype``, channels-last; copy if needed."""
+    """Flatten views (2, B, 3, S, S) to (2B, 3, S, S) in ``dtype`` and channels-last, if need be."""
     if views.ndim != 5 or views.shape[0] != NUM_VIEWS or views.shape[1] < 2 or not views.is_floating_point():
         raise ValueError(f"views must be floats (2, B >= 2, 3, S, S), got {_kind(views)}")
     return views.flatten(0, 1).to(dtype, memory_format=torch.channels_last)
@@ -276,7 +276,7 @@ def _drawn(config: ModelConfig, seed: int, num_keys: int) -> tuple[Online, Targe
     """Draw both networks and then ``num_keys`` normal keys (K, D) from ``seed``, on the cpu."""
     with torch.random.fork_rng(devices=[]), left_as_found():
         torch.default_generator.manual_seed(seed)
-        return build_online(config), build_target(config), torch.randn(num_keys, config.projector.out)
+        return Online(config), Target(config), torch.randn(num_keys, config.projector.out)
 
 
 def _kind(tensor: Tensor) -> str:

@@ -1,8 +1,7 @@
-"""The three protocols that score an encoder: which rows are fitted, which are scored, and by what.
+"""The protocols that score an encoder: which rows are fitted, which are scored, and by what.
 
-``blog``: the post's one-vs-rest logistic regression, fitted on one part of the test set and scored
-on the other. ``linear``: multinomial logistic regression. ``knn``: weighted nearest neighbours. The
-latter two fit on the training set, or split the test set as ``blog`` does if that has no labels.
+``blog`` fits the post's probe to a part of the test set and scores the rest. ``linear`` and ``knn``
+fit the training set; if that has no labels, they split the test set as ``blog`` does.
 """
 
 from __future__ import annotations
@@ -165,14 +164,14 @@ def _choose(protocol: str, test: LabelledImages, train: LabelledImages | None) -
 
 
 def _chosen(protocol: str, test: LabelledImages, train: LabelledImages | None) -> _Rows:
-    images, labels = _labelled(test, "test data")
+    images, labels = labelled_rows(test, "test data")
     if not len(labels):
         raise UsageError(
             f"test data: no labelled images, and the {protocol} protocol scores against labels: "
             "name a labelled beton with --test-data"
         )
     if protocol != "blog" and train is not None:
-        fit_images, fit_labels = _labelled(train, "training data")
+        fit_images, fit_labels = labelled_rows(train, "training data")
         if len(fit_labels):
             labels = _renumbered(labels, test.class_names, train.class_names)
             return _Rows(fit_images, fit_labels, images, labels, "training set and test set", from_two_sets=True)
@@ -199,7 +198,7 @@ def _renumbered(labels: Tensor, names: tuple[str, ...], fitted: tuple[str, ...])
     return torch.tensor([*translated, *range(len(fitted) + len(names), len(fitted) + highest)])[labels]
 
 
-def _labelled(data: LabelledImages, name: str) -> tuple[Tensor, Tensor]:
+def labelled_rows(data: LabelledImages, name: str) -> tuple[Tensor, Tensor]:
     """Return the rows whose label is not negative; none without labels."""
     images, labels = data.images, data.labels
     if labels is None:

@@ -12,7 +12,7 @@ from fastbyol import views as view_ops
 from fastbyol.config import ModelConfig, ViewsConfig
 from fastbyol.errors import UsageError
 from fastbyol.evaluation.features import embed
-from fastbyol.evaluation.protocol import LabelledImages
+from fastbyol.evaluation.protocol import LabelledImages, labelled_rows
 from fastbyol.model.resnet import build_encoder
 
 MOMENTUM = 0.9
@@ -92,7 +92,7 @@ def _light(views: ViewsConfig) -> ViewsConfig:
 
 
 def _labelled(data: LabelledImages, name: str) -> tuple[Tensor, Tensor]:
-    if data.labels is None or not bool((data.labels >= 0).any()):
+    images, labels = labelled_rows(data, name)
+    if not len(labels):
         raise UsageError(f"{name}: no labels: the supervised baseline needs a labelled beton")
-    labelled = data.labels >= 0
-    return data.images[labelled], data.labels[labelled]
+    return images, labels

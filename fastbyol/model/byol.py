@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fastbyol.config import ModelConfig
 from fastbyol.errors import UsageError
-from fastbyol.model.heads import build_head
+from fastbyol.model.heads import Head
 from fastbyol.model.resnet import build_encoder
 
 NUM_VIEWS = 2
@@ -30,17 +30,26 @@ class OnlineOutput(NamedTuple):
 
 
 class Online(nn.Module):
-    """The network that is trained: (V * B, 3, S, S), view after view, -> ``OnlineOutput``."""
+    """The network that is trained: views (V * B, 3, S, S), view after view, -> ``OnlineOutput``.
+
+    Both networks are initialised from torch's global generator. Raises UsageError if predictor and
+    projector differ in output size: q is compared with z'.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
+        if config.predictor.layers and config.predictor.out != config.projector.out:
+            raise UsageError(
+                f"model.predictor.out: {config.predictor.out} differs from model.projector.out = {config.projector.out}; "
+                "predictions are compared with projections: make them equal"
+            )
         self.config = config
         self.encoder = build_encoder(config, num_views=NUM_VIEWS)
-        self.projector = build_head(config.projector, self.encoder.embedding_dim, groups=config.groups, num_views=NUM_VIEWS)
+        self.projector = Head(config.projector, self.encoder.embedding_dim, groups=config.groups, num_views=NUM_VIEWS)
         # "The same architecture as the projector" (section 3.3).
         self.predictor: nn.Module = nn.Identity()
         if config.predictor.layers:
-            self.predictor = build_head(config.predictor, config.projector.out, groups=config.groups, num_views=NUM_VIEWS)
+            self.predictor = Head(config.predictor, config.projector.out, groups=config.groups, num_views=NUM_VIEWS)
 
     def forward(self, views: Tensor) -> OnlineOutput:
         y = self.encoder(views)
@@ -57,27 +66,9 @@ class Target(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.encoder = build_encoder(config, num_views=NUM_VIEWS)
-        self.projector = build_head(config.projector, self.encoder.embedding_dim, groups=config.groups, num_views=NUM_VIEWS)
+        self.projector = Head(config.projector, self.encoder.embedding_dim, groups=config.groups, num_views=NUM_VIEWS)
         self.requires_grad_(False)
 
     def forward(self, views: Tensor) -> Tensor:
         z: Tensor = self.projector(self.encoder(views))
         return z
-
-
-def build_online(config: ModelConfig) -> Online:
-    """Make the online network, initialised from torch's global generator.
-
-    Raises UsageError if predictor and projector differ in output size: q is compared with z'.
-    """
-    if config.predictor.layers and config.predictor.out != config.projector.out:
-        raise UsageError(
-            f"model.predictor.out: {config.predictor.out} differs from model.projector.out = {config.projector.out}; "
-            "predictions are compared with projections: make them equal"
-        )
-    return Online(config)
-
-
-def build_target(config: ModelConfig) -> Target:
-    """Make the target network of ``config``; the caller copies the online parameters into it."""
-    return Target(config)

@@ -43,7 +43,7 @@ def convolve(x: Tensor, weight: Tensor, stride: int, padding: int) -> Tensor:
 
 
 def pays(x: Tensor, weight: Tensor, stride: int, padding: int) -> bool:
-    """Return whether ``convolve`` goes by pixel; only fp32 and bf16 CPU tensors do, eagerly."""
+    """Return whether ``convolve`` goes by pixel: eagerly, on a cpu, within ``LIMITS``."""
     if x.dtype not in LIMITS or not at_once(x, weight):
         return False
     if weight.shape[2:] != (KERNEL, KERNEL) or padding != 1:

@@ -14,12 +14,12 @@ from fastbyol.model.standardizing import Linear
 
 
 class Head(nn.Module):
-    """An MLP (N, in_features) -> (N, ``config.out``) in the parameters' dtype, for any input's.
+    """An MLP (N, in_features) -> (N, ``config.out``); the result has the parameters' dtype.
 
     Linear layers have biases and torch's default initialisation. ``ws`` standardizes the first.
     """
 
-    def __init__(self, config: HeadConfig, in_features: int, *, groups: int, num_views: int) -> None:
+    def __init__(self, config: HeadConfig, in_features: int, *, groups: int, num_views: int = 2) -> None:
         super().__init__()
         if config.ws and in_features < 2:
             raise UsageError("model: weight standardization of an MLP needs two input features or more, got 1: widen it")
@@ -35,8 +35,3 @@ class Head(nn.Module):
         hidden = self.linear1(x.to(self.linear1.weight.dtype))
         result: Tensor = self.linear2(norm_relu(self.norm, hidden))
         return result
-
-
-def build_head(config: HeadConfig, in_features: int, *, groups: int, num_views: int = 2) -> Head:
-    """Make a head from torch's global generator; ``groups``, ``num_views``: see ``make_norm``."""
-    return Head(config, in_features, groups=groups, num_views=num_views)

@@ -1,8 +1,7 @@
 """Normalisation layers, in fp32 (fp64 in fp64 runs) whatever the activations' dtype.
 
-To add a norm: write its module here, give it a name in ``config.NormName`` or ``HeadNormName`` and
-a line in ``make_norm``'s table. A norm of encoders also needs torch's own in ``ordinary._norm``.
-Letters: V views, B images, N = V * B, C channels, H W pixels.
+To add one: write its module, add a name to ``config.NormName`` or ``HeadNormName`` and a line to
+``make_norm``'s table; for encoders also torch's own in ``ordinary._norm``. N = V views x B images.
 """
 
 from __future__ import annotations
@@ -169,7 +168,7 @@ def use_kernels(net: nn.Module, kernels: str) -> None:
 
 
 def num_groups(channels: int, most: int) -> int:
-    """Return the largest divisor of ``channels`` up to ``most`` that leaves two channels a group."""
+    """Return the largest divisor of ``channels`` up to ``most`` with two channels a group."""
     limit = min(most, max(1, channels // 2))
     return max(d for d in range(1, limit + 1) if channels % d == 0)
 

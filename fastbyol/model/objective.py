@@ -20,7 +20,7 @@ OBJECTIVES = ("byol", "contrastive", "simsiam")
 
 
 class Objective(NamedTuple):
-    """The loss of a step and its numbers (``config.MethodConfig``), a factor on it among them."""
+    """The loss of a step and its numbers; see ``config.MethodConfig``."""
 
     name: Literal["byol", "contrastive", "simsiam"] = "byol"
     loss_scale: float = 1.0

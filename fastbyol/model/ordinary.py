@@ -1,8 +1,7 @@
-"""The encoder for export: torchvision's ResNet, made of torch's own modules and operations alone.
+"""The encoder for export: torchvision's ResNet of torch's own modules and operations alone.
 
-It has the function and the state dict of ``model.resnet``, whose norms are per view and whose
-kernels are compiled, and can be traced, scripted, exported, transformed, pickled and fine-tuned.
-Pickles of users name these classes: do not rename them.
+It has the function and the state dict of ``model.resnet``, which trains, and can be traced,
+scripted, exported, pickled and fine-tuned. Users' pickles name these classes: do not rename them.
 """
 
 from __future__ import annotations

@@ -145,7 +145,7 @@ def test_ctrl_c_that_a_finalizer_swallows_comes_again(
     assert capsys.readouterr().err == ""
 
 
-def test_what_an_import_makes_of_ctrl_c_is_told_apart() -> None:
+def test_an_import_error_after_ctrl_c_is_recognised() -> None:
     """A compiled module that is interrupted while it is imported says ImportError, "initialization failed"."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     with pytest.raises(ImportError) as caught:  # noqa: PT012

@@ -251,16 +251,6 @@ def assert_equal_states(a: TrainState, b: TrainState) -> None:
         assert torch.equal(x, y), name
 
 
-def test_two_runs_are_identical_bit_for_bit() -> None:
-    a, first = run(SOME)
-    torch.manual_seed(99)
-    b, second = run(SOME)
-    assert_equal_states(a, b)
-    for m, n in zip(first, second, strict=True):
-        assert torch.equal(m.values, n.values)
-        assert torch.equal(m.layers, n.layers)
-
-
 def test_a_restored_state_goes_on_bit_for_bit() -> None:
     whole, metrics = run(SOME, 5)
     half, _ = run(SOME, 2)
@@ -270,7 +260,9 @@ def test_a_restored_state_goes_on_bit_for_bit() -> None:
     restored.load_tensors(saved)
     _, rest = run(SOME, 3, restored)
     assert_equal_states(restored, whole)
-    assert torch.equal(rest[-1].values, metrics[-1].values)
+    for got, expected in zip(rest, metrics[2:], strict=True):
+        assert torch.equal(got.values, expected.values)
+        assert torch.equal(got.layers, expected.layers)
 
 
 def test_the_start_depends_on_the_seed_alone() -> None:
@@ -338,7 +330,7 @@ def test_layer_telemetry_describes_the_step() -> None:
             torch.testing.assert_close(row["update_norm"], (p.detach() - before[name]).norm(), rtol=1e-3, atol=3e-7)
 
 
-def test_gradients_keep_their_place_in_the_arena() -> None:
+def test_gradients_stay_in_the_arena() -> None:
     state = TrainState.create(SOME, steps_per_epoch=2)
     pointers = [p.grad.data_ptr() for p in state.online.parameters() if p.grad is not None]
     assert len(pointers) == len(state.segment_names)
@@ -346,19 +338,6 @@ def test_gradients_keep_their_place_in_the_arena() -> None:
     assert pointers == [p.grad.data_ptr() for p in state.online.parameters() if p.grad is not None]
     low, high = state.arena.gradient.data_ptr(), state.arena.gradient.data_ptr() + state.arena.gradient.nbytes
     assert all(low <= pointer < high for pointer in pointers)
-
-
-def test_a_compiled_network_takes_the_same_step() -> None:
-    eager, compiled = (TrainState.create(SOME, steps_per_epoch=2) for _ in range(2))
-    pointers = [p.grad.data_ptr() for p in compiled.online.parameters() if p.grad is not None]
-    compiled.online.compile(backend="aot_eager", fullgraph=True)
-    for step in range(2):
-        expected, got = train_step(eager, some_views(step)).values, train_step(compiled, some_views(step)).values
-        # The same kernels but for two reductions: fp32 roundings, amplified by two steps.
-        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
-    assert pointers == [p.grad.data_ptr() for p in compiled.online.parameters() if p.grad is not None]
-    for (name, a), b in zip(compiled.tensors().items(), eager.tensors().values(), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4, msg=lambda m, name=name: f"{name}: {m}")
 
 
 def test_views_are_not_copied_where_they_fit() -> None:
@@ -442,5 +421,4 @@ def _digests(threads: str, cache: Path) -> dict[str, str]:
     # Waiting threads that spin would take the cores from the tests beside, and this one's from itself.
     policy = {"OMP_NUM_THREADS": threads, "OMP_WAIT_POLICY": "passive"}
     environment = {**os.environ, "NUMBA_CACHE_DIR": str(cache), **policy}
-    found = subprocess.check_output([sys.executable, golden.__file__, threads], env=environment)
-    return dict(json.loads(found))
+    return dict(json.loads(subprocess.check_output([sys.executable, golden.__file__, threads], env=environment)))

@@ -185,7 +185,7 @@ class TestNotes:
                 evaluate(protocol, encoder, test=labelled(40, 1), train=one, views=VIEWS, device="cpu")
 
     @pytest.mark.parametrize("protocol", ["linear", "knn"])
-    def test_one_class_to_score_unknown_labels_and_repeated_images_are_said(self, encoder: nn.Module, protocol: str) -> None:
+    def test_one_class_to_score_unknown_labels_and_repeated_images_give_notes(self, encoder: nn.Module, protocol: str) -> None:
         train = labelled(60, 0)
 
         def notes(test: Images) -> tuple[int, list[str]]:
@@ -207,7 +207,7 @@ class TestNotes:
         some = Images(torch.cat((fresh.images, train.images[5:12])), torch.cat((fresh.labels, train.labels[5:12])))
         assert notes(some)[0] == 7
 
-    def test_halves_of_one_set_are_not_looked_at(self, encoder: nn.Module) -> None:
+    def test_parts_of_one_set_are_not_searched_for_repeats(self, encoder: nn.Module) -> None:
         result = evaluate("knn", encoder, test=labelled(60, 0), train=None, views=VIEWS, device="cpu")
         assert (result["num_repeated"], result["notes"]) == (None, [])
 
@@ -244,15 +244,15 @@ def test_classes_are_matched_by_name(kept: set[str], name: str) -> None:
     some = Images(test.images[rows], test.labels[rows])
     own = tuple(sorted(kept))
     renumbered = torch.tensor([own.index(NAMES[int(label)]) for label in some.labels])
-    wanted, found = (
+    wanted, got = (
         evaluate(name, encoder, test=scored, train=Images(*train[:2], NAMES), views=VIEWS, device="cpu")
         for scored in (some, Images(some.images, renumbered, own))
     )
-    assert found["accuracy"] == wanted["accuracy"]
-    assert found["notes"] == wanted["notes"]
+    assert got["accuracy"] == wanted["accuracy"]
+    assert got["notes"] == wanted["notes"]
 
 
-def test_a_class_of_the_test_set_alone_can_only_be_wrong_and_that_is_said(encoder: nn.Module) -> None:
+def test_a_class_of_the_test_set_alone_can_only_be_wrong_and_gives_a_note(encoder: nn.Module) -> None:
     train, test = labelled(200, 1, 4), labelled(120, 2)
     result = evaluate(
         "knn", encoder, test=Images(*test[:2], ("fox", *NAMES[1:4], "gnu")), train=Images(*train[:2], NAMES[:4]),

@@ -49,7 +49,7 @@ def class_folders(folder: Path) -> tuple[Path, Path]:
 
 
 def plain_folder(folder: Path) -> tuple[Path, Path]:
-    """Pictures of every mode and size without labels to train on, class folders to score on."""
+    """Write pictures of every mode and size to train on, class folders to score on."""
     source_files.odd_pictures(folder / "odd")
     source_files.class_folders(folder / "tree")
     convert(str(folder / "odd"), folder / "train.beton", resize="none")

@@ -76,13 +76,13 @@ def _feed(into: hashlib._Hash, *tensors: Tensor) -> None:
 
 
 def machine() -> str:
-    """Return what decides the bits beside the source: libraries, and the CPU that they and numba compile for."""
+    """Name what decides the bits besides the source: the cpu and the libraries."""
     cpu = f"{llvmlite.binding.get_host_cpu_name()} {torch.backends.cpu.get_cpu_capability()}"
     return f"{cpu}, torch {torch.__version__.split('+')[0]}, numba {numba.__version__}"
 
 
 def write() -> None:
-    """Keep this machine's digests."""
+    """Write this machine's digests."""
     kept = json.loads(GOLDEN.read_text("utf-8")) if GOLDEN.exists() else {}
     runs = {threads: [sys.executable, __file__, threads] for threads in THREADS}
     kept[machine()] = {threads: json.loads(subprocess.check_output(run)) for threads, run in runs.items()}

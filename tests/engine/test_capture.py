@@ -1,4 +1,4 @@
-"""Eager, compiled and recorded steps are the same step, in a healthy and in a collapsed state."""
+"""Eager, compiled and captured steps are the same step, in a healthy and in a collapsed state."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ ALL_KINDS = ("model.norm=bn", "model.ws=true", "model.projector.norm=gn", "model
 
 @pytest.fixture(autouse=True)
 def _short_compiling(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """One block a stage instead of two alike: half of the code to compile, and nothing left of it afterwards."""
+    """Build one block a stage: half of the code to compile, which is dropped afterwards."""
     monkeypatch.setattr(resnet, "BLOCKS_PER_STAGE", (1, 1, 1, 1))
     yield
     torch.compiler.reset()
@@ -70,7 +70,7 @@ def fp32(norm: str, heads: str, ws: bool, optimizer: str) -> Config:
 
 
 def config_of(kinds: tuple[str, str, bool, str] | str) -> Config:
-    """Kinds of layers with an optimizer, or the name of a method."""
+    """Make a configuration of layers and an optimizer, or of a method by name."""
     if isinstance(kinds, str):
         return small_views(tiny("bn", "bn", optimizer="blog", train__precision="fp32", **METHODS[kinds]))
     return small_views(fp32(*kinds))
@@ -81,7 +81,7 @@ def fp64(config: Config) -> Config:
 
 
 def assert_near(exact: TrainState, eager: TrainState, other: TrainState) -> None:
-    """``other`` is as near to fp64 as eager steps are: ``CHANCE`` times their distance, and a few last bits of fp32."""
+    """Compare ``other`` with fp64: it may be ``CHANCE`` times as far off as eager steps."""
     for buffer in ("online", "momentum", "target"):
         named = [state.arena.named(getattr(state.arena, buffer)) for state in (exact, eager, other)]
         for name, e in named[0].items():
@@ -118,7 +118,7 @@ def test_one_graph_takes_the_eager_step(kinds: tuple[str, str, bool, str] | str)
 
 @torch._dynamo.config.patch(error_on_recompile=True)
 def test_code_compiled_once_serves_a_whole_schedule() -> None:
-    """lr, tau and the step are tensors: 300 epochs, of which the schedule has 7, run what was compiled for the first step.
+    """lr, tau and the step are tensors: 300 epochs, 7 scheduled, run the first step's code.
 
     It is as near to fp64 as eager steps are, healthy and collapsed, and memory stays flat.
     """
@@ -145,7 +145,7 @@ def test_code_compiled_once_serves_a_whole_schedule() -> None:
 
 
 def assert_cut_and_whole_agree(config: Config, folder: Path) -> None:
-    """A run that lost all but its first checkpoint and is resumed leaves the same bytes as it did whole."""
+    """Resume a run that lost all but its first checkpoint, and compare the bytes."""
     api.train(config, folder / "whole")
     shutil.copytree(folder / "whole", folder / "cut")
     checkpoints = sorted((folder / "cut" / "checkpoints").glob("*"))
@@ -250,7 +250,7 @@ def small_views(config: Config) -> Config:
 
 
 class Tape:
-    """Records as a GPU does: warm-up steps run, the recorded one does not, and playing it back writes into the same tensors."""
+    """A recorder like a GPU's: the captured step does not run, and a replay writes in place."""
 
     def __init__(self, state: TrainState, warm_up: int = capture.WARM_UP_STEPS) -> None:
         self.state, self.warm_up, self.recordings = state, warm_up, 0
@@ -385,7 +385,7 @@ def test_a_device_that_refuses_more_after_an_error_does_not_hide_it(
 
 
 class BrokenCapture:
-    """What torch.cuda.graph does once a captured operation has failed: ending it raises, too."""
+    """A torch.cuda.graph after a captured operation has failed: its end raises, too."""
 
     def __init__(self, *_: object, **__: object) -> None:
         pass
@@ -480,7 +480,7 @@ def test_a_failed_compilation_gives_one_line(small: tuple[TrainState, Config]) -
 
 
 class Counter:
-    """A backend of torch.compile that counts what it is asked for and changes nothing."""
+    """A backend of torch.compile that counts graphs and changes nothing."""
 
     def __init__(self) -> None:
         self.compiled = 0

@@ -1,4 +1,4 @@
-"""How many threads a run takes on a cpu."""
+"""A run's number of threads on a cpu."""
 
 from __future__ import annotations
 

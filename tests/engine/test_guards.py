@@ -1,4 +1,4 @@
-"""guards.py: too little disk or memory and numbers that are none are said before harm is done."""
+"""Too little disk or memory and numbers that are not finite are reported before they do harm."""
 
 from __future__ import annotations
 

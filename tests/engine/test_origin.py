@@ -1,4 +1,4 @@
-"""origin.py: a new run from another run's weights, and from nothing else of it."""
+"""A new run from another run's weights alone."""
 
 from __future__ import annotations
 

@@ -24,14 +24,14 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A cache folder in which no answer is kept yet."""
+    """Provide an empty cache folder."""
     monkeypatch.setenv("FASTBYOL_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
 
 
 @pytest.fixture
 def measured(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The states that the gate measured, none of which loses its gradients; on a cpu with units for bf16."""
+    """Collect the states that the gate measures, all sound, on a cpu with units for bf16."""
     states: list[str] = []
 
     def gap(config: Config, device: torch.device, state: str) -> precision.Gap:
@@ -181,7 +181,7 @@ def test_a_damaged_file_is_no_answer(measured: list[str], cache: Path, text: str
     file.write_bytes((json.dumps(damaged) if isinstance(damaged, dict) else text).encode("latin-1"))
     assert precision.decide(config, CPU) == kept
     assert measured == [*precision.STATES, *precision.STATES]
-    assert precision.kept_answer(precision.question(config, CPU)) == kept, "and written anew"
+    assert precision.kept_answer(precision.question(config, CPU)) == kept, "and written again"
 
 
 def test_a_folder_that_cannot_be_written_costs_nothing_but_time(

@@ -1,4 +1,4 @@
-"""A step whose fused operations run in kernels against the same step in plain torch, and the weights that are made at once."""
+"""A step in fused kernels against the same step in plain torch; weights computed in one launch."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ STEPS = 2
 
 
 def config(norm: str, ws: bool, optimizer: str, precision: str, kernels: str) -> Config:
-    """Width 4, since Triton's interpreter runs programs one by one; MLPs with the same norm, standardized, too."""
+    """Make a network of width 4, since Triton's interpreter runs programs one by one."""
     head = {"norm": norm, "hidden": 16, "out": 8, "ws": ws}
     optim = {"name": "sgd", "lr": 0.02, "weight_decay": 1e-2}
     if optimizer != "sgd":
@@ -55,7 +55,7 @@ class Trace:
 
 
 def off(state: TrainState, got: Tensor, expected: Tensor) -> tuple[float, str]:
-    """The largest distance of a parameter's part of two flat buffers, relative to its length, and whose it is.
+    """Return the largest relative distance of a parameter's part of two flat buffers, and its name.
 
     Some gradients are rounding and nothing else, a bias's before a batch norm, so a thousandth of the whole is added.
     """

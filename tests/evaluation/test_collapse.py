@@ -1,4 +1,4 @@
-"""The collapse monitor on the post's published curves, on made-up ones, and on whatever hypothesis thinks of."""
+"""The collapse monitor on the post's published curves, on made-up ones and on hypothesis's."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ Curve = dict[int, tuple[float, float]]
 
 
 def every_epoch(curve: Curve) -> Curve:
-    """Straight lines between the points that were read."""
+    """Draw straight lines between the points that were read."""
     points, whole = sorted(curve), dict(curve)
     for left, right in itertools.pairwise(points):
         for epoch in range(left, right):
@@ -63,7 +63,7 @@ def every_epoch(curve: Curve) -> Curve:
 
 
 def spread(negative: float) -> float:
-    """The std_z of projections whose mean cosine is ``negative``: both networks alike, as far as the figures tell."""
+    """Return the std_z of projections of mean cosine ``negative`` if both networks are alike."""
     return math.sqrt(max(0.0, 1.0 - max(0.0, negative)))
 
 

@@ -21,7 +21,7 @@ def images(num: int = 20, side: int = 16) -> Tensor:
 
 @pytest.fixture
 def encoder() -> nn.Module:
-    """Batch norm with running statistics that differ from a batch's, some of it frozen in eval mode."""
+    """Make an encoder with running statistics unlike a batch's and a layer in eval mode."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         net = build_encoder(ModelConfig(width=4, norm="bn", stem="small"))
@@ -96,7 +96,7 @@ def test_check_finite_counts_rows() -> None:
 
 
 class Shifted(nn.Module):
-    """Embeddings of one direction in common, and of ``scale`` times the image beside it."""
+    """An encoder with one direction in common plus ``scale`` times the image."""
 
     def __init__(self, scale: float) -> None:
         super().__init__()
@@ -108,7 +108,7 @@ class Shifted(nn.Module):
 
 @pytest.mark.parametrize(("scale", "expected"), [(1.0, torch.bfloat16), (1e-3, torch.float32)])
 def test_bf16_is_chosen_where_it_keeps_the_differences(scale: float, expected: torch.dtype) -> None:
-    """Of a collapsed network it keeps what is common, and rounds away what differs."""
+    """In a collapsed network it would round the differences away."""
     net = Shifted(scale)
     assert agreeing_dtype(net, images(), VIEWS, torch.bfloat16, device="cpu") == expected
     assert agreeing_dtype(net, images(), VIEWS, torch.float32, device="cpu") == torch.float32

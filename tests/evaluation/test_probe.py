@@ -30,7 +30,7 @@ Fit = Callable[..., LinearClassifier]
 
 
 def synthetic(kind: str, num_samples: int = 1000, dim: int = 96, num_classes: int = 10, seed: int = 0) -> Split:
-    """Features as networks make them, fit half and score half: rectified mixtures of a few latent factors, float32."""
+    """Draw features like a network's, rectified mixtures of factors, to fit and to score."""
     g = np.random.default_rng(seed)
     y = np.arange(2 * num_samples) % num_classes if kind.startswith("balanced") else g.integers(0, num_classes, 2 * num_samples)
     latent = g.normal(size=(2 * num_samples, 30)) + 0.5 * g.normal(size=(num_classes, 30))[y]
@@ -59,7 +59,7 @@ SYNTHETIC = [
 
 @pytest.fixture(scope="module", params=["pixels", "bn", "gn", "none"])
 def real(request: pytest.FixtureRequest) -> Split:
-    """Digits: pixels, some of them always zero, or at 32 px a random ResNet-18's features.
+    """Provide digits: pixels, some always zero, or at 32 px a random ResNet-18's features.
 
     The latter, of width 16, are 128 features that are far from independent.
     """
@@ -83,7 +83,7 @@ def liblinear(tol: float = 1e-4, max_iter: int = 100, c: float = 1.0) -> OneVsRe
 
 
 def coefficients(model: OneVsRestClassifier) -> np.ndarray:
-    """(K, D + 1), the intercept last."""
+    """Return (K, D + 1), the intercept last."""
     return np.stack([np.append(e.coef_[0], e.intercept_[0]) for e in model.estimators_])
 
 

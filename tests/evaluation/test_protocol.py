@@ -1,4 +1,4 @@
-"""Which rows each protocol fits and scores, what it says, and what it refuses."""
+"""The rows that each protocol fits and scores, its results and its errors."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Images(NamedTuple):
 
 
 def labelled(num: int, seed: int, num_classes: int = 5) -> Images:
-    """Noise whose mean colour tells the class, not too clearly."""
+    """Draw noise whose mean colour hints at the class."""
     g = torch.Generator().manual_seed(seed)
     labels = torch.randint(num_classes, (num,), generator=g)
     colours = torch.randint(60, 196, (num_classes, 3), generator=torch.Generator().manual_seed(7))
@@ -171,7 +171,7 @@ class TestEvaluate:
 
 
 class TestNotes:
-    """What keeps an accuracy from saying anything is refused, or said beside it."""
+    """Conditions that make an accuracy meaningless: an error or a note."""
 
     @pytest.mark.parametrize("protocol", PROTOCOLS)
     def test_one_class_to_fit_on_is_refused(self, encoder: nn.Module, protocol: str) -> None:
@@ -213,7 +213,7 @@ class TestNotes:
 
 
 def diluted(data: Images) -> Images:
-    """Every labelled row followed by an unlabelled one, as in STL-10's train+unlabeled."""
+    """Put an unlabelled row after every labelled one, as in STL-10's train+unlabeled."""
     labels = torch.stack((data.labels, torch.full_like(data.labels, -1)), dim=1).flatten()
     return Images(data.images.repeat_interleave(2, 0), labels)
 

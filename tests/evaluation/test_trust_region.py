@@ -30,7 +30,7 @@ def zeros(x: Tensor) -> Tensor:
 
 
 def written_out(kind: type[Sigmoid] | type[Softmax], targets: Tensor, margins: Tensor) -> Tensor:
-    """The losses from torch's own functionals: (K, 1) or (1, 1)."""
+    """Compute the losses by torch's own functionals: (K, 1) or (1, 1)."""
     if kind is Softmax:
         return F.cross_entropy(margins.T, targets.argmax(0), reduction="sum").reshape(1, 1)
     return F.binary_cross_entropy_with_logits(margins, targets, reduction="none").sum(1, keepdim=True)
@@ -79,7 +79,7 @@ def test_finds_the_minimum(kind: type[Sigmoid] | type[Softmax], seed: int, scale
     left = loss.dot(end, end).sqrt() / loss.dot(start, start).sqrt()
     hessian = torch.autograd.functional.hessian(objective, solution.weights).reshape(20, 20)
     decrement = 0.5 * end.flatten() @ torch.linalg.solve(hessian, end.flatten())
-    # 1e-7 was asked for. Otherwise what is left to gain is rounding of F, of which a step must still take something off.
+    # Either the tolerance of 1e-7 is met, or only rounding of F is left to gain.
     assert bool((left <= 1.01e-7).all()) or float(decrement) <= 4e-12 * float(objective(solution.weights))
 
 

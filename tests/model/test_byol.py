@@ -51,7 +51,7 @@ def test_predictor_must_map_onto_projections() -> None:
 
 
 def test_without_a_predictor_predictions_are_the_projections() -> None:
-    """No parameters of it, an output size that nobody asks about, and the same draws as with one before it."""
+    """It has no parameters, its output size is ignored, and the other draws stay the same."""
     config = TINY.model_copy(update={"predictor": PredictorConfig(layers=0, out=9)})
     torch.manual_seed(0)
     with_one = dict(Online(TINY).named_parameters())

@@ -61,7 +61,7 @@ def keys_of(count: int, features: int) -> Tensor | None:
 
 
 def by_logsumexp(q: Tensor, z: Tensor, temperature: float, queue: Tensor | None) -> float:
-    """Image by image and order by order of the views: log of the sum of exponentials less the positive's logit."""
+    """Sum log-sum-exp less the positive's logit, image by image, in both orders of the views."""
     half, total = len(q) // 2, 0.0
     for first, second in ((0, half), (half, 0)):
         for i in range(half):

@@ -1,4 +1,4 @@
-"""Which parameters a configuration makes adapt, decay and move faster."""
+"""The parameters that a configuration makes adapt, decay and move faster."""
 
 from __future__ import annotations
 

@@ -63,16 +63,12 @@ def evaluate(
 ) -> dict[str, Any]:
     """Measure the accuracy of ``encoder``, which is on ``device``, under ``protocol``.
 
-    Images are embedded in ``dtype`` if that agrees with the encoder's own
-    (``features.agreeing_dtype``). Returns ``protocol``, ``accuracy`` and ``train_accuracy`` in
-    percent (the latter None for ``knn``), ``num_train``, ``num_test``, ``num_classes`` (of the
-    fitted rows), ``num_repeated`` (scored images with the bytes of a fitted one; None within one
-    set, which is not searched), ``notes`` (what makes the accuracy say little, a line each),
-    ``dim``, ``rank`` (the effective rank of the scored rows' embeddings), ``split`` and
-    ``seconds``.
-
-    Raises UsageError for data that the protocol cannot use and FastbyolError for embeddings that
-    are not finite.
+    Images are embedded in ``dtype`` if that agrees with the encoder's own. Accuracies are in
+    percent, ``train_accuracy`` is None for ``knn``. ``num_classes`` counts the fitted rows' classes,
+    ``num_repeated`` the scored images with the bytes of a fitted one (None within one set),
+    ``notes`` say what makes the accuracy meaningless, ``rank`` is the scored embeddings' effective
+    rank. Raises UsageError for data that the protocol cannot use and FastbyolError for embeddings
+    that are not finite.
     """
     check_choice("protocol", protocol, PROTOCOLS)
     began = time.perf_counter()
@@ -133,7 +129,7 @@ def _accuracies(protocol: str, fit: Tensor, fit_labels: Tensor, score: Tensor, l
 
 
 def _notes(rows: _Rows, repeated: int) -> Iterator[str]:
-    """Yield what makes the accuracy on ``rows`` say little, a line each."""
+    """Yield what makes the accuracy on ``rows`` meaningless, a line each."""
     total, classes = len(rows.score_labels), torch.unique(rows.score_labels)
     if len(classes) == 1:
         yield f"the {total} scored images all have label {int(classes[0])}: accuracy says nothing of telling classes apart"

@@ -9,7 +9,7 @@ DEMO := demo
 # Processes that run the tests, one file at a time each.
 JOBS := 2
 PYTEST = $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile
-FLOOR := tests/kernels tests/engine/test_capture.py tests/engine/test_standardized.py tests/engine/test_step.py \
+FLOOR := tests/kernels tests/engine/test_capture.py tests/engine/test_standardized_weights.py tests/engine/test_step.py \
   tests/bench/test_launches.py tests/bench/test_mocked_gpu.py tests/bench/test_kernel_times.py
 # The path from sources through betons and runs to accuracies. Only tests that compare with FFCV
 # itself are skipped.

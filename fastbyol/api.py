@@ -22,7 +22,7 @@ from fastbyol.engine import capture, trainer
 from fastbyol.engine.device import pick_device
 from fastbyol.engine.observer import Observer
 from fastbyol.engine.origin import source_file
-from fastbyol.engine.precision import settle
+from fastbyol.engine.precision import choose_precision
 from fastbyol.engine.step import TrainState
 from fastbyol.engine.trainer import Summary
 from fastbyol.errors import UsageError, check_choice
@@ -57,7 +57,7 @@ def train(
     config = _with_source(resolve(config), observer)
     config = inputs.with_places(config, config)
     capture.choose(config.engine, pick_device(config.train.device))  # refuses what this machine lacks
-    config = settle(config, observer.note) if observer is not None else settle(config)
+    config = choose_precision(config, observer.note) if observer is not None else choose_precision(config)
     path = Path(out) if out is not None else default_run_path(config)
     with RunFolder.create(path, config, origin) as folder:
         return trainer.fit(folder, config, observer)

@@ -1,9 +1,6 @@
-"""The two random views of an image: draw a table of parameters, apply it.
+"""The two random views of an image: a config's arguments for fastbyol_kernels.views.
 
-Both are operations of fastbyol_kernels; here a config becomes their arguments. Every entry of the table is a function of
-(seed, epoch, sample id, view) alone and the same bit for bit on any device and for any batch, order or worker count.
-
-Shapes: V views, B images, S side of a view, C channels.
+Letters: V views, B images, S side of a view, C channels.
 """
 
 from __future__ import annotations
@@ -29,18 +26,19 @@ def draw(
     width: int,
     kernels: str = "auto",
 ) -> Tensor:
-    """Draw parameters of every view of the samples ``ids``, int64 (B,): float32 (V, B, len(Column)) on the device of ``ids``.
+    """Draw the parameters of all views of the samples ``ids``: float32 (V, B, len(Column)).
 
-    ``seed`` in [0, 2**64), ``epoch`` in [0, 2**32), ids in [0, 2**56); ``height`` and ``width`` of the images in pixels. Seed
-    and epoch may be int64 tensors of no dimension, read by the kernel. ``kernels`` is auto, triton or reference, all of which
-    give the same bits. Raises ValueError naming a wrong argument.
+    Each is a function of (seed, epoch, sample id, view) alone: the same bits on any device, for any
+    ``kernels``, batch, order or worker count. ``ids`` are int64 (B,) in [0, 2**56), ``seed`` is in
+    [0, 2**64) and ``epoch`` in [0, 2**32), or both are 0-d int64 tensors, read by the kernel.
+    ``height`` and ``width`` are the images' in pixels. Raises ValueError naming a wrong argument.
     """
     return draw_views(distribution(config), ids, seed=seed, epoch=epoch, height=height, width=width, kernels=kernels)
 
 
 @cache
 def distribution(config: ViewsConfig) -> Distribution:
-    """Return the ranges and probabilities of a config. ``strength`` scales the jitter; a factor is never negative."""
+    """Return the ranges and probabilities of ``config``; ``strength`` scales the jitter."""
     amplitudes = [config.strength * a for a in (config.brightness, config.contrast, config.saturation)]
     brightness, contrast, saturation = ((max(0.0, 1.0 - a), 1.0 + a) for a in amplitudes)
     return Distribution(
@@ -62,10 +60,10 @@ def distribution(config: ViewsConfig) -> Distribution:
 def apply(
     images: Tensor, table: Tensor, config: ViewsConfig, dtype: torch.dtype = torch.float32, *, kernels: str = "auto"
 ) -> Tensor:
-    """Make the views that a drawn table describes: uint8 (B, H, W, 3) -> (V, B, C, S, S), normalised.
+    """Make the views of a drawn table: uint8 (B, H, W, 3) -> (V, B, C, S, S), normalised.
 
-    ``dtype`` is float32, bfloat16 or float64. The result's ``flatten(0, 1)`` is contiguous in channels_last. Raises ValueError
-    naming a wrong argument.
+    ``dtype`` is float32, bfloat16 or float64. The result's ``flatten(0, 1)`` is contiguous in
+    channels_last. Raises ValueError naming a wrong argument.
     """
     return apply_table(
         images,
@@ -90,16 +88,16 @@ def two_views(
     dtype: torch.dtype = torch.float32,
     kernels: str = "auto",
 ) -> Tensor:
-    """Draw and apply: uint8 images (B, H, W, 3) and their int64 sample ids (B,) -> (V, B, C, S, S)."""
+    """Draw and apply: uint8 images (B, H, W, 3) of int64 sample ``ids`` (B,) -> (V, B, C, S, S)."""
     height, width = images.shape[1:3]
     table = draw(config, ids, seed=seed, epoch=epoch, height=height, width=width, kernels=kernels)
     return apply(images, table, config, dtype, kernels=kernels)
 
 
 def plain(images: Tensor, config: ViewsConfig, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Normalise images as they are, for evaluation: uint8 (N, H, W, 3) -> (N, 3, S, S), channels_last.
+    """Normalise images for evaluation: uint8 (N, H, W, 3) -> (N, 3, S, S), channels_last.
 
-    Where the size differs, the short side is resized to S (bilinear, antialiased) and the centre is kept.
+    If the size differs, the short side is resized to S (bilinear, antialiased) and the centre kept.
     """
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[3] != 3:
         raise ValueError(f"images must be uint8 of shape (N, H, W, 3), got {images.dtype} of shape {tuple(images.shape)}")
@@ -112,7 +110,7 @@ def plain(images: Tensor, config: ViewsConfig, dtype: torch.dtype = torch.float3
 
 
 def _resize_and_centre(x: Tensor, size: int) -> Tensor:
-    """(N, 3, H, W) -> (N, 3, size, size): torchvision's Resize(size), then CenterCrop(size)."""
+    """Resize and crop (N, 3, H, W) to ``size`` like torchvision's Resize, then CenterCrop."""
     height, width = x.shape[2:]
     short = min(height, width)
     shape = (size * height // short, size * width // short)

@@ -4,52 +4,40 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 import fastbyol
 import foreign_betons
 import source_files
 from fastbyol.data import beton, textures
 from fastbyol.data.convert import convert
+from fastbyol.data.loader import read_all
 from fastbyol.engine.step import METRICS
 from tiny import TINY
 
 
-def train_and_evaluate(train: Path, test: Path, folder: Path, batch_size: int) -> float:
-    """Accuracy in percent after an epoch of the tiny network."""
+def train(train: Path, test: Path, folder: Path, batch_size: int = 8) -> None:
+    """Train the tiny network for an epoch."""
     sets = [*TINY, f"data.train={train}", f"data.test={test}", f"train.batch_size={batch_size}", "train.epochs=1"]
     summary = fastbyol.train(fastbyol.load_config("blog", sets), folder / "run")
     assert summary.finished
     assert np.isfinite(summary.metrics["loss"])
-    result = fastbyol.evaluate(folder / "run", "linear", train_data=train, test_data=test)
-    assert 0.0 <= result["accuracy"] <= 100.0
-    return float(result["accuracy"])
 
 
-def stl10(folder: Path) -> tuple[Path, Path]:
-    source_files.stl10(folder, test=24)
-    made = folder / "train.beton", folder / "test.beton"
-    convert(str(folder), made[0], split="train+unlabeled")
-    convert(str(folder), made[1], split="test")
-    return made
+def of_splits(write: Callable[..., None], split: str, test: int, **options: Any) -> Callable[[Path], tuple[Path, Path]]:
+    """Convert two splits of a source that ``write`` makes."""
 
+    def make(folder: Path) -> tuple[Path, Path]:
+        write(folder, test=test)
+        convert(str(folder), folder / "train.beton", split=split, **options)
+        convert(str(folder), folder / "test.beton", split="test")
+        return folder / "train.beton", folder / "test.beton"
 
-def cifar10(folder: Path) -> tuple[Path, Path]:
-    source_files.cifar10(folder, test=24)
-    made = folder / "train.beton", folder / "test.beton"
-    convert(str(folder), made[0], split="train")
-    convert(str(folder), made[1], split="test")
-    return made
-
-
-def cifar100(folder: Path) -> tuple[Path, Path]:
-    source_files.cifar100(folder, test=200)
-    made = folder / "train.beton", folder / "test.beton"
-    convert(str(folder), made[0], split="train", mode="jpg", quality=95)
-    convert(str(folder), made[1], split="test")
-    return made
+    return make
 
 
 def class_folders(folder: Path) -> tuple[Path, Path]:
@@ -61,7 +49,7 @@ def class_folders(folder: Path) -> tuple[Path, Path]:
 
 
 def plain_folder(folder: Path) -> tuple[Path, Path]:
-    """Pictures of every mode and size without labels to train on, class folders to score on."""
+    """Write pictures of every mode and size to train on, class folders to score on."""
     source_files.odd_pictures(folder / "odd")
     source_files.class_folders(folder / "tree")
     convert(str(folder / "odd"), folder / "train.beton", resize="none")
@@ -80,11 +68,23 @@ def embedded(folder: Path) -> tuple[Path, Path]:
     return folder / "both.beton", folder / "both.beton"
 
 
-@pytest.mark.parametrize("source", [stl10, cifar10, cifar100, class_folders, plain_folder, npz, embedded])
-def test_every_source_trains_and_evaluates(source: Callable[[Path], tuple[Path, Path]], tmp_path: Path) -> None:
-    train, test = source(tmp_path)
-    batch_size = min(8, beton.inspect(train).num_samples)
-    train_and_evaluate(train, test, tmp_path, batch_size)
+SOURCES = {
+    "stl10": of_splits(source_files.stl10, "train+unlabeled", 24),
+    "cifar10": of_splits(source_files.cifar10, "train", 24),
+    "cifar100": of_splits(source_files.cifar100, "train", 200, mode="jpg", quality=95),
+    "class folders": class_folders,
+    "plain folder": plain_folder,
+    "npz": npz,
+    "embedded": embedded,
+}
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_every_source_trains_and_evaluates(source: str, tmp_path: Path) -> None:
+    fit, score = SOURCES[source](tmp_path)
+    train(fit, score, tmp_path, min(8, beton.inspect(fit).num_samples))
+    result = fastbyol.evaluate(tmp_path / "run", "linear", train_data=fit, test_data=score)
+    assert 0.0 <= result["accuracy"] <= 100.0
 
 
 @pytest.fixture(scope="module")
@@ -97,17 +97,11 @@ def small_test_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("name", foreign_betons.FILES[1:])
 def test_betons_by_ffcv_itself_train(name: str, small_test_set: Path, tmp_path: Path) -> None:
     """Other field order, extra fields, JPEG, mixed sizes, no label: what FFCV's own writer makes."""
-    made = foreign_betons.made()
-    sets = [*TINY, f"data.train={made / name}.beton", f"data.test={small_test_set}", "train.epochs=1"]
-    summary = fastbyol.train(fastbyol.load_config("blog", sets), tmp_path / "run")
-    assert summary.finished
-    assert np.isfinite(summary.metrics["loss"])
+    train(foreign_betons.made() / f"{name}.beton", small_test_set, tmp_path)
 
 
 def test_five_lines_drive_a_step() -> None:
-    """As documented in the package's docstring: a state from a configuration, a step, its metrics."""
-    import torch
-
+    """As in the package's docstring: a state from a configuration, a step, its metrics."""
     config = fastbyol.load_config("blog", list(TINY))
     state = fastbyol.TrainState.create(config, steps_per_epoch=32)
     before = state.arena.online.clone()
@@ -120,8 +114,6 @@ def test_five_lines_drive_a_step() -> None:
 
 def test_the_embedded_set_is_what_textures_makes(tmp_path: Path) -> None:
     """Through converter, FFCV and loader, pixel for pixel."""
-    from fastbyol.data.loader import read_all
-
     convert("textures", tmp_path / "set.beton", count=30, size=24, seed=5)
     images, labels = textures.make(30, 24, 5)
     read = read_all(tmp_path / "set.beton", workers=1, size=24)

@@ -35,14 +35,14 @@ SIZES = [(96, 96), (64, 96), (200, 150), (20, 120), (32, 58)]
 
 
 def draw(config: ViewsConfig, *, height: int = 96, width: int = 96, seed: int = 1, epoch: int = 0) -> np.ndarray:
-    """20k samples' tables as float64 (V, DRAWS, columns)."""
+    """Draw 20k samples' tables as float64 (V, DRAWS, columns)."""
     table = views.draw(config, torch.arange(DRAWS), seed=seed, epoch=epoch, height=height, width=width)
     return table.double().numpy()
 
 
 @cache
 def torchvision_boxes(height: int, width: int, scale: tuple[float, float], ratio: tuple[float, float]) -> np.ndarray:
-    """(DRAWS, 4): top, left, height, width as RandomResizedCrop.get_params gives them."""
+    """Draw (DRAWS, 4): top, left, height, width by RandomResizedCrop.get_params."""
     image = torch.empty(1, height, width)
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -51,7 +51,7 @@ def torchvision_boxes(height: int, width: int, scale: tuple[float, float], ratio
 
 @cache
 def torchvision_jitter() -> np.ndarray:
-    """(DRAWS, 8): order of the four operations, factors, as the post's ColorJitter(.4, .4, .4, .1) draws them."""
+    """Draw (DRAWS, 8): order of the four operations, factors, by ColorJitter(.4, .4, .4, .1)."""
     jitter = ColorJitter(0.4, 0.4, 0.4, 0.1)
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -64,7 +64,7 @@ def boxes_of(table: np.ndarray) -> np.ndarray:
 
 
 def aspects(boxes: np.ndarray) -> dict[str, np.ndarray]:
-    """What a distribution of boxes is tested on: the columns, area, shape, and the place relative to the room there is."""
+    """Return the numbers that are tested: columns, area, shape, and offset relative to the room."""
     top, left, height, width = boxes.T
     return {
         "top": top,
@@ -79,14 +79,14 @@ def aspects(boxes: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def same(ours: np.ndarray, theirs: np.ndarray) -> float:
-    """p-value of one distribution: two-sample Kolmogorov-Smirnov, 1 where both are one constant."""
+    """Return the p-value of two-sample Kolmogorov-Smirnov, 1 if both are one constant."""
     if np.ptp(ours) == np.ptp(theirs) == 0 and ours[0] == theirs[0]:
         return 1.0
     return float(stats.ks_2samp(ours, theirs).pvalue)
 
 
 def same_counts(ours: np.ndarray, theirs: np.ndarray, bins: int) -> float:
-    """p-value of one distribution over 0..bins-1: chi-square of the 2 x bins table, without bins that both leave empty."""
+    """Return the p-value of the chi-square test over 0..bins-1, without empty bins."""
     counts = np.stack([np.bincount(sample.astype(int), minlength=bins) for sample in (ours, theirs)])
     counts = counts[:, counts.sum(0) > 0]
     return 1.0 if counts.shape[1] == 1 else float(stats.chi2_contingency(counts).pvalue)
@@ -120,7 +120,7 @@ def test_the_crop_tests_see_a_slightly_wrong_range(wrong: dict[str, tuple[float,
     assert min(same(ours[name], theirs[name]) for name in theirs) < CONTROL
 
 
-def test_the_crop_tests_see_a_ratio_that_is_uniform_and_a_place_that_is_off_by_one() -> None:
+def test_the_crop_tests_see_a_uniform_ratio_and_an_offset_by_one() -> None:
     theirs = torchvision_boxes(96, 96, ViewsConfig().scale, ViewsConfig().ratio)
     random = np.random.default_rng(0)
     area, ratio = 96**2 * random.uniform(0.2, 1.0, DRAWS), random.uniform(0.75, 4 / 3, DRAWS)
@@ -177,7 +177,7 @@ def test_blur_sigma_is_uniform() -> None:
 
 
 def applied(table: np.ndarray) -> dict[str, np.ndarray]:
-    """Which rows an operation with a probability touches."""
+    """Return the rows that each operation with a probability touches."""
     return {
         "flip": table[..., Column.FLIP] == 1,
         "jitter": (table[..., Column.BRIGHTNESS : Column.HUE + 1] != (1, 1, 1, 0)).any(-1),
@@ -192,12 +192,8 @@ def test_each_operation_happens_as_often_as_configured() -> None:
         flip_p=0.45, jitter_p=0.8, grayscale_p=0.2, blur_p=(0.9, 0.1), solarize_p=(0.0, 0.25), strength=1.0, hue=0.5
     )
     wanted = {
-        "flip": (0.45, 0.45),
-        "jitter": (0.8, 0.8),
-        "grayscale": (0.2, 0.2),
-        "blur": (0.9, 0.1),
-        "solarize": (0.0, 0.25),
-    }
+        "flip": (0.45, 0.45), "jitter": (0.8, 0.8), "grayscale": (0.2, 0.2), "blur": (0.9, 0.1), "solarize": (0.0, 0.25)
+    }  # fmt: skip
     for name, rows in applied(draw(config)).items():
         for row, probability in zip(rows, wanted[name], strict=True):
             assert stats.binomtest(int(row.sum()), DRAWS, probability).pvalue > PASS, name
@@ -295,7 +291,7 @@ def test_the_draw_depends_on_no_device() -> None:
 
 
 def scalar_draw(config: ViewsConfig, sample: int, view: int, seed: int, epoch: int, height: int, width: int) -> list[float]:
-    """The table's row in Python floats, written from torchvision's get_params, the counter layout and the column list."""
+    """Draw a row in Python floats by torchvision's get_params and the counter layout."""
 
     def block(number: int) -> list[float]:
         high = (sample >> 32) << 8 | DOMAIN_VIEWS
@@ -343,7 +339,7 @@ def test_the_draw_equals_a_scalar_implementation(sample: int, seed: int, epoch: 
 
 
 def photographs(count: int, height: int, width: int) -> Tensor:
-    """Smooth coloured noise at three scales, uint8 (count, height, width, 3)."""
+    """Draw smooth coloured noise at three scales, uint8 (count, height, width, 3)."""
     random = torch.Generator().manual_seed(5)
     layers = [
         torch.nn.functional.interpolate(
@@ -363,7 +359,7 @@ ADJUST = {
 
 
 def torchvision_view(image: Tensor, row: list[float], config: ViewsConfig) -> Tensor:
-    """One view by torchvision's float functionals in float64: uint8 (H, W, 3) -> (3, S, S), not normalised."""
+    """Make a view by torchvision's functionals in float64: uint8 (H, W, 3) -> (3, S, S)."""
     top, left, height, width = (int(value) for value in row[:4])
     x = image.permute(2, 0, 1).double() / 255.0
     x = reference.resized_crop(x, top, left, height, width, [config.size, config.size], antialias=True)

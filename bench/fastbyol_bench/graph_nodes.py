@@ -147,9 +147,9 @@ def stand_in(
 def leaves(net: nn.Module) -> Iterator[Tensor]:
     """What takes a gradient in ``net``: its parameters, or in their place the standardized weights that were given."""
     for module in net.modules():
-        given = getattr(module, "given", None)
+        precomputed = getattr(module, "precomputed", None)
         for name, parameter in module.named_parameters(recurse=False):
-            yield given if given is not None and name == "weight" else parameter
+            yield precomputed if precomputed is not None and name == "weight" else parameter
 
 
 def of_step(state: TrainState, config: Config, batch: int, architecture: int) -> Counter[Node]:

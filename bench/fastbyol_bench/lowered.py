@@ -49,7 +49,7 @@ SOURCES = (
     "fastbyol/optim/schedule.py",
     "fastbyol/views.py",
     "fastbyol/engine/step.py",
-    "fastbyol/engine/standardized.py",
+    "fastbyol/engine/standardized_weights.py",
     "fastbyol/engine/capture.py",
     "kernels/fastbyol_kernels/*.py",
     "kernels/fastbyol_kernels/**/*.py",

@@ -55,7 +55,7 @@ class Runner:
 
     def execute(self) -> None:
         """Hand out runs and listen, until nothing is left or somebody interrupts."""
-        with interrupt.answered(self._interrupt, interrupt.taken()):
+        with interrupt.handling(self._interrupt, interrupt.signals_to_handle()):
             while True:
                 self._hand_out()
                 if not self._pool.busy:

@@ -27,7 +27,7 @@ from fastbyol.config import Config
 from fastbyol.engine import trainer
 from fastbyol.engine.allocator import keep_freed_memory
 from fastbyol.engine.observer import EpochEnd, Progress, Start
-from fastbyol.engine.precision import settle
+from fastbyol.engine.precision import choose_precision
 from fastbyol.errors import FastbyolError, NoGraphError
 from fastbyol.runs import inputs
 from fastbyol.runs.folder import CONFIG, RunFolder
@@ -83,7 +83,7 @@ def work(request: Mapping[str, Any], say: Say) -> dict[str, Any]:
 def _folder(path: Path, request: Mapping[str, Any], speaker: Speaker) -> RunFolder:
     if (path / CONFIG).is_file():
         return RunFolder.open(path, lock=True)
-    config = settle(config_io.parse(request["config"], where=str(path)), speaker.note)
+    config = choose_precision(config_io.parse(request["config"], where=str(path)), speaker.note)
     return RunFolder.create(path, inputs.with_places(config, config), request["origin"])
 
 

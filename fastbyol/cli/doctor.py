@@ -114,7 +114,7 @@ def _choices() -> list[Check]:
     except ImportError as error:
         return [Check(name, False, False, f"unknown: {error}", "") for name in ("engine auto", "precision auto")]
     config, device = Config(), pick_device("auto")
-    mode, unit = capture.choose(config.engine, device), precision.choose(config, device)
+    mode, unit = capture.choose(config.engine, device), precision.decide(config, device)
     kept = ""
     if precision.native_unit(device) is not None:  # else there is nothing to measure, and to keep
         there = precision.kept_answer(precision.question(config, device)) is not None

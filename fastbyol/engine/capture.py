@@ -1,9 +1,7 @@
-"""How a step is executed: eagerly, compiled, or as one CUDA graph over compiled regions.
+"""The execution of a step: eagerly, compiled, or as one CUDA graph over compiled regions.
 
-All three draw the views of a batch and take the same ``train_step``. Under ``compile`` both forward passes with the loss, and
-their backward pass, are one graph of torch.compile without a break; views and optimizer are single operations already. A CUDA
-graph holds all of it, from the views to the optimizer, so that a step is one launch. What changes from step to step is on the
-device: the batch and the epoch in buffers that stay, the schedules in tables that the state's own step counter indexes.
+``compile`` makes one graph of both forward passes and the loss, and one of their backward pass;
+views and optimizer are single operations already. ``graph`` captures all of it into one launch.
 """
 
 from __future__ import annotations
@@ -27,17 +25,20 @@ from fastbyol.errors import FastbyolError, NoGraphError, UsageError
 from fastbyol.model.byol import Online, Target
 from fastbyol.model.objective import Objective
 
-# torch.cuda.graph's documentation asks for a few; the first compiles and tunes.
+# torch.cuda.graph's documentation asks for a few; the first one compiles and tunes.
 WARM_UP_STEPS = 3
-# Networks whose compiled forward a process keeps. The ablations go through their arms once per seed, and have ten networks.
+# Networks whose compiled forward a process keeps. The ablations have ten, once per seed.
 MOST_NETWORKS = 16
-# bench/LOG.md, "The engine's own step under torch.compile": .88 s a step eager, 1.27 s compiled after 55 s of compiling, so
-# that no run is long enough for it to pay.
+# No run is long enough for compiling to pay: .88 s a step eager, 1.27 s compiled after 55 s of
+# compiling (bench/LOG.md, "The engine's own step under torch.compile").
 EAGER_ON_A_CPU = "compiled steps were slower on a CPU, .7 of the speed, after a minute of compiling"
 
 
 class Choice(NamedTuple):
-    """A mode, eager, compile or graph, and the reason for it, in words. ``falls_back``: to compile where it cannot be done."""
+    """A mode (eager, compile or graph) and the reason for it, in words.
+
+    With ``falls_back`` a run goes on in mode compile if capturing the graph fails.
+    """
 
     mode: str
     why: str
@@ -45,29 +46,27 @@ class Choice(NamedTuple):
 
 
 class Engine(Protocol):
-    """Takes the next step on a batch, whose epoch says which views are drawn. Never waits for the device."""
-
-    def __call__(self, batch: Batch, epoch: int) -> StepMetrics: ...
-
-    def prepare(self, batch: Batch, epoch: int) -> None:
-        """Compile and record for batches like this one: it may take minutes, can be done again, and leaves the state alone."""
+    """A callable that takes the next step on a batch, with ``epoch``'s views, without waiting."""
 
     @property
     def mode(self) -> str:
-        """How steps are taken, once prepared: eager, compile or graph."""
+        """The mode of its steps, once prepared: eager, compile or graph."""
+
+    def prepare(self, batch: Batch, epoch: int) -> None:
+        """Compile and capture for batches like this one, in minutes, and restore the state."""
+
+    def __call__(self, batch: Batch, epoch: int) -> StepMetrics: ...
 
 
-class Recorder(Protocol):
-    """Runs ``work`` a few times and records it once more: what it returned then, and the call that does it again in place."""
-
-    def __call__(self, work: Callable[[], StepMetrics]) -> tuple[StepMetrics, Callable[[], None]]: ...
+# Warms up and captures a function. Returns its outputs and a function that replays it in place.
+Recorder = Callable[[Callable[[], StepMetrics]], tuple[StepMetrics, Callable[[], None]]]
 
 
 def choose(config: EngineConfig, device: torch.device, *, before: str | None = None) -> Choice:
-    """The mode that a run on ``device`` takes.
+    """Choose the mode of a run on ``device``.
 
-    ``before`` is the mode of the run's steps until now, which ``auto`` keeps where it can: another rounds differently. Raises
-    UsageError where a mode was asked for that cannot be had.
+    ``before`` is the mode of the run's earlier steps. ``auto`` keeps it if it can, because another
+    one rounds differently. Raises UsageError for a configured mode that ``device`` lacks.
     """
     on_gpu = device.type == "cuda"
     if config.mode == "graph" and not on_gpu:
@@ -82,8 +81,8 @@ def choose(config: EngineConfig, device: torch.device, *, before: str | None = N
 
 
 def engine(state: TrainState, config: Config, choice: Choice) -> Engine:
-    """Return what takes the steps of ``state``. Sets cuDNN's switches for the process where the state is on a GPU."""
-    settle_cudnn(state.step.device)  # in every mode: a resumed run's bits depend on it
+    """Make the engine for the steps of ``state``; on a GPU set cuDNN's switches for the process."""
+    make_cudnn_deterministic(state.step.device)  # in every mode: a resumed run's bits depend on it
     if choice.mode == "eager":
         return Eager(state, config)
     compiled = Eager(state, config, compiled_forward())
@@ -93,9 +92,9 @@ def engine(state: TrainState, config: Config, choice: Choice) -> Engine:
 def compiled_forward(backend: str | Callable[..., Any] = "inductor", *, deterministic: bool = True) -> Forward:
     """Return ``step.forward`` under torch.compile, in one graph, for any network and batch.
 
-    What was compiled for a network, a batch's shape and dtype, a device and a backend serves every state of the kind for as
-    long as the process lives, and keeps none of them alive. On CUDA Inductor is kept from choices that depend on timing and
-    change bits; ``deterministic=False`` lets it, to measure what that costs.
+    Compiled code is kept while the process lives, by network, batch shape and dtype, device and
+    backend; it keeps no state alive. On CUDA Inductor may not make choices that depend on timing
+    and change bits, unless ``deterministic`` is false (to measure what that costs).
     """
 
     def chosen(
@@ -111,21 +110,19 @@ def compiled_forward(backend: str | Callable[..., Any] = "inductor", *, determin
 
 @lru_cache(maxsize=MOST_NETWORKS)
 def _compiled(network: Hashable, backend: str | Callable[..., Any], timed: bool) -> Forward:
-    """``step.forward`` compiled for ``network`` and for what else Dynamo finds in it: its guards decide, not this key.
-
-    Dynamo keeps what it compiles with the code object, eight variants at most (``recompile_limit``), and tries the guards of
-    one after the other: each network has a code object of its own, with which all of it goes.
-    """
+    """Compile ``step.forward`` for ``network``, a key; Dynamo's own guards decide about reuse."""
+    # Dynamo keeps at most eight variants (``recompile_limit``) with a code object and tries their
+    # guards one after the other. So each network gets a code object, and frees all with it.
     own = FunctionType(forward.__code__.replace(), forward.__globals__, forward.__name__)
-    # Inductor times the tilings of its kernels and keeps the answer in a temporary folder. For pointwise kernels they give the
-    # same bits, for reductions not; ``deterministic`` (torch 2.11 to 2.15) takes those by rule, leaves padded products alone,
-    # and holds for the backward pass, too, which is compiled after this call.
+    # Inductor times its kernels' tilings and keeps the answer in a temporary folder. Tilings change
+    # the bits of reductions, not of pointwise kernels; ``deterministic`` (torch 2.11 to 2.15)
+    # chooses those of reductions by rule, pads no products and holds for the backward pass, too.
     options: dict[str, Any] | None = None if timed else {"deterministic": True}
     return torch.compile(own, fullgraph=True, dynamic=False, backend=backend, options=options)
 
 
 class Eager:
-    """Operation by operation, or with a compiled ``forward``."""
+    """An engine that runs operation by operation, or with a compiled ``forward``."""
 
     def __init__(self, state: TrainState, config: Config, compiled: Forward | None = None) -> None:
         self.state = state
@@ -133,7 +130,7 @@ class Eager:
         self._views, self._seed, self._forward = config.views, config.train.seed, compiled or forward
 
     def prepare(self, batch: Batch, epoch: int) -> None:
-        """Take a compiled step once, and take it back. Raises FastbyolError where that fails."""
+        """Take a compiled step and restore the state. Raises FastbyolError if that fails."""
         if self.mode == "compile":
             try:
                 with kept(self.state):
@@ -156,7 +153,11 @@ class Eager:
 
 
 class Captured:
-    """A recorded step, played back. ``falls_back``: where it cannot be recorded, its user can start again in another mode."""
+    """An engine that captures a step and replays it.
+
+    The batch and the epoch are copied into buffers that the graph reads. ``falls_back`` says
+    whether the user can start again in another mode.
+    """
 
     mode = "graph"
 
@@ -173,15 +174,15 @@ class Captured:
         return self._metrics
 
     def replay(self) -> None:
-        """Take the recorded step once more, on the batch of the last."""
+        """Take the captured step once more, on the last batch."""
         assert self._play is not None
         self._play()
 
     def prepare(self, batch: Batch, epoch: int) -> None:
-        """Warm up and record, once. Raises NoGraphError where that fails and falls back, else FastbyolError.
+        """Warm up and capture, once. Raises NoGraphError to fall back, or else FastbyolError.
 
-        Nothing more is to be done on the device by a process in which it failed: before torch 2.12 the caching allocator
-        still believes in the recording, and hands out its pool's memory.
+        After a failure the process must do nothing more on the device: before torch 2.12 the
+        caching allocator still hands out the failed graph's memory.
         """
         if self._play is not None:
             return
@@ -200,19 +201,19 @@ class Captured:
 
 @contextmanager
 def kept(state: TrainState) -> Iterator[None]:
-    """Bring ``state`` back to what it was, whatever happens inside."""
+    """Restore ``state`` on leaving, whatever happens inside."""
     saved = {name: tensor.clone() for name, tensor in state.tensors().items()}
     try:
         yield
     except BaseException:
-        with suppress(RuntimeError):  # a device that has failed may refuse, and its first error is the one that counts
+        with suppress(RuntimeError):  # a failed device may refuse; its first error counts
             state.load_tensors(saved)
         raise
     state.load_tensors(saved)
 
 
 def record_cuda(work: Callable[[], StepMetrics]) -> tuple[StepMetrics, Callable[[], None]]:
-    """Warm up and record ``work`` on a stream of its own, as torch.cuda.graph asks for it."""
+    """Warm up and capture ``work`` on a side stream. Return its outputs and its replay."""
     side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -220,42 +221,40 @@ def record_cuda(work: Callable[[], StepMetrics]) -> tuple[StepMetrics, Callable[
             work()
     torch.cuda.current_stream().wait_stream(side)
     torch.cuda.synchronize()
-    graph, own = torch.cuda.CUDAGraph(), list[BaseException]()
+    graph, first = torch.cuda.CUDAGraph(), list[BaseException]()
     try:
         # thread_local: the loader's threads may allocate meanwhile.
         with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
             try:
                 metrics = work()
             except BaseException as error:
-                own.append(error)
+                first.append(error)
                 raise
     except BaseException:
-        if own:  # ending the capture raised another error, which says nothing and hides a Ctrl-C or a want of memory
-            raise own[0] from own[0].__cause__
+        if first:  # the error of the capture's end would hide a Ctrl-C or that memory ran out
+            raise first[0] from first[0].__cause__
         raise
     return metrics, graph.replay
 
 
-def settle_cudnn(device: torch.device) -> None:
-    """Let cuDNN take algorithms that give the same bits every time, chosen by rule: a benchmark's choice would change from
-    process to process, and with it the bits of a resumed run. Process-wide."""
+def make_cudnn_deterministic(device: torch.device) -> None:
+    """Make cuDNN choose its algorithms by rule, and only deterministic ones, for the process."""
+    # A benchmark's choice would change from process to process, and a resumed run's bits with it.
     if device.type == "cuda":
         torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
 
 
 def _refuse_foreign(error: Exception) -> None:
-    """Raise ``error`` again where no compiler or recorder is to blame: it is a Ctrl-C's, a want of memory, or said already.
+    """Raise ``error`` again if it is a FastbyolError, comes from Ctrl-C or is out of memory.
 
-    All others are: Triton, Inductor, Dynamo, CUDA and the programs that they call raise errors of a dozen families.
+    All others count as the compiler's: Triton, Inductor, Dynamo and CUDA raise a dozen families.
     """
     if isinstance(error, FastbyolError) or interrupt.behind(error) or is_out_of_memory(error):
         raise error
 
 
 def _first_line(error: BaseException) -> str:
-    """Say ``error`` in a line: its type and how its text begins.
-
-    Triton's compiler begins with the kernel's source, and keeps what is wrong in ``error_message``.
-    """
-    said = str(getattr(error, "error_message", None) or error).strip()
-    return f"{type(error).__name__}: {said.splitlines()[0]}" if said else type(error).__name__
+    """Return the type of ``error`` and the first line of its text."""
+    # Triton's text begins with the kernel's source; ``error_message`` has what is wrong.
+    text = str(getattr(error, "error_message", None) or error).strip()
+    return f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__

@@ -1,4 +1,4 @@
-"""The device a run works on and the dtype its precision asks for."""
+"""A run's device, its dtype and its number of threads."""
 
 from __future__ import annotations
 
@@ -12,17 +12,18 @@ import torch
 from fastbyol.config import Config
 from fastbyol.errors import UsageError, check_choice
 
-# Images a step x pixels x width^2, of which a step's products are a multiple. Below it a second thread costs more than it
-# brings (two cores, fp32, images/s with one thread and with two): 8e6 1,025 and 550; 3e7 480 and 375; 3e7, of more images,
-# 1,630 and 1,540; 8e7 235 and 295; 1e8 175 and 215; 2e9 23 and 44.
+# Images a step x pixels x width^2; a step's products are a multiple of it. Below this a second
+# thread costs more than it brings (two cores, fp32, images/s with one thread and with two): 8e6
+# 1,025 and 550; 3e7 480 and 375; 3e7, with more images, 1,630 and 1,540; 8e7 235 and 295; 1e8 175
+# and 215; 2e9 23 and 44.
 SMALL_STEP = 5e7
 DEVICE = re.compile(r"auto|cpu|cuda(:(0|[1-9][0-9]?))?")
 
 
 def pick_device(name: str) -> torch.device:
-    """``auto`` takes the first CUDA device, else the CPU; cpu, cuda and cuda:N are as they say.
+    """Return the device ``name``: cpu, cuda, cuda:N or auto, the first CUDA device or else the cpu.
 
-    Raises ``UsageError`` for another word and for a device that is not there.
+    Raises UsageError for another word and for a device that does not exist.
     """
     if not DEVICE.fullmatch(str(name)):
         check_choice("device", name, ("auto", "cpu", "cuda", "cuda:1"))
@@ -37,12 +38,14 @@ def pick_device(name: str) -> torch.device:
 
 
 def dtype_of(precision: str) -> torch.dtype:
-    """The dtype of the views that a step takes: bf16 products start from bf16 views, the references from their own.
+    """Return the dtype of a step's views, and so of its products: fp32, bf16 or fp64.
 
-    ``auto`` is no precision yet and a ``UsageError``.
+    Raises UsageError for another word and for ``auto``, which ``choose_precision`` replaces.
     """
     if precision == "auto":
-        raise UsageError("train.precision: auto has to be settled first (fastbyol.engine.precision.settle): say fp32 or bf16")
+        raise UsageError(
+            "train.precision: auto has to be chosen first (fastbyol.engine.precision.choose_precision): say fp32 or bf16"
+        )
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
     check_choice("train.precision", precision, dtypes)
     return dtypes[precision]
@@ -50,9 +53,9 @@ def dtype_of(precision: str) -> torch.dtype:
 
 @contextmanager
 def fitting_threads(config: Config) -> Iterator[None]:
-    """Let torch work with one thread inside where the steps of ``config`` on a cpu are too small to share.
+    """Give torch one thread inside if the steps of ``config`` on a cpu are too small for more.
 
-    By rule and not by timing: a resumed run is to take as many. OMP_NUM_THREADS, where somebody set it, is left alone.
+    A rule and not a timing: a resumed run must take as many. OMP_NUM_THREADS comes first if set.
     """
     before = torch.get_num_threads()
     size = config.train.batch_size * config.views.size**2 * config.model.width**2

@@ -1,4 +1,4 @@
-"""What stops a run before it does harm: too little disk, too little memory, weights that are no numbers."""
+"""Guards against a full disk, too little memory and weights that are not finite."""
 
 from __future__ import annotations
 
@@ -12,25 +12,26 @@ import torch
 from fastbyol.config import Config
 from fastbyol.errors import FastbyolError, UsageError, chain, size_text
 
-# Bytes of a line of metrics.jsonl beside its numbers' texts, and of one number with its name: 290 bytes were counted for 8.
+# Bytes of a line of metrics.jsonl without its numbers, and of a number with its name: a line with
+# 8 numbers had 290 bytes.
 _LINE_BYTES, _NUMBER_BYTES = 40, 32
-_LAYERS_COPIES = 3  # the rows, the archive, and the archive being rewritten
+_LAYERS_COPIES = 3  # the rows, the archive, and the archive while it is rewritten
 
 
 def disk_bytes(config: Config, *, checkpoint_bytes: int, steps: int, num_metrics: int, layer_numbers: int) -> int:
-    """What a run of ``steps`` more steps may add to its folder at its fullest: an upper estimate.
+    """Return an upper estimate of the bytes that ``steps`` more steps add to a run's folder.
 
-    ``layer_numbers`` is how many float32 one sample of the per-layer telemetry holds.
+    ``layer_numbers`` is the number of float32 in one sample of the per-layer telemetry.
     """
     run = config.run
-    checkpoints = (run.keep_checkpoints + 1) * checkpoint_bytes  # one is written before the oldest goes
+    checkpoints = (run.keep_checkpoints + 1) * checkpoint_bytes  # the oldest goes after a new one
     metrics = steps * (_LINE_BYTES + _NUMBER_BYTES * num_metrics)
     layers = _LAYERS_COPIES * (steps // run.layers_every_steps + 1) * (8 + 4 * layer_numbers)
     return checkpoints + metrics + layers
 
 
 def refuse_full_disk(folder: Path, needed: int, config: Config) -> None:
-    """Raise UsageError where the file system of ``folder`` has less than ``needed`` bytes left."""
+    """Raise UsageError if the file system of ``folder`` has less than ``needed`` bytes free."""
     free = shutil.disk_usage(folder).free
     if free < needed:
         run = config.run
@@ -42,7 +43,7 @@ def refuse_full_disk(folder: Path, needed: int, config: Config) -> None:
 
 @contextmanager
 def memory_advice(config: Config) -> Iterator[None]:
-    """Turn running out of memory, the device's or the machine's, into a FastbyolError that says what to lower."""
+    """Turn an out-of-memory error inside into a FastbyolError that says what to lower."""
     try:
         yield
     except Exception as error:
@@ -55,12 +56,10 @@ def memory_advice(config: Config) -> Iterator[None]:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether ``error``, or one that led to it, is Python's, CUDA's or the CPU allocator's want of memory.
-
-    Compilers wrap it in errors of their own, and all but Python and the caching allocator raise a bare RuntimeError.
-    """
-    # CUDA says so in several ways: torch "CUDA error: out of memory", Triton "Triton Error [CUDA]: out of memory". Triton's
-    # "out of resource" is another matter: a kernel that asks for more shared memory than there is.
+    """Return whether ``error`` or one of its causes says that memory, any device's, ran out."""
+    # Compilers wrap the error, and all but Python and the caching allocator raise a bare
+    # RuntimeError: torch "CUDA error: out of memory", Triton "Triton Error [CUDA]: out of memory".
+    # Triton's "out of resource" is a kernel that asks for too much shared memory.
     marks = ("DefaultCPUAllocator", "out of memory", "_STATUS_ALLOC_FAILED")
     return any(
         isinstance(reason, MemoryError | torch.OutOfMemoryError) or any(mark in str(reason) for mark in marks)
@@ -69,10 +68,11 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def not_finite(tensors: Mapping[str, torch.Tensor]) -> str | None:
-    """The name of a tensor that holds NaN or infinity, or None. Waits for the device once."""
-    floats = {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point()}
-    if not floats:
+    """Return the name of a tensor with NaN or infinity, or None. Waits for the device once."""
+    # A sum is not finite if an element is not, and needs no mask as large as the tensor. float32
+    # cannot overflow one in float64.
+    sums = {name: t.detach().sum(dtype=torch.float64) for name, t in tensors.items() if t.is_floating_point()}
+    if not sums:
         return None
-    # A sum is not finite where an element is not (32 bits cannot overflow it), and takes no mask as large as the tensor.
-    fine = torch.stack([tensor.detach().sum(dtype=torch.float64).isfinite() for tensor in floats.values()]).cpu()
-    return None if fine.all() else list(floats)[int(fine.int().argmin())]
+    finite = torch.stack(list(sums.values())).isfinite().cpu()
+    return None if finite.all() else list(sums)[int(finite.int().argmin())]

@@ -1,9 +1,7 @@
-"""Signals that ask a run to stop: answered between two steps, or at once where nothing is lost by it.
+"""Signals that ask a run to stop.
 
-SIGINT is Ctrl-C, SIGTERM what systems send before they kill, SIGHUP what a terminal sends that is closed; SIGUSR1 and SIGUSR2
-are what batch systems send on demand some time before a job's end (``sbatch --signal=USR1@60``), SIGXCPU what the system and
-they send when the CPU time that a job may take is used up (``ulimit -t``). A SIGHUP that was ignored when the process
-began, as by ``nohup``, stays so. SIGQUIT is left to end a process at once.
+At the first one, SIGTERM for example, ``Interrupt`` notes the request, and the trainer finishes its
+step, saves a checkpoint and ends. A second Ctrl-C stops at once. ``ending`` serves other commands.
 """
 
 from __future__ import annotations
@@ -20,34 +18,44 @@ from typing import Any
 
 from fastbyol.errors import chain
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
+SIGNALS = (
+    signal.SIGINT,  # Ctrl-C
+    signal.SIGTERM,  # what systems send before they kill
+    signal.SIGHUP,  # the terminal was closed
+    signal.SIGUSR1,  # batch systems on demand, before a job's end (``sbatch --signal=USR1@60``)
+    signal.SIGUSR2,
+    signal.SIGXCPU,  # the job's CPU time is used up (``ulimit -t``)
+)  # SIGQUIT still ends a process at once
 AGAIN_S = 0.05
-# A terminal that is closed sends SIGHUP, and so does its shell: within this time they are one wish.
+# A closed terminal sends SIGHUP, and so does its shell: within this time they are one request.
 SAME_S = 1.0
 
 
 class Stopped(KeyboardInterrupt):
-    """What ``Interrupt.abortable`` raises: clean up as for Ctrl-C."""
+    """The request that ``Interrupt.abortable`` raises: clean up as for Ctrl-C."""
 
 
 class Ended(BaseException):
-    """What ``ending`` raises for the signal ``number``: clean up as for Ctrl-C. Typer would make 130 of a KeyboardInterrupt."""
+    """The signal ``number`` that ``ending`` raises: clean up as for Ctrl-C.
+
+    Not a KeyboardInterrupt, for which Typer exits with 130.
+    """
 
     def __init__(self, number: int) -> None:
         super().__init__(signal.Signals(number).name)
         self.number = signal.Signals(number)
 
 
-def taken() -> tuple[signal.Signals, ...]:
-    """Those of ``SIGNALS`` that are to be answered: all but a SIGHUP that is ignored. None outside the main thread."""
+def signals_to_handle() -> tuple[signal.Signals, ...]:
+    """Return ``SIGNALS`` without a SIGHUP that ``nohup`` ignores; none outside the main thread."""
     if threading.current_thread() is not threading.main_thread():
         return ()
     return tuple(n for n in SIGNALS if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN)
 
 
 @contextmanager
-def answered(handler: Callable[[int, FrameType | None], None], numbers: Iterable[signal.Signals]) -> Iterator[None]:
-    """While entered, ``handler`` answers the signals ``numbers``; afterwards who did so before."""
+def handling(handler: Callable[[int, FrameType | None], None], numbers: Iterable[signal.Signals]) -> Iterator[None]:
+    """Handle the signals ``numbers`` with ``handler`` inside; restore the handlers on leaving."""
     before = {number: signal.signal(number, handler) for number in numbers}
     try:
         yield
@@ -58,7 +66,7 @@ def answered(handler: Callable[[int, FrameType | None], None], numbers: Iterable
 
 @contextmanager
 def ending() -> Iterator[None]:
-    """While entered, a signal that would end the process at once raises ``Ended``, so that what was begun is cleaned up."""
+    """Raise ``Ended`` inside at a signal that would kill the process, so that it cleans up."""
     last = -SAME_S
 
     def end(number: int, frame: FrameType | None) -> None:
@@ -71,7 +79,7 @@ def ending() -> Iterator[None]:
             raise Ended(number)
 
     timers = list[threading.Timer]()
-    with answered(end, [number for number in taken() if number != signal.SIGINT]), sent_again():
+    with handling(end, [number for number in signals_to_handle() if number != signal.SIGINT]), sent_again():
         try:
             yield
         finally:
@@ -87,10 +95,9 @@ def _is_importing(frame: FrameType | None) -> bool:
 
 @contextmanager
 def sent_again() -> Iterator[None]:
-    """A Ctrl-C, or an ``Ended``, that a finalizer or a callback swallows in here comes again, and nothing is printed about it.
+    """Send a Ctrl-C or an ``Ended`` again that a finalizer or a callback swallows inside.
 
-    It comes AGAIN_S later. Python cannot raise out of either: it prints the exception, with its trace, and goes on as if nobody
-    had asked.
+    Python cannot raise out of either: it would print the exception and go on.
     """
     before, timers = sys.unraisablehook, list[threading.Timer]()
 
@@ -114,14 +121,15 @@ def sent_again() -> Iterator[None]:
 
 
 def behind(error: BaseException) -> KeyboardInterrupt | Ended | None:
-    """The Ctrl-C or ``Ended`` that led to ``error``: compiled modules that are being imported make another exception of it."""
+    """Return the Ctrl-C or ``Ended`` that led to ``error``: importing compiled modules wraps it."""
     return next((reason for reason in chain(error) if isinstance(reason, KeyboardInterrupt | Ended)), None)
 
 
 class Interrupt:
-    """While entered, the first of ``SIGNALS`` sets ``requested`` to its name; a second SIGINT raises KeyboardInterrupt at once.
+    """A request to stop: while entered, the first of ``SIGNALS`` sets ``requested`` to its name.
 
-    Outside the main thread signals cannot be caught: the object then never asks for anything.
+    A SIGINT after it raises KeyboardInterrupt at once. Outside the main thread, where Python cannot
+    handle signals, ``requested`` stays None.
     """
 
     def __init__(self) -> None:
@@ -132,22 +140,22 @@ class Interrupt:
 
     @contextmanager
     def abortable(self) -> Iterator[None]:
-        """Work that can be done again and may take long: a request raises ``Stopped`` in it, at its start and at its end."""
+        """Let a request raise ``Stopped`` inside, for long work that can be done again."""
         self._abortable = True
         try:
             self._stop()
             yield
-            self._stop()  # finalizers and C's callbacks swallow exceptions: what came within one is raised here
+            self._stop()  # what a finalizer or a callback of C swallowed is raised here
         except Exception as error:
-            if self._has_stopped:  # compiled code made another error of it
+            if self._has_stopped:  # compiled code turned it into another error
                 raise Stopped(self.requested) from error
             raise
         finally:
             self._abortable = False
 
     def __enter__(self) -> Interrupt:
-        if numbers := taken():
-            self._answered.enter_context(answered(self._handle, numbers))
+        if numbers := signals_to_handle():
+            self._answered.enter_context(handling(self._handle, numbers))
             self._answered.callback(setattr, sys, "unraisablehook", sys.unraisablehook)
             self._unraisable_before, sys.unraisablehook = sys.unraisablehook, self._unraisable
         return self
@@ -170,6 +178,6 @@ class Interrupt:
             raise Stopped(self.requested)
 
     def _unraisable(self, args: Any) -> None:
-        """A ``Stopped`` that was swallowed is not lost, and half-made objects complain in their finalizers after one."""
+        """Drop messages about a swallowed ``Stopped`` and the finalizers of half-made objects."""
         if not self._has_stopped:
             self._unraisable_before(args)

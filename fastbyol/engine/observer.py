@@ -1,4 +1,4 @@
-"""What a run tells while it works. The trainer calls these; the command line draws them; a library user may ignore them."""
+"""The messages of a run at work: the trainer sends them, the command line shows them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Protocol
 
 @dataclass(frozen=True)
 class Start:
-    """Said once, before the first step of this process."""
+    """The message before the first step of this process."""
 
     run: str
     device: str
@@ -23,7 +23,7 @@ class Start:
 
 @dataclass(frozen=True)
 class Progress:
-    """Said every time that metrics came off the device. ``metrics`` are the newest step's."""
+    """The message when metrics have come off the device; ``metrics`` are the newest step's."""
 
     step: int
     epoch: int
@@ -35,7 +35,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class EpochEnd:
-    """Said at every epoch's end. ``metrics`` are means over the epoch, ``accuracy`` is in percent or None."""
+    """The message at an epoch's end; ``metrics`` are its means, ``accuracy`` is in percent."""
 
     epoch: int
     epochs: int
@@ -48,7 +48,7 @@ class EpochEnd:
 
 
 class Observer(Protocol):
-    """Four calls, each with its whole message."""
+    """A receiver of a run's messages."""
 
     def start(self, message: Start) -> None: ...
     def progress(self, message: Progress) -> None: ...
@@ -57,16 +57,16 @@ class Observer(Protocol):
 
 
 class Silent:
-    """The observer that says nothing."""
+    """An observer that ignores all messages."""
 
     def start(self, message: Start) -> None:
-        """Ignore."""
+        """Ignore the message."""
 
     def progress(self, message: Progress) -> None:
-        """Ignore."""
+        """Ignore the message."""
 
     def epoch_end(self, message: EpochEnd) -> None:
-        """Ignore."""
+        """Ignore the message."""
 
     def note(self, text: str) -> None:
-        """Ignore."""
+        """Ignore the message."""

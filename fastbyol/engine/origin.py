@@ -1,4 +1,4 @@
-"""A new run from another run's weights."""
+"""A new run that starts from another run's weights."""
 
 from __future__ import annotations
 
@@ -13,17 +13,20 @@ from fastbyol.runs import checkpoint
 
 
 def source_file(run_or_file: Path) -> tuple[Path, tuple[str, ...]]:
-    """The checkpoint that ``--init-from`` means, and warnings: the file itself, or a run's newest sound one. Checked whole."""
-    found = checkpoint.load_latest(run_or_file / "checkpoints") if run_or_file.is_dir() else checkpoint.load(run_or_file)
-    return found.path.resolve(), found.warnings
+    """Return the checkpoint that ``--init-from`` means, and warnings.
+
+    A run folder means its newest sound checkpoint. The whole file is checked.
+    """
+    loaded = checkpoint.load_latest(run_or_file / "checkpoints") if run_or_file.is_dir() else checkpoint.load(run_or_file)
+    return loaded.path.resolve(), loaded.warnings
 
 
 @torch.no_grad()
-def take_weights(state: TrainState, file: Path) -> str:
-    """Copy both networks of the checkpoint ``file``, statistics of their norms included, into a new ``state``.
+def copy_weights(state: TrainState, file: Path) -> str:
+    """Copy both networks, with norm statistics, from the checkpoint ``file`` into ``state``.
 
-    Momentum and step stay those of a new run. Returns the checkpoint's digest. Raises UsageError naming the first tensor that
-    is missing or of another shape; ``state`` is unchanged then.
+    Momentum and step stay a new run's. Returns the checkpoint's digest. Raises UsageError naming
+    the first tensor that is missing or has another shape, and leaves ``state`` alone then.
     """
     loaded = checkpoint.load(file)
     source = TrainState.create(config_io.parse(loaded.meta["config"], str(file)), steps_per_epoch=1)
@@ -40,6 +43,4 @@ def take_weights(state: TrainState, file: Path) -> str:
             pairs.append((mine[key], theirs[key]))
     for mine_, theirs_ in pairs:
         mine_.copy_(theirs_)
-    # Through the front door once more, which brings copies in working precision up to date.
-    state.load_tensors({name: tensor.clone() for name, tensor in state.tensors().items()})
     return loaded.digest

@@ -1,9 +1,7 @@
-"""What precision ``auto`` becomes: bf16 where the device multiplies it natively and the network's gradients bear it.
+"""The choice of precision ``auto``: bf16 if the device multiplies it natively and gradients agree.
 
-The gate makes one step of a narrow copy of the network in bf16 and in fp64, from a healthy and from a collapsed state, and
-compares each layer's gradient. LARS divides by |g|, so a length that rounding inflates would change what a run shows.
-
-Letters: B images, S pixels.
+The gate takes one step of a narrow copy of the network in bf16 and in fp64, from a healthy and from
+a collapsed state, and compares each layer's gradient. LARS divides by |g|, so its length matters.
 """
 
 from __future__ import annotations
@@ -28,53 +26,55 @@ from fastbyol.model.heads import Head
 from fastbyol.runs.durable import new_digest, write_text
 from fastbyol.runs.environment import cpu_name, package_version
 
-# The narrow copy and its batch: a 64 px view leaves 2x2 pixels at the end of the torchvision stem.
+# The narrow copy and its batch. A 64 px view leaves 2x2 pixels in the last stage.
 WIDTH, HIDDEN, OUT, BATCH, SIZE = 16, 64, 32, 16, 64
-# Beneath this share of the largest gradient there is rounding only, even in fp64; a collapsed net's early layers keep 1e-8.
+# Below this share of the largest gradient even fp64 has only rounding; a collapsed network's early
+# layers have 1e-8.
 ZERO = 1e-12
 CPU_UNITS = ("amx_bf16", "avx512_bf16")
 
 
 class Choice(NamedTuple):
-    """A value and the reason for it, in words."""
+    """A precision (fp32 or bf16) and the reason for it, in words."""
 
     value: str
     why: str
 
 
 class Gap(NamedTuple):
-    """The worst of all weight matrices and kernels: | |g| / |exact| - 1 | and |g - exact| / |exact|.
+    """The largest | |g| / |exact| - 1 | and |g - exact| / |exact| of weight matrices and kernels.
 
-    Vectors, a few numbers each, scatter twice as far and are left out.
+    Vectors, of a few numbers each, scatter twice as far and do not count.
     """
 
     length: float
     error: float
 
 
-# Rounding turns a gradient more than it stretches it: with noise of e times its length, across it, a length grows by e^2 / 2,
-# and at e = 1 half of it is noise. At width 16 and 16 images, over the norms of encoder and heads, both states: lengths were
-# off by .02 to .10 and differences .16 to .75, but with group norm in the heads over standardized weights .31 and 1.6.
+# Rounding turns a gradient more than it stretches it: noise of e times its length, across it, makes
+# it longer by e^2 / 2, and at e = 1 half of it is noise. At width 16 and 16 images, over the norms
+# of encoder and heads and both states, lengths were off by .02 to .10 and differences .16 to .75,
+# but with group norm in the heads over standardized weights .31 and 1.6.
 MOST = Gap(length=0.2, error=0.9)
 STATES = ("healthy", "collapsed")
 
 
-def settle(config: Config, note: Callable[[str], None] = lambda _: None) -> Config:
-    """``config`` with ``train.precision`` auto replaced by what this device should take, which ``note`` is told; else as it is.
+def choose_precision(config: Config, note: Callable[[str], None] = lambda _: None) -> Config:
+    """Replace ``train.precision`` auto in ``config`` by this device's choice, and ``note`` it.
 
-    To be called when a run is made: the run's configuration then names a precision, which a resume never changes.
+    Call it when a run is made: the run's configuration then names a precision that a resume keeps.
     """
     if config.train.precision != "auto":
         return config
-    chosen = choose(config, pick_device(config.train.device))
+    chosen = decide(config, pick_device(config.train.device))
     note(f"precision auto is {chosen.value}: {chosen.why}")
     return config.model_copy(update={"train": config.train.model_copy(update={"precision": chosen.value})})
 
 
-def choose(config: Config, device: torch.device) -> Choice:
-    """Choose bf16 or fp32 for the network of ``config`` on ``device``, and say why.
+def decide(config: Config, device: torch.device) -> Choice:
+    """Choose bf16 or fp32 for the network of ``config`` on ``device``.
 
-    What the gate finds is kept in the user's cache folder: on a GPU it compiles kernels for 10 to 20 s.
+    The answer is kept in the user's cache folder: on a GPU the gate compiles for 10 to 20 s.
     """
     unit = native_unit(device)
     if unit is None:
@@ -88,7 +88,7 @@ def choose(config: Config, device: torch.device) -> Choice:
 
 
 def question(config: Config, device: torch.device) -> dict[str, str]:
-    """Return all that the gate's answer for ``config`` on ``device`` depends on: part -> text."""
+    """Return everything that the gate's answer depends on: part -> text."""
     properties = torch.cuda.get_device_properties(device) if device.type == "cuda" else None
     return {
         "device": properties.name if properties else cpu_name(),
@@ -103,22 +103,22 @@ def question(config: Config, device: torch.device) -> dict[str, str]:
 
 
 def kept_answer(asked: Mapping[str, str]) -> Choice | None:
-    """Return what was found before under the same circumstances; None where nothing was, or the file is damaged."""
+    """Return the stored answer to the same question, or None if there is none or it is damaged."""
     try:
         kept = json.loads(_answer_file(asked).read_text("utf-8"))
         value, why = kept["value"], kept["why"]
-    except (OSError, RuntimeError, ValueError, LookupError, TypeError):  # RuntimeError: nobody's home folder is known
+    except (OSError, RuntimeError, ValueError, LookupError, TypeError):  # RuntimeError: no home folder
         return None
     sound = kept.get("asked") == asked and value in ("bf16", "fp32") and isinstance(why, str)
     return Choice(value, why) if sound else None
 
 
 def _keep(asked: Mapping[str, str], answer: Choice) -> None:
-    """Write ``answer`` down for ``kept_answer``; where the folder cannot be written the gate just runs again."""
+    """Store ``answer`` for ``kept_answer``; if that fails, the gate runs again."""
     with suppress(OSError, RuntimeError):
         path = _answer_file(asked)
         path.parent.mkdir(parents=True, exist_ok=True)
-        own = path.with_suffix(f".{os.getpid()}")  # two processes may ask at once: the last rename wins
+        own = path.with_suffix(f".{os.getpid()}")  # of two processes the last rename wins
         write_text(own, json.dumps({**answer._asdict(), "asked": asked}, indent=2) + "\n")
         own.replace(path)
 
@@ -130,7 +130,7 @@ def _answer_file(asked: Mapping[str, str]) -> Path:
 
 
 def _sources() -> str:
-    """Return a digest of the packages' code, so that nobody who changes a kernel is told what the one before did."""
+    """Return a digest of the packages' code: a changed kernel makes a stored answer invalid."""
     digest = new_digest()
     for package in (Path(__file__).parents[1], Path(str(fastbyol_kernels.__file__)).parent):
         for path in sorted(package.rglob("*.py")):
@@ -151,7 +151,7 @@ def _measured(config: Config, device: torch.device, unit: str) -> Choice:
 
 
 def native_unit(device: torch.device) -> str | None:
-    """The unit that multiplies bf16 on ``device``; None where it would be emulated."""
+    """Return the name of the unit that multiplies bf16 on ``device``, or None if it is emulated."""
     if device.type == "cuda":
         return "CUDA bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else None
     has = torch.cpu.get_capabilities()
@@ -159,19 +159,19 @@ def native_unit(device: torch.device) -> str | None:
 
 
 def gradient_gap(config: Config, device: torch.device, state: str) -> Gap:
-    """How far bf16 gradients of one step lie from fp64's, worst layer; ``state`` is one of ``STATES``."""
+    """Measure the gap of one step's bf16 gradients from fp64's in ``state``, one of ``STATES``."""
     check_choice("state", state, STATES)
-    exact, got = (_gradients(config, device, precision, state == "collapsed") for precision in ("fp64", "bf16"))
+    exact, rounded = (_gradients(config, device, precision, state == "collapsed") for precision in ("fp64", "bf16"))
     floor = ZERO * max(float(g.norm()) for g in exact.values())
     measured = {name: g for name, g in exact.items() if g.ndim > 1 and float(g.norm()) > floor}
     return Gap(
-        max(abs(float(got[name].norm() / g.norm()) - 1) for name, g in measured.items()),
-        max(float((got[name] - g).norm() / g.norm()) for name, g in measured.items()),
+        max(abs(float(rounded[name].norm() / g.norm()) - 1) for name, g in measured.items()),
+        max(float((rounded[name] - g).norm() / g.norm()) for name, g in measured.items()),
     )
 
 
 def _gradients(config: Config, device: torch.device, precision: str, collapsed: bool) -> dict[str, Tensor]:
-    """Gradients of one step from the seed's weights, by name, fp64 on the CPU."""
+    """Return the gradients of one step from the seed's weights, by name, fp64 on the cpu."""
     state = TrainState.create(_narrow(config, precision), steps_per_epoch=1, device=device)
     if collapsed:
         _collapse(state)
@@ -180,7 +180,7 @@ def _gradients(config: Config, device: torch.device, precision: str, collapsed: 
 
 
 def _narrow(config: Config, precision: str) -> Config:
-    """The network's kinds of layers at a size that takes a moment, without what belongs to the run."""
+    """Return the configuration of a narrow network with the same kinds of layers."""
     model = config.model
     heads = {
         name: head.model_copy(update={"hidden": HIDDEN, "out": OUT})
@@ -191,14 +191,14 @@ def _narrow(config: Config, precision: str) -> Config:
             "model": model.model_copy(update={"width": WIDTH, **heads}).model_dump(),
             "method": config.method.model_copy(update={"queue": min(config.method.queue, 1) * BATCH}).model_dump(),
             "train": {"precision": precision},
-            "engine": {"kernels": "auto" if precision == "fp64" else config.engine.kernels},  # Triton's know no fp64
+            "engine": {"kernels": "auto" if precision == "fp64" else config.engine.kernels},  # Triton's have no fp64
         }
     )
 
 
 @torch.no_grad()
 def _collapse(state: TrainState) -> None:
-    """Bring all projections and predictions within 1e-3 of one direction."""
+    """Move all projections and predictions to within 1e-3 of one direction."""
     direction = torch.randn(OUT, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     for head in (state.online.projector, state.online.predictor, state.target.projector):
         if isinstance(head, Head):  # there may be no predictor
@@ -207,7 +207,7 @@ def _collapse(state: TrainState) -> None:
 
 
 def _views() -> Tensor:
-    """Two noisy copies of random images (2, B, 3, S, S), fp64."""
+    """Draw two noisy copies of random images (2, BATCH, 3, SIZE, SIZE), fp64."""
     g = torch.Generator().manual_seed(0)
     images = torch.randn(1, BATCH, 3, SIZE, SIZE, generator=g, dtype=torch.float64)
     return images + 0.5 * torch.randn(2, BATCH, 3, SIZE, SIZE, generator=g, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""The rates of one run, used step by step in another: what LARS's rates do without the feedback that made them."""
+"""The recorded rates of one run, replayed step by step in another: LARS without its feedback."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ import torch
 
 from fastbyol.engine.step import TrainState
 from fastbyol.errors import UsageError
-from fastbyol.optim.given_rates import check_recorded
+from fastbyol.optim.rate_override import check_recorded
 from fastbyol.runs.durable import new_digest
 from fastbyol.runs.layers import read_layers
 
 
 def with_replayed_rates(state: TrainState, run: Path, *, total_steps: int) -> tuple[TrainState, str]:
-    """``state`` with the rates of each step that the run folder ``run`` recorded, fp32 as they were, and their digest.
+    """Return ``state`` with the fp32 rates recorded in the run folder ``run``, and their digest.
 
-    Raises UsageError: no such run, other layers, too few steps, or a configuration whose rates cannot be given.
+    Raises UsageError for no such run, other layers, too few steps or a state without an override.
     """
-    if state.given is None:
+    if state.rate_override is None:
         raise UsageError("optim.replay_rates: the state was made without it")
     layers = read_layers(run)
     steps = np.asarray(layers.steps).tolist()
@@ -30,4 +30,4 @@ def with_replayed_rates(state: TrainState, run: Path, *, total_steps: int) -> tu
     digest = new_digest()
     digest.update(json.dumps([*layers.names, *rates.shape]).encode())
     digest.update(rates.astype("<f4").tobytes())
-    return replace(state, given=state.given.replay(torch.from_numpy(rates))), digest.hexdigest()
+    return replace(state, rate_override=state.rate_override.replay(torch.from_numpy(rates))), digest.hexdigest()

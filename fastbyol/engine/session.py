@@ -275,7 +275,7 @@ class Preparation:
             self._refuse_changed(made_with, folder.path / "env.json")
         if source is None:
             return _Saved(Progress(), folder.env), None
-        weights = origin.take_weights(state, Path(source))
+        weights = origin.copy_weights(state, Path(source))
         self._refuse_other(f"{source}: the checkpoint to start from", "weights", weights)
         return _Saved(Progress(), folder.env), weights
 

@@ -1,4 +1,4 @@
-"""Confidence intervals of shares: of right answers among images, of seeds among runs."""
+"""Confidence intervals of shares, such as right answers among images."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ Z95 = 1.959963984540054
 
 
 def wilson(hits: float, total: int, *, z: float = Z95) -> tuple[float, float]:
-    """Return the score interval of the share ``hits`` / ``total``, within [0, 1]; all of it where ``total`` is 0.
+    """Return the score interval of the share ``hits`` / ``total``; [0, 1] if ``total`` is 0.
 
     Unlike p +- z sqrt(p (1 - p) / n) it keeps its level for few trials and at shares of 0 and 1.
     Source: Wilson, "Probable inference, the law of succession, and statistical inference", 1927.
@@ -19,7 +19,7 @@ def wilson(hits: float, total: int, *, z: float = Z95) -> tuple[float, float]:
     share, spread = hits / total, z * z / total
     centre = (share + spread / 2) / (1 + spread)
     half = z / (1 + spread) * math.sqrt(share * (1 - share) / total + spread / (4 * total))
-    # Rounding must not leave the ends open where they are known.
+    # Shares of 0 and 1 have exact ends, whatever the rounding.
     return (0.0 if hits == 0 else max(0.0, centre - half)), (1.0 if hits == total else min(1.0, centre + half))
 
 
@@ -30,10 +30,11 @@ def accuracy_interval(accuracy: float, num_scored: int) -> tuple[float, float]:
 
 
 def difference_margin(first: float, first_total: int, second: float, second_total: int, *, z: float = Z95) -> float:
-    """Return how far the share ``first`` may be above the independent ``second`` by sampling alone.
+    """Return how far sampling alone may put the share ``first`` above the independent ``second``.
 
-    sqrt((p1 - l1)^2 + (u2 - p2)^2) with the ends l1 and u2 of ``wilson``: it keeps its level at shares of 0 and 1.
-    Source: Newcombe, "Interval estimation for the difference between independent proportions", 1998, method 10.
+    sqrt((p1 - l1)^2 + (u2 - p2)^2) with the ends l1 and u2 of ``wilson``: it keeps its level at
+    shares of 0 and 1. Source: Newcombe, "Interval estimation for the difference between independent
+    proportions", 1998, method 10.
     """
     return math.hypot(
         first - wilson(first * first_total, first_total, z=z)[0], wilson(second * second_total, second_total, z=z)[1] - second

@@ -1,7 +1,7 @@
-"""Weighted k-nearest-neighbour accuracy: Wu et al., "Unsupervised feature learning via non-parametric instance
-discrimination", arXiv:1805.01978, section 3.4.
+"""Weighted k-nearest-neighbour accuracy.
 
-N bank samples, M queries, D features, K classes.
+Source: Wu et al., "Unsupervised feature learning via non-parametric instance discrimination",
+arXiv:1805.01978, section 3.4. Letters: N bank samples, M queries, D features, K classes.
 """
 
 from __future__ import annotations
@@ -13,16 +13,17 @@ from torch.nn import functional as F
 from fastbyol.errors import UsageError
 from fastbyol.evaluation.features import check_finite
 
-# Similarities held at once: 64 MiB of float32.
+# Similarities in memory at a time: 64 MiB of float32.
 _CHUNK_ELEMENTS = 2**24
 
 
 def knn_predict(bank: Tensor, labels: Tensor, queries: Tensor, *, k: int = 200, temperature: float = 0.1) -> Tensor:
-    """Labels int64 (M,) of ``queries`` (M, D): the class with the largest sum of exp(cosine / temperature) over the ``k``
-    nearest rows of ``bank`` (N, D), which bear ``labels`` (N,); of equal classes the smallest.
+    """Predict the int64 labels (M,) of ``queries`` (M, D) from ``bank`` (N, D) and ``labels`` (N,).
 
-    ``k`` is clipped to N. Defaults are those of lightly and solo-learn; the paper has k = 200 and temperature .07. A row of
-    zeros has cosine 0 to everything. Raises FastbyolError for features that are not finite, UsageError for an empty bank.
+    A class's vote is its sum of exp(cosine / temperature) over the ``k`` nearest rows, N at most;
+    of equal classes the smallest label wins. Defaults are those of lightly and solo-learn; the
+    paper has k = 200 and temperature .07. A row of zeros has cosine 0 to everything. Raises
+    FastbyolError for features that are not finite, UsageError for an empty bank.
     """
     if not len(bank):
         raise UsageError("labels: a k-nearest-neighbour probe needs labelled images to compare with, found none")
@@ -42,14 +43,15 @@ def knn_predict(bank: Tensor, labels: Tensor, queries: Tensor, *, k: int = 200, 
 def knn_accuracy(
     bank: Tensor, labels: Tensor, queries: Tensor, query_labels: Tensor, *, k: int = 200, temperature: float = 0.1
 ) -> float:
-    """Percent of ``queries`` (M, D) whose predicted label is ``query_labels`` (M,); see ``knn_predict``."""
+    """Return the percentage of ``queries`` for which ``knn_predict`` gives ``query_labels``."""
     predicted = knn_predict(bank, labels, queries, k=k, temperature=temperature)
     return 100.0 * float((predicted == query_labels.to(predicted)).double().mean())
 
 
 def _votes(cosine: Tensor, index: Tensor, num_classes: int, k: int, temperature: float) -> Tensor:
-    """Votes float64 (M, K) from cosines (M, N) and class indices (N,). The common factor exp(-1 / T) keeps them finite."""
+    """Return the votes, float64 (M, K), from cosines (M, N) and class indices (N,)."""
+    # The common factor exp(-1 / T) keeps them finite.
     nearest, rows = cosine.topk(k, dim=1)
     weights = ((nearest.double() - 1.0) / temperature).exp()
-    # One-hot product, not scatter_add: atomics would make the sums' order, and so ties, a matter of chance on a GPU.
+    # No scatter_add: with a GPU's atomics the order of sums, and so ties, would be random.
     return torch.stack([(weights * (index[rows] == c)).sum(1) for c in range(num_classes)], dim=1)

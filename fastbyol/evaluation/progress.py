@@ -1,4 +1,4 @@
-"""What a run's probes came to: before its first step, at best, at the end, each with the interval that sampling leaves."""
+"""A run's probe accuracies: before its first step, the best and the last, with intervals."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from fastbyol.evaluation.intervals import accuracy_interval
 
 @dataclass(frozen=True)
 class Accuracies:
-    """Accuracies in percent, None where there is none: ``untrained``, ``best`` in ``best_epoch`` (from 0), and ``last``.
+    """Accuracies in percent or None: ``untrained``, ``best`` in ``best_epoch`` (from 0), ``last``.
 
-    All are shares of the same ``num_scored`` images; None in runs of older versions, which did not record it. ``weights`` says
-    what those before the first step were.
+    All are of the same ``num_scored`` images, None in runs of older versions, which did not record
+    it. ``weights`` describes the weights before the first step.
     """
 
     untrained: float | None
@@ -26,7 +26,7 @@ class Accuracies:
 
     @classmethod
     def of(cls, events: Iterable[Mapping[str, Any]]) -> Accuracies:
-        """Collect them from the events of a run's ``metrics.jsonl``."""
+        """Collect the accuracies from the events of a run's ``metrics.jsonl``."""
         rows = [event for event in events if event.get("accuracy") is not None]
         before = next((row for row in rows if row["event"] == "untrained"), {})
         probed = [row for row in rows if row["event"] == "epoch"]
@@ -41,14 +41,14 @@ class Accuracies:
         )
 
     def shown(self, accuracy: float) -> str:
-        """Return ``62.0% (59.0 to 64.9)``, with the Wilson interval of 95 % where the number of images is known."""
+        """Format ``accuracy`` as ``62.0% (59.0 to 64.9)``; the interval needs ``num_scored``."""
         if not self.num_scored:
             return f"{accuracy:.1f}%"
         low, high = accuracy_interval(accuracy, self.num_scored)
         return f"{accuracy:.1f}% ({low:.1f} to {high:.1f})"
 
     def in_words(self) -> str:
-        """Return all that is known in one line, empty where nothing was probed."""
+        """Return all accuracies in one line, empty if nothing was probed."""
         named = [("accuracy", self.last), (self.weights, self.untrained)]
         if self.best_epoch is not None:
             named.insert(1, (f"best in epoch {self.best_epoch + 1}", self.best))

@@ -1,15 +1,7 @@
-"""The three ways to put a number on an encoder: which rows are fitted, which are scored, and by what.
+"""The protocols that score an encoder: which rows are fitted, which are scored, and by what.
 
-``blog``    the post's: one-vs-rest logistic regression within the test set. Its code ran through the test set in batches of
-            256, dropped the last, incomplete one, fitted the first half of what was left and scored the second. For STL-10's
-            8,000 images: 8000 // 256 * 256 = 7936 kept, rows 0..3967 fitted, rows 3968..7935 scored. Sets under 512 images
-            are kept whole.
-``linear``  multinomial logistic regression on standardised features, fitted on the training set and scored on the test set.
-``knn``     weighted nearest neighbours of the test set in the training set.
-
-Rows with a negative label are unlabelled and left out. Without a labelled training set, ``linear`` and ``knn`` split the test
-set as ``blog`` does. Where one half would hold classes that the other does not (files sorted by class), the split takes
-alternate rows of each class instead. ``split`` in the result says what was done.
+``blog`` fits the post's probe to a part of the test set and scores the rest. ``linear`` and ``knn``
+fit the training set; if that has no labels, they split the test set as ``blog`` does.
 """
 
 from __future__ import annotations
@@ -34,7 +26,10 @@ BLOG_BATCH = 256
 
 
 class LabelledImages(Protocol):
-    """What ``data.loader.read_all`` returns: uint8 (N, H, W, 3) and int64 (N,) or None, on the CPU; names of the labels."""
+    """The result of ``data.loader.read_all``, on the cpu: uint8 (N, H, W, 3), int64 (N,) or None.
+
+    A negative label means no label; such rows are left out.
+    """
 
     @property
     def images(self) -> Tensor: ...
@@ -46,7 +41,7 @@ class LabelledImages(Protocol):
 
 @dataclass(frozen=True)
 class _Rows:
-    """Labelled images to fit on, to score on, and how they were chosen."""
+    """The labelled images to fit and to score, and a description of their choice."""
 
     fit_images: Tensor
     fit_labels: Tensor
@@ -66,15 +61,14 @@ def evaluate(
     device: torch.device | str,
     dtype: torch.dtype = torch.float32,
 ) -> dict[str, Any]:
-    """Accuracy of ``encoder``, which is on ``device``, under ``protocol``; see the head of this file.
+    """Measure the accuracy of ``encoder``, which is on ``device``, under ``protocol``.
 
-    Images are embedded in ``dtype`` where that agrees with the encoder's own (``features.agreeing_dtype``).
-
-    Returns ``protocol``, ``accuracy`` and ``train_accuracy`` in percent (the latter None for ``knn``), ``num_train``,
-    ``num_test``, ``num_classes`` (of the fitted rows), ``num_repeated`` (scored images that are among the fitted, same bytes;
-    None within one set, where nobody looks), ``notes`` (lines on what keeps the accuracy from saying much), ``dim``, ``rank``
-    (the effective rank of the scored rows' embeddings), ``split`` and ``seconds``. Raises UsageError for data that the
-    protocol cannot use and FastbyolError for an encoder whose embeddings are not finite.
+    Images are embedded in ``dtype`` if that agrees with the encoder's own. Accuracies are in
+    percent, ``train_accuracy`` is None for ``knn``. ``num_classes`` counts the fitted rows' classes,
+    ``num_repeated`` the scored images with the bytes of a fitted one (None within one set),
+    ``notes`` say what makes the accuracy meaningless, ``rank`` is the scored embeddings' effective
+    rank. Raises UsageError for data that the protocol cannot use and FastbyolError for embeddings
+    that are not finite.
     """
     check_choice("protocol", protocol, PROTOCOLS)
     began = time.perf_counter()
@@ -100,13 +94,19 @@ def evaluate(
 
 
 def check(protocol: str, *, test: LabelledImages, train: LabelledImages | None) -> None:
-    """Raise the UsageError that ``evaluate`` would raise for these data, before an encoder was trained for nothing."""
+    """Raise the UsageError that ``evaluate`` would raise for these data, before a long training."""
     check_choice("protocol", protocol, PROTOCOLS)
     _choose(protocol, test, train)
 
 
-def halves(labels: Tensor) -> tuple[Tensor, Tensor, str]:
-    """Split rows with ``labels`` (N,) as the head of this file says: rows to fit, rows to score, int64, and a description."""
+def split_rows(labels: Tensor) -> tuple[Tensor, Tensor, str]:
+    """Split rows with ``labels`` (N,) into rows to fit and to score, int64, and describe the split.
+
+    The post's code ran through the test set in batches of 256, dropped the last, incomplete one,
+    fitted the first half of the rest and scored the second: of STL-10's 8,000 images rows 0..3967
+    and 3968..7935. Sets under 512 images are kept whole. If one half would hold classes that the
+    other lacks (files sorted by class), alternate rows of each class are taken instead.
+    """
     total = len(labels)
     kept = total // BLOG_BATCH * BLOG_BATCH if total >= 2 * BLOG_BATCH else total
     half = kept // 2
@@ -129,7 +129,7 @@ def _accuracies(protocol: str, fit: Tensor, fit_labels: Tensor, score: Tensor, l
 
 
 def _notes(rows: _Rows, repeated: int) -> Iterator[str]:
-    """Yield what keeps the accuracy on ``rows`` from saying much, a line each."""
+    """Yield what makes the accuracy on ``rows`` meaningless, a line each."""
     total, classes = len(rows.score_labels), torch.unique(rows.score_labels)
     if len(classes) == 1:
         yield f"the {total} scored images all have label {int(classes[0])}: accuracy says nothing of telling classes apart"
@@ -140,16 +140,15 @@ def _notes(rows: _Rows, repeated: int) -> Iterator[str]:
 
 
 def _num_repeated(rows: _Rows) -> int:
-    """How many of the scored images are among the fitted, by a hash of 64 bits of their pixels."""
+    """Count the scored images that are among the fitted, by a hash of 64 bits of their pixels."""
     if rows.fit_images.shape[1:] != rows.score_images.shape[1:]:
         return 0
-    fitted, scored = ([hash(image.tobytes()) for image in part.numpy()] for part in (rows.fit_images, rows.score_images))
-    known = set(fitted)
-    return sum(key in known for key in scored)
+    fitted = {hash(image.tobytes()) for image in rows.fit_images.numpy()}
+    return sum(hash(image.tobytes()) in fitted for image in rows.score_images.numpy())
 
 
 def _choose(protocol: str, test: LabelledImages, train: LabelledImages | None) -> _Rows:
-    """Choose the rows. Raises UsageError where there are too few, or one class alone, of which any encoder is right."""
+    """Choose the rows. Raises UsageError for too few of them or for a single class to fit."""
     rows = _chosen(protocol, test, train)
     if bool((rows.fit_labels == rows.fit_labels[0]).all()):
         what, flag = ("training", "--train-data") if rows.from_two_sets else ("test", "--test-data")
@@ -161,18 +160,18 @@ def _choose(protocol: str, test: LabelledImages, train: LabelledImages | None) -
 
 
 def _chosen(protocol: str, test: LabelledImages, train: LabelledImages | None) -> _Rows:
-    images, labels = _labelled(test, "test data")
+    images, labels = labelled_rows(test, "test data")
     if not len(labels):
         raise UsageError(
             f"test data: no labelled images, and the {protocol} protocol scores against labels: "
             "name a labelled beton with --test-data"
         )
     if protocol != "blog" and train is not None:
-        fit_images, fit_labels = _labelled(train, "training data")
+        fit_images, fit_labels = labelled_rows(train, "training data")
         if len(fit_labels):
             labels = _renumbered(labels, test.class_names, train.class_names)
             return _Rows(fit_images, fit_labels, images, labels, "training set and test set", from_two_sets=True)
-    fit, score, split = halves(labels)
+    fit, score, split = split_rows(labels)
     if not len(fit) or not len(score):
         raise UsageError(
             f"test data: {len(labels)} labelled images are too few to split in two, as no class has one to fit "
@@ -182,25 +181,25 @@ def _chosen(protocol: str, test: LabelledImages, train: LabelledImages | None) -
 
 
 def _renumbered(labels: Tensor, names: tuple[str, ...], fitted: tuple[str, ...]) -> Tensor:
-    """``labels`` (N,) of classes ``names`` in the numbers of the ``fitted`` names: folders that lack a class count otherwise.
+    """Translate ``labels`` (N,) of classes ``names`` into the numbers of the ``fitted`` names.
 
-    Classes that are not among those fitted come after them. Where the sets share no name (one has none, or has numbers for
-    names) numbers are all there is.
+    A folder that lacks a class numbers the others differently. Classes that were not fitted come
+    after those that were. Sets that share no name are compared by number.
     """
     if names == fitted or not set(names) & set(fitted):
         return labels
     numbers = {name: number for number, name in enumerate(fitted)}
     highest = max(len(names), int(labels.max()) + 1)
-    told = [numbers.get(name, len(fitted) + k) for k, name in enumerate(names)]
-    return torch.tensor([*told, *range(len(fitted) + len(names), len(fitted) + highest)])[labels]
+    translated = [numbers.get(name, len(fitted) + k) for k, name in enumerate(names)]
+    return torch.tensor([*translated, *range(len(fitted) + len(names), len(fitted) + highest)])[labels]
 
 
-def _labelled(data: LabelledImages, name: str) -> tuple[Tensor, Tensor]:
-    """The rows whose label is not negative; none where there are no labels."""
+def labelled_rows(data: LabelledImages, name: str) -> tuple[Tensor, Tensor]:
+    """Return the rows whose label is not negative; none without labels."""
     images, labels = data.images, data.labels
     if labels is None:
         return images[:0], torch.empty(0, dtype=torch.int64)
     if len(labels) != len(images):
         raise UsageError(f"{name}: {len(images)} images but {len(labels)} labels: convert it again from a sound source")
-    known = labels >= 0
-    return (images, labels) if bool(known.all()) else (images[known], labels[known])
+    labelled = labels >= 0
+    return (images, labels) if bool(labelled.all()) else (images[labelled], labels[labelled])

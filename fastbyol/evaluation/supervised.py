@@ -1,4 +1,4 @@
-"""What the same encoder reaches when it is told the labels: the ceiling that the demo compares with."""
+"""The same encoder trained with labels: the ceiling in the demo's comparison."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fastbyol import views as view_ops
 from fastbyol.config import ModelConfig, ViewsConfig
 from fastbyol.errors import UsageError
 from fastbyol.evaluation.features import embed
-from fastbyol.evaluation.protocol import LabelledImages
+from fastbyol.evaluation.protocol import LabelledImages, labelled_rows
 from fastbyol.model.resnet import build_encoder
 
 MOMENTUM = 0.9
@@ -32,10 +32,11 @@ def supervised_accuracy(
     seed: int = 0,
     device: torch.device | str = "cpu",
 ) -> float:
-    """Train the encoder of ``model`` and a linear layer with cross-entropy; accuracy on ``test`` in percent.
+    """Train the encoder of ``model`` with labels and return its accuracy on ``test`` in percent.
 
-    SGD with momentum, Nesterov's, and a linear rise and fall of ``lr`` by the step; crops of at least half the area and flips,
-    the first view's draw. Deterministic for a ``seed`` on one machine. Raises UsageError where labels are missing.
+    A linear layer and cross-entropy; SGD with Nesterov's momentum; ``lr`` rises and falls linearly;
+    crops of at least half the area and flips. Deterministic for a ``seed`` on one machine. Raises
+    UsageError without labels.
     """
     images, labels = _labelled(train, "training data")
     test_images, test_labels = _labelled(test, "test data")
@@ -72,7 +73,7 @@ def _augmented(images: Tensor, ids: Tensor, views: ViewsConfig, seed: int, epoch
 
 
 def _triangle(step: int, total: int) -> float:
-    """Share of the peak lr at ``step``: up over the first WARMUP_SHARE of ``total`` steps, then down to 0."""
+    """Return the share of the peak lr: up over WARMUP_SHARE of ``total`` steps, then down to 0."""
     warmup = max(1, math.ceil(WARMUP_SHARE * total))
     return min((step + 1) / warmup, (total - step) / max(1, total - warmup))
 
@@ -85,13 +86,13 @@ def _build(model: ModelConfig, num_classes: int, seed: int) -> nn.Module:
 
 
 def _light(views: ViewsConfig) -> ViewsConfig:
-    """Crops and flips only: a label holds for an image that has kept its colours and half of its area."""
+    """Return ``views`` with crops of half the area or more and flips only: they keep the label."""
     light = {"scale": (0.5, 1.0), "jitter_p": 0.0, "grayscale_p": 0.0, "blur_p": (0.0, 0.0), "solarize_p": (0.0, 0.0)}
     return views.model_copy(update=light)
 
 
 def _labelled(data: LabelledImages, name: str) -> tuple[Tensor, Tensor]:
-    if data.labels is None or not bool((data.labels >= 0).any()):
+    images, labels = labelled_rows(data, name)
+    if not len(labels):
         raise UsageError(f"{name}: no labels: the supervised baseline needs a labelled beton")
-    known = data.labels >= 0
-    return data.images[known], data.labels[known]
+    return images, labels

@@ -1,9 +1,4 @@
-"""A 3x3 convolution whose output has few pixels, as one matrix product per pixel: for CPUs.
-
-At 96 pixels the last stage of ResNet-18 works on 3x3 pixels, at 32 pixels on one. A 3x3 kernel with a border of zeros then
-spends most of its products on the border: of 9 x 9 taps 49 fall on pixels, of 1 x 9 taps one. A library that blocks over the
-image does them all. Here each output pixel is the product of the pixels under its kernel with their part of the kernel, summed
-in the matrix product's own precision, so rounding is a convolution's.
+"""A 3x3 convolution with few output pixels, as one matrix product per pixel: for CPUs.
 
 Letters: N samples, S pixels of a side, I and O channels in and out.
 """
@@ -21,20 +16,24 @@ from torch.nn import functional as F
 from fastbyol_kernels.dispatch import at_once
 
 KERNEL = 3
-# Where products by pixel were faster than oneDNN's convolution, forward and backward together: the largest side of an output,
-# and the largest share of its taps that lie over pixels (64 to 512 channels, batches of 256 and 512, one core of an AVX512-BF16
-# CPU: bench/LOG.md, "few pixels"). In float32 a product runs at half the convolution's rate, in bfloat16 at the same.
+# At 96 pixels the last stage of ResNet-18 works on 3x3 pixels, at 32 pixels on one. With a border
+# of zeros only 49 of the 9 x 9 taps lie over pixels there, and one of 1 x 9; oneDNN computes them
+# all. The limits are the largest side of an output and the largest share of taps over pixels at
+# which products by pixel were faster, forward and backward together (64 to 512 channels, batches of
+# 256 and 512, one core of an AVX512-BF16 CPU: bench/LOG.md, "few pixels"). In float32 a product
+# runs at half the convolution's rate, in bfloat16 at the same.
 LIMITS = {torch.bfloat16: (3, 1.0), torch.float32: (2, 0.5)}
-# The weight gradient of oneDNN's strided 1x1 convolution writes past its workspace where channels-last inputs have fewer
-# channels than its block (github.com/uxlfoundation/oneDNN/issues/6035): wrong sums, a hang or SIGSEGV. Blocks are 8 or 16.
+# The weight gradient of oneDNN's strided 1x1 convolution writes past its workspace if channels-last
+# inputs have fewer channels than its block, 8 or 16 (github.com/uxlfoundation/oneDNN/issues/6035):
+# wrong sums, a hang or SIGSEGV.
 SAFE_CHANNELS = 16
 
 
 def convolve(x: Tensor, weight: Tensor, stride: int, padding: int) -> Tensor:
-    """``F.conv2d`` of x (N, I, S, S) with weight (O, I, k, k), by pixel where that is the faster way on this device.
+    """Convolve x (N, I, S, S) with weight (O, I, k, k), by pixel where that is faster.
 
-    What does not run at once (``dispatch.at_once``) and dtypes other than float32 and bfloat16 take ``F.conv2d``. A strided 1x1
-    kernel of few channels is given the pixels that it sees and nothing to step over (``SAFE_CHANNELS``).
+    The result is that of ``F.conv2d`` but for rounding. A strided 1x1 kernel with few input
+    channels gets a subsampled input instead of a stride (``SAFE_CHANNELS``).
     """
     if pays(x, weight, stride, padding):
         return convolve_by_pixel(x, weight, stride)
@@ -44,7 +43,7 @@ def convolve(x: Tensor, weight: Tensor, stride: int, padding: int) -> Tensor:
 
 
 def pays(x: Tensor, weight: Tensor, stride: int, padding: int) -> bool:
-    """Whether ``convolve`` goes by pixel."""
+    """Return whether ``convolve`` goes by pixel: eagerly, on a cpu, within ``LIMITS``."""
     if x.dtype not in LIMITS or not at_once(x, weight):
         return False
     if weight.shape[2:] != (KERNEL, KERNEL) or padding != 1:
@@ -57,7 +56,11 @@ def pays(x: Tensor, weight: Tensor, stride: int, padding: int) -> bool:
 
 
 def convolve_by_pixel(x: Tensor, weight: Tensor, stride: int) -> Tensor:
-    """x (N, I, H, W), weight (O, I, 3, 3), a border of one zero -> (N, O, H', W') in channels-last, differentiable once."""
+    """Convolve x (N, I, H, W) with weight (O, I, 3, 3), padding 1, one matrix product a pixel.
+
+    Returns (N, O, H', W') in channels-last, differentiable once. Sums are in the matrix product's
+    own precision, so rounding is a convolution's.
+    """
     result: Tensor = _ByPixel.apply(x, weight, stride)
     return result
 
@@ -68,7 +71,7 @@ class _ByPixel(torch.autograd.Function):
         ctx.save_for_backward(x, weight)
         ctx.stride = stride
         sides = (_out(side, stride) for side in x.shape[2:])
-        # Not a view of another tensor, so that its owner may write over it.
+        # No view of another tensor: the caller may overwrite it.
         out = torch.empty((len(x), len(weight), *sides), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
         _forward(x.permute(0, 2, 3, 1), weight.permute(0, 2, 3, 1), stride, out.permute(0, 2, 3, 1))
         return out
@@ -85,7 +88,7 @@ class _ByPixel(torch.autograd.Function):
 
 
 def _forward(x: Tensor, weight: Tensor, stride: int, out: Tensor) -> None:
-    """x (N, H, W, I), weight (O, 3, 3, I) into ``out`` (N, H', W', O)."""
+    """Convolve x (N, H, W, I) with weight (O, 3, 3, I) into ``out`` (N, H', W', O)."""
     for i, j in _pixels(*out.shape[1:3]):
         rows, columns = _under(i, stride, x.shape[1]), _under(j, stride, x.shape[2])
         patch = x[:, rows, columns].flatten(1)
@@ -94,7 +97,7 @@ def _forward(x: Tensor, weight: Tensor, stride: int, out: Tensor) -> None:
 
 
 def _input_gradient(gradient: Tensor, weight: Tensor, shape: torch.Size, stride: int) -> Tensor:
-    """The gradient of x: each pixel gathers the outputs whose kernels lay over it. ``shape`` is (N, H, W, I)."""
+    """Return the gradient of x, ``shape`` (N, H, W, I), gathered from the outputs by pixel."""
     dx = gradient.new_empty(shape)
     turned = weight.flip(1, 2).permute(1, 2, 0, 3)  # (3, 3, O, I), the kernel as an input pixel sees it
     for i, j in _pixels(*shape[1:3]):
@@ -106,7 +109,7 @@ def _input_gradient(gradient: Tensor, weight: Tensor, shape: torch.Size, stride:
 
 
 def _weight_gradient(gradient: Tensor, x: Tensor, shape: torch.Size, stride: int) -> Tensor:
-    """The gradient of the weight, tap by tap: one product over all samples and pixels. ``shape`` is (O, 3, 3, I)."""
+    """Return the gradient of the weight, ``shape`` (O, 3, 3, I): one product a tap."""
     dweight = gradient.new_zeros(shape)
     for a, b in _pixels(KERNEL, KERNEL):
         rows, columns = _reached(a, stride, x.shape[1]), _reached(b, stride, x.shape[2])
@@ -118,12 +121,12 @@ def _weight_gradient(gradient: Tensor, x: Tensor, shape: torch.Size, stride: int
 
 
 def _out(side: int, stride: int) -> int:
-    """The side of the output: a border of one on either side, a kernel of three."""
+    """Return the output's side for a kernel of three and a border of one."""
     return (side - 1) // stride + 1
 
 
 def _share(side: int, stride: int) -> float:
-    """The share of a row of taps, over all of its outputs, that lie over pixels."""
+    """Return the share of a row of taps, over all of its outputs, that lie over pixels."""
     outputs = range(_out(side, stride))
     covered = sum(min(i * stride + 2, side) - max(i * stride - 1, 0) for i in outputs)
     return covered / (KERNEL * len(outputs))
@@ -134,30 +137,33 @@ def _pixels(height: int, width: int) -> Iterator[tuple[int, int]]:
 
 
 def _under(i: int, stride: int, side: int) -> slice:
-    """The input pixels under the kernel of output pixel i."""
+    """Return the input pixels under the kernel of output pixel i."""
     return slice(max(i * stride - 1, 0), min(i * stride + 2, side))
 
 
 def _taps(pixels: slice, i: int, stride: int) -> slice:
-    """The kernel's taps that lie over those."""
+    """Return the taps of output pixel i's kernel over the input ``pixels``."""
     return slice(pixels.start - i * stride + 1, pixels.stop - i * stride + 1)
 
 
 def _over(i: int, stride: int, side: int) -> slice:
-    """The output pixels whose kernels lie over input pixel i."""
+    """Return the output pixels whose kernels lie over input pixel i."""
     return slice(max(-(-(i - 1) // stride), 0), min((i + 1) // stride + 1, side))
 
 
 def _turned_taps(pixels: slice, i: int, stride: int) -> slice:
-    """The taps, counted from the kernel's end, that those put over pixel i: tap i - p stride + 1 of output p."""
+    """Return the taps, from the kernel's end, over input pixel i of the output ``pixels``.
+
+    Output p has tap i - p stride + 1 there.
+    """
     return slice(pixels.start * stride - i + 1, (pixels.stop - 1) * stride - i + 2, stride)
 
 
 def _reached(tap: int, stride: int, side: int) -> range:
-    """The output pixels for which ``tap`` lies over a pixel and not over the border."""
+    """Return the output pixels for which ``tap`` lies over a pixel and not over the border."""
     return range(-(-max(1 - tap, 0) // stride), min((side - tap) // stride + 1, _out(side, stride)))
 
 
 def _shifted(pixels: range, tap: int, stride: int) -> slice:
-    """The input pixels under ``tap`` of those outputs."""
+    """Return the input pixels under ``tap`` of the output ``pixels``."""
     return slice(pixels.start * stride + tap - 1, (pixels.stop - 1) * stride + tap, stride)

@@ -1,9 +1,6 @@
 """Projector and predictor: linear, norm, relu, linear.
 
-Source: the post's code (utils.MLP); byol appendix J has the same shape with batch norm. Linear layers carry biases and torch's
-default initialisation; weight standardization, where asked for, spares the last one.
-
-Letters: N samples, D features.
+Source: the post's code (utils.MLP); byol's appendix J has the same shape with batch norm.
 """
 
 from __future__ import annotations
@@ -13,18 +10,16 @@ from torch import Tensor, nn
 from fastbyol.config import HeadConfig
 from fastbyol.errors import UsageError
 from fastbyol.model.norm import make_norm, norm_relu
-from fastbyol.model.standardized import Linear
+from fastbyol.model.standardizing import Linear
 
 
 class Head(nn.Module):
-    """(N, in_features) -> (N, ``config.out``), in the parameters' dtype whatever the input's.
+    """An MLP (N, in_features) -> (N, ``config.out``); the result has the parameters' dtype.
 
-    Under the bf16 policy too the products are fp32. They are a thousandth of the encoder's, and rounding their results to bf16
-    drowns the small differences between q and z' that carry the whole gradient once the representation has collapsed: at a loss
-    of 6e-8, gradients came out 2.6 times too long (median over layers) and pointing elsewhere; with fp32 heads 3 % off.
+    Linear layers have biases and torch's default initialisation. ``ws`` standardizes the first.
     """
 
-    def __init__(self, config: HeadConfig, in_features: int, *, groups: int, num_views: int) -> None:
+    def __init__(self, config: HeadConfig, in_features: int, *, groups: int, num_views: int = 2) -> None:
         super().__init__()
         if config.ws and in_features < 2:
             raise UsageError("model: weight standardization of an MLP needs two input features or more, got 1: widen it")
@@ -33,11 +28,10 @@ class Head(nn.Module):
         self.linear2 = nn.Linear(config.hidden, config.out)
 
     def forward(self, x: Tensor) -> Tensor:
+        # fp32 under the bf16 policy, too: the products are a thousandth of the encoder's, and bf16
+        # drowns the small differences between q and z' that carry the whole gradient after a
+        # collapse. At a loss of 6e-8 gradients came out 2.6 times too long (median over layers)
+        # and pointed elsewhere; with fp32 heads they were 3 % off.
         hidden = self.linear1(x.to(self.linear1.weight.dtype))
         result: Tensor = self.linear2(norm_relu(self.norm, hidden))
         return result
-
-
-def build_head(config: HeadConfig, in_features: int, *, groups: int, num_views: int = 2) -> Head:
-    """A head initialised from torch's global generator. ``groups`` and ``num_views`` as in ``model.norm.make_norm``."""
-    return Head(config, in_features, groups=groups, num_views=num_views)

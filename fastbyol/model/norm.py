@@ -1,8 +1,7 @@
-"""Normalisation layers: batch norm with statistics per view, batch renormalisation, group norm; and which one a name means.
+"""Normalisation layers, in fp32 (fp64 in fp64 runs) whatever the activations' dtype.
 
-Statistics and affine parameters are fp32 (fp64 in fp64 runs) whatever the activations' dtype.
-
-Letters: V views, B images, N = V * B, C channels, H W pixels.
+To add one: write its module, add a name to ``config.NormName`` or ``HeadNormName`` and a line to
+``make_norm``'s table; for encoders also torch's own in ``ordinary._norm``. N = V views x B images.
 """
 
 from __future__ import annotations
@@ -20,17 +19,17 @@ from fastbyol_kernels import dispatch
 from fastbyol_kernels.batch_norm import add_and_relu, batch_norm
 from fastbyol_kernels.group_norm import EPS, group_norm
 
-BATCH_NORM_EPS = 1e-5
+BATCH_NORM_EPS = 1e-5  # both are torch's defaults
 BATCH_NORM_MOMENTUM = 0.1
 
 
 class BatchNorm(nn.Module):
-    """Batch norm over (N, C) or (N, C, H, W) whose training statistics are those of each view alone.
+    """Batch norm over (N, C) or (N, C, H, W) with training statistics of each view alone.
 
-    In train mode the batch is ``num_views`` equal consecutive chunks. Each is normalised by its own statistics and the running
-    buffers take one update per chunk, in order: what ``num_views`` separate passes through ``nn.BatchNorm2d`` give, and bit for
-    bit so by the reference. In eval mode the running buffers normalise the whole batch. Constants are torch's defaults (eps
-    1e-5, momentum 0.1). ``kernels`` is what ``fastbyol_kernels.batch_norm`` takes; ``use_kernels`` sets it.
+    In train mode the batch is ``num_views`` equal consecutive chunks. Each is normalised by its own
+    statistics and updates the running buffers, in order, like ``num_views`` separate passes through
+    ``nn.BatchNorm2d`` (bit for bit with the reference kernels). In eval mode the running buffers
+    normalise the whole batch. ``use_kernels`` sets ``kernels``.
     """
 
     running_mean: Tensor
@@ -48,7 +47,7 @@ class BatchNorm(nn.Module):
         self.register_buffer("num_batches_tracked", torch.zeros((), dtype=torch.int64))
 
     def forward(self, x: Tensor, residual: Tensor | None = None, *, relu: bool = False) -> Tensor:
-        """relu(batch norm of ``x`` + ``residual``), either of the two optional, in one operation."""
+        """Return relu(batch norm of ``x`` + ``residual``) in one operation; both are optional."""
         if not self.training:
             y = F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, BATCH_NORM_EPS)
             return add_and_relu(y, residual, relu)
@@ -64,14 +63,13 @@ class BatchNorm(nn.Module):
 
 
 class BatchRenorm(nn.Module):
-    """Batch renormalisation over (N, C), per view and in order as ``BatchNorm``.
+    """Batch renormalisation over (N, C), per view and in order like ``BatchNorm``.
 
-    In train mode y = ((x - mean) / std * r + d) * weight + bias with the batch's mean and std = sqrt(biased variance) + eps,
-    r = clamp(std / running_std, 1/rmax, rmax) and d = clamp((mean - running_mean) / running_std, -dmax, dmax), both constant to
-    the gradient; then the running buffers move by ``momentum``. In eval mode they normalise.
-
-    Source: Ioffe, "Batch Renormalization", arXiv:1702.03275. Constants, the ramps of rmax (1 to 3 between batches 5,000 and
-    40,000) and dmax (0 to 5 between 5,000 and 25,000), and the running std in place of a variance, are the post's code's.
+    In train mode y = ((x - mean) / std * r + d) * weight + bias, with std = sqrt(biased variance) +
+    eps and without gradient through r = clamp(std / running_std, 1/rmax, rmax) and
+    d = clamp((mean - running_mean) / running_std, -dmax, dmax). In eval mode the running buffers
+    normalise. Source: Ioffe, "Batch Renormalization", arXiv:1702.03275; the constants and the
+    running std in place of a variance are from the post's code.
     """
 
     EPS = 1e-3
@@ -108,6 +106,7 @@ class BatchRenorm(nn.Module):
         return (x - mean) / std * r + d
 
     def _corrections(self, mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
+        # rmax rises from 1 to 3 between batches 5,000 and 40,000, dmax from 0 to 5 by 25,000.
         k = self.num_batches_tracked.to(std.dtype)
         rmax = (2 / 35000 * k + 25 / 35).clamp(1.0, 3.0)
         dmax = (5 / 20000 * k - 25 / 20).clamp(0.0, 5.0)
@@ -119,7 +118,7 @@ class BatchRenorm(nn.Module):
 class GroupNorm(nn.Module):
     """Group norm over (N, C) or (N, C, H, W), eps 1e-5. One group is layer norm over all but N.
 
-    ``kernels`` is what ``fastbyol_kernels.group_norm`` takes; ``use_kernels`` sets it.
+    ``use_kernels`` sets ``kernels``.
     """
 
     def __init__(self, num_groups: int, num_channels: int) -> None:
@@ -130,7 +129,7 @@ class GroupNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(num_channels))
 
     def forward(self, x: Tensor, residual: Tensor | None = None, *, relu: bool = False) -> Tensor:
-        """relu(group norm of ``x`` + ``residual``), either of the two optional, in one operation."""
+        """Return relu(group norm of ``x`` + ``residual``) in one operation; both are optional."""
         return group_norm(
             x, self.num_groups, self.weight, self.bias, residual=residual, relu=relu, eps=self.eps, kernels=self.kernels
         )
@@ -140,7 +139,10 @@ class GroupNorm(nn.Module):
 
 
 def norm_relu(norm: nn.Module, x: Tensor, residual: Tensor | None = None) -> Tensor:
-    """relu(``norm``(x) + ``residual``) of a fresh ``x`` that nobody else keeps; one operation for batch and group norm."""
+    """Return relu(``norm``(x) + ``residual``), in one operation for batch and group norm.
+
+    ``x`` may be overwritten.
+    """
     if isinstance(norm, BatchNorm | GroupNorm):
         y: Tensor = norm(x, residual, relu=True)
         return y
@@ -148,31 +150,31 @@ def norm_relu(norm: nn.Module, x: Tensor, residual: Tensor | None = None) -> Ten
 
 
 @runtime_checkable
-class _Choosing(Protocol):
-    """A module whose operations may run on one kind of kernels or another."""
+class _HasKernels(Protocol):
+    """A module whose operations run on kernels of its choice."""
 
     kernels: str
 
 
 def use_kernels(net: nn.Module, kernels: str) -> None:
-    """Let every module in ``net`` that has a choice run on ``kernels``: auto, triton, cpu or reference.
+    """Make the modules of ``net`` run on ``kernels``: auto, triton, cpu or reference.
 
     Raises ValueError for another word.
     """
     dispatch.check(kernels)
     for module in net.modules():
-        if isinstance(module, _Choosing):
+        if isinstance(module, _HasKernels):
             module.kernels = kernels
 
 
 def num_groups(channels: int, most: int) -> int:
-    """Groups for ``channels``: the largest divisor that is at most ``most`` and leaves two channels or more to a group."""
+    """Return the largest divisor of ``channels`` up to ``most`` with two channels a group."""
     limit = min(most, max(1, channels // 2))
     return max(d for d in range(1, limit + 1) if channels % d == 0)
 
 
 def make_norm(name: NormName | HeadNormName, channels: int, *, groups: int, num_views: int) -> nn.Module:
-    """The layer that ``name`` means for ``channels``: bn, brn, gn (``groups`` at most), ln (one group), none (identity)."""
+    """Make the norm ``name`` for ``channels``: bn, brn, gn (at most ``groups``), ln or none."""
     makers: dict[str, Callable[[], nn.Module]] = {
         "bn": lambda: BatchNorm(channels, num_views),
         "brn": lambda: BatchRenorm(channels, num_views),

@@ -1,7 +1,6 @@
-"""The losses, and what is watched beside them: cosines of positive and negative pairs, spread of representations.
+"""The losses, and the cosines and spreads that are measured beside them, in fp32 or fp64.
 
-All of it is fp32 at least, whatever the networks' precision. Batches hold the two views one after the other.
-
+A batch holds the two views one after the other.
 Letters: V = 2 views, B images, N = V * B, D features, K keys in a queue.
 """
 
@@ -21,7 +20,7 @@ OBJECTIVES = ("byol", "contrastive", "simsiam")
 
 
 class Objective(NamedTuple):
-    """Which loss a step minimises, and its numbers; see ``config.MethodConfig``. ``loss_scale`` is a factor on any of them."""
+    """The loss of a step and its numbers; see ``config.MethodConfig``."""
 
     name: Literal["byol", "contrastive", "simsiam"] = "byol"
     loss_scale: float = 1.0
@@ -29,22 +28,25 @@ class Objective(NamedTuple):
 
 
 def byol_loss(q: Tensor, projections: Tensor) -> Tensor:
-    """(1 - mean cos(q(v), z'(v'))) + (1 - mean cos(q(v'), z'(v))), from predictions and target projections (2B, D).
+    """Return (1 - mean cos(q(v), z'(v'))) + (1 - mean cos(q(v'), z'(v))), 0-d.
 
-    Equation 2 of byol, symmetrised, times 1/2. fp32 or fp64; 0-d.
+    ``q`` are predictions, ``projections`` z' (2B, D). Equation 2 of byol, symmetrised, times 1/2.
     """
-    # 1 - cos(a, b) as half the squared distance of the unit vectors. Once the representation has collapsed 1 - cos is all
-    # rounding: at a loss of 6e-8 fp32 gave 0, and gradients 1e-2 off (median over layers) where this form is 4e-5 off.
+    # 1 - cos(a, b) as half the squared distance of the unit vectors. After a collapse 1 - cos is
+    # all rounding: at a loss of 6e-8 fp32 gave 0, and gradients 1e-2 off (median over layers)
+    # where this form is 4e-5 off.
     return (unit(q) - _swap(unit(projections))).square().sum(-1).mean()
 
 
 def contrastive_loss(q: Tensor, projections: Tensor, temperature: float, queue: Tensor | None = None) -> Tensor:
-    """Return the cross-entropy of each image's own projection among negatives, both orders of the views summed.
+    """Return the cross-entropy of each image's own projection among negatives, 0-d.
 
-    Logits are cosines over ``temperature``: of a prediction q(v) with z'(v') of its image and with the negatives. These are the
-    unit vectors of ``queue`` (K, D); without one, z'(v') of the batch's other images. Means over the batch; fp32 or fp64, 0-d.
+    Logits are cosines over ``temperature``: of a prediction q(v) with z'(v') of its image and with
+    the negatives. These are the unit vectors of ``queue`` (K, D) or, without one, z'(v') of the
+    batch's other images. The batch's mean, summed over both orders of the views.
 
-    Source: MoCo, arXiv:1911.05722, equation 1. The post's code takes predictions for queries, and both views in turn (moco.py).
+    Source: MoCo, arXiv:1911.05722, equation 1. As in the post's code (moco.py), predictions are the
+    queries and both views take their turn.
     """
     q, keys = unit(q), _swap(unit(projections))
     if queue is None:
@@ -58,9 +60,10 @@ def contrastive_loss(q: Tensor, projections: Tensor, temperature: float, queue: 
 
 @torch.no_grad()
 def enqueue(queue: Tensor, keys: Tensor, step: Tensor, taken: Tensor) -> None:
-    """Write ``keys`` (B, D) over the oldest of ``queue`` (K, D), from row ``step`` * B modulo K on, unless ``taken`` is false.
+    """Write ``keys`` (B, D) over the oldest of ``queue`` (K, D) if ``taken``, a 0-d bool.
 
-    ``step`` and ``taken`` are 0-d tensors on the device, which is not waited for. Raises ``UsageError`` where B exceeds K.
+    They start at row ``step`` * B modulo K, ``step`` being 0-d. Does not wait for the device.
+    Raises UsageError if B exceeds K.
     """
     if len(keys) > len(queue):
         raise UsageError(
@@ -72,39 +75,41 @@ def enqueue(queue: Tensor, keys: Tensor, step: Tensor, taken: Tensor) -> None:
 
 @torch.no_grad()
 def observe(output: OnlineOutput, projections: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """pos_cos, neg_cos, std_z, std_y, dead_y of a batch, 0-d each; see ``engine.step.StepMetrics``.
+    """Return pos_cos, neg_cos, std_z, std_y and dead_y of a batch, 0-d each (``engine.step``).
 
-    O(B D): no matrix of pairs.
+    ``projections`` are the target's, (N, D). O(N D): no matrix of pairs.
     """
     z, other = unit(output.z), _swap(unit(projections))
     pos = (z * other).sum(-1).mean()
     num_images = len(z) // NUM_VIEWS
-    # The mean over all pairs of the two views is the product of the means; the diagonal is the positive pairs.
+    # The mean over all pairs of the two views is the product of the means; the diagonal is the
+    # positive pairs.
     pairs = (_by_view(z).mean(1) * _by_view(other).mean(1)).sum(-1).mean()
     neg = (pairs * num_images - pos) / (num_images - 1)
     return pos, neg, spread(output.z), spread(output.y), dead_share(output.y).to(pos.dtype)
 
 
 def dead_share(y: Tensor) -> Tensor:
-    """Share of features of ``y`` (N, D) that are exactly 0 in every row: units whose ReLU passes nothing on. fp32, 0-d."""
+    """Return the share of features of ``y`` (N, D) that are exactly 0 in every row, fp32, 0-d."""
     return (y == 0).all(dim=0).float().mean()
 
 
 def spread(x: Tensor) -> Tensor:
-    """Mean over features of the batch's standard deviation (biased) of x / |x|, times sqrt(D), averaged over the views.
+    """Return how far the directions of ``x`` (N, D) spread: 1 over the whole sphere, 0 not at all.
 
-    1: directions spread evenly over the sphere; 0: all the same. Source: Chen & He, SimSiam, arXiv:2011.10566, section 4.1.
+    The biased standard deviation over a view of x / |x|, times sqrt(D), averaged over features and
+    views. Source: Chen & He, SimSiam, arXiv:2011.10566, section 4.1.
     """
     return _by_view(unit(x)).std(dim=1, correction=0).mean() * math.sqrt(x.shape[1])
 
 
 def unit(x: Tensor) -> Tensor:
-    """Rows scaled to length 1; in fp32 at least."""
+    """Scale the rows of ``x`` to length 1, in fp32 at least."""
     return F.normalize(x if x.dtype == torch.float64 else x.float(), dim=-1, eps=1e-12)
 
 
 def _swap(x: Tensor) -> Tensor:
-    """The two views' halves of a batch in the other order."""
+    """Exchange the two views of a batch."""
     return x.roll(len(x) // NUM_VIEWS, dims=0)
 
 

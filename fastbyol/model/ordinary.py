@@ -1,10 +1,7 @@
-"""The encoder as it is handed out: torchvision's ResNet, of torch's own modules and operations alone.
+"""The encoder for export: torchvision's ResNet of torch's own modules and operations alone.
 
-What trains (``model.resnet``) has statistics per view and compiled kernels. Its twin here computes the same function, has
-the same state dict, and is anybody's network: to be traced, scripted, exported, transformed, pickled and fine-tuned. ``fc`` is
-an identity, the usual place for a classifier.
-
-Letters: N samples, O output channels, D features, S pixels.
+It has the function and the state dict of ``model.resnet``, which trains, and can be traced,
+scripted, exported, pickled and fine-tuned. Users' pickles name these classes: do not rename them.
 """
 
 from __future__ import annotations
@@ -26,9 +23,9 @@ from fastbyol_kernels import group_norm, weight_standardization
 
 
 class Conv2d(nn.Conv2d):
-    """A convolution whose weights are standardized first (``ws``), or that sees few channels at a stride (``picks``).
+    """A convolution that standardizes its weights first (``ws``) or subsamples (``picks``).
 
-    The latter takes the pixels that it sees and steps over nothing: see ``model.convolution.SAFE_CHANNELS``.
+    It subsamples its input instead of striding: see ``model.convolution.SAFE_CHANNELS``.
     """
 
     def __init__(self, like: nn.Conv2d, *, ws: bool) -> None:
@@ -49,9 +46,9 @@ class Conv2d(nn.Conv2d):
 
 
 class Encoder(TorchvisionResNet):  # type: ignore[misc]
-    """Images (N, 3, S, S) -> embeddings y (N, ``embedding_dim``), both in the parameters' dtype.
+    """A ResNet-18 (N, 3, S, S) -> embeddings y (N, ``embedding_dim``), in the parameters' dtype.
 
-    Batch norm is over the whole batch.
+    Batch norm is over the whole batch. ``fc`` is an identity that a classifier may replace.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -68,7 +65,7 @@ class Encoder(TorchvisionResNet):  # type: ignore[misc]
         for stage, num_blocks in enumerate(BLOCKS_PER_STAGE):
             blocks = self._make_layer(BasicBlock, width << stage, num_blocks, stride=2 if stage else 1)
             self.add_module(f"layer{stage + 1}", blocks)
-        del self._norm_layer  # no function of ours in what is pickled and scripted
+        del self._norm_layer  # else pickling and scripting meet our function
         for parent in list(self.modules()):
             for name, layer in list(parent.named_children()):
                 if isinstance(layer, nn.Conv2d) and (config.ws or _picks(layer)):
@@ -76,10 +73,10 @@ class Encoder(TorchvisionResNet):  # type: ignore[misc]
 
 
 def ordinary(encoder: ResNet, config: ModelConfig) -> Encoder:
-    """Make the twin of ``encoder``, which is of ``config``: weights copied, contiguous, in eval mode, all to be trained."""
-    with torch.device("meta"):  # nothing is drawn, and no memory taken twice
+    """Copy ``encoder``, made with ``config``, into an ``Encoder`` in eval mode, all trainable."""
+    with torch.device("meta"):  # draws nothing and allocates no weights twice
         twin = Encoder(config)
-    # Copies: what the encoder has are views of the flat buffers of a whole run.
+    # The encoder's weights are views of a run's flat buffers, hence the copies.
     state = {name: t.clone(memory_format=torch.contiguous_format) for name, t in encoder.state_dict().items()}
     twin.load_state_dict(state, assign=True)
     twin.requires_grad_().eval()
@@ -87,7 +84,7 @@ def ordinary(encoder: ResNet, config: ModelConfig) -> Encoder:
 
 
 def _norm(name: NormName, groups: int, channels: int) -> nn.Module:
-    """torch's own module for what ``model.norm.make_norm`` makes."""
+    """Make torch's own module for the norm that ``model.norm.make_norm`` makes."""
     if name == "bn":
         return nn.BatchNorm2d(channels, eps=BATCH_NORM_EPS, momentum=BATCH_NORM_MOMENTUM)
     if name == "none":

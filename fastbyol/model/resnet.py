@@ -1,9 +1,7 @@
-"""The encoder f: ResNet-18 with a choice of normalisation, weight standardization, width and stem.
+"""The encoder that trains: ResNet-18 with a choice of norm, weight standardization, width and stem.
 
-Source: He et al., "Deep Residual Learning", arXiv:1512.03385, in torchvision's form, whose state-dict keys and shapes these
-modules share (``bn1`` names a normalisation of any kind). The small stem is the CIFAR form: 3x3, stride 1, no pooling.
-
-Letters: N samples, C channels, D features, S pixels.
+Source: He et al., "Deep Residual Learning", arXiv:1512.03385. State-dict keys and shapes are
+torchvision's; ``bn1`` is a norm of any kind. ``model.ordinary`` is the same network for export.
 """
 
 from __future__ import annotations
@@ -15,17 +13,18 @@ from fastbyol.config import ModelConfig
 from fastbyol.errors import check_choice
 from fastbyol.model.convolution import convolve
 from fastbyol.model.norm import make_norm, norm_relu
-from fastbyol.model.standardized import Standardizing
+from fastbyol.model.standardizing import Standardizing
 from fastbyol_kernels.max_pool import max_pool
 
 BLOCKS_PER_STAGE = (2, 2, 2, 2)
-STEMS = ("torchvision", "small")
+STEMS = ("torchvision", "small")  # small is the CIFAR form: 3x3, stride 1, no pooling
 
 
 class Conv2d(Standardizing, nn.Conv2d):
-    """A convolution without bias and with "same" padding, its weights standardized first where ``ws`` says so.
+    """A convolution without bias, padded by half the kernel; weights standardized if ``ws`` is set.
 
-    The product is in the input's dtype; weights stay in theirs. Initialised kaiming normal, fan out, as torchvision does.
+    The product is in the input's dtype, the weights keep their own. Initialised kaiming normal, fan
+    out, like torchvision's.
     """
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int, *, stride: int = 1, ws: bool = False) -> None:
@@ -40,7 +39,10 @@ class Conv2d(Standardizing, nn.Conv2d):
 
 
 class BasicBlock(nn.Module):
-    """conv-norm-relu-conv-norm, plus the input (through a strided 1x1 convolution where the shape changes), relu."""
+    """A residual block: conv, norm, relu, conv, norm, plus the input, relu.
+
+    A strided 1x1 convolution and a norm fit the input to the output where the shape changes.
+    """
 
     def __init__(self, config: ModelConfig, in_channels: int, channels: int, stride: int, num_views: int) -> None:
         super().__init__()
@@ -61,9 +63,10 @@ class BasicBlock(nn.Module):
 
 
 class ResNet(nn.Module):
-    """Images (N, 3, S, S) -> embeddings y (N, ``embedding_dim``), fp32 (fp64 for fp64 input), in channels-last throughout.
+    """The encoder: images (N, 3, S, S) -> embeddings y (N, ``embedding_dim``).
 
-    ``kernels`` is what ``fastbyol_kernels.max_pool`` takes; ``use_kernels`` sets it.
+    Channels-last throughout; embeddings are fp32, for fp64 images fp64. ``use_kernels`` sets
+    ``kernels``.
     """
 
     def __init__(self, config: ModelConfig, num_views: int) -> None:
@@ -94,9 +97,9 @@ class ResNet(nn.Module):
 
 
 def build_encoder(config: ModelConfig, *, num_views: int = 2) -> ResNet:
-    """The encoder, initialised from torch's global generator, weights in channels-last.
+    """Make an encoder with channels-last weights from torch's global generator.
 
-    ``num_views``: in train mode batch norm splits its batch in that many equal consecutive chunks, each with statistics of its
-    own (1 for plain supervised training).
+    In train mode batch norm takes its statistics from each of ``num_views`` equal consecutive parts
+    of the batch; 1 is plain supervised training.
     """
     return ResNet(config, num_views).to(memory_format=torch.channels_last)

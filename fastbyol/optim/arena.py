@@ -1,8 +1,7 @@
-"""All parameters in flat buffers: online weights, gradient, momentum and target, described by one segment table.
+"""All parameters in flat buffers: online weights, gradient, momentum and target.
 
-The modules' parameters are views into the buffers and their ``.grad`` views into the gradient buffer, so one operation over a
-buffer reaches them all. Convolution weights lie as (O, kh, kw, I), which makes the parameter a channels-last tensor. Buffers of
-norm layers stay in their modules.
+The modules' parameters and their ``.grad`` are views into the buffers, so one operation over a
+buffer reaches them all. Buffers of norm layers stay in their modules.
 """
 
 from __future__ import annotations
@@ -17,14 +16,16 @@ from torch import Tensor, nn
 from fastbyol.optim.lars import Treatment
 from fastbyol_kernels.lars_ema import SegmentTable
 
-# Vector loads and compiled kernels assume aligned pointers; 256 is what CUDA's own allocator gives.
+# Vector loads and compiled kernels assume aligned pointers; CUDA's own allocator aligns to 256.
 ALIGN_BYTES = 256
 
 
 @dataclass(frozen=True)
 class Segment:
-    """One parameter's place and treatment. ``offset`` and ``numel`` count elements; ``target`` is the index of the target's
-    segment with the same name, None for what the target network lacks (the predictor)."""
+    """One parameter's offset and treatment, in elements.
+
+    ``target`` is the index of the target's segment of that name; the predictor's have None.
+    """
 
     name: str
     offset: int
@@ -36,20 +37,20 @@ class Segment:
     target: int | None
 
     def view(self, buffer: Tensor) -> Tensor:
-        """This segment of a flat buffer in the parameter's shape; four dimensions are channels-last."""
+        """View this segment of a flat ``buffer`` in the parameter's shape."""
         flat = buffer.narrow(0, self.offset, self.numel)
         if len(self.shape) != 4:
             return flat.view(self.shape)
-        o, i, kh, kw = self.shape
+        o, i, kh, kw = self.shape  # stored as (O, kh, kw, I): a channels-last tensor
         return flat.view(o, kh, kw, i).permute(0, 3, 1, 2)
 
 
 def plan(
     shapes: Mapping[str, Sequence[int]], treatments: Sequence[Treatment], num_target: int, element_bytes: int
 ) -> tuple[Segment, ...]:
-    """Lay parameters out one after the other, each start on a multiple of 256 bytes.
+    """Lay parameters out one after the other, each at a multiple of 256 bytes.
 
-    The first ``num_target`` names are also the target's, which so has the same offsets.
+    The first ``num_target`` are also the target's, at the same offsets.
     """
     align, offset, segments = ALIGN_BYTES // element_bytes, 0, []
     for index, ((name, shape), treatment) in enumerate(zip(shapes.items(), treatments, strict=True)):
@@ -61,7 +62,7 @@ def plan(
 
 
 def padded(count: int, align: int) -> int:
-    """``count`` rounded up to a multiple of ``align``."""
+    """Round ``count`` up to a multiple of ``align``."""
     return -(-count // align) * align
 
 
@@ -71,7 +72,7 @@ def _end(segment: Segment, like: Tensor) -> int:
 
 @dataclass(frozen=True)
 class Arena:
-    """The flat buffers (zeros between segments), their segments, and the same table as the optimizer's kernel takes it."""
+    """The flat buffers (zeros between segments), their segments and the kernel's segment table."""
 
     online: Tensor
     gradient: Tensor
@@ -82,9 +83,10 @@ class Arena:
 
     @staticmethod
     def adopt(online: nn.Module, target: nn.Module, treatments: Sequence[Treatment], *, weight_decay: float) -> Arena:
-        """Move the parameters of both networks into new buffers and start the target at the online network's values.
+        """Move both networks' parameters into new buffers; the target starts as the online one.
 
-        ``target``'s parameters must be the first of ``online``'s, by name and shape, in order.
+        ``target``'s parameters must be the first of ``online``'s, by name and shape, in order;
+        raises ValueError otherwise.
         """
         parameters, followers = dict(online.named_parameters()), dict(target.named_parameters())
         first = next(iter(parameters.values()))
@@ -110,19 +112,19 @@ class Arena:
             parameter, home = parameters[segment.name], segment.view(self.online)
             home.copy_(parameter)
             parameter.data = home
-            # Set once: the backward pass adds to a gradient that is there, in place.
+            # Set once: the backward pass adds to an existing gradient in place.
             parameter.grad = segment.view(self.gradient)
             if segment.target is not None:
                 followers[segment.name].data = segment.view(self.target)
         self.target.copy_(self.online[: len(self.target)])
 
     def named(self, buffer: Tensor) -> dict[str, Tensor]:
-        """Views of one of the flat buffers, by parameter name, in the parameters' shapes."""
+        """View one of the flat buffers as tensors by parameter name, in the parameters' shapes."""
         return {s.name: s.view(buffer) for s in self.segments if s.offset + s.numel <= len(buffer)}
 
 
 def segment_table(segments: Sequence[Segment], weight_decay: float, like: Tensor) -> SegmentTable:
-    """The kernel's form of ``segments``, its tensors on the device and in the dtype of ``like``."""
+    """Make the kernel's table of ``segments``, on the device and in the dtype of ``like``."""
     return SegmentTable(
         offsets=tuple(s.offset for s in segments),
         numels=tuple(s.numel for s in segments),

@@ -1,4 +1,7 @@
-"""Which parameters adapt their rate, which decay, and by what factor each one's learning rate is multiplied."""
+"""LARS's settings per parameter: which adapt their rate, which decay, and their lr factors.
+
+``fastbyol_kernels.lars_ema`` computes the rates: ``reference.trust_ratio`` has the formulas.
+"""
 
 from __future__ import annotations
 
@@ -13,13 +16,14 @@ from fastbyol.errors import UsageError
 if TYPE_CHECKING:
     from fastbyol_kernels.lars_ema import Rule
 
-# The filter of the post's code, on names. It is not "biases and norms": it misses the norms' weights of the downsampling paths
-# (`downsample.1.weight`) and of the heads. The blog preset keeps it because its published curves came from it.
+# The filter of the post's code, on names. It is not "biases and norms": it misses the norms'
+# weights of the downsampling paths (`downsample.1.weight`) and of the heads. The blog preset keeps
+# it because its published curves came from it.
 SUBSTRINGS = (".bias", ".bn")
 
 
 class Treatment(NamedTuple):
-    """How the optimizer treats one parameter."""
+    """The optimizer's treatment of one parameter."""
 
     adapt: bool
     decay: bool
@@ -27,15 +31,16 @@ class Treatment(NamedTuple):
 
 
 def rule_of(config: OptimConfig) -> Rule:
-    """The update rule of ``fastbyol_kernels.lars_ema`` that a configuration means."""
+    """Return the update rule of ``fastbyol_kernels.lars_ema`` for ``config``."""
     return "sgd" if config.name == "sgd" else config.dialect
 
 
 def rate_ceiling(config: OptimConfig) -> float | None:
-    """What the rate of a weight that adapts and decays cannot exceed, at the resolved ``config.lr`` and a factor of 1.
+    """Return the upper bound of the rate of a weight that adapts and decays, or None.
 
-    lr eta |w| / (|g| + wd |w|) < lr eta / wd, with the dialects ``blog`` and ``bolts``; ``rate_cap`` where it is lower. None
-    where nothing bounds it: SGD, ``deepmind``, whose |g + wd w| may vanish, or no weight decay.
+    Under ``blog`` and ``bolts`` lr eta |w| / (|g| + wd |w|) < lr eta / wd; ``rate_cap`` if lower.
+    SGD, no weight decay and ``deepmind``, whose |g + wd w| may vanish, have no bound. Takes the
+    resolved ``config.lr`` and a factor of 1.
     """
     if config.name != "lars" or config.lr is None:
         return None
@@ -45,10 +50,10 @@ def rate_ceiling(config: OptimConfig) -> float | None:
 
 
 def treatments(shapes: Mapping[str, Sequence[int]], config: OptimConfig) -> tuple[Treatment, ...]:
-    """The treatment of each parameter, given the shapes by dotted name, in their order.
+    """Return each parameter's treatment, from ``shapes`` by dotted name, in their order.
 
-    Raises ``UsageError`` for a pattern in ``optim.lars_on`` or ``optim.lr_mult`` that matches none of the names. Under SGD
-    nothing adapts, but patterns are checked all the same.
+    Raises UsageError for a pattern in ``optim.lars_on`` or ``optim.lr_mult`` that matches no name,
+    under SGD, too.
     """
     _check_patterns("optim.lars_on", config.lars_on, shapes)
     _check_patterns("optim.lr_mult", [pattern for pattern, _ in config.lr_mult], shapes)
@@ -56,7 +61,7 @@ def treatments(shapes: Mapping[str, Sequence[int]], config: OptimConfig) -> tupl
 
 
 def matches(name: str, pattern: str) -> bool:
-    """Whether ``pattern`` is the dotted ``name``, one of its parents, or a glob of the whole name."""
+    """Return whether ``pattern`` is ``name``, one of its dotted parents, or a glob of all of it."""
     return name == pattern or name.startswith(f"{pattern}.") or fnmatchcase(name, pattern)
 
 

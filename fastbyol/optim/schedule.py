@@ -1,11 +1,6 @@
 """lr and tau of every step, as tables that the step number indexes on the device.
 
-    cosine lr    lr (1 + cos(pi t / T)) / 2                   CosineAnnealingLR; byol section 3.3
-    cosine tau   1 - (1 - tau) (1 + cos(pi t / T)) / 2        byol section 3.3; the post's code, moco.py
-
-t counts steps or whole epochs done, T is the horizon in the same unit, and beyond the horizon the last value holds. With a
-warm-up of W steps, lr is lr * step / W before step W (so 0 at step 0), and then the cosine runs over the rest, at
-(t - W) / (T - W), as deepmind-research's byol/utils/schedules.py has it.
+t counts steps or whole epochs done; T is the horizon in the same unit.
 """
 
 from __future__ import annotations
@@ -23,7 +18,12 @@ MOST_STEPS = 2**25
 
 
 def lr_table(config: ScheduleConfig, lr: float, *, horizon_epochs: int, steps_per_epoch: int) -> Tensor:
-    """lr at steps 0 .. max(T, W), float64 on the CPU. Raises ``UsageError`` for more steps than ``MOST_STEPS``."""
+    """Return lr at steps 0 .. max(T, W), float64 on the CPU.
+
+    Cosine: lr (1 + cos(pi t / T)) / 2 (CosineAnnealingLR; byol, section 3.3). With a warm-up of W
+    steps lr * step / W before step W, and then the cosine at (t - W) / (T - W), as in
+    deepmind-research's byol/utils/schedules.py. Raises UsageError for over ``MOST_STEPS`` steps.
+    """
     warmup = int(config.warmup_epochs * steps_per_epoch)
     total = horizon_epochs * steps_per_epoch
     step = _steps(max(total, warmup), horizon_epochs)
@@ -36,7 +36,11 @@ def lr_table(config: ScheduleConfig, lr: float, *, horizon_epochs: int, steps_pe
 
 
 def tau_table(config: ScheduleConfig, *, horizon_epochs: int, steps_per_epoch: int) -> Tensor:
-    """tau at steps 0 .. T, float64 on the CPU. Raises ``UsageError`` for more steps than ``MOST_STEPS``."""
+    """Return tau at steps 0 .. T, float64 on the CPU.
+
+    Cosine: 1 - (1 - tau) (1 + cos(pi t / T)) / 2 (byol, section 3.3; the post's code, moco.py).
+    Raises UsageError for over ``MOST_STEPS`` steps.
+    """
     step = _steps(horizon_epochs * steps_per_epoch, horizon_epochs)
     if config.tau_schedule == "constant":
         return torch.full_like(step, config.tau)
@@ -45,8 +49,8 @@ def tau_table(config: ScheduleConfig, *, horizon_epochs: int, steps_per_epoch: i
 
 
 def at(table: Tensor, step: Tensor) -> Tensor:
-    """The table's entry for ``step`` (0-d int64), its last one beyond its end; 0-d, without waiting for the device."""
-    # Not table[step]: indexing with a 0-d tensor reads it back to the host.
+    """Return the entry of ``table`` for ``step`` (0-d int64), beyond its end the last one, 0-d."""
+    # Not table[step]: indexing with a 0-d tensor waits for the device.
     return table.index_select(0, step.clamp(max=len(table) - 1).view(1)).view(())
 
 
@@ -59,10 +63,10 @@ def _steps(last: int, horizon_epochs: int) -> Tensor:
 
 
 def _done(step: Tensor, unit: str, steps_per_epoch: int) -> Tensor:
-    """Steps done at each step, or at the start of its epoch."""
+    """Count the steps done at each step or, for unit "epoch", at the start of its epoch."""
     return step if unit == "step" else torch.floor(step / steps_per_epoch) * steps_per_epoch
 
 
 def _half_cosine(position: Tensor) -> Tensor:
-    """From 1 at position 0 to 0 at position 1, constant outside."""
+    """Fall from 1 at position 0 to 0 at position 1, constant outside."""
     return (1 + torch.cos(math.pi * position.clamp(0.0, 1.0))) / 2

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fastbyol.config import ModelConfig
-from fastbyol.model.byol import build_online
+from fastbyol.model.byol import Online
 from fastbyol_bench.blog_path import BlogPath
 from fastbyol_bench.eager_peer import EagerPeer, encoder, step_flop
 
@@ -36,7 +36,7 @@ def test_trains_what_the_posts_path_trains(optimizer: str) -> None:
 
 
 def test_standardized_encoder_is_ours() -> None:
-    peer, ours = encoder("gn", ws=True), build_online(ModelConfig(norm="gn", ws=True)).encoder
+    peer, ours = encoder("gn", ws=True), Online(ModelConfig(norm="gn", ws=True)).encoder
     peer.fc = torch.nn.Identity()
     ours.load_state_dict(copy.deepcopy(peer.state_dict()))
     x = torch.randn(2, 3, 32, 32)

@@ -15,7 +15,7 @@ import torch
 
 from fastbyol import load_config
 from fastbyol.engine.step import TrainState, train_step
-from fastbyol.model.standardized import Standardizing
+from fastbyol.model.standardizing import Standardizing
 from fastbyol_bench.graph_nodes import (
     ADD,
     AUTOGRAD,
@@ -100,7 +100,7 @@ def test_a_step_adds_once_per_gradient_and_copies_once_per_statistic(norm: str) 
     # Each into its place in the arena's gradient.
     assert places[AUTOGRAD] == {"add_": sum(1 for _ in state.online.parameters())}
     # Running mean and variance of every batch norm: 20 in an encoder with bn, and one in a head; two encoders, three heads.
-    assert places["TrainState.keep_statistics"] == {"copy_": 2 * (2 * 20 + 3 if norm == "bn" else 3)}
+    assert places["TrainState.restore_statistics"] == {"copy_": 2 * (2 * 20 + 3 if norm == "bn" else 3)}
     assert places["TrainState.statistics"] == {"cat": 2}
     assert places["train_step"]["zero_"] == 1
     assert places["train_step"]["add_"] == 1  # of the step's number
@@ -111,7 +111,7 @@ def test_given_weights_take_the_place_of_their_parameters() -> None:
     parameters = set(map(id, state.online.parameters()))
     for module in state.online.modules():
         if isinstance(module, Standardizing) and module.ws:
-            module.given = module.weight.detach().bfloat16().requires_grad_()
+            module.precomputed = module.weight.detach().bfloat16().requires_grad_()
     found = list(leaves(state.online))
     assert len(found) == len(parameters)
     assert [leaf.dtype for leaf in found if id(leaf) not in parameters] == [torch.bfloat16] * 20  # the convolutions

@@ -16,7 +16,7 @@ import torch
 from torch.nn import functional as F
 
 from fastbyol.config import ModelConfig
-from fastbyol.model.byol import build_online
+from fastbyol.model.byol import Online
 from fastbyol.model.norm import GroupNorm
 from fastbyol_bench import launches
 
@@ -82,7 +82,7 @@ def test_kernels_cost_what_the_table_says() -> None:
 def test_a_step_launches_what_its_network_asks_for(text: str) -> None:
     """Views in four launches, a norm in one per network and two for the gradient, weights in one a network and one back."""
     with torch.device("meta"):
-        net = build_online(ModelConfig(norm="gn", ws=True))
+        net = Online(ModelConfig(norm="gn", ws=True))
     norms = sum(isinstance(module, GroupNorm) for module in net.modules())
     bn, gn, *_ = (part.split(": ", 1)[1] for part in text.split("\n\n")[1:])
     counts = []

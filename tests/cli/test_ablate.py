@@ -159,6 +159,6 @@ def test_full_scale_fits_and_scores_the_posts_rows() -> None:
     import torch
 
     labels = torch.arange(8000) % 10
-    fit, score, _ = protocol.halves(labels)
+    fit, score, _ = protocol.split_rows(labels)
     assert torch.equal(fit, torch.arange(3968))
     assert torch.equal(score, torch.arange(3968, 7936))

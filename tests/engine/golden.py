@@ -58,31 +58,31 @@ def digest(case: str, precision: str, steps: int = STEPS) -> str:
     state = TrainState.create(config, steps_per_epoch=10)
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (BATCH, SIDE, SIDE, 3), generator=generator, dtype=torch.uint8)
-    ids, found = torch.arange(BATCH), hashlib.sha256()
+    ids, sha256 = torch.arange(BATCH), hashlib.sha256()
     for step in range(steps):
         batch = views.two_views(config.views, images, ids, seed=3, epoch=step, dtype=state.recipe.views_dtype)
         metrics = train_step(state, batch)
-        _feed(found, batch, *metrics)
+        _feed(sha256, batch, *metrics)
     for name, tensor in sorted(state.tensors().items()):
-        found.update(name.encode())
-        _feed(found, tensor)
+        sha256.update(name.encode())
+        _feed(sha256, tensor)
     assert bool(torch.stack([t.isfinite().all() for t in state.tensors().values()]).all())
-    return found.hexdigest()
+    return sha256.hexdigest()
 
 
-def _feed(found: hashlib._Hash, *tensors: Tensor) -> None:
+def _feed(into: hashlib._Hash, *tensors: Tensor) -> None:
     for tensor in tensors:
-        found.update(tensor.detach().contiguous().flatten().view(torch.uint8).numpy().data)
+        into.update(tensor.detach().contiguous().flatten().view(torch.uint8).numpy().data)
 
 
 def machine() -> str:
-    """Return what decides the bits beside the source: libraries, and the CPU that they and numba compile for."""
+    """Name what decides the bits besides the source: the cpu and the libraries."""
     cpu = f"{llvmlite.binding.get_host_cpu_name()} {torch.backends.cpu.get_cpu_capability()}"
     return f"{cpu}, torch {torch.__version__.split('+')[0]}, numba {numba.__version__}"
 
 
 def write() -> None:
-    """Keep this machine's digests."""
+    """Write this machine's digests."""
     kept = json.loads(GOLDEN.read_text("utf-8")) if GOLDEN.exists() else {}
     runs = {threads: [sys.executable, __file__, threads] for threads in THREADS}
     kept[machine()] = {threads: json.loads(subprocess.check_output(run)) for threads, run in runs.items()}

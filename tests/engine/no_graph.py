@@ -1,4 +1,4 @@
-"""A GPU whose graphs cannot be recorded, on a cpu: what a test's own process, or a program that it starts, runs under.
+"""A GPU whose graphs cannot be captured, simulated on a cpu, for a test or a program of its own.
 
     python no_graph.py train ...             the command line
     python no_graph.py --worker PARENT_PID   a worker of the ablations
@@ -27,13 +27,13 @@ WHY = "AcceleratorError: CUDA error: operation not permitted when stream is capt
 
 
 def fail(work: Callable[[], object]) -> Any:
-    """Record as a GPU does that refuses."""
+    """Fail like a GPU that cannot capture."""
     work()
     raise torch.AcceleratorError("CUDA error: operation not permitted when stream is capturing\nmore")
 
 
 def install(record: Callable[..., Any] = fail, patch: Callable[[object, str, object], None] = setattr) -> None:
-    """Let runs on the cpu choose as on a GPU, whose recorder is ``record``."""
+    """Make runs on the cpu choose as on a GPU, and capture by ``record``."""
     choose = capture.choose
 
     def on_gpu(config: EngineConfig, device: torch.device, *, before: str | None = None) -> capture.Choice:
@@ -45,7 +45,7 @@ def install(record: Callable[..., Any] = fail, patch: Callable[[object, str, obj
 
 
 def main() -> None:
-    """Run the program, watched."""
+    """Log the start and run the program."""
     with Path(os.environ["NO_GRAPH_STARTS"]).open("a") as starts:
         starts.write(f"{os.getpid()} {' '.join(sys.argv[1:])}\n")
     install()

@@ -30,7 +30,7 @@ def standardize(w: Tensor) -> Tensor:
 
 @dataclass
 class Net:
-    """One network's parameters and buffers, and what a forward pass of ONE view in train mode does to them."""
+    """A network's parameters and buffers, with a train-mode forward pass of ONE view."""
 
     model: ModelConfig
     p: Named
@@ -123,7 +123,7 @@ def distance(q: Tensor, t: Tensor) -> Tensor:
 
 @dataclass
 class Reference:
-    """A run of ``config`` from given starting parameters and buffers (by name) and queue; all are copied."""
+    """A run of ``config`` from copies of parameters and buffers (by name) and of a queue."""
 
     config: Config
     parameters: Named
@@ -174,7 +174,7 @@ class Reference:
         return measured
 
     def cross_entropy(self, q: Tensor, keys: Tensor) -> Tensor:
-        """Mean of -log(positive's share), an image at a time and a pair at a time."""
+        """Return the mean of -log(positive's share), image by image and pair by pair."""
         total = q.new_zeros(())
         for i, query in enumerate(q):
             negatives = [key for j, key in enumerate(keys) if j != i] if self.queue is None else list(self.queue)
@@ -259,7 +259,7 @@ class Reference:
         w -= lr * m
 
     def clock(self, unit: str) -> tuple[int, int]:
-        """How far the run is and how far it goes, in steps or whole epochs."""
+        """Return how far the run is and how far it goes, in steps or whole epochs."""
         horizon = int(self.config.schedule.horizon_epochs or self.config.train.epochs)
         if unit == "epoch":
             return min(self.step_count // self.steps_per_epoch, horizon), horizon

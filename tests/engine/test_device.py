@@ -1,4 +1,4 @@
-"""How many threads a run takes on a cpu."""
+"""A run's number of threads on a cpu."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from fastbyol.engine.device import fitting_threads
 
 
 @pytest.mark.parametrize(
-    ("preset", "sets", "said", "expected"),
+    ("preset", "sets", "variable", "expected"),
     [
         ("demo", [], None, 1),
         ("demo", ["model.width=64"], None, 3),
@@ -19,12 +19,12 @@ from fastbyol.engine.device import fitting_threads
         ("demo", [], "3", 3),
     ],
 )
-def test_small_steps_take_one_thread_unless_somebody_said_how_many(
-    preset: str, sets: list[str], said: str | None, expected: int, monkeypatch: pytest.MonkeyPatch
+def test_small_steps_take_one_thread_unless_the_environment_has_a_number(
+    preset: str, sets: list[str], variable: str | None, expected: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    if said is not None:
-        monkeypatch.setenv("OMP_NUM_THREADS", said)
+    if variable is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", variable)
     before = torch.get_num_threads()
     torch.set_num_threads(3)
     try:

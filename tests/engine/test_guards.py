@@ -1,4 +1,4 @@
-"""guards.py: too little disk or memory and numbers that are none are said before harm is done."""
+"""Too little disk or memory and numbers that are not finite are reported before they do harm."""
 
 from __future__ import annotations
 
@@ -52,12 +52,12 @@ def test_a_disk_too_small_refuses_the_run_with_numbers_and_leaves_no_folder(
     assert not (tmp_path / "run").exists()
 
 
-@given(count=st.integers(1, 64), place=st.integers(0, 63), bad=st.sampled_from([float("nan"), float("inf"), -float("inf")]))
-def test_one_bad_number_among_many_is_found(count: int, place: int, bad: float) -> None:
+@given(count=st.integers(1, 64), index=st.integers(0, 63), bad=st.sampled_from([float("nan"), float("inf"), -float("inf")]))
+def test_one_bad_number_among_many_has_a_name(count: int, index: int, bad: float) -> None:
     largest = torch.finfo(torch.float32).max
     tensors = {"count": torch.tensor(3), "big": torch.full((count,), largest), "small": torch.full((count,), -largest)}
     assert guards.not_finite(tensors) is None
-    tensors["small"][place % count] = bad
+    tensors["small"][index % count] = bad
     assert guards.not_finite(tensors) == "small"
 
 
@@ -70,8 +70,8 @@ def test_one_bad_number_among_many_is_found(count: int, place: int, bad: float) 
     ],
 )
 def test_running_out_of_memory_says_what_to_lower(error: Exception) -> None:
-    said = r"batch_size \(256\), views.size \(96\) or model.width \(64\).*data.cache"
-    with pytest.raises(FastbyolError, match=said), guards.memory_advice(Config()):
+    advice = r"batch_size \(256\), views.size \(96\) or model.width \(64\).*data.cache"
+    with pytest.raises(FastbyolError, match=advice), guards.memory_advice(Config()):
         raise error
 
 

@@ -1,4 +1,4 @@
-"""interrupt.py: every signal that means stop, when it is answered, and what comes back afterwards."""
+"""Every signal that asks for a stop, when it takes effect, and the handlers afterwards."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_only_a_second_ctrl_c_breaks_off_a_step() -> None:
 
 
 def test_a_hangup_that_is_ignored_stays_so() -> None:
-    """As under nohup; the others are answered."""
+    """Under nohup; the other signals take effect."""
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     with module.ending(), Interrupt() as interrupt:
         send(signal.SIGHUP)
@@ -145,7 +145,7 @@ def test_ctrl_c_that_a_finalizer_swallows_comes_again(
     assert capsys.readouterr().err == ""
 
 
-def test_what_an_import_makes_of_ctrl_c_is_told_apart() -> None:
+def test_an_import_error_after_ctrl_c_is_recognised() -> None:
     """A compiled module that is interrupted while it is imported says ImportError, "initialization failed"."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     with pytest.raises(ImportError) as caught:  # noqa: PT012

@@ -1,4 +1,4 @@
-"""origin.py: a new run from another run's weights, and from nothing else of it."""
+"""A new run from another run's weights alone."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def source(files: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -
 def test_weights_and_statistics_come_over_momentum_and_step_do_not(files: tuple[Path, Path], source: Path) -> None:
     saved = checkpoint.load_latest(source / "checkpoints")
     state = TrainState.create(tiny_config(files, "train.seed=9", "optim.name=lars"), steps_per_epoch=6)
-    origin.take_weights(state, saved.path)
+    origin.copy_weights(state, saved.path)
     mine = state.tensors()
     for name, tensor in saved.tensors.items():
         if name in ("arena.momentum", "step"):
@@ -47,12 +47,12 @@ def test_a_network_of_another_shape_is_refused_by_the_first_tensor(files: tuple[
     before = {name: tensor.clone() for name, tensor in wider.tensors().items()}
     file = checkpoint.load_latest(source / "checkpoints").path
     with pytest.raises(UsageError, match=r"online\.\S+ is \(.*\) there and \(.*\) in this network") as caught:
-        origin.take_weights(wider, file)
+        origin.copy_weights(wider, file)
     assert len(str(caught.value).splitlines()) == 1
     assert all(torch.equal(tensor, before[name]) for name, tensor in wider.tensors().items())
     plain = TrainState.create(tiny_config(files, "model.norm=none"), steps_per_epoch=6)
     with pytest.raises(UsageError, match="absent"):
-        origin.take_weights(plain, file)
+        origin.copy_weights(plain, file)
 
 
 def test_a_run_remembers_where_it_began_and_needs_its_source_no_longer(

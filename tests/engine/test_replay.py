@@ -40,7 +40,7 @@ def test_its_own_rates_make_the_same_run_again(files: tuple[Path, Path], source:
     assert np.array_equal(rates(tmp_path / "run"), rates(source))
 
 
-def test_another_seed_takes_the_rates_and_not_the_course(files: tuple[Path, Path], source: Path, tmp_path: Path) -> None:
+def test_another_seed_has_the_rates_and_other_metrics(files: tuple[Path, Path], source: Path, tmp_path: Path) -> None:
     summary = api.train(tiny_config(files, *LARS, f"optim.replay_rates={source}", "train.seed=5"), tmp_path / "run")
     assert summary.finished
     assert np.array_equal(rates(tmp_path / "run"), rates(source))

@@ -1,4 +1,4 @@
-"""The step against an independent plain implementation in float64, and what must hold of it besides."""
+"""The step against an independent plain implementation in float64, and its properties."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ STEPS = 3
 
 @pytest.fixture(autouse=True, scope="module")
 def _one_thread() -> Iterator[None]:
-    """Nets this small lose time by sharing it."""
+    """Run with one thread: networks this small lose time with more."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -41,7 +41,7 @@ def _one_thread() -> Iterator[None]:
 def tiny(
     norm: str = "bn", head_norm: str = "bn", ws: bool = False, optimizer: str = "sgd", order: str = "before", **more: object
 ) -> Config:
-    """Width 4 on 16x16 views with 2x2 pixels left at the end; rates at which a few steps move every parameter."""
+    """Make a network of width 4 for 16x16 views; a few steps move every parameter."""
     head = {"norm": head_norm, "hidden": 16, "out": 8, "ws": ws}
     values: dict[str, dict[str, object]] = {
         "model": {"norm": norm, "ws": ws, "groups": 4, "width": 4, "stem": "small", "projector": head, "predictor": head},
@@ -72,8 +72,10 @@ def reference_of(state: TrainState, config: Config, steps_per_epoch: int) -> Ref
 
 
 def distance(a: dict[str, Tensor], b: dict[str, Tensor]) -> tuple[float, str]:
-    """The largest difference, relative to the tensor's largest number where that exceeds 1: standardized weights without a
-    norm layer let activations grow to 1e13 and their running variances to 1e26."""
+    """Return the largest difference, relative to the tensor's largest number if that exceeds 1.
+
+    Standardized weights without a norm layer let activations grow to 1e13, variances to 1e26.
+    """
     assert a.keys() == b.keys()
     with torch.no_grad():
         return max([(float((a[n] - b[n]).abs().max() / b[n].abs().max().clamp(min=1)), n) for n in a], default=(0.0, ""))
@@ -98,8 +100,11 @@ def assert_same(state: TrainState, reference: Reference) -> None:
 
 @torch.no_grad()
 def move_off_start(state: TrainState) -> None:
-    """Away from where formulas coincide: norm biases of 0 (at which LARS takes no steps), batch renormalisation before batch
-    5,000 (r = 1 and d = 0), and a target equal to the online network."""
+    """Move the state away from where formulas coincide.
+
+    Those are norm biases of 0 (LARS takes no steps), batch renormalisation before batch 5,000 (r = 1
+    and d = 0), and a target equal to the online network.
+    """
     g = torch.Generator().manual_seed(5)
     for p in (*state.online.parameters(), *state.target.parameters()):
         p += 0.05 * torch.randn(p.shape, generator=g, dtype=p.dtype)
@@ -251,16 +256,6 @@ def assert_equal_states(a: TrainState, b: TrainState) -> None:
         assert torch.equal(x, y), name
 
 
-def test_two_runs_are_identical_bit_for_bit() -> None:
-    a, first = run(SOME)
-    torch.manual_seed(99)
-    b, second = run(SOME)
-    assert_equal_states(a, b)
-    for m, n in zip(first, second, strict=True):
-        assert torch.equal(m.values, n.values)
-        assert torch.equal(m.layers, n.layers)
-
-
 def test_a_restored_state_goes_on_bit_for_bit() -> None:
     whole, metrics = run(SOME, 5)
     half, _ = run(SOME, 2)
@@ -270,7 +265,9 @@ def test_a_restored_state_goes_on_bit_for_bit() -> None:
     restored.load_tensors(saved)
     _, rest = run(SOME, 3, restored)
     assert_equal_states(restored, whole)
-    assert torch.equal(rest[-1].values, metrics[-1].values)
+    for got, expected in zip(rest, metrics[2:], strict=True):
+        assert torch.equal(got.values, expected.values)
+        assert torch.equal(got.layers, expected.layers)
 
 
 def test_the_start_depends_on_the_seed_alone() -> None:
@@ -338,7 +335,7 @@ def test_layer_telemetry_describes_the_step() -> None:
             torch.testing.assert_close(row["update_norm"], (p.detach() - before[name]).norm(), rtol=1e-3, atol=3e-7)
 
 
-def test_gradients_keep_their_place_in_the_arena() -> None:
+def test_gradients_stay_in_the_arena() -> None:
     state = TrainState.create(SOME, steps_per_epoch=2)
     pointers = [p.grad.data_ptr() for p in state.online.parameters() if p.grad is not None]
     assert len(pointers) == len(state.segment_names)
@@ -346,19 +343,6 @@ def test_gradients_keep_their_place_in_the_arena() -> None:
     assert pointers == [p.grad.data_ptr() for p in state.online.parameters() if p.grad is not None]
     low, high = state.arena.gradient.data_ptr(), state.arena.gradient.data_ptr() + state.arena.gradient.nbytes
     assert all(low <= pointer < high for pointer in pointers)
-
-
-def test_a_compiled_network_takes_the_same_step() -> None:
-    eager, compiled = (TrainState.create(SOME, steps_per_epoch=2) for _ in range(2))
-    pointers = [p.grad.data_ptr() for p in compiled.online.parameters() if p.grad is not None]
-    compiled.online.compile(backend="aot_eager", fullgraph=True)
-    for step in range(2):
-        expected, got = train_step(eager, some_views(step)).values, train_step(compiled, some_views(step)).values
-        # The same kernels but for two reductions: fp32 roundings, amplified by two steps.
-        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
-    assert pointers == [p.grad.data_ptr() for p in compiled.online.parameters() if p.grad is not None]
-    for (name, a), b in zip(compiled.tensors().items(), eager.tensors().values(), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4, msg=lambda m, name=name: f"{name}: {m}")
 
 
 def test_views_are_not_copied_where_they_fit() -> None:
@@ -394,7 +378,7 @@ def test_tensors_of_another_network_are_refused_and_change_nothing() -> None:
 
 @torch.no_grad()
 def collapse(state: TrainState) -> None:
-    """All projections and predictions within 1e-3 of one direction: a tiny loss, and gradients of 1e-11 in the first layers."""
+    """Move projections and predictions to within 1e-3 of one direction: gradients fall to 1e-11."""
     direction = torch.randn(8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     heads = (state.online.projector, state.online.predictor, state.target.projector)
     for linear in (head.linear2 for head in heads):
@@ -427,7 +411,7 @@ def test_gradients_of_a_collapsed_state(precision: str, length: float, error: fl
 
 @pytest.mark.slow
 def test_twenty_steps_give_the_bits_that_are_kept(tmp_path: Path) -> None:
-    """For one thread and for two, compiled anew and from the cache; on another machine the last two are equal at least."""
+    """For one thread and for two, compiled and from the cache; elsewhere the last two are equal."""
     cold, warm, alone = (_digests(threads, tmp_path) for threads in ("2", "2", "1"))
     assert list(tmp_path.rglob("*.nbc"))
     assert cold == warm
@@ -442,5 +426,4 @@ def _digests(threads: str, cache: Path) -> dict[str, str]:
     # Waiting threads that spin would take the cores from the tests beside, and this one's from itself.
     policy = {"OMP_NUM_THREADS": threads, "OMP_WAIT_POLICY": "passive"}
     environment = {**os.environ, "NUMBA_CACHE_DIR": str(cache), **policy}
-    found = subprocess.check_output([sys.executable, golden.__file__, threads], env=environment)
-    return dict(json.loads(found))
+    return dict(json.loads(subprocess.check_output([sys.executable, golden.__file__, threads], env=environment)))

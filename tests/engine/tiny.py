@@ -29,7 +29,7 @@ TINY = (
 
 
 def beton_files(folder: Path) -> tuple[Path, Path]:
-    """A training and a test file, written once per folder."""
+    """Write a training and a test file, once per folder."""
     paths = folder / "train.beton", folder / "test.beton"
     for seed, path in enumerate(paths):
         if not path.exists():
@@ -38,5 +38,5 @@ def beton_files(folder: Path) -> tuple[Path, Path]:
 
 
 def tiny_config(files: tuple[Path, Path], *sets: str) -> Config:
-    """The tiny run on ``files``, with ``key=value`` changes."""
+    """Make the configuration of the tiny run on ``files``, with ``key=value`` changes."""
     return load_config("blog", [*TINY, f"data.train={files[0]}", f"data.test={files[1]}", *sets])

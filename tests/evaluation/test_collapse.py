@@ -1,4 +1,4 @@
-"""The collapse monitor on the post's published curves, on made-up ones, and on whatever hypothesis thinks of."""
+"""The collapse monitor on the post's published curves, on made-up ones and on hypothesis's."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ Curve = dict[int, tuple[float, float]]
 
 
 def every_epoch(curve: Curve) -> Curve:
-    """Straight lines between the points that were read."""
+    """Draw straight lines between the points that were read."""
     points, whole = sorted(curve), dict(curve)
     for left, right in itertools.pairwise(points):
         for epoch in range(left, right):
@@ -63,7 +63,7 @@ def every_epoch(curve: Curve) -> Curve:
 
 
 def spread(negative: float) -> float:
-    """The std_z of projections whose mean cosine is ``negative``: both networks alike, as far as the figures tell."""
+    """Return the std_z of projections of mean cosine ``negative`` if both networks are alike."""
     return math.sqrt(max(0.0, 1.0 - max(0.0, negative)))
 
 
@@ -74,7 +74,7 @@ def watch(curve: Curve) -> CollapseMonitor:
     return monitor
 
 
-def story(monitor: CollapseMonitor) -> list[tuple[int, str]]:
+def changes(monitor: CollapseMonitor) -> list[tuple[int, str]]:
     return [(event.step, event.after) for event in monitor.events]
 
 
@@ -84,56 +84,56 @@ class TestPublishedCurves:
     def test_weight_decay_leaves_the_collapse_at_111(self) -> None:
         """And ends at .557 with an accuracy of 56 %: not on its way to a collapse."""
         monitor = watch(every_epoch(WEIGHT_DECAY))
-        assert story(monitor) == [(1, "collapsing"), (2, "collapsed"), (101, "recovering"), (111, "healthy")]
+        assert changes(monitor) == [(1, "collapsing"), (2, "collapsed"), (101, "recovering"), (111, "healthy")]
 
     def test_weight_standardization_comes_and_goes(self) -> None:
         """Separates at [19, 58, 77, 138], collapses again at [52, 68, 109]."""
         monitor = watch(every_epoch(WEIGHT_STANDARDIZATION))
-        assert story(monitor)[:3] == [(1, "collapsing"), (2, "collapsed"), (19, "recovering")]
-        assert story(monitor)[3:] == [
+        assert changes(monitor)[:3] == [(1, "collapsing"), (2, "collapsed"), (19, "recovering")]
+        assert changes(monitor)[3:] == [
             (20, "healthy"), (54, "collapsing"), (59, "healthy"), (70, "collapsing"), (78, "healthy"), (112, "collapsing"),
             (139, "healthy"),
         ]  # fmt: skip
 
     def test_lars_on_layer1_and_layer2_separates_quickly(self) -> None:
         monitor = watch(every_epoch(LARS_LAYER1_LAYER2))
-        assert story(monitor) == [(1, "collapsing"), (1, "collapsed"), (12, "recovering"), (18, "healthy")]
+        assert changes(monitor) == [(1, "collapsing"), (1, "collapsed"), (12, "recovering"), (18, "healthy")]
 
     def test_lars_on_the_mlps_disturbs_the_collapse_which_returns(self) -> None:
         monitor = watch(every_epoch(LARS_MLPS))
-        assert story(monitor) == [(1, "collapsing"), (1, "collapsed"), (91, "recovering"), (94, "collapsed")]
+        assert changes(monitor) == [(1, "collapsing"), (1, "collapsed"), (91, "recovering"), (94, "collapsed")]
 
     @pytest.mark.parametrize("curve", [WEIGHT_DECAY, WEIGHT_STANDARDIZATION, LARS_LAYER1_LAYER2, LARS_MLPS])
     @pytest.mark.parametrize("error", [-0.004, 0.004])
     def test_the_readings_error_moves_a_change_by_an_epoch_or_so(self, curve: Curve, error: float) -> None:
-        """+-.005, the accuracy of the digitisation: the same story."""
+        """+-.005, the accuracy of the digitisation: the same changes."""
         whole = every_epoch(curve)
         shifted = watch({epoch: (negative + error, positive) for epoch, (negative, positive) in whole.items()})
         exact = watch(whole)
-        assert [after for _, after in story(shifted)] == [after for _, after in story(exact)]
-        for (moved, _), (epoch, _) in zip(story(shifted), story(exact), strict=True):
+        assert [after for _, after in changes(shifted)] == [after for _, after in changes(exact)]
+        for (moved, _), (epoch, _) in zip(changes(shifted), changes(exact), strict=True):
             assert abs(moved - epoch) <= 2
 
 
 class TestMadeUp:
     def test_a_fresh_network_is_healthy_though_its_cosine_is_high(self) -> None:
         assert CollapseMonitor().state == "healthy"
-        assert story(watch({0: (0.93, 0.97), 1: (0.94, 0.98), 2: (0.8, 0.95), 3: (0.3, 0.9)})) == []
+        assert changes(watch({0: (0.93, 0.97), 1: (0.94, 0.98), 2: (0.8, 0.95), 3: (0.3, 0.9)})) == []
 
     def test_one_that_has_separated_is_watched_more_closely(self) -> None:
-        assert story(watch({0: (0.93, 0.97), 1: (0.3, 0.9), 2: (0.8, 0.97)})) == [(2, "collapsing")]
+        assert changes(watch({0: (0.93, 0.97), 1: (0.3, 0.9), 2: (0.8, 0.97)})) == [(2, "collapsing")]
 
     def test_batch_norm_never_collapses(self) -> None:
-        assert story(watch({epoch: (max(0.27, 0.9 - 0.1 * epoch), 0.9) for epoch in range(20)})) == []
+        assert changes(watch({epoch: (max(0.27, 0.9 - 0.1 * epoch), 0.9) for epoch in range(20)})) == []
 
     def test_collapse_in_one_epoch_passes_through_collapsing(self) -> None:
         monitor = watch({7: (0.9999, 0.9999)})
-        assert story(monitor) == [(7, "collapsing"), (7, "collapsed")]
+        assert changes(monitor) == [(7, "collapsing"), (7, "collapsed")]
         assert monitor.events[0].before == "healthy"
         assert monitor.events[1].neg_cos == 0.9999
 
     def test_recovery_in_one_epoch_passes_through_recovering(self) -> None:
-        assert story(watch({0: (0.9999, 1.0), 1: (0.1, 0.9)}))[2:] == [(1, "recovering"), (1, "healthy")]
+        assert changes(watch({0: (0.9999, 1.0), 1: (0.1, 0.9)}))[2:] == [(1, "recovering"), (1, "healthy")]
 
     def test_collapsed_means_a_negative_cosine_above_99(self) -> None:
         assert watch({0: (0.99, 1.0)}).state == "collapsing"
@@ -141,9 +141,9 @@ class TestMadeUp:
 
     def test_hovering_at_the_border_does_not_flicker(self) -> None:
         collapsed = watch({epoch: (0.985 + 0.01 * (epoch % 2), 1.0) for epoch in range(50)})
-        assert story(collapsed) == [(0, "collapsing"), (1, "collapsed")]
+        assert changes(collapsed) == [(0, "collapsing"), (1, "collapsed")]
         separated = watch({0: (0.1, 0.9), **{epoch: (0.55 + 0.1 * (epoch % 2), 0.9) for epoch in range(1, 50)}})
-        assert story(separated) == []
+        assert changes(separated) == []
 
     def test_unrelated_noise_is_no_recovery(self) -> None:
         """Positives no nearer than negatives: z tells nothing about the image."""
@@ -178,12 +178,12 @@ observations = st.lists(
 
 class TestAlways:
     @given(observations)
-    def test_no_illegal_change_and_every_change_told(self, sequence: list[dict[str, float]]) -> None:
+    def test_no_illegal_change_and_every_change_is_an_event(self, sequence: list[dict[str, float]]) -> None:
         monitor, before = CollapseMonitor(), "healthy"
         for step, seen in enumerate(sequence):
             state = monitor.update(step=step, **seen)
-            told = [event for event in monitor.events if event.step == step]
-            for event in told:
+            events = [event for event in monitor.events if event.step == step]
+            for event in events:
                 assert event.before == before
                 assert event.after in TRANSITIONS[event.before]
                 before = event.after
@@ -191,7 +191,7 @@ class TestAlways:
             assert (state in ("collapsed", "dead")) >= (seen["neg_cos"] > 0.99)
             assert (state == "dead") == (seen.get("grad_norm") == 0.0 or seen.get("dead_y") == 1.0)
             # Whatever happens in one observation, no state comes twice.
-            assert len({event.after for event in told}) == len(told) <= 3
+            assert len({event.after for event in events}) == len(events) <= 3
 
     @given(observations, observations)
     def test_goes_on_from_json_as_if_never_stopped(self, first: list[dict[str, float]], second: list[dict[str, float]]) -> None:

@@ -1,4 +1,4 @@
-"""Embeddings depend on the image and the weights, and on nothing else; the encoder is left as it was found."""
+"""Embeddings depend on the image and the weights alone; the encoder stays as it was."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def images(num: int = 20, side: int = 16) -> Tensor:
 
 @pytest.fixture
 def encoder() -> nn.Module:
-    """Batch norm with running statistics that differ from a batch's, some of it frozen in eval mode."""
+    """Make an encoder with running statistics unlike a batch's and a layer in eval mode."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         net = build_encoder(ModelConfig(width=4, norm="bn", stem="small"))
@@ -32,22 +32,16 @@ def encoder() -> nn.Module:
     return net
 
 
-def test_is_the_encoder_in_eval_mode_on_plain_views(encoder: nn.Module) -> None:
-    actual = embed(encoder, images(), VIEWS, device="cpu", batch_size=7)
+@pytest.mark.parametrize("side", [16, 24])
+def test_is_the_encoder_in_eval_mode_on_plain_views(encoder: nn.Module, side: int) -> None:
+    """Images of another size are resized."""
+    actual = embed(encoder, images(side=side), VIEWS, device="cpu", batch_size=7)
     encoder.eval()
     with torch.no_grad():
-        expected = torch.cat([encoder(views.plain(image[None], VIEWS)) for image in images()])
+        expected = torch.cat([encoder(views.plain(image[None], VIEWS)) for image in images(side=side)])
     assert actual.dtype == torch.float32
     # One image at a time: other kernels, the same numbers but for rounding.
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
-
-
-def test_images_of_another_size_are_resized(encoder: nn.Module) -> None:
-    actual = embed(encoder, images(side=24), VIEWS, device="cpu")
-    encoder.eval()
-    with torch.no_grad():
-        expected = encoder(views.plain(images(side=24), VIEWS))
-    torch.testing.assert_close(actual, expected)
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 19, 20, 512])
@@ -55,10 +49,6 @@ def test_batch_size_moves_only_rounding(encoder: nn.Module, batch_size: int) -> 
     one = embed(encoder, images(), VIEWS, device="cpu", batch_size=20)
     other = embed(encoder, images(), VIEWS, device="cpu", batch_size=batch_size)
     torch.testing.assert_close(other, one, rtol=1e-5, atol=1e-5 * float(one.abs().max()))
-
-
-def test_same_call_same_bits(encoder: nn.Module) -> None:
-    assert torch.equal(embed(encoder, images(), VIEWS, device="cpu"), embed(encoder, images(), VIEWS, device="cpu"))
 
 
 def test_leaves_the_encoder_as_it_was(encoder: nn.Module) -> None:
@@ -79,7 +69,7 @@ def test_restores_modes_after_an_error(encoder: nn.Module) -> None:
     assert not encoder.get_submodule("layer2").training
 
 
-def test_ignores_autocast_and_keeps_no_graph(encoder: nn.Module) -> None:
+def test_same_bits_under_autocast_and_no_graph(encoder: nn.Module) -> None:
     expected = embed(encoder, images(), VIEWS, device="cpu")
     with torch.autocast("cpu", dtype=torch.bfloat16):
         actual = embed(encoder, images(), VIEWS, device="cpu")
@@ -106,7 +96,7 @@ def test_check_finite_counts_rows() -> None:
 
 
 class Shifted(nn.Module):
-    """Embeddings of one direction in common, and of ``scale`` times the image beside it."""
+    """An encoder with one direction in common plus ``scale`` times the image."""
 
     def __init__(self, scale: float) -> None:
         super().__init__()
@@ -117,15 +107,15 @@ class Shifted(nn.Module):
 
 
 @pytest.mark.parametrize(("scale", "expected"), [(1.0, torch.bfloat16), (1e-3, torch.float32)])
-def test_bf16_is_taken_where_it_keeps_the_differences(scale: float, expected: torch.dtype) -> None:
-    """Of a collapsed network it keeps what is common, and rounds away what differs."""
+def test_bf16_is_chosen_where_it_keeps_the_differences(scale: float, expected: torch.dtype) -> None:
+    """In a collapsed network it would round the differences away."""
     net = Shifted(scale)
     assert agreeing_dtype(net, images(), VIEWS, torch.bfloat16, device="cpu") == expected
     assert agreeing_dtype(net, images(), VIEWS, torch.float32, device="cpu") == torch.float32
     assert agreeing_dtype(net.double(), images(), VIEWS, torch.bfloat16, device="cpu") == torch.float64
 
 
-def test_what_is_taken_in_bf16_agrees(encoder: nn.Module) -> None:
+def test_bf16_is_chosen_if_it_agrees(encoder: nn.Module) -> None:
     rounded, exact = (embed(encoder, images(), VIEWS, device="cpu", dtype=dtype) for dtype in (torch.bfloat16, torch.float32))
     assert rounded.dtype == torch.float32
     agrees = float((rounded - exact).norm() / (exact - exact.mean(0)).norm()) <= MOST_ROUNDING

@@ -22,7 +22,7 @@ def clusters(seed: int, num: int, dim: int = 16, num_classes: int = 7) -> tuple[
 
 
 def written_out(bank: np.ndarray, labels: np.ndarray, queries: np.ndarray, k: int, temperature: float) -> list[int]:
-    """Section 3.4 of the paper, one query at a time, in float64."""
+    """Predict by section 3.4 of the paper, one query at a time, in float64."""
     predicted = []
     for query in queries:
         cosine = bank @ query / np.linalg.norm(bank, axis=1) / np.linalg.norm(query)

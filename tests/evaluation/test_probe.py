@@ -30,7 +30,7 @@ Fit = Callable[..., LinearClassifier]
 
 
 def synthetic(kind: str, num_samples: int = 1000, dim: int = 96, num_classes: int = 10, seed: int = 0) -> Split:
-    """Features as networks make them, fit half and score half: rectified mixtures of a few latent factors, float32."""
+    """Draw features like a network's, rectified mixtures of factors, to fit and to score."""
     g = np.random.default_rng(seed)
     y = np.arange(2 * num_samples) % num_classes if kind.startswith("balanced") else g.integers(0, num_classes, 2 * num_samples)
     latent = g.normal(size=(2 * num_samples, 30)) + 0.5 * g.normal(size=(num_classes, 30))[y]
@@ -57,17 +57,18 @@ SYNTHETIC = [
 ]  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def digits() -> tuple[np.ndarray, Tensor]:
+@pytest.fixture(scope="module", params=["pixels", "bn", "gn", "none"])
+def real(request: pytest.FixtureRequest) -> Split:
+    """Provide digits: pixels, some always zero, or at 32 px a random ResNet-18's features.
+
+    The latter, of width 16, are 128 features that are far from independent.
+    """
     bunch = load_digits()
     order = np.random.default_rng(0).permutation(len(bunch.target))
-    return bunch.data[order], torch.from_numpy(bunch.target[order])
-
-
-@pytest.fixture(scope="module", params=["bn", "gn", "none"])
-def resnet_features(request: pytest.FixtureRequest, digits: tuple[np.ndarray, Tensor]) -> Split:
-    """Digits at 32 px through a random ResNet-18 of width 16: 128 features that are far from independent."""
-    pixels, labels = digits
+    pixels, labels = bunch.data[order], torch.from_numpy(bunch.target[order])
+    x = torch.from_numpy(pixels)
+    if request.param == "pixels":
+        return x[:900], labels[:900], x[900:], labels[900:]
     images = torch.from_numpy(pixels.reshape(-1, 8, 8) * 15.9375).to(torch.uint8)
     images = images.repeat_interleave(4, 1).repeat_interleave(4, 2)[..., None].expand(-1, -1, -1, 3).contiguous()
     with torch.random.fork_rng():
@@ -77,12 +78,12 @@ def resnet_features(request: pytest.FixtureRequest, digits: tuple[np.ndarray, Te
     return x[:900], labels[:900], x[900:], labels[900:]
 
 
-def liblinear(tol: float = 1e-4, max_iter: int = 100) -> OneVsRestClassifier:
-    return OneVsRestClassifier(LogisticRegression(solver="liblinear", C=1.0, max_iter=max_iter, tol=tol))
+def liblinear(tol: float = 1e-4, max_iter: int = 100, c: float = 1.0) -> OneVsRestClassifier:
+    return OneVsRestClassifier(LogisticRegression(solver="liblinear", C=c, max_iter=max_iter, tol=tol))
 
 
 def coefficients(model: OneVsRestClassifier) -> np.ndarray:
-    """(K, D + 1), the intercept last."""
+    """Return (K, D + 1), the intercept last."""
     return np.stack([np.append(e.coef_[0], e.intercept_[0]) for e in model.estimators_])
 
 
@@ -113,13 +114,10 @@ class TestOneVsRest:
         split = synthetic(kind, num_samples=500, dim=40)
         assert_liblinears_accuracy(split, liblinear(tol=1e-9, max_iter=10_000), 1e-9)
 
-    def test_random_resnet(self, resnet_features: Split) -> None:
-        assert_liblinears_accuracy(resnet_features, liblinear(), 1e-4)
-        assert_liblinears_accuracy(resnet_features, liblinear(tol=1e-8, max_iter=10_000), 1e-8)
-
-    def test_digits(self, digits: tuple[np.ndarray, Tensor]) -> None:
-        x, y = torch.from_numpy(digits[0]), digits[1]
-        assert_liblinears_accuracy((x[:900], y[:900], x[900:], y[900:]), liblinear(), 1e-4)
+    def test_real(self, real: Split) -> None:
+        assert_liblinears_accuracy(real, liblinear(), 1e-4)
+        if real[0].dtype == torch.float32:  # the ResNets' features
+            assert_liblinears_accuracy(real, liblinear(tol=1e-8, max_iter=10_000), 1e-8)
 
     def test_early_stopping_is_part_of_it(self) -> None:
         """Small features that are nearly equal, classes in balance: the fitted intercepts take the gradient under liblinear's
@@ -141,20 +139,13 @@ class TestOneVsRest:
         ours, theirs = weights(logistic_one_vs_rest(x, y)), coefficients(model)
         np.testing.assert_allclose(ours, theirs, rtol=0.0, atol=1e-6 * np.abs(theirs).max())
 
-    def test_converged_weights(self) -> None:
+    @pytest.mark.parametrize(("c", "error"), [(0.01, 1e-6), (1.0, 1e-7), (30.0, 1e-6)])
+    def test_converged_weights(self, c: float, error: float) -> None:
         x, y, _, _ = synthetic("rectified", num_samples=400, dim=24)
-        model = liblinear(tol=1e-10, max_iter=10_000).fit(x.double().numpy(), y.numpy())
-        ours = logistic_one_vs_rest(x, y, tolerance=1e-10)
+        theirs = coefficients(liblinear(tol=1e-10, max_iter=10_000, c=c).fit(x.double().numpy(), y.numpy()))
+        ours = logistic_one_vs_rest(x, y, c=c, tolerance=1e-10)
         assert ours.converged
-        np.testing.assert_allclose(weights(ours), coefficients(model), rtol=0.0, atol=1e-7 * np.abs(coefficients(model)).max())
-
-    @pytest.mark.parametrize("c", [0.01, 30.0])
-    def test_c(self, c: float) -> None:
-        x, y, _, _ = synthetic("rectified", num_samples=400, dim=24)
-        model = OneVsRestClassifier(LogisticRegression(solver="liblinear", C=c, tol=1e-10, max_iter=10_000))
-        theirs = coefficients(model.fit(x.double().numpy(), y.numpy()))
-        ours = weights(logistic_one_vs_rest(x, y, c=c, tolerance=1e-10))
-        np.testing.assert_allclose(ours, theirs, rtol=0.0, atol=1e-6 * np.abs(theirs).max())
+        np.testing.assert_allclose(weights(ours), theirs, rtol=0.0, atol=error * np.abs(theirs).max())
 
 
 class TestMultinomial:
@@ -162,13 +153,8 @@ class TestMultinomial:
     def test_synthetic(self, kind: str) -> None:
         assert_multinomial(synthetic(kind))
 
-    def test_random_resnet(self, resnet_features: Split) -> None:
-        assert_multinomial(resnet_features)
-
-    def test_digits(self, digits: tuple[np.ndarray, Tensor]) -> None:
-        """Some of its pixels are always zero: they are left unscaled, as in StandardScaler."""
-        x, y = torch.from_numpy(digits[0]), digits[1]
-        assert_multinomial((x[:900], y[:900], x[900:], y[900:]))
+    def test_real(self, real: Split) -> None:
+        assert_multinomial(real)
 
     @pytest.mark.parametrize(("num_classes", "c"), [(2, 1.0), (3, 0.01), (10, 30.0)])
     def test_converged_weights(self, num_classes: int, c: float) -> None:

@@ -19,10 +19,10 @@ EPOCHS = [epoch(0, None), epoch(1, 50.0), epoch(2, None), epoch(3, 64.0625), epo
 
 
 def test_a_run_from_its_events() -> None:
-    found = Accuracies.of([UNTRAINED, *EPOCHS, {"event": "state", "step": 9}])
-    assert found == Accuracies(untrained=48.4375, best=64.0625, best_epoch=3, last=60.9375, num_scored=1024)
+    accuracies = Accuracies.of([UNTRAINED, *EPOCHS, {"event": "state", "step": 9}])
+    assert accuracies == Accuracies(untrained=48.4375, best=64.0625, best_epoch=3, last=60.9375, num_scored=1024)
     low, high = stats.binomtest(624, 1024).proportion_ci(method="wilson")
-    assert found.in_words() == (
+    assert accuracies.in_words() == (
         f"accuracy 60.9% ({100 * low:.1f} to {100 * high:.1f}), best in epoch 4 64.1% (61.1 to 66.9), "
         "random weights 48.4% (45.4 to 51.5)"
     )
@@ -38,7 +38,7 @@ def test_a_run_from_its_events() -> None:
         (EPOCHS[:2], "accuracy 50.0%, best in epoch 2 50.0%"),  # of a version that recorded neither start nor number
     ],
 )
-def test_what_is_not_known_is_not_said(events: list[dict[str, Any]], words: str) -> None:
+def test_absent_numbers_are_left_out(events: list[dict[str, Any]], words: str) -> None:
     assert Accuracies.of(events).in_words() == words
 
 

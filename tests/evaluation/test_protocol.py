@@ -1,4 +1,4 @@
-"""Which rows each protocol fits and scores, what it says, and what it refuses."""
+"""The rows that each protocol fits and scores, its results and its errors."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fastbyol.config import ViewsConfig
 from fastbyol.errors import FastbyolError, UsageError
 from fastbyol.evaluation.knn import knn_accuracy
 from fastbyol.evaluation.probe import logistic_multinomial, logistic_one_vs_rest
-from fastbyol.evaluation.protocol import PROTOCOLS, check, evaluate, halves
+from fastbyol.evaluation.protocol import PROTOCOLS, check, evaluate, split_rows
 
 VIEWS = ViewsConfig(size=8, blur_kernel=3)
 KEYS = {
@@ -41,7 +41,7 @@ class Images(NamedTuple):
 
 
 def labelled(num: int, seed: int, num_classes: int = 5) -> Images:
-    """Noise whose mean colour tells the class, not too clearly."""
+    """Draw noise whose mean colour hints at the class."""
     g = torch.Generator().manual_seed(seed)
     labels = torch.randint(num_classes, (num,), generator=g)
     colours = torch.randint(60, 196, (num_classes, 3), generator=torch.Generator().manual_seed(7))
@@ -69,13 +69,13 @@ class TestHalves:
     )
     def test_the_posts_arithmetic(self, total: int, half: int) -> None:
         """8,000 is STL-10's test split: rows 0..3967 and 3968..7935."""
-        fit, score, split = halves(torch.zeros(total, dtype=torch.int64))
+        fit, score, split = split_rows(torch.zeros(total, dtype=torch.int64))
         assert fit.tolist() == list(range(half))
         assert score.tolist() == list(range(half, 2 * half))
         assert split == "halves of the test set by row"
 
     def test_files_sorted_by_class_are_split_within_classes(self) -> None:
-        fit, score, split = halves(torch.arange(10).repeat_interleave(60))
+        fit, score, split = split_rows(torch.arange(10).repeat_interleave(60))
         assert fit.tolist() == list(range(0, 600, 2))
         assert score.tolist() == list(range(1, 600, 2))
         assert split == "alternate rows of each class of the test set"
@@ -84,7 +84,7 @@ class TestHalves:
     @given(labels=st.lists(st.integers(0, 4), max_size=40))
     def test_never_shares_a_row_nor_scores_a_class_it_has_not_seen(self, labels: list[int]) -> None:
         y = torch.tensor(labels, dtype=torch.int64)
-        fit, score, _ = halves(y)
+        fit, score, _ = split_rows(y)
         assert not set(fit.tolist()) & set(score.tolist())
         assert set(y[score].tolist()) <= set(y[fit].tolist())
         assert len(fit) >= len(score)
@@ -171,7 +171,7 @@ class TestEvaluate:
 
 
 class TestNotes:
-    """What keeps an accuracy from saying anything is refused, or said beside it."""
+    """Conditions that make an accuracy meaningless: an error or a note."""
 
     @pytest.mark.parametrize("protocol", PROTOCOLS)
     def test_one_class_to_fit_on_is_refused(self, encoder: nn.Module, protocol: str) -> None:
@@ -185,7 +185,7 @@ class TestNotes:
                 evaluate(protocol, encoder, test=labelled(40, 1), train=one, views=VIEWS, device="cpu")
 
     @pytest.mark.parametrize("protocol", ["linear", "knn"])
-    def test_one_class_to_score_unknown_labels_and_repeated_images_are_said(self, encoder: nn.Module, protocol: str) -> None:
+    def test_one_class_to_score_unknown_labels_and_repeated_images_give_notes(self, encoder: nn.Module, protocol: str) -> None:
         train = labelled(60, 0)
 
         def notes(test: Images) -> tuple[int, list[str]]:
@@ -207,13 +207,13 @@ class TestNotes:
         some = Images(torch.cat((fresh.images, train.images[5:12])), torch.cat((fresh.labels, train.labels[5:12])))
         assert notes(some)[0] == 7
 
-    def test_halves_of_one_set_are_not_looked_at(self, encoder: nn.Module) -> None:
+    def test_parts_of_one_set_are_not_searched_for_repeats(self, encoder: nn.Module) -> None:
         result = evaluate("knn", encoder, test=labelled(60, 0), train=None, views=VIEWS, device="cpu")
         assert (result["num_repeated"], result["notes"]) == (None, [])
 
 
 def diluted(data: Images) -> Images:
-    """Every labelled row followed by an unlabelled one, as in STL-10's train+unlabeled."""
+    """Put an unlabelled row after every labelled one, as in STL-10's train+unlabeled."""
     labels = torch.stack((data.labels, torch.full_like(data.labels, -1)), dim=1).flatten()
     return Images(data.images.repeat_interleave(2, 0), labels)
 
@@ -244,15 +244,15 @@ def test_classes_are_matched_by_name(kept: set[str], name: str) -> None:
     some = Images(test.images[rows], test.labels[rows])
     own = tuple(sorted(kept))
     renumbered = torch.tensor([own.index(NAMES[int(label)]) for label in some.labels])
-    wanted, found = (
+    wanted, got = (
         evaluate(name, encoder, test=scored, train=Images(*train[:2], NAMES), views=VIEWS, device="cpu")
         for scored in (some, Images(some.images, renumbered, own))
     )
-    assert found["accuracy"] == wanted["accuracy"]
-    assert found["notes"] == wanted["notes"]
+    assert got["accuracy"] == wanted["accuracy"]
+    assert got["notes"] == wanted["notes"]
 
 
-def test_a_class_of_the_test_set_alone_can_only_be_wrong_and_that_is_said(encoder: nn.Module) -> None:
+def test_a_class_of_the_test_set_alone_can_only_be_wrong_and_gives_a_note(encoder: nn.Module) -> None:
     train, test = labelled(200, 1, 4), labelled(120, 2)
     result = evaluate(
         "knn", encoder, test=Images(*test[:2], ("fox", *NAMES[1:4], "gnu")), train=Images(*train[:2], NAMES[:4]),

@@ -12,7 +12,7 @@ from fastbyol.evaluation.rank import EPSILON, effective_rank
 
 
 def by_formula(x: np.ndarray) -> float:
-    """RankMe, equation 1."""
+    """Compute RankMe's equation 1."""
     singular = np.linalg.svd(x, compute_uv=False)
     p = singular / np.abs(singular).sum() + EPSILON
     return float(np.exp(-(p * np.log(p)).sum()))

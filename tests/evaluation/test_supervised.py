@@ -26,7 +26,7 @@ class Images(NamedTuple):
 
 
 def stripes(num: int, seed: int, names: tuple[int, ...] = (0, 1, 2)) -> Images:
-    """Noise on plain grey, on horizontal and on vertical stripes: nothing that a crop or a flip would hide."""
+    """Draw noise on plain grey, horizontal and vertical stripes, which crops and flips keep."""
     g = torch.Generator().manual_seed(seed)
     labels = torch.randint(len(names), (num,), generator=g)
     wave = 60.0 * torch.sin(torch.arange(16) * 1.5 + 6.0 * torch.rand(num, 1, generator=g))
@@ -55,7 +55,7 @@ def test_repeats_itself_and_leaves_the_global_generator_alone() -> None:
 
 
 def trained_weights(seed: int) -> list[Tensor]:
-    """Weights after one epoch, caught where the accuracy is measured."""
+    """Return the weights after one epoch, caught where the accuracy is measured."""
     caught: list[Tensor] = []
 
     def spy(net: torch.nn.Module, images: Tensor, views: ViewsConfig, *, device: str) -> Tensor:

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastbyol.evaluation.trust_region import Loss, Problem, Sigmoid, Softmax, minimise, minimise_whitened
+from fastbyol.evaluation import trust_region
+from fastbyol.evaluation.trust_region import Problem, Sigmoid, Softmax, minimise, minimise_whitened
 
 NUM_CLASSES, NUM_SAMPLES = 4, 60
 CASES = pytest.mark.parametrize("kind", [Sigmoid, Softmax])
@@ -29,7 +30,7 @@ def zeros(x: Tensor) -> Tensor:
 
 
 def written_out(kind: type[Sigmoid] | type[Softmax], targets: Tensor, margins: Tensor) -> Tensor:
-    """The losses from torch's own functionals: (K, 1) or (1, 1)."""
+    """Compute the losses by torch's own functionals: (K, 1) or (1, 1)."""
     if kind is Softmax:
         return F.cross_entropy(margins.T, targets.argmax(0), reduction="sum").reshape(1, 1)
     return F.binary_cross_entropy_with_logits(margins, targets, reduction="none").sum(1, keepdim=True)
@@ -64,9 +65,11 @@ def test_finds_the_minimum(kind: type[Sigmoid] | type[Softmax], seed: int, scale
     x = scale * (normal(NUM_SAMPLES, 5, seed=seed) + offset)
     targets = one_hot(seed + 1)
     problem = Problem(x, kind(targets), torch.ones(5, dtype=torch.float64), c)
-    loss: Loss = problem.loss
+    loss = problem.loss
     rows = len(loss.dot(targets, targets))
-    solution = minimise(problem, zeros(x), torch.full((rows, 1), 1e-7, dtype=torch.float64), max_steps=1000)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trust_region, "MAX_STEPS", 1000)
+        solution = minimise(problem, zeros(x), torch.full((rows, 1), 1e-7, dtype=torch.float64))
     assert solution.converged
 
     def objective(w: Tensor) -> Tensor:
@@ -76,7 +79,7 @@ def test_finds_the_minimum(kind: type[Sigmoid] | type[Softmax], seed: int, scale
     left = loss.dot(end, end).sqrt() / loss.dot(start, start).sqrt()
     hessian = torch.autograd.functional.hessian(objective, solution.weights).reshape(20, 20)
     decrement = 0.5 * end.flatten() @ torch.linalg.solve(hessian, end.flatten())
-    # 1e-7 was asked for. Otherwise what is left to gain is rounding of F, of which a step must still take something off.
+    # Either the tolerance of 1e-7 is met, or only rounding of F is left to gain.
     assert bool((left <= 1.01e-7).all()) or float(decrement) <= 4e-12 * float(objective(solution.weights))
 
 
@@ -99,7 +102,7 @@ def test_whitening_changes_the_way_not_the_end(kind: type[Sigmoid] | type[Softma
     penalty[-1] = 0.0
     problem = Problem(x, loss, penalty, 1.0)
     tolerance = torch.full_like(loss.dot(zeros(x), zeros(x)), 1e-8)
-    plain = minimise(problem, zeros(x), tolerance, max_steps=1000)
+    plain = minimise(problem, zeros(x), tolerance)
     whitened = minimise_whitened(problem, zeros(x), tolerance)
     elsewhere = minimise_whitened(problem, normal(NUM_CLASSES, 12, seed=14), tolerance)
     assert whitened.num_products < plain.num_products
@@ -131,18 +134,19 @@ def test_classes_do_not_touch_each_other() -> None:
     for k in range(NUM_CLASSES):
         alone = minimise(Problem(x, Sigmoid(targets[k : k + 1]), ones, 1.0), zeros(x)[:1], tolerance[k : k + 1])
         assert int(alone.steps) == int(together.steps[k])
-        # The float32 products inside a step are rounded by the shape they are computed in.
+        # Products are rounded by the shape that they are computed in.
         torch.testing.assert_close(alone.weights[0], together.weights[k], rtol=1e-5, atol=1e-7)
 
 
-def test_says_when_it_ran_out_of_steps() -> None:
+def test_says_when_it_ran_out_of_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     x, targets = 1e3 * normal(NUM_SAMPLES, 5, seed=8), one_hot(9)
     problem = Problem(x, Softmax(targets), torch.ones(5, dtype=torch.float64), 1.0)
     tolerance = torch.full((1, 1), 1e-9, dtype=torch.float64)
-    short = minimise(problem, zeros(x), tolerance, max_steps=2)
+    assert minimise(problem, zeros(x), tolerance).converged
+    monkeypatch.setattr(trust_region, "MAX_STEPS", 2)
+    short = minimise(problem, zeros(x), tolerance)
     assert not short.converged
     assert int(short.steps) == 2
-    assert minimise(problem, zeros(x), tolerance).converged
 
 
 def test_nothing_to_learn_ends_at_zero() -> None:

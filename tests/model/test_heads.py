@@ -8,7 +8,7 @@ from torch import nn
 
 from fastbyol.config import HeadConfig
 from fastbyol.errors import UsageError
-from fastbyol.model.heads import build_head
+from fastbyol.model.heads import Head
 
 THEIRS = {
     "bn": lambda: nn.BatchNorm1d(24),
@@ -22,7 +22,7 @@ THEIRS = {
 @pytest.mark.parametrize("ws", [False, True])
 def test_equals_torchs_layers(norm: str, ws: bool) -> None:
     torch.manual_seed(0)
-    head = build_head(HeadConfig.model_validate({"norm": norm, "hidden": 24, "out": 6, "ws": ws}), 10, groups=32, num_views=1)
+    head = Head(HeadConfig.model_validate({"norm": norm, "hidden": 24, "out": 6, "ws": ws}), 10, groups=32, num_views=1)
     first, last = nn.Linear(10, 24), nn.Linear(24, 6)
     first.load_state_dict(head.linear1.state_dict())
     last.load_state_dict(head.linear2.state_dict())
@@ -36,7 +36,7 @@ def test_equals_torchs_layers(norm: str, ws: bool) -> None:
 
 
 def test_names_and_initialisation_are_torchs() -> None:
-    head = build_head(HeadConfig(hidden=512, out=128), 512, groups=32)
+    head = Head(HeadConfig(hidden=512, out=128), 512, groups=32)
     assert [n for n, _ in head.named_parameters()] == [
         "linear1.weight", "linear1.bias", "norm.weight", "norm.bias", "linear2.weight", "linear2.bias",
     ]  # fmt: skip
@@ -49,11 +49,11 @@ def test_names_and_initialisation_are_torchs() -> None:
 
 
 def test_bf16_input_is_multiplied_in_fp32() -> None:
-    head = build_head(HeadConfig(hidden=16, out=4, norm="gn"), 8, groups=32)
+    head = Head(HeadConfig(hidden=16, out=4, norm="gn"), 8, groups=32)
     x = torch.randn(4, 8).bfloat16()
     assert torch.equal(head(x), head(x.float()))
 
 
 def test_weight_standardization_of_one_input_feature_is_refused() -> None:
     with pytest.raises(UsageError, match="two input features"):
-        build_head(HeadConfig(ws=True), 1, groups=32)
+        Head(HeadConfig(ws=True), 1, groups=32)

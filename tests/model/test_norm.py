@@ -102,7 +102,7 @@ def test_odd_batches_are_refused() -> None:
 
 
 def renorm_by_hand(x: Tensor, state: dict[str, Tensor], weight: Tensor, bias: Tensor, k: int) -> Tensor:
-    """Ioffe's algorithm 1 with the post's constants, one chunk; changes ``state``."""
+    """Apply Ioffe's algorithm 1 with the post's constants to one chunk; changes ``state``."""
     mean = x.sum(0) / len(x)
     std = ((x - mean).square().sum(0) / len(x)).sqrt() + 1e-3
     rmax = min(max(2 / 35000 * k + 25 / 35, 1.0), 3.0)

@@ -1,4 +1,4 @@
-"""The loss and what is watched beside it, against sums over pairs."""
+"""The losses and the measurements beside them, against sums over pairs."""
 
 from __future__ import annotations
 
@@ -35,19 +35,6 @@ def test_loss_identities() -> None:
     assert byol_loss(0.1 * q, rows(10, 6, 1)).item() == pytest.approx(byol_loss(q, rows(10, 6, 1)).item(), abs=1e-14)
 
 
-def test_loss_gradient_is_orthogonal_to_the_prediction() -> None:
-    q = rows(8, 5).requires_grad_()
-    assert torch.autograd.gradcheck(lambda q: byol_loss(q, rows(8, 5, 1)), (q,))
-    (grad,) = torch.autograd.grad(byol_loss(q, rows(8, 5, 1)), q)
-    torch.testing.assert_close((grad * q).sum(1), torch.zeros(8, dtype=torch.float64), rtol=0.0, atol=1e-15)
-
-
-def test_low_precision_goes_through_fp32() -> None:
-    q, z = rows(16, 32).bfloat16(), rows(16, 32, 1).bfloat16()
-    assert byol_loss(q, z).dtype == torch.float32
-    assert byol_loss(q, z).item() == pytest.approx(byol_loss(q.double(), z.double()).item(), abs=1e-6)
-
-
 @pytest.mark.parametrize("angle", [1e-1, 1e-2, 1e-3, 1e-4])
 def test_fp32_keeps_loss_and_gradient_of_a_collapsed_state(angle: float) -> None:
     """All predictions and projections within ``angle`` of one direction, where 1 - cos itself would be rounding."""
@@ -74,7 +61,7 @@ def keys_of(count: int, features: int) -> Tensor | None:
 
 
 def by_logsumexp(q: Tensor, z: Tensor, temperature: float, queue: Tensor | None) -> float:
-    """Image by image and order by order of the views: log of the sum of exponentials less the positive's logit."""
+    """Sum log-sum-exp less the positive's logit, image by image, in both orders of the views."""
     half, total = len(q) // 2, 0.0
     for first, second in ((0, half), (half, 0)):
         for i in range(half):
@@ -117,18 +104,24 @@ def test_contrastive_loss_falls_as_the_positive_cosine_rises(angles: list[float]
     assert near < far or math.cos(min(angles)) - math.cos(max(angles)) < 1e-9
 
 
-@pytest.mark.parametrize("count", [0, 7])
-def test_contrastive_gradient(count: int) -> None:
+@pytest.mark.parametrize("count", [None, 0, 7])
+def test_gradients(count: int | None) -> None:
     """The derivative, which is orthogonal to each prediction, since only directions count."""
-    q, z, queue = rows(8, 5).requires_grad_(), rows(8, 5, 1), keys_of(count, 5)
-    assert torch.autograd.gradcheck(lambda q: contrastive_loss(q, z, 0.2, queue), (q,))
-    (grad,) = torch.autograd.grad(contrastive_loss(q, z, 0.2, queue), q)
+    q, z = rows(8, 5).requires_grad_(), rows(8, 5, 1)
+
+    def loss(q: Tensor) -> Tensor:
+        return byol_loss(q, z) if count is None else contrastive_loss(q, z, 0.2, keys_of(count, 5))
+
+    assert torch.autograd.gradcheck(loss, (q,))
+    (grad,) = torch.autograd.grad(loss(q), q)
     torch.testing.assert_close((grad * q).sum(1), torch.zeros(8, dtype=torch.float64), rtol=0.0, atol=1e-14)
 
 
-def test_contrastive_loss_of_low_precision_goes_through_fp32() -> None:
-    """Logits of up to 20 are known to 2e-6 in fp32; a temperature of .05 in bf16 would be off by .1."""
+def test_losses_of_low_precision_go_through_fp32() -> None:
+    """In fp32 logits of up to 20 are off by 2e-6; bf16 at a temperature of .05 by .1."""
     q, z, queue = rows(16, 32).bfloat16(), rows(16, 32, 1).bfloat16(), F.normalize(rows(50, 32, 2))
+    assert byol_loss(q, z).dtype == torch.float32
+    assert byol_loss(q, z).item() == pytest.approx(byol_loss(q.double(), z.double()).item(), abs=1e-6)
     got, exact = contrastive_loss(q, z, 0.05, queue.float()), contrastive_loss(q.double(), z.double(), 0.05, queue)
     assert got.dtype == torch.float32
     assert got.item() == pytest.approx(exact.item(), abs=1e-5)

@@ -1,4 +1,4 @@
-"""The encoder that is handed out: the same function as the engine's, and whatever torch can do with a network."""
+"""The encoder for export: the engine's function, under all that torch does with networks."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def config_of(kind: tuple[str, bool, str], width: int = 4) -> ModelConfig:
 
 
 def twins(config: ModelConfig) -> tuple[nn.Module, Encoder]:
-    """The engine's encoder with statistics and affine parameters of no rule, in eval mode, and its ordinary twin."""
+    """Make the engine's encoder, with random statistics and affine parameters, and its twin."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         net = build_encoder(config, num_views=2)

@@ -18,7 +18,7 @@ SHAPES = st.lists(st.lists(st.integers(1, 9), min_size=0, max_size=4).map(tuple)
 
 
 @given(SHAPES, st.sampled_from([4, 8]), st.data())
-def test_segments_are_aligned_apart_and_in_order(
+def test_segments_are_aligned_disjoint_and_in_order(
     shapes: list[tuple[int, ...]], element_bytes: int, data: st.DataObject
 ) -> None:
     num_target = data.draw(st.integers(1, len(shapes)))
@@ -97,8 +97,8 @@ def test_backward_adds_into_the_gradient_buffer() -> None:
     assert all(a is b for a, b in zip(grads, (p.grad for p in online.parameters()), strict=True))
 
 
-def test_the_kernels_table_says_what_the_segments_say() -> None:
-    _, _, arena, _ = adopt()
+def test_the_kernels_table_and_named_views_are_the_segments() -> None:
+    online, target, arena, _ = adopt()
     table = arena.table
     assert table.offsets == tuple(s.offset for s in arena.segments)
     assert table.numels == tuple(s.numel for s in arena.segments)
@@ -107,10 +107,6 @@ def test_the_kernels_table_says_what_the_segments_say() -> None:
     assert table.lr_mult.tolist() == [1.0] * 3 + [2.0] * 3
     assert arena.segments[0] == Segment("conv.weight", 0, 135, (5, 3, 3, 3), False, True, 1.0, 0)
     assert [s.target for s in arena.segments] == [0, 1, 2, 3, None, None]
-
-
-def test_named_views_of_every_buffer() -> None:
-    online, target, arena, _ = adopt()
     assert list(arena.named(arena.momentum)) == [n for n, _ in online.named_parameters()]
     assert list(arena.named(arena.target)) == [n for n, _ in target.named_parameters()]
 

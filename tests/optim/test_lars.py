@@ -1,4 +1,4 @@
-"""Which parameters a configuration makes adapt, decay and move faster."""
+"""The parameters that a configuration makes adapt, decay and move faster."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import pytest
 
 from fastbyol.config import HeadConfig, ModelConfig, OptimConfig, PredictorConfig
 from fastbyol.errors import UsageError
-from fastbyol.model.byol import build_online
+from fastbyol.model.byol import Online
 from fastbyol.optim.lars import Treatment, matches, rate_ceiling, rule_of, treatments
 
 NORMED = ModelConfig(width=4, norm="bn", projector=HeadConfig(hidden=8, out=4), predictor=PredictorConfig(hidden=8, out=4))
-SHAPES = {name: tuple(p.shape) for name, p in build_online(NORMED).named_parameters()}
+SHAPES = {name: tuple(p.shape) for name, p in Online(NORMED).named_parameters()}
 
 
 def treated(**optim: object) -> dict[str, Treatment]:
@@ -42,7 +42,7 @@ def test_patterns_are_names_parents_or_globs(pattern: str, name: str, expected: 
     assert matches(name, pattern) is expected
 
 
-def test_everything_adapts_and_decays_unless_told_otherwise() -> None:
+def test_everything_adapts_and_decays_by_default() -> None:
     assert set(treated().values()) == {Treatment(adapt=True, decay=True, lr_mult=1.0)}
     assert adapting(lars_on=["encoder.layer1", "projector"]) == {
         n for n in SHAPES if n.startswith(("encoder.layer1.", "projector."))

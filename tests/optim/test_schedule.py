@@ -29,7 +29,7 @@ def test_lr_per_epoch_is_torchs_cosine() -> None:
 
 
 def deepmind_lr(step: int, base: float, total: int, warmup: int) -> float:
-    """learning_schedule of deepmind-research's byol/utils/schedules.py, restated."""
+    """Restate learning_schedule of deepmind-research's byol/utils/schedules.py."""
     if step < warmup:
         return step / warmup * base
     t, length = min(step - warmup, total - warmup), total - warmup

@@ -76,7 +76,7 @@ def steps(rows: Rows, stand: Stand, arguments: argparse.Namespace) -> capture.Ca
     """Take the same steps in all three modes and say how they agree; return the captured one."""
     eager = stand.state()
     values = _taken(rows, "eager", stand, capture.Eager(eager, stand.config))
-    capture.settle_cudnn(stand.device)
+    capture.make_cudnn_deterministic(stand.device)
     if arguments.cudnn:
         torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = (flag == "1" for flag in arguments.cudnn)
     # Inductor's code for a CPU takes a minute to compile and tells nothing here.

@@ -1,8 +1,7 @@
-"""All standardized weights of a network, made in one launch at a step's start instead of one by one in the forward passes.
+"""All standardized weights of a network, computed in one launch at the start of a step.
 
-The layers take views of one flat copy. Those of the online network are leaves of autograd whose gradients gather in a second
-flat buffer; one more launch takes that back to the parameters' gradient. The kernels of a GPU and of a CPU work so, and
-write the copy in the products' dtype at once; in plain torch each layer standardizes its own weights.
+The layers (``model.standardizing``) take views of one flat copy, in the products' dtype. Their
+gradients gather in a second flat buffer, which another launch maps to the parameters' gradient.
 """
 
 from __future__ import annotations
@@ -14,16 +13,16 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from fastbyol.model.standardized import Linear, Standardizing
+from fastbyol.model.standardizing import Linear, Standardizing
 from fastbyol.optim.arena import ALIGN_BYTES, Arena, Segment, padded
 from fastbyol_kernels.weight_standardization import RowTable, row_table, standardize_rows, standardize_rows_backward
 
 
 @dataclass(frozen=True)
 class _Group:
-    """The layers of one network whose products are in one dtype, and their weights' place in the flat copy.
+    """The standardized layers of one network with products in one dtype, and their flat copy.
 
-    ``copy`` and ``gradient`` (table.copy_numel,) are in that dtype; ``gradient`` is None for a network that takes none.
+    ``copy`` and ``gradient`` (table.copy_numel,) have that dtype; the target has no ``gradient``.
     """
 
     layers: tuple[Standardizing, ...]
@@ -46,22 +45,22 @@ class _Group:
         *,
         trained: bool,
     ) -> _Group:
-        places = [0]
+        offsets = [0]
         for segment in segments:
-            places.append(padded(places[-1] + segment.numel, ALIGN_BYTES // dtype.itemsize))
+            offsets.append(padded(offsets[-1] + segment.numel, ALIGN_BYTES // dtype.itemsize))
         table = row_table(
             [s.offset for s in segments],
             [s.shape for s in segments],
-            places[:-1],
+            offsets[:-1],
             flat_numel=len(flat),
-            copy_numel=places[-1],
+            copy_numel=offsets[-1],
             device=flat.device,
         )
-        copy = flat.new_zeros(places[-1], dtype=dtype)
+        copy = flat.new_zeros(offsets[-1], dtype=dtype)
         gradient = torch.zeros_like(copy) if trained else None
         weights = []
-        for segment, place in zip(segments, places, strict=False):
-            moved = replace(segment, offset=place)
+        for segment, offset in zip(segments, offsets, strict=False):
+            moved = replace(segment, offset=offset)
             weight = moved.view(copy).detach()
             if gradient is not None:
                 weight.requires_grad_().grad = moved.view(gradient)
@@ -83,18 +82,18 @@ class _Group:
 
 @dataclass(frozen=True)
 class StandardizedWeights:
-    """The standardized weights of both networks; ``gradient`` is the arena's. Without groups it does nothing."""
+    """The standardized weights of both networks; ``gradient`` is the arena's."""
 
     groups: tuple[_Group, ...]
     gradient: Tensor
 
     @staticmethod
     def of(online: nn.Module, target: nn.Module, arena: Arena, dtype: torch.dtype, kernels: str) -> StandardizedWeights:
-        """For networks in ``arena`` whose convolutions run in ``dtype`` and whose linear layers in the parameters'.
+        """Group the layers of both networks in ``arena``; convolutions run in ``dtype``.
 
-        A launch each way per network, two where the two dtypes differ and linear layers are standardized, too.
+        Linear layers run in the parameters' dtype: a second launch where the two differ.
         """
-        if kernels == "reference":
+        if kernels == "reference":  # each layer standardizes its own weights in plain torch
             return StandardizedWeights((), arena.gradient)
         nets = ((online, arena.online, True), (target, arena.target, False))
         groups = (group for net, flat, trained in nets for group in _groups(net, arena, flat, dtype, kernels, trained=trained))
@@ -102,22 +101,24 @@ class StandardizedWeights:
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
-        """Make the weights anew and let the layers take them; what runs backward inside reaches the arena's gradient on
-        leaving. Outside, the layers standardize their own."""
+        """Compute the weights and lend them to the layers inside; then write ``gradient``.
+
+        Outside, each layer standardizes its own weight.
+        """
         for group in self.groups:
             group.renew()
-        self._give(True)
+        self._lend(True)
         try:
             yield
         finally:
-            self._give(False)
+            self._lend(False)
         for group in self.groups:
             group.write_gradient(self.gradient)
 
-    def _give(self, given: bool) -> None:
+    def _lend(self, lent: bool) -> None:
         for group in self.groups:
             for layer, weight in zip(group.layers, group.weights, strict=True):
-                layer.given = weight if given else None
+                layer.precomputed = weight if lent else None
 
 
 def _groups(net: nn.Module, arena: Arena, flat: Tensor, dtype: torch.dtype, kernels: str, *, trained: bool) -> Iterator[_Group]:

@@ -1,4 +1,4 @@
-"""A step whose fused operations run in kernels against the same step in plain torch, and the weights that are made at once."""
+"""A step in fused kernels against the same step in plain torch; weights computed in one launch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 from fastbyol.config import Config
 from fastbyol.engine.step import TrainState, train_step
 from fastbyol.errors import UsageError
-from fastbyol.model.standardized import Standardizing
+from fastbyol.model.standardizing import Standardizing
 from fastbyol_kernels.weight_standardization import reference
 
 pytestmark = pytest.mark.gpu
@@ -19,7 +19,7 @@ STEPS = 2
 
 
 def config(norm: str, ws: bool, optimizer: str, precision: str, kernels: str) -> Config:
-    """Width 4, since Triton's interpreter runs programs one by one; MLPs with the same norm, standardized, too."""
+    """Make a network of width 4, since Triton's interpreter runs programs one by one."""
     head = {"norm": norm, "hidden": 16, "out": 8, "ws": ws}
     optim = {"name": "sgd", "lr": 0.02, "weight_decay": 1e-2}
     if optimizer != "sgd":
@@ -43,7 +43,7 @@ def some_views(step: int, *, batch: int, size: int) -> Tensor:
     return (images + 0.5 * torch.randn(2, batch, 3, size, size, generator=g)).to(DEVICE)
 
 
-class Course:
+class Trace:
     """A state after STEPS steps, with the values and the gradient of each."""
 
     def __init__(self, choice: tuple[str, bool, str], precision: str, kernels: str, *, batch: int, size: int) -> None:
@@ -55,7 +55,7 @@ class Course:
 
 
 def off(state: TrainState, got: Tensor, expected: Tensor) -> tuple[float, str]:
-    """The largest distance of a parameter's part of two flat buffers, relative to its length, and whose it is.
+    """Return the largest relative distance of a parameter's part of two flat buffers, and its name.
 
     Some gradients are rounding and nothing else, a bias's before a batch norm, so a thousandth of the whole is added.
     """
@@ -85,8 +85,8 @@ def test_a_step_in_kernels_equals_the_step_in_plain_torch(
     """fp32: sums in another order, which a net of 20 layers amplifies, and again in the second step. The order of plain torch's
     sums depends on the number of threads: with one the first step's values were within 1e-5, with two 1.4e-5 apart and the
     heads' gradients 2.6e-5."""
-    plain = Course(choice, "fp32", "reference", batch=batch, size=size)
-    fused = Course(choice, "fp32", kernels, batch=batch, size=size)
+    plain = Trace(choice, "fp32", "reference", batch=batch, size=size)
+    fused = Trace(choice, "fp32", kernels, batch=batch, size=size)
     for a, b, rtol in zip(fused.values, plain.values, (5e-5, 1e-3), strict=True):
         torch.testing.assert_close(a, b, rtol=rtol, atol=1e-5)
     worst = off(plain.state, fused.gradients[0], plain.gradients[0])
@@ -99,14 +99,14 @@ def test_a_step_in_kernels_equals_the_step_in_plain_torch(
 @pytest.mark.parametrize("kernels", KERNELS)
 def test_in_bf16_kernels_are_as_near_to_float64_as_plain_torch(kernels: str) -> None:
     choice = ("gn", True, "blog")
-    exact = Course(choice, "fp64", "reference", batch=2, size=8)
-    plain = Course(choice, "bf16", "reference", batch=2, size=8)
-    fused = Course(choice, "bf16", kernels, batch=2, size=8)
+    exact = Trace(choice, "fp64", "reference", batch=2, size=8)
+    plain = Trace(choice, "bf16", "reference", batch=2, size=8)
+    fused = Trace(choice, "bf16", kernels, batch=2, size=8)
 
-    def distance(course: Course) -> float:
-        gradient, truth = course.gradients[0].double(), exact.gradients[0]
+    def distance(trace: Trace) -> float:
+        gradient, truth = trace.gradients[0].double(), exact.gradients[0]
         parts = exact.state.arena.named(truth)
-        mine = course.state.arena.named(gradient)
+        mine = trace.state.arena.named(gradient)
         return float(torch.cat([(mine[n] - parts[n]).flatten() for n in parts]).norm() / truth.norm())
 
     # Both round weights and activations to 8 bits; which way a sum rounds is chance.
@@ -115,7 +115,7 @@ def test_in_bf16_kernels_are_as_near_to_float64_as_plain_torch(kernels: str) -> 
 
 @pytest.mark.parametrize("kernels", KERNELS)
 def test_the_same_step_twice_is_the_same_bit_for_bit(kernels: str) -> None:
-    first, second = (Course(("gn", True, "blog"), "fp32", kernels, batch=2, size=8) for _ in range(2))
+    first, second = (Trace(("gn", True, "blog"), "fp32", kernels, batch=2, size=8) for _ in range(2))
     for name in ("online", "target", "momentum"):
         assert torch.equal(getattr(first.state.arena, name), getattr(second.state.arena, name))
 
@@ -130,12 +130,14 @@ def test_weights_made_at_once_are_those_each_layer_makes(precision: str, kernels
             layers = {name: m for name, m in net.named_modules() if isinstance(m, Standardizing) and m.ws}
             assert len(layers) == 20 + 1 + (net is state.online)  # ResNet-18's convolutions, the heads' first linears
             for name, layer in layers.items():
-                assert layer.given is not None
+                assert layer.precomputed is not None
                 truth = reference(layer.weight.double())
                 # One rounding to the copy's dtype after float32 statistics of rows of at most 288.
-                eps = torch.finfo(layer.given.dtype).eps
-                torch.testing.assert_close(layer.given.double(), truth, rtol=4 * eps, atol=4 * eps, msg=name)
-    assert all(m.given is None for net in (state.online, state.target) for m in net.modules() if isinstance(m, Standardizing))
+                eps = torch.finfo(layer.precomputed.dtype).eps
+                torch.testing.assert_close(layer.precomputed.double(), truth, rtol=4 * eps, atol=4 * eps, msg=name)
+    assert all(
+        m.precomputed is None for net in (state.online, state.target) for m in net.modules() if isinstance(m, Standardizing)
+    )
 
 
 def test_kernels_that_are_not_there_are_refused_in_a_line(monkeypatch: pytest.MonkeyPatch) -> None:

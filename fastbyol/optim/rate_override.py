@@ -1,7 +1,4 @@
-"""Rates that LARS did not choose: those of another run, replayed step by step, or its own under a cap.
-
-A rate that is given is a learning rate per segment: nothing adapts, the learning rate is 1 and the segment's factor is its
-rate. The update then is the post's, with the rate inside the momentum (``fastbyol_kernels.lars_ema``, rule ``blog``).
+"""Rates in place of LARS's own: another run's, replayed step by step, or its own under a cap.
 
 Letters: S segments, T steps.
 """
@@ -21,10 +18,12 @@ from fastbyol_kernels.lars_ema import SegmentTable, trust_ratio
 
 
 @dataclass(frozen=True)
-class GivenRates:
-    """``table`` is LARS's own but that nothing adapts, and its ``lr_mult`` are the rates of the step; ``lr`` is a 0-d 1.
+class RateOverride:
+    """The rates of a step as a segment table in which nothing adapts.
 
-    ``recorded`` (T, S) are rates to replay, or None; ``cap`` is the highest rate, or None.
+    A segment's factor ``table.lr_mult`` is its rate and ``lr`` is a 0-d 1, so the update is the
+    post's, with the rate inside the momentum (``fastbyol_kernels.lars_ema``, rule ``blog``).
+    ``recorded`` (T, S) are rates to replay, ``cap`` is the highest rate; both may be None.
     """
 
     adaptive: SegmentTable
@@ -35,25 +34,25 @@ class GivenRates:
     cap: float | None
 
     @staticmethod
-    def of(optim: OptimConfig, table: SegmentTable) -> GivenRates | None:
-        """What a configuration asks for; None where LARS or SGD chooses. The rates to replay come with ``replay``.
+    def of(optim: OptimConfig, table: SegmentTable) -> RateOverride | None:
+        """Make what ``optim`` asks for, or None; ``replay`` adds the rates to replay.
 
-        Raises UsageError for an optimizer whose rates cannot be given.
+        Raises UsageError for an optimizer whose rates cannot be replaced.
         """
         if optim.rate_cap is None and optim.replay_rates is None:
             return None
         key = "optim.rate_cap" if optim.rate_cap is not None else "optim.replay_rates"
         if optim.name != "lars" or optim.dialect != "blog":
             raise UsageError(f"{key}: rates can be given to LARS in the dialect blog only: set optim.name to lars")
-        given = replace(table, adapt=torch.zeros_like(table.adapt), lr_mult=table.lr_mult.clone())
-        return GivenRates(table, given, table.lr_mult.new_ones(()), optim.eta, None, optim.rate_cap)
+        fixed = replace(table, adapt=torch.zeros_like(table.adapt), lr_mult=table.lr_mult.clone())
+        return RateOverride(table, fixed, table.lr_mult.new_ones(()), optim.eta, None, optim.rate_cap)
 
-    def replay(self, rates: Tensor) -> GivenRates:
-        """The same with ``rates`` (T, S) to replay, moved to the table's device and dtype."""
+    def replay(self, rates: Tensor) -> RateOverride:
+        """Return a copy that replays ``rates`` (T, S), moved to the table's device and dtype."""
         return replace(self, recorded=rates.to(self.table.lr_mult))
 
     def set(self, online: Tensor, gradient: Tensor, lr: Tensor, step: Tensor) -> None:
-        """Write this step's rates into ``table``, without waiting for the device. ``lr`` and ``step`` are 0-d."""
+        """Write the rates of ``step`` (0-d) into ``table``, without waiting for the device."""
         if self.recorded is not None:
             index = step.clamp(max=len(self.recorded) - 1).view(1)
             rates = self.recorded.index_select(0, index).view(-1)
@@ -71,7 +70,7 @@ class GivenRates:
 def check_recorded(
     path: Path, steps: Sequence[int], names: Sequence[str], *, own_names: Sequence[str], total_steps: int
 ) -> None:
-    """Raise UsageError where the rates recorded in the run ``path`` do not fit a run of ``total_steps`` steps."""
+    """Raise UsageError if the rates that the run ``path`` recorded do not fit this run."""
     if tuple(names) != tuple(own_names):
         odd = sorted(set(names) ^ set(own_names))
         what = f"first difference {odd[0]!r}" if odd else "in another order"

@@ -1,0 +1,43 @@
+"""Layers that can standardize their weights: the base class and ``Linear``.
+
+``engine.standardized_weights`` computes the same weights for a whole network in one launch.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from fastbyol_kernels.weight_standardization import weight_standardization
+
+
+class Standardizing(nn.Module):
+    """Base of convolutions and linear layers with a flag ``ws``: standardize the weights first.
+
+    ``precomputed`` is the standardized weight (O, I, ...) in the product's dtype. Where it is None
+    the layer standardizes its own weight at every forward pass, on ``kernels``: auto, triton, cpu
+    or reference.
+    """
+
+    weight: Tensor
+    ws: bool = False
+    precomputed: Tensor | None = None
+    kernels: str = "auto"
+
+    def used_weight(self) -> Tensor:
+        """Return the weight (O, I, ...) that enters the product, standardized if ``ws`` is set."""
+        if not self.ws:
+            return self.weight
+        if self.precomputed is not None:
+            return self.precomputed
+        return weight_standardization(self.weight, kernels=self.kernels)
+
+
+class Linear(Standardizing, nn.Linear):
+    """An ``nn.Linear`` whose weights are standardized first if ``ws`` is set."""
+
+    def __init__(self, in_features: int, out_features: int, *, ws: bool = False) -> None:
+        super().__init__(in_features, out_features)
+        self.ws = ws
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.used_weight(), self.bias)

@@ -345,6 +345,20 @@ def test_gradients_stay_in_the_arena() -> None:
     assert all(low <= pointer < high for pointer in pointers)
 
 
+def test_a_compiled_network_takes_the_same_step() -> None:
+    """Users may compile it, and gradients stay in the arena."""
+    eager, compiled = (TrainState.create(SOME, steps_per_epoch=2) for _ in range(2))
+    pointers = [p.grad.data_ptr() for p in compiled.online.parameters() if p.grad is not None]
+    compiled.online.compile(backend="aot_eager", fullgraph=True)
+    for step in range(2):
+        expected, got = train_step(eager, some_views(step)).values, train_step(compiled, some_views(step)).values
+        # The same kernels but for two reductions: fp32 roundings, amplified by two steps.
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+    assert pointers == [p.grad.data_ptr() for p in compiled.online.parameters() if p.grad is not None]
+    for (name, a), b in zip(compiled.tensors().items(), eager.tensors().values(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4, msg=lambda m, name=name: f"{name}: {m}")
+
+
 def test_views_are_not_copied_where_they_fit() -> None:
     views = torch.randn(2, 4, 16, 16, 3).permute(0, 1, 4, 2, 3)
     batch = as_batch(views, torch.float32)

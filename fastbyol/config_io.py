@@ -13,7 +13,6 @@ import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from difflib import SequenceMatcher
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,7 +21,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from fastbyol.config import Config, resolve
-from fastbyol.errors import UsageError
+from fastbyol.errors import UsageError, nearest
 from fastbyol.files import open_regular
 from fastbyol.text import printable
 
@@ -171,15 +170,10 @@ def keys() -> Mapping[str, FieldInfo]:
     return types.MappingProxyType(dict(_walk(Config, "")))
 
 
-def nearest(key: str) -> str:
-    """The known key most like ``key``, judged by the whole name and by its last part."""
-
-    def likeness(known: str) -> float:
-        whole = SequenceMatcher(None, key.lower(), known).ratio()
-        return whole + SequenceMatcher(None, _leaf(key).lower(), _leaf(known)).ratio()
-
+def nearest_key(key: str) -> str:
+    """Return the key that ``key`` is most like, or the one that ``key`` tries to look into."""
     inside = next((parent for parent in _parents(key) if parent in keys()), None)
-    return inside or max(keys(), key=likeness)
+    return inside or nearest(key, keys(), least=0.0, dotted=True)[0]
 
 
 def toml_value(value: object) -> str:
@@ -205,10 +199,6 @@ def _walk(model: type[BaseModel], prefix: str) -> Iterator[tuple[str, FieldInfo]
             yield from _walk(field.annotation, f"{prefix}{name}.")
         else:
             yield prefix + name, field
-
-
-def _leaf(key: str) -> str:
-    return key.rpartition(".")[2]
 
 
 def _get(config: BaseModel, key: str) -> object:
@@ -294,7 +284,7 @@ def _known(key: str, origin: str) -> str:
     inside = _first_within(key)
     if inside:
         raise UsageError(f"{key} ({origin}): this is a section; set a key in it, such as {inside}")
-    raise UsageError(f"{printable(key)} ({origin}): no such key; the nearest is {nearest(key)}")
+    raise UsageError(f"{printable(key)} ({origin}): no such key; the nearest is {nearest_key(key)}")
 
 
 def _first_within(section: str) -> str | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from difflib import get_close_matches
+from difflib import SequenceMatcher
 from pathlib import Path
 
 
@@ -52,12 +52,32 @@ def size_text(num_bytes: int) -> str:
 
 
 def check_choice(what: str, word: object, choices: Iterable[str]) -> None:
-    """Raise ``UsageError`` where ``word``, given for ``what``, is none of ``choices``: it names them and the nearest."""
-    known = tuple(choices)
-    if not isinstance(word, str) or word not in known:
-        near = get_close_matches(str(word), known, n=1, cutoff=0.5)
-        hint = f"; the nearest is {near[0]}" if near else ""
-        raise UsageError(f"{what}: {word!r} is none of {', '.join(known)}{hint}")
+    """Raise ``UsageError`` unless ``word``, the value of ``what``, is one of ``choices``.
+
+    The message names the choices and the nearest one.
+    """
+    words = tuple(choices)
+    if not isinstance(word, str) or word not in words:
+        hint = "".join(f"; the nearest is {near}" for near in nearest(str(word), words, least=0.5))
+        raise UsageError(f"{what}: {word!r} is none of {', '.join(words)}{hint}")
+
+
+def nearest(word: str, choices: Iterable[str], *, most: int = 1, least: float = 0.3, dotted: bool = False) -> list[str]:
+    """Return up to ``most`` of ``choices`` that are spelled most like ``word``, the most alike first.
+
+    Likeness is difflib's ratio in [0, 1], whatever the case; below ``least`` a choice is left out.
+    With ``dotted`` the last parts of dotted names are compared too, and the mean counts.
+    """
+
+    def ratio(a: str, b: str) -> float:
+        return SequenceMatcher(None, a.lower(), b.lower()).ratio()
+
+    def likeness(choice: str) -> float:
+        whole = ratio(word, choice)
+        return (whole + ratio(word.rpartition(".")[2], choice.rpartition(".")[2])) / 2 if dotted else whole
+
+    scored = {choice: likeness(choice) for choice in choices}
+    return sorted((choice for choice in scored if scored[choice] >= least), key=scored.__getitem__, reverse=True)[:most]
 
 
 def chain(error: BaseException) -> Iterator[BaseException]:

@@ -367,7 +367,7 @@ def test_the_nearest_key_of_a_typing_error_is_the_right_one(key: str, place: int
         "double": key[:place] + key[place] + key[place:],
         "swap": key[:place] + key[place + 1 : place + 2] + key[place] + key[place + 2 :],
     }[slip]
-    near = config_io.nearest(typed)
+    near = config_io.nearest_key(typed)
     # With one of its few letters gone, a short name may be as near to another.
     assert near == key or typed in KEYS or len(key) - leaf_start <= 4
 

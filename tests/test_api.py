@@ -18,7 +18,7 @@ import torch
 from fastbyol import api
 from fastbyol.ablations import arms, plan
 from fastbyol.ablations.rules import in_words
-from fastbyol.cli import explain
+from fastbyol.cli import dialects
 from fastbyol.config import Config, OptimConfig
 from fastbyol.data import convert, loader
 from fastbyol.engine import device, precision
@@ -98,8 +98,8 @@ WORDS: dict[str, tuple[Callable[[Path, Any], Any], str]] = {
     ),
     "model_copy(schedule.lr)": (lambda run, word: Config().schedule.model_copy(update={"lr": word}), "cosine"),
     "model_copy(model.stem)": (lambda run, word: Config().model.model_copy(update={"stem": word}), "small"),
-    "explain.lars": (lambda run, word: explain.lars([word]), "bolts"),
-    "explain.ceiling": (lambda run, word: explain.ceiling(word, lr=0.1, weight_decay=0.1, eta=0.1), "bolts"),
+    "dialects.lars": (lambda run, word: dialects.lars([word]), "bolts"),
+    "dialects.ceiling": (lambda run, word: dialects.ceiling(word, lr=0.1, weight_decay=0.1, eta=0.1), "bolts"),
     "arms.load(scale)": (lambda run, word: arms.load(next(iter(arms.arms().values())), word, seed=0), "mini"),
     "plan.chosen(scale)": (lambda run, word: plan.chosen(["C6"], word), "mini"),
     "rules.in_words": (lambda run, word: in_words(word), "C13"),

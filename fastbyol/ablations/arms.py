@@ -67,7 +67,7 @@ def load(
     ``config_io.load`` does.
     """
     check_choice("scale", scale, SCALES)
-    changed = config_io.said(sets=sets)
+    changed = config_io.requested(sets=sets)
     here = {key: value for key, value in chosen.at.get(scale, {}).items() if key not in changed}
     own = {key: Flag(f"arm {chosen.name}", value) for key, value in {**chosen.settings, **here}.items()}
     said = {**own, "train.seed": Flag("seed", seed), **(flags or {})}

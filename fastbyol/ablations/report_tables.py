@@ -16,7 +16,7 @@ from fastbyol.ablations.course import course, rate_peak
 from fastbyol.ablations.evidence import Evidence
 from fastbyol.ablations.report_suite import Run, Suite, seeds_of
 from fastbyol.ablations.verdict import Statement, Verdict
-from fastbyol.config import Config
+from fastbyol.config import Resolved
 from fastbyol.evaluation.intervals import accuracy_interval
 from fastbyol.runs import differences
 
@@ -269,7 +269,7 @@ def _cells(row: Sequence[str]) -> tuple[str, ...]:
 
 
 @cache
-def _against_preset(config: Config) -> tuple[tuple[str, str, str], ...]:
+def _against_preset(config: Resolved) -> tuple[tuple[str, str, str], ...]:
     return tuple(
         (row.key, differences.text(row.a), _within(row.b) if row.key == "optim.replay_rates" else differences.text(row.b))
         for row in differences.against_preset(config)

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from fastbyol.config import Config
+from fastbyol.config import Resolved
 from fastbyol.data import beton, decoder, embedded, loader
 from fastbyol.data.beton import BetonInfo
 from fastbyol.engine import capture, guards, origin
@@ -80,7 +80,7 @@ class Trainer:
     the same.
     """
 
-    def __init__(self, folder: RunFolder, config: Config, observer: Observer | None = None) -> None:
+    def __init__(self, folder: RunFolder, config: Resolved, observer: Observer | None = None) -> None:
         self.folder, self.config = folder, config
         self.observer: Observer = observer or Silent()
         self.device = pick_device(config.train.device)
@@ -502,7 +502,7 @@ class Trainer:
             )
 
 
-def fit(folder: RunFolder, config: Config, observer: Observer | None = None) -> Summary:
+def fit(folder: RunFolder, config: Resolved, observer: Observer | None = None) -> Summary:
     """Run ``config`` in ``folder`` to its end; see ``Trainer.fit``.
 
     What it sets for the process, torch's switches and threads, is put back at its end.

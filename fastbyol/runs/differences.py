@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from fastbyol import config_io
-from fastbyol.config import Config
+from fastbyol.config import Resolved
 from fastbyol.config_io import Loaded
 from fastbyol.errors import UsageError, nearest
 from fastbyol.runs.folder import RunFolder
@@ -50,7 +50,7 @@ def between(a: Loaded, b: Loaded) -> list[Difference]:
     ]
 
 
-def against_preset(config: Config) -> list[Difference]:
+def against_preset(config: Resolved) -> list[Difference]:
     """What a run's configuration says otherwise than the preset that it names."""
     base = config_io.load(preset=config.preset)
     return between(base, Loaded(config, dict.fromkeys(config_io.flatten(config), "the run")))

@@ -1,4 +1,4 @@
-"""fastbyol: a compiled training engine for BYOL, and for the study of when and why it collapses.
+"""A compiled training engine for BYOL, to study when and why it collapses.
 
     import fastbyol
     config = fastbyol.load_config("demo", ["model.norm=gn"])

@@ -1,4 +1,4 @@
-"""What goes wrong on purpose: one line that says what, where and what to do, and the exit code that belongs to it."""
+"""Errors of one line that say what, where and what to do, with their exit codes."""
 
 from __future__ import annotations
 
@@ -8,27 +8,28 @@ from pathlib import Path
 
 
 class FastbyolError(Exception):
-    """A failure with a one-line message. The command line prints it without a traceback and exits with ``exit_code``."""
+    """A failure with a one-line message, which the command line prints before it exits with ``exit_code``."""
 
     exit_code = 1
 
 
 class UsageError(FastbyolError):
-    """The caller's input is wrong: a flag, a key, a value, a file. Nothing was changed."""
+    """Wrong input: a flag, a key, a value, a file. Nothing was changed."""
 
     exit_code = 2
 
 
 class CollapsedError(FastbyolError):
-    """The representation collapsed and the run was asked to stop then."""
+    """A representation that collapsed in a run that stops on collapse."""
 
     exit_code = 3
 
 
 class NoGraphError(FastbyolError):
-    """No CUDA graph could be recorded, and what that leaves in a process is unsafe: the run goes on in a fresh one, compiled.
+    """A CUDA graph that could not be recorded.
 
-    ``run`` is the run's folder, in which that choice is kept.
+    The attempt leaves the process unsafe, so a fresh one continues the run, compiled. ``run`` is the
+    run's folder, which stores that choice.
     """
 
     def __init__(self, message: str, run: Path | None = None) -> None:
@@ -37,12 +38,12 @@ class NoGraphError(FastbyolError):
 
 
 def one_line(error: BaseException, most: int | None = 200) -> str:
-    """Return what an error of a foreign library says in one line of at most ``most`` letters, or its type."""
+    """Return a library's error in one line of at most ``most`` letters, or its type if it has no message."""
     return " ".join(str(error).split())[:most] or type(error).__name__
 
 
 def size_text(num_bytes: int) -> str:
-    """A size for a message in the unit that fits it (bytes, kB, MB, GB, TB, powers of 1000): 12.3 MB, 123 MB, 1.2 GB."""
+    """Return a size in the unit that fits it, of powers of 1000: 12.3 MB, 123 MB, 1.2 GB."""
     size, unit = float(num_bytes), "bytes"
     for unit in ("bytes", "kB", "MB", "GB", "TB"):
         if abs(size) < 999.5 or unit == "TB":
@@ -81,7 +82,7 @@ def nearest(word: str, choices: Iterable[str], *, most: int = 1, least: float = 
 
 
 def chain(error: BaseException) -> Iterator[BaseException]:
-    """Yield ``error`` and, one after the other, the errors that led to it."""
+    """Yield ``error``, the error that led to it, and so on."""
     reason: BaseException | None = error
     while reason is not None:
         yield reason

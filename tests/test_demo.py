@@ -32,7 +32,7 @@ def test_the_second_call_goes_on_with_the_run_of_the_first(tmp_path: Path, monke
     monkeypatch.setattr(demo, "_pair", lambda *_: {})
     monkeypatch.setattr(demo, "_draw_pair", lambda _, out: out)
     monkeypatch.setattr(demo, "supervised", lambda *_: 50.0)
-    monkeypatch.setattr(demo.report, "write", lambda *_, **__: [])
+    monkeypatch.setattr(demo.run_report, "write", lambda *_, **__: [])
     no_graph.install(patch=monkeypatch.setattr)
 
     def run(seed: int) -> dict[str, Any]:

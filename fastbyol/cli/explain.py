@@ -10,7 +10,6 @@ import typer
 from fastbyol.cli.options import Json
 from fastbyol.errors import UsageError
 from fastbyol.output import print_json, say
-from fastbyol.runs import differences
 from fastbyol.text import printable
 
 
@@ -50,6 +49,8 @@ def explain(
 
 
 def _explain_diff(a: str, b: str, *, as_json: bool) -> None:
+    from fastbyol.runs import differences
+
     rows = differences.between(differences.named(a), differences.named(b))
     if as_json:
         print_json({"a": a, "b": b, "differences": [row._asdict() for row in rows]})

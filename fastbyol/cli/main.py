@@ -1,6 +1,6 @@
 """The program ``fastbyol``: its commands, its one-line errors and its exit codes.
 
-Modules of commands import torch inside commands only, so that ``--help`` is quick.
+Modules of commands import torch and numpy inside commands only, so that ``--help`` is quick.
 """
 
 from __future__ import annotations

@@ -377,9 +377,10 @@ def derived(config: Config) -> dict[str, object]:
 
 
 def resolve(config: Config) -> Resolved:
-    """Return ``config`` with its ``derived`` values. A resolved configuration is returned as it is."""
-    if isinstance(config, Resolved):
-        return config
+    """Return ``config`` with its ``derived`` values; a resolved one stays equal.
+
+    A copy of a resolved one with other ``data`` lacks the size of the textures again.
+    """
     values = config.model_dump()
     for key, value in derived(config).items():
         section, _, name = key.partition(".")

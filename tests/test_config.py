@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
-from fastbyol.config import Config, ModelConfig, OptimConfig, ScheduleConfig, TrainConfig, ViewsConfig, resolve
+from fastbyol.config import Config, DataConfig, ModelConfig, OptimConfig, ScheduleConfig, TrainConfig, ViewsConfig, resolve
 
 BAD_VIEWS = [
     {"scale": (0.5, 0.2)},
@@ -83,7 +83,8 @@ def test_resolve_is_idempotent(epochs: int, horizon: int | None, size: int) -> N
         train=TrainConfig(epochs=epochs, batch_size=100),
     )
     resolved = resolve(config)
-    assert resolve(resolved) is resolved
+    assert resolve(resolved) == resolved
+    assert resolve(resolved.model_copy(update={"data": DataConfig()})) == resolved
     assert resolve(Config.model_validate(resolved.model_dump())) == resolved
     assert resolved.schedule.horizon_epochs == (horizon or epochs)
     assert resolved.data.textures_size == max(16, size)

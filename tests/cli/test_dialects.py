@@ -48,13 +48,13 @@ def by_hand(rule: str, w: np.ndarray, g: np.ndarray, lr: float, wd: float, eta: 
 @settings(max_examples=25)
 def test_steps_are_the_formulas(rule: str, numbers: dict[str, float]) -> None:
     lr, wd, eta = numbers["lr"], numbers["weight_decay"], numbers["eta"]
-    found = dialects.step(rule, lr=lr, weight_decay=wd, eta=eta)  # type: ignore[arg-type]
-    assert list(found) == [example.name for example in dialects.EXAMPLES]
+    result = dialects.step(rule, lr=lr, weight_decay=wd, eta=eta)  # type: ignore[arg-type]
+    assert list(result) == [example.name for example in dialects.EXAMPLES]
     for example in dialects.EXAMPLES:
         w = np.array(example.weight)
         g = np.array(example.gradient) if example.gradient else -wd * w
         trust, update = by_hand(rule, w, g, lr, wd, eta)
-        row = found[example.name]
+        row = result[example.name]
         assert row["weight_norm"] == pytest.approx(math.hypot(*w), rel=TIGHT)
         assert row["grad_norm"] == pytest.approx(math.hypot(*g), rel=TIGHT)
         assert row["trust_ratio"] == pytest.approx(trust, rel=TIGHT)
@@ -66,18 +66,18 @@ def test_steps_are_the_formulas(rule: str, numbers: dict[str, float]) -> None:
 @given(numbers=st.fixed_dictionaries(NUMBERS))
 @settings(max_examples=25)
 def test_no_rate_exceeds_the_ceiling(numbers: dict[str, float]) -> None:
-    found = dialects.lars(("blog", "bolts", "deepmind"), **numbers)
+    result = dialects.lars(("blog", "bolts", "deepmind"), **numbers)
     for rule in ("blog", "bolts"):
-        told = found["dialects"][rule]
+        facts = result["dialects"][rule]
         if numbers["weight_decay"] == 0.0:
-            assert told["ceiling"] is None
+            assert facts["ceiling"] is None
             continue
-        assert told["ceiling"] == pytest.approx(numbers["lr"] * numbers["eta"] / numbers["weight_decay"], rel=TIGHT)
-        rows = told["examples"].values()
+        assert facts["ceiling"] == pytest.approx(numbers["lr"] * numbers["eta"] / numbers["weight_decay"], rel=TIGHT)
+        rows = facts["examples"].values()
         # With a norm of 0 bolts takes a trust ratio of 1, which no ceiling bounds.
         rates = [row["rate"] for row in rows if rule == "blog" or (row["weight_norm"] > 0 and row["grad_norm"] > 0)]
-        assert max(rates) <= told["ceiling"] * (1 + TIGHT)
-    assert found["dialects"]["deepmind"]["ceiling"] is None
+        assert max(rates) <= facts["ceiling"] * (1 + TIGHT)
+    assert result["dialects"]["deepmind"]["ceiling"] is None
 
 
 def test_the_published_peak_leaves_room_for_one_weight_decay_alone() -> None:
@@ -91,12 +91,12 @@ def test_the_published_peak_leaves_room_for_one_weight_decay_alone() -> None:
 
 
 def test_words_hold_the_numbers() -> None:
-    found = dialects.lars(("blog", "deepmind"))
-    text = explain.in_words(found)
+    result = dialects.lars(("blog", "deepmind"))
+    text = explain.in_words(result)
     rows = [line for line in text.splitlines() if line.lstrip().startswith("gradient 5e-5, collapsing")]
     assert [float(row.split()[-2]) for row in rows] == pytest.approx([8e-4 / 5.6e-5, 8e-4 / math.hypot(5e-5, 6e-6)], rel=1e-4)
     assert "42.2" in text
-    assert json.loads(json.dumps(found)) == found
+    assert json.loads(json.dumps(result)) == result
     assert "no ceiling" in explain.in_words(dialects.lars(("blog",), weight_decay=0.0))
 
 
@@ -130,11 +130,11 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_runs_own_dialect_gives_what_it_recorded(run: Path) -> None:
     layers = read_layers(run)
     for step in (None, int(layers.steps[-1])):
-        found = dialects.of_run(run, ("blog", "deepmind", "bolts"), step)
-        place = int(np.flatnonzero(layers.steps == found["step"])[0])
-        assert [row["name"] for row in found["layers"]] == list(layers.names)
-        for index, row in enumerate(found["layers"]):
-            recorded = float(layers.values[place, index, layers.metrics.index("rate")])
+        result = dialects.of_run(run, ("blog", "deepmind", "bolts"), step)
+        record = int(np.flatnonzero(layers.steps == result["step"])[0])
+        assert [row["name"] for row in result["layers"]] == list(layers.names)
+        for index, row in enumerate(result["layers"]):
+            recorded = float(layers.values[record, index, layers.metrics.index("rate")])
             assert row["recorded"]["rate"] == recorded
             if row["adapts"]:
                 # The run computed in fp32 and wrote its lr as a decimal of fp32.
@@ -146,16 +146,16 @@ def test_a_runs_own_dialect_gives_what_it_recorded(run: Path) -> None:
             low = low_high if isinstance(low_high, float) else low_high[0]
             # The triangle inequality: |g + wd w| <= |g| + wd |w|, blog's divisor.
             assert low >= row["blog"]["rate"] * (1 - 2e-3) or row["weight_norm"] == 0
-    text = explain.run_in_words(found)
+    text = explain.run_in_words(result)
     assert text.count("\n") == len(layers.names) + 6  # what run, three ceilings, a remark, a blank line, a header
-    assert found["rule"] == "blog"
+    assert result["rule"] == "blog"
 
 
 def test_the_default_step_is_that_of_the_highest_rate(run: Path) -> None:
     layers = read_layers(run)
     rates = layers.values[:, :, layers.metrics.index("rate")]
-    found = dialects.of_run(run, ("blog",))
-    assert found["step"] == int(layers.steps[np.unravel_index(rates.argmax(), rates.shape)[0]])
+    result = dialects.of_run(run, ("blog",))
+    assert result["step"] == int(layers.steps[np.unravel_index(rates.argmax(), rates.shape)[0]])
 
 
 def test_a_step_that_was_not_recorded(run: Path) -> None:

@@ -275,8 +275,8 @@ def test_presets_list_show_copy(run, tmp_path: Path) -> None:
 def test_doctor_names_what_is_there(run) -> None:
     code, out, _ = run("doctor", "--json")
     checks = {check["name"]: check for check in json.loads(out)}
-    told = run("doctor")[1].splitlines()
-    assert all(any(f" {name}  " in line for line in told) for name in checks), "a column is as wide as its widest name"
+    lines = run("doctor")[1].splitlines()
+    assert all(any(f" {name}  " in line for line in lines) for name in checks), "a column is as wide as its widest name"
     assert checks["torch"]["ok"]
     assert checks["ffcv"]["ok"] or "not installed, torchvision decodes" in checks["ffcv"]["found"]
     assert checks["engine auto"]["found"].split(":")[0] in ("eager", "graph")
@@ -302,16 +302,16 @@ def test_doctor_says_whether_the_precision_gates_answer_is_kept(run, monkeypatch
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
     monkeypatch.setattr(precision, "gradient_gap", lambda *_: precision.Gap(0.0, 0.0))
 
-    def found() -> str:
+    def precision_line() -> str:
         return {check["name"]: check for check in json.loads(run("doctor", "--json")[1])}["precision auto"]["found"]
 
     monkeypatch.setenv("FASTBYOL_CACHE", str(tmp_path / "cache"))
-    assert found().endswith("; kept for the next run")
+    assert precision_line().endswith("; kept for the next run")
     (tmp_path / "a file").touch()
     monkeypatch.setenv("FASTBYOL_CACHE", str(tmp_path / "a file"))
-    assert found().endswith("; not kept, the cache folder cannot be written")
+    assert precision_line().endswith("; not kept, the cache folder cannot be written")
     monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
-    assert "kept" not in found()
+    assert "kept" not in precision_line()
 
 
 def test_an_engine_that_is_not_here_is_refused_before_anything_is_made(run, tmp_path: Path) -> None:
@@ -481,9 +481,9 @@ def test_a_run_whose_graph_cannot_be_recorded_ends_compiled_in_a_process_of_the_
     done, starts = started(tmp_path, "train", *options, "--out", "run")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["finished"]
-    (said,) = (line for line in done.stderr.splitlines() if "no CUDA graph" in line)
+    (message,) = (line for line in done.stderr.splitlines() if "no CUDA graph" in line)
     why = f"run: no CUDA graph ({no_graph.WHY})"
-    assert said == f"{why}: its steps are compiled from now on, in a fresh process: fastbyol resume run"
+    assert message == f"{why}: its steps are compiled from now on, in a fresh process: fastbyol resume run"
     number = starts[0][0]
     assert [start[0] for start in starts] == [number, number]
     assert starts[1][1:] == ["resume", "run", "--json"]

@@ -1,4 +1,4 @@
-"""fastbyol: a compiled training engine for BYOL, and for the study of when and why it collapses.
+"""A compiled training engine for BYOL, to study when and why it collapses.
 
     import fastbyol
     config = fastbyol.load_config("demo", ["model.norm=gn"])
@@ -18,7 +18,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastbyol.config import Config
+from fastbyol.config import Config, Resolved, resolve
 from fastbyol.errors import CollapsedError, FastbyolError, NoGraphError, UsageError
 
 if TYPE_CHECKING:
@@ -31,18 +31,20 @@ __all__ = [
     "Config",
     "FastbyolError",
     "NoGraphError",
+    "Resolved",
     "TrainState",
     "UsageError",
     "__version__",
     "evaluate",
     "load_config",
     "load_encoder",
+    "resolve",
     "resume",
     "train",
     "train_step",
 ]
 
-# Resolved on first use: torch takes seconds to import, and `fastbyol --help` should not.
+# Imported on first use: torch takes seconds to import, and `fastbyol --help` should not.
 _LAZY = {
     "train": "fastbyol.api",
     "resume": "fastbyol.api",
@@ -53,8 +55,11 @@ _LAZY = {
 }
 
 
-def load_config(preset: str = "blog", sets: Sequence[str] = (), *, file: Path | None = None) -> Config:
-    """A resolved configuration: ``preset``, then a TOML ``file``, then ``key=value`` texts. Raises ``UsageError``."""
+def load_config(preset: str = "blog", sets: Sequence[str] = (), *, file: Path | None = None) -> Resolved:
+    """Return a configuration of ``preset``, then a TOML ``file``, then ``key=value`` texts.
+
+    Raises ``UsageError``.
+    """
     from fastbyol import config_io
 
     return config_io.load(preset=preset, file=file, sets=sets).config

@@ -1,7 +1,7 @@
-"""What scripts call: train, resume, evaluate, load an encoder. The command line is a thin layer over these.
+"""The functions that scripts and the command line call: train, resume, evaluate, load an encoder.
 
-Each leaves the process as it found it (``process.left_as_found``). None touches the C library's allocator, which could not be
-put back: ``engine.allocator.keep_freed_memory`` is for processes that only train, as the command line's.
+Each leaves the process as it was (``process.left_as_found``). None of them changes the settings of
+the C library's allocator, which cannot be restored: see ``engine.allocator.keep_freed_memory``.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 from torch import nn
 
 from fastbyol import config_io
-from fastbyol.config import Config, resolve
+from fastbyol.config import Config, Resolved, resolve
 from fastbyol.data import decoder as decoding
 from fastbyol.data import embedded, loader
 from fastbyol.engine import capture, trainer
@@ -33,7 +33,7 @@ from fastbyol.process import left_as_found
 from fastbyol.runs import checkpoint, consistency, inputs
 from fastbyol.runs.folder import RunFolder, default_run_path
 
-# Of an encoder: the online network's, the target network's, and the online network's before its first step.
+# The encoder of the online network, of the target network, and of the online network before step 0.
 WEIGHTS = ("trained", "target", "random")
 
 _log = logging.getLogger(__name__)
@@ -47,24 +47,28 @@ def train(
     observer: Observer | None = None,
     origin: Mapping[str, str] | None = None,
 ) -> Summary:
-    """Train ``config`` in the new run folder ``out`` (default: a fresh name under ``runs/``).
+    """Train ``config`` in the new run folder ``out`` (default: a new name under ``runs/``).
 
-    With ``train.init_from`` it starts from another run's weights; the run's own ``config.toml`` then names the checkpoint.
-    Raises ``UsageError`` for input that cannot work, ``CollapsedError`` where the run was asked to stop on collapse, and
-    ``NoGraphError`` where no CUDA graph can be had under ``engine.mode`` auto: ``resume`` then goes on with the run, compiled,
-    from another process.
+    With ``train.init_from`` training starts from another run's weights, and the new run's
+    ``config.toml`` names the checkpoint.
+
+    Raises:
+        UsageError: input that cannot work.
+        CollapsedError: the network collapsed and ``train.stop_on_collapse`` is set.
+        NoGraphError: no CUDA graph can be recorded under ``engine.mode`` auto. ``resume`` continues
+            the run, compiled, in another process.
     """
-    config = _with_source(resolve(config), observer)
-    config = inputs.with_places(config, config)
-    capture.choose(config.engine, pick_device(config.train.device))  # refuses what this machine lacks
-    config = choose_precision(config, observer.note) if observer is not None else choose_precision(config)
-    path = Path(out) if out is not None else default_run_path(config)
-    with RunFolder.create(path, config, origin) as folder:
-        return trainer.fit(folder, config, observer)
+    whole = _with_source(resolve(config), observer)
+    whole = inputs.with_places(whole, whole)
+    capture.choose(whole.engine, pick_device(whole.train.device))  # refuses what this machine lacks
+    whole = choose_precision(whole, observer.note) if observer is not None else choose_precision(whole)
+    path = Path(out) if out is not None else default_run_path(whole)
+    with RunFolder.create(path, whole, origin) as folder:
+        return trainer.fit(folder, whole, observer)
 
 
-def _with_source(config: Config, observer: Observer | None) -> Config:
-    """``train.init_from`` made the one file that is meant: a run's newest checkpoint will be another one later."""
+def _with_source(config: Resolved, observer: Observer | None) -> Resolved:
+    """Return ``config`` with ``train.init_from`` as a checkpoint's file: a run's newest one changes."""
     if config.train.init_from is None:
         return config
     file, warnings = source_file(Path(config.train.init_from))
@@ -82,9 +86,10 @@ def resume(
     test_data: str | Path | None = None,
     observer: Observer | None = None,
 ) -> Summary:
-    """Go on with a run from its newest sound checkpoint, bit for bit as if it had never stopped. Raises what ``train`` does.
+    """Continue a run from its newest sound checkpoint, bit for bit as if it had never stopped.
 
-    ``data`` and ``test_data`` say where its files lie now; the run keeps that. What they hold must be what it was made with.
+    ``data`` and ``test_data`` are its files' new paths, which the run keeps. Their content must be
+    what the run was made with. Raises the errors of ``train``.
     """
     with RunFolder.open(Path(run), lock=True) as folder:
         config = inputs.moved(inputs.with_places(folder.config, folder.config), data, test_data)
@@ -93,25 +98,26 @@ def resume(
 
 @left_as_found()
 def load_encoder(run_or_file: str | Path, *, weights: str = "trained") -> nn.Module:
-    """The encoder f of a run folder or a checkpoint file as an ordinary network: in eval mode, float32, on the CPU.
+    """Return the encoder f of a run folder or a checkpoint file: in eval mode, float32, on the cpu.
 
-    It maps views (N, 3, S, S), normalised as ``views.plain`` does, to embeddings y (N, 8 * width). It is torchvision's ResNet
-    of torch's own operations (``model.ordinary``), without the engine's kernels and its statistics per view, so that whatever
-    torch can do with a network can be done with it; ``fc`` is free for a classifier.
+    It maps views (N, 3, S, S), normalised as ``views.plain`` does, to embeddings y (N, 8 * width).
+    It is torchvision's ResNet made of torch's own operations (``model.ordinary``), without the
+    engine's kernels and its statistics per view, so everything in torch works with it. ``fc`` is
+    free for a classifier.
 
-    ``weights``: "trained" is the online network's, "target" the target network's, "random" the online network's as the run's
-    seed drew them. Raises UsageError for another word. Where a run's newest checkpoint is damaged the one before is taken, and
-    the log says so.
+    ``weights``: "trained" of the online network, "target" of the target network, "random" of the
+    online network as the run's seed drew them. Raises UsageError for another word. If the newest
+    checkpoint is damaged, the one before is loaded and a warning logged.
     """
-    with warnings.catch_warnings():  # torchvision's import adds a filter; it takes a second, and training does without
+    with warnings.catch_warnings():  # the import adds a filter; it takes a second that training saves
         from fastbyol.model.ordinary import ordinary
 
     config, encoder, _ = _load(Path(run_or_file), weights)
     return ordinary(encoder, config.model)
 
 
-def _load(path: Path, weights: str) -> tuple[Config, ResNet, int]:
-    """The configuration, the engine's own encoder and the step of a run folder or checkpoint."""
+def _load(path: Path, weights: str) -> tuple[Resolved, ResNet, int]:
+    """Return configuration, engine's encoder and step of a run folder or checkpoint."""
     check_choice("weights", weights, WEIGHTS)
     if path.is_dir():
         with RunFolder.open(path, lock=False) as folder:
@@ -144,13 +150,20 @@ def evaluate(
     image_field: str | None = None,
     label_field: str | None = None,
 ) -> dict[str, Any]:
-    """Accuracy of a run's encoder under ``protocol`` (``blog``, ``linear`` or ``knn``; see ``evaluation.protocol``).
+    """Measure the accuracy of a run's encoder under a ``protocol`` of ``evaluation.protocol``.
 
-    Data default to the run's own images; files that are named are taken whole. ``blog`` does not look at ``train_data``.
-    The fields of both files default to those that the run was told to take; of these the run's own files must hold what they
-    held when it was made. ``weights`` as in ``load_encoder``; ``device``: auto, cpu, cuda or cuda:N. Raises UsageError for
-    other words. Returns a dict with at least ``accuracy`` (percent), ``protocol``, ``step``, ``decoder`` (the run's, or without
-    FFCV torchvision) and ``notes``: lines on what keeps the accuracy from saying much.
+    Args:
+        protocol: blog, linear or knn.
+        train_data: file to fit on, used whole; default: the run's own images. ``blog`` ignores it.
+        test_data: file to score on, used whole; default: the run's own.
+        weights: as in ``load_encoder``.
+        device: auto, cpu, cuda or cuda:N.
+        image_field: field of both files; default: the run's.
+        label_field: field of both files; default: the run's.
+
+    Returns a dict with at least ``accuracy`` (percent), ``protocol``, ``step``, ``decoder`` (the
+    run's, or torchvision without FFCV) and ``notes``: lines on what limits the accuracy's meaning.
+    Raises UsageError for other words, and if the run's own files changed in the run's own fields.
     """
     check_choice("protocol", protocol, PROTOCOLS)
     target = pick_device(device)
@@ -163,7 +176,7 @@ def evaluate(
 
     fields = {"image_field": image_field or data.image_field, "label_field": label_field or data.label_field}
     if (fields["image_field"], fields["label_field"]) != (data.image_field, data.label_field):
-        pinned = None  # which is of the run's fields
+        pinned = None  # it pins the content of the run's own fields
 
     def read(name: str, file: Path, limit: int, *, named: bool, labels: loader.Labels) -> loader.Images:
         own = file if named else inputs.own_data(Path(run), pinned, name, file, **fields)

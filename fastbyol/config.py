@@ -1,9 +1,7 @@
 """Every number of a run, as frozen typed models.
 
-A component receives its slice (``ModelConfig``, ``OptimConfig``, ...), never the whole. Nothing mutates a configuration:
-``config_io`` builds one from a preset, a TOML file and flags, and ``resolve`` fills in the numbers that depend on others.
-
-Sources named in this file:
+A component receives its slice (``ModelConfig``, ``OptimConfig``, ...), never the whole. Descriptions
+are what ``fastbyol train --help`` prints. They and the docstrings cite these sources:
   post   "Understanding self-supervised and contrastive learning with BYOL" (2020), text and appendix
   code   the post's published code: moco.py, utils.py, lars.py, ws_resnet.py, train_blog.py
   byol   Grill et al., "Bootstrap Your Own Latent", arXiv:2006.07733, section 3.3 and appendix B, J
@@ -13,6 +11,7 @@ Sources named in this file:
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -24,61 +23,79 @@ Probability = Annotated[float, Field(ge=0.0, le=1.0)]
 Range = tuple[float, float]
 
 
+@dataclass(frozen=True)
+class Option:
+    """The command-line option of ``train`` that sets a field, declared in the field's annotation.
+
+    ``{head}`` in ``name`` stands for the section that holds the field. ``metavar`` and ``about``
+    replace what the field's type and description would give. Of several options on one field the
+    last one that is typed counts.
+    """
+
+    name: str
+    metavar: str | None = None
+    about: str | None = None
+
+
 class Model(BaseModel):
-    """Base of all slices: unknown keys are errors and instances are frozen and hashable."""
+    """Base of all slices: unknown keys are errors, and instances are frozen and hashable."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
-        """A copy with ``update``, checked as any other: pydantic's own takes every word and every number."""
+        """Return a copy with ``update``, validated. Pydantic's own takes every word and number."""
         copied = super().model_copy(update=update, deep=deep)
         return type(self).model_validate(copied.model_dump(warnings=False)) if update else copied
 
 
 class DataConfig(Model):
-    """Where images come from and how they reach the device."""
+    """The images and how they reach the device."""
 
-    train: str = Field("textures", min_length=1, description="beton file to train on, or 'textures' or 'fashion-mnist'")
-    test: str | None = Field(
-        None, min_length=1, description="labelled file for the probe; default: the held-out part of a built-in training set"
+    train: Annotated[str, Option("--data", "FILE")] = Field(
+        "textures", min_length=1, description="Beton file to train on, or a built-in set: textures, fashion-mnist."
     )
-    image_field: str | None = Field(
-        None, min_length=1, description="image field of both files; default: the only one that a file has"
+    test: Annotated[str | None, Option("--test-data", "FILE")] = Field(
+        None, min_length=1, description="Labelled file for the probe. Default: the held-out part of a built-in set."
     )
-    label_field: str | None = Field(
-        None, min_length=1, description="int field of both files; default: 'label', or one of a usual name"
+    image_field: Annotated[str | None, Option("--image-field", "NAME")] = Field(
+        None, min_length=1, description="Image field of both files. Default: the only one in a file."
+    )
+    label_field: Annotated[str | None, Option("--label-field", "NAME")] = Field(
+        None, min_length=1, description="Int field of both files. Default: label, or the only one of a usual name."
     )
     limit: int = Field(
-        0, ge=0, le=2**40, description="train on so many of the file's images, drawn once and alike for every seed; 0: all"
+        0, ge=0, le=2**40, description="Images to train on, drawn once and the same for every seed; 0: all of them."
     )
-    test_limit: int = Field(0, ge=0, le=2**40, description="the same for the probe's images")
-    textures_count: int = Field(4096, ge=64, le=10_000_000, description="images of the textures to train on")
-    textures_test_count: int = Field(2048, ge=64, le=10_000_000, description="images of the textures to test on")
-    textures_size: int | None = Field(
-        None, ge=16, le=1024, description="side of the textures' images, pixels; default: views.size"
-    )
+    test_limit: int = Field(0, ge=0, le=2**40, description="Images to probe on; 0: all of them.")
+    textures_count: int = Field(4096, ge=64, le=10_000_000, description="Number of textures to train on.")
+    textures_test_count: int = Field(2048, ge=64, le=10_000_000, description="Number of textures to test on.")
+    textures_size: int | None = Field(None, ge=16, le=1024, description="Side of the textures in pixels. Default: views.size.")
     textures_seed: int = Field(
-        0, ge=0, lt=2**31, description="seed of the textures to train on; those to test on take the next"
+        0, ge=0, lt=2**31, description="Seed of the textures to train on. Those to test on use the next one."
     )
     cache: Literal["auto", "device", "none"] = Field(
-        "auto", description="keep the decoded set on the device: if it fits, always, never"
+        "auto", description="Keep the decoded images on the device: if they fit, always, or never."
     )
     decoder: Literal["auto", "ffcv", "torchvision"] = Field(
-        "auto", description="auto: FFCV where it is installed; of JPEG images torchvision's pixels are others, up to 6 levels"
+        "auto",
+        description="auto: FFCV where it is installed. The two decode JPEG to pixels that differ by up to 6 levels.",
     )
-    workers: int = Field(0, ge=0, le=1024, description="decoding threads; 0 takes the machine's cores")
+    workers: int = Field(0, ge=0, le=1024, description="Decoding threads; 0: one per core.")
     size: int | None = Field(
-        None, ge=8, le=4096, description="decoded side for sets of mixed sizes, pixels; default: views.size"
+        None, ge=8, le=4096, description="Side in pixels to decode images of mixed sizes to. Default: views.size."
     )
 
 
 class ViewsConfig(Model):
-    """The two random views of an image. Defaults: the post's Appendix B (code: MoCoTransforms with s = 0.5)."""
+    """The two random views of an image.
 
-    size: int = Field(96, ge=8, le=1024, description="side of a view, pixels")
-    scale: Range = Field((0.2, 1.0), description="share of the image's area that a crop takes")
-    ratio: Range = Field((3.0 / 4.0, 4.0 / 3.0), description="aspect ratio of a crop (torchvision's default)")
-    strength: float = Field(0.5, ge=0.0, le=1.0, description="SimCLR's s: scales the four jitter amplitudes below")
+    Defaults: the post's Appendix B (code: MoCoTransforms with s = 0.5).
+    """
+
+    size: Annotated[int, Option("--res")] = Field(96, ge=8, le=1024, description="Side of a view in pixels.")
+    scale: Range = Field((0.2, 1.0), description="Fraction of the image's area that a crop covers.")
+    ratio: Range = Field((3.0 / 4.0, 4.0 / 3.0), description="Aspect ratio of a crop (torchvision's default).")
+    strength: float = Field(0.5, ge=0.0, le=1.0, description="SimCLR's s: scales the four jitter amplitudes below.")
     brightness: float = Field(0.8, ge=0.0, le=10.0)
     contrast: float = Field(0.8, ge=0.0, le=10.0)
     saturation: float = Field(0.8, ge=0.0, le=10.0)
@@ -86,11 +103,13 @@ class ViewsConfig(Model):
     jitter_p: Probability = 0.8
     grayscale_p: Probability = 0.2
     flip_p: Probability = 0.5
-    blur: Literal["gaussian", "pil"] = Field("gaussian", description="sampled Gaussian, or Pillow's three box blurs")
-    blur_kernel: int = Field(9, ge=1, le=63, description="taps of the sampled Gaussian, odd (SimCLR: a tenth of the side)")
-    blur_sigma: Range = Field((0.1, 2.0), description="standard deviation, pixels")
-    blur_p: tuple[Probability, Probability] = Field((0.5, 0.5), description="per view")
-    solarize_p: tuple[Probability, Probability] = Field((0.0, 0.0), description="per view (byol: 0 and 0.2)")
+    blur: Literal["gaussian", "pil"] = Field("gaussian", description="A sampled Gaussian, or Pillow's three box blurs.")
+    blur_kernel: int = Field(
+        9, ge=1, le=63, description="Taps of the sampled Gaussian, an odd number (SimCLR: a tenth of the side)."
+    )
+    blur_sigma: Range = Field((0.1, 2.0), description="Standard deviation in pixels.")
+    blur_p: tuple[Probability, Probability] = Field((0.5, 0.5), description="Probability for each view.")
+    solarize_p: tuple[Probability, Probability] = Field((0.0, 0.0), description="Probability for each view (byol: 0 and 0.2).")
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
 
@@ -114,67 +133,97 @@ class ViewsConfig(Model):
 
 
 class HeadConfig(Model):
-    """A two-layer MLP: linear, norm, ReLU, linear (code: utils.MLP). Weight standardization spares the last linear."""
+    """A two-layer MLP: linear, norm, ReLU, linear (code: utils.MLP).
 
-    norm: HeadNormName = "bn"
+    Weight standardization leaves out the last linear layer.
+    """
+
+    norm: Annotated[HeadNormName, Option("--mlp-norm", about="Norm of both MLPs."), Option("--{head}-norm")] = Field(
+        "bn", description="Norm of this MLP alone."
+    )
     hidden: int = Field(512, ge=1, le=65536)
     out: int = Field(128, ge=1, le=65536)
-    ws: bool = False
+    ws: Annotated[bool, Option("--mlp-ws/--no-mlp-ws")] = Field(
+        False, description="Standardize the weights of the MLPs' first linear layers."
+    )
 
 
 class PredictorConfig(HeadConfig):
     """The online network's second head."""
 
-    layers: Literal[0, 2] = Field(2, description="0: there is no predictor, predictions are the projections")
+    layers: Annotated[Literal[0, 2], Option("--predictor-layers")] = Field(
+        2, description="0: no predictor; predictions are the projections."
+    )
 
 
 class ModelConfig(Model):
     """ResNet-18 encoder, projector and predictor. Defaults: the post's sizes."""
 
-    norm: NormName = "bn"
-    ws: bool = Field(False, description="standardize the encoder's convolution weights")
-    groups: int = Field(32, ge=1, le=4096, description="groups of group norm; fewer where a group would hold under 2 channels")
-    width: int = Field(64, ge=2, le=1024, description="channels of the first stage; the embedding has 8 times as many")
-    stem: Literal["torchvision", "small"] = Field("torchvision", description="7x7 stride 2 and max-pool, or 3x3 stride 1")
+    norm: Annotated[NormName, Option("--norm")] = Field("bn", description="Norm of the encoder.")
+    ws: Annotated[bool, Option("--ws/--no-ws")] = Field(False, description="Standardize the encoder's convolution weights.")
+    groups: int = Field(32, ge=1, le=4096, description="Groups of group norm; fewer where a group would have under 2 channels.")
+    width: Annotated[int, Option("--width")] = Field(
+        64, ge=2, le=1024, description="Channels of the first stage. The embedding has 8 times as many."
+    )
+    stem: Annotated[Literal["torchvision", "small"], Option("--stem")] = Field(
+        "torchvision", description="7x7 with stride 2 and max pooling, or 3x3 with stride 1."
+    )
     projector: HeadConfig = HeadConfig()
     predictor: PredictorConfig = PredictorConfig()
 
 
 class MethodConfig(Model):
-    """What a step learns from. Defaults of the contrastive loss: code, moco.py, after moco version 2."""
+    """The loss. Defaults of the contrastive loss: code, moco.py, after moco version 2."""
 
-    name: Literal["byol", "contrastive", "simsiam"] = Field(
-        "byol", description="cosines with a moving average's projections, cross-entropy over negatives, or cosines with its own"
+    name: Annotated[Literal["byol", "contrastive", "simsiam"], Option("--method")] = Field(
+        "byol",
+        description="Predict a moving average's projections, tell them from negatives, or predict the network's own.",
     )
-    temperature: float = Field(0.2, gt=0.0, le=1000.0, description="contrastive: cosines are divided by it")
-    queue: int = Field(
-        65536, ge=0, le=10_000_000, description="contrastive: past target projections kept as negatives; 0: the batch's others"
+    temperature: Annotated[float, Option("--temperature")] = Field(
+        0.2, gt=0.0, le=1000.0, description="Contrastive loss: divides the cosines."
+    )
+    queue: Annotated[int, Option("--queue")] = Field(
+        65536,
+        ge=0,
+        le=10_000_000,
+        description="Contrastive loss: past target projections kept as negatives; 0: the rest of the batch.",
     )
 
 
 class OptimConfig(Model):
-    """SGD and LARS. ``lr`` and ``weight_decay`` left out take the preset's numbers for the optimizer that is chosen."""
+    """SGD and LARS.
 
-    name: Literal["sgd", "lars"] = "sgd"
-    lr: float | None = Field(None, ge=0.0, le=1000.0)
-    weight_decay: float | None = Field(None, ge=0.0, le=10.0)
+    Without ``lr`` or ``weight_decay`` the chosen optimizer's own number below is used.
+    """
+
+    name: Annotated[Literal["sgd", "lars"], Option("--opt")] = "sgd"
+    lr: Annotated[float | None, Option("--lr")] = Field(
+        None, ge=0.0, le=1000.0, description="Learning rate. Default: the preset's for the optimizer."
+    )
+    weight_decay: Annotated[float | None, Option("--wd")] = Field(
+        None, ge=0.0, le=10.0, description="Weight decay. Default: the preset's for the optimizer."
+    )
     sgd_lr: float = Field(0.8, ge=0.0, le=1000.0, description="code: train_blog.py")
     sgd_weight_decay: float = Field(1e-4, ge=0.0, le=10.0, description="code: MoCoMethodParams")
     lars_lr: float = Field(0.2, ge=0.0, le=1000.0, description="post, appendix; byol section 3.3")
     lars_weight_decay: float = Field(1.5e-6, ge=0.0, le=10.0, description="byol section 3.3")
-    lr_scaling: Literal["none", "linear"] = Field("none", description="linear: lr x batch_size / 256")
+    lr_scaling: Literal["none", "linear"] = Field("none", description="linear: lr x batch_size / 256.")
     momentum: float = Field(0.9, ge=0.0, lt=1.0)
-    eta: float = Field(1e-3, gt=0.0, le=1.0, description="LARS trust coefficient")
-    dialect: Literal["blog", "deepmind", "bolts"] = "blog"
-    lars_on: tuple[str, ...] = Field(("*",), description="which parameters adapt: module prefixes or globs; '*' is all")
-    lars_exclude: Exclusion = Field("none", description="which of those do not adapt after all")
-    decay_exclude: Exclusion = Field("none", description="which parameters take no weight decay")
-    lr_mult: tuple[tuple[str, float], ...] = Field(
-        (), description="pairs (prefix or glob, factor); factors of all matches multiply"
+    eta: float = Field(1e-3, gt=0.0, le=1.0, description="LARS trust coefficient.")
+    dialect: Annotated[Literal["blog", "deepmind", "bolts"], Option("--lars-dialect")] = "blog"
+    lars_on: Annotated[tuple[str, ...], Option("--lars-on", "PATTERN")] = Field(
+        ("*",), description="Parameters that adapt: module prefixes or globs, repeatable; '*' is all."
     )
-    rate_cap: float | None = Field(None, gt=0.0, le=1e9, description="LARS: no parameter's rate exceeds this; default: no cap")
-    replay_rates: str | None = Field(
-        None, min_length=1, description="run folder whose recorded rates are used instead of LARS's own, step by step"
+    lars_exclude: Exclusion = Field("none", description="Parameters among those that do not adapt.")
+    decay_exclude: Exclusion = Field("none", description="Parameters without weight decay.")
+    lr_mult: Annotated[tuple[tuple[str, float], ...], Option("--lr-mult", "PATTERN=FACTOR")] = Field(
+        (), description="Rate factor of the parameters that match, repeatable. Factors of all matches multiply."
+    )
+    rate_cap: Annotated[float | None, Option("--rate-cap")] = Field(
+        None, gt=0.0, le=1e9, description="LARS: highest rate of any parameter. Default: no cap."
+    )
+    replay_rates: Annotated[str | None, Option("--replay-rates", "RUN")] = Field(
+        None, min_length=1, description="LARS: use the rates that this run recorded, step by step."
     )
 
     @model_validator(mode="after")
@@ -188,69 +237,81 @@ class OptimConfig(Model):
 
 
 class ScheduleConfig(Model):
-    """lr and tau over a run."""
+    """Learning rate and tau over a run."""
 
     lr: Literal["cosine", "constant"] = "cosine"
-    lr_unit: Literal["step", "epoch"] = Field("epoch", description="how often the lr moves")
-    warmup_epochs: float = Field(0.0, ge=0.0, le=10_000.0, description="linear, per step")
-    horizon_epochs: int | None = Field(None, ge=1, le=1_000_000, description="length of the cosines; default: train.epochs")
-    tau: float = Field(0.996, ge=0.0, le=1.0, description="EMA momentum at step 0 (byol section 3.3; code)")
-    tau_schedule: Literal["cosine", "constant"] = Field("cosine", description="cosine: rises to 1 at the horizon")
+    lr_unit: Literal["step", "epoch"] = Field("epoch", description="How often the learning rate changes.")
+    warmup_epochs: float = Field(0.0, ge=0.0, le=10_000.0, description="Linear, per step.")
+    horizon_epochs: int | None = Field(None, ge=1, le=1_000_000, description="Length of the cosines. Default: train.epochs.")
+    tau: float = Field(0.996, ge=0.0, le=1.0, description="EMA momentum at step 0 (byol section 3.3; code).")
+    tau_schedule: Literal["cosine", "constant"] = Field("cosine", description="cosine: rises to 1 at the horizon.")
     tau_unit: Literal["step", "epoch"] = "epoch"
-    ema_order: Literal["before", "after"] = Field("before", description="target update before or after the optimizer's")
+    ema_order: Literal["before", "after"] = Field(
+        "before", description="Update the target before or after the optimizer's step."
+    )
 
 
 class TrainConfig(Model):
-    """The loop."""
+    """The training loop."""
 
-    epochs: int = Field(10, ge=1, le=1_000_000)
-    batch_size: int = Field(256, ge=2, le=65536, description="images per step; each is seen as two views")
-    seed: int = Field(0, ge=0, lt=2**63)
-    precision: Literal["fp32", "bf16", "fp64", "auto"] = Field(
-        "fp32", description="auto: bf16 where the device multiplies it natively and gradients agree; fp64 is for tests"
+    epochs: Annotated[int, Option("--epochs")] = Field(10, ge=1, le=1_000_000)
+    batch_size: Annotated[int, Option("--batch-size")] = Field(
+        256, ge=2, le=65536, description="Images per step, each seen as two views."
     )
-    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
-    init_from: str | None = Field(
-        None, min_length=1, description="run folder or checkpoint whose weights a new run starts from; momentum and step do not"
+    seed: Annotated[int, Option("--seed")] = Field(0, ge=0, lt=2**63)
+    precision: Annotated[Literal["fp32", "bf16", "fp64", "auto"], Option("--precision", "fp32|bf16|auto")] = Field(
+        "fp32",
+        description="auto: bf16 where the device multiplies it natively and the gradients agree. fp64 is for tests.",
     )
-    loss_scale: float = Field(1.0, gt=0.0, le=1e6, description="factor on the loss (code: loss_constant_factor)")
+    device: Annotated[str, Option("--device", "auto|cpu|cuda[:N]")] = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
+    init_from: Annotated[str | None, Option("--init-from", "RUN")] = Field(
+        None,
+        min_length=1,
+        description="Run folder or checkpoint whose weights to start from, without its momentum and step.",
+    )
+    loss_scale: float = Field(1.0, gt=0.0, le=1e6, description="Factor on the loss (code: loss_constant_factor).")
     max_skipped_steps: int = Field(
-        10, ge=0, le=1_000_000, description="steps in a row with a non-finite gradient that are left out; one more ends it"
+        10, ge=0, le=1_000_000, description="Steps in a row with a non-finite gradient to skip; one more ends the run."
     )
-    stop_on_collapse: bool = Field(False, description="end with exit code 3 once the state is 'collapsed' at an epoch's end")
+    stop_on_collapse: Annotated[bool, Option("--stop-on-collapse")] = Field(
+        False, description="End with exit code 3 once the state is 'collapsed' at the end of an epoch."
+    )
 
 
 class EngineConfig(Model):
-    """How a step is executed. It changes speed, and rounding at most."""
+    """The way a step is executed. It changes the speed, and at most the rounding."""
 
-    mode: Literal["auto", "eager", "compile", "graph"] = Field(
-        "auto", description="eager, torch.compile, or one CUDA graph over compiled regions; auto: what is measured to pay"
+    mode: Annotated[Literal["auto", "eager", "compile", "graph"], Option("--engine")] = Field(
+        "auto",
+        description="Eager, torch.compile, or one CUDA graph over compiled regions. auto: the fastest as measured.",
     )
     kernels: Literal["auto", "triton", "cpu", "reference"] = Field(
-        "auto", description="the fused operations in Triton, compiled for a CPU, or in plain torch; auto: what fits"
+        "auto", description="Fused operations in Triton, compiled for a cpu, or in plain torch. auto: what fits."
     )
 
     @field_validator("kernels", mode="before")
     @classmethod
     def _read_old_word(cls, kernels: object) -> object:
-        """Read what configurations said before ``cpu`` was the word."""
+        """Read the word that configurations used before ``cpu``."""
         return "cpu" if kernels == "processor" else kernels
 
 
 class ProbeConfig(Model):
     """Accuracy during and after training."""
 
-    every_epochs: int = Field(1, ge=0, le=1_000_000, description="0: only at the end")
+    every_epochs: int = Field(1, ge=0, le=1_000_000, description="0: only at the end.")
     protocol: Literal["blog", "linear", "knn"] = "blog"
 
 
 class RunConfig(Model):
-    """What a run writes."""
+    """The files that a run writes."""
 
-    checkpoint_every_steps: int = Field(0, ge=0, le=1_000_000_000, description="0: at every epoch's end")
+    checkpoint_every_steps: int = Field(0, ge=0, le=1_000_000_000, description="0: at the end of every epoch.")
     keep_checkpoints: int = Field(3, ge=1, le=1_000_000)
-    layers_every_steps: int = Field(1, ge=1, le=1_000_000, description="spacing of the per-layer telemetry")
-    drain_every_steps: int = Field(16, ge=1, le=65536, description="steps held on the device before metrics are written")
+    layers_every_steps: int = Field(1, ge=1, le=1_000_000, description="Steps between two records of every layer.")
+    drain_every_steps: int = Field(
+        16, ge=1, le=65536, description="Steps whose metrics stay on the device before they are written."
+    )
 
 
 class Config(Model):
@@ -269,27 +330,59 @@ class Config(Model):
     run: RunConfig = RunConfig()
 
 
-def resolve(config: Config) -> Config:
-    """Fill in what depends on other values: lr and weight decay of the chosen optimizer, lr scaling, horizon, textures size.
+class ResolvedOptim(OptimConfig):
+    """An optimizer whose learning rate, scaled already, and weight decay are numbers."""
 
-    Idempotent: a resolved configuration resolves to itself, so that ``config.toml`` of a run can be read back.
+    lr: float = Field(ge=0.0, le=1000.0)
+    weight_decay: float = Field(ge=0.0, le=10.0)
+    lr_scaling: Literal["none"] = "none"
+
+
+class ResolvedSchedule(ScheduleConfig):
+    """A schedule whose horizon is a number of epochs."""
+
+    horizon_epochs: int = Field(ge=1, le=1_000_000)
+
+
+class Resolved(Config):
+    """A configuration in which no number waits for another: what runs are made of.
+
+    ``resolve`` makes one of a ``Config``; ``config_io.load`` and ``config_io.parse`` return one.
     """
-    optim, batch = config.optim, config.train.batch_size
-    lr = optim.lr
+
+    optim: ResolvedOptim
+    schedule: ResolvedSchedule
+
+
+def derived(config: Config) -> dict[str, object]:
+    """Return the values that depend on others, by dotted key.
+
+    They are the lr and weight decay of the chosen optimizer, scaled by the batch size if asked for,
+    the schedules' horizon and the size of the textures.
+    """
+    optim, lr, decay = config.optim, config.optim.lr, config.optim.weight_decay
     if lr is None:
         lr = optim.sgd_lr if optim.name == "sgd" else optim.lars_lr
     if optim.lr_scaling == "linear":
-        lr = lr * batch / 256.0
-    decay = optim.weight_decay
+        lr = lr * config.train.batch_size / 256.0
     if decay is None:
         decay = optim.sgd_weight_decay if optim.name == "sgd" else optim.lars_weight_decay
-    # pydantic's own copies: config_io, which knows where a number comes from, says it of one that is out of range.
-    copy = BaseModel.model_copy
-    return copy(
-        config,
-        update={
-            "optim": copy(optim, update={"lr": lr, "weight_decay": decay, "lr_scaling": "none"}),
-            "data": copy(config.data, update={"textures_size": config.data.textures_size or max(16, config.views.size)}),
-            "schedule": copy(config.schedule, update={"horizon_epochs": config.schedule.horizon_epochs or config.train.epochs}),
-        },
-    )
+    return {
+        "optim.lr": lr,
+        "optim.weight_decay": decay,
+        "optim.lr_scaling": "none",
+        "schedule.horizon_epochs": config.schedule.horizon_epochs or config.train.epochs,
+        "data.textures_size": config.data.textures_size or max(16, config.views.size),
+    }
+
+
+def resolve(config: Config) -> Resolved:
+    """Return ``config`` with its ``derived`` values; a resolved one stays equal.
+
+    A copy of a resolved one with other ``data`` lacks the size of the textures again.
+    """
+    values = config.model_dump()
+    for key, value in derived(config).items():
+        section, _, name = key.partition(".")
+        values[section][name] = value
+    return Resolved.model_validate(values)

@@ -1,7 +1,7 @@
 """Configurations from presets, TOML files, ``--set`` and flags, with the origin of every value; and back to TOML.
 
-Precedence, weakest first: the defaults of config.py, the preset, the file, ``--set``, flags. Whatever is wrong is a
-``UsageError`` of one line: the key, where it was said, what is allowed.
+Precedence, weakest first: the defaults of config.py, the preset, the file, ``--set``, flags. Every
+mistake is a ``UsageError`` of one line: the key, where its value comes from, what is allowed.
 """
 
 from __future__ import annotations
@@ -13,32 +13,32 @@ import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from difflib import SequenceMatcher
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
-from fastbyol.config import Config, resolve
-from fastbyol.errors import UsageError
+from fastbyol.config import Config, Resolved, derived
+from fastbyol.errors import UsageError, nearest
 from fastbyol.files import open_regular
 from fastbyol.text import printable
 
 DEFAULT_PRESET = "blog"
 _PACKAGE = Path(__file__).resolve().parent
+_Configuration = TypeVar("_Configuration", bound=Config)
 
 
 class Flag(NamedTuple):
-    """A command-line flag as typed (``--norm``) and its value; None means that it was not given."""
+    """A command-line flag as typed (``--norm``) and its value; None for a flag that was not typed."""
 
     name: str
     value: object
 
 
 class Setting(NamedTuple):
-    """One key's value and where it was said."""
+    """The value of one key and where it comes from."""
 
     value: object
     origin: str
@@ -46,9 +46,9 @@ class Setting(NamedTuple):
 
 @dataclass(frozen=True)
 class Loaded:
-    """A resolved configuration, the origin of each dotted key, and remarks that are worth a line to the user."""
+    """A configuration, the origin of each dotted key, and remarks that deserve a line to the user."""
 
-    config: Config
+    config: Resolved
     origin: dict[str, str]
     notes: tuple[str, ...] = ()
 
@@ -64,50 +64,56 @@ def load(
     """Build a resolved configuration.
 
     Args:
-        preset: what ``--preset`` says. Without it the file's own ``preset`` key counts, then ``default``.
+        preset: the value of ``--preset``. Without it the file's ``preset`` key counts, then ``default``.
         file: a TOML file (``--config``), any part of a configuration.
-        sets: ``key=value`` texts. A value is read as TOML, else as a bare word; a list may be given as ``a,b``; ``none``
-            clears a key that may be absent.
-        flags: dotted key -> ``Flag(name, value)``. Values of None are flags that were not given.
+        sets: ``key=value`` texts. A value is read as TOML, else as a bare word. ``a,b`` is a list,
+            and ``none`` clears a key that may be absent.
+        flags: dotted key -> ``Flag(name, value)``. Flags with the value None were not typed.
 
     Raises:
         UsageError: an unknown key, a value out of range, a file that cannot be read.
     """
-    settings = said(preset=preset, file=file, sets=sets, flags=flags)
+    settings = requested(preset=preset, file=file, sets=sets, flags=flags)
     chosen = settings.get("preset", Setting(default, "default"))
     settings = _from_preset(chosen) | settings | {"preset": chosen}
-    loaded = _resolved(_validated(settings), settings)
+    loaded = _resolved(settings)
     _check(loaded.config, loaded.origin)
     return Loaded(loaded.config, loaded.origin, tuple(_notes(loaded)))
 
 
-def said(
+def requested(
     *,
     preset: str | None = None,
     file: Path | None = None,
     sets: Sequence[str] = (),
     flags: Mapping[str, tuple[str, object]] | None = None,
 ) -> dict[str, Setting]:
-    """What the caller set, dotted key -> ``Setting``, without defaults or preset; keys are checked, values not yet."""
+    """Return what the caller sets by dotted key, without defaults and preset.
+
+    Keys are checked, values are not.
+    """
     settings = (_from_file(file) if file else {}) | _from_sets(sets) | _from_flags(flags or {})
     return settings | ({"preset": Setting(preset, "--preset")} if preset is not None else {})
 
 
-def parse(text: str, where: str) -> Config:
-    """The configuration that ``text`` alone describes: no preset beneath it, nothing resolved. ``where`` is for messages."""
-    return _validated(_from_text(text, where))
+def parse(text: str, where: str) -> Resolved:
+    """Return the configuration in a run's ``text``, which is complete: its preset is only a name.
+
+    Messages name ``where``.
+    """
+    return _resolved(_from_text(text, where)).config
 
 
-def read_run(path: Path) -> Config:
-    """The resolved configuration in a run's ``config.toml``, which is complete: its preset is a word, not a layer."""
-    settings = _from_file(path)
-    return _resolved(_validated(settings), settings).config
+def read_run(path: Path) -> Resolved:
+    """Return the configuration in a run's ``config.toml``."""
+    return parse(read_text(path), str(path))
 
 
 def dump(config: Config, origin: Mapping[str, str] | None = None) -> str:
-    """TOML that ``parse`` reads back to an equal configuration. None is a key left out; origins become comments.
+    """Return TOML that ``parse`` reads back to an equal configuration.
 
-    Raises UsageError: a name that is not UTF-8, which TOML cannot hold.
+    Keys with the value None are left out, and origins become comments. Raises UsageError for a name
+    that is not UTF-8, which TOML cannot hold.
     """
     sections: dict[str, list[str]] = {"": []}
     for key, value in flatten(config).items():
@@ -120,24 +126,24 @@ def dump(config: Config, origin: Mapping[str, str] | None = None) -> str:
 
 
 def origins(text: str) -> dict[str, str]:
-    """The comments that ``dump`` left behind values, by key."""
-    found: dict[str, str] = {}
+    """Return the comments that ``dump`` wrote after values, by key."""
+    comments: dict[str, str] = {}
     section = ""
     for line in text.splitlines():
         if header := re.fullmatch(r"\[([\w.]+)\]", line.strip()):
             section = f"{header[1]}."
         elif pair := re.match(r"(\w+) = .*  # (.+)$", line):
-            found[section + pair[1]] = pair[2]
-    return found
+            comments[section + pair[1]] = pair[2]
+    return comments
 
 
 def flatten(config: Config) -> dict[str, object]:
-    """Dotted key -> value of every field, in the order of config.py."""
+    """Return the value of every field by dotted key, in the order of config.py."""
     return {key: _get(config, key) for key in keys()}
 
 
 def flatten_table(table: Mapping[str, object], prefix: str = "") -> dict[str, object]:
-    """Dotted key -> value of a TOML document; a table where no section belongs stays a value."""
+    """Return the values of a TOML document by dotted key. A table that is no section stays a value."""
     flat: dict[str, object] = {}
     for name, value in table.items():
         key = prefix + name
@@ -149,41 +155,36 @@ def flatten_table(table: Mapping[str, object], prefix: str = "") -> dict[str, ob
 
 
 def presets() -> tuple[str, ...]:
-    """Names of the presets, sorted."""
+    """Return the names of the presets, sorted."""
     return tuple(sorted(path.stem for path in config_folder().glob("*.toml")))
 
 
 def preset_text(name: str, origin: str = "preset") -> str:
-    """A preset's file as it is, comments included. Raises UsageError for a name that is none."""
+    """Return the text of a preset's file, comments included. Raises UsageError for an unknown name."""
     if name not in presets():
         raise UsageError(f"{origin} {show(name)}: no such preset; there are {', '.join(presets())}")
     return (config_folder() / f"{name}.toml").read_text("utf-8")
 
 
 def preset_summary(name: str) -> str:
-    """The comment on a preset's first line: what it is, in one sentence."""
+    """Return the comment on a preset's first line, a sentence that describes it."""
     return preset_text(name).partition("\n")[0].lstrip("# ").rstrip()
 
 
 @cache
 def keys() -> Mapping[str, FieldInfo]:
-    """Dotted key -> pydantic field of everything that can be set, in the order of config.py."""
+    """Return every field that can be set by dotted key, in the order of config.py."""
     return types.MappingProxyType(dict(_walk(Config, "")))
 
 
-def nearest(key: str) -> str:
-    """The known key most like ``key``, judged by the whole name and by its last part."""
-
-    def likeness(known: str) -> float:
-        whole = SequenceMatcher(None, key.lower(), known).ratio()
-        return whole + SequenceMatcher(None, _leaf(key).lower(), _leaf(known)).ratio()
-
+def nearest_key(key: str) -> str:
+    """Return the key that ``key`` is most like, or the one that ``key`` tries to look into."""
     inside = next((parent for parent in _parents(key) if parent in keys()), None)
-    return inside or max(keys(), key=likeness)
+    return inside or nearest(key, keys(), least=0.0, dotted=True)[0]
 
 
 def toml_value(value: object) -> str:
-    """One value in TOML: text, bool, int, float, or a (nested) list of these."""
+    """Return a text, bool, int, float, or (nested) list of these in TOML."""
     if isinstance(value, str):
         return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
     if isinstance(value, bool):
@@ -194,7 +195,7 @@ def toml_value(value: object) -> str:
 
 
 def show(value: object) -> str:
-    """A value for a message: one line, not too long."""
+    """Return a value for a message: one line of at most 80 characters."""
     text = printable(toml_value(value))
     return text if len(text) <= 80 else f"{text[:77]}..."
 
@@ -205,10 +206,6 @@ def _walk(model: type[BaseModel], prefix: str) -> Iterator[tuple[str, FieldInfo]
             yield from _walk(field.annotation, f"{prefix}{name}.")
         else:
             yield prefix + name, field
-
-
-def _leaf(key: str) -> str:
-    return key.rpartition(".")[2]
 
 
 def _get(config: BaseModel, key: str) -> object:
@@ -223,12 +220,12 @@ def _comment(key: str, origin: Mapping[str, str] | None) -> str:
 
 
 def config_folder() -> Path:
-    """Where presets and the settings of ablations lie."""
+    """Return the folder of the presets and of the settings of ablations."""
     packaged = _PACKAGE / "configs"  # in a wheel; a checkout has them beside the package
     return packaged if packaged.is_dir() else _PACKAGE.parent / "configs"
 
 
-# Layers: each gives dotted key -> Setting, its keys known.
+# Layers: each returns settings by dotted key, and every key is one of ``keys``.
 
 
 def _from_preset(chosen: Setting) -> dict[str, Setting]:
@@ -238,7 +235,10 @@ def _from_preset(chosen: Setting) -> dict[str, Setting]:
 
 
 def read_text(path: Path) -> str:
-    """The text of a configuration file. Raises UsageError where it cannot be read, is no file, or is not UTF-8."""
+    """Return the text of a configuration file.
+
+    Raises UsageError if it cannot be read, is not a regular file, or is not UTF-8.
+    """
     try:
         with open_regular(path) as file:
             return file.read().decode("utf-8-sig")
@@ -255,14 +255,14 @@ def _from_file(path: Path) -> dict[str, Setting]:
 def _from_text(text: str, name: str) -> dict[str, Setting]:
     try:
         table = tomllib.loads(text)
-    except ValueError as error:  # of which TOMLDecodeError is one; numbers of over 4,300 digits are refused by another
+    except ValueError as error:  # TOMLDecodeError, or a plain ValueError for a number of over 4,300 digits
         raise UsageError(_syntax_error(str(error), name)) from None
     lines = _line_numbers(text)
     settings = {}
     for key, value in flatten_table(table).items():
         line = next((f":{lines[part]}" for part in _parents(key) if part in lines), "")
-        known = _known(key, name + line)
-        settings[known] = Setting(_cleared(known, value), name + line)
+        _check_key(key, name + line)
+        settings[key] = Setting(_cleared(key, value), name + line)
     return settings
 
 
@@ -272,7 +272,8 @@ def _from_sets(sets: Sequence[str]) -> dict[str, Setting]:
         key, equals, value = text.partition("=")
         if not equals:
             raise UsageError(f"--set {show(text)}: expected key=value, such as --set optim.lr=0.1")
-        key = _known(key.strip(), "--set")
+        key = key.strip()
+        _check_key(key, "--set")
         settings[key] = Setting(_cleared(key, _read(keys()[key], value.strip())), "--set")
     return settings
 
@@ -282,19 +283,20 @@ def _from_flags(flags: Mapping[str, tuple[str, object]]) -> dict[str, Setting]:
     for key, (name, value) in flags.items():
         if value is None:
             continue
+        _check_key(key, name)
         value = str(value) if isinstance(value, Path) else value
-        value = _read(keys()[_known(key, name)], value) if isinstance(value, str) else value
+        value = _read(keys()[key], value) if isinstance(value, str) else value
         settings[key] = Setting(_cleared(key, value), name)
     return settings
 
 
-def _known(key: str, origin: str) -> str:
+def _check_key(key: str, origin: str) -> None:
     if key in keys():
-        return key
+        return
     inside = _first_within(key)
     if inside:
         raise UsageError(f"{key} ({origin}): this is a section; set a key in it, such as {inside}")
-    raise UsageError(f"{printable(key)} ({origin}): no such key; the nearest is {nearest(key)}")
+    raise UsageError(f"{printable(key)} ({origin}): no such key; the nearest is {nearest_key(key)}")
 
 
 def _first_within(section: str) -> str | None:
@@ -308,39 +310,40 @@ def _parents(key: str) -> Iterator[str]:
 
 
 def _line_numbers(text: str) -> dict[str, int]:
-    """Dotted key -> line, for keys and table headers written plainly; good enough for messages."""
-    found: dict[str, int] = {}
+    """Return the line of each dotted key and table header that is written plainly, for messages."""
+    lines: dict[str, int] = {}
     section = ""
     for number, line in enumerate(text.splitlines(), 1):
         if header := re.match(r"\s*\[+\s*([^\[\]#]+?)\s*\]", line):
             section = re.sub(r"[\s\"']", "", header[1])
-            found.setdefault(section, number)
+            lines.setdefault(section, number)
         elif pair := re.match(r"\s*([\w.\"' -]+?)\s*=", line):
-            found.setdefault(".".join(filter(None, (section, re.sub(r"[\s\"']", "", pair[1])))), number)
-    return found
+            lines.setdefault(".".join(filter(None, (section, re.sub(r"[\s\"']", "", pair[1])))), number)
+    return lines
 
 
 def _syntax_error(message: str, name: str) -> str:
     what, _, where = " ".join(message.split()).partition(" (at ")
-    place = re.match(r"line (\d+), column (\d+)", where)
-    return f"{name}{f':{place[1]}:{place[2]}' if place else ''}: not valid TOML: {printable(what[:1].lower() + what[1:])}"
+    at = re.match(r"line (\d+), column (\d+)", where)
+    return f"{name}{f':{at[1]}:{at[2]}' if at else ''}: not valid TOML: {printable(what[:1].lower() + what[1:])}"
 
 
 # Values.
 
 
-def _options(field: FieldInfo) -> tuple[Any, ...]:
+def alternatives(field: FieldInfo) -> tuple[Any, ...]:
+    """Return the types of a field, one by one where it is a union."""
     union = typing.get_origin(field.annotation) in (typing.Union, types.UnionType)
     return typing.get_args(field.annotation) if union else (field.annotation,)
 
 
 def _cleared(key: str, value: object) -> object:
-    return None if value == "none" and type(None) in _options(keys()[key]) else value
+    return None if value == "none" and type(None) in alternatives(keys()[key]) else value
 
 
 def _read(field: FieldInfo, text: str) -> object:
-    """A typed-in value: bare words for text fields, commas for lists, TOML otherwise."""
-    kinds = _options(field)
+    """Return the value of a typed ``text``: bare words for text fields, commas for lists, else TOML."""
+    kinds = alternatives(field)
     if any(typing.get_origin(kind) is tuple for kind in kinds) and not text.startswith("["):
         return [_toml(part.strip()) if part.strip()[:1] in "\"'" else part.strip() for part in text.split(",") if part.strip()]
     is_text = any(kind is str or str in map(type, typing.get_args(kind)) for kind in kinds)
@@ -355,10 +358,10 @@ def _toml(text: str) -> object:
     return table["value"] if table.keys() == {"value"} else text
 
 
-def _validated(settings: Mapping[str, Setting]) -> Config:
+def _validated(model: type[_Configuration], settings: Mapping[str, Setting]) -> _Configuration:
     nested: dict[str, Any] = {}
     for key, setting in settings.items():
-        if isinstance(setting.value, bool) and bool not in _options(keys()[key]):
+        if isinstance(setting.value, bool) and bool not in alternatives(keys()[key]):
             raise UsageError(f"{key} = {show(setting.value)} ({setting.origin}): should not be true or false")
         _refuse_unwritable(key, setting)
         table = nested
@@ -367,7 +370,7 @@ def _validated(settings: Mapping[str, Setting]) -> Config:
             table = table.setdefault(section, {})
         table[leaf] = setting.value
     try:
-        return Config.model_validate(nested)
+        return model.model_validate(nested)
     except ValidationError as error:
         raise UsageError(_explain(error, settings)) from None
 
@@ -383,31 +386,31 @@ def _refuse_unwritable(key: str, setting: Setting) -> None:
 
 
 def _explain(error: ValidationError, settings: Mapping[str, Setting]) -> str:
-    """One line from pydantic's first complaint."""
+    """Return pydantic's first complaint in one line."""
     first = error.errors(include_url=False)[0]
     message = " ".join(first["msg"].removeprefix("Value error, ").removeprefix("Input ").split())
     if first["type"] == "missing":  # of a tuple's items: every key has a default
         message = "should hold more values"
     key = ".".join(str(part) for part in first["loc"])
-    key = next((known for known in _parents(key) if known in keys()), "")
+    key = next((parent for parent in _parents(key) if parent in keys()), "")
     if not key:  # a validator over several fields: its message names them
-        places = {name: settings[name].origin for name in settings if re.search(rf"{re.escape(name)}\b", message)}
-        return message + "".join(f" ({name}: {origin})" for name, origin in places.items())
+        named = [name for name in settings if re.search(rf"{re.escape(name)}\b", message)]
+        return message + "".join(f" ({name}: {settings[name].origin})" for name in named)
     return f"{key} = {show(settings[key].value)} ({settings[key].origin}): {message[:1].lower()}{message[1:]}"
 
 
-def _resolved(config: Config, settings: Mapping[str, Setting]) -> Loaded:
+def _resolved(settings: Mapping[str, Setting]) -> Loaded:
+    config = _validated(Config, settings)
+    values = flatten(config)
     origin = {key: settings[key].origin if key in settings else "default" for key in keys()}
-    resolved = resolve(config)
-    before = flatten(config)
-    changed = {key: value for key, value in flatten(resolved).items() if value != before[key]}
+    changed = {key: value for key, value in derived(config).items() if value != values[key]}
     origin |= {key: _derivation(key, config, origin) for key in changed}
-    _validated({key: Setting(value, origin[key]) for key, value in flatten(resolved).items()})
-    return Loaded(resolved, origin)
+    whole = {key: Setting(value, origin[key]) for key, value in (values | changed).items()}
+    return Loaded(_validated(Resolved, whole), origin)
 
 
 def _derivation(key: str, config: Config, origin: Mapping[str, str]) -> str:
-    """Where a number comes from that ``config.resolve`` filled in or changed."""
+    """Return the origin of a value that ``config.derived`` filled in or changed."""
     optim = config.optim
     scaled = ", times train.batch_size / 256" if optim.lr_scaling == "linear" else ""
     return {
@@ -416,11 +419,11 @@ def _derivation(key: str, config: Config, origin: Mapping[str, str]) -> str:
         "optim.lr_scaling": "applied to optim.lr",
         "schedule.horizon_epochs": "train.epochs",
         "data.textures_size": "views.size",
-    }.get(key, "derived")
+    }[key]
 
 
 def _check(config: Config, origin: Mapping[str, str]) -> None:
-    """What no slice can see alone."""
+    """Raise UsageError for values of two slices that contradict each other."""
     batch, data = config.train.batch_size, config.data
     limits = ({"data.limit": data.limit} if data.limit else {}) | (
         {"data.textures_count": data.textures_count} if data.train == "textures" else {}

@@ -1,4 +1,4 @@
-"""The demonstration, in minutes on two cores: what BYOL learns from images, how a network collapses, and how one recovers."""
+"""The demonstration, minutes on two cores: BYOL learns from images, a network collapses, another recovers."""
 
 from __future__ import annotations
 
@@ -29,24 +29,25 @@ from fastbyol.show.screen import display, duration
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# The post's C7 and C6: the same network and optimizer at half the rate stays where the other one leaves.
+# The post's C7 and C6: the same network and optimizer stays collapsed at half the learning rate.
 PAIR = ("gn-lars-0.1", "gn-lars-0.2")
 
 
 def run(out: Path, *, seed: int = 0, console: Console) -> dict[str, Any]:
-    """Train the demo preset, or go on with it, compare encoders under the same probe, and train the two runs of ``PAIR``.
+    """Train or continue the demo preset, compare encoders under one probe, and train the two runs of ``PAIR``.
 
-    The images are Fashion-MNIST where it is on this machine or can be downloaded, else textures. Writes into ``out``: the
-    runs and their pictures; earlier ones stay. Returns the accuracies in percent and the time taken in seconds.
+    The images are Fashion-MNIST if it is on this machine or can be downloaded, else textures. The
+    runs and their pictures are written into ``out``; earlier ones stay. Returns the accuracies in
+    percent and the time in seconds.
     """
     began = time.perf_counter()
-    _claim(out)
+    _make_folder(out)
     config = config_io.load(preset="demo", sets=[f"train.seed={seed}", f"data.train={_images(console)}"]).config
     path = _train(out, config, console)
-    _say(console, f"fastbyol eval {path} --weights random")
+    _print_command(console, f"fastbyol eval {path} --weights random")
     random = api.evaluate(path, config.probe.protocol, weights="random")
     byol = api.evaluate(path, config.probe.protocol)
-    _say(console, "the same encoder trained with labels")
+    _print_command(console, "the same encoder trained with labels")
     result = {
         "data": config.data.train,
         "random": random["accuracy"],
@@ -66,7 +67,7 @@ def run(out: Path, *, seed: int = 0, console: Console) -> dict[str, Any]:
 
 
 def _images(console: Console) -> str:
-    """Return the name of the built-in set to train on; what keeps it from being real images is said."""
+    """Return the name of the built-in set to train on, and print why it is not real images."""
     try:
         embedded.training_file(DataConfig(train=embedded.FASHION))
     except UsageError as error:
@@ -76,21 +77,21 @@ def _images(console: Console) -> str:
 
 
 def _train(out: Path, config: Config, console: Console) -> Path:
-    left = _unfinished(out, config)
-    path = left or _fresh(out / "run")
+    stopped = _unfinished(out, config)
+    path = stopped or next(each for each in _candidates(out / "run") if not each.exists())
     command = f"train --preset demo --data {config.data.train} --seed {config.train.seed} --out"
-    _say(console, f"fastbyol {'resume' if left else command} {path}")
+    _print_command(console, f"fastbyol {'resume' if stopped else command} {path}")
     with display(console) as observer:
-        summary = api.resume(path, observer=observer) if left else api.train(config, path, observer=observer)
+        summary = api.resume(path, observer=observer) if stopped else api.train(config, path, observer=observer)
     if not summary.finished:
         raise FastbyolError(f"{path}: interrupted at step {summary.step}; go on with: fastbyol resume {path}")
     return path
 
 
 def _pair(out: Path, config: Config, console: Console) -> dict[str, dict[str, Any]]:
-    """Train the arms of ``PAIR`` side by side, or go on with them: by arm, where the run lies and how it ended."""
+    """Train or continue the arms of ``PAIR`` side by side. Return each run's folder and its end."""
     out, runs = _pair_runs(out, config)
-    _say(console, f"fastbyol ablate run {' '.join(PAIR)} --seeds 1 --data {config.data.train} --out {out}")
+    _print_command(console, f"fastbyol ablate run {' '.join(PAIR)} --seeds 1 --data {config.data.train} --out {out}")
     outcome = runner.execute(runs, out, "mini", asked={"targets": PAIR}, jobs=None, device="auto", console=console)
     if outcome.failed or outcome.interrupted:
         why = f"{outcome.failed[0][0]}: {outcome.failed[0][1]}" if outcome.failed else "interrupted"
@@ -100,7 +101,7 @@ def _pair(out: Path, config: Config, console: Console) -> dict[str, dict[str, An
 
 
 def _pair_runs(out: Path, config: Config) -> tuple[Path, tuple[plan.Run, ...]]:
-    """The folder for the pair's runs, and the runs: ``out``, or where that holds others ``out-2``, ``out-3`` ..."""
+    """Return the pair's folder and runs: the first of ``out``, ``out-2``, ... without other runs."""
     flags = {"data.train": Flag("--data", config.data.train)}
     arms, seed = [arm(name) for name in PAIR], config.train.seed
     planned = ((at, plan.make(arms, "mini", at, seeds=1, first_seed=seed, flags=flags)) for at in _candidates(out))
@@ -134,11 +135,11 @@ def supervised(config: Config) -> float:
 
 
 def _draw_pair(runs: dict[str, Path], out: Path) -> Path:
-    """Draw how far negative pairs are apart, and the accuracy, in each of ``runs``."""
+    """Draw the distance of negative pairs and the accuracy of each of ``runs``."""
     from matplotlib.figure import Figure
 
-    made = Figure(figsize=(9.0, 3.2), layout="constrained", facecolor="white")
-    left, right = made.subplots(1, 2)
+    figure = Figure(figsize=(9.0, 3.2), layout="constrained", facecolor="white")
+    left, right = figure.subplots(1, 2)
     for (name, path), colour in zip(runs.items(), (figures.RED, figures.BLUE), strict=True):
         curves = run_report.read(path)
         draw_distance(left, curves, colour, name)
@@ -151,12 +152,12 @@ def _draw_pair(runs: dict[str, Path], out: Path) -> Path:
         axes.set_xlabel("epoch")
         axes.spines[["top", "right"]].set_visible(False)
     path = out / "pictures" / "recovery.png"
-    made.savefig(path, dpi=110)
+    figure.savefig(path, dpi=110)
     return path
 
 
 def draw_distance(axes: Axes, curves: run_report.RunCurves, colour: str, label: str) -> None:
-    """Draw 1 - the cosine of negative pairs over epochs, logarithmic, and the border of the collapsed state."""
+    """Draw 1 - the cosine of negative pairs over epochs, logarithmic, and the limit of collapse."""
     axes.semilogy(curves.epochs, (1 - curves.metrics["neg_cos"]).clip(min=1e-8), color=colour, lw=0.9, label=label)
     axes.axhline(1 - COLLAPSED_ABOVE, color="black", lw=0.7, ls=":")
     axes.annotate("collapsed below", (0.99, 1 - COLLAPSED_ABOVE), (0, -9), xycoords=("axes fraction", "data"),
@@ -164,7 +165,7 @@ def draw_distance(axes: Axes, curves: run_report.RunCurves, colour: str, label: 
     axes.set_ylabel("1 - cosine of z and z', negative pairs")
 
 
-def _claim(out: Path) -> None:
+def _make_folder(out: Path) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -172,23 +173,18 @@ def _claim(out: Path) -> None:
 
 
 def _unfinished(out: Path, config: Config) -> Path | None:
-    """The run in ``out`` that an earlier demonstration of the same seed left behind, or None."""
-    stopped = (Path(row.path) for row in list_runs(out) if row.status == "stopped")
-    return next((path for path in stopped if config_io.read_run(path / CONFIG) == config), None)
-
-
-def _fresh(path: Path) -> Path:
-    """The first of ``_candidates`` that is not there: an earlier demonstration's run is kept."""
-    return next(candidate for candidate in _candidates(path) if not candidate.exists())
+    """Return the stopped run in ``out`` of an earlier demonstration with the same seed, or None."""
+    paths = (Path(row.path) for row in list_runs(out) if row.status == "stopped")
+    return next((path for path in paths if config_io.read_run(path / CONFIG) == config), None)
 
 
 def _candidates(path: Path) -> Iterator[Path]:
-    """``path``, ``path-2``, ``path-3`` ..."""
+    """Yield ``path``, ``path-2``, ``path-3`` ..."""
     yield path
     yield from (path.with_name(f"{path.name}-{number}") for number in count(2))
 
 
-def _say(console: Console, command: str) -> None:
+def _print_command(console: Console, command: str) -> None:
     console.print(f"$ {command}", style="dim", markup=False, soft_wrap=True)
 
 

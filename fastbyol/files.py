@@ -1,7 +1,4 @@
-"""Opening what a user named: regular files only, so that nobody waits for a pipe, a device or a socket.
-
-And the folder of what fastbyol keeps for itself.
-"""
+"""Open a user's files, regular ones only, so that no pipe or device blocks. Name the cache folder."""
 
 from __future__ import annotations
 
@@ -23,12 +20,12 @@ _KINDS = {
 
 
 def open_regular(path: Path) -> BinaryIO:
-    """Open ``path`` to read its bytes, at once whatever lies there.
+    """Open ``path`` to read its bytes, without ever blocking.
 
-    Raises OSError, also where ``path`` is no regular file: ``strerror`` then says what it is.
+    Raises OSError. If ``path`` is not a regular file, ``strerror`` says what it is.
     """
     refuse_special(path, path.stat().st_mode)
-    # Without O_NONBLOCK a pipe that takes the file's place after the look would be waited for.
+    # Without O_NONBLOCK a pipe that replaces the file after the check would block.
     file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))  # noqa: SIM115 - returned
     try:
         refuse_special(path, os.fstat(file.fileno()).st_mode)
@@ -39,16 +36,17 @@ def open_regular(path: Path) -> BinaryIO:
 
 
 def refuse_special(path: Path, mode: int) -> None:
-    """Raise OSError unless ``mode``, the ``st_mode`` of ``path``, is that of a regular file."""
+    """Raise OSError unless ``mode``, the ``st_mode`` of ``path``, is a regular file's."""
     if not stat.S_ISREG(mode):
         kind = _KINDS.get(stat.S_IFMT(mode), "a special file")
         raise OSError(errno.EINVAL, f"is {kind}, not a regular file", str(path))
 
 
 def cache_folder() -> Path:
-    """Return where is kept what can be made again: ``$FASTBYOL_CACHE``, else a folder in the user's.
+    """Return the folder of files that can be made again: ``$FASTBYOL_CACHE``, or the user's.
 
-    That is ``$XDG_CACHE_HOME/fastbyol`` or ``~/.cache/fastbyol``. Raises UsageError for a user without a home.
+    The user's is ``$XDG_CACHE_HOME/fastbyol`` or ``~/.cache/fastbyol``. Raises UsageError for a user
+    without a home folder.
     """
     own = os.environ.get("FASTBYOL_CACHE")
     if own:
@@ -56,5 +54,5 @@ def cache_folder() -> Path:
     base = os.environ.get("XDG_CACHE_HOME")
     try:
         return (Path(base) if base else Path.home() / ".cache") / "fastbyol"
-    except RuntimeError:  # a user without HOME of whom the system knows no other
+    except RuntimeError:  # no HOME, and the system has no entry for the user
         raise UsageError("no home folder: name one for what can be made again with FASTBYOL_CACHE=DIR") from None

@@ -1,7 +1,7 @@
-"""The one way out for text: what goes to a terminal, a pipe or a log never ends the work that it tells of.
+"""All printing: a terminal, pipe or log that fails never ends the work.
 
-Names that others chose are escaped (``text.printable``), and so are characters that the stream's encoding lacks. What can no
-longer be written, for a full disk, a closed pipe or a terminal that is gone, is dropped, and that is remembered.
+Text from outside is escaped (``text.printable``), as are characters that the stream's encoding
+lacks. After a full disk, a closed pipe or a lost terminal, output is dropped and the error recorded.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from rich.text import Text
 
 from fastbyol.text import printable, printable_lines
 
-# In less a table shows nothing; the terminal breaks what is longer than its lines.
+# A narrower table shows nothing. The terminal wraps longer lines.
 LEAST_WIDTH = 40
 
 
 class _Plain(Console):
-    """A console that takes every text as it is: no markup, no smileys, escapes for what is not visible."""
+    """A console that prints text literally: no markup, no emoji, invisible characters escaped."""
 
     def render_str(self, text: str, **options: Any) -> Text:
         return super().render_str(printable(text), **options)
@@ -43,12 +43,12 @@ def console(*, err: bool = False) -> Console:
 
 
 def is_live(shown: Console) -> bool:
-    """Whether ``shown`` is a terminal on which lines can be drawn again, whatever FORCE_COLOR says: a log is none."""
+    """Return True if ``shown`` is a terminal that can redraw lines, whatever FORCE_COLOR says."""
     return shown.file.isatty() and shown.is_terminal and not shown.is_dumb_terminal
 
 
 def say(*lines: str, err: bool = False) -> None:
-    """Print ``lines``, each of which stays one, on standard output or, with ``err``, standard error."""
+    """Print ``lines``, each on one line, on standard output or, with ``err``, standard error."""
     print(*map(printable, lines), sep="\n", file=sys.stderr if err else sys.stdout)
 
 
@@ -66,16 +66,18 @@ def _finite(value: Any) -> Any:
 
 
 class Failures(dict[str, OSError]):
-    """Stream ("standard output", "standard error") -> the error from which on nothing more was written to it."""
+    """The error after which nothing more was written, by stream: "standard output", "standard error"."""
 
     def in_words(self) -> str:
-        """One line on the first; empty where there is none, or where a reader closed its pipe, which it knows itself."""
-        told = next(((name, error) for name, error in self.items() if error.errno != errno.EPIPE), None)
-        return f"{told[0]}: cannot write: {told[1].strerror}; from there on what was to be said is lost" if told else ""
+        """Describe the first error in one line. A closed pipe does not count: its reader left by choice."""
+        for name, error in self.items():
+            if error.errno != errno.EPIPE:
+                return f"{name}: cannot write: {error.strerror}; the rest of the output is lost"
+        return ""
 
 
 class _Sink(io.RawIOBase):
-    """A descriptor's file that takes everything and raises nothing."""
+    """A file that accepts everything and never raises, over a descriptor."""
 
     def __init__(self, descriptor: int, name: str, failures: Failures) -> None:
         self._descriptor, self._name, self._failures = descriptor, name, failures
@@ -102,7 +104,7 @@ class _Sink(io.RawIOBase):
 
 
 class _OneLine(logging.Formatter):
-    """Our log lines stay lines; those of others may be several."""
+    """A formatter that keeps fastbyol's records on one line; other libraries' may have several."""
 
     def format(self, record: logging.LogRecord) -> str:
         text = super().format(record)
@@ -111,10 +113,10 @@ class _OneLine(logging.Formatter):
 
 @contextmanager
 def guarded() -> Iterator[Failures]:
-    """While entered, ``sys.stdout`` and ``sys.stderr`` take every text and raise nothing; yields what fails meanwhile.
+    """Replace ``sys.stdout`` and ``sys.stderr`` by streams that never raise, and yield their failures.
 
-    Standard streams that are closed are /dev/null from here on. Streams that somebody put in their place are left alone.
-    What is logged goes to standard error a line at a time.
+    Closed standard streams become /dev/null. Streams that the caller has replaced are left alone.
+    Log records go to standard error, one line each.
     """
     _open_closed()
     last_resort = logging.lastResort
@@ -145,7 +147,7 @@ def _stream(descriptor: int, name: str, failures: Failures, before: Any) -> io.T
 
 
 def _open_closed() -> None:
-    """Take the numbers 0, 1 and 2 where they are free, or the next file that is opened gets what is printed."""
+    """Open /dev/null at 0, 1 and 2 where they are free, or the next file opened would get the output."""
     for descriptor in range(3):
         try:
             os.fstat(descriptor)

@@ -1,4 +1,4 @@
-"""What belongs to the whole process and is only borrowed: torch's switches, threads, what imports leave behind."""
+"""State of the whole process that is borrowed and restored: torch's switches, threads, variables."""
 
 from __future__ import annotations
 
@@ -11,50 +11,53 @@ from typing import Any
 
 import torch
 
-# What importing cv2 and torchvision sets; every child process would get it.
+# Set by importing cv2 and torchvision; every child process would inherit them.
 VARIABLES = ("LD_LIBRARY_PATH", "TORCHINDUCTOR_CACHE_DIR")
 
 
 @contextmanager
 def left_as_found() -> Iterator[None]:
-    """Work inside as in a fresh process, and put back what was changed for all of it, after an error too.
+    """Run the body as in a fresh process and restore the process's state, after an error too.
 
-    Inside, gradients are on and new tensors are float32 on the CPU. Put back are these two, torch's TF32 and cuDNN switches and
-    its threads, numba's threads, the start method of ``multiprocessing`` and the variables that imports set. What
-    torch.compile leaves once it was used is torch's own. The C library's allocator cannot be asked what it was told before:
-    see ``engine.allocator``.
+    Inside, gradients are on and new tensors are float32 on the cpu. Restored are these two, torch's
+    TF32 and cuDNN switches and its threads, numba's threads, the start method of
+    ``multiprocessing`` and the variables that imports set. State that torch.compile creates is
+    torch's own. The C library's allocator has no way to read its settings: see ``engine.allocator``.
     """
-    with ExitStack() as found:
-        if multiprocessing.get_start_method(allow_none=True) is None:  # numba asks for it, which settles it
-            found.callback(multiprocessing.set_start_method, None, force=True)
-        found.callback(_give_numba_its_threads, _numba_threads())
-        found.callback(torch.set_num_threads, torch.get_num_threads())
+    with ExitStack() as stack:
+        if multiprocessing.get_start_method(allow_none=True) is None:  # numba reads it, which fixes it
+            stack.callback(multiprocessing.set_start_method, None, force=True)
+        stack.callback(_give_numba_its_threads, _numba_threads())
+        stack.callback(torch.set_num_threads, torch.get_num_threads())
         for name in VARIABLES:
-            found.callback(_set_variable, name, os.environ.get(name))
+            stack.callback(_set_variable, name, os.environ.get(name))
         cudnn = torch.backends.cudnn
         for name in ("deterministic", "benchmark"):
-            found.callback(setattr, cudnn, name, getattr(cudnn, name))
-        _keep_precisions(found)
-        found.callback(torch.set_default_dtype, torch.get_default_dtype())
+            stack.callback(setattr, cudnn, name, getattr(cudnn, name))
+        _keep_precisions(stack)
+        stack.callback(torch.set_default_dtype, torch.get_default_dtype())
         torch.set_default_dtype(torch.float32)
         if torch.get_default_device().type != "cpu":
-            found.enter_context(torch.device("cpu"))
-        found.enter_context(torch.inference_mode(False))
-        found.enter_context(torch.enable_grad())
+            stack.enter_context(torch.device("cpu"))
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
         yield
 
 
 @contextmanager
 def full_precision() -> Iterator[None]:
-    """Work inside under ``exact_products``, and put torch's switches back."""
-    with ExitStack() as found:
-        _keep_precisions(found)
+    """Run the body under ``exact_products``, and restore torch's switches."""
+    with ExitStack() as stack:
+        _keep_precisions(stack)
         exact_products()
         yield
 
 
 def exact_products() -> None:
-    """Have products and convolutions of float32 made in float32: neither TF32 nor, on a CPU, bfloat16. Process-wide."""
+    """Compute products and convolutions of float32 in float32, without TF32 or, on a cpu, bfloat16.
+
+    The setting holds for the whole process.
+    """
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False
     for switch in _precisions():
@@ -62,29 +65,29 @@ def exact_products() -> None:
 
 
 def _precisions() -> tuple[Any, ...]:
-    """Where torch keeps the precision of float32 products, by library and operation."""
+    """Return torch's settings of the precision of float32 products, by library and operation."""
     cudnn, mkldnn = torch.backends.cudnn, torch.backends.mkldnn
     return (torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn, mkldnn.matmul, mkldnn.conv, mkldnn.rnn)  # type: ignore[attr-defined]
 
 
-def _keep_precisions(found: ExitStack) -> None:
-    """Have torch's precisions put back: by operation, and before that the older switches, which move several at once."""
+def _keep_precisions(stack: ExitStack) -> None:
+    """Restore torch's precisions on exit: the older switches, which move several, then each operation."""
     for switch in _precisions():
-        found.callback(setattr, switch, "fp32_precision", switch.fp32_precision)
-    with suppress(RuntimeError):  # who uses the newer switches cannot read the older ones
-        found.callback(setattr, torch.backends.cudnn, "allow_tf32", torch.backends.cudnn.allow_tf32)
+        stack.callback(setattr, switch, "fp32_precision", switch.fp32_precision)
+    with suppress(RuntimeError):  # the older switches cannot be read once the newer ones are used
+        stack.callback(setattr, torch.backends.cudnn, "allow_tf32", torch.backends.cudnn.allow_tf32)
     with suppress(RuntimeError):
-        found.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
+        stack.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
 
 
 def _numba_threads() -> int | None:
-    """How many threads numba has; None where its pool is not running, which asking numba itself would start."""
+    """Return numba's number of threads, or None if its pool is not running: asking numba starts it."""
     pool = sys.modules.get("numba.np.ufunc.parallel")
     return sys.modules["numba"].get_num_threads() if pool is not None and pool._is_initialized else None
 
 
 def _give_numba_its_threads(before: int | None) -> None:
-    """``before``, or all where its pool was started since: FFCV's import leaves one."""
+    """Set ``before``, or all threads if the pool was started since, as FFCV's import does with one."""
     if _numba_threads() is not None:
         numba = sys.modules["numba"]
         numba.set_num_threads(numba.config.NUMBA_NUM_THREADS if before is None else before)

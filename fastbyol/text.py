@@ -1,13 +1,14 @@
-"""Text that others chose, such as names of files and classes, as it may be shown: on one line, and nothing but letters."""
+"""Text from outside, such as names of files and classes, made safe to show."""
 
 from __future__ import annotations
 
 
 def printable(text: str) -> str:
-    r"""Return ``text`` with Python's escape (``\x1b``, ``\n``, ``\udce9``) for each character that is no visible one.
+    r"""Return ``text`` with Python's escape (``\x1b``, ``\n``, ``\udce9``) for each invisible character.
 
-    Those are what moves a terminal's cursor or colours, ends a line, turns the direction of reading, and the halves of
-    surrogate pairs by which Python names files whose names are not UTF-8, and which no encoding takes.
+    Invisible characters move a terminal's cursor, change its colours, end a line or reverse the
+    reading direction. Lone surrogates, which Python uses in file names that are not UTF-8, are
+    escaped too: no encoding can write them.
     """
     if text.isprintable():
         return text
@@ -15,5 +16,5 @@ def printable(text: str) -> str:
 
 
 def printable_lines(text: str) -> str:
-    """``printable`` of each line of ``text``, with its line ends and tabs as they are."""
+    """Return ``text`` with each line ``printable``, keeping line ends and tabs."""
     return "\n".join("\t".join(map(printable, line.split("\t"))) for line in text.split("\n"))

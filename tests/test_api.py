@@ -18,7 +18,7 @@ import torch
 from fastbyol import api
 from fastbyol.ablations import arms, plan
 from fastbyol.ablations.rules import in_words
-from fastbyol.cli import explain
+from fastbyol.cli import dialects
 from fastbyol.config import Config, OptimConfig
 from fastbyol.data import convert, loader
 from fastbyol.engine import device, precision
@@ -98,8 +98,8 @@ WORDS: dict[str, tuple[Callable[[Path, Any], Any], str]] = {
     ),
     "model_copy(schedule.lr)": (lambda run, word: Config().schedule.model_copy(update={"lr": word}), "cosine"),
     "model_copy(model.stem)": (lambda run, word: Config().model.model_copy(update={"stem": word}), "small"),
-    "explain.lars": (lambda run, word: explain.lars([word]), "bolts"),
-    "explain.ceiling": (lambda run, word: explain.ceiling(word, lr=0.1, weight_decay=0.1, eta=0.1), "bolts"),
+    "dialects.lars": (lambda run, word: dialects.lars([word]), "bolts"),
+    "dialects.ceiling": (lambda run, word: dialects.ceiling(word, lr=0.1, weight_decay=0.1, eta=0.1), "bolts"),
     "arms.load(scale)": (lambda run, word: arms.load(next(iter(arms.arms().values())), word, seed=0), "mini"),
     "plan.chosen(scale)": (lambda run, word: plan.chosen(["C6"], word), "mini"),
     "rules.in_words": (lambda run, word: in_words(word), "C13"),
@@ -112,11 +112,11 @@ def test_a_word_that_is_none_is_refused_and_the_right_ones_are_named(run: Path, 
     if what == "convert(kind)" and not word:
         pytest.skip("no kind is the kind that is found")
     call, one_of_them = WORDS[what]
-    with pytest.raises((UsageError, ValueError)) as found:
+    with pytest.raises((UsageError, ValueError)) as caught:
         call(run, word)
-    assert one_of_them in str(found.value)
-    if isinstance(found.value, UsageError):
-        assert "\n" not in str(found.value)
+    assert one_of_them in str(caught.value)
+    if isinstance(caught.value, UsageError):
+        assert "\n" not in str(caught.value)
 
 
 def test_the_nearest_word_is_named(run: Path) -> None:
@@ -136,7 +136,7 @@ if sys.argv[2] == "odd":
     torch.set_default_dtype(torch.float64)
     torch.set_grad_enabled(False)
 
-def found():
+def state():
     b = torch.backends
     precisions = [m.fp32_precision for m in (b, b.cuda.matmul, b.cudnn.conv, b.cudnn.rnn, b.mkldnn.matmul, b.mkldnn.conv)]
     return {
@@ -154,7 +154,7 @@ def found():
 def same(what, before):
     import numba
     from numba.np.ufunc import parallel
-    after = found()
+    after = state()
     changed = {key: [before[key], after[key]] for key in before if before[key] != after[key]}
     # Asking starts numba's pool, which settles the start method of processes.
     if parallel._is_initialized and numba.get_num_threads() != numba.config.NUMBA_NUM_THREADS:
@@ -170,9 +170,9 @@ class Interrupting:
 import fastbyol
 from fastbyol_kernels import dispatch
 from tiny import beton_files, tiny_config
-folder, before = Path(sys.argv[1]), found()
+folder, before = Path(sys.argv[1]), state()
 files = beton_files(folder)
-after = found()
+after = state()
 print(json.dumps(["convert", {key: [before[key], after[key]] for key in before if before[key] != after[key]}]))
 run = folder / "run"
 summary = fastbyol.train(tiny_config(files), run, observer=Interrupting())
@@ -198,6 +198,6 @@ def test_the_process_is_left_as_it_was_found(tmp_path: Path, how: str) -> None:
     command = [sys.executable, "-W", "ignore", "-c", CHILD, str(tmp_path), how]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=600, check=False)
     assert done.returncode == 0, done.stderr
-    said = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")]
-    assert len(said) == 6
-    assert [line for line in said if line[1]] == []
+    reports = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")]
+    assert len(reports) == 6
+    assert [line for line in reports if line[1]] == []

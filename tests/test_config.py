@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
-from fastbyol.config import Config, ModelConfig, OptimConfig, ScheduleConfig, TrainConfig, ViewsConfig, resolve
+from fastbyol.config import Config, DataConfig, ModelConfig, OptimConfig, ScheduleConfig, TrainConfig, ViewsConfig, resolve
 
 BAD_VIEWS = [
     {"scale": (0.5, 0.2)},
@@ -34,16 +34,12 @@ BAD_OPTIM = [
 ]
 
 
-@pytest.mark.parametrize("values", BAD_VIEWS, ids=str)
-def test_views_refuse(values: dict[str, object]) -> None:
+@pytest.mark.parametrize(
+    ("model", "values"), [*((ViewsConfig, v) for v in BAD_VIEWS), *((OptimConfig, v) for v in BAD_OPTIM)], ids=str
+)
+def test_wrong_values_are_refused(model: type[BaseModel], values: dict[str, object]) -> None:
     with pytest.raises(ValidationError):
-        ViewsConfig.model_validate(values)
-
-
-@pytest.mark.parametrize("values", BAD_OPTIM, ids=str)
-def test_optim_refuses(values: dict[str, object]) -> None:
-    with pytest.raises(ValidationError):
-        OptimConfig.model_validate(values)
+        model.model_validate(values)
 
 
 def test_a_wide_blur_is_refused_only_where_it_is_used() -> None:
@@ -64,9 +60,11 @@ def test_lr_and_weight_decay_follow_the_optimizer(name: str, lr: float, decay: f
     assert (optim.lr, optim.weight_decay) == (lr, decay)
 
 
-def test_a_weight_decay_of_zero_is_kept() -> None:
-    assert resolve(Config(optim=OptimConfig(lr=0.0, weight_decay=0.0))).optim.weight_decay == 0.0
-    assert resolve(Config(optim=OptimConfig(lr=0.0, weight_decay=0.0))).optim.lr == 0.0
+def test_zeros_are_kept_and_what_a_run_lacks_is_refused() -> None:
+    resolved = resolve(Config(optim=OptimConfig(lr=0.0, weight_decay=0.0)))
+    assert (resolved.optim.lr, resolved.optim.weight_decay) == (0.0, 0.0)
+    with pytest.raises(ValidationError):
+        resolved.optim.model_copy(update={"lr": None})
 
 
 @given(st.integers(2, 65536), st.none() | st.floats(0.0, 3.0))
@@ -86,5 +84,7 @@ def test_resolve_is_idempotent(epochs: int, horizon: int | None, size: int) -> N
     )
     resolved = resolve(config)
     assert resolve(resolved) == resolved
+    assert resolve(resolved.model_copy(update={"data": DataConfig()})) == resolved
+    assert resolve(Config.model_validate(resolved.model_dump())) == resolved
     assert resolved.schedule.horizon_epochs == (horizon or epochs)
     assert resolved.data.textures_size == max(16, size)

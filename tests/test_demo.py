@@ -32,7 +32,7 @@ def test_the_second_call_goes_on_with_the_run_of_the_first(tmp_path: Path, monke
     monkeypatch.setattr(demo, "_pair", lambda *_: {})
     monkeypatch.setattr(demo, "_draw_pair", lambda _, out: out)
     monkeypatch.setattr(demo, "supervised", lambda *_: 50.0)
-    monkeypatch.setattr(demo.report, "write", lambda *_, **__: [])
+    monkeypatch.setattr(demo.run_report, "write", lambda *_, **__: [])
     no_graph.install(patch=monkeypatch.setattr)
 
     def run(seed: int) -> dict[str, Any]:
@@ -52,10 +52,10 @@ def test_without_real_images_it_takes_textures_and_says_so(monkeypatch: pytest.M
         raise UsageError("fashion-mnist: not on this machine")
 
     monkeypatch.setattr(embedded, "training_file", refuse)
-    said = io.StringIO()
-    assert demo._images(Console(file=said)) == "textures"
+    printed = io.StringIO()
+    assert demo._images(Console(file=printed)) == "textures"
     assert "fashion-mnist: not on this machine; so this is on textures, where no recovery shows" in " ".join(
-        said.getvalue().split()
+        printed.getvalue().split()
     )
 
 
@@ -66,10 +66,10 @@ def test_the_pair_are_the_arms_of_the_claims(tmp_path: Path, monkeypatch: pytest
         plan, "make", lambda *which, **options: make(*which, sets=[*SETS, "train.epochs=2", "data.limit=64"], **options)
     )
     config = config_io.load(preset="demo", sets=["train.seed=3", "data.train=textures"]).config
-    found = [demo._pair(tmp_path / "lars", config, Console(file=io.StringIO())) for _ in range(2)]
-    assert found[0] == found[1]
-    assert list(found[0]) == list(demo.PAIR)
-    runs = {name: Path(row["run"]) for name, row in found[0].items()}
+    results = [demo._pair(tmp_path / "lars", config, Console(file=io.StringIO())) for _ in range(2)]
+    assert results[0] == results[1]
+    assert list(results[0]) == list(demo.PAIR)
+    runs = {name: Path(row["run"]) for name, row in results[0].items()}
     for name, path in runs.items():
         there = config_io.read_run(path / "config.toml")
         assert (there.train.seed, there.optim.lr) == (3, float(name.rpartition("-")[2]))

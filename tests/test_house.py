@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import ast
+import os
+import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -165,21 +168,52 @@ def test_tests_mirror_the_code() -> None:
     assert not strays
 
 
-def test_help_and_bare_import_leave_torch_alone() -> None:
-    code = "import sys, fastbyol, fastbyol.cli.main; sys.exit('torch' in sys.modules or 'numba' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+OLD_RUN = str(ROOT / "tests" / "runs" / "old" / "finished")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--help"],
+        ["train", "--help"],
+        ["runs", str(Path(OLD_RUN).parent)],
+        ["report", "RUN"],
+        ["explain", "--diff", "blog", OLD_RUN],
+    ],
+    ids=" ".join,
+)
+def test_commands_that_compute_nothing_do_not_import_torch(tmp_path: Path, arguments: list[str]) -> None:
+    """Torch takes seconds to import. ``RUN`` is a copy of a finished run."""
+    if "RUN" in arguments:
+        shutil.copytree(OLD_RUN, tmp_path / "RUN")
+    code = "import sys, fastbyol, fastbyol.cli.main as m; m.app(sys.argv[1:], standalone_mode=False)"
+    code += "; sys.exit('torch' in sys.modules or 'numba' in sys.modules)"
+    command = [sys.executable, "-c", code, *arguments]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (ROOT, KERNELS.parent)))}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_functions_of_the_command_line_fit_a_screen() -> None:
+    """Signature and docstring count."""
+    long = [
+        f"{path.name}:{node.lineno} {node.name}"
+        for path in (PACKAGE / "cli").glob("*.py")
+        for node in ast.walk(ast.parse(path.read_text("utf-8")))
+        if isinstance(node, ast.FunctionDef) and (node.end_lineno or 0) - node.lineno >= 40
+    ]
+    assert not [name for name in long if not re.fullmatch(r"ablate\.py:\d+ run", name)]
 
 
 def test_only_the_bench_command_imports_the_benchmarks() -> None:
-    body = ast.parse((PACKAGE / "cli" / "main.py").read_text("utf-8")).body
     users = [
-        getattr(node, "name", "the module itself")
-        for node in body
-        if any(
-            "fastbyol_bench" in ast.unparse(part) for part in ast.walk(node) if isinstance(part, ast.Import | ast.ImportFrom)
-        )
+        f"{path.stem}.{getattr(node, 'name', '')}"
+        for path in PACKAGE.rglob("*.py")
+        for node in ast.parse(path.read_text("utf-8")).body
+        for part in ast.walk(node)
+        if isinstance(part, ast.Import | ast.ImportFrom) and "fastbyol_bench" in ast.unparse(part)
     ]
-    assert users == ["bench"]
+    assert users == ["doctor.bench"]
 
 
 def test_public_functions_have_docstrings() -> None:

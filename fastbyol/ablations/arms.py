@@ -5,7 +5,6 @@ from __future__ import annotations
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
 from types import MappingProxyType
@@ -14,7 +13,7 @@ from typing import Literal
 from fastbyol import config_io
 from fastbyol.ablations.claims import CLAIMS
 from fastbyol.config_io import Flag, Loaded
-from fastbyol.errors import UsageError, check_choice
+from fastbyol.errors import UsageError, check_choice, nearest
 
 ScaleName = Literal["full", "short", "long", "mini"]
 SCALES: tuple[ScaleName, ...] = ("full", "short", "long", "mini")
@@ -54,7 +53,7 @@ def arms() -> Mapping[str, Arm]:
 def arm(name: str) -> Arm:
     """The arm ``name``. Raises UsageError, with the nearest names, where there is none."""
     if name not in arms():
-        near = get_close_matches(name, arms(), n=3, cutoff=0.3)
+        near = nearest(name, arms(), most=3)
         raise UsageError(f"{name}: no such arm{'; nearest: ' + ', '.join(near) if near else ''}; see `fastbyol ablate list`")
     return arms()[name]
 
@@ -68,7 +67,7 @@ def load(
     ``config_io.load`` does.
     """
     check_choice("scale", scale, SCALES)
-    changed = config_io.said(sets=sets)
+    changed = config_io.requested(sets=sets)
     here = {key: value for key, value in chosen.at.get(scale, {}).items() if key not in changed}
     own = {key: Flag(f"arm {chosen.name}", value) for key, value in {**chosen.settings, **here}.items()}
     said = {**own, "train.seed": Flag("seed", seed), **(flags or {})}

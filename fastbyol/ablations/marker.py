@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from fastbyol import views
-from fastbyol.config import Config
+from fastbyol.config import Resolved
 from fastbyol.data import embedded, loader
 from fastbyol.engine.device import pick_device
 from fastbyol.engine.step import TrainState
@@ -15,7 +15,7 @@ IMAGES, CHUNK, SEEDS = 2048, 256, (0, 1)
 
 
 @torch.no_grad()
-def image_share(config: Config) -> float:
+def image_share(config: Resolved) -> float:
     """Return r = (positive - negative cosine) / (1 - negative cosine) of embeddings by the untrained network of ``config``.
 
     The mean over ``SEEDS`` of networks and views of ``IMAGES`` training images, or all of them; quarters of the textures came
@@ -29,7 +29,7 @@ def image_share(config: Config) -> float:
     return sum(_share(config, read.images, seed, device) for seed in SEEDS) / len(SEEDS)
 
 
-def _share(config: Config, images: torch.Tensor, seed: int, device: torch.device) -> float:
+def _share(config: Resolved, images: torch.Tensor, seed: int, device: torch.device) -> float:
     seeded = config.model_copy(update={"train": config.train.model_copy(update={"seed": seed, "precision": "fp32"})})
     state = TrainState.create(seeded, steps_per_epoch=1, device=device)
     halves = []

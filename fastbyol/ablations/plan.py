@@ -11,7 +11,7 @@ from typing import Any, Literal
 from fastbyol import config_io
 from fastbyol.ablations.arms import SCALES, Arm, ScaleName, arm, arms, load
 from fastbyol.ablations.claims import CLAIMS
-from fastbyol.config import Config, DataConfig
+from fastbyol.config import DataConfig, Resolved
 from fastbyol.config_io import Flag
 from fastbyol.data import beton
 from fastbyol.data.contents import Contents
@@ -34,7 +34,7 @@ class Run:
     arm: Arm
     seed: int
     path: Path
-    config: Config
+    config: Resolved
     origin: Mapping[str, str]
     after: Path | None = None
 
@@ -122,13 +122,13 @@ def _run(
         flags = {**flags, "optim.replay_rates": Flag(f"arm {each.name}", str(after))}
     loaded = load(each, scale, seed=seed, sets=sets, flags=flags)
     if num_images is not None:
-        said = config_io.said(sets=sets)
+        said = config_io.requested(sets=sets)
         few = {key: flag for key, flag in _as_many_steps(loaded.config, num_images).items() if key not in said}
         loaded = load(each, scale, seed=seed, sets=sets, flags={**flags, **few}) if few else loaded
     return Run(each, seed, run_path(out, each.name, seed), loaded.config, loaded.origin, after)
 
 
-def _as_many_steps(config: Config, num_images: int) -> dict[str, Flag]:
+def _as_many_steps(config: Resolved, num_images: int) -> dict[str, Flag]:
     """Return the flags that give epochs of ``num_images`` the steps of those of ``config``; none where they have them."""
     batch, limit = config.train.batch_size, config.data.limit
     if (taken := min(num_images, limit or num_images)) < batch:
@@ -140,7 +140,7 @@ def _as_many_steps(config: Config, num_images: int) -> dict[str, Flag]:
     factor = (limit // batch) / (num_images // batch)
     lengths: dict[str, Any] = {
         "train.epochs": round(config.train.epochs * factor),
-        "schedule.horizon_epochs": round((config.schedule.horizon_epochs or 0) * factor),
+        "schedule.horizon_epochs": round((config.schedule.horizon_epochs) * factor),
         "schedule.warmup_epochs": config.schedule.warmup_epochs * factor,
         "probe.every_epochs": round(config.probe.every_epochs * factor),
     }
@@ -223,7 +223,7 @@ def _contents(file: Path, image_field: str | None, label_field: str | None, writ
     return Contents.of(beton.inspect(file, image_field=image_field, label_field=label_field, may_lack_labels=True))
 
 
-def _refuse_other(run: Run, there: Config) -> None:
+def _refuse_other(run: Run, there: Resolved) -> None:
     wanted, made = config_io.flatten(run.config), config_io.flatten(there)
     for key in wanted:
         if key == "train.precision" and wanted[key] == "auto":

@@ -14,7 +14,7 @@ from fastbyol.ablations.claims import CLAIMS, Claim
 from fastbyol.ablations.evidence import Evidence
 from fastbyol.ablations.tally import Account, account, read_each
 from fastbyol.ablations.verdict import Verdict, judge, judge_variants
-from fastbyol.config import Config
+from fastbyol.config import Resolved
 from fastbyol.errors import UsageError
 from fastbyol.runs.folder import RunFolder
 from fastbyol.runs.metrics import read_events
@@ -26,7 +26,7 @@ class Run:
 
     path: Path
     evidence: Evidence
-    config: Config
+    config: Resolved
     events: tuple[dict[str, Any], ...]
     env: Mapping[str, Any]
 

@@ -15,7 +15,7 @@ from fastbyol.ablations.claims import Claim
 from fastbyol.ablations.course import course, rate_peak
 from fastbyol.ablations.evidence import Evidence
 from fastbyol.ablations.report_suite import Suite
-from fastbyol.config import Config
+from fastbyol.config import Resolved
 from fastbyol.evaluation.intervals import accuracy_interval
 from fastbyol.runs import differences
 
@@ -153,7 +153,7 @@ def configurations(suite: Suite) -> dict[str, Any]:
     }
 
 
-def _against_preset(config: Config) -> tuple[tuple[str, str, str], ...]:
+def _against_preset(config: Resolved) -> tuple[tuple[str, str, str], ...]:
     return tuple(
         (row.key, differences.text(row.a), _value(row.key, row.b))
         for row in differences.against_preset(config)

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from fastbyol import config_io, output
-from fastbyol.config import Config
+from fastbyol.config import Resolved
 from fastbyol.engine import trainer
 from fastbyol.engine.allocator import keep_freed_memory
 from fastbyol.engine.observer import EpochEnd, Progress, Start
@@ -87,7 +87,7 @@ def _folder(path: Path, request: Mapping[str, Any], speaker: Speaker) -> RunFold
     return RunFolder.create(path, inputs.with_places(config, config), request["origin"])
 
 
-def _with_places(config: Config, request: Mapping[str, Any]) -> Config:
+def _with_places(config: Resolved, request: Mapping[str, Any]) -> Resolved:
     """``config`` of a run that may be gone on with, with its files where the request has them: they may have been moved."""
     return inputs.with_places(config, config_io.parse(request["config"], where=request["path"]))
 

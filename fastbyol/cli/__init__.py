@@ -1,1 +1,1 @@
-"""The command line: one module for each group of commands. torch is imported inside commands only."""
+"""The command line: a module for each group of commands. torch is imported inside commands only."""

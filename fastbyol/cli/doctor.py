@@ -1,4 +1,4 @@
-"""What this machine has of what fastbyol needs, and the exact command that brings the rest."""
+"""The commands about this machine: doctor, which checks what fastbyol needs, and bench."""
 
 from __future__ import annotations
 
@@ -8,15 +8,23 @@ import os
 import shutil
 import sys
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
+import typer
+
+from fastbyol.cli.options import Device, Json
 from fastbyol.files import cache_folder
+from fastbyol.output import console as make_console
+from fastbyol.output import print_json, say
 
 SETUP = "make setup"
 
 
 class Check(NamedTuple):
-    """One line of the examination. ``remedy`` is a command or advice, empty where nothing is to be done."""
+    """One line of the examination. ``remedy`` is a command or advice, empty where nothing is missing.
+
+    ``found``, a key of ``doctor --json``, describes the state.
+    """
 
     name: str
     ok: bool
@@ -25,8 +33,50 @@ class Check(NamedTuple):
     remedy: str
 
 
+def doctor(as_json: Json = False) -> None:
+    """Say what is missing and the exact command that brings it."""
+    checks = examine()
+    if as_json:
+        print_json([check._asdict() for check in checks])
+    else:
+        width = 2 + max(len(check.name) for check in checks)
+        for check in checks:
+            mark = "ok  " if check.ok else ("MISSING" if check.needed else "none")
+            remedy = [f"{'':{8 + width}s}-> {check.remedy}"] if check.remedy else []
+            say(f"{mark:8s}{check.name:{width}s}{check.found}", *remedy)
+    if any(check.needed and not check.ok for check in checks):
+        raise typer.Exit(1)
+
+
+def bench(
+    suites: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[SUITES]...", help="kernels, views, loader, optimizer, step, train; all, the default."),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="FILE|DIR", help="Keep the result: a .json file, or a folder for one.")
+    ] = None,
+    compare: Annotated[
+        tuple[Path, Path] | None, typer.Option("--compare", metavar="A B", help="Measure nothing: compare two kept results.")
+    ] = None,
+    device: Device = "auto",
+    quick: Annotated[bool, typer.Option("--quick", help="Tiny sizes: shows that all of it works, not how fast.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Measure this machine's speed against its own limits and against plain PyTorch, side by side."""
+    from fastbyol_bench import command
+
+    console = make_console(err=True)
+
+    def note(line: str) -> None:
+        console.print(line, markup=False, soft_wrap=True)
+
+    text = command.main(suites or (), out=out, compare=compare, device=device, quick=quick, as_json=as_json, note=note)
+    say(*text.split("\n"))
+
+
 def examine() -> list[Check]:
-    """All checks, in the order in which one would mend them."""
+    """Return all checks, in the order in which to act on them."""
     return [
         _python(),
         *(_package(name, needed=True) for name in ("numpy", "torch", "torchvision", "triton", "safetensors", "numba")),
@@ -42,10 +92,8 @@ def examine() -> list[Check]:
 
 
 def _python() -> Check:
-    version = ".".join(map(str, sys.version_info[:3]))
-    return Check(
-        "python", sys.version_info >= (3, 11), True, version, "" if sys.version_info >= (3, 11) else "install Python 3.11"
-    )
+    version, ok = ".".join(map(str, sys.version_info[:3])), sys.version_info >= (3, 11)
+    return Check("python", ok, True, version, "" if ok else "install Python 3.11")
 
 
 def _package(name: str, *, needed: bool, distribution: str | None = None) -> Check:
@@ -58,7 +106,7 @@ def _package(name: str, *, needed: bool, distribution: str | None = None) -> Che
 
 
 def _ffcv() -> Check:
-    """FFCV may be left out. Its package may be there without its extension, or that without the libraries it was linked to."""
+    """Check FFCV, which is optional: its package, its extension, and the libraries it is linked to."""
     without = "torchvision decodes"
     if importlib.util.find_spec("ffcv") is None:
         return Check("ffcv", False, False, f"not installed, {without}{_missing_for_build()}", "")
@@ -82,17 +130,17 @@ def _missing_for_build() -> str:
         "libturbojpeg0-dev": Path("/usr/include/turbojpeg.h").exists(),
         "libopencv-imgproc-dev": Path("/usr/include/opencv4/opencv2/imgproc.hpp").exists(),
     }
-    missing = [name for name, found in need.items() if not found]
+    missing = [name for name, present in need.items() if not present]
     return f"; `{SETUP}` builds it" + (f" and installs for that: {' '.join(missing)}" if missing else "")
 
 
 def _threading_layer() -> Check:
-    """numba's fallback layer, workqueue, aborts the process when two loaders work at once."""
+    """Check for OpenMP or TBB: numba's own layer, workqueue, aborts a process with two loaders."""
     import ctypes.util
 
-    found = next((lib for lib in ("gomp", "omp", "tbb") if ctypes.util.find_library(lib)), None)
-    remedy = "" if found else "apt-get install libgomp1"
-    return Check("threading layer", found is not None, False, found or "neither OpenMP nor TBB", remedy)
+    library = next((lib for lib in ("gomp", "omp", "tbb") if ctypes.util.find_library(lib)), None)
+    remedy = "" if library else "apt-get install libgomp1"
+    return Check("threading layer", library is not None, False, library or "neither OpenMP nor TBB", remedy)
 
 
 def _device() -> Check:
@@ -106,7 +154,7 @@ def _device() -> Check:
 
 
 def _choices() -> list[Check]:
-    """What ``auto`` would be here for the network of the defaults, the post's: the engine's mode and the precision, and why."""
+    """Report what ``auto`` means here, and why, for the network of the defaults, which is the post's."""
     try:
         from fastbyol.config import Config
         from fastbyol.engine import capture, precision
@@ -116,7 +164,7 @@ def _choices() -> list[Check]:
     config, device = Config(), pick_device("auto")
     mode, unit = capture.choose(config.engine, device), precision.decide(config, device)
     kept = ""
-    if precision.native_unit(device) is not None:  # else there is nothing to measure, and to keep
+    if precision.native_unit(device) is not None:  # else there is nothing to measure and keep
         there = precision.kept_answer(precision.question(config, device)) is not None
         kept = "; kept for the next run" if there else "; not kept, the cache folder cannot be written"
     return [
@@ -131,12 +179,7 @@ def _cores() -> Check:
 
 def _cache() -> Check:
     folder = cache_folder()
-    nearest = next(parent for parent in (folder, *folder.parents) if parent.exists())
-    ok = os.access(nearest, os.W_OK)
-    return Check(
-        "cache folder",
-        ok,
-        True,
-        str(folder),
-        "" if ok else f"FASTBYOL_CACHE=DIR, a folder that can be written ({nearest} cannot)",
-    )
+    existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    ok = os.access(existing, os.W_OK)
+    remedy = "" if ok else f"FASTBYOL_CACHE=DIR, a folder that can be written ({existing} cannot)"
+    return Check("cache folder", ok, True, str(folder), remedy)

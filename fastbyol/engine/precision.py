@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 import fastbyol_kernels
-from fastbyol.config import Config
+from fastbyol.config import Config, Resolved, resolve
 from fastbyol.engine.device import pick_device
 from fastbyol.engine.step import TrainState, train_step
 from fastbyol.errors import check_choice
@@ -59,7 +59,7 @@ MOST = Gap(length=0.2, error=0.9)
 STATES = ("healthy", "collapsed")
 
 
-def choose_precision(config: Config, note: Callable[[str], None] = lambda _: None) -> Config:
+def choose_precision(config: Resolved, note: Callable[[str], None] = lambda _: None) -> Resolved:
     """Replace ``train.precision`` auto in ``config`` by this device's choice, and ``note`` it.
 
     Call it when a run is made: the run's configuration then names a precision that a resume keeps.
@@ -179,14 +179,14 @@ def _gradients(config: Config, device: torch.device, precision: str, collapsed: 
     return {name: g.double().cpu() for name, g in state.arena.named(state.arena.gradient).items()}
 
 
-def _narrow(config: Config, precision: str) -> Config:
+def _narrow(config: Config, precision: str) -> Resolved:
     """Return the configuration of a narrow network with the same kinds of layers."""
     model = config.model
     heads = {
         name: head.model_copy(update={"hidden": HIDDEN, "out": OUT})
         for name, head in (("projector", model.projector), ("predictor", model.predictor))
     }
-    return Config.model_validate(
+    narrow = Config.model_validate(
         {
             "model": model.model_copy(update={"width": WIDTH, **heads}).model_dump(),
             "method": config.method.model_copy(update={"queue": min(config.method.queue, 1) * BATCH}).model_dump(),
@@ -194,6 +194,7 @@ def _narrow(config: Config, precision: str) -> Config:
             "engine": {"kernels": "auto" if precision == "fp64" else config.engine.kernels},  # Triton's have no fp64
         }
     )
+    return resolve(narrow)
 
 
 @torch.no_grad()

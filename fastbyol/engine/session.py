@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fastbyol.config import Config
+from fastbyol.config import Resolved
 from fastbyol.data import beton, decoder, embedded, loader
 from fastbyol.data.beton import BetonInfo
 from fastbyol.engine import capture, guards, origin
@@ -66,7 +66,7 @@ class Session:
     """
 
     folder: RunFolder
-    config: Config
+    config: Resolved
     observer: Observer
     batches: loader.Loader
     test: loader.Images | None
@@ -129,7 +129,7 @@ class Preparation:
     """
 
     folder: RunFolder
-    config: Config
+    config: Resolved
     observer: Observer
 
     @cached_property

@@ -2,7 +2,7 @@
 
 Drive it yourself:
 
-    state = TrainState.create(Config(), steps_per_epoch=16)
+    state = TrainState.create(fastbyol.load_config(), steps_per_epoch=16)
     for views in batches:                     # (2, B, 3, S, S), normalised
         metrics = train_step(state, views)
     print(dict(zip(METRICS, metrics.values.tolist())))
@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastbyol.config import Config, ModelConfig, resolve
+from fastbyol.config import Config, ModelConfig, Resolved
 from fastbyol.engine.device import dtype_of
 from fastbyol.engine.standardized_weights import StandardizedWeights
 from fastbyol.errors import UsageError
@@ -110,18 +110,14 @@ class TrainState:
     queue: Tensor | None = None
 
     @staticmethod
-    def create(config: Config, *, steps_per_epoch: int, device: str | torch.device = "cpu") -> TrainState:
+    def create(config: Resolved, *, steps_per_epoch: int, device: str | torch.device = "cpu") -> TrainState:
         """Make the state before the first step: the same on any device, whatever was drawn before.
 
         Switches TF32 off for the process on CUDA under fp32 (``process.exact_products``). Raises
         UsageError for patterns that match no parameter, heads that do not fit together or a horizon
         that is too long.
         """
-        config = resolve(config)
         optim, epochs = config.optim, config.schedule.horizon_epochs
-        assert optim.lr is not None
-        assert optim.weight_decay is not None
-        assert epochs is not None
         device, dtype = torch.device(device), torch.float64 if config.train.precision == "fp64" else torch.float32
         try:
             kernels = dispatch.resolve(config.engine.kernels, device, dtype)

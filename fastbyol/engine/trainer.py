@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from typing import NoReturn
 
-from fastbyol.config import Config
+from fastbyol.config import Resolved
 from fastbyol.data import loader
 from fastbyol.engine import guards
 from fastbyol.engine.device import fitting_threads
@@ -45,7 +45,7 @@ class Summary:
     accuracies: Accuracies
 
 
-def fit(folder: RunFolder, config: Config, observer: Observer | None = None) -> Summary:
+def fit(folder: RunFolder, config: Resolved, observer: Observer | None = None) -> Summary:
     """Start the run in ``folder``, or go on from its newest checkpoint, and train to its end.
 
     ``config`` is the folder's; only its data may lie elsewhere. Returns early, saved and resumable,

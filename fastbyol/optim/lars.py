@@ -5,13 +5,12 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, NamedTuple
 
 from fastbyol.config import Exclusion, OptimConfig
-from fastbyol.errors import UsageError
+from fastbyol.errors import UsageError, nearest
 
 if TYPE_CHECKING:
     from fastbyol_kernels.lars_ema import Rule
@@ -88,6 +87,6 @@ def _check_patterns(key: str, patterns: Iterable[str], names: Iterable[str]) -> 
     for pattern in patterns:
         if not any(matches(name, pattern) for name in names):
             parents = {name.rsplit(".", count)[0] for name in names for count in range(name.count(".") + 1)}
-            near = difflib.get_close_matches(pattern, sorted(parents), n=3, cutoff=0.3)
+            near = nearest(pattern, sorted(parents), most=3)
             hint = f"; nearest: {', '.join(near)}" if near else ""
             raise UsageError(f"{key}: {pattern!r} matches no parameter{hint}")

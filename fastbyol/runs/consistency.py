@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fastbyol import config_io
-from fastbyol.config import Config, resolve
+from fastbyol.config import Config
 from fastbyol.errors import UsageError
 from fastbyol.files import open_regular
 from fastbyol.runs import layers, metrics
@@ -34,7 +34,7 @@ def changed(run: Path, config: Config, recorded: str, where: str, *, places: boo
     Keys of ``FREE`` do not count. Without ``places`` nor do those that say where data lie, which are pinned by content
     (``engine.inputs``). Raises UsageError where ``recorded`` is damaged itself.
     """
-    now, then = config_io.flatten(config), config_io.flatten(resolve(config_io.parse(recorded, where)))
+    now, then = config_io.flatten(config), config_io.flatten(config_io.parse(recorded, where))
     for key in now:
         if now[key] != then[key] and key not in FREE and (places or not _is_place(key, now[key], then[key])):
             return f"{run / 'config.toml'}: {key} is {_shown(now[key])}, the run was made with {_shown(then[key])}"

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from difflib import get_close_matches
 from pathlib import Path
 from typing import NamedTuple
 
 from fastbyol import config_io
-from fastbyol.config import Config
+from fastbyol.config import Resolved
 from fastbyol.config_io import Loaded
-from fastbyol.errors import UsageError
+from fastbyol.errors import UsageError, nearest
 from fastbyol.runs.folder import RunFolder
 
 
@@ -37,7 +36,7 @@ def named(name: str) -> Loaded:
             return Loaded(folder.config, origin)
     if path.is_file():
         return config_io.load(file=path)
-    near = get_close_matches(name, config_io.presets(), n=1, cutoff=0.0)[0]
+    near = nearest(name, config_io.presets(), least=0.0)[0]
     raise UsageError(f"{name}: no preset, configuration file or run folder of this name; the nearest preset is {near}")
 
 
@@ -51,7 +50,7 @@ def between(a: Loaded, b: Loaded) -> list[Difference]:
     ]
 
 
-def against_preset(config: Config) -> list[Difference]:
+def against_preset(config: Resolved) -> list[Difference]:
     """What a run's configuration says otherwise than the preset that it names."""
     base = config_io.load(preset=config.preset)
     return between(base, Loaded(config, dict.fromkeys(config_io.flatten(config), "the run")))

@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import Any
 
 from fastbyol import config_io
-from fastbyol.config import Config
+from fastbyol.config import Resolved
 from fastbyol.errors import FastbyolError, UsageError
 from fastbyol.runs import consistency
 from fastbyol.runs.durable import write_text, writing
@@ -33,13 +33,13 @@ class RunFolder:
     UsageError before its first step is removed again, since nothing was changed by it.
     """
 
-    def __init__(self, path: Path, config: Config, lock: Lock | None, *, is_new: bool) -> None:
+    def __init__(self, path: Path, config: Resolved, lock: Lock | None, *, is_new: bool) -> None:
         self.path, self.config, self.is_new = path, config, is_new
         self.config_text = config_io.read_text(path / CONFIG)
         self._lock = lock
 
     @classmethod
-    def create(cls, path: Path, config: Config, origin: Mapping[str, str] | None = None) -> RunFolder:
+    def create(cls, path: Path, config: Resolved, origin: Mapping[str, str] | None = None) -> RunFolder:
         """Make the folder of a new run of ``config``, which is resolved. ``path`` is absent or an empty folder.
 
         Raises UsageError: the folder holds something already, is in use, or cannot be written.
@@ -110,7 +110,7 @@ class RunFolder:
         """
         self._keep({META: inputs.as_json(), **{key: said for key, said in made_by.items() if key not in self.env}})
 
-    def keep_places(self, config: Config) -> None:
+    def keep_places(self, config: Resolved) -> None:
         """Write down ``config``, the run's but for where its data lie. Raises FastbyolError where that cannot be written."""
         before, now = (config_io.flatten(each) for each in (self.config, config))
         moved = {key: "where it was moved to" for key in now if now[key] != before[key]}
@@ -147,7 +147,7 @@ class RunFolder:
             _log.info("%s stays: %s", self.path, error.strerror)
 
 
-def default_run_path(config: Config, root: Path = Path("runs")) -> Path:
+def default_run_path(config: Resolved, root: Path = Path("runs")) -> Path:
     """Claim a fresh folder ``root/<norm>-<opt><lr>-mlp_<norm>[-ws]-s<seed>-<n>``, with n counting up, and return it, empty.
 
     Processes that ask at the same time get different ones.
@@ -233,7 +233,7 @@ def _refuse_used(path: Path) -> None:
         raise UsageError(f"{path}: is not empty ({found}): name a new folder with --out")
 
 
-def _stem(config: Config) -> str:
+def _stem(config: Resolved) -> str:
     model, optim = config.model, config.optim
     projector, predictor = model.projector.norm, model.predictor.norm if model.predictor.layers else "absent"
     method = "" if config.method.name == "byol" else f"{config.method.name}-"

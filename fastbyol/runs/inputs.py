@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from fastbyol.config import Config, DataConfig
+from fastbyol.config import Config, DataConfig, Resolved
 from fastbyol.data import beton, embedded
 from fastbyol.data.beton import BetonInfo
 from fastbyol.data.contents import Contents
@@ -96,7 +96,7 @@ def refuse_missing(run: Path, data: DataConfig) -> None:
             )
 
 
-def moved(config: Config, train: str | Path | None, test: str | Path | None) -> Config:
+def moved(config: Resolved, train: str | Path | None, test: str | Path | None) -> Resolved:
     """Return ``config`` with the data files that a caller names; test data that came with a built-in training set stay."""
     data = config.data
     if train is not None and test is None and data.test is None and data.train in embedded.BUILT_IN:
@@ -105,7 +105,7 @@ def moved(config: Config, train: str | Path | None, test: str | Path | None) -> 
     return config.model_copy(update={"data": data.model_copy(update=files)})
 
 
-def with_places(config: Config, asked: Config) -> Config:
+def with_places(config: Resolved, asked: Config) -> Resolved:
     """Return ``config`` with its data files and the run whose rates it takes where ``asked`` has them, as absolute paths."""
     data, optim, rates = asked.data, config.optim, asked.optim.replay_rates
     files = {"train": placed(data.train), "test": data.test and placed(data.test)}

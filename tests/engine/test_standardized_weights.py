@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastbyol.config import Config
+from fastbyol.config import Config, resolve
 from fastbyol.engine.step import TrainState, train_step
 from fastbyol.errors import UsageError
 from fastbyol.model.standardizing import Standardizing
@@ -24,7 +24,7 @@ def config(norm: str, ws: bool, optimizer: str, precision: str, kernels: str) ->
     optim = {"name": "sgd", "lr": 0.02, "weight_decay": 1e-2}
     if optimizer != "sgd":
         optim = {"name": "lars", "dialect": optimizer, "lr": 2.0, "eta": 0.01, "weight_decay": 1e-2}
-    return Config.model_validate(
+    made = Config.model_validate(
         {
             "model": {
                 "norm": norm, "ws": ws, "groups": 2, "width": 4, "stem": "small", "projector": head, "predictor": head
@@ -35,6 +35,7 @@ def config(norm: str, ws: bool, optimizer: str, precision: str, kernels: str) ->
             "engine": {"kernels": kernels},
         }
     )  # fmt: skip
+    return resolve(made)
 
 
 def some_views(step: int, *, batch: int, size: int) -> Tensor:

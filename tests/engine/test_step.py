@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import golden
-from fastbyol.config import Config
+from fastbyol.config import Config, resolve
 from fastbyol.engine.step import LAYER_METRICS, METRICS, StepMetrics, TrainState, as_batch, train_step
 from fastbyol.errors import UsageError
 from reference_byol import Reference
@@ -55,7 +55,7 @@ def tiny(
     for key, value in more.items():
         part, name = key.split("__")
         values[part][name] = value
-    return Config.model_validate(values)
+    return resolve(Config.model_validate(values))
 
 
 def some_views(step: int, *, batch: int = 6, size: int = 16) -> Tensor:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from fastbyol import api, config_io
-from fastbyol.cli import main
+from fastbyol.cli import main, train
 from fastbyol.config import Config
 from fastbyol.engine import trainer
 from fastbyol.evaluation import protocol
@@ -84,7 +84,7 @@ def _mark_phases(path: Path) -> None:
         (trainer.Loop, "run", "step"),
         (protocol, "evaluate", "probe"),
         (checkpoint, "save", "checkpoint"),
-        (main, "_finish", "end"),
+        (train, "_finish", "end"),
     ):
         setattr(owner, name, _marking(byte, phase, getattr(owner, name)))
 

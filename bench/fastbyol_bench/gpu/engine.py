@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from fastbyol import load_config
-from fastbyol.config import Config
+from fastbyol.config import Resolved
 from fastbyol.data.loader import Batch
 from fastbyol.engine import capture
 from fastbyol.engine.step import METRICS, StepMetrics, TrainState
@@ -47,7 +47,7 @@ class Stand:
         self.batch, self.size = (4, 32) if dry or small else (256, 96)
         narrow = ("model.width=16", "model.groups=8") if dry or small else ()
         sets = ["train.precision=bf16", f"views.size={self.size}", *METHODS[method], *narrow]
-        self.config: Config = load_config("blog", sets)
+        self.config: Resolved = load_config("blog", sets)
 
     def state(self) -> TrainState:
         """Return a state before its first step: all of them are equal."""

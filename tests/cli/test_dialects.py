@@ -1,4 +1,4 @@
-"""What `explain lars` says, against the formulas written out by hand in float64, and against what a run recorded."""
+"""The numbers and words of `explain lars`, against formulas written out by hand in float64 and a run's own records."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastbyol import api, config_io
-from fastbyol.cli import explain
+from fastbyol.cli import dialects, explain
 from fastbyol.errors import UsageError
 from fastbyol.runs.layers import read_layers
 
@@ -48,13 +48,13 @@ def by_hand(rule: str, w: np.ndarray, g: np.ndarray, lr: float, wd: float, eta: 
 @settings(max_examples=25)
 def test_steps_are_the_formulas(rule: str, numbers: dict[str, float]) -> None:
     lr, wd, eta = numbers["lr"], numbers["weight_decay"], numbers["eta"]
-    found = explain.step(rule, lr=lr, weight_decay=wd, eta=eta)  # type: ignore[arg-type]
-    assert list(found) == [example.name for example in explain.EXAMPLES]
-    for example in explain.EXAMPLES:
+    result = dialects.step(rule, lr=lr, weight_decay=wd, eta=eta)  # type: ignore[arg-type]
+    assert list(result) == [example.name for example in dialects.EXAMPLES]
+    for example in dialects.EXAMPLES:
         w = np.array(example.weight)
         g = np.array(example.gradient) if example.gradient else -wd * w
         trust, update = by_hand(rule, w, g, lr, wd, eta)
-        row = found[example.name]
+        row = result[example.name]
         assert row["weight_norm"] == pytest.approx(math.hypot(*w), rel=TIGHT)
         assert row["grad_norm"] == pytest.approx(math.hypot(*g), rel=TIGHT)
         assert row["trust_ratio"] == pytest.approx(trust, rel=TIGHT)
@@ -66,22 +66,22 @@ def test_steps_are_the_formulas(rule: str, numbers: dict[str, float]) -> None:
 @given(numbers=st.fixed_dictionaries(NUMBERS))
 @settings(max_examples=25)
 def test_no_rate_exceeds_the_ceiling(numbers: dict[str, float]) -> None:
-    found = explain.lars(("blog", "bolts", "deepmind"), **numbers)
+    result = dialects.lars(("blog", "bolts", "deepmind"), **numbers)
     for rule in ("blog", "bolts"):
-        told = found["dialects"][rule]
+        facts = result["dialects"][rule]
         if numbers["weight_decay"] == 0.0:
-            assert told["ceiling"] is None
+            assert facts["ceiling"] is None
             continue
-        assert told["ceiling"] == pytest.approx(numbers["lr"] * numbers["eta"] / numbers["weight_decay"], rel=TIGHT)
-        rows = told["examples"].values()
+        assert facts["ceiling"] == pytest.approx(numbers["lr"] * numbers["eta"] / numbers["weight_decay"], rel=TIGHT)
+        rows = facts["examples"].values()
         # With a norm of 0 bolts takes a trust ratio of 1, which no ceiling bounds.
         rates = [row["rate"] for row in rows if rule == "blog" or (row["weight_norm"] > 0 and row["grad_norm"] > 0)]
-        assert max(rates) <= told["ceiling"] * (1 + TIGHT)
-    assert found["dialects"]["deepmind"]["ceiling"] is None
+        assert max(rates) <= facts["ceiling"] * (1 + TIGHT)
+    assert result["dialects"]["deepmind"]["ceiling"] is None
 
 
 def test_the_published_peak_leaves_room_for_one_weight_decay_alone() -> None:
-    peak = explain.published_peak()
+    peak = dialects.published_peak()
     assert peak["rate"] == pytest.approx(42.2, abs=0.05)  # claims.json reads 42.2
     assert peak["most_weight_decay"] == pytest.approx(2.4e-6, rel=0.02)  # and concludes 2.4e-6
     assert {row["weight_decay"]: row["possible"] for row in peak["ceilings"]} == {1.5e-6: True, 1e-5: False, 1e-4: False}
@@ -91,13 +91,13 @@ def test_the_published_peak_leaves_room_for_one_weight_decay_alone() -> None:
 
 
 def test_words_hold_the_numbers() -> None:
-    found = explain.lars(("blog", "deepmind"))
-    text = explain.in_words(found)
+    result = dialects.lars(("blog", "deepmind"))
+    text = explain.in_words(result)
     rows = [line for line in text.splitlines() if line.lstrip().startswith("gradient 5e-5, collapsing")]
     assert [float(row.split()[-2]) for row in rows] == pytest.approx([8e-4 / 5.6e-5, 8e-4 / math.hypot(5e-5, 6e-6)], rel=1e-4)
     assert "42.2" in text
-    assert json.loads(json.dumps(found)) == found
-    assert "no ceiling" in explain.in_words(explain.lars(("blog",), weight_decay=0.0))
+    assert json.loads(json.dumps(result)) == result
+    assert "no ceiling" in explain.in_words(dialects.lars(("blog",), weight_decay=0.0))
 
 
 @pytest.mark.parametrize(
@@ -105,14 +105,14 @@ def test_words_hold_the_numbers() -> None:
 )
 def test_dialects_that_are_none(text: str, says: str) -> None:
     with pytest.raises(UsageError, match=re.escape(says)):
-        explain.dialects(text)
-    assert explain.dialects("bolts, blog,bolts") == ("bolts", "blog")
+        dialects.parse_rules(text)
+    assert dialects.parse_rules("bolts, blog,bolts") == ("bolts", "blog")
 
 
 @pytest.mark.parametrize("numbers", [{"lr": -1.0}, {"weight_decay": math.nan}, {"eta": 0.0}, {"lr": math.inf}])
 def test_numbers_out_of_range(numbers: dict[str, float]) -> None:
     with pytest.raises(UsageError, match="should be"):
-        explain.lars(("blog",), **numbers)
+        dialects.lars(("blog",), **numbers)
 
 
 @pytest.fixture(scope="module")
@@ -130,11 +130,11 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_runs_own_dialect_gives_what_it_recorded(run: Path) -> None:
     layers = read_layers(run)
     for step in (None, int(layers.steps[-1])):
-        found = explain.of_run(run, ("blog", "deepmind", "bolts"), step)
-        place = int(np.flatnonzero(layers.steps == found["step"])[0])
-        assert [row["name"] for row in found["layers"]] == list(layers.names)
-        for index, row in enumerate(found["layers"]):
-            recorded = float(layers.values[place, index, layers.metrics.index("rate")])
+        result = dialects.of_run(run, ("blog", "deepmind", "bolts"), step)
+        record = int(np.flatnonzero(layers.steps == result["step"])[0])
+        assert [row["name"] for row in result["layers"]] == list(layers.names)
+        for index, row in enumerate(result["layers"]):
+            recorded = float(layers.values[record, index, layers.metrics.index("rate")])
             assert row["recorded"]["rate"] == recorded
             if row["adapts"]:
                 # The run computed in fp32 and wrote its lr as a decimal of fp32.
@@ -146,18 +146,18 @@ def test_a_runs_own_dialect_gives_what_it_recorded(run: Path) -> None:
             low = low_high if isinstance(low_high, float) else low_high[0]
             # The triangle inequality: |g + wd w| <= |g| + wd |w|, blog's divisor.
             assert low >= row["blog"]["rate"] * (1 - 2e-3) or row["weight_norm"] == 0
-    text = explain.run_in_words(found)
+    text = explain.run_in_words(result)
     assert text.count("\n") == len(layers.names) + 6  # what run, three ceilings, a remark, a blank line, a header
-    assert found["rule"] == "blog"
+    assert result["rule"] == "blog"
 
 
 def test_the_default_step_is_that_of_the_highest_rate(run: Path) -> None:
     layers = read_layers(run)
     rates = layers.values[:, :, layers.metrics.index("rate")]
-    found = explain.of_run(run, ("blog",))
-    assert found["step"] == int(layers.steps[np.unravel_index(rates.argmax(), rates.shape)[0]])
+    result = dialects.of_run(run, ("blog",))
+    assert result["step"] == int(layers.steps[np.unravel_index(rates.argmax(), rates.shape)[0]])
 
 
 def test_a_step_that_was_not_recorded(run: Path) -> None:
     with pytest.raises(UsageError, match="step 99 was not recorded"):
-        explain.of_run(run, ("blog",), 99)
+        dialects.of_run(run, ("blog",), 99)

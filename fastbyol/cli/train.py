@@ -1,0 +1,226 @@
+"""The commands that make, continue and measure runs: train, resume, eval, demo, report, runs."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
+
+import typer
+from rich.console import Console
+from rich.table import Column, Table
+
+from fastbyol import config_io
+from fastbyol.cli.options import (
+    ConfigFile,
+    Device,
+    ImageField,
+    Json,
+    LabelField,
+    RunPath,
+    Sets,
+    config_flags,
+    with_config_options,
+)
+from fastbyol.config_io import Loaded
+from fastbyol.errors import NoGraphError
+from fastbyol.output import console as make_console
+from fastbyol.output import print_json, say
+
+if TYPE_CHECKING:
+    from fastbyol.engine.trainer import Summary
+
+
+@with_config_options
+def train(
+    preset: Annotated[str | None, typer.Option(help="demo, blog or paper. Default: blog on a GPU, demo on a CPU.")] = None,
+    config: ConfigFile = None,
+    sets: Sets = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="DIR", help="Run folder. Default: a new one under runs/.")
+    ] = None,
+    as_json: Json = False,
+    **values: Any,
+) -> None:
+    """Train a network; without --data on textures that are made for it."""
+    from fastbyol import api
+
+    console = make_console(err=as_json)
+    loaded = load(preset, config, sets or (), config_flags(values))
+    for line in (_data_in_words(loaded), *loaded.notes):
+        console.print(line, markup=False, soft_wrap=True)
+    summary = _run(console, as_json, lambda observer: api.train(loaded.config, out, observer=observer, origin=loaded.origin))
+    _finish(summary, console, as_json)
+
+
+def load(preset: str | None, file: Path | None, sets: Sequence[str], flags: Mapping[str, tuple[str, object]]) -> Loaded:
+    """Return the configuration. The device decides on the preset if none is named: blog needs a GPU."""
+    settings = config_io.requested(preset=preset, file=file, sets=sets, flags=flags)
+    device = settings["train.device"].value if "train.device" in settings else "auto"
+    default = "blog" if "preset" in settings or _has_gpu(str(device)) else "demo"
+    return config_io.load(preset=preset, file=file, sets=sets, flags=flags, default=default)
+
+
+def _has_gpu(device: str) -> bool:
+    if device != "auto":
+        return device.startswith("cuda")
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def _data_in_words(loaded: Loaded) -> str:
+    data, preset = loaded.config.data, loaded.config.preset
+    limit = "" if not data.limit else f", {data.limit} of its images at most (data.limit)"
+    if data.train != "textures":
+        return f"preset {preset}, data {data.train}{limit}"
+    source = "data textures" if loaded.origin["data.train"] == "--data" else "no --data given, so the embedded textures set"
+    return f"preset {preset}, {source}: {data.textures_count} images of {data.textures_size} px, seed {data.textures_seed}"
+
+
+def _run(console: Console, as_json: bool, work: Callable[[Any], Summary]) -> Summary:
+    """Return what ``work`` returns. If its process can go no further, continue the run in a fresh one."""
+    from fastbyol.show.screen import display
+
+    try:
+        with display(console) as observer:
+            return work(observer)
+    except NoGraphError as error:
+        console.print(str(error), markup=False, soft_wrap=True)
+        _start_again("resume", str(error.run), *(["--json"] if as_json else []))
+
+
+def _start_again(*arguments: str) -> NoReturn:
+    """Become a fresh process of the same program with other ``arguments``.
+
+    A child would not do: this way the GPU's memory is free again, and the caller sees the same
+    process number, terminal, signals and exit code.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # The interpreter's flags and the script or module, as they were typed.
+    program = sys.orig_argv[1 : len(sys.orig_argv) - len(sys.argv) + 1]
+    os.execv(sys.executable, [sys.executable, *program, *arguments])
+
+
+def _finish(summary: Summary, console: Console, as_json: bool) -> None:
+    from fastbyol.show import figures, run_report
+
+    if figures.available() and summary.finished:  # a run that was stopped must end now
+        run_report.write(Path(summary.run))
+    if as_json:
+        print_json(asdict(summary))
+        return
+    words = ", ".join(filter(None, (f"step {summary.step}", summary.state, summary.accuracies.in_words())))
+    console.print(f"{summary.run}: {words}", markup=False, soft_wrap=True)
+
+
+def resume(
+    run: RunPath,
+    data: Annotated[
+        str | None, typer.Option("--data", metavar="FILE", help="Where the run's training data lie now, unchanged.")
+    ] = None,
+    test_data: Annotated[
+        str | None, typer.Option("--test-data", metavar="FILE", help="Where its test data lie now, unchanged.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Go on with a run that was stopped, bit for bit."""
+    from fastbyol import api
+
+    console = make_console(err=as_json)
+    summary = _run(console, as_json, lambda observer: api.resume(run, data=data, test_data=test_data, observer=observer))
+    _finish(summary, console, as_json)
+
+
+def evaluate(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder or a checkpoint file.")],
+    protocol: Annotated[Literal["blog", "linear", "knn"], typer.Option(help="How accuracy is measured.")] = "blog",
+    train_data: Annotated[Path | None, typer.Option("--train-data", metavar="FILE", help="Fit on this (linear, knn).")] = None,
+    test_data: Annotated[Path | None, typer.Option("--test-data", metavar="FILE", help="Score on this.")] = None,
+    weights: Annotated[
+        Literal["trained", "target", "random"],
+        typer.Option(help="Of the online network, of the target network, or as the seed drew them."),
+    ] = "trained",
+    image_field: ImageField = None,
+    label_field: LabelField = None,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Measure the accuracy of a run's encoder."""
+    from fastbyol import api
+
+    if protocol == "blog" and train_data is not None:
+        say("--train-data: not looked at, the blog protocol fits within the test set; linear and knn take it", err=True)
+    result = api.evaluate(
+        run,
+        protocol,
+        train_data=train_data,
+        test_data=test_data,
+        weights=weights,
+        device=device,
+        image_field=image_field,
+        label_field=label_field,
+    )
+    for note in result["notes"]:
+        say(note, err=True)
+    if as_json:
+        print_json(result)
+        return
+    counts = f"{result['num_train']} fitted, {result['num_test']} scored, {result['num_classes']} classes"
+    say(f"{run}: {result['accuracy']:.2f}% ({protocol}, {counts})")
+
+
+def demo(
+    out: Annotated[Path, typer.Argument(metavar="DIR", help="Folder for data, run and pictures.")] = Path("demo"),
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    as_json: Json = False,
+) -> None:
+    """Compare random, BYOL and supervised encoders, and let one network stay collapsed and another recover."""
+    from fastbyol import demo as demonstration
+
+    console = make_console(err=as_json)
+    try:
+        result = demonstration.run(out, seed=seed, console=console)
+    except NoGraphError as error:
+        console.print(str(error), markup=False, soft_wrap=True)
+        _start_again(*sys.argv[1:])  # which continues the run
+    if as_json:
+        print_json(result)
+
+
+def report(
+    run: RunPath,
+    png: Annotated[Path | None, typer.Option("--png", metavar="DIR", help="Write the pictures as PNG files too.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Draw a run: loss, cosines, accuracy, rates per layer, in RUN/report.html."""
+    from fastbyol.show import run_report
+
+    paths = run_report.write(run, png=png)
+    if as_json:
+        print_json({"written": [str(path) for path in paths]})
+    else:
+        say(*map(str, paths))
+
+
+def runs(
+    root: Annotated[Path, typer.Argument(metavar="[DIR]", help="Folder of runs.")] = Path("runs"),
+    as_json: Json = False,
+) -> None:
+    """List runs with their state and accuracy."""
+    from fastbyol.runs.folder import list_runs
+
+    rows = list_runs(root)
+    if as_json:
+        print_json([asdict(row) for row in rows])
+        return
+    table = Table(Column("run", overflow="fold"), "epochs", "state", "neg cos", "accuracy", box=None)
+    for row in rows:
+        neg = "" if row.neg_cos is None else f"{row.neg_cos:.4f}"
+        accuracy = "" if row.accuracy is None else f"{row.accuracy:.1f}%"
+        table.add_row(row.name, f"{row.epochs_done}/{row.epochs}", row.state or "", neg, accuracy)
+    make_console().print(table)

@@ -11,17 +11,17 @@ from fastbyol.data import rgb
 from fastbyol.data.beton import UnreadableItemError
 from fastbyol.data.folder_layout import lay_out
 from fastbyol.data.folder_walk import walk
-from fastbyol.data.source_arrays import Images, Source
+from fastbyol.data.source_arrays import Images, Options, Source
 from fastbyol.errors import UsageError
 
 
-def open_folder(path: Path, kind: str | None, split: str | None, *, strict: bool) -> Source:
-    """Open the pictures below ``path``: ``classes``, ``folder`` (without labels), or None for what the layout says.
+def open_folder(path: Path, options: Options) -> Source:
+    """Open the pictures below ``path`` as ``classes``, ``folder`` (no labels) or None (either).
 
-    Looks at every file's head: what is no picture at all is left out before any decoding. Raises UsageError where no picture
-    can be read, with ``strict`` for the first one that cannot, and what ``lay_out`` does.
+    Reads every file's head, so that what is no picture is left out before decoding. UsageError if
+    no picture can be read, or with ``strict`` if one cannot, and as ``lay_out`` raises it.
     """
-    layout = lay_out(path, walk(path), kind=kind, split=split)
+    layout = lay_out(path, walk(path), kind=options.kind, split=options.split)
     sizes = np.zeros(len(layout.files), np.int64)
     skipped = list(layout.skipped)
     for k, name in enumerate(layout.files):
@@ -30,7 +30,7 @@ def open_folder(path: Path, kind: str | None, split: str | None, *, strict: bool
             sizes[k] = 3 * height * width
         except UnreadableItemError as error:
             skipped.append((name, str(error)))
-    if strict and skipped:
+    if options.strict and skipped:
         raise UsageError(f"{path / skipped[0][0]}: {skipped[0][1]}; correct or remove it, or leave out --strict")
     keep = np.flatnonzero(sizes)
     if not len(keep):

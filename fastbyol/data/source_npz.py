@@ -1,4 +1,4 @@
-"""npz files with an array of images and, if there is one, an array of labels, of one split or of several."""
+"""npz files with an array of images and maybe one of labels, of one split or of several."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ from typing import Any, ClassVar
 
 from numpy.lib.format import MAGIC_PREFIX
 
-from fastbyol.data.source_arrays import MOST_PER_BYTE, Source
+from fastbyol.data.source_arrays import MOST_PER_BYTE, Options, Source
 from fastbyol.data.source_npy import NpyFile, open_named
 from fastbyol.errors import UsageError, one_line
 from fastbyol.files import open_regular
 
 
-def open_npz(path: Path, split: str | None) -> Source:
-    """Open an npz file: uint8 images (N, H, W, 3), (N, 3, H, W), or grey with one channel or none; labels (N,) if any.
+def open_npz(path: Path, options: Options) -> Source:
+    """Open uint8 images (N, H, W, 3), (N, 3, H, W) or grey, with labels (N,) if there are any.
 
-    Keys: ``images`` or ``x`` (``labels`` or ``y``), or of a split ``train_images``, ``x_train`` and so on; without ``split``
-    train is taken where all are of splits.
+    Keys are ``images`` or ``x`` (``labels`` or ``y``), or with a split ``train_images``,
+    ``x_train`` and so on. ``split`` defaults to train where every key has a split.
     """
     with _archive(path) as archive:
         members = archive.namelist()
     arrays = {name[:-4]: NpzMember(path, name[:-4]) for name in members if name.endswith(".npy")}
-    return open_named("npz", str(path), arrays, [name for name in members if not name.endswith(".npy")], split)
+    return open_named("npz", str(path), arrays, [name for name in members if not name.endswith(".npy")], options.split)
 
 
 @dataclass(frozen=True)
 class NpzMember(NpyFile):
-    """An array of an npz file."""
+    """An array inside an npz file."""
 
     name: str
     alone: ClassVar[bool] = False
@@ -41,7 +41,7 @@ class NpzMember(NpyFile):
 
     @contextmanager
     def open(self) -> Iterator[tuple[Any, int]]:
-        """Open it to read its bytes, which its part of the archive can hold, and tell how many there are."""
+        """Open the array's bytes, if the archive can hold them; yield their number too."""
         with _archive(self.path) as archive:
             member = archive.getinfo(f"{self.name}.npy")
             packed = member.compress_type == zipfile.ZIP_DEFLATED
@@ -57,7 +57,7 @@ class NpzMember(NpyFile):
 
 @contextmanager
 def _archive(path: Path) -> Iterator[zipfile.ZipFile]:
-    """Open the archive; whatever reading it meets is a UsageError."""
+    """Open the archive; turn whatever reading it raises into a UsageError."""
     try:
         with open_regular(path) as file:
             if file.read(len(MAGIC_PREFIX)) == MAGIC_PREFIX:

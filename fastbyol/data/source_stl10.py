@@ -1,6 +1,6 @@
-"""STL-10 as distributed (Coates, Lee, Ng, 2011), binary or MATLAB: uint8 (N, 3, 96, 96), each plane column by column.
+"""STL-10 (Coates, Lee, Ng, 2011), binary or MATLAB: uint8 (N, 3, 96, 96), planes column by column.
 
-Ten folds of 1,000 training images each are part of its protocol.
+Its protocol has ten folds of 1,000 training images each.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from fastbyol.data import source_mat
 from fastbyol.data.source_arrays import (
     Images,
     Labels,
+    Options,
     Source,
     count_rows,
     demand_range,
@@ -35,7 +36,7 @@ _FOLDERS = ("stl10_binary", "stl10_matlab")
 
 
 def has_stl10(path: Path) -> bool:
-    """Tell whether STL-10's files lie in a folder, or in the one that its archive unpacks to."""
+    """Return whether STL-10's files are in a folder, or in the one that its archive unpacks to."""
     folder, parts = inner(path, *_FOLDERS), ("train", "test", "unlabeled")
     if any((folder / f"{part}_X.bin").exists() for part in parts):
         return True
@@ -43,12 +44,12 @@ def has_stl10(path: Path) -> bool:
     return any((folder / f"{part}.mat").exists() for part in parts) and not (folder / "meta.mat").exists()
 
 
-def open_stl10(path: Path, split: str | None, fold: int | None = None) -> Source:
-    """Open ``split`` (default: train) of STL-10's files, or one ``fold`` (0 to 9) of the images of train.
+def open_stl10(path: Path, options: Options) -> Source:
+    """Open ``split`` (default: train) of STL-10's files, or one ``fold`` (0 to 9) of train.
 
-    Labels are 1 to 10 in the files and 0 to 9 here. Raises UsageError: files that are missing or cut, an unknown split.
+    Labels are 1 to 10 in the files and 0 to 9 here. UsageError for missing or cut files.
     """
-    folder, split = inner(path, *_FOLDERS), split or "train"
+    folder, split, fold = inner(path, *_FOLDERS), options.split or "train", options.fold
     check_choice(f"{folder}: STL-10's split", split, SPLITS)
     if fold is not None and split != "train":
         raise UsageError(f"{folder}: STL-10's folds are of the split train, not {split}; leave out one of the two")
@@ -68,8 +69,8 @@ def open_stl10(path: Path, split: str | None, fold: int | None = None) -> Source
     )
 
 
-def _image(files: tuple[tuple[Path, int], ...], chosen: NDArray[np.int64], index: int) -> Images:
-    row = int(chosen[index])
+def _image(files: tuple[tuple[Path, int], ...], rows: NDArray[np.int64], index: int) -> Images:
+    row = int(rows[index])  # counted through all files
     for file, count in files:
         if row < count:
             pixels = source_mat.pixels(file, "X")[row] if file.suffix == ".mat" else read_row(file, IMAGE_BYTES, 0, row)
@@ -105,7 +106,7 @@ def _classes(folder: Path) -> tuple[str, ...]:
 
 
 def _fold(folder: Path, fold: int, count: int, matlab: bool) -> NDArray[np.int64]:
-    """Return the places of a fold's images in train; all folds are looked at."""
+    """Return the indices of a fold's images in train, after a check of all folds."""
     if not 0 <= fold < FOLDS:
         raise UsageError(f"{folder}: STL-10 has no fold {fold}; choose 0 to {FOLDS - 1}")
     path = folder / ("train.mat" if matlab else "fold_indices.txt")
@@ -116,10 +117,10 @@ def _fold(folder: Path, fold: int, count: int, matlab: bool) -> NDArray[np.int64
             folds = [np.array(line.split(), np.int64) for line in text_lines(path)]
         except (ValueError, OverflowError):
             raise UsageError(f"{path}: not all are whole numbers; unpack the archive again") from None
-    sizes = sorted({len(one) for one in folds})
+    sizes = sorted({len(indices) for indices in folds})
     if len(folds) != FOLDS or len(sizes) != 1 or not sizes[0]:
         raise UsageError(f"{path}: {len(folds)} folds of {sizes} images, not {FOLDS} of one size; unpack the archive again")
-    for one in folds:
-        if one.min() < 0 or one.max() >= count or len(np.unique(one)) != len(one):
+    for indices in folds:
+        if indices.min() < 0 or indices.max() >= count or len(np.unique(indices)) != len(indices):
             raise UsageError(f"{path}: a fold names an image twice, or one that is none of {count}; unpack the archive again")
     return folds[fold]

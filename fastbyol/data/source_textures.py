@@ -1,19 +1,23 @@
-"""The embedded procedural set as a source: blocks of images are made where they are written."""
+"""The embedded procedural set as a source: the workers that write images also make them."""
 
 from __future__ import annotations
 
 from functools import lru_cache, partial
+from pathlib import Path
 
 import numpy as np
 
 from fastbyol.data import textures
 from fastbyol.data.beton_write import CHUNK_ITEMS
-from fastbyol.data.source_arrays import Images, Source
+from fastbyol.data.source_arrays import Images, Options, Source
 from fastbyol.errors import UsageError
 
 
-def open_textures(*, count: int, size: int, seed: int) -> Source:
-    """Make ``count`` labelled images of ``size`` pixels; image i depends on ``seed``, i and ``size`` alone."""
+def open_textures(_: Path, options: Options) -> Source:
+    """Make labelled images; image i depends on the seed, i and the size (default 32) alone."""
+    count, size, seed = options.count, 32 if options.size is None else options.size, options.seed
+    if options.split is not None:
+        raise UsageError(f"textures: has no split {options.split!r}; take another --seed for another set")
     ranges = (("size", size, 8, 4096), ("count", count, 1, 10_000_000), ("seed", seed, 0, (1 << 31) - 1))
     for name, value, least, most in ranges:
         if not least <= value <= most:

@@ -1,15 +1,15 @@
 """The beton format, version 2, and the proof that a file keeps to it.
 
-FFCV maps a file and follows its pointers without a check, so a damaged one is wrong pixels, a hang or a dead process.
-``inspect`` proves everything that FFCV relies on before FFCV sees the file. FFCV's pixels and labels carry no checksum; files
-that fastbyol wrote do, in a manifest (``data.manifest``). Little-endian::
+FFCV maps a file and follows its pointers unchecked: a damaged file means wrong pixels, a hang or a
+dead process. ``inspect`` proves first all that FFCV relies on. Little-endian::
 
-    0             header, 24 B: u16 version = 2, u16 fields F, u32 page size P, u64 samples N, u64 table pointer A
-    24            F descriptors of 1041 B: u8 type, 16 B ASCII name, 1024 B arguments (of array fields only)
+    0             header, 24 B: u16 version = 2, u16 fields F, u32 page size P, u64 samples N,
+                  u64 table pointer A
+    24            F descriptors of 1041 B: u8 type, 16 B ASCII name, 1024 B arguments (of arrays)
     24 + 1041 F   N rows of an aligned struct with one member a field
-    D             that end rounded up to P: whole pages; a region (one sample's data) never crosses a page
-                  (files of fastbyol: the last of them hold the manifest and no region)
-    A             to the end of the file: one {u64 sample, u64 pointer, u64 size} a region, in any order
+    D             that end rounded up to P: whole pages, no region (a sample's data) crosses one
+                  (of fastbyol's files the last pages hold the manifest, ``data.manifest``)
+    A             one {u64 sample, u64 pointer, u64 size} a region, in any order, to the end
 """
 
 from __future__ import annotations
@@ -34,10 +34,11 @@ from fastbyol.errors import UsageError
 VERSION = 2
 MAX_FIELDS = 64
 MIN_PAGE_BYTES = 1 << 21
-# FFCV allocates whole batches of the largest image; beyond this a damaged size is likelier than a picture.
+# FFCV allocates whole batches of the largest image; a larger side is likelier damage than a
+# picture.
 MAX_SIDE = 16384
 LABEL_FIELD = "label"
-# Other int fields, such as an index or a time, are no labels unless somebody says so.
+# Other int fields, such as an index or a time, are labels only if asked for by name.
 LABEL_NAMES = frozenset(("category", "class", "class_id", "classes", "cls", "label", "labels", "target", "targets", "y"))
 JPG, RAW = 0, 1
 
@@ -47,7 +48,7 @@ REGION = np.dtype([("sample", "<u8"), ("ptr", "<u8"), ("size", "<u8")])
 IMAGE = np.dtype([("mode", "u1"), ("width", "<u2"), ("height", "<u2"), ("ptr", "<u8")])
 SPAN = np.dtype([("ptr", "<u8"), ("size", "<u8")])
 ARRAY_ARGUMENTS = np.dtype([("shape", "<u8", 32), ("description_bytes", "<u8")])
-# What json.dumps makes of a plain numpy type's description.
+# json.dumps of a plain numpy type's description.
 ELEMENT = re.compile(rb'\[\["", "[<>|=]([biufcSUV])(\d{1,4})"\]\]')
 TYPES: dict[int, tuple[str, np.dtype[Any]]] = {
     0: ("float", np.dtype("<f8")),
@@ -73,11 +74,11 @@ class Field:
 
 @dataclass(frozen=True, eq=False)
 class BetonInfo:
-    """What a verified file holds.
+    """The content of a verified file.
 
-    Of ``image_field``, in file order: ``widths``, ``heights`` (N,) uint16 pixels, ``raw`` (N,) bool, and where each image's
-    data lies, ``starts``, ``sizes`` (N,) int64 bytes. ``labels`` (N,) int64 are those of ``label_field``. ``stamp`` tells
-    whether a file is still this one (``stamp_of``).
+    Of ``image_field``, in file order: ``widths``, ``heights`` (N,) uint16 pixels, ``raw`` (N,)
+    bool, and the image data's ``starts``, ``sizes`` (N,) int64 bytes. ``labels`` (N,) int64 are
+    those of ``label_field``. ``stamp`` (``stamp_of``) detects later changes.
     """
 
     path: Path
@@ -98,26 +99,26 @@ class BetonInfo:
 
     @property
     def has_ints(self) -> bool:
-        """Whether some field could hold labels."""
+        """True if some field could hold labels."""
         return any(field.type_name == "int" for field in self.fields)
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """The names of labels 0, 1 and so on, as the manifest says; empty where it does not."""
+        """Names of labels 0, 1 and so on from the manifest; empty without any."""
         names = self.manifest.note.get("class_names") if self.manifest is not None else None
         return tuple(map(str, names)) if isinstance(names, list) and self.label_field == LABEL_FIELD else ()
 
     @property
     def uniform_size(self) -> tuple[int, int] | None:
-        """(height, width) in pixels if all images share it."""
+        """(height, width) in pixels if all images share it, else None."""
         same = (self.widths == self.widths[0]).all() and (self.heights == self.heights[0]).all()
         return (int(self.heights[0]), int(self.widths[0])) if same else None
 
 
 def stamp_of(fd: int) -> tuple[int, ...]:
-    """Return what changes when the file is written to or is another: device, inode, bytes, time of the last write in ns."""
-    found = os.fstat(fd)
-    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+    """Return a file's device, inode, bytes and time of the last write in ns."""
+    status = os.fstat(fd)
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 @dataclass(frozen=True)
@@ -130,7 +131,7 @@ class _File:
         raise UsageError(f"{self.path}, byte {offset}: {what}; {remedy}")
 
     def read(self, offset: int, dtype: np.dtype[Any], count: int) -> NDArray[Any]:
-        """Read ``count`` records; the caller has proved that they lie inside the file."""
+        """Read ``count`` records, which the caller has proved to lie inside the file."""
         out = np.empty(count, dtype)
         view, done = out.view(np.uint8).data, 0
         while done < out.nbytes:
@@ -168,9 +169,10 @@ def inspect(
 ) -> BetonInfo:
     """Verify the structure of a beton file, without FFCV and without decoding.
 
-    ``image_field`` defaults to the only RGB image field; ``label_field`` to the int field named ``label``, else the only one
-    of another usual name (``LABEL_NAMES``), else none. With ``may_lack_labels`` it is not looked for in a file without int
-    fields. Raises UsageError: no such file, unreadable, damaged, no such field, or several image fields and no choice.
+    ``image_field`` defaults to the only RGB image field; ``label_field`` to the int field
+    ``label``, else to the only one with a name in ``LABEL_NAMES``. With ``may_lack_labels``, a file
+    without int fields may lack it. UsageError for a missing, unreadable or damaged file, a missing
+    field, or several image fields and no choice.
     """
     with _opened(Path(path)) as file:
         stamp = stamp_of(file.fd)
@@ -210,7 +212,7 @@ def demand_labels(info: BetonInfo) -> None:
 
 
 def info_dict(info: BetonInfo) -> dict[str, object]:
-    """Return ``info`` as JSON values; image sizes as [height, width] of the smallest and the largest sides."""
+    """Return ``info`` as JSON values; image sizes are [height, width] of the extreme sides."""
     return {
         "path": str(info.path),
         "num_bytes": info.num_bytes,
@@ -237,7 +239,7 @@ def _histogram(labels: NDArray[np.int64]) -> dict[str, int]:
 @contextmanager
 def _opened(path: Path) -> Iterator[_File]:
     try:
-        # A pipe or a device would block or answer anything: look before opening.
+        # Opening a pipe would block, and a device may yield anything.
         if not stat.S_ISREG(path.stat().st_mode):
             raise UsageError(f"{path}: not a file; {NOT_ONE}")
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -253,7 +255,7 @@ def _opened(path: Path) -> Iterator[_File]:
 
 
 def open_again(info: BetonInfo) -> int:
-    """Open the file that ``info`` describes again. Raises UsageError where that fails."""
+    """Open the file of ``info`` again. Raises UsageError where that fails."""
     try:
         return os.open(info.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError as error:
@@ -261,14 +263,14 @@ def open_again(info: BetonInfo) -> int:
 
 
 def refuse_changed(fd: int, info: BetonInfo) -> None:
-    """Raise UsageError where the open file was written to since ``info`` was made. (Replacing or deleting it does no harm.)"""
+    """Raise UsageError if the open file was written to after ``info``; replacing it is harmless."""
     if stamp_of(fd) != info.stamp:
         raise UsageError(f"{info.path}: the file changed while in use; leave it alone and start again")
 
 
 @contextmanager
 def reopened(info: BetonInfo) -> Iterator[int]:
-    """Open the file that ``info`` describes again. Raises UsageError where it cannot be read, or has changed in the end."""
+    """Open the file of ``info`` again; UsageError if it is unreadable or changes meanwhile."""
     with _opened(info.path) as file:
         try:
             yield file.fd
@@ -314,7 +316,7 @@ def _verify_table_place(file: _File, table: int, data_start: int, page: int) -> 
 
 
 def _read_fields(file: _File, count: int) -> tuple[tuple[Field, ...], tuple[int, ...]]:
-    """Read the fields, and for each array field the bytes of one array (0 for the others)."""
+    """Read the fields, and the bytes of one array for each array field (0 for the others)."""
     fields, array_bytes = [], []
     for k, record in enumerate(file.read(HEADER.itemsize, DESCRIPTOR, count)):
         at = HEADER.itemsize + k * DESCRIPTOR.itemsize
@@ -346,7 +348,7 @@ def _array_bytes(file: _File, at: int, type_name: str, arguments: NDArray[np.uin
     shape = np.trim_zeros(head["shape"], "b").tolist()
     if element is None or not shape or 0 in shape:
         file.fail(at, f"array field of shape {shape} and element type {text!r}, which cannot be read")
-    # numpy counts the letters of a string type, four bytes each.
+    # numpy counts letters of four bytes each.
     element_bytes = int(element[2]) * (4 if element[1] == b"U" else 1)
     return element_bytes * math.prod(int(side) for side in shape)
 
@@ -379,16 +381,19 @@ def _listed(fields: tuple[Field, ...]) -> str:
 
 
 def _read_table(file: _File, layout: _Layout) -> NDArray[Any]:
-    """Read the allocation table in the file's order, of the due length."""
+    """Read the allocation table, in file order, after a check of its length."""
     num_regions = layout.samples * len(layout.pointer_fields())
-    held, due = file.num_bytes - layout.table_start, num_regions * REGION.itemsize
-    if held != due:
-        file.fail(layout.table_start, f"allocation table of {held} bytes where {due} are due")
+    size, due = file.num_bytes - layout.table_start, num_regions * REGION.itemsize
+    if size != due:
+        file.fail(layout.table_start, f"allocation table of {size} bytes where {due} are due")
     return file.read(layout.table_start, REGION, num_regions)
 
 
 def _verify_regions(file: _File, layout: _Layout, table: NDArray[Any]) -> dict[int, NDArray[np.int64]]:
-    """Prove that regions lie in pages, none overlap, and each has one pointer. Return their sizes by field, bytes."""
+    """Prove that regions fit into pages, do not overlap and have one pointer each; return sizes.
+
+    Sizes are in bytes, by field.
+    """
     order = np.argsort(table["ptr"], kind="stable")
     table = table[order]
     _verify_table(file, layout, table, order)
@@ -406,7 +411,7 @@ def _verify_table(file: _File, layout: _Layout, table: NDArray[Any], order: NDAr
 
     ptr, size = table["ptr"], table["size"]
     demand((ptr >= start) & (ptr < end) & (size <= page), "points outside the data pages")
-    # FFCV looks a region up by its pointer alone, and an empty one shares its pointer with the next.
+    # FFCV finds a region by its pointer alone, and an empty one shares its pointer with the next.
     demand(size > 0, "is empty, which FFCV misreads")
     demand((ptr - start) % page + size <= page, "crosses the end of its page")
     demand(np.append(ptr[:-1] + size[:-1] <= ptr[1:], True), "overlaps another")
@@ -445,16 +450,19 @@ def _verify_images(file: _File, rows: NDArray[Any], size: NDArray[np.int64], dem
     demand(sides, f"a side is not 1 to {MAX_SIDE} pixels")
     demand(~raw | (size == 3 * width * height), "its size is not width x height x 3 bytes")
     jpeg = np.flatnonzero(~raw)
-    found = beton_jpeg.frame_sizes(file.fd, rows["ptr"][jpeg].astype(np.int64), size[jpeg])
+    sides_read = beton_jpeg.frame_sizes(file.fd, rows["ptr"][jpeg].astype(np.int64), size[jpeg])
     same = np.ones(len(rows), bool)
-    same[jpeg] = (found[0] == width[jpeg]) & (found[1] == height[jpeg])
+    same[jpeg] = (sides_read[0] == width[jpeg]) & (sides_read[1] == height[jpeg])
     demand(same, "not a whole JPEG image of the size that its row gives")
 
 
 def _verified_manifest(file: _File, layout: _Layout, table: NDArray[Any], info: BetonInfo) -> Manifest | None:
-    """Return the manifest, proved to be the file's. Foreign files have none, and no page without a sample."""
+    """Return the manifest, proved to be the file's, or None for a foreign file.
+
+    Foreign files have no page without a sample.
+    """
     end = layout.table_start
-    # The tail is looked for, too, where a damaged table has a sample lie in the manifest's pages.
+    # A damaged table may place a sample in the manifest's pages, so look for the tail in any case.
     tail = file.read(end - manifest.TAIL.itemsize, np.dtype("u1"), manifest.TAIL.itemsize).tobytes()
     length = manifest.length(tail, layout.page)
     used = int((table["ptr"] + table["size"]).max()) - layout.data_start
@@ -464,16 +472,17 @@ def _verified_manifest(file: _File, layout: _Layout, table: NDArray[Any], info: 
         file.fail(end - manifest.TAIL.itemsize, "its manifest is damaged")
     start = end - length
     try:
-        found = manifest.parse(file.read(start, np.dtype("u1"), length).tobytes())
+        sealed = manifest.parse(file.read(start, np.dtype("u1"), length).tobytes())
     except manifest.DamagedError as error:
         file.fail(start, str(error), "update fastbyol" if "version" in str(error) else AGAIN)
-    if (found.num_bytes, len(found.checksums)) != (file.num_bytes, layout.samples):
-        held = f"{len(found.checksums)} samples in {found.num_bytes} bytes"
-        file.fail(start, f"its manifest belongs to another file, of {held}")
-    if found.structure != manifest.structure_checksum(file.fd, layout.rows_end, layout.table_start, file.num_bytes):
-        # A few samples tell damaged labels from a manifest that speaks of other images.
+    if (sealed.num_bytes, len(sealed.checksums)) != (file.num_bytes, layout.samples):
+        content = f"{len(sealed.checksums)} samples in {sealed.num_bytes} bytes"
+        file.fail(start, f"its manifest belongs to another file, of {content}")
+    if sealed.structure != manifest.structure_checksum(file.fd, layout.rows_end, layout.table_start, file.num_bytes):
+        # If the first samples match, labels are damaged; otherwise the manifest describes other
+        # images.
         some = slice(0, 8)
-        same = manifest.region_checksums(file.fd, info.starts[some], info.sizes[some]) == found.checksums[some]
+        same = manifest.region_checksums(file.fd, info.starts[some], info.sizes[some]) == sealed.checksums[some]
         what = "labels or image sizes are not those that were written" if same.any() else "its manifest belongs to another file"
         file.fail(layout.rows_start, what)
-    return found
+    return sealed

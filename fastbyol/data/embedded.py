@@ -1,4 +1,4 @@
-"""The built-in sets as beton files: made once, kept in the user's cache folder, found again by name."""
+"""The built-in sets as beton files, made once in the user's cache folder."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ _log = logging.getLogger(__name__)
 
 
 def training_file(config: DataConfig, *, progress: Progress | None = None) -> Path:
-    """Return the file a run trains on; a built-in set is made where it is asked for."""
+    """Return the file that a run trains on; make it if it is a missing built-in set."""
     return _file(config.train, "train", config, progress)
 
 
 def held_out_file(config: DataConfig, *, progress: Progress | None = None) -> Path | None:
-    """Return the file a run is scored on, or None.
+    """Return the file that a run is scored on, or None.
 
-    With a built-in training set and no test file of one's own, it is that set's held-out part.
+    A built-in training set without a test file is scored on its own held-out part.
     """
     name = config.test or (config.train if config.train in BUILT_IN else None)
     return None if name is None else _file(name, "test", config, progress)
@@ -52,7 +52,8 @@ def _file(name: str, split: Literal["train", "test"], config: DataConfig, progre
 def _made(stem: str, progress: Progress | None, *, source: str, **options: object) -> Path:
     """Return the beton ``stem`` of the cache folder, written on the first call.
 
-    Of several processes that ask at once one writes it and the others wait: a file replaced under a reader is another file.
+    One of several processes writes it while the others wait, since to a reader a replaced file is
+    another file.
     """
     path = cache_folder() / f"{stem}.beton"
     if not path.exists():
@@ -72,9 +73,9 @@ def _made(stem: str, progress: Progress | None, *, source: str, **options: objec
 
 @contextmanager
 def _alone(lock: BinaryIO) -> Iterator[None]:
-    """Hold ``lock``, which the system lets go of when the process dies; where the disk knows no locks nothing is held.
+    """Hold the file ``lock``, if the disk has locks; the system releases it when the process dies.
 
-    The file stays: removing it would let two processes lock two files of one name.
+    The lock file stays: otherwise two processes could lock two files of one name.
     """
     with lock:
         try:

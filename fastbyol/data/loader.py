@@ -1,4 +1,4 @@
-"""Batches of decoded images in the order of our permutation, from the device's memory where the set fits, else streamed."""
+"""Batches of decoded images in permuted order, from the device's memory or streamed."""
 
 from __future__ import annotations
 
@@ -25,27 +25,29 @@ from fastbyol.errors import UsageError, check_choice, size_text
 Cache = Literal["auto", "device", "none"]
 Labels = Literal["unused", "optional", "needed"]
 
-# Of what a device has free: "auto" leaves most of it to training, "device" was asked for by name.
+# Shares of a device's free memory: "auto" leaves most of it to training, "device" is an explicit
+# wish.
 AUTO_SHARE = 0.4
 DEVICE_SHARE = 0.9
-# Images per call where a whole set is decoded: enough to occupy every core, short enough to stay interruptible.
+# Images a call while decoding a whole set: enough for every core, and still interruptible.
 CHUNK = 1024
 CPU = torch.device("cpu")
-# A forked child inherits OpenMP's pool without its threads, and would wait for them for ever; one thread needs no pool.
+# A forked child inherits OpenMP's pool without its threads and would wait for them for ever; with
+# one thread it needs no pool.
 os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))
 
 
 class Batch(NamedTuple):
-    """uint8 (B, H, W, 3) images and int64 (B,) sample ids (the index in the file), both on the loader's device."""
+    """uint8 (B, H, W, 3) images and int64 (B,) sample ids (indices in the file), on the device."""
 
     images: Tensor
     ids: Tensor
 
 
 class Images(NamedTuple):
-    """A file's images in file order: uint8 (N, H, W, 3) and int64 (N,) or None, on the CPU.
+    """A file's images in file order: uint8 (N, H, W, 3) and int64 (N,) or None, on the cpu.
 
-    ``class_names`` are those of labels 0, 1 and so on, empty where the file does not say.
+    ``class_names`` are those of labels 0, 1 and so on, empty where the file has none.
     """
 
     images: Tensor
@@ -54,10 +56,10 @@ class Images(NamedTuple):
 
 
 class Loader(ABC):
-    """Whole batches of one file. A batch is the caller's: nothing writes to it again.
+    """Whole batches of one file. A batch is the caller's: it is never written to again.
 
-    Batch ``k`` of an epoch holds the samples ``permutation(...)[k * B : (k + 1) * B]``, however it gets to the device; where
-    only ``chosen`` of them, int64 (N,), are trained on, those in the places that the permutation gives.
+    Batch ``k`` of an epoch holds the samples ``permutation(...)[k * B : (k + 1) * B]``, or with
+    ``chosen`` ids, int64 (N,), those at these indices of ``chosen``.
     """
 
     def __init__(self, info: BetonInfo, chosen: Tensor | None, *, batch_size: int, seed: int, device: torch.device) -> None:
@@ -69,23 +71,23 @@ class Loader(ABC):
         self._closed = False
 
     def epoch(self, epoch: int, start_step: int = 0) -> Generator[Batch]:
-        """The batches of ``epoch`` from ``start_step`` on, where an interrupted run goes on."""
+        """Return the batches of ``epoch`` from ``start_step`` on, for runs that resume there."""
         if self._closed:
             raise ValueError("the loader is closed")
         if not 0 <= start_step <= self.steps_per_epoch:
             raise ValueError(f"start_step {start_step} is not in [0, {self.steps_per_epoch}]")
-        places = permutation(self.num_samples, seed=self._seed, epoch=epoch)
-        steps = places[: self.steps_per_epoch * self._batch_size].view(self.steps_per_epoch, self._batch_size)[start_step:]
+        order = permutation(self.num_samples, seed=self._seed, epoch=epoch)
+        steps = order[: self.steps_per_epoch * self._batch_size].view(self.steps_per_epoch, self._batch_size)[start_step:]
         batches = self._batches(steps)
         self._running.add(batches)
         return batches
 
     @abstractmethod
     def _batches(self, steps: Tensor) -> Generator[Batch]:
-        """Batches of the places in the rows of ``steps``, int64 (steps, B) on the CPU."""
+        """Yield batches of the samples in the rows of ``steps``, int64 (steps, B) on the cpu."""
 
     def close(self) -> None:
-        """End what is still running and let go of file and memory. Closing twice is fine."""
+        """Stop running iterators and release file and memory. Closing twice is fine."""
         self._closed = True
         for batches in list(self._running):
             batches.close()
@@ -98,7 +100,7 @@ class Loader(ABC):
 
 
 class ResidentLoader(Loader):
-    """The decoded set lies on the device; a batch is a gather there. No file and no thread once it is open."""
+    """A loader of a set decoded on the device, where a batch is a gather: no file, no thread."""
 
     def __init__(self, decoder: Decoder, chosen: Tensor | None, *, batch_size: int, seed: int, device: torch.device) -> None:
         super().__init__(decoder.info, chosen, batch_size=batch_size, seed=seed, device=device)
@@ -107,9 +109,9 @@ class ResidentLoader(Loader):
         self._ids = None if chosen is None else _to_device(chosen, device)
 
     def _batches(self, steps: Tensor) -> Generator[Batch]:
-        for places in _to_device(steps, self._device):
-            ids = places if self._ids is None else self._ids.index_select(0, places)
-            yield Batch(self._images.index_select(0, places), ids)
+        for rows in _to_device(steps, self._device):
+            ids = rows if self._ids is None else self._ids.index_select(0, rows)
+            yield Batch(self._images.index_select(0, rows), ids)
 
     def close(self) -> None:
         super().close()
@@ -117,7 +119,7 @@ class ResidentLoader(Loader):
 
 
 class StreamingLoader(Loader):
-    """One thread decodes a few batches ahead, each into memory of its own."""
+    """A loader whose single thread decodes a few batches ahead, each into memory of its own."""
 
     def __init__(
         self, decoder: Decoder, chosen: Tensor | None, *, batch_size: int, seed: int, device: torch.device, stall_s: float
@@ -127,8 +129,8 @@ class StreamingLoader(Loader):
 
     def _batches(self, steps: Tensor) -> Generator[Batch]:
         self._decoder.check_unchanged()
-        # Both sides own their tensors. On CUDA torch's pinned allocator reuses a block only after its copy is over, so no
-        # event needs to be waited for before the decoder goes on.
+        # Both sides own their tensors: torch's pinned allocator reuses a block only after its copy
+        # has ended, so the decoder need not wait for an event.
         steps = steps if self._chosen is None else self._chosen[steps]
         for images, ids in prefetch(self._decoded(steps), name=str(self._decoder.info.path), stall_s=self._stall_s):
             yield Batch(_to_device(images, self._device), _to_device(ids, self._device))
@@ -159,11 +161,12 @@ def open_loader(
 ) -> Loader:
     """Verify ``file``, unless it was just inspected, and open it for training.
 
-    ``cache``: "device" holds the decoded set on ``device``, "none" streams it, "auto" does the first if that takes at most 40 %
-    of what the device has free. ``workers``: decoding threads, 0 for one a core (never more). ``size``: side of the images
-    where the file's differ in size, pixels. ``limit``: so many of the images alone (``order.subset``). ``decoder``: as
-    ``decoder.choose`` takes it. ``stall_s``: seconds without a batch after which the stream counts as hanging. UsageError: the
-    file is missing or damaged, holds less than a batch, or does not fit where it was told to.
+    ``cache``: "device" keeps the decoded set on ``device``, "none" streams it, "auto" keeps it if
+    it takes at most 40 % of the device's free memory. ``workers``: decoding threads, 0 for one a
+    core (the most). ``size``: side in pixels of images whose sizes differ. ``limit``: number of
+    images to use (``order.subset``). ``decoder``: see ``decoder.choose``. ``stall_s``: seconds
+    without a batch after which the stream counts as hanging. UsageError if the file is missing,
+    damaged, smaller than a batch, or does not fit where it should.
     """
     check_choice("data.cache", cache, get_args(Cache))
     info, where = _inspected(file, None, None, may_lack_labels=True), torch.device(device)
@@ -197,11 +200,12 @@ def read_all(
     label_field: str | None = None,
     labels: Labels = "unused",
 ) -> Images:
-    """Verify ``file``, unless it was just inspected, and decode all of it, or ``limit`` of its images, in file order.
+    """Verify ``file``, unless it was just inspected, and decode its images in file order.
 
-    ``decoder``: as ``decoder.choose`` takes it. ``image_field``, ``label_field``: as ``beton.inspect`` takes them. UsageError:
-    missing, damaged, more than the memory holds; without labels where they are "needed"; where they are "optional", int fields
-    of which none is clearly the label.
+    ``limit``: see ``order.subset``; ``decoder``: see ``decoder.choose``; ``image_field``,
+    ``label_field``: see ``beton.inspect``. UsageError if the file is missing, damaged or larger
+    than memory, if it has no labels where they are "needed", or, where they are "optional", int
+    fields of which none is clearly the label.
     """
     info = _inspected(file, image_field, label_field, may_lack_labels=labels != "needed")
     if labels == "needed" or (labels == "optional" and info.has_ints):
@@ -211,10 +215,10 @@ def read_all(
     _is_resident(info, need, CPU, "device")
     in_memory = _fits_in_memory(info, need)
     with Decoder(info, size=size, workers=workers, in_memory=in_memory, decoder=decoder) as images:
-        held = images.labels()
-        if held is not None and chosen is not None:
-            held = held[chosen.numpy()]
-        return Images(_decode(images, chosen, CPU), None if held is None else torch.from_numpy(held), info.class_names)
+        targets = None if info.labels is None else torch.from_numpy(info.labels)
+        if targets is not None and chosen is not None:
+            targets = targets[chosen]
+        return Images(_decode(images, chosen, CPU), targets, info.class_names)
 
 
 def _inspected(
@@ -241,12 +245,12 @@ def _decoded_bytes(info: BetonInfo, size: int, count: int) -> int:
 
 
 def _fits_in_memory(info: BetonInfo, beside: int) -> bool:
-    """Whether the file itself can be read at once, ``beside`` bytes of decoded images."""
+    """Return whether the file fits into memory beside so many bytes of decoded images."""
     return info.num_bytes + beside <= AUTO_SHARE * available_bytes(CPU)
 
 
 def _decode(decoder: Decoder, chosen: Tensor | None, device: torch.device) -> Tensor:
-    """Decode the samples ``chosen``, all for None, in this order."""
+    """Decode the samples ``chosen`` (None: all), in this order."""
     ids = np.arange(decoder.info.num_samples) if chosen is None else chosen.numpy()
     images = torch.empty((len(ids), *decoder.shape), dtype=torch.uint8, device=device)
     for first in range(0, len(ids), CHUNK):

@@ -1,4 +1,4 @@
-"""Look at every sample of a beton: its bytes against the manifest's checksums, and if asked its decoding and its label."""
+"""A check of all samples of a beton: bytes against checksums, optionally decoding and labels."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from fastbyol.errors import UsageError
 
 # Samples between two reports of progress.
 CHUNK = 256
-# Side to which images of mixed sizes are scaled once decoded; what is looked at is the decoder's word.
+# Decoded images of mixed sizes are scaled to this side; only the decoder's errors count.
 SIZE = 32
 Progress = beton.Progress
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What was found: ``damaged`` holds (sample, what is wrong). Without a manifest no checksum could be looked at."""
+    """The result: ``damaged`` holds (sample, what is wrong). Bytes need a manifest to be checked."""
 
     info: BetonInfo
     deep: bool
@@ -54,11 +54,11 @@ def verify(
     label_field: str | None = None,
     progress: Progress | None = None,
 ) -> Verdict:
-    """Structure, then checksums where the file has them; ``deep`` also decodes every sample and looks at its label.
+    """Verify the structure, and the checksums if there are any.
 
-    ``image_field``, ``label_field``: as ``beton.inspect`` takes them. ``progress(samples done, samples)`` is called now and
-    then. UsageError: no beton file or a damaged structure. What is wrong
-    with single samples is in the result.
+    ``deep`` also decodes every sample and checks its label. ``image_field``, ``label_field``: see
+    ``beton.inspect``. ``progress(samples done, samples)`` is called now and then. UsageError for no
+    beton file or a damaged structure; damaged samples are in the result.
     """
     info = beton.inspect(path, image_field=image_field, label_field=label_field)
     damaged = _wrong_labels(info) if deep else {}
@@ -81,13 +81,13 @@ def _wrong_bytes(info: BetonInfo, ids: NDArray[np.int64]) -> dict[int, str]:
     if info.manifest is None:
         return {}
     with reopened(info) as fd:
-        found = manifest.region_checksums(fd, info.starts[ids], info.sizes[ids])
-    wrong = ids[found != info.manifest.checksums[ids]].tolist()
+        checksums = manifest.region_checksums(fd, info.starts[ids], info.sizes[ids])
+    wrong = ids[checksums != info.manifest.checksums[ids]].tolist()
     return {i: f"bytes {info.starts[i]} to {info.starts[i] + info.sizes[i]} are not those that were written" for i in wrong}
 
 
 def _wrong_labels(info: BetonInfo) -> dict[int, str]:
-    """Find labels outside the classes that the manifest names; a foreign file says nothing of its classes."""
+    """Find labels outside the manifest's classes; a foreign file names no classes."""
     names = info.class_names
     if info.labels is None or not names:
         return {}
@@ -96,7 +96,7 @@ def _wrong_labels(info: BetonInfo) -> dict[int, str]:
 
 
 def _undecodable(decoder: Decoder, ids: NDArray[np.int64]) -> dict[int, str]:
-    """Decode all of a chunk at once; one by one where that fails."""
+    """Decode a whole chunk at once, or one by one where that fails."""
     try:
         decoder.decode(ids, np.empty((len(ids), *decoder.shape), np.uint8))
     except UsageError as error:

@@ -19,7 +19,7 @@ from PIL import Image
 
 import turbojpeg
 from fastbyol.data import decode_torchvision
-from fastbyol.data.decoder import PLACE
+from fastbyol.data.decoder import REGION
 from fastbyol.errors import UsageError
 
 SIDES = st.integers(1, 70)
@@ -45,7 +45,7 @@ def by_pillow(stream: bytes) -> NDArray[np.uint8]:
 def decoded(stream: bytes, height: int, width: int) -> tuple[int, NDArray[np.uint8]]:
     """Status and pixels by the loop, without crops."""
     images, status = np.zeros((1, height, width, 3), np.uint8), np.zeros(1, np.int32)
-    places = np.array([(0, len(stream), height, width, 0)], PLACE)
+    places = np.array([(0, len(stream), height, width, 0)], REGION)
     decode_torchvision.loop(False, has_jpeg=True)(images, status, np.frombuffer(stream, np.uint8), places)
     return int(status[0]), images[0]
 

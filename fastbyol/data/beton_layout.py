@@ -236,30 +236,27 @@ def _histogram(labels: NDArray[np.int64]) -> dict[str, int]:
     return {str(value): int(count) for value, count in zip(values, counts, strict=True)}
 
 
-@contextmanager
-def _opened(path: Path) -> Iterator[_File]:
+def open_beton(path: Path) -> int:
+    """Open a beton file for reading and return its descriptor. Raises UsageError."""
     try:
         # Opening a pipe would block, and a device may yield anything.
         if not stat.S_ISREG(path.stat().st_mode):
             raise UsageError(f"{path}: not a file; {NOT_ONE}")
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except FileNotFoundError:
         raise UsageError(f"{path}: no such file; make it with `fastbyol convert`") from None
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UsageError(f"{path}: cannot be opened ({reason}); check its name and rights") from None
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[_File]:
+    fd = open_beton(path)
     try:
         yield _File(path, fd, os.fstat(fd).st_size)
     finally:
         os.close(fd)
-
-
-def open_again(info: BetonInfo) -> int:
-    """Open the file of ``info`` again. Raises UsageError where that fails."""
-    try:
-        return os.open(info.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    except OSError as error:
-        raise UsageError(f"{info.path}: cannot be opened ({error.strerror}); check its name and rights") from None
 
 
 def refuse_changed(fd: int, info: BetonInfo) -> None:
@@ -294,25 +291,18 @@ def _read_layout(file: _File) -> _Layout:
     if rows_start > file.num_bytes:
         file.fail(file.num_bytes, "ends inside the field descriptors")
     fields, array_bytes = _read_fields(file, num_fields)
-    row = np.dtype([("", _member(field)) for field in fields], align=True)
+    members = dict(TYPES.values())
+    row = np.dtype([("", members[field.type_name]) for field in fields], align=True)
     rows_end = rows_start + samples * row.itemsize
     if samples < 1 or rows_end > file.num_bytes:
         file.fail(8, f"{samples} samples in a file of {file.num_bytes} bytes")
     data_start = -(-rows_end // page) * page
-    _verify_table_place(file, table, data_start, page)
-    rows = file.read(rows_start, row, samples)
-    return _Layout(page, samples, fields, array_bytes, rows, rows_start, data_start, table)
-
-
-def _member(field: Field) -> np.dtype[Any]:
-    return next(dtype for name, dtype in TYPES.values() if name == field.type_name)
-
-
-def _verify_table_place(file: _File, table: int, data_start: int, page: int) -> None:
     if table == 0:
         file.fail(16, "no allocation table: its writing was interrupted")
     if not data_start <= table <= file.num_bytes or (table - data_start) % page:
         file.fail(16, f"allocation table at byte {table}, which is no page's end of this file")
+    rows = file.read(rows_start, row, samples)
+    return _Layout(page, samples, fields, array_bytes, rows, rows_start, data_start, table)
 
 
 def _read_fields(file: _File, count: int) -> tuple[tuple[Field, ...], tuple[int, ...]]:

@@ -20,18 +20,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from fastbyol.data import beton_write
 from fastbyol.data.beton_layout import JPG, MAX_SIDE, RAW
-from fastbyol.data.beton_write import (
-    BEGUN,
-    CHUNK_ITEMS,
-    DONE,
-    RESULT,
-    Job,
-    UnreadableItemError,
-    die_with,
-    disk_error,
-    write_at,
-)
+from fastbyol.data.beton_write import Job, UnreadableItemError
 from fastbyol.errors import FastbyolError, UsageError, one_line
 
 # A pipe takes messages of up to 4096 bytes at once, so that workers may share it; a letter has up
@@ -47,12 +38,12 @@ def main() -> None:
     ``argv[2]`` is the parent's process id. Reports are (index, reason) for an unreadable item, a
     FastbyolError that ends the writing, or None at the end.
     """
-    die_with(int(sys.argv[2]))
+    beton_write.die_with(int(sys.argv[2]))
     # This frame owns the pipe before anything can fail, so that the pipe closes only after the
     # error was written to standard error.
     reports = Connection(int(sys.argv[1]), readable=False)
     job = pickle.load(sys.stdin.buffer)
-    results = np.frombuffer(mmap.mmap(job.results, 0), RESULT)
+    results = np.frombuffer(mmap.mmap(job.results, 0), beton_write.RESULT)
     # Whatever the data set loads on first use is now shared by the workers. A worker meets an error
     # again and reports it.
     with contextlib.suppress(Exception):
@@ -64,7 +55,7 @@ def main() -> None:
         code = os.waitstatus_to_exitcode(status)
         if pid in workers and code != FINISHED:
             how = f"by signal {-code}" if code < 0 else f"with status {code}"
-            names = ", ".join(job.name(index) for index in np.flatnonzero(results["state"] == BEGUN)[:4].tolist())
+            names = ", ".join(job.name(index) for index in np.flatnonzero(results["state"] == beton_write.BEGUN)[:4].tolist())
             text = f"a worker process ended {how} while these were in work: {names}"[:MAX_LETTERS]
             reports.send(FastbyolError(f"{text}; try again, with fewer workers if memory is short"))
         workers.discard(pid)
@@ -75,13 +66,13 @@ def _work(parent: int, job: Job, results: NDArray[Any], reports: Connection) -> 
     """Write items until none is left, and end the process."""
     code = 1
     try:
-        die_with(parent)
+        beton_write.die_with(parent)
         _write_items(job, results, reports)
         code = FINISHED
     except FastbyolError as error:
         reports.send(error)
     except OSError as error:
-        reports.send(disk_error(error))
+        reports.send(beton_write.disk_error(error))
     except BaseException as error:  # SystemExit of a data set's code, too, would otherwise go unreported
         reports.send(FastbyolError(f"{type(error).__name__}: {one_line(error)}; look at the data set's code"))
     finally:
@@ -93,14 +84,14 @@ def _write_items(job: Job, results: NDArray[Any], reports: Connection) -> None:
     mode = RAW if job.mode == "raw" else JPG
     # The workers share the positions of two open files, which the kernel moves atomically: they
     # count the items and the pages in use. So a killed worker leaves no lock behind.
-    while (first := os.lseek(job.results, CHUNK_ITEMS, os.SEEK_CUR) - CHUNK_ITEMS) < total:
-        for index in range(first, min(first + CHUNK_ITEMS, total)):
-            results["state"][index] = BEGUN
+    while (first := os.lseek(job.results, beton_write.CHUNK_ITEMS, os.SEEK_CUR) - beton_write.CHUNK_ITEMS) < total:
+        for index in range(first, min(first + beton_write.CHUNK_ITEMS, total)):
+            results["state"][index] = beton_write.BEGUN
             try:
                 height, width, data, label = _encoded(job, job.items[index])
             except UnreadableItemError as error:
                 reports.send((index, str(error)[:MAX_LETTERS]))
-                results["state"][index] = DONE
+                results["state"][index] = beton_write.DONE
                 continue
             except Exception as error:  # anything that a data set may raise
                 kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
@@ -108,8 +99,8 @@ def _write_items(job: Job, results: NDArray[Any], reports: Connection) -> None:
                 raise UsageError(f"{text}; correct or remove it") from None
             if used + len(data) > job.page_bytes:
                 page, used = os.lseek(job.out, job.page_bytes, os.SEEK_CUR) - job.page_bytes, 0
-            write_at(job.out, data, page + used)
-            results[index] = DONE, mode, width, height, page + used, len(data), zlib.crc32(data), label
+            beton_write.write_at(job.out, data, page + used)
+            results[index] = beton_write.DONE, mode, width, height, page + used, len(data), zlib.crc32(data), label
             used += len(data)
 
 

@@ -12,7 +12,6 @@ import weakref
 import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from types import TracebackType
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -20,7 +19,7 @@ from numpy.typing import NDArray
 
 from fastbyol.data import decode_ffcv, decode_torchvision
 from fastbyol.data.beton import BetonInfo
-from fastbyol.data.beton_layout import open_again, refuse_changed
+from fastbyol.data.beton_layout import open_beton, refuse_changed
 from fastbyol.data.jpeg_tables import brings_its_tables
 from fastbyol.errors import FastbyolError, UsageError, check_choice
 
@@ -80,10 +79,13 @@ class Decoder:
         )
         self._regions = _regions(info)
         self._unproved = np.full(info.num_samples, True) if info.manifest is not None else ~info.raw
-        self._fd = open_again(info)
+        self._fd = open_beton(info.path)
         self._release = weakref.finalize(self, os.close, self._fd)
         try:
-            self._bytes = _read_all(self._fd, info) if in_memory else None
+            self._bytes = np.empty(info.num_bytes, np.uint8) if in_memory else None
+            if self._bytes is not None:
+                _read(self._fd, self._bytes, 0, info)
+                self._bytes.flags.writeable = False
             self.check_unchanged()
         except BaseException:
             self.close()
@@ -167,10 +169,6 @@ class Decoder:
     def _refused(self, sample: int, what: str) -> UsageError:
         return UsageError(f"{self.info.path}: the JPEG data of sample {sample} {what}; make the file again")
 
-    def labels(self) -> NDArray[np.int64] | None:
-        """Return the labels (N,) in file order, or None."""
-        return self.info.labels
-
     def check_unchanged(self) -> None:
         """Raise UsageError if the file was written to since it was verified."""
         refuse_changed(self._fd, self.info)
@@ -184,7 +182,7 @@ class Decoder:
     def __enter__(self) -> Decoder:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 
@@ -204,13 +202,6 @@ def _regions(info: BetonInfo) -> NDArray[Any]:
     regions["start"], regions["end"] = info.starts, info.starts + info.sizes
     regions["height"], regions["width"], regions["raw"] = info.heights, info.widths, info.raw
     return regions
-
-
-def _read_all(fd: int, info: BetonInfo) -> NDArray[np.uint8]:
-    data = np.empty(info.num_bytes, np.uint8)
-    _read(fd, data, 0, info)
-    data.flags.writeable = False
-    return data
 
 
 def _read(fd: int, target: NDArray[np.uint8], offset: int, info: BetonInfo) -> None:

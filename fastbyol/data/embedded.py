@@ -39,11 +39,8 @@ def _file(name: str, split: Literal["train", "test"], config: DataConfig, progre
         return _made(f"fashion-mnist-{split}-32px", progress, source=FASHION, split=split)
     if name == TEXTURES:
         size = config.textures_size or 32
-        count, seed = (
-            (config.textures_count, config.textures_seed)
-            if split == "train"
-            else (config.textures_test_count, config.textures_seed + 1)
-        )
+        is_test = split == "test"
+        count, seed = config.textures_test_count if is_test else config.textures_count, config.textures_seed + is_test
         stem = f"textures-{count}-{size}px-seed{seed}"
         return _made(stem, progress, source=TEXTURES, count=count, size=size, seed=seed)
     return Path(name)

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import os
 import weakref
-from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterator
 from pathlib import Path
-from types import TracebackType
 from typing import Literal, NamedTuple, get_args
 
 import numpy as np
@@ -55,20 +53,40 @@ class Images(NamedTuple):
     class_names: tuple[str, ...] = ()
 
 
-class Loader(ABC):
-    """Whole batches of one file. A batch is the caller's: it is never written to again.
+class Loader:
+    """Whole batches of one file: gathered from the decoded set on the device, or streamed.
 
     Batch ``k`` of an epoch holds the samples ``permutation(...)[k * B : (k + 1) * B]``, or with
-    ``chosen`` ids, int64 (N,), those at these indices of ``chosen``.
+    ``chosen`` ids, int64 (N,), those at these indices of ``chosen``. It is never written to again.
+    A ``resident`` loader needs no file and no thread once it is open; a streaming one decodes a few
+    batches ahead in one thread.
     """
 
-    def __init__(self, info: BetonInfo, chosen: Tensor | None, *, batch_size: int, seed: int, device: torch.device) -> None:
-        self.num_samples = info.num_samples if chosen is None else len(chosen)
+    def __init__(
+        self,
+        decoder: Decoder,
+        chosen: Tensor | None,
+        *,
+        batch_size: int,
+        seed: int,
+        device: torch.device,
+        resident: bool,
+        stall_s: float = STALL_S,
+    ) -> None:
+        self.num_samples = decoder.info.num_samples if chosen is None else len(chosen)
         self.steps_per_epoch = self.num_samples // batch_size
-        self._chosen = chosen
+        self._decoder, self._chosen, self._stall_s = decoder, chosen, stall_s
         self._batch_size, self._seed, self._device = batch_size, seed, device
         self._running: weakref.WeakSet[Generator[Batch]] = weakref.WeakSet()
-        self._closed = False
+        self._closed, self._images = False, None
+        if resident:
+            with decoder:
+                self._images = _decode(decoder, chosen, device)
+
+    @property
+    def resident(self) -> bool:
+        """True if the decoded set is on the device."""
+        return self._images is not None
 
     def epoch(self, epoch: int, start_step: int = 0) -> Generator[Batch]:
         """Return the batches of ``epoch`` from ``start_step`` on, for runs that resume there."""
@@ -78,56 +96,18 @@ class Loader(ABC):
             raise ValueError(f"start_step {start_step} is not in [0, {self.steps_per_epoch}]")
         order = permutation(self.num_samples, seed=self._seed, epoch=epoch)
         steps = order[: self.steps_per_epoch * self._batch_size].view(self.steps_per_epoch, self._batch_size)[start_step:]
-        batches = self._batches(steps)
+        batches = self._streamed(steps) if self._images is None else self._gathered(steps, self._images)
         self._running.add(batches)
         return batches
 
-    @abstractmethod
-    def _batches(self, steps: Tensor) -> Generator[Batch]:
-        """Yield batches of the samples in the rows of ``steps``, int64 (steps, B) on the cpu."""
-
-    def close(self) -> None:
-        """Stop running iterators and release file and memory. Closing twice is fine."""
-        self._closed = True
-        for batches in list(self._running):
-            batches.close()
-
-    def __enter__(self) -> Loader:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.close()
-
-
-class ResidentLoader(Loader):
-    """A loader of a set decoded on the device, where a batch is a gather: no file, no thread."""
-
-    def __init__(self, decoder: Decoder, chosen: Tensor | None, *, batch_size: int, seed: int, device: torch.device) -> None:
-        super().__init__(decoder.info, chosen, batch_size=batch_size, seed=seed, device=device)
-        with decoder:
-            self._images = _decode(decoder, chosen, device)
-        self._ids = None if chosen is None else _to_device(chosen, device)
-
-    def _batches(self, steps: Tensor) -> Generator[Batch]:
+    def _gathered(self, steps: Tensor, images: Tensor) -> Generator[Batch]:
+        """Yield batches of the rows of ``steps``, int64 (steps, B) on the cpu."""
+        ids = None if self._chosen is None else _to_device(self._chosen, self._device)
         for rows in _to_device(steps, self._device):
-            ids = rows if self._ids is None else self._ids.index_select(0, rows)
-            yield Batch(self._images.index_select(0, rows), ids)
+            yield Batch(images.index_select(0, rows), rows if ids is None else ids.index_select(0, rows))
 
-    def close(self) -> None:
-        super().close()
-        self._images = self._images[:0].clone()
-
-
-class StreamingLoader(Loader):
-    """A loader whose single thread decodes a few batches ahead, each into memory of its own."""
-
-    def __init__(
-        self, decoder: Decoder, chosen: Tensor | None, *, batch_size: int, seed: int, device: torch.device, stall_s: float
-    ) -> None:
-        super().__init__(decoder.info, chosen, batch_size=batch_size, seed=seed, device=device)
-        self._decoder, self._stall_s = decoder, stall_s
-
-    def _batches(self, steps: Tensor) -> Generator[Batch]:
+    def _streamed(self, steps: Tensor) -> Generator[Batch]:
+        """Yield the same batches as ``_gathered``, each in memory of its own."""
         self._decoder.check_unchanged()
         # Both sides own their tensors: torch's pinned allocator reuses a block only after its copy
         # has ended, so the decoder need not wait for an event.
@@ -142,8 +122,17 @@ class StreamingLoader(Loader):
             yield images, ids
 
     def close(self) -> None:
-        super().close()
+        """Stop running iterators and release file and memory. Closing twice is fine."""
+        self._closed, self._images = True, None
+        for batches in list(self._running):
+            batches.close()
         self._decoder.close()
+
+    def __enter__(self) -> Loader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
 def open_loader(
@@ -184,9 +173,7 @@ def open_loader(
     resident = _is_resident(info, need, where, cache)
     in_memory = _fits_in_memory(info, need if resident else 0)
     images = Decoder(info, size=size, workers=workers, in_memory=in_memory, decoder=decoder)
-    if resident:
-        return ResidentLoader(images, chosen, batch_size=batch_size, seed=seed, device=where)
-    return StreamingLoader(images, chosen, batch_size=batch_size, seed=seed, device=where, stall_s=stall_s)
+    return Loader(images, chosen, batch_size=batch_size, seed=seed, device=where, resident=resident, stall_s=stall_s)
 
 
 def read_all(

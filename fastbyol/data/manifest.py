@@ -30,10 +30,9 @@ CHUNK_BYTES = 1 << 24
 
 TAIL = np.dtype(
     {
-        "names": ["magic", "version", "note_bytes", "num_bytes", "samples", "structure"],
-        "formats": ["S16", "<u4", "<u4", "<u8", "<u8", "<u4"],
-        "offsets": [0, 16, 20, 24, 32, 40],
-        "itemsize": 64,
+        "names": ["magic", "version", "note_bytes", "num_bytes", "samples", "structure", "digest"],
+        "formats": ["S16", "<u4", "<u4", "<u8", "<u8", "<u4", "S16"],
+        "offsets": [0, 16, 20, 24, 32, 40, 48],
     }
 )
 DIGEST_BYTES = 16

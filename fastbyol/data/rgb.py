@@ -58,14 +58,12 @@ def suffixes() -> frozenset[str]:
 
 
 def probe(path: Path) -> tuple[int, int]:
-    """Return (height, width) in pixels, unrotated, by the file's head; UnreadableItemError if bad."""
+    """Return (height, width) in pixels by the file's head, before any rotation."""
     return _read(path, lambda image: (image.height, image.width))
 
 
 def read(path: Path) -> NDArray[np.uint8]:
-    """Return a picture as (H, W, 3); UnreadableItemError if damaged, too large or without RGB
-    meaning.
-    """
+    """Return a picture as (H, W, 3); UnreadableItemError if it is damaged, too large or no RGB."""
     return _read(path, lambda image: np.asarray(_decoded(image)))
 
 
@@ -137,6 +135,7 @@ def _attempts(file: BinaryIO) -> Iterator[BinaryIO]:
 
 
 def _decoded(image: ImageFile.ImageFile) -> Image.Image:
+    """Return the picture as RGB; of an animation or stack the first frame."""
     # The raw mode, such as RGB;16B, is known only before the pixels are read. Pillow drops the
     # lower 8 bits.
     _, drawn, _, arguments, *_ = image.tile[0] if image.tile else (None, None, None, "")
@@ -158,6 +157,7 @@ def _decoded(image: ImageFile.ImageFile) -> Image.Image:
 
 
 def _upright(image: Image.Image) -> Image.Image:
+    """Apply the rotation of EXIF or XMP."""
     image.load()
     try:
         turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
@@ -168,6 +168,7 @@ def _upright(image: Image.Image) -> Image.Image:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
+    """Convert palettes, CMYK, YCbCr, Lab and grey by Pillow; colour profiles are ignored."""
     if _tag(image, TiffImagePlugin.SAMPLEFORMAT) == 2:
         raise UnreadableItemError("signed pixels, which have no agreed range")
     if isinstance(image, TiffImagePlugin.TiffImageFile) and image.mode == "P":
@@ -189,6 +190,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _on_white(image: Image.Image) -> Image.Image:
+    """Show transparent pixels on white, as a page would."""
     if image.mode == "La":  # premultiplied; Pillow converts it to LA only
         image = image.convert("LA")
     layer = image.convert("RGBA")
@@ -198,6 +200,7 @@ def _on_white(image: Image.Image) -> Image.Image:
 
 
 def _from_deep(image: Image.Image) -> Image.Image:
+    """Scale grey of 9 to 16 bits so that its largest value, by file or format, is white."""
     if image.mode == "I" and image.format not in _FORMATS_OF_16:
         raise UnreadableItemError("32-bit grey pixels, which have no agreed range")
     values = np.asarray(image).astype(np.int64)

@@ -6,7 +6,8 @@ Every number that a file states is checked against the file's size and the free 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastbyol.data.memory import cpu_bytes
-from fastbyol.errors import UsageError, size_text
+from fastbyol.errors import UsageError, one_line, size_text
 from fastbyol.files import open_regular, refuse_special
 
 Images = NDArray[np.uint8]
@@ -208,6 +209,17 @@ def _whole(where: str, values: NDArray[Any]) -> NDArray[Any]:
     if values.dtype.kind in "fu" and values.size and np.abs(values).max() >= 1 << 63:
         raise UsageError(f"{where}: has labels beyond 64 bits with sign; save smaller ones")
     return values.astype(np.int64)
+
+
+@contextmanager
+def untrusted(where: object, what: str, remedy: str) -> Iterator[None]:
+    """Turn whatever a library raises on untrusted bytes into a UsageError."""
+    try:
+        yield
+    except UsageError:
+        raise
+    except Exception as error:
+        raise UsageError(f"{where}: {what} ({one_line(error)}); {remedy}") from None
 
 
 def demand_range(path: Path, labels: Labels, num_classes: int) -> None:

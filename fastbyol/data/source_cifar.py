@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fastbyol.data import source_mat
-from fastbyol.data.source_arrays import Images, Labels, Options, Source, count_rows, demand_range, inner, read_whole, text_lines
-from fastbyol.errors import UsageError, check_choice, one_line
+from fastbyol.data import source_arrays, source_mat
+from fastbyol.data.source_arrays import Images, Labels, Options, Source, inner
+from fastbyol.errors import UsageError, check_choice
 
 IMAGE_BYTES = 3 * 32 * 32
 
@@ -98,7 +98,7 @@ def _lies(path: Path) -> bool:
 
 def _class_names(path: Path, end: str, of: _Set) -> tuple[str, ...]:
     if end == ".bin":
-        names: object = list(text_lines(path))
+        names: object = list(source_arrays.text_lines(path))
     else:
         names = source_mat.cells(path, of.label_names) if end else _unpickled(path).get(of.label_names)
     wanted = of.num_classes
@@ -113,8 +113,8 @@ def _read(path: Path, end: str, of: _Set) -> tuple[Images, Labels]:
         rows: Any = source_mat.pixels(path, "data", None, IMAGE_BYTES)
         labels = source_mat.labels(path, of.labels, len(rows))
     elif end == ".bin":
-        data, before = np.frombuffer(read_whole(path), np.uint8), 1 if of.num_classes == 10 else 2
-        data = data.reshape(count_rows(path, data.size, before + IMAGE_BYTES), -1)
+        data, before = np.frombuffer(source_arrays.read_whole(path), np.uint8), 1 if of.num_classes == 10 else 2
+        data = data.reshape(source_arrays.count_rows(path, data.size, before + IMAGE_BYTES), -1)
         rows, labels = data[:, before:], data[:, before - 1].astype(np.int64)
     else:
         batch = _unpickled(path)
@@ -126,7 +126,7 @@ def _read(path: Path, end: str, of: _Set) -> tuple[Images, Labels]:
         if len(values) != len(rows):
             raise UsageError(f"{path}: {len(values)} labels for {len(rows)} images; unpack the archive again")
         labels = np.array(values, np.int64)
-    demand_range(path, labels, of.num_classes)
+    source_arrays.demand_range(path, labels, of.num_classes)
     return rows, labels
 
 
@@ -136,12 +136,10 @@ def _text(name: object) -> str:
 
 def _unpickled(path: Path) -> dict[str, Any]:
     """Read the dict in a CIFAR file, its keys as text."""
-    data = read_whole(path)
-    try:
+    data = source_arrays.read_whole(path)
+    with source_arrays.untrusted(path, "not a CIFAR file", "unpack the archive again"):
         value = _ArraysOnly(io.BytesIO(data), encoding="bytes").load()
         return {_text(key): item.values if isinstance(item, _Array) else item for key, item in value.items()}
-    except Exception as error:  # a damaged pickle raises anything
-        raise UsageError(f"{path}: not a CIFAR file ({one_line(error)}); unpack the archive again") from None
 
 
 class _Type:

@@ -20,18 +20,8 @@ from typing import BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from fastbyol.data.source_arrays import (
-    MOST_PER_BYTE,
-    Images,
-    Labels,
-    Options,
-    Source,
-    as_rgb,
-    class_labels,
-    demand_memory,
-    notes_on,
-    size_of,
-)
+from fastbyol.data import source_arrays
+from fastbyol.data.source_arrays import Images, Labels, Options, Source
 from fastbyol.errors import UsageError, check_choice, one_line
 from fastbyol.files import open_regular
 
@@ -90,7 +80,7 @@ def open_idx(path: Path, options: Options) -> Source:
             raise UsageError(f"{labels_file}: label {labels.max()} is none of Fashion-MNIST's ten; take --kind idx")
         names = FASHION_CLASSES
     num_bytes = 3 * max(SIDE, height) * max(SIDE, width)
-    return Source(kind, of, names, labels, count, num_bytes, partial(_image, images), notes=notes_on(names))
+    return Source(kind, of, names, labels, count, num_bytes, partial(_image, images), notes=source_arrays.notes_on(names))
 
 
 def fashion_mnist_folder(cache: Path) -> Path:
@@ -124,7 +114,7 @@ def _image(path: Path, index: int) -> Images:
     """Return image ``index``, grey as RGB, padded with black to ``SIDE``."""
     grey = _kept(path)[index]
     margins = [(missing // 2, missing - missing // 2) for missing in (max(0, SIDE - side) for side in grey.shape)]
-    return as_rgb(np.pad(grey, margins), planes=False)
+    return source_arrays.as_rgb(np.pad(grey, margins), planes=False)
 
 
 def _image_files(folder: Path, split: str | None = None) -> list[Path]:
@@ -157,7 +147,7 @@ def _labels(path: Path, count: int) -> tuple[Labels | None, tuple[str, ...]]:
     if len(shape) not in (1, 2) or shape[0] != count or 0 in shape:
         raise UsageError(f"{path}: its head says shape {shape} for {count} images; fetch both files again")
     values = _values(path)
-    return class_labels(str(path), values if values.ndim == 1 else values[:, 0])
+    return source_arrays.class_labels(str(path), values if values.ndim == 1 else values[:, 0])
 
 
 def _labels_file(images: Path) -> Path | None:
@@ -191,9 +181,10 @@ def _values(path: Path) -> NDArray[np.uint8]:
     """Read the file's values, after a check that the file and memory can hold them."""
     shape, offset, dtype = _head(path)
     wanted = math.prod(shape) * dtype.itemsize
-    if wanted > size_of(path) * (MOST_PER_BYTE if path.suffix.lower() == ".gz" else 1):
-        raise UsageError(f"{path}: {size_of(path)} bytes cannot hold the {wanted} that its head says; fetch it again")
-    demand_memory(str(path), wanted)
+    size = source_arrays.size_of(path)
+    if wanted > size * (source_arrays.MOST_PER_BYTE if path.suffix.lower() == ".gz" else 1):
+        raise UsageError(f"{path}: {size} bytes cannot hold the {wanted} that its head says; fetch it again")
+    source_arrays.demand_memory(str(path), wanted)
     with _opened(path) as file:
         content = file.read(offset + wanted + 1)
     if len(content) != offset + wanted:

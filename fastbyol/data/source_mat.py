@@ -16,8 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastbyol.data import mat5
-from fastbyol.data.source_arrays import MOST_PER_BYTE, demand_memory, listed, size_of
-from fastbyol.errors import UsageError, one_line
+from fastbyol.data.source_arrays import MOST_PER_BYTE, demand_memory, listed, size_of, untrusted
+from fastbyol.errors import UsageError
 from fastbyol.files import open_regular
 
 
@@ -108,26 +108,21 @@ def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[tuple[BinaryIO, dict[str, Any]]]:
-    """Open a file and its arrays by name; turn whatever a library raises into a UsageError."""
-    try:
-        with open_regular(path) as file:
-            head = file.read(mat5.HEAD_BYTES)
-            if head[:10] == b"MATLAB 7.3":
-                try:
-                    import h5py
-                except ImportError:
-                    raise UsageError(f"{path}: is of MATLAB's version 7.3, which h5py reads; pip install h5py") from None
-                with h5py.File(file, "r") as opened:
-                    yield file, dict(_datasets(opened))
-            elif head[:10] == b"MATLAB 5.0" and head[126:] in (b"IM", b"MI"):
-                yield file, mat5.variables(file)
-            else:
-                says = "no MATLAB file of version 5 or 7.3 by its head"
-                raise UsageError(f"{path}: {says}; get it again, or save it with save -v7")
-    except UsageError:
-        raise
-    except Exception as error:
-        raise UsageError(f"{path}: not a whole MATLAB file ({one_line(error)}); get it again") from None
+    """Open a file and its arrays by name, as mat5 or h5py describe them."""
+    with untrusted(path, "not a whole MATLAB file", "get it again"), open_regular(path) as file:
+        head = file.read(mat5.HEAD_BYTES)
+        if head[:10] == b"MATLAB 7.3":
+            try:
+                import h5py
+            except ImportError:
+                raise UsageError(f"{path}: is of MATLAB's version 7.3, which h5py reads; pip install h5py") from None
+            with h5py.File(file, "r") as opened:
+                yield file, dict(_datasets(opened))
+        elif head[:10] == b"MATLAB 5.0" and head[126:] in (b"IM", b"MI"):
+            yield file, mat5.variables(file)
+        else:
+            says = "no MATLAB file of version 5 or 7.3 by its head"
+            raise UsageError(f"{path}: {says}; get it again, or save it with save -v7")
 
 
 def _datasets(file: Any) -> Iterator[tuple[str, Any]]:

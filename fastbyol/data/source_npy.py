@@ -10,7 +10,7 @@ import math
 import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -19,23 +19,9 @@ from typing import Any, BinaryIO, ClassVar, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from fastbyol.data import splits
-from fastbyol.data.source_arrays import (
-    Images,
-    Labels,
-    Options,
-    Source,
-    as_rgb,
-    class_labels,
-    demand_memory,
-    demand_one_label_each,
-    image_size,
-    listed,
-    notes_on,
-    planes_first,
-    read_row,
-)
-from fastbyol.errors import UsageError, one_line
+from fastbyol.data import source_arrays, splits
+from fastbyol.data.source_arrays import Images, Labels, Options, Source, listed
+from fastbyol.errors import UsageError
 from fastbyol.files import open_regular
 
 IMAGE_NAMES = ("images", "image", "imgs", "img", "x", "data", "arr0")
@@ -99,7 +85,7 @@ class NpyFile:
         """Read the head, at most ``MAX_HEAD`` bytes; UsageError if it contradicts the file size."""
         with self.open() as (file, num_bytes):
             start = io.BytesIO(file.read(MAX_HEAD))
-        with _parsing(self):
+        with _parsing(self), warnings.catch_warnings(action="ignore"):  # numpy warns about damaged literals
             version = np.lib.format.read_magic(start)
             if version not in ((1, 0), (2, 0), (3, 0)):
                 raise ValueError(f"of version {version}")
@@ -115,22 +101,15 @@ class NpyFile:
     def values(self) -> NDArray[Any]:
         """Read the whole array, after a check that it fits into memory."""
         head = self.head()
-        demand_memory(str(self), math.prod(head.shape) * head.dtype.itemsize)
+        source_arrays.demand_memory(str(self), math.prod(head.shape) * head.dtype.itemsize)
         with self.open() as (file, _), _parsing(self):
             values: NDArray[Any] = np.lib.format.read_array(file, allow_pickle=False)
             file.read(1)  # zipfile verifies the checksum only at a member's end
         return values
 
 
-@contextmanager
-def _parsing(array: NpyFile) -> Iterator[None]:
-    """Turn whatever numpy raises on the bytes of ``array`` into a UsageError."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about the literals in a damaged head
-            yield
-    except Exception as error:  # heads are parsed from untrusted bytes
-        raise UsageError(f"{array}: not a whole array in npy format ({one_line(error)}); save it again") from None
+def _parsing(array: NpyFile) -> AbstractContextManager[None]:
+    return source_arrays.untrusted(array, "not a whole array in npy format", "save it again")
 
 
 def has_npy(path: Path) -> bool:
@@ -193,12 +172,13 @@ def open_named(kind: str, where: str, arrays: Mapping[str, NpyFile], others: Ite
     image, label = arrays[chosen[0]], None if chosen[1] is None else arrays[chosen[1]]
     _kept.cache_clear()
     head = image.head()
-    height, width = image_size(str(image), head.shape, head.dtype, None if label is None else math.prod(label.head().shape))
+    num_labels = None if label is None else math.prod(label.head().shape)
+    height, width = source_arrays.image_size(str(image), head.shape, head.dtype, num_labels)
     labels: Labels | None = None
     class_names: tuple[str, ...] = ()
     if label is not None:
         other_labels = [arrays[name] for (_, are_labels), name in names.items() if are_labels and name != chosen[1]]
-        labels, class_names = class_labels(str(label), _labels(label, head.shape[0]), _fit(other_labels))
+        labels, class_names = source_arrays.class_labels(str(label), _labels(label, head.shape[0]), _fit(other_labels))
     return Source(
         kind=kind,
         split=taken,
@@ -208,7 +188,7 @@ def open_named(kind: str, where: str, arrays: Mapping[str, NpyFile], others: Ite
         num_bytes=3 * height * width,
         image=partial(_image, image, head),
         ignored=tuple(ignored),
-        notes=notes + notes_on(class_names),
+        notes=notes + source_arrays.notes_on(class_names),
     )
 
 
@@ -234,17 +214,17 @@ def _fit(arrays: Iterable[NpyFile]) -> Iterator[NDArray[Any]]:
 
 def _labels(array: NpyFile, count: int) -> NDArray[Any]:
     head = array.head()
-    demand_one_label_each(str(array), head.shape, head.dtype, count)
+    source_arrays.demand_one_label_each(str(array), head.shape, head.dtype, count)
     return array.values()
 
 
 def _image(array: NpyFile, head: Head, index: int) -> Images:
     # Only a C-ordered array in a file of its own can be read row by row.
     if array.alone and not head.fortran:
-        image = read_row(array.path, math.prod(head.shape[1:]), head.offset, index).reshape(head.shape[1:])
+        image = source_arrays.read_row(array.path, math.prod(head.shape[1:]), head.offset, index).reshape(head.shape[1:])
     else:
         image = _kept(array)[index]
-    return as_rgb(image, planes_first(head.shape))
+    return source_arrays.as_rgb(image, source_arrays.planes_first(head.shape))
 
 
 _kept = lru_cache(maxsize=1)(NpyFile.values)

@@ -11,9 +11,9 @@ from typing import Any, ClassVar
 
 from numpy.lib.format import MAGIC_PREFIX
 
-from fastbyol.data.source_arrays import MOST_PER_BYTE, Options, Source
+from fastbyol.data.source_arrays import MOST_PER_BYTE, Options, Source, untrusted
 from fastbyol.data.source_npy import NpyFile, open_named
-from fastbyol.errors import UsageError, one_line
+from fastbyol.errors import UsageError
 from fastbyol.files import open_regular
 
 
@@ -57,14 +57,8 @@ class NpzMember(NpyFile):
 
 @contextmanager
 def _archive(path: Path) -> Iterator[zipfile.ZipFile]:
-    """Open the archive; turn whatever reading it raises into a UsageError."""
-    try:
-        with open_regular(path) as file:
-            if file.read(len(MAGIC_PREFIX)) == MAGIC_PREFIX:
-                raise UsageError(f"{path}: is a single array, as .npy files are; give it that suffix")
-            with zipfile.ZipFile(file) as archive:
-                yield archive
-    except UsageError:
-        raise
-    except Exception as error:  # zip's heads are parsed from untrusted bytes
-        raise UsageError(f"{path}: not a whole npz file ({one_line(error)}); save it again") from None
+    with untrusted(path, "not a whole npz file", "save it again"), open_regular(path) as file:
+        if file.read(len(MAGIC_PREFIX)) == MAGIC_PREFIX:
+            raise UsageError(f"{path}: is a single array, as .npy files are; give it that suffix")
+        with zipfile.ZipFile(file) as archive:
+            yield archive

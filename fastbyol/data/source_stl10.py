@@ -11,20 +11,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from fastbyol.data import source_mat
-from fastbyol.data.source_arrays import (
-    Images,
-    Labels,
-    Options,
-    Source,
-    count_rows,
-    demand_range,
-    inner,
-    read_row,
-    read_whole,
-    size_of,
-    text_lines,
-)
+from fastbyol.data import source_arrays, source_mat
+from fastbyol.data.source_arrays import Images, Labels, Options, Source, inner
 from fastbyol.errors import UsageError, check_choice
 
 SIDE = 96
@@ -73,7 +61,8 @@ def _image(files: tuple[tuple[Path, int], ...], rows: NDArray[np.int64], index: 
     row = int(rows[index])  # counted through all files
     for file, count in files:
         if row < count:
-            pixels = source_mat.pixels(file, "X")[row] if file.suffix == ".mat" else read_row(file, IMAGE_BYTES, 0, row)
+            is_matlab = file.suffix == ".mat"
+            pixels = source_mat.pixels(file, "X")[row] if is_matlab else source_arrays.read_row(file, IMAGE_BYTES, 0, row)
             return np.ascontiguousarray(pixels.reshape(3, SIDE, SIDE).transpose(2, 1, 0))
         row -= count
     raise IndexError(index)
@@ -86,20 +75,20 @@ def _part(folder: Path, part: str, matlab: bool) -> tuple[Path, Labels]:
         count = source_mat.shape_of(file, "X", None, IMAGE_BYTES)[0]
     else:
         file, labels_file = folder / f"{part}_X.bin", folder / f"{part}_y.bin"
-        count = count_rows(file, size_of(file), IMAGE_BYTES)
+        count = source_arrays.count_rows(file, source_arrays.size_of(file), IMAGE_BYTES)
     if part == "unlabeled":
         return file, np.full(count, -1, np.int64)
-    labels = source_mat.labels(file, "y", count) if matlab else np.frombuffer(read_whole(labels_file), np.uint8)
+    labels = source_mat.labels(file, "y", count) if matlab else np.frombuffer(source_arrays.read_whole(labels_file), np.uint8)
     if len(labels) != count:
         raise UsageError(f"{labels_file}: {len(labels)} labels for {count} images in {file.name}; unpack the archive again")
     labels = labels.astype(np.int64) - 1
-    demand_range(labels_file, labels, len(CLASSES))
+    source_arrays.demand_range(labels_file, labels, len(CLASSES))
     return file, labels
 
 
 def _classes(folder: Path) -> tuple[str, ...]:
     path = folder / "class_names.txt"
-    names = text_lines(path) if path.exists() else CLASSES
+    names = source_arrays.text_lines(path) if path.exists() else CLASSES
     if len(names) != len(CLASSES):
         raise UsageError(f"{path}: {len(names)} names for {len(CLASSES)} classes; unpack the archive again")
     return names
@@ -114,7 +103,7 @@ def _fold(folder: Path, fold: int, count: int, matlab: bool) -> NDArray[np.int64
         folds = [source_mat.whole_numbers(path, "fold_indices", cell) - 1 for cell in source_mat.cells(path, "fold_indices")]
     else:
         try:
-            folds = [np.array(line.split(), np.int64) for line in text_lines(path)]
+            folds = [np.array(line.split(), np.int64) for line in source_arrays.text_lines(path)]
         except (ValueError, OverflowError):
             raise UsageError(f"{path}: not all are whole numbers; unpack the archive again") from None
     sizes = sorted({len(indices) for indices in folds})

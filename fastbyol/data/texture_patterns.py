@@ -99,9 +99,7 @@ PATTERNS: dict[str, Pattern] = {
 
 
 def _scatter(u: Floats, v: Floats, salt: Words, jitter: float, shrink: float) -> tuple[Floats, Floats, Floats, Floats]:
-    """Return each unit cell's object: position about its centre, scale [1 - shrink, 1], a draw [0,
-    1].
-    """
+    """Return each cell's object: position about its centre, scale [1 - shrink, 1], a draw."""
     column, row = np.floor(u), np.floor(v)
     words = lattice_hash(column, row, salt)
     x = u - column - _HALF - _F(jitter) * (_byte(words, 0) - _HALF)

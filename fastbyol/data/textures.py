@@ -1,9 +1,8 @@
-"""The embedded data set: ten classes of warped patterns, made from a formula, of any size and
-count.
+"""The embedded data set: ten classes of warped patterns, made from a formula, in any number.
 
-The class is the form of a pattern that fills the picture, so that every crop keeps it. Shapes: B
-images of one class, S pixels a side. NumPy alone, in float32, with cosines and powers rounded from
-float64: every machine makes the same bytes.
+The class is the form of a pattern that fills the picture, so that every crop keeps it. NumPy alone,
+in float32, with cosines and powers rounded from float64: every machine makes the same bytes.
+Shapes: B images of one class, S pixels a side.
 """
 
 from __future__ import annotations
@@ -91,7 +90,7 @@ def _render(ids: Counters, size: int, seed: int, pattern: Pattern) -> NDArray[np
 
 
 def _coordinates(scalar: Floats, size: int) -> tuple[Floats, Floats, Floats]:
-    """Return turned and shifted coordinates u, v (B, S, S), a pixel's side (B, 1, 1), in periods."""
+    """Return turned, shifted coordinates u, v (B, S, S), a pixel's side (B, 1, 1), in periods."""
     shortest, longest = PERIODS
     periods = (shortest * (longest / shortest) ** scalar[:, 1].astype(np.float64)).astype(_F)
     angle = 2 * np.pi * scalar[:, 0].astype(np.float64)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +24,7 @@ Progress = beton.Progress
 
 @dataclass(frozen=True)
 class Verdict:
-    """The result: ``damaged`` holds (sample, what is wrong). Bytes need a manifest to be checked."""
+    """The result: ``damaged`` holds (sample, what is wrong); bytes need a manifest."""
 
     info: BetonInfo
     deep: bool
@@ -63,18 +62,14 @@ def verify(
     info = beton.inspect(path, image_field=image_field, label_field=label_field)
     damaged = _wrong_labels(info) if deep else {}
     with Decoder(info, size=SIZE, workers=0, in_memory=False) if deep else nullcontext() as decoder:
-        for ids in _chunks(info.num_samples):
+        for first in range(0, info.num_samples, CHUNK):
+            ids = np.arange(first, min(first + CHUNK, info.num_samples))
             damaged |= _wrong_bytes(info, ids)
             if decoder is not None:
                 damaged |= _undecodable(decoder, np.setdiff1d(ids, list(damaged)))
             if progress is not None:
                 progress(int(ids[-1]) + 1, info.num_samples)
     return Verdict(info, deep, tuple(sorted(damaged.items())))
-
-
-def _chunks(count: int) -> Iterator[NDArray[np.int64]]:
-    for first in range(0, count, CHUNK):
-        yield np.arange(first, min(first + CHUNK, count))
 
 
 def _wrong_bytes(info: BetonInfo, ids: NDArray[np.int64]) -> dict[int, str]:

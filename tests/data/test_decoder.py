@@ -137,7 +137,7 @@ def test_any_ids_in_any_order_repeated_too(ids: list[int]) -> None:
 )
 def test_labels(name: str, has_labels: bool) -> None:
     with opened(foreign.made() / f"{name}.beton") as decoder:
-        labels = decoder.labels()
+        labels = decoder.info.labels
     assert (labels is None) != has_labels
     if labels is not None:
         assert labels.dtype == np.int64

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from fastbyol.data import splits
 from fastbyol.data.folder_layout import Layout, lay_out
-from fastbyol.data.folder_walk import Found, walk
+from fastbyol.data.folder_walk import Listing, walk
 from fastbyol.errors import UsageError
 
 
@@ -251,7 +251,7 @@ parts = st.sampled_from(("train", "val", "Test", "cat", "dog", "images", "1.png"
 def test_any_layout_is_refused_in_a_line_or_every_picture_has_a_place(names: set[tuple[str, ...]], kind: str | None) -> None:
     pictures = sorted("/".join(name) for name in names if name[-1][-3:] in ("png", "jpg"))
     try:
-        layout = lay_out(Path("x"), Found(pictures=pictures), kind=kind, split=None)
+        layout = lay_out(Path("x"), Listing(pictures=pictures), kind=kind, split=None)
     except UsageError as error:
         said = str(error)
         assert "\n" not in said

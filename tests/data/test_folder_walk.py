@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastbyol.data.folder_walk import Found, walk
+from fastbyol.data.folder_walk import Listing, walk
 
 
 def put(root: Path, *names: str) -> None:
@@ -156,7 +156,7 @@ def test_every_entry_is_in_one_list(entries: list[tuple[list[str], str]]) -> Non
                 }[kind]()
             except (FileExistsError, NotADirectoryError, OSError):
                 continue
-        found: Found = walk(root)
+        found: Listing = walk(root)
         listed = [*found.pictures, *(name for name, _ in (*found.skipped, *found.ignored))]
         assert len(listed) == len(set(listed))
         real = {

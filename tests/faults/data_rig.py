@@ -124,7 +124,7 @@ def streamed(path: Path, number: int) -> Delivered:
             path, batch_size=1, seed=0, device="cpu", cache="none", workers=1, size=SIZE, stall_s=START_S
         ) as batches:
             found = {int(ids[0]): images[0].numpy() for images, ids in batches.epoch(0)}
-            labels = batches._decoder.labels()  # type: ignore[attr-defined]
+            labels = batches._decoder.info.labels  # type: ignore[attr-defined]
     finally:
         loading._fits_in_memory = before
     return np.stack([found[k] for k in range(len(found))]), None if labels is None else labels.tolist()

@@ -20,7 +20,7 @@ import torch
 from own_time import OwnTime, ends
 
 import foreign_betons as foreign
-from fastbyol.data.loader import Loader, StreamingLoader, open_loader
+from fastbyol.data.loader import Loader, open_loader
 
 EPOCHS = 300
 SETTLED = 10
@@ -212,6 +212,6 @@ def test_ctrl_c_at_random_instants(cache: str) -> None:
 def test_torchs_threads_stay_as_they_were() -> None:
     setting = torch.get_num_threads()
     with opened() as batches:
-        assert isinstance(batches, StreamingLoader)
+        assert not batches.resident
         list(batches.epoch(0))
         assert torch.get_num_threads() == setting

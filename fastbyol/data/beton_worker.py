@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from fastbyol.data import beton_write
-from fastbyol.data.beton_layout import JPG, MAX_SIDE, RAW
+from fastbyol.data.beton import JPG, MAX_SIDE, RAW
 from fastbyol.data.beton_write import Job, UnreadableItemError
 from fastbyol.errors import FastbyolError, UsageError, one_line
 

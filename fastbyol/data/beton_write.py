@@ -1,7 +1,7 @@
 """The writer of beton files: a file appears under its name whole, or not at all.
 
 Separate processes (``beton_worker``) decode and write, since a decoder may hang or die. The file
-grows under a temporary name, is inspected and synced, then named. Format: ``beton_layout``.
+grows under a temporary name, is inspected and synced, then named. Format: ``beton``.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastbyol.data import manifest
-from fastbyol.data.beton_layout import DESCRIPTOR, HEADER, IMAGE, MIN_PAGE_BYTES, REGION, VERSION, BetonInfo, inspect
+from fastbyol.data.beton import DESCRIPTOR, HEADER, IMAGE, MIN_PAGE_BYTES, REGION, VERSION, BetonInfo, inspect
 from fastbyol.data.manifest import Manifest
 from fastbyol.errors import FastbyolError, UsageError, check_choice
 from fastbyol.files import refuse_special

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastbyol.data import beton, beton_write, rgb, sources
-from fastbyol.data.beton_layout import MAX_SIDE, MIN_PAGE_BYTES
+from fastbyol.data.beton import MAX_SIDE, MIN_PAGE_BYTES
 from fastbyol.data.beton_write import Mode, Progress
 from fastbyol.data.rgb import Resize
 from fastbyol.data.source_arrays import Source
@@ -71,7 +71,7 @@ class Report:
 
 @dataclass(frozen=True)
 class _Items:
-    """A source's chosen images at their final size, as ``beton.write`` reads them."""
+    """A source's chosen images at their final size, as ``beton_write.write`` reads them."""
 
     source: Source
     chosen: NDArray[np.int64]
@@ -85,7 +85,7 @@ class _Items:
         at = int(self.chosen[index])
         image = rgb.resized(self.source.image(at), self.resize, self.size)
         if max(image.shape) > MAX_SIDE:
-            raise beton.UnreadableItemError(f"{image.shape[1]} x {image.shape[0]} pixels, a side may have {MAX_SIDE}")
+            raise beton_write.UnreadableItemError(f"{image.shape[1]} x {image.shape[0]} pixels, a side may have {MAX_SIDE}")
         return (image,) if self.source.labels is None else (image, int(self.source.labels[at]))
 
     def name(self, index: int) -> str:
@@ -133,7 +133,7 @@ def convert(
     skipped = list(opened.skipped)
 
     def write(items: _Items) -> beton.BetonInfo:
-        return beton.write(
+        return beton_write.write(
             path,
             items,
             labelled=opened.labelled,
@@ -149,7 +149,7 @@ def convert(
 
     try:
         info = write(items)
-    except beton.UnreadableItemsError as error:
+    except beton_write.UnreadableItemsError as error:
         damaged = [(items.name(index), reason) for index, reason in error.items]
         if strict:
             name, reason = damaged[0]

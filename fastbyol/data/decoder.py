@@ -18,8 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastbyol.data import decode_ffcv, decode_torchvision
-from fastbyol.data.beton import BetonInfo
-from fastbyol.data.beton_layout import open_beton, refuse_changed
+from fastbyol.data.beton import BetonInfo, open_beton, refuse_changed
 from fastbyol.data.jpeg_tables import brings_its_tables
 from fastbyol.errors import FastbyolError, UsageError, check_choice
 

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageCms, ImageFile, TiffImagePlugin, UnidentifiedImageError
 
-from fastbyol.data.beton import UnreadableItemError
+from fastbyol.data.beton_write import UnreadableItemError
 from fastbyol.data.picture_metadata import without_metadata
 from fastbyol.errors import one_line
 from fastbyol.files import open_regular

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from fastbyol.data import rgb
-from fastbyol.data.beton import UnreadableItemError
+from fastbyol.data.beton_write import UnreadableItemError
 from fastbyol.data.folder_layout import lay_out
 from fastbyol.data.folder_walk import walk
 from fastbyol.data.source_arrays import Images, Options, Source

@@ -9,9 +9,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from fastbyol.data import beton, manifest
-from fastbyol.data.beton import BetonInfo
-from fastbyol.data.beton_layout import reopened
+from fastbyol.data import beton, beton_write, manifest
+from fastbyol.data.beton import BetonInfo, reopened
 from fastbyol.data.decoder import Decoder
 from fastbyol.errors import UsageError
 
@@ -19,7 +18,7 @@ from fastbyol.errors import UsageError
 CHUNK = 256
 # Decoded images of mixed sizes are scaled to this side; only the decoder's errors count.
 SIZE = 32
-Progress = beton.Progress
+Progress = beton_write.Progress
 
 
 @dataclass(frozen=True)

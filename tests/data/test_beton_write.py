@@ -52,7 +52,7 @@ def _fail(image: np.ndarray, index: int) -> tuple[object, ...]:
 
 
 def _unreadable(image: np.ndarray, index: int) -> tuple[object, ...]:
-    raise beton.UnreadableItemError("cut short")
+    raise beton_write.UnreadableItemError("cut short")
 
 
 def _die(image: np.ndarray, index: int) -> tuple[object, ...]:
@@ -119,7 +119,7 @@ def _writers() -> list[str]:
 
 def write(out: Path, items: Items, **options: object) -> beton.BetonInfo:
     options = {"labelled": True, "overwrite": True, "page_bytes": 1 << 21, "workers": 2} | options
-    return beton.write(out, items, **options)  # type: ignore[arg-type]
+    return beton_write.write(out, items, **options)  # type: ignore[arg-type]
 
 
 def test_what_is_written_is_what_ffcv_reads(out: Path) -> None:
@@ -174,7 +174,7 @@ def test_a_stall_ends_the_writing(out: Path) -> None:
 
 @pytest.mark.parametrize("stop", [False, True])
 def test_unreadable_items_are_gathered(out: Path, stop: bool) -> None:
-    with pytest.raises(beton.UnreadableItemsError, match=r"1 of 200 items .* item 130: cut short") as caught:
+    with pytest.raises(beton_write.UnreadableItemsError, match=r"1 of 200 items .* item 130: cut short") as caught:
         write(out, Items(fault="unreadable"), stop_at_unreadable=stop)
     assert caught.value.items == ((130, "cut short"),)
     demand_untouched(out)

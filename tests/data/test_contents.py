@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from fastbyol.data import beton, contents
+from fastbyol.data import beton, beton_write, contents
 from fastbyol.data.contents import Contents
 from fastbyol.data.convert import convert
 from fastbyol.errors import UsageError
@@ -44,7 +44,7 @@ class Pictures:
 
 
 def written(path: Path, **changes: object) -> beton.BetonInfo:
-    return beton.write(path, Pictures(changes.pop("change", None)), labelled=True, workers=1, **changes)  # type: ignore[arg-type]
+    return beton_write.write(path, Pictures(changes.pop("change", None)), labelled=True, workers=1, **changes)  # type: ignore[arg-type]
 
 
 def unsealed(path: Path) -> beton.BetonInfo:
@@ -72,7 +72,7 @@ def test_another_layout_or_place_of_the_same_is_the_same(whole: beton.BetonInfo,
     copy.write_bytes(whole.path.read_bytes())
     for other in (
         written(tmp_path / "pages.beton", page_bytes=1 << 22),
-        beton.write(tmp_path / "workers.beton", Pictures(), labelled=True, workers=2, note={"source": "elsewhere"}),
+        beton_write.write(tmp_path / "workers.beton", Pictures(), labelled=True, workers=2, note={"source": "elsewhere"}),
         beton.inspect(copy),
         unsealed(copy),
     ):
@@ -118,7 +118,7 @@ def test_number_size_and_labels_count(whole: beton.BetonInfo, tmp_path: Path) ->
     fewer = convert_textures(tmp_path / "fewer.beton", count=12)
     assert fewer.change(convert_textures(tmp_path / "more.beton", count=20)) == "12 samples then, 20 now"
     assert fewer.images != convert_textures(tmp_path / "larger.beton", count=12, size=24).images
-    bare = Contents.of(beton.write(tmp_path / "bare.beton", Unlabelled(), labelled=False, workers=1))
+    bare = Contents.of(beton_write.write(tmp_path / "bare.beton", Unlabelled(), labelled=False, workers=1))
     assert bare.images == Contents.of(whole).images
     assert bare.labels == ""
 

@@ -40,7 +40,7 @@ FORKED = """
 import os
 os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
 from fastbyol.data.decoder import Decoder
-from fastbyol.data.beton_layout import inspect
+from fastbyol.data.beton import inspect
 with Decoder(inspect(%r), size=16, workers=2, in_memory=True, decoder="ffcv"):
     pass
 child = os.fork()

@@ -12,7 +12,7 @@ import pytest
 
 import ffcv_files
 import foreign_betons as foreign
-from fastbyol.data import beton, beton_layout, convert, manifest
+from fastbyol.data import beton, convert, manifest
 from fastbyol.data.decoder import Decoder
 from fastbyol.data.loader import read_all
 from fastbyol.errors import UsageError
@@ -39,7 +39,7 @@ def flip(path: Path, at: int, bit: int = 0) -> None:
 
 
 def start_of_manifest(path: Path) -> int:
-    table = int(np.fromfile(path, beton_layout.HEADER, 1)["table"][0])
+    table = int(np.fromfile(path, beton.HEADER, 1)["table"][0])
     return table - beton.inspect(path).page_size
 
 
@@ -86,8 +86,8 @@ def test_every_flipped_pixel_bit_is_found_before_it_is_delivered(copy: Path, in_
 
 
 def test_a_flipped_label_is_found_when_the_file_is_opened(copy: Path) -> None:
-    row = np.dtype([("", beton_layout.IMAGE), ("", "<i8")], align=True)
-    flip(copy, beton_layout.HEADER.itemsize + 2 * beton_layout.DESCRIPTOR.itemsize + 7 * row.itemsize + 16)
+    row = np.dtype([("", beton.IMAGE), ("", "<i8")], align=True)
+    flip(copy, beton.HEADER.itemsize + 2 * beton.DESCRIPTOR.itemsize + 7 * row.itemsize + 16)
     with pytest.raises(UsageError, match="labels or image sizes are not those that were written; make the file again"):
         beton.inspect(copy)
 
@@ -123,7 +123,7 @@ def test_a_later_version_asks_for_an_update(copy: Path, monkeypatch: pytest.Monk
     found = beton.inspect(copy).manifest
     assert found is not None
     monkeypatch.setattr(manifest, "VERSION", 2)
-    pages = found.pack(beton_layout.MIN_PAGE_BYTES)
+    pages = found.pack(beton.MIN_PAGE_BYTES)
     monkeypatch.undo()
     replace_manifest(copy, pages)
     with pytest.raises(UsageError, match=r"version 2, this fastbyol knows 1; update fastbyol"):
@@ -131,7 +131,7 @@ def test_a_later_version_asks_for_an_update(copy: Path, monkeypatch: pytest.Monk
 
 
 def test_pages_that_belong_to_nothing_are_refused(copy: Path) -> None:
-    replace_manifest(copy, bytes(beton_layout.MIN_PAGE_BYTES))
+    replace_manifest(copy, bytes(beton.MIN_PAGE_BYTES))
     with pytest.raises(UsageError, match="its manifest is damaged"):
         beton.inspect(copy)
 

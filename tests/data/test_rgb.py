@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 import picture_files
 from fastbyol.data import rgb
-from fastbyol.data.beton import UnreadableItemError
+from fastbyol.data.beton_write import UnreadableItemError
 from picture_files import Picture
 
 PICTURES = picture_files.all_pictures()

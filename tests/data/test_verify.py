@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import foreign_betons as foreign
-from fastbyol.data import beton, beton_layout, manifest
+from fastbyol.data import beton, manifest
 from fastbyol.data.beton_write import write
 from fastbyol.data.verify import verify
 from fastbyol.errors import UsageError
@@ -94,7 +94,7 @@ def test_a_manifest_of_other_images_in_the_same_room(jpegs: Path, tmp_path: Path
     assert info.manifest is not None
     other = manifest.Manifest(info.num_bytes, info.manifest.structure, ~info.manifest.checksums)
     with path.open("r+b") as file:
-        table = int(np.fromfile(path, beton_layout.HEADER, 1)["table"][0])
+        table = int(np.fromfile(path, beton.HEADER, 1)["table"][0])
         os.pwrite(file.fileno(), other.pack(info.page_size), table - info.page_size)
     with pytest.raises(UsageError, match="its manifest belongs to other data: all 300 samples are damaged"):
         verify(path).demand_whole()

@@ -20,7 +20,7 @@ import source_mutations as mutations
 from test_data_mutations import show
 
 from fastbyol.data import sources
-from fastbyol.data.beton import UnreadableItemError
+from fastbyol.data.beton_write import UnreadableItemError
 from fastbyol.errors import UsageError
 
 # What reading takes beside the images: decoders, and copies of files, which are small here.

@@ -13,7 +13,7 @@ import pytest
 import ffcv_files
 import source_files
 from fastbyol.data import beton
-from fastbyol.data.beton_layout import DESCRIPTOR, HEADER, REGION
+from fastbyol.data.beton import DESCRIPTOR, HEADER, REGION
 from fastbyol.errors import UsageError
 
 PAGE = 1 << 21

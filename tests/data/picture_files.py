@@ -1,6 +1,6 @@
-"""One picture file of every mode, depth and format that matters, and what is to come out of it, from the formats' definitions.
+"""A picture file of every mode, depth and format, and its pixels by the formats' definitions.
 
-Where Pillow cannot write a kind, the file is written by OpenCV or byte by byte.
+Kinds that Pillow cannot write are written by OpenCV or byte by byte.
 """
 
 from __future__ import annotations
@@ -22,15 +22,17 @@ from PIL import Image, ImageCms, ImageOps
 Pixels = NDArray[np.uint8]
 HEIGHT, WIDTH = 24, 32
 EXIF_ORIENTATION = 0x0112
-# What a lossy format may move a smooth picture by, at the qualities below.
+# The error of lossy formats on a smooth picture, at the qualities below.
 LOSSY = 8
-# The same where colour is kept for every second pixel only.
+# The error with colour for every second pixel only.
 HALVED = 32
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A file to write and the pixels (H, W, 3) that are to come out within ``tolerance``, or the words of the refusal."""
+    """A file to write, and its expected pixels (H, W, 3) within ``tolerance``, or a refusal's
+    words.
+    """
 
     mode: str
     depth: str
@@ -85,7 +87,7 @@ def png_chunk(kind: bytes, content: bytes, *, checksum: bool = True) -> bytes:
 
 
 def png(samples: NDArray[Any], colour_type: int, *extra: bytes) -> bytes:
-    """A PNG of (H, W, C) samples of 8 or 16 bits (PNG 1.2), with ``extra`` chunks before the pixels."""
+    """Return a PNG of (H, W, C) samples of 8 or 16 bits (PNG 1.2), with ``extra`` chunks."""
     height, width = samples.shape[:2]
     rows = samples.reshape(height, -1).astype(f">u{samples.itemsize}")
     data = b"".join(b"\0" + row.tobytes() for row in rows)
@@ -95,7 +97,7 @@ def png(samples: NDArray[Any], colour_type: int, *extra: bytes) -> bytes:
 
 
 def tiff(samples: bytes, order: str = "<", **tags: int | tuple[int, ...]) -> bytes:
-    """An uncompressed TIFF (6.0) of WIDTH x HEIGHT; ``tags`` as t258=8, all SHORT."""
+    """Return an uncompressed TIFF (6.0) of WIDTH x HEIGHT; ``tags`` as t258=8, all SHORT."""
     start = 8
     given: dict[int, tuple[int, ...]] = {256: (WIDTH,), 257: (HEIGHT,), 259: (1,), 278: (HEIGHT,)}
     given |= {int(key[1:]): value if isinstance(value, tuple) else (value,) for key, value in tags.items()}
@@ -121,7 +123,7 @@ def written(content: bytes) -> Callable[[Path], object]:
 
 
 def by_opencv(samples: NDArray[Any]) -> Callable[[Path], object]:
-    """OpenCV stores B, G, R (, A)."""
+    """Write the picture by OpenCV, which stores B, G, R (, A)."""
     order = [2, 1, 0, 3][: samples.shape[2]]
     return lambda path: cv2.imwrite(str(path), samples[..., order])
 
@@ -340,7 +342,7 @@ def colours() -> Iterator[Picture]:
 
 
 def ycck_bytes() -> bytes:
-    """A CMYK JPEG whose Adobe marker says that its first three inks are coded as YCbCr."""
+    """Return a CMYK JPEG whose Adobe marker says that three inks are coded as YCbCr."""
     file = io.BytesIO()
     Image.fromarray(COLOUR).convert("CMYK").save(file, "JPEG", quality=98)
     content = bytearray(file.getvalue())
@@ -353,7 +355,7 @@ def ycck(path: Path) -> None:
 
 
 def rgb_of_lab(lab: Pixels) -> Pixels:
-    """sRGB (IEC 61966-2-1) of CIELAB bytes (a* and b* signed) under D50, by Bradford's matrix."""
+    """Return sRGB (IEC 61966-2-1) of CIELAB bytes (signed a*, b*), D50, by Bradford's matrix."""
     lightness = lab[..., 0] / 255.0 * 100.0
     a, b = (lab[..., k].astype(np.int8).astype(np.float64) for k in (1, 2))
     y = (lightness + 16.0) / 116.0
@@ -367,7 +369,7 @@ def rgb_of_lab(lab: Pixels) -> Pixels:
 
 
 def part_of_gif(path: Path) -> None:
-    """A GIF whose only frame is 9 x 7 pixels of a larger screen (GIF89a, 20: left, top, width, height)."""
+    """Return a GIF whose only frame is 9 x 7 pixels of a larger screen (GIF89a, 20)."""
     file = io.BytesIO()
     paletted().crop((0, 0, 9, 7)).save(file, "GIF")
     content = bytearray(file.getvalue())
@@ -378,7 +380,7 @@ def part_of_gif(path: Path) -> None:
 
 
 def several() -> Iterator[Picture]:
-    """Files of more than one picture: the first counts."""
+    """Yield files of several pictures, of which the first counts."""
     first, second = Image.fromarray(COLOUR), Image.fromarray(255 - COLOUR)
     together: dict[str, Any] = {"save_all": True, "append_images": [second]}
     yield Picture("RGB", "8", "TIFF, pages", "the first", saved(first, **together), COLOUR)
@@ -400,13 +402,13 @@ def several() -> Iterator[Picture]:
 
 
 def psd() -> bytes:
-    """An 8-bit RGB document without layers (Adobe Photoshop File Formats, 2019), planes uncompressed."""
+    """Return an 8-bit RGB document without layers (Adobe Photoshop File Formats, 2019)."""
     head = b"8BPS" + struct.pack(">H6xHIIHH", 1, 3, HEIGHT, WIDTH, 8, 3)
     return head + bytes(12) + struct.pack(">H", 0) + COLOUR.transpose(2, 0, 1).tobytes()
 
 
 def turned() -> Iterator[Picture]:
-    """The eight orientations of EXIF in every container that has it, held against Pillow's own."""
+    """Yield EXIF's eight orientations in every container, compared with Pillow's own."""
     containers: tuple[tuple[str, dict[str, Any]], ...] = (
         ("png", {}), ("tiff", {}), ("jpg", {"quality": 98, "subsampling": 0}), ("webp", {"lossless": True}),
         ("avif", {"quality": 95, "subsampling": "4:4:4"}), ("mpo", {"quality": 98, "subsampling": 0}),
@@ -437,7 +439,7 @@ def upright(orientation: int) -> Pixels:
 
 
 def damaged_metadata() -> Iterator[Picture]:
-    """Sound pixels beside metadata that is not."""
+    """Yield sound pixels beside damaged metadata."""
     before = lambda *chunks: written(png(COLOUR, 2, *chunks))  # noqa: E731
     kinds = {
         "eXIf": png_chunk(b"eXIf", b"\0\x08\0\x02\x01\x12\0\x03"),
@@ -516,13 +518,13 @@ def webp_with_long_exif(path: Path) -> None:
 
 
 def point_away(content: bytes, tag: int) -> bytes:
-    """The TIFF with the values of ``tag`` said to lie beyond its end."""
+    """Return the TIFF with the values of ``tag`` beyond its end."""
     at = content.index(struct.pack("<HHI", tag, 3, 40)) + 8
     return content[:at] + b"\xff\xff\xff\x7f" + content[at + 4 :]
 
 
 def no_pictures() -> Iterator[Picture]:
-    """What is not decoded, whatever it is called."""
+    """Yield files that are not decoded, whatever their names."""
     postscript = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n(x) show\n"
     yield Picture("", "", "PNG, PostScript inside", "refused", written(postscript), "not a picture")
     yield Picture("", "", "JPG, HTML inside", "refused", written(b"<html>not found</html>"), "not a picture")

@@ -1,6 +1,6 @@
-"""Tiny data sets in the true on-disk formats of their kinds, written from the formats' descriptions, without fastbyol.
+"""Tiny data sets in their true on-disk formats, written from the formats' descriptions.
 
-Every builder returns what it wrote as (images uint8 (N, H, W, 3), labels) or per-file expectations.
+Builders return what they wrote: images uint8 (N, H, W, 3) and labels, by split or file.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ STL10_NAMES = ("airplane", "bird", "car", "cat", "deer", "dog", "horse", "monkey
 
 
 def random_images(count: int, height: int, width: int, seed: int = 0) -> Images:
-    """Smooth pictures, so that JPEG keeps them: a random 4 x 4 grid of colours, enlarged."""
+    """Return smooth pictures, so that JPEG keeps them: a random 4 x 4 grid, enlarged."""
     grid = np.random.default_rng(seed).integers(0, 256, (count, 4, 4, 3), np.uint8)
     return np.stack([np.asarray(Image.fromarray(g).resize((width, height), Image.Resampling.BICUBIC)) for g in grid])
 
@@ -74,12 +74,14 @@ def stl10_matlab(folder: Path, *, train: int = 20, test: int = 10, unlabeled: in
 
 
 def folds(count: int, size: int = 5) -> list[list[int]]:
-    """Ten of STL-10's folds: places of images in train, which may be in several folds."""
+    """Return ten of STL-10's folds: indices in train, which may be in several folds."""
     return [sorted(np.random.default_rng(k).permutation(count)[:size].tolist()) for k in range(10)]
 
 
 def hdf5_mat(path: Path, **arrays: NDArray[np.uint8]) -> None:
-    """MATLAB's version 7.3: HDF5 behind 512 bytes that say so; arrays lie transposed, in compressed chunks."""
+    """Write MATLAB's version 7.3: HDF5 behind a head of 512 bytes; arrays are transposed, in
+    chunks.
+    """
     with h5py.File(path, "w", userblock_size=512) as file:
         for name, array in arrays.items():
             file.create_dataset(name, data=array.T, chunks=True, compression="gzip").attrs["MATLAB_class"] = np.bytes_("uint8")
@@ -124,7 +126,7 @@ def cifar_matlab(folder: Path, *, classes: int = 10, count: int = 6) -> dict[str
 
 
 def svhn(folder: Path, *, train: int = 11, test: int = 7) -> dict[str, tuple[Images, list[int]]]:
-    """SVHN's cropped digits: ``X`` (32, 32, 3, N), ``y`` (N, 1) from 1 to 10; returned labels are digits."""
+    """Write SVHN's ``X`` (32, 32, 3, N) and ``y`` (N, 1) from 1 to 10; return digits."""
     folder.mkdir(parents=True, exist_ok=True)
     written = {}
     for split, count in (("train", train), ("test", test)):
@@ -175,7 +177,7 @@ def cifar100(folder: Path, *, train: int = 12, test: int = 9) -> dict[str, tuple
 def idx(
     folder: Path, *, train: int = 20, test: int = 24, side: int = 28, packed: bool = True, sets: str = ""
 ) -> dict[str, tuple[Images, list[int]]]:
-    """The four files of MNIST's format: big-endian heads, grey rows; what they hold as RGB, in the middle of 32 x 32."""
+    """Write MNIST's four files; return their images as RGB, in the middle of 32 x 32."""
     folder.mkdir(parents=True, exist_ok=True)
     written = {}
     for split, name, count in (("train", "train", train), ("test", "t10k", test)):
@@ -194,7 +196,7 @@ def idx(
 def class_folders(
     folder: Path, *, classes: tuple[str, ...] = ("ant", "bee", "cow"), per_class: int = 4
 ) -> tuple[Images, list[int]]:
-    """A folder a class, PNG files in it, one of them a level deeper; the order is that of the sorted names."""
+    """Write a folder of PNG files a class, one of them a level deeper, in sorted order."""
     images = random_images(len(classes) * per_class, 24, 20, 7)
     labels = []
     for k, image in enumerate(images):
@@ -207,7 +209,7 @@ def class_folders(
 
 
 def npz(path: Path, *, count: int = 20, side: int = 16, labelled: bool = True) -> tuple[Images, list[int]]:
-    """Arrays ``images`` (N, H, W, 3) and ``labels`` (N,), compressed."""
+    """Write ``images`` (N, H, W, 3) and ``labels`` (N,), compressed."""
     images, labels = random_images(count, side, side, 9), [k % 5 for k in range(count)]
     arrays = {"images": images} | ({"labels": np.array(labels, np.int32)} if labelled else {})
     np.savez_compressed(path, **arrays)
@@ -215,9 +217,9 @@ def npz(path: Path, *, count: int = 20, side: int = 16, labelled: bool = True) -
 
 
 def odd_pictures(folder: Path) -> dict[str, Images]:
-    """One picture of each mode, each of another size; returns the exact RGB by name, from each mode's definition.
+    """Write a picture of each mode and size; return the exact RGB by each mode's definition.
 
-    CMYK and JPEG are not exact by nature: their entries hold the colours that were meant.
+    For CMYK and JPEG, which are not exact, return the intended colours.
     """
     folder.mkdir(parents=True)
     rng = np.random.default_rng(3)
@@ -268,7 +270,7 @@ def odd_pictures(folder: Path) -> dict[str, Images]:
 
 
 def python2_pickle(value: object) -> bytes:
-    """Protocol 2 as cPickle of Python 2 wrote it: text as byte strings, old numpy names, 0 and 1 for numpy's flags."""
+    """Pickle by protocol 2 as Python 2's cPickle: byte strings, old numpy names, flags 0 and 1."""
     return b"\x80\x02" + _pickled(value) + b"."
 
 
@@ -291,5 +293,5 @@ def _pickled(value: object) -> bytes:
 
 
 def _planes(images: Images) -> NDArray[np.uint8]:
-    """(N, 3072): all red, then all green, then all blue, row by row."""
+    """Return (N, 3072): all red, then all green, then all blue, row by row."""
     return np.concatenate([images[..., channel].reshape(len(images), -1) for channel in range(3)], axis=1)

@@ -1,4 +1,4 @@
-"""Structural verification: files of FFCV's own writer pass, and what FFCV would trip over does not."""
+"""Verification of structure: FFCV's own files pass, and files that FFCV would stumble over do not."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ FIELDS = {
 
 # Chosen where a file has several.
 IMAGE = {"plain": None, "jpg": None, "foreign": "photo"}
-# Of no labels, or of no clear ones; and what is said where they are needed.
+# Files without labels, or with ambiguous ones, and the error where labels are needed.
 UNLABELLED = {
     "bare": ({"image": "raw"}, "has no int field for labels, its fields are image (image);"),
     "float": ({"img": "raw", "y": "float"}, "has no int field for labels, its fields are img (image), y (float);"),
@@ -41,7 +41,7 @@ UNLABELLED = {
         {"img": "raw", "y": "int", "target": "int"},
         "does not say which int field is the label, its fields are img (image), y (int), target (int);",
     ),
-    # What counts samples or tells the time is no label for being the only number.
+    # An index or a time is no label for being the only number.
     "index": ({"img": "raw", "index": "int"}, "does not say which int field is the label"),
     "array": ({"meta": "json", "x": "raw", "classes": "array"}, "meta (json), x (image), classes (ndarray);"),
 }
@@ -116,7 +116,6 @@ def test_fields_can_be_chosen(good: dict[str, Path]) -> None:
 
 
 def test_several_image_fields_and_no_choice(good: dict[str, Path]) -> None:
-    """Refused, where FFCV's users would be given the first: the line lists all fields with their types."""
     refused(good["foreign"], "2 image fields", "photo (image)", "mask (image)", "weight (float)", "--image-field")
 
 
@@ -136,7 +135,6 @@ def test_the_only_int_field_of_a_usual_name_is_the_label(tmp_path: Path, name: s
 
 @pytest.mark.parametrize("name", UNLABELLED)
 def test_labels_are_demanded_where_they_are_needed(good: dict[str, Path], name: str) -> None:
-    """And nowhere else: the file itself is fine."""
     path, (fields, says) = good[name], UNLABELLED[name]
     info = beton.inspect(path)
     assert info.labels is None
@@ -185,8 +183,11 @@ def test_cut_or_continued_anywhere_structural(copied: Callable[[str], Path], nam
 
 
 def may_change(name: str, whole: bytes) -> tuple[np.ndarray, int]:
-    """Bytes whose change leaves a file of sound structure: names, numbers that are data, padding, an array's element type,
-    and a type byte, as two types may share a layout. And where the rows end."""
+    """Mark bytes whose change leaves a sound structure; return the mask and the rows' end.
+
+    These are names, data, padding, an array's element type, and a type byte, as two types may share
+    a layout.
+    """
     out = np.zeros(len(whole), bool)
     for k, kind in enumerate(FIELDS[name].values()):
         at = HEADER.itemsize + k * DESCRIPTOR.itemsize
@@ -211,7 +212,7 @@ def may_change(name: str, whole: bytes) -> tuple[np.ndarray, int]:
 
 @pytest.mark.parametrize("name", FIELDS)
 def test_flipped_bits_are_refused_or_harmless(copied: Callable[[str], Path], name: str) -> None:
-    """Seeded single-bit flips of header, descriptors, rows and table: never another exception, never another geometry."""
+    """Flip single bits: never another exception, never another geometry."""
     path = copied(name)
     whole = path.read_bytes()
     reference, (free, rows_end) = beton.inspect(path, image_field=IMAGE[name]), may_change(name, whole)
@@ -363,7 +364,7 @@ def test_damaged_jpeg_heads_and_tails(copied: Callable[[str], Path]) -> None:
 
 
 def test_a_file_that_shrinks_while_it_is_read(copied: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    """The size was measured before: reading on meets the end."""
+    """Reach the end of a file that was longer when its size was measured."""
     path = copied("plain")
     size = path.stat().st_size
     os.truncate(path, size - 100)

@@ -1,4 +1,4 @@
-"""Digests of what a beton holds: the same for the same images and labels wherever they lie, another for anything else."""
+"""Digests of betons: equal for equal images and labels in any file, different otherwise."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ COUNT, SIDE = 40, 16
 
 
 class Pictures:
-    """Noise, with labels 0 to 3; ``change`` alters one thing of it."""
+    """Noise with labels 0 to 3, of which ``change`` alters one thing."""
 
     def __init__(self, change: tuple[str, int, int] | None = None) -> None:
         draw = np.random.default_rng(0)
@@ -48,7 +48,7 @@ def written(path: Path, **changes: object) -> beton.BetonInfo:
 
 
 def unsealed(path: Path) -> beton.BetonInfo:
-    """The same file with its manifest cut out, as another writer of the format would leave it."""
+    """Cut the manifest out of a file, as if another writer had made it."""
     info = beton.inspect(path)
     data = bytearray(path.read_bytes())
     assert info.manifest is not None
@@ -134,7 +134,6 @@ def convert_textures(path: Path, *, count: int, size: int = 16) -> Contents:
 
 
 def test_of_a_large_foreign_file_a_part_is_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Every second image: a change among the others goes unseen, which is what the docstring says."""
     written(tmp_path / "a.beton")
     info = unsealed(tmp_path / "a.beton")
     monkeypatch.setattr(contents, "READ_BYTES", int(info.sizes.sum()) // 2)

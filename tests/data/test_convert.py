@@ -28,7 +28,7 @@ def out(tmp_path: Path) -> Path:
 
 
 def demand_alone(out: Path) -> None:
-    """Nothing of the writing is left beside ``out``."""
+    """Check that writing left nothing beside ``out``."""
     assert [path.name for path in out.parent.iterdir() if ".beton" in path.name] == [out.name]
 
 
@@ -57,7 +57,7 @@ def test_every_kind_survives_bit_for_bit(tmp_path: Path, out: Path, kind: str) -
 
 
 def test_textures(out: Path) -> None:
-    """100 images span two blocks and two workers, each block made where it is written."""
+    """Convert 100 images: two blocks by two workers."""
     report = convert.convert("textures", out, count=100, size=16, seed=5, workers=2)
     images, labels = textures.make(100, 16, 5)
     found, found_labels = ffcv_files.regions(out)
@@ -95,7 +95,7 @@ def test_sizes_are_torchvisions(tmp_path: Path, out: Path, resize: rgb.Resize) -
 
 
 def test_jpeg_is_pillows_at_the_same_quality(tmp_path: Path, out: Path) -> None:
-    """Both are libjpeg with the same tables and subsampling. FFCV decodes by the fast transform, which is a little darker."""
+    """Compare two uses of libjpeg. FFCV decodes by the fast transform, a little darker."""
     images, labels = source_files.npz(tmp_path / "a.npz", side=40)
     report = convert.convert(str(tmp_path / "a.npz"), out, mode="jpg", quality=60)
     assert report.num_written == np.count_nonzero(~beton.inspect(out).raw) == len(images)
@@ -158,7 +158,6 @@ def test_the_report_accounts_for_everything(tmp_path: Path, out: Path) -> None:
 def test_odd_shapes_never_cost_the_others(
     tmp_path: Path, out: Path, resize: rgb.Resize, mode: beton_write.Mode, kept: int
 ) -> None:
-    """Written, or left out and named; the memory is bounded before it is taken."""
     for name, size in {"a": (32, 32), "b": (60000, 1), "c": (1, 30000), "d": (9999, 3)}.items():
         Image.new("RGB", size).save(tmp_path / f"{name}.png")
     report = convert.convert(str(tmp_path), out, size=None if resize == "none" else 64, resize=resize, mode=mode)
@@ -202,7 +201,7 @@ def test_wrong_options_of_textures(out: Path, options: dict[str, object]) -> Non
 
 
 def test_outputs_that_cannot_be(tmp_path: Path, out: Path) -> None:
-    """Said before the source is looked at."""
+    """Refuse the output before the source is read."""
     out.write_text("mine")
     for path, words in ((out, "--overwrite"), (tmp_path, "folder"), (tmp_path / "no" / "a.beton", "no such folder")):
         with pytest.raises(UsageError, match=words):
@@ -221,7 +220,7 @@ def test_a_disk_that_is_too_small(tmp_path: Path, out: Path, monkeypatch: pytest
 
 
 def test_killed_conversions_leave_nothing(tmp_path: Path, out: Path) -> None:
-    """Kill -9 while starting, importing and writing: no file of that name, no process left; the next conversion clears up."""
+    """Kill a conversion while it starts, imports and writes; the next one removes leftovers."""
     command = f"from fastbyol.data.convert import convert; convert('textures', {str(out)!r}, count=200000, size=96)"
     for num_bytes in (-1, 0, 1 << 23):
         process = subprocess.Popen([sys.executable, "-c", command], start_new_session=True)
@@ -247,7 +246,7 @@ def _leftover_bytes(folder: Path) -> int:
 
 
 def _children_of(pid: int) -> list[str]:
-    """Writing processes that name ``pid`` as their parent, wherever they hang now."""
+    """Return the writing processes that name ``pid`` as their parent."""
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:

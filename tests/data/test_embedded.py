@@ -1,4 +1,4 @@
-"""embedded.py: a built-in set is made once, however many processes ask for it at once."""
+"""Built-in sets: each is made once, however many processes ask for it at once."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PROCESSES = multiprocessing.get_context("forkserver")
 
 
 def ask(start: Any, answers: Any, cache: str) -> None:
-    """Answers with the inode of the set's file as this process found it, and whether it wrote it."""
+    """Answer with the inode of the set's file, and whether this process wrote it."""
     wrote = []
     convert_ = convert.convert
 

@@ -1,4 +1,4 @@
-"""Layouts as people have them: what the labels are, and what is refused because it could be read in two ways."""
+"""Common layouts of folders: their labels, and the refusal of ambiguous ones."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def laid(root: Path, kind: str | None = None, split: str | None = None) -> Layou
 
 
 def classes(layout: Layout) -> dict[str, str]:
-    """The class of each file by name."""
+    """Return the class of each file by name."""
     assert layout.labels is not None
     return {file: layout.class_names[label] for file, label in zip(layout.files, layout.labels, strict=True)}
 
@@ -173,7 +173,7 @@ def tiny_imagenet(root: Path) -> None:
 
 
 def test_tiny_imagenet(tmp_path: Path) -> None:
-    """Its classes hold a folder of images each, val's labels stand in a file, and test has none."""
+    """Read classes that hold a folder of images, val's labels from a file, and none for test."""
     tiny_imagenet(tmp_path)
     train = laid(tmp_path)
     assert (train.split, train.class_names) == ("train", ("n01", "n02", "n03"))
@@ -198,7 +198,7 @@ def test_annotations_that_contradict_themselves_are_refused_and_a_byte_order_mar
 
 
 def test_a_flat_validation_set_has_no_labels(tmp_path: Path) -> None:
-    """ImageNet's as it is unpacked."""
+    """Lay out ImageNet as it is unpacked."""
     put(tmp_path, "train/n01/1.JPEG", "train/n02/1.JPEG", "val/ILSVRC2012_val_00000001.JPEG")
     assert (laid(tmp_path, split="val").kind, laid(tmp_path, split="val").labels) == ("folder", None)
     refused(tmp_path, "no class folders", kind="classes", split="val")
@@ -266,7 +266,7 @@ def test_any_layout_is_refused_in_a_line_or_every_picture_has_a_place(names: set
 
 
 def test_annotations_and_explicit_classes(tmp_path: Path) -> None:
-    """The file's classes count, not the name of the folder that holds the pictures."""
+    """Expect the annotated classes, not the name of the pictures' folder."""
     tiny_imagenet(tmp_path)
     val = laid(tmp_path, kind="classes", split="val")
     assert val.class_names == ("n01", "n02", "n03")

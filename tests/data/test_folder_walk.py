@@ -1,4 +1,4 @@
-"""Everything in a folder is a picture, skipped or ignored with a reason, whatever lies there; nothing is waited for."""
+"""Walks through folders: everything is a picture, skipped or ignored, and nothing blocks."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def test_links_to_elsewhere_are_followed_each_and_links_to_files_are_files(tmp_p
 
 
 def test_links_among_folders_elsewhere_do_not_multiply(tmp_path: Path) -> None:
-    """Two links at each of twelve levels: 4,096 ways, each folder read once."""
+    """Follow two links at each of twelve levels: 4,096 ways, each folder read once."""
     for level in range(12):
         put(tmp_path, f"{level}/x.png")
         for name in ("left", "right"):
@@ -138,7 +138,6 @@ names = st.sampled_from(("a", "b", "x.png", "y.txt", "z.jpg", "noname", ".h"))
     )
 )
 def test_every_entry_is_in_one_list(entries: list[tuple[list[str], str]]) -> None:
-    """Whatever is made: each file, link and special file that can be reached comes out once, and it ends."""
     with tempfile.TemporaryDirectory() as made:
         root = Path(made).resolve()
         for parts, kind in entries:

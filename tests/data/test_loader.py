@@ -1,4 +1,4 @@
-"""Batches: streamed and resident against pixels and order, resume, early ends, failures in the thread, what is refused."""
+"""Batches, streamed and resident: pixels, order, resumption, early ends, failures, refusals."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def fail_in_the_loop(batches: Iterator[Batch]) -> None:
 
 @pytest.fixture
 def no_thread_left() -> Iterator[None]:
-    """But the decoders', which stay."""
+    """Check that no thread is left but the decoders'."""
     before = set(threading.enumerate())
     yield
     assert {thread for thread in threading.enumerate() if not thread.name.startswith("decode")} <= before
@@ -77,7 +77,7 @@ def test_batches_are_the_orders_samples(cache: str, workers: int) -> None:
 @pytest.mark.usefixtures("no_thread_left")
 @pytest.mark.parametrize("cache", ["none", "device"])
 def test_a_limit_trains_on_some_of_the_samples(cache: str) -> None:
-    """The same ones in every epoch and for every seed, with the ids and pixels that they have in the file."""
+    """Expect the same samples in every epoch and for every seed, with their ids and pixels."""
     limit = 2 * BATCH + 5
     chosen = subset(foreign.COUNT, limit)
     assert chosen is not None
@@ -263,7 +263,7 @@ for each in running:
 
 
 def test_a_process_may_end_in_mid_epoch() -> None:
-    """Quietly, with warnings as errors: no crash of the decoding threads, nothing ignored in a finalizer."""
+    """Expect no crash of decoding threads and no error in a finalizer."""
     code = LEAVE.format(path=str(foreign.made() / "jpg.beton"))
     done = subprocess.run([sys.executable, "-W", "error", "-c", code], check=False, timeout=600, capture_output=True)
     assert (done.returncode, done.stderr) == (0, b"")

@@ -1,4 +1,4 @@
-"""Checksums in the beton: what is damaged is found and named, and a manifest of another file is told from damage."""
+"""Checksums in betons: damage is found and named, and is not confused with a foreign manifest."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def replace_manifest(path: Path, pages: bytes) -> None:
 
 @pytest.mark.parametrize("seed", [4, 5])
 def test_a_manifest_of_another_file_is_told_from_damage(copy: Path, tmp_path: Path, seed: int) -> None:
-    """Of another number of samples, and of other images and labels in the same room."""
+    """Insert the manifest of a file with more samples, or with other images in the same layout."""
     other = tmp_path / "other.beton"
     convert.convert("textures", other, count=COUNT + (seed == 4), size=SIDE, seed=seed)
     start = start_of_manifest(other)

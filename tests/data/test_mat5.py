@@ -1,4 +1,4 @@
-"""MATLAB's version 5 against scipy.io, which writes it; and damaged, an error of the reader's own, never another."""
+"""MATLAB's version 5, sound against scipy.io, and damaged: a DamagedError, never another."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_what_is_no_real_array_is_refused() -> None:
 
 @pytest.mark.parametrize("compressed", [True, False])
 def test_damaged(compressed: bool) -> None:
-    """Whatever byte is changed, also below the compression: arrays of the shape that is said, or DamagedError."""
+    """Change any byte, also below the compression."""
     rng = np.random.default_rng(0)
     whole = saved(False, X=rng.integers(0, 256, (3, 40), np.uint8), c=np.array([["ab", "cd"]], object)).getvalue()
     refused = 0

@@ -1,4 +1,4 @@
-"""Items made ahead by a thread: order, failures, early ends, hangs, and no thread left over."""
+"""Items made ahead by a thread: order, failures, early ends, hangs, and no thread left."""
 
 from __future__ import annotations
 

@@ -49,7 +49,7 @@ def demand_equal(source: Source, images: np.ndarray, labels: list[int] | None) -
 
 
 def refused(*words: str, **options: object) -> str:
-    """The message of the UsageError that opening and reading the source must raise: one line with all ``words``."""
+    """Open and read the source; return its UsageError, one line with all ``words``."""
     source = options.pop("source")
     with pytest.raises(UsageError) as caught:
         held(sources.open_source(str(source), **options))  # type: ignore[arg-type]
@@ -260,7 +260,7 @@ def test_cifar(tmp_path: Path, split: str) -> None:
 
 @pytest.mark.parametrize("protocol", [2, 3, 4, 5])
 def test_cifar_pickled_again(tmp_path: Path, protocol: int) -> None:
-    """Files that someone loaded and saved with today's Python and numpy."""
+    """Read files saved again with today's Python and numpy."""
     images, labels = source_files.cifar100(tmp_path)["train"]
     path = tmp_path / "cifar-100-python" / "train"
     again = {b"data": images.transpose(0, 3, 1, 2).reshape(len(images), -1), b"fine_labels": labels}
@@ -330,7 +330,7 @@ def test_class_folders(tmp_path: Path) -> None:
 
 
 def test_class_folders_with_splits(tmp_path: Path) -> None:
-    """Labels mean the same in every split, though a class is absent from one."""
+    """Expect equal labels in every split, though one lacks a class."""
     images, labels = source_files.class_folders(tmp_path / "train")
     source_files.class_folders(tmp_path / "val", classes=("cow",))
     demand_equal(sources.open_source(str(tmp_path)), images, labels)
@@ -402,7 +402,7 @@ KEYS = {
 
 
 def in_form(form: str, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The images as an array of that form, and as RGB."""
+    """Return the images as an array of that form, and as RGB."""
     grey = images[..., 0]
     array = {
         "nchw": images.transpose(0, 3, 1, 2),
@@ -537,7 +537,7 @@ ANY_LABELS = hypothesis.extra.numpy.arrays(np.int64, st.integers(1, 12), element
 
 @given(ANY_LABELS, ANY_LABELS)
 def test_names_say_what_the_labels_were(train: np.ndarray, test: np.ndarray) -> None:
-    """In every split alike: the class's name is the label as it was, and the same label is the same class."""
+    """Expect class names to be the old labels, the same in every split."""
     if {*train.tolist(), *test.tolist()} == {-1, 1}:
         return
     labels, names = source_arrays.class_labels("a", train, [test])
@@ -614,7 +614,7 @@ def test_one_image_is_not_taken_for_many(tmp_path: Path, form: str) -> None:
 
 
 def test_npz_splits(tmp_path: Path) -> None:
-    """MedMNIST's keys: train unless said otherwise, and a wrong split names those that are there."""
+    """Read MedMNIST's keys."""
     images, path = source_files.random_images(6, 28, 28), tmp_path / "pathmnist.npz"
     arrays = {}
     for split, part in (("train", slice(0, 3)), ("val", slice(3, 5)), ("test", slice(5, 6))):
@@ -648,7 +648,7 @@ def test_npz_that_is_npy(tmp_path: Path) -> None:
 
 
 def test_npz_that_says_more_than_it_holds(tmp_path: Path) -> None:
-    """Heads, sizes in the archive and bombs: refused before memory is taken."""
+    """Refuse wrong heads, wrong sizes in the archive and bombs before memory is allocated."""
     path = tmp_path / "a.npz"
 
     def saved(shape: tuple[int, ...], body: bytes, size: int | None = None, kind: int = zipfile.ZIP_DEFLATED) -> Path:
@@ -722,7 +722,6 @@ def test_idx(tmp_path: Path, packed: bool, inner: str, sets: str) -> None:
 
 @pytest.mark.parametrize("side", [20, 31, 32, 40])
 def test_idx_of_other_sides(tmp_path: Path, side: int) -> None:
-    """Small ones are padded to 32, large ones are left as they are."""
     written = source_files.idx(tmp_path, side=side)
     demand_equal(sources.open_source(str(tmp_path)), *written["train"])
 
@@ -815,7 +814,7 @@ def labelled_eleven(folder: Path) -> Path:
 
 
 def test_fashion_mnist_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """From the system's folder; else from where it was downloaded to; else the error says what to do, at once."""
+    """Use the system's folder, then the download, then an error with a remedy."""
     written = source_files.idx(tmp_path / "debian")
     monkeypatch.setattr(source_idx, "DEBIAN", tmp_path / "debian")
     monkeypatch.setenv("FASTBYOL_CACHE", str(tmp_path / "cache"))
@@ -876,7 +875,7 @@ SPECIAL = {
 @pytest.mark.parametrize("special", ["pipe", "socket", "folder", "device"])
 @pytest.mark.parametrize("case", SPECIAL)
 def test_only_regular_files_are_opened(tmp_path: Path, case: str, special: str) -> None:
-    """Whatever lies in the place of one of a source's files, it is named at once."""
+    """Put something else in the place of each of a source's files."""
     write, split, names = SPECIAL[case]
     write(tmp_path)
     for name in names:

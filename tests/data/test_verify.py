@@ -1,4 +1,4 @@
-"""Every sample looked at: damage is counted and named, checksums and decoders agree with what was done to the file."""
+"""Verification of samples: damage is counted and named by checksums and decoders."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def jpegs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def damage(path: Path, samples: list[int]) -> None:
-    """A Huffman table of nonsense in each."""
+    """Damage a Huffman table in each of the samples."""
     info = beton.inspect(path)
     with path.open("r+b") as file:
         for sample in samples:
@@ -88,7 +88,7 @@ def test_labels_outside_the_named_classes(tmp_path: Path) -> None:
 
 
 def test_a_manifest_of_other_images_in_the_same_room(jpegs: Path, tmp_path: Path) -> None:
-    """Unlabelled sets of one geometry differ in nothing but pixels."""
+    """Exchange the manifests of files that differ in pixels only."""
     path = Path(shutil.copy(jpegs, tmp_path))
     info = beton.inspect(path)
     assert info.manifest is not None

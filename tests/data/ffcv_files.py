@@ -20,7 +20,7 @@ from foreign_betons import HAS_FFCV
 
 
 def write_all(files: dict[Path, tuple[dict[str, str], list[tuple[Any, ...]]]]) -> None:
-    """Write each path by FFCV's own writer: fields as name -> kind (``_write_all``), and samples."""
+    """Write each path by FFCV's own writer: fields as name -> kind, and samples."""
     if not HAS_FFCV:
         pytest.skip("needs files of FFCV's own writer, which is not installed")
     process = multiprocessing.get_context("spawn").Process(target=_write_all, args=(files,))
@@ -51,9 +51,9 @@ def _write_all(files: dict[Path, tuple[dict[str, str], list[tuple[Any, ...]]]]) 
 
 
 def _by_hand(path: Path) -> Any:
-    from mutations import said  # here, since it needs OpenCV, which data sets of tests have to do without
+    from mutations import read_by_hand  # here, since it needs OpenCV, which writers of test data must not need
 
-    return said(path.read_bytes())
+    return read_by_hand(path.read_bytes())
 
 
 def loaded(path: Path) -> tuple[NDArray[np.uint8], list[int] | None]:

@@ -30,9 +30,7 @@ HALVED = 32
 
 @dataclass(frozen=True)
 class Picture:
-    """A file to write, and its expected pixels (H, W, 3) within ``tolerance``, or a refusal's
-    words.
-    """
+    """A file to write with its pixels (H, W, 3) within ``tolerance``, or the refusal's words."""
 
     mode: str
     depth: str

@@ -79,9 +79,7 @@ def folds(count: int, size: int = 5) -> list[list[int]]:
 
 
 def hdf5_mat(path: Path, **arrays: NDArray[np.uint8]) -> None:
-    """Write MATLAB's version 7.3: HDF5 behind a head of 512 bytes; arrays are transposed, in
-    chunks.
-    """
+    """Write MATLAB's version 7.3: HDF5 behind a head of 512 bytes, transposed arrays in chunks."""
     with h5py.File(path, "w", userblock_size=512) as file:
         for name, array in arrays.items():
             file.create_dataset(name, data=array.T, chunks=True, compression="gzip").attrs["MATLAB_class"] = np.bytes_("uint8")

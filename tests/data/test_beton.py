@@ -1,4 +1,4 @@
-"""Verification of structure: FFCV's own files pass, and files that FFCV would stumble over do not."""
+"""Verification of structure: FFCV's own files pass, and files that break FFCV do not."""
 
 from __future__ import annotations
 

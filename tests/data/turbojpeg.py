@@ -12,9 +12,7 @@ TJPF_RGB, TJFLAG_FASTDCT = 0, 2048
 
 
 class Decompressor:
-    """A handle, which keeps the tables of its last image; a new one has the standard Huffman
-    tables.
-    """
+    """A handle, which keeps its last image's tables; a new one has the standard Huffman tables."""
 
     def __init__(self) -> None:
         self._library = ctypes.CDLL("libturbojpeg.so.0")

@@ -1,6 +1,6 @@
-"""Damaged sources by number: a small data set of every kind, and what happens to one of its files. All is a function of a seed.
+"""Damaged sources by number: a small data set of every kind, with one file damaged by seed.
 
-A base is names and bytes of files, so that it can be written anywhere; a mutation changes bytes, or what lies under a name.
+A base is names and bytes of files; a mutation changes bytes, or what lies under a name.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Rng = np.random.Generator
 
 @dataclass(frozen=True)
 class Base:
-    """A good source: its files by name, what to open of them, and with what options."""
+    """A good source: its files by name, the path to open, and options."""
 
     name: str
     files: dict[str, bytes]
@@ -37,7 +37,7 @@ class Base:
 
 
 def bases(folder: Path) -> list[Base]:
-    """One of every kind and form, written below ``folder``."""
+    """Return one of every kind and form, written below ``folder``."""
     made = []
 
     def add(name: str, write: Callable[[Path], object], at: str = ".", without: str = "", **options: Any) -> None:
@@ -120,20 +120,20 @@ def _formats(place: Path) -> None:
 
 
 def wide(rng: Rng) -> int:
-    """A number that parsers stumble over."""
+    """Return a number that parsers stumble over."""
     near = [0, 1, 2, 3, 4, 255, 256, 10_000, (1 << 15) - 1, 1 << 15, (1 << 16) - 1, 1 << 20, 1 << 24, (1 << 31) - 1, 1 << 31]
     return int(rng.choice(np.array([*near, (1 << 32) - 1, 1 << 32, 1 << 40, (1 << 63) - 1, 1 << 63, (1 << 64) - 1], np.uint64)))
 
 
 def put(data: bytearray, at: int, rng: Rng) -> None:
-    """A wide number of 1, 2, 4 or 8 bytes, in either order."""
+    """Put a wide number of 1, 2, 4 or 8 bytes, in either order."""
     size = int(rng.choice([1, 2, 4, 4, 8]))
     number = (wide(rng) & ((1 << 8 * size) - 1)).to_bytes(size, "little" if rng.integers(2) else "big")
     data[at : at + size] = number
 
 
 def flip_head(data: bytearray, rng: Rng) -> None:
-    """One to four bits of the first bytes."""
+    """Flip one to four bits of the first bytes."""
     for _ in range(int(rng.integers(1, 5))):
         data[int(rng.integers(min(len(data), 200)))] ^= 1 << int(rng.integers(8))
 
@@ -152,7 +152,7 @@ def enlarge_anywhere(data: bytearray, rng: Rng) -> None:
 
 
 def enlarge_marked(data: bytearray, rng: Rng) -> None:
-    """A number behind one of the marks that formats have: zip's, PNG's, TIFF's, JPEG's, pickle's, HDF5's."""
+    """Change a number behind a mark of zip, PNG, TIFF, JPEG, pickle or HDF5."""
     marks = rb"IHDR|IDAT|\xff\xc0|\xff\xc2|\xff\xda|II\*\0|RIFF|VP8|ihdr|ispe|FRHP|TREE|SNOD|HEAP|[TXBrj]"
     marks += rb"|PK\x01\x02|PK\x03\x04|PK\x05\x06"
     places = [match.end() for match in re.finditer(marks, bytes(data[:100_000]), re.DOTALL)]
@@ -162,7 +162,7 @@ def enlarge_marked(data: bytearray, rng: Rng) -> None:
 
 
 def other_digits(data: bytearray, rng: Rng) -> None:
-    """A number in letters: a shape in npy's head, a size in PPM's, the index of a fold."""
+    """Change a number in letters: npy's shape, PPM's size, a fold's index."""
     found = list(re.finditer(rb"\d+", bytes(data[:4000])))
     match = found[int(rng.integers(len(found)))]
     data[match.start() : match.end()] = str(wide(rng) - int(rng.integers(2)) * wide(rng)).encode()
@@ -190,7 +190,7 @@ def grow(data: bytearray, rng: Rng) -> None:
 
 
 def drop(data: bytearray, rng: Rng) -> None:
-    """Bytes taken out, so that all behind them moves."""
+    """Drop bytes, so that all behind them moves."""
     at = int(rng.integers(len(data)))
     del data[at : at + int(rng.integers(1, 20))]
 
@@ -202,7 +202,7 @@ BYTES = (
 
 
 def inside(name: str, data: bytes, change: Callable[[bytearray, Rng], None], rng: Rng) -> bytes:
-    """The file with what it holds compressed or checked changed, and packed again, so that its checksums agree."""
+    """Change compressed or checked content and pack it again with right checksums."""
     if name.endswith(".gz"):
         return gzip.compress(_changed(gzip.decompress(data), change, rng))
     if name.endswith(".npz"):
@@ -230,7 +230,7 @@ def inside(name: str, data: bytes, change: Callable[[bytearray, Rng], None], rng
 
 
 def _changed(data: bytes, change: Callable[[bytearray, Rng], None], rng: Rng) -> bytes:
-    """``data`` after ``change``, or as it was where there is nothing to change."""
+    """Return ``data`` after ``change``, or unchanged where there is nothing to change."""
     new = bytearray(data)
     try:
         change(new, rng)
@@ -240,7 +240,7 @@ def _changed(data: bytes, change: Callable[[bytearray, Rng], None], rng: Rng) ->
 
 
 def put_special(path: Path, rng: Rng) -> str:
-    """Something else under the file's name; returns what."""
+    """Put something else under the file's name; return its kind."""
     kind = str(rng.choice(["pipe", "folder", "loop", "dangling", "device", "parent", "absent", "empty", "renamed"]))
     content = path.read_bytes()
     path.unlink()
@@ -266,7 +266,7 @@ def put_special(path: Path, rng: Rng) -> str:
 
 
 def mutate(known: list[Base], number: int, folder: Path) -> tuple[Base, str]:
-    """Write mutation ``number`` below ``folder``, which is empty; returns its base and what was done."""
+    """Write mutation ``number`` below the empty ``folder``; return its base and the change."""
     rng = np.random.default_rng([9, number])
     base = known[number % len(known)]
     for name, content in base.files.items():

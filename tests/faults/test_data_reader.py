@@ -1,6 +1,6 @@
-"""What FFCV's reader does with a bad file, row by row: there a crash, a hang or wrong pixels; here one line, or the right data.
+"""Faults on which FFCV's reader crashes, hangs or gives wrong pixels: here a line, or the data.
 
-Each test's name is the fault. ``OURS`` is a file of our converter, with checksums; ``FOREIGN`` one of FFCV's own writer.
+Test names are the faults. ``OURS`` has checksums; ``FOREIGN`` is by FFCV's own writer.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import pytest
 import run_rig as rig
 import torch
 from data_rig import Delivered
-from mutations import DESCRIPTOR, HEADER, PAGE, REGION, Base, put, row_layout, said
+from mutations import DESCRIPTOR, HEADER, PAGE, REGION, Base, put, read_by_hand, row_layout
 
 import foreign_betons as foreign
 from fastbyol.data import beton, loader, prefetch
@@ -30,7 +30,7 @@ Edit = Callable[[Base, bytearray], object]
 
 @pytest.fixture(autouse=True, params=foreign.DECODERS)
 def by(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Every test reads by every decoder."""
+    """Run every test by every decoder."""
     monkeypatch.setattr(decoding, "choose", lambda _: request.param)
     return str(request.param)
 
@@ -47,7 +47,7 @@ def base_of(name: str) -> Base:
 
 
 def read(path: Path) -> Delivered:
-    """By every way, which must agree."""
+    """Read by every way, which must agree."""
     images, labels, _ = loader.read_all(path, workers=2, size=SIZE)
     with open_loader(path) as batches:
         for batch, ids in batches.epoch(0):
@@ -87,7 +87,7 @@ def _cut(end: Callable[[Base], int]) -> Edit:
 
 
 def _image_row(sample: int, at: int, size: int, value: int) -> Edit:
-    """A member of the image's 13 packed bytes: 0 mode, 1 width, 3 height, 5 pointer."""
+    """Change the image's 13 packed bytes: 0 mode, 1 width, 3 height, 5 pointer."""
     return lambda base, data: put(data, base.rows + sample * row_layout(base.types)[1] + at, value, size)
 
 
@@ -154,7 +154,7 @@ def test_no_permission(ours: Base, tmp_path: Path) -> None:
 
 
 def test_int_field_marked_float(ours: Base, tmp_path: Path) -> None:
-    """A foreign file then has no label; ours says that its structure was changed."""
+    """Expect no label in a foreign file, and an error in ours."""
     images, labels = read(damaged(base_of("raw"), _float_label, tmp_path))
     assert labels is None
     np.testing.assert_array_equal(images[5], foreign.pixels("raw", 5))
@@ -175,12 +175,12 @@ def test_flipped_bytes_of_ours(ours: Base, tmp_path: Path, place: str) -> None:
 
 
 def test_flipped_bytes_of_a_foreign_file_are_delivered_as_they_are(tmp_path: Path) -> None:
-    """Nothing in the file tells a flipped pixel or label; nothing but that byte changes."""
+    """Expect only that byte to change, since a foreign file has no checksum."""
     base = base_of("raw")
     at = int(base.regions[9, 1]) + 100
     path = damaged(base, lambda base, data: data.__setitem__(at, data[at] ^ 16), tmp_path)
     images, labels = read(path)
-    np.testing.assert_array_equal(images, said(path.read_bytes()).decoded(SIZE))
+    np.testing.assert_array_equal(images, read_by_hand(path.read_bytes()).decoded(SIZE))
     assert labels == [foreign.label(i) for i in range(foreign.COUNT)]
 
 
@@ -195,7 +195,7 @@ def test_flipped_jpeg_bytes_that_cannot_be_decoded(tmp_path: Path) -> None:
 
 
 def test_truncated_or_rewritten_while_in_use(ours: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Streamed from the disk in mid-epoch: an error at the next batch. Read into memory: nothing happens."""
+    """Expect an error at the next batch where streamed, and nothing where in memory."""
     path = tmp_path / "set.beton"
     for in_memory in (False, True):
         monkeypatch.setattr(loader, "_fits_in_memory", lambda info, size, answer=in_memory: answer)
@@ -216,7 +216,6 @@ def test_truncated_or_rewritten_while_in_use(ours: Base, tmp_path: Path, monkeyp
 
 
 def test_deleted_or_replaced_between_epochs(ours: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The opened file lives on."""
     monkeypatch.setattr(loader, "_fits_in_memory", lambda info, size: False)
     path = tmp_path / "set.beton"
     path.write_bytes(ours.data)
@@ -260,7 +259,6 @@ def test_more_workers_than_cores() -> None:
 
 
 def test_two_loaders_decode_at_once() -> None:
-    """From two threads, in two threads each."""
     found: list[int] = []
 
     def use(name: str) -> None:
@@ -276,7 +274,6 @@ def test_two_loaders_decode_at_once() -> None:
 
 
 def test_an_error_in_the_decoding_thread_surfaces(ours: Base, tmp_path: Path) -> None:
-    """After the batches before it, in the loop that takes them."""
     at = int(ours.regions[9, 1]) + 100
     path = damaged(ours, lambda base, data: data.__setitem__(at, data[at] ^ 16), tmp_path)
 

@@ -1,7 +1,7 @@
-"""Sources damaged in every way: images and labels of the promised form, with named skips, or an error of one line.
+"""Sources damaged in every way: data of the promised form with named skips, or one line.
 
-Never a traceback, a signal, a hang, or memory beyond twice the largest size that is declared. What a damaged pixel was before,
-nobody can know where a format holds no checksum; so pixels are not judged here.
+Never a traceback, a signal, a hang, or memory beyond twice the largest declared size. Pixels are
+not judged, since formats without checksums cannot tell.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ HANG_S = 120.0
 
 
 def work(_: str, known: list[mutations.Base], numbers: Sequence[int], folder: Path, pipe: Connection) -> None:
-    """A child's life: for each number write a damaged source, read all of it, send (number, what was done, base, outcome)."""
+    """For each number write and read a damaged source; send (number, change, base, outcome)."""
     # As for a user: shown, never raised. Pillow says much of damaged pictures.
     warnings.simplefilter("ignore")
     _read(known[0], _fresh(folder), 0)
@@ -57,7 +57,7 @@ def _fresh(folder: Path) -> Path:
 
 
 def _read(base: mutations.Base, place: Path, number: int) -> str:
-    """``refused``, ``read``, ``with skips``, or what was wrong, with a capital letter."""
+    """Return ``refused``, ``read``, ``with skips``, or what was wrong, capitalised."""
     before, declared, skipped = _reset_peak(), 0, 0
     try:
         source = sources.open_source(str(place / base.at), **base.options)
@@ -91,7 +91,7 @@ def _read(base: mutations.Base, place: Path, number: int) -> str:
 
 
 def _converted(base: mutations.Base, place: Path, read: str) -> str:
-    """``fastbyol convert`` of the same: exit code 0 and a file, or 2 and one line."""
+    """Run ``fastbyol convert`` of it: exit code 0 and a file, or 2 and one line."""
     file = place.parent / "out.beton"
     file.unlink(missing_ok=True)
     options = [part for key, value in base.options.items() for part in (f"--{key}", str(value))]
@@ -106,7 +106,7 @@ def _converted(base: mutations.Base, place: Path, read: str) -> str:
 
 
 def _reset_peak() -> int:
-    """Start to count the largest memory anew; what is held now, bytes."""
+    """Reset the peak of memory; return the bytes now in use."""
     Path("/proc/self/clear_refs").write_text("5")
     return _status("VmRSS")
 

@@ -18,6 +18,7 @@ import math
 import os
 import re
 import stat
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -225,15 +226,10 @@ def info_dict(info: BetonInfo) -> dict[str, object]:
         "largest": [int(info.heights.max()), int(info.widths.max())],
         "num_raw": int(info.raw.sum()),
         "num_jpeg": int((~info.raw).sum()),
-        "labels": None if info.labels is None else _histogram(info.labels),
+        "labels": None if info.labels is None else {str(k): n for k, n in sorted(Counter(info.labels.tolist()).items())},
         "sealed": info.manifest is not None,
         "source": None if info.manifest is None else dict(info.manifest.note),
     }
-
-
-def _histogram(labels: NDArray[np.int64]) -> dict[str, int]:
-    values, counts = np.unique(labels, return_counts=True)
-    return {str(value): int(count) for value, count in zip(values, counts, strict=True)}
 
 
 def open_beton(path: Path) -> int:
@@ -386,12 +382,6 @@ def _verify_regions(file: _File, layout: _Layout, table: NDArray[Any]) -> dict[i
     """
     order = np.argsort(table["ptr"], kind="stable")
     table = table[order]
-    _verify_table(file, layout, table, order)
-    claimed = np.zeros(len(table), bool)
-    return {k: _verify_field(file, layout, k, table, claimed) for k in layout.pointer_fields()}
-
-
-def _verify_table(file: _File, layout: _Layout, table: NDArray[Any], order: NDArray[np.int64]) -> None:
     start, end, page = layout.data_start, layout.table_start, layout.page
 
     def demand(good: NDArray[np.bool_], what: str) -> None:
@@ -406,6 +396,8 @@ def _verify_table(file: _File, layout: _Layout, table: NDArray[Any], order: NDAr
     demand((ptr - start) % page + size <= page, "crosses the end of its page")
     demand(np.append(ptr[:-1] + size[:-1] <= ptr[1:], True), "overlaps another")
     demand(table["sample"] < layout.samples, "belongs to no sample")
+    claimed = np.zeros(len(table), bool)
+    return {k: _verify_field(file, layout, k, table, claimed) for k in layout.pointer_fields()}
 
 
 def _verify_field(file: _File, layout: _Layout, k: int, table: NDArray[Any], claimed: NDArray[np.bool_]) -> NDArray[np.int64]:

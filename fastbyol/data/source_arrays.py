@@ -35,19 +35,6 @@ MOST_PER_BYTE = 1032
 
 
 @dataclass(frozen=True)
-class Options:
-    """The options of ``sources.open_source``, of which each kind of source reads its own."""
-
-    kind: str | None
-    split: str | None = None
-    fold: int | None = None
-    count: int = 4096
-    size: int | None = None
-    seed: int = 0
-    strict: bool = False
-
-
-@dataclass(frozen=True)
 class Source:
     """Numbered images, small enough to be pickled for another process.
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fastbyol.data import source_arrays, source_mat
-from fastbyol.data.source_arrays import Images, Labels, Options, Source, inner
+from fastbyol.data.source_arrays import Images, Labels, Source, inner
 from fastbyol.errors import UsageError, check_choice
 
 IMAGE_BYTES = 3 * 32 * 32
@@ -60,10 +60,9 @@ def has_cifar(path: Path, kind: str) -> bool:
     return bool(endings) if kind == "cifar10" else any(_lies(folder / SETS[kind].names[end]) for end in endings)
 
 
-def open_cifar(path: Path, options: Options) -> Source:
+def open_cifar(path: Path, *, kind: str, split: str | None, **others: object) -> Source:
     """Open ``split`` (default: train) with its fine labels, in the version that is there."""
-    kind, split = str(options.kind), options.split or "train"
-    of = SETS[kind]
+    of, split = SETS[kind], split or "train"
     folder = inner(path, *of.folders)
     check_choice(f"{folder}: CIFAR's split", split, of.files)
     # If none is there, the Python version's missing file is reported.

@@ -11,17 +11,17 @@ from fastbyol.data import rgb
 from fastbyol.data.beton_write import UnreadableItemError
 from fastbyol.data.folder_layout import lay_out
 from fastbyol.data.folder_walk import walk
-from fastbyol.data.source_arrays import Images, Options, Source
+from fastbyol.data.source_arrays import Images, Source
 from fastbyol.errors import UsageError
 
 
-def open_folder(path: Path, options: Options) -> Source:
+def open_folder(path: Path, *, kind: str | None, split: str | None, strict: bool, **others: object) -> Source:
     """Open the pictures below ``path`` as ``classes``, ``folder`` (no labels) or None (either).
 
     Reads every file's head, so that what is no picture is left out before decoding. UsageError if
     no picture can be read, or with ``strict`` if one cannot, and as ``lay_out`` raises it.
     """
-    layout = lay_out(path, walk(path), kind=options.kind, split=options.split)
+    layout = lay_out(path, walk(path), kind=kind, split=split)
     sizes = np.zeros(len(layout.files), np.int64)
     skipped = list(layout.skipped)
     for k, name in enumerate(layout.files):
@@ -30,7 +30,7 @@ def open_folder(path: Path, options: Options) -> Source:
             sizes[k] = 3 * height * width
         except UnreadableItemError as error:
             skipped.append((name, str(error)))
-    if options.strict and skipped:
+    if strict and skipped:
         raise UsageError(f"{path / skipped[0][0]}: {skipped[0][1]}; correct or remove it, or leave out --strict")
     keep = np.flatnonzero(sizes)
     if not len(keep):

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastbyol.data import source_arrays
-from fastbyol.data.source_arrays import Images, Labels, Options, Source
+from fastbyol.data.source_arrays import Images, Labels, Source
 from fastbyol.errors import UsageError, check_choice, one_line
 from fastbyol.files import open_regular
 
@@ -52,13 +52,12 @@ def has_idx(path: Path) -> bool:
     return bool(_IMAGES.fullmatch(path.name.lower())) if path.is_file() else any(_image_files(path))
 
 
-def open_idx(path: Path, options: Options) -> Source:
+def open_idx(path: Path, *, kind: str, split: str | None, **others: object) -> Source:
     """Open the grey images of ``split`` (default: train, or that of the file) with their labels.
 
     Labels are idx1 bytes, or the first column of QMNIST's idx2 integers. UsageError for files that
     are missing, cut or of another type or split, and for several sets in one folder.
     """
-    kind, split = options.kind or "idx", options.split
     images = path if path.exists() and not path.is_dir() else _chosen(path, split or "train")
     named = _IMAGES.fullmatch(images.name.lower())
     if named is None:

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastbyol.data import source_arrays, splits
-from fastbyol.data.source_arrays import Images, Labels, Options, Source, listed
+from fastbyol.data.source_arrays import Images, Labels, Source, listed
 from fastbyol.errors import UsageError
 from fastbyol.files import open_regular
 
@@ -117,13 +117,12 @@ def has_npy(path: Path) -> bool:
     return any((role := role_of(name)) is not None and not role.labels for name in _arrays_in(path))
 
 
-def open_npy(path: Path, options: Options) -> Source:
+def open_npy(path: Path, *, split: str | None, **others: object) -> Source:
     """Open the npy images of ``split`` in a folder, or those of one file, with their labels.
 
     The labels of ``x_train.npy`` are in ``y_train.npy`` or ``train_labels.npy``, those of
     ``cats.npy`` in ``cats_labels.npy``.
     """
-    split = options.split
     if path.is_dir():
         names = sorted(each.name for each in path.iterdir() if not _is_array(each.name) and each.name[0] != ".")
         return open_named("npy", str(path), _arrays_in(path), names, split)

@@ -11,13 +11,13 @@ from typing import Any, ClassVar
 
 from numpy.lib.format import MAGIC_PREFIX
 
-from fastbyol.data.source_arrays import MOST_PER_BYTE, Options, Source, untrusted
+from fastbyol.data.source_arrays import MOST_PER_BYTE, Source, untrusted
 from fastbyol.data.source_npy import NpyFile, open_named
 from fastbyol.errors import UsageError
 from fastbyol.files import open_regular
 
 
-def open_npz(path: Path, options: Options) -> Source:
+def open_npz(path: Path, *, split: str | None, **others: object) -> Source:
     """Open uint8 images (N, H, W, 3), (N, 3, H, W) or grey, with labels (N,) if there are any.
 
     Keys are ``images`` or ``x`` (``labels`` or ``y``), or with a split ``train_images``,
@@ -26,7 +26,7 @@ def open_npz(path: Path, options: Options) -> Source:
     with _archive(path) as archive:
         members = archive.namelist()
     arrays = {name[:-4]: NpzMember(path, name[:-4]) for name in members if name.endswith(".npy")}
-    return open_named("npz", str(path), arrays, [name for name in members if not name.endswith(".npy")], options.split)
+    return open_named("npz", str(path), arrays, [name for name in members if not name.endswith(".npy")], split)
 
 
 @dataclass(frozen=True)

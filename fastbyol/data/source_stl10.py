@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastbyol.data import source_arrays, source_mat
-from fastbyol.data.source_arrays import Images, Labels, Options, Source, inner
+from fastbyol.data.source_arrays import Images, Labels, Source, inner
 from fastbyol.errors import UsageError, check_choice
 
 SIDE = 96
@@ -32,12 +32,12 @@ def has_stl10(path: Path) -> bool:
     return any((folder / f"{part}.mat").exists() for part in parts) and not (folder / "meta.mat").exists()
 
 
-def open_stl10(path: Path, options: Options) -> Source:
+def open_stl10(path: Path, *, split: str | None, fold: int | None, **others: object) -> Source:
     """Open ``split`` (default: train) of STL-10's files, or one ``fold`` (0 to 9) of train.
 
     Labels are 1 to 10 in the files and 0 to 9 here. UsageError for missing or cut files.
     """
-    folder, split, fold = inner(path, *_FOLDERS), options.split or "train", options.fold
+    folder, split = inner(path, *_FOLDERS), split or "train"
     check_choice(f"{folder}: STL-10's split", split, SPLITS)
     if fold is not None and split != "train":
         raise UsageError(f"{folder}: STL-10's folds are of the split train, not {split}; leave out one of the two")

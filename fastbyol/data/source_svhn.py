@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from fastbyol.data import source_mat
-from fastbyol.data.source_arrays import Images, Options, Source
+from fastbyol.data.source_arrays import Images, Source
 from fastbyol.errors import UsageError, check_choice
 
 FILES = {split: f"{split}_32x32.mat" for split in ("train", "test", "extra")}
@@ -19,9 +19,8 @@ def has_svhn(path: Path) -> bool:
     return path.name in FILES.values() if path.is_file() else any((path / name).exists() for name in FILES.values())
 
 
-def open_svhn(path: Path, options: Options) -> Source:
+def open_svhn(path: Path, *, split: str | None, **others: object) -> Source:
     """Open ``split`` (default: train, or the file's); UsageError for missing or other files."""
-    split = options.split
     if not path.is_dir():
         of = next((split for split, name in FILES.items() if path.name == name), None)
         if of is None or split not in (None, of):

@@ -9,15 +9,15 @@ import numpy as np
 
 from fastbyol.data import textures
 from fastbyol.data.beton_write import CHUNK_ITEMS
-from fastbyol.data.source_arrays import Images, Options, Source
+from fastbyol.data.source_arrays import Images, Source
 from fastbyol.errors import UsageError
 
 
-def open_textures(_: Path, options: Options) -> Source:
+def open_textures(_: Path, *, split: str | None, count: int, size: int | None, seed: int, **others: object) -> Source:
     """Make labelled images; image i depends on the seed, i and the size (default 32) alone."""
-    count, size, seed = options.count, 32 if options.size is None else options.size, options.seed
-    if options.split is not None:
-        raise UsageError(f"textures: has no split {options.split!r}; take another --seed for another set")
+    size = 32 if size is None else size
+    if split is not None:
+        raise UsageError(f"textures: has no split {split!r}; take another --seed for another set")
     ranges = (("size", size, 8, 4096), ("count", count, 1, 10_000_000), ("seed", seed, 0, (1 << 31) - 1))
     for name, value, least, most in ranges:
         if not least <= value <= most:

@@ -1,8 +1,7 @@
-"""The sources of images that ``fastbyol convert`` reads: one table of their kinds, and the door to it.
+"""The kinds of sources that ``fastbyol convert`` reads: the table ``SOURCES``. To add one:
 
-A new kind needs a module ``source_NAME.py`` that recognises its files and opens them as a ``Source``,
-a row in ``SOURCES`` here, a writer in tests/data/source_files.py and a base in
-tests/faults/source_mutations.py. ``source_arrays`` has what the modules share.
+``source_NAME.py`` with a function that recognises its files and one that opens them, a row here, a
+writer in tests/data/source_files.py, a base in tests/faults/source_mutations.py.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from fastbyol.data import (
     source_textures,
     splits,
 )
-from fastbyol.data.source_arrays import Options, Source
+from fastbyol.data.source_arrays import Source
 from fastbyol.errors import UsageError, check_choice
 from fastbyol.files import cache_folder, refuse_special
 
@@ -34,11 +33,12 @@ from fastbyol.files import cache_folder, refuse_special
 class Kind(NamedTuple):
     """A kind of source: how it is opened, and how a path is recognised as one.
 
-    ``own_files`` matches its files by the last part of their names; other files in its folders are
-    reported as ignored. ``needs_folder`` is False where a path may also be a file, or is unused.
+    ``open`` names those options of ``open_source`` that it reads. ``own_files`` matches its files
+    by the last part of their names; other files in its folders are reported as ignored.
+    ``needs_folder`` is False where a path may also be a file, or is unused.
     """
 
-    open: Callable[[Path, Options], Source]
+    open: Callable[..., Source]
     is_at: Callable[[Path], bool] | None = None
     own_files: str = ""
     needs_folder: bool = True
@@ -111,7 +111,7 @@ def open_source(
         # Among pictures a split may be the name of any folder.
         if split is not None and kind not in PICTURES:
             split = "+".join(splits.canonical(part) or part for part in split.split("+"))
-        opened = SOURCES[kind].open(path, Options(kind, split, fold, count, size, seed, strict))
+        opened = SOURCES[kind].open(path, kind=kind, split=split, fold=fold, count=count, size=size, seed=seed, strict=strict)
         return _with_rest(opened, path, chosen=chosen) if SOURCES[opened.kind].own_files and path.is_dir() else opened
     except OSError as error:
         raise UsageError(f"{error.filename or path}: {error.strerror}; check its name and rights") from None

@@ -97,14 +97,14 @@ def png(samples: NDArray[Any], colour_type: int, *extra: bytes) -> bytes:
 def tiff(samples: bytes, order: str = "<", **tags: int | tuple[int, ...]) -> bytes:
     """Return an uncompressed TIFF (6.0) of WIDTH x HEIGHT; ``tags`` as t258=8, all SHORT."""
     start = 8
-    given: dict[int, tuple[int, ...]] = {256: (WIDTH,), 257: (HEIGHT,), 259: (1,), 278: (HEIGHT,)}
-    given |= {int(key[1:]): value if isinstance(value, tuple) else (value,) for key, value in tags.items()}
-    given |= {273: (0,), 279: (len(samples),)}
-    values_at = start + 2 + 12 * len(given) + 4
+    entries_by_tag: dict[int, tuple[int, ...]] = {256: (WIDTH,), 257: (HEIGHT,), 259: (1,), 278: (HEIGHT,)}
+    entries_by_tag |= {int(key[1:]): value if isinstance(value, tuple) else (value,) for key, value in tags.items()}
+    entries_by_tag |= {273: (0,), 279: (len(samples),)}
+    values_at = start + 2 + 12 * len(entries_by_tag) + 4
     entries, values = b"", b""
-    pixels_at = values_at + sum(2 * len(v) for k, v in given.items() if len(v) > 2 and k != 279)
-    given[273] = (pixels_at,)
-    for tag, value in sorted(given.items()):
+    pixels_at = values_at + sum(2 * len(v) for k, v in entries_by_tag.items() if len(v) > 2 and k != 279)
+    entries_by_tag[273] = (pixels_at,)
+    for tag, value in sorted(entries_by_tag.items()):
         long = tag in (273, 279)
         packed = struct.pack(f"{order}{len(value)}{'I' if long else 'H'}", *value)
         if len(packed) > 4:
@@ -113,7 +113,7 @@ def tiff(samples: bytes, order: str = "<", **tags: int | tuple[int, ...]) -> byt
         else:
             entries += struct.pack(f"{order}HHI", tag, 4 if long else 3, len(value)) + packed.ljust(4, b"\0")
     head = (b"II*\0" if order == "<" else b"MM\0*") + struct.pack(f"{order}I", start)
-    return head + struct.pack(f"{order}H", len(given)) + entries + bytes(4) + values + samples
+    return head + struct.pack(f"{order}H", len(entries_by_tag)) + entries + bytes(4) + values + samples
 
 
 def written(content: bytes) -> Callable[[Path], object]:
@@ -156,66 +156,29 @@ def deep_greys() -> Iterator[Picture]:
     eighth = rgb_of(np.round(DEEP / 257.0))
     yield Picture("I;16", "16", "PNG", "divided by 257", written(png(DEEP[..., None], 0)), eighth)
     yield Picture("I;16", "16", "TIFF", "divided by 257", saved(Image.fromarray(DEEP)), eighth)
-    yield Picture(
-        "I;16B",
-        "16",
-        "TIFF, big-endian",
-        "divided by 257",
-        written(tiff(DEEP.astype(">u2").tobytes(), ">", t258=16, t262=1)),
-        eighth,
-    )
-    yield Picture(
-        "I;16",
-        "16",
-        "TIFF, white is zero",
-        "turned and divided by 257",
-        written(tiff((65535 - DEEP).tobytes(), t258=16, t262=0)),
-        eighth,
-    )
-    yield Picture(
-        "I",
-        "16",
-        "PGM",
-        "divided by 257",
-        written(b"P5 %d %d 65535\n" % (WIDTH, HEIGHT) + DEEP.astype(">u2").tobytes()),
-        eighth,
-    )
+    content = tiff(DEEP.astype(">u2").tobytes(), ">", t258=16, t262=1)
+    yield Picture("I;16B", "16", "TIFF, big-endian", "divided by 257", written(content), eighth)
+    content = tiff((65535 - DEEP).tobytes(), t258=16, t262=0)
+    yield Picture("I;16", "16", "TIFF, white is zero", "turned and divided by 257", written(content), eighth)
+    content = b"P5 %d %d 65535\n" % (WIDTH, HEIGHT) + DEEP.astype(">u2").tobytes()
+    yield Picture("I", "16", "PGM", "divided by 257", written(content), eighth)
     yield Picture("I;16", "16", "JP2", "divided by 257", saved(Image.fromarray(DEEP)), eighth)
     twelve = DEEP >> 4
     of_twelve = rgb_of(np.round(twelve / 4095.0 * 255.0))
-    yield Picture(
-        "I",
-        "12",
-        "PGM",
-        "of its largest value, 4095",
-        written(b"P5 %d %d 4095\n" % (WIDTH, HEIGHT) + twelve.astype(">u2").tobytes()),
-        of_twelve,
-        1,
-    )
+    content = b"P5 %d %d 4095\n" % (WIDTH, HEIGHT) + twelve.astype(">u2").tobytes()
+    yield Picture("I", "12", "PGM", "of its largest value, 4095", written(content), of_twelve, 1)
     pairs = twelve.reshape(HEIGHT, -1, 2).astype(np.uint16)
     packed = np.stack([pairs[..., 0] >> 4, (pairs[..., 0] & 15) << 4 | pairs[..., 1] >> 8, pairs[..., 1] & 255], -1).astype(
         np.uint8
     )
     yield Picture("I;16", "12", "TIFF", "of 4095", written(tiff(packed.tobytes(), t258=12, t262=1)), of_twelve)
-    yield Picture(
-        "I;16",
-        "12 in 16",
-        "TIFF, MaxSampleValue",
-        "of what the file says",
-        written(tiff(twelve.tobytes(), t258=16, t262=1, t281=4095)),
-        of_twelve,
-    )
+    content = tiff(twelve.tobytes(), t258=16, t262=1, t281=4095)
+    yield Picture("I;16", "12 in 16", "TIFF, MaxSampleValue", "of what the file says", written(content), of_twelve)
     for suffix, content in (("TIFF", tiff(twelve.tobytes(), t258=16, t262=1)), ("PNG", png(twelve[..., None], 0))):
         yield Picture("I;16", "12 in 16", suffix, "refused", written(content), "nearly black")
     transparent = png(DEEP[..., None], 0, png_chunk(b"tRNS", struct.pack(">H", int(DEEP[0, 0]))))
-    yield Picture(
-        "I;16",
-        "16",
-        "PNG, tRNS",
-        "one grey on white",
-        written(transparent),
-        np.where((DEEP[0, 0] == DEEP)[..., None], np.uint8(255), eighth),
-    )
+    expected = np.where((DEEP[0, 0] == DEEP)[..., None], np.uint8(255), eighth)
+    yield Picture("I;16", "16", "PNG, tRNS", "one grey on white", written(transparent), expected)
     yield Picture(
         "I;16", "16", "PNG", "black stays black", written(png(np.zeros_like(DEEP)[..., None], 0)), np.zeros_like(COLOUR)
     )
@@ -236,15 +199,8 @@ def palettes() -> Iterator[Picture]:
     for suffix in ("png", "gif"):
         yield Picture("P", "8", f"{suffix.upper()}, one index", "that index on white", saved(paletted(), transparency=5), shown)
     alphas = np.random.default_rng(8).integers(0, 256, 16, np.uint8)
-    yield Picture(
-        "P",
-        "8",
-        "PNG, tRNS bytes",
-        "on white",
-        saved(paletted(), transparency=alphas.tobytes()),
-        on_white(expected, alphas[INDEX][..., None]),
-        1,
-    )
+    shown = on_white(expected, alphas[INDEX][..., None])
+    yield Picture("P", "8", "PNG, tRNS bytes", "on white", saved(paletted(), transparency=alphas.tobytes()), shown, 1)
     small = tuple(int(v) for v in np.pad(PALETTE, ((0, 240), (0, 0))).T.reshape(-1))
     old = tiff(INDEX.tobytes(), t258=8, t262=3, t320=small)
     yield Picture("P", "8", "TIFF, its map of 8 bits", "its colours", written(old), expected)
@@ -272,15 +228,8 @@ def colours() -> Iterator[Picture]:
         ("heic", {"quality": 95}),
     )
     for suffix, options in lossy:
-        yield Picture(
-            "RGB",
-            "8",
-            suffix.upper(),
-            "as it is",
-            saved(image, **options),
-            COLOUR,
-            HALVED if suffix in ("webp", "heic") else LOSSY,
-        )
+        tolerance = HALVED if suffix in ("webp", "heic") else LOSSY
+        yield Picture("RGB", "8", suffix.upper(), "as it is", saved(image, **options), COLOUR, tolerance)
     yield Picture("RGB", "8", "ICO", "the largest of its sizes", saved(Image.fromarray(SQUARE)), SQUARE)
     large = Image.fromarray(SQUARE).resize((1024, 1024))
     yield Picture("RGB", "8", "ICNS", "the largest of its sizes", saved(large), np.asarray(large))
@@ -298,14 +247,8 @@ def colours() -> Iterator[Picture]:
     )  # fmt: skip
     first = COLOUR[0, 0]
     transparent = png(COLOUR, 2, png_chunk(b"tRNS", struct.pack(">HHH", *map(int, first))))
-    yield Picture(
-        "RGB",
-        "8",
-        "PNG, tRNS",
-        "one colour on white",
-        written(transparent),
-        np.where((first == COLOUR).all(2)[..., None], np.uint8(255), COLOUR),
-    )
+    expected = np.where((first == COLOUR).all(2)[..., None], np.uint8(255), COLOUR)
+    yield Picture("RGB", "8", "PNG, tRNS", "one colour on white", written(transparent), expected)
     wide = COLOUR.astype(np.uint16) * 257
     transparent = png(wide, 2, png_chunk(b"tRNS", struct.pack(">HHH", *(int(value) * 257 for value in first))))
     shown = np.where((first == COLOUR).all(2)[..., None], np.uint8(255), COLOUR)
@@ -388,14 +331,8 @@ def several() -> Iterator[Picture]:
     yield Picture(
         "RGB", "8", "AVIF, animated", "the first", saved(first, quality=95, subsampling="4:4:4", **together), COLOUR, LOSSY
     )
-    yield Picture(
-        "P",
-        "8",
-        "GIF, animated",
-        "the first",
-        saved(paletted(), save_all=True, append_images=[paletted(255 - PALETTE)]),
-        PALETTE[INDEX],
-    )
+    write = saved(paletted(), save_all=True, append_images=[paletted(255 - PALETTE)])
+    yield Picture("P", "8", "GIF, animated", "the first", write, PALETTE[INDEX])
     yield Picture("RGB", "8", "PSD", "flattened", written(psd()), COLOUR)
 
 
@@ -419,15 +356,8 @@ def turned() -> Iterator[Picture]:
             tolerance = 0 if suffix in ("png", "tiff", "webp") else LOSSY
             yield Picture("RGB", "8", f"{suffix.upper()}, EXIF {orientation}", "turned", write, upright(orientation), tolerance)
     xmp = b'<x:xmpmeta><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
-    yield Picture(
-        "RGB",
-        "8",
-        "JPG, XMP 6",
-        "turned",
-        saved(Image.fromarray(COLOUR), xmp=xmp, quality=98, subsampling=0),
-        upright(6),
-        LOSSY,
-    )
+    write = saved(Image.fromarray(COLOUR), xmp=xmp, quality=98, subsampling=0)
+    yield Picture("RGB", "8", "JPG, XMP 6", "turned", write, upright(6), LOSSY)
 
 
 def upright(orientation: int) -> Pixels:
@@ -467,15 +397,8 @@ def damaged_metadata() -> Iterator[Picture]:
     for what, (marker, content) in segments.items():
         yield Picture("RGB", "8", f"JPG, damaged: {what}", "as it is", with_segment(marker, content), COLOUR, LOSSY)
     for suffix, options in (("webp", {"lossless": True}), ("avif", {"quality": 95, "subsampling": "4:4:4"})):
-        yield Picture(
-            "RGB",
-            "8",
-            f"{suffix.upper()}, damaged: EXIF",
-            "as it is",
-            with_spoilt_exif(options),
-            COLOUR,
-            LOSSY if suffix == "avif" else 0,
-        )
+        write, tolerance = with_spoilt_exif(options), LOSSY if suffix == "avif" else 0
+        yield Picture("RGB", "8", f"{suffix.upper()}, damaged: EXIF", "as it is", write, COLOUR, tolerance)
     yield Picture("RGB", "8", "WEBP, damaged: EXIF's length", "as it is", webp_with_long_exif, COLOUR)
     for what, tag in (("a maker's name", 271), ("EXIF", 34665), ("XMP", 700)):
         far = tiff(COLOUR.tobytes(), t258=(8,) * 3, t262=2, t277=3, **{f"t{tag}": (1,) * 40})
@@ -530,14 +453,8 @@ def no_pictures() -> Iterator[Picture]:
     whole = png(COLOUR, 2)
     yield Picture("RGB", "8", "PNG, cut", "refused", written(whole[: len(whole) // 2]), "truncated")
     spoilt, at = whole, whole.index(b"IDAT") + 20
-    yield Picture(
-        "RGB",
-        "8",
-        "PNG, a pixel chunk's checksum",
-        "refused",
-        written(spoilt[:at] + b"\xff" + spoilt[at + 1 :]),
-        "broken|incorrect|Error",
-    )
+    content = spoilt[:at] + b"\xff" + spoilt[at + 1 :]
+    yield Picture("RGB", "8", "PNG, a pixel chunk's checksum", "refused", written(content), "broken|incorrect|Error")
     wide = struct.pack(">IIBBBBB", 60000, 60000, 8, 2, 0, 0, 0)
     bomb = b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", wide) + png_chunk(b"IDAT", zlib.compress(b"")) + png_chunk(b"IEND", b"")
     yield Picture("RGB", "8", "PNG, 3.6 gigapixels", "refused", written(bomb), "pixels")

@@ -28,48 +28,43 @@ def random_images(count: int, height: int, width: int, seed: int = 0) -> Images:
 
 
 def stl10(folder: Path, *, train: int = 20, test: int = 10, unlabeled: int = 12) -> dict[str, tuple[Images, list[int]]]:
-    """``folder/stl10_binary`` as the archive unpacks: images column by column, labels from 1; no labels for unlabeled."""
+    """Write ``folder/stl10_binary`` as its archive unpacks: images column by column, labels from 1."""
     inner = folder / "stl10_binary"
     inner.mkdir(parents=True)
     (inner / "class_names.txt").write_text("\n".join(STL10_NAMES) + "\n")
     (inner / "fold_indices.txt").write_text("".join(" ".join(map(str, fold)) + " \n" for fold in folds(train)))
-    written = {}
-    for seed, (part, count) in enumerate((("train", train), ("test", test), ("unlabeled", unlabeled))):
-        images = random_images(count, 96, 96, seed)
-        labels = [(7 * k + seed) % 10 for k in range(count)]
-        with (inner / f"{part}_X.bin").open("wb") as file:
-            for image in images:
-                for channel in range(3):
-                    for column in range(96):
-                        file.write(image[:, column, channel].tobytes())
-        if part == "unlabeled":
-            labels = [-1] * count
-        else:
+    written = _stl10_parts(train, test, unlabeled)
+    for part, (images, labels) in written.items():
+        (inner / f"{part}_X.bin").write_bytes(images.transpose(0, 3, 2, 1).tobytes())
+        if part != "unlabeled":
             (inner / f"{part}_y.bin").write_bytes(bytes(label + 1 for label in labels))
-        written[part] = (images, labels)
     return written
 
 
 def stl10_matlab(folder: Path, *, train: int = 20, test: int = 10, unlabeled: int = 12) -> dict[str, tuple[Images, list[int]]]:
-    """``folder/stl10_matlab`` as the archive unpacks: train and test of version 5, unlabeled of 7.3, ten folds of train."""
+    """Write ``folder/stl10_matlab`` as its archive unpacks: version 5, but 7.3 for unlabeled."""
     inner = folder / "stl10_matlab"
     inner.mkdir(parents=True)
-    names, written = np.array([[np.array([name])] for name in STL10_NAMES], object), {}
-    for seed, (part, count) in enumerate((("train", train), ("test", test), ("unlabeled", unlabeled))):
-        images = random_images(count, 96, 96, seed)
-        rows = images.transpose(0, 3, 2, 1).reshape(count, -1)
-        labels = [(7 * k + seed) % 10 for k in range(count)]
+    names, written = np.array([[np.array([name])] for name in STL10_NAMES], object), _stl10_parts(train, test, unlabeled)
+    for part, (images, labels) in written.items():
+        rows = images.transpose(0, 3, 2, 1).reshape(len(images), -1)
         if part == "unlabeled":
-            labels = [-1] * count
             hdf5_mat(inner / "unlabeled.mat", X=rows)
-        else:
-            arrays = {"X": rows, "y": np.array(labels, np.uint8)[:, None] + 1, "class_names": names.T}
-            if part == "train":
-                arrays["fold_indices"] = np.empty((1, 10), object)
-                for k, fold in enumerate(folds(train)):
-                    arrays["fold_indices"][0, k] = np.array(fold, np.float64)[:, None] + 1  # MATLAB counts from 1
-            scipy.io.savemat(inner / f"{part}.mat", arrays, do_compression=True)
-        written[part] = (images, labels)
+            continue
+        arrays = {"X": rows, "y": np.array(labels, np.uint8)[:, None] + 1, "class_names": names.T}
+        if part == "train":
+            arrays["fold_indices"] = np.empty((1, 10), object)
+            for k, fold in enumerate(folds(train)):
+                arrays["fold_indices"][0, k] = np.array(fold, np.float64)[:, None] + 1  # MATLAB counts from 1
+        scipy.io.savemat(inner / f"{part}.mat", arrays, do_compression=True)
+    return written
+
+
+def _stl10_parts(train: int, test: int, unlabeled: int) -> dict[str, tuple[Images, list[int]]]:
+    written = {}
+    for seed, (part, count) in enumerate((("train", train), ("test", test), ("unlabeled", unlabeled))):
+        labels = [-1 if part == "unlabeled" else (7 * k + seed) % 10 for k in range(count)]
+        written[part] = (random_images(count, 96, 96, seed), labels)
     return written
 
 
@@ -88,39 +83,76 @@ def hdf5_mat(path: Path, **arrays: NDArray[np.uint8]) -> None:
 
 
 def cifar_binary(folder: Path, *, classes: int = 10, count: int = 6) -> dict[str, tuple[Images, list[int]]]:
-    """The binary version: a row is the label, or coarse and fine label, and the planes; the names are text files."""
+    """Write rows of the label, or coarse and fine label, and the planes; names are text files."""
     inner = folder / ("cifar-10-batches-bin" if classes == 10 else "cifar-100-binary")
     inner.mkdir(parents=True)
-    names = CIFAR10_NAMES if classes == 10 else tuple(f"fine {k}" for k in range(100))
-    (inner / ("batches.meta.txt" if classes == 10 else "fine_label_names.txt")).write_text("\n".join(names) + "\n\n")
-    parts = []
-    files = [*(f"data_batch_{k}" for k in range(1, 6)), "test_batch"] if classes == 10 else ["train", "test"]
-    for seed, file in enumerate(files):
-        images, labels = random_images(count, 32, 32, seed + 80), [(7 * k + seed) % classes for k in range(count)]
+    names = "batches.meta.txt" if classes == 10 else "fine_label_names.txt"
+    (inner / names).write_text("\n".join(_cifar_names(classes)) + "\n\n")
+    parts = _cifar_parts(classes, [count] * 6, 80)
+    for file, (images, labels) in parts.items():
         rows = [bytes([label] if classes == 10 else [label // 5, label]) for label in labels]
-        planes = _planes(images)
-        (inner / f"{file}.bin").write_bytes(b"".join(row + plane.tobytes() for row, plane in zip(rows, planes, strict=True)))
-        parts.append((images, labels))
-    return {"train": _joined(parts[:-1]), "test": parts[-1]}
+        planes = zip(rows, _planes(images), strict=True)
+        (inner / f"{file}.bin").write_bytes(b"".join(row + plane.tobytes() for row, plane in planes))
+    return _cifar_splits(parts)
 
 
 def cifar_matlab(folder: Path, *, classes: int = 10, count: int = 6) -> dict[str, tuple[Images, list[int]]]:
-    """The MATLAB version: arrays ``data`` (N, 3072) and ``labels`` or ``fine_labels`` (N, 1); the names are cells."""
+    """Write arrays ``data`` (N, 3072) and ``labels`` or ``fine_labels`` (N, 1); names are cells."""
     inner = folder / ("cifar-10-batches-mat" if classes == 10 else "cifar-100-matlab")
     inner.mkdir(parents=True)
-    names = CIFAR10_NAMES if classes == 10 else tuple(f"fine {k}" for k in range(100))
-    cells = np.array([[np.array([name])] for name in names], object)
-    key = "label_names" if classes == 10 else "fine_label_names"
-    scipy.io.savemat(inner / ("batches.meta.mat" if classes == 10 else "meta.mat"), {key: cells})
-    parts = []
-    for seed, file in enumerate(
-        [*(f"data_batch_{k}" for k in range(1, 6)), "test_batch"] if classes == 10 else ["train", "test"]
-    ):
-        images, labels = random_images(count, 32, 32, seed + 90), [(7 * k + seed) % classes for k in range(count)]
-        arrays = {"data": _planes(images), key.replace("label_names", "labels"): np.array(labels, np.uint8)[:, None]}
+    cells = np.array([[np.array([name])] for name in _cifar_names(classes)], object)
+    fine = "" if classes == 10 else "fine_"
+    scipy.io.savemat(inner / ("batches.meta.mat" if classes == 10 else "meta.mat"), {f"{fine}label_names": cells})
+    parts = _cifar_parts(classes, [count] * 6, 90)
+    for file, (images, labels) in parts.items():
+        arrays = {"data": _planes(images), f"{fine}labels": np.array(labels, np.uint8)[:, None]}
         scipy.io.savemat(inner / f"{file}.mat", arrays)
-        parts.append((images, labels))
-    return {"train": _joined(parts[:-1]), "test": parts[-1]}
+    return _cifar_splits(parts)
+
+
+def cifar10(folder: Path, *, per_batch: int = 6, test: int = 8) -> dict[str, tuple[Images, list[int]]]:
+    """Write ``folder/cifar-10-batches-py``, pickled as Python 2 did."""
+    inner = folder / "cifar-10-batches-py"
+    inner.mkdir(parents=True)
+    names = {"num_cases_per_batch": per_batch, "label_names": list(CIFAR10_NAMES)}
+    (inner / "batches.meta").write_bytes(python2_pickle(names))
+    parts = _cifar_parts(10, [*[per_batch] * 5, test], 1)
+    for batch, (file, (images, labels)) in enumerate(parts.items(), 1):
+        names = ["a.png"] * len(images)
+        what = {"batch_label": f"batch {batch}", "labels": labels, "data": _planes(images), "filenames": names}
+        (inner / file).write_bytes(python2_pickle(what))
+    return _cifar_splits(parts)
+
+
+def cifar100(folder: Path, *, train: int = 12, test: int = 9) -> dict[str, tuple[Images, list[int]]]:
+    """Write ``folder/cifar-100-python``: train and test with fine and coarse labels, and names."""
+    inner = folder / "cifar-100-python"
+    inner.mkdir(parents=True)
+    meta = {"fine_label_names": list(_cifar_names(100)), "coarse_label_names": [f"coarse {k}" for k in range(20)]}
+    (inner / "meta").write_bytes(python2_pickle(meta))
+    parts = _cifar_parts(100, [train, test], 50)
+    for file, (images, labels) in parts.items():
+        what = {"fine_labels": labels, "coarse_labels": [k // 5 for k in labels], "data": _planes(images)}
+        (inner / file).write_bytes(python2_pickle(what))
+    return _cifar_splits(parts)
+
+
+def _cifar_names(classes: int) -> tuple[str, ...]:
+    return CIFAR10_NAMES if classes == 10 else tuple(f"fine {k}" for k in range(100))
+
+
+def _cifar_parts(classes: int, counts: list[int], seed: int) -> dict[str, tuple[Images, list[int]]]:
+    files = [*(f"data_batch_{k}" for k in range(1, 6)), "test_batch"] if classes == 10 else ["train", "test"]
+    return {
+        file: (random_images(count, 32, 32, seed + k), [(37 * row + k) % classes for row in range(count)])
+        for k, (file, count) in enumerate(zip(files, counts, strict=False))
+    }
+
+
+def _cifar_splits(parts: dict[str, tuple[Images, list[int]]]) -> dict[str, tuple[Images, list[int]]]:
+    *train, test = parts.values()
+    images, labels = zip(*train, strict=True)
+    return {"train": (np.concatenate(images), [label for part in labels for label in part]), "test": test}
 
 
 def svhn(folder: Path, *, train: int = 11, test: int = 7) -> dict[str, tuple[Images, list[int]]]:
@@ -133,42 +165,6 @@ def svhn(folder: Path, *, train: int = 11, test: int = 7) -> dict[str, tuple[Ima
             folder / f"{split}_32x32.mat", {"X": images.transpose(1, 2, 3, 0), "y": y[:, None]}, do_compression=True
         )
         written[split] = (images, [int(label) % 10 for label in y])
-    return written
-
-
-def _joined(parts: list[tuple[Images, list[int]]]) -> tuple[Images, list[int]]:
-    return np.concatenate([images for images, _ in parts]), [label for _, labels in parts for label in labels]
-
-
-def cifar10(folder: Path, *, per_batch: int = 6, test: int = 8) -> dict[str, tuple[Images, list[int]]]:
-    """``folder/cifar-10-batches-py``: five training batches, a test batch and the names, pickled as Python 2 did."""
-    inner = folder / "cifar-10-batches-py"
-    inner.mkdir(parents=True)
-    names = python2_pickle({"num_cases_per_batch": per_batch, "label_names": list(CIFAR10_NAMES)})
-    (inner / "batches.meta").write_bytes(names)
-    parts = []
-    for batch in range(1, 7):
-        count = per_batch if batch < 6 else test
-        images, labels = random_images(count, 32, 32, batch), [(3 * k + batch) % 10 for k in range(count)]
-        what = {"batch_label": f"batch {batch}", "labels": labels, "data": _planes(images), "filenames": ["a.png"] * count}
-        (inner / (f"data_batch_{batch}" if batch < 6 else "test_batch")).write_bytes(python2_pickle(what))
-        parts.append((images, labels))
-    return {"train": _joined(parts[:5]), "test": parts[5]}
-
-
-def cifar100(folder: Path, *, train: int = 12, test: int = 9) -> dict[str, tuple[Images, list[int]]]:
-    """``folder/cifar-100-python``: one training and one test file with fine and coarse labels, and the names."""
-    inner = folder / "cifar-100-python"
-    inner.mkdir(parents=True)
-    fine = [f"fine {k}" for k in range(100)]
-    meta = {"fine_label_names": fine, "coarse_label_names": [f"coarse {k}" for k in range(20)]}
-    (inner / "meta").write_bytes(python2_pickle(meta))
-    written = {}
-    for seed, (split, count) in enumerate((("train", train), ("test", test))):
-        images, labels = random_images(count, 32, 32, seed + 50), [(37 * k + seed) % 100 for k in range(count)]
-        what = {"fine_labels": labels, "coarse_labels": [k // 5 for k in labels], "data": _planes(images)}
-        (inner / split).write_bytes(python2_pickle(what))
-        written[split] = (images, labels)
     return written
 
 
@@ -198,10 +194,10 @@ def class_folders(
     images = random_images(len(classes) * per_class, 24, 20, 7)
     labels = []
     for k, image in enumerate(images):
-        label, place = divmod(k, per_class)
-        inside = folder / classes[label] / ("z" if place == per_class - 1 else "")
+        label, number = divmod(k, per_class)
+        inside = folder / classes[label] / ("z" if number == per_class - 1 else "")
         inside.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(image).save(inside / f"picture {place}.png")
+        Image.fromarray(image).save(inside / f"picture {number}.png")
         labels.append(label)
     return images, labels
 

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -47,39 +48,17 @@ class Items:
         return f"picture {index}"
 
 
-def _fail(image: np.ndarray, index: int) -> tuple[object, ...]:
-    raise RuntimeError("lost\nit")
+def _raise(error: Exception) -> tuple[object, ...]:
+    raise error
 
 
-def _unreadable(image: np.ndarray, index: int) -> tuple[object, ...]:
-    raise beton_write.UnreadableItemError("cut short")
-
-
-def _die(image: np.ndarray, index: int) -> tuple[object, ...]:
-    os.kill(os.getpid(), signal.SIGKILL)
-    return (image, index)
-
-
-def _leave(image: np.ndarray, index: int) -> tuple[object, ...]:
-    os._exit(0)
-
-
-def _exit(image: np.ndarray, index: int) -> tuple[object, ...]:
-    sys.exit("enough")
-
-
-def _sleep(image: np.ndarray, index: int) -> tuple[object, ...]:
-    time.sleep(600)
-    return (image, index)
-
-
-FAULTS: dict[str, Callable[[np.ndarray, int], tuple[object, ...]]] = {
-    "fail": _fail,
-    "unreadable": _unreadable,
-    "die": _die,
-    "leave": _leave,
-    "exit": _exit,
-    "sleep": _sleep,
+FAULTS: dict[str, Callable[[np.ndarray, int], Any]] = {
+    "fail": lambda *_: _raise(RuntimeError("lost\nit")),
+    "unreadable": lambda *_: _raise(beton_write.UnreadableItemError("cut short")),
+    "die": lambda *_: os.kill(os.getpid(), signal.SIGKILL),
+    "leave": lambda *_: os._exit(0),
+    "exit": lambda *_: sys.exit("enough"),
+    "sleep": lambda *_: time.sleep(600),
     "float": lambda image, index: (image / 255, index),
     "grey": lambda image, index: (image[..., 0], index),
     "list": lambda image, index: (image.tolist(), index),
@@ -312,19 +291,19 @@ def test_a_jpeg_that_is_larger_than_a_page_and_than_its_pixels() -> None:
 
 def test_writes_are_whole_or_errors(monkeypatch: pytest.MonkeyPatch) -> None:
     """Write to a disk that accepts 5 bytes at a time, 12 in all."""
-    held = bytearray()
+    stored = bytearray()
 
     def pwrite(fd: int, data: memoryview, offset: int) -> int:
-        if len(held) == 12:
+        if len(stored) == 12:
             raise OSError(errno.ENOSPC, "full")
-        assert offset == len(held)
-        part = bytes(data[: min(5, 12 - len(held))])
-        held.extend(part)
+        assert offset == len(stored)
+        part = bytes(data[: min(5, 12 - len(stored))])
+        stored.extend(part)
         return len(part)
 
     monkeypatch.setattr(os, "pwrite", pwrite)
     beton_write.write_at(-1, b"abcdefghijk", 0)
-    assert held == b"abcdefghijk"
+    assert stored == b"abcdefghijk"
     with pytest.raises(OSError, match="full"):
         beton_write.write_at(-1, b"lm", 11)
 

@@ -156,13 +156,13 @@ def test_a_file_replaced_since_it_was_inspected_is_refused(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    "said",
+    "value",
     [None, 3, [], {}, {"samples": 1}, {"samples": "1", "images": "", "labels": ""}, {"samples": 1, "images": 2, "labels": ""}],
 )
-def test_what_is_no_digest_reads_as_none(said: object) -> None:
-    assert Contents.read(said) is None
+def test_what_is_no_digest_reads_as_none(value: object) -> None:
+    assert Contents.read(value) is None
 
 
 def test_read_back_is_the_same(whole: beton.BetonInfo) -> None:
-    found = Contents.of(whole)
-    assert Contents.read(found._asdict()) == found
+    digests = Contents.of(whole)
+    assert Contents.read(digests._asdict()) == digests

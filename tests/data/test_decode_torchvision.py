@@ -64,9 +64,9 @@ def test_pixels_are_pillows(
 ) -> None:
     options = {"subsampling": subsampling, "progressive": progressive, "quality": quality}
     stream = jpeg(picture(height, width), mode, restart_marker_blocks=restarts, **options)
-    status, found = decoded(stream, height, width)
+    status, actual = decoded(stream, height, width)
     assert status == 0
-    np.testing.assert_array_equal(found, by_pillow(stream))
+    np.testing.assert_array_equal(actual, by_pillow(stream))
 
 
 def test_another_size_than_the_file_says_is_damage() -> None:
@@ -143,10 +143,10 @@ with decode_torchvision._c_stderr_bytes() as written:
 libc.perror(b"after")
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=600)
-    said = capfd.readouterr().err
-    assert "Python within" in said
-    assert "after: " in said
-    assert "within: " not in said
+    stated = capfd.readouterr().err
+    assert "Python within" in stated
+    assert "after: " in stated
+    assert "within: " not in stated
 
 
 def test_what_others_write_there_meanwhile_is_no_damage(monkeypatch: pytest.MonkeyPatch) -> None:

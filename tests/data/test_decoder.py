@@ -68,8 +68,8 @@ def test_raw_pixels_are_those_written(name: str, workers: int, in_memory: bool) 
 def test_equals_what_ffcvs_loader_decodes(name: str, workers: int, by: str) -> None:
     """Compare bits; JPEG by torchvision's exact transform may differ by 4 levels here."""
     with opened(foreign.made() / f"{name}.beton", workers=workers) as decoder:
-        found, theirs = decoded(decoder), foreign.decoded_by_ffcv()[name]
-        differ = np.abs(found.astype(int) - theirs).max((1, 2, 3))
+        actual, theirs = decoded(decoder), foreign.decoded_by_ffcv()[name]
+        differ = np.abs(actual.astype(int) - theirs).max((1, 2, 3))
         assert differ[decoder.info.raw].sum() == 0
         assert differ.max() <= (0 if by == "ffcv" else 4)
 
@@ -114,10 +114,10 @@ def test_jpeg_pixels_are_near_those_written() -> None:
 def test_mixed_sizes_take_the_centre_square_and_average_areas() -> None:
     """Expect means of 2 x 2: every third sample is 32 x 48, of which columns 8 to 39 count."""
     with opened(foreign.made() / "mixed.beton") as decoder:
-        found = decoded(decoder, EVERY[::3]).astype(float)
+        actual = decoded(decoder, EVERY[::3]).astype(float)
     squares = np.stack([foreign.pixels("mixed", i)[:, 8:40] for i in EVERY[::3]])
     means = squares.reshape(-1, 16, 2, 16, 2, 3).mean((2, 4))
-    assert np.abs(found - means).max() <= 0.5  # rounded to the nearest
+    assert np.abs(actual - means).max() <= 0.5  # rounded to the nearest
 
 
 @settings(max_examples=25)
@@ -156,8 +156,8 @@ def test_wrong_room_never_reaches_native_code(images: NDArray[np.uint8]) -> None
 def test_threads_share_one_decoder() -> None:
     with opened(foreign.made() / "jpg.beton", workers=2) as decoder, ThreadPoolExecutor(4) as pool:
         expected = decoded(decoder)
-        for found in pool.map(lambda _: decoded(decoder), range(24)):
-            np.testing.assert_array_equal(found, expected)
+        for actual in pool.map(lambda _: decoded(decoder), range(24)):
+            np.testing.assert_array_equal(actual, expected)
 
 
 @pytest.mark.parametrize("workers", [0, 10_000])

@@ -39,11 +39,11 @@ def test_of_three_that_ask_at_once_one_writes(tmp_path: Path, monkeypatch: pytes
     for child in children:
         child.start()
     start.set()
-    found = [answers.get(timeout=300) for _ in children]
+    pairs = [answers.get(timeout=300) for _ in children]
     for child in children:
         child.join(60)
-    assert len({inode for inode, _ in found}) == 1
-    assert sum(wrote for _, wrote in found) == 1
+    assert len({inode for inode, _ in pairs}) == 1
+    assert sum(wrote for _, wrote in pairs) == 1
     assert beton.inspect(embedded.training_file(CONFIG)).num_samples == 64
 
 

@@ -48,12 +48,12 @@ def by_pillow(mode: str = "RGB", **options: object) -> bytes:
 
 def segments(stream: bytes) -> list[tuple[int, int, int]]:
     """Return (marker, start, end) of every segment up to the first scan's."""
-    found, at = [], 2
-    while not found or found[-1][0] != 0xDA:
+    actual, at = [], 2
+    while not actual or actual[-1][0] != 0xDA:
         end = at + 2 + int.from_bytes(stream[at + 2 : at + 4])
-        found.append((stream[at + 1], at, end))
+        actual.append((stream[at + 1], at, end))
         at = end
-    return found
+    return actual
 
 
 def experienced() -> turbojpeg.Decompressor:

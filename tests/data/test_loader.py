@@ -34,9 +34,9 @@ def opened(name: str | Path = "raw", cache: Any = "none", **options: Any) -> Loa
     return open_loader(path, cache=cache, **{**plain, **options})
 
 
-def assert_equal(found: list[Batch], expected: list[Batch]) -> None:
-    assert len(found) == len(expected)
-    for ours, theirs in zip(found, expected, strict=True):
+def assert_equal(batch_list: list[Batch], expected: list[Batch]) -> None:
+    assert len(batch_list) == len(expected)
+    for ours, theirs in zip(batch_list, expected, strict=True):
         assert torch.equal(ours.ids, theirs.ids)
         assert torch.equal(ours.images, theirs.images)
 
@@ -66,9 +66,9 @@ def test_batches_are_the_orders_samples(cache: str, workers: int) -> None:
         assert (batches.num_samples, batches.steps_per_epoch) == (foreign.COUNT, STEPS)
         for epoch in (0, 5):
             # Kept until the end: a batch is not written to again.
-            found = list(batches.epoch(epoch))
-            np.testing.assert_array_equal(torch.stack([batch.ids for batch in found]).numpy(), expected_ids(epoch))
-            for batch in found:
+            batch_list = list(batches.epoch(epoch))
+            np.testing.assert_array_equal(torch.stack([batch.ids for batch in batch_list]).numpy(), expected_ids(epoch))
+            for batch in batch_list:
                 assert batch.images.dtype == torch.uint8
                 expected = np.stack([foreign.pixels("raw", i) for i in batch.ids.tolist()])
                 np.testing.assert_array_equal(batch.images.numpy(), expected)
@@ -85,10 +85,10 @@ def test_a_limit_trains_on_some_of_the_samples(cache: str) -> None:
         with opened(cache=cache, limit=limit, seed=seed) as batches:
             assert (batches.num_samples, batches.steps_per_epoch) == (limit, 2)
             for epoch in (0, 3):
-                found = list(batches.epoch(epoch))
+                batch_list = list(batches.epoch(epoch))
                 expected = chosen[permutation(limit, seed=seed, epoch=epoch)[: 2 * BATCH]]
-                assert torch.equal(torch.cat([batch.ids for batch in found]), expected)
-                for batch in found:
+                assert torch.equal(torch.cat([batch.ids for batch in batch_list]), expected)
+                for batch in batch_list:
                     pixels = np.stack([foreign.pixels("raw", i) for i in batch.ids.tolist()])
                     np.testing.assert_array_equal(batch.images.numpy(), pixels)
             assert torch.equal(next(batches.epoch(3, start_step=1)).ids, expected[BATCH:])
@@ -148,8 +148,8 @@ def test_two_loaders_and_two_epochs_at_once() -> None:
         expected = [list(first.epoch(0)), list(second.epoch(1)), list(first.epoch(2))]
         running = (first.epoch(0), second.epoch(1), first.epoch(2))
         together = [list(column) for column in zip(*zip(*running, strict=True), strict=True)]
-        for found, alone in zip(together, expected, strict=True):
-            assert_equal(found, alone)
+        for batch_list, alone in zip(together, expected, strict=True):
+            assert_equal(batch_list, alone)
 
 
 @pytest.mark.usefixtures("no_thread_left")

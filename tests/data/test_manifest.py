@@ -47,18 +47,18 @@ def test_ffcv_reads_a_sealed_file_as_before(sealed: Path) -> None:
     from fastbyol.data import textures
 
     images, labels = textures.make(COUNT, SIDE, 4)
-    found, found_labels = ffcv_files.regions(sealed)
-    np.testing.assert_array_equal(found, images)
+    parsed, found_labels = ffcv_files.regions(sealed)
+    np.testing.assert_array_equal(parsed, images)
     assert found_labels == labels.tolist()
 
 
 def test_checksums_are_zlibs_of_the_pixels_that_were_made(sealed: Path) -> None:
     from fastbyol.data import textures
 
-    found = beton.inspect(sealed).manifest
-    assert found is not None
-    assert found.checksums.tolist() == [zlib.crc32(image.tobytes()) for image in textures.make(COUNT, SIDE, 4)[0]]
-    assert (found.note["source"], found.note["seed"], found.note["class_names"][0]) == ("textures", 4, "stripes")
+    parsed = beton.inspect(sealed).manifest
+    assert parsed is not None
+    assert parsed.checksums.tolist() == [zlib.crc32(image.tobytes()) for image in textures.make(COUNT, SIDE, 4)[0]]
+    assert (parsed.note["source"], parsed.note["seed"], parsed.note["class_names"][0]) == ("textures", 4, "stripes")
 
 
 def test_a_foreign_file_has_none() -> None:
@@ -120,10 +120,10 @@ def test_a_manifest_of_another_file_is_told_from_damage(copy: Path, tmp_path: Pa
 
 
 def test_a_later_version_asks_for_an_update(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = beton.inspect(copy).manifest
-    assert found is not None
+    parsed = beton.inspect(copy).manifest
+    assert parsed is not None
     monkeypatch.setattr(manifest, "VERSION", 2)
-    pages = found.pack(beton.MIN_PAGE_BYTES)
+    pages = parsed.pack(beton.MIN_PAGE_BYTES)
     monkeypatch.undo()
     replace_manifest(copy, pages)
     with pytest.raises(UsageError, match=r"version 2, this fastbyol knows 1; update fastbyol"):
@@ -142,6 +142,6 @@ def test_packed_and_parsed_over_several_pages() -> None:
     made = manifest.Manifest(12345, 99, checksums, note)
     pages = made.pack(4096)
     assert len(pages) % 4096 == 0
-    found = manifest.parse(pages)
-    np.testing.assert_array_equal(found.checksums, checksums)
-    assert (found.num_bytes, found.structure, found.note) == (12345, 99, note)
+    parsed = manifest.parse(pages)
+    np.testing.assert_array_equal(parsed.checksums, checksums)
+    assert (parsed.num_bytes, parsed.structure, parsed.note) == (12345, 99, note)

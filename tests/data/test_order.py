@@ -39,16 +39,16 @@ def test_keys_are_philox_of_sample_and_epoch(ids: list[int], seed: int, epoch: i
 
 @given(st.integers(1, 3000), SEEDS, EPOCHS)
 def test_is_the_permutation_that_sorts_the_keys(count: int, seed: int, epoch: int) -> None:
-    found = order.permutation(count, seed=seed, epoch=epoch)
+    actual = order.permutation(count, seed=seed, epoch=epoch)
     keys = order.sort_keys(torch.arange(count), seed=seed, epoch=epoch).numpy()
-    assert found.dtype == torch.int64
-    assert found.tolist() == sorted(range(count), key=keys.__getitem__)
+    assert actual.dtype == torch.int64
+    assert actual.tolist() == sorted(range(count), key=keys.__getitem__)
 
 
 def test_every_size_up_to_a_thousand_is_a_permutation() -> None:
     for count in range(1, 1001):
-        found = order.permutation(count, seed=count, epoch=count % 7)
-        assert torch.equal(found.sort().values, torch.arange(count)), count
+        actual = order.permutation(count, seed=count, epoch=count % 7)
+        assert torch.equal(actual.sort().values, torch.arange(count)), count
 
 
 @settings(max_examples=10)
@@ -62,8 +62,8 @@ def test_does_not_depend_on_the_chunk(count: int, seed: int, chunk: int) -> None
 
 @pytest.mark.parametrize("count", [order.CHUNK - 1, order.CHUNK, order.CHUNK + 1, 105_000, 1_300_000])
 def test_large_sets_hold_every_sample_once(count: int) -> None:
-    found = order.permutation(count, seed=2**63 - 1, epoch=1)
-    assert torch.equal(found.sort().values, torch.arange(count))
+    actual = order.permutation(count, seed=2**63 - 1, epoch=1)
+    assert torch.equal(actual.sort().values, torch.arange(count))
 
 
 def orders_of_four(seed: int, num_epochs: int) -> np.ndarray:

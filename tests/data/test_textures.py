@@ -82,7 +82,7 @@ def test_every_ten_images_hold_each_class_once_in_random_order() -> None:
     labels = textures.make(4000, 8, 2)[1].reshape(-1, 10)
     assert np.array_equal(np.sort(labels, axis=1), np.tile(np.arange(10), (400, 1)))
     # 400 places of 100 (class, position) pairs, 40 expected in each; chi-square with 81 degrees, 99.99 % quantile 138.
-    counts = np.array([np.bincount(labels[:, place], minlength=10) for place in range(10)])
+    counts = np.array([np.bincount(labels[:, column], minlength=10) for column in range(10)])
     assert ((counts - 40) ** 2 / 40).sum() < 138
 
 

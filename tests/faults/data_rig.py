@@ -100,11 +100,11 @@ def judged(delivered: object, data: bytes, base: Base, whole: Delivered) -> str:
     if images.shape == whole[0].shape and (images == whole[0]).all() and labels == whole[1]:
         return "the same"
     try:
-        told = read_by_hand(data)
-        wanted = told.decoded(SIZE, exact=decoding.choose("auto") == "torchvision")
+        content = read_by_hand(data)
+        wanted = content.decoded(SIZE, exact=decoding.choose("auto") == "torchvision")
     except Exception as error:
         return f"Delivered what cannot be read by hand ({type(error).__name__}: {error})"
-    if wanted.shape != images.shape or told.labels != labels:
+    if wanted.shape != images.shape or content.labels != labels:
         return "Other labels, sizes or number than the file says"
     return "as it says" if (wanted == images).all() else "Other pixels than the file says"
 
@@ -123,11 +123,11 @@ def streamed(path: Path, number: int) -> Delivered:
         with loading.open_loader(
             path, batch_size=1, seed=0, device="cpu", cache="none", workers=1, size=SIZE, stall_s=START_S
         ) as batches:
-            found = {int(ids[0]): images[0].numpy() for images, ids in batches.epoch(0)}
+            by_id = {int(ids[0]): images[0].numpy() for images, ids in batches.epoch(0)}
             labels = batches._decoder.info.labels  # type: ignore[attr-defined]
     finally:
         loading._fits_in_memory = before
-    return np.stack([found[k] for k in range(len(found))]), None if labels is None else labels.tolist()
+    return np.stack([by_id[k] for k in range(len(by_id))]), None if labels is None else labels.tolist()
 
 
 def _verified(path: Path) -> None:

@@ -49,8 +49,8 @@ class OwnTime:
         return True
 
     def _in_line(self) -> dict[str, int]:
-        found = {}
+        times = {}
         for folder in Path(f"/proc/{self._process}/task").glob("*"):
             with contextlib.suppress(OSError, IndexError):
-                found[folder.name] = int((folder / "schedstat").read_text().split()[1])
-        return found
+                times[folder.name] = int((folder / "schedstat").read_text().split()[1])
+        return times

@@ -49,12 +49,12 @@ def use() -> tuple[int, int]:
 
 def settled() -> tuple[int, int]:
     """Return ``use()`` once it is stable: a joined thread may leave the system's list late."""
-    clock, found = OwnTime(os.getpid()), use()
+    clock, actual = OwnTime(os.getpid()), use()
     while clock.seconds() < SETTLES_S:
         time.sleep(0.005)
-        if (now := use()) != found:
-            clock, found = OwnTime(os.getpid()), now
-    return found
+        if (now := use()) != actual:
+            clock, actual = OwnTime(os.getpid()), now
+    return actual
 
 
 def settles_at(before: tuple[int, int]) -> bool:

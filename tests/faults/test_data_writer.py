@@ -49,7 +49,7 @@ def start(out: Path, seed: int, count: int = COUNT, **options: object) -> subpro
 
 def writers(parent: int | None = None) -> list[int]:
     """Return living writing processes, of ``parent`` or of anyone."""
-    found = []
+    pids = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             command = (folder / "cmdline").read_bytes().rstrip(b"\0").split(b"\0")
@@ -57,8 +57,8 @@ def writers(parent: int | None = None) -> list[int]:
             continue
         ours = any(b"beton_worker" in part for part in command) and command[-1] == str(parent).encode()
         if ours and processes.runs(folder.name):
-            found.append(int(folder.name))
-    return found
+            pids.append(int(folder.name))
+    return pids
 
 
 def gone(parent: int) -> bool:
@@ -184,10 +184,10 @@ def test_a_conversion_that_is_told_to_end_leaves_nothing(
     time.sleep(delay_s)
     (os.killpg if group else os.kill)(parent.pid, number)
     assert OwnTime(parent.pid).waits(ends(parent), END_S)
-    _, said = parent.communicate()
+    _, output = parent.communicate()
     # Before it has taken the signals over they do what they always do.
     assert parent.returncode in (130 if number == signal.SIGINT else -number, -number)
-    assert said.count(b"\n") <= 1 or delay_s < 1, said
+    assert output.count(b"\n") <= 1 or delay_s < 1, output
     assert gone(parent.pid)
     assert list(tmp_path.iterdir()) == []
 

@@ -33,34 +33,34 @@ WHOLE_EVERY = 40
 HANG_S = 120.0
 
 
-def work(_: str, known: list[mutations.Base], numbers: Sequence[int], folder: Path, pipe: Connection) -> None:
+def work(_: str, stated: list[mutations.Base], numbers: Sequence[int], folder: Path, pipe: Connection) -> None:
     """For each number write and read a damaged source; send (number, change, base, outcome)."""
     # As for a user: shown, never raised. Pillow says much of damaged pictures.
     warnings.simplefilter("ignore")
-    _read(known[0], _fresh(folder), 0)
+    _read(stated[0], _fresh(folder), 0)
     pipe.send("ready")
     for number in numbers:
-        place = _fresh(folder)
-        base, done = mutations.mutate(known, number, place)
-        answer = _read(base, place, number)
+        target = _fresh(folder)
+        base, done = mutations.mutate(stated, number, target)
+        answer = _read(base, target, number)
         if answer in ("refused", "read", "with skips") and number % WHOLE_EVERY == WHOLE_EVERY - 1:
-            answer = _converted(base, place, answer)
+            answer = _converted(base, target, answer)
         pipe.send((number, done or "nothing", base.name, answer))
     pipe.send("done")
 
 
 def _fresh(folder: Path) -> Path:
-    place = folder / "source"
-    shutil.rmtree(place, ignore_errors=True)
-    place.mkdir()
-    return place
+    target = folder / "source"
+    shutil.rmtree(target, ignore_errors=True)
+    target.mkdir()
+    return target
 
 
-def _read(base: mutations.Base, place: Path, number: int) -> str:
+def _read(base: mutations.Base, target: Path, number: int) -> str:
     """Return ``refused``, ``read``, ``with skips``, or what was wrong, capitalised."""
     before, declared, skipped = _reset_peak(), 0, 0
     try:
-        source = sources.open_source(str(place / base.at), **base.options)
+        source = sources.open_source(str(target / base.at), **base.options)
         sizes = source.image_bytes()
         # One picture of a folder is in memory at a time; an array may be there as a whole.
         declared = int(sizes.max() if source.kind in ("folder", "classes") else sizes.sum())
@@ -90,12 +90,12 @@ def _read(base: mutations.Base, place: Path, number: int) -> str:
     return answer
 
 
-def _converted(base: mutations.Base, place: Path, read: str) -> str:
+def _converted(base: mutations.Base, target: Path, read: str) -> str:
     """Run ``fastbyol convert`` of it: exit code 0 and a file, or 2 and one line."""
-    file = place.parent / "out.beton"
+    file = target.parent / "out.beton"
     file.unlink(missing_ok=True)
     options = [part for key, value in base.options.items() for part in (f"--{key}", str(value))]
-    ended = data_rig.command("convert", str(place / base.at), str(file), "--size", "16", "--workers", "1", *options)
+    ended = data_rig.command("convert", str(target / base.at), str(file), "--size", "16", "--workers", "1", *options)
     if isinstance(ended, str):
         return ended
     code, lines = ended
@@ -121,8 +121,8 @@ def _status(key: str) -> int:
 
 
 def test_mutated_sources(tmp_path: Path) -> None:
-    known = mutations.bases(tmp_path)
-    counts, faults = data_rig.run("sources", known, range(rig.many(80, 2_000)), work, HANG_S)
+    stated = mutations.bases(tmp_path)
+    counts, faults = data_rig.run("sources", stated, range(rig.many(80, 2_000)), work, HANG_S)
     print(show(counts), *sorted(counts.items()), sep="\n")
     assert not faults, faults[:20]
     assert {answer for _, answer in counts} == {"refused", "read", "with skips"}

@@ -73,7 +73,7 @@ def _work(parent: int, job: Job, results: NDArray[Any], reports: Connection) -> 
         reports.send(error)
     except OSError as error:
         reports.send(beton_write.disk_error(error))
-    except BaseException as error:  # SystemExit of a data set's code, too, would otherwise go unreported
+    except BaseException as error:  # a data set's SystemExit, too, must be reported
         reports.send(FastbyolError(f"{type(error).__name__}: {one_line(error)}; look at the data set's code"))
     finally:
         os._exit(code)

@@ -1,10 +1,4 @@
-"""The loop over a batch by FFCV's compiler and native decoders, without FFCV's Loader.
-
-FFCV 1.0.2's Loader drops the JPEG decoder's return code, so that damaged data trains unnoticed;
-overwrites a batch when the next is taken; for crops reserves five batches of the largest image (46
-GB for 12 megapixels in batches of 256; here one picture a thread); compiles for every loader (0.5 s
-and more); and leaks a thread and that memory when an epoch ends early.
-"""
+"""The loop over a batch by FFCV's compiler and native decoders, without FFCV's Loader."""
 
 from __future__ import annotations
 
@@ -72,6 +66,10 @@ def loop(crop: bool) -> Any:
         return Compiler.compile(_loop(crop, *calls))
 
 
+# FFCV 1.0.2's own Loader drops the JPEG decoder's return code, so that damaged data trains
+# unnoticed; overwrites a batch when the next is taken; for crops reserves five batches of the
+# largest image (46 GB for 12 megapixels in batches of 256; here one picture a thread); compiles for
+# every loader (0.5 s and more); and leaks a thread and that memory when an epoch ends early.
 def _loop(crop: bool, imdecode: Any, memcpy: Any, resize_crop: Any) -> Any:
     def decode(images: Any, status: Any, data: Any, regions: Any) -> None:
         for row in range(len(regions)):

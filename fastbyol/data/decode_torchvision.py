@@ -55,7 +55,7 @@ def first_damaged(streams: Sequence[Image], threads: Executor) -> int | None:
     torchvision lets libjpeg write a line to C's standard error.
     """
     with _c_stderr_bytes() as written:
-        decodable = list(threads.map(_can_decode, streams))  # all of them: none may still write below
+        decodable = list(threads.map(_can_decode, streams))  # all: none may write below
         if all(decodable) and not written():
             return None
         for index, stream in enumerate(streams):
@@ -73,7 +73,7 @@ def _decoded(stream: Image) -> Image | None:
     """Decode a JPEG stream to (H, W, 3); None where that fails."""
     decode_jpeg = _decode_jpeg()
     try:
-        planes = decode_jpeg(torch.from_numpy(stream.copy()))  # torch warns of memory that must not be written to
+        planes = decode_jpeg(torch.from_numpy(stream.copy()))  # torch warns of read-only memory
     except RuntimeError as error:
         if "DefaultCPUAllocator" in str(error):  # out of memory
             raise
@@ -87,7 +87,7 @@ def _decode_jpeg() -> Callable[[torch.Tensor], torch.Tensor]:
     with _needed("torchvision"):
         from torchvision.io import ImageReadMode
 
-        # The operator: its public name warns at every call, from 0.29 on, that TorchCodec takes over.
+        # The public name warns at every call, from 0.29 on, that TorchCodec takes over.
         return functools.partial(torch.ops.image.decode_jpeg, mode=ImageReadMode.RGB.value)
 
 
@@ -105,7 +105,7 @@ def _needed(name: str) -> Iterator[None]:
     try:
         with left_as_found():
             yield
-    except (ImportError, OSError, RuntimeError, AttributeError) as error:  # the last two: made for another torch
+    except (ImportError, OSError, RuntimeError, AttributeError) as error:  # or made for another torch
         raise UsageError(
             f"{name} cannot be used ({one_line(error)}), and images are decoded with it; `fastbyol doctor` says what to install"
         ) from error

@@ -9,12 +9,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
-from fastbyol.data import splits
+import numpy as np
+
+from fastbyol.data import rgb, splits
 from fastbyol.data.folder_walk import HIDDEN, Listing
-from fastbyol.data.source_arrays import NamesAndReasons, listed
+from fastbyol.data.source_arrays import Images, Source, listed
 from fastbyol.errors import UsageError
 from fastbyol.files import open_regular
 
@@ -22,24 +24,6 @@ from fastbyol.files import open_regular
 _CONTAINERS = frozenset(("all", "data", "image", "images", "img", "imgs", "jpegimages", "jpegs", "photos", "pictures", "raw"))
 _ANNOTATIONS = "annotations.txt"
 _MAX_ANNOTATION_BYTES = 1 << 28
-
-
-@dataclass(frozen=True)
-class Layout:
-    """The selected pictures: relative ``files``, and ``labels`` into ``class_names`` or None.
-
-    ``skipped`` and ``ignored`` hold (name, reason) of what is left out; ``notes`` explain the
-    choice.
-    """
-
-    kind: str
-    split: str | None
-    files: tuple[str, ...]
-    labels: tuple[int, ...] | None
-    class_names: tuple[str, ...]
-    skipped: NamesAndReasons
-    ignored: NamesAndReasons
-    notes: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -85,8 +69,8 @@ class _Tree:
 _EMPTY = _Tree((), {})
 
 
-def lay_out(path: Path, listing: Listing, *, kind: str | None, split: str | None) -> Layout:
-    """Select pictures of ``listing``, the content of ``path``, and label them.
+def lay_out(path: Path, listing: Listing, *, kind: str | None, split: str | None) -> Source:
+    """Select pictures of ``listing``, the content of ``path``, and label them; read none of them.
 
     ``kind`` None chooses classes or folder by the layout. Raises UsageError if there are no
     pictures, if the split is missing, or if the layout is ambiguous.
@@ -103,7 +87,7 @@ def lay_out(path: Path, listing: Listing, *, kind: str | None, split: str | None
     if chosen or kind is None:
         inside = _join(inside, _within(tree.at(inside), kind, in_split=bool(chosen)))
     here = tree.at(inside)
-    annotated = cache(lambda folder: _annotated(path, folder, tree.at(folder), listing))  # each file is read once
+    annotated = cache(lambda folder: _annotated(path, folder, tree.at(folder), listing))  # read once
     names = {name for part in parts for name in _classes(_join(start, part), tree, annotated, None)} if chosen else set()
     names |= _classes(inside, tree, annotated, kind)
     if kind is None and here.direct and here.nested:
@@ -114,33 +98,45 @@ def lay_out(path: Path, listing: Listing, *, kind: str | None, split: str | None
         raise UsageError(f"{path / inside}: {listed(within)} look like splits within a split; give the folder of one of them")
     untaken = [part for part in parts if chosen and part != chosen.split("/")[0]]
     skipped, ignored = _left_out(listing, tree, [_join(start, part) for part in untaken])
-    annotations = annotated(inside) if kind != "folder" and here.is_plain else None
-    if annotations is not None:
-        file, classes = annotations
-        ignored = [row for row in ignored if row[0] != file]
-        rows = [(name, classes.get(Path(name).name)) for name in sorted(here.names())]
-        skipped += [(_join(inside, name), "not named in the annotations") for name, of in rows if of is None]
-        labelled = [(name, of) for name, of in rows if of is not None]
-    elif kind == "folder" or (kind is None and here.is_plain):
-        labelled = [(name, "") for name in sorted(here.names())]
-        names = set()
-    elif here.nested:
-        ignored += [(_join(inside, name), "pictures beside the class folders") for name in here.direct]
-        labelled = [(f"{of}/{name}", of) for of in sorted(here.nested) for name in sorted(here.nested[of].names())]
-    else:
-        raise UsageError(f"{path / inside}: no class folders with pictures in it; say --kind folder, or give what holds them")
-    class_names = tuple(sorted(names))
+    file, classes = (annotated(inside) if kind != "folder" and here.is_plain else None) or ("", None)
+    labelled, unlabelled, beside = _labelled(path, inside, here, classes, kind)
+    class_names = tuple(sorted(names)) if any(of for _, of in labelled) else ()
     numbers = {name: number for number, name in enumerate(class_names)}
-    return Layout(
-        kind="classes" if names else "folder",
+    files = tuple(_join(inside, name) for name, _ in labelled)
+    return Source(
+        kind="classes" if class_names else "folder",
         split=chosen or None,
-        files=tuple(_join(inside, name) for name, _ in labelled),
-        labels=tuple(numbers[of] for _, of in labelled) if names else None,
         class_names=class_names,
-        skipped=tuple(skipped),
-        ignored=tuple(ignored),
+        labels=np.array([numbers[of] for _, of in labelled], np.int64) if class_names else None,
+        num_images=len(files),
+        num_bytes=0,
+        image=partial(picture, path, files),
+        names=files,
+        skipped=(*skipped, *unlabelled),
+        ignored=(*(row for row in ignored if row[0] != file), *beside),
         notes=_notes(chosen, parts, inside),
     )
+
+
+def picture(root: Path, files: Sequence[str], index: int) -> Images:
+    """Read picture ``index`` of ``files``."""
+    return rgb.read(root / files[index])
+
+
+def _labelled(
+    path: Path, inside: str, here: _Tree, annotated: dict[str, str] | None, kind: str | None
+) -> tuple[list[tuple[str, str]], list[tuple[str, str]], list[tuple[str, str]]]:
+    """Return (picture, class or "") in ``here``, and what is skipped and ignored there."""
+    if annotated is not None:
+        rows = [(name, annotated.get(Path(name).name)) for name in sorted(here.names())]
+        skipped = [(_join(inside, name), "not named in the annotations") for name, of in rows if of is None]
+        return [(name, of) for name, of in rows if of is not None], skipped, []
+    if kind == "folder" or (kind is None and here.is_plain):
+        return [(name, "") for name in sorted(here.names())], [], []
+    if not here.nested:
+        raise UsageError(f"{path / inside}: no class folders with pictures in it; say --kind folder, or give what holds them")
+    ignored = [(_join(inside, name), "pictures beside the class folders") for name in here.direct]
+    return [(f"{of}/{name}", of) for of in sorted(here.nested) for name in sorted(here.nested[of].names())], [], ignored
 
 
 def _within(tree: _Tree, kind: str | None, *, in_split: bool = False) -> str:

@@ -28,7 +28,7 @@ def brings_its_tables(stream: bytes) -> bool:
     progressive, at = False, 2
     try:
         while stream[at + 1] != _EOI:
-            if stream[at + 1] == 0xFF:  # any number of fill bytes may stand before a marker (B.1.1.2)
+            if stream[at + 1] == 0xFF:  # fill bytes before a marker (B.1.1.2)
                 at += 1
                 continue
             marker, length = stream[at + 1], stream[at + 2] << 8 | stream[at + 3]
@@ -64,7 +64,7 @@ def _table_numbers(marker: int, body: bytes) -> set[int]:
     while at < len(body):
         if marker == _DQT:  # precision and number, then 64 values of one byte or two (B.2.4.1)
             number, size = body[at] & 15, 128 if body[at] >> 4 else 64
-        else:  # class and number, how many codes of each of 16 lengths, then a value for each (B.2.4.2)
+        else:  # class and number, 16 counts of codes, a value for each code (B.2.4.2)
             number, size = body[at], 16 + sum(body[at + 1 : at + 17])
         numbers.add(number)
         at += 1 + size

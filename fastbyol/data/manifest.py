@@ -1,11 +1,6 @@
 """The manifest of a beton written by fastbyol: a checksum a sample, in pages that FFCV ignores.
 
-It lies between the last sample and the allocation table, so that one rename publishes both, and
-copies keep both. Little-endian, up to the table at A::
-
-    pages     N u32: CRC-32 of each sample's image region, in file order
-              the note, JSON: where the images came from; then zeros
-    A - 64    tail, 64 B (TAIL), whose last 16 B are a BLAKE2b of all manifest bytes before them
+It lies between the last sample and the allocation table: one rename publishes both.
 """
 
 from __future__ import annotations
@@ -21,6 +16,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+# Little-endian, up to the allocation table at A:
+#   pages     N u32: CRC-32 of each sample's image region, in file order
+#             the note, JSON: where the images came from; then zeros
+#   A - 64    tail, 64 B (TAIL), whose last 16 B are a BLAKE2b of all manifest bytes before them
+#
 # CRC-32 finds every burst of up to 32 flipped bits (Peterson and Brown 1961), any other damage but
 # for one in 2**32. It takes 9.5 us for 96 x 96 pixels, 2.9 GB/s; BLAKE2b takes 41 us, SHA-256 29
 # (one core, zlib 1.2.13).

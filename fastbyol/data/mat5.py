@@ -138,7 +138,7 @@ def _beginning(file: BinaryIO, element: tuple[int, int, bool], most: int) -> tup
     file.seek(start)
     if not compressed:
         return file.read(min(most, size)), file
-    stream = io.BufferedReader(_Unpacked(file, size), MOST_HEAD_BYTES)  # no more than the head is read ahead
+    stream = io.BufferedReader(_Unpacked(file, size), MOST_HEAD_BYTES)  # reads no more than a head ahead
     stream.read(8)  # the tag of what is compressed
     return stream.read(most), stream
 

@@ -50,7 +50,7 @@ def without_metadata(file: BinaryIO) -> BinaryIO | None:
     if data.startswith(_JPEG):
         return io.BytesIO(_jpeg(data))
     if data[4:8] == b"ftyp":
-        return io.BytesIO(_AVIF_EXIF.sub(rb"\1skip", data))  # decoders ignore items of unknown types
+        return io.BytesIO(_AVIF_EXIF.sub(rb"\1skip", data))  # unknown types are ignored
     if data.startswith(b"RIFF") and data[8:12] == b"WEBP":
         return io.BytesIO(_webp(data))
     if data.startswith(_TIFF):

@@ -58,7 +58,7 @@ class _Worker(threading.Thread, Generic[T]):
                 self._offer((item,))
                 if self._stopping.is_set():
                     return
-        except BaseException as error:  # SystemExit, too: otherwise the consumer would wait for ever
+        except BaseException as error:  # SystemExit, too: the consumer waits
             self._failure = error
         self._offer(None)
 

@@ -142,7 +142,7 @@ def _decoded(image: ImageFile.ImageFile) -> Image.Image:
     raw_mode, maximum = (*arguments, 0)[:2] if isinstance(arguments, tuple) else (arguments, 0)
     is_deep = "16" in str(raw_mode) or (image.format == "PPM" and maximum > 255)
     if is_deep and isinstance(transparent := image.info.get("transparency"), tuple):
-        image.info["transparency"] = tuple(value >> 8 for value in transparent)  # as its pixels will be
+        image.info["transparency"] = tuple(value >> 8 for value in transparent)  # as pixels will be
     stored = _upright(image)
     if is_deep and image.mode not in _DEEP:
         largest = max(high for _, high in stored.convert("RGB").getextrema())  # type: ignore[misc]

@@ -29,7 +29,7 @@ class _Set(NamedTuple):
     label_names: str
     folders: tuple[str, ...]
     files: dict[str, tuple[str, ...]]  # by split
-    names: dict[str, str]  # the file of class names, by the ending of the version: Python, binary, MATLAB
+    names: dict[str, str]  # file of class names by ending: Python, binary, MATLAB
 
 
 SETS = {

@@ -89,7 +89,7 @@ def fashion_mnist_folder(cache: Path) -> Path:
     """
     for folder in (DEBIAN, cache):
         files = _image_files(folder)
-        if len(files) == 2 and all(map(_labels_file, files)):  # a download may have been interrupted
+        if len(files) == 2 and all(map(_labels_file, files)):  # it may be half downloaded
             return folder
     import torchvision
 
@@ -98,7 +98,7 @@ def fashion_mnist_folder(cache: Path) -> Path:
     try:
         for train in (True, False):
             torchvision.datasets.FashionMNIST(str(cache), train=train, download=True)
-    except (OSError, RuntimeError) as error:  # the network's errors, and torchvision's after its last mirror
+    except (OSError, RuntimeError) as error:  # the network's, and torchvision's own
         why = one_line(error, 120)
         raise UsageError(
             f"fashion-mnist: not on this machine, and the download failed ({why}): install Debian's package "
@@ -120,7 +120,7 @@ def _image_files(folder: Path, split: str | None = None) -> list[Path]:
     """Return the image files of ``split`` (None: any), one a set, in the first folder with some."""
     for inside in (folder, *(folder / name for name in _INNER)):
         by_set = {}
-        for path in sorted(inside.iterdir(), reverse=True) if inside.is_dir() else ():  # unpacked before packed
+        for path in sorted(inside.iterdir(), reverse=True) if inside.is_dir() else ():  # .gz last
             named = _IMAGES.fullmatch(path.name.lower())
             if named and split in (None, SPLITS[named["split"]]) and not path.is_dir():
                 by_set[path.name[: named.end("split")]] = path

@@ -85,7 +85,7 @@ class NpyFile:
         """Read the head, at most ``MAX_HEAD`` bytes; UsageError if it contradicts the file size."""
         with self.open() as (file, num_bytes):
             start = io.BytesIO(file.read(MAX_HEAD))
-        with _parsing(self), warnings.catch_warnings(action="ignore"):  # numpy warns about damaged literals
+        with _parsing(self), warnings.catch_warnings(action="ignore"):  # of damaged literals
             version = np.lib.format.read_magic(start)
             if version not in ((1, 0), (2, 0), (3, 0)):
                 raise ValueError(f"of version {version}")
@@ -94,7 +94,7 @@ class NpyFile:
         if min(shape, default=0) < 0 or dtype.itemsize == 0:
             raise UsageError(f"{self}: its head says shape {shape} of {dtype}; save it again")
         size, stated = num_bytes - start.tell(), math.prod(shape) * dtype.itemsize
-        if size != stated and not dtype.hasobject:  # pickled objects have no fixed size; they are refused later
+        if size != stated and not dtype.hasobject:  # objects are refused later
             raise UsageError(f"{self}: holds {size} bytes of values, its head says {stated}; save it again")
         return Head(tuple(map(int, shape)), fortran, dtype, start.tell())
 

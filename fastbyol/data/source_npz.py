@@ -45,7 +45,7 @@ class NpzMember(NpyFile):
         with _archive(self.path) as archive:
             member = archive.getinfo(f"{self.name}.npy")
             packed = member.compress_type == zipfile.ZIP_DEFLATED
-            if not packed and member.compress_type != zipfile.ZIP_STORED:  # zipfile unpacks such without a bound
+            if not packed and member.compress_type != zipfile.ZIP_STORED:  # unpacks without a bound
                 how = "compressed in a way that numpy does not write"
                 raise UsageError(f"{self}: {how}; save it with numpy.savez_compressed")
             if member.file_size > member.compress_size * (MOST_PER_BYTE if packed else 1):

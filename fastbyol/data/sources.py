@@ -118,7 +118,7 @@ def open_source(
 
 
 def _with_rest(source: Source, path: Path, *, chosen: bool) -> Source:
-    """Return ``source`` with the other files in its folders as ignored, and its default split noted."""
+    """Return ``source`` with other files in its folders ignored, and its default split noted."""
     own = re.compile(SOURCES[source.kind].own_files)
     # Some archives unpack to FOLDER/raw.
     files = [each for at in ("*", "*/*", "*/*/*") for each in path.glob(at) if own.fullmatch(each.name)]

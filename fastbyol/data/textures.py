@@ -1,8 +1,7 @@
 """The embedded data set: ten classes of warped patterns, made from a formula, in any number.
 
-The class is the form of a pattern that fills the picture, so that every crop keeps it. NumPy alone,
-in float32, with cosines and powers rounded from float64: every machine makes the same bytes.
-Shapes: B images of one class, S pixels a side.
+The class is the form of a pattern that fills the picture, so that every crop keeps it. Shapes: B
+images of one class, S pixels a side.
 """
 
 from __future__ import annotations
@@ -24,12 +23,14 @@ DOMAIN_LABELS = 4
 INK = (-0.02, 0.0, 0.05)  # cool and warm, the same for every image, so that colour is no cue
 PAPER = (0.04, 0.01, -0.06)
 
+# NumPy alone, in float32, with cosines and powers rounded from float64: every machine makes the
+# same bytes.
 _MASK = np.uint64(0xFFFFFFFF)
 _F = np.float32
 _HALF = _F(0.5)
 _WARP_CELLS = 3
 _NUM_SCALARS = 16
-_BLOCK_PIXELS = 1 << 16  # a float32 plane of a block is 256 KiB: the planes in flight stay in a core's cache
+_BLOCK_PIXELS = 1 << 16  # a float32 plane of 256 KiB: several stay in a core's cache
 
 # What an image draws besides its class: rotation, period, warp, contrast, brightness, light, tints.
 # Two views of a picture share all of these, and BYOL first learns whatever views share: with free

@@ -9,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastbyol.data import splits
-from fastbyol.data.folder_layout import Layout, lay_out
+from fastbyol.data.folder_layout import lay_out
 from fastbyol.data.folder_walk import Listing, walk
+from fastbyol.data.source_arrays import Source
 from fastbyol.errors import UsageError
 
 
@@ -20,14 +21,14 @@ def put(root: Path, *names: str) -> None:
         (root / name).touch()
 
 
-def laid(root: Path, kind: str | None = None, split: str | None = None) -> Layout:
+def laid(root: Path, kind: str | None = None, split: str | None = None) -> Source:
     return lay_out(root, walk(root), kind=kind, split=split)
 
 
-def classes(layout: Layout) -> dict[str, str]:
+def classes(layout: Source) -> dict[str, str]:
     """Return the class of each file by name."""
     assert layout.labels is not None
-    return {file: layout.class_names[label] for file, label in zip(layout.files, layout.labels, strict=True)}
+    return {file: layout.class_names[label] for file, label in zip(layout.names, layout.labels, strict=True)}
 
 
 def refused(root: Path, *words: str, kind: str | None = None, split: str | None = None) -> None:
@@ -125,7 +126,7 @@ def test_a_refusals_remedies_work(tmp_path: Path) -> None:
     assert classes(laid(tmp_path, split="train")) == {"train/cat/1.png": "cat"}
     assert classes(laid(tmp_path, split="sample")) == {"sample/cat/1.png": "cat"}
     assert set(laid(tmp_path, kind="classes").class_names) == {"train", "val", "sample"}
-    assert (laid(tmp_path, kind="folder").labels, len(laid(tmp_path, kind="folder").files)) == (None, 3)
+    assert (laid(tmp_path, kind="folder").labels, len(laid(tmp_path, kind="folder").names)) == (None, 3)
     refused(tmp_path, "no subfolder 'test'", "train, val, sample", split="test")
     refused(tmp_path, "no subfolder '../x'", split="../x")
 
@@ -166,14 +167,14 @@ def test_tiny_imagenet(tmp_path: Path) -> None:
     train = laid(tmp_path)
     assert (train.split, train.class_names) == ("train", ("n01", "n02", "n03"))
     assert all(name in file for file, name in classes(train).items())
-    assert len(train.files) == 6
+    assert len(train.names) == 6
     val = laid(tmp_path, split="val")
     assert val.class_names == train.class_names
     assert classes(val) == {"val/images/val_0.JPEG": "n03", "val/images/val_1.JPEG": "n01", "val/images/val_2.JPEG": "n03"}
     assert val.skipped == (("val/images/val_3.JPEG", "not named in the annotations"),)
     test = laid(tmp_path, split="test")
-    assert (test.kind, test.labels, len(test.files)) == ("folder", None, 2)
-    assert classes(laid(tmp_path / "val")).keys() == {name.removeprefix("val/") for name in val.files}
+    assert (test.kind, test.labels, len(test.names)) == ("folder", None, 2)
+    assert classes(laid(tmp_path / "val")).keys() == {name.removeprefix("val/") for name in val.names}
 
 
 def test_annotations_that_contradict_themselves_are_refused_and_a_byte_order_mark_is_none(tmp_path: Path) -> None:
@@ -196,7 +197,7 @@ def test_a_flat_validation_set_has_no_labels(tmp_path: Path) -> None:
 def test_one_folder_of_no_meaning_is_no_class(tmp_path: Path, name: str) -> None:
     put(tmp_path, f"{name}/1.png", f"{name}/2.png")
     layout = laid(tmp_path)
-    assert (layout.kind, layout.labels, layout.files) == ("folder", None, (f"{name}/1.png", f"{name}/2.png"))
+    assert (layout.kind, layout.labels, layout.names) == ("folder", None, (f"{name}/1.png", f"{name}/2.png"))
     assert laid(tmp_path, kind="classes").class_names == (name,)
 
 
@@ -241,10 +242,10 @@ def test_any_layout_is_refused_in_a_line_or_every_picture_has_a_place(names: set
         message = str(error)
         assert "\n" not in message
         return
-    taken = layout.files[0].split("/")
+    taken = layout.names[0].split("/")
     start = "" if layout.split is None else "/".join((*taken[: taken.index(layout.split) + 1], ""))
     inside = [name for name in pictures if name.startswith(start)]
-    assert sorted({*layout.files, *(name for name, _ in layout.ignored)}) == inside
+    assert sorted({*layout.names, *(name for name, _ in layout.ignored)}) == inside
     if layout.labels is not None:
         assert all(f"/{name}/" in f"/{file}" for file, name in classes(layout).items())
         assert kind == "classes" or not any(splits.canonical(name) in ("val", "test") for name in layout.class_names)

@@ -105,7 +105,7 @@ class BetonInfo:
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """Names of labels 0, 1 and so on from the manifest; empty without any."""
+        """Names of labels 0, 1 and so on; empty unless the manifest has them."""
         names = self.manifest.note.get("class_names") if self.manifest is not None else None
         return tuple(map(str, names)) if isinstance(names, list) and self.label_field == LABEL_FIELD else ()
 
@@ -170,10 +170,10 @@ def inspect(
 ) -> BetonInfo:
     """Verify the structure of a beton file, without FFCV and without decoding.
 
-    ``image_field`` defaults to the only RGB image field; ``label_field`` to the int field
+    ``image_field`` defaults to the only RGB image field, ``label_field`` to the int field
     ``label``, else to the only one with a name in ``LABEL_NAMES``. With ``may_lack_labels``, a file
-    without int fields may lack it. UsageError for a missing, unreadable or damaged file, a missing
-    field, or several image fields and no choice.
+    without int fields is accepted, too. Raises UsageError for a missing, unreadable or damaged
+    file, for a missing field, and for several image fields without a choice.
     """
     with _opened(Path(path)) as file:
         stamp = stamp_of(file.fd)
@@ -213,7 +213,7 @@ def demand_labels(info: BetonInfo) -> None:
 
 
 def info_dict(info: BetonInfo) -> dict[str, object]:
-    """Return ``info`` as JSON values; image sizes are [height, width] of the extreme sides."""
+    """Return ``info`` as JSON values. Image sizes are [height, width]."""
     return {
         "path": str(info.path),
         "num_bytes": info.num_bytes,
@@ -233,7 +233,7 @@ def info_dict(info: BetonInfo) -> dict[str, object]:
 
 
 def open_beton(path: Path) -> int:
-    """Open a beton file for reading and return its descriptor. Raises UsageError."""
+    """Open a beton file and return its descriptor. Raises UsageError if that fails."""
     try:
         # Opening a pipe would block, and a device may yield anything.
         if not stat.S_ISREG(path.stat().st_mode):
@@ -256,14 +256,14 @@ def _opened(path: Path) -> Iterator[_File]:
 
 
 def refuse_changed(fd: int, info: BetonInfo) -> None:
-    """Raise UsageError if the open file was written to after ``info``; replacing it is harmless."""
+    """Raise UsageError if the open file was written to after ``inspect`` made ``info``."""
     if stamp_of(fd) != info.stamp:
         raise UsageError(f"{info.path}: the file changed while in use; leave it alone and start again")
 
 
 @contextmanager
 def reopened(info: BetonInfo) -> Iterator[int]:
-    """Open the file of ``info`` again; UsageError if it is unreadable or changes meanwhile."""
+    """Open the inspected file again. Raises UsageError if it is unreadable or has changed."""
     with _opened(info.path) as file:
         try:
             yield file.fd
@@ -376,9 +376,9 @@ def _read_table(file: _File, layout: _Layout) -> NDArray[Any]:
 
 
 def _verify_regions(file: _File, layout: _Layout, table: NDArray[Any]) -> dict[int, NDArray[np.int64]]:
-    """Prove that regions fit into pages, do not overlap and have one pointer each; return sizes.
+    """Prove that regions fit into pages, do not overlap and have one pointer each.
 
-    Sizes are in bytes, by field.
+    Return their sizes in bytes, by field.
     """
     order = np.argsort(table["ptr"], kind="stable")
     table = table[order]
@@ -439,17 +439,14 @@ def _verify_images(file: _File, rows: NDArray[Any], size: NDArray[np.int64], dem
 
 
 def _verified_manifest(file: _File, layout: _Layout, table: NDArray[Any], info: BetonInfo) -> Manifest | None:
-    """Return the manifest, proved to be the file's, or None for a foreign file.
-
-    Foreign files have no page without a sample.
-    """
+    """Return the manifest after proof that it is the file's; return None for a foreign file."""
     end = layout.table_start
     # A damaged table may place a sample in the manifest's pages, so look for the tail in any case.
     tail = file.read(end - manifest.TAIL.itemsize, np.dtype("u1"), manifest.TAIL.itemsize).tobytes()
     length = manifest.length(tail, layout.page)
     used = int((table["ptr"] + table["size"]).max()) - layout.data_start
     if length is None and end - used - layout.data_start < layout.page:
-        return None
+        return None  # foreign files have no page without a sample
     if length is None or length > end - layout.data_start:
         file.fail(end - manifest.TAIL.itemsize, "its manifest is damaged")
     start = end - length

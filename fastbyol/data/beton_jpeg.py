@@ -1,7 +1,7 @@
-"""Frame headers of JPEG streams inside a file, by about two reads an image and no decoding.
+"""Frame headers of JPEG streams inside a file, read without decoding.
 
-Markers: ITU-T T.81, annex B. Accepts what a beton's writer can produce: 8 bit, one or three
-components, baseline, extended or progressive Huffman frames, from SOI to EOI.
+Markers: ITU-T T.81, annex B. Only what a beton's writer can produce is accepted: 8 bit, one or
+three components, baseline, extended or progressive Huffman frames, from SOI to EOI.
 """
 
 from __future__ import annotations
@@ -25,9 +25,10 @@ SKIPPED = frozenset((0xC4, 0xDB, 0xDD, *range(0xE0, 0xF0), 0xFE))
 
 
 def frame_sizes(fd: int, starts: NDArray[np.int64], sizes: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Return widths and heights in pixels of the streams at ``starts``, ``sizes`` bytes long, (N,).
+    """Return the widths and heights in pixels of the JPEG streams at ``starts`` (N,).
 
-    Both are 0 where a stream is not a JPEG that can be decoded to RGB.
+    ``sizes`` (N,) are the streams' bytes. Both results are 0 where a stream cannot be decoded to
+    RGB.
     """
     pairs = zip(starts.tolist(), sizes.tolist(), strict=True)
     frames = np.array([_frame_size(fd, start, size) for start, size in pairs], np.int64).reshape(-1, 2)

@@ -33,10 +33,11 @@ FINISHED = 77
 
 
 def main() -> None:
-    """Run the pickled ``Job`` in standard input; report on the pipe ``argv[1]``.
+    """Write the items of the pickled ``Job`` in standard input.
 
-    ``argv[2]`` is the parent's process id. Reports are (index, reason) for an unreadable item, a
-    FastbyolError that ends the writing, or None at the end.
+    ``argv`` has the descriptor of a pipe for reports and the parent's process id. A report is
+    (index, reason) for an unreadable item, a FastbyolError that ends the writing, or None at the
+    end.
     """
     beton_write.die_with(int(sys.argv[2]))
     # This frame owns the pipe before anything can fail, so that the pipe closes only after the
@@ -105,7 +106,7 @@ def _write_items(job: Job, results: NDArray[Any], reports: Connection) -> None:
 
 
 def _encoded(job: Job, item: tuple[Any, ...]) -> tuple[int, int, memoryview | bytes, int]:
-    """Return height, width, bytes and label (0 for none) of an item; ValueError for a bad one."""
+    """Return height, width, bytes and label (0 for none) of an item. Raises ValueError."""
     image, label = checked_image(item[0], job.page_bytes), checked_label(item) if job.labelled else 0
     height, width = image.shape[:2]
     if job.mode == "raw":
@@ -119,7 +120,7 @@ def _encoded(job: Job, item: tuple[Any, ...]) -> tuple[int, int, memoryview | by
 
 
 def checked_image(image: object, page_bytes: int) -> NDArray[np.uint8]:
-    """Return ``image`` as it can be written. A ValueError says why it cannot."""
+    """Return ``image``, contiguous. Raises ValueError if it cannot be written."""
     if not isinstance(image, np.ndarray):
         raise ValueError(f"is a {type(image).__name__}, not a numpy array")
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
@@ -132,7 +133,7 @@ def checked_image(image: object, page_bytes: int) -> NDArray[np.uint8]:
 
 
 def checked_label(item: tuple[Any, ...]) -> int:
-    """Return the label of an item; ValueError unless it is an integer of 64 bits."""
+    """Return the label of an item. Raises ValueError unless it is an integer of 64 bits."""
     try:
         label = operator.index(item[1])
     except (TypeError, IndexError):

@@ -65,10 +65,10 @@ ROWS = (np.dtype([("image", IMAGE)], align=True), np.dtype([("image", IMAGE), ("
 
 
 class Items(Protocol):
-    """The images to write. They are pickled: describe the images instead of holding them.
+    """A picklable data set, which describes its images instead of holding them.
 
-    An item is ``(image, label)`` or ``(image,)``: uint8 (H, W, 3), int. An optional ``name(index)``
-    serves messages.
+    An item is ``(image, label)`` or ``(image,)``: uint8 (H, W, 3), int. An optional method
+    ``name(index)`` returns a name for messages.
     """
 
     def __len__(self) -> int: ...
@@ -76,11 +76,11 @@ class Items(Protocol):
 
 
 class UnreadableItemError(Exception):
-    """An item that a data set's ``__getitem__`` cannot read: the others are still tried."""
+    """An error of a data set's ``__getitem__``: this item is damaged, others are still tried."""
 
 
 class UnreadableItemsError(UsageError):
-    """A refusal to write: ``items`` holds (index, reason) of every item that cannot be read."""
+    """A refusal to write because of ``items``: (index, reason) of every unreadable item."""
 
     def __init__(self, message: str, items: tuple[tuple[int, str], ...]) -> None:
         super().__init__(message)
@@ -89,7 +89,7 @@ class UnreadableItemsError(UsageError):
 
 @dataclass(frozen=True)
 class Job:
-    """The workers' task. They share the open files ``out`` and ``results``."""
+    """The task that is handed to the workers, with the open files that they share."""
 
     items: Items
     labelled: bool
@@ -121,13 +121,14 @@ def write(
     stall_s: float = STALL_S,
     note: Mapping[str, Any] | None = None,
 ) -> BetonInfo:
-    """Write ``dataset`` as fields ``image`` and, if ``labelled``, ``label``; item i is sample i.
+    """Write ``dataset`` as a beton with the fields ``image`` and, if ``labelled``, ``label``.
 
-    ``workers`` 0 means one a core. ``progress(items begun, items)`` is called a few times a second.
-    ``note``, JSON values, goes into the manifest. Nothing is at ``path`` before the whole file, but
-    for an instant on disks without links. UsageError for a bad argument or item;
-    UnreadableItemsError after all items were tried (``stop_at_unreadable``: at the first);
-    FastbyolError for a full disk, a dead worker or a stall.
+    Item i becomes sample i. ``workers`` is 0 for one a core; ``progress(items begun, items)`` is
+    called a few times a second; ``note``, JSON values, is stored in the manifest. ``path`` holds
+    nothing, or what it held, until the whole file is there (except for an instant on disks without
+    links). Raises UsageError for a bad argument or item, UnreadableItemsError after all items were
+    tried, or with ``stop_at_unreadable`` at the first, and FastbyolError for a full disk, a dead
+    worker or a stall.
     """
     path, num_items = followed(Path(path)), len(dataset)
     check_output(path, overwrite=overwrite)
@@ -159,7 +160,7 @@ def write(
 
 
 def followed(path: Path) -> Path:
-    """Return the target of ``path`` if it is a link, since a link itself is never replaced."""
+    """Return the file that ``path`` links to, or ``path``: links themselves are never replaced."""
     try:
         return path.resolve() if path.is_symlink() else path
     except (OSError, RuntimeError):  # a link to itself
@@ -167,7 +168,7 @@ def followed(path: Path) -> Path:
 
 
 def check_output(path: Path, *, overwrite: bool) -> None:
-    """Raise UsageError unless a file can be made at ``path``: a cheap check before any work."""
+    """Raise UsageError unless a file can be made at ``path``, as a cheap check before any work."""
     folder = path.parent
     try:
         if path.exists():
@@ -307,7 +308,7 @@ def _kill_group(process: subprocess.Popen[bytes]) -> None:
 
 
 def _memory(name: str) -> IO[bytes]:
-    """Open a file in memory: a killed process leaves nothing on a disk."""
+    """Open a file in memory, of which a killed process leaves nothing on a disk."""
     return os.fdopen(os.memfd_create(name), "w+b")
 
 
@@ -344,7 +345,7 @@ def write_at(fd: int, data: bytes | memoryview, offset: int) -> None:
 
 
 def disk_error(error: OSError) -> FastbyolError:
-    """Return an error of the disk with its remedy."""
+    """Return a FastbyolError with the disk's error and its remedy."""
     is_full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     remedy = "make room on that disk and try again" if is_full else "try again, with fewer workers if memory is short"
     return FastbyolError(f"{error.strerror}; {remedy}")
@@ -377,10 +378,7 @@ def _publish(temporary: Path, path: Path, *, overwrite: bool) -> None:
 
 
 def _link(temporary: Path, path: Path) -> None:
-    """Give ``temporary`` an unused name in one step; FileExistsError if it is in use.
-
-    The caller removes the old name.
-    """
+    """Give ``temporary`` an unused name in one step. Raises FileExistsError if it is in use."""
     try:
         path.hardlink_to(temporary)
         return

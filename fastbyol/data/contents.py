@@ -1,4 +1,4 @@
-"""The content of a beton in two digests, whatever its file, page layout or folder."""
+"""Two digests of a beton's content, which do not depend on its path or page layout."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ READ_BYTES = 1 << 31
 
 
 class Contents(NamedTuple):
-    """A file's number of samples and BLAKE2b digests of its images and labels ("" without any).
+    """The number of samples, and BLAKE2b digests of the images and of the labels ("" without any).
 
-    ``images`` covers, in order, every image's kind, size in pixels and bytes, and CRC-32. A sealed
-    file's checksums come from its manifest, against which a sample is checked when it is decoded.
-    In other files at most ``READ_BYTES`` are read, of every n-th image: raw pixels of the others
-    may change unnoticed (a JPEG hardly ever keeps its number of bytes).
+    ``images`` covers the kind, the size in pixels and bytes and the CRC-32 of every image, in
+    order. A sealed file's checksums are read from its manifest, and decoding checks each sample
+    against them. In other files at most ``READ_BYTES`` are read, of every n-th image: raw pixels of
+    the others may change unnoticed (a JPEG hardly ever keeps its number of bytes).
     """
 
     samples: int
@@ -30,7 +30,7 @@ class Contents(NamedTuple):
 
     @staticmethod
     def of(info: BetonInfo) -> Contents:
-        """Return the contents of the file of ``info``. Raises UsageError if it has changed."""
+        """Return the contents of an inspected file. Raises UsageError if it has changed."""
         every, checksums = 1, info.manifest.checksums if info.manifest is not None else None
         if checksums is None:
             every = math.ceil(int(info.sizes.sum()) / READ_BYTES)
@@ -46,14 +46,14 @@ class Contents(NamedTuple):
 
     @staticmethod
     def read(stored: object) -> Contents | None:
-        """Return the contents stored by ``_asdict`` as JSON; None for anything else."""
+        """Return the contents that ``_asdict`` stored as JSON, or None for any other value."""
         if not isinstance(stored, Mapping) or stored.keys() != set(Contents._fields):
             return None
         contents = Contents(**stored)
         return contents if isinstance(contents.samples, int) and all(isinstance(text, str) for text in contents[1:]) else None
 
     def change(self, now: Contents) -> str | None:
-        """Return in words how ``now`` differs, or None."""
+        """Describe how ``now`` differs, or return None if it is equal."""
         if self.samples != now.samples:
             return f"{self.samples} samples then, {now.samples} now"
         if self.images != now.images:

@@ -32,9 +32,9 @@ SHOWN_NAMES = 3
 class Report:
     """The outcome of a conversion.
 
-    ``skipped`` holds (name, reason) of every unreadable image, ``ignored`` (name, kind) of
-    everything that is no image; ``notes`` explain choices. ``image_size`` is (height, width) in
-    pixels if all share it.
+    ``skipped`` holds (name, reason) of every unreadable image and ``ignored`` (name, kind) of
+    everything that is no image. ``notes`` explain choices. ``image_size`` is (height, width) in
+    pixels if all images share it.
     """
 
     path: Path
@@ -117,11 +117,12 @@ def convert(
 ) -> Report:
     """Write ``source``, a path or ``textures``, as the beton file ``out``.
 
-    Its fields are ``image`` and, with labels, ``label``. ``size`` is a side in pixels: textures are
-    made at it, other images are brought to it by ``resize``. ``resize`` stretches, ``centre`` (the
-    default with a size) scales the short side and cuts out the middle, ``none`` leaves images as
-    they are. Unreadable images are left out and reported, or with ``strict`` the first is an error.
-    UsageError for what the caller can correct, FastbyolError for a full disk or a failed writer.
+    The fields are ``image`` and, where there are labels, ``label``. ``size`` is a side in pixels:
+    textures are made at it, and other images are brought to it by ``resize``: "resize" stretches,
+    "centre" (the default with a size) scales the short side and cuts out the middle, "none" leaves
+    them. Unreadable images are left out and reported; with ``strict`` the first one is an error.
+    Raises UsageError for what the caller can correct, FastbyolError for a full disk or a failed
+    writer.
     """
     path = beton_write.followed(Path(out))
     beton_write.check_output(path, overwrite=overwrite)
@@ -214,7 +215,7 @@ def _without(source: str, items: _Items, damaged: tuple[tuple[int, str], ...]) -
 
 
 def _page_bytes(path: Path, items: _Items, mode: Mode) -> int:
-    """Return the bytes of a page for the largest image; FastbyolError if the disk is too small."""
+    """Return the bytes of a page for the largest image. Raises FastbyolError for a full disk."""
     sizes = items.image_bytes()
     largest, total = int(sizes.max()), int(sizes.sum())
     free = shutil.disk_usage(path.parent).free

@@ -20,9 +20,9 @@ _compiling = threading.Lock()
 def import_ffcv() -> Any:
     """Import FFCV without its side effects and return numba.
 
-    Otherwise the import takes 2.4 s instead of 0.3 (it compiles a typed dict of two entries that
-    only Python reads), leaves torch and numba with one thread, and starts numba's thread pool,
-    which is unused here: on one core a process that forked afterwards never exits.
+    A plain import takes 2.4 s instead of 0.3 (it compiles a typed dict of two entries that only
+    Python reads), leaves torch and numba with one thread, and starts numba's thread pool, which is
+    unused here. On one core, a process that forks after that never exits.
 
     Raises UsageError where FFCV, or the compiler that it needs, cannot be used.
     """
@@ -54,7 +54,7 @@ def import_ffcv() -> Any:
 
 @functools.cache
 def loop(crop: bool) -> Any:
-    """Compile the loop over images, a ``decoder.Loop``, once a process: it takes half a second."""
+    """Compile the loop over images, a ``decoder.Loop``. It takes half a second, once a process."""
     import_ffcv()
     from ffcv.libffcv import imdecode, memcpy, resize_crop
     from ffcv.pipeline.compiler import Compiler

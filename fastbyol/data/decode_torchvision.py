@@ -1,7 +1,7 @@
 """The loop over a batch without FFCV: raw images by a copy, JPEG by torchvision, crops by OpenCV.
 
-Raw images have the same pixels as by FFCV, cropped or not. JPEG images have Pillow's, by libjpeg's
-exact transform; FFCV uses the fast one, whose pixels differ by up to 6 levels.
+Raw images have FFCV's pixels, cropped or not. JPEG images have Pillow's, by libjpeg's exact
+transform; FFCV uses the fast one, which differs by up to 6 levels.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ def loop(crop: bool, has_jpeg: bool) -> Any:
 def first_damaged(streams: Sequence[Image], threads: Executor) -> int | None:
     """Return the index of the first JPEG stream that libjpeg finds damaged, or None.
 
-    libjpeg turns most damage into gray and a warning. FFCV's decoder returns that as an error;
-    torchvision lets libjpeg write a line to C's standard error.
+    To libjpeg most damage is a warning, and the rest of the picture gray. FFCV's decoder returns
+    warnings as errors; torchvision lets libjpeg write them to C's standard error.
     """
     with _c_stderr_bytes() as written:
         decodable = list(threads.map(_can_decode, streams))  # all: none may write below
@@ -70,7 +70,7 @@ def _can_decode(stream: Image) -> bool:
 
 
 def _decoded(stream: Image) -> Image | None:
-    """Decode a JPEG stream to (H, W, 3); None where that fails."""
+    """Decode a JPEG stream to (H, W, 3). Returns None if that fails."""
     decode_jpeg = _decode_jpeg()
     try:
         planes = decode_jpeg(torch.from_numpy(stream.copy()))  # torch warns of read-only memory

@@ -1,7 +1,7 @@
-"""Decoded images of a beton by sample id, through FFCV's native decoders or torchvision.
+"""Decoded images of a beton by sample id, by FFCV's native decoders or by torchvision.
 
-``decode_ffcv`` and ``decode_torchvision`` have the loop over a batch, all else is here. Raw images
-have the same pixels with both, JPEG images do not.
+The loop over a batch is in ``decode_ffcv`` and ``decode_torchvision``; all else is shared. Both
+give the same pixels for raw images, but not for JPEG.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ READ_BYTES = 1 << 30
 
 
 def choose(decoder: str) -> str:
-    """Return the decoder of ``data.decoder``: for "auto", "ffcv" if usable, else "torchvision".
+    """Return "ffcv" or "torchvision" for ``data.decoder``; "auto" is "ffcv" where it is usable.
 
-    Raises UsageError for "ffcv" where it cannot be used.
+    Raises UsageError for "ffcv" where it is not.
     """
     check_choice("data.decoder", decoder, get_args(DecoderName))
     if decoder == "torchvision":
@@ -50,7 +50,7 @@ def choose(decoder: str) -> str:
 
 
 def choose_again(before: str) -> str:
-    """Return ``before``, a result of ``choose``, if it can be used here too, else "torchvision"."""
+    """Return ``before``, an earlier result of ``choose``, if it is usable, else "torchvision"."""
     try:
         return choose(before)
     except UsageError:
@@ -60,10 +60,10 @@ def choose_again(before: str) -> str:
 class Decoder:
     """The images of a verified beton, all of one size.
 
-    Images of one size stay as stored; of others the centre square is scaled to ``size``.
-    ``in_memory`` reads the file at once, after which it may change. Otherwise each call reads its
-    samples, and fails if the file has changed. ``workers``: threads a call, 0 for one a core.
-    ``decoder``: see ``choose``.
+    If the file's sizes differ, the centre square of each image is scaled to ``size``. ``in_memory``
+    reads the file at once; after that it may change. Otherwise each call reads its samples, and
+    fails if the file has changed. ``workers`` is the number of threads a call, 0 for one a core.
+    ``decoder`` is a name for ``choose``.
     """
 
     def __init__(self, info: BetonInfo, *, size: int, workers: int, in_memory: bool, decoder: str = "auto") -> None:
@@ -93,8 +93,9 @@ class Decoder:
     def decode(self, ids: NDArray[np.int64], images: NDArray[np.uint8]) -> None:
         """Fill ``images`` (n, H, W, 3) with the samples ``ids`` (n,). Thread-safe, without the GIL.
 
-        UsageError for bytes that differ from the manifest, for damaged JPEG data (naming the
-        sample) and for a file that changed; IndexError, ValueError for wrong arguments.
+        Raises UsageError for bytes that differ from the manifest's checksum, for damaged JPEG data
+        (naming the sample) and for a file that changed, IndexError and ValueError for wrong
+        arguments.
         """
         if images.shape != (len(ids), *self.shape) or not images.flags.c_contiguous:
             raise ValueError(f"{len(ids)} images of {self.shape} need one array of them, got {images.shape}")
@@ -173,7 +174,7 @@ class Decoder:
         refuse_changed(self._fd, self.info)
 
     def close(self) -> None:
-        """Close the file, as dropping the decoder does. Closing twice is fine."""
+        """Close the file. Closing twice is fine, and a dropped decoder closes itself."""
         self._release()
         self._fd = -1
         self._bytes = None
@@ -187,9 +188,9 @@ class Decoder:
 
 @functools.cache
 def _pool(process: int, num_threads: int) -> ThreadPoolExecutor:
-    """Return the decoding threads of ``process``; a forked child, without threads, makes its own.
+    """Return the decoding threads of ``process``. A forked child has none and makes its own.
 
-    FFCV keeps two JPEG handles, 10 KB, for every thread that ever decoded: with a thread an epoch,
+    FFCV keeps two JPEG handles, 10 KB, for every thread that ever decoded. With a thread an epoch,
     or with numba's changing pool, memory grew by 10 to 20 MB in 600 short epochs. Numba's threads
     also die of fork and of each other.
     """

@@ -21,7 +21,7 @@ _log = logging.getLogger(__name__)
 
 
 def training_file(config: DataConfig, *, progress: Progress | None = None) -> Path:
-    """Return the file that a run trains on; make it if it is a missing built-in set."""
+    """Return the file that a run trains on. A built-in set is made if it is missing."""
     return _file(config.train, "train", config, progress)
 
 
@@ -49,8 +49,7 @@ def _file(name: str, split: Literal["train", "test"], config: DataConfig, progre
 def _made(stem: str, progress: Progress | None, *, source: str, **options: object) -> Path:
     """Return the beton ``stem`` of the cache folder, written on the first call.
 
-    One of several processes writes it while the others wait, since to a reader a replaced file is
-    another file.
+    One process writes it while others wait: a file replaced under a reader counts as changed.
     """
     path = cache_folder() / f"{stem}.beton"
     if not path.exists():

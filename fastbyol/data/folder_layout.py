@@ -1,7 +1,7 @@
 """The layouts of picture folders: splits, folders of classes, annotations, or plain pictures.
 
-``CLASS/...``, ``SPLIT/CLASS/...``, ``SPLIT/...`` and plain pictures are recognised, each also in
-folders that hold nothing else; below a class, folders may go on. An ambiguous layout is refused.
+``CLASS/...``, ``SPLIT/CLASS/...``, ``SPLIT/...`` and plain pictures are recognised, also below
+folders that hold nothing else. Below a class any folders may follow. Ambiguity is refused.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ _EMPTY = _Tree((), {})
 
 
 def lay_out(path: Path, listing: Listing, *, kind: str | None, split: str | None) -> Source:
-    """Select pictures of ``listing``, the content of ``path``, and label them; read none of them.
+    """Return the pictures of ``listing``, the content of ``path``, and their labels, all unread.
 
     ``kind`` None chooses classes or folder by the layout. Raises UsageError if there are no
     pictures, if the split is missing, or if the layout is ambiguous.

@@ -20,9 +20,9 @@ _LITTER = ("#recycle", "$RECYCLE.BIN", "@eaDir", "System Volume Information", "_
 class Listing:
     """The content of a folder, as paths relative to it.
 
-    ``pictures`` have a picture's suffix. ``skipped`` are those that cannot be opened and folders
-    that cannot be read, with the reason; ``ignored`` is everything else, with its kind; ``folders``
-    are all that were read.
+    ``pictures`` have a picture's suffix. ``skipped`` are pictures that cannot be opened and folders
+    that cannot be read, each with the reason. ``ignored`` is everything else, with its kind.
+    ``folders`` are all that were read.
     """
 
     pictures: list[str] = field(default_factory=list)
@@ -32,9 +32,9 @@ class Listing:
 
 
 def walk(root: Path) -> Listing:
-    """List everything below ``root``, sorted by name. Raises OSError where ``root`` is unreadable.
+    """List everything below ``root``, sorted by name. Raises OSError if ``root`` cannot be read.
 
-    Links to files are files. A link to a folder is followed unless it leads to a folder that is
+    A link to a file is a file. A link to a folder is followed unless it leads to a folder that is
     read anyway or to one around ``root``; from one link every folder is read once. Hidden files and
     folders are ignored.
     """

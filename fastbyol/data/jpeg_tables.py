@@ -1,4 +1,4 @@
-"""A check that a JPEG stream defines the tables that it uses, so that its own bytes fix its pixels.
+"""A check that a JPEG stream defines the tables that it uses.
 
 Markers: ITU-T T.81, annex B. Which scan needs which table: F.2 (sequential), G.2 (progressive).
 """
@@ -19,9 +19,10 @@ _DHT, _EOI, _SOS, _DQT = 0xC4, 0xD9, 0xDA, 0xDB
 def brings_its_tables(stream: bytes) -> bool:
     """Return whether ``stream`` (SOI to EOI) defines every table before a scan uses it.
 
-    Decoders keep the last image's tables: T.81 wants that for abbreviated streams (B.5), and FFCV's
-    decoders live as long as their threads. A stream without a table would be decoded with another
-    image's. False for what cannot be followed; the picture's data are not decoded.
+    Decoders keep the tables of the last image: T.81 wants that for abbreviated streams (B.5), and
+    FFCV's decoders live as long as their threads. So a stream without a table would be decoded with
+    another image's. The result is False for a stream that cannot be followed. The picture's data
+    are not decoded.
     """
     tables: dict[int, set[int]] = {_DQT: set(), _DHT: set()}
     components: dict[int, int] = {}  # quantisation table by component identifier

@@ -36,16 +36,16 @@ os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))
 
 
 class Batch(NamedTuple):
-    """uint8 (B, H, W, 3) images and int64 (B,) sample ids (indices in the file), on the device."""
+    """uint8 (B, H, W, 3) images and int64 (B,) sample ids, which are indices in the file."""
 
     images: Tensor
     ids: Tensor
 
 
 class Images(NamedTuple):
-    """A file's images in file order: uint8 (N, H, W, 3) and int64 (N,) or None, on the cpu.
+    """A file's images in its order, uint8 (N, H, W, 3), and labels, int64 (N,) or None, on the cpu.
 
-    ``class_names`` are those of labels 0, 1 and so on, empty where the file has none.
+    ``class_names`` are the names of labels 0, 1 and so on, empty where the file has none.
     """
 
     images: Tensor
@@ -54,12 +54,12 @@ class Images(NamedTuple):
 
 
 class Loader:
-    """Whole batches of one file: gathered from the decoded set on the device, or streamed.
+    """The batches of one file, gathered from the decoded set on the device or streamed.
 
     Batch ``k`` of an epoch holds the samples ``permutation(...)[k * B : (k + 1) * B]``, or with
-    ``chosen`` ids, int64 (N,), those at these indices of ``chosen``. It is never written to again.
-    A ``resident`` loader needs no file and no thread once it is open; a streaming one decodes a few
-    batches ahead in one thread.
+    ``chosen`` ids, int64 (N,), those at these indices of ``chosen``. A batch is never written to
+    again. A ``resident`` loader needs no file and no thread once it is open; a streaming one
+    decodes a few batches ahead in one thread.
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class Loader:
         return self._images is not None
 
     def epoch(self, epoch: int, start_step: int = 0) -> Generator[Batch]:
-        """Return the batches of ``epoch`` from ``start_step`` on, for runs that resume there."""
+        """Return the batches of ``epoch`` from ``start_step`` on, where a run resumes."""
         if self._closed:
             raise ValueError("the loader is closed")
         if not 0 <= start_step <= self.steps_per_epoch:
@@ -150,12 +150,13 @@ def open_loader(
 ) -> Loader:
     """Verify ``file``, unless it was just inspected, and open it for training.
 
-    ``cache``: "device" keeps the decoded set on ``device``, "none" streams it, "auto" keeps it if
-    it takes at most 40 % of the device's free memory. ``workers``: decoding threads, 0 for one a
-    core (the most). ``size``: side in pixels of images whose sizes differ. ``limit``: number of
-    images to use (``order.subset``). ``decoder``: see ``decoder.choose``. ``stall_s``: seconds
-    without a batch after which the stream counts as hanging. UsageError if the file is missing,
-    damaged, smaller than a batch, or does not fit where it should.
+    ``cache`` is "device" to keep the decoded set on ``device``, "none" to stream it, or "auto" to
+    keep it if it takes at most 40 % of the device's free memory. ``workers`` is the number of
+    decoding threads, 0 for one a core. ``size`` is the side in pixels of images whose sizes differ,
+    ``limit`` the number of images to use (``order.subset``), ``decoder`` a name for
+    ``decoder.choose``. A stream without a batch for ``stall_s`` seconds counts as hanging. Raises
+    UsageError if the file is missing, damaged, smaller than a batch, or does not fit into the
+    device.
     """
     check_choice("data.cache", cache, get_args(Cache))
     info, where = _inspected(file, None, None, may_lack_labels=True), torch.device(device)
@@ -189,10 +190,10 @@ def read_all(
 ) -> Images:
     """Verify ``file``, unless it was just inspected, and decode its images in file order.
 
-    ``limit``: see ``order.subset``; ``decoder``: see ``decoder.choose``; ``image_field``,
-    ``label_field``: see ``beton.inspect``. UsageError if the file is missing, damaged or larger
-    than memory, if it has no labels where they are "needed", or, where they are "optional", int
-    fields of which none is clearly the label.
+    ``limit`` and ``decoder`` are those of ``open_loader``, ``image_field`` and ``label_field``
+    those of ``beton.inspect``. Raises UsageError if the file is missing, damaged or larger than
+    memory; if it has no labels where they are "needed"; and where they are "optional", if it has
+    int fields but none is clearly the label.
     """
     info = _inspected(file, image_field, label_field, may_lack_labels=labels != "needed")
     if labels == "needed" or (labels == "optional" and info.has_ints):
@@ -232,7 +233,7 @@ def _decoded_bytes(info: BetonInfo, size: int, count: int) -> int:
 
 
 def _fits_in_memory(info: BetonInfo, beside: int) -> bool:
-    """Return whether the file fits into memory beside so many bytes of decoded images."""
+    """Return whether the file fits into memory ``beside`` so many bytes of decoded images."""
     return info.num_bytes + beside <= AUTO_SHARE * available_bytes(CPU)
 
 

@@ -67,18 +67,18 @@ class Manifest:
 
 
 def num_bytes(samples: int, note: int, page: int) -> int:
-    """Count the bytes of a manifest's whole pages for ``samples`` checksums and a note."""
+    """Return the bytes of a manifest's pages for ``samples`` checksums and a note."""
     return -(-(TAIL.itemsize + 4 * samples + note) // page) * page
 
 
 def length(tail: bytes, page: int) -> int | None:
-    """Count the bytes of a manifest by its ``tail``, 64 bytes; None if it is no tail."""
+    """Return the bytes of the manifest that ends with ``tail`` (64 bytes), or None without one."""
     read = np.frombuffer(tail, TAIL, 1)[0]
     return num_bytes(int(read["samples"]), int(read["note_bytes"]), page) if read["magic"] == MAGIC else None
 
 
 def parse(pages: bytes) -> Manifest:
-    """Read a manifest from its pages; DamagedError if they do not hold a whole one."""
+    """Read a manifest from its pages. Raises DamagedError if they do not hold a whole one."""
     tail = np.frombuffer(pages, TAIL, 1, len(pages) - TAIL.itemsize)[0]
     if tail["magic"] != MAGIC or pages[-DIGEST_BYTES:] != _digest(pages[:-DIGEST_BYTES]):
         raise DamagedError("its manifest is damaged")

@@ -34,14 +34,15 @@ _HOLDS = {1: "cells", 4: "text"} | dict.fromkeys(range(6, 16), "numbers")
 
 
 class DamagedError(Exception):
-    """A violation of the format, told in one line."""
+    """A violation of the format, described in one line."""
 
 
 @dataclass(frozen=True)
 class Variable:
-    """An array's head: its name, MATLAB's shape, and what it holds: numbers, text, cells or other.
+    """The head of an array: its name, MATLAB's shape, and what it ``holds``.
 
-    ``element`` in the file: its offset behind the tag, its bytes, and whether it is compressed.
+    That is numbers, text, cells or something else. ``element`` is its offset in the file behind the
+    tag, its bytes, and whether it is compressed.
     """
 
     name: str
@@ -94,7 +95,7 @@ def variables(file: BinaryIO) -> dict[str, Variable]:
 
 
 def read(file: BinaryIO, variable: Variable, where: str) -> NDArray[np.generic]:
-    """Read a numeric array as stored, in MATLAB's shape, if the file's sizes agree with it."""
+    """Read a numeric array in MATLAB's shape. Raises DamagedError if the file's sizes differ."""
     if variable.holds != "numbers":
         raise DamagedError("no array of real numbers")
     begins, stream = _beginning(file, variable.element, variable.head_bytes + 8)

@@ -15,8 +15,8 @@ CHUNK = 1 << 15
 def permutation(num_samples: int, *, seed: int, epoch: int) -> Tensor:
     """Return the sample ids of ``epoch``, int64 (N,) on the cpu, sorted by 64-bit random keys.
 
-    All orders are equally likely, but equal keys keep the order of their ids; N samples have any
-    with probability N**2 / 2**65. One core takes 7 ms for 105,000 samples.
+    All orders are equally likely, except that equal keys keep the order of their ids: among N
+    samples some are equal with probability N**2 / 2**65. One core takes 7 ms for 105,000 samples.
     """
     if num_samples < 1 or epoch < 0:
         raise ValueError(f"no permutation of {num_samples} samples in epoch {epoch}")
@@ -25,10 +25,10 @@ def permutation(num_samples: int, *, seed: int, epoch: int) -> Tensor:
 
 
 def subset(num_samples: int, limit: int) -> Tensor | None:
-    """Return ``limit`` of the sample ids, int64 (limit,) ascending; None for 0 or for all.
+    """Return ``limit`` of the sample ids, int64 (limit,) ascending, or None for 0 or all.
 
-    Every subset is equally likely and depends on the two numbers alone: runs with different seeds
-    see the same images.
+    All subsets are equally likely. The choice depends on the two numbers alone, so that runs with
+    different seeds see the same images.
     """
     if limit == 0 or limit >= num_samples:
         return None

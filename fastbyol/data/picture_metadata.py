@@ -1,7 +1,7 @@
 """Pictures without their metadata, for a second try where Pillow fails on damaged metadata.
 
-Pillow parses EXIF, colour profiles and texts on opening, and gives up the picture if one is
-damaged; other decoders do not. What pixels depend on is kept as it is.
+Pillow parses EXIF, colour profiles and texts on opening and fails if one is damaged; other decoders
+ignore them. Whatever the pixels depend on is kept.
 """
 
 from __future__ import annotations
@@ -38,9 +38,10 @@ _TIFF_SKIPPED = (65000, 1, 1, 0)
 
 
 def without_metadata(file: BinaryIO) -> BinaryIO | None:
-    """Return the PNG, JPEG, WebP, TIFF or AVIF in ``file``, from its position, reduced to pixels.
+    """Return the picture in ``file``, from its position, reduced to what its pixels need.
 
-    EXIF that looks whole is kept for its rotation. None for other formats.
+    PNG, JPEG, WebP, TIFF and AVIF are known; other formats give None. EXIF that looks whole is kept
+    for its rotation.
     """
     data = file.read(MAX_BYTES + 1)
     if len(data) > MAX_BYTES:

@@ -27,9 +27,9 @@ _running: weakref.WeakSet[_Worker[Any]] = weakref.WeakSet()
 def prefetch(source: Iterable[T], *, name: str, ahead: int = 3, stall_s: float = STALL_S) -> Iterator[T]:
     """Yield the items of ``source`` in order, up to ``ahead`` + 1 of them made early by a thread.
 
-    What ``source`` raises is raised here, after the items before it; FastbyolError about ``name``
-    if no item comes for ``stall_s`` seconds. Closing or dropping the iterator ends the thread and
-    waits for it, at most as long as one item takes.
+    An error of ``source`` is raised here, after the items before it. Raises FastbyolError about
+    ``name`` if no item comes for ``stall_s`` seconds. Closing or dropping the iterator ends the
+    thread and waits for it, at most as long as one item takes.
     """
     if ahead < 1:
         raise ValueError(f"ahead {ahead}: must be at least 1")
@@ -69,7 +69,7 @@ class _Worker(threading.Thread, Generic[T]):
                 return
 
     def next_box(self, stall_s: float) -> tuple[T] | None:
-        """Return the next item in a box; None at the end."""
+        """Return the next item in a box, or None at the end."""
         deadline = time.monotonic() + stall_s
         while True:
             try:

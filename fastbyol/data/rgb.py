@@ -1,7 +1,7 @@
 """Conversion of any picture file to uint8 RGB, and to the wanted size.
 
-tests/data/PICTURES.md, written by its test, has what becomes of each kind of pixels. What has no
-agreed range (floating-point, signed, 32-bit) is refused.
+tests/data/PICTURES.md, which its test writes, lists the result for each kind of pixels. Pixels
+without an agreed range (floating-point, signed, 32-bit) are refused.
 """
 
 from __future__ import annotations
@@ -58,21 +58,21 @@ def suffixes() -> frozenset[str]:
 
 
 def probe(path: Path) -> tuple[int, int]:
-    """Return (height, width) in pixels by the file's head, before any rotation."""
+    """Return (height, width) in pixels by the file's head. Raises UnreadableItemError."""
     return _read(path, lambda image: (image.height, image.width))
 
 
 def read(path: Path) -> NDArray[np.uint8]:
-    """Return a picture as (H, W, 3); UnreadableItemError if it is damaged, too large or no RGB."""
+    """Return a picture as (H, W, 3). Raises UnreadableItemError if it is damaged or too large."""
     return _read(path, lambda image: np.asarray(_decoded(image)))
 
 
 def resized(image: NDArray[np.uint8], resize: Resize, size: int | None) -> NDArray[np.uint8]:
     """Return (H, W, 3) as (size, size, 3), by Pillow's antialiased bilinear filter.
 
-    ``none`` returns ``image``, ``resize`` stretches, ``centre`` scales the short side to ``size``
-    and cuts out the middle, rounding as torchvision does. UnreadableItemError where that passes
-    through more than MAX_PIXELS.
+    "none" returns ``image``, "resize" stretches it, "centre" scales its short side to ``size`` and
+    cuts out the middle, rounding as torchvision does. Raises UnreadableItemError if that needs more
+    than MAX_PIXELS on the way.
     """
     height, width = image.shape[:2]
     if resize == "none" or size is None or (height, width) == (size, size):
@@ -104,7 +104,7 @@ def _formats() -> tuple[str, ...]:
 
 
 def _read(path: Path, convert: Callable[[ImageFile.ImageFile], T]) -> T:
-    """Return ``convert`` of the picture, or where that fails of the picture without metadata."""
+    """Return ``convert`` of the picture, or of the picture without metadata if that fails."""
     reason = ""
     try:
         with warnings.catch_warnings(), open_regular(path) as file:
@@ -222,7 +222,7 @@ def _from_deep(image: Image.Image) -> Image.Image:
 
 
 def _tag(image: Image.Image, number: int) -> int | None:
-    """Return the first value of a TIFF's tag of whole numbers; None if it is missing."""
+    """Return the first value of a TIFF's tag of whole numbers, or None without one."""
     value = image.tag_v2.get(number) if isinstance(image, TiffImagePlugin.TiffImageFile) else None
     first = value[0] if isinstance(value, tuple) and value else value
     return first if isinstance(first, int) else None

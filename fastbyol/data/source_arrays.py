@@ -1,6 +1,6 @@
 """The ``Source`` of numbered images, and the checks that sources share.
 
-Every number that a file states is checked against the file's size and the free memory before use.
+Every number in a file is checked against the file's size and the free memory before it is used.
 """
 
 from __future__ import annotations
@@ -88,9 +88,9 @@ def read_row(path: Path, row_bytes: int, offset: int, index: int) -> NDArray[np.
 def image_size(where: str, shape: Sequence[int], dtype: np.dtype[Any], num_labels: int | None) -> tuple[int, int]:
     """Return (H, W) of the images in a uint8 array.
 
-    Shapes are (N, H, W, 3), (N, H, W, 1), (N, 3, H, W), (N, 1, H, W) or grey (N, H, W). Others are
-    a UsageError, also one image without N: ``num_labels`` shows whether (32, 32, 3) is 32 narrow
-    grey images.
+    The shape is (N, H, W, 3), (N, H, W, 1), (N, 3, H, W), (N, 1, H, W) or grey (N, H, W). Raises
+    UsageError for any other, and for one image without N; ``num_labels`` shows whether (32, 32, 3)
+    is 32 narrow grey images.
     """
     if dtype != np.uint8:
         remedy = "images.astype('uint8') in the range 0 to 255"
@@ -122,7 +122,7 @@ def planes_first(shape: Sequence[int]) -> bool:
 
 
 def as_rgb(image: NDArray[np.uint8], planes: bool) -> Images:
-    """Return (H, W), (H, W, 1 or 3) or, with ``planes``, (1 or 3, H, W) as (H, W, 3)."""
+    """Return (H, W), (H, W, 1 or 3) or, with ``planes``, (1 or 3, H, W) as an (H, W, 3) image."""
     if image.ndim == 2:
         image = image[:, :, None]
     elif planes:
@@ -142,12 +142,12 @@ def demand_one_label_each(where: str, shape: Sequence[int], dtype: np.dtype[Any]
 def class_labels(
     where: str, values: NDArray[Any], others: Iterable[NDArray[Any]] = ()
 ) -> tuple[Labels | None, tuple[str, ...]]:
-    """Return labels as classes 0 to K - 1 and the classes' names; None if all are -1.
+    """Return labels as classes 0 to K - 1, or None if all are -1, and the names of the classes.
 
     ``values`` have passed ``demand_one_label_each``. Whole numbers below ``MAX_CLASSES`` stay as
-    they are. Larger numbers and texts are mapped: the sorted distinct values, those of the other
-    splits (``others``) included, become the classes, so that a class is the same in all splits, and
-    their names keep the values. -1 means no label. UsageError for other negative numbers and for
+    they are. Larger numbers and texts are mapped to their place among the sorted distinct values of
+    all splits (``others`` has the other splits), so that a class is the same in every split; the
+    names keep the values. -1 means no label. Raises UsageError for other negative numbers and for
     fractions.
     """
     own = _whole(where, values)
@@ -173,7 +173,7 @@ def class_labels(
 
 
 def notes_on(class_names: tuple[str, ...]) -> tuple[str, ...]:
-    """Return a note for the reader where ``class_labels`` mapped the labels."""
+    """Explain the classes to the reader if ``class_labels`` mapped the labels."""
     numbers = [int(name) for name in class_names if name.isdecimal()]
     if len(numbers) < len(class_names) or numbers == list(range(len(numbers))) or numbers != sorted(numbers):
         return ()
@@ -232,7 +232,7 @@ def size_of(path: Path) -> int:
 
 
 def count_rows(path: Path, num_bytes: int, row_bytes: int) -> int:
-    """Count the rows in a file of ``num_bytes``; UsageError unless all are whole."""
+    """Count the rows in a file of ``num_bytes``. Raises UsageError unless they fill it."""
     if num_bytes == 0 or num_bytes % row_bytes:
         raise UsageError(f"{path}: {num_bytes} bytes is no whole number of {row_bytes}-byte images; unpack the archive again")
     return num_bytes // row_bytes
@@ -254,11 +254,11 @@ def text_lines(path: Path) -> tuple[str, ...]:
 
 
 def inner(path: Path, *names: str) -> Path:
-    """Return the first of the folders ``names`` in ``path``, as archives unpack, else ``path``."""
+    """Return the first of the folders ``names`` that is in ``path``, else ``path`` itself."""
     return next((path / name for name in names if (path / name).is_dir()), path)
 
 
 def listed(names: Iterable[str], most: int = 12) -> str:
-    """Join names for a message: at most the first ``most``."""
+    """Join names for a message, ``most`` of them at most."""
     names = [" ".join(name.split())[:60] for name in names]
     return (", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")) or "none"

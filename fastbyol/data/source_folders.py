@@ -19,8 +19,9 @@ from fastbyol.errors import UsageError
 def open_folder(path: Path, *, kind: str | None, split: str | None, strict: bool, **others: object) -> Source:
     """Open the pictures below ``path`` as ``classes``, ``folder`` (no labels) or None (either).
 
-    Reads every file's head, so that what is no picture is left out before decoding. UsageError if
-    no picture can be read, or with ``strict`` if one cannot, and as ``lay_out`` raises it.
+    Reads every file's head, so that what is no picture is left out before decoding. Raises
+    UsageError if no picture can be read, or with ``strict`` if one cannot, and as ``lay_out``
+    raises it.
     """
     source = lay_out(path, walk(path), kind=kind, split=split)
     sizes, skipped = np.zeros(len(source), np.int64), list(source.skipped)

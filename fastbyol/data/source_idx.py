@@ -48,15 +48,15 @@ _INNER = ("raw", "FashionMNIST/raw", "MNIST/raw", "KMNIST/raw", "EMNIST/raw", "Q
 
 
 def has_idx(path: Path) -> bool:
-    """Return whether ``path`` is an idx file of images, or a folder in a usual layout of some."""
+    """Return whether ``path`` is an idx file of images, or a folder that holds some."""
     return bool(_IMAGES.fullmatch(path.name.lower())) if path.is_file() else any(_image_files(path))
 
 
 def open_idx(path: Path, *, kind: str, split: str | None, **others: object) -> Source:
     """Open the grey images of ``split`` (default: train, or that of the file) with their labels.
 
-    Labels are idx1 bytes, or the first column of QMNIST's idx2 integers. UsageError for files that
-    are missing, cut or of another type or split, and for several sets in one folder.
+    Labels are idx1 bytes, or the first column of QMNIST's idx2 integers. Raises UsageError for
+    files that are missing, cut or of another type or split, and for several sets in one folder.
     """
     images = path if path.exists() and not path.is_dir() else _chosen(path, split or "train")
     named = _IMAGES.fullmatch(images.name.lower())
@@ -83,7 +83,7 @@ def open_idx(path: Path, *, kind: str, split: str | None, **others: object) -> S
 
 
 def fashion_mnist_folder(cache: Path) -> Path:
-    """Return a folder of Fashion-MNIST: Debian's, else ``cache``, filled by torchvision if need be.
+    """Return a folder of Fashion-MNIST: Debian's, else ``cache``, where torchvision downloads it.
 
     Raises UsageError if the download fails.
     """
@@ -117,7 +117,7 @@ def _image(path: Path, index: int) -> Images:
 
 
 def _image_files(folder: Path, split: str | None = None) -> list[Path]:
-    """Return the image files of ``split`` (None: any), one a set, in the first folder with some."""
+    """Return the image files of ``split`` (None: any), one a set, of the first folder with some."""
     for inside in (folder, *(folder / name for name in _INNER)):
         by_set = {}
         for path in sorted(inside.iterdir(), reverse=True) if inside.is_dir() else ():  # .gz last

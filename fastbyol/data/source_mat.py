@@ -22,9 +22,9 @@ from fastbyol.files import open_regular
 
 
 def shape_of(path: Path, name: str, *wanted: int | None) -> tuple[int, ...]:
-    """Return MATLAB's shape of the array ``name``; UsageError if it is missing or not ``wanted``.
+    """Return MATLAB's shape of the array ``name``. Raises UsageError unless it is as ``wanted``.
 
-    A None in ``wanted`` is any number but 0; without ``wanted`` any shape will do.
+    None in ``wanted`` stands for any number but 0; without ``wanted`` any shape is right.
     """
     size_of(path)
     shapes = _shapes(path)
@@ -40,7 +40,7 @@ def shape_of(path: Path, name: str, *wanted: int | None) -> tuple[int, ...]:
 
 
 def pixels(path: Path, name: str, *wanted: int | None) -> NDArray[np.uint8]:
-    """Read a whole uint8 array; UsageError if it is not as stated. The last few are cached."""
+    """Read a whole uint8 array, of which the last few stay cached. Raises UsageError."""
     shape, values = shape_of(path, name, *wanted), _kept(path, name)
     if values.dtype != np.uint8 or values.shape != shape:
         raise UsageError(f"{path}: {name!r} is {values.dtype} of shape {values.shape}, not uint8 as said; get the file again")
@@ -48,7 +48,7 @@ def pixels(path: Path, name: str, *wanted: int | None) -> NDArray[np.uint8]:
 
 
 def labels(path: Path, name: str, count: int) -> NDArray[np.int64]:
-    """Return the whole numbers (count,) of the array ``name``, (N, 1) or (1, N)."""
+    """Return the whole numbers (count,) of the array ``name``, which is (N, 1) or (1, N)."""
     shape = shape_of(path, name)
     if math.prod(shape) != count:
         raise UsageError(f"{path}: {name!r} has shape {shape} for {count} images; get the file again")
@@ -56,7 +56,7 @@ def labels(path: Path, name: str, count: int) -> NDArray[np.int64]:
 
 
 def whole_numbers(path: Path, name: str, numbers: object) -> NDArray[np.int64]:
-    """Return any array as (N,) int64; UsageError unless all are whole and exact in a double."""
+    """Return an array as (N,) int64. Raises UsageError unless all are whole, below 2**53."""
     values = np.asarray(numbers).reshape(-1)
     if values.dtype.kind in "iuf" and (np.abs(values.astype(np.float64)) < 1 << 53).all():
         whole = values.astype(np.int64)

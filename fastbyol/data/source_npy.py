@@ -49,7 +49,7 @@ _ROLES = {
 
 
 def role_of(name: str) -> Role | None:
-    """Return the role that an array's name tells, whatever its ``_``, ``-`` and capitals."""
+    """Return the role that a name tells, however it writes ``_``, ``-`` and capitals."""
     return _ROLES.get("".join(letter for letter in name.lower() if letter.isalnum()))
 
 
@@ -64,10 +64,7 @@ class Head(NamedTuple):
 
 @dataclass(frozen=True)
 class NpyFile:
-    """An array in npy format in a file of its own, whose rows can be read singly.
-
-    As text it begins error messages.
-    """
+    """An array in npy format in a file of its own. As text it begins error messages."""
 
     path: Path
     alone: ClassVar[bool] = True
@@ -82,7 +79,7 @@ class NpyFile:
             yield file, os.fstat(file.fileno()).st_size
 
     def head(self) -> Head:
-        """Read the head, at most ``MAX_HEAD`` bytes; UsageError if it contradicts the file size."""
+        """Read the head, at most ``MAX_HEAD`` bytes. Raises UsageError if the file's size differs."""
         with self.open() as (file, num_bytes):
             start = io.BytesIO(file.read(MAX_HEAD))
         with _parsing(self), warnings.catch_warnings(action="ignore"):  # of damaged literals
@@ -192,7 +189,7 @@ def open_named(kind: str, where: str, arrays: Mapping[str, NpyFile], others: Ite
 
 
 def _by_role(where: str, names: Iterable[str]) -> dict[tuple[str | None, bool], str]:
-    """Map (split, is for labels) to a name; UsageError where two names mean the same."""
+    """Map (split, is for labels) to a name. Raises UsageError where two names mean the same."""
     ranked: dict[tuple[str | None, bool], list[tuple[int, str]]] = {}
     for name in names:
         if role := role_of(name):

@@ -41,7 +41,7 @@ class NpzMember(NpyFile):
 
     @contextmanager
     def open(self) -> Iterator[tuple[Any, int]]:
-        """Open the array's bytes, if the archive can hold them; yield their number too."""
+        """Open the array's bytes; yield them and their number, which the archive can hold."""
         with _archive(self.path) as archive:
             member = archive.getinfo(f"{self.name}.npy")
             packed = member.compress_type == zipfile.ZIP_DEFLATED

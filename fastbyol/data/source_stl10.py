@@ -35,7 +35,7 @@ def has_stl10(path: Path) -> bool:
 def open_stl10(path: Path, *, split: str | None, fold: int | None, **others: object) -> Source:
     """Open ``split`` (default: train) of STL-10's files, or one ``fold`` (0 to 9) of train.
 
-    Labels are 1 to 10 in the files and 0 to 9 here. UsageError for missing or cut files.
+    Labels are 1 to 10 in the files and 0 to 9 here. Raises UsageError for missing or cut files.
     """
     folder, split = inner(path, *_FOLDERS), split or "train"
     check_choice(f"{folder}: STL-10's split", split, SPLITS)

@@ -20,7 +20,7 @@ def has_svhn(path: Path) -> bool:
 
 
 def open_svhn(path: Path, *, split: str | None, **others: object) -> Source:
-    """Open ``split`` (default: train, or the file's); UsageError for missing or other files."""
+    """Open ``split`` (default: train, or the file's). Raises UsageError for damaged files."""
     if not path.is_dir():
         of = next((split for split, name in FILES.items() if path.name == name), None)
         if of is None or split not in (None, of):

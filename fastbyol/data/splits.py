@@ -20,6 +20,6 @@ _SPELLING = re.compile(rf"(?:.*[_. -])?{_AROUND}(?:{_WORDS}){_AROUND}[ab]?", re.
 
 
 def canonical(name: str) -> str | None:
-    """Return the name in NAMES that ``name`` spells (``val2017``, ``test_images``), or None."""
+    """Return the split in NAMES that ``name`` means (``val2017``, ``test_images``), or None."""
     spelled = _SPELLING.fullmatch(name)
     return None if spelled is None else spelled.lastgroup

@@ -49,10 +49,10 @@ TINT = 0.03
 
 
 def make(count: int, size: int, seed: int, *, start: int = 0) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    """Return images ``start`` to ``start + count`` of the set ``seed`` and their labels.
+    """Return images ``start`` to ``start + count`` of the set ``seed``, and their labels.
 
-    They are uint8 (count, size, size, 3) RGB and int64 (count,). Ten images from a multiple of ten
-    on hold each class once, in random order.
+    The images are uint8 (count, size, size, 3) RGB, the labels int64 (count,). Every ten images,
+    counted from a multiple of ten, hold each class once, in random order.
     """
     ids = np.arange(start, start + count, dtype=np.uint64)
     classes = labels(ids, seed)
@@ -131,8 +131,8 @@ def _smooth(lattice: Floats, size: int) -> Floats:
 def _uniform(seed: int, ids: Counters, num: int, domain: int) -> Floats:
     """Draw float32 (B, num) in [0, 1): word k of image i is word k % 4 of its Philox block k // 4.
 
-    As fastbyol_kernels.philox, in NumPy: workers are forked, and torch's thread pool does not
-    survive that. Words of 32 bits are held in uint64, so that products cannot overflow.
+    This is fastbyol_kernels.philox in NumPy, since workers are forked and torch's thread pool does
+    not survive that. Words of 32 bits are held in uint64, so that products cannot overflow.
     """
     high = np.uint64(domain) | (ids[:, None] >> np.uint64(32)) << np.uint64(8)
     blocks = np.arange(-(-num // 4), dtype=np.uint64)[None]

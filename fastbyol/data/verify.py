@@ -1,4 +1,4 @@
-"""A check of all samples of a beton: bytes against checksums, optionally decoding and labels."""
+"""The verification of every sample: its checksum and, on demand, its decoding and its label."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Progress = beton_write.Progress
 
 @dataclass(frozen=True)
 class Verdict:
-    """The result: ``damaged`` holds (sample, what is wrong); bytes need a manifest."""
+    """The result of ``verify``: ``damaged`` holds (sample, what is wrong)."""
 
     info: BetonInfo
     deep: bool
@@ -52,11 +52,11 @@ def verify(
     label_field: str | None = None,
     progress: Progress | None = None,
 ) -> Verdict:
-    """Verify the structure, and the checksums if there are any.
+    """Verify the structure of a file, and the checksums of its samples if it has a manifest.
 
-    ``deep`` also decodes every sample and checks its label. ``image_field``, ``label_field``: see
-    ``beton.inspect``. ``progress(samples done, samples)`` is called now and then. UsageError for no
-    beton file or a damaged structure; damaged samples are in the result.
+    ``deep`` also decodes every sample and checks its label. ``image_field`` and ``label_field`` are
+    those of ``beton.inspect``. ``progress(samples done, samples)`` is called now and then. Raises
+    UsageError for a damaged structure; damaged samples are in the result.
     """
     info = beton.inspect(path, image_field=image_field, label_field=label_field)
     damaged = _wrong_labels(info) if deep else {}

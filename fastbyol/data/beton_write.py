@@ -118,7 +118,6 @@ def write(
     overwrite: bool = False,
     page_bytes: int = PAGE_BYTES,
     stop_at_unreadable: bool = False,
-    stall_s: float = STALL_S,
     note: Mapping[str, Any] | None = None,
 ) -> BetonInfo:
     """Write ``dataset`` as a beton with the fields ``image`` and, if ``labelled``, ``label``.
@@ -147,7 +146,7 @@ def write(
                 shared.truncate(num_items * RESULT.itemsize)
             results = np.frombuffer(mmap.mmap(shared.fileno(), 0), RESULT)
             job = Job(dataset, labelled, mode, quality, workers, page_bytes, out, shared.fileno())
-            _run(job, results, progress, stop_at_unreadable, stall_s)
+            _run(job, results, progress, stop_at_unreadable)
             with _disk_errors():
                 _finish(out, results, labelled, page_bytes, note or {})
                 os.fsync(out)
@@ -232,7 +231,7 @@ def _data_start(num_items: int, labelled: bool, page_bytes: int) -> int:
     return -(-head // page_bytes) * page_bytes
 
 
-def _run(job: Job, results: NDArray[Any], progress: Progress | None, stop_at_unreadable: bool, stall_s: float) -> None:
+def _run(job: Job, results: NDArray[Any], progress: Progress | None, stop_at_unreadable: bool) -> None:
     """Have all items written and ``results`` filled in, or raise what went wrong."""
     unreadable: dict[int, str] = {}
     begun, moved, is_finished = 0, time.monotonic(), False
@@ -250,8 +249,8 @@ def _run(job: Job, results: NDArray[Any], progress: Progress | None, stop_at_unr
                 begun, moved = now, time.monotonic()
                 if progress is not None:
                     progress(begun, len(results))
-            elif time.monotonic() - moved > stall_s:
-                raise FastbyolError(f"no item was read for {stall_s:g} s; look at the disks and try again")
+            elif time.monotonic() - moved > STALL_S:
+                raise FastbyolError(f"no item was read for {STALL_S:g} s; look at the disks and try again")
     if unreadable:
         (first, reason), *_ = items = tuple(sorted(unreadable.items()))
         what = f"{len(items)} of {len(results)} items cannot be read; first, item {first}: {reason}"

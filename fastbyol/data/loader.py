@@ -17,7 +17,7 @@ from fastbyol.data.beton import BetonInfo
 from fastbyol.data.decoder import Decoder
 from fastbyol.data.memory import available_bytes
 from fastbyol.data.order import permutation, subset
-from fastbyol.data.prefetch import STALL_S, prefetch
+from fastbyol.data.prefetch import prefetch
 from fastbyol.errors import UsageError, check_choice, size_text
 
 Cache = Literal["auto", "device", "none"]
@@ -63,19 +63,11 @@ class Loader:
     """
 
     def __init__(
-        self,
-        decoder: Decoder,
-        chosen: Tensor | None,
-        *,
-        batch_size: int,
-        seed: int,
-        device: torch.device,
-        resident: bool,
-        stall_s: float = STALL_S,
+        self, decoder: Decoder, chosen: Tensor | None, *, batch_size: int, seed: int, device: torch.device, resident: bool
     ) -> None:
         self.num_samples = decoder.info.num_samples if chosen is None else len(chosen)
         self.steps_per_epoch = self.num_samples // batch_size
-        self._decoder, self._chosen, self._stall_s = decoder, chosen, stall_s
+        self._decoder, self._chosen = decoder, chosen
         self._batch_size, self._seed, self._device = batch_size, seed, device
         self._running: weakref.WeakSet[Generator[Batch]] = weakref.WeakSet()
         self._closed, self._images = False, None
@@ -112,7 +104,7 @@ class Loader:
         # Both sides own their tensors: torch's pinned allocator reuses a block only after its copy
         # has ended, so the decoder need not wait for an event.
         steps = steps if self._chosen is None else self._chosen[steps]
-        for images, ids in prefetch(self._decoded(steps), name=str(self._decoder.info.path), stall_s=self._stall_s):
+        for images, ids in prefetch(self._decoded(steps), name=str(self._decoder.info.path)):
             yield Batch(_to_device(images, self._device), _to_device(ids, self._device))
 
     def _decoded(self, steps: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
@@ -146,7 +138,6 @@ def open_loader(
     size: int,
     limit: int = 0,
     decoder: str = "auto",
-    stall_s: float = STALL_S,
 ) -> Loader:
     """Verify ``file``, unless it was just inspected, and open it for training.
 
@@ -154,7 +145,7 @@ def open_loader(
     keep it if it takes at most 40 % of the device's free memory. ``workers`` is the number of
     decoding threads, 0 for one a core. ``size`` is the side in pixels of images whose sizes differ,
     ``limit`` the number of images to use (``order.subset``), ``decoder`` a name for
-    ``decoder.choose``. A stream without a batch for ``stall_s`` seconds counts as hanging. Raises
+    ``decoder.choose``. Raises
     UsageError if the file is missing, damaged, smaller than a batch, or does not fit into the
     device.
     """
@@ -174,7 +165,7 @@ def open_loader(
     resident = _is_resident(info, need, where, cache)
     in_memory = _fits_in_memory(info, need if resident else 0)
     images = Decoder(info, size=size, workers=workers, in_memory=in_memory, decoder=decoder)
-    return Loader(images, chosen, batch_size=batch_size, seed=seed, device=where, resident=resident, stall_s=stall_s)
+    return Loader(images, chosen, batch_size=batch_size, seed=seed, device=where, resident=resident)
 
 
 def read_all(

@@ -17,6 +17,8 @@ T = TypeVar("T")
 POLL_S = 0.05
 # A network disk may hiccup for minutes, and a batch of large pictures may take as long.
 STALL_S = 300.0
+# Items that wait for their use: three bridge an item that takes longer than others.
+AHEAD = 3
 # The item under way is no longer needed when the consumer stops: wait for it at most this long.
 STOP_S = 60.0
 # Python ends a daemon thread when it returns from native code, which C++ takes for an error and may
@@ -24,30 +26,28 @@ STOP_S = 60.0
 _running: weakref.WeakSet[_Worker[Any]] = weakref.WeakSet()
 
 
-def prefetch(source: Iterable[T], *, name: str, ahead: int = 3, stall_s: float = STALL_S) -> Iterator[T]:
-    """Yield the items of ``source`` in order, up to ``ahead`` + 1 of them made early by a thread.
+def prefetch(source: Iterable[T], *, name: str) -> Iterator[T]:
+    """Yield the items of ``source`` in order, up to ``AHEAD`` + 1 of them made early by a thread.
 
     An error of ``source`` is raised here, after the items before it. Raises FastbyolError about
-    ``name`` if no item comes for ``stall_s`` seconds. Closing or dropping the iterator ends the
+    ``name`` if no item comes for ``STALL_S`` seconds. Closing or dropping the iterator ends the
     thread and waits for it, at most as long as one item takes.
     """
-    if ahead < 1:
-        raise ValueError(f"ahead {ahead}: must be at least 1")
-    worker = _Worker(source, name, ahead)
+    worker = _Worker(source, name)
     worker.start()
     _running.add(worker)
     try:
-        while (box := worker.next_box(stall_s)) is not None:
+        while (box := worker.next_box()) is not None:
             yield box[0]
     finally:
-        worker.stop(min(stall_s, STOP_S))
+        worker.stop(min(STALL_S, STOP_S))
 
 
 class _Worker(threading.Thread, Generic[T]):
-    def __init__(self, source: Iterable[T], name: str, ahead: int) -> None:
+    def __init__(self, source: Iterable[T], name: str) -> None:
         super().__init__(name=f"prefetch {name}", daemon=True)
         self._source = source
-        self._boxes: Queue[tuple[T] | None] = Queue(ahead)
+        self._boxes: Queue[tuple[T] | None] = Queue(AHEAD)
         self._stopping = threading.Event()
         self._failure: BaseException | None = None
         self._hangs = False
@@ -68,16 +68,16 @@ class _Worker(threading.Thread, Generic[T]):
                 self._boxes.put(box, timeout=POLL_S)
                 return
 
-    def next_box(self, stall_s: float) -> tuple[T] | None:
+    def next_box(self) -> tuple[T] | None:
         """Return the next item in a box, or None at the end."""
-        deadline = time.monotonic() + stall_s
+        deadline = time.monotonic() + STALL_S
         while True:
             try:
                 box = self._boxes.get(timeout=POLL_S)
             except Empty:
                 if time.monotonic() > deadline:
                     self._hangs = True
-                    raise FastbyolError(f"{self.name}: nothing for {stall_s:g} s, its thread hangs; start again") from None
+                    raise FastbyolError(f"{self.name}: nothing for {STALL_S:g} s, its thread hangs; start again") from None
                 continue
             if box is None and self._failure is not None:
                 failure, self._failure = self._failure, None

@@ -145,9 +145,10 @@ def test_faults_end_the_writing(out: Path, fault: str, kind: type[FastbyolError]
     demand_untouched(out)
 
 
-def test_a_stall_ends_the_writing(out: Path) -> None:
+def test_a_stall_ends_the_writing(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(beton_write, "STALL_S", 6.0)
     with pytest.raises(FastbyolError, match="no item was read for 6 s"):
-        write(out, Items(fault="sleep"), stall_s=6.0)
+        write(out, Items(fault="sleep"))
     demand_untouched(out)
 
 

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 import foreign_betons as foreign
 from fastbyol.data import loader as loading
+from fastbyol.data import prefetch
 from fastbyol.data.decoder import Decoder
 from fastbyol.data.loader import Batch, Loader, open_loader, read_all
 from fastbyol.data.order import permutation, subset
@@ -185,7 +186,8 @@ def test_what_fails_in_the_thread_fails_here(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_a_hanging_decoder_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     release = threading.Event()
-    with opened(stall_s=0.3) as batches:
+    monkeypatch.setattr(prefetch, "STALL_S", 0.3)
+    with opened() as batches:
         monkeypatch.setattr(Decoder, "decode", lambda *_: release.wait(600))
         start = time.monotonic()
         with pytest.raises(FastbyolError, match=r"raw\.beton: nothing for 0\.3 s"):

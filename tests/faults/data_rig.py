@@ -25,6 +25,7 @@ from own_time import OwnTime
 from fastbyol.cli import main
 from fastbyol.data import decoder as decoding
 from fastbyol.data import loader as loading
+from fastbyol.data import prefetch
 from fastbyol.data.verify import verify
 from fastbyol.errors import UsageError
 
@@ -52,6 +53,7 @@ def work(
     """For each number damage a base, read it by every way and send (number, kind, outcome)."""
     chosen = decoding.choose(decoder)
     decoding.choose = lambda _: chosen
+    prefetch.STALL_S = START_S
     make = {"files": mutated, "manifests": mutated_manifest}[source]
     whole: dict[str, Delivered] = {}
     for base in bases:
@@ -120,9 +122,7 @@ def streamed(path: Path, number: int) -> Delivered:
     if number % 2:
         loading._fits_in_memory = lambda info, size: False
     try:
-        with loading.open_loader(
-            path, batch_size=1, seed=0, device="cpu", cache="none", workers=1, size=SIZE, stall_s=START_S
-        ) as batches:
+        with loading.open_loader(path, batch_size=1, seed=0, device="cpu", cache="none", workers=1, size=SIZE) as batches:
             by_id = {int(ids[0]): images[0].numpy() for images, ids in batches.epoch(0)}
             labels = batches._decoder.info.labels  # type: ignore[attr-defined]
     finally:

@@ -18,6 +18,7 @@ import run_rig as rig
 from mutations import Base
 
 import foreign_betons as foreign
+from fastbyol.data import beton_write
 from fastbyol.data.beton_write import write
 
 COUNT = 24
@@ -44,9 +45,11 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> list[Base]:
     """Return our files and FFCV's: raw, JPEG, one size, several, fields of every type."""
     folder = tmp_path_factory.mktemp("bases")
     made = []
-    for name, mode, mixed in (("raw", "raw", False), ("jpg", "jpg", False), ("mixed raw", "raw", True)):
-        write(folder / name, Pictures(mixed), labelled=True, mode=mode, workers=1, page_bytes=1 << 21, stall_s=data_rig.START_S)  # type: ignore[arg-type]
-        made.append(Base(f"sealed {name}", (folder / name).read_bytes(), True))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(beton_write, "STALL_S", data_rig.START_S)
+        for name, mode, mixed in (("raw", "raw", False), ("jpg", "jpg", False), ("mixed raw", "raw", True)):
+            write(folder / name, Pictures(mixed), labelled=True, mode=mode, workers=1, page_bytes=1 << 21)  # type: ignore[arg-type]
+            made.append(Base(f"sealed {name}", (folder / name).read_bytes(), True))
     names = ("raw", "jpg", "foreign", "mixed_jpg") if foreign.HAS_FFCV else ("raw", "jpg", "mixed_jpg")
     return made + [Base(f"foreign {name}", _foreign(name), False) for name in names]
 

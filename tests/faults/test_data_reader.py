@@ -18,7 +18,7 @@ from data_rig import Delivered
 from mutations import DESCRIPTOR, HEADER, PAGE, REGION, Base, put, read_by_hand, row_layout
 
 import foreign_betons as foreign
-from fastbyol.data import beton, loader, prefetch
+from fastbyol.data import beton, loader
 from fastbyol.data import decoder as decoding
 from fastbyol.data.beton_write import write
 from fastbyol.errors import FastbyolError, UsageError
@@ -217,9 +217,7 @@ def test_deleted_or_replaced_between_epochs(ours: Base, tmp_path: Path, monkeypa
     assert torch.equal(first.images, again.images)
 
 
-def test_no_batch_ahead_and_no_batch() -> None:
-    with pytest.raises(ValueError, match="ahead 0: must be at least 1"):
-        next(prefetch.prefetch(range(3), name="numbers", ahead=0))
+def test_no_batch() -> None:
     for batch_size in (0, -1):
         with pytest.raises(UsageError, match=f"batch_size = {batch_size}"):
             open_loader(foreign.made() / "raw.beton", batch_size)

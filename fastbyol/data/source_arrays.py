@@ -258,7 +258,7 @@ def inner(path: Path, *names: str) -> Path:
     return next((path / name for name in names if (path / name).is_dir()), path)
 
 
-def listed(names: Iterable[str], most: int = 12) -> str:
-    """Join names for a message, ``most`` of them at most."""
+def listed(names: Iterable[str]) -> str:
+    """Join names for a message, twelve of them at most."""
     names = [" ".join(name.split())[:60] for name in names]
-    return (", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")) or "none"
+    return (", ".join(names[:12]) + (f" and {len(names) - 12} more" if len(names) > 12 else "")) or "none"

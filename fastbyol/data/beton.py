@@ -1,15 +1,7 @@
 """The beton format, version 2, and the proof that a file keeps to it.
 
 FFCV maps a file and follows its pointers unchecked: a damaged file means wrong pixels, a hang or a
-dead process. ``inspect`` proves first all that FFCV relies on. Little-endian::
-
-    0             header, 24 B: u16 version = 2, u16 fields F, u32 page size P, u64 samples N,
-                  u64 table pointer A
-    24            F descriptors of 1041 B: u8 type, 16 B ASCII name, 1024 B arguments (of arrays)
-    24 + 1041 F   N rows of an aligned struct with one member a field
-    D             that end rounded up to P: whole pages, no region (a sample's data) crosses one
-                  (of fastbyol's files the last pages hold the manifest, ``data.manifest``)
-    A             one {u64 sample, u64 pointer, u64 size} a region, in any order, to the end
+dead process. ``inspect`` proves first all that FFCV relies on.
 """
 
 from __future__ import annotations
@@ -43,6 +35,13 @@ LABEL_FIELD = "label"
 LABEL_NAMES = frozenset(("category", "class", "class_id", "classes", "cls", "label", "labels", "target", "targets", "y"))
 JPG, RAW = 0, 1
 
+# Little-endian:
+#   0             header, 24 B
+#   24            F descriptors of 1041 B; only those of array fields have arguments
+#   24 + 1041 F   N rows of an aligned struct with one member a field
+#   D             that end rounded up to P: whole pages, no region (a sample's data) crosses one
+#                 (of fastbyol's files the last pages hold the manifest, ``data.manifest``)
+#   A             one REGION a pointer, in any order, to the end
 HEADER = np.dtype([("version", "<u2"), ("fields", "<u2"), ("page", "<u4"), ("samples", "<u8"), ("table", "<u8")])
 DESCRIPTOR = np.dtype([("type", "u1"), ("name", "u1", 16), ("arguments", "u1", 1024)])
 REGION = np.dtype([("sample", "<u8"), ("ptr", "<u8"), ("size", "<u8")])

@@ -73,7 +73,7 @@ def test_killed_at_random_instants(tmp_path: Path) -> None:
     out, draw, seen = tmp_path / "out.beton", random.Random(0), Counter[str]()
     started = time.monotonic()
     assert start(out, 0).wait(timeout=PATIENCE_S) == 0
-    # As long as a whole one takes, imports too: later there is nobody left to kill.
+    # A whole conversion takes this long, imports included: later no process is left to kill.
     lasts_s = 1.1 * (time.monotonic() - started)
     older = out.read_bytes()
     made = [textures.make(COUNT, SIDE, seed) for seed in (0, 1)]
@@ -84,7 +84,7 @@ def test_killed_at_random_instants(tmp_path: Path) -> None:
         for victim in victims:
             os.kill(victim, signal.SIGKILL)
         code = parent.wait(timeout=PATIENCE_S)
-        assert victims or code == 0  # else nobody would ever be left to kill
+        assert victims or code == 0  # otherwise the loop would not end
         assert gone(parent.pid)
         verdict = verify(out, deep=True)
         verdict.demand_whole()

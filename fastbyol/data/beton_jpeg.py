@@ -11,7 +11,8 @@ import os
 import numpy as np
 from numpy.typing import NDArray
 
-# OpenCV puts the frame header at byte 158 of a colour image; other encoders need more, 512 is one read.
+# OpenCV puts the frame header at byte 158 of a colour image; other encoders need more, 512 is one
+# read.
 WINDOW_BYTES = 512
 # A frame header needs 10 bytes of the window: marker, length, precision, height, width, components.
 FRAME_BYTES = 10

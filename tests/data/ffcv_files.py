@@ -51,7 +51,7 @@ def _write_all(files: dict[Path, tuple[dict[str, str], list[tuple[Any, ...]]]]) 
 
 
 def _by_hand(path: Path) -> Any:
-    from mutations import read_by_hand  # here, since it needs OpenCV, which writers of test data must not need
+    from mutations import read_by_hand  # needs OpenCV, which writers of data must not
 
     return read_by_hand(path.read_bytes())
 

@@ -91,7 +91,8 @@ def decoded_by_ffcv() -> dict[str, NDArray[np.uint8]]:
 
 
 def _run(*arguments: str | Path) -> None:
-    # Five seconds of imports and writing; the limit is for a machine whose cores others hold, where it took minutes.
+    # Five seconds of imports and writing; the limit is for a machine whose cores others hold, where
+    # it took minutes.
     subprocess.run([sys.executable, __file__, *arguments], check=True, timeout=900, stderr=subprocess.DEVNULL)
 
 

@@ -28,7 +28,7 @@ def random_images(count: int, height: int, width: int, seed: int = 0) -> Images:
 
 
 def stl10(folder: Path, *, train: int = 20, test: int = 10, unlabeled: int = 12) -> dict[str, tuple[Images, list[int]]]:
-    """Write ``folder/stl10_binary`` as its archive unpacks: images column by column, labels from 1."""
+    """Write ``folder/stl10_binary`` as its archive unpacks: columns first, labels from 1."""
     inner = folder / "stl10_binary"
     inner.mkdir(parents=True)
     (inner / "class_names.txt").write_text("\n".join(STL10_NAMES) + "\n")

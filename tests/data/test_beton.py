@@ -18,7 +18,8 @@ from fastbyol.errors import UsageError
 
 PAGE = 1 << 21
 COUNT = 12
-# Row layouts by hand from the format's description: f0, f1, ... aligned, an image is 13 packed bytes.
+# Row layouts by hand from the format's description: f0, f1, ... aligned, an image is 13 packed
+# bytes.
 IMAGE_ROW = {"names": ["mode", "w", "h", "ptr"], "offsets": [0, 1, 3, 5], "formats": ["u1", "<u2", "<u2", "<u8"]}
 ROWS: dict[str, np.dtype[Any]] = {
     "plain": np.dtype({**IMAGE_ROW, "itemsize": 24}),  # its label is at byte 16
@@ -137,7 +138,8 @@ def test_labels_are_demanded_where_they_are_needed(good: dict[str, Path], name: 
     assert str(caught.value).startswith(f"{path}: ")
     assert says in str(caught.value)
     assert "\n" not in str(caught.value)
-    # An unlabelled file may stand beside a labelled one, for which the field is named; one with other int fields may not.
+    # An unlabelled file may stand beside a labelled one, for which the field is named; one with
+    # other int fields may not.
     if "int" in fields.values():
         first = next(field for field, kind in fields.items() if kind == "int")
         assert beton.inspect(path, label_field=first).labels.tolist() == [k % 4 for k in range(COUNT)]
@@ -212,7 +214,8 @@ def test_flipped_bits_are_refused_or_harmless(copied: Callable[[str], Path], nam
     reference, (free, rows_end) = beton.inspect(path, image_field=IMAGE[name]), may_change(name, whole)
     structural = np.r_[0:rows_end, int(np.frombuffer(whole, HEADER, 1)[0]["table"]) : len(whole)]
     rng = np.random.default_rng(1)
-    # Half of them where no change is allowed: descriptors are mostly zeros that few flips should be spent on.
+    # Half of them where no change is allowed: descriptors are mostly zeros that few flips should be
+    # spent on.
     busy = np.flatnonzero(np.frombuffer(whole, np.uint8)[structural])
     picks = np.concatenate([rng.choice(structural, 150), structural[rng.choice(busy, 150)], np.arange(HEADER.itemsize)])
     accepted = 0
@@ -238,7 +241,7 @@ def test_flipped_bits_are_refused_or_harmless(copied: Callable[[str], Path], nam
 
 
 def edited(path: Path, name: str, edit: Callable[[np.ndarray, np.ndarray, np.ndarray], None]) -> None:
-    """Change header, rows or table (each a record array) of a ``plain`` or ``jpg`` file in place."""
+    """Change header, rows or table, as record arrays, of a ``plain`` or ``jpg`` file."""
     data = np.memmap(path, np.uint8, "r+")
     header = data[: HEADER.itemsize].view(HEADER)
     start, dtype = HEADER.itemsize + len(FIELDS[name]) * DESCRIPTOR.itemsize, ROWS[name]

@@ -15,7 +15,8 @@ from fastbyol.data import order
 
 SEEDS = st.integers(0, 2**63 - 1)
 EPOCHS = st.integers(0, 2**31)
-# The draws are fixed, so a test of a good generator fails never or always; 1e-3 leaves one in a thousand seeds to avoid.
+# The draws are fixed, so a test of a good generator fails never or always; 1e-3 leaves one in a
+# thousand seeds to avoid.
 LEAST_P = 1e-3
 
 
@@ -82,7 +83,8 @@ def test_every_sample_is_equally_likely_at_every_place() -> None:
     table = np.zeros((40, 40))
     for epoch in range(4000):
         table[np.arange(40), order.permutation(40, seed=7, epoch=epoch).numpy()] += 1
-    # Rows and columns are full, which leaves 39 * 39 degrees of freedom; the scale makes up for the dependence.
+    # Rows and columns are full, which leaves 39 * 39 degrees of freedom; the scale makes up for the
+    # dependence.
     statistic = ((table - 100.0) ** 2 / 100.0).sum() * 39 / 40
     assert LEAST_P < stats.chi2.sf(statistic, 39 * 39) < 1 - LEAST_P
 

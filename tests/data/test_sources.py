@@ -327,7 +327,8 @@ def test_pictures_of_every_mode(tmp_path: Path) -> None:
     assert [source.name(k) for k in range(len(source))] == sorted(expected)
     for k in range(len(source)):
         name, image = source.name(k), source.image(k)
-        # Compositing rounds once more than the formula; JPEG at quality 98 without subsampling moves a smooth picture by 3.
+        # Compositing rounds once more than the formula; JPEG at quality 98 without subsampling
+        # moves a smooth picture by 3.
         tolerance = {"alpha.png": 1, "photo.JPG": 4}.get(name, 0)
         assert image.shape == expected[name].shape, name
         assert np.abs(image.astype(int) - expected[name]).max() <= tolerance, name

@@ -24,7 +24,8 @@ Images = NDArray[np.uint8]
 SIZE = 48
 FIT = 1500
 
-# SHA-256 of images then labels of make(20, 40, seed=5, start=95): a change here changes every published number on this set.
+# SHA-256 of images then labels of make(20, 40, seed=5, start=95): a change here changes every
+# published number on this set.
 GOLDEN = "d950c57f58f64729e1c26e94192f08a852d90a579716534fcdefffbc74f98c51"
 
 
@@ -66,7 +67,8 @@ def test_no_two_images_or_seeds_agree() -> None:
     gram = images @ images.T
     squares = np.diag(gram)
     distance = squares[:, None] + squares - 2 * gram + np.diag(np.full(400, np.inf))
-    # 16 x 16 x 3 values that differ by 20 levels in the root mean square: pictures apart, not one picture in another light.
+    # 16 x 16 x 3 values that differ by 20 levels in the root mean square: pictures apart, not one
+    # picture in another light.
     assert distance.min() > 768 * 20**2
 
 
@@ -74,14 +76,16 @@ def test_sequences_of_seeds_do_not_overlap() -> None:
     """Check that the next seed's images and labels are not these ones shifted."""
     labels = [textures.make(2000, 8, seed)[1] for seed in (0, 1)]
     agreements = [np.mean(labels[0][shift:1000] == labels[1][: 1000 - shift]) for shift in range(50)]
-    # Chance is .1 with a standard deviation of about .01 over 1,000 labels; the largest of 50 is below .1 + 5 deviations.
+    # Chance is .1 with a standard deviation of about .01 over 1,000 labels; the largest of 50 is
+    # below .1 + 5 deviations.
     assert max(agreements) < 0.15
 
 
 def test_every_ten_images_hold_each_class_once_in_random_order() -> None:
     labels = textures.make(4000, 8, 2)[1].reshape(-1, 10)
     assert np.array_equal(np.sort(labels, axis=1), np.tile(np.arange(10), (400, 1)))
-    # 400 places of 100 (class, position) pairs, 40 expected in each; chi-square with 81 degrees, 99.99 % quantile 138.
+    # 400 places of 100 (class, position) pairs, 40 expected in each; chi-square with 81 degrees,
+    # 99.99 % quantile 138.
     counts = np.array([np.bincount(labels[:, column], minlength=10) for column in range(10)])
     assert ((counts - 40) ** 2 / 40).sum() < 138
 

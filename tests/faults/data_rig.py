@@ -79,7 +79,8 @@ def outcome(path: Path, data: bytes, base: Base, whole: Delivered, number: int) 
     answer = answers.pop()
     if base.sealed and answer == "as it says":
         return "Sealed, and yet other data was delivered"
-    # A whole file may hold damage where no sample lies, but what a reader refuses must not be verified.
+    # A whole file may hold damage where no sample lies, but what a reader refuses must not be
+    # verified.
     if checked not in ("refused", "") or (answer == "refused") != (checked == "refused"):
         return f"Verify says {checked!r} where reading was {answer}" if checked in ("refused", "") else checked
     return answer

@@ -38,7 +38,8 @@ def own() -> Path:
     os.register_at_fork(after_in_child=_die_with_parent)
     guard = [sys.executable, "-I", "-S", __file__, str(os.getpid()), mark]
     away = [(os.POSIX_SPAWN_OPEN, number, os.devnull, os.O_RDWR, 0) for number in range(3)]
-    # Not a Popen, which complains when it is forgotten while its process runs: the guard outlives this process.
+    # Not a Popen, which complains when it is forgotten while its process runs: the guard outlives
+    # this process.
     _guards.append(str(os.posix_spawn(sys.executable, guard, os.environ, file_actions=away, setsid=True)))
     return Path(mark)
 

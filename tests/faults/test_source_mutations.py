@@ -29,7 +29,8 @@ BESIDE_BYTES = 96 << 20
 PILLOW = 4 / 3
 # A conversion starts two processes and takes seconds, so few are whole.
 WHOLE_EVERY = 40
-# Of which most is a conversion's start: the child sleeps then, and that counts, while others may hold the cores.
+# Of which most is a conversion's start: the child sleeps then, and that counts, while others may
+# hold the cores.
 HANG_S = 120.0
 
 

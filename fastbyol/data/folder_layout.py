@@ -186,8 +186,13 @@ def _chosen(
             alike = listed(name for name, of in parts.items() if of == parts[first])
             raise UsageError(f"{path}: {alike} are all the split {parts[first]}; name one with --split")
         return first
-    if kind is not None:
-        return ""
+    if kind is None:
+        _refuse_ambiguous(path, start, here, parts, others)
+    return ""
+
+
+def _refuse_ambiguous(path: Path, start: str, here: _Tree, parts: dict[str, str], others: list[str]) -> None:
+    """Raise UsageError if the subfolders ``parts`` and ``others`` may be more than classes."""
     # A class may be called train, but not val or test, and several splits are no classes.
     if any(of != "train" or here.nested[name].nested for name, of in parts.items()):
         beside = listed(others) if others else "pictures"
@@ -207,7 +212,6 @@ def _chosen(
             f"{path}: {vague[0]} is no class by its name, beside {beside}: give {path / start / vague[0]}, or take every "
             "folder as a class with --kind classes"
         )
-    return ""
 
 
 def _hidden(tree: _Tree) -> list[str]:

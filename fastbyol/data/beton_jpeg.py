@@ -1,7 +1,7 @@
-"""Frame headers of JPEG streams inside one file: no decoding, two reads an image.
+"""Frame headers of JPEG streams inside a file, read without decoding.
 
-Marker layout: ITU-T T.81, annex B. Only what a beton's writer can produce is accepted: 8 bit, one or three components,
-baseline, extended or progressive Huffman frames, from SOI to EOI with nothing around them.
+Markers: ITU-T T.81, annex B. Only what a beton's writer can produce is accepted: 8 bit, one or
+three components, baseline, extended or progressive Huffman frames, from SOI to EOI.
 """
 
 from __future__ import annotations
@@ -11,11 +11,12 @@ import os
 import numpy as np
 from numpy.typing import NDArray
 
-# OpenCV puts the frame header at byte 158 of a colour image; 512 leaves room for other encoders and is one read.
+# OpenCV puts the frame header at byte 158 of a colour image; other encoders need more, 512 is one
+# read.
 WINDOW_BYTES = 512
 # A frame header needs 10 bytes of the window: marker, length, precision, height, width, components.
 FRAME_BYTES = 10
-# A frame header further back than this many reads is no picture that a writer made.
+# A frame header that needs more reads than this comes from no known writer.
 MAX_WINDOWS = 512
 SOI, EOI = b"\xff\xd8", b"\xff\xd9"
 # Baseline, extended and progressive Huffman frames.
@@ -25,17 +26,18 @@ SKIPPED = frozenset((0xC4, 0xDB, 0xDD, *range(0xE0, 0xF0), 0xFE))
 
 
 def frame_sizes(fd: int, starts: NDArray[np.int64], sizes: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Return widths and heights in pixels, from the frame headers of the streams at ``starts`` (N,), ``sizes`` (N,) bytes long.
+    """Return the widths and heights in pixels of the JPEG streams at ``starts`` (N,).
 
-    Where a stream is not a JPEG that can be decoded to RGB, both are 0.
+    ``sizes`` (N,) are the streams' bytes. Both results are 0 where a stream cannot be decoded to
+    RGB.
     """
     pairs = zip(starts.tolist(), sizes.tolist(), strict=True)
-    found = np.array([_frame_size(fd, start, size) for start, size in pairs], np.int64).reshape(-1, 2)
-    return found[:, 1], found[:, 0]
+    frames = np.array([_frame_size(fd, start, size) for start, size in pairs], np.int64).reshape(-1, 2)
+    return frames[:, 1], frames[:, 0]
 
 
 def _frame_size(fd: int, start: int, size: int) -> tuple[int, int]:
-    """Return height and width, or zeros: follow the segments of one stream up to its frame header."""
+    """Return height and width, or zeros: follow a stream's segments up to its frame header."""
     if size < 4 or os.pread(fd, 2, start + size - 2) != EOI or os.pread(fd, 2, start) != SOI:
         return 0, 0
     position = 2

@@ -1,8 +1,7 @@
-"""Write a beton file so that it always ends: whole under its name, or not there.
+"""The writer of beton files: a file appears under its name whole, or not at all.
 
-Processes of their own (``beton_worker``) read, check and encode the items and write each where it stays, since a decoder may
-hang, or end its process. The file grows under a temporary name; rows, checksums and the allocation table follow
-once all items are in it, then it is inspected, synced and given its name. The format is in ``beton_layout``.
+Separate processes (``beton_worker``) decode and write, since a decoder may hang or die. The file
+grows under a temporary name, is inspected and synced, then named. Format: ``beton``.
 """
 
 from __future__ import annotations
@@ -34,25 +33,25 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastbyol.data import manifest
-from fastbyol.data.beton_layout import DESCRIPTOR, HEADER, IMAGE, MIN_PAGE_BYTES, REGION, VERSION, BetonInfo, inspect
+from fastbyol.data.beton import DESCRIPTOR, HEADER, IMAGE, MIN_PAGE_BYTES, REGION, VERSION, BetonInfo, inspect
 from fastbyol.data.manifest import Manifest
 from fastbyol.errors import FastbyolError, UsageError, check_choice
 from fastbyol.files import refuse_special
 
 Mode = Literal["raw", "jpg"]
 Progress = Callable[[int, int], None]
-# Items that a worker takes at a time; a data set may work ahead in aligned blocks of this many.
+# Items per turn of a worker; a data set may work ahead in aligned blocks of this many.
 CHUNK_ITEMS = 64
 # FFCV's own default page.
 PAGE_BYTES = 1 << 23
-# Without an item begun for so long the writer is taken for stuck: a disk on the network may hiccup for minutes, and so long
-# may a busy machine keep a process of low priority waiting.
+# If no item is begun for this long, the writer counts as stuck: a network disk may hiccup for
+# minutes, and a busy machine may keep a process of low priority waiting as long.
 STALL_S = 300.0
-# Between two looks at how far the workers are.
+# Seconds between two checks of the workers' progress.
 POLL_S = 0.2
-# So much of the output's name goes into the temporary file's.
+# Bytes of the output's name in the temporary file's.
 MAX_NAME_BYTES = 120
-# What the workers say of each item, in memory that they share with the caller. ``state`` is 0 before an item is begun.
+# The workers' results, in memory shared with the caller. ``state`` is 0 before an item is begun.
 RESULT = np.dtype(
     {
         "names": ["state", "mode", "width", "height", "ptr", "size", "checksum", "label"],
@@ -60,15 +59,16 @@ RESULT = np.dtype(
     }
 )
 BEGUN, DONE = 1, 2
-# Fields by whether the items are labelled: name and FFCV's number of the type.
+# By whether items are labelled: each field's name and FFCV's number of its type.
 FIELDS = (((b"image", 2),), ((b"image", 2), (b"label", 1)))
 ROWS = (np.dtype([("image", IMAGE)], align=True), np.dtype([("image", IMAGE), ("label", "<i8")], align=True))
 
 
 class Items(Protocol):
-    """What can be written: picklable, so that it describes the images rather than holds them.
+    """A picklable data set, which describes its images instead of holding them.
 
-    An item is ``(image, label)`` or ``(image,)``: uint8 (H, W, 3), int. An optional ``name(index)`` serves messages.
+    An item is ``(image, label)`` or ``(image,)``: uint8 (H, W, 3), int. An optional method
+    ``name(index)`` returns a name for messages.
     """
 
     def __len__(self) -> int: ...
@@ -76,11 +76,11 @@ class Items(Protocol):
 
 
 class UnreadableItemError(Exception):
-    """Raised by a data set's ``__getitem__``: this item is damaged, look for more of the kind before giving up."""
+    """An error of a data set's ``__getitem__``: this item is damaged, others are still tried."""
 
 
 class UnreadableItemsError(UsageError):
-    """Nothing was written: ``items`` holds (index, reason) of every item that could not be read."""
+    """A refusal to write because of ``items``: (index, reason) of every unreadable item."""
 
     def __init__(self, message: str, items: tuple[tuple[int, str], ...]) -> None:
         super().__init__(message)
@@ -89,7 +89,7 @@ class UnreadableItemsError(UsageError):
 
 @dataclass(frozen=True)
 class Job:
-    """What the workers need to know. ``out`` and ``results`` are open files that they share."""
+    """The task that is handed to the workers, with the open files that they share."""
 
     items: Items
     labelled: bool
@@ -101,7 +101,7 @@ class Job:
     results: int
 
     def name(self, index: int) -> str:
-        """Name an item for a message."""
+        """Return an item's name for messages."""
         name = getattr(self.items, "name", None)
         return f"item {index} ({name(index)})" if name else f"item {index}"
 
@@ -118,16 +118,16 @@ def write(
     overwrite: bool = False,
     page_bytes: int = PAGE_BYTES,
     stop_at_unreadable: bool = False,
-    stall_s: float = STALL_S,
     note: Mapping[str, Any] | None = None,
 ) -> BetonInfo:
-    """Write ``dataset`` as fields ``image`` and, if ``labelled``, ``label``; item i becomes sample i.
+    """Write ``dataset`` as a beton with the fields ``image`` and, if ``labelled``, ``label``.
 
-    ``workers`` 0 takes the cores. ``progress(items begun, items)`` is called a few times a second. Raises UsageError for a
-    bad argument or item; UnreadableItemsError if items raised UnreadableItemError (all are tried, unless
-    ``stop_at_unreadable``); FastbyolError for a full disk, a dead worker or a stall. Nothing lies at
-    ``path`` before the whole file does, but for an instant on disks that know no links. ``note``, JSON values, says in the
-    file's manifest where the items came from.
+    Item i becomes sample i. ``workers`` is 0 for one a core; ``progress(items begun, items)`` is
+    called a few times a second; ``note``, JSON values, is stored in the manifest. ``path`` holds
+    nothing, or what it held, until the whole file is there (except for an instant on disks without
+    links). Raises UsageError for a bad argument or item, UnreadableItemsError after all items were
+    tried, or with ``stop_at_unreadable`` at the first, and FastbyolError for a full disk, a dead
+    worker or a stall.
     """
     path, num_items = followed(Path(path)), len(dataset)
     check_output(path, overwrite=overwrite)
@@ -146,7 +146,7 @@ def write(
                 shared.truncate(num_items * RESULT.itemsize)
             results = np.frombuffer(mmap.mmap(shared.fileno(), 0), RESULT)
             job = Job(dataset, labelled, mode, quality, workers, page_bytes, out, shared.fileno())
-            _run(job, results, progress, stop_at_unreadable, stall_s)
+            _run(job, results, progress, stop_at_unreadable)
             with _disk_errors():
                 _finish(out, results, labelled, page_bytes, note or {})
                 os.fsync(out)
@@ -159,7 +159,7 @@ def write(
 
 
 def followed(path: Path) -> Path:
-    """Return where ``path`` leads: what a link leads to is written, not the link."""
+    """Return the file that ``path`` links to, or ``path``: links themselves are never replaced."""
     try:
         return path.resolve() if path.is_symlink() else path
     except (OSError, RuntimeError):  # a link to itself
@@ -167,7 +167,7 @@ def followed(path: Path) -> Path:
 
 
 def check_output(path: Path, *, overwrite: bool) -> None:
-    """Raise UsageError unless a file can be made at ``path``: cheap, so ask before any work."""
+    """Raise UsageError unless a file can be made at ``path``, as a cheap check before any work."""
     folder = path.parent
     try:
         if path.exists():
@@ -192,7 +192,7 @@ def remove_leftovers(path: Path) -> None:
 
 
 def die_with(parent: int) -> None:
-    """Have the kernel kill this process when its parent dies, however that dies."""
+    """Have the kernel kill this process as soon as its parent dies."""
     pr_set_pdeathsig = 1
     ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
     if os.getppid() != parent:
@@ -200,8 +200,8 @@ def die_with(parent: int) -> None:
 
 
 def _temporary_prefix(path: Path) -> str:
-    # The machine's name, since a process number says nothing about another machine's on a shared disk.
-    # Names may have 255 bytes, and this one needs some more.
+    # A process number says nothing about another machine's on a shared disk, hence the machine's
+    # name. Names may have 255 bytes.
     name = os.fsdecode(os.fsencode(path.name)[:MAX_NAME_BYTES])
     return f".{name}.{platform.node()}-"
 
@@ -209,10 +209,8 @@ def _temporary_prefix(path: Path) -> str:
 def _alive(pid: int) -> bool:
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
+    except OSError as error:
+        return error.errno == errno.EPERM
     return True
 
 
@@ -233,7 +231,7 @@ def _data_start(num_items: int, labelled: bool, page_bytes: int) -> int:
     return -(-head // page_bytes) * page_bytes
 
 
-def _run(job: Job, results: NDArray[Any], progress: Progress | None, stop_at_unreadable: bool, stall_s: float) -> None:
+def _run(job: Job, results: NDArray[Any], progress: Progress | None, stop_at_unreadable: bool) -> None:
     """Have all items written and ``results`` filled in, or raise what went wrong."""
     unreadable: dict[int, str] = {}
     begun, moved, is_finished = 0, time.monotonic(), False
@@ -251,8 +249,8 @@ def _run(job: Job, results: NDArray[Any], progress: Progress | None, stop_at_unr
                 begun, moved = now, time.monotonic()
                 if progress is not None:
                     progress(begun, len(results))
-            elif time.monotonic() - moved > stall_s:
-                raise FastbyolError(f"no item was read for {stall_s:g} s; look at the disks and try again")
+            elif time.monotonic() - moved > STALL_S:
+                raise FastbyolError(f"no item was read for {STALL_S:g} s; look at the disks and try again")
     if unreadable:
         (first, reason), *_ = items = tuple(sorted(unreadable.items()))
         what = f"{len(items)} of {len(results)} items cannot be read; first, item {first}: {reason}"
@@ -261,7 +259,7 @@ def _run(job: Job, results: NDArray[Any], progress: Progress | None, stop_at_unr
 
 @contextlib.contextmanager
 def _workers(job: Job) -> Iterator[Connection]:
-    """Start the workers and yield where their reports arrive; afterwards none of them is alive."""
+    """Start the workers and yield the pipe of their reports; kill them all afterwards."""
     reports, end = multiprocessing.Pipe(duplex=False)
     with reports, _memory("job") as payload, _memory("errors") as errors, contextlib.ExitStack() as stack:
         with end, _disk_errors():
@@ -277,15 +275,16 @@ def _workers(job: Job) -> Iterator[Connection]:
 
 
 def _start(payload: IO[bytes], errors: IO[bytes], files: tuple[int, int, int]) -> subprocess.Popen[bytes]:
-    # Not multiprocessing's spawn, which imports the caller's main module again and needs its guard.
+    # multiprocessing's spawn would import the caller's main module again, which then needs a guard.
     program = "from fastbyol.data.beton_worker import main; main()"
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join(entry or str(Path.cwd()) for entry in sys.path),
-        # The workers are forked, which threads of numpy's and OpenMP's do not survive.
+        # The workers are forked, and the threads of numpy and OpenMP do not survive that.
         "OMP_NUM_THREADS": "1",
         "OPENBLAS_NUM_THREADS": "1",
         "MKL_NUM_THREADS": "1",
-        # glibc would map and unmap each image anew, and the kernel fill its pages with zeros: a fifth of a texture's time.
+        # glibc would map and unmap each image anew, and the kernel clear its pages: a fifth of a
+        # texture's time.
         "MALLOC_MMAP_THRESHOLD_": str(1 << 25),
         "MALLOC_TRIM_THRESHOLD_": str(1 << 30),
     }
@@ -301,19 +300,19 @@ def _start(payload: IO[bytes], errors: IO[bytes], files: tuple[int, int, int]) -
 
 
 def _kill_group(process: subprocess.Popen[bytes]) -> None:
-    # The process is not waited for before this, so its number and its group's still belong to it.
+    # Before ``wait`` the process keeps its number and its group's, so no other can be killed.
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 
 
 def _memory(name: str) -> IO[bytes]:
-    """Open a file in memory, which has no name on any disk that a killed process could leave behind."""
+    """Open a file in memory, of which a killed process leaves nothing on a disk."""
     return os.fdopen(os.memfd_create(name), "w+b")
 
 
 def _finish(out: int, results: NDArray[Any], labelled: bool, page_bytes: int, note: Mapping[str, Any]) -> None:
-    """Write all but the items: manifest and allocation table behind them, then header, descriptors and rows before them."""
+    """Write manifest and table behind the items, then header, descriptors and rows before them."""
     rows, regions = np.zeros(len(results), ROWS[labelled]), np.zeros(len(results), REGION)
     for name in IMAGE.names or ():
         rows["image"][name] = results[name]
@@ -324,7 +323,7 @@ def _finish(out: int, results: NDArray[Any], labelled: bool, page_bytes: int, no
     for descriptor, (field, kind) in zip(descriptors, FIELDS[labelled], strict=True):
         descriptor["type"] = kind
         descriptor["name"][: len(field)] = np.frombuffer(field, np.uint8)
-    # The workers have moved the position to the end of their last page.
+    # The workers left the position at the end of the last page.
     data_end = os.lseek(out, 0, os.SEEK_CUR)
     table_start = data_end + manifest.num_bytes(len(results), len(json.dumps(dict(note))), page_bytes)
     header = np.array([(VERSION, len(descriptors), page_bytes, len(results), table_start)], HEADER)
@@ -332,12 +331,12 @@ def _finish(out: int, results: NDArray[Any], labelled: bool, page_bytes: int, no
     structure = zlib.crc32(table, zlib.crc32(head))
     sealed = Manifest(table_start + len(table), structure, results["checksum"], note)
     write_at(out, sealed.pack(page_bytes) + table, data_end)
-    # Last, so that a file that was left half way has no allocation table and is refused.
+    # The head comes last: an unfinished file has no allocation table and is refused.
     write_at(out, head, 0)
 
 
 def write_at(fd: int, data: bytes | memoryview, offset: int) -> None:
-    """Write all of ``data``: a write on a full disk may end half way in silence."""
+    """Write all of ``data``, since a write on a full disk may stop half way without an error."""
     view = memoryview(data)
     while view:
         done = os.pwrite(fd, view, offset)
@@ -345,7 +344,7 @@ def write_at(fd: int, data: bytes | memoryview, offset: int) -> None:
 
 
 def disk_error(error: OSError) -> FastbyolError:
-    """Say what to do about an error in writing the file."""
+    """Return a FastbyolError with the disk's error and its remedy."""
     is_full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     remedy = "make room on that disk and try again" if is_full else "try again, with fewer workers if memory is short"
     return FastbyolError(f"{error.strerror}; {remedy}")
@@ -360,12 +359,12 @@ def _disk_errors() -> Iterator[None]:
 
 
 def _publish(temporary: Path, path: Path, *, overwrite: bool) -> None:
-    """Give the file, which is on the disk, its name there. Without ``overwrite`` nothing is ever replaced."""
+    """Give the synced file its name. Without ``overwrite`` nothing is ever replaced."""
     try:
         if overwrite:
             temporary.replace(path)
         else:
-            _place(temporary, path)
+            _link(temporary, path)
         folder = os.open(path.parent, os.O_RDONLY)
         try:
             os.fsync(folder)
@@ -377,14 +376,14 @@ def _publish(temporary: Path, path: Path, *, overwrite: bool) -> None:
         raise FastbyolError(f"{path}: cannot be put in place ({error.strerror}); look at its disk and try again") from None
 
 
-def _place(temporary: Path, path: Path) -> None:
-    """Give ``temporary`` a name that nothing has, in one step; FileExistsError otherwise. The caller removes the old name."""
+def _link(temporary: Path, path: Path) -> None:
+    """Give ``temporary`` an unused name in one step. Raises FileExistsError if it is in use."""
     try:
         path.hardlink_to(temporary)
         return
     except FileExistsError:
         raise
-    except OSError:  # a file system without links: an empty file keeps the name for us until the rename
+    except OSError:  # a file system without links: an empty file reserves the name until the rename
         path.touch(exist_ok=False)
     try:
         temporary.replace(path)

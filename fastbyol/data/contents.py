@@ -1,4 +1,4 @@
-"""What a beton holds, in two digests: equal where the same images and labels lie in another file, page layout or folder."""
+"""Two digests of a beton's content, which do not depend on its path or page layout."""
 
 from __future__ import annotations
 
@@ -9,20 +9,19 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from fastbyol.data import manifest
-from fastbyol.data.beton import BetonInfo
-from fastbyol.data.beton_layout import reopened
+from fastbyol.data.beton import BetonInfo, reopened
 
-# Of a file without checksums so many bytes of images are read: 5 s at the 0.45 GB/s measured on a core of a busy machine.
+# At most so many bytes of images are read: 5 s at 0.45 GB/s, measured on one busy core.
 READ_BYTES = 1 << 31
 
 
 class Contents(NamedTuple):
-    """How many samples a file holds, and BLAKE2b digests of its images and of its labels ("" where it has none), in order.
+    """The number of samples, and BLAKE2b digests of the images and of the labels ("" without any).
 
-    ``images`` is of every image's kind, size in pixels and in bytes, and of the CRC-32 of its bytes. A sealed file's
-    checksums are those of its manifest, so nothing of the images is read, and whoever decodes a sample proves it against the
-    same checksum. Of any other file at most ``READ_BYTES`` are read, in a file that has more those of every n-th image: there,
-    raw pixels of the others that change in place go unseen (a JPEG hardly ever keeps its number of bytes).
+    ``images`` covers the kind, the size in pixels and bytes and the CRC-32 of every image, in
+    order. A sealed file's checksums are read from its manifest, and decoding checks each sample
+    against them. In other files at most ``READ_BYTES`` are read, of every n-th image: raw pixels of
+    the others may change unnoticed (a JPEG hardly ever keeps its number of bytes).
     """
 
     samples: int
@@ -31,7 +30,7 @@ class Contents(NamedTuple):
 
     @staticmethod
     def of(info: BetonInfo) -> Contents:
-        """Return the contents of the file that ``info`` describes. Raises UsageError where it is no longer that file."""
+        """Return the contents of an inspected file. Raises UsageError if it has changed."""
         every, checksums = 1, info.manifest.checksums if info.manifest is not None else None
         if checksums is None:
             every = math.ceil(int(info.sizes.sum()) / READ_BYTES)
@@ -46,15 +45,15 @@ class Contents(NamedTuple):
         return Contents(info.num_samples, images.hexdigest(), labels)
 
     @staticmethod
-    def read(said: object) -> Contents | None:
-        """Return what ``_asdict`` gave, read back from JSON; None where it is something else."""
-        if not isinstance(said, Mapping) or said.keys() != set(Contents._fields):
+    def read(stored: object) -> Contents | None:
+        """Return the contents that ``_asdict`` stored as JSON, or None for any other value."""
+        if not isinstance(stored, Mapping) or stored.keys() != set(Contents._fields):
             return None
-        kept = Contents(**said)
-        return kept if isinstance(kept.samples, int) and all(isinstance(text, str) for text in kept[1:]) else None
+        contents = Contents(**stored)
+        return contents if isinstance(contents.samples, int) and all(isinstance(text, str) for text in contents[1:]) else None
 
     def change(self, now: Contents) -> str | None:
-        """Say in words what ``now`` has otherwise, None where nothing."""
+        """Describe how ``now`` differs, or return None if it is equal."""
         if self.samples != now.samples:
             return f"{self.samples} samples then, {now.samples} now"
         if self.images != now.images:

@@ -1,4 +1,4 @@
-"""Any source of images to a beton file."""
+"""Conversion of any source of images to a beton file."""
 
 from __future__ import annotations
 
@@ -12,28 +12,29 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastbyol.data import beton, beton_write, rgb, sources
-from fastbyol.data.beton_layout import MAX_SIDE, MIN_PAGE_BYTES
+from fastbyol.data.beton import MAX_SIDE, MIN_PAGE_BYTES
 from fastbyol.data.beton_write import Mode, Progress
 from fastbyol.data.rgb import Resize
 from fastbyol.data.source_arrays import Source
 from fastbyol.errors import FastbyolError, UsageError, check_choice, size_text
 
-# Unless somebody says otherwise: images of textures, and JPEG's quality.
+# Defaults: images of textures, and JPEG's quality.
 COUNT, QUALITY = 4096, 90
 # A file's first page and each worker's last are partly empty: small sets take the smallest page.
 SMALL_SET_BYTES = 1 << 28
-# The format keeps a page's size in 32 bits.
+# The format has 32 bits for a page's size.
 MAX_PAGE_BYTES = 1 << 31
-# So many names of each kind that is ignored are shown.
+# Ignored names shown of each kind.
 SHOWN_NAMES = 3
 
 
 @dataclass(frozen=True)
 class Report:
-    """What a conversion did.
+    """The outcome of a conversion.
 
-    ``skipped`` holds (name, reason) of every image that could not be read, ``ignored`` (name, kind) of whatever is no image;
-    ``notes`` says what was chosen where there was a choice. ``image_size`` is (height, width) in pixels where all share it.
+    ``skipped`` holds (name, reason) of every unreadable image and ``ignored`` (name, kind) of
+    everything that is no image. ``notes`` explain choices. ``image_size`` is (height, width) in
+    pixels if all images share it.
     """
 
     path: Path
@@ -49,7 +50,7 @@ class Report:
     num_bytes: int
 
     def in_words(self) -> Iterator[str]:
-        """Yield lines that account for everything that the source held; the last one sums it up."""
+        """Yield lines that account for everything in the source; the last one sums it up."""
         yield from (f"{self.kind}: {note}" for note in self.notes)
         yield from (f"skipped {name}: {reason}" for name, reason in self.skipped)
         for kind, names in self.ignored_by_kind().items():
@@ -61,7 +62,7 @@ class Report:
         yield f"{self.path}: {', '.join((images, classes if self.labelled else 'no labels', *left_out))}"
 
     def ignored_by_kind(self) -> dict[str, list[str]]:
-        """Return the names of what was ignored, by what it is, the commonest first."""
+        """Return the ignored names by kind, the commonest kind first."""
         by_kind: dict[str, list[str]] = {}
         for name, kind in self.ignored:
             by_kind.setdefault(kind, []).append(name)
@@ -70,7 +71,7 @@ class Report:
 
 @dataclass(frozen=True)
 class _Items:
-    """A source's chosen images at their final size, as ``beton.write`` takes them."""
+    """A source's chosen images at their final size, as ``beton_write.write`` reads them."""
 
     source: Source
     chosen: NDArray[np.int64]
@@ -84,7 +85,7 @@ class _Items:
         at = int(self.chosen[index])
         image = rgb.resized(self.source.image(at), self.resize, self.size)
         if max(image.shape) > MAX_SIDE:
-            raise beton.UnreadableItemError(f"{image.shape[1]} x {image.shape[0]} pixels, a side may have {MAX_SIDE}")
+            raise beton_write.UnreadableItemError(f"{image.shape[1]} x {image.shape[0]} pixels, a side may have {MAX_SIDE}")
         return (image,) if self.source.labels is None else (image, int(self.source.labels[at]))
 
     def name(self, index: int) -> str:
@@ -114,12 +115,14 @@ def convert(
     progress: Progress | None = None,
     overwrite: bool = False,
 ) -> Report:
-    """Write ``source`` (a path, or ``textures``) to the beton file ``out``, with fields ``image`` and, where known, ``label``.
+    """Write ``source``, a path or ``textures``, as the beton file ``out``.
 
-    ``size`` is a side in pixels. For ``textures`` it is the size that is made; elsewhere images are brought to it by
-    ``resize``: ``resize`` stretches, ``centre`` (the default with a size) scales the short side and takes the middle, ``none``
-    leaves them. Unreadable images are left out and reported, or with ``strict`` the first one is an error.
-    Raises UsageError for what the caller can correct, FastbyolError for a full disk or a failed writer.
+    The fields are ``image`` and, where there are labels, ``label``. ``size`` is a side in pixels:
+    textures are made at it, and other images are brought to it by ``resize``: "resize" stretches,
+    "centre" (the default with a size) scales the short side and cuts out the middle, "none" leaves
+    them. Unreadable images are left out and reported; with ``strict`` the first one is an error.
+    Raises UsageError for what the caller can correct, FastbyolError for a full disk or a failed
+    writer.
     """
     path = beton_write.followed(Path(out))
     beton_write.check_output(path, overwrite=overwrite)
@@ -131,7 +134,7 @@ def convert(
     skipped = list(opened.skipped)
 
     def write(items: _Items) -> beton.BetonInfo:
-        return beton.write(
+        return beton_write.write(
             path,
             items,
             labelled=opened.labelled,
@@ -147,7 +150,7 @@ def convert(
 
     try:
         info = write(items)
-    except beton.UnreadableItemsError as error:
+    except beton_write.UnreadableItemsError as error:
         damaged = [(items.name(index), reason) for index, reason in error.items]
         if strict:
             name, reason = damaged[0]
@@ -170,15 +173,16 @@ def convert(
 
 
 def _note(source: str, opened: Source, **options: int | None) -> dict[str, object]:
-    """Return what the manifest says of where the images came from."""
-    # Of folders' names, as UTF-8 whatever the system's encoding is: they are compared with those of other files.
+    """Return the manifest's note on the source of the images."""
+    # Class names may come from folders. They are compared with other files', so they are UTF-8
+    # whatever the system's encoding.
     names = [os.fsencode(name).decode("utf-8", "surrogateescape") for name in opened.class_names]
-    said = {"source": source, "kind": opened.kind, "split": opened.split, "class_names": names, **options}
-    return {key: value for key, value in said.items() if value is not None}
+    note = {"source": source, "kind": opened.kind, "split": opened.split, "class_names": names, **options}
+    return {key: value for key, value in note.items() if value is not None}
 
 
 def _refuse_idle(count: int, seed: int, quality: int, mode: Mode, *, made: bool) -> None:
-    """Raise UsageError for an option that was given and would change nothing."""
+    """Raise UsageError for an option that would change nothing."""
     idle = [("count", count != COUNT and not made, "textures"), ("seed", seed != 0 and not made, "textures")]
     idle.append(("quality", quality != QUALITY and 1 <= quality <= 100 and mode == "raw", "--mode jpg"))
     for name, is_idle, of in idle:
@@ -203,7 +207,7 @@ def _checked_resize(resize: Resize | None, size: int | None, *, made: bool) -> R
 
 
 def _without(source: str, items: _Items, damaged: tuple[tuple[int, str], ...]) -> _Items:
-    """Return the items again, less those that cannot be read."""
+    """Return the items without those that cannot be read."""
     chosen = np.delete(items.chosen, [index for index, _ in damaged])
     if not len(chosen):
         raise UsageError(f"{source}: none of {len(items)} images can be read, the first: {damaged[0][1]}; look at the files")
@@ -211,7 +215,7 @@ def _without(source: str, items: _Items, damaged: tuple[tuple[int, str], ...]) -
 
 
 def _page_bytes(path: Path, items: _Items, mode: Mode) -> int:
-    """Return the bytes of a page that holds the largest image; FastbyolError if the disk cannot hold them all."""
+    """Return the bytes of a page for the largest image. Raises FastbyolError for a full disk."""
     sizes = items.image_bytes()
     largest, total = int(sizes.max()), int(sizes.sum())
     free = shutil.disk_usage(path.parent).free

@@ -1,11 +1,4 @@
-"""The loop over a batch as FFCV's compiler makes it of FFCV's native decoders, without FFCV's Loader.
-
-FFCV 1.0.2's Loader drops the JPEG decoder's return code, so that damaged data trains without a word;
-overwrites a batch when the next is taken; where it crops, sets aside room for the largest image
-times five batches (46 GB for 12-megapixel pictures in batches of 256; here one picture a thread);
-compiles anew for every loader (0.5 s and more); and leaks a thread and that room when an epoch ends
-early. So the loop is ours, in the form that FFCV's compiler takes; what it calls is FFCV's.
-"""
+"""The loop over a batch by FFCV's compiler and native decoders, without FFCV's Loader."""
 
 from __future__ import annotations
 
@@ -25,19 +18,18 @@ _compiling = threading.Lock()
 
 @functools.cache
 def import_ffcv() -> Any:
-    """Import FFCV, slow and full of side effects, without these. Return numba.
+    """Import FFCV without its side effects and return numba.
 
-    Left to itself the import takes 2.4 s instead of 0.3 (it compiles a typed dict of two entries
-    that only Python reads), leaves torch and numba with one thread, and starts numba's pool of
-    threads, which nothing here uses: on a machine of one core a process that has forked since then
-    waits at its exit for ever for a thread of it.
+    A plain import takes 2.4 s instead of 0.3 (it compiles a typed dict of two entries that only
+    Python reads), leaves torch and numba with one thread, and starts numba's thread pool, which is
+    unused here. On one core, a process that forks after that never exits.
 
     Raises UsageError where FFCV, or the compiler that it needs, cannot be used.
     """
     other = "or take data.decoder = 'torchvision'"
     try:
         if importlib.util.find_spec("ffcv") is None:
-            # Before numba is imported for it, .14 s that a machine with a GPU need not spend.
+            # Asked before the import of numba, which takes .14 s.
             raise ModuleNotFoundError("No module named 'ffcv'")
         with left_as_found(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -50,7 +42,7 @@ def import_ffcv() -> Any:
                 import ffcv.loader
             finally:
                 numba.typed.Dict, numba.set_num_threads = typed_dict, set_num_threads
-            # For FFCV's own Loader, should anybody use it.
+            # FFCV's own Loader needs it.
             ffcv.pipeline.compiler.set_num_threads = set_num_threads
     except (ImportError, OSError, ValueError) as error:
         what = f"FFCV cannot be used ({one_line(error, None)})"
@@ -62,27 +54,28 @@ def import_ffcv() -> Any:
 
 @functools.cache
 def loop(crop: bool) -> Any:
-    """Compile the loop over images, with or without cropping them: a ``decoder.Loop``.
-
-    It stays for the process's life: compiling takes half a second.
-    """
+    """Compile the loop over images, a ``decoder.Loop``. It takes half a second, once a process."""
     import_ffcv()
     from ffcv.libffcv import imdecode, memcpy, resize_crop
     from ffcv.pipeline.compiler import Compiler
 
     with _compiling:
-        # What Compiler reads; its set_num_threads would set torch's too.
+        # Compiler reads this attribute; its set_num_threads would change torch's threads, too.
         Compiler.num_threads = 1
         calls = [Compiler.compile(call) for call in (imdecode, memcpy, resize_crop)]
         return Compiler.compile(_loop(crop, *calls))
 
 
+# FFCV 1.0.2's own Loader drops the JPEG decoder's return code, so that damaged data trains
+# unnoticed; overwrites a batch when the next is taken; for crops reserves five batches of the
+# largest image (46 GB for 12 megapixels in batches of 256; here one picture a thread); compiles for
+# every loader (0.5 s and more); and leaks a thread and that memory when an epoch ends early.
 def _loop(crop: bool, imdecode: Any, memcpy: Any, resize_crop: Any) -> Any:
-    def decode(images: Any, status: Any, data: Any, places: Any) -> None:
-        for row in range(len(places)):
-            place = places[row]
-            source, height, width = data[place.start : place.end], place.height, place.width
-            if not place.raw:
+    def decode(images: Any, status: Any, data: Any, regions: Any) -> None:
+        for row in range(len(regions)):
+            region = regions[row]
+            source, height, width = data[region.start : region.end], region.height, region.width
+            if not region.raw:
                 room = np.empty(height * width * 3, np.uint8) if crop else images[row].reshape(-1)
                 status[row] = imdecode(source, room, height, width, height, width, 0, 0, 1, 1, False, False)
                 source = room
@@ -90,7 +83,7 @@ def _loop(crop: bool, imdecode: Any, memcpy: Any, resize_crop: Any) -> Any:
                 side = min(height, width)
                 top, left = (height - side) // 2, (width - side) // 2
                 resize_crop(source.reshape(height, width, 3), top, top + side, left, left + side, images[row])
-            elif place.raw:
+            elif region.raw:
                 memcpy(source, images[row])
 
     return decode

@@ -1,7 +1,7 @@
 """The loop over a batch without FFCV: raw images by a copy, JPEG by torchvision, crops by OpenCV.
 
-Raw images, cropped or not, have the pixels that FFCV gives, to the bit. JPEG images have Pillow's,
-by libjpeg's exact transform; FFCV takes the fast one, whose pixels differ by up to 6 levels.
+Raw images have FFCV's pixels, cropped or not. JPEG images have Pillow's, by libjpeg's exact
+transform; FFCV uses the fast one, which differs by up to 6 levels.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ Image = NDArray[np.uint8]
 
 
 def loop(crop: bool, has_jpeg: bool) -> Any:
-    """Return the loop over images, with or without cropping them: a ``decoder.Loop``."""
+    """Return the loop over images, a ``decoder.Loop``, with or without cropping them."""
     shrink = _shrink() if crop else None
     if has_jpeg:
-        _decode_jpeg()  # here, so that no batch fails where it is missing
+        _decode_jpeg()  # fail now where it is missing, not in a batch
 
-    def decode(images: Image, status: NDArray[np.int32], data: Image, places: NDArray[Any]) -> None:
+    def decode(images: Image, status: NDArray[np.int32], data: Image, regions: NDArray[Any]) -> None:
         rows = images.reshape(len(images), -1)  # copying flat rows takes two thirds of the time
-        for row, (start, end, height, width, raw) in enumerate(places.tolist()):
+        for row, (start, end, height, width, raw) in enumerate(regions.tolist()):
             stored = data[start:end]
             image = stored.reshape(height, width, 3) if raw else _decoded(stored)
             if image is None or image.shape != (height, width, 3):
@@ -49,20 +49,20 @@ def loop(crop: bool, has_jpeg: bool) -> Any:
 
 
 def first_damaged(streams: Sequence[Image], threads: Executor) -> int | None:
-    """Return the index of the first JPEG stream that libjpeg finds damaged, None where all are whole.
+    """Return the index of the first JPEG stream that libjpeg finds damaged, or None.
 
-    Most damage in a picture's data is gray and a warning to libjpeg. FFCV's decoder returns that as
-    an error; torchvision leaves it to libjpeg, which writes a line to C's standard error.
+    To libjpeg most damage is a warning, and the rest of the picture gray. FFCV's decoder returns
+    warnings as errors; torchvision lets libjpeg write them to C's standard error.
     """
     with _c_stderr_bytes() as written:
-        decodable = list(threads.map(_can_decode, streams))  # to the last, so that none writes below
+        decodable = list(threads.map(_can_decode, streams))  # all: none may write below
         if all(decodable) and not written():
             return None
         for index, stream in enumerate(streams):
             before = written()
             if not _can_decode(stream) or written() != before:
                 return index
-    return None  # what was written was another library's
+    return None  # another library wrote the line
 
 
 def _can_decode(stream: Image) -> bool:
@@ -70,10 +70,10 @@ def _can_decode(stream: Image) -> bool:
 
 
 def _decoded(stream: Image) -> Image | None:
-    """Decode a JPEG stream to (H, W, 3); None where that fails."""
+    """Decode a JPEG stream to (H, W, 3). Returns None if that fails."""
     decode_jpeg = _decode_jpeg()
     try:
-        planes = decode_jpeg(torch.from_numpy(stream.copy()))  # torch warns of memory that must not be written to
+        planes = decode_jpeg(torch.from_numpy(stream.copy()))  # torch warns of read-only memory
     except RuntimeError as error:
         if "DefaultCPUAllocator" in str(error):  # out of memory
             raise
@@ -87,7 +87,7 @@ def _decode_jpeg() -> Callable[[torch.Tensor], torch.Tensor]:
     with _needed("torchvision"):
         from torchvision.io import ImageReadMode
 
-        # The operator: its public name warns at every call, from 0.29 on, that TorchCodec takes over.
+        # The public name warns at every call, from 0.29 on, that TorchCodec takes over.
         return functools.partial(torch.ops.image.decode_jpeg, mode=ImageReadMode.RGB.value)
 
 
@@ -105,7 +105,7 @@ def _needed(name: str) -> Iterator[None]:
     try:
         with left_as_found():
             yield
-    except (ImportError, OSError, RuntimeError, AttributeError) as error:  # the last two: made for another torch
+    except (ImportError, OSError, RuntimeError, AttributeError) as error:  # or made for another torch
         raise UsageError(
             f"{name} cannot be used ({one_line(error)}), and images are decoded with it; `fastbyol doctor` says what to install"
         ) from error
@@ -113,9 +113,9 @@ def _needed(name: str) -> Iterator[None]:
 
 @contextmanager
 def _c_stderr_bytes() -> Iterator[Callable[[], int]]:
-    """Divert C's standard error into memory; yield what says how many bytes were written there.
+    """Divert C's standard error into memory; yield a function that counts its bytes.
 
-    One such block runs at a time. Python's own standard error goes on, and so does descriptor 2.
+    One such block runs at a time. Python's standard error and descriptor 2 are not diverted.
     """
     libc, stream, lock, _ = _diversion(os.getpid())
     with lock:
@@ -130,9 +130,9 @@ def _c_stderr_bytes() -> Iterator[Callable[[], int]]:
 
 @functools.cache
 def _diversion(process: int) -> tuple[Any, ctypes.c_void_p, threading.Lock, Any]:
-    """Return C's library, a stream into memory, and who may use it; a forked ``process`` has its own."""
+    """Return C's library, a stream into memory and its lock; a forked ``process`` has its own."""
     libc = ctypes.CDLL(None)
     libc.open_memstream.restype, libc.ftell.restype = ctypes.c_void_p, ctypes.c_long
-    room = (ctypes.c_void_p * 2)()  # for the stream to keep its buffer and size: it lives as long
-    size = ctypes.byref(room, ctypes.sizeof(ctypes.c_void_p))
-    return libc, ctypes.c_void_p(libc.open_memstream(room, size)), threading.Lock(), room
+    ends = (ctypes.c_void_p * 2)()  # the stream stores its buffer and size here as long as it lives
+    size = ctypes.byref(ends, ctypes.sizeof(ctypes.c_void_p))
+    return libc, ctypes.c_void_p(libc.open_memstream(ends, size)), threading.Lock(), ends

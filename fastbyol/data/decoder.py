@@ -1,12 +1,7 @@
-"""Decoded images of a beton by sample id, by FFCV's native decoders or without FFCV.
+"""Decoded images of a beton by sample id, by FFCV's native decoders or by torchvision.
 
-The two share all but the loop over a batch: ``decode_ffcv``, ``decode_torchvision``. Raw images have
-the same pixels by both, JPEG images have not.
-
-Where the file has a manifest, a sample's bytes are held against their checksum the first time they are decoded, so nothing is
-read twice and no wrong pixel is ever delivered. Without one, JPEG data must bring their tables (``jpeg_tables``). A file that
-does not fit into memory is not mapped either: a map of a file that is cut, or whose disk fails, kills the process. Its samples
-are read, a batch at a time.
+The loop over a batch is in ``decode_ffcv`` and ``decode_torchvision``; all else is shared. Both
+give the same pixels for raw images, but not for JPEG.
 """
 
 from __future__ import annotations
@@ -17,21 +12,20 @@ import weakref
 import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from types import TracebackType
 from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fastbyol.data import decode_ffcv, decode_torchvision
-from fastbyol.data.beton import BetonInfo
-from fastbyol.data.beton_layout import open_again, refuse_changed
+from fastbyol.data.beton import BetonInfo, open_beton, refuse_changed
 from fastbyol.data.jpeg_tables import brings_its_tables
 from fastbyol.errors import FastbyolError, UsageError, check_choice
 
-# Where one image's data lies in the file, bytes [start, end), and its size in pixels.
-PLACE = np.dtype([("start", "<i8"), ("end", "<i8"), ("height", "<i8"), ("width", "<i8"), ("raw", "<i8")])
-# Fills images (n, H, W, 3) and status (n,), not 0 where a JPEG is damaged, from data at places (n,).
+# An image's data in the file, bytes [start, end), and its size in pixels.
+REGION = np.dtype([("start", "<i8"), ("end", "<i8"), ("height", "<i8"), ("width", "<i8"), ("raw", "<i8")])
+# Fills images (n, H, W, 3), and status (n,) with 0 unless a JPEG is damaged, from data and regions
+# (n,).
 Loop = Callable[[NDArray[np.uint8], NDArray[np.int32], NDArray[np.uint8], NDArray[Any]], None]
 DecoderName = Literal["auto", "ffcv", "torchvision"]
 # Linux reads at most 2 GiB less a page at once.
@@ -39,9 +33,9 @@ READ_BYTES = 1 << 30
 
 
 def choose(decoder: str) -> str:
-    """Return what ``data.decoder`` means here: "auto" is "ffcv" where it can be used, else "torchvision".
+    """Return "ffcv" or "torchvision" for ``data.decoder``; "auto" is "ffcv" where it is usable.
 
-    Raises UsageError for "ffcv" where it cannot.
+    Raises UsageError for "ffcv" where it is not.
     """
     check_choice("data.decoder", decoder, get_args(DecoderName))
     if decoder == "torchvision":
@@ -56,7 +50,7 @@ def choose(decoder: str) -> str:
 
 
 def choose_again(before: str) -> str:
-    """Return ``before``, which ``choose`` returned, where it can be used here too, else "torchvision"."""
+    """Return ``before``, an earlier result of ``choose``, if it is usable, else "torchvision"."""
     try:
         return choose(before)
     except UsageError:
@@ -64,11 +58,12 @@ def choose_again(before: str) -> str:
 
 
 class Decoder:
-    """The images of a verified beton, all of one size: as stored, or where sizes differ the centre square scaled to ``size``.
+    """The images of a verified beton, all of one size.
 
-    ``in_memory`` reads the file at once, after which nothing that happens to it matters. Otherwise each call reads what it
-    decodes, and fails when the file is no longer the one verified. ``workers``: threads per call, 0 for one a core.
-    ``decoder``: as ``choose`` takes it.
+    If the file's sizes differ, the centre square of each image is scaled to ``size``. ``in_memory``
+    reads the file at once; after that it may change. Otherwise each call reads its samples, and
+    fails if the file has changed. ``workers`` is the number of threads a call, 0 for one a core.
+    ``decoder`` is a name for ``choose``.
     """
 
     def __init__(self, info: BetonInfo, *, size: int, workers: int, in_memory: bool, decoder: str = "auto") -> None:
@@ -81,51 +76,58 @@ class Decoder:
         self._loop: Loop = (
             decode_ffcv.loop(crop) if self.name == "ffcv" else decode_torchvision.loop(crop, has_jpeg=not info.raw.all())
         )
-        self._places = _places(info)
+        self._regions = _regions(info)
         self._unproved = np.full(info.num_samples, True) if info.manifest is not None else ~info.raw
-        self._fd = open_again(info)
+        self._fd = open_beton(info.path)
         self._release = weakref.finalize(self, os.close, self._fd)
         try:
-            self._bytes = _read_all(self._fd, info) if in_memory else None
+            self._bytes = np.empty(info.num_bytes, np.uint8) if in_memory else None
+            if self._bytes is not None:
+                _read(self._fd, self._bytes, 0, info)
+                self._bytes.flags.writeable = False
             self.check_unchanged()
         except BaseException:
             self.close()
             raise
 
     def decode(self, ids: NDArray[np.int64], images: NDArray[np.uint8]) -> None:
-        """Fill ``images`` (n, H, W, 3) with the samples ``ids`` (n,). Thread-safe; releases the interpreter's lock.
+        """Fill ``images`` (n, H, W, 3) with the samples ``ids`` (n,). Thread-safe, without the GIL.
 
-        Raises UsageError for bytes that are not those written (by the manifest), for JPEG data that its decoder finds damaged,
-        naming the sample, and for a file that changed; IndexError, ValueError for wrong arguments.
+        Raises UsageError for bytes that differ from the manifest's checksum, for damaged JPEG data
+        (naming the sample) and for a file that changed, IndexError and ValueError for wrong
+        arguments.
         """
         if images.shape != (len(ids), *self.shape) or not images.flags.c_contiguous:
             raise ValueError(f"{len(ids)} images of {self.shape} need one array of them, got {images.shape}")
         if len(ids) and (ids.min() < 0 or ids.max() >= self.info.num_samples):
             raise IndexError(f"{self.info.path}: sample ids must lie in [0, {self.info.num_samples})")
-        places = self._places[ids]
-        data = self._bytes if self._bytes is not None else self._gather(places)
-        self._prove(ids, data, places)
+        regions = self._regions[ids]
+        data = self._bytes if self._bytes is not None else self._gather(regions)
+        self._prove(ids, data, regions)
         status = np.zeros(len(ids), np.int32)
-        self._run(images, status, data, places)
+        self._run(images, status, data, regions)
         if status.any():
             raise self._refused(ids[np.flatnonzero(status)[0]], "are damaged")
 
-    def _run(self, images: NDArray[np.uint8], status: NDArray[np.int32], data: NDArray[np.uint8], places: NDArray[Any]) -> None:
-        """The native loop over the batch, a part of it in each thread."""
-        each = max(1, -(-len(places) // self.num_threads))
-        parts = [slice(at, at + each) for at in range(0, len(places), each)]
-        for part in [self._threads.submit(self._loop, images[p], status[p], data, places[p]) for p in parts]:
+    def _run(
+        self, images: NDArray[np.uint8], status: NDArray[np.int32], data: NDArray[np.uint8], regions: NDArray[Any]
+    ) -> None:
+        """Run the native loop over the batch, a part of it in each thread."""
+        each = max(1, -(-len(regions) // self.num_threads))
+        parts = [slice(at, at + each) for at in range(0, len(regions), each)]
+        for part in [self._threads.submit(self._loop, images[p], status[p], data, regions[p]) for p in parts]:
             part.result()
 
     @property
     def _threads(self) -> ThreadPoolExecutor:
         return _pool(os.getpid(), self.num_threads)
 
-    def _gather(self, places: NDArray[Any]) -> NDArray[np.uint8]:
-        """Read the regions of ``places`` one behind the other, and make ``places`` speak of them there."""
-        starts, sizes = places["start"].tolist(), (places["end"] - places["start"]).tolist()
+    def _gather(self, regions: NDArray[Any]) -> NDArray[np.uint8]:
+        """Read ``regions`` one behind the other, and set their offsets to those in the result."""
+        starts, sizes = regions["start"].tolist(), (regions["end"] - regions["start"]).tolist()
         for start, size in zip(starts, sizes, strict=True):
-            # All at once in the disk's queue, as readers side by side would put them there.
+            # Not mapped: a map of a file that is cut, or whose disk fails, kills the process. All
+            # reads enter the disk's queue at once, as those of parallel readers would.
             os.posix_fadvise(self._fd, start, size, os.POSIX_FADV_WILLNEED)
         data = np.empty(sum(sizes), np.uint8)
         at = 0
@@ -133,21 +135,21 @@ class Decoder:
             _read(self._fd, data[at : at + size], start, self.info)
             at += size
         self.check_unchanged()
-        places["end"] = np.cumsum(sizes)
-        places["start"] = places["end"] - sizes
+        regions["end"] = np.cumsum(sizes)
+        regions["start"] = regions["end"] - sizes
         data.flags.writeable = False
         return data
 
-    def _prove(self, ids: NDArray[np.int64], data: NDArray[np.uint8], places: NDArray[Any]) -> None:
-        """Raise UsageError where a sample's bytes have not the manifest's checksum; without one, where JPEG data lack a table.
+    def _prove(self, ids: NDArray[np.int64], data: NDArray[np.uint8], regions: NDArray[Any]) -> None:
+        """Raise UsageError if a new sample fails its checksum, or has none and lacks JPEG tables.
 
-        Each sample is looked at once.
+        Each sample is checked on its first use: nothing is read twice, no wrong pixel is delivered.
         """
         new = np.flatnonzero(self._unproved[ids])
         if not len(new):
             return
         checksums = None if self.info.manifest is None else self.info.manifest.checksums
-        for row, start, end in zip(new.tolist(), places["start"][new].tolist(), places["end"][new].tolist(), strict=True):
+        for row, start, end in zip(new.tolist(), regions["start"][new].tolist(), regions["end"][new].tolist(), strict=True):
             if checksums is None:
                 if not brings_its_tables(data[start:end].tobytes()):
                     raise self._refused(ids[row], "are damaged, or lack a table that they use")
@@ -158,7 +160,7 @@ class Decoder:
                     "written (`fastbyol data verify` lists all such); make the file again"
                 )
         if checksums is None and self.name == "torchvision":
-            streams = [data[start:end] for start, end in places[["start", "end"]][new].tolist()]
+            streams = [data[start:end] for start, end in regions[["start", "end"]][new].tolist()]
             damaged = decode_torchvision.first_damaged(streams, self._threads)
             if damaged is not None:
                 raise self._refused(ids[new[damaged]], "are damaged")
@@ -167,16 +169,12 @@ class Decoder:
     def _refused(self, sample: int, what: str) -> UsageError:
         return UsageError(f"{self.info.path}: the JPEG data of sample {sample} {what}; make the file again")
 
-    def labels(self) -> NDArray[np.int64] | None:
-        """(N,) in file order; None where the file has none."""
-        return self.info.labels
-
     def check_unchanged(self) -> None:
-        """Raise UsageError where the file was written to since it was verified."""
+        """Raise UsageError if the file was written to since it was verified."""
         refuse_changed(self._fd, self.info)
 
     def close(self) -> None:
-        """Let go of the file. Closing twice is fine, and a dropped decoder does it too."""
+        """Close the file. Closing twice is fine, and a dropped decoder closes itself."""
         self._release()
         self._fd = -1
         self._bytes = None
@@ -184,40 +182,34 @@ class Decoder:
     def __enter__(self) -> Decoder:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 
 @functools.cache
 def _pool(process: int, num_threads: int) -> ThreadPoolExecutor:
-    """Threads that decode for as long as ``process`` lives; a forked child, to which none come along, makes its own.
+    """Return the decoding threads of ``process``. A forked child has none and makes its own.
 
-    FFCV keeps two JPEG handles, 10 KB, for every thread that ever decoded: with a thread an epoch, or numba's, whose pool
-    changes its threads, memory grew by 10 to 20 MB in 600 short epochs. Numba's threads also die of fork and of each other.
+    FFCV keeps two JPEG handles, 10 KB, for every thread that ever decoded. With a thread an epoch,
+    or with numba's changing pool, memory grew by 10 to 20 MB in 600 short epochs. Numba's threads
+    also die of fork and of each other.
     """
     return ThreadPoolExecutor(num_threads, thread_name_prefix="decode")
 
 
-def _places(info: BetonInfo) -> NDArray[Any]:
-    places = np.empty(info.num_samples, PLACE)
-    places["start"], places["end"] = info.starts, info.starts + info.sizes
-    places["height"], places["width"], places["raw"] = info.heights, info.widths, info.raw
-    return places
+def _regions(info: BetonInfo) -> NDArray[Any]:
+    regions = np.empty(info.num_samples, REGION)
+    regions["start"], regions["end"] = info.starts, info.starts + info.sizes
+    regions["height"], regions["width"], regions["raw"] = info.heights, info.widths, info.raw
+    return regions
 
 
-def _read_all(fd: int, info: BetonInfo) -> NDArray[np.uint8]:
-    data = np.empty(info.num_bytes, np.uint8)
-    _read(fd, data, 0, info)
-    data.flags.writeable = False
-    return data
-
-
-def _read(fd: int, room: NDArray[np.uint8], offset: int, info: BetonInfo) -> None:
-    """Fill ``room`` with the file's bytes from ``offset``."""
+def _read(fd: int, target: NDArray[np.uint8], offset: int, info: BetonInfo) -> None:
+    """Fill ``target`` with the file's bytes from ``offset``."""
     done = 0
-    while done < room.nbytes:
+    while done < target.nbytes:
         try:
-            got = os.preadv(fd, [room[done : done + READ_BYTES].data], offset + done)
+            got = os.preadv(fd, [target[done : done + READ_BYTES].data], offset + done)
         except OSError as error:
             raise FastbyolError(
                 f"{info.path}, byte {offset + done}: cannot be read ({error.strerror}); look at its disk"

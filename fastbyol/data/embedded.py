@@ -1,10 +1,10 @@
-"""The built-in sets as beton files: made once, kept in the user's cache folder, found again by name."""
+"""The built-in sets as beton files, made once in the user's cache folder."""
 
 from __future__ import annotations
 
 import fcntl
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, Literal
@@ -16,43 +16,39 @@ from fastbyol.files import cache_folder
 
 TEXTURES, FASHION = "textures", "fashion-mnist"
 BUILT_IN = (TEXTURES, FASHION)
-Progress = Callable[[int, int], None]
 _log = logging.getLogger(__name__)
 
 
-def training_file(config: DataConfig, *, progress: Progress | None = None) -> Path:
-    """Return the file a run trains on; a built-in set is made where it is asked for."""
-    return _file(config.train, "train", config, progress)
+def training_file(config: DataConfig) -> Path:
+    """Return the file that a run trains on. A built-in set is made if it is missing."""
+    return _file(config.train, "train", config)
 
 
-def held_out_file(config: DataConfig, *, progress: Progress | None = None) -> Path | None:
-    """Return the file a run is scored on, or None.
+def held_out_file(config: DataConfig) -> Path | None:
+    """Return the file that a run is scored on, or None.
 
-    With a built-in training set and no test file of one's own, it is that set's held-out part.
+    A built-in training set without a test file is scored on its own held-out part.
     """
     name = config.test or (config.train if config.train in BUILT_IN else None)
-    return None if name is None else _file(name, "test", config, progress)
+    return None if name is None else _file(name, "test", config)
 
 
-def _file(name: str, split: Literal["train", "test"], config: DataConfig, progress: Progress | None) -> Path:
+def _file(name: str, split: Literal["train", "test"], config: DataConfig) -> Path:
     if name == FASHION:
-        return _made(f"fashion-mnist-{split}-32px", progress, source=FASHION, split=split)
+        return _made(f"fashion-mnist-{split}-32px", source=FASHION, split=split)
     if name == TEXTURES:
         size = config.textures_size or 32
-        count, seed = (
-            (config.textures_count, config.textures_seed)
-            if split == "train"
-            else (config.textures_test_count, config.textures_seed + 1)
-        )
+        is_test = split == "test"
+        count, seed = config.textures_test_count if is_test else config.textures_count, config.textures_seed + is_test
         stem = f"textures-{count}-{size}px-seed{seed}"
-        return _made(stem, progress, source=TEXTURES, count=count, size=size, seed=seed)
+        return _made(stem, source=TEXTURES, count=count, size=size, seed=seed)
     return Path(name)
 
 
-def _made(stem: str, progress: Progress | None, *, source: str, **options: object) -> Path:
+def _made(stem: str, *, source: str, **options: object) -> Path:
     """Return the beton ``stem`` of the cache folder, written on the first call.
 
-    Of several processes that ask at once one writes it and the others wait: a file replaced under a reader is another file.
+    One process writes it while others wait: a file replaced under a reader counts as changed.
     """
     path = cache_folder() / f"{stem}.beton"
     if not path.exists():
@@ -65,16 +61,16 @@ def _made(stem: str, progress: Progress | None, *, source: str, **options: objec
             ) from None
         with _alone(lock):
             if not path.exists():
-                convert.convert(source, path, progress=progress, overwrite=True, **options)  # type: ignore[arg-type]
+                convert.convert(source, path, overwrite=True, **options)  # type: ignore[arg-type]
     beton.inspect(path)
     return path
 
 
 @contextmanager
 def _alone(lock: BinaryIO) -> Iterator[None]:
-    """Hold ``lock``, which the system lets go of when the process dies; where the disk knows no locks nothing is held.
+    """Hold the file ``lock``, if the disk has locks; the system releases it when the process dies.
 
-    The file stays: removing it would let two processes lock two files of one name.
+    The lock file stays: otherwise two processes could lock two files of one name.
     """
     with lock:
         try:

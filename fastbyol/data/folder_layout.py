@@ -1,8 +1,7 @@
-"""Which pictures of a folder are meant, and their labels: splits, folders of classes, annotations, or plain pictures.
+"""The layouts of picture folders: splits, folders of classes, annotations, or plain pictures.
 
-Layouts that are known: ``CLASS/...``, ``SPLIT/CLASS/...``, ``SPLIT/...`` and plain pictures, each also within folders that hold
-nothing else; below a class folders may go on (``CLASS/images/...``). Of one split, labels may stand in a file instead
-(tiny-imagenet's ``val/val_annotations.txt``). What could be read in two ways is refused.
+``CLASS/...``, ``SPLIT/CLASS/...``, ``SPLIT/...`` and plain pictures are recognised, also below
+folders that hold nothing else. Below a class any folders may follow. Ambiguity is refused.
 """
 
 from __future__ import annotations
@@ -10,41 +9,26 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
-from fastbyol.data import splits
-from fastbyol.data.folder_walk import HIDDEN, Found
-from fastbyol.data.source_arrays import NamesAndReasons, listed
+import numpy as np
+
+from fastbyol.data import rgb, splits
+from fastbyol.data.folder_walk import HIDDEN, Listing
+from fastbyol.data.source_arrays import Images, Source, listed
 from fastbyol.errors import UsageError
 from fastbyol.files import open_regular
 
-# A single folder of such a name is no class.
+# A single folder of one of these names is no class.
 _CONTAINERS = frozenset(("all", "data", "image", "images", "img", "imgs", "jpegimages", "jpegs", "photos", "pictures", "raw"))
 _ANNOTATIONS = "annotations.txt"
 _MAX_ANNOTATION_BYTES = 1 << 28
 
 
 @dataclass(frozen=True)
-class Layout:
-    """The pictures ``files``, relative to the source's folder, with ``labels`` into ``class_names``, or None for none.
-
-    ``skipped`` and ``ignored`` hold (name, reason) of what is left out, ``notes`` what a reader should know of the choice.
-    """
-
-    kind: str
-    split: str | None
-    files: tuple[str, ...]
-    labels: tuple[int, ...] | None
-    class_names: tuple[str, ...]
-    skipped: NamesAndReasons
-    ignored: NamesAndReasons
-    notes: tuple[str, ...]
-
-
-@dataclass(frozen=True)
 class _Tree:
-    """The pictures below one folder: those right in it, and the others by its subfolders; names are relative to it."""
+    """The pictures in one folder and, by name, its subfolders with pictures; names are relative."""
 
     direct: tuple[str, ...]
     nested: dict[str, _Tree]
@@ -67,7 +51,7 @@ class _Tree:
             yield from (f"{first}/{name}" for name in tree.names())
 
     def at(self, folder: str) -> _Tree:
-        """Return the tree below ``folder``, a path relative to this one; empty where no picture lies there."""
+        """Return the tree below ``folder``, a relative path; empty where it has no pictures."""
         tree = self
         for part in filter(None, folder.split("/")):
             tree = tree.nested.get(part, _EMPTY)
@@ -75,7 +59,7 @@ class _Tree:
 
     @property
     def is_plain(self) -> bool:
-        """Tell whether no folder here is a class: pictures only, or one folder of pictures whose name says nothing."""
+        """True if no folder here is a class: pictures only, or one folder of a container's name."""
         if not self.nested:
             return True
         (name, inner), *others = self.nested.items()
@@ -85,24 +69,25 @@ class _Tree:
 _EMPTY = _Tree((), {})
 
 
-def lay_out(path: Path, found: Found, *, kind: str | None, split: str | None) -> Layout:
-    """Tell which pictures that were ``found`` in ``path`` are meant. ``kind`` None chooses classes or folder by what is there.
+def lay_out(path: Path, listing: Listing, *, kind: str | None, split: str | None) -> Source:
+    """Return the pictures of ``listing``, the content of ``path``, and their labels, all unread.
 
-    Raises UsageError: no pictures, a split that is not there, or a layout that has two readings.
+    ``kind`` None chooses classes or folder by the layout. Raises UsageError if there are no
+    pictures, if the split is missing, or if the layout is ambiguous.
     """
-    tree = _Tree.of(found.pictures)
-    if not found.pictures:
+    tree = _Tree.of(listing.pictures)
+    if not listing.pictures:
         raise UsageError(
-            f"{path}: no pictures in it{_what_lies(found)}; give a folder of images, of class folders, STL-10's or CIFAR's"
+            f"{path}: no pictures in it{_what_lies(listing)}; give a folder of images, of class folders, STL-10's or CIFAR's"
         )
     start = _within(tree, kind)
     parts = _parts(tree.at(start))
-    chosen = _chosen(path, start, tree, parts, found, kind, split)
+    chosen = _chosen(path, start, tree, parts, listing, kind, split)
     inside = _join(start, chosen)
     if chosen or kind is None:
         inside = _join(inside, _within(tree.at(inside), kind, in_split=bool(chosen)))
     here = tree.at(inside)
-    annotated = cache(lambda folder: _annotated(path, folder, tree.at(folder), found))  # each file is read once
+    annotated = cache(lambda folder: _annotated(path, folder, tree.at(folder), listing))  # read once
     names = {name for part in parts for name in _classes(_join(start, part), tree, annotated, None)} if chosen else set()
     names |= _classes(inside, tree, annotated, kind)
     if kind is None and here.direct and here.nested:
@@ -112,40 +97,53 @@ def lay_out(path: Path, found: Found, *, kind: str | None, split: str | None) ->
     if chosen and kind is None and (within := [name for name in here.nested if splits.canonical(name) not in (None, "train")]):
         raise UsageError(f"{path / inside}: {listed(within)} look like splits within a split; give the folder of one of them")
     untaken = [part for part in parts if chosen and part != chosen.split("/")[0]]
-    skipped, ignored = _left_out(found, tree, [_join(start, part) for part in untaken])
-    annotations = annotated(inside) if kind != "folder" and here.is_plain else None
-    if annotations is not None:
-        file, said = annotations
-        ignored = [row for row in ignored if row[0] != file]
-        rows = [(name, said.get(Path(name).name)) for name in sorted(here.names())]
-        skipped += [(_join(inside, name), "not named in the annotations") for name, of in rows if of is None]
-        labelled = [(name, of) for name, of in rows if of is not None]
-    elif kind == "folder" or (kind is None and here.is_plain):
-        labelled = [(name, "") for name in sorted(here.names())]
-        names = set()
-    elif here.nested:
-        ignored += [(_join(inside, name), "pictures beside the class folders") for name in here.direct]
-        labelled = [(f"{of}/{name}", of) for of in sorted(here.nested) for name in sorted(here.nested[of].names())]
-    else:
-        raise UsageError(f"{path / inside}: no class folders with pictures in it; say --kind folder, or give what holds them")
-    class_names = tuple(sorted(names))
+    skipped, ignored = _left_out(listing, tree, [_join(start, part) for part in untaken])
+    file, classes = (annotated(inside) if kind != "folder" and here.is_plain else None) or ("", None)
+    labelled, unlabelled, beside = _labelled(path, inside, here, classes, kind)
+    class_names = tuple(sorted(names)) if any(of for _, of in labelled) else ()
     numbers = {name: number for number, name in enumerate(class_names)}
-    return Layout(
-        kind="classes" if names else "folder",
+    files = tuple(_join(inside, name) for name, _ in labelled)
+    return Source(
+        kind="classes" if class_names else "folder",
         split=chosen or None,
-        files=tuple(_join(inside, name) for name, _ in labelled),
-        labels=tuple(numbers[of] for _, of in labelled) if names else None,
         class_names=class_names,
-        skipped=tuple(skipped),
-        ignored=tuple(ignored),
+        labels=np.array([numbers[of] for _, of in labelled], np.int64) if class_names else None,
+        num_images=len(files),
+        num_bytes=0,
+        image=partial(picture, path, files),
+        names=files,
+        skipped=(*skipped, *unlabelled),
+        ignored=(*(row for row in ignored if row[0] != file), *beside),
         notes=_notes(chosen, parts, inside),
     )
 
 
-def _within(tree: _Tree, kind: str | None, *, in_split: bool = False) -> str:
-    """Return the folder, relative, that holds all the rest of ``tree`` and is no class itself; empty where there is none.
+def picture(root: Path, files: Sequence[str], index: int) -> Images:
+    """Read picture ``index`` of ``files``."""
+    return rgb.read(root / files[index])
 
-    ``in_split``: ``tree`` is a split, within which a folder of such a name is none (``seg_train/seg_train/CLASS``).
+
+def _labelled(
+    path: Path, inside: str, here: _Tree, annotated: dict[str, str] | None, kind: str | None
+) -> tuple[list[tuple[str, str]], list[tuple[str, str]], list[tuple[str, str]]]:
+    """Return (picture, class or "") in ``here``, and what is skipped and ignored there."""
+    if annotated is not None:
+        rows = [(name, annotated.get(Path(name).name)) for name in sorted(here.names())]
+        skipped = [(_join(inside, name), "not named in the annotations") for name, of in rows if of is None]
+        return [(name, of) for name, of in rows if of is not None], skipped, []
+    if kind == "folder" or (kind is None and here.is_plain):
+        return [(name, "") for name in sorted(here.names())], [], []
+    if not here.nested:
+        raise UsageError(f"{path / inside}: no class folders with pictures in it; say --kind folder, or give what holds them")
+    ignored = [(_join(inside, name), "pictures beside the class folders") for name in here.direct]
+    return [(f"{of}/{name}", of) for of in sorted(here.nested) for name in sorted(here.nested[of].names())], [], ignored
+
+
+def _within(tree: _Tree, kind: str | None, *, in_split: bool = False) -> str:
+    """Return the relative folder that holds all of ``tree`` and is no class; empty without one.
+
+    With ``in_split``, ``tree`` is a split: a folder of that name inside it is none
+    (``seg_train/seg_train/CLASS``).
     """
     folder, named, here = "", "", tree
     while kind is None and len(here.nested) == 1 and not here.direct:
@@ -161,26 +159,26 @@ def _within(tree: _Tree, kind: str | None, *, in_split: bool = False) -> str:
 
 
 def _parts(tree: _Tree) -> dict[str, str]:
-    """Return the subfolders that are splits by their names, train first, and which of ``splits.NAMES`` each is."""
+    """Map the subfolders that are splits to their names in ``splits.NAMES``, train first."""
     named = [(splits.NAMES.index(of), name) for name in tree.nested if (of := splits.canonical(name)) is not None]
     return {name: splits.NAMES[rank] for rank, name in sorted(named)}
 
 
 def _chosen(
-    path: Path, start: str, tree: _Tree, parts: dict[str, str], found: Found, kind: str | None, split: str | None
+    path: Path, start: str, tree: _Tree, parts: dict[str, str], listing: Listing, kind: str | None, split: str | None
 ) -> str:
     """Return the split's folder, relative to ``start``; empty where there are no splits."""
     here = tree.at(start)
     others = [name for name in here.nested if name not in parts]
     if split is not None:
-        if _join(start, split) in found.folders:
+        if _join(start, split) in listing.folders:
             return split
         named = [name for name, of in parts.items() if of == (splits.canonical(split) or split)]
         if len(named) > 1:
             raise UsageError(f"{path}: {listed(named)} are all spelled like {split!r}; give one of these names with --split")
         if not named:
-            known = listed([*parts, *others])
-            raise UsageError(f"{path}: no subfolder {split!r} to take as split; its subfolders are {known}")
+            subfolders = listed([*parts, *others])
+            raise UsageError(f"{path}: no subfolder {split!r} to take as split; its subfolders are {subfolders}")
         return named[0]
     if parts and not others and not here.direct:
         first, *more = parts
@@ -188,9 +186,14 @@ def _chosen(
             alike = listed(name for name, of in parts.items() if of == parts[first])
             raise UsageError(f"{path}: {alike} are all the split {parts[first]}; name one with --split")
         return first
-    if kind is not None:
-        return ""
-    # A class may be called train; val, test and the like are no classes, nor are several splits.
+    if kind is None:
+        _refuse_ambiguous(path, start, here, parts, others)
+    return ""
+
+
+def _refuse_ambiguous(path: Path, start: str, here: _Tree, parts: dict[str, str], others: list[str]) -> None:
+    """Raise UsageError if the subfolders ``parts`` and ``others`` may be more than classes."""
+    # A class may be called train, but not val or test, and several splits are no classes.
     if any(of != "train" or here.nested[name].nested for name, of in parts.items()):
         beside = listed(others) if others else "pictures"
         raise UsageError(
@@ -209,11 +212,13 @@ def _chosen(
             f"{path}: {vague[0]} is no class by its name, beside {beside}: give {path / start / vague[0]}, or take every "
             "folder as a class with --kind classes"
         )
-    return ""
 
 
 def _hidden(tree: _Tree) -> list[str]:
-    """Name the folders below the subfolders, where none of these holds pictures and one has several folders of them."""
+    """Name the folders that may be the classes instead of the subfolders that hold them.
+
+    These subfolders have no pictures of their own, and one of them has several folders.
+    """
     inner = [one.at(_within(one, None)) for one in tree.nested.values()]
     if tree.direct or len(inner) < 2 or any(one.direct for one in tree.nested.values()):
         return []
@@ -231,9 +236,9 @@ def _classes(
     return set(here.nested) if not here.is_plain or kind == "classes" else set()
 
 
-def _annotated(path: Path, folder: str, tree: _Tree, found: Found) -> tuple[str, dict[str, str]] | None:
-    """Read the annotations in ``folder``: their file, and each picture's class by its name; None where there are none."""
-    names = [name for name, kind in found.ignored if kind != HIDDEN and name.rpartition("/")[0] == folder]
+def _annotated(path: Path, folder: str, tree: _Tree, listing: Listing) -> tuple[str, dict[str, str]] | None:
+    """Read the annotations file in ``folder``: its name, and classes by picture, or None."""
+    names = [name for name, kind in listing.ignored if kind != HIDDEN and name.rpartition("/")[0] == folder]
     file = next((name for name in names if name.lower().endswith(_ANNOTATIONS)), None)
     if file is None:
         return None
@@ -241,18 +246,18 @@ def _annotated(path: Path, folder: str, tree: _Tree, found: Found) -> tuple[str,
         text = opened.read(_MAX_ANNOTATION_BYTES).decode("utf-8-sig", "replace")
     rows = [line.split("\t") for line in text.splitlines()]
     pairs = {(row[0], row[1].strip()) for row in rows if len(row) >= 2 and row[1].strip()}
-    said = dict(pairs)
-    if len(said) < len(pairs):
-        twice = next(picture for picture, of in pairs if said[picture] != of)
+    classes = dict(pairs)
+    if len(classes) < len(pairs):
+        twice = next(picture for picture, of in pairs if classes[picture] != of)
         raise UsageError(f"{path / file}: gives {twice} several classes; leave one")
-    return (file, said) if any(Path(picture).name in said for picture in tree.names()) else None
+    return (file, classes) if any(Path(picture).name in classes for picture in tree.names()) else None
 
 
-def _left_out(found: Found, tree: _Tree, others: Sequence[str]) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
-    """Return what was skipped and ignored, but for what lies in the splits that are not taken."""
+def _left_out(listing: Listing, tree: _Tree, others: Sequence[str]) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
+    """Return what was skipped and ignored outside the splits ``others``."""
     away = tuple(f"{other}/" for other in others)
-    skipped, ignored = ([row for row in rows if not row[0].startswith(away)] for rows in (found.skipped, found.ignored))
-    empty = [name for name in found.folders if not f"{name}/".startswith(away) and tree.at(name) is _EMPTY]
+    skipped, ignored = ([row for row in rows if not row[0].startswith(away)] for rows in (listing.skipped, listing.ignored))
+    empty = [name for name in listing.folders if not f"{name}/".startswith(away) and tree.at(name) is _EMPTY]
     return skipped, ignored + [(f"{name}/", "folders without pictures") for name in empty]
 
 
@@ -262,8 +267,8 @@ def _notes(chosen: str, parts: Iterable[str], inside: str) -> tuple[str, ...]:
     return (*split, *([f"taken from {inside}/, which holds all the rest"] if inside != chosen and inside else []))
 
 
-def _what_lies(found: Found) -> str:
-    kinds = Counter(reason for _, reason in (*found.ignored, *found.skipped))
+def _what_lies(listing: Listing) -> str:
+    kinds = Counter(reason for _, reason in (*listing.ignored, *listing.skipped))
     return f" but {', '.join(f'{count} {kind}' for kind, count in kinds.most_common(4))}" if kinds else ""
 
 

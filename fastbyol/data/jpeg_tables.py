@@ -1,8 +1,6 @@
-"""Whether a JPEG stream brings the tables that it is decoded with, so that its pixels depend on its own bytes alone.
+"""A check that a JPEG stream defines the tables that it uses.
 
-A decoder keeps the tables of the image before: T.81 has it so for abbreviated streams (B.5), and FFCV's decoders live as long
-as their threads. An image that lacks a table would be decoded with another image's, differently each time, without a word.
-Marker layout: ITU-T T.81, annex B. What needs which table: F.2 (sequential) and G.2 (progressive).
+Markers: ITU-T T.81, annex B. Which scan needs which table: F.2 (sequential), G.2 (progressive).
 """
 
 from __future__ import annotations
@@ -11,24 +9,27 @@ import re
 
 from fastbyol.data.beton_jpeg import FRAMES
 
-# What ends entropy-coded data: any marker but stuffed zeros, restarts and fill bytes.
+# Any marker ends entropy-coded data, but for stuffed zeros, restarts and fill bytes.
 _MARKER = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")
-# Of beton_jpeg's frames, the one that is progressive.
+# The progressive one of beton_jpeg's frames.
 _SOF2 = 0xC2
 _DHT, _EOI, _SOS, _DQT = 0xC4, 0xD9, 0xDA, 0xDB
 
 
 def brings_its_tables(stream: bytes) -> bool:
-    """Tell whether every quantisation and Huffman table is defined before a scan uses it; false for what cannot be followed.
+    """Return whether ``stream`` (SOI to EOI) defines every table before a scan uses it.
 
-    ``stream``: from SOI to EOI. It is not decoded: a true answer says nothing of the picture's data.
+    Decoders keep the tables of the last image: T.81 wants that for abbreviated streams (B.5), and
+    FFCV's decoders live as long as their threads. So a stream without a table would be decoded with
+    another image's. The result is False for a stream that cannot be followed. The picture's data
+    are not decoded.
     """
     tables: dict[int, set[int]] = {_DQT: set(), _DHT: set()}
     components: dict[int, int] = {}  # quantisation table by component identifier
     progressive, at = False, 2
     try:
         while stream[at + 1] != _EOI:
-            if stream[at + 1] == 0xFF:  # any number of fill bytes may stand before a marker (B.1.1.2)
+            if stream[at + 1] == 0xFF:  # fill bytes before a marker (B.1.1.2)
                 at += 1
                 continue
             marker, length = stream[at + 1], stream[at + 2] << 8 | stream[at + 3]
@@ -49,22 +50,22 @@ def brings_its_tables(stream: bytes) -> bool:
                     return False
                 if not progressive and body[0] == len(components):
                     break  # the only scan that a decoder needs
-                found = _MARKER.search(stream, at)
-                if found is None:
+                marked = _MARKER.search(stream, at)
+                if marked is None:
                     return False
-                at = found.start()
+                at = marked.start()
     except (IndexError, KeyError):
         return False
     return bool(components)
 
 
 def _table_numbers(marker: int, body: bytes) -> set[int]:
-    """Return the numbers of the tables in a segment; of Huffman's, class << 4 | number, class 0 for DC and 1 for AC."""
+    """Return the numbers of a segment's tables; Huffman's are class << 4 | number, 0 DC, 1 AC."""
     numbers, at = set(), 0
     while at < len(body):
         if marker == _DQT:  # precision and number, then 64 values of one byte or two (B.2.4.1)
             number, size = body[at] & 15, 128 if body[at] >> 4 else 64
-        else:  # class and number, how many codes of each of 16 lengths, then a value for each (B.2.4.2)
+        else:  # class and number, 16 counts of codes, a value for each code (B.2.4.2)
             number, size = body[at], 16 + sum(body[at + 1 : at + 17])
         numbers.add(number)
         at += 1 + size
@@ -72,7 +73,7 @@ def _table_numbers(marker: int, body: bytes) -> set[int]:
 
 
 def _uses(scan: bytes, progressive: bool) -> list[tuple[int, set[int]]]:
-    """Return each component of a scan, and the Huffman tables that it is decoded with there."""
+    """Return each component of a scan with the Huffman tables that decode it there."""
     count = scan[0]
     first, before = scan[1 + 2 * count], scan[3 + 2 * count] >> 4
     needs_dc, needs_ac = not progressive or first == before == 0, not progressive or first > 0

@@ -1,13 +1,11 @@
-"""Batches of decoded images in the order of our permutation, from the device's memory where the set fits, else streamed."""
+"""Batches of decoded images in permuted order, from the device's memory or streamed."""
 
 from __future__ import annotations
 
 import os
 import weakref
-from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterator
 from pathlib import Path
-from types import TracebackType
 from typing import Literal, NamedTuple, get_args
 
 import numpy as np
@@ -19,33 +17,35 @@ from fastbyol.data.beton import BetonInfo
 from fastbyol.data.decoder import Decoder
 from fastbyol.data.memory import available_bytes
 from fastbyol.data.order import permutation, subset
-from fastbyol.data.prefetch import STALL_S, prefetch
+from fastbyol.data.prefetch import prefetch
 from fastbyol.errors import UsageError, check_choice, size_text
 
 Cache = Literal["auto", "device", "none"]
 Labels = Literal["unused", "optional", "needed"]
 
-# Of what a device has free: "auto" leaves most of it to training, "device" was asked for by name.
+# Shares of a device's free memory: "auto" leaves most of it to training, "device" is an explicit
+# wish.
 AUTO_SHARE = 0.4
 DEVICE_SHARE = 0.9
-# Images per call where a whole set is decoded: enough to occupy every core, short enough to stay interruptible.
+# Images a call while decoding a whole set: enough for every core, and still interruptible.
 CHUNK = 1024
 CPU = torch.device("cpu")
-# A forked child inherits OpenMP's pool without its threads, and would wait for them for ever; one thread needs no pool.
+# A forked child inherits OpenMP's pool without its threads and would wait for them for ever; with
+# one thread it needs no pool.
 os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))
 
 
 class Batch(NamedTuple):
-    """uint8 (B, H, W, 3) images and int64 (B,) sample ids (the index in the file), both on the loader's device."""
+    """uint8 (B, H, W, 3) images and int64 (B,) sample ids, which are indices in the file."""
 
     images: Tensor
     ids: Tensor
 
 
 class Images(NamedTuple):
-    """A file's images in file order: uint8 (N, H, W, 3) and int64 (N,) or None, on the CPU.
+    """A file's images in its order, uint8 (N, H, W, 3), and labels, int64 (N,) or None, on the cpu.
 
-    ``class_names`` are those of labels 0, 1 and so on, empty where the file does not say.
+    ``class_names`` are the names of labels 0, 1 and so on, empty where the file has none.
     """
 
     images: Tensor
@@ -53,84 +53,58 @@ class Images(NamedTuple):
     class_names: tuple[str, ...] = ()
 
 
-class Loader(ABC):
-    """Whole batches of one file. A batch is the caller's: nothing writes to it again.
+class Loader:
+    """The batches of one file, gathered from the decoded set on the device or streamed.
 
-    Batch ``k`` of an epoch holds the samples ``permutation(...)[k * B : (k + 1) * B]``, however it gets to the device; where
-    only ``chosen`` of them, int64 (N,), are trained on, those in the places that the permutation gives.
+    Batch ``k`` of an epoch holds the samples ``permutation(...)[k * B : (k + 1) * B]``, or with
+    ``chosen`` ids, int64 (N,), those at these indices of ``chosen``. A batch is never written to
+    again. A ``resident`` loader needs no file and no thread once it is open; a streaming one
+    decodes a few batches ahead in one thread.
     """
 
-    def __init__(self, info: BetonInfo, chosen: Tensor | None, *, batch_size: int, seed: int, device: torch.device) -> None:
-        self.num_samples = info.num_samples if chosen is None else len(chosen)
+    def __init__(
+        self, decoder: Decoder, chosen: Tensor | None, *, batch_size: int, seed: int, device: torch.device, resident: bool
+    ) -> None:
+        self.num_samples = decoder.info.num_samples if chosen is None else len(chosen)
         self.steps_per_epoch = self.num_samples // batch_size
-        self._chosen = chosen
+        self._decoder, self._chosen = decoder, chosen
         self._batch_size, self._seed, self._device = batch_size, seed, device
         self._running: weakref.WeakSet[Generator[Batch]] = weakref.WeakSet()
-        self._closed = False
+        self._closed, self._images = False, None
+        if resident:
+            with decoder:
+                self._images = _decode(decoder, chosen, device)
+
+    @property
+    def resident(self) -> bool:
+        """True if the decoded set is on the device."""
+        return self._images is not None
 
     def epoch(self, epoch: int, start_step: int = 0) -> Generator[Batch]:
-        """The batches of ``epoch`` from ``start_step`` on, where an interrupted run goes on."""
+        """Return the batches of ``epoch`` from ``start_step`` on, where a run resumes."""
         if self._closed:
             raise ValueError("the loader is closed")
         if not 0 <= start_step <= self.steps_per_epoch:
             raise ValueError(f"start_step {start_step} is not in [0, {self.steps_per_epoch}]")
-        places = permutation(self.num_samples, seed=self._seed, epoch=epoch)
-        steps = places[: self.steps_per_epoch * self._batch_size].view(self.steps_per_epoch, self._batch_size)[start_step:]
-        batches = self._batches(steps)
+        order = permutation(self.num_samples, seed=self._seed, epoch=epoch)
+        steps = order[: self.steps_per_epoch * self._batch_size].view(self.steps_per_epoch, self._batch_size)[start_step:]
+        batches = self._streamed(steps) if self._images is None else self._gathered(steps, self._images)
         self._running.add(batches)
         return batches
 
-    @abstractmethod
-    def _batches(self, steps: Tensor) -> Generator[Batch]:
-        """Batches of the places in the rows of ``steps``, int64 (steps, B) on the CPU."""
+    def _gathered(self, steps: Tensor, images: Tensor) -> Generator[Batch]:
+        """Yield batches of the rows of ``steps``, int64 (steps, B) on the cpu."""
+        ids = None if self._chosen is None else _to_device(self._chosen, self._device)
+        for rows in _to_device(steps, self._device):
+            yield Batch(images.index_select(0, rows), rows if ids is None else ids.index_select(0, rows))
 
-    def close(self) -> None:
-        """End what is still running and let go of file and memory. Closing twice is fine."""
-        self._closed = True
-        for batches in list(self._running):
-            batches.close()
-
-    def __enter__(self) -> Loader:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.close()
-
-
-class ResidentLoader(Loader):
-    """The decoded set lies on the device; a batch is a gather there. No file and no thread once it is open."""
-
-    def __init__(self, decoder: Decoder, chosen: Tensor | None, *, batch_size: int, seed: int, device: torch.device) -> None:
-        super().__init__(decoder.info, chosen, batch_size=batch_size, seed=seed, device=device)
-        with decoder:
-            self._images = _decode(decoder, chosen, device)
-        self._ids = None if chosen is None else _to_device(chosen, device)
-
-    def _batches(self, steps: Tensor) -> Generator[Batch]:
-        for places in _to_device(steps, self._device):
-            ids = places if self._ids is None else self._ids.index_select(0, places)
-            yield Batch(self._images.index_select(0, places), ids)
-
-    def close(self) -> None:
-        super().close()
-        self._images = self._images[:0].clone()
-
-
-class StreamingLoader(Loader):
-    """One thread decodes a few batches ahead, each into memory of its own."""
-
-    def __init__(
-        self, decoder: Decoder, chosen: Tensor | None, *, batch_size: int, seed: int, device: torch.device, stall_s: float
-    ) -> None:
-        super().__init__(decoder.info, chosen, batch_size=batch_size, seed=seed, device=device)
-        self._decoder, self._stall_s = decoder, stall_s
-
-    def _batches(self, steps: Tensor) -> Generator[Batch]:
+    def _streamed(self, steps: Tensor) -> Generator[Batch]:
+        """Yield the same batches as ``_gathered``, each in memory of its own."""
         self._decoder.check_unchanged()
-        # Both sides own their tensors. On CUDA torch's pinned allocator reuses a block only after its copy is over, so no
-        # event needs to be waited for before the decoder goes on.
+        # Both sides own their tensors: torch's pinned allocator reuses a block only after its copy
+        # has ended, so the decoder need not wait for an event.
         steps = steps if self._chosen is None else self._chosen[steps]
-        for images, ids in prefetch(self._decoded(steps), name=str(self._decoder.info.path), stall_s=self._stall_s):
+        for images, ids in prefetch(self._decoded(steps), name=str(self._decoder.info.path)):
             yield Batch(_to_device(images, self._device), _to_device(ids, self._device))
 
     def _decoded(self, steps: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
@@ -140,8 +114,17 @@ class StreamingLoader(Loader):
             yield images, ids
 
     def close(self) -> None:
-        super().close()
+        """Stop running iterators and release file and memory. Closing twice is fine."""
+        self._closed, self._images = True, None
+        for batches in list(self._running):
+            batches.close()
         self._decoder.close()
+
+    def __enter__(self) -> Loader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
 def open_loader(
@@ -155,15 +138,16 @@ def open_loader(
     size: int,
     limit: int = 0,
     decoder: str = "auto",
-    stall_s: float = STALL_S,
 ) -> Loader:
     """Verify ``file``, unless it was just inspected, and open it for training.
 
-    ``cache``: "device" holds the decoded set on ``device``, "none" streams it, "auto" does the first if that takes at most 40 %
-    of what the device has free. ``workers``: decoding threads, 0 for one a core (never more). ``size``: side of the images
-    where the file's differ in size, pixels. ``limit``: so many of the images alone (``order.subset``). ``decoder``: as
-    ``decoder.choose`` takes it. ``stall_s``: seconds without a batch after which the stream counts as hanging. UsageError: the
-    file is missing or damaged, holds less than a batch, or does not fit where it was told to.
+    ``cache`` is "device" to keep the decoded set on ``device``, "none" to stream it, or "auto" to
+    keep it if it takes at most 40 % of the device's free memory. ``workers`` is the number of
+    decoding threads, 0 for one a core. ``size`` is the side in pixels of images whose sizes differ,
+    ``limit`` the number of images to use (``order.subset``), ``decoder`` a name for
+    ``decoder.choose``. Raises
+    UsageError if the file is missing, damaged, smaller than a batch, or does not fit into the
+    device.
     """
     check_choice("data.cache", cache, get_args(Cache))
     info, where = _inspected(file, None, None, may_lack_labels=True), torch.device(device)
@@ -181,9 +165,7 @@ def open_loader(
     resident = _is_resident(info, need, where, cache)
     in_memory = _fits_in_memory(info, need if resident else 0)
     images = Decoder(info, size=size, workers=workers, in_memory=in_memory, decoder=decoder)
-    if resident:
-        return ResidentLoader(images, chosen, batch_size=batch_size, seed=seed, device=where)
-    return StreamingLoader(images, chosen, batch_size=batch_size, seed=seed, device=where, stall_s=stall_s)
+    return Loader(images, chosen, batch_size=batch_size, seed=seed, device=where, resident=resident)
 
 
 def read_all(
@@ -197,11 +179,12 @@ def read_all(
     label_field: str | None = None,
     labels: Labels = "unused",
 ) -> Images:
-    """Verify ``file``, unless it was just inspected, and decode all of it, or ``limit`` of its images, in file order.
+    """Verify ``file``, unless it was just inspected, and decode its images in file order.
 
-    ``decoder``: as ``decoder.choose`` takes it. ``image_field``, ``label_field``: as ``beton.inspect`` takes them. UsageError:
-    missing, damaged, more than the memory holds; without labels where they are "needed"; where they are "optional", int fields
-    of which none is clearly the label.
+    ``limit`` and ``decoder`` are those of ``open_loader``, ``image_field`` and ``label_field``
+    those of ``beton.inspect``. Raises UsageError if the file is missing, damaged or larger than
+    memory; if it has no labels where they are "needed"; and where they are "optional", if it has
+    int fields but none is clearly the label.
     """
     info = _inspected(file, image_field, label_field, may_lack_labels=labels != "needed")
     if labels == "needed" or (labels == "optional" and info.has_ints):
@@ -211,10 +194,10 @@ def read_all(
     _is_resident(info, need, CPU, "device")
     in_memory = _fits_in_memory(info, need)
     with Decoder(info, size=size, workers=workers, in_memory=in_memory, decoder=decoder) as images:
-        held = images.labels()
-        if held is not None and chosen is not None:
-            held = held[chosen.numpy()]
-        return Images(_decode(images, chosen, CPU), None if held is None else torch.from_numpy(held), info.class_names)
+        targets = None if info.labels is None else torch.from_numpy(info.labels)
+        if targets is not None and chosen is not None:
+            targets = targets[chosen]
+        return Images(_decode(images, chosen, CPU), targets, info.class_names)
 
 
 def _inspected(
@@ -241,12 +224,12 @@ def _decoded_bytes(info: BetonInfo, size: int, count: int) -> int:
 
 
 def _fits_in_memory(info: BetonInfo, beside: int) -> bool:
-    """Whether the file itself can be read at once, ``beside`` bytes of decoded images."""
+    """Return whether the file fits into memory ``beside`` so many bytes of decoded images."""
     return info.num_bytes + beside <= AUTO_SHARE * available_bytes(CPU)
 
 
 def _decode(decoder: Decoder, chosen: Tensor | None, device: torch.device) -> Tensor:
-    """Decode the samples ``chosen``, all for None, in this order."""
+    """Decode the samples ``chosen`` (None: all), in this order."""
     ids = np.arange(decoder.info.num_samples) if chosen is None else chosen.numpy()
     images = torch.empty((len(ids), *decoder.shape), dtype=torch.uint8, device=device)
     for first in range(0, len(ids), CHUNK):

@@ -1,17 +1,6 @@
-"""What our converter adds to a beton so that flipped bytes are found: a checksum a sample, in pages that FFCV never looks at.
+"""The manifest of a beton written by fastbyol: a checksum a sample, in pages that FFCV ignores.
 
-The manifest lies inside the beton, in whole pages between the last sample and the allocation table, which the table does not
-mention. So it comes and goes with the one rename that publishes the file, is copied and moved with it, and no instant exists
-at which one is there without the other. Little-endian, ending at A, the allocation table::
-
-    pages     N u32: CRC-32 of each sample's image region, in file order
-              the note, JSON: where the images came from
-              zeros
-    A - 64    tail, 64 B (TAIL): found whatever the table says; its last 16 B are a BLAKE2b of all of the pages before them
-
-``structure`` is the CRC-32 of the file's header, descriptors and rows, then of the allocation table. CRC-32 finds every
-single flipped bit and every burst of up to 32 of them (Peterson and Brown 1961), any other damage but for one in 2**32. It
-takes 9.5 us for 96 x 96 pixels, 2.9 GB/s, where BLAKE2b takes 41 and SHA-256 29 (one core, zlib 1.2.13).
+It lies between the last sample and the allocation table: one rename publishes both.
 """
 
 from __future__ import annotations
@@ -27,28 +16,38 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+# Little-endian, up to the allocation table at A:
+#   pages     N u32: CRC-32 of each sample's image region, in file order
+#             the note, JSON: where the images came from; then zeros
+#   A - 64    tail, 64 B (TAIL), whose last 16 B are a BLAKE2b of all manifest bytes before them
+#
+# CRC-32 finds every burst of up to 32 flipped bits (Peterson and Brown 1961), any other damage but
+# for one in 2**32. It takes 9.5 us for 96 x 96 pixels, 2.9 GB/s; BLAKE2b takes 41 us, SHA-256 29
+# (one core, zlib 1.2.13).
 MAGIC = b"fastbyol sealed"
 VERSION = 1
 CHUNK_BYTES = 1 << 24
 
 TAIL = np.dtype(
     {
-        "names": ["magic", "version", "note_bytes", "num_bytes", "samples", "structure"],
-        "formats": ["S16", "<u4", "<u4", "<u8", "<u8", "<u4"],
-        "offsets": [0, 16, 20, 24, 32, 40],
-        "itemsize": 64,
+        "names": ["magic", "version", "note_bytes", "num_bytes", "samples", "structure", "digest"],
+        "formats": ["S16", "<u4", "<u4", "<u8", "<u8", "<u4", "S16"],
+        "offsets": [0, 16, 20, 24, 32, 40, 48],
     }
 )
 DIGEST_BYTES = 16
 
 
 class DamagedError(ValueError):
-    """The manifest cannot be trusted: it is damaged, or written by a later version; says which."""
+    """A manifest that is damaged or of a later version."""
 
 
 @dataclass(frozen=True, eq=False)
 class Manifest:
-    """``checksums`` (N,) uint32 of the samples' image regions; ``note`` says where they came from; the rest tells the file."""
+    """The ``checksums`` (N,) uint32 of the image regions, and a ``note`` on their source.
+
+    ``structure`` is the CRC-32 of the file's header, descriptors, rows and allocation table.
+    """
 
     num_bytes: int
     structure: int
@@ -68,18 +67,18 @@ class Manifest:
 
 
 def num_bytes(samples: int, note: int, page: int) -> int:
-    """Count the bytes of a manifest's whole pages for ``samples`` checksums and a note of ``note`` bytes."""
+    """Return the bytes of a manifest's pages for ``samples`` checksums and a note."""
     return -(-(TAIL.itemsize + 4 * samples + note) // page) * page
 
 
 def length(tail: bytes, page: int) -> int | None:
-    """Count the bytes of the manifest whose ``tail`` are the 64 bytes before the allocation table; None if they are none."""
+    """Return the bytes of the manifest that ends with ``tail`` (64 bytes), or None without one."""
     read = np.frombuffer(tail, TAIL, 1)[0]
     return num_bytes(int(read["samples"]), int(read["note_bytes"]), page) if read["magic"] == MAGIC else None
 
 
 def parse(pages: bytes) -> Manifest:
-    """Read the manifest in its pages; DamagedError if it is none or not whole."""
+    """Read a manifest from its pages. Raises DamagedError if they do not hold a whole one."""
     tail = np.frombuffer(pages, TAIL, 1, len(pages) - TAIL.itemsize)[0]
     if tail["magic"] != MAGIC or pages[-DIGEST_BYTES:] != _digest(pages[:-DIGEST_BYTES]):
         raise DamagedError("its manifest is damaged")

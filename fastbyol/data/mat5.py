@@ -1,7 +1,7 @@
-"""MATLAB files of version 5: numeric arrays and small cell arrays, of numbers or texts.
+"""MATLAB files of version 5: numeric arrays and small cell arrays of numbers or texts.
 
-The format is MathWorks' "MAT-File Format", chapter 1. scipy.io reads more of it and ends by a signal on some damaged files;
-here a number from a file is held against what is there before it is used.
+Format: MathWorks, "MAT-File Format", chapter 1. scipy.io reads more but crashes on damaged files;
+here a number from a file is checked against the file before use.
 """
 
 from __future__ import annotations
@@ -18,30 +18,31 @@ from numpy.typing import NDArray
 
 from fastbyol.data.source_arrays import demand_memory
 
-# Text, version, and which way the numbers run.
+# Text, version and byte order.
 HEAD_BYTES = 128
 PIECE_BYTES = 1 << 20
 # The head of an array: flags, shape and name.
 MOST_HEAD_BYTES = 1 << 12
-# A cell array here holds names of classes or places of images.
+# Cell arrays hold class names or image indices.
 MOST_CELL_BYTES = 1 << 24
 MATRIX, COMPRESSED = 14, 15
 _TYPES = {1: "i1", 2: "u1", 3: "i2", 4: "u2", 5: "i4", 6: "u4", 7: "f4", 9: "f8", 12: "i8", 13: "u8"}
 _TEXTS = {1: "latin1", 2: "latin1", 16: "utf-8", 4: "utf-16-{}", 17: "utf-16-{}", 18: "utf-32-{}"}
 _COMPLEX = 0x0800
-# By the class: double, single and integers of 8 to 64 bits are numbers.
+# Classes 6 to 15 are double, single and integers of 8 to 64 bits.
 _HOLDS = {1: "cells", 4: "text"} | dict.fromkeys(range(6, 16), "numbers")
 
 
 class DamagedError(Exception):
-    """The file is not what the format says; the message is one line."""
+    """A violation of the format, described in one line."""
 
 
 @dataclass(frozen=True)
 class Variable:
-    """An array's head of ``head_bytes``: its name, MATLAB's shape, and whether it ``holds`` numbers, text, cells or else.
+    """The head of an array: its name, MATLAB's shape, and what it ``holds``.
 
-    ``place`` in the file: where its element begins, its tag left out, how many bytes that takes, and whether compressed.
+    That is numbers, text, cells or something else. ``element`` is its offset in the file behind the
+    tag, its bytes, and whether it is compressed.
     """
 
     name: str
@@ -49,11 +50,11 @@ class Variable:
     shape: tuple[int, ...]
     head_bytes: int
     order: str
-    place: tuple[int, int, bool] = (0, 0, False)
+    element: tuple[int, int, bool] = (0, 0, False)
 
 
 class _Unpacked(io.RawIOBase):
-    """What lies compressed in the next ``size`` bytes of a file, piece by piece."""
+    """A stream of the next ``size`` bytes of a file, uncompressed piece by piece."""
 
     def __init__(self, file: BinaryIO, size: int) -> None:
         self.file, self.left, self.unpack = file, size, zlib.decompressobj()
@@ -76,29 +77,29 @@ class _Unpacked(io.RawIOBase):
 
 
 def variables(file: BinaryIO) -> dict[str, Variable]:
-    """Find every array of a file by its name. Raises DamagedError, zlib.error."""
+    """Read the heads of all arrays by name. Raises DamagedError, zlib.error."""
     file.seek(HEAD_BYTES - 2)
     order, end = "<" if file.read(2) == b"IM" else ">", file.seek(0, 2)
-    found, at = {}, HEAD_BYTES
+    heads, at = {}, HEAD_BYTES
     while at + 8 <= end:
         file.seek(at)
         kind, size = struct.unpack(f"{order}II", file.read(8))
         if at + 8 + size > end:
             raise DamagedError("ends within an array")
         if kind in (MATRIX, COMPRESSED):
-            place = at + 8, size, kind == COMPRESSED
-            head = _head(memoryview(_beginning(file, place, MOST_HEAD_BYTES)[0]), order)
-            found[head.name] = replace(head, place=place)
+            element = at + 8, size, kind == COMPRESSED
+            head = _head(memoryview(_beginning(file, element, MOST_HEAD_BYTES)[0]), order)
+            heads[head.name] = replace(head, element=element)
         at += 8 + size
-    return found
+    return heads
 
 
 def read(file: BinaryIO, variable: Variable, where: str) -> NDArray[np.generic]:
-    """Read a numeric array as it is stored, in MATLAB's shape. Memory is taken once, if the file says what the shape says."""
+    """Read a numeric array in MATLAB's shape. Raises DamagedError if the file's sizes differ."""
     if variable.holds != "numbers":
         raise DamagedError("no array of real numbers")
-    begins, stream = _beginning(file, variable.place, variable.head_bytes + 8)
-    _, element_bytes, compressed = variable.place
+    begins, stream = _beginning(file, variable.element, variable.head_bytes + 8)
+    _, element_bytes, compressed = variable.element
     kind, size, start = _tag(memoryview(begins), variable.head_bytes, variable.order)
     if kind not in _TYPES or size != math.prod(variable.shape) * np.dtype(_TYPES[kind]).itemsize:
         raise DamagedError(f"{size} bytes of type {kind} for shape {variable.shape}")
@@ -111,15 +112,15 @@ def read(file: BinaryIO, variable: Variable, where: str) -> NDArray[np.generic]:
     if stream.readinto(values.data[len(in_tag) :]) < size - len(in_tag):
         raise DamagedError("ends within an array")
     if compressed and (len(stream.read(PIECE_BYTES)) >= PIECE_BYTES or not stream.raw.unpack.eof):
-        raise DamagedError("unpacks to more than it says")  # and where it ends, its checksum has been held against it
+        raise DamagedError("unpacks to more than it says")  # zlib verifies its checksum at the end only
     return values.view(np.dtype(variable.order + _TYPES[kind])).reshape(variable.shape, order="F")
 
 
 def read_cells(file: BinaryIO, variable: Variable) -> list[NDArray[np.generic] | str]:
-    """Read what a cell array holds, in MATLAB's order: arrays of numbers, and texts."""
+    """Read the content of a cell array in MATLAB's order: arrays of numbers, and texts."""
     if variable.holds != "cells":
         raise DamagedError("no cell array")
-    content, _ = _beginning(file, variable.place, MOST_CELL_BYTES + 1)
+    content, _ = _beginning(file, variable.element, MOST_CELL_BYTES + 1)
     if len(content) > MOST_CELL_BYTES:
         raise DamagedError(f"more than {MOST_CELL_BYTES} bytes in a cell array")
     data, cells, at = memoryview(content), [], variable.head_bytes
@@ -132,13 +133,13 @@ def read_cells(file: BinaryIO, variable: Variable) -> list[NDArray[np.generic] |
     return cells
 
 
-def _beginning(file: BinaryIO, place: tuple[int, int, bool], most: int) -> tuple[bytes, Any]:
-    """Read up to ``most`` bytes of an array's element, its tag left out; return the stream of the rest too."""
-    start, size, compressed = place
+def _beginning(file: BinaryIO, element: tuple[int, int, bool], most: int) -> tuple[bytes, Any]:
+    """Return up to ``most`` bytes of an element behind its tag, and the stream of the rest."""
+    start, size, compressed = element
     file.seek(start)
     if not compressed:
         return file.read(min(most, size)), file
-    stream = io.BufferedReader(_Unpacked(file, size), MOST_HEAD_BYTES)  # no more than the head is read ahead
+    stream = io.BufferedReader(_Unpacked(file, size), MOST_HEAD_BYTES)  # reads no more than a head ahead
     stream.read(8)  # the tag of what is compressed
     return stream.read(most), stream
 
@@ -154,7 +155,7 @@ def _cell(data: memoryview, order: str) -> NDArray[np.generic] | str:
 
 
 def _element(data: memoryview, at: int, order: str) -> tuple[int, memoryview, int]:
-    """Return type and content of the element at ``at``, and where the next one begins."""
+    """Return type and content of the element at ``at``, and the offset of the next."""
     kind, size, start = _tag(data, at, order)
     if start + size > len(data):
         raise DamagedError("an element is longer than what holds it")
@@ -162,7 +163,7 @@ def _element(data: memoryview, at: int, order: str) -> tuple[int, memoryview, in
 
 
 def _tag(data: memoryview, at: int, order: str) -> tuple[int, int, int]:
-    """Return type, bytes and place of the element at ``at``; of up to four bytes it lies in the tag itself."""
+    """Return type, size and offset of the element at ``at``: up to four bytes fit into its tag."""
     if at + 8 > len(data):
         raise DamagedError("ends within the head of an array")
     kind, size = struct.unpack_from(f"{order}II", data, at)

@@ -1,4 +1,4 @@
-"""How many bytes a device can still hold, containers' limits included."""
+"""Free memory of a device, within the limits of containers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ CGROUPS = Path("/sys/fs/cgroup")
 
 
 def available_bytes(device: torch.device) -> int:
-    """Return the free memory of ``device``: what CUDA reports, or what the system and its control groups still give."""
+    """Return the bytes that CUDA reports as free, or ``cpu_bytes`` for the cpu."""
     if device.type == "cuda":
         import torch
 
@@ -23,18 +23,18 @@ def available_bytes(device: torch.device) -> int:
 
 
 def cpu_bytes() -> int:
-    """Return the memory that the system and its control groups still give."""
+    """Return the bytes that the system and its control groups still give."""
     return min(_system_bytes(), *_cgroup_bytes())
 
 
 def _system_bytes() -> int:
-    """Read ``MemAvailable``: what can be had without swapping, the page cache counted as free."""
+    """Read ``MemAvailable``: free without swapping, the page cache counted as free."""
     lines = dict(line.split(":", 1) for line in MEMINFO.read_text().splitlines())
     return int(lines["MemAvailable"].split()[0]) * 1024
 
 
 def _cgroup_bytes() -> list[int]:
-    """Return what is left in each control group (version 2) around this process; a huge number where there is none."""
+    """Return what each control group (version 2) of this process has left; 2**62 without limits."""
     left = [2**62]
     own = OWN_CGROUP.read_text().splitlines() if OWN_CGROUP.exists() else []
     for line in own:

@@ -1,4 +1,4 @@
-"""The order of an epoch: a permutation that is a pure function of (number of samples, seed, epoch)."""
+"""The order of an epoch: a permutation by (number of samples, seed, epoch) alone."""
 
 from __future__ import annotations
 
@@ -7,15 +7,16 @@ from torch import Tensor
 
 from fastbyol_kernels.philox import DOMAIN_ORDER, philox4x32, split_id
 
-# Philox makes some 150 passes over its counters; 32,768 of them stay in a core's cache: 1.3 M keys take half the time.
+# Philox makes some 150 passes over its counters, of which 32,768 stay in a core's cache: 1.3 M keys
+# take half the time.
 CHUNK = 1 << 15
 
 
 def permutation(num_samples: int, *, seed: int, epoch: int) -> Tensor:
-    """int64 (N,) on the CPU: the sample ids of ``epoch``, sorted by their 64-bit random keys.
+    """Return the sample ids of ``epoch``, int64 (N,) on the cpu, sorted by 64-bit random keys.
 
-    All orders are equally likely but for equal keys, which keep the order of their ids; among N samples there are any with
-    probability N**2 / 2**65. One core takes 7 ms for 105,000 samples.
+    All orders are equally likely, except that equal keys keep the order of their ids: among N
+    samples some are equal with probability N**2 / 2**65. One core takes 7 ms for 105,000 samples.
     """
     if num_samples < 1 or epoch < 0:
         raise ValueError(f"no permutation of {num_samples} samples in epoch {epoch}")
@@ -24,9 +25,10 @@ def permutation(num_samples: int, *, seed: int, epoch: int) -> Tensor:
 
 
 def subset(num_samples: int, limit: int) -> Tensor | None:
-    """Return ``limit`` of the sample ids, int64 (limit,) ascending, all subsets equally likely; None where that is all, or 0.
+    """Return ``limit`` of the sample ids, int64 (limit,) ascending, or None for 0 or all.
 
-    A function of the two numbers alone, so that runs with different seeds see the same images.
+    All subsets are equally likely. The choice depends on the two numbers alone, so that runs with
+    different seeds see the same images.
     """
     if limit == 0 or limit >= num_samples:
         return None
@@ -34,7 +36,7 @@ def subset(num_samples: int, limit: int) -> Tensor | None:
 
 
 def sort_keys(ids: Tensor, *, seed: int, epoch: int | Tensor) -> Tensor:
-    """int64 sample ids -> int64 keys, uniform over all of int64: the first two words of Philox at (id, epoch), broadcast."""
+    """Return int64 keys, uniform over int64: the first two words of Philox at (id, epoch)."""
     low, high = split_id(ids, DOMAIN_ORDER)
     first, second, _, _ = philox4x32(low, epoch, 0, high, seed)
     return ((first - 2**31) << 32) + second

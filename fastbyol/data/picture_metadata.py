@@ -1,7 +1,7 @@
-"""Pictures without what only describes them: the second try where Pillow fails on damaged metadata.
+"""Pictures without their metadata, for a second try where Pillow fails on damaged metadata.
 
-Pillow looks at EXIF, colour profiles, texts and the like while it opens a file, and gives up the picture where one of them is
-damaged. Browsers and other decoders do not. What the pixels depend on is kept as it is, damaged or not.
+Pillow parses EXIF, colour profiles and texts on opening and fails if one is damaged; other decoders
+ignore them. Whatever the pixels depend on is kept.
 """
 
 from __future__ import annotations
@@ -19,28 +19,29 @@ _PNG = b"\x89PNG\r\n\x1a\n"
 _PNG_PIXELS = (b"IHDR", b"PLTE", b"IDAT", b"IEND", b"tRNS")
 _JPEG = b"\xff\xd8"
 _SOS = 0xDA
-# ITU-T T.81, table B.1: markers that stand alone.
+# Markers without a length: ITU-T T.81, table B.1.
 _JPEG_ALONE = (0x01, *range(0xD0, 0xD9))
 _JPEG_COMMENT = 0xFE
-# ISO/IEC 23008-12: the entry of an item in an AVIF file's list, versions 2 and 3, up to its type.
+# ISO/IEC 23008-12: an item's entry in an AVIF file's list, versions 2 and 3, up to its type.
 _AVIF_EXIF = re.compile(rb"(infe[\x02\x03].{7}(?:..)?)Exif", re.DOTALL)
-# WebP container specification: image, alpha and animation chunks, and what VP8X says of them.
+# WebP container specification: image, alpha and animation chunks, and VP8X's flags for them.
 _WEBP_PIXELS = (b"VP8 ", b"VP8L", b"ALPH", b"ANIM", b"ANMF")
 _WEBP_FLAGS = 0x12
 _TIFF = (b"II*\0", b"MM\0*")
-# TIFF 6.0 and its supplements: all that says how pixels are stored or coloured, and the rotation.
+# TIFF 6.0 and its supplements: tags of how pixels are stored or coloured, and of the rotation.
 _TIFF_PIXELS = frozenset((
     *range(256, 260), 262, 266, 273, 274, *range(277, 282), 284, 292, 293, 317, 320, *range(322, 326), 332, 338, 339, 347,
     *range(512, 522), *range(529, 533),
 ))  # fmt: skip
-# A private tag of one byte, in place of one that describes.
+# A private tag of one byte, which replaces tags that only describe.
 _TIFF_SKIPPED = (65000, 1, 1, 0)
 
 
 def without_metadata(file: BinaryIO) -> BinaryIO | None:
-    """Return the PNG, JPEG, WebP, TIFF or AVIF in ``file``, read from where it stands, with little but pixels.
+    """Return the picture in ``file``, from its position, reduced to what its pixels need.
 
-    EXIF that looks whole is kept for its rotation. Returns None for other formats, and for what does not begin as one.
+    PNG, JPEG, WebP, TIFF and AVIF are known; other formats give None. EXIF that looks whole is kept
+    for its rotation.
     """
     data = file.read(MAX_BYTES + 1)
     if len(data) > MAX_BYTES:
@@ -50,7 +51,7 @@ def without_metadata(file: BinaryIO) -> BinaryIO | None:
     if data.startswith(_JPEG):
         return io.BytesIO(_jpeg(data))
     if data[4:8] == b"ftyp":
-        return io.BytesIO(_AVIF_EXIF.sub(rb"\1skip", data))  # items of unknown types are not looked at
+        return io.BytesIO(_AVIF_EXIF.sub(rb"\1skip", data))  # unknown types are ignored
     if data.startswith(b"RIFF") and data[8:12] == b"WEBP":
         return io.BytesIO(_webp(data))
     if data.startswith(_TIFF):
@@ -102,10 +103,10 @@ def _jpeg(data: bytes) -> bytes:
 
 
 def _is_needed(marker: int, content: bytes) -> bool:
-    """Tell whether a decoder or the rotation needs a segment: JFIF's and Adobe's say how colours are coded."""
+    """Return whether a segment affects colours (JFIF, Adobe), rotation (EXIF) or decoding."""
     if 0xE0 <= marker <= 0xEF:
-        known = ((0xE0, b"JFIF\0", 14), (0xE1, b"Exif\0\0", 14), (0xEE, b"Adobe", 12))
-        return any(marker == m and content.startswith(head) and len(content) >= size for m, head, size in known)
+        heads = ((0xE0, b"JFIF\0", 14), (0xE1, b"Exif\0\0", 14), (0xEE, b"Adobe", 12))
+        return any(marker == m and content.startswith(head) and len(content) >= size for m, head, size in heads)
     return marker != _JPEG_COMMENT
 
 

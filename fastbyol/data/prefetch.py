@@ -1,4 +1,4 @@
-"""Make items in a thread, a few ahead of their use, so that no failure of that thread can hang the consumer."""
+"""Items made in a thread a few ahead of their use, whose failure cannot hang the consumer."""
 
 from __future__ import annotations
 
@@ -15,39 +15,39 @@ from fastbyol.errors import FastbyolError
 
 T = TypeVar("T")
 POLL_S = 0.05
-# A disk on the network may hiccup for minutes, and so long may a batch of large pictures take.
+# A network disk may hiccup for minutes, and a batch of large pictures may take as long.
 STALL_S = 300.0
-# Who stops has no use for the item under way, and waits for it no longer than this.
+# Items that wait for their use: three bridge an item that takes longer than others.
+AHEAD = 3
+# The item under way is no longer needed when the consumer stops: wait for it at most this long.
 STOP_S = 60.0
-# A process that ends while a thread of it is in native code can die of that: Python ends such a thread as it comes back from
-# there, which C++ takes for an error.
+# Python ends a daemon thread when it returns from native code, which C++ takes for an error and may
+# abort the process. So all workers are stopped at exit.
 _running: weakref.WeakSet[_Worker[Any]] = weakref.WeakSet()
 
 
-def prefetch(source: Iterable[T], *, name: str, ahead: int = 3, stall_s: float = STALL_S) -> Iterator[T]:
-    """The items of ``source``, in order, up to ``ahead`` + 1 of them made in advance by one thread.
+def prefetch(source: Iterable[T], *, name: str) -> Iterator[T]:
+    """Yield the items of ``source`` in order, up to ``AHEAD`` + 1 of them made early by a thread.
 
-    What ``source`` raises is raised here, after the items before it. ``FastbyolError`` about ``name`` if no item comes for
-    ``stall_s`` seconds. Closing the iterator (or dropping it: a ``break``, an exception in the loop's body) ends the thread and
-    waits for it, at most as long as one item takes.
+    An error of ``source`` is raised here, after the items before it. Raises FastbyolError about
+    ``name`` if no item comes for ``STALL_S`` seconds. Closing or dropping the iterator ends the
+    thread and waits for it, at most as long as one item takes.
     """
-    if ahead < 1:
-        raise ValueError(f"ahead {ahead}: must be at least 1")
-    worker = _Worker(source, name, ahead)
+    worker = _Worker(source, name)
     worker.start()
     _running.add(worker)
     try:
-        while (box := worker.take(stall_s)) is not None:
+        while (box := worker.next_box()) is not None:
             yield box[0]
     finally:
-        worker.stop(min(stall_s, STOP_S))
+        worker.stop(min(STALL_S, STOP_S))
 
 
 class _Worker(threading.Thread, Generic[T]):
-    def __init__(self, source: Iterable[T], name: str, ahead: int) -> None:
+    def __init__(self, source: Iterable[T], name: str) -> None:
         super().__init__(name=f"prefetch {name}", daemon=True)
         self._source = source
-        self._boxes: Queue[tuple[T] | None] = Queue(ahead)
+        self._boxes: Queue[tuple[T] | None] = Queue(AHEAD)
         self._stopping = threading.Event()
         self._failure: BaseException | None = None
         self._hangs = False
@@ -58,7 +58,7 @@ class _Worker(threading.Thread, Generic[T]):
                 self._offer((item,))
                 if self._stopping.is_set():
                     return
-        except BaseException as error:  # also SystemExit: whatever ends this thread must end the wait for it
+        except BaseException as error:  # SystemExit, too: the consumer waits
             self._failure = error
         self._offer(None)
 
@@ -68,16 +68,16 @@ class _Worker(threading.Thread, Generic[T]):
                 self._boxes.put(box, timeout=POLL_S)
                 return
 
-    def take(self, stall_s: float) -> tuple[T] | None:
-        """The next item in a box; None at the end."""
-        deadline = time.monotonic() + stall_s
+    def next_box(self) -> tuple[T] | None:
+        """Return the next item in a box, or None at the end."""
+        deadline = time.monotonic() + STALL_S
         while True:
             try:
                 box = self._boxes.get(timeout=POLL_S)
             except Empty:
                 if time.monotonic() > deadline:
                     self._hangs = True
-                    raise FastbyolError(f"{self.name}: nothing for {stall_s:g} s, its thread hangs; start again") from None
+                    raise FastbyolError(f"{self.name}: nothing for {STALL_S:g} s, its thread hangs; start again") from None
                 continue
             if box is None and self._failure is not None:
                 failure, self._failure = self._failure, None

@@ -1,14 +1,7 @@
-"""From any picture file to uint8 RGB, and to the wanted size.
+"""Conversion of any picture file to uint8 RGB, and to the wanted size.
 
-What becomes of what is not RGB, row by row: tests/data/PICTURES.md, which their test writes. In words:
-
-- The rotation of EXIF or XMP is applied. Metadata that is damaged is left out and never costs a picture.
-- Transparent pixels are shown on white, as a page would show them. TGA's alpha counts unless it is 0 everywhere.
-- Palettes, CMYK, YCbCr, Lab and grey are converted by Pillow. Colour profiles are ignored.
-- 16-bit grey is divided by 257, 12-bit grey by 4095 / 255, or by what the file says is its largest value.
-- Of an animation, a pair or a stack the first frame counts; of an icon the largest.
-- Floating-point, signed and 32-bit pixels have no agreed range and are refused. So are 12-bit values in a 16-bit file that does
-  not say so, since they would come out nearly black.
+tests/data/PICTURES.md, which its test writes, lists the result for each kind of pixels. Pixels
+without an agreed range (floating-point, signed, 32-bit) are refused.
 """
 
 from __future__ import annotations
@@ -23,20 +16,20 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageCms, ImageFile, TiffImagePlugin, UnidentifiedImageError
 
-from fastbyol.data.beton import UnreadableItemError
+from fastbyol.data.beton_write import UnreadableItemError
 from fastbyol.data.picture_metadata import without_metadata
 from fastbyol.errors import one_line
 from fastbyol.files import open_regular
 
 Resize = Literal["resize", "centre", "none"]
-# A decompression bomb's limit; a 100 megapixel picture takes 300 MB.
+# The limit for decompression bombs; a 100 megapixel picture takes 300 MB.
 MAX_PIXELS = 100_000_000
 # Pillow's plugins that call other programs or decode nothing.
 _NOT_OPENED = frozenset(("BUFR", "EPS", "FITS", "GRIB", "HDF5", "IMT", "IPTC", "MCIDAS", "MPEG", "WMF"))
 _COMMON = ("JPEG", "PNG")
-# Pictures to whoever has them, whether or not this Pillow opens them.
+# Also pictures, even if this Pillow cannot open them.
 _ALSO_PICTURES = frozenset((".avif", ".heic", ".heif", ".hif", ".jp2", ".jxl", ".webp"))
-# EXIF 2.32, tag 0x0112: what brings a stored picture to how it is to be seen.
+# EXIF 2.32, tag 0x0112: the rotation from a stored picture to the one to be seen.
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -47,10 +40,10 @@ _TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 _DEEP = ("I;16", "I;16L", "I;16B", "I;16N", "I")
-# The formats whose mode I holds 16 bits, by the Pillow that opens them.
+# Formats whose mode I holds 16 bits.
 _FORMATS_OF_16 = ("PNG", "PPM")
 _MAX_SAMPLE_VALUE = 281  # a tag that Pillow has no name for
-# 8 bits of a picture whose values end here are 4 or fewer.
+# Values that end here leave 4 bits or fewer of 8: a 12-bit picture in a 16-bit file, say.
 _DARK_16 = 1 << 12
 # ISO/IEC 23008-12: brands of pictures coded by HEVC.
 _HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
@@ -59,26 +52,27 @@ T = TypeVar("T")
 
 @cache
 def suffixes() -> frozenset[str]:
-    """Return the suffixes of files that are taken for pictures, in small letters."""
-    formats = (*_formats(), "MPO")  # which is opened as JPEG
+    """Return the suffixes of picture files, in lower case."""
+    formats = (*_formats(), "MPO")  # opened as JPEG
     return _ALSO_PICTURES | {suffix for suffix, name in Image.registered_extensions().items() if name in formats}
 
 
 def probe(path: Path) -> tuple[int, int]:
-    """Return (height, width) in pixels by the file's head, before any rotation; UnreadableItemError if it is no picture."""
+    """Return (height, width) in pixels by the file's head. Raises UnreadableItemError."""
     return _read(path, lambda image: (image.height, image.width))
 
 
 def read(path: Path) -> NDArray[np.uint8]:
-    """Return the picture as (H, W, 3); UnreadableItemError if it is damaged, too large or has no RGB meaning."""
+    """Return a picture as (H, W, 3). Raises UnreadableItemError if it is damaged or too large."""
     return _read(path, lambda image: np.asarray(_decoded(image)))
 
 
 def resized(image: NDArray[np.uint8], resize: Resize, size: int | None) -> NDArray[np.uint8]:
-    """Return (H, W, 3) as (size, size, 3), by Pillow's antialiased bilinear filter; ``none`` returns ``image``.
+    """Return (H, W, 3) as (size, size, 3), by Pillow's antialiased bilinear filter.
 
-    ``resize`` stretches. ``centre`` takes the short side to ``size`` and cuts out the middle, rounding as torchvision does.
-    Raises UnreadableItemError where that passes through more than MAX_PIXELS.
+    "none" returns ``image``, "resize" stretches it, "centre" scales its short side to ``size`` and
+    cuts out the middle, rounding as torchvision does. Raises UnreadableItemError if that needs more
+    than MAX_PIXELS on the way.
     """
     height, width = image.shape[:2]
     if resize == "none" or size is None or (height, width) == (size, size):
@@ -101,29 +95,30 @@ def _formats() -> tuple[str, ...]:
 
         pillow_heif.register_heif_opener()
     except ImportError:
-        pass  # an option; `_reason` names it where a picture asks for it
+        pass  # optional; `_reason` names it where a picture needs it
     Image.init()
-    # The commonest first: they are told by their first bytes, where others are tried by parsing, for 40 us a picture.
+    # The commonest first: they are recognised by their first bytes, others by parsing, for 40 us a
+    # picture.
     others = (name for name in Image.OPEN if name not in _NOT_OPENED and name not in _COMMON)
     return (*_COMMON, *others)
 
 
-def _read(path: Path, take: Callable[[ImageFile.ImageFile], T]) -> T:
-    """Return what ``take`` makes of the picture, or where that fails of the picture without its metadata."""
+def _read(path: Path, convert: Callable[[ImageFile.ImageFile], T]) -> T:
+    """Return ``convert`` of the picture, or of the picture without metadata if that fails."""
     reason = ""
     try:
         with warnings.catch_warnings(), open_regular(path) as file:
-            # Pillow warns of what it mends and of sizes below our own limit.
+            # Pillow warns of what it repairs, and of sizes below our own limit.
             warnings.simplefilter("ignore")
             for attempt in _attempts(file):
                 try:
                     with Image.open(attempt, formats=_formats()) as image:
                         if image.width * image.height > MAX_PIXELS:
                             raise UnreadableItemError(f"{image.width} x {image.height} pixels, more than {MAX_PIXELS:,}")
-                        return take(image)
+                        return convert(image)
                 except UnreadableItemError:
                     raise
-                except Exception as error:  # Pillow's decoders meet untrusted bytes with any exception there is
+                except Exception as error:  # Pillow's decoders raise anything on untrusted bytes
                     reason = reason or _reason(error, file)
     except OSError as error:
         reason = error.strerror or str(error)
@@ -131,7 +126,7 @@ def _read(path: Path, take: Callable[[ImageFile.ImageFile], T]) -> T:
 
 
 def _attempts(file: BinaryIO) -> Iterator[BinaryIO]:
-    """Yield ``file``, then, for whom that was not enough, what it holds without metadata."""
+    """Yield ``file``, then, if that was not enough, its picture without metadata."""
     yield file
     file.seek(0)
     bare = without_metadata(file)
@@ -140,41 +135,45 @@ def _attempts(file: BinaryIO) -> Iterator[BinaryIO]:
 
 
 def _decoded(image: ImageFile.ImageFile) -> Image.Image:
-    # A raw mode such as RGB;16B, of which Pillow keeps the high octets. Only known before the pixels are.
+    """Return the picture as RGB; of an animation or stack the first frame."""
+    # The raw mode, such as RGB;16B, is known only before the pixels are read. Pillow drops the
+    # lower 8 bits.
     _, drawn, _, arguments, *_ = image.tile[0] if image.tile else (None, None, None, "")
     raw_mode, maximum = (*arguments, 0)[:2] if isinstance(arguments, tuple) else (arguments, 0)
     is_deep = "16" in str(raw_mode) or (image.format == "PPM" and maximum > 255)
     if is_deep and isinstance(transparent := image.info.get("transparency"), tuple):
-        image.info["transparency"] = tuple(value >> 8 for value in transparent)  # as its pixels will be
+        image.info["transparency"] = tuple(value >> 8 for value in transparent)  # as pixels will be
     stored = _upright(image)
     if is_deep and image.mode not in _DEEP:
         largest = max(high for _, high in stored.convert("RGB").getextrema())  # type: ignore[misc]
-        if largest < _DARK_16 >> 8:  # black too: the lower 8 bits, which Pillow drops, may hold a picture
+        if largest < _DARK_16 >> 8:  # black, too: the dropped 8 bits may hold a picture
             raise UnreadableItemError(f"16-bit colours of at most {largest} of 255, nearly black; save them with 8 bits")
     made = _to_rgb(stored)
     if image.format == "GIF" and drawn is not None and drawn != (0, 0, *image.size):
-        whole = Image.new("RGB", image.size, "white")  # what the first frame leaves out is as good as transparent
+        whole = Image.new("RGB", image.size, "white")  # the first frame does not cover all
         whole.paste(made.crop(drawn), drawn[:2])
         made = whole
     return made
 
 
 def _upright(image: Image.Image) -> Image.Image:
+    """Apply the rotation of EXIF or XMP."""
     image.load()
     try:
         turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
-    except Exception:  # of damaged EXIF or XMP, and then there is no rotation to apply
+    except Exception:  # damaged EXIF or XMP, so without a rotation
         return image
-    # Not ImageOps.exif_transpose, which writes the other tags anew and fails where one of them is damaged.
+    # ImageOps.exif_transpose would rewrite the other tags, and fail where one is damaged.
     return image if turn is None else image.transpose(turn)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
+    """Convert palettes, CMYK, YCbCr, Lab and grey by Pillow; colour profiles are ignored."""
     if _tag(image, TiffImagePlugin.SAMPLEFORMAT) == 2:
         raise UnreadableItemError("signed pixels, which have no agreed range")
     if isinstance(image, TiffImagePlugin.TiffImageFile) and image.mode == "P":
         colours = image.tag_v2.get(TiffImagePlugin.COLORMAP)
-        if colours and max(colours) < 256:  # of 8 bits, which libtiff takes so too
+        if colours and max(colours) < 256:  # 8 bits instead of 16, as libtiff reads them, too
             image.putpalette(bytes(np.reshape(colours, (3, -1)).T.astype(np.uint8).tobytes()))
     if image.mode in _DEEP:
         return _from_deep(image)
@@ -191,29 +190,30 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _on_white(image: Image.Image) -> Image.Image:
-    if image.mode == "La":  # premultiplied, which Pillow takes to LA only
+    """Show transparent pixels on white, as a page would."""
+    if image.mode == "La":  # premultiplied; Pillow converts it to LA only
         image = image.convert("LA")
     layer = image.convert("RGBA")
     if image.format == "TGA" and layer.getchannel("A").getextrema() == (0, 0):
-        return layer.convert("RGB")  # a fourth byte that nobody filled in
+        return layer.convert("RGB")  # an alpha channel that was never filled in
     return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
 
 
 def _from_deep(image: Image.Image) -> Image.Image:
+    """Scale grey of 9 to 16 bits so that its largest value, by file or format, is white."""
     if image.mode == "I" and image.format not in _FORMATS_OF_16:
         raise UnreadableItemError("32-bit grey pixels, which have no agreed range")
     values = np.asarray(image).astype(np.int64)
-    # The value that is white.
-    largest = (1 << (_tag(image, TiffImagePlugin.BITSPERSAMPLE) or 16)) - 1
-    said = _tag(image, _MAX_SAMPLE_VALUE)
-    if said is not None and 255 < said < largest:
-        largest = said
+    largest = (1 << (_tag(image, TiffImagePlugin.BITSPERSAMPLE) or 16)) - 1  # white
+    stated = _tag(image, _MAX_SAMPLE_VALUE)
+    if stated is not None and 255 < stated < largest:
+        largest = stated
     if values.min() < 0 or values.max() > largest:
         raise UnreadableItemError(f"grey pixels beyond {largest}, the largest value that the file allows")
     if largest == 65535 and 0 < values.max() < _DARK_16:
         raise UnreadableItemError(f"16-bit grey pixels of at most {values.max()}, nearly black; save them with 8 bits")
     if _tag(image, TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == 0:
-        values = largest - values  # white is zero, which Pillow turns for up to 8 bits only
+        values = largest - values  # white is zero; Pillow inverts that for up to 8 bits only
     grey = (2 * 255 * values + largest) // (2 * largest)  # rounded to the nearest
     transparent = image.info.get("transparency")
     if isinstance(transparent, int):
@@ -222,7 +222,7 @@ def _from_deep(image: Image.Image) -> Image.Image:
 
 
 def _tag(image: Image.Image, number: int) -> int | None:
-    """Return the first value of a TIFF's tag that holds whole numbers; None where it is not there, as in other formats."""
+    """Return the first value of a TIFF's tag of whole numbers, or None without one."""
     value = image.tag_v2.get(number) if isinstance(image, TiffImagePlugin.TiffImageFile) else None
     first = value[0] if isinstance(value, tuple) and value else value
     return first if isinstance(first, int) else None

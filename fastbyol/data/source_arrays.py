@@ -1,12 +1,13 @@
-"""What sources share: images found by number, with labels or without, and the proof of what files say of them.
+"""The ``Source`` of numbered images, and the checks that sources share.
 
-Every number that a file says is held against what the file can hold and what memory is there before it is used.
+Every number in a file is checked against the file's size and the free memory before it is used.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,19 +16,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastbyol.data.memory import cpu_bytes
-from fastbyol.errors import UsageError, size_text
+from fastbyol.errors import UsageError, one_line, size_text
 from fastbyol.files import open_regular, refuse_special
 
 Images = NDArray[np.uint8]
 Labels = NDArray[np.int64]
 NamesAndReasons = tuple[tuple[str, str], ...]
 
-# Labels below this are classes as they are; above, a label is rather a name than a number of a class.
+# Labels below this are class numbers; a larger label is rather a name.
 MAX_CLASSES = 1 << 16
-# Less than this is not held against the memory that is there.
+# Smaller arrays are not checked against the free memory.
 SMALL_BYTES = 1 << 26
 CHANNELS = (1, 3)
-# Names of classes and folds of STL-10 take far less.
+# The class names and the folds of STL-10 take far less.
 MAX_TEXT_BYTES = 1 << 24
 # Deflate's best ratio: 258 bytes for two bits (RFC 1951).
 MOST_PER_BYTE = 1032
@@ -35,11 +36,12 @@ MOST_PER_BYTE = 1032
 
 @dataclass(frozen=True)
 class Source:
-    """Images by number, small enough to be handed to another process: ``image(i)`` reads image i, (H, W, 3) uint8, there.
+    """Numbered images, small enough to be pickled for another process.
 
-    ``labels`` (N,) is None where there are none; -1 marks an unlabelled image. ``num_bytes`` is what each decoded image takes,
-    (N,) or one number for all; ``names`` are those of files. ``skipped`` and ``ignored`` hold (name, reason) of pictures
-    and of other things that are left out, ``notes`` what a reader should know of the choice of images.
+    ``image(i)`` reads image i there, (H, W, 3) uint8. ``labels`` (N,) is None without labels; -1
+    marks an unlabelled image. ``num_bytes`` is the size of each decoded image, (N,) or one number
+    for all; ``names`` are file names. ``skipped`` and ``ignored`` hold (name, reason) of pictures
+    and of other things that are left out; ``notes`` say how the images were chosen.
     """
 
     kind: str
@@ -59,7 +61,7 @@ class Source:
 
     @property
     def labelled(self) -> bool:
-        """Tell whether there are labels."""
+        """True if there are labels."""
         return self.labels is not None
 
     def name(self, index: int) -> str:
@@ -72,7 +74,10 @@ class Source:
 
 
 def read_row(path: Path, row_bytes: int, offset: int, index: int) -> NDArray[np.uint8]:
-    """Read row ``index`` (row_bytes,) of those that begin at ``offset`` in a file; UsageError where it ends before."""
+    """Read row ``index`` (row_bytes,) of the rows that begin at ``offset`` in a file.
+
+    Raises UsageError where the file ends before.
+    """
     with open_regular(path) as file:
         data = os.pread(file.fileno(), row_bytes, offset + index * row_bytes)
     if len(data) != row_bytes:
@@ -81,9 +86,11 @@ def read_row(path: Path, row_bytes: int, offset: int, index: int) -> NDArray[np.
 
 
 def image_size(where: str, shape: Sequence[int], dtype: np.dtype[Any], num_labels: int | None) -> tuple[int, int]:
-    """Return (H, W) of the images in an array: uint8 (N, H, W, 3), (N, H, W, 1), (N, 3, H, W), (N, 1, H, W) or grey (N, H, W).
+    """Return (H, W) of the images in a uint8 array.
 
-    UsageError for all else, one image without N included. ``num_labels`` tells whether (32, 32, 3) is 32 narrow grey images.
+    The shape is (N, H, W, 3), (N, H, W, 1), (N, 3, H, W), (N, 1, H, W) or grey (N, H, W). Raises
+    UsageError for any other, and for one image without N; ``num_labels`` shows whether (32, 32, 3)
+    is 32 narrow grey images.
     """
     if dtype != np.uint8:
         remedy = "images.astype('uint8') in the range 0 to 255"
@@ -110,12 +117,12 @@ def image_size(where: str, shape: Sequence[int], dtype: np.dtype[Any], num_label
 
 
 def planes_first(shape: Sequence[int]) -> bool:
-    """Tell (N, 3, H, W) from (N, H, W, 3)."""
+    """Return whether a shape is (N, 3, H, W) rather than (N, H, W, 3)."""
     return len(shape) == 4 and shape[3] not in CHANNELS
 
 
 def as_rgb(image: NDArray[np.uint8], planes: bool) -> Images:
-    """Return (H, W), (H, W, 1 or 3) or, with ``planes``, (1 or 3, H, W) as (H, W, 3)."""
+    """Return (H, W), (H, W, 1 or 3) or, with ``planes``, (1 or 3, H, W) as an (H, W, 3) image."""
     if image.ndim == 2:
         image = image[:, :, None]
     elif planes:
@@ -124,7 +131,7 @@ def as_rgb(image: NDArray[np.uint8], planes: bool) -> Images:
 
 
 def demand_one_label_each(where: str, shape: Sequence[int], dtype: np.dtype[Any], num_images: int) -> None:
-    """Raise UsageError unless an array holds a whole number, a truth value, or a text for each image."""
+    """Raise UsageError unless an array has one whole number, boolean or text per image."""
     shape, what = tuple(shape), f"{where} is {dtype} of shape {tuple(shape)} for {num_images} images"
     if len(shape) == 2 and shape[0] == num_images and shape[1] > 1:
         raise UsageError(f"{what}; save one label for each image: labels.argmax(1) if they are one-hot")
@@ -135,37 +142,38 @@ def demand_one_label_each(where: str, shape: Sequence[int], dtype: np.dtype[Any]
 def class_labels(
     where: str, values: NDArray[Any], others: Iterable[NDArray[Any]] = ()
 ) -> tuple[Labels | None, tuple[str, ...]]:
-    """Return labels as classes 0 to K - 1 and the classes' names; no labels if all are -1.
+    """Return labels as classes 0 to K - 1, or None if all are -1, and the names of the classes.
 
-    ``demand_one_label_each`` has let ``values`` pass. Whole numbers below ``MAX_CLASSES`` stay as they are. Larger ones,
-    and texts, are mapped: the distinct values, sorted, are the classes, and their names say what they were. ``others`` are the
-    labels of the other splits, which count too, so that a class is the same in all. -1 is no label; other negative numbers,
-    and parts of numbers, are a UsageError.
+    ``values`` have passed ``demand_one_label_each``. Whole numbers below ``MAX_CLASSES`` stay as
+    they are. Larger numbers and texts are mapped to their place among the sorted distinct values of
+    all splits (``others`` has the other splits), so that a class is the same in every split; the
+    names keep the values. -1 means no label. Raises UsageError for other negative numbers and for
+    fractions.
     """
     own = _whole(where, values)
     all_values = [own, *(_whole(where, other) for other in others)]
     if len({part.dtype.kind for part in all_values}) > 1:
         raise UsageError(f"{where}: texts in one split and numbers in another; save one kind")
-    known = np.unique(np.concatenate(all_values))
-    texts = known.dtype.kind == "U"
+    distinct = np.unique(np.concatenate(all_values))
+    texts = distinct.dtype.kind == "U"
     if not texts:
-        if known.tolist() == [-1, 1]:
+        if distinct.tolist() == [-1, 1]:
             raise UsageError(f"{where}: labels are -1 and 1, and -1 stands for no label; save (labels > 0).astype(int)")
-        if known[0] < -1:
-            raise UsageError(f"{where}: label {known[0]} is negative; save numpy.unique(labels, return_inverse=True)[1]")
-        known = known[known >= 0]
-        if not known.size:
+        if distinct[0] < -1:
+            raise UsageError(f"{where}: label {distinct[0]} is negative; save numpy.unique(labels, return_inverse=True)[1]")
+        distinct = distinct[distinct >= 0]
+        if not distinct.size:
             return None, ()
-        if known[-1] < MAX_CLASSES:
-            return own, tuple(map(str, range(int(known[-1]) + 1)))
-    if len(known) > MAX_CLASSES:
-        raise UsageError(f"{where}: {len(known):,} distinct labels are no classes; leave them out, or save fewer")
-    labels = np.searchsorted(known, own).astype(np.int64)
-    return labels if texts else np.where(own < 0, -1, labels), tuple(map(str, known))
+        if distinct[-1] < MAX_CLASSES:
+            return own, tuple(map(str, range(int(distinct[-1]) + 1)))
+    if len(distinct) > MAX_CLASSES:
+        raise UsageError(f"{where}: {len(distinct):,} distinct labels are no classes; leave them out, or save fewer")
+    labels = np.searchsorted(distinct, own).astype(np.int64)
+    return labels if texts else np.where(own < 0, -1, labels), tuple(map(str, distinct))
 
 
 def notes_on(class_names: tuple[str, ...]) -> tuple[str, ...]:
-    """Say what a reader should know of labels that ``class_labels`` mapped."""
+    """Explain the classes to the reader if ``class_labels`` mapped the labels."""
     numbers = [int(name) for name in class_names if name.isdecimal()]
     if len(numbers) < len(class_names) or numbers == list(range(len(numbers))) or numbers != sorted(numbers):
         return ()
@@ -178,7 +186,7 @@ def _whole(where: str, values: NDArray[Any]) -> NDArray[Any]:
     if values.dtype.kind == "S":
         return np.array([value.decode("utf-8", "replace") for value in values.tolist()])
     if values.dtype.kind == "U":
-        # What Python does not take: beyond the last character, and the halves of surrogate pairs.
+        # Python refuses code points beyond the last character, and lone surrogates.
         codes = np.ascontiguousarray(values).view(values.dtype.byteorder.replace("|", "=") + "u4")
         if ((codes > 0x10FFFF) | ((codes >= 0xD800) & (codes < 0xE000))).any():
             raise UsageError(f"{where}: holds texts that are no Unicode; save others")
@@ -190,6 +198,17 @@ def _whole(where: str, values: NDArray[Any]) -> NDArray[Any]:
     return values.astype(np.int64)
 
 
+@contextmanager
+def untrusted(where: object, what: str, remedy: str) -> Iterator[None]:
+    """Turn whatever a library raises on untrusted bytes into a UsageError."""
+    try:
+        yield
+    except UsageError:
+        raise
+    except Exception as error:
+        raise UsageError(f"{where}: {what} ({one_line(error)}); {remedy}") from None
+
+
 def demand_range(path: Path, labels: Labels, num_classes: int) -> None:
     """Raise UsageError unless all labels are classes."""
     if labels.size and not 0 <= labels.min() <= labels.max() < num_classes:
@@ -197,13 +216,13 @@ def demand_range(path: Path, labels: Labels, num_classes: int) -> None:
 
 
 def demand_memory(where: str, num_bytes: int) -> None:
-    """Raise UsageError unless an array of ``num_bytes`` can be held."""
+    """Raise UsageError unless an array of ``num_bytes`` fits into the free memory."""
     if num_bytes >= SMALL_BYTES and num_bytes > (free := cpu_bytes()):
         raise UsageError(f"{where}: is said to take {size_text(num_bytes)}, memory has {size_text(free)}; save it in parts")
 
 
 def size_of(path: Path) -> int:
-    """Return the bytes of a regular file that has to be there."""
+    """Return the bytes of a regular file. Raises UsageError where it is missing."""
     try:
         status = path.stat()
         refuse_special(path, status.st_mode)
@@ -213,14 +232,14 @@ def size_of(path: Path) -> int:
 
 
 def count_rows(path: Path, num_bytes: int, row_bytes: int) -> int:
-    """Count the rows of ``row_bytes`` in a file of ``num_bytes``; UsageError unless it is a whole number above 0."""
+    """Count the rows in a file of ``num_bytes``. Raises UsageError unless they fill it."""
     if num_bytes == 0 or num_bytes % row_bytes:
         raise UsageError(f"{path}: {num_bytes} bytes is no whole number of {row_bytes}-byte images; unpack the archive again")
     return num_bytes // row_bytes
 
 
 def read_whole(path: Path) -> bytes:
-    """Read a file that memory can hold; UsageError where it cannot. Raises OSError where the file cannot be read."""
+    """Read a whole file. Raises UsageError where it exceeds memory, OSError where reading fails."""
     num_bytes = size_of(path)
     demand_memory(str(path), num_bytes)
     with open_regular(path) as file:
@@ -228,18 +247,18 @@ def read_whole(path: Path) -> bytes:
 
 
 def text_lines(path: Path) -> tuple[str, ...]:
-    """Return the lines of a small text file that are not empty."""
+    """Return the non-empty lines of a small text file."""
     if size_of(path) > MAX_TEXT_BYTES:
         raise UsageError(f"{path}: {size_of(path)} bytes are too many for what it is; unpack the archive again")
     return tuple(line.strip() for line in read_whole(path).decode("utf-8", "replace").splitlines() if line.strip())
 
 
 def inner(path: Path, *names: str) -> Path:
-    """Return ``path``, or the first of the folders ``names`` in it: what an archive unpacks to."""
+    """Return the first of the folders ``names`` that is in ``path``, else ``path`` itself."""
     return next((path / name for name in names if (path / name).is_dir()), path)
 
 
-def listed(names: Iterable[str], most: int = 12) -> str:
-    """Join names for a message, the first few of many."""
+def listed(names: Iterable[str]) -> str:
+    """Join names for a message, twelve of them at most."""
     names = [" ".join(name.split())[:60] for name in names]
-    return (", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")) or "none"
+    return (", ".join(names[:12]) + (f" and {len(names) - 12} more" if len(names) > 12 else "")) or "none"

@@ -1,7 +1,7 @@
-"""CIFAR-10 and CIFAR-100 (Krizhevsky, 2009) in their three versions: rows of 3,072 bytes, planes R, G, B.
+"""CIFAR-10 and CIFAR-100 (Krizhevsky, 2009) in three versions: rows of 3,072 bytes, planes R, G, B.
 
-Python: pickled dicts. Unpickling runs code by design, so only what an array is made of may be named in these files. Binary:
-a row's label, or its coarse and its fine label, before it. MATLAB: arrays ``data`` and ``labels``.
+Python: pickled dicts. Binary: a row's label, or coarse and fine label, before its pixels. MATLAB:
+arrays ``data`` and ``labels``.
 """
 
 from __future__ import annotations
@@ -14,22 +14,22 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fastbyol.data import source_mat
-from fastbyol.data.source_arrays import Images, Labels, Source, count_rows, demand_range, inner, read_whole, text_lines
-from fastbyol.errors import UsageError, check_choice, one_line
+from fastbyol.data import source_arrays, source_mat
+from fastbyol.data.source_arrays import Images, Labels, Source, inner
+from fastbyol.errors import UsageError, check_choice
 
 IMAGE_BYTES = 3 * 32 * 32
 
 
 class _Set(NamedTuple):
-    """How the files of a set are called, and what the arrays in them."""
+    """The names of a set's files, and of the arrays in them."""
 
     num_classes: int
     labels: str
     label_names: str
     folders: tuple[str, ...]
     files: dict[str, tuple[str, ...]]  # by split
-    names: dict[str, str]  # the file with the classes' names, by the ending of the Python, binary and MATLAB versions
+    names: dict[str, str]  # file of class names by ending: Python, binary, MATLAB
 
 
 SETS = {
@@ -53,19 +53,19 @@ SETS = {
 
 
 def has_cifar(path: Path, kind: str) -> bool:
-    """Tell whether the files of CIFAR-10 or CIFAR-100 lie in a folder, or in the one that an archive unpacks to."""
+    """Return whether a set's files are in a folder, or in the one that its archive unpacks to."""
     folder = inner(path, *SETS[kind].folders)
     endings = _endings(folder, kind)
-    # CIFAR-100's files are called like much else, so one more has to be there.
+    # CIFAR-100's file names are common, so its class names have to be there, too.
     return bool(endings) if kind == "cifar10" else any(_lies(folder / SETS[kind].names[end]) for end in endings)
 
 
-def open_cifar(path: Path, kind: str, split: str | None) -> Source:
-    """Open ``split`` (default: train) of CIFAR-10 or CIFAR-100, with the fine labels, in the version that lies there."""
+def open_cifar(path: Path, *, kind: str, split: str | None, **others: object) -> Source:
+    """Open ``split`` (default: train) with its fine labels, in the version that is there."""
     of, split = SETS[kind], split or "train"
     folder = inner(path, *of.folders)
     check_choice(f"{folder}: CIFAR's split", split, of.files)
-    # The Python version where none is, for its messages.
+    # If none is there, the Python version's missing file is reported.
     end = next(iter(_endings(folder, kind)), "")
     files = tuple(folder / f"{name}{end}" for name in of.files[split])
     _kept.cache_clear()
@@ -85,19 +85,19 @@ def _kept(kind: str, files: tuple[Path, ...], end: str) -> Images:
 
 
 def _endings(folder: Path, kind: str) -> list[str]:
-    """Return the endings of the versions of which files are there."""
+    """Return the endings of the versions that have a file there."""
     names = [name for files in SETS[kind].files.values() for name in files]
     return [end for end in SETS[kind].names if any(_lies(folder / f"{name}{end}") for name in names)]
 
 
 def _lies(path: Path) -> bool:
-    # What else it is no regular file is said when it is opened.
+    # Opening the file reports pipes and the like.
     return path.exists() and not path.is_dir()
 
 
 def _class_names(path: Path, end: str, of: _Set) -> tuple[str, ...]:
     if end == ".bin":
-        names: object = list(text_lines(path))
+        names: object = list(source_arrays.text_lines(path))
     else:
         names = source_mat.cells(path, of.label_names) if end else _unpickled(path).get(of.label_names)
     wanted = of.num_classes
@@ -107,13 +107,13 @@ def _class_names(path: Path, end: str, of: _Set) -> tuple[str, ...]:
 
 
 def _read(path: Path, end: str, of: _Set) -> tuple[Images, Labels]:
-    """Read a file whole: rows of pixels (N, ``IMAGE_BYTES``) and labels (N,)."""
+    """Read a whole file: rows of pixels (N, ``IMAGE_BYTES``) and labels (N,)."""
     if end == ".mat":
         rows: Any = source_mat.pixels(path, "data", None, IMAGE_BYTES)
         labels = source_mat.labels(path, of.labels, len(rows))
     elif end == ".bin":
-        data, before = np.frombuffer(read_whole(path), np.uint8), 1 if of.num_classes == 10 else 2
-        data = data.reshape(count_rows(path, data.size, before + IMAGE_BYTES), -1)
+        data, before = np.frombuffer(source_arrays.read_whole(path), np.uint8), 1 if of.num_classes == 10 else 2
+        data = data.reshape(source_arrays.count_rows(path, data.size, before + IMAGE_BYTES), -1)
         rows, labels = data[:, before:], data[:, before - 1].astype(np.int64)
     else:
         batch = _unpickled(path)
@@ -125,7 +125,7 @@ def _read(path: Path, end: str, of: _Set) -> tuple[Images, Labels]:
         if len(values) != len(rows):
             raise UsageError(f"{path}: {len(values)} labels for {len(rows)} images; unpack the archive again")
         labels = np.array(values, np.int64)
-    demand_range(path, labels, of.num_classes)
+    source_arrays.demand_range(path, labels, of.num_classes)
     return rows, labels
 
 
@@ -134,17 +134,15 @@ def _text(name: object) -> str:
 
 
 def _unpickled(path: Path) -> dict[str, Any]:
-    """Read the dict in a CIFAR file, its keys as text. Nothing but arrays and plain values is ever constructed."""
-    data = read_whole(path)
-    try:
+    """Read the dict in a CIFAR file, its keys as text."""
+    data = source_arrays.read_whole(path)
+    with source_arrays.untrusted(path, "not a CIFAR file", "unpack the archive again"):
         value = _ArraysOnly(io.BytesIO(data), encoding="bytes").load()
         return {_text(key): item.values if isinstance(item, _Array) else item for key, item in value.items()}
-    except Exception as error:  # a damaged pickle raises anything
-        raise UsageError(f"{path}: not a CIFAR file ({one_line(error)}); unpack the archive again") from None
 
 
 class _Type:
-    """What a pickle says of an array's type: its code; then a state that says the byte order, which bytes have none of."""
+    """An array's type in a pickle: only bytes are accepted. The state (byte order) is ignored."""
 
     def __init__(self, code: object, *_: object) -> None:
         if _text(code) not in ("u1", "uint8", "B"):
@@ -154,7 +152,7 @@ class _Type:
 
 
 class _Array:
-    """An array of bytes as a pickle rebuilds it; made from data that is there, so that no number alone takes memory."""
+    """An array of bytes, rebuilt from data that is there: a number in the file takes no memory."""
 
     values = np.zeros(0, np.uint8)
 
@@ -168,13 +166,13 @@ class _Array:
 
 
 def _from_buffer(data: object, kind: object, shape: object, order: object) -> _Array:
-    found = _Array()
-    found.__setstate__((1, shape, kind, order == "F", data))
-    return found
+    array = _Array()
+    array.__setstate__((1, shape, kind, order == "F", data))
+    return array
 
 
 def _latin1(text: str, encoding: str) -> bytes:
-    # How Python 3 writes bytes into an old pickle.
+    # Python 3 writes bytes into an old pickle in this way.
     if encoding != "latin1":
         raise pickle.UnpicklingError(f"bytes in {encoding!r}")
     return text.encode("latin1")
@@ -189,9 +187,10 @@ _ALLOWED = {
 }
 
 
-# The unpickler in Python: the one in C zeroes a table as long as the largest number that a file gives to a remembered value.
+# Unpickling runs code by design, so only the parts of an array may be named. This is the unpickler
+# in Python, since the one in C zeroes a table as long as the largest memo index in the file.
 class _ArraysOnly(pickle._Unpickler):
-    """Reconstructs arrays of bytes and built-in values; any other name in the pickle is refused, not imported."""
+    """An unpickler of built-in values and arrays of bytes that refuses every other name."""
 
     def find_class(self, module: str, name: str) -> Any:
         key = module.replace("numpy._core", "numpy.core"), name  # numpy 2 renamed it

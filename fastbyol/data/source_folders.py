@@ -2,29 +2,30 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from fastbyol.data import rgb
-from fastbyol.data.beton import UnreadableItemError
-from fastbyol.data.folder_layout import lay_out
+from fastbyol.data.beton_write import UnreadableItemError
+from fastbyol.data.folder_layout import lay_out, picture
 from fastbyol.data.folder_walk import walk
-from fastbyol.data.source_arrays import Images, Source
+from fastbyol.data.source_arrays import Source
 from fastbyol.errors import UsageError
 
 
-def open_folder(path: Path, kind: str | None, split: str | None, *, strict: bool) -> Source:
-    """Open the pictures below ``path``: ``classes``, ``folder`` (without labels), or None for what the layout says.
+def open_folder(path: Path, *, kind: str | None, split: str | None, strict: bool, **others: object) -> Source:
+    """Open the pictures below ``path`` as ``classes``, ``folder`` (no labels) or None (either).
 
-    Looks at every file's head: what is no picture at all is left out before any decoding. Raises UsageError where no picture
-    can be read, with ``strict`` for the first one that cannot, and what ``lay_out`` does.
+    Reads every file's head, so that what is no picture is left out before decoding. Raises
+    UsageError if no picture can be read, or with ``strict`` if one cannot, and as ``lay_out``
+    raises it.
     """
-    layout = lay_out(path, walk(path), kind=kind, split=split)
-    sizes = np.zeros(len(layout.files), np.int64)
-    skipped = list(layout.skipped)
-    for k, name in enumerate(layout.files):
+    source = lay_out(path, walk(path), kind=kind, split=split)
+    sizes, skipped = np.zeros(len(source), np.int64), list(source.skipped)
+    for k, name in enumerate(source.names):
         try:
             height, width = rgb.probe(path / name)
             sizes[k] = 3 * height * width
@@ -36,21 +37,13 @@ def open_folder(path: Path, kind: str | None, split: str | None, *, strict: bool
     if not len(keep):
         first = f", the first: {skipped[0][0]}: {skipped[0][1]}" if skipped else ""
         raise UsageError(f"{path}: no readable pictures in it{first}; give a folder of images or of class folders")
-    files = tuple(layout.files[k] for k in keep)
-    return Source(
-        kind=layout.kind,
-        split=layout.split,
-        class_names=layout.class_names,
-        labels=None if layout.labels is None else np.array(layout.labels, np.int64)[keep],
+    files = tuple(source.names[k] for k in keep)
+    return replace(
+        source,
+        labels=None if source.labels is None else source.labels[keep],
         num_images=len(files),
         num_bytes=sizes[keep],
-        image=partial(_picture, path, files),
+        image=partial(picture, path, files),
         names=files,
         skipped=tuple(skipped),
-        ignored=layout.ignored,
-        notes=layout.notes,
     )
-
-
-def _picture(root: Path, files: tuple[str, ...], index: int) -> Images:
-    return rgb.read(root / files[index])

@@ -1,8 +1,7 @@
-"""The idx files of MNIST (LeCun, Cortes, Burges, 1998) and of all that took its format: Fashion-MNIST, KMNIST, EMNIST, QMNIST.
+"""idx files: MNIST (LeCun, Cortes, Burges, 1998), Fashion-MNIST, KMNIST, EMNIST, QMNIST.
 
-A file is two zero bytes, a type, the number of dimensions, each dimension as a big-endian int32, and the values; it may be
-compressed with gzip. Images are grey (N, H, W) uint8. Sides below 32 pixels are padded to 32 with black, as LeNet-5 took
-them, since five halvings of 28 leave nothing. EMNIST's images are transposed in its files, and are left so.
+A file is two zero bytes, a type, the number of dimensions, each as a big-endian int32, and the
+values, maybe gzipped. EMNIST's images are transposed in its files, and are left so.
 """
 
 from __future__ import annotations
@@ -21,51 +20,43 @@ from typing import BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from fastbyol.data.source_arrays import (
-    MOST_PER_BYTE,
-    Images,
-    Labels,
-    Source,
-    as_rgb,
-    class_labels,
-    demand_memory,
-    notes_on,
-    size_of,
-)
+from fastbyol.data import source_arrays
+from fastbyol.data.source_arrays import Images, Labels, Source
 from fastbyol.errors import UsageError, check_choice, one_line
 from fastbyol.files import open_regular
 
-# What each word that the names of files have for a split means.
+# Splits by the word for them in file names.
 SPLITS = {"train": "train", "t10k": "test", "test": "test"}
+# LeNet-5's padding of MNIST's 28 pixels, of which five halvings would leave nothing.
 SIDE = 32
 MAX_SIDE = 4096
 # Xiao, Rasul, Vollgraf, "Fashion-MNIST", arXiv:1708.07747, table 2.
 FASHION_CLASSES = (
     "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
 )  # fmt: skip
-# Where Debian's package dataset-fashion-mnist puts the four files.
+# The folder of Debian's package dataset-fashion-mnist.
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")
 DOWNLOAD_TIMEOUT_S = 30.0
 
-# Of names in small letters.
+# For names in lower case.
 _STEM = r"(?P<set>.*?)[-_]?(?P<split>train|t10k|test)[-_]"
 _IMAGES = re.compile(_STEM + r"images[-.]idx3[-.]ubyte(\.gz)?")
 _LABELS = re.compile(_STEM + r"labels[-.]idx(?P<kind>1[-.]ubyte|2[-.]int)(?P<packed>\.gz)?")
 _TYPES = {0x08: ">u1", 0x09: ">i1", 0x0B: ">i2", 0x0C: ">i4"}
-# What torchvision's downloads and common archives put around the files.
+# Folders of torchvision's downloads and of common archives.
 _INNER = ("raw", "FashionMNIST/raw", "MNIST/raw", "KMNIST/raw", "EMNIST/raw", "QMNIST/raw", "gzip")
 
 
 def has_idx(path: Path) -> bool:
-    """Tell whether idx images lie at ``path``: a file of them, or a folder in one of the usual layouts."""
+    """Return whether ``path`` is an idx file of images, or a folder that holds some."""
     return bool(_IMAGES.fullmatch(path.name.lower())) if path.is_file() else any(_image_files(path))
 
 
-def open_idx(path: Path, kind: str, split: str | None) -> Source:
-    """Open the images of ``split`` (default: train, or that of the file) with the labels that lie beside them.
+def open_idx(path: Path, *, kind: str, split: str | None, **others: object) -> Source:
+    """Open the grey images of ``split`` (default: train, or that of the file) with their labels.
 
-    Labels are idx1 bytes, or QMNIST's idx2 integers of which the first column counts. Raises UsageError: files that are
-    missing, cut short, of another type or split, several sets in one folder.
+    Labels are idx1 bytes, or the first column of QMNIST's idx2 integers. Raises UsageError for
+    files that are missing, cut or of another type or split, and for several sets in one folder.
     """
     images = path if path.exists() and not path.is_dir() else _chosen(path, split or "train")
     named = _IMAGES.fullmatch(images.name.lower())
@@ -88,17 +79,17 @@ def open_idx(path: Path, kind: str, split: str | None) -> Source:
             raise UsageError(f"{labels_file}: label {labels.max()} is none of Fashion-MNIST's ten; take --kind idx")
         names = FASHION_CLASSES
     num_bytes = 3 * max(SIDE, height) * max(SIDE, width)
-    return Source(kind, of, names, labels, count, num_bytes, partial(_image, images), notes=notes_on(names))
+    return Source(kind, of, names, labels, count, num_bytes, partial(_image, images), notes=source_arrays.notes_on(names))
 
 
 def fashion_mnist_folder(cache: Path) -> Path:
-    """Return a folder that holds Fashion-MNIST: Debian's, else ``cache``'s, where torchvision downloads it on the first call.
+    """Return a folder of Fashion-MNIST: Debian's, else ``cache``, where torchvision downloads it.
 
-    Raises UsageError where it is in neither and cannot be downloaded.
+    Raises UsageError if the download fails.
     """
     for folder in (DEBIAN, cache):
         files = _image_files(folder)
-        if len(files) == 2 and all(map(_labels_file, files)):  # a download may have been cut
+        if len(files) == 2 and all(map(_labels_file, files)):  # it may be half downloaded
             return folder
     import torchvision
 
@@ -107,7 +98,7 @@ def fashion_mnist_folder(cache: Path) -> Path:
     try:
         for train in (True, False):
             torchvision.datasets.FashionMNIST(str(cache), train=train, download=True)
-    except (OSError, RuntimeError) as error:  # the network's errors, and torchvision's after its last mirror
+    except (OSError, RuntimeError) as error:  # the network's, and torchvision's own
         why = one_line(error, 120)
         raise UsageError(
             f"fashion-mnist: not on this machine, and the download failed ({why}): install Debian's package "
@@ -119,35 +110,35 @@ def fashion_mnist_folder(cache: Path) -> Path:
 
 
 def _image(path: Path, index: int) -> Images:
-    """Return image ``index``, grey as RGB, padded to ``SIDE``; the file is read whole on first use."""
+    """Return image ``index``, grey as RGB, padded with black to ``SIDE``."""
     grey = _kept(path)[index]
     margins = [(missing // 2, missing - missing // 2) for missing in (max(0, SIDE - side) for side in grey.shape)]
-    return as_rgb(np.pad(grey, margins), planes=False)
+    return source_arrays.as_rgb(np.pad(grey, margins), planes=False)
 
 
 def _image_files(folder: Path, split: str | None = None) -> list[Path]:
-    """Return the images files of ``split`` (None: of any), one a set, in the first of the usual places that holds some."""
-    for place in (folder, *(folder / name for name in _INNER)):
-        found = {}
-        for path in sorted(place.iterdir(), reverse=True) if place.is_dir() else ():  # unpacked before packed
+    """Return the image files of ``split`` (None: any), one a set, of the first folder with some."""
+    for inside in (folder, *(folder / name for name in _INNER)):
+        by_set = {}
+        for path in sorted(inside.iterdir(), reverse=True) if inside.is_dir() else ():  # .gz last
             named = _IMAGES.fullmatch(path.name.lower())
             if named and split in (None, SPLITS[named["split"]]) and not path.is_dir():
-                found[path.name[: named.end("split")]] = path
-        if found:
-            return list(found.values())
+                by_set[path.name[: named.end("split")]] = path
+        if by_set:
+            return list(by_set.values())
     return []
 
 
 def _chosen(folder: Path, split: str) -> Path:
     check_choice(f"{folder}: the split of idx files", split, dict.fromkeys(SPLITS.values()))
-    found = _image_files(folder, split)
-    if not found:
+    files = _image_files(folder, split)
+    if not files:
         word = next(word for word, of in SPLITS.items() if of == split)
         raise UsageError(f"{folder}: no {word}-images-idx3-ubyte (or .gz) in it; give the folder that holds it")
-    if len(found) > 1:
-        names = ", ".join(path.name for path in found)
+    if len(files) > 1:
+        names = ", ".join(path.name for path in files)
         raise UsageError(f"{folder}: holds several sets ({names}); name one of these files instead of the folder")
-    return found[0]
+    return files[0]
 
 
 def _labels(path: Path, count: int) -> tuple[Labels | None, tuple[str, ...]]:
@@ -155,23 +146,23 @@ def _labels(path: Path, count: int) -> tuple[Labels | None, tuple[str, ...]]:
     if len(shape) not in (1, 2) or shape[0] != count or 0 in shape:
         raise UsageError(f"{path}: its head says shape {shape} for {count} images; fetch both files again")
     values = _values(path)
-    return class_labels(str(path), values if values.ndim == 1 else values[:, 0])
+    return source_arrays.class_labels(str(path), values if values.ndim == 1 else values[:, 0])
 
 
 def _labels_file(images: Path) -> Path | None:
-    """Find the file beside ``images`` with its labels, idx1 before idx2, unpacked before packed; None where there is none."""
+    """Return the labels file beside ``images``, idx1 and unpacked files first; None without one."""
     stem = _IMAGES.fullmatch(images.name.lower())
     named = [(_LABELS.fullmatch(path.name.lower()), path) for path in images.parent.iterdir()]
-    found = [
+    files = [
         (of["kind"], of["packed"] is not None, path)
         for of, path in named
         if of and stem and of.group("set", "split") == stem.group("set", "split")
     ]
-    return min(found)[2] if found else None
+    return min(files)[2] if files else None
 
 
 def _head(path: Path) -> tuple[tuple[int, ...], int, np.dtype[np.generic]]:
-    """Read the shape that a file's head says, where its values begin, and their type."""
+    """Read the shape in a file's head, the offset of the values, and their type."""
     with _opened(path) as file:
         magic = file.read(4)
         if len(magic) < 4 or magic[:2] != b"\0\0" or magic[2] not in _TYPES or not 1 <= magic[3] <= 4:
@@ -186,12 +177,13 @@ def _head(path: Path) -> tuple[tuple[int, ...], int, np.dtype[np.generic]]:
 
 
 def _values(path: Path) -> NDArray[np.uint8]:
-    """Read the file's values; a head that promises more than the file can hold is refused before memory is taken."""
+    """Read the file's values, after a check that the file and memory can hold them."""
     shape, offset, dtype = _head(path)
     wanted = math.prod(shape) * dtype.itemsize
-    if wanted > size_of(path) * (MOST_PER_BYTE if path.suffix.lower() == ".gz" else 1):
-        raise UsageError(f"{path}: {size_of(path)} bytes cannot hold the {wanted} that its head says; fetch it again")
-    demand_memory(str(path), wanted)
+    size = source_arrays.size_of(path)
+    if wanted > size * (source_arrays.MOST_PER_BYTE if path.suffix.lower() == ".gz" else 1):
+        raise UsageError(f"{path}: {size} bytes cannot hold the {wanted} that its head says; fetch it again")
+    source_arrays.demand_memory(str(path), wanted)
     with _opened(path) as file:
         content = file.read(offset + wanted + 1)
     if len(content) != offset + wanted:
@@ -204,7 +196,7 @@ _kept = lru_cache(maxsize=1)(_values)
 
 @contextmanager
 def _opened(path: Path) -> Iterator[BinaryIO]:
-    """Open the file, unpacked on the way; whatever reading meets is a UsageError."""
+    """Open the file, unpacked on the way; turn reading errors into UsageErrors."""
     try:
         with open_regular(path) as file:
             yield gzip.GzipFile(fileobj=file) if path.suffix.lower() == ".gz" else file  # type: ignore[misc]

@@ -1,6 +1,6 @@
-"""Arrays in MATLAB files: version 5, and version 7.3, which is HDF5 and read by h5py where that is installed.
+"""Arrays in MATLAB files of version 5, and of version 7.3, which is HDF5 and needs h5py.
 
-Shapes come first; an array is read only where file and memory can hold what it is said to be.
+Shapes are read first: an array is read only if file and memory can hold it.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastbyol.data import mat5
-from fastbyol.data.source_arrays import MOST_PER_BYTE, demand_memory, listed, size_of
-from fastbyol.errors import UsageError, one_line
+from fastbyol.data.source_arrays import MOST_PER_BYTE, demand_memory, listed, size_of, untrusted
+from fastbyol.errors import UsageError
 from fastbyol.files import open_regular
 
 
 def shape_of(path: Path, name: str, *wanted: int | None) -> tuple[int, ...]:
-    """Return MATLAB's shape of the array ``name``; UsageError where there is none, or it is not as ``wanted``.
+    """Return MATLAB's shape of the array ``name``. Raises UsageError unless it is as ``wanted``.
 
-    None in ``wanted`` is any number but 0; nothing wanted is any shape.
+    None in ``wanted`` stands for any number but 0; without ``wanted`` any shape is right.
     """
     size_of(path)
     shapes = _shapes(path)
@@ -40,15 +40,15 @@ def shape_of(path: Path, name: str, *wanted: int | None) -> tuple[int, ...]:
 
 
 def pixels(path: Path, name: str, *wanted: int | None) -> NDArray[np.uint8]:
-    """Read the array ``name`` whole; UsageError unless it is uint8 of the shape that was said. The last few are kept."""
-    shape, found = shape_of(path, name, *wanted), _kept(path, name)
-    if found.dtype != np.uint8 or found.shape != shape:
-        raise UsageError(f"{path}: {name!r} is {found.dtype} of shape {found.shape}, not uint8 as said; get the file again")
-    return found
+    """Read a whole uint8 array, of which the last few stay cached. Raises UsageError."""
+    shape, values = shape_of(path, name, *wanted), _kept(path, name)
+    if values.dtype != np.uint8 or values.shape != shape:
+        raise UsageError(f"{path}: {name!r} is {values.dtype} of shape {values.shape}, not uint8 as said; get the file again")
+    return values
 
 
 def labels(path: Path, name: str, count: int) -> NDArray[np.int64]:
-    """Return the whole numbers (count,) of the array ``name``, (N, 1) or (1, N)."""
+    """Return the whole numbers (count,) of the array ``name``, which is (N, 1) or (1, N)."""
     shape = shape_of(path, name)
     if math.prod(shape) != count:
         raise UsageError(f"{path}: {name!r} has shape {shape} for {count} images; get the file again")
@@ -56,17 +56,17 @@ def labels(path: Path, name: str, count: int) -> NDArray[np.int64]:
 
 
 def whole_numbers(path: Path, name: str, numbers: object) -> NDArray[np.int64]:
-    """Return any array as (N,) int64; UsageError unless all are whole numbers that a double holds."""
-    given = np.asarray(numbers).reshape(-1)
-    if given.dtype.kind in "iuf" and (np.abs(given.astype(np.float64)) < 1 << 53).all():
-        found = given.astype(np.int64)
-        if (found == given).all():
-            return found
+    """Return an array as (N,) int64. Raises UsageError unless all are whole, below 2**53."""
+    values = np.asarray(numbers).reshape(-1)
+    if values.dtype.kind in "iuf" and (np.abs(values.astype(np.float64)) < 1 << 53).all():
+        whole = values.astype(np.int64)
+        if (whole == values).all():
+            return whole
     raise UsageError(f"{path}: {name!r} does not hold whole numbers; get the file again")
 
 
 def cells(path: Path, name: str) -> list[Any]:
-    """Read what a small cell array of a version 5 file holds: texts as str, numbers as arrays."""
+    """Read a small cell array of a version 5 file: texts as str, numbers as arrays."""
     shape_of(path, name)
     with _opened(path) as (file, arrays):
         if isinstance(arrays[name], mat5.Variable):
@@ -75,14 +75,14 @@ def cells(path: Path, name: str) -> list[Any]:
 
 
 def forget() -> None:
-    """Drop the arrays that are kept: files may have changed."""
+    """Drop the cached arrays, since files may have changed."""
     _kept.cache_clear()
     _shapes.cache_clear()
 
 
 @lru_cache(maxsize=6)
 def _kept(path: Path, name: str) -> NDArray[Any]:
-    """Read the array whole, as it is stored."""
+    """Read the whole array as it is stored."""
     where = f"{path}: {name!r}"
     with _opened(path) as (file, arrays):
         item = arrays[name]
@@ -98,7 +98,7 @@ def _kept(path: Path, name: str) -> NDArray[Any]:
 
 @lru_cache(maxsize=16)
 def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of all arrays, as MATLAB says them: HDF5's run the other way."""
+    """Return the shapes of all arrays as MATLAB states them; HDF5's are reversed."""
     with _opened(path) as (_, arrays):
         return {
             name: item.shape if isinstance(item, mat5.Variable) else tuple(map(int, item.shape[::-1]))
@@ -108,30 +108,25 @@ def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[tuple[BinaryIO, dict[str, Any]]]:
-    """Open a file and its arrays by name, mat5's or h5py's; whatever a library meets in its bytes is a UsageError."""
-    try:
-        with open_regular(path) as file:
-            head = file.read(mat5.HEAD_BYTES)
-            if head[:10] == b"MATLAB 7.3":
-                try:
-                    import h5py
-                except ImportError:
-                    raise UsageError(f"{path}: is of MATLAB's version 7.3, which h5py reads; pip install h5py") from None
-                with h5py.File(file, "r") as opened:
-                    yield file, dict(_datasets(opened))
-            elif head[:10] == b"MATLAB 5.0" and head[126:] in (b"IM", b"MI"):
-                yield file, mat5.variables(file)
-            else:
-                says = "no MATLAB file of version 5 or 7.3 by its head"
-                raise UsageError(f"{path}: {says}; get it again, or save it with save -v7")
-    except UsageError:
-        raise
-    except Exception as error:
-        raise UsageError(f"{path}: not a whole MATLAB file ({one_line(error)}); get it again") from None
+    """Open a file and its arrays by name, as mat5 or h5py describe them."""
+    with untrusted(path, "not a whole MATLAB file", "get it again"), open_regular(path) as file:
+        head = file.read(mat5.HEAD_BYTES)
+        if head[:10] == b"MATLAB 7.3":
+            try:
+                import h5py
+            except ImportError:
+                raise UsageError(f"{path}: is of MATLAB's version 7.3, which h5py reads; pip install h5py") from None
+            with h5py.File(file, "r") as opened:
+                yield file, dict(_datasets(opened))
+        elif head[:10] == b"MATLAB 5.0" and head[126:] in (b"IM", b"MI"):
+            yield file, mat5.variables(file)
+        else:
+            says = "no MATLAB file of version 5 or 7.3 by its head"
+            raise UsageError(f"{path}: {says}; get it again, or save it with save -v7")
 
 
 def _datasets(file: Any) -> Iterator[tuple[str, Any]]:
-    """Yield the arrays that lie in the file itself: no links, and nothing that leads to other files."""
+    """Yield the arrays stored in the file itself; follow no links to other files."""
     import h5py
 
     for name in file:

@@ -1,6 +1,6 @@
-"""npy files: one with images, and beside it one with labels; and what npz files share with them, names and heads.
+"""npy files of images and labels, and the array names and heads that npz files share with them.
 
-An array's name says what it holds and of which split: ``images``, ``x_train``, ``train_labels``, ``testY`` and so on.
+An array's name says what it holds and of which split: ``images``, ``x_train``, ``testY`` and so on.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import math
 import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -19,32 +19,19 @@ from typing import Any, BinaryIO, ClassVar, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from fastbyol.data import splits
-from fastbyol.data.source_arrays import (
-    Images,
-    Labels,
-    Source,
-    as_rgb,
-    class_labels,
-    demand_memory,
-    demand_one_label_each,
-    image_size,
-    listed,
-    notes_on,
-    planes_first,
-    read_row,
-)
-from fastbyol.errors import UsageError, one_line
+from fastbyol.data import source_arrays, splits
+from fastbyol.data.source_arrays import Images, Labels, Source, listed
+from fastbyol.errors import UsageError
 from fastbyol.files import open_regular
 
 IMAGE_NAMES = ("images", "image", "imgs", "img", "x", "data", "arr0")
 LABEL_NAMES = ("labels", "label", "targets", "target", "y", "classes", "class", "arr1")
-# numpy reads heads of 10,000 letters at most unless told to trust them.
+# numpy reads heads of at most 10,000 letters unless told to trust them.
 MAX_HEAD = 1 << 14
 
 
 class Role(NamedTuple):
-    """What an array is for by its name; ``rank`` orders the names of one role."""
+    """The purpose of an array by its name; ``rank`` orders the names of one role."""
 
     split: str | None
     labels: bool
@@ -62,12 +49,12 @@ _ROLES = {
 
 
 def role_of(name: str) -> Role | None:
-    """Tell what an array's name says, in any spelling of ``_``, ``-`` and capitals."""
+    """Return the role that a name tells, however it writes ``_``, ``-`` and capitals."""
     return _ROLES.get("".join(letter for letter in name.lower() if letter.isalnum()))
 
 
 class Head(NamedTuple):
-    """What an array in npy format says of itself; its values begin at ``offset``."""
+    """The head of an array in npy format; the values begin at ``offset``."""
 
     shape: tuple[int, ...]
     fortran: bool
@@ -77,7 +64,7 @@ class Head(NamedTuple):
 
 @dataclass(frozen=True)
 class NpyFile:
-    """An array in npy format: here in a file of its own, whose rows can be read one by one. As text it begins messages."""
+    """An array in npy format in a file of its own. As text it begins error messages."""
 
     path: Path
     alone: ClassVar[bool] = True
@@ -87,15 +74,15 @@ class NpyFile:
 
     @contextmanager
     def open(self) -> Iterator[tuple[BinaryIO, int]]:
-        """Open it to read its bytes, and tell how many there are."""
+        """Open the array's bytes; yield them and their number."""
         with open_regular(self.path) as file:
             yield file, os.fstat(file.fileno()).st_size
 
     def head(self) -> Head:
-        """Read the head, no more than ``MAX_HEAD`` bytes; UsageError unless what follows is what it says."""
+        """Read the head, at most ``MAX_HEAD`` bytes. Raises UsageError if the file's size differs."""
         with self.open() as (file, num_bytes):
             start = io.BytesIO(file.read(MAX_HEAD))
-        with _parsing(self):
+        with _parsing(self), warnings.catch_warnings(action="ignore"):  # of damaged literals
             version = np.lib.format.read_magic(start)
             if version not in ((1, 0), (2, 0), (3, 0)):
                 raise ValueError(f"of version {version}")
@@ -103,41 +90,35 @@ class NpyFile:
             shape, fortran, dtype = read(start)
         if min(shape, default=0) < 0 or dtype.itemsize == 0:
             raise UsageError(f"{self}: its head says shape {shape} of {dtype}; save it again")
-        held, said = num_bytes - start.tell(), math.prod(shape) * dtype.itemsize
-        if held != said and not dtype.hasobject:  # of objects, which are refused elsewhere, no number is known
-            raise UsageError(f"{self}: holds {held} bytes of values, its head says {said}; save it again")
+        size, stated = num_bytes - start.tell(), math.prod(shape) * dtype.itemsize
+        if size != stated and not dtype.hasobject:  # objects are refused later
+            raise UsageError(f"{self}: holds {size} bytes of values, its head says {stated}; save it again")
         return Head(tuple(map(int, shape)), fortran, dtype, start.tell())
 
     def values(self) -> NDArray[Any]:
-        """Read the array whole. Memory is taken once, if it is there."""
+        """Read the whole array, after a check that it fits into memory."""
         head = self.head()
-        demand_memory(str(self), math.prod(head.shape) * head.dtype.itemsize)
+        source_arrays.demand_memory(str(self), math.prod(head.shape) * head.dtype.itemsize)
         with self.open() as (file, _), _parsing(self):
             values: NDArray[Any] = np.lib.format.read_array(file, allow_pickle=False)
-            file.read(1)  # at the end of a part of an archive its checksum is looked at
+            file.read(1)  # zipfile verifies the checksum only at a member's end
         return values
 
 
-@contextmanager
-def _parsing(array: NpyFile) -> Iterator[None]:
-    """Make a UsageError of whatever numpy meets in the bytes of ``array``."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of the literals in a damaged head
-            yield
-    except Exception as error:  # heads are parsed from untrusted bytes
-        raise UsageError(f"{array}: not a whole array in npy format ({one_line(error)}); save it again") from None
+def _parsing(array: NpyFile) -> AbstractContextManager[None]:
+    return source_arrays.untrusted(array, "not a whole array in npy format", "save it again")
 
 
 def has_npy(path: Path) -> bool:
-    """Tell whether a folder holds an npy file with images by its name."""
+    """Return whether a folder holds an npy file that is named like images."""
     return any((role := role_of(name)) is not None and not role.labels for name in _arrays_in(path))
 
 
-def open_npy(path: Path, split: str | None) -> Source:
-    """Open npy files: the images of ``split`` in a folder, or those of one file, with the labels beside them.
+def open_npy(path: Path, *, split: str | None, **others: object) -> Source:
+    """Open the npy images of ``split`` in a folder, or those of one file, with their labels.
 
-    Beside ``x_train.npy`` lies ``y_train.npy`` or ``train_labels.npy``, beside ``cats.npy`` ``cats_labels.npy``.
+    The labels of ``x_train.npy`` are in ``y_train.npy`` or ``train_labels.npy``, those of
+    ``cats.npy`` in ``cats_labels.npy``.
     """
     if path.is_dir():
         names = sorted(each.name for each in path.iterdir() if not _is_array(each.name) and each.name[0] != ".")
@@ -160,21 +141,22 @@ def open_npy(path: Path, split: str | None) -> Source:
 
 
 def open_named(kind: str, where: str, arrays: Mapping[str, NpyFile], others: Iterable[str], split: str | None) -> Source:
-    """Open the images of ``split`` (None: of none, train or the first) and their labels by what the arrays' names say.
+    """Open the images of ``split`` and their labels by the names of the arrays.
 
-    ``where`` begins messages; ``others`` are the names of what lies beside and is no array.
+    Without ``split`` take the images of no split, of train, or of the first split there is.
+    ``where`` begins messages; ``others`` names the files beside that are no arrays.
     """
     names = _by_role(where, arrays)
-    held = [each for each in (None, *splits.WORDS) if (each, False) in names]
-    if not held:
+    splits_here = [part for part in (None, *splits.WORDS) if (part, False) in names]
+    if not splits_here:
         wanted = "no images under images, x, train_images, x_train or the like"
         raise UsageError(f"{where}: {wanted}; its arrays are {listed(arrays)}, save them so")
-    taken = held[0] if split is None else split
-    if taken not in held:
-        what = f"no split {taken!r}, as {taken}_images would be; its splits are {listed(filter(None, held))}"
+    taken = splits_here[0] if split is None else split
+    if taken not in splits_here:
+        what = f"no split {taken!r}, as {taken}_images would be; its splits are {listed(filter(None, splits_here))}"
         raise UsageError(f"{where}: {what}, its arrays {listed(arrays)}")
     notes: tuple[str, ...] = ()
-    if split is None and (untaken := [each for each in held if each not in (taken, None)]):
+    if split is None and (untaken := [part for part in splits_here if part not in (taken, None)]):
         notes = (f"took {f'the split {taken}' if taken else 'the images of no split'}; --split takes {' or '.join(untaken)}",)
     chosen = names[taken, False], names.get((taken, True))
     ignored = [
@@ -186,12 +168,13 @@ def open_named(kind: str, where: str, arrays: Mapping[str, NpyFile], others: Ite
     image, label = arrays[chosen[0]], None if chosen[1] is None else arrays[chosen[1]]
     _kept.cache_clear()
     head = image.head()
-    height, width = image_size(str(image), head.shape, head.dtype, None if label is None else math.prod(label.head().shape))
+    num_labels = None if label is None else math.prod(label.head().shape)
+    height, width = source_arrays.image_size(str(image), head.shape, head.dtype, num_labels)
     labels: Labels | None = None
     class_names: tuple[str, ...] = ()
     if label is not None:
         other_labels = [arrays[name] for (_, are_labels), name in names.items() if are_labels and name != chosen[1]]
-        labels, class_names = class_labels(str(label), _labels(label, head.shape[0]), _fit(other_labels))
+        labels, class_names = source_arrays.class_labels(str(label), _labels(label, head.shape[0]), _fit(other_labels))
     return Source(
         kind=kind,
         split=taken,
@@ -201,12 +184,12 @@ def open_named(kind: str, where: str, arrays: Mapping[str, NpyFile], others: Ite
         num_bytes=3 * height * width,
         image=partial(_image, image, head),
         ignored=tuple(ignored),
-        notes=notes + notes_on(class_names),
+        notes=notes + source_arrays.notes_on(class_names),
     )
 
 
 def _by_role(where: str, names: Iterable[str]) -> dict[tuple[str | None, bool], str]:
-    """Return the names by (split, whether labels); UsageError where two names mean the same."""
+    """Map (split, is for labels) to a name. Raises UsageError where two names mean the same."""
     ranked: dict[tuple[str | None, bool], list[tuple[int, str]]] = {}
     for name in names:
         if role := role_of(name):
@@ -219,7 +202,7 @@ def _by_role(where: str, names: Iterable[str]) -> dict[tuple[str | None, bool], 
 
 
 def _fit(arrays: Iterable[NpyFile]) -> Iterator[NDArray[Any]]:
-    """Read the labels of other splits, and leave out those that are no labels: nobody asked for these splits."""
+    """Yield the labels of other splits but skip invalid ones, since nothing asked for them."""
     for array in arrays:
         with suppress(UsageError):
             yield _labels(array, math.prod(array.head().shape))
@@ -227,24 +210,24 @@ def _fit(arrays: Iterable[NpyFile]) -> Iterator[NDArray[Any]]:
 
 def _labels(array: NpyFile, count: int) -> NDArray[Any]:
     head = array.head()
-    demand_one_label_each(str(array), head.shape, head.dtype, count)
+    source_arrays.demand_one_label_each(str(array), head.shape, head.dtype, count)
     return array.values()
 
 
 def _image(array: NpyFile, head: Head, index: int) -> Images:
-    # Alone, unless it lies in an archive, or not in one piece (Fortran order).
+    # Only a C-ordered array in a file of its own can be read row by row.
     if array.alone and not head.fortran:
-        image = read_row(array.path, math.prod(head.shape[1:]), head.offset, index).reshape(head.shape[1:])
+        image = source_arrays.read_row(array.path, math.prod(head.shape[1:]), head.offset, index).reshape(head.shape[1:])
     else:
         image = _kept(array)[index]
-    return as_rgb(image, planes_first(head.shape))
+    return source_arrays.as_rgb(image, source_arrays.planes_first(head.shape))
 
 
 _kept = lru_cache(maxsize=1)(NpyFile.values)
 
 
 def _arrays_in(folder: Path) -> dict[str, NpyFile]:
-    """Return the npy files of a folder by their names without the ending."""
+    """Map the npy files of a folder by their names without the ending."""
     names = sorted(each.name for each in folder.iterdir() if _is_array(each.name) and each.name[0] != ".")
     return {name[:-4]: NpyFile(folder / name) for name in names}
 

@@ -1,4 +1,4 @@
-"""npz files with an array of images and, if there is one, an array of labels, of one split or of several."""
+"""npz files with an array of images and maybe one of labels, of one split or of several."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from typing import Any, ClassVar
 
 from numpy.lib.format import MAGIC_PREFIX
 
-from fastbyol.data.source_arrays import MOST_PER_BYTE, Source
+from fastbyol.data.source_arrays import MOST_PER_BYTE, Source, untrusted
 from fastbyol.data.source_npy import NpyFile, open_named
-from fastbyol.errors import UsageError, one_line
+from fastbyol.errors import UsageError
 from fastbyol.files import open_regular
 
 
-def open_npz(path: Path, split: str | None) -> Source:
-    """Open an npz file: uint8 images (N, H, W, 3), (N, 3, H, W), or grey with one channel or none; labels (N,) if any.
+def open_npz(path: Path, *, split: str | None, **others: object) -> Source:
+    """Open uint8 images (N, H, W, 3), (N, 3, H, W) or grey, with labels (N,) if there are any.
 
-    Keys: ``images`` or ``x`` (``labels`` or ``y``), or of a split ``train_images``, ``x_train`` and so on; without ``split``
-    train is taken where all are of splits.
+    Keys are ``images`` or ``x`` (``labels`` or ``y``), or with a split ``train_images``,
+    ``x_train`` and so on. ``split`` defaults to train where every key has a split.
     """
     with _archive(path) as archive:
         members = archive.namelist()
@@ -31,7 +31,7 @@ def open_npz(path: Path, split: str | None) -> Source:
 
 @dataclass(frozen=True)
 class NpzMember(NpyFile):
-    """An array of an npz file."""
+    """An array inside an npz file."""
 
     name: str
     alone: ClassVar[bool] = False
@@ -41,11 +41,11 @@ class NpzMember(NpyFile):
 
     @contextmanager
     def open(self) -> Iterator[tuple[Any, int]]:
-        """Open it to read its bytes, which its part of the archive can hold, and tell how many there are."""
+        """Open the array's bytes; yield them and their number, which the archive can hold."""
         with _archive(self.path) as archive:
             member = archive.getinfo(f"{self.name}.npy")
             packed = member.compress_type == zipfile.ZIP_DEFLATED
-            if not packed and member.compress_type != zipfile.ZIP_STORED:  # zipfile unpacks such without a bound
+            if not packed and member.compress_type != zipfile.ZIP_STORED:  # unpacks without a bound
                 how = "compressed in a way that numpy does not write"
                 raise UsageError(f"{self}: {how}; save it with numpy.savez_compressed")
             if member.file_size > member.compress_size * (MOST_PER_BYTE if packed else 1):
@@ -57,14 +57,8 @@ class NpzMember(NpyFile):
 
 @contextmanager
 def _archive(path: Path) -> Iterator[zipfile.ZipFile]:
-    """Open the archive; whatever reading it meets is a UsageError."""
-    try:
-        with open_regular(path) as file:
-            if file.read(len(MAGIC_PREFIX)) == MAGIC_PREFIX:
-                raise UsageError(f"{path}: is a single array, as .npy files are; give it that suffix")
-            with zipfile.ZipFile(file) as archive:
-                yield archive
-    except UsageError:
-        raise
-    except Exception as error:  # zip's heads are parsed from untrusted bytes
-        raise UsageError(f"{path}: not a whole npz file ({one_line(error)}); save it again") from None
+    with untrusted(path, "not a whole npz file", "save it again"), open_regular(path) as file:
+        if file.read(len(MAGIC_PREFIX)) == MAGIC_PREFIX:
+            raise UsageError(f"{path}: is a single array, as .npy files are; give it that suffix")
+        with zipfile.ZipFile(file) as archive:
+            yield archive

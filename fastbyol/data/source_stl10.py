@@ -1,6 +1,6 @@
-"""STL-10 as distributed (Coates, Lee, Ng, 2011), binary or MATLAB: uint8 (N, 3, 96, 96), each plane column by column.
+"""STL-10 (Coates, Lee, Ng, 2011), binary or MATLAB: uint8 (N, 3, 96, 96), planes column by column.
 
-Ten folds of 1,000 training images each are part of its protocol.
+Its protocol has ten folds of 1,000 training images each.
 """
 
 from __future__ import annotations
@@ -11,19 +11,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from fastbyol.data import source_mat
-from fastbyol.data.source_arrays import (
-    Images,
-    Labels,
-    Source,
-    count_rows,
-    demand_range,
-    inner,
-    read_row,
-    read_whole,
-    size_of,
-    text_lines,
-)
+from fastbyol.data import source_arrays, source_mat
+from fastbyol.data.source_arrays import Images, Labels, Source, inner
 from fastbyol.errors import UsageError, check_choice
 
 SIDE = 96
@@ -35,7 +24,7 @@ _FOLDERS = ("stl10_binary", "stl10_matlab")
 
 
 def has_stl10(path: Path) -> bool:
-    """Tell whether STL-10's files lie in a folder, or in the one that its archive unpacks to."""
+    """Return whether STL-10's files are in a folder, or in the one that its archive unpacks to."""
     folder, parts = inner(path, *_FOLDERS), ("train", "test", "unlabeled")
     if any((folder / f"{part}_X.bin").exists() for part in parts):
         return True
@@ -43,10 +32,10 @@ def has_stl10(path: Path) -> bool:
     return any((folder / f"{part}.mat").exists() for part in parts) and not (folder / "meta.mat").exists()
 
 
-def open_stl10(path: Path, split: str | None, fold: int | None = None) -> Source:
-    """Open ``split`` (default: train) of STL-10's files, or one ``fold`` (0 to 9) of the images of train.
+def open_stl10(path: Path, *, split: str | None, fold: int | None, **others: object) -> Source:
+    """Open ``split`` (default: train) of STL-10's files, or one ``fold`` (0 to 9) of train.
 
-    Labels are 1 to 10 in the files and 0 to 9 here. Raises UsageError: files that are missing or cut, an unknown split.
+    Labels are 1 to 10 in the files and 0 to 9 here. Raises UsageError for missing or cut files.
     """
     folder, split = inner(path, *_FOLDERS), split or "train"
     check_choice(f"{folder}: STL-10's split", split, SPLITS)
@@ -68,11 +57,12 @@ def open_stl10(path: Path, split: str | None, fold: int | None = None) -> Source
     )
 
 
-def _image(files: tuple[tuple[Path, int], ...], chosen: NDArray[np.int64], index: int) -> Images:
-    row = int(chosen[index])
+def _image(files: tuple[tuple[Path, int], ...], rows: NDArray[np.int64], index: int) -> Images:
+    row = int(rows[index])  # counted through all files
     for file, count in files:
         if row < count:
-            pixels = source_mat.pixels(file, "X")[row] if file.suffix == ".mat" else read_row(file, IMAGE_BYTES, 0, row)
+            is_matlab = file.suffix == ".mat"
+            pixels = source_mat.pixels(file, "X")[row] if is_matlab else source_arrays.read_row(file, IMAGE_BYTES, 0, row)
             return np.ascontiguousarray(pixels.reshape(3, SIDE, SIDE).transpose(2, 1, 0))
         row -= count
     raise IndexError(index)
@@ -85,27 +75,27 @@ def _part(folder: Path, part: str, matlab: bool) -> tuple[Path, Labels]:
         count = source_mat.shape_of(file, "X", None, IMAGE_BYTES)[0]
     else:
         file, labels_file = folder / f"{part}_X.bin", folder / f"{part}_y.bin"
-        count = count_rows(file, size_of(file), IMAGE_BYTES)
+        count = source_arrays.count_rows(file, source_arrays.size_of(file), IMAGE_BYTES)
     if part == "unlabeled":
         return file, np.full(count, -1, np.int64)
-    labels = source_mat.labels(file, "y", count) if matlab else np.frombuffer(read_whole(labels_file), np.uint8)
+    labels = source_mat.labels(file, "y", count) if matlab else np.frombuffer(source_arrays.read_whole(labels_file), np.uint8)
     if len(labels) != count:
         raise UsageError(f"{labels_file}: {len(labels)} labels for {count} images in {file.name}; unpack the archive again")
     labels = labels.astype(np.int64) - 1
-    demand_range(labels_file, labels, len(CLASSES))
+    source_arrays.demand_range(labels_file, labels, len(CLASSES))
     return file, labels
 
 
 def _classes(folder: Path) -> tuple[str, ...]:
     path = folder / "class_names.txt"
-    names = text_lines(path) if path.exists() else CLASSES
+    names = source_arrays.text_lines(path) if path.exists() else CLASSES
     if len(names) != len(CLASSES):
         raise UsageError(f"{path}: {len(names)} names for {len(CLASSES)} classes; unpack the archive again")
     return names
 
 
 def _fold(folder: Path, fold: int, count: int, matlab: bool) -> NDArray[np.int64]:
-    """Return the places of a fold's images in train; all folds are looked at."""
+    """Return the indices of a fold's images in train, after a check of all folds."""
     if not 0 <= fold < FOLDS:
         raise UsageError(f"{folder}: STL-10 has no fold {fold}; choose 0 to {FOLDS - 1}")
     path = folder / ("train.mat" if matlab else "fold_indices.txt")
@@ -113,13 +103,13 @@ def _fold(folder: Path, fold: int, count: int, matlab: bool) -> NDArray[np.int64
         folds = [source_mat.whole_numbers(path, "fold_indices", cell) - 1 for cell in source_mat.cells(path, "fold_indices")]
     else:
         try:
-            folds = [np.array(line.split(), np.int64) for line in text_lines(path)]
+            folds = [np.array(line.split(), np.int64) for line in source_arrays.text_lines(path)]
         except (ValueError, OverflowError):
             raise UsageError(f"{path}: not all are whole numbers; unpack the archive again") from None
-    sizes = sorted({len(one) for one in folds})
+    sizes = sorted({len(indices) for indices in folds})
     if len(folds) != FOLDS or len(sizes) != 1 or not sizes[0]:
         raise UsageError(f"{path}: {len(folds)} folds of {sizes} images, not {FOLDS} of one size; unpack the archive again")
-    for one in folds:
-        if one.min() < 0 or one.max() >= count or len(np.unique(one)) != len(one):
+    for indices in folds:
+        if indices.min() < 0 or indices.max() >= count or len(np.unique(indices)) != len(indices):
             raise UsageError(f"{path}: a fold names an image twice, or one that is none of {count}; unpack the archive again")
     return folds[fold]

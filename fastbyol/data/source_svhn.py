@@ -1,4 +1,4 @@
-"""SVHN's cropped digits (Netzer et al., 2011): MATLAB files, ``X`` uint8 (32, 32, 3, N), ``y`` 1 to 10; 10 is the digit 0."""
+"""SVHN's cropped digits (Netzer et al., 2011): ``X`` uint8 (32, 32, 3, N) and ``y`` 1 to 10."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ FILES = {split: f"{split}_32x32.mat" for split in ("train", "test", "extra")}
 
 
 def has_svhn(path: Path) -> bool:
-    """Tell whether ``path`` is one of SVHN's files by its name, or a folder that holds some."""
+    """Return whether ``path`` has the name of one of SVHN's files, or is a folder of some."""
     return path.name in FILES.values() if path.is_file() else any((path / name).exists() for name in FILES.values())
 
 
-def open_svhn(path: Path, split: str | None) -> Source:
-    """Open ``split`` (default: train, or that of the file). Raises UsageError: files missing, cut or of another form."""
+def open_svhn(path: Path, *, split: str | None, **others: object) -> Source:
+    """Open ``split`` (default: train, or the file's). Raises UsageError for damaged files."""
     if not path.is_dir():
         of = next((split for split, name in FILES.items() if path.name == name), None)
         if of is None or split not in (None, of):
@@ -32,7 +32,8 @@ def open_svhn(path: Path, split: str | None) -> Source:
     source_mat.forget()
     count = source_mat.shape_of(file, "X", 32, 32, 3, None)[3]
     labels = source_mat.labels(file, "y", count)
-    # torchvision and others count the digit 0 as class 0; the files in circulation hold 10, converted ones 0.
+    # The label 10 is the digit 0. torchvision and others make it class 0; some converted files
+    # already do.
     if labels.min() < 0 or labels.max() > 10:
         raise UsageError(f"{file}: labels from {labels.min()} to {labels.max()}, not 1 to 10; get the file again")
     return Source("svhn", split, tuple("0123456789"), labels % 10, count, 3 * 32 * 32, partial(_image, file))

@@ -1,8 +1,9 @@
-"""The embedded procedural set as a source: blocks of images are made where they are written."""
+"""The embedded procedural set as a source: the workers that write images also make them."""
 
 from __future__ import annotations
 
 from functools import lru_cache, partial
+from pathlib import Path
 
 import numpy as np
 
@@ -12,8 +13,11 @@ from fastbyol.data.source_arrays import Images, Source
 from fastbyol.errors import UsageError
 
 
-def open_textures(*, count: int, size: int, seed: int) -> Source:
-    """Make ``count`` labelled images of ``size`` pixels; image i depends on ``seed``, i and ``size`` alone."""
+def open_textures(_: Path, *, split: str | None, count: int, size: int | None, seed: int, **others: object) -> Source:
+    """Make labelled images; image i depends on the seed, i and the size (default 32) alone."""
+    size = 32 if size is None else size
+    if split is not None:
+        raise UsageError(f"textures: has no split {split!r}; take another --seed for another set")
     ranges = (("size", size, 8, 4096), ("count", count, 1, 10_000_000), ("seed", seed, 0, (1 << 31) - 1))
     for name, value, least, most in ranges:
         if not least <= value <= most:

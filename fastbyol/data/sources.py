@@ -1,4 +1,8 @@
-"""What can be converted: tell the kind of a source from what lies at its path, and open it."""
+"""The kinds of sources that ``fastbyol convert`` reads: the table ``SOURCES``. To add one:
+
+``source_NAME.py`` with a function that recognises its files and one that opens them, a row here, a
+writer in tests/data/source_files.py, a base in tests/faults/source_mutations.py.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 from fastbyol.data import (
     folder_walk,
@@ -24,24 +29,51 @@ from fastbyol.data.source_arrays import Source
 from fastbyol.errors import UsageError, check_choice
 from fastbyol.files import cache_folder, refuse_special
 
-KINDS = ("textures", "fashion-mnist", "stl10", "cifar10", "cifar100", "svhn", "idx", "npz", "npy", "classes", "folder")
-# Sources that are named and have no path.
-MADE = ("textures", "fashion-mnist")
-# Arrays in folders, in the order in which they are told from each other: what tells them, and a source's own files by the last
-# parts of their names; what else lies in its folder is told.
-_ARRAYS: dict[str, tuple[Callable[[Path], bool], str]] = {
-    "idx": (source_idx.has_idx, r".*(images|labels)[-.]idx.*"),
-    "stl10": (source_stl10.has_stl10, r"(train|test|unlabeled)(_[Xy]\.bin|\.mat)|class_names\.txt|fold_indices\.txt"),
-    "cifar10": (
+
+class Kind(NamedTuple):
+    """A kind of source: how it is opened, and how a path is recognised as one.
+
+    ``open`` names those options of ``open_source`` that it reads. ``own_files`` matches its files
+    by the last part of their names; other files in its folders are reported as ignored.
+    ``needs_folder`` is False where a path may also be a file, or is unused.
+    """
+
+    open: Callable[..., Source]
+    is_at: Callable[[Path], bool] | None = None
+    own_files: str = ""
+    needs_folder: bool = True
+
+
+# In the order in which ``detect`` asks. None stands for pictures whose layout tells the kind.
+SOURCES: dict[str | None, Kind] = {
+    "textures": Kind(source_textures.open_textures, needs_folder=False),
+    "fashion-mnist": Kind(source_idx.open_idx, needs_folder=False),
+    "idx": Kind(source_idx.open_idx, source_idx.has_idx, r".*(images|labels)[-.]idx.*", needs_folder=False),
+    "stl10": Kind(
+        source_stl10.open_stl10,
+        source_stl10.has_stl10,
+        r"(train|test|unlabeled)(_[Xy]\.bin|\.mat)|class_names\.txt|fold_indices\.txt",
+    ),
+    "cifar10": Kind(
+        source_cifar.open_cifar,
         partial(source_cifar.has_cifar, kind="cifar10"),
         r"(data_batch_[1-5]|test_batch|batches\.meta)(\.bin|\.mat|\.txt)?|readme\.html",
     ),
-    "cifar100": (
+    "cifar100": Kind(
+        source_cifar.open_cifar,
         partial(source_cifar.has_cifar, kind="cifar100"),
         r"(train|test|meta)(\.bin|\.mat)?|(fine|coarse)_label_names\.txt|file\.txt~",
     ),
-    "svhn": (source_svhn.has_svhn, r"(train|test|extra)_32x32\.mat"),
+    "svhn": Kind(source_svhn.open_svhn, source_svhn.has_svhn, r"(train|test|extra)_32x32\.mat", needs_folder=False),
+    "npz": Kind(source_npz.open_npz, needs_folder=False),
+    "npy": Kind(source_npy.open_npy, needs_folder=False),
+    "classes": Kind(source_folders.open_folder),
+    "folder": Kind(source_folders.open_folder),
+    None: Kind(source_folders.open_folder),
 }
+# Kinds that are named instead of a path.
+MADE = ("textures", "fashion-mnist")
+PICTURES = ("classes", "folder", None)
 ARCHIVES = (".tar.gz", ".tgz", ".tar", ".tar.bz2", ".tar.xz", ".zip")
 
 
@@ -56,55 +88,38 @@ def open_source(
     seed: int = 0,
     strict: bool = False,
 ) -> Source:
-    """Open a path, or one of ``MADE``, as the ``kind`` given or found; UsageError says what was expected there.
+    """Open a path, or one of ``MADE``, as ``kind`` or as the kind that ``detect`` returns.
 
-    ``split`` defaults to train where the source has splits; ``fold`` (0 to 9) is one of STL-10's parts of train. ``count``,
-    ``size`` (default 32) and ``seed`` are for ``textures``; ``strict`` makes the first file that is no picture an error.
+    ``split`` defaults to train where there are splits; ``fold`` (0 to 9) is one of STL-10's parts
+    of train. ``count``, ``size`` (default 32) and ``seed`` are for ``textures``; ``strict`` makes
+    the first unreadable picture an error. A UsageError says what was expected at the path.
     """
     if not source:
         raise UsageError("no source given: name a folder or a file; for the working folder, '.'")
     if kind is not None:
-        check_choice(f"{source}: the kind", kind, KINDS)
+        check_choice(f"{source}: the kind", kind, filter(None, SOURCES))
     path = Path(source)
     try:
         kind = kind or (source if source in MADE else detect(path))
         if fold is not None and kind != "stl10":
             raise UsageError(f"{source} ({kind or 'images in folders'}): has no folds, STL-10 has; leave out --fold")
-        if kind == "textures":
-            if split is not None:
-                raise UsageError(f"textures: has no split {split!r}; take another --seed for another set")
-            return source_textures.open_textures(count=count, size=32 if size is None else size, seed=seed)
         if source == kind == "fashion-mnist":
             path = source_idx.fashion_mnist_folder(cache_folder())
-        opened = _opened(path, kind, split, fold, strict=strict)
-        return _accounted(opened, path, chosen=split is not None) if opened.kind in _ARRAYS and path.is_dir() else opened
+        if SOURCES[kind].needs_folder and not path.is_dir():
+            raise UsageError(f"{path}: no such folder; give the folder that holds the {kind or 'images'} files")
+        chosen = split is not None
+        # Among pictures a split may be the name of any folder.
+        if split is not None and kind not in PICTURES:
+            split = "+".join(splits.canonical(part) or part for part in split.split("+"))
+        opened = SOURCES[kind].open(path, kind=kind, split=split, fold=fold, count=count, size=size, seed=seed, strict=strict)
+        return _with_rest(opened, path, chosen=chosen) if SOURCES[opened.kind].own_files and path.is_dir() else opened
     except OSError as error:
         raise UsageError(f"{error.filename or path}: {error.strerror}; check its name and rights") from None
 
 
-def _opened(path: Path, kind: str | None, split: str | None, fold: int | None, *, strict: bool) -> Source:
-    if kind not in (None, "classes", "folder") and split is not None:
-        split = "+".join(splits.canonical(part) or part for part in split.split("+"))
-    if kind in ("idx", "fashion-mnist"):
-        return source_idx.open_idx(path, kind, split)
-    if kind == "npz":
-        return source_npz.open_npz(path, split)
-    if kind == "npy":
-        return source_npy.open_npy(path, split)
-    if kind == "svhn":
-        return source_svhn.open_svhn(path, split)
-    if not path.is_dir():
-        raise UsageError(f"{path}: no such folder; give the folder that holds the {kind or 'images'} files")
-    if kind == "stl10":
-        return source_stl10.open_stl10(path, split, fold)
-    if kind in ("cifar10", "cifar100"):
-        return source_cifar.open_cifar(path, kind, split)
-    return source_folders.open_folder(path, kind, split, strict=strict)
-
-
-def _accounted(source: Source, path: Path, *, chosen: bool) -> Source:
-    """Return ``source`` with a word on what else lies in its folders, and on a split that nobody asked for."""
-    own = re.compile(_ARRAYS[source.kind][1])
+def _with_rest(source: Source, path: Path, *, chosen: bool) -> Source:
+    """Return ``source`` with other files in its folders ignored, and its default split noted."""
+    own = re.compile(SOURCES[source.kind].own_files)
     # Some archives unpack to FOLDER/raw.
     files = [each for at in ("*", "*/*", "*/*/*") for each in path.glob(at) if own.fullmatch(each.name)]
     folders = {path} | {folder for file in files for folder in file.parents if folder.is_relative_to(path)}
@@ -116,15 +131,15 @@ def _accounted(source: Source, path: Path, *, chosen: bool) -> Source:
 
 
 def detect(path: Path) -> str | None:
-    """Return the kind of what lies at ``path``, one of KINDS; None for a folder in which only pictures can lie."""
+    """Return the kind of source at ``path``; None for a folder in which only pictures can lie."""
     if not path.exists():
         raise UsageError(
             f"{path}: no such file or folder; give a folder of images, an .npz file, 'textures' or 'fashion-mnist'"
         )
     if not path.is_dir():
         refuse_special(path, path.stat().st_mode)
-    for kind, (lies_at, _) in _ARRAYS.items():
-        if lies_at(path):
+    for kind, row in SOURCES.items():
+        if row.is_at is not None and row.is_at(path):
             return kind
     if path.is_dir():
         return "npy" if source_npy.has_npy(path) and not folder_walk.has_pictures(path) else None

@@ -10,16 +10,16 @@ WORDS = {
     "test": ("test", "testing", "tst"),
     "unlabeled": ("unlabeled", "unlabelled"),
 }
-# In the order in which a folder is taken where nobody names one.
+# The first one that a folder has is its default.
 NAMES = ("train", "test", "val", "unlabeled")
 _WORDS = "|".join(f"(?P<{name}>{'|'.join(words)})" for name, words in WORDS.items())
-# Around the word: what says that images lie there, years, numbers, and the A and B of image translation. Before it, and set off
-# from it, the set's own name (seg_train, ILSVRC2012_img_val).
+# Around the word: words for images, years, numbers, and the A and B of image translation. Before
+# it, the set's own name (seg_train, ILSVRC2012_img_val).
 _AROUND = r"(?:images?|imgs?|data|set|split|raw|[\W\d_])*"
 _SPELLING = re.compile(rf"(?:.*[_. -])?{_AROUND}(?:{_WORDS}){_AROUND}[ab]?", re.IGNORECASE)
 
 
 def canonical(name: str) -> str | None:
-    """Return which of NAMES is spelled ``name`` (``Training``, ``val2017``, ``test_images``, ``unlabelled``), or None."""
+    """Return the split in NAMES that ``name`` means (``val2017``, ``test_images``), or None."""
     spelled = _SPELLING.fullmatch(name)
     return None if spelled is None else spelled.lastgroup

@@ -1,8 +1,7 @@
 """Ten patterns that fill the plane, as formulas of lattice coordinates.
 
-A ``Pattern`` takes u, v (B, S, S), the side of a pixel in their unit (B, 1, 1) and a salt (B, 1, 1) that keys whatever is
-random in it, and gives coverage in [0, 1] (B, S, S), about half of the plane in all. All in float32, by IEEE's exactly
-rounded operations only, so that every machine draws the same.
+A ``Pattern`` maps u, v (B, S, S), a pixel's side in their unit (B, 1, 1) and a salt (B, 1, 1) for
+its random parts to coverage in [0, 1] (B, S, S), half the plane in all.
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ Floats = NDArray[np.float32]
 Words = NDArray[np.uint32]
 Pattern = Callable[[Floats, Floats, Floats, Words], Floats]
 
+# float32 and IEEE's exactly rounded operations only, so that every machine draws the same.
 _F = np.float32
 _HALF = _F(0.5)
 
@@ -42,7 +42,7 @@ def _bricks(u: Floats, v: Floats, pixel: Floats, salt: Words) -> Floats:
 
 
 def _scales(u: Floats, v: Floats, pixel: Floats, salt: Words) -> Floats:
-    """Draw overlapping discs in rows shifted by half: shaded from each disc's rim."""
+    """Draw overlapping discs in rows shifted by half, shaded from each disc's rim."""
     v = v * _F(1.6)
     row = np.floor(v)
     y, x = v - row, _fraction(u + _HALF * _odd(row)) - _HALF
@@ -79,7 +79,7 @@ def _triangles(u: Floats, v: Floats, pixel: Floats, salt: Words) -> Floats:
 
 
 def _cells(u: Floats, v: Floats, pixel: Floats, salt: Words) -> Floats:
-    """Draw Worley's cellular texture (SIGGRAPH 1996): distance to the second nearest point less that to the nearest."""
+    """Draw Worley's cellular texture (SIGGRAPH 1996): second nearest less nearest distance."""
     u, v = u * _F(1.1), v * _F(1.1)
     column, row = np.floor(u), np.floor(v)
     nearest, second = np.full_like(u, 9), np.full_like(u, 9)
@@ -99,7 +99,7 @@ PATTERNS: dict[str, Pattern] = {
 
 
 def _scatter(u: Floats, v: Floats, salt: Words, jitter: float, shrink: float) -> tuple[Floats, Floats, Floats, Floats]:
-    """Return the position about the centre of each unit cell's own object, its scale in [1 - shrink, 1], a draw in [0, 1]."""
+    """Return each cell's object: position about its centre, scale [1 - shrink, 1], a draw."""
     column, row = np.floor(u), np.floor(v)
     words = lattice_hash(column, row, salt)
     x = u - column - _HALF - _F(jitter) * (_byte(words, 0) - _HALF)
@@ -108,12 +108,12 @@ def _scatter(u: Floats, v: Floats, salt: Words, jitter: float, shrink: float) ->
 
 
 def _edge(distance: Floats, pixel: Floats) -> Floats:
-    """Make coverage of the signed distance to an outline, smoothed over one and a half pixels."""
+    """Return coverage by signed distance to an outline, smoothed over one and a half pixels."""
     return smoothstep(np.clip(distance / (pixel * _F(1.5)) + _HALF, 0, 1))
 
 
 def smoothstep(x: Floats) -> Floats:
-    """Map x in [0, 1] to 3x^2 - 2x^3: flat at both ends."""
+    """Map x in [0, 1] to 3x^2 - 2x^3, flat at both ends."""
     return x * x * (3 - 2 * x)
 
 
@@ -139,7 +139,7 @@ def _byte(words: Words, shift: int) -> Floats:
 
 
 def lattice_hash(x: Floats, y: Floats, salt: Words) -> Words:
-    """Hash whole numbers x, y by a multiply-xorshift finalizer: looks random, many times cheaper here than Philox."""
+    """Hash whole numbers x, y by a multiply-xorshift finalizer, many times cheaper than Philox."""
     a, b = (z.astype(np.int32).view(np.uint32) for z in (x, y))
     word = (a * np.uint32(0x9E3779B1)) ^ (b * np.uint32(0x85EBCA77)) ^ salt
     for shift, factor in ((15, 0x2C1B3C6D), (12, 0x297A2D39)):

@@ -1,20 +1,7 @@
-"""The embedded data set: ten classes of warped patterns, made from a formula, of any size and count.
+"""The embedded data set: ten classes of warped patterns, made from a formula, in any number.
 
-The class is the form of a pattern that fills the picture, so that every crop keeps it. Everything else is a nuisance drawn
-for each image: rotation, period, a smooth warp, contrast, brightness, uneven light, the tints of ink and paper. The constants
-below say how far each reaches.
-
-Two views of one picture share all of these, and BYOL learns first whatever they share: with free colours it learns the palette
-and nothing else, with wide contrasts and uneven light mostly those. So the nuisances are those that crops, flips and jitter
-can hide, and no wider than these can hide them. Every pattern covers half of the picture: brightness tells nothing.
-
-Image i is a function of (seed, i, size) alone: its draws are Philox 4x32-10 words (Salmon et al. 2011, as in
-fastbyol_kernels.philox) under the counters
-  images  c0 = i low word, c1 = block,    c2 = 0, c3 = DOMAIN_IMAGES | i high word << 8
-  labels  c0 = i // 10 low word, c1 = block, c2 = 0, c3 = DOMAIN_LABELS | high word << 8
-NumPy alone, in float32, with cosines and powers rounded from float64 so that every machine makes the same bytes.
-
-Shapes: B images of one class, S pixels along a side.
+The class is the form of a pattern that fills the picture, so that every crop keeps it. Shapes: B
+images of one class, S pixels a side.
 """
 
 from __future__ import annotations
@@ -27,24 +14,32 @@ from fastbyol.data.texture_patterns import PATTERNS, Floats, Pattern, smoothstep
 Counters = NDArray[np.uint64]
 CLASSES = tuple(PATTERNS)
 
+# Image i depends on (seed, i, size) alone. Its draws are Philox 4x32-10 words (Salmon et al. 2011):
+#   images  c0 = i low word, c1 = block, c2 = 0, c3 = DOMAIN_IMAGES | i high word << 8
+#   labels  c0 = i // 10 low word, c1 = block, c2 = 0, c3 = DOMAIN_LABELS | high word << 8
 DOMAIN_IMAGES = 3
 DOMAIN_LABELS = 4
 
-INK = (-0.02, 0.0, 0.05)  # cool and warm, the same for every image: good to look at, and no cue
+INK = (-0.02, 0.0, 0.05)  # cool and warm, the same for every image, so that colour is no cue
 PAPER = (0.04, 0.01, -0.06)
 
+# NumPy alone, in float32, with cosines and powers rounded from float64: every machine makes the
+# same bytes.
 _MASK = np.uint64(0xFFFFFFFF)
 _F = np.float32
 _HALF = _F(0.5)
 _WARP_CELLS = 3
 _NUM_SCALARS = 16
-_BLOCK_PIXELS = 1 << 16  # a float32 plane of a block is 256 KiB: the planes in flight stay in a core's cache
+_BLOCK_PIXELS = 1 << 16  # a float32 plane of 256 KiB: several stay in a core's cache
 
-
-# How far the nuisances reach: periods of the pattern in a picture, warp in periods, light in shares of full white. Widening
-# two of them costs BYOL more than random weights: one seed, 24 epochs of the demo's configuration, blog protocol, before
-# coverage was evened out and with tint .02, brightness .05: contrast .7 to .9 with light .1 went from 33.8 to 80.4 %, contrast
-# .55 to .9 with light .2 from 31.5 to 68.4 %.
+# What an image draws besides its class: rotation, period, warp, contrast, brightness, light, tints.
+# Two views of a picture share all of these, and BYOL first learns whatever views share: with free
+# colours only the palette, with wide contrasts and light mostly those. So nuisances are limited to
+# what crops, flips and jitter can hide, and every pattern covers half of the picture. Widening two
+# of them cost more than random weights: one seed, 24 epochs of the demo's configuration, blog
+# protocol, before coverage was evened out and with tint .02, brightness .05: contrast .7 to .9 with
+# light .1 went from 33.8 to 80.4 %, contrast .55 to .9 with light .2 from 31.5 to 68.4 %. PERIODS
+# are periods a picture, WARP is in periods, light in shares of white.
 PERIODS = (2.8, 4.2)
 WARP = 0.5
 CONTRAST = (0.6, 0.9)
@@ -54,32 +49,33 @@ TINT = 0.03
 
 
 def make(count: int, size: int, seed: int, *, start: int = 0) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    """Make images ``start`` to ``start + count`` of the set ``seed``: uint8 (count, size, size, 3) RGB, int64 labels (count,).
+    """Return images ``start`` to ``start + count`` of the set ``seed``, and their labels.
 
-    Each run of ten images that starts at a multiple of ten holds each class once, in random order.
+    The images are uint8 (count, size, size, 3) RGB, the labels int64 (count,). Every ten images,
+    counted from a multiple of ten, hold each class once, in random order.
     """
     ids = np.arange(start, start + count, dtype=np.uint64)
-    found = labels(ids, seed)
+    classes = labels(ids, seed)
     images = np.empty((count, size, size, 3), np.uint8)
     step = max(1, _BLOCK_PIXELS // size**2)
     for label, pattern in enumerate(PATTERNS.values()):
-        members = np.flatnonzero(found == label)
+        members = np.flatnonzero(classes == label)
         for first in range(0, len(members), step):
             block = members[first : first + step]
             images[block] = _render(ids[block], size, seed, pattern)
-    return images, found
+    return images, classes
 
 
 def labels(ids: Counters, seed: int) -> NDArray[np.int64]:
     """Return the classes of the images ``ids``, (N,)."""
-    tens, place = np.divmod(ids, np.uint64(10))
+    tens, offset = np.divmod(ids, np.uint64(10))
     groups, where = np.unique(tens, return_inverse=True)
     order = np.argsort(_uniform(seed, groups, 10, DOMAIN_LABELS), axis=1, kind="stable")
-    return order[where, place.astype(np.int64)].astype(np.int64)
+    return order[where, offset.astype(np.int64)].astype(np.int64)
 
 
 def _render(ids: Counters, size: int, seed: int, pattern: Pattern) -> NDArray[np.uint8]:
-    """Make images (B,) of one class: uint8 (B, S, S, 3)."""
+    """Return images (B,) of one class, uint8 (B, S, S, 3)."""
     side = _WARP_CELLS + 1
     draws = _uniform(seed, ids, _NUM_SCALARS + 3 * side * side, DOMAIN_IMAGES)
     scalar = draws[:, :_NUM_SCALARS, None, None]
@@ -95,7 +91,7 @@ def _render(ids: Counters, size: int, seed: int, pattern: Pattern) -> NDArray[np
 
 
 def _coordinates(scalar: Floats, size: int) -> tuple[Floats, Floats, Floats]:
-    """Turned and shifted lattice coordinates u, v (B, S, S) and the side of a pixel (B, 1, 1), in periods."""
+    """Return turned, shifted coordinates u, v (B, S, S), a pixel's side (B, 1, 1), in periods."""
     shortest, longest = PERIODS
     periods = (shortest * (longest / shortest) ** scalar[:, 1].astype(np.float64)).astype(_F)
     angle = 2 * np.pi * scalar[:, 0].astype(np.float64)
@@ -108,7 +104,10 @@ def _coordinates(scalar: Floats, size: int) -> tuple[Floats, Floats, Floats]:
 
 
 def _colour(tone: Floats, form: Floats, draws: Floats) -> NDArray[np.uint8]:
-    """Colour tone, form (B, S, S) by draws (B, 2, 3) in [0, 1): uint8 (B, S, S, 3), ink where form is 0, paper where 1."""
+    """Return uint8 (B, S, S, 3) of tone and form (B, S, S): ink where form is 0, paper where 1.
+
+    The draws (B, 2, 3) in [0, 1) vary the tints.
+    """
     tints = np.array((INK, PAPER), _F) + _F(2 * TINT) * (draws - _HALF)
     images = np.empty((*tone.shape, 3), np.uint8)
     for channel in range(3):
@@ -119,7 +118,7 @@ def _colour(tone: Floats, form: Floats, draws: Floats) -> NDArray[np.uint8]:
 
 
 def _smooth(lattice: Floats, size: int) -> Floats:
-    """Make (B, S, S) of (B, n + 1, n + 1), blended between lattice points by smoothstep."""
+    """Interpolate a lattice (B, n + 1, n + 1) to (B, S, S) by smoothstep."""
     cells = lattice.shape[1] - 1
     position = (np.arange(size, dtype=_F) + _HALF) * _F(cells / size)
     whole = np.floor(position)
@@ -130,10 +129,10 @@ def _smooth(lattice: Floats, size: int) -> Floats:
 
 
 def _uniform(seed: int, ids: Counters, num: int, domain: int) -> Floats:
-    """Draw float32 (B, num) in [0, 1): word k of image i is word k % 4 of the Philox block k // 4.
+    """Draw float32 (B, num) in [0, 1): word k of image i is word k % 4 of its Philox block k // 4.
 
-    Philox 4x32-10 as in fastbyol_kernels.philox, its 32-bit words held in uint64: NumPy's products cannot overflow those.
-    Here since pictures are made in the data writer's forked children, where torch's thread pool does not survive.
+    This is fastbyol_kernels.philox in NumPy, since workers are forked and torch's thread pool does
+    not survive that. Words of 32 bits are held in uint64, so that products cannot overflow.
     """
     high = np.uint64(domain) | (ids[:, None] >> np.uint64(32)) << np.uint64(8)
     blocks = np.arange(-(-num // 4), dtype=np.uint64)[None]

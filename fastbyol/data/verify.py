@@ -1,8 +1,7 @@
-"""Look at every sample of a beton: its bytes against the manifest's checksums, and if asked its decoding and its label."""
+"""The verification of every sample: its checksum and, on demand, its decoding and its label."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,22 +9,21 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from fastbyol.data import beton, manifest
-from fastbyol.data.beton import BetonInfo
-from fastbyol.data.beton_layout import reopened
+from fastbyol.data import beton, beton_write, manifest
+from fastbyol.data.beton import BetonInfo, reopened
 from fastbyol.data.decoder import Decoder
 from fastbyol.errors import UsageError
 
 # Samples between two reports of progress.
 CHUNK = 256
-# Side to which images of mixed sizes are scaled once decoded; what is looked at is the decoder's word.
+# Decoded images of mixed sizes are scaled to this side; only the decoder's errors count.
 SIZE = 32
-Progress = beton.Progress
+Progress = beton_write.Progress
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What was found: ``damaged`` holds (sample, what is wrong). Without a manifest no checksum could be looked at."""
+    """The result of ``verify``: ``damaged`` holds (sample, what is wrong)."""
 
     info: BetonInfo
     deep: bool
@@ -54,16 +52,17 @@ def verify(
     label_field: str | None = None,
     progress: Progress | None = None,
 ) -> Verdict:
-    """Structure, then checksums where the file has them; ``deep`` also decodes every sample and looks at its label.
+    """Verify the structure of a file, and the checksums of its samples if it has a manifest.
 
-    ``image_field``, ``label_field``: as ``beton.inspect`` takes them. ``progress(samples done, samples)`` is called now and
-    then. UsageError: no beton file or a damaged structure. What is wrong
-    with single samples is in the result.
+    ``deep`` also decodes every sample and checks its label. ``image_field`` and ``label_field`` are
+    those of ``beton.inspect``. ``progress(samples done, samples)`` is called now and then. Raises
+    UsageError for a damaged structure; damaged samples are in the result.
     """
     info = beton.inspect(path, image_field=image_field, label_field=label_field)
     damaged = _wrong_labels(info) if deep else {}
     with Decoder(info, size=SIZE, workers=0, in_memory=False) if deep else nullcontext() as decoder:
-        for ids in _chunks(info.num_samples):
+        for first in range(0, info.num_samples, CHUNK):
+            ids = np.arange(first, min(first + CHUNK, info.num_samples))
             damaged |= _wrong_bytes(info, ids)
             if decoder is not None:
                 damaged |= _undecodable(decoder, np.setdiff1d(ids, list(damaged)))
@@ -72,22 +71,17 @@ def verify(
     return Verdict(info, deep, tuple(sorted(damaged.items())))
 
 
-def _chunks(count: int) -> Iterator[NDArray[np.int64]]:
-    for first in range(0, count, CHUNK):
-        yield np.arange(first, min(first + CHUNK, count))
-
-
 def _wrong_bytes(info: BetonInfo, ids: NDArray[np.int64]) -> dict[int, str]:
     if info.manifest is None:
         return {}
     with reopened(info) as fd:
-        found = manifest.region_checksums(fd, info.starts[ids], info.sizes[ids])
-    wrong = ids[found != info.manifest.checksums[ids]].tolist()
+        checksums = manifest.region_checksums(fd, info.starts[ids], info.sizes[ids])
+    wrong = ids[checksums != info.manifest.checksums[ids]].tolist()
     return {i: f"bytes {info.starts[i]} to {info.starts[i] + info.sizes[i]} are not those that were written" for i in wrong}
 
 
 def _wrong_labels(info: BetonInfo) -> dict[int, str]:
-    """Find labels outside the classes that the manifest names; a foreign file says nothing of its classes."""
+    """Find labels outside the manifest's classes; a foreign file names no classes."""
     names = info.class_names
     if info.labels is None or not names:
         return {}
@@ -96,7 +90,7 @@ def _wrong_labels(info: BetonInfo) -> dict[int, str]:
 
 
 def _undecodable(decoder: Decoder, ids: NDArray[np.int64]) -> dict[int, str]:
-    """Decode all of a chunk at once; one by one where that fails."""
+    """Decode a whole chunk at once, or one by one where that fails."""
     try:
         decoder.decode(ids, np.empty((len(ids), *decoder.shape), np.uint8))
     except UsageError as error:

@@ -1,6 +1,7 @@
-"""Beton files made and read by FFCV itself, without fastbyol: the other side of every round trip.
+"""Beton files written and read by FFCV itself, without fastbyol: the other side of round trips.
 
-Where FFCV is not installed files are read by hand instead (``mutations.said``), and what must be written by it is skipped.
+Without FFCV, files are read by hand (``mutations.read_by_hand``), and tests that need its writer
+are skipped.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from foreign_betons import HAS_FFCV
 
 
 def write_all(files: dict[Path, tuple[dict[str, str], list[tuple[Any, ...]]]]) -> None:
-    """FFCV's own writer for each path: fields as name -> kind (see ``_write_all``), and the samples; pages of 2 MiB."""
+    """Write each path by FFCV's own writer: fields as name -> kind, and samples."""
     if not HAS_FFCV:
         pytest.skip("needs files of FFCV's own writer, which is not installed")
     process = multiprocessing.get_context("spawn").Process(target=_write_all, args=(files,))
@@ -50,13 +51,13 @@ def _write_all(files: dict[Path, tuple[dict[str, str], list[tuple[Any, ...]]]]) 
 
 
 def _by_hand(path: Path) -> Any:
-    from mutations import said  # here, since it needs OpenCV, which data sets of tests have to do without
+    from mutations import read_by_hand  # needs OpenCV, which writers of data must not
 
-    return said(path.read_bytes())
+    return read_by_hand(path.read_bytes())
 
 
 def loaded(path: Path) -> tuple[NDArray[np.uint8], list[int] | None]:
-    """Images of one size (N, H, W, 3) and labels, in file order, through FFCV's loader."""
+    """Return images of one size (N, H, W, 3) and labels, in file order, by FFCV's loader."""
     if not HAS_FFCV:
         by_hand = _by_hand(path)
         images = [
@@ -82,7 +83,7 @@ def loaded(path: Path) -> tuple[NDArray[np.uint8], list[int] | None]:
 
 
 def regions(path: Path) -> tuple[list[NDArray[np.uint8]], list[int] | None]:
-    """Raw images of any sizes, and labels, as FFCV's reader finds them."""
+    """Return raw images of any sizes, and labels, by FFCV's reader."""
     if not HAS_FFCV:
         by_hand = _by_hand(path)
         return [np.frombuffer(data, np.uint8).reshape(h, w, 3) for _, h, w, data in by_hand.images], by_hand.labels
@@ -96,7 +97,7 @@ def regions(path: Path) -> tuple[list[NDArray[np.uint8]], list[int] | None]:
 
 
 def raw_regions(path: Path) -> list[NDArray[np.uint8]]:
-    """The bytes that each sample's image row points to."""
+    """Return the bytes that each sample's image row points to."""
     if not HAS_FFCV:
         return [np.frombuffer(data, np.uint8) for *_, data in _by_hand(path).images]
     from ffcv.reader import Reader

@@ -1,10 +1,10 @@
-"""Betons by FFCV's own writer, and what FFCV's own Loader makes of them: run as a script, its process is FFCV's alone.
+"""Betons by FFCV's own writer, decoded by FFCV's own Loader, in a process that is FFCV's alone.
 
     python foreign_betons.py write FOLDER      writes NAME.beton for all NAMES
-    python foreign_betons.py decode FOLDER     writes decoded.npz: for each of DECODED uint8 (N, H, W, 3) in file order
+    python foreign_betons.py decode FOLDER     writes decoded.npz: uint8 (N, H, W, 3) for DECODED
 
-``made()`` and ``decoded_by_ffcv()`` do that once. The pixels of sample i are ``pixels(name, i)``, its label is ``label(i)``.
-Where FFCV is not installed ``made()`` writes all but "foreign" from the description of the format.
+``made()`` and ``decoded_by_ffcv()`` run these once; without FFCV, ``made()`` writes all but
+"foreign" by hand. Sample i has ``pixels(name, i)`` and ``label(i)``.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ DECODED = ("jpg", "foreign", "mixed", "mixed_jpg")
 
 @functools.cache
 def made() -> Path:
-    """The folder of the files, deleted at exit."""
+    """Return the folder of the files, which is deleted at exit."""
     folder = Path(tempfile.mkdtemp(prefix="foreign-betons-"))
     atexit.register(shutil.rmtree, folder)
     if HAS_FFCV:
@@ -54,7 +54,7 @@ def made() -> Path:
 
 
 def by_hand(name: str) -> bytes:
-    """A beton as FFCV writes it: header, fields, rows, pages of samples, a table of where each lies."""
+    """Return a beton as FFCV writes it: header, fields, rows, pages of samples, table."""
     labelled = name != "unlabelled"
     row = np.dtype(
         [("mode", "u1"), ("width", "<u2"), ("height", "<u2"), ("at", "<u8")] + [("pad", "u1", 3), ("label", "<i8")] * labelled
@@ -84,31 +84,32 @@ def by_hand(name: str) -> bytes:
 
 @functools.cache
 def decoded_by_ffcv() -> dict[str, NDArray[np.uint8]]:
-    """What FFCV's own Loader and decoders make of the files. For tests that are marked ``needs_ffcv``."""
+    """Return the files as FFCV's Loader decodes them, for tests marked ``needs_ffcv``."""
     _run("decode", made())
     with np.load(made() / "decoded.npz") as arrays:
         return dict(arrays)
 
 
 def _run(*arguments: str | Path) -> None:
-    # Five seconds of imports and writing; the limit is for a machine whose cores others hold, where it took minutes.
+    # Five seconds of imports and writing; the limit is for a machine whose cores others hold, where
+    # it took minutes.
     subprocess.run([sys.executable, __file__, *arguments], check=True, timeout=900, stderr=subprocess.DEVNULL)
 
 
 def label(i: int) -> int:
-    """Negative ones too."""
+    """Return a label; some are negative."""
     return (7 * i) % 10 - 3
 
 
 def shape(name: str, i: int) -> tuple[int, int]:
-    """(height, width); mixed sets hold sides below, at and above ``SIZE``, and every third is 32 high and wide."""
+    """Return (height, width). In mixed sets sides are around ``SIZE``; every third is 32 x 48."""
     if not name.startswith("mixed"):
         return 24, 20
     return (32, 48) if i % 3 == 0 else (10 + i % 23, 12 + i % 31)
 
 
 def pixels(name: str, i: int) -> NDArray[np.uint8]:
-    """Noise for raw files, a smooth picture for JPEG."""
+    """Return noise for raw files, a smooth picture for JPEG."""
     height, width = shape(name, i)
     rng = np.random.default_rng([NAMES.index(name), i])
     if "jpg" not in name and name != "foreign":
@@ -119,7 +120,7 @@ def pixels(name: str, i: int) -> NDArray[np.uint8]:
 
 
 def rows(name: str, columns: tuple[str, ...]) -> list[tuple[Any, ...]]:
-    """All samples, values in the order of a file's fields. Made beforehand: FFCV's writer waits for ever on a failing item."""
+    """Return all samples beforehand: FFCV's writer waits for ever on an item that fails."""
 
     def row(i: int) -> tuple[Any, ...]:
         values = {"image": pixels(name, i), "label": label(i), "float": i / 7, "json": {"index": i}}

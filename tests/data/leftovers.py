@@ -1,4 +1,4 @@
-"""What dead processes left on the machine."""
+"""Traces of dead processes on the machine."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ NAMES = ("psm_", "sem.", "pym-")
 
 
 def in_shared_memory() -> set[str]:
-    """Files in /dev/shm that no living process has mapped: others may use FFCV's own writer at the same time."""
+    """Return the files in /dev/shm that no living process has mapped, since others may use FFCV."""
     names = {path.name for path in Path("/dev/shm").iterdir() if path.name.startswith(NAMES)}
     for maps in Path("/proc").glob("[0-9]*/maps") if names else ():
         with contextlib.suppress(OSError):

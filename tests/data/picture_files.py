@@ -1,6 +1,6 @@
-"""One picture file of every mode, depth and format that matters, and what is to come out of it, from the formats' definitions.
+"""A picture file of every mode, depth and format, and its pixels by the formats' definitions.
 
-Where Pillow cannot write a kind, the file is written by OpenCV or byte by byte.
+Kinds that Pillow cannot write are written by OpenCV or byte by byte.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from PIL import Image, ImageCms, ImageOps
 Pixels = NDArray[np.uint8]
 HEIGHT, WIDTH = 24, 32
 EXIF_ORIENTATION = 0x0112
-# What a lossy format may move a smooth picture by, at the qualities below.
+# The error of lossy formats on a smooth picture, at the qualities below.
 LOSSY = 8
-# The same where colour is kept for every second pixel only.
+# The error with colour for every second pixel only.
 HALVED = 32
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A file to write and the pixels (H, W, 3) that are to come out within ``tolerance``, or the words of the refusal."""
+    """A file to write with its pixels (H, W, 3) within ``tolerance``, or the refusal's words."""
 
     mode: str
     depth: str
@@ -85,7 +85,7 @@ def png_chunk(kind: bytes, content: bytes, *, checksum: bool = True) -> bytes:
 
 
 def png(samples: NDArray[Any], colour_type: int, *extra: bytes) -> bytes:
-    """A PNG of (H, W, C) samples of 8 or 16 bits (PNG 1.2), with ``extra`` chunks before the pixels."""
+    """Return a PNG of (H, W, C) samples of 8 or 16 bits (PNG 1.2), with ``extra`` chunks."""
     height, width = samples.shape[:2]
     rows = samples.reshape(height, -1).astype(f">u{samples.itemsize}")
     data = b"".join(b"\0" + row.tobytes() for row in rows)
@@ -95,16 +95,16 @@ def png(samples: NDArray[Any], colour_type: int, *extra: bytes) -> bytes:
 
 
 def tiff(samples: bytes, order: str = "<", **tags: int | tuple[int, ...]) -> bytes:
-    """An uncompressed TIFF (6.0) of WIDTH x HEIGHT; ``tags`` as t258=8, all SHORT."""
+    """Return an uncompressed TIFF (6.0) of WIDTH x HEIGHT; ``tags`` as t258=8, all SHORT."""
     start = 8
-    given: dict[int, tuple[int, ...]] = {256: (WIDTH,), 257: (HEIGHT,), 259: (1,), 278: (HEIGHT,)}
-    given |= {int(key[1:]): value if isinstance(value, tuple) else (value,) for key, value in tags.items()}
-    given |= {273: (0,), 279: (len(samples),)}
-    values_at = start + 2 + 12 * len(given) + 4
+    entries_by_tag: dict[int, tuple[int, ...]] = {256: (WIDTH,), 257: (HEIGHT,), 259: (1,), 278: (HEIGHT,)}
+    entries_by_tag |= {int(key[1:]): value if isinstance(value, tuple) else (value,) for key, value in tags.items()}
+    entries_by_tag |= {273: (0,), 279: (len(samples),)}
+    values_at = start + 2 + 12 * len(entries_by_tag) + 4
     entries, values = b"", b""
-    pixels_at = values_at + sum(2 * len(v) for k, v in given.items() if len(v) > 2 and k != 279)
-    given[273] = (pixels_at,)
-    for tag, value in sorted(given.items()):
+    pixels_at = values_at + sum(2 * len(v) for k, v in entries_by_tag.items() if len(v) > 2 and k != 279)
+    entries_by_tag[273] = (pixels_at,)
+    for tag, value in sorted(entries_by_tag.items()):
         long = tag in (273, 279)
         packed = struct.pack(f"{order}{len(value)}{'I' if long else 'H'}", *value)
         if len(packed) > 4:
@@ -113,7 +113,7 @@ def tiff(samples: bytes, order: str = "<", **tags: int | tuple[int, ...]) -> byt
         else:
             entries += struct.pack(f"{order}HHI", tag, 4 if long else 3, len(value)) + packed.ljust(4, b"\0")
     head = (b"II*\0" if order == "<" else b"MM\0*") + struct.pack(f"{order}I", start)
-    return head + struct.pack(f"{order}H", len(given)) + entries + bytes(4) + values + samples
+    return head + struct.pack(f"{order}H", len(entries_by_tag)) + entries + bytes(4) + values + samples
 
 
 def written(content: bytes) -> Callable[[Path], object]:
@@ -121,7 +121,7 @@ def written(content: bytes) -> Callable[[Path], object]:
 
 
 def by_opencv(samples: NDArray[Any]) -> Callable[[Path], object]:
-    """OpenCV stores B, G, R (, A)."""
+    """Write the picture by OpenCV, which stores B, G, R (, A)."""
     order = [2, 1, 0, 3][: samples.shape[2]]
     return lambda path: cv2.imwrite(str(path), samples[..., order])
 
@@ -156,66 +156,29 @@ def deep_greys() -> Iterator[Picture]:
     eighth = rgb_of(np.round(DEEP / 257.0))
     yield Picture("I;16", "16", "PNG", "divided by 257", written(png(DEEP[..., None], 0)), eighth)
     yield Picture("I;16", "16", "TIFF", "divided by 257", saved(Image.fromarray(DEEP)), eighth)
-    yield Picture(
-        "I;16B",
-        "16",
-        "TIFF, big-endian",
-        "divided by 257",
-        written(tiff(DEEP.astype(">u2").tobytes(), ">", t258=16, t262=1)),
-        eighth,
-    )
-    yield Picture(
-        "I;16",
-        "16",
-        "TIFF, white is zero",
-        "turned and divided by 257",
-        written(tiff((65535 - DEEP).tobytes(), t258=16, t262=0)),
-        eighth,
-    )
-    yield Picture(
-        "I",
-        "16",
-        "PGM",
-        "divided by 257",
-        written(b"P5 %d %d 65535\n" % (WIDTH, HEIGHT) + DEEP.astype(">u2").tobytes()),
-        eighth,
-    )
+    content = tiff(DEEP.astype(">u2").tobytes(), ">", t258=16, t262=1)
+    yield Picture("I;16B", "16", "TIFF, big-endian", "divided by 257", written(content), eighth)
+    content = tiff((65535 - DEEP).tobytes(), t258=16, t262=0)
+    yield Picture("I;16", "16", "TIFF, white is zero", "turned and divided by 257", written(content), eighth)
+    content = b"P5 %d %d 65535\n" % (WIDTH, HEIGHT) + DEEP.astype(">u2").tobytes()
+    yield Picture("I", "16", "PGM", "divided by 257", written(content), eighth)
     yield Picture("I;16", "16", "JP2", "divided by 257", saved(Image.fromarray(DEEP)), eighth)
     twelve = DEEP >> 4
     of_twelve = rgb_of(np.round(twelve / 4095.0 * 255.0))
-    yield Picture(
-        "I",
-        "12",
-        "PGM",
-        "of its largest value, 4095",
-        written(b"P5 %d %d 4095\n" % (WIDTH, HEIGHT) + twelve.astype(">u2").tobytes()),
-        of_twelve,
-        1,
-    )
+    content = b"P5 %d %d 4095\n" % (WIDTH, HEIGHT) + twelve.astype(">u2").tobytes()
+    yield Picture("I", "12", "PGM", "of its largest value, 4095", written(content), of_twelve, 1)
     pairs = twelve.reshape(HEIGHT, -1, 2).astype(np.uint16)
     packed = np.stack([pairs[..., 0] >> 4, (pairs[..., 0] & 15) << 4 | pairs[..., 1] >> 8, pairs[..., 1] & 255], -1).astype(
         np.uint8
     )
     yield Picture("I;16", "12", "TIFF", "of 4095", written(tiff(packed.tobytes(), t258=12, t262=1)), of_twelve)
-    yield Picture(
-        "I;16",
-        "12 in 16",
-        "TIFF, MaxSampleValue",
-        "of what the file says",
-        written(tiff(twelve.tobytes(), t258=16, t262=1, t281=4095)),
-        of_twelve,
-    )
+    content = tiff(twelve.tobytes(), t258=16, t262=1, t281=4095)
+    yield Picture("I;16", "12 in 16", "TIFF, MaxSampleValue", "of what the file says", written(content), of_twelve)
     for suffix, content in (("TIFF", tiff(twelve.tobytes(), t258=16, t262=1)), ("PNG", png(twelve[..., None], 0))):
         yield Picture("I;16", "12 in 16", suffix, "refused", written(content), "nearly black")
     transparent = png(DEEP[..., None], 0, png_chunk(b"tRNS", struct.pack(">H", int(DEEP[0, 0]))))
-    yield Picture(
-        "I;16",
-        "16",
-        "PNG, tRNS",
-        "one grey on white",
-        written(transparent),
-        np.where((DEEP[0, 0] == DEEP)[..., None], np.uint8(255), eighth),
-    )
+    expected = np.where((DEEP[0, 0] == DEEP)[..., None], np.uint8(255), eighth)
+    yield Picture("I;16", "16", "PNG, tRNS", "one grey on white", written(transparent), expected)
     yield Picture(
         "I;16", "16", "PNG", "black stays black", written(png(np.zeros_like(DEEP)[..., None], 0)), np.zeros_like(COLOUR)
     )
@@ -236,15 +199,8 @@ def palettes() -> Iterator[Picture]:
     for suffix in ("png", "gif"):
         yield Picture("P", "8", f"{suffix.upper()}, one index", "that index on white", saved(paletted(), transparency=5), shown)
     alphas = np.random.default_rng(8).integers(0, 256, 16, np.uint8)
-    yield Picture(
-        "P",
-        "8",
-        "PNG, tRNS bytes",
-        "on white",
-        saved(paletted(), transparency=alphas.tobytes()),
-        on_white(expected, alphas[INDEX][..., None]),
-        1,
-    )
+    shown = on_white(expected, alphas[INDEX][..., None])
+    yield Picture("P", "8", "PNG, tRNS bytes", "on white", saved(paletted(), transparency=alphas.tobytes()), shown, 1)
     small = tuple(int(v) for v in np.pad(PALETTE, ((0, 240), (0, 0))).T.reshape(-1))
     old = tiff(INDEX.tobytes(), t258=8, t262=3, t320=small)
     yield Picture("P", "8", "TIFF, its map of 8 bits", "its colours", written(old), expected)
@@ -272,15 +228,8 @@ def colours() -> Iterator[Picture]:
         ("heic", {"quality": 95}),
     )
     for suffix, options in lossy:
-        yield Picture(
-            "RGB",
-            "8",
-            suffix.upper(),
-            "as it is",
-            saved(image, **options),
-            COLOUR,
-            HALVED if suffix in ("webp", "heic") else LOSSY,
-        )
+        tolerance = HALVED if suffix in ("webp", "heic") else LOSSY
+        yield Picture("RGB", "8", suffix.upper(), "as it is", saved(image, **options), COLOUR, tolerance)
     yield Picture("RGB", "8", "ICO", "the largest of its sizes", saved(Image.fromarray(SQUARE)), SQUARE)
     large = Image.fromarray(SQUARE).resize((1024, 1024))
     yield Picture("RGB", "8", "ICNS", "the largest of its sizes", saved(large), np.asarray(large))
@@ -298,14 +247,8 @@ def colours() -> Iterator[Picture]:
     )  # fmt: skip
     first = COLOUR[0, 0]
     transparent = png(COLOUR, 2, png_chunk(b"tRNS", struct.pack(">HHH", *map(int, first))))
-    yield Picture(
-        "RGB",
-        "8",
-        "PNG, tRNS",
-        "one colour on white",
-        written(transparent),
-        np.where((first == COLOUR).all(2)[..., None], np.uint8(255), COLOUR),
-    )
+    expected = np.where((first == COLOUR).all(2)[..., None], np.uint8(255), COLOUR)
+    yield Picture("RGB", "8", "PNG, tRNS", "one colour on white", written(transparent), expected)
     wide = COLOUR.astype(np.uint16) * 257
     transparent = png(wide, 2, png_chunk(b"tRNS", struct.pack(">HHH", *(int(value) * 257 for value in first))))
     shown = np.where((first == COLOUR).all(2)[..., None], np.uint8(255), COLOUR)
@@ -340,7 +283,7 @@ def colours() -> Iterator[Picture]:
 
 
 def ycck_bytes() -> bytes:
-    """A CMYK JPEG whose Adobe marker says that its first three inks are coded as YCbCr."""
+    """Return a CMYK JPEG whose Adobe marker says that three inks are coded as YCbCr."""
     file = io.BytesIO()
     Image.fromarray(COLOUR).convert("CMYK").save(file, "JPEG", quality=98)
     content = bytearray(file.getvalue())
@@ -353,7 +296,7 @@ def ycck(path: Path) -> None:
 
 
 def rgb_of_lab(lab: Pixels) -> Pixels:
-    """sRGB (IEC 61966-2-1) of CIELAB bytes (a* and b* signed) under D50, by Bradford's matrix."""
+    """Return sRGB (IEC 61966-2-1) of CIELAB bytes (signed a*, b*), D50, by Bradford's matrix."""
     lightness = lab[..., 0] / 255.0 * 100.0
     a, b = (lab[..., k].astype(np.int8).astype(np.float64) for k in (1, 2))
     y = (lightness + 16.0) / 116.0
@@ -367,7 +310,7 @@ def rgb_of_lab(lab: Pixels) -> Pixels:
 
 
 def part_of_gif(path: Path) -> None:
-    """A GIF whose only frame is 9 x 7 pixels of a larger screen (GIF89a, 20: left, top, width, height)."""
+    """Return a GIF whose only frame is 9 x 7 pixels of a larger screen (GIF89a, 20)."""
     file = io.BytesIO()
     paletted().crop((0, 0, 9, 7)).save(file, "GIF")
     content = bytearray(file.getvalue())
@@ -378,7 +321,7 @@ def part_of_gif(path: Path) -> None:
 
 
 def several() -> Iterator[Picture]:
-    """Files of more than one picture: the first counts."""
+    """Yield files of several pictures, of which the first counts."""
     first, second = Image.fromarray(COLOUR), Image.fromarray(255 - COLOUR)
     together: dict[str, Any] = {"save_all": True, "append_images": [second]}
     yield Picture("RGB", "8", "TIFF, pages", "the first", saved(first, **together), COLOUR)
@@ -388,25 +331,19 @@ def several() -> Iterator[Picture]:
     yield Picture(
         "RGB", "8", "AVIF, animated", "the first", saved(first, quality=95, subsampling="4:4:4", **together), COLOUR, LOSSY
     )
-    yield Picture(
-        "P",
-        "8",
-        "GIF, animated",
-        "the first",
-        saved(paletted(), save_all=True, append_images=[paletted(255 - PALETTE)]),
-        PALETTE[INDEX],
-    )
+    write = saved(paletted(), save_all=True, append_images=[paletted(255 - PALETTE)])
+    yield Picture("P", "8", "GIF, animated", "the first", write, PALETTE[INDEX])
     yield Picture("RGB", "8", "PSD", "flattened", written(psd()), COLOUR)
 
 
 def psd() -> bytes:
-    """An 8-bit RGB document without layers (Adobe Photoshop File Formats, 2019), planes uncompressed."""
+    """Return an 8-bit RGB document without layers (Adobe Photoshop File Formats, 2019)."""
     head = b"8BPS" + struct.pack(">H6xHIIHH", 1, 3, HEIGHT, WIDTH, 8, 3)
     return head + bytes(12) + struct.pack(">H", 0) + COLOUR.transpose(2, 0, 1).tobytes()
 
 
 def turned() -> Iterator[Picture]:
-    """The eight orientations of EXIF in every container that has it, held against Pillow's own."""
+    """Yield EXIF's eight orientations in every container, compared with Pillow's own."""
     containers: tuple[tuple[str, dict[str, Any]], ...] = (
         ("png", {}), ("tiff", {}), ("jpg", {"quality": 98, "subsampling": 0}), ("webp", {"lossless": True}),
         ("avif", {"quality": 95, "subsampling": "4:4:4"}), ("mpo", {"quality": 98, "subsampling": 0}),
@@ -419,15 +356,8 @@ def turned() -> Iterator[Picture]:
             tolerance = 0 if suffix in ("png", "tiff", "webp") else LOSSY
             yield Picture("RGB", "8", f"{suffix.upper()}, EXIF {orientation}", "turned", write, upright(orientation), tolerance)
     xmp = b'<x:xmpmeta><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
-    yield Picture(
-        "RGB",
-        "8",
-        "JPG, XMP 6",
-        "turned",
-        saved(Image.fromarray(COLOUR), xmp=xmp, quality=98, subsampling=0),
-        upright(6),
-        LOSSY,
-    )
+    write = saved(Image.fromarray(COLOUR), xmp=xmp, quality=98, subsampling=0)
+    yield Picture("RGB", "8", "JPG, XMP 6", "turned", write, upright(6), LOSSY)
 
 
 def upright(orientation: int) -> Pixels:
@@ -437,7 +367,7 @@ def upright(orientation: int) -> Pixels:
 
 
 def damaged_metadata() -> Iterator[Picture]:
-    """Sound pixels beside metadata that is not."""
+    """Yield sound pixels beside damaged metadata."""
     before = lambda *chunks: written(png(COLOUR, 2, *chunks))  # noqa: E731
     kinds = {
         "eXIf": png_chunk(b"eXIf", b"\0\x08\0\x02\x01\x12\0\x03"),
@@ -467,15 +397,8 @@ def damaged_metadata() -> Iterator[Picture]:
     for what, (marker, content) in segments.items():
         yield Picture("RGB", "8", f"JPG, damaged: {what}", "as it is", with_segment(marker, content), COLOUR, LOSSY)
     for suffix, options in (("webp", {"lossless": True}), ("avif", {"quality": 95, "subsampling": "4:4:4"})):
-        yield Picture(
-            "RGB",
-            "8",
-            f"{suffix.upper()}, damaged: EXIF",
-            "as it is",
-            with_spoilt_exif(options),
-            COLOUR,
-            LOSSY if suffix == "avif" else 0,
-        )
+        write, tolerance = with_spoilt_exif(options), LOSSY if suffix == "avif" else 0
+        yield Picture("RGB", "8", f"{suffix.upper()}, damaged: EXIF", "as it is", write, COLOUR, tolerance)
     yield Picture("RGB", "8", "WEBP, damaged: EXIF's length", "as it is", webp_with_long_exif, COLOUR)
     for what, tag in (("a maker's name", 271), ("EXIF", 34665), ("XMP", 700)):
         far = tiff(COLOUR.tobytes(), t258=(8,) * 3, t262=2, t277=3, **{f"t{tag}": (1,) * 40})
@@ -516,13 +439,13 @@ def webp_with_long_exif(path: Path) -> None:
 
 
 def point_away(content: bytes, tag: int) -> bytes:
-    """The TIFF with the values of ``tag`` said to lie beyond its end."""
+    """Return the TIFF with the values of ``tag`` beyond its end."""
     at = content.index(struct.pack("<HHI", tag, 3, 40)) + 8
     return content[:at] + b"\xff\xff\xff\x7f" + content[at + 4 :]
 
 
 def no_pictures() -> Iterator[Picture]:
-    """What is not decoded, whatever it is called."""
+    """Yield files that are not decoded, whatever their names."""
     postscript = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n(x) show\n"
     yield Picture("", "", "PNG, PostScript inside", "refused", written(postscript), "not a picture")
     yield Picture("", "", "JPG, HTML inside", "refused", written(b"<html>not found</html>"), "not a picture")
@@ -530,14 +453,8 @@ def no_pictures() -> Iterator[Picture]:
     whole = png(COLOUR, 2)
     yield Picture("RGB", "8", "PNG, cut", "refused", written(whole[: len(whole) // 2]), "truncated")
     spoilt, at = whole, whole.index(b"IDAT") + 20
-    yield Picture(
-        "RGB",
-        "8",
-        "PNG, a pixel chunk's checksum",
-        "refused",
-        written(spoilt[:at] + b"\xff" + spoilt[at + 1 :]),
-        "broken|incorrect|Error",
-    )
+    content = spoilt[:at] + b"\xff" + spoilt[at + 1 :]
+    yield Picture("RGB", "8", "PNG, a pixel chunk's checksum", "refused", written(content), "broken|incorrect|Error")
     wide = struct.pack(">IIBBBBB", 60000, 60000, 8, 2, 0, 0, 0)
     bomb = b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", wide) + png_chunk(b"IDAT", zlib.compress(b"")) + png_chunk(b"IEND", b"")
     yield Picture("RGB", "8", "PNG, 3.6 gigapixels", "refused", written(bomb), "pixels")

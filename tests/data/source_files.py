@@ -1,6 +1,6 @@
-"""Tiny data sets in the true on-disk formats of their kinds, written from the formats' descriptions, without fastbyol.
+"""Tiny data sets in their true on-disk formats, written from the formats' descriptions.
 
-Every builder returns what it wrote as (images uint8 (N, H, W, 3), labels) or per-file expectations.
+Builders return what they wrote: images uint8 (N, H, W, 3) and labels, by split or file.
 """
 
 from __future__ import annotations
@@ -22,64 +22,59 @@ STL10_NAMES = ("airplane", "bird", "car", "cat", "deer", "dog", "horse", "monkey
 
 
 def random_images(count: int, height: int, width: int, seed: int = 0) -> Images:
-    """Smooth pictures, so that JPEG keeps them: a random 4 x 4 grid of colours, enlarged."""
+    """Return smooth pictures, so that JPEG keeps them: a random 4 x 4 grid, enlarged."""
     grid = np.random.default_rng(seed).integers(0, 256, (count, 4, 4, 3), np.uint8)
     return np.stack([np.asarray(Image.fromarray(g).resize((width, height), Image.Resampling.BICUBIC)) for g in grid])
 
 
 def stl10(folder: Path, *, train: int = 20, test: int = 10, unlabeled: int = 12) -> dict[str, tuple[Images, list[int]]]:
-    """``folder/stl10_binary`` as the archive unpacks: images column by column, labels from 1; no labels for unlabeled."""
+    """Write ``folder/stl10_binary`` as its archive unpacks: columns first, labels from 1."""
     inner = folder / "stl10_binary"
     inner.mkdir(parents=True)
     (inner / "class_names.txt").write_text("\n".join(STL10_NAMES) + "\n")
     (inner / "fold_indices.txt").write_text("".join(" ".join(map(str, fold)) + " \n" for fold in folds(train)))
-    written = {}
-    for seed, (part, count) in enumerate((("train", train), ("test", test), ("unlabeled", unlabeled))):
-        images = random_images(count, 96, 96, seed)
-        labels = [(7 * k + seed) % 10 for k in range(count)]
-        with (inner / f"{part}_X.bin").open("wb") as file:
-            for image in images:
-                for channel in range(3):
-                    for column in range(96):
-                        file.write(image[:, column, channel].tobytes())
-        if part == "unlabeled":
-            labels = [-1] * count
-        else:
+    written = _stl10_parts(train, test, unlabeled)
+    for part, (images, labels) in written.items():
+        (inner / f"{part}_X.bin").write_bytes(images.transpose(0, 3, 2, 1).tobytes())
+        if part != "unlabeled":
             (inner / f"{part}_y.bin").write_bytes(bytes(label + 1 for label in labels))
-        written[part] = (images, labels)
     return written
 
 
 def stl10_matlab(folder: Path, *, train: int = 20, test: int = 10, unlabeled: int = 12) -> dict[str, tuple[Images, list[int]]]:
-    """``folder/stl10_matlab`` as the archive unpacks: train and test of version 5, unlabeled of 7.3, ten folds of train."""
+    """Write ``folder/stl10_matlab`` as its archive unpacks: version 5, but 7.3 for unlabeled."""
     inner = folder / "stl10_matlab"
     inner.mkdir(parents=True)
-    names, written = np.array([[np.array([name])] for name in STL10_NAMES], object), {}
-    for seed, (part, count) in enumerate((("train", train), ("test", test), ("unlabeled", unlabeled))):
-        images = random_images(count, 96, 96, seed)
-        rows = images.transpose(0, 3, 2, 1).reshape(count, -1)
-        labels = [(7 * k + seed) % 10 for k in range(count)]
+    names, written = np.array([[np.array([name])] for name in STL10_NAMES], object), _stl10_parts(train, test, unlabeled)
+    for part, (images, labels) in written.items():
+        rows = images.transpose(0, 3, 2, 1).reshape(len(images), -1)
         if part == "unlabeled":
-            labels = [-1] * count
             hdf5_mat(inner / "unlabeled.mat", X=rows)
-        else:
-            arrays = {"X": rows, "y": np.array(labels, np.uint8)[:, None] + 1, "class_names": names.T}
-            if part == "train":
-                arrays["fold_indices"] = np.empty((1, 10), object)
-                for k, fold in enumerate(folds(train)):
-                    arrays["fold_indices"][0, k] = np.array(fold, np.float64)[:, None] + 1  # MATLAB counts from 1
-            scipy.io.savemat(inner / f"{part}.mat", arrays, do_compression=True)
-        written[part] = (images, labels)
+            continue
+        arrays = {"X": rows, "y": np.array(labels, np.uint8)[:, None] + 1, "class_names": names.T}
+        if part == "train":
+            arrays["fold_indices"] = np.empty((1, 10), object)
+            for k, fold in enumerate(folds(train)):
+                arrays["fold_indices"][0, k] = np.array(fold, np.float64)[:, None] + 1  # MATLAB counts from 1
+        scipy.io.savemat(inner / f"{part}.mat", arrays, do_compression=True)
+    return written
+
+
+def _stl10_parts(train: int, test: int, unlabeled: int) -> dict[str, tuple[Images, list[int]]]:
+    written = {}
+    for seed, (part, count) in enumerate((("train", train), ("test", test), ("unlabeled", unlabeled))):
+        labels = [-1 if part == "unlabeled" else (7 * k + seed) % 10 for k in range(count)]
+        written[part] = (random_images(count, 96, 96, seed), labels)
     return written
 
 
 def folds(count: int, size: int = 5) -> list[list[int]]:
-    """Ten of STL-10's folds: places of images in train, which may be in several folds."""
+    """Return ten of STL-10's folds: indices in train, which may be in several folds."""
     return [sorted(np.random.default_rng(k).permutation(count)[:size].tolist()) for k in range(10)]
 
 
 def hdf5_mat(path: Path, **arrays: NDArray[np.uint8]) -> None:
-    """MATLAB's version 7.3: HDF5 behind 512 bytes that say so; arrays lie transposed, in compressed chunks."""
+    """Write MATLAB's version 7.3: HDF5 behind a head of 512 bytes, transposed arrays in chunks."""
     with h5py.File(path, "w", userblock_size=512) as file:
         for name, array in arrays.items():
             file.create_dataset(name, data=array.T, chunks=True, compression="gzip").attrs["MATLAB_class"] = np.bytes_("uint8")
@@ -88,43 +83,80 @@ def hdf5_mat(path: Path, **arrays: NDArray[np.uint8]) -> None:
 
 
 def cifar_binary(folder: Path, *, classes: int = 10, count: int = 6) -> dict[str, tuple[Images, list[int]]]:
-    """The binary version: a row is the label, or coarse and fine label, and the planes; the names are text files."""
+    """Write rows of the label, or coarse and fine label, and the planes; names are text files."""
     inner = folder / ("cifar-10-batches-bin" if classes == 10 else "cifar-100-binary")
     inner.mkdir(parents=True)
-    names = CIFAR10_NAMES if classes == 10 else tuple(f"fine {k}" for k in range(100))
-    (inner / ("batches.meta.txt" if classes == 10 else "fine_label_names.txt")).write_text("\n".join(names) + "\n\n")
-    parts = []
-    files = [*(f"data_batch_{k}" for k in range(1, 6)), "test_batch"] if classes == 10 else ["train", "test"]
-    for seed, file in enumerate(files):
-        images, labels = random_images(count, 32, 32, seed + 80), [(7 * k + seed) % classes for k in range(count)]
+    names = "batches.meta.txt" if classes == 10 else "fine_label_names.txt"
+    (inner / names).write_text("\n".join(_cifar_names(classes)) + "\n\n")
+    parts = _cifar_parts(classes, [count] * 6, 80)
+    for file, (images, labels) in parts.items():
         rows = [bytes([label] if classes == 10 else [label // 5, label]) for label in labels]
-        planes = _planes(images)
-        (inner / f"{file}.bin").write_bytes(b"".join(row + plane.tobytes() for row, plane in zip(rows, planes, strict=True)))
-        parts.append((images, labels))
-    return {"train": _joined(parts[:-1]), "test": parts[-1]}
+        planes = zip(rows, _planes(images), strict=True)
+        (inner / f"{file}.bin").write_bytes(b"".join(row + plane.tobytes() for row, plane in planes))
+    return _cifar_splits(parts)
 
 
 def cifar_matlab(folder: Path, *, classes: int = 10, count: int = 6) -> dict[str, tuple[Images, list[int]]]:
-    """The MATLAB version: arrays ``data`` (N, 3072) and ``labels`` or ``fine_labels`` (N, 1); the names are cells."""
+    """Write arrays ``data`` (N, 3072) and ``labels`` or ``fine_labels`` (N, 1); names are cells."""
     inner = folder / ("cifar-10-batches-mat" if classes == 10 else "cifar-100-matlab")
     inner.mkdir(parents=True)
-    names = CIFAR10_NAMES if classes == 10 else tuple(f"fine {k}" for k in range(100))
-    cells = np.array([[np.array([name])] for name in names], object)
-    key = "label_names" if classes == 10 else "fine_label_names"
-    scipy.io.savemat(inner / ("batches.meta.mat" if classes == 10 else "meta.mat"), {key: cells})
-    parts = []
-    for seed, file in enumerate(
-        [*(f"data_batch_{k}" for k in range(1, 6)), "test_batch"] if classes == 10 else ["train", "test"]
-    ):
-        images, labels = random_images(count, 32, 32, seed + 90), [(7 * k + seed) % classes for k in range(count)]
-        arrays = {"data": _planes(images), key.replace("label_names", "labels"): np.array(labels, np.uint8)[:, None]}
+    cells = np.array([[np.array([name])] for name in _cifar_names(classes)], object)
+    fine = "" if classes == 10 else "fine_"
+    scipy.io.savemat(inner / ("batches.meta.mat" if classes == 10 else "meta.mat"), {f"{fine}label_names": cells})
+    parts = _cifar_parts(classes, [count] * 6, 90)
+    for file, (images, labels) in parts.items():
+        arrays = {"data": _planes(images), f"{fine}labels": np.array(labels, np.uint8)[:, None]}
         scipy.io.savemat(inner / f"{file}.mat", arrays)
-        parts.append((images, labels))
-    return {"train": _joined(parts[:-1]), "test": parts[-1]}
+    return _cifar_splits(parts)
+
+
+def cifar10(folder: Path, *, per_batch: int = 6, test: int = 8) -> dict[str, tuple[Images, list[int]]]:
+    """Write ``folder/cifar-10-batches-py``, pickled as Python 2 did."""
+    inner = folder / "cifar-10-batches-py"
+    inner.mkdir(parents=True)
+    names = {"num_cases_per_batch": per_batch, "label_names": list(CIFAR10_NAMES)}
+    (inner / "batches.meta").write_bytes(python2_pickle(names))
+    parts = _cifar_parts(10, [*[per_batch] * 5, test], 1)
+    for batch, (file, (images, labels)) in enumerate(parts.items(), 1):
+        names = ["a.png"] * len(images)
+        what = {"batch_label": f"batch {batch}", "labels": labels, "data": _planes(images), "filenames": names}
+        (inner / file).write_bytes(python2_pickle(what))
+    return _cifar_splits(parts)
+
+
+def cifar100(folder: Path, *, train: int = 12, test: int = 9) -> dict[str, tuple[Images, list[int]]]:
+    """Write ``folder/cifar-100-python``: train and test with fine and coarse labels, and names."""
+    inner = folder / "cifar-100-python"
+    inner.mkdir(parents=True)
+    meta = {"fine_label_names": list(_cifar_names(100)), "coarse_label_names": [f"coarse {k}" for k in range(20)]}
+    (inner / "meta").write_bytes(python2_pickle(meta))
+    parts = _cifar_parts(100, [train, test], 50)
+    for file, (images, labels) in parts.items():
+        what = {"fine_labels": labels, "coarse_labels": [k // 5 for k in labels], "data": _planes(images)}
+        (inner / file).write_bytes(python2_pickle(what))
+    return _cifar_splits(parts)
+
+
+def _cifar_names(classes: int) -> tuple[str, ...]:
+    return CIFAR10_NAMES if classes == 10 else tuple(f"fine {k}" for k in range(100))
+
+
+def _cifar_parts(classes: int, counts: list[int], seed: int) -> dict[str, tuple[Images, list[int]]]:
+    files = [*(f"data_batch_{k}" for k in range(1, 6)), "test_batch"] if classes == 10 else ["train", "test"]
+    return {
+        file: (random_images(count, 32, 32, seed + k), [(37 * row + k) % classes for row in range(count)])
+        for k, (file, count) in enumerate(zip(files, counts, strict=False))
+    }
+
+
+def _cifar_splits(parts: dict[str, tuple[Images, list[int]]]) -> dict[str, tuple[Images, list[int]]]:
+    *train, test = parts.values()
+    images, labels = zip(*train, strict=True)
+    return {"train": (np.concatenate(images), [label for part in labels for label in part]), "test": test}
 
 
 def svhn(folder: Path, *, train: int = 11, test: int = 7) -> dict[str, tuple[Images, list[int]]]:
-    """SVHN's cropped digits: ``X`` (32, 32, 3, N), ``y`` (N, 1) from 1 to 10; returned labels are digits."""
+    """Write SVHN's ``X`` (32, 32, 3, N) and ``y`` (N, 1) from 1 to 10; return digits."""
     folder.mkdir(parents=True, exist_ok=True)
     written = {}
     for split, count in (("train", train), ("test", test)):
@@ -136,46 +168,10 @@ def svhn(folder: Path, *, train: int = 11, test: int = 7) -> dict[str, tuple[Ima
     return written
 
 
-def _joined(parts: list[tuple[Images, list[int]]]) -> tuple[Images, list[int]]:
-    return np.concatenate([images for images, _ in parts]), [label for _, labels in parts for label in labels]
-
-
-def cifar10(folder: Path, *, per_batch: int = 6, test: int = 8) -> dict[str, tuple[Images, list[int]]]:
-    """``folder/cifar-10-batches-py``: five training batches, a test batch and the names, pickled as Python 2 did."""
-    inner = folder / "cifar-10-batches-py"
-    inner.mkdir(parents=True)
-    names = python2_pickle({"num_cases_per_batch": per_batch, "label_names": list(CIFAR10_NAMES)})
-    (inner / "batches.meta").write_bytes(names)
-    parts = []
-    for batch in range(1, 7):
-        count = per_batch if batch < 6 else test
-        images, labels = random_images(count, 32, 32, batch), [(3 * k + batch) % 10 for k in range(count)]
-        what = {"batch_label": f"batch {batch}", "labels": labels, "data": _planes(images), "filenames": ["a.png"] * count}
-        (inner / (f"data_batch_{batch}" if batch < 6 else "test_batch")).write_bytes(python2_pickle(what))
-        parts.append((images, labels))
-    return {"train": _joined(parts[:5]), "test": parts[5]}
-
-
-def cifar100(folder: Path, *, train: int = 12, test: int = 9) -> dict[str, tuple[Images, list[int]]]:
-    """``folder/cifar-100-python``: one training and one test file with fine and coarse labels, and the names."""
-    inner = folder / "cifar-100-python"
-    inner.mkdir(parents=True)
-    fine = [f"fine {k}" for k in range(100)]
-    meta = {"fine_label_names": fine, "coarse_label_names": [f"coarse {k}" for k in range(20)]}
-    (inner / "meta").write_bytes(python2_pickle(meta))
-    written = {}
-    for seed, (split, count) in enumerate((("train", train), ("test", test))):
-        images, labels = random_images(count, 32, 32, seed + 50), [(37 * k + seed) % 100 for k in range(count)]
-        what = {"fine_labels": labels, "coarse_labels": [k // 5 for k in labels], "data": _planes(images)}
-        (inner / split).write_bytes(python2_pickle(what))
-        written[split] = (images, labels)
-    return written
-
-
 def idx(
     folder: Path, *, train: int = 20, test: int = 24, side: int = 28, packed: bool = True, sets: str = ""
 ) -> dict[str, tuple[Images, list[int]]]:
-    """The four files of MNIST's format: big-endian heads, grey rows; what they hold as RGB, in the middle of 32 x 32."""
+    """Write MNIST's four files; return their images as RGB, in the middle of 32 x 32."""
     folder.mkdir(parents=True, exist_ok=True)
     written = {}
     for split, name, count in (("train", "train", train), ("test", "t10k", test)):
@@ -194,20 +190,20 @@ def idx(
 def class_folders(
     folder: Path, *, classes: tuple[str, ...] = ("ant", "bee", "cow"), per_class: int = 4
 ) -> tuple[Images, list[int]]:
-    """A folder a class, PNG files in it, one of them a level deeper; the order is that of the sorted names."""
+    """Write a folder of PNG files a class, one of them a level deeper, in sorted order."""
     images = random_images(len(classes) * per_class, 24, 20, 7)
     labels = []
     for k, image in enumerate(images):
-        label, place = divmod(k, per_class)
-        inside = folder / classes[label] / ("z" if place == per_class - 1 else "")
+        label, number = divmod(k, per_class)
+        inside = folder / classes[label] / ("z" if number == per_class - 1 else "")
         inside.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(image).save(inside / f"picture {place}.png")
+        Image.fromarray(image).save(inside / f"picture {number}.png")
         labels.append(label)
     return images, labels
 
 
 def npz(path: Path, *, count: int = 20, side: int = 16, labelled: bool = True) -> tuple[Images, list[int]]:
-    """Arrays ``images`` (N, H, W, 3) and ``labels`` (N,), compressed."""
+    """Write ``images`` (N, H, W, 3) and ``labels`` (N,), compressed."""
     images, labels = random_images(count, side, side, 9), [k % 5 for k in range(count)]
     arrays = {"images": images} | ({"labels": np.array(labels, np.int32)} if labelled else {})
     np.savez_compressed(path, **arrays)
@@ -215,9 +211,9 @@ def npz(path: Path, *, count: int = 20, side: int = 16, labelled: bool = True) -
 
 
 def odd_pictures(folder: Path) -> dict[str, Images]:
-    """One picture of each mode, each of another size; returns the exact RGB by name, from each mode's definition.
+    """Write a picture of each mode and size; return the exact RGB by each mode's definition.
 
-    CMYK and JPEG are not exact by nature: their entries hold the colours that were meant.
+    For CMYK and JPEG, which are not exact, return the intended colours.
     """
     folder.mkdir(parents=True)
     rng = np.random.default_rng(3)
@@ -268,7 +264,7 @@ def odd_pictures(folder: Path) -> dict[str, Images]:
 
 
 def python2_pickle(value: object) -> bytes:
-    """Protocol 2 as cPickle of Python 2 wrote it: text as byte strings, old numpy names, 0 and 1 for numpy's flags."""
+    """Pickle by protocol 2 as Python 2's cPickle: byte strings, old numpy names, flags 0 and 1."""
     return b"\x80\x02" + _pickled(value) + b"."
 
 
@@ -291,5 +287,5 @@ def _pickled(value: object) -> bytes:
 
 
 def _planes(images: Images) -> NDArray[np.uint8]:
-    """(N, 3072): all red, then all green, then all blue, row by row."""
+    """Return (N, 3072): all red, then all green, then all blue, row by row."""
     return np.concatenate([images[..., channel].reshape(len(images), -1) for channel in range(3)], axis=1)

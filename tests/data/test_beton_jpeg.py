@@ -1,4 +1,4 @@
-"""JPEG frame headers read in lockstep, against Pillow one by one."""
+"""JPEG frame headers, against Pillow."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def encoded(mode: str, width: int, height: int, **options: object) -> bytes:
 
 @contextmanager
 def joined(path: Path, streams: list[bytes]) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-    """One file of all streams: its descriptor, their starts and sizes."""
+    """Write all streams to one file; return its descriptor, their starts and sizes."""
     sizes = np.array([len(stream) for stream in streams], np.int64)
     path.write_bytes(b"".join(streams))
     fd = os.open(path, os.O_RDONLY)
@@ -39,7 +39,6 @@ def exif_of(num_bytes: int) -> bytes:
 
 
 def test_every_form_that_decodes_to_rgb(tmp_path: Path) -> None:
-    """Heads of all lengths, up to many windows."""
     forms: list[dict[str, object]] = [
         {},
         {"progressive": True},
@@ -85,7 +84,6 @@ def test_what_is_no_whole_rgb_jpeg_is_zero(tmp_path: Path) -> None:
 
 
 def test_flipped_bits_give_nothing_or_what_pillow_sees(tmp_path: Path) -> None:
-    """Every bit of everything before the picture's data."""
     whole = encoded("RGB", 20, 30)
     streams = []
     for bit in range(8 * whole.index(b"\xff\xda")):

@@ -1,4 +1,4 @@
-"""The writer always ends: whole under its name, or an error in time with nothing left behind."""
+"""The writer always ends: a whole file under its name, or an error in time and no leftovers."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -29,7 +30,7 @@ BEFORE = leftovers.in_shared_memory()
 
 @dataclass(frozen=True)
 class Items:
-    """Noise; ``fault`` happens at item ``at``."""
+    """Noise, and the ``fault`` at item ``at``."""
 
     count: int = 200
     side: int = 16
@@ -47,39 +48,17 @@ class Items:
         return f"picture {index}"
 
 
-def _fail(image: np.ndarray, index: int) -> tuple[object, ...]:
-    raise RuntimeError("lost\nit")
+def _raise(error: Exception) -> tuple[object, ...]:
+    raise error
 
 
-def _unreadable(image: np.ndarray, index: int) -> tuple[object, ...]:
-    raise beton.UnreadableItemError("cut short")
-
-
-def _die(image: np.ndarray, index: int) -> tuple[object, ...]:
-    os.kill(os.getpid(), signal.SIGKILL)
-    return (image, index)
-
-
-def _leave(image: np.ndarray, index: int) -> tuple[object, ...]:
-    os._exit(0)
-
-
-def _exit(image: np.ndarray, index: int) -> tuple[object, ...]:
-    sys.exit("enough")
-
-
-def _sleep(image: np.ndarray, index: int) -> tuple[object, ...]:
-    time.sleep(600)
-    return (image, index)
-
-
-FAULTS: dict[str, Callable[[np.ndarray, int], tuple[object, ...]]] = {
-    "fail": _fail,
-    "unreadable": _unreadable,
-    "die": _die,
-    "leave": _leave,
-    "exit": _exit,
-    "sleep": _sleep,
+FAULTS: dict[str, Callable[[np.ndarray, int], Any]] = {
+    "fail": lambda *_: _raise(RuntimeError("lost\nit")),
+    "unreadable": lambda *_: _raise(beton_write.UnreadableItemError("cut short")),
+    "die": lambda *_: os.kill(os.getpid(), signal.SIGKILL),
+    "leave": lambda *_: os._exit(0),
+    "exit": lambda *_: sys.exit("enough"),
+    "sleep": lambda *_: time.sleep(600),
     "float": lambda image, index: (image / 255, index),
     "grey": lambda image, index: (image[..., 0], index),
     "list": lambda image, index: (image.tolist(), index),
@@ -95,7 +74,7 @@ FAULTS: dict[str, Callable[[np.ndarray, int], tuple[object, ...]]] = {
 
 @pytest.fixture
 def out(tmp_path: Path) -> Path:
-    """Holds an older file, which every failure must leave alone."""
+    """Return the path of an older file, which every failure must leave alone."""
     path = tmp_path / "out.beton"
     path.write_text("older")
     return path
@@ -112,14 +91,14 @@ def demand_untouched(out: Path) -> None:
 
 
 def _writers() -> list[str]:
-    """Processes of a writing child of this process, dead ones aside."""
+    """List the living writing processes of this process."""
     marks = subprocess.run(["ps", "-eo", "pid,stat,args"], capture_output=True, text=True, check=True).stdout.splitlines()
     return [line for line in marks if "beton_worker" in line and line.endswith(f" {os.getpid()}") and " Z" not in line]
 
 
 def write(out: Path, items: Items, **options: object) -> beton.BetonInfo:
     options = {"labelled": True, "overwrite": True, "page_bytes": 1 << 21, "workers": 2} | options
-    return beton.write(out, items, **options)  # type: ignore[arg-type]
+    return beton_write.write(out, items, **options)  # type: ignore[arg-type]
 
 
 def test_what_is_written_is_what_ffcv_reads(out: Path) -> None:
@@ -137,7 +116,7 @@ def test_what_is_written_is_what_ffcv_reads(out: Path) -> None:
 
 @pytest.mark.parametrize("workers", [1, 3])
 def test_many_pages_and_no_labels(out: Path, workers: int) -> None:
-    """9 images fill a page of 2 MiB, so that workers take turns at 23 pages."""
+    """Write 9 images a page of 2 MiB, so that workers take turns at 23 pages."""
     items = Items(side=270)
     write(out, items, labelled=False, workers=workers)
     images, labels = ffcv_files.regions(out)
@@ -166,22 +145,23 @@ def test_faults_end_the_writing(out: Path, fault: str, kind: type[FastbyolError]
     demand_untouched(out)
 
 
-def test_a_stall_ends_the_writing(out: Path) -> None:
+def test_a_stall_ends_the_writing(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(beton_write, "STALL_S", 6.0)
     with pytest.raises(FastbyolError, match="no item was read for 6 s"):
-        write(out, Items(fault="sleep"), stall_s=6.0)
+        write(out, Items(fault="sleep"))
     demand_untouched(out)
 
 
 @pytest.mark.parametrize("stop", [False, True])
 def test_unreadable_items_are_gathered(out: Path, stop: bool) -> None:
-    with pytest.raises(beton.UnreadableItemsError, match=r"1 of 200 items .* item 130: cut short") as caught:
+    with pytest.raises(beton_write.UnreadableItemsError, match=r"1 of 200 items .* item 130: cut short") as caught:
         write(out, Items(fault="unreadable"), stop_at_unreadable=stop)
     assert caught.value.items == ((130, "cut short"),)
     demand_untouched(out)
 
 
 class Unloadable(Items):
-    """Raises where it is loaded, as the class of a script does that the writing process cannot import."""
+    """A set that fails on loading, as a script's class does that the worker cannot import."""
 
     def __reduce__(self) -> tuple[object, ...]:
         return (_unload, ())
@@ -200,7 +180,7 @@ def test_a_data_set_that_cannot_be_loaded_says_why(out: Path) -> None:
 
 @pytest.mark.parametrize("most", [100, 4096, 3 << 20])
 def test_a_full_disk_ends_the_writing(out: Path, most: int) -> None:
-    """A limit on the size of files, of those in memory too, breaks writes off half way, as a full disk does."""
+    """Break writes off half way by a limit on file sizes, as a full disk does."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (most, before[1]))
     try:
@@ -228,7 +208,7 @@ def test_a_file_that_came_meanwhile_is_kept(out: Path) -> None:
 
 
 def shadow(folder: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make processes that are started from now on fail to import the package ``name``."""
+    """Make processes started from now on fail to import the package ``name``."""
     (folder / "shadow").mkdir(exist_ok=True)
     (folder / "shadow" / f"{name}.py").write_text(f"raise ImportError('no {name} here')")
     monkeypatch.syspath_prepend(folder / "shadow")
@@ -311,27 +291,26 @@ def test_a_jpeg_that_is_larger_than_a_page_and_than_its_pixels() -> None:
 
 
 def test_writes_are_whole_or_errors(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a disk that takes 5 bytes at a time, 12 in all."""
-    held = bytearray()
+    """Write to a disk that accepts 5 bytes at a time, 12 in all."""
+    stored = bytearray()
 
     def pwrite(fd: int, data: memoryview, offset: int) -> int:
-        if len(held) == 12:
+        if len(stored) == 12:
             raise OSError(errno.ENOSPC, "full")
-        assert offset == len(held)
-        part = bytes(data[: min(5, 12 - len(held))])
-        held.extend(part)
+        assert offset == len(stored)
+        part = bytes(data[: min(5, 12 - len(stored))])
+        stored.extend(part)
         return len(part)
 
     monkeypatch.setattr(os, "pwrite", pwrite)
     beton_write.write_at(-1, b"abcdefghijk", 0)
-    assert held == b"abcdefghijk"
+    assert stored == b"abcdefghijk"
     with pytest.raises(OSError, match="full"):
         beton_write.write_at(-1, b"lm", 11)
 
 
 @pytest.mark.parametrize("links", [True, False], ids=["links", "no links"])
 def test_of_writers_that_come_at_once_one_gets_the_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, links: bool) -> None:
-    """Whatever each of them saw before: nothing that was written is replaced, with or without links on the disk."""
     if not links:
         monkeypatch.setattr(Path, "hardlink_to", refuse_links)
     path, begin = tmp_path / "out.beton", threading.Barrier(8)

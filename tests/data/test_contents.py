@@ -1,4 +1,4 @@
-"""Digests of what a beton holds: the same for the same images and labels wherever they lie, another for anything else."""
+"""Digests of betons: equal for equal images and labels in any file, different otherwise."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from fastbyol.data import beton, contents
+from fastbyol.data import beton, beton_write, contents
 from fastbyol.data.contents import Contents
 from fastbyol.data.convert import convert
 from fastbyol.errors import UsageError
@@ -20,7 +20,7 @@ COUNT, SIDE = 40, 16
 
 
 class Pictures:
-    """Noise, with labels 0 to 3; ``change`` alters one thing of it."""
+    """Noise with labels 0 to 3, of which ``change`` alters one thing."""
 
     def __init__(self, change: tuple[str, int, int] | None = None) -> None:
         draw = np.random.default_rng(0)
@@ -44,11 +44,11 @@ class Pictures:
 
 
 def written(path: Path, **changes: object) -> beton.BetonInfo:
-    return beton.write(path, Pictures(changes.pop("change", None)), labelled=True, workers=1, **changes)  # type: ignore[arg-type]
+    return beton_write.write(path, Pictures(changes.pop("change", None)), labelled=True, workers=1, **changes)  # type: ignore[arg-type]
 
 
 def unsealed(path: Path) -> beton.BetonInfo:
-    """The same file with its manifest cut out, as another writer of the format would leave it."""
+    """Cut the manifest out of a file, as if another writer had made it."""
     info = beton.inspect(path)
     data = bytearray(path.read_bytes())
     assert info.manifest is not None
@@ -72,7 +72,7 @@ def test_another_layout_or_place_of_the_same_is_the_same(whole: beton.BetonInfo,
     copy.write_bytes(whole.path.read_bytes())
     for other in (
         written(tmp_path / "pages.beton", page_bytes=1 << 22),
-        beton.write(tmp_path / "workers.beton", Pictures(), labelled=True, workers=2, note={"source": "elsewhere"}),
+        beton_write.write(tmp_path / "workers.beton", Pictures(), labelled=True, workers=2, note={"source": "elsewhere"}),
         beton.inspect(copy),
         unsealed(copy),
     ):
@@ -118,7 +118,7 @@ def test_number_size_and_labels_count(whole: beton.BetonInfo, tmp_path: Path) ->
     fewer = convert_textures(tmp_path / "fewer.beton", count=12)
     assert fewer.change(convert_textures(tmp_path / "more.beton", count=20)) == "12 samples then, 20 now"
     assert fewer.images != convert_textures(tmp_path / "larger.beton", count=12, size=24).images
-    bare = Contents.of(beton.write(tmp_path / "bare.beton", Unlabelled(), labelled=False, workers=1))
+    bare = Contents.of(beton_write.write(tmp_path / "bare.beton", Unlabelled(), labelled=False, workers=1))
     assert bare.images == Contents.of(whole).images
     assert bare.labels == ""
 
@@ -134,7 +134,6 @@ def convert_textures(path: Path, *, count: int, size: int = 16) -> Contents:
 
 
 def test_of_a_large_foreign_file_a_part_is_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Every second image: a change among the others goes unseen, which is what the docstring says."""
     written(tmp_path / "a.beton")
     info = unsealed(tmp_path / "a.beton")
     monkeypatch.setattr(contents, "READ_BYTES", int(info.sizes.sum()) // 2)
@@ -157,13 +156,13 @@ def test_a_file_replaced_since_it_was_inspected_is_refused(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    "said",
+    "value",
     [None, 3, [], {}, {"samples": 1}, {"samples": "1", "images": "", "labels": ""}, {"samples": 1, "images": 2, "labels": ""}],
 )
-def test_what_is_no_digest_reads_as_none(said: object) -> None:
-    assert Contents.read(said) is None
+def test_what_is_no_digest_reads_as_none(value: object) -> None:
+    assert Contents.read(value) is None
 
 
 def test_read_back_is_the_same(whole: beton.BetonInfo) -> None:
-    found = Contents.of(whole)
-    assert Contents.read(found._asdict()) == found
+    digests = Contents.of(whole)
+    assert Contents.read(digests._asdict()) == digests

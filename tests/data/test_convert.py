@@ -28,7 +28,7 @@ def out(tmp_path: Path) -> Path:
 
 
 def demand_alone(out: Path) -> None:
-    """Nothing of the writing is left beside ``out``."""
+    """Check that writing left nothing beside ``out``."""
     assert [path.name for path in out.parent.iterdir() if ".beton" in path.name] == [out.name]
 
 
@@ -45,24 +45,24 @@ def test_every_kind_survives_bit_for_bit(tmp_path: Path, out: Path, kind: str) -
     images, labels = build[kind]()
     split = None if kind in ("classes", "npz") else "test"
     seen: list[tuple[int, int]] = []
-    report = convert.convert(str(source), out, split=split, progress=lambda *place: seen.append(place))
+    report = convert.convert(str(source), out, split=split, progress=lambda *numbers: seen.append(numbers))
     assert (report.kind, report.num_written, report.skipped, report.labelled) == (kind, len(images), (), True)
     assert report.image_size == images.shape[1:3]
     assert report.num_bytes == out.stat().st_size
     assert seen[-1] == (len(images), len(images))
-    found, found_labels = ffcv_files.loaded(out)
-    np.testing.assert_array_equal(found, images)
-    assert found_labels == labels
+    actual, actual_labels = ffcv_files.loaded(out)
+    np.testing.assert_array_equal(actual, images)
+    assert actual_labels == labels
     demand_alone(out)
 
 
 def test_textures(out: Path) -> None:
-    """100 images span two blocks and two workers, each block made where it is written."""
+    """Convert 100 images: two blocks by two workers."""
     report = convert.convert("textures", out, count=100, size=16, seed=5, workers=2)
     images, labels = textures.make(100, 16, 5)
-    found, found_labels = ffcv_files.regions(out)
-    np.testing.assert_array_equal(found, images)
-    assert found_labels == labels.tolist()
+    actual, actual_labels = ffcv_files.regions(out)
+    np.testing.assert_array_equal(actual, images)
+    assert actual_labels == labels.tolist()
     assert (report.kind, report.class_names) == ("textures", textures.CLASSES)
 
 
@@ -71,10 +71,10 @@ def test_pictures_of_mixed_sizes(tmp_path: Path, out: Path) -> None:
     names = sorted(expected)
     report = convert.convert(str(tmp_path / "odd"), out)
     assert (report.num_written, report.labelled, report.image_size) == (len(expected), False, None)
-    found, labels = ffcv_files.regions(out)
+    actual, labels = ffcv_files.regions(out)
     assert labels is None
-    assert [image.shape for image in found] == [expected[name].shape for name in names]
-    for name, image in zip(names, found, strict=True):
+    assert [image.shape for image in actual] == [expected[name].shape for name in names]
+    for name, image in zip(names, actual, strict=True):
         # 4: JPEG's own error, see test_sources.
         assert np.abs(image.astype(int) - expected[name]).max() <= (4 if name in ("photo.JPG", "alpha.png") else 0)
 
@@ -95,13 +95,13 @@ def test_sizes_are_torchvisions(tmp_path: Path, out: Path, resize: rgb.Resize) -
 
 
 def test_jpeg_is_pillows_at_the_same_quality(tmp_path: Path, out: Path) -> None:
-    """Both are libjpeg with the same tables and subsampling. FFCV decodes by the fast transform, which is a little darker."""
+    """Compare two uses of libjpeg. FFCV decodes by the fast transform, a little darker."""
     images, labels = source_files.npz(tmp_path / "a.npz", side=40)
     report = convert.convert(str(tmp_path / "a.npz"), out, mode="jpg", quality=60)
     assert report.num_written == np.count_nonzero(~beton.inspect(out).raw) == len(images)
-    found, found_labels = ffcv_files.loaded(out)
-    assert found_labels == labels
-    for image, region, one in zip(images, ffcv_files.raw_regions(out), found, strict=True):
+    actual, actual_labels = ffcv_files.loaded(out)
+    assert actual_labels == labels
+    for image, region, one in zip(images, ffcv_files.raw_regions(out), actual, strict=True):
         file = io.BytesIO()
         Image.fromarray(image).save(file, "JPEG", quality=60)
         wanted = np.asarray(Image.open(file)).astype(int)
@@ -121,9 +121,9 @@ def test_damaged_pictures_are_left_out_and_named(tmp_path: Path, out: Path) -> N
     report = convert.convert(str(tmp_path / "source"), out)
     assert [name for name, _ in report.skipped] == ["ant/empty.jpg", "bee/half.png"]
     assert "truncated" in report.skipped[1][1]
-    found, found_labels = ffcv_files.loaded(out)
-    np.testing.assert_array_equal(found, images)
-    assert found_labels == labels
+    actual, actual_labels = ffcv_files.loaded(out)
+    np.testing.assert_array_equal(actual, images)
+    assert actual_labels == labels
     (tmp_path / "source" / "ant" / "empty.jpg").unlink()
     with pytest.raises(UsageError, match=r"half\.png.*truncated.*--strict"):
         convert.convert(str(tmp_path / "source"), tmp_path / "strict.beton", strict=True)
@@ -158,7 +158,6 @@ def test_the_report_accounts_for_everything(tmp_path: Path, out: Path) -> None:
 def test_odd_shapes_never_cost_the_others(
     tmp_path: Path, out: Path, resize: rgb.Resize, mode: beton_write.Mode, kept: int
 ) -> None:
-    """Written, or left out and named; the memory is bounded before it is taken."""
     for name, size in {"a": (32, 32), "b": (60000, 1), "c": (1, 30000), "d": (9999, 3)}.items():
         Image.new("RGB", size).save(tmp_path / f"{name}.png")
     report = convert.convert(str(tmp_path), out, size=None if resize == "none" else 64, resize=resize, mode=mode)
@@ -185,24 +184,21 @@ def test_nothing_readable(tmp_path: Path, out: Path) -> None:
         ({"quality": 0}, "quality 0"),
         ({"workers": -1}, "workers -1"),
         ({"split": "test"}, "test_images"),
+        *[({"source": "textures", name: value}, name) for name, value in (("size", 4), ("count", 0), ("seed", -1))],
+        ({"source": "textures", "split": "train"}, "split"),
     ],
 )
 def test_wrong_options(tmp_path: Path, out: Path, options: dict[str, object], words: str) -> None:
     source_files.npz(tmp_path / "a.npz")
+    options = {"source": str(tmp_path / "a.npz"), "out": out} | options
     with pytest.raises(UsageError) as caught:
-        convert.convert(str(tmp_path / "a.npz"), out, **options)  # type: ignore[arg-type]
+        convert.convert(**options)  # type: ignore[arg-type]
     assert words in str(caught.value)
     assert not out.exists()
 
 
-@pytest.mark.parametrize("options", [{"size": 4}, {"count": 0}, {"seed": -1}, {"split": "train"}])
-def test_wrong_options_of_textures(out: Path, options: dict[str, object]) -> None:
-    with pytest.raises(UsageError, match=str(next(iter(options)))):
-        convert.convert("textures", out, **options)  # type: ignore[arg-type]
-
-
 def test_outputs_that_cannot_be(tmp_path: Path, out: Path) -> None:
-    """Said before the source is looked at."""
+    """Refuse the output before the source is read."""
     out.write_text("mine")
     for path, words in ((out, "--overwrite"), (tmp_path, "folder"), (tmp_path / "no" / "a.beton", "no such folder")):
         with pytest.raises(UsageError, match=words):
@@ -221,7 +217,7 @@ def test_a_disk_that_is_too_small(tmp_path: Path, out: Path, monkeypatch: pytest
 
 
 def test_killed_conversions_leave_nothing(tmp_path: Path, out: Path) -> None:
-    """Kill -9 while starting, importing and writing: no file of that name, no process left; the next conversion clears up."""
+    """Kill a conversion while it starts, imports and writes; the next one removes leftovers."""
     command = f"from fastbyol.data.convert import convert; convert('textures', {str(out)!r}, count=200000, size=96)"
     for num_bytes in (-1, 0, 1 << 23):
         process = subprocess.Popen([sys.executable, "-c", command], start_new_session=True)
@@ -247,13 +243,13 @@ def _leftover_bytes(folder: Path) -> int:
 
 
 def _children_of(pid: int) -> list[str]:
-    """Writing processes that name ``pid`` as their parent, wherever they hang now."""
-    found = []
+    """Return the writing processes that name ``pid`` as their parent."""
+    actual = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             command = (folder / "cmdline").read_bytes().rstrip(b"\0").split(b"\0")
         except OSError:
             continue
         if b"beton_worker" in b" ".join(command) and command[-1] == str(pid).encode():
-            found.append(folder.name)
-    return found
+            actual.append(folder.name)
+    return actual

@@ -1,4 +1,4 @@
-"""FFCV, imported without its side effects, and its compiler. What it decodes is tested in test_decoder."""
+"""FFCV's import without side effects, and its compiler. For what it decodes see test_decoder."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ assert dict(IMAGE_MODES) == dict(jpg=0, raw=1)
 
 
 def test_import_leaves_no_side_effects() -> None:
-    """In a process of its own where every warning is an error."""
+    """Import it in a process where every warning is an error."""
     subprocess.run([sys.executable, "-W", "error", "-c", IMPORT.format(threads=2)], check=True, timeout=600)
 
 
@@ -40,7 +40,7 @@ FORKED = """
 import os
 os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
 from fastbyol.data.decoder import Decoder
-from fastbyol.data.beton_layout import inspect
+from fastbyol.data.beton import inspect
 with Decoder(inspect(%r), size=16, workers=2, in_memory=True, decoder="ffcv"):
     pass
 child = os.fork()
@@ -51,7 +51,7 @@ os.waitpid(child, 0)
 
 
 def test_on_one_core_a_process_that_forks_after_the_import_ends() -> None:
-    """With the layer that numba takes by itself: TBB's pool, once begun, waits for ever here."""
+    """Use numba's default layer: TBB's pool, once started, would wait for ever here."""
     environment = {name: value for name, value in os.environ.items() if name != "NUMBA_THREADING_LAYER"}
     code = FORKED % str(foreign.made() / "raw.beton")
     subprocess.run([sys.executable, "-c", code], check=True, timeout=600, env=environment)

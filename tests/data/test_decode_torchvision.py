@@ -1,4 +1,4 @@
-"""JPEG without FFCV: Pillow's pixels, and all damage that libjpeg sees, though torchvision does not say so."""
+"""JPEG without FFCV: Pillow's pixels, and all damage that libjpeg sees but torchvision hides."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from PIL import Image
 
 import turbojpeg
 from fastbyol.data import decode_torchvision
-from fastbyol.data.decoder import PLACE
+from fastbyol.data.decoder import REGION
 from fastbyol.errors import UsageError
 
 SIDES = st.integers(1, 70)
 
 
 def picture(height: int, width: int, seed: int = 0) -> NDArray[np.uint8]:
-    """Slopes with noise on them."""
+    """Return slopes with noise on them."""
     y, x = np.arange(height)[:, None, None], np.arange(width)[None, :, None]
     noise = np.random.default_rng(seed).integers(0, 60, (height, width, 3))
     return ((y * [1, 3, 2] + x * [2, 1, 5] + noise) % 256).astype(np.uint8)
@@ -43,9 +43,9 @@ def by_pillow(stream: bytes) -> NDArray[np.uint8]:
 
 
 def decoded(stream: bytes, height: int, width: int) -> tuple[int, NDArray[np.uint8]]:
-    """Status and pixels by the loop, without crops."""
+    """Return status and pixels by the loop, without crops."""
     images, status = np.zeros((1, height, width, 3), np.uint8), np.zeros(1, np.int32)
-    places = np.array([(0, len(stream), height, width, 0)], PLACE)
+    places = np.array([(0, len(stream), height, width, 0)], REGION)
     decode_torchvision.loop(False, has_jpeg=True)(images, status, np.frombuffer(stream, np.uint8), places)
     return int(status[0]), images[0]
 
@@ -62,12 +62,11 @@ def decoded(stream: bytes, height: int, width: int) -> tuple[int, NDArray[np.uin
 def test_pixels_are_pillows(
     height: int, width: int, mode: str, subsampling: int, progressive: bool, quality: int, restarts: int
 ) -> None:
-    """4:4:4, 4:2:2 and 4:2:0, gray, baseline and progressive, odd sides."""
     options = {"subsampling": subsampling, "progressive": progressive, "quality": quality}
     stream = jpeg(picture(height, width), mode, restart_marker_blocks=restarts, **options)
-    status, found = decoded(stream, height, width)
+    status, actual = decoded(stream, height, width)
     assert status == 0
-    np.testing.assert_array_equal(found, by_pillow(stream))
+    np.testing.assert_array_equal(actual, by_pillow(stream))
 
 
 def test_another_size_than_the_file_says_is_damage() -> None:
@@ -89,7 +88,7 @@ def first_damaged(streams: list[bytes]) -> int | None:
 
 
 def halved(stream: bytes) -> bytes:
-    """Half of the picture's data."""
+    """Drop half of the picture's data."""
     return stream[: len(stream) // 2] + b"\xff\xd9"
 
 
@@ -98,7 +97,7 @@ def cut(stream: bytes) -> bytes:
 
 
 def unreadable(stream: bytes) -> bytes:
-    """A Huffman table of nonsense."""
+    """Damage a Huffman table."""
     at = stream.index(b"\xff\xc4") + 5
     return stream[:at] + b"\xff" * 16 + stream[at + 16 :]
 
@@ -119,7 +118,7 @@ def test_damage_is_found_and_placed(
 @pytest.mark.skipif(find_library("turbojpeg") is None, reason="libturbojpeg is not installed")
 @pytest.mark.parametrize("options", [{}, {"progressive": True}, {"restart_marker_blocks": 2}, {"subsampling": 0}], ids=str)
 def test_what_libturbojpeg_finds_damaged_is_damaged(options: dict[str, object]) -> None:
-    """And nothing else, though one is of 2.1 and the other of 3: one to three bytes of the picture's data are others."""
+    """Change one to three bytes; compare libturbojpeg 2.1 or 3 with torchvision's."""
     whole, verdicts = jpeg(picture(48, 64), **options), [0, 0]
     first = whole.index(b"\xff\xda") + 14
     for seed in range(300):
@@ -133,7 +132,6 @@ def test_what_libturbojpeg_finds_damaged_is_damaged(options: dict[str, object]) 
 
 
 def test_standard_error_comes_back(capfd: pytest.CaptureFixture[str]) -> None:
-    """Of C, after damage; Python's own is never touched."""
     code = """
 import ctypes, sys
 from fastbyol.data import decode_torchvision
@@ -145,10 +143,10 @@ with decode_torchvision._c_stderr_bytes() as written:
 libc.perror(b"after")
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=600)
-    said = capfd.readouterr().err
-    assert "Python within" in said
-    assert "after: " in said
-    assert "within: " not in said
+    stated = capfd.readouterr().err
+    assert "Python within" in stated
+    assert "after: " in stated
+    assert "within: " not in stated
 
 
 def test_what_others_write_there_meanwhile_is_no_damage(monkeypatch: pytest.MonkeyPatch) -> None:

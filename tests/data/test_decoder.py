@@ -1,5 +1,4 @@
-"""Decoding by sample id, with FFCV and without: against the pixels written, against FFCV's own Loader, and with files that are
-damaged or change."""
+"""Decoding by sample id, with and without FFCV: pixels, FFCV's own Loader, damaged files."""
 
 from __future__ import annotations
 
@@ -29,7 +28,7 @@ USED = ["auto"]
 
 @pytest.fixture(autouse=True, scope="module", params=foreign.DECODERS)
 def by(request: pytest.FixtureRequest) -> str:
-    """Every test runs by every decoder."""
+    """Run every test by every decoder."""
     USED[0] = request.param
     return USED[0]
 
@@ -45,7 +44,7 @@ def decoded(decoder: Decoder, ids: NDArray[np.int64] = EVERY) -> NDArray[np.uint
 
 
 def jpeg_bytes(path: Path, sample: int) -> tuple[int, bytes]:
-    """Where the JPEG of a sample starts in the file, and its bytes, by the format's description (fields: image, label)."""
+    """Return the offset and bytes of a sample's JPEG by the format (fields: image, label)."""
     data = path.read_bytes()
     table = int(np.frombuffer(data, "<u8", 1, 16)[0])
     rows = np.frombuffer(data[table:], "<u8").reshape(-1, 3)
@@ -67,16 +66,16 @@ def test_raw_pixels_are_those_written(name: str, workers: int, in_memory: bool) 
 @pytest.mark.parametrize("name", foreign.DECODED)
 @foreign.needs_ffcv
 def test_equals_what_ffcvs_loader_decodes(name: str, workers: int, by: str) -> None:
-    """To the bit, but for JPEG by torchvision, whose transform is the exact one: up to 4 levels of these pictures."""
+    """Compare bits; JPEG by torchvision's exact transform may differ by 4 levels here."""
     with opened(foreign.made() / f"{name}.beton", workers=workers) as decoder:
-        found, theirs = decoded(decoder), foreign.decoded_by_ffcv()[name]
-        differ = np.abs(found.astype(int) - theirs).max((1, 2, 3))
+        actual, theirs = decoded(decoder), foreign.decoded_by_ffcv()[name]
+        differ = np.abs(actual.astype(int) - theirs).max((1, 2, 3))
         assert differ[decoder.info.raw].sum() == 0
         assert differ.max() <= (0 if by == "ffcv" else 4)
 
 
 class Mixed:
-    """Noise of sides from 1 to 400, a third of them near the size that is asked for."""
+    """Noise with sides from 1 to 400, a third of them near the requested size."""
 
     def __len__(self) -> int:
         return 150
@@ -89,7 +88,6 @@ class Mixed:
 
 @foreign.needs_ffcv
 def test_raw_images_have_the_same_pixels_by_every_decoder(tmp_path: Path) -> None:
-    """Smaller, larger and far larger than the square that they are scaled to."""
     write(tmp_path / "set.beton", Mixed(), labelled=False, workers=1)
     ids = np.arange(len(Mixed()))
     for size in (32, 47, 96):
@@ -103,7 +101,6 @@ def test_raw_images_have_the_same_pixels_by_every_decoder(tmp_path: Path) -> Non
 @foreign.needs_ffcv
 @pytest.mark.parametrize("name", ["raw", "unlabelled", "mixed"])
 def test_files_by_hand_are_those_of_ffcvs_writer(name: str) -> None:
-    """So that what is tested where FFCV is missing is the same."""
     assert foreign.by_hand(name) == (foreign.made() / f"{name}.beton").read_bytes()
 
 
@@ -115,12 +112,12 @@ def test_jpeg_pixels_are_near_those_written() -> None:
 
 
 def test_mixed_sizes_take_the_centre_square_and_average_areas() -> None:
-    """Every third sample is 32 high, 48 wide: columns 8 to 39, each output pixel the mean of 2x2."""
+    """Expect means of 2 x 2: every third sample is 32 x 48, of which columns 8 to 39 count."""
     with opened(foreign.made() / "mixed.beton") as decoder:
-        found = decoded(decoder, EVERY[::3]).astype(float)
+        actual = decoded(decoder, EVERY[::3]).astype(float)
     squares = np.stack([foreign.pixels("mixed", i)[:, 8:40] for i in EVERY[::3]])
     means = squares.reshape(-1, 16, 2, 16, 2, 3).mean((2, 4))
-    assert np.abs(found - means).max() <= 0.5  # rounded to the nearest
+    assert np.abs(actual - means).max() <= 0.5  # rounded to the nearest
 
 
 @settings(max_examples=25)
@@ -137,7 +134,7 @@ def test_any_ids_in_any_order_repeated_too(ids: list[int]) -> None:
 )
 def test_labels(name: str, has_labels: bool) -> None:
     with opened(foreign.made() / f"{name}.beton") as decoder:
-        labels = decoder.labels()
+        labels = decoder.info.labels
     assert (labels is None) != has_labels
     if labels is not None:
         assert labels.dtype == np.int64
@@ -159,8 +156,8 @@ def test_wrong_room_never_reaches_native_code(images: NDArray[np.uint8]) -> None
 def test_threads_share_one_decoder() -> None:
     with opened(foreign.made() / "jpg.beton", workers=2) as decoder, ThreadPoolExecutor(4) as pool:
         expected = decoded(decoder)
-        for found in pool.map(lambda _: decoded(decoder), range(24)):
-            np.testing.assert_array_equal(found, expected)
+        for actual in pool.map(lambda _: decoded(decoder), range(24)):
+            np.testing.assert_array_equal(actual, expected)
 
 
 @pytest.mark.parametrize("workers", [0, 10_000])
@@ -173,7 +170,7 @@ def test_workers_are_at_most_the_cores(workers: int) -> None:
 @pytest.mark.parametrize("workers", [1, 2])
 @pytest.mark.parametrize("name", ["jpg", "mixed_jpg"])
 def test_damaged_jpeg_is_named(name: str, workers: int, tmp_path: Path) -> None:
-    """A Huffman table of nonsense: the container, the frame and both ends of the image are still right."""
+    """Damage a Huffman table only: container, frame and both ends of the image stay right."""
     path = tmp_path / "damaged.beton"
     shutil.copy(foreign.made() / f"{name}.beton", path)
     sample = next(i for i in range(50, foreign.COUNT) if not inspect(path).raw[i])
@@ -233,7 +230,7 @@ def test_closing_twice() -> None:
 
 
 def test_what_auto_is(monkeypatch: pytest.MonkeyPatch, by: str) -> None:
-    """FFCV where it can be imported; what was chosen then is kept where it can be."""
+    """Expect FFCV where it can be imported, and an earlier choice to be kept."""
     assert decoding.choose("auto") == ("ffcv" if foreign.HAS_FFCV else "torchvision")
     assert decoding.choose(by) == decoding.choose_again(by) == by
     with pytest.raises(UsageError, match=r"data.decoder: 'ffvc' is none of auto, ffcv, torchvision; the nearest is ffcv"):

@@ -1,4 +1,4 @@
-"""embedded.py: a built-in set is made once, however many processes ask for it at once."""
+"""Built-in sets: each is made once, however many processes ask for it at once."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PROCESSES = multiprocessing.get_context("forkserver")
 
 
 def ask(start: Any, answers: Any, cache: str) -> None:
-    """Answers with the inode of the set's file as this process found it, and whether it wrote it."""
+    """Answer with the inode of the set's file, and whether this process wrote it."""
     wrote = []
     convert_ = convert.convert
 
@@ -39,11 +39,11 @@ def test_of_three_that_ask_at_once_one_writes(tmp_path: Path, monkeypatch: pytes
     for child in children:
         child.start()
     start.set()
-    found = [answers.get(timeout=300) for _ in children]
+    pairs = [answers.get(timeout=300) for _ in children]
     for child in children:
         child.join(60)
-    assert len({inode for inode, _ in found}) == 1
-    assert sum(wrote for _, wrote in found) == 1
+    assert len({inode for inode, _ in pairs}) == 1
+    assert sum(wrote for _, wrote in pairs) == 1
     assert beton.inspect(embedded.training_file(CONFIG)).num_samples == 64
 
 

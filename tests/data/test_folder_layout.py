@@ -1,4 +1,4 @@
-"""Layouts as people have them: what the labels are, and what is refused because it could be read in two ways."""
+"""Common layouts of folders: their labels, and the refusal of ambiguous ones."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastbyol.data import splits
-from fastbyol.data.folder_layout import Layout, lay_out
-from fastbyol.data.folder_walk import Found, walk
+from fastbyol.data.folder_layout import lay_out
+from fastbyol.data.folder_walk import Listing, walk
+from fastbyol.data.source_arrays import Source
 from fastbyol.errors import UsageError
 
 
@@ -20,14 +21,14 @@ def put(root: Path, *names: str) -> None:
         (root / name).touch()
 
 
-def laid(root: Path, kind: str | None = None, split: str | None = None) -> Layout:
+def laid(root: Path, kind: str | None = None, split: str | None = None) -> Source:
     return lay_out(root, walk(root), kind=kind, split=split)
 
 
-def classes(layout: Layout) -> dict[str, str]:
-    """The class of each file by name."""
+def classes(layout: Source) -> dict[str, str]:
+    """Return the class of each file by name."""
     assert layout.labels is not None
-    return {file: layout.class_names[label] for file, label in zip(layout.files, layout.labels, strict=True)}
+    return {file: layout.class_names[label] for file, label in zip(layout.names, layout.labels, strict=True)}
 
 
 def refused(root: Path, *words: str, kind: str | None = None, split: str | None = None) -> None:
@@ -39,26 +40,14 @@ def refused(root: Path, *words: str, kind: str | None = None, split: str | None 
 
 
 SPELLINGS = {
-    "train": (
-        "train",
-        "Train",
-        "TRAIN",
-        "training",
-        "Training_set",
-        "train2017",
-        "train_images",
-        "images_train",
-        "trn",
-        "01_train",
-        "trainA",
-    ),
-    "val": ("val", "valid", "Validation", "val2017", "Val", "validation-set", "dev", "val_images"),
-    "test": ("test", "Testing", "test_set", "TEST", "testB", "images-test", "tst"),
-    "unlabeled": ("unlabeled", "unlabelled", "Unlabeled_images"),
+    "train": "train Train TRAIN training Training_set train2017 train_images images_train trn 01_train trainA",
+    "val": "val valid Validation val2017 Val validation-set dev val_images",
+    "test": "test Testing test_set TEST testB images-test tst",
+    "unlabeled": "unlabeled unlabelled Unlabeled_images",
 }
 
 
-@pytest.mark.parametrize(("of", "name"), [(of, name) for of, names in SPELLINGS.items() for name in names])
+@pytest.mark.parametrize(("of", "name"), [(of, name) for of, names in SPELLINGS.items() for name in names.split()])
 def test_usual_spellings_of_splits(of: str, name: str) -> None:
     assert splits.canonical(name) == of
 
@@ -70,7 +59,7 @@ def test_words_that_are_no_splits(name: str) -> None:
     assert splits.canonical(name) is None
 
 
-@pytest.mark.parametrize("train", SPELLINGS["train"])
+@pytest.mark.parametrize("train", SPELLINGS["train"].split())
 @pytest.mark.parametrize("val", ["val", "Validation", "test_set"])
 def test_splits_in_any_spelling(tmp_path: Path, train: str, val: str) -> None:
     put(tmp_path, *(f"{part}/{name}/1.png" for part in (train, val) for name in ("cat", "dog")))
@@ -137,7 +126,7 @@ def test_a_refusals_remedies_work(tmp_path: Path) -> None:
     assert classes(laid(tmp_path, split="train")) == {"train/cat/1.png": "cat"}
     assert classes(laid(tmp_path, split="sample")) == {"sample/cat/1.png": "cat"}
     assert set(laid(tmp_path, kind="classes").class_names) == {"train", "val", "sample"}
-    assert (laid(tmp_path, kind="folder").labels, len(laid(tmp_path, kind="folder").files)) == (None, 3)
+    assert (laid(tmp_path, kind="folder").labels, len(laid(tmp_path, kind="folder").names)) == (None, 3)
     refused(tmp_path, "no subfolder 'test'", "train, val, sample", split="test")
     refused(tmp_path, "no subfolder '../x'", split="../x")
 
@@ -173,19 +162,19 @@ def tiny_imagenet(root: Path) -> None:
 
 
 def test_tiny_imagenet(tmp_path: Path) -> None:
-    """Its classes hold a folder of images each, val's labels stand in a file, and test has none."""
+    """Read classes that hold a folder of images, val's labels from a file, and none for test."""
     tiny_imagenet(tmp_path)
     train = laid(tmp_path)
     assert (train.split, train.class_names) == ("train", ("n01", "n02", "n03"))
     assert all(name in file for file, name in classes(train).items())
-    assert len(train.files) == 6
+    assert len(train.names) == 6
     val = laid(tmp_path, split="val")
     assert val.class_names == train.class_names
     assert classes(val) == {"val/images/val_0.JPEG": "n03", "val/images/val_1.JPEG": "n01", "val/images/val_2.JPEG": "n03"}
     assert val.skipped == (("val/images/val_3.JPEG", "not named in the annotations"),)
     test = laid(tmp_path, split="test")
-    assert (test.kind, test.labels, len(test.files)) == ("folder", None, 2)
-    assert classes(laid(tmp_path / "val")).keys() == {name.removeprefix("val/") for name in val.files}
+    assert (test.kind, test.labels, len(test.names)) == ("folder", None, 2)
+    assert classes(laid(tmp_path / "val")).keys() == {name.removeprefix("val/") for name in val.names}
 
 
 def test_annotations_that_contradict_themselves_are_refused_and_a_byte_order_mark_is_none(tmp_path: Path) -> None:
@@ -198,7 +187,7 @@ def test_annotations_that_contradict_themselves_are_refused_and_a_byte_order_mar
 
 
 def test_a_flat_validation_set_has_no_labels(tmp_path: Path) -> None:
-    """ImageNet's as it is unpacked."""
+    """Lay out ImageNet as it is unpacked."""
     put(tmp_path, "train/n01/1.JPEG", "train/n02/1.JPEG", "val/ILSVRC2012_val_00000001.JPEG")
     assert (laid(tmp_path, split="val").kind, laid(tmp_path, split="val").labels) == ("folder", None)
     refused(tmp_path, "no class folders", kind="classes", split="val")
@@ -207,11 +196,8 @@ def test_a_flat_validation_set_has_no_labels(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["images", "Images", "img", "data", "JPEGImages"])
 def test_one_folder_of_no_meaning_is_no_class(tmp_path: Path, name: str) -> None:
     put(tmp_path, f"{name}/1.png", f"{name}/2.png")
-    assert (laid(tmp_path).kind, laid(tmp_path).labels, laid(tmp_path).files) == (
-        "folder",
-        None,
-        (f"{name}/1.png", f"{name}/2.png"),
-    )
+    layout = laid(tmp_path)
+    assert (layout.kind, layout.labels, layout.names) == ("folder", None, (f"{name}/1.png", f"{name}/2.png"))
     assert laid(tmp_path, kind="classes").class_names == (name,)
 
 
@@ -251,22 +237,22 @@ parts = st.sampled_from(("train", "val", "Test", "cat", "dog", "images", "1.png"
 def test_any_layout_is_refused_in_a_line_or_every_picture_has_a_place(names: set[tuple[str, ...]], kind: str | None) -> None:
     pictures = sorted("/".join(name) for name in names if name[-1][-3:] in ("png", "jpg"))
     try:
-        layout = lay_out(Path("x"), Found(pictures=pictures), kind=kind, split=None)
+        layout = lay_out(Path("x"), Listing(pictures=pictures), kind=kind, split=None)
     except UsageError as error:
-        said = str(error)
-        assert "\n" not in said
+        message = str(error)
+        assert "\n" not in message
         return
-    taken = layout.files[0].split("/")
+    taken = layout.names[0].split("/")
     start = "" if layout.split is None else "/".join((*taken[: taken.index(layout.split) + 1], ""))
     inside = [name for name in pictures if name.startswith(start)]
-    assert sorted({*layout.files, *(name for name, _ in layout.ignored)}) == inside
+    assert sorted({*layout.names, *(name for name, _ in layout.ignored)}) == inside
     if layout.labels is not None:
         assert all(f"/{name}/" in f"/{file}" for file, name in classes(layout).items())
         assert kind == "classes" or not any(splits.canonical(name) in ("val", "test") for name in layout.class_names)
 
 
 def test_annotations_and_explicit_classes(tmp_path: Path) -> None:
-    """The file's classes count, not the name of the folder that holds the pictures."""
+    """Expect the annotated classes, not the name of the pictures' folder."""
     tiny_imagenet(tmp_path)
     val = laid(tmp_path, kind="classes", split="val")
     assert val.class_names == ("n01", "n02", "n03")

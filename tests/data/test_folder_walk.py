@@ -1,4 +1,4 @@
-"""Everything in a folder is a picture, skipped or ignored with a reason, whatever lies there; nothing is waited for."""
+"""Walks through folders: everything is a picture, skipped or ignored, and nothing blocks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastbyol.data.folder_walk import Found, walk
+from fastbyol.data.folder_walk import Listing, walk
 
 
 def put(root: Path, *names: str) -> None:
@@ -41,18 +41,18 @@ def test_what_cannot_be_opened_is_skipped_if_it_is_called_a_picture_and_else_ign
     put(tmp_path, "a/x.png")
     make(tmp_path / "a" / "odd.jpg")
     make(tmp_path / "a" / "odd.txt")
-    found = walk(tmp_path)
-    assert found.pictures == ["a/x.png"]
-    assert found.skipped == [("a/odd.jpg", reason)]
-    assert found.ignored == [("a/odd.txt", reason)]
+    listing = walk(tmp_path)
+    assert listing.pictures == ["a/x.png"]
+    assert listing.skipped == [("a/odd.jpg", reason)]
+    assert listing.ignored == [("a/odd.txt", reason)]
 
 
 def test_everything_is_accounted_for(tmp_path: Path) -> None:
     put(tmp_path, "a/x.PNG", "a/y.JPeG", "a/m.mpo", "a/i.ico", "a/h.HEIC", "a/n.txt", "a/labels.csv", "a/noname", "readme.md")
     put(tmp_path, "a/.x.png.swp", "a/.hidden.png", ".git/x.png", "__MACOSX/a/._x.png", "a/clip.mp4", "a/scan.eps")
-    found = walk(tmp_path)
-    assert found.pictures == ["a/h.HEIC", "a/i.ico", "a/m.mpo", "a/x.PNG", "a/y.JPeG"]
-    assert dict(found.ignored) == {
+    listing = walk(tmp_path)
+    assert listing.pictures == ["a/h.HEIC", "a/i.ico", "a/m.mpo", "a/x.PNG", "a/y.JPeG"]
+    assert dict(listing.ignored) == {
         ".git": "hidden files and folders",
         "__MACOSX": "system folders",
         "a/.hidden.png": "hidden files and folders",
@@ -64,8 +64,8 @@ def test_everything_is_accounted_for(tmp_path: Path) -> None:
         "a/noname": "files without a suffix",
         "readme.md": ".md files",
     }
-    assert not found.skipped
-    assert found.folders == ["a"]
+    assert not listing.skipped
+    assert listing.folders == ["a"]
 
 
 def test_an_error_of_the_system_within_a_folder_costs_that_folder_alone(
@@ -80,8 +80,8 @@ def test_an_error_of_the_system_within_a_folder_costs_that_folder_alone(
         return real(path)
 
     monkeypatch.setattr(os, "scandir", scandir)
-    found = walk(tmp_path)
-    assert (found.pictures, found.skipped) == (["a/x.png"], [("b/", "Input/output error")])
+    listing = walk(tmp_path)
+    assert (listing.pictures, listing.skipped) == (["a/x.png"], [("b/", "Input/output error")])
 
 
 LINKS: dict[str, tuple[str, str]] = {
@@ -100,9 +100,9 @@ def test_links_to_what_is_read_anyway_are_not_followed(tmp_path: Path, kind: str
     put(root, "a/z/1.png", "b/2.png")
     name, target = LINKS[kind]
     (root / name).symlink_to(target.format(root=root))
-    found = walk(root)
-    assert found.pictures == ["a/z/1.png", "b/2.png"]
-    assert found.ignored == [(name, "links to folders that are read anyway or lie around")]
+    listing = walk(root)
+    assert listing.pictures == ["a/z/1.png", "b/2.png"]
+    assert listing.ignored == [(name, "links to folders that are read anyway or lie around")]
 
 
 def test_links_to_elsewhere_are_followed_each_and_links_to_files_are_files(tmp_path: Path) -> None:
@@ -112,13 +112,13 @@ def test_links_to_elsewhere_are_followed_each_and_links_to_files_are_files(tmp_p
     (root / "b").symlink_to(tmp_path / "away")
     (root / "a" / "again.png").symlink_to("3.png")
     (tmp_path / "away" / "round").symlink_to(root)
-    found = walk(root)
-    assert found.pictures == ["a/3.png", "a/again.png", "a/more/2.png", "a/more/deep/1.png", "b/2.png", "b/deep/1.png"]
-    assert {name for name, _ in found.ignored} == {"a/more/round", "b/round"}
+    listing = walk(root)
+    assert listing.pictures == ["a/3.png", "a/again.png", "a/more/2.png", "a/more/deep/1.png", "b/2.png", "b/deep/1.png"]
+    assert {name for name, _ in listing.ignored} == {"a/more/round", "b/round"}
 
 
 def test_links_among_folders_elsewhere_do_not_multiply(tmp_path: Path) -> None:
-    """Two links at each of twelve levels: 4,096 ways, each folder read once."""
+    """Follow two links at each of twelve levels: 4,096 ways, each folder read once."""
     for level in range(12):
         put(tmp_path, f"{level}/x.png")
         for name in ("left", "right"):
@@ -138,7 +138,6 @@ names = st.sampled_from(("a", "b", "x.png", "y.txt", "z.jpg", "noname", ".h"))
     )
 )
 def test_every_entry_is_in_one_list(entries: list[tuple[list[str], str]]) -> None:
-    """Whatever is made: each file, link and special file that can be reached comes out once, and it ends."""
     with tempfile.TemporaryDirectory() as made:
         root = Path(made).resolve()
         for parts, kind in entries:
@@ -156,8 +155,8 @@ def test_every_entry_is_in_one_list(entries: list[tuple[list[str], str]]) -> Non
                 }[kind]()
             except (FileExistsError, NotADirectoryError, OSError):
                 continue
-        found: Found = walk(root)
-        listed = [*found.pictures, *(name for name, _ in (*found.skipped, *found.ignored))]
+        listing: Listing = walk(root)
+        listed = [*listing.pictures, *(name for name, _ in (*listing.skipped, *listing.ignored))]
         assert len(listed) == len(set(listed))
         real = {
             str((Path(folder) / name).relative_to(root))

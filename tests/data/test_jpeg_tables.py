@@ -1,4 +1,4 @@
-"""Streams that bring their tables, against libturbojpeg: what passes must not depend on what a decoder did before."""
+"""Streams with their tables, against libturbojpeg: pixels must not depend on earlier images."""
 
 from __future__ import annotations
 
@@ -47,17 +47,17 @@ def by_pillow(mode: str = "RGB", **options: object) -> bytes:
 
 
 def segments(stream: bytes) -> list[tuple[int, int, int]]:
-    """(marker, start, end) of every segment up to the first scan's."""
-    found, at = [], 2
-    while not found or found[-1][0] != 0xDA:
+    """Return (marker, start, end) of every segment up to the first scan's."""
+    actual, at = [], 2
+    while not actual or actual[-1][0] != 0xDA:
         end = at + 2 + int.from_bytes(stream[at + 2 : at + 4])
-        found.append((stream[at + 1], at, end))
+        actual.append((stream[at + 1], at, end))
         at = end
-    return found
+    return actual
 
 
 def experienced() -> turbojpeg.Decompressor:
-    """A decoder that knows every table there can be, none of them usual."""
+    """Return a decoder that has every possible table, none of them a usual one."""
     stream = by_pillow(quality=7, optimize=True)
     extra = b"".join(b"\xff\xdb\0\x43" + bytes([number]) + bytes(range(9, 73)) for number in (2, 3))
     for marker, start, end in segments(stream):
@@ -94,7 +94,7 @@ def test_fill_bytes_before_markers() -> None:
 
 @pytest.mark.parametrize("options", PILLOW[:4], ids=str)
 def test_an_image_without_one_of_its_tables(options: dict[str, object]) -> None:
-    """Any one left out, or given another number."""
+    """Leave out or renumber any one."""
     whole = by_pillow(**options)
     tables = [(start, end) for marker, start, end in segments(whole) if marker in (0xC4, 0xDB)]
     assert len(tables) >= 3
@@ -106,7 +106,7 @@ def test_an_image_without_one_of_its_tables(options: dict[str, object]) -> None:
 @pytest.mark.parametrize("mode", ["RGB", "L"])
 @pytest.mark.parametrize("options", [{}, {"progressive": True}, {"restart_marker_blocks": 2}], ids=str)
 def test_what_passes_decodes_alike_whatever_was_decoded_before(mode: str, options: dict[str, object]) -> None:
-    """Every bit of the head flipped, and of the picture's first bytes: a new decoder gives the same pixels, or fails too."""
+    """Flip every bit of the head and of the first data bytes."""
     whole = by_pillow(mode, **options)
     primed, passed, differed = experienced(), 0, 0
     for bit in range(16, 8 * min(len(whole), segments(whole)[-1][2] + 100)):
@@ -129,7 +129,7 @@ def test_a_part_of_an_image(end: int) -> None:
 
 
 def test_a_foreign_sample_without_its_tables_is_refused_by_number(tmp_path: Path) -> None:
-    """A table under another number: libturbojpeg alone finds it missing, FFCV's decoder would take the one before."""
+    """Renumber a table, which libturbojpeg misses and FFCV's decoder takes from the last image."""
     data = bytearray((foreign.made() / "jpg.beton").read_bytes())
     at, tables = -1, []
     while (at := data.find(b"\xff\xdb\0\x43\1", at + 1)) >= 0:

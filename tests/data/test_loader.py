@@ -1,4 +1,4 @@
-"""Batches: streamed and resident against pixels and order, resume, early ends, failures in the thread, what is refused."""
+"""Batches, streamed and resident: pixels, order, resumption, early ends, failures, refusals."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ from hypothesis import strategies as st
 
 import foreign_betons as foreign
 from fastbyol.data import loader as loading
+from fastbyol.data import prefetch
 from fastbyol.data.decoder import Decoder
-from fastbyol.data.loader import Batch, Loader, ResidentLoader, StreamingLoader, open_loader, read_all
+from fastbyol.data.loader import Batch, Loader, open_loader, read_all
 from fastbyol.data.order import permutation, subset
 from fastbyol.errors import FastbyolError, UsageError
 
@@ -34,9 +35,9 @@ def opened(name: str | Path = "raw", cache: Any = "none", **options: Any) -> Loa
     return open_loader(path, cache=cache, **{**plain, **options})
 
 
-def assert_equal(found: list[Batch], expected: list[Batch]) -> None:
-    assert len(found) == len(expected)
-    for ours, theirs in zip(found, expected, strict=True):
+def assert_equal(batch_list: list[Batch], expected: list[Batch]) -> None:
+    assert len(batch_list) == len(expected)
+    for ours, theirs in zip(batch_list, expected, strict=True):
         assert torch.equal(ours.ids, theirs.ids)
         assert torch.equal(ours.images, theirs.images)
 
@@ -52,7 +53,7 @@ def fail_in_the_loop(batches: Iterator[Batch]) -> None:
 
 @pytest.fixture
 def no_thread_left() -> Iterator[None]:
-    """But the decoders', which stay."""
+    """Check that no thread is left but the decoders'."""
     before = set(threading.enumerate())
     yield
     assert {thread for thread in threading.enumerate() if not thread.name.startswith("decode")} <= before
@@ -66,9 +67,9 @@ def test_batches_are_the_orders_samples(cache: str, workers: int) -> None:
         assert (batches.num_samples, batches.steps_per_epoch) == (foreign.COUNT, STEPS)
         for epoch in (0, 5):
             # Kept until the end: a batch is not written to again.
-            found = list(batches.epoch(epoch))
-            np.testing.assert_array_equal(torch.stack([batch.ids for batch in found]).numpy(), expected_ids(epoch))
-            for batch in found:
+            batch_list = list(batches.epoch(epoch))
+            np.testing.assert_array_equal(torch.stack([batch.ids for batch in batch_list]).numpy(), expected_ids(epoch))
+            for batch in batch_list:
                 assert batch.images.dtype == torch.uint8
                 expected = np.stack([foreign.pixels("raw", i) for i in batch.ids.tolist()])
                 np.testing.assert_array_equal(batch.images.numpy(), expected)
@@ -77,7 +78,7 @@ def test_batches_are_the_orders_samples(cache: str, workers: int) -> None:
 @pytest.mark.usefixtures("no_thread_left")
 @pytest.mark.parametrize("cache", ["none", "device"])
 def test_a_limit_trains_on_some_of_the_samples(cache: str) -> None:
-    """The same ones in every epoch and for every seed, with the ids and pixels that they have in the file."""
+    """Expect the same samples in every epoch and for every seed, with their ids and pixels."""
     limit = 2 * BATCH + 5
     chosen = subset(foreign.COUNT, limit)
     assert chosen is not None
@@ -85,10 +86,10 @@ def test_a_limit_trains_on_some_of_the_samples(cache: str) -> None:
         with opened(cache=cache, limit=limit, seed=seed) as batches:
             assert (batches.num_samples, batches.steps_per_epoch) == (limit, 2)
             for epoch in (0, 3):
-                found = list(batches.epoch(epoch))
+                batch_list = list(batches.epoch(epoch))
                 expected = chosen[permutation(limit, seed=seed, epoch=epoch)[: 2 * BATCH]]
-                assert torch.equal(torch.cat([batch.ids for batch in found]), expected)
-                for batch in found:
+                assert torch.equal(torch.cat([batch.ids for batch in batch_list]), expected)
+                for batch in batch_list:
                     pixels = np.stack([foreign.pixels("raw", i) for i in batch.ids.tolist()])
                     np.testing.assert_array_equal(batch.images.numpy(), pixels)
             assert torch.equal(next(batches.epoch(3, start_step=1)).ids, expected[BATCH:])
@@ -102,8 +103,7 @@ def test_a_limit_trains_on_some_of_the_samples(cache: str) -> None:
 @pytest.mark.parametrize("name", foreign.FILES)
 def test_streamed_and_resident_agree_on_every_kind_of_file(name: str) -> None:
     with opened(name, "none", workers=2) as streamed, opened(name, "device") as resident:
-        assert isinstance(streamed, StreamingLoader)
-        assert isinstance(resident, ResidentLoader)
+        assert (streamed.resident, resident.resident) == (False, True)
         assert_equal(list(streamed.epoch(3)), list(resident.epoch(3)))
 
 
@@ -149,8 +149,8 @@ def test_two_loaders_and_two_epochs_at_once() -> None:
         expected = [list(first.epoch(0)), list(second.epoch(1)), list(first.epoch(2))]
         running = (first.epoch(0), second.epoch(1), first.epoch(2))
         together = [list(column) for column in zip(*zip(*running, strict=True), strict=True)]
-        for found, alone in zip(together, expected, strict=True):
-            assert_equal(found, alone)
+        for batch_list, alone in zip(together, expected, strict=True):
+            assert_equal(batch_list, alone)
 
 
 @pytest.mark.usefixtures("no_thread_left")
@@ -186,7 +186,8 @@ def test_what_fails_in_the_thread_fails_here(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_a_hanging_decoder_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     release = threading.Event()
-    with opened(stall_s=0.3) as batches:
+    monkeypatch.setattr(prefetch, "STALL_S", 0.3)
+    with opened() as batches:
         monkeypatch.setattr(Decoder, "decode", lambda *_: release.wait(600))
         start = time.monotonic()
         with pytest.raises(FastbyolError, match=r"raw\.beton: nothing for 0\.3 s"):
@@ -209,14 +210,14 @@ def test_a_stream_from_a_file_too_large_for_memory(monkeypatch: pytest.MonkeyPat
             next(iter(batches.epoch(5)))
 
 
-@pytest.mark.parametrize(("free_share", "kind"), [(0.39, StreamingLoader), (0.41, ResidentLoader)])
+@pytest.mark.parametrize(("free_share", "resident"), [(0.39, False), (0.41, True)])
 def test_auto_keeps_the_set_where_it_takes_two_fifths_of_what_is_free(
-    free_share: float, kind: type[Loader], monkeypatch: pytest.MonkeyPatch
+    free_share: float, resident: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     decoded_bytes = foreign.COUNT * 24 * 20 * 3
     monkeypatch.setattr(loading, "available_bytes", lambda _: int(decoded_bytes / 0.4 * (free_share / 0.4)))
     with opened(cache="auto") as batches:
-        assert isinstance(batches, kind)
+        assert batches.resident is resident
 
 
 def test_refusals_say_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -264,7 +265,7 @@ for each in running:
 
 
 def test_a_process_may_end_in_mid_epoch() -> None:
-    """Quietly, with warnings as errors: no crash of the decoding threads, nothing ignored in a finalizer."""
+    """Expect no crash of decoding threads and no error in a finalizer."""
     code = LEAVE.format(path=str(foreign.made() / "jpg.beton"))
     done = subprocess.run([sys.executable, "-W", "error", "-c", code], check=False, timeout=600, capture_output=True)
     assert (done.returncode, done.stderr) == (0, b"")

@@ -1,4 +1,4 @@
-"""Checksums in the beton: what is damaged is found and named, and a manifest of another file is told from damage."""
+"""Checksums in betons: damage is found and named, and is not confused with a foreign manifest."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 
 import ffcv_files
 import foreign_betons as foreign
-from fastbyol.data import beton, beton_layout, convert, manifest
+from fastbyol.data import beton, convert, manifest
 from fastbyol.data.decoder import Decoder
 from fastbyol.data.loader import read_all
 from fastbyol.errors import UsageError
@@ -39,7 +39,7 @@ def flip(path: Path, at: int, bit: int = 0) -> None:
 
 
 def start_of_manifest(path: Path) -> int:
-    table = int(np.fromfile(path, beton_layout.HEADER, 1)["table"][0])
+    table = int(np.fromfile(path, beton.HEADER, 1)["table"][0])
     return table - beton.inspect(path).page_size
 
 
@@ -47,18 +47,18 @@ def test_ffcv_reads_a_sealed_file_as_before(sealed: Path) -> None:
     from fastbyol.data import textures
 
     images, labels = textures.make(COUNT, SIDE, 4)
-    found, found_labels = ffcv_files.regions(sealed)
-    np.testing.assert_array_equal(found, images)
+    parsed, found_labels = ffcv_files.regions(sealed)
+    np.testing.assert_array_equal(parsed, images)
     assert found_labels == labels.tolist()
 
 
 def test_checksums_are_zlibs_of_the_pixels_that_were_made(sealed: Path) -> None:
     from fastbyol.data import textures
 
-    found = beton.inspect(sealed).manifest
-    assert found is not None
-    assert found.checksums.tolist() == [zlib.crc32(image.tobytes()) for image in textures.make(COUNT, SIDE, 4)[0]]
-    assert (found.note["source"], found.note["seed"], found.note["class_names"][0]) == ("textures", 4, "stripes")
+    parsed = beton.inspect(sealed).manifest
+    assert parsed is not None
+    assert parsed.checksums.tolist() == [zlib.crc32(image.tobytes()) for image in textures.make(COUNT, SIDE, 4)[0]]
+    assert (parsed.note["source"], parsed.note["seed"], parsed.note["class_names"][0]) == ("textures", 4, "stripes")
 
 
 def test_a_foreign_file_has_none() -> None:
@@ -86,8 +86,8 @@ def test_every_flipped_pixel_bit_is_found_before_it_is_delivered(copy: Path, in_
 
 
 def test_a_flipped_label_is_found_when_the_file_is_opened(copy: Path) -> None:
-    row = np.dtype([("", beton_layout.IMAGE), ("", "<i8")], align=True)
-    flip(copy, beton_layout.HEADER.itemsize + 2 * beton_layout.DESCRIPTOR.itemsize + 7 * row.itemsize + 16)
+    row = np.dtype([("", beton.IMAGE), ("", "<i8")], align=True)
+    flip(copy, beton.HEADER.itemsize + 2 * beton.DESCRIPTOR.itemsize + 7 * row.itemsize + 16)
     with pytest.raises(UsageError, match="labels or image sizes are not those that were written; make the file again"):
         beton.inspect(copy)
 
@@ -110,7 +110,7 @@ def replace_manifest(path: Path, pages: bytes) -> None:
 
 @pytest.mark.parametrize("seed", [4, 5])
 def test_a_manifest_of_another_file_is_told_from_damage(copy: Path, tmp_path: Path, seed: int) -> None:
-    """Of another number of samples, and of other images and labels in the same room."""
+    """Insert the manifest of a file with more samples, or with other images in the same layout."""
     other = tmp_path / "other.beton"
     convert.convert("textures", other, count=COUNT + (seed == 4), size=SIDE, seed=seed)
     start = start_of_manifest(other)
@@ -120,10 +120,10 @@ def test_a_manifest_of_another_file_is_told_from_damage(copy: Path, tmp_path: Pa
 
 
 def test_a_later_version_asks_for_an_update(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = beton.inspect(copy).manifest
-    assert found is not None
+    parsed = beton.inspect(copy).manifest
+    assert parsed is not None
     monkeypatch.setattr(manifest, "VERSION", 2)
-    pages = found.pack(beton_layout.MIN_PAGE_BYTES)
+    pages = parsed.pack(beton.MIN_PAGE_BYTES)
     monkeypatch.undo()
     replace_manifest(copy, pages)
     with pytest.raises(UsageError, match=r"version 2, this fastbyol knows 1; update fastbyol"):
@@ -131,7 +131,7 @@ def test_a_later_version_asks_for_an_update(copy: Path, monkeypatch: pytest.Monk
 
 
 def test_pages_that_belong_to_nothing_are_refused(copy: Path) -> None:
-    replace_manifest(copy, bytes(beton_layout.MIN_PAGE_BYTES))
+    replace_manifest(copy, bytes(beton.MIN_PAGE_BYTES))
     with pytest.raises(UsageError, match="its manifest is damaged"):
         beton.inspect(copy)
 
@@ -142,6 +142,6 @@ def test_packed_and_parsed_over_several_pages() -> None:
     made = manifest.Manifest(12345, 99, checksums, note)
     pages = made.pack(4096)
     assert len(pages) % 4096 == 0
-    found = manifest.parse(pages)
-    np.testing.assert_array_equal(found.checksums, checksums)
-    assert (found.num_bytes, found.structure, found.note) == (12345, 99, note)
+    parsed = manifest.parse(pages)
+    np.testing.assert_array_equal(parsed.checksums, checksums)
+    assert (parsed.num_bytes, parsed.structure, parsed.note) == (12345, 99, note)

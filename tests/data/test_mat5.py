@@ -1,4 +1,4 @@
-"""MATLAB's version 5 against scipy.io, which writes it; and damaged, an error of the reader's own, never another."""
+"""MATLAB's version 5, sound against scipy.io, and damaged: a DamagedError, never another."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ def saved(compressed: bool, **arrays: object) -> io.BytesIO:
 @given(ARRAYS, ARRAYS, st.booleans())
 def test_arrays(first: np.ndarray, second: np.ndarray, compressed: bool) -> None:
     file = saved(compressed, X=first, a_longer_name=second)
-    found = mat5.variables(file)
-    assert list(found) == ["X", "a_longer_name"]
+    variables = mat5.variables(file)
+    assert list(variables) == ["X", "a_longer_name"]
     for name, array in (("X", first), ("a_longer_name", second)):
-        assert found[name].shape == array.shape
-        np.testing.assert_array_equal(mat5.read(file, found[name], name), array)
-        assert mat5.read(file, found[name], name).dtype == array.dtype
+        assert variables[name].shape == array.shape
+        np.testing.assert_array_equal(mat5.read(file, variables[name], name), array)
+        assert mat5.read(file, variables[name], name).dtype == array.dtype
 
 
 @given(st.lists(st.text("abc \u00e9\u4e2d", min_size=1, max_size=9) | ARRAYS, min_size=1, max_size=6), st.booleans())
@@ -42,8 +42,8 @@ def test_cells(contents: list[str | np.ndarray], compressed: bool) -> None:
     for k, content in enumerate(contents):
         cells[k, 0] = content
     file = saved(compressed, X=np.zeros((3, 3)), cells=cells)
-    found = mat5.read_cells(file, mat5.variables(file)["cells"])
-    for read, content in zip(found, contents, strict=True):
+    variables = mat5.read_cells(file, mat5.variables(file)["cells"])
+    for read, content in zip(variables, contents, strict=True):
         if isinstance(content, str):
             assert read == content
         else:
@@ -61,18 +61,18 @@ def test_the_other_byte_order() -> None:
 
 def test_what_is_no_real_array_is_refused() -> None:
     file = saved(False, z=np.ones((2, 2)) * 1j, s={"a": 1}, t="text", logical=np.array([[True]]))
-    found = mat5.variables(file)
+    variables = mat5.variables(file)
     for name in ("z", "s", "t"):
         with pytest.raises(mat5.DamagedError):
-            mat5.read(file, found[name], name)
+            mat5.read(file, variables[name], name)
         with pytest.raises(mat5.DamagedError):
-            mat5.read_cells(file, found[name])
-    np.testing.assert_array_equal(mat5.read(file, found["logical"], ""), [[1]])
+            mat5.read_cells(file, variables[name])
+    np.testing.assert_array_equal(mat5.read(file, variables["logical"], ""), [[1]])
 
 
 @pytest.mark.parametrize("compressed", [True, False])
 def test_damaged(compressed: bool) -> None:
-    """Whatever byte is changed, also below the compression: arrays of the shape that is said, or DamagedError."""
+    """Change any byte, also below the compression."""
     rng = np.random.default_rng(0)
     whole = saved(False, X=rng.integers(0, 256, (3, 40), np.uint8), c=np.array([["ab", "cd"]], object)).getvalue()
     refused = 0

@@ -1,4 +1,4 @@
-"""Free memory: the system's own figure, and the limits of control groups built in a folder."""
+"""Free memory: the system's own figure, and control groups' limits built in a folder."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ GIB = 2**30
 
 @pytest.fixture
 def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A machine with 8 GiB available, no limits, and this process in /jobs/mine."""
+    """Simulate 8 GiB available, no limits, and this process in /jobs/mine."""
     (tmp_path / "meminfo").write_text(f"MemTotal: 1 kB\nMemAvailable:   {8 * GIB // 1024} kB\nHugePages_Total: 0\n")
     (tmp_path / "own").write_text("1:cpu:/elsewhere\n0::/jobs/mine\n")
     (tmp_path / "groups/jobs/mine").mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""Epoch orders: permutations by an independent Philox, uniform, independent between epochs and seeds."""
+"""Epoch orders: permutations by an independent Philox, uniform and independent."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ from fastbyol.data import order
 
 SEEDS = st.integers(0, 2**63 - 1)
 EPOCHS = st.integers(0, 2**31)
-# The draws are fixed, so a test of a good generator fails never or always; 1e-3 leaves one in a thousand seeds to avoid.
+# The draws are fixed, so a test of a good generator fails never or always; 1e-3 leaves one in a
+# thousand seeds to avoid.
 LEAST_P = 1e-3
 
 
 def philox_key(sample: int, seed: int, epoch: int) -> int:
-    """Philox 4x32-10 in Python integers, from the paper's formulas, and the first two words as one signed number."""
+    """Return the first two Philox 4x32-10 words as a signed number, by the paper's formulas."""
     word = 2**32 - 1
     x = [sample & word, epoch & word, 0, (sample >> 32) << 8 & word | 2]
     k = [seed & word, seed >> 32]
@@ -39,16 +40,16 @@ def test_keys_are_philox_of_sample_and_epoch(ids: list[int], seed: int, epoch: i
 
 @given(st.integers(1, 3000), SEEDS, EPOCHS)
 def test_is_the_permutation_that_sorts_the_keys(count: int, seed: int, epoch: int) -> None:
-    found = order.permutation(count, seed=seed, epoch=epoch)
+    actual = order.permutation(count, seed=seed, epoch=epoch)
     keys = order.sort_keys(torch.arange(count), seed=seed, epoch=epoch).numpy()
-    assert found.dtype == torch.int64
-    assert found.tolist() == sorted(range(count), key=keys.__getitem__)
+    assert actual.dtype == torch.int64
+    assert actual.tolist() == sorted(range(count), key=keys.__getitem__)
 
 
 def test_every_size_up_to_a_thousand_is_a_permutation() -> None:
     for count in range(1, 1001):
-        found = order.permutation(count, seed=count, epoch=count % 7)
-        assert torch.equal(found.sort().values, torch.arange(count)), count
+        actual = order.permutation(count, seed=count, epoch=count % 7)
+        assert torch.equal(actual.sort().values, torch.arange(count)), count
 
 
 @settings(max_examples=10)
@@ -62,12 +63,12 @@ def test_does_not_depend_on_the_chunk(count: int, seed: int, chunk: int) -> None
 
 @pytest.mark.parametrize("count", [order.CHUNK - 1, order.CHUNK, order.CHUNK + 1, 105_000, 1_300_000])
 def test_large_sets_hold_every_sample_once(count: int) -> None:
-    found = order.permutation(count, seed=2**63 - 1, epoch=1)
-    assert torch.equal(found.sort().values, torch.arange(count))
+    actual = order.permutation(count, seed=2**63 - 1, epoch=1)
+    assert torch.equal(actual.sort().values, torch.arange(count))
 
 
 def orders_of_four(seed: int, num_epochs: int) -> np.ndarray:
-    """Which of the 24 orders of four samples each epoch has."""
+    """Return which of the 24 orders of four samples each epoch has."""
     keys = order.sort_keys(torch.arange(4), seed=seed, epoch=torch.arange(num_epochs)[:, None]).numpy()
     index = {p: k for k, p in enumerate(itertools.permutations(range(4)))}
     return np.array([index[tuple(row)] for row in np.argsort(keys, axis=1, kind="stable").tolist()])
@@ -82,14 +83,15 @@ def test_every_sample_is_equally_likely_at_every_place() -> None:
     table = np.zeros((40, 40))
     for epoch in range(4000):
         table[np.arange(40), order.permutation(40, seed=7, epoch=epoch).numpy()] += 1
-    # Rows and columns are full, which leaves 39 * 39 degrees of freedom; the scale makes up for the dependence.
+    # Rows and columns are full, which leaves 39 * 39 degrees of freedom; the scale makes up for the
+    # dependence.
     statistic = ((table - 100.0) ** 2 / 100.0).sum() * 39 / 40
     assert LEAST_P < stats.chi2.sf(statistic, 39 * 39) < 1 - LEAST_P
 
 
 @pytest.mark.parametrize(("seeds", "lag"), [((5, 5), 1), ((5, 6), 0), ((5, 6), 1), ((5, 5 + 2**32), 0)])
 def test_epochs_and_seeds_are_independent(seeds: tuple[int, int], lag: int) -> None:
-    """Also seed s at epoch e + 1 against seed s + 1 at epoch e, which a sum of both would make equal."""
+    """Compare seed s, epoch e + 1 with seed s + 1, epoch e, too: their sums are equal."""
     first, second = orders_of_four(seeds[0], 30_001), orders_of_four(seeds[1], 30_001)
     first, second = (first[lag:], second[:-lag]) if lag else (first, second)
     table = np.histogram2d(first, second, bins=24)[0]
@@ -116,7 +118,7 @@ def test_a_subset_is_the_same_few_samples_in_order(num_samples: int, limit: int)
 
 
 def test_a_subset_of_a_sorted_file_has_all_its_classes() -> None:
-    """Files are often sorted by class: the first samples would be of one class alone."""
+    """Sort by class, as files often are: the first samples would have one class."""
     classes = torch.arange(60_000) // 6000
     counts = torch.bincount(classes[order.subset(60_000, 4096)], minlength=10)
     assert stats.chisquare(counts.numpy()).pvalue > LEAST_P

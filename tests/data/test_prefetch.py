@@ -1,4 +1,4 @@
-"""Items made ahead by a thread: order, failures, early ends, hangs, and no thread left over."""
+"""Items made ahead by a thread: order, failures, early ends, hangs, and no thread left."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fastbyol.data import prefetch as prefetching
 from fastbyol.data.prefetch import prefetch
 from fastbyol.errors import FastbyolError, UsageError
 
@@ -32,7 +33,9 @@ def fail_in_the_loop(items: Iterator[int]) -> None:
 @settings(max_examples=20)
 @given(st.lists(st.one_of(st.integers(), st.none()), max_size=30), st.integers(1, 5))
 def test_items_come_in_order(items: list[int | None], ahead: int) -> None:
-    assert list(prefetch(items, name="numbers", ahead=ahead)) == items
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prefetching, "AHEAD", ahead)
+        assert list(prefetch(items, name="numbers")) == items
     assert num_threads() == 0
 
 
@@ -58,7 +61,7 @@ def test_runs_ahead_but_not_further() -> None:
             made.append(k)
             yield k
 
-    items = prefetch(source(), name="numbers", ahead=3)
+    items = prefetch(source(), name="numbers")
     assert next(items) == 0
     deadline = time.monotonic() + 60.0
     while len(made) < 5 and time.monotonic() < deadline:
@@ -92,14 +95,15 @@ def test_two_at_once() -> None:
     assert all(a == b for a, b in pairs)
 
 
-def test_a_hang_ends_in_seconds_with_a_name() -> None:
+def test_a_hang_ends_in_seconds_with_a_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prefetching, "STALL_S", 0.3)
     release = threading.Event()
 
     def source() -> Iterator[int]:
         yield 1
         release.wait(600)
 
-    items = prefetch(source(), name="set.beton", stall_s=0.3)
+    items = prefetch(source(), name="set.beton")
     assert next(items) == 1
     start = time.monotonic()
     with pytest.raises(FastbyolError, match=r"set\.beton: nothing for 0\.3 s"):
@@ -108,10 +112,12 @@ def test_a_hang_ends_in_seconds_with_a_name() -> None:
     release.set()
 
 
-def test_slow_is_not_a_hang() -> None:
+def test_slow_is_not_a_hang(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prefetching, "STALL_S", 3.0)
+
     def source() -> Iterator[int]:
         for k in range(4):
             time.sleep(0.8)
             yield k
 
-    assert list(prefetch(source(), name="numbers", stall_s=3.0)) == [0, 1, 2, 3]
+    assert list(prefetch(source(), name="numbers")) == [0, 1, 2, 3]

@@ -1,6 +1,6 @@
-"""Pictures of every mode, depth and format against what their formats define; the table of PICTURES.md is made of them.
+"""Pictures of every mode, depth and format against their formats, and PICTURES.md's table.
 
-After a change: ``FASTBYOL_WRITE_TABLE=1 pytest tests/data/test_rgb.py``; the difference is part of the review.
+After a change: ``FASTBYOL_WRITE_TABLE=1 pytest tests/data/test_rgb.py``, and review the diff.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 import picture_files
 from fastbyol.data import rgb
-from fastbyol.data.beton import UnreadableItemError
+from fastbyol.data.beton_write import UnreadableItemError
 from picture_files import Picture
 
 PICTURES = picture_files.all_pictures()
@@ -59,7 +59,7 @@ def test_what_comes_out(tmp_path: Path, picture: Picture) -> None:
 
 @given(st.integers(1, 20000), st.integers(1, 20000), st.integers(1, 64))
 def test_no_shape_takes_more_memory_than_its_limit(width: int, height: int, size: int) -> None:
-    """Without an array behind it: the size that would be passed through decides before anything is made."""
+    """Resize arrays without memory: the intermediate size must be refused first."""
     short = min(width, height)
     passes = (size * width // short) * (size * height // short) <= rgb.MAX_PIXELS
     flat = np.broadcast_to(np.zeros((1, 1, 3), np.uint8), (height, width, 3))

@@ -33,26 +33,26 @@ from fastbyol.errors import UsageError
 Writer = Callable[..., dict[str, tuple[np.ndarray, list[int]]]]
 
 
-def held(source: Source) -> tuple[list[np.ndarray], list[int] | None]:
+def read_all(source: Source) -> tuple[list[np.ndarray], list[int] | None]:
     images = [source.image(k) for k in range(len(source))]
     return images, None if source.labels is None else source.labels.tolist()
 
 
 def demand_equal(source: Source, images: np.ndarray, labels: list[int] | None) -> None:
-    found, found_labels = held(pickle.loads(pickle.dumps(source)))
-    assert found_labels == labels
-    assert len(found) == len(images)
-    for one, other in zip(found, images, strict=True):
+    actual, actual_labels = read_all(pickle.loads(pickle.dumps(source)))
+    assert actual_labels == labels
+    assert len(actual) == len(images)
+    for one, other in zip(actual, images, strict=True):
         np.testing.assert_array_equal(one, other)
         assert one.dtype == np.uint8
     np.testing.assert_array_equal(source.image_bytes(), [image.nbytes for image in images])
 
 
 def refused(*words: str, **options: object) -> str:
-    """The message of the UsageError that opening and reading the source must raise: one line with all ``words``."""
+    """Open and read the source; return its UsageError, one line with all ``words``."""
     source = options.pop("source")
     with pytest.raises(UsageError) as caught:
-        held(sources.open_source(str(source), **options))  # type: ignore[arg-type]
+        read_all(sources.open_source(str(source), **options))  # type: ignore[arg-type]
     message = str(caught.value)
     assert "\n" not in message
     for word in words:
@@ -60,13 +60,18 @@ def refused(*words: str, **options: object) -> str:
     return message
 
 
-@pytest.mark.parametrize("split", [None, "train", "test"])
-@pytest.mark.parametrize("inner", ["", "stl10_binary"])
-def test_stl10(tmp_path: Path, split: str | None, inner: str) -> None:
-    written = source_files.stl10(tmp_path)
-    source = sources.open_source(str(tmp_path / inner), split=split)
-    assert (source.kind, source.split, source.class_names) == ("stl10", split or "train", source_files.STL10_NAMES)
-    demand_equal(source, *written[split or "train"])
+@pytest.mark.parametrize("write", [source_files.stl10, source_files.stl10_matlab])
+@pytest.mark.parametrize("below", [False, True])
+def test_stl10(tmp_path: Path, write: Writer, below: bool) -> None:
+    written = write(tmp_path)
+    folder = next(tmp_path.iterdir()) if below else tmp_path
+    for split in (None, "train", "test", "unlabeled"):
+        source, (images, labels) = sources.open_source(str(folder), split=split), written[split or "train"]
+        assert (source.kind, source.split, source.class_names) == ("stl10", split or "train", source_files.STL10_NAMES)
+        demand_equal(source, images, None if split == "unlabeled" else labels)
+    both = np.concatenate([written["train"][0], written["unlabeled"][0]])
+    source = sources.open_source(str(tmp_path), split="train+unlabeled")
+    demand_equal(source, both, written["train"][1] + written["unlabeled"][1])
 
 
 def test_stl10_is_column_major(tmp_path: Path) -> None:
@@ -79,26 +84,6 @@ def test_stl10_is_column_major(tmp_path: Path) -> None:
     path.write_bytes(data)
     image = sources.open_source(str(tmp_path)).image(0)
     assert (image[0, 0, 0], image[1, 0, 0], image[2, 0, 0], image[0, 1, 0], image[0, 0, 1]) == (1, 2, 3, 4, 5)
-
-
-def test_stl10_unlabeled(tmp_path: Path) -> None:
-    written = source_files.stl10(tmp_path)
-    demand_equal(sources.open_source(str(tmp_path), split="unlabeled"), written["unlabeled"][0], None)
-    both = np.concatenate([written["train"][0], written["unlabeled"][0]])
-    labels = written["train"][1] + [-1] * len(written["unlabeled"][0])
-    demand_equal(sources.open_source(str(tmp_path), split="train+unlabeled"), both, labels)
-
-
-@pytest.mark.parametrize("inner", ["", "stl10_matlab"])
-def test_stl10_matlab(tmp_path: Path, inner: str) -> None:
-    """The same as the binary files say, and the folds too."""
-    written = source_files.stl10_matlab(tmp_path)
-    for split, (images, labels) in written.items():
-        source = sources.open_source(str(tmp_path / inner), split=split)
-        assert (source.kind, source.split, source.class_names) == ("stl10", split, source_files.STL10_NAMES)
-        demand_equal(source, images, None if split == "unlabeled" else labels)
-    both = np.concatenate([written["train"][0], written["unlabeled"][0]])
-    demand_equal(sources.open_source(str(tmp_path), split="train+unlabeled"), both, written["train"][1] + [-1] * 12)
 
 
 @pytest.mark.parametrize("write", [source_files.stl10, source_files.stl10_matlab])
@@ -154,13 +139,16 @@ def test_stl10_folds_refused(tmp_path: Path) -> None:
     refused("has no folds", source="textures", fold=0)
 
 
+def cifar_python(folder: Path, *, classes: int) -> dict[str, tuple[np.ndarray, list[int]]]:
+    return source_files.cifar10(folder) if classes == 10 else source_files.cifar100(folder)
+
+
 @pytest.mark.parametrize("split", [None, "train", "test"])
 @pytest.mark.parametrize("classes", [10, 100])
-@pytest.mark.parametrize("write", [source_files.cifar_binary, source_files.cifar_matlab])
-def test_cifar_binary_and_matlab(tmp_path: Path, write: Writer, classes: int, split: str | None) -> None:
+@pytest.mark.parametrize("write", [cifar_python, source_files.cifar_binary, source_files.cifar_matlab])
+def test_cifar(tmp_path: Path, write: Writer, classes: int, split: str | None) -> None:
     written = write(tmp_path, classes=classes)
-    inside = next(tmp_path.iterdir())
-    for folder in (tmp_path, inside):
+    for folder in (tmp_path, next(tmp_path.iterdir())):
         source = sources.open_source(str(folder), split=split)
         assert (source.kind, len(source.class_names)) == (f"cifar{classes}", classes)
         assert source.class_names[6] == ("frog" if classes == 10 else "fine 6")
@@ -247,20 +235,9 @@ def test_stl10_damaged(tmp_path: Path) -> None:
     refused("test_X.bin", "whole number", source=tmp_path, split="test")
 
 
-@pytest.mark.parametrize("split", ["train", "test"])
-def test_cifar(tmp_path: Path, split: str) -> None:
-    ten, hundred = source_files.cifar10(tmp_path / "a"), source_files.cifar100(tmp_path / "b")
-    source = sources.open_source(str(tmp_path / "a"), split=split)
-    assert (source.kind, source.class_names[6]) == ("cifar10", "frog")
-    demand_equal(source, *ten[split])
-    source = sources.open_source(str(tmp_path / "b" / "cifar-100-python"), split=split)
-    assert (source.kind, source.class_names[99]) == ("cifar100", "fine 99")
-    demand_equal(source, *hundred[split])
-
-
 @pytest.mark.parametrize("protocol", [2, 3, 4, 5])
 def test_cifar_pickled_again(tmp_path: Path, protocol: int) -> None:
-    """Files that someone loaded and saved with today's Python and numpy."""
+    """Read files saved again with today's Python and numpy."""
     images, labels = source_files.cifar100(tmp_path)["train"]
     path = tmp_path / "cifar-100-python" / "train"
     again = {b"data": images.transpose(0, 3, 1, 2).reshape(len(images), -1), b"fine_labels": labels}
@@ -297,7 +274,7 @@ def test_cifar_damaged(tmp_path: Path) -> None:
         flipped[rng.integers(0, 400)] ^= 1 << rng.integers(0, 8)
         (folder / "test_batch").write_bytes(flipped)
         try:
-            images, _ = held(sources.open_source(str(tmp_path), split="test"))
+            images, _ = read_all(sources.open_source(str(tmp_path), split="test"))
         except UsageError:
             continue
         assert {image.shape for image in images} == {(32, 32, 3)}
@@ -330,13 +307,13 @@ def test_class_folders(tmp_path: Path) -> None:
 
 
 def test_class_folders_with_splits(tmp_path: Path) -> None:
-    """Labels mean the same in every split, though a class is absent from one."""
+    """Expect equal labels in every split, though one lacks a class."""
     images, labels = source_files.class_folders(tmp_path / "train")
     source_files.class_folders(tmp_path / "val", classes=("cow",))
     demand_equal(sources.open_source(str(tmp_path)), images, labels)
     source = sources.open_source(str(tmp_path), split="val")
     assert source.class_names == ("ant", "bee", "cow")
-    assert held(source)[1] == [2] * 4
+    assert read_all(source)[1] == [2] * 4
     refused("'test'", "train, val", source=tmp_path, split="test")
     (tmp_path / "unlabeled").mkdir()
     Image.fromarray(images[0]).save(tmp_path / "unlabeled" / "a.png")
@@ -350,7 +327,8 @@ def test_pictures_of_every_mode(tmp_path: Path) -> None:
     assert [source.name(k) for k in range(len(source))] == sorted(expected)
     for k in range(len(source)):
         name, image = source.name(k), source.image(k)
-        # Compositing rounds once more than the formula; JPEG at quality 98 without subsampling moves a smooth picture by 3.
+        # Compositing rounds once more than the formula; JPEG at quality 98 without subsampling
+        # moves a smooth picture by 3.
         tolerance = {"alpha.png": 1, "photo.JPG": 4}.get(name, 0)
         assert image.shape == expected[name].shape, name
         assert np.abs(image.astype(int) - expected[name]).max() <= tolerance, name
@@ -402,7 +380,7 @@ KEYS = {
 
 
 def in_form(form: str, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The images as an array of that form, and as RGB."""
+    """Return the images as an array of that form, and as RGB."""
     grey = images[..., 0]
     array = {
         "nchw": images.transpose(0, 3, 1, 2),
@@ -415,33 +393,26 @@ def in_form(form: str, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("packed", [True, False])
-def test_npz(tmp_path: Path, form: str, packed: bool) -> None:
+@pytest.mark.parametrize("save", [np.savez_compressed, np.savez, "npy folder", "npy file"])
+def test_npz_and_npy(tmp_path: Path, form: str, save: Callable[..., None] | str) -> None:
     images, labels = source_files.npz(tmp_path / "a.npz", count=7, side=12)
     array, expected = in_form(form, images)
-    key, label_key = KEYS.get(form, ("arr_0", "y"))
-    path = tmp_path / "b.npz"
-    arrays = {key: array} | ({label_key: np.array(labels, np.uint8)[:, None]} if label_key else {})
-    (np.savez_compressed if packed else np.savez)(path, **arrays)
-    with zipfile.ZipFile(path, "a") as archive:
-        archive.writestr("notes.txt", "no array")
+    key, label_key = KEYS.get(form, ("X" if isinstance(save, str) else "arr_0", "y"))
+    arrays = {key: array} | ({label_key: np.array(labels, ">i2")[:, None]} if label_key else {})
+    if isinstance(save, str):
+        for name, each in arrays.items():
+            np.save(tmp_path / f"{name}.npy", each)
+        path, ignored = (
+            (tmp_path, (("a.npz", "files that are no arrays"),)) if "folder" in save else (tmp_path / f"{key}.npy", ())
+        )
+    else:
+        path, ignored = tmp_path / "b.npz", (("notes.txt", "files that are no arrays"),)
+        save(path, **arrays)
+        with zipfile.ZipFile(path, "a") as archive:
+            archive.writestr("notes.txt", "no array")
     source = sources.open_source(str(path))
-    assert source.ignored == (("notes.txt", "files that are no arrays"),)  # type: ignore[attr-defined]
+    assert (source.kind, source.ignored) == ("npy" if isinstance(save, str) else "npz", ignored)
     assert source.split == {"keras": "train", "medical": "train", "dashes": "train", "validation": "val"}.get(form)
-    demand_equal(source, expected, labels if label_key else None)
-
-
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("whole_folder", [True, False])
-def test_npy(tmp_path: Path, form: str, whole_folder: bool) -> None:
-    images, labels = source_files.npz(tmp_path / "a.npz", count=7, side=12)
-    array, expected = in_form(form, images)
-    key, label_key = KEYS.get(form, ("X", "y"))
-    np.save(tmp_path / f"{key}.npy", array)
-    if label_key:
-        np.save(tmp_path / f"{label_key}.npy", np.array(labels, ">i2"))
-    source = sources.open_source(str(tmp_path if whole_folder else tmp_path / f"{key}.npy"))
-    assert source.kind == "npy"
     demand_equal(source, expected, labels if label_key else None)
 
 
@@ -505,17 +476,22 @@ LABELS = {
 }
 
 
+def save(folder: Path, form: str, **arrays: object) -> Path:
+    """Save arrays as one npz file or as npy files in a folder; return its path."""
+    if form == "npz":
+        np.savez(folder / "a.npz", **arrays)
+        return folder / "a.npz"
+    for name, array in arrays.items():
+        np.save(folder / f"{name}.npy", array)
+    return folder
+
+
 @pytest.mark.parametrize("case", LABELS)
 @pytest.mark.parametrize("form", ["npz", "npy"])
 def test_labels_become_classes(tmp_path: Path, case: str, form: str) -> None:
     values, expected, names = LABELS[case]
     images = source_files.random_images(4, 8, 8)
-    if form == "npz":
-        np.savez(tmp_path / "a.npz", x=images, y=np.asarray(values))
-    else:
-        np.save(tmp_path / "x.npy", images)
-        np.save(tmp_path / "y.npy", np.asarray(values))
-    source = sources.open_source(str(tmp_path / "a.npz" if form == "npz" else tmp_path))
+    source = sources.open_source(str(save(tmp_path, form, x=images, y=np.asarray(values))))
     assert source.class_names == names
     demand_equal(source, images, expected)
 
@@ -537,7 +513,7 @@ ANY_LABELS = hypothesis.extra.numpy.arrays(np.int64, st.integers(1, 12), element
 
 @given(ANY_LABELS, ANY_LABELS)
 def test_names_say_what_the_labels_were(train: np.ndarray, test: np.ndarray) -> None:
-    """In every split alike: the class's name is the label as it was, and the same label is the same class."""
+    """Expect class names to be the old labels, the same in every split."""
     if {*train.tolist(), *test.tolist()} == {-1, 1}:
         return
     labels, names = source_arrays.class_labels("a", train, [test])
@@ -552,9 +528,9 @@ def test_labels_mean_the_same_in_every_split(tmp_path: Path) -> None:
     images = source_files.random_images(3, 8, 8)
     train, test = np.array([10**6, 3 * 10**6, 2 * 10**6]), np.array([3 * 10**6] * 3)
     np.savez(tmp_path / "a.npz", train_images=images, train_labels=train, test_images=images, test_labels=test)
-    assert held(sources.open_source(str(tmp_path / "a.npz")))[1] == [0, 2, 1]
+    assert read_all(sources.open_source(str(tmp_path / "a.npz")))[1] == [0, 2, 1]
     source = sources.open_source(str(tmp_path / "a.npz"), split="test")
-    assert held(source)[1] == [2, 2, 2]
+    assert read_all(source)[1] == [2, 2, 2]
     assert source.class_names == ("1000000", "2000000", "3000000")
 
 
@@ -575,6 +551,8 @@ def test_labels_refused(tmp_path: Path) -> None:
         (np.array(["a", "b", 3, None], object), "integer label"),
         (np.zeros(4, complex), "integer label"),
         (np.zeros(4, "datetime64[s]"), "integer label"),
+        (np.array(["a", "b", "c", "\ud800"]), "no Unicode"),
+        (np.array([97, 98, 99, 0x7FFFFFFF], "<u4").view("<U1"), "no Unicode"),
     ):
         np.savez(path, images=images, labels=labels)
         refused("'labels'", word, source=path)
@@ -589,13 +567,7 @@ def test_one_image_is_not_taken_for_many(tmp_path: Path, form: str) -> None:
     def saved(images: np.ndarray, labels: object = None) -> Path:
         for old in tmp_path.iterdir():
             old.unlink()
-        if form == "npz":
-            np.savez(tmp_path / "a.npz", images=images, **({} if labels is None else {"labels": labels}))
-            return tmp_path / "a.npz"
-        np.save(tmp_path / "images.npy", images)
-        if labels is not None:
-            np.save(tmp_path / "labels.npy", labels)
-        return tmp_path
+        return save(tmp_path, form, images=images, **({} if labels is None else {"labels": labels}))
 
     one = source_files.random_images(1, 12, 16)[0]
     for image in (one, one[..., :1], one.transpose(2, 0, 1), np.concatenate([one, one[..., :1]], 2)):
@@ -614,7 +586,7 @@ def test_one_image_is_not_taken_for_many(tmp_path: Path, form: str) -> None:
 
 
 def test_npz_splits(tmp_path: Path) -> None:
-    """MedMNIST's keys: train unless said otherwise, and a wrong split names those that are there."""
+    """Read MedMNIST's keys."""
     images, path = source_files.random_images(6, 28, 28), tmp_path / "pathmnist.npz"
     arrays = {}
     for split, part in (("train", slice(0, 3)), ("val", slice(3, 5)), ("test", slice(5, 6))):
@@ -641,14 +613,8 @@ def test_npz_splits(tmp_path: Path) -> None:
     refused("x, X", source=path)
 
 
-def test_npz_that_is_npy(tmp_path: Path) -> None:
-    np.save(tmp_path / "a.npy", source_files.random_images(3, 8, 8))
-    (tmp_path / "a.npy").rename(tmp_path / "a.npz")
-    refused("single array", ".npy", source=tmp_path / "a.npz")
-
-
 def test_npz_that_says_more_than_it_holds(tmp_path: Path) -> None:
-    """Heads, sizes in the archive and bombs: refused before memory is taken."""
+    """Refuse wrong heads, wrong sizes in the archive and bombs before memory is allocated."""
     path = tmp_path / "a.npz"
 
     def saved(shape: tuple[int, ...], body: bytes, size: int | None = None, kind: int = zipfile.ZIP_DEFLATED) -> Path:
@@ -705,6 +671,8 @@ def test_npz_refused(tmp_path: Path) -> None:
     damaged[300] ^= 1  # a pixel: the archive's checksum finds it
     path.write_bytes(damaged)
     refused("a.npz", "CRC", source=path)
+    np.save(tmp_path / "a.npy", images)
+    refused("single array", ".npy", source=(tmp_path / "a.npy").rename(path))
 
 
 @pytest.mark.parametrize("packed", [True, False])
@@ -722,7 +690,6 @@ def test_idx(tmp_path: Path, packed: bool, inner: str, sets: str) -> None:
 
 @pytest.mark.parametrize("side", [20, 31, 32, 40])
 def test_idx_of_other_sides(tmp_path: Path, side: int) -> None:
-    """Small ones are padded to 32, large ones are left as they are."""
     written = source_files.idx(tmp_path, side=side)
     demand_equal(sources.open_source(str(tmp_path)), *written["train"])
 
@@ -803,19 +770,15 @@ def test_idx_refused(tmp_path: Path) -> None:
     source_files.idx(tmp_path, sets="emnist-digits-")
     source_files.idx(tmp_path, sets="emnist-letters-")
     refused("several sets", "emnist-letters-train", source=tmp_path)
-    refused("Fashion-MNIST's ten", source=labelled_eleven(tmp_path / "eleven"), kind="fashion-mnist")
+    source_files.idx(tmp_path / "eleven", packed=False)
+    path = tmp_path / "eleven" / "train-labels-idx1-ubyte"
+    path.write_bytes(path.read_bytes()[:-1] + b"\x0b")
+    refused("Fashion-MNIST's ten", source=tmp_path / "eleven", kind="fashion-mnist")
     refused("no train-images", source=tmp_path / "absent", kind="idx")
 
 
-def labelled_eleven(folder: Path) -> Path:
-    source_files.idx(folder, packed=False)
-    path = folder / "train-labels-idx1-ubyte"
-    path.write_bytes(path.read_bytes()[:-1] + b"\x0b")
-    return folder
-
-
 def test_fashion_mnist_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """From the system's folder; else from where it was downloaded to; else the error says what to do, at once."""
+    """Use the system's folder, then the download, then an error with a remedy."""
     written = source_files.idx(tmp_path / "debian")
     monkeypatch.setattr(source_idx, "DEBIAN", tmp_path / "debian")
     monkeypatch.setenv("FASTBYOL_CACHE", str(tmp_path / "cache"))
@@ -876,7 +839,7 @@ SPECIAL = {
 @pytest.mark.parametrize("special", ["pipe", "socket", "folder", "device"])
 @pytest.mark.parametrize("case", SPECIAL)
 def test_only_regular_files_are_opened(tmp_path: Path, case: str, special: str) -> None:
-    """Whatever lies in the place of one of a source's files, it is named at once."""
+    """Put something else in the place of each of a source's files."""
     write, split, names = SPECIAL[case]
     write(tmp_path)
     for name in names:
@@ -940,23 +903,10 @@ def test_an_npy_file_that_was_written_anew_is_read_anew(tmp_path: Path) -> None:
         demand_equal(sources.open_source(str(tmp_path / "images.npy")), images, None)
 
 
-@pytest.mark.parametrize("save", ["npz", "npy"])
-def test_a_split_that_nobody_asked_for_refuses_none(tmp_path: Path, save: str) -> None:
+@pytest.mark.parametrize("form", ["npz", "npy"])
+def test_a_split_that_nobody_asked_for_refuses_none(tmp_path: Path, form: str) -> None:
     images = source_files.random_images(6, 8, 8)
     arrays = {"train_images": images, "train_labels": np.arange(6), "test_images": images, "test_labels": np.eye(6, dtype=int)}
-    if save == "npz":
-        np.savez(tmp_path / "a.npz", **arrays)
-    else:
-        for name, array in arrays.items():
-            np.save(tmp_path / f"{name}.npy", array)
-    path = tmp_path / "a.npz" if save == "npz" else tmp_path
+    path = save(tmp_path, form, **arrays)
     demand_equal(sources.open_source(str(path), split="train"), images, list(range(6)))
     refused("argmax", source=path, split="test")
-
-
-def test_texts_that_are_no_unicode(tmp_path: Path) -> None:
-    np.savez(tmp_path / "a.npz", images=source_files.random_images(2, 8, 8), labels=np.array(["a", "\ud800"]))
-    refused("no Unicode", source=tmp_path / "a.npz")
-    damaged = np.array([ord("a"), 0x7FFFFFFF], "<u4").view("<U1")
-    np.savez(tmp_path / "a.npz", images=source_files.random_images(2, 8, 8), labels=damaged)
-    refused("no Unicode", source=tmp_path / "a.npz")

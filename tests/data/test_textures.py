@@ -1,4 +1,4 @@
-"""The embedded set: what an image depends on, and that its form tells the class while its colours do not."""
+"""The embedded set: what an image depends on, and classes by form and not by colour."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ Images = NDArray[np.uint8]
 SIZE = 48
 FIT = 1500
 
-# SHA-256 of images then labels of make(20, 40, seed=5, start=95): a change here changes every published number on this set.
+# SHA-256 of images then labels of make(20, 40, seed=5, start=95): a change here changes every
+# published number on this set.
 GOLDEN = "d950c57f58f64729e1c26e94192f08a852d90a579716534fcdefffbc74f98c51"
 
 
@@ -66,23 +67,26 @@ def test_no_two_images_or_seeds_agree() -> None:
     gram = images @ images.T
     squares = np.diag(gram)
     distance = squares[:, None] + squares - 2 * gram + np.diag(np.full(400, np.inf))
-    # 16 x 16 x 3 values that differ by 20 levels in the root mean square: pictures apart, not one picture in another light.
+    # 16 x 16 x 3 values that differ by 20 levels in the root mean square: pictures apart, not one
+    # picture in another light.
     assert distance.min() > 768 * 20**2
 
 
 def test_sequences_of_seeds_do_not_overlap() -> None:
-    """Neither the next seed's images nor its labels are these ones moved along."""
+    """Check that the next seed's images and labels are not these ones shifted."""
     labels = [textures.make(2000, 8, seed)[1] for seed in (0, 1)]
     agreements = [np.mean(labels[0][shift:1000] == labels[1][: 1000 - shift]) for shift in range(50)]
-    # Chance is .1 with a standard deviation of about .01 over 1,000 labels; the largest of 50 is below .1 + 5 deviations.
+    # Chance is .1 with a standard deviation of about .01 over 1,000 labels; the largest of 50 is
+    # below .1 + 5 deviations.
     assert max(agreements) < 0.15
 
 
 def test_every_ten_images_hold_each_class_once_in_random_order() -> None:
     labels = textures.make(4000, 8, 2)[1].reshape(-1, 10)
     assert np.array_equal(np.sort(labels, axis=1), np.tile(np.arange(10), (400, 1)))
-    # 400 places of 100 (class, position) pairs, 40 expected in each; chi-square with 81 degrees, 99.99 % quantile 138.
-    counts = np.array([np.bincount(labels[:, place], minlength=10) for place in range(10)])
+    # 400 places of 100 (class, position) pairs, 40 expected in each; chi-square with 81 degrees,
+    # 99.99 % quantile 138.
+    counts = np.array([np.bincount(labels[:, column], minlength=10) for column in range(10)])
     assert ((counts - 40) ** 2 / 40).sum() < 138
 
 
@@ -104,7 +108,7 @@ def test_draws_are_the_projects_philox() -> None:
 
 @pytest.mark.parametrize("name", textures.CLASSES)
 def test_a_pattern_covers_half_of_the_plane(name: str) -> None:
-    """To .03, over some 8,000 cells: else brightness would tell the class."""
+    """Allow .03 over some 8,000 cells; otherwise brightness would tell the class."""
     grid = np.arange(0, 90, 0.0917, dtype=np.float32)
     u, v = np.meshgrid(grid, grid)
     form = PATTERNS[name](u[None], v[None], np.full((1, 1, 1), 0.05, np.float32), np.full((1, 1, 1), 12345, np.uint32))
@@ -115,7 +119,7 @@ def test_a_pattern_covers_half_of_the_plane(name: str) -> None:
 
 
 def accuracy(features: NDArray[np.floating], labels: NDArray[np.int64]) -> float:
-    """Percent right of a linear classifier fitted on the first ``FIT`` rows."""
+    """Return the accuracy in percent of a linear classifier fitted on the first ``FIT`` rows."""
     classifier = make_pipeline(StandardScaler(), LogisticRegression(max_iter=500, C=0.1))
     return 100 * float(classifier.fit(features[:FIT], labels[:FIT]).score(features[FIT:], labels[FIT:]))
 
@@ -130,7 +134,7 @@ def brightness_and_contrast(images: Images) -> NDArray[np.floating]:
 
 
 def chroma_histogram(images: Images) -> NDArray[np.floating]:
-    """Shares of pixels on a grid of 8 x 8 cells of red minus green and blue minus green, +-48 levels."""
+    """Return shares of pixels on 8 x 8 cells of red and blue minus green, +-48 levels."""
     plane = images.astype(np.int64)
     cell = np.clip((plane[..., ::2] - plane[..., 1:2] + 48) // 12, 0, 7)
     index = (cell[..., 0] * 8 + cell[..., 1]).reshape(len(images), -1)
@@ -138,7 +142,7 @@ def chroma_histogram(images: Images) -> NDArray[np.floating]:
 
 
 def spectrum(images: Images) -> NDArray[np.floating]:
-    """Log power by distance from the origin of the Fourier plane, and the size of three angular harmonics at each distance."""
+    """Return log power by distance from the Fourier origin, and three angular harmonics."""
     grey = images.mean(axis=3)
     grey = (grey - grey.mean((1, 2), keepdims=True)) / grey.std((1, 2), keepdims=True)
     power = np.abs(np.fft.fft2(grey)) ** 2
@@ -155,9 +159,11 @@ def spectrum(images: Images) -> NDArray[np.floating]:
 
 
 def test_colours_do_not_tell_the_class(set_of_seed_0: tuple[Images, NDArray[np.int64]]) -> None:
-    """Chance is 10 %, and 1,500 scored images give it a standard deviation of .8. Mean colours measured 12 % and brightness
-    with contrast 12 to 13 %. The chroma histogram's 17 to 18 % come from pixels between ink and paper: classes with longer
-    outlines have more of them."""
+    """Compare with chance, 10 % with a deviation of .8 for 1,500 images.
+
+    Mean colours measured 12 %, brightness with contrast 12 to 13 %. The chroma histogram's 17 to 18
+    % come from pixels between ink and paper, of which longer outlines have more.
+    """
     images, labels = set_of_seed_0
     assert accuracy(mean_colour(images), labels) < 15
     assert accuracy(brightness_and_contrast(images), labels) < 16
@@ -165,13 +171,13 @@ def test_colours_do_not_tell_the_class(set_of_seed_0: tuple[Images, NDArray[np.i
 
 
 def test_form_tells_the_class(set_of_seed_0: tuple[Images, NDArray[np.int64]]) -> None:
-    """48 numbers of the power spectrum, blind to position, phase and direction, tell the classes apart (measured: 99 %)."""
+    """Classify by 48 numbers of the power spectrum, blind to position and phase (99 %)."""
     images, labels = set_of_seed_0
     assert accuracy(spectrum(images), labels) > 95
 
 
 def test_classes_survive_in_another_set() -> None:
-    """What is learnt on one seed holds on another: test sets are made so."""
+    """Train on one seed and test on another, as test sets are made."""
     (fit, fit_labels), (score, score_labels) = textures.make(FIT, SIZE, 11), textures.make(FIT, SIZE, 12)
     features = spectrum(np.concatenate([fit, score]))
     assert accuracy(features, np.concatenate([fit_labels, score_labels])) > 95

@@ -1,4 +1,4 @@
-"""Every sample looked at: damage is counted and named, checksums and decoders agree with what was done to the file."""
+"""Verification of samples: damage is counted and named by checksums and decoders."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import foreign_betons as foreign
-from fastbyol.data import beton, beton_layout, manifest
+from fastbyol.data import beton, manifest
 from fastbyol.data.beton_write import write
 from fastbyol.data.verify import verify
 from fastbyol.errors import UsageError
@@ -35,7 +35,7 @@ def jpegs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def damage(path: Path, samples: list[int]) -> None:
-    """A Huffman table of nonsense in each."""
+    """Damage a Huffman table in each of the samples."""
     info = beton.inspect(path)
     with path.open("r+b") as file:
         for sample in samples:
@@ -88,13 +88,13 @@ def test_labels_outside_the_named_classes(tmp_path: Path) -> None:
 
 
 def test_a_manifest_of_other_images_in_the_same_room(jpegs: Path, tmp_path: Path) -> None:
-    """Unlabelled sets of one geometry differ in nothing but pixels."""
+    """Exchange the manifests of files that differ in pixels only."""
     path = Path(shutil.copy(jpegs, tmp_path))
     info = beton.inspect(path)
     assert info.manifest is not None
     other = manifest.Manifest(info.num_bytes, info.manifest.structure, ~info.manifest.checksums)
     with path.open("r+b") as file:
-        table = int(np.fromfile(path, beton_layout.HEADER, 1)["table"][0])
+        table = int(np.fromfile(path, beton.HEADER, 1)["table"][0])
         os.pwrite(file.fileno(), other.pack(info.page_size), table - info.page_size)
     with pytest.raises(UsageError, match="its manifest belongs to other data: all 300 samples are damaged"):
         verify(path).demand_whole()

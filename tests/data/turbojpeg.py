@@ -1,4 +1,4 @@
-"""libturbojpeg by itself: what FFCV decodes with, without FFCV and without anything that was decoded before."""
+"""libturbojpeg alone, FFCV's decoder, without FFCV and without any earlier image."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ TJPF_RGB, TJFLAG_FASTDCT = 0, 2048
 
 
 class Decompressor:
-    """One handle. It keeps the tables of what it decoded last; a new one has none but the standard Huffman tables."""
+    """A handle, which keeps its last image's tables; a new one has the standard Huffman tables."""
 
     def __init__(self) -> None:
         self._library = ctypes.CDLL("libturbojpeg.so.0")
@@ -20,7 +20,10 @@ class Decompressor:
         self._handle = ctypes.c_void_p(self._library.tjInitDecompress())
 
     def decode(self, data: bytes, height: int, width: int, *, exact: bool = False) -> tuple[bool, NDArray[np.uint8]]:
-        """Whether it failed, and uint8 (height, width, 3): zeros where none was decoded. ``exact``: by the slow transform."""
+        """Return failure and uint8 (height, width, 3), zeros if nothing was decoded.
+
+        ``exact`` uses the slow transform.
+        """
         pixels = np.zeros((height, width, 3), np.uint8)
         size, room = ctypes.c_ulong(len(data)), pixels.ctypes.data_as(ctypes.c_void_p)
         flags = 0 if exact else TJFLAG_FASTDCT

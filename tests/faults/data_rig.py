@@ -1,6 +1,6 @@
-"""Files given to every reader in a child, so that a signal or a hang is seen and the damage that caused it is known.
+"""Readers in a child process, so that a signal or a hang is seen and its damage is known.
 
-A child works through its numbers and answers after each; where it dies, the next child goes on behind the number it was at.
+A child answers after each number; where it dies, the next child continues behind that number.
 """
 
 from __future__ import annotations
@@ -18,20 +18,21 @@ from typing import Any
 
 import numpy as np
 import run_rig as rig
-from mutations import Base, mutated, mutated_manifest, said
+from mutations import Base, mutated, mutated_manifest, read_by_hand
 from numpy.typing import NDArray
 from own_time import OwnTime
 
 from fastbyol.cli import main
 from fastbyol.data import decoder as decoding
 from fastbyol.data import loader as loading
+from fastbyol.data import prefetch
 from fastbyol.data.verify import verify
 from fastbyol.errors import UsageError
 
 SIZE = 16
-# The issue with a hang is the user who waits; all of it takes a fraction of a second. The child's own time.
+# Seconds of the child's own time: a user would wait no longer. All of it takes a fraction of one.
 HANG_S = 10.0
-# Importing and compiling, six seconds alone, on a machine that does other things too.
+# Importing and compiling: six seconds alone, more on a busy machine.
 START_S = 900.0
 PER_CHILD = 500
 Delivered = tuple[NDArray[np.uint8], list[int] | None]
@@ -39,7 +40,7 @@ Delivered = tuple[NDArray[np.uint8], list[int] | None]
 
 @dataclass(frozen=True)
 class Fault:
-    """A mutation that was not answered as it must be."""
+    """A mutation with a wrong answer."""
 
     number: int
     kind: str
@@ -49,9 +50,10 @@ class Fault:
 def work(
     source: str, bases: list[Base], numbers: Sequence[int], folder: Path, pipe: Connection, *, decoder: str = "auto"
 ) -> None:
-    """A child's life: for each number damage a base, read it by every way, send (number, kind, outcome)."""
+    """For each number damage a base, read it by every way and send (number, kind, outcome)."""
     chosen = decoding.choose(decoder)
     decoding.choose = lambda _: chosen
+    prefetch.STALL_S = START_S
     make = {"files": mutated, "manifests": mutated_manifest}[source]
     whole: dict[str, Delivered] = {}
     for base in bases:
@@ -67,7 +69,7 @@ def work(
 
 
 def outcome(path: Path, data: bytes, base: Base, whole: Delivered, number: int) -> str:
-    """``refused``, ``the same``, ``as it says``, or what was wrong, with a capital letter."""
+    """Return ``refused``, ``the same``, ``as it says``, or what was wrong, capitalised."""
     answers = {_answer(way, path, data, base, whole) for way in (lambda: resident(path), lambda: streamed(path, number))}
     checked = (
         _command(path) if number % 8 == 0 else _answer(lambda: verify(path, deep=True).demand_whole(), path, data, base, whole)
@@ -77,7 +79,8 @@ def outcome(path: Path, data: bytes, base: Base, whole: Delivered, number: int) 
     answer = answers.pop()
     if base.sealed and answer == "as it says":
         return "Sealed, and yet other data was delivered"
-    # A whole file may hold damage where no sample lies, but what a reader refuses must not be verified.
+    # A whole file may hold damage where no sample lies, but what a reader refuses must not be
+    # verified.
     if checked not in ("refused", "") or (answer == "refused") != (checked == "refused"):
         return f"Verify says {checked!r} where reading was {answer}" if checked in ("refused", "") else checked
     return answer
@@ -95,16 +98,16 @@ def _answer(way: Callable[[], object], path: Path, data: bytes, base: Base, whol
 
 
 def judged(delivered: object, data: bytes, base: Base, whole: Delivered) -> str:
-    """Whether the data are those of the good file, or else those that the damaged file's own bytes say."""
+    """Compare the data with the good file, or else with the damaged file's own bytes."""
     images, labels = delivered  # type: ignore[misc]
     if images.shape == whole[0].shape and (images == whole[0]).all() and labels == whole[1]:
         return "the same"
     try:
-        told = said(data)
-        wanted = told.decoded(SIZE, exact=decoding.choose("auto") == "torchvision")
+        content = read_by_hand(data)
+        wanted = content.decoded(SIZE, exact=decoding.choose("auto") == "torchvision")
     except Exception as error:
         return f"Delivered what cannot be read by hand ({type(error).__name__}: {error})"
-    if wanted.shape != images.shape or told.labels != labels:
+    if wanted.shape != images.shape or content.labels != labels:
         return "Other labels, sizes or number than the file says"
     return "as it says" if (wanted == images).all() else "Other pixels than the file says"
 
@@ -115,19 +118,17 @@ def resident(path: Path) -> Delivered:
 
 
 def streamed(path: Path, number: int) -> Delivered:
-    """One epoch in batches, put into file order. Odd numbers read from the file instead of memory."""
+    """Read an epoch in batches and sort it; odd numbers stream from the file."""
     before = loading._fits_in_memory
     if number % 2:
         loading._fits_in_memory = lambda info, size: False
     try:
-        with loading.open_loader(
-            path, batch_size=1, seed=0, device="cpu", cache="none", workers=1, size=SIZE, stall_s=START_S
-        ) as batches:
-            found = {int(ids[0]): images[0].numpy() for images, ids in batches.epoch(0)}
-            labels = batches._decoder.labels()  # type: ignore[attr-defined]
+        with loading.open_loader(path, batch_size=1, seed=0, device="cpu", cache="none", workers=1, size=SIZE) as batches:
+            by_id = {int(ids[0]): images[0].numpy() for images, ids in batches.epoch(0)}
+            labels = batches._decoder.info.labels  # type: ignore[attr-defined]
     finally:
         loading._fits_in_memory = before
-    return np.stack([found[k] for k in range(len(found))]), None if labels is None else labels.tolist()
+    return np.stack([by_id[k] for k in range(len(by_id))]), None if labels is None else labels.tolist()
 
 
 def _verified(path: Path) -> None:
@@ -135,7 +136,7 @@ def _verified(path: Path) -> None:
 
 
 def command(*arguments: str) -> tuple[object, list[str]] | str:
-    """``fastbyol`` with ``arguments``: its exit code and lines on standard error, or what was wrong, with a capital letter."""
+    """Run ``fastbyol``; return its exit code and lines on standard error, or what was wrong."""
     out, err, before = io.StringIO(), io.StringIO(), sys.argv
     sys.argv = ["fastbyol", *arguments]
     try:
@@ -151,12 +152,12 @@ def command(*arguments: str) -> tuple[object, list[str]] | str:
 
 
 def is_refusal(code: object, lines: list[str]) -> bool:
-    """Whether a command ended by exit code 2 and one line."""
+    """Return whether a command ended with exit code 2 and one line."""
     return code == 2 and len(lines) == 1 and lines[0].startswith("fastbyol: error: ")
 
 
 def _command(path: Path) -> str:
-    """``fastbyol data verify --deep``: exit code 0, or 2 and one line."""
+    """Run ``fastbyol data verify --deep``, which must exit with 0, or with 2 and one line."""
     ended = command("data", "verify", str(path), "--deep")
     if isinstance(ended, str):
         return ended
@@ -169,9 +170,9 @@ def _command(path: Path) -> str:
 def run(
     source: str, bases: list[Any], numbers: Sequence[int], target: Callable[..., None] = work, hang_s: float = HANG_S
 ) -> tuple[Counter[tuple[str, str]], list[Fault]]:
-    """Counts by (kind of damage, outcome), and the faults. A death or a hang costs its number, no other.
+    """Count (kind of damage, outcome) and list the faults; a death or hang costs its number only.
 
-    ``target`` is a child's life, ``bases`` what it takes, ``hang_s`` what it may take for one number.
+    ``target`` is a child's function, ``bases`` its argument, ``hang_s`` its limit for a number.
     """
     counts: Counter[tuple[str, str]] = Counter()
     faults: list[Fault] = []

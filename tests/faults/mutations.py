@@ -1,7 +1,7 @@
-"""Damaged betons by number: kind and place of the damage are functions of a seed. And what a beton says, read by hand.
+"""Damaged betons by number, kind and place by seed, and a reader of betons by hand.
 
-Written from the description of the format alone, so that it knows nothing of the code it tests. ``Said`` is the oracle: a file
-that is accepted must deliver exactly what its bytes say, and where a manifest seals it, what was written.
+Written from the format's description alone. ``Content`` is the oracle: an accepted file must
+deliver what its bytes say, and a sealed one what was written.
 """
 
 from __future__ import annotations
@@ -27,7 +27,10 @@ MEMBERS = {0: (8, 8), 1: (8, 8), 2: (13, 1), 3: (16, 1), 4: (8, 8), 5: (16, 1), 
 
 @dataclass(frozen=True)
 class Base:
-    """A good file. ``start``: its pages begin; ``table``: its allocation table begins, bytes. ``sealed``: it has a manifest."""
+    """A good file with the bytes where pages (``start``) and allocation ``table`` begin.
+
+    ``sealed`` files have a manifest.
+    """
 
     name: str
     data: bytes
@@ -59,18 +62,18 @@ class Base:
 
     @property
     def regions(self) -> NDArray[np.uint64]:
-        """(n, 3): sample, pointer, size."""
+        """Return (n, 3): sample, pointer, size."""
         return np.frombuffer(self.data[self.table :], "<u8").reshape(-1, 3)
 
     @property
     def manifest(self) -> int:
-        """Where the manifest begins; the table's place if there is none."""
+        """Return the manifest's offset, or the table's without one."""
         used = int((self.regions[:, 1] + self.regions[:, 2]).max()) - self.start
         return self.start + -(-used // PAGE) * PAGE
 
 
 def row_layout(types: list[int]) -> tuple[list[int], int]:
-    """Offsets of the members in a row, and its bytes: C's alignment."""
+    """Return the members' offsets in a row, and its bytes, by C's alignment."""
     offsets, at, widest = [], 0, 1
     for kind in types:
         size, alignment = MEMBERS[kind]
@@ -81,7 +84,7 @@ def row_layout(types: list[int]) -> tuple[list[int], int]:
 
 
 def wide(rng: Rng, data: bytes) -> int:
-    """A number that parsers stumble over."""
+    """Return a number that parsers stumble over."""
     near = [0, 1, 2, 3, 7, 24, 255, 1 << 15, (1 << 16) - 1, 1 << 20, PAGE - 1, PAGE, PAGE + 1, 2 * PAGE, 1 << 31, (1 << 32) - 1]
     far = [1 << 40, (1 << 63) - 1, 1 << 63, (1 << 64) - 1, (1 << 64) - 8, len(data), len(data) - 1, len(data) + 1]
     return int(rng.choice(np.array(near + far, np.uint64)))
@@ -92,7 +95,7 @@ def put(data: bytearray, at: int, value: int, size: int) -> None:
 
 
 def flip_structure(base: Base, data: bytearray, rng: Rng) -> None:
-    """One to four bits of header, descriptors' used bytes, rows or table."""
+    """Flip one to four bits of header, used descriptor bytes, rows or table."""
     head = [k for k in range(base.rows + base.samples * row_layout(base.types)[1]) if k < HEADER or data[k]]
     places = [*head, *range(base.table, len(data))]
     for at in rng.choice(places, int(rng.integers(1, 5))).tolist():
@@ -100,7 +103,7 @@ def flip_structure(base: Base, data: bytearray, rng: Rng) -> None:
 
 
 def flip_payload(base: Base, data: bytearray, rng: Rng) -> None:
-    """One to four bits of samples' regions."""
+    """Flip one to four bits of samples' regions."""
     for _ in range(int(rng.integers(1, 5))):
         _, start, size = (int(v) for v in base.regions[rng.integers(len(base.regions))])
         data[start + int(rng.integers(size))] ^= 1 << int(rng.integers(8))
@@ -112,7 +115,7 @@ def flip_anywhere(base: Base, data: bytearray, rng: Rng) -> None:
 
 
 def overwrite(base: Base, data: bytearray, rng: Rng) -> None:
-    """A run of noise, half of them where samples lie."""
+    """Overwrite a run with noise, half of the time where samples lie."""
     at = int(rng.integers(len(data)))
     if rng.integers(2):
         at = int(base.regions[rng.integers(len(base.regions)), 1])
@@ -121,7 +124,7 @@ def overwrite(base: Base, data: bytearray, rng: Rng) -> None:
 
 
 def lose_blocks(base: Base, data: bytearray, rng: Rng) -> None:
-    """Blocks of 4 KiB that never reached the disk: zeros."""
+    """Zero blocks of 4 KiB, as if they never reached the disk."""
     block = int(rng.integers(-(-len(data) // 4096)))
     if rng.integers(2):
         block = int(base.regions[rng.integers(len(base.regions)), 1]) // 4096
@@ -149,7 +152,7 @@ def header_value(base: Base, data: bytearray, rng: Rng) -> None:
 
 
 def row_value(base: Base, data: bytearray, rng: Rng) -> None:
-    """A huge or odd number in a member of a sample's row."""
+    """Put a huge or odd number into a member of a sample's row."""
     offsets, row = row_layout(base.types)
     k = int(rng.integers(base.num_fields))
     parts = {2: ((0, 1), (1, 2), (3, 2), (5, 8)), 3: ((0, 8), (8, 8)), 5: ((0, 8), (8, 8))}.get(base.types[k], ((0, 8),))
@@ -176,19 +179,19 @@ def _move(base: Base, data: bytearray, region: int, to: int) -> None:
 
 
 def overlap(base: Base, data: bytearray, rng: Rng) -> None:
-    """Two samples share bytes, wholly or in part; row and table agree on it."""
+    """Let two samples share bytes; row and table agree on it."""
     one, other = (int(v) for v in rng.integers(len(base.regions), size=2))
     _move(base, data, one, int(base.regions[other, 1]) + int(rng.choice([0, 0, 1, 3, int(base.regions[other, 2]) - 1])))
 
 
 def point_at_manifest(base: Base, data: bytearray, rng: Rng) -> None:
-    """A region in the manifest's pages, in the head of the file, in the table or behind the end."""
+    """Put a region into the manifest, the head, the table or behind the end."""
     to = (base.manifest, base.table - 100, base.table, 0, base.rows, len(data) - 10, len(data) + PAGE)[rng.integers(7)]
     _move(base, data, int(rng.integers(len(base.regions))), int(to))
 
 
 def swap_samples(base: Base, data: bytearray, rng: Rng) -> None:
-    """Rows, table entries or the data of two samples in each other's place."""
+    """Exchange rows, table entries or data of two samples."""
     kind, row = int(rng.integers(3)), row_layout(base.types)[1]
     i, j = (int(v) for v in rng.choice(base.samples, 2, replace=False))
     if kind == 0:
@@ -202,7 +205,7 @@ def swap_samples(base: Base, data: bytearray, rng: Rng) -> None:
 
 
 def layout(base: Base, data: bytearray, rng: Rng) -> None:
-    """Descriptors that speak of other fields: another type, name or arguments, two exchanged, one more or less."""
+    """Change descriptors: another type, name or arguments, two exchanged, one more or less."""
     k = HEADER + DESCRIPTOR * int(rng.integers(base.num_fields))
     match int(rng.integers(5)):
         case 0:
@@ -222,7 +225,7 @@ def layout(base: Base, data: bytearray, rng: Rng) -> None:
 
 
 def replace_whole(base: Base, data: bytearray, rng: Rng) -> None:
-    """No beton at all."""
+    """Replace the file by something that is no beton."""
     size = int(2 ** rng.uniform(0, 20))
     picture = io.BytesIO()
     Image.new("RGB", (64, 64)).save(picture, "PNG")
@@ -251,7 +254,7 @@ KINDS: tuple[Callable[[Base, bytearray, Rng], None], ...] = (
 
 
 def splice(base: Base, other: Base, data: bytearray, rng: Rng) -> None:
-    """Parts of another file: its header, head, rows, a page, its end or its table."""
+    """Insert a part of another file: header, head, rows, a page, end or table."""
     match int(rng.integers(5)):
         case 0:
             data[:HEADER] = other.data[:HEADER]
@@ -267,7 +270,7 @@ def splice(base: Base, other: Base, data: bytearray, rng: Rng) -> None:
 
 
 def mutated(bases: list[Base], seed: int) -> tuple[Base, str, bytes]:
-    """Mutation ``seed``: the base it damages, the kinds of damage, the damaged bytes. Every ninth is damaged twice."""
+    """Return mutation ``seed``: base, kinds of damage, bytes. Every ninth is damaged twice."""
     rng = np.random.default_rng([6, seed])
     base = bases[seed % len(bases)]
     data, names = bytearray(base.data), []
@@ -288,7 +291,7 @@ def mutated(bases: list[Base], seed: int) -> tuple[Base, str, bytes]:
 
 
 def mutated_manifest(bases: list[Base], seed: int) -> tuple[Base, str, bytes]:
-    """Mutation ``seed`` of the manifest's pages alone; ``bases`` are sealed."""
+    """Return mutation ``seed`` of the manifest's pages alone; ``bases`` are sealed."""
     rng = np.random.default_rng([7, seed])
     base = bases[seed % len(bases)]
     data = bytearray(base.data)
@@ -323,24 +326,24 @@ def mutated_manifest(bases: list[Base], seed: int) -> tuple[Base, str, bytes]:
 
 
 @dataclass(frozen=True)
-class Said:
-    """What a file says by its bytes: image data of each sample as (mode, height, width, bytes), and labels or None."""
+class Content:
+    """A file's content by its bytes: (mode, height, width, bytes) a sample, and labels or None."""
 
     images: list[tuple[int, int, int, bytes]]
     labels: list[int] | None
 
     def decoded(self, size: int, *, exact: bool = False) -> NDArray[np.uint8]:
-        """uint8 (N, H, W, 3): as stored where all have one size, else the centre square scaled to ``size``.
+        """Return uint8 (N, H, W, 3), stored or as the centre square scaled to ``size``.
 
-        ``exact``: JPEG by the slow transform, torchvision's, instead of FFCV's fast one.
+        ``exact``: JPEG by torchvision's slow transform instead of FFCV's fast one.
         """
         same = len({(height, width) for _, height, width, _ in self.images}) == 1
         pictures = [_pixels(*image, exact) for image in self.images]
         return np.stack(pictures if same else [_square(picture, size) for picture in pictures])
 
 
-def said(data: bytes) -> Said:
-    """Read a file that keeps to the format. Anything may be raised for one that does not."""
+def read_by_hand(data: bytes) -> Content:
+    """Read a file that keeps to the format. Any exception may come of one that does not."""
     _, num_fields, _, samples, table = struct.unpack_from("<HHIQQ", data)
     types = [data[HEADER + k * DESCRIPTOR] for k in range(num_fields)]
     names = [data[HEADER + k * DESCRIPTOR + 1 :][:16].rstrip(b"\0") for k in range(num_fields)]
@@ -356,7 +359,7 @@ def said(data: bytes) -> Said:
         images.append((mode, height, width, data[ptr : ptr + sizes[ptr]]))
         if labels is not None and chosen is not None:
             labels.append(struct.unpack_from("<q", data, at + offsets[chosen])[0])
-    return Said(images, labels)
+    return Content(images, labels)
 
 
 def _pixels(mode: int, height: int, width: int, data: bytes, exact: bool) -> NDArray[np.uint8]:

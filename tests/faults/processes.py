@@ -1,11 +1,8 @@
-"""Which processes are there, as Linux writes them below /proc. One that ended and waits for its parent to look is not.
+"""Processes of tests, as Linux lists them below /proc (zombies aside), and their end with the test.
 
-What a test starts ends with it. ``own`` marks the process that runs tests: whatever is started from then on, by it or by its
-children, in any session, carries the mark in its environment, and what is forked of it dies by the kernel's hand. When the
-process dies, of whatever signal, a guard that lives outside of it kills all that carry its mark; when a test fails,
-``end_started_since`` does so at once. The mark is a folder's name, which the guard deletes.
-
-    python processes.py PROCESS MARK        is that guard
+Whatever the marked process or its children start carries the mark, a folder's name, in its
+environment, and its forks die with it. When it dies, a guard kills all that carry the mark.
+``python processes.py PROCESS MARK`` is that guard.
 """
 
 from __future__ import annotations
@@ -24,21 +21,25 @@ from collections.abc import Callable
 from pathlib import Path
 
 VARIABLE = "FASTBYOL_TESTS"
-# What Python starts for all tests of a process, whichever was the first to need it. The tracker ends by itself when nobody is
-# left, having removed what they left in /dev/shm. The server's children look like the server.
+# Python starts these for all tests of a process. The tracker ends by itself after its last user and
+# cleans /dev/shm. The server's children look like the server.
 TRACKER, SERVER = b"multiprocessing.resource_tracker", b"multiprocessing.forkserver"
 PRCTL = ctypes.CDLL(None).prctl
 
 
 def own() -> Path:
-    """Mark this process and start its guard; the mark. A worker of pytest-xdist has its own below its master's."""
+    """Mark this process, start its guard and return the mark.
+
+    A worker of pytest-xdist has its own mark below its master's.
+    """
     mark = tempfile.mkdtemp(prefix="fastbyol-tests-", dir=os.environ.get(VARIABLE))
     os.environ[VARIABLE] = mark
     # A forked child has the environment that its parent was started with.
     os.register_at_fork(after_in_child=_die_with_parent)
     guard = [sys.executable, "-I", "-S", __file__, str(os.getpid()), mark]
     away = [(os.POSIX_SPAWN_OPEN, number, os.devnull, os.O_RDWR, 0) for number in range(3)]
-    # Not a Popen, which complains when it is forgotten while its process runs: the guard outlives this process.
+    # Not a Popen, which complains when it is forgotten while its process runs: the guard outlives
+    # this process.
     _guards.append(str(os.posix_spawn(sys.executable, guard, os.environ, file_actions=away, setsid=True)))
     return Path(mark)
 
@@ -47,12 +48,12 @@ _guards: list[str] = []
 
 
 def now() -> float:
-    """Seconds since the machine started, which is how Linux notes when a process did."""
+    """Return seconds since the machine started, Linux's unit for a process's start."""
     return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
 def end_started_since(began: float) -> list[str]:
-    """Kill what this process and its children have started since, but for Python's own; their numbers."""
+    """Kill what this process and its children started since, but for Python's own; return ids."""
     for child in multiprocessing.active_children():
         child.kill()
         child.join()
@@ -60,8 +61,8 @@ def end_started_since(began: float) -> list[str]:
 
 
 def marked(mark: str, since: float = 0.0) -> list[str]:
-    """Processes that carry the mark or one that continues it, or are this one's children, not older than ``since``."""
-    whole, found = f"{VARIABLE}={mark}".encode(), []
+    """Return processes with the mark or a longer one, or this one's children, since ``since``."""
+    whole, matches = f"{VARIABLE}={mark}".encode(), []
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
             variables = (folder / "environ").read_bytes().split(b"\0")
@@ -74,21 +75,21 @@ def marked(mark: str, since: float = 0.0) -> list[str]:
             command = (folder / "cmdline").read_bytes()
             spared = TRACKER in command or (since and SERVER in command)
             if ours and begun >= since and fields[0] not in "ZX" and not spared:
-                found.append(folder.name)
-    return found
+                matches.append(folder.name)
+    return matches
 
 
 def _end(find: Callable[[], list[str]]) -> list[str]:
-    """Kill what ``find`` finds until it finds nothing: one of them may have been starting another."""
+    """Kill what ``find`` finds until it finds nothing: one may have been starting another."""
     ended: list[str] = []
     for _ in range(1000):
-        found = [process for process in find() if process != str(os.getpid())]
-        if not found:
+        matches = [process for process in find() if process != str(os.getpid())]
+        if not matches:
             break
-        for process in found:
+        for process in matches:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.kill(int(process), signal.SIGKILL)
-        ended += [process for process in found if process not in ended]
+        ended += [process for process in matches if process not in ended]
         time.sleep(0.01)
     return ended
 
@@ -110,26 +111,26 @@ def _guard(process: int, mark: str) -> None:
 
 
 def runs(process: int | str) -> bool:
-    """Whether the process has not ended."""
+    """Return whether the process has not ended."""
     return bool(_state_and_group(Path(f"/proc/{process}/stat")))
 
 
 def left(group: int, within_s: float) -> list[str]:
-    """Number and command of each process of a group that is still there after ``within_s`` seconds; none as soon as none is."""
+    """Return ids and commands of a group's processes still there after ``within_s`` seconds."""
     until = time.monotonic() + within_s
-    while (found := of_group(group)) and time.monotonic() < until:
+    while (matches := of_group(group)) and time.monotonic() < until:
         time.sleep(0.02)
-    return found
+    return matches
 
 
 def of_group(group: int) -> list[str]:
-    """Number and command of each process of a group."""
-    found = []
+    """Return id and command of each process of a group."""
+    matches = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         if _state_and_group(stat)[1:] == [str(group)]:
             with contextlib.suppress(OSError):
-                found.append(f"{stat.parent.name} {(stat.parent / 'cmdline').read_text()}")
-    return found
+                matches.append(f"{stat.parent.name} {(stat.parent / 'cmdline').read_text()}")
+    return matches
 
 
 def _state_and_group(stat: Path) -> list[str]:

@@ -1,6 +1,6 @@
-"""Damaged sources by number: a small data set of every kind, and what happens to one of its files. All is a function of a seed.
+"""Damaged sources by number: a small data set of every kind, with one file damaged by seed.
 
-A base is names and bytes of files, so that it can be written anywhere; a mutation changes bytes, or what lies under a name.
+A base is names and bytes of files; a mutation changes bytes, or what lies under a name.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Rng = np.random.Generator
 
 @dataclass(frozen=True)
 class Base:
-    """A good source: its files by name, what to open of them, and with what options."""
+    """A good source: its files by name, the path to open, and options."""
 
     name: str
     files: dict[str, bytes]
@@ -37,47 +37,43 @@ class Base:
 
 
 def bases(folder: Path) -> list[Base]:
-    """One of every kind and form, written below ``folder``."""
+    """Return one of every kind and form, written below ``folder``."""
     made = []
 
     def add(name: str, write: Callable[[Path], object], at: str = ".", without: str = "", **options: Any) -> None:
-        place = folder / name
-        place.mkdir(parents=True)
-        write(place)
-        paths = [path for path in sorted(place.rglob("*")) if path.is_file() and not (without and re.match(without, path.name))]
-        files = {str(path.relative_to(place)): path.read_bytes() for path in paths}
+        to = folder / name
+        to.mkdir(parents=True)
+        write(to)
+        paths = [path for path in sorted(to.rglob("*")) if path.is_file() and not (without and re.match(without, path.name))]
+        files = {str(path.relative_to(to)): path.read_bytes() for path in paths}
         made.append(Base(name, files, at, options))
 
-    add("npz", lambda place: source_files.npz(place / "a.npz", count=12), "a.npz")
+    add("npz", lambda to: source_files.npz(to / "a.npz", count=12), "a.npz")
     add("npz of texts", _texts, "a.npz")
     add("npz of splits", _medical, "a.npz", split="test")
     add("npy", _arrays)
-    add("npy in Fortran's order", lambda place: np.save(place / "x.npy", np.asfortranarray(_images(9))), "x.npy")
-    add("cifar10", lambda place: source_files.cifar10(place, per_batch=3, test=3))
-    add("cifar100", lambda place: source_files.cifar100(place, train=5, test=5), without="train", split="test")
-    add("cifar10 binary", lambda place: source_files.cifar_binary(place, count=3))
-    add("cifar100 binary", lambda place: source_files.cifar_binary(place, classes=100, count=5), without="test")
-    add("cifar100 matlab", lambda place: source_files.cifar_matlab(place, classes=100, count=4), without="test")
-    add("stl10", lambda place: source_files.stl10(place, train=6, test=1, unlabeled=3), without="test", split="train+unlabeled")
-    add("stl10 fold", lambda place: source_files.stl10(place, train=7, test=1, unlabeled=1), without="test|unlab", fold=3)
+    add("npy in Fortran's order", lambda to: np.save(to / "x.npy", np.asfortranarray(_images(9))), "x.npy")
+    add("cifar10", lambda to: source_files.cifar10(to, per_batch=3, test=3))
+    add("cifar100", lambda to: source_files.cifar100(to, train=5, test=5), without="train", split="test")
+    add("cifar10 binary", lambda to: source_files.cifar_binary(to, count=3))
+    add("cifar100 binary", lambda to: source_files.cifar_binary(to, classes=100, count=5), without="test")
+    add("cifar100 matlab", lambda to: source_files.cifar_matlab(to, classes=100, count=4), without="test")
     add(
-        "stl10 matlab",
-        lambda place: source_files.stl10_matlab(place, train=6, test=1, unlabeled=1),
-        without="test|unlab",
-        fold=2,
+        "stl10",
+        lambda to: source_files.stl10(to, train=6, test=1, unlabeled=3),
+        without="test",
+        split="train+unlabeled",
     )
-    add(
-        "stl10 hdf5",
-        lambda place: source_files.stl10_matlab(place, train=5, test=1, unlabeled=3),
-        without="test|train",
-        split="unlabeled",
-    )
-    add("svhn", lambda place: source_files.svhn(place, train=5, test=4), without="test")
-    add("idx", lambda place: source_files.idx(place, train=6, test=5, packed=False))
-    add("idx packed", lambda place: source_files.idx(place, train=6, test=5), without="train", split="test")
-    add("classes", lambda place: source_files.class_folders(place, per_class=3))
+    add("stl10 fold", lambda to: source_files.stl10(to, train=7, test=1, unlabeled=1), without="test|unlab", fold=3)
+    stl10 = source_files.stl10_matlab
+    add("stl10 matlab", lambda to: stl10(to, train=6, test=1, unlabeled=1), without="test|unlab", fold=2)
+    add("stl10 hdf5", lambda to: stl10(to, train=5, test=1, unlabeled=3), without="test|train", split="unlabeled")
+    add("svhn", lambda to: source_files.svhn(to, train=5, test=4), without="test")
+    add("idx", lambda to: source_files.idx(to, train=6, test=5, packed=False))
+    add("idx packed", lambda to: source_files.idx(to, train=6, test=5), without="train", split="test")
+    add("classes", lambda to: source_files.class_folders(to, per_class=3))
     add("classes of splits", _splits, split="val")
-    add("odd pictures", lambda place: source_files.odd_pictures(place / "odd"), "odd")
+    add("odd pictures", lambda to: source_files.odd_pictures(to / "odd"), "odd")
     add("pictures of every format", _formats)
     return made
 
@@ -86,54 +82,54 @@ def _images(count: int) -> source_files.Images:
     return source_files.random_images(count, 14, 12, 1)
 
 
-def _texts(place: Path) -> None:
+def _texts(to: Path) -> None:
     labels = np.array([("cat", "dog", "ünï")[k % 3] for k in range(12)])
-    np.savez(place / "a.npz", images=source_files.random_images(12, 16, 16), labels=labels)
+    np.savez(to / "a.npz", images=source_files.random_images(12, 16, 16), labels=labels)
 
 
-def _medical(place: Path) -> None:
+def _medical(to: Path) -> None:
     arrays = {}
     for split, count in (("train", 5), ("val", 2), ("test", 4)):
         arrays |= {f"{split}_images": _images(count), f"{split}_labels": np.arange(count, dtype=np.uint8)[:, None]}
-    np.savez(place / "a.npz", **arrays)
+    np.savez(to / "a.npz", **arrays)
 
 
-def _arrays(place: Path) -> None:
+def _arrays(to: Path) -> None:
     for split, count in (("train", 5), ("test", 4)):
-        np.save(place / f"X_{split}.npy", _images(count))
-        np.save(place / f"y_{split}.npy", np.arange(count) * 10**6)
+        np.save(to / f"X_{split}.npy", _images(count))
+        np.save(to / f"y_{split}.npy", np.arange(count) * 10**6)
 
 
-def _splits(place: Path) -> None:
+def _splits(to: Path) -> None:
     for split in ("train", "val"):
-        source_files.class_folders(place / split, per_class=2)
+        source_files.class_folders(to / split, per_class=2)
 
 
-def _formats(place: Path) -> None:
+def _formats(to: Path) -> None:
     picture = Image.fromarray(source_files.random_images(1, 30, 40, 2)[0])
     for name in ("a.png", "b.jpg", "c.tif", "d.gif", "e.bmp", "f.webp", "g.ppm", "h.tga", "i.jp2", "j.avif", "k.dib", "l.pbm"):
-        (picture.convert("1") if name == "l.pbm" else picture).save(place / name)
+        (picture.convert("1") if name == "l.pbm" else picture).save(to / name)
     for name, how in (("m.tif", "tiff_lzw"), ("n.tif", "jpeg"), ("o.tif", "tiff_deflate"), ("p.tif", "packbits")):
-        picture.save(place / name, compression=how)
-    picture.save(place / "q.jpg", progressive=True)
-    picture.convert("P").save(place / "r.gif", save_all=True, append_images=[picture.convert("P").rotate(90)])
+        picture.save(to / name, compression=how)
+    picture.save(to / "q.jpg", progressive=True)
+    picture.convert("P").save(to / "r.gif", save_all=True, append_images=[picture.convert("P").rotate(90)])
 
 
 def wide(rng: Rng) -> int:
-    """A number that parsers stumble over."""
+    """Return a number that parsers stumble over."""
     near = [0, 1, 2, 3, 4, 255, 256, 10_000, (1 << 15) - 1, 1 << 15, (1 << 16) - 1, 1 << 20, 1 << 24, (1 << 31) - 1, 1 << 31]
     return int(rng.choice(np.array([*near, (1 << 32) - 1, 1 << 32, 1 << 40, (1 << 63) - 1, 1 << 63, (1 << 64) - 1], np.uint64)))
 
 
 def put(data: bytearray, at: int, rng: Rng) -> None:
-    """A wide number of 1, 2, 4 or 8 bytes, in either order."""
+    """Put a wide number of 1, 2, 4 or 8 bytes, in either order."""
     size = int(rng.choice([1, 2, 4, 4, 8]))
     number = (wide(rng) & ((1 << 8 * size) - 1)).to_bytes(size, "little" if rng.integers(2) else "big")
     data[at : at + size] = number
 
 
 def flip_head(data: bytearray, rng: Rng) -> None:
-    """One to four bits of the first bytes."""
+    """Flip one to four bits of the first bytes."""
     for _ in range(int(rng.integers(1, 5))):
         data[int(rng.integers(min(len(data), 200)))] ^= 1 << int(rng.integers(8))
 
@@ -152,7 +148,7 @@ def enlarge_anywhere(data: bytearray, rng: Rng) -> None:
 
 
 def enlarge_marked(data: bytearray, rng: Rng) -> None:
-    """A number behind one of the marks that formats have: zip's, PNG's, TIFF's, JPEG's, pickle's, HDF5's."""
+    """Change a number behind a mark of zip, PNG, TIFF, JPEG, pickle or HDF5."""
     marks = rb"IHDR|IDAT|\xff\xc0|\xff\xc2|\xff\xda|II\*\0|RIFF|VP8|ihdr|ispe|FRHP|TREE|SNOD|HEAP|[TXBrj]"
     marks += rb"|PK\x01\x02|PK\x03\x04|PK\x05\x06"
     places = [match.end() for match in re.finditer(marks, bytes(data[:100_000]), re.DOTALL)]
@@ -162,9 +158,9 @@ def enlarge_marked(data: bytearray, rng: Rng) -> None:
 
 
 def other_digits(data: bytearray, rng: Rng) -> None:
-    """A number in letters: a shape in npy's head, a size in PPM's, the index of a fold."""
-    found = list(re.finditer(rb"\d+", bytes(data[:4000])))
-    match = found[int(rng.integers(len(found)))]
+    """Change a number in letters: npy's shape, PPM's size, a fold's index."""
+    hits = list(re.finditer(rb"\d+", bytes(data[:4000])))
+    match = hits[int(rng.integers(len(hits)))]
     data[match.start() : match.end()] = str(wide(rng) - int(rng.integers(2)) * wide(rng)).encode()
 
 
@@ -190,7 +186,7 @@ def grow(data: bytearray, rng: Rng) -> None:
 
 
 def drop(data: bytearray, rng: Rng) -> None:
-    """Bytes taken out, so that all behind them moves."""
+    """Drop bytes, so that all behind them moves."""
     at = int(rng.integers(len(data)))
     del data[at : at + int(rng.integers(1, 20))]
 
@@ -202,7 +198,7 @@ BYTES = (
 
 
 def inside(name: str, data: bytes, change: Callable[[bytearray, Rng], None], rng: Rng) -> bytes:
-    """The file with what it holds compressed or checked changed, and packed again, so that its checksums agree."""
+    """Change compressed or checked content and pack it again with right checksums."""
     if name.endswith(".gz"):
         return gzip.compress(_changed(gzip.decompress(data), change, rng))
     if name.endswith(".npz"):
@@ -230,7 +226,7 @@ def inside(name: str, data: bytes, change: Callable[[bytearray, Rng], None], rng
 
 
 def _changed(data: bytes, change: Callable[[bytearray, Rng], None], rng: Rng) -> bytes:
-    """``data`` after ``change``, or as it was where there is nothing to change."""
+    """Return ``data`` after ``change``, or unchanged where there is nothing to change."""
     new = bytearray(data)
     try:
         change(new, rng)
@@ -240,7 +236,7 @@ def _changed(data: bytes, change: Callable[[bytearray, Rng], None], rng: Rng) ->
 
 
 def put_special(path: Path, rng: Rng) -> str:
-    """Something else under the file's name; returns what."""
+    """Put something else under the file's name; return its kind."""
     kind = str(rng.choice(["pipe", "folder", "loop", "dangling", "device", "parent", "absent", "empty", "renamed"]))
     content = path.read_bytes()
     path.unlink()
@@ -265,10 +261,10 @@ def put_special(path: Path, rng: Rng) -> str:
     return kind
 
 
-def mutate(known: list[Base], number: int, folder: Path) -> tuple[Base, str]:
-    """Write mutation ``number`` below ``folder``, which is empty; returns its base and what was done."""
+def mutate(stated: list[Base], number: int, folder: Path) -> tuple[Base, str]:
+    """Write mutation ``number`` below the empty ``folder``; return its base and the change."""
     rng = np.random.default_rng([9, number])
-    base = known[number % len(known)]
+    base = stated[number % len(stated)]
     for name, content in base.files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(content)
@@ -282,7 +278,7 @@ def mutate(known: list[Base], number: int, folder: Path) -> tuple[Base, str]:
             case 0:
                 done.append(put_special(path, rng))
             case 1:
-                other = known[int(rng.integers(len(known)))] if rng.integers(2) else base
+                other = stated[int(rng.integers(len(stated)))] if rng.integers(2) else base
                 content = other.files[str(rng.choice(list(other.files)))]
                 at = int(rng.integers(len(content)))
                 path.write_bytes(content if rng.integers(2) else path.read_bytes()[:at] + content[at:])

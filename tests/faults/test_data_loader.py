@@ -1,4 +1,4 @@
-"""A loader always ends: left early, interrupted, forked, spawned, many times over; and leaves nothing behind."""
+"""A loader always ends, left early, interrupted, forked or spawned, and leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ import torch
 from own_time import OwnTime, ends
 
 import foreign_betons as foreign
-from fastbyol.data.loader import Loader, StreamingLoader, open_loader
+from fastbyol.data.loader import Loader, open_loader
 
 EPOCHS = 300
 SETTLED = 10
@@ -37,28 +37,28 @@ def opened(name: str = "jpg", cache: str = "none", batch_size: int = 32) -> Load
 
 
 def resident_kib() -> int:
-    """Memory of this process that is its own, in KiB: without what it shares with files."""
+    """Return this process's own memory in KiB, without what it shares with files."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
 
 
 def use() -> tuple[int, int]:
-    """Threads of the process (native ones too) and open files."""
+    """Return the numbers of threads, native ones too, and of open files."""
     return len(list(Path("/proc/self/task").iterdir())), len(list(Path("/proc/self/fd").iterdir()))
 
 
 def settled() -> tuple[int, int]:
-    """``use()`` once it stays the same: a joined thread leaves the system's list later, much later on a busy machine."""
-    clock, found = OwnTime(os.getpid()), use()
+    """Return ``use()`` once it is stable: a joined thread may leave the system's list late."""
+    clock, actual = OwnTime(os.getpid()), use()
     while clock.seconds() < SETTLES_S:
         time.sleep(0.005)
-        if (now := use()) != found:
-            clock, found = OwnTime(os.getpid()), now
-    return found
+        if (now := use()) != actual:
+            clock, actual = OwnTime(os.getpid()), now
+    return actual
 
 
 def settles_at(before: tuple[int, int]) -> bool:
-    """Whether threads and files come down to ``before``."""
+    """Return whether threads and files come down to ``before``."""
     deadline = time.monotonic() + rig.PATIENCE_S
     while use() != before and time.monotonic() < deadline:
         time.sleep(0.005)
@@ -66,7 +66,7 @@ def settles_at(before: tuple[int, int]) -> bool:
 
 
 def _many_epochs(cache: str, pipe: object) -> None:
-    """In a process of its own, so that other tests' memory does not count."""
+    """Run in a process whose memory other tests do not touch."""
     with opened(cache=cache) as batches:
         for epoch in range(EPOCHS):
             for _ in batches.epoch(epoch):
@@ -114,7 +114,6 @@ def test_early_breaks_and_exceptions_leave_nothing() -> None:
 
 
 def test_many_loaders_opened_and_dropped() -> None:
-    """Closed or forgotten in mid-epoch."""
     for cache in ("none", "device"):  # torch starts its threads at the first gather and keeps them
         with opened(cache=cache) as batches:
             next(batches.epoch(0))
@@ -130,7 +129,7 @@ def test_many_loaders_opened_and_dropped() -> None:
 
 
 def _consume(loader: Loader | None) -> None:
-    """All ways in a child: a loader of its own, streamed and resident, and one that its parent opened."""
+    """Read in a child: by a loader of its own, streamed and resident, and by its parent's."""
     assert sum(len(batch.ids) for batch in (loader or opened()).epoch(3)) == 192
     for cache in ("none", "device"):
         with opened(cache=cache) as batches:
@@ -160,7 +159,7 @@ with opened() as batches:
 
 
 def test_forked_after_threads_decoded() -> None:
-    """In mid-epoch, with torch's and numba's pools running: neither lives on in a forked child."""
+    """Fork in mid-epoch, after which torch's and numba's pools are dead."""
     foreign.made()
     code = FORKED.format(paths=[str(Path(__file__).parent), str(Path(foreign.__file__).parent), *sys.path])
     environment = os.environ | {"OMP_NUM_THREADS": "2"}
@@ -195,7 +194,7 @@ while True:
 
 @pytest.mark.parametrize("cache", ["none", "device"])
 def test_ctrl_c_at_random_instants(cache: str) -> None:
-    """The process ends by KeyboardInterrupt at once: no thread holds it."""
+    """Expect KeyboardInterrupt at once: no thread holds the process."""
     draw, code = random.Random(cache), LOOP.format(path=str(foreign.made() / "jpg.beton"), cache=cache)
     for _ in range(CTRL_CS // 2):
         child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
@@ -212,6 +211,6 @@ def test_ctrl_c_at_random_instants(cache: str) -> None:
 def test_torchs_threads_stay_as_they_were() -> None:
     setting = torch.get_num_threads()
     with opened() as batches:
-        assert isinstance(batches, StreamingLoader)
+        assert not batches.resident
         list(batches.epoch(0))
         assert torch.get_num_threads() == setting

@@ -1,8 +1,7 @@
-"""Betons damaged in every way: an error of one line, or the data. Never a signal, a hang, or other data without a word.
+"""Betons damaged in every way: an error of one line or the right data, no signal, no hang.
 
-"The data" means: of a sealed file (ours) exactly the images and labels that were written. Of a foreign file, which holds no
-checksum, exactly what its damaged bytes say, read by hand in ``mutations.said`` and, for JPEG, by libturbojpeg. What a damaged
-pixel of a foreign file was before, nobody can know. All of it with FFCV and without.
+A sealed file must deliver what was written, a foreign one what its damaged bytes say
+(``mutations.read_by_hand``, libturbojpeg). All of it with and without FFCV.
 """
 
 from __future__ import annotations
@@ -19,6 +18,7 @@ import run_rig as rig
 from mutations import Base
 
 import foreign_betons as foreign
+from fastbyol.data import beton_write
 from fastbyol.data.beton_write import write
 
 COUNT = 24
@@ -42,12 +42,14 @@ class Pictures:
 
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory: pytest.TempPathFactory) -> list[Base]:
-    """Ours, raw and JPEG, of one size and of several; FFCV's own: raw, JPEG, and with fields of every type."""
+    """Return our files and FFCV's: raw, JPEG, one size, several, fields of every type."""
     folder = tmp_path_factory.mktemp("bases")
     made = []
-    for name, mode, mixed in (("raw", "raw", False), ("jpg", "jpg", False), ("mixed raw", "raw", True)):
-        write(folder / name, Pictures(mixed), labelled=True, mode=mode, workers=1, page_bytes=1 << 21, stall_s=data_rig.START_S)  # type: ignore[arg-type]
-        made.append(Base(f"sealed {name}", (folder / name).read_bytes(), True))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(beton_write, "STALL_S", data_rig.START_S)
+        for name, mode, mixed in (("raw", "raw", False), ("jpg", "jpg", False), ("mixed raw", "raw", True)):
+            write(folder / name, Pictures(mixed), labelled=True, mode=mode, workers=1, page_bytes=1 << 21)  # type: ignore[arg-type]
+            made.append(Base(f"sealed {name}", (folder / name).read_bytes(), True))
     names = ("raw", "jpg", "foreign", "mixed_jpg") if foreign.HAS_FFCV else ("raw", "jpg", "mixed_jpg")
     return made + [Base(f"foreign {name}", _foreign(name), False) for name in names]
 

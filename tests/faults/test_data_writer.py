@@ -1,7 +1,6 @@
-"""A conversion always ends, whatever happens to it: the old file or the new one whole, no process, no shared memory, no litter.
+"""A conversion always ends: the old file or the new one whole, no process, no leftovers.
 
-What a data set can do wrong is in tests/data/test_beton_write.py; here are the machine's faults: kill -9, a full disk, and
-what an overwritten file, a dead worker and a dead parent leave behind.
+These are the machine's faults; a data set's are in tests/data/test_beton_write.py.
 """
 
 from __future__ import annotations
@@ -49,8 +48,8 @@ def start(out: Path, seed: int, count: int = COUNT, **options: object) -> subpro
 
 
 def writers(parent: int | None = None) -> list[int]:
-    """Writing processes alive now, of ``parent``'s or of anybody's conversion: dead ones that nobody collected aside."""
-    found = []
+    """Return living writing processes, of ``parent`` or of anyone."""
+    pids = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             command = (folder / "cmdline").read_bytes().rstrip(b"\0").split(b"\0")
@@ -58,8 +57,8 @@ def writers(parent: int | None = None) -> list[int]:
             continue
         ours = any(b"beton_worker" in part for part in command) and command[-1] == str(parent).encode()
         if ours and processes.runs(folder.name):
-            found.append(int(folder.name))
-    return found
+            pids.append(int(folder.name))
+    return pids
 
 
 def gone(parent: int) -> bool:
@@ -70,11 +69,11 @@ def gone(parent: int) -> bool:
 
 
 def test_killed_at_random_instants(tmp_path: Path) -> None:
-    """Parent or child: under the name lies the old file or the new one, each whole; the next conversion clears up."""
+    """Kill parent or child: the old or the new file is whole, and the next conversion clears up."""
     out, draw, seen = tmp_path / "out.beton", random.Random(0), Counter[str]()
     started = time.monotonic()
     assert start(out, 0).wait(timeout=PATIENCE_S) == 0
-    # As long as a whole one takes, imports too: later there is nobody left to kill.
+    # A whole conversion takes this long, imports included: later no process is left to kill.
     lasts_s = 1.1 * (time.monotonic() - started)
     older = out.read_bytes()
     made = [textures.make(COUNT, SIDE, seed) for seed in (0, 1)]
@@ -85,7 +84,7 @@ def test_killed_at_random_instants(tmp_path: Path) -> None:
         for victim in victims:
             os.kill(victim, signal.SIGKILL)
         code = parent.wait(timeout=PATIENCE_S)
-        assert victims or code == 0  # else nobody would ever be left to kill
+        assert victims or code == 0  # otherwise the loop would not end
         assert gone(parent.pid)
         verdict = verify(out, deep=True)
         verdict.demand_whole()
@@ -105,7 +104,6 @@ def test_killed_at_random_instants(tmp_path: Path) -> None:
 
 
 def test_a_killed_worker(tmp_path: Path) -> None:
-    """An error that says so, within seconds; the old file is as it was."""
     out = tmp_path / "out.beton"
     out.write_bytes(b"older")
     parent = start(out, 1, count=200_000, stderr=subprocess.PIPE)
@@ -123,7 +121,7 @@ def test_a_killed_worker(tmp_path: Path) -> None:
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A disk of 32 MiB."""
+    """Mount a disk of 32 MiB."""
     folder = tmp_path / "disk"
     folder.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=32m", "tmpfs", folder], check=False, capture_output=True)
@@ -135,7 +133,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 @pytest.mark.parametrize("filled", range(19, 31) if rig.FULL else (20, 30))
 def test_a_full_disk(small_disk: Path, filled: int) -> None:
-    """Filled while the conversion runs, so that its own look at the free space comes too early."""
+    """Fill it during the conversion, after its own check of the free space."""
     out = small_disk / "out.beton"
     convert.convert("textures", out, count=100, size=16)
     older = out.read_bytes()
@@ -157,7 +155,7 @@ def test_a_full_disk(small_disk: Path, filled: int) -> None:
 
 
 def test_a_disk_without_room_for_the_checksums(small_disk: Path) -> None:
-    """All samples fit, the manifest's page does not."""
+    """Leave room for all samples but not for the manifest."""
     out = small_disk / "out.beton"
     (small_disk / "filler").write_bytes(bytes(30 << 20))
     with pytest.raises(Exception, match="make room on that disk") as caught:
@@ -180,22 +178,22 @@ def test_a_disk_without_room_for_the_checksums(small_disk: Path) -> None:
 def test_a_conversion_that_is_told_to_end_leaves_nothing(
     number: signal.Signals, delay_s: float, group: bool, tmp_path: Path
 ) -> None:
-    """Whether its process alone is told, or its group, as a terminal or a batch system does."""
+    """Signal the process, or its group as a terminal does."""
     out = tmp_path / "out.beton"
     parent = start(out, 1, count=200_000, stderr=subprocess.PIPE, start_new_session=True)
     time.sleep(delay_s)
     (os.killpg if group else os.kill)(parent.pid, number)
     assert OwnTime(parent.pid).waits(ends(parent), END_S)
-    _, said = parent.communicate()
+    _, output = parent.communicate()
     # Before it has taken the signals over they do what they always do.
     assert parent.returncode in (130 if number == signal.SIGINT else -number, -number)
-    assert said.count(b"\n") <= 1 or delay_s < 1, said
+    assert output.count(b"\n") <= 1 or delay_s < 1, output
     assert gone(parent.pid)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_an_interrupted_file_never_reads_as_zeros(tmp_path: Path) -> None:
-    """FFCV's half-written file may load as black samples: cut at any page, ours is refused."""
+    """Cut our file at any page: FFCV's half-written files may load as black samples."""
     out = tmp_path / "out.beton"
     convert.convert("textures", out, count=2000, size=32)
     whole = out.read_bytes()

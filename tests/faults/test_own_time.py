@@ -1,4 +1,4 @@
-"""The clock of the fault tests: a process that sleeps or computes uses its time, one that others keep from a core does not."""
+"""The clock of the fault tests: it counts sleeping and computing, not waiting for a core."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.skipif(not Path("/proc/self/schedstat").exists(), reaso
 
 
 def busy(nice: int) -> subprocess.Popen[bytes]:
-    """A process that computes for ever on one core that all of these share."""
+    """Start a process that computes for ever on the one core that all of these share."""
     core = {min(os.sched_getaffinity(0))}
     process = subprocess.Popen([sys.executable, "-c", BUSY.format(core=core, nice=nice)], stdout=subprocess.PIPE)
     assert process.stdout is not None
@@ -33,7 +33,7 @@ def test_sleeping_is_own_time() -> None:
 
 
 def test_standing_in_line_is_not() -> None:
-    """Two on a core, one of them nicer: it gets a hundredth of the time (15 / 1024, the kernel's weights of nice 19 and 0)."""
+    """Run two on a core: the nicer one gets a hundredth (15 / 1024, weights of nice 19 and 0)."""
     with busy(0) as greedy, busy(19) as starved:
         clock = OwnTime(starved.pid)
         time.sleep(2.0)

@@ -1,4 +1,4 @@
-"""The tests themselves end: at their limit, and with all that they started when pytest is killed."""
+"""The tests themselves end: at their limit, and with all they started when pytest is killed."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_that_passes():
 
 
 def session(folder: Path, body: str, *options: str) -> subprocess.Popen[str]:
-    """Start pytest in ``folder`` with what all tests share."""
+    """Start pytest in ``folder`` with the fixtures that all tests share."""
     (folder / "test_session.py").write_text(SESSION.replace("{body}", body))
     (folder / "pytest.ini").write_text("[pytest]\ntimeout = 600\ntimeout_method = signal\n")
     paths = [str(ROOT / "tests"), str(ROOT / "tests" / "faults"), *sys.path]
@@ -71,7 +71,7 @@ def session(folder: Path, body: str, *options: str) -> subprocess.Popen[str]:
 
 
 def started(folder: Path, child: subprocess.Popen[str]) -> list[int]:
-    """The process that runs the test, its parent, and the four that it started, once they are there."""
+    """Return the process of the test, its parent, and its four children, once they are there."""
     until = time.monotonic() + PATIENCE_S
     while not (folder / "started").exists():
         assert child.poll() is None, child.communicate()[0]
@@ -98,45 +98,44 @@ def all_end(numbers: list[int]) -> bool:
     ],
 )
 def test_killed_in_a_test_it_leaves_nobody(tmp_path: Path, killed: str, number: signal.Signals) -> None:
-    """Children in sessions of their own, a grandchild, a forked one and a fork server's."""
+    """Start children in their own sessions, a grandchild, a fork and a fork server's."""
     options = ("-p", "no:xdist") if killed == "pytest" else ("--numprocesses", "2", "--dist", "loadfile")
     child = session(tmp_path, "time.sleep(600)", *options)
     runner, parent, *others = started(tmp_path, child)
     assert all(map(processes.runs, others))
     os.kill({"pytest": runner, "worker": runner, "master": parent}[killed], number)
-    said, _ = child.communicate(timeout=PATIENCE_S)
-    assert child.returncode != 0, said
-    assert all_end([runner, *others]), said
+    output, _ = child.communicate(timeout=PATIENCE_S)
+    assert child.returncode != 0, output
+    assert all_end([runner, *others]), output
     if killed == "worker":
-        assert "1 failed, 1 passed, 1 error" in said
+        assert "1 failed, 1 passed, 1 error" in output
 
 
 def test_at_its_limit_a_test_fails_and_the_others_go_on(tmp_path: Path) -> None:
-    """It waits for a child that does not end; so would its session's end."""
+    """Wait for a child that does not end, as the session's end would, too."""
     child = session(tmp_path, "reach_the_limit(request.node, 100.0); served.join()", "-p", "no:xdist")
-    said, _ = child.communicate(timeout=PATIENCE_S)
-    assert child.returncode == 1, said
-    assert "1 failed, 1 passed" in said
+    output, _ = child.communicate(timeout=PATIENCE_S)
+    assert child.returncode == 1, output
+    assert "1 failed, 1 passed" in output
     assert all_end([int(word) for word in (tmp_path / "started").read_text().split()][2:])
 
 
 def test_a_hang_outside_of_python_ends_the_process(tmp_path: Path) -> None:
-    """Which says where it was."""
     child = session(tmp_path, "reach_the_limit(request.node, 1.0); deadlock()", "-p", "no:xdist")
-    said, _ = child.communicate(timeout=PATIENCE_S)
-    assert child.returncode == 1, said
-    assert re.search(r"line \d+ in deadlock\n", said), said
+    output, _ = child.communicate(timeout=PATIENCE_S)
+    assert child.returncode == 1, output
+    assert re.search(r"line \d+ in deadlock\n", output), output
     assert all_end([int(word) for word in (tmp_path / "started").read_text().split()][2:])
 
 
 def test_a_hang_outside_of_python_costs_a_worker(tmp_path: Path) -> None:
-    """And another goes on, to which xdist gives the same test again."""
+    """Expect another worker, to which xdist gives the same test again."""
     child = session(tmp_path, "reach_the_limit(request.node, 1.0); deadlock()", "--numprocesses", "2", "--dist", "loadfile")
-    said, _ = child.communicate(timeout=PATIENCE_S)
-    assert child.returncode == 1, said
-    assert "1 failed, 1 passed, 1 error" in said
-    assert "a worker died in this test" in said
-    assert "crashed while running 'test_session.py::test_that_hangs'" in said
+    output, _ = child.communicate(timeout=PATIENCE_S)
+    assert child.returncode == 1, output
+    assert "1 failed, 1 passed, 1 error" in output
+    assert "a worker died in this test" in output
+    assert "crashed while running 'test_session.py::test_that_hangs'" in output
 
 
 def test_a_hang_at_exit_is_a_failure(tmp_path: Path) -> None:
@@ -146,6 +145,6 @@ def test_a_hang_at_exit_is_a_failure(tmp_path: Path) -> None:
         "-p",
         "no:xdist",
     )
-    said, _ = child.communicate(timeout=PATIENCE_S)
-    assert child.returncode == 1, said
-    assert "2 passed" in said
+    output, _ = child.communicate(timeout=PATIENCE_S)
+    assert child.returncode == 1, output
+    assert "2 passed" in output

@@ -1,7 +1,7 @@
-"""Sources damaged in every way: images and labels of the promised form, with named skips, or an error of one line.
+"""Sources damaged in every way: data of the promised form with named skips, or one line.
 
-Never a traceback, a signal, a hang, or memory beyond twice the largest size that is declared. What a damaged pixel was before,
-nobody can know where a format holds no checksum; so pixels are not judged here.
+Never a traceback, a signal, a hang, or memory beyond twice the largest declared size. Pixels are
+not judged, since formats without checksums cannot tell.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import source_mutations as mutations
 from test_data_mutations import show
 
 from fastbyol.data import sources
-from fastbyol.data.beton import UnreadableItemError
+from fastbyol.data.beton_write import UnreadableItemError
 from fastbyol.errors import UsageError
 
 # What reading takes beside the images: decoders, and copies of files, which are small here.
@@ -29,38 +29,39 @@ BESIDE_BYTES = 96 << 20
 PILLOW = 4 / 3
 # A conversion starts two processes and takes seconds, so few are whole.
 WHOLE_EVERY = 40
-# Of which most is a conversion's start: the child sleeps then, and that counts, while others may hold the cores.
+# Of which most is a conversion's start: the child sleeps then, and that counts, while others may
+# hold the cores.
 HANG_S = 120.0
 
 
-def work(_: str, known: list[mutations.Base], numbers: Sequence[int], folder: Path, pipe: Connection) -> None:
-    """A child's life: for each number write a damaged source, read all of it, send (number, what was done, base, outcome)."""
+def work(_: str, stated: list[mutations.Base], numbers: Sequence[int], folder: Path, pipe: Connection) -> None:
+    """For each number write and read a damaged source; send (number, change, base, outcome)."""
     # As for a user: shown, never raised. Pillow says much of damaged pictures.
     warnings.simplefilter("ignore")
-    _read(known[0], _fresh(folder), 0)
+    _read(stated[0], _fresh(folder), 0)
     pipe.send("ready")
     for number in numbers:
-        place = _fresh(folder)
-        base, done = mutations.mutate(known, number, place)
-        answer = _read(base, place, number)
+        target = _fresh(folder)
+        base, done = mutations.mutate(stated, number, target)
+        answer = _read(base, target, number)
         if answer in ("refused", "read", "with skips") and number % WHOLE_EVERY == WHOLE_EVERY - 1:
-            answer = _converted(base, place, answer)
+            answer = _converted(base, target, answer)
         pipe.send((number, done or "nothing", base.name, answer))
     pipe.send("done")
 
 
 def _fresh(folder: Path) -> Path:
-    place = folder / "source"
-    shutil.rmtree(place, ignore_errors=True)
-    place.mkdir()
-    return place
+    target = folder / "source"
+    shutil.rmtree(target, ignore_errors=True)
+    target.mkdir()
+    return target
 
 
-def _read(base: mutations.Base, place: Path, number: int) -> str:
-    """``refused``, ``read``, ``with skips``, or what was wrong, with a capital letter."""
+def _read(base: mutations.Base, target: Path, number: int) -> str:
+    """Return ``refused``, ``read``, ``with skips``, or what was wrong, capitalised."""
     before, declared, skipped = _reset_peak(), 0, 0
     try:
-        source = sources.open_source(str(place / base.at), **base.options)
+        source = sources.open_source(str(target / base.at), **base.options)
         sizes = source.image_bytes()
         # One picture of a folder is in memory at a time; an array may be there as a whole.
         declared = int(sizes.max() if source.kind in ("folder", "classes") else sizes.sum())
@@ -90,12 +91,12 @@ def _read(base: mutations.Base, place: Path, number: int) -> str:
     return answer
 
 
-def _converted(base: mutations.Base, place: Path, read: str) -> str:
-    """``fastbyol convert`` of the same: exit code 0 and a file, or 2 and one line."""
-    file = place.parent / "out.beton"
+def _converted(base: mutations.Base, target: Path, read: str) -> str:
+    """Run ``fastbyol convert`` of it: exit code 0 and a file, or 2 and one line."""
+    file = target.parent / "out.beton"
     file.unlink(missing_ok=True)
     options = [part for key, value in base.options.items() for part in (f"--{key}", str(value))]
-    ended = data_rig.command("convert", str(place / base.at), str(file), "--size", "16", "--workers", "1", *options)
+    ended = data_rig.command("convert", str(target / base.at), str(file), "--size", "16", "--workers", "1", *options)
     if isinstance(ended, str):
         return ended
     code, lines = ended
@@ -106,7 +107,7 @@ def _converted(base: mutations.Base, place: Path, read: str) -> str:
 
 
 def _reset_peak() -> int:
-    """Start to count the largest memory anew; what is held now, bytes."""
+    """Reset the peak of memory; return the bytes now in use."""
     Path("/proc/self/clear_refs").write_text("5")
     return _status("VmRSS")
 
@@ -121,8 +122,8 @@ def _status(key: str) -> int:
 
 
 def test_mutated_sources(tmp_path: Path) -> None:
-    known = mutations.bases(tmp_path)
-    counts, faults = data_rig.run("sources", known, range(rig.many(80, 2_000)), work, HANG_S)
+    stated = mutations.bases(tmp_path)
+    counts, faults = data_rig.run("sources", stated, range(rig.many(80, 2_000)), work, HANG_S)
     print(show(counts), *sorted(counts.items()), sep="\n")
     assert not faults, faults[:20]
     assert {answer for _, answer in counts} == {"refused", "read", "with skips"}

@@ -1,7 +1,7 @@
 """What a run measures, off the device without stopping it and into the run's folder.
 
 Every step's measures are copied into a ring on the device. A full ring comes over in one transfer, which on a GPU runs
-behind the steps and is picked up when the next one is sent. ``metrics.jsonl`` and ``layers.npz`` hold what the training
+behind the steps and is picked up when the next one is sent. ``metrics.jsonl`` and ``layers.npy`` hold what the training
 determines, so that a run that was killed and resumed leaves the same bytes as one that was not; clock times go to
 ``timing.jsonl``, which only grows.
 """
@@ -63,8 +63,13 @@ class Telemetry:
         resume_step: int = 0,
         resume_written: Mapping[str, Sequence[Any]] | None = None,
     ) -> None:
-        held = Written(*resume_written[METRICS_FILE]) if resume_written else None
-        self._metrics = MetricsFile(folder, metric_names, steps_per_epoch=steps_per_epoch, resume_step=resume_step, held=held)
+        self._metrics = MetricsFile(
+            folder,
+            metric_names,
+            steps_per_epoch=steps_per_epoch,
+            resume_step=resume_step,
+            recorded=Written(*resume_written[METRICS_FILE]) if resume_written else None,
+        )
         self._layers = LayersFile(folder, layer_names, layer_metric_names, every=layers_every, resume_step=resume_step)
         with writing(folder / "timing.jsonl"):
             self._timing = (folder / "timing.jsonl").open("a", buffering=1, encoding="utf-8")
@@ -121,7 +126,7 @@ class Telemetry:
         self._timing.write(json.dumps(line) + "\n")
 
     def close(self) -> None:
-        """Write what is held, finish ``layers.npz`` and close. May be called twice."""
+        """Write what is held, and close. May be called twice."""
         if self._closed:
             return
         self._closed = True

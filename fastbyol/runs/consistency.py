@@ -1,4 +1,4 @@
-"""Whether a run's files still are what the run wrote: its configuration, metrics.jsonl, layers.npz.
+"""Whether a run's files still are what the run wrote: its configuration, metrics.jsonl, layers.npy.
 
 Checkpoints hold the configuration and digests of both records as they were when it was saved; env.json holds the configuration
 from the start. Nothing here imports torch.
@@ -52,13 +52,17 @@ def refuse_changed(run: Path, config: Config, recorded: str, where: str, *, plac
 
 def damage(folder: Path, written: Mapping[str, Sequence[Any]]) -> str | None:
     """What of ``Telemetry.written`` is no longer in the run's files as it was; None where all is."""
-    for name, is_whole in ((metrics.METRICS_FILE, metrics.is_whole), (layers.LAYERS_FILE, layers.is_whole)):
+    records = (
+        (folder / metrics.METRICS_FILE, metrics.is_whole, written[metrics.METRICS_FILE]),
+        (layers.recorded_file(folder), layers.is_whole, layers.record_of(written)),
+    )
+    for path, is_whole, record in records:
         try:
-            whole = is_whole(folder, Written(*written[name]))
+            whole = is_whole(folder, Written(*record))
         except OSError as error:
-            return f"{folder / name}: cannot read: {error.strerror}"
+            return f"{path}: cannot read: {error.strerror}"
         if not whole:
-            return f"{folder / name}: is not what was written: cut, changed or lost"
+            return f"{path}: is not what was written: cut, changed or lost"
     return None
 
 

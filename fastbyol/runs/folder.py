@@ -1,4 +1,4 @@
-"""A run's folder: config.toml, env.json, metrics.jsonl, layers.npz, timing.jsonl, checkpoints/, report.html, and a lock."""
+"""A run's folder: config.toml, env.json, metrics.jsonl, layers.npy, timing.jsonl, checkpoints/, report.html, and a lock."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ class MetricsFile:
     """
 
     def __init__(
-        self, folder: Path, names: Sequence[str], *, steps_per_epoch: int, resume_step: int, held: Written | None = None
+        self, folder: Path, names: Sequence[str], *, steps_per_epoch: int, resume_step: int, recorded: Written | None = None
     ) -> None:
         self._names, self._steps_per_epoch = tuple(names), steps_per_epoch
         self.skipped_in_row = 0
@@ -43,7 +43,7 @@ class MetricsFile:
         self._path = folder / METRICS_FILE
         with writing(self._path):
             self._path.touch()
-            self._num_bytes = self._keep(resume_step, held)
+            self._num_bytes = self._keep(resume_step, recorded)
             os.truncate(self._path, self._num_bytes)
             self._digest = new_digest()
             for piece in pieces(self._path):
@@ -52,22 +52,21 @@ class MetricsFile:
 
     def append_steps(self, first_step: int, values: np.ndarray) -> list[dict[str, float]]:
         """Write float32 ``values`` (steps, metrics) and return them as dicts, NaN where not finite."""
-        rows = []
-        lines = []
+        rows, lines = [], []
         for step, row in enumerate(values, first_step):
-            numbers = [_number(value) for value in row]
-            place = {"step": step, "epoch": step // self._steps_per_epoch}
-            lines.append(_line({**place, **dict(zip(self._names, numbers, strict=True))}))
-            rows.append({**place, **{name: _parsed(text) for name, text in zip(self._names, numbers, strict=True)}})
-            self._hold(rows[-1])
+            # By way of numpy's text of a float32: as short as can be, where float(value) would have a float64's digits.
+            numbers = (float(str(value)) if math.isfinite(value) else math.nan for value in row)
+            rows.append({"step": step, "epoch": step // self._steps_per_epoch, **dict(zip(self._names, numbers, strict=True))})
+            lines.append(_line(rows[-1]))
+            self._count(rows[-1])
             if self.skipped_in_row:
-                lines.append(_event_line("skipped", step + 1, {"in_a_row": self.skipped_in_row}))
+                lines.append(_line({"event": "skipped", "step": step + 1, "in_a_row": self.skipped_in_row}))
         self._write(lines)
         return rows
 
     def append_event(self, kind: str, step: int, fields: Mapping[str, Any]) -> None:
         """Write an event that happened after ``step`` steps. ``fields`` must not depend on the clock or the machine."""
-        self._write([_event_line(kind, step, fields)])
+        self._write([_line({"event": kind, "step": step, **fields})])
 
     def epoch_means(self) -> dict[str, float]:
         """Mean of each metric over the steps of the newest epoch, computed from the written decimals: the same whether the
@@ -92,10 +91,10 @@ class MetricsFile:
         """Close; nothing is buffered."""
         self._file.close()
 
-    def _keep(self, resume_step: int, held: Written | None) -> int:
+    def _keep(self, resume_step: int, recorded: Written | None) -> int:
         """Bytes that belong to the first ``resume_step`` steps. Events at that very step precede its checkpoint."""
         offset = num_rows = 0
-        limit = held.num_bytes if held is not None else math.inf
+        limit = recorded.num_bytes if recorded is not None else math.inf
         with open_regular(self._path) as file:
             for size, row in _parse(file):
                 is_event = "event" in row
@@ -104,12 +103,12 @@ class MetricsFile:
                 offset += size
                 if not is_event:
                     num_rows += 1
-                    self._hold({name: math.nan if value is None else value for name, value in row.items()})
+                    self._count({name: math.nan if value is None else value for name, value in row.items()})
         if num_rows != resume_step:
             _log.warning("%s: holds %d steps of the %d done: the others are lost", self._path, num_rows, resume_step)
         return offset
 
-    def _hold(self, row: dict[str, Any]) -> None:
+    def _count(self, row: dict[str, Any]) -> None:
         if self._epoch_rows and self._epoch_rows[0]["epoch"] != row["epoch"]:
             self._epoch_rows = []
         self._epoch_rows.append(row)
@@ -131,9 +130,9 @@ def last_step(folder: Path) -> int:
         return max((row["step"] for _, row in _parse(file) if "event" not in row), default=-1)
 
 
-def is_whole(folder: Path, held: Written) -> bool:
+def is_whole(folder: Path, recorded: Written) -> bool:
     """Whether the run's file still begins with what was ``held``."""
-    return held.matches(pieces(folder / METRICS_FILE))
+    return recorded.matches(pieces(folder / METRICS_FILE))
 
 
 def read_metrics(folder: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -205,21 +204,7 @@ def _mean(values: Sequence[float]) -> float:
     return math.fsum(values) / len(values) if values else math.nan
 
 
-def _event_line(kind: str, step: int, fields: Mapping[str, Any]) -> str:
-    return _line({"event": json.dumps(kind), "step": str(step), **{name: _text(value) for name, value in fields.items()}})
-
-
-def _number(value: np.float32) -> str:
-    return str(value) if math.isfinite(value) else "null"
-
-
-def _parsed(number: str) -> float:
-    return math.nan if number == "null" else float(number)
-
-
-def _text(value: object) -> str:
-    return "null" if isinstance(value, float) and not math.isfinite(value) else json.dumps(value, allow_nan=False)
-
-
-def _line(fields: Mapping[str, object]) -> str:
-    return "{" + ", ".join(f"{json.dumps(name)}: {text}" for name, text in fields.items()) + "}\n"
+def _line(fields: Mapping[str, Any]) -> str:
+    """Return a line of JSON, null for a float that is not finite."""
+    finite = {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in fields.items()}
+    return json.dumps(finite, allow_nan=False) + "\n"

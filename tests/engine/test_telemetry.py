@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 import re
 import subprocess
 import sys
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import pytest
@@ -48,14 +49,14 @@ def measured(step: int) -> Measured:
 
 
 def open_telemetry(folder: Path, resume_step: int = 0, **changed: Any) -> Telemetry:
-    given = {"steps_per_epoch": 5, "drain_every": 4, "layers_every": 1, "device": "cpu"} | changed
+    options: dict[str, Any] = {"steps_per_epoch": 5, "drain_every": 4, "layers_every": 1, "device": "cpu", **changed}
     return Telemetry(
         folder,
         metric_names=METRICS,
         layer_names=LAYERS,
         layer_metric_names=LAYER_METRICS,
         resume_step=resume_step,
-        **given,
+        **options,
     )
 
 
@@ -176,12 +177,12 @@ def test_killed_and_resumed_is_byte_for_byte_the_same(
         abandon(telemetry)
         with (broken / "metrics.jsonl").open("ab") as file:
             file.write(tail)
-        with (broken / "layers.rows").open("ab") as file:
+        with (broken / "layers.npy").open("ab") as file:
             file.write(rows_tail)
     with open_telemetry(broken, saved, drain_every=5, layers_every=layers_every, steps_per_epoch=steps_per_epoch) as telemetry:
         list(train(telemetry, saved, total, steps_per_epoch))
     assert contents(broken) == contents(whole)
-    assert set(contents(whole)) == {"metrics.jsonl", "layers.npz"}
+    assert set(contents(whole)) == {"metrics.jsonl", "layers.npy"}
 
 
 def test_epoch_means_are_those_of_the_whole_epoch_after_a_resumption(tmp_path: Path) -> None:
@@ -235,37 +236,54 @@ def test_layers_hold_every_nth_step(tmp_path: Path, every: int) -> None:
         telemetry.flush()
         live = read_layers(tmp_path)
     steps = list(range(0, 11, every))
-    with np.load(tmp_path / "layers.npz", allow_pickle=False) as file:
-        assert file["steps"].dtype == np.int64
-        assert file["values"].dtype == np.float32
-        assert file["steps"].tolist() == steps
-        assert tuple(file["names"]) == LAYERS
-        assert tuple(file["metrics"]) == LAYER_METRICS
-        expected = torch.stack([measured(step).layers for step in steps]).numpy()
-        assert file["values"].tobytes() == expected.tobytes()
+    expected = torch.stack([measured(step).layers for step in steps]).numpy()
+    for mode in (None, "r"):
+        rows = np.load(tmp_path / "layers.npy", mode)
+        assert rows["step"].dtype == np.int64
+        assert rows["step"].tolist() == steps
+        assert tuple(rows.dtype.fields["layers"][2].split()) == LAYERS
+        for index, name in enumerate(LAYER_METRICS):
+            assert rows["layers"][name].dtype == np.float32
+            assert rows["layers"][name].tobytes() == expected[..., index].tobytes()
     for layers in (live, read_layers(tmp_path)):
         assert layers.steps.tolist() == steps
         assert layers.values.tobytes() == expected.tobytes()
         assert (layers.names, layers.metrics) == (LAYERS, LAYER_METRICS)
 
 
-def test_the_archive_is_not_rewritten_at_every_flush(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Written bytes stay proportional to the rows: 5 times the end's at most, by the geometric growth of 1.25."""
-    written: list[int] = []
-    write = layers_file.write_atomically
+def test_layers_load_at_every_instant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After each write that a run makes, in whatever pieces; written bytes are the rows once and a block for each flush."""
+    path, sizes, lengths = tmp_path / "layers.npy", [], []
 
-    def spy(path: Path, fill: Any) -> None:
-        write(path, fill)
-        written.append(path.stat().st_size)
+    def loads() -> None:
+        rows = np.load(path)
+        assert rows["step"].tolist() == list(range(len(rows)))
+        assert rows["layers"]["rate"].tolist() == [measured(step).layers[:, 1].tolist() for step in range(len(rows))]
+        lengths.append(len(rows))
 
-    monkeypatch.setattr(layers_file, "write_atomically", spy)
-    with open_telemetry(tmp_path) as telemetry:
-        for step in range(600):
+    def in_pieces(file: BinaryIO, data: bytes) -> None:
+        for start in range(0, len(data), 5):
+            sizes.append(file.write(data[start : start + 5]))
+            loads()
+
+    def block(descriptor: int, data: bytes, offset: int) -> int:
+        loads()
+        sizes.append(written := pwrite(descriptor, data, offset))
+        loads()
+        return written
+
+    pwrite = os.pwrite
+    monkeypatch.setattr(layers_file, "append", in_pieces)
+    monkeypatch.setattr(os, "pwrite", block)
+    with open_telemetry(tmp_path, drain_every=2) as telemetry:
+        for step in range(24):
             telemetry.record(measured(step))
-            telemetry.flush()
-    empty, end = written[1], (tmp_path / "layers.npz").stat().st_size
-    assert sum(size - empty for size in written[1:]) <= 6 * (end - empty)
-    assert len(written) < 40
+    with open_telemetry(tmp_path, 7):
+        pass
+    assert set(lengths) == {*range(0, 25, 2), 7}
+    row = 8 + 4 * len(LAYERS) * len(LAYER_METRICS)
+    assert sum(sizes) == 24 * row + 14 * 64
+    assert path.stat().st_size == len(path.read_bytes()[: -7 * row]) + 7 * row
 
 
 def test_what_was_flushed_survives_a_kill_of_the_process(tmp_path: Path) -> None:
@@ -314,7 +332,7 @@ def test_layers_of_another_network_are_refused(tmp_path: Path) -> None:
 
 def test_reading_what_is_not_there_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "broken").mkdir()
-    (tmp_path / "broken" / "layers.npz").write_bytes(b"no archive")
+    (tmp_path / "broken" / "layers.npy").write_bytes(b"no archive")
     for read, folder in ((read_metrics, tmp_path), (read_layers, tmp_path), (read_layers, tmp_path / "broken")):
         with pytest.raises(UsageError) as caught:
             read(folder)

@@ -121,7 +121,7 @@ def test_data_that_moved_are_named_once(here: Path, made: Path, tmp_path: Path, 
     assert "test.beton: no such file" in refused(api.resume, "r2", data="images.beton")
     assert "48 samples then, 50 now" in refused(api.resume, "r2", data="../elsewhere", test_data="link")
     assert api.resume("r2", data="images.beton", test_data="link").finished
-    for name in ("metrics.jsonl", "layers.npz"):
+    for name in ("metrics.jsonl", "layers.npy"):
         assert (run / name).read_bytes() == (made / "run" / name).read_bytes()
     config = config_io.read_run(run / "config.toml")
     assert (config.data.train, config.data.test) == (str(train), str(test))
@@ -240,7 +240,7 @@ def test_replayed_rates_are_pinned(made: Path, tmp_path: Path) -> None:
         api.train(tiny_config(beton_files(made), *lars, f"train.seed={seed}"), tmp_path / f"source{seed}")
     shutil.copytree(tmp_path / "source0", tmp_path / "source")
     begun(tiny_config(beton_files(made), *lars, f"optim.replay_rates={tmp_path / 'source'}"), tmp_path / "run")
-    shutil.copy(tmp_path / "source1/layers.npz", tmp_path / "source")
+    shutil.copy(tmp_path / "source1/layers.npy", tmp_path / "source")
     assert "recorded: changed since" in refused(api.resume, tmp_path / "run")
     file = tmp_path / "run/config.toml"
     text = file.read_text()

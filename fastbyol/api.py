@@ -55,7 +55,7 @@ def train(
     from another process.
     """
     config = _with_source(resolve(config), observer)
-    config = inputs.with_places(config, config)
+    config = inputs.with_paths(config, config)
     capture.choose(config.engine, pick_device(config.train.device))  # refuses what this machine lacks
     config = settle(config, observer.note) if observer is not None else settle(config)
     path = Path(out) if out is not None else default_run_path(config)
@@ -87,7 +87,7 @@ def resume(
     ``data`` and ``test_data`` say where its files lie now; the run keeps that. What they hold must be what it was made with.
     """
     with RunFolder.open(Path(run), lock=True) as folder:
-        config = inputs.moved(inputs.with_places(folder.config, folder.config), data, test_data)
+        config = inputs.moved(inputs.with_paths(folder.config, folder.config), data, test_data)
         return trainer.fit(folder, config, observer)
 
 

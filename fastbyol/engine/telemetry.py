@@ -150,7 +150,7 @@ class Telemetry:
     def _drain(self) -> list[dict[str, float]]:
         """Write the ring sent before and send this one; on a CPU there is nothing to overlap and both are written."""
         rows = self._receive()
-        if self._ring.num_held:
+        if self._ring.num_buffered:
             self._ring.send()
         return rows if self._ring.overlaps else rows + self._receive()
 
@@ -184,18 +184,18 @@ class _Ring:
         self._buffer = torch.zeros(size, dtype=torch.float32, device=device)
         self._host = torch.zeros(size, dtype=torch.float32, pin_memory=self.overlaps)
         self._metrics, self._layers = self._split(self._buffer)
-        self._first_step = self.num_held = self._num_layers = 0
+        self._first_step = self.num_buffered = self._num_layers = 0
         self._sent = _Sent(0, 0, 0)
         self._arrived = torch.cuda.Event() if self.overlaps else None  # type: ignore[no-untyped-call]
 
     @property
     def full(self) -> bool:
-        return self.num_held == self._shapes[0][0]
+        return self.num_buffered == self._shapes[0][0]
 
     def put(self, step: int, values: torch.Tensor, layers: torch.Tensor) -> None:
-        self._first_step = step if self.num_held == 0 else self._first_step
-        self._metrics[self.num_held].copy_(values.detach())
-        self.num_held += 1
+        self._first_step = step if self.num_buffered == 0 else self._first_step
+        self._metrics[self.num_buffered].copy_(values.detach())
+        self.num_buffered += 1
         if step % self._layers_every == 0:
             self._layers[self._num_layers].copy_(layers.detach())
             self._num_layers += 1
@@ -205,8 +205,8 @@ class _Ring:
         self._host.copy_(self._buffer, non_blocking=self.overlaps)
         if self._arrived is not None:
             self._arrived.record()
-        self._sent = _Sent(self._first_step, self.num_held, self._num_layers)
-        self.num_held = self._num_layers = 0
+        self._sent = _Sent(self._first_step, self.num_buffered, self._num_layers)
+        self.num_buffered = self._num_layers = 0
 
     def receive(self) -> tuple[int, np.ndarray, np.ndarray, np.ndarray]:
         """(first step, values (steps, metrics), steps with layers (k,), layers (k, segments, metrics)) of the last send."""

@@ -182,7 +182,7 @@ class Trainer:
         if self.inputs != self.pinned:
             self.folder.keep_inputs(self.inputs, self.made_by)
         if self.config != self.folder.config:
-            self.folder.keep_places(self.config)
+            self.folder.keep_paths(self.config)
 
     def _engine(self, batches: loader.Loader) -> capture.Engine:
         """What takes the steps, ready for the next batch; a run with none left prepares nothing."""
@@ -281,12 +281,12 @@ class Trainer:
         self._mode_before: str | None = None
         run, config = self.folder.path, self.config
         # Where nothing was pinned a file is known by its name alone, but for those that the caller names.
-        places = self.pinned is None
+        paths = self.pinned is None
         self.made_by = environment.made_by(self.device)
         if checkpoint.newest(self.folder.checkpoints) is None:
             self._refuse_lost_checkpoints()
             if isinstance(made_with := self.folder.env.get("config"), str):
-                consistency.refuse_changed(run, self.folder.config, made_with, str(run / "env.json"), places=places)
+                consistency.refuse_changed(run, self.folder.config, made_with, str(run / "env.json"), paths=paths)
             if config.train.init_from:
                 weights = origin.take_weights(self.state, Path(config.train.init_from))
                 self._refuse_other(f"{config.train.init_from}: the checkpoint to start from", "weights", weights)
@@ -294,11 +294,11 @@ class Trainer:
             self._note_versions(self.folder.env)
             return 0
         loaded = checkpoint.load_latest(
-            self.folder.checkpoints, doubt=lambda found: consistency.damage(run, found.meta["telemetry"])
+            self.folder.checkpoints, objection=lambda loaded: consistency.damage(run, loaded.meta["telemetry"])
         )
         for warning in loaded.warnings:
             self.observer.note(warning)
-        consistency.refuse_changed(run, self.folder.config, loaded.meta["config"], str(loaded.path), places=places)
+        consistency.refuse_changed(run, self.folder.config, loaded.meta["config"], str(loaded.path), paths=paths)
         self._note_versions(loaded.meta.get("made_by", self.folder.env))
         self.state.load_tensors(loaded.tensors)
         self._written = loaded.meta["telemetry"]

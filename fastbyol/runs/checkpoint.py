@@ -84,10 +84,10 @@ def total_bytes(folder: Path) -> int:
     return sum(_path(folder, step).stat().st_size for step in _steps(folder))
 
 
-def load_latest(folder: Path, *, doubt: Callable[[Checkpoint], str | None] = lambda _: None) -> Checkpoint:
+def load_latest(folder: Path, *, objection: Callable[[Checkpoint], str | None] = lambda _: None) -> Checkpoint:
     """The newest checkpoint in ``folder`` that is whole; ``warnings`` tells of newer ones that are not.
 
-    ``doubt`` may give a reason to prefer an older one. Where it has one against each, the newest whole one is returned, with
+    ``objection`` may give a reason to prefer an older one. Where it has one against each, the newest whole one is returned, with
     that reason as the last warning. Raises UsageError where none is whole.
     """
     warnings: list[str] = []
@@ -98,7 +98,7 @@ def load_latest(folder: Path, *, doubt: Callable[[Checkpoint], str | None] = lam
         except _UnusableError as error:
             warnings.append(f"{_path(folder, step)}: {error}{_GOING_BACK}")
             continue
-        reason = doubt(found)
+        reason = objection(found)
         if not reason:
             return found._replace(warnings=tuple(warnings))
         if second_best is None:

@@ -28,22 +28,22 @@ FREE = frozenset(
 _HEADER_BYTES = 100_000_000  # the most that safetensors allows
 
 
-def changed(run: Path, config: Config, recorded: str, where: str, *, places: bool = False) -> str | None:
+def changed(run: Path, config: Config, recorded: str, where: str, *, paths: bool = False) -> str | None:
     """Which key of the run's ``config`` is not what ``recorded``, a config.toml kept in ``where``, says; None where all are.
 
-    Keys of ``FREE`` do not count. Without ``places`` nor do those that say where data lie, which are pinned by content
+    Keys of ``FREE`` do not count. Without ``paths`` nor do those that say where data lie, which are pinned by content
     (``engine.inputs``). Raises UsageError where ``recorded`` is damaged itself.
     """
     now, then = config_io.flatten(config), config_io.flatten(resolve(config_io.parse(recorded, where)))
     for key in now:
-        if now[key] != then[key] and key not in FREE and (places or not _is_place(key, now[key], then[key])):
+        if now[key] != then[key] and key not in FREE and (paths or not _is_path(key, now[key], then[key])):
             return f"{run / 'config.toml'}: {key} is {_shown(now[key])}, the run was made with {_shown(then[key])}"
     return None
 
 
-def refuse_changed(run: Path, config: Config, recorded: str, where: str, *, places: bool = False) -> None:
+def refuse_changed(run: Path, config: Config, recorded: str, where: str, *, paths: bool = False) -> None:
     """Raise UsageError where ``changed`` finds a key."""
-    change = changed(run, config, recorded, where, places=places)
+    change = changed(run, config, recorded, where, paths=paths)
     if change:
         raise UsageError(
             f"{change}: put it back, or start another run from these weights with `fastbyol train --init-from {run}`"
@@ -66,7 +66,7 @@ def damage(folder: Path, written: Mapping[str, Sequence[Any]]) -> str | None:
     return None
 
 
-def doubts(run: Path, config: Config, made_with: object) -> Iterator[str]:
+def changes(run: Path, config: Config, made_with: object) -> Iterator[str]:
     """What of the run's files is not as it was written, for commands that only read. ``made_with`` is env.json's ``config``."""
     try:
         if isinstance(made_with, str) and (change := changed(run, config, made_with, str(run / "env.json"))):
@@ -98,7 +98,7 @@ def meta_of(path: Path) -> dict[str, Any]:
     return meta if isinstance(meta, dict) else {}
 
 
-def _is_place(key: str, *values: object) -> bool:
+def _is_path(key: str, *values: object) -> bool:
     """Whether the key's values only say where something lies."""
     return key in ("data.train", "data.test") or (key == "optim.replay_rates" and None not in values)
 

@@ -18,7 +18,7 @@ from fastbyol.runs import consistency
 from fastbyol.runs.durable import write_text, writing
 from fastbyol.runs.environment import ENV, env_of, environment
 from fastbyol.runs.inputs import META, Inputs, of_run
-from fastbyol.runs.lock import LOCK, Lock, is_held
+from fastbyol.runs.lock import LOCK, Lock, is_locked
 from fastbyol.runs.metrics import METRICS_FILE, read_events
 
 CONFIG, CHECKPOINTS = "config.toml", "checkpoints"
@@ -110,7 +110,7 @@ class RunFolder:
         """
         self._keep({META: inputs.as_json(), **{key: said for key, said in made_by.items() if key not in self.env}})
 
-    def keep_places(self, config: Config) -> None:
+    def keep_paths(self, config: Config) -> None:
         """Write down ``config``, the run's but for where its data lie. Raises FastbyolError where that cannot be written."""
         before, now = (config_io.flatten(each) for each in (self.config, config))
         moved = {key: "where it was moved to" for key in now if now[key] != before[key]}
@@ -201,8 +201,8 @@ def list_runs(root: Path) -> list[RunRow]:
 def _row(path: Path) -> RunRow:
     with RunFolder.open(path, lock=False) as folder:
         epochs = folder.config.train.epochs
-        for doubt in consistency.doubts(path, folder.config, folder.env.get("config")):
-            _log.warning("%s", doubt)
+        for change in consistency.changes(path, folder.config, folder.env.get("config")):
+            _log.warning("%s", change)
     events = [event for event in _events(path) if event["event"] == "epoch"]
     last = events[-1] if events else {}
     accuracies = [event["accuracy"] for event in events if event.get("accuracy") is not None]
@@ -210,7 +210,7 @@ def _row(path: Path) -> RunRow:
     return RunRow(
         name=path.name,
         path=str(path),
-        status="done" if done >= epochs else "running" if is_held(path) else "stopped",
+        status="done" if done >= epochs else "running" if is_locked(path) else "stopped",
         state=last.get("state"),
         epochs_done=done,
         epochs=epochs,

@@ -101,23 +101,23 @@ def moved(config: Config, train: str | Path | None, test: str | Path | None) -> 
     data = config.data
     if train is not None and test is None and data.test is None and data.train in embedded.BUILT_IN:
         test = data.train
-    files = {name: placed(file) for name, file in (("train", train), ("test", test)) if file is not None}
+    files = {name: absolute(file) for name, file in (("train", train), ("test", test)) if file is not None}
     return config.model_copy(update={"data": data.model_copy(update=files)})
 
 
-def with_places(config: Config, asked: Config) -> Config:
+def with_paths(config: Config, asked: Config) -> Config:
     """Return ``config`` with its data files and the run whose rates it takes where ``asked`` has them, as absolute paths."""
     data, optim, rates = asked.data, config.optim, asked.optim.replay_rates
-    files = {"train": placed(data.train), "test": data.test and placed(data.test)}
+    files = {"train": absolute(data.train), "test": data.test and absolute(data.test)}
     return config.model_copy(
         update={
             "data": config.data.model_copy(update=files),
-            "optim": optim.model_copy(update={"replay_rates": rates and placed(rates)}),
+            "optim": optim.model_copy(update={"replay_rates": rates and absolute(rates)}),
         }
     )
 
 
-def placed(path: str | Path) -> str:
+def absolute(path: str | Path) -> str:
     """Return the path of a file or folder as a run keeps it: absolute, so that it is found from anywhere.
 
     A built-in set's name stays one, and so does a link. Raises UsageError for a name that is not UTF-8, since config.toml

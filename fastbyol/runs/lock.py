@@ -50,7 +50,7 @@ class Lock:
         self._file.close()
 
 
-def is_held(path: Path) -> bool:
+def is_locked(path: Path) -> bool:
     """Whether some process holds the lock of the run in ``path``."""
     try:
         with (path / LOCK).open("rb") as file:
@@ -61,7 +61,7 @@ def is_held(path: Path) -> bool:
 
 
 def _try_lock(descriptor: int) -> bool:
-    """Lock, or say that another has it. A few tries, since ``is_held`` of another process holds it for an instant."""
+    """Lock, or say that another has it. A few tries, since ``is_locked`` of another process holds it for an instant."""
     for pause_s in (0.01, 0.05, 0.1, 0.2, None):
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -48,8 +48,8 @@ def read(run: Path) -> Story:
     """Collect a run's metrics and layer telemetry. A run without a finished step is a ``UsageError``."""
     with RunFolder.open(run, lock=False) as folder:
         config = folder.config
-    for doubt in consistency.doubts(run, config, folder.env.get("config")):
-        _log.warning("%s", doubt)
+    for change in consistency.changes(run, config, folder.env.get("config")):
+        _log.warning("%s", change)
     rows, events = read_metrics(folder.path)
     if not rows:
         raise UsageError(f"{run}: no step was recorded yet: nothing to draw")

@@ -23,7 +23,7 @@ from fastbyol.errors import FastbyolError, UsageError
 from fastbyol.runs import checkpoint, lock
 from fastbyol.runs.environment import environment
 from fastbyol.runs.folder import RunFolder, default_run_path, list_runs
-from fastbyol.runs.lock import Lock, is_held
+from fastbyol.runs.lock import Lock, is_locked
 from fastbyol.runs.metrics import last_step
 
 
@@ -147,10 +147,10 @@ def test_a_run_with_a_damaged_configuration_names_the_line(tmp_path: Path) -> No
 
 def test_two_processes_never_work_on_one_run(tmp_path: Path) -> None:
     with RunFolder.create(tmp_path, config()):
-        assert is_held(tmp_path)
-    assert not is_held(tmp_path)
+        assert is_locked(tmp_path)
+    assert not is_locked(tmp_path)
     with held_by_another_process(tmp_path):
-        assert is_held(tmp_path)
+        assert is_locked(tmp_path)
         with pytest.raises(UsageError, match="another process") as caught:
             RunFolder.open(tmp_path, lock=True)
         one_line(caught)
@@ -179,9 +179,9 @@ def test_a_lock_whose_file_was_removed_is_not_the_folders(tmp_path: Path, monkey
 
     monkeypatch.setattr(lock, "_try_lock", removed_between)
     held = Lock(tmp_path)
-    assert is_held(tmp_path)
+    assert is_locked(tmp_path)
     held.release()
-    assert not is_held(tmp_path)
+    assert not is_locked(tmp_path)
 
 
 def make_at(path: Path, start: Any, answers: Any) -> None:

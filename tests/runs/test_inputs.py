@@ -203,7 +203,7 @@ def test_paths_are_kept_absolute(made: Path, tmp_path: Path, monkeypatch: pytest
 def test_a_name_that_is_not_utf8_is_refused_in_a_line(made: Path, tmp_path: Path) -> None:
     odd = tmp_path / os.fsdecode(b"caf\xe9.beton")
     shutil.copy(made / "train.beton", odd)
-    assert "not UTF-8" in refused(inputs.placed, odd)
+    assert "not UTF-8" in refused(inputs.absolute, odd)
     config = tiny_config(beton_files(made), *SHORT)
     assert "not UTF-8" in refused(api.resume, made / "run", data=odd)
     assert config.data.train == str(made / "train.beton")

@@ -1,7 +1,6 @@
-"""Whether a run's files still are what the run wrote: its configuration, metrics.jsonl, layers.npy.
+"""Comparison of a run's files with what the run wrote: config.toml, metrics.jsonl, layers.npy.
 
-Checkpoints hold the configuration and digests of both records as they were when it was saved; env.json holds the configuration
-from the start. Nothing here imports torch.
+env.json contains the first configuration; each checkpoint contains the configuration and digests of both records of its time.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from fastbyol.files import open_regular
 from fastbyol.runs import layers, metrics
 from fastbyol.runs.durable import Written
 
-# What may change between two stretches of a run: no number of it depends on these.
+# Keys that may change between two stretches of a run: none of its numbers depends on them.
 FREE = frozenset(
     (
         *("data.cache", "data.workers", "train.max_skipped_steps"),
@@ -29,10 +28,10 @@ _HEADER_BYTES = 100_000_000  # the most that safetensors allows
 
 
 def changed(run: Path, config: Config, recorded: str, where: str, *, paths: bool = False) -> str | None:
-    """Which key of the run's ``config`` is not what ``recorded``, a config.toml kept in ``where``, says; None where all are.
+    """Return a message about the first key of ``config`` that differs from ``recorded``, or None.
 
-    Keys of ``FREE`` do not count. Without ``paths`` nor do those that say where data lie, which are pinned by content
-    (``engine.inputs``). Raises UsageError where ``recorded`` is damaged itself.
+    ``recorded`` is the text of a config.toml that was found in ``where``. Keys of ``FREE`` do not count, and without ``paths``
+    nor do paths of data, which are pinned by content (``inputs``). Raises UsageError where ``recorded`` is damaged.
     """
     now, then = config_io.flatten(config), config_io.flatten(resolve(config_io.parse(recorded, where)))
     for key in now:
@@ -51,7 +50,10 @@ def refuse_changed(run: Path, config: Config, recorded: str, where: str, *, path
 
 
 def damage(folder: Path, written: Mapping[str, Sequence[Any]]) -> str | None:
-    """What of ``Telemetry.written`` is no longer in the run's files as it was; None where all is."""
+    """Return a message about the first file that has changed since it was recorded, or None.
+
+    ``written`` is ``Telemetry.written`` of that time.
+    """
     records = (
         (folder / metrics.METRICS_FILE, metrics.is_whole, written[metrics.METRICS_FILE]),
         (layers.recorded_file(folder), layers.is_whole, layers.record_of(written)),
@@ -67,27 +69,26 @@ def damage(folder: Path, written: Mapping[str, Sequence[Any]]) -> str | None:
 
 
 def changes(run: Path, config: Config, made_with: object) -> Iterator[str]:
-    """What of the run's files is not as it was written, for commands that only read. ``made_with`` is env.json's ``config``."""
+    """Yield messages about changed files, for commands that only read. ``made_with`` is env.json's ``config``."""
     try:
         if isinstance(made_with, str) and (change := changed(run, config, made_with, str(run / "env.json"))):
             yield change
     except UsageError as error:
         yield str(error)
     try:
-        what = damage(run, last_meta(run / "checkpoints")["telemetry"])
-    except (LookupError, TypeError):  # no checkpoint, or a damaged one, which whoever loads it will say
+        if change := damage(run, last_meta(run / "checkpoints")["telemetry"]):
+            yield change
+    except (LookupError, TypeError):  # no checkpoint, or a damaged one: loading it says so
         return
-    if what:
-        yield what
 
 
 def last_meta(checkpoints: Path) -> dict[str, Any]:
-    """``meta`` of the newest checkpoint in a folder, from its header; empty where there is none that can be read."""
+    """Return ``meta`` of the newest checkpoint in a folder, empty where it is missing or cannot be read."""
     return meta_of(max(checkpoints.glob("ckpt-*.safetensors"), default=checkpoints))  # names are padded with zeros
 
 
 def meta_of(path: Path) -> dict[str, Any]:
-    """``meta`` of one checkpoint, from its header; empty where it cannot be read."""
+    """Return ``meta`` of one checkpoint from its header, without torch; empty where it cannot be read."""
     try:
         with open_regular(path) as file:
             size = int.from_bytes(file.read(8), "little")
@@ -99,7 +100,7 @@ def meta_of(path: Path) -> dict[str, Any]:
 
 
 def _is_path(key: str, *values: object) -> bool:
-    """Whether the key's values only say where something lies."""
+    """Return whether the key's values are only paths of files."""
     return key in ("data.train", "data.test") or (key == "optim.replay_rates" and None not in values)
 
 

@@ -1,8 +1,7 @@
 """metrics.jsonl: one strict JSON line per step and per event, in order, a function of the training alone.
 
-A step's line is ``{"step": 0, "epoch": 0, "loss": ..., ...}``, steps and epochs counted from 0; numbers are the shortest
-decimals that give the float32 back, and null stands for what is not finite. An event's line has ``event`` (its kind) and
-``step``, the number of steps done by then. A step that was left out for its gradient is followed by an event ``skipped``.
+``{"step": 0, "epoch": 0, "loss": ..., ...}`` is a step; steps and epochs count from 0. An event has ``event``, its kind, and
+``step``, the number of steps done by then. An event ``skipped`` follows a step whose update was skipped for its gradient.
 """
 
 from __future__ import annotations
@@ -27,11 +26,10 @@ _log = logging.getLogger(__name__)
 
 
 class MetricsFile:
-    """The file open for appending, cut back to what belongs to the first ``resume_step`` steps.
+    """The file open for appending, cut back to whole lines of the first ``resume_step`` steps.
 
-    ``held`` is what it held when they were saved, if that is known. Whatever was killed in the middle of a line leaves no
-    trace. ``skipped_in_row`` counts the newest steps, one after the other, that were left out. Raises FastbyolError where the
-    file cannot be written.
+    ``recorded`` is the file's record of that time, if there is one. ``skipped_in_row`` counts the newest consecutive steps
+    that were skipped. Raises FastbyolError where the file cannot be written.
     """
 
     def __init__(
@@ -54,7 +52,7 @@ class MetricsFile:
         """Write float32 ``values`` (steps, metrics) and return them as dicts, NaN where not finite."""
         rows, lines = [], []
         for step, row in enumerate(values, first_step):
-            # By way of numpy's text of a float32: as short as can be, where float(value) would have a float64's digits.
+            # numpy's text of a float32 has the fewest digits that give it back; float(value) would have a float64's.
             numbers = (float(str(value)) if math.isfinite(value) else math.nan for value in row)
             rows.append({"step": step, "epoch": step // self._steps_per_epoch, **dict(zip(self._names, numbers, strict=True))})
             lines.append(_line(rows[-1]))
@@ -69,17 +67,19 @@ class MetricsFile:
         self._write([_line({"event": kind, "step": step, **fields})])
 
     def epoch_means(self) -> dict[str, float]:
-        """Mean of each metric over the steps of the newest epoch, computed from the written decimals: the same whether the
-        steps were recorded by this process or found in the file. Steps that were left out count in ``skipped`` alone; where
-        there are no others all are NaN."""
+        """Return the mean of each metric over the steps of the newest epoch, NaN where there are none.
+
+        Means are of the written decimals, so that they do not depend on which process wrote the steps. Skipped steps count
+        in ``skipped`` alone.
+        """
         counted = [row for row in self._epoch_rows if not _was_skipped(row)]
         rows = {name: self._epoch_rows if name == "skipped" else counted for name in self._names}
-        # A run begun before a metric was thought of has no column for it.
+        # The lines of a run that earlier code began may lack a metric.
         return {name: _mean([row.get(name, math.nan) for row in rows[name]]) for name in self._names}
 
     @property
     def written(self) -> Written:
-        """What the file holds now."""
+        """The file's content now."""
         return Written(self._num_bytes, self._digest.hexdigest())
 
     def sync(self) -> None:
@@ -92,7 +92,7 @@ class MetricsFile:
         self._file.close()
 
     def _keep(self, resume_step: int, recorded: Written | None) -> int:
-        """Bytes that belong to the first ``resume_step`` steps. Events at that very step precede its checkpoint."""
+        """Return the number of bytes of the first ``resume_step`` steps. Events at that step precede its checkpoint."""
         offset = num_rows = 0
         limit = recorded.num_bytes if recorded is not None else math.inf
         with open_regular(self._path) as file:
@@ -123,7 +123,7 @@ class MetricsFile:
 
 
 def last_step(folder: Path) -> int:
-    """The number of the newest step in the run's file; -1 where there is none."""
+    """Return the number of the newest step in the run's file, -1 where there is none."""
     if not (folder / METRICS_FILE).exists():
         return -1
     with _reading(folder / METRICS_FILE) as file:
@@ -131,19 +131,19 @@ def last_step(folder: Path) -> int:
 
 
 def is_whole(folder: Path, recorded: Written) -> bool:
-    """Whether the run's file still begins with what was ``held``."""
+    """Return whether the run's file still begins with what was ``recorded``."""
     return recorded.matches(pieces(folder / METRICS_FILE))
 
 
 def read_metrics(folder: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """(steps, events) of a run, finished or not, in order; None stands for what was not finite."""
+    """Return (steps, events) of a run, finished or not, in order; None stands for a number that was not finite."""
     with _reading(folder / METRICS_FILE) as file:
         lines = [row for _, row in _parse(file)]
     return [row for row in lines if "event" not in row], [row for row in lines if "event" in row]
 
 
 def read_events(folder: Path) -> list[dict[str, Any]]:
-    """The events alone, without the cost of parsing a long run's steps."""
+    """Return the events alone, without parsing the steps, of which a long run has many."""
     with _reading(folder / METRICS_FILE) as file:
         return [row for _, row in _parse(line for line in file if line.startswith(b'{"event"'))]
 
@@ -158,7 +158,7 @@ def _reading(path: Path) -> Iterator[BinaryIO]:
 
 
 def _parse(lines: Iterable[bytes]) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(bytes, content) of each whole line, up to the first that is not one, goes back in time or is unlike those before."""
+    """Yield (bytes, content) of each line, up to the first that is damaged, repeats a step or has other metrics."""
     done, names = 0, None
     for line in lines:
         try:
@@ -187,7 +187,7 @@ def _is_measure(value: object) -> bool:
 
 
 def _is_event(row: Mapping[str, Any]) -> bool:
-    """Whether readers find in an event what they look for."""
+    """Return whether an event has the fields that readers need."""
     if row["event"] != "epoch":
         return isinstance(row["event"], str)
     state, accuracy, neg_cos = (row.get(name) for name in ("state", "accuracy", "neg_cos"))
@@ -195,9 +195,9 @@ def _is_event(row: Mapping[str, Any]) -> bool:
 
 
 def _was_skipped(row: Mapping[str, Any]) -> bool:
-    """Whether the optimizer left the step out: it says so, or its gradient was not finite, which is the rule it follows."""
-    said = row.get("skipped")
-    return bool(said) if said is not None else not math.isfinite(row.get("grad_norm", 0.0))
+    """Return whether the optimizer skipped the step. In lines of earlier code the gradient's norm tells, by the same rule."""
+    skipped = row.get("skipped")
+    return bool(skipped) if skipped is not None else not math.isfinite(row.get("grad_norm", 0.0))
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -1,7 +1,7 @@
 """The measures of a run, from the device into the run's folder without stopping the device.
 
-``metrics.jsonl`` and ``layers.npy`` depend on the training alone, so that a run that was killed and resumed leaves the same
-bytes as one that was not. Clock times go to ``timing.jsonl``, which is only appended to.
+``metrics.jsonl`` and ``layers.npy`` depend on the training alone: a run that was killed and resumed
+leaves the same bytes as one that was not. Clock times go to ``timing.jsonl``, which only grows.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from fastbyol.runs.metrics import METRICS_FILE, MetricsFile
 
 
 class StepValues(Protocol):
-    """One step's measures, on the device: ``values`` (metrics,) and ``layers`` (segments, layer metrics), float32."""
+    """A step's ``values`` (metrics,) and ``layers`` (segments, layer metrics), float32."""
 
     @property
     def values(self) -> torch.Tensor: ...
@@ -33,7 +33,7 @@ class StepValues(Protocol):
 
 
 class Telemetry:
-    """The record of the run in ``folder`` from ``resume_step`` on. Later steps and events in the files are cut off.
+    """The record of the run in ``folder``, whose files are cut back to ``resume_step`` steps.
 
     Args:
         metric_names: names of ``StepValues.values``.
@@ -80,15 +80,16 @@ class Telemetry:
     def record(self, measured: StepValues) -> list[dict[str, float]]:
         """Record the next step's measures, without waiting for the device.
 
-        Returns the steps that were written meanwhile, oldest first: ``drain_every`` of them every ``drain_every`` calls (on
-        a GPU one ring late), else none. A dict has ``step``, ``epoch`` and the metrics, NaN where not finite.
+        Returns the steps that were written meanwhile, oldest first: ``drain_every`` of them in
+        each ``drain_every``-th call (on a GPU one ring late), else none. A dict has ``step``, ``epoch`` and
+        the metrics, NaN where not finite.
         """
         self._ring.put(self._step, measured.values, measured.layers)
         self._step += 1
         return self._drain() if self._ring.full else []
 
     def flush(self) -> list[dict[str, float]]:
-        """Write everything recorded so far and force it to disk. Call this before a checkpoint is saved."""
+        """Write everything recorded so far and force it to disk, before a checkpoint is saved."""
         rows = self._drain() + self._receive()
         self._metrics.sync()
         self._layers.sync()
@@ -97,29 +98,30 @@ class Telemetry:
     def event(self, kind: str, *, step: int | None = None, **fields: Any) -> None:
         """Write ``{"event": kind, "step": ..., **fields}`` after the steps recorded so far.
 
-        Values must be functions of the training alone. ``step`` is the number of steps done (default: those recorded). A run
-        resumed at ``step`` keeps the event, so write it before the checkpoint of that step.
+        Values must be functions of the training alone. ``step`` is the number of steps done
+        (default: those recorded). A run resumed at ``step`` keeps the event, so write it before the
+        checkpoint of that step.
         """
         self._write_pending()
         self._metrics.append_event(kind, self._step if step is None else step, fields)
 
     @property
     def written(self) -> dict[str, list[Any]]:
-        """The files' content after ``flush``: name -> bytes and digest, which a checkpoint records."""
+        """The files' content after ``flush`` for a checkpoint: name -> bytes and digest."""
         return {METRICS_FILE: list(self._metrics.written), LAYERS_FILE: list(self._layers.written)}
 
     @property
     def skipped_in_row(self) -> int:
-        """The number of newest consecutive steps, among those written, that the optimizer skipped."""
+        """The number of newest consecutive steps, of those written, that were skipped."""
         return self._metrics.skipped_in_row
 
     def epoch_summary(self) -> dict[str, float]:
-        """Return the mean of each metric over the newest step's epoch, including steps before a resumption."""
+        """Return each metric's mean over the newest step's epoch, before a resumption too."""
         self._write_pending()
         return self._metrics.epoch_means()
 
     def timing(self, kind: str, **fields: Any) -> None:
-        """Write a line of ``timing.jsonl``: the kind, the steps recorded, seconds since 1970, and ``fields``."""
+        """Write a line of ``timing.jsonl``: kind, steps recorded, Unix time in s, ``fields``."""
         line = {"event": kind, "step": self._step, "unix_s": round(time.time(), 6), **fields}
         self._timing.write(json.dumps(line) + "\n")
 
@@ -146,7 +148,7 @@ class Telemetry:
         self._receive()
 
     def _drain(self) -> list[dict[str, float]]:
-        """Write the ring sent before and send this one. On a CPU, where nothing overlaps, write both."""
+        """Write the ring sent before and send this one. On a CPU nothing overlaps: write both."""
         rows = self._receive()
         if self._ring.num_buffered:
             self._ring.send()
@@ -169,9 +171,10 @@ class _Sent(NamedTuple):
 
 
 class _Ring:
-    """One flat float32 buffer on the device, metrics first and layers behind, with its copy on the host.
+    """One flat float32 buffer on the device, layers behind metrics, with a copy on the host.
 
-    A full ring is sent in one transfer. On a GPU it runs behind the steps and is received when the next one is sent.
+    A full ring is sent in one transfer. On a GPU it runs behind the steps and is received when
+    the next one is sent.
     """
 
     def __init__(
@@ -202,7 +205,7 @@ class _Ring:
             self._num_layers += 1
 
     def send(self) -> None:
-        """Start the transfer. Later steps may overwrite the ring, since their copies queue behind it on the stream."""
+        """Start the transfer. Later steps overwrite the ring behind it on the stream."""
         self._host.copy_(self._buffer, non_blocking=self.overlaps)
         if self._arrived is not None:
             self._arrived.record()
@@ -210,7 +213,7 @@ class _Ring:
         self.num_buffered = self._num_layers = 0
 
     def receive(self) -> tuple[int, np.ndarray, np.ndarray, np.ndarray]:
-        """Return the last send: first step, values (steps, metrics), layer steps (k,), layers (k, segments, metrics)."""
+        """Return the last send: first step, its values, the steps with layers, their layers."""
         sent, self._sent = self._sent, _Sent(0, 0, 0)
         if sent.num_steps and self._arrived is not None:
             self._arrived.synchronize()

@@ -1,7 +1,8 @@
 """Checkpoints: exact, atomic, checksummed, never unpickled.
 
-One safetensors file per step, ``ckpt-<step, nine digits or more>.safetensors``. Its metadata is a JSON text with the format's
-name, ``meta`` with the step, and a digest of ``meta`` and all tensors, since safetensors itself does not notice flipped bits.
+One safetensors file per step, ``ckpt-<step, nine digits or more>.safetensors``. Its metadata is
+a JSON text with the format's name, ``meta`` with the step, and a digest of ``meta`` and all
+tensors, since safetensors itself does not notice flipped bits.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ _GOING_BACK = ": going back to the checkpoint before"
 
 
 class Checkpoint(NamedTuple):
-    """The content of the file ``path``: tensors on the CPU, ``meta`` with the key ``step`` added, the digest of both.
+    """The content of the file ``path``: tensors on the CPU, ``meta`` with its step, their digest.
 
     ``warnings`` names newer checkpoints that were passed over, and why.
     """
@@ -47,9 +48,10 @@ def save(folder: Path, step: int, tensors: Mapping[str, torch.Tensor], meta: Map
     """Write the checkpoint of ``step`` and remove all but the newest ``keep``.
 
     Args:
-        tensors: any shapes, dtypes, devices and strides; read back contiguous and bit for bit. They may share storage.
+        tensors: any shapes, dtypes, devices and strides, which may share storage; read back
+            contiguous and bit for bit.
         meta: JSON values; floats come back exactly.
-        keep: how many files stay. Files of later steps are removed: a run that went back has left them behind.
+        keep: how many files stay. Those of later steps, which a run that went back left, go too.
 
     Raises:
         FastbyolError: the file cannot be written. Earlier checkpoints are intact.
@@ -68,7 +70,7 @@ def save(folder: Path, step: int, tensors: Mapping[str, torch.Tensor], meta: Map
 
 
 def newest(folder: Path) -> Path | None:
-    """Return the file of the latest step in ``folder``, damaged or not; None where there is none."""
+    """Return the file of the latest step in ``folder``, damaged or not; None without one."""
     steps = _steps(folder)
     return _path(folder, steps[-1]) if steps else None
 
@@ -84,10 +86,10 @@ def total_bytes(folder: Path) -> int:
 
 
 def load_latest(folder: Path, *, objection: Callable[[Checkpoint], str | None] = lambda _: None) -> Checkpoint:
-    """Return the newest whole checkpoint in ``folder``; its ``warnings`` name newer ones that are damaged.
+    """Return the newest whole checkpoint; its ``warnings`` name newer ones that are damaged.
 
-    ``objection`` may return a reason to prefer an older one. If it objects to all, the newest whole one is returned, with
-    that reason as the last warning. Raises UsageError where none is whole.
+    ``objection`` may return a reason to prefer an older one. If it objects to all, the newest
+    whole one is returned, that reason as its last warning. Raises UsageError if none is whole.
     """
     warnings: list[str] = []
     second_best: Checkpoint | None = None
@@ -111,7 +113,7 @@ def load_latest(folder: Path, *, objection: Callable[[Checkpoint], str | None] =
 
 
 def load(path: Path) -> Checkpoint:
-    """Return the checkpoint in one file. Raises UsageError where it is missing, damaged, or something else."""
+    """Return the checkpoint in one file. Raises UsageError where there is no whole one."""
     try:
         return _read(path)
     except _UnusableError as error:

@@ -1,6 +1,6 @@
 """Comparison of a run's files with what the run wrote: config.toml, metrics.jsonl, layers.npy.
 
-env.json contains the first configuration; each checkpoint contains the configuration and digests of both records of its time.
+env.json contains the first configuration; a checkpoint contains its own, and digests of the records.
 """
 
 from __future__ import annotations
@@ -30,8 +30,9 @@ _HEADER_BYTES = 100_000_000  # the most that safetensors allows
 def changed(run: Path, config: Config, recorded: str, where: str, *, paths: bool = False) -> str | None:
     """Return a message about the first key of ``config`` that differs from ``recorded``, or None.
 
-    ``recorded`` is the text of a config.toml that was found in ``where``. Keys of ``FREE`` do not count, and without ``paths``
-    nor do paths of data, which are pinned by content (``inputs``). Raises UsageError where ``recorded`` is damaged.
+    ``recorded`` is the text of a config.toml, found in ``where``. Keys of ``FREE`` do not count,
+    nor without ``paths`` do paths of data, which are pinned by content (``inputs``).
+    Raises UsageError where ``recorded`` is damaged.
     """
     now, then = config_io.flatten(config), config_io.flatten(resolve(config_io.parse(recorded, where)))
     for key in now:
@@ -69,7 +70,7 @@ def damage(folder: Path, written: Mapping[str, Sequence[Any]]) -> str | None:
 
 
 def changes(run: Path, config: Config, made_with: object) -> Iterator[str]:
-    """Yield messages about changed files, for commands that only read. ``made_with`` is env.json's ``config``."""
+    """Yield messages about changed files. ``made_with`` is env.json's ``config``."""
     try:
         if isinstance(made_with, str) and (change := changed(run, config, made_with, str(run / "env.json"))):
             yield change
@@ -83,12 +84,12 @@ def changes(run: Path, config: Config, made_with: object) -> Iterator[str]:
 
 
 def last_meta(checkpoints: Path) -> dict[str, Any]:
-    """Return ``meta`` of the newest checkpoint in a folder, empty where it is missing or cannot be read."""
+    """Return ``meta`` of the newest checkpoint in a folder, empty where it cannot be read."""
     return meta_of(max(checkpoints.glob("ckpt-*.safetensors"), default=checkpoints))  # names are padded with zeros
 
 
 def meta_of(path: Path) -> dict[str, Any]:
-    """Return ``meta`` of one checkpoint from its header, without torch; empty where it cannot be read."""
+    """Return ``meta`` of one checkpoint without torch, empty where it cannot be read."""
     try:
         with open_regular(path) as file:
             size = int.from_bytes(file.read(8), "little")

@@ -1,4 +1,4 @@
-"""The differences between two configurations (presets, files or runs), key by key, with the origin of each value."""
+"""The differences between two configurations, key by key, with the origin of each value."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def named(name: str) -> Loaded:
 
 
 def between(a: Loaded, b: Loaded) -> list[Difference]:
-    """Return the keys whose values differ, in the order of config.py, without ``preset``, which is a name."""
+    """Return the keys, but for ``preset``, whose values differ, in the order of config.py."""
     left, right = config_io.flatten(a.config), config_io.flatten(b.config)
     return [
         Difference(key, left[key], right[key], a.origin[key], b.origin[key])

@@ -16,7 +16,7 @@ _SUFFIX = ".tmp"
 
 
 class Written(NamedTuple):
-    """The content of an append-only file at some instant: its first ``num_bytes`` bytes and their BLAKE2b digest.
+    """The first ``num_bytes`` bytes of an append-only file and their BLAKE2b digest.
 
     A checkpoint records it, so that damage to earlier content is noticed when the run goes on.
     """
@@ -34,7 +34,7 @@ class Written(NamedTuple):
 
 
 def new_digest() -> hashlib.blake2b:
-    """Return the digest of ``Written``, empty; 128 bits make equality by chance impossible in practice."""
+    """Return the digest of ``Written``, empty: 128 bits, never equal by chance in practice."""
     return hashlib.blake2b(digest_size=16)
 
 
@@ -47,10 +47,10 @@ def pieces(path: Path, size: int = 1 << 20) -> Iterator[bytes]:
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Let ``write`` fill a temporary file beside ``path``, force it to disk and rename it to ``path``.
+    """Let ``write`` fill a temporary file, force it to disk and rename it to ``path``.
 
-    A reader sees the old content or the new one. A kill leaves at most a temporary file, see ``remove_temporaries``.
-    An OSError leaves nothing behind.
+    A reader sees the old content or the new one. A kill leaves at most a temporary file, see
+    ``remove_temporaries``. An OSError leaves nothing behind.
     """
     temporary = path.with_name(f".{path.name}{_SUFFIX}")
     try:
@@ -71,7 +71,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def remove_temporaries(folder: Path) -> None:
-    """Remove the temporary files of killed writers in ``folder``. Only for the process that has the run's lock."""
+    """Remove the temporary files of killed writers. Only for the process with the run's lock."""
     for path in folder.glob(f".*{_SUFFIX}"):
         path.unlink(missing_ok=True)
 

@@ -1,4 +1,6 @@
-"""A run's folder: config.toml, env.json, metrics.jsonl, layers.npy, timing.jsonl, checkpoints/, report.html, and a lock."""
+"""A run's folder: config.toml, env.json, metrics.jsonl, layers.npy, timing.jsonl, checkpoints/,
+report.html, and a lock.
+"""
 
 from __future__ import annotations
 
@@ -29,8 +31,8 @@ _log = logging.getLogger(__name__)
 class RunFolder:
     """An open run. Use as a context manager: leaving it releases the lock.
 
-    ``config_text`` is config.toml at that time, with origins in its comments. A new folder whose run ends in a UsageError
-    before its first step is removed, so that its name stays free.
+    ``config_text`` is config.toml at that time, with origins in its comments. A new folder whose
+    run ends in a UsageError before its first step is removed, so that its name stays free.
     """
 
     def __init__(self, path: Path, config: Config, lock: Lock | None, *, is_new: bool) -> None:
@@ -40,7 +42,7 @@ class RunFolder:
 
     @classmethod
     def create(cls, path: Path, config: Config, origin: Mapping[str, str] | None = None) -> RunFolder:
-        """Make the folder of a new run of the resolved ``config``. ``path`` is absent or an empty folder.
+        """Make the folder of a new run of the resolved ``config``: absent before, or empty.
 
         Raises UsageError where the folder is not empty, is in use, or cannot be written.
         """
@@ -92,7 +94,7 @@ class RunFolder:
         return mode if mode in ("eager", "compile", "graph") else None
 
     def keep_mode(self, mode: str) -> None:
-        """Write the engine's mode that ``auto`` stands for to env.json, for whichever process goes on with the run.
+        """Write the engine's mode that ``auto`` stands for to env.json, where resuming reads it.
 
         Raises FastbyolError where the file cannot be written.
         """
@@ -111,7 +113,7 @@ class RunFolder:
         self._keep({META: inputs.as_json(), **{key: name for key, name in made_by.items() if key not in self.env}})
 
     def keep_paths(self, config: Config) -> None:
-        """Write ``config``, which differs from the run's in paths of data. Raises FastbyolError where it cannot be written."""
+        """Write ``config``, the run's but for paths. Raises FastbyolError where that fails."""
         before, now = (config_io.flatten(each) for each in (self.config, config))
         moved = {key: "where it was moved to" for key in now if now[key] != before[key]}
         text = config_io.dump(config, config_io.origins(self.config_text) | moved)
@@ -148,9 +150,9 @@ class RunFolder:
 
 
 def default_run_path(config: Config, root: Path = Path("runs")) -> Path:
-    """Claim a fresh folder ``root/<norm>-<opt><lr>-mlp_<norm>[-ws]-s<seed>-<n>``, with n counting up, and return it, empty.
+    """Claim and return a fresh folder ``ROOT/<norm>-<opt><lr>-mlp_<norm>[-ws]-s<seed>-<n>``.
 
-    Processes that call it at the same time get different ones.
+    ``n`` counts up. Processes that call this at the same time get different folders.
     """
     stem = _stem(config)
     try:
@@ -170,7 +172,7 @@ def default_run_path(config: Config, root: Path = Path("runs")) -> Path:
 
 @dataclass(frozen=True)
 class RunRow:
-    """One run in a list. ``status`` is running, done or stopped; the rest is of the last epoch that ended, or None."""
+    """One run in a list, by its last epoch; ``status`` is running, done or stopped."""
 
     name: str
     path: str
@@ -183,7 +185,7 @@ class RunRow:
 
 
 def list_runs(root: Path) -> list[RunRow]:
-    """Return the runs in ``root`` by name, without those whose configuration is damaged, which are logged.
+    """Return the runs in ``root`` by name. Runs with damaged configurations are logged instead.
 
     Raises UsageError where ``root`` is no folder.
     """

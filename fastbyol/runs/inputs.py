@@ -1,6 +1,6 @@
-"""The inputs of a run beside its configuration, pinned by content: data, and the weights and rates that it starts from.
+"""A run's inputs beside its configuration, pinned by content: data, first weights, replayed rates.
 
-They are pinned before the first step, in env.json and in every checkpoint. Files may move between two stretches of a run.
+They are pinned before the first step, in env.json and in each checkpoint. Files may move later.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from fastbyol.runs import consistency
 from fastbyol.runs.environment import env_of
 from fastbyol.text import printable
 
-if TYPE_CHECKING:  # opening data takes a fifth of a second of imports, and a list of runs opens none
+# Opening data takes a fifth of a second of imports, and a list of runs opens none.
+if TYPE_CHECKING:
     from fastbyol.data.beton import BetonInfo
     from fastbyol.data.contents import Contents
 
@@ -29,7 +30,7 @@ _WORDS = {"train": "training data", "test": "test data"}
 
 @dataclass(frozen=True)
 class Inputs:
-    """The contents of the data files, and digests of the checkpoint and the rates. None stands for what is not used.
+    """The contents of the data files, digests of the checkpoint and the rates; None: not used.
 
     ``decoder``, "ffcv" or "torchvision", made pixels of the data files.
     """
@@ -69,7 +70,7 @@ class Inputs:
 
 
 def refuse_other_data(run: Path, made: Inputs, now: Inputs, train: Path, test: Path | None) -> None:
-    """Raise UsageError where the content of a data file of ``run`` has changed since the run was ``made``."""
+    """Raise UsageError where a data file's content has changed since the run was ``made``."""
     for name, file, then, today in (("train", train, made.train, now.train), ("test", test, made.test, now.test)):
         if then == today:
             continue
@@ -83,7 +84,7 @@ def refuse_other_data(run: Path, made: Inputs, now: Inputs, train: Path, test: P
 
 
 def refuse_other_decoder(run: Path, then: str) -> NoReturn:
-    """Raise UsageError, since the images of ``run`` are JPEG and the decoder that it was made with is missing."""
+    """Raise UsageError: the run's images are JPEG, and what decoded them then is missing."""
     raise UsageError(
         f"{run}: the run was made with JPEG images decoded by {then}, which cannot be used here, and by another decoder their "
         f"pixels are others: install it (`fastbyol doctor` says how), or {_afresh(run)}"
@@ -101,7 +102,7 @@ def refuse_missing(run: Path, data: DataConfig) -> None:
 
 
 def moved(config: Config, train: str | Path | None, test: str | Path | None) -> Config:
-    """Return ``config`` with the data files that a caller names. Test data of a built-in training set stay."""
+    """Return ``config`` with the data files that a caller names, else those that it has."""
     data = config.data
     if train is not None and test is None and data.test is None and _is_built_in(data.train):
         test = data.train
@@ -110,7 +111,7 @@ def moved(config: Config, train: str | Path | None, test: str | Path | None) -> 
 
 
 def with_paths(config: Config, asked: Config) -> Config:
-    """Return ``config`` with the paths of ``asked``, made absolute: its data files and the run whose rates it replays."""
+    """Return ``config`` with the paths of data and of replayed rates in ``asked``, absolute."""
     data, optim, rates = asked.data, config.optim, asked.optim.replay_rates
     files = {"train": absolute(data.train), "test": data.test and absolute(data.test)}
     return config.model_copy(
@@ -122,9 +123,10 @@ def with_paths(config: Config, asked: Config) -> Config:
 
 
 def absolute(path: str | Path) -> str:
-    """Return the path of a file or folder for a run's config.toml: absolute, so that it is valid from any working folder.
+    """Return a path as config.toml keeps it: absolute, so that it is valid from anywhere.
 
-    Names of built-in sets and links are kept. Raises UsageError for a name that is not UTF-8, since TOML cannot contain it.
+    Names of built-in sets and links are kept. Raises UsageError for a name that is not UTF-8,
+    since TOML cannot contain it.
     """
     if _is_built_in(str(path)):
         return str(path)
@@ -132,7 +134,8 @@ def absolute(path: str | Path) -> str:
         full = Path(path).expanduser().absolute()
         if ".." in full.parts:  # would name another file once a folder on the way is gone
             full = full.parent.resolve() / full.name
-    except (RuntimeError, OSError, ValueError):  # an unknown user's ~, a working folder that is gone, an impossible name
+    # An unknown user's ~, a working folder that is gone, an impossible name:
+    except (RuntimeError, OSError, ValueError):
         full = Path(path)
     try:
         str(full).encode("utf-8")
@@ -146,7 +149,7 @@ def absolute(path: str | Path) -> str:
 def of_run(run_or_file: Path) -> Inputs | None:
     """Return the pinned inputs of a run or of a checkpoint file, None where there are none.
 
-    Those in the newest checkpoint are preferred to those in env.json. The run's configuration is not opened.
+    Those in the newest checkpoint count before those in env.json. No configuration is opened.
     """
     if not run_or_file.is_dir():
         return Inputs.read(consistency.meta_of(run_or_file).get(META))

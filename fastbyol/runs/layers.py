@@ -1,7 +1,7 @@
-"""layers.npy: per-layer measures over a run, as one array of numpy's format that rows are appended to.
+"""layers.npy: per-layer measures over a run, an array of numpy's format that rows are appended to.
 
-``np.load`` reads it at any instant: ``rows["step"]`` int64 (T,), ``rows["layers"]["rate"]`` float32 (T, segments), and
-``rows.dtype.fields["layers"][2].split()`` names the segments.
+``np.load`` reads it at any instant: ``rows["step"]`` int64 (T,), ``rows["layers"]["rate"]`` float32
+(T, segments) and so on; ``rows.dtype.fields["layers"][2].split()`` names the segments.
 """
 
 from __future__ import annotations
@@ -23,14 +23,15 @@ from fastbyol.files import open_regular
 from fastbyol.runs.durable import Written, append, new_digest, write_atomically, writing
 
 LAYERS_FILE = "layers.npy"
-# Earlier code wrote an archive, and the rows that it lacked into a file beside it: the same bytes as rows here.
+# Earlier code wrote an archive, and newer rows into a file beside it: the same bytes as rows here.
 _ARCHIVE, _ARCHIVE_ROWS = "layers.npz", "layers.rows"
 # What Python's zip reader and numpy are seen to raise over a damaged archive.
 _DAMAGE = (
     *(ValueError, KeyError, EOFError, RuntimeError, SyntaxError, OverflowError, MemoryError, TypeError, AttributeError),
     *(zipfile.BadZipFile, zlib.error, struct.error),
 )
-_BLOCK = 64  # bytes: numpy aligns the rows to as many, and the header's last block contains their number
+# Bytes. numpy aligns rows to as many, and the header's last block contains their number.
+_BLOCK = 64
 _HEADER = re.compile(
     r"\{'descr': \[\('step', '<i8'\), \(\('([^']+)', 'layers'\), \[([^]]+)\], \(\d+,\)\)\], 'fortran_order': False, "
     r" *'shape': \((\d{1,18}),\), \}\n"
@@ -39,7 +40,7 @@ _log = logging.getLogger(__name__)
 
 
 class Layers(NamedTuple):
-    """``steps`` int64 (T,) counted from 0, ``values`` float32 (T, segments, metrics), and the names of the last two axes."""
+    """``steps`` int64 (T,) from 0, ``values`` float32 (T, segments, metrics), their axes' names."""
 
     steps: np.ndarray
     values: np.ndarray
@@ -48,7 +49,7 @@ class Layers(NamedTuple):
 
 
 class LayersFile:
-    """The file open for appending, cut back to steps below ``resume_step``; ``every`` is their spacing in steps."""
+    """The file open for appending, cut back to steps below ``resume_step``, ``every`` apart."""
 
     def __init__(self, folder: Path, names: Sequence[str], metrics: Sequence[str], *, every: int, resume_step: int) -> None:
         self._path = folder / LAYERS_FILE
@@ -62,7 +63,8 @@ class LayersFile:
                 self._digest.update(piece)
             self._file = self._path.open("r+b", buffering=0)
             self._write_num_rows()
-            self._file.truncate(self._end)  # after the header: a file that is longer than it says still loads
+            # After the header: a file that is longer than it says still loads.
+            self._file.truncate(self._end)
 
     def append(self, steps: np.ndarray, values: np.ndarray) -> None:
         """Write rows: steps int64 (k,), values float32 (k, segments, metrics)."""
@@ -70,7 +72,7 @@ class LayersFile:
         with writing(self._path):
             self._file.seek(self._end)
             append(self._file, rows)
-            # Only now does the header count them: rows that a kill left unfinished lie behind the array.
+            # Only now does the header count them: what a kill cuts lies outside.
             self._num_rows += len(steps)
             self._write_num_rows()
         self._digest.update(rows)
@@ -96,7 +98,7 @@ class LayersFile:
         self._end = len(header) + self._num_rows * self._row_bytes
 
     def _restore(self, folder: Path) -> Layers:
-        """Return what the run has recorded, having made ``layers.npy`` of it where that is missing or damaged."""
+        """Return the recorded layers. Make ``layers.npy`` of them where it is not whole."""
         path = recorded_file(folder)
         empty = np.empty(0, np.int64), np.empty((0, len(self._names), len(self._metrics)), np.float32)
         layers = Layers(*empty, self._names, self._metrics)
@@ -118,13 +120,13 @@ class LayersFile:
 
 
 def recorded_file(folder: Path) -> Path:
-    """Return the path of a run's layers: ``layers.npy``, or the archive where only earlier code has worked on the run."""
+    """Return the path of a run's layers, the archive where only earlier code has written."""
     archive = folder / _ARCHIVE
     return archive if archive.exists() and not (folder / LAYERS_FILE).exists() else folder / LAYERS_FILE
 
 
 def read_layers(folder: Path) -> Layers:
-    """Return the per-layer measures of a run, finished or not. Raise UsageError where there are none or they are damaged."""
+    """Return the measures of a run, finished or not. Raise UsageError without whole ones."""
     path = recorded_file(folder)
     try:
         with open_regular(path) as file:
@@ -136,7 +138,7 @@ def read_layers(folder: Path) -> Layers:
 
 
 def record_of(written: Mapping[str, Sequence[Any]]) -> Sequence[Any]:
-    """Return the record of a run's rows among those of its files. A checkpoint of earlier code names the archive."""
+    """Return the record of the rows, which a checkpoint of earlier code has for the archive."""
     return written[LAYERS_FILE if LAYERS_FILE in written else _ARCHIVE]
 
 
@@ -151,7 +153,7 @@ def is_whole(folder: Path, recorded: Written) -> bool:
 
 
 def _num_in_order(steps: np.ndarray, every: int, resume_step: int) -> int:
-    """Return the number of rows before the first impossible one: after a power cut the tail may be zeros."""
+    """Return the number of rows in order: a power cut may leave zeros at the end."""
     fine = (np.diff(steps, prepend=-1) > 0) & (steps % every == 0) & (steps >= 0) & (steps < resume_step)
     return len(steps) if fine.all() else int(fine.argmin())
 
@@ -167,17 +169,17 @@ def _rows(steps: np.ndarray, values: np.ndarray) -> np.ndarray:
 
 
 def _pieces(layers: Layers, stop: int | None = None, size: int = 1024) -> Iterator[bytes]:
-    """Yield the bytes of the rows, so many at a time that a long run's do not fill the memory twice."""
+    """Yield the bytes of the rows in pieces, since a long run's may not fit into memory twice."""
     for start in range(0, len(layers.steps[:stop]), size):
         part = slice(start, start + size)
         yield _rows(layers.steps[:stop][part], layers.values[:stop][part]).tobytes()
 
 
 def _header(names: Sequence[str], metrics: Sequence[str], num_rows: int) -> bytes:
-    """Return the array's header (numpy.lib.format, version 1.0), of one length whatever the number of rows.
+    """Return the array's header (numpy.lib.format, version 1.0), as long for any number of rows.
 
-    np.load refuses headers of over 10,000 bytes, which a field for each segment and metric would take. So the metrics are
-    fields, and the segments an axis; their names are the title of the field ``layers``.
+    np.load refuses headers of over 10,000 bytes, which a field for each segment and metric would
+    take. So metrics are fields and segments an axis: their names are the title of ``layers``.
     """
     fields = [("step", "<i8"), ((" ".join(names), "layers"), [(metric, "<f4") for metric in metrics], (len(names),))]
     text = f"{{'descr': {fields!r}, 'fortran_order': False, ".encode("latin1")
@@ -199,14 +201,14 @@ def _read_array(file: BinaryIO) -> Layers:
 
 
 def _read_rows(file: BinaryIO, num_names: int, num_metrics: int, most: int = 2**63) -> tuple[np.ndarray, np.ndarray]:
-    """Return (steps, values) of ``most`` rows from here on, or of those there are: a power cut may cost counted ones."""
+    """Return (steps, values) of ``most`` rows, or of fewer where a power cut took counted ones."""
     dtype = _dtype(num_names, num_metrics)
     rows = np.fromfile(file, dtype, min(most, (os.fstat(file.fileno()).st_size - file.tell()) // dtype.itemsize))
     return rows["step"], rows["values"]
 
 
 def _read_archive(path: Path, file: BinaryIO) -> Layers:
-    """Return what earlier code recorded: the archive's arrays, or the rows beside it, which are newer."""
+    """Return the archive's arrays, or the rows beside it, which are newer."""
     with np.load(file, allow_pickle=False) as archive:
         steps, values, *labels = (archive[key] for key in ("steps", "values", "names", "metrics"))
     kinds = (steps.dtype, steps.ndim, values.dtype, *(label.dtype.kind for label in labels))

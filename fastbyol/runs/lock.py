@@ -16,10 +16,11 @@ _log = logging.getLogger(__name__)
 
 
 class Lock:
-    """An advisory lock on a run's folder, dropped by the system when the process dies, by kill -9 too.
+    """An advisory lock on a run's folder, which the system drops when the process dies.
 
-    It does not depend on process numbers, which are reused, nor on the file's existence. On NFS the server keeps it (Linux
-    turns flock into a lock of bytes, which needs the file open for writing); where there are no locks a warning is logged.
+    It depends neither on process numbers, which are reused, nor on the file's existence. On NFS
+    the server keeps it (Linux turns flock into a lock of bytes, which needs the file open for
+    writing). Where there are no locks a warning is logged.
     """
 
     def __init__(self, path: Path) -> None:
@@ -27,7 +28,7 @@ class Lock:
             pass
 
     def _took(self, name: Path) -> bool:
-        """Return whether the locked file is still the folder's: its last owner may have removed it with the whole run."""
+        """Return whether the file is still the folder's: its last owner may have removed it."""
         # With O_NONBLOCK the system refuses a pipe of this name instead of waiting for it.
         self._file = open(name, "ab", opener=lambda file, flags: os.open(file, flags | os.O_NONBLOCK, 0o666))  # noqa: SIM115
         try:
@@ -45,7 +46,7 @@ class Lock:
         return same
 
     def release(self) -> None:
-        """Release the lock. The file stays: removing it would let two processes lock two files of one name."""
+        """Release. The file stays: removing it would let two processes lock files of one name."""
         self._file.close()
 
 
@@ -60,7 +61,7 @@ def is_locked(path: Path) -> bool:
 
 
 def _try_lock(descriptor: int) -> bool:
-    """Return whether the lock was free and is taken. Try a few times, since ``is_locked`` elsewhere takes it for an instant."""
+    """Return whether the lock could be taken. ``is_locked`` elsewhere takes it for an instant."""
     for pause_s in (0.01, 0.05, 0.1, 0.2, None):
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

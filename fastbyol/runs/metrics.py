@@ -1,7 +1,8 @@
-"""metrics.jsonl: one strict JSON line per step and per event, in order, a function of the training alone.
+"""metrics.jsonl: a strict JSON line per step and event, determined by the training alone.
 
-``{"step": 0, "epoch": 0, "loss": ..., ...}`` is a step; steps and epochs count from 0. An event has ``event``, its kind, and
-``step``, the number of steps done by then. An event ``skipped`` follows a step whose update was skipped for its gradient.
+``{"step": 0, "epoch": 0, "loss": ..., ...}`` is a step, counted from 0. An event has ``event``, its
+kind, and ``step``, the number of steps done. A step that was skipped for its gradient is followed
+by an event ``skipped``.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ _log = logging.getLogger(__name__)
 class MetricsFile:
     """The file open for appending, cut back to whole lines of the first ``resume_step`` steps.
 
-    ``recorded`` is the file's record of that time, if there is one. ``skipped_in_row`` counts the newest consecutive steps
-    that were skipped. Raises FastbyolError where the file cannot be written.
+    ``recorded`` is the file's record of that time, if any. ``skipped_in_row`` counts the newest
+    consecutive steps that were skipped. Raises FastbyolError where the file cannot be written.
     """
 
     def __init__(
@@ -49,10 +50,10 @@ class MetricsFile:
             self._file = self._path.open("ab", buffering=0)
 
     def append_steps(self, first_step: int, values: np.ndarray) -> list[dict[str, float]]:
-        """Write float32 ``values`` (steps, metrics) and return them as dicts, NaN where not finite."""
+        """Write float32 ``values`` (steps, metrics). Return them as dicts, NaN where not finite."""
         rows, lines = [], []
         for step, row in enumerate(values, first_step):
-            # numpy's text of a float32 has the fewest digits that give it back; float(value) would have a float64's.
+            # numpy's text of a float32 is as short as can be; float(value) has a float64's digits.
             numbers = (float(str(value)) if math.isfinite(value) else math.nan for value in row)
             rows.append({"step": step, "epoch": step // self._steps_per_epoch, **dict(zip(self._names, numbers, strict=True))})
             lines.append(_line(rows[-1]))
@@ -63,14 +64,14 @@ class MetricsFile:
         return rows
 
     def append_event(self, kind: str, step: int, fields: Mapping[str, Any]) -> None:
-        """Write an event that happened after ``step`` steps. ``fields`` must not depend on the clock or the machine."""
+        """Write an event after ``step`` steps. ``fields`` must depend on the training alone."""
         self._write([_line({"event": kind, "step": step, **fields})])
 
     def epoch_means(self) -> dict[str, float]:
-        """Return the mean of each metric over the steps of the newest epoch, NaN where there are none.
+        """Return the mean of each metric over the newest epoch's steps, NaN where there are none.
 
-        Means are of the written decimals, so that they do not depend on which process wrote the steps. Skipped steps count
-        in ``skipped`` alone.
+        Means are of the written decimals, whichever process wrote them. Skipped steps count in
+        ``skipped`` alone.
         """
         counted = [row for row in self._epoch_rows if not _was_skipped(row)]
         rows = {name: self._epoch_rows if name == "skipped" else counted for name in self._names}
@@ -92,7 +93,7 @@ class MetricsFile:
         self._file.close()
 
     def _keep(self, resume_step: int, recorded: Written | None) -> int:
-        """Return the number of bytes of the first ``resume_step`` steps. Events at that step precede its checkpoint."""
+        """Return the bytes of the first ``resume_step`` steps and of the events up to there."""
         offset = num_rows = 0
         limit = recorded.num_bytes if recorded is not None else math.inf
         with open_regular(self._path) as file:
@@ -136,7 +137,7 @@ def is_whole(folder: Path, recorded: Written) -> bool:
 
 
 def read_metrics(folder: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Return (steps, events) of a run, finished or not, in order; None stands for a number that was not finite."""
+    """Return (steps, events) of a run in order; None stands for what was not finite."""
     with _reading(folder / METRICS_FILE) as file:
         lines = [row for _, row in _parse(file)]
     return [row for row in lines if "event" not in row], [row for row in lines if "event" in row]
@@ -158,7 +159,7 @@ def _reading(path: Path) -> Iterator[BinaryIO]:
 
 
 def _parse(lines: Iterable[bytes]) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield (bytes, content) of each line, up to the first that is damaged, repeats a step or has other metrics."""
+    """Yield (bytes, content) of each line up to the first that is damaged or out of order."""
     done, names = 0, None
     for line in lines:
         try:
@@ -195,7 +196,7 @@ def _is_event(row: Mapping[str, Any]) -> bool:
 
 
 def _was_skipped(row: Mapping[str, Any]) -> bool:
-    """Return whether the optimizer skipped the step. In lines of earlier code the gradient's norm tells, by the same rule."""
+    """Return whether the step was skipped; without that metric its gradient's norm tells."""
     skipped = row.get("skipped")
     return bool(skipped) if skipped is not None else not math.isfinite(row.get("grad_norm", 0.0))
 

@@ -59,7 +59,7 @@ def train(
             the run, compiled, in another process.
     """
     whole = _with_source(resolve(config), observer)
-    whole = inputs.with_places(whole, whole)
+    whole = inputs.with_paths(whole, whole)
     capture.choose(whole.engine, pick_device(whole.train.device))  # refuses what this machine lacks
     whole = choose_precision(whole, observer.note) if observer is not None else choose_precision(whole)
     path = Path(out) if out is not None else default_run_path(whole)
@@ -92,7 +92,7 @@ def resume(
     what the run was made with. Raises the errors of ``train``.
     """
     with RunFolder.open(Path(run), lock=True) as folder:
-        config = inputs.moved(inputs.with_places(folder.config, folder.config), data, test_data)
+        config = inputs.moved(inputs.with_paths(folder.config, folder.config), data, test_data)
         return trainer.fit(folder, config, observer)
 
 

@@ -84,12 +84,12 @@ def _folder(path: Path, request: Mapping[str, Any], speaker: Speaker) -> RunFold
     if (path / CONFIG).is_file():
         return RunFolder.open(path, lock=True)
     config = choose_precision(config_io.parse(request["config"], where=str(path)), speaker.note)
-    return RunFolder.create(path, inputs.with_places(config, config), request["origin"])
+    return RunFolder.create(path, inputs.with_paths(config, config), request["origin"])
 
 
 def _with_places(config: Resolved, request: Mapping[str, Any]) -> Resolved:
     """``config`` of a run that may be gone on with, with its files where the request has them: they may have been moved."""
-    return inputs.with_places(config, config_io.parse(request["config"], where=request["path"]))
+    return inputs.with_paths(config, config_io.parse(request["config"], where=request["path"]))
 
 
 def die_with_parent(parent: int) -> None:

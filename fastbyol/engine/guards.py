@@ -15,7 +15,6 @@ from fastbyol.errors import FastbyolError, UsageError, chain, size_text
 # Bytes of a line of metrics.jsonl without its numbers, and of a number with its name: a line with
 # 8 numbers had 290 bytes.
 _LINE_BYTES, _NUMBER_BYTES = 40, 32
-_LAYERS_COPIES = 3  # the rows, the archive, and the archive while it is rewritten
 
 
 def disk_bytes(config: Config, *, checkpoint_bytes: int, steps: int, num_metrics: int, layer_numbers: int) -> int:
@@ -26,7 +25,7 @@ def disk_bytes(config: Config, *, checkpoint_bytes: int, steps: int, num_metrics
     run = config.run
     checkpoints = (run.keep_checkpoints + 1) * checkpoint_bytes  # the oldest goes after a new one
     metrics = steps * (_LINE_BYTES + _NUMBER_BYTES * num_metrics)
-    layers = _LAYERS_COPIES * (steps // run.layers_every_steps + 1) * (8 + 4 * layer_numbers)
+    layers = (steps // run.layers_every_steps + 1) * (8 + 4 * layer_numbers)
     return checkpoints + metrics + layers
 
 

@@ -166,7 +166,7 @@ class Preparation:
         if made_from != self.pinned:
             self.folder.keep_inputs(made_from, made_by)
         if config != self.folder.config:
-            self.folder.keep_places(config)
+            self.folder.keep_paths(config)
         self._announce(train, batches, state, saved.progress.step)
         engine = self._ready_engine(batches, state, saved)
         session = Session(
@@ -283,7 +283,7 @@ class Preparation:
         """Fill ``state`` from the newest checkpoint that is sound and whose run's records are."""
         run = self.folder.path
         loaded = checkpoint.load_latest(
-            self.folder.checkpoints, doubt=lambda saved: consistency.damage(run, saved.meta["telemetry"])
+            self.folder.checkpoints, objection=lambda saved: consistency.damage(run, saved.meta["telemetry"])
         )
         for warning in loaded.warnings:
             self.observer.note(warning)
@@ -298,7 +298,7 @@ class Preparation:
         """Raise UsageError where the run's configuration is not the recorded one."""
         # Where no contents are pinned, data are known by their names alone.
         by_name = self.pinned is None
-        consistency.refuse_changed(self.folder.path, self.folder.config, made_with, str(where), places=by_name)
+        consistency.refuse_changed(self.folder.path, self.folder.config, made_with, str(where), paths=by_name)
 
     def _note_other_versions(self, before: Mapping[str, Any], now: Mapping[str, str | None]) -> dict[str, list[str | None]]:
         """Return, and tell the observer, what of versions and device changed."""

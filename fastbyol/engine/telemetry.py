@@ -1,9 +1,7 @@
-"""What a run measures, off the device without stopping it and into the run's folder.
+"""The measures of a run, from the device into the run's folder without stopping the device.
 
-Every step's measures are copied into a ring on the device. A full ring comes over in one transfer, which on a GPU runs
-behind the steps and is picked up when the next one is sent. ``metrics.jsonl`` and ``layers.npz`` hold what the training
-determines, so that a run that was killed and resumed leaves the same bytes as one that was not; clock times go to
-``timing.jsonl``, which only grows.
+``metrics.jsonl`` and ``layers.npy`` depend on the training alone: a run that was killed and resumed
+leaves the same bytes as one that was not. Clock times go to ``timing.jsonl``, which only grows.
 """
 
 from __future__ import annotations
@@ -26,7 +24,7 @@ from fastbyol.runs.metrics import METRICS_FILE, MetricsFile
 
 
 class StepValues(Protocol):
-    """One step's measures, on the device: ``values`` (metrics,) and ``layers`` (segments, layer metrics), float32."""
+    """A step's ``values`` (metrics,) and ``layers`` (segments, layer metrics), float32."""
 
     @property
     def values(self) -> torch.Tensor: ...
@@ -35,7 +33,7 @@ class StepValues(Protocol):
 
 
 class Telemetry:
-    """Records steps and events of the run in ``folder``, from ``resume_step`` on: what lies beyond it there is cut off.
+    """The record of the run in ``folder``, whose files are cut back to ``resume_step`` steps.
 
     Args:
         metric_names: names of ``StepValues.values``.
@@ -43,7 +41,7 @@ class Telemetry:
         drain_every: steps held on the device before they are written.
         layers_every: spacing in steps of the per-layer measures.
         resume_step: number of steps done, 0 for a new run.
-        resume_written: ``written`` as it was then, from the checkpoint.
+        resume_written: ``written`` at that step, from the checkpoint.
 
     Raises:
         FastbyolError: a file cannot be written.
@@ -63,8 +61,13 @@ class Telemetry:
         resume_step: int = 0,
         resume_written: Mapping[str, Sequence[Any]] | None = None,
     ) -> None:
-        held = Written(*resume_written[METRICS_FILE]) if resume_written else None
-        self._metrics = MetricsFile(folder, metric_names, steps_per_epoch=steps_per_epoch, resume_step=resume_step, held=held)
+        self._metrics = MetricsFile(
+            folder,
+            metric_names,
+            steps_per_epoch=steps_per_epoch,
+            resume_step=resume_step,
+            recorded=Written(*resume_written[METRICS_FILE]) if resume_written else None,
+        )
         self._layers = LayersFile(folder, layer_names, layer_metric_names, every=layers_every, resume_step=resume_step)
         with writing(folder / "timing.jsonl"):
             self._timing = (folder / "timing.jsonl").open("a", buffering=1, encoding="utf-8")
@@ -75,17 +78,18 @@ class Telemetry:
         self.timing("open")
 
     def record(self, measured: StepValues) -> list[dict[str, float]]:
-        """Take the next step's measures, without waiting for the device.
+        """Record the next step's measures, without waiting for the device.
 
-        Returns the steps that were written meanwhile, oldest first: mostly none, a ring's worth every ``drain_every`` steps
-        (on a GPU one ring late). A dict holds ``step``, ``epoch`` and the metrics, NaN where not finite.
+        Returns the steps that were written meanwhile, oldest first: ``drain_every`` of them in
+        each ``drain_every``-th call (on a GPU one ring late), else none. A dict has ``step``, ``epoch`` and
+        the metrics, NaN where not finite.
         """
         self._ring.put(self._step, measured.values, measured.layers)
         self._step += 1
         return self._drain() if self._ring.full else []
 
     def flush(self) -> list[dict[str, float]]:
-        """Write everything recorded so far and force it to disk: to be called before a checkpoint is saved."""
+        """Write everything recorded so far and force it to disk, before a checkpoint is saved."""
         rows = self._drain() + self._receive()
         self._metrics.sync()
         self._layers.sync()
@@ -94,34 +98,35 @@ class Telemetry:
     def event(self, kind: str, *, step: int | None = None, **fields: Any) -> None:
         """Write ``{"event": kind, "step": ..., **fields}`` after the steps recorded so far.
 
-        Values must be functions of the training alone. ``step`` is the number of steps done (default: those recorded); a run
-        resumed at ``step`` keeps the event, so it is to be written before the checkpoint of that step.
+        Values must be functions of the training alone. ``step`` is the number of steps done
+        (default: those recorded). A run resumed at ``step`` keeps the event, so write it before the
+        checkpoint of that step.
         """
         self._write_pending()
         self._metrics.append_event(kind, self._step if step is None else step, fields)
 
     @property
     def written(self) -> dict[str, list[Any]]:
-        """What the files hold after ``flush``: name -> bytes and digest, for a checkpoint to remember."""
+        """The files' content after ``flush`` for a checkpoint: name -> bytes and digest."""
         return {METRICS_FILE: list(self._metrics.written), LAYERS_FILE: list(self._layers.written)}
 
     @property
     def skipped_in_row(self) -> int:
-        """How many of the newest steps that were written, one after the other, the optimizer left out."""
+        """The number of newest consecutive steps, of those written, that were skipped."""
         return self._metrics.skipped_in_row
 
     def epoch_summary(self) -> dict[str, float]:
-        """Mean of each metric over the steps of the epoch of the newest step, those before a resumption included."""
+        """Return each metric's mean over the newest step's epoch, before a resumption too."""
         self._write_pending()
         return self._metrics.epoch_means()
 
     def timing(self, kind: str, **fields: Any) -> None:
-        """Write a line of ``timing.jsonl``: the kind, the steps recorded, seconds since 1970, and ``fields``."""
+        """Write a line of ``timing.jsonl``: kind, steps recorded, Unix time in s, ``fields``."""
         line = {"event": kind, "step": self._step, "unix_s": round(time.time(), 6), **fields}
         self._timing.write(json.dumps(line) + "\n")
 
     def close(self) -> None:
-        """Write what is held, finish ``layers.npz`` and close. May be called twice."""
+        """Write what is buffered and close. May be called twice."""
         if self._closed:
             return
         self._closed = True
@@ -134,7 +139,7 @@ class Telemetry:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        # After a disk has run full closing fails as well, and says less of what happened.
+        # After a disk has run full closing fails too, with a less useful message.
         with suppress(*(FastbyolError,) if error is not None else ()):
             self.close()
 
@@ -143,9 +148,9 @@ class Telemetry:
         self._receive()
 
     def _drain(self) -> list[dict[str, float]]:
-        """Write the ring sent before and send this one; on a CPU there is nothing to overlap and both are written."""
+        """Write the ring sent before and send this one. On a CPU nothing overlaps: write both."""
         rows = self._receive()
-        if self._ring.num_held:
+        if self._ring.num_buffered:
             self._ring.send()
         return rows if self._ring.overlaps else rows + self._receive()
 
@@ -166,7 +171,11 @@ class _Sent(NamedTuple):
 
 
 class _Ring:
-    """One flat float32 buffer on the device, metrics first and layers behind, with its copy on the host."""
+    """One flat float32 buffer on the device, layers behind metrics, with a copy on the host.
+
+    A full ring is sent in one transfer. On a GPU it runs behind the steps and is received when
+    the next one is sent.
+    """
 
     def __init__(
         self, num_metrics: int, num_layers: int, num_layer_metrics: int, steps: int, layers_every: int, device: torch.device
@@ -179,32 +188,32 @@ class _Ring:
         self._buffer = torch.zeros(size, dtype=torch.float32, device=device)
         self._host = torch.zeros(size, dtype=torch.float32, pin_memory=self.overlaps)
         self._metrics, self._layers = self._split(self._buffer)
-        self._first_step = self.num_held = self._num_layers = 0
+        self._first_step = self.num_buffered = self._num_layers = 0
         self._sent = _Sent(0, 0, 0)
         self._arrived = torch.cuda.Event() if self.overlaps else None  # type: ignore[no-untyped-call]
 
     @property
     def full(self) -> bool:
-        return self.num_held == self._shapes[0][0]
+        return self.num_buffered == self._shapes[0][0]
 
     def put(self, step: int, values: torch.Tensor, layers: torch.Tensor) -> None:
-        self._first_step = step if self.num_held == 0 else self._first_step
-        self._metrics[self.num_held].copy_(values.detach())
-        self.num_held += 1
+        self._first_step = step if self.num_buffered == 0 else self._first_step
+        self._metrics[self.num_buffered].copy_(values.detach())
+        self.num_buffered += 1
         if step % self._layers_every == 0:
             self._layers[self._num_layers].copy_(layers.detach())
             self._num_layers += 1
 
     def send(self) -> None:
-        """Start the transfer. Later steps may overwrite the ring: their copies queue behind it on the stream."""
+        """Start the transfer. Later steps overwrite the ring behind it on the stream."""
         self._host.copy_(self._buffer, non_blocking=self.overlaps)
         if self._arrived is not None:
             self._arrived.record()
-        self._sent = _Sent(self._first_step, self.num_held, self._num_layers)
-        self.num_held = self._num_layers = 0
+        self._sent = _Sent(self._first_step, self.num_buffered, self._num_layers)
+        self.num_buffered = self._num_layers = 0
 
     def receive(self) -> tuple[int, np.ndarray, np.ndarray, np.ndarray]:
-        """(first step, values (steps, metrics), steps with layers (k,), layers (k, segments, metrics)) of the last send."""
+        """Return the last send: first step, its values, the steps with layers, their layers."""
         sent, self._sent = self._sent, _Sent(0, 0, 0)
         if sent.num_steps and self._arrived is not None:
             self._arrived.synchronize()

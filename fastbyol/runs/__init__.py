@@ -1,1 +1,1 @@
-"""A run on disk: its folder, lock, configuration, metrics, layers and checkpoints. Only ``checkpoint`` imports torch."""
+"""A run on disk: folder, lock, inputs, metrics, layers, checkpoints, which alone import torch."""

@@ -1,8 +1,8 @@
 """Checkpoints: exact, atomic, checksummed, never unpickled.
 
-One safetensors file per step, ``ckpt-<step, nine digits or more>.safetensors``. Its metadata hold one JSON text, since
-safetensors writes several in any order: the format's name, ``meta`` with the step, and a BLAKE2b digest over all of it and
-every tensor's name, dtype, shape and bytes, because safetensors itself would read flipped bits without a word.
+One safetensors file per step, ``ckpt-<step, nine digits or more>.safetensors``. Its metadata is
+a JSON text with the format's name, ``meta`` with the step, and a digest of ``meta`` and all
+tensors, since safetensors itself does not notice flipped bits.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from fastbyol.files import open_regular
 from fastbyol.runs.durable import new_digest, remove_temporaries, write_atomically, writing
 
 FORMAT = "fastbyol-checkpoint-1"
-METADATA_KEY = "fastbyol"
+METADATA_KEY = "fastbyol"  # one key, since safetensors writes several in any order
 _GOING_BACK = ": going back to the checkpoint before"
 
 
 class Checkpoint(NamedTuple):
-    """What was saved: tensors on the CPU and ``meta`` with the key ``step`` added; ``path`` is its file.
+    """The content of the file ``path``: tensors on the CPU, ``meta`` with its step, their digest.
 
-    ``digest`` is of all of it. ``warnings`` names newer checkpoints that were passed over, and why.
+    ``warnings`` names newer checkpoints that were passed over, and why.
     """
 
     tensors: dict[str, torch.Tensor]
@@ -41,19 +41,20 @@ class Checkpoint(NamedTuple):
 
 
 class _UnusableError(Exception):
-    """Why one file cannot be used."""
+    """A reason why one file cannot be used."""
 
 
 def save(folder: Path, step: int, tensors: Mapping[str, torch.Tensor], meta: Mapping[str, Any], *, keep: int = 3) -> Path:
     """Write the checkpoint of ``step`` and remove all but the newest ``keep``.
 
     Args:
-        tensors: any shapes, dtypes, devices and strides; read back contiguous and bit for bit. They may share storage.
-        meta: what JSON holds; floats come back exactly.
-        keep: how many files stay. Files of later steps go too: a run that went back has left them behind.
+        tensors: any shapes, dtypes, devices and strides, which may share storage; read back
+            contiguous and bit for bit.
+        meta: JSON values; floats come back exactly.
+        keep: how many files stay. Those of later steps, which a run that went back left, go too.
 
     Raises:
-        FastbyolError: the file cannot be written. Checkpoints that were there before still are.
+        FastbyolError: the file cannot be written. Earlier checkpoints are intact.
     """
     path = _path(folder, step)
     owned = {name: _owned(tensor) for name, tensor in tensors.items()}
@@ -69,40 +70,40 @@ def save(folder: Path, step: int, tensors: Mapping[str, torch.Tensor], meta: Map
 
 
 def newest(folder: Path) -> Path | None:
-    """The file of the latest step in ``folder``, damaged or not; None where there is none."""
+    """Return the file of the latest step in ``folder``, damaged or not; None without one."""
     steps = _steps(folder)
     return _path(folder, steps[-1]) if steps else None
 
 
 def newest_step(folder: Path) -> int | None:
-    """The step of ``newest``."""
+    """Return the step of ``newest``."""
     return next(reversed(_steps(folder)), None)
 
 
 def total_bytes(folder: Path) -> int:
-    """What the checkpoints in ``folder`` take."""
+    """Return the size of the checkpoints in ``folder``."""
     return sum(_path(folder, step).stat().st_size for step in _steps(folder))
 
 
-def load_latest(folder: Path, *, doubt: Callable[[Checkpoint], str | None] = lambda _: None) -> Checkpoint:
-    """The newest checkpoint in ``folder`` that is whole; ``warnings`` tells of newer ones that are not.
+def load_latest(folder: Path, *, objection: Callable[[Checkpoint], str | None] = lambda _: None) -> Checkpoint:
+    """Return the newest whole checkpoint; its ``warnings`` name newer ones that are damaged.
 
-    ``doubt`` may give a reason to prefer an older one. Where it has one against each, the newest whole one is returned, with
-    that reason as the last warning. Raises UsageError where none is whole.
+    ``objection`` may return a reason to prefer an older one. If it objects to all, the newest
+    whole one is returned, that reason as its last warning. Raises UsageError if none is whole.
     """
     warnings: list[str] = []
     second_best: Checkpoint | None = None
     for step in reversed(_steps(folder)):
         try:
-            found = _read(_path(folder, step))
+            loaded = _read(_path(folder, step))
         except _UnusableError as error:
             warnings.append(f"{_path(folder, step)}: {error}{_GOING_BACK}")
             continue
-        reason = doubt(found)
+        reason = objection(loaded)
         if not reason:
-            return found._replace(warnings=tuple(warnings))
+            return loaded._replace(warnings=tuple(warnings))
         if second_best is None:
-            second_best = found._replace(warnings=(*warnings, reason))
+            second_best = loaded._replace(warnings=(*warnings, reason))
         warnings.append(f"{reason}{_GOING_BACK}")
     if second_best is not None:
         return second_best
@@ -112,7 +113,7 @@ def load_latest(folder: Path, *, doubt: Callable[[Checkpoint], str | None] = lam
 
 
 def load(path: Path) -> Checkpoint:
-    """The checkpoint in one file. Raises UsageError where it is missing, damaged, or something else."""
+    """Return the checkpoint in one file. Raises UsageError where there is no whole one."""
     try:
         return _read(path)
     except _UnusableError as error:
@@ -128,7 +129,7 @@ def _steps(folder: Path) -> list[int]:
 
 
 def _step_of(path: Path) -> int | None:
-    """The step that a checkpoint's name says; None for other files."""
+    """Return the step in a checkpoint's name; None for other files."""
     name = re.fullmatch(r"ckpt-([0-9]{9,18})\.safetensors", path.name)
     return int(name[1]) if name and _path(path.parent, int(name[1])) == path else None
 
@@ -139,7 +140,7 @@ def _stale(steps: list[int], newest: int, keep: int) -> Iterator[int]:
 
 
 def _owned(tensor: torch.Tensor) -> torch.Tensor:
-    """A contiguous copy on the CPU: safetensors refuses views of one arena, and strides are the reader's business."""
+    """Return a contiguous copy on the CPU, since safetensors refuses views of one arena."""
     return tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
 
 
@@ -155,7 +156,7 @@ def _digest(meta: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> str
 
 def _read(path: Path) -> Checkpoint:
     try:
-        # A pipe, which the library would wait for, is refused on opening.
+        # open_regular refuses a pipe, which the library would wait for.
         with open_regular(path) as opened, safetensors.safe_open(_utf8_name(path, opened), framework="pt") as file:
             text = (file.metadata() or {}).get(METADATA_KEY, "{}")
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
@@ -163,19 +164,19 @@ def _read(path: Path) -> Checkpoint:
         raise _UnusableError(f"cannot read: {error.strerror or error}") from None
     except safetensors.SafetensorError as error:
         raise _UnusableError(f"damaged or no checkpoint ({error})") from None
-    said = _parsed(text)
-    if said.get("format") != FORMAT:
-        raise _UnusableError(f"not a checkpoint of this version of fastbyol (format {said.get('format')!r}, not {FORMAT!r})")
-    meta = said.get("meta")
-    if not isinstance(meta, dict) or said.get("digest") != _digest(meta, tensors):
+    record = _parsed(text)
+    if record.get("format") != FORMAT:
+        raise _UnusableError(f"not a checkpoint of this version of fastbyol (format {record.get('format')!r}, not {FORMAT!r})")
+    meta = record.get("meta")
+    if not isinstance(meta, dict) or record.get("digest") != _digest(meta, tensors):
         raise _UnusableError("damaged (its checksum differs)")
     if _step_of(path) not in (None, meta["step"]):
         raise _UnusableError(f"holds step {meta['step']}, not what its name says")
-    return Checkpoint(tensors, meta, path, said["digest"])
+    return Checkpoint(tensors, meta, path, record["digest"])
 
 
 def _utf8_name(path: Path, opened: BinaryIO) -> str:
-    """Return a name of the file ``opened`` at ``path`` that safetensors takes, which wants UTF-8."""
+    """Return a name in UTF-8, as safetensors requires, of the file ``opened`` at ``path``."""
     try:
         os.fsencode(path).decode()
     except UnicodeDecodeError:
@@ -185,9 +186,9 @@ def _utf8_name(path: Path, opened: BinaryIO) -> str:
 
 def _parsed(text: str) -> dict[str, Any]:
     try:
-        said = json.loads(text)
+        record = json.loads(text)
     except (ValueError, RecursionError):
-        said = None
-    if not isinstance(said, dict):
+        record = None
+    if not isinstance(record, dict):
         raise _UnusableError("damaged (its metadata is no JSON object)")
-    return said
+    return record

@@ -1,7 +1,6 @@
-"""Whether a run's files still are what the run wrote: its configuration, metrics.jsonl, layers.npz.
+"""Comparison of a run's files with what the run wrote: config.toml, metrics.jsonl, layers.npy.
 
-Checkpoints hold the configuration and digests of both records as they were when it was saved; env.json holds the configuration
-from the start. Nothing here imports torch.
+env.json contains the first configuration; a checkpoint contains its own, and digests of the records.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from fastbyol.files import open_regular
 from fastbyol.runs import layers, metrics
 from fastbyol.runs.durable import Written
 
-# What may change between two stretches of a run: no number of it depends on these.
+# Keys that may change between two stretches of a run: none of its numbers depends on them.
 FREE = frozenset(
     (
         *("data.cache", "data.workers", "train.max_skipped_steps"),
@@ -28,22 +27,23 @@ FREE = frozenset(
 _HEADER_BYTES = 100_000_000  # the most that safetensors allows
 
 
-def changed(run: Path, config: Config, recorded: str, where: str, *, places: bool = False) -> str | None:
-    """Which key of the run's ``config`` is not what ``recorded``, a config.toml kept in ``where``, says; None where all are.
+def changed(run: Path, config: Config, recorded: str, where: str, *, paths: bool = False) -> str | None:
+    """Return a message about the first key of ``config`` that differs from ``recorded``, or None.
 
-    Keys of ``FREE`` do not count. Without ``places`` nor do those that say where data lie, which are pinned by content
-    (``engine.inputs``). Raises UsageError where ``recorded`` is damaged itself.
+    ``recorded`` is the text of a config.toml, found in ``where``. Keys of ``FREE`` do not count,
+    nor without ``paths`` do paths of data, which are pinned by content (``inputs``).
+    Raises UsageError where ``recorded`` is damaged.
     """
     now, then = config_io.flatten(config), config_io.flatten(config_io.parse(recorded, where))
     for key in now:
-        if now[key] != then[key] and key not in FREE and (places or not _is_place(key, now[key], then[key])):
+        if now[key] != then[key] and key not in FREE and (paths or not _is_path(key, now[key], then[key])):
             return f"{run / 'config.toml'}: {key} is {_shown(now[key])}, the run was made with {_shown(then[key])}"
     return None
 
 
-def refuse_changed(run: Path, config: Config, recorded: str, where: str, *, places: bool = False) -> None:
+def refuse_changed(run: Path, config: Config, recorded: str, where: str, *, paths: bool = False) -> None:
     """Raise UsageError where ``changed`` finds a key."""
-    change = changed(run, config, recorded, where, places=places)
+    change = changed(run, config, recorded, where, paths=paths)
     if change:
         raise UsageError(
             f"{change}: put it back, or start another run from these weights with `fastbyol train --init-from {run}`"
@@ -51,39 +51,45 @@ def refuse_changed(run: Path, config: Config, recorded: str, where: str, *, plac
 
 
 def damage(folder: Path, written: Mapping[str, Sequence[Any]]) -> str | None:
-    """What of ``Telemetry.written`` is no longer in the run's files as it was; None where all is."""
-    for name, is_whole in ((metrics.METRICS_FILE, metrics.is_whole), (layers.LAYERS_FILE, layers.is_whole)):
+    """Return a message about the first file that has changed since it was recorded, or None.
+
+    ``written`` is ``Telemetry.written`` of that time.
+    """
+    records = (
+        (folder / metrics.METRICS_FILE, metrics.is_whole, written[metrics.METRICS_FILE]),
+        (layers.recorded_file(folder), layers.is_whole, layers.record_of(written)),
+    )
+    for path, is_whole, record in records:
         try:
-            whole = is_whole(folder, Written(*written[name]))
+            whole = is_whole(folder, Written(*record))
         except OSError as error:
-            return f"{folder / name}: cannot read: {error.strerror}"
+            return f"{path}: cannot read: {error.strerror}"
         if not whole:
-            return f"{folder / name}: is not what was written: cut, changed or lost"
+            return f"{path}: is not what was written: cut, changed or lost"
     return None
 
 
-def doubts(run: Path, config: Config, made_with: object) -> Iterator[str]:
-    """What of the run's files is not as it was written, for commands that only read. ``made_with`` is env.json's ``config``."""
+def changes(run: Path, config: Config, made_with: object) -> Iterator[str]:
+    """Yield messages about changed files. ``made_with`` is env.json's ``config``."""
     try:
         if isinstance(made_with, str) and (change := changed(run, config, made_with, str(run / "env.json"))):
             yield change
     except UsageError as error:
         yield str(error)
     try:
-        what = damage(run, last_meta(run / "checkpoints")["telemetry"])
-    except (LookupError, TypeError):  # no checkpoint, or a damaged one, which whoever loads it will say
+        if change := damage(run, last_meta(run / "checkpoints")["telemetry"]):
+            yield change
+    except (LookupError, TypeError):  # no checkpoint, or a damaged one: loading it says so
         return
-    if what:
-        yield what
 
 
 def last_meta(checkpoints: Path) -> dict[str, Any]:
-    """``meta`` of the newest checkpoint in a folder, from its header; empty where there is none that can be read."""
+    """Return ``meta`` of the newest checkpoint in a folder, empty where it cannot be read."""
     return meta_of(max(checkpoints.glob("ckpt-*.safetensors"), default=checkpoints))  # names are padded with zeros
 
 
 def meta_of(path: Path) -> dict[str, Any]:
-    """``meta`` of one checkpoint, from its header; empty where it cannot be read."""
+    """Return ``meta`` of one checkpoint without torch, empty where it cannot be read."""
     try:
         with open_regular(path) as file:
             size = int.from_bytes(file.read(8), "little")
@@ -94,8 +100,8 @@ def meta_of(path: Path) -> dict[str, Any]:
     return meta if isinstance(meta, dict) else {}
 
 
-def _is_place(key: str, *values: object) -> bool:
-    """Whether the key's values only say where something lies."""
+def _is_path(key: str, *values: object) -> bool:
+    """Return whether the key's values are only paths of files."""
     return key in ("data.train", "data.test") or (key == "optim.replay_rates" and None not in values)
 
 

@@ -1,4 +1,4 @@
-"""What differs between two configurations, be they presets, files or runs: key by key, with where each value comes from."""
+"""The differences between two configurations, key by key, with the origin of each value."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fastbyol.runs.folder import RunFolder
 
 
 class Difference(NamedTuple):
-    """A key that two configurations disagree about, both values and where each was said."""
+    """A key with two values, and the origin of each."""
 
     key: str
     a: object
@@ -23,9 +23,9 @@ class Difference(NamedTuple):
 
 
 def named(name: str) -> Loaded:
-    """The resolved configuration that a preset's name, a TOML file or a run folder stands for.
+    """Return the resolved configuration of a preset, a TOML file or a run folder.
 
-    Raises UsageError where ``name`` is none of these, with the nearest preset.
+    Raises UsageError, with the nearest preset, where ``name`` is none of these.
     """
     if name in config_io.presets():
         return config_io.load(preset=name)
@@ -41,7 +41,7 @@ def named(name: str) -> Loaded:
 
 
 def between(a: Loaded, b: Loaded) -> list[Difference]:
-    """The keys whose values differ, in the order of config.py. ``preset`` itself is a name and no setting: it is left out."""
+    """Return the keys, but for ``preset``, whose values differ, in the order of config.py."""
     left, right = config_io.flatten(a.config), config_io.flatten(b.config)
     return [
         Difference(key, left[key], right[key], a.origin[key], b.origin[key])
@@ -51,11 +51,11 @@ def between(a: Loaded, b: Loaded) -> list[Difference]:
 
 
 def against_preset(config: Resolved) -> list[Difference]:
-    """What a run's configuration says otherwise than the preset that it names."""
+    """Return the differences of a run's configuration from the preset that it names."""
     base = config_io.load(preset=config.preset)
     return between(base, Loaded(config, dict.fromkeys(config_io.flatten(config), "the run")))
 
 
 def text(value: object) -> str:
-    """A value as a configuration file would have it; ``none`` for a key that is absent."""
+    """Return a value as TOML, ``none`` for a key that is absent."""
     return "none" if value is None else config_io.toml_value(value)

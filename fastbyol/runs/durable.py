@@ -16,16 +16,16 @@ _SUFFIX = ".tmp"
 
 
 class Written(NamedTuple):
-    """What an append-only file held at some instant: its first ``num_bytes`` bytes and their BLAKE2b digest.
+    """The first ``num_bytes`` bytes of an append-only file and their BLAKE2b digest.
 
-    A checkpoint remembers it, so that damage to what was written before is noticed when the run goes on.
+    A checkpoint records it, so that damage to earlier content is noticed when the run goes on.
     """
 
     num_bytes: int
     digest: str
 
     def matches(self, content: Iterable[bytes]) -> bool:
-        """Whether ``content``, in pieces, begins with exactly those bytes."""
+        """Return whether ``content``, in pieces, begins with exactly those bytes."""
         digest, left = new_digest(), self.num_bytes
         for piece in content:
             digest.update(piece[:left])
@@ -34,12 +34,12 @@ class Written(NamedTuple):
 
 
 def new_digest() -> hashlib.blake2b:
-    """The digest of ``Written``, empty: 128 bits, which chance does not meet."""
+    """Return the digest of ``Written``, empty: 128 bits, never equal by chance in practice."""
     return hashlib.blake2b(digest_size=16)
 
 
 def pieces(path: Path, size: int = 1 << 20) -> Iterator[bytes]:
-    """A file's bytes in pieces of ``size``; nothing where there is no file."""
+    """Yield a file's bytes in pieces of ``size``; nothing where there is no file."""
     if path.exists():
         with open_regular(path) as file:
             while piece := file.read(size):
@@ -47,10 +47,10 @@ def pieces(path: Path, size: int = 1 << 20) -> Iterator[bytes]:
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Let ``write`` fill a temporary file beside ``path``, force it to disk and rename it to ``path``.
+    """Let ``write`` fill a temporary file, force it to disk and rename it to ``path``.
 
-    A reader sees the old content or the new one. A kill leaves at most a temporary file, see ``remove_temporaries``.
-    Raises OSError, with nothing left behind.
+    A reader sees the old content or the new one. A kill leaves at most a temporary file, see
+    ``remove_temporaries``. An OSError leaves nothing behind.
     """
     temporary = path.with_name(f".{path.name}{_SUFFIX}")
     try:
@@ -66,19 +66,19 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """``write_atomically`` of UTF-8 text."""
+    """Write UTF-8 text by ``write_atomically``."""
     write_atomically(path, lambda file: file.write(text.encode("utf-8")))
 
 
 def remove_temporaries(folder: Path) -> None:
-    """Remove what killed writers left in ``folder``. Only for the process that holds the run's lock."""
+    """Remove the temporary files of killed writers. Only for the process with the run's lock."""
     for path in folder.glob(f".*{_SUFFIX}"):
         path.unlink(missing_ok=True)
 
 
 @contextmanager
 def writing(path: Path, advice: str = "") -> Iterator[None]:
-    """Turn an OSError within into a FastbyolError that says on one line which file cannot be written."""
+    """Turn an OSError within into a FastbyolError of one line that names the file."""
     try:
         yield
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Where a run was made: versions, machine, command line."""
+"""The environment that a run was made in: versions, machine, command line."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _PACKAGES = ("triton", "numpy", "ffcv", "torchvision")
 
 
 def environment() -> dict[str, Any]:
-    """Versions, machine and command line, for the record. Imports torch."""
+    """Return versions, machine and command line, to be recorded. Imports torch."""
     import torch
 
     devices = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
@@ -60,7 +60,7 @@ def _versions() -> dict[str, str | None]:
 
 
 def env_of(run: Path) -> dict[str, Any]:
-    """Return what env.json of a run folder says; empty where the file is gone or damaged."""
+    """Return the content of a run folder's env.json, empty where the file is missing or damaged."""
     try:
         with open_regular(run / ENV) as file:
             env = json.load(file)
@@ -78,7 +78,7 @@ def package_version(name: str) -> str | None:
 
 
 def cpu_name() -> str:
-    """Return the cpu's name as the system has it."""
+    """Return the system's name of the cpu."""
     try:
         text = Path("/proc/cpuinfo").read_text("utf-8")
     except OSError:

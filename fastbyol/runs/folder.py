@@ -1,4 +1,6 @@
-"""A run's folder: config.toml, env.json, metrics.jsonl, layers.npz, timing.jsonl, checkpoints/, report.html, and a lock."""
+"""A run's folder: config.toml, env.json, metrics.jsonl, layers.npy, timing.jsonl, checkpoints/,
+report.html, and a lock.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,7 @@ from fastbyol.runs import consistency
 from fastbyol.runs.durable import write_text, writing
 from fastbyol.runs.environment import ENV, env_of, environment
 from fastbyol.runs.inputs import META, Inputs, of_run
-from fastbyol.runs.lock import LOCK, Lock, is_held
+from fastbyol.runs.lock import LOCK, Lock, is_locked
 from fastbyol.runs.metrics import METRICS_FILE, read_events
 
 CONFIG, CHECKPOINTS = "config.toml", "checkpoints"
@@ -29,8 +31,8 @@ _log = logging.getLogger(__name__)
 class RunFolder:
     """An open run. Use as a context manager: leaving it releases the lock.
 
-    ``config_text`` is config.toml as it was when the run was opened, origins in its comments. A new folder whose run ends in a
-    UsageError before its first step is removed again, since nothing was changed by it.
+    ``config_text`` is config.toml at that time, with origins in its comments. A new folder whose
+    run ends in a UsageError before its first step is removed, so that its name stays free.
     """
 
     def __init__(self, path: Path, config: Resolved, lock: Lock | None, *, is_new: bool) -> None:
@@ -40,32 +42,32 @@ class RunFolder:
 
     @classmethod
     def create(cls, path: Path, config: Resolved, origin: Mapping[str, str] | None = None) -> RunFolder:
-        """Make the folder of a new run of ``config``, which is resolved. ``path`` is absent or an empty folder.
+        """Make the folder of a new run of the resolved ``config``: absent before, or empty.
 
-        Raises UsageError: the folder holds something already, is in use, or cannot be written.
+        Raises UsageError where the folder is not empty, is in use, or cannot be written.
         """
         try:
             path.mkdir(parents=True, exist_ok=True)
             _refuse_used(path)
-            held = Lock(path)
+            lock = Lock(path)
             try:
-                _refuse_used(path)  # somebody may have come first between the look and the lock
+                _refuse_used(path)  # again: another process may have been faster
                 (path / CHECKPOINTS).mkdir(exist_ok=True)
                 text = config_io.dump(config, origin)
                 write_text(path / ENV, json.dumps({**environment(), "config": text}, indent=2) + "\n")
                 write_text(path / CONFIG, text)
             except BaseException:
-                held.release()
+                lock.release()
                 raise
         except OSError as error:
             raise UsageError(f"{path}: cannot make a run folder here: {error.strerror}; name another with --out") from None
-        return cls(path, config, held, is_new=True)
+        return cls(path, config, lock, is_new=True)
 
     @classmethod
     def open(cls, path: Path, *, lock: bool) -> RunFolder:
-        """A run that exists. With ``lock`` nobody else may work on it until this is closed.
+        """Open an existing run. With ``lock`` no other process may work on it until this is closed.
 
-        Raises UsageError: no run there, its configuration is damaged, or it is in use.
+        Raises UsageError where there is no run, its configuration is damaged, or it is in use.
         """
         if not (path / CONFIG).is_file():
             raise UsageError(f"{path}: no run here (no {CONFIG}); `fastbyol runs` lists those under runs/")
@@ -77,22 +79,22 @@ class RunFolder:
 
     @property
     def checkpoints(self) -> Path:
-        """Where checkpoints lie."""
+        """The folder of the checkpoints."""
         return self.path / CHECKPOINTS
 
     @property
     def env(self) -> dict[str, Any]:
-        """What ``environment`` said when the run was made; empty where the file is gone."""
+        """The environment that the run was made in, empty where env.json is missing."""
         return env_of(self.path)
 
     @property
     def kept_mode(self) -> str | None:
-        """The engine's mode that ``keep_mode`` wrote down, None where nothing was."""
+        """The engine's mode in env.json, None where there is none."""
         mode = self.env.get(ENGINE)
         return mode if mode in ("eager", "compile", "graph") else None
 
     def keep_mode(self, mode: str) -> None:
-        """Write down in env.json how the run's steps are to be taken under ``auto``, whoever goes on with it.
+        """Write the engine's mode that ``auto`` stands for to env.json, where resuming reads it.
 
         Raises FastbyolError where the file cannot be written.
         """
@@ -100,18 +102,18 @@ class RunFolder:
 
     @property
     def inputs(self) -> Inputs | None:
-        """What the run was made from; None where nothing was pinned."""
+        """The run's pinned inputs, None where there are none."""
         return of_run(self.path)
 
     def keep_inputs(self, inputs: Inputs, made_by: Mapping[str, str | None]) -> None:
-        """Write down in env.json what the run is made from, and by which versions where that is not there.
+        """Write the run's inputs to env.json, and the versions that it lacks.
 
         Raises FastbyolError where the file cannot be written.
         """
-        self._keep({META: inputs.as_json(), **{key: said for key, said in made_by.items() if key not in self.env}})
+        self._keep({META: inputs.as_json(), **{key: name for key, name in made_by.items() if key not in self.env}})
 
-    def keep_places(self, config: Resolved) -> None:
-        """Write down ``config``, the run's but for where its data lie. Raises FastbyolError where that cannot be written."""
+    def keep_paths(self, config: Resolved) -> None:
+        """Write ``config``, the run's but for paths. Raises FastbyolError where that fails."""
         before, now = (config_io.flatten(each) for each in (self.config, config))
         moved = {key: "where it was moved to" for key in now if now[key] != before[key]}
         text = config_io.dump(config, config_io.origins(self.config_text) | moved)
@@ -119,9 +121,9 @@ class RunFolder:
             write_text(self.path / CONFIG, text)
         self.config, self.config_text = config, text
 
-    def _keep(self, said: Mapping[str, object]) -> None:
+    def _keep(self, fields: Mapping[str, object]) -> None:
         with writing(self.path / ENV):
-            write_text(self.path / ENV, json.dumps({**self.env, **said}, indent=2) + "\n")
+            write_text(self.path / ENV, json.dumps({**self.env, **fields}, indent=2) + "\n")
 
     def close(self) -> None:
         """Release the lock."""
@@ -137,7 +139,7 @@ class RunFolder:
         self.close()
 
     def _remove(self) -> None:
-        """Remove what ``create`` made and nothing else."""
+        """Remove the files of ``create`` and nothing else."""
         for name in (CONFIG, ENV, LOCK):
             (self.path / name).unlink(missing_ok=True)
         try:
@@ -148,9 +150,9 @@ class RunFolder:
 
 
 def default_run_path(config: Resolved, root: Path = Path("runs")) -> Path:
-    """Claim a fresh folder ``root/<norm>-<opt><lr>-mlp_<norm>[-ws]-s<seed>-<n>``, with n counting up, and return it, empty.
+    """Claim and return a fresh folder ``ROOT/<norm>-<opt><lr>-mlp_<norm>[-ws]-s<seed>-<n>``.
 
-    Processes that ask at the same time get different ones.
+    ``n`` counts up. Processes that call this at the same time get different folders.
     """
     stem = _stem(config)
     try:
@@ -170,7 +172,7 @@ def default_run_path(config: Resolved, root: Path = Path("runs")) -> Path:
 
 @dataclass(frozen=True)
 class RunRow:
-    """One run in a list. ``status`` is running, done or stopped; the rest is of the last epoch that ended, or None."""
+    """One run in a list, by its last epoch; ``status`` is running, done or stopped."""
 
     name: str
     path: str
@@ -183,7 +185,7 @@ class RunRow:
 
 
 def list_runs(root: Path) -> list[RunRow]:
-    """The runs in ``root``, by name, from their files alone. A run whose configuration is damaged is left out with a log line.
+    """Return the runs in ``root`` by name. Runs with damaged configurations are logged instead.
 
     Raises UsageError where ``root`` is no folder.
     """
@@ -201,8 +203,8 @@ def list_runs(root: Path) -> list[RunRow]:
 def _row(path: Path) -> RunRow:
     with RunFolder.open(path, lock=False) as folder:
         epochs = folder.config.train.epochs
-        for doubt in consistency.doubts(path, folder.config, folder.env.get("config")):
-            _log.warning("%s", doubt)
+        for change in consistency.changes(path, folder.config, folder.env.get("config")):
+            _log.warning("%s", change)
     events = [event for event in _events(path) if event["event"] == "epoch"]
     last = events[-1] if events else {}
     accuracies = [event["accuracy"] for event in events if event.get("accuracy") is not None]
@@ -210,7 +212,7 @@ def _row(path: Path) -> RunRow:
     return RunRow(
         name=path.name,
         path=str(path),
-        status="done" if done >= epochs else "running" if is_held(path) else "stopped",
+        status="done" if done >= epochs else "running" if is_locked(path) else "stopped",
         state=last.get("state"),
         epochs_done=done,
         epochs=epochs,
@@ -226,11 +228,10 @@ def _events(path: Path) -> list[dict[str, Any]]:
 def _refuse_used(path: Path) -> None:
     if (path / CONFIG).exists():
         raise UsageError(f"{path}: holds a run already: go on with `fastbyol resume {path}`, or name another folder with --out")
-    # What a process killed within `create` leaves behind is nothing that anyone misses.
+    # A process that was killed within `create` may have left these.
     ours = (LOCK, ENV, CHECKPOINTS, f".{ENV}.tmp", f".{CONFIG}.tmp")
-    found = next((entry.name for entry in path.iterdir() if entry.name not in ours), "")
-    if found:
-        raise UsageError(f"{path}: is not empty ({found}): name a new folder with --out")
+    if other := next((entry.name for entry in path.iterdir() if entry.name not in ours), ""):
+        raise UsageError(f"{path}: is not empty ({other}): name a new folder with --out")
 
 
 def _stem(config: Resolved) -> str:

@@ -1,7 +1,6 @@
-"""What a run depends on beside its configuration, pinned by content: data files, the weights and the rates it starts from.
+"""A run's inputs beside its configuration, pinned by content: data, first weights, replayed rates.
 
-The pin is taken before the first step. It lies in env.json and in every checkpoint, whose own comes first. Where files lie
-may change between two stretches of a run; what they hold may not. Nothing here imports torch.
+They are pinned before the first step, in env.json and in each checkpoint. Files may move later.
 """
 
 from __future__ import annotations
@@ -11,16 +10,18 @@ import shlex
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from fastbyol.config import Config, DataConfig, Resolved
-from fastbyol.data import beton, embedded
-from fastbyol.data.beton import BetonInfo
-from fastbyol.data.contents import Contents
 from fastbyol.errors import UsageError
 from fastbyol.runs import consistency
 from fastbyol.runs.environment import env_of
 from fastbyol.text import printable
+
+# Opening data takes a fifth of a second of imports, and a list of runs opens none.
+if TYPE_CHECKING:
+    from fastbyol.data.beton import BetonInfo
+    from fastbyol.data.contents import Contents
 
 META = "inputs"
 _FLAGS = {"train": "--data", "test": "--test-data"}
@@ -29,9 +30,9 @@ _WORDS = {"train": "training data", "test": "test data"}
 
 @dataclass(frozen=True)
 class Inputs:
-    """Contents of the data files (``test`` None: there is none), digests of the checkpoint and the rates (None: not used).
+    """The contents of the data files, digests of the checkpoint and the rates; None: not used.
 
-    ``decoder`` made pixels of the data files: "ffcv" or "torchvision".
+    ``decoder``, "ffcv" or "torchvision", made pixels of the data files.
     """
 
     train: Contents
@@ -43,16 +44,20 @@ class Inputs:
     @staticmethod
     def of(train: BetonInfo, test: BetonInfo | None, decoder: str) -> Inputs:
         """Return the pin of two data files and what decodes them."""
+        from fastbyol.data.contents import Contents
+
         return Inputs(Contents.of(train), None if test is None else Contents.of(test), decoder)
 
     @staticmethod
-    def read(said: object) -> Inputs | None:
-        """Return what ``as_json`` gave; None where it is damaged, or of a run that pinned nothing."""
-        if not isinstance(said, Mapping) or (train := Contents.read(said.get("train"))) is None:
+    def read(record: object) -> Inputs | None:
+        """Return the inputs that ``as_json`` wrote; None where the record is damaged or missing."""
+        from fastbyol.data.contents import Contents
+
+        if not isinstance(record, Mapping) or (train := Contents.read(record.get("train"))) is None:
             return None
-        test, digests = Contents.read(said.get("test")), [said.get(name) for name in ("weights", "rates")]
-        decoder = said.get("decoder", "ffcv")  # there was a time when nothing else was
-        if (test is None and said.get("test") is not None) or not all(
+        test, digests = Contents.read(record.get("test")), [record.get(name) for name in ("weights", "rates")]
+        decoder = record.get("decoder", "ffcv")  # earlier code had no other
+        if (test is None and record.get("test") is not None) or not all(
             text is None or isinstance(text, str) for text in (*digests, decoder)
         ):
             return None
@@ -65,21 +70,21 @@ class Inputs:
 
 
 def refuse_other_data(run: Path, made: Inputs, now: Inputs, train: Path, test: Path | None) -> None:
-    """Raise UsageError where a data file of the run ``run`` does not hold what it held when the run was ``made``."""
-    for name, file, then, found in (("train", train, made.train, now.train), ("test", test, made.test, now.test)):
-        if then == found:
+    """Raise UsageError where a data file's content has changed since the run was ``made``."""
+    for name, file, then, today in (("train", train, made.train, now.train), ("test", test, made.test, now.test)):
+        if then == today:
             continue
-        if then is None or found is None:
+        if then is None or today is None:
             missing = "without test data" if then is None else "with test data, and none are named now"
             raise UsageError(f"{run}: the run was made {missing}: put config.toml back, or {_afresh(run)}")
         raise UsageError(
-            f"{file}: is not the {_WORDS[name]} that the run was made with: {then.change(found)}: put it back, say where the "
+            f"{file}: is not the {_WORDS[name]} that the run was made with: {then.change(today)}: put it back, say where the "
             f"same lies with `fastbyol resume {_quoted(run)} {_FLAGS[name]} FILE`, or {_afresh(run)}"
         )
 
 
 def refuse_other_decoder(run: Path, then: str) -> NoReturn:
-    """Raise UsageError: images of the run ``run`` are JPEG, and what decoded them then is missing."""
+    """Raise UsageError: the run's images are JPEG, and what decoded them then is missing."""
     raise UsageError(
         f"{run}: the run was made with JPEG images decoded by {then}, which cannot be used here, and by another decoder their "
         f"pixels are others: install it (`fastbyol doctor` says how), or {_afresh(run)}"
@@ -87,63 +92,64 @@ def refuse_other_decoder(run: Path, then: str) -> NoReturn:
 
 
 def refuse_missing(run: Path, data: DataConfig) -> None:
-    """Raise UsageError where a data file of a run that was begun is not where the run has it."""
-    for name, said in (("train", data.train), ("test", data.test)):
-        if said is not None and said not in embedded.BUILT_IN and not os.path.exists(said):  # noqa: PTH110 - never raises
+    """Raise UsageError where a data file is missing that the run's configuration names."""
+    for name, file in (("train", data.train), ("test", data.test)):
+        if file is not None and not _is_built_in(file) and not os.path.exists(file):  # noqa: PTH110 - never raises
             raise UsageError(
-                f"{said}: no such file, and the run needs it as its {_WORDS[name]}: put it back, or say where it lies "
+                f"{file}: no such file, and the run needs it as its {_WORDS[name]}: put it back, or say where it lies "
                 f"now with `fastbyol resume {_quoted(run)} {_FLAGS[name]} FILE`"
             )
 
 
 def moved(config: Resolved, train: str | Path | None, test: str | Path | None) -> Resolved:
-    """Return ``config`` with the data files that a caller names; test data that came with a built-in training set stay."""
+    """Return ``config`` with the data files that a caller names, else those that it has."""
     data = config.data
-    if train is not None and test is None and data.test is None and data.train in embedded.BUILT_IN:
+    if train is not None and test is None and data.test is None and _is_built_in(data.train):
         test = data.train
-    files = {name: placed(file) for name, file in (("train", train), ("test", test)) if file is not None}
+    files = {name: absolute(file) for name, file in (("train", train), ("test", test)) if file is not None}
     return config.model_copy(update={"data": data.model_copy(update=files)})
 
 
-def with_places(config: Resolved, asked: Config) -> Resolved:
-    """Return ``config`` with its data files and the run whose rates it takes where ``asked`` has them, as absolute paths."""
+def with_paths(config: Resolved, asked: Config) -> Resolved:
+    """Return ``config`` with the paths of data and of replayed rates in ``asked``, absolute."""
     data, optim, rates = asked.data, config.optim, asked.optim.replay_rates
-    files = {"train": placed(data.train), "test": data.test and placed(data.test)}
+    files = {"train": absolute(data.train), "test": data.test and absolute(data.test)}
     return config.model_copy(
         update={
             "data": config.data.model_copy(update=files),
-            "optim": optim.model_copy(update={"replay_rates": rates and placed(rates)}),
+            "optim": optim.model_copy(update={"replay_rates": rates and absolute(rates)}),
         }
     )
 
 
-def placed(path: str | Path) -> str:
-    """Return the path of a file or folder as a run keeps it: absolute, so that it is found from anywhere.
+def absolute(path: str | Path) -> str:
+    """Return a path as config.toml keeps it: absolute, so that it is valid from anywhere.
 
-    A built-in set's name stays one, and so does a link. Raises UsageError for a name that is not UTF-8, since config.toml
-    cannot hold it.
+    Names of built-in sets and links are kept. Raises UsageError for a name that is not UTF-8,
+    since TOML cannot contain it.
     """
-    if str(path) in embedded.BUILT_IN:
+    if _is_built_in(str(path)):
         return str(path)
     try:
-        found = Path(path).expanduser().absolute()
-        if ".." in found.parts:  # not what it names once a folder on the way is gone
-            found = found.parent.resolve() / found.name
-    except (RuntimeError, OSError, ValueError):  # ~ of nobody, a working folder that is gone, a name that cannot be one
-        found = Path(path)
+        full = Path(path).expanduser().absolute()
+        if ".." in full.parts:  # would name another file once a folder on the way is gone
+            full = full.parent.resolve() / full.name
+    # An unknown user's ~, a working folder that is gone, an impossible name:
+    except (RuntimeError, OSError, ValueError):
+        full = Path(path)
     try:
-        str(found).encode("utf-8")
+        str(full).encode("utf-8")
     except UnicodeEncodeError:
         raise UsageError(
-            f"{printable(str(found))}: its name is not UTF-8, so no run can keep it: rename it or make a link to it"
+            f"{printable(str(full))}: its name is not UTF-8, so no run can keep it: rename it or make a link to it"
         ) from None
-    return str(found)
+    return str(full)
 
 
 def of_run(run_or_file: Path) -> Inputs | None:
-    """Return what a run, or that of a checkpoint file, was made from, without opening its configuration; None: not pinned.
+    """Return the pinned inputs of a run or of a checkpoint file, None where there are none.
 
-    The newest checkpoint's word counts, then env.json's.
+    Those in the newest checkpoint count before those in env.json. No configuration is opened.
     """
     if not run_or_file.is_dir():
         return Inputs.read(consistency.meta_of(run_or_file).get(META))
@@ -156,8 +162,11 @@ def own_data(
 ) -> BetonInfo:
     """Inspect a run's own data file to measure the run on; fields as ``beton.inspect`` takes them.
 
-    Raises UsageError where it changed since the run was made, which ``pinned`` says.
+    Raises UsageError where its content is not the one in ``pinned``.
     """
+    from fastbyol.data import beton
+    from fastbyol.data.contents import Contents
+
     if not file.exists():
         raise UsageError(f"{file}: no such file, the {_WORDS[name]} of {run}: put it back, or name a file with --{name}-data")
     info = beton.inspect(file, image_field=image_field, label_field=label_field, may_lack_labels=name == "train")
@@ -167,6 +176,12 @@ def own_data(
             f"{file}: is not the {_WORDS[name]} of {run}: {change}: put it back, or name the file to take with --{name}-data"
         )
     return info
+
+
+def _is_built_in(name: str) -> bool:
+    from fastbyol.data import embedded
+
+    return name in embedded.BUILT_IN
 
 
 def _afresh(run: Path) -> str:

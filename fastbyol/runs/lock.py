@@ -16,11 +16,11 @@ _log = logging.getLogger(__name__)
 
 
 class Lock:
-    """An advisory lock on a run's folder, dropped by the system when the process dies, by kill -9 too.
+    """An advisory lock on a run's folder, which the system drops when the process dies.
 
-    It holds no process number that another process could come to bear, and the file's being there means nothing. On NFS the
-    server keeps it (Linux turns flock into a lock of bytes, which needs the file open for writing); a server without locks
-    is warned about.
+    It depends neither on process numbers, which are reused, nor on the file's existence. On NFS
+    the server keeps it (Linux turns flock into a lock of bytes, which needs the file open for
+    writing). Where there are no locks a warning is logged.
     """
 
     def __init__(self, path: Path) -> None:
@@ -28,8 +28,8 @@ class Lock:
             pass
 
     def _took(self, name: Path) -> bool:
-        """Whether what was locked is the folder's lock: the holder before may have removed the file with its whole run."""
-        # O_NONBLOCK: a pipe of this name is refused by the system and not waited for.
+        """Return whether the file is still the folder's: its last owner may have removed it."""
+        # With O_NONBLOCK the system refuses a pipe of this name instead of waiting for it.
         self._file = open(name, "ab", opener=lambda file, flags: os.open(file, flags | os.O_NONBLOCK, 0o666))  # noqa: SIM115
         try:
             if not _try_lock(self._file.fileno()):
@@ -46,12 +46,12 @@ class Lock:
         return same
 
     def release(self) -> None:
-        """Let others in. The file stays: removing it would let two processes lock two files of one name."""
+        """Release. The file stays: removing it would let two processes lock files of one name."""
         self._file.close()
 
 
-def is_held(path: Path) -> bool:
-    """Whether some process holds the lock of the run in ``path``."""
+def is_locked(path: Path) -> bool:
+    """Return whether some process has locked the run in ``path``."""
     try:
         with (path / LOCK).open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -61,7 +61,7 @@ def is_held(path: Path) -> bool:
 
 
 def _try_lock(descriptor: int) -> bool:
-    """Lock, or say that another has it. A few tries, since ``is_held`` of another process holds it for an instant."""
+    """Return whether the lock could be taken. ``is_locked`` elsewhere takes it for an instant."""
     for pause_s in (0.01, 0.05, 0.1, 0.2, None):
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,8 +1,8 @@
-"""metrics.jsonl: one strict JSON line per step and per event, in order, a function of the training alone.
+"""metrics.jsonl: a strict JSON line per step and event, determined by the training alone.
 
-A step's line is ``{"step": 0, "epoch": 0, "loss": ..., ...}``, steps and epochs counted from 0; numbers are the shortest
-decimals that give the float32 back, and null stands for what is not finite. An event's line has ``event`` (its kind) and
-``step``, the number of steps done by then. A step that was left out for its gradient is followed by an event ``skipped``.
+``{"step": 0, "epoch": 0, "loss": ..., ...}`` is a step, counted from 0. An event has ``event``, its
+kind, and ``step``, the number of steps done. A step that was skipped for its gradient is followed
+by an event ``skipped``.
 """
 
 from __future__ import annotations
@@ -27,15 +27,14 @@ _log = logging.getLogger(__name__)
 
 
 class MetricsFile:
-    """The file open for appending, cut back to what belongs to the first ``resume_step`` steps.
+    """The file open for appending, cut back to whole lines of the first ``resume_step`` steps.
 
-    ``held`` is what it held when they were saved, if that is known. Whatever was killed in the middle of a line leaves no
-    trace. ``skipped_in_row`` counts the newest steps, one after the other, that were left out. Raises FastbyolError where the
-    file cannot be written.
+    ``recorded`` is the file's record of that time, if any. ``skipped_in_row`` counts the newest
+    consecutive steps that were skipped. Raises FastbyolError where the file cannot be written.
     """
 
     def __init__(
-        self, folder: Path, names: Sequence[str], *, steps_per_epoch: int, resume_step: int, held: Written | None = None
+        self, folder: Path, names: Sequence[str], *, steps_per_epoch: int, resume_step: int, recorded: Written | None = None
     ) -> None:
         self._names, self._steps_per_epoch = tuple(names), steps_per_epoch
         self.skipped_in_row = 0
@@ -43,7 +42,7 @@ class MetricsFile:
         self._path = folder / METRICS_FILE
         with writing(self._path):
             self._path.touch()
-            self._num_bytes = self._keep(resume_step, held)
+            self._num_bytes = self._keep(resume_step, recorded)
             os.truncate(self._path, self._num_bytes)
             self._digest = new_digest()
             for piece in pieces(self._path):
@@ -51,36 +50,37 @@ class MetricsFile:
             self._file = self._path.open("ab", buffering=0)
 
     def append_steps(self, first_step: int, values: np.ndarray) -> list[dict[str, float]]:
-        """Write float32 ``values`` (steps, metrics) and return them as dicts, NaN where not finite."""
-        rows = []
-        lines = []
+        """Write float32 ``values`` (steps, metrics). Return them as dicts, NaN where not finite."""
+        rows, lines = [], []
         for step, row in enumerate(values, first_step):
-            numbers = [_number(value) for value in row]
-            place = {"step": step, "epoch": step // self._steps_per_epoch}
-            lines.append(_line({**place, **dict(zip(self._names, numbers, strict=True))}))
-            rows.append({**place, **{name: _parsed(text) for name, text in zip(self._names, numbers, strict=True)}})
-            self._hold(rows[-1])
+            # numpy's text of a float32 is as short as can be; float(value) has a float64's digits.
+            numbers = (float(str(value)) if math.isfinite(value) else math.nan for value in row)
+            rows.append({"step": step, "epoch": step // self._steps_per_epoch, **dict(zip(self._names, numbers, strict=True))})
+            lines.append(_line(rows[-1]))
+            self._count(rows[-1])
             if self.skipped_in_row:
-                lines.append(_event_line("skipped", step + 1, {"in_a_row": self.skipped_in_row}))
+                lines.append(_line({"event": "skipped", "step": step + 1, "in_a_row": self.skipped_in_row}))
         self._write(lines)
         return rows
 
     def append_event(self, kind: str, step: int, fields: Mapping[str, Any]) -> None:
-        """Write an event that happened after ``step`` steps. ``fields`` must not depend on the clock or the machine."""
-        self._write([_event_line(kind, step, fields)])
+        """Write an event after ``step`` steps. ``fields`` must depend on the training alone."""
+        self._write([_line({"event": kind, "step": step, **fields})])
 
     def epoch_means(self) -> dict[str, float]:
-        """Mean of each metric over the steps of the newest epoch, computed from the written decimals: the same whether the
-        steps were recorded by this process or found in the file. Steps that were left out count in ``skipped`` alone; where
-        there are no others all are NaN."""
+        """Return the mean of each metric over the newest epoch's steps, NaN where there are none.
+
+        Means are of the written decimals, whichever process wrote them. Skipped steps count in
+        ``skipped`` alone.
+        """
         counted = [row for row in self._epoch_rows if not _was_skipped(row)]
         rows = {name: self._epoch_rows if name == "skipped" else counted for name in self._names}
-        # A run begun before a metric was thought of has no column for it.
+        # The lines of a run that earlier code began may lack a metric.
         return {name: _mean([row.get(name, math.nan) for row in rows[name]]) for name in self._names}
 
     @property
     def written(self) -> Written:
-        """What the file holds now."""
+        """The file's content now."""
         return Written(self._num_bytes, self._digest.hexdigest())
 
     def sync(self) -> None:
@@ -92,10 +92,10 @@ class MetricsFile:
         """Close; nothing is buffered."""
         self._file.close()
 
-    def _keep(self, resume_step: int, held: Written | None) -> int:
-        """Bytes that belong to the first ``resume_step`` steps. Events at that very step precede its checkpoint."""
+    def _keep(self, resume_step: int, recorded: Written | None) -> int:
+        """Return the bytes of the first ``resume_step`` steps and of the events up to there."""
         offset = num_rows = 0
-        limit = held.num_bytes if held is not None else math.inf
+        limit = recorded.num_bytes if recorded is not None else math.inf
         with open_regular(self._path) as file:
             for size, row in _parse(file):
                 is_event = "event" in row
@@ -104,12 +104,12 @@ class MetricsFile:
                 offset += size
                 if not is_event:
                     num_rows += 1
-                    self._hold({name: math.nan if value is None else value for name, value in row.items()})
+                    self._count({name: math.nan if value is None else value for name, value in row.items()})
         if num_rows != resume_step:
             _log.warning("%s: holds %d steps of the %d done: the others are lost", self._path, num_rows, resume_step)
         return offset
 
-    def _hold(self, row: dict[str, Any]) -> None:
+    def _count(self, row: dict[str, Any]) -> None:
         if self._epoch_rows and self._epoch_rows[0]["epoch"] != row["epoch"]:
             self._epoch_rows = []
         self._epoch_rows.append(row)
@@ -124,27 +124,27 @@ class MetricsFile:
 
 
 def last_step(folder: Path) -> int:
-    """The number of the newest step in the run's file; -1 where there is none."""
+    """Return the number of the newest step in the run's file, -1 where there is none."""
     if not (folder / METRICS_FILE).exists():
         return -1
     with _reading(folder / METRICS_FILE) as file:
         return max((row["step"] for _, row in _parse(file) if "event" not in row), default=-1)
 
 
-def is_whole(folder: Path, held: Written) -> bool:
-    """Whether the run's file still begins with what was ``held``."""
-    return held.matches(pieces(folder / METRICS_FILE))
+def is_whole(folder: Path, recorded: Written) -> bool:
+    """Return whether the run's file still begins with what was ``recorded``."""
+    return recorded.matches(pieces(folder / METRICS_FILE))
 
 
 def read_metrics(folder: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """(steps, events) of a run, finished or not, in order; None stands for what was not finite."""
+    """Return (steps, events) of a run in order; None stands for what was not finite."""
     with _reading(folder / METRICS_FILE) as file:
         lines = [row for _, row in _parse(file)]
     return [row for row in lines if "event" not in row], [row for row in lines if "event" in row]
 
 
 def read_events(folder: Path) -> list[dict[str, Any]]:
-    """The events alone, without the cost of parsing a long run's steps."""
+    """Return the events alone, without parsing the steps, of which a long run has many."""
     with _reading(folder / METRICS_FILE) as file:
         return [row for _, row in _parse(line for line in file if line.startswith(b'{"event"'))]
 
@@ -159,7 +159,7 @@ def _reading(path: Path) -> Iterator[BinaryIO]:
 
 
 def _parse(lines: Iterable[bytes]) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(bytes, content) of each whole line, up to the first that is not one, goes back in time or is unlike those before."""
+    """Yield (bytes, content) of each line up to the first that is damaged or out of order."""
     done, names = 0, None
     for line in lines:
         try:
@@ -188,7 +188,7 @@ def _is_measure(value: object) -> bool:
 
 
 def _is_event(row: Mapping[str, Any]) -> bool:
-    """Whether readers find in an event what they look for."""
+    """Return whether an event has the fields that readers need."""
     if row["event"] != "epoch":
         return isinstance(row["event"], str)
     state, accuracy, neg_cos = (row.get(name) for name in ("state", "accuracy", "neg_cos"))
@@ -196,30 +196,16 @@ def _is_event(row: Mapping[str, Any]) -> bool:
 
 
 def _was_skipped(row: Mapping[str, Any]) -> bool:
-    """Whether the optimizer left the step out: it says so, or its gradient was not finite, which is the rule it follows."""
-    said = row.get("skipped")
-    return bool(said) if said is not None else not math.isfinite(row.get("grad_norm", 0.0))
+    """Return whether the step was skipped; without that metric its gradient's norm tells."""
+    skipped = row.get("skipped")
+    return bool(skipped) if skipped is not None else not math.isfinite(row.get("grad_norm", 0.0))
 
 
 def _mean(values: Sequence[float]) -> float:
     return math.fsum(values) / len(values) if values else math.nan
 
 
-def _event_line(kind: str, step: int, fields: Mapping[str, Any]) -> str:
-    return _line({"event": json.dumps(kind), "step": str(step), **{name: _text(value) for name, value in fields.items()}})
-
-
-def _number(value: np.float32) -> str:
-    return str(value) if math.isfinite(value) else "null"
-
-
-def _parsed(number: str) -> float:
-    return math.nan if number == "null" else float(number)
-
-
-def _text(value: object) -> str:
-    return "null" if isinstance(value, float) and not math.isfinite(value) else json.dumps(value, allow_nan=False)
-
-
-def _line(fields: Mapping[str, object]) -> str:
-    return "{" + ", ".join(f"{json.dumps(name)}: {text}" for name, text in fields.items()) + "}\n"
+def _line(fields: Mapping[str, Any]) -> str:
+    """Return a line of JSON, null for a float that is not finite."""
+    finite = {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in fields.items()}
+    return json.dumps(finite, allow_nan=False) + "\n"

@@ -51,8 +51,8 @@ def read(run: Path) -> RunCurves:
     """
     with RunFolder.open(run, lock=False) as folder:
         config = folder.config
-    for warning in consistency.doubts(run, config, folder.env.get("config")):
-        _log.warning("%s", warning)
+    for change in consistency.changes(run, config, folder.env.get("config")):
+        _log.warning("%s", change)
     rows, events = read_metrics(folder.path)
     if not rows:
         raise UsageError(f"{run}: no step was recorded yet: nothing to draw")

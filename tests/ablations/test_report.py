@@ -259,7 +259,7 @@ def test_a_damaged_run_is_named_and_the_others_are_judged(out: Path, tmp_path: P
     before, _ = tally.evidence_in(there, "mini")
     arm, seed = next(iter(RUNS))
     run = there / "runs" / arm / f"seed{seed}"
-    (run / "layers.npz").write_bytes((run / "layers.npz").read_bytes()[:100])
+    (run / "layers.npy").write_bytes((run / "layers.npy").read_bytes()[:100])
     evidence, left_out = tally.evidence_in(there, "mini")
     assert len(left_out) == 1
     assert str(run) in left_out[0]

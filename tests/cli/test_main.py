@@ -163,7 +163,7 @@ def test_convert_train_eval_resume_report_runs(run, tmp_path: Path) -> None:
     assert summary["finished"]
     assert summary["step"] == 10
     folder = tmp_path / "runs" / "mine"
-    files = {"config.toml", "env.json", "metrics.jsonl", "layers.npz", "checkpoints", "report.html"}
+    files = {"config.toml", "env.json", "metrics.jsonl", "layers.npy", "checkpoints", "report.html"}
     assert {path.name for path in folder.iterdir()} >= files
     for protocol in ("blog", "linear", "knn"):
         code, out, err = run("eval", "runs/mine", "--protocol", protocol, *data_of_eval(), "--json")
@@ -202,7 +202,7 @@ def test_convert_train_eval_resume_report_runs(run, tmp_path: Path) -> None:
 def test_a_pipe_is_waited_for_by_nobody(run, tmp_path: Path, beton: Path, arguments: list[str]) -> None:
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "folder").mkdir()
-    os.mkfifo(tmp_path / "folder" / "layers.npz")
+    os.mkfifo(tmp_path / "folder" / "layers.npy")
     if arguments[0] == "train":
         arguments = ["train", "--preset", "demo", *TINY, "--data", str(beton), *arguments[1:]]
     code, out, err = run(*arguments)
@@ -489,7 +489,7 @@ def test_a_run_whose_graph_cannot_be_recorded_ends_compiled_in_a_process_of_the_
     assert starts[1][1:] == ["resume", "run", "--json"]
     done, starts = started(tmp_path, "train", *options, "--out", "compiled", "--engine", "compile")
     assert (done.returncode, len(starts)) == (0, 3)
-    for name in ("metrics.jsonl", "layers.npz"):
+    for name in ("metrics.jsonl", "layers.npy"):
         assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "compiled" / name).read_bytes()
     one, other = (max((tmp_path / name / "checkpoints").glob("*.safetensors")) for name in ("run", "compiled"))
     one_tensors, other_tensors = load_file(one), load_file(other)

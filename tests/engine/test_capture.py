@@ -153,7 +153,7 @@ def assert_cut_and_whole_agree(config: Config, folder: Path) -> None:
     for path in checkpoints[1:]:
         path.unlink()
     api.resume(folder / "cut")
-    names = [f"checkpoints/{checkpoints[-1].name}", "metrics.jsonl", "layers.npz"]
+    names = [f"checkpoints/{checkpoints[-1].name}", "metrics.jsonl", "layers.npy"]
     assert all((folder / "whole" / name).read_bytes() == (folder / "cut" / name).read_bytes() for name in names)
 
 

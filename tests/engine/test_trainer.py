@@ -57,10 +57,9 @@ def newest_checkpoint(run: Path) -> Path:
 def contents(run: Path) -> dict[str, Any]:
     """All that must be equal: the last checkpoint's tensors, every line of metrics, every layer sample."""
     newest = newest_checkpoint(run)
-    with np.load(run / "layers.npz") as layers:
-        samples = {name: layers[name].tobytes() for name in layers.files}
     tensors = {name: (value.dtype, value.tobytes()) for name, value in load_file(newest).items()}
-    return {"name": newest.name, "tensors": tensors, "metrics": (run / "metrics.jsonl").read_bytes(), "layers": samples}
+    records = {name: (run / name).read_bytes() for name in ("metrics.jsonl", "layers.npy")}
+    return {"name": newest.name, "tensors": tensors, **records}
 
 
 def test_an_epoch_that_was_announced_is_saved(files: tuple[Path, Path], tmp_path: Path) -> None:

@@ -137,11 +137,11 @@ def checkpoints(run: Path) -> list[Path]:
 
 def contents(run: Path) -> dict[str, bytes]:
     """Every byte that must be the same whatever happened on the way: the last checkpoint and both records."""
-    files = (checkpoints(run)[-1], run / "metrics.jsonl", run / "layers.npz")
+    files = (checkpoints(run)[-1], run / "metrics.jsonl", run / "layers.npy")
     return {path.name: path.read_bytes() for path in files}
 
 
 def leftovers(run: Path) -> list[str]:
     """Files that no finished run holds."""
-    known = {"config.toml", "env.json", "metrics.jsonl", "layers.npz", "timing.jsonl", ".lock", "checkpoints", "report.html"}
+    known = {"config.toml", "env.json", "metrics.jsonl", "layers.npy", "timing.jsonl", ".lock", "checkpoints", "report.html"}
     return [path.name for path in run.iterdir() if path.name not in known]

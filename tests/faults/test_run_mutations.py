@@ -31,7 +31,7 @@ PER_FILE = rig.many(25, 400)
 # What a command may take on a machine that does other things too. All are done in a fraction of a second.
 HANG_S = 10.0
 NEWEST = "checkpoints/newest"
-FILES = (NEWEST, "config.toml", "env.json", "metrics.jsonl", "layers.npz")
+FILES = (NEWEST, "config.toml", "env.json", "metrics.jsonl", "layers.npy")
 
 
 def damages(content: bytes, other: bytes, draw: random.Random) -> Iterator[tuple[str, bytes | None]]:
@@ -119,7 +119,7 @@ HEEDED_BY = {
     "config.toml": ("resume", "eval", "report", "runs"),
     "env.json": ("resume", "eval", "report", "runs"),
     "metrics.jsonl": ("resume", "report", "runs"),
-    "layers.npz": ("resume", "report"),
+    "layers.npy": ("resume", "report"),
 }
 
 

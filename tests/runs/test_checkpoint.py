@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import pickle
 import subprocess
@@ -86,14 +87,11 @@ JSON = st.recursive(
 
 
 @SPACE
-@given(meta=st.dictionaries(st.text(), JSON, max_size=4), step=st.integers(0, 2**40))
+@given(meta=st.dictionaries(st.text().filter(lambda key: key != "nan"), JSON, max_size=4), step=st.integers(0, 2**40))
 def test_meta_come_back_with_the_step(tmp_path: Path, meta: dict[str, Any], step: int) -> None:
-    assert checkpoint.load(checkpoint.save(tmp_path, step, small(), meta)).meta == {**meta, "step": step}
-
-
-def test_nan_in_meta_comes_back(tmp_path: Path) -> None:
-    accuracy = checkpoint.load(checkpoint.save(tmp_path, 1, {}, {"accuracy": float("nan")})).meta["accuracy"]
-    assert accuracy != accuracy
+    loaded = checkpoint.load(checkpoint.save(tmp_path, step, small(), {**meta, "nan": math.nan})).meta
+    assert math.isnan(loaded.pop("nan"))
+    assert loaded == {**meta, "step": step}
 
 
 def test_the_newest_are_kept_by_number_not_by_name(tmp_path: Path) -> None:
@@ -138,10 +136,13 @@ def test_no_flipped_bit_and_no_lost_tail_goes_unnoticed(tmp_path: Path) -> None:
         assert checkpoint.load_latest(tmp_path).meta["step"] == 1
 
 
-def test_changed_meta_are_noticed(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("old", "new", "says"), [(b"0.25", b"0.75", "checksum"), (b"checkpoint-1", b"checkpoint-9", "version")]
+)
+def test_changed_metadata_are_refused(tmp_path: Path, old: bytes, new: bytes, says: str) -> None:
     path = checkpoint.save(tmp_path, 1, small(), {"accuracy": 0.25})
-    path.write_bytes(path.read_bytes().replace(b"0.25", b"0.75"))
-    with pytest.raises(UsageError, match="checksum"):
+    path.write_bytes(path.read_bytes().replace(old, new))
+    with pytest.raises(UsageError, match=says):
         checkpoint.load(path)
 
 
@@ -154,13 +155,6 @@ def test_what_is_no_checkpoint_is_refused_in_one_line(tmp_path: Path) -> None:
             checkpoint.load(path)
         assert len(str(caught.value).splitlines()) == 1
         assert str(path) in str(caught.value)
-
-
-def test_an_unknown_version_is_refused(tmp_path: Path) -> None:
-    path = checkpoint.save(tmp_path, 1, small(), {})
-    path.write_bytes(path.read_bytes().replace(b"checkpoint-1", b"checkpoint-9"))
-    with pytest.raises(UsageError, match="version"):
-        checkpoint.load(path)
 
 
 class _Bomb:

@@ -83,7 +83,7 @@ def test_a_turned_clock_changes_nothing(run: Path, made: Path, monkeypatch: pyte
     now = iter(range(10**9, 0, -1000))
     monkeypatch.setattr("time.time", lambda: float(next(now)))
     api.resume(run)
-    for name in ("metrics.jsonl", "layers.npz"):
+    for name in ("metrics.jsonl", "layers.npy"):
         assert (run / name).read_bytes() == (made / name).read_bytes()
 
 

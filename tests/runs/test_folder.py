@@ -1,4 +1,4 @@
-"""run_folder.py, lock.py, environment.py: one folder, one run, one process."""
+"""folder.py, lock.py, environment.py: one folder, one run, one process."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from fastbyol import config_io
 from fastbyol.config import Config
-from fastbyol.engine.telemetry import Telemetry
 from fastbyol.errors import FastbyolError, UsageError
 from fastbyol.runs import checkpoint, lock
 from fastbyol.runs.environment import environment
 from fastbyol.runs.folder import RunFolder, default_run_path, list_runs
-from fastbyol.runs.lock import Lock, is_held
-from fastbyol.runs.metrics import last_step
+from fastbyol.runs.lock import Lock, is_locked
+from fastbyol.runs.metrics import MetricsFile, last_step
 
 
 def config(*sets: str) -> Config:
@@ -52,24 +52,10 @@ def held_by_another_process(path: Path) -> Iterator[None]:
 
 
 def write_epochs(folder: RunFolder, *epochs: dict[str, Any]) -> None:
-    with Telemetry(
-        folder.path,
-        metric_names=("loss",),
-        layer_names=("w",),
-        layer_metric_names=("rate",),
-        steps_per_epoch=1,
-        drain_every=1,
-        layers_every=1,
-        device="cpu",
-    ) as telemetry:
+    with closing(MetricsFile(folder.path, ["loss"], steps_per_epoch=1, resume_step=0)) as metrics:
         for epoch, fields in enumerate(epochs):
-            telemetry.record(Row(torch.zeros(1), torch.zeros(1, 1)))
-            telemetry.event("epoch", epoch=epoch, **fields)
-
-
-class Row:
-    def __init__(self, values: torch.Tensor, layers: torch.Tensor) -> None:
-        self.values, self.layers = values, layers
+            metrics.append_steps(epoch, np.zeros((1, 1), np.float32))
+            metrics.append_event("epoch", epoch + 1, {"epoch": epoch, **fields})
 
 
 def test_a_new_run_says_what_it_is_and_where_it_was_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -90,22 +76,13 @@ def test_a_new_run_says_what_it_is_and_where_it_was_made(tmp_path: Path, monkeyp
     assert {path.name for path in folder.path.iterdir()} == {"config.toml", "env.json", "checkpoints", ".lock"}
 
 
-def test_a_folder_that_holds_a_run_is_refused_with_the_way_on(tmp_path: Path) -> None:
-    with RunFolder.create(tmp_path / "run", config()):
-        pass
-    before = (tmp_path / "run" / "config.toml").read_bytes()
-    with pytest.raises(UsageError) as caught:
-        RunFolder.create(tmp_path / "run", config("optim.lr=9"))
-    assert f"fastbyol resume {tmp_path / 'run'}" in one_line(caught)
-    assert (tmp_path / "run" / "config.toml").read_bytes() == before
-
-
-def test_a_folder_with_other_things_is_refused_untouched(tmp_path: Path) -> None:
-    (tmp_path / "thesis.tex").touch()
+@pytest.mark.parametrize(("name", "says"), [("config.toml", "fastbyol resume {}"), ("thesis.tex", "thesis.tex")])
+def test_a_folder_that_is_used_is_refused_untouched(tmp_path: Path, name: str, says: str) -> None:
+    (tmp_path / name).write_text("as it was")
     with pytest.raises(UsageError) as caught:
         RunFolder.create(tmp_path, config())
-    assert "thesis.tex" in one_line(caught)
-    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+    assert says.format(tmp_path) in one_line(caught)
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [(name, "as it was")]
 
 
 def test_an_empty_folder_and_the_rest_of_a_killed_creation_are_fine(tmp_path: Path) -> None:
@@ -147,10 +124,12 @@ def test_a_run_with_a_damaged_configuration_names_the_line(tmp_path: Path) -> No
 
 def test_two_processes_never_work_on_one_run(tmp_path: Path) -> None:
     with RunFolder.create(tmp_path, config()):
-        assert is_held(tmp_path)
-    assert not is_held(tmp_path)
+        assert is_locked(tmp_path)
+        with pytest.raises(UsageError, match="another process"):
+            Lock(tmp_path)
+    assert not is_locked(tmp_path)
     with held_by_another_process(tmp_path):
-        assert is_held(tmp_path)
+        assert is_locked(tmp_path)
         with pytest.raises(UsageError, match="another process") as caught:
             RunFolder.open(tmp_path, lock=True)
         one_line(caught)
@@ -158,14 +137,6 @@ def test_two_processes_never_work_on_one_run(tmp_path: Path) -> None:
             assert folder.config == config()
     with RunFolder.open(tmp_path, lock=True):  # the system let go of it when the process was killed
         pass
-
-
-def test_a_lock_within_one_process_counts_too(tmp_path: Path) -> None:
-    held = Lock(tmp_path)
-    with pytest.raises(UsageError, match="another process"):
-        Lock(tmp_path)
-    held.release()
-    Lock(tmp_path).release()
 
 
 def test_a_lock_whose_file_was_removed_is_not_the_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -179,9 +150,9 @@ def test_a_lock_whose_file_was_removed_is_not_the_folders(tmp_path: Path, monkey
 
     monkeypatch.setattr(lock, "_try_lock", removed_between)
     held = Lock(tmp_path)
-    assert is_held(tmp_path)
+    assert is_locked(tmp_path)
     held.release()
-    assert not is_held(tmp_path)
+    assert not is_locked(tmp_path)
 
 
 def make_at(path: Path, start: Any, answers: Any) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastbyol_kernels import max_pool as ops
-from fastbyol_kernels.max_pool.cpu import PlacedMaxPool
+from fastbyol_kernels.max_pool.cpu import CpuMaxPool
 
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -114,7 +114,7 @@ def test_everything_else_takes_the_reference(monkeypatch: pytest.MonkeyPatch) ->
     def refuse(*_: Any) -> Tensor:
         raise AssertionError("compiled code")
 
-    monkeypatch.setattr(PlacedMaxPool, "apply", refuse)
+    monkeypatch.setattr(CpuMaxPool, "apply", refuse)
     x = activations((4, 16, 9, 9), torch.float32)
     for other in (x.contiguous(), x.double(), x[:0]):
         assert torch.equal(ops.max_pool(other, kernels="cpu"), F.max_pool2d(other, 3, 2, 1))

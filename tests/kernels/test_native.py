@@ -207,7 +207,7 @@ def test_code_of_other_sources_is_never_taken_from_the_cache(tmp_path: Path) -> 
     for text, program, found in (
         (source, mine, "7"),
         (source, mine, "7"),
-        (source.replace("place += 1", "place = min(place + 2, 5)"), mine, "8"),
+        (source.replace("index += 1", "index = min(index + 2, 5)"), mine, "8"),
         (source, mine.replace("= first", "= second"), "8"),
     ):
         (package / "native.py").write_text(text)

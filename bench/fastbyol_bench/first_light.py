@@ -1,10 +1,4 @@
-"""The README's first example and demonstration: their runs, their pictures and what they printed.
-
-    python -m fastbyol_bench.first_light bench/results/first_light
-
-trains in a temporary folder and leaves ``results.json``, ``typed.txt``, ``typed.png``, ``demo.txt``, ``recovery.png`` and
-``demo.png``; takes minutes on two cores.
-"""
+"""The README's first example and its demonstration: their runs, pictures and printed output."""
 
 from __future__ import annotations
 
@@ -23,12 +17,15 @@ import torch
 import fastbyol
 from fastbyol.show import figures, run_report
 
-# As the README has it.
+# The README's command.
 TYPED = "train --data fashion-mnist --norm gn --opt lars --lr 0.2 --mlp-norm none"
 
 
 def run(folder: Path, *words: str, threads: int | None = None) -> tuple[str, str]:
-    """Run ``fastbyol`` in ``folder`` with ``words``; returns what it printed on both streams, the home folder cut from it."""
+    """Run ``fastbyol`` with ``words`` in ``folder`` and return its standard output and error.
+
+    The home folder's path becomes ``~`` in both.
+    """
     environment = os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
     command = [sys.executable, "-m", "fastbyol.cli.main", *words]
     ended = subprocess.run(command, cwd=folder, env=environment, check=True, capture_output=True, text=True)
@@ -36,7 +33,7 @@ def run(folder: Path, *words: str, threads: int | None = None) -> tuple[str, str
 
 
 def draw_typed(story: run_report.Story, path: Path) -> None:
-    """Draw cosines and accuracy side by side, the live states shaded behind them."""
+    """Draw cosines and accuracy side by side, with the live states shaded behind them."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9.0, 3.2), layout="constrained")
@@ -47,7 +44,7 @@ def draw_typed(story: run_report.Story, path: Path) -> None:
 
 
 def draw_demo(story: run_report.Story, result: dict[str, Any], path: Path) -> None:
-    """Draw cosines and accuracy side by side, with the two encoders that BYOL is measured against."""
+    """Draw cosines and accuracy side by side, with the accuracy of the supervised encoder."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9.0, 3.0), layout="constrained")
@@ -60,7 +57,7 @@ def draw_demo(story: run_report.Story, result: dict[str, Any], path: Path) -> No
 
 
 def finish(figure: Any, path: Path) -> None:
-    """Dress the axes alike, and write the file."""
+    """Give all axes the same style and write the file."""
     for axes in figure.axes:
         axes.set_xlabel("epoch")
         axes.spines[["top", "right"]].set_visible(False)
@@ -68,7 +65,13 @@ def finish(figure: Any, path: Path) -> None:
 
 
 def main() -> None:
-    """Run everything and write into the folder named on the command line."""
+    """Train in a temporary folder, for some minutes on two cores, and write the README's files.
+
+        python -m fastbyol_bench.first_light bench/results/first_light
+
+    writes ``results.json``, ``typed.txt``, ``typed.png``, ``demo.txt``, ``recovery.png`` and
+    ``demo.png``.
+    """
     out = Path(sys.argv[1])
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as temporary:

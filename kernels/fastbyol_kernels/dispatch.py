@@ -83,6 +83,12 @@ def is_plain(tensor: Tensor) -> bool:
     return (kind is Tensor or kind is torch.nn.Parameter) and tensor.device.type == "cpu" and tensor.layout == torch.strided
 
 
+def is_activation(x: Tensor) -> bool:
+    """Return True if ``x`` is (N, C, H, W), not empty, channels-last, and bf16 or fp32."""
+    fits = x.ndim == 4 and x.numel() > 0 and x.dtype in (torch.bfloat16, torch.float32)
+    return fits and x.is_contiguous(memory_format=torch.channels_last)
+
+
 def is_transformed() -> bool:
     """Return True if torch.func or forward-mode differentiation is active.
 

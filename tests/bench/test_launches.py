@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from collections import Counter
 from importlib import import_module
 from pathlib import Path
@@ -15,6 +12,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from compiled_process import printed
 from fastbyol.config import ModelConfig
 from fastbyol.model.byol import build_online
 from fastbyol.model.norm import GroupNorm
@@ -28,15 +26,6 @@ SHARED_BYTES = {80: 163 << 10, 90: 227 << 10}
 GRID = (2**31 - 1, 2**16 - 1, 2**16 - 1)
 
 
-def printed(code: str) -> str:
-    """What ``code`` prints in a process of its own, since interpreted kernels cannot be compiled."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-W", "error", "-c", f"from fastbyol_bench.launches import *\nprint({code}, end='')"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1800, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
-
-
 def kept(table: str) -> str:
     """The kept table of the installed Triton."""
     path = launches.kept(table)
@@ -48,9 +37,9 @@ def kept(table: str) -> str:
 
 def tables(table: str) -> list[str]:
     """The kept tables of all versions of Triton."""
-    found = [path.read_text() for path in sorted(launches.KERNELS.glob(f"{table}*.txt"))]
-    assert len(found) == 2
-    return found
+    texts = [path.read_text() for path in sorted(launches.KERNELS.glob(f"{table}*.txt"))]
+    assert len(texts) == 2
+    return texts
 
 
 def launched(text: str) -> list[tuple[str, str, list[int], int]]:
@@ -69,13 +58,13 @@ def costs(text: str) -> list[tuple[str, str, int, list[int], str]]:
 @pytest.mark.slow
 def test_steps_launch_what_the_table_says() -> None:
     expected = kept("LAUNCHES")
-    assert printed("launch_table()") == expected, RENEW
+    assert printed("from fastbyol_bench.launches import *\nprint(launch_table(), end='')") == expected, RENEW
 
 
 @pytest.mark.slow
 def test_kernels_cost_what_the_table_says() -> None:
     expected = kept("RESOURCES")
-    assert printed("resource_table()") == expected, RENEW
+    assert printed("from fastbyol_bench.launches import *\nprint(resource_table(), end='')") == expected, RENEW
 
 
 @pytest.mark.parametrize("text", tables("LAUNCHES"), ids=lambda text: text.split("\n")[0])
@@ -104,14 +93,14 @@ def test_a_step_launches_what_its_network_asks_for(text: str) -> None:
 
 
 def test_every_kernel_that_an_operation_launches_is_in_the_tables() -> None:
-    found = {
+    launching = {
         (path.relative_to(OPS).with_suffix("").parts[0], name.removeprefix("_").removesuffix("_kernel"))
         for path in OPS.rglob("*.py")
         for name in re.findall(r"(\w+_kernel)\[", path.read_text())
     }
-    assert len(found) >= 16
+    assert len(launching) >= 16
     for text in tables("LAUNCHES"):
-        assert {(op, kernel) for op, kernel, _, _ in launched(text)} == found
+        assert {(op, kernel) for op, kernel, _, _ in launched(text)} == launching
 
 
 def test_grids_and_shared_memory_are_within_what_cuda_admits() -> None:
@@ -132,10 +121,10 @@ def test_no_kernel_spills_or_moves_narrow_words_unexcused_and_no_excuse_is_left_
             flawed = spill > 0 or min(load, store) < launches.WIDE_BITS
             assert flawed == bool(why), (op, kernel, architecture, rest)
             used |= set(why[1].split("; ")) if why else set()
-    places = [path.relative_to(OPS).with_suffix("") for path in OPS.rglob("*.py") if "_kernel[" in path.read_text()]
-    modules = [import_module(".".join(("fastbyol_kernels", *place.parts))) for place in places]
+    names = [path.relative_to(OPS).with_suffix("") for path in OPS.rglob("*.py") if "_kernel[" in path.read_text()]
+    modules = [import_module(".".join(("fastbyol_kernels", *name.parts))) for name in names]
     excuses = [getattr(module, name, {}) for module in modules for name in ("SPILLS", "NARROW")]
-    assert used == {why for found in excuses for why in found.values()}
+    assert used == {why for reasons in excuses for why in reasons.values()}
 
 
 def test_unfilled_operations_return_what_the_operations_would(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -156,8 +145,8 @@ def test_unfilled_operations_return_what_the_operations_would(monkeypatch: pytes
         gradients = torch.autograd.grad(out.square().sum(), [*weights, *affine])
         return [pooled, y, out, *gradients]
 
-    def shapes(found: list[torch.Tensor]) -> list[Any]:
-        return [(tensor.shape, tensor.stride(), tensor.dtype, tensor.device) for tensor in found]
+    def shapes(tensors: list[torch.Tensor]) -> list[Any]:
+        return [(tensor.shape, tensor.stride(), tensor.dtype, tensor.device) for tensor in tensors]
 
     with launches.Unfilled():
         unfilled = work()

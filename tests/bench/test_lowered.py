@@ -18,7 +18,7 @@ from test_inductor_code import TEXT
 def test_the_figures_are_whole_and_add_up() -> None:
     kept = lowered.read()
     assert (kept.batch, kept.size, kept.precision) == (lowered.BATCH, lowered.SIZE, lowered.PRECISION)
-    assert {name: getattr(kept, name).sets for name in lowered.RECIPES} == lowered.RECIPES
+    assert {name: getattr(kept, name).sets for name in lowered.METHODS} == lowered.METHODS
     for recipe in (kept.bn, kept.gn_ws):
         # Sums within a recipe are checked as it is read. ResNet-18 has 20 convolutions: two networks forward, one backward, and
         # the images take no gradient. Linear layers: 2 in each of three heads.

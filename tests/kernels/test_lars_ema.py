@@ -23,13 +23,15 @@ NUM_TARGET = 3
 PAD = 32
 
 
-def table(adapt: Sequence[bool], decay: Sequence[float], lr_mult: Sequence[float]) -> SegmentTable:
+def table(
+    adapt: Sequence[bool], decay: Sequence[float], lr_mult: Sequence[float], dtype: torch.dtype = torch.float64
+) -> SegmentTable:
     return SegmentTable(
         offsets=tuple(PAD * i for i in range(len(adapt))),
         numels=NUMELS[: len(adapt)],
         adapt=torch.tensor(list(adapt)),
-        decay=torch.tensor(list(decay), dtype=torch.float64),
-        lr_mult=torch.tensor(list(lr_mult), dtype=torch.float64),
+        decay=torch.tensor(list(decay), dtype=dtype),
+        lr_mult=torch.tensor(list(lr_mult), dtype=dtype),
     )
 
 
@@ -161,10 +163,7 @@ def test_a_blog_rate_never_exceeds_lr_eta_over_wd() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_nothing_to_divide_by_stays_finite(rule: Rule, dtype: torch.dtype) -> None:
     """Zero weights, zero gradients and no decay, alone and together."""
-    segments = table([True] * 4, [0.0] * 4, [1.0] * 4)
-    segments = SegmentTable(
-        segments.offsets, segments.numels, segments.adapt, segments.decay.to(dtype), segments.lr_mult.to(dtype)
-    )
+    segments = table([True] * 4, [0.0] * 4, [1.0] * 4, dtype)
     w, g = draws(0), draws(1)
     w[0].zero_()
     g[1].zero_()
@@ -186,10 +185,7 @@ def test_tau_of_one_and_zero_are_exact() -> None:
         target = flat(draws(2)).float()[:PAD]
         before = target.clone()
         zeros = torch.zeros_like(online)
-        segments = table([False] * 4, [0.0] * 4, [1.0] * 4)
-        segments = SegmentTable(
-            segments.offsets, segments.numels, segments.adapt, segments.decay.float(), segments.lr_mult.float()
-        )
+        segments = table([False] * 4, [0.0] * 4, [1.0] * 4, torch.float32)
         lars_ema(
             online, zeros, zeros.clone(), target, segments, torch.tensor(0.1), torch.tensor(tau),
             rule="sgd", eta=1.0, mu=0.9, ema_first=True,
@@ -293,19 +289,7 @@ def assert_padding_is_zero(p: Problem) -> None:
         assert not rest.any()
 
 
-@pytest.fixture
-def _dirty(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the op allocates starts as NaN, or as 0 where that says "not finite"."""
-    empty = torch.empty
-
-    def filled(*args: Any, **kwargs: Any) -> Tensor:
-        out = empty(*args, **kwargs)
-        return out.fill_(math.nan if out.is_floating_point() else 0)
-
-    monkeypatch.setattr(torch, "empty", filled)
-
-
-@pytest.mark.usefixtures("_dirty")
+@pytest.mark.usefixtures("nan_filled")
 @pytest.mark.parametrize("kernels", ["triton", "auto"])
 @pytest.mark.parametrize("ema_first", [False, True])
 @pytest.mark.parametrize("rule", RULES)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -18,13 +17,6 @@ from fastbyol_kernels.max_pool.cpu import CpuMaxPool
 DTYPES = (torch.float32, torch.bfloat16)
 
 
-@pytest.fixture(autouse=True)
-def _threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
 def activations(shape: tuple[int, ...], dtype: torch.dtype, *, seed: int = 0, whole: bool = False) -> Tensor:
     """Channels-last; ``whole`` numbers, a few of them, make for windows of equal maxima and zeros of both signs."""
     g = torch.Generator().manual_seed(seed)
@@ -34,15 +26,15 @@ def activations(shape: tuple[int, ...], dtype: torch.dtype, *, seed: int = 0, wh
 
 def both(x: Tensor, dy: Tensor | None = None) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """Output and gradient of the compiled code, and of torch in float64, whose gradient is left in it."""
-    found = []
+    results = []
     for kernels in ("cpu", "reference"):
         leaf = (x if kernels == "cpu" else x.double()).clone(memory_format=torch.preserve_format).requires_grad_()
         y = ops.max_pool(leaf, kernels=kernels)
         dy = activations(tuple(y.shape), x.dtype, seed=1) if dy is None else dy
         (dx,) = torch.autograd.grad(y, leaf, dy.to(y.dtype))
         assert y.dtype == dx.dtype == leaf.dtype
-        found.append((y.detach().to(x.dtype), dx))
-    return found[0], found[1]
+        results.append((y.detach().to(x.dtype), dx))
+    return results[0], results[1]
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
@@ -94,7 +86,7 @@ def test_any_number_of_threads_gives_the_same_bits(dtype: torch.dtype) -> None:
     assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(other, results[0], strict=True))
 
 
-def test_a_place_is_saved_in_place_of_the_input() -> None:
+def test_a_byte_per_output_is_saved_instead_of_the_input() -> None:
     x, saved = activations((4, 32, 24, 24), torch.bfloat16).requires_grad_(), []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         y = ops.max_pool(x)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastbyol_kernels.batch_norm.reference import add_and_relu, reference
-from fastbyol_kernels.dispatch import dispatch
+from fastbyol_kernels.dispatch import dispatch, is_activation
 
 __all__ = ["add_and_relu", "batch_norm", "reference"]
 
@@ -73,10 +73,4 @@ def _check(
 
 
 def _is_compiled_for(x: Tensor, affine: tuple[Tensor, ...]) -> bool:
-    return (
-        x.ndim == 4
-        and x.numel() > 0
-        and x.dtype in (torch.bfloat16, torch.float32)
-        and x.is_contiguous(memory_format=torch.channels_last)
-        and all(t.dtype == torch.float32 and t.is_contiguous() for t in affine)
-    )
+    return is_activation(x) and all(t.dtype == torch.float32 and t.is_contiguous() for t in affine)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastbyol_kernels.dispatch import dispatch
+from fastbyol_kernels.dispatch import dispatch, is_activation
 
 
 def max_pool(x: Tensor, *, kernels: str = "auto") -> Tensor:
@@ -20,19 +19,10 @@ def max_pool(x: Tensor, *, kernels: str = "auto") -> Tensor:
     "triton" (there are no Triton kernels) run torch's max pooling. Raises ValueError for other
     words, and for "cpu" if x is on a GPU.
     """
-    if dispatch(kernels, "x", x, has=("cpu",)) != "cpu" or not _is_compiled_for(x):
+    if dispatch(kernels, "x", x, has=("cpu",)) != "cpu" or not is_activation(x):
         return F.max_pool2d(x, kernel_size=3, stride=2, padding=1)
     # Imported here because it loads numba, which a GPU run does not need.
     from fastbyol_kernels.max_pool.cpu import CpuMaxPool
 
     y: Tensor = CpuMaxPool.apply(x)
     return y
-
-
-def _is_compiled_for(x: Tensor) -> bool:
-    return (
-        x.ndim == 4
-        and x.numel() > 0
-        and x.dtype in (torch.bfloat16, torch.float32)
-        and x.is_contiguous(memory_format=torch.channels_last)
-    )

@@ -113,7 +113,7 @@ def _turned(hue, low, span):
 
 @inlined
 def _jitter(r, g, b, operation, factor):
-    """Apply a jitter operation to the planes in place; ``reference._adjust_hue`` has the hue."""
+    """Apply a jitter operation to the planes in place; ``reference._adjust_hue`` derives its hue."""
     if operation == _BRIGHTNESS:
         if factor != _ONE:
             _blend(r, g, b, factor, _ZERO)

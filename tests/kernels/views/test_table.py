@@ -5,9 +5,6 @@ from __future__ import annotations
 import ast
 import itertools
 import math
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -20,6 +17,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageFilter
 from torch import Tensor
 
+from compiled_process import printed
 from fastbyol_kernels.views import bytes_moved, reference, triton, two_views
 from fastbyol_kernels.views.table import JITTER_ORDERS, Column
 from fastbyol_kernels.views.triton import launch
@@ -56,7 +54,7 @@ def table(height: int, width: int, entries: Mapping[Column, float | Tensor], num
     return rows
 
 
-def floats(pixels: Tensor) -> Tensor:
+def as_double(pixels: Tensor) -> Tensor:
     return pixels.permute(0, 3, 1, 2).double() / 255.0
 
 
@@ -71,7 +69,7 @@ def assert_is(
 ) -> None:
     """The op with one table for all images equals ``expected`` on float64 images, for both views, in plain torch and not."""
     pixels, rows = images(*shape), table(*shape, entries)
-    wanted = expected(floats(pixels)).expand(2, -1, -1, -1, -1).double()
+    wanted = expected(as_double(pixels)).expand(2, -1, -1, -1, -1).double()
     for kernels in ("reference", "auto"):
         views = two_views(pixels.to(device), rows.to(device), size=size, kernels=kernels, **settings)  # type: ignore[arg-type]
         torch.testing.assert_close(views.cpu().double(), wanted, rtol=0.0, atol=tolerance, msg=lambda m, k=kernels: f"{k}: {m}")
@@ -111,7 +109,7 @@ def test_hue_on_every_corner_edge_and_face_of_the_colour_cube(device: torch.devi
     for shift in torch.linspace(-0.5, 0.5, 25).tolist():
         rows = table(27, 27, {Column.HUE: shift})[:1, :1]
         views = two_views(cube.to(device), rows.to(device), size=27).cpu()
-        expected = torchvision.adjust_hue(floats(cube), shift)
+        expected = torchvision.adjust_hue(as_double(cube), shift)
         torch.testing.assert_close(views[0].double(), expected, rtol=0.0, atol=TOLERANCE)
 
 
@@ -155,7 +153,7 @@ def test_pil_blur(sigma: float, device: torch.device) -> None:
     pixels, rows = images(24, 24), table(24, 24, {Column.BLUR_SIGMA: sigma}, num_views=1)
     pillow = [np.asarray(Image.fromarray(image).filter(ImageFilter.GaussianBlur(sigma))) for image in pixels.numpy()]
     levels = two_views(pixels.to(device), rows.to(device), size=24, blur="pil").cpu()[0].double() * 255
-    error = levels - floats(torch.from_numpy(np.stack(pillow))) * 255
+    error = levels - as_double(torch.from_numpy(np.stack(pillow))) * 255
     assert error.abs().max() < 3.0
     assert error.abs().mean() < 0.6
     assert abs(error.mean()) < (0.5 if sigma == 1.0 else 0.1)
@@ -271,18 +269,6 @@ def assert_kernels_agree(
         torch.testing.assert_close(
             got.double(), exact, rtol=2**-7 if half else 0.0, atol=14 * 2**-17 if half else TOLERANCE
         )  # fmt: skip
-
-
-@pytest.fixture
-def nan_filled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fresh memory holds NaN, or the highest level, so that an element left unwritten shows."""
-    empty = torch.empty
-
-    def filled(*args: Any, **kwargs: Any) -> Tensor:
-        fresh = empty(*args, **kwargs)
-        return fresh.fill_(math.nan if fresh.is_floating_point() else 65535)
-
-    monkeypatch.setattr(torch, "empty", filled)
 
 
 # Image, view: the same size, both axes shrunk (odd sizes, 4 and 6 taps), enlarged, one of each, no power of two of tiles.
@@ -510,10 +496,7 @@ for architecture in (80, 90):
 
 def test_every_pass_of_a_blur_ends_in_a_barrier() -> None:
     """A program's threads read what others of it have written to global memory: bar.sync orders that within a block."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-c", BARRIERS]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=300)
-    counted = [ast.literal_eval(line) for line in done.stdout.splitlines()]
+    counted = [ast.literal_eval(line) for line in printed(BARRIERS).splitlines()]
     assert len(counted) == 2
     for gaussian, pil in counted:
         assert gaussian >= 1  # one pass before the last, which writes the result

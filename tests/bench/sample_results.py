@@ -14,12 +14,12 @@ GPU = MACHINE.model_copy(update={"device": "cuda", "device_name": "A GPU", "driv
 
 
 def timed(median_s: float, spread_s: float = 0.001, runs: int = 5) -> Timing:
-    """A timing whose CPU seconds are twice the clock's."""
+    """Return a timing whose cpu time is twice its wall time."""
     return Timing(median_s=median_s, spread_s=spread_s, runs=runs, cpu_s=2 * median_s)
 
 
 def result(**changes: Any) -> Result:
-    """Two measured variants, one row that needs a GPU, and one kernel."""
+    """Return two measured variants, a row that needs a GPU, and a kernel."""
     common = {"suite": "views", "name": "two views of 96 px"}
     rows = (
         Row(**common, variant="ours", timing=timed(0.1), images=64, threads=2, floor=Floor(seconds=0.025, bound="bytes")),

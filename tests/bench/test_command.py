@@ -1,4 +1,4 @@
-"""``fastbyol bench`` as typed, every suite in its tiny size."""
+"""The command ``fastbyol bench``, with every suite at its tiny size."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_every_suite_measures_and_keeps(suite: str, run) -> None:
 
 
 def test_a_killed_run_keeps_every_finished_row(tmp_path: Path) -> None:
-    """A real process, ended by SIGKILL as soon as rows of a second suite are there."""
+    """Kill a real process as soon as it has rows of a second suite."""
     path = tmp_path / "it.json"
     arguments = ["bench", "optimizer", "kernels", "--quick", "--device", "cpu", "--out", str(path)]
     seen: tuple[results.Row, ...] = ()
@@ -108,7 +108,7 @@ def test_a_killed_run_keeps_every_finished_row(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_ended_while_peers_start_it_leaves_none(number: signal.Signals, tmp_path: Path) -> None:
-    """Ctrl-C goes to all that a terminal started, peers in the middle of torch's import among them; SIGKILL to one."""
+    """Send SIGINT to the whole group, as a terminal does, or SIGKILL to the parent alone."""
     arguments = ["bench", "step", "--quick", "--device", "cpu", "--out", str(tmp_path / "it.json")]
     command_line = [sys.executable, "-m", "fastbyol.cli.main", *arguments]
     with subprocess.Popen(command_line, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True) as process:
@@ -128,7 +128,7 @@ def test_ended_while_peers_start_it_leaves_none(number: signal.Signals, tmp_path
 
 
 def test_rows_are_kept_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each is kept before the next is measured; the last word says that the run is finished."""
+    """Check that each row is kept before the next is measured, and the last result is finished."""
     kept: list[results.Result] = []
 
     def rows(setting: object) -> Iterator[results.Row]:

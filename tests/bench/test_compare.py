@@ -1,4 +1,4 @@
-"""Verdicts between two results."""
+"""The verdicts on two results."""
 
 from __future__ import annotations
 

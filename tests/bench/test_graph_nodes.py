@@ -1,7 +1,4 @@
-"""Nodes of a CUDA graph, against numbers counted by hand.
-
-Triton's kernels are interpreted in tests, so launches of ours are recorded in a process of their own.
-"""
+"""The nodes of a CUDA graph against numbers counted by hand."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The harness on a clock that the test winds: order of the readings, medians, spreads, ratios within rounds."""
+"""The harness with a fake clock: order of readings, medians, spreads, ratios within rounds."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from fastbyol_bench.kernel_times import Kernel
 
 
 class WoundClock:
-    """Takes what a call returns for the seconds that it took; a drift doubles every round's times."""
+    """A clock whose times are the calls' results, doubled from round to round by a drift."""
 
     def __init__(self, per_round: int) -> None:
         self.calls, self.per_round = 0, per_round
@@ -142,7 +142,7 @@ def test_kernels_are_summed_whatever_the_host_takes() -> None:
 
 
 def test_events_span_several_calls(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The device's clock of the test is wound by each call; a reading is the mean of the calls between two events."""
+    """Check that a reading is the mean of the calls between two events."""
     device_ms = [0.0]
 
     class Event:

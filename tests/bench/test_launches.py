@@ -1,4 +1,4 @@
-"""The kept tables are what steps launch and what that costs, and nothing in them is beyond what a GPU admits."""
+"""The stored tables match the launches and costs of steps, within the limits of a GPU."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ GRID = (2**31 - 1, 2**16 - 1, 2**16 - 1)
 
 
 def kept(table: str) -> str:
-    """The kept table of the installed Triton."""
+    """Return the stored table of the installed Triton."""
     path = launches.kept(table)
     text = path.read_text()
     if text.splitlines()[0] != f"triton {launches.MINOR}":
@@ -36,20 +36,20 @@ def kept(table: str) -> str:
 
 
 def tables(table: str) -> list[str]:
-    """The kept tables of all versions of Triton."""
+    """Return the stored tables of all versions of Triton."""
     texts = [path.read_text() for path in sorted(launches.KERNELS.glob(f"{table}*.txt"))]
     assert len(texts) == 2
     return texts
 
 
 def launched(text: str) -> list[tuple[str, str, list[int], int]]:
-    """Op, kernel, grid and times of each line of a table of launches."""
+    """Return op, kernel, grid and times of each line of a table of launches."""
     lines = re.findall(r"^(\w+) +(\w+) +(\d+(?: x \d+)*) +(\d+) +\d+ +\d+ +\d+  \w", text, re.MULTILINE)
     return [(op, kernel, [int(side) for side in grid.split(" x ")], int(times)) for op, kernel, grid, times in lines]
 
 
 def costs(text: str) -> list[tuple[str, str, int, list[int], str]]:
-    """Op, kernel, architecture, the seven figures and the rest of each line of a table of resources."""
+    """Return op, kernel, architecture, seven figures and the rest of each line of resources."""
     lines = re.findall(r"^(\w+) +(\w+) +sm_(\d+)((?: +\d+){7})  (.+)$", text, re.MULTILINE)
     assert len(lines) == len(text.splitlines()) - 2
     return [(op, kernel, int(arch), [int(n) for n in figures.split()], rest) for op, kernel, arch, figures, rest in lines]
@@ -69,7 +69,10 @@ def test_kernels_cost_what_the_table_says() -> None:
 
 @pytest.mark.parametrize("text", tables("LAUNCHES"), ids=lambda text: text.split("\n")[0])
 def test_a_step_launches_what_its_network_asks_for(text: str) -> None:
-    """Views in four launches, a norm in one per network and two for the gradient, weights in one a network and one back."""
+    """Count four launches for views, one per norm and network, two per norm's gradient.
+
+    The weights take one launch per network and one for the gradient.
+    """
     with torch.device("meta"):
         net = build_online(ModelConfig(norm="gn", ws=True))
     norms = sum(isinstance(module, GroupNorm) for module in net.modules())
@@ -113,7 +116,7 @@ def test_grids_and_shared_memory_are_within_what_cuda_admits() -> None:
 
 
 def test_no_kernel_spills_or_moves_narrow_words_unexcused_and_no_excuse_is_left_over() -> None:
-    """The kernels are bound by memory and move 16 bytes an access; an exception carries its reason in the last column."""
+    """Check that kernels move 16 bytes per access, or have a reason in the last column."""
     used: set[str] = set()
     for text in tables("RESOURCES"):
         for op, kernel, architecture, (*_, spill, _, load, store), rest in costs(text):
@@ -128,7 +131,7 @@ def test_no_kernel_spills_or_moves_narrow_words_unexcused_and_no_excuse_is_left_
 
 
 def test_unfilled_operations_return_what_the_operations_would(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Shapes, strides and dtypes of what a network of the engine's kind makes forward and backward."""
+    """Compare shapes, strides and dtypes of a small network's forward and backward passes."""
     monkeypatch.setattr(launches.Unfilled, "LARGE", 1)
     x = torch.randn(4, 3, 16, 16).contiguous(memory_format=torch.channels_last)
     weights = [torch.randn(shape).requires_grad_() for shape in ((8, 3, 7, 7), (8, 8, 3, 3), (8, 8, 1, 1), (5, 8))]

@@ -1,4 +1,4 @@
-"""The committed figures of a lowered step: their form, their sums, and whether the step has changed since."""
+"""The committed figures of a lowered step: schema, sums, and sources that have not changed."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_the_step_has_not_changed_since_it_was_lowered() -> None:
 
 @pytest.fixture
 def sources(tmp_path: Path) -> Path:
-    """A copy of all that the figures depend on."""
+    """Return a copy of all sources of the figures."""
     for pattern in lowered.SOURCES:
         for path in lowered.ROOT.glob(pattern):
             copy = tmp_path / path.relative_to(lowered.ROOT)
@@ -93,7 +93,7 @@ def test_a_missing_file_says_what_writes_it(tmp_path: Path) -> None:
 
 
 def test_code_and_nodes_are_put_together() -> None:
-    """TEXT launches 3 kernels of Inductor's (1 GB), 1 + 3 convolutions and a product; the operation launches two of ours."""
+    """Combine TEXT's three kernels (1 GB), four convolutions and a product with our kernels."""
     ours = Operation(1, Counter({Node(OURS, "norm", "kernel"): 2, Node(COPY, "norm", "clone"): 1}))
     outside = Counter({Node(ADD, "autograd", "add_"): 5})
     recipe = lowered._recipe(

@@ -1,4 +1,4 @@
-"""A peer in a process of its own: it times itself there, with torch's own defaults, and can neither hang nor linger."""
+"""A peer process times itself with torch's defaults, and can neither hang nor linger."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class Odd:
-    """A peer that does what a test asks for."""
+    """A peer with the calls that tests need."""
 
     def open(self, device: torch.device) -> Mapping[str, Callable[[], object]]:
         def fails() -> None:
@@ -45,12 +45,12 @@ class Odd:
 
 @dataclass(frozen=True)
 class Parent:
-    """A peer that starts a process, which writes to ``file`` for ever."""
+    """A peer that starts a process, which writes to ``file`` endlessly."""
 
     file: Path
 
     def open(self, device: torch.device) -> Mapping[str, Callable[[], object]]:
-        """Its first call starts it, as a DataLoader's does."""
+        """Return a call that starts the process, as a DataLoader's first one does, and a wait."""
         child = multiprocessing.Process(target=_write_on, args=(self.file,), daemon=True)
         return {"start": child.start, "wait": lambda: time.sleep(0.5)}
 
@@ -64,7 +64,7 @@ def _write_on(file: Path) -> None:
 
 @dataclass(frozen=True)
 class Unable:
-    """A peer that cannot be made."""
+    """A peer that cannot be built."""
 
     def open(self, device: torch.device) -> Mapping[str, Callable[[], object]]:
         raise RuntimeError("no kernel for this device")
@@ -90,7 +90,7 @@ def test_the_posts_probe_is_timed_without_the_making_of_its_images(monkeypatch: 
 
 
 def test_waiting_is_not_counted() -> None:
-    """What passes between asking and answering, beyond the call itself, is the asker's: the start takes seconds here."""
+    """Check that a reading excludes the peer's start, which takes seconds."""
     with PeerProcess("a peer", Odd(), CPU) as peer:
         began = time.perf_counter()
         reading = peer.call("sleep")

@@ -1,4 +1,4 @@
-"""Results as files: what is written is what is read, and nothing else is taken for a result."""
+"""Results as files: they read back as written, and nothing else is accepted."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_this_machine_and_commit() -> None:
 
 
 def test_kept_files_of_before_are_finished(tmp_path: Path) -> None:
-    """They have no such field; the one in this repository is read."""
+    """Read files without the field ``finished``, such as the one in this repository."""
     data = json.loads(results.dumps(result(finished=False)))
     assert data.pop("finished") is False
     path = tmp_path / "it.json"
@@ -92,7 +92,7 @@ def test_kept_files_of_before_are_finished(tmp_path: Path) -> None:
 
 
 def test_writing_leaves_the_old_or_the_new(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A process that dies before the rename has changed nothing."""
+    """Check that a process that dies before the rename changes nothing."""
     path = tmp_path / "it.json"
     results.write(result(), path)
 

@@ -1,4 +1,4 @@
-"""Rows of a piece of work: what a peer that ends leaves, and which clock times what."""
+"""The rows of a piece of work: failed peers, and the clock of each device."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_operations_are_timed_by_their_kernels_on_a_gpu(monkeypatch: pytest.Monk
 
 
 def test_switches_of_a_run_do_not_reach_the_ceilings(monkeypatch: pytest.MonkeyPatch) -> None:
-    """fp32 is fp32 there, whatever was set before, and what was set before is set again."""
+    """Check that ceilings use true fp32 whatever is set, and restore the switches."""
     from fastbyol_bench import ceilings
 
     seen: list[tuple[bool, bool]] = []

@@ -1,4 +1,4 @@
-"""Kernels are compiled as they would be launched, without a GPU, and nothing of it remains."""
+"""Kernels are compiled as for a launch, without a GPU, and everything is restored."""
 
 from __future__ import annotations
 

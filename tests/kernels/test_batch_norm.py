@@ -1,4 +1,4 @@
-"""Batch norm on a CPU against fp64, which torch's own kernel computes, and the rules that hold at any shape."""
+"""Batch norm on a CPU against torch's in fp64, and properties that hold at any shape."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ERROR_OF_SUMS = 2.0**-18
 def tensors(
     shape: tuple[int, ...], dtype: torch.dtype, *, mean: float = 1.0, std: float = 2.0, residual: bool = True, seed: int = 0
 ) -> dict[str, Tensor]:
-    """x, residual, dy, weight, bias and the running buffers, the former three channels-last."""
+    """Return x, dy and residual, channels-last, and weight, bias and the running buffers."""
     g = torch.Generator().manual_seed(seed)
 
     def activation(mean: float, std: float) -> Tensor:
@@ -36,7 +36,7 @@ def tensors(
 
 
 def run(inputs: dict[str, Tensor], num_views: int, *, relu: bool, kernels: str, wide: bool = False) -> dict[str, Tensor]:
-    """y, the running buffers after it, and all gradients."""
+    """Return y, the updated running buffers and all gradients."""
     named = {name: (t.double() if wide else t.clone(memory_format=torch.preserve_format)) for name, t in inputs.items()}
     leaves = {name: named[name].requires_grad_() for name in ("x", "weight", "bias", "residual") if name in named}
     dy = named.pop("dy")
@@ -47,7 +47,7 @@ def run(inputs: dict[str, Tensor], num_views: int, *, relu: bool, kernels: str, 
 
 
 def relative(outputs: Tensor, expected: Tensor) -> float:
-    """The error's norm in units of the expected one's; of absolute size where next to nothing is expected."""
+    """Return the error's norm relative to ``expected``, or to 1 per element if that is larger."""
     return float((outputs.double() - expected).norm() / expected.norm().clamp(min=expected.numel() ** 0.5))
 
 
@@ -114,7 +114,7 @@ def test_any_shape(
 @pytest.mark.parametrize("relu", [False, True], ids=["", "relu"])
 @pytest.mark.parametrize(("dtype", "mean"), [(torch.bfloat16, 200.0), (torch.float32, 1e4), (torch.float32, -1e4)], ids=str)
 def test_large_means_cost_nothing(dtype: torch.dtype, mean: float, relu: bool) -> None:
-    """Where torch's fp32 kernel loses three digits."""
+    """Use means at which torch's fp32 kernel loses three digits."""
     inputs = tensors((32, 16, 24, 24), dtype, mean=mean, std=1.0)
     outputs = run(inputs, 2, relu=relu, kernels="auto")
     expected = run(inputs, 2, relu=relu, kernels="reference", wide=True)
@@ -123,7 +123,7 @@ def test_large_means_cost_nothing(dtype: torch.dtype, mean: float, relu: bool) -
 
 
 def test_an_odd_first_pixel_spoils_little() -> None:
-    """The worst shift there is: one value of a view that makes all of its variance."""
+    """Use the worst shift: a single pixel that causes all variance of its view."""
     inputs = tensors((8, 4, 40, 40), torch.float32, residual=False)
     inputs["x"][0, :, 0, 0] = 1e6
     inputs["x"][4, :, 0, 0] = 1e6
@@ -148,7 +148,7 @@ def test_any_number_of_threads_gives_the_same_bits(dtype: torch.dtype, residual:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_mask_made_again_is_that_of_the_output(dtype: torch.dtype) -> None:
-    """Also where the output is next to nothing: bias and weight shrink it to the smallest numbers there are."""
+    """Check also outputs near 0: bias and weight shrink them to the smallest numbers."""
     shape = (64, 32, 9, 9)
     for scale in (1.0, 1e-30, 1e-40, 1e-44):
         inputs = tensors(shape, dtype, residual=False)

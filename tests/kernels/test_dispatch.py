@@ -1,4 +1,4 @@
-"""Who calls an operation in an unusual way gets plain torch's result or an error in a line, never an address that is none."""
+"""Unusual callers of an operation get plain torch's result or a one-line error."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ N, C, S = 4, 16, 6
 
 
 class Op(torch.nn.Module):
-    """An operation of x (N, C, S, S) with its parameters, on the ``kernels`` of its attribute."""
+    """An operation of x (N, C, S, S) with its parameters, on the backend ``kernels``."""
 
     def __init__(self, call: Callable[..., Tensor], reference: Callable[..., Tensor]) -> None:
         super().__init__()
@@ -46,7 +46,7 @@ def _running(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _kernel_of(weight: Tensor) -> Tensor:
-    """A convolution's weight (C, C, 3, 3) that depends on the parameter."""
+    """Return a convolution's weight (C, C, 3, 3) that depends on the parameter."""
     return weight.view(C, 1, 1, 1) * torch.linspace(-1, 1, C * 9, device=weight.device).view(1, C, 3, 3).to(
         weight
     ) + weight.view(1, C, 1, 1)
@@ -105,13 +105,13 @@ def traced(op: Op, x: Tensor) -> Tensor:
 
 
 def ensemble(op: Op, x: Tensor) -> Tensor:
-    """The same parameters twice, under vmap over the parameters alone."""
+    """Apply the parameters twice, under vmap over the parameters alone."""
     stacked = {name: torch.stack((p, p)).detach() for name, p in op.named_parameters()}
     return vmap(lambda parameters: functional_call(op, parameters, (x,)))(stacked)[1]
 
 
 def gradient(op: Op, x: Tensor) -> Tensor:
-    """x less its gradient under torch.func.grad, which the plain one is compared by."""
+    """Return the gradient of a sum of squares under torch.func.grad."""
     return grad(lambda x: op(x).square().sum())(x)
 
 

@@ -1,4 +1,4 @@
-"""Group norm against the formula written with sums, in fp64: the reference, and the kernels forward and backward."""
+"""Group norm, reference and kernels, against the formula written with sums in fp64."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_bf16_takes_fp32_statistics() -> None:
 
 
 class Case:
-    """Inputs of one call on ``device``, an upstream gradient, and what fp64 makes of them."""
+    """The inputs of one call on ``device``, an upstream gradient, and the exact results."""
 
     def __init__(
         self,
@@ -115,7 +115,7 @@ class Case:
         self.gradient = activation(gradient_scale, 0.0)
 
     def run(self, **options: Any) -> list[Tensor]:
-        """y and the gradients of the inputs."""
+        """Return y and the gradients of the inputs."""
         x, weight, bias, residual = (None if t is None else t.detach().clone().requires_grad_() for t in self.inputs)
         y = group_norm(x, self.groups, weight, bias, residual=residual, relu=self.relu, **({"kernels": self.kernels} | options))
         y.backward(self.gradient.to(y.dtype))
@@ -125,7 +125,7 @@ class Case:
         return [y.detach(), *grads]
 
     def exact(self) -> list[Tensor]:
-        """The same by the formula in fp64."""
+        """Return the same by the formula in fp64."""
         x, weight, bias, residual = (None if t is None else t.detach().double().requires_grad_() for t in self.inputs)
         y = by_sums(x, self.groups, weight, bias, residual, self.relu)
         y.backward(self.gradient.double())
@@ -133,11 +133,13 @@ class Case:
         return [y.detach(), *(t.grad for t in leaves if t.grad is not None)]
 
     def compare(self, got: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
-        """bf16 results are one rounding off: 2^-8 of the value, 2^-7 in the interpreter, which cuts instead of rounding.
+        """Compare within rounding errors.
 
-        In fp32 a value is the sum of some ten terms, each rounded to 2^-24 of the largest of them: 4e-6 of y's largest value,
-        for dx of the largest rstd * weight * dy (what is left after the means are taken off can be far smaller). A sum over
-        elements adds up their errors: 4e-6 of the sum of the absolute terms.
+        bf16 results have one rounding: 2^-8 of the value, or 2^-7 in the interpreter, which
+        truncates. In fp32 a value is the sum of about ten terms, each rounded to 2^-24 of the
+        largest: 4e-6 of y's largest value, for dx of the largest rstd * weight * dy (after the
+        means are subtracted, dx can be far smaller). A sum over elements adds up their errors: 4e-6
+        of the sum of the absolute terms.
         """
         y_size, dx_size, sum_size = self.sizes(expected[0])
         assert len(got) == len(expected)
@@ -147,7 +149,7 @@ class Case:
             torch.testing.assert_close(a.double(), b, rtol=2**-7 if half else 2e-6, atol=4e-6 * size)
 
     def sizes(self, y: Tensor) -> tuple[float, float, float]:
-        """The largest terms of y and dx, and the largest sum of absolute terms of the gradients of weight and bias."""
+        """Return the largest terms of y and dx and the largest absolute sum of affine gradients."""
         x, weight = self.inputs[0].double(), self.inputs[1].double()
         rows = x.reshape(x.shape[0], self.groups, -1)
         std = (rows.var(2, correction=0) + 1e-5).sqrt()
@@ -159,7 +161,7 @@ class Case:
 
 @pytest.fixture(params=[False, True], ids=["whole", "cut"])
 def cut(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
-    """Whether samples are cut into runs: both ways of launching run on shapes small enough for the interpreter."""
+    """Cut samples into runs or not, so that small shapes use both kinds of launches."""
     if request.param:
         for name in ("MAX_BYTES_FORWARD", "MAX_BYTES_BACKWARD"):
             monkeypatch.setattr(module, name, 0)
@@ -217,7 +219,7 @@ def test_samples_do_not_touch_each_other(kernels: str, kernel_device: torch.devi
 
 @pytest.mark.usefixtures("cut")
 def test_large_mean_costs_no_digits_of_the_variance(kernels: str, kernel_device: torch.device) -> None:
-    """At a mean of 1,000 stds the one-pass formula E[x^2] - E[x]^2 keeps one digit in fp32."""
+    """Use a mean of 1,000 stds, at which E[x^2] - E[x]^2 keeps one digit in fp32."""
     case = Case((2, 64, 5, 5), 32, torch.float32, (False, False), kernel_device, mean=2000.0, kernels=kernels)
     got, expected = case.run(), case.exact()
     # x * scale + shift is the difference of two numbers near 1,000 * weight: 2^-24 of 3,000.
@@ -226,13 +228,13 @@ def test_large_mean_costs_no_digits_of_the_variance(kernels: str, kernel_device:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_collapsed_gradients_keep_their_digits(dtype: torch.dtype, kernels: str, kernel_device: torch.device) -> None:
-    """Near collapse the gradient is a millionth of the weights: nothing may flush to zero or drown in a sum."""
+    """Use a gradient as near collapse: it must neither flush to zero nor drown in a sum."""
     case = Case((2, 64, 5, 4), 32, dtype, (True, True), kernel_device, gradient_scale=1e-6, kernels=kernels)
     case.compare(case.run(), case.exact())
 
 
 def test_gradient_in_another_memory_format(kernels: str, kernel_device: torch.device) -> None:
-    """What pooling sends back is expanded: strides of zero."""
+    """Use an expanded gradient, with strides of zero, as pooling returns it."""
     case = Case((2, 64, 3, 3), 32, torch.float32, (False, True), kernel_device, kernels=kernels)
     case.gradient = case.gradient[:, :, :1, :1].expand(2, 64, 3, 3)
     case.compare(case.run(), case.exact())
@@ -267,7 +269,7 @@ def test_compiled_equals_eager(flags: tuple[bool, bool], device: torch.device) -
 @pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated")
 @pytest.mark.slow
 def test_inductor_keeps_channels_last(device: torch.device) -> None:
-    """Inductor lays out what it computes itself; the kernel must find it, and its gradient, in channels-last."""
+    """Check that the kernel gets channels-last tensors although Inductor chooses layouts itself."""
     x, weight, bias, _ = (
         None if t is None else t.requires_grad_() for t in Case((2, 16, 5, 4), 4, torch.float32, (False, True), device).inputs
     )
@@ -315,7 +317,7 @@ def test_any_number_of_threads_gives_the_same_bits(shape: tuple[int, ...], flags
 
 @pytest.mark.parametrize(("dtype", "mean", "rtol"), [(torch.bfloat16, 200.0, 2**-8), (torch.float32, 1e4, 2e-6)], ids=str)
 def test_statistics_keep_their_digits_at_a_huge_mean(dtype: torch.dtype, mean: float, rtol: float) -> None:
-    """Also where the first pixels, which a shift could be taken from, are far from all others."""
+    """Use first pixels, a possible shift, that are far from all others."""
     case = Case((2, 64, 24, 24), 32, dtype, (False, False), torch.device("cpu"), mean=mean, kernels="cpu")
     case.inputs[0][1, :, 0] = 0
     got, expected = case.run()[0].double(), case.exact()[0]
@@ -327,7 +329,7 @@ def test_statistics_keep_their_digits_at_a_huge_mean(dtype: torch.dtype, mean: f
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_the_backward_pass_masks_what_the_forward_pass_cut(dtype: torch.dtype) -> None:
-    """Bit for bit, in vectors and in what is left over: the bias's gradient counts what passed."""
+    """Compare the bias's gradient with the count of positive outputs, bit for bit."""
     for shape in ((2, 64, 9, 7), (3, 6, 5, 5), (2, 12, 1, 3)):
         case = Case(shape, 2, dtype, (False, True), torch.device("cpu"), kernels="cpu")
         # Biases that put an element of each channel at zero, or within a rounding of it.

@@ -1,4 +1,4 @@
-"""Max pooling on a CPU against torch's: the output bit for bit, the gradient to its roundings."""
+"""Max pooling on a CPU against torch's: outputs bit for bit, gradients within rounding."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ DTYPES = (torch.float32, torch.bfloat16)
 
 
 def activations(shape: tuple[int, ...], dtype: torch.dtype, *, seed: int = 0, whole: bool = False) -> Tensor:
-    """Channels-last; ``whole`` numbers, a few of them, make for windows of equal maxima and zeros of both signs."""
+    """Return channels-last values; ``whole`` numbers cause ties and zeros of both signs."""
     g = torch.Generator().manual_seed(seed)
     x = torch.randn(shape, generator=g)
     return (x.round() if whole else x).to(dtype).contiguous(memory_format=torch.channels_last)
 
 
 def both(x: Tensor, dy: Tensor | None = None) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """Output and gradient of the compiled code, and of torch in float64, whose gradient is left in it."""
+    """Return output and gradient of the compiled code, and of torch in float64."""
     results = []
     for kernels in ("cpu", "reference"):
         leaf = (x if kernels == "cpu" else x.double()).clone(memory_format=torch.preserve_format).requires_grad_()
@@ -38,12 +38,15 @@ def both(x: Tensor, dy: Tensor | None = None) -> tuple[tuple[Tensor, Tensor], tu
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
-    """Equal, signs of zeros included, NaN where the other is NaN."""
+    """Return True for equal values and signs of zeros, with NaN in the same positions."""
     return bool(((a == b) & (a.signbit() == b.signbit()) | a.isnan() & b.isnan()).all())
 
 
 def check(x: Tensor) -> None:
-    """A pixel lies in four windows at most: three sums in fp32, in whatever order, then one rounding to the dtype."""
+    """Compare within the roundings of a pixel's at most four windows.
+
+    These are three sums in fp32, in any order, then one rounding to the dtype.
+    """
     (y, dx), (expected, gradient) = both(x)
     assert same_bits(y, expected)
     size = both(x, activations(tuple(y.shape), x.dtype, seed=1).abs())[1][1]

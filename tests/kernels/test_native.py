@@ -1,4 +1,4 @@
-"""Kernels for a CPU: arguments arrive as typed, blocks are taken once, by torch's own threads, the same bits for any number."""
+"""CPU kernels: typed arguments, blocks run once on torch's threads, equal bits for any number."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ SIZE = 64
 
 @kernel
 def _count(block: int, counts: I64, add: int) -> None:
-    """How often each block is taken."""
+    """Count how often each block runs."""
     counts[block] += add
 
 
 @kernel
 def _double(block: int, values: F32, sums: F32) -> None:
-    """Twice a tensor's values, and their sums by blocks."""
+    """Double a tensor and sum it by blocks."""
     own, total = values[block * SIZE : (block + 1) * SIZE], np.float32(0)
     for i in range(len(own)):
         own[i] *= np.float32(2)
@@ -39,7 +39,7 @@ def _double(block: int, values: F32, sums: F32) -> None:
 
 @kernel
 def _convert(block: int, values: F32, activations: Activation, back: F32) -> None:
-    """float32 to an activation, and back."""
+    """Convert float32 to an activation and back."""
     activations[block] = narrowed(values[block], activations)
     back[block] = widened(activations[block])
 
@@ -51,7 +51,7 @@ def _every_kind(block: int, f32: F32, f64: F64, i32: I32, i64: I64, u8: U8, numb
 
 @kernel(backwards=True)
 def _order(block: int, instants: I64, taken: I64) -> None:
-    """One thread: when each block was taken."""
+    """Record, on one thread, the order of the blocks."""
     taken[0] += 1
     instants[block] = taken[0]
 
@@ -171,7 +171,7 @@ def test_torchs_openmp_library_is_detected() -> None:
 
 
 def test_without_a_cache_folder_a_kernel_is_compiled_anew() -> None:
-    """Such as in a read-only container."""
+    """Run as in a read-only container."""
     code = (
         "import numba.core.caching as caching\n"
         "caching.CacheImpl._locator_classes = []\n"
@@ -184,7 +184,7 @@ def test_without_a_cache_folder_a_kernel_is_compiled_anew() -> None:
 
 
 def test_code_of_other_sources_is_never_taken_from_the_cache(tmp_path: Path) -> None:
-    """numba itself would: it looks at the file of the kernel alone."""
+    """Change the package's sources, which numba does not check: it looks at one file only."""
     package = tmp_path / "fastbyol_kernels"
     package.mkdir()
     source = Path(native.__file__).read_text("utf-8")
@@ -212,7 +212,7 @@ def test_code_of_other_sources_is_never_taken_from_the_cache(tmp_path: Path) -> 
 
 @pytest.mark.slow
 def test_code_from_the_cache_gives_the_bits_of_code_just_compiled(tmp_path: Path) -> None:
-    """A run is resumed from the cache that was begun without one."""
+    """Compare two processes, like a run that started without a cache and is resumed with one."""
     code = (
         "import torch\n"
         "from fastbyol_kernels.batch_norm import batch_norm\n"
@@ -235,7 +235,7 @@ def test_code_from_the_cache_gives_the_bits_of_code_just_compiled(tmp_path: Path
 
 
 def test_a_forked_child_works_alone() -> None:
-    """torch's threads do not live on in it; DataLoader's workers are such, with one thread set."""
+    """Fork, as DataLoader's workers are, to a child without torch's threads."""
     torch.set_num_threads(2)
     _count(10, torch.zeros(10, dtype=torch.int64), 1)
     child = os.fork()

@@ -79,7 +79,7 @@ NETWORK = ((5, 3, 3, 3), (3, 3, 7, 7), (3, 128, 3, 3), (2, 512, 3, 3), (9, 64, 1
 def network(
     shapes: Sequence[Sequence[int]], device: torch.device, *, skip: int = 64, scale: float = 0.05
 ) -> tuple[Tensor, RowTable]:
-    """A flat parameter of padded segments, ``skip`` elements of something else before each, and a denser flat copy."""
+    """Return a flat parameter of padded segments with gaps of ``skip`` elements, and its table."""
     offsets, copies, end, copy_end = [], [], 0, 0
     for shape in shapes:
         numel = -(-torch.Size(shape).numel() // 64) * 64
@@ -91,7 +91,7 @@ def network(
 
 
 class Rows(NamedTuple):
-    """All that the two passes write; NaN where there are no rows."""
+    """The results of both passes, NaN outside of the rows."""
 
     copy: Tensor
     out: Tensor
@@ -100,12 +100,12 @@ class Rows(NamedTuple):
 
 
 def nans(like: Tensor, numel: int, dtype: torch.dtype) -> Tensor:
-    """A buffer in which an element left unwritten shows, and one written that should not be."""
+    """Return a buffer that shows elements left unwritten or written by mistake."""
     return like.new_full((numel,), float("nan"), dtype=dtype)
 
 
 def both(flat: Tensor, table: RowTable, gradient: Tensor, kernels: str = "triton") -> Rows:
-    """Forward and back, in buffers filled with NaN."""
+    """Run forward and backward in buffers filled with NaN."""
     copy, out = nans(flat, table.copy_numel, gradient.dtype), torch.full_like(flat, float("nan"))
     means, stds = (nans(flat, len(table.rows), flat.dtype) for _ in range(2))
     standardize_rows(copy, means, stds, flat, table, kernels=kernels)
@@ -114,7 +114,7 @@ def both(flat: Tensor, table: RowTable, gradient: Tensor, kernels: str = "triton
 
 
 def exact(flat: Tensor, table: RowTable, gradient: Tensor) -> Rows:
-    """The same by the formula with sums, row by row, in fp64."""
+    """Compute the same by the formula with sums, row by row, in fp64."""
     flat, gradient = flat.double(), gradient.double()
     copy, out = nans(flat, table.copy_numel, flat.dtype), torch.full_like(flat, float("nan"))
     means, stds = [], []
@@ -129,10 +129,10 @@ def exact(flat: Tensor, table: RowTable, gradient: Tensor) -> Rows:
 
 
 def compare(got: Rows, expected: Rows, gradient: Tensor) -> None:
-    """A bf16 copy is one rounding off (2^-8; the interpreter cuts, 2^-7); fp32 ten roundings of values of at most ten.
+    """Compare within rounding: one of a bf16 copy (2^-8, in the interpreter 2^-7), ten of fp32.
 
-    The gradient's terms are of size |g| / std; what is left of them after two projections may be smaller by any factor. The
-    smallest std is that of a row of two, whose weights may be near each other.
+    The gradient's terms are of size |g| / std; after two projections they may be smaller by any
+    factor. The smallest std is that of a row of two, whose weights may be near each other.
     """
     half = got.copy.dtype == torch.bfloat16
     torch.testing.assert_close(got.copy.double(), expected.copy, rtol=2**-7 if half else 2e-6, atol=4e-6, equal_nan=True)
@@ -190,7 +190,7 @@ def test_equal_weights_give_zeros_and_a_finite_gradient(kernels: str, kernel_dev
 
 
 def test_collapsed_gradients_keep_their_digits(kernels: str, kernel_device: torch.device) -> None:
-    """Near collapse the gradient is a millionth of the weights: bf16 has its range, and no sum may drown it."""
+    """Use a gradient of a millionth of the weights, as near collapse: no sum may drown it."""
     flat, table = network(((3, 512), (3, 30)), kernel_device)
     for dtype in (torch.float32, torch.bfloat16):
         gradient = upstream(table, dtype, kernel_device, 1e-6)

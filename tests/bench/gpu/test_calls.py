@@ -1,4 +1,4 @@
-"""The three calls, as far as a machine without a GPU can tell: what they ask, what they leave, who ends with them."""
+"""The three calls without a GPU: their jobs, their files, and the end of their processes."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def call(tmp_path: Path) -> Call:
 
 
 def test_every_path_to_the_end_and_few_files(tmp_path: Path) -> None:
-    """The real script on a job that takes seconds: the table stands last, and the files that come back are few and small."""
+    """Run the real script on a short job: the table comes last, and the files are few and small."""
     out = tmp_path / "out"
     wanted = ["B", str(out), "--dry", "--only", "limits-cudnn10", "--commit", "0123abcd"]
     done = subprocess.run(["sh", SCRIPT, *wanted], env=ENVIRONMENT, capture_output=True, text=True, timeout=800, check=False)
@@ -75,7 +75,7 @@ def test_a_killed_call_leaves_its_rows_and_nobody_behind(tmp_path: Path) -> None
 
 
 def children_of(out: Path) -> list[int]:
-    """Processes that have ``out`` on their command line."""
+    """Return the processes with ``out`` on their command line."""
     found = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
@@ -176,7 +176,7 @@ def test_runs_come_back_without_checkpoints(call: Call) -> None:
 @pytest.mark.parametrize("dry", [True, False])
 @pytest.mark.parametrize("name", calls.CALLS)
 def test_the_jobs_can_be_asked(name: str, dry: bool) -> None:
-    """Every module takes the words that its job gives it; files, suites and claims are there; names differ; nine minutes."""
+    """Check that modules accept their arguments, files exist, names differ and limits are kept."""
     carried = ["--data", "train.beton", "--test-data", "test.beton", "--set", "views.size=32"]
     found = jobs(name, options(name, *carried, *(["--dry"] if dry else [])))
     assert len({job.name for job in found}) == len(found)

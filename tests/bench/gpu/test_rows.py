@@ -1,4 +1,4 @@
-"""Rows are in the file whole or not at all, whatever happens to those who write them."""
+"""Rows are in the file completely or not at all, whatever happens to their writers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The draw by its kernel: the same bits as the reference, whose distributions are tested with fastbyol.views."""
+"""The draw's kernel has the bits of the reference, which is tested with fastbyol.views."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_any_number_of_views(device: torch.device) -> None:
 
 @pytest.mark.parametrize("kernels", ["triton", "reference"])
 def test_seed_and_epoch_from_tensors(kernels: str, device: torch.device) -> None:
-    """What a captured graph replays with: the same draw as with integers, and a new one when the tensor changes."""
+    """Check that tensors draw as integers do, and anew when they change, as graphs replay."""
     ids, size = torch.arange(20, device=device), {"height": 20, "width": 30}
     seed, epoch = (torch.tensor(value, device=device) for value in (-3, 4))
     for number in (4, 2**32 - 1):
@@ -82,7 +82,7 @@ def test_empty_batch(device: torch.device) -> None:
 
 
 def test_no_float64_operation_is_contracted() -> None:
-    """The PTX that a GPU gets holds each product and sum with its own rounding, which ptxas has to respect."""
+    """Check that the PTX rounds each product and sum, which ptxas has to respect."""
     code = (
         "import torch\nfrom fastbyol_kernels import ahead_of_time\n"
         "from fastbyol_kernels.views import Distribution, draw_views\n"

@@ -10,7 +10,6 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -32,35 +31,24 @@ def run(folder: Path, *words: str, threads: int | None = None) -> tuple[str, str
     return tuple(text.replace(str(Path.home()), "~") for text in (ended.stdout, ended.stderr))  # type: ignore[return-value]
 
 
-def draw_typed(story: run_report.Story, path: Path) -> None:
-    """Draw cosines and accuracy side by side, with the live states shaded behind them."""
+def draw(run_folder: Path, path: Path, *, height: float, supervised: float | None = None) -> None:
+    """Draw a run's cosines and accuracy side by side.
+
+    The live states are shaded behind them, or with ``supervised`` that accuracy is drawn as a line.
+    """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9.0, 3.2), layout="constrained")
-    for axes, draw in zip(figure.subplots(1, 2), (run_report.draw_cosines, run_report.draw_accuracy), strict=True):
-        run_report.shade_states(axes, story)
-        draw(axes, story)
-    finish(figure, path)
-
-
-def draw_demo(story: run_report.Story, result: dict[str, Any], path: Path) -> None:
-    """Draw cosines and accuracy side by side, with the accuracy of the supervised encoder."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9.0, 3.0), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    run_report.draw_cosines(left, story)
-    run_report.draw_accuracy(right, story)
-    right.axhline(result["supervised"], color=figures.GREEN, lw=0.9, ls="--", label="supervised")
-    right.legend(loc="lower right", frameon=False, fontsize=8)
-    finish(figure, path)
-
-
-def finish(figure: Any, path: Path) -> None:
-    """Give all axes the same style and write the file."""
-    for axes in figure.axes:
+    curves = run_report.read(run_folder)
+    figure = Figure(figsize=(9.0, height), layout="constrained")
+    for axes, curve in zip(figure.subplots(1, 2), (run_report.draw_cosines, run_report.draw_accuracy), strict=True):
+        if supervised is None:
+            run_report.shade_states(axes, curves)
+        curve(axes, curves)
         axes.set_xlabel("epoch")
         axes.spines[["top", "right"]].set_visible(False)
+    if supervised is not None:
+        axes.axhline(supervised, color=figures.GREEN, lw=0.9, ls="--", label="supervised")
+        axes.legend(loc="lower right", frameon=False, fontsize=8)
     figure.savefig(path, dpi=110)
 
 
@@ -79,11 +67,11 @@ def main() -> None:
         printed, _ = run(folder, *TYPED.split(), "--device", "cpu", threads=1)
         (out / "typed.txt").write_text(f"$ fastbyol {TYPED}\n{printed}")
         (made,) = (folder / "runs").iterdir()
-        draw_typed(run_report.read(made), out / "typed.png")
+        draw(made, out / "typed.png", height=3.2)
         answer, printed = run(folder, "demo", "demo", "--json")
         (out / "demo.txt").write_text(f"$ make demo\n{printed}")
         result = json.loads(answer)
-        draw_demo(run_report.read(folder / result["run"]), result, out / "demo.png")
+        draw(folder / result["run"], out / "demo.png", height=3.0, supervised=result["supervised"])
         shutil.copy(folder / "demo" / "pictures" / "recovery.png", out / "recovery.png")
     machine = {
         "processor": platform.machine(),

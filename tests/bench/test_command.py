@@ -93,9 +93,9 @@ def test_a_killed_run_keeps_every_finished_row(tmp_path: Path) -> None:
             time.sleep(0.01)
             if path.exists():
                 # Valid at each instant, and it never loses a row.
-                found = results.read(path).rows
-                assert found[: len(seen)] == seen
-                seen = found
+                rows = results.read(path).rows
+                assert rows[: len(seen)] == seen
+                seen = rows
         assert process.poll() is None, "it ended before it could be killed"
         process.kill()
     left = results.read(path)
@@ -119,12 +119,12 @@ def test_ended_while_peers_start_it_leaves_none(number: signal.Signals, tmp_path
             time.sleep(0.01)
         time.sleep(0.5)
         os.kill(-process.pid if number == signal.SIGINT else process.pid, number)
-        said = process.communicate()[1].decode()
+        messages = process.communicate()[1].decode()
     assert processes.left(process.pid, 60.0) == []
-    assert "Traceback" not in said
+    assert "Traceback" not in messages
     if number == signal.SIGINT:
         assert process.returncode == 130
-        assert said.splitlines()[-1] == "interrupted: no row was kept"
+        assert messages.splitlines()[-1] == "interrupted: no row was kept"
 
 
 def test_rows_are_kept_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -157,7 +157,7 @@ def test_compares_kept_results(run, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["speed"], "no suite 'speed'"),
         (["views", "--compare", "a", "b"], "leave the suites out"),
@@ -166,10 +166,10 @@ def test_compares_kept_results(run, tmp_path: Path) -> None:
         (["--device", "cuda:7", "views", "--quick"], "cuda:7"),
     ],
 )
-def test_wrong_input_is_one_line(arguments: list[str], said: str, run) -> None:
+def test_wrong_input_is_one_line(arguments: list[str], message: str, run) -> None:
     code, _, err = run(*arguments)
     assert code == 2
-    assert said in err.splitlines()[-1]
+    assert message in err.splitlines()[-1]
 
 
 def test_without_matplotlib_it_says_so(run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ import pytest
 from fastbyol.errors import UsageError
 from fastbyol_bench import lowered
 from fastbyol_bench.graph_nodes import ADD, COPY, OURS, Node, Operation
+from sample_results import replace_at
 from test_inductor_code import TEXT
 
 
@@ -78,10 +79,7 @@ def test_the_fingerprint_is_of_what_the_code_does(sources: Path) -> None:
 )
 def test_a_file_that_does_not_add_up_is_refused(tmp_path: Path, path: tuple[str, ...], value: float, says: str) -> None:
     content = json.loads(lowered.PATH.read_text())
-    place = content
-    for key in path[:-1]:
-        place = place[key]
-    place[path[-1]] = value
+    replace_at(content, path, value)
     (tmp_path / "lowered.json").write_text(json.dumps(content))
     with pytest.raises(UsageError, match=rf"{says}.*`make lowered` renews it"):
         lowered.read(tmp_path / "lowered.json")

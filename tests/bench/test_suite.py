@@ -18,14 +18,14 @@ def test_a_peer_that_ends_is_a_row_that_says_so() -> None:
     def ends() -> object:
         raise PeerError("a peer ended early (exit code -9)")
 
-    said: list[str] = []
-    setting = Setting(CPU, quick=True, note=said.append)
+    notes: list[str] = []
+    setting = Setting(CPU, quick=True, note=notes.append)
     variants = [Variant("ours", lambda: sum(range(1000))), Variant("a peer", ends), Variant("another", lambda: None)]
     ours, another, lost = setting.rows("step", "a step", variants, Plan(2))
     assert (ours.variant, another.variant, lost.variant) == ("ours", "another", "a peer")
     assert another.ratio is not None
     assert lost.needs == "a peer that runs to its end: a peer ended early (exit code -9)"
-    assert said == ["step: a step", "step: a peer ended early (exit code -9)"]
+    assert notes == ["step: a step", "step: a peer ended early (exit code -9)"]
 
 
 def test_operations_are_timed_by_their_kernels_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

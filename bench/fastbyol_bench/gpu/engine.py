@@ -23,6 +23,7 @@ from fastbyol.engine import capture
 from fastbyol.engine.step import METRICS, StepMetrics, TrainState
 from fastbyol_bench.gpu.rows import Rows
 from fastbyol_bench.gpu.rows import parser as job_parser
+from fastbyol_bench.harness import clock_of
 from fastbyol_bench.kernel_times import Kernel, recorded
 from fastbyol_bench.own_step import METHODS
 from fastbyol_bench.waterfall import of_kernels
@@ -128,20 +129,8 @@ def speed(rows: Rows, stand: Stand, graph: capture.Captured) -> None:
 
 def _seconds(call: Callable[[], object], device: torch.device) -> float:
     """Return the median over ``READINGS`` of the seconds per call; a CPU makes a single call."""
-    replays, num_readings = (REPLAYS, READINGS) if device.type == "cuda" else (1, 1)
-    readings = []
-    for _ in range(num_readings):
-        began = _now(device)
-        for _ in range(replays):
-            call()
-        readings.append((_now(device) - began) / replays)
-    return statistics.median(readings)
-
-
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
+    clock, num_readings = clock_of(device, REPLAYS), READINGS if device.type == "cuda" else 1
+    return statistics.median(clock.time(call).wall_s for _ in range(num_readings))
 
 
 def profile(rows: Rows, stand: Stand, graph: capture.Captured, file: Path) -> None:

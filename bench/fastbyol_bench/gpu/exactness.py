@@ -22,10 +22,9 @@ from fastbyol import views
 from fastbyol.data.loader import Batch
 from fastbyol.engine.step import TrainState
 from fastbyol_bench.gpu.engine import Stand
+from fastbyol_bench.gpu.limits import Timer
 from fastbyol_bench.gpu.rows import Rows
 from fastbyol_bench.gpu.rows import parser as job_parser
-from fastbyol_bench.harness import Flush
-from fastbyol_bench.kernel_times import recorded
 from fastbyol_kernels import group_norm, lars_ema
 from fastbyol_kernels import views as view_kernels
 from fastbyol_kernels import weight_standardization as ws
@@ -38,7 +37,6 @@ NORMS = (
 # twice that. fp32 sums over up to 4,608 values stay far below 1e-5.
 BF16, FP32 = 4e-3, 1e-5
 SAMPLES = 32  # the compared part of a batch; more would show the same
-RUNS = 12
 
 
 class Bench:
@@ -49,7 +47,7 @@ class Bench:
         self.small = arguments.small or arguments.dry
         self.stand = Stand("gn_ws", dry=arguments.dry, small=self.small)
         self.device = self.stand.device
-        self._flush = None if arguments.untimed or arguments.dry else Flush(self.device)
+        self._timer = None if arguments.untimed or arguments.dry else Timer(self.device)
 
     def report(self, name: str, errors: dict[str, float], most: float, call: Callable[[], object], moved: float) -> None:
         """Write a row with ``errors``, failed if one exceeds ``most``, and the time of ``call``.
@@ -57,20 +55,10 @@ class Bench:
         ``moved`` is the number of bytes that the call moves.
         """
         times = {}
-        if self._flush is not None:
-            seconds = self._seconds(call)
+        if self._timer is not None:
+            seconds = self._timer(call)
             times = {"us": seconds * 1e6, "tb_s": moved / seconds / 1e12}
         self.rows.check("kernel", name, holds=max(errors.values()) <= most, says=f"an error over {most:g}", **errors, **times)
-
-    def _seconds(self, call: Callable[[], object]) -> float:
-        """Return the mean time of the kernels of ``call`` with cold caches over ``RUNS`` runs."""
-        assert self._flush is not None
-        call()
-        total = 0.0
-        for _ in range(RUNS):
-            self._flush()
-            total += sum(kernel.seconds for kernel in recorded(call))
-        return total / RUNS
 
 
 def off(got: Tensor, exact: Tensor) -> float:

@@ -1,1 +1,1 @@
-"""Measurements of fastbyol: what its README and bench/results say was made by the modules here."""
+"""Measurements of fastbyol: the source of every figure in its README and in bench/results."""

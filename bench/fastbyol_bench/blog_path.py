@@ -1,10 +1,7 @@
-"""The post's way of training, written afresh in plain PyTorch from its description: the peer that everything is compared with.
+"""The post's training code, rewritten in plain PyTorch from its description: the common peer.
 
-Views are made by torchvision's classic transforms on PIL images in the processes of a DataLoader. A step passes each view
-through both networks by itself, in fp32 and torch's own layout; the target moves parameter by parameter before the optimizer;
-LARS reads each tensor's norms back to the host. The probe is scikit-learn's. Nothing here is tuned, and nothing is slowed.
-
-Numbers: the blog preset (configs/blog.toml), which cites the post and its published code.
+Its numbers are those of the blog preset (configs/blog.toml), which cites the post and its code. It
+is neither tuned nor slowed down.
 """
 
 from __future__ import annotations
@@ -25,7 +22,7 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class Blur:
-    """Pillow's Gaussian blur with a radius drawn from .1 to 2 pixels."""
+    """Pillow's Gaussian blur with a random radius of 0.1 to 2 pixels."""
 
     def __call__(self, image: Any) -> Any:
         from PIL import ImageFilter
@@ -34,7 +31,7 @@ class Blur:
 
 
 def transform(size: int) -> Any:
-    """The post's Appendix B as a torchvision transform of one PIL image."""
+    """Return the post's Appendix B as a torchvision transform of one PIL image."""
     from torchvision import transforms as T
 
     return T.Compose(
@@ -51,7 +48,7 @@ def transform(size: int) -> Any:
 
 
 class PairedViews(Dataset[tuple[Tensor, Tensor]]):
-    """Two views of each image of a uint8 array (N, H, W, 3)."""
+    """A dataset of two views of each image of a uint8 array (N, H, W, 3), made from PIL images."""
 
     def __init__(self, images: np.ndarray, size: int) -> None:
         self.images, self.transform = images, transform(size)
@@ -67,19 +64,22 @@ class PairedViews(Dataset[tuple[Tensor, Tensor]]):
 
 
 def loader(images: np.ndarray, *, size: int, batch_size: int, workers: int) -> DataLoader[tuple[Tensor, Tensor]]:
-    """Shuffled batches of two views (B, 3, S, S) each, the last incomplete batch dropped."""
+    """Return a DataLoader of shuffled full batches of two views, (B, 3, S, S) each."""
     return DataLoader(PairedViews(images, size), batch_size, shuffle=True, drop_last=True, num_workers=workers)
 
 
 def mlp(features: int, hidden: int, out: int, norm: bool) -> nn.Sequential:
-    """The post's head: linear, norm or nothing, ReLU, linear."""
+    """Return the post's head: linear, optional norm, ReLU, linear."""
     return nn.Sequential(
         nn.Linear(features, hidden), nn.BatchNorm1d(hidden) if norm else nn.Identity(), nn.ReLU(), nn.Linear(hidden, out)
     )
 
 
 class Lars:
-    """LARS as a loop over parameters with both norms read to the host. Rate: lr eta |w| / (|g| + wd |w|); 0 where |w| is 0."""
+    """LARS as a loop over parameters that reads both norms of each to the host.
+
+    The rate is lr eta |w| / (|g| + wd |w|), or 0 if |w| is 0.
+    """
 
     def __init__(
         self, parameters: Iterable[nn.Parameter], *, lr: float, momentum: float, weight_decay: float, eta: float
@@ -89,11 +89,13 @@ class Lars:
         self.lr, self.momentum, self.weight_decay, self.eta = lr, momentum, weight_decay, eta
 
     def zero_grad(self) -> None:
+        """Drop all gradients."""
         for p in self.parameters:
             p.grad = None
 
     @torch.no_grad()
     def step(self) -> None:
+        """Update the parameters in place."""
         for p, buffer in zip(self.parameters, self.buffers, strict=True):
             assert p.grad is not None
             weight_norm, grad_norm = torch.norm(p).item(), torch.norm(p.grad).item()
@@ -105,7 +107,7 @@ class Lars:
 
 @dataclass
 class BlogPath:
-    """Both networks, the optimizer and the step of the post's code."""
+    """The networks, optimizer and step of the post's code, in fp32 and torch's own layout."""
 
     online: nn.Module
     predictor: nn.Module
@@ -115,11 +117,14 @@ class BlogPath:
 
     @staticmethod
     def create(*, optimizer: str = "sgd", mlp_norm: bool = True, device: str | torch.device = "cpu") -> BlogPath:
-        """ResNet-18 with heads 512-512-128 and 128-512-128. ``optimizer``: sgd (lr .8, wd 1e-4) or lars (lr .2, wd 1.5e-6)."""
+        """Build a ResNet-18 with heads 512-512-128 and 128-512-128.
+
+        ``optimizer`` is sgd (lr 0.8, wd 1e-4) or lars (lr 0.2, wd 1.5e-6).
+        """
         from torchvision.models import resnet18
 
         online = resnet18()
-        online.fc = mlp(512, 512, 128, mlp_norm)  # the post, too, puts the projector in fc's place
+        online.fc = mlp(512, 512, 128, mlp_norm)  # the post, too, replaces fc by the projector
         predictor = mlp(128, 512, 128, mlp_norm)
         online.to(device)
         predictor.to(device)
@@ -132,7 +137,11 @@ class BlogPath:
         return BlogPath(online, predictor, copy.deepcopy(online), made)
 
     def step(self, view: Tensor, other: Tensor) -> float:
-        """One step on two views (B, 3, S, S); the loss, read to the host as the post's logger does."""
+        """Train on two views (B, 3, S, S), a pass per view, and return the loss.
+
+        The target moves before the optimizer's step. The loss is read to the host, as by the post's
+        logger.
+        """
         q, q_other = self.predictor(self.online(view)), self.predictor(self.online(other))
         with torch.no_grad():
             z, z_other = self.target(view), self.target(other)
@@ -145,13 +154,13 @@ class BlogPath:
 
     @torch.no_grad()
     def follow(self) -> None:
-        """The target's moving average, one parameter after the other."""
+        """Move the target towards the online network, parameter by parameter."""
         for mine, theirs in zip(self.target.parameters(), self.online.parameters(), strict=True):
             mine.data = mine.data * self.tau + theirs.data * (1.0 - self.tau)
 
     @torch.no_grad()
     def embed(self, batches: Iterable[Tensor]) -> np.ndarray:
-        """Embeddings y (N, 512) of normalised images, in eval mode."""
+        """Return the embeddings y (N, 512) of normalised images in eval mode."""
         head, self.online.fc = self.online.fc, nn.Identity()
         self.online.eval()
         features = np.concatenate([self.online(batch).cpu().numpy() for batch in batches])
@@ -161,19 +170,22 @@ class BlogPath:
 
 
 def distance(q: Tensor, z: Tensor) -> Tensor:
-    """1 - cos(q, z), averaged over the batch."""
+    """Return 1 - cos(q, z), averaged over the batch."""
     return 1.0 - F.cosine_similarity(q, z).mean()
 
 
 def plain(images: np.ndarray, batch_size: int = 256) -> Iterator[Tensor]:
-    """Whole uint8 images (N, H, W, 3) as normalised batches."""
+    """Yield uint8 images (N, H, W, 3) as normalised batches (B, 3, H, W), uncropped."""
     mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (MEAN, STD))
     for start in range(0, len(images), batch_size):
         yield (torch.from_numpy(images[start : start + batch_size]).permute(0, 3, 1, 2).float() / 255.0 - mean) / std
 
 
 def probe(features: np.ndarray, labels: np.ndarray) -> float:
-    """Percent right on the second half of a logistic regression (one-vs-rest, liblinear, C = 1) fitted on the first."""
+    """Fit a logistic regression to the first half and return the accuracy on the second in percent.
+
+    The regression is scikit-learn's: one-vs-rest, liblinear, C = 1.
+    """
     from sklearn.linear_model import LogisticRegression
     from sklearn.multiclass import OneVsRestClassifier
 

@@ -1,4 +1,4 @@
-"""What this device can do at best, measured: the speed of a large copy and of large matrix products."""
+"""The measured ceilings of a device: the rates of a large copy and of large matrix products."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from fastbyol_bench.results import Ceiling, Floor
 
 
 def ceiling(device: torch.device, *, quick: bool) -> Ceiling:
-    """Measure the best of several runs with torch's present number of threads; fp32 without TF32, whatever was set before."""
+    """Measure the ceilings, each the best of several runs, with torch's current number of threads.
+
+    The fp32 products run without TF32, whatever the process has set.
+    """
     with _without_tf32():
         return _measured(device, quick)
 
@@ -29,7 +32,8 @@ def _without_tf32() -> Iterator[None]:
 
 def _measured(device: torch.device, quick: bool) -> Ceiling:
     on_gpu = device.type == "cuda"
-    # Beyond the caches: 4 GB on a GPU, 512 MB on a CPU. Products of a size where a GPU reaches its plateau.
+    # Larger than the caches: 4 GB on a GPU, 512 MB on a CPU. Products so large that a GPU reaches
+    # its peak.
     num_bytes = (1 << 31 if on_gpu else 1 << 28) >> (4 if quick else 0)
     side = (8192 if on_gpu else 2048) >> (2 if quick else 0)
     source = torch.ones(num_bytes, dtype=torch.uint8, device=device)
@@ -43,7 +47,10 @@ def _measured(device: torch.device, quick: bool) -> Ceiling:
 
 
 def _product_s(side: int, dtype: torch.dtype, device: torch.device, quick: bool) -> float:
-    """Operations per second of a matrix product, or of the same as a convolution: on some CPUs torch's BLAS is slower."""
+    """Return the operations per second of matrix products, as products or as convolutions.
+
+    The faster counts: on some CPUs torch's BLAS is slower than its convolution.
+    """
     return 2 * side**3 / min(_best(make(side, dtype, device), device, quick) for make in (_product, _convolution))
 
 
@@ -55,7 +62,7 @@ def _convolution(side: int, dtype: torch.dtype, device: torch.device) -> Callabl
 
 
 def _product(side: int, dtype: torch.dtype, device: torch.device) -> Callable[[], object]:
-    # Random numbers: zeros draw less power, and a GPU would run faster than it ever does in training.
+    # Random numbers: zeros need less power, and a GPU would run faster than it does in training.
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     return lambda: a @ b
 
@@ -66,7 +73,7 @@ def _best(call: Callable[[], object], device: torch.device, quick: bool) -> floa
 
 
 def floor(ceiling: Ceiling, *, num_bytes: float = 0.0, flop: float = 0.0, bf16: bool = True) -> Floor:
-    """The larger of bytes over the copy's speed and operations over the product's."""
+    """Return the larger of the times that the bytes and the operations take at their ceilings."""
     by_bytes = num_bytes / ceiling.copy_bytes_s
     by_flop = flop / (ceiling.bf16_flop_s if bf16 else ceiling.fp32_flop_s)
     return Floor(seconds=max(by_bytes, by_flop), bound="bytes" if by_bytes >= by_flop else "operations")

@@ -1,4 +1,4 @@
-"""``fastbyol bench``: run suites, print, keep, compare."""
+"""The command ``fastbyol bench``: run suites, print, store and compare results."""
 
 from __future__ import annotations
 
@@ -28,7 +28,10 @@ NO_PICTURE = "no picture of where a step's time goes: that needs matplotlib (pip
 
 
 def chosen(names: Sequence[str]) -> tuple[str, ...]:
-    """The suites of that name in their own order; none and ``all`` are all. ``UsageError``: there is none of that name."""
+    """Return the suites ``names`` in their own order, all of them for no name or ``all``.
+
+    Raises UsageError for an unknown name.
+    """
     for name in names:
         if name not in (*SUITES, "all"):
             raise UsageError(f"bench: no suite {name!r}: take some of {', '.join(SUITES)}, or all")
@@ -43,7 +46,10 @@ def run(
     note: Callable[[str], None],
     keep: Callable[[Result], object] = lambda _: None,
 ) -> Result:
-    """Measure the suites ``names`` on ``device`` (auto, cpu, cuda[:N]). ``keep`` is given what is known after every row."""
+    """Measure the suites ``names`` on ``device`` (auto, cpu, cuda[:N]).
+
+    Calls ``keep`` after every row with the result so far.
+    """
     suites, began, load = chosen(names), time.perf_counter(), os.getloadavg()[0]
     setting = Setting(pick_device(device), quick, note)
     machine, environment = results.machine(setting.device.type)
@@ -52,7 +58,7 @@ def run(
         note(f"this machine is busy (load {load:.1f}): ratios are measured side by side and hold roughly, times do not")
     rows: list[Row] = []
 
-    def known(finished: bool) -> Result:
+    def measured(finished: bool) -> Result:
         return Result(
             schema="fastbyol-bench/1",
             suites=suites,
@@ -70,21 +76,22 @@ def run(
         )
 
     for name in suites:
-        # FFCV sets torch to one thread when it is imported, and whatever a suite sets must not reach the next.
+        # FFCV sets torch to one thread when it is imported. No such setting may reach the next
+        # suite.
         with threads(torch.get_num_threads()):
             for row in importlib.import_module(f"fastbyol_bench.{name}").rows(setting):
                 rows.append(row)
-                keep(known(finished=False))
-    return known(finished=True)
+                keep(measured(finished=False))
+    return measured(finished=True)
 
 
 def file_of(out: Path, suites: tuple[str, ...], device: str) -> Path:
-    """Return the file that ``--out`` means: itself, or in the folder that it names one for ``suites`` on ``device``."""
+    """Return the file that ``--out`` names, or the result's file in the folder that it names."""
     return out if out.suffix == ".json" else out / f"{device}-{'-'.join(_short(suites))}.json"
 
 
 def keep(result: Result, out: Path) -> Path:
-    """Write ``result`` to the file or into the folder ``out``, whole or not at all. Returns where."""
+    """Write ``result`` atomically to the file or folder ``out`` and return the file's path."""
     path = file_of(out, result.suites, result.machine.device)
     with _writing(path):
         results.write(result, path)
@@ -92,7 +99,10 @@ def keep(result: Result, out: Path) -> Path:
 
 
 def picture(result: Result, path: Path) -> Path | None:
-    """Draw the waterfall of ``result``, if it has one and matplotlib is there, beside its file ``path``. Returns where."""
+    """Draw the waterfall of ``result`` beside its file ``path`` and return the picture's path.
+
+    Returns None if the result has no waterfall or matplotlib is not installed.
+    """
     if not result.waterfall or not waterfall.available():
         return None
     drawn = path.with_suffix(".png")
@@ -102,7 +112,7 @@ def picture(result: Result, path: Path) -> Path | None:
 
 
 def refuse_unwritable(out: Path) -> None:
-    """``UsageError`` where ``keep`` could not write to ``out``: before minutes of measuring, not after them."""
+    """Raise UsageError if ``keep`` could not write to ``out``, before minutes of measuring."""
     folder = out.parent if out.suffix == ".json" else out
     with _writing(out):
         if out.suffix == ".json" and out.is_dir():
@@ -134,7 +144,7 @@ def main(
     as_json: bool,
     note: Callable[[str], None],
 ) -> str:
-    """What the command prints on standard output; ``note`` takes the rest."""
+    """Run the command and return its standard output; ``note`` receives all other messages."""
     if compare is not None:
         if names:
             raise UsageError("bench: --compare measures nothing: leave the suites out")
@@ -163,12 +173,12 @@ def main(
 
 
 def compared(a: Path, b: Path, *, as_json: bool, note: Callable[[str], None]) -> str:
-    """The table of ``--compare A B``."""
+    """Return the table, or the JSON, of ``--compare A B``."""
     first, second = results.read(a), results.read(b)
     for caution in comparison.cautions(first, second):
         note(caution)
     changes = comparison.compare(first, second)
     if as_json:
-        found: list[dict[str, Any]] = [change._asdict() for change in changes]
-        return json.dumps({"a": str(a), "b": str(b), "changes": found}, indent=2)
+        rows: list[dict[str, Any]] = [change._asdict() for change in changes]
+        return json.dumps({"a": str(a), "b": str(b), "changes": rows}, indent=2)
     return "\n".join(table.aligned(table.cells_of(changes)))

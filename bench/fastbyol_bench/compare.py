@@ -1,8 +1,4 @@
-"""Two results row by row: is one faster, or is it noise?
-
-A row's times differ when the medians lie further apart than both spreads together and than 2 %: less than that, two runs of
-the same code differ on a quiet machine. Quartiles say nothing about runs of fewer than three, which are never told apart.
-"""
+"""The comparison of two results row by row, with a verdict on each: faster, slower or noise."""
 
 from __future__ import annotations
 
@@ -11,12 +7,12 @@ from typing import Literal, NamedTuple
 from fastbyol_bench.results import Result, Timing
 
 Verdict = Literal["faster", "slower", "noise", "too few runs", "only in A", "only in B"]
-LEAST_CHANGE = 0.02
-LEAST_RUNS = 3
+LEAST_CHANGE = 0.02  # two runs of the same code differ by less on a quiet machine
+LEAST_RUNS = 3  # quartiles of fewer runs mean nothing
 
 
 class Change(NamedTuple):
-    """One row of both: ``ratio`` is A's median over B's, above 1 where B is faster."""
+    """A row of both results; ``ratio`` is A's median over B's, above 1 if B is faster."""
 
     suite: str
     name: str
@@ -28,28 +24,31 @@ class Change(NamedTuple):
 
 
 def compare(a: Result, b: Result) -> list[Change]:
-    """All measured rows of either, in A's order, then what only B has."""
+    """Return the changes of all measured rows: A's in their order, then those that only B has."""
     ours, others = _timed(a), _timed(b)
     return [_change(key, ours.get(key), others.get(key)) for key in dict.fromkeys((*ours, *others))]
 
 
 def cautions(a: Result, b: Result) -> list[str]:
-    """Why the two should not be compared, in words."""
+    """Return the reasons, in words, why the two results should not be compared."""
     sides = (("A", a), ("B", b))
-    found = [
+    warnings = [
         f"{field} differs: {getattr(a.machine, field)} and {getattr(b.machine, field)}"
         for field in ("device_name", "cpu", "cores", "torch", "triton", "driver")
         if getattr(a.machine, field) != getattr(b.machine, field)
     ]
     if a.quick or b.quick:
-        found.append("a --quick result says nothing about speed")
-    found += [f"{name} began on a busy machine (load {r.load:.1f})" for name, r in sides if r.load > 1.0]
-    found += [f"{name} is unfinished: it was cut off after {len(r.rows)} rows" for name, r in sides if not r.finished]
-    return found
+        warnings.append("a --quick result says nothing about speed")
+    warnings += [f"{name} began on a busy machine (load {r.load:.1f})" for name, r in sides if r.load > 1.0]
+    warnings += [f"{name} is unfinished: it was cut off after {len(r.rows)} rows" for name, r in sides if not r.finished]
+    return warnings
 
 
 def verdict(a: Timing, b: Timing) -> Verdict:
-    """Of B against A."""
+    """Return the verdict on B against A.
+
+    Two rows differ if their medians are further apart than both spreads together and than 2 %.
+    """
     if min(a.runs, b.runs) < LEAST_RUNS:
         return "too few runs"
     apart = abs(a.median_s - b.median_s)

@@ -1,8 +1,7 @@
-"""The best that plain PyTorch does without fused operations or graphs: the peer for our step.
+"""Tuned eager PyTorch: the best that it does without fused operations or graphs, as a peer.
 
-bf16 by autocast, channels-last, one pass per view (two views in one BatchNorm would be another method), SGD and moving average
-by torch's multi-tensor operations, LARS per parameter on multi-tensor norms without reading anything to the host. torchvision's
-ResNet-18, with batch norm, or with group norm and standardized weights.
+It uses torchvision's ResNet-18, bf16 by autocast, channels-last memory, and torch's multi-tensor
+operations for SGD and the moving average.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ WS_EPS = 1e-5
 
 
 class StandardizedConv2d(nn.Conv2d):
-    """A convolution whose weights have mean 0 and standard deviation 1 per output channel, computed at every call."""
+    """A convolution that standardizes its weights per output channel at every call."""
 
     def forward(self, x: Tensor) -> Tensor:
         rows = self.weight.flatten(1)
@@ -33,7 +32,7 @@ class StandardizedConv2d(nn.Conv2d):
 
 
 def encoder(norm: str, ws: bool) -> nn.Module:
-    """torchvision's ResNet-18 with ``norm`` bn or gn."""
+    """Return torchvision's ResNet-18 with ``norm`` bn or gn, and standardized weights if ``ws``."""
     from torchvision.models import resnet18
 
     layer = nn.BatchNorm2d if norm == "bn" else lambda channels: nn.GroupNorm(GROUPS, channels)
@@ -46,7 +45,10 @@ def encoder(norm: str, ws: bool) -> nn.Module:
 
 
 class ForeachLars:
-    """LARS on torch's multi-tensor operations. Rate: lr eta |w| / (|g| + wd |w|); 0 where |w| is 0."""
+    """LARS on torch's multi-tensor operations.
+
+    The rate is lr eta |w| / (|g| + wd |w|), or 0 if |w| is 0.
+    """
 
     def __init__(self, parameters: list[Tensor], *, lr: float, momentum: float, weight_decay: float, eta: float) -> None:
         self.parameters = parameters
@@ -55,7 +57,7 @@ class ForeachLars:
 
     @torch.no_grad()
     def step(self) -> None:
-        """One step, without reading from the device."""
+        """Update the parameters in place, without reading from the device."""
         gradients: list[Tensor] = [p.grad for p in self.parameters]  # type: ignore[misc]
         weight, grad = (torch.stack(torch._foreach_norm(tensors)) for tensors in (self.parameters, gradients))
         scale = grad + self.weight_decay * weight
@@ -69,7 +71,7 @@ class ForeachLars:
 
 @dataclass
 class EagerPeer:
-    """Networks, optimizer and step."""
+    """The networks, the optimizer and the step of the peer."""
 
     online: nn.Module
     predictor: nn.Module
@@ -89,7 +91,10 @@ class EagerPeer:
         compiled: bool = False,
         device: torch.device | str = "cpu",
     ) -> EagerPeer:
-        """``optimizer``: sgd (lr .8, wd 1e-4) or lars (lr .2, wd 1.5e-6). ``compiled``: forward passes by torch.compile."""
+        """Build the peer with ``optimizer`` sgd (lr 0.8, wd 1e-4) or lars (lr 0.2, wd 1.5e-6).
+
+        With ``compiled``, torch.compile runs the forward passes.
+        """
         online, predictor = encoder(norm, ws), mlp(128, 512, 128, norm=True)
         online.fc = mlp(512, 512, 128, norm=True)
         for module in (online, predictor):
@@ -108,14 +113,15 @@ class EagerPeer:
         return peer
 
     def loss(self, view: Tensor, other: Tensor) -> Tensor:
-        """The forward pass of all four networks and the loss, 0-d."""
+        """Return the loss, 0-d, from a forward pass of all networks on each view."""
+        # A pass per view: two views in one BatchNorm would be another method.
         q, q_other = self.predictor(self.online(view)), self.predictor(self.online(other))
         with torch.no_grad():
             z, z_other = self.target(view), self.target(other)
         return distance(_wide(q), _wide(z_other)) + distance(_wide(q_other), _wide(z))
 
     def step(self, views: Tensor) -> Tensor:
-        """One step on views (2, B, 3, S, S); the loss, left on the device."""
+        """Train on views (2, B, 3, S, S) and return the loss, which stays on the device."""
         view, other = (v.contiguous(memory_format=torch.channels_last) for v in views)
         with torch.autocast(view.device.type, torch.bfloat16, enabled=self.autocast):
             loss = self.forward(view, other)
@@ -128,7 +134,7 @@ class EagerPeer:
 
     @torch.no_grad()
     def follow(self) -> None:
-        """The target's moving average, all parameters at once."""
+        """Move the target towards the online network, all parameters at once."""
         torch._foreach_lerp_(list(self.target.parameters()), list(self.online.parameters()), 1.0 - self.tau)
 
 
@@ -137,9 +143,10 @@ def _wide(x: Tensor) -> Tensor:
 
 
 def step_flop(size: int) -> int:
-    """Floating-point operations of one image's step at ``size`` pixels: both views, forward and backward, and the target's.
+    """Return the floating-point operations of one image's step at ``size`` pixels.
 
-    torch's own count of convolutions and matrix products, on two images.
+    They cover both views, the forward and backward passes, and the target's forward pass. torch
+    counts convolutions and matrix products, here on two images.
     """
     from torch.utils.flop_counter import FlopCounterMode
 

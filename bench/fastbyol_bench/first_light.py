@@ -1,10 +1,4 @@
-"""The README's first example and demonstration: their runs, their pictures and what they printed.
-
-    python -m fastbyol_bench.first_light bench/results/first_light
-
-trains in a temporary folder and leaves ``results.json``, ``typed.txt``, ``typed.png``, ``demo.txt``, ``recovery.png`` and
-``demo.png``; takes minutes on two cores.
-"""
+"""The README's first example and its demonstration: their runs, pictures and printed output."""
 
 from __future__ import annotations
 
@@ -16,59 +10,56 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import torch
 
 import fastbyol
 from fastbyol.show import figures, run_report
 
-# As the README has it.
+# The README's command.
 TYPED = "train --data fashion-mnist --norm gn --opt lars --lr 0.2 --mlp-norm none"
 
 
 def run(folder: Path, *words: str, threads: int | None = None) -> tuple[str, str]:
-    """Run ``fastbyol`` in ``folder`` with ``words``; returns what it printed on both streams, the home folder cut from it."""
+    """Run ``fastbyol`` with ``words`` in ``folder`` and return its standard output and error.
+
+    The home folder's path becomes ``~`` in both.
+    """
     environment = os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
     command = [sys.executable, "-m", "fastbyol.cli.main", *words]
     ended = subprocess.run(command, cwd=folder, env=environment, check=True, capture_output=True, text=True)
     return tuple(text.replace(str(Path.home()), "~") for text in (ended.stdout, ended.stderr))  # type: ignore[return-value]
 
 
-def draw_typed(curves: run_report.RunCurves, path: Path) -> None:
-    """Draw cosines and accuracy side by side, the live states shaded behind them."""
+def draw(run_folder: Path, path: Path, *, height: float, supervised: float | None = None) -> None:
+    """Draw a run's cosines and accuracy side by side.
+
+    The live states are shaded behind them, or with ``supervised`` that accuracy is drawn as a line.
+    """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9.0, 3.2), layout="constrained")
-    for axes, draw in zip(figure.subplots(1, 2), (run_report.draw_cosines, run_report.draw_accuracy), strict=True):
-        run_report.shade_states(axes, curves)
-        draw(axes, curves)
-    finish(figure, path)
-
-
-def draw_demo(curves: run_report.RunCurves, result: dict[str, Any], path: Path) -> None:
-    """Draw cosines and accuracy side by side, with the two encoders that BYOL is measured against."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9.0, 3.0), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    run_report.draw_cosines(left, curves)
-    run_report.draw_accuracy(right, curves)
-    right.axhline(result["supervised"], color=figures.GREEN, lw=0.9, ls="--", label="supervised")
-    right.legend(loc="lower right", frameon=False, fontsize=8)
-    finish(figure, path)
-
-
-def finish(figure: Any, path: Path) -> None:
-    """Dress the axes alike, and write the file."""
-    for axes in figure.axes:
+    curves = run_report.read(run_folder)
+    figure = Figure(figsize=(9.0, height), layout="constrained")
+    for axes, curve in zip(figure.subplots(1, 2), (run_report.draw_cosines, run_report.draw_accuracy), strict=True):
+        if supervised is None:
+            run_report.shade_states(axes, curves)
+        curve(axes, curves)
         axes.set_xlabel("epoch")
         axes.spines[["top", "right"]].set_visible(False)
+    if supervised is not None:
+        axes.axhline(supervised, color=figures.GREEN, lw=0.9, ls="--", label="supervised")
+        axes.legend(loc="lower right", frameon=False, fontsize=8)
     figure.savefig(path, dpi=110)
 
 
 def main() -> None:
-    """Run everything and write into the folder named on the command line."""
+    """Train in a temporary folder, for some minutes on two cores, and write the README's files.
+
+        python -m fastbyol_bench.first_light bench/results/first_light
+
+    writes ``results.json``, ``typed.txt``, ``typed.png``, ``demo.txt``, ``recovery.png`` and
+    ``demo.png``.
+    """
     out = Path(sys.argv[1])
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as temporary:
@@ -76,11 +67,11 @@ def main() -> None:
         printed, _ = run(folder, *TYPED.split(), "--device", "cpu", threads=1)
         (out / "typed.txt").write_text(f"$ fastbyol {TYPED}\n{printed}")
         (made,) = (folder / "runs").iterdir()
-        draw_typed(run_report.read(made), out / "typed.png")
+        draw(made, out / "typed.png", height=3.2)
         answer, printed = run(folder, "demo", "demo", "--json")
         (out / "demo.txt").write_text(f"$ make demo\n{printed}")
         result = json.loads(answer)
-        draw_demo(run_report.read(folder / result["run"]), result, out / "demo.png")
+        draw(folder / result["run"], out / "demo.png", height=3.0, supervised=result["supervised"])
         shutil.copy(folder / "demo" / "pictures" / "recovery.png", out / "recovery.png")
     machine = {
         "processor": platform.machine(),

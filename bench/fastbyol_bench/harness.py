@@ -1,7 +1,7 @@
-"""Time variants of one piece of work side by side: each round runs all, in turning order, so that drift meets all alike.
+"""Side-by-side timing of the variants of one piece of work.
 
-A round gives one reading per variant. Ratios are taken within rounds and then their median, so that a slow minute of the
-machine weighs on both sides of a ratio.
+Each round takes one reading of every variant, in rotating order, and ratios are taken within
+rounds. So a slow minute of the machine affects both sides of a ratio.
 """
 
 from __future__ import annotations
@@ -19,33 +19,33 @@ import torch
 from fastbyol_bench.kernel_times import Kernel, recorded
 from fastbyol_bench.results import Ratio, Timing
 
-# More than any cache that a figure is to be free of: the L2 of an H100 is 50 MB, the L3 of a server's cpu up to 384 MB.
+# More than any cache: the L2 of an H100 is 50 MB, the L3 of a server's cpu up to 384 MB.
 FLUSH_BYTES = 512 << 20
 
 
 class Reading(NamedTuple):
-    """One run: seconds that passed, on the clock of the device where it has one, and cpu seconds of the process."""
+    """The wall time of one run, by the device's clock if it has one, and the process's cpu time."""
 
     wall_s: float
     cpu_s: float
 
 
 class PeerError(RuntimeError):
-    """A peer in a process of its own that died, failed or did not answer; one line that says which and how."""
+    """The failure of a peer process: it died, raised or did not answer. The message is one line."""
 
 
 class Clock(Protocol):
-    """Times one call. A call that returns a ``Reading`` was timed where it was done, and that reading stands."""
+    """A clock for one call. If the call returns a ``Reading``, the clock returns that."""
 
     def time(self, call: Callable[[], object]) -> Reading:
-        """Run ``call``."""
+        """Run ``call`` and return its reading."""
 
 
 class HostClock:
-    """The machine's clock, and all threads' cpu time."""
+    """The machine's clock, and the cpu time of all threads."""
 
     def time(self, call: Callable[[], object]) -> Reading:
-        """Run ``call`` once."""
+        """Run ``call`` once and return its reading."""
         wall, cpu = time.perf_counter(), time.process_time()
         result = call()
         wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
@@ -53,16 +53,17 @@ class HostClock:
 
 
 class CudaClock:
-    """CUDA events around ``calls`` calls one after the other, per call: what a loop over them gets.
+    """A clock by CUDA events around ``calls`` consecutive calls, per call.
 
-    One call alone, on an idle device, would also be charged for its launch, which a loop hides behind the call before.
+    A single call on an idle device would include its launch, which a loop hides behind the call
+    before.
     """
 
     def __init__(self, calls: int = 1) -> None:
         self.calls = calls
 
     def time(self, call: Callable[[], object]) -> Reading:
-        """Run ``call`` and wait for the device."""
+        """Run ``call`` ``calls`` times, wait for the device and return the mean reading."""
         first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         cpu = time.process_time()
         first.record()
@@ -77,13 +78,13 @@ class CudaClock:
 
 
 class KernelClock:
-    """The sum of the durations of all kernels, copies and fills that a call runs on the GPU (``kernel_times``)."""
+    """A clock that sums the durations of all kernels, copies and fills of a call on the GPU."""
 
     def __init__(self, record: Callable[[Callable[[], object]], Sequence[Kernel]] = recorded) -> None:
         self._record = record
 
     def time(self, call: Callable[[], object]) -> Reading:
-        """Run ``call`` once. Raises RuntimeError where the profiler saw no kernel of it."""
+        """Run ``call`` once. Raises RuntimeError if the profiler recorded no kernel."""
         spent = 0.0
 
         def timed() -> None:
@@ -100,7 +101,7 @@ class KernelClock:
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to do the work. ``images``: how many images a call works on, for rates; ratios are per image then."""
+    """One way to do the work; with ``images``, the number per call, ratios are per image."""
 
     name: str
     call: Callable[[], object]
@@ -109,7 +110,7 @@ class Variant:
 
 @dataclass(frozen=True)
 class Plan:
-    """How often. ``budget_s`` ends the rounds early, but never before the second."""
+    """The number of rounds and warm-up calls. ``budget_s`` ends the rounds after the second."""
 
     rounds: int
     warmup: int = 1
@@ -117,7 +118,7 @@ class Plan:
 
 
 class Flush:
-    """Writes ``FLUSH_BYTES`` on ``device``, after which nothing that was read before is in a cache."""
+    """A function that evicts all earlier data from the caches by writing ``FLUSH_BYTES``."""
 
     def __init__(self, device: torch.device) -> None:
         self._buffer = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=device)
@@ -127,12 +128,12 @@ class Flush:
 
 
 def clock_of(device: torch.device, calls: int = 1) -> Clock:
-    """Return the clock for whole pieces of work on ``device``; on a GPU a reading is the mean of ``calls`` calls."""
+    """Return the clock for whole pieces of work, on a GPU the mean of ``calls`` calls."""
     return CudaClock(calls) if device.type == "cuda" else HostClock()
 
 
 def kernel_clock(device: torch.device) -> Clock:
-    """Return the clock for single operations on ``device``: on a GPU their kernels alone count, not the host's launches."""
+    """Return the clock for single operations, on a GPU without the host's launches."""
     return KernelClock() if device.type == "cuda" else HostClock()
 
 
@@ -145,9 +146,10 @@ def measure(
     ended: Callable[[Variant, PeerError], object] | None = None,
     now: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[Reading]]:
-    """Readings per variant, one a round, round by round. ``before`` runs ahead of each reading, outside of it.
+    """Return the readings of each variant, one per round. ``before`` runs before each, unmeasured.
 
-    A variant whose peer ends is told to ``ended`` and has no readings in the result; without ``ended`` that is raised.
+    A variant whose peer fails is passed to ``ended`` with the error and is missing in the result.
+    Without ``ended`` the error is raised.
     """
     readings: dict[str, list[Reading]] = {variant.name: [] for variant in variants}
     if len(readings) != len(variants):
@@ -187,7 +189,7 @@ def measure(
 
 
 def timing(readings: Sequence[Reading]) -> Timing:
-    """Median, interquartile range and count."""
+    """Return median, interquartile range and count of ``readings``."""
     wall = [reading.wall_s for reading in readings]
     return Timing(
         median_s=statistics.median(wall),
@@ -198,32 +200,29 @@ def timing(readings: Sequence[Reading]) -> Timing:
 
 
 def ratio(theirs: Sequence[Reading], ours: Sequence[Reading], scale: float = 1.0) -> Ratio:
-    """How many times as long theirs takes: median and interquartile range over rounds. ``scale``: our images over theirs."""
+    """Return their time over ours: median and interquartile range over rounds.
+
+    ``scale`` is the number of our images over theirs.
+    """
     wall = [scale * a.wall_s / b.wall_s for a, b in zip(theirs, ours, strict=True)]
     cpu = [scale * a.cpu_s / b.cpu_s for a, b in zip(theirs, ours, strict=True) if b.cpu_s > 0]
     return Ratio(median=statistics.median(wall), spread=interquartile(wall), cpu=statistics.median(cpu) if cpu else None)
 
 
 def interquartile(values: Sequence[float]) -> float:
-    """Third quartile minus first, linearly interpolated (numpy's default); 0 for one value."""
-    ordered = sorted(values)
-
-    def quantile(share: float) -> float:
-        place = share * (len(ordered) - 1)
-        low = int(place)
-        high = min(low + 1, len(ordered) - 1)
-        return ordered[low] + (place - low) * (ordered[high] - ordered[low])
-
-    return quantile(0.75) - quantile(0.25)
+    """Return the third quartile minus the first, linearly interpolated; 0 for one value."""
+    if len(values) == 1:
+        return 0.0
+    first, _, third = statistics.quantiles(values, n=4, method="inclusive")
+    return third - first
 
 
 def ratios(variants: Sequence[Variant], readings: Mapping[str, Sequence[Reading]]) -> dict[str, Ratio]:
-    """Every variant that has readings against the first, per image where both say how many they work on."""
+    """Return the ratio of every measured variant to the first, per image if both say ``images``."""
     first = variants[0]
-    found = {}
+    ratios = {}
     for variant in variants[1:]:
-        if variant.name not in readings:
-            continue
-        scale = first.images / variant.images if first.images and variant.images else 1.0
-        found[variant.name] = ratio(readings[variant.name], readings[first.name], scale)
-    return found
+        if variant.name in readings:
+            scale = first.images / variant.images if first.images and variant.images else 1.0
+            ratios[variant.name] = ratio(readings[variant.name], readings[first.name], scale)
+    return ratios

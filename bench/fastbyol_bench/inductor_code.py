@@ -1,4 +1,4 @@
-"""What a module that Inductor wrote launches: its own Triton kernels, with the GB that they move, and calls of others' code."""
+"""The launches of a module that Inductor wrote: Triton kernels with their GB, and other calls."""
 
 from __future__ import annotations
 
@@ -6,31 +6,20 @@ import ast
 from collections.abc import Iterator
 from typing import NamedTuple
 
-# What the code calls that launches nothing: checks, allocation, views of what is there, the guard of the device.
-LAUNCHES_NOTHING = frozenset(
-    {
-        "assert_alignment",
-        "assert_size_stride",
-        "assert_size_stride_grouped",
-        "assert_tensor_metadata",
-        "clear",
-        # A copy only where a pointer is not a multiple of 16; the arena's and the allocator's are.
-        "copy_if_misaligned",
-        "empty_strided_cuda",
-        "end_graph",
-        "get_raw_stream",
-        "reinterpret_tensor",
-        "set_device",
-        "start_graph",
-        "_DeviceGuard",
-    }
-)
+# Calls that launch nothing: checks, allocations, views, the guard of the device. copy_if_misaligned
+# copies if a pointer is not a multiple of 16, but the arena's and the allocator's are.
+LAUNCHES_NOTHING = frozenset((
+    "assert_alignment", "assert_size_stride", "assert_size_stride_grouped", "assert_tensor_metadata",
+    "clear", "copy_if_misaligned", "empty_strided_cuda", "end_graph", "get_raw_stream",
+    "reinterpret_tensor", "set_device", "start_graph", "_DeviceGuard",
+))  # fmt: skip
 
 
 class Kernel(NamedTuple):
-    """A Triton kernel: pointwise, reduction, persistent_reduction ..., and the GB that a launch moves as Inductor counts.
+    """A Triton kernel of a ``kind`` (pointwise, reduction ...), with the GB that a launch moves.
 
-    ``atomic``: whether it adds atomically, so that the bits of its results depend on the order of its programs.
+    Inductor counts the GB. With ``atomic`` additions the result depends on the order of its
+    programs.
     """
 
     name: str
@@ -40,9 +29,9 @@ class Kernel(NamedTuple):
 
 
 class External(NamedTuple):
-    """A call of code that is not Inductor's: ``name`` as in convolution, mm, fastbyol.group_norm; ``nodes`` launches assumed.
+    """A call of foreign code (convolution, mm, fastbyol.group_norm ...) and its assumed launches.
 
-    One launch a call, and one per gradient that is asked of a convolution's backward.
+    A call is one launch; a convolution's backward pass is one per gradient that it returns.
     """
 
     name: str
@@ -50,27 +39,27 @@ class External(NamedTuple):
 
 
 class Code(NamedTuple):
-    """Everything that a module launches, in order."""
+    """The launches of a module, in order."""
 
     kernels: tuple[Kernel, ...]
     external: tuple[External, ...]
 
 
 def parse(text: str) -> Code:
-    """Read the Python text of a module.
+    """Parse the Python text of a module.
 
-    Raises ValueError for a call that is neither known to launch something nor known to launch nothing.
+    Raises ValueError for a call that this module does not list.
     """
     module = ast.parse(text)
-    known = {kernel.name: kernel for kernel in _kernels(module)}
+    defined = {kernel.name: kernel for kernel in _kernels(module)}
     (body,) = (node for node in ast.walk(module) if isinstance(node, ast.FunctionDef) and node.name == "call")
     kernels, external = [], []
-    # ast.walk goes breadth first; statements of one block keep their order.
+    # ast.walk is breadth first, so the statements of a block keep their order.
     for call in (node for node in ast.walk(body) if isinstance(node, ast.Call)):
         name = ast.unparse(call.func)
         last = name.rsplit(".", 1)[-1]
-        if last == "run" and name.removesuffix(".run") in known:
-            kernels.append(known[name.removesuffix(".run")])
+        if last == "run" and name.removesuffix(".run") in defined:
+            kernels.append(defined[name.removesuffix(".run")])
         elif name.startswith("extern_kernels."):
             external.append(External(last, 1))
         elif name.startswith("torch.ops."):
@@ -81,7 +70,7 @@ def parse(text: str) -> Code:
 
 
 def _operation(name: str, call: ast.Call) -> External:
-    """``torch.ops.<namespace>.<operation>.<overload>(...)``."""
+    """Return the call ``torch.ops.<namespace>.<operation>.<overload>(...)`` with its launches."""
     namespace, operation = name.removeprefix("torch.ops.").split(".")[:2]
     if (namespace, operation) == ("aten", "convolution_backward"):
         wanted = ast.literal_eval(call.args[-1])  # of input, weight, bias
@@ -90,7 +79,10 @@ def _operation(name: str, call: ast.Call) -> External:
 
 
 def _kernels(module: ast.Module) -> Iterator[Kernel]:
-    """``name = async_compile.triton('name', '''source''', ...)``, in whose source a decorator names kind and GB."""
+    """Yield the kernels of ``name = async_compile.triton('name', '''source''', ...)``.
+
+    A decorator in the source names kind and GB.
+    """
     for statement in module.body:
         if not (isinstance(statement, ast.Assign) and isinstance(statement.value, ast.Call)):
             continue
@@ -107,8 +99,8 @@ def _kernel(name: str, source: str) -> Kernel:
         if isinstance(decorator, ast.Call) and ast.unparse(decorator.func).startswith("triton_heuristics."):
             (meta,) = (keyword.value for keyword in decorator.keywords if keyword.arg == "inductor_meta")
             assert isinstance(meta, ast.Dict)
-            said = {ast.unparse(key): value for key, value in zip(meta.keys, meta.values, strict=True) if key is not None}
-            if (gb := said.get("'kernel_num_gb'")) is not None:
-                kind, atomic = ast.unparse(decorator.func).split(".")[-1], said.get("'atomic_add_found'")
+            values = {ast.unparse(key): value for key, value in zip(meta.keys, meta.values, strict=True) if key is not None}
+            if (gb := values.get("'kernel_num_gb'")) is not None:
+                kind, atomic = ast.unparse(decorator.func).split(".")[-1], values.get("'atomic_add_found'")
                 return Kernel(name, kind, float(ast.literal_eval(gb)), atomic is not None and bool(ast.literal_eval(atomic)))
     raise ValueError(f"Inductor's kernel {name} does not say how many GB it moves: lower it with profile_bandwidth")

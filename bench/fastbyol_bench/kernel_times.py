@@ -1,8 +1,4 @@
-"""How long each kernel of a call runs on the device, by CUPTI through torch's profiler.
-
-A kernel's own duration does not depend on how long the host takes to launch it: an eager custom operation costs the host
-some hundreds of microseconds, which is more than most of our kernels take.
-"""
+"""The duration of each kernel of a call on the device, from CUPTI through torch's profiler."""
 
 from __future__ import annotations
 
@@ -16,7 +12,7 @@ from torch.profiler import ProfilerActivity, profile
 
 
 class Kernel(NamedTuple):
-    """One kernel, copy or fill: its name, when it began (seconds into the record) and how long it ran."""
+    """A kernel, copy or fill: its name, its start (seconds into the record) and its duration."""
 
     name: str
     start_s: float
@@ -24,15 +20,18 @@ class Kernel(NamedTuple):
 
 
 def recorded(call: Callable[[], object]) -> tuple[Kernel, ...]:
-    """Run ``call`` and return what it ran on the GPU, in order of beginning. Waits for the device before and after.
+    """Run ``call`` and return its work on the GPU in order of its start.
 
-    What was queued before (a flush of the caches) is over when the record begins, and is no part of it.
+    Waits for the device before and after, so that earlier work, such as a flush of the caches, is
+    not recorded. A kernel's own duration leaves out its launch: an eager custom operation costs the
+    host some hundred microseconds, more than most of our kernels take.
     """
-    # torch sets this itself only where Inductor makes the graphs (torch/profiler/profiler.py): after a teardown of CUPTI
-    # the replay of a CUDA graph may crash. Ours are recorded by the engine.
+    # torch sets this only for Inductor's graphs (torch/profiler/profiler.py): after a teardown of
+    # CUPTI the replay of a CUDA graph may crash. Our graphs are recorded by the engine.
     os.environ["TEARDOWN_CUPTI"] = "0"
     torch.cuda.synchronize()
-    # Without acc_events torch warns that a second cycle would clear the first one's events; there is one.
+    # Without acc_events torch warns that a second cycle clears the first one's events. There is
+    # only one.
     with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as profiler:
         call()
         torch.cuda.synchronize()
@@ -40,9 +39,10 @@ def recorded(call: Callable[[], object]) -> tuple[Kernel, ...]:
 
 
 def on_device(events: Iterable[Any]) -> tuple[Kernel, ...]:
-    """Pick the device's work out of profiler events (``torch.autograd.profiler_util.FunctionEvent``, times in microseconds).
+    """Return the device's work among profiler events, whose times are in microseconds.
 
-    ``time_range`` is read, which all versions have, and no ``*_time_total``: those were renamed once and sum over children.
+    Every torch version has ``time_range``; ``*_time_total`` was renamed once and sums over
+    children.
     """
     kernels = [
         Kernel(event.name, event.time_range.start / 1e6, event.time_range.elapsed_us() / 1e6)

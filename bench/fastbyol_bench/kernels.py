@@ -1,4 +1,4 @@
-"""The operations of fastbyol_kernels and of the model, each by itself, against what plain PyTorch offers for the same."""
+"""Single operations of fastbyol_kernels and of the model, against plain PyTorch's."""
 
 from __future__ import annotations
 
@@ -24,8 +24,9 @@ STAGES = ((48, 64), (24, 64), (12, 128), (6, 256), (3, 512))
 
 
 def rows(setting: Setting) -> Iterator[Row]:
-    """Norms at every size of ResNet-18 at 96 px (on a CPU at one), the stem's pooling, weight standardization,
-    few-pixel convolutions.
+    """Measure norms, the stem's pooling, weight standardization and few-pixel convolutions.
+
+    On a GPU the norms run at every size of ResNet-18 at 96 px, on a CPU at one.
     """
     num_views = 4 if setting.quick else (512 if setting.on_gpu else 64)
     for side, channels in STAGES if setting.on_gpu else STAGES[1:2]:
@@ -37,7 +38,7 @@ def rows(setting: Setting) -> Iterator[Row]:
 
 
 def group_norms(setting: Setting, shape: tuple[int, int, int, int]) -> Iterator[Row]:
-    """Group norm, residual and ReLU, bf16, forward, and forward with backward."""
+    """Measure group norm with residual and ReLU, bf16, forward alone and with backward."""
     n, channels, side, _ = shape
     weight, bias = (torch.ones(channels, device=setting.device, requires_grad=True) for _ in range(2))
     x, residual, dy = (_activation(setting, shape) for _ in range(3))
@@ -60,7 +61,7 @@ def group_norms(setting: Setting, shape: tuple[int, int, int, int]) -> Iterator[
 
 
 def batch_norms(setting: Setting, shape: tuple[int, int, int, int]) -> list[Row]:
-    """BatchNorm with statistics of each view, residual and ReLU, bf16, forward with backward, against one call per view."""
+    """Measure BatchNorm per view, residual and ReLU, bf16, with backward, against two calls."""
     n, channels, side, _ = shape
     norm = BatchNorm(channels, 2).to(setting.device)
     x, residual, dy = (_activation(setting, shape) for _ in range(3))
@@ -74,26 +75,24 @@ def batch_norms(setting: Setting, shape: tuple[int, int, int, int]) -> list[Row]
 
     calls = [_pass(call, (x, residual, norm.weight, norm.bias), dy, True) for call in (ours, torchs)]
     name = f"batch norm per view + residual + ReLU {side}x{side}x{channels}, {n} views, forward and backward"
-    # The group norm's, to which it is alike in what crosses the bus.
+    # The bytes of group norm, which moves the same tensors.
     flags = {"residual": True, "relu": True}
     moved = group_norm.bytes_moved(shape, 2, **flags) + group_norm.bytes_moved(shape, 2, **flags, backward=True)
     return _pair(setting, name, calls, ("F.batch_norm per view, torch.cat, + and F.relu", moved))
 
 
 def max_pools(setting: Setting, num_views: int) -> list[Row]:
-    """The stem's max pooling, bf16, forward with backward; on a GPU ours is torch's."""
+    """Measure the stem's max pooling, bf16, forward with backward. On a GPU ours is torch's."""
     x, dy = (_activation(setting, (num_views, 64, side, side)) for side in (48, 24))
     calls = [_pass(call, (x,), dy, True) for call in (lambda: max_pool.max_pool(x), lambda: F.max_pool2d(x, 3, 2, 1))]
-    # x read and dx written, y written and dy read, and of y's size bytes of places written and read.
+    # x read and dx written, y written and dy read, and a byte per element of y written and read.
     moved = 2 * 2 * (x.numel() + dy.numel()) + 2 * dy.numel()
     name = f"max pooling 3x3 of 48x48x64, {num_views} views, forward and backward"
     return _pair(setting, name, calls, ("F.max_pool2d", moved))
 
 
 def standardization(setting: Setting) -> Iterator[Row]:
-    """All convolution weights of ResNet-18 standardized into a bf16 copy, forward, and forward with backward, against a loop
-    over the weights.
-    """
+    """Measure standardizing all ResNet-18 weights to a bf16 copy against a loop over weights."""
     net = encoder("gn", ws=True)
     weights = [p.detach().to(setting.device).flatten(1) for p in net.parameters() if p.ndim == 4]
     sizes = [w.numel() for w in weights]
@@ -139,7 +138,7 @@ def standardization(setting: Setting) -> Iterator[Row]:
 
 
 def few_pixels(setting: Setting, num_views: int) -> list[Row]:
-    """ResNet-18's last convolution, 3x3 pixels, bf16, forward with backward: products by pixel against the library's."""
+    """Measure ResNet-18's last convolution, on 3x3 pixels, as products against the library's."""
     name = f"3x3 convolution of 3x3x512, {num_views} views, forward and backward"
     if setting.on_gpu:
         return [missing(SUITE, name, "by pixel", "a CPU: on a GPU cuDNN's is taken")]
@@ -149,7 +148,7 @@ def few_pixels(setting: Setting, num_views: int) -> list[Row]:
         _pass(call, (x, weight), dy, True)
         for call in (lambda: convolve_by_pixel(x, weight, 1), lambda: F.conv2d(x, weight, None, 1, 1))
     ]
-    # 49 of 81 taps lie on pixels; forward, input's gradient, weight's gradient.
+    # 49 of 81 taps are on pixels; forward, input's gradient, weight's gradient.
     flop = 3 * 2 * num_views * 49 * 512 * 512
     return _pair(setting, name, calls, ("F.conv2d", 0), flop=flop)
 

@@ -1,17 +1,9 @@
-"""Every Triton kernel that a step of training launches on a GPU, found without one, and its cost.
+"""Every Triton kernel launch of a training step on a GPU, and its cost, determined without a GPU.
 
     python -m fastbyol_bench.launches            # print both tables
-    python -m fastbyol_bench.launches --write    # renew them
+    python -m fastbyol_bench.launches --write    # renew them in kernels/
 
-Whole steps of the engine, from uint8 images to the moving average, are taken on a CPU at the sizes
-that a GPU trains at, under ``ahead_of_time.recording``: no kernel runs, and torch's own operations
-on large tensors return memory that nobody fills. What torch launches itself, and Inductor in
-compiled steps, is not here.
-
-``kernels/LAUNCHES.txt`` holds the launches of each step in order, for sm_90;
-``kernels/RESOURCES.txt`` registers, spills and the widest accesses of every kernel in them, for
-sm_80 and sm_90. Code depends on Triton's version: those two are of the version that the project is
-tested with, two more, named after it, of the oldest that it admits.
+Launches of torch itself, and of Inductor in compiled steps, are not listed.
 """
 
 from __future__ import annotations
@@ -43,7 +35,7 @@ from fastbyol_kernels.ahead_of_time import Launch, Resources, resources
 KERNELS = Path(__file__).resolve().parents[2] / "kernels"
 FLOOR = "3.6"  # of Triton, in pyproject.toml
 ARCHITECTURES = (80, 90)
-# The wider architecture, whose launches are listed: the steps' numbers are an H100's.
+# The architecture whose launches are listed: the steps' sizes are an H100's.
 LISTED = 90
 WIDE_BITS = 128  # the most that an instruction moves for a thread
 MINOR = ".".join(triton.__version__.split(".")[:2])
@@ -53,17 +45,21 @@ Made = TypeVar("Made")
 
 @dataclass(frozen=True)
 class Step:
-    """A configuration, and its batches: ``num_images`` of ``height`` x ``width`` pixels."""
+    """A configuration, and its batch of ``num_images`` images of ``height`` x ``width`` pixels."""
 
     title: str
-    sets: tuple[str, ...]
+    sets: str
     num_images: int = 256
     height: int = 96
     width: int = 96
 
     def launches(self, architecture: int) -> list[Launch]:
-        """Return the launches of a step in order, views included, on ``sm_<architecture>``."""
-        config = load_config("blog", ["engine.kernels=triton", *self.sets])
+        """Return the launches of a step on ``sm_<architecture>`` in order, views included.
+
+        The engine takes a whole step on a CPU, at a GPU's sizes, under ``ahead_of_time.recording``:
+        no kernel runs, and torch's operations on large tensors return unfilled memory.
+        """
+        config = load_config("blog", ["engine.kernels=triton", *self.sets.split()])
         images = torch.zeros(self.num_images, self.height, self.width, 3, dtype=torch.uint8)
         batch = Batch(images, torch.arange(self.num_images))
         with ahead_of_time.recording(architecture) as launches:
@@ -73,40 +69,20 @@ class Step:
         return launches
 
 
-# The two that the bench measures, then what else kernels are made for: fp32, the other rules and blur,
-# samples that group norm cuts.
+# The two methods that the bench measures, then the other cases of the kernels: fp32, the other
+# rules and blur, samples that group norm cuts.
 STEPS = (
-    Step("BN, SGD, bf16", ("train.precision=bf16",)),
-    Step(
-        "GN, WS, LARS, bf16",
-        ("train.precision=bf16", "model.norm=gn", "model.ws=true", "optim.name=lars"),
-    ),
+    Step("BN, SGD, bf16", "train.precision=bf16"),
+    Step("GN, WS, LARS, bf16", "train.precision=bf16 model.norm=gn model.ws=true optim.name=lars"),
     Step(
         "GN, WS in the heads too, LARS as DeepMind's, target after the step, Gaussian blur, fp32",
-        (
-            "train.precision=fp32",
-            "views.blur=gaussian",
-            "model.norm=gn",
-            "model.ws=true",
-            "model.projector.norm=gn",
-            "model.projector.ws=true",
-            "model.predictor.norm=brn",
-            "model.predictor.ws=true",
-            "optim.name=lars",
-            "optim.dialect=deepmind",
-            "schedule.ema_order=after",
-        ),
+        "train.precision=fp32 views.blur=gaussian model.norm=gn model.ws=true "
+        "model.projector.norm=gn model.projector.ws=true model.predictor.norm=brn model.predictor.ws=true "
+        "optim.name=lars optim.dialect=deepmind schedule.ema_order=after",
     ),
     Step(
         "LN, LARS as Bolts', views of 224 px from larger images, bf16",
-        (
-            "train.precision=bf16",
-            "views.size=224",
-            "model.norm=ln",
-            "model.projector.norm=ln",
-            "optim.name=lars",
-            "optim.dialect=bolts",
-        ),
+        "train.precision=bf16 views.size=224 model.norm=ln model.projector.norm=ln optim.name=lars optim.dialect=bolts",
         num_images=64,
         height=320,
         width=256,
@@ -115,19 +91,20 @@ STEPS = (
 
 
 class Unfilled(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Operations on large tensors return tensors of the right shape, strides and dtype, and compute nothing.
+    """A dispatch mode in which operations on large tensors compute nothing.
 
-    Views are views, and operations of ``fastbyol_kernels`` run, since they launch what is to be seen.
+    They return tensors of the right shape, strides and dtype. Views remain views, and operations of
+    ``fastbyol_kernels`` run, since their launches are the point.
     """
 
-    LARGE = 1 << 18  # elements; below, computing costs no more than asking for the shapes
+    LARGE = 1 << 18  # elements; smaller operations compute as fast as they find their shapes
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
         if func.namespace != "aten" or not any(tensor.numel() >= self.LARGE for tensor in tensors):
             return func(*args, **kwargs)
-        # The rules for shapes alone forget the memory format, which cuDNN takes from its input.
+        # The meta functions lose the memory format, which cuDNN takes from its input.
         if func is torch.ops.aten.convolution_backward.default:
             (_, x, weight), wanted = args[:3], args[10]
             assert not wanted[2], "no convolution of the engine has a bias"
@@ -136,8 +113,8 @@ class Unfilled(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return *(torch.empty_like(t, memory_format=layout) if w else None for t, w in likes), None
         schema = func._schema
         if all(result.alias_info for result in schema.returns):
-            given = {argument.name: value for argument, value in zip(schema.arguments, args, strict=False)} | kwargs
-            written = [given[a.name] for a in schema.arguments if a.alias_info and a.alias_info.is_write]
+            passed = {argument.name: value for argument, value in zip(schema.arguments, args, strict=False)} | kwargs
+            written = [passed[a.name] for a in schema.arguments if a.alias_info and a.alias_info.is_write]
             if not written:
                 return func(*args, **kwargs)
             return written[0] if len(schema.returns) == 1 else tuple(written) or None
@@ -184,7 +161,7 @@ class Row(NamedTuple):
 
 
 class Cost(NamedTuple):
-    """A kernel, here with the grid of its first launch, its cost, and the excuse for its flaws."""
+    """A kernel with the grid of its first launch, its cost, and the reason for its flaws."""
 
     row: Row
     resources: Resources
@@ -192,12 +169,12 @@ class Cost(NamedTuple):
 
 
 def listed(step: Step, architecture: int) -> list[Row]:
-    """Return the launches of ``step`` in order, on ``sm_<architecture>``."""
+    """Return the rows of ``step``'s launches on ``sm_<architecture>`` in order."""
     return [Row.of(launch) for launch in step.launches(architecture)]
 
 
 def costed(step: Step, architecture: int) -> list[Cost]:
-    """Return the cost of every kernel that ``step`` launches on ``sm_<architecture>``."""
+    """Return the cost of every kernel of ``step`` on ``sm_<architecture>``."""
     kernels: dict[int, Launch] = {}
     for launch in step.launches(architecture):
         kernels.setdefault(id(launch.compiled), launch)
@@ -209,16 +186,16 @@ def costed(step: Step, architecture: int) -> list[Cost]:
 
 
 def _why(launch: Launch, cost: Resources) -> str:
-    """Why the kernel may spill or move narrow words, in the words of its op's file."""
+    """Return the reason that the op's module states if the kernel spills or moves narrow words."""
     narrow = min(cost.load_bits, cost.store_bits) < WIDE_BITS
     flaws = {"SPILLS": cost.spill_bytes > 0, "NARROW": narrow}
     module = import_module(launch.module)
-    excuses = [getattr(module, flaw, {}).get(launch.name) for flaw, found in flaws.items() if found]
-    return "; ".join(filter(None, excuses))
+    reasons = [getattr(module, flaw, {}).get(launch.name) for flaw, present in flaws.items() if present]
+    return "; ".join(filter(None, reasons))
 
 
 def _of_steps(work: Callable[[Step, int], list[Made]], architectures: Sequence[int]) -> dict[tuple[int, int], list[Made]]:
-    """What ``work`` makes of all steps, by number and architecture, in a process per cpu."""
+    """Return ``work`` of all steps by number and architecture, computed in a process per cpu."""
     # The long ones first.
     keys = list(itertools.product(reversed(range(len(STEPS))), architectures))
     num_processes = min(os.cpu_count() or 1, len(keys))
@@ -228,7 +205,10 @@ def _of_steps(work: Callable[[Step, int], list[Made]], architectures: Sequence[i
 
 
 def launch_table() -> str:
-    """Return the launches of each step in order; ``times`` counts equal ones in a row."""
+    """Return the text of LAUNCHES: the launches of each step in order, for sm_90.
+
+    ``times`` counts equal consecutive launches.
+    """
     lines = [f"triton {MINOR}", f"sm_{LISTED}"]
     for (number, _), rows in _of_steps(listed, (LISTED,)).items():
         step = STEPS[number]
@@ -246,12 +226,15 @@ _LAUNCH = "{:23}{:14}{:>11}{:>6}{:>6}{:>7}{:>9}  {}"
 
 
 def resource_table() -> str:
-    """Return what each kernel of any step costs, a line for each architecture."""
+    """Return the text of RESOURCES: registers, spills and widest accesses of every kernel.
+
+    Each kernel has a line for sm_80 and one for sm_90.
+    """
     lines: dict[tuple[str, str, str], dict[str, None]] = {}
     for (_, architecture), costs in _of_steps(costed, ARCHITECTURES).items():
-        for row, found, why in costs:
-            figures = (row.num_warps, row.num_stages, found.registers, found.spill_bytes)
-            widths = (row.shared_bytes, found.load_bits, found.store_bits)
+        for row, cost, why in costs:
+            figures = (row.num_warps, row.num_stages, cost.registers, cost.spill_bytes)
+            widths = (row.shared_bytes, cost.load_bits, cost.store_bits)
             build = f"{row.build} ({why})" if why else row.build
             line = _RESOURCES.format(row.op, row.kernel, f"sm_{architecture}", *figures, *widths, build)
             lines.setdefault((row.op, row.kernel, row.build), {})[line] = None
@@ -266,12 +249,16 @@ _RESOURCES = "{:23}{:14}{:6}{:>6}{:>7}{:>5}{:>8}{:>9}{:>7}{:>8}  {}"
 
 
 def kept(table: str) -> Path:
-    """Return where ``LAUNCHES`` or ``RESOURCES`` of the installed Triton is kept."""
+    """Return the file of ``table``, LAUNCHES or RESOURCES, for the installed version of Triton.
+
+    The code depends on that version: the tested one and the oldest admitted one have files of their
+    own.
+    """
     return KERNELS / (f"{table}-triton-{FLOOR}.txt" if MINOR == FLOOR else f"{table}.txt")
 
 
 def main() -> None:
-    """Print both tables; with ``--write`` keep them."""
+    """Print both tables and, with ``--write``, store them."""
     parser = argparse.ArgumentParser(prog="python -m fastbyol_bench.launches")
     parser.add_argument("--write", action="store_true", help="renew the tables in kernels/")
     write = parser.parse_args().write

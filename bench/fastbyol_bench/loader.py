@@ -1,4 +1,4 @@
-"""Raw images from a beton to batches in memory."""
+"""The suite of the loader: raw images from a beton to batches in memory."""
 
 from __future__ import annotations
 
@@ -20,8 +20,10 @@ SUITE = "loader"
 
 
 def rows(setting: Setting) -> Iterator[Row]:
-    """An epoch of shuffled batches: streamed by one thread, with FFCV where it is there and without, resident, and torch's
-    DataLoader over an array in memory."""
+    """Measure an epoch of shuffled batches: streamed by one thread with and without FFCV, resident.
+
+    The peer is torch's DataLoader over an array in memory.
+    """
     size, count, batch = (32, 64, 8) if setting.quick else (96, 4096, 256)
     name = f"raw {size} px, batches of {batch}, one thread"
     with tempfile.TemporaryDirectory() as folder, threads(1):

@@ -1,10 +1,6 @@
-"""What a step costs on a GPU before one is there: launches and GB of Inductor's kernels, and the nodes of the whole CUDA graph.
+"""The costs of a compiled step on an H100, counted without one: launches, GB and graph nodes.
 
-``python -m fastbyol_bench.lowered`` lowers the compiled regions of two recipes, BN with SGD and GN + WS with LARS, for a mocked
-H100 (``mocked_gpu``), counts what the rest of a step launches (``graph_nodes``) and writes ``bench/results/lowered.json``. It
-takes minutes and needs a process of its own. Nothing is run on a GPU and nothing is timed: the figures are counts.
-
-Where ``launches`` and ``gb`` leave out what cuDNN, cuBLAS and our own Triton kernels do, ``nodes`` counts everything.
+python -m fastbyol_bench.lowered    # some minutes; writes bench/results/lowered.json
 """
 
 from __future__ import annotations
@@ -31,17 +27,14 @@ from fastbyol.errors import UsageError
 from fastbyol.runs.durable import write_atomically
 from fastbyol_bench import graph_nodes, inductor_code
 from fastbyol_bench.graph_nodes import Node, Operation
+from fastbyol_bench.own_step import METHODS
 from fastbyol_bench.results import Frozen, commit
 from fastbyol_kernels.ahead_of_time import recording
 
 ROOT = Path(__file__).resolve().parents[2]
 PATH = ROOT / "bench" / "results" / "lowered.json"
 BATCH, SIZE, PRECISION = 256, 96, "bf16"
-RECIPES: dict[str, tuple[str, ...]] = {
-    "bn": (),
-    "gn_ws": ("model.norm=gn", "model.ws=true", "optim.name=lars"),
-}
-# What the figures depend on: the step, what it is made of, its presets, and what counts it.
+# The sources of the figures: the step, its parts and presets, and the code that counts.
 SOURCES = (
     "fastbyol/model/*.py",
     "fastbyol/optim/arena.py",
@@ -73,23 +66,23 @@ ASSUMPTIONS = (
 
 
 class Kind(Frozen):
-    """Inductor's kernels of one kind, pointwise, reduction or persistent_reduction: launches in a step, GB moved."""
+    """Inductor's kernels of one kind: launches in a step and GB moved."""
 
     launches: NonNegativeInt
     gb: NonNegativeFloat
 
 
 class External(Frozen):
-    """Calls in a compiled region of code that is not Inductor's, and the nodes of the graph that they make."""
+    """The calls of foreign code in a compiled region, and their nodes in the graph."""
 
     calls: NonNegativeInt
     nodes: NonNegativeInt
 
 
 class Region(Frozen):
-    """A compiled region: Inductor's kernels by kind, and other code that it calls, by name.
+    """A compiled region: Inductor's kernels by kind, and foreign calls by name.
 
-    ``atomic`` of the launches add atomically: where there are any, a step's bits are not the same every time.
+    ``atomic`` launches add atomically: with any of them a step's bits vary from run to run.
     """
 
     launches: NonNegativeInt
@@ -107,10 +100,12 @@ class Region(Frozen):
 
 
 class Recipe(Frozen):
-    """One step: ``launches`` and ``gb`` of Inductor's own kernels in both regions, ``nodes`` of the whole graph.
+    """One step: ``launches`` and ``gb`` of Inductor's kernels, ``nodes`` of the whole graph.
 
-    ``kinds`` splits all nodes by what they are; ``outside`` those that lie outside the compiled regions by the function that
-    makes them, and by operation or kernel; ``ours`` our Triton launches inside the regions by module and kernel.
+    ``launches`` and ``gb`` leave out cuDNN, cuBLAS and our Triton kernels; ``nodes`` counts
+    everything. ``kinds`` splits the nodes by kind. ``outside`` counts those outside the compiled
+    regions by the function that launches them and by operation or kernel, ``ours`` our Triton
+    launches inside them by module and kernel.
     """
 
     sets: tuple[str, ...]
@@ -138,7 +133,7 @@ class Recipe(Frozen):
 
 
 class Versions(Frozen):
-    """What lowered it."""
+    """The versions of the software that lowered the step."""
 
     torch: str
     triton: str
@@ -146,7 +141,7 @@ class Versions(Frozen):
 
 
 class Lowered(Frozen):
-    """``bench/results/lowered.json``. ``sources`` is ``fingerprint`` of what the figures depend on."""
+    """The content of ``bench/results/lowered.json``; ``sources`` is its code's ``fingerprint``."""
 
     schema_: Literal["fastbyol-lowered/1"] = Field("fastbyol-lowered/1", alias="schema")
     device: str
@@ -162,13 +157,13 @@ class Lowered(Frozen):
 
 
 def _check(name: str, total: float, parts: float) -> None:
-    """GB are rounded to a kilobyte where they are written."""
+    """Raise ValueError unless ``parts`` add up to ``total``; GB are rounded to a kilobyte."""
     if abs(total - parts) > 1e-5:
         raise ValueError(f"{name} is {total}, its parts make {parts}")
 
 
 def fingerprint(root: Path = ROOT) -> str:
-    """Return a digest of ``SOURCES`` under ``root``: of what they do, without comments, docstrings and layout."""
+    """Return a digest of the code of ``SOURCES`` under ``root`` without comments and docstrings."""
     digest = hashlib.sha256()
     for path in sorted({path for pattern in SOURCES for path in root.glob(pattern)}):
         if not path.name.endswith(NOT_ON_A_GPU):
@@ -182,7 +177,7 @@ def _toml(text: str) -> str:
 
 
 def _code(text: str) -> str:
-    """The syntax tree of a module without docstrings, the same under any version of Python that can read it."""
+    """Return a module's syntax tree without docstrings, equal for all versions of Python."""
     module = ast.parse(text)
     for node in ast.walk(module):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and ast.get_docstring(node):
@@ -191,7 +186,7 @@ def _code(text: str) -> str:
 
 
 def _plain(node: Any) -> str:
-    """``ast.dump`` differs from version to version in the empty fields that it prints: these are left out."""
+    """Return a dump of ``node`` without empty fields, which depend on the version of Python."""
     if isinstance(node, ast.AST):
         fields = (f"{name}={_plain(value)}" for name, value in ast.iter_fields(node) if value is not None and value != [])
         return f"{type(node).__name__}({', '.join(fields)})"
@@ -199,7 +194,10 @@ def _plain(node: Any) -> str:
 
 
 def read(path: Path = PATH) -> Lowered:
-    """Read what ``write`` made. Raises UsageError where the file is missing, of another form, or does not add up."""
+    """Read a file that ``write`` made.
+
+    Raises UsageError if the file is missing, has another schema or does not add up.
+    """
     try:
         return Lowered.model_validate_json(path.read_text("utf-8"))
     except OSError as error:
@@ -211,31 +209,33 @@ def read(path: Path = PATH) -> Lowered:
 
 
 def write(lowered: Lowered, path: Path) -> None:
-    """Write ``path`` as JSON, all of it or nothing."""
+    """Write ``lowered`` to ``path`` as JSON, atomically."""
     text = json.dumps(lowered.model_dump(mode="json", by_alias=True), indent=1) + "\n"
     write_atomically(path, lambda file: file.write(text.encode()))
 
 
 def lower(batch: int = BATCH, size: int = SIZE) -> Lowered:
-    """Lower and count all recipes. Raises whatever torch, Inductor or Triton raise where one cannot be lowered.
+    """Lower and count all recipes, BN with SGD and GN + WS with LARS, for a mocked H100.
 
-    Patches torch while it works, and torch remembers: call it in a process that does nothing else.
+    Raises the exceptions of torch, Inductor or Triton. Run it in a process of its own: it patches
+    torch, whose caches outlive the patches.
     """
-    from fastbyol_bench import mocked_gpu  # Inductor, which readers of the file need not wait for
+    # Imported here because it loads Inductor, which readers of the file do not need.
+    from fastbyol_bench import mocked_gpu
 
     architecture = mocked_gpu.ARCHITECTURE
     traced = {}
-    for name, sets in RECIPES.items():
+    for name, sets in METHODS.items():
         config = load_config("blog", [f"train.precision={PRECISION}", f"views.size={size}", "engine.kernels=triton", *sets])
         with recording(architecture):
             state = TrainState.create(config, steps_per_epoch=1000)
         graphs = mocked_gpu.trace(state, batch, size)
         outside = graph_nodes.of_step(state, config, batch, architecture)
         _note(f"{name}: traced")
-        # As many gradients as the stand-in for the regions gave, or it stood in for something else.
+        # The stand-in must have had as many gradients as the region that it replaced.
         _same(
             f"{name}: gradients",
-            sum(n for node, n in outside.items() if node.place == graph_nodes.AUTOGRAD),
+            sum(n for node, n in outside.items() if node.origin == graph_nodes.AUTOGRAD),
             graphs[1].num_results,
         )
         inside = [graph_nodes.of_operations(graph.module.graph, architecture) for graph in graphs]
@@ -274,7 +274,7 @@ def _same(what: str, one: object, other: object) -> None:
 def _recipe(
     sets: tuple[str, ...], codes: Sequence[tuple[str, float]], inside: Sequence[Mapping[str, Operation]], outside: Counter[Node]
 ) -> Recipe:
-    """Put one recipe together: Inductor's code and our operations, of both regions, and the nodes outside of them."""
+    """Return the recipe from both regions' code and operations and the nodes outside them."""
     regions = [_region(*code, operations) for code, operations in zip(codes, inside, strict=True)]
     ours = sum((operation.nodes for operations in inside for operation in operations.values()), Counter[Node]())
     kinds: Counter[str] = Counter()
@@ -294,13 +294,13 @@ def _recipe(
         kinds=dict(sorted(kinds.items())),
         forward=regions[0],
         backward=regions[1],
-        ours=_by_place(ours),
-        outside=_by_place(outside),
+        ours=_by_origin(ours),
+        outside=_by_origin(outside),
     )
 
 
 def _region(text: str, overlap_gb: float, operations: Mapping[str, Operation]) -> Region:
-    """Put a region together from Inductor's code and from what our operations in it make."""
+    """Return the region of Inductor's code and of our operations in it."""
     code = inductor_code.parse(text)
     external: dict[str, External] = {}
     for name, nodes in code.external:
@@ -334,17 +334,17 @@ def _gb(parts: Iterable[float]) -> float:
     return round(sum(parts), 6)  # to a kilobyte
 
 
-def _by_place(nodes: Counter[Node]) -> dict[str, dict[str, int]]:
-    places: dict[str, dict[str, int]] = {}
+def _by_origin(nodes: Counter[Node]) -> dict[str, dict[str, int]]:
+    origins: dict[str, dict[str, int]] = {}
     for node, count in sorted(nodes.items()):
-        places.setdefault(node.place, {})[node.name] = count
-    return dict(sorted(places.items()))
+        origins.setdefault(node.origin, {})[node.name] = count
+    return dict(sorted(origins.items()))
 
 
 def table(lowered: Lowered) -> str:
-    """Lay out the totals for people, a recipe a line."""
+    """Return the totals as text, a line per recipe."""
     lines = [f"{'':8}{'launches':>9}{'GB':>8}{'forward':>9}{'GB':>8}{'backward':>9}{'GB':>8}{'nodes':>7}"]
-    for name in RECIPES:
+    for name in METHODS:
         recipe: Recipe = getattr(lowered, name)
         cells = [f"{part.launches:9}{part.gb:8.3f}" for part in (recipe, recipe.forward, recipe.backward)]
         lines.append(f"{name:8}{''.join(cells)}{recipe.nodes:7}")
@@ -352,7 +352,7 @@ def table(lowered: Lowered) -> str:
 
 
 def main() -> None:
-    """Lower both recipes and write the file; one line on stderr and exit code 1 where that cannot be done."""
+    """Lower both recipes and write the file. On failure, print one line and exit with code 1."""
     parser = argparse.ArgumentParser(prog="python -m fastbyol_bench.lowered", description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--out", type=Path, default=PATH, help="where to write (bench/results/lowered.json)")
     path = parser.parse_args().out

@@ -1,14 +1,7 @@
-"""Inductor's code for a step on an H100, made on a machine that has none.
+"""Inductor's code for a step on an H100, generated on a machine without a GPU.
 
-``trace`` takes both graphs of the step, forward and backward, as torch.compile would hand them to Inductor, from a state on
-the CPU. Inside ``mocked_h100`` a device "cuda" seems to be there, and ``lower`` lets Inductor write its code for one of the
-graphs over fake tensors of that device. Nothing is allocated there, compiled by Triton, or run.
-
-Where this may differ from a real GPU: autograd cannot go backward through tensors of a device without a driver, so the graphs
-are traced on the CPU and moved afterwards. Both devices share torch's decompositions and the partitioner; what Inductor would
-choose by timing on the card cannot be seen, and does not change which kernels there are.
-
-Process-wide switches are patched and put back, but what torch caches meanwhile stays: use a process of its own.
+``trace`` returns the graphs that torch.compile would pass to Inductor. Inside ``mocked_h100`` a
+CUDA device seems to exist, and ``lower`` lets Inductor write its code over fake tensors on it.
 """
 
 from __future__ import annotations
@@ -43,8 +36,8 @@ from fastbyol_kernels.ahead_of_time import Driver, recording
 
 ARCHITECTURE = 90
 DEVICE = torch.device("cuda", 0)
-# NVIDIA H100 SXM: what torch.cuda.get_device_properties says of it (data sheet; CUDA C++ Programming Guide, table of compute
-# capabilities, 9.0).
+# The properties of an NVIDIA H100 SXM, as torch.cuda.get_device_properties returns them (data
+# sheet; CUDA C++ Programming Guide, table of compute capabilities, 9.0).
 H100 = SimpleNamespace(
     name="NVIDIA H100 80GB HBM3",
     major=9,
@@ -66,27 +59,27 @@ H100 = SimpleNamespace(
 
 
 class Graph:
-    """One of the two graphs of a step: ``module`` in ATen operations, ``inputs`` fake tensors on the CPU."""
+    """One of a step's two graphs: ``module`` of ATen operations, ``inputs`` fake CPU tensors."""
 
     def __init__(self, module: fx.GraphModule, inputs: Sequence[Any], *, backward: bool) -> None:
         self.module, self.inputs, self.backward = module, inputs, backward
 
     @property
     def num_results(self) -> int:
-        """How many tensors it gives out; of the backward graph these are the gradients."""
+        """The number of results; those of the backward graph are the gradients."""
         (output,) = (node for node in self.module.graph.nodes if node.op == "output")
         return sum(isinstance(result, fx.Node) for result in output.args[0])
 
 
 class _TracedError(Exception):
-    """Raised in place of running a graph."""
+    """The exception that replaces the execution of a graph."""
 
 
 def trace(state: TrainState, batch: int, size: int) -> tuple[Graph, Graph]:
-    """Return the forward and the backward graph of ``capture.compiled_forward`` for ``state``, which is on the CPU.
+    """Return the forward and backward graph of ``capture.compiled_forward`` for a CPU ``state``.
 
-    ``batch`` images, two views of ``size`` pixels a side each. Raises FastbyolError where torch.compile cannot trace the step
-    in one graph.
+    The step has ``batch`` images, with two views of ``size`` x ``size`` pixels each. Raises
+    FastbyolError if torch.compile cannot trace the step as one graph.
     """
     views = torch.empty(2 * batch, 3, size, size, dtype=state.recipe.views_dtype, memory_format=torch.channels_last)
     with recording(ARCHITECTURE), state.standardized.in_use():
@@ -95,7 +88,10 @@ def trace(state: TrainState, batch: int, size: int) -> tuple[Graph, Graph]:
 
 
 def graphs_of(run: Callable[[Any], object]) -> tuple[Graph, Graph]:
-    """Return both graphs of what ``run`` compiles with the backend that it is given and calls once, which runs nothing."""
+    """Return both graphs of the function that ``run`` compiles with its argument, the backend.
+
+    ``run`` calls the function once, which executes nothing.
+    """
     graphs: list[Graph] = []
 
     def keep(*, backward: bool) -> Callable[[fx.GraphModule, Sequence[Any]], Callable[..., NoReturn]]:
@@ -105,14 +101,17 @@ def graphs_of(run: Callable[[Any], object]) -> tuple[Graph, Graph]:
 
         return compiler
 
-    # What torch._inductor.compile_fx.compile_fx does between dynamo and compile_fx_inner.
+    # The work of torch._inductor.compile_fx.compile_fx between dynamo and compile_fx_inner.
+    # autograd cannot go backward through tensors of a device without a driver, so graphs are traced
+    # on the CPU and moved later. Both devices share decompositions and partitioner. Inductor's
+    # choices by timing are not seen, but do not change the list of kernels.
     backend = aot_autograd(
         fw_compiler=keep(backward=False),
         bw_compiler=keep(backward=True),
         partition_fn=_partition,
         decompositions=select_decomp_table(),
     )
-    # The backward graph is compiled at once, not when the first backward pass comes.
+    # The backward graph is compiled now, not at the first backward pass.
     now = torch._functorch.config.patch(force_non_lazy_backward_lowering=True, enable_autograd_cache=False)
     with now, _expecting(_TracedError):
         run(backend)
@@ -142,13 +141,14 @@ def _expecting(error: type[Exception]) -> Iterator[None]:
 
 
 def lower(graph: Graph) -> tuple[str, float]:
-    """Return Inductor's Python code for ``graph``, and how many of its GB are overlapping reads; inside ``mocked_h100`` only.
+    """Return Inductor's Python code for ``graph`` and the GB that it counts more than once.
 
-    Inductor counts a read as often as windows overlap (the nine taps of a max pool); the second number is what goes beyond a
-    read of each buffer once. Changes the graph. Raises RuntimeError where a tensor of the graph is not on the GPU.
+    Inductor counts a read as often as windows overlap, such as the nine taps of a max pool. Works
+    inside ``mocked_h100`` only and changes the graph. Raises RuntimeError for a tensor that is not
+    on the GPU.
     """
     code: list[str] = []
-    # By kernel, of which each launch has its own: some versions ask for the same number twice.
+    # By kernel, one per launch: some versions ask for the same number twice.
     overlap: dict[Any, int] = {}
     count: Any = SIMDKernel.estimate_kernel_num_bytes
 
@@ -179,7 +179,7 @@ def lower(graph: Graph) -> tuple[str, float]:
 
 
 def _move(graph: Graph, mode: fake_tensor.FakeTensorMode) -> list[Any]:
-    """Propagate fake tensors of the GPU through a graph that was traced on the CPU; return its inputs there."""
+    """Propagate fake GPU tensors through a graph traced on the CPU, and return its GPU inputs."""
 
     class Propagate(fx.Interpreter):
         def run_node(self, n: fx.Node) -> Any:
@@ -205,35 +205,38 @@ def _move(graph: Graph, mode: fake_tensor.FakeTensorMode) -> list[Any]:
 
 
 def _overlap_bytes(kernel: Any) -> int:
-    """Bytes by which ``estimate_kernel_num_bytes`` exceeds each buffer read once: several windows on a larger buffer."""
+    """Return the bytes that ``estimate_kernel_num_bytes`` counts beyond one read of each buffer."""
     accesses = kernel.features.buf_accesses()
     points = 1
     for numel in kernel.numels.values():
         points *= int(numel)
     _, arguments, _, _ = kernel.args.python_argdefs()
-    found = 0
+    excess = 0
     for name in arguments:
         if name in accesses and (numel := int(V.graph.get_numel(name))) > points:
             windows = len({access.index if isinstance(access, MemoryDep) else access for access in accesses[name]})
-            found += max(0, windows * points - numel) * V.graph.get_dtype(name).itemsize
-    return found
+            excess += max(0, windows * points - numel) * V.graph.get_dtype(name).itemsize
+    return excess
 
 
 @contextmanager
 def mocked_h100() -> Iterator[None]:
-    """Let torch believe in an H100 as device 0, and let Inductor write code for it that is not compiled. Restores all."""
+    """Make torch see an H100 as device 0, and Inductor write code for it without compiling it.
+
+    All patches are undone on exit, but torch's caches keep what they have learned: use a process of
+    its own.
+    """
     interface: Any = device_interface.get_interface_for_device("cuda")
-    capability = (H100.major, H100.minor)
+    present = {"is_available": lambda: True, "device_count": lambda: 1, "current_device": lambda: 0}
+    properties = {"get_device_properties": lambda device=None: H100}
     replacements: tuple[tuple[Any, dict[str, Any]], ...] = (
         (
             torch.cuda,
             {
-                "is_available": lambda: True,
-                "device_count": lambda: 1,
-                "current_device": lambda: 0,
+                **present,
+                **properties,
                 "_lazy_init": lambda: None,
-                "get_device_capability": lambda device=None: capability,
-                "get_device_properties": lambda device=None: H100,
+                "get_device_capability": lambda device=None: (H100.major, H100.minor),
                 "get_rng_state": lambda device=None: torch.zeros(16, dtype=torch.uint8),
                 "set_rng_state": lambda state, device=None: None,
                 "device": lambda device: nullcontext(),
@@ -253,18 +256,16 @@ def mocked_h100() -> Iterator[None]:
         (
             interface,
             {
-                "is_available": lambda: True,
-                "device_count": lambda: 1,
-                "current_device": lambda: 0,
+                **present,
+                **properties,
                 "get_compute_capability": lambda device=None: ARCHITECTURE,
-                "get_device_properties": lambda device=None: H100,
                 "is_bf16_supported": lambda including_emulation=False: True,
                 "get_raw_stream": lambda device: 0,
                 "is_triton_capable": lambda device=None: True,
                 "raise_if_triton_unavailable": lambda device=None: None,
             },
         ),
-        (interface.Worker, {"get_device_properties": lambda device=None: H100, "current_device": lambda: 0}),
+        (interface.Worker, {**properties, "current_device": lambda: 0}),
         (fake_tensor, {"init_gpu_context": lambda device: None}),
         (scheduler, {"has_triton": lambda *_: True}),
         (driver, {"_active": Driver(ARCHITECTURE)}),
@@ -273,8 +274,9 @@ def mocked_h100() -> Iterator[None]:
         for owner, new in replacements:
             for name, value in new.items():
                 patches.enter_context(mock.patch.object(owner, name, staticmethod(value) if isinstance(owner, type) else value))
-        # profile_bandwidth writes each kernel's GB beside it; caches would keep code that no GPU has seen; a real GPU would be
-        # asked to time kernels where deterministic does not say that a rule decides, as the engine has it there (audit, D12).
+        # profile_bandwidth writes each kernel's GB beside it. Caches would keep code that no GPU
+        # has run. deterministic, as in the engine, has rules decide where a real GPU would time
+        # kernels (audit, D12).
         configured = {"compile_threads": 1, "profile_bandwidth": True, "fx_graph_cache": False, "deterministic": True}
         patches.enter_context(torch._inductor.config.patch(configured))
         yield

@@ -1,4 +1,4 @@
-"""LARS or SGD and the moving average over a whole network: one operation, torch's multi-tensor operations, a loop."""
+"""The suite of the optimizers: LARS or SGD with the moving average over a whole network."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ FOREACH = "torch's multi-tensor operations"
 
 
 def rows(setting: Setting) -> Iterator[Row]:
-    """Both optimizers on ResNet-18 with its heads; caches cold, as after a backward pass."""
+    """Measure both optimizers on ResNet-18 with its heads, caches cold as after a backward pass."""
     for name in ("lars", "sgd"):
         yield from _measured(setting, name)
         if not setting.on_gpu:

@@ -1,4 +1,4 @@
-"""Our step as `fastbyol train` takes it: the engine that it chooses, which on a GPU plays back a CUDA graph."""
+"""Our step as ``fastbyol train`` takes it, with the engine that it chooses."""
 
 from __future__ import annotations
 
@@ -11,23 +11,30 @@ from fastbyol import load_config
 from fastbyol.data.loader import Batch, Loader
 from fastbyol.engine import capture
 from fastbyol.engine.step import StepMetrics, TrainState
-from fastbyol_bench.suite import settle_as_training_does
+from fastbyol_bench.suite import use_training_switches
+
+# The settings of both measured methods.
+METHODS: dict[str, tuple[str, ...]] = {
+    "bn": (),
+    "gn_ws": ("model.norm=gn", "model.ws=true", "optim.name=lars"),
+}
 
 
 @dataclass(frozen=True)
 class OwnStep:
-    """An engine ready for its next step, and a batch of random images on its device. A call draws views and takes a step."""
+    """An engine ready for its next step, and a batch of random images on its device."""
 
     engine: capture.Engine
     batch: Batch
 
     @staticmethod
     def create(sets: Sequence[str], *, size: int, batch: int, device: torch.device) -> OwnStep:
-        """The blog preset with ``sets`` (KEY=VALUE) on ``batch`` images of ``size`` pixels; compiled and recorded already.
+        """Build and prepare an engine of the blog preset with the settings ``sets`` (KEY=VALUE).
 
-        Sets the process's switches as a training run does. Raises FastbyolError where the mode fails.
+        ``batch`` images have ``size`` x ``size`` pixels. Sets the process's switches as a training
+        run does. Raises FastbyolError if the engine's mode fails.
         """
-        settle_as_training_does()
+        use_training_switches()
         config = load_config("blog", [f"views.size={size}", f"train.batch_size={batch}", *sets])
         state = TrainState.create(config, steps_per_epoch=1000, device=device)
         engine = capture.engine(state, config, capture.choose(config.engine, device))
@@ -37,17 +44,17 @@ class OwnStep:
         return step
 
     def __call__(self) -> StepMetrics:
-        """Take the next step, without waiting for the device."""
+        """Draw views and take the next step, without waiting for the device."""
         return self.engine(self.batch, 0)
 
     @property
     def mode(self) -> str:
-        """eager, compile or graph: how steps are taken."""
+        """The mode of the engine: eager, compile or graph."""
         return self.engine.mode
 
 
 def batches_of(loader: Loader) -> Iterator[tuple[Batch, int]]:
-    """Our batches with their epoch, epoch after epoch without end."""
+    """Yield the loader's batches with their epoch, endlessly."""
     for epoch in range(2**31):
         for batch in loader.epoch(epoch):
             yield batch, epoch

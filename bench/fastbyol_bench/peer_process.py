@@ -1,9 +1,7 @@
-"""A peer in a process of its own, with the defaults that a process of torch has, and nothing that ours sets.
+"""Peers in processes of their own, with torch's default settings instead of ours.
 
-Our process switches TF32 off, has cuDNN take deterministic algorithms, keeps freed memory and lets idle threads sleep. Each of
-these would slow a peer down or speed it up. A peer's calls are asked for one by one, so that they take turns with ours; in
-between it waits in a read, and what it started stands still: a DataLoader's workers would otherwise work ahead in our time,
-slowing our call and sparing the peer's next. It times itself: on a GPU by events on its own stream.
+Our process disables TF32, uses deterministic cuDNN algorithms, keeps freed memory and lets idle
+threads sleep. Each of these would slow a peer down or speed it up.
 """
 
 from __future__ import annotations
@@ -24,24 +22,26 @@ import torch
 from fastbyol.data.beton_write import die_with
 from fastbyol_bench.harness import PeerError, Reading, clock_of
 
-# The first call waits for torch's import, for data and for a compiler. On a cpu full images take seconds a step, on slow
-# machines tens of them; a GPU is lent for minutes.
+# The first call waits for torch's import, for data and for a compiler. On a cpu a step on full
+# images takes seconds, on slow machines tens of them. A GPU is lent for minutes.
 PATIENCE_S = {"cpu": 600.0, "cuda": 150.0}
-# What `fastbyol` sets for itself before it imports torch (fastbyol.cli.main): read once by the OpenMP library.
+# Variables that `fastbyol` sets before it imports torch (fastbyol.cli.main); the OpenMP library
+# reads them once.
 OWN_VARIABLES = ("OMP_WAIT_POLICY",)
 
 
 class Recipe(Protocol):
-    """How a peer is made, in its own process: small and picklable."""
+    """A small, picklable description of a peer, which builds it in the peer's own process."""
 
     def open(self, device: torch.device) -> Mapping[str, Callable[[], object]]:
-        """Build the peer on ``device`` and return what it can be asked to do, by name."""
+        """Build the peer on ``device`` and return its calls by name."""
 
 
 class PeerProcess:
-    """The peer of ``recipe`` on ``device``, started at once and without waiting for it.
+    """A process that runs the peer of ``recipe`` on ``device``, started without waiting for it.
 
-    Its calls raise PeerError, one line, where it died, failed or did not answer for ``patience_s`` seconds.
+    Calls raise PeerError, with one line, if it died, failed or did not answer for ``patience_s``
+    seconds.
     """
 
     def __init__(self, name: str, recipe: Recipe, device: torch.device, *, patience_s: float | None = None) -> None:
@@ -49,7 +49,7 @@ class PeerProcess:
         self._patience_s = PATIENCE_S[device.type] if patience_s is None else patience_s
         spawn = multiprocessing.get_context("spawn")
         self._pipe, theirs = spawn.Pipe()
-        # However this ends: multiprocessing waits for its children at exit, and this one for the pipe's end.
+        # At exit multiprocessing waits for its children, and this child for the pipe's end.
         util.Finalize(self, self._pipe.close, exitpriority=1)
         arguments = (os.getpid(), theirs, recipe, device, torch.get_num_threads())
         self._process = spawn.Process(target=_serve, args=arguments, name=name)
@@ -58,9 +58,9 @@ class PeerProcess:
         theirs.close()
 
     def call(self, what: str, calls: int = 1) -> Reading:
-        """Do ``what`` there, on a GPU ``calls`` times in a row; the mean time of one, by the peer's own clock.
+        """Run ``what`` in the peer, on a GPU ``calls`` times, and return the mean reading.
 
-        The cpu seconds are those of its process, without those of a DataLoader's workers.
+        The peer times itself. The cpu time is its process's, without a DataLoader's workers.
         """
         try:
             self._pipe.send((what, calls))
@@ -99,7 +99,10 @@ class PeerProcess:
 
 @contextmanager
 def _start() -> Iterator[None]:
-    """A process started within has none of ``OWN_VARIABLES``, and Ctrl-C blocked: it would print a trace until ``_serve``."""
+    """Remove ``OWN_VARIABLES`` and block Ctrl-C for a process that is started inside.
+
+    An interrupted process would print a trace before it reaches ``_serve``.
+    """
     own = {name: os.environ.pop(name) for name in OWN_VARIABLES if name in os.environ}
     resource_tracker.ensure_running()  # its start, else a part of the process's, unblocks Ctrl-C
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
@@ -111,27 +114,29 @@ def _start() -> Iterator[None]:
 
 
 def _serve(parent: int, pipe: Connection, recipe: Recipe, device: torch.device, threads: int) -> None:
-    """Answer requests (what, calls) with a ``Reading``, or once with a line that says what failed."""
-    die_with(parent)  # the pipe's end would be seen after the call, which may take minutes
-    # Linux's own for a DataLoader; a spawned process would go on spawning.
+    """Answer requests (what, calls) with readings, or once with a line that describes a failure."""
+    die_with(parent)  # the pipe's end is noticed only after the call, which may take minutes
+    # Linux's default for a DataLoader, which a spawned process does not use.
     multiprocessing.set_start_method("fork", force=True)
-    with suppress(EOFError, ConnectionError):  # whoever asked has gone
+    with suppress(EOFError, ConnectionError):  # the other side has gone
         try:
             calls = recipe.open(device)
             torch.set_num_threads(threads)  # ours, after FFCV's import has set one
             while True:
                 what, repeats = pipe.recv()
+                # Between calls its children are stopped: a DataLoader's workers would prepare
+                # batches during our call, slowing it down and speeding up the peer's next one.
                 _signal_children(signal.SIGCONT)
                 reading = clock_of(device, repeats).time(calls[what])
                 _signal_children(signal.SIGSTOP)
                 pipe.send(reading)
         except (EOFError, ConnectionError):
             raise
-        except Exception as error:  # in words, since the exception itself may not pickle
+        except Exception as error:  # as text, since the exception itself may not pickle
             lines = str(error).strip().splitlines() or [""]
             pipe.send(f"{type(error).__name__}: {lines[0]}")
         finally:
-            _signal_children(signal.SIGCONT)  # or they could not follow when they are told to end
+            _signal_children(signal.SIGCONT)  # a stopped process could not end
 
 
 def _signal_children(number: signal.Signals) -> None:

@@ -1,7 +1,4 @@
-"""The peers that are measured in processes of their own: the post's path, and tuned eager PyTorch with or without a compiler.
-
-Each is a recipe for ``PeerProcess``; what is heavy is imported and made in the peer's process.
-"""
+"""The recipes of the peers: the post's path, and tuned eager PyTorch with or without a compiler."""
 
 from __future__ import annotations
 
@@ -22,16 +19,16 @@ from fastbyol_bench.blog_path import BlogPath
 from fastbyol_bench.eager_peer import EagerPeer
 from fastbyol_bench.pictures import pictures
 
-# Not one batch again and again, which a cache might hold.
+# Several sets, since a cache might keep a single one.
 NUM_RESIDENT = 3
 
 
 @dataclass(frozen=True)
 class Post:
-    """The post's path on batches of ``batch`` images of ``size`` pixels.
+    """The post's path on batches of ``batch`` images of ``size`` x ``size`` pixels.
 
-    Its views are made from ``count`` pictures by a DataLoader's ``workers``; where ``workers`` is None they are there already.
-    ``probed``: how many labelled images its probe embeds, fits and scores.
+    A DataLoader with ``workers`` makes views from ``count`` pictures; without workers (None) the
+    views are resident. ``probed`` is the number of labelled images of the probe.
     """
 
     size: int
@@ -41,7 +38,7 @@ class Post:
     probed: int = 0
 
     def open(self, device: torch.device) -> Mapping[str, Callable[[], object]]:
-        """Return ``step`` and ``probe``."""
+        """Return the calls ``step`` and ``probe``."""
         peer = BlogPath.create(device=device)
         views: Iterator[Sequence[Tensor] | Tensor]
         views = resident(self.size, self.batch, device) if self.workers is None else self._made(device)
@@ -58,7 +55,7 @@ class Post:
         images, _ = pictures(self.count, self.size)
         assert self.workers is not None
         loader = blog_path.loader(images, size=self.size, batch_size=self.batch, workers=self.workers)
-        # torch's workers look for themselves whether their parent lives, which one that is stopped cannot.
+        # torch's workers check whether their parent lives, which a stopped worker cannot.
         loader.worker_init_fn = partial(_die_with, os.getpid())
         epochs = itertools.chain.from_iterable(itertools.repeat(loader))
         return ([view.to(device) for view in pair] for pair in epochs)
@@ -68,7 +65,8 @@ class Post:
 class Tuned:
     """Tuned eager PyTorch, ``compiled`` or not, on batches of ``batch`` images of ``size`` pixels.
 
-    Its views are ours from the resident set ``beton``; where that is None they are there already.
+    Views are drawn by our kernels from the resident set ``beton``; without it (None) they are
+    resident.
     """
 
     size: int
@@ -80,7 +78,8 @@ class Tuned:
     beton: Path | None = None
 
     def open(self, device: torch.device) -> Mapping[str, Callable[[], object]]:
-        """Return ``step``. cuDNN tries its algorithms first, as whoever tunes a network of fixed shapes has it do."""
+        """Return the call ``step``."""
+        # cuDNN tries its algorithms first, as is usual for networks of fixed shapes.
         torch.backends.cudnn.benchmark = True
         peer = EagerPeer.create(optimizer=self.optimizer, norm=self.norm, ws=self.ws, compiled=self.compiled, device=device)
         views = resident(self.size, self.batch, device) if self.beton is None else self._ours(self.beton, device)
@@ -105,5 +104,5 @@ def _die_with(parent: int, _: int) -> None:
 
 
 def resident(size: int, batch: int, device: torch.device) -> Iterator[Tensor]:
-    """Views (2, B, 3, S, S) that lie on ``device``, fp32, in turns without end."""
+    """Yield fp32 views (2, B, 3, S, S) on ``device`` from a few fixed sets, endlessly."""
     return itertools.cycle([torch.randn(2, batch, 3, size, size, device=device) for _ in range(NUM_RESIDENT)])

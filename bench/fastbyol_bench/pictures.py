@@ -1,4 +1,4 @@
-"""Images to measure with: ten smooth patterns of colours, shifted and noisy, made at once."""
+"""Images for measurements: ten smooth colour patterns, shifted and noisy."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ CELLS = 6
 
 
 def pictures(count: int, size: int, seed: int = 0) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    """uint8 (count, size, size, 3) and int64 labels (count,), ten classes in turn."""
+    """Return uint8 images (count, size, size, 3) and int64 labels (count,), ten classes in turn."""
     random = np.random.default_rng(seed)
     coarse = np.random.default_rng(7).integers(0, 256, (NUM_CLASSES, CELLS, CELLS, 3))
     cell = -(-size // CELLS)
@@ -29,7 +29,7 @@ def pictures(count: int, size: int, seed: int = 0) -> tuple[NDArray[np.uint8], N
 
 
 def beton(folder: Path, count: int, size: int) -> Path:
-    """The same as a raw beton in ``folder``."""
+    """Write the pictures to a raw beton in ``folder`` and return its path."""
     images, labels = pictures(count, size)
     arrays, path = folder / f"pictures-{count}-{size}.npz", folder / f"pictures-{count}-{size}.beton"
     np.savez(arrays, images=images, labels=labels)

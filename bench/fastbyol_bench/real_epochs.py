@@ -1,7 +1,7 @@
-"""Epochs of real training runs: how long a whole one takes, and how long the end of one does.
+"""The epochs of real training runs: the time of a whole one, and of the end of one.
 
-An epoch costs more than its steps: metrics are written, the network is probed, a checkpoint is saved and digested, the next
-epoch's order is drawn and its first batch read. On a GPU that is a quarter of an epoch.
+On a GPU the end (metrics, probe, checkpoint, the next order and first batch) is a quarter of an
+epoch.
 """
 
 from __future__ import annotations
@@ -25,34 +25,34 @@ from fastbyol_bench.harness import Reading
 
 
 class Instant(NamedTuple):
-    """A moment of this process, seconds of the clock and of all threads' cpu time."""
+    """A moment of this process: seconds of the clock and of all threads' cpu time."""
 
     wall_s: float
     cpu_s: float
 
     @staticmethod
     def now() -> Instant:
-        """This moment."""
+        """Return the current moment."""
         return Instant(time.perf_counter(), time.process_time())
 
     def until(self, later: Instant) -> Reading:
-        """What passed from here to ``later``."""
+        """Return the time that passed from here to ``later``."""
         return Reading(later.wall_s - self.wall_s, later.cpu_s - self.cpu_s)
 
 
 def config(precision: str, device: torch.device, *, size: int, batch: int, epochs: int) -> Config:
-    """The blog preset for ``epochs``, each probed and saved, in a run without data yet."""
+    """Return the blog preset for ``epochs``, each with a probe and a checkpoint, without data."""
     sets = {"train.precision": precision, "train.device": device, "train.batch_size": batch, "train.epochs": epochs}
     return load_config("blog", [f"views.size={size}", *(f"{key}={value}" for key, value in sets.items())])
 
 
 def on_files(config: Config, train: Path, test: Path) -> Config:
-    """``config`` with two betons, the second one labelled."""
+    """Return ``config`` with two betons, of which ``test`` is labelled."""
     return _on(config, DataConfig(train=str(train), test=str(test)))
 
 
 def on_textures(config: Config, train: int, test: int) -> Config:
-    """``config`` with so many images of the embedded set, made at the first call and kept in the user's cache folder."""
+    """Return ``config`` with the embedded textures, which are cached in the user's folder."""
     return _on(config, DataConfig(train=TEXTURES, textures_count=train, textures_test_count=test))
 
 
@@ -61,14 +61,14 @@ def _on(config: Config, data: DataConfig) -> Config:
 
 
 def whole(config: Config, run: Path) -> list[Reading]:
-    """Train ``config`` in the new folder ``run``; what passed from one epoch's end to the next, the first epoch left out."""
+    """Train in the new folder ``run`` and return the times between the ends of epochs."""
     observer = _EpochEnds()
     api.train(config, run, observer=observer)
     return [earlier.until(later) for earlier, later in pairwise(observer.instants)]
 
 
 class _EpochEnds(Silent):
-    """Remembers when each epoch ended. The checkpoint is saved after that, and so counted to the next epoch."""
+    """An observer of the ends of epochs. A checkpoint, saved later, counts to the next epoch."""
 
     def __init__(self) -> None:
         self.instants: list[Instant] = []
@@ -78,9 +78,9 @@ class _EpochEnds(Silent):
 
 
 def ends(config: Config, run: Path) -> list[Reading]:
-    """Train ``config`` in the new folder ``run``; what passed from the last step of each epoch but the last to the next step.
+    """Train in the new folder ``run`` and return the times from each epoch's last step to the next.
 
-    For a cpu: on a GPU a step is over long after its call has returned.
+    For CPUs only: on a GPU a step ends long after its call has returned.
     """
     engines: list[_Noting] = []
     make = capture.engine
@@ -102,7 +102,7 @@ class _Step(NamedTuple):
 
 
 class _Noting:
-    """An engine that remembers when its steps began and ended."""
+    """An engine that records when its steps start and end."""
 
     def __init__(self, engine: capture.Engine) -> None:
         self._engine = engine

@@ -1,6 +1,6 @@
-"""What a benchmark leaves: frozen, schema-checked, as JSON. Nothing in it can be changed without being read as something else.
+"""The schema of benchmark results: frozen, checked, stored as JSON, and versioned by its name.
 
-Times are seconds, rates images per second. A row is one variant of one piece of work; the first variant of a name is ours.
+Times are in seconds, rates in images per second. The first variant of a piece of work is ours.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from fastbyol.runs.environment import environment
 
 
 class Frozen(BaseModel):
-    """Unknown keys are errors, and so are NaN and infinity."""
+    """A frozen model that rejects unknown keys, NaN and infinity."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Timing(Frozen):
-    """Median over ``runs`` runs, their interquartile range, and the median of the cpu seconds of all threads."""
+    """The median over ``runs`` runs, their interquartile range, and the median cpu time."""
 
     median_s: PositiveFloat
     spread_s: NonNegativeFloat
@@ -44,7 +44,7 @@ class Timing(Frozen):
 
 
 class Ratio(Frozen):
-    """Time over our time: median and interquartile range of the ratios within rounds; ``cpu`` the same of CPU time."""
+    """Their time over ours: median and interquartile range over rounds; ``cpu`` of cpu times."""
 
     median: PositiveFloat
     spread: NonNegativeFloat
@@ -52,7 +52,7 @@ class Ratio(Frozen):
 
 
 class Floor(Frozen):
-    """The least time this device could take, by its measured ceilings, and what binds."""
+    """The least time possible at the device's measured ceilings, and the ceiling that binds."""
 
     seconds: PositiveFloat
     bound: Literal["bytes", "operations"]
@@ -61,8 +61,8 @@ class Floor(Frozen):
 class Row(Frozen):
     """One variant of one piece of work, or what it ``needs`` to be measured.
 
-    ``derived`` rows are put together from measured parts, as ``note`` says. ``images`` is what one call works on; ``threads``
-    how many torch had in this process, None on a GPU.
+    ``derived`` rows are computed from measured parts, as ``note`` explains. ``images`` is the
+    number of images per call, ``threads`` that of torch's threads in this process, None on a GPU.
     """
 
     suite: str = Field(min_length=1)
@@ -90,17 +90,17 @@ class Row(Frozen):
 
     @property
     def img_cpu_s(self) -> float | None:
-        """Images per CPU second, all threads counted."""
+        """Images per second of cpu time, all threads counted."""
         return self.images / self.timing.cpu_s if self.images and self.timing and self.timing.cpu_s else None
 
     @property
     def share(self) -> float | None:
-        """Of the floor reached: 1 is the device's limit."""
+        """The share of the floor that is reached: 1 is the device's limit."""
         return self.floor.seconds / self.timing.median_s if self.floor and self.timing else None
 
 
 class Ceiling(Frozen):
-    """What a device does at best with ``threads`` threads: bytes copied (read + written) and products, per second."""
+    """The device's best rates with ``threads`` threads: bytes read plus written, and operations."""
 
     threads: PositiveInt
     copy_bytes_s: PositiveFloat
@@ -109,14 +109,14 @@ class Ceiling(Frozen):
 
 
 class Part(Frozen):
-    """A part of a training step: median over runs."""
+    """A part of a training step, with its median time over runs."""
 
     name: str
     seconds: NonNegativeFloat
 
 
 class Machine(Frozen):
-    """Where: hardware and versions."""
+    """The hardware and the versions of the software."""
 
     device: Literal["cpu", "cuda"]
     device_name: str
@@ -133,10 +133,10 @@ class Machine(Frozen):
 
 
 class Result(Frozen):
-    """One run of ``fastbyol bench``. ``load`` is the load average before it began: near 0 on a quiet machine.
+    """One run of ``fastbyol bench``. ``load`` is the load average at its start, near 0 if quiet.
 
-    Where ``finished`` is false, more was to come: a run rewrites its file after every piece of work. Files of before that
-    was so have no such field, and are whole.
+    A run rewrites its file after every row, with ``finished`` false until the last. Older files
+    have no such field and are complete.
     """
 
     schema_: Literal["fastbyol-bench/1"] = Field("fastbyol-bench/1", alias="schema")
@@ -162,20 +162,23 @@ class Result(Frozen):
         return self
 
     def find(self, suite: str, name: str, variant: str) -> Row | None:
-        """The row of that name."""
+        """Return the row of that name, or None."""
         return next((r for r in self.rows if (r.suite, r.name, r.variant) == (suite, name, variant)), None)
 
 
 def machine(device: str) -> tuple[Machine, dict[str, Any]]:
-    """This machine, and the whole record of the environment."""
-    found = environment()
-    name = found["gpus"][0] if device == "cuda" else found["cpu"]
-    kept = {key: found[key] for key in Machine.model_fields if key in found}
-    return Machine(device="cuda" if device == "cuda" else "cpu", device_name=name, driver=_driver(device), **kept), found
+    """Return this machine, and the whole record of the environment."""
+    record = environment()
+    name = record["gpus"][0] if device == "cuda" else record["cpu"]
+    kept = {key: record[key] for key in Machine.model_fields if key in record}
+    return Machine(device="cuda" if device == "cuda" else "cpu", device_name=name, driver=_driver(device), **kept), record
 
 
 def commit() -> str | None:
-    """Return the commit of the source tree, with ``+`` where it was changed; outside of one $FASTBYOL_COMMIT, or None."""
+    """Return the commit of the source tree, with ``+`` if files changed.
+
+    Outside of a repository return $FASTBYOL_COMMIT, or None.
+    """
     root = Path(__file__).resolve().parent
     words = [["rev-parse", "--short=12", "HEAD"], ["status", "--porcelain", "--untracked-files=no"]]
     try:
@@ -198,18 +201,18 @@ def _driver(device: str) -> str | None:
 
 
 def write(result: Result, path: Path) -> None:
-    """Write ``result`` as JSON with one line per field. Whatever kills the process, ``path`` holds this or what it held."""
+    """Write ``result`` as JSON, a line per field. If killed, ``path`` keeps its old content."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, dumps(result))
 
 
 def dumps(result: Result) -> str:
-    """The JSON text."""
+    """Return ``result`` as JSON text."""
     return json.dumps(result.model_dump(mode="json", by_alias=True, exclude_defaults=False), indent=1) + "\n"
 
 
 def read(path: Path) -> Result:
-    """A file that ``write`` made. ``UsageError``: missing, or anything else."""
+    """Read a file that ``write`` made. Raises UsageError if it is missing or is anything else."""
     try:
         with open_regular(path) as file:
             return Result.model_validate_json(file.read().decode("utf-8"))

@@ -1,7 +1,6 @@
-"""One training step: ours in both precisions, tuned eager PyTorch, torch.compile, the post's.
+"""The suite of the training step: ours in both precisions against the peers.
 
-Ours is the step that `fastbyol train` takes, views and all; on a GPU the replay of its graph. Peers find
-their views made, which favours them by what views cost. Each has a process of its own, with its own defaults.
+Ours includes drawing the views. The peers' views are resident, which favours the peers.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from fastbyol_bench import waterfall
 from fastbyol_bench.ceilings import floor
 from fastbyol_bench.eager_peer import step_flop
 from fastbyol_bench.harness import Variant, clock_of
-from fastbyol_bench.own_step import OwnStep
+from fastbyol_bench.own_step import METHODS, OwnStep
 from fastbyol_bench.peer_process import PeerProcess, Recipe
 from fastbyol_bench.peers import Post, Tuned
 from fastbyol_bench.results import Row
@@ -28,11 +27,10 @@ FAST = "ours, fastest"
 FP32 = "ours, fp32"
 OURS_COMPILED = "ours, torch.compile"
 APART = "in a process of its own"
-GN = ("model.norm=gn", "model.ws=true", "optim.name=lars")
 
 
 def rows(setting: Setting) -> Iterator[Row]:
-    """Steps of both methods, and where the time of ours goes."""
+    """Measure the steps of both methods, and the parts of ours."""
     size, batch = (32, 2) if setting.quick else (96, 256 if setting.on_gpu else 64)
     yield from _bn(setting, size, batch)
     yield from _gn(setting, size, batch)
@@ -49,13 +47,13 @@ def _bn(setting: Setting, size: int, batch: int) -> list[Row]:
     if not absent:
         sets[OURS_COMPILED] = [f"train.precision={fast}", "engine.mode=compile"]
         peers = {COMPILED: Tuned(size, batch, compiled=True), **peers}
-    found = _measured(setting, name, sets, peers, size, batch)
-    return [*found, *(missing(SUITE, name, variant, absent) for variant in (OURS_COMPILED, COMPILED) if absent)]
+    measured = _measured(setting, name, sets, peers, size, batch)
+    return [*measured, *(missing(SUITE, name, variant, absent) for variant in (OURS_COMPILED, COMPILED) if absent)]
 
 
 def _gn(setting: Setting, size: int, batch: int) -> list[Row]:
     name = f"GN + WS, LARS: step of {batch} images of {size} px"
-    sets = {FAST: [f"train.precision={fast_precision(setting.device)}", *GN]}
+    sets = {FAST: [f"train.precision={fast_precision(setting.device)}", *METHODS["gn_ws"]]}
     peers = {EAGER: Tuned(size, batch, norm="gn", ws=True, optimizer="lars")}
     return _measured(setting, name, sets, peers, size, batch)
 
@@ -68,11 +66,11 @@ def _measured(
     size: int,
     batch: int,
 ) -> list[Row]:
-    """Our step under each of ``sets``, FAST first, against ``peers``, all in turns."""
+    """Measure our step with each of ``sets``, FAST first, against ``peers``, in turns."""
     calls = setting.calls_per_reading
-    ceiling = setting.ceiling()  # measured here if it was not yet: before peers start, and take cores
+    ceiling = setting.ceiling()  # before the peers start and use cores
     with ExitStack() as opened:
-        # Peers first: they start while ours is compiled.
+        # Peers first: they start up while ours is compiled.
         started = {key: opened.enter_context(PeerProcess(key, peer, setting.device)) for key, peer in peers.items()}
         ours = {key: OwnStep.create(values, size=size, batch=batch, device=setting.device) for key, values in sets.items()}
         variants = [Variant(key, step, batch) for key, step in ours.items()]
@@ -80,7 +78,7 @@ def _measured(
         flop = step_flop(size) * batch
         floors = {v.name: floor(ceiling, flop=flop, bf16=v.name not in (FP32, BLOG)) for v in variants}
         if setting.on_gpu:
-            # torch's own default is TF32 for convolutions, of which no ceiling was measured.
+            # torch's default for convolutions is TF32, for which no ceiling was measured.
             floors.pop(BLOG, None)
         notes = {key: f"{step.mode}; views drawn in the step" for key, step in ours.items()}
         notes[FAST] += f"; precision {fast_precision(setting.device)}; the floor counts operations alone"
@@ -90,7 +88,7 @@ def _measured(
 
 
 def _no_compiler(setting: Setting) -> str | None:
-    """Why torch.compile is not measured, or None."""
+    """Return the reason why torch.compile is not measured, or None."""
     if setting.quick:
         return "a run without --quick: it compiles for half a minute"
     if not setting.on_gpu and not shutil.which("g++"):

@@ -1,4 +1,4 @@
-"""What the suites share: the setting they run in, and the way from variants to rows."""
+"""The setting that all suites share, and the way from variants to rows."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CPU_UNITS = ("amx_bf16", "avx512_bf16")
 
 @dataclass
 class Setting:
-    """Where and how long: the device, whether only to try everything in tiny sizes, the ceilings measured so far."""
+    """The device, ``quick`` for tiny sizes, and the ceilings measured so far by threads."""
 
     device: torch.device
     quick: bool
@@ -31,23 +31,23 @@ class Setting:
 
     @property
     def on_gpu(self) -> bool:
-        """Whether the device is a GPU."""
+        """True if the device is a GPU."""
         return self.device.type == "cuda"
 
     @property
     def calls_per_reading(self) -> int:
-        """How many whole steps make one reading: on a GPU a few in a row, as in training."""
+        """The number of whole steps per reading: on a GPU several in a row, as in training."""
         return STEPS_IN_A_ROW if self.on_gpu and not self.quick else 1
 
     def ceiling(self) -> Ceiling:
-        """Of the device with torch's present number of threads, measured once."""
+        """Return the device's ceiling with torch's current number of threads, measured once."""
         threads = torch.get_num_threads()
         if threads not in self.ceilings:
             self.ceilings[threads] = ceilings.ceiling(self.device, quick=self.quick)
         return self.ceilings[threads]
 
     def plan(self, rounds: int, budget_s: float, warmup: int = 1) -> Plan:
-        """That plan; in quick settings two rounds."""
+        """Return the plan, or one of two rounds in quick settings."""
         return Plan(rounds=2, warmup=1, budget_s=budget_s) if self.quick else Plan(rounds, warmup, budget_s)
 
     def rows(
@@ -64,8 +64,8 @@ class Setting:
     ) -> list[Row]:
         """Measure ``variants`` in turns, ours first, by ``clock`` (default: the device's).
 
-        ``cold``: with everything flushed from the caches before each run. A peer that ends on the way becomes a row that
-        says so.
+        ``cold`` flushes the caches before each reading. A variant whose peer fails becomes a row
+        that says so.
         """
         self.note(f"{suite}: {name}")
         lost: list[Row] = []
@@ -104,7 +104,7 @@ class Setting:
         floors: Mapping[str, Floor],
         cold: bool,
     ) -> list[Row]:
-        """``rows`` of single operations: on a GPU the time of their kernels alone, which each row says."""
+        """Measure single operations by ``rows``, on a GPU by the time of their kernels alone."""
         notes = dict.fromkeys((variant.name for variant in variants), KERNELS_ALONE if self.on_gpu else "")
         clock = kernel_clock(self.device)
         return self.rows(suite, name, variants, plan, floors=floors, notes=notes, clock=clock, cold=cold)
@@ -114,13 +114,13 @@ class Setting:
 
 
 def missing(suite: str, name: str, variant: str, needs: str) -> Row:
-    """A row that says what it needs."""
+    """Return a row that names what its measurement needs."""
     return Row(suite=suite, name=name, variant=variant, needs=needs)
 
 
 @contextmanager
 def threads(count: int) -> Iterator[None]:
-    """torch with that many threads."""
+    """Run the block with ``count`` torch threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
@@ -129,10 +129,10 @@ def threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def settle_as_training_does() -> None:
-    """Set this process's switches as ``engine.trainer.fit`` sets them: no TF32, and an allocator that keeps freed memory.
+def use_training_switches() -> None:
+    """Set this process's switches as ``engine.trainer.fit`` does: no TF32, keep freed memory.
 
-    Peers are to be measured in processes of their own, which none of this reaches (``peer_process``).
+    Peers are unaffected in processes of their own (``peer_process``).
     """
     keep_freed_memory()
     torch.backends.cuda.matmul.allow_tf32 = False
@@ -140,6 +140,6 @@ def settle_as_training_does() -> None:
 
 
 def fast_precision(device: torch.device) -> str:
-    """What one sets for speed: bf16 where the device has units for its products, else fp32."""
+    """Return bf16 if the device has units for its products, else fp32."""
     has = torch.cpu.get_capabilities()
     return "bf16" if device.type == "cuda" or any(has.get(unit) for unit in CPU_UNITS) else "fp32"

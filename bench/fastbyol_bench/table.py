@@ -11,7 +11,7 @@ UNFINISHED = "unfinished: the run was cut off; these are the rows that it had me
 
 
 def text(result: Result) -> str:
-    """The whole result: ceilings, then a block for each piece of work, ours first."""
+    """Return the whole result: ceilings, then a block per piece of work, ours first."""
     lines = [*(() if result.finished else (UNFINISHED,)), *_ceilings(result.ceilings)]
     for suite, name in dict.fromkeys((row.suite, row.name) for row in result.rows):
         rows = tuple(row for row in result.rows if (row.suite, row.name) == (suite, name))
@@ -24,7 +24,7 @@ def text(result: Result) -> str:
 
 
 def aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
-    """Lines with columns two spaces apart, indented by two."""
+    """Return lines with columns two spaces apart, indented by two."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [("  " + "  ".join(map(str.ljust, row, widths))).rstrip() for row in rows]
 
@@ -38,7 +38,7 @@ def _ceilings(ceilings: tuple[Ceiling, ...]) -> Iterator[str]:
 
 
 def cells_of(changes: list[Change]) -> list[tuple[str, ...]]:
-    """As text, the heads first."""
+    """Return the cells of a comparison, the head row first."""
     heads = ("suite", "what", "variant", "A", "B", "A / B", "B is")
     rows = [
         (c.suite, c.name, c.variant, seconds(c.a_s), seconds(c.b_s), "" if c.ratio is None else f"{c.ratio:.2f}", c.verdict)
@@ -48,7 +48,7 @@ def cells_of(changes: list[Change]) -> list[tuple[str, ...]]:
 
 
 def seconds(value: float | None) -> str:
-    """Three digits with a unit."""
+    """Return a time with three digits and a unit, or nothing for None."""
     if value is None:
         return ""
     for unit, size in (("s", 1.0), ("ms", 1e-3)):
@@ -58,7 +58,7 @@ def seconds(value: float | None) -> str:
 
 
 def cells(rows: tuple[Row, ...]) -> list[tuple[str, ...]]:
-    """Rows of a result as text, the heads first."""
+    """Return the cells of a result's rows, the head row first."""
     heads = ("variant", "threads", "time", "spread", "runs", "img/s", "img/cpu-s", "of floor", "times ours", "in cpu-s", "")
     return [heads, *(_cells(row) for row in rows)]
 

@@ -1,9 +1,6 @@
-"""From images to a trained network: batches, views, steps, probe and whole epochs, ours and the peers' in turns.
+"""The suite of training: batches, views, steps, probe and whole epochs, against the peers.
 
-Ours takes its steps as ``fastbyol train`` does (``--engine auto``). A step of either side includes its batch and its views:
-ours from a loader over a resident beton, the post's from a DataLoader whose worker processes make views with Pillow. Peers
-have processes of their own, which stand still while others run.
-Our epochs are those of real training runs: on a GPU whole, on a cpu put together from measured steps and a measured end.
+A step of either side includes its batch and its views.
 """
 
 from __future__ import annotations
@@ -35,28 +32,31 @@ from fastbyol_bench.peers import Post, Tuned
 from fastbyol_bench.pictures import beton, pictures
 from fastbyol_bench.results import Ratio, Row, Timing
 from fastbyol_bench.step import APART, BLOG, EAGER, FAST, FP32
-from fastbyol_bench.suite import Setting, fast_precision, missing, settle_as_training_does
+from fastbyol_bench.suite import Setting, fast_precision, missing, use_training_switches
 
 SUITE = "train"
 LIBLINEAR = "scikit-learn's liblinear, one-vs-rest"
 NEEDS_SKLEARN = "scikit-learn (the dev extra)"
-# What the post's code gives its DataLoader. On a cpu, where they would fight with the step, one a core.
+# The DataLoader's workers in the post's code. On a cpu, where they compete with the step, one per
+# core.
 POST_WORKERS = 8
-# The post trained on STL-10's 105,000 images without test labels; 5,000 are its labelled ones alone.
+# The post trained on STL-10's 105,000 images without test labels; 5,000 are its labelled ones
+# alone.
 EPOCHS = (105_000, 5_000)
-# The post probed on STL-10's 8,000 test images, half of them to fit; as many as the probe's row here.
+# The post probed on STL-10's 8,000 test images and fitted to half of them. As many as in the
+# probe's row.
 TEXTURES_TEST = 4096
-# One epoch goes before the first that is measured; a probe takes seconds on a cpu.
+# One epoch precedes the first measured one. A probe takes seconds on a cpu.
 WHOLE_EPOCHS, ENDED_EPOCHS = 4, 3
 END = "end of an epoch: probe, next order, files and checkpoint"
 
 
 def rows(setting: Setting) -> Iterator[Row]:
-    """Step with data, probe, the end of an epoch, and epochs of both sizes with both."""
+    """Measure the step with data, the probe, an epoch's end, and epochs of both sizes."""
     size, batch, count, probed = (32, 4, 32, 64) if setting.quick else (96, 256, 2048, 4096)
     name = f"batches of {batch} images of {size} px: data, views, step"
-    settle_as_training_does()
-    setting.ceiling()  # measured here if it was not yet: before peers start, and take cores
+    use_training_switches()
+    setting.ceiling()  # before the peers start and use cores
     with tempfile.TemporaryDirectory() as temporary, ExitStack() as opened:
         folder = Path(temporary)
         train = beton(folder, count, size)
@@ -72,7 +72,9 @@ def rows(setting: Setting) -> Iterator[Row]:
         yield from steps
         probes = sides.probes(probed, peers[BLOG])
         yield from probes
-        opened.close()  # peers have done their part, and a GPU's memory is whole again
+        opened.close()  # the peers are done, and a GPU's memory is free again
+        # Our epochs are real: whole ones on a GPU, on a cpu sums of measured steps and a measured
+        # end.
         fast, num_epochs = fast_precision(setting.device), WHOLE_EPOCHS if setting.on_gpu else ENDED_EPOCHS
         config = real_epochs.config(fast, setting.device, size=size, batch=batch, epochs=num_epochs)
         if setting.on_gpu:
@@ -87,7 +89,7 @@ def rows(setting: Setting) -> Iterator[Row]:
 
 
 class Sides:
-    """Our side of what is compared, opened once: a loader, and an engine in each precision."""
+    """Our side of the comparison: a loader of a resident beton, and an engine per precision."""
 
     def __init__(self, setting: Setting, path: Path, size: int, batch: int) -> None:
         self.setting, self.size, self.batch = setting, size, batch
@@ -112,7 +114,7 @@ class Sides:
         self.note = f"precision {fast}; steps by {self.engines[FAST].mode}; resident beton"
 
     def steps(self, name: str, peers: dict[str, PeerProcess], workers: int) -> list[Row]:
-        """Batch, views and step of every side, in turns."""
+        """Measure batch, views and step of every side, in turns."""
         setting, batch, calls = self.setting, self.batch, self.setting.calls_per_reading
         variants = [Variant(key, partial(self._advance, key), batch) for key in self.engines]
         variants += [Variant(key, peer.caller("step", calls), batch) for key, peer in peers.items()]
@@ -129,7 +131,7 @@ class Sides:
         self.engines[key](*next(self.batches[key]))
 
     def probes(self, count: int, post: PeerProcess) -> list[Row]:
-        """The post's protocol on ``count`` labelled images: embedding, fit and score."""
+        """Measure the post's protocol on ``count`` labelled images: embedding, fit and score."""
         images, labels = pictures(count, self.size, seed=1)
         name = f"probe on {count:,} labelled images: embed, fit, score"
         test = Images(torch.from_numpy(images), torch.from_numpy(labels))
@@ -143,10 +145,10 @@ class Sides:
         if importlib.util.find_spec("sklearn") is not None:
             variants.append(Variant(LIBLINEAR, post.caller("probe"), count))
         plan = self.setting.plan(2, 60.0, warmup=1 if self.setting.quick else 0)
-        found = self.setting.rows(SUITE, name, variants, plan, notes=notes)
+        rows = self.setting.rows(SUITE, name, variants, plan, notes=notes)
         if len(variants) == 1:
-            found.append(missing(SUITE, name, LIBLINEAR, NEEDS_SKLEARN))
-        return found
+            rows.append(missing(SUITE, name, LIBLINEAR, NEEDS_SKLEARN))
+        return rows
 
 
 def _epoch_name(images: int, batch: int) -> str:
@@ -154,7 +156,7 @@ def _epoch_name(images: int, batch: int) -> str:
 
 
 def _whole(setting: Setting, config: Config, folder: Path, images: int) -> Row:
-    """Our epoch of ``images`` embedded textures, by a real run; what comes before the first epoch's end is left out."""
+    """Measure our epochs of ``images`` embedded textures in a real run, without its first epoch."""
     name, batch = _epoch_name(images, config.train.batch_size), config.train.batch_size
     setting.note(f"{SUITE}: {name}")
     readings = real_epochs.whole(real_epochs.on_textures(config, images, TEXTURES_TEST), folder / f"run-{images}")
@@ -163,7 +165,7 @@ def _whole(setting: Setting, config: Config, folder: Path, images: int) -> Row:
 
 
 def _end(setting: Setting, config: Config, folder: Path, *, size: int, batch: int, probed: int) -> Row:
-    """What our training run does between the last step of an epoch and the first of the next."""
+    """Measure our training run from an epoch's last step to the next epoch's first."""
     setting.note(f"{SUITE}: {END}")
     files = (beton(folder, batch, size), beton(folder, probed, size))
     readings = real_epochs.ends(real_epochs.on_files(config, *files), folder / "run")
@@ -172,7 +174,7 @@ def _end(setting: Setting, config: Config, folder: Path, *, size: int, batch: in
 
 
 def _assembled(step: Row, end: Row, images: int, batch: int) -> Row:
-    """Our epoch of ``images`` from the measured step, the measured end, and the order of as many images."""
+    """Return our epoch of ``images``, computed from the measured step, end and order."""
     order = timing([HostClock().time(partial(permutation, images, seed=0, epoch=epoch)) for epoch in range(3)])
     num_steps = images // batch
     return Row(
@@ -187,8 +189,8 @@ def _assembled(step: Row, end: Row, images: int, batch: int) -> Row:
 
 
 def _posts_epoch(ours: Row, steps: Sequence[Row], probes: Sequence[Row], num_steps: int) -> Row:
-    """The post's epoch from its measured step and probe: what its logging and saving cost is not counted against it."""
-    step, probe = (next(r for r in found if r.variant == name) for found, name in ((steps, BLOG), (probes, LIBLINEAR)))
+    """Return the post's epoch from its measured step and probe, without logging and saving."""
+    step, probe = (next(r for r in rows if r.variant == name) for rows, name in ((steps, BLOG), (probes, LIBLINEAR)))
     if step.timing is None or probe.timing is None:
         return missing(SUITE, ours.name, BLOG, step.needs or probe.needs or "")
     whole = _sum((num_steps, step.timing), (1, probe.timing))
@@ -196,7 +198,7 @@ def _posts_epoch(ours: Row, steps: Sequence[Row], probes: Sequence[Row], num_ste
     times = whole.median_s / ours.timing.median_s
     ratio = Ratio(
         median=times,
-        # To first order the relative spreads add.
+        # To first order the relative spreads add up.
         spread=times * (whole.spread_s / whole.median_s + ours.timing.spread_s / ours.timing.median_s),
         cpu=whole.cpu_s / ours.timing.cpu_s if ours.timing.cpu_s else None,
     )
@@ -207,7 +209,7 @@ def _posts_epoch(ours: Row, steps: Sequence[Row], probes: Sequence[Row], num_ste
 
 
 def _sum(*parts: tuple[int, Timing | None]) -> Timing:
-    """So many of each."""
+    """Return the sum of ``parts``, each a number of repetitions and a timing."""
     timed = [(times, part) for times, part in parts if part is not None]
     assert len(timed) == len(parts)
     return Timing(

@@ -1,4 +1,4 @@
-"""Two views of each image: ours, and Pillow's through torchvision as the post made them."""
+"""The suite of the views: two views of each image, ours against Pillow's through torchvision."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TRITON = "fused, Triton"
 
 
 def rows(setting: Setting) -> Iterator[Row]:
-    """Views on one core (on a GPU: on the device) against Pillow's on one core."""
+    """Measure our views on one core, or on the GPU, against Pillow's on one core."""
     size, count = (32, 8) if setting.quick else (96, 256 if setting.on_gpu else 64)
     name = f"two views of {size} px" + ("" if setting.on_gpu else ", one core")
     images, _ = pictures(count, size)
@@ -48,7 +48,7 @@ def _measured(setting: Setting, name: str, images: np.ndarray, size: int) -> lis
         Variant(f"{first}, bf16", lambda: ours(torch.bfloat16), len(images)),
         Variant(f"{first}, fp32", lambda: ours(torch.float32), len(images)),
     ]
-    if not setting.on_gpu:  # whose clock sees nothing of Pillow
+    if not setting.on_gpu:  # the clock of a GPU does not measure Pillow
         variants.append(Variant(PIL, lambda: [pil[index] for index in range(len(pil))], len(pil)))
     floors = {
         variant.name: floor(setting.ceiling(), num_bytes=bytes_moved(2, len(images), size, size, size, element_bytes))

@@ -1,9 +1,4 @@
-"""Where the time of our step goes, and the picture of it.
-
-On a cpu the real step runs with a clock at the seams between its parts, which are found by the names that ``engine.step``
-calls; what it does between them is "rest". On a GPU the step is the replay of a graph, which has no seams: the parts are the
-kernels of a replay, sorted by their names.
-"""
+"""The parts of our step's time, and their picture."""
 
 from __future__ import annotations
 
@@ -37,9 +32,9 @@ PARTS = (VIEWS, ONLINE, TARGET, BACKWARD, OPTIMIZER, TELEMETRY, REST)
 RUNS = 5
 
 
-# Kinds of kernels by name, the first that fits. Ours are named in kernels/fastbyol_kernels, where group norm and weight
-# standardization share names; Inductor's say what they fuse (triton_poi_fused_add_relu_7); cuDNN's and cuBLAS's families are
-# those that torch's profiler shows on sm_80 and sm_90.
+# Kinds of kernels by name; the first match counts. Ours are those of kernels/fastbyol_kernels,
+# where group norm and weight standardization share names. Inductor's names tell what they fuse
+# (triton_poi_fused_add_relu_7). cuDNN's and cuBLAS's are those in profiles on sm_80 and sm_90.
 KINDS = (
     ("copies and fills", r"^Mem(cpy|set)|direct_copy_kernel|FillFunctor|CatArrayBatchedCopy|index_elementwise|gather"),
     ("views", r"^_(draw|crop|contrast|blur)_kernel"),
@@ -55,12 +50,15 @@ OTHERS, GAPS = "other kernels", "between kernels"
 
 
 def kind(name: str) -> str:
-    """Return the part of a step that a kernel of this name belongs to: one of ``KINDS``, or ``OTHERS``."""
+    """Return the part of a step that a kernel of this name belongs to: ``KINDS`` or ``OTHERS``."""
     return next((part for part, pattern in KINDS if re.search(pattern, name)), OTHERS)
 
 
 def of_kernels(replays: Sequence[Sequence[Kernel]]) -> tuple[Part, ...]:
-    """Seconds of each kind of kernel and between kernels: the median over ``replays``, parts without any left out."""
+    """Return the median seconds over ``replays`` of each kind of kernel and between kernels.
+
+    Parts without any time are left out.
+    """
     names = (*(part for part, _ in KINDS), OTHERS, GAPS)
     runs = [_by_kind(kernels) for kernels in replays]
     parts = (Part(name=name, seconds=statistics.median(run.get(name, 0.0) for run in runs)) for name in names)
@@ -72,26 +70,26 @@ def _by_kind(kernels: Sequence[Kernel]) -> dict[str, float]:
     for kernel in kernels:
         seconds[kind(kernel.name)] += kernel.seconds
     whole = max(k.start_s + k.seconds for k in kernels) - min(k.start_s for k in kernels)
-    # Kernels of two streams may overlap: then nothing is between them.
+    # Kernels of two streams may overlap, which leaves no gap.
     seconds[GAPS] = max(0.0, whole - sum(seconds.values()))
     return seconds
 
 
 class Seams:
-    """Seconds per part, gathered by wrapped calls."""
+    """The seconds of each part, collected by wrapped calls."""
 
     def __init__(self) -> None:
         self.seconds = dict.fromkeys(PARTS, 0.0)
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
-        """Count the block's time as ``name``'s."""
+        """Add the block's time to the part ``name``."""
         began = time.perf_counter()
         yield
         self.seconds[name] += time.perf_counter() - began
 
     def wrapped(self, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
-        """``call``, its time counted as ``name``'s."""
+        """Return ``call`` with its time added to the part ``name``."""
 
         def timed(*args: Any, **kwargs: Any) -> Any:
             with self.part(name):
@@ -101,7 +99,11 @@ class Seams:
 
 
 def measured(setting: Setting, *, size: int, batch: int) -> tuple[Part, ...]:
-    """Median seconds of each part over some steps of the blog preset with LARS in the fastest precision."""
+    """Return the median seconds of each part over some steps of the blog preset with LARS.
+
+    On a CPU wrapped calls separate the parts. On a GPU a step is the replay of a graph, whose
+    kernels are sorted by name.
+    """
     sets = [f"train.precision={fast_precision(setting.device)}", "optim.name=lars"]
     num_runs = 2 if setting.quick else RUNS
     if setting.on_gpu:
@@ -137,17 +139,18 @@ def _one(state: step.TrainState, views: Callable[[], Tensor]) -> dict[str, float
             with seams.part(VIEWS):
                 batch = views()
             step.train_step(state, batch)
+    # The rest is the step's time between the wrapped calls.
     seams.seconds[REST] -= sum(seconds for name, seconds in seams.seconds.items() if name != REST)
     return seams.seconds | {REST: max(0.0, seams.seconds[REST])}
 
 
 def available() -> bool:
-    """Whether the picture can be drawn: matplotlib is there."""
+    """Return True if matplotlib is installed, which draws the picture."""
     return importlib.util.find_spec("matplotlib") is not None
 
 
 def draw(parts: tuple[Part, ...], title: str, path: Path) -> None:
-    """Parts as bars that begin where the last ended, with their share of the whole, as PNG."""
+    """Draw the parts as consecutive bars with their shares of the whole, as PNG."""
     from matplotlib.figure import Figure
 
     whole = sum(part.seconds for part in parts)

@@ -1,13 +1,4 @@
-"""Triton's kernels compiled without a GPU: what a GPU would be asked to launch, and what it costs.
-
-    with ahead_of_time.recording(90) as launches:
-        group_norm(x, 32, weight, bias, kernels="triton")
-    print(launches[0].name, launches[0].grid, launches[0].num_warps)
-
-A launch takes Triton's own way, ``JITFunction.run``, which specialises a kernel on its arguments and
-compiles it to a cubin, but is never made. So a step of training on a CPU lists every launch that it
-makes on a GPU, with the same options. Nothing may depend on what the kernels would have written.
-"""
+"""Compilation of Triton kernels without a GPU: the launches of an operation and what they cost."""
 
 from __future__ import annotations
 
@@ -37,8 +28,8 @@ WARP_SIZE = 32
 class Launch:
     """A launch of a Triton kernel.
 
-    ``compiled`` is Triton's compiled kernel, with ``asm["ptx"]``, ``metadata`` and ``src``; launches of
-    the same code share it.
+    ``compiled`` is Triton's compiled kernel, with ``asm["ptx"]``, ``metadata`` and ``src``.
+    Launches of the same code have the same one.
     """
 
     function: JITFunction
@@ -47,20 +38,20 @@ class Launch:
 
     @property
     def name(self) -> str:
-        """Return the function's name in the source."""
+        """The function's name in the source."""
         return str(self.function.fn.__name__)
 
     @property
     def module(self) -> str:
-        """Return the dotted name of the module that defines the function."""
+        """The dotted name of the module that defines the function."""
         return str(self.function.fn.__module__)
 
     @property
     def build(self) -> str:
-        """Return what the code is specialised on: types that it points to, integers and flags.
+        """The values that the code is specialised on: pointer types, integers, flags and words.
 
-        ``n/16`` is an integer argument that is a multiple of 16, ``x@`` a pointer that is not, which
-        keeps accesses narrow. Constants that are neither integers, flags nor words are left out.
+        ``n/16`` is an integer argument that is a multiple of 16. ``x@`` is a pointer that is not,
+        which keeps accesses narrow. Constants of other types are left out.
         """
         source, names = self.compiled.src, self.function.arg_names
         pointers = [name for name, kind in source.signature.items() if kind.startswith("*")]
@@ -77,23 +68,23 @@ class Launch:
 
     @property
     def num_warps(self) -> int:
-        """Return the warps of a program."""
+        """The warps of a program."""
         return int(self.compiled.metadata.num_warps)
 
     @property
     def num_stages(self) -> int:
-        """Return the stages of its software pipeline."""
+        """The stages of a program's software pipeline."""
         return int(self.compiled.metadata.num_stages)
 
     @property
     def shared_bytes(self) -> int:
-        """Return the shared memory of a program, in bytes."""
+        """The shared memory of a program, in bytes."""
         return int(self.compiled.metadata.shared)
 
 
 @dataclass(frozen=True)
 class Driver:
-    """A driver of one GPU of ``sm_<architecture>`` that answers what Triton asks before a launch."""
+    """A stand-in for the driver of one ``sm_<architecture>`` GPU, with what a launch asks for."""
 
     architecture: int
 
@@ -116,11 +107,16 @@ class Driver:
 
 @contextmanager
 def recording(architecture: int) -> Iterator[list[Launch]]:
-    """List what is launched, compiled for a GPU of ``sm_<architecture>``, and run none of it.
+    """Record launches, compiled for a GPU of ``sm_<architecture>``, without running them.
 
-    Operations with ``kernels="triton"`` take tensors on a CPU inside. On leaving, the active driver,
-    what operations take, and what each kernel has compiled are as before. May be nested. Grids must be
-    tuples. Raises RuntimeError where kernels are interpreted.
+        with ahead_of_time.recording(90) as launches:
+            group_norm(x, 32, weight, bias, kernels="triton")
+        print(launches[0].name, launches[0].grid, launches[0].num_warps)
+
+    Inside, operations with ``kernels="triton"`` accept CPU tensors, so a training step on a CPU
+    lists every launch that it makes on a GPU. Outputs stay unwritten: nothing may depend on their
+    values. On exit the active driver, the accepted devices and the kernels' caches are restored.
+    Contexts nest. Grids must be tuples. Raises RuntimeError if kernels are interpreted.
     """
     if knobs.runtime.interpret:
         raise RuntimeError("TRITON_INTERPRET is set: kernels cannot be compiled: start a process without it")
@@ -134,6 +130,8 @@ def recording(architecture: int) -> Iterator[list[Launch]]:
             touched.add(self)
             empty = type(self.device_caches)(self.create_binder)
             caches.enter_context(mock.patch.object(self, "device_caches", empty))
+        # Triton's own path with its own options: it specialises the kernel on its arguments and
+        # compiles it to a cubin, but ``warmup`` keeps it from launching.
         compiled = run(self, *args, grid=grid, warmup=True, **kwargs)
         if not warmup:
             x, y, z = (*grid, 1, 1)[:3]
@@ -150,9 +148,9 @@ def recording(architecture: int) -> Iterator[list[Launch]]:
 
 
 class Resources(NamedTuple):
-    """The cost of a kernel on one architecture, per thread.
+    """The cost of a kernel per thread on one architecture.
 
-    Widths are bits of the widest global access, 0 where there is none.
+    ``load_bits`` and ``store_bits`` are the widths of the widest global accesses, 0 without any.
     """
 
     registers: int
@@ -162,10 +160,10 @@ class Resources(NamedTuple):
 
 
 def resources(ptx: str) -> Resources:
-    """Return the registers and spills that ptxas reports for ``ptx``, and how wide its accesses are."""
+    """Return ptxas' registers and spills for ``ptx``, and the widths of its accesses."""
     target = re.search(r"\.target\s+(sm_(\d+)\w*)", ptx)
     assert target is not None
-    # Triton's own choice: the older of its two does not read the newest PTX.
+    # Triton ships two versions of ptxas and chooses: the older one cannot read the newest PTX.
     tool = get_ptxas(int(target[2])).path
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "kernel.ptx"
@@ -179,7 +177,10 @@ def resources(ptx: str) -> Resources:
 
 
 def _widest(ptx: str, instruction: str) -> int:
-    """Return the bits of the widest global access, 128 of ``ld.global.v4.b32``; asynchronous copies are loads."""
+    """Return the bits of the widest global access: 128 for ``ld.global.v4.b32``.
+
+    Asynchronous copies count as loads.
+    """
     access = rf"{instruction}\.global(?:\.[\w:]+)*?(?:\.v([248]))?\.[bfsu](\d+)"
     widths = [int(vector or 1) * int(bits) for vector, bits in re.findall(access, ptx)]
     if instruction == "ld":

@@ -1,4 +1,4 @@
-"""Which backend runs an operation: Triton's kernels, a CPU's compiled ones, or the reference in plain torch."""
+"""The choice of an operation's backend: Triton kernels, compiled CPU kernels, or plain torch."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from torch import Tensor
 from triton import knobs
 
 BACKENDS = ("auto", "triton", "cpu", "reference")
-# Whether Triton's kernels take tensors on a CPU: where they are interpreted, which Triton decides when a kernel is defined, and
-# while `ahead_of_time.recording` launches nothing.
+# Triton kernels accept CPU tensors when they are interpreted, which Triton decides when a kernel is
+# defined, and inside `ahead_of_time.recording`, which launches nothing.
 TRITON_ON_CPU: bool = knobs.runtime.interpret
 
 
 def resolve(kernels: str, device: torch.device, dtype: torch.dtype, *, what: str = "the network") -> str:
-    """Return the backend that ``kernels``, one of ``BACKENDS``, means for ``what``, in ``dtype`` on ``device``.
+    """Return the backend that ``kernels``, one of ``BACKENDS``, selects for ``what`` on ``device``.
 
-    "auto" is Triton on CUDA, compiled code elsewhere, and the reference for fp64. Raises ValueError for a word that is none of
-    them, and for kernels that are not there.
+    "auto" selects Triton on CUDA, compiled code elsewhere, and the reference for fp64. Raises
+    ValueError for an unknown word and for a backend that ``device`` or ``dtype`` does not support.
     """
     check(kernels)
     if kernels == "auto":
@@ -33,16 +33,18 @@ def resolve(kernels: str, device: torch.device, dtype: torch.dtype, *, what: str
 
 
 def check(kernels: str) -> None:
-    """Raise ValueError for a word that is none of ``BACKENDS``."""
+    """Raise ValueError unless ``kernels`` is one of ``BACKENDS``."""
     if kernels not in BACKENDS:
         raise ValueError(f"kernels must be one of {', '.join(BACKENDS)}, not {kernels!r}")
 
 
 def dispatch(kernels: str, name: str, tensor: Tensor, *beside: Tensor | None, has: tuple[str, ...] = ("triton", "cpu")) -> str:
-    """Return the backend, never "auto", of an operation on ``tensor``, called ``name``, and on what it takes ``beside``.
+    """Return the backend, never "auto", for an operation on ``tensor`` and those ``beside`` it.
 
-    The reference stands in for a backend that the operation does not have, for fp64, and where the operation does not run
-    ``at_once`` on a CPU or is transformed by torch.func, which knows no kernels. Raises ValueError as ``resolve`` does.
+    ``name`` is the argument that errors mention, ``has`` lists the operation's kernels. The
+    reference replaces a backend that the operation lacks. It also runs fp64, operations under
+    torch.func, which cannot transform kernels, and CPU operations that do not run ``at_once``.
+    Raises ValueError as ``resolve`` does.
     """
     wide = tensor.dtype == torch.float64
     if kernels == "triton" and (wide or "triton" not in has):
@@ -56,14 +58,15 @@ def dispatch(kernels: str, name: str, tensor: Tensor, *beside: Tensor | None, ha
 
 
 def at_once(*tensors: Tensor | None) -> bool:
-    """Return whether an operation on ``tensors`` runs now and on numbers in a CPU's memory.
+    """Return True if an operation on ``tensors`` executes eagerly on values in CPU memory.
 
-    Compiled code may take their addresses then.
-
-    It does not while something records it (torch.compile, torch.export, torch.jit.trace, make_fx), transforms it (torch.func,
-    forward-mode derivatives) or has tensors without numbers (meta, FakeTensor and other subclasses, sparse ones).
+    Only then may compiled code use the tensors' addresses. The result is False while the operation
+    is recorded (torch.compile, torch.export, torch.jit.trace, make_fx) or transformed (torch.func,
+    forward-mode derivatives), and for tensors without plain values (meta, FakeTensor and other
+    subclasses, sparse tensors).
     """
-    # First, and alone: Dynamo evaluates this at once and does not look at what follows, which it cannot trace.
+    # A separate statement, and the first: Dynamo evaluates it and skips the rest, which it cannot
+    # trace.
     if torch.compiler.is_compiling():
         return False
     return (
@@ -75,15 +78,21 @@ def at_once(*tensors: Tensor | None) -> bool:
 
 
 def is_plain(tensor: Tensor) -> bool:
-    """Return whether ``tensor`` is one of torch's own, dense and in a CPU's memory."""
+    """Return True if ``tensor`` is a dense Tensor or Parameter, not a subclass, in CPU memory."""
     kind = type(tensor)
     return (kind is Tensor or kind is torch.nn.Parameter) and tensor.device.type == "cpu" and tensor.layout == torch.strided
 
 
-def is_transformed() -> bool:
-    """Return whether torch.func or forward-mode differentiation is at work.
+def is_activation(x: Tensor) -> bool:
+    """Return True if ``x`` is (N, C, H, W), not empty, channels-last, and bf16 or fp32."""
+    fits = x.ndim == 4 and x.numel() > 0 and x.dtype in (torch.bfloat16, torch.float32)
+    return fits and x.is_contiguous(memory_format=torch.channels_last)
 
-    Not under torch.compile, which sees to them itself.
+
+def is_transformed() -> bool:
+    """Return True if torch.func or forward-mode differentiation is active.
+
+    The result is False under torch.compile, which handles both by itself.
     """
     if torch.compiler.is_compiling():
         return False

@@ -1,15 +1,4 @@
-"""Kernels for a CPU: numba functions with named, typed arguments, run by the very threads that torch's operations run on.
-
-    @kernel
-    def double(block: int, values: F32) -> None:
-        for i in range(block * 1024, (block + 1) * 1024):
-            values[i] *= np.float32(2)
-
-    double(len(values) // 1024, values)
-
-Blocks are handed out one by one. A kernel writes what belongs to its block alone, so that its results are the same bits for
-any number of threads.
-"""
+"""CPU kernels: numba functions with named, typed arguments that run on torch's OpenMP threads."""
 
 from __future__ import annotations
 
@@ -36,16 +25,18 @@ from torch import Tensor
 
 from fastbyol_kernels.dispatch import is_plain
 
-# What an argument may be beside ``int`` and ``float``, which are 64 bits wide: a tensor, seen flat and without an end.
+# The types of a kernel's arguments, beside ``int`` and ``float``, which are 64 bits wide. A kernel
+# sees a tensor as a flat array without bounds.
 F32 = Annotated[Any, numba.float32]
 F64 = Annotated[Any, numba.float64]
 I32 = Annotated[Any, numba.int32]
 I64 = Annotated[Any, numba.int64]
 U8 = Annotated[Any, numba.uint8]
-# bf16, seen as its bits (see ``widened`` and ``narrowed``), or f32, all of a call alike: the kernel is compiled for both.
+# bf16, seen as its bits (see ``widened`` and ``narrowed``), or f32. All activations of a call have
+# the same dtype, and the kernel is compiled for each.
 _ACTIVATION, _WORKER = "bf16 or f32", "worker"
 Activation = Annotated[Any, _ACTIVATION]
-# Passed by nobody: this thread's number, from 0, among at most as many as torch has threads.
+# The number of the thread, from 0, below torch.get_num_threads(). The caller does not pass it.
 Worker = Annotated[int, _WORKER]
 
 _BF16 = numba.uint16
@@ -57,20 +48,21 @@ _DTYPES = {
     numba.uint8: torch.uint8,
 }
 _ELEMENTS = {torch.float32: numba.float32, torch.bfloat16: _BF16}
-# A call is a table of 64-bit words: the next block, how many there are, how many workers have begun, then the arguments.
+# A call is a table of 64-bit words: the next block, the number of blocks, the number of workers
+# that have started, then the arguments.
 _NEXT, _BLOCKS, _WORKERS, _ARGUMENTS = range(4)
-# A kernel knows the ends of its blocks; the arrays it sees have none.
+# The length of every array that a kernel sees: it has to know the ends of its blocks itself.
 _ENDLESS = 1 << 40
-# Sums may be added in any order, which vector instructions need; NaN and infinity stay what they are. Division by zero as in C,
-# not an exception: nothing may be raised in a thread that Python does not know.
+# Sums may be reordered, which vector instructions need; NaN and infinity are kept. Division by zero
+# is C's, not an exception: nothing may be raised in a thread that Python did not start.
 _OPTIONS: dict[str, Any] = {"fastmath": {"reassoc", "contract", "nsz"}, "error_model": "numpy"}
-# Where each library says that it is loaded; all of them know GNU's entry point.
+# The OpenMP libraries that torch may have loaded. All of them export GNU's entry point.
 _OPENMP = ("libgomp.so.1", "libiomp5.so", "libomp.so")
 _FUNCTION = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
 
 class Kernel:
-    """A compiled kernel. Compiled, or read from numba's cache, at its first call, which takes up to a second."""
+    """A kernel that is compiled, or read from numba's cache, at its first call: up to a second."""
 
     def __init__(self, function: Callable[..., None], *, backwards: bool) -> None:
         self._function, self._backwards, self.__doc__ = function, backwards, function.__doc__
@@ -81,11 +73,11 @@ class Kernel:
         self._compiled: dict[torch.dtype, Any] = {}
 
     def __call__(self, num_blocks: int, *arguments: Tensor | float) -> None:
-        """Run blocks 0 to ``num_blocks`` - 1. Wait until all is done; Python's other threads run meanwhile.
+        """Run blocks 0 to ``num_blocks`` - 1 and wait for them, without holding the GIL.
 
-        The kernel trusts its caller with the sizes of tensors, and that they are contiguous as it reads them. Raises
-        ValueError, naming the argument, for a tensor of another dtype than declared, and for one that is not torch's own on
-        the CPU: it may have no memory behind its address.
+        The caller answers for the sizes of tensors and for the memory layout that the kernel
+        expects. Raises ValueError, naming the argument, for a tensor of another dtype than declared
+        and for one that is not a plain CPU tensor: there may be no memory behind its address.
         """
         words: list[Any] = [0, num_blocks, 0]
         activation = None
@@ -115,19 +107,20 @@ class Kernel:
             team(address, ctypes.addressof(table), threads, 0)
 
     def _address(self, activation: torch.dtype) -> int:
-        made = self._compiled.get(activation)
-        if made is None:
-            # Of two threads that compile it at once both take the first one's: code that nobody keeps is freed.
-            made = self._compiled.setdefault(activation, self._compile(_ELEMENTS[activation]))
-        return int(made.address)
+        compiled = self._compiled.get(activation)
+        if compiled is None:
+            # If two threads compile at once, both use the first result: code without a reference is
+            # freed.
+            compiled = self._compiled.setdefault(activation, self._compile(_ELEMENTS[activation]))
+        return int(compiled.address)
 
     def _compile(self, activation: Any) -> Any:
-        """Compile the loop over blocks with the kernel in it, for activations of ``activation``."""
+        """Compile the loop over blocks, with the kernel inlined, for one dtype of activations."""
         body = inlined(self._function)
         unpack = _unpack([activation if kind == _ACTIVATION else kind for kind in self._kinds.values()])
         code = (_backwards if self._backwards else _forwards).__code__
-        # numba keeps what it compiled under a function's name, and asks whether the function's own file has changed, which for
-        # all kernels is this one: the name tells the kernel, and its sources.
+        # numba's cache is keyed by a function's name and checks the file that defines the function.
+        # For all kernels that is this file, so the name identifies the kernel and its sources.
         name = f"{self._function.__module__}.{self._function.__qualname__}.{activation}"
         name += "." + _fingerprint(Path(self._function.__code__.co_filename))
         loop = FunctionType(code, {**globals(), "body": body, "unpack": unpack}, name)
@@ -136,55 +129,62 @@ class Kernel:
         signature = numba.void(CPointer(numba.int64))
         try:
             return numba.cfunc(signature, cache=True, nopython=True, **_OPTIONS)(loop)
-        except RuntimeError:  # numba found no folder to write its cache to
+        except RuntimeError:  # numba has no writable folder for its cache
             return numba.cfunc(signature, nopython=True, **_OPTIONS)(loop)
 
 
 def kernel(function: Callable[..., None] | None = None, *, backwards: bool = False) -> Any:
-    """Make a ``Kernel`` of ``function``, whose first parameter is a block's number and whose others are typed as above.
+    """Turn ``function`` into a ``Kernel``. Its first parameter is a block's number.
 
-    ``backwards``: the last block goes first, for a pass that begins with what the pass before has left in the caches.
+        @kernel
+        def double(block: int, values: F32) -> None:
+            for i in range(block * 1024, (block + 1) * 1024):
+                values[i] *= np.float32(2)
+
+        double(len(values) // 1024, values)
+
+    Threads take blocks one by one. A kernel writes only what belongs to its block, so its results
+    are the same bits for any number of threads. With ``backwards`` the last block runs first: a
+    pass then starts with the data that the pass before has left in the caches.
     """
     if function is None:
         return lambda function: Kernel(function, backwards=backwards)
     return Kernel(function, backwards=backwards)
 
 
-# What ``Kernel._compile`` puts in their place for the two loops below.
+# Placeholders in the two loops below, which ``Kernel._compile`` replaces.
 unpack: Any = None
 body: Any = None
 
 
 def _forwards(table):
     arguments = unpack(table)
-    block = _take(table)
-    while block < _blocks(table):
+    block = _next_block(table)
+    while block < _num_blocks(table):
         body(block, *arguments)
-        block = _take(table)
+        block = _next_block(table)
 
 
 def _backwards(table):
     arguments = unpack(table)
-    block = _take(table)
-    while block < _blocks(table):
-        body(_blocks(table) - 1 - block, *arguments)
-        block = _take(table)
+    block = _next_block(table)
+    while block < _num_blocks(table):
+        body(_num_blocks(table) - 1 - block, *arguments)
+        block = _next_block(table)
 
 
 @cache
 def _fingerprint(source: Path) -> str:
-    """Return a digest of ``source`` and of this package's files, any of which may change what a kernel does."""
+    """Return a digest of ``source`` and this package's files, any of which can change a kernel."""
     files = sorted({source, *Path(__file__).parent.rglob("*.py")})
     return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:16]
 
 
 @cache
 def _team() -> Callable[[int, int, int, int], None] | None:
-    """Return GOMP_parallel(function, data, threads, flags) of the OpenMP library that torch runs on, None if there is none.
-
-    A pool of threads of one's own would fight with torch's, which spin for a while after each operation: the optimizer's step
-    took twice as long beside them (bench/LOG.md, "one pass in machine code").
-    """
+    """Return GOMP_parallel(function, data, threads, flags) of torch's OpenMP library, or None."""
+    # A pool of our own would compete with torch's threads, which spin for a while after each
+    # operation: the optimizer's step took twice as long (bench/LOG.md has the measurement).
     for name in _OPENMP:
         try:
             library = ctypes.CDLL(name, mode=os.RTLD_NOLOAD | os.RTLD_LAZY if sys.platform != "win32" else 0)
@@ -196,61 +196,61 @@ def _team() -> Callable[[int, int, int, int], None] | None:
     return None
 
 
-# What the table of a call is read with.
+# Intrinsics that read the table of a call.
 
 
-def _word(context: Any, builder: Any, table: Any, place: int) -> Any:
-    return builder.gep(table, [context.get_constant(numba.int64, place)])
+def _word(context: Any, builder: Any, table: Any, index: int) -> Any:
+    return builder.gep(table, [context.get_constant(numba.int64, index)])
 
 
-def _count(context: Any, builder: Any, table: Any, place: int) -> Any:
-    return builder.atomic_rmw("add", _word(context, builder, table, place), context.get_constant(numba.int64, 1), "monotonic")
+def _count(context: Any, builder: Any, table: Any, index: int) -> Any:
+    return builder.atomic_rmw("add", _word(context, builder, table, index), context.get_constant(numba.int64, 1), "monotonic")
 
 
 @intrinsic
-def _take(typing: Any, table: Any) -> Any:
-    """Hand out the next block, once."""
+def _next_block(typing: Any, table: Any) -> Any:
+    """Return the next block, each to one thread only."""
     return numba.int64(table), lambda context, builder, _, arguments: _count(context, builder, arguments[0], _NEXT)
 
 
 @intrinsic
-def _blocks(typing: Any, table: Any) -> Any:
-    """Return how many blocks there are."""
+def _num_blocks(typing: Any, table: Any) -> Any:
+    """Return the number of blocks."""
     return numba.int64(table), lambda context, builder, _, arguments: builder.load(
         _word(context, builder, arguments[0], _BLOCKS)
     )
 
 
 def _unpack(kinds: list[Any]) -> Any:
-    """Return an intrinsic that makes a tuple of arrays and numbers of a table, as ``kinds`` says."""
+    """Return an intrinsic that reads arguments of the types ``kinds`` from a table into a tuple."""
     types = [
         numba.int64 if kind in (int, _WORKER) else numba.float64 if kind is float else numba.types.Array(kind, 1, "C")
         for kind in kinds
     ]
-    made = numba.types.Tuple(types)
+    unpacked = numba.types.Tuple(types)
 
     @intrinsic
     def unpack(typing: Any, table: Any) -> Any:
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            values, place = [], _ARGUMENTS
+            values, index = [], _ARGUMENTS
             for kind, of in zip(kinds, types, strict=True):
                 if kind == _WORKER:
                     values.append(_count(context, builder, arguments[0], _WORKERS))
                     continue
-                word = builder.load(_word(context, builder, arguments[0], place))
-                place += 1
+                word = builder.load(_word(context, builder, arguments[0], index))
+                index += 1
                 if kind is float:
                     word = builder.bitcast(word, ir.DoubleType())
                 values.append(word if kind in (int, float) else _array(context, builder, of, word))
-            return context.make_tuple(builder, made, values)
+            return context.make_tuple(builder, unpacked, values)
 
-        return made(table), generate
+        return unpacked(table), generate
 
     return unpack
 
 
 def _array(context: Any, builder: Any, of: Any, address: Any) -> Any:
-    """Make an array without an end at an address."""
+    """Return an array without bounds at ``address``."""
     array = context.make_array(of)(context, builder)
     data = builder.inttoptr(address, context.get_data_type(of.dtype).as_pointer())
     size = context.get_constant(numba.types.intp, of.dtype.bitwidth // 8)
@@ -259,16 +259,19 @@ def _array(context: Any, builder: Any, of: Any, address: Any) -> Any:
     return array._getvalue()
 
 
-# What kernels are written with.
+# Functions for use in kernels.
 
 
 def widened(element):
-    """Return an element of an Activation as float32."""
+    """Return ``element`` of an Activation as float32."""
     raise NotImplementedError("in a kernel only")
 
 
 def narrowed(number, array):
-    """Round ``number``, float32, to an element of ``array``, an Activation: to nearest, ties to even; NaN stays NaN."""
+    """Round float32 ``number`` to the element type of the Activation ``array``.
+
+    Rounds to nearest, ties to even; NaN stays NaN.
+    """
     raise NotImplementedError("in a kernel only")
 
 
@@ -293,10 +296,9 @@ def _to_bf16(value):
 
 @intrinsic
 def fma(typing: Any, x: Any, y: Any, z: Any) -> Any:
-    """Return x y + z of float32, rounded once where the CPU can.
-
-    Left to the compiler, which products are rounded on their own would depend on its version, and bits with it.
-    """
+    """Return x * y + z of float32, rounded once if the CPU can."""
+    # Left to the compiler, the choice of products that it fuses, and the bits, would depend on its
+    # version.
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         kind = ir.FloatType()
@@ -307,7 +309,7 @@ def fma(typing: Any, x: Any, y: Any, z: Any) -> Any:
 
 
 class _NoAlias(Compiler):  # type: ignore[misc]
-    """Compiles on the promise that arrays passed to a function do not overlap."""
+    """A compiler that may assume that the arrays passed to a function do not overlap."""
 
     def __init__(self, *arguments: Any) -> None:
         *before, flags, local = arguments
@@ -316,9 +318,10 @@ class _NoAlias(Compiler):  # type: ignore[misc]
         super().__init__(*before, flags, local)
 
 
-# For functions that kernels call. They must become part of each: a process that has just compiled a kernel would call such a
-# function as it was compiled by itself, one that reads the kernel from the cache as it was compiled in it, and sums differ.
+# For functions that kernels call. They must be inlined: otherwise a process that has just compiled
+# a kernel calls the function's own compiled code, one that reads the kernel from the cache calls
+# the copy inside it, and their sums differ.
 inlined = numba.njit(forceinline=True, **_OPTIONS)
-# And for functions over parts of tensors: their arguments do not overlap, which the compiler would else check at every call,
-# or, with more than a few, not make vectors at all.
+# For functions over disjoint parts of tensors. Without this promise the compiler checks for overlap
+# at every call, or gives up vectorising if there are more than a few arguments.
 noalias = numba.njit(forceinline=True, pipeline_class=_NoAlias, **_OPTIONS)

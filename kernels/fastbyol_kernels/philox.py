@@ -1,13 +1,6 @@
 """Philox 4x32-10, the counter-based generator behind every random draw.
 
-A draw is a pure function of a 128-bit counter and a 64-bit key, so it is the same on any device, for any batch, order or
-number of workers, and needs no state to resume.
-
-Source: Salmon, Moraes, Dror, Shaw, "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011. Known-answer vectors: Random123.
-
-Counter layout of this project (words c0..c3, each 32 bits; ``split_id`` gives the two parts of a sample id):
-  views  c0 = id low word, c1 = epoch, c2 = view * 256 + block, c3 = DOMAIN_VIEWS | id high word << 8
-  order  c0 = id low word, c1 = epoch, c2 = 0,                  c3 = DOMAIN_ORDER | id high word << 8
+Source: Salmon, Moraes, Dror, Shaw, "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011.
 """
 
 from __future__ import annotations
@@ -15,6 +8,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+# The counter of a draw, four 32-bit words; ``split_id`` returns the two that depend on the sample
+# id:
+#   views  c0 = id low word, c1 = epoch, c2 = view * 256 + block, c3 = DOMAIN_VIEWS | id high word << 8
+#   order  c0 = id low word, c1 = epoch, c2 = 0,                  c3 = DOMAIN_ORDER | id high word << 8
 DOMAIN_VIEWS = 1
 DOMAIN_ORDER = 2
 
@@ -28,11 +25,15 @@ def philox4x32(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Apply ten rounds of Philox 4x32 to the counters (c0, c1, c2, c3) under ``key``.
 
-    Counters are int64 tensors (or Python integers) that broadcast together; only the low 32 bits of each count. ``key`` is an
-    integer, or an int64 tensor of no dimension; its low 64 bits count. Returns four int64 tensors of the broadcast shape, each
-    element a word in [0, 2**32). No number leaves 63 bits, so that the words are the same on every device and when compiled.
+    Counters are int64 tensors (or Python integers) that broadcast together; only their low 32 bits
+    are used. ``key`` is an integer or a 0-d int64 tensor; its low 64 bits are used. Returns four
+    int64 tensors of the broadcast shape whose elements are words in [0, 2**32).
+
+    The words are a pure function of counter and key: the same on any device, for any batch, order
+    or number of workers, and a resumed run needs no generator state.
     """
-    # Not expanded up front: every word comes to depend on all four counters within three rounds, and so has their shape.
+    # No expansion is needed: within three rounds every word depends on all four counters and has
+    # their broadcast shape. No intermediate value exceeds 63 bits, so int64 never overflows.
     x0, x1, x2, x3 = (torch.as_tensor(c, dtype=torch.int64, device=c0.device) & _MASK for c in (c0, c1, c2, c3))
     k0, k1 = key & _MASK, (key >> 32) & _MASK
     for _ in range(10):
@@ -44,17 +45,18 @@ def philox4x32(
 
 
 def uniform(words: Tensor) -> Tensor:
-    """Turn int64 words in [0, 2**32) into float32 in [0, 1): the top 24 bits times 2**-24, exact on any device."""
+    """Turn int64 words in [0, 2**32) into float32 in [0, 1), exactly, by their top 24 bits."""
     return (words >> 8).to(torch.float32) * 2.0**-24
 
 
 def split_id(ids: Tensor, domain: int) -> tuple[Tensor, Tensor]:
-    """Return the counter words (c0, c3) of int64 sample ids in [0, 2**56); the low byte of c3 is the domain."""
+    """Return the counter words (c0, c3) of int64 sample ids in [0, 2**56) in a domain."""
     return ids & _MASK, ((ids >> 32) << 8) | domain
 
 
 def _multiply(x: Tensor, constant: int) -> tuple[Tensor, Tensor]:
-    """Return the high and low words of the 64-bit products, by halves of the constant, so that int64 cannot overflow."""
+    """Return the high and low words of the 64-bit products ``x * constant``."""
+    # The constant is split in two 16-bit parts so that int64 does not overflow.
     upper, lower = x * (constant >> 16), x * (constant & 0xFFFF)
     high = (upper + (lower >> 16)) >> 16
     low = (((upper & 0xFFFF) << 16) + lower) & _MASK

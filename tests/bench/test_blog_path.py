@@ -1,4 +1,4 @@
-"""The peer trains what we train: the same views give the same losses and weights, step for step, in float64."""
+"""The peer trains as we do: in float64 the same views give the same losses and weights."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def float64() -> Iterator[None]:
 
 
 def ours(peer: BlogPath) -> dict[str, Tensor]:
-    """The peer's tensors by our names."""
+    """Return the peer's tensors by our names."""
     heads = {"0": "linear1", "1": "norm", "3": "linear2"}
 
     def named(module: nn.Module) -> dict[str, Tensor]:

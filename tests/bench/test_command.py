@@ -1,4 +1,4 @@
-"""``fastbyol bench`` as typed, every suite in its tiny size."""
+"""The command ``fastbyol bench``, with every suite at its tiny size."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_every_suite_measures_and_keeps(suite: str, run) -> None:
 
 
 def test_a_killed_run_keeps_every_finished_row(tmp_path: Path) -> None:
-    """A real process, ended by SIGKILL as soon as rows of a second suite are there."""
+    """Kill a real process as soon as it has rows of a second suite."""
     path = tmp_path / "it.json"
     arguments = ["bench", "optimizer", "kernels", "--quick", "--device", "cpu", "--out", str(path)]
     seen: tuple[results.Row, ...] = ()
@@ -93,9 +93,9 @@ def test_a_killed_run_keeps_every_finished_row(tmp_path: Path) -> None:
             time.sleep(0.01)
             if path.exists():
                 # Valid at each instant, and it never loses a row.
-                found = results.read(path).rows
-                assert found[: len(seen)] == seen
-                seen = found
+                rows = results.read(path).rows
+                assert rows[: len(seen)] == seen
+                seen = rows
         assert process.poll() is None, "it ended before it could be killed"
         process.kill()
     left = results.read(path)
@@ -108,7 +108,7 @@ def test_a_killed_run_keeps_every_finished_row(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_ended_while_peers_start_it_leaves_none(number: signal.Signals, tmp_path: Path) -> None:
-    """Ctrl-C goes to all that a terminal started, peers in the middle of torch's import among them; SIGKILL to one."""
+    """Send SIGINT to the whole group, as a terminal does, or SIGKILL to the parent alone."""
     arguments = ["bench", "step", "--quick", "--device", "cpu", "--out", str(tmp_path / "it.json")]
     command_line = [sys.executable, "-m", "fastbyol.cli.main", *arguments]
     with subprocess.Popen(command_line, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True) as process:
@@ -119,16 +119,16 @@ def test_ended_while_peers_start_it_leaves_none(number: signal.Signals, tmp_path
             time.sleep(0.01)
         time.sleep(0.5)
         os.kill(-process.pid if number == signal.SIGINT else process.pid, number)
-        said = process.communicate()[1].decode()
+        messages = process.communicate()[1].decode()
     assert processes.left(process.pid, 60.0) == []
-    assert "Traceback" not in said
+    assert "Traceback" not in messages
     if number == signal.SIGINT:
         assert process.returncode == 130
-        assert said.splitlines()[-1] == "interrupted: no row was kept"
+        assert messages.splitlines()[-1] == "interrupted: no row was kept"
 
 
 def test_rows_are_kept_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each is kept before the next is measured; the last word says that the run is finished."""
+    """Check that each row is kept before the next is measured, and the last result is finished."""
     kept: list[results.Result] = []
 
     def rows(setting: object) -> Iterator[results.Row]:
@@ -157,7 +157,7 @@ def test_compares_kept_results(run, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["speed"], "no suite 'speed'"),
         (["views", "--compare", "a", "b"], "leave the suites out"),
@@ -166,10 +166,10 @@ def test_compares_kept_results(run, tmp_path: Path) -> None:
         (["--device", "cuda:7", "views", "--quick"], "cuda:7"),
     ],
 )
-def test_wrong_input_is_one_line(arguments: list[str], said: str, run) -> None:
+def test_wrong_input_is_one_line(arguments: list[str], message: str, run) -> None:
     code, _, err = run(*arguments)
     assert code == 2
-    assert said in err.splitlines()[-1]
+    assert message in err.splitlines()[-1]
 
 
 def test_without_matplotlib_it_says_so(run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Verdicts between two results."""
+"""The verdicts on two results."""
 
 from __future__ import annotations
 
@@ -29,18 +29,16 @@ def test_rows_are_matched_by_name() -> None:
     moved = a.rows[0].model_copy(update={"timing": timed(0.05)})
     new = Row(suite="views", name="two views of 96 px", variant="new", timing=timed(1.0))
     b = result(rows=(a.rows[1], moved, new))
-    found = {change.variant: change for change in compare(a, b) if change.suite == "views"}
-    assert (found["ours"].ratio, found["ours"].verdict) == (2.0, "faster")
-    assert (found["Pillow"].ratio, found["Pillow"].verdict) == (1.0, "noise")
-    assert (found["new"].verdict, found["new"].a_s) == ("only in B", None)
+    changes = {change.variant: change for change in compare(a, b) if change.suite == "views"}
+    assert (changes["ours"].ratio, changes["ours"].verdict) == (2.0, "faster")
+    assert (changes["Pillow"].ratio, changes["Pillow"].verdict) == (1.0, "noise")
+    assert (changes["new"].verdict, changes["new"].a_s) == ("only in B", None)
     assert [change.verdict for change in compare(a, b) if change.suite == "kernels"] == ["only in A"]
-    assert "fused, Triton" not in found
+    assert "fused, Triton" not in changes
 
 
 def test_cautions() -> None:
     assert cautions(result(), result()) == []
     assert cautions(result(), result(finished=False)) == ["B is unfinished: it was cut off after 4 rows"]
-    said = cautions(result(), result(machine=GPU, quick=True, load=7.0))
-    assert any("device_name" in line for line in said)
-    assert any("--quick" in line for line in said)
-    assert any("busy" in line for line in said)
+    warnings = " ".join(cautions(result(), result(machine=GPU, quick=True, load=7.0)))
+    assert all(word in warnings for word in ("device_name", "--quick", "busy"))

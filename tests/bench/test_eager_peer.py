@@ -1,4 +1,4 @@
-"""The tuned peer trains what the post's path trains, in float64; its operations are counted as the arithmetic says."""
+"""The tuned peer trains as the post's path does, in float64, and its operations are counted."""
 
 from __future__ import annotations
 

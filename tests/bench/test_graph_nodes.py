@@ -1,18 +1,13 @@
-"""Nodes of a CUDA graph, against numbers counted by hand.
-
-Triton's kernels are interpreted in tests, so launches of ours are recorded in a process of their own.
-"""
+"""The nodes of a CUDA graph against numbers counted by hand."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections import Counter
 
 import pytest
 import torch
 
+from compiled_process import printed
 from fastbyol import load_config
 from fastbyol.engine.step import TrainState, train_step
 from fastbyol.model.standardizing import Standardizing
@@ -40,7 +35,7 @@ def by_kind(nodes: Counter[Node]) -> dict[str, int]:
     return dict(kinds)
 
 
-def test_operations_that_launch_are_told_from_those_that_do_not() -> None:
+def test_only_operations_that_launch_are_counted() -> None:
     x = torch.randn(4, 6)
     with NodeCounter() as counter:
         y = x.t()[1:].reshape(2, 10)[:, 2:5].unsqueeze(0).expand(3, -1, -1)  # views, of which reshape copies: 1 copy
@@ -94,27 +89,27 @@ def test_a_step_adds_once_per_gradient_and_copies_once_per_statistic(norm: str) 
     )
     with NodeCounter() as counter:
         train_step(state, torch.randn(2, 2, 3, 32, 32), stand_in)
-    places: dict[str, Counter[str]] = {}
+    origins: dict[str, Counter[str]] = {}
     for node, count in counter.nodes.items():
-        places.setdefault(node.place.removeprefix("fastbyol.engine.step."), Counter())[node.name] += count
-    # Each into its place in the arena's gradient.
-    assert places[AUTOGRAD] == {"add_": sum(1 for _ in state.online.parameters())}
+        origins.setdefault(node.origin.removeprefix("fastbyol.engine.step."), Counter())[node.name] += count
+    # Each into its slice of the arena's gradient.
+    assert origins[AUTOGRAD] == {"add_": sum(1 for _ in state.online.parameters())}
     # Running mean and variance of every batch norm: 20 in an encoder with bn, and one in a head; two encoders, three heads.
-    assert places["TrainState.restore_statistics"] == {"copy_": 2 * (2 * 20 + 3 if norm == "bn" else 3)}
-    assert places["TrainState.statistics"] == {"cat": 2}
-    assert places["train_step"]["zero_"] == 1
-    assert places["train_step"]["add_"] == 1  # of the step's number
+    assert origins["TrainState.restore_statistics"] == {"copy_": 2 * (2 * 20 + 3 if norm == "bn" else 3)}
+    assert origins["TrainState.statistics"] == {"cat": 2}
+    assert origins["train_step"]["zero_"] == 1
+    assert origins["train_step"]["add_"] == 1  # of the step's number
 
 
-def test_given_weights_take_the_place_of_their_parameters() -> None:
+def test_standardized_weights_replace_their_parameters() -> None:
     state = TrainState.create(load_config("blog", [*SMALL, "model.ws=true", "engine.kernels=reference"]), steps_per_epoch=2)
     parameters = set(map(id, state.online.parameters()))
     for module in state.online.modules():
         if isinstance(module, Standardizing) and module.ws:
             module.precomputed = module.weight.detach().bfloat16().requires_grad_()
-    found = list(leaves(state.online))
-    assert len(found) == len(parameters)
-    assert [leaf.dtype for leaf in found if id(leaf) not in parameters] == [torch.bfloat16] * 20  # the convolutions
+    tensors = list(leaves(state.online))
+    assert len(tensors) == len(parameters)
+    assert [leaf.dtype for leaf in tensors if id(leaf) not in parameters] == [torch.bfloat16] * 20  # the convolutions
 
 
 # A region as torch.compile hands it out, by hand: group norm twice, and something that is not ours.
@@ -142,7 +137,4 @@ for name, (calls, nodes) in graph_nodes.of_operations(graph, 90).items():
 
 
 def test_our_operations_in_a_compiled_region_count_as_what_they_launch() -> None:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, "-c", RECORDED], env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.splitlines() == ["fastbyol.group_norm 2 [('our Triton kernels', '_forward_kernel', 2)]"]
+    assert printed(RECORDED).splitlines() == ["fastbyol.group_norm 2 [('our Triton kernels', '_forward_kernel', 2)]"]

@@ -1,4 +1,4 @@
-"""The harness on a clock that the test winds: order of the readings, medians, spreads, ratios within rounds."""
+"""The harness with a fake clock: order of readings, medians, spreads, ratios within rounds."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from fastbyol_bench.kernel_times import Kernel
 
 
 class WoundClock:
-    """Takes what a call returns for the seconds that it took; a drift doubles every round's times."""
+    """A clock whose times are the calls' results, doubled from round to round by a drift."""
 
     def __init__(self, per_round: int) -> None:
         self.calls, self.per_round = 0, per_round
@@ -60,9 +60,9 @@ def test_rounds_turn_and_ratios_survive_drift() -> None:
     assert "".join(order) == "abc" + "abc" + "bca" + "cab" + "abc"  # the first three warm up
     assert before == list(range(3, 15))
     assert [reading.wall_s for reading in readings["a"]] == [1.0, 2.0, 4.0, 8.0]
-    found = ratios(variants, readings)
-    assert (found["b"].median, found["b"].spread, found["b"].cpu) == (3.0, 0.0, 3.0)
-    assert found["c"].median == 6.0  # per image
+    against = ratios(variants, readings)
+    assert (against["b"].median, against["b"].spread, against["b"].cpu) == (3.0, 0.0, 3.0)
+    assert against["c"].median == 6.0  # per image
     medians = timing(readings["b"])
     assert (medians.median_s, medians.runs, medians.cpu_s) == (9.0, 4, 27.0)
 
@@ -87,9 +87,9 @@ def test_the_spread_is_numpys_interquartile_range(values: list[float]) -> None:
 
 def test_ratios_are_of_rounds_and_not_of_medians() -> None:
     ours, theirs = [Reading(t, t) for t in (1.0, 10.0, 2.0)], [Reading(t, 2 * t) for t in (2.0, 20.0, 40.0)]
-    found = ratio(theirs, ours)
-    assert (found.median, found.cpu) == (2.0, 4.0)
-    assert found.spread == pytest.approx(9.0)  # of 2, 2, 20
+    of_rounds = ratio(theirs, ours)
+    assert (of_rounds.median, of_rounds.cpu) == (2.0, 4.0)
+    assert of_rounds.spread == pytest.approx(9.0)  # of 2, 2, 20
 
 
 def test_the_host_clock_counts_both_times() -> None:
@@ -121,7 +121,7 @@ def test_a_peer_that_ends_leaves_the_others_their_rounds() -> None:
     )
     assert lost == ["first: f ended early", "later: l ended early"]
     assert "".join(order) == "ofl" + "ol" + "lo" + "o" + "o"
-    assert {name: len(found) for name, found in readings.items()} == {"ours": 4}
+    assert {name: len(taken) for name, taken in readings.items()} == {"ours": 4}
     assert ratios(variants, readings) == {}
     with pytest.raises(PeerError):
         measure([Variant("first", work("again", 1))], Plan(1), WoundClock(1))
@@ -142,7 +142,7 @@ def test_kernels_are_summed_whatever_the_host_takes() -> None:
 
 
 def test_events_span_several_calls(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The device's clock of the test is wound by each call; a reading is the mean of the calls between two events."""
+    """Check that a reading is the mean of the calls between two events."""
     device_ms = [0.0]
 
     class Event:

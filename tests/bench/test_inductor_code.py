@@ -1,4 +1,4 @@
-"""What is read off a module as Inductor writes it."""
+"""The launches that are parsed from a module of Inductor's code."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Kernel durations out of profiler events: torch's own event class, in whichever version is installed."""
+"""Kernel durations from profiler events, of torch's own event class."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_what_ran_on_the_device_is_kept_in_order() -> None:
 
 
 def test_device_totals_of_torch_agree() -> None:
-    """torch's own sum over its averages, which its table prints, where that version has it under this name."""
+    """Compare with torch's own sum over its averages, which its table prints."""
     events = EventList([event for event in EVENTS if not event.is_user_annotation], use_device="cuda")
     events._build_tree()
     theirs = sum(row.self_device_time_total for row in events.key_averages() if row.device_type == CUDA)
@@ -50,7 +50,7 @@ def test_device_totals_of_torch_agree() -> None:
 
 
 def test_a_record_holds_the_call_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The device is waited for before the profiler starts and before it stops; CUPTI is not torn down between records."""
+    """Check that the device is idle at start and stop, and that CUPTI stays loaded."""
     order: list[str] = []
 
     class Profiler:

@@ -1,11 +1,8 @@
-"""The kept tables are what steps launch and what that costs, and nothing in them is beyond what a GPU admits."""
+"""The stored tables match the launches and costs of steps, within the limits of a GPU."""
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from collections import Counter
 from importlib import import_module
 from pathlib import Path
@@ -15,6 +12,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from compiled_process import printed
 from fastbyol.config import ModelConfig
 from fastbyol.model.byol import Online
 from fastbyol.model.norm import GroupNorm
@@ -28,17 +26,8 @@ SHARED_BYTES = {80: 163 << 10, 90: 227 << 10}
 GRID = (2**31 - 1, 2**16 - 1, 2**16 - 1)
 
 
-def printed(code: str) -> str:
-    """What ``code`` prints in a process of its own, since interpreted kernels cannot be compiled."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-W", "error", "-c", f"from fastbyol_bench.launches import *\nprint({code}, end='')"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1800, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
-
-
 def kept(table: str) -> str:
-    """The kept table of the installed Triton."""
+    """Return the stored table of the installed Triton."""
     path = launches.kept(table)
     text = path.read_text()
     if text.splitlines()[0] != f"triton {launches.MINOR}":
@@ -47,20 +36,20 @@ def kept(table: str) -> str:
 
 
 def tables(table: str) -> list[str]:
-    """The kept tables of all versions of Triton."""
-    found = [path.read_text() for path in sorted(launches.KERNELS.glob(f"{table}*.txt"))]
-    assert len(found) == 2
-    return found
+    """Return the stored tables of all versions of Triton."""
+    texts = [path.read_text() for path in sorted(launches.KERNELS.glob(f"{table}*.txt"))]
+    assert len(texts) == 2
+    return texts
 
 
 def launched(text: str) -> list[tuple[str, str, list[int], int]]:
-    """Op, kernel, grid and times of each line of a table of launches."""
+    """Return op, kernel, grid and times of each line of a table of launches."""
     lines = re.findall(r"^(\w+) +(\w+) +(\d+(?: x \d+)*) +(\d+) +\d+ +\d+ +\d+  \w", text, re.MULTILINE)
     return [(op, kernel, [int(side) for side in grid.split(" x ")], int(times)) for op, kernel, grid, times in lines]
 
 
 def costs(text: str) -> list[tuple[str, str, int, list[int], str]]:
-    """Op, kernel, architecture, the seven figures and the rest of each line of a table of resources."""
+    """Return op, kernel, architecture, seven figures and the rest of each line of resources."""
     lines = re.findall(r"^(\w+) +(\w+) +sm_(\d+)((?: +\d+){7})  (.+)$", text, re.MULTILINE)
     assert len(lines) == len(text.splitlines()) - 2
     return [(op, kernel, int(arch), [int(n) for n in figures.split()], rest) for op, kernel, arch, figures, rest in lines]
@@ -69,18 +58,21 @@ def costs(text: str) -> list[tuple[str, str, int, list[int], str]]:
 @pytest.mark.slow
 def test_steps_launch_what_the_table_says() -> None:
     expected = kept("LAUNCHES")
-    assert printed("launch_table()") == expected, RENEW
+    assert printed("from fastbyol_bench.launches import *\nprint(launch_table(), end='')") == expected, RENEW
 
 
 @pytest.mark.slow
 def test_kernels_cost_what_the_table_says() -> None:
     expected = kept("RESOURCES")
-    assert printed("resource_table()") == expected, RENEW
+    assert printed("from fastbyol_bench.launches import *\nprint(resource_table(), end='')") == expected, RENEW
 
 
 @pytest.mark.parametrize("text", tables("LAUNCHES"), ids=lambda text: text.split("\n")[0])
 def test_a_step_launches_what_its_network_asks_for(text: str) -> None:
-    """Views in four launches, a norm in one per network and two for the gradient, weights in one a network and one back."""
+    """Count four launches for views, one per norm and network, two per norm's gradient.
+
+    The weights take one launch per network and one for the gradient.
+    """
     with torch.device("meta"):
         net = Online(ModelConfig(norm="gn", ws=True))
     norms = sum(isinstance(module, GroupNorm) for module in net.modules())
@@ -104,14 +96,14 @@ def test_a_step_launches_what_its_network_asks_for(text: str) -> None:
 
 
 def test_every_kernel_that_an_operation_launches_is_in_the_tables() -> None:
-    found = {
+    launching = {
         (path.relative_to(OPS).with_suffix("").parts[0], name.removeprefix("_").removesuffix("_kernel"))
         for path in OPS.rglob("*.py")
         for name in re.findall(r"(\w+_kernel)\[", path.read_text())
     }
-    assert len(found) >= 16
+    assert len(launching) >= 16
     for text in tables("LAUNCHES"):
-        assert {(op, kernel) for op, kernel, _, _ in launched(text)} == found
+        assert {(op, kernel) for op, kernel, _, _ in launched(text)} == launching
 
 
 def test_grids_and_shared_memory_are_within_what_cuda_admits() -> None:
@@ -124,7 +116,7 @@ def test_grids_and_shared_memory_are_within_what_cuda_admits() -> None:
 
 
 def test_no_kernel_spills_or_moves_narrow_words_unexcused_and_no_excuse_is_left_over() -> None:
-    """The kernels are bound by memory and move 16 bytes an access; an exception carries its reason in the last column."""
+    """Check that kernels move 16 bytes per access, or have a reason in the last column."""
     used: set[str] = set()
     for text in tables("RESOURCES"):
         for op, kernel, architecture, (*_, spill, _, load, store), rest in costs(text):
@@ -132,14 +124,14 @@ def test_no_kernel_spills_or_moves_narrow_words_unexcused_and_no_excuse_is_left_
             flawed = spill > 0 or min(load, store) < launches.WIDE_BITS
             assert flawed == bool(why), (op, kernel, architecture, rest)
             used |= set(why[1].split("; ")) if why else set()
-    places = [path.relative_to(OPS).with_suffix("") for path in OPS.rglob("*.py") if "_kernel[" in path.read_text()]
-    modules = [import_module(".".join(("fastbyol_kernels", *place.parts))) for place in places]
+    names = [path.relative_to(OPS).with_suffix("") for path in OPS.rglob("*.py") if "_kernel[" in path.read_text()]
+    modules = [import_module(".".join(("fastbyol_kernels", *name.parts))) for name in names]
     excuses = [getattr(module, name, {}) for module in modules for name in ("SPILLS", "NARROW")]
-    assert used == {why for found in excuses for why in found.values()}
+    assert used == {why for reasons in excuses for why in reasons.values()}
 
 
 def test_unfilled_operations_return_what_the_operations_would(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Shapes, strides and dtypes of what a network of the engine's kind makes forward and backward."""
+    """Compare shapes, strides and dtypes of a small network's forward and backward passes."""
     monkeypatch.setattr(launches.Unfilled, "LARGE", 1)
     x = torch.randn(4, 3, 16, 16).contiguous(memory_format=torch.channels_last)
     weights = [torch.randn(shape).requires_grad_() for shape in ((8, 3, 7, 7), (8, 8, 3, 3), (8, 8, 1, 1), (5, 8))]
@@ -156,8 +148,8 @@ def test_unfilled_operations_return_what_the_operations_would(monkeypatch: pytes
         gradients = torch.autograd.grad(out.square().sum(), [*weights, *affine])
         return [pooled, y, out, *gradients]
 
-    def shapes(found: list[torch.Tensor]) -> list[Any]:
-        return [(tensor.shape, tensor.stride(), tensor.dtype, tensor.device) for tensor in found]
+    def shapes(tensors: list[torch.Tensor]) -> list[Any]:
+        return [(tensor.shape, tensor.stride(), tensor.dtype, tensor.device) for tensor in tensors]
 
     with launches.Unfilled():
         unfilled = work()

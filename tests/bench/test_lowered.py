@@ -1,4 +1,4 @@
-"""The committed figures of a lowered step: their form, their sums, and whether the step has changed since."""
+"""The committed figures of a lowered step: schema, sums, and sources that have not changed."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ import pytest
 from fastbyol.errors import UsageError
 from fastbyol_bench import lowered
 from fastbyol_bench.graph_nodes import ADD, COPY, OURS, Node, Operation
+from sample_results import replace_at
 from test_inductor_code import TEXT
 
 
 def test_the_figures_are_whole_and_add_up() -> None:
     kept = lowered.read()
     assert (kept.batch, kept.size, kept.precision) == (lowered.BATCH, lowered.SIZE, lowered.PRECISION)
-    assert {name: getattr(kept, name).sets for name in lowered.RECIPES} == lowered.RECIPES
+    assert {name: getattr(kept, name).sets for name in lowered.METHODS} == lowered.METHODS
     for recipe in (kept.bn, kept.gn_ws):
         # Sums within a recipe are checked as it is read. ResNet-18 has 20 convolutions: two networks forward, one backward, and
         # the images take no gradient. Linear layers: 2 in each of three heads.
@@ -38,7 +39,7 @@ def test_the_step_has_not_changed_since_it_was_lowered() -> None:
 
 @pytest.fixture
 def sources(tmp_path: Path) -> Path:
-    """A copy of all that the figures depend on."""
+    """Return a copy of all sources of the figures."""
     for pattern in lowered.SOURCES:
         for path in lowered.ROOT.glob(pattern):
             copy = tmp_path / path.relative_to(lowered.ROOT)
@@ -78,10 +79,7 @@ def test_the_fingerprint_is_of_what_the_code_does(sources: Path) -> None:
 )
 def test_a_file_that_does_not_add_up_is_refused(tmp_path: Path, path: tuple[str, ...], value: float, says: str) -> None:
     content = json.loads(lowered.PATH.read_text())
-    place = content
-    for key in path[:-1]:
-        place = place[key]
-    place[path[-1]] = value
+    replace_at(content, path, value)
     (tmp_path / "lowered.json").write_text(json.dumps(content))
     with pytest.raises(UsageError, match=rf"{says}.*`make lowered` renews it"):
         lowered.read(tmp_path / "lowered.json")
@@ -93,7 +91,7 @@ def test_a_missing_file_says_what_writes_it(tmp_path: Path) -> None:
 
 
 def test_code_and_nodes_are_put_together() -> None:
-    """TEXT launches 3 kernels of Inductor's (1 GB), 1 + 3 convolutions and a product; the operation launches two of ours."""
+    """Combine TEXT's three kernels (1 GB), four convolutions and a product with our kernels."""
     ours = Operation(1, Counter({Node(OURS, "norm", "kernel"): 2, Node(COPY, "norm", "clone"): 1}))
     outside = Counter({Node(ADD, "autograd", "add_"): 5})
     recipe = lowered._recipe(

@@ -1,4 +1,4 @@
-"""A mocked GPU: what it patches is as it was afterwards, and Inductor writes code for it that counts as by hand."""
+"""A mocked GPU: all patches are undone, and Inductor's code for it counts as by hand."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the bench times as ours is the step of a training run: the same engine, the same switches, the same numbers."""
+"""Our step in the bench is that of a training run: engine, switches and numbers are the same."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_takes_the_step_of_training() -> None:
 
 
 def test_a_graph_is_recorded_once_and_played(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where training takes a graph, a call is one replay of it; a recorder of the test stands for CUDA's."""
+    """Check with a fake recorder that each call is one replay of the graph."""
     counted = {"recorded": 0, "played": 0}
 
     def record(work: Callable[[], StepMetrics]) -> tuple[StepMetrics, Callable[[], None]]:

@@ -1,4 +1,4 @@
-"""A peer in a process of its own: it times itself there, with torch's own defaults, and can neither hang nor linger."""
+"""A peer process times itself with torch's defaults, and can neither hang nor linger."""
 
 from __future__ import annotations
 
@@ -24,33 +24,33 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class Odd:
-    """A peer that does what a test asks for."""
+    """A peer with the calls that tests need."""
 
     def open(self, device: torch.device) -> Mapping[str, Callable[[], object]]:
         def fails() -> None:
             raise ValueError("no luck\nsecond line")
 
         def switches() -> None:
-            found = {
+            values = {
                 "policy": os.environ.get("OMP_WAIT_POLICY"),
                 "deterministic": torch.backends.cudnn.deterministic,
                 "benchmark": torch.backends.cudnn.benchmark,
                 "tf32": (torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32),
                 "threads": torch.get_num_threads(),
             }
-            raise ValueError(str(found))
+            raise ValueError(str(values))
 
         return {"sleep": lambda: time.sleep(0.2), "hang": lambda: time.sleep(600), "fails": fails, "switches": switches}
 
 
 @dataclass(frozen=True)
 class Parent:
-    """A peer that starts a process, which writes to ``file`` for ever."""
+    """A peer that starts a process, which writes to ``file`` endlessly."""
 
     file: Path
 
     def open(self, device: torch.device) -> Mapping[str, Callable[[], object]]:
-        """Its first call starts it, as a DataLoader's does."""
+        """Return a call that starts the process, as a DataLoader's first one does, and a wait."""
         child = multiprocessing.Process(target=_write_on, args=(self.file,), daemon=True)
         return {"start": child.start, "wait": lambda: time.sleep(0.5)}
 
@@ -64,7 +64,7 @@ def _write_on(file: Path) -> None:
 
 @dataclass(frozen=True)
 class Unable:
-    """A peer that cannot be made."""
+    """A peer that cannot be built."""
 
     def open(self, device: torch.device) -> Mapping[str, Callable[[], object]]:
         raise RuntimeError("no kernel for this device")
@@ -90,7 +90,7 @@ def test_the_posts_probe_is_timed_without_the_making_of_its_images(monkeypatch: 
 
 
 def test_waiting_is_not_counted() -> None:
-    """What passes between asking and answering, beyond the call itself, is the asker's: the start takes seconds here."""
+    """Check that a reading excludes the peer's start, which takes seconds."""
     with PeerProcess("a peer", Odd(), CPU) as peer:
         began = time.perf_counter()
         reading = peer.call("sleep")
@@ -137,9 +137,9 @@ def test_nothing_of_ours_reaches_it(monkeypatch: pytest.MonkeyPatch) -> None:
     # torch's documented defaults: convolutions in TF32, products not.
     expected = {"policy": None, "deterministic": False, "benchmark": False, "tf32": (True, False)}
     expected["threads"] = torch.get_num_threads()
-    with PeerProcess("a peer", Odd(), CPU) as peer, pytest.raises(PeerError) as said:
+    with PeerProcess("a peer", Odd(), CPU) as peer, pytest.raises(PeerError) as error:
         peer.call("switches")
-    assert str(said.value) == f"a peer failed: ValueError: {expected}"
+    assert str(error.value) == f"a peer failed: ValueError: {expected}"
     assert os.environ["OMP_WAIT_POLICY"] == "PASSIVE"
 
 
@@ -161,18 +161,18 @@ def test_an_early_end_is_an_error_not_a_wait() -> None:
 
 
 @pytest.mark.parametrize(
-    ("recipe", "what", "patience_s", "said"),
+    ("recipe", "what", "patience_s", "message"),
     [
         (Odd(), "fails", 600.0, "a peer failed: ValueError: no luck"),
         (Odd(), "hang", 1.0, "a peer did not answer within 1 s and was ended"),
         (Unable(), "step", 600.0, "a peer failed: RuntimeError: no kernel for this device"),
     ],
 )
-def test_a_failure_is_one_line(recipe: Odd | Unable, what: str, patience_s: float, said: str) -> None:
+def test_a_failure_is_one_line(recipe: Odd | Unable, what: str, patience_s: float, message: str) -> None:
     with PeerProcess("a peer", recipe, CPU, patience_s=patience_s) as peer:
         with pytest.raises(PeerError) as error:
             peer.call(what)
-        assert str(error.value) == said
+        assert str(error.value) == message
     assert not multiprocessing.active_children()
 
 

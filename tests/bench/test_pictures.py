@@ -1,4 +1,4 @@
-"""The images to measure with."""
+"""The images of measurements."""
 
 from __future__ import annotations
 

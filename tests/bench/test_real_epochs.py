@@ -1,4 +1,4 @@
-"""Epochs of real runs: an epoch's end holds its probe and no step, a whole epoch holds both."""
+"""Epochs of real runs: an epoch's end includes its probe but no step, a whole epoch both."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ STEP_S, PROBE_S = 0.2, 0.5
 
 @pytest.fixture
 def slow(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Steps that take STEP_S longer, probes that take PROBE_S."""
+    """Make steps take STEP_S longer and probes PROBE_S."""
     make = capture.engine
 
     class Slow:
@@ -61,7 +61,7 @@ def test_an_end_is_all_but_steps(slow: None, tmp_path: Path) -> None:
 
 
 def test_a_whole_epoch_is_steps_and_end(slow: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As the train suite takes it on a GPU, on the embedded set."""
+    """Measure as the train suite does on a GPU, on the embedded set."""
     monkeypatch.setenv("FASTBYOL_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(train, "TEXTURES_TEST", 64)
     began = time.perf_counter()

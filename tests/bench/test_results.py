@@ -1,4 +1,4 @@
-"""Results as files: what is written is what is read, and nothing else is taken for a result."""
+"""Results as files: they read back as written, and nothing else is accepted."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from fastbyol.errors import UsageError
 from fastbyol_bench import results
 from fastbyol_bench.results import Row
-from sample_results import result
+from sample_results import replace_at, result
 
 
 def test_round_trip(tmp_path: Path) -> None:
@@ -41,10 +41,7 @@ def test_round_trip(tmp_path: Path) -> None:
 )
 def test_anything_else_is_refused_by_name(tmp_path: Path, keys: list[Any], value: object, where: str) -> None:
     data = json.loads(results.dumps(result()))
-    place = data
-    for key in keys[:-1]:
-        place = place[key]
-    place[keys[-1]] = value
+    replace_at(data, keys, value)
     path = tmp_path / "it.json"
     path.write_text(json.dumps(data))
     with pytest.raises(UsageError, match=where) as refused:
@@ -77,12 +74,12 @@ def test_this_machine_and_commit() -> None:
     machine, _ = results.machine("cpu")
     assert machine.device == "cpu"
     assert machine.cores >= 1
-    found = results.commit()
-    assert found is None or len(found.rstrip("+")) == 12
+    commit = results.commit()
+    assert commit is None or len(commit.rstrip("+")) == 12
 
 
 def test_kept_files_of_before_are_finished(tmp_path: Path) -> None:
-    """They have no such field; the one in this repository is read."""
+    """Read files without the field ``finished``, such as the one in this repository."""
     data = json.loads(results.dumps(result(finished=False)))
     assert data.pop("finished") is False
     path = tmp_path / "it.json"
@@ -92,7 +89,7 @@ def test_kept_files_of_before_are_finished(tmp_path: Path) -> None:
 
 
 def test_writing_leaves_the_old_or_the_new(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A process that dies before the rename has changed nothing."""
+    """Check that a process that dies before the rename changes nothing."""
     path = tmp_path / "it.json"
     results.write(result(), path)
 

@@ -1,4 +1,4 @@
-"""Rows of a piece of work: what a peer that ends leaves, and which clock times what."""
+"""The rows of a piece of work: failed peers, and the clock of each device."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ def test_a_peer_that_ends_is_a_row_that_says_so() -> None:
     def ends() -> object:
         raise PeerError("a peer ended early (exit code -9)")
 
-    said: list[str] = []
-    setting = Setting(CPU, quick=True, note=said.append)
+    notes: list[str] = []
+    setting = Setting(CPU, quick=True, note=notes.append)
     variants = [Variant("ours", lambda: sum(range(1000))), Variant("a peer", ends), Variant("another", lambda: None)]
     ours, another, lost = setting.rows("step", "a step", variants, Plan(2))
     assert (ours.variant, another.variant, lost.variant) == ("ours", "another", "a peer")
     assert another.ratio is not None
     assert lost.needs == "a peer that runs to its end: a peer ended early (exit code -9)"
-    assert said == ["step: a step", "step: a peer ended early (exit code -9)"]
+    assert notes == ["step: a step", "step: a peer ended early (exit code -9)"]
 
 
 def test_operations_are_timed_by_their_kernels_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -45,7 +45,7 @@ def test_operations_are_timed_by_their_kernels_on_a_gpu(monkeypatch: pytest.Monk
 
 
 def test_switches_of_a_run_do_not_reach_the_ceilings(monkeypatch: pytest.MonkeyPatch) -> None:
-    """fp32 is fp32 there, whatever was set before, and what was set before is set again."""
+    """Check that ceilings use true fp32 whatever is set, and restore the switches."""
     from fastbyol_bench import ceilings
 
     seen: list[tuple[bool, bool]] = []

@@ -1,4 +1,4 @@
-"""A GPU's waterfall: every kernel of a replay has its part, and the parts are the whole."""
+"""A GPU's waterfall: every kernel of a replay has its part, and the parts add up."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_kernels_have_their_part(name: str, part: str) -> None:
 
 
 def test_parts_are_the_whole() -> None:
-    """Median over replays of each part; what passes between kernels is a part of its own."""
+    """Check the median of each part over replays; the time between kernels is one of them."""
 
     def replay(views_s: float) -> list[Kernel]:
         return [Kernel("_crop_kernel", 5.0, views_s), Kernel("Memset (Device)", 15.0, 1.0), Kernel("_blur_kernel", 17.0, 2.0)]
@@ -57,7 +57,7 @@ def test_parts_are_the_whole() -> None:
 
 
 def test_on_a_gpu_replays_are_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The step that is recorded is the engine's own, warmed by a replay."""
+    """Check that the recorded step is the engine's own, after a first replay."""
     made, calls = [], []
 
     def create(sets: list[str], **where: object) -> object:

@@ -1,24 +1,11 @@
-"""Kernels are compiled as they would be launched, without a GPU, and nothing of it remains."""
+"""Kernels are compiled as for a launch, without a GPU, and everything is restored."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
 
+from compiled_process import printed
 from fastbyol_kernels import ahead_of_time
-
-
-def compiling(code: str) -> str:
-    """What ``code`` prints in a process of its own, since interpreted kernels cannot be compiled."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-W", "error", "-c", code]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout
-
 
 STEP = """
 import torch
@@ -85,17 +72,17 @@ except ValueError as error:
 
 
 def test_launches_are_recorded_as_they_would_be_made() -> None:
-    compiling(STEP + RECORDED)
+    printed(STEP + RECORDED)
 
 
 def test_all_is_as_it_was_afterwards() -> None:
-    assert "needs CUDA, x is on cpu" in compiling(STEP + RESTORED)
+    assert "needs CUDA, x is on cpu" in printed(STEP + RESTORED)
 
 
 def test_interpreted_kernels_are_refused() -> None:
     refused = "try:\n    ahead_of_time.recording(90).__enter__()\nexcept RuntimeError as error:\n    print(error)"
     code = f"import os; os.environ['TRITON_INTERPRET'] = '1'\nfrom fastbyol_kernels import ahead_of_time\n{refused}"
-    assert "start a process without it" in compiling(code)
+    assert "start a process without it" in printed(code)
 
 
 @pytest.mark.parametrize(

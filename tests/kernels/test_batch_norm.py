@@ -1,8 +1,7 @@
-"""Batch norm on a CPU against fp64, which torch's own kernel computes, and the rules that hold at any shape."""
+"""Batch norm on a CPU against torch's in fp64, and properties that hold at any shape."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -22,17 +21,10 @@ ERROR = {torch.float32: 4 * 2.0**-24, torch.bfloat16: 2.0**-9}
 ERROR_OF_SUMS = 2.0**-18
 
 
-@pytest.fixture(autouse=True)
-def _threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
 def tensors(
     shape: tuple[int, ...], dtype: torch.dtype, *, mean: float = 1.0, std: float = 2.0, residual: bool = True, seed: int = 0
 ) -> dict[str, Tensor]:
-    """x, residual, dy, weight, bias and the running buffers, the former three channels-last."""
+    """Return x, dy and residual, channels-last, and weight, bias and the running buffers."""
     g = torch.Generator().manual_seed(seed)
 
     def activation(mean: float, std: float) -> Tensor:
@@ -43,25 +35,25 @@ def tensors(
     return named | channels | {"running_var": torch.rand(shape[1], generator=g)}
 
 
-def run(given: dict[str, Tensor], num_views: int, *, relu: bool, kernels: str, wide: bool = False) -> dict[str, Tensor]:
-    """y, the running buffers after it, and all gradients."""
-    named = {name: (t.double() if wide else t.clone(memory_format=torch.preserve_format)) for name, t in given.items()}
+def run(inputs: dict[str, Tensor], num_views: int, *, relu: bool, kernels: str, wide: bool = False) -> dict[str, Tensor]:
+    """Return y, the updated running buffers and all gradients."""
+    named = {name: (t.double() if wide else t.clone(memory_format=torch.preserve_format)) for name, t in inputs.items()}
     leaves = {name: named[name].requires_grad_() for name in ("x", "weight", "bias", "residual") if name in named}
     dy = named.pop("dy")
     y = ops.batch_norm(num_views=num_views, momentum=MOMENTUM, eps=EPS, relu=relu, kernels=kernels, **named)
     gradients = torch.autograd.grad(y, list(leaves.values()), dy)
-    found = {"y": y.detach()} | {name: named[name] for name in ("running_mean", "running_var")}
-    return found | {f"d{name}": gradient for name, gradient in zip(leaves, gradients, strict=True)}
+    outputs = {"y": y.detach()} | {name: named[name] for name in ("running_mean", "running_var")}
+    return outputs | {f"d{name}": gradient for name, gradient in zip(leaves, gradients, strict=True)}
 
 
-def relative(found: Tensor, expected: Tensor) -> float:
-    """The error's norm in units of the expected one's; of absolute size where next to nothing is expected."""
-    return float((found.double() - expected).norm() / expected.norm().clamp(min=expected.numel() ** 0.5))
+def relative(outputs: Tensor, expected: Tensor) -> float:
+    """Return the error's norm relative to ``expected``, or to 1 per element if that is larger."""
+    return float((outputs.double() - expected).norm() / expected.norm().clamp(min=expected.numel() ** 0.5))
 
 
-def is_compiled(given: dict[str, Tensor]) -> bool:
-    affine = (given["weight"], given["bias"], given["running_mean"], given["running_var"])
-    return ops._is_compiled_for(given["x"], affine)
+def is_compiled(inputs: dict[str, Tensor]) -> bool:
+    affine = (inputs["weight"], inputs["bias"], inputs["running_mean"], inputs["running_var"])
+    return ops._is_compiled_for(inputs["x"], affine)
 
 
 @pytest.mark.parametrize("relu", [False, True], ids=["", "relu"])
@@ -81,20 +73,20 @@ def is_compiled(given: dict[str, Tensor]) -> bool:
     ids=str,
 )
 def test_against_fp64(shape: tuple[int, ...], num_views: int, dtype: torch.dtype, residual: bool, relu: bool) -> None:
-    given = tensors(shape, dtype, residual=residual)
-    assert is_compiled(given)
-    found = run(given, num_views, relu=relu, kernels="auto")
-    expected = run(given, num_views, relu=relu, kernels="reference", wide=True)
-    few = len(given["x"]) // num_views * shape[2] * shape[3]
+    inputs = tensors(shape, dtype, residual=residual)
+    assert is_compiled(inputs)
+    outputs = run(inputs, num_views, relu=relu, kernels="auto")
+    expected = run(inputs, num_views, relu=relu, kernels="reference", wide=True)
+    few = len(inputs["x"]) // num_views * shape[2] * shape[3]
     for name, value in expected.items():
         by_channel = value.shape == (shape[1],)
         bound = ERROR_OF_SUMS if by_channel else ERROR[dtype]
         # Of two values x_hat is +-1 and dx next to nothing, a difference of large numbers.
-        assert relative(found[name], value) < bound * (1 if few > 2 else 10), name
-        assert found[name].dtype == (torch.float32 if by_channel else dtype)
-    assert found["y"].stride() == found["dx"].stride() == given["x"].stride()
+        assert relative(outputs[name], value) < bound * (1 if few > 2 else 10), name
+        assert outputs[name].dtype == (torch.float32 if by_channel else dtype)
+    assert outputs["y"].stride() == outputs["dx"].stride() == inputs["x"].stride()
     if relu:
-        assert bool((found["y"] >= 0).all())
+        assert bool((outputs["y"] >= 0).all())
 
 
 @given(
@@ -110,125 +102,125 @@ def test_any_shape(
 ) -> None:
     images, *rest = shape
     assume(images * rest[1] * rest[2] > 1)
-    given = tensors((images * num_views, *rest), dtype, residual=residual, seed=seed)
-    found = run(given, num_views, relu=relu, kernels="cpu")
-    expected = run(given, num_views, relu=relu, kernels="reference", wide=True)
+    inputs = tensors((images * num_views, *rest), dtype, residual=residual, seed=seed)
+    outputs = run(inputs, num_views, relu=relu, kernels="cpu")
+    expected = run(inputs, num_views, relu=relu, kernels="reference", wide=True)
     # Channels with next to no variance magnify rounding by weight / sqrt(eps): x's own steps are 2**-8 or 2**-24 of it.
-    for name in found:
+    for name in outputs:
         fp32 = name not in ("y", "dx", "dresidual")
-        assert relative(found[name], expected[name]) < (1e-4 if fp32 or dtype == torch.float32 else 1e-2), name
+        assert relative(outputs[name], expected[name]) < (1e-4 if fp32 or dtype == torch.float32 else 1e-2), name
 
 
 @pytest.mark.parametrize("relu", [False, True], ids=["", "relu"])
 @pytest.mark.parametrize(("dtype", "mean"), [(torch.bfloat16, 200.0), (torch.float32, 1e4), (torch.float32, -1e4)], ids=str)
 def test_large_means_cost_nothing(dtype: torch.dtype, mean: float, relu: bool) -> None:
-    """Where torch's fp32 kernel loses three digits."""
-    given = tensors((32, 16, 24, 24), dtype, mean=mean, std=1.0)
-    found = run(given, 2, relu=relu, kernels="auto")
-    expected = run(given, 2, relu=relu, kernels="reference", wide=True)
+    """Use means at which torch's fp32 kernel loses three digits."""
+    inputs = tensors((32, 16, 24, 24), dtype, mean=mean, std=1.0)
+    outputs = run(inputs, 2, relu=relu, kernels="auto")
+    expected = run(inputs, 2, relu=relu, kernels="reference", wide=True)
     for name, value in expected.items():
-        assert relative(found[name], value) < (ERROR_OF_SUMS if value.ndim == 1 else ERROR[dtype]), name
+        assert relative(outputs[name], value) < (ERROR_OF_SUMS if value.ndim == 1 else ERROR[dtype]), name
 
 
 def test_an_odd_first_pixel_spoils_little() -> None:
-    """The worst shift there is: one value of a view that makes all of its variance."""
-    given = tensors((8, 4, 40, 40), torch.float32, residual=False)
-    given["x"][0, :, 0, 0] = 1e6
-    given["x"][4, :, 0, 0] = 1e6
-    found, expected = run(given, 2, relu=False, kernels="auto"), run(given, 2, relu=False, kernels="reference", wide=True)
+    """Use the worst shift: a single pixel that causes all variance of its view."""
+    inputs = tensors((8, 4, 40, 40), torch.float32, residual=False)
+    inputs["x"][0, :, 0, 0] = 1e6
+    inputs["x"][4, :, 0, 0] = 1e6
+    outputs, expected = run(inputs, 2, relu=False, kernels="auto"), run(inputs, 2, relu=False, kernels="reference", wide=True)
     # Of 6400 pixels: 6400 / 16 ** 2 times the rounding of fp32, of sums of 50 terms in a row.
     for name in ("y", "running_mean", "running_var"):
-        assert relative(found[name], expected[name]) < 1e-4, name
+        assert relative(outputs[name], expected[name]) < 1e-4, name
 
 
 @pytest.mark.parametrize("relu", [False, True], ids=["", "relu"])
 @pytest.mark.parametrize("residual", [False, True], ids=["", "residual"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_any_number_of_threads_gives_the_same_bits(dtype: torch.dtype, residual: bool, relu: bool) -> None:
-    given = tensors((32, 48, 17, 17), dtype, residual=residual)
+    inputs = tensors((32, 48, 17, 17), dtype, residual=residual)
     results = []
     for threads in (1, 2, 3, 8):
         torch.set_num_threads(threads)
-        results.append(run(given, 2, relu=relu, kernels="auto"))
+        results.append(run(inputs, 2, relu=relu, kernels="auto"))
     for other in results[1:]:
         assert all(torch.equal(other[name], value) for name, value in results[0].items())
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_mask_made_again_is_that_of_the_output(dtype: torch.dtype) -> None:
-    """Also where the output is next to nothing: bias and weight shrink it to the smallest numbers there are."""
+    """Check also outputs near 0: bias and weight shrink them to the smallest numbers."""
     shape = (64, 32, 9, 9)
     for scale in (1.0, 1e-30, 1e-40, 1e-44):
-        given = tensors(shape, dtype, residual=False)
-        given["weight"] *= scale
-        given["bias"] *= scale
-        x = given["x"].requires_grad_()
-        affine = [given[name] for name in ("weight", "bias", "running_mean", "running_var")]
+        inputs = tensors(shape, dtype, residual=False)
+        inputs["weight"] *= scale
+        inputs["bias"] *= scale
+        x = inputs["x"].requires_grad_()
+        affine = [inputs[name] for name in ("weight", "bias", "running_mean", "running_var")]
         y = FusedBatchNorm.apply(x, *affine[:1], affine[1].requires_grad_(), *affine[2:], 2, MOMENTUM, EPS, None, True)
         (counted,) = torch.autograd.grad(y, affine[1], torch.ones_like(y))
         assert torch.equal(counted, (y > 0).sum((0, 2, 3)).float())
 
 
 def test_without_a_residual_the_output_is_not_saved() -> None:
-    given = tensors((8, 16, 8, 8), torch.bfloat16, residual=True)
-    residual = given.pop("residual")
-    x = given.pop("x").requires_grad_()
-    del given["dy"]
+    inputs = tensors((8, 16, 8, 8), torch.bfloat16, residual=True)
+    residual = inputs.pop("residual")
+    x = inputs.pop("x").requires_grad_()
+    del inputs["dy"]
     for added, relu, tensors_saved in ((None, True, 1), (residual, False, 1), (residual, True, 2)):
         saved: list[Tensor] = []
         with torch.autograd.graph.saved_tensors_hooks(lambda t, saved=saved: saved.append(t) or t, lambda t: t):
-            ops.batch_norm(x, num_views=2, momentum=MOMENTUM, eps=EPS, residual=added, relu=relu, **given)
+            ops.batch_norm(x, num_views=2, momentum=MOMENTUM, eps=EPS, residual=added, relu=relu, **inputs)
         assert sum(t.shape == x.shape for t in saved) == tensors_saved
         # Tables of a few numbers per channel, repeated over the lanes.
         assert sum(t.numel() for t in saved if t.shape != x.shape) <= 2 * 5 * 512
 
 
 def test_gradients_of_any_strides() -> None:
-    given = tensors((8, 12, 6, 6), torch.float32)
-    expected = run(given, 2, relu=True, kernels="auto")
-    for dy in (given["dy"].contiguous(), given["dy"].permute(0, 1, 3, 2).clone().permute(0, 1, 3, 2)):
-        found = run(given | {"dy": dy}, 2, relu=True, kernels="auto")
-        assert all(torch.equal(found[name], value) for name, value in expected.items())
-    given["dy"] = torch.ones(()).expand(8, 12, 6, 6)
+    inputs = tensors((8, 12, 6, 6), torch.float32)
+    expected = run(inputs, 2, relu=True, kernels="auto")
+    for dy in (inputs["dy"].contiguous(), inputs["dy"].permute(0, 1, 3, 2).clone().permute(0, 1, 3, 2)):
+        outputs = run(inputs | {"dy": dy}, 2, relu=True, kernels="auto")
+        assert all(torch.equal(outputs[name], value) for name, value in expected.items())
+    inputs["dy"] = torch.ones(()).expand(8, 12, 6, 6)
     assert relative(
-        run(given, 2, relu=True, kernels="auto")["dx"], run(given, 2, relu=True, kernels="reference", wide=True)["dx"]
+        run(inputs, 2, relu=True, kernels="auto")["dx"], run(inputs, 2, relu=True, kernels="reference", wide=True)["dx"]
     ) < 1e-6  # fmt: skip
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_what_is_no_number_stays_in_its_view_and_channel(value: float, dtype: torch.dtype) -> None:
-    given = tensors((8, 4, 20, 20), dtype)
-    clean = run(given, 2, relu=True, kernels="auto")
-    given["x"][1, 2, 3, 4] = value
-    found = run(given, 2, relu=True, kernels="auto")
+    inputs = tensors((8, 4, 20, 20), dtype)
+    clean = run(inputs, 2, relu=True, kernels="auto")
+    inputs["x"][1, 2, 3, 4] = value
+    outputs = run(inputs, 2, relu=True, kernels="auto")
     for name in ("y", "dx"):
-        assert bool(found[name][:4, 2].isnan().all())
-        assert torch.equal(found[name][4:], clean[name][4:])
-        assert torch.equal(found[name][:, :2], clean[name][:, :2])
-    assert not bool(found["running_mean"][2].isfinite())
-    assert not bool(found["running_var"][2].isfinite())
-    assert not bool(found["dweight"][2].isfinite())
+        assert bool(outputs[name][:4, 2].isnan().all())
+        assert torch.equal(outputs[name][4:], clean[name][4:])
+        assert torch.equal(outputs[name][:, :2], clean[name][:, :2])
+    assert not bool(outputs["running_mean"][2].isfinite())
+    assert not bool(outputs["running_var"][2].isfinite())
+    assert not bool(outputs["dweight"][2].isfinite())
 
 
 def test_a_masked_gradient_that_is_infinite_is_zero() -> None:
-    given = tensors((8, 4, 5, 5), torch.float32)
+    inputs = tensors((8, 4, 5, 5), torch.float32)
     for residual in (True, False):
-        named = given if residual else {name: t for name, t in given.items() if name != "residual"}
+        named = inputs if residual else {name: t for name, t in inputs.items() if name != "residual"}
         y = run(named, 2, relu=True, kernels="auto")["y"]
         spoilt = named["dy"].clone()
         spoilt[y == 0] = torch.inf
         expected = torch.where(y == 0, 0.0, named["dy"])
-        found = run(named | {"dy": spoilt}, 2, relu=True, kernels="auto")
-        assert torch.equal(found["dx"], run(named | {"dy": expected}, 2, relu=True, kernels="auto")["dx"])
+        outputs = run(named | {"dy": spoilt}, 2, relu=True, kernels="auto")
+        assert torch.equal(outputs["dx"], run(named | {"dy": expected}, 2, relu=True, kernels="auto")["dx"])
 
 
 def test_constant_channels_have_no_variance() -> None:
-    given = tensors((8, 4, 30, 30), torch.float32, residual=False)
-    given["x"][:, 1] = 0.1
-    found = run(given, 2, relu=False, kernels="auto")
-    assert torch.equal(found["y"][:, 1], given["bias"][1].expand(8, 30, 30))
-    torch.testing.assert_close(found["running_var"][1], given["running_var"][1] * 0.81, rtol=2e-7, atol=0)
+    inputs = tensors((8, 4, 30, 30), torch.float32, residual=False)
+    inputs["x"][:, 1] = 0.1
+    outputs = run(inputs, 2, relu=False, kernels="auto")
+    assert torch.equal(outputs["y"][:, 1], inputs["bias"][1].expand(8, 30, 30))
+    torch.testing.assert_close(outputs["running_var"][1], inputs["running_var"][1] * 0.81, rtol=2e-7, atol=0)
 
 
 def test_everything_else_takes_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -236,23 +228,23 @@ def test_everything_else_takes_the_reference(monkeypatch: pytest.MonkeyPatch) ->
         raise AssertionError("compiled code")
 
     monkeypatch.setattr(FusedBatchNorm, "apply", refuse)
-    given = tensors((8, 4, 6, 6), torch.float32)
+    inputs = tensors((8, 4, 6, 6), torch.float32)
     cases = {
-        "(N, C, H, W)": given | {"x": given["x"].contiguous()},
-        "fp64": {name: t.double() for name, t in given.items()},
-        "(N, C)": {name: t.contiguous()[:, :, 0, 0].clone() if t.ndim == 4 else t for name, t in given.items()},
+        "(N, C, H, W)": inputs | {"x": inputs["x"].contiguous()},
+        "fp64": {name: t.double() for name, t in inputs.items()},
+        "(N, C)": {name: t.contiguous()[:, :, 0, 0].clone() if t.ndim == 4 else t for name, t in inputs.items()},
     }
     for case in cases.values():
         assert not is_compiled(case) or case["x"].dtype == torch.float64
         run(case, 2, relu=True, kernels="cpu")
-    run(given, 2, relu=True, kernels="reference")
+    run(inputs, 2, relu=True, kernels="reference")
     with pytest.raises(AssertionError, match="compiled code"):
-        run(given, 2, relu=True, kernels="auto")
+        run(inputs, 2, relu=True, kernels="auto")
 
 
 def test_an_empty_batch_is_torchs() -> None:
-    given = tensors((0, 4, 6, 6), torch.float32, residual=False)
-    assert not is_compiled(given)
+    inputs = tensors((0, 4, 6, 6), torch.float32, residual=False)
+    assert not is_compiled(inputs)
 
 
 @pytest.mark.parametrize(

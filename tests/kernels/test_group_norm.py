@@ -1,8 +1,8 @@
-"""Group norm against the formula written with sums, in fp64: the reference, and the kernels forward and backward."""
+"""Group norm, reference and kernels, against the formula written with sums in fp64."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -70,7 +70,6 @@ def test_keeps_channels_last_forward_and_backward() -> None:
     y = group_norm(x, 4, weight, bias)
     y.backward(torch.randn_like(y))
     assert y.is_contiguous(memory_format=torch.channels_last)
-    assert x.grad is not None
     assert x.grad.is_contiguous(memory_format=torch.channels_last)
 
 
@@ -88,7 +87,7 @@ def test_bf16_takes_fp32_statistics() -> None:
 
 
 class Case:
-    """Inputs of one call on ``device``, an upstream gradient, and what fp64 makes of them."""
+    """The inputs of one call on ``device``, an upstream gradient, and the exact results."""
 
     def __init__(
         self,
@@ -116,11 +115,8 @@ class Case:
         self.gradient = activation(gradient_scale, 0.0)
 
     def run(self, **options: Any) -> list[Tensor]:
-        """y and the gradients of the inputs."""
+        """Return y and the gradients of the inputs."""
         x, weight, bias, residual = (None if t is None else t.detach().clone().requires_grad_() for t in self.inputs)
-        assert x is not None
-        assert weight is not None
-        assert bias is not None
         y = group_norm(x, self.groups, weight, bias, residual=residual, relu=self.relu, **({"kernels": self.kernels} | options))
         y.backward(self.gradient.to(y.dtype))
         leaves = [t for t in (x, weight, bias, residual) if t is not None]
@@ -129,22 +125,21 @@ class Case:
         return [y.detach(), *grads]
 
     def exact(self) -> list[Tensor]:
-        """The same by the formula in fp64."""
+        """Return the same by the formula in fp64."""
         x, weight, bias, residual = (None if t is None else t.detach().double().requires_grad_() for t in self.inputs)
-        assert x is not None
-        assert weight is not None
-        assert bias is not None
         y = by_sums(x, self.groups, weight, bias, residual, self.relu)
         y.backward(self.gradient.double())
         leaves = [t for t in (x, weight, bias, residual) if t is not None]
         return [y.detach(), *(t.grad for t in leaves if t.grad is not None)]
 
     def compare(self, got: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
-        """bf16 results are one rounding off: 2^-8 of the value, 2^-7 in the interpreter, which cuts instead of rounding.
+        """Compare within rounding errors.
 
-        In fp32 a value is the sum of some ten terms, each rounded to 2^-24 of the largest of them: 4e-6 of y's largest value,
-        for dx of the largest rstd * weight * dy (what is left after the means are taken off can be far smaller). A sum over
-        elements adds up their errors: 4e-6 of the sum of the absolute terms.
+        bf16 results have one rounding: 2^-8 of the value, or 2^-7 in the interpreter, which
+        truncates. In fp32 a value is the sum of about ten terms, each rounded to 2^-24 of the
+        largest: 4e-6 of y's largest value, for dx of the largest rstd * weight * dy (after the
+        means are subtracted, dx can be far smaller). A sum over elements adds up their errors: 4e-6
+        of the sum of the absolute terms.
         """
         y_size, dx_size, sum_size = self.sizes(expected[0])
         assert len(got) == len(expected)
@@ -154,7 +149,7 @@ class Case:
             torch.testing.assert_close(a.double(), b, rtol=2**-7 if half else 2e-6, atol=4e-6 * size)
 
     def sizes(self, y: Tensor) -> tuple[float, float, float]:
-        """The largest terms of y and dx, and the largest sum of absolute terms of the gradients of weight and bias."""
+        """Return the largest terms of y and dx and the largest absolute sum of affine gradients."""
         x, weight = self.inputs[0].double(), self.inputs[1].double()
         rows = x.reshape(x.shape[0], self.groups, -1)
         std = (rows.var(2, correction=0) + 1e-5).sqrt()
@@ -166,7 +161,7 @@ class Case:
 
 @pytest.fixture(params=[False, True], ids=["whole", "cut"])
 def cut(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
-    """Whether samples are cut into runs: both ways of launching run on shapes small enough for the interpreter."""
+    """Cut samples into runs or not, so that small shapes use both kinds of launches."""
     if request.param:
         for name in ("MAX_BYTES_FORWARD", "MAX_BYTES_BACKWARD"):
             monkeypatch.setattr(module, name, 0)
@@ -175,33 +170,14 @@ def cut(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool
     return bool(request.param)
 
 
-@pytest.fixture(params=["triton", "cpu"])
-def kernels(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
-
-
-@pytest.fixture
-def place(kernels: str, device: torch.device) -> torch.device:
-    """Where ``kernels`` run."""
-    return torch.device("cpu") if kernels == "cpu" else device
-
-
-@pytest.fixture
-def nan_filled(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Fresh memory holds NaN, so that an element left unwritten shows."""
-    empty, empty_like = torch.empty, torch.empty_like
-    monkeypatch.setattr(torch, "empty", lambda *a, **k: empty(*a, **k).fill_(float("nan")))
-    monkeypatch.setattr(torch, "empty_like", lambda *a, **k: empty_like(*a, **k).fill_(float("nan")))
-    yield
-    monkeypatch.undo()
-
-
 @pytest.mark.usefixtures("nan_filled", "cut")
 @pytest.mark.parametrize(("shape", "groups"), SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_kernels_equal_fp64(shape: tuple[int, ...], groups: int, dtype: torch.dtype, kernels: str, place: torch.device) -> None:
+def test_kernels_equal_fp64(
+    shape: tuple[int, ...], groups: int, dtype: torch.dtype, kernels: str, kernel_device: torch.device
+) -> None:
     for flags in FLAGS:
-        case = Case(shape, groups, dtype, flags, place, kernels=kernels)
+        case = Case(shape, groups, dtype, flags, kernel_device, kernels=kernels)
         case.compare(case.run(), case.exact())
 
 
@@ -223,14 +199,14 @@ def test_kernels_equal_fp64_at_any_shape(
 
 
 @pytest.mark.usefixtures("cut")
-def test_two_runs_are_equal_in_every_bit(kernels: str, place: torch.device) -> None:
-    case = Case((3, 64, 5, 5), 32, torch.bfloat16, (True, True), place, kernels=kernels)
+def test_two_runs_are_equal_in_every_bit(kernels: str, kernel_device: torch.device) -> None:
+    case = Case((3, 64, 5, 5), 32, torch.bfloat16, (True, True), kernel_device, kernels=kernels)
     for a, b in zip(case.run(), case.run(), strict=True):
         assert torch.equal(a, b)
 
 
-def test_samples_do_not_touch_each_other(kernels: str, place: torch.device) -> None:
-    case = Case((3, 64, 3, 5), 32, torch.float32, (True, True), place, kernels=kernels)
+def test_samples_do_not_touch_each_other(kernels: str, kernel_device: torch.device) -> None:
+    case = Case((3, 64, 3, 5), 32, torch.float32, (True, True), kernel_device, kernels=kernels)
     before = case.run()
     for tensor in (case.inputs[0], case.gradient):
         tensor[1] = float("nan")
@@ -242,24 +218,24 @@ def test_samples_do_not_touch_each_other(kernels: str, place: torch.device) -> N
 
 
 @pytest.mark.usefixtures("cut")
-def test_large_mean_costs_no_digits_of_the_variance(kernels: str, place: torch.device) -> None:
-    """At a mean of 1,000 stds the one-pass formula E[x^2] - E[x]^2 keeps one digit in fp32."""
-    case = Case((2, 64, 5, 5), 32, torch.float32, (False, False), place, mean=2000.0, kernels=kernels)
+def test_large_mean_costs_no_digits_of_the_variance(kernels: str, kernel_device: torch.device) -> None:
+    """Use a mean of 1,000 stds, at which E[x^2] - E[x]^2 keeps one digit in fp32."""
+    case = Case((2, 64, 5, 5), 32, torch.float32, (False, False), kernel_device, mean=2000.0, kernels=kernels)
     got, expected = case.run(), case.exact()
     # x * scale + shift is the difference of two numbers near 1,000 * weight: 2^-24 of 3,000.
     torch.testing.assert_close(got[0].double(), expected[0], rtol=0, atol=1e-3)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_collapsed_gradients_keep_their_digits(dtype: torch.dtype, kernels: str, place: torch.device) -> None:
-    """Near collapse the gradient is a millionth of the weights: nothing may flush to zero or drown in a sum."""
-    case = Case((2, 64, 5, 4), 32, dtype, (True, True), place, gradient_scale=1e-6, kernels=kernels)
+def test_collapsed_gradients_keep_their_digits(dtype: torch.dtype, kernels: str, kernel_device: torch.device) -> None:
+    """Use a gradient as near collapse: it must neither flush to zero nor drown in a sum."""
+    case = Case((2, 64, 5, 4), 32, dtype, (True, True), kernel_device, gradient_scale=1e-6, kernels=kernels)
     case.compare(case.run(), case.exact())
 
 
-def test_gradient_in_another_memory_format(kernels: str, place: torch.device) -> None:
-    """What pooling sends back is expanded: strides of zero."""
-    case = Case((2, 64, 3, 3), 32, torch.float32, (False, True), place, kernels=kernels)
+def test_gradient_in_another_memory_format(kernels: str, kernel_device: torch.device) -> None:
+    """Use an expanded gradient, with strides of zero, as pooling returns it."""
+    case = Case((2, 64, 3, 3), 32, torch.float32, (False, True), kernel_device, kernels=kernels)
     case.gradient = case.gradient[:, :, :1, :1].expand(2, 64, 3, 3)
     case.compare(case.run(), case.exact())
 
@@ -280,9 +256,6 @@ def test_compiled_equals_eager(flags: tuple[bool, bool], device: torch.device) -
     x, weight, bias, residual = (None if t is None else t.requires_grad_() for t in case.inputs)
 
     def layer() -> Tensor:
-        assert x is not None
-        assert weight is not None
-        assert bias is not None
         return group_norm(x * 2, 4, weight, bias, residual=residual, relu=flags[1], kernels="triton") + 1
 
     leaves = [t for t in (x, weight, bias, residual) if t is not None]
@@ -296,7 +269,7 @@ def test_compiled_equals_eager(flags: tuple[bool, bool], device: torch.device) -
 @pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated")
 @pytest.mark.slow
 def test_inductor_keeps_channels_last(device: torch.device) -> None:
-    """Inductor lays out what it computes itself; the kernel must find it, and its gradient, in channels-last."""
+    """Check that the kernel gets channels-last tensors although Inductor chooses layouts itself."""
     x, weight, bias, _ = (
         None if t is None else t.requires_grad_() for t in Case((2, 16, 5, 4), 4, torch.float32, (False, True), device).inputs
     )
@@ -327,33 +300,24 @@ def test_auto_takes_the_kernels_for_a_cpu_where_it_can() -> None:
 # The kernels for a CPU alone.
 
 
-@pytest.fixture
-def threads() -> Iterator[Sequence[int]]:
-    before = torch.get_num_threads()
-    yield (1, 2, 3, 7)
-    torch.set_num_threads(before)
-
-
 # Samples in one block and several, rows of several pixels with a short last one, one pixel, a sample of many rows.
 @pytest.mark.parametrize("shape", [(5, 64, 7, 9), (300, 32, 1, 1), (3, 96, 40, 41), (9, 520, 5, 5)], ids=str)
 @pytest.mark.parametrize("flags", FLAGS, ids=str)
-def test_any_number_of_threads_gives_the_same_bits(
-    shape: tuple[int, ...], flags: tuple[bool, bool], threads: Sequence[int]
-) -> None:
+def test_any_number_of_threads_gives_the_same_bits(shape: tuple[int, ...], flags: tuple[bool, bool]) -> None:
     for dtype in (torch.bfloat16, torch.float32):
-        case, found = Case(shape, 4, dtype, flags, torch.device("cpu"), kernels="cpu"), []
-        for number in threads:
+        case, results = Case(shape, 4, dtype, flags, torch.device("cpu"), kernels="cpu"), []
+        for number in (1, 2, 3, 7):
             torch.set_num_threads(number)
-            found.append(case.run())
-        for other in found[1:]:
-            assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+            results.append(case.run())
+        for other in results[1:]:
+            assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
         if shape[2] > 1:
-            case.compare(found[0], case.exact())
+            case.compare(results[0], case.exact())
 
 
 @pytest.mark.parametrize(("dtype", "mean", "rtol"), [(torch.bfloat16, 200.0, 2**-8), (torch.float32, 1e4, 2e-6)], ids=str)
 def test_statistics_keep_their_digits_at_a_huge_mean(dtype: torch.dtype, mean: float, rtol: float) -> None:
-    """Also where the first pixels, which a shift could be taken from, are far from all others."""
+    """Use first pixels, a possible shift, that are far from all others."""
     case = Case((2, 64, 24, 24), 32, dtype, (False, False), torch.device("cpu"), mean=mean, kernels="cpu")
     case.inputs[0][1, :, 0] = 0
     got, expected = case.run()[0].double(), case.exact()[0]
@@ -365,7 +329,7 @@ def test_statistics_keep_their_digits_at_a_huge_mean(dtype: torch.dtype, mean: f
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_the_backward_pass_masks_what_the_forward_pass_cut(dtype: torch.dtype) -> None:
-    """Bit for bit, in vectors and in what is left over: the bias's gradient counts what passed."""
+    """Compare the bias's gradient with the count of positive outputs, bit for bit."""
     for shape in ((2, 64, 9, 7), (3, 6, 5, 5), (2, 12, 1, 3)):
         case = Case(shape, 2, dtype, (False, True), torch.device("cpu"), kernels="cpu")
         # Biases that put an element of each channel at zero, or within a rounding of it.
@@ -387,11 +351,11 @@ def test_what_is_no_number_comes_through(dtype: torch.dtype, added: bool, relu: 
             x = x.to(dtype)
             residual = x.flip(0) if added else None
             x[1, 0, 0, 0], bias[1] = wrong, float("nan")
-            found = [
+            results = [
                 group_norm(x, 2, weight, bias, residual=residual, relu=relu, kernels=kernels).isnan()
                 for kernels in ("cpu", "reference")
             ]
-            assert torch.equal(*found)
+            assert torch.equal(*results)
 
 
 def test_is_differentiable_once() -> None:
@@ -410,8 +374,8 @@ def test_only_what_needs_a_gradient_gets_one() -> None:
     assert x.grad is weight.grad is None
 
 
-def test_empty_batch(kernels: str, place: torch.device) -> None:
-    x, weight, bias = (t.to(place) for t in arguments((0, 8, 3, 3), torch.float32))
+def test_empty_batch(kernels: str, kernel_device: torch.device) -> None:
+    x, weight, bias = (t.to(kernel_device) for t in arguments((0, 8, 3, 3), torch.float32))
     assert group_norm(x, 4, weight, bias, kernels=kernels).shape == (0, 8, 3, 3)
 
 

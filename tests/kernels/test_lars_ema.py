@@ -1,5 +1,4 @@
-"""The optimizer's sweep against torch.optim.SGD and each dialect written for one tensor with Python floats; its kernels against
-the sweep in fp64."""
+"""The optimizer against torch.optim.SGD, each dialect in Python floats, and itself in fp64."""
 
 from __future__ import annotations
 
@@ -23,13 +22,15 @@ NUM_TARGET = 3
 PAD = 32
 
 
-def table(adapt: Sequence[bool], decay: Sequence[float], lr_mult: Sequence[float]) -> SegmentTable:
+def table(
+    adapt: Sequence[bool], decay: Sequence[float], lr_mult: Sequence[float], dtype: torch.dtype = torch.float64
+) -> SegmentTable:
     return SegmentTable(
         offsets=tuple(PAD * i for i in range(len(adapt))),
         numels=NUMELS[: len(adapt)],
         adapt=torch.tensor(list(adapt)),
-        decay=torch.tensor(list(decay), dtype=torch.float64),
-        lr_mult=torch.tensor(list(lr_mult), dtype=torch.float64),
+        decay=torch.tensor(list(decay), dtype=dtype),
+        lr_mult=torch.tensor(list(lr_mult), dtype=dtype),
     )
 
 
@@ -52,7 +53,7 @@ def scalar(x: float) -> Tensor:
 def by_hand(
     rule: Rule, w: Tensor, g: Tensor, m: Tensor, wd: float, k: float, adapt: bool, lr: float, eta: float, mu: float
 ) -> tuple[Tensor, Tensor, float]:
-    """One tensor, one dialect: new w, new m, rate."""
+    """Return the new w, the new m and the rate of one tensor in one dialect."""
     wn, gn = math.sqrt((w * w).sum().item()), math.sqrt((g * g).sum().item())
     u = g + wd * w
     if rule == "sgd" or not adapt:
@@ -126,7 +127,7 @@ def test_equals_each_tensor_by_hand(
 
 @pytest.mark.parametrize("rule", RULES)
 def test_without_adaptation_every_rule_is_torchs_sgd(rule: Rule) -> None:
-    """The blog's momentum buffer holds rates as well as gradients, so it agrees while lr does not change."""
+    """Use a constant lr, since the blog's momentum buffer contains rates as well as gradients."""
     w = [p.requires_grad_() for p in draws(0)]
     groups = [{"params": [p], "weight_decay": wd} for p, wd in zip(w, (0.1, 0.0, 1e-3, 0.0), strict=True)]
     optimizer = torch.optim.SGD(groups, lr=0.1, momentum=0.9)
@@ -145,7 +146,7 @@ def test_without_adaptation_every_rule_is_torchs_sgd(rule: Rule) -> None:
 
 
 def test_a_blog_rate_never_exceeds_lr_eta_over_wd() -> None:
-    """Whatever the gradient: the bound that tells which weight decay the post's plotted rates were made with."""
+    """Check the bound that reveals the weight decay behind the post's plotted rates."""
     segments = table([True] * 4, [1.5e-6] * 4, [1.0] * 4)
     for scale in (1.0, 1e-6, 1e-12, 1e-40, 0.0):
         online = flat(draws(0))
@@ -160,11 +161,8 @@ def test_a_blog_rate_never_exceeds_lr_eta_over_wd() -> None:
 @pytest.mark.parametrize("rule", DIALECTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_nothing_to_divide_by_stays_finite(rule: Rule, dtype: torch.dtype) -> None:
-    """Zero weights, zero gradients and no decay, alone and together."""
-    segments = table([True] * 4, [0.0] * 4, [1.0] * 4)
-    segments = SegmentTable(
-        segments.offsets, segments.numels, segments.adapt, segments.decay.to(dtype), segments.lr_mult.to(dtype)
-    )
+    """Use zero weights, zero gradients and no decay, separately and together."""
+    segments = table([True] * 4, [0.0] * 4, [1.0] * 4, dtype)
     w, g = draws(0), draws(1)
     w[0].zero_()
     g[1].zero_()
@@ -186,10 +184,7 @@ def test_tau_of_one_and_zero_are_exact() -> None:
         target = flat(draws(2)).float()[:PAD]
         before = target.clone()
         zeros = torch.zeros_like(online)
-        segments = table([False] * 4, [0.0] * 4, [1.0] * 4)
-        segments = SegmentTable(
-            segments.offsets, segments.numels, segments.adapt, segments.decay.float(), segments.lr_mult.float()
-        )
+        segments = table([False] * 4, [0.0] * 4, [1.0] * 4, torch.float32)
         lars_ema(
             online, zeros, zeros.clone(), target, segments, torch.tensor(0.1), torch.tensor(tau),
             rule="sgd", eta=1.0, mu=0.9, ema_first=True,
@@ -237,7 +232,7 @@ def problem(
     grad_scale: float = 1e-3,
     tau: float = 0.996,
 ) -> Problem:
-    """Random fp32 buffers, with every combination of flags that fits, zeros between segments, and a target of some of them."""
+    """Return random fp32 buffers with zeros between segments, and every combination of flags."""
     g = torch.Generator().manual_seed(seed)
     starts = [0]
     for n in numels:
@@ -262,7 +257,7 @@ def problem(
 
 
 def assert_as_fp64(got: Problem, layers: Tensor, start: Problem, rule: Rule, *, ema_first: bool, **kwargs: Any) -> None:
-    """Every element within what rounding to fp32 explains, given the size of the terms it is the sum of."""
+    """Compare every element within fp32's rounding of the terms that it is the sum of."""
     exact = start.to(torch.float64)
     w, g, m, t = (b.clone() for b in exact.buffers)
     expected = exact.step(rule, ema_first=ema_first, kernels="reference", **kwargs)
@@ -293,19 +288,7 @@ def assert_padding_is_zero(p: Problem) -> None:
         assert not rest.any()
 
 
-@pytest.fixture
-def _dirty(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the op allocates starts as NaN, or as 0 where that says "not finite"."""
-    empty = torch.empty
-
-    def filled(*args: Any, **kwargs: Any) -> Tensor:
-        out = empty(*args, **kwargs)
-        return out.fill_(math.nan if out.is_floating_point() else 0)
-
-    monkeypatch.setattr(torch, "empty", filled)
-
-
-@pytest.mark.usefixtures("_dirty")
+@pytest.mark.usefixtures("nan_filled")
 @pytest.mark.parametrize("kernels", ["triton", "auto"])
 @pytest.mark.parametrize("ema_first", [False, True])
 @pytest.mark.parametrize("rule", RULES)
@@ -319,7 +302,7 @@ def test_kernels_equal_fp64(device: torch.device, rule: Rule, ema_first: bool, k
 
 @pytest.mark.parametrize("rule", ["sgd", "deepmind"])
 def test_kernels_neither_count_nor_touch_what_lies_between(device: torch.device, rule: Rule) -> None:
-    """Even where accesses of 16 bytes reach into it."""
+    """Check also the padding that 16-byte accesses reach."""
     clean, dirty = problem(device), problem(device)
     between = torch.ones(len(dirty.buffers[0]), dtype=torch.bool, device=device)
     for segment in dirty.table.split(between):
@@ -346,7 +329,7 @@ def test_kernels_equal_fp64_in_the_shipped_chunk(device: torch.device, rule: Rul
 def test_kernels_equal_fp64_over_steps_with_sums_in_passes(
     device: torch.device, rule: Rule, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Momentum carried on, a new gradient each time, and tables longer than what is added up at once."""
+    """Carry the momentum over steps, with tables longer than one pass of the sums."""
     monkeypatch.setattr(on_gpu, "MAX_LANES", 16)
     got = problem(device, (1300, 70), num_target=1)
     for seed in (1, 2):
@@ -390,7 +373,7 @@ def test_kernels_on_any_table(
 
 @pytest.mark.parametrize("rule", DIALECTS)
 def test_kernels_in_a_collapsed_state(device: torch.device, rule: Rule) -> None:
-    """|g| / |w| of 1e-6, where the rate is what the gradient's last digits make of it."""
+    """Use |g| / |w| of 1e-6, where the rate depends on the gradient's last digits."""
     start = problem(device, grad_scale=1e-6)
     got = start.to(torch.float32)
     layers = got.step(rule, kernels="triton")
@@ -400,7 +383,7 @@ def test_kernels_in_a_collapsed_state(device: torch.device, rule: Rule) -> None:
 
 @pytest.mark.parametrize("rule", RULES)
 def test_kernels_with_nothing_to_divide_by(device: torch.device, rule: Rule) -> None:
-    """Zero weights, zero gradients, and both, with and without decay."""
+    """Use zero weights, zero gradients, and both, with and without decay."""
     start = problem(device, (70, 70, 70, 70, 70, 70), num_target=4)
     w, g = (start.table.split(b) for b in start.buffers[:2])
     for i in (0, 2, 5):
@@ -438,7 +421,7 @@ def test_a_gradient_that_is_not_finite_moves_nothing(
 
 @pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
 def test_a_norm_that_overflows_over_chunks_moves_nothing(device: torch.device) -> None:
-    """Two chunks whose sums of squares, 2.25e38 each, fp32 can hold, but not their sum."""
+    """Use two chunks whose sums of squares, 2.25e38 each, fit in fp32 while their sum does not."""
     p = problem(device)
     segment = p.table.split(p.buffers[1])[6]
     segment[0] = segment[100] = 1.5e19
@@ -556,7 +539,7 @@ def test_triton_on_a_cpu_needs_the_interpreter(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_bytes_moved_counts_every_buffer() -> None:
-    """Read w, g twice, m, target; write w, m, target. ResNet-18: 371 MB."""
+    """Count reads of w, m, target and twice g, and writes of w, m, target. ResNet-18: 371 MB."""
     online, target = torch.zeros(96), torch.zeros(64)
     assert bytes_moved(96, 64) == 4 * online.nbytes + target.nbytes + 2 * online.nbytes + target.nbytes
     assert round(bytes_moved(11_638_592, 11_505_856) / 1e6) == 371

@@ -1,8 +1,7 @@
-"""Max pooling on a CPU against torch's: the output bit for bit, the gradient to its roundings."""
+"""Max pooling on a CPU against torch's: outputs bit for bit, gradients within rounding."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -13,45 +12,41 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastbyol_kernels import max_pool as ops
-from fastbyol_kernels.max_pool.cpu import PlacedMaxPool
+from fastbyol_kernels.max_pool.cpu import CpuMaxPool
 
 DTYPES = (torch.float32, torch.bfloat16)
 
 
-@pytest.fixture(autouse=True)
-def _threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
 def activations(shape: tuple[int, ...], dtype: torch.dtype, *, seed: int = 0, whole: bool = False) -> Tensor:
-    """Channels-last; ``whole`` numbers, a few of them, make for windows of equal maxima and zeros of both signs."""
+    """Return channels-last values; ``whole`` numbers cause ties and zeros of both signs."""
     g = torch.Generator().manual_seed(seed)
     x = torch.randn(shape, generator=g)
     return (x.round() if whole else x).to(dtype).contiguous(memory_format=torch.channels_last)
 
 
 def both(x: Tensor, dy: Tensor | None = None) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """Output and gradient of the compiled code, and of torch in float64, whose gradient is left in it."""
-    found = []
+    """Return output and gradient of the compiled code, and of torch in float64."""
+    results = []
     for kernels in ("cpu", "reference"):
         leaf = (x if kernels == "cpu" else x.double()).clone(memory_format=torch.preserve_format).requires_grad_()
         y = ops.max_pool(leaf, kernels=kernels)
         dy = activations(tuple(y.shape), x.dtype, seed=1) if dy is None else dy
         (dx,) = torch.autograd.grad(y, leaf, dy.to(y.dtype))
         assert y.dtype == dx.dtype == leaf.dtype
-        found.append((y.detach().to(x.dtype), dx))
-    return found[0], found[1]
+        results.append((y.detach().to(x.dtype), dx))
+    return results[0], results[1]
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
-    """Equal, signs of zeros included, NaN where the other is NaN."""
+    """Return True for equal values and signs of zeros, with NaN in the same positions."""
     return bool(((a == b) & (a.signbit() == b.signbit()) | a.isnan() & b.isnan()).all())
 
 
 def check(x: Tensor) -> None:
-    """A pixel lies in four windows at most: three sums in fp32, in whatever order, then one rounding to the dtype."""
+    """Compare within the roundings of a pixel's at most four windows.
+
+    These are three sums in fp32, in any order, then one rounding to the dtype.
+    """
     (y, dx), (expected, gradient) = both(x)
     assert same_bits(y, expected)
     size = both(x, activations(tuple(y.shape), x.dtype, seed=1).abs())[1][1]
@@ -94,7 +89,7 @@ def test_any_number_of_threads_gives_the_same_bits(dtype: torch.dtype) -> None:
     assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(other, results[0], strict=True))
 
 
-def test_a_place_is_saved_in_place_of_the_input() -> None:
+def test_a_byte_per_output_is_saved_instead_of_the_input() -> None:
     x, saved = activations((4, 32, 24, 24), torch.bfloat16).requires_grad_(), []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         y = ops.max_pool(x)
@@ -114,7 +109,7 @@ def test_everything_else_takes_the_reference(monkeypatch: pytest.MonkeyPatch) ->
     def refuse(*_: Any) -> Tensor:
         raise AssertionError("compiled code")
 
-    monkeypatch.setattr(PlacedMaxPool, "apply", refuse)
+    monkeypatch.setattr(CpuMaxPool, "apply", refuse)
     x = activations((4, 16, 9, 9), torch.float32)
     for other in (x.contiguous(), x.double(), x[:0]):
         assert torch.equal(ops.max_pool(other, kernels="cpu"), F.max_pool2d(other, 3, 2, 1))

@@ -1,4 +1,4 @@
-"""Kernels for a CPU: arguments arrive as typed, blocks are taken once, by torch's own threads, the same bits for any number."""
+"""CPU kernels: typed arguments, blocks run once on torch's threads, equal bits for any number."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -24,13 +23,13 @@ SIZE = 64
 
 @kernel
 def _count(block: int, counts: I64, add: int) -> None:
-    """How often each block is taken."""
+    """Count how often each block runs."""
     counts[block] += add
 
 
 @kernel
 def _double(block: int, values: F32, sums: F32) -> None:
-    """Twice a tensor's values, and their sums by blocks."""
+    """Double a tensor and sum it by blocks."""
     own, total = values[block * SIZE : (block + 1) * SIZE], np.float32(0)
     for i in range(len(own)):
         own[i] *= np.float32(2)
@@ -40,7 +39,7 @@ def _double(block: int, values: F32, sums: F32) -> None:
 
 @kernel
 def _convert(block: int, values: F32, activations: Activation, back: F32) -> None:
-    """float32 to an activation, and back."""
+    """Convert float32 to an activation and back."""
     activations[block] = narrowed(values[block], activations)
     back[block] = widened(activations[block])
 
@@ -51,22 +50,15 @@ def _every_kind(block: int, f32: F32, f64: F64, i32: I32, i64: I64, u8: U8, numb
 
 
 @kernel(backwards=True)
-def _order(block: int, places: I64, taken: I64) -> None:
-    """One thread: when each block was taken."""
+def _order(block: int, instants: I64, taken: I64) -> None:
+    """Record, on one thread, the order of the blocks."""
     taken[0] += 1
-    places[block] = taken[0]
+    instants[block] = taken[0]
 
 
 @kernel
 def _workers(block: int, seen: I64, worker: Worker, add: int) -> None:
     seen[worker] += add
-
-
-@pytest.fixture(autouse=True)
-def _threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5])
@@ -79,15 +71,15 @@ def test_every_block_is_taken_once(threads: int, num_blocks: int) -> None:
 
 
 def test_any_number_of_threads_gives_the_same_bits() -> None:
-    source, found = torch.randn(1000 * SIZE), []
+    source, results = torch.randn(1000 * SIZE), []
     for threads in (1, 2, 3, 8):
         torch.set_num_threads(threads)
         values, sums = source.clone(), torch.empty(1000)
         _double(1000, values, sums)
         assert torch.equal(values, 2 * source)
-        found.append(sums)
-    assert all(torch.equal(found[0], other) for other in found[1:])
-    torch.testing.assert_close(found[0].double(), (2 * source.double()).view(-1, SIZE).sum(1), rtol=0, atol=1e-4)
+        results.append(sums)
+    assert all(torch.equal(results[0], other) for other in results[1:])
+    torch.testing.assert_close(results[0].double(), (2 * source.double()).view(-1, SIZE).sum(1), rtol=0, atol=1e-4)
 
 
 def test_several_threads_of_python_may_call_at_once() -> None:
@@ -135,9 +127,9 @@ def test_every_kind_of_argument_arrives(number: float, count: int) -> None:
 
 def test_blocks_go_backwards_where_a_kernel_says_so() -> None:
     torch.set_num_threads(1)
-    places = torch.zeros(5, dtype=torch.int64)
-    _order(5, places, torch.zeros(1, dtype=torch.int64))
-    assert places.tolist() == [5, 4, 3, 2, 1]
+    instants = torch.zeros(5, dtype=torch.int64)
+    _order(5, instants, torch.zeros(1, dtype=torch.int64))
+    assert instants.tolist() == [5, 4, 3, 2, 1]
 
 
 @pytest.mark.parametrize("threads", [1, 2, 4])
@@ -171,15 +163,15 @@ def test_without_torchs_threads_the_caller_does_it_alone(monkeypatch: pytest.Mon
     assert counts.tolist() == [1] * 50
 
 
-def test_torchs_own_threads_are_found() -> None:
+def test_torchs_openmp_library_is_detected() -> None:
     if "OpenMP" not in torch.__config__.parallel_info():
         pytest.skip("this build of torch runs without OpenMP")
     native._team.cache_clear()
     assert native._team() is not None
 
 
-def test_without_a_place_for_its_cache_a_kernel_is_compiled_anew() -> None:
-    """Such as in a read-only container."""
+def test_without_a_cache_folder_a_kernel_is_compiled_anew() -> None:
+    """Run as in a read-only container."""
     code = (
         "import numba.core.caching as caching\n"
         "caching.CacheImpl._locator_classes = []\n"
@@ -192,7 +184,7 @@ def test_without_a_place_for_its_cache_a_kernel_is_compiled_anew() -> None:
 
 
 def test_code_of_other_sources_is_never_taken_from_the_cache(tmp_path: Path) -> None:
-    """numba itself would: it looks at the file of the kernel alone."""
+    """Change the package's sources, which numba does not check: it looks at one file only."""
     package = tmp_path / "fastbyol_kernels"
     package.mkdir()
     source = Path(native.__file__).read_text("utf-8")
@@ -204,23 +196,23 @@ def test_code_of_other_sources_is_never_taken_from_the_cache(tmp_path: Path) -> 
         "out = torch.zeros(1, dtype=torch.int64)\nnumber(1, out, 7, 8)\nprint(int(out))\n"
     )
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    for text, program, found in (
+    for text, program, expected in (
         (source, mine, "7"),
         (source, mine, "7"),
-        (source.replace("place += 1", "place = min(place + 2, 5)"), mine, "8"),
+        (source.replace("index += 1", "index = min(index + 2, 5)"), mine, "8"),
         (source, mine.replace("= first", "= second"), "8"),
     ):
         (package / "native.py").write_text(text)
         (tmp_path / "mine.py").write_text(program)
         run = [sys.executable, str(tmp_path / "mine.py")]
         done = subprocess.run(run, capture_output=True, text=True, env=environment, check=False)
-        assert done.stdout.strip() == found, done.stderr
+        assert done.stdout.strip() == expected, done.stderr
     assert len(list((package / "__pycache__").glob("native.*number*.nbi"))) == 3
 
 
 @pytest.mark.slow
 def test_code_from_the_cache_gives_the_bits_of_code_just_compiled(tmp_path: Path) -> None:
-    """A run is resumed from the cache that was begun without one."""
+    """Compare two processes, like a run that started without a cache and is resumed with one."""
     code = (
         "import torch\n"
         "from fastbyol_kernels.batch_norm import batch_norm\n"
@@ -236,14 +228,14 @@ def test_code_from_the_cache_gives_the_bits_of_code_just_compiled(tmp_path: Path
     )
     environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}
     run = [sys.executable, "-c", code]
-    found = [subprocess.run(run, capture_output=True, text=True, env=environment, check=False) for _ in range(2)]
-    assert found[0].stdout, found[0].stderr
-    assert found[0].stdout == found[1].stdout
+    results = [subprocess.run(run, capture_output=True, text=True, env=environment, check=False) for _ in range(2)]
+    assert results[0].stdout, results[0].stderr
+    assert results[0].stdout == results[1].stdout
     assert list(tmp_path.rglob("*.nbc"))
 
 
 def test_a_forked_child_works_alone() -> None:
-    """torch's threads do not live on in it; DataLoader's workers are such, with one thread set."""
+    """Fork, as DataLoader's workers are, to a child without torch's threads."""
     torch.set_num_threads(2)
     _count(10, torch.zeros(10, dtype=torch.int64), 1)
     child = os.fork()

@@ -23,7 +23,7 @@ def words(text: str) -> list[int]:
 
 
 def philox_in_integers(counter: list[int], key: int) -> list[int]:
-    """The paper's round function with Python's unbounded integers."""
+    """Apply the paper's round function with Python's unbounded integers."""
     mask = 2**32 - 1
     keys = [key & mask, key >> 32 & mask]
     for _ in range(10):

@@ -1,1 +1,1 @@
-"""What a machine with a GPU is asked, in three calls: see bench/README.md."""
+"""The measurements on a machine with a GPU, in three calls: bench/README.md describes them."""

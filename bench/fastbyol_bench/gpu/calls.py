@@ -1,10 +1,8 @@
-"""Three calls that ask a bare machine with a GPU all that is worth asking, each within nine minutes; see bench/README.md.
+"""Three calls of nine minutes at most with every measurement worth a bare machine with a GPU.
 
     python -m fastbyol_bench.gpu.calls A|B|C OUT [options]
 
-Every job is a process of its own. What it measures is a row in OUT/rows.jsonl at once, and after every job OUT/jobs.json and
-OUT/logs.tar.gz are made anew: whoever ends a call in the middle keeps what is known. The exit code is 1 where a job failed, was
-cut off or lacks something, or a row says ``failed``. Nothing but the standard library is imported here.
+bench/README.md describes them. This module imports nothing but the standard library.
 """
 
 from __future__ import annotations
@@ -31,34 +29,35 @@ from fastbyol_bench.gpu import rows as row_file
 
 ROOT = Path(__file__).resolve().parents[3]
 CALLS = ("A", "B", "C")
-# A machine takes back files up to 16 MiB: a larger archive of compiled code would be lost with all the rest of its time.
+# A machine sends back files up to 16 MiB. A larger archive of compiled code would be lost.
 MOST_BYTES = 15 << 20
-# A job that is given less could not even import torch and load what is compiled.
+# A job with less time could not even import torch and load compiled code.
 LEAST_S = 40.0
-LAST_S = 15.0  # for what comes after the jobs
-# A dry run's sizes are tiny, but so may be the machine, and busy: nobody pays for its minutes.
+LAST_S = 15.0  # for the work after the jobs
+# A dry run's sizes are tiny, but its machine may be slow and busy, and its minutes cost nothing.
 MINUTES, DRY_PATIENCE = 9.0, 8
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 FASTBYOL = ("pydantic", "safetensors")
-# The files with tests that take the GPU; a test of this module compares them with the marker.
+# The files with tests that use the GPU; a test of this module compares them with the marker.
 GPU_TESTS = (
     "tests/engine/test_capture.py", "tests/engine/test_standardized_weights.py", "tests/engine/test_telemetry.py",
     "tests/kernels/test_group_norm.py", "tests/kernels/test_lars_ema.py",
     "tests/kernels/test_weight_standardization.py", "tests/kernels/views/test_draw.py", "tests/kernels/views/test_table.py",
     "tests/test_views.py",
 )  # fmt: skip
-# Of a claim each: SGD collapses and stays, LARS .2 recovers, LARS .1 does not, layer1 and layer2 alone, rates .5 and .1.
+# SGD collapses and stays, LARS 0.2 recovers, LARS 0.1 does not, layer1 and layer2 alone, rates 0.5
+# and 0.1.
 CLAIMS = ("C6", "C5", "C7", "C12", "C10")
 OUR_KERNELS = "regex:^_(forward|moments|normalise|backward|gradient|sum_rows|norms|sweep|telemetry|draw|crop|contrast|blur)"
 
 
 @dataclass(frozen=True)
 class Job:
-    """A command, what it is run under, and what it needs.
+    """A command with its time limit, its wrapper ``under`` and its requirements.
 
-    In its words {rows}, {work}, {out} and {seconds} stand for the file of rows, a folder for what need not come back, the
-    folder that does, and the seconds that it is given; {dry} is ``--dry`` or nothing. A dry run leaves ``under`` away, which
-    names programs that only a GPU has use for.
+    In the command {rows}, {work}, {out} and {seconds} stand for the file of rows, the folder for
+    files that stay behind, the folder that is sent back, and the job's seconds. {dry} is ``--dry``
+    or nothing. A dry run omits ``under``, whose programs only a GPU needs.
     """
 
     name: str
@@ -71,7 +70,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a job: ``code`` is its exit code, None where it did not run or was cut off; ``why`` says so."""
+    """The outcome of a job: ``code`` is None if it did not finish, and ``why`` says why."""
 
     name: str
     seconds: float
@@ -81,17 +80,17 @@ class Outcome:
 
 
 def jobs(call: str, options: argparse.Namespace) -> tuple[Job, ...]:
-    """Return the jobs of a call, the most telling first."""
+    """Return the jobs of a call, the most informative first."""
     return {"A": _works, "B": _limits, "C": _runs}[call](options)
 
 
 def _own(module: str, name: str, *words: str, most_s: float, **how: Any) -> Job:
-    """Return a job of one of this folder's modules, which all take the file of rows and their own name first."""
+    """Return a job that runs a module of this folder; all take the rows' file and a name first."""
     return Job(name, (sys.executable, "-m", f"fastbyol_bench.gpu.{module}", "{rows}", name, *words, "{dry}"), most_s, **how)
 
 
 def _works(options: argparse.Namespace) -> tuple[Job, ...]:
-    """Call A: is each kernel right, do the three modes agree, how fast are replays, and under which settings."""
+    """Return call A's jobs: correct kernels, agreement of the modes, speed under each setting."""
 
     def engine(method: str, *settings: str) -> Job:
         name = "-".join(["engine", method, *(word.lstrip("-").replace("=", "") for word in settings)])
@@ -103,14 +102,14 @@ def _works(options: argparse.Namespace) -> tuple[Job, ...]:
         ("bn", "--cudnn=11"), ("bn", "--cudnn=01"), ("bn", "--combo"), ("gn_ws", "--cudnn=01"), ("bn", "--timed"),
         ("bn", "--cudnn=00"), ("gn_ws", "--cudnn=11"), ("gn_ws", "--combo"),
     )  # fmt: skip
-    # On a CPU a setting changes nothing, and each option's path is taken once.
+    # On a CPU a setting changes nothing, so each option is tried once.
     once = (("bn", "--cudnn=01"), ("bn", "--combo"), ("bn", "--timed"))
     kernels = _own("exactness", "kernels", most_s=150)
     return (engine("bn"), engine("gn_ws"), kernels, *(engine(*setting) for setting in (once if options.dry else settings)))
 
 
 def _limits(options: argparse.Namespace) -> tuple[Job, ...]:
-    """Call B: what the device gives at best, the tests that take a GPU, wrong accesses and races, and the suites."""
+    """Return call B's jobs: the device's ceilings, GPU tests, memory errors and races, suites."""
     pytest = (sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-k", "not cpu", "-W", "default")
     plugins = ("-p", "no:cacheprovider", "-p", "no:benchmark")
     spread = ("-n", "8") if importlib.util.find_spec("xdist") else ()
@@ -137,7 +136,7 @@ def _limits(options: argparse.Namespace) -> tuple[Job, ...]:
 
 
 def _runs(options: argparse.Namespace) -> tuple[Job, ...]:
-    """Call C: whole epochs with their ends, then the claims, on images that were carried and on textures."""
+    """Return call C's jobs: whole epochs, then the claims, on carried images and on textures."""
 
     def run(what: str, name: str, *words: str, most_s: float) -> Job:
         modules = (*FASTBYOL, "typer", "rich")
@@ -159,14 +158,17 @@ def _runs(options: argparse.Namespace) -> tuple[Job, ...]:
 
 
 def lacks(job: Job, *, dry: bool) -> str:
-    """Return what of ``job``'s needs is not installed, in words; empty where all is there."""
+    """Return a message that names what ``job`` needs and is not installed, or an empty string."""
     absent = [name for name in job.modules if importlib.util.find_spec(name) is None]
     absent += [] if dry else [name for name in job.under[:1] if shutil.which(name) is None]
     return f"not installed: {', '.join(absent)}" if absent else ""
 
 
 class Call:
-    """One call: a folder OUT that comes back, a folder for the rest, and the seconds that are left."""
+    """One call: a folder ``out`` to send back, a folder ``work`` for the rest, and a time limit.
+
+    Every result is on disk at once, so a call that is killed keeps what it has measured.
+    """
 
     def __init__(self, name: str, out: Path, work: Path, options: argparse.Namespace) -> None:
         self.name, self.out, self.work, self.options = name, out, work, options
@@ -174,14 +176,15 @@ class Call:
         self.outcomes: list[Outcome] = []
         self._until = time.monotonic() + 60.0 * options.minutes - LAST_S
         self._process: subprocess.Popen[bytes] | None = None
-        for folder in (work / "logs", work / "runs"):  # of a call before; data and compiled code serve again
+        # Of an earlier call; its data and compiled code are used again.
+        for folder in (work / "logs", work / "runs"):
             shutil.rmtree(folder, ignore_errors=True)
         for folder in (out, work / "logs", work / "caches"):
             folder.mkdir(parents=True, exist_ok=True)
         self.rows.unlink(missing_ok=True)
 
     def run(self, chosen: Sequence[Job]) -> None:
-        """Run the jobs one after the other while there is time; never raises for what a job does."""
+        """Run the jobs one after the other until the time is up. A job's failure raises nothing."""
         for job in chosen:
             most_s = job.most_s * (DRY_PATIENCE if self.options.dry else 1)
             left = min(most_s, self._until - time.monotonic())
@@ -199,7 +202,7 @@ class Call:
             print(self._line(self.outcomes[-1]), flush=True)
 
     def _do(self, job: Job, most_s: float) -> int | None:
-        """Return the exit code; None where it had to be killed, with all that it started."""
+        """Run a job and return its exit code, or None if it had to be killed with its children."""
         values = {"rows": self.rows, "work": self.work, "out": self.out, "seconds": f"{most_s - LAST_S:.0f}"}
         values["dry"] = "--dry" if self.options.dry else ""
         words = (*(() if self.options.dry else job.under), *job.command)
@@ -218,7 +221,7 @@ class Call:
                 self.end_job()
 
     def end_job(self) -> None:
-        """Kill what the running job started, itself included."""
+        """Kill the running job and every process that it started."""
         if self._process is not None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
@@ -240,14 +243,18 @@ class Call:
         return {**os.environ, **own, **job.variables}
 
     def _keep(self) -> None:
-        """Bring OUT up to date: what became of the jobs, and what they said."""
-        said = {"call": self.name, "commit": self.options.commit, "dry": self.options.dry}
-        text = json.dumps({**said, "jobs": [asdict(outcome) for outcome in self.outcomes]}, indent=1) + "\n"
-        _replace(self.out / "jobs.json", text.encode())
+        """Write the outcomes and the logs so far to ``out``."""
+        report = {"call": self.name, "commit": self.options.commit, "dry": self.options.dry}
+        report["jobs"] = [asdict(outcome) for outcome in self.outcomes]
+        _replace(self.out / "jobs.json", (json.dumps(report, indent=1) + "\n").encode())
         _archive(self.out / "logs.tar.gz", self.work, ["logs", *_records(self.work)])
 
     def finish(self) -> int:
-        """Write the last files, print the table, return the exit code."""
+        """Write the last files, print the table and return the exit code.
+
+        The code is 1 if a job failed, was cut off or lacks a requirement, or if a row says
+        ``failed``.
+        """
         self._keep()
         _archive(self.out / "caches.tar.gz", self.work, ["caches"])
         rows = row_file.read(self.rows)
@@ -268,13 +275,13 @@ def _die_with_parent() -> None:
 
 
 def _records(work: Path) -> list[str]:
-    """Return what is worth keeping of runs: all but checkpoints and the rates of every layer at every step."""
+    """Return the paths of runs' small records: no checkpoints, no rates per layer and step."""
     names = ("config.toml", "env.json", "metrics.jsonl", "timing.jsonl", "ledger.json")
     return [str(path.relative_to(work)) for path in sorted((work / "runs").rglob("*")) if path.name in names]
 
 
 def _archive(path: Path, root: Path, names: Sequence[str]) -> None:
-    """Pack files and folders below ``root``; one that grows beyond what comes back is left out, and said."""
+    """Pack files and folders below ``root``; drop an archive that is too large, with a message."""
     partial = path.with_name(f".{path.name}")
     with tarfile.open(partial, "w:gz", compresslevel=6) as archive:
         for name in names:
@@ -294,7 +301,7 @@ def _replace(path: Path, content: bytes) -> None:
 
 
 def parsed(words: Sequence[str] | None = None) -> argparse.Namespace:
-    """Return the options of the command line ``words``."""
+    """Parse the command line ``words``."""
     parser = argparse.ArgumentParser(prog="bench/gpu.sh", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("call", choices=CALLS)
     parser.add_argument("out", type=Path, help="a folder for at most eight files of at most 16 MiB")
@@ -314,15 +321,15 @@ def parsed(words: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error("--data and --test-data go together: name both files")
     if options.caches and not options.caches.is_file():
         parser.error(f"--caches: {options.caches} is no file: name a caches.tar.gz of a call before")
-    known = [job.name for job in jobs(options.call, options)]
+    names = [job.name for job in jobs(options.call, options)]
     for name in options.only or ():
-        if name not in known:
-            parser.error(f"--only: no job {name!r} in call {options.call}: take some of {', '.join(known)}")
+        if name not in names:
+            parser.error(f"--only: no job {name!r} in call {options.call}: take some of {', '.join(names)}")
     return options
 
 
 def main() -> int:
-    """Make the call; return the exit code."""
+    """Run the call and return the exit code."""
     options = parsed()
 
     def stop(number: int, frame: object) -> NoReturn:

@@ -1,9 +1,7 @@
-"""The engine's step on this GPU, eager, compiled and captured: does it hold, how fast is it, which kernels does it run.
+"""The engine's step on this GPU, eager, compiled and captured: agreement, speed and kernels.
 
-    python -m fastbyol_bench.gpu.engine ROWS JOB METHOD KERNELS [--cudnn DB] [--combo] [--timed] [--dry]
-
-METHOD is a key of ``METHODS``; the list of kernels of a replay goes to the file KERNELS. Every setting is a process of its
-own: cuDNN's plans are kept without asking for its switches. The code that one process compiled is found on disk by the next.
+python -m fastbyol_bench.gpu.engine ROWS JOB METHOD KERNELS
+    [--cudnn DB] [--combo] [--timed] [--dry]
 """
 
 from __future__ import annotations
@@ -25,22 +23,20 @@ from fastbyol.engine import capture
 from fastbyol.engine.step import METRICS, StepMetrics, TrainState
 from fastbyol_bench.gpu.rows import Rows
 from fastbyol_bench.gpu.rows import parser as job_parser
+from fastbyol_bench.harness import clock_of
 from fastbyol_bench.kernel_times import Kernel, recorded
+from fastbyol_bench.own_step import METHODS
 from fastbyol_bench.waterfall import of_kernels
 
-METHODS: dict[str, tuple[str, ...]] = {
-    "bn": (),
-    "gn_ws": ("model.norm=gn", "model.ws=true", "optim.name=lars"),
-}
 STEPS = 3
 REPLAYS, READINGS = 20, 5
-# Compiled and eager steps sum in another order, in bf16. Over the four images of a dry run batch norm magnifies that: 1 % was
-# seen.
+# Compiled and eager steps sum in a different order, in bf16. With the four images of a dry run
+# batch norm magnifies that: 1 % was seen.
 LOSS_TOLERANCE, DRY_LOSS_TOLERANCE = 0.02, 0.2
 
 
 class Stand:
-    """States of one method side by side, and what they are fed."""
+    """The configuration, states and batches of one method."""
 
     def __init__(self, method: str, *, dry: bool, small: bool = False) -> None:
         self.device = torch.device("cpu" if dry else "cuda")
@@ -50,7 +46,7 @@ class Stand:
         self.config: Resolved = load_config("blog", sets)
 
     def state(self) -> TrainState:
-        """Return a state before its first step: all of them are equal."""
+        """Return a state before its first step. All such states are equal."""
         return TrainState.create(self.config, steps_per_epoch=100, device=self.device)
 
     def images(self, seed: int) -> Batch:
@@ -62,7 +58,10 @@ class Stand:
 
 
 def re_run(work: Callable[[], StepMetrics]) -> tuple[StepMetrics, Callable[[], None]]:
-    """Stand in for ``capture.record_cuda`` on a CPU: playing back does the work again, into the same tensors."""
+    """Return the outputs of ``work`` and a function that repeats it into them.
+
+    It replaces ``capture.record_cuda`` on a CPU.
+    """
     kept = StepMetrics(*(tensor.clone() for tensor in work()))
 
     def play() -> None:
@@ -73,13 +72,13 @@ def re_run(work: Callable[[], StepMetrics]) -> tuple[StepMetrics, Callable[[], N
 
 
 def steps(rows: Rows, stand: Stand, arguments: argparse.Namespace) -> capture.Captured:
-    """Take the same steps in all three modes and say how they agree; return the captured one."""
+    """Take the same steps in all three modes, compare them, and return the captured engine."""
     eager = stand.state()
     values = _taken(rows, "eager", stand, capture.Eager(eager, stand.config))
     capture.make_cudnn_deterministic(stand.device)
     if arguments.cudnn:
         torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = (flag == "1" for flag in arguments.cudnn)
-    # Inductor's code for a CPU takes a minute to compile and tells nothing here.
+    # Inductor's code for a CPU takes a minute to compile and shows nothing here.
     backend = "aot_eager" if arguments.dry else "inductor"
     forward = capture.compiled_forward(backend, deterministic=not arguments.timed)
     compiled, graphed = stand.state(), stand.state()
@@ -104,9 +103,9 @@ def steps(rows: Rows, stand: Stand, arguments: argparse.Namespace) -> capture.Ca
     return graph
 
 
-def _taken(rows: Rows, name: str, stand: Stand, take: capture.Engine) -> list[Tensor]:
+def _taken(rows: Rows, name: str, stand: Stand, engine: capture.Engine) -> list[Tensor]:
     began = time.perf_counter()
-    values = [take(stand.images(index), 0).values.cpu() for index in range(STEPS)]
+    values = [engine(stand.images(index), 0).values.cpu() for index in range(STEPS)]
     losses = [round(loss, 5) for loss in _column(values, "loss")]
     skipped = int(sum(_column(values, "skipped")))
     rows.check(
@@ -121,7 +120,7 @@ def _column(values: list[Tensor], name: str) -> list[float]:
 
 
 def speed(rows: Rows, stand: Stand, graph: capture.Captured) -> None:
-    """Time replays, alone and with the copies into them."""
+    """Time replays of the graph, alone and with the copies into its inputs."""
     batch = stand.images(7)
     for name, call in (("graph alone", graph.replay), ("with its copies in", lambda: graph(batch, 0))):
         seconds = _seconds(call, stand.device)
@@ -129,25 +128,13 @@ def speed(rows: Rows, stand: Stand, graph: capture.Captured) -> None:
 
 
 def _seconds(call: Callable[[], object], device: torch.device) -> float:
-    """Return the median over ``READINGS`` of the seconds that a call takes among ``REPLAYS``; on a CPU of one."""
-    replays, num_readings = (REPLAYS, READINGS) if device.type == "cuda" else (1, 1)
-    readings = []
-    for _ in range(num_readings):
-        began = _now(device)
-        for _ in range(replays):
-            call()
-        readings.append((_now(device) - began) / replays)
-    return statistics.median(readings)
-
-
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
+    """Return the median over ``READINGS`` of the seconds per call; a CPU makes a single call."""
+    clock, num_readings = clock_of(device, REPLAYS), READINGS if device.type == "cuda" else 1
+    return statistics.median(clock.time(call).wall_s for _ in range(num_readings))
 
 
 def profile(rows: Rows, stand: Stand, graph: capture.Captured, file: Path) -> None:
-    """Record the kernels of a replay: all of them into ``file``, how many and how long into a row."""
+    """Write the kernels of a replay to ``file``, and their number and total time to a row."""
     kernels = recorded(graph.replay) if stand.device.type == "cuda" else ()
     file.write_text(listing(kernels), "utf-8")
     rows.add("profile", "kernels of a replay", nodes=len(kernels), device_ms=sum(k.seconds for k in kernels) * 1e3)
@@ -157,7 +144,7 @@ def profile(rows: Rows, stand: Stand, graph: capture.Captured, file: Path) -> No
 
 
 def listing(kernels: tuple[Kernel, ...]) -> str:
-    """Return a line for each name: microseconds and number of its kernels in one replay, the longest first."""
+    """Return a line per kernel name, the longest first: microseconds and launches in one replay."""
     names = dict.fromkeys(kernel.name for kernel in kernels)
     sums = {name: [k.seconds for k in kernels if k.name == name] for name in names}
     ordered = sorted(sums.items(), key=lambda item: -sum(item[1]))
@@ -165,20 +152,22 @@ def listing(kernels: tuple[Kernel, ...]) -> str:
 
 
 def versions(rows: Rows, device: torch.device) -> None:
-    """Say where this runs."""
+    """Write a row with the versions of torch, Triton, cuDNN and the name of the GPU."""
     import triton
 
-    found: dict[str, Any] = {"torch": torch.__version__, "triton": triton.__version__}
+    names: dict[str, Any] = {"torch": torch.__version__, "triton": triton.__version__}
     if device.type == "cuda":
-        found |= {"gpu": torch.cuda.get_device_name(), "cudnn": torch.backends.cudnn.version()}  # type: ignore[no-untyped-call]
-    rows.add("env", "versions", **found)
+        names |= {"gpu": torch.cuda.get_device_name(), "cudnn": torch.backends.cudnn.version()}  # type: ignore[no-untyped-call]
+    rows.add("env", "versions", **names)
 
 
 def parser() -> argparse.ArgumentParser:
-    """Return what reads the command line."""
+    """Return the parser of the command line."""
     parser = job_parser()
     parser.add_argument("method", choices=METHODS)
-    parser.add_argument("kernels", type=Path)
+    parser.add_argument("kernels", type=Path, help="the file for the list of a replay's kernels")
+    # A setting needs a process of its own: cuDNN keeps its plans, whatever its switches are later.
+    # Code that one process compiled is found on disk by the next.
     parser.add_argument("--cudnn", help="two digits: deterministic, benchmark; default: as the engine sets them")
     parser.add_argument("--combo", action="store_true", help="let Inductor fuse small kernels side by side")
     parser.add_argument("--timed", action="store_true", help="let Inductor choose by timing, which the engine does not")
@@ -186,7 +175,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main() -> int:
-    """Run all parts; return 1 where one failed."""
+    """Run all parts and return 1 if one failed."""
     arguments = parser().parse_args()
     rows = Rows(arguments.rows, arguments.job)
     if arguments.combo:

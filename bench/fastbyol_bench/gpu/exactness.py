@@ -1,8 +1,6 @@
-"""Every kernel at the engine's shapes: its error against float64, and its time on the device beside its floor in bytes.
+"""The error of every kernel against float64 at the engine's shapes, and its time beside its floor.
 
-    python -m fastbyol_bench.gpu.exactness ROWS JOB [--small] [--untimed] [--dry]
-
-``--small`` is for tools that slow a program down a hundred times, ``--untimed`` for those that take the profiler themselves.
+python -m fastbyol_bench.gpu.exactness ROWS JOB [--small] [--untimed] [--dry]
 """
 
 from __future__ import annotations
@@ -24,10 +22,9 @@ from fastbyol import views
 from fastbyol.data.loader import Batch
 from fastbyol.engine.step import TrainState
 from fastbyol_bench.gpu.engine import Stand
+from fastbyol_bench.gpu.limits import Timer
 from fastbyol_bench.gpu.rows import Rows
 from fastbyol_bench.gpu.rows import parser as job_parser
-from fastbyol_bench.harness import Flush
-from fastbyol_bench.kernel_times import recorded
 from fastbyol_kernels import group_norm, lars_ema
 from fastbyol_kernels import views as view_kernels
 from fastbyol_kernels import weight_standardization as ws
@@ -36,51 +33,43 @@ from fastbyol_kernels import weight_standardization as ws
 NORMS = (
     (48, 64, False), (24, 64, False), (24, 64, True), (12, 128, True), (6, 256, True), (3, 512, True),
 )  # fmt: skip
-# bf16 keeps 8 bits, so that rounding a result costs 2e-3 of it; two roundings and a residual stay under twice that. Sums in
-# fp32 over up to 4,608 values stay far below 1e-5.
+# bf16 keeps 8 bits: rounding a result costs 2e-3 of it, and two roundings and a residual stay below
+# twice that. fp32 sums over up to 4,608 values stay far below 1e-5.
 BF16, FP32 = 4e-3, 1e-5
-SAMPLES = 32  # of a batch that are compared: more would tell the same
-RUNS = 12
+SAMPLES = 32  # the compared part of a batch; more would show the same
 
 
 class Bench:
-    """Where kernels run, how large, and how they are timed."""
+    """The device, the sizes and the timing of one run."""
 
     def __init__(self, rows: Rows, arguments: argparse.Namespace) -> None:
         self.rows = rows
         self.small = arguments.small or arguments.dry
         self.stand = Stand("gn_ws", dry=arguments.dry, small=self.small)
         self.device = self.stand.device
-        self._flush = None if arguments.untimed or arguments.dry else Flush(self.device)
+        self._timer = None if arguments.untimed or arguments.dry else Timer(self.device)
 
-    def say(self, name: str, errors: dict[str, float], most: float, call: Callable[[], object], moved: float) -> None:
-        """Write a row: ``errors``, which must not exceed ``most``, and the time of ``call``, which moves that many bytes."""
+    def report(self, name: str, errors: dict[str, float], most: float, call: Callable[[], object], moved: float) -> None:
+        """Write a row with ``errors``, failed if one exceeds ``most``, and the time of ``call``.
+
+        ``moved`` is the number of bytes that the call moves.
+        """
         times = {}
-        if self._flush is not None:
-            seconds = self._seconds(call)
+        if self._timer is not None:
+            seconds = self._timer(call)
             times = {"us": seconds * 1e6, "tb_s": moved / seconds / 1e12}
         self.rows.check("kernel", name, holds=max(errors.values()) <= most, says=f"an error over {most:g}", **errors, **times)
 
-    def _seconds(self, call: Callable[[], object]) -> float:
-        """Return how long the kernels of ``call`` run on the device with cold caches, mean of ``RUNS``."""
-        assert self._flush is not None
-        call()
-        total = 0.0
-        for _ in range(RUNS):
-            self._flush()
-            total += sum(kernel.seconds for kernel in recorded(call))
-        return total / RUNS
-
 
 def off(got: Tensor, exact: Tensor) -> float:
-    """Return |got - exact| / |exact|; infinity where a number is not finite."""
+    """Return |got - exact| / |exact|, or infinity if ``got`` is not finite."""
     if not bool(got.isfinite().all()):
         return math.inf
     return float((got.detach().double() - exact.detach()).norm() / exact.detach().norm().clamp_min(1e-300))
 
 
 def norms(bench: Bench) -> None:
-    """Compare group norm with ReLU, bf16, both ways, at every size of the network."""
+    """Compare group norm with ReLU, bf16, in both directions at every size of the network."""
     for side, channels, residual in NORMS[-2:] if bench.small else NORMS:
         name = f"group norm {side}x{side}x{channels}" + (" + residual" if residual else "")
         with bench.rows.guarded("kernel", name):
@@ -103,15 +92,16 @@ def _norm(bench: Bench, name: str, shape: tuple[int, int, int, int], *, residual
     part = [t[:SAMPLES].detach().double().requires_grad_() for t in (x, added)]
     affine = weight.detach().double(), bias.detach().double()
     exact = group_norm.reference(part[0], 32, *affine, residual=part[1] if residual else None)
-    # Which side of ReLU's corner a value near 0 takes is a matter of rounding: the gradient takes the kernel's side.
+    # For a value near 0 rounding decides the ReLU's side, so the exact gradient follows the
+    # kernel's.
     upstream = dy[:SAMPLES].detach().double() * (y[:SAMPLES] > 0)
     exact_dx = torch.autograd.grad(exact, part[0], upstream)[0]
     flags = {"residual": residual, "relu": True}
     errors = {"err_y": off(y[:SAMPLES], exact.relu())}
     moved = group_norm.bytes_moved(shape, 2, **flags)
-    bench.say(f"{name}, forward", errors, BF16, torch.no_grad()(forward), moved)
+    bench.report(f"{name}, forward", errors, BF16, torch.no_grad()(forward), moved)
     errors = {"err_dx": off(backward()[0][:SAMPLES], exact_dx)}
-    bench.say(f"{name}, backward", errors, BF16, backward, group_norm.bytes_moved(shape, 2, **flags, backward=True))
+    bench.report(f"{name}, backward", errors, BF16, backward, group_norm.bytes_moved(shape, 2, **flags, backward=True))
 
 
 def _activation(device: torch.device, shape: tuple[int, int, int, int]) -> Tensor:
@@ -120,33 +110,33 @@ def _activation(device: torch.device, shape: tuple[int, int, int, int]) -> Tenso
 
 
 def weights(bench: Bench, state: TrainState) -> None:
-    """Compare the standardized weights of the online network, bf16, made at once, and the gradient back through them."""
+    """Compare the online network's standardized weights, bf16, and the gradient through them."""
     (group,) = (group for group in state.standardized.groups if group.gradient is not None)
     assert group.gradient is not None
     group.renew()
     flat, exact, means, stds = (t.detach().double() for t in (group.flat, group.copy, group.means, group.stds))
     ws.standardize_rows(exact, means, stds, flat, group.table, kernels="reference")
     moved = ws.bytes_moved(group.table, group.copy.itemsize)
-    bench.say("weight standardization, forward", {"err": off(group.copy, exact)}, BF16, group.renew, moved)
+    bench.report("weight standardization, forward", {"err": off(group.copy, exact)}, BF16, group.renew, moved)
     group.gradient.normal_()
     out, exact_gradient = torch.zeros_like(group.flat), torch.zeros_like(flat)
     upstream = group.gradient.double()
     ws.standardize_rows_backward(exact_gradient, upstream, flat, means, stds, group.table, kernels="reference")
     group.write_gradient(out)
     moved = ws.bytes_moved(group.table, group.copy.itemsize, backward=True)
-    bench.say(
+    bench.report(
         "weight standardization, backward", {"err": off(out, exact_gradient)}, FP32,
         lambda: group.write_gradient(out), moved,
     )  # fmt: skip
 
 
 def optimizer(bench: Bench, state: TrainState) -> None:
-    """Compare one update of LARS and the moving average, fp32, all buffers and the telemetry."""
+    """Compare one update of LARS and the moving average, fp32: all buffers and the telemetry."""
     arena, recipe = state.arena, state.recipe
-    for segment in arena.segments:  # what lies between them stays zero, as the operation asks for it
+    for segment in arena.segments:  # between segments all stays zero, as the operation expects
         segment.view(arena.gradient).normal_(std=1e-3)
         segment.view(arena.momentum).normal_(std=1e-3)
-    arena.target.mul_(0.9)  # at the start it equals the online weights, and a moving average would show nothing
+    arena.target.mul_(0.9)  # else it equals the online weights and does not move
     flats = (arena.online, arena.gradient, arena.momentum, arena.target)
     exact = arena.online.double(), arena.gradient.double(), arena.momentum.double(), arena.target.double()
     lr, tau = state.lr[0].clone(), state.tau[0].clone()
@@ -166,11 +156,11 @@ def optimizer(bench: Bench, state: TrainState) -> None:
     names = ("online", "gradient", "momentum", "target")
     errors = {name: off(flat, truth) for name, flat, truth in zip(names, flats, exact, strict=True)}
     moved = lars_ema.bytes_moved(len(arena.online), len(arena.target))
-    bench.say("LARS and moving average", errors | {"layers": off(layers, exact_layers)}, FP32, update, moved)
+    bench.report("LARS and moving average", errors | {"layers": off(layers, exact_layers)}, FP32, update, moved)
 
 
 def pixels(bench: Bench) -> None:
-    """Compare the table of a batch's views, bit for bit, and the views made from it, bf16, with both kinds of blur."""
+    """Compare a batch's drawn table bit for bit, and its views, bf16, with both kinds of blur."""
     stand, size = bench.stand, bench.stand.size
     batch = stand.images(1)
     where = {"seed": 3, "epoch": 5, "height": size, "width": size}
@@ -192,19 +182,19 @@ def _pixels(bench: Bench, batch: Batch, table: Tensor, blur: str) -> None:
     few = table[:, part].contiguous()
     exact = views.apply(batch.images[part], few, config, torch.float64, kernels="reference")
     moved = view_kernels.bytes_moved(2, stand.batch, size, size, size, 2)
-    bench.say(f"two views, blur {blur}", {"err": off(make()[:, part], exact)}, BF16, make, moved)
+    bench.report(f"two views, blur {blur}", {"err": off(make()[:, part], exact)}, BF16, make, moved)
 
 
 def parser() -> argparse.ArgumentParser:
-    """Return what reads the command line."""
+    """Return the parser of the command line."""
     parser = job_parser()
-    parser.add_argument("--small", action="store_true")
-    parser.add_argument("--untimed", action="store_true")
+    parser.add_argument("--small", action="store_true", help="for tools that slow a program down a hundred times")
+    parser.add_argument("--untimed", action="store_true", help="for tools that use the profiler themselves")
     return parser
 
 
 def main() -> int:
-    """Compare all kernels; return 1 where one is off."""
+    """Compare all kernels and return 1 if one is wrong."""
     arguments = parser().parse_args()
     torch.manual_seed(0)
     rows = Rows(arguments.rows, arguments.job)

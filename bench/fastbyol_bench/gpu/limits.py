@@ -1,8 +1,6 @@
-"""What this GPU does at best, and what cuDNN makes of the network's convolutions: rates a layer, alone and with wider stems.
+"""The GPU's ceilings and cuDNN's rate at each of the network's convolutions, also with wider stems.
 
-    python -m fastbyol_bench.gpu.limits ROWS JOB [--cudnn DB] [--dry]
-
-DB are cuDNN's switches, two digits: deterministic, benchmark. Each setting wants a process of its own.
+python -m fastbyol_bench.gpu.limits ROWS JOB [--cudnn DB] [--dry]
 """
 
 from __future__ import annotations
@@ -27,7 +25,7 @@ RUNS = 15
 
 @dataclass(frozen=True)
 class Layer:
-    """A convolution without bias: channels in and out, side of its input, kernel, stride, padding, how often a step has it."""
+    """A convolution without bias. ``count`` is the number of its occurrences in a step."""
 
     name: str
     channels_in: int
@@ -53,7 +51,8 @@ NETWORK = (
     Layer("layer4.0 1x1/2", 256, 512, 6, 1, 2, 0, 1),
     Layer("layer4 3x3", 512, 512, 3, 3, 1, 1, 3),
 )  # fmt: skip
-# The stem with zeros for channels, or with 2x2 pixels as channels and the kernel's taps moved accordingly.
+# The stem with channels of zeros, or with 2x2 pixels as channels and the kernel's taps moved
+# accordingly.
 STEMS = (
     Layer("stem of 4 channels", 4, 64, 96, 7, 2, 3, 0),
     Layer("stem of 8 channels", 8, 64, 96, 7, 2, 3, 0),
@@ -64,14 +63,14 @@ PASSES = ("forward", "input's gradient", "weight's gradient")
 
 
 class Timer:
-    """Seconds of a call on the device by its kernels, caches cold; on a CPU by the clock."""
+    """A timer of calls by their kernels on the device with cold caches; on a CPU by the clock."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._flush = Flush(device) if device.type == "cuda" else None
 
     def __call__(self, call: Callable[[], object]) -> float:
-        """Return the median of ``RUNS``, after two to warm up."""
+        """Return the median time of ``RUNS`` calls, in seconds, after two to warm up."""
         if self._flush is None:
             return clock_of(self._device).time(call).wall_s
         for _ in range(2):
@@ -84,7 +83,7 @@ class Timer:
 
 
 def passes(layer: Layer, num_views: int, device: torch.device) -> tuple[dict[str, Callable[[], object]], float]:
-    """Return the passes of ``layer`` over bf16 views in channels-last, ready to be called, and the operations of each."""
+    """Return the passes of ``layer`` over bf16 channels-last views, and the operations of each."""
     shape = (num_views, layer.channels_in, layer.side, layer.side)
     x = _random(shape, device)
     weight = _random((layer.channels_out, layer.channels_in, layer.kernel, layer.kernel), device)
@@ -99,9 +98,9 @@ def passes(layer: Layer, num_views: int, device: torch.device) -> tuple[dict[str
     def backward(mask: list[bool]) -> Callable[[], object]:
         return lambda: torch.ops.aten.convolution_backward(dy, x, weight, None, *where, mask)
 
-    found = (forward, backward([True, False, False]), backward([False, True, False]))
-    calls = dict(zip(PASSES, found, strict=True))
-    if layer.channels_in < 64:  # the images take no gradient
+    every = (forward, backward([True, False, False]), backward([False, True, False]))
+    calls = dict(zip(PASSES, every, strict=True))
+    if layer.channels_in < 64:  # images need no gradient
         del calls["input's gradient"]
     return calls, 2.0 * y.numel() * layer.channels_in * layer.kernel**2
 
@@ -111,7 +110,7 @@ def _random(shape: tuple[int, ...], device: torch.device) -> Tensor:
 
 
 def convolutions(rows: Rows, device: torch.device, num_views: int) -> None:
-    """Time every convolution of a step and the stems that could replace the first; their sum goes last."""
+    """Time every convolution of a step and each alternative stem; write the sum over a step."""
     timer, step_s, step_flop = Timer(device), 0.0, 0.0
     for layer in (*NETWORK, *STEMS):
         with rows.guarded("conv", layer.name):
@@ -119,20 +118,21 @@ def convolutions(rows: Rows, device: torch.device, num_views: int) -> None:
             for name, call in calls.items():
                 seconds = timer(call)
                 rows.add("conv", f"{layer.name}, {name}", us=seconds * 1e6, tflops=flop / seconds / 1e12)
-                times = layer.count * (2 if name == "forward" else 1)  # the target goes forward, too
+                times = layer.count * (2 if name == "forward" else 1)  # also the target's forward
                 step_s, step_flop = step_s + times * seconds, step_flop + times * flop
     rows.add("conv", "all of a step", ms=step_s * 1e3, tflops=step_flop / step_s / 1e12)
 
 
 def parser() -> argparse.ArgumentParser:
-    """Return what reads the command line."""
+    """Return the parser of the command line."""
     parser = job_parser()
-    parser.add_argument("--cudnn", default="10")
+    # A setting needs a process of its own: cuDNN keeps its plans, whatever its switches are later.
+    parser.add_argument("--cudnn", default="10", help="two digits: deterministic, benchmark")
     return parser
 
 
 def main() -> int:
-    """Measure ceilings and convolutions; return 1 where a part failed."""
+    """Measure ceilings and convolutions and return 1 if a part failed."""
     arguments = parser().parse_args()
     rows = Rows(arguments.rows, arguments.job)
     device = torch.device("cpu" if arguments.dry else "cuda")

@@ -1,4 +1,4 @@
-"""Rows that outlive the process: one JSON line each, in the file the moment it is measured."""
+"""Rows of results, one JSON line each, that are on disk as soon as they are measured."""
 
 from __future__ import annotations
 
@@ -14,22 +14,23 @@ from pathlib import Path
 from typing import Any
 
 Row = Mapping[str, Any]
-# What every row says; the rest are figures.
+# The keys of every row; the others are figures.
 HEAD = ("job", "part", "name", "at_s")
 
 
 class Rows:
-    """Appends rows to a file that several processes may share; counts those that say ``failed``."""
+    """A file to which several processes append rows; ``failures`` counts the failed ones here."""
 
     def __init__(self, path: Path, job: str) -> None:
         self._path, self._job, self._began = path, job, time.monotonic()
         self.failures = 0
 
     def add(self, part: str, name: str, **values: Any) -> None:
-        """Write one row with the figures ``values`` and print it."""
+        """Append a row with the figures ``values`` and print it."""
         row = dict(zip(HEAD, (self._job, part, name, round(time.monotonic() - self._began, 1)), strict=True))
         line = json.dumps({**row, **values}, allow_nan=True) + "\n"
-        # One write to a file opened for appending: lines of two processes do not mix, and a killed one leaves whole lines.
+        # One write to a file opened for appending: the lines of two processes do not mix, and a
+        # killed process leaves whole lines.
         file = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         try:
             os.write(file, line.encode())
@@ -40,7 +41,7 @@ class Rows:
 
     @contextmanager
     def guarded(self, part: str, name: str) -> Iterator[None]:
-        """Turn what fails inside into a row that says so, its trace into the log: one part must not cost the others."""
+        """Turn an exception inside into a failed row and print its trace, so that others run."""
         try:
             yield
         except Exception as error:
@@ -49,12 +50,12 @@ class Rows:
             self.add(part, name, failed=f"{type(error).__name__}: {text}"[:300])
 
     def check(self, part: str, name: str, *, holds: bool, says: str, **values: Any) -> None:
-        """Write a row, as a failed one that ``says`` what is wrong unless it ``holds``."""
+        """Append a row, which fails with the message ``says`` unless ``holds``."""
         self.add(part, name, **values, **({} if holds else {"failed": says}))
 
 
 def parser() -> argparse.ArgumentParser:
-    """Return what reads the words that every job takes; each adds its own."""
+    """Return a parser of the arguments that all jobs have."""
     parser = argparse.ArgumentParser()
     parser.add_argument("rows", type=Path, help="the file to append rows to")
     parser.add_argument("job", help="the name under which they stand")
@@ -63,28 +64,28 @@ def parser() -> argparse.ArgumentParser:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """Return the whole rows of a file that ``Rows`` wrote; a line that a full disk cut is left out."""
+    """Return the rows of a file that ``Rows`` wrote, without lines that a full disk has cut."""
     if not path.exists():
         return []
-    found = []
+    rows = []
     for line in path.read_text("utf-8", errors="replace").splitlines():
         try:
             row = json.loads(line)
         except ValueError:
             continue
         if isinstance(row, dict):
-            found.append(row)
-    return found
+            rows.append(row)
+    return rows
 
 
 def shown(row: Row) -> str:
-    """Return one row as a line: its name, then each figure to four digits."""
+    """Return a row as a line: its name, then each figure to four digits."""
     figures = "  ".join(f"{key} {_figure(value)}" for key, value in row.items() if key not in HEAD)
     return f"{row['part']:9s} {row['name']:44s} {figures}"
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Return all rows under their jobs' names."""
+    """Return all rows as text, grouped by job."""
     lines = []
     for job in dict.fromkeys(row["job"] for row in rows):
         lines += ["", f"{job}:", *(f"  {shown(row)}" for row in rows if row["job"] == job)]

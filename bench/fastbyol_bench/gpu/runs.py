@@ -1,4 +1,4 @@
-"""Whole runs on a GPU: five epochs end to end, and the post's claims, a row at each epoch's end.
+"""Whole runs on a GPU: five epochs end to end, and the post's claims, with a row per epoch.
 
 python -m fastbyol_bench.gpu.runs train ROWS JOB --method bn|gn_ws --folder DIR [--dry]
 python -m fastbyol_bench.gpu.runs claims ROWS JOB --folder DIR --precision bf16 --seconds 200
@@ -21,13 +21,14 @@ from fastbyol.engine.observer import EpochEnd, Silent
 from fastbyol.errors import FastbyolError
 from fastbyol.runs import checkpoint
 from fastbyol.runs.metrics import read_events
-from fastbyol_bench.gpu.engine import METHODS
 from fastbyol_bench.gpu.rows import Rows
 from fastbyol_bench.gpu.rows import parser as job_parser
+from fastbyol_bench.own_step import METHODS
 
 EPOCHS = 5
 HORIZON = 320  # the post's
-# The post's training set, STL-10's labelled and unlabelled images, and as many test images as a probe takes seconds for.
+# As many images as STL-10's labelled and unlabelled ones, the post's training set, and test images
+# for a probe of seconds.
 FULL = ("data.textures_count=105000", "data.textures_test_count=4096", "data.textures_size=96")
 TINY = (
     "data.textures_count=64", "data.textures_test_count=64", "data.textures_size=32", "model.width=16",
@@ -38,14 +39,14 @@ GRACE_S = 15.0
 
 
 class Watch(Silent):
-    """Writes a row for each epoch: the whole of it, with its probe and checkpoint, and the steps alone."""
+    """An observer that writes a row per epoch: its time with the end, and its steps' rate."""
 
     def __init__(self, rows: Rows) -> None:
         self._rows = rows
         self.ends = [time.perf_counter()]
 
     def epoch_end(self, message: EpochEnd) -> None:
-        """Write the row."""
+        """Write the row of an epoch."""
         self.ends.append(time.perf_counter())
         self._rows.add(
             "epoch", f"epoch {message.epoch + 1}", seconds=self.ends[-1] - self.ends[-2], steps_img_s=message.img_s,
@@ -53,12 +54,12 @@ class Watch(Silent):
         )  # fmt: skip
 
     def note(self, text: str) -> None:
-        """Print what the run remarks."""
+        """Print a message of the run."""
         print(text, flush=True)
 
 
 def five_epochs(rows: Rows, method: str, folder: Path, *, dry: bool) -> None:
-    """Train ``EPOCHS`` epochs as the command line does and say what an epoch costs, its end included."""
+    """Train ``EPOCHS`` epochs as the command line does and write the time of a whole epoch."""
     device, sizes = ("cpu", TINY) if dry else ("cuda", FULL)
     size = 32 if dry else 96
     config = load_config(
@@ -75,7 +76,7 @@ def five_epochs(rows: Rows, method: str, folder: Path, *, dry: bool) -> None:
     watch = Watch(rows)
     summary = train(config, folder, observer=watch)
     mode = checkpoint.load_latest(folder / "checkpoints").meta["engine"]
-    # The first epoch compiles; the others end where the next begins.
+    # The first epoch compiles. Each other epoch ends where the next begins.
     whole = sorted(b - a for a, b in zip(watch.ends[1:], watch.ends[2:], strict=False))
     epoch_s = whole[len(whole) // 2]
     rows.check(
@@ -87,7 +88,7 @@ def five_epochs(rows: Rows, method: str, folder: Path, *, dry: bool) -> None:
 
 
 def claims(rows: Rows, arguments: argparse.Namespace) -> None:
-    """Run the claims by ``fastbyol ablate run`` for as long as there is time, writing a row for each epoch that was probed."""
+    """Run the claims by ``fastbyol ablate run`` until the time is up, a row per probed epoch."""
     folder: Path = arguments.folder
     command = [sys.executable, "-m", "fastbyol.cli.main", "ablate", "run", *arguments.claims, "--out", str(folder)]
     sets = [f"train.precision={arguments.precision}", *arguments.set]
@@ -122,11 +123,11 @@ def claims(rows: Rows, arguments: argparse.Namespace) -> None:
 
 
 def _new_epochs(rows: Rows, folder: Path, seen: dict[Path, int]) -> None:
-    """Write a row for every epoch with an accuracy that ``seen``, events by file, does not count yet."""
+    """Write a row per new epoch with an accuracy. ``seen`` counts the events of each file."""
     for path in sorted(folder.glob("runs/*/seed*")):
         try:
             events = [event for event in read_events(path) if event["event"] == "epoch"]
-        except FastbyolError:  # not begun yet
+        except FastbyolError:  # the run has not started yet
             continue
         for event in events[seen.get(path, 0) :]:
             if event["accuracy"] is not None:
@@ -139,7 +140,7 @@ def _figures(event: dict[str, Any]) -> dict[str, Any]:
 
 
 def parser() -> argparse.ArgumentParser:
-    """Return what reads the command line."""
+    """Return the parser of the command line."""
     parser = job_parser()
     parser.add_argument("what", choices=("train", "claims"))
     parser.add_argument("--method", choices=METHODS)
@@ -154,7 +155,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main() -> int:
-    """Train or run claims; return 1 where something failed."""
+    """Train or run claims and return 1 if something failed."""
     arguments = parser().parse_intermixed_args()
     rows = Rows(arguments.rows, arguments.job)
     with rows.guarded("run", arguments.what):

@@ -1,4 +1,4 @@
-"""Batch norm in training mode with statistics of each view alone: torch's own, or two fused passes on a CPU."""
+"""Batch norm in training mode with statistics per view: torch's, or fused passes on a CPU."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastbyol_kernels.batch_norm.reference import add_and_relu, reference
-from fastbyol_kernels.dispatch import dispatch
+from fastbyol_kernels.dispatch import dispatch, is_activation
 
 __all__ = ["add_and_relu", "batch_norm", "reference"]
 
@@ -25,22 +25,26 @@ def batch_norm(
     relu: bool = False,
     kernels: str = "auto",
 ) -> Tensor:
-    """Return relu(batch norm of ``x`` + ``residual``), either of the two optional. Update the running buffers (C,) in place.
+    """Return relu(batch norm of ``x`` + ``residual``), where residual and ReLU are optional.
 
-    ``x`` (N, C, H, W) or (N, C), whose ``num_views`` equal consecutive chunks are each normalised by their own statistics;
-    ``residual`` has its shape and dtype. ``weight`` and ``bias`` (C,) have the dtype of the statistics and of the buffers: fp64
-    for fp64 ``x``, else fp32. Returns x's shape, dtype and memory format. Differentiable once in x, weight, bias and residual.
+    ``x`` is (N, C, H, W) or (N, C). Each of its ``num_views`` equal consecutive chunks is
+    normalised by its own statistics, and each updates the running buffers (C,) in place.
+    ``residual`` has x's shape and dtype. ``weight``, ``bias`` (C,) and the running buffers have the
+    dtype of the statistics: fp64 for fp64 ``x``, else fp32. Returns x's shape, dtype and memory
+    format. Differentiable once in x, weight, bias and residual.
 
-    ``kernels``: "cpu" is compiled code, for bf16 or fp32 x (N, C, H, W) in channels-last on a CPU; all else, "reference"
-    and what does not run at once (``dispatch.at_once``) is torch's own kernel. "auto" is the first that can be. There are no
-    Triton kernels: "triton" is the reference. Raises ValueError, naming the argument, for what does not fit.
+    ``kernels``: "auto" and "cpu" run compiled code on bf16 or fp32 x (N, C, H, W) in channels-last
+    memory on a CPU. Other inputs, operations that do not run eagerly (``dispatch.at_once``),
+    "reference" and "triton" (there are no Triton kernels) run torch's batch norm. Raises
+    ValueError, naming the argument, for a wrong shape or dtype.
     """
     _check(x, weight, bias, running_mean, running_var, num_views, residual)
     affine = (weight, bias, running_mean, running_var)
     backend = dispatch(kernels, "x", x, *affine, residual, has=("cpu",))
     if backend != "cpu" or not _is_compiled_for(x, affine):
         return reference(x, *affine, num_views, momentum=momentum, eps=eps, residual=residual, relu=relu)
-    from fastbyol_kernels.batch_norm.cpu import FusedBatchNorm  # numba: who has a GPU need not wait for it
+    # Imported here because it loads numba, which a GPU run does not need.
+    from fastbyol_kernels.batch_norm.cpu import FusedBatchNorm
 
     if residual is not None:
         residual = residual.contiguous(memory_format=torch.channels_last)
@@ -55,7 +59,8 @@ def _check(
         raise ValueError(f"x must be (N, C, H, W) or (N, C), not of {x.ndim} dimensions")
     if num_views < 1 or len(x) % num_views:
         raise ValueError(f"a batch of {len(x)} cannot be split into {num_views} views of equal size")
-    if x.numel() == num_views * x.shape[1] > 0:  # torch refuses it, too: the unbiased variance divides by zero
+    # As in torch: the unbiased variance would divide by zero.
+    if x.numel() == num_views * x.shape[1] > 0:
         raise ValueError(
             f"x has one value per channel and view, {tuple(x.shape)} for {num_views} views: two or more have a variance"
         )
@@ -68,10 +73,4 @@ def _check(
 
 
 def _is_compiled_for(x: Tensor, affine: tuple[Tensor, ...]) -> bool:
-    return (
-        x.ndim == 4
-        and x.numel() > 0
-        and x.dtype in (torch.bfloat16, torch.float32)
-        and x.is_contiguous(memory_format=torch.channels_last)
-        and all(t.dtype == torch.float32 and t.is_contiguous() for t in affine)
-    )
+    return is_activation(x) and all(t.dtype == torch.float32 and t.is_contiguous() for t in affine)

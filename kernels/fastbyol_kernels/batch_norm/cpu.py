@@ -1,10 +1,6 @@
-"""``batch_norm`` on a CPU: two passes over the activations forward, two backward, each about as fast as a copy.
+"""``batch_norm`` on a CPU: two passes over the activations forward and two backward.
 
-A block is a run of pixels of one view. Rows of few channels are short loops, so a lane is a channel of several neighbouring
-pixels, and tables by channel are repeated over the lanes.
-
-Every kernel takes how views are cut: ``rows`` pixels of a view, ``run`` of a block, ``parts`` blocks of a view, ``c`` channels
-and ``lanes``. Letters: V views, K blocks of a view, C channels, L lanes.
+Each pass takes about as long as a copy. Letters: V views, K blocks of a view, C channels, L lanes.
 """
 
 from __future__ import annotations
@@ -22,19 +18,26 @@ from torch.autograd.function import once_differentiable
 
 from fastbyol_kernels.native import F32, F64, Activation, inlined, kernel, narrowed, widened
 
-# 64x48x48 bf16 normalises in 6.8 ms with 512 or 1024 lanes and in 7.0 with 256: enough to hide what a loop costs to begin.
+# A loop over a pixel with few channels is short. So several neighbouring pixels form one row of
+# lanes, and tables by channel are repeated over the lanes. 64x48x48 bf16 takes 6.8 ms to normalise
+# with 512 or 1024 lanes and 7.0 ms with 256, so 512 hide the cost of starting a loop.
 MIN_LANES = 512
-# Elements of a block: 10 us of work, and of few pixels with many channels still enough to outweigh a block's sums.
+# Elements of a block, which is a run of pixels of one view: 10 us of work. With many channels a
+# block has at least MIN_RUN pixels, enough to outweigh its sums.
 BLOCK, MIN_RUN = 65536, 64
-# One pixel that makes all the variance of its view loses 16 ** 2 times less in 16 than alone.
+# A single pixel that causes all variance of its view costs 16 ** 2 times less precision if the
+# shift is the mean of 16 pixels than if it is that pixel.
 _PIXELS_OF_SHIFT = 16
-# Halfway to the smallest bfloat16: what is not above it is rounded to 0.
+# Half the smallest bf16 number: values up to it are rounded to 0.
 _LEAST_HALF = 2.0**-134
 _CACHE_LINE = 64
 
 
 def _cut(x: Tensor, num_views: int) -> tuple[int, int, int, int, int]:
-    """Return rows, run, parts, c and lanes."""
+    """Return how every kernel divides the views: rows, run, parts, c and lanes.
+
+    A view has ``rows`` pixels in ``parts`` blocks of ``run`` pixels, ``c`` channels and ``lanes``.
+    """
     n, c, h, w = x.shape
     rows, run = n // num_views * h * w, max(MIN_RUN, BLOCK // c)
     return rows, run, -(-rows // run), c, -(-MIN_LANES // c) * c
@@ -42,21 +45,21 @@ def _cut(x: Tensor, num_views: int) -> tuple[int, int, int, int, int]:
 
 @inlined
 def _elements(block, rows, run, parts, c):
-    """Return the first element of a block and the one behind its last."""
+    """Return the start and stop of a block's elements."""
     start = (block // parts * rows + block % parts * run) * c
     return start, min(start + run * c, (block // parts + 1) * rows * c)
 
 
 @intrinsic
 def _prefetch(typing: Any, address: Any) -> Any:
-    """Have the cache line at an address brought to the nearest cache, if there is such memory."""
+    """Prefetch the cache line at ``address`` to the first-level cache. Any address is allowed."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        place, number = context.get_value_type(CPointer(int8)), context.get_value_type(int32)
-        of_four = ir.FunctionType(ir.VoidType(), [place, number, number, number])
-        function = builder.module.declare_intrinsic("llvm.prefetch", [place], of_four)
-        # To read, with the highest locality, data.
-        builder.call(function, [builder.inttoptr(arguments[0], place), number(0), number(3), number(1)])
+        pointer, number = context.get_value_type(CPointer(int8)), context.get_value_type(int32)
+        of_four = ir.FunctionType(ir.VoidType(), [pointer, number, number, number])
+        function = builder.module.declare_intrinsic("llvm.prefetch", [pointer], of_four)
+        # The flags of llvm.prefetch: a read, the highest locality, data.
+        builder.call(function, [builder.inttoptr(arguments[0], pointer), number(0), number(3), number(1)])
         return context.get_dummy_value()
 
     return void(int64), generate
@@ -64,11 +67,9 @@ def _prefetch(typing: Any, address: Any) -> Any:
 
 @njit(inline="always")
 def _fetch_ahead(array, start, stop):
-    """Prefetch fp32 elements that are read only where a ReLU let through.
-
-    A masked load waits for its mask first, and the pass took twice as long. bf16 is widened before it is masked, so its loads
-    do not wait.
-    """
+    """Prefetch fp32 elements that are read only where a ReLU was active."""
+    # A masked load waits for its mask, and the pass took twice as long without this. bf16 is
+    # widened before it is masked, so its loads do not wait.
     if array.itemsize == 4:
         for address in range(array.ctypes.data + start * 4, array.ctypes.data + stop * 4, _CACHE_LINE):
             _prefetch(address)
@@ -76,18 +77,16 @@ def _fetch_ahead(array, start, stop):
 
 @njit(inline="always")
 def _passed(gradient, before, least):
-    """Return ``gradient`` where the ReLU let ``before`` through, else 0.
-
-    By bits: after a branch the compiler would put off what is done to the gradient until it knows the mask, and a product would
-    make NaN of what is infinite.
-    """
+    """Return ``gradient`` where ``before``, the ReLU's input, exceeds ``least``, else 0."""
+    # On bits: with a branch the compiler delays the work on the gradient until the mask is known,
+    # and with a product an infinite gradient would become NaN.
     keep = np.uint32(np.uint32(before <= least) - np.uint32(1))
     return np.uint32(np.float32(gradient).view(np.uint32) & keep).view(np.float32)
 
 
 @njit(inline="always")
 def _spread(tables, number, lanes, channels):
-    """Repeat the first ``channels`` of each of ``number`` tables over all its lanes."""
+    """Repeat the first ``channels`` values of each of ``number`` tables over all of its lanes."""
     for table in range(number):
         values = tables[table * lanes : (table + 1) * lanes]
         first = values[:channels]
@@ -99,7 +98,7 @@ def _spread(tables, number, lanes, channels):
 
 @njit(inline="always")
 def _fold(sums, channels):
-    """Add the lanes of each channel up, in order, into the first of them."""
+    """Add up the lanes of each channel, in order, into its first lane."""
     into = sums[:channels]
     for lane in range(channels, len(sums), channels):
         other = sums[lane : lane + channels]
@@ -109,10 +108,10 @@ def _fold(sums, channels):
 
 @kernel
 def _sum_deviations(block: int, x: Activation, sums: F32, rows: int, run: int, parts: int, c: int, lanes: int) -> None:
-    """Sum by lanes x - shift and its square: a row of ``sums`` (V, K, 3, L) is these two and the shift.
+    """Write each lane's sums of x - shift and its square, and the shift, to ``sums`` (V, K, 3, L).
 
-    The shift is the mean of the block's first few pixels. So a large mean costs nothing, and odd first pixels little: they
-    spoil their own block alone.
+    The shift is the mean of the block's first few pixels. So a large mean costs no precision, and
+    outliers among these pixels affect their own block only.
     """
     start, stop = _elements(block, rows, run, parts, c)
     own = sums[block * 3 * lanes : (block + 1) * 3 * lanes]
@@ -128,7 +127,8 @@ def _sum_deviations(block: int, x: Activation, sums: F32, rows: int, run: int, p
     for i in range(c):
         into[i] = widened(first[i]) + into[i] / np.float32(pixels)
     _spread(shift, 1, lanes, c)
-    # Four at a time: a sum is stored, which takes longer than to add, once for four.
+    # Four rows at a time: storing a sum takes longer than adding, and here four rows need one
+    # store.
     while start + 4 * lanes <= stop:
         x0, x1 = x[start : start + lanes], x[start + lanes : start + 2 * lanes]
         x2, x3 = x[start + 2 * lanes : start + 3 * lanes], x[start + 3 * lanes : start + 4 * lanes]
@@ -152,13 +152,15 @@ def _moments(
     block: int, weight: F32, bias: F32, running_mean: F32, running_var: F32, sums: F32, moments: F32, table: F32, scratch: F64,
     num_views: int, eps: float, momentum: float, rest: float, rows: int, run: int, parts: int, c: int, lanes: int,
 ) -> None:  # fmt: skip
-    """Combine a view's blocks in fp64, update the running buffers view by view, and fill what the other passes need.
+    """Combine each view's blocks in fp64 and update the running buffers.
 
-    One block. ``table`` (V, 3, L) is mean, scale and shift. The mean is kept in two fp32 parts, of which the first, the
-    table's, is subtracted before anything is multiplied: ``moments`` (V, 2, C) is the second, and 1 / std. ``scratch`` (2, C).
-    ``rest`` is 1 - ``momentum``, which compiled here would be rearranged.
+    The kernel has a single block. ``table`` (V, 3, L) is mean, scale and shift. The mean has two
+    fp32 parts: the table's is subtracted before any product, the remainder is in ``moments`` (V, 2,
+    C) together with 1 / std. ``scratch`` is (2, C). ``rest`` is 1 - ``momentum``: computed in here,
+    it would be reordered with the products around it.
 
-    Source: Chan, Golub & LeVeque, "Updating Formulae and a Pairwise Algorithm for Computing Sample Variances", 1979.
+    Source: Chan, Golub & LeVeque, "Updating Formulae and a Pairwise Algorithm for Computing Sample
+    Variances", 1979.
     """
     means, m2 = scratch[:c], scratch[c : 2 * c]
     for view in range(num_views):
@@ -204,7 +206,7 @@ def _normalise(
     block: int, x: Activation, residual: Activation, y: Activation, table: F32, added: int, limit: float,
     rows: int, run: int, parts: int, c: int, lanes: int,
 ) -> None:  # fmt: skip
-    """Write y = max((x - mean) * scale + shift + residual if ``added``, limit)."""
+    """Write y = max((x - mean) * scale + shift, limit), with a residual in the sum if ``added``."""
     start, stop = _elements(block, rows, run, parts, c)
     own, least = table[block // parts * 3 * lanes : (block // parts + 1) * 3 * lanes], np.float32(limit)
     mean, scale, shift = own[:lanes], own[lanes : 2 * lanes], own[2 * lanes :]
@@ -227,9 +229,10 @@ def _sum_gradients(
     block: int, x: Activation, dy: Activation, y: Activation, g: Activation, table: F32, sums: F32, from_y: int, limit: float,
     rows: int, run: int, parts: int, c: int, lanes: int,
 ) -> None:  # fmt: skip
-    """Sum by lanes g and g * (x - mean), a row of ``sums`` (V, K, 2, L). g is dy where the ReLU let through, else 0.
+    """Write per lane the sums of g and g * (x - mean) to ``sums`` (V, K, 2, L).
 
-    ``from_y``: take the mask from y and write g; else make what went into the ReLU again, and compare it with ``limit``.
+    g is dy where the ReLU was active, else 0. With ``from_y`` the mask comes from y, and g is
+    written; else the ReLU's input is recomputed and compared with ``limit``.
     """
     start, stop = _elements(block, rows, run, parts, c)
     own, least = table[block // parts * 3 * lanes : (block // parts + 1) * 3 * lanes], np.float32(limit)
@@ -264,10 +267,11 @@ def _affine(
     block: int, moments: F32, table: F32, sums: F32, affine: F32, slopes: F32, scratch: F64,
     num_views: int, rows: int, run: int, parts: int, c: int, lanes: int,
 ) -> None:  # fmt: skip
-    """Make the gradients of weight and bias, ``affine`` (2, C), in fp64, and what the input's takes.
+    """Compute the gradients of weight and bias, ``affine`` (2, C), in fp64, and fill ``slopes``.
 
-    One block. ``slopes`` (V, 2, L) is a and b of
-    dx = scale * (g - sum(g) / n - x_hat * sum(g * x_hat) / n) = scale * g + a * (x - mean) + b. ``scratch`` (2, C).
+    The kernel has a single block. ``slopes`` (V, 2, L) is a and b of
+    dx = scale * (g - sum(g) / n - x_hat * sum(g * x_hat) / n) = scale * g + a * (x - mean) + b.
+    ``scratch`` is (2, C).
     """
     of_g, of_gx = scratch[:c], scratch[c : 2 * c]
     dweight, dbias = affine[:c], affine[c : 2 * c]
@@ -302,7 +306,7 @@ def _input_gradient(
     block: int, x: Activation, dy: Activation, dx: Activation, table: F32, slopes: F32, masks: int, limit: float,
     rows: int, run: int, parts: int, c: int, lanes: int,
 ) -> None:  # fmt: skip
-    """Write dx of ``_affine``'s formula. g is dy, which this masks, as ``_sum_gradients`` does, where ``masks``."""
+    """Write dx by ``_affine``'s formula, with g = dy, masked by the ReLU if ``masks``."""
     start, stop = _elements(block, rows, run, parts, c)
     view, least = block // parts, np.float32(limit)
     own, of_view = table[view * 3 * lanes : (view + 1) * 3 * lanes], slopes[view * 2 * lanes : (view + 1) * 2 * lanes]
@@ -326,10 +330,10 @@ def _input_gradient(
 
 
 class FusedBatchNorm(torch.autograd.Function):
-    """``batch_norm`` for channels-last x (N, C, H, W), bf16 or fp32, and everything else contiguous fp32.
+    """``batch_norm`` of channels-last x (N, C, H, W), bf16 or fp32, with fp32 parameters."""
 
-    Saves x, and y where a residual went into a ReLU; else the ReLU's mask is made again from x, bit for bit.
-    """
+    # The forward pass saves x, and y if a residual was added before the ReLU. Without a residual
+    # the backward pass recomputes the ReLU's mask from x, bit for bit.
 
     @staticmethod
     def forward(
@@ -357,7 +361,7 @@ class FusedBatchNorm(torch.autograd.Function):
         dy, num_views = grads[0].contiguous(memory_format=torch.channels_last), ctx.num_views
         _, _, parts, c, lanes = cut = _cut(x, num_views)
         masks = ctx.relu and y is None
-        # What must be exceeded before rounding for the output to exceed 0.
+        # An output is positive if its value before rounding exceeds this.
         limit = (_LEAST_HALF if x.dtype == torch.bfloat16 else 0.0) if masks else -torch.inf
         sums, slopes = table.new_empty(num_views, parts, 2, lanes), table.new_empty(num_views, 2, lanes)
         affine, scratch = table.new_empty(2, c), table.new_empty(2, c, dtype=torch.float64)

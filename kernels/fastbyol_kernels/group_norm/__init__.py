@@ -1,4 +1,4 @@
-"""Group norm with optional residual and ReLU in one operation (``reference`` has the formula), and what it moves."""
+"""Group norm with optional residual and ReLU in one operation; ``reference`` has the formula."""
 
 from __future__ import annotations
 
@@ -23,15 +23,17 @@ def group_norm(
     relu: bool = False,
     kernels: str = "auto",
 ) -> Tensor:
-    """Return relu(group norm of ``x`` + ``residual``), either of the two optional, over groups of adjacent channels.
+    """Return relu(group norm of ``x`` + ``residual``), where residual and ReLU are optional.
 
-    ``x`` (N, C, H, W) or (N, C); ``residual`` has its shape and dtype. ``weight`` and ``bias`` (C,) have the dtype of the
-    statistics: fp64 for fp64 ``x``, else fp32. Returns x's shape and dtype, in channels-last memory format where x has four
-    dimensions. Differentiable once in all four tensors.
+    Groups are ``num_groups`` runs of adjacent channels. ``x`` is (N, C, H, W) or (N, C),
+    ``residual`` has its shape and dtype. ``weight`` and ``bias`` (C,) have the dtype of the
+    statistics: fp64 for fp64 ``x``, else fp32. Returns x's shape and dtype, in channels-last memory
+    if x has four dimensions. Differentiable once in all four tensors.
 
-    ``kernels`` is a word of ``dispatch``. Both kinds of kernels take bf16 or fp32 in channels-last; on a CPU "auto" leaves
-    all else to the reference, as do all words (N, C) and what ``dispatch`` says. Raises ValueError, naming the argument, for
-    what does not fit.
+    ``kernels`` is one of ``dispatch.BACKENDS``. Triton and CPU kernels need bf16 or fp32 x in
+    channels-last memory. The reference runs all (N, C) inputs, and with "auto" on a CPU all inputs
+    that the kernels do not support. Raises ValueError, naming the argument, for a tensor that does
+    not fit.
     """
     _check(x, num_groups, weight, bias, residual)
     backend = dispatch(kernels, "x", x, weight, bias, residual)
@@ -43,7 +45,8 @@ def group_norm(
     if backend == "triton":
         y: Tensor = triton_group_norm(x, weight, bias, residual, num_groups, eps, relu)[0]
     else:
-        from fastbyol_kernels.group_norm.cpu import CpuGroupNorm  # numba: who has a GPU need not wait for it
+        # Imported here because it loads numba, which a GPU run does not need.
+        from fastbyol_kernels.group_norm.cpu import CpuGroupNorm
 
         y = CpuGroupNorm.apply(x, weight, bias, residual, num_groups, eps, relu)
     return y
@@ -65,7 +68,7 @@ def _check(x: Tensor, num_groups: int, weight: Tensor, bias: Tensor, residual: T
 
 
 def _misfit(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None) -> str | None:
-    """Return what keeps kernels from taking these, or None."""
+    """Return why the kernels do not support these tensors, or None if they do."""
     if x.dtype not in (torch.bfloat16, torch.float32):
         return f"x must be bfloat16 or float32 for the kernels, not {x.dtype}"
     named = {"x": x, "weight": weight, "bias": bias} | ({} if residual is None else {"residual": residual})
@@ -82,10 +85,11 @@ def _misfit(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None) ->
 def bytes_moved(
     shape: tuple[int, int, int, int], element_bytes: int, *, residual: bool = False, relu: bool = False, backward: bool = False
 ) -> int:
-    """Return the bytes that one pass must read and write if every element crosses the memory bus once, statistics left out.
+    """Return the bytes that one pass moves if every element crosses the memory bus once.
 
-    Forward x and the residual in, y out. Backward dy and x in, dx out; y in and the residual's gradient out where a residual
-    went into a ReLU (without the ReLU the residual's gradient is dy itself).
+    Forward reads x and the residual and writes y. Backward reads dy and x and writes dx. If a
+    residual was added before a ReLU, it also reads y and writes the residual's gradient; without
+    the ReLU that gradient is dy itself. The statistics are not counted.
     """
     n, c, h, w = shape
     tensors = (3 + 2 * (residual and relu)) if backward else (2 + residual)

@@ -1,7 +1,4 @@
-"""Group norm on a CPU: a thread takes a sample, which its caches hold, so that memory moves each byte about once.
-
-Pixels lie next to each other, so a few of them are one row of ``lanes``: short rows (64 channels) would spend their time on the
-loop. Everything is summed in an order that a sample's shape decides.
+"""Group norm on a CPU, sample by sample, so that each byte comes from memory about once.
 
 Letters: N samples, C channels, G groups, P pixels of a sample, L lanes.
 """
@@ -16,19 +13,20 @@ from torch import Tensor
 
 from fastbyol_kernels.native import F32, Activation, inlined, kernel, narrowed, noalias, widened
 
-# Lanes of a row, if pixels have fewer channels: 32 vectors of 16, and all arrays of lanes together stay in the first cache.
+# Pixels with few channels would be short loops, so several neighbouring pixels form one row of
+# lanes: 32 vectors of 16. All arrays of lanes together fit the first-level cache.
 LANES = 512
-# Rows whose statistics are taken together.
+# Rows whose statistics are computed together.
 ROWS = 8
-# Bytes of x that a thread takes at a time, if a sample has fewer: some 5 us of work.
+# Bytes of x in a block: about 5 us of work. A larger sample is a block of its own.
 BLOCK_BYTES = 1 << 16
-# Columns of the weights' gradients that a thread takes at a time.
+# Columns of the affine gradients in a block.
 COLUMNS = 32
 
 
 @noalias
 def _rows(x, first, lanes):
-    """Return four rows of ``x`` from number ``first`` on."""
+    """Return the four rows of ``x`` that start with row ``first``."""
     start = first * lanes
     x0, x1 = x[start : start + lanes], x[start + lanes : start + 2 * lanes]
     return x0, x1, x[start + 2 * lanes : start + 3 * lanes], x[start + 3 * lanes : start + 4 * lanes]
@@ -36,13 +34,13 @@ def _rows(x, first, lanes):
 
 @noalias
 def _row(x, row, lanes):
-    """Return a row of ``x``, of which the last may be short."""
+    """Return a row of ``x``; the last one may be shorter."""
     return x[row * lanes : min(row * lanes + lanes, len(x))]
 
 
 @noalias
 def _merge(mean, m2, count, other_mean, other_m2, more):
-    """Combine, by Chan's formula and lane by lane, ``count`` values with ``more`` values."""
+    """Combine the moments of ``count`` and of ``more`` values per lane, by Chan's formula."""
     f = np.float32(more / (count + more))
     g = np.float32(count * more / (count + more))
     for i in range(len(mean)):
@@ -53,12 +51,15 @@ def _merge(mean, m2, count, other_mean, other_m2, more):
 
 @noalias
 def _moments(x, mean, m2):
-    """Take mean and sum of squared deviations (L,) of the lanes of a sample: one reading, no cancellation at any mean."""
+    """Write each lane's mean and sum of squared deviations (L,) over the rows of a sample.
+
+    One pass over x, without cancellation at any mean, in an order that depends on the shape only.
+    """
     lanes = len(mean)
     rows = len(x) // lanes
     mean[:] = np.float32(0)
     m2[:] = np.float32(0)
-    # Mean and squared deviations of eight rows first, then Chan's combination with those of the rows before.
+    # The moments of eight rows first, then Chan's combination with those of the rows before.
     for row in range(0, rows - ROWS + 1, ROWS):
         f = np.float32(ROWS / (row + ROWS))
         g = np.float32(row * ROWS / (row + ROWS))
@@ -86,7 +87,7 @@ def _moments(x, mean, m2):
 
 @noalias
 def _by_channel(mean, m2, channels, pixels):
-    """Combine all lanes of a channel into its first one."""
+    """Combine all lanes of a channel into its first lane."""
     per_row = len(mean) // channels
     rows, rest = pixels // per_row, pixels % per_row
     count = rows + min(rest, 1)
@@ -99,7 +100,7 @@ def _by_channel(mean, m2, channels, pixels):
 
 @noalias
 def _by_group(mean, m2, group_mean, group_rstd, pixels, eps):
-    """Combine the channels of each group: mean and 1 / sqrt(var + eps)."""
+    """Combine the channels of each group to its mean and 1 / sqrt(var + eps)."""
     per_group = len(mean) // len(group_mean)
     for group in range(len(group_mean)):
         means = mean[group * per_group : (group + 1) * per_group]
@@ -120,7 +121,10 @@ def _by_group(mean, m2, group_mean, group_rstd, pixels, eps):
 
 @noalias
 def _lines(group_mean, group_rstd, weight, bias, scale, shift, center):
-    """Express the normalisation of each lane as x * scale + shift, for both passes alike: they must agree on its sign."""
+    """Write scale and shift of each lane, which normalise it as x * scale + shift.
+
+    Both passes use these: they must agree on the sign, which the ReLU masks by.
+    """
     channels = len(weight)
     per_group = channels // len(group_mean)
     for group in range(len(group_mean)):
@@ -138,7 +142,7 @@ def _lines(group_mean, group_rstd, weight, bias, scale, shift, center):
 
 @noalias
 def _repeat(values, channels):
-    """Copy the first pixel's values to all pixels of a row."""
+    """Copy the values of the first pixel to all pixels of a row."""
     for start in range(channels, len(values), channels):
         here = values[start : start + channels]
         for i in range(len(here)):
@@ -147,12 +151,9 @@ def _repeat(values, channels):
 
 @noalias
 def _write(x, residual, y, scale, shift, least):
-    """Write y = x * scale + shift + residual, if there is one, at least ``least``; NaN comes through.
-
-    ``max`` gives its first argument unless the second is greater. The same as a conditional expression is not made vectors of.
-    """
+    """Write y = max(x * scale + shift + residual, least). The residual may be None; NaN is kept."""
     lanes = len(scale)
-    # A kernel is compiled without what it does with an argument that is None; what stands in for it is never read.
+    # numba drops the branches for an argument that is None, so this stand-in is never read.
     residuals = x if residual is None else residual
     for row in range(-(-len(x) // lanes)):
         values, added, out = _row(x, row, lanes), _row(residuals, row, lanes), _row(y, row, lanes)
@@ -160,6 +161,8 @@ def _write(x, residual, y, scale, shift, least):
             value = widened(values[i]) * scale[i] + shift[i]
             if residual is not None:
                 value += widened(added[i])
+            # ``max`` returns its first argument, here a NaN, unless the second is greater. A
+            # conditional expression would do the same, but LLVM does not vectorise it.
             out[i] = narrowed(max(value, least), out)
 
 
@@ -168,7 +171,7 @@ def _forward(
     block: int, x: Activation, residual: Activation, y: Activation, weight: F32, bias: F32, means: F32, rstds: F32,
     samples: int, channels: int, groups: int, pixels: int, per_row: int, per_block: int, added: int, eps: float, least: float,
 ) -> None:  # fmt: skip
-    """Write y, and mean and rstd (N, G), of ``per_block`` samples."""
+    """Write y, and mean and rstd (N, G), for ``per_block`` samples."""
     size, length = pixels * channels, per_row * channels
     lanes = np.empty(2 * length, np.float32)
     first, second = lanes[:length], lanes[length : 2 * length]
@@ -187,7 +190,10 @@ def _forward(
 
 @inlined
 def _passed(dy, x, result, i, y, scale, shift, limit):
-    """Return an element of the gradient before the ReLU: 0 where ``result`` is, or without ``y`` x's line <= ``limit``."""
+    """Return element ``i`` of the gradient before the ReLU.
+
+    It is 0 where ``result`` is 0, or without ``y`` where x * scale + shift <= ``limit``.
+    """
     if y is None:
         return np.float32(0) if widened(x[i]) * scale[i] + shift[i] <= limit else widened(dy[i])
     return np.float32(0) if widened(result[i]) <= np.float32(0) else widened(dy[i])
@@ -195,7 +201,7 @@ def _passed(dy, x, result, i, y, scale, shift, limit):
 
 @noalias
 def _sums(dy, x, y, scale, shift, center, total, weighted, limit):
-    """Sum the gradient g, and g (x - center), over a sample's rows to (L,)."""
+    """Write the sums of the gradient g and of g * (x - center) over a sample's rows, (L,) each."""
     lanes = len(center)
     total[:] = np.float32(0)
     weighted[:] = np.float32(0)
@@ -205,7 +211,8 @@ def _sums(dy, x, y, scale, shift, center, total, weighted, limit):
         y0, y1, y2, y3 = _rows(results, row, lanes)
         d0, d1, d2, d3 = _rows(dy, row, lanes)
         for i in range(lanes):
-            # LLVM adds in the order in which it loads: x comes before the gradients, but with ``y`` after them.
+            # LLVM adds in the order of the loads: x comes before the gradients, but with ``y``
+            # after them.
             if y is None:
                 v0, v1, v2, v3 = widened(x0[i]), widened(x1[i]), widened(x2[i]), widened(x3[i])
             g0 = _passed(d0, x0, y0, i, y, scale, shift, limit)
@@ -228,7 +235,7 @@ def _sums(dy, x, y, scale, shift, center, total, weighted, limit):
 
 @noalias
 def _sum_lanes(values, channels, out):
-    """Sum over the pixels of a row to (C,)."""
+    """Sum ``values`` (L,) over the pixels of a row to ``out`` (C,)."""
     for i in range(channels):
         out[i] = values[i]
     for start in range(channels, len(values), channels):
@@ -239,7 +246,7 @@ def _sum_lanes(values, channels, out):
 
 @noalias
 def _slopes(weight, mean, rstd, total, weighted, slope, level, pixels):
-    """Express dx as scale g - (x slope + level), by channel. Multiplies ``weighted`` by rstd."""
+    """Write slope and level of dx = scale g - (x slope + level). Multiply ``weighted`` by rstd."""
     per_group = len(weight) // len(mean)
     count = np.float32(pixels * per_group)
     for group in range(len(mean)):
@@ -262,7 +269,7 @@ def _slopes(weight, mean, rstd, total, weighted, slope, level, pixels):
 
 @noalias
 def _write_gradients(dy, x, y, dx, dresidual, scale, shift, slope, level, limit):
-    """Write dx, and the residual's gradient if it is another than dy."""
+    """Write dx, and the residual's gradient unless ``dresidual`` is None."""
     lanes, results, dresiduals = len(scale), x if y is None else y, dx if dresidual is None else dresidual
     for row in range(-(-len(x) // lanes)):
         values, result, gradient = _row(x, row, lanes), _row(results, row, lanes), _row(dy, row, lanes)
@@ -280,7 +287,7 @@ def _backward(
     weight: F32, bias: F32, means: F32, rstds: F32, sums: F32, samples: int, channels: int, groups: int, pixels: int,
     per_row: int, per_block: int, by_y: int, limit: float,
 ) -> None:  # fmt: skip
-    """Write dx, the residual's gradient, and sums (N, 2, C) of g x_hat and g, of ``per_block`` samples."""
+    """Write dx, dresidual, and sums (N, 2, C) of g * x_hat and g, for ``per_block`` samples."""
     size, length = pixels * channels, per_row * channels
     lanes, bound = np.empty(5 * length, np.float32), np.float32(limit)
     scale, shift, center = lanes[:length], lanes[length : 2 * length], lanes[2 * length : 3 * length]
@@ -306,7 +313,7 @@ def _backward(
 
 @kernel
 def _sum_rows(block: int, sums: F32, out: F32, rows: int, columns: int) -> None:
-    """Sum rows of ``sums`` to out (columns,) in fp64, a few columns per block."""
+    """Sum the rows of ``sums`` to ``out`` (columns,) in fp64, COLUMNS columns per block."""
     start, stop = block * COLUMNS, min(block * COLUMNS + COLUMNS, columns)
     totals = np.zeros(stop - start, np.float64)
     for row in range(rows):
@@ -318,7 +325,10 @@ def _sum_rows(block: int, sums: F32, out: F32, rows: int, columns: int) -> None:
 
 
 def _plan(x: Tensor, num_groups: int) -> tuple[int, ...]:
-    """Return blocks, and then what kernels take: samples, channels, groups, pixels, pixels of a row, samples of a block."""
+    """Return the number of blocks and the kernels' sizes.
+
+    These are samples, channels, groups, pixels, pixels of a row of lanes, and samples of a block.
+    """
     n, channels, h, w = x.shape
     per_row = max(1, min(LANES // channels, h * w // ROWS))
     per_block = max(1, BLOCK_BYTES // (channels * h * w * x.element_size()))
@@ -326,7 +336,7 @@ def _plan(x: Tensor, num_groups: int) -> tuple[int, ...]:
 
 
 class CpuGroupNorm(torch.autograd.Function):
-    """Group norm of x (N, C, H, W), bf16 or fp32, channels-last and not empty as ``residual``; the rest is fp32."""
+    """Group norm of non-empty channels-last x and residual, bf16 or fp32; the rest is fp32."""
 
     @staticmethod
     def forward(

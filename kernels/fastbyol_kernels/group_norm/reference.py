@@ -1,9 +1,6 @@
-"""Group norm over channels-last activations with optional residual and ReLU, statistics in at least fp32.
+"""The formula of ``group_norm``, computed by torch.
 
-    y = relu((x - mean) / sqrt(var + eps) * weight + bias + residual)
-
-mean and biased variance over a group's channels and all pixels. One group is layer norm over (C, H, W).
-Source: Wu & He, "Group Normalization", arXiv:1803.08494; eps = 1e-5 (torch's default).
+Source: Wu & He, "Group Normalization", arXiv:1803.08494; eps = 1e-5 is torch's default.
 """
 
 from __future__ import annotations
@@ -27,7 +24,11 @@ def reference(
     residual: Tensor | None = None,
     relu: bool = False,
 ) -> Tensor:
-    """Compute the formula above by torch's group norm, in channels-last, which torch's forgets on some devices."""
+    """Compute y = relu((x - mean) / sqrt(var + eps) * weight + bias + residual).
+
+    Mean and biased variance are taken over a group's channels and all pixels, in at least fp32. One
+    group is layer norm over (C, H, W).
+    """
     wide = x if x.dtype == torch.float64 else x.float()
     y = F.group_norm(wide, num_groups, weight, bias, eps)
     if residual is not None:
@@ -35,6 +36,7 @@ def reference(
     if relu:
         y = F.relu(y)
     y = y.to(x.dtype)
-    if x.ndim != 4 or is_transformed():  # torch.func.vmap knows no memory formats
+    if x.ndim != 4 or is_transformed():  # torch.func.vmap does not support memory formats
         return y
+    # On some devices torch's group norm does not keep the memory format.
     return y.contiguous(memory_format=torch.channels_last)

@@ -1,15 +1,7 @@
-"""Group norm on a GPU, in Triton.
+"""Group norm on a GPU, in Triton: a program works on one sample and a slab of whole groups.
 
-Groups are independent, so a program takes one sample and a slab of whole groups, at least 64 bytes wide (two DRAM sectors; a
-single group of 64 channels in 32 would be 4). It reads the slab once for the statistics and once more, backwards, to
-normalise: the second reading comes from the SM's own cache or the L2, so the device memory moves each byte once. Samples too
-large for that are cut into runs of pixels, with the statistics of each run written by a first launch.
-
-The backward pass saves mean and rstd only. Without a residual it recomputes the ReLU's mask from x, bit for bit; with one it
-reads y, which the next layer keeps anyway, instead of the residual, which no one may. It needs, per sample and channel, the
-sums of the gradient g and of g * x_hat: the gradients of bias and weight are their sums over samples, in a fixed order.
-
-Letters: N samples, C channels, H W pixels, G groups, K runs of pixels of a sample (1 if it is not cut).
+Letters: N samples, C channels, H W pixels, G groups, K runs of pixels of a sample (1 if it is not
+cut).
 """
 
 from __future__ import annotations
@@ -31,7 +23,7 @@ def _slab(C: tl.constexpr, SLAB: tl.constexpr):
 
 @triton.jit
 def _tile(first, stop, slab, C: tl.constexpr, SLAB: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Return offsets (BLOCK_P, BLOCK_C) into a sample, and which of them exist."""
+    """Return offsets (BLOCK_P, BLOCK_C) into a sample, and the mask of those inside the slab."""
     pixels = first + tl.arange(0, BLOCK_P)
     channels = tl.arange(0, BLOCK_C)
     mask = (pixels < stop)[:, None] & (channels < SLAB)[None, :]
@@ -40,13 +32,13 @@ def _tile(first, stop, slab, C: tl.constexpr, SLAB: tl.constexpr, BLOCK_P: tl.co
 
 @triton.jit
 def _belongs(PER_GROUP: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_G: tl.constexpr):
-    """Return (BLOCK_C, BLOCK_G): 1 where the channel belongs to the group. Any number of channels per group works."""
+    """Return (BLOCK_C, BLOCK_G), 1 where the channel belongs to the group, for any PER_GROUP."""
     return ((tl.arange(0, BLOCK_C) // PER_GROUP)[:, None] == tl.arange(0, BLOCK_G)[None, :]).to(tl.float32)
 
 
 @triton.jit
 def _by_group(values, PER_GROUP: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_G: tl.constexpr):
-    """Sum (BLOCK_C,) to (BLOCK_G,). Channels beyond the slab belong to groups beyond it, which nothing reads."""
+    """Sum (BLOCK_C,) to (BLOCK_G,). Channels beyond the slab go to groups that are not read."""
     if BLOCK_G * PER_GROUP == BLOCK_C:
         return tl.sum(tl.reshape(values, (BLOCK_G, PER_GROUP)), 1)
     else:  # noqa: RET505  (a branch at compile time)
@@ -55,7 +47,7 @@ def _by_group(values, PER_GROUP: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_G: t
 
 @triton.jit
 def _by_channel(values, PER_GROUP: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_G: tl.constexpr):
-    """Give every channel its group's value: (BLOCK_G,) -> (BLOCK_C,)."""
+    """Return each channel's group value: (BLOCK_G,) -> (BLOCK_C,)."""
     if BLOCK_G * PER_GROUP == BLOCK_C:
         return tl.reshape(tl.broadcast_to(values[:, None], (BLOCK_G, PER_GROUP)), (BLOCK_C,))
     else:  # noqa: RET505
@@ -68,10 +60,9 @@ def _moments(
     C: tl.constexpr, SLAB: tl.constexpr, PER_GROUP: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
     BLOCK_G: tl.constexpr,
 ):  # fmt: skip
-    """Return mean and sum of squared deviations per group over pixels [first, stop) of a sample.
-
-    Welford's recurrence in every lane of the tile, then Chan's combination of the lanes: no cancellation at any mean.
-    """
+    """Return mean and sum of squared deviations per group over pixels [first, stop) of a sample."""
+    # Welford's recurrence in every lane of the tile, then Chan's combination of the lanes: no
+    # cancellation at any mean.
     mean = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
     m2 = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
     steps = 0.0
@@ -95,7 +86,9 @@ def _write_normalised(
     C: tl.constexpr, SLAB: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, RESIDUAL: tl.constexpr,
     RELU: tl.constexpr,
 ):  # fmt: skip
-    """Write y = relu(x * scale + shift + residual), last pixels first: they were read last and are nearest."""
+    """Write y = relu(x * scale + shift + residual)."""
+    # The last pixels first: they were read last for the statistics and are still in the SM's cache
+    # or the L2, so device memory moves each byte once.
     blocks = tl.cdiv(stop - first, BLOCK_P)
     for step in range(blocks):
         offsets, mask = _tile(first + (blocks - 1 - step) * BLOCK_P, stop, slab, C, SLAB, BLOCK_P, BLOCK_C)
@@ -104,7 +97,7 @@ def _write_normalised(
         if RESIDUAL:
             value += tl.load(residual + offsets, mask=mask, other=0.0).to(tl.float32)
         if RELU:
-            # Not maximum: a NaN has to come through.
+            # tl.maximum would drop a NaN.
             value = tl.where(value < 0, 0.0, value)
         tl.store(y + offsets, value.to(y.dtype.element_ty), mask=mask)
 
@@ -119,7 +112,10 @@ def _affine(weight, bias, slab, SLAB: tl.constexpr, BLOCK_C: tl.constexpr):
 
 @triton.jit
 def _line(mean, rstd, gamma, beta):
-    """Express the normalisation of a channel as x * scale + shift, for both passes alike: they must agree on its sign."""
+    """Return scale and shift of a channel, which normalise it as x * scale + shift.
+
+    Both passes use these: they must agree on the sign, which the ReLU masks by.
+    """
     scale = rstd * gamma
     return scale, beta - mean * scale
 
@@ -155,7 +151,7 @@ def _moments_kernel(
     C: tl.constexpr, SLAB: tl.constexpr, PER_GROUP: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
     BLOCK_G: tl.constexpr,
 ):  # fmt: skip
-    """Write mean and squared deviations of one run of pixels of one slab per program to ``partial`` (N, K, 2, G)."""
+    """Write mean and squared deviations of one slab's run of pixels to ``partial`` (N, K, 2, G)."""
     slab, sample = _slab(C, SLAB)
     first = tl.program_id(1) * run
     stop = tl.minimum(first + run, num_pixels)
@@ -174,16 +170,19 @@ def _normalise_kernel(
     C: tl.constexpr, SLAB: tl.constexpr, PER_GROUP: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
     BLOCK_G: tl.constexpr, BLOCK_K: tl.constexpr, RESIDUAL: tl.constexpr, RELU: tl.constexpr,
 ):  # fmt: skip
-    """Normalise one run of pixels of a slab per program. Each combines the runs' statistics itself; the first writes them."""
+    """Normalise one run of pixels of a slab per program.
+
+    Each program combines the statistics of all runs; the first one writes the result.
+    """
     slab, sample = _slab(C, SLAB)
     num_runs = tl.num_programs(1)
     groups = tl.arange(0, BLOCK_G)
     runs = tl.arange(0, BLOCK_K)
     in_slab = groups < SLAB // PER_GROUP
     mask = (runs < num_runs)[:, None] & in_slab[None, :]
-    place = (sample * num_runs + runs)[:, None] * (2 * (C // PER_GROUP)) + (slab * (SLAB // PER_GROUP) + groups)[None, :]
-    means = tl.load(partial + place, mask=mask, other=0.0)
-    m2 = tl.load(partial + place + C // PER_GROUP, mask=mask, other=0.0)
+    offsets = (sample * num_runs + runs)[:, None] * (2 * (C // PER_GROUP)) + (slab * (SLAB // PER_GROUP) + groups)[None, :]
+    means = tl.load(partial + offsets, mask=mask, other=0.0)
+    m2 = tl.load(partial + offsets + C // PER_GROUP, mask=mask, other=0.0)
     pixels = tl.maximum(tl.minimum(num_pixels - runs * run, run), 0)
     counts = (pixels * PER_GROUP).to(tl.float32)[:, None]
     mean = tl.sum(counts * means, 0) / (num_pixels * PER_GROUP)
@@ -208,7 +207,11 @@ def _normalise_kernel(
 
 @triton.jit
 def _through_relu(dy, y, offsets, mask, value, scale, shift, RESIDUAL: tl.constexpr, RELU: tl.constexpr):
-    """Return the gradient before the ReLU: masked by y if a residual entered it, else made again as the forward pass did."""
+    """Return the gradient before the ReLU.
+
+    With a residual the mask is y > 0: the next layer saves y anyway, whereas the residual would be
+    saved for this alone. Without one the ReLU's input is recomputed from x, bit for bit.
+    """
     gradient = tl.load(dy + offsets, mask=mask, other=0.0).to(tl.float32)
     if RELU and RESIDUAL:
         gradient = tl.where(tl.load(y + offsets, mask=mask, other=0.0).to(tl.float32) > 0, gradient, 0.0)
@@ -223,7 +226,7 @@ def _gradient_sums(
     C: tl.constexpr, SLAB: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, RESIDUAL: tl.constexpr,
     RELU: tl.constexpr,
 ):  # fmt: skip
-    """Sum over pixels [first, stop), per channel, the gradient g and g * x_hat."""
+    """Return the sums of the gradient g and of g * x_hat per channel over pixels [first, stop)."""
     scale, shift = _line(mean, rstd, gamma, beta)
     total = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
     weighted = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
@@ -242,7 +245,10 @@ def _write_gradient(
     C: tl.constexpr, SLAB: tl.constexpr, PER_GROUP: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
     BLOCK_G: tl.constexpr, RESIDUAL: tl.constexpr, RELU: tl.constexpr,
 ):  # fmt: skip
-    """Write dx = rstd * (gamma g - mean of gamma g - x_hat * mean of gamma g x_hat), means over groups; last pixels first."""
+    """Write dx = rstd * (gamma g - mean(gamma g) - x_hat * mean(gamma g x_hat)), last pixels first.
+
+    The means are taken over groups.
+    """
     scale, shift = _line(mean, rstd, gamma, beta)
     of_total = _by_group(gamma * total, PER_GROUP, BLOCK_C, BLOCK_G)
     of_weighted = _by_group(gamma * weighted, PER_GROUP, BLOCK_C, BLOCK_G)
@@ -263,17 +269,17 @@ def _write_gradient(
 def _statistics(mean, rstd, sample, slab, C: tl.constexpr, SLAB: tl.constexpr, PER_GROUP: tl.constexpr, BLOCK_C: tl.constexpr):
     """Load mean and rstd of each channel of a slab."""
     channels = tl.arange(0, BLOCK_C)
-    place = sample * (C // PER_GROUP) + slab * (SLAB // PER_GROUP) + channels // PER_GROUP
+    groups = sample * (C // PER_GROUP) + slab * (SLAB // PER_GROUP) + channels // PER_GROUP
     mask = channels < SLAB
-    return tl.load(mean + place, mask=mask, other=0.0), tl.load(rstd + place, mask=mask, other=0.0)
+    return tl.load(mean + groups, mask=mask, other=0.0), tl.load(rstd + groups, mask=mask, other=0.0)
 
 
 @triton.jit
 def _store_sums(sums, row, total, weighted, slab, C: tl.constexpr, SLAB: tl.constexpr, BLOCK_C: tl.constexpr):
     channels = tl.arange(0, BLOCK_C)
-    place = row * (2 * C) + slab * SLAB + channels
-    tl.store(sums + place, weighted, mask=channels < SLAB)
-    tl.store(sums + place + C, total, mask=channels < SLAB)
+    offsets = row * (2 * C) + slab * SLAB + channels
+    tl.store(sums + offsets, weighted, mask=channels < SLAB)
+    tl.store(sums + offsets + C, total, mask=channels < SLAB)
 
 
 @triton.jit
@@ -282,7 +288,11 @@ def _backward_kernel(
     C: tl.constexpr, SLAB: tl.constexpr, PER_GROUP: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
     BLOCK_G: tl.constexpr, RESIDUAL: tl.constexpr, RELU: tl.constexpr,
 ):  # fmt: skip
-    """Write dx of one sample's slab per program, and its part of weight's and bias's gradients to ``sums`` (N, 2, C)."""
+    """Write dx of one sample's slab per program, and its share of the affine gradients.
+
+    ``sums`` (N, 2, C) holds the sums of g * x_hat and g, which add up over samples to the gradients
+    of weight and bias.
+    """
     slab, sample = _slab(C, SLAB)
     base = sample * num_pixels * C
     mu, r = _statistics(mean, rstd, sample, slab, C, SLAB, PER_GROUP, BLOCK_C)
@@ -291,7 +301,8 @@ def _backward_kernel(
         dy + base, x + base, y + base, 0, num_pixels, slab, mu, r, gamma, beta, C, SLAB, BLOCK_P, BLOCK_C, RESIDUAL, RELU
     )
     _store_sums(sums, sample, total, weighted, slab, C, SLAB, BLOCK_C)
-    # Read again, after the stores: kept in registers through the first reading they cost an SM half its threads.
+    # Loaded again after the stores: kept in registers, these values would cost an SM half its
+    # threads.
     mu, r = _statistics(mean, rstd, sample, slab, C, SLAB, PER_GROUP, BLOCK_C)
     gamma, beta = _affine(weight, bias, slab, SLAB, BLOCK_C)
     _write_gradient(
@@ -306,7 +317,7 @@ def _gradient_sums_kernel(
     C: tl.constexpr, SLAB: tl.constexpr, PER_GROUP: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
     RESIDUAL: tl.constexpr, RELU: tl.constexpr,
 ):  # fmt: skip
-    """Write the sums of one run of pixels of one slab per program to ``sums`` (N * K, 2, C)."""
+    """Write the sums of one slab's run of pixels per program to ``sums`` (N * K, 2, C)."""
     slab, sample = _slab(C, SLAB)
     first = tl.program_id(1) * run
     base = sample * num_pixels * C
@@ -325,7 +336,7 @@ def _gradient_kernel(
     C: tl.constexpr, SLAB: tl.constexpr, PER_GROUP: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
     BLOCK_G: tl.constexpr, BLOCK_K: tl.constexpr, RESIDUAL: tl.constexpr, RELU: tl.constexpr,
 ):  # fmt: skip
-    """Write dx of one run of pixels of one slab per program, which adds up the runs' sums for itself."""
+    """Write dx of one slab's run of pixels per program, which adds up the sums of all runs."""
     slab, sample = _slab(C, SLAB)
     num_runs = tl.num_programs(1)
     channels = tl.arange(0, BLOCK_C)
@@ -334,9 +345,9 @@ def _gradient_kernel(
     for start in range(0, num_runs, BLOCK_K):
         runs = start + tl.arange(0, BLOCK_K)
         mask = (runs < num_runs)[:, None] & (channels < SLAB)[None, :]
-        place = (sample * num_runs + runs)[:, None] * (2 * C) + (slab * SLAB + channels)[None, :]
-        weighted += tl.sum(tl.load(sums + place, mask=mask, other=0.0), 0)
-        total += tl.sum(tl.load(sums + place + C, mask=mask, other=0.0), 0)
+        offsets = (sample * num_runs + runs)[:, None] * (2 * C) + (slab * SLAB + channels)[None, :]
+        weighted += tl.sum(tl.load(sums + offsets, mask=mask, other=0.0), 0)
+        total += tl.sum(tl.load(sums + offsets + C, mask=mask, other=0.0), 0)
     mu, r = _statistics(mean, rstd, sample, slab, C, SLAB, PER_GROUP, BLOCK_C)
     gamma, beta = _affine(weight, bias, slab, SLAB, BLOCK_C)
     first = tl.program_id(1) * run
@@ -349,7 +360,7 @@ def _gradient_kernel(
 
 @triton.jit
 def _sum_rows_kernel(sums, out, num_rows, num_columns, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Write out (columns) = sum of ``sums`` (rows, columns) in a fixed order, a block of columns per program."""
+    """Sum rows of ``sums`` to ``out`` (columns,) in a fixed order, BLOCK_C columns per program."""
     columns = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     total = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
     for start in range(0, num_rows, BLOCK_R):
@@ -359,37 +370,44 @@ def _sum_rows_kernel(sums, out, num_rows, num_columns, BLOCK_R: tl.constexpr, BL
     tl.store(out + columns, tl.sum(total, 0), mask=columns < num_columns)
 
 
-# Why a kernel may move narrow words; ``fastbyol_bench.launches`` asks where one does.
+# The reasons of kernels that move narrow words, which ``fastbyol_bench.launches`` demands.
 _FEW = "writes sums, a few per run"
 NARROW = {"_moments_kernel": _FEW, "_gradient_sums_kernel": _FEW, "_sum_rows_kernel": _FEW}
-# Two 32-byte sectors: what the device memory moves at once. Narrower slabs would fetch bytes for their neighbours.
+# Two 32-byte sectors, the unit of device memory. A narrower slab, such as one of 32 groups of 64
+# channels (4 bytes), would fetch its neighbours' bytes.
 MIN_SLAB_BYTES = 64
-# Work enough for a program to be worth its start (some 3 us for the first bytes, the reductions and the last bytes).
+# Enough work to be worth starting a program: about 3 us for first bytes, reductions and last bytes.
 ENOUGH_BYTES = 1 << 14
-# What one program may read and still find in cache when it reads again. An H100 has 256 KB of L1 per SM and 50 MB of L2, which
-# is 380 KB per SM; above that the samples in flight push each other out and a third (fourth) pass over device memory is
-# certain, so that cutting the sample costs no more. 48x48x64 in halves is 147 KB forward and 295 KB backward in bf16.
+# The most bytes that a program finds in cache when it reads them again; a larger sample is cut into
+# runs of pixels, and a first launch writes the statistics of each run. An H100 has 256 KB of L1 per
+# SM and 50 MB of L2, which is 380 KB per SM. Above that the samples in flight evict each other and
+# a third (fourth) pass over device memory is certain, so cutting the sample costs no more. 48x48x64
+# in two slabs is 147 KB forward and 295 KB backward in bf16.
 MAX_BYTES_FORWARD = 224 << 10
 MAX_BYTES_BACKWARD = 320 << 10
-# Elements per thread and tensor: two 16-byte loads of bf16 in flight, from one tensor forward and from two backward. With two
-# fp32 accumulators of as many elements a thread stays within 64 registers, which lets an SM hold 1,024 threads.
+# Elements per thread and tensor: two 16-byte loads of bf16 in flight, from one tensor forward and
+# two backward. With two fp32 accumulators of as many elements a thread stays within 64 registers,
+# and an SM holds 1,024 threads.
 PER_THREAD_FORWARD, PER_THREAD_BACKWARD = 16, 8
-# Bytes a program goes over -> its warps. With the 1,024 threads above an SM has at most 320 KB in work at any time.
+# Bytes of a program -> its warps. With these 1,024 threads an SM works on at most 320 KB at any
+# time.
 WARPS = ((80 << 10, 8), (120 << 10, 16), (MAX_BYTES_BACKWARD, 32))
-# 1,024 threads per SM at all costs: left to itself ptxas gives the backward pass with a recomputed ReLU 99 registers, which
-# halves the bytes in flight. Under the cap that kernel spills 16 to 48 bytes, outside its loops: once per program.
+# The cap that keeps 1,024 threads per SM: by itself ptxas gives the backward pass with a recomputed
+# ReLU 99 registers, which halves the bytes in flight. With the cap that kernel spills 16 to 48
+# bytes outside its loops, once per program.
 MAX_REGISTERS = 64
 SPILLS = {"_backward_kernel": f"maxnreg={MAX_REGISTERS}: 16 to 48 bytes, outside the loops"}
-# A run of pixels of a sample that is cut; few enough runs that combining them (K rows of G values) costs nothing.
+# The size of a run, and few enough runs that combining them (K rows of G values) costs nothing.
 RUN_BYTES = 64 << 10
 MAX_RUNS = 64
-# Partial sums: rows added per step of a program and its columns. 64 bytes a row, many programs; 4,096 elements in 8 warps.
+# Partial sums: a program's rows per step and its columns, 4,096 elements in 8 warps. Rows of 64
+# bytes give many programs.
 SUM_ROWS, SUM_COLUMNS, SUM_WARPS = 256, 16, 8
 
 
 @dataclass(frozen=True)
 class Launch:
-    """How one pass is launched: channels of a slab, runs of a sample and their pixels, tile and warps."""
+    """The launch of a pass: channels of a slab, runs of a sample, pixels of a run, tile, warps."""
 
     slab: int
     num_runs: int
@@ -401,7 +419,7 @@ class Launch:
 
 
 def launch(num_pixels: int, channels: int, num_groups: int, element_bytes: int, num_read: int, max_bytes: int) -> Launch:
-    """Plan the launch for samples of (``num_pixels``, ``channels``) when ``num_read`` tensors are read twice."""
+    """Plan a launch on samples of ``num_pixels`` x ``channels`` with ``num_read`` inputs."""
     per_group = channels // num_groups
     powers = [1 << e for e in range(channels.bit_length())]
     slabs = [s for s in powers if s % per_group == 0 and channels % s == 0 and s * element_bytes >= MIN_SLAB_BYTES]
@@ -422,7 +440,7 @@ def launch(num_pixels: int, channels: int, num_groups: int, element_bytes: int, 
 def triton_group_norm(
     x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, num_groups: int, eps: float, relu: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return y, and mean and rstd (N, G), of what ``group_norm`` has checked."""
+    """Return y, and mean and rstd (N, G), of arguments that ``group_norm`` has checked."""
     n, c, h, w = x.shape
     y = torch.empty_like(x)
     mean, rstd = (torch.empty((n, num_groups), dtype=torch.float32, device=x.device) for _ in range(2))
@@ -451,9 +469,9 @@ def _group_norm_backward(
     dy: Tensor, x: Tensor, y: Tensor | None, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor,
     num_groups: int, relu: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Return dx, the residual's gradient (empty without ``y``), and those of weight and bias (2, C).
+    """Return dx, the residual's gradient (empty without ``y``), and the affine gradients (2, C).
 
-    ``y`` is passed where a residual was added before the ReLU.
+    ``y`` is passed if a residual was added before the ReLU.
     """
     n, c, h, w = x.shape
     dx = torch.empty_like(x)
@@ -470,7 +488,7 @@ def _group_norm_backward(
     else:
         block_g = tile.pop("BLOCK_G")
         _gradient_sums_kernel[grid](*read, sums, h * w, plan.run, **tile, **flags, **options)
-        # Runs whose sums a program adds at a time: a tile like its others.
+        # The number of runs whose sums a program adds at once, for a tile like its others.
         block_k = max(1, min(triton.next_power_of_2(plan.num_runs), plan.num_warps * 32 * PER_THREAD_BACKWARD // plan.block_c))
         tile |= {"BLOCK_G": block_g, "BLOCK_K": block_k}
         _gradient_kernel[grid](*read, sums, *written, h * w, plan.run, **tile, **flags, **options)

@@ -1,4 +1,9 @@
-"""SGD or LARS over flat buffers and the target's moving average: ``reference`` has the formulas."""
+"""The step of SGD or LARS over flat buffers, with the target network's moving average.
+
+``reference.trust_ratio`` computes the trust ratio and ``reference.factors`` the LARS rate.
+``fastbyol.optim`` holds the buffers (arena), dialects (lars) and schedules of lr and tau
+(schedule).
+"""
 
 from __future__ import annotations
 
@@ -25,27 +30,30 @@ def lars_ema(
     online: Tensor, gradient: Tensor, momentum: Tensor, target: Tensor, table: SegmentTable, lr: Tensor, tau: Tensor,
     *, rule: Rule, eta: float, mu: float, ema_first: bool, kernels: str = "auto",
 ) -> Tensor:  # fmt: skip
-    """Take one step of ``rule`` on ``online`` and ``momentum``, and of the moving average on ``target``, all in place.
+    """Update ``online`` and ``momentum`` by ``rule``, ``target`` by the moving average, in place.
 
-    Buffers (L,) are flat, fp32 or fp64, with zeros between segments; ``target`` (T,), T <= L, holds the first segments at the
-    same offsets. ``lr`` and ``tau`` are 0-d tensors on the device in the buffers' dtype; ``eta`` is the trust coefficient,
-    ``mu`` the momentum's. Returns (S, 5): ``LAYER_METRICS`` of each segment, the norms of w and g from before the step and the
-    norm of the change in w. Never waits for the device.
+    Buffers (L,) are flat, fp32 or fp64, with zeros between segments. ``target`` (T,), T <= L, holds
+    the first segments at the same offsets. ``lr`` and ``tau`` are 0-d tensors on the buffers'
+    device in their dtype, ``eta`` is the trust coefficient, ``mu`` the momentum coefficient.
+    Returns (S, 5), the ``LAYER_METRICS`` of each segment: the norms of w and g before the step,
+    trust ratio, rate, and the norm of the change in w. Does not synchronise with a GPU.
 
-    A gradient whose norm is not finite in some segment changes no weight, momentum or target; then |g| is as measured there
-    and trust ratio, rate and update norm are 0 in all rows.
+    If any segment's gradient norm is not finite, no weight, momentum or target changes. The norms
+    of w and g are returned as measured; trust ratio, rate and update norm are 0 in all rows.
 
-    ``kernels``: "reference" (plain torch), "triton" (fp32, three launches; on a CPU only in Triton's interpreter), "cpu"
-    (fp32 on a CPU, two passes), or "auto", which is "triton" for CUDA tensors and "cpu" for others. fp64 never takes the
-    kernels, nor does what does not run at once on a CPU (``dispatch.at_once``). Triton's want segments that start and buffers
-    that end at multiples of 4 elements. Raises ValueError, naming the argument, for what does not fit.
+    ``kernels``: "reference" (plain torch), "triton" (fp32, three launches; on a CPU only in
+    Triton's interpreter), "cpu" (fp32 on a CPU, two passes), or "auto": "triton" for CUDA tensors,
+    else "cpu". The reference runs fp64, and CPU steps that do not run eagerly
+    (``dispatch.at_once``). The Triton kernels need segments that start, and buffers that end, at
+    multiples of 4 elements. Raises ValueError, naming the argument, for a tensor that does not fit.
     """
     check_rule(rule)
     _check(online, gradient, momentum, target, table, lr, tau)
     backend = dispatch(kernels, "online", online, gradient, momentum, target, lr, tau)
     step = triton.step if backend == "triton" else reference
     if backend == "cpu":
-        from fastbyol_kernels.lars_ema import cpu  # numba: who has a GPU need not wait for it
+        # Imported here because it loads numba, which a GPU run does not need.
+        from fastbyol_kernels.lars_ema import cpu
 
         step = cpu.step
     return step(online, gradient, momentum, target, table, lr, tau, rule=rule, eta=eta, mu=mu, ema_first=ema_first)
@@ -81,10 +89,11 @@ def _kind(tensor: Tensor) -> str:
 
 
 def bytes_moved(num_online: int, num_target: int) -> int:
-    """Return the bytes that a step on fp32 buffers must read and write; tables and sums are left out.
+    """Return the bytes that a step on fp32 buffers has to move, without tables and sums.
 
-    Weights, gradient, momentum and target in, all but the gradient out, and the gradient once more: no weight can move before
-    all of it was seen. |w| needs no second reading in principle, since the step before could have kept it. These kernels do
-    read w twice, which costs up to 4 bytes per element where the L2 has not kept it.
+    It reads weights, gradient, momentum and target and writes all but the gradient. It reads the
+    gradient twice, since no weight can change before all of its norms are known. A second read of w
+    is not counted: the step before could have kept |w|. The kernels do read w twice, which costs up
+    to 4 bytes per element that the L2 has not kept.
     """
     return num_online * (3 * 4 + 2 * 4 + 4) + num_target * 2 * 4

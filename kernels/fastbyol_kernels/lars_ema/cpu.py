@@ -1,9 +1,6 @@
-"""``lars_ema`` on a CPU: the norms in one pass over weights and gradient, everything else in a second one.
+"""``lars_ema`` on a CPU: one pass over weights and gradient for the norms, one for everything else.
 
-Bytes bound both: a copy of as many as ResNet-18's step must move takes as long as the step (bench/LOG.md). So no pass reads
-what it can do without, and the second begins where the first ended, with what the caches still hold.
-
-Letters: S segments, K chunks, as in ``reference``; a block is a few neighbouring chunks.
+Letters: S segments, K chunks, as in ``reference``; a block is CHUNKS neighbouring chunks.
 """
 
 from __future__ import annotations
@@ -15,13 +12,18 @@ from torch import Tensor
 from fastbyol_kernels.lars_ema.reference import Rule, SegmentTable, factors, trust_ratio
 from fastbyol_kernels.native import F32, I32, fma, kernel
 
-# Chunks that a thread takes at a time: 2 us of work for 100 ns of counting.
+# Chunks of a block: 2 us of work for the 100 ns that it takes to get the next one. Memory bounds
+# both passes: copying as many bytes as ResNet-18's step moves takes as long as the step
+# (bench/LOG.md).
 CHUNKS = 8
 
 
 @kernel
 def _norms(block: int, online: F32, gradient: F32, decay: F32, sums: F32, chunks: I32, num_chunks: int, all_three: int) -> None:
-    """Write sums of the squares of w, g and u = g + d w, a row (3,) per chunk; unless ``all_three`` of g alone."""
+    """Write the sums of squares of w, g and u = g + d w, a row (3,) per chunk.
+
+    Unless ``all_three``, only g is read, and the other sums are 0.
+    """
     for chunk in range(block * CHUNKS, min(block * CHUNKS + CHUNKS, num_chunks)):
         start, stop, d = chunks[3 * chunk + 1], chunks[3 * chunk + 2], decay[chunks[3 * chunk]]
         w, g = online[start:stop], gradient[start:stop]
@@ -38,14 +40,18 @@ def _norms(block: int, online: F32, gradient: F32, decay: F32, sums: F32, chunks
         sums[3 * chunk], sums[3 * chunk + 1], sums[3 * chunk + 2] = of_w, of_g, of_u
 
 
+# Backwards, since the caches still hold the weights and gradients that ``_norms`` has read last.
 @kernel(backwards=True)
 def _sweep(
     block: int, online: F32, gradient: F32, momentum: F32, target: F32, before: F32, after: F32, decay: F32,
     mu: float, tau: float, sums: F32, chunks: I32, num_chunks: int, num_target: int, ema_first: int,
 ) -> None:  # fmt: skip
-    """Move all, with a ``before``, b ``after`` the momentum; write the squares' sums of m and the old w, (2,) per chunk."""
+    """Update all buffers; write the sums of squares of m and of the old w, a row (2,) per chunk.
+
+    ``before`` and ``after`` are the factors a and b of the formulas.
+    """
     keep_m, keep_t = np.float32(mu), np.float32(tau)
-    take_w = np.float32(1) - keep_t
+    share_w = np.float32(1) - keep_t
     for chunk in range(block * CHUNKS, min(block * CHUNKS + CHUNKS, num_chunks)):
         segment, start, stop = chunks[3 * chunk], chunks[3 * chunk + 1], chunks[3 * chunk + 2]
         a, b, ad = before[segment], after[segment], before[segment] * decay[segment]
@@ -57,7 +63,7 @@ def _sweep(
             new = fma(-b, moved, old)
             m[i], w[i] = moved, new
             if followed:
-                t[i] = fma(take_w, old if ema_first else new, keep_t * t[i])
+                t[i] = fma(share_w, old if ema_first else new, keep_t * t[i])
             of_m += moved * moved
             of_w += old * old
         sums[2 * chunk], sums[2 * chunk + 1] = of_m, of_w
@@ -67,7 +73,7 @@ def step(
     online: Tensor, gradient: Tensor, momentum: Tensor, target: Tensor, table: SegmentTable, lr: Tensor, tau: Tensor,
     *, rule: Rule, eta: float, mu: float, ema_first: bool,
 ) -> Tensor:  # fmt: skip
-    """Take the step as ``reference`` does, for fp32 on a CPU, where numbers are read without waiting."""
+    """Compute ``lars_ema`` on fp32 buffers on a CPU."""
     weight_norm, grad_norm, decayed_norm = norms(online, gradient, table, all_three=rule != "sgd")
     if not grad_norm.isfinite().all():
         weight_norm, still = norms(online, gradient, table)[0], torch.zeros_like(grad_norm)
@@ -84,7 +90,7 @@ def step(
 
 
 def norms(online: Tensor, gradient: Tensor, table: SegmentTable, *, all_three: bool = True) -> Tensor:
-    """Return |w|, |g| and |g + d w| of each segment, (3, S); unless ``all_three`` only |g|, and 0 for the others."""
+    """Return |w|, |g| and |g + d w| of each segment, (3, S); unless ``all_three`` |g| and zeros."""
     sums, chunks = online.new_empty(len(table.chunks), 3), table.chunks
     _norms(_blocks(table), online, gradient, table.decay, sums, chunks, len(chunks), all_three)
     return _roots(sums, table)
@@ -95,6 +101,6 @@ def _blocks(table: SegmentTable) -> int:
 
 
 def _roots(sums: Tensor, table: SegmentTable) -> Tensor:
-    """Return the roots (n, S) of the segments' sums, which fp64 adds up, from the sums (K, n) of chunks."""
+    """Return norms (n, S) of segments from the sums of squares (K, n) of chunks, added in fp64."""
     whole = torch.segment_reduce(sums.double(), "sum", lengths=table.spans.diff().flatten().long(), axis=0)
     return whole.sqrt().to(sums.dtype).t()

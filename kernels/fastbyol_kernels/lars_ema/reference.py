@@ -1,27 +1,6 @@
-"""SGD or LARS, with momentum, over flat buffers, and the target network's moving average: the step after the backward pass.
+"""The formulas of ``lars_ema`` in plain torch: trust ratio, LARS rate, momentum, moving average.
 
-For each segment (one parameter) with weights w, gradient g, momentum m, weight decay d, factor k of the learning rate:
-
-    u  = g + d w
-    m <- mu m + a u            m is kept from step to step
-    w <- w - b m               rate = lr k trust is what the telemetry calls the rate
-
-    rule      a      b      trust, where the segment adapts (1 elsewhere)
-    sgd       1      lr k   1                                              torch.optim.SGD
-    blog      rate   1      eta |w| / (|g| + d |w|), 0 if the sum is 0     the post's code, lars.py
-    deepmind  trust  lr k   eta |w| / |u|, 1 where |w| or |u| is 0         deepmind-research, byol/utils/optimizers.py
-    bolts     trust  lr k   eta |w| / (|g| + d |w| + 1e-8), and            Lightning Bolts, whence solo-learn and lightly
-                            1 without decay where |w| or |g| is 0
-
-All are readings of You et al., "Large Batch Training of Convolutional Networks", arXiv:1708.03888. With ``blog`` a tensor that
-starts at zero (a norm layer's bias) never moves while it adapts. In the originals of ``bolts`` what does not adapt does not
-decay either; here that is the table's choice.
-
-    target <- tau target + (1 - tau) online      over the target's segments, before or after the step on w
-
-Where the norm of any segment's gradient is not finite nothing moves, and trust, rate and update norm of all segments are 0.
-
-Letters: L elements of a buffer, T of the target, S segments, K chunks.
+Letters: L elements of a buffer, T of the target, S segments (parameters), K chunks.
 """
 
 from __future__ import annotations
@@ -37,28 +16,31 @@ RULES: tuple[Rule, ...] = ("sgd", "blog", "deepmind", "bolts")
 LAYER_METRICS = ("weight_norm", "grad_norm", "trust_ratio", "rate", "update_norm")
 BOLTS_EPS = 1e-8
 
-# Elements of a chunk. ResNet-18's convolutions behind the stem are whole multiples of 4096. Half as many would double the share
-# of sums (576 in the largest segment) and flags in what the sweep reads, now 5 %; twice as many take 192 registers or more,
-# which leaves one program to an SM.
+# Elements of a chunk. All of ResNet-18's convolutions but the stem are whole multiples of 4096.
+# Chunks of 2048 would double the share of sums (576 in the largest segment) and flags in the
+# sweep's reads, which is 5 %. Chunks of 8192 need 192 registers or more, which leaves one program
+# per SM.
 CHUNK = 4096
-# Elements of fp32 in a 16-byte access: Triton's kernels want segments to start at a multiple of this. With 8, a 16-byte access
-# in bf16, the compiler would give each thread 8 neighbours and shuffle them through shared memory for every store in fp32.
+# Elements of fp32 in a 16-byte access: in Triton's kernels segments start at a multiple of this.
+# With 8, a 16-byte access in bf16, the compiler would give each thread 8 neighbours and shuffle
+# them through shared memory for every fp32 store.
 ALIGN = 4
 
 
 @dataclass(frozen=True)
 class SegmentTable:
-    """Where S segments lie in a flat buffer and how each is treated. The tensors (S,) are on the buffers' device.
+    """The positions of S segments in a flat buffer and their settings.
 
-    ``offsets`` ascend without overlap. ``chunk``, a power of two, is how many elements a program of the kernels takes; from it
-    ``chunks`` (K, 3) holds segment, start and stop of each chunk and ``spans`` (S, 2) each segment's first and end chunk.
-    Raises ValueError, naming the field, for what does not fit.
+    The tensors (S,) are on the buffers' device. ``offsets`` ascend without overlap. ``chunk``, a
+    power of two, is the number of elements per chunk, the kernels' unit of work. ``chunks`` (K, 3)
+    holds segment, start and stop of each chunk, ``spans`` (S, 2) the first and end chunk of each
+    segment. Raises ValueError, naming the field, for a value that does not fit.
     """
 
     offsets: tuple[int, ...]
     numels: tuple[int, ...]
-    adapt: Tensor  # bool: takes a trust ratio
-    decay: Tensor  # weight decay, 0 where there is none; the buffers' dtype
+    adapt: Tensor  # bool: the segment uses the trust ratio
+    decay: Tensor  # weight decay, 0 for none; the buffers' dtype
     lr_mult: Tensor  # factor of the learning rate; the buffers' dtype
     chunk: int = CHUNK
     chunks: Tensor = field(init=False, repr=False)
@@ -73,18 +55,18 @@ class SegmentTable:
             first = len(rows)
             rows += [(segment, start, min(start + self.chunk, end)) for start in range(offset, end, self.chunk)]
             spans.append((first, len(rows)))
-        # Made once, here: a step that is being captured in a graph cannot copy from the host.
+        # Built here, once: a step that is being captured in a CUDA graph cannot copy from the host.
         for name, table in (("chunks", rows), ("spans", spans)):
             object.__setattr__(self, name, torch.tensor(table, dtype=torch.int32, device=self.adapt.device))
 
     @property
     def longest(self) -> int:
-        """The most chunks a segment has."""
+        """The number of chunks of the longest segment."""
         return -(-max(self.numels) // self.chunk)
 
     @property
     def end(self) -> int:
-        """Where the last segment ends: the least length of a buffer."""
+        """The end of the last segment, which is the least length of a buffer."""
         return self.offsets[-1] + self.numels[-1]
 
     def split(self, buffer: Tensor) -> list[Tensor]:
@@ -114,7 +96,20 @@ class SegmentTable:
 
 
 def trust_ratio(rule: Rule, weight_norm: Tensor, grad_norm: Tensor, decayed_norm: Tensor, decay: Tensor, eta: float) -> Tensor:
-    """Return trust ratios (S,) by ``rule`` for segments that adapt, from the norms of w, g and u = g + d w."""
+    """Return the trust ratios (S,) of segments that adapt, from the norms of w, g and u = g + d w.
+
+        sgd       1                                    torch.optim.SGD
+        blog      eta |w| / (|g| + d |w|),             the post's code, lars.py
+                  0 if the sum is 0
+        deepmind  eta |w| / |u|,                       deepmind-research, byol/utils/optimizers.py
+                  1 if |w| or |u| is 0
+        bolts     eta |w| / (|g| + d |w| + 1e-8),      Lightning Bolts; also solo-learn and lightly
+                  1 if |w| or |g| is 0
+
+    All are readings of You et al., "Large Batch Training of Convolutional Networks",
+    arXiv:1708.03888. With ``blog`` a tensor that starts at zero (a norm layer's bias) never moves
+    while it adapts.
+    """
     check_rule(rule)
     one = torch.ones_like(weight_norm)
     if rule == "sgd":
@@ -130,7 +125,7 @@ def trust_ratio(rule: Rule, weight_norm: Tensor, grad_norm: Tensor, decayed_norm
 
 
 def check_rule(rule: str) -> None:
-    """Raise ValueError for a word that is none of ``RULES``."""
+    """Raise ValueError unless ``rule`` is one of ``RULES``."""
     if rule not in RULES:
         raise ValueError(f"rule must be one of {', '.join(RULES)}, not {rule!r}")
 
@@ -139,12 +134,16 @@ def reference(
     online: Tensor, gradient: Tensor, momentum: Tensor, target: Tensor, table: SegmentTable, lr: Tensor, tau: Tensor,
     *, rule: Rule, eta: float, mu: float, ema_first: bool,
 ) -> Tensor:  # fmt: skip
-    """Take the step in plain torch, as ``lars_ema`` does: ``foreach`` operations over views of the segments.
+    """Compute ``lars_ema`` by ``foreach`` operations over views of the segments.
 
-    Scalars stay on the device.
+    For a segment with weights w, gradient g, momentum m, weight decay d and the factors a and b:
+
+        m <- mu m + a (g + d w)
+        w <- w - b m
+        target <- tau target + (1 - tau) online    before or after the update of w
     """
     grad_norm = _norms(table.split(gradient))
-    # Of a gradient that is not finite nothing may enter, not even times zero.
+    # A gradient that is not finite must not enter any sum, not even multiplied by zero.
     fine = grad_norm.isfinite().all()
     gradient, tau = torch.where(fine, gradient, 0.0), torch.where(fine, tau, 1.0)
     w, g, m = (table.split(buffer) for buffer in (online, gradient, momentum))
@@ -168,7 +167,13 @@ def reference(
 def factors(
     rule: Rule, table: SegmentTable, trust: Tensor, grad_norm: Tensor, lr: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the rate, a, b and d of each segment, (S,) each, from its trust ratio."""
+    """Return the rate, a, b and d of each segment, (S,) each, from its trust ratio.
+
+    The LARS rate is lr * lr_mult * trust. ``blog`` applies it to the gradient before the momentum:
+    a is the rate, b is 1. The other rules use a = trust, b = lr * lr_mult.
+    """
+    # ``bolts`` does not decay a segment without a gradient. In its originals a segment that does
+    # not adapt does not decay either; here the table decides that.
     base, decay = lr * table.lr_mult, table.decay
     rate = base * trust
     if rule == "bolts":

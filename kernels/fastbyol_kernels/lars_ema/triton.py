@@ -1,9 +1,4 @@
-"""``lars_ema`` on a GPU, in three launches.
-
-Segments are cut into chunks that never straddle two. The launches: the sums of squares of each chunk; the sweep over chunks,
-in which every program adds up the sums of its segment in the same fixed order and then reads each buffer once; the numbers for
-the telemetry. A norm counts as infinite where its square, or that times the number of chunks, overflows fp32.
-"""
+"""``lars_ema`` on a GPU in three launches: sums of squares per chunk, the update, the telemetry."""
 
 from __future__ import annotations
 
@@ -16,34 +11,40 @@ from fastbyol_kernels.lars_ema.reference import ALIGN, BOLTS_EPS, LAYER_METRICS,
 
 # A kernel reads module constants only as constexpr.
 _ALIGN, _BOLTS_EPS = tl.constexpr(ALIGN), tl.constexpr(BOLTS_EPS)
-# Why a kernel may move narrow words; ``fastbyol_bench.launches`` asks where one does.
+# The reasons of kernels that move narrow words, which ``fastbyol_bench.launches`` demands.
 NARROW = {
     "_norms_kernel": "stores three numbers per 4096 elements",
     "_telemetry_kernel": "five numbers per segment",
 }
-# 16 elements per thread and stream, four 16-byte loads each. The sweep takes at most 128 registers: two programs to an SM, with
-# 128 KB in flight between them. 4 warps take up to 241 registers, for as many bytes and fewer warps to hide the sums behind.
+# 16 elements per thread and stream, four 16-byte loads each. The sweep needs at most 128 registers:
+# two programs per SM, with 128 KB in flight together. 4 warps need up to 241 registers, for as many
+# bytes and fewer warps to hide the sums behind.
 NUM_WARPS = 8
-# 16 sums or flags per thread. Known when compiled, so that all loads go out before the first addition.
+# 16 sums or flags per thread. A compile-time constant, so that all loads start before the first
+# addition.
 MAX_LANES = 4096
 
 
 @triton.jit
 def _chunk(chunks, index):
-    """Return segment, start, number of elements, and how many may be touched.
+    """Return segment, start, number of elements, and that number rounded up to a multiple of 4.
 
-    The last is a multiple of 4, into the padding, so that accesses stay 16 bytes wide. The start is 64 bits wide so that one
-    address serves all of a thread's accesses to a buffer, each at a constant distance.
+    Accesses extend into the padding up to the rounded number, so that they stay 16 bytes wide.
     """
     segment = tl.load(chunks + index * 3)
     start = tl.multiple_of(tl.load(chunks + index * 3 + 1), _ALIGN)
     count = tl.load(chunks + index * 3 + 2) - start
+    # A 64-bit start: all accesses of a thread to a buffer then have one address and constant
+    # distances.
     return segment, start.to(tl.int64), count, tl.cdiv(count, _ALIGN) * _ALIGN
 
 
 @triton.jit
 def _norms_kernel(online, gradient, chunks, decay, sums, fine, num_chunks, DECAYED: tl.constexpr, CHUNK: tl.constexpr):
-    """Write the squares' sums of w, g and, where DECAYED, u of a chunk into ``sums`` (4, K), and 1 or 0 into ``fine`` (K,)."""
+    """Write a chunk's sums of squares of w, g and, if DECAYED, u to ``sums`` (4, K).
+
+    Write 1 to ``fine`` (K,) if the gradient's sum is finite, else 0.
+    """
     index = tl.program_id(0)
     segment, start, count, touched = _chunk(chunks, index)
     elements = tl.arange(0, CHUNK)
@@ -53,7 +54,8 @@ def _norms_kernel(online, gradient, chunks, decay, sums, fine, num_chunks, DECAY
     squares = tl.sum(g * g, 0)
     tl.store(sums + index, tl.sum(w * w, 0))
     tl.store(sums + num_chunks + index, squares)
-    # False for NaN, too, and for what might overflow when all chunks are added.
+    # Also false for NaN, and for a sum that might overflow when all chunks are added: a norm counts
+    # as infinite if its square, or that times the number of chunks, overflows fp32.
     tl.store(fine + index, (squares * num_chunks < float("inf")).to(tl.int8))
     if DECAYED:
         u = g + tl.load(decay + segment) * w
@@ -62,7 +64,7 @@ def _norms_kernel(online, gradient, chunks, decay, sums, fine, num_chunks, DECAY
 
 @triton.jit
 def _norm(sums, first, end, LANES: tl.constexpr, PASSES: tl.constexpr):
-    """Return the norm of a segment from its chunks' sums, always added in the same order."""
+    """Return the norm of a segment from its chunks' sums, which are added in a fixed order."""
     total = tl.zeros((LANES,), tl.float32)
     for turn in tl.static_range(PASSES):
         lanes = first + turn * LANES + tl.arange(0, LANES)
@@ -72,10 +74,14 @@ def _norm(sums, first, end, LANES: tl.constexpr, PASSES: tl.constexpr):
 
 @triton.jit
 def _all_fine(fine, num_chunks, FLAGS: tl.constexpr, FLAG_PASSES: tl.constexpr):
-    """Return whether all of ``fine`` is: as long as a multiple of 16, for accesses of 16 bytes; beyond K may be anything."""
+    """Return True if the first K flags of ``fine`` are 1.
+
+    ``fine`` is padded, with any values, to a multiple of 16 elements for 16-byte accesses.
+    """
     least = tl.full((FLAGS // 16, 16), 1, tl.int32)
     for turn in tl.static_range(FLAG_PASSES):
-        # In two dimensions, lest the tiles of the sweep, when as long, be laid out like this one, 16 neighbours per thread.
+        # In two dimensions: otherwise the sweep's tiles, if as long, would get this one's layout of
+        # 16 neighbours per thread.
         lanes = turn * FLAGS + 16 * tl.arange(0, FLAGS // 16)[:, None] + tl.arange(0, 16)[None, :]
         flags = tl.load(fine + lanes, mask=lanes < tl.cdiv(num_chunks, 16) * 16, other=1).to(tl.int32)
         least = tl.minimum(least, tl.where(lanes < num_chunks, flags, 1))
@@ -87,7 +93,11 @@ def _treatment(
     segment, spans, adapt, decay, lr_mult, lr, sums, fine, num_chunks, eta, RULE: tl.constexpr,
     LANES: tl.constexpr, PASSES: tl.constexpr, FLAGS: tl.constexpr, FLAG_PASSES: tl.constexpr,
 ):  # fmt: skip
-    """Return a segment's first and end chunk, |w|, |g|, trust, rate, a, b, d of the formulas, and whether to step at all."""
+    """Return a segment's first and end chunk, |w|, |g|, trust, rate, a, b, d, and the go flag.
+
+    ``reference`` has the formulas. The flag is False if a gradient is not finite: nothing may
+    change.
+    """
     first = tl.load(spans + segment * 2)
     end = tl.load(spans + segment * 2 + 1)
     d = tl.load(decay + segment)
@@ -129,15 +139,16 @@ def _sweep_kernel(
     num_chunks, num_target, eta, mu, RULE: tl.constexpr, EMA_FIRST: tl.constexpr, CHUNK: tl.constexpr,
     LANES: tl.constexpr, PASSES: tl.constexpr, FLAGS: tl.constexpr, FLAG_PASSES: tl.constexpr,
 ):  # fmt: skip
-    """Move a chunk of each buffer; row 3 of ``sums`` takes the squares of the new momentum."""
-    # The last chunk first: the L2 still holds what the norms read last.
+    """Update a chunk of each buffer. Write the sum of squares of m to row 3 of ``sums``."""
+    # The last chunk first: the L2 still holds the data that the norms read last.
     index = num_chunks - 1 - tl.program_id(0)
     segment, start, count, touched = _chunk(chunks, index)
     elements = tl.arange(0, CHUNK)
     near = elements < touched
     followed = elements < tl.where(start < num_target, touched, 0)
-    # The four streams are asked for before the sums are added up, which hides the one behind the other, and are marked as not
-    # worth keeping: the L2 has the weights and gradients of the chunks to come.
+    # The loads of the four streams start before the sums are added up, which hides their latency.
+    # They are marked evict_first, so that the L2 keeps the weights and gradients of the chunks to
+    # come.
     w = tl.load(online + start + elements, mask=near, other=0.0, eviction_policy="evict_first")
     g = tl.load(gradient + start + elements, mask=near, other=0.0, eviction_policy="evict_first")
     m = tl.load(momentum + start + elements, mask=near, other=0.0, eviction_policy="evict_first")
@@ -150,7 +161,7 @@ def _sweep_kernel(
     m_new = tl.where(moves, mu * m + a * (g + d * w), m)
     w_new = tl.where(moves, w - b * m_new, w)
     tl.store(sums + 3 * num_chunks + index, tl.sum(tl.where(moves, m_new * m_new, 0.0), 0))
-    # As torch.lerp: exact at either end.
+    # torch.lerp's formula, exact at both ends.
     weight = 1.0 - tl.load(tau)
     leader = w_new
     if EMA_FIRST:
@@ -167,7 +178,7 @@ def _telemetry_kernel(
     spans, adapt, decay, lr_mult, lr, sums, fine, layers, num_chunks, eta, RULE: tl.constexpr,
     LANES: tl.constexpr, PASSES: tl.constexpr, FLAGS: tl.constexpr, FLAG_PASSES: tl.constexpr,
 ):  # fmt: skip
-    """Write a segment's five numbers into ``layers`` (S, 5)."""
+    """Write a segment's ``LAYER_METRICS`` to ``layers`` (S, 5)."""
     segment = tl.program_id(0)
     first, end, weight_norm, grad_norm, trust, rate, _, b, _, go = _treatment(
         segment, spans, adapt, decay, lr_mult, lr, sums, fine, num_chunks, eta, RULE, LANES, PASSES, FLAGS, FLAG_PASSES
@@ -182,9 +193,9 @@ def _telemetry_kernel(
 
 
 def _added_at_once(num_chunks: int, longest: int) -> dict[str, int]:
-    """Return how many sums and flags a program adds up at once, and in how many passes, as the kernels take it.
+    """Return the kernels' constants: sums and flags that a program loads at once, and the passes.
 
-    ResNet-18, with 2,887 chunks and at most 576 in a segment, takes one pass of each.
+    ResNet-18 has 2,887 chunks, at most 576 in a segment, and needs one pass over each.
     """
     lanes, flags = (min(triton.next_power_of_2(max(count, 16)), MAX_LANES) for count in (longest, num_chunks))
     passes, flag_passes = triton.cdiv(longest, lanes), triton.cdiv(num_chunks, flags)
@@ -224,9 +235,9 @@ def step(
     online: Tensor, gradient: Tensor, momentum: Tensor, target: Tensor, table: SegmentTable, lr: Tensor, tau: Tensor,
     *, rule: Rule, eta: float, mu: float, ema_first: bool,
 ) -> Tensor:  # fmt: skip
-    """Take the step as ``reference`` does, for fp32 on a GPU.
+    """Compute ``lars_ema`` on fp32 buffers on a GPU.
 
-    Raises ValueError for segments that do not start, or buffers that do not end, at multiples of ``ALIGN`` elements.
+    Raises ValueError unless segments start and buffers end at multiples of ``ALIGN`` elements.
     """
     for name, buffer in (("online", online), ("target", target)):
         if len(buffer) % ALIGN:
@@ -234,8 +245,8 @@ def step(
     for segment, offset in enumerate(table.offsets):
         if offset % ALIGN:
             raise ValueError(f"table: segment {segment} starts at {offset}, no multiple of {ALIGN}")
-    layers = _lars_ema(
+    layers: Tensor = _lars_ema(
         online, gradient, momentum, target, table.chunks, table.spans, table.adapt, table.decay, table.lr_mult, lr, tau,
         table.chunk, table.longest, rule, eta, mu, ema_first,
     )  # fmt: skip
-    return layers  # noqa: RET504
+    return layers

@@ -1,10 +1,8 @@
-"""Two random views of every image: draw a table of parameters, apply it to uint8 images.
+"""Two random views of every image: ``draw_views`` draws parameters, ``two_views`` applies them.
 
-The table is float32 (V, B, len(Column)): one row per view and image. ``draw_views`` writes it, ``two_views`` applies it. Every
-implementation of an op consumes or writes that same table, so that they agree to rounding, and the random distributions are
-tested on the table alone.
-
-Shapes: V views, B images, C channels, H W pixels of an image, S side of a view.
+Shapes: V views, B images, C channels, H W pixels of an image, S side of a view. The table is
+float32 (V, B, len(Column)). All backends agree on it bit for bit and, when they apply it, to
+rounding.
 """
 
 from __future__ import annotations
@@ -34,15 +32,18 @@ def two_views(
     dtype: torch.dtype = torch.float32,
     kernels: str = "auto",
 ) -> Tensor:
-    """Apply float32 ``table`` (V, B, len(Column)) to uint8 ``images`` (B, H, W, C). Return (V, B, C, S, S) of ``dtype``.
+    """Apply float32 ``table`` (V, B, len(Column)) to uint8 ``images`` (B, H, W, C).
 
-    The result's ``flatten(0, 1)`` is contiguous in channels_last. ``blur`` is "gaussian" (torchvision's gaussian_blur with
-    ``blur_kernel`` taps, edges reflected) or "pil" (Pillow's GaussianBlur: three extended box blurs, edges repeated). ``mean``
-    and ``std`` are per channel, for values in [0, 1]. The arithmetic is float32, or float64 when ``dtype`` is, which always
-    takes the reference. Raises ValueError, naming the argument, for a wrong shape, dtype, device or value.
+    Returns (V, B, C, S, S) of ``dtype``, whose ``flatten(0, 1)`` is contiguous in channels-last
+    memory. ``blur`` is "gaussian" (torchvision's gaussian_blur with ``blur_kernel`` taps, reflected
+    edges) or "pil" (Pillow's GaussianBlur: three extended box blurs, repeated edges). ``mean`` and
+    ``std`` are per channel, for values in [0, 1]. The arithmetic is float32. For ``dtype`` float64
+    it is float64, by the reference. Raises ValueError, naming the argument, for a wrong shape,
+    dtype, device or value.
 
-    ``kernels`` is as ``dispatch`` says. Triton's take contiguous inputs, and do not look at the entries of ``table`` first,
-    since that would stall the GPU: a box that does not lie within its image is moved to where it does.
+    ``kernels`` is one of ``dispatch.BACKENDS``. The Triton kernels need contiguous inputs. They do
+    not check the entries of ``table``, which would stall the GPU, but move a crop box into its
+    image.
     """
     _check(images, table, size, blur, blur_kernel, dtype)
     backend = dispatch(kernels, "images", images, table)
@@ -54,12 +55,13 @@ def two_views(
                 raise ValueError(f"{name} must be contiguous for Triton's kernels: strides {tensor.stride()}")
     else:
         _check_entries(table, *images.shape[1:3])
-    # A reflected edge is at most size - 1 pixels deep.
+    # Reflection provides at most size - 1 pixels beyond an edge.
     too_wide = blur == "gaussian" and blur_kernel // 2 >= size
     if too_wide and (backend == "triton" or bool((table[..., Column.BLUR_SIGMA] > 0).any())):
         raise ValueError(f"blur_kernel must be at most {2 * size - 1} for views of {size} pixels, got {blur_kernel}")
     if backend == "cpu":
-        from fastbyol_kernels.views import cpu  # numba: who has a GPU need not wait for it
+        # Imported here because it loads numba, which a GPU run does not need.
+        from fastbyol_kernels.views import cpu
     apply = triton.apply if backend == "triton" else cpu.apply if backend == "cpu" else reference.apply
     kernel = blur_kernel if blur == "gaussian" else 0
     views = apply(images, table, size, kernel, [float(m) for m in mean], [float(s) for s in std], dtype)
@@ -85,7 +87,7 @@ def _check(images: Tensor, table: Tensor, size: int, blur: str, blur_kernel: int
 
 
 def _check_entries(table: Tensor, height: int, width: int) -> None:
-    """Refuse what would read outside an image or outside JITTER_ORDERS."""
+    """Raise ValueError for a crop box outside its image or an index outside JITTER_ORDERS."""
     top, left, box_height, box_width = table[..., : Column.WIDTH + 1].unbind(-1)
     inside = (top >= 0) & (left >= 0) & (box_height >= 1) & (box_width >= 1)
     inside &= (top + box_height <= height) & (left + box_width <= width)
@@ -97,6 +99,6 @@ def _check_entries(table: Tensor, height: int, width: int) -> None:
 
 
 def bytes_moved(num_views: int, num_images: int, height: int, width: int, size: int, element_bytes: int) -> int:
-    """Return the bytes that must be read and written: every image once, the table once, every view once."""
+    """Return the bytes moved if every image, the table and every view cross the memory bus once."""
     table, views = (num_views * num_images * number for number in (len(Column) * 4, size * size * 3 * element_bytes))
     return num_images * height * width * 3 + table + views

@@ -1,9 +1,6 @@
-"""``two_views`` on a CPU: a view after the other, all of its steps while its planes are in the second-level cache.
+"""``two_views`` on a CPU: all steps of a view while its planes, 110 KB at 96 px, are in the L2.
 
-At 96 pixels the planes of a view are 110 KB. Plain torch makes a pass over memory per operation; here a view is read and
-written once. Steps and formulas are the reference's, to rounding.
-
-Letters: S side of a view, C channels, K taps.
+Steps and formulas are the reference's, to rounding. Letters: S side of a view, C channels, K taps.
 """
 
 from __future__ import annotations
@@ -22,7 +19,7 @@ from fastbyol_kernels.views.table import JITTER_ORDERS, LUMA, Column
 _R, _G, _B = (np.float32(weight) for weight in LUMA)
 _ZERO, _HALF, _ONE, _THREE, _TINY = (np.float32(x) for x in (0.0, 0.5, 1.0, 3.0, 1e-30))
 _COLUMNS = len(Column)
-# numba knows no members of an IntEnum as places in an array.
+# numba cannot index an array by members of an IntEnum.
 (
     _TOP, _LEFT, _HEIGHT, _WIDTH, _FLIP, _ORDER, _BRIGHTNESS, _CONTRAST, _SATURATION, _, _GRAYSCALE, _SIGMA, _SOLARIZE
 ) = map(int, Column)  # fmt: skip
@@ -31,12 +28,13 @@ _OPERATIONS = len(JITTER_ORDERS[0])
 
 @inlined
 def _taps(first, weights, num_taps, length, flip, size):
-    """Write row numbers (S,) and weights (K, S) that resize ``length`` pixels to S: a triangle, as wide as the scale.
+    """Write the first taps (S,) and weights (K, S) that resize ``length`` pixels to ``size``.
 
-    Centres are split in whole and fraction by integers, so that no digits are lost at large places.
+    The filter is a triangle as wide as the scale.
     """
     support = max(np.float32(length) / np.float32(size), _ONE)
     for s in range(size):
+        # Integers split the centre in whole and fraction, so that large positions lose no digits.
         centre = (2 * (size - 1 - s if flip else s) + 1) * length
         whole = centre // (2 * size)
         fraction = np.float32(centre - whole * (2 * size)) / np.float32(2 * size)
@@ -53,7 +51,10 @@ def _taps(first, weights, num_taps, length, flip, size):
 
 @inlined
 def _crop(image, width, box, flip, planes, line, first, weights, size):
-    """Crop a box (top, left, height, width) of a u8 image (H, W, 3), resize and flip it into planes (3, S, S) in [0, 1]."""
+    """Crop, resize and flip a u8 image (H, W, 3) to ``planes`` (3, S, S) in [0, 1].
+
+    ``box`` is (top, left, height, width).
+    """
     top, left, box_height, box_width = box
     taps_y, taps_x = _num_taps(box_height, size), _num_taps(box_width, size)
     first_y, first_x = first[:size], first[size : 2 * size]
@@ -78,7 +79,7 @@ def _crop(image, width, box, flip, planes, line, first, weights, size):
 
 @inlined
 def _add(out, weight, source, begins):
-    """Add ``weight`` * ``source`` to ``out``, or begin the sum with it."""
+    """Add ``weight`` * ``source`` to ``out``, or assign it if the sum ``begins``."""
     for i in range(len(out)):
         value = weight * np.float32(source[i])
         out[i] = value if begins else out[i] + value
@@ -112,7 +113,7 @@ def _turned(hue, low, span):
 
 @inlined
 def _jitter(r, g, b, operation, factor):
-    """Apply one operation to the planes, in place; see ``reference._adjust_hue`` for the last."""
+    """Apply a jitter operation to the planes in place; ``reference._adjust_hue`` derives its hue."""
     if operation == _BRIGHTNESS:
         if factor != _ONE:
             _blend(r, g, b, factor, _ZERO)
@@ -141,16 +142,19 @@ def _jitter(r, g, b, operation, factor):
 
 
 @inlined
-def _inside(place, size, reflects):
-    """Return the pixel that stands for one beyond the edge: its mirror image, or the edge's own."""
+def _inside(position, size, reflects):
+    """Return the pixel that replaces one beyond the edge: its mirror image, or the edge pixel."""
     if reflects:
-        return (size - 1) - abs(size - 1 - abs(place))
-    return min(max(place, 0), size - 1)
+        return (size - 1) - abs(size - 1 - abs(position))
+    return min(max(position, 0), size - 1)
 
 
 @inlined
 def _blur_taps(weights, sigma, blur_kernel):
-    """Write the weights of the offsets -reach to reach, and return reach; see ``_box_taps`` of the reference for Pillow's."""
+    """Write the weights of the offsets -reach to reach, and return reach.
+
+    ``blur_kernel`` 0 is Pillow's blur: ``reference._box_taps`` has its source.
+    """
     total = _ZERO
     if blur_kernel > 0:
         reach = blur_kernel // 2
@@ -184,7 +188,7 @@ def _blur_down(source, out, weights, reach, reflects, size):
 
 @inlined
 def _blur_along(source, out, weights, reach, reflects, size, line):
-    """Blur along the rows of one plane, each first widened at both edges."""
+    """Blur along the rows of one plane, each of which is first extended at both edges."""
     wide = line[: size + 2 * reach]
     for y in range(size):
         row, old = out[y * size : (y + 1) * size], source[y * size : (y + 1) * size]
@@ -209,14 +213,14 @@ def _blur(planes, other, weights, line, sigma, blur_kernel, size):
 
 @kernel
 def _views(
-    view: int, images: U8, table: F32, orders: I64, colours: F32, scratch: F32, places: I64, out: Activation, worker: Worker,
+    view: int, images: U8, table: F32, orders: I64, colours: F32, scratch: F32, taps: I64, out: Activation, worker: Worker,
     height: int, width: int, num_images: int, size: int, blur_kernel: int, scratch_size: int, line_size: int,
 ) -> None:  # fmt: skip
-    """Make a view. Scratch, a row per worker: the planes and one more, a line, weights of the taps."""
+    """Write a view. A worker's row of ``scratch`` is four planes, a line and the tap weights."""
     area = size * size
     row = table[view * _COLUMNS : (view + 1) * _COLUMNS]
     own = scratch[worker * scratch_size : (worker + 1) * scratch_size]
-    first = places[worker * 2 * size : (worker + 1) * 2 * size]
+    first = taps[worker * 2 * size : (worker + 1) * 2 * size]
     planes, other, line = own[: 3 * area], own[3 * area : 4 * area], own[4 * area : 4 * area + line_size]
     weights = own[4 * area + line_size :]
     r, g, b = planes[:area], planes[area : 2 * area], planes[2 * area : 3 * area]
@@ -225,8 +229,8 @@ def _views(
     image = images[start : start + height * width * 3]
     _crop(image, width, box, row[_FLIP] > 0, planes, line, first, weights, size)
     order = np.int64(row[_ORDER]) * _OPERATIONS
-    for place in range(_OPERATIONS):
-        operation = orders[order + place]
+    for position in range(_OPERATIONS):
+        operation = orders[order + position]
         _jitter(r, g, b, operation, row[operation])
     if row[_GRAYSCALE] > 0:
         for i in range(len(r)):
@@ -242,7 +246,8 @@ def _views(
         for i in range(len(plane)):
             plane[i] = (plane[i] - mean) * scale
     pixels = out[view * area * 3 : (view + 1) * area * 3]
-    # Not in the loop above: three strided passes over the result cost a tenth of all.
+    # A loop of its own: three strided passes over the result, in the loop above, cost a tenth of
+    # the total.
     for i in range(len(r)):
         pixels[3 * i], pixels[3 * i + 1], pixels[3 * i + 2] = narrowed(r[i], out), narrowed(g[i], out), narrowed(b[i], out)
 
@@ -253,7 +258,8 @@ def apply(
     """Return the views (V, B, S, S, C), fp32 or bf16. ``blur_kernel`` is 0 for Pillow's blur."""
     height, width = images.shape[1:3]
     out = table.new_empty((*table.shape[:2], size, size, 3), dtype=dtype)
-    # The most pixels that a blur looks to either side; one more, since the kernel may round a radius otherwise.
+    # The most pixels that a blur reads to either side, plus one, since the kernel may round a
+    # radius differently.
     reach = blur_kernel // 2 if blur_kernel else int(box_radius(table[..., Column.BLUR_SIGMA].amax()).floor()) + 2
     line_size = max(3 * width, size + 2 * reach)
     weights_size = max(size * (_num_taps(height, size) + _num_taps(width, size)), 2 * reach + 1)

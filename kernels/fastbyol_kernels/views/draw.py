@@ -1,16 +1,7 @@
-"""Draw the parameters of every view: crop box, jitter factors and their order, flags, blur.
+"""The random parameters of every view: crop box, jitter factors and their order, flags, blur.
 
-Every entry is a function of (seed, epoch, sample id, view) alone, through Philox, and is computed with float64 operations
-that IEEE 754 rounds one way only: sums, products, one quotient, square roots. So the table is the same bit for bit on any
-device, by the reference or the kernel, for any batch, order or number of workers.
-
-Sources: byol, appendix B (two views, blur and solarize per view); torchvision's RandomResizedCrop and ColorJitter, whose
-``get_params`` this file follows.
-
-Philox counters of a view: see philox.py; one block of four words for each crop attempt (area, ratio, top, left), then one
-each for flip, jitter, order, grayscale / the four factors / blur, its sigma, solarize.
-
-Shapes: V views, B images, A crop attempts.
+Sources: byol, appendix B (two views, blur and solarize per view); ``get_params`` of torchvision's
+RandomResizedCrop and ColorJitter. Shapes: V views, B images, A crop attempts.
 """
 
 from __future__ import annotations
@@ -30,12 +21,18 @@ from fastbyol_kernels.views.table import JITTER_IDENTITY, JITTER_ORDERS, Column
 Range = tuple[float, float]
 
 CROP_ATTEMPTS = 10  # torchvision's
+# A view's Philox blocks of four words: one per crop attempt (area, ratio, top, left), then one each
+# for flip, jitter, order, grayscale / the four factors / blur, its sigma, solarize.
 _FLAGS, _FACTORS, _BLUR, _NUM_BLOCKS = range(CROP_ATTEMPTS, CROP_ATTEMPTS + 4)
 
 
 @dataclass(frozen=True)
 class Distribution:
-    """What is drawn. Ranges are (low, high), probabilities in [0, 1]; the last two hold one probability per view."""
+    """The distributions of the parameters.
+
+    Ranges are (low, high), probabilities in [0, 1]; ``blur_p`` and ``solarize_p`` have one per
+    view.
+    """
 
     scale: Range  # share of the image's area
     ratio: Range  # width by height
@@ -62,7 +59,11 @@ class Distribution:
 def reference(
     distribution: Distribution, ids: Tensor, seed: int | Tensor, epoch: int | Tensor, height: int, width: int
 ) -> Tensor:
-    """Draw in plain torch."""
+    """Draw the table in plain torch.
+
+    All operations are float64 ones that IEEE 754 rounds in one way only: sums, products, one
+    quotient, square roots. So the bits are the same on any device and in the kernel.
+    """
     d, num_views = distribution, distribution.num_views
     u = _uniforms(ids, num_views, seed, epoch)
     table = torch.zeros(num_views, len(ids), len(Column), dtype=torch.float64, device=ids.device)
@@ -96,7 +97,7 @@ def _between(u: Tensor, bounds: Range) -> Tensor:
 
 
 def _crop_boxes(u: Tensor, distribution: Distribution, height: int, width: int) -> Tensor:
-    """Return (V, B, 4), top, left, height, width of the first attempt that fits, as RandomResizedCrop.get_params does."""
+    """Return top, left, height and width, (V, B, 4), of the first of A attempts that fits."""
     area = height * width * _between(u[..., 0], distribution.scale)
     ratio = _exp(_between(u[..., 1], _logs(distribution.ratio)))
     box_width, box_height = torch.sqrt(area * ratio).round(), torch.sqrt(area / ratio).round()
@@ -105,7 +106,8 @@ def _crop_boxes(u: Tensor, distribution: Distribution, height: int, width: int) 
     left = (u[..., 3] * (width - box_width + 1)).floor()
     first = fits.long().argmax(dim=2)[:, :, None, None].expand(-1, -1, 1, 4)
     chosen = torch.stack((top, left, box_height, box_width), dim=-1).gather(2, first)[:, :, 0]
-    # Entry by entry: a tensor made from the tuple would be copied from the host, which a CUDA graph cannot capture.
+    # Entry by entry: torch.tensor(central) would copy from the host, which a CUDA graph cannot
+    # capture.
     central = central_box(distribution.ratio, height, width)
     fallback = torch.stack([torch.full_like(chosen[..., 0], float(value)) for value in central], dim=-1)
     return torch.where(fits.any(dim=2)[:, :, None], chosen, fallback)
@@ -116,7 +118,10 @@ def _logs(ratio: Range) -> Range:
 
 
 def central_box(ratio: Range, height: int, width: int) -> tuple[int, int, int, int]:
-    """Return torchvision's fallback, (top, left, height, width): the largest central box whose aspect ratio is allowed."""
+    """Return torchvision's fallback, the largest central box with an allowed aspect ratio.
+
+    The box is (top, left, height, width).
+    """
     box_height, box_width = height, width
     if width / height < ratio[0]:
         box_height = max(1, round(width / ratio[0]))
@@ -126,13 +131,11 @@ def central_box(ratio: Range, height: int, width: int) -> tuple[int, int, int, i
 
 
 def _exp(x: Tensor) -> Tensor:
-    """Return exp(x) of float64 |x| < 20 to 1e-12.
-
-    By sums and products only: library exponentials differ between devices in the last bit.
-    """
+    """Return exp(x) of float64 |x| < 20, to a relative error of 1e-12."""
+    # By sums and products only: the last bit of library exponentials differs between devices.
     small, result = x * 2.0**-10, torch.ones_like(x)
     for divisor in range(8, 0, -1):
-        # By the reciprocal, as torch on a GPU divides by a number, but not on a CPU.
+        # Times the reciprocal: torch divides by a number like this on a GPU, but not on a CPU.
         result = 1.0 + result * (small * (1.0 / divisor))
     for _ in range(10):
         result = result * result
@@ -155,10 +158,10 @@ def _draw_kernel(
     ids, seed, epoch, table, num_images,
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr, NUM_VIEWS: tl.constexpr,
     RANGES: tl.constexpr,  # low and high - low of scale, log ratio, the four factors, sigma
-    PROBABILITIES: tl.constexpr,  # flip, jitter, grayscale, then blur per view, then solarize per view
+    PROBABILITIES: tl.constexpr,  # flip, jitter, grayscale, blur per view, solarize per view
     CENTRAL: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Draw ROWS rows of the table; the second axis of the tile is Philox blocks, which are crop attempts at first."""
+    """Draw ROWS rows of the table. The tile's second axis is Philox blocks, crop attempts first."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     mask = row < NUM_VIEWS * num_images
     view = row // num_images
@@ -213,7 +216,7 @@ def _draw_kernel(
 
 @triton.jit
 def _unit(words):
-    """Turn uint32 words to float64 in [0, 1), multiples of 2**-24."""
+    """Turn uint32 words into float64 in [0, 1), multiples of 2**-24."""
     return (words >> 8).to(tl.float64) * 5.9604644775390625e-08
 
 
@@ -237,14 +240,15 @@ def _exp_kernel(x):
 
 @triton.jit
 def _of_view(p, view, V: tl.constexpr, PROBABILITIES: tl.constexpr, FIRST: tl.constexpr):
-    """Replace ``p`` in the rows of view V. tl.full, since tl.where would take the number as float32."""
+    """Replace ``p`` in the rows of view V."""
     own: tl.constexpr = PROBABILITIES[FIRST + V]
+    # tl.full, since tl.where would convert the number to float32.
     return tl.where(view == V, tl.full(p.shape, own, tl.float64), p)
 
 
 @triton.jit
 def _pick(values, block, which):
-    """Return column ``which`` of (ROWS, blocks). All else adds exact zeros."""
+    """Return column ``which`` of (ROWS, blocks): the other columns add exact zeros."""
     return tl.sum(tl.where(block == which, values, 0.0), 1)
 
 
@@ -260,12 +264,13 @@ def _put_factor(out, mask, u, applied, RANGES: tl.constexpr, WHICH: tl.constexpr
     tl.store(out, tl.where(applied, _span(u, RANGES, WHICH), IDENTITY).to(tl.float32), mask=mask)
 
 
-# Why a kernel may move narrow words; ``fastbyol_bench.launches`` asks where one does.
+# The reasons of kernels that move narrow words, which ``fastbyol_bench.launches`` demands.
 NARROW = {"_draw_kernel": "reads ids, writes rows of 13 numbers: 28 KB"}
-# Triton decides when a kernel is defined whether calls compile or interpret it.
+# Triton decides at a kernel's definition whether calls compile or interpret it.
 INTERPRETED = not isinstance(_draw_kernel, triton.runtime.JITFunction)
-# One element a thread: 512 rows are 64 programs, so that the chain of float64 operations, a microsecond of latency, is paid
-# once and in parallel. Two rows share a warp, and sums over blocks stay within it.
+# One element per thread: 512 rows are 64 programs, which pay for the chain of float64 operations, a
+# microsecond of latency, once and in parallel. A warp has two rows, and sums over blocks stay
+# within it.
 ROWS, NUM_WARPS = 8, 4
 ROWS_INTERPRETED = 128  # the interpreter runs programs one by one
 
@@ -278,9 +283,9 @@ def _draw(
     table = torch.empty((num_views, len(ids), len(Column)), dtype=torch.float32, device=ids.device)
     rows = ROWS_INTERPRETED if INTERPRETED else ROWS
     if len(ids):
-        # Ranges and probabilities are known when the kernel compiles: Triton passes a Python float as float32. Without fusion
-        # LLVM writes products and sums as mul.rn and add.rn, which ptxas may not contract to a fused multiply-add, and no
-        # result depends on how a compiler felt about it.
+        # Ranges and probabilities are constants, since Triton passes a Python float as float32.
+        # Without fusion LLVM writes mul.rn and add.rn, which ptxas must not contract to a fused
+        # multiply-add, so that no result depends on the compiler's choice.
         _draw_kernel[(triton.cdiv(num_views * len(ids), rows),)](
             ids, seed, epoch, table, len(ids), HEIGHT=height, WIDTH=width, NUM_VIEWS=num_views, RANGES=tuple(ranges),
             PROBABILITIES=tuple(probabilities), CENTRAL=tuple(central), ROWS=rows, num_warps=NUM_WARPS, enable_fp_fusion=False,
@@ -294,7 +299,7 @@ _draw.register_fake(
 
 
 def _numbers(distribution: Distribution, height: int, width: int) -> tuple[list[float], list[float], list[float]]:
-    """Return ``ranges``, ``probabilities`` and ``central`` of the custom op, flat."""
+    """Return the custom op's ``ranges``, ``probabilities`` and ``central`` as flat lists."""
     d = distribution
     bounds = (d.scale, _logs(d.ratio), *d.factors, d.blur_sigma)
     ranges = [float(number) for low, high in bounds for number in (low, high - low)]
@@ -312,14 +317,19 @@ def draw_views(
     width: int,
     kernels: str = "auto",
 ) -> Tensor:
-    """Draw parameters of every view of the samples ``ids``, int64 (B,): float32 (V, B, len(Column)) on the device of ``ids``.
+    """Draw the parameters of every view of the samples ``ids``, int64 (B,) in [0, 2**56).
 
-    ``seed`` in [0, 2**64), ``epoch`` in [0, 2**32), ids in [0, 2**56); ``height`` and ``width`` of the images in pixels. Seed
-    and epoch may be int64 tensors of no dimension on the device of ``ids`` (a seed from 2**63 on is then negative), read when
-    the kernel runs: a captured CUDA graph draws anew with what they hold at each replay.
+    Returns float32 (V, B, len(Column)) on the device of ``ids``. ``height`` and ``width`` are the
+    images', in pixels. ``seed`` is in [0, 2**64), ``epoch`` in [0, 2**32). Both may be 0-d int64
+    tensors on that device (seeds from 2**63 on are then negative), which the kernel reads when it
+    runs: each replay of a captured CUDA graph draws with their current values.
 
-    ``kernels``: "reference" (plain torch), "triton" (on a CPU only in Triton's interpreter), or "auto", which is "triton" for
-    CUDA tensors. All give the same bits. Raises ValueError naming a wrong argument.
+    Every entry is a function of (seed, epoch, sample id, view) alone, through Philox. So the table
+    has the same bits for any device, backend, batch, order or number of workers.
+
+    ``kernels``: "reference" (plain torch), "triton" (on a CPU only in Triton's interpreter), or
+    "auto", which is "triton" for CUDA tensors. Raises ValueError, naming the argument, for a wrong
+    value.
     """
     _check(ids, seed, epoch, height, width)
     if dispatch(kernels, "ids", ids, has=("triton",)) == "reference":

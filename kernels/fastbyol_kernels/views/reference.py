@@ -1,10 +1,7 @@
-"""Apply a table of drawn parameters to uint8 images, in plain torch.
+"""``two_views`` in plain torch, by the formulas of torchvision's v2 functional on floats in [0, 1].
 
-The operations in their order, each as torchvision's v2 functional does it on floats in [0, 1]: crop and resize (bilinear,
-antialiased), colour jitter (brightness, contrast, saturation, hue in one of 24 orders), grayscale, flip, blur, solarize,
-normalise. The flip is folded into the crop, since it commutes with all that stands between.
-
-Shapes: V views, B images, N of the V * B views in one pass, C channels, H W pixels of an image, S side of a view, K taps.
+Shapes: V views, B images, N of the V * B views in one pass, C channels, H W pixels of an image, S
+side of a view, K taps.
 """
 
 from __future__ import annotations
@@ -20,7 +17,8 @@ from torch import Tensor
 from fastbyol_kernels.views.table import JITTER_IDENTITY, JITTER_ORDERS, LUMA, Column
 
 _NO_JITTER = len(JITTER_ORDERS)
-# Bytes of one (C, N, S, S) set of planes. On a CPU a pass touches three of them at a time, which should fit the L2 cache.
+# Bytes of one (C, N, S, S) set of planes. A pass uses three of them at a time, which should fit a
+# CPU's L2.
 _PASS_BYTES_CPU, _PASS_BYTES_GPU = 1 << 20, 1 << 28
 BOXES = 3  # passes of Pillow's ImageFilter.GaussianBlur
 
@@ -30,9 +28,12 @@ def apply(
 ) -> Tensor:
     """Return the views (V, B, S, S, C). ``blur_kernel`` is 0 for Pillow's blur.
 
-    Read the table on the host to sort views by what is done to them, so that nothing is masked away.
+    The operations are crop and resize (bilinear, antialiased), colour jitter (brightness, contrast,
+    saturation, hue in one of 24 orders), grayscale, flip, blur, solarize and normalise. The flip is
+    part of the crop, since it commutes with the operations between them.
     """
     rows = table.flatten(0, 1)
+    # Views are grouped by their operations, on the host, so that no work is masked away.
     host = rows.cpu()
     work = torch.float64 if dtype == torch.float64 else torch.float32
     out = torch.empty(len(rows), size, size, 3, dtype=dtype, device=images.device)
@@ -49,7 +50,10 @@ def apply(
 
 
 def _passes(host: Tensor, size: int, on_gpu: bool) -> Iterator[tuple[Tensor, list[int]]]:
-    """Yield row indices (N,) and jitter orders of each pass: blurred views apart from others, equal orders side by side."""
+    """Yield row indices (N,) and jitter orders of each pass.
+
+    Blurred and other views are in different passes, and equal orders are adjacent.
+    """
     factors = host[:, Column.BRIGHTNESS : Column.HUE + 1]
     jittered = (factors != factors.new_tensor(JITTER_IDENTITY)).any(1)
     orders = torch.where(jittered, host[:, Column.ORDER], float(_NO_JITTER)).long()
@@ -62,7 +66,7 @@ def _passes(host: Tensor, size: int, on_gpu: bool) -> Iterator[tuple[Tensor, lis
 
 
 def _crop(images: Tensor, parameters: Tensor, host: Tensor, size: int) -> Tensor:
-    """Crop, resize and flip uint8 (N, H, W, C) to planes (C, N, X, Y) in [0, 1], columns outermost."""
+    """Crop, resize and flip uint8 (N, H, W, C) to planes (C, N, X, Y) in [0, 1], columns first."""
     num, _, width = images.shape[:3]
     most = host[Column.HEIGHT : Column.WIDTH + 1].amax(1).tolist()
     top, left, box_height, box_width, flip = parameters[: Column.FLIP + 1]
@@ -75,16 +79,17 @@ def _crop(images: Tensor, parameters: Tensor, host: Tensor, size: int) -> Tensor
 
 
 def _bilinear(start: Tensor, length: Tensor, flip: Tensor, size: int, longest: float) -> tuple[Tensor, Tensor]:
-    """Return the taps that resize ``length`` pixels from ``start`` to ``size``: row numbers and weights, both (N, S, K).
+    """Return row numbers and weights, (N, S, K) each, that resize ``length`` pixels to ``size``.
 
-    The filter is a triangle, as wide as the scale where it shrinks: torch's interpolate(antialias=True, align_corners=False).
+    The filter is the triangle of torch's interpolate(antialias=True, align_corners=False): as wide
+    as the scale where it shrinks.
     """
     num_taps = math.ceil(2.0 * max(1.0, longest / size))
-    place = torch.arange(size, dtype=start.dtype, device=start.device)
-    place = torch.where(flip[:, None] > 0, size - 1 - place, place)
+    position = torch.arange(size, dtype=start.dtype, device=start.device)
+    position = torch.where(flip[:, None] > 0, size - 1 - position, position)
     scale = (length / size)[:, None]
     support = scale.clamp_min(1.0)
-    centre = (place + 0.5) * scale
+    centre = (position + 0.5) * scale
     first = (centre - support + 0.5).floor().clamp_min(0.0)
     taps = first[:, :, None] + torch.arange(num_taps, dtype=start.dtype, device=start.device)
     weight = 1.0 - ((taps + 0.5 - centre[:, :, None]) / support[:, :, None]).abs()
@@ -94,7 +99,10 @@ def _bilinear(start: Tensor, length: Tensor, flip: Tensor, size: int, longest: f
 
 
 def _combine_rows(x: Tensor, index: Tensor, weight: Tensor) -> Tensor:
-    """Return sum over k of weight[n, s, k] * x[n, index[n, s, k]]: (N, R, D) and twice (N, S, K) -> (N, S, D)."""
+    """Return the sums over k of weight[n, s, k] * x[n, index[n, s, k]].
+
+    ``x`` is (N, R, D), ``index`` and ``weight`` are (N, S, K), the result is (N, S, D).
+    """
     num, num_rows, depth = x.shape
     offset = torch.arange(0, num * num_rows, num_rows, device=x.device)[:, None, None]
     bags, weights = (index + offset).flatten(0, 1), weight.to(x.dtype).flatten(0, 1).contiguous()
@@ -102,7 +110,7 @@ def _combine_rows(x: Tensor, index: Tensor, weight: Tensor) -> Tensor:
 
 
 def _jitter(x: Tensor, parameters: Tensor, orders: list[int]) -> Tensor:
-    """Jitter planes (C, N, X, Y) in place; views of the same order are neighbours and go together."""
+    """Jitter planes (C, N, X, Y) in place, all adjacent views of the same order at once."""
     start = 0
     for order, group in itertools.groupby(orders):
         stop = start + len(list(group))
@@ -130,9 +138,10 @@ def _adjust_saturation(x: Tensor, factor: Tensor) -> None:
 def _adjust_hue(x: Tensor, shift: Tensor) -> None:
     """Turn the hue by ``shift`` turns at constant HSV saturation and value, in closed form.
 
-    With low and range of the three channels and u = (x - low) / range, the hue h in sixths of a turn satisfies
-    |h - 3| = 2 + u_r - u_g - u_b, and h < 3 just where g > b. Back: u_c = clamp(|d_c| - 1, 0, 1), d_c being the hue's
-    distance from channel c's opposite (3, 5, 1 for r, g, b) wrapped to [-3, 3]; |||y| - 3| - 3| wraps any |y| <= 9.
+    With low and range of the three channels and u = (x - low) / range, the hue h in sixths of a
+    turn satisfies |h - 3| = 2 + u_r - u_g - u_b, and h < 3 just where g > b. Back: u_c =
+    clamp(|d_c| - 1, 0, 1), d_c being the hue's distance from channel c's opposite (3, 5, 1 for r,
+    g, b) wrapped to [-3, 3]; |||y| - 3| - 3| wraps any |y| <= 9.
     """
     low = torch.minimum(torch.minimum(x[0], x[1]), x[2])
     span = torch.maximum(torch.maximum(x[0], x[1]), x[2]).sub_(low)
@@ -165,7 +174,7 @@ def _grayscale(x: Tensor, flags: Tensor) -> Tensor:
 
 
 def _blur(x: Tensor, sigma: Tensor, host: Tensor, blur_kernel: int) -> Tensor:
-    """Turn planes (C, N, X, Y) to (N, Y, X, C), blurred where this pass is one of blurred views."""
+    """Transpose planes (C, N, X, Y) to (N, Y, X, C); blur them if this pass has blurred views."""
     if host[0] == 0:
         return x.permute(1, 3, 2, 0).contiguous()
     num, size = x.shape[1], x.shape[3]
@@ -181,7 +190,7 @@ def _blur(x: Tensor, sigma: Tensor, host: Tensor, blur_kernel: int) -> Tensor:
 
 
 def _gaussian_taps(sigma: Tensor, num: int, size: int) -> tuple[Tensor, Tensor]:
-    """Return ``num`` normalised samples of a Gaussian, edges reflected, as torchvision's gaussian_blur: twice (N, S, K)."""
+    """Return indices and weights, (N, S, K) each, of a Gaussian blur with reflected edges."""
     offset = torch.arange(num, device=sigma.device) - num // 2
     index = (torch.arange(size, device=sigma.device)[:, None] + offset).abs()
     index = (size - 1) - (size - 1 - index).abs()
@@ -191,10 +200,11 @@ def _gaussian_taps(sigma: Tensor, num: int, size: int) -> tuple[Tensor, Tensor]:
 
 
 def _box_taps(sigma: Tensor, host: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """Return one of the three box blurs of fractional radius r that make Pillow's GaussianBlur, edges repeated.
+    """Return indices and weights, (N, S, K) each, of a box blur of Pillow's GaussianBlur.
 
-    The whole part l and fraction a of r match the variance: Gwosdek, Grewenig, Bruhn, Weickert, "Theoretical Foundations of
-    Gaussian Convolution by Extended Box Filtering", SSVM 2011.
+    Edges are repeated. The radius has a fraction so that the variance matches: Gwosdek, Grewenig,
+    Bruhn, Weickert, "Theoretical Foundations of Gaussian Convolution by Extended Box Filtering",
+    SSVM 2011.
     """
     reach = int(box_radius(host.amax()).floor()) + 1
     offset = torch.arange(-reach, reach + 1, device=sigma.device)
@@ -206,7 +216,7 @@ def _box_taps(sigma: Tensor, host: Tensor, size: int) -> tuple[Tensor, Tensor]:
 
 
 def box_radius(sigma: Tensor) -> Tensor:
-    """Return the radius, whole part and fraction, of the boxes for ``sigma``."""
+    """Return the boxes' radius for ``sigma``, a whole part plus a fraction."""
     variance = sigma**2 / BOXES
     whole = ((torch.sqrt(12.0 * variance + 1.0) - 1.0) / 2.0).floor()
     fraction = (2 * whole + 1) * (whole * (whole + 1) - 3.0 * variance) / (6.0 * (variance - (whole + 1) ** 2))
@@ -214,7 +224,7 @@ def box_radius(sigma: Tensor) -> Tensor:
 
 
 def _solarize(x: Tensor, flags: Tensor) -> Tensor:
-    """Invert values v >= 1/2 of (N, Y, X, C), which is min(v, 1 - v)."""
+    """Invert the values v >= 1/2 of (N, Y, X, C) in flagged views, in place: min(v, 1 - v)."""
     index = flags.nonzero()[:, 0].to(x.device)
     if len(index):
         picked = x.index_select(0, index)
@@ -223,7 +233,8 @@ def _solarize(x: Tensor, flags: Tensor) -> Tensor:
 
 
 def _normalize(x: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """Normalise (N, Y, X, C) in place. Constants are tiled along a row so that the inner loop is long."""
+    """Normalise (N, Y, X, C) in place."""
+    # Constants are tiled along a row so that the inner loop is long.
     size = x.shape[1]
     rows = x.flatten(2)
     rows.sub_(rows.new_tensor(mean).repeat(size)).div_(rows.new_tensor(std).repeat(size))

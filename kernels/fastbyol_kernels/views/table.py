@@ -7,7 +7,7 @@ from enum import IntEnum
 
 
 class Column(IntEnum):
-    """Columns of the parameter table. An operation that is not applied holds its identity value."""
+    """Columns of the parameter table. An operation that is not applied has its identity value."""
 
     TOP = 0  # the crop box, in whole pixels of the image
     LEFT = 1
@@ -21,7 +21,7 @@ class Column(IntEnum):
     HUE = 9  # shift in turns, -0.5..0.5, identity 0
     GRAYSCALE = 10  # 0 or 1
     BLUR_SIGMA = 11  # standard deviation in pixels of the view, 0 is none
-    SOLARIZE = 12  # 0 or 1: invert what is not below 1/2 (byol, appendix B)
+    SOLARIZE = 12  # 0 or 1: invert values of at least 1/2 (byol, appendix B)
 
 
 JITTER_ORDERS = tuple(itertools.permutations((Column.BRIGHTNESS, Column.CONTRAST, Column.SATURATION, Column.HUE)))

@@ -1,12 +1,7 @@
 """``two_views`` on a GPU: three kernels over tiles of views.
 
-A view's pixels are numbered p = y * S + x and cut into flat tiles, so that no lane idles at odd sizes. Three colour planes of
-a tile live in registers. The first two kernels run a program per tile, the third a program per band of rows.
-  _crop_kernel     crops, resizes, jitters as far as contrast; adds up what contrast needs the mean of
-  _contrast_kernel contrast with its mean, the rest of the jitter; ends at once for views without contrast
-  _blur_kernel     both blur passes; ends at once for views without blur
-Each writes a view's result as soon as nothing is left to do for it, else stages it in scratch planes (V * B, C, S * S).
-Conditions are on one view's parameters, so that whole programs take or skip a branch.
+A tile is a range of a view's pixels p = y * S + x, so that no lane idles at odd sizes. Each kernel
+writes the views that it completes and stages the others in scratch planes (V * B, C, S * S).
 """
 
 from __future__ import annotations
@@ -38,7 +33,10 @@ def _crop_kernel(
     images, table, scratch, sums, out, num_images, mean_r, mean_g, mean_b, scale_r, scale_g, scale_b,
     H: tl.constexpr, W: tl.constexpr, SIZE: tl.constexpr, TAPS_Y: tl.constexpr, TAPS_X: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Crop, resize and jitter. ``sums`` (V * B, tiles) takes the luma of each tile before contrast."""
+    """Crop, resize and jitter a tile up to contrast. Write its luma to ``sums`` (V * B, tiles).
+
+    Here and below, conditions depend on a view's parameters alone, so whole programs branch alike.
+    """
     tiles: tl.constexpr = (SIZE * SIZE + BLOCK - 1) // BLOCK
     row = tl.program_id(0) // tiles
     pixel = (tl.program_id(0) % tiles) * BLOCK + tl.arange(0, BLOCK)
@@ -46,9 +44,9 @@ def _crop_kernel(
     image = images + (row % num_images).to(tl.int64) * (H * W * 3)
     r, g, b = _crop_tile(image, parameters, pixel, H, W, SIZE, TAPS_Y, TAPS_X)
     contrast = tl.load(parameters + _CONTRAST)
-    order, place = _decode(tl.load(parameters + _ORDER).to(tl.int32))
+    order, index = _decode(tl.load(parameters + _ORDER).to(tl.int32))
     if contrast != 1.0:
-        r, g, b = _jitter_tile(r, g, b, order, 0, place, parameters)
+        r, g, b = _jitter_tile(r, g, b, order, 0, index, parameters)
         _stage(scratch, row, pixel, pixel < SIZE * SIZE, r, g, b, SIZE)
         luma = _luma_tile(r, g, b)
         tl.store(sums + tl.program_id(0), tl.sum(tl.where(pixel < SIZE * SIZE, luma, 0.0)))
@@ -63,7 +61,10 @@ def _contrast_kernel(
     table, scratch, sums, out, mean_r, mean_g, mean_b, scale_r, scale_g, scale_b,
     SIZE: tl.constexpr, BLOCK: tl.constexpr, SUM_TILES: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
-    """Change the contrast. SUM_TILES are the tiles of the first kernel, BLOCK_T as many up to a power of two."""
+    """Change a tile's contrast by the view's mean luma, then apply the rest of the jitter.
+
+    SUM_TILES is the number of tiles of ``_crop_kernel``, BLOCK_T that number up to a power of two.
+    """
     tiles: tl.constexpr = (SIZE * SIZE + BLOCK - 1) // BLOCK
     row = tl.program_id(0) // tiles
     parameters = table + row * _NUM_COLUMNS
@@ -76,8 +77,8 @@ def _contrast_kernel(
         r, g, b = _staged(scratch, row, pixel, pixel < SIZE * SIZE, SIZE)
         factor = contrast * _level(scratch)
         r, g, b = _unit(r * factor + gray), _unit(g * factor + gray), _unit(b * factor + gray)
-        order, place = _decode(tl.load(parameters + _ORDER).to(tl.int32))
-        r, g, b = _jitter_tile(r, g, b, order, place + 1, _ALL_JITTER, parameters)
+        order, index = _decode(tl.load(parameters + _ORDER).to(tl.int32))
+        r, g, b = _jitter_tile(r, g, b, order, index + 1, _ALL_JITTER, parameters)
         colours = mean_r, mean_g, mean_b, scale_r, scale_g, scale_b
         _leave(scratch, out, row, pixel, r, g, b, parameters, colours, SIZE)
 
@@ -87,9 +88,10 @@ def _blur_kernel(
     table, scratch, other, out, mean_r, mean_g, mean_b, scale_r, scale_g, scale_b,
     SIZE: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, KERNEL: tl.constexpr,
 ):  # fmt: skip
-    """Blur ROWS rows a program: down the columns to ``other``, then along the rows, which are its own.
+    """Blur a band of ROWS rows per program, down the columns to ``other``, then along the rows.
 
-    KERNEL is the taps of the sampled Gaussian, or 0 for Pillow's boxes: three passes each way, in one program per view.
+    KERNEL is the number of taps of the sampled Gaussian, or 0 for Pillow's boxes, which take three
+    passes each way in one program per view.
     """
     bands: tl.constexpr = (SIZE + ROWS - 1) // ROWS
     tl.static_assert((KERNEL > 0) | (bands == 1))
@@ -98,7 +100,7 @@ def _blur_kernel(
     parameters = table + row * _NUM_COLUMNS
     sigma = tl.load(parameters + _BLUR_SIGMA)
     if sigma > 0.0:
-        # The last band can reach beyond the view.
+        # The last band can extend beyond the view.
         limit = first + ROWS * SIZE if SIZE % ROWS == 0 else tl.minimum(first + ROWS * SIZE, SIZE * SIZE)
         for i in tl.static_range(1 if KERNEL > 0 else 2 * _BOXES - 1):
             if i % 2 == 0:
@@ -116,7 +118,10 @@ def _blur_kernel(
 def _crop_tile(
     image, parameters, pixel, H: tl.constexpr, W: tl.constexpr, SIZE: tl.constexpr, TAPS_Y: tl.constexpr, TAPS_X: tl.constexpr
 ):
-    """Return pixels of the cropped, resized and flipped view, in [0, 1]. Pixels beyond the view repeat its last."""
+    """Return pixels of the cropped, resized and flipped view, in [0, 1].
+
+    Pixels beyond the view repeat its last one.
+    """
     pixel = tl.minimum(pixel, SIZE * SIZE - 1)
     y, x = pixel // SIZE, pixel % SIZE
     x = tl.where(tl.load(parameters + _FLIP) > 0.0, SIZE - 1 - x, x)
@@ -132,14 +137,15 @@ def _crop_tile(
 
 @triton.jit
 def _box_side(start, length, LIMIT: tl.constexpr):
-    """Return a box's first pixel and its length on one axis. The clamps guard memory: the table was not checked."""
+    """Return a box's first pixel and its length on one axis."""
+    # Clamped, since an unchecked table must not cause a read outside the image.
     start = tl.minimum(tl.maximum(start.to(tl.int32), 0), LIMIT - 1)
     return start, tl.minimum(tl.maximum(length.to(tl.int32), 1), LIMIT - start)
 
 
 @triton.jit
 def _enlarge(corner, y, x, height, width, W: tl.constexpr, SIZE: tl.constexpr):
-    """Interpolate bilinearly, which the triangle filter is where no box is larger than the view."""
+    """Interpolate bilinearly: the triangle filter, if no box is larger than the view."""
     y, below, weight_y = _pair(y, height, SIZE)
     x, right, weight_x = _pair(x, width, SIZE)
     weight_y *= 1.0 / 255.0
@@ -163,12 +169,10 @@ def _weighed(at, weight):
 
 
 @triton.jit
-def _pair(place, length, SIZE: tl.constexpr):
-    """Return the two pixels around (place + 1/2) * length / SIZE - 1/2, and the weight of the second.
-
-    Split in whole and fraction by integers, so that no digits are lost at large places.
-    """
-    position = tl.maximum((2 * place + 1) * length - SIZE, 0)
+def _pair(index, length, SIZE: tl.constexpr):
+    """Return the pixels around (index + 1/2) length / SIZE - 1/2, and the weight of the second."""
+    # Integers split the position in whole and fraction, so that large positions lose no digits.
+    position = tl.maximum((2 * index + 1) * length - SIZE, 0)
     first = position // (2 * SIZE)
     fraction = (position - first * (2 * SIZE)).to(tl.float32) * (1.0 / (2 * SIZE))
     return first, tl.minimum(first + 1, length - 1), fraction
@@ -178,7 +182,7 @@ def _pair(place, length, SIZE: tl.constexpr):
 def _resize(
     corner, y, x, height, width, W: tl.constexpr, SIZE: tl.constexpr, TAPS_Y: tl.constexpr, TAPS_X: tl.constexpr
 ):  # fmt: skip
-    """Resize as ``reference._bilinear``, with the number of taps that the largest box needs."""
+    """Resize by ``reference._bilinear``'s filter, with the number of taps of the largest box."""
     first_y, offset_y, slope_y = _taps_of(y, height, SIZE)
     first_x, offset_x, slope_x = _taps_of(x, width, SIZE)
     r, g, b = offset_y * 0.0, offset_y * 0.0, offset_y * 0.0
@@ -198,9 +202,9 @@ def _resize(
 
 
 @triton.jit
-def _taps_of(place, length, SIZE: tl.constexpr):
-    """Return the first tap of a resize of ``length`` pixels to SIZE, its distance from the centre, the triangle's slope."""
-    centre = (2 * place + 1) * length
+def _taps_of(index, length, SIZE: tl.constexpr):
+    """Return pixel ``index``'s first tap, its distance from the centre, the triangle's slope."""
+    centre = (2 * index + 1) * length
     whole = centre // (2 * SIZE)
     fraction = (centre - whole * (2 * SIZE)).to(tl.float32) * (1.0 / (2 * SIZE))
     support = tl.maximum(length.to(tl.float32) * (1.0 / SIZE), 1.0)
@@ -210,10 +214,12 @@ def _taps_of(place, length, SIZE: tl.constexpr):
 
 @triton.jit
 def _decode(order):
-    """Turn an index into JITTER_ORDERS to operations, two bits each (0 brightness .. 3 hue), and the place of contrast.
+    """Return the operations of an index into JITTER_ORDERS and the position of contrast among them.
 
-    Permutations in lexicographic order: the digits of the index in factorial base choose among what is left.
+    An operation has two bits: 0 brightness, 1 contrast, 2 saturation, 3 hue.
     """
+    # Permutations in lexicographic order: the index's digits in factorial base choose among the
+    # operations that are left.
     a = order // 6
     b = (order % 6) // 2
     b += (b >= a).to(tl.int32)
@@ -221,19 +227,19 @@ def _decode(order):
     c = tl.where(low > 0, 0, tl.where(high > 1, 1, 2))
     d = 6 - a - b - c
     c, d = tl.where(order % 2 == 0, c, d), tl.where(order % 2 == 0, d, c)
-    place = tl.where(a == 1, 0, tl.where(b == 1, 1, tl.where(c == 1, 2, 3)))
-    return a | (b << 2) | (c << 4) | (d << 6), place
+    contrast_at = tl.where(a == 1, 0, tl.where(b == 1, 1, tl.where(c == 1, 2, 3)))
+    return a | (b << 2) | (c << 4) | (d << 6), contrast_at
 
 
 @triton.jit
 def _jitter_tile(r, g, b, order, first, stop, parameters):
-    """Apply the operations at places [first, stop) of an order, but for contrast."""
+    """Apply the operations at positions [first, stop) of an order, except contrast."""
     brightness, saturation = tl.load(parameters + _BRIGHTNESS), tl.load(parameters + _SATURATION)
     hue = tl.load(parameters + _HUE)
-    # Constant bounds: the interpreter of triton 3.6 takes no tensors there.
-    for place in range(4):
-        operation = (order >> (2 * place)) & 3
-        operation = tl.where(place < first, 1, tl.where(place < stop, operation, 1))
+    # Constant bounds: the interpreter of triton 3.6 does not accept tensors there.
+    for index in range(4):
+        operation = (order >> (2 * index)) & 3
+        operation = tl.where(index < first, 1, tl.where(index < stop, operation, 1))
         if (operation == 0) & (brightness != 1.0):
             r, g, b = _unit(r * brightness), _unit(g * brightness), _unit(b * brightness)
         if (operation == 2) & (saturation != 1.0):
@@ -246,7 +252,7 @@ def _jitter_tile(r, g, b, order, first, stop, parameters):
 
 @triton.jit
 def _turn(r, g, b, shift):
-    """Turn the hue as ``reference._adjust_hue`` does; shift in sixths of a turn."""
+    """Turn the hue by ``shift`` sixths of a turn, by the formula of ``reference._adjust_hue``."""
     low = tl.minimum(tl.minimum(r, g), b)
     span = tl.maximum(tl.maximum(r, g), b) - low
     distance = (r - g - b + low) / tl.maximum(span, 1e-30) + 2.0
@@ -271,7 +277,7 @@ def _luma_tile(r, g, b):
 
 @triton.jit
 def _leave(scratch, out, row, pixel, r, g, b, parameters, colours, SIZE: tl.constexpr):
-    """Take grayscale, then hand over to the blur or to the result."""
+    """Apply grayscale, then stage the tile for the blur or finish it."""
     if tl.load(parameters + _GRAYSCALE) > 0.0:
         gray = _luma_tile(r, g, b)
         r, g, b = gray, gray, gray
@@ -294,7 +300,7 @@ def _stage(scratch, row, pixel, mask, r, g, b, SIZE: tl.constexpr):
 
 @triton.jit
 def _staged(scratch, row, pixel, mask, SIZE: tl.constexpr):
-    """Return staged planes as stored: to be multiplied by ``_level``."""
+    """Return a tile of staged planes as stored, to be multiplied by ``_level``."""
     plane = scratch + row.to(tl.int64) * (3 * SIZE * SIZE)
     r = tl.load(plane + pixel, mask=mask, other=0).to(tl.float32)
     g = tl.load(plane + SIZE * SIZE + pixel, mask=mask, other=0).to(tl.float32)
@@ -312,18 +318,18 @@ def _pass(
     source, target, row, first, limit, sigma,
     DOWN: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, KERNEL: tl.constexpr,
 ):  # fmt: skip
-    """Blur a band once, down the columns or along the rows, from planes to planes."""
+    """Blur a band once, down the columns or along the rows, from ``source`` to ``target``."""
     for start in range(0, ROWS * SIZE, BLOCK):
         pixel = first + start + tl.arange(0, BLOCK)
         r, g, b = _blur_tile(source, row, pixel, pixel < limit, sigma, DOWN, SIZE, KERNEL)
         _stage(target, row, pixel, pixel < limit, r, g, b, SIZE)
-    # What the program's threads wrote becomes visible to each other.
+    # Makes the writes of the program's threads visible to each other.
     tl.debug_barrier()
 
 
 @triton.jit
 def _blur_tile(source, row, pixel, mask, sigma, DOWN: tl.constexpr, SIZE: tl.constexpr, KERNEL: tl.constexpr):
-    """Return weighted sums of a tile's neighbours on one axis: ``_gaussian_taps`` or ``_box_taps`` of the reference."""
+    """Return a tile blurred on one axis by the reference's ``_gaussian_taps`` or ``_box_taps``."""
     y, x = pixel // SIZE, pixel % SIZE
     r, g, b = tl.zeros(pixel.shape, tl.float32), tl.zeros(pixel.shape, tl.float32), tl.zeros(pixel.shape, tl.float32)
     total = sigma * 0.0
@@ -335,12 +341,12 @@ def _blur_tile(source, row, pixel, mask, sigma, DOWN: tl.constexpr, SIZE: tl.con
     else:
         radius = _radius(sigma)
         reach = tl.floor(radius) + 1.0
-        place = -reach
-        while place <= reach:
-            weight = _unit(radius + 1.0 - tl.abs(place))
-            r, g, b = _add_tap(r, g, b, source, row, y, x, mask, place.to(tl.int32), weight, DOWN, SIZE, KERNEL)
+        offset = -reach
+        while offset <= reach:
+            weight = _unit(radius + 1.0 - tl.abs(offset))
+            r, g, b = _add_tap(r, g, b, source, row, y, x, mask, offset.to(tl.int32), weight, DOWN, SIZE, KERNEL)
             total += weight
-            place += 1.0
+            offset += 1.0
     scale = _level(source) / total
     return r * scale, g * scale, b * scale
 
@@ -349,24 +355,25 @@ def _blur_tile(source, row, pixel, mask, sigma, DOWN: tl.constexpr, SIZE: tl.con
 def _add_tap(
     r, g, b, source, row, y, x, mask, tap, weight, DOWN: tl.constexpr, SIZE: tl.constexpr, KERNEL: tl.constexpr
 ):  # fmt: skip
-    # Along the rows taps are shifted against what an access is aligned to, so that single values are loaded.
+    # Along the rows a tap's shift breaks the alignment of wide accesses, so single values are
+    # loaded.
     at = _edge(y + tap, SIZE, KERNEL) * SIZE + x if DOWN else y * SIZE + _edge(x + tap, SIZE, KERNEL)
     tap_r, tap_g, tap_b = _staged(source, row, at, mask, SIZE)
     return r + weight * tap_r, g + weight * tap_g, b + weight * tap_b
 
 
 @triton.jit
-def _edge(place, SIZE: tl.constexpr, KERNEL: tl.constexpr):
-    """Reflect about the outermost pixels for the Gaussian, repeat them for the boxes."""
+def _edge(index, SIZE: tl.constexpr, KERNEL: tl.constexpr):
+    """Reflect ``index`` about the outermost pixels for the Gaussian, clamp it for the boxes."""
     if KERNEL > 0:
-        place = tl.where(place < 0, -place, place)
-        place = tl.where(place > SIZE - 1, 2 * (SIZE - 1) - place, place)
-    return tl.minimum(tl.maximum(place, 0), SIZE - 1)
+        index = tl.where(index < 0, -index, index)
+        index = tl.where(index > SIZE - 1, 2 * (SIZE - 1) - index, index)
+    return tl.minimum(tl.maximum(index, 0), SIZE - 1)
 
 
 @triton.jit
 def _radius(sigma):
-    """Return ``reference.box_radius``."""
+    """Return the boxes' radius for ``sigma``, as ``reference.box_radius``."""
     variance = sigma * sigma / _BOXES
     whole = tl.floor((tl.sqrt(12.0 * variance + 1.0) - 1.0) / 2.0)
     fraction = (2 * whole + 1) * (whole * (whole + 1) - 3.0 * variance) / (6.0 * (variance - (whole + 1) * (whole + 1)))
@@ -375,26 +382,26 @@ def _radius(sigma):
 
 @triton.jit
 def _finish(out, row, pixel, mask, r, g, b, parameters, colours, SIZE: tl.constexpr):
-    """Solarize, normalise and write."""
+    """Solarize, normalise and write a tile."""
     if tl.load(parameters + _SOLARIZE) > 0.0:
         r, g, b = tl.minimum(r, 1.0 - r), tl.minimum(g, 1.0 - g), tl.minimum(b, 1.0 - b)
     mean_r, mean_g, mean_b, scale_r, scale_g, scale_b = colours
     kind: tl.constexpr = out.dtype.element_ty
     r, g, b = ((r - mean_r) * scale_r).to(kind), ((g - mean_g) * scale_g).to(kind), ((b - mean_b) * scale_b).to(kind)
     view, at = out + row.to(tl.int64) * (SIZE * SIZE * 3), pixel * 3
-    # One value at a time: the 6 bytes of a pixel in bf16 are no power of two.
+    # One value at a time: the 6 bytes of a bf16 pixel are not a power of two.
     tl.store(view + at, r, mask=mask)
     tl.store(view + at + 1, g, mask=mask)
     tl.store(view + at + 2, b, mask=mask)
 
 
-# Why a kernel may move narrow words; ``fastbyol_bench.launches`` asks where one does.
+# The reasons of kernels that move narrow words, which ``fastbyol_bench.launches`` demands.
 NARROW = {"_crop_kernel": "gathers bytes: bilinear taps of 3-byte pixels"}
 
 
 @dataclass(frozen=True)
 class Launch:
-    """How the three kernels are launched for views of one size: pixels of a tile, rows of a band, taps of the resize."""
+    """The launches for views of one size: pixels of a tile, rows of a band, taps of the resize."""
 
     crop_block: int
     block: int
@@ -403,15 +410,16 @@ class Launch:
     taps_x: int
 
 
-# 4 pixels a thread in the gathering kernel: its loads are bytes whatever the tile, and small programs hide their latency.
-# 8 a thread in the others: 16 bytes of a staged plane.
+# 4 pixels per thread in the crop kernel: it loads single bytes with any tile, and small programs
+# hide the latency. 8 per thread in the others: 16 bytes of a staged plane.
 NUM_WARPS, CROP_BLOCK, BLOCK = 4, 512, 1024
-# Rows of a band, of which each is read once more for every band edge; at 96 pixels 32 rows are three full tiles.
+# Rows of a band, whose edges are read again by its neighbours; at 96 pixels 32 rows are three full
+# tiles.
 MIN_ROWS, MAX_ROWS = 16, 48
 
 
 def launch(height: int, width: int, size: int, pil: bool) -> Launch:
-    """Choose for images of ``height`` x ``width``. Taps follow from the shapes: a crop is never larger than its image."""
+    """Choose the launches for ``height`` x ``width`` images, whose size bounds crops and taps."""
     pixels = triton.next_power_of_2(size * size)
     block = min(BLOCK, pixels)
     choices = [size] if pil else range(min(MIN_ROWS, size), min(MAX_ROWS, size) + 1)
@@ -424,11 +432,12 @@ def launch(height: int, width: int, size: int, pil: bool) -> Launch:
 def apply(
     images: Tensor, table: Tensor, size: int, blur_kernel: int, mean: list[float], std: list[float], dtype: torch.dtype
 ) -> Tensor:
-    """Return the views (V, B, S, S, C) of contiguous inputs. ``blur_kernel`` is 0 for Pillow's blur."""
+    """Return the views (V, B, S, S, C) of contiguous inputs; ``blur_kernel`` 0 is Pillow's blur."""
     num_rows, (height, width) = table.shape[0] * table.shape[1], images.shape[1:3]
     out = torch.empty((*table.shape[:2], size, size, 3), dtype=dtype, device=images.device)
-    # uint16 levels of 1/65535 for bf16: an error of 8e-6, a hundredth of the result's own rounding near 1, and half the
-    # traffic: 28 MB for 512 views of 96x96, which stay in a 50 MB L2.
+    # For bf16 the planes are uint16 levels of 1/65535: the error of 8e-6 is a hundredth of the
+    # result's own rounding near 1, and the traffic is halved: 28 MB for 512 views of 96x96, which
+    # stay in a 50 MB L2.
     kind = torch.uint16 if dtype == torch.bfloat16 else torch.float32
     scratch, other = (torch.empty((num_rows, 3, size * size), dtype=kind, device=images.device) for _ in range(2))
     plan = launch(height, width, size, blur_kernel == 0)

@@ -1,4 +1,4 @@
-"""Weight standardization of one weight in its layer's forward pass, or of all weights of a network at once."""
+"""Weight standardization of one weight in its layer, or of all weights of a network at once."""
 
 from __future__ import annotations
 
@@ -30,19 +30,20 @@ __all__ = [
 
 
 def weight_standardization(weight: Tensor, *, kernels: str = "auto") -> Tensor:
-    """Standardize ``weight`` (O, ...) per output channel; same shape, dtype, device and memory format.
+    """Standardize ``weight`` (O, ...) per output channel; keep its dtype, device and memory format.
 
     Every channel needs at least two weights (the std is unbiased). Differentiable in ``weight``.
 
-    ``kernels``: "auto" and "cpu" take compiled code for fp32 on a CPU, once differentiable, where it runs at once
-    (``dispatch.at_once``); all else is plain torch, "triton" as well, whose kernels take a network at a time.
+    ``kernels``: "auto" and "cpu" run compiled code, once differentiable, on fp32 weights on a CPU.
+    Other weights, operations that do not run eagerly (``dispatch.at_once``), "reference" and
+    "triton" (whose kernels standardize a whole network) run in plain torch.
     """
     if dispatch(kernels, "weight", weight, has=("cpu",)) == "cpu":
-        rows_lie_together = weight.is_contiguous() or (
-            weight.ndim == 4 and weight.is_contiguous(memory_format=torch.channels_last)
-        )
-        if weight.dtype == torch.float32 and rows_lie_together and weight.numel() > len(weight):
-            from fastbyol_kernels.weight_standardization import cpu  # numba: who has a GPU need not wait for it
+        channels_last = weight.ndim == 4 and weight.is_contiguous(memory_format=torch.channels_last)
+        has_dense_rows = weight.is_contiguous() or channels_last
+        if weight.dtype == torch.float32 and has_dense_rows and weight.numel() > len(weight):
+            # Imported here because it loads numba, which a GPU run does not need.
+            from fastbyol_kernels.weight_standardization import cpu
 
             standardized: Tensor = cpu.Weight.apply(weight)
             return standardized
@@ -52,14 +53,15 @@ def weight_standardization(weight: Tensor, *, kernels: str = "auto") -> Tensor:
 def standardize_rows(
     copy: Tensor, means: Tensor, stds: Tensor, flat: Tensor, table: RowTable, *, kernels: str = "auto"
 ) -> None:
-    """Standardize all rows of ``table`` in the flat parameter ``flat``, in one launch, into buffers that stay where they are.
+    """Standardize all rows of ``table`` in the flat parameter ``flat`` in one launch.
 
-    Writes ``copy`` (table.copy_numel,), which keeps what it holds between the rows, and the rows' ``means`` and ``stds`` (R,).
-    Not differentiable: ``standardize_rows_backward`` takes the gradient of ``copy`` back to ``flat``.
+    Writes the rows to ``copy`` (table.copy_numel,), which is not changed between the rows, and
+    their ``means`` and ``stds`` (R,), in flat's dtype. Not differentiable:
+    ``standardize_rows_backward`` takes the gradient of ``copy`` to ``flat``.
 
-    ``kernels``: "triton" and "cpu" take an fp32 ``flat`` and an fp32 or bf16 ``copy``, "reference" (plain torch) any dtypes;
-    "auto" is what runs on flat's device. Statistics are in flat's dtype. Raises ValueError, naming the argument, for a tensor
-    that does not fit.
+    ``kernels``: "triton" and "cpu" need an fp32 ``flat`` and an fp32 or bf16 ``copy``, "reference"
+    (plain torch) accepts any dtypes, "auto" follows flat's device. Raises ValueError, naming the
+    argument, for a tensor that does not fit.
     """
     match _choose(kernels, table, flat=flat, copy=copy, means=means, stds=stds):
         case "cpu":
@@ -75,10 +77,10 @@ def standardize_rows(
 def standardize_rows_backward(
     out: Tensor, gradient: Tensor, flat: Tensor, means: Tensor, stds: Tensor, table: RowTable, *, kernels: str = "auto"
 ) -> None:
-    """Write the gradient of ``flat``, where rows are, into ``out``, from the ``gradient`` of the copy, in one launch.
+    """Write the gradient of ``flat`` to ``out``, from the ``gradient`` of the copy, in one launch.
 
-    Between the rows ``out``, which may hold the gradients of all parameters, keeps what it holds. ``means`` and ``stds`` are
-    what ``standardize_rows`` wrote. ``kernels`` and errors are as there.
+    ``out`` is not changed between the rows, so it may be the gradient of all parameters. ``means``
+    and ``stds`` are those of ``standardize_rows``, as are ``kernels`` and errors.
     """
     match _choose(kernels, table, flat=flat, out=out, gradient=gradient, means=means, stds=stds):
         case "cpu":
@@ -99,8 +101,8 @@ def _choose(kernels: str, table: RowTable, *, flat: Tensor, **beside: Tensor) ->
     for name, tensor in {"flat": flat, **beside}.items():
         size = sizes.get(name, len(table.rows))
         if tensor.shape != (size,) or tensor.device != device or not tensor.is_contiguous():
-            found = f"{tuple(tensor.shape)} with strides {tensor.stride()} on {tensor.device}"
-            raise ValueError(f"{name} must be ({size},), contiguous, on {device} as table is, not {found}")
+            layout = f"{tuple(tensor.shape)} with strides {tensor.stride()} on {tensor.device}"
+            raise ValueError(f"{name} must be ({size},), contiguous, on {device} as table is, not {layout}")
         dtypes = [flat.dtype if backend == "reference" else torch.float32]
         if name in ("copy", "gradient"):
             dtypes = [tensor.dtype] if backend == "reference" else [torch.float32, torch.bfloat16]

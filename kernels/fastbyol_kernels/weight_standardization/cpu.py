@@ -1,8 +1,4 @@
-"""Weight standardization on a CPU: a row is read from memory once each way, and again from the nearest cache.
-
-Two passes for mean and squared deviations lose no digits at any mean; the second, and the one that writes, find the row, of
-some thousand weights, where the first left it.
-"""
+"""Weight standardization on a CPU: a row comes from memory once per pass, then from the cache."""
 
 from __future__ import annotations
 
@@ -16,7 +12,7 @@ from torch import Tensor
 from fastbyol_kernels.native import F32, I64, Activation, kernel, narrowed, noalias, widened
 from fastbyol_kernels.weight_standardization.reference import EPS
 
-# Weights that a thread takes at a time: some 10 us of work.
+# Weights of a block: about 10 us of work.
 BLOCK = 1 << 15
 _EPS = np.float32(EPS)
 
@@ -24,6 +20,8 @@ _EPS = np.float32(EPS)
 @noalias
 def _standardize(row, out):
     """Write a standardized row. Return its mean and its standard deviation."""
+    # Separate passes for mean and squared deviations, which are exact at any mean. The row, of some
+    # thousand weights, is in the cache after the first one.
     total = squares = np.float32(0)
     for i in range(len(row)):
         total += row[i]
@@ -40,7 +38,7 @@ def _standardize(row, out):
 
 @noalias
 def _gradient(upstream, row, out, mean, std):
-    """Write dw = (g - mean(g) - (w - mean) * sum(g (w - mean)) / ((std + eps) std (n - 1))) / (std + eps)."""
+    """Write dw = (g - mean(g) - d sum(g d) / (s std (n - 1))) / s, d = w - mean, s = std + eps."""
     total = weighted = np.float32(0)
     for i in range(len(row)):
         g = widened(upstream[i])
@@ -48,7 +46,7 @@ def _gradient(upstream, row, out, mean, std):
         weighted += g * (row[i] - mean)
     level = total / np.float32(len(row))
     below = (std + _EPS) * std * np.float32(len(row) - 1)
-    # As for torch's norm, whose gradient at zero is zero.
+    # The gradient at a std of zero is zero, as that of torch's norm.
     slope = weighted / below if std > np.float32(0) else np.float32(0)
     scale = np.float32(1) / (std + _EPS)
     for i in range(len(row)):
@@ -57,7 +55,7 @@ def _gradient(upstream, row, out, mean, std):
 
 @kernel
 def _forward(block: int, copy: Activation, means: F32, stds: F32, flat: F32, rows: I64, num_rows: int, per_block: int) -> None:
-    """Standardize a few neighbouring rows of the table."""
+    """Standardize ``per_block`` neighbouring rows of the table."""
     for row in range(block * per_block, min((block + 1) * per_block, num_rows)):
         offset, length, target = rows[3 * row], rows[3 * row + 1], rows[3 * row + 2]
         mean, std = _standardize(flat[offset : offset + length], copy[target : target + length])
@@ -69,7 +67,7 @@ def _forward(block: int, copy: Activation, means: F32, stds: F32, flat: F32, row
 def _backward(
     block: int, out: F32, gradient: Activation, flat: F32, means: F32, stds: F32, rows: I64, num_rows: int, per_block: int
 ) -> None:
-    """Write the gradient of a few neighbouring rows of the table."""
+    """Write the gradient of ``per_block`` neighbouring rows of the table."""
     for row in range(block * per_block, min((block + 1) * per_block, num_rows)):
         offset, length, target = rows[3 * row], rows[3 * row + 1], rows[3 * row + 2]
         upstream, own = gradient[target : target + length], flat[offset : offset + length]
@@ -77,13 +75,13 @@ def _backward(
 
 
 def standardize_rows(copy: Tensor, means: Tensor, stds: Tensor, flat: Tensor, rows: Tensor) -> None:
-    """Fill ``copy`` (fp32 or bf16), ``means`` and ``stds`` (R,) for ``rows`` (R, 3) of a ``RowTable``."""
+    """Write ``copy`` (fp32 or bf16), ``means`` and ``stds`` (R,) for ``RowTable.rows`` (R, 3)."""
     num_blocks, per_block = _blocks(rows)
     _forward(num_blocks, copy, means, stds, flat, rows, len(rows), per_block)
 
 
 def standardize_rows_backward(out: Tensor, gradient: Tensor, flat: Tensor, means: Tensor, stds: Tensor, rows: Tensor) -> None:
-    """Fill ``out``, as ``flat``, where rows are, from the ``gradient`` of the copy."""
+    """Write the gradient of ``rows`` in ``flat`` to ``out``, from the ``gradient`` of the copy."""
     num_blocks, per_block = _blocks(rows)
     _backward(num_blocks, out, gradient, flat, means, stds, rows, len(rows), per_block)
 
@@ -95,7 +93,10 @@ def _blocks(rows: Tensor) -> tuple[int, int]:
 
 
 class Weight(torch.autograd.Function):
-    """One fp32 weight (O, ...) of two or more elements a row, dense with O outermost in memory."""
+    """Standardization of one fp32 weight (O, ...) with two or more elements per row.
+
+    The weight is dense in memory with O outermost.
+    """
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor) -> Tensor:
@@ -118,6 +119,6 @@ class Weight(torch.autograd.Function):
 
 @cache
 def _rows_of(num_rows: int, length: int) -> Tensor:
-    """Return the rows of a weight alone."""
+    """Return the ``RowTable.rows`` of a single weight."""
     starts = torch.arange(num_rows, device="cpu") * length
     return torch.stack((starts, torch.full_like(starts, length), starts), 1).contiguous()

@@ -1,9 +1,7 @@
-"""Weight standardization: every output channel's weights are shifted to mean 0 and scaled to standard deviation 1.
+"""Weight standardization in plain torch, and the table of a network's rows.
 
-    w_hat = (w - mean(w)) / (std(w) + eps),   mean and unbiased std over everything but the first dimension
-
-Source: Qiao et al., "Weight Standardization", arXiv:1903.10520; eps = 1e-5 inside the sum, outside the square root, as the
-authors' code and the post's have it.
+Source: Qiao et al., "Weight Standardization", arXiv:1903.10520, in the form of the authors' code
+and the post's: eps = 1e-5 is added to the std, outside the square root.
 """
 
 from __future__ import annotations
@@ -16,16 +14,19 @@ import torch
 from torch import Tensor
 
 EPS = 1e-5
-# A Triton program of its own pays for rows of more elements than this.
+# A row with more elements than this is worth a Triton program of its own.
 SHORT = 256
 
 
 def reference(weight: Tensor) -> Tensor:
-    """Compute the formula above in plain torch. A channel of equal weights gives zeros, and a finite gradient."""
+    """Return (w - mean(w)) / (std(w) + eps), with mean and unbiased std per output channel.
+
+    A channel of equal weights becomes zeros, with a finite gradient.
+    """
     dims = tuple(range(1, weight.ndim))
     centred = weight - weight.mean(dims, keepdim=True)
-    # A norm rather than a std: on a CPU it is vectorised (3x3 over 128 channels: 53 instead of 722 us), and its gradient at
-    # zero is zero, where that of sqrt(var) would be infinity times zero.
+    # A norm rather than a std: on a CPU it is vectorised (3x3 over 128 channels: 53 instead of 722
+    # us), and its gradient at zero is zero, where that of sqrt(var) would be infinity times zero.
     std = torch.linalg.vector_norm(centred, dim=dims, keepdim=True) * (weight[0].numel() - 1) ** -0.5
     standardized: Tensor = centred / (std + EPS)
     return standardized
@@ -33,10 +34,11 @@ def reference(weight: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class RowTable:
-    """Rows (output channels) of many weights: where each lies in a flat parameter and in a flat copy.
+    """The rows (output channels) of many weights, in a flat parameter and in a flat copy.
 
-    ``rows`` (R, 3) int64: offset in the parameter, length, offset in the copy; the first ``num_long`` rows take a Triton
-    program each. ``weights``, in the same order: offset, number of rows, length of a row, offset in the copy.
+    ``rows`` (R, 3) int64 are offset in the parameter, length, and offset in the copy. Each of the
+    first ``num_long`` rows gets a Triton program. ``weights``, in the same order, are offset,
+    number of rows, length of a row, and offset in the copy.
     """
 
     rows: Tensor
@@ -55,10 +57,10 @@ def row_table(
     copy_numel: int,
     device: torch.device | str = "cpu",
 ) -> RowTable:
-    """Return the table of the weights at ``offsets`` with ``shapes`` (O, ...), to be copied to ``copy_offsets``.
+    """Return the table of weights (O, ...) at ``offsets`` that are copied to ``copy_offsets``.
 
-    A weight's rows are contiguous: (O, kh, kw, I) in memory for convolutions, any order within a row will do. Raises
-    ValueError for a weight of fewer than two elements per row, one beyond its buffer, and weights that overlap.
+    Rows must be contiguous, in any inner order, such as (O, kh, kw, I) for convolutions. Raises
+    ValueError for rows of fewer than two elements and for weights that overlap or exceed a buffer.
     """
     if not len(offsets) == len(shapes) == len(copy_offsets):
         raise ValueError(f"{len(offsets)} offsets, {len(shapes)} shapes and {len(copy_offsets)} copy_offsets")
@@ -66,9 +68,9 @@ def row_table(
     for shape, (_, _, length, _) in zip(shapes, weights, strict=True):
         if length < 2:
             raise ValueError(f"shapes: {tuple(shape)} has rows of {length}, whose standard deviation needs two or more")
-    _check_places([(offset, num * length) for offset, num, length, _ in weights], flat_numel, "offsets", "flat_numel")
-    _check_places([(offset, num * length) for _, num, length, offset in weights], copy_numel, "copy_offsets", "copy_numel")
-    # The longest work starts first.
+    _check_spans([(offset, num * length) for offset, num, length, _ in weights], flat_numel, "offsets", "flat_numel")
+    _check_spans([(offset, num * length) for _, num, length, offset in weights], copy_numel, "copy_offsets", "copy_numel")
+    # The longest rows start first.
     weights.sort(key=lambda weight: (not _is_long(*weight), -weight[2]))
     rows = [(at + i * length, length, to + i * length) for at, num, length, to in weights for i in range(num)]
     return RowTable(
@@ -81,13 +83,13 @@ def row_table(
 
 
 def _is_long(offset: int, num_rows: int, length: int, copy_offset: int) -> bool:
-    """Return whether every part of a weight's rows can move 16 bytes at a time in fp32 and bf16, and is worth it."""
+    """Return True if a weight's rows are long, and aligned to 16 bytes in fp32 and in bf16."""
     return length > SHORT and not (offset % 8 or length % 8 or copy_offset % 8)
 
 
-def _check_places(places: list[tuple[int, int]], numel: int, offsets: str, size: str) -> None:
+def _check_spans(spans: list[tuple[int, int]], numel: int, offsets: str, size: str) -> None:
     end = 0
-    for offset, length in sorted(places):
+    for offset, length in sorted(spans):
         if offset < end:
             raise ValueError(f"{offsets}: two weights overlap at {offset}")
         end = offset + length
@@ -118,9 +120,10 @@ def reference_rows_backward(out: Tensor, gradient: Tensor, flat: Tensor, table: 
 
 
 def bytes_moved(table: RowTable, copy_bytes: int, *, backward: bool = False) -> int:
-    """Return the bytes one pass must read and write if every element crosses the memory bus once.
+    """Return the bytes that one pass moves if every element crosses the memory bus once.
 
-    Forward: fp32 weights in, the copy of ``copy_bytes`` per element out. Backward: the copy's gradient and the weights in, the
-    fp32 gradient out. The statistics, 8 bytes a row, are left out.
+    Forward reads the fp32 weights and writes the copy of ``copy_bytes`` per element. Backward reads
+    the copy's gradient and the weights and writes the fp32 gradient. The statistics, 8 bytes a row,
+    are not counted.
     """
     return sum(num_rows * length for _, num_rows, length, _ in table.weights) * (copy_bytes + 4 + 4 * backward)

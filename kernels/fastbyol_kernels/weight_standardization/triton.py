@@ -1,9 +1,4 @@
-"""Weight standardization in Triton: all rows of a network in one launch each way.
-
-Rows whose offsets and length are multiples of 8 elements take a program each and move 16 bytes at a time; a program reads its
-row twice, the second time from cache. Other rows (27 and 147 elements of a stem: 3x3x3 and 7x7x3) start on odd elements, so
-they move one element at a time, several rows to a program.
-"""
+"""Weight standardization in Triton: all rows of a network in one launch each way."""
 
 from __future__ import annotations
 
@@ -14,17 +9,20 @@ from torch import Tensor
 
 from fastbyol_kernels.weight_standardization.reference import EPS
 
-# A long row's step: 16 elements per thread of 4 warps, four 16-byte loads of fp32 in flight. 4,608 elements (3x3 over 512
-# channels) are three steps; 16 such programs fill an SM with 64 warps' worth of threads at 32 registers, 8 at 64.
+# A step of a long row, which has a program of its own and moves 16 bytes at a time: 16 elements per
+# thread of 4 warps, four 16-byte loads of fp32 in flight. 4,608 elements (3x3 over 512 channels)
+# are three steps. 16 such programs fill an SM with 64 warps at 32 registers, 8 do at 64.
 BLOCK = 2048
-# Short or unaligned rows: 8 of them side by side, a 7x7x3 row (147) in one step. They are 2 % of ResNet-18's weights.
+# Short or unaligned rows (27 or 147 elements of a stem, 3x3x3 and 7x7x3) start on odd elements and
+# move one element at a time, 8 rows per program and a 7x7x3 row per step. They are 2 % of
+# ResNet-18's weights.
 ROWS, COLUMNS = 8, 256
 _OPTIONS = {"BLOCK": BLOCK, "ROWS": ROWS, "COLUMNS": COLUMNS, "num_warps": 4, "enable_fp_fusion": True}
 
 
 @triton.jit
 def _long_forward(flat, copy, means, stds, table, row, eps, BLOCK: tl.constexpr):
-    """Standardize a row whose offsets and length are multiples of 8: read it, read it again from cache and write."""
+    """Standardize a row whose offsets and length are multiples of 8. The second read hits L1."""
     source = flat + tl.multiple_of(tl.load(table + row * 3), 8)
     length = tl.multiple_of(tl.load(table + row * 3 + 1).to(tl.int32), 8)
     target = copy + tl.multiple_of(tl.load(table + row * 3 + 2), 8)
@@ -56,7 +54,10 @@ def _long_forward(flat, copy, means, stds, table, row, eps, BLOCK: tl.constexpr)
 
 @triton.jit
 def _short_rows(table, first, num_rows, ROWS: tl.constexpr):
-    """Return numbers, mask, offsets, lengths and copy offsets (ROWS,) of rows; lengths are 0 beyond the last."""
+    """Return numbers, mask, offsets, lengths and copy offsets (ROWS,) of rows.
+
+    Lengths are 0 beyond the last row.
+    """
     rows = first + tl.arange(0, ROWS)
     mask = rows < num_rows
     length = tl.load(table + rows * 3 + 1, mask=mask, other=0).to(tl.int32)
@@ -65,7 +66,7 @@ def _short_rows(table, first, num_rows, ROWS: tl.constexpr):
 
 @triton.jit
 def _short_forward(flat, copy, means, stds, table, first, num_rows, eps, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Standardize ROWS rows of any length and alignment: the sum, then the squared deviations, then the copy."""
+    """Standardize ROWS rows of any length and alignment in three passes: sum, deviations, copy."""
     rows, mask, offset, length, target = _short_rows(table, first, num_rows, ROWS)
     columns = tl.arange(0, COLUMNS)
     longest = tl.max(length, 0)
@@ -106,7 +107,7 @@ def _forward_kernel(
 
 @triton.jit
 def _slope(weighted, std, length, eps):
-    """Return the factor of (w - mean) in the gradient: 0 where the std is, as for torch's norm."""
+    """Return the factor of (w - mean) in the gradient: 0 for a std of 0, as for torch's norm."""
     below = (std + eps) * std * (length - 1)
     return tl.where(std > 0, weighted / tl.where(std > 0, below, 1.0), 0.0)
 
@@ -168,7 +169,7 @@ def _backward_kernel(
     gradient, flat, means, stds, out, table, num_long, num_rows, eps,
     BLOCK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Write dw = (g - mean(g) - (w - mean) * sum(g (w - mean)) / ((std + eps) std (n - 1))) / (std + eps)."""
+    """Write dw = (g - mean(g) - d sum(g d) / (s std (n - 1))) / s, d = w - mean, s = std + eps."""
     program = tl.program_id(0)
     if program < num_long:
         _long_backward(gradient, flat, means, stds, out, table, program, eps, BLOCK)

@@ -1,4 +1,4 @@
-"""The three calls, as far as a machine without a GPU can tell: what they ask, what they leave, who ends with them."""
+"""The three calls without a GPU: their jobs, their files, and the end of their processes."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tarfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -38,7 +39,7 @@ def call(tmp_path: Path) -> Call:
 
 
 def test_every_path_to_the_end_and_few_files(tmp_path: Path) -> None:
-    """The real script on a job that takes seconds: the table stands last, and the files that come back are few and small."""
+    """Run the real script on a short job: the table comes last, and the files are few and small."""
     out = tmp_path / "out"
     wanted = ["B", str(out), "--dry", "--only", "limits-cudnn10", "--commit", "0123abcd"]
     done = subprocess.run(["sh", SCRIPT, *wanted], env=ENVIRONMENT, capture_output=True, text=True, timeout=800, check=False)
@@ -47,58 +48,56 @@ def test_every_path_to_the_end_and_few_files(tmp_path: Path) -> None:
     files = list(out.rglob("*"))
     assert len(files) <= MOST_FILES
     assert all(path.is_file() and path.stat().st_size < MOST_FILE_BYTES for path in files)
-    found = rows.read(out / "rows.jsonl")
-    # Every convolution forward and by weight, all but the stems by input as well, then ceilings and the sum.
-    assert sum(row["part"] == "conv" for row in found) == 2 * 15 + 10 + 1
+    # Every convolution forward and by weight, all but the stems by input as well, then the sum.
+    assert sum(row["part"] == "conv" for row in rows.read(out / "rows.jsonl")) == 2 * 15 + 10 + 1
     assert json.loads((out / "jobs.json").read_text())["commit"] == "0123abcd"
     with tarfile.open(out / "logs.tar.gz") as archive:
         assert "logs/limits-cudnn10.log" in archive.getnames()
 
 
-def test_a_killed_call_leaves_its_rows_and_nobody_behind(tmp_path: Path) -> None:
+def wait_until(condition: Callable[[], bool]) -> None:
+    """Return when ``condition`` holds; fail after ten minutes."""
+    until = time.monotonic() + 600
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.02)
+
+
+def test_a_killed_call_leaves_its_rows_and_no_process_behind(tmp_path: Path) -> None:
     out = tmp_path / "out"
     words = ["sh", SCRIPT, "B", out, "--dry", "--only", "limits-cudnn10", "--work", tmp_path / "work"]
     process = subprocess.Popen([str(word) for word in words], env=ENVIRONMENT, stdout=subprocess.DEVNULL)
-    until = time.monotonic() + 600
-    while len(rows.read(out / "rows.jsonl")) < 2:
-        assert time.monotonic() < until
-        time.sleep(0.02)
+    wait_until(lambda: len(rows.read(out / "rows.jsonl")) >= 2)
     process.kill()
     process.wait()
-    until = time.monotonic() + 300
-    while others := children_of(out):
-        assert time.monotonic() < until, others
-        time.sleep(0.1)
+    wait_until(lambda: not children_of(out))
     written = (out / "rows.jsonl").read_text().splitlines()
     assert len(written) >= 2
     assert len(rows.read(out / "rows.jsonl")) == len(written)
 
 
 def children_of(out: Path) -> list[int]:
-    """Processes that have ``out`` on their command line."""
-    found = []
+    """Return the processes with ``out`` on their command line."""
+    pids = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
             words = path.read_bytes().split(b"\0")
         except OSError:  # it ended meanwhile
             continue
         if any(word.startswith(bytes(out)) for word in words):
-            found.append(int(path.parent.name))
-    return found
+            pids.append(int(path.parent.name))
+    return pids
 
 
 def test_asked_to_end_it_writes_what_it_has(tmp_path: Path) -> None:
     out = tmp_path / "out"
     words = ["sh", SCRIPT, "B", out, "--dry", "--only", "limits-cudnn10"]
     process = subprocess.Popen([str(word) for word in words], env=ENVIRONMENT, stdout=subprocess.PIPE, text=True)
-    until = time.monotonic() + 600
-    while not rows.read(out / "rows.jsonl"):
-        assert time.monotonic() < until
-        time.sleep(0.02)
+    wait_until(lambda: bool(rows.read(out / "rows.jsonl")))
     process.send_signal(signal.SIGTERM)
-    said, _ = process.communicate(timeout=600)
+    output, _ = process.communicate(timeout=600)
     assert process.returncode == 1
-    assert "ceiling   copy and products" in said
+    assert "ceiling   copy and products" in output
     assert (out / "table.txt").read_text().startswith("limits-cudnn10:")
     assert not children_of(out)
 
@@ -117,8 +116,8 @@ def test_runs_leaves_out_and_says_why(call: Call, monkeypatch: pytest.MonkeyPatc
         ]
     )
     assert time.monotonic() - began < 500
-    found = {outcome.name: (outcome.code, outcome.why, outcome.failed) for outcome in call.outcomes}
-    assert found == {
+    outcomes = {outcome.name: (outcome.code, outcome.why, outcome.failed) for outcome in call.outcomes}
+    assert outcomes == {
         "fine": (0, "", False),
         "fails": (3, "", True),
         "module": (None, "not installed: no_such_module", True),
@@ -126,7 +125,7 @@ def test_runs_leaves_out_and_says_why(call: Call, monkeypatch: pytest.MonkeyPatc
         "hangs": (None, "cut off after 3 s", True),
     }
     assert (call.work / "logs" / "fine.log").read_text() == "hello\n"
-    assert [job["name"] for job in json.loads((call.out / "jobs.json").read_text())["jobs"]] == list(found)
+    assert [job["name"] for job in json.loads((call.out / "jobs.json").read_text())["jobs"]] == list(outcomes)
     assert call.finish() == 1
 
 
@@ -176,11 +175,11 @@ def test_runs_come_back_without_checkpoints(call: Call) -> None:
 @pytest.mark.parametrize("dry", [True, False])
 @pytest.mark.parametrize("name", calls.CALLS)
 def test_the_jobs_can_be_asked(name: str, dry: bool) -> None:
-    """Every module takes the words that its job gives it; files, suites and claims are there; names differ; nine minutes."""
+    """Check that modules accept their arguments, files exist, names differ and limits are kept."""
     carried = ["--data", "train.beton", "--test-data", "test.beton", "--set", "views.size=32"]
-    found = jobs(name, options(name, *carried, *(["--dry"] if dry else [])))
-    assert len({job.name for job in found}) == len(found)
-    for job in found:
+    listed = jobs(name, options(name, *carried, *(["--dry"] if dry else [])))
+    assert len({job.name for job in listed}) == len(listed)
+    for job in listed:
         words = [word.format(rows="R", work="W", out="O", seconds="9", dry="--dry") for word in job.command]
         module = words[2]
         if module.startswith("fastbyol_bench.gpu."):
@@ -195,7 +194,7 @@ def test_the_jobs_can_be_asked(name: str, dry: bool) -> None:
         assert len(chosen(calls.CLAIMS, "short")) >= len(calls.CLAIMS)
 
 
-def test_the_tests_it_asks_are_those_that_take_a_gpu() -> None:
+def test_its_tests_are_those_with_the_gpu_marker() -> None:
     words = [sys.executable, "-m", "pytest", "-q", "--collect-only", "-m", "gpu", "-p", "no:cacheprovider"]
     done = subprocess.run(words, cwd=calls.ROOT, capture_output=True, text=True, timeout=800, check=False)
     assert done.returncode == 0, done.stdout[-2000:]

@@ -1,4 +1,4 @@
-"""Rows are in the file whole or not at all, whatever happens to those who write them."""
+"""Rows are in the file completely or not at all, whatever happens to their writers."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ def test_reads_back_what_was_added_and_drops_a_torn_end(
     writer = rows.Rows(path, "job")
     for part, name, figures in added:
         writer.add(part, name, **figures)
-    found = rows.read(path)
-    assert [(row["part"], row["name"]) for row in found] == [(part, name) for part, name, _ in added]
-    for row, (_, _, figures) in zip(found, added, strict=True):
+    read = rows.read(path)
+    assert [(row["part"], row["name"]) for row in read] == [(part, name) for part, name, _ in added]
+    for row, (_, _, figures) in zip(read, added, strict=True):
         for key, value in figures.items():
             assert row[key] == value or (isinstance(value, float) and math.isnan(value) and math.isnan(row[key]))
     if path.exists():
         whole = path.read_bytes()
         path.write_bytes(whole[: max(0, len(whole) - cut)])
-        assert rows.read(path) == found[: len(rows.read(path))]
+        assert rows.read(path) == read[: len(rows.read(path))]
 
 
 def test_a_failing_part_is_a_row_and_costs_no_other(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -45,8 +45,8 @@ def test_a_failing_part_is_a_row_and_costs_no_other(tmp_path: Path, capsys: pyte
         raise RuntimeError("misaligned address\nCUDA kernel errors might be")
     writer.check("kernel", "sum", holds=False, says="an error over 1e-5", err=1e-3)
     writer.check("kernel", "copy", holds=True, says="an error over 1e-5", err=1e-7)
-    found = rows.read(tmp_path / "rows.jsonl")
-    assert [row.get("failed") for row in found] == [
+    read = rows.read(tmp_path / "rows.jsonl")
+    assert [row.get("failed") for row in read] == [
         "RuntimeError: misaligned address CUDA kernel errors might be", "an error over 1e-5", None,
     ]  # fmt: skip
     assert writer.failures == 2
@@ -65,7 +65,7 @@ def test_processes_that_share_a_file_do_not_mix_their_lines(tmp_path: Path) -> N
     command = [sys.executable, "-c", code, str(path)]
     children = [subprocess.Popen([*command, name], stdout=subprocess.DEVNULL) for name in "ab"]
     assert [child.wait(600) for child in children] == [0, 0]
-    found = rows.read(path)
-    assert len(found) == 600
+    read = rows.read(path)
+    assert len(read) == 600
     for name in "ab":
-        assert [row["index"] for row in found if row["job"] == name] == list(range(300))
+        assert [row["index"] for row in read if row["job"] == name] == list(range(300))

@@ -1,13 +1,9 @@
-"""The draw by its kernel: the same bits as the reference, whose distributions are tested with fastbyol.views."""
+"""The draw's kernel has the bits of the reference, which is tested with fastbyol.views."""
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from compiled_process import printed
 from fastbyol_kernels.views import Distribution, draw, draw_views
 from fastbyol_kernels.views.table import Column
 
@@ -62,7 +59,7 @@ def test_any_number_of_views(device: torch.device) -> None:
 
 @pytest.mark.parametrize("kernels", ["triton", "reference"])
 def test_seed_and_epoch_from_tensors(kernels: str, device: torch.device) -> None:
-    """What a captured graph replays with: the same draw as with integers, and a new one when the tensor changes."""
+    """Check that tensors draw as integers do, and anew when they change, as graphs replay."""
     ids, size = torch.arange(20, device=device), {"height": 20, "width": 30}
     seed, epoch = (torch.tensor(value, device=device) for value in (-3, 4))
     for number in (4, 2**32 - 1):
@@ -85,24 +82,15 @@ def test_empty_batch(device: torch.device) -> None:
 
 
 def test_no_float64_operation_is_contracted() -> None:
-    """The PTX that a GPU gets holds each product and sum with its own rounding, which ptxas has to respect."""
+    """Check that the PTX rounds each product and sum, which ptxas has to respect."""
     code = (
-        "import torch\nfrom fastbyol_kernels import ahead_of_time\nfrom test_draw import UNEVEN, draw_views\n"
+        "import torch\nfrom fastbyol_kernels import ahead_of_time\n"
+        "from fastbyol_kernels.views import Distribution, draw_views\n"
         "with ahead_of_time.recording(90) as launches:\n"
-        "    draw_views(UNEVEN, torch.arange(8), seed=1, epoch=2, height=96, width=96, kernels='triton')\n"
+        f"    draw_views({UNEVEN!r}, torch.arange(8), seed=1, epoch=2, height=96, width=96, kernels='triton')\n"
         "print(launches[0].compiled.asm['ptx'])"
     )
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=Path(__file__).parent,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=True,
-        timeout=300,
-    )
-    used = set(re.findall(r"\b((?:add|sub|mul|fma|div|sqrt)\.[a-z0-9.]*f64)\b", done.stdout))
+    used = set(re.findall(r"\b((?:add|sub|mul|fma|div|sqrt)\.[a-z0-9.]*f64)\b", printed(code)))
     assert {"add.rn.f64", "mul.rn.f64", "div.rn.f64", "sqrt.rn.f64"} <= used
     assert used <= {"add.rn.f64", "sub.rn.f64", "mul.rn.f64", "div.rn.f64", "sqrt.rn.f64"}
 

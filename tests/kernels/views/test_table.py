@@ -1,13 +1,10 @@
-"""Every operation of the table against torchvision's v2 float functionals and Pillow, one at a time."""
+"""Every operation of the table against torchvision's float functionals and Pillow."""
 
 from __future__ import annotations
 
 import ast
 import itertools
 import math
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -20,6 +17,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageFilter
 from torch import Tensor
 
+from compiled_process import printed
 from fastbyol_kernels.views import bytes_moved, reference, triton, two_views
 from fastbyol_kernels.views.table import JITTER_ORDERS, Column
 from fastbyol_kernels.views.triton import launch
@@ -36,7 +34,7 @@ FACTORS = {Column.BRIGHTNESS: 1.3, Column.CONTRAST: 0.65, Column.SATURATION: 1.4
 
 
 def images(height: int, width: int) -> Tensor:
-    """Six hard images: noise, saturated noise, a smooth ramp, gray noise, black, and nearly gray."""
+    """Return six hard images: noise, saturated noise, a ramp, gray noise, black, nearly gray."""
     random = torch.Generator().manual_seed(height * 1000 + width)
     noise = torch.randint(0, 256, (6, height, width, 3), generator=random)
     noise[1] = (noise[1] > 127) * 255
@@ -48,7 +46,7 @@ def images(height: int, width: int) -> Tensor:
 
 
 def table(height: int, width: int, entries: Mapping[Column, float | Tensor], num_views: int = 2) -> Tensor:
-    """The identity on six images, but for ``entries``."""
+    """Return the identity on six images except for ``entries``."""
     rows = torch.zeros(num_views, 6, len(Column))
     identity = {Column.HEIGHT: height, Column.WIDTH: width, Column.BRIGHTNESS: 1, Column.CONTRAST: 1, Column.SATURATION: 1}
     for column, value in {**identity, **entries}.items():
@@ -56,7 +54,7 @@ def table(height: int, width: int, entries: Mapping[Column, float | Tensor], num
     return rows
 
 
-def floats(pixels: Tensor) -> Tensor:
+def as_double(pixels: Tensor) -> Tensor:
     return pixels.permute(0, 3, 1, 2).double() / 255.0
 
 
@@ -69,9 +67,9 @@ def assert_is(
     size: int = 24,
     **settings: object,
 ) -> None:
-    """The op with one table for all images equals ``expected`` on float64 images, for both views, in plain torch and not."""
+    """Compare the op, with one table for all images and both views, to ``expected`` in float64."""
     pixels, rows = images(*shape), table(*shape, entries)
-    wanted = expected(floats(pixels)).expand(2, -1, -1, -1, -1).double()
+    wanted = expected(as_double(pixels)).expand(2, -1, -1, -1, -1).double()
     for kernels in ("reference", "auto"):
         views = two_views(pixels.to(device), rows.to(device), size=size, kernels=kernels, **settings)  # type: ignore[arg-type]
         torch.testing.assert_close(views.cpu().double(), wanted, rtol=0.0, atol=tolerance, msg=lambda m, k=kernels: f"{k}: {m}")
@@ -111,7 +109,7 @@ def test_hue_on_every_corner_edge_and_face_of_the_colour_cube(device: torch.devi
     for shift in torch.linspace(-0.5, 0.5, 25).tolist():
         rows = table(27, 27, {Column.HUE: shift})[:1, :1]
         views = two_views(cube.to(device), rows.to(device), size=27).cpu()
-        expected = torchvision.adjust_hue(floats(cube), shift)
+        expected = torchvision.adjust_hue(as_double(cube), shift)
         torch.testing.assert_close(views[0].double(), expected, rtol=0.0, atol=TOLERANCE)
 
 
@@ -148,21 +146,22 @@ def test_gaussian_blur(kernel: int, sigma: float, device: torch.device) -> None:
 
 @pytest.mark.parametrize("sigma", [0.1, 0.5, 0.99, 1.0, 1.7, 2.0, 4.3])
 def test_pil_blur(sigma: float, device: torch.device) -> None:
-    """Pillow rounds to a level after each of its six passes: at most half a level each and three together.
+    """Compare with Pillow, which rounds after each of six passes, by three levels at most in total.
 
-    Errors average out but for ties, which go down: a sixth of all values where the weights are sixths (sigma 1).
+    Errors average out except for ties, which round down: a sixth of all values for sigma 1, whose
+    weights are sixths.
     """
     pixels, rows = images(24, 24), table(24, 24, {Column.BLUR_SIGMA: sigma}, num_views=1)
     pillow = [np.asarray(Image.fromarray(image).filter(ImageFilter.GaussianBlur(sigma))) for image in pixels.numpy()]
     levels = two_views(pixels.to(device), rows.to(device), size=24, blur="pil").cpu()[0].double() * 255
-    error = levels - floats(torch.from_numpy(np.stack(pillow))) * 255
+    error = levels - as_double(torch.from_numpy(np.stack(pillow))) * 255
     assert error.abs().max() < 3.0
     assert error.abs().mean() < 0.6
     assert abs(error.mean()) < (0.5 if sigma == 1.0 else 0.1)
 
 
 def test_pil_blur_of_a_point_has_the_asked_variance(device: torch.device) -> None:
-    """What extended box blurs are for: the variance is exact for any sigma, in float64 to rounding."""
+    """Check that the variance is exact, the purpose of extended box blurs."""
     point = torch.zeros(1, 41, 41, 3, dtype=torch.uint8)
     point[0, 20, 20] = 255
     for sigma in (0.3, 0.8, 1.0, 1.9, 3.1):
@@ -182,7 +181,7 @@ def test_normalize(device: torch.device) -> None:
 
 
 def mixed_table(num_views: int, height: int, width: int) -> Tensor:
-    """Rows that differ in everything."""
+    """Return rows that differ in everything."""
     random = torch.Generator().manual_seed(7)
 
     def uniform(low: float, high: float) -> Tensor:
@@ -211,7 +210,7 @@ def mixed_table(num_views: int, height: int, width: int) -> Tensor:
 def test_a_view_depends_on_its_own_row_and_image_alone(
     kernels: str, blur: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Bit for bit, whatever stands beside it, however the work is cut into passes and by however many threads it is done."""
+    """Compare bit for bit across batches, passes and numbers of threads."""
     pixels, rows = images(40, 33).to(device), mixed_table(5, 40, 33).to(device)
     together = two_views(pixels, rows, size=20, blur=blur, kernels=kernels)
     for image in range(6):
@@ -228,7 +227,7 @@ def test_a_view_depends_on_its_own_row_and_image_alone(
 
 
 def test_layout_and_dtypes(device: torch.device) -> None:
-    """float32 agrees with float64 to its rounding, bfloat16 is float32 rounded, and convolutions find channels_last."""
+    """Check roundings between dtypes, and channels-last memory for convolutions."""
     pixels, rows = images(40, 33).to(device), mixed_table(3, 40, 33).to(device)
     exact, single, half = (
         two_views(pixels, rows, size=20, std=(0.2, 0.3, 0.4), dtype=dtype, kernels="reference")
@@ -255,11 +254,11 @@ def test_strided_images_are_read_as_they_are(kernels: str, device: torch.device)
 def assert_kernels_agree(
     pixels: Tensor, rows: Tensor, device: torch.device, *, dtype: torch.dtype = torch.float32, **options: Any
 ) -> None:
-    """The kernels against the float64 reference.
+    """Compare the kernels with the float64 reference.
 
-    float32: ``TOLERANCE`` as for the reference. bfloat16: half a unit in the last place is 2**-9 of the value, a whole one
-    2**-8, and the interpreter, which cuts instead of rounding, may be one more off; 16-bit staging adds 2**-17 at most seven
-    times, which contrast and hue can double.
+    float32 has the reference's ``TOLERANCE``. In bfloat16 half a unit in the last place is 2**-9 of
+    the value, a whole one 2**-8, and the interpreter, which truncates, may be one more off. 16-bit
+    staging adds 2**-17 at most seven times, which contrast and hue can double.
     """
     pixels, rows = pixels.to(device), rows.to(device)
     exact = two_views(pixels, rows, dtype=torch.float64, kernels="reference", **options)
@@ -271,18 +270,6 @@ def assert_kernels_agree(
         torch.testing.assert_close(
             got.double(), exact, rtol=2**-7 if half else 0.0, atol=14 * 2**-17 if half else TOLERANCE
         )  # fmt: skip
-
-
-@pytest.fixture
-def nan_filled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fresh memory holds NaN, or the highest level, so that an element left unwritten shows."""
-    empty = torch.empty
-
-    def filled(*args: Any, **kwargs: Any) -> Tensor:
-        fresh = empty(*args, **kwargs)
-        return fresh.fill_(math.nan if fresh.is_floating_point() else 65535)
-
-    monkeypatch.setattr(torch, "empty", filled)
 
 
 # Image, view: the same size, both axes shrunk (odd sizes, 4 and 6 taps), enlarged, one of each, no power of two of tiles.
@@ -353,7 +340,7 @@ def test_kernels_equal_the_reference_at_any_shape(height: int, width: int, size:
 def test_kernels_cut_views_into_tiles_and_bands(
     dtype: torch.dtype, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As at full size: several tiles per view, the last one short, bands whose last is short, tiles across bands' ends."""
+    """Use several tiles and bands per view, as at full size, with a short last one."""
     for name, value in (("CROP_BLOCK", 64), ("BLOCK", 32), ("MIN_ROWS", 5), ("MAX_ROWS", 5)):
         monkeypatch.setattr(triton, name, value)
     pixels, rows = images(14, 14)[:3], mixed_table(1, 14, 14)[:, :3].contiguous()
@@ -362,7 +349,7 @@ def test_kernels_cut_views_into_tiles_and_bands(
 
 
 def test_kernels_repeat_themselves_and_a_view_depends_on_its_own_row_alone(device: torch.device) -> None:
-    """Bit for bit: nothing is added in an order that could vary."""
+    """Compare bit for bit: no order of additions may vary."""
     pixels, rows = images(16, 13).to(device), mixed_table(2, 16, 13).to(device)
     options: dict[str, Any] = {"size": 12, "dtype": torch.bfloat16, "kernels": "triton"}
     together = two_views(pixels, rows, **options)
@@ -373,7 +360,7 @@ def test_kernels_repeat_themselves_and_a_view_depends_on_its_own_row_alone(devic
 
 
 def test_kernels_read_nothing_outside_whatever_the_table_says(device: torch.device) -> None:
-    """A box that lies outside is moved inside; the reference says what that gives."""
+    """Compare boxes outside the image with the same boxes moved inside."""
     pixels, wild = images(9, 9)[:3].to(device), table(9, 9, {})[:1, :3].to(device)
     boxes = torch.tensor([[-5.0, 3, 9, 99], [50, 2, 4, 4], [0, 8, -3, 7]])
     inside = torch.tensor([[0.0, 3, 9, 6], [8, 2, 1, 4], [0, 8, 1, 1]])
@@ -438,7 +425,7 @@ def test_launches_cover_views(size: int, pil: bool) -> None:
 
 
 def test_bytes_moved_is_what_the_budget_says() -> None:
-    """256 images of 96x96 as two bfloat16 views: 35.4 MB and the table."""
+    """Count 256 images of 96x96 as two bfloat16 views: 35.4 MB and the table."""
     assert bytes_moved(2, 256, 96, 96, 96, 2) == 256 * 96 * 96 * 3 * (1 + 2 * 2) + 512 * 13 * 4
 
 
@@ -509,11 +496,8 @@ for architecture in (80, 90):
 
 
 def test_every_pass_of_a_blur_ends_in_a_barrier() -> None:
-    """A program's threads read what others of it have written to global memory: bar.sync orders that within a block."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-c", BARRIERS]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=300)
-    counted = [ast.literal_eval(line) for line in done.stdout.splitlines()]
+    """Count bar.sync, which makes a program's threads see each other's writes."""
+    counted = [ast.literal_eval(line) for line in printed(BARRIERS).splitlines()]
     assert len(counted) == 2
     for gaussian, pil in counted:
         assert gaussian >= 1  # one pass before the last, which writes the result

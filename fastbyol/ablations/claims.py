@@ -124,3 +124,9 @@ def _read() -> tuple[Claim, ...]:
 
 
 CLAIMS: tuple[Claim, ...] = _read()
+
+
+def published_accuracy(claim: str) -> float:
+    """Return the accuracy in percent at the end of the published curve of ``claim``, an id."""
+    numbers = next(each.numbers for each in CLAIMS if each.id == claim)
+    return float(next(value for name, value in numbers.items() if name in ("accuracy@319", "accuracy@320")))

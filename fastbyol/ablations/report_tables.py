@@ -10,10 +10,10 @@ from pathlib import Path
 
 import numpy as np
 
-from fastbyol.ablations.accuracy_questions import table_accuracy, untrained_accuracy
 from fastbyol.ablations.claims import CLAIMS, Claim
-from fastbyol.ablations.course import course, rate_peak
 from fastbyol.ablations.evidence import Evidence
+from fastbyol.ablations.phases import phases_of, rate_peak
+from fastbyol.ablations.questions import table_accuracy, untrained_accuracy
 from fastbyol.ablations.report_suite import Run, Suite, seeds_of
 from fastbyol.ablations.verdict import Statement, Verdict
 from fastbyol.config import Config
@@ -145,7 +145,7 @@ def run_table(suite: Suite) -> str:
 
 
 def _run_cells(run: Evidence) -> tuple[str, ...]:
-    seen = course(run)
+    seen = phases_of(run)
     peak, norms = rate_peak(run, "encoder.layer1"), run.early_gradient_by_epoch()
     share = run.ceiling_share("encoder.layer1")[run.epoch == peak.epoch] if peak else np.empty(0)
     low = int(np.nanargmin(norms)) if np.isfinite(norms).any() else None

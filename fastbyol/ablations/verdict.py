@@ -103,23 +103,23 @@ def _by_seed(arm: str, runs: Sequence[Evidence]) -> dict[int, Evidence]:
 
 
 def _state(rule: Rule, claim: Claim, by_seed: Mapping[str, Mapping[int, Evidence]], needs: int) -> Statement:
-    missing = [arm for arm in rule.arms if not by_seed.get(arm)]
+    arms, words = rule.arms or claim.arms, rule.test.words
+    missing = [arm for arm in arms if not by_seed.get(arm)]
     if missing:
-        # A control belongs to a claim only where somebody ran it.
+        # A control belongs to a claim only if somebody ran it.
         role: Role = rule.role if set(missing) <= set(claim.arms) else "told"
-        return Statement(rule.text, None, f"no run of {', '.join(missing)}", role, rule.words)
-    seeds = sorted(set.intersection(*(set(by_seed[arm]) for arm in rule.arms)))
-    findings = {seed: rule.ask({arm: by_seed[arm][seed] for arm in rule.arms}) for seed in seeds}
+        return Statement(rule.text, None, f"no run of {', '.join(missing)}", role, words)
+    seeds = sorted(set.intersection(*(set(by_seed[arm]) for arm in arms)))
+    findings = {seed: rule.test.question(*(by_seed[arm][seed] for arm in arms)) for seed in seeds}
     asked = {seed: finding for seed, finding in findings.items() if finding.asked}
     if findings and not asked:
-        return Statement(rule.text, None, next(iter(findings.values())).text, "told", rule.words)
-    yes, no = (sum(finding.held is answer for finding in asked.values()) for answer in (True, False))
-    held, summary = decide(yes, no, len(asked), needs)
+        return Statement(rule.text, None, next(iter(findings.values())).text, "told", words)
+    yes, no = (sum(finding.answer is wanted for finding in asked.values()) for wanted in (True, False))
+    held, summary = decide(yes, no, total := len(asked), needs)
     details = "; ".join(f"seed {seed}: {finding.text}" for seed, finding in asked.items())
     evidence = f"{summary}. {details}" if details else summary
-    total = len(asked)
     mixed = held is None and 0 not in (yes, no) and yes + no >= needs
-    return Statement(rule.text, held, evidence, rule.role, rule.words, yes, total, total - yes - no, wilson(yes, total), mixed)
+    return Statement(rule.text, held, evidence, rule.role, words, yes, total, total - yes - no, wilson(yes, total), mixed)
 
 
 def decide(yes: int, no: int, asked: int, needs: int) -> tuple[bool | None, str]:

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from fastbyol.ablations.claims import CLAIMS
-from fastbyol.ablations.course import Course, course, rate_peak
 from fastbyol.ablations.evidence import Evidence
+from fastbyol.ablations.phases import Phases, phases_of, rate_peak
 from made_up import COLLAPSED, COLLAPSED_LATE, COMES_AND_GOES, HEALTHY, RECOVERED, made_up
 
 
@@ -26,11 +26,11 @@ class TestPublished:
     """The epochs in ``numbers`` were read where a curve crosses .5; phases have hysteresis, so they may lag by two."""
 
     def test_weight_decay_leaves_at_111(self) -> None:
-        seen = course(published("C8"))
+        seen = phases_of(published("C8"))
         assert (seen.signal, seen.collapse, seen.leaving, seen.separations, seen.relapses) == ("cosines", 2, 101, (111,), ())
 
     def test_weight_standardization_comes_and_goes(self) -> None:
-        seen = course(published("C9"))
+        seen = phases_of(published("C9"))
         assert np.allclose(seen.separations, [19, 58, 77, 138], atol=1)
         assert np.allclose(seen.relapses, [52, 68, 109], atol=3)
 
@@ -38,7 +38,7 @@ class TestPublished:
     def test_losses_tell_the_same_collapse_and_end_as_cosines(self, claim: str) -> None:
         """Where a figure shows both. Slow slides (C8 leaves over ten epochs, C9 collapses over ten) differ by eight at most."""
         run = published(claim)
-        by_cosines, by_loss = course(run), course(without(run, "neg_cos", "pos_cos"))
+        by_cosines, by_loss = phases_of(run), phases_of(without(run, "neg_cos", "pos_cos"))
         assert (by_cosines.signal, by_loss.signal) == ("cosines", "loss")
         assert by_cosines.end == by_loss.end or claim in ("C8", "C9")
         assert by_loss.end != "collapsed" or claim == "C11"
@@ -51,7 +51,7 @@ class TestPublished:
 
     def test_accuracy_alone_tells_when_it_became_useful(self) -> None:
         """C2: "first epoch above 40" is 20."""
-        seen = course(published("C2"))
+        seen = phases_of(published("C2"))
         assert (seen.signal, seen.collapse, seen.first("separated"), seen.end) == ("accuracy", 10, 20, "separated")
 
     @pytest.mark.parametrize(
@@ -77,8 +77,8 @@ class TestPublished:
 
 
 class TestMadeUp:
-    def seen(self, shape: dict[int, float], **more: object) -> Course:
-        return course(made_up("arm", shape, **more))  # type: ignore[arg-type]
+    def seen(self, shape: dict[int, float], **more: object) -> Phases:
+        return phases_of(made_up("arm", shape, **more))  # type: ignore[arg-type]
 
     def test_healthy(self) -> None:
         seen = self.seen(HEALTHY)
@@ -105,7 +105,7 @@ class TestMadeUp:
         """Zeros have cosine 0, which is no separation."""
         run = made_up("arm", dict.fromkeys((0, 23), 0.0))
         zeros = dataclasses.replace(run, pos_cos=np.zeros(24), std_z=np.zeros(24), dead_y=np.ones(24))
-        assert course(zeros).end == "collapsed"
+        assert phases_of(zeros).end == "collapsed"
 
     def test_onsets_are_told_in_epochs_and_steps(self) -> None:
         assert self.seen(RECOVERED).onset(9) == "epoch 9 (step 320)"
@@ -113,7 +113,7 @@ class TestMadeUp:
     def test_nothing_measured_is_an_error(self) -> None:
         run = without(made_up("arm", HEALTHY, seed=4), "neg_cos", "loss")
         with pytest.raises(ValueError, match="arm, seed 4"):
-            course(run)
+            phases_of(run)
 
     def test_a_peak_is_measured_against_the_first_rate_that_is_not_zero(self) -> None:
         run = made_up("arm", HEALTHY, rates={"warm": {0: 0.0, 1: 1.0, 4: 3.0, 23: 0.0}, "still": {0: 0.0}})

@@ -9,11 +9,23 @@ from typing import Any, NamedTuple
 
 from fastbyol.ablations.curves import appendix
 
-# The arms of the post's table, as ``rules._m1`` names them.
-TABLE = (
-    "bn-sgd-mlp-bn", "bn-sgd-projector-bn", "bn-sgd-predictor-bn", "bn-sgd-mlp-none", "bn-sgd-mlp-ln", "random",
-    "bn-sgd-contrastive",
-)  # fmt: skip
+# The arms of the post's table, and the names that the numbers of M1 have for their rows.
+TABLE_ROWS = {
+    "bn-sgd-mlp-bn": "mlp_bn",
+    "bn-sgd-projector-bn": "projector_bn",
+    "bn-sgd-predictor-bn": "predictor_bn",
+    "bn-sgd-mlp-none": "none",
+    "bn-sgd-mlp-ln": "ln",
+    "random": "random",
+    "bn-sgd-contrastive": "contrastive",
+}
+# The table's positive and negative cosines, by the numbers that have them.
+TABLE_COSINES = {
+    "bn-sgd-mlp-bn": "positive_negative_cosine_mlp_bn",
+    "bn-sgd-mlp-none": "positive_negative_cosine_none_and_ln",
+    "bn-sgd-mlp-ln": "positive_negative_cosine_none_and_ln",
+}
+TABLE = tuple(TABLE_ROWS)
 # Arms that the post argues about and could not run: LARS's rates of another seed replayed without feedback, and a cap on them.
 REPLAYED, CAPPED = "gn-lars-0.2-replayed", "gn-lars-0.2-capped"
 # What C13 sets its higher learning rate against.

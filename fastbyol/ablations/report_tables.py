@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import html
 import json
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 
 import numpy as np
 
-from fastbyol.ablations.claims import CLAIMS, Claim
+from fastbyol.ablations.claims import CLAIMS, TABLE_COSINES, TABLE_ROWS, Claim
 from fastbyol.ablations.evidence import Evidence
 from fastbyol.ablations.phases import phases_of, rate_peak
 from fastbyol.ablations.questions import table_accuracy, untrained_accuracy
-from fastbyol.ablations.report_suite import Run, Suite, seeds_of
+from fastbyol.ablations.suite import Record, Suite
 from fastbyol.ablations.verdict import Statement, Verdict
 from fastbyol.config import Config
 from fastbyol.evaluation.intervals import accuracy_interval
@@ -50,7 +51,7 @@ def verdict_table(suite: Suite) -> str:
             if s.role == "main"
         )
         link = f'<a href="#{claim.id}">{claim.id}</a>'
-        rows.append((link, html.escape(claim.says), badge(verdict.outcome), decided, seeds_of(suite, claim)))
+        rows.append((link, html.escape(claim.says), badge(verdict.outcome), decided, suite.seeds(claim)))
     return table(("claim", "what the post says", "outcome", "statements that decide", "seeds"), rows, "verdicts")
 
 
@@ -74,12 +75,15 @@ def claim_section(claim: Claim, suite: Suite) -> str:
 
 def number_table(claim: Claim, suite: Suite) -> str:
     """Set the post's table beside ours, controls too: accuracies and cosines, ours as median and range over seeds."""
-    post, rows = Evidence.of_published(claim), []
+    numbers, rows = claim.numbers, []
     for arm in (*claim.arms, *claim.controls):
-        theirs, ours = post.get(arm, ()), [run for run in suite.evidence(arm) if run.finished]
+        ours = [run for run in suite.evidence(arm) if run.finished]
+        cosines = numbers[TABLE_COSINES[arm]] if arm in TABLE_COSINES else (math.nan, math.nan)
+        theirs = (numbers[TABLE_ROWS[arm]] if arm in TABLE_ROWS else math.nan, *cosines)
         cells = []
-        for read, digits in ((table_accuracy, 1), (_last("pos_cos"), 4), (_last("neg_cos"), 4)):
-            cells += [_over_seeds([read(run) for run in runs], digits) for runs in (theirs, ours)]
+        measures = ((table_accuracy, 1), (_last("pos_cos"), 4), (_last("neg_cos"), 4))
+        for (read, digits), published in zip(measures, theirs, strict=True):
+            cells += [_over_seeds([published], digits), _over_seeds([read(run) for run in ours], digits)]
         rows.append((f"<code>{html.escape(arm)}</code>", str(len(ours)), *cells))
     head = ("arm", "seeds", "accuracy, post", "ours", "pos. cosine, post", "ours", "neg. cosine, post", "ours")
     return f"<p>The post's table and ours, median and range over seeds:</p>{table(head, rows, 'numbers')}"
@@ -282,7 +286,7 @@ def _within(run: object) -> str:
     return "/".join(Path(str(run)).parts[-2:])
 
 
-def environment_table(runs: Iterable[Run]) -> str:
+def environment_table(runs: Iterable[Record]) -> str:
     """Versions and machine of all runs, a line for each value that occurs."""
     found: dict[str, dict[str, int]] = {}
     for run in runs:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from fastbyol.ablations.claims import Claim
     from fastbyol.ablations.plan import Run
     from fastbyol.ablations.runner import Outcome
+    from fastbyol.ablations.suite import Suite
     from fastbyol.ablations.verdict import Verdict
 
 app = typer.Typer(help="Run the post's ablations and say, claim by claim, whether they hold.", no_args_is_help=True)
@@ -134,9 +135,9 @@ def run(
     asked = {"targets": targets or [], "all": everything, "seeds": seeds, "set": sets or [], "data": files}
     asked["image_share"] = _say_what_data(runs[0], num_images, console)
     outcome = runner.execute(runs, folder, scale, asked=asked, jobs=jobs, device=device, console=console)
-    found = _judged(folder, scale)
-    _say(outcome, found, folder, scale, console, as_json)
-    _finish(outcome, found, check=check)
+    verdicts = _read(folder).judged
+    _say(outcome, verdicts, folder, scale, console, as_json)
+    _finish(outcome, verdicts, check=check)
 
 
 @app.command()
@@ -151,31 +152,29 @@ def report(
     as_json: Json = False,
 ) -> None:
     """Judge the runs that lie in DIR: the verdict of every claim with its evidence, and all of it as one HTML file."""
-    from fastbyol.ablations import ledger
     from fastbyol.ablations import report as reports
 
     folder = _folder(out, scale)
-    scale = ledger.read(folder)["scale"]
-    found = _judged(folder, scale)
+    suite = _read(folder)
     if as_json:
-        print_json({"out": str(folder), "scale": scale, "verdicts": [_verdict_row(verdict) for verdict in found]})
+        print_json({"out": str(folder), "scale": suite.scale, "verdicts": [_verdict_row(verdict) for verdict in suite.judged]})
     else:
-        _print_verdicts(found, make_console())
+        _print_verdicts(suite.judged, make_console())
     page = html or folder / "report.html"
-    reports.write_report(folder, page)
-    for path in (page, *(reports.write_pictures(folder, png) if png else [])):
+    reports.write_report(suite, page)
+    for path in (page, *(reports.write_pictures(suite, png) if png else [])):
         say(str(path), err=as_json)
-    _check(found, check=check)
+    _check(suite.judged, check=check)
 
 
-def _judged(folder: Path, scale: ScaleName) -> tuple[Verdict, ...]:
-    """The verdicts on the runs in ``folder``; what cannot be read is said."""
-    from fastbyol.ablations import tally
+def _read(folder: Path) -> Suite:
+    """Read the ablations in ``folder``, and print which runs cannot be read."""
+    from fastbyol.ablations.suite import Suite
 
-    evidence, left_out = tally.evidence_in(folder, scale)
-    for why in left_out:
+    suite = Suite.read(folder)
+    for why in suite.left_out:
         say(f"not judged: {why}", err=True)
-    return tally.verdicts(evidence, scale)
+    return suite
 
 
 def _folder(out: Path | None, scale: str) -> Path:

@@ -11,10 +11,11 @@ from fastbyol.ablations.claims import CLAIMS
 from fastbyol.ablations.evidence import Evidence
 from fastbyol.ablations.phases import Phases, phases_of, rate_peak
 from made_up import COLLAPSED, COLLAPSED_LATE, COMES_AND_GOES, HEALTHY, RECOVERED, made_up
+from published import published
 
 
-def published(claim: str, arm: str | None = None) -> Evidence:
-    found = Evidence.of_published(next(c for c in CLAIMS if c.id == claim))
+def curves_of(claim: str, arm: str | None = None) -> Evidence:
+    found = published(next(c for c in CLAIMS if c.id == claim))
     return (found[arm] if arm else next(iter(found.values())))[0]
 
 
@@ -26,18 +27,18 @@ class TestPublished:
     """The epochs in ``numbers`` were read where a curve crosses .5; phases have hysteresis, so they may lag by two."""
 
     def test_weight_decay_leaves_at_111(self) -> None:
-        seen = phases_of(published("C8"))
+        seen = phases_of(curves_of("C8"))
         assert (seen.signal, seen.collapse, seen.leaving, seen.separations, seen.relapses) == ("cosines", 2, 101, (111,), ())
 
     def test_weight_standardization_comes_and_goes(self) -> None:
-        seen = phases_of(published("C9"))
+        seen = phases_of(curves_of("C9"))
         assert np.allclose(seen.separations, [19, 58, 77, 138], atol=1)
         assert np.allclose(seen.relapses, [52, 68, 109], atol=3)
 
     @pytest.mark.parametrize("claim", ["C8", "C9", "C10", "C11"])
     def test_losses_tell_the_same_collapse_and_end_as_cosines(self, claim: str) -> None:
         """Where a figure shows both. Slow slides (C8 leaves over ten epochs, C9 collapses over ten) differ by eight at most."""
-        run = published(claim)
+        run = curves_of(claim)
         by_cosines, by_loss = phases_of(run), phases_of(without(run, "neg_cos", "pos_cos"))
         assert (by_cosines.signal, by_loss.signal) == ("cosines", "loss")
         assert by_cosines.end == by_loss.end or claim in ("C8", "C9")
@@ -51,7 +52,7 @@ class TestPublished:
 
     def test_accuracy_alone_tells_when_it_became_useful(self) -> None:
         """C2: "first epoch above 40" is 20."""
-        seen = phases_of(published("C2"))
+        seen = phases_of(curves_of("C2"))
         assert (seen.signal, seen.collapse, seen.first("separated"), seen.end) == ("accuracy", 10, 20, "separated")
 
     @pytest.mark.parametrize(
@@ -69,7 +70,7 @@ class TestPublished:
         numbers = next(c for c in CLAIMS if c.id == claim).numbers
         key = arm.removeprefix("gn-lars-") if arm else group.removeprefix("encoder.").replace(".", "_")
         rate, epoch = numbers[f"rate_peak_{'lr' if arm else ''}{key}"]
-        peak = rate_peak(published(claim, arm), group)
+        peak = rate_peak(curves_of(claim, arm), group)
         assert peak is not None
         assert peak.rate == pytest.approx(rate, abs=0.5)
         # The reading of projector_linear1's flat top: 44 and 47 are equal to .1.

@@ -28,6 +28,7 @@ from made_up import (
     Points,
     made_up,
 )
+from published import published
 
 BY_ID = {claim.id: claim for claim in CLAIMS}
 CURVES = tuple(claim for claim in CLAIMS if claim.sources)
@@ -148,11 +149,11 @@ def test_one_seed_or_none_leaves_it_undetermined(claim: str, outcome: Outcome, s
 class TestPublished:
     @pytest.mark.parametrize("claim", [*CURVES, BY_ID["M1"]], ids=lambda claim: claim.id)
     def test_the_posts_own_curves_reproduce_it(self, claim: Claim) -> None:
-        verdict = judge(claim, Evidence.of_published(claim), "published")
+        verdict = judge(claim, published(claim), "published")
         assert verdict.outcome == "reproduced", verdict
 
     def test_no_curve_and_no_number_leaves_c13_undetermined(self) -> None:
-        assert Evidence.of_published(BY_ID["C13"]) == {}
+        assert published(BY_ID["C13"]) == {}
         assert judge(BY_ID["C13"], {}, "published").outcome == "undetermined"
 
     # For each claim published curves that do the opposite of what it says.
@@ -165,18 +166,18 @@ class TestPublished:
     @pytest.mark.parametrize(("claim", "other"), OPPOSITE)
     def test_curves_of_the_opposite_do_not(self, claim: str, other: str) -> None:
         arm = BY_ID[claim].arms[0]
-        (opposite,) = Evidence.of_published(BY_ID[other]).values()
+        (opposite,) = published(BY_ID[other]).values()
         verdict = judge(BY_ID[claim], {arm: [dataclasses.replace(run, arm=arm) for run in opposite]}, "published")
         assert verdict.outcome in ("not reproduced", "undetermined")
         # Undecided only for want of rates in the other figure.
         assert verdict.outcome == "not reproduced" or "no rates" in str(verdict)
 
     def test_timing_the_other_way_round_does_not(self) -> None:
-        fast, slow = Evidence.of_published(BY_ID["C12"]).values()
+        fast, slow = published(BY_ID["C12"]).values()
         assert judge(BY_ID["C12"], {"gn-lars-0.5": slow, "gn-lars-0.1": fast}, "published").outcome == "not reproduced"
 
     def test_the_table_with_rows_swapped_does_not(self) -> None:
-        found = Evidence.of_published(BY_ID["M1"])
+        found = published(BY_ID["M1"])
         swapped = {**found, "bn-sgd-mlp-none": found["bn-sgd-mlp-bn"], "bn-sgd-mlp-bn": found["bn-sgd-mlp-none"]}
         assert judge(BY_ID["M1"], swapped, "published").outcome == "not reproduced"
 
@@ -185,7 +186,7 @@ class TestPublished:
         """Levels count at full scale, and refine: the event decides. No phase changes at eight points less."""
         moved = {
             arm: [dataclasses.replace(run, accuracy=np.append(run.accuracy[:-1], run.accuracy[-1] - 8.0)) for run in found]
-            for arm, found in Evidence.of_published(claim).items()
+            for arm, found in published(claim).items()
         }
         expected = "partly" if any(name.startswith("accuracy@") for name in claim.numbers) else "reproduced"
         assert judge(claim, moved, "published").outcome == expected
@@ -416,7 +417,7 @@ class TestAccuracy:
         assert judge(BY_ID["C6"], old, "mini").outcome == "undetermined"
 
     def test_the_contrastive_row_is_between_random_and_byol(self) -> None:
-        verdict = judge(BY_ID["M1"], Evidence.of_published(BY_ID["M1"]), "published")
+        verdict = judge(BY_ID["M1"], published(BY_ID["M1"]), "published")
         found = [s for s in verdict.statements if "contrastive" in s.text]
         assert [(s.held, s.role) for s in found] == [(True, "other"), (True, "told")]
         assert "bn-sgd-contrastive 44.1 %, random 28.8 %" in found[0].evidence

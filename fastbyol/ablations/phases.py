@@ -103,7 +103,7 @@ def _by_cosines(run: Evidence, measured: np.ndarray) -> Iterator[Phase]:
     monitor = CollapseMonitor()
     for index in np.flatnonzero(measured):
         signals = {name: float(getattr(run, name)[index]) for name in SIGNALS}
-        # Where a figure's positive curve cannot be seen it lies under the negative one. Nobody published a spread.
+        # A positive curve that a figure hides lies under the negative one. No spread was published.
         signals["pos_cos"] = signals["pos_cos"] if np.isfinite(signals["pos_cos"]) else signals["neg_cos"]
         signals["std_z"] = signals["std_z"] if np.isfinite(signals["std_z"]) else 1.0
         state = monitor.update(step=int(index), **signals)

@@ -12,7 +12,7 @@ from fastbyol.ablations import ledger
 from fastbyol.ablations.arms import ScaleName, arms
 from fastbyol.ablations.claims import CLAIMS, Claim
 from fastbyol.ablations.evidence import Evidence, Scale
-from fastbyol.ablations.plan import RUNS, found
+from fastbyol.ablations.plan import RUNS, run_folders
 from fastbyol.ablations.verdict import Verdict, judge, judge_variants
 from fastbyol.config import Config
 from fastbyol.errors import FastbyolError
@@ -88,7 +88,7 @@ class Suite:
         scale: ScaleName = content["scale"]
         runs: dict[str, tuple[Record, ...]] = {}
         left_out = []
-        for arm, seed, path in found(out):
+        for arm, seed, path in run_folders(out):
             try:
                 runs[arm] = (*runs.get(arm, ()), Record.read(path, arm=arm, seed=seed, scale=scale))
             except FastbyolError as error:

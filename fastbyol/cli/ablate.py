@@ -1,4 +1,4 @@
-"""`fastbyol ablate`: the appendix's claims, listed, shown, run and judged. As in cli.py torch is imported in commands only."""
+"""`fastbyol ablate`: the appendix's claims, listed, shown, run and judged."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ Targets = Annotated[list[str] | None, typer.Argument(metavar="[CLAIM|ARM]...", h
 
 
 class NotReproduced(FastbyolError):  # noqa: N818 - a verdict, and no fault
-    """A claim's verdict is "not reproduced" and ``--check`` was said."""
+    """The verdict "not reproduced" under ``--check``."""
 
     exit_code = 4
 
@@ -86,13 +86,13 @@ def show(
     if claim is not None:
         _show_claim(claim, as_json)
         return
-    found = arm(target)
-    loaded = load(found, scale, seed=0)
+    chosen = arm(target)
+    loaded = load(chosen, scale, seed=0)
     if as_json:
         config = loaded.config.model_dump(mode="json")
-        print_json({"arm": found.name, "about": found.about, "claims": found.claims, "scale": scale, "config": config})
+        print_json({"arm": chosen.name, "about": chosen.about, "claims": chosen.claims, "scale": scale, "config": config})
     else:
-        say(f"# {found.name}: {found.about} ({', '.join(found.claims)})")
+        say(f"# {chosen.name}: {chosen.about} ({', '.join(chosen.claims)})")
         say(*config_io.dump(loaded.config, loaded.origin).split("\n"))
 
 
@@ -192,7 +192,7 @@ def _flags(files: dict[str, str], device: str) -> dict[str, Any]:
 def _data_files(
     scale: ScaleName, folder: Path, data: str | None, test_data: str | None, stl10: Path | None, console: Console
 ) -> dict[str, str]:
-    """The files to train and score on as dotted key -> path; none of them where the scale's own textures serve."""
+    """Return the files to train and score on by dotted key; none if the scale's own textures serve."""
     if stl10 is not None:
         if data or test_data:
             raise UsageError("--stl10 names both sets: leave out --data and --test-data")
@@ -206,7 +206,7 @@ def _data_files(
 
 
 def _checked(files: Mapping[str, str]) -> int | None:
-    """Return how many images the named training file has, None for a built-in set, having looked at both files."""
+    """Check both files; return how many images the training file has, None for a built-in set."""
     from fastbyol.data import beton
     from fastbyol.data.embedded import BUILT_IN
 
@@ -219,7 +219,7 @@ def _checked(files: Mapping[str, str]) -> int | None:
 
 
 def _say_what_data(run: Run, num_images: int | None, console: Console) -> float:
-    """Say what the runs train on and how much of what two views differ in is the image; returns that share.
+    """Print what the runs train on, and its image share; return that share.
 
     ``num_images``: how many the named file has, None for a built-in set.
     """
@@ -227,18 +227,18 @@ def _say_what_data(run: Run, num_images: int | None, console: Console) -> float:
     from fastbyol.ablations.marker import image_share
 
     config = run.config
-    # The network that the recoveries are about, whatever was asked for.
+    # The network of the recoveries, whatever arms are asked for.
     network = load(arm("gn-lars-0.2"), "mini", seed=0).config.model
     share = image_share(config.model_copy(update={"model": network}))
     limit = config.data.limit
     if num_images is None:
-        taken = f"{limit} images at most" if limit else "all images"
+        images = f"{limit} images at most" if limit else "all images"
     elif num_images < limit:
-        taken = f"{num_images} images, as many steps in {config.train.epochs} epochs"
+        images = f"{num_images} images, as many steps in {config.train.epochs} epochs"
     else:
-        taken = f"{limit or num_images} images"
+        images = f"{limit or num_images} images"
     console.print(
-        f"data {config.data.train}, {taken}: image share r = {share:.3f}, the part of what two views differ in "
+        f"data {config.data.train}, {images}: image share r = {share:.3f}, the part of what two views differ in "
         "that is the image (textures 0.010, where no recovery shows; Fashion-MNIST 0.078, where LARS recovers)",
         markup=False,
         soft_wrap=True,
@@ -263,7 +263,7 @@ def _convert_stl10(source: Path, folder: Path, console: Console) -> dict[str, Pa
 
 
 def _scales_of(claim: Claim) -> str:
-    """The scales that have the arms of ``claim``."""
+    """Return the scales that have the arms of ``claim``."""
     from fastbyol.ablations.arms import SCALES, arm
 
     return ", ".join(scale for scale in SCALES if all(scale in arm(name).scales for name in claim.arms))
@@ -310,16 +310,16 @@ def _show_claim(claim: Claim, as_json: bool) -> None:
     say(*lines)
 
 
-def _say(outcome: Outcome, found: Sequence[Verdict], folder: Path, scale: str, console: Console, as_json: bool) -> None:
+def _say(outcome: Outcome, verdicts: Sequence[Verdict], folder: Path, scale: str, console: Console, as_json: bool) -> None:
     if as_json:
         from dataclasses import asdict
 
         print_json(
-            {"out": str(folder), "scale": scale, **asdict(outcome), "verdicts": [_verdict_row(verdict) for verdict in found]}
+            {"out": str(folder), "scale": scale, **asdict(outcome), "verdicts": [_verdict_row(verdict) for verdict in verdicts]}
         )
         return
-    if found:
-        _print_verdicts(found, console)
+    if verdicts:
+        _print_verdicts(verdicts, console)
     from fastbyol.show.screen import duration
 
     console.print(
@@ -331,13 +331,13 @@ def _say(outcome: Outcome, found: Sequence[Verdict], folder: Path, scale: str, c
     )
 
 
-def _print_verdicts(found: Sequence[Verdict], console: Console) -> None:
+def _print_verdicts(verdicts: Sequence[Verdict], console: Console) -> None:
     table = Table("claim", "verdict", "statement", "held", "evidence", box=None)
-    for verdict in found:
+    for verdict in verdicts:
         for index, row in enumerate(verdict.statements):
-            held = "told" if row.role == "told" else row.answer
+            answer = "told" if row.role == "told" else row.answer
             first = (verdict.claim, verdict.outcome) if index == 0 else ("", "")
-            table.add_row(*first, row.text, held, row.evidence.partition(". ")[0])
+            table.add_row(*first, row.text, answer, row.evidence.partition(". ")[0])
     console.print(table)
 
 
@@ -349,16 +349,16 @@ def _verdict_row(verdict: Verdict) -> dict[str, Any]:
     }
 
 
-def _finish(outcome: Outcome, found: Sequence[Verdict], *, check: bool) -> None:
+def _finish(outcome: Outcome, verdicts: Sequence[Verdict], *, check: bool) -> None:
     if outcome.interrupted:
         raise typer.Exit(130)
     if outcome.failed:
         name, why = outcome.failed[0]
         raise FastbyolError(f"{len(outcome.failed)} of the runs failed; {name}: {why}")
-    _check(found, check=check)
+    _check(verdicts, check=check)
 
 
-def _check(found: Sequence[Verdict], *, check: bool) -> None:
-    lost = [verdict.claim for verdict in found if verdict.outcome == "not reproduced"]
+def _check(verdicts: Sequence[Verdict], *, check: bool) -> None:
+    lost = [verdict.claim for verdict in verdicts if verdict.outcome == "not reproduced"]
     if check and lost:
         raise NotReproduced(f"not reproduced: {', '.join(lost)}")

@@ -195,7 +195,7 @@ def test_a_run_without_a_graph_goes_on_in_a_new_worker(tmp_path: Path, monkeypat
     starts, begin = tmp_path / "starts", subprocess.Popen
 
     def popen(command: list[str], **options: Any) -> subprocess.Popen[bytes]:
-        return begin([sys.executable, no_graph.__file__, "--worker", command[-1]], **options)
+        return begin([sys.executable, no_graph.__file__, "--worker", *command[-2:]], **options)
 
     monkeypatch.setattr(pool, "subprocess", SimpleNamespace(**{**vars(subprocess), "Popen": popen}))
     monkeypatch.setenv("NO_GRAPH_STARTS", str(starts))

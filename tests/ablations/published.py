@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from fastbyol.ablations import curves
-from fastbyol.ablations.claims import TABLE_ROWS, Claim
+from fastbyol.ablations.claims import TABLE_COSINES, TABLE_ROWS, Claim
 from fastbyol.ablations.evidence import MEASURES, PUBLISHED_SCORED, PUBLISHED_STEPS_PER_EPOCH, Evidence
 
 PUBLISHED_EPOCHS = int(curves.appendix()["setting"]["epochs"])
@@ -36,16 +36,14 @@ def _of_curves(arm: str, claim: Claim) -> Evidence:
 
 
 def _of_table(numbers: Mapping[str, Any]) -> dict[str, tuple[Evidence, ...]]:
-    """Runs of ten epochs of which the end is known."""
-    cosines = {"bn-sgd-mlp-bn": numbers["positive_negative_cosine_mlp_bn"]}
-    cosines |= dict.fromkeys(("bn-sgd-mlp-none", "bn-sgd-mlp-ln"), numbers["positive_negative_cosine_none_and_ln"])
-    found: dict[str, tuple[Evidence, ...]] = {}
+    """Return runs of ten epochs of which only the end is known."""
+    runs = {}
     for arm, row in TABLE_ROWS.items():
-        columns = {"accuracy": np.array([numbers[row]])}
-        if arm in cosines:
-            columns |= {name: np.array([value]) for name, value in zip(("pos_cos", "neg_cos"), cosines[arm], strict=True)}
-        found[arm] = (_published(arm, 10, np.array([9.0]), columns),)
-    return found
+        cosines = numbers[TABLE_COSINES[arm]] if arm in TABLE_COSINES else ()
+        ends = {"accuracy": numbers[row], **dict(zip(("pos_cos", "neg_cos"), cosines, strict=False))}
+        columns = {name: np.array([value]) for name, value in ends.items()}
+        runs[arm] = (_published(arm, 10, np.array([9.0]), columns),)
+    return runs
 
 
 def _published(arm: str, epochs: int, epoch: np.ndarray, columns: Mapping[str, np.ndarray]) -> Evidence:

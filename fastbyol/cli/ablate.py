@@ -35,6 +35,14 @@ Scale = Annotated[
     ),
 ]
 Out = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Folder of the runs. Default: ablations/SCALE.")]
+Seeds = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        max=1000,
+        help="Runs per arm, two or more of one whose rates are replayed. Default: what each claim's verdict wants, 1 to 5.",
+    ),
+]
 Targets = Annotated[list[str] | None, typer.Argument(metavar="[CLAIM|ARM]...", help="Such as C6 C7 gn-lars-0.2@exclude.")]
 
 
@@ -101,14 +109,7 @@ def run(
     targets: Targets = None,
     everything: Annotated[bool, typer.Option("--all", help="Every arm of the scale, open settings included.")] = False,
     scale: Scale = "mini",
-    seeds: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            max=1000,
-            help="Runs per arm, two or more of one whose rates are replayed. Default: what each claim's verdict wants, 1 to 5.",
-        ),
-    ] = None,
+    seeds: Seeds = None,
     out: Out = None,
     jobs: Annotated[
         int | None, typer.Option(min=1, help="Runs at a time. Default: one a core, or what a GPU has room for.")

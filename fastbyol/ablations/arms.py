@@ -1,4 +1,4 @@
-"""The arms: the runs that claims are about, each as settings over those of a scale. Both are files in ``configs/ablations``."""
+"""The arms: runs that claims are about, as settings over those of a scale; both in ``configs/ablations``."""
 
 from __future__ import annotations
 
@@ -22,9 +22,10 @@ USUAL: tuple[ScaleName, ...] = ("full", "short", "mini")
 
 @dataclass(frozen=True)
 class Arm:
-    """One arm: ``settings`` by dotted key are all that it says; ``changes`` differ from ``base``, the NAME of NAME@WHAT.
+    """One arm, with all its ``settings`` by dotted key.
 
-    ``at`` are further settings by scale, ``rates_of`` the arm whose rates it replays.
+    Of NAME@WHAT the ``base`` is NAME, and ``changes`` are the settings that differ from it. ``at`` has
+    further settings by scale. ``rates_of`` is the arm whose rates this one replays.
     """
 
     name: str
@@ -38,20 +39,20 @@ class Arm:
 
     @property
     def claims(self) -> tuple[str, ...]:
-        """Ids of the claims that it is an arm, a control or an open reading of."""
+        """Ids of the claims of which this is an arm, a control or an open reading."""
         name = self.base or self.name
         return tuple(claim.id for claim in CLAIMS if name in (*claim.arms, *claim.controls))
 
 
 @cache
 def arms() -> Mapping[str, Arm]:
-    """Every arm by name, in the order of ``arms.toml``."""
+    """Return every arm by name, in the order of ``arms.toml``."""
     tables = tomllib.loads(_file("arms").read_text("utf-8"))
     return MappingProxyType({name: _arm(name, tables) for name in tables})
 
 
 def arm(name: str) -> Arm:
-    """The arm ``name``. Raises UsageError, with the nearest names, where there is none."""
+    """Return the arm ``name``. Raises UsageError, with the nearest names, if there is none."""
     if name not in arms():
         near = nearest(name, arms(), most=3)
         raise UsageError(f"{name}: no such arm{'; nearest: ' + ', '.join(near) if near else ''}; see `fastbyol ablate list`")
@@ -61,17 +62,18 @@ def arm(name: str) -> Arm:
 def load(
     chosen: Arm, scale: ScaleName, *, seed: int, sets: Sequence[str] = (), flags: Mapping[str, Flag] | None = None
 ) -> Loaded:
-    """The configuration of an arm's run. Weakest first: the preset of ``scale``, its file, ``sets``, the arm's own, ``flags``.
+    """Return the configuration of an arm's run.
 
-    So ``sets`` cannot turn an arm into another; what the arm says for this scale alone they can change. Raises UsageError as
-    ``config_io.load`` does.
+    Weakest first: the preset of ``scale``, its file, ``sets``, the arm's own settings, ``flags``. So
+    ``sets`` cannot turn an arm into another, but can change what the arm sets for this scale alone.
+    Raises UsageError as ``config_io.load`` does.
     """
     check_choice("scale", scale, SCALES)
     changed = config_io.requested(sets=sets)
     here = {key: value for key, value in chosen.at.get(scale, {}).items() if key not in changed}
     own = {key: Flag(f"arm {chosen.name}", value) for key, value in {**chosen.settings, **here}.items()}
-    said = {**own, "train.seed": Flag("seed", seed), **(flags or {})}
-    return config_io.load(file=_file(scale), sets=sets, flags=said)
+    strongest = {**own, "train.seed": Flag("seed", seed), **(flags or {})}
+    return config_io.load(file=_file(scale), sets=sets, flags=strongest)
 
 
 def _arm(name: str, tables: Mapping[str, Mapping[str, object]]) -> Arm:

@@ -1,4 +1,4 @@
-"""What `ablate run` shows: one table that is redrawn on a terminal, a plain line per event elsewhere."""
+"""The display of `ablate run`: one table that is redrawn on a terminal, a plain line per event elsewhere."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ class Board:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        """Nothing to take down."""
+        """Leave the lines as they are."""
 
     def line(self, text: str) -> None:
-        """One line of text."""
+        """Print one line of text."""
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def message(self, run: Run, message: Mapping[str, Any]) -> None:
-        """Take in what a worker said of ``run``."""
+        """Show a worker's message on ``run``."""
         row = self.now.setdefault(run.name, {"state": "", "img_s": 0.0, "neg_cos": None, "accuracy": None})
         if message["kind"] == "epoch":
             self._done[run.name] = message["epoch"] + 1
@@ -51,12 +51,12 @@ class Board:
             self.line(f"{run.name}: goes on at step {message['first_step']}")
 
     def ended(self, run: Run, status: str, what: str, seconds: float) -> None:
-        """``run`` is done, stopped or failed."""
+        """Show that ``run`` is done, stopped or failed."""
         self.now.pop(run.name, None)
         self.line(f"{run.name}: {status}{what}, {duration(seconds)}; {self.share()}")
 
     def share(self) -> str:
-        """How much is done of all, and the time left at this pace."""
+        """Return the share that is done, and the time left at this pace."""
         done, total = sum(self._done.values()), sum(self._epochs.values())
         fresh = done - self._done_at_start
         left = f", {duration((time.monotonic() - self._began) / fresh * (total - done))} left" if fresh and done < total else ""
@@ -93,5 +93,5 @@ class LiveBoard(Board):
 
 
 def board(console: Console, runs: Sequence[Run], done_epochs: Mapping[str, int]) -> Board:
-    """The live table on a terminal, plain lines elsewhere."""
+    """Return the live table on a terminal, plain lines elsewhere."""
     return (LiveBoard if is_live(console) else Board)(console, runs, done_epochs)

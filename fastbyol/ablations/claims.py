@@ -1,4 +1,4 @@
-"""The fourteen claims of the post: what each says, which runs it is about, and where its published curves are."""
+"""The fourteen claims of the post: their statements, runs and published curves."""
 
 from __future__ import annotations
 
@@ -9,14 +9,26 @@ from typing import Any, NamedTuple
 
 from fastbyol.ablations.curves import appendix
 
-# The arms of the post's table, as ``rules._m1`` names them.
-TABLE = (
-    "bn-sgd-mlp-bn", "bn-sgd-projector-bn", "bn-sgd-predictor-bn", "bn-sgd-mlp-none", "bn-sgd-mlp-ln", "random",
-    "bn-sgd-contrastive",
-)  # fmt: skip
+# The arms of the post's table, and the names that the numbers of M1 have for their rows.
+TABLE_ROWS = {
+    "bn-sgd-mlp-bn": "mlp_bn",
+    "bn-sgd-projector-bn": "projector_bn",
+    "bn-sgd-predictor-bn": "predictor_bn",
+    "bn-sgd-mlp-none": "none",
+    "bn-sgd-mlp-ln": "ln",
+    "random": "random",
+    "bn-sgd-contrastive": "contrastive",
+}
+# The table's positive and negative cosines, by the numbers that have them.
+TABLE_COSINES = {
+    "bn-sgd-mlp-bn": "positive_negative_cosine_mlp_bn",
+    "bn-sgd-mlp-none": "positive_negative_cosine_none_and_ln",
+    "bn-sgd-mlp-ln": "positive_negative_cosine_none_and_ln",
+}
+TABLE = tuple(TABLE_ROWS)
 # Arms that the post argues about and could not run: LARS's rates of another seed replayed without feedback, and a cap on them.
 REPLAYED, CAPPED = "gn-lars-0.2-replayed", "gn-lars-0.2-capped"
-# What C13 sets its higher learning rate against.
+# The arm that C13 compares its higher learning rate with.
 CONTRAST = "gn-lars-layer1-layer2"
 # A setting that the post leaves open is one more arm, ARM@WHAT, e.g. gn-sgd-mlp-none@lr0.2.
 ARMS = {
@@ -35,7 +47,7 @@ SEEDS, AT_A_BORDER = 3, {"C7": 5, "C12": 5}
 
 
 class Source(NamedTuple):
-    """A published curve: of which arm, in which figure and series, and what it measures.
+    """A published curve: its arm, its figure and series, and its measure.
 
     ``measure`` is a field of ``Evidence`` (loss, pos_cos, neg_cos, accuracy) or ``rate:GROUP``.
     """
@@ -48,10 +60,10 @@ class Source(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Claim:
-    """One claim. ``says`` is the post's statement, ``numbers`` what was read off its figures by names of their own.
+    """One claim: ``says`` is the post's statement, ``numbers`` were read off its figures.
 
-    ``arms`` are the runs that it is about, ``controls`` runs that are reported with it where they exist, ``needs`` the least
-    number of seeds per arm for a verdict on one's own runs.
+    ``arms`` are the runs that the claim is about, ``controls`` runs that are reported with it if they
+    exist. A verdict on one's own runs needs at least ``needs`` seeds per arm.
     """
 
     id: str
@@ -75,8 +87,8 @@ def _sources() -> dict[str, tuple[Source, ...]]:
         "C6": ("gn-lars-0.2", "accuracy_gn_encoder", "lars0.2_mlp_none"),
         "C7": ("gn-lars-0.1", "accuracy_gn_encoder", "lars0.1_mlp_none"),
     }
-    found: dict[str, tuple[Source, ...]] = {key: (Source(*place, "accuracy"),) for key, place in accuracy.items()}
-    found |= {
+    return {
+        **{key: (Source(*series, "accuracy"),) for key, series in accuracy.items()},
         "C8": _loss_and_cosines("gn-sgd-weight-decay", "weight_decay"),
         "C9": _loss_and_cosines("gn-ws-sgd", "weight_std"),
         "C10": _loss_and_cosines("gn-lars-layer1-layer2", "lars_layer12")
@@ -94,7 +106,6 @@ def _sources() -> dict[str, tuple[Source, ...]]:
             for figure, measure in (("rate", "rate:encoder.layer1"), ("loss", "loss"))
         ),
     }
-    return found
 
 
 def _loss_and_cosines(arm: str, figure: str) -> tuple[Source, ...]:
@@ -124,3 +135,9 @@ def _read() -> tuple[Claim, ...]:
 
 
 CLAIMS: tuple[Claim, ...] = _read()
+
+
+def published_accuracy(claim: str) -> float:
+    """Return the accuracy in percent at the end of the published curve of ``claim``, an id."""
+    numbers = next(each.numbers for each in CLAIMS if each.id == claim)
+    return float(next(value for name, value in numbers.items() if name in ("accuracy@319", "accuracy@320")))

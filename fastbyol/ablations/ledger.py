@@ -1,4 +1,4 @@
-"""ledger.json: what was asked of a folder of ablations, when, with what, and how every run ended."""
+"""ledger.json: every call on a folder of ablations, its environment, and how every run ended."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ NAME = "ledger.json"
 
 
 class Ledger:
-    """The file, rewritten whole at every change. Calls after each other add to it; the scale stays."""
+    """The file, rewritten whole at every change. Later calls add to it; the scale stays."""
 
     def __init__(self, out: Path, scale: ScaleName, asked: Mapping[str, Any]) -> None:
         self._path = out / NAME
@@ -33,9 +33,9 @@ class Ledger:
         self._write()
 
     def record(self, run: Run, row: Mapping[str, Any]) -> None:
-        """Note how ``run`` stands: status, seconds, and what its summary said.
+        """Write down the status of ``run``, its seconds, and its summary.
 
-        Seconds of several calls add up, and a failure is not forgotten when the run is made again: ``failed_before``.
+        Seconds of several calls add up. A failure stays, as ``failed_before``, when the run is made again.
         """
         runs = self._content["runs"]
         key = f"{run.arm.name}/seed{run.seed}"
@@ -49,7 +49,7 @@ class Ledger:
         self._write()
 
     def end(self, **fields: Any) -> None:
-        """Note the end of this call."""
+        """Write down the end of this call."""
         self._call |= {"ended": _now(), **fields}
         self._write()
 
@@ -59,7 +59,7 @@ class Ledger:
 
 
 def read(out: Path) -> dict[str, Any]:
-    """The ledger in the folder ``out``. Raises UsageError: none there, or damaged."""
+    """Return the ledger in the folder ``out``. Raises UsageError: none is there, or it is damaged."""
     path = out / NAME
     try:
         content = json.loads(path.read_text("utf-8"))

@@ -1,4 +1,4 @@
-"""What is to be run: from claims and arms on the command line to runs with a configuration, a folder and a state each."""
+"""The plan of a call: from claims and arms to runs, each with a configuration, a folder and a status."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _FILES: dict[str, Literal["train", "test"]] = {"data.train": "train", "data.test
 
 @dataclass(frozen=True)
 class Run:
-    """One run: arm and seed, its folder, what config.toml is to say, and the run that must be done before (its rates)."""
+    """One run to be made: arm, seed, folder, configuration, and the run ``after`` which it comes (its rates)."""
 
     arm: Arm
     seed: int
@@ -45,13 +45,14 @@ class Run:
 
 
 def chosen(targets: Sequence[str], scale: ScaleName, *, everything: bool = False) -> tuple[Arm, ...]:
-    """The arms of ``targets``, which are ids of claims (arms and controls) or names of arms; all that ``scale`` has.
+    """Return the arms of ``targets``: ids of claims (their arms and controls) or names of arms.
 
-    Raises UsageError: nothing named, no such claim or arm, an arm of other scales.
+    With ``everything`` return all that ``scale`` has. Raises UsageError: nothing is named, a claim or arm
+    does not exist, an arm belongs to other scales.
     """
     check_choice("scale", scale, SCALES)
     if everything:
-        return tuple(found for found in arms().values() if scale in found.scales)
+        return tuple(each for each in arms().values() if scale in each.scales)
     if not targets:
         raise UsageError("say which claims or arms to run, such as C6 C7, or --all; see `fastbyol ablate list`")
     claims = {claim.id: claim for claim in CLAIMS}
@@ -59,15 +60,18 @@ def chosen(targets: Sequence[str], scale: ScaleName, *, everything: bool = False
     for target in targets:
         claim = claims.get(target.upper())
         names += (*claim.arms, *claim.controls) if claim else (target,)
-    found = [arm(name) for name in dict.fromkeys(names)]
-    odd = next((each for each in found if scale not in each.scales), None)
+    which = [arm(name) for name in dict.fromkeys(names)]
+    odd = next((each for each in which if scale not in each.scales), None)
     if odd is not None:
         raise UsageError(f"{odd.name}: is for --scale {' and '.join(odd.scales)}, not {scale}")
-    return tuple(found)
+    return tuple(which)
 
 
 def seeds_of(each: Arm, seeds: int | None) -> int:
-    """How many seeds an arm is run with: as many as its claims' verdicts want, one for a setting that the post leaves open."""
+    """Return how many seeds to run an arm with: ``seeds``, else as many as its claims need.
+
+    A setting that the post leaves open gets one.
+    """
     if seeds is not None:
         return seeds
     if each.base:
@@ -86,11 +90,12 @@ def make(
     flags: Mapping[str, Flag] | None = None,
     num_images: int | None = None,
 ) -> tuple[Run, ...]:
-    """The runs, in the order to start them: a first seed of every arm, then the next, settings left open at the end.
+    """Return the runs in the order to start them: a first seed of every arm, then the next.
 
-    A replay takes the rates of the next seed of its arm (the last one those of the first), since with its own seed it would
-    be the very same run; the runs that this needs are added. Where ``num_images`` to train on are fewer than the scale is
-    made for, runs have the more epochs: what happens takes steps. Raises UsageError for settings that cannot work, and for
+    Settings that the post leaves open come at the end. A replay takes the rates of the next seed of its
+    arm (the last one those of the first), since with its own seed it would be the very same run; the runs
+    that this needs are added. If there are fewer images (``num_images``) than the scale is made for, runs
+    have more epochs, because events take steps. Raises UsageError for settings that cannot work, and for
     less than a batch of images.
     """
     counts = {each.name: seeds_of(each, seeds) for each in which}
@@ -122,8 +127,8 @@ def _run(
         flags = {**flags, "optim.replay_rates": Flag(f"arm {each.name}", str(after))}
     loaded = load(each, scale, seed=seed, sets=sets, flags=flags)
     if num_images is not None:
-        said = config_io.requested(sets=sets)
-        few = {key: flag for key, flag in _as_many_steps(loaded.config, num_images).items() if key not in said}
+        changed = config_io.requested(sets=sets)
+        few = {key: flag for key, flag in _as_many_steps(loaded.config, num_images).items() if key not in changed}
         loaded = load(each, scale, seed=seed, sets=sets, flags={**flags, **few}) if few else loaded
     return Run(each, seed, run_path(out, each.name, seed), loaded.config, loaded.origin, after)
 
@@ -150,12 +155,12 @@ def _as_many_steps(config: Resolved, num_images: int) -> dict[str, Flag]:
 
 
 def run_path(out: Path, arm_name: str, seed: int) -> Path:
-    """Where the run of an arm and a seed lies in the folder ``out``."""
+    """Return the folder of the run of an arm and a seed in the folder ``out``."""
     return out / RUNS / arm_name / f"seed{seed}"
 
 
 def status(run: Run) -> Status:
-    """How far ``run`` is. Raises UsageError where its folder holds a run of another configuration."""
+    """Return how far ``run`` is. Raises UsageError if its folder holds a run of another configuration."""
     if not (run.path / "config.toml").is_file():
         return "new"
     with RunFolder.open(run.path, lock=False) as folder:
@@ -164,7 +169,7 @@ def status(run: Run) -> Status:
 
 
 def epochs_done(path: Path) -> int:
-    """Finished epochs of the run folder ``path``."""
+    """Return how many epochs the run in ``path`` has finished."""
     try:
         events = read_events(path)
     except FastbyolError:
@@ -172,33 +177,33 @@ def epochs_done(path: Path) -> int:
     return max((event["epoch"] + 1 for event in events if event["event"] == "epoch"), default=0)
 
 
-def found(out: Path) -> tuple[tuple[str, int, Path], ...]:
-    """(arm, seed, folder) of every run of a known arm that lies in ``out``, in the order of arms and seeds."""
+def run_folders(out: Path) -> tuple[tuple[str, int, Path], ...]:
+    """Return (arm, seed, folder) of every run of an existing arm in ``out``, in the order of arms and seeds."""
     rows = []
     for name in arms():
         for path in (out / RUNS / name).glob("seed*/config.toml"):
             number = path.parent.name.removeprefix("seed")
-            if number.isdecimal() and number == str(int(number)):  # of seed01 beside seed1 nobody knows which is meant
+            if number.isdecimal() and number == str(int(number)):  # seed01 beside seed1 is ambiguous
                 rows.append((name, int(number), path.parent))
-    order = {name: place for place, name in enumerate(arms())}
-    return tuple(sorted(rows, key=lambda row: (order[row[0]], row[1])))
+    order = list(arms())
+    return tuple(sorted(rows, key=lambda row: (order.index(row[0]), row[1])))
 
 
 def left(runs: Sequence[Run], out: Path) -> tuple[Run, ...]:
-    """Return those of ``runs`` that are to be trained. Raises UsageError where ``out`` holds runs that cannot go with them."""
+    """Return those of ``runs`` that are to be trained. Raises UsageError if ``out`` holds incompatible runs."""
     unfinished = tuple(run for run in runs if status(run) != "done")
     refuse_other_data(runs, out)
     return unfinished
 
 
 def refuse_other_data(runs: Iterable[Run], out: Path) -> None:
-    """Raise UsageError where ``out`` holds a run on other images than those of ``runs``: claims are judged across arms."""
+    """Raise UsageError if ``out`` holds a run on other images than ``runs``: claims compare arms."""
     asked = {run.config.data for run in runs}
-    for _, _, path in found(out):
+    for _, _, path in run_folders(out):
         try:
             there = config_io.read_run(path / "config.toml").data
         except FastbyolError:
-            continue  # it is told apart from the others, and not judged
+            continue  # the report names it, and it is not judged
         for data in asked:
             limits = (data.limit, data.test_limit) == (there.limit, there.test_limit)
             if not limits or not all(_same_file(path, name, data, there) for name in ("train", "test")):
@@ -208,7 +213,7 @@ def refuse_other_data(runs: Iterable[Run], out: Path) -> None:
 
 
 def _same_file(run: Path, name: Literal["train", "test"], asked: DataConfig, there: DataConfig) -> bool:
-    """Whether the file asked for holds what the run was made with; where that was not pinned, whether it is the same one."""
+    """Return whether the file asked for holds the run's images; if those were not pinned, whether it is the same file."""
     wanted, made = getattr(asked, name), getattr(there, name)
     pinned = inputs.of_run(run)
     if wanted is None or wanted in BUILT_IN or pinned is None:
@@ -227,7 +232,7 @@ def _refuse_other(run: Run, there: Resolved) -> None:
     wanted, made = config_io.flatten(run.config), config_io.flatten(there)
     for key in wanted:
         if key == "train.precision" and wanted[key] == "auto":
-            continue  # which the run has settled for its device
+            continue  # the run has chosen for its device
         same = _comparable(key, wanted[key]) == _comparable(key, made[key])
         if name := _FILES.get(key):
             same, named_alike = _same_file(run.path, name, run.config.data, there.data), same
@@ -244,7 +249,7 @@ def _refuse_other(run: Run, there: Resolved) -> None:
 
 
 def _comparable(key: str, value: object) -> object:
-    """A folder of runs may be moved, or named from elsewhere: of another run's path the last two parts count, ARM and seed."""
+    """Return ``value`` as it compares: of another run's path the last two parts, ARM and seed, as folders move."""
     if not isinstance(value, str):
         return value
     if key == "optim.replay_rates":

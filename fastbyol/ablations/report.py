@@ -8,12 +8,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from fastbyol.ablations import report_figures, report_suite, report_tables
+from fastbyol.ablations import report_figures, report_tables
 from fastbyol.ablations.arms import arms
 from fastbyol.ablations.claims import CLAIMS, CONTROLS, Claim
 from fastbyol.ablations.curves import appendix
 from fastbyol.ablations.report_figures import Panel
-from fastbyol.ablations.report_suite import Suite
+from fastbyol.ablations.suite import Suite
+from fastbyol.errors import UsageError
 from fastbyol.runs.durable import write_text, writing
 from fastbyol.show import figures
 
@@ -39,26 +40,25 @@ README_ARMS = ("bn-sgd-mlp-bn", "gn-sgd-mlp-bn", "gn-sgd-mlp-none", "gn-lars-0.1
 VERDICTS = "verdicts.json"
 
 
-def write_report(out: Path, html: Path) -> None:
-    """Write the report of the runs under ``out`` into the file ``html``.
+def write_report(suite: Suite, html: Path) -> None:
+    """Write the report of ``suite`` into the file ``html``.
 
     Raises UsageError: matplotlib is missing, no run has finished an epoch, or the file cannot be
     written.
     """
-    figures.demand()
-    text = page(report_suite.read(out))
+    _demand(suite)
+    text = page(suite)
     with writing(html):
         write_text(html, text)
 
 
-def write_pictures(out: Path, folder: Path) -> list[Path]:
+def write_pictures(suite: Suite, folder: Path) -> list[Path]:
     """Write the README's pictures and the verdicts as JSON into ``folder``. Return the paths.
 
     The picture of long runs shows their recoveries over steps.
     Raises UsageError as ``write_report`` does.
     """
-    figures.demand()
-    suite = report_suite.read(out)
+    _demand(suite)
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         if suite.scale == "long":
@@ -74,13 +74,20 @@ def write_pictures(out: Path, folder: Path) -> list[Path]:
     return [folder / name for name in (*pictures, VERDICTS)]
 
 
+def _demand(suite: Suite) -> None:
+    figures.demand()
+    if not suite.runs:
+        why = f": {suite.left_out[0]}" if suite.left_out else ""
+        raise UsageError(f"{suite.out}: no run with a finished epoch{why}")
+
+
 def verdicts(suite: Suite) -> dict[str, Any]:
     """Return the suite, its verdicts with their statements, and accuracies, as plain values."""
     rows = [
         {
             "id": claim.id,
             "says": claim.says,
-            "seeds": report_suite.seeds_of(suite, claim),
+            "seeds": suite.seeds(claim),
             "outcome": suite.verdicts[claim.id].outcome,
             "statements": [s._asdict() for s in suite.verdicts[claim.id].statements],
             "unsettled": {what: verdict.outcome for what, verdict in suite.variants[claim.id].items()},
@@ -152,7 +159,7 @@ def _claim(claim: Claim, suite: Suite) -> dict[str, Any]:
         "id": claim.id,
         "says": claim.says,
         "arms": claim.arms,
-        "seeds": report_suite.seeds_of(suite, claim),
+        "seeds": suite.seeds(claim),
         "verdict": verdict,
         "variants": {"as above": verdict, **variants} if variants else {},
         "published": [f"{name} {json.dumps(value)}" for name, value in claim.numbers.items()],

@@ -11,10 +11,9 @@ import numpy as np
 
 from fastbyol.ablations.claims import CLAIMS, Source
 from fastbyol.ablations.curves import appendix, published
-from fastbyol.ablations.evidence import PUBLISHED_STEPS_PER_EPOCH, Evidence, is_matrix
-from fastbyol.ablations.report_suite import Run, Suite
+from fastbyol.ablations.evidence import PUBLISHED_STEPS_PER_EPOCH, Evidence
+from fastbyol.ablations.suite import Record, Suite
 from fastbyol.evaluation.collapse import COLLAPSED_ABOVE
-from fastbyol.runs.layers import read_layers
 from fastbyol.show.figures import BLUE, GREEN, ORANGE, PURPLE, RED, SKY, blank
 
 if TYPE_CHECKING:
@@ -166,7 +165,7 @@ def draw_arm(arm: str, suite: Suite) -> Figure:
     return made
 
 
-def draw_rates(run: Run) -> Figure:
+def draw_rates(run: Record) -> Figure:
     """Draw the rate of every weight matrix and kernel over the steps on a logarithmic colour scale.
 
     The layers nearest to the input are on top.
@@ -192,18 +191,16 @@ def draw_rates(run: Run) -> Figure:
     return made
 
 
-def rate_map(run: Run) -> tuple[list[str], np.ndarray, np.ndarray]:
+def rate_map(run: Record) -> tuple[list[str], np.ndarray, np.ndarray]:
     """Return names of the weight matrices and kernels (R,), first and end step (2,), and their rates.
 
     Rates are float64 (R, columns), means over at most ``MAP_COLUMNS`` spans of steps.
     """
-    layers = read_layers(run.path)
-    rows = [index for index, name in enumerate(layers.names) if is_matrix(name)]
-    rates = np.asarray(layers.values[:, rows, layers.metrics.index("rate")], dtype=np.float64).T
+    matrices, steps = run.evidence.matrix_rates, run.evidence.rate_step
+    rates = np.array(list(matrices.values()), dtype=np.float64)
     spans = np.array_split(np.arange(rates.shape[1]), min(MAP_COLUMNS, rates.shape[1]))
     table = np.stack([rates[:, span].mean(axis=1) for span in spans], axis=1)
-    edges = np.array([layers.steps[0], layers.steps[-1] + 1])
-    return [layers.names[row].removesuffix(".weight") for row in rows], edges, table
+    return [name.removesuffix(".weight") for name in matrices], np.array([steps[0], steps[-1] + 1]), table
 
 
 def _positive(table: np.ndarray) -> np.ndarray:

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from itertools import chain, groupby
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from fastbyol.ablations.accuracy_questions import table_accuracy, untrained_accuracy
-from fastbyol.ablations.claims import Claim
-from fastbyol.ablations.course import course, rate_peak
+from fastbyol.ablations.claims import TABLE_COSINES, TABLE_ROWS, Claim
 from fastbyol.ablations.evidence import Evidence
-from fastbyol.ablations.report_suite import Suite
+from fastbyol.ablations.phases import phases_of, rate_peak
+from fastbyol.ablations.questions import table_accuracy, untrained_accuracy
+from fastbyol.ablations.suite import Suite
 from fastbyol.config import Resolved
 from fastbyol.evaluation.intervals import accuracy_interval
 from fastbyol.runs import differences
@@ -29,20 +29,21 @@ Row = tuple[object, ...]
 
 def number_rows(claim: Claim, suite: Suite) -> list[Row]:
     """Return a row per arm and control of ``claim``: accuracy and cosines, the post's and ours."""
-    post, rows = Evidence.of_published(claim), []
+    numbers, rows = claim.numbers, list[Row]()
     for arm in (*claim.arms, *claim.controls):
-        theirs, ours = post.get(arm, ()), [run for run in suite.evidence(arm) if run.finished]
-        rows.append((arm, len(ours), *chain(*zip(_last_values(theirs), _last_values(ours), strict=True))))
+        ours = [run for run in suite.evidence(arm) if run.finished]
+        accuracy = numbers[TABLE_ROWS[arm]] if arm in TABLE_ROWS else np.nan
+        pos_cos, neg_cos = numbers[TABLE_COSINES[arm]] if arm in TABLE_COSINES else (np.nan, np.nan)
+        cells = (
+            _over_seeds([accuracy], 1),
+            _over_seeds([table_accuracy(run) for run in ours], 1),
+            _over_seeds([pos_cos], 4),
+            _over_seeds([run.pos_cos[-1] for run in ours], 4),
+            _over_seeds([neg_cos], 4),
+            _over_seeds([run.neg_cos[-1] for run in ours], 4),
+        )
+        rows.append((arm, len(ours), *cells))
     return rows
-
-
-def _last_values(runs: Sequence[Evidence]) -> tuple[str, str, str]:
-    """Return accuracy and cosines of positive and negative pairs at the end of ``runs``."""
-    return (
-        _over_seeds([table_accuracy(run) for run in runs], 1),
-        _over_seeds([run.pos_cos[-1] for run in runs], 4),
-        _over_seeds([run.neg_cos[-1] for run in runs], 4),
-    )
 
 
 def _over_seeds(values: Sequence[float], digits: int) -> str:
@@ -60,7 +61,7 @@ def run_rows(suite: Suite) -> list[Row]:
 
 
 def _run_cells(run: Evidence) -> Row:
-    phases = course(run)
+    phases = phases_of(run)
     peak, norms = rate_peak(run, "encoder.layer1"), run.early_gradient_by_epoch()
     share = run.ceiling_share("encoder.layer1")[run.epoch == peak.epoch] if peak else np.empty(0)
     low = int(np.nanargmin(norms)) if np.isfinite(norms).any() else None

@@ -30,7 +30,7 @@ TICK_S = 0.5
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a call ended: names of runs that it finished, found finished, left stopped, and (name, why) of those that failed."""
+    """The end of a call: names of runs that it finished, skipped, left stopped; (name, why) of failed ones."""
 
     finished: tuple[str, ...]
     skipped: tuple[str, ...]
@@ -41,7 +41,7 @@ class Outcome:
 
 
 class Runner:
-    """One call of ``ablate run``. ``execute`` returns when everything is done, failed or stopped."""
+    """One call of ``ablate run``."""
 
     def __init__(self, runs: Sequence[Run], ledger: Ledger, pool: Pool, shown: Board) -> None:
         self._ledger, self._pool, self._board = ledger, pool, shown
@@ -54,7 +54,7 @@ class Runner:
         self.interrupted = False
 
     def execute(self) -> None:
-        """Hand out runs and listen, until nothing is left or somebody interrupts."""
+        """Hand out runs and listen until everything is done, failed or stopped."""
         with interrupt.handling(self._interrupt, interrupt.signals_to_handle()):
             while True:
                 self._hand_out()
@@ -69,14 +69,14 @@ class Runner:
                         self._board.message(run, message)
 
     def _hand_out(self) -> None:
-        """Start what can start."""
+        """Start the runs that can start."""
         while not self.interrupted and (run := self._next()) and (worker := self._pool.idle()):
             self._waiting.remove(run)
             self._began[run.name] = time.monotonic()
             worker.begin(run)
 
     def _next(self) -> Run | None:
-        """The first run whose rates are there."""
+        """Return the first run whose rates are there; fail those whose rates cannot come."""
         for run in list(self._waiting):
             failed = {name for name, _ in self.failed}
             if run.after is not None and f"{run.arm.rates_of} seed {run.after.name.removeprefix('seed')}" in failed:
@@ -106,7 +106,7 @@ class Runner:
             self._stop(run, seconds)
 
     def _stop(self, run: Run, seconds: float) -> None:
-        """A signal reached the run, perhaps not through us: it is saved and the next call goes on with it."""
+        """Record a run that a signal stopped, perhaps not ours; it is saved, and the next call goes on with it."""
         self.stopped.append(run.name)
         self._ledger.record(run, {"status": "stopped", "seconds": seconds})
         self._board.ended(run, "stopped", "", seconds)
@@ -137,9 +137,9 @@ def execute(
 ) -> Outcome:
     """Train ``runs``, which lie in ``out``, ``jobs`` at a time (None: what the device has room for).
 
-    ``asked`` goes into the ledger. Returns how it went; a run that fails is in there and does not stop the others. After
-    one of ``interrupt.SIGNALS`` what runs is saved and stopped; a second SIGINT kills it. Raises UsageError: another call works
-    in ``out``, or a folder holds another run.
+    ``asked`` goes into the ledger. A run that fails does not stop the others. One of ``interrupt.SIGNALS``
+    saves and stops the runs at work; a second SIGINT kills them. Raises UsageError: another call works in
+    ``out``, or a folder holds another run.
     """
     began = time.monotonic()
     where = str(pick_device(device))

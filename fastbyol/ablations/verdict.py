@@ -1,16 +1,4 @@
-"""What a claim's evidence comes to: every rule asked of every seed, the answers counted, and one outcome drawn.
-
-Seeds: a statement is asked of every seed that all its arms have been run with, and its answer is a share of them with Wilson's
-95 % interval. It held where at least two thirds of the seeds hold and the interval lies above one third, so that "it holds in a
-third of the runs or fewer" is excluded. It did not where at most a third hold and the interval lies below two thirds: 3 of 3, 4
-of 5 and 5 of 5 hold, 0 of 3 and 1 of 5 do not. Else it is mixed: it happens with some seeds and not with others. It is
-undecided with fewer answers than the claim needs.
-The post's own figures are single runs, and so are settings that it leaves open: there one is enough, and no interval is asked
-for.
-
-Outcome: *not reproduced* where a main statement did not hold; else *undetermined* where one is undecided; else *mixed* where
-one is that; else *reproduced* where all others held too, and *partly* where not all did.
-"""
+"""A claim's verdict: every rule asked of every seed, the answers counted, and one outcome drawn."""
 
 from __future__ import annotations
 
@@ -27,11 +15,12 @@ Outcome = Literal["reproduced", "partly", "mixed", "not reproduced", "undetermin
 
 
 class Statement(NamedTuple):
-    """One sentence of a claim: whether it held (None: ``mixed``, or not decided) and the measurements that say so.
+    """One sentence of a claim: whether it held (None: ``mixed``, or undecided), and the measurements.
 
-    A ``main`` statement decides, an ``other`` one refines, and one that is ``told`` counts for nothing: it cannot be asked of
-    these runs, or is a control. ``rule`` says in words when it holds for a seed. It held for ``yes`` of the ``asked`` seeds, a
-    share that lies in ``interval``; ``open`` of them have no answer.
+    A ``main`` statement decides, an ``other`` one refines, and a ``told`` one counts for nothing: it
+    cannot be asked of these runs, or is a control. ``rule`` says in words when the statement holds for a
+    seed. It held for ``yes`` of the ``asked`` seeds, a share that lies in ``interval``; ``open`` of them
+    have no answer.
     """
 
     text: str
@@ -47,7 +36,7 @@ class Statement(NamedTuple):
 
     @property
     def answer(self) -> str:
-        """What it came to, in a word or two."""
+        """The answer in a word or two."""
         return "mixed" if self.mixed else {True: "held", False: "not held", None: "undecided"}[self.held]
 
 
@@ -61,10 +50,11 @@ class Verdict:
 
 
 def judge(claim: Claim, evidence: Mapping[str, Sequence[Evidence]], scale: Scale, *, needs: int | None = None) -> Verdict:
-    """Ask the rules of ``claim`` of the runs in ``evidence``, by arm name; one run per seed.
+    """Ask the rules of ``claim`` of the runs in ``evidence``, by arm name, with one run per seed.
 
-    Arms that the claim does not name are not looked at, and the order of runs does not matter. ``scale`` is the runs' own;
-    ``needs`` are the answers needed, by default what the claim wants. Raises ValueError for two runs of an arm with one seed.
+    Arms that the claim does not name are ignored, and the order of runs does not matter. ``scale`` is
+    that of the runs; ``needs`` answers are needed, by default as many as the claim needs. The post's own
+    figures are single runs: one is enough. Raises ValueError for two runs of an arm with one seed.
     """
     by_seed = {arm: _by_seed(arm, runs) for arm, runs in evidence.items()}
     needs = needs or (1 if scale == "published" else claim.needs)
@@ -73,18 +63,23 @@ def judge(claim: Claim, evidence: Mapping[str, Sequence[Evidence]], scale: Scale
 
 
 def judge_variants(claim: Claim, evidence: Mapping[str, Sequence[Evidence]], scale: Scale) -> dict[str, Verdict]:
-    """Verdicts on the settings that the post leaves open: by WHAT, with the runs of ARM@WHAT in the place of ARM's.
+    """Judge the settings that the post leaves open: by WHAT, with the runs of ARM@WHAT instead of ARM's.
 
-    They are run with one seed, which is enough here as it is of the post's figures: they say what else could be, and count for
-    nothing.
+    One seed is enough: these verdicts show alternatives, and count for nothing.
     """
     whats = {what for arm in evidence for base, _, what in [arm.partition("@")] if what and base in claim.arms}
-    places = {what: {arm: evidence.get(f"{arm}@{what}", evidence.get(arm, ())) for arm in claim.arms} for what in sorted(whats)}
-    return {what: judge(claim, {**evidence, **runs}, scale, needs=1) for what, runs in places.items()}
+    runs_of = {
+        what: {arm: evidence.get(f"{arm}@{what}", evidence.get(arm, ())) for arm in claim.arms} for what in sorted(whats)
+    }
+    return {what: judge(claim, {**evidence, **runs}, scale, needs=1) for what, runs in runs_of.items()}
 
 
 def outcome_of(statements: Sequence[Statement]) -> Outcome:
-    """The outcome that statements come to; see the head of this file. Without a main statement: undetermined."""
+    """Draw the outcome of statements.
+
+    *not reproduced* if a main statement did not hold; else *undetermined* if one is undecided, or there
+    is none; else *mixed* if one is mixed; else *reproduced* if all others held too, and *partly* if not.
+    """
     main = {statement.answer for statement in statements if statement.role == "main"}
     if "not held" in main:
         return "not reproduced"
@@ -96,36 +91,40 @@ def outcome_of(statements: Sequence[Statement]) -> Outcome:
 
 
 def _by_seed(arm: str, runs: Sequence[Evidence]) -> dict[int, Evidence]:
-    found = {run.seed: run for run in runs}
-    if len(found) != len(runs):
+    by_seed = {run.seed: run for run in runs}
+    if len(by_seed) != len(runs):
         raise ValueError(f"{arm}: two runs with one seed among {sorted(run.seed for run in runs)}")
-    return found
+    return by_seed
 
 
 def _state(rule: Rule, claim: Claim, by_seed: Mapping[str, Mapping[int, Evidence]], needs: int) -> Statement:
-    missing = [arm for arm in rule.arms if not by_seed.get(arm)]
+    arms, words = rule.arms or claim.arms, rule.test.words
+    missing = [arm for arm in arms if not by_seed.get(arm)]
     if missing:
-        # A control belongs to a claim only where somebody ran it.
+        # A control belongs to a claim only if somebody ran it.
         role: Role = rule.role if set(missing) <= set(claim.arms) else "told"
-        return Statement(rule.text, None, f"no run of {', '.join(missing)}", role, rule.words)
-    seeds = sorted(set.intersection(*(set(by_seed[arm]) for arm in rule.arms)))
-    findings = {seed: rule.ask({arm: by_seed[arm][seed] for arm in rule.arms}) for seed in seeds}
+        return Statement(rule.text, None, f"no run of {', '.join(missing)}", role, words)
+    seeds = sorted(set.intersection(*(set(by_seed[arm]) for arm in arms)))
+    findings = {seed: rule.test.question(*(by_seed[arm][seed] for arm in arms)) for seed in seeds}
     asked = {seed: finding for seed, finding in findings.items() if finding.asked}
     if findings and not asked:
-        return Statement(rule.text, None, next(iter(findings.values())).text, "told", rule.words)
-    yes, no = (sum(finding.held is answer for finding in asked.values()) for answer in (True, False))
-    held, summary = decide(yes, no, len(asked), needs)
+        return Statement(rule.text, None, next(iter(findings.values())).text, "told", words)
+    yes, no = (sum(finding.answer is wanted for finding in asked.values()) for wanted in (True, False))
+    answer, summary = decide(yes, no, total := len(asked), needs)
     details = "; ".join(f"seed {seed}: {finding.text}" for seed, finding in asked.items())
     evidence = f"{summary}. {details}" if details else summary
-    total = len(asked)
-    mixed = held is None and 0 not in (yes, no) and yes + no >= needs
-    return Statement(rule.text, held, evidence, rule.role, rule.words, yes, total, total - yes - no, wilson(yes, total), mixed)
+    mixed = answer is None and 0 not in (yes, no) and yes + no >= needs
+    return Statement(rule.text, answer, evidence, rule.role, words, yes, total, total - yes - no, wilson(yes, total), mixed)
 
 
 def decide(yes: int, no: int, asked: int, needs: int) -> tuple[bool | None, str]:
-    """Return whether a statement held, and the count in words: ``yes`` and ``no`` of ``asked`` seeds, ``needs`` answers needed.
+    """Return whether a statement held, and the count in words, from ``yes`` and ``no`` of ``asked`` seeds.
 
-    See the head of this file. Where one answer is enough its share alone decides.
+    It held if at least two thirds of the seeds hold and Wilson's 95 % interval of their share lies above
+    one third, which excludes that it holds in a third of the runs or fewer. It did not if at most a third
+    hold and the interval lies below two thirds: 3 of 3, 4 of 5 and 5 of 5 hold, 0 of 3 and 1 of 5 do not.
+    Otherwise it is mixed. It is undecided with fewer answers than ``needs``. If one answer is needed, the
+    share alone decides, without an interval.
     """
     summary = f"held for {yes} of {asked} seed{'s' * (asked != 1)}"
     if yes + no < asked:

@@ -1,4 +1,4 @@
-"""`fastbyol ablate`: the appendix's claims, listed, shown, run and judged. As in cli.py torch is imported in commands only."""
+"""`fastbyol ablate`: the appendix's claims, listed, shown, run and judged."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from fastbyol.ablations.claims import Claim
     from fastbyol.ablations.plan import Run
     from fastbyol.ablations.runner import Outcome
+    from fastbyol.ablations.suite import Suite
     from fastbyol.ablations.verdict import Verdict
 
 app = typer.Typer(help="Run the post's ablations and say, claim by claim, whether they hold.", no_args_is_help=True)
@@ -34,11 +35,19 @@ Scale = Annotated[
     ),
 ]
 Out = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Folder of the runs. Default: ablations/SCALE.")]
+Seeds = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        max=1000,
+        help="Runs per arm, two or more of one whose rates are replayed. Default: what each claim's verdict wants, 1 to 5.",
+    ),
+]
 Targets = Annotated[list[str] | None, typer.Argument(metavar="[CLAIM|ARM]...", help="Such as C6 C7 gn-lars-0.2@exclude.")]
 
 
 class NotReproduced(FastbyolError):  # noqa: N818 - a verdict, and no fault
-    """A claim's verdict is "not reproduced" and ``--check`` was said."""
+    """The verdict "not reproduced" under ``--check``."""
 
     exit_code = 4
 
@@ -85,13 +94,13 @@ def show(
     if claim is not None:
         _show_claim(claim, as_json)
         return
-    found = arm(target)
-    loaded = load(found, scale, seed=0)
+    chosen = arm(target)
+    loaded = load(chosen, scale, seed=0)
     if as_json:
         config = loaded.config.model_dump(mode="json")
-        print_json({"arm": found.name, "about": found.about, "claims": found.claims, "scale": scale, "config": config})
+        print_json({"arm": chosen.name, "about": chosen.about, "claims": chosen.claims, "scale": scale, "config": config})
     else:
-        say(f"# {found.name}: {found.about} ({', '.join(found.claims)})")
+        say(f"# {chosen.name}: {chosen.about} ({', '.join(chosen.claims)})")
         say(*config_io.dump(loaded.config, loaded.origin).split("\n"))
 
 
@@ -100,14 +109,7 @@ def run(
     targets: Targets = None,
     everything: Annotated[bool, typer.Option("--all", help="Every arm of the scale, open settings included.")] = False,
     scale: Scale = "mini",
-    seeds: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            max=1000,
-            help="Runs per arm, two or more of one whose rates are replayed. Default: what each claim's verdict wants, 1 to 5.",
-        ),
-    ] = None,
+    seeds: Seeds = None,
     out: Out = None,
     jobs: Annotated[
         int | None, typer.Option(min=1, help="Runs at a time. Default: one a core, or what a GPU has room for.")
@@ -134,9 +136,9 @@ def run(
     asked = {"targets": targets or [], "all": everything, "seeds": seeds, "set": sets or [], "data": files}
     asked["image_share"] = _say_what_data(runs[0], num_images, console)
     outcome = runner.execute(runs, folder, scale, asked=asked, jobs=jobs, device=device, console=console)
-    found = _judged(folder, scale)
-    _say(outcome, found, folder, scale, console, as_json)
-    _finish(outcome, found, check=check)
+    verdicts = _read(folder).judged
+    _say(outcome, verdicts, folder, scale, console, as_json)
+    _finish(outcome, verdicts, check=check)
 
 
 @app.command()
@@ -151,31 +153,29 @@ def report(
     as_json: Json = False,
 ) -> None:
     """Judge the runs that lie in DIR: the verdict of every claim with its evidence, and all of it as one HTML file."""
-    from fastbyol.ablations import ledger
     from fastbyol.ablations import report as reports
 
     folder = _folder(out, scale)
-    scale = ledger.read(folder)["scale"]
-    found = _judged(folder, scale)
+    suite = _read(folder)
     if as_json:
-        print_json({"out": str(folder), "scale": scale, "verdicts": [_verdict_row(verdict) for verdict in found]})
+        print_json({"out": str(folder), "scale": suite.scale, "verdicts": [_verdict_row(verdict) for verdict in suite.judged]})
     else:
-        _print_verdicts(found, make_console())
+        _print_verdicts(suite.judged, make_console())
     page = html or folder / "report.html"
-    reports.write_report(folder, page)
-    for path in (page, *(reports.write_pictures(folder, png) if png else [])):
+    reports.write_report(suite, page)
+    for path in (page, *(reports.write_pictures(suite, png) if png else [])):
         say(str(path), err=as_json)
-    _check(found, check=check)
+    _check(suite.judged, check=check)
 
 
-def _judged(folder: Path, scale: ScaleName) -> tuple[Verdict, ...]:
-    """The verdicts on the runs in ``folder``; what cannot be read is said."""
-    from fastbyol.ablations import tally
+def _read(folder: Path) -> Suite:
+    """Read the ablations in ``folder``, and print which runs cannot be read."""
+    from fastbyol.ablations.suite import Suite
 
-    evidence, left_out = tally.evidence_in(folder, scale)
-    for why in left_out:
+    suite = Suite.read(folder)
+    for why in suite.left_out:
         say(f"not judged: {why}", err=True)
-    return tally.verdicts(evidence, scale)
+    return suite
 
 
 def _folder(out: Path | None, scale: str) -> Path:
@@ -193,7 +193,7 @@ def _flags(files: dict[str, str], device: str) -> dict[str, Any]:
 def _data_files(
     scale: ScaleName, folder: Path, data: str | None, test_data: str | None, stl10: Path | None, console: Console
 ) -> dict[str, str]:
-    """The files to train and score on as dotted key -> path; none of them where the scale's own textures serve."""
+    """Return the files to train and score on by dotted key; none if the scale's own textures serve."""
     if stl10 is not None:
         if data or test_data:
             raise UsageError("--stl10 names both sets: leave out --data and --test-data")
@@ -207,7 +207,7 @@ def _data_files(
 
 
 def _checked(files: Mapping[str, str]) -> int | None:
-    """Return how many images the named training file has, None for a built-in set, having looked at both files."""
+    """Check both files; return how many images the training file has, None for a built-in set."""
     from fastbyol.data import beton
     from fastbyol.data.embedded import BUILT_IN
 
@@ -220,7 +220,7 @@ def _checked(files: Mapping[str, str]) -> int | None:
 
 
 def _say_what_data(run: Run, num_images: int | None, console: Console) -> float:
-    """Say what the runs train on and how much of what two views differ in is the image; returns that share.
+    """Print what the runs train on, and its image share; return that share.
 
     ``num_images``: how many the named file has, None for a built-in set.
     """
@@ -228,18 +228,18 @@ def _say_what_data(run: Run, num_images: int | None, console: Console) -> float:
     from fastbyol.ablations.marker import image_share
 
     config = run.config
-    # The network that the recoveries are about, whatever was asked for.
+    # The network of the recoveries, whatever arms are asked for.
     network = load(arm("gn-lars-0.2"), "mini", seed=0).config.model
     share = image_share(config.model_copy(update={"model": network}))
     limit = config.data.limit
     if num_images is None:
-        taken = f"{limit} images at most" if limit else "all images"
+        images = f"{limit} images at most" if limit else "all images"
     elif num_images < limit:
-        taken = f"{num_images} images, as many steps in {config.train.epochs} epochs"
+        images = f"{num_images} images, as many steps in {config.train.epochs} epochs"
     else:
-        taken = f"{limit or num_images} images"
+        images = f"{limit or num_images} images"
     console.print(
-        f"data {config.data.train}, {taken}: image share r = {share:.3f}, the part of what two views differ in "
+        f"data {config.data.train}, {images}: image share r = {share:.3f}, the part of what two views differ in "
         "that is the image (textures 0.010, where no recovery shows; Fashion-MNIST 0.078, where LARS recovers)",
         markup=False,
         soft_wrap=True,
@@ -264,7 +264,7 @@ def _convert_stl10(source: Path, folder: Path, console: Console) -> dict[str, Pa
 
 
 def _scales_of(claim: Claim) -> str:
-    """The scales that have the arms of ``claim``."""
+    """Return the scales that have the arms of ``claim``."""
     from fastbyol.ablations.arms import SCALES, arm
 
     return ", ".join(scale for scale in SCALES if all(scale in arm(name).scales for name in claim.arms))
@@ -311,16 +311,16 @@ def _show_claim(claim: Claim, as_json: bool) -> None:
     say(*lines)
 
 
-def _say(outcome: Outcome, found: Sequence[Verdict], folder: Path, scale: str, console: Console, as_json: bool) -> None:
+def _say(outcome: Outcome, verdicts: Sequence[Verdict], folder: Path, scale: str, console: Console, as_json: bool) -> None:
     if as_json:
         from dataclasses import asdict
 
         print_json(
-            {"out": str(folder), "scale": scale, **asdict(outcome), "verdicts": [_verdict_row(verdict) for verdict in found]}
+            {"out": str(folder), "scale": scale, **asdict(outcome), "verdicts": [_verdict_row(verdict) for verdict in verdicts]}
         )
         return
-    if found:
-        _print_verdicts(found, console)
+    if verdicts:
+        _print_verdicts(verdicts, console)
     from fastbyol.show.screen import duration
 
     console.print(
@@ -332,13 +332,13 @@ def _say(outcome: Outcome, found: Sequence[Verdict], folder: Path, scale: str, c
     )
 
 
-def _print_verdicts(found: Sequence[Verdict], console: Console) -> None:
+def _print_verdicts(verdicts: Sequence[Verdict], console: Console) -> None:
     table = Table("claim", "verdict", "statement", "held", "evidence", box=None)
-    for verdict in found:
+    for verdict in verdicts:
         for index, row in enumerate(verdict.statements):
-            held = "told" if row.role == "told" else row.answer
+            answer = "told" if row.role == "told" else row.answer
             first = (verdict.claim, verdict.outcome) if index == 0 else ("", "")
-            table.add_row(*first, row.text, held, row.evidence.partition(". ")[0])
+            table.add_row(*first, row.text, answer, row.evidence.partition(". ")[0])
     console.print(table)
 
 
@@ -350,16 +350,16 @@ def _verdict_row(verdict: Verdict) -> dict[str, Any]:
     }
 
 
-def _finish(outcome: Outcome, found: Sequence[Verdict], *, check: bool) -> None:
+def _finish(outcome: Outcome, verdicts: Sequence[Verdict], *, check: bool) -> None:
     if outcome.interrupted:
         raise typer.Exit(130)
     if outcome.failed:
         name, why = outcome.failed[0]
         raise FastbyolError(f"{len(outcome.failed)} of the runs failed; {name}: {why}")
-    _check(found, check=check)
+    _check(verdicts, check=check)
 
 
-def _check(found: Sequence[Verdict], *, check: bool) -> None:
-    lost = [verdict.claim for verdict in found if verdict.outcome == "not reproduced"]
+def _check(verdicts: Sequence[Verdict], *, check: bool) -> None:
+    lost = [verdict.claim for verdict in verdicts if verdict.outcome == "not reproduced"]
     if check and lost:
         raise NotReproduced(f"not reproduced: {', '.join(lost)}")

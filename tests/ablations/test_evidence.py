@@ -10,18 +10,24 @@ import pytest
 
 from fastbyol import config_io
 from fastbyol.ablations.claims import CLAIMS
-from fastbyol.ablations.evidence import EARLY, Evidence, group_of
+from fastbyol.ablations.evidence import EARLY, Evidence, Scale, group_of
+from fastbyol.ablations.suite import Record
 from fastbyol.engine import trainer
 from fastbyol.errors import UsageError
 from fastbyol.runs.folder import RunFolder
 from fastbyol.runs.layers import read_layers
 from fastbyol.runs.metrics import read_events, read_metrics
+from published import published
 from tiny import STEPS_PER_EPOCH, beton_files, tiny_config
 
 LARS = (
     "model.norm=gn", "model.groups=2", "model.projector.norm=none", "model.predictor.norm=none", "optim.name=lars",
     "probe.every_epochs=2",
 )  # fmt: skip
+
+
+def of_run(path: Path, *, arm: str, seed: int, scale: Scale = "mini") -> Evidence:
+    return Record.read(path, arm=arm, seed=seed, scale=scale).evidence
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +40,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_columns_are_means_over_the_epochs_steps(run: Path) -> None:
-    evidence = Evidence.of_run(run, arm="gn-lars-0.2", seed=3)
+    evidence = of_run(run, arm="gn-lars-0.2", seed=3)
     rows, _ = read_metrics(run)
     assert (evidence.arm, evidence.seed, evidence.steps_per_epoch, evidence.epochs, evidence.finished) == (
         "gn-lars-0.2", 3, STEPS_PER_EPOCH, 3, True,
@@ -46,26 +52,26 @@ def test_columns_are_means_over_the_epochs_steps(run: Path) -> None:
 
 def test_accuracy_is_nan_where_it_was_not_measured(run: Path) -> None:
     """Every second epoch, and the last."""
-    assert np.isfinite(Evidence.of_run(run, arm="a", seed=0).accuracy).tolist() == [False, True, True]
+    assert np.isfinite(of_run(run, arm="a", seed=0).accuracy).tolist() == [False, True, True]
 
 
 def test_the_untrained_weights_are_scored_before_the_first_step(run: Path, tmp_path: Path) -> None:
     """A random network's accuracy, which the run's own weights had: read from its event, unknown where an old run has none."""
-    evidence = Evidence.of_run(run, arm="a", seed=0)
+    evidence = of_run(run, arm="a", seed=0)
     (event,) = (row for row in read_events(run) if row["event"] == "untrained")
     assert (evidence.untrained_accuracy, evidence.num_scored) == (event["accuracy"], event["num_scored"])
     assert evidence.scored == event["num_scored"]
     old = shutil.copytree(run, tmp_path / "old")
     lines = (old / "metrics.jsonl").read_text().splitlines(keepends=True)
     (old / "metrics.jsonl").write_text("".join(line for line in lines if '"untrained"' not in line))
-    unknown = Evidence.of_run(old, arm="a", seed=0)
+    unknown = of_run(old, arm="a", seed=0)
     assert np.isnan(unknown.untrained_accuracy)
     assert (unknown.num_scored, unknown.scored) == (None, 1024)
-    assert Evidence.of_run(old, arm="a", seed=0, scale="full").scored == 3968
+    assert of_run(old, arm="a", seed=0, scale="full").scored == 3968
 
 
 def test_rates_are_means_over_the_kernels_of_a_group(run: Path) -> None:
-    evidence, layers = Evidence.of_run(run, arm="a", seed=0), read_layers(run)
+    evidence, layers = of_run(run, arm="a", seed=0), read_layers(run)
     assert list(evidence.rates) == [
         "encoder.conv1", "encoder.layer1", "encoder.layer2", "encoder.layer3", "encoder.layer4",
         "projector.linear1", "projector.linear2", "predictor.linear1", "predictor.linear2",
@@ -78,7 +84,7 @@ def test_rates_are_means_over_the_kernels_of_a_group(run: Path) -> None:
 
 
 def test_the_early_gradient_is_the_norm_over_all_parameters_of_the_first_layers(run: Path) -> None:
-    evidence, layers = Evidence.of_run(run, arm="a", seed=0), read_layers(run)
+    evidence, layers = of_run(run, arm="a", seed=0), read_layers(run)
     norms = layers.values[:, [group_of(name) in EARLY for name in layers.names], layers.metrics.index("grad_norm")]
     np.testing.assert_allclose(evidence.early_gradient_norm, np.linalg.norm(norms.astype(np.float64), axis=1), rtol=1e-12)
     assert evidence.early_gradient_by_epoch().shape == (3,)
@@ -86,7 +92,7 @@ def test_the_early_gradient_is_the_norm_over_all_parameters_of_the_first_layers(
 
 def test_no_rate_passes_the_ceiling(run: Path) -> None:
     """lr * eta / wd of the blog's LARS, with each epoch's lr along its cosine."""
-    evidence = Evidence.of_run(run, arm="a", seed=0)
+    evidence = of_run(run, arm="a", seed=0)
     assert evidence.rate_ceiling == pytest.approx(0.2 * 1e-3 / 1.5e-6)
     for group in evidence.rates:
         by_hand = evidence.rate_by_epoch(group) / (evidence.lr * 1e-3 / 1.5e-6)
@@ -99,13 +105,13 @@ def test_a_folder_without_a_finished_epoch_is_refused(tmp_path: Path) -> None:
     with RunFolder.create(tmp_path / "run", config) as folder:
         (folder.path / "metrics.jsonl").write_text("")
     with pytest.raises(UsageError, match="no epoch has ended"):
-        Evidence.of_run(tmp_path / "run", arm="a", seed=0)
+        of_run(tmp_path / "run", arm="a", seed=0)
     with pytest.raises(UsageError, match="no run here"):
-        Evidence.of_run(tmp_path, arm="a", seed=0)
+        of_run(tmp_path, arm="a", seed=0)
 
 
 def test_published_evidence_holds_the_curves_points_and_nan_between() -> None:
-    (evidence,) = Evidence.of_published(next(c for c in CLAIMS if c.id == "C8"))["gn-sgd-weight-decay"]
+    (evidence,) = published(next(c for c in CLAIMS if c.id == "C8"))["gn-sgd-weight-decay"]
     assert (len(evidence.epoch), evidence.epochs, evidence.scale) == (320, 320, "published")
     assert evidence.neg_cos[111] < 0.5 < evidence.neg_cos[110]
     assert np.isnan(evidence.pos_cos[:95]).all()
@@ -115,7 +121,7 @@ def test_published_evidence_holds_the_curves_points_and_nan_between() -> None:
 
 def test_the_published_table_has_all_its_rows() -> None:
     claim = next(c for c in CLAIMS if c.id == "M1")
-    found = Evidence.of_published(claim)
+    found = published(claim)
     assert list(found) == list(claim.arms)
     accuracies = [rows[0].last_accuracy for rows in found.values()]
     assert accuracies == [57.7, 55.3, 48, 28.3, 29.4, 28.8, 44.1]

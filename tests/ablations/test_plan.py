@@ -117,7 +117,7 @@ def test_status_is_read_from_the_run(tmp_path: Path) -> None:
     lay(stopped, 3)
     lay(done, done.config.train.epochs)
     assert [plan.status(run) for run in (new, stopped, done)] == ["new", "stopped", "done"]
-    assert plan.found(tmp_path) == (("gn-lars-0.2", 1, stopped.path), ("gn-lars-0.2", 2, done.path))
+    assert plan.run_folders(tmp_path) == (("gn-lars-0.2", 1, stopped.path), ("gn-lars-0.2", 2, done.path))
 
 
 def test_a_folder_holds_runs_on_the_same_images_alone(tmp_path: Path) -> None:
@@ -166,7 +166,7 @@ def test_a_copy_beside_a_run_is_not_another_seed(tmp_path: Path) -> None:
     (run,) = plan.make([arm("gn-lars-0.2")], "mini", tmp_path, seeds=1)
     lay(run, 1)
     shutil.copytree(run.path, run.path.with_name("seed00"))
-    assert [seed for _, seed, _ in plan.found(tmp_path)] == [0]
+    assert [seed for _, seed, _ in plan.run_folders(tmp_path)] == [0]
 
 
 def test_another_configuration_in_the_folder_is_refused(tmp_path: Path) -> None:

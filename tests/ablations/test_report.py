@@ -6,6 +6,8 @@ import dataclasses
 import json
 import re
 import shutil
+import subprocess
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -15,10 +17,11 @@ from scipy.stats import binomtest
 from typer.testing import CliRunner
 
 from fastbyol import api, config_io
-from fastbyol.ablations import ledger, report, report_figures, report_suite, report_tables, tally
+from fastbyol.ablations import ledger, report, report_figures, report_tables
 from fastbyol.ablations.claims import CLAIMS
 from fastbyol.ablations.curves import published
 from fastbyol.ablations.evidence import Evidence
+from fastbyol.ablations.suite import Record, Suite, account
 from fastbyol.ablations.verdict import judge
 from fastbyol.cli import ablate
 from fastbyol.errors import UsageError
@@ -110,7 +113,7 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def text(out: Path) -> str:
-    report.write_report(out, out / "report.html")
+    report.write_report(Suite.read(out), out / "report.html")
     return (out / "report.html").read_text("utf-8")
 
 
@@ -120,8 +123,8 @@ def page(text: str) -> Page:
 
 
 @pytest.fixture(scope="module")
-def suite(out: Path) -> report_suite.Suite:
-    return report_suite.read(out)
+def suite(out: Path) -> Suite:
+    return Suite.read(out)
 
 
 def test_every_figure_and_series_is_there(page: Page) -> None:
@@ -157,7 +160,9 @@ def test_verdicts_are_judges_own(page: Page, out: Path) -> None:
     """Judge the run folders anew: outcome, statements and their evidence stand in the page."""
     runs: dict[str, list[Evidence]] = {}
     for arm, seed in RUNS:
-        runs.setdefault(arm, []).append(Evidence.of_run(out / "runs" / arm / f"seed{seed}", arm=arm, seed=seed, scale="mini"))
+        runs.setdefault(arm, []).append(
+            Record.read(out / "runs" / arm / f"seed{seed}", arm=arm, seed=seed, scale="mini").evidence
+        )
     summaries = {row[0]: row[1:] for row in page.rows["Verdicts"] if row}
     for claim in CLAIMS:
         verdict = judge(claim, runs, "mini")
@@ -193,7 +198,7 @@ def test_bands_are_least_median_and_most_of_the_seeds() -> None:
     assert (list(epochs), rows.shape) == ([], (3, 0))  # it was not measured
 
 
-def test_axes_and_units_are_the_posts(suite: report_suite.Suite) -> None:
+def test_axes_and_units_are_the_posts(suite: Suite) -> None:
     panels = {panel.figure: panel for panel in report_figures.panels()}
     assert len(panels) == 14
     for name, panel in panels.items():
@@ -208,7 +213,7 @@ def test_axes_and_units_are_the_posts(suite: report_suite.Suite) -> None:
             assert axes.get_ylim()[0] == 0
 
 
-def test_published_and_own_curves_are_drawn_as_they_are(suite: report_suite.Suite) -> None:
+def test_published_and_own_curves_are_drawn_as_they_are(suite: Suite) -> None:
     panel = next(panel for panel in report_figures.panels() if panel.figure == "lars_timing_loss")
     ours, theirs = report_figures.draw_panel(panel, suite).axes
     for source, line, own in zip(panel.sources, theirs.lines, ours.lines, strict=True):
@@ -218,7 +223,7 @@ def test_published_and_own_curves_are_drawn_as_they_are(suite: report_suite.Suit
         assert np.array_equal(own.get_xydata(), np.column_stack((run.epoch, run.loss)))
 
 
-def test_the_map_of_rates_holds_the_recorded_ones(out: Path, suite: report_suite.Suite) -> None:
+def test_the_map_of_rates_holds_the_recorded_ones(out: Path, suite: Suite) -> None:
     names, edges, table = report_figures.rate_map(suite.runs["gn-lars-0.5"][0])
     layers = read_layers(out / "runs" / "gn-lars-0.5" / "seed0")
     assert tuple(edges) == (0, len(layers.steps))
@@ -227,7 +232,7 @@ def test_the_map_of_rates_holds_the_recorded_ones(out: Path, suite: report_suite
         assert np.allclose(row, recorded, rtol=1e-6)  # fewer steps than columns: one to one
 
 
-def test_every_run_ever_asked_for_is_accounted_for(page: Page, suite: report_suite.Suite) -> None:
+def test_every_run_ever_asked_for_is_accounted_for(page: Page, suite: Suite) -> None:
     account = suite.account
     assert {*account.done, *account.failed, *account.stopped, *account.left} == set(account.asked)
     assert len(account.asked) == len(account.done) + len(account.failed) + len(account.stopped) + len(account.left) == 8
@@ -249,24 +254,23 @@ def test_an_arm_that_is_no_more_is_named(tmp_path: Path) -> None:
     folder.mkdir(parents=True)
     (folder / "config.toml").write_text("")
     ledger = {"calls": [], "runs": {"gone/seed0": {"arm": "gone", "seed": 0, "status": "done"}}}
-    assert tally.account(tmp_path, ledger).odd == ("gone seed 0: there is no arm of this name, so it is not judged",)
+    assert account(tmp_path, ledger).odd == ("gone seed 0: there is no arm of this name, so it is not judged",)
 
 
 def test_a_damaged_run_is_named_and_the_others_are_judged(out: Path, tmp_path: Path) -> None:
     """Report, verdicts and list leave the run out. A damaged ledger is named too."""
     there = tmp_path / "out"
     shutil.copytree(out, there)
-    before, _ = tally.evidence_in(there, "mini")
+    before = Suite.read(there).runs
     arm, seed = next(iter(RUNS))
     run = there / "runs" / arm / f"seed{seed}"
     (run / "layers.npy").write_bytes((run / "layers.npy").read_bytes()[:100])
-    evidence, left_out = tally.evidence_in(there, "mini")
-    assert len(left_out) == 1
-    assert str(run) in left_out[0]
-    assert sum(map(len, evidence.values())) == sum(map(len, before.values())) - 1
-    assert report_suite.read(there).left_out == left_out
+    suite = Suite.read(there)
+    assert len(suite.left_out) == 1
+    assert str(run) in suite.left_out[0]
+    assert sum(map(len, suite.runs.values())) == sum(map(len, before.values())) - 1
     (run / "config.toml").write_text("nothing = [")
-    assert len(tally.evidence_in(there, "mini")[1]) == 1
+    assert len(Suite.read(there).left_out) == 1
     printed = CliRunner().invoke(ablate.app, ["report", "--out", str(there), "--json"])
     assert printed.exit_code == 0, printed.output
     assert printed.stderr.startswith(f"not judged: {run}")
@@ -291,7 +295,7 @@ def test_accuracies_have_their_intervals() -> None:
     assert set(report_tables.accuracies(made_up("arm", HEALTHY)).values()) == {None}
 
 
-def test_the_posts_table_stands_beside_ours(suite: report_suite.Suite) -> None:
+def test_the_posts_table_stands_beside_ours(suite: Suite) -> None:
     claim = next(claim for claim in CLAIMS if claim.id == "M1")
     arms = {"bn-sgd-mlp-bn": (57.0, 61.0, 60.0), "bn-sgd-contrastive": (40.0, 42.0), "bn-sgd-simsiam": (50.0,)}
     run = suite.runs["gn-lars-0.1"][0]
@@ -311,7 +315,7 @@ def test_the_posts_table_stands_beside_ours(suite: report_suite.Suite) -> None:
     assert rows["random"][:3] == [0, "28.8", "-"]
 
 
-def test_recoveries_are_drawn_over_steps(suite: report_suite.Suite) -> None:
+def test_recoveries_are_drawn_over_steps(suite: Suite) -> None:
     """Ours and the post's share an axis of steps. A setting left open is in its arm's panel."""
     arm = "gn-sgd-weight-decay"
     names = (arm, f"{arm}@wd1e-4", "gn-sgd-high-lr-layer1-layer2")
@@ -333,8 +337,8 @@ def test_recoveries_are_drawn_over_steps(suite: report_suite.Suite) -> None:
     assert first.get_xscale() == first.get_yscale() == "log"
 
 
-def test_pictures_and_verdicts_for_the_readme(out: Path, tmp_path: Path, suite: report_suite.Suite) -> None:
-    paths = report.write_pictures(out, tmp_path / "pictures")
+def test_pictures_and_verdicts_for_the_readme(out: Path, tmp_path: Path, suite: Suite) -> None:
+    paths = report.write_pictures(Suite.read(out), tmp_path / "pictures")
     assert [path.name for path in paths] == ["timing.png", "cosines.png", "verdicts.json"]
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths[:2])
     verdicts = json.loads(paths[2].read_text("utf-8"))
@@ -351,29 +355,49 @@ def test_pictures_and_verdicts_for_the_readme(out: Path, tmp_path: Path, suite: 
     assert (c5["seeds"], list(c5["unsettled"])) == ("2", ["lr0.2"])
 
 
+def test_a_report_with_pictures_reads_each_run_once_and_needs_no_torch(out: Path, tmp_path: Path) -> None:
+    code = """
+import collections, sys
+from fastbyol.cli import ablate
+from fastbyol.runs import layers, metrics
+opened = collections.Counter()
+# os.open alone: what wraps its descriptor is reported a second time, with a mode
+sys.addaudithook(lambda event, args: event == "open" and args[1] is None and opened.update([str(args[0])]))
+ablate.app(["report", "--out", sys.argv[1], "--png", sys.argv[2], "--html", sys.argv[2] + "/r.html"], standalone_mode=False)
+assert "torch" not in sys.modules
+reads = {name: count for name, count in opened.items() if name.endswith(("metrics.jsonl", "layers.npy"))}
+assert len(reads) == int(sys.argv[3]), reads
+assert set(reads.values()) == {1}, reads
+"""
+    (tmp_path / "png").mkdir()
+    command = [sys.executable, "-c", code, str(out), str(tmp_path / "png"), str(2 * len(RUNS))]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def test_long_runs_have_a_picture_of_their_recoveries(out: Path, tmp_path: Path) -> None:
     (tmp_path / "runs").symlink_to(out / "runs")
     (tmp_path / "ledger.json").write_text('{"scale": "long", "calls": [], "runs": {}}')
-    paths = report.write_pictures(tmp_path, tmp_path / "pictures")
+    paths = report.write_pictures(Suite.read(tmp_path), tmp_path / "pictures")
     assert [path.name for path in paths] == ["recoveries.png", "verdicts.json"]
     assert paths[0].read_bytes().startswith(b"\x89PNG")
 
 
 def test_equal_runs_make_equal_files(text: str, out: Path, tmp_path: Path) -> None:
-    report.write_report(out, tmp_path / "again.html")
+    report.write_report(Suite.read(out), tmp_path / "again.html")
     assert (tmp_path / "again.html").read_text("utf-8") == text
 
 
 def test_a_folder_without_runs_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no ablations here"):
-        report.write_report(tmp_path, tmp_path / "report.html")
+        report.write_report(Suite.read(tmp_path), tmp_path / "report.html")
     (tmp_path / "ledger.json").write_text('{"scale": "mini", "calls": [], "runs": {}}')
     with pytest.raises(UsageError, match="no run with a finished epoch"):
-        report.write_report(tmp_path, tmp_path / "report.html")
+        report.write_report(Suite.read(tmp_path), tmp_path / "report.html")
     assert not (tmp_path / "report.html").exists()
 
 
 def test_without_matplotlib_the_remedy_is_named(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UsageError, match=re.escape("pip install 'fastbyol[report]'")):
-        report.write_report(out, out / "other.html")
+        report.write_report(Suite.read(out), out / "other.html")

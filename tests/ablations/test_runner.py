@@ -17,8 +17,9 @@ import pytest
 from rich.console import Console
 
 import no_graph
-from fastbyol.ablations import ledger, plan, pool, runner, tally
+from fastbyol.ablations import ledger, plan, pool, runner
 from fastbyol.ablations.arms import arm
+from fastbyol.ablations.suite import Suite
 from fastbyol.runs import checkpoint
 from fastbyol.runs.metrics import last_step
 from small import SETS, contents
@@ -157,7 +158,7 @@ def test_one_failing_run_does_not_stop_the_others(tmp_path: Path) -> None:
     (blocked / "a file of somebody's").unlink()
     again, _ = execute(tmp_path, good)
     assert again.finished == ("gn-lars-0.2 seed 0",)
-    found = tally.account(tmp_path, ledger.read(tmp_path))
+    found = Suite.read(tmp_path).account
     assert (len(found.done), dict(found.failed)) == (3, {})
     (failure,) = found.odd
     assert failure.startswith("gn-lars-0.2 seed 0: failed before (")
@@ -194,7 +195,7 @@ def test_a_run_without_a_graph_goes_on_in_a_new_worker(tmp_path: Path, monkeypat
     starts, begin = tmp_path / "starts", subprocess.Popen
 
     def popen(command: list[str], **options: Any) -> subprocess.Popen[bytes]:
-        return begin([sys.executable, no_graph.__file__, "--worker", command[-1]], **options)
+        return begin([sys.executable, no_graph.__file__, "--worker", *command[-2:]], **options)
 
     monkeypatch.setattr(pool, "subprocess", SimpleNamespace(**{**vars(subprocess), "Popen": popen}))
     monkeypatch.setenv("NO_GRAPH_STARTS", str(starts))

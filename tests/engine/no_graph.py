@@ -1,7 +1,7 @@
 """A GPU whose graphs cannot be captured, simulated on a cpu, for a test or a program of its own.
 
     python no_graph.py train ...             the command line
-    python no_graph.py --worker PARENT_PID   a worker of the ablations
+    python no_graph.py --worker PARENT_PID DESCRIPTOR   a worker of the ablations
 
 Compiling is left out: it takes a minute on a cpu, and steps that are not compiled are the same steps. Every start of the
 program adds a line to the file that NO_GRAPH_STARTS names: its process number and its arguments.

@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 
 from fastbyol.ablations.claims import CLAIMS
-from fastbyol.ablations.course import Course, course, rate_peak
 from fastbyol.ablations.evidence import Evidence
+from fastbyol.ablations.phases import phases_of, rate_peak
 from made_up import COLLAPSED, COLLAPSED_LATE, COMES_AND_GOES, HEALTHY, RECOVERED, made_up
+from published import published
 
 
-def published(claim: str, arm: str | None = None) -> Evidence:
-    found = Evidence.of_published(next(c for c in CLAIMS if c.id == claim))
+def curves_of(claim: str, arm: str | None = None) -> Evidence:
+    found = published(next(c for c in CLAIMS if c.id == claim))
     return (found[arm] if arm else next(iter(found.values())))[0]
 
 
@@ -26,19 +27,19 @@ class TestPublished:
     """The epochs in ``numbers`` were read where a curve crosses .5; phases have hysteresis, so they may lag by two."""
 
     def test_weight_decay_leaves_at_111(self) -> None:
-        seen = course(published("C8"))
+        seen = phases_of(curves_of("C8"))
         assert (seen.signal, seen.collapse, seen.leaving, seen.separations, seen.relapses) == ("cosines", 2, 101, (111,), ())
 
     def test_weight_standardization_comes_and_goes(self) -> None:
-        seen = course(published("C9"))
+        seen = phases_of(curves_of("C9"))
         assert np.allclose(seen.separations, [19, 58, 77, 138], atol=1)
         assert np.allclose(seen.relapses, [52, 68, 109], atol=3)
 
     @pytest.mark.parametrize("claim", ["C8", "C9", "C10", "C11"])
     def test_losses_tell_the_same_collapse_and_end_as_cosines(self, claim: str) -> None:
         """Where a figure shows both. Slow slides (C8 leaves over ten epochs, C9 collapses over ten) differ by eight at most."""
-        run = published(claim)
-        by_cosines, by_loss = course(run), course(without(run, "neg_cos", "pos_cos"))
+        run = curves_of(claim)
+        by_cosines, by_loss = phases_of(run), phases_of(without(run, "neg_cos", "pos_cos"))
         assert (by_cosines.signal, by_loss.signal) == ("cosines", "loss")
         assert by_cosines.end == by_loss.end or claim in ("C8", "C9")
         assert by_loss.end != "collapsed" or claim == "C11"
@@ -51,7 +52,7 @@ class TestPublished:
 
     def test_accuracy_alone_tells_when_it_became_useful(self) -> None:
         """C2: "first epoch above 40" is 20."""
-        seen = course(published("C2"))
+        seen = phases_of(curves_of("C2"))
         assert (seen.signal, seen.collapse, seen.first("separated"), seen.end) == ("accuracy", 10, 20, "separated")
 
     @pytest.mark.parametrize(
@@ -69,7 +70,7 @@ class TestPublished:
         numbers = next(c for c in CLAIMS if c.id == claim).numbers
         key = arm.removeprefix("gn-lars-") if arm else group.removeprefix("encoder.").replace(".", "_")
         rate, epoch = numbers[f"rate_peak_{'lr' if arm else ''}{key}"]
-        peak = rate_peak(published(claim, arm), group)
+        peak = rate_peak(curves_of(claim, arm), group)
         assert peak is not None
         assert peak.rate == pytest.approx(rate, abs=0.5)
         # The reading of projector_linear1's flat top: 44 and 47 are equal to .1.
@@ -77,43 +78,37 @@ class TestPublished:
 
 
 class TestMadeUp:
-    def seen(self, shape: dict[int, float], **more: object) -> Course:
-        return course(made_up("arm", shape, **more))  # type: ignore[arg-type]
-
-    def test_healthy(self) -> None:
-        seen = self.seen(HEALTHY)
-        assert (seen.collapse, seen.leaving, seen.end, seen.relapses) == (None, None, "separated", ())
-        assert seen.phase[0] == "fresh"
-
-    def test_collapsed(self) -> None:
-        seen = self.seen(COLLAPSED)
-        assert (seen.collapse, seen.leaving, seen.end, seen.separations) == (1, None, "collapsed", ())
-
-    def test_recovered(self) -> None:
-        seen = self.seen(RECOVERED)
-        assert (seen.collapse, seen.leaving, seen.separations, seen.end) == (1, 8, (12,), "separated")
-
-    def test_collapsed_late(self) -> None:
-        seen = self.seen(COLLAPSED_LATE)
-        assert (seen.collapse, seen.relapses, seen.end) == (18, (16,), "collapsed")
+    @pytest.mark.parametrize(
+        ("shape", "expected"),  # collapse, leaving, separations, relapses, end
+        [
+            (HEALTHY, (None, None, (4,), (), "separated")),
+            (COLLAPSED, (1, None, (), (), "collapsed")),
+            (RECOVERED, (1, 8, (12,), (), "separated")),
+            (COLLAPSED_LATE, (18, None, (4,), (16,), "collapsed")),
+        ],
+    )
+    def test_events(self, shape: dict[int, float], expected: tuple[object, ...]) -> None:
+        phases = phases_of(made_up("arm", shape))
+        assert (phases.collapse, phases.leaving, phases.separations, phases.relapses, phases.end) == expected
+        assert phases.phase[0] == "fresh" or shape is not HEALTHY
 
     def test_comes_and_goes(self) -> None:
-        assert len(self.seen(COMES_AND_GOES).separations) == 3
-        assert len(self.seen(COMES_AND_GOES).relapses) == 2
+        phases = phases_of(made_up("arm", COMES_AND_GOES))
+        assert (len(phases.separations), len(phases.relapses)) == (3, 2)
 
     def test_a_dead_network_is_collapsed(self) -> None:
         """Zeros have cosine 0, which is no separation."""
         run = made_up("arm", dict.fromkeys((0, 23), 0.0))
         zeros = dataclasses.replace(run, pos_cos=np.zeros(24), std_z=np.zeros(24), dead_y=np.ones(24))
-        assert course(zeros).end == "collapsed"
+        assert phases_of(zeros).end == "collapsed"
 
     def test_onsets_are_told_in_epochs_and_steps(self) -> None:
-        assert self.seen(RECOVERED).onset(9) == "epoch 9 (step 320)"
+        assert phases_of(made_up("arm", RECOVERED)).onset(9) == "epoch 9 (step 320)"
 
     def test_nothing_measured_is_an_error(self) -> None:
         run = without(made_up("arm", HEALTHY, seed=4), "neg_cos", "loss")
         with pytest.raises(ValueError, match="arm, seed 4"):
-            course(run)
+            phases_of(run)
 
     def test_a_peak_is_measured_against_the_first_rate_that_is_not_zero(self) -> None:
         run = made_up("arm", HEALTHY, rates={"warm": {0: 0.0, 1: 1.0, 4: 3.0, 23: 0.0}, "still": {0: 0.0}})

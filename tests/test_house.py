@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import ast
+import io
 import os
 import re
 import shutil
 import subprocess
 import sys
+import tokenize
 from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -38,6 +40,31 @@ RANKS = (
 RANK = {name: rank for rank, names in enumerate(RANKS) for name in names}
 KERNELS_IMPORT = {"torch", "triton", "numba", "numpy", "fastbyol_kernels"}
 BANNED = {"utils.py", "helpers.py", "common.py", "misc.py"}
+
+# Names that say how a value came about instead of what it is, and words for which the field has
+# others (CONTRIBUTING's glossary).
+VAGUE_NAMES = re.compile(
+    r"given|known|found|said|told|held|doubt|doubts|settle|take|place|octets|halves|"
+    r"floats|course|story|Course|Story|Speaker|GivenRates|keep_statistics|processor"
+)
+# Keys of what is written as JSON, which users read.
+JSON_NAMES = {("verdict.py", "held"), ("doctor.py", "found")}
+BANNED_WORDS = re.compile(r"\b(processors?|[Mm]achine code|[Oo]ctets?|[Ww]hat of)\b")
+OLD_WORD = '"processor"'  # in configurations of early runs, which are still read
+# The verbs that docstrings of functions begin with, in the imperative: a new one is added here.
+VERBS = re.compile(
+    r"Add|Advance|Answer|Append|Apply|Ask|Become|Blur|Build|Change|Check|Choose|"
+    r"Claim|Close|Collect|Combine|Compare|Compile|Compute|Continue|Convert|Convolve|"
+    r"Copy|Count|Crop|Decode|Delete|Describe|Divert|Do|Draw|Drop|Embed|End|Exchange|"
+    r"Explain|Fall|Fill|Find|Fit|Flatten|Force|Format|Give|Go|Group|Hand|Handle|"
+    r"Hash|Have|Hold|Ignore|Import|Inspect|Interpolate|Invert|Jitter|Join|Judge|Kill|"
+    r"Launch|Lay|Leave|Let|List|Load|Look|Lower|Make|Map|Measure|Minimise|Move|"
+    r"Name|Normalise|Open|Overwrite|Pack|Parse|Plan|Predict|Prefetch|Print|Probe|"
+    r"Propagate|Prove|Put|Raise|Read|Record|Reflect|Release|Remove|Repeat|Replace|"
+    r"Report|Resize|Restore|Return|Round|Run|Say|Scale|Send|Serve|Set|Shade|Show|"
+    r"Solarize|Solve|Split|Standardize|Start|Stop|Store|Sum|Take|Tell|Time|Train|"
+    r"Translate|Transpose|Turn|Update|Verify|View|Warm|Write|Yield"
+)
 
 
 def modules() -> list[Path]:
@@ -224,3 +251,56 @@ def test_public_functions_have_docstrings() -> None:
             if public and not ast.get_docstring(node):
                 missing.append(f"{path.relative_to(ROOT)}:{node.lineno} {node.name}")
     assert not missing
+
+
+def test_docstrings_of_functions_begin_with_a_verb() -> None:
+    """In the imperative. A property reads as what it is, and a private function may speak as it likes."""
+    others = []
+    for path in modules():
+        for function in public_functions(ast.parse(path.read_text("utf-8"))):
+            first = re.match(r"[\w-]+", ast.get_docstring(function) or "")
+            if first and not VERBS.fullmatch(first[0]):
+                others.append(f"{path.relative_to(ROOT)}:{function.lineno} {function.name}: {first[0]}")
+    assert not others
+
+
+def public_functions(scope: ast.AST) -> Iterator[ast.FunctionDef]:
+    """Functions and methods whose names say that they are for others, properties left out."""
+    for node in ast.iter_child_nodes(scope):
+        if isinstance(node, ast.ClassDef):
+            yield from public_functions(node)
+        elif isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
+            decorators = [ast.unparse(decorator) for decorator in node.decorator_list]
+            if not any(name.endswith("property") for name in decorators):
+                yield node
+
+
+def test_names_say_what_a_thing_is() -> None:
+    vague = []
+    for path in modules():
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            name = next((getattr(node, field) for field in ("id", "attr", "arg", "name") if hasattr(node, field)), None)
+            if name and VAGUE_NAMES.fullmatch(name) and (path.name, name) not in JSON_NAMES:
+                vague.append(f"{path.relative_to(ROOT)}:{getattr(node, 'lineno', 0)} {name}")
+    assert not vague
+
+
+def prose(path: Path) -> Iterator[tuple[int, str]]:
+    """Lines of a page, or of a module's comments and strings, which docstrings and messages are."""
+    if path.suffix == ".md":
+        yield from enumerate(path.read_text("utf-8").splitlines(), 1)
+        return
+    for token in tokenize.generate_tokens(io.StringIO(path.read_text("utf-8")).readline):
+        if token.type in (tokenize.COMMENT, tokenize.STRING):
+            yield token.start[0], token.string
+
+
+def test_prose_uses_the_words_of_the_field() -> None:
+    pages = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), *(ROOT / "bench").glob("README.md")]
+    banned = [
+        f"{path.relative_to(ROOT)}:{line} {match[0]}"
+        for path in [*modules(), *pages]
+        for line, text in prose(path)
+        if (match := BANNED_WORDS.search(text)) and text != OLD_WORD
+    ]
+    assert not banned

@@ -37,7 +37,7 @@ class Curve:
 
 @cache
 def published() -> Mapping[tuple[str, str], Curve]:
-    """Every curve by (figure, series), in the order of the file."""
+    """Return every curve by (figure, series), in the order of the file."""
     points: dict[tuple[str, str], list[tuple[float, float]]] = {}
     for row in csv.DictReader((_DATA / "curves.csv").read_text("utf-8").splitlines()):
         points.setdefault((row["figure"], row["series"]), []).append((float(row["epoch"]), float(row["value"])))

@@ -54,7 +54,7 @@ class NotReproduced(FastbyolError):  # noqa: N818 - a verdict, and no fault
 
 @app.command("list")
 def list_(scale: Scale = "mini", out: Out = None, as_json: Json = False) -> None:
-    """Claims and arms, and how far their runs in DIR are."""
+    """List the claims and arms, and how far their runs in DIR are."""
     from fastbyol.ablations.arms import arms
     from fastbyol.ablations.claims import CLAIMS
 
@@ -85,7 +85,7 @@ def show(
     scale: Scale = "mini",
     as_json: Json = False,
 ) -> None:
-    """One claim: text, figure, published numbers, verdict rule, and its runs' settings. One arm: its whole configuration."""
+    """Show a claim (text, figure, published numbers, rules, settings) or an arm (its configuration)."""
     from fastbyol import config_io
     from fastbyol.ablations.arms import arm, load
     from fastbyol.ablations.claims import CLAIMS

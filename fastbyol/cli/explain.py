@@ -29,7 +29,7 @@ def explain(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """LARS's dialects in numbers (`explain lars`), or what differs between two configurations (`explain --diff A B`)."""
+    """Explain LARS's dialects in numbers (`lars`), or how two configurations differ (`--diff A B`)."""
     if diff is not None:
         _explain_diff(*diff, as_json=as_json)
         return

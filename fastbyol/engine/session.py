@@ -301,7 +301,7 @@ class Preparation:
         consistency.refuse_changed(self.folder.path, self.folder.config, made_with, str(where), paths=by_name)
 
     def _note_other_versions(self, before: Mapping[str, Any], now: Mapping[str, str | None]) -> dict[str, list[str | None]]:
-        """Return, and tell the observer, what of versions and device changed."""
+        """Return which versions changed, the device among them, and note it for the user."""
         changed = {key: [before[key], now[key]] for key in now if key in before and before[key] != now[key]}
         if changed:
             words = ", ".join(f"{key} was {old or 'absent'}, is {new or 'absent'}" for key, (old, new) in changed.items())

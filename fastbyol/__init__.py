@@ -55,7 +55,9 @@ _LAZY = {
 }
 
 
-def load_config(preset: str = "blog", sets: Sequence[str] = (), *, file: Path | None = None) -> Resolved:
+def load_config(
+    preset: str = "blog", sets: Sequence[str] = (), *, file: Path | None = None
+) -> Resolved:
     """Return a configuration of ``preset``, then a TOML ``file``, then ``key=value`` texts.
 
     Raises ``UsageError``.

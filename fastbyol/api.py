@@ -61,21 +61,27 @@ def train(
     whole = _with_source(resolve(config), observer)
     whole = inputs.with_paths(whole, whole)
     capture.choose(whole.engine, pick_device(whole.train.device))  # refuses what this machine lacks
-    whole = choose_precision(whole, observer.note) if observer is not None else choose_precision(whole)
+    whole = (
+        choose_precision(whole, observer.note) if observer is not None else choose_precision(whole)
+    )
     path = Path(out) if out is not None else default_run_path(whole)
     with RunFolder.create(path, whole, origin) as folder:
         return trainer.fit(folder, whole, observer)
 
 
 def _with_source(config: Resolved, observer: Observer | None) -> Resolved:
-    """Return ``config`` with ``train.init_from`` as a checkpoint's file: a run's newest one changes."""
+    """Return ``config`` with ``train.init_from`` as a checkpoint's file: a run's newest one
+    changes.
+    """
     if config.train.init_from is None:
         return config
     file, warnings = source_file(Path(config.train.init_from))
     if observer is not None:
         for warning in warnings:
             observer.note(warning)
-    return config.model_copy(update={"train": config.train.model_copy(update={"init_from": str(file)})})
+    return config.model_copy(
+        update={"train": config.train.model_copy(update={"init_from": str(file)})}
+    )
 
 
 @left_as_found()
@@ -109,7 +115,9 @@ def load_encoder(run_or_file: str | Path, *, weights: str = "trained") -> nn.Mod
     online network as the run's seed drew them. Raises UsageError for another word. If the newest
     checkpoint is damaged, the one before is loaded and a warning logged.
     """
-    with warnings.catch_warnings():  # the import adds a filter; it takes a second that training saves
+    with (
+        warnings.catch_warnings()
+    ):  # the import adds a filter; it takes a second that training saves
         from fastbyol.model.ordinary import ordinary
 
     config, encoder, _ = _load(Path(run_or_file), weights)
@@ -169,16 +177,23 @@ def evaluate(
     target = pick_device(device)
     config, encoder, step = _load(Path(run), weights)
     data, pinned = config.data, inputs.of_run(Path(run))
-    decoder = decoding.choose(data.decoder) if pinned is None else decoding.choose_again(pinned.decoder)
+    decoder = (
+        decoding.choose(data.decoder) if pinned is None else decoding.choose_again(pinned.decoder)
+    )
     test_file = Path(test_data) if test_data else embedded.held_out_file(data)
     if test_file is None:
         raise UsageError(f"{run}: the run has no test data: name a labelled beton with --test-data")
 
-    fields = {"image_field": image_field or data.image_field, "label_field": label_field or data.label_field}
+    fields = {
+        "image_field": image_field or data.image_field,
+        "label_field": label_field or data.label_field,
+    }
     if (fields["image_field"], fields["label_field"]) != (data.image_field, data.label_field):
         pinned = None  # it pins the content of the run's own fields
 
-    def read(name: str, file: Path, limit: int, *, named: bool, labels: loader.Labels) -> loader.Images:
+    def read(
+        name: str, file: Path, limit: int, *, named: bool, labels: loader.Labels
+    ) -> loader.Images:
         own = file if named else inputs.own_data(Path(run), pinned, name, file, **fields)
         size = data.size or config.views.size
         return loader.read_all(
@@ -195,6 +210,10 @@ def evaluate(
     train = None
     if protocol != "blog":  # which is fitted within the test set
         train_file = Path(train_data) if train_data else embedded.training_file(data)
-        train = read("train", train_file, data.limit, named=train_data is not None, labels="optional")
-    result = protocols.evaluate(protocol, encoder.to(target), test=test, train=train, views=config.views, device=target)
+        train = read(
+            "train", train_file, data.limit, named=train_data is not None, labels="optional"
+        )
+    result = protocols.evaluate(
+        protocol, encoder.to(target), test=test, train=train, views=config.views, device=target
+    )
     return {"run": str(run), "step": step, "weights": weights, "decoder": decoder, **result}

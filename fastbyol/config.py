@@ -52,37 +52,61 @@ class DataConfig(Model):
     """The images and how they reach the device."""
 
     train: Annotated[str, Option("--data", "FILE")] = Field(
-        "textures", min_length=1, description="Beton file to train on, or a built-in set: textures, fashion-mnist."
+        "textures",
+        min_length=1,
+        description="Beton file to train on, or a built-in set: textures, fashion-mnist.",
     )
     test: Annotated[str | None, Option("--test-data", "FILE")] = Field(
-        None, min_length=1, description="Labelled file for the probe. Default: the held-out part of a built-in set."
+        None,
+        min_length=1,
+        description="Labelled file for the probe. Default: the held-out part of a built-in set.",
     )
     image_field: Annotated[str | None, Option("--image-field", "NAME")] = Field(
-        None, min_length=1, description="Image field of both files. Default: the only one in a file."
+        None,
+        min_length=1,
+        description="Image field of both files. Default: the only one in a file.",
     )
     label_field: Annotated[str | None, Option("--label-field", "NAME")] = Field(
-        None, min_length=1, description="Int field of both files. Default: label, or the only one of a usual name."
+        None,
+        min_length=1,
+        description="Int field of both files. Default: label, or the only one of a usual name.",
     )
     limit: int = Field(
-        0, ge=0, le=2**40, description="Images to train on, drawn once and the same for every seed; 0: all of them."
+        0,
+        ge=0,
+        le=2**40,
+        description="Images to train on, drawn once and the same for every seed; 0: all of them.",
     )
     test_limit: int = Field(0, ge=0, le=2**40, description="Images to probe on; 0: all of them.")
-    textures_count: int = Field(4096, ge=64, le=10_000_000, description="Number of textures to train on.")
-    textures_test_count: int = Field(2048, ge=64, le=10_000_000, description="Number of textures to test on.")
-    textures_size: int | None = Field(None, ge=16, le=1024, description="Side of the textures in pixels. Default: views.size.")
+    textures_count: int = Field(
+        4096, ge=64, le=10_000_000, description="Number of textures to train on."
+    )
+    textures_test_count: int = Field(
+        2048, ge=64, le=10_000_000, description="Number of textures to test on."
+    )
+    textures_size: int | None = Field(
+        None, ge=16, le=1024, description="Side of the textures in pixels. Default: views.size."
+    )
     textures_seed: int = Field(
-        0, ge=0, lt=2**31, description="Seed of the textures to train on. Those to test on use the next one."
+        0,
+        ge=0,
+        lt=2**31,
+        description="Seed of the textures to train on. Those to test on use the next one.",
     )
     cache: Literal["auto", "device", "none"] = Field(
         "auto", description="Keep the decoded images on the device: if they fit, always, or never."
     )
     decoder: Literal["auto", "ffcv", "torchvision"] = Field(
         "auto",
-        description="auto: FFCV where it is installed. The two decode JPEG to pixels that differ by up to 6 levels.",
+        description="auto: FFCV where it is installed. The two decode JPEG to pixels that differ "
+        "by up to 6 levels.",
     )
     workers: int = Field(0, ge=0, le=1024, description="Decoding threads; 0: one per core.")
     size: int | None = Field(
-        None, ge=8, le=4096, description="Side in pixels to decode images of mixed sizes to. Default: views.size."
+        None,
+        ge=8,
+        le=4096,
+        description="Side in pixels to decode images of mixed sizes to. Default: views.size.",
     )
 
 
@@ -92,10 +116,16 @@ class ViewsConfig(Model):
     Defaults: the post's Appendix B (code: MoCoTransforms with s = 0.5).
     """
 
-    size: Annotated[int, Option("--res")] = Field(96, ge=8, le=1024, description="Side of a view in pixels.")
+    size: Annotated[int, Option("--res")] = Field(
+        96, ge=8, le=1024, description="Side of a view in pixels."
+    )
     scale: Range = Field((0.2, 1.0), description="Fraction of the image's area that a crop covers.")
-    ratio: Range = Field((3.0 / 4.0, 4.0 / 3.0), description="Aspect ratio of a crop (torchvision's default).")
-    strength: float = Field(0.5, ge=0.0, le=1.0, description="SimCLR's s: scales the four jitter amplitudes below.")
+    ratio: Range = Field(
+        (3.0 / 4.0, 4.0 / 3.0), description="Aspect ratio of a crop (torchvision's default)."
+    )
+    strength: float = Field(
+        0.5, ge=0.0, le=1.0, description="SimCLR's s: scales the four jitter amplitudes below."
+    )
     brightness: float = Field(0.8, ge=0.0, le=10.0)
     contrast: float = Field(0.8, ge=0.0, le=10.0)
     saturation: float = Field(0.8, ge=0.0, le=10.0)
@@ -103,13 +133,22 @@ class ViewsConfig(Model):
     jitter_p: Probability = 0.8
     grayscale_p: Probability = 0.2
     flip_p: Probability = 0.5
-    blur: Literal["gaussian", "pil"] = Field("gaussian", description="A sampled Gaussian, or Pillow's three box blurs.")
+    blur: Literal["gaussian", "pil"] = Field(
+        "gaussian", description="A sampled Gaussian, or Pillow's three box blurs."
+    )
     blur_kernel: int = Field(
-        9, ge=1, le=63, description="Taps of the sampled Gaussian, an odd number (SimCLR: a tenth of the side)."
+        9,
+        ge=1,
+        le=63,
+        description="Taps of the sampled Gaussian, an odd number (SimCLR: a tenth of the side).",
     )
     blur_sigma: Range = Field((0.1, 2.0), description="Standard deviation in pixels.")
-    blur_p: tuple[Probability, Probability] = Field((0.5, 0.5), description="Probability for each view.")
-    solarize_p: tuple[Probability, Probability] = Field((0.0, 0.0), description="Probability for each view (byol: 0 and 0.2).")
+    blur_p: tuple[Probability, Probability] = Field(
+        (0.5, 0.5), description="Probability for each view."
+    )
+    solarize_p: tuple[Probability, Probability] = Field(
+        (0.0, 0.0), description="Probability for each view (byol: 0 and 0.2)."
+    )
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
 
@@ -118,14 +157,18 @@ class ViewsConfig(Model):
         for name in ("scale", "ratio", "blur_sigma"):
             low, high = getattr(self, name)
             if not 0.0 < low <= high:
-                raise ValueError(f"views.{name} must be two positive numbers, the smaller first, got {low} and {high}")
+                raise ValueError(
+                    f"views.{name} must be two positive numbers, the smaller first, got {low} and "
+                    f"{high}"
+                )
         if self.scale[1] > 1.0:
             raise ValueError(f"views.scale must not exceed 1, got {self.scale[1]}")
         if self.blur_kernel % 2 == 0:
             raise ValueError(f"views.blur_kernel must be odd, got {self.blur_kernel}")
         if self.blur == "gaussian" and self.blur_kernel // 2 >= self.size:
             raise ValueError(
-                f"views.blur_kernel must not reach past the image: {self.blur_kernel} taps over views.size of {self.size} px"
+                f"views.blur_kernel must not reach past the image: {self.blur_kernel} taps over "
+                f"views.size of {self.size} px"
             )
         if min(self.std) <= 0.0:
             raise ValueError(f"views.std must be positive, got {self.std}")
@@ -138,9 +181,9 @@ class HeadConfig(Model):
     Weight standardization leaves out the last linear layer.
     """
 
-    norm: Annotated[HeadNormName, Option("--mlp-norm", about="Norm of both MLPs."), Option("--{head}-norm")] = Field(
-        "bn", description="Norm of this MLP alone."
-    )
+    norm: Annotated[
+        HeadNormName, Option("--mlp-norm", about="Norm of both MLPs."), Option("--{head}-norm")
+    ] = Field("bn", description="Norm of this MLP alone.")
     hidden: int = Field(512, ge=1, le=65536)
     out: int = Field(128, ge=1, le=65536)
     ws: Annotated[bool, Option("--mlp-ws/--no-mlp-ws")] = Field(
@@ -160,10 +203,20 @@ class ModelConfig(Model):
     """ResNet-18 encoder, projector and predictor. Defaults: the post's sizes."""
 
     norm: Annotated[NormName, Option("--norm")] = Field("bn", description="Norm of the encoder.")
-    ws: Annotated[bool, Option("--ws/--no-ws")] = Field(False, description="Standardize the encoder's convolution weights.")
-    groups: int = Field(32, ge=1, le=4096, description="Groups of group norm; fewer where a group would have under 2 channels.")
+    ws: Annotated[bool, Option("--ws/--no-ws")] = Field(
+        False, description="Standardize the encoder's convolution weights."
+    )
+    groups: int = Field(
+        32,
+        ge=1,
+        le=4096,
+        description="Groups of group norm; fewer where a group would have under 2 channels.",
+    )
     width: Annotated[int, Option("--width")] = Field(
-        64, ge=2, le=1024, description="Channels of the first stage. The embedding has 8 times as many."
+        64,
+        ge=2,
+        le=1024,
+        description="Channels of the first stage. The embedding has 8 times as many.",
     )
     stem: Annotated[Literal["torchvision", "small"], Option("--stem")] = Field(
         "torchvision", description="7x7 with stride 2 and max pooling, or 3x3 with stride 1."
@@ -177,7 +230,8 @@ class MethodConfig(Model):
 
     name: Annotated[Literal["byol", "contrastive", "simsiam"], Option("--method")] = Field(
         "byol",
-        description="Predict a moving average's projections, tell them from negatives, or predict the network's own.",
+        description="Predict a moving average's projections, tell them from negatives, or predict "
+        "the network's own.",
     )
     temperature: Annotated[float, Option("--temperature")] = Field(
         0.2, gt=0.0, le=1000.0, description="Contrastive loss: divides the cosines."
@@ -186,7 +240,8 @@ class MethodConfig(Model):
         65536,
         ge=0,
         le=10_000_000,
-        description="Contrastive loss: past target projections kept as negatives; 0: the rest of the batch.",
+        description="Contrastive loss: past target projections kept as negatives; 0: the rest of "
+        "the batch.",
     )
 
 
@@ -198,7 +253,10 @@ class OptimConfig(Model):
 
     name: Annotated[Literal["sgd", "lars"], Option("--opt")] = "sgd"
     lr: Annotated[float | None, Option("--lr")] = Field(
-        None, ge=0.0, le=1000.0, description="Learning rate. Default: the preset's for the optimizer."
+        None,
+        ge=0.0,
+        le=1000.0,
+        description="Learning rate. Default: the preset's for the optimizer.",
     )
     weight_decay: Annotated[float | None, Option("--wd")] = Field(
         None, ge=0.0, le=10.0, description="Weight decay. Default: the preset's for the optimizer."
@@ -207,17 +265,24 @@ class OptimConfig(Model):
     sgd_weight_decay: float = Field(1e-4, ge=0.0, le=10.0, description="code: MoCoMethodParams")
     lars_lr: float = Field(0.2, ge=0.0, le=1000.0, description="post, appendix; byol section 3.3")
     lars_weight_decay: float = Field(1.5e-6, ge=0.0, le=10.0, description="byol section 3.3")
-    lr_scaling: Literal["none", "linear"] = Field("none", description="linear: lr x batch_size / 256.")
+    lr_scaling: Literal["none", "linear"] = Field(
+        "none", description="linear: lr x batch_size / 256."
+    )
     momentum: float = Field(0.9, ge=0.0, lt=1.0)
     eta: float = Field(1e-3, gt=0.0, le=1.0, description="LARS trust coefficient.")
     dialect: Annotated[Literal["blog", "deepmind", "bolts"], Option("--lars-dialect")] = "blog"
     lars_on: Annotated[tuple[str, ...], Option("--lars-on", "PATTERN")] = Field(
-        ("*",), description="Parameters that adapt: module prefixes or globs, repeatable; '*' is all."
+        ("*",),
+        description="Parameters that adapt: module prefixes or globs, repeatable; '*' is all.",
     )
     lars_exclude: Exclusion = Field("none", description="Parameters among those that do not adapt.")
     decay_exclude: Exclusion = Field("none", description="Parameters without weight decay.")
-    lr_mult: Annotated[tuple[tuple[str, float], ...], Option("--lr-mult", "PATTERN=FACTOR")] = Field(
-        (), description="Rate factor of the parameters that match, repeatable. Factors of all matches multiply."
+    lr_mult: Annotated[tuple[tuple[str, float], ...], Option("--lr-mult", "PATTERN=FACTOR")] = (
+        Field(
+            (),
+            description="Rate factor of the parameters that match, repeatable. Factors of all "
+            "matches multiply.",
+        )
     )
     rate_cap: Annotated[float | None, Option("--rate-cap")] = Field(
         None, gt=0.0, le=1e9, description="LARS: highest rate of any parameter. Default: no cap."
@@ -229,10 +294,15 @@ class OptimConfig(Model):
     @model_validator(mode="after")
     def _patterns(self) -> OptimConfig:
         if not all(self.lars_on):
-            raise ValueError("optim.lars_on must not hold an empty pattern; '*' is all parameters, [] is none")
+            raise ValueError(
+                "optim.lars_on must not hold an empty pattern; '*' is all parameters, [] is none"
+            )
         for pattern, factor in self.lr_mult:
             if not pattern or factor < 0.0:
-                raise ValueError(f"optim.lr_mult must pair a pattern with a factor of 0 or more, got {pattern!r} and {factor}")
+                raise ValueError(
+                    "optim.lr_mult must pair a pattern with a factor of 0 or more, got "
+                    f"{pattern!r} and {factor}"
+                )
         return self
 
 
@@ -240,11 +310,19 @@ class ScheduleConfig(Model):
     """Learning rate and tau over a run."""
 
     lr: Literal["cosine", "constant"] = "cosine"
-    lr_unit: Literal["step", "epoch"] = Field("epoch", description="How often the learning rate changes.")
+    lr_unit: Literal["step", "epoch"] = Field(
+        "epoch", description="How often the learning rate changes."
+    )
     warmup_epochs: float = Field(0.0, ge=0.0, le=10_000.0, description="Linear, per step.")
-    horizon_epochs: int | None = Field(None, ge=1, le=1_000_000, description="Length of the cosines. Default: train.epochs.")
-    tau: float = Field(0.996, ge=0.0, le=1.0, description="EMA momentum at step 0 (byol section 3.3; code).")
-    tau_schedule: Literal["cosine", "constant"] = Field("cosine", description="cosine: rises to 1 at the horizon.")
+    horizon_epochs: int | None = Field(
+        None, ge=1, le=1_000_000, description="Length of the cosines. Default: train.epochs."
+    )
+    tau: float = Field(
+        0.996, ge=0.0, le=1.0, description="EMA momentum at step 0 (byol section 3.3; code)."
+    )
+    tau_schedule: Literal["cosine", "constant"] = Field(
+        "cosine", description="cosine: rises to 1 at the horizon."
+    )
     tau_unit: Literal["step", "epoch"] = "epoch"
     ema_order: Literal["before", "after"] = Field(
         "before", description="Update the target before or after the optimizer's step."
@@ -259,22 +337,34 @@ class TrainConfig(Model):
         256, ge=2, le=65536, description="Images per step, each seen as two views."
     )
     seed: Annotated[int, Option("--seed")] = Field(0, ge=0, lt=2**63)
-    precision: Annotated[Literal["fp32", "bf16", "fp64", "auto"], Option("--precision", "fp32|bf16|auto")] = Field(
+    precision: Annotated[
+        Literal["fp32", "bf16", "fp64", "auto"], Option("--precision", "fp32|bf16|auto")
+    ] = Field(
         "fp32",
-        description="auto: bf16 where the device multiplies it natively and the gradients agree. fp64 is for tests.",
+        description="auto: bf16 where the device multiplies it natively and the gradients agree. "
+        "fp64 is for tests.",
     )
-    device: Annotated[str, Option("--device", "auto|cpu|cuda[:N]")] = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
+    device: Annotated[str, Option("--device", "auto|cpu|cuda[:N]")] = Field(
+        "auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$"
+    )
     init_from: Annotated[str | None, Option("--init-from", "RUN")] = Field(
         None,
         min_length=1,
-        description="Run folder or checkpoint whose weights to start from, without its momentum and step.",
+        description="Run folder or checkpoint whose weights to start from, without its momentum "
+        "and step.",
     )
-    loss_scale: float = Field(1.0, gt=0.0, le=1e6, description="Factor on the loss (code: loss_constant_factor).")
+    loss_scale: float = Field(
+        1.0, gt=0.0, le=1e6, description="Factor on the loss (code: loss_constant_factor)."
+    )
     max_skipped_steps: int = Field(
-        10, ge=0, le=1_000_000, description="Steps in a row with a non-finite gradient to skip; one more ends the run."
+        10,
+        ge=0,
+        le=1_000_000,
+        description="Steps in a row with a non-finite gradient to skip; one more ends the run.",
     )
     stop_on_collapse: Annotated[bool, Option("--stop-on-collapse")] = Field(
-        False, description="End with exit code 3 once the state is 'collapsed' at the end of an epoch."
+        False,
+        description="End with exit code 3 once the state is 'collapsed' at the end of an epoch.",
     )
 
 
@@ -283,10 +373,13 @@ class EngineConfig(Model):
 
     mode: Annotated[Literal["auto", "eager", "compile", "graph"], Option("--engine")] = Field(
         "auto",
-        description="Eager, torch.compile, or one CUDA graph over compiled regions. auto: the fastest as measured.",
+        description="Eager, torch.compile, or one CUDA graph over compiled regions. auto: the "
+        "fastest as measured.",
     )
     kernels: Literal["auto", "triton", "cpu", "reference"] = Field(
-        "auto", description="Fused operations in Triton, compiled for a cpu, or in plain torch. auto: what fits."
+        "auto",
+        description="Fused operations in Triton, compiled for a cpu, or in plain torch. auto: "
+        "what fits.",
     )
 
     @field_validator("kernels", mode="before")
@@ -306,11 +399,18 @@ class ProbeConfig(Model):
 class RunConfig(Model):
     """The files that a run writes."""
 
-    checkpoint_every_steps: int = Field(0, ge=0, le=1_000_000_000, description="0: at the end of every epoch.")
+    checkpoint_every_steps: int = Field(
+        0, ge=0, le=1_000_000_000, description="0: at the end of every epoch."
+    )
     keep_checkpoints: int = Field(3, ge=1, le=1_000_000)
-    layers_every_steps: int = Field(1, ge=1, le=1_000_000, description="Steps between two records of every layer.")
+    layers_every_steps: int = Field(
+        1, ge=1, le=1_000_000, description="Steps between two records of every layer."
+    )
     drain_every_steps: int = Field(
-        16, ge=1, le=65536, description="Steps whose metrics stay on the device before they are written."
+        16,
+        ge=1,
+        le=65536,
+        description="Steps whose metrics stay on the device before they are written.",
     )
 
 

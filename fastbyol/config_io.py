@@ -1,4 +1,5 @@
-"""Configurations from presets, TOML files, ``--set`` and flags, with the origin of every value; and back to TOML.
+"""Configurations from presets, TOML files, ``--set`` and flags, with the origin of every value; and
+back to TOML.
 
 Precedence, weakest first: the defaults of config.py, the preset, the file, ``--set``, flags. Every
 mistake is a ``UsageError`` of one line: the key, where its value comes from, what is allowed.
@@ -64,7 +65,8 @@ def load(
     """Build a resolved configuration.
 
     Args:
-        preset: the value of ``--preset``. Without it the file's ``preset`` key counts, then ``default``.
+        preset: the value of ``--preset``. Without it the file's ``preset`` key counts, then
+            ``default``.
         file: a TOML file (``--config``), any part of a configuration.
         sets: ``key=value`` texts. A value is read as TOML, else as a bare word. ``a,b`` is a list,
             and ``none`` clears a key that may be absent.
@@ -120,7 +122,9 @@ def dump(config: Config, origin: Mapping[str, str] | None = None) -> str:
         section, _, leaf = key.rpartition(".")
         if value is not None:
             _refuse_unwritable(key, Setting(value, (origin or {}).get(key, "configuration")))
-            sections.setdefault(section, []).append(f"{leaf} = {toml_value(value)}{_comment(key, origin)}")
+            sections.setdefault(section, []).append(
+                f"{leaf} = {toml_value(value)}{_comment(key, origin)}"
+            )
     blocks = ["\n".join([f"[{name}]"] * bool(name) + lines) for name, lines in sections.items()]
     return "\n\n".join(blocks) + "\n"
 
@@ -143,7 +147,10 @@ def flatten(config: Config) -> dict[str, object]:
 
 
 def flatten_table(table: Mapping[str, object], prefix: str = "") -> dict[str, object]:
-    """Return the values of a TOML document by dotted key. A table that is no section stays a value."""
+    """Return the values of a TOML document by dotted key.
+
+    A table that is no section stays a value.
+    """
     flat: dict[str, object] = {}
     for name, value in table.items():
         key = prefix + name
@@ -160,7 +167,10 @@ def presets() -> tuple[str, ...]:
 
 
 def preset_text(name: str, origin: str = "preset") -> str:
-    """Return the text of a preset's file, comments included. Raises UsageError for an unknown name."""
+    """Return the text of a preset's file, comments included.
+
+    Raises UsageError for an unknown name.
+    """
     if name not in presets():
         raise UsageError(f"{origin} {show(name)}: no such preset; there are {', '.join(presets())}")
     return (config_folder() / f"{name}.toml").read_text("utf-8")
@@ -230,7 +240,9 @@ def config_folder() -> Path:
 
 def _from_preset(chosen: Setting) -> dict[str, Setting]:
     name = str(chosen.value)
-    settings = _from_text(preset_text(name, origin=chosen.origin.replace("default", "preset")), f"preset {name}")
+    settings = _from_text(
+        preset_text(name, origin=chosen.origin.replace("default", "preset")), f"preset {name}"
+    )
     return {key: Setting(setting.value, f"preset {name}") for key, setting in settings.items()}
 
 
@@ -255,7 +267,9 @@ def _from_file(path: Path) -> dict[str, Setting]:
 def _from_text(text: str, name: str) -> dict[str, Setting]:
     try:
         table = tomllib.loads(text)
-    except ValueError as error:  # TOMLDecodeError, or a plain ValueError for a number of over 4,300 digits
+    except (
+        ValueError
+    ) as error:  # TOMLDecodeError, or a plain ValueError for a number of over 4,300 digits
         raise UsageError(_syntax_error(str(error), name)) from None
     lines = _line_numbers(text)
     settings = {}
@@ -318,14 +332,19 @@ def _line_numbers(text: str) -> dict[str, int]:
             section = re.sub(r"[\s\"']", "", header[1])
             lines.setdefault(section, number)
         elif pair := re.match(r"\s*([\w.\"' -]+?)\s*=", line):
-            lines.setdefault(".".join(filter(None, (section, re.sub(r"[\s\"']", "", pair[1])))), number)
+            lines.setdefault(
+                ".".join(filter(None, (section, re.sub(r"[\s\"']", "", pair[1])))), number
+            )
     return lines
 
 
 def _syntax_error(message: str, name: str) -> str:
     what, _, where = " ".join(message.split()).partition(" (at ")
     at = re.match(r"line (\d+), column (\d+)", where)
-    return f"{name}{f':{at[1]}:{at[2]}' if at else ''}: not valid TOML: {printable(what[:1].lower() + what[1:])}"
+    return (
+        f"{name}{f':{at[1]}:{at[2]}' if at else ''}: not valid TOML: "
+        f"{printable(what[:1].lower() + what[1:])}"
+    )
 
 
 # Values.
@@ -342,10 +361,16 @@ def _cleared(key: str, value: object) -> object:
 
 
 def _read(field: FieldInfo, text: str) -> object:
-    """Return the value of a typed ``text``: bare words for text fields, commas for lists, else TOML."""
+    """Return the value of a typed ``text``: bare words for text fields, commas for lists, else
+    TOML.
+    """
     kinds = alternatives(field)
     if any(typing.get_origin(kind) is tuple for kind in kinds) and not text.startswith("["):
-        return [_toml(part.strip()) if part.strip()[:1] in "\"'" else part.strip() for part in text.split(",") if part.strip()]
+        return [
+            _toml(part.strip()) if part.strip()[:1] in "\"'" else part.strip()
+            for part in text.split(",")
+            if part.strip()
+        ]
     is_text = any(kind is str or str in map(type, typing.get_args(kind)) for kind in kinds)
     return text if is_text and text[:1] not in ('"', "'") else _toml(text)
 
@@ -362,7 +387,9 @@ def _validated(model: type[_Configuration], settings: Mapping[str, Setting]) -> 
     nested: dict[str, Any] = {}
     for key, setting in settings.items():
         if isinstance(setting.value, bool) and bool not in alternatives(keys()[key]):
-            raise UsageError(f"{key} = {show(setting.value)} ({setting.origin}): should not be true or false")
+            raise UsageError(
+                f"{key} = {show(setting.value)} ({setting.origin}): should not be true or false"
+            )
         _refuse_unwritable(key, setting)
         table = nested
         *sections, leaf = key.split(".")
@@ -380,7 +407,8 @@ def _refuse_unwritable(key: str, setting: Setting) -> None:
         toml_value(setting.value).encode()
     except UnicodeEncodeError:
         raise UsageError(
-            f"{key} = {show(setting.value)} ({setting.origin}): its name is not UTF-8, which config.toml cannot hold: "
+            f"{key} = {show(setting.value)} ({setting.origin}): its name is not UTF-8, which "
+            "config.toml cannot hold: "
             "rename it, or name a link to it"
         ) from None
 
@@ -396,7 +424,10 @@ def _explain(error: ValidationError, settings: Mapping[str, Setting]) -> str:
     if not key:  # a validator over several fields: its message names them
         named = [name for name in settings if re.search(rf"{re.escape(name)}\b", message)]
         return message + "".join(f" ({name}: {settings[name].origin})" for name in named)
-    return f"{key} = {show(settings[key].value)} ({settings[key].origin}): {message[:1].lower()}{message[1:]}"
+    return (
+        f"{key} = {show(settings[key].value)} ({settings[key].origin}): "
+        f"{message[:1].lower()}{message[1:]}"
+    )
 
 
 def _resolved(settings: Mapping[str, Setting]) -> Loaded:
@@ -431,14 +462,17 @@ def _check(config: Config, origin: Mapping[str, str]) -> None:
     for key, count in limits.items():
         if batch > count:
             raise UsageError(
-                f"train.batch_size = {batch} ({origin['train.batch_size']}): more than the {count} images to train on "
+                f"train.batch_size = {batch} ({origin['train.batch_size']}): more than the "
+                f"{count} images to train on "
                 f"({key}: {origin[key]}), so an epoch would hold no step"
             )
     method = config.method
     if method.name == "contrastive" and 0 < method.queue < batch:
         raise UsageError(
-            f"method.queue = {method.queue} ({origin['method.queue']}): holds fewer keys than the {batch} of a batch "
-            f"(train.batch_size: {origin['train.batch_size']}): take {batch} or more, or 0 for the batch's own"
+            f"method.queue = {method.queue} ({origin['method.queue']}): holds fewer keys than the "
+            f"{batch} of a batch "
+            f"(train.batch_size: {origin['train.batch_size']}): take {batch} or more, or 0 for "
+            "the batch's own"
         )
 
 
@@ -446,8 +480,16 @@ def _notes(loaded: Loaded) -> Iterator[str]:
     config, origin = loaded.config, loaded.origin
     epochs, schedule = config.train.epochs, config.schedule
     if schedule.warmup_epochs > epochs:
-        yield f"the warm-up of {schedule.warmup_epochs:g} epochs outlasts the run's {epochs}: the lr never reaches optim.lr"
+        yield (
+            f"the warm-up of {schedule.warmup_epochs:g} epochs outlasts the run's {epochs}: the "
+            "lr never reaches optim.lr"
+        )
     if schedule.horizon_epochs is not None and epochs > schedule.horizon_epochs:
-        yield f"the run's {epochs} epochs outlast the schedules' horizon of {schedule.horizon_epochs}"
+        yield (
+            f"the run's {epochs} epochs outlast the schedules' horizon of {schedule.horizon_epochs}"
+        )
     if origin["optim.name"].startswith("--") and ".toml" in origin["optim.lr"]:
-        yield f"optim.lr = {config.optim.lr:g} comes from {origin['optim.lr']}, the optimizer from {origin['optim.name']}"
+        yield (
+            f"optim.lr = {config.optim.lr:g} comes from {origin['optim.lr']}, the optimizer "
+            f"from {origin['optim.name']}"
+        )

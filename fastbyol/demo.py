@@ -1,4 +1,7 @@
-"""The demonstration, minutes on two cores: BYOL learns from images, a network collapses, another recovers."""
+"""The demonstration, minutes on two cores:
+
+BYOL learns from images, a network collapses, another recovers.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +37,8 @@ PAIR = ("gn-lars-0.1", "gn-lars-0.2")
 
 
 def run(out: Path, *, seed: int = 0, console: Console) -> dict[str, Any]:
-    """Train or continue the demo preset, compare encoders under one probe, and train the two runs of ``PAIR``.
+    """Train or continue the demo preset, compare encoders under one probe, and train the two runs
+    of ``PAIR``.
 
     The images are Fashion-MNIST if it is on this machine or can be downloaded, else textures. The
     runs and their pictures are written into ``out``; earlier ones stay. Returns the accuracies in
@@ -42,7 +46,9 @@ def run(out: Path, *, seed: int = 0, console: Console) -> dict[str, Any]:
     """
     began = time.perf_counter()
     _make_folder(out)
-    config = config_io.load(preset="demo", sets=[f"train.seed={seed}", f"data.train={_images(console)}"]).config
+    config = config_io.load(
+        preset="demo", sets=[f"train.seed={seed}", f"data.train={_images(console)}"]
+    ).config
     path = _train(out, config, console)
     _print_command(console, f"fastbyol eval {path} --weights random")
     random = api.evaluate(path, config.probe.protocol, weights="random")
@@ -59,8 +65,12 @@ def run(out: Path, *, seed: int = 0, console: Console) -> dict[str, Any]:
         "pictures": [],
     }
     if figures.available():
-        result["pictures"] = [str(picture) for picture in run_report.write(path, png=out / "pictures")]
-        result["pictures"].append(str(_draw_pair({name: Path(row["run"]) for name, row in result["pair"].items()}, out)))
+        result["pictures"] = [
+            str(picture) for picture in run_report.write(path, png=out / "pictures")
+        ]
+        result["pictures"].append(
+            str(_draw_pair({name: Path(row["run"]) for name, row in result["pair"].items()}, out))
+        )
     result["seconds"] = time.perf_counter() - began
     _print(console, result)
     return result
@@ -71,7 +81,11 @@ def _images(console: Console) -> str:
     try:
         embedded.training_file(DataConfig(train=embedded.FASHION))
     except UsageError as error:
-        console.print(f"{error}; so this is on textures, where no recovery shows", markup=False, soft_wrap=True)
+        console.print(
+            f"{error}; so this is on textures, where no recovery shows",
+            markup=False,
+            soft_wrap=True,
+        )
         return embedded.TEXTURES
     return embedded.FASHION
 
@@ -82,29 +96,45 @@ def _train(out: Path, config: Config, console: Console) -> Path:
     command = f"train --preset demo --data {config.data.train} --seed {config.train.seed} --out"
     _print_command(console, f"fastbyol {'resume' if stopped else command} {path}")
     with display(console) as observer:
-        summary = api.resume(path, observer=observer) if stopped else api.train(config, path, observer=observer)
+        summary = (
+            api.resume(path, observer=observer)
+            if stopped
+            else api.train(config, path, observer=observer)
+        )
     if not summary.finished:
-        raise FastbyolError(f"{path}: interrupted at step {summary.step}; go on with: fastbyol resume {path}")
+        raise FastbyolError(
+            f"{path}: interrupted at step {summary.step}; go on with: fastbyol resume {path}"
+        )
     return path
 
 
 def _pair(out: Path, config: Config, console: Console) -> dict[str, dict[str, Any]]:
     """Train or continue the arms of ``PAIR`` side by side. Return each run's folder and its end."""
     out, runs = _pair_runs(out, config)
-    _print_command(console, f"fastbyol ablate run {' '.join(PAIR)} --seeds 1 --data {config.data.train} --out {out}")
-    outcome = runner.execute(runs, out, "mini", asked={"targets": PAIR}, jobs=None, device="auto", console=console)
+    _print_command(
+        console,
+        f"fastbyol ablate run {' '.join(PAIR)} --seeds 1 --data {config.data.train} --out {out}",
+    )
+    outcome = runner.execute(
+        runs, out, "mini", asked={"targets": PAIR}, jobs=None, device="auto", console=console
+    )
     if outcome.failed or outcome.interrupted:
         why = f"{outcome.failed[0][0]}: {outcome.failed[0][1]}" if outcome.failed else "interrupted"
         raise FastbyolError(f"{out}: {why}; the same command goes on from here")
     paths = {each.arm.name: each.path for each in runs}
-    return {name: {"run": str(paths[name]), **_ending(run_report.read(paths[name]))} for name in PAIR}
+    return {
+        name: {"run": str(paths[name]), **_ending(run_report.read(paths[name]))} for name in PAIR
+    }
 
 
 def _pair_runs(out: Path, config: Config) -> tuple[Path, tuple[plan.Run, ...]]:
     """Return the pair's folder and runs: the first of ``out``, ``out-2``, ... without other runs."""
     flags = {"data.train": Flag("--data", config.data.train)}
     arms, seed = [arm(name) for name in PAIR], config.train.seed
-    planned = ((at, plan.make(arms, "mini", at, seeds=1, first_seed=seed, flags=flags)) for at in _candidates(out))
+    planned = (
+        (at, plan.make(arms, "mini", at, seeds=1, first_seed=seed, flags=flags))
+        for at in _candidates(out)
+    )
     return next((at, runs) for at, runs in planned if _can_go_on(runs, at))
 
 
@@ -118,12 +148,21 @@ def _can_go_on(runs: tuple[plan.Run, ...], out: Path) -> bool:
 
 def _ending(curves: run_report.RunCurves) -> dict[str, Any]:
     last = curves.epoch_events[-1]
-    collapsed = next((event["epoch"] + 1 for event in curves.epoch_events if event["state"] == "collapsed"), None)
-    return {"state": last["state"], "neg_cos": last["neg_cos"], "accuracy": last["accuracy"], "collapsed_in_epoch": collapsed}
+    collapsed = next(
+        (event["epoch"] + 1 for event in curves.epoch_events if event["state"] == "collapsed"), None
+    )
+    return {
+        "state": last["state"],
+        "neg_cos": last["neg_cos"],
+        "accuracy": last["accuracy"],
+        "collapsed_in_epoch": collapsed,
+    }
 
 
 def supervised(config: Config) -> float:
-    """Return the accuracy in percent of the encoder of ``config`` trained with the labels of its images."""
+    """Return the accuracy in percent of the encoder of ``config`` trained with the labels of its
+    images.
+    """
     data, size = config.data, config.views.size
     test_file = embedded.held_out_file(data)
     assert test_file is not None
@@ -144,7 +183,13 @@ def _draw_pair(runs: dict[str, Path], out: Path) -> Path:
         curves = run_report.read(path)
         draw_distance(left, curves, colour, name)
         points = [(event["epoch"] + 1, event["accuracy"]) for event in curves.epoch_events]
-        right.plot(*zip(*((e, a) for e, a in points if a is not None), strict=True), color=colour, marker="o", ms=3, label=name)
+        right.plot(
+            *zip(*((e, a) for e, a in points if a is not None), strict=True),
+            color=colour,
+            marker="o",
+            ms=3,
+            label=name,
+        )
     right.set_ylim(0, 100)
     right.set_ylabel("linear accuracy, %")
     left.legend(frameon=False, fontsize=8)
@@ -158,7 +203,13 @@ def _draw_pair(runs: dict[str, Path], out: Path) -> Path:
 
 def draw_distance(axes: Axes, curves: run_report.RunCurves, colour: str, label: str) -> None:
     """Draw 1 - the cosine of negative pairs over epochs, logarithmic, and the limit of collapse."""
-    axes.semilogy(curves.epochs, (1 - curves.metrics["neg_cos"]).clip(min=1e-8), color=colour, lw=0.9, label=label)
+    axes.semilogy(
+        curves.epochs,
+        (1 - curves.metrics["neg_cos"]).clip(min=1e-8),
+        color=colour,
+        lw=0.9,
+        label=label,
+    )
     axes.axhline(1 - COLLAPSED_ABOVE, color="black", lw=0.7, ls=":")
     axes.annotate("collapsed below", (0.99, 1 - COLLAPSED_ABOVE), (0, -9), xycoords=("axes fraction", "data"),
                   textcoords="offset points", ha="right", fontsize=7.5)  # fmt: skip
@@ -194,12 +245,25 @@ def _print(console: Console, result: dict[str, Any]) -> None:
     for name, key in (("random weights", "random"), ("BYOL", "byol"), ("supervised", "supervised")):
         table.add_row(name, f"{result[key]:.1f}%")
     console.print(table)
-    ends = Table("LARS without BatchNorm", "collapsed in epoch", "at the end", "negative cosine", "accuracy", box=None)
+    ends = Table(
+        "LARS without BatchNorm",
+        "collapsed in epoch",
+        "at the end",
+        "negative cosine",
+        "accuracy",
+        box=None,
+    )
     for name, row in result["pair"].items():
         ends.add_row(
-            name, str(row["collapsed_in_epoch"] or "none"), row["state"], f"{row['neg_cos']:.4f}", f"{row['accuracy']:.1f}%"
+            name,
+            str(row["collapsed_in_epoch"] or "none"),
+            row["state"],
+            f"{row['neg_cos']:.4f}",
+            f"{row['accuracy']:.1f}%",
         )
     console.print(ends)
     for picture in result["pictures"]:
         console.print(f"wrote {picture}", markup=False, soft_wrap=True)
-    console.print(f"on {result['data']}, {duration(result['seconds'])} in all", markup=False, soft_wrap=True)
+    console.print(
+        f"on {result['data']}, {duration(result['seconds'])} in all", markup=False, soft_wrap=True
+    )

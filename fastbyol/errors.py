@@ -8,7 +8,9 @@ from pathlib import Path
 
 
 class FastbyolError(Exception):
-    """A failure with a one-line message, which the command line prints before it exits with ``exit_code``."""
+    """A failure with a one-line message, which the command line prints before it exits with
+    ``exit_code``.
+    """
 
     exit_code = 1
 
@@ -28,8 +30,8 @@ class CollapsedError(FastbyolError):
 class NoGraphError(FastbyolError):
     """A CUDA graph that could not be recorded.
 
-    The attempt leaves the process unsafe, so a fresh one continues the run, compiled. ``run`` is the
-    run's folder, which stores that choice.
+    The attempt leaves the process unsafe, so a fresh one continues the run, compiled. ``run`` is
+    the run's folder, which stores that choice.
     """
 
     def __init__(self, message: str, run: Path | None = None) -> None:
@@ -38,7 +40,9 @@ class NoGraphError(FastbyolError):
 
 
 def one_line(error: BaseException, most: int | None = 200) -> str:
-    """Return a library's error in one line of at most ``most`` letters, or its type if it has no message."""
+    """Return a library's error in one line of at most ``most`` letters, or its type if it has no
+    message.
+    """
     return " ".join(str(error).split())[:most] or type(error).__name__
 
 
@@ -63,8 +67,11 @@ def check_choice(what: str, word: object, choices: Iterable[str]) -> None:
         raise UsageError(f"{what}: {word!r} is none of {', '.join(words)}{hint}")
 
 
-def nearest(word: str, choices: Iterable[str], *, most: int = 1, least: float = 0.3, dotted: bool = False) -> list[str]:
-    """Return up to ``most`` of ``choices`` that are spelled most like ``word``, the most alike first.
+def nearest(
+    word: str, choices: Iterable[str], *, most: int = 1, least: float = 0.3, dotted: bool = False
+) -> list[str]:
+    """Return up to ``most`` of ``choices`` that are spelled most like ``word``, the most alike
+    first.
 
     Likeness is difflib's ratio in [0, 1], whatever the case; below ``least`` a choice is left out.
     With ``dotted`` the last parts of dotted names are compared too, and the mean counts.
@@ -75,10 +82,18 @@ def nearest(word: str, choices: Iterable[str], *, most: int = 1, least: float = 
 
     def likeness(choice: str) -> float:
         whole = ratio(word, choice)
-        return (whole + ratio(word.rpartition(".")[2], choice.rpartition(".")[2])) / 2 if dotted else whole
+        return (
+            (whole + ratio(word.rpartition(".")[2], choice.rpartition(".")[2])) / 2
+            if dotted
+            else whole
+        )
 
     scored = {choice: likeness(choice) for choice in choices}
-    return sorted((choice for choice in scored if scored[choice] >= least), key=scored.__getitem__, reverse=True)[:most]
+    return sorted(
+        (choice for choice in scored if scored[choice] >= least),
+        key=scored.__getitem__,
+        reverse=True,
+    )[:most]
 
 
 def chain(error: BaseException) -> Iterator[BaseException]:

@@ -1,4 +1,7 @@
-"""Open a user's files, regular ones only, so that no pipe or device blocks. Name the cache folder."""
+"""Open a user's files, regular ones only, so that no pipe or device blocks.
+
+Name the cache folder.
+"""
 
 from __future__ import annotations
 
@@ -45,8 +48,8 @@ def refuse_special(path: Path, mode: int) -> None:
 def cache_folder() -> Path:
     """Return the folder of files that can be made again: ``$FASTBYOL_CACHE``, or the user's.
 
-    The user's is ``$XDG_CACHE_HOME/fastbyol`` or ``~/.cache/fastbyol``. Raises UsageError for a user
-    without a home folder.
+    The user's is ``$XDG_CACHE_HOME/fastbyol`` or ``~/.cache/fastbyol``. Raises UsageError for a
+    user without a home folder.
     """
     own = os.environ.get("FASTBYOL_CACHE")
     if own:
@@ -55,4 +58,6 @@ def cache_folder() -> Path:
     try:
         return (Path(base) if base else Path.home() / ".cache") / "fastbyol"
     except RuntimeError:  # no HOME, and the system has no entry for the user
-        raise UsageError("no home folder: name one for what can be made again with FASTBYOL_CACHE=DIR") from None
+        raise UsageError(
+            "no home folder: name one for what can be made again with FASTBYOL_CACHE=DIR"
+        ) from None

@@ -1,7 +1,8 @@
 """All printing: a terminal, pipe or log that fails never ends the work.
 
 Text from outside is escaped (``text.printable``), as are characters that the stream's encoding
-lacks. After a full disk, a closed pipe or a lost terminal, output is dropped and the error recorded.
+lacks. After a full disk, a closed pipe or a lost terminal, output is dropped and the error
+recorded.
 """
 
 from __future__ import annotations
@@ -53,7 +54,9 @@ def say(*lines: str, err: bool = False) -> None:
 
 
 def print_json(value: Any) -> None:
-    """Print ``value`` as one JSON object in ASCII on standard output; numbers that are not finite become null."""
+    """Print ``value`` as one JSON object in ASCII on standard output; numbers that are not finite
+    become null.
+    """
     print(json.dumps(_finite(value), indent=2, default=str, allow_nan=False))
 
 
@@ -66,10 +69,16 @@ def _finite(value: Any) -> Any:
 
 
 class Failures(dict[str, OSError]):
-    """The error after which nothing more was written, by stream: "standard output", "standard error"."""
+    """The error after which nothing more was written, by stream:
+
+    "standard output", "standard error".
+    """
 
     def in_words(self) -> str:
-        """Describe the first error in one line. A closed pipe does not count: its reader left by choice."""
+        """Describe the first error in one line.
+
+        A closed pipe does not count: its reader left by choice.
+        """
         for name, error in self.items():
             if error.errno != errno.EPIPE:
                 return f"{name}: cannot write: {error.strerror}; the rest of the output is lost"
@@ -108,12 +117,17 @@ class _OneLine(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         text = super().format(record)
-        return printable(text) if record.name.partition(".")[0] == "fastbyol" else printable_lines(text)
+        return (
+            printable(text)
+            if record.name.partition(".")[0] == "fastbyol"
+            else printable_lines(text)
+        )
 
 
 @contextmanager
 def guarded() -> Iterator[Failures]:
-    """Replace ``sys.stdout`` and ``sys.stderr`` by streams that never raise, and yield their failures.
+    """Replace ``sys.stdout`` and ``sys.stderr`` by streams that never raise, and yield their
+    failures.
 
     Closed standard streams become /dev/null. Streams that the caller has replaced are left alone.
     Log records go to standard error, one line each.
@@ -147,7 +161,9 @@ def _stream(descriptor: int, name: str, failures: Failures, before: Any) -> io.T
 
 
 def _open_closed() -> None:
-    """Open /dev/null at 0, 1 and 2 where they are free, or the next file opened would get the output."""
+    """Open /dev/null at 0, 1 and 2 where they are free, or the next file opened would get the
+    output.
+    """
     for descriptor in range(3):
         try:
             os.fstat(descriptor)

@@ -22,10 +22,13 @@ def left_as_found() -> Iterator[None]:
     Inside, gradients are on and new tensors are float32 on the cpu. Restored are these two, torch's
     TF32 and cuDNN switches and its threads, numba's threads, the start method of
     ``multiprocessing`` and the variables that imports set. State that torch.compile creates is
-    torch's own. The C library's allocator has no way to read its settings: see ``engine.allocator``.
+    torch's own. The C library's allocator has no way to read its settings: see
+    ``engine.allocator``.
     """
     with ExitStack() as stack:
-        if multiprocessing.get_start_method(allow_none=True) is None:  # numba reads it, which fixes it
+        if (
+            multiprocessing.get_start_method(allow_none=True) is None
+        ):  # numba reads it, which fixes it
             stack.callback(multiprocessing.set_start_method, None, force=True)
         stack.callback(_give_numba_its_threads, _numba_threads())
         stack.callback(torch.set_num_threads, torch.get_num_threads())
@@ -67,11 +70,20 @@ def exact_products() -> None:
 def _precisions() -> tuple[Any, ...]:
     """Return torch's settings of the precision of float32 products, by library and operation."""
     cudnn, mkldnn = torch.backends.cudnn, torch.backends.mkldnn
-    return (torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn, mkldnn.matmul, mkldnn.conv, mkldnn.rnn)  # type: ignore[attr-defined]
+    return (
+        torch.backends.cuda.matmul,
+        cudnn.conv,
+        cudnn.rnn,
+        mkldnn.matmul,
+        mkldnn.conv,
+        mkldnn.rnn,
+    )  # type: ignore[attr-defined]
 
 
 def _keep_precisions(stack: ExitStack) -> None:
-    """Restore torch's precisions on exit: the older switches, which move several, then each operation."""
+    """Restore torch's precisions on exit: the older switches, which move several, then each
+    operation.
+    """
     for switch in _precisions():
         stack.callback(setattr, switch, "fp32_precision", switch.fp32_precision)
     with suppress(RuntimeError):  # the older switches cannot be read once the newer ones are used
@@ -83,7 +95,11 @@ def _keep_precisions(stack: ExitStack) -> None:
 def _numba_threads() -> int | None:
     """Return numba's number of threads, or None if its pool is not running: asking numba starts it."""
     pool = sys.modules.get("numba.np.ufunc.parallel")
-    return sys.modules["numba"].get_num_threads() if pool is not None and pool._is_initialized else None
+    return (
+        sys.modules["numba"].get_num_threads()
+        if pool is not None and pool._is_initialized
+        else None
+    )
 
 
 def _give_numba_its_threads(before: int | None) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 
 def printable(text: str) -> str:
-    r"""Return ``text`` with Python's escape (``\x1b``, ``\n``, ``\udce9``) for each invisible character.
+    r"""Return ``text`` with Python's escape (``\x1b``, ``\n``, ``\udce9``) for each invisible
+    character.
 
     Invisible characters move a terminal's cursor, change its colours, end a line or reverse the
     reading direction. Lone surrogates, which Python uses in file names that are not UTF-8, are
@@ -12,7 +13,9 @@ def printable(text: str) -> str:
     """
     if text.isprintable():
         return text
-    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+    return "".join(
+        char if char.isprintable() else char.encode("unicode_escape").decode() for char in text
+    )
 
 
 def printable_lines(text: str) -> str:

@@ -33,13 +33,23 @@ def draw(
     [0, 2**64) and ``epoch`` in [0, 2**32), or both are 0-d int64 tensors, read by the kernel.
     ``height`` and ``width`` are the images' in pixels. Raises ValueError naming a wrong argument.
     """
-    return draw_views(distribution(config), ids, seed=seed, epoch=epoch, height=height, width=width, kernels=kernels)
+    return draw_views(
+        distribution(config),
+        ids,
+        seed=seed,
+        epoch=epoch,
+        height=height,
+        width=width,
+        kernels=kernels,
+    )
 
 
 @cache
 def distribution(config: ViewsConfig) -> Distribution:
     """Return the ranges and probabilities of ``config``; ``strength`` scales the jitter."""
-    amplitudes = [config.strength * a for a in (config.brightness, config.contrast, config.saturation)]
+    amplitudes = [
+        config.strength * a for a in (config.brightness, config.contrast, config.saturation)
+    ]
     brightness, contrast, saturation = ((max(0.0, 1.0 - a), 1.0 + a) for a in amplitudes)
     return Distribution(
         scale=config.scale,
@@ -58,7 +68,12 @@ def distribution(config: ViewsConfig) -> Distribution:
 
 
 def apply(
-    images: Tensor, table: Tensor, config: ViewsConfig, dtype: torch.dtype = torch.float32, *, kernels: str = "auto"
+    images: Tensor,
+    table: Tensor,
+    config: ViewsConfig,
+    dtype: torch.dtype = torch.float32,
+    *,
+    kernels: str = "auto",
 ) -> Tensor:
     """Make the views of a drawn table: uint8 (B, H, W, 3) -> (V, B, C, S, S), normalised.
 
@@ -100,7 +115,10 @@ def plain(images: Tensor, config: ViewsConfig, dtype: torch.dtype = torch.float3
     If the size differs, the short side is resized to S (bilinear, antialiased) and the centre kept.
     """
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[3] != 3:
-        raise ValueError(f"images must be uint8 of shape (N, H, W, 3), got {images.dtype} of shape {tuple(images.shape)}")
+        raise ValueError(
+            f"images must be uint8 of shape (N, H, W, 3), got {images.dtype} of shape "
+            f"{tuple(images.shape)}"
+        )
     work = torch.float64 if dtype == torch.float64 else torch.float32
     x = images.to(work).div_(255.0)
     if x.shape[1:3] != (config.size, config.size):

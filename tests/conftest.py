@@ -1,10 +1,12 @@
-"""What all tests share: a cache folder that is nobody's, signals as Python has them, and Triton's interpreter without a GPU.
+"""What all tests share: a cache folder that is nobody's, signals as Python has them, and Triton's
+interpreter without a GPU.
 
-And an end. pytest-timeout interrupts a test at its limit by a signal: it fails, what it started is killed, and the others go
-on. Code that hangs outside of Python never sees the signal, and may hold the lock that a thread would need to act: ``GRACE_S``
-later faulthandler, which needs neither, says where every thread is and ends the process. pytest-xdist counts that as the
-test's failure and has another worker go on, with that test again, which now fails at once. The same clock runs while pytest
-itself ends.
+And an end. pytest-timeout interrupts a test at its limit by a signal: it fails, what it started is
+killed, and the others go on. Code that hangs outside of Python never sees the signal, and may hold
+the lock that a thread would need to act: ``GRACE_S`` later faulthandler, which needs neither, says
+where every thread is and ends the process. pytest-xdist counts that as the test's failure and has
+another worker go on, with that test again, which now fails at once. The same clock runs while
+pytest itself ends.
 """
 
 from __future__ import annotations
@@ -22,7 +24,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-# That a machine is busy, or that the first example waits for a compiler, is no fault of what is tested.
+# That a machine is busy, or that the first example waits for a compiler, is no fault of what is
+# tested.
 settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("untimed")
 
@@ -30,7 +33,8 @@ settings.load_profile("untimed")
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
-# FFCV's own loader starts numba's pool. Of its layers this one survives a fork; on one core TBB's waits at exit for ever.
+# FFCV's own loader starts numba's pool. Of its layers this one survives a fork; on one core TBB's
+# waits at exit for ever.
 os.environ["NUMBA_THREADING_LAYER"] = "workqueue"
 
 # A compiler's work for every shape, in one test: what its own children are given, and more.
@@ -47,15 +51,21 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
-    """Not for ever, either, what runs at exit, which may wait for children that an interrupted test left."""
+    """Not for ever, either, what runs at exit, which may wait for children that an interrupted test
+    left.
+    """
     processes.end_started_since(0.0)
-    if not hasattr(config, "workerinput"):  # a worker waits for its master, which kills it if it must
+    if not hasattr(
+        config, "workerinput"
+    ):  # a worker waits for its master, which kills it if it must
         faulthandler.dump_traceback_later(GRACE_S, exit=True, file=config.stash[STDERR])
 
 
 def pytest_timeout_set_timer(item: pytest.Item, settings: Any) -> None:
     """Beside pytest-timeout's own."""
-    faulthandler.dump_traceback_later(settings.timeout + GRACE_S, exit=True, file=item.config.stash[STDERR])
+    faulthandler.dump_traceback_later(
+        settings.timeout + GRACE_S, exit=True, file=item.config.stash[STDERR]
+    )
 
 
 def pytest_timeout_cancel_timer(item: pytest.Item) -> None:
@@ -85,7 +95,9 @@ def _begun(item: pytest.Item) -> Path:
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+def pytest_runtest_makereport(
+    item: pytest.Item,
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     """End what a failed test started, before its fixtures wait for it."""
     report = yield
     if report.failed:
@@ -94,7 +106,9 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what takes the GPU where there is one by its fixture, leave out what can run nowhere else, and let slow be slow."""
+    """Mark what takes the GPU where there is one by its fixture, leave out what can run nowhere
+    else, and let slow be slow.
+    """
     for item in items:
         if item.get_closest_marker("slow") and item.config.getoption("timeout") is None:
             item.add_marker(pytest.mark.timeout(SLOW_S))
@@ -115,7 +129,9 @@ def _own_ctrl_c() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def _own_hangup() -> Iterator[None]:
-    """Whoever started the tests may have let SIGHUP be ignored, as nohup does, and the processes they start would go on so."""
+    """Whoever started the tests may have let SIGHUP be ignored, as nohup does, and the processes
+    they start would go on so.
+    """
     before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     yield
     signal.signal(signal.SIGHUP, before)

@@ -1,4 +1,6 @@
-"""The Python API: an encoder is handed out as it was asked for, every word is checked, and the process is left as it was."""
+"""The Python API: an encoder is handed out as it was asked for, every word is checked, and the
+process is left as it was.
+"""
 
 from __future__ import annotations
 
@@ -48,10 +50,17 @@ def test_weights_are_those_that_were_asked_for(run: Path) -> None:
     tensors = checkpoint.load(newest).tensors
     encoders = {word: api.load_encoder(run, weights=word) for word in api.WEIGHTS}
     for word, net in (("trained", "online"), ("target", "target")):
-        assert torch.isin(encoders[word].layer4[0].conv1.weight.flatten(), tensors[f"arena.{net}"]).all()
-        assert torch.equal(encoders[word].bn1.running_mean, tensors[f"{net}.encoder.bn1.running_mean"])
+        assert torch.isin(
+            encoders[word].layer4[0].conv1.weight.flatten(), tensors[f"arena.{net}"]
+        ).all()
+        assert torch.equal(
+            encoders[word].bn1.running_mean, tensors[f"{net}.encoder.bn1.running_mean"]
+        )
     first = [encoders[word].conv1.weight for word in api.WEIGHTS]
-    assert not any(torch.equal(a, b) for a, b in ((first[0], first[1]), (first[0], first[2]), (first[1], first[2])))
+    assert not any(
+        torch.equal(a, b)
+        for a, b in ((first[0], first[1]), (first[0], first[2]), (first[1], first[2]))
+    )
     accuracies = {word: api.evaluate(run, weights=word)["weights"] for word in api.WEIGHTS}
     assert accuracies == {word: word for word in api.WEIGHTS}
 
@@ -64,7 +73,15 @@ def _step(name: Any) -> None:
 
 
 def _open(run: Path, word: Any) -> None:
-    loader.open_loader(run.parent / "train.beton", batch_size=8, seed=0, device="cpu", cache=word, workers=1, size=16).close()
+    loader.open_loader(
+        run.parent / "train.beton",
+        batch_size=8,
+        seed=0,
+        device="cpu",
+        cache=word,
+        workers=1,
+        size=16,
+    ).close()
 
 
 def _resize(run: Path, word: Any) -> None:
@@ -82,25 +99,52 @@ WORDS: dict[str, tuple[Callable[[Path, Any], Any], str]] = {
     "protocol.check": (lambda run, word: protocol.check(word, test=None, train=None), "linear"),
     "pick_device": (lambda run, word: device.pick_device(word), "cpu"),
     "dtype_of": (lambda run, word: device.dtype_of(word), "bf16"),
-    "dispatch.resolve": (lambda run, word: dispatch.resolve(word, torch.device("cpu"), torch.float32), "cpu"),
-    "gradient_gap": (lambda run, word: precision.gradient_gap(Config(), torch.device("cpu"), word), "collapsed"),
+    "dispatch.resolve": (
+        lambda run, word: dispatch.resolve(word, torch.device("cpu"), torch.float32),
+        "cpu",
+    ),
+    "gradient_gap": (
+        lambda run, word: precision.gradient_gap(Config(), torch.device("cpu"), word),
+        "collapsed",
+    ),
     "open_loader(cache)": (_open, "device"),
-    "convert(mode)": (lambda run, word: convert.convert("textures", run / "x.beton", count=64, mode=word), "jpg"),
+    "convert(mode)": (
+        lambda run, word: convert.convert("textures", run / "x.beton", count=64, mode=word),
+        "jpg",
+    ),
     "convert(resize)": (_resize, "centre"),
-    "convert(kind)": (lambda run, word: convert.convert("textures", run / "x.beton", kind=word), "idx"),
+    "convert(kind)": (
+        lambda run, word: convert.convert("textures", run / "x.beton", kind=word),
+        "idx",
+    ),
     "make_norm": (lambda run, word: make_norm(word, 8, groups=2, num_views=2), "gn"),
     "use_kernels": (lambda run, word: use_kernels(torch.nn.Identity(), word), "cpu"),
     "objective": (lambda run, word: _step(word), "simsiam"),
-    "Config(optim.dialect)": (lambda run, word: OptimConfig.model_validate({"dialect": word}), "deepmind"),
+    "Config(optim.dialect)": (
+        lambda run, word: OptimConfig.model_validate({"dialect": word}),
+        "deepmind",
+    ),
     "model_copy(optim.dialect)": (
         lambda run, word: OptimConfig().model_copy(update={"dialect": word}),
         "bolts",
     ),
-    "model_copy(schedule.lr)": (lambda run, word: Config().schedule.model_copy(update={"lr": word}), "cosine"),
-    "model_copy(model.stem)": (lambda run, word: Config().model.model_copy(update={"stem": word}), "small"),
+    "model_copy(schedule.lr)": (
+        lambda run, word: Config().schedule.model_copy(update={"lr": word}),
+        "cosine",
+    ),
+    "model_copy(model.stem)": (
+        lambda run, word: Config().model.model_copy(update={"stem": word}),
+        "small",
+    ),
     "dialects.lars": (lambda run, word: dialects.lars([word]), "bolts"),
-    "dialects.ceiling": (lambda run, word: dialects.ceiling(word, lr=0.1, weight_decay=0.1, eta=0.1), "bolts"),
-    "arms.load(scale)": (lambda run, word: arms.load(next(iter(arms.arms().values())), word, seed=0), "mini"),
+    "dialects.ceiling": (
+        lambda run, word: dialects.ceiling(word, lr=0.1, weight_decay=0.1, eta=0.1),
+        "bolts",
+    ),
+    "arms.load(scale)": (
+        lambda run, word: arms.load(next(iter(arms.arms().values())), word, seed=0),
+        "mini",
+    ),
     "plan.chosen(scale)": (lambda run, word: plan.chosen(["C6"], word), "mini"),
     "rules.in_words": (lambda run, word: in_words(word), "C13"),
 }
@@ -108,7 +152,9 @@ WORDS: dict[str, tuple[Callable[[Path, Any], Any], str]] = {
 
 @pytest.mark.parametrize("what", WORDS)
 @pytest.mark.parametrize("word", ["tarsed", ""])
-def test_a_word_that_is_none_is_refused_and_the_right_ones_are_named(run: Path, what: str, word: str) -> None:
+def test_a_word_that_is_none_is_refused_and_the_right_ones_are_named(
+    run: Path, what: str, word: str
+) -> None:
     if what == "convert(kind)" and not word:
         pytest.skip("no kind is the kind that is found")
     call, one_of_them = WORDS[what]
@@ -120,7 +166,10 @@ def test_a_word_that_is_none_is_refused_and_the_right_ones_are_named(run: Path, 
 
 
 def test_the_nearest_word_is_named(run: Path) -> None:
-    with pytest.raises(UsageError, match=r"^weights: 'targt' is none of trained, target, random; the nearest is target$"):
+    with pytest.raises(
+        UsageError,
+        match=r"^weights: 'targt' is none of trained, target, random; the nearest is target$",
+    ):
         api.load_encoder(run, weights="targt")
 
 
@@ -196,7 +245,9 @@ same("load_encoder", before)
 def test_the_process_is_left_as_it_was_found(tmp_path: Path, how: str) -> None:
     environment = {key: value for key, value in os.environ.items() if key != "LD_LIBRARY_PATH"}
     command = [sys.executable, "-W", "ignore", "-c", CHILD, str(tmp_path), how]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=600, check=False)
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=600, check=False
+    )
     assert done.returncode == 0, done.stderr
     reports = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")]
     assert len(reports) == 6

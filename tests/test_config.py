@@ -7,7 +7,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
-from fastbyol.config import Config, DataConfig, ModelConfig, OptimConfig, ScheduleConfig, TrainConfig, ViewsConfig, resolve
+from fastbyol.config import (
+    Config,
+    DataConfig,
+    ModelConfig,
+    OptimConfig,
+    ScheduleConfig,
+    TrainConfig,
+    ViewsConfig,
+    resolve,
+)
 
 BAD_VIEWS = [
     {"scale": (0.5, 0.2)},
@@ -35,7 +44,9 @@ BAD_OPTIM = [
 
 
 @pytest.mark.parametrize(
-    ("model", "values"), [*((ViewsConfig, v) for v in BAD_VIEWS), *((OptimConfig, v) for v in BAD_OPTIM)], ids=str
+    ("model", "values"),
+    [*((ViewsConfig, v) for v in BAD_VIEWS), *((OptimConfig, v) for v in BAD_OPTIM)],
+    ids=str,
 )
 def test_wrong_values_are_refused(model: type[BaseModel], values: dict[str, object]) -> None:
     with pytest.raises(ValidationError):
@@ -70,7 +81,10 @@ def test_zeros_are_kept_and_what_a_run_lacks_is_refused() -> None:
 @given(st.integers(2, 65536), st.none() | st.floats(0.0, 3.0))
 def test_linear_scaling_is_that_of_the_paper(batch: int, lr: float | None) -> None:
     """arXiv:2006.07733, section 3.3: lr = 0.2 x batch / 256."""
-    config = Config(optim=OptimConfig(name="lars", lr=lr, lr_scaling="linear"), train=TrainConfig(batch_size=batch))
+    config = Config(
+        optim=OptimConfig(name="lars", lr=lr, lr_scaling="linear"),
+        train=TrainConfig(batch_size=batch),
+    )
     assert resolve(config).optim.lr == (0.2 if lr is None else lr) * batch / 256.0
 
 

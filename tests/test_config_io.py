@@ -41,7 +41,11 @@ def kinds(annotation: Any, bounds: dict[str, Any]) -> st.SearchStrategy[Any]:
         return st.integers(bounds.get("min_value"), bounds.get("max_value"))
     if annotation is float:
         return st.floats(**bounds, allow_nan=False, allow_infinity=False)
-    plain = {type(None): st.none(), bool: st.booleans(), str: st.text(min_size=1).filter(lambda text: text != "none")}
+    plain = {
+        type(None): st.none(),
+        bool: st.booleans(),
+        str: st.text(min_size=1).filter(lambda text: text != "none"),
+    }
     return plain[annotation]
 
 
@@ -69,7 +73,9 @@ def values(key: str, field: FieldInfo) -> st.SearchStrategy[Any]:
         "data.textures_seed": st.integers(0, 2**31 - 1),
         "views.blur_kernel": st.sampled_from([1, 3, 9, 15]),
         "views.std": st.tuples(*[st.floats(1e-3, 9.0)] * 3),
-        "optim.lr_mult": st.lists(st.tuples(st.text(min_size=1), st.floats(0.0, 99.0)), max_size=3).map(tuple),
+        "optim.lr_mult": st.lists(
+            st.tuples(st.text(min_size=1), st.floats(0.0, 99.0)), max_size=3
+        ).map(tuple),
         "optim.lars_on": st.lists(st.text(min_size=1), max_size=3).map(tuple),
     } | dict.fromkeys(("views.scale", "views.ratio", "views.blur_sigma"), pair)
     return special[key] if key in special else kinds(field.annotation, limits(field.metadata))
@@ -87,22 +93,32 @@ def nested(flat: dict[str, Any]) -> dict[str, Any]:
 
 
 KEYS = dict(config_io.keys())
-CONFIGS = st.fixed_dictionaries({}, optional={key: values(key, field) for key, field in KEYS.items()}).map(
-    lambda flat: Config.model_validate(nested(flat))
-)
+CONFIGS = st.fixed_dictionaries(
+    {}, optional={key: values(key, field) for key, field in KEYS.items()}
+).map(lambda flat: Config.model_validate(nested(flat)))
 
 
 @SPACE
 @given(config=CONFIGS, origin=st.text())
-def test_a_dumped_run_loads_over_any_preset_and_as_a_run(tmp_path: Path, config: Config, origin: str) -> None:
-    """Nothing that a preset says may show through a resolved configuration, and comments are only comments."""
+def test_a_dumped_run_loads_over_any_preset_and_as_a_run(
+    tmp_path: Path, config: Config, origin: str
+) -> None:
+    """Nothing that a preset says may show through a resolved configuration, and comments are only
+    comments.
+    """
     small = config.train.model_copy(update={"batch_size": min(config.train.batch_size, 64)})
     optim = config.optim.model_copy(update={"lr_scaling": "none"})
     method = config.method.model_copy(update={"queue": max(config.method.queue, 64)})
-    data = config.data.model_copy(update={"limit": config.data.limit and max(config.data.limit, 64)})
-    resolved = resolve(config.model_copy(update={"train": small, "optim": optim, "method": method, "data": data}))
+    data = config.data.model_copy(
+        update={"limit": config.data.limit and max(config.data.limit, 64)}
+    )
+    resolved = resolve(
+        config.model_copy(update={"train": small, "optim": optim, "method": method, "data": data})
+    )
     path = tmp_path / "config.toml"
-    path.write_text(config_io.dump(resolved, dict.fromkeys(KEYS, origin)), encoding="utf-8", newline="")
+    path.write_text(
+        config_io.dump(resolved, dict.fromkeys(KEYS, origin)), encoding="utf-8", newline=""
+    )
     assert config_io.parse(config_io.dump(resolved), where="dump") == resolved
     assert config_io.load(file=path).config == resolved
     assert config_io.read_run(path) == resolved
@@ -118,12 +134,24 @@ def test_a_run_of_before_there_were_methods_is_byol(tmp_path: Path) -> None:
 
 
 def test_what_resolving_leaves_open_is_in_no_preset() -> None:
-    """None is a key left out, so a preset that sets a key which may stay None would show through a run's file."""
-    open_keys = {key for key, value in config_io.flatten(resolve(Config())).items() if value is None}
+    """None is a key left out, so a preset that sets a key which may stay None would show through a
+    run's file.
+    """
+    open_keys = {
+        key for key, value in config_io.flatten(resolve(Config())).items() if value is None
+    }
     fields = {"data.image_field", "data.label_field"}
-    assert open_keys == fields | {"data.test", "data.size", "train.init_from", "optim.rate_cap", "optim.replay_rates"}
+    assert open_keys == fields | {
+        "data.test",
+        "data.size",
+        "train.init_from",
+        "optim.rate_cap",
+        "optim.replay_rates",
+    }
     for name in config_io.presets():
-        assert not open_keys & set(config_io.flatten_table(tomllib.loads(config_io.preset_text(name))))
+        assert not open_keys & set(
+            config_io.flatten_table(tomllib.loads(config_io.preset_text(name)))
+        )
 
 
 # Precedence.
@@ -145,25 +173,40 @@ LAYERED: dict[str, tuple[Any, ...]] = {
     preset=st.sampled_from(config_io.presets()),
     layers=st.fixed_dictionaries({key: st.tuples(*[st.booleans()] * 3) for key in LAYERED}),
 )
-def test_the_strongest_layer_wins_and_is_named(tmp_path: Path, preset: str, layers: dict[str, tuple[bool, ...]]) -> None:
+def test_the_strongest_layer_wins_and_is_named(
+    tmp_path: Path, preset: str, layers: dict[str, tuple[bool, ...]]
+) -> None:
     spoken = {key: [level for level in range(3) if layers[key][level]] for key in LAYERED}
-    lines = [f"{key} = {config_io.toml_value(LAYERED[key][0])}" for key in LAYERED if 0 in spoken[key]]
+    lines = [
+        f"{key} = {config_io.toml_value(LAYERED[key][0])}" for key in LAYERED if 0 in spoken[key]
+    ]
     path = tmp_path / "mine.toml"
     path.write_text("\n".join(lines))
     sets = [f"{key}={config_io.toml_value(LAYERED[key][1])}" for key in LAYERED if 1 in spoken[key]]
-    flags = {key: Flag(f"--{key}", LAYERED[key][2] if 2 in spoken[key] else None) for key in LAYERED}
+    flags = {
+        key: Flag(f"--{key}", LAYERED[key][2] if 2 in spoken[key] else None) for key in LAYERED
+    }
     loaded = config_io.load(preset=preset, file=path, sets=sets, flags=flags)
     below = config_io.load(preset=preset)
     for key, options in LAYERED.items():
         strongest = max(spoken[key], default=None)
         got, origin = config_io.flatten(loaded.config)[key], loaded.origin[key]
-        assert got == (config_io.flatten(below.config)[key] if strongest is None else options[strongest])
-        named = {None: below.origin[key], 0: f"{path}:{line_of(lines, key)}", 1: "--set", 2: f"--{key}"}
+        assert got == (
+            config_io.flatten(below.config)[key] if strongest is None else options[strongest]
+        )
+        named = {
+            None: below.origin[key],
+            0: f"{path}:{line_of(lines, key)}",
+            1: "--set",
+            2: f"--{key}",
+        }
         assert origin == named[strongest]
 
 
 def line_of(lines: list[str], key: str) -> int | None:
-    return next((number for number, line in enumerate(lines, 1) if line.startswith(f"{key} =")), None)
+    return next(
+        (number for number, line in enumerate(lines, 1) if line.startswith(f"{key} =")), None
+    )
 
 
 def test_the_preset_is_chosen_by_flag_then_set_then_file_then_default(tmp_path: Path) -> None:
@@ -175,7 +218,10 @@ def test_the_preset_is_chosen_by_flag_then_set_then_file_then_default(tmp_path: 
     assert (from_file.config.preset, from_file.origin["preset"]) == ("paper", f"{path}:2")
     assert from_file.config.optim.name == "lars"
     assert config_io.load(file=path, sets=["preset=demo"]).config.preset == "demo"
-    assert config_io.load(preset="blog", file=path, sets=["preset=demo"]).origin["preset"] == "--preset"
+    assert (
+        config_io.load(preset="blog", file=path, sets=["preset=demo"]).origin["preset"]
+        == "--preset"
+    )
     assert "preset" not in config_io.requested(sets=["train.epochs=1"])
 
 
@@ -220,9 +266,17 @@ def test_set_reads_toml_and_bare_words(text: str, expected: object) -> None:
 
 
 def test_flags_take_paths_and_comma_lists() -> None:
-    flags = {"data.train": Flag("--data", Path("x/y.beton")), "optim.lars_on": ("--lars-on", "a,b"), "optim.lr": ("--lr", None)}
+    flags = {
+        "data.train": Flag("--data", Path("x/y.beton")),
+        "optim.lars_on": ("--lars-on", "a,b"),
+        "optim.lr": ("--lr", None),
+    }
     config = config_io.load(flags=flags).config
-    assert (config.data.train, config.optim.lars_on, config.optim.lr) == ("x/y.beton", ("a", "b"), 0.8)
+    assert (config.data.train, config.optim.lars_on, config.optim.lr) == (
+        "x/y.beton",
+        ("a", "b"),
+        0.8,
+    )
 
 
 # Messages.
@@ -246,7 +300,10 @@ def message(tmp_path: Path, text: str | bytes | None = None, **arguments: Any) -
         ("[optim]\nlr = 1\nlarson = 2\n", ("optim.larson (FILE:3)", "optim.lars_on")),
         ("[optimiser]\nlr = 1\n", ("optimiser.lr (FILE:2)", "optim.lr")),
         ("lr = 1\n", ("lr (FILE:1)", "optim.lr")),
-        ("[modle.projector]\nnorm = 'bn'\n", ("modle.projector.norm (FILE:2)", "model.projector.norm")),
+        (
+            "[modle.projector]\nnorm = 'bn'\n",
+            ("modle.projector.norm (FILE:2)", "model.projector.norm"),
+        ),
         ("epochs = 3\n", ("epochs (FILE:1)", "train.epochs")),
         ("[train]\nbatchsize = 3\n", ("train.batchsize (FILE:2)", "train.batch_size")),
         ("[schedule]\nwarmup = 3\n", ("schedule.warmup (FILE:2)", "schedule.warmup_epochs")),
@@ -265,12 +322,20 @@ def message(tmp_path: Path, text: str | bytes | None = None, **arguments: Any) -
         ("[views]\nscale = [0.5, 0.1]\n", ("views.scale", "FILE:2", "smaller first")),
         ("[views]\nscale = [0.5]\n", ("views.scale = [0.5] (FILE:2)", "more values")),
         ("[views]\nscale = [0.5, 0.6, 0.7]\n", ("views.scale", "FILE:2", "at most 2")),
-        ("[views]\nsize = 8\nblur = 'gaussian'\nblur_kernel = 63\n", ("FILE:4", "FILE:2", "63 taps")),
-        ("[optim]\nlars_excludm = 'none'\n", ("optim.lars_excludm (FILE:2)", "nearest is optim.lars_exclude")),
+        (
+            "[views]\nsize = 8\nblur = 'gaussian'\nblur_kernel = 63\n",
+            ("FILE:4", "FILE:2", "63 taps"),
+        ),
+        (
+            "[optim]\nlars_excludm = 'none'\n",
+            ("optim.lars_excludm (FILE:2)", "nearest is optim.lars_exclude"),
+        ),
         ("[optim]\nlr = = 1\n", ("FILE:2:6: not valid TOML",)),
         ("[optim\n", ("FILE:1:7: not valid TOML",)),
         # More digits than Python reads (sys.get_int_max_str_digits).
-        pytest.param(f"[train]\nepochs = {'9' * 5000}\n", ("FILE: not valid TOML", "digits"), id="digits"),
+        pytest.param(
+            f"[train]\nepochs = {'9' * 5000}\n", ("FILE: not valid TOML", "digits"), id="digits"
+        ),
         ("optim.lr = 1\n[optim]\nlr = 2\n", ("FILE", "not valid TOML")),
         ("preset = 'blgo'\n", ('FILE:1 "blgo"', "no such preset", "blog")),
         ("preset = 3\n", ('FILE:1 "3"', "no such preset")),
@@ -290,16 +355,26 @@ def test_messages_about_a_file(tmp_path: Path, text: str | bytes, parts: tuple[s
         ({"sets": ["model.mlp_norm=bn"]}, ("model.mlp_norm (--set)", "model.norm")),
         ({"sets": ["optim.lr=abc"]}, ('optim.lr = "abc" (--set)', "valid number")),
         ({"sets": ["train.epochs=1.5"]}, ("train.epochs = 1.5 (--set)", "integer")),
-        pytest.param({"sets": ["train.epochs=" + "9" * 5000]}, ("train.epochs", "(--set)", "integer"), id="digits"),
+        pytest.param(
+            {"sets": ["train.epochs=" + "9" * 5000]},
+            ("train.epochs", "(--set)", "integer"),
+            id="digits",
+        ),
         ({"sets": ["train.epochs=0"]}, ("train.epochs = 0 (--set)", "greater than or equal to 1")),
         ({"sets": ["train.device=gpu"]}, ('train.device = "gpu" (--set)', "auto|cpu|cuda")),
         ({"sets": ["optim.lr_mult=a,b"]}, ("optim.lr_mult", "--set")),
         ({"flags": {"model.norm": Flag("--norm", "gm")}}, ('model.norm = "gm" (--norm)',)),
-        ({"flags": {"optim.lr_mult": Flag("--lr-mult", [("a", -1.0)])}}, ("optim.lr_mult", "--lr-mult", "0 or more")),
+        (
+            {"flags": {"optim.lr_mult": Flag("--lr-mult", [("a", -1.0)])}},
+            ("optim.lr_mult", "--lr-mult", "0 or more"),
+        ),
         ({"preset": "none such"}, ('--preset "none such"', "blog, demo, paper")),
         ({"file": Path("/nowhere/x.toml")}, ("/nowhere/x.toml", "No such file")),
         ({"file": Path("/")}, ("/: cannot read", "is a folder")),
-        ({"sets": ["train.batch_size=5000", "data.textures_count=4096"]}, ("5000 (--set)", "4096", "no step")),
+        (
+            {"sets": ["train.batch_size=5000", "data.textures_count=4096"]},
+            ("5000 (--set)", "4096", "no step"),
+        ),
         (
             {"sets": ["method.name=contrastive"], "flags": {"method.queue": Flag("--queue", 255)}},
             (
@@ -309,18 +384,35 @@ def test_messages_about_a_file(tmp_path: Path, text: str | bytes, parts: tuple[s
                 "take 256 or more, or 0",
             ),
         ),
-        ({"sets": ["model.predictor.layers=1"]}, ("model.predictor.layers = ", "(--set)", "should be 0 or 2")),
-        ({"sets": ["model.projector.layers=0"]}, ("model.projector.layers (--set)", "model.predictor.layers")),
-        ({"sets": ["method.name=moco"]}, ('method.name = "moco" (--set)', "'byol', 'contrastive' or 'simsiam'")),
+        (
+            {"sets": ["model.predictor.layers=1"]},
+            ("model.predictor.layers = ", "(--set)", "should be 0 or 2"),
+        ),
+        (
+            {"sets": ["model.projector.layers=0"]},
+            ("model.projector.layers (--set)", "model.predictor.layers"),
+        ),
+        (
+            {"sets": ["method.name=moco"]},
+            ('method.name = "moco" (--set)', "'byol', 'contrastive' or 'simsiam'"),
+        ),
         ({"sets": ["method.temperature=0"]}, ("method.temperature = 0 (--set)", "greater than 0")),
         (
-            {"preset": "paper", "sets": ["train.batch_size=60000", "data.textures_count=60000", "optim.lr=30"]},
-            ("optim.lr = 7031.25 (--set, times train.batch_size / 256)", "less than or equal to 1000"),
+            {
+                "preset": "paper",
+                "sets": ["train.batch_size=60000", "data.textures_count=60000", "optim.lr=30"],
+            },
+            (
+                "optim.lr = 7031.25 (--set, times train.batch_size / 256)",
+                "less than or equal to 1000",
+            ),
         ),
     ],
     ids=str,
 )
-def test_messages_about_arguments(tmp_path: Path, arguments: dict[str, Any], parts: tuple[str, ...]) -> None:
+def test_messages_about_arguments(
+    tmp_path: Path, arguments: dict[str, Any], parts: tuple[str, ...]
+) -> None:
     line = message(tmp_path, **arguments)
     assert all(part in line for part in parts), line
 
@@ -353,14 +445,21 @@ def test_a_bad_run_file_is_one_line(tmp_path: Path) -> None:
 
 
 @SPACE
-@given(st.sampled_from(sorted(KEYS)), st.integers(0, 40), st.sampled_from(["drop", "double", "swap"]))
-def test_the_nearest_key_of_a_typing_error_is_the_right_one(key: str, position: int, slip: str) -> None:
+@given(
+    st.sampled_from(sorted(KEYS)), st.integers(0, 40), st.sampled_from(["drop", "double", "swap"])
+)
+def test_the_nearest_key_of_a_typing_error_is_the_right_one(
+    key: str, position: int, slip: str
+) -> None:
     leaf_start = key.rfind(".") + 1
     position = leaf_start + position % max(len(key) - leaf_start - 1, 1)
     typed = {
         "drop": key[:position] + key[position + 1 :],
         "double": key[:position] + key[position] + key[position:],
-        "swap": key[:position] + key[position + 1 : position + 2] + key[position] + key[position + 2 :],
+        "swap": key[:position]
+        + key[position + 1 : position + 2]
+        + key[position]
+        + key[position + 2 :],
     }[slip]
     near = config_io.nearest_key(typed)
     # With one of its few letters gone, a short name may be as near to another.
@@ -390,7 +489,11 @@ def test_a_copied_preset_loads_to_the_same(tmp_path: Path) -> None:
 def test_every_number_of_the_method_is_written_out_in_the_preset(name: str) -> None:
     """So that a change of a default in config.py cannot change a preset unnoticed."""
     settings_there = config_io.flatten_table(tomllib.loads(config_io.preset_text(name)))
-    method = {key for key in KEYS if key.split(".")[0] in ("views", "model", "method", "optim", "schedule")}
+    method = {
+        key
+        for key in KEYS
+        if key.split(".")[0] in ("views", "model", "method", "optim", "schedule")
+    }
     left_to_others = {"optim.lr", "optim.weight_decay", "schedule.horizon_epochs", "model.groups"}
     off = {"optim.rate_cap", "optim.replay_rates"}
     assert method - set(settings_there) <= left_to_others | off
@@ -404,10 +507,21 @@ def test_blog_is_the_original_code() -> None:
     assert (lars.lr, lars.weight_decay, lars.dialect, lars.eta) == (0.2, 1.5e-6, "blog", 1e-3)
     assert (schedule.lr_unit, schedule.tau_unit, schedule.ema_order) == ("epoch", "epoch", "before")
     assert (schedule.horizon_epochs, schedule.warmup_epochs, schedule.tau) == (320, 0.0, 0.996)
-    assert config_io.load(preset="blog", sets=["train.epochs=10"]).config.schedule.horizon_epochs == 320
-    jitter = [views.strength * value for value in (views.brightness, views.contrast, views.saturation, views.hue)]
+    assert (
+        config_io.load(preset="blog", sets=["train.epochs=10"]).config.schedule.horizon_epochs
+        == 320
+    )
+    jitter = [
+        views.strength * value
+        for value in (views.brightness, views.contrast, views.saturation, views.hue)
+    ]
     assert jitter == [0.4, 0.4, 0.4, 0.1]
-    assert (views.blur, views.size, config.train.batch_size, config.train.loss_scale) == ("pil", 96, 256, 1.0)
+    assert (views.blur, views.size, config.train.batch_size, config.train.loss_scale) == (
+        "pil",
+        96,
+        256,
+        1.0,
+    )
     assert (config.model.projector.hidden, config.model.projector.out) == (512, 128)
     assert config.train.precision == "auto"  # which a run's own file names
 
@@ -415,11 +529,27 @@ def test_blog_is_the_original_code() -> None:
 def test_paper_is_byol_as_published() -> None:
     config = config_io.load(preset="paper").config
     optim, schedule, views = config.optim, config.schedule, config.views
-    assert (optim.name, optim.lr, optim.weight_decay, optim.dialect) == ("lars", 0.2 * 4096 / 256, 1.5e-6, "deepmind")
+    assert (optim.name, optim.lr, optim.weight_decay, optim.dialect) == (
+        "lars",
+        0.2 * 4096 / 256,
+        1.5e-6,
+        "deepmind",
+    )
     assert (optim.lars_exclude, optim.decay_exclude) == ("bias_and_norm", "bias_and_norm")
-    assert (schedule.lr_unit, schedule.tau_unit, schedule.ema_order, schedule.warmup_epochs) == ("step", "step", "after", 10.0)
-    assert config_io.load(preset="paper", sets=["train.epochs=100"]).config.schedule.horizon_epochs == 100
-    jitter = [views.strength * value for value in (views.brightness, views.contrast, views.saturation, views.hue)]
+    assert (schedule.lr_unit, schedule.tau_unit, schedule.ema_order, schedule.warmup_epochs) == (
+        "step",
+        "step",
+        "after",
+        10.0,
+    )
+    assert (
+        config_io.load(preset="paper", sets=["train.epochs=100"]).config.schedule.horizon_epochs
+        == 100
+    )
+    jitter = [
+        views.strength * value
+        for value in (views.brightness, views.contrast, views.saturation, views.hue)
+    ]
     assert jitter == [0.4, 0.4, 0.2, 0.1]
     assert (views.scale, views.blur_p, views.solarize_p) == ((0.08, 1.0), (1.0, 0.1), (0.0, 0.2))
     assert (config.model.predictor.hidden, config.model.predictor.out) == (4096, 256)
@@ -440,7 +570,9 @@ def test_notes_tell_what_surprises(tmp_path: Path) -> None:
     assert "--opt" in note
 
 
-@pytest.mark.parametrize("key", ["data.train", "data.test", "train.init_from", "optim.replay_rates"])
+@pytest.mark.parametrize(
+    "key", ["data.train", "data.test", "train.init_from", "optim.replay_rates"]
+)
 def test_a_name_that_toml_cannot_hold_is_refused_in_a_line(key: str) -> None:
     name = os.fsdecode(b"caf\xe9\x1b[31m.beton")
     with pytest.raises(UsageError) as refused:
@@ -454,6 +586,8 @@ def test_a_name_that_toml_cannot_hold_is_refused_in_a_line(key: str) -> None:
 
 def test_an_origin_with_any_letters_is_a_comment_of_one_line() -> None:
     config = resolve(Config())
-    text = config_io.dump(config, dict.fromkeys(config_io.keys(), os.fsdecode(b"caf\xe9\n\r\x1b.toml:3")))
+    text = config_io.dump(
+        config, dict.fromkeys(config_io.keys(), os.fsdecode(b"caf\xe9\n\r\x1b.toml:3"))
+    )
     assert r"# caf\udce9\n\r\x1b.toml:3" in text
     assert config_io.parse(text.encode().decode(), "text") == config

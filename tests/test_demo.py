@@ -17,10 +17,17 @@ from fastbyol.errors import NoGraphError, UsageError
 from small import SETS
 from tiny import TINY
 
-SMALL = ("train.epochs=1", "data.textures_test_count=64", "data.textures_size=16", "probe.every_epochs=0")
+SMALL = (
+    "train.epochs=1",
+    "data.textures_test_count=64",
+    "data.textures_size=16",
+    "probe.every_epochs=0",
+)
 
 
-def test_the_second_call_goes_on_with_the_run_of_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_second_call_goes_on_with_the_run_of_the_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As a fresh process does after a recording that failed."""
     load = config_io.load
 
@@ -41,7 +48,10 @@ def test_the_second_call_goes_on_with_the_run_of_the_first(tmp_path: Path, monke
     with pytest.raises(NoGraphError):
         run(0)
     assert run(0)["run"] == str(tmp_path / "run")
-    for seed, path in ((0, "run-2"), (1, "run-3")):  # the first one is done, and another seed is another demonstration
+    for seed, path in (
+        (0, "run-2"),
+        (1, "run-3"),
+    ):  # the first one is done, and another seed is another demonstration
         with pytest.raises(NoGraphError) as raised:
             run(seed)
         assert raised.value.run == tmp_path / path
@@ -54,16 +64,23 @@ def test_without_real_images_it_takes_textures_and_says_so(monkeypatch: pytest.M
     monkeypatch.setattr(embedded, "training_file", refuse)
     printed = io.StringIO()
     assert demo._images(Console(file=printed)) == "textures"
-    assert "fashion-mnist: not on this machine; so this is on textures, where no recovery shows" in " ".join(
-        printed.getvalue().split()
+    assert (
+        "fashion-mnist: not on this machine; so this is on textures, where no recovery shows"
+        in " ".join(printed.getvalue().split())
     )
 
 
-def test_the_pair_are_the_arms_of_the_claims(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_pair_are_the_arms_of_the_claims(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Both are trained with the seed asked for, found again by a second call, and drawn."""
     make = plan.make
     monkeypatch.setattr(
-        plan, "make", lambda *which, **options: make(*which, sets=[*SETS, "train.epochs=2", "data.limit=64"], **options)
+        plan,
+        "make",
+        lambda *which, **options: make(
+            *which, sets=[*SETS, "train.epochs=2", "data.limit=64"], **options
+        ),
     )
     config = config_io.load(preset="demo", sets=["train.seed=3", "data.train=textures"]).config
     results = [demo._pair(tmp_path / "lars", config, Console(file=io.StringIO())) for _ in range(2)]
@@ -73,7 +90,12 @@ def test_the_pair_are_the_arms_of_the_claims(tmp_path: Path, monkeypatch: pytest
     for name, path in runs.items():
         there = config_io.read_run(path / "config.toml")
         assert (there.train.seed, there.optim.lr) == (3, float(name.rpartition("-")[2]))
-    other = config.model_copy(update={"data": config.data.model_copy(update={"train": "fashion-mnist"})})
-    assert [demo._pair_runs(tmp_path / "lars", each)[0].name for each in (config, other)] == ["lars", "lars-2"]
+    other = config.model_copy(
+        update={"data": config.data.model_copy(update={"train": "fashion-mnist"})}
+    )
+    assert [demo._pair_runs(tmp_path / "lars", each)[0].name for each in (config, other)] == [
+        "lars",
+        "lars-2",
+    ]
     (tmp_path / "pictures").mkdir()
     assert demo._draw_pair(runs, tmp_path).stat().st_size > 10_000

@@ -49,7 +49,9 @@ def test_a_file_is_opened_as_it_is_through_links_too(tmp_path: Path) -> None:
         assert file.read() == b"content\r\n"
 
 
-def test_a_pipe_that_takes_the_files_place_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_pipe_that_takes_the_files_place_is_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "x"
     path.write_bytes(b"content")
     looked_at = path.stat()

@@ -1,4 +1,6 @@
-"""From every kind of source to an accuracy: converted, trained on and evaluated, in its true format on disk."""
+"""From every kind of source to an accuracy: converted, trained on and evaluated, in its true format
+on disk.
+"""
 
 from __future__ import annotations
 
@@ -22,13 +24,21 @@ from tiny import TINY
 
 def train(train: Path, test: Path, folder: Path, batch_size: int = 8) -> None:
     """Train the tiny network for an epoch."""
-    sets = [*TINY, f"data.train={train}", f"data.test={test}", f"train.batch_size={batch_size}", "train.epochs=1"]
+    sets = [
+        *TINY,
+        f"data.train={train}",
+        f"data.test={test}",
+        f"train.batch_size={batch_size}",
+        "train.epochs=1",
+    ]
     summary = fastbyol.train(fastbyol.load_config("blog", sets), folder / "run")
     assert summary.finished
     assert np.isfinite(summary.metrics["loss"])
 
 
-def of_splits(write: Callable[..., None], split: str, test: int, **options: Any) -> Callable[[Path], tuple[Path, Path]]:
+def of_splits(
+    write: Callable[..., None], split: str, test: int, **options: Any
+) -> Callable[[Path], tuple[Path, Path]]:
     """Convert two splits of a source that ``write`` makes."""
 
     def make(folder: Path) -> tuple[Path, Path]:

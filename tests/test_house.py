@@ -1,4 +1,6 @@
-"""The house rules that a machine can hold: which way imports point, what the command line costs, which names are banned."""
+"""The house rules that a machine can hold: which way imports point, what the command line costs,
+which names are banned.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,8 @@ PACKAGE = ROOT / "fastbyol"
 KERNELS = ROOT / "kernels" / "fastbyol_kernels"
 BENCH = ROOT / "bench" / "fastbyol_bench"
 
-# A module may import from its own rank's folder and from lower ranks. The order is CONTRIBUTING's arrows, bottom first.
+# A module may import from its own rank's folder and from lower ranks. The order is CONTRIBUTING's
+# arrows, bottom first.
 RANKS = (
     ("errors", "process", "text"),
     ("config", "files", "output"),
@@ -103,8 +106,14 @@ def test_imports_point_one_way(path: Path) -> None:
         if top != "fastbyol":
             continue
         target = room(name)
-        allowed = target == own or RANK[target] < RANK[own] or (own == "__init__" and target == "__init__")
-        assert allowed, f"{path.relative_to(ROOT)} (rank of {own}) imports {name} (rank of {target})"
+        allowed = (
+            target == own
+            or RANK[target] < RANK[own]
+            or (own == "__init__" and target == "__init__")
+        )
+        assert allowed, (
+            f"{path.relative_to(ROOT)} (rank of {own}) imports {name} (rank of {target})"
+        )
 
 
 def named(path: Path) -> str:
@@ -114,7 +123,10 @@ def named(path: Path) -> str:
 
 
 def test_no_module_imports_itself_by_way_of_others() -> None:
-    """Whether at once or inside a function. Who imports a module is not taken to import the packages around it."""
+    """Whether at once or inside a function.
+
+    Who imports a module is not taken to import the packages around it.
+    """
     paths = {named(path): path for path in modules()}
     graph: dict[str, set[str]] = {}
     for name, path in paths.items():
@@ -140,7 +152,9 @@ def test_every_keyword_of_a_kernel_op_is_passed_by_someone() -> None:
     passed: dict[str, list[ast.Call]] = {}
     for path in [*PACKAGE.rglob("*.py"), *BENCH.rglob("*.py")]:
         nodes = list(ast.walk(ast.parse(path.read_text("utf-8"))))
-        names = [alias for node in nodes if isinstance(node, ast.ImportFrom) for alias in node.names]
+        names = [
+            alias for node in nodes if isinstance(node, ast.ImportFrom) for alias in node.names
+        ]
         meant = {alias.asname: alias.name for alias in names if alias.asname}
         for node in nodes:
             if isinstance(node, ast.Call):
@@ -149,7 +163,11 @@ def test_every_keyword_of_a_kernel_op_is_passed_by_someone() -> None:
     idle = []
     for path in sorted(KERNELS.glob("*/__init__.py")):
         body = ast.parse(path.read_text("utf-8")).body
-        for function in (node for node in body if isinstance(node, ast.FunctionDef) and not node.name.startswith("_")):
+        for function in (
+            node
+            for node in body
+            if isinstance(node, ast.FunctionDef) and not node.name.startswith("_")
+        ):
             positional = [argument.arg for argument in function.args.args]
             options = positional[len(positional) - len(function.args.defaults) :]
             options += [argument.arg for argument in function.args.kwonlyargs]
@@ -163,18 +181,30 @@ def test_every_keyword_of_a_kernel_op_is_passed_by_someone() -> None:
 
 
 def _passes(call: ast.Call, option: str, positional: list[str]) -> bool:
-    """Whether ``call`` may pass ``option``: by name, in its place, or in a ``**dict`` whose names cannot be seen here."""
-    places = len(positional) if any(isinstance(a, ast.Starred) for a in call.args) else len(call.args)
-    return option in positional[:places] or any(keyword.arg in (option, None) for keyword in call.keywords)
+    """Whether ``call`` may pass ``option``: by name, in its place, or in a ``**dict`` whose names
+    cannot be seen here.
+    """
+    places = (
+        len(positional) if any(isinstance(a, ast.Starred) for a in call.args) else len(call.args)
+    )
+    return option in positional[:places] or any(
+        keyword.arg in (option, None) for keyword in call.keywords
+    )
 
 
 def test_every_room_has_a_rank() -> None:
-    rooms = {path.relative_to(PACKAGE).parts[0].removesuffix(".py") for path in PACKAGE.rglob("*.py")}
+    rooms = {
+        path.relative_to(PACKAGE).parts[0].removesuffix(".py") for path in PACKAGE.rglob("*.py")
+    }
     assert rooms == set(RANK)
 
 
 def test_only_one_module_talks_to_other_processes_of_a_job() -> None:
-    users = [path for path in modules() if any(name.startswith("torch.distributed") for name in imports(path))]
+    users = [
+        path
+        for path in modules()
+        if any(name.startswith("torch.distributed") for name in imports(path))
+    ]
     assert all(path.name == "distributed.py" for path in users)
 
 
@@ -183,15 +213,27 @@ def test_no_generic_names() -> None:
 
 
 def test_tests_mirror_the_code() -> None:
-    """A test file bears the stem of the module it tests, in the folder of the same name. Faults are of no one module."""
+    """A test file bears the stem of the module it tests, in the folder of the same name.
+
+    Faults are of no one module.
+    """
     stems = {path.relative_to(PACKAGE).with_suffix("") for path in PACKAGE.rglob("*.py")}
-    stems |= {Path("kernels") / path.relative_to(KERNELS).with_suffix("") for path in KERNELS.rglob("*.py")}
-    stems |= {Path("bench") / path.relative_to(BENCH).with_suffix("") for path in BENCH.rglob("*.py")}
-    stems |= {Path("kernels") / path.parent.relative_to(KERNELS) for path in KERNELS.rglob("__init__.py")}
+    stems |= {
+        Path("kernels") / path.relative_to(KERNELS).with_suffix("")
+        for path in KERNELS.rglob("*.py")
+    }
+    stems |= {
+        Path("bench") / path.relative_to(BENCH).with_suffix("") for path in BENCH.rglob("*.py")
+    }
+    stems |= {
+        Path("kernels") / path.parent.relative_to(KERNELS) for path in KERNELS.rglob("__init__.py")
+    }
     stems |= {Path("house"), Path("first_light"), Path("runs/old")}
     tests = [path.relative_to(ROOT / "tests") for path in (ROOT / "tests").rglob("test_*.py")]
     tests = [path for path in tests if path.parts[0] != "faults"]
-    strays = [path for path in tests if path.with_name(path.stem.removeprefix("test_")) not in stems]
+    strays = [
+        path for path in tests if path.with_name(path.stem.removeprefix("test_")) not in stems
+    ]
     assert not strays
 
 
@@ -209,15 +251,21 @@ OLD_RUN = str(ROOT / "tests" / "runs" / "old" / "finished")
     ],
     ids=" ".join,
 )
-def test_commands_that_compute_nothing_do_not_import_torch(tmp_path: Path, arguments: list[str]) -> None:
+def test_commands_that_compute_nothing_do_not_import_torch(
+    tmp_path: Path, arguments: list[str]
+) -> None:
     """Torch takes seconds to import. ``RUN`` is a copy of a finished run."""
     if "RUN" in arguments:
         shutil.copytree(OLD_RUN, tmp_path / "RUN")
-    code = "import sys, fastbyol, fastbyol.cli.main as m; m.app(sys.argv[1:], standalone_mode=False)"
+    code = (
+        "import sys, fastbyol, fastbyol.cli.main as m; m.app(sys.argv[1:], standalone_mode=False)"
+    )
     code += "; sys.exit('torch' in sys.modules or 'numba' in sys.modules)"
     command = [sys.executable, "-c", code, *arguments]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (ROOT, KERNELS.parent)))}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
 
 
@@ -247,20 +295,27 @@ def test_public_functions_have_docstrings() -> None:
     missing = []
     for path in modules():
         for node in ast.parse(path.read_text("utf-8")).body:
-            public = isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_")
+            public = isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith(
+                "_"
+            )
             if public and not ast.get_docstring(node):
                 missing.append(f"{path.relative_to(ROOT)}:{node.lineno} {node.name}")
     assert not missing
 
 
 def test_docstrings_of_functions_begin_with_a_verb() -> None:
-    """In the imperative. A property reads as what it is, and a private function may speak as it likes."""
+    """In the imperative.
+
+    A property reads as what it is, and a private function may speak as it likes.
+    """
     others = []
     for path in modules():
         for function in public_functions(ast.parse(path.read_text("utf-8"))):
             first = re.match(r"[\w-]+", ast.get_docstring(function) or "")
             if first and not VERBS.fullmatch(first[0]):
-                others.append(f"{path.relative_to(ROOT)}:{function.lineno} {function.name}: {first[0]}")
+                others.append(
+                    f"{path.relative_to(ROOT)}:{function.lineno} {function.name}: {first[0]}"
+                )
     assert not others
 
 
@@ -279,7 +334,14 @@ def test_names_say_what_a_thing_is() -> None:
     vague = []
     for path in modules():
         for node in ast.walk(ast.parse(path.read_text("utf-8"))):
-            name = next((getattr(node, field) for field in ("id", "attr", "arg", "name") if hasattr(node, field)), None)
+            name = next(
+                (
+                    getattr(node, field)
+                    for field in ("id", "attr", "arg", "name")
+                    if hasattr(node, field)
+                ),
+                None,
+            )
             if name and VAGUE_NAMES.fullmatch(name) and (path.name, name) not in JSON_NAMES:
                 vague.append(f"{path.relative_to(ROOT)}:{getattr(node, 'lineno', 0)} {name}")
     assert not vague
@@ -296,7 +358,11 @@ def prose(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def test_prose_uses_the_words_of_the_field() -> None:
-    pages = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), *(ROOT / "bench").glob("README.md")]
+    pages = [
+        ROOT / "README.md",
+        *(ROOT / "docs").rglob("*.md"),
+        *(ROOT / "bench").glob("README.md"),
+    ]
     banned = [
         f"{path.relative_to(ROOT)}:{line} {match[0]}"
         for path in [*modules(), *pages]

@@ -1,4 +1,6 @@
-"""output.py: whatever becomes of the streams, the command does its work and says in its exit code what was lost."""
+"""output.py: whatever becomes of the streams, the command does its work and says in its exit code
+what was lost.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,9 @@ SHOWN = r"caf\udce9\x1b[31m\r\n\u202e[bold]:cat:[/x] b\xe4d \u65e5"
 LOST = "fastbyol: error: standard output: cannot write: "
 
 
-def command(*arguments: str, shell: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
+def command(
+    *arguments: str, shell: str = "", **environment: str
+) -> subprocess.CompletedProcess[str]:
     """``fastbyol`` with its streams as ``shell`` says, such as ``>/dev/full``."""
     program = f'exec "$0" -m fastbyol.cli.main "$@" {shell}'
     return subprocess.run(
@@ -75,14 +79,18 @@ def test_a_working_folder_that_is_gone_is_named(tmp_path: Path) -> None:
     program = 'cd "$1" && rmdir "$1" && exec "$0" -m fastbyol.cli.main eval some/run'
     gone = tmp_path / "gone"
     gone.mkdir()
-    done = subprocess.run(["bash", "-c", program, sys.executable, gone], check=False, capture_output=True, text=True)
+    done = subprocess.run(
+        ["bash", "-c", program, sys.executable, gone], check=False, capture_output=True, text=True
+    )
     assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
     assert "working folder" in done.stderr
 
 
 @pytest.mark.parametrize("closed", [">&-", "2>&-", "<&-", ">&- 2>&- <&-"])
 def test_closed_streams_are_nobodys_file(closed: str, tmp_path: Path) -> None:
-    """The first file that a process opens gets the lowest free number, which is the one that text is printed to."""
+    """The first file that a process opens gets the lowest free number, which is the one that text
+    is printed to.
+    """
     file = tmp_path / "blog.toml"
     done = command("presets", "copy", "blog", str(file), shell=closed)
     assert (done.returncode, done.stderr) == (0, "")
@@ -106,7 +114,9 @@ IN_ASCII = {"PYTHONIOENCODING": "ascii"}
     ],
     ids=lambda value: " ".join(map(str, value)).encode("ascii", "replace").decode()[:20],
 )
-def test_a_name_in_an_error_is_escaped_in_every_encoding(arguments: tuple[str, ...], environment: dict[str, str]) -> None:
+def test_a_name_in_an_error_is_escaped_in_every_encoding(
+    arguments: tuple[str, ...], environment: dict[str, str]
+) -> None:
     done = command(*arguments, **environment)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
     assert done.stderr.startswith("fastbyol: error: ")
@@ -118,7 +128,11 @@ def test_a_name_in_an_error_is_escaped_in_every_encoding(arguments: tuple[str, .
 def guarded_on_files(folder: Path) -> Iterator[output.Failures]:
     """Standard output and error as Python has them, in ASCII, on files in ``folder``."""
     kept = [os.dup(number) for number in (1, 2)]
-    with pytest.MonkeyPatch.context() as patch, (folder / "out").open("wb") as out, (folder / "err").open("wb") as err:
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        (folder / "out").open("wb") as out,
+        (folder / "err").open("wb") as err,
+    ):
         for number, name, file in ((1, "stdout", out), (2, "stderr", err)):
             stream = io.TextIOWrapper(file, "ascii")
             patch.setattr(sys, name, stream)
@@ -142,8 +156,11 @@ def test_names_on_consoles_in_lines_in_tables_and_in_logs(tmp_path: Path) -> Non
         output.say(EVIL, EVIL)
         output.say(EVIL, err=True)
     assert not failures
-    # The last two letters are a matter of the encoding; Python's own escapes and those of what is unseen look alike.
-    assert [line.strip() for line in (tmp_path / "out").read_text("ascii").splitlines()] == [SHOWN] * 4
+    # The last two letters are a matter of the encoding; Python's own escapes and those of what is
+    # unseen look alike.
+    assert [line.strip() for line in (tmp_path / "out").read_text("ascii").splitlines()] == [
+        SHOWN
+    ] * 4
     assert (tmp_path / "err").read_text("ascii") == f"{SHOWN}\n"
 
 
@@ -151,7 +168,9 @@ def test_our_log_lines_stay_lines() -> None:
     with output.guarded():
         assert logging.lastResort is not None
         shown = [
-            logging.lastResort.format(logging.makeLogRecord({"name": name, "msg": "%s", "args": ("a\n\x1b[2Jb",)}))
+            logging.lastResort.format(
+                logging.makeLogRecord({"name": name, "msg": "%s", "args": ("a\n\x1b[2Jb",)})
+            )
             for name in ("fastbyol.runs.lock", "torch")
         ]
     assert shown == [r"a\n\x1b[2Jb", "a\n\\x1b[2Jb"]
@@ -161,7 +180,9 @@ def test_json_is_strict_and_gives_names_back(capsys: pytest.CaptureFixture[str])
     def refuse(constant: str) -> None:
         raise AssertionError(constant)
 
-    output.print_json({"name": EVIL, "loss": math.nan, "row": [math.inf, (1.5, -math.inf)], "path": Path("a/b")})
+    output.print_json(
+        {"name": EVIL, "loss": math.nan, "row": [math.inf, (1.5, -math.inf)], "path": Path("a/b")}
+    )
     text = capsys.readouterr().out
     assert text.isascii()
     assert json.loads(text, parse_constant=refuse) == {
@@ -169,7 +190,9 @@ def test_json_is_strict_and_gives_names_back(capsys: pytest.CaptureFixture[str])
     }  # fmt: skip
 
 
-def test_a_tiny_terminal_still_gets_its_rows(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_tiny_terminal_still_gets_its_rows(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     for columns in ("1", "0", "-5", "many"):
         monkeypatch.setenv("COLUMNS", columns)
         table = Table("run", "state", box=None)
@@ -187,16 +210,26 @@ def test_a_stream_that_fails_once_is_left_alone_and_the_other_goes_on(tmp_path: 
             output.say("lost")
             output.say("kept", err=True)
     assert list(failures) == ["standard output"]
-    assert failures.in_words().startswith("standard output: cannot write: No space left on device; ")
+    assert failures.in_words().startswith(
+        "standard output: cannot write: No space left on device; "
+    )
     assert (tmp_path / "err").read_text() == "kept\n" * 3
 
 
 @pytest.mark.parametrize(
     "environment",
-    [{"FORCE_COLOR": "1"}, {"TERM": "dumb"}, {"COLUMNS": "1", "LINES": "1"}, {"NO_COLOR": "1"}, {"TTY_COMPATIBLE": "1"}],
+    [
+        {"FORCE_COLOR": "1"},
+        {"TERM": "dumb"},
+        {"COLUMNS": "1", "LINES": "1"},
+        {"NO_COLOR": "1"},
+        {"TTY_COMPATIBLE": "1"},
+    ],
     ids=str,
 )
-def test_only_a_terminal_gets_a_table_that_is_drawn_again(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_a_terminal_gets_a_table_that_is_drawn_again(
+    environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name, value in ({"TERM": "xterm"} | environment).items():
         monkeypatch.setenv(name, value)
     assert type(display(Console(file=io.StringIO()))) is PlainDisplay

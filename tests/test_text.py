@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from fastbyol.text import printable, printable_lines
 
-# Categories of Unicode that move, colour, hide or turn what stands beside them, and halves of surrogate pairs.
+# Categories of Unicode that move, colour, hide or turn what stands beside them, and halves of
+# surrogate pairs.
 UNSEEN = {"Cc", "Cf", "Cs", "Co", "Zl", "Zp"}
 ANY_TEXT = st.text(st.characters(exclude_categories=()))
 

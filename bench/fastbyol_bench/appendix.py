@@ -22,16 +22,21 @@ from fastbyol.runs.durable import write_text
 from fastbyol_bench.readme import DOCS, README, RESULTS, filled
 
 BEGIN, END = "<!-- appendix: made by fastbyol_bench.appendix -->", "<!-- appendix: end -->"
-SHORT_BEGIN, SHORT_END = "<!-- appendix-short: made by fastbyol_bench.appendix -->", "<!-- appendix-short: end -->"
+SHORT_BEGIN, SHORT_END = (
+    "<!-- appendix-short: made by fastbyol_bench.appendix -->",
+    "<!-- appendix-short: end -->",
+)
 DOCUMENT = DOCS / "appendix.md"
 VERDICTS = "verdicts.json"
 FOLDERS = tuple(RESULTS / "ablations" / name for name in ("mini", "long", "textures"))
 # The claims in the README's table: at least one of every outcome.
 SHORT = ("C1", "C5", "C6", "C7", "C8", "M1")
 PICTURES = {
-    "timing.png": "Rate of layer1 and loss at learning rates .5 and .1, ours over the published curves",
+    "timing.png": "Rate of layer1 and loss at learning rates .5 and .1, ours over the published "
+    "curves",
     "cosines.png": "Distance of negative pairs in each arm, with a band over seeds",
-    "recoveries.png": "Distance of negative pairs over the steps of long runs, ours over the published curves",
+    "recoveries.png": "Distance of negative pairs over the steps of long runs, ours over the "
+    "published curves",
 }
 NAMES = {"fashion-mnist": "Fashion-MNIST"}
 
@@ -64,7 +69,8 @@ class Result:
             return next(row for row in self.verdicts["claims"] if row["id"] == name)
         except StopIteration:
             raise UsageError(
-                f"{self.folder / VERDICTS}: nothing on {name}: write it anew with `fastbyol ablate report`"
+                f"{self.folder / VERDICTS}: nothing on {name}: write it anew with `fastbyol "
+                "ablate report`"
             ) from None
 
 
@@ -86,7 +92,10 @@ def section(folders: Sequence[Path], start: Path) -> str:
         "```",
         "",
         *_table(("claim", "the post", first, "what decides", *others)),
-        *(_row(claim["id"], claim["says"], by_images, full=True) for claim in results[0].verdicts["claims"]),
+        *(
+            _row(claim["id"], claim["says"], by_images, full=True)
+            for claim in results[0].verdicts["claims"]
+        ),
         "",
         *(
             f"![{alt}]({result.link}/{name})\n"
@@ -108,7 +117,11 @@ def summary(folders: Sequence[Path], start: Path) -> str:
         *(_counts(images, group) for images, group in by_images.items()),
         "",
         *_table(("claim", "the post", *by_images)),
-        *(_row(claim["id"], claim["says"], by_images) for claim in first.verdicts["claims"] if claim["id"] in SHORT),
+        *(
+            _row(claim["id"], claim["says"], by_images)
+            for claim in first.verdicts["claims"]
+            if claim["id"] in SHORT
+        ),
         SHORT_END,
     ]
     return "\n".join(lines)
@@ -120,7 +133,9 @@ def _table(heads: Sequence[str]) -> tuple[str, str]:
 
 def _counts(images: str, results: Sequence[Result]) -> str:
     """Say in a line how the claims came out on some images, and from how many runs."""
-    claims = [_showing(row["id"], results).claim(row["id"]) for row in results[0].verdicts["claims"]]
+    claims = [
+        _showing(row["id"], results).claim(row["id"]) for row in results[0].verdicts["claims"]
+    ]
     outcomes = ["not run" if claim["seeds"] == "0" else claim["outcome"] for claim in claims]
     counts = ", ".join(f"{outcomes.count(outcome)} {outcome}" for outcome in sorted(set(outcomes)))
     return f"- {images}: {counts}; from {' and '.join(map(_runs, results))}."
@@ -130,9 +145,14 @@ def _runs(result: Result) -> str:
     """Say how many requested runs finished, what became of the others, and which rule judged."""
     report = f"{result.verdicts['scale']} scale, [report]({result.link}/report.html)"
     if result.old:
-        return f"{result.verdicts['runs']} runs ({report}), judged by the rule of its time: two thirds of two or three seeds"
+        return (
+            f"{result.verdicts['runs']} runs ({report}), judged by the rule of its time: two "
+            "thirds of two or three seeds"
+        )
     account = result.verdicts["account"]
-    lost = "".join(f", {len(account[key])} {key}" for key in ("failed", "stopped", "left") if account[key])
+    lost = "".join(
+        f", {len(account[key])} {key}" for key in ("failed", "stopped", "left") if account[key]
+    )
     return f"{len(account['done'])} of {len(account['asked'])} runs ({report}{lost})"
 
 
@@ -142,7 +162,9 @@ def _commands(result: Result) -> tuple[str, ...]:
     return tuple(f"{command}{today}" for command in result.verdicts["commands"])
 
 
-def _row(name: str, says: str, by_images: Mapping[str, Sequence[Result]], *, full: bool = False) -> str:
+def _row(
+    name: str, says: str, by_images: Mapping[str, Sequence[Result]], *, full: bool = False
+) -> str:
     """Return a claim's row; ``full`` adds what decides."""
     first, *others = (_showing(name, results) for results in by_images.values())
     claim = first.claim(name)
@@ -163,9 +185,15 @@ def _showing(name: str, results: Sequence[Result]) -> Result:
 
 
 def _deciding(claim: Mapping[str, Any]) -> str:
-    """Return the statements that decide a claim; of a *partly* reproduced one also those that failed."""
+    """Return the statements that decide a claim; of a *partly* reproduced one also those that
+    failed.
+    """
     failing = "other" if claim["outcome"] == "partly" else "main"
-    rows = (row for row in claim["statements"] if row["role"] == "main" or (row["role"] == failing and not row["held"]))
+    rows = (
+        row
+        for row in claim["statements"]
+        if row["role"] == "main" or (row["role"] == failing and not row["held"])
+    )
     return "<br>".join(f"{row['text'].rstrip('.')}: {_share(row)}" for row in rows)
 
 
@@ -189,7 +217,9 @@ def _read_all(folders: Sequence[Path], start: Path) -> dict[str, list[Result]]:
             by_images.setdefault(result.images, []).append(result)
     if not by_images:
         where = folders[0] if folders else "DIR"
-        raise UsageError(f"{where}: no verdicts: `fastbyol ablate report --png {where}` writes them")
+        raise UsageError(
+            f"{where}: no verdicts: `fastbyol ablate report --png {where}` writes them"
+        )
     return by_images
 
 
@@ -198,7 +228,9 @@ def _read(folder: Path, start: Path) -> Result:
     try:
         verdicts: dict[str, Any] = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError) as error:
-        raise UsageError(f"{path}: damaged: `fastbyol ablate report --png {folder}` writes it anew ({error})") from None
+        raise UsageError(
+            f"{path}: damaged: `fastbyol ablate report --png {folder}` writes it anew ({error})"
+        ) from None
     return Result(folder, Path(os.path.relpath(folder, start)).as_posix(), verdicts)
 
 
@@ -206,7 +238,9 @@ def fresh(folders: Sequence[Path] = FOLDERS) -> dict[Path, str]:
     """Return both documents' texts with their blocks made anew."""
     return {
         DOCUMENT: filled(DOCUMENT.read_text("utf-8"), BEGIN, END, section(folders, DOCS)),
-        README: filled(README.read_text("utf-8"), SHORT_BEGIN, SHORT_END, summary(folders, README.parent)),
+        README: filled(
+            README.read_text("utf-8"), SHORT_BEGIN, SHORT_END, summary(folders, README.parent)
+        ),
     }
 
 

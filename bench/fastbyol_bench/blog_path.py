@@ -63,15 +63,22 @@ class PairedViews(Dataset[tuple[Tensor, Tensor]]):
         return self.transform(image), self.transform(image)
 
 
-def loader(images: np.ndarray, *, size: int, batch_size: int, workers: int) -> DataLoader[tuple[Tensor, Tensor]]:
+def loader(
+    images: np.ndarray, *, size: int, batch_size: int, workers: int
+) -> DataLoader[tuple[Tensor, Tensor]]:
     """Return a DataLoader of shuffled full batches of two views, (B, 3, S, S) each."""
-    return DataLoader(PairedViews(images, size), batch_size, shuffle=True, drop_last=True, num_workers=workers)
+    return DataLoader(
+        PairedViews(images, size), batch_size, shuffle=True, drop_last=True, num_workers=workers
+    )
 
 
 def mlp(features: int, hidden: int, out: int, norm: bool) -> nn.Sequential:
     """Return the post's head: linear, optional norm, ReLU, linear."""
     return nn.Sequential(
-        nn.Linear(features, hidden), nn.BatchNorm1d(hidden) if norm else nn.Identity(), nn.ReLU(), nn.Linear(hidden, out)
+        nn.Linear(features, hidden),
+        nn.BatchNorm1d(hidden) if norm else nn.Identity(),
+        nn.ReLU(),
+        nn.Linear(hidden, out),
     )
 
 
@@ -82,7 +89,13 @@ class Lars:
     """
 
     def __init__(
-        self, parameters: Iterable[nn.Parameter], *, lr: float, momentum: float, weight_decay: float, eta: float
+        self,
+        parameters: Iterable[nn.Parameter],
+        *,
+        lr: float,
+        momentum: float,
+        weight_decay: float,
+        eta: float,
     ) -> None:
         self.parameters = list(parameters)
         self.buffers = [torch.zeros_like(p) for p in self.parameters]
@@ -116,7 +129,9 @@ class BlogPath:
     tau: float = 0.996
 
     @staticmethod
-    def create(*, optimizer: str = "sgd", mlp_norm: bool = True, device: str | torch.device = "cpu") -> BlogPath:
+    def create(
+        *, optimizer: str = "sgd", mlp_norm: bool = True, device: str | torch.device = "cpu"
+    ) -> BlogPath:
         """Build a ResNet-18 with heads 512-512-128 and 128-512-128.
 
         ``optimizer`` is sgd (lr 0.8, wd 1e-4) or lars (lr 0.2, wd 1.5e-6).
@@ -133,7 +148,9 @@ class BlogPath:
         if optimizer == "lars":
             made = Lars(parameters, lr=0.2, momentum=0.9, weight_decay=1.5e-6, eta=1e-3)
         else:
-            made = torch.optim.SGD(parameters, lr=0.8, momentum=0.9, weight_decay=1e-4, foreach=False)
+            made = torch.optim.SGD(
+                parameters, lr=0.8, momentum=0.9, weight_decay=1e-4, foreach=False
+            )
         return BlogPath(online, predictor, copy.deepcopy(online), made)
 
     def step(self, view: Tensor, other: Tensor) -> float:
@@ -178,7 +195,10 @@ def plain(images: np.ndarray, batch_size: int = 256) -> Iterator[Tensor]:
     """Yield uint8 images (N, H, W, 3) as normalised batches (B, 3, H, W), uncropped."""
     mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (MEAN, STD))
     for start in range(0, len(images), batch_size):
-        yield (torch.from_numpy(images[start : start + batch_size]).permute(0, 3, 1, 2).float() / 255.0 - mean) / std
+        yield (
+            torch.from_numpy(images[start : start + batch_size]).permute(0, 3, 1, 2).float() / 255.0
+            - mean
+        ) / std
 
 
 def probe(features: np.ndarray, labels: np.ndarray) -> float:

@@ -51,12 +51,18 @@ def _product_s(side: int, dtype: torch.dtype, device: torch.device, quick: bool)
 
     The faster counts: on some CPUs torch's BLAS is slower than its convolution.
     """
-    return 2 * side**3 / min(_best(make(side, dtype, device), device, quick) for make in (_product, _convolution))
+    return (
+        2
+        * side**3
+        / min(_best(make(side, dtype, device), device, quick) for make in (_product, _convolution))
+    )
 
 
 def _convolution(side: int, dtype: torch.dtype, device: torch.device) -> Callable[[], object]:
     pixels = (side // 16, side, 4, 4)
-    x, weight = (torch.randn(shape, device=device).to(dtype) for shape in (pixels, (side, side, 1, 1)))
+    x, weight = (
+        torch.randn(shape, device=device).to(dtype) for shape in (pixels, (side, side, 1, 1))
+    )
     x, weight = (tensor.contiguous(memory_format=torch.channels_last) for tensor in (x, weight))
     return lambda: torch.nn.functional.conv2d(x, weight)
 
@@ -69,11 +75,17 @@ def _product(side: int, dtype: torch.dtype, device: torch.device) -> Callable[[]
 
 def _best(call: Callable[[], object], device: torch.device, quick: bool) -> float:
     plan = Plan(rounds=3 if quick else 10, warmup=2, budget_s=3.0)
-    return min(reading.wall_s for reading in measure([Variant("it", call)], plan, clock_of(device))["it"])
+    return min(
+        reading.wall_s for reading in measure([Variant("it", call)], plan, clock_of(device))["it"]
+    )
 
 
-def floor(ceiling: Ceiling, *, num_bytes: float = 0.0, flop: float = 0.0, bf16: bool = True) -> Floor:
+def floor(
+    ceiling: Ceiling, *, num_bytes: float = 0.0, flop: float = 0.0, bf16: bool = True
+) -> Floor:
     """Return the larger of the times that the bytes and the operations take at their ceilings."""
     by_bytes = num_bytes / ceiling.copy_bytes_s
     by_flop = flop / (ceiling.bf16_flop_s if bf16 else ceiling.fp32_flop_s)
-    return Floor(seconds=max(by_bytes, by_flop), bound="bytes" if by_bytes >= by_flop else "operations")
+    return Floor(
+        seconds=max(by_bytes, by_flop), bound="bytes" if by_bytes >= by_flop else "operations"
+    )

@@ -24,7 +24,9 @@ from fastbyol_bench.results import Result, Row
 from fastbyol_bench.suite import Setting, threads
 
 SUITES = ("kernels", "views", "loader", "optimizer", "step", "train")
-NO_PICTURE = "no picture of where a step's time goes: that needs matplotlib (pip install 'fastbyol[report]')"
+NO_PICTURE = (
+    "no picture of where a step's time goes: that needs matplotlib (pip install 'fastbyol[report]')"
+)
 
 
 def chosen(names: Sequence[str]) -> tuple[str, ...]:
@@ -35,7 +37,9 @@ def chosen(names: Sequence[str]) -> tuple[str, ...]:
     for name in names:
         if name not in (*SUITES, "all"):
             raise UsageError(f"bench: no suite {name!r}: take some of {', '.join(SUITES)}, or all")
-    return SUITES if not names or "all" in names else tuple(name for name in SUITES if name in names)
+    return (
+        SUITES if not names or "all" in names else tuple(name for name in SUITES if name in names)
+    )
 
 
 def run(
@@ -55,7 +59,10 @@ def run(
     machine, environment = results.machine(setting.device.type)
     commit = results.commit()
     if load > 1.0:
-        note(f"this machine is busy (load {load:.1f}): ratios are measured side by side and hold roughly, times do not")
+        note(
+            f"this machine is busy (load {load:.1f}): ratios are measured side by side and hold "
+            "roughly, times do not"
+        )
     rows: list[Row] = []
 
     def measured(finished: bool) -> Result:
@@ -107,7 +114,11 @@ def picture(result: Result, path: Path) -> Path | None:
         return None
     drawn = path.with_suffix(".png")
     with _writing(drawn):
-        waterfall.draw(result.waterfall, f"one step on {result.machine.device_name}, torch {result.machine.torch}", drawn)
+        waterfall.draw(
+            result.waterfall,
+            f"one step on {result.machine.device_name}, torch {result.machine.torch}",
+            drawn,
+        )
     return drawn
 
 
@@ -127,7 +138,9 @@ def _writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UsageError(f"{path}: {error.strerror}: name a file or folder that can be written") from None
+        raise UsageError(
+            f"{path}: {error.strerror}: name a file or folder that can be written"
+        ) from None
 
 
 def _short(suites: tuple[str, ...]) -> tuple[str, ...]:
@@ -161,7 +174,11 @@ def main(
     try:
         result = run(names, device=device, quick=quick, note=note, keep=keep_it)
     except KeyboardInterrupt:
-        note(f"interrupted: {kept} holds every finished row" if kept else "interrupted: no row was kept")
+        note(
+            f"interrupted: {kept} holds every finished row"
+            if kept
+            else "interrupted: no row was kept"
+        )
         raise
     if out is not None:
         path = keep(result, out)

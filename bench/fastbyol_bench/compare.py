@@ -39,8 +39,14 @@ def cautions(a: Result, b: Result) -> list[str]:
     ]
     if a.quick or b.quick:
         warnings.append("a --quick result says nothing about speed")
-    warnings += [f"{name} began on a busy machine (load {r.load:.1f})" for name, r in sides if r.load > 1.0]
-    warnings += [f"{name} is unfinished: it was cut off after {len(r.rows)} rows" for name, r in sides if not r.finished]
+    warnings += [
+        f"{name} began on a busy machine (load {r.load:.1f})" for name, r in sides if r.load > 1.0
+    ]
+    warnings += [
+        f"{name} is unfinished: it was cut off after {len(r.rows)} rows"
+        for name, r in sides
+        if not r.finished
+    ]
     return warnings
 
 
@@ -58,7 +64,11 @@ def verdict(a: Timing, b: Timing) -> Verdict:
 
 
 def _timed(result: Result) -> dict[tuple[str, str, str], Timing]:
-    return {(row.suite, row.name, row.variant): row.timing for row in result.rows if row.timing is not None}
+    return {
+        (row.suite, row.name, row.variant): row.timing
+        for row in result.rows
+        if row.timing is not None
+    }
 
 
 def _change(key: tuple[str, str, str], a: Timing | None, b: Timing | None) -> Change:

@@ -4,7 +4,8 @@
     python -m fastbyol_bench.demo_seeds collect FOLDER   # write first_light/seeds.json from its runs
     python -m fastbyol_bench.demo_seeds docs             # write the tables
 
-Measuring takes half an hour on one core. The runs of each name in ``CPUS`` are made in a process of their own, with one thread.
+Measuring takes half an hour on one core. The runs of each name in ``CPUS`` are made in a process of
+their own, with one thread.
 """
 
 from __future__ import annotations
@@ -49,7 +50,9 @@ def train(folder: Path) -> None:
 
     supervised = _supervised(folder)
     for seed in SEEDS:
-        config = config_io.load(preset="demo", sets=[f"train.seed={seed}", f"data.train={DATA}", "train.device=cpu"]).config
+        config = config_io.load(
+            preset="demo", sets=[f"train.seed={seed}", f"data.train={DATA}", "train.device=cpu"]
+        ).config
         run = folder / f"seed{seed}"
         if run.exists():
             api.resume(run)
@@ -71,7 +74,11 @@ def collected(folder: Path) -> dict[str, Any]:
     """Return a row for each finished run in ``folder``, by CPU. Accuracies are in percent."""
     from fastbyol.runs.environment import cpu_name
 
-    return {"cpu": cpu_name(), "data": DATA, "cpus": {name: list(_rows(folder / name)) for name in CPUS}}
+    return {
+        "cpu": cpu_name(),
+        "data": DATA,
+        "cpus": {name: list(_rows(folder / name)) for name in CPUS},
+    }
 
 
 def _rows(folder: Path) -> Iterator[dict[str, Any]]:
@@ -94,7 +101,11 @@ def _rows(folder: Path) -> Iterator[dict[str, Any]]:
 
 def _supervised(folder: Path) -> dict[int, float]:
     path = folder / SUPERVISED
-    return {int(seed): value for seed, value in json.loads(path.read_text("utf-8")).items()} if path.exists() else {}
+    return (
+        {int(seed): value for seed, value in json.loads(path.read_text("utf-8")).items()}
+        if path.exists()
+        else {}
+    )
 
 
 def block(record: Mapping[str, Any], ledger: Mapping[str, Any]) -> str:
@@ -105,10 +116,21 @@ def block(record: Mapping[str, Any], ledger: Mapping[str, Any]) -> str:
     heads = [f"{name}, seeds: {len(record['cpus'][name])}" for name in names]
     ranges = {
         title: [span(row[key] for row in record["cpus"][name]) for name in names]
-        for title, key in (("random weights", "random"), ("BYOL", "byol"), ("supervised", "supervised"))
+        for title, key in (
+            ("random weights", "random"),
+            ("BYOL", "byol"),
+            ("supervised", "supervised"),
+        )
     }
-    lines = [f"| {title} | {' | '.join(cells)} |" for title, cells in ranges.items() if set(cells) != {NOTHING}]
-    pair = [f"| {name} | {_endings([run for run in ledger['runs'].values() if run['arm'] == name])} |" for name in PAIR]
+    lines = [
+        f"| {title} | {' | '.join(cells)} |"
+        for title, cells in ranges.items()
+        if set(cells) != {NOTHING}
+    ]
+    pair = [
+        f"| {name} | {_endings([run for run in ledger['runs'].values() if run['arm'] == name])} |"
+        for name in PAIR
+    ]
     return "\n".join(
         [
             BEGIN,
@@ -128,7 +150,8 @@ def _endings(runs: Sequence[Mapping[str, Any]]) -> str:
     """Return the final states, the most frequent first: ``recovering 3 of 3, 59.8 to 63.2 %``."""
     states = [run["state"] for run in runs]
     return "; ".join(
-        f"{state} {states.count(state)} of {len(states)}, {span(run['accuracy'] for run in runs if run['state'] == state)}"
+        f"{state} {states.count(state)} of {len(states)}, "
+        f"{span(run['accuracy'] for run in runs if run['state'] == state)}"
         for state in sorted(set(states), key=lambda state: (-states.count(state), state))
     )
 
@@ -144,7 +167,9 @@ def span(values: Iterable[float | None]) -> str:
 
 def fresh(text: str) -> str:
     """Return the document's ``text`` with its block made anew from bench/results."""
-    return filled(text, BEGIN, END, block(*(json.loads(path.read_text("utf-8")) for path in (KEPT, APPENDIX))))
+    return filled(
+        text, BEGIN, END, block(*(json.loads(path.read_text("utf-8")) for path in (KEPT, APPENDIX)))
+    )
 
 
 def main() -> None:

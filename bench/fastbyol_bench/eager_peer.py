@@ -50,7 +50,15 @@ class ForeachLars:
     The rate is lr eta |w| / (|g| + wd |w|), or 0 if |w| is 0.
     """
 
-    def __init__(self, parameters: list[Tensor], *, lr: float, momentum: float, weight_decay: float, eta: float) -> None:
+    def __init__(
+        self,
+        parameters: list[Tensor],
+        *,
+        lr: float,
+        momentum: float,
+        weight_decay: float,
+        eta: float,
+    ) -> None:
         self.parameters = parameters
         self.buffers = [torch.zeros_like(p) for p in parameters]
         self.lr, self.momentum, self.weight_decay, self.eta = lr, momentum, weight_decay, eta
@@ -59,7 +67,9 @@ class ForeachLars:
     def step(self) -> None:
         """Update the parameters in place, without reading from the device."""
         gradients: list[Tensor] = [p.grad for p in self.parameters]  # type: ignore[misc]
-        weight, grad = (torch.stack(torch._foreach_norm(tensors)) for tensors in (self.parameters, gradients))
+        weight, grad = (
+            torch.stack(torch._foreach_norm(tensors)) for tensors in (self.parameters, gradients)
+        )
         scale = grad + self.weight_decay * weight
         rates = torch.where(scale > 0, self.lr * self.eta * weight / scale, 0.0).unbind()
         update = torch._foreach_add(gradients, self.parameters, alpha=self.weight_decay)
@@ -107,7 +117,14 @@ class EagerPeer:
         else:
             # Fused on a GPU, which is the faster of the two there.
             on_gpu = torch.device(device).type == "cuda"
-            made = torch.optim.SGD(parameters, lr=0.8, momentum=0.9, weight_decay=1e-4, foreach=not on_gpu, fused=on_gpu)
+            made = torch.optim.SGD(
+                parameters,
+                lr=0.8,
+                momentum=0.9,
+                weight_decay=1e-4,
+                foreach=not on_gpu,
+                fused=on_gpu,
+            )
         peer = EagerPeer(online, predictor, target, made, bf16, lambda view, other: view)
         peer.forward = torch.compile(peer.loss) if compiled else peer.loss
         return peer
@@ -135,7 +152,9 @@ class EagerPeer:
     @torch.no_grad()
     def follow(self) -> None:
         """Move the target towards the online network, all parameters at once."""
-        torch._foreach_lerp_(list(self.target.parameters()), list(self.online.parameters()), 1.0 - self.tau)
+        torch._foreach_lerp_(
+            list(self.target.parameters()), list(self.online.parameters()), 1.0 - self.tau
+        )
 
 
 def _wide(x: Tensor) -> Tensor:

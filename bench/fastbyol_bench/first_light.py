@@ -27,7 +27,9 @@ def run(folder: Path, *words: str, threads: int | None = None) -> tuple[str, str
     """
     environment = os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
     command = [sys.executable, "-m", "fastbyol.cli.main", *words]
-    ended = subprocess.run(command, cwd=folder, env=environment, check=True, capture_output=True, text=True)
+    ended = subprocess.run(
+        command, cwd=folder, env=environment, check=True, capture_output=True, text=True
+    )
     return tuple(text.replace(str(Path.home()), "~") for text in (ended.stdout, ended.stderr))  # type: ignore[return-value]
 
 
@@ -40,7 +42,9 @@ def draw(run_folder: Path, path: Path, *, height: float, supervised: float | Non
 
     curves = run_report.read(run_folder)
     figure = Figure(figsize=(9.0, height), layout="constrained")
-    for axes, curve in zip(figure.subplots(1, 2), (run_report.draw_cosines, run_report.draw_accuracy), strict=True):
+    for axes, curve in zip(
+        figure.subplots(1, 2), (run_report.draw_cosines, run_report.draw_accuracy), strict=True
+    ):
         if supervised is None:
             run_report.shade_states(axes, curves)
         curve(axes, curves)
@@ -83,7 +87,9 @@ def main() -> None:
     kept = {name: value for name, value in result.items() if name not in ("run", "pictures")}
     for row in kept["pair"].values():
         row.pop("run")
-    (out / "results.json").write_text(json.dumps({"machine": machine, "demo": kept}, indent=2) + "\n")
+    (out / "results.json").write_text(
+        json.dumps({"machine": machine, "demo": kept}, indent=2) + "\n"
+    )
 
 
 if __name__ == "__main__":

@@ -24,17 +24,46 @@ from fastbyol.model.byol import Online, Target
 from fastbyol.model.objective import Objective
 from fastbyol_kernels.ahead_of_time import recording
 
-OURS, ADD, COPY, FILL, OTHER = "our Triton kernels", "adds", "copies", "fills", "other ATen operations"
+OURS, ADD, COPY, FILL, OTHER = (
+    "our Triton kernels",
+    "adds",
+    "copies",
+    "fills",
+    "other ATen operations",
+)
 AUTOGRAD = "autograd"
 # Allocations, and views that operators do not declare as views.
-LAUNCHES_NOTHING = frozenset({"_unsafe_view", "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "set_"})
+LAUNCHES_NOTHING = frozenset(
+    {
+        "_unsafe_view",
+        "empty",
+        "empty_like",
+        "empty_strided",
+        "new_empty",
+        "new_empty_strided",
+        "set_",
+    }
+)
 # Operations that no graph can hold: the host waits for a number, or its memory is copied to the
 # device.
-TALKS_TO_HOST = frozenset({"_local_scalar_dense", "equal", "nonzero", "masked_select", "lift_fresh"})
+TALKS_TO_HOST = frozenset(
+    {"_local_scalar_dense", "equal", "nonzero", "masked_select", "lift_fresh"}
+)
 KINDS = {
     ADD: {"add", "add_"},
     COPY: {"copy_", "clone", "_to_copy", "cat", "stack"},
-    FILL: {"fill_", "zero_", "zeros", "zeros_like", "ones", "ones_like", "full", "full_like", "new_zeros", "new_full"},
+    FILL: {
+        "fill_",
+        "zero_",
+        "zeros",
+        "zeros_like",
+        "ones",
+        "ones_like",
+        "full",
+        "full_like",
+        "new_zeros",
+        "new_full",
+    },
 }
 # The most tensors, blocks and elements per block in one launch of a foreach operation, by its
 # number of lists (MultiTensorApply.cuh of ATen/native/cuda: depth_to_max_tensors,
@@ -71,13 +100,21 @@ class NodeCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if func.namespace.startswith("fastbyol"):
             # Redispatched below autograd, which has done its part, so that it is not counted twice.
             with self:
-                return func.redispatch(torch._C.DispatchKeySet(torch._C.DispatchKey.CPU), *args, **kwargs)
+                return func.redispatch(
+                    torch._C.DispatchKeySet(torch._C.DispatchKey.CPU), *args, **kwargs
+                )
         name = func.__name__.split(".")[0]
         if name in TALKS_TO_HOST:
-            raise RuntimeError(f"{_origin()}: {name} passes data between host and device, which a CUDA graph cannot hold")
+            raise RuntimeError(
+                f"{_origin()}: {name} passes data between host and device, which a CUDA graph "
+                "cannot hold"
+            )
         count = launches(func, args)
         if count:
-            kind = next((kind for kind, names in KINDS.items() if name.removeprefix("_foreach_") in names), OTHER)
+            kind = next(
+                (kind for kind, names in KINDS.items() if name.removeprefix("_foreach_") in names),
+                OTHER,
+            )
             self.nodes[Node(kind, _origin(), name)] += count
         return func(*args, **kwargs)
 
@@ -88,13 +125,21 @@ def launches(func: Any, args: tuple[Any, ...]) -> int:
     It is 0 for views, 1 for most operations, and 1 or more for a foreach operation.
     """
     name = func.__name__.split(".")[0]
-    no_tensors = not func._schema.is_mutable and not any("Tensor" in str(result.type) for result in func._schema.returns)
+    no_tensors = not func._schema.is_mutable and not any(
+        "Tensor" in str(result.type) for result in func._schema.returns
+    )
     if func.is_view or no_tensors or name in LAUNCHES_NOTHING:
         return 0
     if name.startswith("_foreach_"):
-        lists = [argument for argument in args if isinstance(argument, list | tuple) and isinstance(argument[0], Tensor)]
+        lists = [
+            argument
+            for argument in args
+            if isinstance(argument, list | tuple) and isinstance(argument[0], Tensor)
+        ]
         # New tensors are one more list.
-        return foreach_launches([t.numel() for t in lists[0]], len(lists) + (not name.endswith("_")))
+        return foreach_launches(
+            [t.numel() for t in lists[0]], len(lists) + (not name.endswith("_"))
+        )
     return 1
 
 
@@ -186,15 +231,21 @@ def of_operations(region: fx.Graph, architecture: int) -> dict[str, Operation]:
     """
     operations: dict[str, Operation] = {}
     for node in region.nodes:
-        if not (isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == "fastbyol"):
+        if not (
+            isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == "fastbyol"
+        ):
             continue
         # These are never written, so they need no memory.
-        args, kwargs = tree_map_only(fx.Node, lambda n: tree_map_only(Tensor, _like, n.meta["val"]), (node.args, node.kwargs))
+        args, kwargs = tree_map_only(
+            fx.Node, lambda n: tree_map_only(Tensor, _like, n.meta["val"]), (node.args, node.kwargs)
+        )
         with recording(architecture) as ours, NodeCounter() as counter:
             node.target(*args, **kwargs)
         name = str(node.target).rsplit(".", 1)[0]
         before = operations.get(name, Operation(0, Counter()))
-        operations[name] = Operation(before.calls + 1, before.nodes + counter.nodes + _launched(ours))
+        operations[name] = Operation(
+            before.calls + 1, before.nodes + counter.nodes + _launched(ours)
+        )
     return operations
 
 

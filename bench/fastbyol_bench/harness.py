@@ -80,7 +80,9 @@ class CudaClock:
 class KernelClock:
     """A clock that sums the durations of all kernels, copies and fills of a call on the GPU."""
 
-    def __init__(self, record: Callable[[Callable[[], object]], Sequence[Kernel]] = recorded) -> None:
+    def __init__(
+        self, record: Callable[[Callable[[], object]], Sequence[Kernel]] = recorded
+    ) -> None:
         self._record = record
 
     def time(self, call: Callable[[], object]) -> Reading:
@@ -95,7 +97,10 @@ class KernelClock:
 
         kernels = self._record(timed)
         if not kernels:
-            raise RuntimeError("torch's profiler saw no kernel of the call: CUPTI must be allowed to trace this process")
+            raise RuntimeError(
+                "torch's profiler saw no kernel of the call: CUPTI must be allowed to trace this "
+                "process"
+            )
         return Reading(sum(kernel.seconds for kernel in kernels), spent)
 
 
@@ -206,7 +211,11 @@ def ratio(theirs: Sequence[Reading], ours: Sequence[Reading], scale: float = 1.0
     """
     wall = [scale * a.wall_s / b.wall_s for a, b in zip(theirs, ours, strict=True)]
     cpu = [scale * a.cpu_s / b.cpu_s for a, b in zip(theirs, ours, strict=True) if b.cpu_s > 0]
-    return Ratio(median=statistics.median(wall), spread=interquartile(wall), cpu=statistics.median(cpu) if cpu else None)
+    return Ratio(
+        median=statistics.median(wall),
+        spread=interquartile(wall),
+        cpu=statistics.median(cpu) if cpu else None,
+    )
 
 
 def interquartile(values: Sequence[float]) -> float:
@@ -217,7 +226,9 @@ def interquartile(values: Sequence[float]) -> float:
     return third - first
 
 
-def ratios(variants: Sequence[Variant], readings: Mapping[str, Sequence[Reading]]) -> dict[str, Ratio]:
+def ratios(
+    variants: Sequence[Variant], readings: Mapping[str, Sequence[Reading]]
+) -> dict[str, Ratio]:
     """Return the ratio of every measured variant to the first, per image if both say ``images``."""
     first = variants[0]
     ratios = {}

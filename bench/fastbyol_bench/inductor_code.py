@@ -52,7 +52,11 @@ def parse(text: str) -> Code:
     """
     module = ast.parse(text)
     defined = {kernel.name: kernel for kernel in _kernels(module)}
-    (body,) = (node for node in ast.walk(module) if isinstance(node, ast.FunctionDef) and node.name == "call")
+    (body,) = (
+        node
+        for node in ast.walk(module)
+        if isinstance(node, ast.FunctionDef) and node.name == "call"
+    )
     kernels, external = [], []
     # ast.walk is breadth first, so the statements of a block keep their order.
     for call in (node for node in ast.walk(body) if isinstance(node, ast.Call)):
@@ -65,7 +69,10 @@ def parse(text: str) -> Code:
         elif name.startswith("torch.ops."):
             external.append(_operation(name, call))
         elif last not in LAUNCHES_NOTHING:
-            raise ValueError(f"line {call.lineno} of Inductor's code: what {name} launches is not known: say so in {__name__}")
+            raise ValueError(
+                f"line {call.lineno} of Inductor's code: what {name} launches is not known: say "
+                f"so in {__name__}"
+            )
     return Code(tuple(kernels), tuple(external))
 
 
@@ -94,13 +101,36 @@ def _kernels(module: ast.Module) -> Iterator[Kernel]:
 
 
 def _kernel(name: str, source: str) -> Kernel:
-    (function,) = (node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef) and node.name == name)
+    (function,) = (
+        node
+        for node in ast.parse(source).body
+        if isinstance(node, ast.FunctionDef) and node.name == name
+    )
     for decorator in function.decorator_list:
-        if isinstance(decorator, ast.Call) and ast.unparse(decorator.func).startswith("triton_heuristics."):
-            (meta,) = (keyword.value for keyword in decorator.keywords if keyword.arg == "inductor_meta")
+        if isinstance(decorator, ast.Call) and ast.unparse(decorator.func).startswith(
+            "triton_heuristics."
+        ):
+            (meta,) = (
+                keyword.value for keyword in decorator.keywords if keyword.arg == "inductor_meta"
+            )
             assert isinstance(meta, ast.Dict)
-            values = {ast.unparse(key): value for key, value in zip(meta.keys, meta.values, strict=True) if key is not None}
+            values = {
+                ast.unparse(key): value
+                for key, value in zip(meta.keys, meta.values, strict=True)
+                if key is not None
+            }
             if (gb := values.get("'kernel_num_gb'")) is not None:
-                kind, atomic = ast.unparse(decorator.func).split(".")[-1], values.get("'atomic_add_found'")
-                return Kernel(name, kind, float(ast.literal_eval(gb)), atomic is not None and bool(ast.literal_eval(atomic)))
-    raise ValueError(f"Inductor's kernel {name} does not say how many GB it moves: lower it with profile_bandwidth")
+                kind, atomic = (
+                    ast.unparse(decorator.func).split(".")[-1],
+                    values.get("'atomic_add_found'"),
+                )
+                return Kernel(
+                    name,
+                    kind,
+                    float(ast.literal_eval(gb)),
+                    atomic is not None and bool(ast.literal_eval(atomic)),
+                )
+    raise ValueError(
+        f"Inductor's kernel {name} does not say how many GB it moves: lower it with "
+        "profile_bandwidth"
+    )

@@ -40,7 +40,9 @@ def rows(setting: Setting) -> Iterator[Row]:
 def group_norms(setting: Setting, shape: tuple[int, int, int, int]) -> Iterator[Row]:
     """Measure group norm with residual and ReLU, bf16, forward alone and with backward."""
     n, channels, side, _ = shape
-    weight, bias = (torch.ones(channels, device=setting.device, requires_grad=True) for _ in range(2))
+    weight, bias = (
+        torch.ones(channels, device=setting.device, requires_grad=True) for _ in range(2)
+    )
     x, residual, dy = (_activation(setting, shape) for _ in range(3))
 
     def ours() -> Tensor:
@@ -54,7 +56,11 @@ def group_norms(setting: Setting, shape: tuple[int, int, int, int]) -> Iterator[
         name = f"group norm + residual + ReLU {side}x{side}x{channels}, {n} views, {title}"
         calls = [_pass(call, (x, residual, weight, bias), dy, backward) for call in (ours, torchs)]
         moved = group_norm.bytes_moved(shape, 2, residual=True, relu=True)
-        moved += group_norm.bytes_moved(shape, 2, residual=True, relu=True, backward=True) if backward else 0
+        moved += (
+            group_norm.bytes_moved(shape, 2, residual=True, relu=True, backward=True)
+            if backward
+            else 0
+        )
         yield from _pair(setting, name, calls, ("F.group_norm, + and F.relu", moved))
         if not setting.on_gpu:
             yield missing(SUITE, name, "fused, Triton", NEEDS_GPU)
@@ -73,18 +79,28 @@ def batch_norms(setting: Setting, shape: tuple[int, int, int, int]) -> list[Row]
         args = (norm.running_mean, norm.running_var, norm.weight, norm.bias, True)
         return F.relu(torch.cat([F.batch_norm(chunk, *args) for chunk in x.chunk(2)]) + residual)
 
-    calls = [_pass(call, (x, residual, norm.weight, norm.bias), dy, True) for call in (ours, torchs)]
-    name = f"batch norm per view + residual + ReLU {side}x{side}x{channels}, {n} views, forward and backward"
+    calls = [
+        _pass(call, (x, residual, norm.weight, norm.bias), dy, True) for call in (ours, torchs)
+    ]
+    name = (
+        f"batch norm per view + residual + ReLU {side}x{side}x{channels}, {n} views, forward "
+        "and backward"
+    )
     # The bytes of group norm, which moves the same tensors.
     flags = {"residual": True, "relu": True}
-    moved = group_norm.bytes_moved(shape, 2, **flags) + group_norm.bytes_moved(shape, 2, **flags, backward=True)
+    moved = group_norm.bytes_moved(shape, 2, **flags) + group_norm.bytes_moved(
+        shape, 2, **flags, backward=True
+    )
     return _pair(setting, name, calls, ("F.batch_norm per view, torch.cat, + and F.relu", moved))
 
 
 def max_pools(setting: Setting, num_views: int) -> list[Row]:
     """Measure the stem's max pooling, bf16, forward with backward. On a GPU ours is torch's."""
     x, dy = (_activation(setting, (num_views, 64, side, side)) for side in (48, 24))
-    calls = [_pass(call, (x,), dy, True) for call in (lambda: max_pool.max_pool(x), lambda: F.max_pool2d(x, 3, 2, 1))]
+    calls = [
+        _pass(call, (x,), dy, True)
+        for call in (lambda: max_pool.max_pool(x), lambda: F.max_pool2d(x, 3, 2, 1))
+    ]
     # x read and dx written, y written and dy read, and a byte per element of y written and read.
     moved = 2 * 2 * (x.numel() + dy.numel()) + 2 * dy.numel()
     name = f"max pooling 3x3 of 48x48x64, {num_views} views, forward and backward"
@@ -126,12 +142,23 @@ def standardization(setting: Setting) -> Iterator[Row]:
             pieces.append(((weight - mean) / (std + weight_standardization.EPS)).bfloat16())
         return pieces
 
-    parts = [part.view_as(weight) for part, weight in zip(torch.split(gradient, sizes), leaves, strict=True)]
+    parts = [
+        part.view_as(weight)
+        for part, weight in zip(torch.split(gradient, sizes), leaves, strict=True)
+    ]
     forward: list[Callable[[], object]] = [ours, torch.no_grad()(loop)]
-    both: list[Callable[[], object]] = [ours_and_back, lambda: torch.autograd.grad(loop(), leaves, parts)]
-    for title, calls, passes in (("forward", forward, (False,)), ("forward and backward", both, (False, True))):
+    both: list[Callable[[], object]] = [
+        ours_and_back,
+        lambda: torch.autograd.grad(loop(), leaves, parts),
+    ]
+    for title, calls, passes in (
+        ("forward", forward, (False,)),
+        ("forward and backward", both, (False, True)),
+    ):
         name = f"weight standardization of ResNet-18, {title}"
-        moved = sum(weight_standardization.bytes_moved(table, 2, backward=backward) for backward in passes)
+        moved = sum(
+            weight_standardization.bytes_moved(table, 2, backward=backward) for backward in passes
+        )
         yield from _pair(setting, name, calls, ("loop over torch.std_mean", moved))
         if not setting.on_gpu:
             yield missing(SUITE, name, "one kernel, Triton", NEEDS_GPU)
@@ -143,10 +170,18 @@ def few_pixels(setting: Setting, num_views: int) -> list[Row]:
     if setting.on_gpu:
         return [missing(SUITE, name, "by pixel", "a CPU: on a GPU cuDNN's is taken")]
     x, dy = (_activation(setting, (num_views, 512, 3, 3)) for _ in range(2))
-    weight = (torch.randn(512, 512, 3, 3) * 0.01).bfloat16().to(memory_format=torch.channels_last).requires_grad_()
+    weight = (
+        (torch.randn(512, 512, 3, 3) * 0.01)
+        .bfloat16()
+        .to(memory_format=torch.channels_last)
+        .requires_grad_()
+    )
     calls = [
         _pass(call, (x, weight), dy, True)
-        for call in (lambda: convolve_by_pixel(x, weight, 1), lambda: F.conv2d(x, weight, None, 1, 1))
+        for call in (
+            lambda: convolve_by_pixel(x, weight, 1),
+            lambda: F.conv2d(x, weight, None, 1, 1),
+        )
     ]
     # 49 of 81 taps are on pixels; forward, input's gradient, weight's gradient.
     flop = 3 * 2 * num_views * 49 * 512 * 512
@@ -158,7 +193,9 @@ def _activation(setting: Setting, shape: tuple[int, int, int, int]) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last).requires_grad_()
 
 
-def _pass(call: Callable[[], Tensor], inputs: Sequence[Tensor], dy: Tensor, backward: bool) -> Callable[[], object]:
+def _pass(
+    call: Callable[[], Tensor], inputs: Sequence[Tensor], dy: Tensor, backward: bool
+) -> Callable[[], object]:
     if not backward:
         return torch.no_grad()(call)
     return lambda: torch.autograd.grad(call(), inputs, dy.detach())
@@ -174,4 +211,6 @@ def _pair(
     variants = [Variant("ours", calls[0]), Variant(peer[0], calls[1])]
     least = floor(setting.ceiling(), num_bytes=peer[1], flop=flop)
     floors = {variant.name: least for variant in variants}
-    return setting.kernel_rows(SUITE, name, variants, setting.plan(20, 5.0, warmup=3), floors=floors, cold=setting.on_gpu)
+    return setting.kernel_rows(
+        SUITE, name, variants, setting.plan(20, 5.0, warmup=3), floors=floors, cold=setting.on_gpu
+    )

@@ -77,12 +77,14 @@ STEPS = (
     Step(
         "GN, WS in the heads too, LARS as DeepMind's, target after the step, Gaussian blur, fp32",
         "train.precision=fp32 views.blur=gaussian model.norm=gn model.ws=true "
-        "model.projector.norm=gn model.projector.ws=true model.predictor.norm=brn model.predictor.ws=true "
+        "model.projector.norm=gn model.projector.ws=true model.predictor.norm=brn "
+        "model.predictor.ws=true "
         "optim.name=lars optim.dialect=deepmind schedule.ema_order=after",
     ),
     Step(
         "LN, LARS as Bolts', views of 224 px from larger images, bf16",
-        "train.precision=bf16 views.size=224 model.norm=ln model.projector.norm=ln optim.name=lars optim.dialect=bolts",
+        "train.precision=bf16 views.size=224 model.norm=ln model.projector.norm=ln "
+        "optim.name=lars optim.dialect=bolts",
         num_images=64,
         height=320,
         width=256,
@@ -110,11 +112,18 @@ class Unfilled(TorchDispatchMode):  # type: ignore[no-untyped-call]
             assert not wanted[2], "no convolution of the engine has a bias"
             layout = suggest_memory_format(x)
             likes = zip((x, weight), wanted, strict=False)
-            return *(torch.empty_like(t, memory_format=layout) if w else None for t, w in likes), None
+            return *(
+                torch.empty_like(t, memory_format=layout) if w else None for t, w in likes
+            ), None
         schema = func._schema
         if all(result.alias_info for result in schema.returns):
-            passed = {argument.name: value for argument, value in zip(schema.arguments, args, strict=False)} | kwargs
-            written = [passed[a.name] for a in schema.arguments if a.alias_info and a.alias_info.is_write]
+            passed = {
+                argument.name: value
+                for argument, value in zip(schema.arguments, args, strict=False)
+            } | kwargs
+            written = [
+                passed[a.name] for a in schema.arguments if a.alias_info and a.alias_info.is_write
+            ]
             if not written:
                 return func(*args, **kwargs)
             return written[0] if len(schema.returns) == 1 else tuple(written) or None
@@ -190,16 +199,22 @@ def _why(launch: Launch, cost: Resources) -> str:
     narrow = min(cost.load_bits, cost.store_bits) < WIDE_BITS
     flaws = {"SPILLS": cost.spill_bytes > 0, "NARROW": narrow}
     module = import_module(launch.module)
-    reasons = [getattr(module, flaw, {}).get(launch.name) for flaw, present in flaws.items() if present]
+    reasons = [
+        getattr(module, flaw, {}).get(launch.name) for flaw, present in flaws.items() if present
+    ]
     return "; ".join(filter(None, reasons))
 
 
-def _of_steps(work: Callable[[Step, int], list[Made]], architectures: Sequence[int]) -> dict[tuple[int, int], list[Made]]:
+def _of_steps(
+    work: Callable[[Step, int], list[Made]], architectures: Sequence[int]
+) -> dict[tuple[int, int], list[Made]]:
     """Return ``work`` of all steps by number and architecture, computed in a process per cpu."""
     # The long ones first.
     keys = list(itertools.product(reversed(range(len(STEPS))), architectures))
     num_processes = min(os.cpu_count() or 1, len(keys))
-    with ProcessPoolExecutor(num_processes, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
+    with ProcessPoolExecutor(
+        num_processes, get_context("spawn"), torch.set_num_threads, (1,)
+    ) as pool:
         made = pool.map(work, [STEPS[number] for number, _ in keys], [sm for _, sm in keys])
         return dict(sorted(zip(keys, made, strict=True)))
 
@@ -236,10 +251,14 @@ def resource_table() -> str:
             figures = (row.num_warps, row.num_stages, cost.registers, cost.spill_bytes)
             widths = (row.shared_bytes, cost.load_bits, cost.store_bits)
             build = f"{row.build} ({why})" if why else row.build
-            line = _RESOURCES.format(row.op, row.kernel, f"sm_{architecture}", *figures, *widths, build)
+            line = _RESOURCES.format(
+                row.op, row.kernel, f"sm_{architecture}", *figures, *widths, build
+            )
             lines.setdefault((row.op, row.kernel, row.build), {})[line] = None
     head = ("warps", "stages", "regs", "spill B", "shared B", "load b", "store b")
-    title = _RESOURCES.format("op", "kernel", "arch", *head, "build (why it spills or moves narrow words)")
+    title = _RESOURCES.format(
+        "op", "kernel", "arch", *head, "build (why it spills or moves narrow words)"
+    )
     # Kernel by kernel, its builds in the order of the steps.
     body = [line for key in sorted(lines, key=lambda key: key[:2]) for line in lines[key]]
     return "\n".join([f"triton {MINOR}", title, *body]) + "\n"

@@ -19,7 +19,14 @@ from typing import Any, Literal
 
 import torch
 import triton
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt, ValidationError, model_validator
+from pydantic import (
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
 
 from fastbyol import load_config
 from fastbyol.engine.step import TrainState
@@ -58,9 +65,11 @@ EXTERNAL = {"convolution": "convolutions", "convolution_backward": "convolutions
     ("addmm", "baddbmm", "bmm", "mm"), "matrix products"
 )
 ASSUMPTIONS = (
-    "one launch per convolution, forward and per gradient, and per matrix product: what cuDNN and cuBLAS add is not known here",
+    "one launch per convolution, forward and per gradient, and per matrix product: what cuDNN and "
+    "cuBLAS add is not known here",
     "one node per ATen operation: a workspace's memset is not seen",
-    "GB as Inductor counts them (kernel_num_gb), overlap_gb of them read by windows that overlap (max pool)",
+    "GB as Inductor counts them (kernel_num_gb), overlap_gb of them read by windows that overlap "
+    "(max pool)",
     "graphs traced on the CPU, then lowered for fake tensors of a mocked H100; nothing was run",
 )
 
@@ -168,7 +177,9 @@ def fingerprint(root: Path = ROOT) -> str:
     for path in sorted({path for pattern in SOURCES for path in root.glob(pattern)}):
         if not path.name.endswith(NOT_ON_A_GPU):
             meaning = _toml if path.suffix == ".toml" else _code
-            digest.update(f"{path.relative_to(root).as_posix()}\n{meaning(path.read_text('utf-8'))}\n".encode())
+            digest.update(
+                f"{path.relative_to(root).as_posix()}\n{meaning(path.read_text('utf-8'))}\n".encode()
+            )
     return digest.hexdigest()[:16]
 
 
@@ -180,7 +191,9 @@ def _code(text: str) -> str:
     """Return a module's syntax tree without docstrings, equal for all versions of Python."""
     module = ast.parse(text)
     for node in ast.walk(module):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and ast.get_docstring(node):
+        if isinstance(
+            node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+        ) and ast.get_docstring(node):
             del node.body[0]
     return _plain(module)
 
@@ -188,7 +201,11 @@ def _code(text: str) -> str:
 def _plain(node: Any) -> str:
     """Return a dump of ``node`` without empty fields, which depend on the version of Python."""
     if isinstance(node, ast.AST):
-        fields = (f"{name}={_plain(value)}" for name, value in ast.iter_fields(node) if value is not None and value != [])
+        fields = (
+            f"{name}={_plain(value)}"
+            for name, value in ast.iter_fields(node)
+            if value is not None and value != []
+        )
         return f"{type(node).__name__}({', '.join(fields)})"
     return f"[{', '.join(map(_plain, node))}]" if isinstance(node, list) else repr(node)
 
@@ -226,7 +243,10 @@ def lower(batch: int = BATCH, size: int = SIZE) -> Lowered:
     architecture = mocked_gpu.ARCHITECTURE
     traced = {}
     for name, sets in METHODS.items():
-        config = load_config("blog", [f"train.precision={PRECISION}", f"views.size={size}", "engine.kernels=triton", *sets])
+        config = load_config(
+            "blog",
+            [f"train.precision={PRECISION}", f"views.size={size}", "engine.kernels=triton", *sets],
+        )
         with recording(architecture):
             state = TrainState.create(config, steps_per_epoch=1000)
         graphs = mocked_gpu.trace(state, batch, size)
@@ -254,7 +274,9 @@ def lower(batch: int = BATCH, size: int = SIZE) -> Lowered:
         batch=batch,
         size=size,
         precision=PRECISION,
-        versions=Versions(torch=torch.__version__, triton=triton.__version__, python=platform.python_version()),
+        versions=Versions(
+            torch=torch.__version__, triton=triton.__version__, python=platform.python_version()
+        ),
         commit=commit(),
         sources=fingerprint(),
         assumptions=ASSUMPTIONS,
@@ -272,11 +294,17 @@ def _same(what: str, one: object, other: object) -> None:
 
 
 def _recipe(
-    sets: tuple[str, ...], codes: Sequence[tuple[str, float]], inside: Sequence[Mapping[str, Operation]], outside: Counter[Node]
+    sets: tuple[str, ...],
+    codes: Sequence[tuple[str, float]],
+    inside: Sequence[Mapping[str, Operation]],
+    outside: Counter[Node],
 ) -> Recipe:
     """Return the recipe from both regions' code and operations and the nodes outside them."""
     regions = [_region(*code, operations) for code, operations in zip(codes, inside, strict=True)]
-    ours = sum((operation.nodes for operations in inside for operation in operations.values()), Counter[Node]())
+    ours = sum(
+        (operation.nodes for operations in inside for operation in operations.values()),
+        Counter[Node](),
+    )
     kinds: Counter[str] = Counter()
     for node, count in (outside + ours).items():
         kinds[node.kind] += count
@@ -343,25 +371,35 @@ def _by_origin(nodes: Counter[Node]) -> dict[str, dict[str, int]]:
 
 def table(lowered: Lowered) -> str:
     """Return the totals as text, a line per recipe."""
-    lines = [f"{'':8}{'launches':>9}{'GB':>8}{'forward':>9}{'GB':>8}{'backward':>9}{'GB':>8}{'nodes':>7}"]
+    lines = [
+        f"{'':8}{'launches':>9}{'GB':>8}{'forward':>9}{'GB':>8}{'backward':>9}{'GB':>8}{'nodes':>7}"
+    ]
     for name in METHODS:
         recipe: Recipe = getattr(lowered, name)
-        cells = [f"{part.launches:9}{part.gb:8.3f}" for part in (recipe, recipe.forward, recipe.backward)]
+        cells = [
+            f"{part.launches:9}{part.gb:8.3f}" for part in (recipe, recipe.forward, recipe.backward)
+        ]
         lines.append(f"{name:8}{''.join(cells)}{recipe.nodes:7}")
     return "\n".join(lines)
 
 
 def main() -> None:
     """Lower both recipes and write the file. On failure, print one line and exit with code 1."""
-    parser = argparse.ArgumentParser(prog="python -m fastbyol_bench.lowered", description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--out", type=Path, default=PATH, help="where to write (bench/results/lowered.json)")
+    parser = argparse.ArgumentParser(
+        prog="python -m fastbyol_bench.lowered", description=(__doc__ or "").split("\n\n")[0]
+    )
+    parser.add_argument(
+        "--out", type=Path, default=PATH, help="where to write (bench/results/lowered.json)"
+    )
     path = parser.parse_args().out
     try:
         lowered = lower()
         write(lowered, path)
     except Exception as error:  # whatever torch's compiler raises ends here, as one line
         first = next(iter(str(error).strip().splitlines()), "")
-        raise SystemExit(f"lowered: {type(error).__name__}: {first}: nothing was written to {path}") from error
+        raise SystemExit(
+            f"lowered: {type(error).__name__}: {first}: nothing was written to {path}"
+        ) from error
     print(table(lowered))
 
 

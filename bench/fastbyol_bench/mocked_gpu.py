@@ -81,10 +81,16 @@ def trace(state: TrainState, batch: int, size: int) -> tuple[Graph, Graph]:
     The step has ``batch`` images, with two views of ``size`` x ``size`` pixels each. Raises
     FastbyolError if torch.compile cannot trace the step as one graph.
     """
-    views = torch.empty(2 * batch, 3, size, size, dtype=state.recipe.views_dtype, memory_format=torch.channels_last)
+    views = torch.empty(
+        2 * batch, 3, size, size, dtype=state.recipe.views_dtype, memory_format=torch.channels_last
+    )
     with recording(ARCHITECTURE), state.standardized.in_use():
         networks = state.online, state.target
-        return graphs_of(lambda backend: compiled_forward(backend)(*networks, views, state.recipe.objective, state.queue))
+        return graphs_of(
+            lambda backend: compiled_forward(backend)(
+                *networks, views, state.recipe.objective, state.queue
+            )
+        )
 
 
 def graphs_of(run: Callable[[Any], object]) -> tuple[Graph, Graph]:
@@ -94,7 +100,9 @@ def graphs_of(run: Callable[[Any], object]) -> tuple[Graph, Graph]:
     """
     graphs: list[Graph] = []
 
-    def keep(*, backward: bool) -> Callable[[fx.GraphModule, Sequence[Any]], Callable[..., NoReturn]]:
+    def keep(
+        *, backward: bool
+    ) -> Callable[[fx.GraphModule, Sequence[Any]], Callable[..., NoReturn]]:
         def compiler(module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., NoReturn]:
             graphs.append(Graph(module, inputs, backward=backward))
             return _refuse
@@ -112,14 +120,18 @@ def graphs_of(run: Callable[[Any], object]) -> tuple[Graph, Graph]:
         decompositions=select_decomp_table(),
     )
     # The backward graph is compiled now, not at the first backward pass.
-    now = torch._functorch.config.patch(force_non_lazy_backward_lowering=True, enable_autograd_cache=False)
+    now = torch._functorch.config.patch(
+        force_non_lazy_backward_lowering=True, enable_autograd_cache=False
+    )
     with now, _expecting(_TracedError):
         run(backend)
     forward, backward = graphs
     return forward, backward
 
 
-def _partition(module: fx.GraphModule, inputs: Sequence[Any], **options: Any) -> tuple[fx.GraphModule, fx.GraphModule]:
+def _partition(
+    module: fx.GraphModule, inputs: Sequence[Any], **options: Any
+) -> tuple[fx.GraphModule, fx.GraphModule]:
     compile_fx._recursive_joint_graph_passes(module)
     parts: tuple[fx.GraphModule, fx.GraphModule] = min_cut_rematerialization_partition(
         module, inputs, compiler="inductor", **options
@@ -172,8 +184,12 @@ def lower(graph: Graph) -> tuple[str, float]:
         mock.patch.object(SIMDKernel, "estimate_kernel_num_bytes", counting),
         warnings.catch_warnings(),
     ):
-        warnings.filterwarnings("ignore", "TensorFloat32 tensor cores")  # the heads are fp32 on purpose
-        compile_fx.compile_fx_inner(graph.module, inputs, graph_id=0, is_backward=graph.backward, static_input_idxs=[])
+        warnings.filterwarnings(
+            "ignore", "TensorFloat32 tensor cores"
+        )  # the heads are fp32 on purpose
+        compile_fx.compile_fx_inner(
+            graph.module, inputs, graph_id=0, is_backward=graph.backward, static_input_idxs=[]
+        )
     (text,) = code
     return text, sum(overlap.values()) / 1e9
 
@@ -186,7 +202,10 @@ def _move(graph: Graph, mode: fake_tensor.FakeTensorMode) -> list[Any]:
             result = super().run_node(n)
             for tensor in result if isinstance(result, tuple | list) else (result,):
                 if n.op != "output" and isinstance(tensor, Tensor) and tensor.device != DEVICE:
-                    raise RuntimeError(f"{n.name} = {n.target} stays on {tensor.device} where the step is on {DEVICE}")
+                    raise RuntimeError(
+                        f"{n.name} = {n.target} stays on {tensor.device} where the step is on "
+                        f"{DEVICE}"
+                    )
             if n.op != "output":
                 n.meta["val"] = result
             return result
@@ -197,7 +216,9 @@ def _move(graph: Graph, mode: fake_tensor.FakeTensorMode) -> list[Any]:
     graph.module.recompile()
     with mode:
         inputs = [
-            torch.empty_strided(i.shape, i.stride(), dtype=i.dtype, device=DEVICE) if isinstance(i, Tensor) else i
+            torch.empty_strided(i.shape, i.stride(), dtype=i.dtype, device=DEVICE)
+            if isinstance(i, Tensor)
+            else i
             for i in graph.inputs
         ]
         Propagate(graph.module).run(*inputs)
@@ -214,7 +235,12 @@ def _overlap_bytes(kernel: Any) -> int:
     excess = 0
     for name in arguments:
         if name in accesses and (numel := int(V.graph.get_numel(name))) > points:
-            windows = len({access.index if isinstance(access, MemoryDep) else access for access in accesses[name]})
+            windows = len(
+                {
+                    access.index if isinstance(access, MemoryDep) else access
+                    for access in accesses[name]
+                }
+            )
             excess += max(0, windows * points - numel) * V.graph.get_dtype(name).itemsize
     return excess
 
@@ -273,10 +299,19 @@ def mocked_h100() -> Iterator[None]:
     with ExitStack() as patches:
         for owner, new in replacements:
             for name, value in new.items():
-                patches.enter_context(mock.patch.object(owner, name, staticmethod(value) if isinstance(owner, type) else value))
+                patches.enter_context(
+                    mock.patch.object(
+                        owner, name, staticmethod(value) if isinstance(owner, type) else value
+                    )
+                )
         # profile_bandwidth writes each kernel's GB beside it. Caches would keep code that no GPU
         # has run. deterministic, as in the engine, has rules decide where a real GPU would time
         # kernels (audit, D12).
-        configured = {"compile_threads": 1, "profile_bandwidth": True, "fx_graph_cache": False, "deterministic": True}
+        configured = {
+            "compile_threads": 1,
+            "profile_bandwidth": True,
+            "fx_graph_cache": False,
+            "deterministic": True,
+        }
         patches.enter_context(torch._inductor.config.patch(configured))
         yield

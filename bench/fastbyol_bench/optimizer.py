@@ -64,4 +64,11 @@ def _measured(setting: Setting, optimizer: str) -> list[Row]:
     ]
     moved = bytes_moved(len(arena.online), len(arena.target))
     floors = {variant.name: floor(setting.ceiling(), num_bytes=moved) for variant in variants}
-    return setting.kernel_rows(SUITE, _title(optimizer), variants, setting.plan(20, 15.0, warmup=3), floors=floors, cold=True)
+    return setting.kernel_rows(
+        SUITE,
+        _title(optimizer),
+        variants,
+        setting.plan(20, 15.0, warmup=3),
+        floors=floors,
+        cold=True,
+    )

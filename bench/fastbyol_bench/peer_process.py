@@ -44,7 +44,9 @@ class PeerProcess:
     seconds.
     """
 
-    def __init__(self, name: str, recipe: Recipe, device: torch.device, *, patience_s: float | None = None) -> None:
+    def __init__(
+        self, name: str, recipe: Recipe, device: torch.device, *, patience_s: float | None = None
+    ) -> None:
         self.name = name
         self._patience_s = PATIENCE_S[device.type] if patience_s is None else patience_s
         spawn = multiprocessing.get_context("spawn")
@@ -66,11 +68,15 @@ class PeerProcess:
             self._pipe.send((what, calls))
             if not self._pipe.poll(self._patience_s):
                 self._kill()
-                raise PeerError(f"{self.name} did not answer within {self._patience_s:.0f} s and was ended")
+                raise PeerError(
+                    f"{self.name} did not answer within {self._patience_s:.0f} s and was ended"
+                )
             answer = self._pipe.recv()
         except (OSError, EOFError):
             self._process.join(10.0)
-            raise PeerError(f"{self.name} ended early (exit code {self._process.exitcode})") from None
+            raise PeerError(
+                f"{self.name} ended early (exit code {self._process.exitcode})"
+            ) from None
         if isinstance(answer, Reading):
             return answer
         raise PeerError(f"{self.name} failed: {answer}")
@@ -93,7 +99,12 @@ class PeerProcess:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self.close()
 
 
@@ -113,7 +124,9 @@ def _start() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _serve(parent: int, pipe: Connection, recipe: Recipe, device: torch.device, threads: int) -> None:
+def _serve(
+    parent: int, pipe: Connection, recipe: Recipe, device: torch.device, threads: int
+) -> None:
     """Answer requests (what, calls) with readings, or once with a line that describes a failure."""
     die_with(parent)  # the pipe's end is noticed only after the call, which may take minutes
     # Linux's default for a DataLoader, which a spawned process does not use.

@@ -41,7 +41,9 @@ class Post:
         """Return the calls ``step`` and ``probe``."""
         peer = BlogPath.create(device=device)
         views: Iterator[Sequence[Tensor] | Tensor]
-        views = resident(self.size, self.batch, device) if self.workers is None else self._made(device)
+        views = (
+            resident(self.size, self.batch, device) if self.workers is None else self._made(device)
+        )
 
         images, labels = pictures(self.probed, self.size, seed=1)
 
@@ -54,7 +56,9 @@ class Post:
     def _made(self, device: torch.device) -> Iterator[Sequence[Tensor]]:
         images, _ = pictures(self.count, self.size)
         assert self.workers is not None
-        loader = blog_path.loader(images, size=self.size, batch_size=self.batch, workers=self.workers)
+        loader = blog_path.loader(
+            images, size=self.size, batch_size=self.batch, workers=self.workers
+        )
         # torch's workers check whether their parent lives, which a stopped worker cannot.
         loader.worker_init_fn = partial(_die_with, os.getpid())
         epochs = itertools.chain.from_iterable(itertools.repeat(loader))
@@ -81,8 +85,18 @@ class Tuned:
         """Return the call ``step``."""
         # cuDNN tries its algorithms first, as is usual for networks of fixed shapes.
         torch.backends.cudnn.benchmark = True
-        peer = EagerPeer.create(optimizer=self.optimizer, norm=self.norm, ws=self.ws, compiled=self.compiled, device=device)
-        views = resident(self.size, self.batch, device) if self.beton is None else self._ours(self.beton, device)
+        peer = EagerPeer.create(
+            optimizer=self.optimizer,
+            norm=self.norm,
+            ws=self.ws,
+            compiled=self.compiled,
+            device=device,
+        )
+        views = (
+            resident(self.size, self.batch, device)
+            if self.beton is None
+            else self._ours(self.beton, device)
+        )
         return {"step": lambda: peer.step(next(views))}
 
     def _ours(self, path: Path, device: torch.device) -> Iterator[Tensor]:
@@ -91,10 +105,17 @@ class Tuned:
         from fastbyol_bench.own_step import batches_of
 
         config = load_config("blog", [f"views.size={self.size}"]).views
-        common: dict[str, Any] = {"batch_size": self.batch, "seed": 0, "workers": 0, "size": self.size}
+        common: dict[str, Any] = {
+            "batch_size": self.batch,
+            "seed": 0,
+            "workers": 0,
+            "size": self.size,
+        }
         loader = open_loader(path, device=device, cache="device", **common)
         return (
-            views.two_views(config, batch.images, batch.ids, seed=0, epoch=epoch, dtype=torch.bfloat16)
+            views.two_views(
+                config, batch.images, batch.ids, seed=0, epoch=epoch, dtype=torch.bfloat16
+            )
             for batch, epoch in batches_of(loader)
         )
 
@@ -105,4 +126,6 @@ def _die_with(parent: int, _: int) -> None:
 
 def resident(size: int, batch: int, device: torch.device) -> Iterator[Tensor]:
     """Yield fp32 views (2, B, 3, S, S) on ``device`` from a few fixed sets, endlessly."""
-    return itertools.cycle([torch.randn(2, batch, 3, size, size, device=device) for _ in range(NUM_RESIDENT)])
+    return itertools.cycle(
+        [torch.randn(2, batch, 3, size, size, device=device) for _ in range(NUM_RESIDENT)]
+    )

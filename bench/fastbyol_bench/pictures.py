@@ -31,7 +31,10 @@ def pictures(count: int, size: int, seed: int = 0) -> tuple[NDArray[np.uint8], N
 def beton(folder: Path, count: int, size: int) -> Path:
     """Write the pictures to a raw beton in ``folder`` and return its path."""
     images, labels = pictures(count, size)
-    arrays, path = folder / f"pictures-{count}-{size}.npz", folder / f"pictures-{count}-{size}.beton"
+    arrays, path = (
+        folder / f"pictures-{count}-{size}.npz",
+        folder / f"pictures-{count}-{size}.beton",
+    )
     np.savez(arrays, images=images, labels=labels)
     convert(str(arrays), path, overwrite=True)
     return path

@@ -23,7 +23,9 @@ README = ROOT / "README.md"
 DOCS = ROOT / "docs"
 DOCUMENTS = (README, DOCS / "speed.md")
 # A block names its result files; ``bench-short`` asks for the table of SHORT alone.
-BLOCK = re.compile(r"(<!-- (bench|bench-short) ([^>]+?) -->\n).*?(<!-- end of bench -->)", re.DOTALL)
+BLOCK = re.compile(
+    r"(<!-- (bench|bench-short) ([^>]+?) -->\n).*?(<!-- end of bench -->)", re.DOTALL
+)
 # The README's rows: a name of a piece of work, and the peer that stands for it.
 TUNED = "tuned eager PyTorch, bf16, channels-last, foreach"
 SHORT = (
@@ -32,7 +34,10 @@ SHORT = (
     ("BN, SGD: step of 64 images of 96 px", TUNED),
     ("GN + WS, LARS: step of 64 images of 96 px", TUNED),
     ("batches of 256 images of 96 px: data, views, step", TUNED),
-    ("epoch of 105,000 images, batches of 256, with a probe", "the post's code path, fp32, a pass per view"),
+    (
+        "epoch of 105,000 images, batches of 256, with a probe",
+        "the post's code path, fp32, a pass per view",
+    ),
 )
 
 
@@ -50,7 +55,12 @@ def refreshed(text: str, folder: Path) -> str:
 
     def block(match: re.Match[str]) -> str:
         make = short_table if match[2] == "bench-short" else table
-        return match[1] + "\n\n".join(make(results.read(folder / name)) for name in match[3].split()) + "\n" + match[4]
+        return (
+            match[1]
+            + "\n\n".join(make(results.read(folder / name)) for name in match[3].split())
+            + "\n"
+            + match[4]
+        )
 
     return BLOCK.sub(block, text)
 
@@ -58,11 +68,23 @@ def refreshed(text: str, folder: Path) -> str:
 def table(result: Result) -> str:
     """Return a sentence on the machine and a Markdown table of every row that was measured.
 
-    A GPU's rows show times; a CPU's show threads instead, since ratios and rates alone carry over to other CPUs.
+    A GPU's rows show times; a CPU's show threads instead, since ratios and rates alone carry over
+    to other CPUs.
     """
     on_gpu = result.machine.device == "cuda"
-    heads = ("what", "variant", "time" if on_gpu else "threads", "images/s", "ours is faster by", "of the device's limit")
-    return _sentence(result) + "\n\n" + _markdown(heads, (tuple(_cells(row, on_gpu)) for row in _shown(result, on_gpu)))
+    heads = (
+        "what",
+        "variant",
+        "time" if on_gpu else "threads",
+        "images/s",
+        "ours is faster by",
+        "of the device's limit",
+    )
+    return (
+        _sentence(result)
+        + "\n\n"
+        + _markdown(heads, (tuple(_cells(row, on_gpu)) for row in _shown(result, on_gpu)))
+    )
 
 
 def short_table(result: Result) -> str:
@@ -70,9 +92,15 @@ def short_table(result: Result) -> str:
 
     Comparisons that were not measured are left out.
     """
-    ratios = {(row.name, row.variant): row.ratio.median for row in result.rows if row.ratio is not None}
-    rows = ((name, peer, f"{ratios[name, peer]:.2f}x") for name, peer in SHORT if (name, peer) in ratios)
-    return _sentence(result) + "\n\n" + _markdown(("what", "compared with", "ours is faster by"), rows)
+    ratios = {
+        (row.name, row.variant): row.ratio.median for row in result.rows if row.ratio is not None
+    }
+    rows = (
+        (name, peer, f"{ratios[name, peer]:.2f}x") for name, peer in SHORT if (name, peer) in ratios
+    )
+    return (
+        _sentence(result) + "\n\n" + _markdown(("what", "compared with", "ours is faster by"), rows)
+    )
 
 
 def _markdown(heads: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
@@ -99,11 +127,16 @@ def _cells(row: Row, on_gpu: bool) -> Iterator[str]:
 
 def _sentence(result: Result) -> str:
     machine = result.machine
-    versions = f"torch {machine.torch}" + (f", triton {machine.triton}, driver {machine.driver}" if machine.driver else "")
+    versions = f"torch {machine.torch}" + (
+        f", triton {machine.triton}, driver {machine.driver}" if machine.driver else ""
+    )
     busy = f"; the machine was busy (load {result.load:.1f})" if result.load > 1.0 else ""
     cut = "" if result.finished else "; unfinished: the run was cut off after these rows"
     cores = f", {machine.cores} cores" if machine.device == "cpu" else ""
-    return f"{machine.device_name}{cores}, {versions}, {result.date[:10]}, commit {result.commit or 'unknown'}{busy}{cut}."
+    return (
+        f"{machine.device_name}{cores}, {versions}, {result.date[:10]}, commit "
+        f"{result.commit or 'unknown'}{busy}{cut}."
+    )
 
 
 def main() -> int:
@@ -115,7 +148,10 @@ def main() -> int:
         if "--check" not in sys.argv[1:]:
             path.write_text(new, "utf-8")
         elif new != old:
-            print(f"{path.relative_to(ROOT)} is stale: run python -m fastbyol_bench.readme", file=sys.stderr)
+            print(
+                f"{path.relative_to(ROOT)} is stale: run python -m fastbyol_bench.readme",
+                file=sys.stderr,
+            )
             stale = 1
     return stale
 

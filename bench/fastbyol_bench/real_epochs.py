@@ -42,8 +42,15 @@ class Instant(NamedTuple):
 
 def config(precision: str, device: torch.device, *, size: int, batch: int, epochs: int) -> Config:
     """Return the blog preset for ``epochs``, each with a probe and a checkpoint, without data."""
-    sets = {"train.precision": precision, "train.device": device, "train.batch_size": batch, "train.epochs": epochs}
-    return load_config("blog", [f"views.size={size}", *(f"{key}={value}" for key, value in sets.items())])
+    sets = {
+        "train.precision": precision,
+        "train.device": device,
+        "train.batch_size": batch,
+        "train.epochs": epochs,
+    }
+    return load_config(
+        "blog", [f"views.size={size}", *(f"{key}={value}" for key, value in sets.items())]
+    )
 
 
 def on_files(config: Config, train: Path, test: Path) -> Config:
@@ -92,7 +99,11 @@ def ends(config: Config, run: Path) -> list[Reading]:
     with mock.patch.object(capture, "engine", noting):
         api.train(config, run)
     (engine,) = engines
-    return [before.ended.until(after.began) for before, after in pairwise(engine.steps) if before.epoch != after.epoch]
+    return [
+        before.ended.until(after.began)
+        for before, after in pairwise(engine.steps)
+        if before.epoch != after.epoch
+    ]
 
 
 class _Step(NamedTuple):

@@ -91,7 +91,11 @@ class Row(Frozen):
     @property
     def img_cpu_s(self) -> float | None:
         """Images per second of cpu time, all threads counted."""
-        return self.images / self.timing.cpu_s if self.images and self.timing and self.timing.cpu_s else None
+        return (
+            self.images / self.timing.cpu_s
+            if self.images and self.timing and self.timing.cpu_s
+            else None
+        )
 
     @property
     def share(self) -> float | None:
@@ -163,7 +167,9 @@ class Result(Frozen):
 
     def find(self, suite: str, name: str, variant: str) -> Row | None:
         """Return the row of that name, or None."""
-        return next((r for r in self.rows if (r.suite, r.name, r.variant) == (suite, name, variant)), None)
+        return next(
+            (r for r in self.rows if (r.suite, r.name, r.variant) == (suite, name, variant)), None
+        )
 
 
 def machine(device: str) -> tuple[Machine, dict[str, Any]]:
@@ -171,7 +177,12 @@ def machine(device: str) -> tuple[Machine, dict[str, Any]]:
     record = environment()
     name = record["gpus"][0] if device == "cuda" else record["cpu"]
     kept = {key: record[key] for key in Machine.model_fields if key in record}
-    return Machine(device="cuda" if device == "cuda" else "cpu", device_name=name, driver=_driver(device), **kept), record
+    return Machine(
+        device="cuda" if device == "cuda" else "cpu",
+        device_name=name,
+        driver=_driver(device),
+        **kept,
+    ), record
 
 
 def commit() -> str | None:
@@ -183,7 +194,10 @@ def commit() -> str | None:
     words = [["rev-parse", "--short=12", "HEAD"], ["status", "--porcelain", "--untracked-files=no"]]
     try:
         head, changed = (
-            subprocess.run(["git", "-C", str(root), *w], capture_output=True, text=True, check=True).stdout for w in words
+            subprocess.run(
+                ["git", "-C", str(root), *w], capture_output=True, text=True, check=True
+            ).stdout
+            for w in words
         )
     except (OSError, subprocess.CalledProcessError):
         return os.environ.get("FASTBYOL_COMMIT")
@@ -195,7 +209,11 @@ def _driver(device: str) -> str | None:
         return None
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
-        return subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()[0].strip()
+        return (
+            subprocess.run(query, capture_output=True, text=True, check=True)
+            .stdout.splitlines()[0]
+            .strip()
+        )
     except (OSError, subprocess.CalledProcessError, IndexError):
         return None
 
@@ -208,7 +226,10 @@ def write(result: Result, path: Path) -> None:
 
 def dumps(result: Result) -> str:
     """Return ``result`` as JSON text."""
-    return json.dumps(result.model_dump(mode="json", by_alias=True, exclude_defaults=False), indent=1) + "\n"
+    return (
+        json.dumps(result.model_dump(mode="json", by_alias=True, exclude_defaults=False), indent=1)
+        + "\n"
+    )
 
 
 def read(path: Path) -> Result:
@@ -218,8 +239,13 @@ def read(path: Path) -> Result:
             return Result.model_validate_json(file.read().decode("utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "no text"
-        raise UsageError(f"{path}: {reason}: name a file that `fastbyol bench --out` wrote") from None
+        raise UsageError(
+            f"{path}: {reason}: name a file that `fastbyol bench --out` wrote"
+        ) from None
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "the file"
-        raise UsageError(f"{path}: {where}: {first['msg']}: no result of `fastbyol bench`, or one of another version") from None
+        raise UsageError(
+            f"{path}: {where}: {first['msg']}: no result of `fastbyol bench`, or one of another "
+            "version"
+        ) from None

@@ -48,7 +48,10 @@ def _bn(setting: Setting, size: int, batch: int) -> list[Row]:
         sets[OURS_COMPILED] = [f"train.precision={fast}", "engine.mode=compile"]
         peers = {COMPILED: Tuned(size, batch, compiled=True), **peers}
     measured = _measured(setting, name, sets, peers, size, batch)
-    return [*measured, *(missing(SUITE, name, variant, absent) for variant in (OURS_COMPILED, COMPILED) if absent)]
+    return [
+        *measured,
+        *(missing(SUITE, name, variant, absent) for variant in (OURS_COMPILED, COMPILED) if absent),
+    ]
 
 
 def _gn(setting: Setting, size: int, batch: int) -> list[Row]:
@@ -71,17 +74,29 @@ def _measured(
     ceiling = setting.ceiling()  # before the peers start and use cores
     with ExitStack() as opened:
         # Peers first: they start up while ours is compiled.
-        started = {key: opened.enter_context(PeerProcess(key, peer, setting.device)) for key, peer in peers.items()}
-        ours = {key: OwnStep.create(values, size=size, batch=batch, device=setting.device) for key, values in sets.items()}
+        started = {
+            key: opened.enter_context(PeerProcess(key, peer, setting.device))
+            for key, peer in peers.items()
+        }
+        ours = {
+            key: OwnStep.create(values, size=size, batch=batch, device=setting.device)
+            for key, values in sets.items()
+        }
         variants = [Variant(key, step, batch) for key, step in ours.items()]
-        variants += [Variant(key, peer.caller("step", calls), batch) for key, peer in started.items()]
+        variants += [
+            Variant(key, peer.caller("step", calls), batch) for key, peer in started.items()
+        ]
         flop = step_flop(size) * batch
-        floors = {v.name: floor(ceiling, flop=flop, bf16=v.name not in (FP32, BLOG)) for v in variants}
+        floors = {
+            v.name: floor(ceiling, flop=flop, bf16=v.name not in (FP32, BLOG)) for v in variants
+        }
         if setting.on_gpu:
             # torch's default for convolutions is TF32, for which no ceiling was measured.
             floors.pop(BLOG, None)
         notes = {key: f"{step.mode}; views drawn in the step" for key, step in ours.items()}
-        notes[FAST] += f"; precision {fast_precision(setting.device)}; the floor counts operations alone"
+        notes[FAST] += (
+            f"; precision {fast_precision(setting.device)}; the floor counts operations alone"
+        )
         notes |= dict.fromkeys(peers, APART)
         clock, plan = clock_of(setting.device, calls), setting.plan(8, 60.0, warmup=2)
         return setting.rows(SUITE, name, variants, plan, floors=floors, notes=notes, clock=clock)

@@ -10,7 +10,18 @@ import torch
 
 from fastbyol.engine.allocator import keep_freed_memory
 from fastbyol_bench import ceilings
-from fastbyol_bench.harness import Clock, Flush, PeerError, Plan, Variant, clock_of, kernel_clock, measure, ratios, timing
+from fastbyol_bench.harness import (
+    Clock,
+    Flush,
+    PeerError,
+    Plan,
+    Variant,
+    clock_of,
+    kernel_clock,
+    measure,
+    ratios,
+    timing,
+)
 from fastbyol_bench.results import Ceiling, Floor, Part, Row
 
 NEEDS_GPU = "a GPU"
@@ -48,7 +59,11 @@ class Setting:
 
     def plan(self, rounds: int, budget_s: float, warmup: int = 1) -> Plan:
         """Return the plan, or one of two rounds in quick settings."""
-        return Plan(rounds=2, warmup=1, budget_s=budget_s) if self.quick else Plan(rounds, warmup, budget_s)
+        return (
+            Plan(rounds=2, warmup=1, budget_s=budget_s)
+            if self.quick
+            else Plan(rounds, warmup, budget_s)
+        )
 
     def rows(
         self,
@@ -75,8 +90,13 @@ class Setting:
             self.note(f"{suite}: {error}")
 
         flush = self._flush() if cold else None
-        readings = measure(variants, plan, clock or clock_of(self.device), before=flush, ended=ended)
-        against, num_threads = ratios(variants, readings), None if self.on_gpu else torch.get_num_threads()
+        readings = measure(
+            variants, plan, clock or clock_of(self.device), before=flush, ended=ended
+        )
+        against, num_threads = (
+            ratios(variants, readings),
+            None if self.on_gpu else torch.get_num_threads(),
+        )
         timed = [
             Row(
                 suite=suite,
@@ -105,9 +125,13 @@ class Setting:
         cold: bool,
     ) -> list[Row]:
         """Measure single operations by ``rows``, on a GPU by the time of their kernels alone."""
-        notes = dict.fromkeys((variant.name for variant in variants), KERNELS_ALONE if self.on_gpu else "")
+        notes = dict.fromkeys(
+            (variant.name for variant in variants), KERNELS_ALONE if self.on_gpu else ""
+        )
         clock = kernel_clock(self.device)
-        return self.rows(suite, name, variants, plan, floors=floors, notes=notes, clock=clock, cold=cold)
+        return self.rows(
+            suite, name, variants, plan, floors=floors, notes=notes, clock=clock, cold=cold
+        )
 
     def _flush(self) -> Callable[[], None] | None:
         return None if self.quick and not self.on_gpu else Flush(self.device)

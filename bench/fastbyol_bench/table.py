@@ -19,7 +19,12 @@ def text(result: Result) -> str:
     if result.waterfall:
         whole = sum(part.seconds for part in result.waterfall)
         lines += ["", "where a step's time goes"]
-        lines += aligned([(p.name, seconds(p.seconds), f"{100 * p.seconds / whole:.1f} %") for p in result.waterfall])
+        lines += aligned(
+            [
+                (p.name, seconds(p.seconds), f"{100 * p.seconds / whole:.1f} %")
+                for p in result.waterfall
+            ]
+        )
     return "\n".join(lines)
 
 
@@ -32,7 +37,8 @@ def aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
 def _ceilings(ceilings: tuple[Ceiling, ...]) -> Iterator[str]:
     for c in ceilings:
         yield (
-            f"ceilings measured with {c.threads} host threads: copy {c.copy_bytes_s / 1e9:.4g} GB/s, "
+            f"ceilings measured with {c.threads} host threads: copy {c.copy_bytes_s / 1e9:.4g} "
+            "GB/s, "
             f"fp32 {c.fp32_flop_s / 1e9:.4g} GFLOP/s, bf16 {c.bf16_flop_s / 1e9:.4g} GFLOP/s"
         )
 
@@ -41,7 +47,15 @@ def cells_of(changes: list[Change]) -> list[tuple[str, ...]]:
     """Return the cells of a comparison, the head row first."""
     heads = ("suite", "what", "variant", "A", "B", "A / B", "B is")
     rows = [
-        (c.suite, c.name, c.variant, seconds(c.a_s), seconds(c.b_s), "" if c.ratio is None else f"{c.ratio:.2f}", c.verdict)
+        (
+            c.suite,
+            c.name,
+            c.variant,
+            seconds(c.a_s),
+            seconds(c.b_s),
+            "" if c.ratio is None else f"{c.ratio:.2f}",
+            c.verdict,
+        )
         for c in changes
     ]
     return [heads, *rows]
@@ -59,7 +73,19 @@ def seconds(value: float | None) -> str:
 
 def cells(rows: tuple[Row, ...]) -> list[tuple[str, ...]]:
     """Return the cells of a result's rows, the head row first."""
-    heads = ("variant", "threads", "time", "spread", "runs", "img/s", "img/cpu-s", "of floor", "times ours", "in cpu-s", "")
+    heads = (
+        "variant",
+        "threads",
+        "time",
+        "spread",
+        "runs",
+        "img/s",
+        "img/cpu-s",
+        "of floor",
+        "times ours",
+        "in cpu-s",
+        "",
+    )
     return [heads, *(_cells(row) for row in rows)]
 
 
@@ -77,6 +103,8 @@ def _cells(row: Row) -> tuple[str, ...]:
         "" if row.img_cpu_s is None or row.threads is None else f"{row.img_cpu_s:,.0f}",
         share,
         "" if row.ratio is None else f"{row.ratio.median:.2f}",
-        "" if row.ratio is None or row.ratio.cpu is None or row.threads is None else f"{row.ratio.cpu:.2f}",
+        ""
+        if row.ratio is None or row.ratio.cpu is None or row.threads is None
+        else f"{row.ratio.cpu:.2f}",
         row.note,
     )

@@ -60,12 +60,21 @@ def rows(setting: Setting) -> Iterator[Row]:
     with tempfile.TemporaryDirectory() as temporary, ExitStack() as opened:
         folder = Path(temporary)
         train = beton(folder, count, size)
-        workers = 0 if setting.quick else POST_WORKERS if setting.on_gpu else max(1, torch.get_num_threads())
+        workers = (
+            0
+            if setting.quick
+            else POST_WORKERS
+            if setting.on_gpu
+            else max(1, torch.get_num_threads())
+        )
         recipes: dict[str, Recipe] = {
             EAGER: Tuned(size, batch, beton=train),
             BLOG: Post(size, batch, count, workers, probed),
         }
-        peers = {key: opened.enter_context(PeerProcess(key, peer, setting.device)) for key, peer in recipes.items()}
+        peers = {
+            key: opened.enter_context(PeerProcess(key, peer, setting.device))
+            for key, peer in recipes.items()
+        }
         sides = Sides(setting, train, size, batch)
         opened.callback(sides.loader.close)
         steps = sides.steps(name, peers, workers)
@@ -75,7 +84,10 @@ def rows(setting: Setting) -> Iterator[Row]:
         opened.close()  # the peers are done, and a GPU's memory is free again
         # Our epochs are real: whole ones on a GPU, on a cpu sums of measured steps and a measured
         # end.
-        fast, num_epochs = fast_precision(setting.device), WHOLE_EPOCHS if setting.on_gpu else ENDED_EPOCHS
+        fast, num_epochs = (
+            fast_precision(setting.device),
+            WHOLE_EPOCHS if setting.on_gpu else ENDED_EPOCHS,
+        )
         config = real_epochs.config(fast, setting.device, size=size, batch=batch, epochs=num_epochs)
         if setting.on_gpu:
             ours = ((images, _whole(setting, config, folder, images)) for images in EPOCHS)
@@ -95,10 +107,19 @@ class Sides:
         self.setting, self.size, self.batch = setting, size, batch
         fast = fast_precision(setting.device)
         self.configs = {
-            name: load_config("blog", [f"train.precision={precision}", f"views.size={size}", f"train.batch_size={batch}"])
+            name: load_config(
+                "blog",
+                [f"train.precision={precision}", f"views.size={size}", f"train.batch_size={batch}"],
+            )
             for name, precision in ((FAST, fast), (FP32, "fp32"))
         }
-        common: dict[str, Any] = {"batch_size": batch, "seed": 0, "workers": 0, "size": size, "cache": "device"}
+        common: dict[str, Any] = {
+            "batch_size": batch,
+            "seed": 0,
+            "workers": 0,
+            "size": size,
+            "cache": "device",
+        }
         self.loader = open_loader(path, device=setting.device, **common)
         self.states = {
             name: TrainState.create(config, steps_per_epoch=1000, device=setting.device)
@@ -119,10 +140,17 @@ class Sides:
         variants = [Variant(key, partial(self._advance, key), batch) for key in self.engines]
         variants += [Variant(key, peer.caller("step", calls), batch) for key, peer in peers.items()]
         flop = step_flop(self.size) * batch
-        floors = {v.name: floor(setting.ceiling(), flop=flop, bf16=v.name in (FAST, EAGER)) for v in variants}
+        floors = {
+            v.name: floor(setting.ceiling(), flop=flop, bf16=v.name in (FAST, EAGER))
+            for v in variants
+        }
         if setting.on_gpu:
             floors.pop(BLOG, None)  # see step.py
-        notes = {FAST: self.note, EAGER: f"our data and views; {APART}", BLOG: f"DataLoader with {workers} workers; {APART}"}
+        notes = {
+            FAST: self.note,
+            EAGER: f"our data and views; {APART}",
+            BLOG: f"DataLoader with {workers} workers; {APART}",
+        }
         clock, plan = clock_of(setting.device, calls), setting.plan(5, 120.0)
         self.batches = {key: batches_of(self.loader) for key in self.engines}
         return setting.rows(SUITE, name, variants, plan, floors=floors, notes=notes, clock=clock)
@@ -139,7 +167,9 @@ class Sides:
 
         def ours() -> object:
             encoder = self.states[FP32].online.encoder
-            return protocol.evaluate("blog", encoder, test=test, train=None, views=views_config, device=device)
+            return protocol.evaluate(
+                "blog", encoder, test=test, train=None, views=views_config, device=device
+            )
 
         variants, notes = [Variant("ours", ours, count)], {LIBLINEAR: APART}
         if importlib.util.find_spec("sklearn") is not None:
@@ -159,23 +189,43 @@ def _whole(setting: Setting, config: Config, folder: Path, images: int) -> Row:
     """Measure our epochs of ``images`` embedded textures in a real run, without its first epoch."""
     name, batch = _epoch_name(images, config.train.batch_size), config.train.batch_size
     setting.note(f"{SUITE}: {name}")
-    readings = real_epochs.whole(real_epochs.on_textures(config, images, TEXTURES_TEST), folder / f"run-{images}")
+    readings = real_epochs.whole(
+        real_epochs.on_textures(config, images, TEXTURES_TEST), folder / f"run-{images}"
+    )
     note = "whole epochs of a training run on the embedded textures"
-    return Row(suite=SUITE, name=name, variant=FAST, timing=timing(readings), images=images // batch * batch, note=note)
+    return Row(
+        suite=SUITE,
+        name=name,
+        variant=FAST,
+        timing=timing(readings),
+        images=images // batch * batch,
+        note=note,
+    )
 
 
-def _end(setting: Setting, config: Config, folder: Path, *, size: int, batch: int, probed: int) -> Row:
+def _end(
+    setting: Setting, config: Config, folder: Path, *, size: int, batch: int, probed: int
+) -> Row:
     """Measure our training run from an epoch's last step to the next epoch's first."""
     setting.note(f"{SUITE}: {END}")
     files = (beton(folder, batch, size), beton(folder, probed, size))
     readings = real_epochs.ends(real_epochs.on_files(config, *files), folder / "run")
     note = f"of a training run with {probed:,} test images"
-    return Row(suite=SUITE, name=END, variant="ours", timing=timing(readings), threads=torch.get_num_threads(), note=note)
+    return Row(
+        suite=SUITE,
+        name=END,
+        variant="ours",
+        timing=timing(readings),
+        threads=torch.get_num_threads(),
+        note=note,
+    )
 
 
 def _assembled(step: Row, end: Row, images: int, batch: int) -> Row:
     """Return our epoch of ``images``, computed from the measured step, end and order."""
-    order = timing([HostClock().time(partial(permutation, images, seed=0, epoch=epoch)) for epoch in range(3)])
+    order = timing(
+        [HostClock().time(partial(permutation, images, seed=0, epoch=epoch)) for epoch in range(3)]
+    )
     num_steps = images // batch
     return Row(
         suite=SUITE,
@@ -184,13 +234,17 @@ def _assembled(step: Row, end: Row, images: int, batch: int) -> Row:
         timing=_sum((num_steps, step.timing), (1, end.timing), (1, order)),
         images=num_steps * batch,
         derived=True,
-        note=f"{num_steps} steps, the end of an epoch and an order of {images:,} ({order.median_s * 1e3:.3g} ms), measured",
+        note=f"{num_steps} steps, the end of an epoch and an order of {images:,} "
+        f"({order.median_s * 1e3:.3g} ms), measured",
     )
 
 
 def _posts_epoch(ours: Row, steps: Sequence[Row], probes: Sequence[Row], num_steps: int) -> Row:
     """Return the post's epoch from its measured step and probe, without logging and saving."""
-    step, probe = (next(r for r in rows if r.variant == name) for rows, name in ((steps, BLOG), (probes, LIBLINEAR)))
+    step, probe = (
+        next(r for r in rows if r.variant == name)
+        for rows, name in ((steps, BLOG), (probes, LIBLINEAR))
+    )
     if step.timing is None or probe.timing is None:
         return missing(SUITE, ours.name, BLOG, step.needs or probe.needs or "")
     whole = _sum((num_steps, step.timing), (1, probe.timing))
@@ -199,12 +253,20 @@ def _posts_epoch(ours: Row, steps: Sequence[Row], probes: Sequence[Row], num_ste
     ratio = Ratio(
         median=times,
         # To first order the relative spreads add up.
-        spread=times * (whole.spread_s / whole.median_s + ours.timing.spread_s / ours.timing.median_s),
+        spread=times
+        * (whole.spread_s / whole.median_s + ours.timing.spread_s / ours.timing.median_s),
         cpu=whole.cpu_s / ours.timing.cpu_s if ours.timing.cpu_s else None,
     )
     note = f"{num_steps} steps and one probe, from the measured parts"
     return Row(
-        suite=SUITE, name=ours.name, variant=BLOG, timing=whole, images=ours.images, derived=True, ratio=ratio, note=note
+        suite=SUITE,
+        name=ours.name,
+        variant=BLOG,
+        timing=whole,
+        images=ours.images,
+        derived=True,
+        ratio=ratio,
+        note=note,
     )
 
 

@@ -35,7 +35,10 @@ def rows(setting: Setting) -> Iterator[Row]:
 
 
 def _measured(setting: Setting, name: str, images: np.ndarray, size: int) -> list[Row]:
-    resident, ids = torch.from_numpy(images).to(setting.device), torch.arange(len(images), device=setting.device)
+    resident, ids = (
+        torch.from_numpy(images).to(setting.device),
+        torch.arange(len(images), device=setting.device),
+    )
     config = load_config("blog", [f"views.size={size}"]).views
     epochs = iter(range(2**32))
 
@@ -51,7 +54,12 @@ def _measured(setting: Setting, name: str, images: np.ndarray, size: int) -> lis
     if not setting.on_gpu:  # the clock of a GPU does not measure Pillow
         variants.append(Variant(PIL, lambda: [pil[index] for index in range(len(pil))], len(pil)))
     floors = {
-        variant.name: floor(setting.ceiling(), num_bytes=bytes_moved(2, len(images), size, size, size, element_bytes))
+        variant.name: floor(
+            setting.ceiling(),
+            num_bytes=bytes_moved(2, len(images), size, size, size, element_bytes),
+        )
         for variant, element_bytes in zip(variants[:2], (2, 4), strict=True)
     }
-    return setting.kernel_rows(SUITE, name, variants, setting.plan(15, 20.0), floors=floors, cold=setting.on_gpu)
+    return setting.kernel_rows(
+        SUITE, name, variants, setting.plan(15, 20.0), floors=floors, cold=setting.on_gpu
+    )

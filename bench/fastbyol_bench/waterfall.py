@@ -36,10 +36,16 @@ RUNS = 5
 # where group norm and weight standardization share names. Inductor's names tell what they fuse
 # (triton_poi_fused_add_relu_7). cuDNN's and cuBLAS's are those in profiles on sm_80 and sm_90.
 KINDS = (
-    ("copies and fills", r"^Mem(cpy|set)|direct_copy_kernel|FillFunctor|CatArrayBatchedCopy|index_elementwise|gather"),
+    (
+        "copies and fills",
+        r"^Mem(cpy|set)|direct_copy_kernel|FillFunctor|CatArrayBatchedCopy|index_elementwise|gather",
+    ),
     ("views", r"^_(draw|crop|contrast|blur)_kernel"),
     ("optimizer and moving average", r"^_(norms|sweep|telemetry)_kernel"),
-    ("group norm, weight standardization", r"^_(forward|backward|moments|normalise|gradient|gradient_sums|sum_rows)_kernel"),
+    (
+        "group norm, weight standardization",
+        r"^_(forward|backward|moments|normalise|gradient|gradient_sums|sum_rows)_kernel",
+    ),
     ("convolutions", r"fprop|dgrad|wgrad|conv(?!ert)|cudnn|nchwToNhwc|nhwcToNchw"),
     ("heads", r"gemm|nvjet|cublas|splitKreduce|gemv"),
     ("batch norm", r"^triton_\w*(batch_norm|native_norm)"),
@@ -61,7 +67,10 @@ def of_kernels(replays: Sequence[Sequence[Kernel]]) -> tuple[Part, ...]:
     """
     names = (*(part for part, _ in KINDS), OTHERS, GAPS)
     runs = [_by_kind(kernels) for kernels in replays]
-    parts = (Part(name=name, seconds=statistics.median(run.get(name, 0.0) for run in runs)) for name in names)
+    parts = (
+        Part(name=name, seconds=statistics.median(run.get(name, 0.0) for run in runs))
+        for name in names
+    )
     return tuple(part for part in parts if part.seconds > 0)
 
 
@@ -116,11 +125,15 @@ def measured(setting: Setting, *, size: int, batch: int) -> tuple[Part, ...]:
     dtype = torch.float32 if config.train.precision == "fp32" else torch.bfloat16
 
     def views(epoch: int) -> Tensor:
-        return two_views(config.views, images, torch.arange(batch), seed=0, epoch=epoch, dtype=dtype)
+        return two_views(
+            config.views, images, torch.arange(batch), seed=0, epoch=epoch, dtype=dtype
+        )
 
     step.train_step(state, views(0))
     runs = [_one(state, partial(views, epoch)) for epoch in range(1, num_runs + 1)]
-    return tuple(Part(name=name, seconds=statistics.median(run[name] for run in runs)) for name in PARTS)
+    return tuple(
+        Part(name=name, seconds=statistics.median(run[name] for run in runs)) for name in PARTS
+    )
 
 
 def _one(state: step.TrainState, views: Callable[[], Tensor]) -> dict[str, float]:
@@ -134,7 +147,9 @@ def _one(state: step.TrainState, views: Callable[[], Tensor]) -> dict[str, float
             (state.online, "forward", ONLINE),
             (state.target, "forward", TARGET),
         ):
-            patched.enter_context(mock.patch.object(where, attribute, seams.wrapped(name, getattr(where, attribute))))
+            patched.enter_context(
+                mock.patch.object(where, attribute, seams.wrapped(name, getattr(where, attribute)))
+            )
         with seams.part(REST):
             with seams.part(VIEWS):
                 batch = views()

@@ -1,4 +1,6 @@
-"""The arms: runs that claims are about, as settings over those of a scale; both in ``configs/ablations``."""
+"""The arms: runs that claims are about, as settings over those of a scale; both in
+``configs/ablations``.
+"""
 
 from __future__ import annotations
 
@@ -24,8 +26,8 @@ USUAL: tuple[ScaleName, ...] = ("full", "short", "mini")
 class Arm:
     """One arm, with all its ``settings`` by dotted key.
 
-    Of NAME@WHAT the ``base`` is NAME, and ``changes`` are the settings that differ from it. ``at`` has
-    further settings by scale. ``rates_of`` is the arm whose rates this one replays.
+    Of NAME@WHAT the ``base`` is NAME, and ``changes`` are the settings that differ from it. ``at``
+    has further settings by scale. ``rates_of`` is the arm whose rates this one replays.
     """
 
     name: str
@@ -55,23 +57,33 @@ def arm(name: str) -> Arm:
     """Return the arm ``name``. Raises UsageError, with the nearest names, if there is none."""
     if name not in arms():
         near = nearest(name, arms(), most=3)
-        raise UsageError(f"{name}: no such arm{'; nearest: ' + ', '.join(near) if near else ''}; see `fastbyol ablate list`")
+        raise UsageError(
+            f"{name}: no such arm{'; nearest: ' + ', '.join(near) if near else ''}; see `fastbyol "
+            "ablate list`"
+        )
     return arms()[name]
 
 
 def load(
-    chosen: Arm, scale: ScaleName, *, seed: int, sets: Sequence[str] = (), flags: Mapping[str, Flag] | None = None
+    chosen: Arm,
+    scale: ScaleName,
+    *,
+    seed: int,
+    sets: Sequence[str] = (),
+    flags: Mapping[str, Flag] | None = None,
 ) -> Loaded:
     """Return the configuration of an arm's run.
 
-    Weakest first: the preset of ``scale``, its file, ``sets``, the arm's own settings, ``flags``. So
-    ``sets`` cannot turn an arm into another, but can change what the arm sets for this scale alone.
-    Raises UsageError as ``config_io.load`` does.
+    Weakest first: the preset of ``scale``, its file, ``sets``, the arm's own settings, ``flags``.
+    So ``sets`` cannot turn an arm into another, but can change what the arm sets for this scale
+    alone. Raises UsageError as ``config_io.load`` does.
     """
     check_choice("scale", scale, SCALES)
     changed = config_io.requested(sets=sets)
     here = {key: value for key, value in chosen.at.get(scale, {}).items() if key not in changed}
-    own = {key: Flag(f"arm {chosen.name}", value) for key, value in {**chosen.settings, **here}.items()}
+    own = {
+        key: Flag(f"arm {chosen.name}", value) for key, value in {**chosen.settings, **here}.items()
+    }
     strongest = {**own, "train.seed": Flag("seed", seed), **(flags or {})}
     return config_io.load(file=_file(scale), sets=sets, flags=strongest)
 
@@ -81,14 +93,19 @@ def _arm(name: str, tables: Mapping[str, Mapping[str, object]]) -> Arm:
     base = name.partition("@")[0] if "@" in name else None
     changes = config_io.flatten_table(table["set"])  # type: ignore[arg-type]
     under = _arm(base, tables) if base else None
-    own = {scale: config_io.flatten_table(settings) for scale, settings in table.get("at", {}).items()}  # type: ignore[attr-defined]
+    own = {
+        scale: config_io.flatten_table(settings) for scale, settings in table.get("at", {}).items()
+    }  # type: ignore[attr-defined]
     return Arm(
         name=name,
         about=str(table["about"]),
         base=base,
         settings=MappingProxyType({**(under.settings if under else {}), **changes}),
         changes=MappingProxyType(changes),
-        at={scale: {**(under.at.get(scale, {}) if under else {}), **own.get(scale, {})} for scale in SCALES},
+        at={
+            scale: {**(under.at.get(scale, {}) if under else {}), **own.get(scale, {})}
+            for scale in SCALES
+        },
         scales=tuple(table.get("scales", USUAL)),  # type: ignore[arg-type]
         rates_of=table.get("rates_of"),  # type: ignore[arg-type]
     )

@@ -26,7 +26,8 @@ TABLE_COSINES = {
     "bn-sgd-mlp-ln": "positive_negative_cosine_none_and_ln",
 }
 TABLE = tuple(TABLE_ROWS)
-# Arms that the post argues about and could not run: LARS's rates of another seed replayed without feedback, and a cap on them.
+# Arms that the post argues about and could not run: LARS's rates of another seed replayed without
+# feedback, and a cap on them.
 REPLAYED, CAPPED = "gn-lars-0.2-replayed", "gn-lars-0.2-capped"
 # The arm that C13 compares its higher learning rate with.
 CONTRAST = "gn-lars-layer1-layer2"
@@ -41,8 +42,9 @@ CONTROLS = {
     "C13": (CONTRAST, REPLAYED),
     "M1": ("bn-sgd-simsiam", "bn-sgd-no-predictor"),
 }
-# The seeds that a verdict wants of every arm, the post's single runs excepted: three, so that one odd seed cannot decide, and
-# five for the two claims that lie at a border, where seeds come out either way.
+# The seeds that a verdict wants of every arm, the post's single runs excepted: three, so that one
+# odd seed cannot decide, and five for the two claims that lie at a border, where seeds come out
+# either way.
 SEEDS, AT_A_BORDER = 3, {"C7": 5, "C12": 5}
 
 
@@ -62,8 +64,8 @@ class Source(NamedTuple):
 class Claim:
     """One claim: ``says`` is the post's statement, ``numbers`` were read off its figures.
 
-    ``arms`` are the runs that the claim is about, ``controls`` runs that are reported with it if they
-    exist. A verdict on one's own runs needs at least ``needs`` seeds per arm.
+    ``arms`` are the runs that the claim is about, ``controls`` runs that are reported with it if
+    they exist. A verdict on one's own runs needs at least ``needs`` seeds per arm.
     """
 
     id: str
@@ -93,12 +95,18 @@ def _sources() -> dict[str, tuple[Source, ...]]:
         "C9": _loss_and_cosines("gn-ws-sgd", "weight_std"),
         "C10": _loss_and_cosines("gn-lars-layer1-layer2", "lars_layer12")
         + tuple(
-            Source("gn-lars-layer1-layer2", "lars_layer12_rate", name, f"rate:encoder.{name}") for name in ("layer1", "layer2")
+            Source("gn-lars-layer1-layer2", "lars_layer12_rate", name, f"rate:encoder.{name}")
+            for name in ("layer1", "layer2")
         ),
         "C11": _loss_and_cosines("gn-lars-mlps", "lars_mlp")
         + tuple(
             Source("gn-lars-mlps", "lars_mlp_rate", name, f"rate:{name.replace('_', '.')}")
-            for name in ("projector_linear1", "projector_linear2", "predictor_linear1", "predictor_linear2")
+            for name in (
+                "projector_linear1",
+                "projector_linear2",
+                "predictor_linear1",
+                "predictor_linear2",
+            )
         ),
         "C12": tuple(
             Source(f"gn-lars-{lr}", f"lars_timing_{figure}", f"lr{lr}", measure)
@@ -140,4 +148,6 @@ CLAIMS: tuple[Claim, ...] = _read()
 def published_accuracy(claim: str) -> float:
     """Return the accuracy in percent at the end of the published curve of ``claim``, an id."""
     numbers = next(each.numbers for each in CLAIMS if each.id == claim)
-    return float(next(value for name, value in numbers.items() if name in ("accuracy@319", "accuracy@320")))
+    return float(
+        next(value for name, value in numbers.items() if name in ("accuracy@319", "accuracy@320"))
+    )

@@ -1,4 +1,7 @@
-"""One run as curves over its epochs, for verdicts and for pictures. Ours and the post's look the same."""
+"""One run as curves over its epochs, for verdicts and for pictures.
+
+Ours and the post's look the same.
+"""
 
 from __future__ import annotations
 
@@ -16,12 +19,24 @@ from fastbyol.optim.lars import rate_ceiling
 from fastbyol.runs.layers import Layers, read_layers
 
 Scale = Literal["published", "full", "short", "long", "mini"]
-MEASURES = ("loss", "pos_cos", "neg_cos", "std_z", "std_y", "grad_norm", "lr", "accuracy", "rank_y", "dead_y")
-# The layers whose gradients decide LARS's feedback: the post's rates that explode are layer1's and layer2's.
+MEASURES = (
+    "loss",
+    "pos_cos",
+    "neg_cos",
+    "std_z",
+    "std_y",
+    "grad_norm",
+    "lr",
+    "accuracy",
+    "rank_y",
+    "dead_y",
+)
+# The layers whose gradients decide LARS's feedback: the post's rates that explode are layer1's and
+# layer2's.
 EARLY = ("encoder.conv1", "encoder.layer1")
 PUBLISHED_STEPS_PER_EPOCH = 410  # 105,000 images in whole batches of 256
-# How many images an accuracy was scored on where a run does not say: rows 3968..7935 of STL-10's test split at full scale, half
-# of the 2,048 that the smaller scales hold out.
+# How many images an accuracy was scored on where a run does not say: rows 3968..7935 of STL-10's
+# test split at full scale, half of the 2,048 that the smaller scales hold out.
 PUBLISHED_SCORED, SMALL_SCORED = 3968, 1024
 
 
@@ -29,15 +44,16 @@ PUBLISHED_SCORED, SMALL_SCORED = 3968, 1024
 class Evidence:
     """The curves of one run, over E finished epochs and T steps with per-layer measures.
 
-    ``epoch`` float64 (E,) counts from 0. Each of ``MEASURES`` is float64 (E,): the mean over an epoch
-    (accuracy and rank_y: the value at its end), NaN where not measured. ``rate_step`` int64 (T,);
-    ``matrix_rates`` float32 (T,) by weight matrix or kernel; ``rates`` float64 (T,): their means by layer
-    group, e.g. ``encoder.layer1``. ``early_gradient_norm`` float64 (T,): the norm of the gradient of all
-    parameters of ``EARLY``. ``epochs`` is the length that the run is to have, ``finished`` says that it
-    has it. ``rate_ceiling``: lr * eta / wd at the configured lr, which no rate of the blog's LARS can
-    exceed; None elsewhere. ``untrained_accuracy`` in percent is that of the run's own weights before the
-    first step, NaN if unknown. ``num_scored`` images give an accuracy, None if the run does not say.
-    ``warmup_steps``: how long the learning rate rises linearly from 0.
+    ``epoch`` float64 (E,) counts from 0. Each of ``MEASURES`` is float64 (E,): the mean over an
+    epoch (accuracy and rank_y: the value at its end), NaN where not measured. ``rate_step`` int64
+    (T,); ``matrix_rates`` float32 (T,) by weight matrix or kernel; ``rates`` float64 (T,): their
+    means by layer group, e.g. ``encoder.layer1``. ``early_gradient_norm`` float64 (T,): the norm of
+    the gradient of all parameters of ``EARLY``. ``epochs`` is the length that the run is to have,
+    ``finished`` says that it has it. ``rate_ceiling``: lr * eta / wd at the configured lr, which no
+    rate of the blog's LARS can exceed; None elsewhere. ``untrained_accuracy`` in percent is that of
+    the run's own weights before the first step, NaN if unknown. ``num_scored`` images give an
+    accuracy, None if the run does not say. ``warmup_steps``: how long the learning rate rises
+    linearly from 0.
     """
 
     arm: str
@@ -68,9 +84,17 @@ class Evidence:
 
     @classmethod
     def of_run(
-        cls, path: Path, config: Config, events: Sequence[Mapping[str, Any]], *, arm: str, seed: int, scale: Scale
+        cls,
+        path: Path,
+        config: Config,
+        events: Sequence[Mapping[str, Any]],
+        *,
+        arm: str,
+        seed: int,
+        scale: Scale,
     ) -> Evidence:
-        """Make the evidence of the run in ``path`` from its ``events`` and from its layers, which are read here.
+        """Make the evidence of the run in ``path`` from its ``events`` and from its layers, which
+        are read here.
 
         Raises UsageError: no epoch of the run has ended.
         """
@@ -109,7 +133,9 @@ class Evidence:
     @property
     def scored(self) -> int:
         """``num_scored``, or what the scale has if the run does not say."""
-        return self.num_scored or (PUBLISHED_SCORED if self.scale in ("published", "full") else SMALL_SCORED)
+        return self.num_scored or (
+            PUBLISHED_SCORED if self.scale in ("published", "full") else SMALL_SCORED
+        )
 
     @property
     def last_accuracy(self) -> float:
@@ -118,17 +144,28 @@ class Evidence:
         return float(measured[-1]) if len(measured) else math.nan
 
     def rate_by_epoch(self, group: str) -> np.ndarray:
-        """Return the mean rate of ``group`` in each epoch, float64 (E,), NaN where it was not recorded."""
-        return self._by_epoch(self.rates[group]) if group in self.rates else np.full(len(self.epoch), np.nan)
+        """Return the mean rate of ``group`` in each epoch, float64 (E,), NaN where it was not
+        recorded.
+        """
+        return (
+            self._by_epoch(self.rates[group])
+            if group in self.rates
+            else np.full(len(self.epoch), np.nan)
+        )
 
     def rise_by_epoch(self, group: str) -> np.ndarray:
-        """Return the mean rate of ``group`` in each epoch over its first one that is not 0, float64 (E,).
+        """Return the mean rate of ``group`` in each epoch over its first one that is not 0, float64
+        (E,).
 
         The warm-up of the learning rate is divided out.
         """
         if group not in self.rates:
             return np.full(len(self.epoch), np.nan)
-        warmed = np.minimum(1.0, self.rate_step / self.warmup_steps) if self.warmup_steps else np.ones(len(self.rate_step))
+        warmed = (
+            np.minimum(1.0, self.rate_step / self.warmup_steps)
+            if self.warmup_steps
+            else np.ones(len(self.rate_step))
+        )
         rates = np.divide(self.rates[group], warmed, out=np.zeros(len(warmed)), where=warmed > 0)
         positive = rates[rates > 0]
         return self._by_epoch(rates / positive[0]) if len(positive) else np.ones(len(self.epoch))
@@ -140,7 +177,9 @@ class Evidence:
         """
         if self.rate_ceiling is None:
             return np.full(len(self.epoch), np.nan)
-        return np.asarray(self.rate_by_epoch(group) / (self.rate_ceiling * self.lr / np.nanmax(self.lr)))
+        return np.asarray(
+            self.rate_by_epoch(group) / (self.rate_ceiling * self.lr / np.nanmax(self.lr))
+        )
 
     def early_gradient_by_epoch(self) -> np.ndarray:
         """Return the mean ``early_gradient_norm`` in each epoch, float64 (E,)."""
@@ -152,19 +191,28 @@ class Evidence:
 
 
 def group_of(name: str) -> str:
-    """Return the layer group of a parameter: ``encoder.layer1`` of ``encoder.layer1.0.conv1.weight``."""
+    """Return the layer group of a parameter:
+
+    ``encoder.layer1`` of ``encoder.layer1.0.conv1.weight``.
+    """
     return ".".join(name.split(".")[:2])
 
 
 def is_matrix(name: str) -> bool:
     """Return whether a parameter is a weight matrix or a convolution's kernel."""
     module = name.split(".")[-2]
-    return name.endswith(".weight") and (module.startswith(("conv", "linear")) or name.endswith("downsample.0.weight"))
+    return name.endswith(".weight") and (
+        module.startswith(("conv", "linear")) or name.endswith("downsample.0.weight")
+    )
 
 
 def _matrix_rates(layers: Layers) -> dict[str, np.ndarray]:
     rate = layers.metrics.index("rate")
-    return {name: layers.values[:, index, rate].copy() for index, name in enumerate(layers.names) if is_matrix(name)}
+    return {
+        name: layers.values[:, index, rate].copy()
+        for index, name in enumerate(layers.names)
+        if is_matrix(name)
+    }
 
 
 def _rates(matrix_rates: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -176,7 +224,9 @@ def _rates(matrix_rates: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 def _early_gradient_norm(layers: Layers) -> np.ndarray:
     members = [index for index, name in enumerate(layers.names) if group_of(name) in EARLY]
-    norms = np.asarray(layers.values[:, members, layers.metrics.index("grad_norm")], dtype=np.float64)
+    norms = np.asarray(
+        layers.values[:, members, layers.metrics.index("grad_norm")], dtype=np.float64
+    )
     return np.asarray(np.sqrt(np.square(norms).sum(axis=1)))
 
 

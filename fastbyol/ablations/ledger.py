@@ -23,24 +23,37 @@ class Ledger:
 
     def __init__(self, out: Path, scale: ScaleName, asked: Mapping[str, Any]) -> None:
         self._path = out / NAME
-        self._content = read(out) if self._path.exists() else {"scale": scale, "calls": [], "runs": {}}
+        self._content = (
+            read(out) if self._path.exists() else {"scale": scale, "calls": [], "runs": {}}
+        )
         if self._content["scale"] != scale:
             raise UsageError(
-                f"{out}: holds runs at scale {self._content['scale']}, not {scale}: name another folder with --out"
+                f"{out}: holds runs at scale {self._content['scale']}, not {scale}: name another "
+                "folder with --out"
             )
-        self._call = {**asked, "command": sys.argv, "environment": environment(), "began": _now(), "ended": None}
+        self._call = {
+            **asked,
+            "command": sys.argv,
+            "environment": environment(),
+            "began": _now(),
+            "ended": None,
+        }
         self._content["calls"].append(self._call)
         self._write()
 
     def record(self, run: Run, row: Mapping[str, Any]) -> None:
         """Write down the status of ``run``, its seconds, and its summary.
 
-        Seconds of several calls add up. A failure stays, as ``failed_before``, when the run is made again.
+        Seconds of several calls add up. A failure stays, as ``failed_before``, when the run is made
+        again.
         """
         runs = self._content["runs"]
         key = f"{run.arm.name}/seed{run.seed}"
         before = runs.get(key, {})
-        failures = [*before.get("failed_before", ()), *([before["error"]] if before.get("status") == "failed" else [])]
+        failures = [
+            *before.get("failed_before", ()),
+            *([before["error"]] if before.get("status") == "failed" else []),
+        ]
         runs[key] = {
             "arm": run.arm.name, "seed": run.seed, "claims": list(run.arm.claims), **row,
             "seconds": round(before.get("seconds", 0.0) + row.get("seconds", 0.0), 1),
@@ -59,18 +72,28 @@ class Ledger:
 
 
 def read(out: Path) -> dict[str, Any]:
-    """Return the ledger in the folder ``out``. Raises UsageError: none is there, or it is damaged."""
+    """Return the ledger in the folder ``out``.
+
+    Raises UsageError: none is there, or it is damaged.
+    """
     path = out / NAME
     try:
         content = json.loads(path.read_text("utf-8"))
         runs, calls = dict(content["runs"]), list(content["calls"])
-        sound = all({"arm", "seed"} <= set(row) for row in runs.values()) and all(isinstance(call, dict) for call in calls)
+        sound = all({"arm", "seed"} <= set(row) for row in runs.values()) and all(
+            isinstance(call, dict) for call in calls
+        )
         if content["scale"] not in SCALES or not sound:
             raise KeyError("scale")
     except OSError:
-        raise UsageError(f"{out}: no ablations here (no {NAME}); make some with `fastbyol ablate run --out {out}`") from None
+        raise UsageError(
+            f"{out}: no ablations here (no {NAME}); make some with `fastbyol ablate run --out "
+            f"{out}`"
+        ) from None
     except (ValueError, KeyError, TypeError):
-        raise UsageError(f"{path}: damaged: move it away; `fastbyol ablate run` writes a new one") from None
+        raise UsageError(
+            f"{path}: damaged: move it away; `fastbyol ablate run` writes a new one"
+        ) from None
     return dict(content)
 
 

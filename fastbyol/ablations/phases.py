@@ -1,4 +1,6 @@
-"""The phases of a run, epoch by epoch, and the epochs in which it collapsed, left, separated or relapsed."""
+"""The phases of a run, epoch by epoch, and the epochs in which it collapsed, left, separated or
+relapsed.
+"""
 
 from __future__ import annotations
 
@@ -21,8 +23,8 @@ SIGNALS = ("neg_cos", "pos_cos", "std_z", "rank_y", "dead_y", "grad_norm")
 # Where the cosine falls to .5 the loss is above .1 (.14 with LARS on layer1 and layer2 at epoch 18,
 # .24 with weight decay at 111).
 LOSS_COLLAPSED, LOSS_SEPARATED = 2e-3, 0.1
-# The post calls encodings useful from 40 % on. The first ten epochs say nothing: after ten, its table
-# has 48 to 58 % for runs that learn and 28 % for the others.
+# The post calls encodings useful from 40 % on. The first ten epochs say nothing: after ten, its
+# table has 48 to 58 % for runs that learn and 28 % for the others.
 ACCURACY_USEFUL, ACCURACY_SAYS_NOTHING_BEFORE = 40.0, 10
 
 
@@ -74,7 +76,9 @@ class Phases:
         return self.phase[-1]
 
     def onset(self, epoch: int) -> str:
-        """Return ``epoch 3 (step 128)``: the epoch as the post counts, and the steps done at its end."""
+        """Return ``epoch 3 (step 128)``: the epoch as the post counts, and the steps done at its
+        end.
+        """
         return f"epoch {epoch} (step {(epoch + 1) * self.steps_per_epoch})"
 
     def _pairs(self) -> Iterator[tuple[int, Phase]]:
@@ -104,7 +108,9 @@ def _by_cosines(run: Evidence, measured: np.ndarray) -> Iterator[Phase]:
     for index in np.flatnonzero(measured):
         signals = {name: float(getattr(run, name)[index]) for name in SIGNALS}
         # A positive curve that a figure hides lies under the negative one. No spread was published.
-        signals["pos_cos"] = signals["pos_cos"] if np.isfinite(signals["pos_cos"]) else signals["neg_cos"]
+        signals["pos_cos"] = (
+            signals["pos_cos"] if np.isfinite(signals["pos_cos"]) else signals["neg_cos"]
+        )
         signals["std_z"] = signals["std_z"] if np.isfinite(signals["std_z"]) else 1.0
         state = monitor.update(step=int(index), **signals)
         if state == "healthy":
@@ -120,7 +126,13 @@ def _by_loss(run: Evidence, measured: np.ndarray) -> Iterator[Phase]:
         if not collapsed_before:
             yield "fresh"
         else:
-            yield "collapsed" if loss < LOSS_COLLAPSED else "separated" if loss >= LOSS_SEPARATED else "between"
+            yield (
+                "collapsed"
+                if loss < LOSS_COLLAPSED
+                else "separated"
+                if loss >= LOSS_SEPARATED
+                else "between"
+            )
 
 
 def _by_accuracy(run: Evidence, measured: np.ndarray) -> Iterator[Phase]:
@@ -133,10 +145,11 @@ def _by_accuracy(run: Evidence, measured: np.ndarray) -> Iterator[Phase]:
 
 @dataclass(frozen=True)
 class Peak:
-    """The highest epoch mean of a layer group's rate: its epoch, its value, and its multiple of the first rate.
+    """The highest epoch mean of a layer group's rate: its epoch, its value, and its multiple of the
+    first rate.
 
-    The first rate is that of a run's first step, and of a figure's first epoch; zeros are passed over.
-    A warm-up alone is no rise.
+    The first rate is that of a run's first step, and of a figure's first epoch; zeros are passed
+    over. A warm-up alone is no rise.
     """
 
     epoch: int

@@ -1,4 +1,6 @@
-"""The plan of a call: from claims and arms to runs, each with a configuration, a folder and a status."""
+"""The plan of a call: from claims and arms to runs, each with a configuration, a folder and a
+status.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,9 @@ _FILES: dict[str, Literal["train", "test"]] = {"data.train": "train", "data.test
 
 @dataclass(frozen=True)
 class Run:
-    """One run to be made: arm, seed, folder, configuration, and the run ``after`` which it comes (its rates)."""
+    """One run to be made: arm, seed, folder, configuration, and the run ``after`` which it comes
+    (its rates).
+    """
 
     arm: Arm
     seed: int
@@ -44,17 +48,21 @@ class Run:
         return f"{self.arm.name} seed {self.seed}"
 
 
-def chosen(targets: Sequence[str], scale: ScaleName, *, everything: bool = False) -> tuple[Arm, ...]:
+def chosen(
+    targets: Sequence[str], scale: ScaleName, *, everything: bool = False
+) -> tuple[Arm, ...]:
     """Return the arms of ``targets``: ids of claims (their arms and controls) or names of arms.
 
-    With ``everything`` return all that ``scale`` has. Raises UsageError: nothing is named, a claim or arm
-    does not exist, an arm belongs to other scales.
+    With ``everything`` return all that ``scale`` has. Raises UsageError: nothing is named, a claim
+    or arm does not exist, an arm belongs to other scales.
     """
     check_choice("scale", scale, SCALES)
     if everything:
         return tuple(each for each in arms().values() if scale in each.scales)
     if not targets:
-        raise UsageError("say which claims or arms to run, such as C6 C7, or --all; see `fastbyol ablate list`")
+        raise UsageError(
+            "say which claims or arms to run, such as C6 C7, or --all; see `fastbyol ablate list`"
+        )
     claims = {claim.id: claim for claim in CLAIMS}
     names: list[str] = []
     for target in targets:
@@ -92,11 +100,11 @@ def make(
 ) -> tuple[Run, ...]:
     """Return the runs in the order to start them: a first seed of every arm, then the next.
 
-    Settings that the post leaves open come at the end. A replay takes the rates of the next seed of its
-    arm (the last one those of the first), since with its own seed it would be the very same run; the runs
-    that this needs are added. If there are fewer images (``num_images``) than the scale is made for, runs
-    have more epochs, because events take steps. Raises UsageError for settings that cannot work, and for
-    less than a batch of images.
+    Settings that the post leaves open come at the end. A replay takes the rates of the next seed of
+    its arm (the last one those of the first), since with its own seed it would be the very same
+    run; the runs that this needs are added. If there are fewer images (``num_images``) than the
+    scale is made for, runs have more epochs, because events take steps. Raises UsageError for
+    settings that cannot work, and for less than a batch of images.
     """
     counts = {each.name: seeds_of(each, seeds) for each in which}
     for each in which:
@@ -105,9 +113,13 @@ def make(
     wanted = [each for each in arms().values() if each.name in counts]
     ranges = {name: range(first_seed, first_seed + count) for name, count in counts.items()}
     runs = [
-        _run(each, seed, scale, out, ranges, sets, flags or {}, num_images) for each in wanted for seed in ranges[each.name]
+        _run(each, seed, scale, out, ranges, sets, flags or {}, num_images)
+        for each in wanted
+        for seed in ranges[each.name]
     ]
-    return tuple(sorted(runs, key=lambda run: (run.arm.base is not None, run.seed, run.after is not None)))
+    return tuple(
+        sorted(runs, key=lambda run: (run.arm.base is not None, run.seed, run.after is not None))
+    )
 
 
 def _run(
@@ -128,17 +140,24 @@ def _run(
     loaded = load(each, scale, seed=seed, sets=sets, flags=flags)
     if num_images is not None:
         changed = config_io.requested(sets=sets)
-        few = {key: flag for key, flag in _as_many_steps(loaded.config, num_images).items() if key not in changed}
+        few = {
+            key: flag
+            for key, flag in _as_many_steps(loaded.config, num_images).items()
+            if key not in changed
+        }
         loaded = load(each, scale, seed=seed, sets=sets, flags={**flags, **few}) if few else loaded
     return Run(each, seed, run_path(out, each.name, seed), loaded.config, loaded.origin, after)
 
 
 def _as_many_steps(config: Resolved, num_images: int) -> dict[str, Flag]:
-    """Return the flags that give epochs of ``num_images`` the steps of those of ``config``; none where they have them."""
+    """Return the flags that give epochs of ``num_images`` the steps of those of ``config``; none
+    where they have them.
+    """
     batch, limit = config.train.batch_size, config.data.limit
     if (taken := min(num_images, limit or num_images)) < batch:
         raise UsageError(
-            f"--data: {taken} images are less than a batch of {batch}: name a larger set, or --set train.batch_size=N"
+            f"--data: {taken} images are less than a batch of {batch}: name a larger set, or "
+            "--set train.batch_size=N"
         )
     if num_images >= limit:
         return {}
@@ -160,7 +179,10 @@ def run_path(out: Path, arm_name: str, seed: int) -> Path:
 
 
 def status(run: Run) -> Status:
-    """Return how far ``run`` is. Raises UsageError if its folder holds a run of another configuration."""
+    """Return how far ``run`` is.
+
+    Raises UsageError if its folder holds a run of another configuration.
+    """
     if not (run.path / "config.toml").is_file():
         return "new"
     with RunFolder.open(run.path, lock=False) as folder:
@@ -178,19 +200,26 @@ def epochs_done(path: Path) -> int:
 
 
 def run_folders(out: Path) -> tuple[tuple[str, int, Path], ...]:
-    """Return (arm, seed, folder) of every run of an existing arm in ``out``, in the order of arms and seeds."""
+    """Return (arm, seed, folder) of every run of an existing arm in ``out``, in the order of arms
+    and seeds.
+    """
     rows = []
     for name in arms():
         for path in (out / RUNS / name).glob("seed*/config.toml"):
             number = path.parent.name.removeprefix("seed")
-            if number.isdecimal() and number == str(int(number)):  # seed01 beside seed1 is ambiguous
+            if number.isdecimal() and number == str(
+                int(number)
+            ):  # seed01 beside seed1 is ambiguous
                 rows.append((name, int(number), path.parent))
     order = list(arms())
     return tuple(sorted(rows, key=lambda row: (order.index(row[0]), row[1])))
 
 
 def left(runs: Sequence[Run], out: Path) -> tuple[Run, ...]:
-    """Return those of ``runs`` that are to be trained. Raises UsageError if ``out`` holds incompatible runs."""
+    """Return those of ``runs`` that are to be trained.
+
+    Raises UsageError if ``out`` holds incompatible runs.
+    """
     unfinished = tuple(run for run in runs if status(run) != "done")
     refuse_other_data(runs, out)
     return unfinished
@@ -206,26 +235,39 @@ def refuse_other_data(runs: Iterable[Run], out: Path) -> None:
             continue  # the report names it, and it is not judged
         for data in asked:
             limits = (data.limit, data.test_limit) == (there.limit, there.test_limit)
-            if not limits or not all(_same_file(path, name, data, there) for name in ("train", "test")):
+            if not limits or not all(
+                _same_file(path, name, data, there) for name in ("train", "test")
+            ):
                 raise UsageError(
-                    f"{out}: holds runs on other images, such as {path} on {there.train}: name another folder with --out"
+                    f"{out}: holds runs on other images, such as {path} on {there.train}: name "
+                    "another folder with --out"
                 )
 
 
-def _same_file(run: Path, name: Literal["train", "test"], asked: DataConfig, there: DataConfig) -> bool:
-    """Return whether the file asked for holds the run's images; if those were not pinned, whether it is the same file."""
+def _same_file(
+    run: Path, name: Literal["train", "test"], asked: DataConfig, there: DataConfig
+) -> bool:
+    """Return whether the file asked for holds the run's images; if those were not pinned, whether
+    it is the same file.
+    """
     wanted, made = getattr(asked, name), getattr(there, name)
     pinned = inputs.of_run(run)
     if wanted is None or wanted in BUILT_IN or pinned is None:
         return _comparable(f"data.{name}", wanted) == _comparable(f"data.{name}", made)
     file, then = Path(wanted), pinned.train if name == "train" else pinned.test
-    return then == _contents(file, asked.image_field, asked.label_field, file.stat().st_mtime_ns if file.exists() else 0)
+    return then == _contents(
+        file, asked.image_field, asked.label_field, file.stat().st_mtime_ns if file.exists() else 0
+    )
 
 
 @lru_cache(maxsize=4)
-def _contents(file: Path, image_field: str | None, label_field: str | None, written_ns: int) -> Contents:
+def _contents(
+    file: Path, image_field: str | None, label_field: str | None, written_ns: int
+) -> Contents:
     """Look into ``file``, which was last written at ``written_ns``, once for all runs."""
-    return Contents.of(beton.inspect(file, image_field=image_field, label_field=label_field, may_lack_labels=True))
+    return Contents.of(
+        beton.inspect(file, image_field=image_field, label_field=label_field, may_lack_labels=True)
+    )
 
 
 def _refuse_other(run: Run, there: Resolved) -> None:
@@ -238,7 +280,8 @@ def _refuse_other(run: Run, there: Resolved) -> None:
             same, named_alike = _same_file(run.path, name, run.config.data, there.data), same
             if named_alike and not same:
                 raise UsageError(
-                    f"{wanted[key]}: holds other data than when {run.path} was made: put it back, or name another folder "
+                    f"{wanted[key]}: holds other data than when {run.path} was made: put it back, "
+                    "or name another folder "
                     "with --out"
                 )
         if key not in FREE and not same:
@@ -249,9 +292,15 @@ def _refuse_other(run: Run, there: Resolved) -> None:
 
 
 def _comparable(key: str, value: object) -> object:
-    """Return ``value`` as it compares: of another run's path the last two parts, ARM and seed, as folders move."""
+    """Return ``value`` as it compares: of another run's path the last two parts, ARM and seed, as
+    folders move.
+    """
     if not isinstance(value, str):
         return value
     if key == "optim.replay_rates":
         return Path(value).parts[-2:]
-    return str(Path(value).resolve()) if key in ("data.train", "data.test") and value not in BUILT_IN else value
+    return (
+        str(Path(value).resolve())
+        if key in ("data.train", "data.test") and value not in BUILT_IN
+        else value
+    )

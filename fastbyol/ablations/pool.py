@@ -1,4 +1,6 @@
-"""Worker processes as the runner sees them: started with the right number of threads, sent runs, and listened to."""
+"""Worker processes as the runner sees them: started with the right number of threads, sent runs,
+and listened to.
+"""
 
 from __future__ import annotations
 
@@ -42,10 +44,18 @@ class Worker:
         """Send ``run`` to the worker, which must be idle."""
         self.run = run
         with suppress(OSError):  # the worker died: ``receive`` reports it
-            self.connection.send({"path": str(run.path), "config": config_io.dump(run.config), "origin": dict(run.origin)})
+            self.connection.send(
+                {
+                    "path": str(run.path),
+                    "config": config_io.dump(run.config),
+                    "origin": dict(run.origin),
+                }
+            )
 
     def receive(self) -> dict[str, Any] | None:
-        """Return the next message, waiting for the rest of one that has begun; None if the worker died."""
+        """Return the next message, waiting for the rest of one that has begun; None if the worker
+        died.
+        """
         try:
             message: dict[str, Any] = self.connection.recv()
         except (EOFError, OSError):
@@ -92,7 +102,9 @@ class Pool:
         return free
 
     def messages(self, timeout: float) -> Iterator[tuple[Run, dict[str, Any]]]:
-        """Yield what workers sent within ``timeout`` seconds with the run of each; a death is an ``end`` with ``died``."""
+        """Yield what workers sent within ``timeout`` seconds with the run of each; a death is an
+        ``end`` with ``died``.
+        """
         ready = wait([worker.connection for worker in self._workers], timeout)
         for worker in [worker for worker in self._workers if worker.connection in ready]:
             run, message = worker.run, worker.receive()
@@ -122,8 +134,12 @@ class Pool:
 
 
 def default_size(device: str) -> int:
-    """Return how many runs to train at a time: one a core, or as many as each GPU's memory has room for."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Return how many runs to train at a time: one a core, or as many as each GPU's memory has room
+    for.
+    """
+    cores = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
     if device == "cpu":
         return cores
     import torch

@@ -1,4 +1,5 @@
-"""The questions that rules ask: functions of the evidence of one run, or of one run each of several arms.
+"""The questions that rules ask: functions of the evidence of one run, or of one run each of several
+arms.
 
 A question returns a ``Finding`` for one seed. Runs are compared with themselves where that is
 possible: to learn is to do better than one's own untrained weights.
@@ -15,20 +16,23 @@ from fastbyol.ablations.evidence import EARLY, PUBLISHED_STEPS_PER_EPOCH, Eviden
 from fastbyol.ablations.phases import Peak, Phases, phases_of, rate_peak
 from fastbyol.evaluation.intervals import difference_margin
 
-# A collapse is disturbed where the loss climbs back to this many times its lowest so far: published 45
-# (epoch 46 to 67, cosines unmoved) and 160 (to epoch 92).
+# A collapse is disturbed where the loss climbs back to this many times its lowest so far: published
+# 45 (epoch 46 to 67, cosines unmoved) and 160 (to epoch 92).
 DISTURBED = 10.0
 TINY = float(np.finfo(np.float32).tiny)
-# A rate explodes where its highest epoch mean is this many times the first rate recorded. The published
-# ones rose 4.9 times (lr .5) to 134 times.
+# A rate explodes where its highest epoch mean is this many times the first rate recorded. The
+# published ones rose 4.9 times (lr .5) to 134 times.
 EXPLODES = 4.0
-# Levels are of STL-10 at full scale. 5 pp: reading .3, sampling 1.35, and seeds, of which only one was
-# published.
+# Levels are of STL-10 at full scale. 5 pp: reading .3, sampling 1.35, and seeds, of which only one
+# was published.
 LEVEL_PP = 5.0
 
 
 class Finding(NamedTuple):
-    """The answer for one seed, True, False or None (open). ``asked`` is False if the runs cannot be asked."""
+    """The answer for one seed, True, False or None (open).
+
+    ``asked`` is False if the runs cannot be asked.
+    """
 
     answer: bool | None
     text: str
@@ -36,10 +40,11 @@ class Finding(NamedTuple):
 
 
 class Span(NamedTuple):
-    """A stretch from the start of a run: up to an epoch of the post's runs, or a share of a shorter run.
+    """A stretch from the start of a run: up to an epoch of the post's runs, or a share of a shorter
+    run.
 
-    ``part`` is that share in words. ``followed``: how many epochs the post shows of the run in question,
-    where that is fewer.
+    ``part`` is that share in words. ``followed``: how many epochs the post shows of the run in
+    question, where that is fewer.
     """
 
     epoch: int
@@ -51,13 +56,17 @@ class Span(NamedTuple):
     def words(self) -> str:
         """The end of the span at every scale."""
         steps = self.epoch * PUBLISHED_STEPS_PER_EPOCH
-        return f"by epoch {self.epoch} (long: within {steps:,} steps; short and mini: in the first {self.part} of the run)"
+        return (
+            f"by epoch {self.epoch} (long: within {steps:,} steps; short and mini: in the "
+            f"first {self.part} of the run)"
+        )
 
     def last_epoch(self, run: Evidence) -> float:
         """Return the last epoch of ``run``, counted from 0, that lies in the span.
 
-        The post's runs have 320 epochs of 410 steps. At ``long`` a step goes as far as one of the post's.
-        A run at ``short`` or ``mini`` is as long as the events take, so a limit is a share of it.
+        The post's runs have 320 epochs of 410 steps. At ``long`` a step goes as far as one of the
+        post's. A run at ``short`` or ``mini`` is as long as the events take, so a limit is a share
+        of it.
         """
         if run.scale in ("published", "full"):
             return self.epoch
@@ -68,15 +77,20 @@ class Span(NamedTuple):
     def is_over(self, run: Evidence) -> bool:
         """Return whether an event that ``run`` has not shown so far did not happen in this span.
 
-        A run of its scale's own length has had its time. At ``long`` lengths differ: the run must have
-        taken the post's steps.
+        A run of its scale's own length has had its time. At ``long`` lengths differ: the run must
+        have taken the post's steps.
         """
         if run.scale == "long":
-            return run.steps >= (self.followed or self.epoch) * PUBLISHED_STEPS_PER_EPOCH - run.steps_per_epoch
+            return (
+                run.steps
+                >= (self.followed or self.epoch) * PUBLISHED_STEPS_PER_EPOCH - run.steps_per_epoch
+            )
         return run.finished or bool(run.epoch[-1] >= self.last_epoch(run))
 
     def holds(self, run: Evidence, epoch: int | None, then: str, otherwise: str) -> Finding:
-        """Return whether ``epoch``, in which an event happened, lies in the span; None if it never did."""
+        """Return whether ``epoch``, in which an event happened, lies in the span; None if it never
+        did.
+        """
         if epoch is None:
             return Finding(False if self.is_over(run) else None, otherwise)
         return Finding(epoch <= self.last_epoch(run), then)
@@ -90,7 +104,12 @@ IN_TIME = Span(100, 0.75, "three quarters")  # C9: "within 100 epochs"
 def collapses_at_once(run: Evidence) -> Finding:
     """Ask whether the run is in the collapsed phase in some epoch of the span AT_ONCE."""
     phases = phases_of(run)
-    return AT_ONCE.holds(run, phases.collapse, _collapsed(phases), f"not collapsed {within(run)}, {_now(run, phases)}")
+    return AT_ONCE.holds(
+        run,
+        phases.collapse,
+        _collapsed(phases),
+        f"not collapsed {within(run)}, {_now(run, phases)}",
+    )
 
 
 def never_collapses(run: Evidence) -> Finding:
@@ -98,7 +117,9 @@ def never_collapses(run: Evidence) -> Finding:
     phases = phases_of(run)
     if phases.collapse is not None:
         return Finding(False, _collapsed(phases))
-    return Finding(True if run.finished else None, f"not collapsed {within(run)}, {_now(run, phases)}")
+    return Finding(
+        True if run.finished else None, f"not collapsed {within(run)}, {_now(run, phases)}"
+    )
 
 
 def was_collapsed(run: Evidence) -> Finding:
@@ -116,7 +137,8 @@ def ends_collapsed(run: Evidence) -> Finding:
 
 
 def ends_out(run: Evidence, span: Span | None = None) -> Finding:
-    """Ask whether the last epoch is not in the collapsed phase; by accuracy alone: whether it is useful.
+    """Ask whether the last epoch is not in the collapsed phase; by accuracy alone: whether it is
+    useful.
 
     A collapsed run that is over before ``span`` leaves it open.
     """
@@ -144,7 +166,8 @@ def never_leaves(run: Evidence) -> Finding:
 
 
 def leaves(run: Evidence, span: Span) -> Finding:
-    """Ask whether the run leaves the collapsed phase within ``span``; by accuracy alone: is useful by then.
+    """Ask whether the run leaves the collapsed phase within ``span``; by accuracy alone: is useful
+    by then.
 
     A run that never collapsed has nothing to leave, so this does not hold.
     """
@@ -180,7 +203,9 @@ def comes_and_goes(run: Evidence, span: Span) -> Finding:
     A run that is over before ``span`` leaves it open.
     """
     phases = phases_of(run)
-    separated, relapsed = (", ".join(map(str, epochs)) or "none" for epochs in (phases.separations, phases.relapses))
+    separated, relapsed = (
+        ", ".join(map(str, epochs)) or "none" for epochs in (phases.separations, phases.relapses)
+    )
     text = f"separated in epochs {separated}, relapsed in epochs {relapsed} {within(run)}"
     start = phases.collapse
     answer = start is not None and sum(epoch > start for epoch in phases.separations) >= 2
@@ -188,7 +213,9 @@ def comes_and_goes(run: Evidence, span: Span) -> Finding:
 
 
 def disturbed(run: Evidence) -> Finding:
-    """Ask whether after the collapse the loss climbs to DISTURBED times its lowest, or the phase is left."""
+    """Ask whether after the collapse the loss climbs to DISTURBED times its lowest, or the phase is
+    left.
+    """
     phases = phases_of(run)
     if phases.collapse is None:
         return Finding(False if run.finished else None, "never collapsed")
@@ -197,7 +224,10 @@ def disturbed(run: Evidence) -> Finding:
     rise = float(np.max(loss / np.maximum(np.minimum.accumulate(loss), TINY))) if len(loss) else 1.0
     left = "" if phases.leaving is None else f", {_left(phases)}"
     answer = rise >= DISTURBED or phases.leaving is not None
-    return Finding(answer if answer or run.finished else None, f"loss climbed to {rise:.3g} times its lowest{left}")
+    return Finding(
+        answer if answer or run.finished else None,
+        f"loss climbed to {rise:.3g} times its lowest{left}",
+    )
 
 
 def loss_rises_after_collapse(run: Evidence) -> Finding:
@@ -221,7 +251,11 @@ def rates_explode(run: Evidence, groups: tuple[str, ...], *, while_collapsed: bo
             return Finding(None, "no rates were recorded")
         peaks.append(peak)
         texts.append(_rate(run, phases, group, peak))
-    collapsed = [epoch for epoch, phase in zip(phases.epoch, phases.phase, strict=True) if phase == "collapsed"]
+    collapsed = [
+        epoch
+        for epoch, phase in zip(phases.epoch, phases.phase, strict=True)
+        if phase == "collapsed"
+    ]
     answer = all(peak.rise >= EXPLODES for peak in peaks)
     if answer and while_collapsed:
         answer = all(any(abs(epoch - peak.epoch) <= 1 for epoch in collapsed) for peak in peaks)
@@ -239,12 +273,16 @@ def peaks_before(first: Evidence, second: Evidence, group: str) -> Finding:
         if not run.finished:
             return Finding(None, f"{run.arm}: not finished")
         steps.append((peak.epoch + 1) * run.steps_per_epoch)
-        texts.append(f"{run.arm}: {_rate(run, phases, group, peak)}, {_early_gradient(run, phases)}")
+        texts.append(
+            f"{run.arm}: {_rate(run, phases, group, peak)}, {_early_gradient(run, phases)}"
+        )
     return Finding(steps[0] < steps[1], "; ".join(texts))
 
 
 def learns(run: Evidence) -> Finding:
-    """Ask whether the last accuracy is above that of the untrained weights by more than sampling explains."""
+    """Ask whether the last accuracy is above that of the untrained weights by more than sampling
+    explains.
+    """
     first, last = untrained_accuracy(run), run.last_accuracy
     if not math.isfinite(first + last):
         return _not_measured(run)
@@ -274,19 +312,29 @@ def level(run: Evidence, published: float) -> Finding:
     """Ask whether the last accuracy is within LEVEL_PP of the published one, both in percent."""
     last = run.last_accuracy
     if run.scale not in ("published", "full") or not math.isfinite(last):
-        return Finding(None, f"published {published:g} %: a level of STL-10 at full scale", asked=False)
+        return Finding(
+            None, f"published {published:g} %: a level of STL-10 at full scale", asked=False
+        )
     answer = abs(last - published) <= LEVEL_PP
-    return Finding(answer if run.finished else None, f"accuracy {last:.1f} % at last, published {published:g} %")
+    return Finding(
+        answer if run.finished else None,
+        f"accuracy {last:.1f} % at last, published {published:g} %",
+    )
 
 
 def beat_the_last(*runs: Evidence) -> Finding:
-    """Ask whether every run has an accuracy above that of the last of ``runs``, by the table's epoch."""
+    """Ask whether every run has an accuracy above that of the last of ``runs``, by the table's
+    epoch.
+    """
     *better, worse = runs
     accuracies = [table_accuracy(run) for run in runs]
     if (missing := _unmeasured(runs, accuracies)) is not None:
         return missing
     low = accuracies[-1]
-    answer = all(value - low > margin(value, run, low, worse) for run, value in zip(better, accuracies, strict=False))
+    answer = all(
+        value - low > margin(value, run, low, worse)
+        for run, value in zip(better, accuracies, strict=False)
+    )
     return Finding(answer, _listed(runs, accuracies))
 
 
@@ -300,21 +348,31 @@ def no_better_than_the_last(*runs: Evidence) -> Finding:
 
 
 def in_order(*runs: Evidence) -> Finding:
-    """Ask whether accuracies fall from each run to the next, a rise that sampling explains excepted."""
+    """Ask whether accuracies fall from each run to the next, a rise that sampling explains
+    excepted.
+    """
     accuracies = [table_accuracy(run) for run in runs]
     if (missing := _unmeasured(runs, accuracies)) is not None:
         return missing
     pairs = zip(runs, accuracies, runs[1:], accuracies[1:], strict=False)
-    answer = all(after - before <= margin(after, later, before, run) for run, before, later, after in pairs)
+    answer = all(
+        after - before <= margin(after, later, before, run) for run, before, later, after in pairs
+    )
     return Finding(answer, _listed(runs, accuracies))
 
 
 def only_the_first_never_collapses(first: Evidence, *others: Evidence) -> Finding:
-    """Ask whether ``first`` never collapses and all ``others`` end collapsed; one answer no decides."""
+    """Ask whether ``first`` never collapses and all ``others`` end collapsed; one answer no
+    decides.
+    """
     findings = [never_collapses(first), *map(ends_collapsed, others)]
     answers = [finding.answer for finding in findings]
     answer = False if False in answers else None if None in answers else True
-    return Finding(answer, "; ".join(finding.text for finding in findings), all(finding.asked for finding in findings))
+    return Finding(
+        answer,
+        "; ".join(finding.text for finding in findings),
+        all(finding.asked for finding in findings),
+    )
 
 
 def untrained_accuracy(run: Evidence) -> float:
@@ -329,7 +387,8 @@ def untrained_accuracy(run: Evidence) -> float:
 
 
 def table_accuracy(run: Evidence) -> float:
-    """Return the accuracy in percent after the tenth epoch, as the post's table has; NaN if unknown.
+    """Return the accuracy in percent after the tenth epoch, as the post's table has; NaN if
+    unknown.
 
     Of runs that are shorter than full length it is the accuracy at the end.
     """
@@ -357,9 +416,13 @@ def _now(run: Evidence, phases: Phases) -> str:
         "accuracy": ("accuracy", run.accuracy),
     }[phases.signal]
     value = values[np.isfinite(values)][-1]
-    stays = f", not left {within(run)}" if phases.end == "collapsed" and phases.leaving is None else ""
+    stays = (
+        f", not left {within(run)}" if phases.end == "collapsed" and phases.leaving is None else ""
+    )
     unfinished = "" if run.finished else "not finished, "
-    return f"{unfinished}{phases.end} in {phases.onset(phases.epoch[-1])}, {name} {value:.4g}{stays}"
+    return (
+        f"{unfinished}{phases.end} in {phases.onset(phases.epoch[-1])}, {name} {value:.4g}{stays}"
+    )
 
 
 def _collapsed(phases: Phases) -> str:
@@ -384,20 +447,33 @@ def _early_gradient(run: Evidence, phases: Phases) -> str:
     low = int(np.nanargmin(norms))
     first = norms[np.isfinite(norms)][0]
     layers = " and ".join(name.removeprefix("encoder.") for name in EARLY)
-    return f"gradient of {layers} {first:.2g} at first, lowest {norms[low]:.2g} in {phases.onset(int(run.epoch[low]))}"
+    return (
+        f"gradient of {layers} {first:.2g} at first, lowest {norms[low]:.2g} in "
+        f"{phases.onset(int(run.epoch[low]))}"
+    )
 
 
 def _first(run: Evidence) -> str:
-    return f"accuracy {untrained_accuracy(run):.1f} % {'at first' if run.scale == 'published' else 'untrained'}"
+    return (
+        f"accuracy {untrained_accuracy(run):.1f} % "
+        f"{'at first' if run.scale == 'published' else 'untrained'}"
+    )
 
 
 def _not_measured(run: Evidence) -> Finding:
-    # Some of the post's figures show no accuracy and cannot be asked; a run of our own should have one.
-    return Finding(None, "accuracy was not measured both before training and after", asked=run.scale != "published")
+    # Some of the post's figures show no accuracy and cannot be asked; a run of our own should have
+    # one.
+    return Finding(
+        None,
+        "accuracy was not measured both before training and after",
+        asked=run.scale != "published",
+    )
 
 
 def _listed(runs: tuple[Evidence, ...], accuracies: list[float]) -> str:
-    return ", ".join(f"{run.arm} {value:.1f} %" for run, value in zip(runs, accuracies, strict=True))
+    return ", ".join(
+        f"{run.arm} {value:.1f} %" for run, value in zip(runs, accuracies, strict=True)
+    )
 
 
 def _unmeasured(runs: tuple[Evidence, ...], accuracies: list[float]) -> Finding | None:

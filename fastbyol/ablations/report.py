@@ -36,7 +36,14 @@ TITLES = {
 }
 NAMES = ("blue", "red", "green", "purple")  # of report_figures.COLOURS
 # The README's picture shows arms that collapse, that leave a collapse, and that never do.
-README_ARMS = ("bn-sgd-mlp-bn", "gn-sgd-mlp-bn", "gn-sgd-mlp-none", "gn-lars-0.1", "gn-lars-0.2", "gn-lars-0.5")
+README_ARMS = (
+    "bn-sgd-mlp-bn",
+    "gn-sgd-mlp-bn",
+    "gn-sgd-mlp-none",
+    "gn-lars-0.1",
+    "gn-lars-0.2",
+    "gn-lars-0.5",
+)
 VERDICTS = "verdicts.json"
 
 
@@ -70,7 +77,9 @@ def write_pictures(suite: Suite, folder: Path) -> list[Path]:
             }
         for name, picture in pictures.items():
             picture.savefig(folder / name, dpi=110)
-        write_text(folder / VERDICTS, json.dumps(verdicts(suite), indent=1, ensure_ascii=False) + "\n")
+        write_text(
+            folder / VERDICTS, json.dumps(verdicts(suite), indent=1, ensure_ascii=False) + "\n"
+        )
     return [folder / name for name in (*pictures, VERDICTS)]
 
 
@@ -90,7 +99,9 @@ def verdicts(suite: Suite) -> dict[str, Any]:
             "seeds": suite.seeds(claim),
             "outcome": suite.verdicts[claim.id].outcome,
             "statements": [s._asdict() for s in suite.verdicts[claim.id].statements],
-            "unsettled": {what: verdict.outcome for what, verdict in suite.variants[claim.id].items()},
+            "unsettled": {
+                what: verdict.outcome for what, verdict in suite.variants[claim.id].items()
+            },
         }
         for claim in CLAIMS
     ]
@@ -102,7 +113,12 @@ def verdicts(suite: Suite) -> dict[str, Any]:
         "account": asdict(suite.account),
         "claims": rows,
         "accuracies": [
-            {"arm": run.arm, "seed": run.seed, "num_scored": run.scored, **report_tables.accuracies(run)}
+            {
+                "arm": run.arm,
+                "seed": run.seed,
+                "num_scored": run.scored,
+                **report_tables.accuracies(run),
+            }
             for arm in suite.runs
             for run in suite.evidence(arm)
         ],
@@ -185,12 +201,19 @@ def _rates(suite: Suite) -> Iterator[tuple[Any, ...]]:
     """Yield arm, seed, upper bound and picture of the rates of each LARS arm's first run."""
     for arm, (run, *_) in suite.runs.items():
         if run.config.optim.name == "lars":
-            yield arm, run.evidence.seed, run.evidence.rate_ceiling, figures.svg(report_figures.draw_rates(run))
+            yield (
+                arm,
+                run.evidence.seed,
+                run.evidence.rate_ceiling,
+                figures.svg(report_figures.draw_rates(run)),
+            )
 
 
 def _cards(suite: Suite) -> dict[str, list[tuple[Any, ...]]]:
     """Return by heading the name, description, seeds and picture of each arm."""
-    controls = {arm for names in CONTROLS.values() for arm in names} - {arm for claim in CLAIMS for arm in claim.arms}
+    controls = {arm for names in CONTROLS.values() for arm in names} - {
+        arm for claim in CLAIMS for arm in claim.arms
+    }
     cards: dict[str, list[tuple[Any, ...]]] = {
         "Arms of the claims": [],
         "Control arms: what the post argues for and could not run": [],

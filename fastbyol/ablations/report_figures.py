@@ -56,7 +56,11 @@ def panels() -> tuple[Panel, ...]:
         for source in claim.sources:
             by_figure[source.figure].append((claim.id, source))
     return tuple(
-        Panel(figure, ", ".join(dict.fromkeys(claim for claim, _ in rows)), tuple(source for _, source in rows))
+        Panel(
+            figure,
+            ", ".join(dict.fromkeys(claim for claim, _ in rows)),
+            tuple(source for _, source in rows),
+        )
         for figure, rows in by_figure.items()
     )
 
@@ -67,10 +71,14 @@ def band(runs: Sequence[Evidence], measure: str) -> tuple[np.ndarray, np.ndarray
     table = np.full((len(runs), len(epochs)), np.nan)
     for row, run in zip(table, runs, strict=True):
         group = measure.removeprefix("rate:")
-        row[np.searchsorted(epochs, run.epoch)] = getattr(run, measure) if group == measure else run.rate_by_epoch(group)
+        row[np.searchsorted(epochs, run.epoch)] = (
+            getattr(run, measure) if group == measure else run.rate_by_epoch(group)
+        )
     measured = np.isfinite(table).any(axis=0)
     # Without a measured epoch numpy leaves out the axis of the three.
-    return epochs[measured], np.nanquantile(table[:, measured], (0.0, 0.5, 1.0), axis=0).reshape(3, -1)
+    return epochs[measured], np.nanquantile(table[:, measured], (0.0, 0.5, 1.0), axis=0).reshape(
+        3, -1
+    )
 
 
 def draw_panel(panel: Panel, suite: Suite) -> Figure:
@@ -83,7 +91,9 @@ def draw_panel(panel: Panel, suite: Suite) -> Figure:
     ours = made.add_subplot()
     runs = _runs(panel, suite)
     # At full scale an epoch is the post's only if it has as many steps.
-    same_length = suite.scale == "full" and all(run.steps_per_epoch == PUBLISHED_STEPS_PER_EPOCH for run in runs)
+    same_length = suite.scale == "full" and all(
+        run.steps_per_epoch == PUBLISHED_STEPS_PER_EPOCH for run in runs
+    )
     theirs = ours if same_length or not runs else ours.twiny()
     _draw_curves(ours, theirs, panel, suite, alpha=0.75)
     theirs.set_xlim(0, max(published()[s.figure, s.series].epoch[-1] for s in panel.sources))
@@ -102,7 +112,9 @@ def _runs(panel: Panel, suite: Suite) -> list[Evidence]:
     return [run for source in panel.sources for run in suite.evidence(source.arm)]
 
 
-def _draw_curves(ours: Axes, theirs: Axes, panel: Panel, suite: Suite, alpha: float | None = None) -> None:
+def _draw_curves(
+    ours: Axes, theirs: Axes, panel: Panel, suite: Suite, alpha: float | None = None
+) -> None:
     """Draw the panel's curves with the vertical axis that the post has."""
     for source, colour in zip(panel.sources, COLOURS, strict=False):
         curve = published()[source.figure, source.series]
@@ -140,7 +152,9 @@ def ceilings(panel: Panel, suite: Suite) -> tuple[float, ...]:
     """Return the upper bounds lr eta / wd of the rates that a figure shows, ascending."""
     if not panel.sources[0].measure.startswith("rate:"):
         return ()
-    return tuple(sorted({run.rate_ceiling for run in _runs(panel, suite) if run.rate_ceiling is not None}))
+    return tuple(
+        sorted({run.rate_ceiling for run in _runs(panel, suite) if run.rate_ceiling is not None})
+    )
 
 
 def draw_arm(arm: str, suite: Suite) -> Figure:
@@ -192,7 +206,8 @@ def draw_rates(run: Record) -> Figure:
 
 
 def rate_map(run: Record) -> tuple[list[str], np.ndarray, np.ndarray]:
-    """Return names of the weight matrices and kernels (R,), first and end step (2,), and their rates.
+    """Return names of the weight matrices and kernels (R,), first and end step (2,), and their
+    rates.
 
     Rates are float64 (R, columns), means over at most ``MAP_COLUMNS`` spans of steps.
     """
@@ -200,7 +215,11 @@ def rate_map(run: Record) -> tuple[list[str], np.ndarray, np.ndarray]:
     rates = np.array(list(matrices.values()), dtype=np.float64)
     spans = np.array_split(np.arange(rates.shape[1]), min(MAP_COLUMNS, rates.shape[1]))
     table = np.stack([rates[:, span].mean(axis=1) for span in spans], axis=1)
-    return [name.removesuffix(".weight") for name in matrices], np.array([steps[0], steps[-1] + 1]), table
+    return (
+        [name.removesuffix(".weight") for name in matrices],
+        np.array([steps[0], steps[-1] + 1]),
+        table,
+    )
 
 
 def _positive(table: np.ndarray) -> np.ndarray:
@@ -232,7 +251,9 @@ def draw_readme_cosines(suite: Suite, arms: Iterable[str]) -> Figure:
     for arm, colour in zip(present, (BLUE, SKY, RED, PURPLE, ORANGE, GREEN), strict=False):
         epochs, (low, median, high) = band(suite.evidence(arm), "neg_cos")
         axes.fill_between(epochs, _distance(low), _distance(high), color=colour, alpha=0.2, lw=0)
-        axes.semilogy(epochs, _distance(median), color=colour, lw=1.4, label=f"{arm} ({_count(suite, arm)})")
+        axes.semilogy(
+            epochs, _distance(median), color=colour, lw=1.4, label=f"{arm} ({_count(suite, arm)})"
+        )
     axes.axhline(1 - COLLAPSED_ABOVE, color="black", lw=0.7, ls=":")
     axes.annotate("collapsed below", (0.01, 1 - COLLAPSED_ABOVE), (0, -10), xycoords=("axes fraction", "data"),
                   textcoords="offset points", fontsize=7.5)  # fmt: skip
@@ -261,19 +282,36 @@ def draw_recoveries(suite: Suite) -> Figure:
 def _draw_recovery(axes: Axes, arm: str, suite: Suite) -> None:
     from matplotlib.ticker import NullFormatter
 
-    theirs = {source.arm: source for claim in CLAIMS for source in claim.sources if source.measure == "neg_cos"}
+    theirs = {
+        source.arm: source
+        for claim in CLAIMS
+        for source in claim.sources
+        if source.measure == "neg_cos"
+    }
     if source := theirs.get(arm):
         curve = published()[source.figure, source.series]
         # The figures are read to this accuracy: a cosine of 1 may be that much less.
         read_to = appendix()["accuracy_of_reading"]["cosine"]
-        distance, steps = np.maximum(1 - curve.value, read_to), (curve.epoch + 1) * PUBLISHED_STEPS_PER_EPOCH
-        axes.plot(steps, distance, color="black", lw=0.9, ls=DASHES, label=f"published, read to {read_to}")
+        distance, steps = (
+            np.maximum(1 - curve.value, read_to),
+            (curve.epoch + 1) * PUBLISHED_STEPS_PER_EPOCH,
+        )
+        axes.plot(
+            steps, distance, color="black", lw=0.9, ls=DASHES, label=f"published, read to {read_to}"
+        )
     open_settings = [name for name in suite.runs if name.startswith(f"{arm}@")]
     for name, colour in zip((arm, *open_settings), cycle(COLOURS), strict=False):
         label: str | None = f"{name.partition('@')[2] or 'ours'} ({_count(suite, name)})"
         for run in suite.evidence(name):
             steps = (run.epoch + 1) * run.steps_per_epoch
-            axes.plot(steps, _distance(run.neg_cos), color=colour, lw=1.1, marker=_marker(steps), label=label)
+            axes.plot(
+                steps,
+                _distance(run.neg_cos),
+                color=colour,
+                lw=1.1,
+                marker=_marker(steps),
+                label=label,
+            )
             label = None
     axes.set(xscale="log", yscale="log", xlabel="step")
     # Within one decade matplotlib labels the minor ticks too, and they overlap.

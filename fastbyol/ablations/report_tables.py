@@ -22,7 +22,14 @@ from fastbyol.runs import differences
 NOTHING = "-"
 SIGNALS = ("neg_cos", "pos_cos", "std_z", "rank_y", "dead_y", "grad_norm")
 # Keys that differ between the seeds of an arm, or that say how and where a run was made.
-NOT_COMPARED = ("train.seed", "train.device", "data.workers", "data.cache", "data.train", "data.test")
+NOT_COMPARED = (
+    "train.seed",
+    "train.device",
+    "data.workers",
+    "data.cache",
+    "data.train",
+    "data.test",
+)
 
 Row = tuple[object, ...]
 
@@ -52,7 +59,11 @@ def _over_seeds(values: Sequence[float], digits: int) -> str:
     if not measured:
         return NOTHING
     median = f"{np.median(measured):.{digits}f}"
-    return median if len(measured) == 1 else f"{median} ({min(measured):.{digits}f} to {max(measured):.{digits}f})"
+    return (
+        median
+        if len(measured) == 1
+        else f"{median} ({min(measured):.{digits}f} to {max(measured):.{digits}f})"
+    )
 
 
 def run_rows(suite: Suite) -> list[Row]:
@@ -122,7 +133,10 @@ def timeline(suite: Suite) -> list[tuple[str, int, int, list[tuple[int, int, str
     for arm, runs in suite.runs.items():
         for run in runs:
             states = enumerate(event["state"] for event in run.events if event["event"] == "epoch")
-            parts = ((state, [epoch for epoch, _ in part]) for state, part in groupby(states, key=lambda pair: pair[1]))
+            parts = (
+                (state, [epoch for epoch, _ in part])
+                for state, part in groupby(states, key=lambda pair: pair[1])
+            )
             stretches = [(epochs[0], epochs[-1], state) for state, epochs in parts]
             rows.append((arm, run.evidence.seed, run.evidence.epochs, stretches))
     return rows
@@ -134,8 +148,18 @@ def event_rows(suite: Suite) -> list[Row]:
     for arm, runs in suite.runs.items():
         for run in runs:
             for event in (event for event in run.events if event["event"] == "state"):
-                signals = (NOTHING if event.get(name) is None else f"{event[name]:.4g}" for name in SIGNALS)
-                rows.append((arm, run.evidence.seed, event["step"], f"{event['before']} → {event['after']}", *signals))
+                signals = (
+                    NOTHING if event.get(name) is None else f"{event[name]:.4g}" for name in SIGNALS
+                )
+                rows.append(
+                    (
+                        arm,
+                        run.evidence.seed,
+                        event["step"],
+                        f"{event['before']} → {event['after']}",
+                        *signals,
+                    )
+                )
     return rows
 
 
@@ -164,7 +188,11 @@ def _against_preset(config: Resolved) -> tuple[tuple[str, str, str], ...]:
 
 def _value(key: str, value: object) -> str:
     # Of a run's path only arm and seed matter, wherever the folder of runs is.
-    return "/".join(Path(str(value)).parts[-2:]) if key == "optim.replay_rates" else differences.text(value)
+    return (
+        "/".join(Path(str(value)).parts[-2:])
+        if key == "optim.replay_rates"
+        else differences.text(value)
+    )
 
 
 def environment(suite: Suite) -> dict[str, Counter[str]]:

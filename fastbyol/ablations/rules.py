@@ -1,6 +1,8 @@
-"""The verdict rules, a table read top to bottom: the statements that each claim makes, in words and as questions.
+"""The verdict rules, a table read top to bottom: the statements that each claim makes, in words and
+as questions.
 
-To leave the collapse and to learn are two statements everywhere: runs have done either without the other.
+To leave the collapse and to learn are two statements everywhere: runs have done either without the
+other.
 """
 
 from __future__ import annotations
@@ -11,7 +13,16 @@ from typing import Literal, NamedTuple
 
 from fastbyol.ablations import questions as ask
 from fastbyol.ablations.claims import CAPPED, CONTRAST, REPLAYED, TABLE, published_accuracy
-from fastbyol.ablations.questions import AT_ONCE, DISTURBED, EXPLODES, IN_TIME, LEVEL_PP, QUICKLY, Finding, Span
+from fastbyol.ablations.questions import (
+    AT_ONCE,
+    DISTURBED,
+    EXPLODES,
+    IN_TIME,
+    LEVEL_PP,
+    QUICKLY,
+    Finding,
+    Span,
+)
 from fastbyol.errors import check_choice
 
 # A claim stands or falls with its main statements and is refined by the others. A told statement is
@@ -38,7 +49,9 @@ class Rule(NamedTuple):
 UNTRAINED = "above that of its own untrained weights by more than sampling explains"
 NEVER_COLLAPSES = Condition("no epoch ends in the collapsed phase", ask.never_collapses)
 WAS_COLLAPSED = Condition("some epoch ends in the collapsed phase", ask.was_collapsed)
-COLLAPSES_AT_ONCE = Condition(f"it is in the collapsed phase {AT_ONCE.words}", ask.collapses_at_once)
+COLLAPSES_AT_ONCE = Condition(
+    f"it is in the collapsed phase {AT_ONCE.words}", ask.collapses_at_once
+)
 ENDS_COLLAPSED = Condition("the last epoch ends in the collapsed phase", ask.ends_collapsed)
 ENDS_OUT = Condition("the last epoch does not end in the collapsed phase", ask.ends_out)
 ENDS_SEPARATED = Condition("the last epoch ends separated", ask.ends_separated)
@@ -49,23 +62,33 @@ BEYOND_SAMPLING = "by more than sampling explains"
 
 
 def _leaves(span: Span) -> Condition:
-    return Condition(f"it is out of the collapsed phase again {span.words}", partial(ask.leaves, span=span))
+    return Condition(
+        f"it is out of the collapsed phase again {span.words}", partial(ask.leaves, span=span)
+    )
 
 
 def _explode(*groups: str, while_collapsed: bool) -> Condition:
     words = f"each group's highest epoch mean is {EXPLODES:g} times its first rate or more"
     words += ", within an epoch of a collapsed one" if while_collapsed else ""
-    return Condition(words, partial(ask.rates_explode, groups=groups, while_collapsed=while_collapsed))
+    return Condition(
+        words, partial(ask.rates_explode, groups=groups, while_collapsed=while_collapsed)
+    )
 
 
 def _level(claim: str) -> Rule:
     accuracy = published_accuracy(claim)
-    test = Condition(f"within {LEVEL_PP:g} points; at full scale only", partial(ask.level, published=accuracy))
+    test = Condition(
+        f"within {LEVEL_PP:g} points; at full scale only", partial(ask.level, published=accuracy)
+    )
     return Rule("other", f"Its accuracy ends at {accuracy:g} %.", test)
 
 
 def _never_collapsing(claim: str) -> tuple[Rule, ...]:
-    return Rule("main", "It never collapses.", NEVER_COLLAPSES), Rule("other", "It learns.", LEARNS), _level(claim)
+    return (
+        Rule("main", "It never collapses.", NEVER_COLLAPSES),
+        Rule("other", "It learns.", LEARNS),
+        _level(claim),
+    )
 
 
 def _same_without_feedback(role: Role) -> Rule:
@@ -133,7 +156,8 @@ RULES: Mapping[str, tuple[Rule, ...]] = {
             "after a collapse it separates twice or more, with relapses in between", partial(ask.comes_and_goes, span=IN_TIME),
         )),
         Rule("main", "It is out of the collapse at the end.", Condition(
-            f"{ENDS_OUT.words}; a collapsed run that is over before this leaves it open: {IN_TIME.words}",
+            f"{ENDS_OUT.words}; a collapsed run that is over before this leaves it open: "
+            f"{IN_TIME.words}",
             partial(ask.ends_out, span=IN_TIME),
         )),
         Rule("other", "It learns.", LEARNS),
@@ -150,7 +174,8 @@ RULES: Mapping[str, tuple[Rule, ...]] = {
     ),
     "C11": (
         Rule("main", "The collapse is disturbed.", Condition(
-            f"after the collapse the loss climbs to {DISTURBED:g} times its lowest, or the collapsed phase is left",
+            f"after the collapse the loss climbs to {DISTURBED:g} times its lowest, or the "
+            "collapsed phase is left",
             ask.disturbed,
         )),
         Rule("main", "The collapse returns.", ENDS_COLLAPSED),
@@ -195,8 +220,8 @@ RULES: Mapping[str, tuple[Rule, ...]] = {
         Rule("other", "A contrastive loss is better than a random network.", Condition(
             BEYOND_SAMPLING, ask.beat_the_last,
         ), (CONTRASTIVE, RANDOM)),
-        # Told: at sizes other than the post's the contrastive arm's learning rate and queue are ours,
-        # and so is the order then.
+        # Told: at sizes other than the post's the contrastive arm's learning rate and queue are
+        # ours, and so is the order then.
         Rule("told", "A contrastive loss is below BYOL with BN in both MLPs.", Condition(
             BEYOND_SAMPLING, ask.beat_the_last,
         ), (FULL, CONTRASTIVE)),

@@ -1,4 +1,6 @@
-"""Train a plan's runs, several at a time: skip what is done, go on with what was stopped, report what fails and carry on."""
+"""Train a plan's runs, several at a time: skip what is done, go on with what was stopped, report
+what fails and carry on.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,9 @@ TICK_S = 0.5
 
 @dataclass(frozen=True)
 class Outcome:
-    """The end of a call: names of runs that it finished, skipped, left stopped; (name, why) of failed ones."""
+    """The end of a call: names of runs that it finished, skipped, left stopped; (name, why) of
+    failed ones.
+    """
 
     finished: tuple[str, ...]
     skipped: tuple[str, ...]
@@ -79,7 +83,10 @@ class Runner:
         """Return the first run whose rates are there; fail those whose rates cannot come."""
         for run in list(self._waiting):
             failed = {name for name, _ in self.failed}
-            if run.after is not None and f"{run.arm.rates_of} seed {run.after.name.removeprefix('seed')}" in failed:
+            if (
+                run.after is not None
+                and f"{run.arm.rates_of} seed {run.after.name.removeprefix('seed')}" in failed
+            ):
                 self._waiting.remove(run)
                 self._fail(run, f"the run whose rates it replays failed: {run.after}", 0.0)
             elif run.after not in self._unfinished:
@@ -89,7 +96,13 @@ class Runner:
     def _end(self, run: Run, message: Mapping[str, Any]) -> None:
         seconds = time.monotonic() - self._began[run.name]
         if "died" in message and not self.interrupted:
-            self._fail(run, f"its process was {message['died']}" if "killed" in message["died"] else message["died"], seconds)
+            self._fail(
+                run,
+                f"its process was {message['died']}"
+                if "killed" in message["died"]
+                else message["died"],
+                seconds,
+            )
         elif "again" in message and not self.interrupted:
             self._board.line(f"{run.name}: {message['again']}")
             self._waiting.insert(0, run)
@@ -106,7 +119,9 @@ class Runner:
             self._stop(run, seconds)
 
     def _stop(self, run: Run, seconds: float) -> None:
-        """Record a run that a signal stopped, perhaps not ours; it is saved, and the next call goes on with it."""
+        """Record a run that a signal stopped, perhaps not ours; it is saved, and the next call goes
+        on with it.
+        """
         self.stopped.append(run.name)
         self._ledger.record(run, {"status": "stopped", "seconds": seconds})
         self._board.ended(run, "stopped", "", seconds)
@@ -135,11 +150,12 @@ def execute(
     device: str,
     console: Console,
 ) -> Outcome:
-    """Train ``runs``, which lie in ``out``, ``jobs`` at a time (None: what the device has room for).
+    """Train ``runs``, which lie in ``out``, ``jobs`` at a time (None: what the device has room
+    for).
 
-    ``asked`` goes into the ledger. A run that fails does not stop the others. One of ``interrupt.SIGNALS``
-    saves and stops the runs at work; a second SIGINT kills them. Raises UsageError: another call works in
-    ``out``, or a folder holds another run.
+    ``asked`` goes into the ledger. A run that fails does not stop the others. One of
+    ``interrupt.SIGNALS`` saves and stops the runs at work; a second SIGINT kills them. Raises
+    UsageError: another call works in ``out``, or a folder holds another run.
     """
     began = time.monotonic()
     where = str(pick_device(device))
@@ -169,7 +185,9 @@ def _locked(out: Path) -> Iterator[None]:
         out.mkdir(parents=True, exist_ok=True)
         lock = Lock(out)
     except OSError as error:
-        raise UsageError(f"{out}: {error.strerror}: name a folder that can be written with --out") from None
+        raise UsageError(
+            f"{out}: {error.strerror}: name a folder that can be written with --out"
+        ) from None
     try:
         yield
     finally:

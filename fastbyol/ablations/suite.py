@@ -1,4 +1,6 @@
-"""A folder of ablations, read once: its runs, what became of those asked for, and the verdicts on all claims."""
+"""A folder of ablations, read once: its runs, what became of those asked for, and the verdicts on
+all claims.
+"""
 
 from __future__ import annotations
 
@@ -22,11 +24,12 @@ from fastbyol.runs.metrics import read_events
 
 @dataclass(frozen=True)
 class Account:
-    """The fate of every run ever asked for, by name (``ARM seed K``); each is in one of the next four fields.
+    """The fate of every run ever asked for, by name (``ARM seed K``); each is in one of the next
+    four fields.
 
-    ``failed`` gives reasons. ``left``: not begun, or begun and without an end in the ledger. ``odd`` are
-    sentences on runs that failed before they were done, about which the ledger and the folder disagree,
-    or whose arm does not exist.
+    ``failed`` gives reasons. ``left``: not begun, or begun and without an end in the ledger.
+    ``odd`` are sentences on runs that failed before they were done, about which the ledger and the
+    folder disagree, or whose arm does not exist.
     """
 
     asked: tuple[str, ...]
@@ -39,7 +42,9 @@ class Account:
 
 @dataclass(frozen=True, eq=False)
 class Record:
-    """A run as its folder has it: measurements, configuration, events, and the environment it was made in."""
+    """A run as its folder has it: measurements, configuration, events, and the environment it was
+    made in.
+    """
 
     path: Path
     evidence: Evidence
@@ -62,10 +67,11 @@ class Record:
 
 @dataclass(frozen=True, eq=False)
 class Suite:
-    """All runs of the folder ``out`` by arm and seed, and the verdicts by claim, from finished runs alone.
+    """All runs of the folder ``out`` by arm and seed, and the verdicts by claim, from finished runs
+    alone.
 
-    ``left_out`` names the runs that could not be read, and why. ``commands`` are the calls that made the
-    runs, ``data`` the names of the sets that they were trained on.
+    ``left_out`` names the runs that could not be read, and why. ``commands`` are the calls that
+    made the runs, ``data`` the names of the sets that they were trained on.
     """
 
     out: Path
@@ -80,7 +86,8 @@ class Suite:
 
     @classmethod
     def read(cls, out: Path) -> Suite:
-        """Read the ledger and every run in ``out``; one damaged run does not keep the others from judgement.
+        """Read the ledger and every run in ``out``; one damaged run does not keep the others from
+        judgement.
 
         Raises UsageError: there is no ledger.
         """
@@ -93,7 +100,10 @@ class Suite:
                 runs[arm] = (*runs.get(arm, ()), Record.read(path, arm=arm, seed=seed, scale=scale))
             except FastbyolError as error:
                 left_out.append(str(error))
-        done = {arm: [run.evidence for run in records if run.evidence.finished] for arm, records in runs.items()}
+        done = {
+            arm: [run.evidence for run in records if run.evidence.finished]
+            for arm, records in runs.items()
+        }
         return cls(
             out=out,
             scale=scale,
@@ -103,20 +113,32 @@ class Suite:
             verdicts={claim.id: judge(claim, done, scale) for claim in CLAIMS},
             variants={claim.id: judge_variants(claim, done, scale) for claim in CLAIMS},
             account=account(out, content),
-            data=tuple(sorted({Path(run.config.data.train).name for records in runs.values() for run in records})),
+            data=tuple(
+                sorted(
+                    {
+                        Path(run.config.data.train).name
+                        for records in runs.values()
+                        for run in records
+                    }
+                )
+            ),
         )
 
     @property
     def judged(self) -> tuple[Verdict, ...]:
         """Verdicts on the claims of which an arm has a finished run, in the claims' order."""
-        return tuple(self.verdicts[claim.id] for claim in CLAIMS if any(map(self._num_finished, claim.arms)))
+        return tuple(
+            self.verdicts[claim.id] for claim in CLAIMS if any(map(self._num_finished, claim.arms))
+        )
 
     def evidence(self, arm: str) -> tuple[Evidence, ...]:
         """Return the evidence of an arm's runs, by seed; empty if the arm was not run."""
         return tuple(run.evidence for run in self.runs.get(arm, ()))
 
     def seeds(self, claim: Claim) -> str:
-        """Return how many finished seeds the arms of a claim have: one number, or the least and the most."""
+        """Return how many finished seeds the arms of a claim have: one number, or the least and the
+        most.
+        """
         counts = sorted(set(map(self._num_finished, claim.arms)))
         return "-".join(str(count) for count in dict.fromkeys((counts[0], counts[-1])))
 
@@ -125,21 +147,42 @@ class Suite:
 
 
 def account(out: Path, content: Mapping[str, Any]) -> Account:
-    """Count the runs of ``out`` by its ledger's ``content``, and compare that with the folders there."""
+    """Count the runs of ``out`` by its ledger's ``content``, and compare that with the folders
+    there.
+    """
     rows = {f"{row['arm']} seed {row['seed']}": row for row in content["runs"].values()}
-    asked = tuple(dict.fromkeys((*(name for call in content["calls"] for name in call.get("runs", ())), *rows)))
+    asked = tuple(
+        dict.fromkeys(
+            (*(name for call in content["calls"] for name in call.get("runs", ())), *rows)
+        )
+    )
     status = {name: rows.get(name, {}).get("status", "left") for name in asked}
     folders = sorted(path.parent for path in (out / RUNS).glob("*/seed*/config.toml"))
-    there = {f"{path.parent.name} seed {path.name.removeprefix('seed')}": path.parent.name for path in folders}
-    odd = [f"{name}: failed before ({why})" for name in asked for why in rows.get(name, {}).get("failed_before", ())]
+    there = {
+        f"{path.parent.name} seed {path.name.removeprefix('seed')}": path.parent.name
+        for path in folders
+    }
+    odd = [
+        f"{name}: failed before ({why})"
+        for name in asked
+        for why in rows.get(name, {}).get("failed_before", ())
+    ]
     odd += [f"{name}: in the folder, not in the ledger" for name in there if name not in status]
     odd += [f"{name}: {status[name]} by the ledger, not in the folder" for name in asked if name not in there
             and status[name] in ("done", "stopped")]  # fmt: skip
-    odd += [f"{name}: there is no arm of this name, so it is not judged" for name, arm in there.items() if arm not in arms()]
+    odd += [
+        f"{name}: there is no arm of this name, so it is not judged"
+        for name, arm in there.items()
+        if arm not in arms()
+    ]
     return Account(
         asked=asked,
         done=tuple(name for name in asked if status[name] == "done"),
-        failed={name: str(rows[name].get("error", "no reason kept")) for name in asked if status[name] == "failed"},
+        failed={
+            name: str(rows[name].get("error", "no reason kept"))
+            for name in asked
+            if status[name] == "failed"
+        },
         stopped=tuple(name for name in asked if status[name] == "stopped"),
         left=tuple(name for name in asked if status[name] == "left"),
         odd=tuple(odd),
@@ -149,4 +192,8 @@ def account(out: Path, content: Mapping[str, Any]) -> Account:
 def _commands(content: Mapping[str, Any]) -> tuple[str, ...]:
     """Return the calls that made the runs, without repetitions of one that was interrupted."""
     calls = (call.get("command") or [] for call in content["calls"])
-    return tuple(dict.fromkeys(shlex.join(["fastbyol", *map(str, command[1:])]) for command in calls if command))
+    return tuple(
+        dict.fromkeys(
+            shlex.join(["fastbyol", *map(str, command[1:])]) for command in calls if command
+        )
+    )

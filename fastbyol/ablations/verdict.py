@@ -15,12 +15,13 @@ Outcome = Literal["reproduced", "partly", "mixed", "not reproduced", "undetermin
 
 
 class Statement(NamedTuple):
-    """One sentence of a claim: whether it held (None: ``mixed``, or undecided), and the measurements.
+    """One sentence of a claim: whether it held (None: ``mixed``, or undecided), and the
+    measurements.
 
-    A ``main`` statement decides, an ``other`` one refines, and a ``told`` one counts for nothing: it
-    cannot be asked of these runs, or is a control. ``rule`` says in words when the statement holds for a
-    seed. It held for ``yes`` of the ``asked`` seeds, a share that lies in ``interval``; ``open`` of them
-    have no answer.
+    A ``main`` statement decides, an ``other`` one refines, and a ``told`` one counts for nothing:
+    it cannot be asked of these runs, or is a control. ``rule`` says in words when the statement
+    holds for a seed. It held for ``yes`` of the ``asked`` seeds, a share that lies in ``interval``;
+    ``open`` of them have no answer.
     """
 
     text: str
@@ -37,7 +38,11 @@ class Statement(NamedTuple):
     @property
     def answer(self) -> str:
         """The answer in a word or two."""
-        return "mixed" if self.mixed else {True: "held", False: "not held", None: "undecided"}[self.held]
+        return (
+            "mixed"
+            if self.mixed
+            else {True: "held", False: "not held", None: "undecided"}[self.held]
+        )
 
 
 @dataclass(frozen=True)
@@ -49,12 +54,19 @@ class Verdict:
     statements: tuple[Statement, ...]
 
 
-def judge(claim: Claim, evidence: Mapping[str, Sequence[Evidence]], scale: Scale, *, needs: int | None = None) -> Verdict:
+def judge(
+    claim: Claim,
+    evidence: Mapping[str, Sequence[Evidence]],
+    scale: Scale,
+    *,
+    needs: int | None = None,
+) -> Verdict:
     """Ask the rules of ``claim`` of the runs in ``evidence``, by arm name, with one run per seed.
 
-    Arms that the claim does not name are ignored, and the order of runs does not matter. ``scale`` is
-    that of the runs; ``needs`` answers are needed, by default as many as the claim needs. The post's own
-    figures are single runs: one is enough. Raises ValueError for two runs of an arm with one seed.
+    Arms that the claim does not name are ignored, and the order of runs does not matter. ``scale``
+    is that of the runs; ``needs`` answers are needed, by default as many as the claim needs. The
+    post's own figures are single runs: one is enough. Raises ValueError for two runs of an arm with
+    one seed.
     """
     by_seed = {arm: _by_seed(arm, runs) for arm, runs in evidence.items()}
     needs = needs or (1 if scale == "published" else claim.needs)
@@ -62,23 +74,35 @@ def judge(claim: Claim, evidence: Mapping[str, Sequence[Evidence]], scale: Scale
     return Verdict(claim.id, outcome_of(statements), statements)
 
 
-def judge_variants(claim: Claim, evidence: Mapping[str, Sequence[Evidence]], scale: Scale) -> dict[str, Verdict]:
-    """Judge the settings that the post leaves open: by WHAT, with the runs of ARM@WHAT instead of ARM's.
+def judge_variants(
+    claim: Claim, evidence: Mapping[str, Sequence[Evidence]], scale: Scale
+) -> dict[str, Verdict]:
+    """Judge the settings that the post leaves open: by WHAT, with the runs of ARM@WHAT instead of
+    ARM's.
 
     One seed is enough: these verdicts show alternatives, and count for nothing.
     """
-    whats = {what for arm in evidence for base, _, what in [arm.partition("@")] if what and base in claim.arms}
-    runs_of = {
-        what: {arm: evidence.get(f"{arm}@{what}", evidence.get(arm, ())) for arm in claim.arms} for what in sorted(whats)
+    whats = {
+        what
+        for arm in evidence
+        for base, _, what in [arm.partition("@")]
+        if what and base in claim.arms
     }
-    return {what: judge(claim, {**evidence, **runs}, scale, needs=1) for what, runs in runs_of.items()}
+    runs_of = {
+        what: {arm: evidence.get(f"{arm}@{what}", evidence.get(arm, ())) for arm in claim.arms}
+        for what in sorted(whats)
+    }
+    return {
+        what: judge(claim, {**evidence, **runs}, scale, needs=1) for what, runs in runs_of.items()
+    }
 
 
 def outcome_of(statements: Sequence[Statement]) -> Outcome:
     """Draw the outcome of statements.
 
-    *not reproduced* if a main statement did not hold; else *undetermined* if one is undecided, or there
-    is none; else *mixed* if one is mixed; else *reproduced* if all others held too, and *partly* if not.
+    *not reproduced* if a main statement did not hold; else *undetermined* if one is undecided, or
+    there is none; else *mixed* if one is mixed; else *reproduced* if all others held too, and
+    *partly* if not.
     """
     main = {statement.answer for statement in statements if statement.role == "main"}
     if "not held" in main:
@@ -97,7 +121,9 @@ def _by_seed(arm: str, runs: Sequence[Evidence]) -> dict[int, Evidence]:
     return by_seed
 
 
-def _state(rule: Rule, claim: Claim, by_seed: Mapping[str, Mapping[int, Evidence]], needs: int) -> Statement:
+def _state(
+    rule: Rule, claim: Claim, by_seed: Mapping[str, Mapping[int, Evidence]], needs: int
+) -> Statement:
     arms, words = rule.arms or claim.arms, rule.test.words
     missing = [arm for arm in arms if not by_seed.get(arm)]
     if missing:
@@ -109,22 +135,36 @@ def _state(rule: Rule, claim: Claim, by_seed: Mapping[str, Mapping[int, Evidence
     asked = {seed: finding for seed, finding in findings.items() if finding.asked}
     if findings and not asked:
         return Statement(rule.text, None, next(iter(findings.values())).text, "told", words)
-    yes, no = (sum(finding.answer is wanted for finding in asked.values()) for wanted in (True, False))
+    yes, no = (
+        sum(finding.answer is wanted for finding in asked.values()) for wanted in (True, False)
+    )
     answer, summary = decide(yes, no, total := len(asked), needs)
     details = "; ".join(f"seed {seed}: {finding.text}" for seed, finding in asked.items())
     evidence = f"{summary}. {details}" if details else summary
     mixed = answer is None and 0 not in (yes, no) and yes + no >= needs
-    return Statement(rule.text, answer, evidence, rule.role, words, yes, total, total - yes - no, wilson(yes, total), mixed)
+    return Statement(
+        rule.text,
+        answer,
+        evidence,
+        rule.role,
+        words,
+        yes,
+        total,
+        total - yes - no,
+        wilson(yes, total),
+        mixed,
+    )
 
 
 def decide(yes: int, no: int, asked: int, needs: int) -> tuple[bool | None, str]:
-    """Return whether a statement held, and the count in words, from ``yes`` and ``no`` of ``asked`` seeds.
+    """Return whether a statement held, and the count in words, from ``yes`` and ``no`` of ``asked``
+    seeds.
 
-    It held if at least two thirds of the seeds hold and Wilson's 95 % interval of their share lies above
-    one third, which excludes that it holds in a third of the runs or fewer. It did not if at most a third
-    hold and the interval lies below two thirds: 3 of 3, 4 of 5 and 5 of 5 hold, 0 of 3 and 1 of 5 do not.
-    Otherwise it is mixed. It is undecided with fewer answers than ``needs``. If one answer is needed, the
-    share alone decides, without an interval.
+    It held if at least two thirds of the seeds hold and Wilson's 95 % interval of their share lies
+    above one third, which excludes that it holds in a third of the runs or fewer. It did not if at
+    most a third hold and the interval lies below two thirds: 3 of 3, 4 of 5 and 5 of 5 hold, 0 of 3
+    and 1 of 5 do not. Otherwise it is mixed. It is undecided with fewer answers than ``needs``. If
+    one answer is needed, the share alone decides, without an interval.
     """
     summary = f"held for {yes} of {asked} seed{'s' * (asked != 1)}"
     if yes + no < asked:

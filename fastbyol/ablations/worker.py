@@ -45,7 +45,14 @@ class JsonObserver:
 
     def progress(self, message: Progress) -> None:
         """Send a step."""
-        self._send({"kind": "progress", "step": message.step, "epoch": message.epoch, "img_s": message.img_s})
+        self._send(
+            {
+                "kind": "progress",
+                "step": message.step,
+                "epoch": message.epoch,
+                "img_s": message.img_s,
+            }
+        )
 
     def epoch_end(self, message: EpochEnd) -> None:
         """Send an epoch."""
@@ -59,14 +66,15 @@ class JsonObserver:
 def work(request: Mapping[str, Any], send: Send) -> dict[str, Any]:
     """Train the run that ``request`` names (path, config, origin), or go on with it.
 
-    Return how it ended: its summary, ``error``, or ``again`` where another worker must go on with the
-    run and this process can do no more on its device. SIGTERM stops the run, saved.
+    Return how it ended: its summary, ``error``, or ``again`` where another worker must go on with
+    the run and this process can do no more on its device. SIGTERM stops the run, saved.
     """
     path, observer = Path(request["path"]), JsonObserver(send)
     try:
         asked = config_io.parse(request["config"], where=str(path))
         with _folder(path, asked, request["origin"], observer) as folder:
-            # The files of a run that goes on may have been moved: they are where the request has them.
+            # The files of a run that goes on may have been moved: they are where the request has
+            # them.
             summary = trainer.fit(folder, inputs.with_paths(folder.config, asked), observer)
     except NoGraphError as error:
         return {"again": str(error)}
@@ -74,7 +82,9 @@ def work(request: Mapping[str, Any], send: Send) -> dict[str, Any]:
         return {"error": str(error)}
     except KeyboardInterrupt:
         return {"finished": False}
-    except Exception as error:  # one run's fault must not cost the others; the traceback is in the log
+    except (
+        Exception
+    ) as error:  # one run's fault must not cost the others; the traceback is in the log
         traceback.print_exc()
         return {"error": f"{type(error).__name__}: {error}"}
     finally:
@@ -82,7 +92,9 @@ def work(request: Mapping[str, Any], send: Send) -> dict[str, Any]:
     return asdict(summary)
 
 
-def _folder(path: Path, asked: Resolved, origin: Mapping[str, str], observer: JsonObserver) -> RunFolder:
+def _folder(
+    path: Path, asked: Resolved, origin: Mapping[str, str], observer: JsonObserver
+) -> RunFolder:
     if (path / CONFIG).is_file():
         return RunFolder.open(path, lock=True)
     config = choose_precision(asked, observer.note)
@@ -102,7 +114,9 @@ def main() -> None:
     die_with_parent(int(sys.argv[1]))
     keep_freed_memory()
     connection = Connection(int(sys.argv[2]))
-    os.set_inheritable(connection.fileno(), False)  # else the runner would not see this process's end in time
+    os.set_inheritable(
+        connection.fileno(), False
+    )  # else the runner would not see this process's end in time
     with output.guarded():  # a log on a full disk ends no run
         while True:
             try:

@@ -23,30 +23,45 @@ if TYPE_CHECKING:
     from fastbyol.ablations.suite import Suite
     from fastbyol.ablations.verdict import Verdict
 
-app = typer.Typer(help="Run the post's ablations and say, claim by claim, whether they hold.", no_args_is_help=True)
+app = typer.Typer(
+    help="Run the post's ablations and say, claim by claim, whether they hold.",
+    no_args_is_help=True,
+)
 
 Json = Annotated[
-    bool, typer.Option("--json", help="Print one JSON object on standard output, everything else on standard error.")
+    bool,
+    typer.Option(
+        "--json",
+        help="Print one JSON object on standard output, everything else on standard error.",
+    ),
 ]
 Scale = Annotated[
     Literal["full", "short", "long", "mini"],
     typer.Option(
-        help="full: STL-10 as published; short: a GPU's hours; long: a narrow net for days; mini: the same net for an hour."
+        help="full: STL-10 as published; short: a GPU's hours; long: a narrow net for days; mini: "
+        "the same net for an hour."
     ),
 ]
-Out = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Folder of the runs. Default: ablations/SCALE.")]
+Out = Annotated[
+    Path | None,
+    typer.Option("--out", metavar="DIR", help="Folder of the runs. Default: ablations/SCALE."),
+]
 Seeds = Annotated[
     int | None,
     typer.Option(
         min=1,
         max=1000,
-        help="Runs per arm, two or more of one whose rates are replayed. Default: what each claim's verdict wants, 1 to 5.",
+        help="Runs per arm, two or more of one whose rates are replayed. Default: what each "
+        "claim's verdict wants, 1 to 5.",
     ),
 ]
-Targets = Annotated[list[str] | None, typer.Argument(metavar="[CLAIM|ARM]...", help="Such as C6 C7 gn-lars-0.2@exclude.")]
+Targets = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[CLAIM|ARM]...", help="Such as C6 C7 gn-lars-0.2@exclude."),
+]
 
 
-class NotReproduced(FastbyolError):  # noqa: N818 - a verdict, and no fault
+class NotReproduced(FastbyolError):
     """The verdict "not reproduced" under ``--check``."""
 
     exit_code = 4
@@ -58,22 +73,37 @@ def list_(scale: Scale = "mini", out: Out = None, as_json: Json = False) -> None
     from fastbyol.ablations.arms import arms
     from fastbyol.ablations.claims import CLAIMS
 
-    rows = [_arm_row(arm, scale, _folder(out, scale)) for arm in arms().values() if scale in arm.scales]
+    rows = [
+        _arm_row(arm, scale, _folder(out, scale)) for arm in arms().values() if scale in arm.scales
+    ]
     if as_json:
-        claims = [{"id": claim.id, "says": claim.says, "arms": claim.arms, "controls": claim.controls} for claim in CLAIMS]
-        print_json({"scale": scale, "out": str(_folder(out, scale)), "claims": claims, "arms": rows})
+        claims = [
+            {"id": claim.id, "says": claim.says, "arms": claim.arms, "controls": claim.controls}
+            for claim in CLAIMS
+        ]
+        print_json(
+            {"scale": scale, "out": str(_folder(out, scale)), "claims": claims, "arms": rows}
+        )
         return
     console = make_console()
     here = {claim for row in rows for claim in row["claims"]}
     claims_table = Table("claim", "says", box=None)
     for claim in CLAIMS:
         claims_table.add_row(
-            claim.id, claim.says + ("" if claim.id in here else f" (not at --scale {scale}: {_scales_of(claim)})")
+            claim.id,
+            claim.says
+            + ("" if claim.id in here else f" (not at --scale {scale}: {_scales_of(claim)})"),
         )
-    arms_table = Table(Column("arm", overflow="fold"), "claims", "seeds", "runs done", "what it is", box=None)
+    arms_table = Table(
+        Column("arm", overflow="fold"), "claims", "seeds", "runs done", "what it is", box=None
+    )
     for row in rows:
-        done = f"{row['done']}" + "".join(f", {row[name]} {name}" for name in ("stopped", "damaged") if row[name])
-        arms_table.add_row(row["arm"], " ".join(row["claims"]), str(row["seeds"]), done, row["about"])
+        done = f"{row['done']}" + "".join(
+            f", {row[name]} {name}" for name in ("stopped", "damaged") if row[name]
+        )
+        arms_table.add_row(
+            row["arm"], " ".join(row["claims"]), str(row["seeds"]), done, row["about"]
+        )
     console.print(claims_table)
     console.print()
     console.print(arms_table)
@@ -85,7 +115,9 @@ def show(
     scale: Scale = "mini",
     as_json: Json = False,
 ) -> None:
-    """Show a claim (text, figure, published numbers, rules, settings) or an arm (its configuration)."""
+    """Show a claim (text, figure, published numbers, rules, settings) or an arm (its
+    configuration).
+    """
     from fastbyol import config_io
     from fastbyol.ablations.arms import arm, load
     from fastbyol.ablations.claims import CLAIMS
@@ -98,7 +130,15 @@ def show(
     loaded = load(chosen, scale, seed=0)
     if as_json:
         config = loaded.config.model_dump(mode="json")
-        print_json({"arm": chosen.name, "about": chosen.about, "claims": chosen.claims, "scale": scale, "config": config})
+        print_json(
+            {
+                "arm": chosen.name,
+                "about": chosen.about,
+                "claims": chosen.claims,
+                "scale": scale,
+                "config": config,
+            }
+        )
     else:
         say(f"# {chosen.name}: {chosen.about} ({', '.join(chosen.claims)})")
         say(*config_io.dump(loaded.config, loaded.origin).split("\n"))
@@ -107,24 +147,45 @@ def show(
 @app.command()
 def run(
     targets: Targets = None,
-    everything: Annotated[bool, typer.Option("--all", help="Every arm of the scale, open settings included.")] = False,
+    everything: Annotated[
+        bool, typer.Option("--all", help="Every arm of the scale, open settings included.")
+    ] = False,
     scale: Scale = "mini",
     seeds: Seeds = None,
     out: Out = None,
     jobs: Annotated[
-        int | None, typer.Option(min=1, help="Runs at a time. Default: one a core, or what a GPU has room for.")
+        int | None,
+        typer.Option(
+            min=1, help="Runs at a time. Default: one a core, or what a GPU has room for."
+        ),
     ] = None,
-    data: Annotated[str | None, typer.Option("--data", metavar="FILE", help="Beton, fashion-mnist or textures.")] = None,
-    test_data: Annotated[str | None, typer.Option("--test-data", metavar="FILE", help="Labelled beton for the probe.")] = None,
+    data: Annotated[
+        str | None, typer.Option("--data", metavar="FILE", help="Beton, fashion-mnist or textures.")
+    ] = None,
+    test_data: Annotated[
+        str | None,
+        typer.Option("--test-data", metavar="FILE", help="Labelled beton for the probe."),
+    ] = None,
     stl10: Annotated[
-        Path | None, typer.Option("--stl10", metavar="DIR", help="STL-10's folder, converted on the first call.")
+        Path | None,
+        typer.Option(
+            "--stl10", metavar="DIR", help="STL-10's folder, converted on the first call."
+        ),
     ] = None,
-    sets: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Over the scale, under the arm.")] = None,
+    sets: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Over the scale, under the arm."),
+    ] = None,
     device: Annotated[str, typer.Option(metavar="auto|cpu|cuda[:N]")] = "auto",
-    check: Annotated[bool, typer.Option("--check", help="Exit with code 4 where a claim is not reproduced.")] = False,
+    check: Annotated[
+        bool, typer.Option("--check", help="Exit with code 4 where a claim is not reproduced.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
-    """Train what is missing, several runs at a time, and print the verdicts. Interrupted, the next call goes on."""
+    """Train what is missing, several runs at a time, and print the verdicts.
+
+    Interrupted, the next call goes on.
+    """
     from fastbyol.ablations import plan, runner
 
     console = make_console(err=as_json)
@@ -132,10 +193,26 @@ def run(
     chosen = plan.chosen(targets or (), scale, everything=everything)
     files = _data_files(scale, folder, data, test_data, stl10, console)
     num_images = _checked(files)
-    runs = plan.make(chosen, scale, folder, seeds=seeds, sets=sets or (), flags=_flags(files, device), num_images=num_images)
-    asked = {"targets": targets or [], "all": everything, "seeds": seeds, "set": sets or [], "data": files}
+    runs = plan.make(
+        chosen,
+        scale,
+        folder,
+        seeds=seeds,
+        sets=sets or (),
+        flags=_flags(files, device),
+        num_images=num_images,
+    )
+    asked = {
+        "targets": targets or [],
+        "all": everything,
+        "seeds": seeds,
+        "set": sets or [],
+        "data": files,
+    }
     asked["image_share"] = _say_what_data(runs[0], num_images, console)
-    outcome = runner.execute(runs, folder, scale, asked=asked, jobs=jobs, device=device, console=console)
+    outcome = runner.execute(
+        runs, folder, scale, asked=asked, jobs=jobs, device=device, console=console
+    )
     verdicts = _read(folder).judged
     _say(outcome, verdicts, folder, scale, console, as_json)
     _finish(outcome, verdicts, check=check)
@@ -145,20 +222,35 @@ def run(
 def report(
     scale: Scale = "mini",
     out: Out = None,
-    html: Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Default: DIR/report.html.")] = None,
-    png: Annotated[
-        Path | None, typer.Option("--png", metavar="DIR", help="Write two pictures and verdicts.json there too.")
+    html: Annotated[
+        Path | None, typer.Option("--html", metavar="FILE", help="Default: DIR/report.html.")
     ] = None,
-    check: Annotated[bool, typer.Option("--check", help="Exit with code 4 where a claim is not reproduced.")] = False,
+    png: Annotated[
+        Path | None,
+        typer.Option(
+            "--png", metavar="DIR", help="Write two pictures and verdicts.json there too."
+        ),
+    ] = None,
+    check: Annotated[
+        bool, typer.Option("--check", help="Exit with code 4 where a claim is not reproduced.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
-    """Judge the runs that lie in DIR: the verdict of every claim with its evidence, and all of it as one HTML file."""
+    """Judge the runs that lie in DIR: the verdict of every claim with its evidence, and all of it
+    as one HTML file.
+    """
     from fastbyol.ablations import report as reports
 
     folder = _folder(out, scale)
     suite = _read(folder)
     if as_json:
-        print_json({"out": str(folder), "scale": suite.scale, "verdicts": [_verdict_row(verdict) for verdict in suite.judged]})
+        print_json(
+            {
+                "out": str(folder),
+                "scale": suite.scale,
+                "verdicts": [_verdict_row(verdict) for verdict in suite.judged],
+            }
+        )
     else:
         _print_verdicts(suite.judged, make_console())
     page = html or folder / "report.html"
@@ -191,7 +283,12 @@ def _flags(files: dict[str, str], device: str) -> dict[str, Any]:
 
 
 def _data_files(
-    scale: ScaleName, folder: Path, data: str | None, test_data: str | None, stl10: Path | None, console: Console
+    scale: ScaleName,
+    folder: Path,
+    data: str | None,
+    test_data: str | None,
+    stl10: Path | None,
+    console: Console,
 ) -> dict[str, str]:
     """Return the files to train and score on by dotted key; none if the scale's own textures serve."""
     if stl10 is not None:
@@ -201,9 +298,16 @@ def _data_files(
     from fastbyol.data.embedded import BUILT_IN
 
     if scale == "full" and not (data and test_data):
-        raise UsageError("--scale full is of STL-10: name its folder with --stl10, or two betons with --data and --test-data")
+        raise UsageError(
+            "--scale full is of STL-10: name its folder with --stl10, or two betons with --data "
+            "and --test-data"
+        )
     named = {"data.train": data, "data.test": test_data}
-    return {key: name if name in BUILT_IN else str(Path(name).resolve()) for key, name in named.items() if name}
+    return {
+        key: name if name in BUILT_IN else str(Path(name).resolve())
+        for key, name in named.items()
+        if name
+    }
 
 
 def _checked(files: Mapping[str, str]) -> int | None:
@@ -215,7 +319,10 @@ def _checked(files: Mapping[str, str]) -> int | None:
     if test and test not in BUILT_IN:
         labels = beton.inspect(test).labels
         if labels is None or len(set(labels[labels >= 0].tolist())) < 2:
-            raise UsageError(f"{test}: the probe needs labels of two classes or more: name a labelled file with --test-data")
+            raise UsageError(
+                f"{test}: the probe needs labels of two classes or more: name a labelled file "
+                "with --test-data"
+            )
     return None if train is None or train in BUILT_IN else beton.inspect(train).num_samples
 
 
@@ -239,8 +346,10 @@ def _say_what_data(run: Run, num_images: int | None, console: Console) -> float:
     else:
         images = f"{limit or num_images} images"
     console.print(
-        f"data {config.data.train}, {images}: image share r = {share:.3f}, the part of what two views differ in "
-        "that is the image (textures 0.010, where no recovery shows; Fashion-MNIST 0.078, where LARS recovers)",
+        f"data {config.data.train}, {images}: image share r = {share:.3f}, the part of what two "
+        "views differ in "
+        "that is the image (textures 0.010, where no recovery shows; Fashion-MNIST 0.078, where "
+        "LARS recovers)",
         markup=False,
         soft_wrap=True,
     )
@@ -267,7 +376,9 @@ def _scales_of(claim: Claim) -> str:
     """Return the scales that have the arms of ``claim``."""
     from fastbyol.ablations.arms import SCALES, arm
 
-    return ", ".join(scale for scale in SCALES if all(scale in arm(name).scales for name in claim.arms))
+    return ", ".join(
+        scale for scale in SCALES if all(scale in arm(name).scales for name in claim.arms)
+    )
 
 
 def _arm_row(arm: Arm, scale: ScaleName, folder: Path) -> dict[str, Any]:
@@ -277,10 +388,18 @@ def _arm_row(arm: Arm, scale: ScaleName, folder: Path) -> dict[str, Any]:
     counts = Counter(done=0, stopped=0, damaged=0)
     for path in sorted(run_path(folder, arm.name, 0).parent.glob("seed*/config.toml")):
         try:
-            counts["done" if epochs_done(path.parent) >= read_run(path).train.epochs else "stopped"] += 1
+            counts[
+                "done" if epochs_done(path.parent) >= read_run(path).train.epochs else "stopped"
+            ] += 1
         except FastbyolError:
             counts["damaged"] += 1
-    return {"arm": arm.name, "about": arm.about, "claims": arm.claims, "seeds": seeds_of(arm, None), **counts}
+    return {
+        "arm": arm.name,
+        "about": arm.about,
+        "claims": arm.claims,
+        "seeds": seeds_of(arm, None),
+        **counts,
+    }
 
 
 def _show_claim(claim: Claim, as_json: bool) -> None:
@@ -297,8 +416,16 @@ def _show_claim(claim: Claim, as_json: bool) -> None:
             }
         )  # fmt: skip
         return
-    lines = [f"{claim.id} {claim.name}: {claim.says}", "", f"figures: {', '.join(claim.figures) or 'none'}"]
-    lines += ["published:", *(f"  {key}: {value}" for key, value in claim.numbers.items())] if claim.numbers else []
+    lines = [
+        f"{claim.id} {claim.name}: {claim.says}",
+        "",
+        f"figures: {', '.join(claim.figures) or 'none'}",
+    ]
+    lines += (
+        ["published:", *(f"  {key}: {value}" for key, value in claim.numbers.items())]
+        if claim.numbers
+        else []
+    )
     lines += [
         "",
         f"verdict, from {claim.needs} seeds or more:",
@@ -307,16 +434,31 @@ def _show_claim(claim: Claim, as_json: bool) -> None:
     ]
     for name, values in settings.items():
         kind = "control" if name in claim.controls else "arm"
-        lines += [f"{kind} {name}: {arm(name).about}", *(f"  {key} = {value}" for key, value in values.items())]
+        lines += [
+            f"{kind} {name}: {arm(name).about}",
+            *(f"  {key} = {value}" for key, value in values.items()),
+        ]
     say(*lines)
 
 
-def _say(outcome: Outcome, verdicts: Sequence[Verdict], folder: Path, scale: str, console: Console, as_json: bool) -> None:
+def _say(
+    outcome: Outcome,
+    verdicts: Sequence[Verdict],
+    folder: Path,
+    scale: str,
+    console: Console,
+    as_json: bool,
+) -> None:
     if as_json:
         from dataclasses import asdict
 
         print_json(
-            {"out": str(folder), "scale": scale, **asdict(outcome), "verdicts": [_verdict_row(verdict) for verdict in verdicts]}
+            {
+                "out": str(folder),
+                "scale": scale,
+                **asdict(outcome),
+                "verdicts": [_verdict_row(verdict) for verdict in verdicts],
+            }
         )
         return
     if verdicts:
@@ -324,7 +466,8 @@ def _say(outcome: Outcome, verdicts: Sequence[Verdict], folder: Path, scale: str
     from fastbyol.show.screen import duration
 
     console.print(
-        f"{folder}: {len(outcome.finished)} runs done, {len(outcome.skipped)} were done before, {len(outcome.stopped)} left, "
+        f"{folder}: {len(outcome.finished)} runs done, {len(outcome.skipped)} were done before, "
+        f"{len(outcome.stopped)} left, "
         f"{len(outcome.failed)} failed; {duration(outcome.seconds)}"
         + ("; interrupted, the same command goes on" if outcome.interrupted else ""),
         markup=False,

@@ -20,13 +20,19 @@ app = typer.Typer(help="Look into a beton file.", no_args_is_help=True)
 Source = Annotated[
     str,
     typer.Argument(
-        help="'fashion-mnist', 'textures', a folder of images or of STL-10, CIFAR, SVHN, idx or .npy files, an .npz."
+        help="'fashion-mnist', 'textures', a folder of images or of STL-10, CIFAR, SVHN, idx or "
+        ".npy files, an .npz."
     ),
 ]
-Split = Annotated[str | None, typer.Option(help="train, test, unlabeled, train+unlabeled; or a subfolder.")]
+Split = Annotated[
+    str | None, typer.Option(help="train, test, unlabeled, train+unlabeled; or a subfolder.")
+]
 Resize = Annotated[
     Literal["resize", "centre", "none"] | None,
-    typer.Option(help="resize: stretch to SIZE x SIZE; centre: short side to SIZE, then the middle; none: as it is."),
+    typer.Option(
+        help="resize: stretch to SIZE x SIZE; centre: short side to SIZE, then the middle; none: "
+        "as it is."
+    ),
 ]
 
 
@@ -44,22 +50,36 @@ def _progress(console: Console, what: str) -> tuple[Any, Callable[[int, int], No
 def convert(
     source: Source,
     out: Annotated[Path, typer.Argument(help="The beton file to write.")],
-    kind: Annotated[str | None, typer.Option(help="What SOURCE is, where it cannot be told from its files.")] = None,
+    kind: Annotated[
+        str | None, typer.Option(help="What SOURCE is, where it cannot be told from its files.")
+    ] = None,
     split: Split = None,
-    fold: Annotated[int | None, typer.Option(min=0, max=9, help="One of STL-10's ten folds of train.")] = None,
-    size: Annotated[int | None, typer.Option(min=8, max=4096, help="Side of the written images, pixels.")] = None,
+    fold: Annotated[
+        int | None, typer.Option(min=0, max=9, help="One of STL-10's ten folds of train.")
+    ] = None,
+    size: Annotated[
+        int | None, typer.Option(min=8, max=4096, help="Side of the written images, pixels.")
+    ] = None,
     resize: Resize = None,
-    mode: Annotated[Literal["raw", "jpg"], typer.Option(help="raw is the fastest to read, jpg the smallest.")] = "raw",
+    mode: Annotated[
+        Literal["raw", "jpg"], typer.Option(help="raw is the fastest to read, jpg the smallest.")
+    ] = "raw",
     quality: Annotated[int, typer.Option(min=1, max=100, help="Of JPEG.")] = 90,
     count: Annotated[int, typer.Option(min=1, help="Images of 'textures'.")] = 4096,
     seed: Annotated[int, typer.Option(min=0, help="Of 'textures'.")] = 0,
     workers: Annotated[int, typer.Option(min=0, help="Writing processes; 0: one per core.")] = 0,
-    strict: Annotated[bool, typer.Option("--strict", help="Stop at the first unreadable image.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT where it exists.")] = False,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Stop at the first unreadable image.")
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace OUT where it exists.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Convert images to a beton file."""
-    options = {name: value for name, value in locals().items() if name not in ("source", "out", "as_json")}
+    options = {
+        name: value for name, value in locals().items() if name not in ("source", "out", "as_json")
+    }
     from fastbyol.data.convert import convert as run
 
     console = make_console(err=as_json)
@@ -70,7 +90,12 @@ def convert(
         console.print(line, markup=False, soft_wrap=True)
     if as_json:
         print_json(
-            {"out": str(out), "images": report.num_written, "labelled": report.labelled, "classes": report.class_names}
+            {
+                "out": str(out),
+                "images": report.num_written,
+                "labelled": report.labelled,
+                "classes": report.class_names,
+            }
             | {"split": report.split, "skipped": report.skipped, "notes": report.notes}
             | {"ignored": {kind: len(names) for kind, names in report.ignored_by_kind().items()}}
         )
@@ -79,7 +104,9 @@ def convert(
 @app.command()
 def verify(
     file: BetonPath,
-    deep: Annotated[bool, typer.Option("--deep", help="Decode every sample, and look at its label.")] = False,
+    deep: Annotated[
+        bool, typer.Option("--deep", help="Decode every sample, and look at its label.")
+    ] = False,
     image_field: ImageField = None,
     label_field: LabelField = None,
     as_json: Json = False,
@@ -89,21 +116,40 @@ def verify(
 
     bar, progress = _progress(make_console(err=as_json), "verifying")
     with bar:
-        verdict = examine(file, deep=deep, image_field=image_field, label_field=label_field, progress=progress)
+        verdict = examine(
+            file, deep=deep, image_field=image_field, label_field=label_field, progress=progress
+        )
     if as_json:
         damaged = [{"sample": sample, "what": what} for sample, what in verdict.damaged]
         print_json(
-            {"path": str(file), "num_samples": verdict.info.num_samples, "sealed": verdict.sealed, "deep": deep}
+            {
+                "path": str(file),
+                "num_samples": verdict.info.num_samples,
+                "sealed": verdict.sealed,
+                "deep": deep,
+            }
             | {"whole": not damaged, "damaged": damaged}
         )
     verdict.demand_whole()
     if not as_json:
-        proved = "structure and checksums" if verdict.sealed else "structure (no checksums: not written by fastbyol)"
-        say(f"{file}: {verdict.info.num_samples} samples, {proved}{', every image decoded' if deep else ''}: whole")
+        proved = (
+            "structure and checksums"
+            if verdict.sealed
+            else "structure (no checksums: not written by fastbyol)"
+        )
+        say(
+            f"{file}: {verdict.info.num_samples} samples, "
+            f"{proved}{', every image decoded' if deep else ''}: whole"
+        )
 
 
 @app.command()
-def info(file: BetonPath, image_field: ImageField = None, label_field: LabelField = None, as_json: Json = False) -> None:
+def info(
+    file: BetonPath,
+    image_field: ImageField = None,
+    label_field: LabelField = None,
+    as_json: Json = False,
+) -> None:
     """Describe the content of a beton file."""
     from fastbyol.data import beton
 
@@ -113,7 +159,11 @@ def info(file: BetonPath, image_field: ImageField = None, label_field: LabelFiel
         return
     table = Table(Column(), Column(overflow="fold"), box=None, show_header=False)
     for key, value in values.items():
-        text = ", ".join(f"{k}: {v}" for k, v in value.items()) if isinstance(value, dict) else str(value)
+        text = (
+            ", ".join(f"{k}: {v}" for k, v in value.items())
+            if isinstance(value, dict)
+            else str(value)
+        )
         table.add_row(key.replace("_", " "), text)
     make_console().print(table)
 
@@ -121,7 +171,9 @@ def info(file: BetonPath, image_field: ImageField = None, label_field: LabelFiel
 @app.command()
 def preview(
     file: BetonPath,
-    out: Annotated[Path, typer.Option("--out", metavar="PNG", help="The picture to write.")] = Path("preview.png"),
+    out: Annotated[Path, typer.Option("--out", metavar="PNG", help="The picture to write.")] = Path(
+        "preview.png"
+    ),
     count: Annotated[int, typer.Option(help="Samples, spread evenly over the file.")] = 24,
     preset: Annotated[str, typer.Option(help="Whose views to show: demo, blog or paper.")] = "blog",
     config: ConfigFile = None,
@@ -133,8 +185,13 @@ def preview(
     """Draw images of a beton file, each with its two views of epoch 0."""
     from fastbyol.show import contact_sheet
 
-    flags = {"data.image_field": ("--image-field", image_field), "data.label_field": ("--label-field", label_field)}
-    ids = contact_sheet.write(file, out, load(preset, config, sets or (), flags).config, count=count)
+    flags = {
+        "data.image_field": ("--image-field", image_field),
+        "data.label_field": ("--label-field", label_field),
+    }
+    ids = contact_sheet.write(
+        file, out, load(preset, config, sets or (), flags).config, count=count
+    )
     if as_json:
         print_json({"written": str(out), "samples": ids})
     else:

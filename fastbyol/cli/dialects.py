@@ -1,4 +1,5 @@
-"""The dialects of LARS in numbers: each one's step from the same weights and gradients, and its highest rate.
+"""The dialects of LARS in numbers: each one's step from the same weights and gradients, and its
+highest rate.
 
 Every number comes from ``fastbyol_kernels.lars_ema``: ``reference`` steps on example vectors, and
 ``trust_ratio`` is applied to the norms that a run recorded.
@@ -26,8 +27,16 @@ from fastbyol_kernels.lars_ema import BOLTS_EPS, RULES, Rule, SegmentTable, refe
 DIALECTS: tuple[Rule, ...] = ("blog", "deepmind", "bolts")
 FORMULAS: dict[Rule, tuple[str, ...]] = {
     "sgd": ("trust = 1", "m <- mu m + (g + wd w)", "w <- w - lr m"),
-    "blog": ("trust = eta |w| / (|g| + wd |w|); 0 where the sum is 0", "m <- mu m + lr trust (g + wd w)", "w <- w - m"),
-    "deepmind": ("trust = eta |w| / |g + wd w|; 1 where either norm is 0", "m <- mu m + trust (g + wd w)", "w <- w - lr m"),
+    "blog": (
+        "trust = eta |w| / (|g| + wd |w|); 0 where the sum is 0",
+        "m <- mu m + lr trust (g + wd w)",
+        "w <- w - m",
+    ),
+    "deepmind": (
+        "trust = eta |w| / |g + wd w|; 1 where either norm is 0",
+        "m <- mu m + trust (g + wd w)",
+        "w <- w - lr m",
+    ),
     "bolts": (
         f"trust = eta |w| / (|g| + wd |w| + {BOLTS_EPS:g}); 1, without decay, where |w| or |g| is 0",
         "m <- mu m + trust (g + wd w)",
@@ -37,7 +46,11 @@ FORMULAS: dict[Rule, tuple[str, ...]] = {
 # The columns of ``reference``'s result.
 COLUMNS = ("weight_norm", "grad_norm", "trust_ratio", "rate", "update_norm")
 # The weight decays that the post and its code mention, for the argument from the published peak.
-DECAYS = {"byol section 3.3": 1.5e-6, "the post's section on weight decay": 1e-5, "the post's code": 1e-4}
+DECAYS = {
+    "byol section 3.3": 1.5e-6,
+    "the post's section on weight decay": 1e-5,
+    "the post's code": 1e-4,
+}
 
 
 class Example(NamedTuple):
@@ -62,7 +75,10 @@ EXAMPLES = (
 
 
 def parse_rules(text: str) -> tuple[Rule, ...]:
-    """Return the rules named in ``blog,deepmind,...``. Raises UsageError with the nearest right name."""
+    """Return the rules named in ``blog,deepmind,...``.
+
+    Raises UsageError with the nearest right name.
+    """
     names = tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
     for name in names:
         check_choice("--compare", name, RULES)
@@ -72,10 +88,15 @@ def parse_rules(text: str) -> tuple[Rule, ...]:
 
 
 def step(rule: Rule, *, lr: float, weight_decay: float, eta: float) -> dict[str, dict[str, float]]:
-    """Take one step from zero momentum on each of ``EXAMPLES``, in float64; return name -> ``COLUMNS``."""
+    """Take one step from zero momentum on each of ``EXAMPLES``, in float64; return name ->
+    ``COLUMNS``.
+    """
     weights = torch.tensor([e.weight for e in EXAMPLES], dtype=torch.float64)
     opposite = (-weight_decay * weights).tolist()
-    gradient = torch.tensor([e.gradient or tuple(o) for e, o in zip(EXAMPLES, opposite, strict=True)], dtype=torch.float64)
+    gradient = torch.tensor(
+        [e.gradient or tuple(o) for e, o in zip(EXAMPLES, opposite, strict=True)],
+        dtype=torch.float64,
+    )
     count = len(EXAMPLES)
     table = SegmentTable(
         offsets=tuple(range(0, 2 * count, 2)),
@@ -89,7 +110,10 @@ def step(rule: Rule, *, lr: float, weight_decay: float, eta: float) -> dict[str,
         online, gradient.flatten(), torch.zeros_like(online), online.clone(), table,
         weights.new_tensor(lr), weights.new_tensor(1.0), rule=rule, eta=eta, mu=0.9, ema_first=False,
     )  # fmt: skip
-    return {e.name: dict(zip(COLUMNS, row.tolist(), strict=True)) for e, row in zip(EXAMPLES, layers, strict=True)}
+    return {
+        e.name: dict(zip(COLUMNS, row.tolist(), strict=True))
+        for e, row in zip(EXAMPLES, layers, strict=True)
+    }
 
 
 def ceiling(rule: Rule, *, lr: float, weight_decay: float, eta: float) -> float | None:
@@ -101,7 +125,9 @@ def ceiling(rule: Rule, *, lr: float, weight_decay: float, eta: float) -> float 
     return rate_ceiling(OptimConfig.model_validate(optim))
 
 
-def lars(rules: Sequence[Rule], *, lr: float = 0.2, weight_decay: float = 1.5e-6, eta: float = 1e-3) -> dict[str, Any]:
+def lars(
+    rules: Sequence[Rule], *, lr: float = 0.2, weight_decay: float = 1.5e-6, eta: float = 1e-3
+) -> dict[str, Any]:
     """Compare ``rules``: formulas, steps on the examples, ceilings, and the published peak.
 
     Raises UsageError for numbers out of range and for other rules.
@@ -110,21 +136,32 @@ def lars(rules: Sequence[Rule], *, lr: float = 0.2, weight_decay: float = 1.5e-6
         check_choice("dialect", rule, RULES)
     for name, value in (("--lr", lr), ("--wd", weight_decay), ("--eta", eta)):
         if not (0.0 <= value < float("inf")) or (name == "--eta" and value == 0.0):
-            raise UsageError(f"{name} {value:g}: should be {'above 0' if name == '--eta' else '0 or more'}")
+            raise UsageError(
+                f"{name} {value:g}: should be {'above 0' if name == '--eta' else '0 or more'}"
+            )
     numbers = {"lr": lr, "weight_decay": weight_decay, "eta": eta}
     compared = {
-        rule: {"formula": list(FORMULAS[rule]), "ceiling": ceiling(rule, **numbers), "examples": step(rule, **numbers)}
+        rule: {
+            "formula": list(FORMULAS[rule]),
+            "ceiling": ceiling(rule, **numbers),
+            "examples": step(rule, **numbers),
+        }
         for rule in rules
     }
     return {**numbers, "dialects": compared, "published_peak": published_peak(eta)}
 
 
 def published_peak(eta: float = 1e-3) -> dict[str, Any]:
-    """Return the highest rate published at lr .1, the weight decay that allows it, and the ceilings of ``DECAYS``."""
+    """Return the highest rate published at lr .1, the weight decay that allows it, and the ceilings
+    of ``DECAYS``.
+    """
     curve = published()["lars_timing_rate", "lr0.1"]
     top, lr = int(np.argmax(curve.value)), 0.1
     peak = float(curve.value[top])
-    ceilings = {source: (decay, ceiling("blog", lr=lr, weight_decay=decay, eta=eta)) for source, decay in DECAYS.items()}
+    ceilings = {
+        source: (decay, ceiling("blog", lr=lr, weight_decay=decay, eta=eta))
+        for source, decay in DECAYS.items()
+    }
     return {
         "says": appendix()["invariant"],
         "lr": lr,
@@ -133,14 +170,20 @@ def published_peak(eta: float = 1e-3) -> dict[str, Any]:
         "epoch": int(curve.epoch[top]),
         "most_weight_decay": lr * eta / peak,
         "ceilings": [
-            {"source": source, "weight_decay": decay, "ceiling": bound, "possible": bound is None or bound >= peak}
+            {
+                "source": source,
+                "weight_decay": decay,
+                "ceiling": bound,
+                "possible": bound is None or bound >= peak,
+            }
             for source, (decay, bound) in ceilings.items()
         ],
     }
 
 
 def of_run(path: Path, rules: Sequence[Rule], at_step: int | None = None) -> dict[str, Any]:
-    """Apply ``rules`` to the norms that a run recorded at one step, by default that of its highest rate.
+    """Apply ``rules`` to the norms that a run recorded at one step, by default that of its highest
+    rate.
 
     Only norms are recorded, which bound ``deepmind``'s |g + wd w| from both sides. Its trust ratio
     and rate are pairs then. Raises UsageError: no run, nothing recorded, no record of that step,
@@ -157,7 +200,9 @@ def of_run(path: Path, rules: Sequence[Rule], at_step: int | None = None) -> dic
     if lr is None:
         raise UsageError(f"{path}: metrics.jsonl lacks step {chosen}: name another with --step")
     with torch.device("meta"):
-        shapes = {name: tuple(parameter.shape) for name, parameter in Online(model).named_parameters()}
+        shapes = {
+            name: tuple(parameter.shape) for name, parameter in Online(model).named_parameters()
+        }
     by_name = dict(zip(shapes, treatments(shapes, optim), strict=True))
     treated = [by_name[name] for name in layers.names]
     values = torch.from_numpy(np.array(layers.values[index], dtype=np.float64))
@@ -170,7 +215,10 @@ def of_run(path: Path, rules: Sequence[Rule], at_step: int | None = None) -> dic
         "step": chosen,
         **numbers,
         "ceilings": {rule: ceiling(rule, **numbers) for rule in rules},
-        "layers": [_layer(name, columns, treated, compared, number) for number, name in enumerate(layers.names)],
+        "layers": [
+            _layer(name, columns, treated, compared, number)
+            for number, name in enumerate(layers.names)
+        ],
     }
 
 
@@ -183,7 +231,8 @@ def _record_index(path: Path, layers: Layers, at_step: int | None) -> int:
     matches = np.flatnonzero(layers.steps == at_step)
     if not len(matches):
         raise UsageError(
-            f"{path}: step {at_step} was not recorded; those that were go from {layers.steps[0]} to {layers.steps[-1]}"
+            f"{path}: step {at_step} was not recorded; those that were go from {layers.steps[0]} "
+            f"to {layers.steps[-1]}"
         )
     return int(matches[0])
 
@@ -200,7 +249,9 @@ def _layer(
         "weight_norm": float(columns["weight_norm"][index]),
         "grad_norm": float(columns["grad_norm"][index]),
         "adapts": treated[index].adapt,
-        "recorded": {key: float(columns[key][index]) for key in ("trust_ratio", "rate", "update_norm")},
+        "recorded": {
+            key: float(columns[key][index]) for key in ("trust_ratio", "rate", "update_norm")
+        },
         **{rule: rows[index] for rule, rows in compared.items()},
     }
 
@@ -217,7 +268,9 @@ def _rates(
     """Return trust ratio and rate of every layer as if it adapted by ``rule``, or pairs of bounds."""
     weight, grad = columns["weight_norm"], columns["grad_norm"]
     decay = weight.new_tensor([weight_decay if each.decay else 0.0 for each in treated])
-    bounds = (grad + decay * weight, (grad - decay * weight).abs()) if rule == "deepmind" else (grad,)
+    bounds = (
+        (grad + decay * weight, (grad - decay * weight).abs()) if rule == "deepmind" else (grad,)
+    )
     ratios = [trust_ratio(rule, weight, grad, bound, decay, eta) for bound in bounds]
     rows = []
     for index, each in enumerate(treated):

@@ -21,7 +21,9 @@ SETUP = "make setup"
 
 
 class Check(NamedTuple):
-    """One line of the examination. ``remedy`` is a command or advice, empty where nothing is missing.
+    """One line of the examination.
+
+    ``remedy`` is a command or advice, empty where nothing is missing.
 
     ``found``, a key of ``doctor --json``, describes the state.
     """
@@ -51,16 +53,25 @@ def doctor(as_json: Json = False) -> None:
 def bench(
     suites: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[SUITES]...", help="kernels, views, loader, optimizer, step, train; all, the default."),
+        typer.Argument(
+            metavar="[SUITES]...",
+            help="kernels, views, loader, optimizer, step, train; all, the default.",
+        ),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option("--out", metavar="FILE|DIR", help="Keep the result: a .json file, or a folder for one.")
+        Path | None,
+        typer.Option(
+            "--out", metavar="FILE|DIR", help="Keep the result: a .json file, or a folder for one."
+        ),
     ] = None,
     compare: Annotated[
-        tuple[Path, Path] | None, typer.Option("--compare", metavar="A B", help="Measure nothing: compare two kept results.")
+        tuple[Path, Path] | None,
+        typer.Option("--compare", metavar="A B", help="Measure nothing: compare two kept results."),
     ] = None,
     device: Device = "auto",
-    quick: Annotated[bool, typer.Option("--quick", help="Tiny sizes: shows that all of it works, not how fast.")] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Tiny sizes: shows that all of it works, not how fast.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Measure this machine's speed against its own limits and against plain PyTorch, side by side."""
@@ -71,7 +82,15 @@ def bench(
     def note(line: str) -> None:
         console.print(line, markup=False, soft_wrap=True)
 
-    text = command.main(suites or (), out=out, compare=compare, device=device, quick=quick, as_json=as_json, note=note)
+    text = command.main(
+        suites or (),
+        out=out,
+        compare=compare,
+        device=device,
+        quick=quick,
+        as_json=as_json,
+        note=note,
+    )
     say(*text.split("\n"))
 
 
@@ -79,7 +98,10 @@ def examine() -> list[Check]:
     """Return all checks, in the order in which to act on them."""
     return [
         _python(),
-        *(_package(name, needed=True) for name in ("numpy", "torch", "torchvision", "triton", "safetensors", "numba")),
+        *(
+            _package(name, needed=True)
+            for name in ("numpy", "torch", "torchvision", "triton", "safetensors", "numba")
+        ),
         _package("cv2", needed=True, distribution="opencv-python-headless"),
         _ffcv(),
         *(_package(name, needed=False) for name in ("matplotlib", "scikit-learn")),
@@ -101,7 +123,13 @@ def _package(name: str, *, needed: bool, distribution: str | None = None) -> Che
     try:
         version = importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
-        return Check(distribution, False, needed, "not installed", f"{sys.executable} -m pip install {distribution}")
+        return Check(
+            distribution,
+            False,
+            needed,
+            "not installed",
+            f"{sys.executable} -m pip install {distribution}",
+        )
     return Check(distribution, True, needed, version, "")
 
 
@@ -113,13 +141,17 @@ def _ffcv() -> Check:
     folder = Path(importlib.util.find_spec("ffcv").origin or "").parent  # type: ignore[union-attr]
     extensions = sorted(folder.glob("_libffcv*.so"))
     if not extensions:
-        return Check("ffcv", False, False, f"installed without its compiled extension, {without}", SETUP)
+        return Check(
+            "ffcv", False, False, f"installed without its compiled extension, {without}", SETUP
+        )
     import ctypes
 
     try:
         ctypes.CDLL(str(extensions[0]))
     except OSError as error:
-        return Check("ffcv", False, False, f"its extension does not load: {error}; {without}", SETUP)
+        return Check(
+            "ffcv", False, False, f"its extension does not load: {error}; {without}", SETUP
+        )
     return Check("ffcv", True, False, importlib.metadata.version("ffcv"), "")
 
 
@@ -131,7 +163,9 @@ def _missing_for_build() -> str:
         "libopencv-imgproc-dev": Path("/usr/include/opencv4/opencv2/imgproc.hpp").exists(),
     }
     missing = [name for name, present in need.items() if not present]
-    return f"; `{SETUP}` builds it" + (f" and installs for that: {' '.join(missing)}" if missing else "")
+    return f"; `{SETUP}` builds it" + (
+        f" and installs for that: {' '.join(missing)}" if missing else ""
+    )
 
 
 def _threading_layer() -> Check:
@@ -140,7 +174,9 @@ def _threading_layer() -> Check:
 
     library = next((lib for lib in ("gomp", "omp", "tbb") if ctypes.util.find_library(lib)), None)
     remedy = "" if library else "apt-get install libgomp1"
-    return Check("threading layer", library is not None, False, library or "neither OpenMP nor TBB", remedy)
+    return Check(
+        "threading layer", library is not None, False, library or "neither OpenMP nor TBB", remedy
+    )
 
 
 def _device() -> Check:
@@ -149,24 +185,33 @@ def _device() -> Check:
     import torch
 
     if not torch.cuda.is_available():
-        return Check("gpu", False, False, "no CUDA device: runs take the CPU and the demo preset", "")
+        return Check(
+            "gpu", False, False, "no CUDA device: runs take the CPU and the demo preset", ""
+        )
     return Check("gpu", True, False, torch.cuda.get_device_name(0), "")
 
 
 def _choices() -> list[Check]:
-    """Report what ``auto`` means here, and why, for the network of the defaults, which is the post's."""
+    """Report what ``auto`` means here, and why, for the network of the defaults, which is the
+    post's.
+    """
     try:
         from fastbyol.config import Config
         from fastbyol.engine import capture, precision
         from fastbyol.engine.device import pick_device
     except ImportError as error:
-        return [Check(name, False, False, f"unknown: {error}", "") for name in ("engine auto", "precision auto")]
+        return [
+            Check(name, False, False, f"unknown: {error}", "")
+            for name in ("engine auto", "precision auto")
+        ]
     config, device = Config(), pick_device("auto")
     mode, unit = capture.choose(config.engine, device), precision.decide(config, device)
     kept = ""
     if precision.native_unit(device) is not None:  # else there is nothing to measure and keep
         there = precision.kept_answer(precision.question(config, device)) is not None
-        kept = "; kept for the next run" if there else "; not kept, the cache folder cannot be written"
+        kept = (
+            "; kept for the next run" if there else "; not kept, the cache folder cannot be written"
+        )
     return [
         Check("engine auto", True, False, f"{mode.mode}: {mode.why}", ""),
         Check("precision auto", True, False, f"{unit.value}: {unit.why}{kept}", ""),

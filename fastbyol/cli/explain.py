@@ -1,4 +1,7 @@
-"""The command explain: LARS's dialects in numbers, or the differences between two configurations."""
+"""The command explain:
+
+LARS's dialects in numbers, or the differences between two configurations.
+"""
 
 from __future__ import annotations
 
@@ -16,16 +19,29 @@ from fastbyol.text import printable
 def explain(
     topic: Annotated[str | None, typer.Argument(metavar="[lars]", help="What to explain.")] = None,
     compare: Annotated[
-        str, typer.Option("--compare", metavar="DIALECTS", help="blog, deepmind, bolts, sgd; several with commas.")
+        str,
+        typer.Option(
+            "--compare", metavar="DIALECTS", help="blog, deepmind, bolts, sgd; several with commas."
+        ),
     ] = "blog,deepmind,bolts",
-    run: Annotated[Path | None, typer.Option("--run", metavar="RUN", help="Take the norms that this run recorded.")] = None,
-    step: Annotated[int | None, typer.Option("--step", help="Of --run. Default: where the highest rate was recorded.")] = None,
+    run: Annotated[
+        Path | None,
+        typer.Option("--run", metavar="RUN", help="Take the norms that this run recorded."),
+    ] = None,
+    step: Annotated[
+        int | None,
+        typer.Option("--step", help="Of --run. Default: where the highest rate was recorded."),
+    ] = None,
     lr: Annotated[float, typer.Option(help="Of the examples.")] = 0.2,
     wd: Annotated[float, typer.Option("--wd", help="Of the examples.")] = 1.5e-6,
     eta: Annotated[float, typer.Option(help="Of the examples.")] = 1e-3,
     diff: Annotated[
         tuple[str, str] | None,
-        typer.Option("--diff", metavar="A B", help="Presets, TOML files or run folders: what differs, key by key."),
+        typer.Option(
+            "--diff",
+            metavar="A B",
+            help="Presets, TOML files or run folders: what differs, key by key.",
+        ),
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -36,12 +52,17 @@ def explain(
     if topic != "lars":
         what = "say what" if topic is None else f"nothing on {topic!r}; the nearest is lars"
         raise UsageError(
-            f"explain: {what}: `fastbyol explain lars --compare blog,deepmind` or `fastbyol explain --diff blog paper`"
+            f"explain: {what}: `fastbyol explain lars --compare blog,deepmind` or `fastbyol "
+            "explain --diff blog paper`"
         )
     from fastbyol.cli import dialects
 
     rules = dialects.parse_rules(compare)
-    result = dialects.of_run(run, rules, step) if run else dialects.lars(rules, lr=lr, weight_decay=wd, eta=eta)
+    result = (
+        dialects.of_run(run, rules, step)
+        if run
+        else dialects.lars(rules, lr=lr, weight_decay=wd, eta=eta)
+    )
     if as_json:
         print_json(result)
     else:
@@ -59,7 +80,10 @@ def _explain_diff(a: str, b: str, *, as_json: bool) -> None:
         say(f"{a} and {b}: no key differs")
         return
     texts = [("key", a, b, "from", "from")]
-    texts += [(row.key, differences.text(row.a), differences.text(row.b), row.a_origin, row.b_origin) for row in rows]
+    texts += [
+        (row.key, differences.text(row.a), differences.text(row.b), row.a_origin, row.b_origin)
+        for row in rows
+    ]
     cells = [tuple(map(printable, row)) for row in texts]
     # Not a rich table: it would cut keys and values to the terminal's width.
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
@@ -68,11 +92,21 @@ def _explain_diff(a: str, b: str, *, as_json: bool) -> None:
 
 def in_words(result: dict[str, Any]) -> str:
     """Return the result of ``dialects.lars`` as text."""
-    numbers = f"lr {result['lr']:g}, weight decay wd {result['weight_decay']:g}, eta {result['eta']:g}"
+    numbers = (
+        f"lr {result['lr']:g}, weight decay wd {result['weight_decay']:g}, eta {result['eta']:g}"
+    )
     lines = [f"{numbers}, one step from zero momentum"]
     for rule, facts in result["dialects"].items():
-        lines += ["", rule, *(f"  {line}" for line in facts["formula"]), f"  {_ceiling_in_words(rule, facts['ceiling'])}", ""]
-        lines.append(f"  {'example':34s}{'|w|':>8s}{'|g|':>10s}{'trust':>12s}{'rate':>12s}{'|update|':>12s}")
+        lines += [
+            "",
+            rule,
+            *(f"  {line}" for line in facts["formula"]),
+            f"  {_ceiling_in_words(rule, facts['ceiling'])}",
+            "",
+        ]
+        lines.append(
+            f"  {'example':34s}{'|w|':>8s}{'|g|':>10s}{'trust':>12s}{'rate':>12s}{'|update|':>12s}"
+        )
         lines += [
             f"  {name:34s}{row['weight_norm']:8.3g}{row['grad_norm']:10.3g}{row['trust_ratio']:12.5g}{row['rate']:12.5g}"
             f"{row['update_norm']:12.3g}"
@@ -89,12 +123,18 @@ def run_in_words(result: dict[str, Any]) -> str:
     rules = list(result["ceilings"])
     wide = max(len(row["name"]) for row in result["layers"]) + 2
     lines = [
-        f"{result['run']}: step {result['step']}, lr {result['lr']:.5g}, weight decay {result['weight_decay']:g}, "
+        f"{result['run']}: step {result['step']}, lr {result['lr']:.5g}, weight decay "
+        f"{result['weight_decay']:g}, "
         f"eta {result['eta']:g}, trained by {result['rule']}",
-        *(f"{rule}: {_ceiling_in_words(rule, bound)}" for rule, bound in result["ceilings"].items()),
-        "rates of each layer, as recorded and as they would be if it adapted by each dialect; - does not adapt in this run",
+        *(
+            f"{rule}: {_ceiling_in_words(rule, bound)}"
+            for rule, bound in result["ceilings"].items()
+        ),
+        "rates of each layer, as recorded and as they would be if it adapted by each dialect; - "
+        "does not adapt in this run",
         "",
-        f"{'layer':{wide}s}{'|w|':>10s}{'|g|':>10s}{'recorded':>12s}" + "".join(f"{rule:>20s}" for rule in rules),
+        f"{'layer':{wide}s}{'|w|':>10s}{'|g|':>10s}{'recorded':>12s}"
+        + "".join(f"{rule:>20s}" for rule in rules),
     ]
     for row in result["layers"]:
         mark = "" if row["adapts"] else " -"
@@ -111,12 +151,15 @@ def _ceiling_in_words(rule: str, bound: float | None) -> str:
     if bound is not None:
         where = "where |w| and |g| are above 0, " if rule == "bolts" else ""
         return f"{where}the rate is at most lr eta / wd = {bound:.5g}, whatever the gradient"
-    return "no ceiling: " + ("|g + wd w| may vanish" if rule == "deepmind" else "without weight decay |g| may vanish")
+    return "no ceiling: " + (
+        "|g + wd w| may vanish" if rule == "deepmind" else "without weight decay |g| may vanish"
+    )
 
 
 def _peak_in_words(peak: dict[str, Any]) -> list[str]:
     return [
-        f"The published peak: {peak['rate']:.1f} at lr {peak['lr']:g} (epoch {peak['epoch']}) needs wd <= lr eta / rate = "
+        f"The published peak: {peak['rate']:.1f} at lr {peak['lr']:g} (epoch {peak['epoch']}) "
+        "needs wd <= lr eta / rate = "
         f"{peak['most_weight_decay']:.2g} with blog or bolts:",
         *(
             f"  wd {row['weight_decay']:<8g}{row['source']:36s}ceiling "

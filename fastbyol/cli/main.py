@@ -46,8 +46,9 @@ def main() -> None:
 
     A command whose output cannot be written finishes its work, and then fails.
     """
-    # Read when torch is imported. Threads that spin while they wait take cores from other processes:
-    # beside one on two cores an epoch of the demo ran at 193 images/s spinning and at 320 sleeping.
+    # Read when torch is imported. Threads that spin while they wait take cores from other
+    # processes: beside one on two cores an epoch of the demo ran at 193 images/s spinning and at
+    # 320 sleeping.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     keep_freed_memory()
     try:
@@ -58,11 +59,15 @@ def main() -> None:
                 if words := failures.in_words():
                     _print_error(words)
         sys.exit(code)
-    except interrupt.Ended as error:  # everything is cleaned up: end as the signal would have ended the process
+    except (
+        interrupt.Ended
+    ) as error:  # everything is cleaned up: end as the signal would have ended the process
         signal.signal(error.number, signal.SIG_DFL)
         os.kill(os.getpid(), error.number)
     finally:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # nothing is left to save, and Python's own handler would print a trace
+        signal.signal(
+            signal.SIGINT, signal.SIG_DFL
+        )  # nothing is left to save, and Python's own handler would print a trace
 
 
 def _run_command() -> int:
@@ -77,7 +82,9 @@ def _run_command() -> int:
         return error.exit_code
     except typer.TyperException as error:
         message = error.format_message() or "say what to do: see fastbyol --help"
-        if message.startswith("Usage: "):  # a group without a command: its help, not a one-line error
+        if message.startswith(
+            "Usage: "
+        ):  # a group without a command: its help, not a one-line error
             say(*message.split("\n"), err=True)
         else:
             _print_error(" ".join(message.split()))

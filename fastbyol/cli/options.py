@@ -18,17 +18,31 @@ from fastbyol.config_io import Flag
 from fastbyol.errors import UsageError
 
 Json = Annotated[
-    bool, typer.Option("--json", help="Print one JSON object on standard output, everything else on standard error.")
+    bool,
+    typer.Option(
+        "--json",
+        help="Print one JSON object on standard output, everything else on standard error.",
+    ),
 ]
 BetonPath = Annotated[Path, typer.Argument(metavar="FILE", help="A beton file.")]
-ImageField = Annotated[str | None, typer.Option("--image-field", metavar="NAME", help="Default: the only image field.")]
+ImageField = Annotated[
+    str | None, typer.Option("--image-field", metavar="NAME", help="Default: the only image field.")
+]
 LabelField = Annotated[
-    str | None, typer.Option("--label-field", metavar="NAME", help="Default: label, or the only one of a usual name.")
+    str | None,
+    typer.Option(
+        "--label-field", metavar="NAME", help="Default: label, or the only one of a usual name."
+    ),
 ]
 RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]
 Device = Annotated[str, typer.Option(metavar="auto|cpu|cuda[:N]")]
-ConfigFile = Annotated[Path | None, typer.Option("--config", metavar="FILE", help="TOML file over the preset.")]
-Sets = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any key, e.g. views.size=32.")]
+ConfigFile = Annotated[
+    Path | None, typer.Option("--config", metavar="FILE", help="TOML file over the preset.")
+]
+Sets = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Any key, e.g. views.size=32."),
+]
 
 # Sections of config.py in the order in which ``train --help`` lists their options.
 SECTIONS = ("data", "train", "engine", "method", "model", "views", "optim")
@@ -44,9 +58,14 @@ def with_config_options(command: Callable[..., None]) -> Callable[..., None]:
     for key, field, option in _declared():
         name = _argument(option)
         help_text = option.about or field.description
-        default = typer.Option(None, option.name, metavar=option.metavar or _choices(field), help=help_text)
+        default = typer.Option(
+            None, option.name, metavar=option.metavar or _choices(field), help=help_text
+        )
         parameters[name] = inspect.Parameter(
-            name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=_parsed_type(field) | None
+            name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=default,
+            annotation=_parsed_type(field) | None,
         )
         num_data = len(parameters) if key.startswith("data.") else num_data
     signature = inspect.signature(command, eval_str=True)
@@ -59,19 +78,27 @@ def with_config_options(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def config_flags(values: Mapping[str, Any]) -> dict[str, Flag]:
-    """Return the flags in ``values``, which are options by argument name, by the dotted key they set."""
+    """Return the flags in ``values``, which are options by argument name, by the dotted key they
+    set.
+    """
     flags = {}
     for key, field, option in _declared():
         value = values[_argument(option)]
         if value is not None:
             name = option.name.partition("/")[0]
-            flags[key] = Flag(name, _items(name, field, value) if isinstance(value, list) else value)
+            flags[key] = Flag(
+                name, _items(name, field, value) if isinstance(value, list) else value
+            )
     return flags
 
 
 def _declared() -> Iterator[tuple[str, FieldInfo, Option]]:
     """Yield key, field and option of each option, its name whole, in the order of ``SECTIONS``."""
-    fields = [(key, field) for key, field in config_io.keys().items() if any(map(_is_option, field.metadata))]
+    fields = [
+        (key, field)
+        for key, field in config_io.keys().items()
+        if any(map(_is_option, field.metadata))
+    ]
     for key, field in sorted(fields, key=lambda item: SECTIONS.index(item[0].partition(".")[0])):
         for option in filter(_is_option, field.metadata):
             name = option.name.format(head=key.split(".")[-2])
@@ -91,7 +118,9 @@ def _kind(field: FieldInfo) -> Any:
 
 
 def _parsed_type(field: FieldInfo) -> Any:
-    """Return the type that typer parses; config.py checks the values, so that messages name the key."""
+    """Return the type that typer parses; config.py checks the values, so that messages name the
+    key.
+    """
     kind = _kind(field)
     if typing.get_origin(kind) is tuple:
         return list[str]

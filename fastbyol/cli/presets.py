@@ -43,5 +43,7 @@ def copy(name: str, out: Annotated[Path, typer.Argument(help="TOML file to write
         with out.open("x", encoding="utf-8") as file:
             file.write(text)
     except OSError as error:
-        raise UsageError(f"{out}: {error.strerror}: name a new file in a folder that can be written") from None
+        raise UsageError(
+            f"{out}: {error.strerror}: name a new file in a folder that can be written"
+        ) from None
     say(str(out))

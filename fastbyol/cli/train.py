@@ -36,11 +36,14 @@ if TYPE_CHECKING:
 
 @with_config_options
 def train(
-    preset: Annotated[str | None, typer.Option(help="demo, blog or paper. Default: blog on a GPU, demo on a CPU.")] = None,
+    preset: Annotated[
+        str | None, typer.Option(help="demo, blog or paper. Default: blog on a GPU, demo on a CPU.")
+    ] = None,
     config: ConfigFile = None,
     sets: Sets = None,
     out: Annotated[
-        Path | None, typer.Option("--out", metavar="DIR", help="Run folder. Default: a new one under runs/.")
+        Path | None,
+        typer.Option("--out", metavar="DIR", help="Run folder. Default: a new one under runs/."),
     ] = None,
     as_json: Json = False,
     **values: Any,
@@ -52,12 +55,24 @@ def train(
     loaded = load(preset, config, sets or (), config_flags(values))
     for line in (_data_in_words(loaded), *loaded.notes):
         console.print(line, markup=False, soft_wrap=True)
-    summary = _run(console, as_json, lambda observer: api.train(loaded.config, out, observer=observer, origin=loaded.origin))
+    summary = _run(
+        console,
+        as_json,
+        lambda observer: api.train(loaded.config, out, observer=observer, origin=loaded.origin),
+    )
     _finish(summary, console, as_json)
 
 
-def load(preset: str | None, file: Path | None, sets: Sequence[str], flags: Mapping[str, tuple[str, object]]) -> Loaded:
-    """Return the configuration. The device decides on the preset if none is named: blog needs a GPU."""
+def load(
+    preset: str | None,
+    file: Path | None,
+    sets: Sequence[str],
+    flags: Mapping[str, tuple[str, object]],
+) -> Loaded:
+    """Return the configuration.
+
+    The device decides on the preset if none is named: blog needs a GPU.
+    """
     settings = config_io.requested(preset=preset, file=file, sets=sets, flags=flags)
     device = settings["train.device"].value if "train.device" in settings else "auto"
     default = "blog" if "preset" in settings or _has_gpu(str(device)) else "demo"
@@ -77,12 +92,22 @@ def _data_in_words(loaded: Loaded) -> str:
     limit = "" if not data.limit else f", {data.limit} of its images at most (data.limit)"
     if data.train != "textures":
         return f"preset {preset}, data {data.train}{limit}"
-    source = "data textures" if loaded.origin["data.train"] == "--data" else "no --data given, so the embedded textures set"
-    return f"preset {preset}, {source}: {data.textures_count} images of {data.textures_size} px, seed {data.textures_seed}"
+    source = (
+        "data textures"
+        if loaded.origin["data.train"] == "--data"
+        else "no --data given, so the embedded textures set"
+    )
+    return (
+        f"preset {preset}, {source}: {data.textures_count} images of {data.textures_size} px, "
+        f"seed {data.textures_seed}"
+    )
 
 
 def _run(console: Console, as_json: bool, work: Callable[[Any], Summary]) -> Summary:
-    """Return what ``work`` returns. If its process can go no further, continue the run in a fresh one."""
+    """Return what ``work`` returns.
+
+    If its process can go no further, continue the run in a fresh one.
+    """
     from fastbyol.show.screen import display
 
     try:
@@ -114,17 +139,23 @@ def _finish(summary: Summary, console: Console, as_json: bool) -> None:
     if as_json:
         print_json(asdict(summary))
         return
-    words = ", ".join(filter(None, (f"step {summary.step}", summary.state, summary.accuracies.in_words())))
+    words = ", ".join(
+        filter(None, (f"step {summary.step}", summary.state, summary.accuracies.in_words()))
+    )
     console.print(f"{summary.run}: {words}", markup=False, soft_wrap=True)
 
 
 def resume(
     run: RunPath,
     data: Annotated[
-        str | None, typer.Option("--data", metavar="FILE", help="Where the run's training data lie now, unchanged.")
+        str | None,
+        typer.Option(
+            "--data", metavar="FILE", help="Where the run's training data lie now, unchanged."
+        ),
     ] = None,
     test_data: Annotated[
-        str | None, typer.Option("--test-data", metavar="FILE", help="Where its test data lie now, unchanged.")
+        str | None,
+        typer.Option("--test-data", metavar="FILE", help="Where its test data lie now, unchanged."),
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -132,18 +163,30 @@ def resume(
     from fastbyol import api
 
     console = make_console(err=as_json)
-    summary = _run(console, as_json, lambda observer: api.resume(run, data=data, test_data=test_data, observer=observer))
+    summary = _run(
+        console,
+        as_json,
+        lambda observer: api.resume(run, data=data, test_data=test_data, observer=observer),
+    )
     _finish(summary, console, as_json)
 
 
 def evaluate(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder or a checkpoint file.")],
-    protocol: Annotated[Literal["blog", "linear", "knn"], typer.Option(help="How accuracy is measured.")] = "blog",
-    train_data: Annotated[Path | None, typer.Option("--train-data", metavar="FILE", help="Fit on this (linear, knn).")] = None,
-    test_data: Annotated[Path | None, typer.Option("--test-data", metavar="FILE", help="Score on this.")] = None,
+    protocol: Annotated[
+        Literal["blog", "linear", "knn"], typer.Option(help="How accuracy is measured.")
+    ] = "blog",
+    train_data: Annotated[
+        Path | None, typer.Option("--train-data", metavar="FILE", help="Fit on this (linear, knn).")
+    ] = None,
+    test_data: Annotated[
+        Path | None, typer.Option("--test-data", metavar="FILE", help="Score on this.")
+    ] = None,
     weights: Annotated[
         Literal["trained", "target", "random"],
-        typer.Option(help="Of the online network, of the target network, or as the seed drew them."),
+        typer.Option(
+            help="Of the online network, of the target network, or as the seed drew them."
+        ),
     ] = "trained",
     image_field: ImageField = None,
     label_field: LabelField = None,
@@ -154,7 +197,11 @@ def evaluate(
     from fastbyol import api
 
     if protocol == "blog" and train_data is not None:
-        say("--train-data: not looked at, the blog protocol fits within the test set; linear and knn take it", err=True)
+        say(
+            "--train-data: not looked at, the blog protocol fits within the test set; linear and "
+            "knn take it",
+            err=True,
+        )
     result = api.evaluate(
         run,
         protocol,
@@ -170,16 +217,23 @@ def evaluate(
     if as_json:
         print_json(result)
         return
-    counts = f"{result['num_train']} fitted, {result['num_test']} scored, {result['num_classes']} classes"
+    counts = (
+        f"{result['num_train']} fitted, {result['num_test']} scored, {result['num_classes']} "
+        "classes"
+    )
     say(f"{run}: {result['accuracy']:.2f}% ({protocol}, {counts})")
 
 
 def demo(
-    out: Annotated[Path, typer.Argument(metavar="DIR", help="Folder for data, run and pictures.")] = Path("demo"),
+    out: Annotated[
+        Path, typer.Argument(metavar="DIR", help="Folder for data, run and pictures.")
+    ] = Path("demo"),
     seed: Annotated[int, typer.Option(min=0)] = 0,
     as_json: Json = False,
 ) -> None:
-    """Compare random, BYOL and supervised encoders, and let one network stay collapsed and another recover."""
+    """Compare random, BYOL and supervised encoders, and let one network stay collapsed and another
+    recover.
+    """
     from fastbyol import demo as demonstration
 
     console = make_console(err=as_json)
@@ -194,7 +248,10 @@ def demo(
 
 def report(
     run: RunPath,
-    png: Annotated[Path | None, typer.Option("--png", metavar="DIR", help="Write the pictures as PNG files too.")] = None,
+    png: Annotated[
+        Path | None,
+        typer.Option("--png", metavar="DIR", help="Write the pictures as PNG files too."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Draw a run: loss, cosines, accuracy, rates per layer, in RUN/report.html."""
@@ -218,7 +275,9 @@ def runs(
     if as_json:
         print_json([asdict(row) for row in rows])
         return
-    table = Table(Column("run", overflow="fold"), "epochs", "state", "neg cos", "accuracy", box=None)
+    table = Table(
+        Column("run", overflow="fold"), "epochs", "state", "neg cos", "accuracy", box=None
+    )
     for row in rows:
         neg = "" if row.neg_cos is None else f"{row.neg_cos:.4f}"
         accuracy = "" if row.accuracy is None else f"{row.accuracy:.1f}%"

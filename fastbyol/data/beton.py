@@ -32,7 +32,9 @@ MIN_PAGE_BYTES = 1 << 21
 MAX_SIDE = 16384
 LABEL_FIELD = "label"
 # Other int fields, such as an index or a time, are labels only if asked for by name.
-LABEL_NAMES = frozenset(("category", "class", "class_id", "classes", "cls", "label", "labels", "target", "targets", "y"))
+LABEL_NAMES = frozenset(
+    ("category", "class", "class_id", "classes", "cls", "label", "labels", "target", "targets", "y")
+)
 JPG, RAW = 0, 1
 
 # Little-endian:
@@ -42,7 +44,9 @@ JPG, RAW = 0, 1
 #   D             that end rounded up to P: whole pages, no region (a sample's data) crosses one
 #                 (of fastbyol's files the last pages hold the manifest, ``data.manifest``)
 #   A             one REGION a pointer, in any order, to the end
-HEADER = np.dtype([("version", "<u2"), ("fields", "<u2"), ("page", "<u4"), ("samples", "<u8"), ("table", "<u8")])
+HEADER = np.dtype(
+    [("version", "<u2"), ("fields", "<u2"), ("page", "<u4"), ("samples", "<u8"), ("table", "<u8")]
+)
 DESCRIPTOR = np.dtype([("type", "u1"), ("name", "u1", 16), ("arguments", "u1", 1024)])
 REGION = np.dtype([("sample", "<u8"), ("ptr", "<u8"), ("size", "<u8")])
 IMAGE = np.dtype([("mode", "u1"), ("width", "<u2"), ("height", "<u2"), ("ptr", "<u8")])
@@ -106,7 +110,11 @@ class BetonInfo:
     def class_names(self) -> tuple[str, ...]:
         """Names of labels 0, 1 and so on; empty unless the manifest has them."""
         names = self.manifest.note.get("class_names") if self.manifest is not None else None
-        return tuple(map(str, names)) if isinstance(names, list) and self.label_field == LABEL_FIELD else ()
+        return (
+            tuple(map(str, names))
+            if isinstance(names, list) and self.label_field == LABEL_FIELD
+            else ()
+        )
 
     @property
     def uniform_size(self) -> tuple[int, int] | None:
@@ -137,7 +145,11 @@ class _File:
         while done < out.nbytes:
             got = os.preadv(self.fd, [view[done : done + (1 << 30)]], offset + done)
             if got == 0:
-                self.fail(offset + done, "the file ended while it was read", "leave it alone while it is in use")
+                self.fail(
+                    offset + done,
+                    "the file ended while it was read",
+                    "leave it alone while it is in use",
+                )
             done += got
         return out
 
@@ -165,7 +177,11 @@ class _Layout:
 
 
 def inspect(
-    path: str | Path, *, image_field: str | None = None, label_field: str | None = None, may_lack_labels: bool = False
+    path: str | Path,
+    *,
+    image_field: str | None = None,
+    label_field: str | None = None,
+    may_lack_labels: bool = False,
 ) -> BetonInfo:
     """Verify the structure of a beton file, without FFCV and without decoding.
 
@@ -207,7 +223,10 @@ def demand_labels(info: BetonInfo) -> None:
     if info.labels is None:
         what, remedy = ("has no int field for labels", "name a file with one")
         if info.has_ints:
-            what, remedy = ("does not say which int field is the label", "choose it with --label-field")
+            what, remedy = (
+                "does not say which int field is the label",
+                "choose it with --label-field",
+            )
         raise UsageError(f"{info.path}: {what}, its fields are {_listed(info.fields)}; {remedy}")
 
 
@@ -225,7 +244,9 @@ def info_dict(info: BetonInfo) -> dict[str, object]:
         "largest": [int(info.heights.max()), int(info.widths.max())],
         "num_raw": int(info.raw.sum()),
         "num_jpeg": int((~info.raw).sum()),
-        "labels": None if info.labels is None else {str(k): n for k, n in sorted(Counter(info.labels.tolist()).items())},
+        "labels": None
+        if info.labels is None
+        else {str(k): n for k, n in sorted(Counter(info.labels.tolist()).items())},
         "sealed": info.manifest is not None,
         "source": None if info.manifest is None else dict(info.manifest.note),
     }
@@ -242,7 +263,9 @@ def open_beton(path: Path) -> int:
         raise UsageError(f"{path}: no such file; make it with `fastbyol convert`") from None
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise UsageError(f"{path}: cannot be opened ({reason}); check its name and rights") from None
+        raise UsageError(
+            f"{path}: cannot be opened ({reason}); check its name and rights"
+        ) from None
 
 
 @contextmanager
@@ -257,7 +280,9 @@ def _opened(path: Path) -> Iterator[_File]:
 def refuse_changed(fd: int, info: BetonInfo) -> None:
     """Raise UsageError if the open file was written to after ``inspect`` made ``info``."""
     if stamp_of(fd) != info.stamp:
-        raise UsageError(f"{info.path}: the file changed while in use; leave it alone and start again")
+        raise UsageError(
+            f"{info.path}: the file changed while in use; leave it alone and start again"
+        )
 
 
 @contextmanager
@@ -267,7 +292,9 @@ def reopened(info: BetonInfo) -> Iterator[int]:
         try:
             yield file.fd
         except OSError as error:
-            raise UsageError(f"{info.path}: cannot be read ({error.strerror}); look at its disk") from None
+            raise UsageError(
+                f"{info.path}: cannot be read ({error.strerror}); look at its disk"
+            ) from None
         refuse_changed(file.fd, info)
 
 
@@ -275,7 +302,9 @@ def _read_layout(file: _File) -> _Layout:
     if file.num_bytes < HEADER.itemsize:
         file.fail(file.num_bytes, "too short for a beton file", NOT_ONE)
     header = file.read(0, HEADER, 1)[0]
-    num_fields, page, samples, table = (int(header[name]) for name in ("fields", "page", "samples", "table"))
+    num_fields, page, samples, table = (
+        int(header[name]) for name in ("fields", "page", "samples", "table")
+    )
     if header["version"] != VERSION:
         file.fail(0, f"version {header['version']} where a beton file has 2", NOT_ONE)
     if not 1 <= num_fields <= MAX_FIELDS:
@@ -306,18 +335,30 @@ def _read_fields(file: _File, count: int) -> tuple[tuple[Field, ...], tuple[int,
     for k, record in enumerate(file.read(HEADER.itemsize, DESCRIPTOR, count)):
         at = HEADER.itemsize + k * DESCRIPTOR.itemsize
         if int(record["type"]) not in TYPES:
-            file.fail(at, f"field {k} has type {record['type']}, which fastbyol cannot read", "write it without custom fields")
+            file.fail(
+                at,
+                f"field {k} has type {record['type']}, which fastbyol cannot read",
+                "write it without custom fields",
+            )
         type_name = TYPES[int(record["type"])][0]
         fields.append(Field(_field_name(file, at + 1, record["name"].tobytes()), type_name))
         array_bytes.append(_array_bytes(file, at + 17, type_name, record["arguments"]))
     if len({field.name for field in fields}) < count:
-        file.fail(HEADER.itemsize, "two fields of the same name", "write it with distinct names of at most 16 letters")
+        file.fail(
+            HEADER.itemsize,
+            "two fields of the same name",
+            "write it with distinct names of at most 16 letters",
+        )
     return tuple(fields), tuple(array_bytes)
 
 
 def _field_name(file: _File, at: int, record: bytes) -> str:
     name, _, rest = record.partition(b"\0")
-    if not name or rest.strip(b"\0") or not all(32 < byte < 127 for byte in name.replace(b" ", b"_")):
+    if (
+        not name
+        or rest.strip(b"\0")
+        or not all(32 < byte < 127 for byte in name.replace(b" ", b"_"))
+    ):
         file.fail(at, f"field name {record.rstrip(bytes(1))!r} is not plain ASCII")
     return name.decode("ascii")
 
@@ -332,29 +373,43 @@ def _array_bytes(file: _File, at: int, type_name: str, arguments: NDArray[np.uin
     element = ELEMENT.fullmatch(text)
     shape = np.trim_zeros(head["shape"], "b").tolist()
     if element is None or not shape or 0 in shape:
-        file.fail(at, f"array field of shape {shape} and element type {text!r}, which cannot be read")
+        file.fail(
+            at, f"array field of shape {shape} and element type {text!r}, which cannot be read"
+        )
     # numpy counts letters of four bytes each.
     element_bytes = int(element[2]) * (4 if element[1] == b"U" else 1)
     return element_bytes * math.prod(int(side) for side in shape)
 
 
 def _chosen(file: _File, fields: tuple[Field, ...], name: str | None) -> int:
-    images = [k for k, field in enumerate(fields) if field.type_name == "image" and name in (None, field.name)]
+    images = [
+        k
+        for k, field in enumerate(fields)
+        if field.type_name == "image" and name in (None, field.name)
+    ]
     if not images:
         what = "has no RGB image field" if name is None else f"has no RGB image field {name!r}"
-        raise UsageError(f"{file.path}: {what}, its fields are {_listed(fields)}; name one that it has")
+        raise UsageError(
+            f"{file.path}: {what}, its fields are {_listed(fields)}; name one that it has"
+        )
     if len(images) > 1:
         raise UsageError(
-            f"{file.path}: has {len(images)} image fields, its fields are {_listed(fields)}; choose one with --image-field"
+            f"{file.path}: has {len(images)} image fields, its fields are {_listed(fields)}; "
+            "choose one with --image-field"
         )
     return images[0]
 
 
-def _chosen_label(file: _File, fields: tuple[Field, ...], name: str | None, may_lack: bool) -> int | None:
+def _chosen_label(
+    file: _File, fields: tuple[Field, ...], name: str | None, may_lack: bool
+) -> int | None:
     ints = [k for k, field in enumerate(fields) if field.type_name == "int"]
     named = [k for k in ints if fields[k].name == (name or LABEL_FIELD)]
     if name is not None and not named and (ints or not may_lack):
-        raise UsageError(f"{file.path}: has no int field {name!r}, its fields are {_listed(fields)}; name one that it has")
+        raise UsageError(
+            f"{file.path}: has no int field {name!r}, its fields are {_listed(fields)}; name one "
+            "that it has"
+        )
     if named:
         return named[0]
     usual = [k for k in ints if fields[k].name.lower() in LABEL_NAMES]
@@ -374,7 +429,9 @@ def _read_table(file: _File, layout: _Layout) -> NDArray[Any]:
     return file.read(layout.table_start, REGION, num_regions)
 
 
-def _verify_regions(file: _File, layout: _Layout, table: NDArray[Any]) -> dict[int, NDArray[np.int64]]:
+def _verify_regions(
+    file: _File, layout: _Layout, table: NDArray[Any]
+) -> dict[int, NDArray[np.int64]]:
     """Prove that regions fit into pages, do not overlap and have one pointer each.
 
     Return their sizes in bytes, by field.
@@ -399,7 +456,9 @@ def _verify_regions(file: _File, layout: _Layout, table: NDArray[Any]) -> dict[i
     return {k: _verify_field(file, layout, k, table, claimed) for k in layout.pointer_fields()}
 
 
-def _verify_field(file: _File, layout: _Layout, k: int, table: NDArray[Any], claimed: NDArray[np.bool_]) -> NDArray[np.int64]:
+def _verify_field(
+    file: _File, layout: _Layout, k: int, table: NDArray[Any], claimed: NDArray[np.bool_]
+) -> NDArray[np.int64]:
     """Return the sizes (N,) of the field's regions, bytes."""
     field, rows = layout.fields[k], layout.rows[f"f{k}"]
 
@@ -410,7 +469,10 @@ def _verify_field(file: _File, layout: _Layout, k: int, table: NDArray[Any], cla
 
     ptr = rows["ptr"] if rows.dtype.names else rows
     at = np.minimum(np.searchsorted(table["ptr"], ptr), len(table) - 1)
-    demand((table["ptr"][at] == ptr) & (table["sample"][at] == np.arange(len(rows))), "its pointer is no region of this sample")
+    demand(
+        (table["ptr"][at] == ptr) & (table["sample"][at] == np.arange(len(rows))),
+        "its pointer is no region of this sample",
+    )
     demand(~claimed[at], "shares its region with another field")
     claimed[at] = True
     size: NDArray[np.int64] = table["size"][at].astype(np.int64)
@@ -423,7 +485,9 @@ def _verify_field(file: _File, layout: _Layout, k: int, table: NDArray[Any], cla
     return size
 
 
-def _verify_images(file: _File, rows: NDArray[Any], size: NDArray[np.int64], demand: Demand) -> None:
+def _verify_images(
+    file: _File, rows: NDArray[Any], size: NDArray[np.int64], demand: Demand
+) -> None:
     width, height = rows["width"].astype(np.int64), rows["height"].astype(np.int64)
     raw = rows["mode"] == RAW
     demand(rows["mode"] <= RAW, "neither raw nor JPEG")
@@ -437,7 +501,9 @@ def _verify_images(file: _File, rows: NDArray[Any], size: NDArray[np.int64], dem
     demand(same, "not a whole JPEG image of the size that its row gives")
 
 
-def _verified_manifest(file: _File, layout: _Layout, table: NDArray[Any], info: BetonInfo) -> Manifest | None:
+def _verified_manifest(
+    file: _File, layout: _Layout, table: NDArray[Any], info: BetonInfo
+) -> Manifest | None:
     """Return the manifest after proof that it is the file's; return None for a foreign file."""
     end = layout.table_start
     # A damaged table may place a sample in the manifest's pages, so look for the tail in any case.
@@ -456,11 +522,20 @@ def _verified_manifest(file: _File, layout: _Layout, table: NDArray[Any], info: 
     if (sealed.num_bytes, len(sealed.checksums)) != (file.num_bytes, layout.samples):
         content = f"{len(sealed.checksums)} samples in {sealed.num_bytes} bytes"
         file.fail(start, f"its manifest belongs to another file, of {content}")
-    if sealed.structure != manifest.structure_checksum(file.fd, layout.rows_end, layout.table_start, file.num_bytes):
+    if sealed.structure != manifest.structure_checksum(
+        file.fd, layout.rows_end, layout.table_start, file.num_bytes
+    ):
         # If the first samples match, labels are damaged; otherwise the manifest describes other
         # images.
         some = slice(0, 8)
-        same = manifest.region_checksums(file.fd, info.starts[some], info.sizes[some]) == sealed.checksums[some]
-        what = "labels or image sizes are not those that were written" if same.any() else "its manifest belongs to another file"
+        same = (
+            manifest.region_checksums(file.fd, info.starts[some], info.sizes[some])
+            == sealed.checksums[some]
+        )
+        what = (
+            "labels or image sizes are not those that were written"
+            if same.any()
+            else "its manifest belongs to another file"
+        )
         file.fail(layout.rows_start, what)
     return sealed

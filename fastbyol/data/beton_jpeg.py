@@ -25,14 +25,18 @@ FRAMES = frozenset((0xC0, 0xC1, 0xC2))
 SKIPPED = frozenset((0xC4, 0xDB, 0xDD, *range(0xE0, 0xF0), 0xFE))
 
 
-def frame_sizes(fd: int, starts: NDArray[np.int64], sizes: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def frame_sizes(
+    fd: int, starts: NDArray[np.int64], sizes: NDArray[np.int64]
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Return the widths and heights in pixels of the JPEG streams at ``starts`` (N,).
 
     ``sizes`` (N,) are the streams' bytes. Both results are 0 where a stream cannot be decoded to
     RGB.
     """
     pairs = zip(starts.tolist(), sizes.tolist(), strict=True)
-    frames = np.array([_frame_size(fd, start, size) for start, size in pairs], np.int64).reshape(-1, 2)
+    frames = np.array([_frame_size(fd, start, size) for start, size in pairs], np.int64).reshape(
+        -1, 2
+    )
     return frames[:, 1], frames[:, 0]
 
 
@@ -44,7 +48,11 @@ def _frame_size(fd: int, start: int, size: int) -> tuple[int, int]:
     for _ in range(MAX_WINDOWS):
         window, at = os.pread(fd, min(WINDOW_BYTES, size - position), start + position), 0
         while at + FRAME_BYTES <= len(window):
-            marked, marker, length = window[at] == 0xFF, window[at + 1], window[at + 2] << 8 | window[at + 3]
+            marked, marker, length = (
+                window[at] == 0xFF,
+                window[at + 1],
+                window[at + 2] << 8 | window[at + 3],
+            )
             if marked and marker in FRAMES and window[at + 4] == 8 and window[at + 9] in (1, 3):
                 return window[at + 5] << 8 | window[at + 6], window[at + 7] << 8 | window[at + 8]
             if not marked or marker not in SKIPPED or length < 2:

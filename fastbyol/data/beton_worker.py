@@ -56,7 +56,10 @@ def main() -> None:
         code = os.waitstatus_to_exitcode(status)
         if pid in workers and code != FINISHED:
             how = f"by signal {-code}" if code < 0 else f"with status {code}"
-            names = ", ".join(job.name(index) for index in np.flatnonzero(results["state"] == beton_write.BEGUN)[:4].tolist())
+            names = ", ".join(
+                job.name(index)
+                for index in np.flatnonzero(results["state"] == beton_write.BEGUN)[:4].tolist()
+            )
             text = f"a worker process ended {how} while these were in work: {names}"[:MAX_LETTERS]
             reports.send(FastbyolError(f"{text}; try again, with fewer workers if memory is short"))
         workers.discard(pid)
@@ -75,7 +78,9 @@ def _work(parent: int, job: Job, results: NDArray[Any], reports: Connection) -> 
     except OSError as error:
         reports.send(beton_write.disk_error(error))
     except BaseException as error:  # a data set's SystemExit, too, must be reported
-        reports.send(FastbyolError(f"{type(error).__name__}: {one_line(error)}; look at the data set's code"))
+        reports.send(
+            FastbyolError(f"{type(error).__name__}: {one_line(error)}; look at the data set's code")
+        )
     finally:
         os._exit(code)
 
@@ -85,7 +90,10 @@ def _write_items(job: Job, results: NDArray[Any], reports: Connection) -> None:
     mode = RAW if job.mode == "raw" else JPG
     # The workers share the positions of two open files, which the kernel moves atomically: they
     # count the items and the pages in use. So a killed worker leaves no lock behind.
-    while (first := os.lseek(job.results, beton_write.CHUNK_ITEMS, os.SEEK_CUR) - beton_write.CHUNK_ITEMS) < total:
+    while (
+        first := os.lseek(job.results, beton_write.CHUNK_ITEMS, os.SEEK_CUR)
+        - beton_write.CHUNK_ITEMS
+    ) < total:
         for index in range(first, min(first + beton_write.CHUNK_ITEMS, total)):
             results["state"][index] = beton_write.BEGUN
             try:
@@ -101,13 +109,25 @@ def _write_items(job: Job, results: NDArray[Any], reports: Connection) -> None:
             if used + len(data) > job.page_bytes:
                 page, used = os.lseek(job.out, job.page_bytes, os.SEEK_CUR) - job.page_bytes, 0
             beton_write.write_at(job.out, data, page + used)
-            results[index] = beton_write.DONE, mode, width, height, page + used, len(data), zlib.crc32(data), label
+            results[index] = (
+                beton_write.DONE,
+                mode,
+                width,
+                height,
+                page + used,
+                len(data),
+                zlib.crc32(data),
+                label,
+            )
             used += len(data)
 
 
 def _encoded(job: Job, item: tuple[Any, ...]) -> tuple[int, int, memoryview | bytes, int]:
     """Return height, width, bytes and label (0 for none) of an item. Raises ValueError."""
-    image, label = checked_image(item[0], job.page_bytes), checked_label(item) if job.labelled else 0
+    image, label = (
+        checked_image(item[0], job.page_bytes),
+        checked_label(item) if job.labelled else 0,
+    )
     height, width = image.shape[:2]
     if job.mode == "raw":
         return height, width, image.reshape(-1).data, label
@@ -126,7 +146,9 @@ def checked_image(image: object, page_bytes: int) -> NDArray[np.uint8]:
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
         raise ValueError(f"is {image.dtype} of shape {image.shape}, not uint8 (height, width, 3)")
     if not 1 <= min(image.shape[:2]) <= max(image.shape[:2]) <= MAX_SIDE:
-        raise ValueError(f"has {image.shape[1]} x {image.shape[0]} pixels, a side must be 1 to {MAX_SIDE}")
+        raise ValueError(
+            f"has {image.shape[1]} x {image.shape[0]} pixels, a side must be 1 to {MAX_SIDE}"
+        )
     if image.nbytes > page_bytes:
         raise ValueError(f"takes {image.nbytes} bytes, more than a page of {page_bytes}")
     return np.ascontiguousarray(image)

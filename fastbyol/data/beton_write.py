@@ -33,7 +33,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastbyol.data import manifest
-from fastbyol.data.beton import DESCRIPTOR, HEADER, IMAGE, MIN_PAGE_BYTES, REGION, VERSION, BetonInfo, inspect
+from fastbyol.data.beton import (
+    DESCRIPTOR,
+    HEADER,
+    IMAGE,
+    MIN_PAGE_BYTES,
+    REGION,
+    VERSION,
+    BetonInfo,
+    inspect,
+)
 from fastbyol.data.manifest import Manifest
 from fastbyol.errors import FastbyolError, UsageError, check_choice
 from fastbyol.files import refuse_special
@@ -61,7 +70,10 @@ RESULT = np.dtype(
 BEGUN, DONE = 1, 2
 # By whether items are labelled: each field's name and FFCV's number of its type.
 FIELDS = (((b"image", 2),), ((b"image", 2), (b"label", 1)))
-ROWS = (np.dtype([("image", IMAGE)], align=True), np.dtype([("image", IMAGE), ("label", "<i8")], align=True))
+ROWS = (
+    np.dtype([("image", IMAGE)], align=True),
+    np.dtype([("image", IMAGE), ("label", "<i8")], align=True),
+)
 
 
 class Items(Protocol):
@@ -179,7 +191,9 @@ def check_output(path: Path, *, overwrite: bool) -> None:
         with tempfile.NamedTemporaryFile(dir=folder, prefix=f".{path.name}."[:64]):
             pass
     except OSError as error:
-        raise UsageError(f"{path}: cannot be written ({error.strerror}); choose another place") from None
+        raise UsageError(
+            f"{path}: cannot be written ({error.strerror}); choose another place"
+        ) from None
 
 
 def remove_leftovers(path: Path) -> None:
@@ -214,7 +228,9 @@ def _alive(pid: int) -> bool:
     return True
 
 
-def _check_arguments(num_items: int, mode: str, quality: int, workers: int, page_bytes: int) -> None:
+def _check_arguments(
+    num_items: int, mode: str, quality: int, workers: int, page_bytes: int
+) -> None:
     if num_items < 1:
         raise UsageError("nothing to write: the data set is empty")
     check_choice("mode", mode, ("raw", "jpg"))
@@ -223,15 +239,23 @@ def _check_arguments(num_items: int, mode: str, quality: int, workers: int, page
     if not 0 <= workers <= 1024:
         raise UsageError(f"workers {workers}: must be 0 (all cores) to 1024")
     if not MIN_PAGE_BYTES <= page_bytes < 1 << 32 or page_bytes & (page_bytes - 1):
-        raise UsageError(f"page of {page_bytes} bytes: must be a power of two from {MIN_PAGE_BYTES} to 2**31")
+        raise UsageError(
+            f"page of {page_bytes} bytes: must be a power of two from {MIN_PAGE_BYTES} to 2**31"
+        )
 
 
 def _data_start(num_items: int, labelled: bool, page_bytes: int) -> int:
-    head = HEADER.itemsize + len(FIELDS[labelled]) * DESCRIPTOR.itemsize + num_items * ROWS[labelled].itemsize
+    head = (
+        HEADER.itemsize
+        + len(FIELDS[labelled]) * DESCRIPTOR.itemsize
+        + num_items * ROWS[labelled].itemsize
+    )
     return -(-head // page_bytes) * page_bytes
 
 
-def _run(job: Job, results: NDArray[Any], progress: Progress | None, stop_at_unreadable: bool) -> None:
+def _run(
+    job: Job, results: NDArray[Any], progress: Progress | None, stop_at_unreadable: bool
+) -> None:
     """Have all items written and ``results`` filled in, or raise what went wrong."""
     unreadable: dict[int, str] = {}
     begun, moved, is_finished = 0, time.monotonic(), False
@@ -250,7 +274,9 @@ def _run(job: Job, results: NDArray[Any], progress: Progress | None, stop_at_unr
                 if progress is not None:
                     progress(begun, len(results))
             elif time.monotonic() - moved > STALL_S:
-                raise FastbyolError(f"no item was read for {STALL_S:g} s; look at the disks and try again")
+                raise FastbyolError(
+                    f"no item was read for {STALL_S:g} s; look at the disks and try again"
+                )
     if unreadable:
         (first, reason), *_ = items = tuple(sorted(unreadable.items()))
         what = f"{len(items)} of {len(results)} items cannot be read; first, item {first}: {reason}"
@@ -261,7 +287,12 @@ def _run(job: Job, results: NDArray[Any], progress: Progress | None, stop_at_unr
 def _workers(job: Job) -> Iterator[Connection]:
     """Start the workers and yield the pipe of their reports; kill them all afterwards."""
     reports, end = multiprocessing.Pipe(duplex=False)
-    with reports, _memory("job") as payload, _memory("errors") as errors, contextlib.ExitStack() as stack:
+    with (
+        reports,
+        _memory("job") as payload,
+        _memory("errors") as errors,
+        contextlib.ExitStack() as stack,
+    ):
         with end, _disk_errors():
             write_at(payload.fileno(), pickle.dumps(job), 0)
             process = _start(payload, errors, (job.out, job.results, end.fileno()))
@@ -270,11 +301,17 @@ def _workers(job: Job) -> Iterator[Connection]:
             yield reports
         except EOFError:
             errors.seek(0)
-            last = (errors.read().decode(errors="replace").splitlines() or ["without a word"])[-1][:300]
-            raise FastbyolError(f"the writing process died ({last}); try `fastbyol doctor`") from None
+            last = (errors.read().decode(errors="replace").splitlines() or ["without a word"])[-1][
+                :300
+            ]
+            raise FastbyolError(
+                f"the writing process died ({last}); try `fastbyol doctor`"
+            ) from None
 
 
-def _start(payload: IO[bytes], errors: IO[bytes], files: tuple[int, int, int]) -> subprocess.Popen[bytes]:
+def _start(
+    payload: IO[bytes], errors: IO[bytes], files: tuple[int, int, int]
+) -> subprocess.Popen[bytes]:
     # multiprocessing's spawn would import the caller's main module again, which then needs a guard.
     program = "from fastbyol.data.beton_worker import main; main()"
     environment = os.environ | {
@@ -311,21 +348,29 @@ def _memory(name: str) -> IO[bytes]:
     return os.fdopen(os.memfd_create(name), "w+b")
 
 
-def _finish(out: int, results: NDArray[Any], labelled: bool, page_bytes: int, note: Mapping[str, Any]) -> None:
+def _finish(
+    out: int, results: NDArray[Any], labelled: bool, page_bytes: int, note: Mapping[str, Any]
+) -> None:
     """Write manifest and table behind the items, then header, descriptors and rows before them."""
     rows, regions = np.zeros(len(results), ROWS[labelled]), np.zeros(len(results), REGION)
     for name in IMAGE.names or ():
         rows["image"][name] = results[name]
     if labelled:
         rows["label"] = results["label"]
-    regions["sample"], regions["ptr"], regions["size"] = np.arange(len(results)), results["ptr"], results["size"]
+    regions["sample"], regions["ptr"], regions["size"] = (
+        np.arange(len(results)),
+        results["ptr"],
+        results["size"],
+    )
     descriptors = np.zeros(len(FIELDS[labelled]), DESCRIPTOR)
     for descriptor, (field, kind) in zip(descriptors, FIELDS[labelled], strict=True):
         descriptor["type"] = kind
         descriptor["name"][: len(field)] = np.frombuffer(field, np.uint8)
     # The workers left the position at the end of the last page.
     data_end = os.lseek(out, 0, os.SEEK_CUR)
-    table_start = data_end + manifest.num_bytes(len(results), len(json.dumps(dict(note))), page_bytes)
+    table_start = data_end + manifest.num_bytes(
+        len(results), len(json.dumps(dict(note))), page_bytes
+    )
     header = np.array([(VERSION, len(descriptors), page_bytes, len(results), table_start)], HEADER)
     head, table = header.tobytes() + descriptors.tobytes() + rows.tobytes(), regions.tobytes()
     structure = zlib.crc32(table, zlib.crc32(head))
@@ -346,7 +391,11 @@ def write_at(fd: int, data: bytes | memoryview, offset: int) -> None:
 def disk_error(error: OSError) -> FastbyolError:
     """Return a FastbyolError with the disk's error and its remedy."""
     is_full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    remedy = "make room on that disk and try again" if is_full else "try again, with fewer workers if memory is short"
+    remedy = (
+        "make room on that disk and try again"
+        if is_full
+        else "try again, with fewer workers if memory is short"
+    )
     return FastbyolError(f"{error.strerror}; {remedy}")
 
 
@@ -371,9 +420,14 @@ def _publish(temporary: Path, path: Path, *, overwrite: bool) -> None:
         finally:
             os.close(folder)
     except FileExistsError:
-        raise UsageError(f"{path}: was written by somebody else meanwhile; choose another name or pass --overwrite") from None
+        raise UsageError(
+            f"{path}: was written by somebody else meanwhile; choose another name or pass "
+            "--overwrite"
+        ) from None
     except OSError as error:
-        raise FastbyolError(f"{path}: cannot be put in place ({error.strerror}); look at its disk and try again") from None
+        raise FastbyolError(
+            f"{path}: cannot be put in place ({error.strerror}); look at its disk and try again"
+        ) from None
 
 
 def _link(temporary: Path, path: Path) -> None:

@@ -38,10 +38,19 @@ class Contents(NamedTuple):
                 checksums = manifest.region_checksums(fd, info.starts[::every], info.sizes[::every])
         head = json.dumps([1, info.num_samples, every]).encode()
         images = hashlib.blake2b(head, digest_size=16)
-        for column, kind in ((info.raw, "u1"), (info.heights, "<u2"), (info.widths, "<u2"), (info.sizes, "<i8")):
+        for column, kind in (
+            (info.raw, "u1"),
+            (info.heights, "<u2"),
+            (info.widths, "<u2"),
+            (info.sizes, "<i8"),
+        ):
             images.update(column.astype(kind).tobytes())
         images.update(checksums.astype("<u4").tobytes())
-        labels = "" if info.labels is None else hashlib.blake2b(info.labels.astype("<i8").tobytes(), digest_size=16).hexdigest()
+        labels = (
+            ""
+            if info.labels is None
+            else hashlib.blake2b(info.labels.astype("<i8").tobytes(), digest_size=16).hexdigest()
+        )
         return Contents(info.num_samples, images.hexdigest(), labels)
 
     @staticmethod
@@ -50,7 +59,12 @@ class Contents(NamedTuple):
         if not isinstance(stored, Mapping) or stored.keys() != set(Contents._fields):
             return None
         contents = Contents(**stored)
-        return contents if isinstance(contents.samples, int) and all(isinstance(text, str) for text in contents[1:]) else None
+        return (
+            contents
+            if isinstance(contents.samples, int)
+            and all(isinstance(text, str) for text in contents[1:])
+            else None
+        )
 
     def change(self, now: Contents) -> str | None:
         """Describe how ``now`` differs, or return None if it is equal."""

@@ -58,8 +58,15 @@ class Report:
             yield f"ignored {kind}: {', '.join(names[:SHOWN_NAMES])}{more}"
         images = "1 image" if self.num_written == 1 else f"{self.num_written} images"
         classes = "1 class" if len(self.class_names) == 1 else f"{len(self.class_names)} classes"
-        left_out = [f"{len(rows)} {what}" for what, rows in (("skipped", self.skipped), ("ignored", self.ignored)) if rows]
-        yield f"{self.path}: {', '.join((images, classes if self.labelled else 'no labels', *left_out))}"
+        left_out = [
+            f"{len(rows)} {what}"
+            for what, rows in (("skipped", self.skipped), ("ignored", self.ignored))
+            if rows
+        ]
+        yield (
+            f"{self.path}: "
+            f"{', '.join((images, classes if self.labelled else 'no labels', *left_out))}"
+        )
 
     def ignored_by_kind(self) -> dict[str, list[str]]:
         """Return the ignored names by kind, the commonest kind first."""
@@ -85,7 +92,9 @@ class _Items:
         at = int(self.chosen[index])
         image = rgb.resized(self.source.image(at), self.resize, self.size)
         if max(image.shape) > MAX_SIDE:
-            raise beton_write.UnreadableItemError(f"{image.shape[1]} x {image.shape[0]} pixels, a side may have {MAX_SIDE}")
+            raise beton_write.UnreadableItemError(
+                f"{image.shape[1]} x {image.shape[0]} pixels, a side may have {MAX_SIDE}"
+            )
         return (image,) if self.source.labels is None else (image, int(self.source.labels[at]))
 
     def name(self, index: int) -> str:
@@ -127,7 +136,9 @@ def convert(
     path = beton_write.followed(Path(out))
     beton_write.check_output(path, overwrite=overwrite)
     made = kind == "textures" or (kind is None and source == "textures")
-    opened = sources.open_source(source, kind=kind, split=split, fold=fold, count=count, size=size, seed=seed, strict=strict)
+    opened = sources.open_source(
+        source, kind=kind, split=split, fold=fold, count=count, size=size, seed=seed, strict=strict
+    )
     resize = _checked_resize(resize, size, made=made)
     _refuse_idle(count, seed, quality, mode, made=made)
     items = _Items(opened, np.arange(len(opened)), resize, None if made else size)
@@ -145,7 +156,13 @@ def convert(
             overwrite=overwrite,
             page_bytes=_page_bytes(path, items, mode),
             stop_at_unreadable=strict,
-            note=_note(source, opened, size=size, fold=fold, **({"count": count, "seed": seed} if made else {})),
+            note=_note(
+                source,
+                opened,
+                size=size,
+                fold=fold,
+                **({"count": count, "seed": seed} if made else {}),
+            ),
         )
 
     try:
@@ -154,7 +171,9 @@ def convert(
         damaged = [(items.name(index), reason) for index, reason in error.items]
         if strict:
             name, reason = damaged[0]
-            raise UsageError(f"{source}: {name}: {reason}; correct or remove it, or leave out --strict") from None
+            raise UsageError(
+                f"{source}: {name}: {reason}; correct or remove it, or leave out --strict"
+            ) from None
         skipped += damaged
         info = write(_without(source, items, error.items))
     return Report(
@@ -177,14 +196,25 @@ def _note(source: str, opened: Source, **options: int | None) -> dict[str, objec
     # Class names may come from folders. They are compared with other files', so they are UTF-8
     # whatever the system's encoding.
     names = [os.fsencode(name).decode("utf-8", "surrogateescape") for name in opened.class_names]
-    note = {"source": source, "kind": opened.kind, "split": opened.split, "class_names": names, **options}
+    note = {
+        "source": source,
+        "kind": opened.kind,
+        "split": opened.split,
+        "class_names": names,
+        **options,
+    }
     return {key: value for key, value in note.items() if value is not None}
 
 
 def _refuse_idle(count: int, seed: int, quality: int, mode: Mode, *, made: bool) -> None:
     """Raise UsageError for an option that would change nothing."""
-    idle = [("count", count != COUNT and not made, "textures"), ("seed", seed != 0 and not made, "textures")]
-    idle.append(("quality", quality != QUALITY and 1 <= quality <= 100 and mode == "raw", "--mode jpg"))
+    idle = [
+        ("count", count != COUNT and not made, "textures"),
+        ("seed", seed != 0 and not made, "textures"),
+    ]
+    idle.append(
+        ("quality", quality != QUALITY and 1 <= quality <= 100 and mode == "raw", "--mode jpg")
+    )
     for name, is_idle, of in idle:
         if is_idle:
             raise UsageError(f"{name}: is of {of} and changes nothing here; leave it out")
@@ -200,7 +230,10 @@ def _checked_resize(resize: Resize | None, size: int | None, *, made: bool) -> R
     if size is None and resize in ("resize", "centre"):
         raise UsageError(f"resize {resize!r}: needs a size; pass --size")
     if size is not None and resize == "none":
-        raise UsageError(f"resize 'none': leaves the images as they are, but size {size} was given; drop one of the two")
+        raise UsageError(
+            f"resize 'none': leaves the images as they are, but size {size} was given; drop one "
+            "of the two"
+        )
     if size is not None and not 1 <= size <= MAX_SIDE:
         raise UsageError(f"size {size}: must be 1 to {MAX_SIDE} pixels")
     return resize or ("none" if size is None else "centre")
@@ -210,7 +243,10 @@ def _without(source: str, items: _Items, damaged: tuple[tuple[int, str], ...]) -
     """Return the items without those that cannot be read."""
     chosen = np.delete(items.chosen, [index for index, _ in damaged])
     if not len(chosen):
-        raise UsageError(f"{source}: none of {len(items)} images can be read, the first: {damaged[0][1]}; look at the files")
+        raise UsageError(
+            f"{source}: none of {len(items)} images can be read, the first: {damaged[0][1]}; look "
+            "at the files"
+        )
     return replace(items, chosen=chosen)
 
 
@@ -220,11 +256,16 @@ def _page_bytes(path: Path, items: _Items, mode: Mode) -> int:
     largest, total = int(sizes.max()), int(sizes.sum())
     free = shutil.disk_usage(path.parent).free
     if mode == "raw" and total > free:
-        raise FastbyolError(f"{path}: needs {size_text(total)} and its disk has {size_text(free)}; make room or use --mode jpg")
+        raise FastbyolError(
+            f"{path}: needs {size_text(total)} and its disk has {size_text(free)}; make room or "
+            "use --mode jpg"
+        )
     # JPEG of noise at quality 100 can exceed the raw pixels.
     page = MIN_PAGE_BYTES if total < SMALL_SET_BYTES else beton_write.PAGE_BYTES
     while page < largest * (1 if mode == "raw" else 2):
         page *= 2
     if page > MAX_PAGE_BYTES:
-        raise UsageError(f"{items.name(int(sizes.argmax()))}: too large for a beton file; pass --size")
+        raise UsageError(
+            f"{items.name(int(sizes.argmax()))}: too large for a beton file; pass --size"
+        )
     return page

@@ -48,7 +48,9 @@ def import_ffcv() -> Any:
         what = f"FFCV cannot be used ({one_line(error, None)})"
         raise UsageError(f"{what}; `fastbyol doctor` says what to install, {other}") from error
     if numba.config.DISABLE_JIT:
-        raise UsageError(f"NUMBA_DISABLE_JIT is set, and FFCV decodes by compiled code; unset it, {other}")
+        raise UsageError(
+            f"NUMBA_DISABLE_JIT is set, and FFCV decodes by compiled code; unset it, {other}"
+        )
     return numba
 
 
@@ -77,12 +79,21 @@ def _loop(crop: bool, imdecode: Any, memcpy: Any, resize_crop: Any) -> Any:
             source, height, width = data[region.start : region.end], region.height, region.width
             if not region.raw:
                 room = np.empty(height * width * 3, np.uint8) if crop else images[row].reshape(-1)
-                status[row] = imdecode(source, room, height, width, height, width, 0, 0, 1, 1, False, False)
+                status[row] = imdecode(
+                    source, room, height, width, height, width, 0, 0, 1, 1, False, False
+                )
                 source = room
             if crop:
                 side = min(height, width)
                 top, left = (height - side) // 2, (width - side) // 2
-                resize_crop(source.reshape(height, width, 3), top, top + side, left, left + side, images[row])
+                resize_crop(
+                    source.reshape(height, width, 3),
+                    top,
+                    top + side,
+                    left,
+                    left + side,
+                    images[row],
+                )
             elif region.raw:
                 memcpy(source, images[row])
 

@@ -31,7 +31,9 @@ def loop(crop: bool, has_jpeg: bool) -> Any:
     if has_jpeg:
         _decode_jpeg()  # fail now where it is missing, not in a batch
 
-    def decode(images: Image, status: NDArray[np.int32], data: Image, regions: NDArray[Any]) -> None:
+    def decode(
+        images: Image, status: NDArray[np.int32], data: Image, regions: NDArray[Any]
+    ) -> None:
         rows = images.reshape(len(images), -1)  # copying flat rows takes two thirds of the time
         for row, (start, end, height, width, raw) in enumerate(regions.tolist()):
             stored = data[start:end]
@@ -105,9 +107,15 @@ def _needed(name: str) -> Iterator[None]:
     try:
         with left_as_found():
             yield
-    except (ImportError, OSError, RuntimeError, AttributeError) as error:  # or made for another torch
+    except (
+        ImportError,
+        OSError,
+        RuntimeError,
+        AttributeError,
+    ) as error:  # or made for another torch
         raise UsageError(
-            f"{name} cannot be used ({one_line(error)}), and images are decoded with it; `fastbyol doctor` says what to install"
+            f"{name} cannot be used ({one_line(error)}), and images are decoded with it; "
+            "`fastbyol doctor` says what to install"
         ) from error
 
 

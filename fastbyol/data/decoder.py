@@ -23,7 +23,9 @@ from fastbyol.data.jpeg_tables import brings_its_tables
 from fastbyol.errors import FastbyolError, UsageError, check_choice
 
 # An image's data in the file, bytes [start, end), and its size in pixels.
-REGION = np.dtype([("start", "<i8"), ("end", "<i8"), ("height", "<i8"), ("width", "<i8"), ("raw", "<i8")])
+REGION = np.dtype(
+    [("start", "<i8"), ("end", "<i8"), ("height", "<i8"), ("width", "<i8"), ("raw", "<i8")]
+)
 # Fills images (n, H, W, 3), and status (n,) with 0 unless a JPEG is damaged, from data and regions
 # (n,).
 Loop = Callable[[NDArray[np.uint8], NDArray[np.int32], NDArray[np.uint8], NDArray[Any]], None]
@@ -66,7 +68,9 @@ class Decoder:
     ``decoder`` is a name for ``choose``.
     """
 
-    def __init__(self, info: BetonInfo, *, size: int, workers: int, in_memory: bool, decoder: str = "auto") -> None:
+    def __init__(
+        self, info: BetonInfo, *, size: int, workers: int, in_memory: bool, decoder: str = "auto"
+    ) -> None:
         self.info = info
         self.name = choose(decoder)
         crop = info.uniform_size is None
@@ -74,7 +78,9 @@ class Decoder:
         cores = len(os.sched_getaffinity(0))
         self.num_threads = min(workers or cores, cores)
         self._loop: Loop = (
-            decode_ffcv.loop(crop) if self.name == "ffcv" else decode_torchvision.loop(crop, has_jpeg=not info.raw.all())
+            decode_ffcv.loop(crop)
+            if self.name == "ffcv"
+            else decode_torchvision.loop(crop, has_jpeg=not info.raw.all())
         )
         self._regions = _regions(info)
         self._unproved = np.full(info.num_samples, True) if info.manifest is not None else ~info.raw
@@ -98,9 +104,13 @@ class Decoder:
         arguments.
         """
         if images.shape != (len(ids), *self.shape) or not images.flags.c_contiguous:
-            raise ValueError(f"{len(ids)} images of {self.shape} need one array of them, got {images.shape}")
+            raise ValueError(
+                f"{len(ids)} images of {self.shape} need one array of them, got {images.shape}"
+            )
         if len(ids) and (ids.min() < 0 or ids.max() >= self.info.num_samples):
-            raise IndexError(f"{self.info.path}: sample ids must lie in [0, {self.info.num_samples})")
+            raise IndexError(
+                f"{self.info.path}: sample ids must lie in [0, {self.info.num_samples})"
+            )
         regions = self._regions[ids]
         data = self._bytes if self._bytes is not None else self._gather(regions)
         self._prove(ids, data, regions)
@@ -110,12 +120,18 @@ class Decoder:
             raise self._refused(ids[np.flatnonzero(status)[0]], "are damaged")
 
     def _run(
-        self, images: NDArray[np.uint8], status: NDArray[np.int32], data: NDArray[np.uint8], regions: NDArray[Any]
+        self,
+        images: NDArray[np.uint8],
+        status: NDArray[np.int32],
+        data: NDArray[np.uint8],
+        regions: NDArray[Any],
     ) -> None:
         """Run the native loop over the batch, a part of it in each thread."""
         each = max(1, -(-len(regions) // self.num_threads))
         parts = [slice(at, at + each) for at in range(0, len(regions), each)]
-        for part in [self._threads.submit(self._loop, images[p], status[p], data, regions[p]) for p in parts]:
+        for part in [
+            self._threads.submit(self._loop, images[p], status[p], data, regions[p]) for p in parts
+        ]:
             part.result()
 
     @property
@@ -140,7 +156,9 @@ class Decoder:
         data.flags.writeable = False
         return data
 
-    def _prove(self, ids: NDArray[np.int64], data: NDArray[np.uint8], regions: NDArray[Any]) -> None:
+    def _prove(
+        self, ids: NDArray[np.int64], data: NDArray[np.uint8], regions: NDArray[Any]
+    ) -> None:
         """Raise UsageError if a new sample fails its checksum, or has none and lacks JPEG tables.
 
         Each sample is checked on its first use: nothing is read twice, no wrong pixel is delivered.
@@ -149,14 +167,17 @@ class Decoder:
         if not len(new):
             return
         checksums = None if self.info.manifest is None else self.info.manifest.checksums
-        for row, start, end in zip(new.tolist(), regions["start"][new].tolist(), regions["end"][new].tolist(), strict=True):
+        for row, start, end in zip(
+            new.tolist(), regions["start"][new].tolist(), regions["end"][new].tolist(), strict=True
+        ):
             if checksums is None:
                 if not brings_its_tables(data[start:end].tobytes()):
                     raise self._refused(ids[row], "are damaged, or lack a table that they use")
             elif zlib.crc32(data[start:end].data) != checksums[ids[row]]:
                 at = int(self.info.starts[ids[row]])
                 raise UsageError(
-                    f"{self.info.path}: the data of sample {ids[row]}, bytes {at} to {at + end - start}, is not what was "
+                    f"{self.info.path}: the data of sample {ids[row]}, bytes {at} to "
+                    f"{at + end - start}, is not what was "
                     "written (`fastbyol data verify` lists all such); make the file again"
                 )
         if checksums is None and self.name == "torchvision":
@@ -167,7 +188,9 @@ class Decoder:
         self._unproved[ids[new]] = False
 
     def _refused(self, sample: int, what: str) -> UsageError:
-        return UsageError(f"{self.info.path}: the JPEG data of sample {sample} {what}; make the file again")
+        return UsageError(
+            f"{self.info.path}: the JPEG data of sample {sample} {what}; make the file again"
+        )
 
     def check_unchanged(self) -> None:
         """Raise UsageError if the file was written to since it was verified."""
@@ -212,8 +235,11 @@ def _read(fd: int, target: NDArray[np.uint8], offset: int, info: BetonInfo) -> N
             got = os.preadv(fd, [target[done : done + READ_BYTES].data], offset + done)
         except OSError as error:
             raise FastbyolError(
-                f"{info.path}, byte {offset + done}: cannot be read ({error.strerror}); look at its disk"
+                f"{info.path}, byte {offset + done}: cannot be read ({error.strerror}); look at "
+                "its disk"
             ) from None
         if got == 0:
-            raise UsageError(f"{info.path}: the file was cut while in use; leave it alone and start again")
+            raise UsageError(
+                f"{info.path}: the file was cut while in use; leave it alone and start again"
+            )
         done += got

@@ -39,7 +39,10 @@ def _file(name: str, split: Literal["train", "test"], config: DataConfig) -> Pat
     if name == TEXTURES:
         size = config.textures_size or 32
         is_test = split == "test"
-        count, seed = config.textures_test_count if is_test else config.textures_count, config.textures_seed + is_test
+        count, seed = (
+            config.textures_test_count if is_test else config.textures_count,
+            config.textures_seed + is_test,
+        )
         stem = f"textures-{count}-{size}px-seed{seed}"
         return _made(stem, source=TEXTURES, count=count, size=size, seed=seed)
     return Path(name)
@@ -57,7 +60,8 @@ def _made(stem: str, *, source: str, **options: object) -> Path:
             lock = path.with_name(f".{stem}.lock").open("ab")
         except OSError as error:
             raise UsageError(
-                f"{path.parent}: {error.strerror}: name a folder that can be written with FASTBYOL_CACHE=DIR"
+                f"{path.parent}: {error.strerror}: name a folder that can be written with "
+                "FASTBYOL_CACHE=DIR"
             ) from None
         with _alone(lock):
             if not path.exists():

@@ -21,7 +21,21 @@ from fastbyol.errors import UsageError
 from fastbyol.files import open_regular
 
 # A single folder of one of these names is no class.
-_CONTAINERS = frozenset(("all", "data", "image", "images", "img", "imgs", "jpegimages", "jpegs", "photos", "pictures", "raw"))
+_CONTAINERS = frozenset(
+    (
+        "all",
+        "data",
+        "image",
+        "images",
+        "img",
+        "imgs",
+        "jpegimages",
+        "jpegs",
+        "photos",
+        "pictures",
+        "raw",
+    )
+)
 _ANNOTATIONS = "annotations.txt"
 _MAX_ANNOTATION_BYTES = 1 << 28
 
@@ -78,7 +92,8 @@ def lay_out(path: Path, listing: Listing, *, kind: str | None, split: str | None
     tree = _Tree.of(listing.pictures)
     if not listing.pictures:
         raise UsageError(
-            f"{path}: no pictures in it{_what_lies(listing)}; give a folder of images, of class folders, STL-10's or CIFAR's"
+            f"{path}: no pictures in it{_what_lies(listing)}; give a folder of images, of class "
+            "folders, STL-10's or CIFAR's"
         )
     start = _within(tree, kind)
     parts = _parts(tree.at(start))
@@ -87,18 +102,39 @@ def lay_out(path: Path, listing: Listing, *, kind: str | None, split: str | None
     if chosen or kind is None:
         inside = _join(inside, _within(tree.at(inside), kind, in_split=bool(chosen)))
     here = tree.at(inside)
-    annotated = cache(lambda folder: _annotated(path, folder, tree.at(folder), listing))  # read once
-    names = {name for part in parts for name in _classes(_join(start, part), tree, annotated, None)} if chosen else set()
+    annotated = cache(
+        lambda folder: _annotated(path, folder, tree.at(folder), listing)
+    )  # read once
+    names = (
+        {name for part in parts for name in _classes(_join(start, part), tree, annotated, None)}
+        if chosen
+        else set()
+    )
     names |= _classes(inside, tree, annotated, kind)
     if kind is None and here.direct and here.nested:
         raise UsageError(
-            f"{path / inside}: has pictures beside folders of pictures; say --kind folder (all, no labels) or --kind classes"
+            f"{path / inside}: has pictures beside folders of pictures; say --kind folder (all, "
+            "no labels) or --kind classes"
         )
-    if chosen and kind is None and (within := [name for name in here.nested if splits.canonical(name) not in (None, "train")]):
-        raise UsageError(f"{path / inside}: {listed(within)} look like splits within a split; give the folder of one of them")
+    if (
+        chosen
+        and kind is None
+        and (
+            within := [
+                name for name in here.nested if splits.canonical(name) not in (None, "train")
+            ]
+        )
+    ):
+        raise UsageError(
+            f"{path / inside}: {listed(within)} look like splits within a split; give the folder "
+            "of one of them"
+        )
     untaken = [part for part in parts if chosen and part != chosen.split("/")[0]]
     skipped, ignored = _left_out(listing, tree, [_join(start, part) for part in untaken])
-    file, classes = (annotated(inside) if kind != "folder" and here.is_plain else None) or ("", None)
+    file, classes = (annotated(inside) if kind != "folder" and here.is_plain else None) or (
+        "",
+        None,
+    )
     labelled, unlabelled, beside = _labelled(path, inside, here, classes, kind)
     class_names = tuple(sorted(names)) if any(of for _, of in labelled) else ()
     numbers = {name: number for number, name in enumerate(class_names)}
@@ -129,14 +165,27 @@ def _labelled(
     """Return (picture, class or "") in ``here``, and what is skipped and ignored there."""
     if annotated is not None:
         rows = [(name, annotated.get(Path(name).name)) for name in sorted(here.names())]
-        skipped = [(_join(inside, name), "not named in the annotations") for name, of in rows if of is None]
+        skipped = [
+            (_join(inside, name), "not named in the annotations") for name, of in rows if of is None
+        ]
         return [(name, of) for name, of in rows if of is not None], skipped, []
     if kind == "folder" or (kind is None and here.is_plain):
         return [(name, "") for name in sorted(here.names())], [], []
     if not here.nested:
-        raise UsageError(f"{path / inside}: no class folders with pictures in it; say --kind folder, or give what holds them")
+        raise UsageError(
+            f"{path / inside}: no class folders with pictures in it; say --kind folder, or give "
+            "what holds them"
+        )
     ignored = [(_join(inside, name), "pictures beside the class folders") for name in here.direct]
-    return [(f"{of}/{name}", of) for of in sorted(here.nested) for name in sorted(here.nested[of].names())], [], ignored
+    return (
+        [
+            (f"{of}/{name}", of)
+            for of in sorted(here.nested)
+            for name in sorted(here.nested[of].names())
+        ],
+        [],
+        ignored,
+    )
 
 
 def _within(tree: _Tree, kind: str | None, *, in_split: bool = False) -> str:
@@ -160,12 +209,22 @@ def _within(tree: _Tree, kind: str | None, *, in_split: bool = False) -> str:
 
 def _parts(tree: _Tree) -> dict[str, str]:
     """Map the subfolders that are splits to their names in ``splits.NAMES``, train first."""
-    named = [(splits.NAMES.index(of), name) for name in tree.nested if (of := splits.canonical(name)) is not None]
+    named = [
+        (splits.NAMES.index(of), name)
+        for name in tree.nested
+        if (of := splits.canonical(name)) is not None
+    ]
     return {name: splits.NAMES[rank] for rank, name in sorted(named)}
 
 
 def _chosen(
-    path: Path, start: str, tree: _Tree, parts: dict[str, str], listing: Listing, kind: str | None, split: str | None
+    path: Path,
+    start: str,
+    tree: _Tree,
+    parts: dict[str, str],
+    listing: Listing,
+    kind: str | None,
+    split: str | None,
 ) -> str:
     """Return the split's folder, relative to ``start``; empty where there are no splits."""
     here = tree.at(start)
@@ -175,41 +234,55 @@ def _chosen(
             return split
         named = [name for name, of in parts.items() if of == (splits.canonical(split) or split)]
         if len(named) > 1:
-            raise UsageError(f"{path}: {listed(named)} are all spelled like {split!r}; give one of these names with --split")
+            raise UsageError(
+                f"{path}: {listed(named)} are all spelled like {split!r}; give one of these names "
+                "with --split"
+            )
         if not named:
             subfolders = listed([*parts, *others])
-            raise UsageError(f"{path}: no subfolder {split!r} to take as split; its subfolders are {subfolders}")
+            raise UsageError(
+                f"{path}: no subfolder {split!r} to take as split; its subfolders are {subfolders}"
+            )
         return named[0]
     if parts and not others and not here.direct:
         first, *more = parts
         if more and parts[more[0]] == parts[first]:
             alike = listed(name for name, of in parts.items() if of == parts[first])
-            raise UsageError(f"{path}: {alike} are all the split {parts[first]}; name one with --split")
+            raise UsageError(
+                f"{path}: {alike} are all the split {parts[first]}; name one with --split"
+            )
         return first
     if kind is None:
         _refuse_ambiguous(path, start, here, parts, others)
     return ""
 
 
-def _refuse_ambiguous(path: Path, start: str, here: _Tree, parts: dict[str, str], others: list[str]) -> None:
+def _refuse_ambiguous(
+    path: Path, start: str, here: _Tree, parts: dict[str, str], others: list[str]
+) -> None:
     """Raise UsageError if the subfolders ``parts`` and ``others`` may be more than classes."""
     # A class may be called train, but not val or test, and several splits are no classes.
     if any(of != "train" or here.nested[name].nested for name, of in parts.items()):
         beside = listed(others) if others else "pictures"
         raise UsageError(
-            f"{path}: {listed(parts)} look like splits, beside {beside}: name one with --split {next(iter(parts))}, or take "
+            f"{path}: {listed(parts)} look like splits, beside {beside}: name one with --split "
+            f"{next(iter(parts))}, or take "
             "every folder as a class with --kind classes"
         )
     if hidden := _hidden(here):
         tops = listed(here.nested)
         raise UsageError(
-            f"{path}: {tops} hold no pictures but folders of them ({listed(hidden)}), so labels may be either: give one of "
+            f"{path}: {tops} hold no pictures but folders of them ({listed(hidden)}), so labels "
+            "may be either: give one of "
             f"{tops} (or --split with its name), or take these as the classes with --kind classes"
         )
-    if len(here.nested) > 1 and (vague := [name for name in here.nested if name.lower() in _CONTAINERS]):
+    if len(here.nested) > 1 and (
+        vague := [name for name in here.nested if name.lower() in _CONTAINERS]
+    ):
         beside = listed([name for name in here.nested if name not in vague] or vague[1:])
         raise UsageError(
-            f"{path}: {vague[0]} is no class by its name, beside {beside}: give {path / start / vague[0]}, or take every "
+            f"{path}: {vague[0]} is no class by its name, beside {beside}: give "
+            f"{path / start / vague[0]}, or take every "
             "folder as a class with --kind classes"
         )
 
@@ -222,11 +295,18 @@ def _hidden(tree: _Tree) -> list[str]:
     inner = [one.at(_within(one, None)) for one in tree.nested.values()]
     if tree.direct or len(inner) < 2 or any(one.direct for one in tree.nested.values()):
         return []
-    return sorted({name for one in inner for name in one.nested}) if any(len(one.nested) > 1 for one in inner) else []
+    return (
+        sorted({name for one in inner for name in one.nested})
+        if any(len(one.nested) > 1 for one in inner)
+        else []
+    )
 
 
 def _classes(
-    folder: str, tree: _Tree, annotated: Callable[[str], tuple[str, dict[str, str]] | None], kind: str | None
+    folder: str,
+    tree: _Tree,
+    annotated: Callable[[str], tuple[str, dict[str, str]] | None],
+    kind: str | None,
 ) -> set[str]:
     """Return the names of the classes in ``folder``, relative to the root of ``tree``."""
     folder = _join(folder, _within(tree.at(folder), kind, in_split=True))
@@ -236,9 +316,15 @@ def _classes(
     return set(here.nested) if not here.is_plain or kind == "classes" else set()
 
 
-def _annotated(path: Path, folder: str, tree: _Tree, listing: Listing) -> tuple[str, dict[str, str]] | None:
+def _annotated(
+    path: Path, folder: str, tree: _Tree, listing: Listing
+) -> tuple[str, dict[str, str]] | None:
     """Read the annotations file in ``folder``: its name, and classes by picture, or None."""
-    names = [name for name, kind in listing.ignored if kind != HIDDEN and name.rpartition("/")[0] == folder]
+    names = [
+        name
+        for name, kind in listing.ignored
+        if kind != HIDDEN and name.rpartition("/")[0] == folder
+    ]
     file = next((name for name in names if name.lower().endswith(_ANNOTATIONS)), None)
     if file is None:
         return None
@@ -250,26 +336,48 @@ def _annotated(path: Path, folder: str, tree: _Tree, listing: Listing) -> tuple[
     if len(classes) < len(pairs):
         twice = next(picture for picture, of in pairs if classes[picture] != of)
         raise UsageError(f"{path / file}: gives {twice} several classes; leave one")
-    return (file, classes) if any(Path(picture).name in classes for picture in tree.names()) else None
+    return (
+        (file, classes) if any(Path(picture).name in classes for picture in tree.names()) else None
+    )
 
 
-def _left_out(listing: Listing, tree: _Tree, others: Sequence[str]) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
+def _left_out(
+    listing: Listing, tree: _Tree, others: Sequence[str]
+) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
     """Return what was skipped and ignored outside the splits ``others``."""
     away = tuple(f"{other}/" for other in others)
-    skipped, ignored = ([row for row in rows if not row[0].startswith(away)] for rows in (listing.skipped, listing.ignored))
-    empty = [name for name in listing.folders if not f"{name}/".startswith(away) and tree.at(name) is _EMPTY]
+    skipped, ignored = (
+        [row for row in rows if not row[0].startswith(away)]
+        for rows in (listing.skipped, listing.ignored)
+    )
+    empty = [
+        name
+        for name in listing.folders
+        if not f"{name}/".startswith(away) and tree.at(name) is _EMPTY
+    ]
     return skipped, ignored + [(f"{name}/", "folders without pictures") for name in empty]
 
 
 def _notes(chosen: str, parts: Iterable[str], inside: str) -> tuple[str, ...]:
     others = [part for part in parts if part != chosen]
     split = [f"split {chosen}; there are also {listed(others)}"] if chosen and others else []
-    return (*split, *([f"taken from {inside}/, which holds all the rest"] if inside != chosen and inside else []))
+    return (
+        *split,
+        *(
+            [f"taken from {inside}/, which holds all the rest"]
+            if inside != chosen and inside
+            else []
+        ),
+    )
 
 
 def _what_lies(listing: Listing) -> str:
     kinds = Counter(reason for _, reason in (*listing.ignored, *listing.skipped))
-    return f" but {', '.join(f'{count} {kind}' for kind, count in kinds.most_common(4))}" if kinds else ""
+    return (
+        f" but {', '.join(f'{count} {kind}' for kind, count in kinds.most_common(4))}"
+        if kinds
+        else ""
+    )
 
 
 def _join(*parts: str) -> str:

@@ -13,7 +13,15 @@ from fastbyol.files import refuse_special
 _TABLES = (".csv", ".jsonl", ".parquet", ".tsv", ".xlsx")
 HIDDEN = "hidden files and folders"
 # Archive programs and systems leave these beside pictures.
-_LITTER = ("#recycle", "$RECYCLE.BIN", "@eaDir", "System Volume Information", "__MACOSX", "__pycache__", "lost+found")
+_LITTER = (
+    "#recycle",
+    "$RECYCLE.BIN",
+    "@eaDir",
+    "System Volume Information",
+    "__MACOSX",
+    "__pycache__",
+    "lost+found",
+)
 
 
 @dataclass
@@ -49,7 +57,9 @@ def walk(root: Path) -> Listing:
         while pending:
             name = pending.pop()
             if _identity(root / name) in on_the_way:
-                listing.ignored.append((name, "links to folders that are read anyway or lie around"))
+                listing.ignored.append(
+                    (name, "links to folders that are read anyway or lie around")
+                )
             else:
                 _read_below(root, name, listing, pending, on_the_way)
     for names in (listing.pictures, listing.skipped, listing.ignored, listing.folders):
@@ -62,7 +72,9 @@ def has_pictures(folder: Path) -> bool:
     return any(is_picture(name) for _, _, names in os.walk(folder) for name in names)
 
 
-def _read_below(root: Path, start: str, listing: Listing, links: list[str], seen: set[tuple[int, int]]) -> None:
+def _read_below(
+    root: Path, start: str, listing: Listing, links: list[str], seen: set[tuple[int, int]]
+) -> None:
     """Read the real folders from ``start`` downwards; collect links to folders in ``links``."""
     pending = [start]
     while pending:
@@ -92,19 +104,23 @@ def _add(entry: os.DirEntry[str], name: str, listing: Listing) -> bool:
         return False
     try:
         # An entry knows that it is a regular file: this saves a stat for each.
-        mode = stat.S_IFREG if entry.is_file(follow_symlinks=False) else os.stat(entry.path).st_mode  # noqa: PTH116
+        mode = stat.S_IFREG if entry.is_file(follow_symlinks=False) else os.stat(entry.path).st_mode
         if stat.S_ISDIR(mode):
             return True
         refuse_special(Path(entry.path), mode)
     except OSError as error:
-        (listing.skipped if picture else listing.ignored).append((name, error.strerror or str(error)))
+        (listing.skipped if picture else listing.ignored).append(
+            (name, error.strerror or str(error))
+        )
         return False
     if picture:
         listing.pictures.append(name)
     else:
         suffix = _suffix(entry.name)
         kind = f"{suffix} files" if suffix else "files without a suffix"
-        listing.ignored.append((name, f"{suffix} tables, whose labels are not read" if suffix in _TABLES else kind))
+        listing.ignored.append(
+            (name, f"{suffix} tables, whose labels are not read" if suffix in _TABLES else kind)
+        )
     return False
 
 
@@ -114,7 +130,7 @@ def is_picture(name: str) -> bool:
 
 
 def _suffix(name: str) -> str:
-    return os.path.splitext(name)[1].lower()  # noqa: PTH122 - called a million times
+    return os.path.splitext(name)[1].lower()
 
 
 def _identity(folder: Path) -> tuple[int, int]:

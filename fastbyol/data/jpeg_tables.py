@@ -46,7 +46,10 @@ def brings_its_tables(stream: bytes) -> bool:
                     return False
             elif marker == _SOS:
                 uses = _uses(body, progressive)
-                if not all(components[name] in tables[_DQT] and huffman <= tables[_DHT] for name, huffman in uses):
+                if not all(
+                    components[name] in tables[_DQT] and huffman <= tables[_DHT]
+                    for name, huffman in uses
+                ):
                     return False
                 if not progressive and body[0] == len(components):
                     break  # the only scan that a decoder needs

@@ -63,7 +63,14 @@ class Loader:
     """
 
     def __init__(
-        self, decoder: Decoder, chosen: Tensor | None, *, batch_size: int, seed: int, device: torch.device, resident: bool
+        self,
+        decoder: Decoder,
+        chosen: Tensor | None,
+        *,
+        batch_size: int,
+        seed: int,
+        device: torch.device,
+        resident: bool,
     ) -> None:
         self.num_samples = decoder.info.num_samples if chosen is None else len(chosen)
         self.steps_per_epoch = self.num_samples // batch_size
@@ -87,8 +94,12 @@ class Loader:
         if not 0 <= start_step <= self.steps_per_epoch:
             raise ValueError(f"start_step {start_step} is not in [0, {self.steps_per_epoch}]")
         order = permutation(self.num_samples, seed=self._seed, epoch=epoch)
-        steps = order[: self.steps_per_epoch * self._batch_size].view(self.steps_per_epoch, self._batch_size)[start_step:]
-        batches = self._streamed(steps) if self._images is None else self._gathered(steps, self._images)
+        steps = order[: self.steps_per_epoch * self._batch_size].view(
+            self.steps_per_epoch, self._batch_size
+        )[start_step:]
+        batches = (
+            self._streamed(steps) if self._images is None else self._gathered(steps, self._images)
+        )
         self._running.add(batches)
         return batches
 
@@ -96,7 +107,9 @@ class Loader:
         """Yield batches of the rows of ``steps``, int64 (steps, B) on the cpu."""
         ids = None if self._chosen is None else _to_device(self._chosen, self._device)
         for rows in _to_device(steps, self._device):
-            yield Batch(images.index_select(0, rows), rows if ids is None else ids.index_select(0, rows))
+            yield Batch(
+                images.index_select(0, rows), rows if ids is None else ids.index_select(0, rows)
+            )
 
     def _streamed(self, steps: Tensor) -> Generator[Batch]:
         """Yield the same batches as ``_gathered``, each in memory of its own."""
@@ -158,7 +171,8 @@ def open_loader(
     if count < batch_size:
         of_limit = "" if chosen is None else f" (data.limit, of {info.num_samples})"
         raise UsageError(
-            f"{info.path}: {count} images{of_limit} are less than one batch of train.batch_size = {batch_size}; "
+            f"{info.path}: {count} images{of_limit} are less than one batch of train.batch_size = "
+            f"{batch_size}; "
             f"take --batch-size {count} or less, or more images"
         )
     need = _decoded_bytes(info, size, count)
@@ -201,18 +215,25 @@ def read_all(
 
 
 def _inspected(
-    file: str | Path | BetonInfo, image_field: str | None, label_field: str | None, *, may_lack_labels: bool
+    file: str | Path | BetonInfo,
+    image_field: str | None,
+    label_field: str | None,
+    *,
+    may_lack_labels: bool,
 ) -> BetonInfo:
     if isinstance(file, BetonInfo):
         return file
-    return beton.inspect(file, image_field=image_field, label_field=label_field, may_lack_labels=may_lack_labels)
+    return beton.inspect(
+        file, image_field=image_field, label_field=label_field, may_lack_labels=may_lack_labels
+    )
 
 
 def _is_resident(info: BetonInfo, need: int, device: torch.device, cache: Cache) -> bool:
     free = available_bytes(device)
     if cache == "device" and need > DEVICE_SHARE * free:
         raise UsageError(
-            f"{info.path}: the decoded images take {size_text(need)} of the {size_text(free)} that {device} has free; "
+            f"{info.path}: the decoded images take {size_text(need)} of the {size_text(free)} "
+            f"that {device} has free; "
             "take data.cache = 'none', a smaller size or fewer images"
         )
     return cache == "device" or (cache == "auto" and need <= AUTO_SHARE * free)

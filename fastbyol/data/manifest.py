@@ -59,7 +59,11 @@ class Manifest:
         note = json.dumps(dict(self.note)).encode()
         tail = np.zeros(1, TAIL)
         tail["magic"], tail["version"], tail["note_bytes"] = MAGIC, VERSION, len(note)
-        tail["num_bytes"], tail["samples"], tail["structure"] = self.num_bytes, len(self.checksums), self.structure
+        tail["num_bytes"], tail["samples"], tail["structure"] = (
+            self.num_bytes,
+            len(self.checksums),
+            self.structure,
+        )
         body = self.checksums.astype("<u4").tobytes() + note
         body += bytes(num_bytes(len(self.checksums), len(note), page) - len(body) - TAIL.itemsize)
         pages = body + tail.tobytes()[:-DIGEST_BYTES]
@@ -74,7 +78,11 @@ def num_bytes(samples: int, note: int, page: int) -> int:
 def length(tail: bytes, page: int) -> int | None:
     """Return the bytes of the manifest that ends with ``tail`` (64 bytes), or None without one."""
     read = np.frombuffer(tail, TAIL, 1)[0]
-    return num_bytes(int(read["samples"]), int(read["note_bytes"]), page) if read["magic"] == MAGIC else None
+    return (
+        num_bytes(int(read["samples"]), int(read["note_bytes"]), page)
+        if read["magic"] == MAGIC
+        else None
+    )
 
 
 def parse(pages: bytes) -> Manifest:
@@ -83,10 +91,14 @@ def parse(pages: bytes) -> Manifest:
     if tail["magic"] != MAGIC or pages[-DIGEST_BYTES:] != _digest(pages[:-DIGEST_BYTES]):
         raise DamagedError("its manifest is damaged")
     if tail["version"] != VERSION:
-        raise DamagedError(f"its manifest has version {tail['version']}, this fastbyol knows {VERSION}")
+        raise DamagedError(
+            f"its manifest has version {tail['version']}, this fastbyol knows {VERSION}"
+        )
     at = 4 * int(tail["samples"])
     note = json.loads(pages[at : at + int(tail["note_bytes"])])
-    return Manifest(int(tail["num_bytes"]), int(tail["structure"]), np.frombuffer(pages, "<u4", at // 4), note)
+    return Manifest(
+        int(tail["num_bytes"]), int(tail["structure"]), np.frombuffer(pages, "<u4", at // 4), note
+    )
 
 
 def structure_checksum(fd: int, rows_end: int, table_start: int, file_bytes: int) -> int:
@@ -98,10 +110,14 @@ def structure_checksum(fd: int, rows_end: int, table_start: int, file_bytes: int
     return value
 
 
-def region_checksums(fd: int, starts: NDArray[np.int64], sizes: NDArray[np.int64]) -> NDArray[np.uint32]:
+def region_checksums(
+    fd: int, starts: NDArray[np.int64], sizes: NDArray[np.int64]
+) -> NDArray[np.uint32]:
     """Return the CRC-32 (n,) of the file's bytes [start, start + size)."""
     pairs = zip(starts.tolist(), sizes.tolist(), strict=True)
-    return np.fromiter((zlib.crc32(os.pread(fd, size, start)) for start, size in pairs), np.uint32, len(starts))
+    return np.fromiter(
+        (zlib.crc32(os.pread(fd, size, start)) for start, size in pairs), np.uint32, len(starts)
+    )
 
 
 def _digest(pages: bytes) -> bytes:

@@ -26,7 +26,18 @@ MOST_HEAD_BYTES = 1 << 12
 # Cell arrays hold class names or image indices.
 MOST_CELL_BYTES = 1 << 24
 MATRIX, COMPRESSED = 14, 15
-_TYPES = {1: "i1", 2: "u1", 3: "i2", 4: "u2", 5: "i4", 6: "u4", 7: "f4", 9: "f8", 12: "i8", 13: "u8"}
+_TYPES = {
+    1: "i1",
+    2: "u1",
+    3: "i2",
+    4: "u2",
+    5: "i4",
+    6: "u4",
+    7: "f4",
+    9: "f8",
+    12: "i8",
+    13: "u8",
+}
 _TEXTS = {1: "latin1", 2: "latin1", 16: "utf-8", 4: "utf-16-{}", 17: "utf-16-{}", 18: "utf-32-{}"}
 _COMPLEX = 0x0800
 # Classes 6 to 15 are double, single and integers of 8 to 64 bits.
@@ -112,7 +123,9 @@ def read(file: BinaryIO, variable: Variable, where: str) -> NDArray[np.generic]:
     if stream.readinto(values.data[len(in_tag) :]) < size - len(in_tag):
         raise DamagedError("ends within an array")
     if compressed and (len(stream.read(PIECE_BYTES)) >= PIECE_BYTES or not stream.raw.unpack.eof):
-        raise DamagedError("unpacks to more than it says")  # zlib verifies its checksum at the end only
+        raise DamagedError(
+            "unpacks to more than it says"
+        )  # zlib verifies its checksum at the end only
     return values.view(np.dtype(variable.order + _TYPES[kind])).reshape(variable.shape, order="F")
 
 
@@ -139,7 +152,9 @@ def _beginning(file: BinaryIO, element: tuple[int, int, bool], most: int) -> tup
     file.seek(start)
     if not compressed:
         return file.read(min(most, size)), file
-    stream = io.BufferedReader(_Unpacked(file, size), MOST_HEAD_BYTES)  # reads no more than a head ahead
+    stream = io.BufferedReader(
+        _Unpacked(file, size), MOST_HEAD_BYTES
+    )  # reads no more than a head ahead
     stream.read(8)  # the tag of what is compressed
     return stream.read(most), stream
 

@@ -40,7 +40,9 @@ def _cgroup_bytes() -> list[int]:
     for line in own:
         if line.startswith("0::"):
             folder = CGROUPS / line[3:].lstrip("/")
-            left += [_left(group) for group in (folder, *folder.parents) if group.is_relative_to(CGROUPS)]
+            left += [
+                _left(group) for group in (folder, *folder.parents) if group.is_relative_to(CGROUPS)
+            ]
     return left
 
 

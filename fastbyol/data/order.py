@@ -20,8 +20,13 @@ def permutation(num_samples: int, *, seed: int, epoch: int) -> Tensor:
     """
     if num_samples < 1 or epoch < 0:
         raise ValueError(f"no permutation of {num_samples} samples in epoch {epoch}")
-    chunks = [torch.arange(first, min(first + CHUNK, num_samples)) for first in range(0, num_samples, CHUNK)]
-    return torch.argsort(torch.cat([sort_keys(ids, seed=seed, epoch=epoch) for ids in chunks]), stable=True)
+    chunks = [
+        torch.arange(first, min(first + CHUNK, num_samples))
+        for first in range(0, num_samples, CHUNK)
+    ]
+    return torch.argsort(
+        torch.cat([sort_keys(ids, seed=seed, epoch=epoch) for ids in chunks]), stable=True
+    )
 
 
 def subset(num_samples: int, limit: int) -> Tensor | None:

@@ -65,7 +65,9 @@ def _png(data: bytes) -> bytes:
         (size,), kind = struct.unpack_from(">I", data, at), data[at + 4 : at + 8]
         end = at + 12 + size
         checksum = data[end - 4 : end]
-        is_whole = len(checksum) == 4 and zlib.crc32(data[at + 4 : end - 4]) == int.from_bytes(checksum, "big")
+        is_whole = len(checksum) == 4 and zlib.crc32(data[at + 4 : end - 4]) == int.from_bytes(
+            checksum, "big"
+        )
         if kind in _PNG_PIXELS or (kind == b"eXIf" and is_whole):
             kept.append(data[at:end])
         at = end
@@ -78,7 +80,9 @@ def _webp(data: bytes) -> bytes:
         kind, (size,) = data[at : at + 4], struct.unpack_from("<I", data, at + 4)
         end = at + 8 + size + size % 2
         if kind == b"VP8X":
-            kept.append(data[at : at + 8] + bytes((data[at + 8] & _WEBP_FLAGS,)) + data[at + 9 : end])
+            kept.append(
+                data[at : at + 8] + bytes((data[at + 8] & _WEBP_FLAGS,)) + data[at + 9 : end]
+            )
         elif kind in _WEBP_PIXELS:
             kept.append(data[at:end])
         at = end
@@ -106,7 +110,10 @@ def _is_needed(marker: int, content: bytes) -> bool:
     """Return whether a segment affects colours (JFIF, Adobe), rotation (EXIF) or decoding."""
     if 0xE0 <= marker <= 0xEF:
         heads = ((0xE0, b"JFIF\0", 14), (0xE1, b"Exif\0\0", 14), (0xEE, b"Adobe", 12))
-        return any(marker == m and content.startswith(head) and len(content) >= size for m, head, size in heads)
+        return any(
+            marker == m and content.startswith(head) and len(content) >= size
+            for m, head, size in heads
+        )
     return marker != _JPEG_COMMENT
 
 

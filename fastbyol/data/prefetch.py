@@ -77,7 +77,9 @@ class _Worker(threading.Thread, Generic[T]):
             except Empty:
                 if time.monotonic() > deadline:
                     self._hangs = True
-                    raise FastbyolError(f"{self.name}: nothing for {STALL_S:g} s, its thread hangs; start again") from None
+                    raise FastbyolError(
+                        f"{self.name}: nothing for {STALL_S:g} s, its thread hangs; start again"
+                    ) from None
                 continue
             if box is None and self._failure is not None:
                 failure, self._failure = self._failure, None

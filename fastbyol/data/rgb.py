@@ -25,7 +25,9 @@ Resize = Literal["resize", "centre", "none"]
 # The limit for decompression bombs; a 100 megapixel picture takes 300 MB.
 MAX_PIXELS = 100_000_000
 # Pillow's plugins that call other programs or decode nothing.
-_NOT_OPENED = frozenset(("BUFR", "EPS", "FITS", "GRIB", "HDF5", "IMT", "IPTC", "MCIDAS", "MPEG", "WMF"))
+_NOT_OPENED = frozenset(
+    ("BUFR", "EPS", "FITS", "GRIB", "HDF5", "IMT", "IPTC", "MCIDAS", "MPEG", "WMF")
+)
 _COMMON = ("JPEG", "PNG")
 # Also pictures, even if this Pillow cannot open them.
 _ALSO_PICTURES = frozenset((".avif", ".heic", ".heif", ".hif", ".jp2", ".jxl", ".webp"))
@@ -54,7 +56,9 @@ T = TypeVar("T")
 def suffixes() -> frozenset[str]:
     """Return the suffixes of picture files, in lower case."""
     formats = (*_formats(), "MPO")  # opened as JPEG
-    return _ALSO_PICTURES | {suffix for suffix, name in Image.registered_extensions().items() if name in formats}
+    return _ALSO_PICTURES | {
+        suffix for suffix, name in Image.registered_extensions().items() if name in formats
+    }
 
 
 def probe(path: Path) -> tuple[int, int]:
@@ -82,7 +86,9 @@ def resized(image: NDArray[np.uint8], resize: Resize, size: int | None) -> NDArr
     short = min(height, width)
     new_width, new_height = int(size * width / short), int(size * height / short)
     if new_width * new_height > MAX_PIXELS:
-        raise UnreadableItemError(f"{width} x {height} pixels are too thin for a short side of {size}")
+        raise UnreadableItemError(
+            f"{width} x {height} pixels are too thin for a short side of {size}"
+        )
     whole = Image.fromarray(image).resize((new_width, new_height), Image.Resampling.BILINEAR)
     left, top = round((new_width - size) / 2.0), round((new_height - size) / 2.0)
     return np.asarray(whole.crop((left, top, left + size, top + size)))
@@ -114,7 +120,9 @@ def _read(path: Path, convert: Callable[[ImageFile.ImageFile], T]) -> T:
                 try:
                     with Image.open(attempt, formats=_formats()) as image:
                         if image.width * image.height > MAX_PIXELS:
-                            raise UnreadableItemError(f"{image.width} x {image.height} pixels, more than {MAX_PIXELS:,}")
+                            raise UnreadableItemError(
+                                f"{image.width} x {image.height} pixels, more than {MAX_PIXELS:,}"
+                            )
                         return convert(image)
                 except UnreadableItemError:
                     raise
@@ -147,7 +155,9 @@ def _decoded(image: ImageFile.ImageFile) -> Image.Image:
     if is_deep and image.mode not in _DEEP:
         largest = max(high for _, high in stored.convert("RGB").getextrema())  # type: ignore[misc]
         if largest < _DARK_16 >> 8:  # black, too: the dropped 8 bits may hold a picture
-            raise UnreadableItemError(f"16-bit colours of at most {largest} of 255, nearly black; save them with 8 bits")
+            raise UnreadableItemError(
+                f"16-bit colours of at most {largest} of 255, nearly black; save them with 8 bits"
+            )
     made = _to_rgb(stored)
     if image.format == "GIF" and drawn is not None and drawn != (0, 0, *image.size):
         whole = Image.new("RGB", image.size, "white")  # the first frame does not cover all
@@ -180,7 +190,9 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "F":
         raise UnreadableItemError("floating-point pixels, which have no agreed range")
     if image.mode == "LAB":
-        transform = ImageCms.buildTransform(ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB"), "LAB", "RGB")
+        transform = ImageCms.buildTransform(
+            ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB"), "LAB", "RGB"
+        )
         converted = ImageCms.applyTransform(image, transform)
         assert converted is not None
         return converted
@@ -209,9 +221,13 @@ def _from_deep(image: Image.Image) -> Image.Image:
     if stated is not None and 255 < stated < largest:
         largest = stated
     if values.min() < 0 or values.max() > largest:
-        raise UnreadableItemError(f"grey pixels beyond {largest}, the largest value that the file allows")
+        raise UnreadableItemError(
+            f"grey pixels beyond {largest}, the largest value that the file allows"
+        )
     if largest == 65535 and 0 < values.max() < _DARK_16:
-        raise UnreadableItemError(f"16-bit grey pixels of at most {values.max()}, nearly black; save them with 8 bits")
+        raise UnreadableItemError(
+            f"16-bit grey pixels of at most {values.max()}, nearly black; save them with 8 bits"
+        )
     if _tag(image, TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == 0:
         values = largest - values  # white is zero; Pillow inverts that for up to 8 bits only
     grey = (2 * 255 * values + largest) // (2 * largest)  # rounded to the nearest
@@ -233,9 +249,15 @@ def _reason(error: Exception, file: BinaryIO) -> str:
         file.seek(4)
         box = file.read(8)
         if box[:4] == b"ftyp" and box[4:] in _HEIC_BRANDS:
-            return "a damaged HEIC picture, or one that needs the package pillow-heif (pip install pillow-heif)"
+            return (
+                "a damaged HEIC picture, or one that needs the package pillow-heif (pip "
+                "install pillow-heif)"
+            )
         if box[:4] == b"ftyp" and box[4:] in (b"avif", b"avis"):
-            return "a damaged AVIF picture, or this Pillow was built without AVIF (pip install --upgrade Pillow)"
+            return (
+                "a damaged AVIF picture, or this Pillow was built without AVIF (pip install "
+                "--upgrade Pillow)"
+            )
         return "not a picture that Pillow knows"
     if isinstance(error, MemoryError):
         return "not enough memory to decode it"

@@ -85,7 +85,9 @@ def read_row(path: Path, row_bytes: int, offset: int, index: int) -> NDArray[np.
     return np.frombuffer(data, np.uint8)
 
 
-def image_size(where: str, shape: Sequence[int], dtype: np.dtype[Any], num_labels: int | None) -> tuple[int, int]:
+def image_size(
+    where: str, shape: Sequence[int], dtype: np.dtype[Any], num_labels: int | None
+) -> tuple[int, int]:
     """Return (H, W) of the images in a uint8 array.
 
     The shape is (N, H, W, 3), (N, H, W, 1), (N, 3, H, W), (N, 1, H, W) or grey (N, H, W). Raises
@@ -97,10 +99,15 @@ def image_size(where: str, shape: Sequence[int], dtype: np.dtype[Any], num_label
         if dtype.kind == "f":
             remedy = "(255 * images).round().astype('uint8')"
         elif dtype.hasobject:
-            remedy = "numpy.stack(images), which needs images of one size; others go into a folder of pictures"
+            remedy = (
+                "numpy.stack(images), which needs images of one size; others go into a "
+                "folder of pictures"
+            )
         raise UsageError(f"{where} is {dtype}, not uint8; save {remedy}")
     shape, fault = tuple(shape), None
-    first, last = (shape[1] in CHANNELS, shape[3] in CHANNELS) if len(shape) == 4 else (False, False)
+    first, last = (
+        (shape[1] in CHANNELS, shape[3] in CHANNELS) if len(shape) == 4 else (False, False)
+    )
     if len(shape) == 3 and num_labels != shape[0] and (shape[2] in (1, 3, 4) or shape[0] == 3):
         fault = "it looks like one image: save images[None] for one, images[..., None] for grey"
     elif len(shape) == 2:
@@ -130,12 +137,23 @@ def as_rgb(image: NDArray[np.uint8], planes: bool) -> Images:
     return np.ascontiguousarray(np.broadcast_to(image, (*image.shape[:2], 3)))
 
 
-def demand_one_label_each(where: str, shape: Sequence[int], dtype: np.dtype[Any], num_images: int) -> None:
+def demand_one_label_each(
+    where: str, shape: Sequence[int], dtype: np.dtype[Any], num_images: int
+) -> None:
     """Raise UsageError unless an array has one whole number, boolean or text per image."""
-    shape, what = tuple(shape), f"{where} is {dtype} of shape {tuple(shape)} for {num_images} images"
+    shape, what = (
+        tuple(shape),
+        f"{where} is {dtype} of shape {tuple(shape)} for {num_images} images",
+    )
     if len(shape) == 2 and shape[0] == num_images and shape[1] > 1:
-        raise UsageError(f"{what}; save one label for each image: labels.argmax(1) if they are one-hot")
-    if dtype.kind not in "iubfUS" or dtype.itemsize == 0 or shape not in ((num_images,), (num_images, 1), (1, num_images)):
+        raise UsageError(
+            f"{what}; save one label for each image: labels.argmax(1) if they are one-hot"
+        )
+    if (
+        dtype.kind not in "iubfUS"
+        or dtype.itemsize == 0
+        or shape not in ((num_images,), (num_images, 1), (1, num_images))
+    ):
         raise UsageError(f"{what}; save one integer label for each image")
 
 
@@ -158,16 +176,25 @@ def class_labels(
     texts = distinct.dtype.kind == "U"
     if not texts:
         if distinct.tolist() == [-1, 1]:
-            raise UsageError(f"{where}: labels are -1 and 1, and -1 stands for no label; save (labels > 0).astype(int)")
+            raise UsageError(
+                f"{where}: labels are -1 and 1, and -1 stands for no label; save (labels > "
+                "0).astype(int)"
+            )
         if distinct[0] < -1:
-            raise UsageError(f"{where}: label {distinct[0]} is negative; save numpy.unique(labels, return_inverse=True)[1]")
+            raise UsageError(
+                f"{where}: label {distinct[0]} is negative; save numpy.unique(labels, "
+                "return_inverse=True)[1]"
+            )
         distinct = distinct[distinct >= 0]
         if not distinct.size:
             return None, ()
         if distinct[-1] < MAX_CLASSES:
             return own, tuple(map(str, range(int(distinct[-1]) + 1)))
     if len(distinct) > MAX_CLASSES:
-        raise UsageError(f"{where}: {len(distinct):,} distinct labels are no classes; leave them out, or save fewer")
+        raise UsageError(
+            f"{where}: {len(distinct):,} distinct labels are no classes; leave them out, or save "
+            "fewer"
+        )
     labels = np.searchsorted(distinct, own).astype(np.int64)
     return labels if texts else np.where(own < 0, -1, labels), tuple(map(str, distinct))
 
@@ -175,9 +202,16 @@ def class_labels(
 def notes_on(class_names: tuple[str, ...]) -> tuple[str, ...]:
     """Explain the classes to the reader if ``class_labels`` mapped the labels."""
     numbers = [int(name) for name in class_names if name.isdecimal()]
-    if len(numbers) < len(class_names) or numbers == list(range(len(numbers))) or numbers != sorted(numbers):
+    if (
+        len(numbers) < len(class_names)
+        or numbers == list(range(len(numbers)))
+        or numbers != sorted(numbers)
+    ):
         return ()
-    return (f"labels up to {class_names[-1]} became 0 to {len(class_names) - 1}, the classes' names say what they were",)
+    return (
+        f"labels up to {class_names[-1]} became 0 to {len(class_names) - 1}, the classes' names "
+        "say what they were",
+    )
 
 
 def _whole(where: str, values: NDArray[Any]) -> NDArray[Any]:
@@ -191,8 +225,13 @@ def _whole(where: str, values: NDArray[Any]) -> NDArray[Any]:
         if ((codes > 0x10FFFF) | ((codes >= 0xD800) & (codes < 0xE000))).any():
             raise UsageError(f"{where}: holds texts that are no Unicode; save others")
         return values
-    if values.dtype.kind == "f" and not (np.isfinite(values).all() and (values == np.floor(values)).all()):
-        raise UsageError(f"{where}: is {values.dtype} and not all are whole numbers; save one integer label for each image")
+    if values.dtype.kind == "f" and not (
+        np.isfinite(values).all() and (values == np.floor(values)).all()
+    ):
+        raise UsageError(
+            f"{where}: is {values.dtype} and not all are whole numbers; save one integer label "
+            "for each image"
+        )
     if values.dtype.kind in "fu" and values.size and np.abs(values).max() >= 1 << 63:
         raise UsageError(f"{where}: has labels beyond 64 bits with sign; save smaller ones")
     return values.astype(np.int64)
@@ -212,13 +251,18 @@ def untrusted(where: object, what: str, remedy: str) -> Iterator[None]:
 def demand_range(path: Path, labels: Labels, num_classes: int) -> None:
     """Raise UsageError unless all labels are classes."""
     if labels.size and not 0 <= labels.min() <= labels.max() < num_classes:
-        raise UsageError(f"{path}: labels go beyond {num_classes} classes; unpack the archive again")
+        raise UsageError(
+            f"{path}: labels go beyond {num_classes} classes; unpack the archive again"
+        )
 
 
 def demand_memory(where: str, num_bytes: int) -> None:
     """Raise UsageError unless an array of ``num_bytes`` fits into the free memory."""
     if num_bytes >= SMALL_BYTES and num_bytes > (free := cpu_bytes()):
-        raise UsageError(f"{where}: is said to take {size_text(num_bytes)}, memory has {size_text(free)}; save it in parts")
+        raise UsageError(
+            f"{where}: is said to take {size_text(num_bytes)}, memory has {size_text(free)}; save "
+            "it in parts"
+        )
 
 
 def size_of(path: Path) -> int:
@@ -234,7 +278,10 @@ def size_of(path: Path) -> int:
 def count_rows(path: Path, num_bytes: int, row_bytes: int) -> int:
     """Count the rows in a file of ``num_bytes``. Raises UsageError unless they fill it."""
     if num_bytes == 0 or num_bytes % row_bytes:
-        raise UsageError(f"{path}: {num_bytes} bytes is no whole number of {row_bytes}-byte images; unpack the archive again")
+        raise UsageError(
+            f"{path}: {num_bytes} bytes is no whole number of {row_bytes}-byte images; unpack the "
+            "archive again"
+        )
     return num_bytes // row_bytes
 
 
@@ -249,8 +296,14 @@ def read_whole(path: Path) -> bytes:
 def text_lines(path: Path) -> tuple[str, ...]:
     """Return the non-empty lines of a small text file."""
     if size_of(path) > MAX_TEXT_BYTES:
-        raise UsageError(f"{path}: {size_of(path)} bytes are too many for what it is; unpack the archive again")
-    return tuple(line.strip() for line in read_whole(path).decode("utf-8", "replace").splitlines() if line.strip())
+        raise UsageError(
+            f"{path}: {size_of(path)} bytes are too many for what it is; unpack the archive again"
+        )
+    return tuple(
+        line.strip()
+        for line in read_whole(path).decode("utf-8", "replace").splitlines()
+        if line.strip()
+    )
 
 
 def inner(path: Path, *names: str) -> Path:
@@ -261,4 +314,6 @@ def inner(path: Path, *names: str) -> Path:
 def listed(names: Iterable[str]) -> str:
     """Join names for a message, twelve of them at most."""
     names = [" ".join(name.split())[:60] for name in names]
-    return (", ".join(names[:12]) + (f" and {len(names) - 12} more" if len(names) > 12 else "")) or "none"
+    return (
+        ", ".join(names[:12]) + (f" and {len(names) - 12} more" if len(names) > 12 else "")
+    ) or "none"

@@ -57,7 +57,11 @@ def has_cifar(path: Path, kind: str) -> bool:
     folder = inner(path, *SETS[kind].folders)
     endings = _endings(folder, kind)
     # CIFAR-100's file names are common, so its class names have to be there, too.
-    return bool(endings) if kind == "cifar10" else any(_lies(folder / SETS[kind].names[end]) for end in endings)
+    return (
+        bool(endings)
+        if kind == "cifar10"
+        else any(_lies(folder / SETS[kind].names[end]) for end in endings)
+    )
 
 
 def open_cifar(path: Path, *, kind: str, split: str | None, **others: object) -> Source:
@@ -72,11 +76,15 @@ def open_cifar(path: Path, *, kind: str, split: str | None, **others: object) ->
     source_mat.forget()
     names = _class_names(folder / of.names[end], end, of)
     labels = np.concatenate([_read(file, end, of)[1] for file in files])
-    return Source(kind, split, names, labels, len(labels), IMAGE_BYTES, partial(_image, kind, files, end))
+    return Source(
+        kind, split, names, labels, len(labels), IMAGE_BYTES, partial(_image, kind, files, end)
+    )
 
 
 def _image(kind: str, files: tuple[Path, ...], end: str, index: int) -> Images:
-    return np.ascontiguousarray(_kept(kind, files, end)[index].reshape(3, 32, 32).transpose(1, 2, 0))
+    return np.ascontiguousarray(
+        _kept(kind, files, end)[index].reshape(3, 32, 32).transpose(1, 2, 0)
+    )
 
 
 @lru_cache(maxsize=1)
@@ -87,7 +95,9 @@ def _kept(kind: str, files: tuple[Path, ...], end: str) -> Images:
 def _endings(folder: Path, kind: str) -> list[str]:
     """Return the endings of the versions that have a file there."""
     names = [name for files in SETS[kind].files.values() for name in files]
-    return [end for end in SETS[kind].names if any(_lies(folder / f"{name}{end}") for name in names)]
+    return [
+        end for end in SETS[kind].names if any(_lies(folder / f"{name}{end}") for name in names)
+    ]
 
 
 def _lies(path: Path) -> bool:
@@ -99,10 +109,18 @@ def _class_names(path: Path, end: str, of: _Set) -> tuple[str, ...]:
     if end == ".bin":
         names: object = list(source_arrays.text_lines(path))
     else:
-        names = source_mat.cells(path, of.label_names) if end else _unpickled(path).get(of.label_names)
+        names = (
+            source_mat.cells(path, of.label_names) if end else _unpickled(path).get(of.label_names)
+        )
     wanted = of.num_classes
-    if not isinstance(names, list) or len(names) != wanted or not all(isinstance(name, str | bytes) for name in names):
-        raise UsageError(f"{path}: {of.label_names!r} is not a list of {wanted} names; unpack the archive again")
+    if (
+        not isinstance(names, list)
+        or len(names) != wanted
+        or not all(isinstance(name, str | bytes) for name in names)
+    ):
+        raise UsageError(
+            f"{path}: {of.label_names!r} is not a list of {wanted} names; unpack the archive again"
+        )
     return tuple(_text(name) for name in names)
 
 
@@ -112,18 +130,34 @@ def _read(path: Path, end: str, of: _Set) -> tuple[Images, Labels]:
         rows: Any = source_mat.pixels(path, "data", None, IMAGE_BYTES)
         labels = source_mat.labels(path, of.labels, len(rows))
     elif end == ".bin":
-        data, before = np.frombuffer(source_arrays.read_whole(path), np.uint8), 1 if of.num_classes == 10 else 2
+        data, before = (
+            np.frombuffer(source_arrays.read_whole(path), np.uint8),
+            1 if of.num_classes == 10 else 2,
+        )
         data = data.reshape(source_arrays.count_rows(path, data.size, before + IMAGE_BYTES), -1)
         rows, labels = data[:, before:], data[:, before - 1].astype(np.int64)
     else:
         batch = _unpickled(path)
         rows, values = batch.get("data"), batch.get(of.labels)
-        if not isinstance(rows, np.ndarray) or rows.ndim != 2 or rows.shape[1] != IMAGE_BYTES or not len(rows):
-            raise UsageError(f"{path}: 'data' is not uint8 of shape (N, {IMAGE_BYTES}); unpack the archive again")
-        if not isinstance(values, list) or not all(type(value) is int and value.bit_length() < 64 for value in values):
-            raise UsageError(f"{path}: {of.labels!r} is not a list of integers; unpack the archive again")
+        if (
+            not isinstance(rows, np.ndarray)
+            or rows.ndim != 2
+            or rows.shape[1] != IMAGE_BYTES
+            or not len(rows)
+        ):
+            raise UsageError(
+                f"{path}: 'data' is not uint8 of shape (N, {IMAGE_BYTES}); unpack the archive again"
+            )
+        if not isinstance(values, list) or not all(
+            type(value) is int and value.bit_length() < 64 for value in values
+        ):
+            raise UsageError(
+                f"{path}: {of.labels!r} is not a list of integers; unpack the archive again"
+            )
         if len(values) != len(rows):
-            raise UsageError(f"{path}: {len(values)} labels for {len(rows)} images; unpack the archive again")
+            raise UsageError(
+                f"{path}: {len(values)} labels for {len(rows)} images; unpack the archive again"
+            )
         labels = np.array(values, np.int64)
     source_arrays.demand_range(path, labels, of.num_classes)
     return rows, labels
@@ -138,7 +172,10 @@ def _unpickled(path: Path) -> dict[str, Any]:
     data = source_arrays.read_whole(path)
     with source_arrays.untrusted(path, "not a CIFAR file", "unpack the archive again"):
         value = _ArraysOnly(io.BytesIO(data), encoding="bytes").load()
-        return {_text(key): item.values if isinstance(item, _Array) else item for key, item in value.items()}
+        return {
+            _text(key): item.values if isinstance(item, _Array) else item
+            for key, item in value.items()
+        }
 
 
 class _Type:

@@ -16,7 +16,9 @@ from fastbyol.data.source_arrays import Source
 from fastbyol.errors import UsageError
 
 
-def open_folder(path: Path, *, kind: str | None, split: str | None, strict: bool, **others: object) -> Source:
+def open_folder(
+    path: Path, *, kind: str | None, split: str | None, strict: bool, **others: object
+) -> Source:
     """Open the pictures below ``path`` as ``classes``, ``folder`` (no labels) or None (either).
 
     Reads every file's head, so that what is no picture is left out before decoding. Raises
@@ -32,11 +34,16 @@ def open_folder(path: Path, *, kind: str | None, split: str | None, strict: bool
         except UnreadableItemError as error:
             skipped.append((name, str(error)))
     if strict and skipped:
-        raise UsageError(f"{path / skipped[0][0]}: {skipped[0][1]}; correct or remove it, or leave out --strict")
+        raise UsageError(
+            f"{path / skipped[0][0]}: {skipped[0][1]}; correct or remove it, or leave out --strict"
+        )
     keep = np.flatnonzero(sizes)
     if not len(keep):
         first = f", the first: {skipped[0][0]}: {skipped[0][1]}" if skipped else ""
-        raise UsageError(f"{path}: no readable pictures in it{first}; give a folder of images or of class folders")
+        raise UsageError(
+            f"{path}: no readable pictures in it{first}; give a folder of images or of class "
+            "folders"
+        )
     files = tuple(source.names[k] for k in keep)
     return replace(
         source,

@@ -61,25 +61,49 @@ def open_idx(path: Path, *, kind: str, split: str | None, **others: object) -> S
     images = path if path.exists() and not path.is_dir() else _chosen(path, split or "train")
     named = _IMAGES.fullmatch(images.name.lower())
     if named is None:
-        raise UsageError(f"{images}: not named like idx images; call it train-images-idx3-ubyte, and its labels alike")
+        raise UsageError(
+            f"{images}: not named like idx images; call it train-images-idx3-ubyte, and its "
+            "labels alike"
+        )
     of = SPLITS[named["split"]]
     if split not in (None, of):
-        raise UsageError(f"{images}: is of the split {of} by its name, not {split}; name the other file, or their folder")
+        raise UsageError(
+            f"{images}: is of the split {of} by its name, not {split}; name the other file, or "
+            "their folder"
+        )
     shape, _, dtype = _head(images)
     if len(shape) != 3 or dtype != np.dtype(">u1"):
-        raise UsageError(f"{images}: its head says {len(shape)} dimensions of {dtype}; images are (N, H, W) bytes")
+        raise UsageError(
+            f"{images}: its head says {len(shape)} dimensions of {dtype}; images are (N, H, W) "
+            "bytes"
+        )
     count, height, width = shape
     if not (count >= 1 and 1 <= height <= MAX_SIDE and 1 <= width <= MAX_SIDE):
-        raise UsageError(f"{images}: its head says {count} images of {width} x {height} pixels; fetch the file again")
+        raise UsageError(
+            f"{images}: its head says {count} images of {width} x {height} pixels; fetch the file "
+            "again"
+        )
     labels_file = _labels_file(images)
     labels, names = (None, ()) if labels_file is None else _labels(labels_file, count)
     _kept.cache_clear()
     if kind == "fashion-mnist":
         if labels is not None and labels.max() >= len(FASHION_CLASSES):
-            raise UsageError(f"{labels_file}: label {labels.max()} is none of Fashion-MNIST's ten; take --kind idx")
+            raise UsageError(
+                f"{labels_file}: label {labels.max()} is none of Fashion-MNIST's ten; take --kind "
+                "idx"
+            )
         names = FASHION_CLASSES
     num_bytes = 3 * max(SIDE, height) * max(SIDE, width)
-    return Source(kind, of, names, labels, count, num_bytes, partial(_image, images), notes=source_arrays.notes_on(names))
+    return Source(
+        kind,
+        of,
+        names,
+        labels,
+        count,
+        num_bytes,
+        partial(_image, images),
+        notes=source_arrays.notes_on(names),
+    )
 
 
 def fashion_mnist_folder(cache: Path) -> Path:
@@ -101,8 +125,10 @@ def fashion_mnist_folder(cache: Path) -> Path:
     except (OSError, RuntimeError) as error:  # the network's, and torchvision's own
         why = one_line(error, 120)
         raise UsageError(
-            f"fashion-mnist: not on this machine, and the download failed ({why}): install Debian's package "
-            "dataset-fashion-mnist, convert a folder of its files (`fastbyol convert FOLDER train.beton`), or take textures"
+            f"fashion-mnist: not on this machine, and the download failed ({why}): install "
+            "Debian's package "
+            "dataset-fashion-mnist, convert a folder of its files (`fastbyol convert FOLDER "
+            "train.beton`), or take textures"
         ) from None
     finally:
         socket.setdefaulttimeout(before)
@@ -112,7 +138,10 @@ def fashion_mnist_folder(cache: Path) -> Path:
 def _image(path: Path, index: int) -> Images:
     """Return image ``index``, grey as RGB, padded with black to ``SIDE``."""
     grey = _kept(path)[index]
-    margins = [(missing // 2, missing - missing // 2) for missing in (max(0, SIDE - side) for side in grey.shape)]
+    margins = [
+        (missing // 2, missing - missing // 2)
+        for missing in (max(0, SIDE - side) for side in grey.shape)
+    ]
     return source_arrays.as_rgb(np.pad(grey, margins), planes=False)
 
 
@@ -134,17 +163,23 @@ def _chosen(folder: Path, split: str) -> Path:
     files = _image_files(folder, split)
     if not files:
         word = next(word for word, of in SPLITS.items() if of == split)
-        raise UsageError(f"{folder}: no {word}-images-idx3-ubyte (or .gz) in it; give the folder that holds it")
+        raise UsageError(
+            f"{folder}: no {word}-images-idx3-ubyte (or .gz) in it; give the folder that holds it"
+        )
     if len(files) > 1:
         names = ", ".join(path.name for path in files)
-        raise UsageError(f"{folder}: holds several sets ({names}); name one of these files instead of the folder")
+        raise UsageError(
+            f"{folder}: holds several sets ({names}); name one of these files instead of the folder"
+        )
     return files[0]
 
 
 def _labels(path: Path, count: int) -> tuple[Labels | None, tuple[str, ...]]:
     shape, _, _ = _head(path)
     if len(shape) not in (1, 2) or shape[0] != count or 0 in shape:
-        raise UsageError(f"{path}: its head says shape {shape} for {count} images; fetch both files again")
+        raise UsageError(
+            f"{path}: its head says shape {shape} for {count} images; fetch both files again"
+        )
     values = _values(path)
     return source_arrays.class_labels(str(path), values if values.ndim == 1 else values[:, 0])
 
@@ -165,8 +200,16 @@ def _head(path: Path) -> tuple[tuple[int, ...], int, np.dtype[np.generic]]:
     """Read the shape in a file's head, the offset of the values, and their type."""
     with _opened(path) as file:
         magic = file.read(4)
-        if len(magic) < 4 or magic[:2] != b"\0\0" or magic[2] not in _TYPES or not 1 <= magic[3] <= 4:
-            raise UsageError(f"{path}: not an idx file of whole numbers (it begins {magic.hex() or 'nowhere'}); fetch it again")
+        if (
+            len(magic) < 4
+            or magic[:2] != b"\0\0"
+            or magic[2] not in _TYPES
+            or not 1 <= magic[3] <= 4
+        ):
+            raise UsageError(
+                f"{path}: not an idx file of whole numbers (it begins "
+                f"{magic.hex() or 'nowhere'}); fetch it again"
+            )
         dims = file.read(4 * magic[3])
     if len(dims) < 4 * magic[3]:
         raise UsageError(f"{path}: ends within its head; fetch it again")
@@ -182,12 +225,17 @@ def _values(path: Path) -> NDArray[np.uint8]:
     wanted = math.prod(shape) * dtype.itemsize
     size = source_arrays.size_of(path)
     if wanted > size * (source_arrays.MOST_PER_BYTE if path.suffix.lower() == ".gz" else 1):
-        raise UsageError(f"{path}: {size} bytes cannot hold the {wanted} that its head says; fetch it again")
+        raise UsageError(
+            f"{path}: {size} bytes cannot hold the {wanted} that its head says; fetch it again"
+        )
     source_arrays.demand_memory(str(path), wanted)
     with _opened(path) as file:
         content = file.read(offset + wanted + 1)
     if len(content) != offset + wanted:
-        raise UsageError(f"{path}: {len(content) - offset} bytes of values or more, its head says {wanted}; fetch it again")
+        raise UsageError(
+            f"{path}: {len(content) - offset} bytes of values or more, its head says {wanted}; "
+            "fetch it again"
+        )
     return np.frombuffer(content, dtype, offset=offset).reshape(shape)
 
 

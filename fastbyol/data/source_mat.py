@@ -29,10 +29,14 @@ def shape_of(path: Path, name: str, *wanted: int | None) -> tuple[int, ...]:
     size_of(path)
     shapes = _shapes(path)
     if name not in shapes:
-        raise UsageError(f"{path}: no array {name!r} in it, but {listed(shapes)}; get the file again")
+        raise UsageError(
+            f"{path}: no array {name!r} in it, but {listed(shapes)}; get the file again"
+        )
     shape = shapes[name]
     pairs = zip(shape, wanted, strict=False)
-    fits = len(shape) == len(wanted) and all(size == want or (want is None and size > 0) for size, want in pairs)
+    fits = len(shape) == len(wanted) and all(
+        size == want or (want is None and size > 0) for size, want in pairs
+    )
     if wanted and not fits:
         text = ", ".join("N" if want is None else str(want) for want in wanted)
         raise UsageError(f"{path}: {name!r} has shape {shape}, not ({text}); get the file again")
@@ -43,7 +47,10 @@ def pixels(path: Path, name: str, *wanted: int | None) -> NDArray[np.uint8]:
     """Read a whole uint8 array, of which the last few stay cached. Raises UsageError."""
     shape, values = shape_of(path, name, *wanted), _kept(path, name)
     if values.dtype != np.uint8 or values.shape != shape:
-        raise UsageError(f"{path}: {name!r} is {values.dtype} of shape {values.shape}, not uint8 as said; get the file again")
+        raise UsageError(
+            f"{path}: {name!r} is {values.dtype} of shape {values.shape}, not uint8 as said; get "
+            "the file again"
+        )
     return values
 
 
@@ -51,7 +58,9 @@ def labels(path: Path, name: str, count: int) -> NDArray[np.int64]:
     """Return the whole numbers (count,) of the array ``name``, which is (N, 1) or (1, N)."""
     shape = shape_of(path, name)
     if math.prod(shape) != count:
-        raise UsageError(f"{path}: {name!r} has shape {shape} for {count} images; get the file again")
+        raise UsageError(
+            f"{path}: {name!r} has shape {shape} for {count} images; get the file again"
+        )
     return whole_numbers(path, name, _kept(path, name))
 
 
@@ -91,7 +100,10 @@ def _kept(path: Path, name: str) -> NDArray[Any]:
         if item.dtype.kind not in "iufb":
             raise UsageError(f"{where} is {item.dtype}, no array of numbers; get the file again")
         if item.nbytes > item.id.get_storage_size() * MOST_PER_BYTE:
-            raise UsageError(f"{path}: cannot hold the {item.nbytes} bytes that {name!r} is said to take; get the file again")
+            raise UsageError(
+                f"{path}: cannot hold the {item.nbytes} bytes that {name!r} is said to take; get "
+                "the file again"
+            )
         demand_memory(where, item.nbytes)
         return np.asarray(item[()]).T
 
@@ -101,7 +113,9 @@ def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
     """Return the shapes of all arrays as MATLAB states them; HDF5's are reversed."""
     with _opened(path) as (_, arrays):
         return {
-            name: item.shape if isinstance(item, mat5.Variable) else tuple(map(int, item.shape[::-1]))
+            name: item.shape
+            if isinstance(item, mat5.Variable)
+            else tuple(map(int, item.shape[::-1]))
             for name, item in arrays.items()
         }
 
@@ -115,7 +129,9 @@ def _opened(path: Path) -> Iterator[tuple[BinaryIO, dict[str, Any]]]:
             try:
                 import h5py
             except ImportError:
-                raise UsageError(f"{path}: is of MATLAB's version 7.3, which h5py reads; pip install h5py") from None
+                raise UsageError(
+                    f"{path}: is of MATLAB's version 7.3, which h5py reads; pip install h5py"
+                ) from None
             with h5py.File(file, "r") as opened:
                 yield file, dict(_datasets(opened))
         elif head[:10] == b"MATLAB 5.0" and head[126:] in (b"IM", b"MI"):
@@ -131,5 +147,10 @@ def _datasets(file: Any) -> Iterator[tuple[str, Any]]:
 
     for name in file:
         item = file[name] if isinstance(file.get(name, getlink=True), h5py.HardLink) else None
-        if isinstance(item, h5py.Dataset) and item.shape is not None and not item.external and not item.is_virtual:
+        if (
+            isinstance(item, h5py.Dataset)
+            and item.shape is not None
+            and not item.external
+            and not item.is_virtual
+        ):
             yield name, item

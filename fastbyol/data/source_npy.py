@@ -79,20 +79,29 @@ class NpyFile:
             yield file, os.fstat(file.fileno()).st_size
 
     def head(self) -> Head:
-        """Read the head, at most ``MAX_HEAD`` bytes. Raises UsageError if the file's size differs."""
+        """Read the head, at most ``MAX_HEAD`` bytes.
+
+        Raises UsageError if the file's size differs.
+        """
         with self.open() as (file, num_bytes):
             start = io.BytesIO(file.read(MAX_HEAD))
         with _parsing(self), warnings.catch_warnings(action="ignore"):  # of damaged literals
             version = np.lib.format.read_magic(start)
             if version not in ((1, 0), (2, 0), (3, 0)):
                 raise ValueError(f"of version {version}")
-            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            read = (
+                np.lib.format.read_array_header_1_0
+                if version == (1, 0)
+                else np.lib.format.read_array_header_2_0
+            )
             shape, fortran, dtype = read(start)
         if min(shape, default=0) < 0 or dtype.itemsize == 0:
             raise UsageError(f"{self}: its head says shape {shape} of {dtype}; save it again")
         size, stated = num_bytes - start.tell(), math.prod(shape) * dtype.itemsize
         if size != stated and not dtype.hasobject:  # objects are refused later
-            raise UsageError(f"{self}: holds {size} bytes of values, its head says {stated}; save it again")
+            raise UsageError(
+                f"{self}: holds {size} bytes of values, its head says {stated}; save it again"
+            )
         return Head(tuple(map(int, shape)), fortran, dtype, start.tell())
 
     def values(self) -> NDArray[Any]:
@@ -121,26 +130,38 @@ def open_npy(path: Path, *, split: str | None, **others: object) -> Source:
     ``cats.npy`` in ``cats_labels.npy``.
     """
     if path.is_dir():
-        names = sorted(each.name for each in path.iterdir() if not _is_array(each.name) and each.name[0] != ".")
+        names = sorted(
+            each.name for each in path.iterdir() if not _is_array(each.name) and each.name[0] != "."
+        )
         return open_named("npy", str(path), _arrays_in(path), names, split)
     arrays, role = _arrays_in(path.parent), role_of(path.stem)
     if role is None:
         if split is not None:
-            raise UsageError(f"{path}: its name says no split; call it {split}_images.npy, or leave out the split")
+            raise UsageError(
+                f"{path}: its name says no split; call it {split}_images.npy, or leave out the "
+                "split"
+            )
         beside = [f"{path.stem}{mark}{name}" for mark in ("_", "-", ".") for name in LABEL_NAMES]
         labels = next((arrays[name] for name in beside if name in arrays), None)
         named = {"images": NpyFile(path)} | ({} if labels is None else {"labels": labels})
     elif role.labels:
-        raise UsageError(f"{path}: holds labels by its name; give the file with the images, or the folder of both")
+        raise UsageError(
+            f"{path}: holds labels by its name; give the file with the images, or the folder of "
+            "both"
+        )
     elif split not in (None, role.split):
         raise UsageError(f"{path}: is not of the split {split} by its name")
     else:
-        named = {name: array for name, array in arrays.items() if (of := role_of(name)) and of.labels}
+        named = {
+            name: array for name, array in arrays.items() if (of := role_of(name)) and of.labels
+        }
         named[path.stem] = NpyFile(path)
     return replace(open_named("npy", str(path.parent), named, (), split), ignored=())
 
 
-def open_named(kind: str, where: str, arrays: Mapping[str, NpyFile], others: Iterable[str], split: str | None) -> Source:
+def open_named(
+    kind: str, where: str, arrays: Mapping[str, NpyFile], others: Iterable[str], split: str | None
+) -> Source:
     """Open the images of ``split`` and their labels by the names of the arrays.
 
     Without ``split`` take the images of no split, of train, or of the first split there is.
@@ -153,11 +174,17 @@ def open_named(kind: str, where: str, arrays: Mapping[str, NpyFile], others: Ite
         raise UsageError(f"{where}: {wanted}; its arrays are {listed(arrays)}, save them so")
     taken = splits_here[0] if split is None else split
     if taken not in splits_here:
-        what = f"no split {taken!r}, as {taken}_images would be; its splits are {listed(filter(None, splits_here))}"
+        what = (
+            f"no split {taken!r}, as {taken}_images would be; its splits are "
+            f"{listed(filter(None, splits_here))}"
+        )
         raise UsageError(f"{where}: {what}, its arrays {listed(arrays)}")
     notes: tuple[str, ...] = ()
     if split is None and (untaken := [part for part in splits_here if part not in (taken, None)]):
-        notes = (f"took {f'the split {taken}' if taken else 'the images of no split'}; --split takes {' or '.join(untaken)}",)
+        notes = (
+            f"took {f'the split {taken}' if taken else 'the images of no split'}; --split takes "
+            f"{' or '.join(untaken)}",
+        )
     chosen = names[taken, False], names.get((taken, True))
     ignored = [
         (name, "arrays of no known name" if role is None else "arrays beside those that were taken")
@@ -173,8 +200,14 @@ def open_named(kind: str, where: str, arrays: Mapping[str, NpyFile], others: Ite
     labels: Labels | None = None
     class_names: tuple[str, ...] = ()
     if label is not None:
-        other_labels = [arrays[name] for (_, are_labels), name in names.items() if are_labels and name != chosen[1]]
-        labels, class_names = source_arrays.class_labels(str(label), _labels(label, head.shape[0]), _fit(other_labels))
+        other_labels = [
+            arrays[name]
+            for (_, are_labels), name in names.items()
+            if are_labels and name != chosen[1]
+        ]
+        labels, class_names = source_arrays.class_labels(
+            str(label), _labels(label, head.shape[0]), _fit(other_labels)
+        )
     return Source(
         kind=kind,
         split=taken,
@@ -197,7 +230,9 @@ def _by_role(where: str, names: Iterable[str]) -> dict[tuple[str | None, bool], 
     for rows in ranked.values():
         best = [name for rank, name in rows if rank == min(rows)[0]]
         if len(best) > 1:
-            raise UsageError(f"{where}: {listed(best)} may all be meant; keep one of them under that name")
+            raise UsageError(
+                f"{where}: {listed(best)} may all be meant; keep one of them under that name"
+            )
     return {key: min(rows)[1] for key, rows in ranked.items()}
 
 
@@ -217,7 +252,9 @@ def _labels(array: NpyFile, count: int) -> NDArray[Any]:
 def _image(array: NpyFile, head: Head, index: int) -> Images:
     # Only a C-ordered array in a file of its own can be read row by row.
     if array.alone and not head.fortran:
-        image = source_arrays.read_row(array.path, math.prod(head.shape[1:]), head.offset, index).reshape(head.shape[1:])
+        image = source_arrays.read_row(
+            array.path, math.prod(head.shape[1:]), head.offset, index
+        ).reshape(head.shape[1:])
     else:
         image = _kept(array)[index]
     return source_arrays.as_rgb(image, source_arrays.planes_first(head.shape))
@@ -228,7 +265,9 @@ _kept = lru_cache(maxsize=1)(NpyFile.values)
 
 def _arrays_in(folder: Path) -> dict[str, NpyFile]:
     """Map the npy files of a folder by their names without the ending."""
-    names = sorted(each.name for each in folder.iterdir() if _is_array(each.name) and each.name[0] != ".")
+    names = sorted(
+        each.name for each in folder.iterdir() if _is_array(each.name) and each.name[0] != "."
+    )
     return {name[:-4]: NpyFile(folder / name) for name in names}
 
 

@@ -26,7 +26,9 @@ def open_npz(path: Path, *, split: str | None, **others: object) -> Source:
     with _archive(path) as archive:
         members = archive.namelist()
     arrays = {name[:-4]: NpzMember(path, name[:-4]) for name in members if name.endswith(".npy")}
-    return open_named("npz", str(path), arrays, [name for name in members if not name.endswith(".npy")], split)
+    return open_named(
+        "npz", str(path), arrays, [name for name in members if not name.endswith(".npy")], split
+    )
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,9 @@ class NpzMember(NpyFile):
                 how = "compressed in a way that numpy does not write"
                 raise UsageError(f"{self}: {how}; save it with numpy.savez_compressed")
             if member.file_size > member.compress_size * (MOST_PER_BYTE if packed else 1):
-                what = f"{member.compress_size} bytes cannot hold the {member.file_size} that are said"
+                what = (
+                    f"{member.compress_size} bytes cannot hold the {member.file_size} that are said"
+                )
                 raise UsageError(f"{self}: {what}; save it again")
             with archive.open(member) as file:
                 yield file, member.file_size

@@ -29,7 +29,10 @@ def has_stl10(path: Path) -> bool:
     if any((folder / f"{part}_X.bin").exists() for part in parts):
         return True
     # CIFAR-100's MATLAB files have the same names, and meta.mat beside them.
-    return any((folder / f"{part}.mat").exists() for part in parts) and not (folder / "meta.mat").exists()
+    return (
+        any((folder / f"{part}.mat").exists() for part in parts)
+        and not (folder / "meta.mat").exists()
+    )
 
 
 def open_stl10(path: Path, *, split: str | None, fold: int | None, **others: object) -> Source:
@@ -40,7 +43,10 @@ def open_stl10(path: Path, *, split: str | None, fold: int | None, **others: obj
     folder, split = inner(path, *_FOLDERS), split or "train"
     check_choice(f"{folder}: STL-10's split", split, SPLITS)
     if fold is not None and split != "train":
-        raise UsageError(f"{folder}: STL-10's folds are of the split train, not {split}; leave out one of the two")
+        raise UsageError(
+            f"{folder}: STL-10's folds are of the split train, not {split}; leave out one of the "
+            "two"
+        )
     source_mat.forget()
     matlab = not any(folder.glob("*_X.bin"))
     parts = [_part(folder, name, matlab) for name in split.split("+")]
@@ -62,7 +68,11 @@ def _image(files: tuple[tuple[Path, int], ...], rows: NDArray[np.int64], index: 
     for file, count in files:
         if row < count:
             is_matlab = file.suffix == ".mat"
-            pixels = source_mat.pixels(file, "X")[row] if is_matlab else source_arrays.read_row(file, IMAGE_BYTES, 0, row)
+            pixels = (
+                source_mat.pixels(file, "X")[row]
+                if is_matlab
+                else source_arrays.read_row(file, IMAGE_BYTES, 0, row)
+            )
             return np.ascontiguousarray(pixels.reshape(3, SIDE, SIDE).transpose(2, 1, 0))
         row -= count
     raise IndexError(index)
@@ -78,9 +88,16 @@ def _part(folder: Path, part: str, matlab: bool) -> tuple[Path, Labels]:
         count = source_arrays.count_rows(file, source_arrays.size_of(file), IMAGE_BYTES)
     if part == "unlabeled":
         return file, np.full(count, -1, np.int64)
-    labels = source_mat.labels(file, "y", count) if matlab else np.frombuffer(source_arrays.read_whole(labels_file), np.uint8)
+    labels = (
+        source_mat.labels(file, "y", count)
+        if matlab
+        else np.frombuffer(source_arrays.read_whole(labels_file), np.uint8)
+    )
     if len(labels) != count:
-        raise UsageError(f"{labels_file}: {len(labels)} labels for {count} images in {file.name}; unpack the archive again")
+        raise UsageError(
+            f"{labels_file}: {len(labels)} labels for {count} images in {file.name}; unpack the "
+            "archive again"
+        )
     labels = labels.astype(np.int64) - 1
     source_arrays.demand_range(labels_file, labels, len(CLASSES))
     return file, labels
@@ -90,7 +107,9 @@ def _classes(folder: Path) -> tuple[str, ...]:
     path = folder / "class_names.txt"
     names = source_arrays.text_lines(path) if path.exists() else CLASSES
     if len(names) != len(CLASSES):
-        raise UsageError(f"{path}: {len(names)} names for {len(CLASSES)} classes; unpack the archive again")
+        raise UsageError(
+            f"{path}: {len(names)} names for {len(CLASSES)} classes; unpack the archive again"
+        )
     return names
 
 
@@ -100,16 +119,27 @@ def _fold(folder: Path, fold: int, count: int, matlab: bool) -> NDArray[np.int64
         raise UsageError(f"{folder}: STL-10 has no fold {fold}; choose 0 to {FOLDS - 1}")
     path = folder / ("train.mat" if matlab else "fold_indices.txt")
     if matlab:
-        folds = [source_mat.whole_numbers(path, "fold_indices", cell) - 1 for cell in source_mat.cells(path, "fold_indices")]
+        folds = [
+            source_mat.whole_numbers(path, "fold_indices", cell) - 1
+            for cell in source_mat.cells(path, "fold_indices")
+        ]
     else:
         try:
             folds = [np.array(line.split(), np.int64) for line in source_arrays.text_lines(path)]
         except (ValueError, OverflowError):
-            raise UsageError(f"{path}: not all are whole numbers; unpack the archive again") from None
+            raise UsageError(
+                f"{path}: not all are whole numbers; unpack the archive again"
+            ) from None
     sizes = sorted({len(indices) for indices in folds})
     if len(folds) != FOLDS or len(sizes) != 1 or not sizes[0]:
-        raise UsageError(f"{path}: {len(folds)} folds of {sizes} images, not {FOLDS} of one size; unpack the archive again")
+        raise UsageError(
+            f"{path}: {len(folds)} folds of {sizes} images, not {FOLDS} of one size; unpack the "
+            "archive again"
+        )
     for indices in folds:
         if indices.min() < 0 or indices.max() >= count or len(np.unique(indices)) != len(indices):
-            raise UsageError(f"{path}: a fold names an image twice, or one that is none of {count}; unpack the archive again")
+            raise UsageError(
+                f"{path}: a fold names an image twice, or one that is none of {count}; unpack the "
+                "archive again"
+            )
     return folds[fold]

@@ -16,7 +16,11 @@ FILES = {split: f"{split}_32x32.mat" for split in ("train", "test", "extra")}
 
 def has_svhn(path: Path) -> bool:
     """Return whether ``path`` has the name of one of SVHN's files, or is a folder of some."""
-    return path.name in FILES.values() if path.is_file() else any((path / name).exists() for name in FILES.values())
+    return (
+        path.name in FILES.values()
+        if path.is_file()
+        else any((path / name).exists() for name in FILES.values())
+    )
 
 
 def open_svhn(path: Path, *, split: str | None, **others: object) -> Source:
@@ -24,7 +28,10 @@ def open_svhn(path: Path, *, split: str | None, **others: object) -> Source:
     if not path.is_dir():
         of = next((split for split, name in FILES.items() if path.name == name), None)
         if of is None or split not in (None, of):
-            raise UsageError(f"{path}: not SVHN's {split or 'train'} images by its name; give that file, or its folder")
+            raise UsageError(
+                f"{path}: not SVHN's {split or 'train'} images by its name; give that file, or "
+                "its folder"
+            )
         split, path = of, path.parent
     split = split or "train"
     check_choice(f"{path}: SVHN's split", split, FILES)
@@ -35,8 +42,12 @@ def open_svhn(path: Path, *, split: str | None, **others: object) -> Source:
     # The label 10 is the digit 0. torchvision and others make it class 0; some converted files
     # already do.
     if labels.min() < 0 or labels.max() > 10:
-        raise UsageError(f"{file}: labels from {labels.min()} to {labels.max()}, not 1 to 10; get the file again")
-    return Source("svhn", split, tuple("0123456789"), labels % 10, count, 3 * 32 * 32, partial(_image, file))
+        raise UsageError(
+            f"{file}: labels from {labels.min()} to {labels.max()}, not 1 to 10; get the file again"
+        )
+    return Source(
+        "svhn", split, tuple("0123456789"), labels % 10, count, 3 * 32 * 32, partial(_image, file)
+    )
 
 
 def _image(path: Path, index: int) -> Images:

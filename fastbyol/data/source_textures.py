@@ -13,17 +13,31 @@ from fastbyol.data.source_arrays import Images, Source
 from fastbyol.errors import UsageError
 
 
-def open_textures(_: Path, *, split: str | None, count: int, size: int | None, seed: int, **others: object) -> Source:
+def open_textures(
+    _: Path, *, split: str | None, count: int, size: int | None, seed: int, **others: object
+) -> Source:
     """Make labelled images; image i depends on the seed, i and the size (default 32) alone."""
     size = 32 if size is None else size
     if split is not None:
         raise UsageError(f"textures: has no split {split!r}; take another --seed for another set")
-    ranges = (("size", size, 8, 4096), ("count", count, 1, 10_000_000), ("seed", seed, 0, (1 << 31) - 1))
+    ranges = (
+        ("size", size, 8, 4096),
+        ("count", count, 1, 10_000_000),
+        ("seed", seed, 0, (1 << 31) - 1),
+    )
     for name, value, least, most in ranges:
         if not least <= value <= most:
             raise UsageError(f"textures: {name} {value} must be {least} to {most:,}")
     labels = textures.labels(np.arange(count, dtype=np.uint64), seed)
-    return Source("textures", None, textures.CLASSES, labels, count, 3 * size * size, partial(_image, count, size, seed))
+    return Source(
+        "textures",
+        None,
+        textures.CLASSES,
+        labels,
+        count,
+        3 * size * size,
+        partial(_image, count, size, seed),
+    )
 
 
 def _image(count: int, size: int, seed: int, index: int) -> Images:

@@ -48,7 +48,9 @@ class Kind(NamedTuple):
 SOURCES: dict[str | None, Kind] = {
     "textures": Kind(source_textures.open_textures, needs_folder=False),
     "fashion-mnist": Kind(source_idx.open_idx, needs_folder=False),
-    "idx": Kind(source_idx.open_idx, source_idx.has_idx, r".*(images|labels)[-.]idx.*", needs_folder=False),
+    "idx": Kind(
+        source_idx.open_idx, source_idx.has_idx, r".*(images|labels)[-.]idx.*", needs_folder=False
+    ),
     "stl10": Kind(
         source_stl10.open_stl10,
         source_stl10.has_stl10,
@@ -64,7 +66,12 @@ SOURCES: dict[str | None, Kind] = {
         partial(source_cifar.has_cifar, kind="cifar100"),
         r"(train|test|meta)(\.bin|\.mat)?|(fine|coarse)_label_names\.txt|file\.txt~",
     ),
-    "svhn": Kind(source_svhn.open_svhn, source_svhn.has_svhn, r"(train|test|extra)_32x32\.mat", needs_folder=False),
+    "svhn": Kind(
+        source_svhn.open_svhn,
+        source_svhn.has_svhn,
+        r"(train|test|extra)_32x32\.mat",
+        needs_folder=False,
+    ),
     "npz": Kind(source_npz.open_npz, needs_folder=False),
     "npy": Kind(source_npy.open_npy, needs_folder=False),
     "classes": Kind(source_folders.open_folder),
@@ -102,31 +109,64 @@ def open_source(
     try:
         kind = kind or (source if source in MADE else detect(path))
         if fold is not None and kind != "stl10":
-            raise UsageError(f"{source} ({kind or 'images in folders'}): has no folds, STL-10 has; leave out --fold")
+            raise UsageError(
+                f"{source} ({kind or 'images in folders'}): has no folds, STL-10 has; leave out "
+                "--fold"
+            )
         if source == kind == "fashion-mnist":
             path = source_idx.fashion_mnist_folder(cache_folder())
         if SOURCES[kind].needs_folder and not path.is_dir():
-            raise UsageError(f"{path}: no such folder; give the folder that holds the {kind or 'images'} files")
+            raise UsageError(
+                f"{path}: no such folder; give the folder that holds the {kind or 'images'} files"
+            )
         chosen = split is not None
         # Among pictures a split may be the name of any folder.
         if split is not None and kind not in PICTURES:
             split = "+".join(splits.canonical(part) or part for part in split.split("+"))
-        opened = SOURCES[kind].open(path, kind=kind, split=split, fold=fold, count=count, size=size, seed=seed, strict=strict)
-        return _with_rest(opened, path, chosen=chosen) if SOURCES[opened.kind].own_files and path.is_dir() else opened
+        opened = SOURCES[kind].open(
+            path,
+            kind=kind,
+            split=split,
+            fold=fold,
+            count=count,
+            size=size,
+            seed=seed,
+            strict=strict,
+        )
+        return (
+            _with_rest(opened, path, chosen=chosen)
+            if SOURCES[opened.kind].own_files and path.is_dir()
+            else opened
+        )
     except OSError as error:
-        raise UsageError(f"{error.filename or path}: {error.strerror}; check its name and rights") from None
+        raise UsageError(
+            f"{error.filename or path}: {error.strerror}; check its name and rights"
+        ) from None
 
 
 def _with_rest(source: Source, path: Path, *, chosen: bool) -> Source:
     """Return ``source`` with other files in its folders ignored, and its default split noted."""
     own = re.compile(SOURCES[source.kind].own_files)
     # Some archives unpack to FOLDER/raw.
-    files = [each for at in ("*", "*/*", "*/*/*") for each in path.glob(at) if own.fullmatch(each.name)]
-    folders = {path} | {folder for file in files for folder in file.parents if folder.is_relative_to(path)}
-    beside = [each for folder in sorted(folders) for each in sorted(folder.iterdir()) if each not in folders]
+    files = [
+        each for at in ("*", "*/*", "*/*/*") for each in path.glob(at) if own.fullmatch(each.name)
+    ]
+    folders = {path} | {
+        folder for file in files for folder in file.parents if folder.is_relative_to(path)
+    }
+    beside = [
+        each
+        for folder in sorted(folders)
+        for each in sorted(folder.iterdir())
+        if each not in folders
+    ]
     names = [each.relative_to(path).as_posix() for each in beside if not own.fullmatch(each.name)]
     ignored = (*source.ignored, *((name, "files and folders beside the arrays") for name in names))
-    notes = () if chosen or source.split is None else (f"took the split {source.split}; --split takes another",)
+    notes = (
+        ()
+        if chosen or source.split is None
+        else (f"took the split {source.split}; --split takes another",)
+    )
     return replace(source, ignored=ignored, notes=(*notes, *source.notes))
 
 
@@ -134,7 +174,8 @@ def detect(path: Path) -> str | None:
     """Return the kind of source at ``path``; None for a folder in which only pictures can lie."""
     if not path.exists():
         raise UsageError(
-            f"{path}: no such file or folder; give a folder of images, an .npz file, 'textures' or 'fashion-mnist'"
+            f"{path}: no such file or folder; give a folder of images, an .npz file, 'textures' "
+            "or 'fashion-mnist'"
         )
     if not path.is_dir():
         refuse_special(path, path.stat().st_mode)
@@ -152,7 +193,13 @@ def detect(path: Path) -> str | None:
     if name.endswith((".npz", ".npy")):
         return name[-3:]
     if name.endswith((".mat", ".bin")) or name.startswith(("data_batch_", "test_batch")):
-        raise UsageError(f"{path}: is read with the files beside it; give the folder of STL-10, CIFAR or SVHN, or save an .npz")
+        raise UsageError(
+            f"{path}: is read with the files beside it; give the folder of STL-10, CIFAR or SVHN, "
+            "or save an .npz"
+        )
     if folder_walk.is_picture(name):
         raise UsageError(f"{path}: is one picture; give the folder that it lies in")
-    raise UsageError(f"{path}: neither a folder nor an .npz file; arrays can be saved with numpy.savez(images=..., labels=...)")
+    raise UsageError(
+        f"{path}: neither a folder nor an .npz file; arrays can be saved with "
+        "numpy.savez(images=..., labels=...)"
+    )

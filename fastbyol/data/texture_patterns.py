@@ -37,7 +37,9 @@ def _checks(u: Floats, v: Floats, pixel: Floats, salt: Words) -> Floats:
 def _bricks(u: Floats, v: Floats, pixel: Floats, salt: Words) -> Floats:
     v = v * _F(1.4)
     u = u * _F(0.7) + _HALF * _odd(np.floor(v))
-    seam = np.minimum(_HALF - np.abs(_fraction(v) - _HALF), 2 * (_HALF - np.abs(_fraction(u) - _HALF)))
+    seam = np.minimum(
+        _HALF - np.abs(_fraction(v) - _HALF), 2 * (_HALF - np.abs(_fraction(u) - _HALF))
+    )
     return _edge(seam - _F(0.19), pixel * _F(1.4))
 
 
@@ -49,7 +51,9 @@ def _scales(u: Floats, v: Floats, pixel: Floats, salt: Words) -> Floats:
     front = np.sqrt(x * x + _F(0.45) * y * y)
     back = np.sqrt((_HALF - np.abs(x)) ** 2 + _F(0.45) * (y + 1) ** 2)
     inside = front < _HALF
-    shade: Floats = np.clip(_F(1.13) - _F(2.6) * np.abs(np.where(inside, front - _F(0.3), back - _F(0.62))), 0, 1)
+    shade: Floats = np.clip(
+        _F(1.13) - _F(2.6) * np.abs(np.where(inside, front - _F(0.3), back - _F(0.62))), 0, 1
+    )
     return shade
 
 
@@ -67,7 +71,9 @@ def _crosses(u: Floats, v: Floats, pixel: Floats, salt: Words) -> Floats:
     x, y, scale, turn = _scatter(u, v, salt, 0.1, 0.2)
     slope = _F(0.6) * (turn - _HALF)
     x, y = np.abs(x - slope * y), np.abs(y + slope * x)
-    return _edge(np.minimum(_F(0.195) - np.minimum(x, y), _F(0.48) * scale - np.maximum(x, y)), pixel)
+    return _edge(
+        np.minimum(_F(0.195) - np.minimum(x, y), _F(0.48) * scale - np.maximum(x, y)), pixel
+    )
 
 
 def _triangles(u: Floats, v: Floats, pixel: Floats, salt: Words) -> Floats:
@@ -94,11 +100,24 @@ def _cells(u: Floats, v: Floats, pixel: Floats, salt: Words) -> Floats:
 
 PATTERNS: dict[str, Pattern] = {
     draw.__name__.lstrip("_"): draw
-    for draw in (_stripes, _chevrons, _checks, _bricks, _scales, _dots, _rings, _crosses, _triangles, _cells)
+    for draw in (
+        _stripes,
+        _chevrons,
+        _checks,
+        _bricks,
+        _scales,
+        _dots,
+        _rings,
+        _crosses,
+        _triangles,
+        _cells,
+    )
 }
 
 
-def _scatter(u: Floats, v: Floats, salt: Words, jitter: float, shrink: float) -> tuple[Floats, Floats, Floats, Floats]:
+def _scatter(
+    u: Floats, v: Floats, salt: Words, jitter: float, shrink: float
+) -> tuple[Floats, Floats, Floats, Floats]:
     """Return each cell's object: position about its centre, scale [1 - shrink, 1], a draw."""
     column, row = np.floor(u), np.floor(v)
     words = lattice_hash(column, row, salt)

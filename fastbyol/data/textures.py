@@ -48,7 +48,9 @@ LIGHT = 0.15
 TINT = 0.03
 
 
-def make(count: int, size: int, seed: int, *, start: int = 0) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+def make(
+    count: int, size: int, seed: int, *, start: int = 0
+) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
     """Return images ``start`` to ``start + count`` of the set ``seed``, and their labels.
 
     The images are uint8 (count, size, size, 3) RGB, the labels int64 (count,). Every ten images,

@@ -41,7 +41,10 @@ class Verdict:
         number = f"{len(self.damaged)} of {self.info.num_samples} samples are"
         if self.sealed and len(self.damaged) == self.info.num_samples > 1:
             number = f"its manifest belongs to other data: all {self.info.num_samples} samples are"
-        raise UsageError(f"{self.info.path}: {number} damaged, first sample {sample}: {what}; make the file again")
+        raise UsageError(
+            f"{self.info.path}: {number} damaged, first sample {sample}: {what}; make the file "
+            "again"
+        )
 
 
 def verify(
@@ -77,7 +80,11 @@ def _wrong_bytes(info: BetonInfo, ids: NDArray[np.int64]) -> dict[int, str]:
     with reopened(info) as fd:
         checksums = manifest.region_checksums(fd, info.starts[ids], info.sizes[ids])
     wrong = ids[checksums != info.manifest.checksums[ids]].tolist()
-    return {i: f"bytes {info.starts[i]} to {info.starts[i] + info.sizes[i]} are not those that were written" for i in wrong}
+    return {
+        i: f"bytes {info.starts[i]} to {info.starts[i] + info.sizes[i]} are not those that were "
+        "written"
+        for i in wrong
+    }
 
 
 def _wrong_labels(info: BetonInfo) -> dict[int, str]:
@@ -96,6 +103,10 @@ def _undecodable(decoder: Decoder, ids: NDArray[np.int64]) -> dict[int, str]:
     except UsageError as error:
         decoder.check_unchanged()
         if len(ids) == 1:
-            return {int(ids[0]): str(error).removeprefix(f"{decoder.info.path}: ").partition(";")[0]}
-        return {sample: what for one in ids for sample, what in _undecodable(decoder, one[None]).items()}
+            return {
+                int(ids[0]): str(error).removeprefix(f"{decoder.info.path}: ").partition(";")[0]
+            }
+        return {
+            sample: what for one in ids for sample, what in _undecodable(decoder, one[None]).items()
+        }
     return {}

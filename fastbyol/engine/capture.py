@@ -70,7 +70,10 @@ def choose(config: EngineConfig, device: torch.device, *, before: str | None = N
     """
     on_gpu = device.type == "cuda"
     if config.mode == "graph" and not on_gpu:
-        raise UsageError(f"engine.mode: graph needs a CUDA device, the run is on {device}: take --engine eager or compile")
+        raise UsageError(
+            f"engine.mode: graph needs a CUDA device, the run is on {device}: take --engine eager "
+            "or compile"
+        )
     if config.mode != "auto":
         return Choice(config.mode, "as asked for")
     if before is not None and (before != "graph" or on_gpu):
@@ -86,10 +89,16 @@ def engine(state: TrainState, config: Config, choice: Choice) -> Engine:
     if choice.mode == "eager":
         return Eager(state, config)
     compiled = Eager(state, config, compiled_forward())
-    return compiled if choice.mode == "compile" else Captured(compiled, record_cuda, falls_back=choice.falls_back)
+    return (
+        compiled
+        if choice.mode == "compile"
+        else Captured(compiled, record_cuda, falls_back=choice.falls_back)
+    )
 
 
-def compiled_forward(backend: str | Callable[..., Any] = "inductor", *, deterministic: bool = True) -> Forward:
+def compiled_forward(
+    backend: str | Callable[..., Any] = "inductor", *, deterministic: bool = True
+) -> Forward:
     """Return ``step.forward`` under torch.compile, in one graph, for any network and batch.
 
     Compiled code is kept while the process lives, by network, batch shape and dtype, device and
@@ -98,7 +107,11 @@ def compiled_forward(backend: str | Callable[..., Any] = "inductor", *, determin
     """
 
     def chosen(
-        online: Online, target: Target, batch: Tensor, objective: Objective, queue: Tensor | None = None
+        online: Online,
+        target: Target,
+        batch: Tensor,
+        objective: Objective,
+        queue: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         num_keys = 0 if queue is None else len(queue)
         network = (online.config, batch.shape, batch.dtype, batch.device, objective, num_keys)
@@ -127,7 +140,11 @@ class Eager:
     def __init__(self, state: TrainState, config: Config, compiled: Forward | None = None) -> None:
         self.state = state
         self.mode = "eager" if compiled is None else "compile"
-        self._views, self._seed, self._forward = config.views, config.train.seed, compiled or forward
+        self._views, self._seed, self._forward = (
+            config.views,
+            config.train.seed,
+            compiled or forward,
+        )
 
     def prepare(self, batch: Batch, epoch: int) -> None:
         """Take a compiled step and restore the state. Raises FastbyolError if that fails."""
@@ -137,7 +154,9 @@ class Eager:
                     self(batch, epoch)
             except Exception as error:
                 _refuse_foreign(error)
-                raise FastbyolError(f"engine.mode: torch.compile failed ({_first_line(error)}): take --engine eager") from error
+                raise FastbyolError(
+                    f"engine.mode: torch.compile failed ({_first_line(error)}): take --engine eager"
+                ) from error
 
     def __call__(self, batch: Batch, epoch: int | Tensor) -> StepMetrics:
         pair = views.two_views(
@@ -190,7 +209,9 @@ class Captured:
         self._epoch = torch.full((), epoch, dtype=torch.int64, device=batch.ids.device)
         try:
             with kept(self._inner.state):
-                self._metrics, self._play = self._record(lambda: self._inner(self._batch, self._epoch))
+                self._metrics, self._play = self._record(
+                    lambda: self._inner(self._batch, self._epoch)
+                )
         except Exception as error:
             _refuse_foreign(error)
             what = f"no CUDA graph ({_first_line(error)})"

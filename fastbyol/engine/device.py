@@ -32,7 +32,8 @@ def pick_device(name: str) -> torch.device:
     device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UsageError(
-            f"train.device: {name} is not there, this machine has {torch.cuda.device_count()} CUDA devices: take --device cpu"
+            f"train.device: {name} is not there, this machine has {torch.cuda.device_count()} "
+            "CUDA devices: take --device cpu"
         )
     return torch.device("cuda", device.index or 0) if device.type == "cuda" else device
 
@@ -44,7 +45,8 @@ def dtype_of(precision: str) -> torch.dtype:
     """
     if precision == "auto":
         raise UsageError(
-            "train.precision: auto has to be chosen first (fastbyol.engine.precision.choose_precision): say fp32 or bf16"
+            "train.precision: auto has to be chosen first "
+            "(fastbyol.engine.precision.choose_precision): say fp32 or bf16"
         )
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
     check_choice("train.precision", precision, dtypes)
@@ -59,7 +61,11 @@ def fitting_threads(config: Config) -> Iterator[None]:
     """
     before = torch.get_num_threads()
     size = config.train.batch_size * config.views.size**2 * config.model.width**2
-    if size < SMALL_STEP and "OMP_NUM_THREADS" not in os.environ and pick_device(config.train.device).type == "cpu":
+    if (
+        size < SMALL_STEP
+        and "OMP_NUM_THREADS" not in os.environ
+        and pick_device(config.train.device).type == "cpu"
+    ):
         torch.set_num_threads(1)
     try:
         yield

@@ -17,7 +17,9 @@ from fastbyol.errors import FastbyolError, UsageError, chain, size_text
 _LINE_BYTES, _NUMBER_BYTES = 40, 32
 
 
-def disk_bytes(config: Config, *, checkpoint_bytes: int, steps: int, num_metrics: int, layer_numbers: int) -> int:
+def disk_bytes(
+    config: Config, *, checkpoint_bytes: int, steps: int, num_metrics: int, layer_numbers: int
+) -> int:
     """Return an upper estimate of the bytes that ``steps`` more steps add to a run's folder.
 
     ``layer_numbers`` is the number of float32 in one sample of the per-layer telemetry.
@@ -35,8 +37,10 @@ def refuse_full_disk(folder: Path, needed: int, config: Config) -> None:
     if free < needed:
         run = config.run
         raise UsageError(
-            f"{folder}: {size_text(needed)} are needed for checkpoints and telemetry, {size_text(free)} are free: make room, "
-            f"or lower run.keep_checkpoints ({run.keep_checkpoints}) or raise run.layers_every_steps ({run.layers_every_steps})"
+            f"{folder}: {size_text(needed)} are needed for checkpoints and telemetry, "
+            f"{size_text(free)} are free: make room, "
+            f"or lower run.keep_checkpoints ({run.keep_checkpoints}) or raise "
+            f"run.layers_every_steps ({run.layers_every_steps})"
         )
 
 
@@ -49,8 +53,10 @@ def memory_advice(config: Config) -> Iterator[None]:
         if isinstance(error, FastbyolError) or not is_out_of_memory(error):
             raise
         raise FastbyolError(
-            f"out of memory: lower train.batch_size ({config.train.batch_size}), views.size ({config.views.size}) or "
-            f"model.width ({config.model.width}), or set data.cache=none ({config.data.cache}); what was saved is intact"
+            f"out of memory: lower train.batch_size ({config.train.batch_size}), views.size "
+            f"({config.views.size}) or "
+            f"model.width ({config.model.width}), or set data.cache=none ({config.data.cache}); "
+            "what was saved is intact"
         ) from error
 
 
@@ -61,7 +67,8 @@ def is_out_of_memory(error: BaseException) -> bool:
     # Triton's "out of resource" is a kernel that asks for too much shared memory.
     marks = ("DefaultCPUAllocator", "out of memory", "_STATUS_ALLOC_FAILED")
     return any(
-        isinstance(reason, MemoryError | torch.OutOfMemoryError) or any(mark in str(reason) for mark in marks)
+        isinstance(reason, MemoryError | torch.OutOfMemoryError)
+        or any(mark in str(reason) for mark in marks)
         for reason in chain(error)
     )
 
@@ -70,7 +77,11 @@ def not_finite(tensors: Mapping[str, torch.Tensor]) -> str | None:
     """Return the name of a tensor with NaN or infinity, or None. Waits for the device once."""
     # A sum is not finite if an element is not, and needs no mask as large as the tensor. float32
     # cannot overflow one in float64.
-    sums = {name: t.detach().sum(dtype=torch.float64) for name, t in tensors.items() if t.is_floating_point()}
+    sums = {
+        name: t.detach().sum(dtype=torch.float64)
+        for name, t in tensors.items()
+        if t.is_floating_point()
+    }
     if not sums:
         return None
     finite = torch.stack(list(sums.values())).isfinite().cpu()

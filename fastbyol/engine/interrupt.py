@@ -54,7 +54,9 @@ def signals_to_handle() -> tuple[signal.Signals, ...]:
 
 
 @contextmanager
-def handling(handler: Callable[[int, FrameType | None], None], numbers: Iterable[signal.Signals]) -> Iterator[None]:
+def handling(
+    handler: Callable[[int, FrameType | None], None], numbers: Iterable[signal.Signals]
+) -> Iterator[None]:
     """Handle the signals ``numbers`` with ``handler`` inside; restore the handlers on leaving."""
     before = {number: signal.signal(number, handler) for number in numbers}
     try:
@@ -79,7 +81,10 @@ def ending() -> Iterator[None]:
             raise Ended(number)
 
     timers = list[threading.Timer]()
-    with handling(end, [number for number in signals_to_handle() if number != signal.SIGINT]), sent_again():
+    with (
+        handling(end, [number for number in signals_to_handle() if number != signal.SIGINT]),
+        sent_again(),
+    ):
         try:
             yield
         finally:
@@ -122,7 +127,9 @@ def sent_again() -> Iterator[None]:
 
 def behind(error: BaseException) -> KeyboardInterrupt | Ended | None:
     """Return the Ctrl-C or ``Ended`` that led to ``error``: importing compiled modules wraps it."""
-    return next((reason for reason in chain(error) if isinstance(reason, KeyboardInterrupt | Ended)), None)
+    return next(
+        (reason for reason in chain(error) if isinstance(reason, KeyboardInterrupt | Ended)), None
+    )
 
 
 class Interrupt:
@@ -160,7 +167,12 @@ class Interrupt:
             self._unraisable_before, sys.unraisablehook = sys.unraisablehook, self._unraisable
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self._answered.close()
 
     def _handle(self, number: int, frame: FrameType | None) -> None:

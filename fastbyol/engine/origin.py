@@ -17,7 +17,11 @@ def source_file(run_or_file: Path) -> tuple[Path, tuple[str, ...]]:
 
     A run folder means its newest sound checkpoint. The whole file is checked.
     """
-    loaded = checkpoint.load_latest(run_or_file / "checkpoints") if run_or_file.is_dir() else checkpoint.load(run_or_file)
+    loaded = (
+        checkpoint.load_latest(run_or_file / "checkpoints")
+        if run_or_file.is_dir()
+        else checkpoint.load(run_or_file)
+    )
     return loaded.path.resolve(), loaded.warnings
 
 
@@ -32,13 +36,20 @@ def copy_weights(state: TrainState, file: Path) -> str:
     source = TrainState.create(config_io.parse(loaded.meta["config"], str(file)), steps_per_epoch=1)
     source.load_tensors(loaded.tensors)
     pairs = []
-    for name, net, other in (("online", state.online, source.online), ("target", state.target, source.target)):
+    for name, net, other in (
+        ("online", state.online, source.online),
+        ("target", state.target, source.target),
+    ):
         mine, theirs = net.state_dict(), other.state_dict()
         for key in sorted(mine.keys() | theirs.keys()):
             if key not in mine or key not in theirs or mine[key].shape != theirs[key].shape:
-                kinds = [str(tuple(part[key].shape)) if key in part else "absent" for part in (theirs, mine)]
+                kinds = [
+                    str(tuple(part[key].shape)) if key in part else "absent"
+                    for part in (theirs, mine)
+                ]
                 raise UsageError(
-                    f"{file}: cannot start from it: {name}.{key} is {kinds[0]} there and {kinds[1]} in this network"
+                    f"{file}: cannot start from it: {name}.{key} is {kinds[0]} there and "
+                    f"{kinds[1]} in this network"
                 )
             pairs.append((mine[key], theirs[key]))
     for mine_, theirs_ in pairs:

@@ -68,7 +68,9 @@ def choose_precision(config: Resolved, note: Callable[[str], None] = lambda _: N
         return config
     chosen = decide(config, pick_device(config.train.device))
     note(f"precision auto is {chosen.value}: {chosen.why}")
-    return config.model_copy(update={"train": config.train.model_copy(update={"precision": chosen.value})})
+    return config.model_copy(
+        update={"train": config.train.model_copy(update={"precision": chosen.value})}
+    )
 
 
 def decide(config: Config, device: torch.device) -> Choice:
@@ -78,7 +80,9 @@ def decide(config: Config, device: torch.device) -> Choice:
     """
     unit = native_unit(device)
     if unit is None:
-        return Choice("fp32", f"{device.type} has no unit for bf16 products ({', '.join(CPU_UNITS)})")
+        return Choice(
+            "fp32", f"{device.type} has no unit for bf16 products ({', '.join(CPU_UNITS)})"
+        )
     asked = question(config, device)
     answer = kept_answer(asked)
     if answer is None:
@@ -92,7 +96,9 @@ def question(config: Config, device: torch.device) -> dict[str, str]:
     properties = torch.cuda.get_device_properties(device) if device.type == "cuda" else None
     return {
         "device": properties.name if properties else cpu_name(),
-        "capability": f"{properties.major}.{properties.minor}" if properties else str(native_unit(device)),
+        "capability": f"{properties.major}.{properties.minor}"
+        if properties
+        else str(native_unit(device)),
         "torch": torch.__version__,
         "triton": str(package_version("triton")),
         "cuda": str(torch.version.cuda),
@@ -107,7 +113,13 @@ def kept_answer(asked: Mapping[str, str]) -> Choice | None:
     try:
         kept = json.loads(_answer_file(asked).read_text("utf-8"))
         value, why = kept["value"], kept["why"]
-    except (OSError, RuntimeError, ValueError, LookupError, TypeError):  # RuntimeError: no home folder
+    except (
+        OSError,
+        RuntimeError,
+        ValueError,
+        LookupError,
+        TypeError,
+    ):  # RuntimeError: no home folder
         return None
     sound = kept.get("asked") == asked and value in ("bf16", "fp32") and isinstance(why, str)
     return Choice(value, why) if sound else None
@@ -144,10 +156,13 @@ def _measured(config: Config, device: torch.device, unit: str) -> Choice:
         if not (gap.length <= MOST.length and gap.error <= MOST.error):
             return Choice(
                 "fp32",
-                f"{unit}, but in a {state} state bf16 gradients are off: length {gap.length:.2g} (at most {MOST.length:g}), "
+                f"{unit}, but in a {state} state bf16 gradients are off: length {gap.length:.2g} "
+                f"(at most {MOST.length:g}), "
                 f"difference {gap.error:.2g} (at most {MOST.error:g})",
             )
-    return Choice("bf16", f"{unit}, and gradients agree with fp64 in a healthy and a collapsed state")
+    return Choice(
+        "bf16", f"{unit}, and gradients agree with fp64 in a healthy and a collapsed state"
+    )
 
 
 def native_unit(device: torch.device) -> str | None:
@@ -161,7 +176,10 @@ def native_unit(device: torch.device) -> str | None:
 def gradient_gap(config: Config, device: torch.device, state: str) -> Gap:
     """Measure the gap of one step's bf16 gradients from fp64's in ``state``, one of ``STATES``."""
     check_choice("state", state, STATES)
-    exact, rounded = (_gradients(config, device, precision, state == "collapsed") for precision in ("fp64", "bf16"))
+    exact, rounded = (
+        _gradients(config, device, precision, state == "collapsed")
+        for precision in ("fp64", "bf16")
+    )
     floor = ZERO * max(float(g.norm()) for g in exact.values())
     measured = {name: g for name, g in exact.items() if g.ndim > 1 and float(g.norm()) > floor}
     return Gap(
@@ -170,7 +188,9 @@ def gradient_gap(config: Config, device: torch.device, state: str) -> Gap:
     )
 
 
-def _gradients(config: Config, device: torch.device, precision: str, collapsed: bool) -> dict[str, Tensor]:
+def _gradients(
+    config: Config, device: torch.device, precision: str, collapsed: bool
+) -> dict[str, Tensor]:
     """Return the gradients of one step from the seed's weights, by name, fp64 on the cpu."""
     state = TrainState.create(_narrow(config, precision), steps_per_epoch=1, device=device)
     if collapsed:
@@ -189,9 +209,13 @@ def _narrow(config: Config, precision: str) -> Resolved:
     narrow = Config.model_validate(
         {
             "model": model.model_copy(update={"width": WIDTH, **heads}).model_dump(),
-            "method": config.method.model_copy(update={"queue": min(config.method.queue, 1) * BATCH}).model_dump(),
+            "method": config.method.model_copy(
+                update={"queue": min(config.method.queue, 1) * BATCH}
+            ).model_dump(),
             "train": {"precision": precision},
-            "engine": {"kernels": "auto" if precision == "fp64" else config.engine.kernels},  # Triton's have no fp64
+            "engine": {
+                "kernels": "auto" if precision == "fp64" else config.engine.kernels
+            },  # Triton's have no fp64
         }
     )
     return resolve(narrow)

@@ -16,7 +16,9 @@ from fastbyol.runs.durable import new_digest
 from fastbyol.runs.layers import read_layers
 
 
-def with_replayed_rates(state: TrainState, run: Path, *, total_steps: int) -> tuple[TrainState, str]:
+def with_replayed_rates(
+    state: TrainState, run: Path, *, total_steps: int
+) -> tuple[TrainState, str]:
     """Return ``state`` with the fp32 rates recorded in the run folder ``run``, and their digest.
 
     Raises UsageError for no such run, other layers, too few steps or a state without an override.
@@ -30,4 +32,6 @@ def with_replayed_rates(state: TrainState, run: Path, *, total_steps: int) -> tu
     digest = new_digest()
     digest.update(json.dumps([*layers.names, *rates.shape]).encode())
     digest.update(rates.astype("<f4").tobytes())
-    return replace(state, rate_override=state.rate_override.replay(torch.from_numpy(rates))), digest.hexdigest()
+    return replace(
+        state, rate_override=state.rate_override.replay(torch.from_numpy(rates))
+    ), digest.hexdigest()

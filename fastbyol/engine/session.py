@@ -51,7 +51,10 @@ class Progress:
 
     @classmethod
     def of(cls, meta: Mapping[str, Any]) -> Progress:
-        """Return the progress that a checkpoint's meta holds. Raises ValueError where it cannot be."""
+        """Return the progress that a checkpoint's meta holds.
+
+        Raises ValueError where it cannot be.
+        """
         CollapseMonitor.from_dict(meta["collapse"])
         return cls(**{name: meta[name] for name in cls.__dataclass_fields__})
 
@@ -113,7 +116,9 @@ class Session:
 
 
 class _Saved(NamedTuple):
-    """What an earlier process left: its progress and versions, telemetry's record, the engine's mode."""
+    """What an earlier process left: its progress and versions, telemetry's record, the engine's
+    mode.
+    """
 
     progress: Progress
     made_by: Mapping[str, Any]
@@ -143,7 +148,9 @@ class Preparation:
         return pick_device(self.config.train.device)
 
     def run(self, opened: ExitStack) -> tuple[Session, Progress]:
-        """Open the data, build the networks, and take over what was saved. ``opened`` closes all of it.
+        """Open the data, build the networks, and take over what was saved.
+
+        ``opened`` closes all of it.
 
         Raises UsageError where data, weights, rates or configuration are not what the run was made
         with, and NoGraphError where the run has to go on in a fresh process.
@@ -154,7 +161,10 @@ class Preparation:
         self._check_data(made_from, train, test)
         batches = opened.enter_context(self._open_loader(train, made_from.decoder))
         test_images = self._read_test(test, made_from.decoder)
-        steps_per_epoch, total_steps = batches.steps_per_epoch, batches.steps_per_epoch * config.train.epochs
+        steps_per_epoch, total_steps = (
+            batches.steps_per_epoch,
+            batches.steps_per_epoch * config.train.epochs,
+        )
         state = TrainState.create(config, steps_per_epoch=steps_per_epoch, device=self.device)
         # The state is filled before its step is captured: a graph keeps the addresses that it saw.
         state, made_from, saved = self._fill(state, made_from, steps_per_epoch, total_steps)
@@ -210,20 +220,29 @@ class Preparation:
     def _check_data(self, now: Inputs, train: BetonInfo, test: BetonInfo | None) -> None:
         run = self.folder.path
         if self.pinned is not None:
-            inputs.refuse_other_data(run, self.pinned, now, train.path, None if test is None else test.path)
+            inputs.refuse_other_data(
+                run, self.pinned, now, train.path, None if test is None else test.path
+            )
         elif checkpoint.newest_step(self.folder.checkpoints) or last_step(run) >= 0:
             self.observer.note(
-                f"{run}: what its data held was not written down when it was begun, so nobody can tell whether they still do; "
+                f"{run}: what its data held was not written down when it was begun, so nobody can "
+                "tell whether they still do; "
                 "from now on it is"
             )
         if test is not None and now.test is not None and now.test.images == now.train.images:
-            self.observer.note(f"{test.path}: holds the training images: accuracy on them says nothing of images not seen")
+            self.observer.note(
+                f"{test.path}: holds the training images: accuracy on them says nothing of images "
+                "not seen"
+            )
 
     def _refuse_other(self, what: str, name: str, digest: str) -> None:
         """Raise UsageError where ``digest`` is not the pinned one of that name."""
         if self.pinned is not None and getattr(self.pinned, name) not in (None, digest):
             run = self.folder.path
-            raise UsageError(f"{what}: changed since {run} was begun: put it back, or start another run with `fastbyol train`")
+            raise UsageError(
+                f"{what}: changed since {run} was begun: put it back, or start another run with "
+                "`fastbyol train`"
+            )
 
     def _open_loader(self, file: BetonInfo, decoder: str) -> loader.Loader:
         config, data = self.config, self.config.data
@@ -244,14 +263,24 @@ class Preparation:
             self.observer.note("no --test-data: accuracy is not measured")
             return None
         data, size = self.config.data, self.config.data.size or self.config.views.size
-        test = loader.read_all(file, workers=data.workers, size=size, limit=data.test_limit, decoder=decoder, labels="needed")
+        test = loader.read_all(
+            file,
+            workers=data.workers,
+            size=size,
+            limit=data.test_limit,
+            decoder=decoder,
+            labels="needed",
+        )
         protocol.check(self.config.probe.protocol, test=test, train=None)
         return test
 
     def _fill(
         self, state: TrainState, made_from: Inputs, steps_per_epoch: int, total_steps: int
     ) -> tuple[TrainState, Inputs, _Saved]:
-        """Give ``state`` its rates and tensors. Return it, and what it was made from and goes on from."""
+        """Give ``state`` its rates and tensors.
+
+        Return it, and what it was made from and goes on from.
+        """
         source = self.config.optim.replay_rates
         if source:
             state, rates = with_replayed_rates(state, Path(source), total_steps=total_steps)
@@ -260,16 +289,23 @@ class Preparation:
         if checkpoint.newest(self.folder.checkpoints) is None:
             saved, weights = self._begin(state, steps_per_epoch)
         else:
-            saved, weights = self._restore(state), None if self.pinned is None else self.pinned.weights
+            saved, weights = (
+                self._restore(state),
+                None if self.pinned is None else self.pinned.weights,
+            )
         return state, replace(made_from, weights=weights), saved
 
     def _begin(self, state: TrainState, steps_per_epoch: int) -> tuple[_Saved, str | None]:
-        """Give a run without checkpoints its first weights. Return also the digest of those it was given."""
+        """Give a run without checkpoints its first weights.
+
+        Return also the digest of those it was given.
+        """
         folder, source = self.folder, self.config.train.init_from
         # Every epoch ends with a checkpoint: a run with steps beyond its first epoch had one.
         if last_step(folder.path) >= steps_per_epoch:
             raise UsageError(
-                f"{folder.checkpoints}: no checkpoint, though the run had made some: put them back, or start a new run"
+                f"{folder.checkpoints}: no checkpoint, though the run had made some: put them "
+                "back, or start a new run"
             )
         if isinstance(made_with := folder.env.get("config"), str):
             self._refuse_changed(made_with, folder.path / "env.json")
@@ -283,7 +319,8 @@ class Preparation:
         """Fill ``state`` from the newest checkpoint that is sound and whose run's records are."""
         run = self.folder.path
         loaded = checkpoint.load_latest(
-            self.folder.checkpoints, objection=lambda saved: consistency.damage(run, saved.meta["telemetry"])
+            self.folder.checkpoints,
+            objection=lambda saved: consistency.damage(run, saved.meta["telemetry"]),
         )
         for warning in loaded.warnings:
             self.observer.note(warning)
@@ -298,20 +335,34 @@ class Preparation:
         """Raise UsageError where the run's configuration is not the recorded one."""
         # Where no contents are pinned, data are known by their names alone.
         by_name = self.pinned is None
-        consistency.refuse_changed(self.folder.path, self.folder.config, made_with, str(where), paths=by_name)
+        consistency.refuse_changed(
+            self.folder.path, self.folder.config, made_with, str(where), paths=by_name
+        )
 
-    def _note_other_versions(self, before: Mapping[str, Any], now: Mapping[str, str | None]) -> dict[str, list[str | None]]:
+    def _note_other_versions(
+        self, before: Mapping[str, Any], now: Mapping[str, str | None]
+    ) -> dict[str, list[str | None]]:
         """Return which versions changed, the device among them, and note it for the user."""
-        changed = {key: [before[key], now[key]] for key in now if key in before and before[key] != now[key]}
+        changed = {
+            key: [before[key], now[key]] for key in now if key in before and before[key] != now[key]
+        }
         if changed:
-            words = ", ".join(f"{key} was {old or 'absent'}, is {new or 'absent'}" for key, (old, new) in changed.items())
-            self.observer.note(f"goes on with other versions than before: {words}: numbers may round otherwise from here on")
+            words = ", ".join(
+                f"{key} was {old or 'absent'}, is {new or 'absent'}"
+                for key, (old, new) in changed.items()
+            )
+            self.observer.note(
+                f"goes on with other versions than before: {words}: numbers may round otherwise "
+                "from here on"
+            )
         return changed
 
     def _refuse_full_disk(self, state: TrainState, *, steps: int) -> None:
         needed = guards.disk_bytes(
             self.config,
-            checkpoint_bytes=sum(tensor.numel() * tensor.element_size() for tensor in state.tensors().values()),
+            checkpoint_bytes=sum(
+                tensor.numel() * tensor.element_size() for tensor in state.tensors().values()
+            ),
             steps=steps,
             num_metrics=len(METRICS),
             layer_numbers=len(LAYER_METRICS) * len(state.segment_names),
@@ -319,7 +370,9 @@ class Preparation:
         saved_bytes = checkpoint.total_bytes(self.folder.checkpoints)  # which go as new ones come
         guards.refuse_full_disk(self.folder.path, needed - saved_bytes, self.config)
 
-    def _announce(self, file: BetonInfo, batches: loader.Loader, state: TrainState, step: int) -> None:
+    def _announce(
+        self, file: BetonInfo, batches: loader.Loader, state: TrainState, step: int
+    ) -> None:
         self.observer.start(
             Start(
                 run=str(self.folder.path),
@@ -333,10 +386,16 @@ class Preparation:
             )
         )
 
-    def _ready_engine(self, batches: loader.Loader, state: TrainState, saved: _Saved) -> capture.Engine:
-        """Return what takes the steps, compiled for the next batch; a run with none left compiles nothing."""
+    def _ready_engine(
+        self, batches: loader.Loader, state: TrainState, saved: _Saved
+    ) -> capture.Engine:
+        """Return what takes the steps, compiled for the next batch; a run with none left compiles
+        nothing.
+        """
         step = saved.progress.step
-        chosen = capture.choose(self.config.engine, self.device, before=self.folder.kept_mode or saved.mode)
+        chosen = capture.choose(
+            self.config.engine, self.device, before=self.folder.kept_mode or saved.mode
+        )
         engine = capture.engine(state, self.config, chosen)
         if chosen.mode != "eager" and step < batches.steps_per_epoch * self.config.train.epochs:
             self.observer.note(f"engine {chosen.mode}: compiling the step, which may take minutes")

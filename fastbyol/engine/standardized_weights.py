@@ -15,7 +15,12 @@ from torch import Tensor, nn
 
 from fastbyol.model.standardizing import Linear, Standardizing
 from fastbyol.optim.arena import ALIGN_BYTES, Arena, Segment, padded
-from fastbyol_kernels.weight_standardization import RowTable, row_table, standardize_rows, standardize_rows_backward
+from fastbyol_kernels.weight_standardization import (
+    RowTable,
+    row_table,
+    standardize_rows,
+    standardize_rows_backward,
+)
 
 
 @dataclass(frozen=True)
@@ -66,18 +71,30 @@ class _Group:
                 weight.requires_grad_().grad = moved.view(gradient)
             weights.append(weight)
         means, stds = flat.new_zeros(2, len(table.rows)).unbind()
-        return _Group(tuple(layers), tuple(weights), flat, copy, gradient, means, stds, table, kernels)
+        return _Group(
+            tuple(layers), tuple(weights), flat, copy, gradient, means, stds, table, kernels
+        )
 
     @torch.no_grad()
     def renew(self) -> None:
-        standardize_rows(self.copy, self.means, self.stds, self.flat, self.table, kernels=self.kernels)
+        standardize_rows(
+            self.copy, self.means, self.stds, self.flat, self.table, kernels=self.kernels
+        )
         if self.gradient is not None:
             self.gradient.zero_()
 
     @torch.no_grad()
     def write_gradient(self, out: Tensor) -> None:
         if self.gradient is not None:
-            standardize_rows_backward(out, self.gradient, self.flat, self.means, self.stds, self.table, kernels=self.kernels)
+            standardize_rows_backward(
+                out,
+                self.gradient,
+                self.flat,
+                self.means,
+                self.stds,
+                self.table,
+                kernels=self.kernels,
+            )
 
 
 @dataclass(frozen=True)
@@ -88,7 +105,9 @@ class StandardizedWeights:
     gradient: Tensor
 
     @staticmethod
-    def of(online: nn.Module, target: nn.Module, arena: Arena, dtype: torch.dtype, kernels: str) -> StandardizedWeights:
+    def of(
+        online: nn.Module, target: nn.Module, arena: Arena, dtype: torch.dtype, kernels: str
+    ) -> StandardizedWeights:
         """Group the layers of both networks in ``arena``; convolutions run in ``dtype``.
 
         Linear layers run in the parameters' dtype: a second launch where the two differ.
@@ -96,7 +115,11 @@ class StandardizedWeights:
         if kernels == "reference":  # each layer standardizes its own weights in plain torch
             return StandardizedWeights((), arena.gradient)
         nets = ((online, arena.online, True), (target, arena.target, False))
-        groups = (group for net, flat, trained in nets for group in _groups(net, arena, flat, dtype, kernels, trained=trained))
+        groups = (
+            group
+            for net, flat, trained in nets
+            for group in _groups(net, arena, flat, dtype, kernels, trained=trained)
+        )
         return StandardizedWeights(tuple(groups), arena.gradient)
 
     @contextmanager
@@ -121,12 +144,25 @@ class StandardizedWeights:
                 layer.precomputed = weight if lent else None
 
 
-def _groups(net: nn.Module, arena: Arena, flat: Tensor, dtype: torch.dtype, kernels: str, *, trained: bool) -> Iterator[_Group]:
+def _groups(
+    net: nn.Module, arena: Arena, flat: Tensor, dtype: torch.dtype, kernels: str, *, trained: bool
+) -> Iterator[_Group]:
     segments = {segment.name: segment for segment in arena.segments}
     layers = {
-        f"{name}.weight": module for name, module in net.named_modules() if isinstance(module, Standardizing) and module.ws
+        f"{name}.weight": module
+        for name, module in net.named_modules()
+        if isinstance(module, Standardizing) and module.ws
     }
-    of = {name: flat.dtype if isinstance(layer, Linear) else dtype for name, layer in layers.items()}
+    of = {
+        name: flat.dtype if isinstance(layer, Linear) else dtype for name, layer in layers.items()
+    }
     for own in dict.fromkeys(of.values()):
         names = [name for name in layers if of[name] == own]
-        yield _Group.of([layers[n] for n in names], [segments[n] for n in names], flat, own, kernels, trained=trained)
+        yield _Group.of(
+            [layers[n] for n in names],
+            [segments[n] for n in names],
+            flat,
+            own,
+            kernels,
+            trained=trained,
+        )

@@ -26,7 +26,15 @@ from fastbyol.engine.standardized_weights import StandardizedWeights
 from fastbyol.errors import UsageError
 from fastbyol.model.byol import NUM_VIEWS, Online, Target
 from fastbyol.model.norm import use_kernels
-from fastbyol.model.objective import OBJECTIVES, Objective, byol_loss, contrastive_loss, enqueue, observe, unit
+from fastbyol.model.objective import (
+    OBJECTIVES,
+    Objective,
+    byol_loss,
+    contrastive_loss,
+    enqueue,
+    observe,
+    unit,
+)
 from fastbyol.optim import schedule
 from fastbyol.optim.arena import Arena
 from fastbyol.optim.lars import rule_of, treatments
@@ -110,7 +118,9 @@ class TrainState:
     queue: Tensor | None = None
 
     @staticmethod
-    def create(config: Resolved, *, steps_per_epoch: int, device: str | torch.device = "cpu") -> TrainState:
+    def create(
+        config: Resolved, *, steps_per_epoch: int, device: str | torch.device = "cpu"
+    ) -> TrainState:
         """Make the state before the first step: the same on any device, whatever was drawn before.
 
         Switches TF32 off for the process on CUDA under fp32 (``process.exact_products``). Raises
@@ -118,7 +128,10 @@ class TrainState:
         that is too long.
         """
         optim, epochs = config.optim, config.schedule.horizon_epochs
-        device, dtype = torch.device(device), torch.float64 if config.train.precision == "fp64" else torch.float32
+        device, dtype = (
+            torch.device(device),
+            torch.float64 if config.train.precision == "fp64" else torch.float32,
+        )
         try:
             kernels = dispatch.resolve(config.engine.kernels, device, dtype)
         except ValueError as error:
@@ -126,8 +139,12 @@ class TrainState:
         if device.type == "cuda" and config.train.precision == "fp32":
             exact_products()
         tables = (
-            schedule.lr_table(config.schedule, optim.lr, horizon_epochs=epochs, steps_per_epoch=steps_per_epoch),
-            schedule.tau_table(config.schedule, horizon_epochs=epochs, steps_per_epoch=steps_per_epoch),
+            schedule.lr_table(
+                config.schedule, optim.lr, horizon_epochs=epochs, steps_per_epoch=steps_per_epoch
+            ),
+            schedule.tau_table(
+                config.schedule, horizon_epochs=epochs, steps_per_epoch=steps_per_epoch
+            ),
         )
         num_keys = config.method.queue if config.method.name == "contrastive" else 0
         online, target, keys = _drawn(config.model, config.train.seed, num_keys)
@@ -135,14 +152,28 @@ class TrainState:
             net.to(device, dtype)
             use_kernels(net, kernels)
         shapes = {name: p.shape for name, p in online.named_parameters()}
-        arena = Arena.adopt(online, target, treatments(shapes, optim), weight_decay=optim.weight_decay)
+        arena = Arena.adopt(
+            online, target, treatments(shapes, optim), weight_decay=optim.weight_decay
+        )
         step = torch.zeros((), dtype=torch.int64, device=device)
         lr, tau = (table.to(device, dtype) for table in tables)
         recipe = Recipe.of(config)
         standardized = StandardizedWeights.of(online, target, arena, recipe.views_dtype, kernels)
         rate_override = RateOverride.of(optim, arena.table)
         queue = unit(keys.to(dtype)).to(device) if num_keys else None
-        return TrainState(online, target, arena, step, lr, tau, recipe, standardized, kernels, rate_override, queue)
+        return TrainState(
+            online,
+            target,
+            arena,
+            step,
+            lr,
+            tau,
+            recipe,
+            standardized,
+            kernels,
+            rate_override,
+            queue,
+        )
 
     @property
     def segment_names(self) -> tuple[str, ...]:
@@ -155,7 +186,9 @@ class TrainState:
         These are the three flat buffers that outlive a step, both networks' norm buffers, the step
         and the queue, if any.
         """
-        tensors = {f"arena.{name}": getattr(self.arena, name) for name in ("online", "momentum", "target")}
+        tensors = {
+            f"arena.{name}": getattr(self.arena, name) for name in ("online", "momentum", "target")
+        }
         for prefix, net in (("online", self.online), ("target", self.target)):
             tensors |= {f"{prefix}.{name}": buffer for name, buffer in net.named_buffers()}
         return tensors | {"step": self.step} | ({} if self.queue is None else {"queue": self.queue})
@@ -175,7 +208,12 @@ class TrainState:
             buffer.copy_(part.view_as(buffer))
 
     def _float_buffers(self) -> list[Tensor]:
-        return [buffer for net in (self.online, self.target) for buffer in net.buffers() if buffer.is_floating_point()]
+        return [
+            buffer
+            for net in (self.online, self.target)
+            for buffer in net.buffers()
+            if buffer.is_floating_point()
+        ]
 
     @torch.no_grad()
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
@@ -187,18 +225,22 @@ class TrainState:
         if own.keys() != tensors.keys():
             odd = sorted(own.keys() ^ tensors.keys())
             raise UsageError(
-                f"checkpoint: holds another network than the configuration's ({len(odd)} names differ, first {odd[0]!r})"
+                f"checkpoint: holds another network than the configuration's ({len(odd)} names "
+                f"differ, first {odd[0]!r})"
             )
         for name, tensor in own.items():
             if (tensor.shape, tensor.dtype) != (tensors[name].shape, tensors[name].dtype):
                 raise UsageError(
-                    f"checkpoint: {name!r} is {_kind(tensors[name])}, the configuration's network has {_kind(tensor)}"
+                    f"checkpoint: {name!r} is {_kind(tensors[name])}, the configuration's network "
+                    f"has {_kind(tensor)}"
                 )
         for name, tensor in own.items():
             tensor.copy_(tensors[name])
 
 
-Forward = Callable[[Online, Target, Tensor, Objective, Tensor | None], tuple[Tensor, Tensor, Tensor | None]]
+Forward = Callable[
+    [Online, Target, Tensor, Objective, Tensor | None], tuple[Tensor, Tensor, Tensor | None]
+]
 
 
 def forward(
@@ -214,9 +256,14 @@ def forward(
         # simsiam's target is the online network without gradient (arXiv:2011.10566, algorithm 1).
         projections = output.z.detach() if objective.name == "simsiam" else target(batch)
     if objective.name not in OBJECTIVES:
-        raise ValueError(f"objective must be one of {', '.join(OBJECTIVES)}, not {objective.name!r}")
+        raise ValueError(
+            f"objective must be one of {', '.join(OBJECTIVES)}, not {objective.name!r}"
+        )
     if objective.name == "contrastive":
-        loss = contrastive_loss(output.q, projections, objective.temperature, queue) * objective.loss_scale
+        loss = (
+            contrastive_loss(output.q, projections, objective.temperature, queue)
+            * objective.loss_scale
+        )
     else:
         loss = byol_loss(output.q, projections) * objective.loss_scale
     # Like the post's code (moco.py), keep only the second view's keys.
@@ -237,7 +284,9 @@ def train_step(state: TrainState, views: Tensor, forward: Forward = forward) -> 
     arena.gradient.zero_()
     statistics = state.statistics()
     with state.standardized.in_use():
-        loss, observed, keys = forward(state.online, state.target, batch, recipe.objective, state.queue)
+        loss, observed, keys = forward(
+            state.online, state.target, batch, recipe.objective, state.queue
+        )
         torch.autograd.backward(loss)
     with torch.no_grad():
         table, factor = arena.table, lr
@@ -256,14 +305,21 @@ def train_step(state: TrainState, views: Tensor, forward: Forward = forward) -> 
         if state.queue is not None and keys is not None:
             enqueue(state.queue, keys, state.step, taken)
         state.step.add_(1)
-        of_step = torch.stack((torch.linalg.vector_norm(arena.gradient), lr, tau, (~taken).to(lr.dtype)))
+        of_step = torch.stack(
+            (torch.linalg.vector_norm(arena.gradient), lr, tau, (~taken).to(lr.dtype))
+        )
         values = torch.cat((loss.detach().view(1), observed, of_step))
     return StepMetrics(values.float(), layers.float())
 
 
 def as_batch(views: Tensor, dtype: torch.dtype) -> Tensor:
     """Flatten views (2, B, 3, S, S) to (2B, 3, S, S) in ``dtype`` and channels-last, if need be."""
-    if views.ndim != 5 or views.shape[0] != NUM_VIEWS or views.shape[1] < 2 or not views.is_floating_point():
+    if (
+        views.ndim != 5
+        or views.shape[0] != NUM_VIEWS
+        or views.shape[1] < 2
+        or not views.is_floating_point()
+    ):
         raise ValueError(f"views must be floats (2, B >= 2, 3, S, S), got {_kind(views)}")
     return views.flatten(0, 1).to(dtype, memory_format=torch.channels_last)
 

@@ -68,7 +68,9 @@ class Telemetry:
             resume_step=resume_step,
             recorded=Written(*resume_written[METRICS_FILE]) if resume_written else None,
         )
-        self._layers = LayersFile(folder, layer_names, layer_metric_names, every=layers_every, resume_step=resume_step)
+        self._layers = LayersFile(
+            folder, layer_names, layer_metric_names, every=layers_every, resume_step=resume_step
+        )
         with writing(folder / "timing.jsonl"):
             self._timing = (folder / "timing.jsonl").open("a", buffering=1, encoding="utf-8")
         shape = (len(metric_names), len(layer_names), len(layer_metric_names))
@@ -80,9 +82,9 @@ class Telemetry:
     def record(self, measured: StepValues) -> list[dict[str, float]]:
         """Record the next step's measures, without waiting for the device.
 
-        Returns the steps that were written meanwhile, oldest first: ``drain_every`` of them in
-        each ``drain_every``-th call (on a GPU one ring late), else none. A dict has ``step``, ``epoch`` and
-        the metrics, NaN where not finite.
+        Returns the steps that were written meanwhile, oldest first: ``drain_every`` of them in each
+        ``drain_every``-th call (on a GPU one ring late), else none. A dict has ``step``, ``epoch``
+        and the metrics, NaN where not finite.
         """
         self._ring.put(self._step, measured.values, measured.layers)
         self._step += 1
@@ -138,7 +140,12 @@ class Telemetry:
     def __enter__(self) -> Telemetry:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         # After a disk has run full closing fails too, with a less useful message.
         with suppress(*(FastbyolError,) if error is not None else ()):
             self.close()
@@ -178,7 +185,13 @@ class _Ring:
     """
 
     def __init__(
-        self, num_metrics: int, num_layers: int, num_layer_metrics: int, steps: int, layers_every: int, device: torch.device
+        self,
+        num_metrics: int,
+        num_layers: int,
+        num_layer_metrics: int,
+        steps: int,
+        layers_every: int,
+        device: torch.device,
     ) -> None:
         slots = -(-steps // layers_every)
         self._shapes = (steps, num_metrics), (slots, num_layers, num_layer_metrics)
@@ -218,7 +231,9 @@ class _Ring:
         if sent.num_steps and self._arrived is not None:
             self._arrived.synchronize()
         every = self._layers_every
-        layer_steps = (-(-sent.first_step // every) + np.arange(sent.num_layers, dtype=np.int64)) * every
+        layer_steps = (
+            -(-sent.first_step // every) + np.arange(sent.num_layers, dtype=np.int64)
+        ) * every
         metrics, layers = (part.numpy() for part in self._split(self._host))
         return sent.first_step, metrics[: sent.num_steps], layer_steps, layers[: sent.num_layers]
 

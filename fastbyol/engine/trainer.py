@@ -31,8 +31,9 @@ from fastbyol.runs.metrics import METRICS_FILE, read_events
 class Summary:
     """How a run ended.
 
-    ``metrics`` are the last epoch's means. ``accuracy`` is in percent, None where nothing was probed.
-    ``accuracies`` are those of random weights, the best and the last, and on how many images.
+    ``metrics`` are the last epoch's means. ``accuracy`` is in percent, None where nothing was
+    probed. ``accuracies`` are those of random weights, the best and the last, and on how many
+    images.
     """
 
     run: str
@@ -52,8 +53,8 @@ def fit(folder: RunFolder, config: Resolved, observer: Observer | None = None) -
     after a signal of ``interrupt.SIGNALS``. Torch's switches and threads are put back at the end.
 
     Raises CollapsedError where ``train.stop_on_collapse`` is set and an epoch ends collapsed,
-    FastbyolError where memory or disk run out or numbers are no longer finite, and NoGraphError where
-    the run has to go on in a fresh process.
+    FastbyolError where memory or disk run out or numbers are no longer finite, and NoGraphError
+    where the run has to go on in a fresh process.
     """
     observer, run = observer or Silent(), folder.path
     with (
@@ -68,7 +69,10 @@ def fit(folder: RunFolder, config: Resolved, observer: Observer | None = None) -
             with interrupt.abortable():
                 session, progress = Preparation(folder, config, observer).run(opened)
         except Stopped:
-            observer.note(f"{interrupt.requested}: stopped before a step was made; go on with: fastbyol resume {run}")
+            observer.note(
+                f"{interrupt.requested}: stopped before a step was made; go on with: fastbyol "
+                f"resume {run}"
+            )
             return _summary(folder, Progress(step=checkpoint.newest_step(folder.checkpoints) or 0))
         except NoGraphError as error:
             folder.keep_mode("compile")
@@ -78,7 +82,10 @@ def fit(folder: RunFolder, config: Resolved, observer: Observer | None = None) -
         with session.open_telemetry(progress.step) as telemetry:
             progress = Loop(session, telemetry, interrupt, pace).run(progress)
         if interrupt.requested and not session.is_finished(progress):
-            observer.note(f"{interrupt.requested}: saved at step {progress.step}; go on with: fastbyol resume {run}")
+            observer.note(
+                f"{interrupt.requested}: saved at step {progress.step}; go on with: fastbyol "
+                f"resume {run}"
+            )
         return _summary(folder, progress, session)
 
 
@@ -123,7 +130,9 @@ class Loop:
             if rows:  # a ring's worth has come off the device
                 self._refuse_to_skip_on()
                 img_s, left_s = self.pace.update(step)
-                session.observer.progress(StepReport(step, epoch, img_s, left_s, progress.state, rows[-1]))
+                session.observer.progress(
+                    StepReport(step, epoch, img_s, left_s, progress.state, rows[-1])
+                )
             if step % session.steps_per_epoch == 0:
                 return replace(progress, owes_epoch_end=True)
             if self.interrupt.requested or (every and step % every == 0):
@@ -133,7 +142,9 @@ class Loop:
         return progress
 
     def _end_epoch(self, progress: Progress) -> Progress:
-        """Probe, watch for a collapse, write the epoch's event, save, tell the observer: in this order."""
+        """Probe, watch for a collapse, write the epoch's event, save, tell the observer: in this
+        order.
+        """
         session, step = self.session, progress.step
         epoch = (step - 1) // session.steps_per_epoch
         means = self.telemetry.epoch_summary()
@@ -147,7 +158,9 @@ class Loop:
             self._save(progress)
             return progress
         monitor = CollapseMonitor.from_dict(progress.collapse)
-        if self.telemetry.skipped_in_row < session.steps_per_epoch:  # else there is nothing to observe
+        if (
+            self.telemetry.skipped_in_row < session.steps_per_epoch
+        ):  # else there is nothing to observe
             self._watch(monitor, step, means, rank)
         progress = Progress(
             step,
@@ -156,21 +169,44 @@ class Loop:
             accuracy=progress.accuracy if accuracy is None else accuracy,
             epoch_means=means,
         )
-        # Events of a step are written before its checkpoint, which remembers the file as it then is.
-        self.telemetry.event("epoch", step=step, epoch=epoch, state=monitor.state, accuracy=accuracy, rank_y=rank, **means)
+        # Events of a step are written before its checkpoint, which remembers the file as it then
+        # is.
+        self.telemetry.event(
+            "epoch",
+            step=step,
+            epoch=epoch,
+            state=monitor.state,
+            accuracy=accuracy,
+            rank_y=rank,
+            **means,
+        )
         self._save(progress)
-        # An epoch is announced once it is saved, whatever becomes of the process or of its observer.
+        # An epoch is announced once it is saved, whatever becomes of the process or of its
+        # observer.
         session.observer.epoch_end(
-            EpochEnd(epoch, session.config.train.epochs, step, img_s, left_s, monitor.state, accuracy, means)
+            EpochEnd(
+                epoch,
+                session.config.train.epochs,
+                step,
+                img_s,
+                left_s,
+                monitor.state,
+                accuracy,
+                means,
+            )
         )
         self.pace.restart()
         self._stop_if_collapsed(progress, epoch)
         return progress
 
-    def _watch(self, monitor: CollapseMonitor, step: int, means: Mapping[str, float], rank: float | None) -> None:
+    def _watch(
+        self, monitor: CollapseMonitor, step: int, means: Mapping[str, float], rank: float | None
+    ) -> None:
         """Update the monitor with an epoch's means and write an event for every change of state."""
         num_before = len(monitor.events)
-        signals = {name: means[name] for name in ("neg_cos", "pos_cos", "std_z", "dead_y", "grad_norm")}
+        signals = {
+            name: means[name] for name in ("neg_cos", "pos_cos", "std_z", "dead_y", "grad_norm")
+        }
         monitor.update(step=step, rank_y=rank, **signals)
         for event in monitor.events[num_before:]:
             self.telemetry.event("state", **asdict(event))
@@ -178,7 +214,9 @@ class Loop:
     def _probe_untrained(self) -> None:
         """Record what the weights give before the first step, unless a process before this one did."""
         session = self.session
-        if session.test is None or any(e["event"] == "untrained" for e in read_events(session.folder.path)):
+        if session.test is None or any(
+            e["event"] == "untrained" for e in read_events(session.folder.path)
+        ):
             return
         try:
             with self.interrupt.abortable():
@@ -186,10 +224,14 @@ class Loop:
         except Stopped:
             return
         origin = {"weights": "given"} if session.config.train.init_from else {}
-        self.telemetry.event("untrained", step=0, accuracy=accuracy, rank_y=rank, num_scored=num_scored, **origin)
+        self.telemetry.event(
+            "untrained", step=0, accuracy=accuracy, rank_y=rank, num_scored=num_scored, **origin
+        )
 
     def _probe(self, epoch: int) -> tuple[float | None, float | None]:
-        """Return accuracy in percent and rank of the embeddings, or None and None in an epoch without a probe."""
+        """Return accuracy in percent and rank of the embeddings, or None and None in an epoch
+        without a probe.
+        """
         config, test = self.session.config, self.session.test
         every, is_last = config.probe.every_epochs, epoch + 1 == config.train.epochs
         if test is None or not (is_last or (every and (epoch + 1) % every == 0)):
@@ -197,7 +239,9 @@ class Loop:
         return self._evaluate(test)[:2]
 
     def _evaluate(self, test: loader.Images) -> tuple[float, float, int]:
-        """Return accuracy in percent, effective rank of the embeddings, and the number of images scored."""
+        """Return accuracy in percent, effective rank of the embeddings, and the number of images
+        scored.
+        """
         session = self.session
         result = protocol.evaluate(
             session.config.probe.protocol,
@@ -208,11 +252,15 @@ class Loop:
             device=session.device,
             dtype=session.state.recipe.views_dtype,
         )
-        # Six digits: the last ones depend on the number of threads, and a resumed run may have others.
+        # Six digits: the last ones depend on the number of threads, and a resumed run may have
+        # others.
         return float(result["accuracy"]), float(f"{result['rank']:.6g}"), int(result["num_test"])
 
     def _save(self, progress: Progress) -> None:
-        """Write a checkpoint that goes with the records on disk. No other kind than a good one is written."""
+        """Write a checkpoint that goes with the records on disk.
+
+        No other kind than a good one is written.
+        """
         session = self.session
         self.telemetry.flush()
         self._refuse_to_skip_on()
@@ -232,20 +280,31 @@ class Loop:
         """Raise FastbyolError after too many steps in a row without a finite gradient."""
         skipped, limit = self.telemetry.skipped_in_row, self.session.config.train.max_skipped_steps
         if skipped > limit:
-            self._fail(f"{skipped} steps in a row had a gradient that is not finite (train.max_skipped_steps: {limit})")
+            self._fail(
+                f"{skipped} steps in a row had a gradient that is not finite "
+                f"(train.max_skipped_steps: {limit})"
+            )
 
     def _fail(self, what: str) -> NoReturn:
         """Raise FastbyolError about numbers that blew up, and say how to start again."""
         folder = self.session.folder
         good = checkpoint.newest(folder.checkpoints)
-        start = f" from the last good checkpoint with `fastbyol train --init-from {good}` and" if good else " with"
-        raise FastbyolError(f"{folder.path}: {what}; start again{start} a lower optim.lr, or with train.precision = fp32")
+        start = (
+            f" from the last good checkpoint with `fastbyol train --init-from {good}` and"
+            if good
+            else " with"
+        )
+        raise FastbyolError(
+            f"{folder.path}: {what}; start again{start} a lower optim.lr, or with train.precision "
+            "= fp32"
+        )
 
     def _stop_if_collapsed(self, progress: Progress, epoch: int) -> None:
         if self.session.config.train.stop_on_collapse and progress.state in ("collapsed", "dead"):
             raise CollapsedError(
                 f"{self.session.folder.path}: collapsed in epoch {epoch + 1} "
-                f"(negative cosine {progress.epoch_means['neg_cos']:.4f}); saved at step {progress.step}"
+                f"(negative cosine {progress.epoch_means['neg_cos']:.4f}); saved at step "
+                f"{progress.step}"
             )
 
 
@@ -258,7 +317,9 @@ class Pace:
         self._img_s = 0.0
 
     def update(self, step: int) -> tuple[float, float]:
-        """Return images per second since the last update, and seconds left at that pace (0: not known)."""
+        """Return images per second since the last update, and seconds left at that pace (0: not
+        known).
+        """
         now = time.perf_counter()
         if step > self._step:
             self._img_s = (step - self._step) * self._batch_size / max(now - self._mark, 1e-9)

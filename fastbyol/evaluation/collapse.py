@@ -112,11 +112,14 @@ class CollapseMonitor:
         """
         if not all(math.isfinite(value) for value in (neg_cos, pos_cos, std_z)):
             raise FastbyolError(
-                f"step {step}: negative cosine {neg_cos}, positive cosine {pos_cos}, std {std_z}: the run has diverged; "
+                f"step {step}: negative cosine {neg_cos}, positive cosine {pos_cos}, std {std_z}: "
+                "the run has diverged; "
                 "go back to an earlier checkpoint or lower the learning rate (--lr)"
             )
         self.rank_y = self.rank_y if _measured(rank_y) is None else rank_y
-        signals = _Signals(neg_cos, pos_cos, std_z, self.rank_y, _measured(dead_y), _measured(grad_norm))
+        signals = _Signals(
+            neg_cos, pos_cos, std_z, self.rank_y, _measured(dead_y), _measured(grad_norm)
+        )
         while (after := self._next(signals)) != self.state:
             self.events.append(Event(step, self.state, after, **asdict(signals)))
             self.state = after
@@ -138,7 +141,9 @@ class CollapseMonitor:
             monitor = cls(values["state"], bool(values["separated"]), events, values.get("rank_y"))
         except (KeyError, TypeError) as error:
             raise ValueError(f"not a state of the collapse monitor: {error}: {values}") from None
-        if monitor.state not in get_args(State) or any(e.after not in TRANSITIONS.get(e.before, ()) for e in monitor.events):
+        if monitor.state not in get_args(State) or any(
+            e.after not in TRANSITIONS.get(e.before, ()) for e in monitor.events
+        ):
             raise ValueError(f"not a state of the collapse monitor: {values}")
         return monitor
 
@@ -149,11 +154,19 @@ class CollapseMonitor:
                 border = COLLAPSING_ABOVE if self.separated else FRESH_ABOVE
                 return "collapsing" if signals.neg_cos > border or signals.collapsed else "healthy"
             case "collapsed":
-                return "dead" if signals.dead else "recovering" if signals.recovering else "collapsed"
+                return (
+                    "dead" if signals.dead else "recovering" if signals.recovering else "collapsed"
+                )
             case "dead":
                 return "dead" if signals.dead else "collapsed"
             case "collapsing" | "recovering":
-                return "collapsed" if signals.collapsed else "healthy" if signals.separated else self.state
+                return (
+                    "collapsed"
+                    if signals.collapsed
+                    else "healthy"
+                    if signals.separated
+                    else self.state
+                )
 
 
 @dataclass(frozen=True)
@@ -178,17 +191,31 @@ class _Signals:
     @property
     def collapsed(self) -> bool:
         one_direction = self.rank_y is not None and self.rank_y < RANK_COLLAPSED
-        return self.neg_cos > COLLAPSED_ABOVE or self.std_z < STD_COLLAPSED or one_direction or self.dead
+        return (
+            self.neg_cos > COLLAPSED_ABOVE
+            or self.std_z < STD_COLLAPSED
+            or one_direction
+            or self.dead
+        )
 
     @property
     def recovering(self) -> bool:
         """Every sign of the collapse is gone."""
         one_direction = self.rank_y is not None and self.rank_y < RANK_RECOVERING
-        return self.neg_cos < RECOVERING_BELOW and self.std_z >= STD_RECOVERING and not one_direction and not self.dead
+        return (
+            self.neg_cos < RECOVERING_BELOW
+            and self.std_z >= STD_RECOVERING
+            and not one_direction
+            and not self.dead
+        )
 
     @property
     def separated(self) -> bool:
-        return self.neg_cos <= SEPARATED_BELOW and self.pos_cos - self.neg_cos >= MARGIN and not self.collapsed
+        return (
+            self.neg_cos <= SEPARATED_BELOW
+            and self.pos_cos - self.neg_cos >= MARGIN
+            and not self.collapsed
+        )
 
 
 def _measured(value: float | None) -> float | None:

@@ -21,7 +21,12 @@ MOST_ROUNDING = 0.02
 
 
 def agreeing_dtype(
-    encoder: nn.Module, images: Tensor, config: ViewsConfig, wanted: torch.dtype, *, device: torch.device | str
+    encoder: nn.Module,
+    images: Tensor,
+    config: ViewsConfig,
+    wanted: torch.dtype,
+    *,
+    device: torch.device | str,
 ) -> torch.dtype:
     """Return ``wanted`` if the embeddings in it agree with those in the encoder's own precision.
 
@@ -31,9 +36,14 @@ def agreeing_dtype(
     own = _dtype_of(encoder)
     if wanted == own or own == torch.float64:
         return own
-    exact, rounded = (embed(encoder, images[:COMPARED], config, device=device, dtype=dtype) for dtype in (own, wanted))
+    exact, rounded = (
+        embed(encoder, images[:COMPARED], config, device=device, dtype=dtype)
+        for dtype in (own, wanted)
+    )
     spread = torch.linalg.vector_norm(exact - exact.mean(0))
-    return wanted if bool(torch.linalg.vector_norm(rounded - exact) <= MOST_ROUNDING * spread) else own
+    return (
+        wanted if bool(torch.linalg.vector_norm(rounded - exact) <= MOST_ROUNDING * spread) else own
+    )
 
 
 def embed(
@@ -55,9 +65,17 @@ def embed(
         raise ValueError("no images to embed")
     device = torch.device(device)
     dtype = _dtype_of(encoder) if dtype is None else dtype
-    with eval_mode(encoder), torch.inference_mode(), torch.autocast(device.type, enabled=False), full_precision():
+    with (
+        eval_mode(encoder),
+        torch.inference_mode(),
+        torch.autocast(device.type, enabled=False),
+        full_precision(),
+    ):
         # full_precision: TF32, a GPU's default, rounds convolutions to ten bits.
-        batches = (images[start : start + batch_size].to(device) for start in range(0, len(images), batch_size))
+        batches = (
+            images[start : start + batch_size].to(device)
+            for start in range(0, len(images), batch_size)
+        )
         parts = [encoder(views.plain(batch, config, dtype)).float() for batch in batches]
         features = torch.cat(parts)
     # Out of inference mode, so that autograd accepts the features.
@@ -73,7 +91,8 @@ def check_finite(features: Tensor, name: str = "features") -> None:
     bad = int((~torch.isfinite(features)).any(dim=1).sum())
     if bad:
         raise FastbyolError(
-            f"{name}: {bad} of {len(features)} rows hold NaN or infinite values: the encoder has diverged; "
+            f"{name}: {bad} of {len(features)} rows hold NaN or infinite values: the encoder has "
+            "diverged; "
             "go back to an earlier checkpoint or lower the learning rate"
         )
 

@@ -20,7 +20,9 @@ def wilson(hits: float, total: int, *, z: float = Z95) -> tuple[float, float]:
     centre = (share + spread / 2) / (1 + spread)
     half = z / (1 + spread) * math.sqrt(share * (1 - share) / total + spread / (4 * total))
     # Shares of 0 and 1 have exact ends, whatever the rounding.
-    return (0.0 if hits == 0 else max(0.0, centre - half)), (1.0 if hits == total else min(1.0, centre + half))
+    return (0.0 if hits == 0 else max(0.0, centre - half)), (
+        1.0 if hits == total else min(1.0, centre + half)
+    )
 
 
 def accuracy_interval(accuracy: float, num_scored: int) -> tuple[float, float]:
@@ -29,7 +31,9 @@ def accuracy_interval(accuracy: float, num_scored: int) -> tuple[float, float]:
     return 100 * low, 100 * high
 
 
-def difference_margin(first: float, first_total: int, second: float, second_total: int, *, z: float = Z95) -> float:
+def difference_margin(
+    first: float, first_total: int, second: float, second_total: int, *, z: float = Z95
+) -> float:
     """Return how far sampling alone may put the share ``first`` above the independent ``second``.
 
     sqrt((p1 - l1)^2 + (u2 - p2)^2) with the ends l1 and u2 of ``wilson``: it keeps its level at
@@ -37,5 +41,6 @@ def difference_margin(first: float, first_total: int, second: float, second_tota
     proportions", 1998, method 10.
     """
     return math.hypot(
-        first - wilson(first * first_total, first_total, z=z)[0], wilson(second * second_total, second_total, z=z)[1] - second
+        first - wilson(first * first_total, first_total, z=z)[0],
+        wilson(second * second_total, second_total, z=z)[1] - second,
     )

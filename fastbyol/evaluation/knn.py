@@ -17,7 +17,9 @@ from fastbyol.evaluation.features import check_finite
 _CHUNK_ELEMENTS = 2**24
 
 
-def knn_predict(bank: Tensor, labels: Tensor, queries: Tensor, *, k: int = 200, temperature: float = 0.1) -> Tensor:
+def knn_predict(
+    bank: Tensor, labels: Tensor, queries: Tensor, *, k: int = 200, temperature: float = 0.1
+) -> Tensor:
     """Predict the int64 labels (M,) of ``queries`` (M, D) from ``bank`` (N, D) and ``labels`` (N,).
 
     A class's vote is its sum of exp(cosine / temperature) over the ``k`` nearest rows, N at most;
@@ -26,11 +28,17 @@ def knn_predict(bank: Tensor, labels: Tensor, queries: Tensor, *, k: int = 200, 
     FastbyolError for features that are not finite, UsageError for an empty bank.
     """
     if not len(bank):
-        raise UsageError("labels: a k-nearest-neighbour probe needs labelled images to compare with, found none")
+        raise UsageError(
+            "labels: a k-nearest-neighbour probe needs labelled images to compare with, found none"
+        )
     check_finite(bank)
     check_finite(queries)
     classes, index = torch.unique(labels.to(bank.device, torch.int64), return_inverse=True)
-    bank, queries, k = F.normalize(bank.float(), dim=1), F.normalize(queries.float(), dim=1), min(k, len(bank))
+    bank, queries, k = (
+        F.normalize(bank.float(), dim=1),
+        F.normalize(queries.float(), dim=1),
+        min(k, len(bank)),
+    )
     chunk = max(1, _CHUNK_ELEMENTS // len(bank))
     votes = [
         _votes(queries[start : start + chunk] @ bank.T, index, len(classes), k, temperature)
@@ -41,7 +49,13 @@ def knn_predict(bank: Tensor, labels: Tensor, queries: Tensor, *, k: int = 200, 
 
 
 def knn_accuracy(
-    bank: Tensor, labels: Tensor, queries: Tensor, query_labels: Tensor, *, k: int = 200, temperature: float = 0.1
+    bank: Tensor,
+    labels: Tensor,
+    queries: Tensor,
+    query_labels: Tensor,
+    *,
+    k: int = 200,
+    temperature: float = 0.1,
 ) -> float:
     """Return the percentage of ``queries`` for which ``knn_predict`` gives ``query_labels``."""
     predicted = knn_predict(bank, labels, queries, k=k, temperature=temperature)

@@ -58,7 +58,9 @@ class LinearClassifier:
         return 100.0 * float((self.predict(x) == y.to(self.classes)).double().mean())
 
 
-def logistic_one_vs_rest(x: Tensor, y: Tensor, *, c: float = 1.0, tolerance: float = LIBLINEAR_TOLERANCE) -> LinearClassifier:
+def logistic_one_vs_rest(
+    x: Tensor, y: Tensor, *, c: float = 1.0, tolerance: float = LIBLINEAR_TOLERANCE
+) -> LinearClassifier:
     """Fit the post's probe, one-vs-rest LogisticRegression(solver="liblinear", C=c).
 
     Per class, on unscaled features ``x`` (N, D) with integer labels ``y`` (N,): min 1/2 (|w|^2 +
@@ -76,13 +78,19 @@ def logistic_one_vs_rest(x: Tensor, y: Tensor, *, c: float = 1.0, tolerance: flo
     positives = targets.sum(1, keepdim=True)
     limit = tolerance * torch.minimum(positives, len(x) - positives).clamp_min(1.0) / len(x)
     initial = ones.new_zeros(len(targets), len(ones))
-    solution = minimise(problem, initial, limit, max_products=max(20, int(MAX_ELEMENTS / problem.x.numel())))
+    solution = minimise(
+        problem, initial, limit, max_products=max(20, int(MAX_ELEMENTS / problem.x.numel()))
+    )
     if not solution.converged:
         solution = minimise_whitened(problem, solution.weights, limit)
-    return _classifier(solution.weights, ones.new_zeros(x.shape[1]), ones[:-1], classes, solution.converged)
+    return _classifier(
+        solution.weights, ones.new_zeros(x.shape[1]), ones[:-1], classes, solution.converged
+    )
 
 
-def logistic_multinomial(x: Tensor, y: Tensor, *, c: float = 1.0, tolerance: float = MULTINOMIAL_TOLERANCE) -> LinearClassifier:
+def logistic_multinomial(
+    x: Tensor, y: Tensor, *, c: float = 1.0, tolerance: float = MULTINOMIAL_TOLERANCE
+) -> LinearClassifier:
     """Fit multinomial logistic regression on features of mean 0 and variance 1 over ``x``.
 
     min c sum cross-entropy(W x + b) + 1/2 |W|^2 with a free intercept, which is scikit-learn's
@@ -96,7 +104,9 @@ def logistic_multinomial(x: Tensor, y: Tensor, *, c: float = 1.0, tolerance: flo
     penalty = torch.ones(x.shape[1] + 1, dtype=torch.float64, device=x.device)
     penalty[-1] = 0.0
     problem = Problem(_with_ones((x.double() - shift) / scale), loss, penalty, c)
-    solution = minimise_whitened(problem, penalty.new_zeros(len(targets), len(penalty)), penalty.new_full((1, 1), tolerance))
+    solution = minimise_whitened(
+        problem, penalty.new_zeros(len(targets), len(penalty)), penalty.new_full((1, 1), tolerance)
+    )
     return _classifier(solution.weights, shift, scale, classes, solution.converged)
 
 
@@ -106,13 +116,16 @@ def _targets(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     Raises as ``logistic_one_vs_rest`` says.
     """
     if x.ndim != 2 or y.shape != x.shape[:1]:
-        raise ValueError(f"features must be (N, D) and labels (N,), got {tuple(x.shape)} and {tuple(y.shape)}")
+        raise ValueError(
+            f"features must be (N, D) and labels (N,), got {tuple(x.shape)} and {tuple(y.shape)}"
+        )
     check_finite(x)
     classes, index = torch.unique(y.to(x.device, torch.int64), return_inverse=True)
     if len(classes) < 2:
         present = f"only class {int(classes[0])}" if len(classes) else "no samples"
         raise UsageError(
-            f"labels: a probe needs at least two classes to tell apart, found {present}: give it more labelled images"
+            f"labels: a probe needs at least two classes to tell apart, found {present}: give it "
+            "more labelled images"
         )
     return classes, (index == torch.arange(len(classes), device=x.device)[:, None]).double()
 
@@ -129,7 +142,9 @@ def _with_ones(x: Tensor) -> Tensor:
     return torch.cat((x, x.new_ones(len(x), 1)), dim=1)
 
 
-def _classifier(weights: Tensor, shift: Tensor, scale: Tensor, classes: Tensor, converged: bool) -> LinearClassifier:
+def _classifier(
+    weights: Tensor, shift: Tensor, scale: Tensor, classes: Tensor, converged: bool
+) -> LinearClassifier:
     """Split off the intercept. A single row gets a row of zeros, whose decision value is 0."""
     if len(weights) == 1:
         weights = torch.cat((torch.zeros_like(weights), weights))

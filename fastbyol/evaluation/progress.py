@@ -30,7 +30,11 @@ class Accuracies:
         rows = [event for event in events if event.get("accuracy") is not None]
         before = next((row for row in rows if row["event"] == "untrained"), {})
         probed = [row for row in rows if row["event"] == "epoch"]
-        best = max(probed, key=lambda row: float(row["accuracy"]), default={"accuracy": None, "epoch": None})
+        best = max(
+            probed,
+            key=lambda row: float(row["accuracy"]),
+            default={"accuracy": None, "epoch": None},
+        )
         return cls(
             untrained=before.get("accuracy"),
             best=best["accuracy"],
@@ -52,4 +56,6 @@ class Accuracies:
         named = [("accuracy", self.last), (self.weights, self.untrained)]
         if self.best_epoch is not None:
             named.insert(1, (f"best in epoch {self.best_epoch + 1}", self.best))
-        return ", ".join(f"{name} {self.shown(value)}" for name, value in named if value is not None)
+        return ", ".join(
+            f"{name} {self.shown(value)}" for name, value in named if value is not None
+        )

@@ -64,18 +64,21 @@ def evaluate(
     """Measure the accuracy of ``encoder``, which is on ``device``, under ``protocol``.
 
     Images are embedded in ``dtype`` if that agrees with the encoder's own. Accuracies are in
-    percent, ``train_accuracy`` is None for ``knn``. ``num_classes`` counts the fitted rows' classes,
-    ``num_repeated`` the scored images with the bytes of a fitted one (None within one set),
-    ``notes`` say what makes the accuracy meaningless, ``rank`` is the scored embeddings' effective
-    rank. Raises UsageError for data that the protocol cannot use and FastbyolError for embeddings
-    that are not finite.
+    percent, ``train_accuracy`` is None for ``knn``. ``num_classes`` counts the fitted rows'
+    classes, ``num_repeated`` the scored images with the bytes of a fitted one (None within one
+    set), ``notes`` say what makes the accuracy meaningless, ``rank`` is the scored embeddings'
+    effective rank. Raises UsageError for data that the protocol cannot use and FastbyolError for
+    embeddings that are not finite.
     """
     check_choice("protocol", protocol, PROTOCOLS)
     began = time.perf_counter()
     rows = _choose(protocol, test, train)
     repeated = _num_repeated(rows) if rows.from_two_sets else None
     dtype = agreeing_dtype(encoder, rows.fit_images, views, dtype, device=device)
-    fit, score = (embed(encoder, images, views, device=device, dtype=dtype) for images in (rows.fit_images, rows.score_images))
+    fit, score = (
+        embed(encoder, images, views, device=device, dtype=dtype)
+        for images in (rows.fit_images, rows.score_images)
+    )
     accuracy, train_accuracy = _accuracies(protocol, fit, rows.fit_labels, score, rows.score_labels)
     return {
         "protocol": protocol,
@@ -118,13 +121,21 @@ def split_rows(labels: Tensor) -> tuple[Tensor, Tensor, str]:
     rank = torch.empty_like(order)
     rank[order] = torch.cat([torch.arange(int(count)) for count in counts])
     even = rank % 2 == 0
-    return even.nonzero()[:, 0], (~even).nonzero()[:, 0], "alternate rows of each class of the test set"
+    return (
+        even.nonzero()[:, 0],
+        (~even).nonzero()[:, 0],
+        "alternate rows of each class of the test set",
+    )
 
 
-def _accuracies(protocol: str, fit: Tensor, fit_labels: Tensor, score: Tensor, labels: Tensor) -> tuple[float, float | None]:
+def _accuracies(
+    protocol: str, fit: Tensor, fit_labels: Tensor, score: Tensor, labels: Tensor
+) -> tuple[float, float | None]:
     if protocol == "knn":
         return knn_accuracy(fit, fit_labels, score, labels), None
-    classifier = (logistic_one_vs_rest if protocol == "blog" else logistic_multinomial)(fit, fit_labels)
+    classifier = (logistic_one_vs_rest if protocol == "blog" else logistic_multinomial)(
+        fit, fit_labels
+    )
     return classifier.score(score, labels), classifier.score(fit, fit_labels)
 
 
@@ -132,11 +143,20 @@ def _notes(rows: _Rows, repeated: int) -> Iterator[str]:
     """Yield what makes the accuracy on ``rows`` meaningless, a line each."""
     total, classes = len(rows.score_labels), torch.unique(rows.score_labels)
     if len(classes) == 1:
-        yield f"the {total} scored images all have label {int(classes[0])}: accuracy says nothing of telling classes apart"
+        yield (
+            f"the {total} scored images all have label {int(classes[0])}: accuracy says nothing "
+            "of telling classes apart"
+        )
     if unknown := int((~torch.isin(rows.score_labels, rows.fit_labels)).sum()):
-        yield f"{unknown} of {total} scored images have a label that no fitted image has: they can only be wrong"
+        yield (
+            f"{unknown} of {total} scored images have a label that no fitted image has: they "
+            "can only be wrong"
+        )
     if repeated:
-        yield f"{repeated} of {total} scored images are among those fitted: accuracy on them says nothing of images not seen"
+        yield (
+            f"{repeated} of {total} scored images are among those fitted: accuracy on them says "
+            "nothing of images not seen"
+        )
 
 
 def _num_repeated(rows: _Rows) -> int:
@@ -153,7 +173,8 @@ def _choose(protocol: str, test: LabelledImages, train: LabelledImages | None) -
     if bool((rows.fit_labels == rows.fit_labels[0]).all()):
         what, flag = ("training", "--train-data") if rows.from_two_sets else ("test", "--test-data")
         raise UsageError(
-            f"{what} data: the {len(rows.fit_labels)} images to fit the probe on all have label {int(rows.fit_labels[0])}: "
+            f"{what} data: the {len(rows.fit_labels)} images to fit the probe on all have label "
+            f"{int(rows.fit_labels[0])}: "
             f"name a {what} set of two classes or more with {flag}"
         )
     return rows
@@ -170,11 +191,19 @@ def _chosen(protocol: str, test: LabelledImages, train: LabelledImages | None) -
         fit_images, fit_labels = labelled_rows(train, "training data")
         if len(fit_labels):
             labels = _renumbered(labels, test.class_names, train.class_names)
-            return _Rows(fit_images, fit_labels, images, labels, "training set and test set", from_two_sets=True)
+            return _Rows(
+                fit_images,
+                fit_labels,
+                images,
+                labels,
+                "training set and test set",
+                from_two_sets=True,
+            )
     fit, score, split = split_rows(labels)
     if not len(fit) or not len(score):
         raise UsageError(
-            f"test data: {len(labels)} labelled images are too few to split in two, as no class has one to fit "
+            f"test data: {len(labels)} labelled images are too few to split in two, as no class "
+            "has one to fit "
             "and one to score: name a larger set with --test-data"
         )
     return _Rows(images[fit], labels[fit], images[score], labels[score], split)
@@ -191,7 +220,9 @@ def _renumbered(labels: Tensor, names: tuple[str, ...], fitted: tuple[str, ...])
     numbers = {name: number for number, name in enumerate(fitted)}
     highest = max(len(names), int(labels.max()) + 1)
     translated = [numbers.get(name, len(fitted) + k) for k, name in enumerate(names)]
-    return torch.tensor([*translated, *range(len(fitted) + len(names), len(fitted) + highest)])[labels]
+    return torch.tensor([*translated, *range(len(fitted) + len(names), len(fitted) + highest)])[
+        labels
+    ]
 
 
 def labelled_rows(data: LabelledImages, name: str) -> tuple[Tensor, Tensor]:
@@ -200,6 +231,9 @@ def labelled_rows(data: LabelledImages, name: str) -> tuple[Tensor, Tensor]:
     if labels is None:
         return images[:0], torch.empty(0, dtype=torch.int64)
     if len(labels) != len(images):
-        raise UsageError(f"{name}: {len(images)} images but {len(labels)} labels: convert it again from a sound source")
+        raise UsageError(
+            f"{name}: {len(images)} images but {len(labels)} labels: convert it again from a "
+            "sound source"
+        )
     labelled = labels >= 0
     return (images, labels) if bool(labelled.all()) else (images[labelled], labels[labelled])

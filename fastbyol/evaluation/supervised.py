@@ -48,12 +48,23 @@ def supervised_accuracy(
 
 
 def _fit(
-    net: nn.Module, images: Tensor, targets: Tensor, views: ViewsConfig, epochs: int, batch_size: int, lr: float, seed: int
+    net: nn.Module,
+    images: Tensor,
+    targets: Tensor,
+    views: ViewsConfig,
+    epochs: int,
+    batch_size: int,
+    lr: float,
+    seed: int,
 ) -> None:
     device = next(net.parameters()).device
     per_epoch = len(images) // batch_size
-    optimizer = torch.optim.SGD(net.parameters(), lr=lr, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY, nesterov=True)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _triangle(step, epochs * per_epoch))
+    optimizer = torch.optim.SGD(
+        net.parameters(), lr=lr, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY, nesterov=True
+    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: _triangle(step, epochs * per_epoch)
+    )
     generator = torch.Generator().manual_seed(seed)
     net.train()
     for epoch in range(epochs):
@@ -87,7 +98,13 @@ def _build(model: ModelConfig, num_classes: int, seed: int) -> nn.Module:
 
 def _light(views: ViewsConfig) -> ViewsConfig:
     """Return ``views`` with crops of half the area or more and flips only: they keep the label."""
-    light = {"scale": (0.5, 1.0), "jitter_p": 0.0, "grayscale_p": 0.0, "blur_p": (0.0, 0.0), "solarize_p": (0.0, 0.0)}
+    light = {
+        "scale": (0.5, 1.0),
+        "jitter_p": 0.0,
+        "grayscale_p": 0.0,
+        "blur_p": (0.0, 0.0),
+        "solarize_p": (0.0, 0.0),
+    }
     return views.model_copy(update=light)
 
 

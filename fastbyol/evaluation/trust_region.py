@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-# Letters: N samples, D features, K classes; numbers per problem are (K, 1), or (1, 1) under Softmax.
+# Letters: N samples, D features, K classes; numbers per problem are (K, 1), or (1, 1) under
+# Softmax.
 
 # Section 2: a step is accepted above ETA_0 of the predicted reduction; the others move the radius.
 ETA_0, ETA_1, ETA_2 = 1e-4, 0.25, 0.75
@@ -126,7 +127,9 @@ class Solution:
     converged: bool
 
 
-def minimise(problem: Problem, initial: Tensor, tolerance: Tensor, *, max_products: int = 100_000) -> Solution:
+def minimise(
+    problem: Problem, initial: Tensor, tolerance: Tensor, *, max_products: int = 100_000
+) -> Solution:
     """Minimise F from ``initial`` (K, D) until |dF/dW| is ``tolerance`` times its length at W = 0.
 
     Also stops, not converged, after ``MAX_STEPS`` Newton steps of a problem or, between steps,
@@ -149,18 +152,31 @@ def minimise(problem: Problem, initial: Tensor, tolerance: Tensor, *, max_produc
         moved = step @ x.T
         new_value = problem.value(w + step, margins + moved)
         slope = loss.dot(gradient, step)
-        predicted, actual, length = -0.5 * (slope - loss.dot(step, left)), value - new_value, problem.norm(step)
+        predicted, actual, length = (
+            -0.5 * (slope - loss.dot(step, left)),
+            value - new_value,
+            problem.norm(step),
+        )
         radius = torch.where(steps == 0.0, torch.minimum(radius, length), radius)
         radius = torch.where(active, _next_radius(radius, length, slope, predicted, actual), radius)
         accepted = active & (actual > ETA_0 * predicted)
-        w, margins = torch.where(accepted, w + step, w), torch.where(accepted, margins + moved, margins)
-        value, steps, gradient = torch.where(accepted, new_value, value), steps + accepted, problem.gradient(w, margins)
+        w, margins = (
+            torch.where(accepted, w + step, w),
+            torch.where(accepted, margins + moved, margins),
+        )
+        value, steps, gradient = (
+            torch.where(accepted, new_value, value),
+            steps + accepted,
+            problem.gradient(w, margins),
+        )
         flat = torch.maximum(actual.abs(), predicted.abs()) <= ROUNDING * value.abs()
         done = done | (problem.norm(gradient) <= tolerance * start) | (active & flat)
     return Solution(w, steps, num_products, bool(done.all()))
 
 
-def minimise_whitened(problem: Problem, initial: Tensor, tolerance: Tensor, *, max_products: int = 1000) -> Solution:
+def minimise_whitened(
+    problem: Problem, initial: Tensor, tolerance: Tensor, *, max_products: int = 1000
+) -> Solution:
     """Minimise F in coordinates where the Hessian at ``initial``, averaged over classes, is I.
 
     Nearly collinear features, like a network's, then need no more conjugate gradients than
@@ -192,11 +208,17 @@ def _trial_step(
     direction, squared = left, dot(left, left)
     goal, running, count = FORCING * squared.sqrt(), active & (squared > 0.0), 0
     while count < MAX_CONJUGATE_GRADIENTS and bool(running.any()):
-        curved = problem.c * (loss.times(curvature, direction @ x.T) @ x) + problem.penalised(direction)
+        curved = problem.c * (loss.times(curvature, direction @ x.T) @ x) + problem.penalised(
+            direction
+        )
         bend = dot(direction, curved)
         alpha = squared / bend
         leaving = (problem.norm(s + alpha * direction) > radius) | (bend <= 0.0)
-        alpha = torch.where(leaving, _to_border(dot(s, direction), dot(s, s), dot(direction, direction), radius), alpha)
+        alpha = torch.where(
+            leaving,
+            _to_border(dot(s, direction), dot(s, s), dot(direction, direction), radius),
+            alpha,
+        )
         alpha = torch.where(running, alpha, 0.0)
         s, left = s + alpha * direction, left - alpha * curved
         next_squared = dot(left, left)
@@ -213,7 +235,9 @@ def _to_border(sd: Tensor, ss: Tensor, dd: Tensor, radius: Tensor) -> Tensor:
     return torch.where(sd >= 0.0, room / (sd + root), (root - sd) / dd)
 
 
-def _next_radius(radius: Tensor, length: Tensor, slope: Tensor, predicted: Tensor, actual: Tensor) -> Tensor:
+def _next_radius(
+    radius: Tensor, length: Tensor, slope: Tensor, predicted: Tensor, actual: Tensor
+) -> Tensor:
     """Return the next radius by Lin and More's rules: the better the model was, the larger."""
     excess = -actual - slope
     alpha = torch.where(excess <= 0.0, SIGMA_3, (-0.5 * slope / excess).clamp_min(SIGMA_1))

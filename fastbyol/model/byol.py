@@ -40,16 +40,21 @@ class Online(nn.Module):
         super().__init__()
         if config.predictor.layers and config.predictor.out != config.projector.out:
             raise UsageError(
-                f"model.predictor.out: {config.predictor.out} differs from model.projector.out = {config.projector.out}; "
+                f"model.predictor.out: {config.predictor.out} differs from model.projector.out = "
+                f"{config.projector.out}; "
                 "predictions are compared with projections: make them equal"
             )
         self.config = config
         self.encoder = build_encoder(config, num_views=NUM_VIEWS)
-        self.projector = Head(config.projector, self.encoder.embedding_dim, groups=config.groups, num_views=NUM_VIEWS)
+        self.projector = Head(
+            config.projector, self.encoder.embedding_dim, groups=config.groups, num_views=NUM_VIEWS
+        )
         # "The same architecture as the projector" (section 3.3).
         self.predictor: nn.Module = nn.Identity()
         if config.predictor.layers:
-            self.predictor = Head(config.predictor, config.projector.out, groups=config.groups, num_views=NUM_VIEWS)
+            self.predictor = Head(
+                config.predictor, config.projector.out, groups=config.groups, num_views=NUM_VIEWS
+            )
 
     def forward(self, views: Tensor) -> OnlineOutput:
         y = self.encoder(views)
@@ -66,7 +71,9 @@ class Target(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.encoder = build_encoder(config, num_views=NUM_VIEWS)
-        self.projector = Head(config.projector, self.encoder.embedding_dim, groups=config.groups, num_views=NUM_VIEWS)
+        self.projector = Head(
+            config.projector, self.encoder.embedding_dim, groups=config.groups, num_views=NUM_VIEWS
+        )
         self.requires_grad_(False)
 
     def forward(self, views: Tensor) -> Tensor:

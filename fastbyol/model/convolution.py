@@ -37,7 +37,12 @@ def convolve(x: Tensor, weight: Tensor, stride: int, padding: int) -> Tensor:
     """
     if pays(x, weight, stride, padding):
         return convolve_by_pixel(x, weight, stride)
-    if weight.shape[2:] == (1, 1) and stride > 1 and x.shape[1] < SAFE_CHANNELS and x.device.type == "cpu":
+    if (
+        weight.shape[2:] == (1, 1)
+        and stride > 1
+        and x.shape[1] < SAFE_CHANNELS
+        and x.device.type == "cpu"
+    ):
         return F.conv2d(x[:, :, ::stride, ::stride], weight)
     return F.conv2d(x, weight, None, stride, padding)
 
@@ -72,7 +77,12 @@ class _ByPixel(torch.autograd.Function):
         ctx.stride = stride
         sides = (_out(side, stride) for side in x.shape[2:])
         # No view of another tensor: the caller may overwrite it.
-        out = torch.empty((len(x), len(weight), *sides), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+        out = torch.empty(
+            (len(x), len(weight), *sides),
+            dtype=x.dtype,
+            device=x.device,
+            memory_format=torch.channels_last,
+        )
         _forward(x.permute(0, 2, 3, 1), weight.permute(0, 2, 3, 1), stride, out.permute(0, 2, 3, 1))
         return out
 
@@ -82,8 +92,16 @@ class _ByPixel(torch.autograd.Function):
         x, weight = (tensor.permute(0, 2, 3, 1) for tensor in ctx.saved_tensors)
         gradient = grads[0].permute(0, 2, 3, 1)
         needs_x, needs_weight, _ = ctx.needs_input_grad
-        dx = _input_gradient(gradient, weight, x.shape, ctx.stride).permute(0, 3, 1, 2) if needs_x else None
-        dweight = _weight_gradient(gradient, x, weight.shape, ctx.stride).permute(0, 3, 1, 2) if needs_weight else None
+        dx = (
+            _input_gradient(gradient, weight, x.shape, ctx.stride).permute(0, 3, 1, 2)
+            if needs_x
+            else None
+        )
+        dweight = (
+            _weight_gradient(gradient, x, weight.shape, ctx.stride).permute(0, 3, 1, 2)
+            if needs_weight
+            else None
+        )
         return dx, dweight, None
 
 
@@ -99,7 +117,9 @@ def _forward(x: Tensor, weight: Tensor, stride: int, out: Tensor) -> None:
 def _input_gradient(gradient: Tensor, weight: Tensor, shape: torch.Size, stride: int) -> Tensor:
     """Return the gradient of x, ``shape`` (N, H, W, I), gathered from the outputs by pixel."""
     dx = gradient.new_empty(shape)
-    turned = weight.flip(1, 2).permute(1, 2, 0, 3)  # (3, 3, O, I), the kernel as an input pixel sees it
+    turned = weight.flip(1, 2).permute(
+        1, 2, 0, 3
+    )  # (3, 3, O, I), the kernel as an input pixel sees it
     for i, j in _pixels(*shape[1:3]):
         rows, columns = _over(i, stride, gradient.shape[1]), _over(j, stride, gradient.shape[2])
         patch = gradient[:, rows, columns].flatten(1)

@@ -19,10 +19,15 @@ class Head(nn.Module):
     Linear layers have biases and torch's default initialisation. ``ws`` standardizes the first.
     """
 
-    def __init__(self, config: HeadConfig, in_features: int, *, groups: int, num_views: int = 2) -> None:
+    def __init__(
+        self, config: HeadConfig, in_features: int, *, groups: int, num_views: int = 2
+    ) -> None:
         super().__init__()
         if config.ws and in_features < 2:
-            raise UsageError("model: weight standardization of an MLP needs two input features or more, got 1: widen it")
+            raise UsageError(
+                "model: weight standardization of an MLP needs two input features or more, got 1: "
+                "widen it"
+            )
         self.linear1 = Linear(in_features, config.hidden, ws=config.ws)
         self.norm = make_norm(config.norm, config.hidden, groups=groups, num_views=num_views)
         self.linear2 = nn.Linear(config.hidden, config.out)

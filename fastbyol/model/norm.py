@@ -49,7 +49,16 @@ class BatchNorm(nn.Module):
     def forward(self, x: Tensor, residual: Tensor | None = None, *, relu: bool = False) -> Tensor:
         """Return relu(batch norm of ``x`` + ``residual``) in one operation; both are optional."""
         if not self.training:
-            y = F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, BATCH_NORM_EPS)
+            y = F.batch_norm(
+                x,
+                self.running_mean,
+                self.running_var,
+                self.weight,
+                self.bias,
+                False,
+                0.0,
+                BATCH_NORM_EPS,
+            )
             return add_and_relu(y, residual, relu)
         _check_views(x, self.num_views)
         self.num_batches_tracked.add_(self.num_views)
@@ -131,7 +140,14 @@ class GroupNorm(nn.Module):
     def forward(self, x: Tensor, residual: Tensor | None = None, *, relu: bool = False) -> Tensor:
         """Return relu(group norm of ``x`` + ``residual``) in one operation; both are optional."""
         return group_norm(
-            x, self.num_groups, self.weight, self.bias, residual=residual, relu=relu, eps=self.eps, kernels=self.kernels
+            x,
+            self.num_groups,
+            self.weight,
+            self.bias,
+            residual=residual,
+            relu=relu,
+            eps=self.eps,
+            kernels=self.kernels,
         )
 
     def extra_repr(self) -> str:
@@ -173,7 +189,9 @@ def num_groups(channels: int, most: int) -> int:
     return max(d for d in range(1, limit + 1) if channels % d == 0)
 
 
-def make_norm(name: NormName | HeadNormName, channels: int, *, groups: int, num_views: int) -> nn.Module:
+def make_norm(
+    name: NormName | HeadNormName, channels: int, *, groups: int, num_views: int
+) -> nn.Module:
     """Make the norm ``name`` for ``channels``: bn, brn, gn (at most ``groups``), ln or none."""
     makers: dict[str, Callable[[], nn.Module]] = {
         "bn": lambda: BatchNorm(channels, num_views),
@@ -188,4 +206,6 @@ def make_norm(name: NormName | HeadNormName, channels: int, *, groups: int, num_
 
 def _check_views(x: Tensor, num_views: int) -> None:
     if len(x) % num_views:
-        raise ValueError(f"a batch of {len(x)} cannot be split into {num_views} views of equal size")
+        raise ValueError(
+            f"a batch of {len(x)} cannot be split into {num_views} views of equal size"
+        )

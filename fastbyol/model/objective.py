@@ -38,7 +38,9 @@ def byol_loss(q: Tensor, projections: Tensor) -> Tensor:
     return (unit(q) - _swap(unit(projections))).square().sum(-1).mean()
 
 
-def contrastive_loss(q: Tensor, projections: Tensor, temperature: float, queue: Tensor | None = None) -> Tensor:
+def contrastive_loss(
+    q: Tensor, projections: Tensor, temperature: float, queue: Tensor | None = None
+) -> Tensor:
     """Return the cross-entropy of each image's own projection among negatives, 0-d.
 
     Logits are cosines over ``temperature``: of a prediction q(v) with z'(v') of its image and with
@@ -67,14 +69,17 @@ def enqueue(queue: Tensor, keys: Tensor, step: Tensor, taken: Tensor) -> None:
     """
     if len(keys) > len(queue):
         raise UsageError(
-            f"method.queue: {len(queue)} keys are fewer than the {len(keys)} of a batch: take {len(keys)} or more, or 0"
+            f"method.queue: {len(queue)} keys are fewer than the {len(keys)} of a batch: take "
+            f"{len(keys)} or more, or 0"
         )
     rows = (step * len(keys) + torch.arange(len(keys), device=step.device)) % len(queue)
     queue.index_copy_(0, rows, torch.where(taken, keys, queue.index_select(0, rows)))
 
 
 @torch.no_grad()
-def observe(output: OnlineOutput, projections: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def observe(
+    output: OnlineOutput, projections: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return pos_cos, neg_cos, std_z, std_y and dead_y of a batch, 0-d each (``engine.step``).
 
     ``projections`` are the target's, (N, D). O(N D): no matrix of pairs.

@@ -63,7 +63,9 @@ class Encoder(TorchvisionResNet):  # type: ignore[misc]
             self.conv1, self.maxpool = nn.Conv2d(3, width, 3, padding=1, bias=False), nn.Identity()
         self.bn1, self.fc = norm(width), nn.Identity()
         for stage, num_blocks in enumerate(BLOCKS_PER_STAGE):
-            blocks = self._make_layer(BasicBlock, width << stage, num_blocks, stride=2 if stage else 1)
+            blocks = self._make_layer(
+                BasicBlock, width << stage, num_blocks, stride=2 if stage else 1
+            )
             self.add_module(f"layer{stage + 1}", blocks)
         del self._norm_layer  # else pickling and scripting meet our function
         for parent in list(self.modules()):
@@ -77,7 +79,10 @@ def ordinary(encoder: ResNet, config: ModelConfig) -> Encoder:
     with torch.device("meta"):  # draws nothing and allocates no weights twice
         twin = Encoder(config)
     # The encoder's weights are views of a run's flat buffers, hence the copies.
-    state = {name: t.clone(memory_format=torch.contiguous_format) for name, t in encoder.state_dict().items()}
+    state = {
+        name: t.clone(memory_format=torch.contiguous_format)
+        for name, t in encoder.state_dict().items()
+    }
     twin.load_state_dict(state, assign=True)
     twin.requires_grad_().eval()
     return twin
@@ -90,8 +95,12 @@ def _norm(name: NormName, groups: int, channels: int) -> nn.Module:
     if name == "none":
         return nn.Identity()
     check_choice("norm", name, ("bn", "gn", "ln", "none"))
-    return nn.GroupNorm(num_groups(channels, groups) if name == "gn" else 1, channels, eps=group_norm.EPS)
+    return nn.GroupNorm(
+        num_groups(channels, groups) if name == "gn" else 1, channels, eps=group_norm.EPS
+    )
 
 
 def _picks(layer: nn.Conv2d) -> bool:
-    return layer.kernel_size == (1, 1) and layer.stride != (1, 1) and layer.in_channels < SAFE_CHANNELS
+    return (
+        layer.kernel_size == (1, 1) and layer.stride != (1, 1) and layer.in_channels < SAFE_CHANNELS
+    )

@@ -27,8 +27,18 @@ class Conv2d(Standardizing, nn.Conv2d):
     out, like torchvision's.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, *, stride: int = 1, ws: bool = False) -> None:
-        super().__init__(in_channels, out_channels, kernel_size, stride, padding=kernel_size // 2, bias=False)
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        *,
+        stride: int = 1,
+        ws: bool = False,
+    ) -> None:
+        super().__init__(
+            in_channels, out_channels, kernel_size, stride, padding=kernel_size // 2, bias=False
+        )
         self.ws = ws
 
     def reset_parameters(self) -> None:
@@ -44,7 +54,9 @@ class BasicBlock(nn.Module):
     A strided 1x1 convolution and a norm fit the input to the output where the shape changes.
     """
 
-    def __init__(self, config: ModelConfig, in_channels: int, channels: int, stride: int, num_views: int) -> None:
+    def __init__(
+        self, config: ModelConfig, in_channels: int, channels: int, stride: int, num_views: int
+    ) -> None:
         super().__init__()
         self.conv1 = Conv2d(in_channels, channels, 3, stride=stride, ws=config.ws)
         self.bn1 = make_norm(config.norm, channels, groups=config.groups, num_views=num_views)
@@ -59,7 +71,9 @@ class BasicBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         out = norm_relu(self.bn1, self.conv1(x))
-        return norm_relu(self.bn2, self.conv2(out), x if self.downsample is None else self.downsample(x))
+        return norm_relu(
+            self.bn2, self.conv2(out), x if self.downsample is None else self.downsample(x)
+        )
 
 
 class ResNet(nn.Module):
@@ -75,7 +89,9 @@ class ResNet(nn.Module):
         check_choice("stem", config.stem, STEMS)
         self.embedding_dim = 8 * width
         self.pools, self.kernels = config.stem == "torchvision", "auto"
-        self.conv1 = Conv2d(3, width, 7 if self.pools else 3, stride=2 if self.pools else 1, ws=config.ws)
+        self.conv1 = Conv2d(
+            3, width, 7 if self.pools else 3, stride=2 if self.pools else 1, ws=config.ws
+        )
         self.bn1 = make_norm(config.norm, width, groups=config.groups, num_views=num_views)
         channels = width
         for stage, num_blocks in enumerate(BLOCKS_PER_STAGE):
@@ -93,7 +109,9 @@ class ResNet(nn.Module):
             x = max_pool(x, kernels=self.kernels)
         for stage in range(len(BLOCKS_PER_STAGE)):
             x = self.get_submodule(f"layer{stage + 1}")(x)
-        return x.mean(dim=(2, 3), dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
+        return x.mean(
+            dim=(2, 3), dtype=torch.float64 if x.dtype == torch.float64 else torch.float32
+        )
 
 
 def build_encoder(config: ModelConfig, *, num_views: int = 2) -> ResNet:

@@ -46,14 +46,19 @@ class Segment:
 
 
 def plan(
-    shapes: Mapping[str, Sequence[int]], treatments: Sequence[Treatment], num_target: int, element_bytes: int
+    shapes: Mapping[str, Sequence[int]],
+    treatments: Sequence[Treatment],
+    num_target: int,
+    element_bytes: int,
 ) -> tuple[Segment, ...]:
     """Lay parameters out one after the other, each at a multiple of 256 bytes.
 
     The first ``num_target`` are also the target's, at the same offsets.
     """
     align, offset, segments = ALIGN_BYTES // element_bytes, 0, []
-    for index, ((name, shape), treatment) in enumerate(zip(shapes.items(), treatments, strict=True)):
+    for index, ((name, shape), treatment) in enumerate(
+        zip(shapes.items(), treatments, strict=True)
+    ):
         numel = prod(shape)
         target = index if index < num_target else None
         segments.append(Segment(name, offset, numel, tuple(shape), *treatment, target))
@@ -82,7 +87,13 @@ class Arena:
     table: SegmentTable
 
     @staticmethod
-    def adopt(online: nn.Module, target: nn.Module, treatments: Sequence[Treatment], *, weight_decay: float) -> Arena:
+    def adopt(
+        online: nn.Module,
+        target: nn.Module,
+        treatments: Sequence[Treatment],
+        *,
+        weight_decay: float,
+    ) -> Arena:
         """Move both networks' parameters into new buffers; the target starts as the online one.
 
         ``target``'s parameters must be the first of ``online``'s, by name and shape, in order;
@@ -91,8 +102,12 @@ class Arena:
         parameters, followers = dict(online.named_parameters()), dict(target.named_parameters())
         first = next(iter(parameters.values()))
         shapes = {name: tuple(p.shape) for name, p in parameters.items()}
-        if list(shapes.items())[: len(followers)] != [(name, tuple(p.shape)) for name, p in followers.items()]:
-            raise ValueError("the target network's parameters are not the first of the online network's")
+        if list(shapes.items())[: len(followers)] != [
+            (name, tuple(p.shape)) for name, p in followers.items()
+        ]:
+            raise ValueError(
+                "the target network's parameters are not the first of the online network's"
+            )
         segments = plan(shapes, treatments, len(followers), first.element_size())
         end, target_end = _end(segments[-1], first), _end(segments[len(followers) - 1], first)
         arena = Arena(
@@ -107,7 +122,9 @@ class Arena:
         return arena
 
     @torch.no_grad()
-    def _bind(self, parameters: Mapping[str, nn.Parameter], followers: Mapping[str, nn.Parameter]) -> None:
+    def _bind(
+        self, parameters: Mapping[str, nn.Parameter], followers: Mapping[str, nn.Parameter]
+    ) -> None:
         for segment in self.segments:
             parameter, home = parameters[segment.name], segment.view(self.online)
             home.copy_(parameter)

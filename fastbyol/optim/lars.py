@@ -44,7 +44,9 @@ def rate_ceiling(config: OptimConfig) -> float | None:
     if config.name != "lars" or config.lr is None:
         return None
     bounded = config.dialect != "deepmind" and config.weight_decay
-    bounds = [config.lr * config.eta / config.weight_decay] if bounded and config.weight_decay else []
+    bounds = (
+        [config.lr * config.eta / config.weight_decay] if bounded and config.weight_decay else []
+    )
     return min([*bounds, config.rate_cap] if config.rate_cap is not None else bounds, default=None)
 
 
@@ -86,7 +88,9 @@ def _check_patterns(key: str, patterns: Iterable[str], names: Iterable[str]) -> 
     names = list(names)
     for pattern in patterns:
         if not any(matches(name, pattern) for name in names):
-            parents = {name.rsplit(".", count)[0] for name in names for count in range(name.count(".") + 1)}
+            parents = {
+                name.rsplit(".", count)[0] for name in names for count in range(name.count(".") + 1)
+            }
             near = nearest(pattern, sorted(parents), most=3)
             hint = f"; nearest: {', '.join(near)}" if near else ""
             raise UsageError(f"{key}: {pattern!r} matches no parameter{hint}")

@@ -43,9 +43,14 @@ class RateOverride:
             return None
         key = "optim.rate_cap" if optim.rate_cap is not None else "optim.replay_rates"
         if optim.name != "lars" or optim.dialect != "blog":
-            raise UsageError(f"{key}: rates can be given to LARS in the dialect blog only: set optim.name to lars")
+            raise UsageError(
+                f"{key}: rates can be given to LARS in the dialect blog only: set optim.name to "
+                "lars"
+            )
         fixed = replace(table, adapt=torch.zeros_like(table.adapt), lr_mult=table.lr_mult.clone())
-        return RateOverride(table, fixed, table.lr_mult.new_ones(()), optim.eta, None, optim.rate_cap)
+        return RateOverride(
+            table, fixed, table.lr_mult.new_ones(()), optim.eta, None, optim.rate_cap
+        )
 
     def replay(self, rates: Tensor) -> RateOverride:
         """Return a copy that replays ``rates`` (T, S), moved to the table's device and dtype."""
@@ -62,23 +67,37 @@ class RateOverride:
 
     def _own(self, online: Tensor, gradient: Tensor, lr: Tensor) -> Tensor:
         table = self.adaptive
-        w, g = (torch.stack(torch._foreach_norm(table.split(buffer))) for buffer in (online, gradient))
+        w, g = (
+            torch.stack(torch._foreach_norm(table.split(buffer))) for buffer in (online, gradient)
+        )
         trust = trust_ratio("blog", w, g, g, table.decay, self.eta)
         return lr * table.lr_mult * torch.where(table.adapt, trust, 1.0)
 
 
 def check_recorded(
-    path: Path, steps: Sequence[int], names: Sequence[str], *, own_names: Sequence[str], total_steps: int
+    path: Path,
+    steps: Sequence[int],
+    names: Sequence[str],
+    *,
+    own_names: Sequence[str],
+    total_steps: int,
 ) -> None:
     """Raise UsageError if the rates that the run ``path`` recorded do not fit this run."""
     if tuple(names) != tuple(own_names):
         odd = sorted(set(names) ^ set(own_names))
         what = f"first difference {odd[0]!r}" if odd else "in another order"
-        raise UsageError(f"optim.replay_rates: {path} is a run of another network ({what}): name a run of the same model")
+        raise UsageError(
+            f"optim.replay_rates: {path} is a run of another network ({what}): name a run of the "
+            "same model"
+        )
     if list(steps) != list(range(len(steps))):
-        raise UsageError(f"optim.replay_rates: {path} did not record every step: it needs run.layers_every_steps = 1")
+        raise UsageError(
+            f"optim.replay_rates: {path} did not record every step: it needs "
+            "run.layers_every_steps = 1"
+        )
     if len(steps) < total_steps:
         raise UsageError(
-            f"optim.replay_rates: {path} recorded {len(steps)} steps and this run has {total_steps}: finish it first, "
+            f"optim.replay_rates: {path} recorded {len(steps)} steps and this run has "
+            f"{total_steps}: finish it first, "
             "or train for fewer epochs"
         )

@@ -17,7 +17,9 @@ from fastbyol.errors import UsageError
 MOST_STEPS = 2**25
 
 
-def lr_table(config: ScheduleConfig, lr: float, *, horizon_epochs: int, steps_per_epoch: int) -> Tensor:
+def lr_table(
+    config: ScheduleConfig, lr: float, *, horizon_epochs: int, steps_per_epoch: int
+) -> Tensor:
     """Return lr at steps 0 .. max(T, W), float64 on the CPU.
 
     Cosine: lr (1 + cos(pi t / T)) / 2 (CosineAnnealingLR; byol, section 3.3). With a warm-up of W
@@ -57,7 +59,8 @@ def at(table: Tensor, step: Tensor) -> Tensor:
 def _steps(last: int, horizon_epochs: int) -> Tensor:
     if last >= MOST_STEPS:
         raise UsageError(
-            f"schedule.horizon_epochs: {horizon_epochs} epochs are {last} steps, more than {MOST_STEPS}: take a shorter horizon"
+            f"schedule.horizon_epochs: {horizon_epochs} epochs are {last} steps, more than "
+            f"{MOST_STEPS}: take a shorter horizon"
         )
     return torch.arange(last + 1, dtype=torch.float64)
 

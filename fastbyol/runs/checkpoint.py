@@ -44,7 +44,14 @@ class _UnusableError(Exception):
     """A reason why one file cannot be used."""
 
 
-def save(folder: Path, step: int, tensors: Mapping[str, torch.Tensor], meta: Mapping[str, Any], *, keep: int = 3) -> Path:
+def save(
+    folder: Path,
+    step: int,
+    tensors: Mapping[str, torch.Tensor],
+    meta: Mapping[str, Any],
+    *,
+    keep: int = 3,
+) -> Path:
     """Write the checkpoint of ``step`` and remove all but the newest ``keep``.
 
     Args:
@@ -85,7 +92,9 @@ def total_bytes(folder: Path) -> int:
     return sum(_path(folder, step).stat().st_size for step in _steps(folder))
 
 
-def load_latest(folder: Path, *, objection: Callable[[Checkpoint], str | None] = lambda _: None) -> Checkpoint:
+def load_latest(
+    folder: Path, *, objection: Callable[[Checkpoint], str | None] = lambda _: None
+) -> Checkpoint:
     """Return the newest whole checkpoint; its ``warnings`` name newer ones that are damaged.
 
     ``objection`` may return a reason to prefer an older one. If it objects to all, the newest
@@ -108,7 +117,10 @@ def load_latest(folder: Path, *, objection: Callable[[Checkpoint], str | None] =
     if second_best is not None:
         return second_best
     if warnings:
-        raise UsageError(f"{folder}: no usable checkpoint among {len(warnings)}: {warnings[0].removesuffix(_GOING_BACK)}")
+        raise UsageError(
+            f"{folder}: no usable checkpoint among {len(warnings)}: "
+            f"{warnings[0].removesuffix(_GOING_BACK)}"
+        )
     raise UsageError(f"{folder}: no checkpoint: the run ended before its first one")
 
 
@@ -125,7 +137,9 @@ def _path(folder: Path, step: int) -> Path:
 
 
 def _steps(folder: Path) -> list[int]:
-    return sorted(step for path in folder.glob("ckpt-*.safetensors") if (step := _step_of(path)) is not None)
+    return sorted(
+        step for path in folder.glob("ckpt-*.safetensors") if (step := _step_of(path)) is not None
+    )
 
 
 def _step_of(path: Path) -> int | None:
@@ -157,16 +171,22 @@ def _digest(meta: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> str
 def _read(path: Path) -> Checkpoint:
     try:
         # open_regular refuses a pipe, which the library would wait for.
-        with open_regular(path) as opened, safetensors.safe_open(_utf8_name(path, opened), framework="pt") as file:
+        with (
+            open_regular(path) as opened,
+            safetensors.safe_open(_utf8_name(path, opened), framework="pt") as file,
+        ):
             text = (file.metadata() or {}).get(METADATA_KEY, "{}")
-            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}
     except OSError as error:
         raise _UnusableError(f"cannot read: {error.strerror or error}") from None
     except safetensors.SafetensorError as error:
         raise _UnusableError(f"damaged or no checkpoint ({error})") from None
     record = _parsed(text)
     if record.get("format") != FORMAT:
-        raise _UnusableError(f"not a checkpoint of this version of fastbyol (format {record.get('format')!r}, not {FORMAT!r})")
+        raise _UnusableError(
+            f"not a checkpoint of this version of fastbyol (format {record.get('format')!r}, not "
+            f"{FORMAT!r})"
+        )
     meta = record.get("meta")
     if not isinstance(meta, dict) or record.get("digest") != _digest(meta, tensors):
         raise _UnusableError("damaged (its checksum differs)")

@@ -1,6 +1,7 @@
 """Comparison of a run's files with what the run wrote: config.toml, metrics.jsonl, layers.npy.
 
-env.json contains the first configuration; a checkpoint contains its own, and digests of the records.
+env.json contains the first configuration; a checkpoint contains its own, and digests of the
+records.
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ FREE = frozenset(
 _HEADER_BYTES = 100_000_000  # the most that safetensors allows
 
 
-def changed(run: Path, config: Config, recorded: str, where: str, *, paths: bool = False) -> str | None:
+def changed(
+    run: Path, config: Config, recorded: str, where: str, *, paths: bool = False
+) -> str | None:
     """Return a message about the first key of ``config`` that differs from ``recorded``, or None.
 
     ``recorded`` is the text of a config.toml, found in ``where``. Keys of ``FREE`` do not count,
@@ -36,17 +39,27 @@ def changed(run: Path, config: Config, recorded: str, where: str, *, paths: bool
     """
     now, then = config_io.flatten(config), config_io.flatten(config_io.parse(recorded, where))
     for key in now:
-        if now[key] != then[key] and key not in FREE and (paths or not _is_path(key, now[key], then[key])):
-            return f"{run / 'config.toml'}: {key} is {_shown(now[key])}, the run was made with {_shown(then[key])}"
+        if (
+            now[key] != then[key]
+            and key not in FREE
+            and (paths or not _is_path(key, now[key], then[key]))
+        ):
+            return (
+                f"{run / 'config.toml'}: {key} is {_shown(now[key])}, the run was made with "
+                f"{_shown(then[key])}"
+            )
     return None
 
 
-def refuse_changed(run: Path, config: Config, recorded: str, where: str, *, paths: bool = False) -> None:
+def refuse_changed(
+    run: Path, config: Config, recorded: str, where: str, *, paths: bool = False
+) -> None:
     """Raise UsageError where ``changed`` finds a key."""
     change = changed(run, config, recorded, where, paths=paths)
     if change:
         raise UsageError(
-            f"{change}: put it back, or start another run from these weights with `fastbyol train --init-from {run}`"
+            f"{change}: put it back, or start another run from these weights with `fastbyol train "
+            f"--init-from {run}`"
         )
 
 
@@ -72,7 +85,9 @@ def damage(folder: Path, written: Mapping[str, Sequence[Any]]) -> str | None:
 def changes(run: Path, config: Config, made_with: object) -> Iterator[str]:
     """Yield messages about changed files. ``made_with`` is env.json's ``config``."""
     try:
-        if isinstance(made_with, str) and (change := changed(run, config, made_with, str(run / "env.json"))):
+        if isinstance(made_with, str) and (
+            change := changed(run, config, made_with, str(run / "env.json"))
+        ):
             yield change
     except UsageError as error:
         yield str(error)
@@ -85,7 +100,9 @@ def changes(run: Path, config: Config, made_with: object) -> Iterator[str]:
 
 def last_meta(checkpoints: Path) -> dict[str, Any]:
     """Return ``meta`` of the newest checkpoint in a folder, empty where it cannot be read."""
-    return meta_of(max(checkpoints.glob("ckpt-*.safetensors"), default=checkpoints))  # names are padded with zeros
+    return meta_of(
+        max(checkpoints.glob("ckpt-*.safetensors"), default=checkpoints)
+    )  # names are padded with zeros
 
 
 def meta_of(path: Path) -> dict[str, Any]:
@@ -102,7 +119,9 @@ def meta_of(path: Path) -> dict[str, Any]:
 
 def _is_path(key: str, *values: object) -> bool:
     """Return whether the key's values are only paths of files."""
-    return key in ("data.train", "data.test") or (key == "optim.replay_rates" and None not in values)
+    return key in ("data.train", "data.test") or (
+        key == "optim.replay_rates" and None not in values
+    )
 
 
 def _shown(value: object) -> str:

@@ -32,12 +32,17 @@ def named(name: str) -> Loaded:
     path = Path(name)
     if path.is_dir():
         with RunFolder.open(path, lock=False) as folder:
-            origin = dict.fromkeys(config_io.flatten(folder.config), "the run") | config_io.origins(folder.config_text)
+            origin = dict.fromkeys(config_io.flatten(folder.config), "the run") | config_io.origins(
+                folder.config_text
+            )
             return Loaded(folder.config, origin)
     if path.is_file():
         return config_io.load(file=path)
     near = nearest(name, config_io.presets(), least=0.0)[0]
-    raise UsageError(f"{name}: no preset, configuration file or run folder of this name; the nearest preset is {near}")
+    raise UsageError(
+        f"{name}: no preset, configuration file or run folder of this name; the nearest preset is "
+        f"{near}"
+    )
 
 
 def between(a: Loaded, b: Loaded) -> list[Difference]:

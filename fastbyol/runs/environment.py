@@ -32,9 +32,13 @@ def environment() -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "gpus": devices,
         # Not platform.platform(), which starts `uname -p`: a child that Ctrl-C may leave behind.
-        "platform": "-".join((platform.system(), platform.release(), platform.machine(), *platform.libc_ver())),
+        "platform": "-".join(
+            (platform.system(), platform.release(), platform.machine(), *platform.libc_ver())
+        ),
         "cpu": cpu_name(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else os.cpu_count(),
         "threads": torch.get_num_threads(),
         "command": sys.argv,
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -45,7 +49,10 @@ def made_by(device: torch.device) -> dict[str, str | None]:
     """Return the versions and the name of the device that a run's numbers may depend on."""
     import torch
 
-    return {**_versions(), "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()}
+    return {
+        **_versions(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
+    }
 
 
 def _versions() -> dict[str, str | None]:

@@ -41,7 +41,9 @@ class RunFolder:
         self._lock = lock
 
     @classmethod
-    def create(cls, path: Path, config: Resolved, origin: Mapping[str, str] | None = None) -> RunFolder:
+    def create(
+        cls, path: Path, config: Resolved, origin: Mapping[str, str] | None = None
+    ) -> RunFolder:
         """Make the folder of a new run of the resolved ``config``: absent before, or empty.
 
         Raises UsageError where the folder is not empty, is in use, or cannot be written.
@@ -54,13 +56,17 @@ class RunFolder:
                 _refuse_used(path)  # again: another process may have been faster
                 (path / CHECKPOINTS).mkdir(exist_ok=True)
                 text = config_io.dump(config, origin)
-                write_text(path / ENV, json.dumps({**environment(), "config": text}, indent=2) + "\n")
+                write_text(
+                    path / ENV, json.dumps({**environment(), "config": text}, indent=2) + "\n"
+                )
                 write_text(path / CONFIG, text)
             except BaseException:
                 lock.release()
                 raise
         except OSError as error:
-            raise UsageError(f"{path}: cannot make a run folder here: {error.strerror}; name another with --out") from None
+            raise UsageError(
+                f"{path}: cannot make a run folder here: {error.strerror}; name another with --out"
+            ) from None
         return cls(path, config, lock, is_new=True)
 
     @classmethod
@@ -70,7 +76,9 @@ class RunFolder:
         Raises UsageError where there is no run, its configuration is damaged, or it is in use.
         """
         if not (path / CONFIG).is_file():
-            raise UsageError(f"{path}: no run here (no {CONFIG}); `fastbyol runs` lists those under runs/")
+            raise UsageError(
+                f"{path}: no run here (no {CONFIG}); `fastbyol runs` lists those under runs/"
+            )
         config = config_io.read_run(path / CONFIG)
         try:
             return cls(path, config, Lock(path) if lock else None, is_new=False)
@@ -110,7 +118,12 @@ class RunFolder:
 
         Raises FastbyolError where the file cannot be written.
         """
-        self._keep({META: inputs.as_json(), **{key: name for key, name in made_by.items() if key not in self.env}})
+        self._keep(
+            {
+                META: inputs.as_json(),
+                **{key: name for key, name in made_by.items() if key not in self.env},
+            }
+        )
 
     def keep_paths(self, config: Resolved) -> None:
         """Write ``config``, the run's but for paths. Raises FastbyolError where that fails."""
@@ -133,8 +146,17 @@ class RunFolder:
     def __enter__(self) -> RunFolder:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if self.is_new and isinstance(error, UsageError) and not (self.path / METRICS_FILE).exists():
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if (
+            self.is_new
+            and isinstance(error, UsageError)
+            and not (self.path / METRICS_FILE).exists()
+        ):
             self._remove()
         self.close()
 
@@ -167,7 +189,9 @@ def default_run_path(config: Resolved, root: Path = Path("runs")) -> Path:
                 continue
             return root / f"{stem}-{number}"
     except OSError as error:
-        raise UsageError(f"{root}: cannot make a run folder here: {error.strerror}; name another with --out") from None
+        raise UsageError(
+            f"{root}: cannot make a run folder here: {error.strerror}; name another with --out"
+        ) from None
 
 
 @dataclass(frozen=True)
@@ -190,7 +214,10 @@ def list_runs(root: Path) -> list[RunRow]:
     Raises UsageError where ``root`` is no folder.
     """
     if not root.is_dir():
-        raise UsageError(f"{root}: no such folder of runs: train makes runs/NAME where it is called, or name another folder")
+        raise UsageError(
+            f"{root}: no such folder of runs: train makes runs/NAME where it is called, or name "
+            "another folder"
+        )
     rows = []
     for path in sorted(config.parent for config in root.glob(f"*/{CONFIG}")):
         try:
@@ -227,7 +254,10 @@ def _events(path: Path) -> list[dict[str, Any]]:
 
 def _refuse_used(path: Path) -> None:
     if (path / CONFIG).exists():
-        raise UsageError(f"{path}: holds a run already: go on with `fastbyol resume {path}`, or name another folder with --out")
+        raise UsageError(
+            f"{path}: holds a run already: go on with `fastbyol resume {path}`, or name another "
+            "folder with --out"
+        )
     # A process that was killed within `create` may have left these.
     ours = (LOCK, ENV, CHECKPOINTS, f".{ENV}.tmp", f".{CONFIG}.tmp")
     if other := next((entry.name for entry in path.iterdir() if entry.name not in ours), ""):
@@ -236,7 +266,10 @@ def _refuse_used(path: Path) -> None:
 
 def _stem(config: Resolved) -> str:
     model, optim = config.model, config.optim
-    projector, predictor = model.projector.norm, model.predictor.norm if model.predictor.layers else "absent"
+    projector, predictor = (
+        model.projector.norm,
+        model.predictor.norm if model.predictor.layers else "absent",
+    )
     method = "" if config.method.name == "byol" else f"{config.method.name}-"
     mlp = projector if projector == predictor else f"{projector}_{predictor}"
     ws = "-ws" if model.ws else ""

@@ -55,7 +55,10 @@ class Inputs:
 
         if not isinstance(record, Mapping) or (train := Contents.read(record.get("train"))) is None:
             return None
-        test, digests = Contents.read(record.get("test")), [record.get(name) for name in ("weights", "rates")]
+        test, digests = (
+            Contents.read(record.get("test")),
+            [record.get(name) for name in ("weights", "rates")],
+        )
         decoder = record.get("decoder", "ffcv")  # earlier code had no other
         if (test is None and record.get("test") is not None) or not all(
             text is None or isinstance(text, str) for text in (*digests, decoder)
@@ -71,22 +74,32 @@ class Inputs:
 
 def refuse_other_data(run: Path, made: Inputs, now: Inputs, train: Path, test: Path | None) -> None:
     """Raise UsageError where a data file's content has changed since the run was ``made``."""
-    for name, file, then, today in (("train", train, made.train, now.train), ("test", test, made.test, now.test)):
+    for name, file, then, today in (
+        ("train", train, made.train, now.train),
+        ("test", test, made.test, now.test),
+    ):
         if then == today:
             continue
         if then is None or today is None:
-            missing = "without test data" if then is None else "with test data, and none are named now"
-            raise UsageError(f"{run}: the run was made {missing}: put config.toml back, or {_afresh(run)}")
+            missing = (
+                "without test data" if then is None else "with test data, and none are named now"
+            )
+            raise UsageError(
+                f"{run}: the run was made {missing}: put config.toml back, or {_afresh(run)}"
+            )
         raise UsageError(
-            f"{file}: is not the {_WORDS[name]} that the run was made with: {then.change(today)}: put it back, say where the "
-            f"same lies with `fastbyol resume {_quoted(run)} {_FLAGS[name]} FILE`, or {_afresh(run)}"
+            f"{file}: is not the {_WORDS[name]} that the run was made with: {then.change(today)}: "
+            "put it back, say where the "
+            f"same lies with `fastbyol resume {_quoted(run)} {_FLAGS[name]} FILE`, or "
+            f"{_afresh(run)}"
         )
 
 
 def refuse_other_decoder(run: Path, then: str) -> NoReturn:
     """Raise UsageError: the run's images are JPEG, and what decoded them then is missing."""
     raise UsageError(
-        f"{run}: the run was made with JPEG images decoded by {then}, which cannot be used here, and by another decoder their "
+        f"{run}: the run was made with JPEG images decoded by {then}, which cannot be used here, "
+        "and by another decoder their "
         f"pixels are others: install it (`fastbyol doctor` says how), or {_afresh(run)}"
     )
 
@@ -94,9 +107,10 @@ def refuse_other_decoder(run: Path, then: str) -> NoReturn:
 def refuse_missing(run: Path, data: DataConfig) -> None:
     """Raise UsageError where a data file is missing that the run's configuration names."""
     for name, file in (("train", data.train), ("test", data.test)):
-        if file is not None and not _is_built_in(file) and not os.path.exists(file):  # noqa: PTH110 - never raises
+        if file is not None and not _is_built_in(file) and not os.path.exists(file):
             raise UsageError(
-                f"{file}: no such file, and the run needs it as its {_WORDS[name]}: put it back, or say where it lies "
+                f"{file}: no such file, and the run needs it as its {_WORDS[name]}: put it back, "
+                "or say where it lies "
                 f"now with `fastbyol resume {_quoted(run)} {_FLAGS[name]} FILE`"
             )
 
@@ -106,7 +120,11 @@ def moved(config: Resolved, train: str | Path | None, test: str | Path | None) -
     data = config.data
     if train is not None and test is None and data.test is None and _is_built_in(data.train):
         test = data.train
-    files = {name: absolute(file) for name, file in (("train", train), ("test", test)) if file is not None}
+    files = {
+        name: absolute(file)
+        for name, file in (("train", train), ("test", test))
+        if file is not None
+    }
     return config.model_copy(update={"data": data.model_copy(update=files)})
 
 
@@ -141,7 +159,8 @@ def absolute(path: str | Path) -> str:
         str(full).encode("utf-8")
     except UnicodeEncodeError:
         raise UsageError(
-            f"{printable(str(full))}: its name is not UTF-8, so no run can keep it: rename it or make a link to it"
+            f"{printable(str(full))}: its name is not UTF-8, so no run can keep it: rename it or "
+            "make a link to it"
         ) from None
     return str(full)
 
@@ -158,7 +177,13 @@ def of_run(run_or_file: Path) -> Inputs | None:
 
 
 def own_data(
-    run: Path, pinned: Inputs | None, name: str, file: Path, *, image_field: str | None, label_field: str | None
+    run: Path,
+    pinned: Inputs | None,
+    name: str,
+    file: Path,
+    *,
+    image_field: str | None,
+    label_field: str | None,
 ) -> BetonInfo:
     """Inspect a run's own data file to measure the run on; fields as ``beton.inspect`` takes them.
 
@@ -168,12 +193,18 @@ def own_data(
     from fastbyol.data.contents import Contents
 
     if not file.exists():
-        raise UsageError(f"{file}: no such file, the {_WORDS[name]} of {run}: put it back, or name a file with --{name}-data")
-    info = beton.inspect(file, image_field=image_field, label_field=label_field, may_lack_labels=name == "train")
+        raise UsageError(
+            f"{file}: no such file, the {_WORDS[name]} of {run}: put it back, or name a file with "
+            f"--{name}-data"
+        )
+    info = beton.inspect(
+        file, image_field=image_field, label_field=label_field, may_lack_labels=name == "train"
+    )
     then = None if pinned is None else (pinned.train if name == "train" else pinned.test)
     if then is not None and (change := then.change(Contents.of(info))):
         raise UsageError(
-            f"{file}: is not the {_WORDS[name]} of {run}: {change}: put it back, or name the file to take with --{name}-data"
+            f"{file}: is not the {_WORDS[name]} of {run}: {change}: put it back, or name the file "
+            f"to take with --{name}-data"
         )
     return info
 

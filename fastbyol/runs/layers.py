@@ -27,13 +27,24 @@ LAYERS_FILE = "layers.npy"
 _ARCHIVE, _ARCHIVE_ROWS = "layers.npz", "layers.rows"
 # What Python's zip reader and numpy are seen to raise over a damaged archive.
 _DAMAGE = (
-    *(ValueError, KeyError, EOFError, RuntimeError, SyntaxError, OverflowError, MemoryError, TypeError, AttributeError),
+    *(
+        ValueError,
+        KeyError,
+        EOFError,
+        RuntimeError,
+        SyntaxError,
+        OverflowError,
+        MemoryError,
+        TypeError,
+        AttributeError,
+    ),
     *(zipfile.BadZipFile, zlib.error, struct.error),
 )
 # Bytes. numpy aligns rows to as many, and the header's last block contains their number.
 _BLOCK = 64
 _HEADER = re.compile(
-    r"\{'descr': \[\('step', '<i8'\), \(\('([^']+)', 'layers'\), \[([^]]+)\], \(\d+,\)\)\], 'fortran_order': False, "
+    r"\{'descr': \[\('step', '<i8'\), \(\('([^']+)', 'layers'\), \[([^]]+)\], \(\d+,\)\)\], "
+    r"'fortran_order': False, "
     r" *'shape': \((\d{1,18}),\), \}\n"
 )
 _log = logging.getLogger(__name__)
@@ -51,14 +62,24 @@ class Layers(NamedTuple):
 class LayersFile:
     """The file open for appending, cut back to steps below ``resume_step``, ``every`` apart."""
 
-    def __init__(self, folder: Path, names: Sequence[str], metrics: Sequence[str], *, every: int, resume_step: int) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        names: Sequence[str],
+        metrics: Sequence[str],
+        *,
+        every: int,
+        resume_step: int,
+    ) -> None:
         self._path = folder / LAYERS_FILE
         self._names, self._metrics = tuple(names), tuple(metrics)
         self._digest = new_digest()
         self._row_bytes = _dtype(len(names), len(metrics)).itemsize
         with writing(self._path):
             layers = self._restore(folder)
-            self._num_rows = _num_in_order(layers.steps[: -(-resume_step // every)], every, resume_step)
+            self._num_rows = _num_in_order(
+                layers.steps[: -(-resume_step // every)], every, resume_step
+            )
             for piece in _pieces(layers, self._num_rows):
                 self._digest.update(piece)
             self._file = self._path.open("r+b", buffering=0)
@@ -100,7 +121,10 @@ class LayersFile:
     def _restore(self, folder: Path) -> Layers:
         """Return the recorded layers. Make ``layers.npy`` of them where it is not whole."""
         path = recorded_file(folder)
-        empty = np.empty(0, np.int64), np.empty((0, len(self._names), len(self._metrics)), np.float32)
+        empty = (
+            np.empty(0, np.int64),
+            np.empty((0, len(self._names), len(self._metrics)), np.float32),
+        )
         layers = Layers(*empty, self._names, self._metrics)
         is_new = path != self._path or not path.exists()
         if path.exists():
@@ -122,7 +146,11 @@ class LayersFile:
 def recorded_file(folder: Path) -> Path:
     """Return the path of a run's layers, the archive where only earlier code has written."""
     archive = folder / _ARCHIVE
-    return archive if archive.exists() and not (folder / LAYERS_FILE).exists() else folder / LAYERS_FILE
+    return (
+        archive
+        if archive.exists() and not (folder / LAYERS_FILE).exists()
+        else folder / LAYERS_FILE
+    )
 
 
 def read_layers(folder: Path) -> Layers:
@@ -154,7 +182,12 @@ def is_whole(folder: Path, recorded: Written) -> bool:
 
 def _num_in_order(steps: np.ndarray, every: int, resume_step: int) -> int:
     """Return the number of rows in order: a power cut may leave zeros at the end."""
-    fine = (np.diff(steps, prepend=-1) > 0) & (steps % every == 0) & (steps >= 0) & (steps < resume_step)
+    fine = (
+        (np.diff(steps, prepend=-1) > 0)
+        & (steps % every == 0)
+        & (steps >= 0)
+        & (steps < resume_step)
+    )
     return len(steps) if fine.all() else int(fine.argmin())
 
 
@@ -181,11 +214,16 @@ def _header(names: Sequence[str], metrics: Sequence[str], num_rows: int) -> byte
     np.load refuses headers of over 10,000 bytes, which a field for each segment and metric would
     take. So metrics are fields and segments an axis: their names are the title of ``layers``.
     """
-    fields = [("step", "<i8"), ((" ".join(names), "layers"), [(metric, "<f4") for metric in metrics], (len(names),))]
+    fields = [
+        ("step", "<i8"),
+        ((" ".join(names), "layers"), [(metric, "<f4") for metric in metrics], (len(names),)),
+    ]
     text = f"{{'descr': {fields!r}, 'fortran_order': False, ".encode("latin1")
     size = -(-(10 + len(text)) // _BLOCK) * _BLOCK
     shape = f"'shape': ({num_rows},), }}\n".rjust(_BLOCK).encode()
-    return b"\x93NUMPY\x01\x00" + struct.pack("<H", size + _BLOCK - 10) + text.ljust(size - 10) + shape
+    return (
+        b"\x93NUMPY\x01\x00" + struct.pack("<H", size + _BLOCK - 10) + text.ljust(size - 10) + shape
+    )
 
 
 def _read_array(file: BinaryIO) -> Layers:
@@ -194,16 +232,24 @@ def _read_array(file: BinaryIO) -> Layers:
     match = _HEADER.fullmatch(header[10:].decode("latin1"))
     if match is None:
         raise ValueError("its header is not one of layers")
-    names, metrics, num_rows = tuple(match[1].split()), tuple(re.findall(r"'([^']+)', '<f4'", match[2])), int(match[3])
+    names, metrics, num_rows = (
+        tuple(match[1].split()),
+        tuple(re.findall(r"'([^']+)', '<f4'", match[2])),
+        int(match[3]),
+    )
     if header != _header(names, metrics, num_rows):
         raise ValueError("its header contradicts itself")
     return Layers(*_read_rows(file, len(names), len(metrics), num_rows), names, metrics)
 
 
-def _read_rows(file: BinaryIO, num_names: int, num_metrics: int, most: int = 2**63) -> tuple[np.ndarray, np.ndarray]:
+def _read_rows(
+    file: BinaryIO, num_names: int, num_metrics: int, most: int = 2**63
+) -> tuple[np.ndarray, np.ndarray]:
     """Return (steps, values) of ``most`` rows, or of fewer where a power cut took counted ones."""
     dtype = _dtype(num_names, num_metrics)
-    rows = np.fromfile(file, dtype, min(most, (os.fstat(file.fileno()).st_size - file.tell()) // dtype.itemsize))
+    rows = np.fromfile(
+        file, dtype, min(most, (os.fstat(file.fileno()).st_size - file.tell()) // dtype.itemsize)
+    )
     return rows["step"], rows["values"]
 
 

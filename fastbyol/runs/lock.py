@@ -30,10 +30,14 @@ class Lock:
     def _took(self, name: Path) -> bool:
         """Return whether the file is still the folder's: its last owner may have removed it."""
         # With O_NONBLOCK the system refuses a pipe of this name instead of waiting for it.
-        self._file = open(name, "ab", opener=lambda file, flags: os.open(file, flags | os.O_NONBLOCK, 0o666))  # noqa: SIM115
+        self._file = open(
+            name, "ab", opener=lambda file, flags: os.open(file, flags | os.O_NONBLOCK, 0o666)
+        )
         try:
             if not _try_lock(self._file.fileno()):
-                raise UsageError(f"{name.parent}: another process works on this run; wait for it or stop it")
+                raise UsageError(
+                    f"{name.parent}: another process works on this run; wait for it or stop it"
+                )
             try:
                 same = os.path.samestat(os.fstat(self._file.fileno()), name.stat())
             except FileNotFoundError:
@@ -67,7 +71,10 @@ def _try_lock(descriptor: int) -> bool:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno != errno.EWOULDBLOCK:
-                _log.warning("this file system has no locks (%s): run one process per run folder", error.strerror)
+                _log.warning(
+                    "this file system has no locks (%s): run one process per run folder",
+                    error.strerror,
+                )
                 return True
             if pause_s is not None:
                 time.sleep(pause_s)

@@ -34,7 +34,13 @@ class MetricsFile:
     """
 
     def __init__(
-        self, folder: Path, names: Sequence[str], *, steps_per_epoch: int, resume_step: int, recorded: Written | None = None
+        self,
+        folder: Path,
+        names: Sequence[str],
+        *,
+        steps_per_epoch: int,
+        resume_step: int,
+        recorded: Written | None = None,
     ) -> None:
         self._names, self._steps_per_epoch = tuple(names), steps_per_epoch
         self.skipped_in_row = 0
@@ -55,11 +61,19 @@ class MetricsFile:
         for step, row in enumerate(values, first_step):
             # numpy's text of a float32 is as short as can be; float(value) has a float64's digits.
             numbers = (float(str(value)) if math.isfinite(value) else math.nan for value in row)
-            rows.append({"step": step, "epoch": step // self._steps_per_epoch, **dict(zip(self._names, numbers, strict=True))})
+            rows.append(
+                {
+                    "step": step,
+                    "epoch": step // self._steps_per_epoch,
+                    **dict(zip(self._names, numbers, strict=True)),
+                }
+            )
             lines.append(_line(rows[-1]))
             self._count(rows[-1])
             if self.skipped_in_row:
-                lines.append(_line({"event": "skipped", "step": step + 1, "in_a_row": self.skipped_in_row}))
+                lines.append(
+                    _line({"event": "skipped", "step": step + 1, "in_a_row": self.skipped_in_row})
+                )
         self._write(lines)
         return rows
 
@@ -76,7 +90,9 @@ class MetricsFile:
         counted = [row for row in self._epoch_rows if not _was_skipped(row)]
         rows = {name: self._epoch_rows if name == "skipped" else counted for name in self._names}
         # The lines of a run that earlier code began may lack a metric.
-        return {name: _mean([row.get(name, math.nan) for row in rows[name]]) for name in self._names}
+        return {
+            name: _mean([row.get(name, math.nan) for row in rows[name]]) for name in self._names
+        }
 
     @property
     def written(self) -> Written:
@@ -99,14 +115,24 @@ class MetricsFile:
         with open_regular(self._path) as file:
             for size, row in _parse(file):
                 is_event = "event" in row
-                if row["step"] > (resume_step if is_event else resume_step - 1) or offset + size > limit:
+                if (
+                    row["step"] > (resume_step if is_event else resume_step - 1)
+                    or offset + size > limit
+                ):
                     break
                 offset += size
                 if not is_event:
                     num_rows += 1
-                    self._count({name: math.nan if value is None else value for name, value in row.items()})
+                    self._count(
+                        {name: math.nan if value is None else value for name, value in row.items()}
+                    )
         if num_rows != resume_step:
-            _log.warning("%s: holds %d steps of the %d done: the others are lost", self._path, num_rows, resume_step)
+            _log.warning(
+                "%s: holds %d steps of the %d done: the others are lost",
+                self._path,
+                num_rows,
+                resume_step,
+            )
         return offset
 
     def _count(self, row: dict[str, Any]) -> None:
@@ -173,7 +199,11 @@ def _parse(lines: Iterable[bytes]) -> Iterator[tuple[int, dict[str, Any]]]:
                 return
         else:
             names = names or row.keys()
-            if row.keys() != names or not _is_count(row.get("epoch")) or not all(map(_is_measure, row.values())):
+            if (
+                row.keys() != names
+                or not _is_count(row.get("epoch"))
+                or not all(map(_is_measure, row.values()))
+            ):
                 return
         done = row["step"] + ("event" not in row)
         yield len(line), row
@@ -192,7 +222,12 @@ def _is_event(row: Mapping[str, Any]) -> bool:
     if row["event"] != "epoch":
         return isinstance(row["event"], str)
     state, accuracy, neg_cos = (row.get(name) for name in ("state", "accuracy", "neg_cos"))
-    return _is_count(row.get("epoch")) and isinstance(state, str) and _is_measure(accuracy) and _is_measure(neg_cos)
+    return (
+        _is_count(row.get("epoch"))
+        and isinstance(state, str)
+        and _is_measure(accuracy)
+        and _is_measure(neg_cos)
+    )
 
 
 def _was_skipped(row: Mapping[str, Any]) -> bool:
@@ -207,5 +242,8 @@ def _mean(values: Sequence[float]) -> float:
 
 def _line(fields: Mapping[str, Any]) -> str:
     """Return a line of JSON, null for a float that is not finite."""
-    finite = {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in fields.items()}
+    finite = {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in fields.items()
+    }
     return json.dumps(finite, allow_nan=False) + "\n"

@@ -32,11 +32,15 @@ def write(path: str | Path, out: Path, config: Config, *, count: int = 24) -> li
     Raises UsageError: the beton is damaged, the count is out of range, or ``out`` is no PNG.
     """
     _refuse_other_files(out)
-    info = beton.inspect(path, image_field=config.data.image_field, label_field=config.data.label_field)
+    info = beton.inspect(
+        path, image_field=config.data.image_field, label_field=config.data.label_field
+    )
     if not 1 <= count <= MAX_COUNT:
         raise UsageError(f"--count {count}: must be 1 to {MAX_COUNT}")
     ids = np.unique(np.linspace(0, info.num_samples - 1, count).round().astype(np.int64))
-    with Decoder(info, size=config.views.size, workers=1, in_memory=False, decoder=config.data.decoder) as decoder:
+    with Decoder(
+        info, size=config.views.size, workers=1, in_memory=False, decoder=config.data.decoder
+    ) as decoder:
         images = np.empty((len(ids), *decoder.shape), np.uint8)
         decoder.decode(ids, images)
     picture = sheet(images, ids, config)
@@ -72,7 +76,9 @@ def sheet(images: np.ndarray, ids: np.ndarray, config: Config) -> Image.Image:
         for number, pixels in enumerate(triple):
             cell = Image.fromarray(pixels)
             factor = side // max(cell.size)
-            cell = cell.resize((cell.width * factor, cell.height * factor), Image.Resampling.NEAREST)
+            cell = cell.resize(
+                (cell.width * factor, cell.height * factor), Image.Resampling.NEAREST
+            )
             left = column * width + GAP + number * (side + GAP) + (side + GAP - cell.width) // 2
             made.paste(cell, (left, row * height + GAP // 2 + (side + GAP - cell.height) // 2))
     return made
@@ -80,7 +86,23 @@ def sheet(images: np.ndarray, ids: np.ndarray, config: Config) -> Image.Image:
 
 def _pixels_of_views(images: np.ndarray, ids: np.ndarray, config: Config) -> np.ndarray:
     """Return the two views of ``images`` in epoch 0 as pixels, uint8 (2, B, h, w, 3)."""
-    both = views.two_views(config.views, torch.from_numpy(images), torch.from_numpy(ids), seed=config.train.seed, epoch=0)
-    mean, std = (both.new_tensor(values)[:, None, None] for values in (config.views.mean, config.views.std))
+    both = views.two_views(
+        config.views,
+        torch.from_numpy(images),
+        torch.from_numpy(ids),
+        seed=config.train.seed,
+        epoch=0,
+    )
+    mean, std = (
+        both.new_tensor(values)[:, None, None] for values in (config.views.mean, config.views.std)
+    )
     # Rounding gives a pixel that no augmentation touched its stored value.
-    return (both * std + mean).mul(255.0).round().clamp(0, 255).to(torch.uint8).permute(0, 1, 3, 4, 2).numpy()
+    return (
+        (both * std + mean)
+        .mul(255.0)
+        .round()
+        .clamp(0, 255)
+        .to(torch.uint8)
+        .permute(0, 1, 3, 4, 2)
+        .numpy()
+    )

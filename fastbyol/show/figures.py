@@ -18,9 +18,21 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # Colours of the Okabe-Ito palette, which colour-blind readers can tell apart (Okabe and Ito, 2008).
-BLUE, ORANGE, GREEN, RED, PURPLE, SKY = "#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9"
+BLUE, ORANGE, GREEN, RED, PURPLE, SKY = (
+    "#0072b2",
+    "#e69f00",
+    "#009e73",
+    "#d55e00",
+    "#cc79a7",
+    "#56b4e9",
+)
 DARK_STATES = ("#6b2f27", "#5f4a1c", "#1f4a61", "#555555")
-STATE_COLOURS = {"collapsed": "#f7d6d0", "collapsing": "#fcebc8", "recovering": "#d5eaf5", "dead": "#cfcfcf"}
+STATE_COLOURS = {
+    "collapsed": "#f7d6d0",
+    "collapsing": "#fcebc8",
+    "recovering": "#d5eaf5",
+    "dead": "#cfcfcf",
+}
 # Stands for black in an SVG. In a page it becomes the colour of the text, also on a dark page.
 INK = "#010203"
 
@@ -46,7 +58,9 @@ _SETTINGS = {
     "axes.linewidth": 0.6,
     "figure.facecolor": "none",
     "axes.facecolor": "none",
-    **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK),
+    **dict.fromkeys(
+        ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK
+    ),
 }
 _NO_METADATA = dict.fromkeys(("Date", "Creator", "Format", "Type"))
 

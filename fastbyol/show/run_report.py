@@ -59,7 +59,9 @@ def read(run: Path) -> RunCurves:
     layers = read_layers(folder.path)
     missing = [name for name in ("loss", "pos_cos", "neg_cos") if name not in rows[0]]
     if missing or "rate" not in layers.metrics:
-        raise UsageError(f"{run}: damaged: {missing[0] if missing else 'rate'} is not among what was measured")
+        raise UsageError(
+            f"{run}: damaged: {missing[0] if missing else 'rate'} is not among what was measured"
+        )
     per_epoch = next((row["step"] for row in rows if row["epoch"] == 1), None) or max(len(rows), 1)
     names = [name for name in rows[0] if name not in ("step", "epoch")]
     steps = np.array([row["step"] for row in rows], dtype=np.float64)
@@ -106,11 +108,17 @@ def draw_cosines(axes: Axes, curves: RunCurves) -> None:
 
 def draw_accuracy(axes: Axes, curves: RunCurves) -> None:
     """Draw the probe's accuracy in percent at the epochs where it was measured."""
-    points = [(event["epoch"] + 1, event["accuracy"]) for event in curves.epoch_events if event.get("accuracy") is not None]
+    points = [
+        (event["epoch"] + 1, event["accuracy"])
+        for event in curves.epoch_events
+        if event.get("accuracy") is not None
+    ]
     if points:
         axes.plot(*zip(*points, strict=True), color=BLUE, marker="o", ms=3)
     if curves.accuracies.untrained is not None:
-        axes.axhline(curves.accuracies.untrained, color=INK, lw=0.8, ls="--", label=curves.accuracies.weights)
+        axes.axhline(
+            curves.accuracies.untrained, color=INK, lw=0.8, ls="--", label=curves.accuracies.weights
+        )
         axes.legend(loc="lower right", frameon=False)
     axes.set_ylim(0, 100)
     axes.set_ylabel("accuracy, %")
@@ -125,7 +133,9 @@ def draw_rates(axes: Axes, curves: RunCurves) -> None:
     colours = figures.viridis(len(groups))
     for (stage, members), colour in zip(groups.items(), colours, strict=True):
         rate = np.nanmean(curves.rates[:, members], axis=1)
-        axes.semilogy(curves.layer_epochs, np.where(rate > 0, rate, np.nan), lw=0.9, label=stage, color=colour)
+        axes.semilogy(
+            curves.layer_epochs, np.where(rate > 0, rate, np.nan), lw=0.9, label=stage, color=colour
+        )
     if curves.rate_ceiling is not None:
         axes.axhline(curves.rate_ceiling, color=INK, lw=0.8, ls="--", label="lr eta / wd")
     axes.set_ylabel("rate")
@@ -168,10 +178,16 @@ def _facts(curves: RunCurves) -> list[tuple[str, str]]:
     if curves.epoch_events:
         last = curves.epoch_events[-1]
         loss, neg_cos = (_number(last.get(name)) for name in ("loss", "neg_cos"))
-        facts += [("state", last["state"]), ("loss", f"{loss:.4g}"), ("negative cosine", f"{neg_cos:.4f}")]
+        facts += [
+            ("state", last["state"]),
+            ("loss", f"{loss:.4g}"),
+            ("negative cosine", f"{neg_cos:.4f}"),
+        ]
         if words := curves.accuracies.in_words().removeprefix("accuracy "):
             facts.append(("accuracy", words))
-        ranks = [event["rank_y"] for event in curves.epoch_events if event.get("rank_y") is not None]
+        ranks = [
+            event["rank_y"] for event in curves.epoch_events if event.get("rank_y") is not None
+        ]
         if ranks:
             facts.append(("effective rank of the embeddings", f"{ranks[-1]:.1f}"))
     return facts

@@ -38,8 +38,10 @@ def headline(message: Start) -> str:
     """Return the line that opens a run."""
     at = f", from step {message.first_step}" if message.first_step else ""
     return (
-        f"{message.run}: {message.epochs} epochs of {message.steps_per_epoch} steps on {message.device}, "
-        f"{message.num_samples} images from {message.data}, {message.num_parameters / 1e6:.2f} M parameters{at}"
+        f"{message.run}: {message.epochs} epochs of {message.steps_per_epoch} steps on "
+        f"{message.device}, "
+        f"{message.num_samples} images from {message.data}, {message.num_parameters / 1e6:.2f} M "
+        f"parameters{at}"
     )
 
 
@@ -58,7 +60,12 @@ class PlainDisplay:
     def __enter__(self) -> PlainDisplay:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         """Do nothing: lines stay."""
 
     def _line(self, text: str) -> None:
@@ -74,7 +81,8 @@ class PlainDisplay:
         loss, pos, neg, std = cells(message.metrics)
         accuracy = "" if message.accuracy is None else f" accuracy {message.accuracy:.1f}%"
         self._line(
-            f"epoch {message.epoch + 1}/{message.epochs} loss {loss} pos_cos {pos} neg_cos {neg} std {std} "
+            f"epoch {message.epoch + 1}/{message.epochs} loss {loss} pos_cos {pos} neg_cos {neg} "
+            f"std {std} "
             f"{message.state}{accuracy} {message.img_s:.0f} img/s eta {duration(message.eta_s)}"
         )
 
@@ -96,7 +104,12 @@ class LiveDisplay(PlainDisplay):
         self._live.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self._now = None
         self._live.update(self._draw())
         self._live.stop()
@@ -116,7 +129,17 @@ class LiveDisplay(PlainDisplay):
 
     def _draw(self) -> Group:
         table = Table(box=None, pad_edge=False)
-        for name in ("epoch", "loss", "pos cos", "neg cos", "std", "state", "accuracy", "img/s", "left"):
+        for name in (
+            "epoch",
+            "loss",
+            "pos cos",
+            "neg cos",
+            "std",
+            "state",
+            "accuracy",
+            "img/s",
+            "left",
+        ):
             table.add_column(name, justify="left" if name == "state" else "right")
         for row in self._epochs:
             accuracy = "" if row.accuracy is None else f"{row.accuracy:.1f}%"

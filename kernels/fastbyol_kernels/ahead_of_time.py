@@ -56,11 +56,15 @@ class Launch:
         source, names = self.compiled.src, self.function.arg_names
         pointers = [name for name, kind in source.signature.items() if kind.startswith("*")]
         multiple = ["tt.divisibility", 16]
-        aligned = {names[path[0]] for path, attributes in source.attrs.items() if multiple in attributes}
+        aligned = {
+            names[path[0]] for path, attributes in source.attrs.items() if multiple in attributes
+        }
         words = list(dict.fromkeys(source.signature[name][1:] for name in pointers))
         words += [f"{name}@" for name in pointers if name not in aligned]
         words += [f"{name}/16" for name in names if name in aligned and name not in pointers]
-        constants = {names[path[0]]: value for path, value in source.constants.items() if len(path) == 1}
+        constants = {
+            names[path[0]]: value for path, value in source.constants.items() if len(path) == 1
+        }
         for name, value in constants.items():
             if isinstance(value, int | str) and value is not False:
                 words.append(name if value is True else f"{name}={value}")
@@ -119,12 +123,16 @@ def recording(architecture: int) -> Iterator[list[Launch]]:
     Contexts nest. Grids must be tuples. Raises RuntimeError if kernels are interpreted.
     """
     if knobs.runtime.interpret:
-        raise RuntimeError("TRITON_INTERPRET is set: kernels cannot be compiled: start a process without it")
+        raise RuntimeError(
+            "TRITON_INTERPRET is set: kernels cannot be compiled: start a process without it"
+        )
     launches: list[Launch] = []
     run = JITFunction.run
     touched: set[JITFunction] = set()
 
-    def record(self: JITFunction, *args: Any, grid: tuple[int, ...], warmup: bool, **kwargs: Any) -> Any:
+    def record(
+        self: JITFunction, *args: Any, grid: tuple[int, ...], warmup: bool, **kwargs: Any
+    ) -> Any:
         if self not in touched:
             # Triton keeps compiled code under the device's number, whatever the driver.
             touched.add(self)
@@ -168,12 +176,21 @@ def resources(ptx: str) -> Resources:
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "kernel.ptx"
         source.write_text(ptx)
-        command = [str(tool), "-v", f"--gpu-name={target[1]}", str(source), "-o", f"{folder}/kernel.cubin"]
+        command = [
+            str(tool),
+            "-v",
+            f"--gpu-name={target[1]}",
+            str(source),
+            "-o",
+            f"{folder}/kernel.cubin",
+        ]
         report = subprocess.run(command, check=True, capture_output=True, text=True).stderr
     registers = re.search(r"Used (\d+) registers", report)
     stores = re.search(r"(\d+) bytes spill stores", report)
     assert registers is not None, report
-    return Resources(int(registers[1]), int(stores[1]) if stores else 0, _widest(ptx, "ld"), _widest(ptx, "st"))
+    return Resources(
+        int(registers[1]), int(stores[1]) if stores else 0, _widest(ptx, "ld"), _widest(ptx, "st")
+    )
 
 
 def _widest(ptx: str, instruction: str) -> int:

@@ -12,7 +12,9 @@ BACKENDS = ("auto", "triton", "cpu", "reference")
 TRITON_ON_CPU: bool = knobs.runtime.interpret
 
 
-def resolve(kernels: str, device: torch.device, dtype: torch.dtype, *, what: str = "the network") -> str:
+def resolve(
+    kernels: str, device: torch.device, dtype: torch.dtype, *, what: str = "the network"
+) -> str:
     """Return the backend that ``kernels``, one of ``BACKENDS``, selects for ``what`` on ``device``.
 
     "auto" selects Triton on CUDA, compiled code elsewhere, and the reference for fp64. Raises
@@ -20,14 +22,19 @@ def resolve(kernels: str, device: torch.device, dtype: torch.dtype, *, what: str
     """
     check(kernels)
     if kernels == "auto":
-        return "reference" if dtype == torch.float64 else "triton" if device.type == "cuda" else "cpu"
+        return (
+            "reference" if dtype == torch.float64 else "triton" if device.type == "cuda" else "cpu"
+        )
     if kernels != "reference" and dtype == torch.float64:
         raise ValueError(f"kernels={kernels} has no kernels for fp64: take auto or reference")
     if kernels == "cpu" and device.type == "cuda":
-        raise ValueError(f"kernels=cpu needs a CPU, {what} is on {device}: take auto, triton or reference")
+        raise ValueError(
+            f"kernels=cpu needs a CPU, {what} is on {device}: take auto, triton or reference"
+        )
     if kernels == "triton" and device.type != "cuda" and not TRITON_ON_CPU:
         raise ValueError(
-            f"kernels=triton needs CUDA, {what} is on {device}: take auto or reference (or TRITON_INTERPRET=1 from the start)"
+            f"kernels=triton needs CUDA, {what} is on {device}: take auto or reference (or "
+            "TRITON_INTERPRET=1 from the start)"
         )
     return kernels
 
@@ -38,7 +45,13 @@ def check(kernels: str) -> None:
         raise ValueError(f"kernels must be one of {', '.join(BACKENDS)}, not {kernels!r}")
 
 
-def dispatch(kernels: str, name: str, tensor: Tensor, *beside: Tensor | None, has: tuple[str, ...] = ("triton", "cpu")) -> str:
+def dispatch(
+    kernels: str,
+    name: str,
+    tensor: Tensor,
+    *beside: Tensor | None,
+    has: tuple[str, ...] = ("triton", "cpu"),
+) -> str:
     """Return the backend, never "auto", for an operation on ``tensor`` and those ``beside`` it.
 
     ``name`` is the argument that errors mention, ``has`` lists the operation's kernels. The
@@ -80,7 +93,11 @@ def at_once(*tensors: Tensor | None) -> bool:
 def is_plain(tensor: Tensor) -> bool:
     """Return True if ``tensor`` is a dense Tensor or Parameter, not a subclass, in CPU memory."""
     kind = type(tensor)
-    return (kind is Tensor or kind is torch.nn.Parameter) and tensor.device.type == "cpu" and tensor.layout == torch.strided
+    return (
+        (kind is Tensor or kind is torch.nn.Parameter)
+        and tensor.device.type == "cpu"
+        and tensor.layout == torch.strided
+    )
 
 
 def is_activation(x: Tensor) -> bool:
@@ -96,4 +113,7 @@ def is_transformed() -> bool:
     """
     if torch.compiler.is_compiling():
         return False
-    return torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
+    return (
+        torch._C._functorch.peek_interpreter_stack() is not None
+        or torch.autograd.forward_ad._current_level >= 0
+    )

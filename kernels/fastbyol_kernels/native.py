@@ -68,7 +68,9 @@ class Kernel:
         self._function, self._backwards, self.__doc__ = function, backwards, function.__doc__
         hints = get_type_hints(function, include_extras=True)
         names = function.__code__.co_varnames[1 : function.__code__.co_argcount]
-        self._kinds = {name: getattr(hints[name], "__metadata__", (hints[name],))[0] for name in names}
+        self._kinds = {
+            name: getattr(hints[name], "__metadata__", (hints[name],))[0] for name in names
+        }
         self._passed = tuple((name, kind) for name, kind in self._kinds.items() if kind != _WORKER)
         self._compiled: dict[torch.dtype, Any] = {}
 
@@ -83,23 +85,37 @@ class Kernel:
         activation = None
         for (name, kind), value in zip(self._passed, arguments, strict=True):
             if isinstance(value, Tensor) == (kind in (int, float)):
-                raise TypeError(f"{name} is a {type(value).__name__}, the kernel {self._function.__name__} takes {kind}")
+                raise TypeError(
+                    f"{name} is a {type(value).__name__}, the kernel {self._function.__name__} "
+                    f"takes {kind}"
+                )
             if not isinstance(value, Tensor):
-                words.append(value if kind is int else struct.unpack("q", struct.pack("d", value))[0])
+                words.append(
+                    value if kind is int else struct.unpack("q", struct.pack("d", value))[0]
+                )
                 continue
             if not is_plain(value):
                 what = f"a {type(value).__name__} on {value.device}"
-                raise ValueError(f'{name} is {what}, compiled code takes plain tensors on a CPU: take kernels="reference"')
+                raise ValueError(
+                    f"{name} is {what}, compiled code takes plain tensors on a CPU: take "
+                    'kernels="reference"'
+                )
             if kind == _ACTIVATION and activation is None and value.dtype in _ELEMENTS:
                 activation = value.dtype
             expected = activation if kind == _ACTIVATION else _DTYPES[kind]
             if value.dtype != expected:
-                raise ValueError(f"{name} is {value.dtype}, the kernel {self._function.__name__} takes {expected or kind}")
+                raise ValueError(
+                    f"{name} is {value.dtype}, the kernel {self._function.__name__} takes "
+                    f"{expected or kind}"
+                )
             words.append(value.data_ptr())
         if num_blocks < 1:
             return
         table = (ctypes.c_int64 * len(words))(*words)
-        address, threads = self._address(activation or torch.float32), min(torch.get_num_threads(), num_blocks)
+        address, threads = (
+            self._address(activation or torch.float32),
+            min(torch.get_num_threads(), num_blocks),
+        )
         team = _team() if threads > 1 else None
         if team is None:
             _FUNCTION(address)(ctypes.addressof(table))
@@ -117,7 +133,9 @@ class Kernel:
     def _compile(self, activation: Any) -> Any:
         """Compile the loop over blocks, with the kernel inlined, for one dtype of activations."""
         body = inlined(self._function)
-        unpack = _unpack([activation if kind == _ACTIVATION else kind for kind in self._kinds.values()])
+        unpack = _unpack(
+            [activation if kind == _ACTIVATION else kind for kind in self._kinds.values()]
+        )
         code = (_backwards if self._backwards else _forwards).__code__
         # numba's cache is keyed by a function's name and checks the file that defines the function.
         # For all kernels that is this file, so the name identifies the kernel and its sources.
@@ -187,11 +205,16 @@ def _team() -> Callable[[int, int, int, int], None] | None:
     # operation: the optimizer's step took twice as long (bench/LOG.md has the measurement).
     for name in _OPENMP:
         try:
-            library = ctypes.CDLL(name, mode=os.RTLD_NOLOAD | os.RTLD_LAZY if sys.platform != "win32" else 0)
+            library = ctypes.CDLL(
+                name, mode=os.RTLD_NOLOAD | os.RTLD_LAZY if sys.platform != "win32" else 0
+            )
             run = library.GOMP_parallel
         except (OSError, AttributeError):
             continue
-        run.argtypes, run.restype = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint), None
+        run.argtypes, run.restype = (
+            (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint),
+            None,
+        )
         return run
     return None
 
@@ -204,13 +227,20 @@ def _word(context: Any, builder: Any, table: Any, index: int) -> Any:
 
 
 def _count(context: Any, builder: Any, table: Any, index: int) -> Any:
-    return builder.atomic_rmw("add", _word(context, builder, table, index), context.get_constant(numba.int64, 1), "monotonic")
+    return builder.atomic_rmw(
+        "add",
+        _word(context, builder, table, index),
+        context.get_constant(numba.int64, 1),
+        "monotonic",
+    )
 
 
 @intrinsic
 def _next_block(typing: Any, table: Any) -> Any:
     """Return the next block, each to one thread only."""
-    return numba.int64(table), lambda context, builder, _, arguments: _count(context, builder, arguments[0], _NEXT)
+    return numba.int64(table), lambda context, builder, _, arguments: _count(
+        context, builder, arguments[0], _NEXT
+    )
 
 
 @intrinsic
@@ -224,7 +254,11 @@ def _num_blocks(typing: Any, table: Any) -> Any:
 def _unpack(kinds: list[Any]) -> Any:
     """Return an intrinsic that reads arguments of the types ``kinds`` from a table into a tuple."""
     types = [
-        numba.int64 if kind in (int, _WORKER) else numba.float64 if kind is float else numba.types.Array(kind, 1, "C")
+        numba.int64
+        if kind in (int, _WORKER)
+        else numba.float64
+        if kind is float
+        else numba.types.Array(kind, 1, "C")
         for kind in kinds
     ]
     unpacked = numba.types.Tuple(types)
@@ -284,7 +318,11 @@ def _widened(element):
 
 @overload(narrowed, jit_options={"forceinline": True})
 def _narrowed(number, array):
-    return (lambda number, array: _to_bf16(number)) if array.dtype == _BF16 else (lambda number, array: number)
+    return (
+        (lambda number, array: _to_bf16(number))
+        if array.dtype == _BF16
+        else (lambda number, array: number)
+    )
 
 
 @numba.njit(inline="always")
@@ -303,7 +341,9 @@ def fma(typing: Any, x: Any, y: Any, z: Any) -> Any:
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         kind = ir.FloatType()
         of_three = ir.FunctionType(kind, [kind] * 3)
-        return builder.call(builder.module.declare_intrinsic("llvm.fmuladd", [kind], of_three), arguments)
+        return builder.call(
+            builder.module.declare_intrinsic("llvm.fmuladd", [kind], of_three), arguments
+        )
 
     return numba.float32(numba.float32, numba.float32, numba.float32), generate
 

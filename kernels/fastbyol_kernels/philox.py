@@ -34,7 +34,9 @@ def philox4x32(
     """
     # No expansion is needed: within three rounds every word depends on all four counters and has
     # their broadcast shape. No intermediate value exceeds 63 bits, so int64 never overflows.
-    x0, x1, x2, x3 = (torch.as_tensor(c, dtype=torch.int64, device=c0.device) & _MASK for c in (c0, c1, c2, c3))
+    x0, x1, x2, x3 = (
+        torch.as_tensor(c, dtype=torch.int64, device=c0.device) & _MASK for c in (c0, c1, c2, c3)
+    )
     k0, k1 = key & _MASK, (key >> 32) & _MASK
     for _ in range(10):
         high0, low0 = _multiply(x0, _MULTIPLIERS[0])

@@ -19,7 +19,18 @@ RECOVERED = {0: 0.97, 1: 0.999, 6: 0.998, 9: 0.95, 12: 0.45, 23: 0.3}
 RECOVERED_LATE = {0: 0.97, 1: 0.999, 15: 0.998, 18: 0.95, 20: 0.45, 23: 0.3}
 COLLAPSED_LATE = {0: 0.93, 5: 0.3, 12: 0.3, 16: 0.8, 18: 0.999, 23: 0.9999}
 HALF_OUT = {0: 0.97, 1: 0.999, 9: 0.998, 11: 0.955, 23: 0.93}
-COMES_AND_GOES = {0: 0.97, 1: 0.999, 5: 0.999, 7: 0.3, 9: 0.3, 11: 0.9, 14: 0.3, 16: 0.85, 19: 0.2, 23: 0.2}
+COMES_AND_GOES = {
+    0: 0.97,
+    1: 0.999,
+    5: 0.999,
+    7: 0.3,
+    9: 0.3,
+    11: 0.9,
+    14: 0.3,
+    16: 0.85,
+    19: 0.2,
+    23: 0.2,
+}
 DISTURBED = {0: 0.97, 1: 0.999, 10: 0.999, 12: 0.955, 14: 0.999, 23: 0.9999}
 
 
@@ -44,8 +55,9 @@ def made_up(
 ) -> Evidence:
     """Make a run of ``epochs`` epochs, ``done`` of them finished.
 
-    ``accuracy``: before training, which the first epoch leaves as it is, and at the last epoch; or points. Positives are nearer
-    than negatives by a tenth of the negatives' spread, or by .5 where those are far apart.
+    ``accuracy``: before training, which the first epoch leaves as it is, and at the last epoch; or
+    points. Positives are nearer than negatives by a tenth of the negatives' spread, or by .5 where
+    those are far apart.
     """
     length = epochs if done is None else done
     negative = line(neg, length)
@@ -57,7 +69,9 @@ def made_up(
         "loss": line(loss, length) if loss is not None else 0.3 * (1 - negative),
     }
     if accuracy is not None:
-        points = accuracy if isinstance(accuracy, Mapping) else {0: accuracy[0], length - 1: accuracy[1]}
+        points = (
+            accuracy if isinstance(accuracy, Mapping) else {0: accuracy[0], length - 1: accuracy[1]}
+        )
         columns["accuracy"] = line(points, length)
     steps = np.arange(length * steps_per_epoch)
     return Evidence(

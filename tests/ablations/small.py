@@ -1,4 +1,6 @@
-"""The least runs that ablations can be made of: settings for ``--set``, and what must be equal between two folders of runs."""
+"""The least runs that ablations can be made of: settings for ``--set``, and what must be equal
+between two folders of runs.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,14 @@ from pathlib import Path
 from safetensors.numpy import load_file
 
 SETS = (
-    *("views.size=16", "model.width=4", "model.stem=small", "train.batch_size=8", "data.workers=1", "probe.every_epochs=0"),
+    *(
+        "views.size=16",
+        "model.width=4",
+        "model.stem=small",
+        "train.batch_size=8",
+        "data.workers=1",
+        "probe.every_epochs=0",
+    ),
     *(
         "data.train=textures",
         "data.textures_count=64",
@@ -15,7 +24,11 @@ SETS = (
         "run.drain_every_steps=2",
         "train.device=cpu",
     ),
-    *(f"model.{head}.{key}" for head in ("projector", "predictor") for key in ("hidden=16", "out=8")),
+    *(
+        f"model.{head}.{key}"
+        for head in ("projector", "predictor")
+        for key in ("hidden=16", "out=8")
+    ),
 )
 
 

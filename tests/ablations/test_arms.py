@@ -1,4 +1,6 @@
-"""Arms say what they are for at every scale, and their configurations differ in what they say alone."""
+"""Arms say what they are for at every scale, and their configurations differ in what they say
+alone.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,11 @@ from fastbyol.ablations.arms import SCALES, Arm, ScaleName, arm, arms, load
 from fastbyol.ablations.claims import CLAIMS
 from fastbyol.errors import UsageError
 
-EVERY = [pytest.param(found, scale, id=f"{found.name}-{scale}") for found in arms().values() for scale in found.scales]
+EVERY = [
+    pytest.param(found, scale, id=f"{found.name}-{scale}")
+    for found in arms().values()
+    for scale in found.scales
+]
 # What resolving derives from the keys that an arm sets.
 DERIVED = {"optim.lr_scaling", "schedule.horizon_epochs"}
 
@@ -33,8 +39,12 @@ def test_an_arm_is_the_scale_and_its_own_settings(found: Arm, scale: ScaleName) 
     config = config_io.flatten(load(found, scale, seed=3).config)
     assert config["train.seed"] == 3
     for key, value in {**found.settings, **found.at[scale]}.items():
-        if key != "optim.lr_scaling" and not (key == "optim.lr" and "optim.lr_scaling" in found.settings):
-            assert config[key] == (tuple(map(tuple, value)) if key == "optim.lr_mult" else _frozen(value)), key
+        if key != "optim.lr_scaling" and not (
+            key == "optim.lr" and "optim.lr_scaling" in found.settings
+        ):
+            assert config[key] == (
+                tuple(map(tuple, value)) if key == "optim.lr_mult" else _frozen(value)
+            ), key
     plain = Arm("plain", "", None, {}, {}, {}, SCALES, None)
     assert differing(found, plain, scale) - DERIVED <= {*found.settings, *found.at[scale]}
 
@@ -44,25 +54,41 @@ def _frozen(value: object) -> object:
 
 
 @pytest.mark.parametrize(("found", "scale"), [row for row in EVERY if row.values[0].base])
-def test_an_open_setting_changes_what_it_says_and_nothing_else(found: Arm, scale: ScaleName) -> None:
+def test_an_open_setting_changes_what_it_says_and_nothing_else(
+    found: Arm, scale: ScaleName
+) -> None:
     base = arm(str(found.base))
     here = {key for key, value in found.at[scale].items() if base.at[scale].get(key) != value}
-    # Four groups are what 16 channels or fewer get anyway only where a group would hold under two: the key differs always.
-    # A learning rate that is scaled by the batch is another one, and says no more that it is to be scaled.
+    # Four groups are what 16 channels or fewer get anyway only where a group would hold under two:
+    # the key differs always. A learning rate that is scaled by the batch is another one, and says
+    # no more that it is to be scaled.
     scaled = {"optim.lr"} if "optim.lr_scaling" in found.changes else set()
-    assert differing(found, base, scale) - scaled == (set(found.changes) | here) - {"optim.lr_scaling"}
+    assert differing(found, base, scale) - scaled == (set(found.changes) | here) - {
+        "optim.lr_scaling"
+    }
 
 
 def test_sgd_scales_with_the_batch_and_lars_does_not() -> None:
     assert load(arm("gn-sgd-mlp-none"), "full", seed=0).config.optim.lr == pytest.approx(0.8)
-    assert load(arm("gn-sgd-mlp-none"), "mini", seed=0).config.optim.lr == pytest.approx(0.8 * 32 / 256)
+    assert load(arm("gn-sgd-mlp-none"), "mini", seed=0).config.optim.lr == pytest.approx(
+        0.8 * 32 / 256
+    )
     assert load(arm("gn-lars-0.2"), "mini", seed=0).config.optim.lr == 0.2
 
 
 def test_full_scale_is_as_published() -> None:
     config = load(arm("gn-lars-0.2"), "full", seed=0).config
-    assert (config.train.epochs, config.train.batch_size, config.views.size, config.train.precision) == (320, 256, 96, "fp32")
-    assert (config.schedule.horizon_epochs, config.probe.protocol, config.model.width) == (320, "blog", 64)
+    assert (
+        config.train.epochs,
+        config.train.batch_size,
+        config.views.size,
+        config.train.precision,
+    ) == (320, 256, 96, "fp32")
+    assert (config.schedule.horizon_epochs, config.probe.protocol, config.model.width) == (
+        320,
+        "blog",
+        64,
+    )
     short = load(arm("bn-sgd-predictor-bn"), "full", seed=0).config
     assert (short.train.epochs, short.schedule.horizon_epochs) == (10, 320)
 
@@ -100,4 +126,6 @@ def test_the_posts_warm_up_is_as_many_steps_at_long() -> None:
     config = load(arm("gn-lars-layer1-layer2@warmup"), "long", seed=0).config
     assert config.schedule.warmup_epochs * 128 == pytest.approx(10 * 410, abs=2)
     assert config.schedule.horizon_epochs * 128 == pytest.approx(320 * 410, rel=1e-3)
-    assert load(arm("gn-ws-sgd"), "long", seed=0).config.schedule.horizon_epochs * 16 == pytest.approx(320 * 410, rel=1e-3)
+    assert load(
+        arm("gn-ws-sgd"), "long", seed=0
+    ).config.schedule.horizon_epochs * 16 == pytest.approx(320 * 410, rel=1e-3)

@@ -31,4 +31,6 @@ def test_accuracies_at_an_epoch_are_the_curves_own(claim: object) -> None:
         source = next((s for s in claim.sources if s.measure == what), None)  # type: ignore[attr-defined]
         if source is not None and epoch:
             curve = published()[source.figure, source.series]
-            assert curve.value[np.searchsorted(curve.epoch, float(epoch))] == pytest.approx(value, abs=tolerance)
+            assert curve.value[np.searchsorted(curve.epoch, float(epoch))] == pytest.approx(
+                value, abs=tolerance
+            )

@@ -1,4 +1,6 @@
-"""Evidence of a run that was really trained, against its files read by hand; and of the post's figures."""
+"""Evidence of a run that was really trained, against its files read by hand; and of the post's
+figures.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +49,9 @@ def test_columns_are_means_over_the_epochs_steps(run: Path) -> None:
     )  # fmt: skip
     for name in ("loss", "neg_cos", "pos_cos", "std_z", "grad_norm"):
         by_hand = np.array([row[name] for row in rows]).reshape(3, STEPS_PER_EPOCH).mean(axis=1)
-        np.testing.assert_allclose(getattr(evidence, name), by_hand, rtol=1e-12)  # sums of six, in another order
+        np.testing.assert_allclose(
+            getattr(evidence, name), by_hand, rtol=1e-12
+        )  # sums of six, in another order
 
 
 def test_accuracy_is_nan_where_it_was_not_measured(run: Path) -> None:
@@ -56,10 +60,15 @@ def test_accuracy_is_nan_where_it_was_not_measured(run: Path) -> None:
 
 
 def test_the_untrained_weights_are_scored_before_the_first_step(run: Path, tmp_path: Path) -> None:
-    """A random network's accuracy, which the run's own weights had: read from its event, unknown where an old run has none."""
+    """A random network's accuracy, which the run's own weights had: read from its event, unknown
+    where an old run has none.
+    """
     evidence = of_run(run, arm="a", seed=0)
     (event,) = (row for row in read_events(run) if row["event"] == "untrained")
-    assert (evidence.untrained_accuracy, evidence.num_scored) == (event["accuracy"], event["num_scored"])
+    assert (evidence.untrained_accuracy, evidence.num_scored) == (
+        event["accuracy"],
+        event["num_scored"],
+    )
     assert evidence.scored == event["num_scored"]
     old = shutil.copytree(run, tmp_path / "old")
     lines = (old / "metrics.jsonl").read_text().splitlines(keepends=True)
@@ -76,17 +85,30 @@ def test_rates_are_means_over_the_kernels_of_a_group(run: Path) -> None:
         "encoder.conv1", "encoder.layer1", "encoder.layer2", "encoder.layer3", "encoder.layer4",
         "projector.linear1", "projector.linear2", "predictor.linear1", "predictor.linear2",
     ]  # fmt: skip
-    kernels = [f"encoder.layer2.{name}.weight" for name in ("0.conv1", "0.conv2", "0.downsample.0", "1.conv1", "1.conv2")]
-    rate = layers.values[:, [layers.names.index(name) for name in kernels], layers.metrics.index("rate")]
-    np.testing.assert_allclose(evidence.rates["encoder.layer2"], rate.astype(np.float64).mean(axis=1), rtol=1e-6)  # fp32 sums
-    np.testing.assert_allclose(evidence.rate_by_epoch("encoder.layer2"), rate.reshape(3, -1).mean(axis=1), rtol=1e-6)
+    kernels = [
+        f"encoder.layer2.{name}.weight"
+        for name in ("0.conv1", "0.conv2", "0.downsample.0", "1.conv1", "1.conv2")
+    ]
+    rate = layers.values[
+        :, [layers.names.index(name) for name in kernels], layers.metrics.index("rate")
+    ]
+    np.testing.assert_allclose(
+        evidence.rates["encoder.layer2"], rate.astype(np.float64).mean(axis=1), rtol=1e-6
+    )  # fp32 sums
+    np.testing.assert_allclose(
+        evidence.rate_by_epoch("encoder.layer2"), rate.reshape(3, -1).mean(axis=1), rtol=1e-6
+    )
     assert np.isnan(evidence.rate_by_epoch("nowhere")).all()
 
 
 def test_the_early_gradient_is_the_norm_over_all_parameters_of_the_first_layers(run: Path) -> None:
     evidence, layers = of_run(run, arm="a", seed=0), read_layers(run)
-    norms = layers.values[:, [group_of(name) in EARLY for name in layers.names], layers.metrics.index("grad_norm")]
-    np.testing.assert_allclose(evidence.early_gradient_norm, np.linalg.norm(norms.astype(np.float64), axis=1), rtol=1e-12)
+    norms = layers.values[
+        :, [group_of(name) in EARLY for name in layers.names], layers.metrics.index("grad_norm")
+    ]
+    np.testing.assert_allclose(
+        evidence.early_gradient_norm, np.linalg.norm(norms.astype(np.float64), axis=1), rtol=1e-12
+    )
     assert evidence.early_gradient_by_epoch().shape == (3,)
 
 
@@ -96,7 +118,9 @@ def test_no_rate_passes_the_ceiling(run: Path) -> None:
     assert evidence.rate_ceiling == pytest.approx(0.2 * 1e-3 / 1.5e-6)
     for group in evidence.rates:
         by_hand = evidence.rate_by_epoch(group) / (evidence.lr * 1e-3 / 1.5e-6)
-        np.testing.assert_allclose(evidence.ceiling_share(group), by_hand, rtol=1e-6)  # the lr is in fp32
+        np.testing.assert_allclose(
+            evidence.ceiling_share(group), by_hand, rtol=1e-6
+        )  # the lr is in fp32
         assert np.all(by_hand < 1)
 
 

@@ -37,7 +37,9 @@ def test_equals_all_pairs_one_by_one(some: Path) -> None:
         state = TrainState.create(chosen.model_copy(update={"train": train}), steps_per_epoch=1)
         pair = views.two_views(chosen.views, images, torch.arange(24), seed=seed, epoch=0)
         with torch.no_grad():
-            first, second = (state.online.encoder(view.contiguous()).double().numpy() for view in pair)
+            first, second = (
+                state.online.encoder(view.contiguous()).double().numpy() for view in pair
+            )
         cosines = [[a @ b / np.linalg.norm(a) / np.linalg.norm(b) for b in second] for a in first]
         positive = np.mean(np.diag(cosines))
         negative = np.mean([cosines[i][j] for i in range(24) for j in range(24) if i != j])
@@ -46,7 +48,13 @@ def test_equals_all_pairs_one_by_one(some: Path) -> None:
 
 
 def test_is_one_without_augmentation_and_nothing_without_images(some: Path, tmp_path: Path) -> None:
-    none = ("views.scale=1,1", "views.ratio=1,1", "views.jitter_p=0", "views.grayscale_p=0", "views.flip_p=0")
+    none = (
+        "views.scale=1,1",
+        "views.ratio=1,1",
+        "views.jitter_p=0",
+        "views.grayscale_p=0",
+        "views.flip_p=0",
+    )
     assert marker.image_share(config(some, *none)) == pytest.approx(1.0, abs=1e-5)
     same = np.repeat(loader.read_all(some, workers=1, size=16).images[:1].numpy(), 24, axis=0)
     np.savez(tmp_path / "same.npz", images=same)

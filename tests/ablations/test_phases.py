@@ -1,4 +1,6 @@
-"""Phases and events of the published curves, by each measure that a figure may show, and where rates peak."""
+"""Phases and events of the published curves, by each measure that a figure may show, and where
+rates peak.
+"""
 
 from __future__ import annotations
 
@@ -24,11 +26,19 @@ def without(run: Evidence, *measures: str) -> Evidence:
 
 
 class TestPublished:
-    """The epochs in ``numbers`` were read where a curve crosses .5; phases have hysteresis, so they may lag by two."""
+    """The epochs in ``numbers`` were read where a curve crosses .5; phases have hysteresis, so they
+    may lag by two.
+    """
 
     def test_weight_decay_leaves_at_111(self) -> None:
         seen = phases_of(curves_of("C8"))
-        assert (seen.signal, seen.collapse, seen.leaving, seen.separations, seen.relapses) == ("cosines", 2, 101, (111,), ())
+        assert (seen.signal, seen.collapse, seen.leaving, seen.separations, seen.relapses) == (
+            "cosines",
+            2,
+            101,
+            (111,),
+            (),
+        )
 
     def test_weight_standardization_comes_and_goes(self) -> None:
         seen = phases_of(curves_of("C9"))
@@ -37,7 +47,10 @@ class TestPublished:
 
     @pytest.mark.parametrize("claim", ["C8", "C9", "C10", "C11"])
     def test_losses_tell_the_same_collapse_and_end_as_cosines(self, claim: str) -> None:
-        """Where a figure shows both. Slow slides (C8 leaves over ten epochs, C9 collapses over ten) differ by eight at most."""
+        """Where a figure shows both.
+
+        Slow slides (C8 leaves over ten epochs, C9 collapses over ten) differ by eight at most.
+        """
         run = curves_of(claim)
         by_cosines, by_loss = phases_of(run), phases_of(without(run, "neg_cos", "pos_cos"))
         assert (by_cosines.signal, by_loss.signal) == ("cosines", "loss")
@@ -53,7 +66,12 @@ class TestPublished:
     def test_accuracy_alone_tells_when_it_became_useful(self) -> None:
         """C2: "first epoch above 40" is 20."""
         seen = phases_of(curves_of("C2"))
-        assert (seen.signal, seen.collapse, seen.first("separated"), seen.end) == ("accuracy", 10, 20, "separated")
+        assert (seen.signal, seen.collapse, seen.first("separated"), seen.end) == (
+            "accuracy",
+            10,
+            20,
+            "separated",
+        )
 
     @pytest.mark.parametrize(
         ("claim", "arm", "group"),
@@ -66,9 +84,15 @@ class TestPublished:
             ("C12", "gn-lars-0.1", "encoder.layer1"),
         ],
     )
-    def test_rate_peaks_are_the_claims_own_numbers(self, claim: str, arm: str | None, group: str) -> None:
+    def test_rate_peaks_are_the_claims_own_numbers(
+        self, claim: str, arm: str | None, group: str
+    ) -> None:
         numbers = next(c for c in CLAIMS if c.id == claim).numbers
-        key = arm.removeprefix("gn-lars-") if arm else group.removeprefix("encoder.").replace(".", "_")
+        key = (
+            arm.removeprefix("gn-lars-")
+            if arm
+            else group.removeprefix("encoder.").replace(".", "_")
+        )
         rate, epoch = numbers[f"rate_peak_{'lr' if arm else ''}{key}"]
         peak = rate_peak(curves_of(claim, arm), group)
         assert peak is not None
@@ -89,7 +113,13 @@ class TestMadeUp:
     )
     def test_events(self, shape: dict[int, float], expected: tuple[object, ...]) -> None:
         phases = phases_of(made_up("arm", shape))
-        assert (phases.collapse, phases.leaving, phases.separations, phases.relapses, phases.end) == expected
+        assert (
+            phases.collapse,
+            phases.leaving,
+            phases.separations,
+            phases.relapses,
+            phases.end,
+        ) == expected
         assert phases.phase[0] == "fresh" or shape is not HEALTHY
 
     def test_comes_and_goes(self) -> None:
@@ -99,7 +129,9 @@ class TestMadeUp:
     def test_a_dead_network_is_collapsed(self) -> None:
         """Zeros have cosine 0, which is no separation."""
         run = made_up("arm", dict.fromkeys((0, 23), 0.0))
-        zeros = dataclasses.replace(run, pos_cos=np.zeros(24), std_z=np.zeros(24), dead_y=np.ones(24))
+        zeros = dataclasses.replace(
+            run, pos_cos=np.zeros(24), std_z=np.zeros(24), dead_y=np.ones(24)
+        )
         assert phases_of(zeros).end == "collapsed"
 
     def test_onsets_are_told_in_epochs_and_steps(self) -> None:
@@ -111,7 +143,9 @@ class TestMadeUp:
             phases_of(run)
 
     def test_a_peak_is_measured_against_the_first_rate_that_is_not_zero(self) -> None:
-        run = made_up("arm", HEALTHY, rates={"warm": {0: 0.0, 1: 1.0, 4: 3.0, 23: 0.0}, "still": {0: 0.0}})
+        run = made_up(
+            "arm", HEALTHY, rates={"warm": {0: 0.0, 1: 1.0, 4: 3.0, 23: 0.0}, "still": {0: 0.0}}
+        )
         warm, still = rate_peak(run, "warm"), rate_peak(run, "still")
         assert warm is not None
         assert still is not None

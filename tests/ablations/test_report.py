@@ -29,10 +29,25 @@ from fastbyol.runs.layers import read_layers
 from made_up import COLLAPSED, HEALTHY, RECOVERED_LATE, made_up
 
 SMALL = ["model.width=4", "model.norm=gn", "model.projector.norm=none", "model.predictor.norm=none"]
-SMALL += ["model.projector.hidden=16", "model.projector.out=8", "model.predictor.hidden=16", "model.predictor.out=8"]
+SMALL += [
+    "model.projector.hidden=16",
+    "model.projector.out=8",
+    "model.predictor.hidden=16",
+    "model.predictor.out=8",
+]
 SMALL += ["data.train=textures", "views.size=16"]
-SMALL += ["data.textures_count=64", "data.textures_test_count=64", "data.workers=1", "train.device=cpu"]
-SMALL += ["train.batch_size=32", "train.epochs=2", "schedule.horizon_epochs=2", "probe.every_epochs=0"]
+SMALL += [
+    "data.textures_count=64",
+    "data.textures_test_count=64",
+    "data.workers=1",
+    "train.device=cpu",
+]
+SMALL += [
+    "train.batch_size=32",
+    "train.epochs=2",
+    "schedule.horizon_epochs=2",
+    "probe.every_epochs=0",
+]
 RUNS = {
     ("gn-sgd-mlp-none", 0): ["optim.name=sgd"],
     ("gn-sgd-mlp-none", 1): ["optim.name=sgd"],
@@ -45,11 +60,21 @@ LEDGER = {
     "gn-sgd-mlp-none/seed1": {"arm": "gn-sgd-mlp-none", "seed": 1, "status": "done"},
     "gn-sgd-mlp-none@lr0.2/seed0": {"arm": "gn-sgd-mlp-none@lr0.2", "seed": 0, "status": "done"},
     "gn-lars-0.5/seed0": {"arm": "gn-lars-0.5", "seed": 0, "status": "done"},
-    "gn-lars-0.5/seed1": {"arm": "gn-lars-0.5", "seed": 1, "status": "failed", "error": "no <room> left"},
+    "gn-lars-0.5/seed1": {
+        "arm": "gn-lars-0.5",
+        "seed": 1,
+        "status": "failed",
+        "error": "no <room> left",
+    },
     "gn-lars-0.5/seed2": {"arm": "gn-lars-0.5", "seed": 2, "status": "done"},
     "gn-lars-0.5/seed3": {"arm": "gn-lars-0.5", "seed": 3, "status": "stopped"},
 }
-ASKED = ["gn-sgd-mlp-none seed 0", "gn-sgd-mlp-none seed 1", "gn-lars-0.5 seed 0", "gn-lars-0.5 seed 4"]
+ASKED = [
+    "gn-sgd-mlp-none seed 0",
+    "gn-sgd-mlp-none seed 1",
+    "gn-lars-0.5 seed 0",
+    "gn-lars-0.5 seed 4",
+]
 SCORED = {"untrained": 200, "best": 300, "last": 250}
 COMMAND = ["/somewhere/fastbyol", "ablate", "run", "C5", "C12", "--out", "a folder"]
 
@@ -107,7 +132,9 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
         config = config_io.load(preset="demo", sets=[*SMALL, *sets, f"train.seed={seed}"]).config
         api.train(config, folder / "runs" / arm / f"seed{seed}")
     calls = [{"command": COMMAND, "runs": ASKED}]
-    (folder / "ledger.json").write_text(json.dumps({"scale": "mini", "calls": calls, "runs": LEDGER}))
+    (folder / "ledger.json").write_text(
+        json.dumps({"scale": "mini", "calls": calls, "runs": LEDGER})
+    )
     return folder
 
 
@@ -131,12 +158,21 @@ def test_every_figure_and_series_is_there(page: Page) -> None:
     expected: dict[str, list[str]] = {}
     for figure, series in published():
         expected.setdefault(figure, []).append(series)
-    assert {name: sorted(series) for name, series in page.figures.items()} == {n: sorted(s) for n, s in expected.items()}
+    assert {name: sorted(series) for name, series in page.figures.items()} == {
+        n: sorted(s) for n, s in expected.items()
+    }
     assert sum(map(len, page.figures.values())) == 29
 
 
 def test_nothing_is_fetched_and_nothing_runs(text: str, page: Page) -> None:
-    assert not {tag for tag, _ in page.elements} & {"script", "link", "iframe", "object", "embed", "img"}
+    assert not {tag for tag, _ in page.elements} & {
+        "script",
+        "link",
+        "iframe",
+        "object",
+        "embed",
+        "img",
+    }
     for _, attributes in page.elements:
         for name, value in attributes.items():
             assert not name.startswith("on")
@@ -152,8 +188,14 @@ def test_nothing_is_fetched_and_nothing_runs(text: str, page: Page) -> None:
 def test_inner_links_and_references_have_their_targets(text: str, page: Page) -> None:
     attributes = [pair for _, attributes in page.elements for pair in attributes.items()]
     ids = {value for name, value in attributes if name == "id"}
-    wanted = {value[1:] for name, value in attributes if name.endswith("href") and value and value[0] == "#"}
-    assert wanted | set(re.findall(r"url\(#([^)]+)\)", text)) | {claim.id for claim in CLAIMS} <= ids
+    wanted = {
+        value[1:]
+        for name, value in attributes
+        if name.endswith("href") and value and value[0] == "#"
+    }
+    assert (
+        wanted | set(re.findall(r"url\(#([^)]+)\)", text)) | {claim.id for claim in CLAIMS} <= ids
+    )
 
 
 def test_verdicts_are_judges_own(page: Page, out: Path) -> None:
@@ -161,7 +203,9 @@ def test_verdicts_are_judges_own(page: Page, out: Path) -> None:
     runs: dict[str, list[Evidence]] = {}
     for arm, seed in RUNS:
         runs.setdefault(arm, []).append(
-            Record.read(out / "runs" / arm / f"seed{seed}", arm=arm, seed=seed, scale="mini").evidence
+            Record.read(
+                out / "runs" / arm / f"seed{seed}", arm=arm, seed=seed, scale="mini"
+            ).evidence
         )
     summaries = {row[0]: row[1:] for row in page.rows["Verdicts"] if row}
     for claim in CLAIMS:
@@ -187,7 +231,10 @@ def test_settings_configurations_command_and_ceilings(page: Page) -> None:
 
 def test_bands_are_least_median_and_most_of_the_seeds() -> None:
     """Seeds of different lengths count as far as they go."""
-    runs = [made_up("arm", {0: value, 23: value}, seed=seed) for seed, value in enumerate((0.2, 0.5, 0.6))]
+    runs = [
+        made_up("arm", {0: value, 23: value}, seed=seed)
+        for seed, value in enumerate((0.2, 0.5, 0.6))
+    ]
     epochs, rows = report_figures.band([*runs, made_up("arm", {0: 0.9}, seed=3, done=4)], "neg_cos")
     assert list(epochs) == list(range(24))
     assert np.allclose(rows[:, 10], [0.2, 0.5, 0.6])
@@ -228,14 +275,20 @@ def test_the_map_of_rates_holds_the_recorded_ones(out: Path, suite: Suite) -> No
     layers = read_layers(out / "runs" / "gn-lars-0.5" / "seed0")
     assert tuple(edges) == (0, len(layers.steps))
     for name, row in zip(names, table, strict=True):
-        recorded = layers.values[:, layers.names.index(f"{name}.weight"), layers.metrics.index("rate")]
+        recorded = layers.values[
+            :, layers.names.index(f"{name}.weight"), layers.metrics.index("rate")
+        ]
         assert np.allclose(row, recorded, rtol=1e-6)  # fewer steps than columns: one to one
 
 
 def test_every_run_ever_asked_for_is_accounted_for(page: Page, suite: Suite) -> None:
     account = suite.account
     assert {*account.done, *account.failed, *account.stopped, *account.left} == set(account.asked)
-    assert len(account.asked) == len(account.done) + len(account.failed) + len(account.stopped) + len(account.left) == 8
+    assert (
+        len(account.asked)
+        == len(account.done) + len(account.failed) + len(account.stopped) + len(account.left)
+        == 8
+    )
     for line in (
         "Of 8 runs asked for 5 are done, 1 failed, 1 were stopped, 1 are left.",
         "gn-lars-0.5 seed 1 failed: no <room> left",
@@ -254,7 +307,9 @@ def test_an_arm_that_is_no_more_is_named(tmp_path: Path) -> None:
     folder.mkdir(parents=True)
     (folder / "config.toml").write_text("")
     ledger = {"calls": [], "runs": {"gone/seed0": {"arm": "gone", "seed": 0, "status": "done"}}}
-    assert account(tmp_path, ledger).odd == ("gone seed 0: there is no arm of this name, so it is not judged",)
+    assert account(tmp_path, ledger).odd == (
+        "gone seed 0: there is no arm of this name, so it is not judged",
+    )
 
 
 def test_a_damaged_run_is_named_and_the_others_are_judged(out: Path, tmp_path: Path) -> None:
@@ -275,9 +330,15 @@ def test_a_damaged_run_is_named_and_the_others_are_judged(out: Path, tmp_path: P
     assert printed.exit_code == 0, printed.output
     assert printed.stderr.startswith(f"not judged: {run}")
     assert json.loads(printed.stdout)["verdicts"]
-    listed = json.loads(CliRunner().invoke(ablate.app, ["list", "--out", str(there), "--json"]).stdout)["arms"]
+    listed = json.loads(
+        CliRunner().invoke(ablate.app, ["list", "--out", str(there), "--json"]).stdout
+    )["arms"]
     assert next(row["damaged"] for row in listed if row["arm"] == arm) == 1
-    for text in ('{"scale": "mini", "calls": [null], "runs": {}}', '{"scale": "mini", "calls": [], "runs": {"a": {}}}', "[]"):
+    for text in (
+        '{"scale": "mini", "calls": [null], "runs": {}}',
+        '{"scale": "mini", "calls": [], "runs": {"a": {}}}',
+        "[]",
+    ):
         (there / "ledger.json").write_text(text)
         with pytest.raises(UsageError, match=r"ledger\.json: damaged"):
             ledger.read(there)
@@ -285,7 +346,9 @@ def test_a_damaged_run_is_named_and_the_others_are_judged(out: Path, tmp_path: P
 
 def test_accuracies_have_their_intervals() -> None:
     run = made_up("arm", HEALTHY, accuracy={0: 50.0, 12: 75.0, 23: 62.5}, num_scored=400)
-    expected = {name: binomtest(hits, 400).proportion_ci(method="wilson") for name, hits in SCORED.items()}
+    expected = {
+        name: binomtest(hits, 400).proportion_ci(method="wilson") for name, hits in SCORED.items()
+    }
     for name, accuracy in report_tables.accuracies(run).items():
         assert accuracy is not None
         interval = (100 * expected[name].low, 100 * expected[name].high)
@@ -297,16 +360,25 @@ def test_accuracies_have_their_intervals() -> None:
 
 def test_the_posts_table_stands_beside_ours(suite: Suite) -> None:
     claim = next(claim for claim in CLAIMS if claim.id == "M1")
-    arms = {"bn-sgd-mlp-bn": (57.0, 61.0, 60.0), "bn-sgd-contrastive": (40.0, 42.0), "bn-sgd-simsiam": (50.0,)}
+    arms = {
+        "bn-sgd-mlp-bn": (57.0, 61.0, 60.0),
+        "bn-sgd-contrastive": (40.0, 42.0),
+        "bn-sgd-simsiam": (50.0,),
+    }
     run = suite.runs["gn-lars-0.1"][0]
     runs = {
         arm: tuple(
-            dataclasses.replace(run, evidence=made_up(arm, HEALTHY, seed=seed, accuracy=(20.0, last)))
+            dataclasses.replace(
+                run, evidence=made_up(arm, HEALTHY, seed=seed, accuracy=(20.0, last))
+            )
             for seed, last in enumerate(accuracies)
         )
         for arm, accuracies in arms.items()
     }
-    rows = {arm: cells for arm, *cells in report_tables.number_rows(claim, dataclasses.replace(suite, runs=runs))}
+    rows = {
+        arm: cells
+        for arm, *cells in report_tables.number_rows(claim, dataclasses.replace(suite, runs=runs))
+    }
     assert tuple(rows) == (*claim.arms, *claim.controls)
     assert rows["bn-sgd-mlp-bn"][:3] == [3, "57.7", "60.0 (57.0 to 61.0)"]
     assert rows["bn-sgd-mlp-bn"][5:] == ["0.2700", "0.2500 (0.2500 to 0.2500)"]
@@ -321,10 +393,16 @@ def test_recoveries_are_drawn_over_steps(suite: Suite) -> None:
     names = (arm, f"{arm}@wd1e-4", "gn-sgd-high-lr-layer1-layer2")
     run = suite.runs["gn-lars-0.1"][0]
     runs = {
-        name: (dataclasses.replace(run, evidence=made_up(name, RECOVERED_LATE, scale="long", steps_per_epoch=64)),)
+        name: (
+            dataclasses.replace(
+                run, evidence=made_up(name, RECOVERED_LATE, scale="long", steps_per_epoch=64)
+            ),
+        )
         for name in names
     }
-    first, second = report_figures.draw_recoveries(dataclasses.replace(suite, scale="long", runs=runs)).axes
+    first, second = report_figures.draw_recoveries(
+        dataclasses.replace(suite, scale="long", runs=runs)
+    ).axes
     assert [axes.get_title() for axes in (first, second)] == [arm, "gn-sgd-high-lr-layer1-layer2"]
     theirs, ours, other, _ = first.lines
     curve = published()["weight_decay_cosine", "negative"]
@@ -343,19 +421,26 @@ def test_pictures_and_verdicts_for_the_readme(out: Path, tmp_path: Path, suite: 
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths[:2])
     verdicts = json.loads(paths[2].read_text("utf-8"))
     assert (verdicts["scale"], verdicts["runs"]) == ("mini", len(RUNS))
-    assert (verdicts["data"], verdicts["account"]["failed"]) == (["textures"], {"gn-lars-0.5 seed 1": "no <room> left"})
+    assert (verdicts["data"], verdicts["account"]["failed"]) == (
+        ["textures"],
+        {"gn-lars-0.5 seed 1": "no <room> left"},
+    )
     assert len(verdicts["accuracies"]) == len(RUNS)
     for row in verdicts["accuracies"]:
         (run,) = (run for run in suite.evidence(row["arm"]) if run.seed == row["seed"])
         assert row["last"]["accuracy"] == pytest.approx(run.last_accuracy, abs=1e-3)
         assert row["untrained"]["accuracy"] == pytest.approx(run.untrained_accuracy, abs=1e-3)
         assert row["num_scored"] == run.num_scored
-    assert {row["id"]: row["outcome"] for row in verdicts["claims"]} == {k: v.outcome for k, v in suite.verdicts.items()}
+    assert {row["id"]: row["outcome"] for row in verdicts["claims"]} == {
+        k: v.outcome for k, v in suite.verdicts.items()
+    }
     c5 = next(row for row in verdicts["claims"] if row["id"] == "C5")
     assert (c5["seeds"], list(c5["unsettled"])) == ("2", ["lr0.2"])
 
 
-def test_a_report_with_pictures_reads_each_run_once_and_needs_no_torch(out: Path, tmp_path: Path) -> None:
+def test_a_report_with_pictures_reads_each_run_once_and_needs_no_torch(
+    out: Path, tmp_path: Path
+) -> None:
     code = """
 import collections, sys
 from fastbyol.cli import ablate

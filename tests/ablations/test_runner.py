@@ -31,8 +31,20 @@ PATIENCE_S = 600.0
 
 def start(out: Path, *more: str) -> subprocess.Popen[str]:
     sets = [f"--set={text}" for text in LONG]
-    command = [sys.executable, "-m", "fastbyol.cli.main", "ablate", "run", *ARMS, "--seeds=2", "--jobs=2", f"--out={out}"]
-    return subprocess.Popen([*command, *sets, *more], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    command = [
+        sys.executable,
+        "-m",
+        "fastbyol.cli.main",
+        "ablate",
+        "run",
+        *ARMS,
+        "--seeds=2",
+        "--jobs=2",
+        f"--out={out}",
+    ]
+    return subprocess.Popen(
+        [*command, *sets, *more], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
 
 
 def execute(out: Path, runs: tuple[plan.Run, ...], *, jobs: int = 1) -> tuple[runner.Outcome, str]:
@@ -42,14 +54,22 @@ def execute(out: Path, runs: tuple[plan.Run, ...], *, jobs: int = 1) -> tuple[ru
     return outcome, text.getvalue()
 
 
-def make(out: Path, *names: str, seeds: int = 1, sets: tuple[str, ...] = LONG) -> tuple[plan.Run, ...]:
+def make(
+    out: Path, *names: str, seeds: int = 1, sets: tuple[str, ...] = LONG
+) -> tuple[plan.Run, ...]:
     return plan.make([arm(name) for name in names], "mini", out, seeds=seeds, sets=sets)
 
 
 def wait_for_steps(process: subprocess.Popen[str], out: Path, lines: int) -> None:
     """Until two runs have ``lines`` lines or more; fails where the process ends before."""
     began = time.monotonic()
-    while sum(len(path.read_bytes().splitlines()) >= lines for path in out.glob("runs/*/*/metrics.jsonl")) < 2:
+    while (
+        sum(
+            len(path.read_bytes().splitlines()) >= lines
+            for path in out.glob("runs/*/*/metrics.jsonl")
+        )
+        < 2
+    ):
         assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() - began < PATIENCE_S
         time.sleep(0.01)
@@ -77,11 +97,15 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
-def test_a_killed_runner_takes_its_workers_along_and_the_next_goes_on(whole: Path, tmp_path: Path) -> None:
+def test_a_killed_runner_takes_its_workers_along_and_the_next_goes_on(
+    whole: Path, tmp_path: Path
+) -> None:
     process = start(tmp_path)
     wait_for_steps(process, tmp_path, 10)
     began = time.monotonic()
-    while not list(tmp_path.glob("runs/*/*/checkpoints/ckpt-*.safetensors")):  # rows come before the checkpoint of an epoch
+    while not list(
+        tmp_path.glob("runs/*/*/checkpoints/ckpt-*.safetensors")
+    ):  # rows come before the checkpoint of an epoch
         assert time.monotonic() - began < PATIENCE_S
         time.sleep(0.01)
     workers = workers_of(process.pid)
@@ -116,7 +140,9 @@ def test_ctrl_c_saves_and_the_next_call_goes_on(whole: Path, tmp_path: Path) -> 
 
 
 def test_a_hangup_with_nobody_left_to_listen_saves_too(tmp_path: Path) -> None:
-    """A terminal that is closed and its shell send it twice, and what is printed from then on goes nowhere."""
+    """A terminal that is closed and its shell send it twice, and what is printed from then on goes
+    nowhere.
+    """
     process = start(tmp_path)
     wait_for_steps(process, tmp_path, 10)
     workers = workers_of(process.pid)
@@ -127,10 +153,15 @@ def test_a_hangup_with_nobody_left_to_listen_saves_too(tmp_path: Path) -> None:
     assert process.wait(PATIENCE_S) == 130
     assert not [worker for worker in workers if Path(f"/proc/{worker}/cmdline").exists()]
     kept = ledger.read(tmp_path)
-    assert (kept["calls"][0]["interrupted"], {row["status"] for row in kept["runs"].values()}) == (True, {"stopped"})
+    assert (kept["calls"][0]["interrupted"], {row["status"] for row in kept["runs"].values()}) == (
+        True,
+        {"stopped"},
+    )
     assert "Traceback" not in (tmp_path / "workers.log").read_text()
     runs = [path.parent for path in tmp_path.glob("runs/*/*/metrics.jsonl")]
-    assert [checkpoint.newest_step(run / "checkpoints") for run in runs] == [last_step(run) + 1 for run in runs]
+    assert [checkpoint.newest_step(run / "checkpoints") for run in runs] == [
+        last_step(run) + 1 for run in runs
+    ]
 
 
 def test_what_is_done_is_skipped_and_what_is_missing_added(whole: Path) -> None:
@@ -154,7 +185,10 @@ def test_one_failing_run_does_not_stop_the_others(tmp_path: Path) -> None:
     assert "is not empty" in outcome.failed[0][1]
     assert set(outcome.finished) == {"gn-lars-0.2 seed 1", "gn-lars-0.2-replayed seed 0"}
     assert "gn-lars-0.2 seed 0: failed: " in said
-    assert json.loads((tmp_path / "ledger.json").read_text())["runs"]["gn-lars-0.2/seed0"]["status"] == "failed"
+    assert (
+        json.loads((tmp_path / "ledger.json").read_text())["runs"]["gn-lars-0.2/seed0"]["status"]
+        == "failed"
+    )
     (blocked / "a file of somebody's").unlink()
     again, _ = execute(tmp_path, good)
     assert again.finished == ("gn-lars-0.2 seed 0",)
@@ -171,10 +205,15 @@ def test_a_replay_fails_with_its_source(tmp_path: Path) -> None:
     source.path.mkdir(parents=True)
     (source.path / "a file of somebody's").touch()
     outcome, _ = execute(tmp_path, runs)
-    assert {name for name, _ in outcome.failed} == {"gn-lars-0.2 seed 1", "gn-lars-0.2-replayed seed 0"}
+    assert {name for name, _ in outcome.failed} == {
+        "gn-lars-0.2 seed 1",
+        "gn-lars-0.2-replayed seed 0",
+    }
 
 
-def test_a_worker_that_is_killed_costs_its_run_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_worker_that_is_killed_costs_its_run_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from fastbyol.ablations.pool import Worker
 
     begin, killed = Worker.begin, []
@@ -186,12 +225,16 @@ def test_a_worker_that_is_killed_costs_its_run_alone(tmp_path: Path, monkeypatch
             worker.kill()
 
     monkeypatch.setattr(Worker, "begin", begin_and_kill)
-    outcome, _ = execute(tmp_path, make(tmp_path, "gn-lars-0.1", seeds=2, sets=(*SETS, "train.epochs=1")))
+    outcome, _ = execute(
+        tmp_path, make(tmp_path, "gn-lars-0.1", seeds=2, sets=(*SETS, "train.epochs=1"))
+    )
     assert outcome.failed == (("gn-lars-0.1 seed 0", "its process was killed by SIGKILL"),)
     assert outcome.finished == ("gn-lars-0.1 seed 1",)
 
 
-def test_a_run_without_a_graph_goes_on_in_a_new_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_without_a_graph_goes_on_in_a_new_worker(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     starts, begin = tmp_path / "starts", subprocess.Popen
 
     def popen(command: list[str], **options: Any) -> subprocess.Popen[bytes]:
@@ -200,12 +243,18 @@ def test_a_run_without_a_graph_goes_on_in_a_new_worker(tmp_path: Path, monkeypat
     monkeypatch.setattr(pool, "subprocess", SimpleNamespace(**{**vars(subprocess), "Popen": popen}))
     monkeypatch.setenv("NO_GRAPH_STARTS", str(starts))
     sets = (*SETS, "train.epochs=1")
-    outcome, said = execute(tmp_path / "out", make(tmp_path / "out", "gn-lars-0.1", seeds=2, sets=sets))
+    outcome, said = execute(
+        tmp_path / "out", make(tmp_path / "out", "gn-lars-0.1", seeds=2, sets=sets)
+    )
     assert outcome.finished == ("gn-lars-0.1 seed 0", "gn-lars-0.1 seed 1"), said
     for seed in (0, 1):
         (line,) = (
-            line for line in said.splitlines() if line.startswith(f"gn-lars-0.1 seed {seed}: ") and "no CUDA graph" in line
+            line
+            for line in said.splitlines()
+            if line.startswith(f"gn-lars-0.1 seed {seed}: ") and "no CUDA graph" in line
         )
         assert no_graph.WHY in line
     workers = [line.split()[0] for line in starts.read_text().splitlines()]
-    assert len(set(workers)) == 3, "the second run begins in the process that went on with the first"
+    assert len(set(workers)) == 3, (
+        "the second run begins in the process that went on with the first"
+    )

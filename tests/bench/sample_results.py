@@ -23,8 +23,22 @@ def result(**changes: Any) -> Result:
     """Return two measured variants, a row that needs a GPU, and a kernel."""
     common = {"suite": "views", "name": "two views of 96 px"}
     rows = (
-        Row(**common, variant="ours", timing=timed(0.1), images=64, threads=2, floor=Floor(seconds=0.025, bound="bytes")),
-        Row(**common, variant="Pillow", timing=timed(0.4), images=64, threads=2, ratio=Ratio(median=4.0, spread=0.1, cpu=4.0)),
+        Row(
+            **common,
+            variant="ours",
+            timing=timed(0.1),
+            images=64,
+            threads=2,
+            floor=Floor(seconds=0.025, bound="bytes"),
+        ),
+        Row(
+            **common,
+            variant="Pillow",
+            timing=timed(0.4),
+            images=64,
+            threads=2,
+            ratio=Ratio(median=4.0, spread=0.1, cpu=4.0),
+        ),
         Row(**common, variant="fused, Triton", needs="a GPU"),
         Row(suite="kernels", name="a norm", variant="ours", timing=timed(2e-6, 0.0)),
     )

@@ -37,13 +37,35 @@ def claim(name: str, outcome: str, seeds: str, *held: tuple[str, str, int, int])
         {"text": text, "held": 2 * yes > asked, "role": role, "yes": yes, "asked": asked, **counts}
         for text, role, yes, asked in held
     ]
-    return {"id": name, "says": f"{name} says.", "seeds": seeds, "outcome": outcome, "statements": statements}
+    return {
+        "id": name,
+        "says": f"{name} says.",
+        "seeds": seeds,
+        "outcome": outcome,
+        "statements": statements,
+    }
 
 
-def verdicts(scale: str, claims: Sequence[Mapping[str, Any]], **account: Sequence[str]) -> dict[str, Any]:
-    kept = {"asked": ["a", "b", "c"], "done": ["a", "b", "c"], "failed": {}, "stopped": [], "left": [], **account}
+def verdicts(
+    scale: str, claims: Sequence[Mapping[str, Any]], **account: Sequence[str]
+) -> dict[str, Any]:
+    kept = {
+        "asked": ["a", "b", "c"],
+        "done": ["a", "b", "c"],
+        "failed": {},
+        "stopped": [],
+        "left": [],
+        **account,
+    }
     command = f"fastbyol ablate run --all --scale {scale}"
-    return {"scale": scale, "data": ["fashion-mnist"], "commands": [command], "runs": 3, "account": kept, "claims": claims}
+    return {
+        "scale": scale,
+        "data": ["fashion-mnist"],
+        "commands": [command],
+        "runs": 3,
+        "account": kept,
+        "claims": claims,
+    }
 
 
 @pytest.fixture
@@ -85,11 +107,17 @@ def test_the_summary_has_six_claims_and_every_outcome() -> None:
 
 def test_a_claim_is_shown_at_the_scale_that_can_show_it(folders: list[Path]) -> None:
     made = appendix.section(folders, folders[0].parent)
-    assert "\n| claim | the post | Fashion-MNIST | what decides | textures |\n|---|---|---|---|---|\n" in made
+    assert (
+        "\n| claim | the post | Fashion-MNIST | what decides | textures |\n|---|---|---|---|---|\n"
+        in made
+    )
     c5, c6 = (line for line in made.splitlines() if line.startswith(("| C5", "| C6")))
     shares = "It ends: 3 of 3 (.20 to 1.00)<br>It is useless: 0 of 3 (.20 to 1.00)"
     assert c5 == f"| C5 | C5 says. | partly (mini, seeds: 3) | {shares} | reproduced |"
-    assert c6 == "| C6 | C6 says. | reproduced (long, seeds: 3) | It goes: 4 of 5 (.20 to 1.00) | undetermined |"
+    assert (
+        c6 == "| C6 | C6 says. | reproduced (long, seeds: 3) | It goes: 4 of 5 (.20 to 1.00) | "
+        "undetermined |"
+    )
 
 
 def test_seeds_without_an_answer_make_no_share(folders: list[Path]) -> None:
@@ -105,7 +133,8 @@ def test_the_runs_are_accounted_for(folders: list[Path]) -> None:
     long = "3 of 3 runs (long scale, [report](long/report.html))"
     assert f"- Fashion-MNIST: 1 partly, 1 reproduced; from {mini} and {long}." in made
     old = (
-        "4 runs (mini scale, [report](textures/report.html)), judged by the rule of its time: two thirds of two or three seeds"
+        "4 runs (mini scale, [report](textures/report.html)), judged by the rule of its time: "
+        "two thirds of two or three seeds"
     )
     assert f"- textures: 1 not run, 1 reproduced; from {old}." in made
     assert "fastbyol ablate run --all --scale long" in made
@@ -122,7 +151,10 @@ def test_pictures_are_those_that_are_there(folders: list[Path]) -> None:
 def test_a_folder_that_is_missing_has_no_column(folders: list[Path]) -> None:
     alone = appendix.section([folders[0].parent / "nowhere", folders[2]], folders[0].parent)
     assert "\n| claim | the post | textures | what decides |\n|---|---|---|---|\n" in alone
-    assert "| C5 | It \\| stays. | reproduced (mini, seeds: 2-3) | It ends: held for 3 of 3 seeds |" in alone
+    assert (
+        "| C5 | It \\| stays. | reproduced (mini, seeds: 2-3) | It ends: held for 3 of 3 seeds |"
+        in alone
+    )
     assert "It learns" not in alone
 
 

@@ -59,8 +59,14 @@ def state_dict(state: TrainState) -> dict[str, Tensor]:
 @pytest.mark.parametrize("mlp_norm", [True, False])
 def test_is_the_blog_preset_step_for_step(optimizer: str, mlp_norm: bool) -> None:
     norm = "bn" if mlp_norm else "none"
-    sets = [f"optim.name={optimizer}", f"model.projector.norm={norm}", f"model.predictor.norm={norm}"]
-    state = TrainState.create(load_config("blog", ["train.precision=fp64", *sets]), steps_per_epoch=100)
+    sets = [
+        f"optim.name={optimizer}",
+        f"model.projector.norm={norm}",
+        f"model.predictor.norm={norm}",
+    ]
+    state = TrainState.create(
+        load_config("blog", ["train.precision=fp64", *sets]), steps_per_epoch=100
+    )
     torch.manual_seed(0)
     with float64():
         peer = BlogPath.create(optimizer=optimizer, mlp_norm=mlp_norm)

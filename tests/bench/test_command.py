@@ -36,10 +36,22 @@ def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp
 
 # What a suite must have measured, and what it must say that it needs on a machine without a GPU.
 EXPECTED = {
-    "kernels": ({"ours", "F.conv2d", "loop over torch.std_mean"}, {"fused, Triton", "one kernel, Triton"}),
-    "views": ({"ours, bf16", "ours, fp32", "Pillow and torchvision, one process"}, {"fused, Triton"}),
-    "loader": ({"streamed", "streamed without FFCV", "resident", "torch's DataLoader over an array"}, set()),
-    "optimizer": ({"ours", "torch's multi-tensor operations", "per-tensor loop, as the post's"}, {"three kernels, Triton"}),
+    "kernels": (
+        {"ours", "F.conv2d", "loop over torch.std_mean"},
+        {"fused, Triton", "one kernel, Triton"},
+    ),
+    "views": (
+        {"ours, bf16", "ours, fp32", "Pillow and torchvision, one process"},
+        {"fused, Triton"},
+    ),
+    "loader": (
+        {"streamed", "streamed without FFCV", "resident", "torch's DataLoader over an array"},
+        set(),
+    ),
+    "optimizer": (
+        {"ours", "torch's multi-tensor operations", "per-tensor loop, as the post's"},
+        {"three kernels, Triton"},
+    ),
     "step": (
         {"ours, fastest", "ours, fp32", "the post's code path, fp32, a pass per view"},
         {"torch.compile of the same, bf16"},
@@ -67,7 +79,9 @@ def test_every_suite_measures_and_keeps(suite: str, run) -> None:
         assert tuple(part.name for part in kept.waterfall) == waterfall.PARTS
         for part in kept.waterfall[:-1]:
             assert part.seconds > 0, f"{part.name}: its seam was never crossed"
-        assert (Path("kept") / "cpu-step.png").read_bytes().startswith(b"\x89PNG") or not waterfall.available()
+        assert (Path("kept") / "cpu-step.png").read_bytes().startswith(
+            b"\x89PNG"
+        ) or not waterfall.available()
     if suite == "train":
         epochs = [row for row in kept.rows if row.name.startswith("epoch of")]
         assert len(epochs) == 4
@@ -75,8 +89,13 @@ def test_every_suite_measures_and_keeps(suite: str, run) -> None:
         step = next(row for row in kept.rows if row.name.startswith("batches"))
         end = next(row for row in kept.rows if row.name == train.END)
         steps_s = 105_000 // 4 * step.timing.median_s
-        # Beside steps and the end as measured an epoch of so many images costs their order, some milliseconds.
-        assert steps_s + end.timing.median_s < ours.timing.median_s < steps_s + end.timing.median_s + 5.0
+        # Beside steps and the end as measured an epoch of so many images costs their order, some
+        # milliseconds.
+        assert (
+            steps_s + end.timing.median_s
+            < ours.timing.median_s
+            < steps_s + end.timing.median_s + 5.0
+        )
         assert theirs.ratio.median == pytest.approx(theirs.timing.median_s / ours.timing.median_s)
 
 
@@ -86,7 +105,9 @@ def test_a_killed_run_keeps_every_finished_row(tmp_path: Path) -> None:
     arguments = ["bench", "optimizer", "kernels", "--quick", "--device", "cpu", "--out", str(path)]
     seen: tuple[results.Row, ...] = ()
     with subprocess.Popen(
-        [sys.executable, "-m", "fastbyol.cli.main", *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        [sys.executable, "-m", "fastbyol.cli.main", *arguments],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
     ) as process:
         deadline = time.monotonic() + 300.0
         while len(seen) < 5 and process.poll() is None and time.monotonic() < deadline:
@@ -111,7 +132,9 @@ def test_ended_while_peers_start_it_leaves_none(number: signal.Signals, tmp_path
     """Send SIGINT to the whole group, as a terminal does, or SIGKILL to the parent alone."""
     arguments = ["bench", "step", "--quick", "--device", "cpu", "--out", str(tmp_path / "it.json")]
     command_line = [sys.executable, "-m", "fastbyol.cli.main", *arguments]
-    with subprocess.Popen(command_line, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True) as process:
+    with subprocess.Popen(
+        command_line, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True
+    ) as process:
         deadline = time.monotonic() + 300.0
         while not any("spawn_main" in peer for peer in processes.of_group(process.pid)):
             assert time.monotonic() < deadline
@@ -147,7 +170,9 @@ def test_rows_are_kept_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_compares_kept_results(run, tmp_path: Path) -> None:
     a = result()
     results.write(a, tmp_path / "a.json")
-    results.write(result(rows=(a.rows[0].model_copy(update={"timing": timed(0.05)}),)), tmp_path / "b.json")
+    results.write(
+        result(rows=(a.rows[0].model_copy(update={"timing": timed(0.05)}),)), tmp_path / "b.json"
+    )
     code, out, _ = run("--compare", "a.json", "b.json")
     assert code == 0
     assert "2.00" in out

@@ -33,12 +33,16 @@ def test_rows_are_matched_by_name() -> None:
     assert (changes["ours"].ratio, changes["ours"].verdict) == (2.0, "faster")
     assert (changes["Pillow"].ratio, changes["Pillow"].verdict) == (1.0, "noise")
     assert (changes["new"].verdict, changes["new"].a_s) == ("only in B", None)
-    assert [change.verdict for change in compare(a, b) if change.suite == "kernels"] == ["only in A"]
+    assert [change.verdict for change in compare(a, b) if change.suite == "kernels"] == [
+        "only in A"
+    ]
     assert "fused, Triton" not in changes
 
 
 def test_cautions() -> None:
     assert cautions(result(), result()) == []
-    assert cautions(result(), result(finished=False)) == ["B is unfinished: it was cut off after 4 rows"]
+    assert cautions(result(), result(finished=False)) == [
+        "B is unfinished: it was cut off after 4 rows"
+    ]
     warnings = " ".join(cautions(result(), result(machine=GPU, quick=True, load=7.0)))
     assert all(word in warnings for word in ("device_name", "--quick", "busy"))

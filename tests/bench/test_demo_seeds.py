@@ -57,7 +57,9 @@ def test_a_range_is_the_lowest_and_the_highest_of_what_was_run() -> None:
     assert "| random weights | 70.0 to 72.6 % | 70.0 % |" in made
     assert "| BYOL | 73.0 to 77.2 % | 75.5 % |" in made
     assert "| supervised | 82.0 % | not run |" in made
-    unlabelled = {name: [row | {"supervised": None} for row in rows] for name, rows in RECORD["cpus"].items()}
+    unlabelled = {
+        name: [row | {"supervised": None} for row in rows] for name, rows in RECORD["cpus"].items()
+    }
     assert "supervised" not in demo_seeds.block({**RECORD, "cpus": unlabelled}, LEDGER)
     assert "| gn-lars-0.1 | collapsed 2 of 3, 9.4 %; recovering 1 of 3, 55.0 % |" in made
     assert "| gn-lars-0.2 | recovering 2 of 2, 59.8 to 63.2 % |" in made
@@ -65,19 +67,30 @@ def test_a_range_is_the_lowest_and_the_highest_of_what_was_run() -> None:
 
 def test_the_block_takes_its_own_place_and_no_other() -> None:
     made, marks = demo_seeds.block(RECORD, LEDGER), (demo_seeds.BEGIN, demo_seeds.END)
-    once = demo_seeds.filled(f"before\n{demo_seeds.BEGIN}\nold\n{demo_seeds.END}\nafter\n", *marks, made)
+    once = demo_seeds.filled(
+        f"before\n{demo_seeds.BEGIN}\nold\n{demo_seeds.END}\nafter\n", *marks, made
+    )
     assert once == demo_seeds.filled(once, *marks, made) == f"before\n{made}\nafter\n"
     with pytest.raises(ValueError, match="not found"):
         demo_seeds.filled(f"before\n{demo_seeds.BEGIN}\n", *marks, made)
 
 
 def test_finished_runs_are_collected_with_the_accuracies_that_they_recorded(tmp_path: Path) -> None:
-    sets = [*TINY, "data.train=textures", "data.textures_test_count=64", "train.epochs=1", "train.seed=3"]
+    sets = [
+        *TINY,
+        "data.train=textures",
+        "data.textures_test_count=64",
+        "train.epochs=1",
+        "train.seed=3",
+    ]
     summary = fastbyol.train(fastbyol.load_config("demo", sets), tmp_path / "native" / "seed3")
     (tmp_path / "avx2").mkdir()
     (tmp_path / "native" / demo_seeds.SUPERVISED).write_text('{"3": 50.5}')
     cpus = demo_seeds.collected(tmp_path)["cpus"]
-    events = map(json.loads, (tmp_path / "native" / "seed3" / "metrics.jsonl").read_text("utf-8").splitlines())
+    events = map(
+        json.loads,
+        (tmp_path / "native" / "seed3" / "metrics.jsonl").read_text("utf-8").splitlines(),
+    )
     first = next(event for event in events if event.get("event") == "untrained")
     assert cpus["avx2"] == []
     (row,) = cpus["native"]
@@ -94,6 +107,10 @@ def test_the_settings_of_a_narrower_cpu_reach_the_libraries() -> None:
         "print('torch', torch.backends.cpu.get_cpu_capability()); print('numba', numba.CPU_NAME)\n"
     )
     settings = {**os.environ, **demo_seeds.CPUS["avx2"], "ONEDNN_VERBOSE": "1", "MKL_VERBOSE": "1"}
-    ended = subprocess.run([sys.executable, "-c", code], env=settings, check=True, capture_output=True, text=True)
-    assert all(name in ended.stdout for name in ("torch", "numba haswell", "onednn_verbose", "MKL_VERBOSE"))
+    ended = subprocess.run(
+        [sys.executable, "-c", code], env=settings, check=True, capture_output=True, text=True
+    )
+    assert all(
+        name in ended.stdout for name in ("torch", "numba haswell", "onednn_verbose", "MKL_VERBOSE")
+    )
     assert "avx512" not in ended.stdout.lower().replace("-", "")

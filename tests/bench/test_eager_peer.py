@@ -16,10 +16,24 @@ from fastbyol_bench.eager_peer import EagerPeer, encoder, step_flop
 @pytest.mark.parametrize("optimizer", ["sgd", "lars"])
 def test_trains_what_the_posts_path_trains(optimizer: str) -> None:
     torch.manual_seed(0)
-    blog, tuned = BlogPath.create(optimizer=optimizer), EagerPeer.create(optimizer=optimizer, bf16=False)
-    for mine, theirs in ((tuned.online, blog.online), (tuned.predictor, blog.predictor), (tuned.target, blog.online)):
+    blog, tuned = (
+        BlogPath.create(optimizer=optimizer),
+        EagerPeer.create(optimizer=optimizer, bf16=False),
+    )
+    for mine, theirs in (
+        (tuned.online, blog.online),
+        (tuned.predictor, blog.predictor),
+        (tuned.target, blog.online),
+    ):
         mine.load_state_dict(theirs.state_dict())
-    for module in (blog.online, blog.predictor, blog.target, tuned.online, tuned.predictor, tuned.target):
+    for module in (
+        blog.online,
+        blog.predictor,
+        blog.target,
+        tuned.online,
+        tuned.predictor,
+        tuned.target,
+    ):
         module.double()
     if optimizer == "lars":
         for lars in (blog.optimizer, tuned.optimizer):
@@ -29,8 +43,11 @@ def test_trains_what_the_posts_path_trains(optimizer: str) -> None:
         # float64; sums in another order, since the memory formats differ.
         assert float(tuned.step(views)) == pytest.approx(blog.step(views[0], views[1]), rel=1e-9)
     for mine, theirs in ((tuned.online, blog.online), (tuned.target, blog.target)):
-        for (name, a), b in zip(mine.state_dict().items(), theirs.state_dict().values(), strict=True):
-            # Relative to the tensor's largest element: batch norm over 32 rows magnifies the last bits.
+        for (name, a), b in zip(
+            mine.state_dict().items(), theirs.state_dict().values(), strict=True
+        ):
+            # Relative to the tensor's largest element: batch norm over 32 rows magnifies the last
+            # bits.
             worst = float((a - b).abs().max()) / max(float(b.abs().max()), 1e-30)
             assert worst < 1e-8, f"{name}: {worst}"
 
@@ -45,9 +62,12 @@ def test_standardized_encoder_is_ours() -> None:
 
 
 def test_operations_of_a_step() -> None:
-    """333.1 M multiply-adds a view at 96 px; two views, three passes of the online network and one of the target's.
+    """333.1 M multiply-adds a view at 96 px; two views, three passes of the online network and one
+    of the target's.
 
     Per view the stem takes no gradient of its input: 48 x 48 x 64 x 147 fewer.
     """
     per_view, stem = 333.1e6, 48 * 48 * 64 * 147
-    assert step_flop(96) == pytest.approx(2 * 2 * (4 * per_view - stem), rel=0.005)  # 333.1 is rounded, heads differ in count
+    assert step_flop(96) == pytest.approx(
+        2 * 2 * (4 * per_view - stem), rel=0.005
+    )  # 333.1 is rounded, heads differ in count

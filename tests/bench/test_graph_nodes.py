@@ -38,17 +38,26 @@ def by_kind(nodes: Counter[Node]) -> dict[str, int]:
 def test_only_operations_that_launch_are_counted() -> None:
     x = torch.randn(4, 6)
     with NodeCounter() as counter:
-        y = x.t()[1:].reshape(2, 10)[:, 2:5].unsqueeze(0).expand(3, -1, -1)  # views, of which reshape copies: 1 copy
+        y = (
+            x.t()[1:].reshape(2, 10)[:, 2:5].unsqueeze(0).expand(3, -1, -1)
+        )  # views, of which reshape copies: 1 copy
         y = y.to(torch.float64).detach()  # 1 copy
         torch.empty(3).new_empty(2).zero_().fill_(1.0)  # 2 fills
         torch.add(y, 1.0)  # 1 add
         torch.promote_types(x.dtype, y.dtype)
-        torch.stack((x, x)).sum().isfinite()  # 1 copy; sum, and isfinite as (x == x) * (|x| != inf): 5 others
+        torch.stack(
+            (x, x)
+        ).sum().isfinite()  # 1 copy; sum, and isfinite as (x == x) * (|x| != inf): 5 others
     assert by_kind(counter.nodes) == {COPY: 3, FILL: 2, ADD: 1, OTHER: 5}
 
 
 def test_what_a_graph_cannot_hold_is_refused() -> None:
-    with NodeCounter(), pytest.raises(RuntimeError, match="_local_scalar_dense passes data between host and device"):
+    with (
+        NodeCounter(),
+        pytest.raises(
+            RuntimeError, match="_local_scalar_dense passes data between host and device"
+        ),
+    ):
         torch.ones(()).item()
     with NodeCounter(), pytest.raises(RuntimeError, match="lift_fresh passes data"):
         torch.tensor([1.0])
@@ -67,7 +76,9 @@ def test_what_a_graph_cannot_hold_is_refused() -> None:
         ([], 1, 0),
     ],
 )
-def test_foreach_operations_launch_as_often_as_tensors_and_blocks_ask(numels: list[int], depth: int, count: int) -> None:
+def test_foreach_operations_launch_as_often_as_tensors_and_blocks_ask(
+    numels: list[int], depth: int, count: int
+) -> None:
     assert foreach_launches(numels, depth) == count
 
 
@@ -85,31 +96,42 @@ def test_a_foreach_operation_counts_its_lists() -> None:
 @pytest.mark.parametrize("norm", ["bn", "gn"])
 def test_a_step_adds_once_per_gradient_and_copies_once_per_statistic(norm: str) -> None:
     state = TrainState.create(
-        load_config("blog", [*SMALL, f"model.norm={norm}", "engine.kernels=reference"]), steps_per_epoch=2
+        load_config("blog", [*SMALL, f"model.norm={norm}", "engine.kernels=reference"]),
+        steps_per_epoch=2,
     )
     with NodeCounter() as counter:
         train_step(state, torch.randn(2, 2, 3, 32, 32), stand_in)
     origins: dict[str, Counter[str]] = {}
     for node, count in counter.nodes.items():
-        origins.setdefault(node.origin.removeprefix("fastbyol.engine.step."), Counter())[node.name] += count
+        origins.setdefault(node.origin.removeprefix("fastbyol.engine.step."), Counter())[
+            node.name
+        ] += count
     # Each into its slice of the arena's gradient.
     assert origins[AUTOGRAD] == {"add_": sum(1 for _ in state.online.parameters())}
-    # Running mean and variance of every batch norm: 20 in an encoder with bn, and one in a head; two encoders, three heads.
-    assert origins["TrainState.restore_statistics"] == {"copy_": 2 * (2 * 20 + 3 if norm == "bn" else 3)}
+    # Running mean and variance of every batch norm: 20 in an encoder with bn, and one in a head;
+    # two encoders, three heads.
+    assert origins["TrainState.restore_statistics"] == {
+        "copy_": 2 * (2 * 20 + 3 if norm == "bn" else 3)
+    }
     assert origins["TrainState.statistics"] == {"cat": 2}
     assert origins["train_step"]["zero_"] == 1
     assert origins["train_step"]["add_"] == 1  # of the step's number
 
 
 def test_standardized_weights_replace_their_parameters() -> None:
-    state = TrainState.create(load_config("blog", [*SMALL, "model.ws=true", "engine.kernels=reference"]), steps_per_epoch=2)
+    state = TrainState.create(
+        load_config("blog", [*SMALL, "model.ws=true", "engine.kernels=reference"]),
+        steps_per_epoch=2,
+    )
     parameters = set(map(id, state.online.parameters()))
     for module in state.online.modules():
         if isinstance(module, Standardizing) and module.ws:
             module.precomputed = module.weight.detach().bfloat16().requires_grad_()
     tensors = list(leaves(state.online))
     assert len(tensors) == len(parameters)
-    assert [leaf.dtype for leaf in tensors if id(leaf) not in parameters] == [torch.bfloat16] * 20  # the convolutions
+    assert [leaf.dtype for leaf in tensors if id(leaf) not in parameters] == [
+        torch.bfloat16
+    ] * 20  # the convolutions
 
 
 # A region as torch.compile hands it out, by hand: group norm twice, and something that is not ours.
@@ -137,4 +159,6 @@ for name, (calls, nodes) in graph_nodes.of_operations(graph, 90).items():
 
 
 def test_our_operations_in_a_compiled_region_count_as_what_they_launch() -> None:
-    assert printed(RECORDED).splitlines() == ["fastbyol.group_norm 2 [('our Triton kernels', '_forward_kernel', 2)]"]
+    assert printed(RECORDED).splitlines() == [
+        "fastbyol.group_norm 2 [('our Triton kernels', '_forward_kernel', 2)]"
+    ]

@@ -56,7 +56,9 @@ def test_rounds_turn_and_ratios_survive_drift() -> None:
         Variant("c", work("c", 3.0), 5),
     ]
     before: list[int] = []
-    readings = measure(variants, Plan(4, warmup=1), WoundClock(3), before=lambda: before.append(len(order)))
+    readings = measure(
+        variants, Plan(4, warmup=1), WoundClock(3), before=lambda: before.append(len(order))
+    )
     assert "".join(order) == "abc" + "abc" + "bca" + "cab" + "abc"  # the first three warm up
     assert before == list(range(3, 15))
     assert [reading.wall_s for reading in readings["a"]] == [1.0, 2.0, 4.0, 8.0]
@@ -69,9 +71,17 @@ def test_rounds_turn_and_ratios_survive_drift() -> None:
 
 def test_a_budget_ends_rounds_after_the_second() -> None:
     clock = iter(range(100))
-    readings = measure([Variant("a", lambda: 1.0)], Plan(10, 0, budget_s=0.5), WoundClock(1), now=lambda: float(next(clock)))
+    readings = measure(
+        [Variant("a", lambda: 1.0)],
+        Plan(10, 0, budget_s=0.5),
+        WoundClock(1),
+        now=lambda: float(next(clock)),
+    )
     assert len(readings["a"]) == 2
-    assert len(measure([Variant("a", lambda: 1.0)], Plan(10, 0, budget_s=9e9), WoundClock(1))["a"]) == 10
+    assert (
+        len(measure([Variant("a", lambda: 1.0)], Plan(10, 0, budget_s=9e9), WoundClock(1))["a"])
+        == 10
+    )
 
 
 def test_names_must_differ() -> None:
@@ -82,11 +92,16 @@ def test_names_must_differ() -> None:
 @given(st.lists(st.floats(0.0, 1e6), min_size=1, max_size=30))
 def test_the_spread_is_numpys_interquartile_range(values: list[float]) -> None:
     expected = float(np.subtract(*np.percentile(values, [75, 25])))
-    assert interquartile(values) == pytest.approx(expected, rel=1e-9, abs=1e-6)  # other order of the same sums
+    assert interquartile(values) == pytest.approx(
+        expected, rel=1e-9, abs=1e-6
+    )  # other order of the same sums
 
 
 def test_ratios_are_of_rounds_and_not_of_medians() -> None:
-    ours, theirs = [Reading(t, t) for t in (1.0, 10.0, 2.0)], [Reading(t, 2 * t) for t in (2.0, 20.0, 40.0)]
+    ours, theirs = (
+        [Reading(t, t) for t in (1.0, 10.0, 2.0)],
+        [Reading(t, 2 * t) for t in (2.0, 20.0, 40.0)],
+    )
     of_rounds = ratio(theirs, ours)
     assert (of_rounds.median, of_rounds.cpu) == (2.0, 4.0)
     assert of_rounds.spread == pytest.approx(9.0)  # of 2, 2, 20
@@ -114,10 +129,17 @@ def test_a_peer_that_ends_leaves_the_others_their_rounds() -> None:
 
         return call
 
-    variants = [Variant("ours", work("o")), Variant("first", work("f", 1)), Variant("later", work("l", 3))]
+    variants = [
+        Variant("ours", work("o")),
+        Variant("first", work("f", 1)),
+        Variant("later", work("l", 3)),
+    ]
     lost: list[str] = []
     readings = measure(
-        variants, Plan(4, warmup=1), WoundClock(9), ended=lambda variant, error: lost.append(f"{variant.name}: {error}")
+        variants,
+        Plan(4, warmup=1),
+        WoundClock(9),
+        ended=lambda variant, error: lost.append(f"{variant.name}: {error}"),
     )
     assert lost == ["first: f ended early", "later: l ended early"]
     assert "".join(order) == "ofl" + "ol" + "lo" + "o" + "o"

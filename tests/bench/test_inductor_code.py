@@ -6,8 +6,9 @@ import pytest
 
 from fastbyol_bench.inductor_code import Code, External, Kernel, parse
 
-# Inductor's code for a convolution with batch norm, forward and backward, cut down: a kernel that is launched twice, one that
-# is not launched, calls of cuDNN, cuBLAS and an operation of ours, and what launches nothing.
+# Inductor's code for a convolution with batch norm, forward and backward, cut down: a kernel that
+# is launched twice, one that is not launched, calls of cuDNN, cuBLAS and an operation of ours, and
+# what launches nothing.
 TEXT = """
 from torch._inductor.async_compile import AsyncCompile
 async_compile = AsyncCompile()
@@ -83,12 +84,16 @@ def test_launches_are_counted_as_they_are_called() -> None:
 
 
 def test_nothing_but_views_launches_nothing() -> None:
-    assert parse("def call(args):\n    return reinterpret_tensor(args[0], (2,), (1,), 0)\n") == Code((), ())
+    assert parse(
+        "def call(args):\n    return reinterpret_tensor(args[0], (2,), (1,), 0)\n"
+    ) == Code((), ())
 
 
 def test_a_call_that_is_not_known_is_refused_with_its_name() -> None:
     unknown = TEXT.replace("extern_kernels.mm(", "triton_tem_fused_mm_9.run(")
-    with pytest.raises(ValueError, match=r"^line \d+ .* what triton_tem_fused_mm_9\.run launches is not known"):
+    with pytest.raises(
+        ValueError, match=r"^line \d+ .* what triton_tem_fused_mm_9\.run launches is not known"
+    ):
         parse(unknown)
 
 

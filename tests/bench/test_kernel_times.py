@@ -17,14 +17,17 @@ from fastbyol_bench.kernel_times import Kernel, on_device, recorded
 CPU, CUDA = kernel_times.DeviceType.CPU, kernel_times.DeviceType.CUDA
 
 
-def event(name: str, start_us: float, end_us: float, device: Any = CUDA, annotation: bool = False) -> FunctionEvent:
+def event(
+    name: str, start_us: float, end_us: float, device: Any = CUDA, annotation: bool = False
+) -> FunctionEvent:
     return FunctionEvent(
         id=1, name=name, thread=1, start_us=start_us, end_us=end_us, device_type=device, use_device="cuda",
         is_user_annotation=annotation, stack=[],
     )  # fmt: skip
 
 
-# One launch as a profiler sees it: the host's call, the kernel, a copy, and an annotated region that spans both.
+# One launch as a profiler sees it: the host's call, the kernel, a copy, and an annotated region
+# that spans both.
 EVENTS = [
     event("cudaLaunchKernel", 0.0, 8.0, CPU),
     event("Memcpy DtoD (Device -> Device)", 14.5, 16.0),
@@ -43,9 +46,13 @@ def test_what_ran_on_the_device_is_kept_in_order() -> None:
 
 def test_device_totals_of_torch_agree() -> None:
     """Compare with torch's own sum over its averages, which its table prints."""
-    events = EventList([event for event in EVENTS if not event.is_user_annotation], use_device="cuda")
+    events = EventList(
+        [event for event in EVENTS if not event.is_user_annotation], use_device="cuda"
+    )
     events._build_tree()
-    theirs = sum(row.self_device_time_total for row in events.key_averages() if row.device_type == CUDA)
+    theirs = sum(
+        row.self_device_time_total for row in events.key_averages() if row.device_type == CUDA
+    )
     assert sum(kernel.seconds for kernel in on_device(EVENTS)) == pytest.approx(theirs / 1e6)
 
 
@@ -61,7 +68,9 @@ def test_a_record_holds_the_call_alone(monkeypatch: pytest.MonkeyPatch) -> None:
             order.append("start")
             return self
 
-        def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        def __exit__(
+            self, kind: type | None, error: BaseException | None, trace: TracebackType | None
+        ) -> None:
             order.append("stop")
 
         def events(self) -> EventList:
@@ -72,6 +81,9 @@ def test_a_record_holds_the_call_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: order.append("wait"))
     kernels = recorded(lambda: order.append("call"))
     assert order == ["wait", "start", "call", "wait", "stop"]
-    assert [kernel.name for kernel in kernels] == ["_sweep_kernel", "Memcpy DtoD (Device -> Device)"]
+    assert [kernel.name for kernel in kernels] == [
+        "_sweep_kernel",
+        "Memcpy DtoD (Device -> Device)",
+    ]
     assert isinstance(kernels[0], Kernel)
     assert os.environ["TEARDOWN_CUPTI"] == "0"

@@ -20,8 +20,8 @@ from fastbyol_bench import launches
 
 OPS = Path(launches.ahead_of_time.__file__).parent
 RENEW = "renew both with: python -m fastbyol_bench.launches --write, and say why"
-# Compute capability 8.0 and 9.0 in "Compute Capabilities" of the CUDA C++ Programming Guide: shared memory of a block, in
-# bytes, and the blocks of a grid.
+# Compute capability 8.0 and 9.0 in "Compute Capabilities" of the CUDA C++ Programming Guide: shared
+# memory of a block, in bytes, and the blocks of a grid.
 SHARED_BYTES = {80: 163 << 10, 90: 227 << 10}
 GRID = (2**31 - 1, 2**16 - 1, 2**16 - 1)
 
@@ -31,7 +31,9 @@ def kept(table: str) -> str:
     path = launches.kept(table)
     text = path.read_text()
     if text.splitlines()[0] != f"triton {launches.MINOR}":
-        pytest.skip(f"{path.name} is of {text.splitlines()[0]}, installed is triton {launches.MINOR}")
+        pytest.skip(
+            f"{path.name} is of {text.splitlines()[0]}, installed is triton {launches.MINOR}"
+        )
     return text
 
 
@@ -44,27 +46,40 @@ def tables(table: str) -> list[str]:
 
 def launched(text: str) -> list[tuple[str, str, list[int], int]]:
     """Return op, kernel, grid and times of each line of a table of launches."""
-    lines = re.findall(r"^(\w+) +(\w+) +(\d+(?: x \d+)*) +(\d+) +\d+ +\d+ +\d+  \w", text, re.MULTILINE)
-    return [(op, kernel, [int(side) for side in grid.split(" x ")], int(times)) for op, kernel, grid, times in lines]
+    lines = re.findall(
+        r"^(\w+) +(\w+) +(\d+(?: x \d+)*) +(\d+) +\d+ +\d+ +\d+  \w", text, re.MULTILINE
+    )
+    return [
+        (op, kernel, [int(side) for side in grid.split(" x ")], int(times))
+        for op, kernel, grid, times in lines
+    ]
 
 
 def costs(text: str) -> list[tuple[str, str, int, list[int], str]]:
     """Return op, kernel, architecture, seven figures and the rest of each line of resources."""
     lines = re.findall(r"^(\w+) +(\w+) +sm_(\d+)((?: +\d+){7})  (.+)$", text, re.MULTILINE)
     assert len(lines) == len(text.splitlines()) - 2
-    return [(op, kernel, int(arch), [int(n) for n in figures.split()], rest) for op, kernel, arch, figures, rest in lines]
+    return [
+        (op, kernel, int(arch), [int(n) for n in figures.split()], rest)
+        for op, kernel, arch, figures, rest in lines
+    ]
 
 
 @pytest.mark.slow
 def test_steps_launch_what_the_table_says() -> None:
     expected = kept("LAUNCHES")
-    assert printed("from fastbyol_bench.launches import *\nprint(launch_table(), end='')") == expected, RENEW
+    assert (
+        printed("from fastbyol_bench.launches import *\nprint(launch_table(), end='')") == expected
+    ), RENEW
 
 
 @pytest.mark.slow
 def test_kernels_cost_what_the_table_says() -> None:
     expected = kept("RESOURCES")
-    assert printed("from fastbyol_bench.launches import *\nprint(resource_table(), end='')") == expected, RENEW
+    assert (
+        printed("from fastbyol_bench.launches import *\nprint(resource_table(), end='')")
+        == expected
+    ), RENEW
 
 
 @pytest.mark.parametrize("text", tables("LAUNCHES"), ids=lambda text: text.split("\n")[0])
@@ -85,7 +100,9 @@ def test_a_step_launches_what_its_network_asks_for(text: str) -> None:
         assert f"{counted.total()} launches" == part.split("\n")[0]
         counts.append(counted)
     views = {("views", kernel): 1 for kernel in ("draw", "crop", "contrast", "blur")}
-    assert counts[0] == views | {("lars_ema", kernel): 1 for kernel in ("norms", "sweep", "telemetry")}
+    assert counts[0] == views | {
+        ("lars_ema", kernel): 1 for kernel in ("norms", "sweep", "telemetry")
+    }
     assert counts[1] == counts[0] | {
         ("group_norm", "forward"): 2 * norms,
         ("group_norm", "backward"): norms,
@@ -97,7 +114,10 @@ def test_a_step_launches_what_its_network_asks_for(text: str) -> None:
 
 def test_every_kernel_that_an_operation_launches_is_in_the_tables() -> None:
     launching = {
-        (path.relative_to(OPS).with_suffix("").parts[0], name.removeprefix("_").removesuffix("_kernel"))
+        (
+            path.relative_to(OPS).with_suffix("").parts[0],
+            name.removeprefix("_").removesuffix("_kernel"),
+        )
         for path in OPS.rglob("*.py")
         for name in re.findall(r"(\w+_kernel)\[", path.read_text())
     }
@@ -109,7 +129,11 @@ def test_every_kernel_that_an_operation_launches_is_in_the_tables() -> None:
 def test_grids_and_shared_memory_are_within_what_cuda_admits() -> None:
     for text in tables("LAUNCHES"):
         for op, kernel, grid, _ in launched(text):
-            assert all(1 <= side <= most for side, most in zip(grid, GRID, strict=False)), (op, kernel, grid)
+            assert all(1 <= side <= most for side, most in zip(grid, GRID, strict=False)), (
+                op,
+                kernel,
+                grid,
+            )
     for text in tables("RESOURCES"):
         for op, kernel, architecture, figures, _ in costs(text):
             assert figures[4] <= SHARED_BYTES[architecture], (op, kernel, architecture, figures)
@@ -124,17 +148,26 @@ def test_no_kernel_spills_or_moves_narrow_words_unexcused_and_no_excuse_is_left_
             flawed = spill > 0 or min(load, store) < launches.WIDE_BITS
             assert flawed == bool(why), (op, kernel, architecture, rest)
             used |= set(why[1].split("; ")) if why else set()
-    names = [path.relative_to(OPS).with_suffix("") for path in OPS.rglob("*.py") if "_kernel[" in path.read_text()]
+    names = [
+        path.relative_to(OPS).with_suffix("")
+        for path in OPS.rglob("*.py")
+        if "_kernel[" in path.read_text()
+    ]
     modules = [import_module(".".join(("fastbyol_kernels", *name.parts))) for name in names]
     excuses = [getattr(module, name, {}) for module in modules for name in ("SPILLS", "NARROW")]
     assert used == {why for reasons in excuses for why in reasons.values()}
 
 
-def test_unfilled_operations_return_what_the_operations_would(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unfilled_operations_return_what_the_operations_would(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Compare shapes, strides and dtypes of a small network's forward and backward passes."""
     monkeypatch.setattr(launches.Unfilled, "LARGE", 1)
     x = torch.randn(4, 3, 16, 16).contiguous(memory_format=torch.channels_last)
-    weights = [torch.randn(shape).requires_grad_() for shape in ((8, 3, 7, 7), (8, 8, 3, 3), (8, 8, 1, 1), (5, 8))]
+    weights = [
+        torch.randn(shape).requires_grad_()
+        for shape in ((8, 3, 7, 7), (8, 8, 3, 3), (8, 8, 1, 1), (5, 8))
+    ]
     affine = [torch.randn(8).requires_grad_() for _ in range(2)]
 
     def work() -> list[torch.Tensor]:

@@ -18,17 +18,24 @@ from test_inductor_code import TEXT
 
 def test_the_figures_are_whole_and_add_up() -> None:
     kept = lowered.read()
-    assert (kept.batch, kept.size, kept.precision) == (lowered.BATCH, lowered.SIZE, lowered.PRECISION)
+    assert (kept.batch, kept.size, kept.precision) == (
+        lowered.BATCH,
+        lowered.SIZE,
+        lowered.PRECISION,
+    )
     assert {name: getattr(kept, name).sets for name in lowered.METHODS} == lowered.METHODS
     for recipe in (kept.bn, kept.gn_ws):
-        # Sums within a recipe are checked as it is read. ResNet-18 has 20 convolutions: two networks forward, one backward, and
-        # the images take no gradient. Linear layers: 2 in each of three heads.
+        # Sums within a recipe are checked as it is read. ResNet-18 has 20 convolutions: two
+        # networks forward, one backward, and the images take no gradient. Linear layers: 2 in each
+        # of three heads.
         assert recipe.forward.external["convolution"].nodes == 40
         assert recipe.backward.external["convolution_backward"].nodes == 19 + 20
         assert recipe.kinds["matrix products"] == 6 + 8
         # A resumed run is the same bit for bit only where nothing is added in any order.
         assert recipe.forward.atomic == recipe.backward.atomic == 0
-        assert recipe.outside["autograd"] == {"add_": 72}  # 20 convolutions, 22 norms of two, 4 linear layers of two
+        assert recipe.outside["autograd"] == {
+            "add_": 72
+        }  # 20 convolutions, 22 norms of two, 4 linear layers of two
 
 
 def test_the_step_has_not_changed_since_it_was_lowered() -> None:
@@ -51,10 +58,15 @@ def sources(tmp_path: Path) -> Path:
 def test_the_fingerprint_is_of_what_the_code_does(sources: Path) -> None:
     before = lowered.fingerprint(sources)
     assert before == lowered.fingerprint()
-    step, cpu = sources / "fastbyol/engine/step.py", sources / "kernels/fastbyol_kernels/batch_norm/cpu.py"
+    step, cpu = (
+        sources / "fastbyol/engine/step.py",
+        sources / "kernels/fastbyol_kernels/batch_norm/cpu.py",
+    )
     code = step.read_text()
     step.write_text(
-        code.replace('"""The whole state', '"""# Another\n\nThe whole state').replace("\n\n\nclass", "\n\n\n# Why\n\nclass")
+        code.replace('"""The whole state', '"""# Another\n\nThe whole state').replace(
+            "\n\n\nclass", "\n\n\n# Why\n\nclass"
+        )
     )
     cpu.write_text("# of a CPU\n")
     assert lowered.fingerprint(sources) == before
@@ -77,7 +89,9 @@ def test_the_fingerprint_is_of_what_the_code_does(sources: Path) -> None:
         (("more",), 1, "more"),
     ],
 )
-def test_a_file_that_does_not_add_up_is_refused(tmp_path: Path, path: tuple[str, ...], value: float, says: str) -> None:
+def test_a_file_that_does_not_add_up_is_refused(
+    tmp_path: Path, path: tuple[str, ...], value: float, says: str
+) -> None:
     content = json.loads(lowered.PATH.read_text())
     replace_at(content, path, value)
     (tmp_path / "lowered.json").write_text(json.dumps(content))
@@ -95,7 +109,10 @@ def test_code_and_nodes_are_put_together() -> None:
     ours = Operation(1, Counter({Node(OURS, "norm", "kernel"): 2, Node(COPY, "norm", "clone"): 1}))
     outside = Counter({Node(ADD, "autograd", "add_"): 5})
     recipe = lowered._recipe(
-        (), [(TEXT, 0.125), ("def call(args):\n    pass", 0.0)], [{"fastbyol.group_norm": ours}, {}], outside
+        (),
+        [(TEXT, 0.125), ("def call(args):\n    pass", 0.0)],
+        [{"fastbyol.group_norm": ours}, {}],
+        outside,
     )
     assert (recipe.launches, recipe.gb, recipe.overlap_gb) == (3, 1.0, 0.125)
     assert recipe.kinds == {
@@ -115,12 +132,16 @@ def test_operations_that_inductor_drops_or_repeats_are_noticed() -> None:
         lowered._recipe((), [(TEXT, 0.0), (TEXT, 0.0)], [{}, {}], Counter())
 
 
-def test_a_step_that_cannot_be_lowered_is_one_line_and_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_that_cannot_be_lowered_is_one_line_and_no_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def broken() -> lowered.Lowered:
         raise RuntimeError("no lowering\nwith more lines")
 
     monkeypatch.setattr(lowered, "lower", broken)
     monkeypatch.setattr("sys.argv", ["lowered", "--out", str(tmp_path / "lowered.json")])
-    with pytest.raises(SystemExit, match=r"^lowered: RuntimeError: no lowering: nothing was written to \S+$"):
+    with pytest.raises(
+        SystemExit, match=r"^lowered: RuntimeError: no lowering: nothing was written to \S+$"
+    ):
         lowered.main()
     assert not list(tmp_path.iterdir())

@@ -60,7 +60,9 @@ with mocked_h100():
 
 def run(code: str) -> str:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout
 
@@ -69,7 +71,11 @@ def run(code: str) -> str:
 def test_a_gpu_that_is_not_there_gets_code_and_leaves_nothing_patched() -> None:
     forward, backward = run(LOWERED + RESTORED).splitlines()
     pixels, pooled = 64 * 64 * 32 * 32, 64 * 64 * 16 * 16
-    # Nine taps of two bytes, the maximum, and its place in a byte. The taps need each byte of their buffer once.
+    # Nine taps of two bytes, the maximum, and its place in a byte. The taps need each byte of their
+    # buffer once.
     taps, once = 9 * 2 * pooled, 2 * pixels
-    assert forward == f"pointwise {(taps + 3 * pooled) / 1e9:.9f} convolution 1 {(taps - once) / 1e9:.9f}"
+    assert (
+        forward
+        == f"pointwise {(taps + 3 * pooled) / 1e9:.9f} convolution 1 {(taps - once) / 1e9:.9f}"
+    )
     assert backward.endswith(f"convolution_backward 1 {0:.9f}")  # the images take no gradient

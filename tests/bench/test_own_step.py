@@ -23,7 +23,9 @@ def test_takes_the_step_of_training() -> None:
     state = TrainState.create(config, steps_per_epoch=1000)
     assert own.mode == "eager"
     for _ in range(2):
-        pair = views.two_views(config.views, own.batch.images, own.batch.ids, seed=0, epoch=0, dtype=torch.float32)
+        pair = views.two_views(
+            config.views, own.batch.images, own.batch.ids, seed=0, epoch=0, dtype=torch.float32
+        )
         assert torch.equal(own().values, train_step(state, pair).values)
 
 

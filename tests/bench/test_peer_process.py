@@ -40,7 +40,12 @@ class Odd:
             }
             raise ValueError(str(values))
 
-        return {"sleep": lambda: time.sleep(0.2), "hang": lambda: time.sleep(600), "fails": fails, "switches": switches}
+        return {
+            "sleep": lambda: time.sleep(0.2),
+            "hang": lambda: time.sleep(600),
+            "fails": fails,
+            "switches": switches,
+        }
 
 
 @dataclass(frozen=True)
@@ -70,18 +75,23 @@ class Unable:
         raise RuntimeError("no kernel for this device")
 
 
-@pytest.mark.parametrize("recipe", [Post(32, 4), Post(32, 4, count=8, workers=0), Tuned(32, 4, "lars", "gn", ws=True)])
+@pytest.mark.parametrize(
+    "recipe", [Post(32, 4), Post(32, 4, count=8, workers=0), Tuned(32, 4, "lars", "gn", ws=True)]
+)
 def test_its_reading_is_its_own(recipe: Post | Tuned) -> None:
     with PeerProcess("a peer", recipe, CPU) as peer:
         for _ in range(2):
             reading = HostClock().time(peer.caller("step"))
-            # A ResNet-18 of full width on four images takes some milliseconds, on however many threads.
+            # A ResNet-18 of full width on four images takes some milliseconds, on however many
+            # threads.
             assert reading.cpu_s > 1e-3
             assert reading.wall_s > 1e-3
     assert not multiprocessing.active_children()
 
 
-def test_the_posts_probe_is_timed_without_the_making_of_its_images(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_posts_probe_is_timed_without_the_making_of_its_images(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     pytest.importorskip("sklearn")
     calls = Post(32, 4, probed=40).open(CPU)
     monkeypatch.setattr(peers, "pictures", None)
@@ -109,7 +119,9 @@ def test_what_it_started_stands_still_between_its_calls(tmp_path: Path) -> None:
         peer.call("wait")
         assert file.stat().st_size > written
         began = time.perf_counter()
-    assert time.perf_counter() - began < 30.0  # of the 60 s after which a peer is killed, its children are not
+    assert (
+        time.perf_counter() - began < 30.0
+    )  # of the 60 s after which a peer is killed, its children are not
     written = file.stat().st_size
     time.sleep(0.1)
     assert file.stat().st_size == written
@@ -168,7 +180,9 @@ def test_an_early_end_is_an_error_not_a_wait() -> None:
         (Unable(), "step", 600.0, "a peer failed: RuntimeError: no kernel for this device"),
     ],
 )
-def test_a_failure_is_one_line(recipe: Odd | Unable, what: str, patience_s: float, message: str) -> None:
+def test_a_failure_is_one_line(
+    recipe: Odd | Unable, what: str, patience_s: float, message: str
+) -> None:
     with PeerProcess("a peer", recipe, CPU, patience_s=patience_s) as peer:
         with pytest.raises(PeerError) as error:
             peer.call(what)

@@ -16,7 +16,10 @@ from fastbyol_bench import readme, results
 from sample_results import GPU, result
 
 WRITTEN = [readme.ROOT / "CONTRIBUTING.md", readme.README, *sorted(readme.DOCS.glob("*.md"))]
-DOCUMENTS = [*WRITTEN, *(readme.ROOT / name for name in ("CHANGELOG.md", "bench/README.md", "tests/faults/README.md"))]
+DOCUMENTS = [
+    *WRITTEN,
+    *(readme.ROOT / name for name in ("CHANGELOG.md", "bench/README.md", "tests/faults/README.md")),
+]
 # Code in backticks that names a file: one of these folders, then a name with a suffix.
 FILE = re.compile(r"`((?:fastbyol|kernels|bench|tests|configs|docs)/[\w./-]*\.\w+)`")
 
@@ -24,14 +27,22 @@ FILE = re.compile(r"`((?:fastbyol|kernels|bench|tests|configs|docs)/[\w./-]*\.\w
 def commands() -> Iterator[str]:
     """Return every ``fastbyol ...`` line of the documents' code blocks, without comments."""
     for path in WRITTEN:
-        for code in re.findall(r"^```\n(.*?)^```", path.read_text("utf-8"), re.DOTALL | re.MULTILINE):
-            yield from (line.removeprefix("$ ") for line in code.splitlines() if re.match(r"(\$ )?fastbyol ", line))
+        for code in re.findall(
+            r"^```\n(.*?)^```", path.read_text("utf-8"), re.DOTALL | re.MULTILINE
+        ):
+            yield from (
+                line.removeprefix("$ ")
+                for line in code.splitlines()
+                if re.match(r"(\$ )?fastbyol ", line)
+            )
 
 
 @pytest.mark.parametrize("path", readme.DOCUMENTS, ids=lambda path: path.name)
 def test_the_documents_are_up_to_date(path: Path) -> None:
     text = path.read_text("utf-8")
-    assert text == readme.refreshed(text, readme.RESULTS), f"{path.name} is stale: run python -m fastbyol_bench.readme"
+    assert text == readme.refreshed(text, readme.RESULTS), (
+        f"{path.name} is stale: run python -m fastbyol_bench.readme"
+    )
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(readme.ROOT)))
@@ -53,17 +64,27 @@ def test_commands_parse(line: str) -> None:
 
 
 def test_the_short_table_has_at_most_six_rows_of_the_long_one() -> None:
-    rows = [row for row in readme.short_table(results.read(readme.RESULTS / "cpu.json")).splitlines() if row.endswith("x |")]
+    rows = [
+        row
+        for row in readme.short_table(results.read(readme.RESULTS / "cpu.json")).splitlines()
+        if row.endswith("x |")
+    ]
     assert len(rows) == len(readme.SHORT) <= 6
     long = (readme.DOCS / "speed.md").read_text("utf-8")
-    assert all(re.search(rf"\| {re.escape(name)} \| {re.escape(peer)} \| .*x \|", long) for name, peer in readme.SHORT)
+    assert all(
+        re.search(rf"\| {re.escape(name)} \| {re.escape(peer)} \| .*x \|", long)
+        for name, peer in readme.SHORT
+    )
 
 
 def test_a_block_is_made_anew_and_the_rest_is_kept(tmp_path: Path) -> None:
     results.write(result(), tmp_path / "cpu.json")
     text = "before\n<!-- bench cpu.json -->\nold\n<!-- end of bench -->\nafter\n"
     once = readme.refreshed(text, tmp_path)
-    assert once.startswith("before\n<!-- bench cpu.json -->\nA CPU, 2 cores, torch 2.11.0, 2026-01-02, commit 0123456789ab.\n")
+    assert once.startswith(
+        "before\n<!-- bench cpu.json -->\nA CPU, 2 cores, torch 2.11.0, 2026-01-02, commit "
+        "0123456789ab.\n"
+    )
     assert once.endswith("|\n<!-- end of bench -->\nafter\n")
     assert "| two views of 96 px | Pillow | 2 | 160 | 4.00x |  |\n" in once
     assert readme.refreshed(once, tmp_path) == once

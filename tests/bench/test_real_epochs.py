@@ -60,12 +60,16 @@ def test_an_end_is_all_but_steps(slow: None, tmp_path: Path) -> None:
     assert (tmp_path / "run" / "checkpoints").is_dir()
 
 
-def test_a_whole_epoch_is_steps_and_end(slow: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_whole_epoch_is_steps_and_end(
+    slow: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Measure as the train suite does on a GPU, on the embedded set."""
     monkeypatch.setenv("FASTBYOL_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(train, "TEXTURES_TEST", 64)
     began = time.perf_counter()
-    made = config(3).model_copy(update={"train": config(3).train.model_copy(update={"batch_size": 32})})
+    made = config(3).model_copy(
+        update={"train": config(3).train.model_copy(update={"batch_size": 32})}
+    )
     row = train._whole(Setting(CPU, quick=True), made, tmp_path, 80)
     assert row.timing is not None
     assert (row.images, row.timing.runs, row.derived) == (64, 2, False)

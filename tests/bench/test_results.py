@@ -39,7 +39,9 @@ def test_round_trip(tmp_path: Path) -> None:
         (["date"], None, "date"),
     ],
 )
-def test_anything_else_is_refused_by_name(tmp_path: Path, keys: list[Any], value: object, where: str) -> None:
+def test_anything_else_is_refused_by_name(
+    tmp_path: Path, keys: list[Any], value: object, where: str
+) -> None:
     data = json.loads(results.dumps(result()))
     replace_at(data, keys, value)
     path = tmp_path / "it.json"
@@ -50,7 +52,9 @@ def test_anything_else_is_refused_by_name(tmp_path: Path, keys: list[Any], value
     assert "\n" not in str(refused.value)
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b"[]", b'{"schema": "fastbyol-bench/1"}'])
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"\xff\xfe", b"[]", b'{"schema": "fastbyol-bench/1"}']
+)
 def test_no_results_at_all(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "it.json"
     path.write_bytes(content)
@@ -103,7 +107,9 @@ def test_writing_leaves_the_old_or_the_new(tmp_path: Path, monkeypatch: pytest.M
     assert results.read(path) == result()
 
 
-def test_without_git_the_commit_is_the_one_handed_in(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_without_git_the_commit_is_the_one_handed_in(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setenv("FASTBYOL_COMMIT", "0123abcd")
     monkeypatch.setattr(results, "__file__", str(tmp_path / "results.py"))
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))

@@ -20,7 +20,11 @@ def test_a_peer_that_ends_is_a_row_that_says_so() -> None:
 
     notes: list[str] = []
     setting = Setting(CPU, quick=True, note=notes.append)
-    variants = [Variant("ours", lambda: sum(range(1000))), Variant("a peer", ends), Variant("another", lambda: None)]
+    variants = [
+        Variant("ours", lambda: sum(range(1000))),
+        Variant("a peer", ends),
+        Variant("another", lambda: None),
+    ]
     ours, another, lost = setting.rows("step", "a step", variants, Plan(2))
     assert (ours.variant, another.variant, lost.variant) == ("ours", "another", "a peer")
     assert another.ratio is not None
@@ -31,13 +35,17 @@ def test_a_peer_that_ends_is_a_row_that_says_so() -> None:
 def test_operations_are_timed_by_their_kernels_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     clocks: list[object] = []
 
-    def measure(variants: list[Variant], plan: Plan, clock: object, **_: Callable[..., object]) -> dict[str, list[float]]:
+    def measure(
+        variants: list[Variant], plan: Plan, clock: object, **_: Callable[..., object]
+    ) -> dict[str, list[float]]:
         clocks.append(clock)
         return {}
 
     monkeypatch.setattr(suite, "measure", measure)
     for device in (GPU, CPU):
-        Setting(device, quick=True).kernel_rows("kernels", "it", [Variant("ours", int)], Plan(2), floors={}, cold=False)
+        Setting(device, quick=True).kernel_rows(
+            "kernels", "it", [Variant("ours", int)], Plan(2), floors={}, cold=False
+        )
     assert [type(clock) for clock in clocks] == [KernelClock, HostClock]
     assert isinstance(harness.clock_of(GPU, 10), CudaClock)
     assert Setting(GPU, quick=False).calls_per_reading == 10
@@ -51,7 +59,9 @@ def test_switches_of_a_run_do_not_reach_the_ceilings(monkeypatch: pytest.MonkeyP
     seen: list[tuple[bool, bool]] = []
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     before = matmul.allow_tf32, cudnn.allow_tf32
-    monkeypatch.setattr(ceilings, "_measured", lambda *_: seen.append((matmul.allow_tf32, cudnn.allow_tf32)))
+    monkeypatch.setattr(
+        ceilings, "_measured", lambda *_: seen.append((matmul.allow_tf32, cudnn.allow_tf32))
+    )
     matmul.allow_tf32 = cudnn.allow_tf32 = True
     try:
         ceilings.ceiling(CPU, quick=True)

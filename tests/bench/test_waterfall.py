@@ -11,7 +11,8 @@ from fastbyol_bench.own_step import OwnStep
 from fastbyol_bench.suite import Setting
 from fastbyol_bench.waterfall import GAPS, OTHERS, kind, of_kernels
 
-# Names as a compiled step of ours launches them on sm_90, as cuDNN and cuBLAS call theirs, and as torch does.
+# Names as a compiled step of ours launches them on sm_90, as cuDNN and cuBLAS call theirs, and as
+# torch does.
 NAMES = {
     "Memcpy DtoD (Device -> Device)": "copies and fills",
     "Memset (Device)": "copies and fills",
@@ -34,7 +35,8 @@ NAMES = {
     "triton_poi_fused_add_native_batch_norm_backward_slice_threshold_backward_50": "batch norm",
     "triton_poi_fused_max_pool2d_with_indices_1": "pooling",
     "triton_poi_fused__to_copy_4": "compiled elementwise",
-    "void at::native::reduce_kernel<512, 1, at::native::ReduceOp<float, at::native::NormTwoOps<float> > >": OTHERS,
+    "void at::native::reduce_kernel<512, 1, at::native::ReduceOp<float, "
+    "at::native::NormTwoOps<float> > >": OTHERS,
 }  # fmt: skip
 
 
@@ -47,9 +49,15 @@ def test_parts_are_the_whole() -> None:
     """Check the median of each part over replays; the time between kernels is one of them."""
 
     def replay(views_s: float) -> list[Kernel]:
-        return [Kernel("_crop_kernel", 5.0, views_s), Kernel("Memset (Device)", 15.0, 1.0), Kernel("_blur_kernel", 17.0, 2.0)]
+        return [
+            Kernel("_crop_kernel", 5.0, views_s),
+            Kernel("Memset (Device)", 15.0, 1.0),
+            Kernel("_blur_kernel", 17.0, 2.0),
+        ]
 
-    parts = {part.name: part.seconds for part in of_kernels([replay(2.0), replay(4.0), replay(9.0)])}
+    parts = {
+        part.name: part.seconds for part in of_kernels([replay(2.0), replay(4.0), replay(9.0)])
+    }
     # 14 s from first to last, of which 4 + 2 are views' and 1 is the fill's.
     assert parts == {"copies and fills": 1.0, "views": 6.0, GAPS: 7.0}
     overlapping = [Kernel("_crop_kernel", 0.0, 4.0), Kernel("Memset (Device)", 1.0, 2.0)]

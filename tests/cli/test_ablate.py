@@ -1,4 +1,6 @@
-"""`fastbyol ablate` as typed: what it lists, shows, runs and refuses; and the full scale, end to end, on STL-10's own files."""
+"""`fastbyol ablate` as typed: what it lists, shows, runs and refuses; and the full scale, end to
+end, on STL-10's own files.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +43,10 @@ def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp
         (["run", "C99"], "no such arm"),
         (["run", "C6", "--scale", "full"], "--stl10"),
         (["run", "C6", "--scale", "big"], "big"),
-        (["run", "C6", "--scale", "full", "--stl10", "here", "--data", "x.beton"], "leave out --data"),
+        (
+            ["run", "C6", "--scale", "full", "--stl10", "here", "--data", "x.beton"],
+            "leave out --data",
+        ),
         (["run", "C6", "--scale", "full", "--stl10", "nowhere"], "nowhere"),
         (["run", "C6", "--set", "optim.lrr=1"], "optim.lr"),
         (["run", "C6", "--device", "cuda:7"], "cuda:7"),
@@ -63,7 +68,10 @@ def test_list_names_all_claims_and_arms(run) -> None:
     assert code == 0
     assert "C13" in out
     told = json.loads(run("list", "--scale", "short", "--json")[1])
-    assert [row["id"] for row in told["claims"]] == [*(f"C{number}" for number in range(1, 14)), "M1"]
+    assert [row["id"] for row in told["claims"]] == [
+        *(f"C{number}" for number in range(1, 14)),
+        "M1",
+    ]
     rows = {row["arm"]: row for row in told["arms"]}
     assert rows["gn-lars-0.2"] | {"about": ""} == {
         "arm": "gn-lars-0.2", "about": "", "claims": ["C6"], "seeds": 3, "done": 0, "stopped": 0, "damaged": 0,
@@ -73,7 +81,13 @@ def test_list_names_all_claims_and_arms(run) -> None:
 
 def test_show_tells_a_claim_and_an_arm(run) -> None:
     _, out, _ = run("show", "c6")
-    for part in ("LARS at lr 0.2 recovers", "accuracy_gn_encoder", "accuracy@100: 64.4", "verdict", "optim.lr = 0.2"):
+    for part in (
+        "LARS at lr 0.2 recovers",
+        "accuracy_gn_encoder",
+        "accuracy@100: 64.4",
+        "verdict",
+        "optim.lr = 0.2",
+    ):
         assert part in out
     claim = json.loads(run("show", "C6", "--json")[1])
     assert claim["published"]["accuracy@10"] == 40.9
@@ -105,20 +119,39 @@ def test_run_then_report_and_check(run, tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_a_set_of_ones_own_at_every_scale(run, tmp_path: Path) -> None:
-    """With as many steps as the scale has where it is smaller, and with the epochs that are said; its images are told first."""
+    """With as many steps as the scale has where it is smaller, and with the epochs that are said;
+    its images are told first.
+    """
     for name, count, seed in (("train", 48, 0), ("test", 40, 1)):
         convert("textures", tmp_path / f"{name}.beton", count=count, size=16, seed=seed)
     own = ["--data", "train.beton", "--test-data", "test.beton", "--seeds=1", "--jobs=1"]
     sets = [f"--set={text}" for text in SETS if not text.startswith("data.t")]
-    for scale, more, steps in (("mini", ["data.limit=96"], 20 * 12), ("short", ["train.epochs=2"], 2 * 6)):
-        command = ("run", "gn-lars-0.2", "--scale", scale, *own, *sets, *(f"--set={text}" for text in more))
+    for scale, more, steps in (
+        ("mini", ["data.limit=96"], 20 * 12),
+        ("short", ["train.epochs=2"], 2 * 6),
+    ):
+        command = (
+            "run",
+            "gn-lars-0.2",
+            "--scale",
+            scale,
+            *own,
+            *sets,
+            *(f"--set={text}" for text in more),
+        )
         code, out, error = run(*command)
         assert code == 0, error
         assert f"data {tmp_path / 'train.beton'}" in out.replace("\n", "")
-        assert (", 48 images, as many steps in 40 epochs: " if scale == "mini" else ", 48 images: ") in out.replace("\n", "")
+        assert (
+            ", 48 images, as many steps in 40 epochs: " if scale == "mini" else ", 48 images: "
+        ) in out.replace("\n", "")
         assert "image share r = " in out
         folder = tmp_path / "ablations" / scale / "runs/gn-lars-0.2/seed0"
-        events = [json.loads(row) for row in (folder / "metrics.jsonl").read_text().splitlines() if "event" in row]
+        events = [
+            json.loads(row)
+            for row in (folder / "metrics.jsonl").read_text().splitlines()
+            if "event" in row
+        ]
         assert [event["step"] for event in events if event["event"] == "epoch"][-1] == steps
         assert [event["num_scored"] for event in events if event["event"] == "untrained"] == [20]
         assert "1 were done before" in run(*command)[1]
@@ -137,7 +170,9 @@ def test_test_data_that_cannot_be_scored_are_refused_before_a_run(run, tmp_path:
 
 
 def test_full_scale_from_stl10s_own_files(run, tmp_path: Path) -> None:
-    """From the archive's binaries to a probed run, at 96x96 with the post's protocol; narrow, one epoch, random network too."""
+    """From the archive's binaries to a probed run, at 96x96 with the post's protocol; narrow, one
+    epoch, random network too.
+    """
     stl10(tmp_path / "source", train=20, test=40, unlabeled=12)
     code, out, error = run(
         "run", "C1", "random", "--scale=full", "--stl10", tmp_path / "source", "--seeds=1", "--jobs=1", "--json",
@@ -148,11 +183,19 @@ def test_full_scale_from_stl10s_own_files(run, tmp_path: Path) -> None:
     folder = tmp_path / "ablations/full"
     with RunFolder.open(folder / "runs/bn-sgd-mlp-bn/seed0", lock=False) as opened:
         config = opened.config
-    assert (config.views.size, config.train.precision, config.probe.protocol) == (96, "fp32", "blog")
+    assert (config.views.size, config.train.precision, config.probe.protocol) == (
+        96,
+        "fp32",
+        "blog",
+    )
     assert Path(config.data.train) == folder / "data/stl10-train-unlabeled.beton"
     events = (folder / "runs/bn-sgd-mlp-bn/seed0/metrics.jsonl").read_text().splitlines()
     assert json.loads(events[-1])["step"] == 4  # 32 images of train and unlabeled, batches of 8
-    assert all(json.loads(row)["accuracy"] is not None for row in events if row.startswith('{"event": "epoch"'))
+    assert all(
+        json.loads(row)["accuracy"] is not None
+        for row in events
+        if row.startswith('{"event": "epoch"')
+    )
 
 
 def test_full_scale_fits_and_scores_the_posts_rows() -> None:

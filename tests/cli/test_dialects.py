@@ -1,4 +1,6 @@
-"""The numbers and words of `explain lars`, against formulas written out by hand in float64 and a run's own records."""
+"""The numbers and words of `explain lars`, against formulas written out by hand in float64 and a
+run's own records.
+"""
 
 from __future__ import annotations
 
@@ -26,8 +28,12 @@ NUMBERS = {
 }
 
 
-def by_hand(rule: str, w: np.ndarray, g: np.ndarray, lr: float, wd: float, eta: float) -> tuple[float, float]:
-    """(trust ratio, norm of the first update) from You et al. and the three codes, one vector at a time."""
+def by_hand(
+    rule: str, w: np.ndarray, g: np.ndarray, lr: float, wd: float, eta: float
+) -> tuple[float, float]:
+    """(trust ratio, norm of the first update) from You et al. and the three codes, one vector at a
+    time.
+    """
     weight, grad, decayed = (math.hypot(*v) for v in (w, g, g + wd * w))
     if rule == "sgd":
         return 1.0, lr * decayed
@@ -60,7 +66,9 @@ def test_steps_are_the_formulas(rule: str, numbers: dict[str, float]) -> None:
         assert row["trust_ratio"] == pytest.approx(trust, rel=TIGHT)
         assert row["rate"] == pytest.approx(lr * trust, rel=TIGHT)
         # Cancelled vectors leave rounding of the size of each part.
-        assert row["update_norm"] == pytest.approx(update, rel=1e-9, abs=1e-15 * max(1.0, lr * trust))
+        assert row["update_norm"] == pytest.approx(
+            update, rel=1e-9, abs=1e-15 * max(1.0, lr * trust)
+        )
 
 
 @given(numbers=st.fixed_dictionaries(NUMBERS))
@@ -72,10 +80,16 @@ def test_no_rate_exceeds_the_ceiling(numbers: dict[str, float]) -> None:
         if numbers["weight_decay"] == 0.0:
             assert facts["ceiling"] is None
             continue
-        assert facts["ceiling"] == pytest.approx(numbers["lr"] * numbers["eta"] / numbers["weight_decay"], rel=TIGHT)
+        assert facts["ceiling"] == pytest.approx(
+            numbers["lr"] * numbers["eta"] / numbers["weight_decay"], rel=TIGHT
+        )
         rows = facts["examples"].values()
         # With a norm of 0 bolts takes a trust ratio of 1, which no ceiling bounds.
-        rates = [row["rate"] for row in rows if rule == "blog" or (row["weight_norm"] > 0 and row["grad_norm"] > 0)]
+        rates = [
+            row["rate"]
+            for row in rows
+            if rule == "blog" or (row["weight_norm"] > 0 and row["grad_norm"] > 0)
+        ]
         assert max(rates) <= facts["ceiling"] * (1 + TIGHT)
     assert result["dialects"]["deepmind"]["ceiling"] is None
 
@@ -84,7 +98,11 @@ def test_the_published_peak_leaves_room_for_one_weight_decay_alone() -> None:
     peak = dialects.published_peak()
     assert peak["rate"] == pytest.approx(42.2, abs=0.05)  # claims.json reads 42.2
     assert peak["most_weight_decay"] == pytest.approx(2.4e-6, rel=0.02)  # and concludes 2.4e-6
-    assert {row["weight_decay"]: row["possible"] for row in peak["ceilings"]} == {1.5e-6: True, 1e-5: False, 1e-4: False}
+    assert {row["weight_decay"]: row["possible"] for row in peak["ceilings"]} == {
+        1.5e-6: True,
+        1e-5: False,
+        1e-4: False,
+    }
     assert {row["weight_decay"]: row["ceiling"] for row in peak["ceilings"]} == pytest.approx(
         {1.5e-6: 200 / 3, 1e-5: 10.0, 1e-4: 1.0}
     )
@@ -93,15 +111,20 @@ def test_the_published_peak_leaves_room_for_one_weight_decay_alone() -> None:
 def test_words_hold_the_numbers() -> None:
     result = dialects.lars(("blog", "deepmind"))
     text = explain.in_words(result)
-    rows = [line for line in text.splitlines() if line.lstrip().startswith("gradient 5e-5, collapsing")]
-    assert [float(row.split()[-2]) for row in rows] == pytest.approx([8e-4 / 5.6e-5, 8e-4 / math.hypot(5e-5, 6e-6)], rel=1e-4)
+    rows = [
+        line for line in text.splitlines() if line.lstrip().startswith("gradient 5e-5, collapsing")
+    ]
+    assert [float(row.split()[-2]) for row in rows] == pytest.approx(
+        [8e-4 / 5.6e-5, 8e-4 / math.hypot(5e-5, 6e-6)], rel=1e-4
+    )
     assert "42.2" in text
     assert json.loads(json.dumps(result)) == result
     assert "no ceiling" in explain.in_words(dialects.lars(("blog",), weight_decay=0.0))
 
 
 @pytest.mark.parametrize(
-    ("text", "says"), [("blog,deepmin", "nearest is deepmind"), ("blg", "nearest is blog"), (",", "name dialects")]
+    ("text", "says"),
+    [("blog,deepmin", "nearest is deepmind"), ("blg", "nearest is blog"), (",", "name dialects")],
 )
 def test_dialects_that_are_none(text: str, says: str) -> None:
     with pytest.raises(UsageError, match=re.escape(says)):
@@ -109,7 +132,9 @@ def test_dialects_that_are_none(text: str, says: str) -> None:
     assert dialects.parse_rules("bolts, blog,bolts") == ("bolts", "blog")
 
 
-@pytest.mark.parametrize("numbers", [{"lr": -1.0}, {"weight_decay": math.nan}, {"eta": 0.0}, {"lr": math.inf}])
+@pytest.mark.parametrize(
+    "numbers", [{"lr": -1.0}, {"weight_decay": math.nan}, {"eta": 0.0}, {"lr": math.inf}]
+)
 def test_numbers_out_of_range(numbers: dict[str, float]) -> None:
     with pytest.raises(UsageError, match="should be"):
         dialects.lars(("blog",), **numbers)
@@ -117,11 +142,30 @@ def test_numbers_out_of_range(numbers: dict[str, float]) -> None:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Eight steps of a network of 4 channels by the blog's LARS, one stage at twice the rate, norms excluded."""
+    """Eight steps of a network of 4 channels by the blog's LARS, one stage at twice the rate, norms
+    excluded.
+    """
     path = tmp_path_factory.mktemp("explain") / "run"
-    sets = ["model.width=4", "model.norm=gn", "model.projector.hidden=16", "model.predictor.hidden=16", "views.size=16"]
-    sets += ["data.textures_count=64", "data.textures_test_count=64", "train.batch_size=16", "train.epochs=2", "data.workers=1"]
-    sets += ["optim.name=lars", "optim.lr=0.2", "optim.lars_exclude=bias_and_norm", "optim.lr_mult=[['encoder.layer1', 2.0]]"]
+    sets = [
+        "model.width=4",
+        "model.norm=gn",
+        "model.projector.hidden=16",
+        "model.predictor.hidden=16",
+        "views.size=16",
+    ]
+    sets += [
+        "data.textures_count=64",
+        "data.textures_test_count=64",
+        "train.batch_size=16",
+        "train.epochs=2",
+        "data.workers=1",
+    ]
+    sets += [
+        "optim.name=lars",
+        "optim.lr=0.2",
+        "optim.lars_exclude=bias_and_norm",
+        "optim.lr_mult=[['encoder.layer1', 2.0]]",
+    ]
     sets += ["train.device=cpu", "probe.every_epochs=0"]
     api.train(config_io.load(preset="demo", sets=sets).config, path)
     return path
@@ -140,14 +184,18 @@ def test_a_runs_own_dialect_gives_what_it_recorded(run: Path) -> None:
                 # The run computed in fp32 and wrote its lr as a decimal of fp32.
                 assert row["blog"]["rate"] == pytest.approx(recorded, rel=1e-5)
             module, kind = row["name"].split(".")[-2:]
-            matrix = kind == "weight" and (module.startswith(("conv", "linear")) or "downsample.0" in row["name"])
+            matrix = kind == "weight" and (
+                module.startswith(("conv", "linear")) or "downsample.0" in row["name"]
+            )
             assert row["adapts"] == matrix
             low_high = row["deepmind"]["rate"]
             low = low_high if isinstance(low_high, float) else low_high[0]
             # The triangle inequality: |g + wd w| <= |g| + wd |w|, blog's divisor.
             assert low >= row["blog"]["rate"] * (1 - 2e-3) or row["weight_norm"] == 0
     text = explain.run_in_words(result)
-    assert text.count("\n") == len(layers.names) + 6  # what run, three ceilings, a remark, a blank line, a header
+    assert (
+        text.count("\n") == len(layers.names) + 6
+    )  # what run, three ceilings, a remark, a blank line, a header
     assert result["rule"] == "blog"
 
 

@@ -1,4 +1,6 @@
-"""The command line as typed: what it prints, writes and returns, and one line for everything that is wrong."""
+"""The command line as typed: what it prints, writes and returns, and one line for everything that
+is wrong.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +17,20 @@ import no_graph
 from fastbyol.cli import main
 from fastbyol.errors import NoGraphError
 
-HEADS = [f"--set=model.{head}.{size}" for head in ("projector", "predictor") for size in ("hidden=16", "out=8")]
-TINY = ["--width=4", "--stem=small", "--res=16", "--batch-size=8", "--device=cpu", "--set=data.workers=1", *HEADS]
+HEADS = [
+    f"--set=model.{head}.{size}"
+    for head in ("projector", "predictor")
+    for size in ("hidden=16", "out=8")
+]
+TINY = [
+    "--width=4",
+    "--stem=small",
+    "--res=16",
+    "--batch-size=8",
+    "--device=cpu",
+    "--set=data.workers=1",
+    *HEADS,
+]
 
 
 @pytest.fixture
@@ -50,13 +64,20 @@ def unlabelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from fastbyol.data.convert import convert
 
     folder = tmp_path_factory.mktemp("cli")
-    np.savez(folder / "images.npz", images=np.random.default_rng(0).integers(0, 256, (16, 16, 16, 3), dtype=np.uint8))
+    np.savez(
+        folder / "images.npz",
+        images=np.random.default_rng(0).integers(0, 256, (16, 16, 16, 3), dtype=np.uint8),
+    )
     convert(str(folder / "images.npz"), folder / "unlabelled.beton")
     return folder / "unlabelled.beton"
 
 
 def is_one_line(error: str) -> bool:
-    return error.startswith("fastbyol: error: ") and error.count("\n") == 1 and "Traceback" not in error
+    return (
+        error.startswith("fastbyol: error: ")
+        and error.count("\n") == 1
+        and "Traceback" not in error
+    )
 
 
 @pytest.mark.parametrize(
@@ -113,7 +134,9 @@ def test_a_group_without_a_command_says_which_it_has(run, group: list[str]) -> N
     assert "\n\nCommands:\n" in err
 
 
-def test_an_unknown_key_in_a_file_is_named_with_its_place_and_the_nearest_right_one(run, tmp_path: Path) -> None:
+def test_an_unknown_key_in_a_file_is_named_with_its_place_and_the_nearest_right_one(
+    run, tmp_path: Path
+) -> None:
     (tmp_path / "mine.toml").write_text('[model]\nnorm = "gn"\n[optim]\nweigth_decay = 0.1\n')
     code, _, err = run("train", "--config", "mine.toml")
     assert code == 2
@@ -122,10 +145,15 @@ def test_an_unknown_key_in_a_file_is_named_with_its_place_and_the_nearest_right_
     assert "optim.weight_decay" in err
 
 
-def test_betons_that_do_not_do_are_refused(run, tmp_path: Path, beton: Path, unlabelled: Path) -> None:
+def test_betons_that_do_not_do_are_refused(
+    run, tmp_path: Path, beton: Path, unlabelled: Path
+) -> None:
     """A truncated one, and one without labels to test on."""
     (tmp_path / "cut.beton").write_bytes(beton.read_bytes()[:-25])
-    for files, says in ((["cut.beton"], "cut.beton"), ([beton, "--test-data", unlabelled], "label")):
+    for files, says in (
+        (["cut.beton"], "cut.beton"),
+        ([beton, "--test-data", unlabelled], "label"),
+    ):
         code, _, err = run("train", "--data", *files, "--epochs", "1", "--out", "run", *TINY)
         assert code == 2
         assert is_one_line(err)
@@ -141,7 +169,10 @@ def test_an_output_that_exists_is_refused(run, tmp_path: Path, beton: Path) -> N
     assert (tmp_path / "run" / "mine.txt").read_text() == "precious"
 
 
-@pytest.mark.skipif(os.geteuid() == 0 and not Path("/proc/version").exists(), reason="needs a place that nobody may write to")
+@pytest.mark.skipif(
+    os.geteuid() == 0 and not Path("/proc/version").exists(),
+    reason="needs a place that nobody may write to",
+)
 def test_an_unwritable_output_is_refused(run, beton: Path) -> None:
     code, _, err = run("train", "--data", beton, "--out", "/proc/run", *TINY)
     assert code == 2
@@ -151,12 +182,29 @@ def test_an_unwritable_output_is_refused(run, beton: Path) -> None:
 
 def test_convert_train_eval_resume_report_runs(run, tmp_path: Path) -> None:
     """The whole path by its command lines, as JSON."""
-    code, out, _ = run("convert", "textures", "train.beton", "--count", 40, "--size", 16, "--seed", 1, "--json")
+    code, out, _ = run(
+        "convert", "textures", "train.beton", "--count", 40, "--size", 16, "--seed", 1, "--json"
+    )
     assert code == 0
     assert json.loads(out)["images"] == 40
-    assert run("convert", "textures", "test.beton", "--count", 60, "--size", 16, "--seed", 2)[0] == 0
+    assert (
+        run("convert", "textures", "test.beton", "--count", 60, "--size", 16, "--seed", 2)[0] == 0
+    )
     data = ["--data", "train.beton", "--test-data", "test.beton"]
-    options = ["--norm", "gn", "--opt", "lars", "--lr", "0.2", "--mlp-norm", "none", "--epochs", 2, "--out", "runs/mine"]
+    options = [
+        "--norm",
+        "gn",
+        "--opt",
+        "lars",
+        "--lr",
+        "0.2",
+        "--mlp-norm",
+        "none",
+        "--epochs",
+        2,
+        "--out",
+        "runs/mine",
+    ]
     code, out, err = run("train", *data, *options, *TINY, "--json")
     assert code == 0, err
     summary = json.loads(out)
@@ -199,7 +247,9 @@ def test_convert_train_eval_resume_report_runs(run, tmp_path: Path) -> None:
     ],
     ids=" ".join,
 )
-def test_a_pipe_is_waited_for_by_nobody(run, tmp_path: Path, beton: Path, arguments: list[str]) -> None:
+def test_a_pipe_is_waited_for_by_nobody(
+    run, tmp_path: Path, beton: Path, arguments: list[str]
+) -> None:
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "folder").mkdir()
     os.mkfifo(tmp_path / "folder" / "layers.npy")
@@ -213,7 +263,9 @@ def test_a_pipe_is_waited_for_by_nobody(run, tmp_path: Path, beton: Path, argume
 
 
 def test_a_run_goes_on_with_its_own_data_alone(run, tmp_path: Path, beton: Path) -> None:
-    """Replaced data are refused by file and change; moved data are named once, from whatever folder."""
+    """Replaced data are refused by file and change; moved data are named once, from whatever
+    folder.
+    """
     import shutil
 
     shutil.copy(beton, tmp_path / "d.beton")
@@ -221,14 +273,27 @@ def test_a_run_goes_on_with_its_own_data_alone(run, tmp_path: Path, beton: Path)
     assert run("convert", "textures", "d.beton", "--count", 24, "--size", 16, "--overwrite")[0] == 0
     code, _, err = run("resume", "r")
     assert (code, is_one_line(err)) == (2, True)
-    assert f"{tmp_path / 'd.beton'}: is not the training data that the run was made with: 32 samples then, 24 now" in err
+    assert (
+        f"{tmp_path / 'd.beton'}: is not the training data that the run was made with: 32 samples "
+        "then, 24 now" in err
+    )
     assert "fastbyol resume r --data FILE" in err
     shutil.copy(beton, tmp_path / "there.beton")
     (tmp_path / "r").rename(tmp_path / "s")
     assert run("resume", "s", "--data", "d.beton")[0] == 2
     assert run("resume", "s", "--data", "there.beton")[0] == 0
     assert run("resume", "s")[0] == 0
-    code, out, err = run("eval", "s", "--test-data", "there.beton", "--train-data", beton, "--protocol", "knn", "--json")
+    code, out, err = run(
+        "eval",
+        "s",
+        "--test-data",
+        "there.beton",
+        "--train-data",
+        beton,
+        "--protocol",
+        "knn",
+        "--json",
+    )
     assert code == 0
     assert json.loads(out)["num_repeated"] == 32
     assert "32 of 32 scored images are among those fitted" in err
@@ -243,7 +308,19 @@ def data_of_eval() -> list[str]:
 def test_the_controls_train_and_say_what_they_lack(run, beton: Path, tmp_path: Path) -> None:
     from fastbyol.config_io import read_run
 
-    options = ["--data", beton, "--epochs", 1, "--opt", "lars", *TINY, "--method", "simsiam", "--predictor-layers", 0]
+    options = [
+        "--data",
+        beton,
+        "--epochs",
+        1,
+        "--opt",
+        "lars",
+        *TINY,
+        "--method",
+        "simsiam",
+        "--predictor-layers",
+        0,
+    ]
     code, _, err = run("train", *options, "--out", "run")
     assert code == 0, err
     config = read_run(tmp_path / "run" / "config.toml")
@@ -255,9 +332,22 @@ def test_the_controls_train_and_say_what_they_lack(run, beton: Path, tmp_path: P
 
 
 def test_the_preset_that_nobody_named_fits_the_device(run, tmp_path: Path) -> None:
-    """A batch of 256 is blog's; demo's fits 200 images, and the line says that the textures set was taken."""
-    small = ["--set", "data.textures_count=200", "--set", "data.textures_test_count=64", "--epochs", "1", "--batch-size", "64"]
-    code, out, err = run("train", *[flag for flag in TINY if flag != "--batch-size=8"], *small, "--out", "run")
+    """A batch of 256 is blog's; demo's fits 200 images, and the line says that the textures set was
+    taken.
+    """
+    small = [
+        "--set",
+        "data.textures_count=200",
+        "--set",
+        "data.textures_test_count=64",
+        "--epochs",
+        "1",
+        "--batch-size",
+        "64",
+    ]
+    code, out, err = run(
+        "train", *[flag for flag in TINY if flag != "--batch-size=8"], *small, "--out", "run"
+    )
     assert code == 0, err
     assert "preset demo, no --data given, so the embedded textures set: 200 images of 16 px" in out
     assert 'preset = "demo"' in (tmp_path / "run" / "config.toml").read_text()
@@ -265,7 +355,9 @@ def test_the_preset_that_nobody_named_fits_the_device(run, tmp_path: Path) -> No
 
 def test_presets_list_show_copy(run, tmp_path: Path) -> None:
     assert set(json.loads(run("presets", "list", "--json")[1])) == {"blog", "demo", "paper"}
-    assert json.loads(run("presets", "show", "paper", "--json")[1])["optim"]["weight_decay"] == 1.5e-6
+    assert (
+        json.loads(run("presets", "show", "paper", "--json")[1])["optim"]["weight_decay"] == 1.5e-6
+    )
     assert run("presets", "copy", "paper", "mine.toml")[0] == 0
     text = (tmp_path / "mine.toml").read_text()
     assert "arXiv" in text
@@ -276,7 +368,9 @@ def test_doctor_names_what_is_there(run) -> None:
     code, out, _ = run("doctor", "--json")
     checks = {check["name"]: check for check in json.loads(out)}
     lines = run("doctor")[1].splitlines()
-    assert all(any(f" {name}  " in line for line in lines) for name in checks), "a column is as wide as its widest name"
+    assert all(any(f" {name}  " in line for line in lines) for name in checks), (
+        "a column is as wide as its widest name"
+    )
     assert checks["torch"]["ok"]
     assert checks["ffcv"]["ok"] or "not installed, torchvision decodes" in checks["ffcv"]["found"]
     assert checks["engine auto"]["found"].split(":")[0] in ("eager", "graph")
@@ -286,7 +380,9 @@ def test_doctor_names_what_is_there(run) -> None:
 
 def test_a_missing_ffcv_is_a_choice_to_doctor(run, monkeypatch: pytest.MonkeyPatch) -> None:
     find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "ffcv" else find(name))
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "ffcv" else find(name)
+    )
     code, out, _ = run("doctor")
     (line,) = (line for line in out.splitlines() if " ffcv " in line)
     assert line.startswith("none ")
@@ -294,7 +390,9 @@ def test_a_missing_ffcv_is_a_choice_to_doctor(run, monkeypatch: pytest.MonkeyPat
     assert code == 0
 
 
-def test_doctor_says_whether_the_precision_gates_answer_is_kept(run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_doctor_says_whether_the_precision_gates_answer_is_kept(
+    run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     import torch
 
     from fastbyol.engine import precision
@@ -303,7 +401,9 @@ def test_doctor_says_whether_the_precision_gates_answer_is_kept(run, monkeypatch
     monkeypatch.setattr(precision, "gradient_gap", lambda *_: precision.Gap(0.0, 0.0))
 
     def precision_line() -> str:
-        return {check["name"]: check for check in json.loads(run("doctor", "--json")[1])}["precision auto"]["found"]
+        return {check["name"]: check for check in json.loads(run("doctor", "--json")[1])}[
+            "precision auto"
+        ]["found"]
 
     monkeypatch.setenv("FASTBYOL_CACHE", str(tmp_path / "cache"))
     assert precision_line().endswith("; kept for the next run")
@@ -324,12 +424,20 @@ def test_an_engine_that_is_not_here_is_refused_before_anything_is_made(run, tmp_
 def test_data_commands(run, beton: Path, tmp_path: Path) -> None:
     code, out, _ = run("data", "info", beton, "--json")
     info = json.loads(out)
-    assert (code, info["num_samples"], info["sealed"], sum(info["labels"].values())) == (0, 32, True, 32)
+    assert (code, info["num_samples"], info["sealed"], sum(info["labels"].values())) == (
+        0,
+        32,
+        True,
+        32,
+    )
     code, out, _ = run("data", "info", beton)
     assert code == 0
     assert "textures" in out
     code, out, _ = run("data", "verify", beton, "--deep")
-    assert (code, out) == (0, f"{beton}: 32 samples, structure and checksums, every image decoded: whole\n")
+    assert (code, out) == (
+        0,
+        f"{beton}: 32 samples, structure and checksums, every image decoded: whole\n",
+    )
     code, out, _ = run("data", "preview", beton, "--set", "views.size=16", "--count", 5, "--json")
     assert (code, json.loads(out)) == (0, {"written": "preview.png", "samples": [0, 8, 16, 23, 31]})
     damaged = tmp_path / "damaged.beton"
@@ -358,7 +466,10 @@ def foreign(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     files = {
         "plain": ({"image": "raw", "label": "int"}, plain),
         "one": ({"img": "raw", "y": "int"}, plain),
-        "several": ({"id": "int", "mask": "raw", "label": "float", "img": "raw", "kind": "int"}, several),
+        "several": (
+            {"id": "int", "mask": "raw", "label": "float", "img": "raw", "kind": "int"},
+            several,
+        ),
         "alone": ({"img": "raw"}, [(picture,) for picture in pictures]),
     }
     paths = {name: folder / f"{name}.beton" for name in files}
@@ -385,9 +496,13 @@ def test_foreign_fields_are_chosen_by_name(run, foreign: dict[str, Path]) -> Non
         assert code == 0, err
         scores[name] = json.loads(out)["accuracy"]
     assert summaries["one"] == summaries["several"] == summaries["unlabelled"] == summaries["plain"]
-    assert scores["one"] == scores["several"] == scores["plain"]  # the unlabelled file leaves knn the halves of the other
+    assert (
+        scores["one"] == scores["several"] == scores["plain"]
+    )  # the unlabelled file leaves knn the halves of the other
     files = ("--train-data", foreign["several"], "--test-data", foreign["several"])
-    code, out, err = run("eval", "plain", "--protocol", "knn", *files, *fields, "--device", "cpu", "--json")
+    code, out, err = run(
+        "eval", "plain", "--protocol", "knn", *files, *fields, "--device", "cpu", "--json"
+    )
     assert code == 0, err
     assert json.loads(out)["accuracy"] == scores["plain"]
 
@@ -395,11 +510,29 @@ def test_foreign_fields_are_chosen_by_name(run, foreign: dict[str, Path]) -> Non
 def test_data_commands_take_the_fields(run, foreign: dict[str, Path], tmp_path: Path) -> None:
     file, fields = foreign["several"], ("--image-field", "img", "--label-field", "kind")
     info = json.loads(run("data", "info", file, *fields, "--json")[1])
-    assert (info["image_field"], info["label_field"], info["labels"]) == ("img", "kind", {"0": 12, "1": 12})
+    assert (info["image_field"], info["label_field"], info["labels"]) == (
+        "img",
+        "kind",
+        {"0": 12, "1": 12},
+    )
     assert run("data", "verify", file, "--deep", *fields)[0] == 0
     for name, of in (("plain", ()), ("several", fields), ("one", ())):
-        assert run("data", "preview", foreign[name], "--out", f"{name}.png", *of, "--set", "views.size=16")[0] == 0
-    assert len({(tmp_path / f"{name}.png").read_bytes() for name in ("plain", "several", "one")}) == 1
+        assert (
+            run(
+                "data",
+                "preview",
+                foreign[name],
+                "--out",
+                f"{name}.png",
+                *of,
+                "--set",
+                "views.size=16",
+            )[0]
+            == 0
+        )
+    assert (
+        len({(tmp_path / f"{name}.png").read_bytes() for name in ("plain", "several", "one")}) == 1
+    )
     options = ("--out", "mask.png", "--image-field", "mask", "--set", "views.size=16")
     assert run("data", "preview", file, *options)[0] == 0
     assert (tmp_path / "mask.png").read_bytes() != (tmp_path / "plain.png").read_bytes()
@@ -423,7 +556,10 @@ def test_fields_that_are_not_there_are_refused_in_a_line(
 ) -> None:
     file = foreign["several"]
     commands = [("data", what, file, *fields) for what in ("info", "verify", "preview")]
-    for command in (*commands, ("train", "--data", file, "--test-data", file, *TINY, *fields, "--out", "run")):
+    for command in (
+        *commands,
+        ("train", "--data", file, "--test-data", file, *TINY, *fields, "--out", "run"),
+    ):
         code, out, err = run(*command)
         assert code == 2, out
         assert err.splitlines()[-1].startswith(f"fastbyol: error: {file}: ")
@@ -431,15 +567,30 @@ def test_fields_that_are_not_there_are_refused_in_a_line(
     assert not (tmp_path / "run").exists() or not list((tmp_path / "run").glob("**/*.safetensors"))
 
 
-def test_several_int_fields_are_refused_only_where_labels_are_needed(run, foreign: dict[str, Path]) -> None:
+def test_several_int_fields_are_refused_only_where_labels_are_needed(
+    run, foreign: dict[str, Path]
+) -> None:
     file, image = foreign["several"], ("--image-field", "img")
     code, out, _ = run("data", "info", file, *image, "--json")
     assert (code, json.loads(out)["labels"]) == (0, None)
-    assert run("train", "--data", file, *TINY, "--epochs", 1, *image, "--out", "run", "--json")[0] == 0
+    assert (
+        run("train", "--data", file, *TINY, "--epochs", 1, *image, "--out", "run", "--json")[0] == 0
+    )
     for command in (
         ("train", "--data", file, "--test-data", file, *TINY, *image, "--out", "other"),
         ("eval", "run", "--test-data", file, "--device", "cpu"),
-        ("eval", "run", "--test-data", foreign["one"], "--train-data", file, "--protocol", "knn", "--device", "cpu"),
+        (
+            "eval",
+            "run",
+            "--test-data",
+            foreign["one"],
+            "--train-data",
+            file,
+            "--protocol",
+            "knn",
+            "--device",
+            "cpu",
+        ),
     ):
         code, _, err = run(*command)
         assert code == 2
@@ -457,12 +608,24 @@ def test_explain_compares_dialects_and_configurations(run) -> None:
     assert (code, rows["optim.dialect"]["a"], rows["optim.dialect"]["b"]) == (0, "blog", "deepmind")
     code, out, _ = run("explain", "--diff", "blog", "paper")
     line = next(line for line in out.splitlines() if line.startswith("optim.dialect"))
-    assert line.split() == ["optim.dialect", '"blog"', '"deepmind"', "preset", "blog", "preset", "paper"]
+    assert line.split() == [
+        "optim.dialect",
+        '"blog"',
+        '"deepmind"',
+        "preset",
+        "blog",
+        "preset",
+        "paper",
+    ]
     assert run("explain", "--diff", "blog", "blog")[1] == "blog and blog: no key differs\n"
 
 
-def started(folder: Path, *arguments: object) -> tuple[subprocess.CompletedProcess[str], list[list[str]]]:
-    """What the command line did as a program on a GPU without graphs, and [process number, *arguments] of its every start."""
+def started(
+    folder: Path, *arguments: object
+) -> tuple[subprocess.CompletedProcess[str], list[list[str]]]:
+    """What the command line did as a program on a GPU without graphs, and [process number,
+    *arguments] of its every start.
+    """
     starts = folder / "starts"
     done = subprocess.run(
         [sys.executable, no_graph.__file__, *map(str, arguments)],
@@ -474,7 +637,9 @@ def started(folder: Path, *arguments: object) -> tuple[subprocess.CompletedProce
 def test_a_run_whose_graph_cannot_be_recorded_ends_compiled_in_a_process_of_the_same_number(
     beton: Path, tmp_path: Path
 ) -> None:
-    """One line says so, the exit code is 0, and the run's bytes are those of one that was compiled from the first step."""
+    """One line says so, the exit code is 0, and the run's bytes are those of one that was compiled
+    from the first step.
+    """
     from safetensors.numpy import load_file
 
     options = ["--data", beton, "--epochs", 2, *TINY, "--json"]
@@ -483,7 +648,10 @@ def test_a_run_whose_graph_cannot_be_recorded_ends_compiled_in_a_process_of_the_
     assert json.loads(done.stdout)["finished"]
     (message,) = (line for line in done.stderr.splitlines() if "no CUDA graph" in line)
     why = f"run: no CUDA graph ({no_graph.WHY})"
-    assert message == f"{why}: its steps are compiled from now on, in a fresh process: fastbyol resume run"
+    assert (
+        message
+        == f"{why}: its steps are compiled from now on, in a fresh process: fastbyol resume run"
+    )
     number = starts[0][0]
     assert [start[0] for start in starts] == [number, number]
     assert starts[1][1:] == ["resume", "run", "--json"]
@@ -491,7 +659,9 @@ def test_a_run_whose_graph_cannot_be_recorded_ends_compiled_in_a_process_of_the_
     assert (done.returncode, len(starts)) == (0, 3)
     for name in ("metrics.jsonl", "layers.npy"):
         assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "compiled" / name).read_bytes()
-    one, other = (max((tmp_path / name / "checkpoints").glob("*.safetensors")) for name in ("run", "compiled"))
+    one, other = (
+        max((tmp_path / name / "checkpoints").glob("*.safetensors")) for name in ("run", "compiled")
+    )
     one_tensors, other_tensors = load_file(one), load_file(other)
     assert one.name == other.name
     assert [(name, value.tobytes()) for name, value in one_tensors.items()] == [
@@ -506,14 +676,26 @@ class BecameAnotherError(Exception):
 @pytest.mark.parametrize(
     ("way_in", "typed", "becomes"),
     [
-        (["-W", "error", "-m", "fastbyol.cli.main"], ["train", "--json"], ["resume", "runs/a b", "--json"]),
+        (
+            ["-W", "error", "-m", "fastbyol.cli.main"],
+            ["train", "--json"],
+            ["resume", "runs/a b", "--json"],
+        ),
         (["/venv/bin/fastbyol"], ["resume", "runs/a b"], ["resume", "runs/a b"]),
-        (["-P", "/venv/bin/fastbyol"], ["demo", "here", "--seed", "3"], ["demo", "here", "--seed", "3"]),
+        (
+            ["-P", "/venv/bin/fastbyol"],
+            ["demo", "here", "--seed", "3"],
+            ["demo", "here", "--seed", "3"],
+        ),
     ],
     ids=str,
 )
 def test_a_fresh_process_is_started_as_this_one_was(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, way_in: list[str], typed: list[str], becomes: list[str]
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    way_in: list[str],
+    typed: list[str],
+    becomes: list[str],
 ) -> None:
     from fastbyol import api, demo
 

@@ -47,7 +47,9 @@ def _write_all(files: dict[Path, tuple[dict[str, str], list[tuple[Any, ...]]]]) 
     }
     for path, (fields, samples) in files.items():
         made = {name: kinds[kind]() for name, kind in fields.items()}
-        DatasetWriter(str(path), made, page_size=1 << 21, num_workers=1).from_indexed_dataset(samples)
+        DatasetWriter(str(path), made, page_size=1 << 21, num_workers=1).from_indexed_dataset(
+            samples
+        )
 
 
 def _by_hand(path: Path) -> Any:
@@ -61,7 +63,9 @@ def loaded(path: Path) -> tuple[NDArray[np.uint8], list[int] | None]:
     if not HAS_FFCV:
         by_hand = _by_hand(path)
         images = [
-            Image.open(io.BytesIO(data)) if mode == 0 else np.frombuffer(data, np.uint8).reshape(h, w, 3)
+            Image.open(io.BytesIO(data))
+            if mode == 0
+            else np.frombuffer(data, np.uint8).reshape(h, w, 3)
             for mode, h, w, data in by_hand.images
         ]
         return np.stack([np.asarray(image) for image in images]), by_hand.labels
@@ -75,25 +79,42 @@ def loaded(path: Path) -> tuple[NDArray[np.uint8], list[int] | None]:
     if "label" in Reader(str(path)).field_names:
         pipelines["label"] = [IntDecoder()]
     order = OrderOption.SEQUENTIAL
-    loader = Loader(str(path), 8, num_workers=1, os_cache=True, order=order, drop_last=False, pipelines=pipelines)
+    loader = Loader(
+        str(path),
+        8,
+        num_workers=1,
+        os_cache=True,
+        order=order,
+        drop_last=False,
+        pipelines=pipelines,
+    )
     batches = [tuple(np.array(part) for part in batch) for batch in loader]
     torch.set_num_threads(threads)
     images = np.concatenate([batch[0] for batch in batches])
-    return images, [int(k) for batch in batches for k in batch[1][:, 0]] if "label" in pipelines else None
+    return images, [
+        int(k) for batch in batches for k in batch[1][:, 0]
+    ] if "label" in pipelines else None
 
 
 def regions(path: Path) -> tuple[list[NDArray[np.uint8]], list[int] | None]:
     """Return raw images of any sizes, and labels, by FFCV's reader."""
     if not HAS_FFCV:
         by_hand = _by_hand(path)
-        return [np.frombuffer(data, np.uint8).reshape(h, w, 3) for _, h, w, data in by_hand.images], by_hand.labels
+        return [
+            np.frombuffer(data, np.uint8).reshape(h, w, 3) for _, h, w, data in by_hand.images
+        ], by_hand.labels
     from ffcv.reader import Reader
 
     reader = Reader(str(path))
     rows = reader.metadata[f"f{reader.field_names.index('image')}"]
-    images = [data.reshape(row["height"], row["width"], 3) for data, row in zip(raw_regions(path), rows, strict=True)]
+    images = [
+        data.reshape(row["height"], row["width"], 3)
+        for data, row in zip(raw_regions(path), rows, strict=True)
+    ]
     labelled = "label" in reader.field_names
-    return images, reader.metadata[f"f{reader.field_names.index('label')}"].tolist() if labelled else None
+    return images, reader.metadata[
+        f"f{reader.field_names.index('label')}"
+    ].tolist() if labelled else None
 
 
 def raw_regions(path: Path) -> list[NDArray[np.uint8]]:
@@ -104,6 +125,8 @@ def raw_regions(path: Path) -> list[NDArray[np.uint8]]:
 
     reader = Reader(str(path))
     data = np.fromfile(path, np.uint8)
-    sizes = dict(zip(reader.alloc_table["ptr"].tolist(), reader.alloc_table["size"].tolist(), strict=True))
+    sizes = dict(
+        zip(reader.alloc_table["ptr"].tolist(), reader.alloc_table["size"].tolist(), strict=True)
+    )
     pointers = reader.metadata[f"f{reader.field_names.index('image')}"]["data_ptr"].tolist()
     return [data[at : at + sizes[at]] for at in pointers]

@@ -57,7 +57,8 @@ def by_hand(name: str) -> bytes:
     """Return a beton as FFCV writes it: header, fields, rows, pages of samples, table."""
     labelled = name != "unlabelled"
     row = np.dtype(
-        [("mode", "u1"), ("width", "<u2"), ("height", "<u2"), ("at", "<u8")] + [("pad", "u1", 3), ("label", "<i8")] * labelled
+        [("mode", "u1"), ("width", "<u2"), ("height", "<u2"), ("at", "<u8")]
+        + [("pad", "u1", 3), ("label", "<i8")] * labelled
     )
     fields = np.zeros(1 + labelled, [("type", "u1"), ("name", "S16"), ("arguments", "u1", 1024)])
     fields["type"], fields["name"] = [2, 1][: len(fields)], ["image", "label"][: len(fields)]
@@ -73,12 +74,21 @@ def by_hand(name: str) -> bytes:
         if len(pages) % PAGE_BYTES + len(stored) > PAGE_BYTES:
             pages += bytes(-len(pages) % PAGE_BYTES)
         table[i] = i, first + len(pages), len(stored)
-        rows[["mode", "width", "height", "at"]][i] = (not is_jpeg, image.shape[1], image.shape[0], table[i, 1])
+        rows[["mode", "width", "height", "at"]][i] = (
+            not is_jpeg,
+            image.shape[1],
+            image.shape[0],
+            table[i, 1],
+        )
         if labelled:
             rows["label"][i] = label(i)
         pages += stored
     pages += bytes(-len(pages) % PAGE_BYTES)
-    head = struct.pack("<HHIQQ", 2, len(fields), PAGE_BYTES, COUNT, first + len(pages)) + fields.tobytes() + rows.tobytes()
+    head = (
+        struct.pack("<HHIQQ", 2, len(fields), PAGE_BYTES, COUNT, first + len(pages))
+        + fields.tobytes()
+        + rows.tobytes()
+    )
     return head.ljust(first, b"\0") + bytes(pages) + table.tobytes()
 
 
@@ -93,7 +103,9 @@ def decoded_by_ffcv() -> dict[str, NDArray[np.uint8]]:
 def _run(*arguments: str | Path) -> None:
     # Five seconds of imports and writing; the limit is for a machine whose cores others hold, where
     # it took minutes.
-    subprocess.run([sys.executable, __file__, *arguments], check=True, timeout=900, stderr=subprocess.DEVNULL)
+    subprocess.run(
+        [sys.executable, __file__, *arguments], check=True, timeout=900, stderr=subprocess.DEVNULL
+    )
 
 
 def label(i: int) -> int:
@@ -124,7 +136,10 @@ def rows(name: str, columns: tuple[str, ...]) -> list[tuple[Any, ...]]:
 
     def row(i: int) -> tuple[Any, ...]:
         values = {"image": pixels(name, i), "label": label(i), "float": i / 7, "json": {"index": i}}
-        values |= {"bytes": np.arange(i % 9 + 1, dtype=np.uint8), "array": np.full((2, 3), i, np.float32)}
+        values |= {
+            "bytes": np.arange(i % 9 + 1, dtype=np.uint8),
+            "array": np.full((2, 3), i, np.float32),
+        }
         return tuple(values[column] for column in columns)
 
     return [row(i) for i in range(COUNT)]
@@ -155,7 +170,9 @@ def _write(folder: Path) -> None:
     for name, fields in files.items():
         columns = tuple(column for column, _ in fields.values())
         typed = {key: field for key, (_, field) in fields.items()}
-        writer = DatasetWriter(str(folder / f"{name}.beton"), typed, page_size=PAGE_BYTES, num_workers=1)
+        writer = DatasetWriter(
+            str(folder / f"{name}.beton"), typed, page_size=PAGE_BYTES, num_workers=1
+        )
         writer.from_indexed_dataset(rows(name, columns))
 
 
@@ -166,7 +183,9 @@ def _decode(path: Path, image: str, others: list[str], crop: bool) -> NDArray[np
 
     decoder = CenterCropRGBImageDecoder((SIZE, SIZE), 1.0) if crop else SimpleRGBImageDecoder()
     pipelines = {image: [decoder, ToTensor()], **dict.fromkeys(others)}
-    batches = Loader(str(path), batch_size=64, num_workers=1, os_cache=True, pipelines=pipelines, drop_last=False)
+    batches = Loader(
+        str(path), batch_size=64, num_workers=1, os_cache=True, pipelines=pipelines, drop_last=False
+    )
     return np.concatenate([batch[0].numpy().copy() for batch in batches])
 
 
@@ -174,7 +193,9 @@ def _decode_all(folder: Path) -> None:
     decoded = {}
     for name in DECODED:
         image, others = (
-            ("picture", ["meta", "target", "weight", "blob", "vector"]) if name == "foreign" else ("image", ["label"])
+            ("picture", ["meta", "target", "weight", "blob", "vector"])
+            if name == "foreign"
+            else ("image", ["label"])
         )
         decoded[name] = _decode(folder / f"{name}.beton", image, others, name.startswith("mixed"))
     np.savez(folder / "decoded.npz", allow_pickle=False, **decoded)

@@ -17,22 +17,42 @@ from PIL import Image
 
 Images = NDArray[np.uint8]
 
-CIFAR10_NAMES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+CIFAR10_NAMES = (
+    "airplane",
+    "automobile",
+    "bird",
+    "cat",
+    "deer",
+    "dog",
+    "frog",
+    "horse",
+    "ship",
+    "truck",
+)
 STL10_NAMES = ("airplane", "bird", "car", "cat", "deer", "dog", "horse", "monkey", "ship", "truck")
 
 
 def random_images(count: int, height: int, width: int, seed: int = 0) -> Images:
     """Return smooth pictures, so that JPEG keeps them: a random 4 x 4 grid, enlarged."""
     grid = np.random.default_rng(seed).integers(0, 256, (count, 4, 4, 3), np.uint8)
-    return np.stack([np.asarray(Image.fromarray(g).resize((width, height), Image.Resampling.BICUBIC)) for g in grid])
+    return np.stack(
+        [
+            np.asarray(Image.fromarray(g).resize((width, height), Image.Resampling.BICUBIC))
+            for g in grid
+        ]
+    )
 
 
-def stl10(folder: Path, *, train: int = 20, test: int = 10, unlabeled: int = 12) -> dict[str, tuple[Images, list[int]]]:
+def stl10(
+    folder: Path, *, train: int = 20, test: int = 10, unlabeled: int = 12
+) -> dict[str, tuple[Images, list[int]]]:
     """Write ``folder/stl10_binary`` as its archive unpacks: columns first, labels from 1."""
     inner = folder / "stl10_binary"
     inner.mkdir(parents=True)
     (inner / "class_names.txt").write_text("\n".join(STL10_NAMES) + "\n")
-    (inner / "fold_indices.txt").write_text("".join(" ".join(map(str, fold)) + " \n" for fold in folds(train)))
+    (inner / "fold_indices.txt").write_text(
+        "".join(" ".join(map(str, fold)) + " \n" for fold in folds(train))
+    )
     written = _stl10_parts(train, test, unlabeled)
     for part, (images, labels) in written.items():
         (inner / f"{part}_X.bin").write_bytes(images.transpose(0, 3, 2, 1).tobytes())
@@ -41,11 +61,16 @@ def stl10(folder: Path, *, train: int = 20, test: int = 10, unlabeled: int = 12)
     return written
 
 
-def stl10_matlab(folder: Path, *, train: int = 20, test: int = 10, unlabeled: int = 12) -> dict[str, tuple[Images, list[int]]]:
+def stl10_matlab(
+    folder: Path, *, train: int = 20, test: int = 10, unlabeled: int = 12
+) -> dict[str, tuple[Images, list[int]]]:
     """Write ``folder/stl10_matlab`` as its archive unpacks: version 5, but 7.3 for unlabeled."""
     inner = folder / "stl10_matlab"
     inner.mkdir(parents=True)
-    names, written = np.array([[np.array([name])] for name in STL10_NAMES], object), _stl10_parts(train, test, unlabeled)
+    names, written = (
+        np.array([[np.array([name])] for name in STL10_NAMES], object),
+        _stl10_parts(train, test, unlabeled),
+    )
     for part, (images, labels) in written.items():
         rows = images.transpose(0, 3, 2, 1).reshape(len(images), -1)
         if part == "unlabeled":
@@ -55,14 +80,18 @@ def stl10_matlab(folder: Path, *, train: int = 20, test: int = 10, unlabeled: in
         if part == "train":
             arrays["fold_indices"] = np.empty((1, 10), object)
             for k, fold in enumerate(folds(train)):
-                arrays["fold_indices"][0, k] = np.array(fold, np.float64)[:, None] + 1  # MATLAB counts from 1
+                arrays["fold_indices"][0, k] = (
+                    np.array(fold, np.float64)[:, None] + 1
+                )  # MATLAB counts from 1
         scipy.io.savemat(inner / f"{part}.mat", arrays, do_compression=True)
     return written
 
 
 def _stl10_parts(train: int, test: int, unlabeled: int) -> dict[str, tuple[Images, list[int]]]:
     written = {}
-    for seed, (part, count) in enumerate((("train", train), ("test", test), ("unlabeled", unlabeled))):
+    for seed, (part, count) in enumerate(
+        (("train", train), ("test", test), ("unlabeled", unlabeled))
+    ):
         labels = [-1 if part == "unlabeled" else (7 * k + seed) % 10 for k in range(count)]
         written[part] = (random_images(count, 96, 96, seed), labels)
     return written
@@ -77,12 +106,18 @@ def hdf5_mat(path: Path, **arrays: NDArray[np.uint8]) -> None:
     """Write MATLAB's version 7.3: HDF5 behind a head of 512 bytes, transposed arrays in chunks."""
     with h5py.File(path, "w", userblock_size=512) as file:
         for name, array in arrays.items():
-            file.create_dataset(name, data=array.T, chunks=True, compression="gzip").attrs["MATLAB_class"] = np.bytes_("uint8")
+            file.create_dataset(name, data=array.T, chunks=True, compression="gzip").attrs[
+                "MATLAB_class"
+            ] = np.bytes_("uint8")
     with path.open("r+b") as opened:
-        opened.write(b"MATLAB 7.3 MAT-file, Platform: GLNXA64".ljust(116) + bytes(8) + b"\x00\x02IM")
+        opened.write(
+            b"MATLAB 7.3 MAT-file, Platform: GLNXA64".ljust(116) + bytes(8) + b"\x00\x02IM"
+        )
 
 
-def cifar_binary(folder: Path, *, classes: int = 10, count: int = 6) -> dict[str, tuple[Images, list[int]]]:
+def cifar_binary(
+    folder: Path, *, classes: int = 10, count: int = 6
+) -> dict[str, tuple[Images, list[int]]]:
     """Write rows of the label, or coarse and fine label, and the planes; names are text files."""
     inner = folder / ("cifar-10-batches-bin" if classes == 10 else "cifar-100-binary")
     inner.mkdir(parents=True)
@@ -92,17 +127,23 @@ def cifar_binary(folder: Path, *, classes: int = 10, count: int = 6) -> dict[str
     for file, (images, labels) in parts.items():
         rows = [bytes([label] if classes == 10 else [label // 5, label]) for label in labels]
         planes = zip(rows, _planes(images), strict=True)
-        (inner / f"{file}.bin").write_bytes(b"".join(row + plane.tobytes() for row, plane in planes))
+        (inner / f"{file}.bin").write_bytes(
+            b"".join(row + plane.tobytes() for row, plane in planes)
+        )
     return _cifar_splits(parts)
 
 
-def cifar_matlab(folder: Path, *, classes: int = 10, count: int = 6) -> dict[str, tuple[Images, list[int]]]:
+def cifar_matlab(
+    folder: Path, *, classes: int = 10, count: int = 6
+) -> dict[str, tuple[Images, list[int]]]:
     """Write arrays ``data`` (N, 3072) and ``labels`` or ``fine_labels`` (N, 1); names are cells."""
     inner = folder / ("cifar-10-batches-mat" if classes == 10 else "cifar-100-matlab")
     inner.mkdir(parents=True)
     cells = np.array([[np.array([name])] for name in _cifar_names(classes)], object)
     fine = "" if classes == 10 else "fine_"
-    scipy.io.savemat(inner / ("batches.meta.mat" if classes == 10 else "meta.mat"), {f"{fine}label_names": cells})
+    scipy.io.savemat(
+        inner / ("batches.meta.mat" if classes == 10 else "meta.mat"), {f"{fine}label_names": cells}
+    )
     parts = _cifar_parts(classes, [count] * 6, 90)
     for file, (images, labels) in parts.items():
         arrays = {"data": _planes(images), f"{fine}labels": np.array(labels, np.uint8)[:, None]}
@@ -110,7 +151,9 @@ def cifar_matlab(folder: Path, *, classes: int = 10, count: int = 6) -> dict[str
     return _cifar_splits(parts)
 
 
-def cifar10(folder: Path, *, per_batch: int = 6, test: int = 8) -> dict[str, tuple[Images, list[int]]]:
+def cifar10(
+    folder: Path, *, per_batch: int = 6, test: int = 8
+) -> dict[str, tuple[Images, list[int]]]:
     """Write ``folder/cifar-10-batches-py``, pickled as Python 2 did."""
     inner = folder / "cifar-10-batches-py"
     inner.mkdir(parents=True)
@@ -119,20 +162,34 @@ def cifar10(folder: Path, *, per_batch: int = 6, test: int = 8) -> dict[str, tup
     parts = _cifar_parts(10, [*[per_batch] * 5, test], 1)
     for batch, (file, (images, labels)) in enumerate(parts.items(), 1):
         names = ["a.png"] * len(images)
-        what = {"batch_label": f"batch {batch}", "labels": labels, "data": _planes(images), "filenames": names}
+        what = {
+            "batch_label": f"batch {batch}",
+            "labels": labels,
+            "data": _planes(images),
+            "filenames": names,
+        }
         (inner / file).write_bytes(python2_pickle(what))
     return _cifar_splits(parts)
 
 
-def cifar100(folder: Path, *, train: int = 12, test: int = 9) -> dict[str, tuple[Images, list[int]]]:
+def cifar100(
+    folder: Path, *, train: int = 12, test: int = 9
+) -> dict[str, tuple[Images, list[int]]]:
     """Write ``folder/cifar-100-python``: train and test with fine and coarse labels, and names."""
     inner = folder / "cifar-100-python"
     inner.mkdir(parents=True)
-    meta = {"fine_label_names": list(_cifar_names(100)), "coarse_label_names": [f"coarse {k}" for k in range(20)]}
+    meta = {
+        "fine_label_names": list(_cifar_names(100)),
+        "coarse_label_names": [f"coarse {k}" for k in range(20)],
+    }
     (inner / "meta").write_bytes(python2_pickle(meta))
     parts = _cifar_parts(100, [train, test], 50)
     for file, (images, labels) in parts.items():
-        what = {"fine_labels": labels, "coarse_labels": [k // 5 for k in labels], "data": _planes(images)}
+        what = {
+            "fine_labels": labels,
+            "coarse_labels": [k // 5 for k in labels],
+            "data": _planes(images),
+        }
         (inner / file).write_bytes(python2_pickle(what))
     return _cifar_splits(parts)
 
@@ -142,17 +199,29 @@ def _cifar_names(classes: int) -> tuple[str, ...]:
 
 
 def _cifar_parts(classes: int, counts: list[int], seed: int) -> dict[str, tuple[Images, list[int]]]:
-    files = [*(f"data_batch_{k}" for k in range(1, 6)), "test_batch"] if classes == 10 else ["train", "test"]
+    files = (
+        [*(f"data_batch_{k}" for k in range(1, 6)), "test_batch"]
+        if classes == 10
+        else ["train", "test"]
+    )
     return {
-        file: (random_images(count, 32, 32, seed + k), [(37 * row + k) % classes for row in range(count)])
+        file: (
+            random_images(count, 32, 32, seed + k),
+            [(37 * row + k) % classes for row in range(count)],
+        )
         for k, (file, count) in enumerate(zip(files, counts, strict=False))
     }
 
 
-def _cifar_splits(parts: dict[str, tuple[Images, list[int]]]) -> dict[str, tuple[Images, list[int]]]:
+def _cifar_splits(
+    parts: dict[str, tuple[Images, list[int]]],
+) -> dict[str, tuple[Images, list[int]]]:
     *train, test = parts.values()
     images, labels = zip(*train, strict=True)
-    return {"train": (np.concatenate(images), [label for part in labels for label in part]), "test": test}
+    return {
+        "train": (np.concatenate(images), [label for part in labels for label in part]),
+        "test": test,
+    }
 
 
 def svhn(folder: Path, *, train: int = 11, test: int = 7) -> dict[str, tuple[Images, list[int]]]:
@@ -162,22 +231,39 @@ def svhn(folder: Path, *, train: int = 11, test: int = 7) -> dict[str, tuple[Ima
     for split, count in (("train", train), ("test", test)):
         images, y = random_images(count, 32, 32, count), np.arange(count, dtype=np.uint8) % 10 + 1
         scipy.io.savemat(
-            folder / f"{split}_32x32.mat", {"X": images.transpose(1, 2, 3, 0), "y": y[:, None]}, do_compression=True
+            folder / f"{split}_32x32.mat",
+            {"X": images.transpose(1, 2, 3, 0), "y": y[:, None]},
+            do_compression=True,
         )
         written[split] = (images, [int(label) % 10 for label in y])
     return written
 
 
 def idx(
-    folder: Path, *, train: int = 20, test: int = 24, side: int = 28, packed: bool = True, sets: str = ""
+    folder: Path,
+    *,
+    train: int = 20,
+    test: int = 24,
+    side: int = 28,
+    packed: bool = True,
+    sets: str = "",
 ) -> dict[str, tuple[Images, list[int]]]:
     """Write MNIST's four files; return their images as RGB, in the middle of 32 x 32."""
     folder.mkdir(parents=True, exist_ok=True)
     written = {}
     for split, name, count in (("train", "train", train), ("test", "t10k", test)):
-        grey, labels = random_images(count, side, side, len(name))[..., 0], [(3 * k + count) % 10 for k in range(count)]
-        heads = struct.pack(">BBBBIII", 0, 0, 8, 3, *grey.shape), struct.pack(">BBBBI", 0, 0, 8, 1, count)
-        for what, head, body in (("images-idx3", heads[0], grey.tobytes()), ("labels-idx1", heads[1], bytes(labels))):
+        grey, labels = (
+            random_images(count, side, side, len(name))[..., 0],
+            [(3 * k + count) % 10 for k in range(count)],
+        )
+        heads = (
+            struct.pack(">BBBBIII", 0, 0, 8, 3, *grey.shape),
+            struct.pack(">BBBBI", 0, 0, 8, 1, count),
+        )
+        for what, head, body in (
+            ("images-idx3", heads[0], grey.tobytes()),
+            ("labels-idx1", heads[1], bytes(labels)),
+        ):
             path = folder / f"{sets}{name}-{what}-ubyte{'.gz' * packed}"
             path.write_bytes(gzip.compress(head + body) if packed else head + body)
         padded = np.zeros((count, max(32, side), max(32, side), 3), np.uint8)
@@ -202,7 +288,9 @@ def class_folders(
     return images, labels
 
 
-def npz(path: Path, *, count: int = 20, side: int = 16, labelled: bool = True) -> tuple[Images, list[int]]:
+def npz(
+    path: Path, *, count: int = 20, side: int = 16, labelled: bool = True
+) -> tuple[Images, list[int]]:
     """Write ``images`` (N, H, W, 3) and ``labels`` (N,), compressed."""
     images, labels = random_images(count, side, side, 9), [k % 5 for k in range(count)]
     arrays = {"images": images} | ({"labels": np.array(labels, np.int32)} if labelled else {})
@@ -229,7 +317,10 @@ def odd_pictures(folder: Path) -> dict[str, Images]:
     share = alpha / 255.0
     expected["alpha.png"] = np.round(colour * share + 255.0 * (1.0 - share)).astype(np.uint8)
 
-    palette, index = rng.integers(0, 256, (16, 3), np.uint8), rng.integers(0, 16, (21, 22), np.uint8)
+    palette, index = (
+        rng.integers(0, 256, (16, 3), np.uint8),
+        rng.integers(0, 16, (21, 22), np.uint8),
+    )
     paletted = Image.frombytes("P", (22, 21), index.tobytes())
     paletted.putpalette(palette.tobytes())
     paletted.save(folder / "palette.png")
@@ -270,12 +361,16 @@ def python2_pickle(value: object) -> bytes:
 
 def _pickled(value: object) -> bytes:
     if isinstance(value, dict):
-        return b"}(" + b"".join(_pickled(key) + _pickled(item) for key, item in value.items()) + b"u"
+        return (
+            b"}(" + b"".join(_pickled(key) + _pickled(item) for key, item in value.items()) + b"u"
+        )
     if isinstance(value, list):
         return b"](" + b"".join(map(_pickled, value)) + b"e"
     if isinstance(value, str | bytes):
         data = value.encode("latin1") if isinstance(value, str) else value
-        return (b"U" + bytes([len(data)]) if len(data) < 256 else b"T" + struct.pack("<i", len(data))) + data
+        return (
+            b"U" + bytes([len(data)]) if len(data) < 256 else b"T" + struct.pack("<i", len(data))
+        ) + data
     if isinstance(value, int):
         return b"K" + bytes([value]) if 0 <= value < 256 else b"J" + struct.pack("<i", value)
     assert isinstance(value, np.ndarray)
@@ -288,4 +383,6 @@ def _pickled(value: object) -> bytes:
 
 def _planes(images: Images) -> NDArray[np.uint8]:
     """Return (N, 3072): all red, then all green, then all blue, row by row."""
-    return np.concatenate([images[..., channel].reshape(len(images), -1) for channel in range(3)], axis=1)
+    return np.concatenate(
+        [images[..., channel].reshape(len(images), -1) for channel in range(3)], axis=1
+    )

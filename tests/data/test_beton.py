@@ -20,7 +20,11 @@ PAGE = 1 << 21
 COUNT = 12
 # Row layouts by hand from the format's description: f0, f1, ... aligned, an image is 13 packed
 # bytes.
-IMAGE_ROW = {"names": ["mode", "w", "h", "ptr"], "offsets": [0, 1, 3, 5], "formats": ["u1", "<u2", "<u2", "<u8"]}
+IMAGE_ROW = {
+    "names": ["mode", "w", "h", "ptr"],
+    "offsets": [0, 1, 3, 5],
+    "formats": ["u1", "<u2", "<u2", "<u8"],
+}
 ROWS: dict[str, np.dtype[Any]] = {
     "plain": np.dtype({**IMAGE_ROW, "itemsize": 24}),  # its label is at byte 16
     "jpg": np.dtype({**IMAGE_ROW, "itemsize": 13}),
@@ -28,7 +32,14 @@ ROWS: dict[str, np.dtype[Any]] = {
 FIELDS = {
     "plain": {"image": "raw", "label": "int"},
     "jpg": {"picture": "jpg"},
-    "foreign": {"meta": "json", "id": "int", "weight": "float", "blob": "bytes", "photo": "jpg", "vector": "array"}
+    "foreign": {
+        "meta": "json",
+        "id": "int",
+        "weight": "float",
+        "blob": "bytes",
+        "photo": "jpg",
+        "vector": "array",
+    }
     | {"label": "int", "mask": "raw"},
 }
 
@@ -37,14 +48,21 @@ IMAGE = {"plain": None, "jpg": None, "foreign": "photo"}
 # Files without labels, or with ambiguous ones, and the error where labels are needed.
 UNLABELLED = {
     "bare": ({"image": "raw"}, "has no int field for labels, its fields are image (image);"),
-    "float": ({"img": "raw", "y": "float"}, "has no int field for labels, its fields are img (image), y (float);"),
+    "float": (
+        {"img": "raw", "y": "float"},
+        "has no int field for labels, its fields are img (image), y (float);",
+    ),
     "two": (
         {"img": "raw", "y": "int", "target": "int"},
-        "does not say which int field is the label, its fields are img (image), y (int), target (int);",
+        "does not say which int field is the label, its fields are img (image), y (int), target "
+        "(int);",
     ),
     # An index or a time is no label for being the only number.
     "index": ({"img": "raw", "index": "int"}, "does not say which int field is the label"),
-    "array": ({"meta": "json", "x": "raw", "classes": "array"}, "meta (json), x (image), classes (ndarray);"),
+    "array": (
+        {"meta": "json", "x": "raw", "classes": "array"},
+        "meta (json), x (image), classes (ndarray);",
+    ),
 }
 
 
@@ -64,7 +82,12 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("good")
     fields = FIELDS | {name: made for name, (made, _) in UNLABELLED.items()}
     files = {name: folder / f"{name}.beton" for name in fields}
-    ffcv_files.write_all({files[name]: (made, [sample(made, k) for k in range(COUNT)]) for name, made in fields.items()})
+    ffcv_files.write_all(
+        {
+            files[name]: (made, [sample(made, k) for k in range(COUNT)])
+            for name, made in fields.items()
+        }
+    )
     return files
 
 
@@ -91,14 +114,20 @@ def refused(path: Path, *words: str, image_field: str | None = None) -> None:
 @pytest.mark.parametrize("name", FIELDS)
 def test_files_of_ffcvs_writer(good: dict[str, Path], name: str) -> None:
     info = beton.inspect(good[name], image_field=IMAGE[name])
-    assert (info.num_samples, info.page_size, info.num_bytes) == (COUNT, PAGE, good[name].stat().st_size)
+    assert (info.num_samples, info.page_size, info.num_bytes) == (
+        COUNT,
+        PAGE,
+        good[name].stat().st_size,
+    )
     image = IMAGE[name] or next(iter(FIELDS[name]))
     assert (info.image_field, info.label_field) == (image, None if name == "jpg" else "label")
     assert info.heights.tolist() == [sides(k)[0] for k in range(COUNT)]
     assert info.widths.tolist() == [sides(k)[1] for k in range(COUNT)]
     assert info.raw.tolist() == [name == "plain"] * COUNT
     names = {"raw": "image", "jpg": "image", "array": "ndarray"}
-    assert [(f.name, f.type_name) for f in info.fields] == [(k, names.get(v, v)) for k, v in FIELDS[name].items()]
+    assert [(f.name, f.type_name) for f in info.fields] == [
+        (k, names.get(v, v)) for k, v in FIELDS[name].items()
+    ]
     assert info.uniform_size is None
     described = beton.info_dict(info)
     assert described["largest"] == [24, 49]
@@ -117,7 +146,14 @@ def test_fields_can_be_chosen(good: dict[str, Path]) -> None:
 
 
 def test_several_image_fields_and_no_choice(good: dict[str, Path]) -> None:
-    refused(good["foreign"], "2 image fields", "photo (image)", "mask (image)", "weight (float)", "--image-field")
+    refused(
+        good["foreign"],
+        "2 image fields",
+        "photo (image)",
+        "mask (image)",
+        "weight (float)",
+        "--image-field",
+    )
 
 
 @pytest.mark.parametrize("name", ["y", "target", "Class", "fine_label"])
@@ -142,7 +178,9 @@ def test_labels_are_demanded_where_they_are_needed(good: dict[str, Path], name: 
     # other int fields may not.
     if "int" in fields.values():
         first = next(field for field, kind in fields.items() if kind == "int")
-        assert beton.inspect(path, label_field=first).labels.tolist() == [k % 4 for k in range(COUNT)]
+        assert beton.inspect(path, label_field=first).labels.tolist() == [
+            k % 4 for k in range(COUNT)
+        ]
         with pytest.raises(UsageError, match="has no int field 'id'"):
             beton.inspect(path, label_field="id", may_lack_labels=True)
     else:
@@ -156,7 +194,12 @@ def test_what_is_no_file(tmp_path: Path) -> None:
     refused(tmp_path, "not a file")
     os.mkfifo(tmp_path / "pipe")
     refused(tmp_path / "pipe", "not a file")
-    for name, data in (("empty", b""), ("text", b"hello " * 10000), ("zeros", bytes(10000)), ("short", b"\x02\x00")):
+    for name, data in (
+        ("empty", b""),
+        ("text", b"hello " * 10000),
+        ("zeros", bytes(10000)),
+        ("short", b"\x02\x00"),
+    ):
         (tmp_path / name).write_bytes(data)
         refused(tmp_path / name, "beton")
 
@@ -168,7 +211,18 @@ def test_cut_or_continued_anywhere_structural(copied: Callable[[str], Path], nam
     header = np.frombuffer(whole, HEADER, 1)[0]
     rows_start = HEADER.itemsize + len(FIELDS[name]) * DESCRIPTOR.itemsize
     table = int(header["table"])
-    edges = {0, 1, rows_start, rows_start + 13, PAGE, 2 * PAGE, table, table + 24, (table + len(whole)) // 2, len(whole)}
+    edges = {
+        0,
+        1,
+        rows_start,
+        rows_start + 13,
+        PAGE,
+        2 * PAGE,
+        table,
+        table + 24,
+        (table + len(whole)) // 2,
+        len(whole),
+    }
     edges |= {HEADER.itemsize + k * DESCRIPTOR.itemsize for k in range(len(FIELDS[name]))}
     for cut in sorted({min(max(at + d, 0), len(whole) - 1) for at in edges for d in (-1, 0, 1)}):
         os.truncate(path, cut)
@@ -211,13 +265,18 @@ def test_flipped_bits_are_refused_or_harmless(copied: Callable[[str], Path], nam
     """Flip single bits: never another exception, never another geometry."""
     path = copied(name)
     whole = path.read_bytes()
-    reference, (free, rows_end) = beton.inspect(path, image_field=IMAGE[name]), may_change(name, whole)
+    reference, (free, rows_end) = (
+        beton.inspect(path, image_field=IMAGE[name]),
+        may_change(name, whole),
+    )
     structural = np.r_[0:rows_end, int(np.frombuffer(whole, HEADER, 1)[0]["table"]) : len(whole)]
     rng = np.random.default_rng(1)
     # Half of them where no change is allowed: descriptors are mostly zeros that few flips should be
     # spent on.
     busy = np.flatnonzero(np.frombuffer(whole, np.uint8)[structural])
-    picks = np.concatenate([rng.choice(structural, 150), structural[rng.choice(busy, 150)], np.arange(HEADER.itemsize)])
+    picks = np.concatenate(
+        [rng.choice(structural, 150), structural[rng.choice(busy, 150)], np.arange(HEADER.itemsize)]
+    )
     accepted = 0
     with path.open("r+b") as file:
         for at in picks.tolist():
@@ -227,7 +286,7 @@ def test_flipped_bits_are_refused_or_harmless(copied: Callable[[str], Path], nam
             try:
                 info = beton.inspect(path, image_field=IMAGE[name])
             except UsageError as error:
-                assert "\n" not in str(error)  # noqa: PT017
+                assert "\n" not in str(error)
             else:
                 accepted += 1
                 assert free[at], at
@@ -240,7 +299,9 @@ def test_flipped_bits_are_refused_or_harmless(copied: Callable[[str], Path], nam
     assert accepted < len(picks) // 2
 
 
-def edited(path: Path, name: str, edit: Callable[[np.ndarray, np.ndarray, np.ndarray], None]) -> None:
+def edited(
+    path: Path, name: str, edit: Callable[[np.ndarray, np.ndarray, np.ndarray], None]
+) -> None:
     """Change header, rows or table, as record arrays, of a ``plain`` or ``jpg`` file."""
     data = np.memmap(path, np.uint8, "r+")
     header = data[: HEADER.itemsize].view(HEADER)
@@ -309,7 +370,9 @@ def _set(part: int, field: str, value: int, at: int = 0) -> Callable[..., None]:
         ("plain", _swap, "no region of this sample"),
     ],
 )
-def test_each_rule(copied: Callable[[str], Path], name: str, edit: Callable[..., None], words: str) -> None:
+def test_each_rule(
+    copied: Callable[[str], Path], name: str, edit: Callable[..., None], words: str
+) -> None:
     path = copied(name)
     edited(path, name, edit)
     refused(path, words)
@@ -324,7 +387,9 @@ def test_each_rule(copied: Callable[[str], Path], name: str, edit: Callable[...,
         (1 + DESCRIPTOR.itemsize, b"image".ljust(16, b"\0"), "same name"),
     ],
 )
-def test_field_descriptors(copied: Callable[[str], Path], at: int, value: int | bytes, words: str) -> None:
+def test_field_descriptors(
+    copied: Callable[[str], Path], at: int, value: int | bytes, words: str
+) -> None:
     path, written = copied("plain"), value if isinstance(value, bytes) else bytes([value])
     with path.open("r+b") as file:
         os.pwrite(file.fileno(), written, HEADER.itemsize + at)
@@ -336,17 +401,23 @@ def test_damaged_jpeg_heads_and_tails(copied: Callable[[str], Path]) -> None:
     whole = path.read_bytes()
     start, dtype = HEADER.itemsize + DESCRIPTOR.itemsize, ROWS["jpg"]
     ptr = int(np.frombuffer(whole, dtype, COUNT, start)["ptr"][7])
-    region = next(r for r in np.frombuffer(whole, REGION, COUNT, len(whole) - 24 * COUNT) if r["ptr"] == ptr)
+    region = next(
+        r for r in np.frombuffer(whole, REGION, COUNT, len(whole) - 24 * COUNT) if r["ptr"] == ptr
+    )
     frame = whole.index(b"\xff\xc0", ptr)
     for at in (ptr, ptr + 1, frame + 6, frame + 8, ptr + int(region["size"]) - 1):
         path.write_bytes(whole[:at] + bytes([whole[at] ^ 4]) + whole[at + 1 :])
         refused(path, "sample 7, field 'picture'")
 
 
-def test_a_file_that_shrinks_while_it_is_read(copied: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_shrinks_while_it_is_read(
+    copied: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Reach the end of a file that was longer when its size was measured."""
     path = copied("plain")
     size = path.stat().st_size
     os.truncate(path, size - 100)
-    monkeypatch.setattr(os, "fstat", lambda _: os.stat_result((0o100644, 0, 0, 0, 0, 0, size, 0, 0, 0)))
+    monkeypatch.setattr(
+        os, "fstat", lambda _: os.stat_result((0o100644, 0, 0, 0, 0, 0, size, 0, 0, 0))
+    )
     refused(path, "ended while it was read")

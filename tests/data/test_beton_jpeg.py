@@ -51,7 +51,11 @@ def test_every_form_that_decodes_to_rgb(tmp_path: Path) -> None:
         {"icc_profile": b"i" * 200_000},
         *({"comment": b"c" * n} for n in range(300, 360)),
     ]
-    streams = [encoded(mode, 5 + k, 90 - k, **form) for k, form in enumerate(forms) for mode in ("RGB", "L")]
+    streams = [
+        encoded(mode, 5 + k, 90 - k, **form)
+        for k, form in enumerate(forms)
+        for mode in ("RGB", "L")
+    ]
     with joined(tmp_path / "all", streams) as (fd, starts, sizes):
         widths, heights = beton_jpeg.frame_sizes(fd, starts, sizes)
     pillows = [Image.open(io.BytesIO(stream)).size for stream in streams]
@@ -93,7 +97,9 @@ def test_flipped_bits_give_nothing_or_what_pillow_sees(tmp_path: Path) -> None:
     with joined(tmp_path / "all", streams) as (fd, starts, sizes):
         widths, heights = beton_jpeg.frame_sizes(fd, starts, sizes)
     refused = 0
-    for stream, size in zip(streams, zip(widths.tolist(), heights.tolist(), strict=True), strict=True):
+    for stream, size in zip(
+        streams, zip(widths.tolist(), heights.tolist(), strict=True), strict=True
+    ):
         if size == (0, 0):
             refused += 1
             continue

@@ -41,8 +41,14 @@ class Items:
         return self.count
 
     def __getitem__(self, index: int) -> tuple[object, ...]:
-        image = np.random.default_rng(index).integers(0, 256, (self.side, self.side + index % 3, 3), np.uint8)
-        return FAULTS[self.fault](image, index) if index == self.at and self.fault else (image, index - 5)
+        image = np.random.default_rng(index).integers(
+            0, 256, (self.side, self.side + index % 3, 3), np.uint8
+        )
+        return (
+            FAULTS[self.fault](image, index)
+            if index == self.at and self.fault
+            else (image, index - 5)
+        )
 
     def name(self, index: int) -> str:
         return f"picture {index}"
@@ -92,8 +98,14 @@ def demand_untouched(out: Path) -> None:
 
 def _writers() -> list[str]:
     """List the living writing processes of this process."""
-    marks = subprocess.run(["ps", "-eo", "pid,stat,args"], capture_output=True, text=True, check=True).stdout.splitlines()
-    return [line for line in marks if "beton_worker" in line and line.endswith(f" {os.getpid()}") and " Z" not in line]
+    marks = subprocess.run(
+        ["ps", "-eo", "pid,stat,args"], capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+    return [
+        line
+        for line in marks
+        if "beton_worker" in line and line.endswith(f" {os.getpid()}") and " Z" not in line
+    ]
 
 
 def write(out: Path, items: Items, **options: object) -> beton.BetonInfo:
@@ -134,7 +146,9 @@ def test_many_pages_and_no_labels(out: Path, workers: int) -> None:
         ("exit", FastbyolError, "SystemExit: enough"),
     ],
 )
-def test_faults_end_the_writing(out: Path, fault: str, kind: type[FastbyolError], words: str) -> None:
+def test_faults_end_the_writing(
+    out: Path, fault: str, kind: type[FastbyolError], words: str
+) -> None:
     started = time.monotonic()
     with pytest.raises(FastbyolError) as caught:
         write(out, Items(fault=fault))
@@ -154,7 +168,9 @@ def test_a_stall_ends_the_writing(out: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.parametrize("stop", [False, True])
 def test_unreadable_items_are_gathered(out: Path, stop: bool) -> None:
-    with pytest.raises(beton_write.UnreadableItemsError, match=r"1 of 200 items .* item 130: cut short") as caught:
+    with pytest.raises(
+        beton_write.UnreadableItemsError, match=r"1 of 200 items .* item 130: cut short"
+    ) as caught:
         write(out, Items(fault="unreadable"), stop_at_unreadable=stop)
     assert caught.value.items == ((130, "cut short"),)
     demand_untouched(out)
@@ -173,7 +189,9 @@ def _unload() -> Items:
 
 def test_a_data_set_that_cannot_be_loaded_says_why(out: Path) -> None:
     for _ in range(3):
-        with pytest.raises(FastbyolError, match=r"the writing process died \(LookupError: cannot be loaded\)"):
+        with pytest.raises(
+            FastbyolError, match=r"the writing process died \(LookupError: cannot be loaded\)"
+        ):
             write(out, Unloadable())
     demand_untouched(out)
 
@@ -203,7 +221,12 @@ def test_interrupted_by_the_caller(out: Path) -> None:
 def test_a_file_that_came_meanwhile_is_kept(out: Path) -> None:
     out.unlink()
     with pytest.raises(UsageError, match="meanwhile"):
-        write(out, Items(count=3), overwrite=False, progress=lambda done, total: out.write_text("older"))  # type: ignore[arg-type]
+        write(
+            out,
+            Items(count=3),
+            overwrite=False,
+            progress=lambda done, total: out.write_text("older"),
+        )  # type: ignore[arg-type]
     demand_untouched(out)
 
 
@@ -232,7 +255,13 @@ def test_a_writing_process_that_cannot_start(
 
 
 def test_wrong_arguments(out: Path) -> None:
-    for options in ({"mode": "png"}, {"quality": 101}, {"workers": -1}, {"page_bytes": 1 << 20}, {"page_bytes": 3 << 20}):
+    for options in (
+        {"mode": "png"},
+        {"quality": 101},
+        {"workers": -1},
+        {"page_bytes": 1 << 20},
+        {"page_bytes": 3 << 20},
+    ):
         with pytest.raises(UsageError, match=r"must be|is none of raw, jpg"):
             write(out, Items(), **options)
     with pytest.raises(UsageError, match="empty"):
@@ -254,7 +283,11 @@ def test_leftovers_of_the_dead_are_removed(out: Path) -> None:
     ended = subprocess.Popen(["true"])
     ended.wait()
     prefix = beton_write._temporary_prefix(out)
-    kept = {f"{prefix}{os.getpid()}-00c0ffee.tmp", f"{prefix}1-00c0ffee.tmp", f".{out.name}.elsewhere-{ended.pid}-00c0ffee.tmp"}
+    kept = {
+        f"{prefix}{os.getpid()}-00c0ffee.tmp",
+        f"{prefix}1-00c0ffee.tmp",
+        f".{out.name}.elsewhere-{ended.pid}-00c0ffee.tmp",
+    }
     kept |= {f".other.{prefix[1:]}{ended.pid}-00c0ffee.tmp", f"{prefix}{ended.pid}-notes.tmp"}
     for name in (*kept, f"{prefix}{ended.pid}-00c0ffee.tmp"):
         (out.parent / name).touch()
@@ -310,7 +343,9 @@ def test_writes_are_whole_or_errors(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("links", [True, False], ids=["links", "no links"])
-def test_of_writers_that_come_at_once_one_gets_the_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, links: bool) -> None:
+def test_of_writers_that_come_at_once_one_gets_the_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, links: bool
+) -> None:
     if not links:
         monkeypatch.setattr(Path, "hardlink_to", refuse_links)
     path, begin = tmp_path / "out.beton", threading.Barrier(8)
@@ -322,7 +357,7 @@ def test_of_writers_that_come_at_once_one_gets_the_name(tmp_path: Path, monkeypa
         try:
             beton_write._publish(temporary, path, overwrite=False)
         except UsageError as error:
-            assert "--overwrite" in str(error)  # noqa: PT017 - all but one
+            assert "--overwrite" in str(error)
             return False
         return True
 
@@ -338,7 +373,9 @@ def refuse_links(self: Path, target: Path) -> None:
     raise OSError(errno.EPERM, "Operation not permitted")
 
 
-def test_a_rename_that_fails_leaves_no_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rename_that_fails_leaves_no_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail(self: Path, target: Path) -> None:
         raise OSError(errno.EIO, "Input/output error")
 

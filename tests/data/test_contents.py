@@ -24,7 +24,9 @@ class Pictures:
 
     def __init__(self, change: tuple[str, int, int] | None = None) -> None:
         draw = np.random.default_rng(0)
-        self.images: NDArray[np.uint8] = draw.integers(0, 256, (COUNT, SIDE, SIDE, 3), dtype=np.uint8)
+        self.images: NDArray[np.uint8] = draw.integers(
+            0, 256, (COUNT, SIDE, SIDE, 3), dtype=np.uint8
+        )
         self.labels = draw.integers(0, 4, COUNT)
         if change is not None:
             what, at, by = change
@@ -44,7 +46,9 @@ class Pictures:
 
 
 def written(path: Path, **changes: object) -> beton.BetonInfo:
-    return beton_write.write(path, Pictures(changes.pop("change", None)), labelled=True, workers=1, **changes)  # type: ignore[arg-type]
+    return beton_write.write(
+        path, Pictures(changes.pop("change", None)), labelled=True, workers=1, **changes
+    )  # type: ignore[arg-type]
 
 
 def unsealed(path: Path) -> beton.BetonInfo:
@@ -67,12 +71,20 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> beton.BetonInfo:
     return written(tmp_path_factory.mktemp("whole") / "a.beton")
 
 
-def test_another_layout_or_place_of_the_same_is_the_same(whole: beton.BetonInfo, tmp_path: Path) -> None:
+def test_another_layout_or_place_of_the_same_is_the_same(
+    whole: beton.BetonInfo, tmp_path: Path
+) -> None:
     copy = tmp_path / "spaced name.beton"
     copy.write_bytes(whole.path.read_bytes())
     for other in (
         written(tmp_path / "pages.beton", page_bytes=1 << 22),
-        beton_write.write(tmp_path / "workers.beton", Pictures(), labelled=True, workers=2, note={"source": "elsewhere"}),
+        beton_write.write(
+            tmp_path / "workers.beton",
+            Pictures(),
+            labelled=True,
+            workers=2,
+            note={"source": "elsewhere"},
+        ),
         beton.inspect(copy),
         unsealed(copy),
     ):
@@ -80,9 +92,17 @@ def test_another_layout_or_place_of_the_same_is_the_same(whole: beton.BetonInfo,
         assert Contents.of(whole).change(Contents.of(other)) is None
 
 
-@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(change=st.tuples(st.sampled_from(("pixel", "label", "swap")), st.integers(0, 10**6), st.integers(0, 10**6)))
-def test_any_change_is_another(whole: beton.BetonInfo, tmp_path: Path, change: tuple[str, int, int]) -> None:
+@settings(
+    max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    change=st.tuples(
+        st.sampled_from(("pixel", "label", "swap")), st.integers(0, 10**6), st.integers(0, 10**6)
+    )
+)
+def test_any_change_is_another(
+    whole: beton.BetonInfo, tmp_path: Path, change: tuple[str, int, int]
+) -> None:
     other = written(tmp_path / "changed.beton", change=change, overwrite=True)
     before, now = Contents.of(whole), Contents.of(other)
     assert (before.labels != now.labels) == (change[0] == "label")
@@ -116,9 +136,14 @@ def test_a_flipped_byte_of_a_file_without_checksums_is_seen(
 
 def test_number_size_and_labels_count(whole: beton.BetonInfo, tmp_path: Path) -> None:
     fewer = convert_textures(tmp_path / "fewer.beton", count=12)
-    assert fewer.change(convert_textures(tmp_path / "more.beton", count=20)) == "12 samples then, 20 now"
+    assert (
+        fewer.change(convert_textures(tmp_path / "more.beton", count=20))
+        == "12 samples then, 20 now"
+    )
     assert fewer.images != convert_textures(tmp_path / "larger.beton", count=12, size=24).images
-    bare = Contents.of(beton_write.write(tmp_path / "bare.beton", Unlabelled(), labelled=False, workers=1))
+    bare = Contents.of(
+        beton_write.write(tmp_path / "bare.beton", Unlabelled(), labelled=False, workers=1)
+    )
     assert bare.images == Contents.of(whole).images
     assert bare.labels == ""
 
@@ -133,13 +158,19 @@ def convert_textures(path: Path, *, count: int, size: int = 16) -> Contents:
     return Contents.of(beton.inspect(path))
 
 
-def test_of_a_large_foreign_file_a_part_is_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_of_a_large_foreign_file_a_part_is_read(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     written(tmp_path / "a.beton")
     info = unsealed(tmp_path / "a.beton")
     monkeypatch.setattr(contents, "READ_BYTES", int(info.sizes.sum()) // 2)
     seen = []
     read = contents.manifest.region_checksums
-    monkeypatch.setattr(contents.manifest, "region_checksums", lambda fd, *at: seen.append(len(at[0])) or read(fd, *at))
+    monkeypatch.setattr(
+        contents.manifest,
+        "region_checksums",
+        lambda fd, *at: seen.append(len(at[0])) or read(fd, *at),
+    )
     Contents.of(info)
     assert seen == [COUNT // 2]
 
@@ -157,7 +188,15 @@ def test_a_file_replaced_since_it_was_inspected_is_refused(tmp_path: Path) -> No
 
 @pytest.mark.parametrize(
     "value",
-    [None, 3, [], {}, {"samples": 1}, {"samples": "1", "images": "", "labels": ""}, {"samples": 1, "images": 2, "labels": ""}],
+    [
+        None,
+        3,
+        [],
+        {},
+        {"samples": 1},
+        {"samples": "1", "images": "", "labels": ""},
+        {"samples": 1, "images": 2, "labels": ""},
+    ],
 )
 def test_what_is_no_digest_reads_as_none(value: object) -> None:
     assert Contents.read(value) is None

@@ -45,8 +45,15 @@ def test_every_kind_survives_bit_for_bit(tmp_path: Path, out: Path, kind: str) -
     images, labels = build[kind]()
     split = None if kind in ("classes", "npz") else "test"
     seen: list[tuple[int, int]] = []
-    report = convert.convert(str(source), out, split=split, progress=lambda *numbers: seen.append(numbers))
-    assert (report.kind, report.num_written, report.skipped, report.labelled) == (kind, len(images), (), True)
+    report = convert.convert(
+        str(source), out, split=split, progress=lambda *numbers: seen.append(numbers)
+    )
+    assert (report.kind, report.num_written, report.skipped, report.labelled) == (
+        kind,
+        len(images),
+        (),
+        True,
+    )
     assert report.image_size == images.shape[1:3]
     assert report.num_bytes == out.stat().st_size
     assert seen[-1] == (len(images), len(images))
@@ -76,7 +83,9 @@ def test_pictures_of_mixed_sizes(tmp_path: Path, out: Path) -> None:
     assert [image.shape for image in actual] == [expected[name].shape for name in names]
     for name, image in zip(names, actual, strict=True):
         # 4: JPEG's own error, see test_sources.
-        assert np.abs(image.astype(int) - expected[name]).max() <= (4 if name in ("photo.JPG", "alpha.png") else 0)
+        assert np.abs(image.astype(int) - expected[name]).max() <= (
+            4 if name in ("photo.JPG", "alpha.png") else 0
+        )
 
 
 @pytest.mark.parametrize("resize", ["resize", "centre"])
@@ -134,7 +143,13 @@ def test_the_report_accounts_for_everything(tmp_path: Path, out: Path) -> None:
     source = tmp_path / "source"
     source_files.class_folders(source / "train")
     source_files.class_folders(source / "val")
-    for name in ("readme.md", "train/ant/notes.txt", "train/bee/notes.txt", "train/labels.csv", "train/bee/.x.png"):
+    for name in (
+        "readme.md",
+        "train/ant/notes.txt",
+        "train/bee/notes.txt",
+        "train/labels.csv",
+        "train/bee/.x.png",
+    ):
         (source / name).touch()
     os.mkfifo(source / "train" / "cow" / "pipe.png")
     (source / "train" / "ant" / "gone.jpg").symlink_to("nowhere")
@@ -154,13 +169,17 @@ def test_the_report_accounts_for_everything(tmp_path: Path, out: Path) -> None:
     }
 
 
-@pytest.mark.parametrize(("resize", "mode", "kept"), [("centre", "raw", 2), ("resize", "jpg", 4), ("none", "jpg", 2)])
+@pytest.mark.parametrize(
+    ("resize", "mode", "kept"), [("centre", "raw", 2), ("resize", "jpg", 4), ("none", "jpg", 2)]
+)
 def test_odd_shapes_never_cost_the_others(
     tmp_path: Path, out: Path, resize: rgb.Resize, mode: beton_write.Mode, kept: int
 ) -> None:
     for name, size in {"a": (32, 32), "b": (60000, 1), "c": (1, 30000), "d": (9999, 3)}.items():
         Image.new("RGB", size).save(tmp_path / f"{name}.png")
-    report = convert.convert(str(tmp_path), out, size=None if resize == "none" else 64, resize=resize, mode=mode)
+    report = convert.convert(
+        str(tmp_path), out, size=None if resize == "none" else 64, resize=resize, mode=mode
+    )
     assert report.num_written == kept
     left_out = [name for name, _ in report.skipped]
     assert left_out == ([] if resize == "resize" else ["b.png", "c.png"])
@@ -184,7 +203,10 @@ def test_nothing_readable(tmp_path: Path, out: Path) -> None:
         ({"quality": 0}, "quality 0"),
         ({"workers": -1}, "workers -1"),
         ({"split": "test"}, "test_images"),
-        *[({"source": "textures", name: value}, name) for name, value in (("size", 4), ("count", 0), ("seed", -1))],
+        *[
+            ({"source": "textures", name: value}, name)
+            for name, value in (("size", 4), ("count", 0), ("seed", -1))
+        ],
         ({"source": "textures", "split": "train"}, "split"),
     ],
 )
@@ -200,7 +222,11 @@ def test_wrong_options(tmp_path: Path, out: Path, options: dict[str, object], wo
 def test_outputs_that_cannot_be(tmp_path: Path, out: Path) -> None:
     """Refuse the output before the source is read."""
     out.write_text("mine")
-    for path, words in ((out, "--overwrite"), (tmp_path, "folder"), (tmp_path / "no" / "a.beton", "no such folder")):
+    for path, words in (
+        (out, "--overwrite"),
+        (tmp_path, "folder"),
+        (tmp_path / "no" / "a.beton", "no such folder"),
+    ):
         with pytest.raises(UsageError, match=words):
             convert.convert("absent", path)
     for path in (Path("/proc/a.beton"), tmp_path / ("x" * 300)):
@@ -209,7 +235,9 @@ def test_outputs_that_cannot_be(tmp_path: Path, out: Path) -> None:
     assert out.read_text() == "mine"
 
 
-def test_a_disk_that_is_too_small(tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_that_is_too_small(
+    tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     source_files.npz(tmp_path / "a.npz")
     monkeypatch.setattr(convert.shutil, "disk_usage", lambda _: SimpleNamespace(free=10))
     with pytest.raises(FastbyolError, match="make room"):
@@ -218,11 +246,18 @@ def test_a_disk_that_is_too_small(tmp_path: Path, out: Path, monkeypatch: pytest
 
 def test_killed_conversions_leave_nothing(tmp_path: Path, out: Path) -> None:
     """Kill a conversion while it starts, imports and writes; the next one removes leftovers."""
-    command = f"from fastbyol.data.convert import convert; convert('textures', {str(out)!r}, count=200000, size=96)"
+    command = (
+        f"from fastbyol.data.convert import convert; convert('textures', {str(out)!r}, "
+        "count=200000, size=96)"
+    )
     for num_bytes in (-1, 0, 1 << 23):
         process = subprocess.Popen([sys.executable, "-c", command], start_new_session=True)
         deadline = time.monotonic() + 600.0
-        while num_bytes >= 0 and _leftover_bytes(tmp_path) <= num_bytes and time.monotonic() < deadline:
+        while (
+            num_bytes >= 0
+            and _leftover_bytes(tmp_path) <= num_bytes
+            and time.monotonic() < deadline
+        ):
             time.sleep(0.02)
         time.sleep(0.5 if num_bytes < 0 else 0.0)
         process.send_signal(signal.SIGKILL)

@@ -33,7 +33,9 @@ assert dict(IMAGE_MODES) == dict(jpg=0, raw=1)
 
 def test_import_leaves_no_side_effects() -> None:
     """Import it in a process where every warning is an error."""
-    subprocess.run([sys.executable, "-W", "error", "-c", IMPORT.format(threads=2)], check=True, timeout=600)
+    subprocess.run(
+        [sys.executable, "-W", "error", "-c", IMPORT.format(threads=2)], check=True, timeout=600
+    )
 
 
 FORKED = """
@@ -52,7 +54,9 @@ os.waitpid(child, 0)
 
 def test_on_one_core_a_process_that_forks_after_the_import_ends() -> None:
     """Use numba's default layer: TBB's pool, once started, would wait for ever here."""
-    environment = {name: value for name, value in os.environ.items() if name != "NUMBA_THREADING_LAYER"}
+    environment = {
+        name: value for name, value in os.environ.items() if name != "NUMBA_THREADING_LAYER"
+    }
     code = FORKED % str(foreign.made() / "raw.beton")
     subprocess.run([sys.executable, "-c", code], check=True, timeout=600, env=environment)
 
@@ -60,7 +64,9 @@ def test_on_one_core_a_process_that_forks_after_the_import_ends() -> None:
 def test_missing_ffcv_is_said_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     num_threads = torch.get_num_threads()
     monkeypatch.setitem(sys.modules, "ffcv.loader", None)
-    with pytest.raises(UsageError, match=r"FFCV cannot be used \(.*ffcv.*\); `fastbyol doctor`") as caught:
+    with pytest.raises(
+        UsageError, match=r"FFCV cannot be used \(.*ffcv.*\); `fastbyol doctor`"
+    ) as caught:
         decode_ffcv.import_ffcv.__wrapped__()
     assert "\n" not in str(caught.value)
     assert torch.get_num_threads() == num_threads

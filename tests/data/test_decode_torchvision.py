@@ -46,7 +46,9 @@ def decoded(stream: bytes, height: int, width: int) -> tuple[int, NDArray[np.uin
     """Return status and pixels by the loop, without crops."""
     images, status = np.zeros((1, height, width, 3), np.uint8), np.zeros(1, np.int32)
     places = np.array([(0, len(stream), height, width, 0)], REGION)
-    decode_torchvision.loop(False, has_jpeg=True)(images, status, np.frombuffer(stream, np.uint8), places)
+    decode_torchvision.loop(False, has_jpeg=True)(
+        images, status, np.frombuffer(stream, np.uint8), places
+    )
     return int(status[0]), images[0]
 
 
@@ -60,7 +62,13 @@ def decoded(stream: bytes, height: int, width: int) -> tuple[int, NDArray[np.uin
     restarts=st.integers(0, 3),
 )
 def test_pixels_are_pillows(
-    height: int, width: int, mode: str, subsampling: int, progressive: bool, quality: int, restarts: int
+    height: int,
+    width: int,
+    mode: str,
+    subsampling: int,
+    progressive: bool,
+    quality: int,
+    restarts: int,
 ) -> None:
     options = {"subsampling": subsampling, "progressive": progressive, "quality": quality}
     stream = jpeg(picture(height, width), mode, restart_marker_blocks=restarts, **options)
@@ -75,16 +83,23 @@ def test_another_size_than_the_file_says_is_damage() -> None:
 
 
 @pytest.mark.parametrize(("package", "use"), [("torchvision", "_decode_jpeg"), ("cv2", "_shrink")])
-def test_a_missing_package_is_one_line(package: str, use: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_package_is_one_line(
+    package: str, use: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, package, None)
     monkeypatch.delitem(sys.modules, f"{package}.io", raising=False)
-    with pytest.raises(UsageError, match=r"cannot be used \(.*\), and images are decoded with it; `fastbyol doctor`"):
+    with pytest.raises(
+        UsageError,
+        match=r"cannot be used \(.*\), and images are decoded with it; `fastbyol doctor`",
+    ):
         getattr(decode_torchvision, use).__wrapped__()
 
 
 def first_damaged(streams: list[bytes]) -> int | None:
     with ThreadPoolExecutor(3) as threads:
-        return decode_torchvision.first_damaged([np.frombuffer(stream, np.uint8) for stream in streams], threads)
+        return decode_torchvision.first_damaged(
+            [np.frombuffer(stream, np.uint8) for stream in streams], threads
+        )
 
 
 def halved(stream: bytes) -> bytes:
@@ -116,7 +131,11 @@ def test_damage_is_found_and_placed(
 
 
 @pytest.mark.skipif(find_library("turbojpeg") is None, reason="libturbojpeg is not installed")
-@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"restart_marker_blocks": 2}, {"subsampling": 0}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"progressive": True}, {"restart_marker_blocks": 2}, {"subsampling": 0}],
+    ids=str,
+)
 def test_what_libturbojpeg_finds_damaged_is_damaged(options: dict[str, object]) -> None:
     """Change one to three bytes; compare libturbojpeg 2.1 or 3 with torchvision's."""
     whole, verdicts = jpeg(picture(48, 64), **options), [0, 0]
@@ -151,7 +170,14 @@ libc.perror(b"after")
 
 def test_what_others_write_there_meanwhile_is_no_damage(monkeypatch: pytest.MonkeyPatch) -> None:
     libc, _, _, _ = decode_torchvision._diversion(os.getpid())
-    streams, decode = [jpeg(picture(16, 16, seed)) for seed in range(5)], decode_torchvision._can_decode
+    streams, decode = (
+        [jpeg(picture(16, 16, seed)) for seed in range(5)],
+        decode_torchvision._can_decode,
+    )
     once = iter([lambda: libc.perror(b"another")])
-    monkeypatch.setattr(decode_torchvision, "_can_decode", lambda stream: (next(once, lambda: None)(), decode(stream))[1])
+    monkeypatch.setattr(
+        decode_torchvision,
+        "_can_decode",
+        lambda stream: (next(once, lambda: None)(), decode(stream))[1],
+    )
     assert first_damaged(streams) is None

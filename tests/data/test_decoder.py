@@ -33,8 +33,17 @@ def by(request: pytest.FixtureRequest) -> str:
     return USED[0]
 
 
-def opened(path: Path, *, workers: int = 1, in_memory: bool = True, size: int = foreign.SIZE, by: str | None = None) -> Decoder:
-    return Decoder(inspect(path), size=size, workers=workers, in_memory=in_memory, decoder=by or USED[0])
+def opened(
+    path: Path,
+    *,
+    workers: int = 1,
+    in_memory: bool = True,
+    size: int = foreign.SIZE,
+    by: str | None = None,
+) -> Decoder:
+    return Decoder(
+        inspect(path), size=size, workers=workers, in_memory=in_memory, decoder=by or USED[0]
+    )
 
 
 def decoded(decoder: Decoder, ids: NDArray[np.int64] = EVERY) -> NDArray[np.uint8]:
@@ -130,7 +139,12 @@ def test_any_ids_in_any_order_repeated_too(ids: list[int]) -> None:
 
 @pytest.mark.parametrize(
     ("name", "has_labels"),
-    [("raw", True), pytest.param("foreign", True, marks=foreign.needs_ffcv), ("unlabelled", False), ("mixed_jpg", True)],
+    [
+        ("raw", True),
+        pytest.param("foreign", True, marks=foreign.needs_ffcv),
+        ("unlabelled", False),
+        ("mixed_jpg", True),
+    ],
 )
 def test_labels(name: str, has_labels: bool) -> None:
     with opened(foreign.made() / f"{name}.beton") as decoder:
@@ -143,13 +157,21 @@ def test_labels(name: str, has_labels: bool) -> None:
 
 @pytest.mark.parametrize("ids", [[-1], [0, foreign.COUNT], [2**40], [-(2**60), 3]])
 def test_ids_out_of_range_never_reach_native_code(ids: list[int]) -> None:
-    with opened(foreign.made() / "raw.beton") as decoder, pytest.raises(IndexError, match="sample ids"):
+    with (
+        opened(foreign.made() / "raw.beton") as decoder,
+        pytest.raises(IndexError, match="sample ids"),
+    ):
         decoded(decoder, np.array(ids))
 
 
-@pytest.mark.parametrize("images", [np.empty((2, 24, 20, 3), np.uint8), np.empty((3, 24, 40, 3), np.uint8)[:, :, ::2]])
+@pytest.mark.parametrize(
+    "images", [np.empty((2, 24, 20, 3), np.uint8), np.empty((3, 24, 40, 3), np.uint8)[:, :, ::2]]
+)
 def test_wrong_room_never_reaches_native_code(images: NDArray[np.uint8]) -> None:
-    with opened(foreign.made() / "raw.beton") as decoder, pytest.raises(ValueError, match="need one array"):
+    with (
+        opened(foreign.made() / "raw.beton") as decoder,
+        pytest.raises(ValueError, match="need one array"),
+    ):
         decoder.decode(np.arange(3), images)
 
 
@@ -180,7 +202,9 @@ def test_damaged_jpeg_is_named(name: str, workers: int, tmp_path: Path) -> None:
         file.write(b"\xff" * 16)
     with opened(path, workers=workers) as decoder:
         decoded(decoder, np.arange(50))
-        with pytest.raises(UsageError, match=rf"damaged\.beton: the JPEG data of sample {sample} are damaged"):
+        with pytest.raises(
+            UsageError, match=rf"damaged\.beton: the JPEG data of sample {sample} are damaged"
+        ):
             decoded(decoder)
 
 
@@ -233,11 +257,17 @@ def test_what_auto_is(monkeypatch: pytest.MonkeyPatch, by: str) -> None:
     """Expect FFCV where it can be imported, and an earlier choice to be kept."""
     assert decoding.choose("auto") == ("ffcv" if foreign.HAS_FFCV else "torchvision")
     assert decoding.choose(by) == decoding.choose_again(by) == by
-    with pytest.raises(UsageError, match=r"data.decoder: 'ffvc' is none of auto, ffcv, torchvision; the nearest is ffcv"):
+    with pytest.raises(
+        UsageError,
+        match=r"data.decoder: 'ffvc' is none of auto, ffcv, torchvision; the nearest is ffcv",
+    ):
         decoding.choose("ffvc")
     monkeypatch.setattr(decode_ffcv, "import_ffcv", decode_ffcv.import_ffcv.__wrapped__)
     monkeypatch.setitem(sys.modules, "ffcv.loader", None)
     assert {decoding.choose(word) for word in ("auto", "torchvision")} == {"torchvision"}
     assert decoding.choose_again(by) == "torchvision"
-    with pytest.raises(UsageError, match=r"FFCV cannot be used .*; `fastbyol doctor` says .*, or take data.decoder = 'torch"):
+    with pytest.raises(
+        UsageError,
+        match=r"FFCV cannot be used .*; `fastbyol doctor` says .*, or take data.decoder = 'torch",
+    ):
         decoding.choose("ffcv")

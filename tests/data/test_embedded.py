@@ -32,10 +32,15 @@ def ask(start: Any, answers: Any, cache: str) -> None:
     answers.put((path.stat().st_ino, len(wrote)))
 
 
-def test_of_three_that_ask_at_once_one_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_of_three_that_ask_at_once_one_writes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("FASTBYOL_CACHE", str(tmp_path / "cache"))
     start, answers = PROCESSES.Event(), PROCESSES.Queue()
-    children = [PROCESSES.Process(target=ask, args=(start, answers, str(tmp_path / "cache"))) for _ in range(3)]
+    children = [
+        PROCESSES.Process(target=ask, args=(start, answers, str(tmp_path / "cache")))
+        for _ in range(3)
+    ]
     for child in children:
         child.start()
     start.set()
@@ -47,7 +52,9 @@ def test_of_three_that_ask_at_once_one_writes(tmp_path: Path, monkeypatch: pytes
     assert beton.inspect(embedded.training_file(CONFIG)).num_samples == 64
 
 
-def test_the_file_is_found_again_and_not_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_file_is_found_again_and_not_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("FASTBYOL_CACHE", str(tmp_path))
     path = embedded.training_file(CONFIG)
     monkeypatch.setattr(convert, "convert", lambda *_, **__: pytest.fail("made again"))

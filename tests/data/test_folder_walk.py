@@ -29,14 +29,22 @@ def _socket(path: Path) -> None:
 SPECIAL: dict[str, tuple[Callable[[Path], object], str]] = {
     "pipe": (os.mkfifo, "is a named pipe, not a regular file"),
     "socket": (_socket, "is a socket, not a regular file"),
-    "link to a device": (lambda path: path.symlink_to("/dev/zero"), "is a device, not a regular file"),
+    "link to a device": (
+        lambda path: path.symlink_to("/dev/zero"),
+        "is a device, not a regular file",
+    ),
     "broken link": (lambda path: path.symlink_to("nowhere"), "No such file or directory"),
-    "link to itself": (lambda path: path.symlink_to(path.name), "Too many levels of symbolic links"),
+    "link to itself": (
+        lambda path: path.symlink_to(path.name),
+        "Too many levels of symbolic links",
+    ),
 }
 
 
 @pytest.mark.parametrize("kind", SPECIAL)
-def test_what_cannot_be_opened_is_skipped_if_it_is_called_a_picture_and_else_ignored(tmp_path: Path, kind: str) -> None:
+def test_what_cannot_be_opened_is_skipped_if_it_is_called_a_picture_and_else_ignored(
+    tmp_path: Path, kind: str
+) -> None:
     make, reason = SPECIAL[kind]
     put(tmp_path, "a/x.png")
     make(tmp_path / "a" / "odd.jpg")
@@ -48,8 +56,27 @@ def test_what_cannot_be_opened_is_skipped_if_it_is_called_a_picture_and_else_ign
 
 
 def test_everything_is_accounted_for(tmp_path: Path) -> None:
-    put(tmp_path, "a/x.PNG", "a/y.JPeG", "a/m.mpo", "a/i.ico", "a/h.HEIC", "a/n.txt", "a/labels.csv", "a/noname", "readme.md")
-    put(tmp_path, "a/.x.png.swp", "a/.hidden.png", ".git/x.png", "__MACOSX/a/._x.png", "a/clip.mp4", "a/scan.eps")
+    put(
+        tmp_path,
+        "a/x.PNG",
+        "a/y.JPeG",
+        "a/m.mpo",
+        "a/i.ico",
+        "a/h.HEIC",
+        "a/n.txt",
+        "a/labels.csv",
+        "a/noname",
+        "readme.md",
+    )
+    put(
+        tmp_path,
+        "a/.x.png.swp",
+        "a/.hidden.png",
+        ".git/x.png",
+        "__MACOSX/a/._x.png",
+        "a/clip.mp4",
+        "a/scan.eps",
+    )
     listing = walk(tmp_path)
     assert listing.pictures == ["a/h.HEIC", "a/i.ico", "a/m.mpo", "a/x.PNG", "a/y.JPeG"]
     assert dict(listing.ignored) == {
@@ -113,7 +140,14 @@ def test_links_to_elsewhere_are_followed_each_and_links_to_files_are_files(tmp_p
     (root / "a" / "again.png").symlink_to("3.png")
     (tmp_path / "away" / "round").symlink_to(root)
     listing = walk(root)
-    assert listing.pictures == ["a/3.png", "a/again.png", "a/more/2.png", "a/more/deep/1.png", "b/2.png", "b/deep/1.png"]
+    assert listing.pictures == [
+        "a/3.png",
+        "a/again.png",
+        "a/more/2.png",
+        "a/more/deep/1.png",
+        "b/2.png",
+        "b/deep/1.png",
+    ]
     assert {name for name, _ in listing.ignored} == {"a/more/round", "b/round"}
 
 
@@ -133,7 +167,10 @@ names = st.sampled_from(("a", "b", "x.png", "y.txt", "z.jpg", "noname", ".h"))
 
 @given(
     st.lists(
-        st.tuples(st.lists(names, min_size=1, max_size=4), st.sampled_from(("file", "folder", "pipe", "link", "up"))),
+        st.tuples(
+            st.lists(names, min_size=1, max_size=4),
+            st.sampled_from(("file", "folder", "pipe", "link", "up")),
+        ),
         max_size=12,
     )
 )
@@ -142,7 +179,11 @@ def test_every_entry_is_in_one_list(entries: list[tuple[list[str], str]]) -> Non
         root = Path(made).resolve()
         for parts, kind in entries:
             path = root.joinpath(*parts)
-            if path.is_symlink() or path.exists() or any((root / Path(*parts[:k])).is_file() for k in range(1, len(parts))):
+            if (
+                path.is_symlink()
+                or path.exists()
+                or any((root / Path(*parts[:k])).is_file() for k in range(1, len(parts)))
+            ):
                 continue
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -162,6 +203,8 @@ def test_every_entry_is_in_one_list(entries: list[tuple[list[str], str]]) -> Non
             str((Path(folder) / name).relative_to(root))
             for folder, folders, files in os.walk(root)
             for name in files
-            if not any(part.startswith(".") for part in (Path(folder) / name).relative_to(root).parts)
+            if not any(
+                part.startswith(".") for part in (Path(folder) / name).relative_to(root).parts
+            )
         }
         assert real <= set(listed)

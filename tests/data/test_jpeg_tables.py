@@ -37,7 +37,9 @@ OPENCV = [
 
 
 def picture(mode: str = "RGB") -> Image.Image:
-    return Image.merge("RGB", [Image.effect_noise((WIDTH, HEIGHT), sigma) for sigma in (20, 40, 60)]).convert(mode)
+    return Image.merge(
+        "RGB", [Image.effect_noise((WIDTH, HEIGHT), sigma) for sigma in (20, 40, 60)]
+    ).convert(mode)
 
 
 def by_pillow(mode: str = "RGB", **options: object) -> bytes:
@@ -63,7 +65,8 @@ def experienced() -> turbojpeg.Decompressor:
     for marker, start, end in segments(stream):
         if marker == 0xC4:
             extra += b"".join(
-                stream[start : start + 4] + bytes([stream[start + 4] | n]) + stream[start + 5 : end] for n in (2, 3)
+                stream[start : start + 4] + bytes([stream[start + 4] | n]) + stream[start + 5 : end]
+                for n in (2, 3)
             )
     decompressor = turbojpeg.Decompressor()
     assert not decompressor.decode(stream[:2] + extra + stream[2:], HEIGHT, WIDTH)[0]
@@ -100,12 +103,18 @@ def test_an_image_without_one_of_its_tables(options: dict[str, object]) -> None:
     assert len(tables) >= 3
     for start, end in tables:
         assert not brings_its_tables(whole[:start] + whole[end:])
-        assert not brings_its_tables(whole[: start + 4] + bytes([whole[start + 4] ^ 2]) + whole[start + 5 :])
+        assert not brings_its_tables(
+            whole[: start + 4] + bytes([whole[start + 4] ^ 2]) + whole[start + 5 :]
+        )
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L"])
-@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"restart_marker_blocks": 2}], ids=str)
-def test_what_passes_decodes_alike_whatever_was_decoded_before(mode: str, options: dict[str, object]) -> None:
+@pytest.mark.parametrize(
+    "options", [{}, {"progressive": True}, {"restart_marker_blocks": 2}], ids=str
+)
+def test_what_passes_decodes_alike_whatever_was_decoded_before(
+    mode: str, options: dict[str, object]
+) -> None:
     """Flip every bit of the head and of the first data bytes."""
     whole = by_pillow(mode, **options)
     primed, passed, differed = experienced(), 0, 0
@@ -114,7 +123,10 @@ def test_what_passes_decodes_alike_whatever_was_decoded_before(mode: str, option
         stream[bit // 8] ^= 1 << bit % 8
         if bit % 97 == 0:
             primed = experienced()
-        alone, later = (decoder.decode(bytes(stream), HEIGHT, WIDTH) for decoder in (turbojpeg.Decompressor(), primed))
+        alone, later = (
+            decoder.decode(bytes(stream), HEIGHT, WIDTH)
+            for decoder in (turbojpeg.Decompressor(), primed)
+        )
         same = alone[0] == later[0] and (alone[0] or np.array_equal(alone[1], later[1]))
         assert same or not brings_its_tables(bytes(stream)), bit
         passed += brings_its_tables(bytes(stream)) and not alone[0]
@@ -143,7 +155,9 @@ def test_a_foreign_sample_without_its_tables_is_refused_by_number(tmp_path: Path
             images = np.empty((foreign.COUNT, *decoder.shape), np.uint8)
             for _ in range(2):
                 with pytest.raises(
-                    UsageError, match=r"abbreviated.beton: the JPEG data of sample 100 are damaged, or lack a table"
+                    UsageError,
+                    match=r"abbreviated.beton: the JPEG data of sample 100 are damaged, or lack a "
+                    r"table",
                 ) as caught:
                     decoder.decode(np.arange(foreign.COUNT), images)
                 assert "\n" not in str(caught.value)

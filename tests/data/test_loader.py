@@ -43,7 +43,11 @@ def assert_equal(batch_list: list[Batch], expected: list[Batch]) -> None:
 
 
 def expected_ids(epoch: int) -> np.ndarray:
-    return permutation(foreign.COUNT, seed=SEED, epoch=epoch).numpy()[: STEPS * BATCH].reshape(STEPS, BATCH)
+    return (
+        permutation(foreign.COUNT, seed=SEED, epoch=epoch)
+        .numpy()[: STEPS * BATCH]
+        .reshape(STEPS, BATCH)
+    )
 
 
 def fail_in_the_loop(batches: Iterator[Batch]) -> None:
@@ -56,7 +60,9 @@ def no_thread_left() -> Iterator[None]:
     """Check that no thread is left but the decoders'."""
     before = set(threading.enumerate())
     yield
-    assert {thread for thread in threading.enumerate() if not thread.name.startswith("decode")} <= before
+    assert {
+        thread for thread in threading.enumerate() if not thread.name.startswith("decode")
+    } <= before
 
 
 @pytest.mark.usefixtures("no_thread_left")
@@ -68,7 +74,9 @@ def test_batches_are_the_orders_samples(cache: str, workers: int) -> None:
         for epoch in (0, 5):
             # Kept until the end: a batch is not written to again.
             batch_list = list(batches.epoch(epoch))
-            np.testing.assert_array_equal(torch.stack([batch.ids for batch in batch_list]).numpy(), expected_ids(epoch))
+            np.testing.assert_array_equal(
+                torch.stack([batch.ids for batch in batch_list]).numpy(), expected_ids(epoch)
+            )
             for batch in batch_list:
                 assert batch.images.dtype == torch.uint8
                 expected = np.stack([foreign.pixels("raw", i) for i in batch.ids.tolist()])
@@ -93,10 +101,15 @@ def test_a_limit_trains_on_some_of_the_samples(cache: str) -> None:
                     pixels = np.stack([foreign.pixels("raw", i) for i in batch.ids.tolist()])
                     np.testing.assert_array_equal(batch.images.numpy(), pixels)
             assert torch.equal(next(batches.epoch(3, start_step=1)).ids, expected[BATCH:])
-    whole, some = (read_all(foreign.made() / "raw.beton", workers=1, size=foreign.SIZE, limit=n) for n in (0, limit))
+    whole, some = (
+        read_all(foreign.made() / "raw.beton", workers=1, size=foreign.SIZE, limit=n)
+        for n in (0, limit)
+    )
     assert torch.equal(some.images, whole.images[chosen])
     assert torch.equal(some.labels, whole.labels[chosen])
-    with pytest.raises(UsageError, match=r"5 images \(data.limit, of \d+\) are less than one batch"):
+    with pytest.raises(
+        UsageError, match=r"5 images \(data.limit, of \d+\) are less than one batch"
+    ):
         opened(cache=cache, limit=5)
 
 
@@ -196,7 +209,9 @@ def test_a_hanging_decoder_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
         release.set()
 
 
-def test_a_stream_from_a_file_too_large_for_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_stream_from_a_file_too_large_for_memory(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     path = tmp_path / "set.beton"
     path.write_bytes((foreign.made() / "raw.beton").read_bytes())
     with opened(path) as batches:
@@ -215,13 +230,18 @@ def test_auto_keeps_the_set_where_it_takes_two_fifths_of_what_is_free(
     free_share: float, resident: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     decoded_bytes = foreign.COUNT * 24 * 20 * 3
-    monkeypatch.setattr(loading, "available_bytes", lambda _: int(decoded_bytes / 0.4 * (free_share / 0.4)))
+    monkeypatch.setattr(
+        loading, "available_bytes", lambda _: int(decoded_bytes / 0.4 * (free_share / 0.4))
+    )
     with opened(cache="auto") as batches:
         assert batches.resident is resident
 
 
 def test_refusals_say_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"203 images are less than one batch .* = 204; take --batch-size 203 or less"):
+    with pytest.raises(
+        UsageError,
+        match=r"203 images are less than one batch .* = 204; take --batch-size 203 or less",
+    ):
         opened(batch_size=foreign.COUNT + 1)
     with pytest.raises(UsageError, match="no such file"):
         opened(tmp_path / "none.beton")
@@ -231,8 +251,13 @@ def test_refusals_say_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     with pytest.raises(UsageError, match=r"cut\.beton, byte"):
         read_all(tmp_path / "cut.beton", workers=1, size=16)
     monkeypatch.setattr(loading, "available_bytes", lambda _: 300_000)
-    for use in (lambda: opened(cache="device"), lambda: read_all(foreign.made() / "raw.beton", workers=1, size=16)):
-        with pytest.raises(UsageError, match=r"raw\.beton: the decoded images take 292 kB of the 300 kB"):
+    for use in (
+        lambda: opened(cache="device"),
+        lambda: read_all(foreign.made() / "raw.beton", workers=1, size=16),
+    ):
+        with pytest.raises(
+            UsageError, match=r"raw\.beton: the decoded images take 292 kB of the 300 kB"
+        ):
             use()
 
 
@@ -252,7 +277,9 @@ def test_read_all_is_the_file_in_its_order(name: str) -> None:
 def test_sets_larger_than_a_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = read_all(foreign.made() / "jpg.beton", workers=1, size=foreign.SIZE)
     monkeypatch.setattr(loading, "CHUNK", 50)
-    assert torch.equal(read_all(foreign.made() / "jpg.beton", workers=1, size=foreign.SIZE).images, whole.images)
+    assert torch.equal(
+        read_all(foreign.made() / "jpg.beton", workers=1, size=foreign.SIZE).images, whole.images
+    )
 
 
 LEAVE = """
@@ -267,5 +294,7 @@ for each in running:
 def test_a_process_may_end_in_mid_epoch() -> None:
     """Expect no crash of decoding threads and no error in a finalizer."""
     code = LEAVE.format(path=str(foreign.made() / "jpg.beton"))
-    done = subprocess.run([sys.executable, "-W", "error", "-c", code], check=False, timeout=600, capture_output=True)
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code], check=False, timeout=600, capture_output=True
+    )
     assert (done.returncode, done.stderr) == (0, b"")

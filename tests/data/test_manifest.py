@@ -57,8 +57,14 @@ def test_checksums_are_zlibs_of_the_pixels_that_were_made(sealed: Path) -> None:
 
     parsed = beton.inspect(sealed).manifest
     assert parsed is not None
-    assert parsed.checksums.tolist() == [zlib.crc32(image.tobytes()) for image in textures.make(COUNT, SIDE, 4)[0]]
-    assert (parsed.note["source"], parsed.note["seed"], parsed.note["class_names"][0]) == ("textures", 4, "stripes")
+    assert parsed.checksums.tolist() == [
+        zlib.crc32(image.tobytes()) for image in textures.make(COUNT, SIDE, 4)[0]
+    ]
+    assert (parsed.note["source"], parsed.note["seed"], parsed.note["class_names"][0]) == (
+        "textures",
+        4,
+        "stripes",
+    )
 
 
 def test_a_foreign_file_has_none() -> None:
@@ -68,7 +74,9 @@ def test_a_foreign_file_has_none() -> None:
 
 
 @pytest.mark.parametrize("in_memory", [True, False])
-def test_every_flipped_pixel_bit_is_found_before_it_is_delivered(copy: Path, in_memory: bool) -> None:
+def test_every_flipped_pixel_bit_is_found_before_it_is_delivered(
+    copy: Path, in_memory: bool
+) -> None:
     info = beton.inspect(copy)
     rng = np.random.default_rng(0)
     for sample in rng.choice(COUNT, 12, replace=False).tolist():
@@ -79,7 +87,10 @@ def test_every_flipped_pixel_bit_is_found_before_it_is_delivered(copy: Path, in_
             others = np.delete(np.arange(COUNT), sample)
             decoder.decode(others, np.empty((COUNT - 1, SIDE, SIDE, 3), np.uint8))
             for _ in range(2):
-                with pytest.raises(UsageError, match=rf"the data of sample {sample}, bytes {info.starts[sample]} to"):
+                with pytest.raises(
+                    UsageError,
+                    match=rf"the data of sample {sample}, bytes {info.starts[sample]} to",
+                ):
                     decoder.decode(np.array([3, sample]), np.empty((2, SIDE, SIDE, 3), np.uint8))
         flip(copy, at, bit)
     read_all(copy, workers=1, size=SIDE)
@@ -88,13 +99,24 @@ def test_every_flipped_pixel_bit_is_found_before_it_is_delivered(copy: Path, in_
 def test_a_flipped_label_is_found_when_the_file_is_opened(copy: Path) -> None:
     row = np.dtype([("", beton.IMAGE), ("", "<i8")], align=True)
     flip(copy, beton.HEADER.itemsize + 2 * beton.DESCRIPTOR.itemsize + 7 * row.itemsize + 16)
-    with pytest.raises(UsageError, match="labels or image sizes are not those that were written; make the file again"):
+    with pytest.raises(
+        UsageError,
+        match="labels or image sizes are not those that were written; make the file again",
+    ):
         beton.inspect(copy)
 
 
 def test_every_part_of_a_damaged_manifest_is_noticed(copy: Path) -> None:
     start, page = start_of_manifest(copy), beton.inspect(copy).page_size
-    for offset in (0, 4 * COUNT - 1, 4 * COUNT, 4 * COUNT + 50, page // 2, *range(page - 64, page, 3), page - 1):
+    for offset in (
+        0,
+        4 * COUNT - 1,
+        4 * COUNT,
+        4 * COUNT + 50,
+        page // 2,
+        *range(page - 64, page, 3),
+        page - 1,
+    ):
         flip(copy, start + offset)
         with pytest.raises(UsageError, match="its manifest is damaged"):
             beton.inspect(copy)
@@ -109,7 +131,9 @@ def replace_manifest(path: Path, pages: bytes) -> None:
 
 
 @pytest.mark.parametrize("seed", [4, 5])
-def test_a_manifest_of_another_file_is_told_from_damage(copy: Path, tmp_path: Path, seed: int) -> None:
+def test_a_manifest_of_another_file_is_told_from_damage(
+    copy: Path, tmp_path: Path, seed: int
+) -> None:
     """Insert the manifest of a file with more samples, or with other images in the same layout."""
     other = tmp_path / "other.beton"
     convert.convert("textures", other, count=COUNT + (seed == 4), size=SIDE, seed=seed)

@@ -15,8 +15,12 @@ from hypothesis import strategies as st
 
 from fastbyol.data import mat5
 
-DTYPES = st.sampled_from([np.dtype(name) for name in ("u1", "i1", "u2", "i2", "u4", "i4", "f4", "f8")])
-ARRAYS = hypothesis.extra.numpy.arrays(DTYPES, hypothesis.extra.numpy.array_shapes(min_dims=2, max_dims=4, max_side=5))
+DTYPES = st.sampled_from(
+    [np.dtype(name) for name in ("u1", "i1", "u2", "i2", "u4", "i4", "f4", "f8")]
+)
+ARRAYS = hypothesis.extra.numpy.arrays(
+    DTYPES, hypothesis.extra.numpy.array_shapes(min_dims=2, max_dims=4, max_side=5)
+)
 
 
 def saved(compressed: bool, **arrays: object) -> io.BytesIO:
@@ -36,7 +40,10 @@ def test_arrays(first: np.ndarray, second: np.ndarray, compressed: bool) -> None
         assert mat5.read(file, variables[name], name).dtype == array.dtype
 
 
-@given(st.lists(st.text("abc \u00e9\u4e2d", min_size=1, max_size=9) | ARRAYS, min_size=1, max_size=6), st.booleans())
+@given(
+    st.lists(st.text("abc \u00e9\u4e2d", min_size=1, max_size=9) | ARRAYS, min_size=1, max_size=6),
+    st.booleans(),
+)
 def test_cells(contents: list[str | np.ndarray], compressed: bool) -> None:
     cells = np.empty((len(contents), 1), object)
     for k, content in enumerate(contents):
@@ -51,10 +58,18 @@ def test_cells(contents: list[str | np.ndarray], compressed: bool) -> None:
 
 
 def test_the_other_byte_order() -> None:
-    body = struct.pack(">IIII", 6, 8, 9, 0) + struct.pack(">IIII", 5, 8, 2, 3) + struct.pack(">HHI", 1, 1, ord("X") << 24)
+    body = (
+        struct.pack(">IIII", 6, 8, 9, 0)
+        + struct.pack(">IIII", 5, 8, 2, 3)
+        + struct.pack(">HHI", 1, 1, ord("X") << 24)
+    )
     body += struct.pack(">II", 3, 12) + np.arange(6, dtype=">i2").tobytes() + bytes(4)
-    file = io.BytesIO(b"MATLAB 5.0".ljust(124) + b"\x01\x00MI" + struct.pack(">II", 14, len(body)) + body)
-    np.testing.assert_array_equal(mat5.read(file, mat5.variables(file)["X"], ""), [[0, 2, 4], [1, 3, 5]])
+    file = io.BytesIO(
+        b"MATLAB 5.0".ljust(124) + b"\x01\x00MI" + struct.pack(">II", 14, len(body)) + body
+    )
+    np.testing.assert_array_equal(
+        mat5.read(file, mat5.variables(file)["X"], ""), [[0, 2, 4], [1, 3, 5]]
+    )
     file.seek(0)
     np.testing.assert_array_equal(scipy.io.loadmat(file)["X"], [[0, 2, 4], [1, 3, 5]])
 
@@ -74,7 +89,9 @@ def test_what_is_no_real_array_is_refused() -> None:
 def test_damaged(compressed: bool) -> None:
     """Change any byte, also below the compression."""
     rng = np.random.default_rng(0)
-    whole = saved(False, X=rng.integers(0, 256, (3, 40), np.uint8), c=np.array([["ab", "cd"]], object)).getvalue()
+    whole = saved(
+        False, X=rng.integers(0, 256, (3, 40), np.uint8), c=np.array([["ab", "cd"]], object)
+    ).getvalue()
     refused = 0
     for at in [*range(126, len(whole)), *rng.integers(126, len(whole), 300).tolist()]:
         data = bytearray(whole)

@@ -16,7 +16,9 @@ GIB = 2**30
 @pytest.fixture
 def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Simulate 8 GiB available, no limits, and this process in /jobs/mine."""
-    (tmp_path / "meminfo").write_text(f"MemTotal: 1 kB\nMemAvailable:   {8 * GIB // 1024} kB\nHugePages_Total: 0\n")
+    (tmp_path / "meminfo").write_text(
+        f"MemTotal: 1 kB\nMemAvailable:   {8 * GIB // 1024} kB\nHugePages_Total: 0\n"
+    )
     (tmp_path / "own").write_text("1:cpu:/elsewhere\n0::/jobs/mine\n")
     (tmp_path / "groups/jobs/mine").mkdir(parents=True)
     for name, path in (("MEMINFO", "meminfo"), ("OWN_CGROUP", "own"), ("CGROUPS", "groups")):

@@ -61,7 +61,9 @@ def test_does_not_depend_on_the_chunk(count: int, seed: int, chunk: int) -> None
         assert torch.equal(order.permutation(count, seed=seed, epoch=3), whole)
 
 
-@pytest.mark.parametrize("count", [order.CHUNK - 1, order.CHUNK, order.CHUNK + 1, 105_000, 1_300_000])
+@pytest.mark.parametrize(
+    "count", [order.CHUNK - 1, order.CHUNK, order.CHUNK + 1, 105_000, 1_300_000]
+)
 def test_large_sets_hold_every_sample_once(count: int) -> None:
     actual = order.permutation(count, seed=2**63 - 1, epoch=1)
     assert torch.equal(actual.sort().values, torch.arange(count))
@@ -69,7 +71,9 @@ def test_large_sets_hold_every_sample_once(count: int) -> None:
 
 def orders_of_four(seed: int, num_epochs: int) -> np.ndarray:
     """Return which of the 24 orders of four samples each epoch has."""
-    keys = order.sort_keys(torch.arange(4), seed=seed, epoch=torch.arange(num_epochs)[:, None]).numpy()
+    keys = order.sort_keys(
+        torch.arange(4), seed=seed, epoch=torch.arange(num_epochs)[:, None]
+    ).numpy()
     index = {p: k for k, p in enumerate(itertools.permutations(range(4)))}
     return np.array([index[tuple(row)] for row in np.argsort(keys, axis=1, kind="stable").tolist()])
 
@@ -89,7 +93,9 @@ def test_every_sample_is_equally_likely_at_every_place() -> None:
     assert LEAST_P < stats.chi2.sf(statistic, 39 * 39) < 1 - LEAST_P
 
 
-@pytest.mark.parametrize(("seeds", "lag"), [((5, 5), 1), ((5, 6), 0), ((5, 6), 1), ((5, 5 + 2**32), 0)])
+@pytest.mark.parametrize(
+    ("seeds", "lag"), [((5, 5), 1), ((5, 6), 0), ((5, 6), 1), ((5, 5 + 2**32), 0)]
+)
 def test_epochs_and_seeds_are_independent(seeds: tuple[int, int], lag: int) -> None:
     """Compare seed s, epoch e + 1 with seed s + 1, epoch e, too: their sums are equal."""
     first, second = orders_of_four(seeds[0], 30_001), orders_of_four(seeds[1], 30_001)
@@ -114,7 +120,9 @@ def test_a_subset_is_the_same_few_samples_in_order(num_samples: int, limit: int)
         assert len(chosen) == limit
         assert chosen[0] >= 0
         assert chosen[-1] < num_samples
-        assert set(chosen.tolist()) <= set(order.permutation(num_samples, seed=0, epoch=0).tolist()[: limit + 1])
+        assert set(chosen.tolist()) <= set(
+            order.permutation(num_samples, seed=0, epoch=0).tolist()[: limit + 1]
+        )
 
 
 def test_a_subset_of_a_sorted_file_has_all_its_classes() -> None:

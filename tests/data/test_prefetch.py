@@ -22,7 +22,7 @@ def num_threads() -> int:
 
 def gather(items: Iterator[int], seen: list[int]) -> None:
     for item in items:
-        seen.append(item)  # noqa: PERF402 (what came before a failure must be kept)
+        seen.append(item)
 
 
 def fail_in_the_loop(items: Iterator[int]) -> None:
@@ -39,7 +39,9 @@ def test_items_come_in_order(items: list[int | None], ahead: int) -> None:
     assert num_threads() == 0
 
 
-@pytest.mark.parametrize("failure", [UsageError("damaged"), ZeroDivisionError(), MemoryError(), SystemExit(3)])
+@pytest.mark.parametrize(
+    "failure", [UsageError("damaged"), ZeroDivisionError(), MemoryError(), SystemExit(3)]
+)
 def test_a_failure_comes_after_the_items_before_it(failure: BaseException) -> None:
     def source() -> Iterator[int]:
         yield from range(5)

@@ -42,7 +42,9 @@ def test_the_table_is_of_these_pictures() -> None:
     assert TABLE.read_text() == text
 
 
-@pytest.mark.parametrize("picture", PICTURES, ids=lambda picture: f"{picture.mode}-{picture.depth}-{picture.format}")
+@pytest.mark.parametrize(
+    "picture", PICTURES, ids=lambda picture: f"{picture.mode}-{picture.depth}-{picture.format}"
+)
 def test_what_comes_out(tmp_path: Path, picture: Picture) -> None:
     path = tmp_path / f"x.{picture.suffix}"
     picture.write(path)

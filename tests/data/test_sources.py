@@ -66,8 +66,15 @@ def test_stl10(tmp_path: Path, write: Writer, below: bool) -> None:
     written = write(tmp_path)
     folder = next(tmp_path.iterdir()) if below else tmp_path
     for split in (None, "train", "test", "unlabeled"):
-        source, (images, labels) = sources.open_source(str(folder), split=split), written[split or "train"]
-        assert (source.kind, source.split, source.class_names) == ("stl10", split or "train", source_files.STL10_NAMES)
+        source, (images, labels) = (
+            sources.open_source(str(folder), split=split),
+            written[split or "train"],
+        )
+        assert (source.kind, source.split, source.class_names) == (
+            "stl10",
+            split or "train",
+            source_files.STL10_NAMES,
+        )
         demand_equal(source, images, None if split == "unlabeled" else labels)
     both = np.concatenate([written["train"][0], written["unlabeled"][0]])
     source = sources.open_source(str(tmp_path), split="train+unlabeled")
@@ -83,7 +90,13 @@ def test_stl10_is_column_major(tmp_path: Path) -> None:
     data[96 * 96] = 5  # green
     path.write_bytes(data)
     image = sources.open_source(str(tmp_path)).image(0)
-    assert (image[0, 0, 0], image[1, 0, 0], image[2, 0, 0], image[0, 1, 0], image[0, 0, 1]) == (1, 2, 3, 4, 5)
+    assert (image[0, 0, 0], image[1, 0, 0], image[2, 0, 0], image[0, 1, 0], image[0, 0, 1]) == (
+        1,
+        2,
+        3,
+        4,
+        5,
+    )
 
 
 @pytest.mark.parametrize("write", [source_files.stl10, source_files.stl10_matlab])
@@ -91,19 +104,32 @@ def test_stl10_is_column_major(tmp_path: Path) -> None:
 def test_stl10_folds(tmp_path: Path, write: Writer, fold: int) -> None:
     images, labels = write(tmp_path)["train"]
     chosen = source_files.folds(20)[fold]
-    demand_equal(sources.open_source(str(tmp_path), fold=fold), images[chosen], [labels[k] for k in chosen])
+    demand_equal(
+        sources.open_source(str(tmp_path), fold=fold), images[chosen], [labels[k] for k in chosen]
+    )
 
 
-def test_stl10_and_svhn_as_torchvision_reads_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stl10_and_svhn_as_torchvision_reads_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     datasets = pytest.importorskip("torchvision.datasets")
     source_files.stl10(tmp_path)
     source_files.svhn(tmp_path)
     monkeypatch.setattr(datasets.STL10, "_check_integrity", lambda self: True)
     monkeypatch.setattr(datasets.SVHN, "_check_integrity", lambda self: True)
     for theirs, ours in (
-        (datasets.STL10(str(tmp_path), "train", folds=4), sources.open_source(str(tmp_path), fold=4)),
-        (datasets.STL10(str(tmp_path), "train+unlabeled"), sources.open_source(str(tmp_path), split="train+unlabeled")),
-        (datasets.SVHN(str(tmp_path), "test"), sources.open_source(str(tmp_path), kind="svhn", split="test")),
+        (
+            datasets.STL10(str(tmp_path), "train", folds=4),
+            sources.open_source(str(tmp_path), fold=4),
+        ),
+        (
+            datasets.STL10(str(tmp_path), "train+unlabeled"),
+            sources.open_source(str(tmp_path), split="train+unlabeled"),
+        ),
+        (
+            datasets.SVHN(str(tmp_path), "test"),
+            sources.open_source(str(tmp_path), kind="svhn", split="test"),
+        ),
     ):
         assert len(theirs) == len(ours)
         for k, (image, label) in enumerate(theirs):
@@ -145,7 +171,9 @@ def cifar_python(folder: Path, *, classes: int) -> dict[str, tuple[np.ndarray, l
 
 @pytest.mark.parametrize("split", [None, "train", "test"])
 @pytest.mark.parametrize("classes", [10, 100])
-@pytest.mark.parametrize("write", [cifar_python, source_files.cifar_binary, source_files.cifar_matlab])
+@pytest.mark.parametrize(
+    "write", [cifar_python, source_files.cifar_binary, source_files.cifar_matlab]
+)
 def test_cifar(tmp_path: Path, write: Writer, classes: int, split: str | None) -> None:
     written = write(tmp_path, classes=classes)
     for folder in (tmp_path, next(tmp_path.iterdir())):
@@ -159,7 +187,11 @@ def test_cifar_binary_damaged(tmp_path: Path) -> None:
     source_files.cifar_binary(tmp_path)
     path = tmp_path / "cifar-10-batches-bin" / "data_batch_2.bin"
     whole = path.read_bytes()
-    for content, word in ((whole[:-1], "whole number"), (b"", "whole number"), (b"\x0a" + whole[1:], "10 classes")):
+    for content, word in (
+        (whole[:-1], "whole number"),
+        (b"", "whole number"),
+        (b"\x0a" + whole[1:], "10 classes"),
+    ):
         path.write_bytes(content)
         refused("data_batch_2.bin", word, source=tmp_path)
     path.unlink()
@@ -256,7 +288,9 @@ class _Evil:
 def test_cifar_runs_no_code(tmp_path: Path) -> None:
     source_files.cifar10(tmp_path)
     mark = tmp_path / "was here"
-    (tmp_path / "cifar-10-batches-py" / "data_batch_3").write_bytes(pickle.dumps({"data": _Evil(mark)}))
+    (tmp_path / "cifar-10-batches-py" / "data_batch_3").write_bytes(
+        pickle.dumps({"data": _Evil(mark)})
+    )
     refused("data_batch_3", "not a CIFAR file", source=tmp_path)
     assert not mark.exists()
 
@@ -299,7 +333,11 @@ def test_class_folders(tmp_path: Path) -> None:
     (tmp_path / "bee" / ".hidden.png").write_text("no picture")
     (tmp_path / "__MACOSX").mkdir()
     source = sources.open_source(str(tmp_path))
-    assert (source.kind, source.split, source.class_names) == ("classes", None, ("ant", "bee", "cow"))
+    assert (source.kind, source.split, source.class_names) == (
+        "classes",
+        None,
+        ("ant", "bee", "cow"),
+    )
     assert [name for name, _ in source.ignored] == ["__MACOSX", "bee/.hidden.png", "bee/notes.txt"]
     demand_equal(source, images, labels)
     plain = sources.open_source(str(tmp_path), kind="folder")
@@ -369,7 +407,19 @@ def test_links_that_go_round(tmp_path: Path, kind: str) -> None:
     assert len(sources.open_source(str(tmp_path), kind=kind)) == len(images)
 
 
-FORMS = ["nhwc", "nchw", "nhw", "nhw1", "n1hw", "fortran", "keras", "medical", "dashes", "validation", "unlabelled"]
+FORMS = [
+    "nhwc",
+    "nchw",
+    "nhw",
+    "nhw1",
+    "n1hw",
+    "fortran",
+    "keras",
+    "medical",
+    "dashes",
+    "validation",
+    "unlabelled",
+]
 KEYS = {
     "keras": ("x_train", "y_train"),
     "medical": ("train_images", "train_labels"),
@@ -403,7 +453,9 @@ def test_npz_and_npy(tmp_path: Path, form: str, save: Callable[..., None] | str)
         for name, each in arrays.items():
             np.save(tmp_path / f"{name}.npy", each)
         path, ignored = (
-            (tmp_path, (("a.npz", "files that are no arrays"),)) if "folder" in save else (tmp_path / f"{key}.npy", ())
+            (tmp_path, (("a.npz", "files that are no arrays"),))
+            if "folder" in save
+            else (tmp_path / f"{key}.npy", ())
         )
     else:
         path, ignored = tmp_path / "b.npz", (("notes.txt", "files that are no arrays"),)
@@ -412,7 +464,12 @@ def test_npz_and_npy(tmp_path: Path, form: str, save: Callable[..., None] | str)
             archive.writestr("notes.txt", "no array")
     source = sources.open_source(str(path))
     assert (source.kind, source.ignored) == ("npy" if isinstance(save, str) else "npz", ignored)
-    assert source.split == {"keras": "train", "medical": "train", "dashes": "train", "validation": "val"}.get(form)
+    assert source.split == {
+        "keras": "train",
+        "medical": "train",
+        "dashes": "train",
+        "validation": "val",
+    }.get(form)
     demand_equal(source, expected, labels if label_key else None)
 
 
@@ -446,7 +503,10 @@ def test_npy_refused(tmp_path: Path) -> None:
         (whole[:50], "npy format"),
         (b"", "npy format"),
         (whole.replace(b"(4, 8, 8, 3)", b"(9**9,8, 3) "), "npy format"),
-        (whole.replace(b"(4, 8, 8, 3), }" + b" " * 11, b"(1000000000,1000000000,3)}"), "its head says 3000000000000000000"),
+        (
+            whole.replace(b"(4, 8, 8, 3), }" + b" " * 11, b"(1000000000,1000000000,3)}"),
+            "its head says 3000000000000000000",
+        ),
         (whole.replace(b"(4, 8, 8, 3)", b"(-4, 8,-8,3)"), "(-4, 8, -8, 3)"),
         (whole.replace(b"'|u1'", b"'|U0'"), "its head says"),
         (whole[:6] + b"\x02\0" + b"\xff" * 4 + whole[12:], "npy format"),
@@ -467,9 +527,17 @@ LABELS = {
     "some unlabelled": ([-1, 0, 1, -1], [-1, 0, 1, -1], ("0", "1")),
     "none labelled": ([-1, -1, -1, -1], None, ()),
     "billions": ([3 * 10**9, 7, -1, 7], [1, 0, -1, 0], ("7", "3000000000")),
-    "63 bits": (np.array([2**63 - 1, 0, 0, 5], np.uint64), [2, 0, 0, 1], ("0", "5", str(2**63 - 1))),
+    "63 bits": (
+        np.array([2**63 - 1, 0, 0, 5], np.uint64),
+        [2, 0, 0, 1],
+        ("0", "5", str(2**63 - 1)),
+    ),
     "large floats": ([1e15, 0, 0, 1e15], [1, 0, 0, 1], ("0", str(10**15))),
-    "texts": (["dog", "ant", "\u00e9t\u00e9", "ant"], [1, 0, 2, 0], ("ant", "dog", "\u00e9t\u00e9")),
+    "texts": (
+        ["dog", "ant", "\u00e9t\u00e9", "ant"],
+        [1, 0, 2, 0],
+        ("ant", "dog", "\u00e9t\u00e9"),
+    ),
     "bytes": (np.array([b"b", b"a", b"a", b"c"]), [1, 0, 0, 2], ("a", "b", "c")),
     "at the bound": ([65_535, 0, 1, 1], [65_535, 0, 1, 1], tuple(map(str, range(65_536)))),
     "above the bound": ([65_536, 0, 1, 1], [2, 0, 1, 1], ("0", "1", "65536")),
@@ -508,7 +576,9 @@ def test_large_idx_labels_are_mapped_too(tmp_path: Path) -> None:
     demand_equal(source, images, labels)
 
 
-ANY_LABELS = hypothesis.extra.numpy.arrays(np.int64, st.integers(1, 12), elements=st.integers(-1, 2**62))
+ANY_LABELS = hypothesis.extra.numpy.arrays(
+    np.int64, st.integers(1, 12), elements=st.integers(-1, 2**62)
+)
 
 
 @given(ANY_LABELS, ANY_LABELS)
@@ -527,7 +597,13 @@ def test_names_say_what_the_labels_were(train: np.ndarray, test: np.ndarray) -> 
 def test_labels_mean_the_same_in_every_split(tmp_path: Path) -> None:
     images = source_files.random_images(3, 8, 8)
     train, test = np.array([10**6, 3 * 10**6, 2 * 10**6]), np.array([3 * 10**6] * 3)
-    np.savez(tmp_path / "a.npz", train_images=images, train_labels=train, test_images=images, test_labels=test)
+    np.savez(
+        tmp_path / "a.npz",
+        train_images=images,
+        train_labels=train,
+        test_images=images,
+        test_labels=test,
+    )
     assert read_all(sources.open_source(str(tmp_path / "a.npz")))[1] == [0, 2, 1]
     source = sources.open_source(str(tmp_path / "a.npz"), split="test")
     assert read_all(source)[1] == [2, 2, 2]
@@ -570,7 +646,12 @@ def test_one_image_is_not_taken_for_many(tmp_path: Path, form: str) -> None:
         return save(tmp_path, form, images=images, **({} if labels is None else {"labels": labels}))
 
     one = source_files.random_images(1, 12, 16)[0]
-    for image in (one, one[..., :1], one.transpose(2, 0, 1), np.concatenate([one, one[..., :1]], 2)):
+    for image in (
+        one,
+        one[..., :1],
+        one.transpose(2, 0, 1),
+        np.concatenate([one, one[..., :1]], 2),
+    ):
         refused("looks like one image", "images[None]", source=saved(image))
     refused("looks like one image", source=saved(one, [3]))
     refused("images[None]", source=saved(one[..., 0]))
@@ -582,7 +663,9 @@ def test_one_image_is_not_taken_for_many(tmp_path: Path, form: str) -> None:
     demand_equal(sources.open_source(str(saved(one[None]))), one[None], None)
     # As many labels as rows: narrow grey images after all.
     labels = [k % 3 for k in range(12)]
-    demand_equal(sources.open_source(str(saved(one, labels))), np.repeat(one[..., None], 3, 3), labels)
+    demand_equal(
+        sources.open_source(str(saved(one, labels))), np.repeat(one[..., None], 3, 3), labels
+    )
 
 
 def test_npz_splits(tmp_path: Path) -> None:
@@ -590,14 +673,19 @@ def test_npz_splits(tmp_path: Path) -> None:
     images, path = source_files.random_images(6, 28, 28), tmp_path / "pathmnist.npz"
     arrays = {}
     for split, part in (("train", slice(0, 3)), ("val", slice(3, 5)), ("test", slice(5, 6))):
-        arrays |= {f"{split}_images": images[part], f"{split}_labels": np.arange(6, dtype=np.uint8)[part, None]}
+        arrays |= {
+            f"{split}_images": images[part],
+            f"{split}_labels": np.arange(6, dtype=np.uint8)[part, None],
+        }
     np.savez_compressed(path, **arrays)
     demand_equal(sources.open_source(str(path)), images[:3], [0, 1, 2])
     demand_equal(sources.open_source(str(path), split="validation"), images[3:5], [3, 4])
     source = sources.open_source(str(path), split="test")
     assert (source.split, len(source.class_names)) == ("test", 6)
     demand_equal(source, images[5:], [5])
-    assert sources.open_source(str(path)).notes == ("took the split train; --split takes val or test",)  # type: ignore[attr-defined]
+    assert sources.open_source(str(path)).notes == (
+        "took the split train; --split takes val or test",
+    )  # type: ignore[attr-defined]
     refused("'odd'", "train, val, test", source=path, split="odd")
     np.savez(path, images=images)
     refused("'test'", "its splits are none", source=path, split="test")
@@ -606,7 +694,15 @@ def test_npz_splits(tmp_path: Path) -> None:
     assert len(sources.open_source(str(path), split="train")) == 2
     source = sources.open_source(str(path), split="train")
     assert [name for name, _ in source.ignored] == ["images", "x"]  # type: ignore[attr-defined]
-    np.savez(path, images=images, masks=images, data=images, labels=np.arange(6), y=np.arange(6), test_images=images)
+    np.savez(
+        path,
+        images=images,
+        masks=images,
+        data=images,
+        labels=np.arange(6),
+        y=np.arange(6),
+        test_images=images,
+    )
     source = sources.open_source(str(path))
     assert [name for name, _ in source.ignored] == ["masks", "data", "y"]  # type: ignore[attr-defined]
     np.savez(path, x=images, X=images)
@@ -617,9 +713,16 @@ def test_npz_that_says_more_than_it_holds(tmp_path: Path) -> None:
     """Refuse wrong heads, wrong sizes in the archive and bombs before memory is allocated."""
     path = tmp_path / "a.npz"
 
-    def saved(shape: tuple[int, ...], body: bytes, size: int | None = None, kind: int = zipfile.ZIP_DEFLATED) -> Path:
+    def saved(
+        shape: tuple[int, ...],
+        body: bytes,
+        size: int | None = None,
+        kind: int = zipfile.ZIP_DEFLATED,
+    ) -> Path:
         start = io.BytesIO()
-        np.lib.format.write_array_header_1_0(start, {"descr": "|u1", "fortran_order": False, "shape": shape})
+        np.lib.format.write_array_header_1_0(
+            start, {"descr": "|u1", "fortran_order": False, "shape": shape}
+        )
         with zipfile.ZipFile(path, "w", kind) as archive:
             archive.writestr("images.npy", start.getvalue() + body)
         if size is not None:  # in the archive's directory, which is what counts
@@ -661,7 +764,9 @@ def test_npz_refused(tmp_path: Path) -> None:
     refused("images", "labels", source=saved(labels=labels), split="test")
     refused("(3,)", "4 images", source=saved(images=images, labels=labels[:3]))
     refused("float64", "whole", source=saved(images=images, labels=labels / 2.0))
-    refused("64 bits", source=saved(images=images, labels=labels.astype(np.uint64) << np.uint64(62)))
+    refused(
+        "64 bits", source=saved(images=images, labels=labels.astype(np.uint64) << np.uint64(62))
+    )
     refused("object", source=saved(images=np.array([images[0], None], object)))
     whole = saved(images=images, labels=labels).read_bytes()
     for cut in (0, 10, len(whole) // 2, len(whole) - 1):
@@ -676,7 +781,10 @@ def test_npz_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("packed", [True, False])
-@pytest.mark.parametrize(("inner", "sets"), [("", ""), ("FashionMNIST/raw", ""), ("gzip", "emnist-letters-"), ("raw", "")])
+@pytest.mark.parametrize(
+    ("inner", "sets"),
+    [("", ""), ("FashionMNIST/raw", ""), ("gzip", "emnist-letters-"), ("raw", "")],
+)
 def test_idx(tmp_path: Path, packed: bool, inner: str, sets: str) -> None:
     written = source_files.idx(tmp_path / inner, packed=packed, sets=sets)
     for split in (None, "train", "test"):
@@ -714,7 +822,9 @@ def test_idx_with_qmnists_labels_with_dots_and_without_labels(tmp_path: Path) ->
         ("EMNIST-Letters-train-images-idx3-ubyte", "emnist-letters-train-labels-idx1-ubyte"),
     ],
 )
-def test_idx_finds_labels_however_both_are_written(tmp_path: Path, images: str, labels: str) -> None:
+def test_idx_finds_labels_however_both_are_written(
+    tmp_path: Path, images: str, labels: str
+) -> None:
     written = source_files.idx(tmp_path, packed=False)["train"]
     (tmp_path / "train-images-idx3-ubyte").rename(tmp_path / images)
     (tmp_path / "train-labels-idx1-ubyte").rename(tmp_path / labels)
@@ -752,7 +862,9 @@ def test_idx_refused(tmp_path: Path) -> None:
     refused("for 21 images", source=holds(whole[:7] + b"\x15" + whole[8:]))
     refused("15679 bytes", source=holds(whole[:-1]))
     refused("cannot hold", source=holds(whole[:1000]))
-    refused("is of the split train by its name, not test", source=holds(whole) / path.name, split="test")
+    refused(
+        "is of the split train by its name, not test", source=holds(whole) / path.name, split="test"
+    )
     labels = tmp_path / "train-labels-idx1-ubyte"
     named = labels.read_bytes()
     labels.write_bytes(struct.pack(">BBBBII", 0, 0, 8, 2, 20, 0))
@@ -761,7 +873,11 @@ def test_idx_refused(tmp_path: Path) -> None:
     refused("its head says 15680", source=holds(whole + b"\0"))
     path.unlink()
     packed = gzip.compress(whole)
-    for content, says in ((packed[:-9], "cannot be read"), (b"no gzip", "cannot be read"), (packed[:20], "cannot be read")):
+    for content, says in (
+        (packed[:-9], "cannot be read"),
+        (b"no gzip", "cannot be read"),
+        (packed[:20], "cannot be read"),
+    ):
         (tmp_path / "train-images-idx3-ubyte.gz").write_bytes(content)
         refused(says, "train-images-idx3-ubyte.gz", source=tmp_path)
     bomb = gzip.compress(struct.pack(">BBBBIII", 0, 0, 8, 3, 20, 4096, 4096))
@@ -792,7 +908,13 @@ def test_fashion_mnist_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         raise RuntimeError("Error downloading train-images-idx3-ubyte.gz")
 
     monkeypatch.setattr(datasets, "FashionMNIST", offline)
-    refused("fashion-mnist", "dataset-fashion-mnist", "Error downloading", "textures", source="fashion-mnist")
+    refused(
+        "fashion-mnist",
+        "dataset-fashion-mnist",
+        "Error downloading",
+        "textures",
+        source="fashion-mnist",
+    )
 
     cut = tmp_path / "cache" / "FashionMNIST" / "raw"
     source_files.idx(cut)
@@ -812,7 +934,12 @@ def test_kinds_that_are_none(tmp_path: Path) -> None:
     refused("absent", "no such", source=tmp_path / "absent")
     refused("no pictures", source=tmp_path)
     refused("kind: 'imagenet' is none of", "cifar100", source=tmp_path, kind="imagenet")
-    for name, word in (("a.tar.gz", "tar -xf"), ("a.zip", "unzip"), ("a.beton", "--data"), ("a.mat", "npz")):
+    for name, word in (
+        ("a.tar.gz", "tar -xf"),
+        ("a.zip", "unzip"),
+        ("a.beton", "--data"),
+        ("a.mat", "npz"),
+    ):
         (tmp_path / name).touch()
         refused(word, source=tmp_path / name)
     refused("no such folder", source=tmp_path / "a.zip", kind="stl10")
@@ -832,7 +959,11 @@ SPECIAL = {
     "cifar_binary": (source_files.cifar_binary, "test", ("test_batch.bin", "batches.meta.txt")),
     "cifar_matlab": (source_files.cifar_matlab, "test", ("test_batch.mat", "batches.meta.mat")),
     "svhn": (source_files.svhn, "train", ("train_32x32.mat",)),
-    "idx": (source_files.idx, "train", ("train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz")),
+    "idx": (
+        source_files.idx,
+        "train",
+        ("train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz"),
+    ),
 }
 
 
@@ -853,7 +984,10 @@ def test_only_regular_files_are_opened(tmp_path: Path, case: str, special: str) 
 
 
 @pytest.mark.parametrize("special", ["pipe", "socket", "device"])
-@pytest.mark.parametrize("name", ["a.npz", "x.npy", "train-images-idx3-ubyte", "train_32x32.mat", "a.tar", "thing", "a.png"])
+@pytest.mark.parametrize(
+    "name",
+    ["a.npz", "x.npy", "train-images-idx3-ubyte", "train_32x32.mat", "a.tar", "thing", "a.png"],
+)
 def test_a_source_that_is_no_regular_file(tmp_path: Path, name: str, special: str) -> None:
     _put(tmp_path / name, special)
     says = {"pipe": "named pipe", "socket": "socket", "device": "device"}[special]
@@ -870,14 +1004,23 @@ def _put(path: Path, special: str) -> None:
     elif special == "device":
         path.symlink_to("/dev/zero")
     else:
-        with socket.socket(socket.AF_UNIX) as opened, contextlib.chdir(path.parent):  # a path of a socket is limited
+        with (
+            socket.socket(socket.AF_UNIX) as opened,
+            contextlib.chdir(path.parent),
+        ):  # a path of a socket is limited
             opened.bind(path.name)
 
 
 @pytest.mark.parametrize("kind", ["idx", "cifar10", "stl10"])
 def test_what_lies_beside_arrays_is_told(tmp_path: Path, kind: str) -> None:
-    {"idx": source_files.idx, "cifar10": source_files.cifar10, "stl10": source_files.stl10}[kind](tmp_path)
-    inner = {"idx": tmp_path, "cifar10": tmp_path / "cifar-10-batches-py", "stl10": tmp_path / "stl10_binary"}[kind]
+    {"idx": source_files.idx, "cifar10": source_files.cifar10, "stl10": source_files.stl10}[kind](
+        tmp_path
+    )
+    inner = {
+        "idx": tmp_path,
+        "cifar10": tmp_path / "cifar-10-batches-py",
+        "stl10": tmp_path / "stl10_binary",
+    }[kind]
     for path in (inner / "mine.png", tmp_path / "cat" / "1.png", tmp_path / "notes.txt"):
         path.parent.mkdir(exist_ok=True)
         path.touch()
@@ -906,7 +1049,12 @@ def test_an_npy_file_that_was_written_anew_is_read_anew(tmp_path: Path) -> None:
 @pytest.mark.parametrize("form", ["npz", "npy"])
 def test_a_split_that_nobody_asked_for_refuses_none(tmp_path: Path, form: str) -> None:
     images = source_files.random_images(6, 8, 8)
-    arrays = {"train_images": images, "train_labels": np.arange(6), "test_images": images, "test_labels": np.eye(6, dtype=int)}
+    arrays = {
+        "train_images": images,
+        "train_labels": np.arange(6),
+        "test_images": images,
+        "test_labels": np.eye(6, dtype=int),
+    }
     path = save(tmp_path, form, **arrays)
     demand_equal(sources.open_source(str(path), split="train"), images, list(range(6)))
     refused("argmax", source=path, split="test")

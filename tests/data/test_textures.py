@@ -42,10 +42,15 @@ def set_of_seed_0() -> tuple[Images, NDArray[np.int64]]:
     size=st.integers(8, 40),
     seed=st.integers(0, 2**31),
 )
-def test_an_image_depends_on_its_number_seed_and_size_alone(count: int, split: int, start: int, size: int, seed: int) -> None:
+def test_an_image_depends_on_its_number_seed_and_size_alone(
+    count: int, split: int, start: int, size: int, seed: int
+) -> None:
     split = min(split, count)
     images, labels = textures.make(count, size, seed, start=start)
-    parts = [textures.make(split, size, seed, start=start), textures.make(count - split, size, seed, start=start + split)]
+    parts = [
+        textures.make(split, size, seed, start=start),
+        textures.make(count - split, size, seed, start=start + split),
+    ]
     assert images.shape == (count, size, size, 3)
     assert (images.dtype, labels.dtype) == (np.uint8, np.int64)
     assert np.array_equal(np.concatenate([part[0] for part in parts]), images)
@@ -63,7 +68,11 @@ def test_the_bytes_are_the_published_ones() -> None:
 
 
 def test_no_two_images_or_seeds_agree() -> None:
-    images = np.concatenate([textures.make(200, 16, seed)[0] for seed in (0, 1)]).reshape(400, -1).astype(np.float64)
+    images = (
+        np.concatenate([textures.make(200, 16, seed)[0] for seed in (0, 1)])
+        .reshape(400, -1)
+        .astype(np.float64)
+    )
     gram = images @ images.T
     squares = np.diag(gram)
     distance = squares[:, None] + squares - 2 * gram + np.diag(np.full(400, np.inf))
@@ -75,7 +84,9 @@ def test_no_two_images_or_seeds_agree() -> None:
 def test_sequences_of_seeds_do_not_overlap() -> None:
     """Check that the next seed's images and labels are not these ones shifted."""
     labels = [textures.make(2000, 8, seed)[1] for seed in (0, 1)]
-    agreements = [np.mean(labels[0][shift:1000] == labels[1][: 1000 - shift]) for shift in range(50)]
+    agreements = [
+        np.mean(labels[0][shift:1000] == labels[1][: 1000 - shift]) for shift in range(50)
+    ]
     # Chance is .1 with a standard deviation of about .01 over 1,000 labels; the largest of 50 is
     # below .1 + 5 deviations.
     assert max(agreements) < 0.15
@@ -101,9 +112,15 @@ def test_draws_are_the_projects_philox() -> None:
     drawn = textures._uniform(key, ids, 11, domain)
     c0, c3 = philox.split_id(torch.from_numpy(ids.astype(np.int64)), domain)
     words = philox.philox4x32(c0[:, None], torch.arange(3)[None], 0, c3[:, None], key)
-    expected = philox.uniform(torch.stack([w.expand(5, 3) for w in words], dim=-1)).reshape(5, 12)[:, :11]
+    expected = philox.uniform(torch.stack([w.expand(5, 3) for w in words], dim=-1)).reshape(5, 12)[
+        :, :11
+    ]
     assert np.array_equal(drawn, expected.numpy())
-    assert textures.DOMAIN_IMAGES not in (philox.DOMAIN_VIEWS, philox.DOMAIN_ORDER, textures.DOMAIN_LABELS)
+    assert textures.DOMAIN_IMAGES not in (
+        philox.DOMAIN_VIEWS,
+        philox.DOMAIN_ORDER,
+        textures.DOMAIN_LABELS,
+    )
 
 
 @pytest.mark.parametrize("name", textures.CLASSES)
@@ -111,7 +128,9 @@ def test_a_pattern_covers_half_of_the_plane(name: str) -> None:
     """Allow .03 over some 8,000 cells; otherwise brightness would tell the class."""
     grid = np.arange(0, 90, 0.0917, dtype=np.float32)
     u, v = np.meshgrid(grid, grid)
-    form = PATTERNS[name](u[None], v[None], np.full((1, 1, 1), 0.05, np.float32), np.full((1, 1, 1), 12345, np.uint32))
+    form = PATTERNS[name](
+        u[None], v[None], np.full((1, 1, 1), 0.05, np.float32), np.full((1, 1, 1), 12345, np.uint32)
+    )
     assert form.dtype == np.float32
     assert form.min() >= 0
     assert form.max() <= 1
@@ -121,7 +140,9 @@ def test_a_pattern_covers_half_of_the_plane(name: str) -> None:
 def accuracy(features: NDArray[np.floating], labels: NDArray[np.int64]) -> float:
     """Return the accuracy in percent of a linear classifier fitted on the first ``FIT`` rows."""
     classifier = make_pipeline(StandardScaler(), LogisticRegression(max_iter=500, C=0.1))
-    return 100 * float(classifier.fit(features[:FIT], labels[:FIT]).score(features[FIT:], labels[FIT:]))
+    return 100 * float(
+        classifier.fit(features[:FIT], labels[:FIT]).score(features[FIT:], labels[FIT:])
+    )
 
 
 def mean_colour(images: Images) -> NDArray[np.floating]:
@@ -178,7 +199,10 @@ def test_form_tells_the_class(set_of_seed_0: tuple[Images, NDArray[np.int64]]) -
 
 def test_classes_survive_in_another_set() -> None:
     """Train on one seed and test on another, as test sets are made."""
-    (fit, fit_labels), (score, score_labels) = textures.make(FIT, SIZE, 11), textures.make(FIT, SIZE, 12)
+    (fit, fit_labels), (score, score_labels) = (
+        textures.make(FIT, SIZE, 11),
+        textures.make(FIT, SIZE, 12),
+    )
     features = spectrum(np.concatenate([fit, score]))
     assert accuracy(features, np.concatenate([fit_labels, score_labels])) > 95
 

@@ -24,13 +24,23 @@ class Pictures:
 
     def __getitem__(self, index: int) -> tuple[object, ...]:
         slope = np.arange(20 + index % 2, dtype=np.uint8)[:, None, None]
-        return np.broadcast_to(slope * 5 + index % 100, (20 + index % 2, 24, 3)).astype(np.uint8), index % 4
+        return np.broadcast_to(slope * 5 + index % 100, (20 + index % 2, 24, 3)).astype(
+            np.uint8
+        ), index % 4
 
 
 @pytest.fixture(scope="module")
 def jpegs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("jpegs") / "set.beton"
-    write(path, Pictures(), labelled=True, mode="jpg", workers=1, page_bytes=1 << 21, note={"class_names": list("abcd")})
+    write(
+        path,
+        Pictures(),
+        labelled=True,
+        mode="jpg",
+        workers=1,
+        page_bytes=1 << 21,
+        note={"class_names": list("abcd")},
+    )
     return path
 
 
@@ -64,7 +74,9 @@ def test_checksums_name_every_damaged_sample(jpegs: Path, tmp_path: Path, deep: 
     damage(path, [7, 255, 256, 299])
     verdict = verify(path, deep=deep)
     assert [sample for sample, _ in verdict.damaged] == [7, 255, 256, 299]
-    with pytest.raises(UsageError, match=r"4 of 300 samples are damaged, first sample 7: bytes \d+ to \d+ are not"):
+    with pytest.raises(
+        UsageError, match=r"4 of 300 samples are damaged, first sample 7: bytes \d+ to \d+ are not"
+    ):
         verdict.demand_whole()
 
 
@@ -80,7 +92,14 @@ def test_decoding_finds_what_a_foreign_file_hides(tmp_path: Path) -> None:
 
 def test_labels_outside_the_named_classes(tmp_path: Path) -> None:
     path = tmp_path / "set.beton"
-    write(path, Pictures(), labelled=True, workers=1, page_bytes=1 << 21, note={"class_names": list("abc")})
+    write(
+        path,
+        Pictures(),
+        labelled=True,
+        workers=1,
+        page_bytes=1 << 21,
+        note={"class_names": list("abc")},
+    )
     assert verify(path).damaged == ()
     damaged = verify(path, deep=True).damaged
     assert damaged[0] == (3, "label 3, of 3 classes")
@@ -96,5 +115,7 @@ def test_a_manifest_of_other_images_in_the_same_room(jpegs: Path, tmp_path: Path
     with path.open("r+b") as file:
         table = int(np.fromfile(path, beton.HEADER, 1)["table"][0])
         os.pwrite(file.fileno(), other.pack(info.page_size), table - info.page_size)
-    with pytest.raises(UsageError, match="its manifest belongs to other data: all 300 samples are damaged"):
+    with pytest.raises(
+        UsageError, match="its manifest belongs to other data: all 300 samples are damaged"
+    ):
         verify(path).demand_whole()

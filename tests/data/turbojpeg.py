@@ -19,7 +19,9 @@ class Decompressor:
         self._library.tjInitDecompress.restype = ctypes.c_void_p
         self._handle = ctypes.c_void_p(self._library.tjInitDecompress())
 
-    def decode(self, data: bytes, height: int, width: int, *, exact: bool = False) -> tuple[bool, NDArray[np.uint8]]:
+    def decode(
+        self, data: bytes, height: int, width: int, *, exact: bool = False
+    ) -> tuple[bool, NDArray[np.uint8]]:
         """Return failure and uint8 (height, width, 3), zeros if nothing was decoded.
 
         ``exact`` uses the slow transform.
@@ -27,7 +29,9 @@ class Decompressor:
         pixels = np.zeros((height, width, 3), np.uint8)
         size, room = ctypes.c_ulong(len(data)), pixels.ctypes.data_as(ctypes.c_void_p)
         flags = 0 if exact else TJFLAG_FASTDCT
-        failed = self._library.tjDecompress2(self._handle, data, size, room, width, 0, height, TJPF_RGB, flags)
+        failed = self._library.tjDecompress2(
+            self._handle, data, size, room, width, 0, height, TJPF_RGB, flags
+        )
         return bool(failed), pixels
 
     def __del__(self) -> None:

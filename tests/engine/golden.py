@@ -1,8 +1,9 @@
-"""Twenty steps of training on a CPU, digested: views, networks, backward passes, optimizer and moving average, bit by bit.
+"""Twenty steps of training on a CPU, digested: views, networks, backward passes, optimizer and
+moving average, bit by bit.
 
-``python tests/engine/golden.py THREADS`` prints the digest of every case, one JSON object; ``--write`` keeps them in
-golden.json under this machine's name, for one thread and for two: only where bits are meant to change, and why stands in
-CHANGELOG.md.
+``python tests/engine/golden.py THREADS`` prints the digest of every case, one JSON object;
+``--write`` keeps them in golden.json under this machine's name, for one thread and for two: only
+where bits are meant to change, and why stands in CHANGELOG.md.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from fastbyol.engine.step import TrainState, train_step
 GOLDEN = Path(__file__).with_suffix(".json")
 THREADS = ("1", "2")
 STEPS, BATCH, SIDE = 20, 16, 48
-# Channels of 8 to 64, even and odd sizes of feature maps, a mixed set of rows: every branch of the kernels for a CPU.
+# Channels of 8 to 64, even and odd sizes of feature maps, a mixed set of rows: every branch of the
+# kernels for a CPU.
 SMALL = (
     "views.size=33",
     "model.width=16",
@@ -53,14 +55,18 @@ PRECISIONS = ("fp32", "bf16")
 
 
 def digest(case: str, precision: str, steps: int = STEPS) -> str:
-    """Return the SHA-256 of parameters, momentum, target, statistics and every step's metrics after ``steps`` steps."""
+    """Return the SHA-256 of parameters, momentum, target, statistics and every step's metrics after
+    ``steps`` steps.
+    """
     config = load_config("blog", [*SMALL, *CASES[case], f"train.precision={precision}"])
     state = TrainState.create(config, steps_per_epoch=10)
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (BATCH, SIDE, SIDE, 3), generator=generator, dtype=torch.uint8)
     ids, sha256 = torch.arange(BATCH), hashlib.sha256()
     for step in range(steps):
-        batch = views.two_views(config.views, images, ids, seed=3, epoch=step, dtype=state.recipe.views_dtype)
+        batch = views.two_views(
+            config.views, images, ids, seed=3, epoch=step, dtype=state.recipe.views_dtype
+        )
         metrics = train_step(state, batch)
         _feed(sha256, batch, *metrics)
     for name, tensor in sorted(state.tensors().items()):
@@ -85,7 +91,9 @@ def write() -> None:
     """Write this machine's digests."""
     kept = json.loads(GOLDEN.read_text("utf-8")) if GOLDEN.exists() else {}
     runs = {threads: [sys.executable, __file__, threads] for threads in THREADS}
-    kept[machine()] = {threads: json.loads(subprocess.check_output(run)) for threads, run in runs.items()}
+    kept[machine()] = {
+        threads: json.loads(subprocess.check_output(run)) for threads, run in runs.items()
+    }
     GOLDEN.write_text(json.dumps(kept, indent=2, sort_keys=True) + "\n", "utf-8")
 
 
@@ -94,4 +102,12 @@ if __name__ == "__main__":
         write()
     else:
         torch.set_num_threads(int(sys.argv[1]))
-        print(json.dumps({f"{case} {precision}": digest(case, precision) for case in CASES for precision in PRECISIONS}))
+        print(
+            json.dumps(
+                {
+                    f"{case} {precision}": digest(case, precision)
+                    for case in CASES
+                    for precision in PRECISIONS
+                }
+            )
+        )

@@ -3,7 +3,8 @@
     python no_graph.py train ...             the command line
     python no_graph.py --worker PARENT_PID DESCRIPTOR   a worker of the ablations
 
-Compiling is left out: it takes a minute on a cpu, and steps that are not compiled are the same steps. Every start of the
+Compiling is left out: it takes a minute on a cpu, and steps that are not compiled are the same
+    steps. Every start of the
 program adds a line to the file that NO_GRAPH_STARTS names: its process number and its arguments.
 """
 
@@ -29,14 +30,20 @@ WHY = "AcceleratorError: CUDA error: operation not permitted when stream is capt
 def fail(work: Callable[[], object]) -> Any:
     """Fail like a GPU that cannot capture."""
     work()
-    raise torch.AcceleratorError("CUDA error: operation not permitted when stream is capturing\nmore")
+    raise torch.AcceleratorError(
+        "CUDA error: operation not permitted when stream is capturing\nmore"
+    )
 
 
-def install(record: Callable[..., Any] = fail, patch: Callable[[object, str, object], None] = setattr) -> None:
+def install(
+    record: Callable[..., Any] = fail, patch: Callable[[object, str, object], None] = setattr
+) -> None:
     """Make runs on the cpu choose as on a GPU, and capture by ``record``."""
     choose = capture.choose
 
-    def on_gpu(config: EngineConfig, device: torch.device, *, before: str | None = None) -> capture.Choice:
+    def on_gpu(
+        config: EngineConfig, device: torch.device, *, before: str | None = None
+    ) -> capture.Choice:
         return choose(config, torch.device("cuda", 0), before=before)
 
     patch(capture, "choose", on_gpu)

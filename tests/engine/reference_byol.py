@@ -1,9 +1,11 @@
-"""BYOL and its relatives from their formulas, in float64: no modules, one pass per view, one loop over tensors per update.
+"""BYOL and its relatives from their formulas, in float64: no modules, one pass per view, one loop
+over tensors per update.
 
-Slow and independent: it shares nothing with fastbyol but the parameters' names and the configuration's fields. Sources: byol
-arXiv:2006.07733; MoCo arXiv:1911.05722; SimSiam arXiv:2011.10566; ResNet arXiv:1512.03385; batch norm arXiv:1502.03167; group
-norm arXiv:1803.08494; batch renormalisation arXiv:1702.03275; weight standardization arXiv:1903.10520; LARS arXiv:1708.03888 in
-the three readings that fastbyol documents.
+Slow and independent: it shares nothing with fastbyol but the parameters' names and the
+configuration's fields. Sources: byol arXiv:2006.07733; MoCo arXiv:1911.05722; SimSiam
+arXiv:2011.10566; ResNet arXiv:1512.03385; batch norm arXiv:1502.03167; group norm arXiv:1803.08494;
+batch renormalisation arXiv:1702.03275; weight standardization arXiv:1903.10520; LARS
+arXiv:1708.03888 in the three readings that fastbyol documents.
 """
 
 from __future__ import annotations
@@ -38,13 +40,19 @@ class Net:
 
     def encoder(self, x: Tensor) -> Tensor:
         if self.model.stem == "torchvision":
-            x = self.norm(self.conv(x, "encoder.conv1", 2, 3), "encoder.bn1", self.model.norm).relu()
+            x = self.norm(
+                self.conv(x, "encoder.conv1", 2, 3), "encoder.bn1", self.model.norm
+            ).relu()
             x = F.max_pool2d(x, 3, 2, 1)
         else:
-            x = self.norm(self.conv(x, "encoder.conv1", 1, 1), "encoder.bn1", self.model.norm).relu()
+            x = self.norm(
+                self.conv(x, "encoder.conv1", 1, 1), "encoder.bn1", self.model.norm
+            ).relu()
         for stage in (1, 2, 3, 4):
             for block in (0, 1):
-                x = self.block(x, f"encoder.layer{stage}.{block}", 2 if stage > 1 and block == 0 else 1)
+                x = self.block(
+                    x, f"encoder.layer{stage}.{block}", 2 if stage > 1 and block == 0 else 1
+                )
         return x.sum((2, 3)) / (x.shape[2] * x.shape[3])
 
     def block(self, x: Tensor, name: str, stride: int) -> Tensor:
@@ -52,7 +60,9 @@ class Net:
         out = self.norm(self.conv(x, f"{name}.conv1", stride, 1), f"{name}.bn1", kind).relu()
         out = self.norm(self.conv(out, f"{name}.conv2", 1, 1), f"{name}.bn2", kind)
         if f"{name}.downsample.0.weight" in self.p:
-            x = self.norm(self.conv(x, f"{name}.downsample.0", stride, 0), f"{name}.downsample.1", kind)
+            x = self.norm(
+                self.conv(x, f"{name}.downsample.0", stride, 0), f"{name}.downsample.1", kind
+            )
         return (out + x).relu()
 
     def conv(self, x: Tensor, name: str, stride: int, padding: int) -> Tensor:
@@ -69,8 +79,12 @@ class Net:
         if kind == "none":
             return x
         shape = (1, -1) + (1,) * (x.ndim - 2)
-        normalised = {"bn": self.batch, "brn": self.renorm, "gn": self.group, "ln": self.layer}[kind](x, name)
-        return normalised * self.p[f"{name}.weight"].view(shape) + self.p[f"{name}.bias"].view(shape)
+        normalised = {"bn": self.batch, "brn": self.renorm, "gn": self.group, "ln": self.layer}[
+            kind
+        ](x, name)
+        return normalised * self.p[f"{name}.weight"].view(shape) + self.p[f"{name}.bias"].view(
+            shape
+        )
 
     def batch(self, x: Tensor, name: str) -> Tensor:
         dims, shape = [d for d in range(x.ndim) if d != 1], (1, -1) + (1,) * (x.ndim - 2)
@@ -79,7 +93,9 @@ class Net:
         squares = (x - mean.view(shape)).pow(2).sum(dims)
         with torch.no_grad():
             self.b[f"{name}.running_mean"] = 0.9 * self.b[f"{name}.running_mean"] + 0.1 * mean
-            self.b[f"{name}.running_var"] = 0.9 * self.b[f"{name}.running_var"] + 0.1 * squares / (count - 1)
+            self.b[f"{name}.running_var"] = 0.9 * self.b[f"{name}.running_var"] + 0.1 * squares / (
+                count - 1
+            )
             self.b[f"{name}.num_batches_tracked"] = self.b[f"{name}.num_batches_tracked"] + 1
         return (x - mean.view(shape)) / (squares / count + 1e-5).sqrt().view(shape)
 
@@ -87,7 +103,10 @@ class Net:
         mean = x.sum(0) / len(x)
         std = ((x - mean).pow(2).sum(0) / len(x)).sqrt() + 1e-3
         k = int(self.b[f"{name}.num_batches_tracked"])
-        rmax, dmax = min(max(2 / 35000 * k + 25 / 35, 1.0), 3.0), min(max(5 / 20000 * k - 25 / 20, 0.0), 5.0)
+        rmax, dmax = (
+            min(max(2 / 35000 * k + 25 / 35, 1.0), 3.0),
+            min(max(5 / 20000 * k - 25 / 20, 0.0), 5.0),
+        )
         running_mean, running_std = self.b[f"{name}.running_mean"], self.b[f"{name}.running_std"]
         r = (std.detach() / running_std).clamp(1 / rmax, rmax)
         d = ((mean.detach() - running_mean) / running_std).clamp(-dmax, dmax)
@@ -138,8 +157,15 @@ class Reference:
 
     def __post_init__(self) -> None:
         model = self.config.model
-        start, followed = ({k: v.clone().contiguous() for k, v in p.items()} for p in (self.parameters, self.target_parameters))
-        self.online = Net(model, {k: v.clone().requires_grad_() for k, v in start.items()}, dict(self.online_buffers))
+        start, followed = (
+            {k: v.clone().contiguous() for k, v in p.items()}
+            for p in (self.parameters, self.target_parameters)
+        )
+        self.online = Net(
+            model,
+            {k: v.clone().requires_grad_() for k, v in start.items()},
+            dict(self.online_buffers),
+        )
         self.target = Net(model, followed, dict(self.target_buffers))
         self.momentum = {k: torch.zeros_like(v) for k, v in start.items()}
         self.queue = None if self.queue is None else self.queue.clone()
@@ -148,16 +174,25 @@ class Reference:
         config, online, target = self.config, self.online, self.target
         y = [online.encoder(view) for view in views]
         z = [online.head(one, "projector", config.model.projector) for one in y]
-        q = [online.head(one, "predictor", config.model.predictor) for one in z] if config.model.predictor.layers else z
+        q = (
+            [online.head(one, "predictor", config.model.predictor) for one in z]
+            if config.model.predictor.layers
+            else z
+        )
         if config.method.name == "simsiam":
             t = [one.detach() for one in z]
         else:
             with torch.no_grad():
-                t = [target.head(target.encoder(view), "projector", config.model.projector) for view in views]
+                t = [
+                    target.head(target.encoder(view), "projector", config.model.projector)
+                    for view in views
+                ]
         one_way = self.cross_entropy if config.method.name == "contrastive" else distance
         loss = (one_way(q[0], t[1]) + one_way(q[1], t[0])) * config.train.loss_scale
         names = list(online.p)
-        gradient = dict(zip(names, torch.autograd.grad(loss, [online.p[n] for n in names]), strict=True))
+        gradient = dict(
+            zip(names, torch.autograd.grad(loss, [online.p[n] for n in names]), strict=True)
+        )
         lr, tau = self.lr(), self.tau()
         with torch.no_grad():
             measured = self.measure(loss, y, z, t, gradient, lr, tau)
@@ -177,22 +212,36 @@ class Reference:
         """Return the mean of -log(positive's share), image by image and pair by pair."""
         total = q.new_zeros(())
         for i, query in enumerate(q):
-            negatives = [key for j, key in enumerate(keys) if j != i] if self.queue is None else list(self.queue)
+            negatives = (
+                [key for j, key in enumerate(keys) if j != i]
+                if self.queue is None
+                else list(self.queue)
+            )
             positive, *others = (
-                (cosine(query[None], key[None])[0] / self.config.method.temperature).exp() for key in (keys[i], *negatives)
+                (cosine(query[None], key[None])[0] / self.config.method.temperature).exp()
+                for key in (keys[i], *negatives)
             )
             total = total - (positive / (positive + sum(others))).log()
         return total / len(q)
 
     def measure(
-        self, loss: Tensor, y: list[Tensor], z: list[Tensor], t: list[Tensor], g: Named, lr: float, tau: float
+        self,
+        loss: Tensor,
+        y: list[Tensor],
+        z: list[Tensor],
+        t: list[Tensor],
+        g: Named,
+        lr: float,
+        tau: float,
     ) -> dict[str, float]:
         size = len(z[0])
         positive, negative = [], []
         for i in range(size):
             for j in range(size):
                 for a, b in ((z[0], t[1]), (z[1], t[0])):
-                    (positive if i == j else negative).append(cosine(a[i : i + 1], b[j : j + 1]).item())
+                    (positive if i == j else negative).append(
+                        cosine(a[i : i + 1], b[j : j + 1]).item()
+                    )
 
         def spread(x: Tensor) -> float:
             unit = x / x.pow(2).sum(1, keepdim=True).sqrt()
@@ -204,7 +253,8 @@ class Reference:
             "neg_cos": sum(negative) / len(negative),
             "std_z": (spread(z[0]) + spread(z[1])) / 2,
             "std_y": (spread(y[0]) + spread(y[1])) / 2,
-            "dead_y": sum(not torch.cat(y)[:, unit].any() for unit in range(y[0].shape[1])) / y[0].shape[1],
+            "dead_y": sum(not torch.cat(y)[:, unit].any() for unit in range(y[0].shape[1]))
+            / y[0].shape[1],
             "grad_norm": math.sqrt(sum(v.pow(2).sum().item() for v in g.values())),
             "lr": lr,
             "tau": tau,
@@ -235,8 +285,12 @@ class Reference:
         rate = lr
         if adapts:
             w_norm, g_norm = w.pow(2).sum().sqrt().item(), g.pow(2).sum().sqrt().item()
-            rate = 0.0 if w_norm == 0 else lr * self.config.optim.eta * w_norm / (g_norm + wd * w_norm)
-        m = self.momentum[name] = self.config.optim.momentum * self.momentum[name] + rate * (g + wd * w)
+            rate = (
+                0.0 if w_norm == 0 else lr * self.config.optim.eta * w_norm / (g_norm + wd * w_norm)
+            )
+        m = self.momentum[name] = self.config.optim.momentum * self.momentum[name] + rate * (
+            g + wd * w
+        )
         w -= m
 
     def deepmind(self, name: str, w: Tensor, g: Tensor, lr: float, wd: float, adapts: bool) -> None:
@@ -266,7 +320,10 @@ class Reference:
         return min(self.step_count, horizon * self.steps_per_epoch), horizon * self.steps_per_epoch
 
     def lr(self) -> float:
-        base, t, total = float(self.config.optim.lr or 0.0), *self.clock(self.config.schedule.lr_unit)
+        base, t, total = (
+            float(self.config.optim.lr or 0.0),
+            *self.clock(self.config.schedule.lr_unit),
+        )
         warmup = int(self.config.schedule.warmup_epochs * self.steps_per_epoch)
         if self.step_count < warmup:
             return base * self.step_count / warmup

@@ -31,10 +31,15 @@ def test_freed_blocks_are_used_again() -> None:
     pages = 8 * (64 << 20) // resource.getpagesize()
 
     def faults(how: str) -> int:
-        return int(subprocess.run([sys.executable, "-c", CHILD, how], capture_output=True, text=True, check=True).stdout)
+        return int(
+            subprocess.run(
+                [sys.executable, "-c", CHILD, how], capture_output=True, text=True, check=True
+            ).stdout
+        )
 
-    # Nothing but the eight blocks is allocated in between; a tenth is left for the interpreter. With huge pages the default
-    # takes few faults too, so the comparison is with the pages that small ones would take.
+    # Nothing but the eight blocks is allocated in between; a tenth is left for the interpreter.
+    # With huge pages the default takes few faults too, so the comparison is with the pages that
+    # small ones would take.
     assert faults("kept") < pages / 10
 
 

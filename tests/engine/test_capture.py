@@ -17,7 +17,12 @@ from unittest.mock import MagicMock
 
 import pytest
 import torch
-from torch._dynamo.exc import BackendCompilerFailed, FailOnRecompileLimitHit, InternalTorchDynamoError, Unsupported
+from torch._dynamo.exc import (
+    BackendCompilerFailed,
+    FailOnRecompileLimitHit,
+    InternalTorchDynamoError,
+    Unsupported,
+)
 from torch._inductor.exc import CppCompileError, InductorError, LoweringException
 from torch._inductor.runtime.triton_heuristics import NoTritonConfigsError
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -49,12 +54,20 @@ COVER = (
 
 OTHER_METHODS = ("contrastive, odd queue", "contrastive in the batch", "simsiam")
 
-# Sums in another order round another way, and the collapsed state magnifies it: of one network the worst parameter was .6 times
-# as far from fp64 as in eager steps with one thread, and 6 times with two.
+# Sums in another order round another way, and the collapsed state magnifies it: of one network the
+# worst parameter was .6 times as far from fp64 as in eager steps with one thread, and 6 times with
+# two.
 CHANCE = 16
 
-# One network with all of it, since compiling takes a minute: compiled code is kept on disk, and the second test finds it there.
-ALL_KINDS = ("model.norm=bn", "model.ws=true", "model.projector.norm=gn", "model.predictor.norm=ln", "train.precision=bf16")
+# One network with all of it, since compiling takes a minute: compiled code is kept on disk, and the
+# second test finds it there.
+ALL_KINDS = (
+    "model.norm=bn",
+    "model.ws=true",
+    "model.projector.norm=gn",
+    "model.predictor.norm=ln",
+    "train.precision=bf16",
+)
 
 
 @pytest.fixture(autouse=True)
@@ -72,12 +85,16 @@ def fp32(norm: str, heads: str, ws: bool, optimizer: str) -> Config:
 def config_of(kinds: tuple[str, str, bool, str] | str) -> Config:
     """Make a configuration of layers and an optimizer, or of a method by name."""
     if isinstance(kinds, str):
-        return small_views(tiny("bn", "bn", optimizer="blog", train__precision="fp32", **METHODS[kinds]))
+        return small_views(
+            tiny("bn", "bn", optimizer="blog", train__precision="fp32", **METHODS[kinds])
+        )
     return small_views(fp32(*kinds))
 
 
 def fp64(config: Config) -> Config:
-    return config.model_copy(update={"train": config.train.model_copy(update={"precision": "fp64"})})
+    return config.model_copy(
+        update={"train": config.train.model_copy(update={"precision": "fp64"})}
+    )
 
 
 def assert_near(exact: TrainState, eager: TrainState, other: TrainState) -> None:
@@ -85,10 +102,16 @@ def assert_near(exact: TrainState, eager: TrainState, other: TrainState) -> None
     for buffer in ("online", "momentum", "target"):
         named = [state.arena.named(getattr(state.arena, buffer)) for state in (exact, eager, other)]
         for name, e in named[0].items():
-            allowed = CHANCE * float((named[1][name] - e).abs().max()) + 1e-5 * float(e.abs().max().clamp(min=1e-3))
+            allowed = CHANCE * float((named[1][name] - e).abs().max()) + 1e-5 * float(
+                e.abs().max().clamp(min=1e-3)
+            )
             assert float((named[2][name] - e).abs().max()) <= allowed, f"{buffer}: {name}"
-    for (name, e), x, y in zip(exact.online.named_buffers(), eager.online.buffers(), other.online.buffers(), strict=True):
-        assert float((y - e).abs().max()) <= CHANCE * float((x - e).abs().max()) + 1e-5 * float(e.abs().max()), name
+    for (name, e), x, y in zip(
+        exact.online.named_buffers(), eager.online.buffers(), other.online.buffers(), strict=True
+    ):
+        assert float((y - e).abs().max()) <= CHANCE * float((x - e).abs().max()) + 1e-5 * float(
+            e.abs().max()
+        ), name
     if exact.queue is not None and eager.queue is not None and other.queue is not None:
         allowed = CHANCE * float((eager.queue - exact.queue).abs().max()) + 1e-5
         assert float((other.queue - exact.queue).abs().max()) <= allowed
@@ -101,7 +124,9 @@ def test_one_graph_takes_the_eager_step(kinds: tuple[str, str, bool, str] | str)
     Compiling takes steps and leaves the state, with its queue, as it was.
     """
     config = config_of(kinds)
-    exact, eager, traced = states = [TrainState.create(c, steps_per_epoch=2) for c in (fp64(config), config, config)]
+    exact, eager, traced = states = [
+        TrainState.create(c, steps_per_epoch=2) for c in (fp64(config), config, config)
+    ]
     forward = capture.compiled_forward("aot_eager")
     capture.Eager(traced, config, forward).prepare(batch_of(0), 0)
     assert_equal_states(eager, traced)
@@ -111,7 +136,10 @@ def test_one_graph_takes_the_eager_step(kinds: tuple[str, str, bool, str] | str)
         for step in range(3):
             pair = some_views(step)
             train_step(exact, pair)
-            expected, got = train_step(eager, pair.float()), train_step(traced, pair.float(), forward)
+            expected, got = (
+                train_step(eager, pair.float()),
+                train_step(traced, pair.float(), forward),
+            )
             torch.testing.assert_close(got.values, expected.values, rtol=1e-3, atol=1e-5)
         assert_near(exact, eager, traced)
 
@@ -123,7 +151,9 @@ def test_code_compiled_once_serves_a_whole_schedule() -> None:
     It is as near to fp64 as eager steps are, healthy and collapsed, and memory stays flat.
     """
     config = load_config("blog", [*TINY, *ALL_KINDS, "schedule.horizon_epochs=7"])
-    exact, eager, compiled = states = [TrainState.create(c, steps_per_epoch=2) for c in (fp64(config), config, config)]
+    exact, eager, compiled = states = [
+        TrainState.create(c, steps_per_epoch=2) for c in (fp64(config), config, config)
+    ]
     forward = capture.compiled_forward()
     for collapsed in (False, True):
         for state in states if collapsed else ():
@@ -154,18 +184,25 @@ def assert_cut_and_whole_agree(config: Config, folder: Path) -> None:
         path.unlink()
     api.resume(folder / "cut")
     names = [f"checkpoints/{checkpoints[-1].name}", "metrics.jsonl", "layers.npy"]
-    assert all((folder / "whole" / name).read_bytes() == (folder / "cut" / name).read_bytes() for name in names)
+    assert all(
+        (folder / "whole" / name).read_bytes() == (folder / "cut" / name).read_bytes()
+        for name in names
+    )
 
 
 @torch._dynamo.config.patch(error_on_recompile=True)
 def test_a_compiled_run_resumes_bit_for_bit(tmp_path: Path) -> None:
-    """And the probe at an epoch's end, which takes the encoder out of training and back, makes nothing compile again."""
+    """And the probe at an epoch's end, which takes the encoder out of training and back, makes
+    nothing compile again.
+    """
     sets = (*ALL_KINDS, "engine.mode=compile", "train.epochs=2", "run.checkpoint_every_steps=4")
     assert_cut_and_whole_agree(tiny_config(beton_files(tmp_path), *sets), tmp_path)
     assert checkpoint.load_latest(tmp_path / "cut" / "checkpoints").meta["engine"] == "compile"
 
 
-def test_a_run_under_auto_goes_on_in_the_mode_it_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_under_auto_goes_on_in_the_mode_it_had(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = tiny_config(beton_files(tmp_path), "train.epochs=1")
     assert config.engine.mode == "auto"
     api.train(config, tmp_path / "run")
@@ -181,7 +218,9 @@ def test_a_run_under_auto_goes_on_in_the_mode_it_had(tmp_path: Path, monkeypatch
     assert chosen == [capture.Choice("eager", "as the run's steps before")]
 
 
-def test_compiling_is_left_at_once_when_asked_to_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiling_is_left_at_once_when_asked_to_stop(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """It takes up to minutes, and nothing is lost: the run then starts as if nothing had been."""
 
     def endless(*_: object) -> None:
@@ -204,7 +243,9 @@ def test_compiling_is_left_at_once_when_asked_to_stop(tmp_path: Path, monkeypatc
     monkeypatch.setattr(capture, "compiled_forward", lambda: plain_forward)
     api.resume(tmp_path / "stopped")
     api.train(config, tmp_path / "whole")
-    assert (tmp_path / "stopped" / "metrics.jsonl").read_bytes() == (tmp_path / "whole" / "metrics.jsonl").read_bytes()
+    assert (tmp_path / "stopped" / "metrics.jsonl").read_bytes() == (
+        tmp_path / "whole" / "metrics.jsonl"
+    ).read_bytes()
 
 
 class Reads(TorchDispatchMode):
@@ -230,7 +271,9 @@ class Reads(TorchDispatchMode):
 def test_no_step_reads_the_device(kinds: tuple[str, str, bool, str] | str) -> None:
     """From the views on, in plain torch: a cpu's kernels need not avoid it."""
     plain = EngineConfig(kernels="reference")
-    state = TrainState.create(config_of(kinds).model_copy(update={"engine": plain}), steps_per_epoch=2)
+    state = TrainState.create(
+        config_of(kinds).model_copy(update={"engine": plain}), steps_per_epoch=2
+    )
     with Reads() as reads:
         for step in range(2):
             train_step(state, some_views(step))
@@ -274,7 +317,10 @@ def test_recording_leaves_no_trace(kinds: tuple[str, str, bool, str] | str) -> N
     config = config_of(kinds)
     eager, taped = (TrainState.create(config, steps_per_epoch=2) for _ in range(2))
     tape = Tape(taped)
-    plain, recorded = capture.Eager(eager, config), capture.Captured(capture.Eager(taped, config), tape)
+    plain, recorded = (
+        capture.Eager(eager, config),
+        capture.Captured(capture.Eager(taped, config), tape),
+    )
     for step in range(4):
         expected, got = plain(batch_of(step), step // 2), recorded(batch_of(step), step // 2)
         assert torch.equal(expected.values, got.values)
@@ -283,23 +329,51 @@ def test_recording_leaves_no_trace(kinds: tuple[str, str, bool, str] | str) -> N
     assert tape.recordings == 1
 
 
-# An error of every family that Triton, Inductor, Dynamo, CUDA and their programs raise, and its message.
+# An error of every family that Triton, Inductor, Dynamo, CUDA and their programs raise, and its
+# message.
 FAILURES: tuple[tuple[Exception, str], ...] = (
-    (CompilationError("def kernel():\n    x", None, "no such operation\nmore"), "CompilationError: no such operation"),
-    (OutOfResources(300_000, 232_448, "shared memory"), "OutOfResources: out of resource: shared memory, Required: 300000"),
+    (
+        CompilationError("def kernel():\n    x", None, "no such operation\nmore"),
+        "CompilationError: no such operation",
+    ),
+    (
+        OutOfResources(300_000, 232_448, "shared memory"),
+        "OutOfResources: out of resource: shared memory, Required: 300000",
+    ),
     (PTXASError("ptxas failed\nlog"), "PTXASError: ptxas failed"),
-    (NoTritonConfigsError("No valid triton configs"), "NoTritonConfigsError: No valid triton configs"),
-    (InductorError(ValueError("bad\nmore"), inspect.currentframe()), "InductorError: ValueError: bad"),
-    (LoweringException(ValueError("bad"), "aten.add", [], {}), "LoweringException: ValueError: bad"),
+    (
+        NoTritonConfigsError("No valid triton configs"),
+        "NoTritonConfigsError: No valid triton configs",
+    ),
+    (
+        InductorError(ValueError("bad\nmore"), inspect.currentframe()),
+        "InductorError: ValueError: bad",
+    ),
+    (
+        LoweringException(ValueError("bad"), "aten.add", [], {}),
+        "LoweringException: ValueError: bad",
+    ),
     (CppCompileError(["g++"], "log"), "CppCompileError: C++ compile error"),
-    (BackendCompilerFailed(plain_forward, ValueError("bad"), None), "BackendCompilerFailed: backend='forward' raised:"),
+    (
+        BackendCompilerFailed(plain_forward, ValueError("bad"), None),
+        "BackendCompilerFailed: backend='forward' raised:",
+    ),
     (InternalTorchDynamoError("assert"), "InternalTorchDynamoError: assert"),
     (Unsupported("graph break\nmore"), "Unsupported: graph break"),
     (FailOnRecompileLimitHit("limit"), "FailOnRecompileLimitHit: limit"),
     (torch.AcceleratorError("CUDA error: invalid\nmore"), "AcceleratorError: CUDA error: invalid"),
-    (RuntimeError("operation not permitted when stream is capturing\nmore"), "RuntimeError: operation not permitted when"),
-    (subprocess.CalledProcessError(1, ["gcc"]), "CalledProcessError: Command '['gcc']' returned non-zero exit status 1."),
-    (FileNotFoundError(2, "No such file", "ptxas"), "FileNotFoundError: [Errno 2] No such file: 'ptxas'"),
+    (
+        RuntimeError("operation not permitted when stream is capturing\nmore"),
+        "RuntimeError: operation not permitted when",
+    ),
+    (
+        subprocess.CalledProcessError(1, ["gcc"]),
+        "CalledProcessError: Command '['gcc']' returned non-zero exit status 1.",
+    ),
+    (
+        FileNotFoundError(2, "No such file", "ptxas"),
+        "FileNotFoundError: [Errno 2] No such file: 'ptxas'",
+    ),
     (AssertionError(), "AssertionError"),
 )
 OUT_OF_MEMORY = (
@@ -341,7 +415,12 @@ def test_a_failure_gives_one_line_and_leaves_the_state_alone(
     graph = f"no CUDA graph ({message}"
     for engine, kind, begin, end in (
         (capture.Captured(eager, failing(error), falls_back=True), NoGraphError, graph, ")"),
-        (capture.Captured(eager, failing(error)), FastbyolError, f"engine.mode: {graph}", "): take --engine compile, or eager"),
+        (
+            capture.Captured(eager, failing(error)),
+            FastbyolError,
+            f"engine.mode: {graph}",
+            "): take --engine compile, or eager",
+        ),
         (
             capture.Eager(state, config, refuse),
             FastbyolError,
@@ -360,14 +439,21 @@ def test_a_failure_gives_one_line_and_leaves_the_state_alone(
 
 
 @pytest.mark.parametrize(
-    "error", [*OUT_OF_MEMORY, UsageError("one line"), KeyboardInterrupt(), INTERRUPTED], ids=lambda e: type(e).__name__
+    "error",
+    [*OUT_OF_MEMORY, UsageError("one line"), KeyboardInterrupt(), INTERRUPTED],
+    ids=lambda e: type(e).__name__,
 )
-def test_out_of_memory_ctrl_c_and_our_own_errors_pass_through(small: tuple[TrainState, Config], error: BaseException) -> None:
+def test_out_of_memory_ctrl_c_and_our_own_errors_pass_through(
+    small: tuple[TrainState, Config], error: BaseException
+) -> None:
     def refuse(*_: object) -> Any:
         raise error
 
     eager = capture.Eager(*small)
-    for engine in (capture.Captured(eager, failing(error), falls_back=True), capture.Eager(*small, refuse)):
+    for engine in (
+        capture.Captured(eager, failing(error), falls_back=True),
+        capture.Eager(*small, refuse),
+    ):
         with pytest.raises(type(error)) as raised:
             engine.prepare(batch_of(0), 0)
         assert raised.value is error
@@ -381,7 +467,9 @@ def test_a_device_that_refuses_more_after_an_error_does_not_hide_it(
 
     monkeypatch.setattr(TrainState, "load_tensors", refuse)
     with pytest.raises(NoGraphError, match="no such operation"):
-        capture.Captured(capture.Eager(*small), failing(FAILURES[0][0]), falls_back=True).prepare(batch_of(0), 0)
+        capture.Captured(capture.Eager(*small), failing(FAILURES[0][0]), falls_back=True).prepare(
+            batch_of(0), 0
+        )
 
 
 class BrokenCapture:
@@ -394,11 +482,17 @@ class BrokenCapture:
         pass
 
     def __exit__(self, *_: object) -> None:
-        raise torch.AcceleratorError("CUDA error: operation failed due to a previous error during capture")
+        raise torch.AcceleratorError(
+            "CUDA error: operation failed due to a previous error during capture"
+        )
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt(), OUT_OF_MEMORY[0], FAILURES[0][0]], ids=lambda e: type(e).__name__)
-def test_the_error_of_a_recording_is_the_one_that_made_it_fail(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
+@pytest.mark.parametrize(
+    "error", [KeyboardInterrupt(), OUT_OF_MEMORY[0], FAILURES[0][0]], ids=lambda e: type(e).__name__
+)
+def test_the_error_of_a_recording_is_the_one_that_made_it_fail(
+    monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
     for name in ("Stream", "stream", "current_stream", "synchronize", "CUDAGraph"):
         monkeypatch.setattr(torch.cuda, name, MagicMock())
     monkeypatch.setattr(torch.cuda, "graph", BrokenCapture)
@@ -417,7 +511,9 @@ def test_the_error_of_a_recording_is_the_one_that_made_it_fail(monkeypatch: pyte
 
 
 @pytest.mark.parametrize("mode", ["eager", "compile", "graph"])
-def test_every_mode_on_a_gpu_takes_cudnns_deterministic_algorithms(monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
+def test_every_mode_on_a_gpu_takes_cudnns_deterministic_algorithms(
+    monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
     """A resumed run's bits depend on them."""
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", False)
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
@@ -426,7 +522,9 @@ def test_every_mode_on_a_gpu_takes_cudnns_deterministic_algorithms(monkeypatch: 
     assert (torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark) == (True, False)
 
 
-def test_a_cpu_leaves_cudnn_alone(monkeypatch: pytest.MonkeyPatch, small: tuple[TrainState, Config]) -> None:
+def test_a_cpu_leaves_cudnn_alone(
+    monkeypatch: pytest.MonkeyPatch, small: tuple[TrainState, Config]
+) -> None:
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", False)
     capture.engine(*small, capture.Choice("eager", ""))
     assert not torch.backends.cudnn.deterministic
@@ -443,9 +541,20 @@ def test_inductor_chooses_by_rule_on_cuda_alone(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(torch, "compile", remember)
     monkeypatch.setattr(capture, "_compiled", capture._compiled.__wrapped__)
     nets: Any = SimpleNamespace(config=Config().model)
-    for on_gpu, backend, deterministic in ((True, "inductor", True), (True, "inductor", False), (False, "inductor", True)):
-        batch: Any = SimpleNamespace(shape=(2, 3, 8, 8), dtype=torch.float32, device="of any kind", is_cuda=on_gpu)
-        assert capture.compiled_forward(backend, deterministic=deterministic)(nets, nets, batch, Objective()) == "done"
+    for on_gpu, backend, deterministic in (
+        (True, "inductor", True),
+        (True, "inductor", False),
+        (False, "inductor", True),
+    ):
+        batch: Any = SimpleNamespace(
+            shape=(2, 3, 8, 8), dtype=torch.float32, device="of any kind", is_cuda=on_gpu
+        )
+        assert (
+            capture.compiled_forward(backend, deterministic=deterministic)(
+                nets, nets, batch, Objective()
+            )
+            == "done"
+        )
     assert [call["options"] for call in asked] == [{"deterministic": True}, None, None]
 
 
@@ -474,7 +583,9 @@ def test_a_failed_compilation_gives_one_line(small: tuple[TrainState, Config]) -
         raise RuntimeError("no compiler\nfound")
 
     engine = capture.Eager(*small, capture.compiled_forward(refuse))
-    with pytest.raises(FastbyolError, match=r"torch.compile failed \(BackendCompilerFailed.*take --engine eager$") as raised:
+    with pytest.raises(
+        FastbyolError, match=r"torch.compile failed \(BackendCompilerFailed.*take --engine eager$"
+    ) as raised:
         engine.prepare(batch_of(0), 0)
     assert "\n" not in str(raised.value)
 
@@ -491,7 +602,10 @@ class Counter:
 
 
 def test_a_network_is_compiled_once_in_a_process_and_no_state_is_kept_by_it() -> None:
-    """For another seed and another run, and after others; and each has room of its own: Dynamo's limit is of eight variants."""
+    """For another seed and another run, and after others; and each has room of its own:
+
+    Dynamo's limit is of eight variants.
+    """
     backend, gone = Counter(), list[weakref.ref[Any]]()
 
     def run(config: Config, batch: int = 6) -> int:
@@ -502,14 +616,22 @@ def test_a_network_is_compiled_once_in_a_process_and_no_state_is_kept_by_it() ->
             pair = some_views(step, batch=batch).float()
             # A graph may accumulate a gradient's parts in another order.
             torch.testing.assert_close(
-                train_step(state, pair, forward).values, train_step(eager, pair).values, rtol=1e-4, atol=0
+                train_step(state, pair, forward).values,
+                train_step(eager, pair).values,
+                rtol=1e-4,
+                atol=0,
             )
-        gone.extend(map(weakref.ref, (state.online, state.target, state.arena.online, state.arena.gradient)))
+        gone.extend(
+            map(weakref.ref, (state.online, state.target, state.arena.online, state.arena.gradient))
+        )
         return backend.compiled
 
     first, other = fp32("bn", "brn", True, "sgd"), fp32("gn", "bn", True, "blog")
     with torch._dynamo.config.patch(recompile_limit=1):
-        assert [run(first), run(first.model_copy(update={"train": first.train.model_copy(update={"seed": 1})}))] == [1, 1]
+        assert [
+            run(first),
+            run(first.model_copy(update={"train": first.train.model_copy(update={"seed": 1})})),
+        ] == [1, 1]
         assert [run(other), run(first), run(other)] == [2, 2, 2]
         assert [run(first, batch=4), run(first), run(first, batch=4)] == [3, 3, 3]
     gc.collect()
@@ -529,23 +651,32 @@ def test_no_more_than_most_networks_are_kept(monkeypatch: pytest.MonkeyPatch) ->
     backend, nets = Counter(), SimpleNamespace(config=Config().model)
     double_compiled: Any = capture.compiled_forward(backend)
     for scale in (*range(capture.MOST_NETWORKS + 1), 1, 0):  # the last one was forgotten
-        assert double_compiled(nets, nets, torch.ones(2), Objective(loss_scale=float(scale)))[0].tolist() == [scale, scale]
+        assert double_compiled(nets, nets, torch.ones(2), Objective(loss_scale=float(scale)))[
+            0
+        ].tolist() == [scale, scale]
     assert capture._compiled.cache_info().currsize == capture.MOST_NETWORKS == backend.compiled - 2
 
 
 @pytest.mark.gpu(only=True)
 @pytest.mark.parametrize("kinds", [*COVER, "contrastive, odd queue", "simsiam"], ids=str)
 def test_a_graph_takes_the_compiled_step(kinds: tuple[str, str, bool, str] | str) -> None:
-    """Bit for bit, without waiting for the device and without allocating; and both are as near to fp64 as eager steps are."""
+    """Bit for bit, without waiting for the device and without allocating; and both are as near to
+    fp64 as eager steps are.
+    """
     device = torch.device("cuda", 0)
     config = config_of(kinds)
     capture.make_cudnn_deterministic(device)
     exact, eager, compiled, graphed = states = [
-        TrainState.create(c, steps_per_epoch=2, device=device) for c in (fp64(config), config, config, config)
+        TrainState.create(c, steps_per_epoch=2, device=device)
+        for c in (fp64(config), config, config, config)
     ]
     forward = capture.compiled_forward()
     graph = capture.Captured(capture.Eager(graphed, config, forward), capture.record_cuda)
-    others = (capture.Eager(exact, fp64(config)), capture.Eager(eager, config), capture.Eager(compiled, config, forward))
+    others = (
+        capture.Eager(exact, fp64(config)),
+        capture.Eager(eager, config),
+        capture.Eager(compiled, config, forward),
+    )
     for collapsed in (False, True):
         for state in states if collapsed else ():
             collapse(state)
@@ -568,5 +699,10 @@ def test_a_graph_takes_the_compiled_step(kinds: tuple[str, str, bool, str] | str
 
 @pytest.mark.gpu(only=True)
 def test_a_graphed_run_resumes_bit_for_bit(tmp_path: Path) -> None:
-    sets = ("engine.mode=graph", "train.device=cuda", "train.epochs=2", "run.checkpoint_every_steps=4")
+    sets = (
+        "engine.mode=graph",
+        "train.device=cuda",
+        "train.epochs=2",
+        "run.checkpoint_every_steps=4",
+    )
     assert_cut_and_whole_agree(tiny_config(beton_files(tmp_path), *sets), tmp_path)

@@ -20,7 +20,11 @@ from fastbyol.engine.device import fitting_threads
     ],
 )
 def test_small_steps_take_one_thread_unless_the_environment_has_a_number(
-    preset: str, sets: list[str], variable: str | None, expected: int, monkeypatch: pytest.MonkeyPatch
+    preset: str,
+    sets: list[str],
+    variable: str | None,
+    expected: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     if variable is not None:

@@ -21,10 +21,18 @@ Usage = namedtuple("Usage", "total used free")
 
 
 def test_the_estimate_bounds_what_a_run_writes_and_not_by_far(tmp_path: Path) -> None:
-    """Against a real run's folder: its files are within the estimate, which is within thrice of them."""
-    config = tiny_config(beton_files(tmp_path), "run.keep_checkpoints=2", "run.checkpoint_every_steps=3")
+    """Against a real run's folder: its files are within the estimate, which is within thrice of
+    them.
+    """
+    config = tiny_config(
+        beton_files(tmp_path), "run.keep_checkpoints=2", "run.checkpoint_every_steps=3"
+    )
     api.train(config, tmp_path / "run")
-    files = [path for path in (tmp_path / "run").rglob("*") if path.is_file() and path.suffix not in (".json", ".toml")]
+    files = [
+        path
+        for path in (tmp_path / "run").rglob("*")
+        if path.is_file() and path.suffix not in (".json", ".toml")
+    ]
     written = sum(path.stat().st_size for path in files)
     checkpoints = [path.stat().st_size for path in files if path.suffix == ".safetensors"]
     from fastbyol.engine.step import LAYER_METRICS, METRICS, TrainState
@@ -46,16 +54,26 @@ def test_a_disk_too_small_refuses_the_run_with_numbers_and_leaves_no_folder(
     config = tiny_config(beton_files(tmp_path))
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(10**9, 10**9, 1000))
     with pytest.raises(
-        UsageError, match=r"MB are needed for checkpoints and telemetry, 1.0 kB are free.*keep_checkpoints \(3\)"
+        UsageError,
+        match=r"MB are needed for checkpoints and telemetry, 1.0 kB are free.*keep_checkpoints "
+        r"\(3\)",
     ):
         api.train(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
-@given(count=st.integers(1, 64), index=st.integers(0, 63), bad=st.sampled_from([float("nan"), float("inf"), -float("inf")]))
+@given(
+    count=st.integers(1, 64),
+    index=st.integers(0, 63),
+    bad=st.sampled_from([float("nan"), float("inf"), -float("inf")]),
+)
 def test_one_bad_number_among_many_has_a_name(count: int, index: int, bad: float) -> None:
     largest = torch.finfo(torch.float32).max
-    tensors = {"count": torch.tensor(3), "big": torch.full((count,), largest), "small": torch.full((count,), -largest)}
+    tensors = {
+        "count": torch.tensor(3),
+        "big": torch.full((count,), largest),
+        "small": torch.full((count,), -largest),
+    }
     assert guards.not_finite(tensors) is None
     tensors["small"][index % count] = bad
     assert guards.not_finite(tensors) == "small"
@@ -66,7 +84,10 @@ def test_one_bad_number_among_many_has_a_name(count: int, index: int, bad: float
     [
         MemoryError(),
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB"),
-        RuntimeError("[enforce fail at alloc_cpu.cpp:121] err == 0. DefaultCPUAllocator: can't allocate memory"),
+        RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:121] err == 0. DefaultCPUAllocator: can't allocate "
+            "memory"
+        ),
     ],
 )
 def test_running_out_of_memory_says_what_to_lower(error: Exception) -> None:

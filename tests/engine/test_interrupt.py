@@ -55,11 +55,15 @@ def test_a_hangup_that_is_ignored_stays_so() -> None:
 
 
 @pytest.mark.parametrize("number", [number for number in SIGNALS if number != signal.SIGINT])
-def test_what_would_end_the_process_at_once_lets_it_clean_up(number: signal.Signals, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Once: the shell's SIGHUP comes on the heels of the terminal's, and must not break off the cleaning up."""
+def test_what_would_end_the_process_at_once_lets_it_clean_up(
+    number: signal.Signals, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once: the shell's SIGHUP comes on the heels of the terminal's, and must not break off the
+    cleaning up.
+    """
     monkeypatch.setattr(module, "SAME_S", 600.0)  # however slow the machine is
     done = []
-    with pytest.raises(Ended) as caught, module.ending():  # noqa: PT012
+    with pytest.raises(Ended) as caught, module.ending():
         try:
             send(number)
         finally:
@@ -74,7 +78,7 @@ def test_what_would_end_the_process_at_once_lets_it_clean_up(number: signal.Sign
 def test_one_that_a_finalizer_swallows_comes_again(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "unraisablehook", sys.__unraisablehook__)
     monkeypatch.setattr(module, "SAME_S", 0.05)
-    with pytest.raises(Ended, match="SIGTERM"), module.ending():  # noqa: PT012
+    with pytest.raises(Ended, match="SIGTERM"), module.ending():
         Finalizer()
         time.sleep(100 * module.AGAIN_S)
 
@@ -106,7 +110,7 @@ def test_a_request_that_a_finalizer_swallows_is_raised_at_the_end() -> None:
 
 def test_a_request_that_compiled_code_turns_into_another_error_is_still_one() -> None:
     """torch made "could not determine the shape" of one that came while it read a checkpoint."""
-    with Interrupt() as interrupt, pytest.raises(Stopped, match="SIGTERM"), interrupt.abortable():  # noqa: PT012
+    with Interrupt() as interrupt, pytest.raises(Stopped, match="SIGTERM"), interrupt.abortable():
         try:
             send(signal.SIGTERM)
         except Stopped:
@@ -139,16 +143,20 @@ def test_ctrl_c_that_a_finalizer_swallows_comes_again(
     with module.sent_again():
         Finalizer(signal.SIGINT)
     # What was swallowed at the very end is let go.
-    for timer in (thread for thread in threading.enumerate() if isinstance(thread, threading.Timer)):
+    for timer in (
+        thread for thread in threading.enumerate() if isinstance(thread, threading.Timer)
+    ):
         timer.join(10.0)
         assert not timer.is_alive()
     assert capsys.readouterr().err == ""
 
 
 def test_an_import_error_after_ctrl_c_is_recognised() -> None:
-    """A compiled module that is interrupted while it is imported says ImportError, "initialization failed"."""
+    """A compiled module that is interrupted while it is imported says ImportError, "initialization
+    failed".
+    """
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    with pytest.raises(ImportError) as caught:  # noqa: PT012
+    with pytest.raises(ImportError) as caught:
         try:
             send(signal.SIGINT)
         except KeyboardInterrupt as interrupted:

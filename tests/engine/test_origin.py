@@ -29,9 +29,13 @@ def source(files: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -
     return run
 
 
-def test_weights_and_statistics_come_over_momentum_and_step_do_not(files: tuple[Path, Path], source: Path) -> None:
+def test_weights_and_statistics_come_over_momentum_and_step_do_not(
+    files: tuple[Path, Path], source: Path
+) -> None:
     saved = checkpoint.load_latest(source / "checkpoints")
-    state = TrainState.create(tiny_config(files, "train.seed=9", "optim.name=lars"), steps_per_epoch=6)
+    state = TrainState.create(
+        tiny_config(files, "train.seed=9", "optim.name=lars"), steps_per_epoch=6
+    )
     origin.copy_weights(state, saved.path)
     mine = state.tensors()
     for name, tensor in saved.tensors.items():
@@ -42,11 +46,17 @@ def test_weights_and_statistics_come_over_momentum_and_step_do_not(files: tuple[
             assert torch.equal(mine[name], tensor), name
 
 
-def test_a_network_of_another_shape_is_refused_by_the_first_tensor(files: tuple[Path, Path], source: Path) -> None:
-    wider = TrainState.create(tiny_config(files, "model.projector.out=12", "model.predictor.out=12"), steps_per_epoch=6)
+def test_a_network_of_another_shape_is_refused_by_the_first_tensor(
+    files: tuple[Path, Path], source: Path
+) -> None:
+    wider = TrainState.create(
+        tiny_config(files, "model.projector.out=12", "model.predictor.out=12"), steps_per_epoch=6
+    )
     before = {name: tensor.clone() for name, tensor in wider.tensors().items()}
     file = checkpoint.load_latest(source / "checkpoints").path
-    with pytest.raises(UsageError, match=r"online\.\S+ is \(.*\) there and \(.*\) in this network") as caught:
+    with pytest.raises(
+        UsageError, match=r"online\.\S+ is \(.*\) there and \(.*\) in this network"
+    ) as caught:
         origin.copy_weights(wider, file)
     assert len(str(caught.value).splitlines()) == 1
     assert all(torch.equal(tensor, before[name]) for name, tensor in wider.tensors().items())
@@ -62,11 +72,20 @@ def test_a_run_remembers_where_it_began_and_needs_its_source_no_longer(
     newest = checkpoint.load_latest(source / "checkpoints").path
     copy = tmp_path / newest.name
     copy.write_bytes(newest.read_bytes())
-    config = tiny_config(files, f"train.init_from={copy}", "train.epochs=1", "probe.every_epochs=0", "run.keep_checkpoints=9")
+    config = tiny_config(
+        files,
+        f"train.init_from={copy}",
+        "train.epochs=1",
+        "probe.every_epochs=0",
+        "run.keep_checkpoints=9",
+    )
     api.train(config, tmp_path / "run")
     assert f'init_from = "{copy}"' in (tmp_path / "run" / "config.toml").read_text()
     first, last = sorted((tmp_path / "run" / "checkpoints").iterdir())
-    assert torch.equal(checkpoint.load(first).tensors["arena.online"], checkpoint.load(newest).tensors["arena.online"])
+    assert torch.equal(
+        checkpoint.load(first).tensors["arena.online"],
+        checkpoint.load(newest).tensors["arena.online"],
+    )
     whole = last.read_bytes()
     last.unlink()
     copy.unlink()
@@ -74,11 +93,22 @@ def test_a_run_remembers_where_it_began_and_needs_its_source_no_longer(
     assert last.read_bytes() == whole
 
 
-def test_the_flag_takes_a_run_and_refuses_what_is_none(files: tuple[Path, Path], source: Path, tmp_path: Path) -> None:
+def test_the_flag_takes_a_run_and_refuses_what_is_none(
+    files: tuple[Path, Path], source: Path, tmp_path: Path
+) -> None:
     from fastbyol import config_io
 
-    (tmp_path / "config.toml").write_text(config_io.dump(tiny_config(files, "train.epochs=1", "probe.every_epochs=0")))
-    arguments = ["train", "--config", str(tmp_path / "config.toml"), "--out", str(tmp_path / "run"), "--init-from"]
+    (tmp_path / "config.toml").write_text(
+        config_io.dump(tiny_config(files, "train.epochs=1", "probe.every_epochs=0"))
+    )
+    arguments = [
+        "train",
+        "--config",
+        str(tmp_path / "config.toml"),
+        "--out",
+        str(tmp_path / "run"),
+        "--init-from",
+    ]
     result = CliRunner().invoke(app, [*arguments, str(source)])
     assert result.exit_code == 0, result.output
     named = checkpoint.load_latest(source / "checkpoints").path.resolve()

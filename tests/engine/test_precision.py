@@ -61,7 +61,9 @@ def test_a_cpu_with_bf16_units_takes_bf16(monkeypatch: pytest.MonkeyPatch, unit:
 
 
 def test_a_network_that_loses_its_gradients_takes_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Group norm in the heads over standardized weights: the gradient's direction is gone, by bf16's rounding of y alone."""
+    """Group norm in the heads over standardized weights: the gradient's direction is gone, by
+    bf16's rounding of y alone.
+    """
     with_units(monkeypatch, avx512_bf16=True)
     chosen = precision.decide(network("gn", "gn", True), CPU)
     assert chosen.value == "fp32"
@@ -70,13 +72,24 @@ def test_a_network_that_loses_its_gradients_takes_fp32(monkeypatch: pytest.Monke
 
 def test_the_gap_is_none_between_equals(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(precision, "_narrow", lambda config, _: config)
-    config = load_config("blog", ["train.precision=fp64", "model.width=4", "model.projector.out=32", "model.predictor.out=32"])
+    config = load_config(
+        "blog",
+        [
+            "train.precision=fp64",
+            "model.width=4",
+            "model.projector.out=32",
+            "model.predictor.out=32",
+        ],
+    )
     assert precision.gradient_gap(config, CPU, "collapsed") == (0.0, 0.0)
 
 
 def test_the_exact_step_has_no_use_for_tritons_kernels() -> None:
     config = load_config("blog", ["engine.kernels=triton"])
-    assert [precision._narrow(config, unit).engine.kernels for unit in ("fp64", "bf16")] == ["auto", "triton"]
+    assert [precision._narrow(config, unit).engine.kernels for unit in ("fp64", "bf16")] == [
+        "auto",
+        "triton",
+    ]
 
 
 def test_a_run_names_what_auto_became(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -107,7 +120,12 @@ def test_the_gates_answer_is_kept(measured: list[str], cache: Path) -> None:
 
 
 def test_what_the_narrow_copy_leaves_out_asks_no_other_question(measured: list[str]) -> None:
-    for sets in (["train.seed=5"], ["model.width=32"], ["optim.name=lars"], ["train.batch_size=64"]):
+    for sets in (
+        ["train.seed=5"],
+        ["model.width=32"],
+        ["optim.name=lars"],
+        ["train.batch_size=64"],
+    ):
         precision.decide(load_config("blog", sets), CPU)
     assert measured == list(precision.STATES)
 
@@ -194,10 +212,17 @@ def test_a_folder_that_cannot_be_written_costs_nothing_but_time(
     assert len(measured) == 2 * len(precision.STATES)
 
 
-def test_two_that_ask_at_once_leave_a_whole_answer(measured: list[str], cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each writes a file of its own; here threads stand for the processes, and numbers of theirs for process numbers."""
+def test_two_that_ask_at_once_leave_a_whole_answer(
+    measured: list[str], cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each writes a file of its own; here threads stand for the processes, and numbers of theirs
+    for process numbers.
+    """
     monkeypatch.setattr(precision.os, "getpid", threading.get_ident)
-    asked, answer = precision.question(network("bn", "bn", False), CPU), precision.Choice("bf16", "x" * 100_000)
+    asked, answer = (
+        precision.question(network("bn", "bn", False), CPU),
+        precision.Choice("bf16", "x" * 100_000),
+    )
     seen: list[precision.Choice | None] = []
 
     def write() -> None:

@@ -32,19 +32,29 @@ def rates(run: Path) -> np.ndarray:
     return np.asarray(layers.values[:, :, layers.metrics.index("rate")])
 
 
-def test_its_own_rates_make_the_same_run_again(files: tuple[Path, Path], source: Path, tmp_path: Path) -> None:
-    """The rates are recorded in the precision that they were used in, so every step is the same bit for bit."""
+def test_its_own_rates_make_the_same_run_again(
+    files: tuple[Path, Path], source: Path, tmp_path: Path
+) -> None:
+    """The rates are recorded in the precision that they were used in, so every step is the same bit
+    for bit.
+    """
     api.train(tiny_config(files, *LARS, f"optim.replay_rates={source}"), tmp_path / "run")
     ours, theirs = ((run / "metrics.jsonl").read_bytes() for run in (tmp_path / "run", source))
     assert ours == theirs
     assert np.array_equal(rates(tmp_path / "run"), rates(source))
 
 
-def test_another_seed_has_the_rates_and_other_metrics(files: tuple[Path, Path], source: Path, tmp_path: Path) -> None:
-    summary = api.train(tiny_config(files, *LARS, f"optim.replay_rates={source}", "train.seed=5"), tmp_path / "run")
+def test_another_seed_has_the_rates_and_other_metrics(
+    files: tuple[Path, Path], source: Path, tmp_path: Path
+) -> None:
+    summary = api.train(
+        tiny_config(files, *LARS, f"optim.replay_rates={source}", "train.seed=5"), tmp_path / "run"
+    )
     assert summary.finished
     assert np.array_equal(rates(tmp_path / "run"), rates(source))
-    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() != (source / "metrics.jsonl").read_bytes()
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() != (
+        source / "metrics.jsonl"
+    ).read_bytes()
     assert api.evaluate(tmp_path / "run")["step"] == summary.step  # which needs no rates
 
 
@@ -59,7 +69,9 @@ def test_a_run_that_does_not_fit_is_refused(
     files: tuple[Path, Path], source: Path, tmp_path: Path, sets: tuple[str, ...], says: str
 ) -> None:
     with pytest.raises(UsageError, match=says):
-        api.train(tiny_config(files, *LARS, f"optim.replay_rates={source}", *sets), tmp_path / "run")
+        api.train(
+            tiny_config(files, *LARS, f"optim.replay_rates={source}", *sets), tmp_path / "run"
+        )
     assert not (tmp_path / "run").exists()
 
 

@@ -47,25 +47,35 @@ def some_views(step: int, *, batch: int, size: int) -> Tensor:
 class Trace:
     """A state after STEPS steps, with the values and the gradient of each."""
 
-    def __init__(self, choice: tuple[str, bool, str], precision: str, kernels: str, *, batch: int, size: int) -> None:
-        self.state = TrainState.create(config(*choice, precision, kernels), steps_per_epoch=2, device=DEVICE)
+    def __init__(
+        self, choice: tuple[str, bool, str], precision: str, kernels: str, *, batch: int, size: int
+    ) -> None:
+        self.state = TrainState.create(
+            config(*choice, precision, kernels), steps_per_epoch=2, device=DEVICE
+        )
         self.values, self.gradients = [], []
         for step in range(STEPS):
-            self.values.append(train_step(self.state, some_views(step, batch=batch, size=size)).values)
+            self.values.append(
+                train_step(self.state, some_views(step, batch=batch, size=size)).values
+            )
             self.gradients.append(self.state.arena.gradient.clone())
 
 
 def off(state: TrainState, got: Tensor, expected: Tensor) -> tuple[float, str]:
     """Return the largest relative distance of a parameter's part of two flat buffers, and its name.
 
-    Some gradients are rounding and nothing else, a bias's before a batch norm, so a thousandth of the whole is added.
+    Some gradients are rounding and nothing else, a bias's before a batch norm, so a thousandth of
+    the whole is added.
     """
     parts, floor = state.arena.named(expected.double()), 1e-3 * expected.double().norm()
     mine = state.arena.named(got.double())
-    return max((float((mine[n] - part).norm() / (part.norm() + floor)), n) for n, part in parts.items())
+    return max(
+        (float((mine[n] - part).norm() / (part.norm() + floor)), n) for n, part in parts.items()
+    )
 
 
-# Batch norm over the two numbers that two images leave at one pixel would be a sign: four images of four times the pixels.
+# Batch norm over the two numbers that two images leave at one pixel would be a sign: four images of
+# four times the pixels.
 CASES = [
     (("gn", True, "blog"), 2, 8),
     (("ln", False, "deepmind"), 2, 8),
@@ -74,18 +84,25 @@ CASES = [
 ]
 
 
-# Of the CPU's only what has no batch norm: over four images that magnifies plain torch's own rounding, the first step's
-# values are 4e-5 off fp64 and the second's 3e-3, the CPU's 2e-5 and as many.
+# Of the CPU's only what has no batch norm: over four images that magnifies plain torch's own
+# rounding, the first step's values are 4e-5 off fp64 and the second's 3e-3, the CPU's 2e-5 and as
+# many.
 @pytest.mark.parametrize(
     ("choice", "batch", "size", "kernels"),
-    [(*case, kernels) for case in CASES for kernels in KERNELS if kernels == "triton" or case[0][0] != "bn"],
+    [
+        (*case, kernels)
+        for case in CASES
+        for kernels in KERNELS
+        if kernels == "triton" or case[0][0] != "bn"
+    ],
 )
 def test_a_step_in_kernels_equals_the_step_in_plain_torch(
     choice: tuple[str, bool, str], batch: int, size: int, kernels: str
 ) -> None:
-    """fp32: sums in another order, which a net of 20 layers amplifies, and again in the second step. The order of plain torch's
-    sums depends on the number of threads: with one the first step's values were within 1e-5, with two 1.4e-5 apart and the
-    heads' gradients 2.6e-5."""
+    """fp32: sums in another order, which a net of 20 layers amplifies, and again in the second
+    step. The order of plain torch's sums depends on the number of threads: with one the first
+    step's values were within 1e-5, with two 1.4e-5 apart and the heads' gradients 2.6e-5.
+    """
     plain = Trace(choice, "fp32", "reference", batch=batch, size=size)
     fused = Trace(choice, "fp32", kernels, batch=batch, size=size)
     for a, b, rtol in zip(fused.values, plain.values, (5e-5, 1e-3), strict=True):
@@ -108,7 +125,9 @@ def test_in_bf16_kernels_are_as_near_to_float64_as_plain_torch(kernels: str) -> 
         gradient, truth = trace.gradients[0].double(), exact.gradients[0]
         parts = exact.state.arena.named(truth)
         mine = trace.state.arena.named(gradient)
-        return float(torch.cat([(mine[n] - parts[n]).flatten() for n in parts]).norm() / truth.norm())
+        return float(
+            torch.cat([(mine[n] - parts[n]).flatten() for n in parts]).norm() / truth.norm()
+        )
 
     # Both round weights and activations to 8 bits; which way a sum rounds is chance.
     assert distance(fused) < 1.5 * distance(plain)
@@ -116,7 +135,9 @@ def test_in_bf16_kernels_are_as_near_to_float64_as_plain_torch(kernels: str) -> 
 
 @pytest.mark.parametrize("kernels", KERNELS)
 def test_the_same_step_twice_is_the_same_bit_for_bit(kernels: str) -> None:
-    first, second = (Trace(("gn", True, "blog"), "fp32", kernels, batch=2, size=8) for _ in range(2))
+    first, second = (
+        Trace(("gn", True, "blog"), "fp32", kernels, batch=2, size=8) for _ in range(2)
+    )
     for name in ("online", "target", "momentum"):
         assert torch.equal(getattr(first.state.arena, name), getattr(second.state.arena, name))
 
@@ -124,32 +145,50 @@ def test_the_same_step_twice_is_the_same_bit_for_bit(kernels: str) -> None:
 @pytest.mark.parametrize("kernels", KERNELS)
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_weights_made_at_once_are_those_each_layer_makes(precision: str, kernels: str) -> None:
-    state = TrainState.create(config("gn", True, "blog", precision, kernels), steps_per_epoch=2, device=DEVICE)
+    state = TrainState.create(
+        config("gn", True, "blog", precision, kernels), steps_per_epoch=2, device=DEVICE
+    )
     assert state.standardized.groups
     with state.standardized.in_use():
         for net in (state.online, state.target):
-            layers = {name: m for name, m in net.named_modules() if isinstance(m, Standardizing) and m.ws}
-            assert len(layers) == 20 + 1 + (net is state.online)  # ResNet-18's convolutions, the heads' first linears
+            layers = {
+                name: m for name, m in net.named_modules() if isinstance(m, Standardizing) and m.ws
+            }
+            assert len(layers) == 20 + 1 + (
+                net is state.online
+            )  # ResNet-18's convolutions, the heads' first linears
             for name, layer in layers.items():
                 assert layer.precomputed is not None
                 truth = reference(layer.weight.double())
                 # One rounding to the copy's dtype after float32 statistics of rows of at most 288.
                 eps = torch.finfo(layer.precomputed.dtype).eps
-                torch.testing.assert_close(layer.precomputed.double(), truth, rtol=4 * eps, atol=4 * eps, msg=name)
+                torch.testing.assert_close(
+                    layer.precomputed.double(), truth, rtol=4 * eps, atol=4 * eps, msg=name
+                )
     assert all(
-        m.precomputed is None for net in (state.online, state.target) for m in net.modules() if isinstance(m, Standardizing)
+        m.precomputed is None
+        for net in (state.online, state.target)
+        for m in net.modules()
+        if isinstance(m, Standardizing)
     )
 
 
 def test_kernels_that_are_not_there_are_refused_in_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fastbyol_kernels.dispatch.TRITON_ON_CPU", False)
-    with pytest.raises(UsageError, match=r"^engine\.kernels=triton needs CUDA, the network is on cpu: take auto or reference"):
-        TrainState.create(config("gn", True, "blog", "fp32", "triton"), steps_per_epoch=2, device="cpu")
+    with pytest.raises(
+        UsageError,
+        match=r"^engine\.kernels=triton needs CUDA, the network is on cpu: take auto or reference",
+    ):
+        TrainState.create(
+            config("gn", True, "blog", "fp32", "triton"), steps_per_epoch=2, device="cpu"
+        )
 
 
 def test_on_a_cpu_the_weights_are_made_at_once_and_in_plain_torch_by_each_layer() -> None:
     for kernels, groups in (("auto", 4), ("reference", 0)):
-        state = TrainState.create(config("gn", True, "blog", "bf16", kernels), steps_per_epoch=2, device="cpu")
+        state = TrainState.create(
+            config("gn", True, "blog", "bf16", kernels), steps_per_epoch=2, device="cpu"
+        )
         assert state.kernels == ("cpu" if kernels == "auto" else kernels)
         # Two networks, whose convolutions multiply in bf16 and whose heads in fp32.
         assert len(state.standardized.groups) == groups

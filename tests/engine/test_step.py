@@ -16,15 +16,23 @@ from torch import Tensor
 
 import golden
 from fastbyol.config import Config, resolve
-from fastbyol.engine.step import LAYER_METRICS, METRICS, StepMetrics, TrainState, as_batch, train_step
+from fastbyol.engine.step import (
+    LAYER_METRICS,
+    METRICS,
+    StepMetrics,
+    TrainState,
+    as_batch,
+    train_step,
+)
 from fastbyol.errors import UsageError
 from reference_byol import Reference
 
 NORMS = ("bn", "gn", "ln", "none")
 HEAD_NORMS = ("bn", "gn", "ln", "none", "brn")
 OPTIMIZERS = ("sgd", "blog", "deepmind", "bolts")
-# The worst combination comes to 1e-11 (weights standardized and no norm in the encoder). Of some twenty slips that were
-# planted, the faintest, an eps of group norm off by one per cent, shows as 6e-8.
+# The worst combination comes to 1e-11 (weights standardized and no norm in the encoder). Of some
+# twenty slips that were planted, the faintest, an eps of group norm off by one per cent, shows as
+# 6e-8.
 TOLERANCE = 1e-10
 STEPS = 3
 
@@ -39,12 +47,25 @@ def _one_thread() -> Iterator[None]:
 
 
 def tiny(
-    norm: str = "bn", head_norm: str = "bn", ws: bool = False, optimizer: str = "sgd", order: str = "before", **more: object
+    norm: str = "bn",
+    head_norm: str = "bn",
+    ws: bool = False,
+    optimizer: str = "sgd",
+    order: str = "before",
+    **more: object,
 ) -> Config:
     """Make a network of width 4 for 16x16 views; a few steps move every parameter."""
     head = {"norm": head_norm, "hidden": 16, "out": 8, "ws": ws}
     values: dict[str, dict[str, object]] = {
-        "model": {"norm": norm, "ws": ws, "groups": 4, "width": 4, "stem": "small", "projector": head, "predictor": head},
+        "model": {
+            "norm": norm,
+            "ws": ws,
+            "groups": 4,
+            "width": 4,
+            "stem": "small",
+            "projector": head,
+            "predictor": head,
+        },
         "optim": {"name": "sgd", "lr": 0.005, "weight_decay": 1e-2}
         if optimizer == "sgd"
         else {"name": "lars", "dialect": optimizer, "lr": 2.0, "eta": 0.01, "weight_decay": 1e-2},
@@ -78,7 +99,10 @@ def distance(a: dict[str, Tensor], b: dict[str, Tensor]) -> tuple[float, str]:
     """
     assert a.keys() == b.keys()
     with torch.no_grad():
-        return max([(float((a[n] - b[n]).abs().max() / b[n].abs().max().clamp(min=1)), n) for n in a], default=(0.0, ""))
+        return max(
+            [(float((a[n] - b[n]).abs().max() / b[n].abs().max().clamp(min=1)), n) for n in a],
+            default=(0.0, ""),
+        )
 
 
 def assert_same(state: TrainState, reference: Reference) -> None:
@@ -102,8 +126,8 @@ def assert_same(state: TrainState, reference: Reference) -> None:
 def move_off_start(state: TrainState) -> None:
     """Move the state away from where formulas coincide.
 
-    Those are norm biases of 0 (LARS takes no steps), batch renormalisation before batch 5,000 (r = 1
-    and d = 0), and a target equal to the online network.
+    Those are norm biases of 0 (LARS takes no steps), batch renormalisation before batch 5,000 (r =
+    1 and d = 0), and a target equal to the online network.
     """
     g = torch.Generator().manual_seed(5)
     for p in (*state.online.parameters(), *state.target.parameters()):
@@ -113,7 +137,9 @@ def move_off_start(state: TrainState) -> None:
             buffer += 12345
 
 
-def run_both(config: Config, *, steps: int = STEPS, steps_per_epoch: int = 1, size: int = 16) -> None:
+def run_both(
+    config: Config, *, steps: int = STEPS, steps_per_epoch: int = 1, size: int = 16
+) -> None:
     state = TrainState.create(config, steps_per_epoch=steps_per_epoch)
     move_off_start(state)
     reference = reference_of(state, config, steps_per_epoch)
@@ -121,7 +147,9 @@ def run_both(config: Config, *, steps: int = STEPS, steps_per_epoch: int = 1, si
         views = some_views(step, size=size)
         metrics, expected = train_step(state, views), reference.step(views)
         # The metrics are fp32 numbers of size 1.
-        assert dict(zip(METRICS, metrics.values.tolist(), strict=True)) == pytest.approx(expected, rel=1e-5, abs=1e-6)
+        assert dict(zip(METRICS, metrics.values.tolist(), strict=True)) == pytest.approx(
+            expected, rel=1e-5, abs=1e-6
+        )
     assert_same(state, reference)
     assert int(state.step) == steps
 
@@ -132,7 +160,9 @@ def run_both(config: Config, *, steps: int = STEPS, steps_per_epoch: int = 1, si
 @pytest.mark.parametrize("ws", [False, True])
 @pytest.mark.parametrize("norm", NORMS)
 def test_equals_the_plain_implementation(norm: str, ws: bool, optimizer: str, order: str) -> None:
-    """Every combination of norm, MLP norm, weight standardization, optimizer, dialect and EMA order."""
+    """Every combination of norm, MLP norm, weight standardization, optimizer, dialect and EMA
+    order.
+    """
     for head_norm in HEAD_NORMS:
         run_both(tiny(norm, head_norm, ws, optimizer, order))
 
@@ -169,10 +199,18 @@ def test_equals_the_plain_implementation_in_variants(name: str) -> None:
 METHODS: dict[str, dict[str, object]] = {
     # 5 steps of 6 images go round the queue, which is a whole number of batches, or is not.
     "contrastive": {"method__name": "contrastive", "method__queue": 18},
-    "contrastive, odd queue": {"method__name": "contrastive", "method__queue": 16, "method__temperature": 0.5},
+    "contrastive, odd queue": {
+        "method__name": "contrastive",
+        "method__queue": 16,
+        "method__temperature": 0.5,
+    },
     "contrastive, a batch's queue": {"method__name": "contrastive", "method__queue": 6},
     "contrastive in the batch": {"method__name": "contrastive", "method__queue": 0},
-    "contrastive, no predictor": {"method__name": "contrastive", "method__queue": 7, "model__predictor": {"layers": 0}},
+    "contrastive, no predictor": {
+        "method__name": "contrastive",
+        "method__queue": 7,
+        "model__predictor": {"layers": 0},
+    },
     "simsiam": {"method__name": "simsiam"},
     "simsiam, no predictor": {"method__name": "simsiam", "model__predictor": {"layers": 0}},
     "no predictor": {"model__predictor": {"layers": 0}},
@@ -182,20 +220,31 @@ METHODS: dict[str, dict[str, object]] = {
 @pytest.mark.parametrize("optimizer", ["sgd", "blog"])
 @pytest.mark.parametrize(("norm", "head_norm"), [("bn", "bn"), ("gn", "none"), ("bn", "brn")])
 @pytest.mark.parametrize("name", METHODS)
-def test_other_methods_equal_the_plain_implementation(name: str, norm: str, head_norm: str, optimizer: str) -> None:
-    """SGD at a fifth of ``tiny``'s rate: a temperature of .2 makes gradients five times as long, and at .005 five steps of the
-    contrastive loss magnify the first one's 1e-13 to 2e-10. Here the worst is 3e-12."""
+def test_other_methods_equal_the_plain_implementation(
+    name: str, norm: str, head_norm: str, optimizer: str
+) -> None:
+    """SGD at a fifth of ``tiny``'s rate: a temperature of .2 makes gradients five times as long,
+    and at .005 five steps of the contrastive loss magnify the first one's 1e-13 to 2e-10. Here the
+    worst is 3e-12.
+    """
     slow: dict[str, object] = {"optim__lr": 0.001} if optimizer == "sgd" else {}
-    run_both(tiny(norm, head_norm, optimizer=optimizer, **METHODS[name], **slow), steps=5, steps_per_epoch=2)
+    run_both(
+        tiny(norm, head_norm, optimizer=optimizer, **METHODS[name], **slow),
+        steps=5,
+        steps_per_epoch=2,
+    )
 
 
 def test_sgd_is_torchs_under_a_rate_that_moves_at_every_step() -> None:
     """The rate stands outside the momentum: m = mu m + g + wd w, then w -= lr m.
 
-    LARS's blog dialect has it inside, w -= m with m = mu m + rate (g + wd w), as algorithm 1 of arXiv:1708.03888 and the post's
-    lars.py do: there a rate belongs to the gradient that it was measured on. Where lr is constant the two are one.
+    LARS's blog dialect has it inside, w -= m with m = mu m + rate (g + wd w), as algorithm 1 of
+    arXiv:1708.03888 and the post's lars.py do: there a rate belongs to the gradient that it was
+    measured on. Where lr is constant the two are one.
     """
-    state = TrainState.create(tiny("gn", "bn", schedule__lr_unit="step", schedule__horizon_epochs=3), steps_per_epoch=4)
+    state = TrainState.create(
+        tiny("gn", "bn", schedule__lr_unit="step", schedule__horizon_epochs=3), steps_per_epoch=4
+    )
     theirs = [p.detach().clone() for p in state.online.parameters()]
     optimizer = torch.optim.SGD(theirs, momentum=0.9, weight_decay=1e-2)
     for step in range(8):
@@ -205,13 +254,17 @@ def test_sgd_is_torchs_under_a_rate_that_moves_at_every_step() -> None:
         optimizer.param_groups[0]["lr"] = 0.005 * (1 + math.cos(math.pi * step / 12)) / 2
         optimizer.step()
     for other, p in zip(theirs, state.online.parameters(), strict=True):
-        torch.testing.assert_close(p.detach(), other, rtol=1e-13, atol=1e-15)  # a few roundings each step
+        torch.testing.assert_close(
+            p.detach(), other, rtol=1e-13, atol=1e-15
+        )  # a few roundings each step
 
 
 def test_a_contrastive_start_is_that_of_byol_and_random_keys() -> None:
     """Unit vectors, drawn from the seed alone, after the networks."""
     config = tiny(train__precision="fp32", **METHODS["contrastive"])
-    state, byol = (TrainState.create(c, steps_per_epoch=2) for c in (config, tiny(train__precision="fp32")))
+    state, byol = (
+        TrainState.create(c, steps_per_epoch=2) for c in (config, tiny(train__precision="fp32"))
+    )
     assert torch.equal(state.arena.online, byol.arena.online)
     assert byol.queue is None
     assert state.queue is not None
@@ -220,7 +273,9 @@ def test_a_contrastive_start_is_that_of_byol_and_random_keys() -> None:
     assert other is not None
     assert (state.queue - other).abs().max() > 0.1
     # 4096 normal vectors: means of 8 coordinates of variance 1/8, four standard errors.
-    many = TrainState.create(tiny(method__name="contrastive", method__queue=4096), steps_per_epoch=2).queue
+    many = TrainState.create(
+        tiny(method__name="contrastive", method__queue=4096), steps_per_epoch=2
+    ).queue
     assert many is not None
     assert many.mean(0).abs().max() < 4 * (8 * 4096) ** -0.5
 
@@ -238,14 +293,19 @@ def test_a_step_that_is_left_out_leaves_the_queue_alone() -> None:
 
 def test_a_batch_that_does_not_fit_the_queue_is_refused() -> None:
     state = TrainState.create(tiny(**METHODS["contrastive, a batch's queue"]), steps_per_epoch=2)
-    with pytest.raises(UsageError, match=r"^method.queue: 6 keys are fewer than the 7 of a batch: take 7 or more, or 0$"):
+    with pytest.raises(
+        UsageError,
+        match=r"^method.queue: 6 keys are fewer than the 7 of a batch: take 7 or more, or 0$",
+    ):
         train_step(state, some_views(0, batch=7))
 
 
 SOME = tiny("bn", "bn", optimizer="blog", train__precision="fp32")
 
 
-def run(config: Config, steps: int = 4, state: TrainState | None = None) -> tuple[TrainState, list[StepMetrics]]:
+def run(
+    config: Config, steps: int = 4, state: TrainState | None = None
+) -> tuple[TrainState, list[StepMetrics]]:
     state = state or TrainState.create(config, steps_per_epoch=2)
     first = int(state.step)
     return state, [train_step(state, some_views(step)) for step in range(first, first + steps)]
@@ -309,9 +369,14 @@ def with_schedule(config: Config, **values: object) -> Config:
 
 
 def test_order_of_the_moving_average() -> None:
-    """With tau = 0 the target is the online network of before or after the optimizer's step, exactly."""
+    """With tau = 0 the target is the online network of before or after the optimizer's step,
+    exactly.
+    """
     for order in ("before", "after"):
-        state = TrainState.create(with_schedule(SOME, tau=0.0, tau_schedule="constant", ema_order=order), steps_per_epoch=2)
+        state = TrainState.create(
+            with_schedule(SOME, tau=0.0, tau_schedule="constant", ema_order=order),
+            steps_per_epoch=2,
+        )
         before = state.arena.online.clone()
         train_step(state, some_views(0))
         expected = before if order == "before" else state.arena.online
@@ -319,7 +384,9 @@ def test_order_of_the_moving_average() -> None:
 
 
 def test_layer_telemetry_describes_the_step() -> None:
-    state = TrainState.create(tiny("gn", "bn", optimizer="blog", train__precision="fp32"), steps_per_epoch=2)
+    state = TrainState.create(
+        tiny("gn", "bn", optimizer="blog", train__precision="fp32"), steps_per_epoch=2
+    )
     for step in range(3):
         before = {name: p.detach().clone() for name, p in state.online.named_parameters()}
         metrics = train_step(state, some_views(step))
@@ -332,7 +399,9 @@ def test_layer_telemetry_describes_the_step() -> None:
             torch.testing.assert_close(row["grad_norm"], p.grad.norm(), rtol=1e-5, atol=0.0)
             torch.testing.assert_close(row["rate"], lr * row["trust_ratio"], rtol=1e-5, atol=0.0)
             # A difference of weights of size 1 holds the update only to 1e-7.
-            torch.testing.assert_close(row["update_norm"], (p.detach() - before[name]).norm(), rtol=1e-3, atol=3e-7)
+            torch.testing.assert_close(
+                row["update_norm"], (p.detach() - before[name]).norm(), rtol=1e-3, atol=3e-7
+            )
 
 
 def test_gradients_stay_in_the_arena() -> None:
@@ -341,7 +410,10 @@ def test_gradients_stay_in_the_arena() -> None:
     assert len(pointers) == len(state.segment_names)
     run(SOME, 2, state)
     assert pointers == [p.grad.data_ptr() for p in state.online.parameters() if p.grad is not None]
-    low, high = state.arena.gradient.data_ptr(), state.arena.gradient.data_ptr() + state.arena.gradient.nbytes
+    low, high = (
+        state.arena.gradient.data_ptr(),
+        state.arena.gradient.data_ptr() + state.arena.gradient.nbytes,
+    )
     assert all(low <= pointer < high for pointer in pointers)
 
 
@@ -351,12 +423,19 @@ def test_a_compiled_network_takes_the_same_step() -> None:
     pointers = [p.grad.data_ptr() for p in compiled.online.parameters() if p.grad is not None]
     compiled.online.compile(backend="aot_eager", fullgraph=True)
     for step in range(2):
-        expected, got = train_step(eager, some_views(step)).values, train_step(compiled, some_views(step)).values
+        expected, got = (
+            train_step(eager, some_views(step)).values,
+            train_step(compiled, some_views(step)).values,
+        )
         # The same kernels but for two reductions: fp32 roundings, amplified by two steps.
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
-    assert pointers == [p.grad.data_ptr() for p in compiled.online.parameters() if p.grad is not None]
+    assert pointers == [
+        p.grad.data_ptr() for p in compiled.online.parameters() if p.grad is not None
+    ]
     for (name, a), b in zip(compiled.tensors().items(), eager.tensors().values(), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4, msg=lambda m, name=name: f"{name}: {m}")
+        torch.testing.assert_close(
+            a, b, rtol=1e-3, atol=1e-4, msg=lambda m, name=name: f"{name}: {m}"
+        )
 
 
 def test_views_are_not_copied_where_they_fit() -> None:
@@ -368,7 +447,9 @@ def test_views_are_not_copied_where_they_fit() -> None:
     assert as_batch(views, torch.bfloat16).is_contiguous(memory_format=torch.channels_last)
 
 
-@pytest.mark.parametrize("views", [torch.zeros(3, 4, 3, 8, 8), torch.zeros(2, 1, 3, 8, 8), torch.zeros(2, 4, 3, 8)])
+@pytest.mark.parametrize(
+    "views", [torch.zeros(3, 4, 3, 8, 8), torch.zeros(2, 1, 3, 8, 8), torch.zeros(2, 4, 3, 8)]
+)
 def test_views_of_another_shape_are_refused(views: Tensor) -> None:
     with pytest.raises(ValueError, match="views must be floats"):
         as_batch(views, torch.float32)
@@ -377,7 +458,10 @@ def test_views_of_another_shape_are_refused(views: Tensor) -> None:
 def corrupt(tensors: dict[str, Tensor]) -> Iterator[tuple[dict[str, Tensor], str]]:
     yield {k: v for k, v in tensors.items() if k != "step"}, "1 names differ, first 'step'"
     yield tensors | {"arena.online": tensors["arena.online"][:-1]}, "'arena.online' is float32"
-    yield tensors | {"arena.momentum": tensors["arena.momentum"].double()}, "'arena.momentum' is float64"
+    yield (
+        tensors | {"arena.momentum": tensors["arena.momentum"].double()},
+        "'arena.momentum' is float64",
+    )
     yield tensors | {"online.fc": tensors["step"]}, "first 'online.fc'"
 
 
@@ -401,19 +485,23 @@ def collapse(state: TrainState) -> None:
 
 
 def collapsed_gradients(precision: str) -> dict[str, Tensor]:
-    config = tiny("gn", "none", train__precision=precision, model__width=16, model__stem="torchvision")
+    config = tiny(
+        "gn", "none", train__precision=precision, model__width=16, model__stem="torchvision"
+    )
     state = TrainState.create(config, steps_per_epoch=2)
     collapse(state)
     train_step(state, some_views(0, batch=16, size=64))
     return {name: g.double() for name, g in state.arena.named(state.arena.gradient).items()}
 
 
-@pytest.mark.parametrize(("precision", "length", "error"), [("fp32", 1e-4, 1e-3), ("bf16", 0.1, 0.3)])
+@pytest.mark.parametrize(
+    ("precision", "length", "error"), [("fp32", 1e-4, 1e-3), ("bf16", 0.1, 0.3)]
+)
 def test_gradients_of_a_collapsed_state(precision: str, length: float, error: float) -> None:
     """LARS divides by |g|, so |g| must not drown in rounding where it is tiny beside |w|.
 
-    bf16: activations carry 2e-3 of rounding through twenty layers, which turns gradients by up to a fifth in the first ones
-    and leaves their lengths.
+    bf16: activations carry 2e-3 of rounding through twenty layers, which turns gradients by up to a
+    fifth in the first ones and leaves their lengths.
     """
     exact, got = collapsed_gradients("fp64"), collapsed_gradients(precision)
     assert exact["encoder.layer1.0.conv1.weight"].norm() < 1e-9
@@ -431,13 +519,21 @@ def test_twenty_steps_give_the_bits_that_are_kept(tmp_path: Path) -> None:
     assert cold == warm
     kept = json.loads(golden.GOLDEN.read_text("utf-8")).get(golden.machine())
     if kept is None:
-        pytest.skip(f"golden.json holds no bits of {golden.machine()}: bits differ between CPUs and versions")
+        pytest.skip(
+            f"golden.json holds no bits of {golden.machine()}: bits differ between CPUs and "
+            "versions"
+        )
     assert {"1": alone, "2": warm} == kept
 
 
 def _digests(threads: str, cache: Path) -> dict[str, str]:
     """Run the program in a process of its own, whose compiled kernels lie in ``cache``."""
-    # Waiting threads that spin would take the cores from the tests beside, and this one's from itself.
+    # Waiting threads that spin would take the cores from the tests beside, and this one's from
+    # itself.
     policy = {"OMP_NUM_THREADS": threads, "OMP_WAIT_POLICY": "passive"}
     environment = {**os.environ, "NUMBA_CACHE_DIR": str(cache), **policy}
-    return dict(json.loads(subprocess.check_output([sys.executable, golden.__file__, threads], env=environment)))
+    return dict(
+        json.loads(
+            subprocess.check_output([sys.executable, golden.__file__, threads], env=environment)
+        )
+    )

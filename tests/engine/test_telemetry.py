@@ -1,4 +1,6 @@
-"""telemetry.py, metrics.py, layers.py: exact values, and the same bytes whether a run was killed or not."""
+"""telemetry.py, metrics.py, layers.py: exact values, and the same bytes whether a run was killed or
+not.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,9 @@ class Measured(NamedTuple):
 
 
 def measured(step: int) -> Measured:
-    """A step's measures, a function of the step alone as training is; now and then they are not finite."""
+    """A step's measures, a function of the step alone as training is; now and then they are not
+    finite.
+    """
     generator = torch.Generator().manual_seed(step)
     values = torch.randn(len(METRICS), generator=generator)
     layers = torch.randn(len(LAYERS), len(LAYER_METRICS), generator=generator)
@@ -48,7 +52,13 @@ def measured(step: int) -> Measured:
 
 
 def open_telemetry(folder: Path, resume_step: int = 0, **changed: Any) -> Telemetry:
-    options: dict[str, Any] = {"steps_per_epoch": 5, "drain_every": 4, "layers_every": 1, "device": "cpu", **changed}
+    options: dict[str, Any] = {
+        "steps_per_epoch": 5,
+        "drain_every": 4,
+        "layers_every": 1,
+        "device": "cpu",
+        **changed,
+    }
     return Telemetry(
         folder,
         metric_names=METRICS,
@@ -65,16 +75,28 @@ def strict(path: Path, **options: Any) -> list[dict[str, Any]]:
     def refuse(name: str) -> None:
         raise AssertionError(f"{name} is not JSON")
 
-    return [json.loads(line, parse_constant=refuse, **options) for line in path.read_text("utf-8").splitlines()]
+    return [
+        json.loads(line, parse_constant=refuse, **options)
+        for line in path.read_text("utf-8").splitlines()
+    ]
 
 
 def train(telemetry: Telemetry, first: int, last: int, steps_per_epoch: int) -> Iterator[int]:
-    """The trainer's calls for steps first..last - 1; yields the step number wherever a checkpoint could be saved."""
+    """The trainer's calls for steps first..last - 1; yields the step number wherever a checkpoint
+    could be saved.
+    """
     for step in range(first, last):
         telemetry.record(measured(step))
         if (step + 1) % steps_per_epoch == 0:
             means = telemetry.epoch_summary()
-            telemetry.event("epoch", step=step + 1, epoch=step // steps_per_epoch, state="healthy", accuracy=None, **means)
+            telemetry.event(
+                "epoch",
+                step=step + 1,
+                epoch=step // steps_per_epoch,
+                state="healthy",
+                accuracy=None,
+                **means,
+            )
         yield step + 1
 
 
@@ -85,18 +107,29 @@ def abandon(telemetry: Telemetry) -> None:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file() and path.name != "timing.jsonl"}
+    return {
+        path.name: path.read_bytes()
+        for path in folder.iterdir()
+        if path.is_file() and path.name != "timing.jsonl"
+    }
 
 
 def test_lines_hold_every_step_in_order_with_its_epoch(tmp_path: Path) -> None:
     with open_telemetry(tmp_path) as telemetry:
         list(train(telemetry, 0, 12, 5))
     rows, events = read_metrics(tmp_path)
-    assert [(row["step"], row["epoch"]) for row in rows] == [(step, step // 5) for step in range(12)]
+    assert [(row["step"], row["epoch"]) for row in rows] == [
+        (step, step // 5) for step in range(12)
+    ]
     for step, row in enumerate(rows):
         for name, value in zip(METRICS, measured(step).values, strict=True):
-            assert row[name] == (value.item() if value.isfinite() else None) or np.float32(row[name]) == np.float32(value)
-    assert [(event["event"], event["step"], event["epoch"]) for event in events] == [("epoch", 5, 0), ("epoch", 10, 1)]
+            assert row[name] == (value.item() if value.isfinite() else None) or np.float32(
+                row[name]
+            ) == np.float32(value)
+    assert [(event["event"], event["step"], event["epoch"]) for event in events] == [
+        ("epoch", 5, 0),
+        ("epoch", 10, 1),
+    ]
     order = [("event" in line, line["step"]) for line in strict(tmp_path / "metrics.jsonl")]
     assert order[5] == (True, 5)
     assert order[11] == (True, 10)
@@ -104,7 +137,9 @@ def test_lines_hold_every_step_in_order_with_its_epoch(tmp_path: Path) -> None:
 
 @settings(SPACE, max_examples=50)
 @given(st.lists(st.floats(width=32), min_size=1, max_size=20))
-def test_a_float32_comes_back_exactly_and_as_short_as_can_be(tmp_path: Path, numbers: list[float]) -> None:
+def test_a_float32_comes_back_exactly_and_as_short_as_can_be(
+    tmp_path: Path, numbers: list[float]
+) -> None:
     with closing(MetricsFile(tmp_path, ["x"], steps_per_epoch=100, resume_step=0)) as metrics:
         metrics.append_steps(0, np.array(numbers, np.float32)[:, None])
     written = strict(tmp_path / "metrics.jsonl", parse_float=str)
@@ -113,8 +148,13 @@ def test_a_float32_comes_back_exactly_and_as_short_as_can_be(tmp_path: Path, num
             assert np.float32(row["x"]).tobytes() == np.float32(number).tobytes()
             # Nine digits always do (IEEE 754-2019, 5.12.2).
             assert len(re.sub(r"e.*|\D", "", text["x"]).strip("0")) <= 9
-            # The bytes of earlier code, numpy's text, whose exponents begin elsewhere in its versions.
-            assert text["x"] == str(np.float32(number)) or abs(number) >= 1e6 or round(abs(number), 9) == 1e-4
+            # The bytes of earlier code, numpy's text, whose exponents begin elsewhere in its
+            # versions.
+            assert (
+                text["x"] == str(np.float32(number))
+                or abs(number) >= 1e6
+                or round(abs(number), 9) == 1e-4
+            )
         else:
             assert row["x"] is None
 
@@ -130,14 +170,18 @@ def test_record_returns_what_was_written_meanwhile(tmp_path: Path) -> None:
     assert math.isnan(returned[5][2]["neg_cos"])  # step 5 is not finite
 
 
-@settings(SPACE, max_examples=40)  # 3,000 were tried once; each forces files to disk dozens of times
+@settings(
+    SPACE, max_examples=40
+)  # 3,000 were tried once; each forces files to disk dozens of times
 @given(
     total=st.integers(1, 40),
     steps_per_epoch=st.integers(1, 9),
     drain_every=st.integers(1, 12),
     layers_every=st.integers(1, 5),
     save_every=st.integers(1, 12),
-    kills=st.lists(st.tuples(st.integers(1, 20), st.binary(max_size=40), st.binary(max_size=60)), max_size=4),
+    kills=st.lists(
+        st.tuples(st.integers(1, 20), st.binary(max_size=40), st.binary(max_size=60)), max_size=4
+    ),
     clean=st.booleans(),
 )
 def test_killed_and_resumed_is_byte_for_byte_the_same(
@@ -150,8 +194,14 @@ def test_killed_and_resumed_is_byte_for_byte_the_same(
     kills: list[tuple[int, bytes, bytes]],
     clean: bool,
 ) -> None:
-    """Runs die anywhere, with a half-written tail in both files; each resumes from its last checkpoint."""
-    changed = {"steps_per_epoch": steps_per_epoch, "drain_every": drain_every, "layers_every": layers_every}
+    """Runs die anywhere, with a half-written tail in both files; each resumes from its last
+    checkpoint.
+    """
+    changed = {
+        "steps_per_epoch": steps_per_epoch,
+        "drain_every": drain_every,
+        "layers_every": layers_every,
+    }
     whole, broken = tmp_path_factory.mktemp("whole"), tmp_path_factory.mktemp("broken")
     with open_telemetry(whole, **changed) as telemetry:
         list(train(telemetry, 0, total, steps_per_epoch))
@@ -170,7 +220,9 @@ def test_killed_and_resumed_is_byte_for_byte_the_same(
             file.write(tail)
         with (broken / "layers.npy").open("ab") as file:
             file.write(rows_tail)
-    with open_telemetry(broken, saved, drain_every=5, layers_every=layers_every, steps_per_epoch=steps_per_epoch) as telemetry:
+    with open_telemetry(
+        broken, saved, drain_every=5, layers_every=layers_every, steps_per_epoch=steps_per_epoch
+    ) as telemetry:
         list(train(telemetry, saved, total, steps_per_epoch))
     assert contents(broken) == contents(whole)
     assert set(contents(whole)) == {"metrics.jsonl", "layers.npy"}
@@ -192,7 +244,9 @@ def test_epoch_means_are_those_of_the_whole_epoch_after_a_resumption(tmp_path: P
         assert means["loss"] == pytest.approx(reference[0].item(), rel=1e-7)
         assert telemetry.epoch_summary() == means
         telemetry.record(measured(4))
-        assert telemetry.epoch_summary()["loss"] == pytest.approx(measured(4).values[0].item(), rel=1e-7)
+        assert telemetry.epoch_summary()["loss"] == pytest.approx(
+            measured(4).values[0].item(), rel=1e-7
+        )
         telemetry.record(measured(5))
         assert math.isnan(telemetry.epoch_summary()["neg_cos"])
 
@@ -238,13 +292,17 @@ def test_layers_hold_every_nth_step(tmp_path: Path, every: int) -> None:
 
 
 def test_layers_load_at_every_instant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """After each write that a run makes, in whatever pieces; written bytes are the rows once and a block for each flush."""
+    """After each write that a run makes, in whatever pieces; written bytes are the rows once and a
+    block for each flush.
+    """
     path, sizes, lengths = tmp_path / "layers.npy", [], []
 
     def loads() -> None:
         rows = np.load(path)
         assert rows["step"].tolist() == list(range(len(rows)))
-        assert rows["layers"]["rate"].tolist() == [measured(step).layers[:, 1].tolist() for step in range(len(rows))]
+        assert rows["layers"]["rate"].tolist() == [
+            measured(step).layers[:, 1].tolist() for step in range(len(rows))
+        ]
         lengths.append(len(rows))
 
     def in_pieces(file: BinaryIO, data: bytes) -> None:
@@ -272,7 +330,9 @@ def test_layers_load_at_every_instant(tmp_path: Path, monkeypatch: pytest.Monkey
     assert path.stat().st_size == len(path.read_bytes()[: -7 * row]) + 7 * row
 
 
-def test_a_damaged_middle_ends_the_file_there(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_damaged_middle_ends_the_file_there(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     with open_telemetry(tmp_path) as telemetry:
         list(train(telemetry, 0, 4, 50))
     path = tmp_path / "metrics.jsonl"
@@ -294,7 +354,11 @@ def test_layers_of_another_network_are_refused(tmp_path: Path) -> None:
 def test_reading_what_is_not_there_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "layers.npy").write_bytes(b"no archive")
-    for read, folder in ((read_metrics, tmp_path), (read_layers, tmp_path), (read_layers, tmp_path / "broken")):
+    for read, folder in (
+        (read_metrics, tmp_path),
+        (read_layers, tmp_path),
+        (read_layers, tmp_path / "broken"),
+    ):
         with pytest.raises(UsageError) as caught:
             read(folder)
         assert len(str(caught.value).splitlines()) == 1
@@ -311,7 +375,15 @@ def test_clock_times_go_to_a_file_of_their_own_that_only_grows(tmp_path: Path) -
         with open_telemetry(tmp_path, resume_step) as telemetry:
             list(train(telemetry, resume_step, 8, 50))
     lines = strict(tmp_path / "timing.jsonl")
-    assert [line["event"] for line in lines] == ["open", "drain", "drain", "close", "open", "drain", "close"]
+    assert [line["event"] for line in lines] == [
+        "open",
+        "drain",
+        "drain",
+        "close",
+        "open",
+        "drain",
+        "close",
+    ]
     assert all(earlier["unix_s"] <= later["unix_s"] for earlier, later in pairwise(lines))
 
 
@@ -326,7 +398,9 @@ def test_closing_twice_or_after_an_error_writes_once(tmp_path: Path) -> None:
 
 @pytest.mark.gpu(only=True)
 def test_recording_and_draining_never_wait_for_the_gpu(tmp_path: Path) -> None:
-    """torch's own detector of synchronising calls is set to raise; values still arrive, one ring late."""
+    """torch's own detector of synchronising calls is set to raise; values still arrive, one ring
+    late.
+    """
     reference = tmp_path / "cpu"
     on_device = [Measured(*(part.cuda() for part in measured(step))) for step in range(24)]
     with open_telemetry(tmp_path, device="cuda") as telemetry:

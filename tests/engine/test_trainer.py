@@ -51,11 +51,16 @@ def child(work: Any, *arguments: Any) -> None:
 
 
 def newest_checkpoint(run: Path) -> Path:
-    return max((run / "checkpoints").glob("ckpt-*.safetensors"), key=lambda path: int(path.stem.removeprefix("ckpt-")))
+    return max(
+        (run / "checkpoints").glob("ckpt-*.safetensors"),
+        key=lambda path: int(path.stem.removeprefix("ckpt-")),
+    )
 
 
 def contents(run: Path) -> dict[str, Any]:
-    """All that must be equal: the last checkpoint's tensors, every line of metrics, every layer sample."""
+    """All that must be equal: the last checkpoint's tensors, every line of metrics, every layer
+    sample.
+    """
     newest = newest_checkpoint(run)
     tensors = {name: (value.dtype, value.tobytes()) for name, value in load_file(newest).items()}
     records = {name: (run / name).read_bytes() for name in ("metrics.jsonl", "layers.npy")}
@@ -76,7 +81,9 @@ def test_an_epoch_that_was_announced_is_saved(files: tuple[Path, Path], tmp_path
     assert (loaded.meta["step"], loaded.meta["owes_epoch_end"]) == (STEPS_PER_EPOCH, False)
 
 
-def test_untrained_weights_are_probed_before_the_first_step(whole: Path, files: tuple[Path, Path]) -> None:
+def test_untrained_weights_are_probed_before_the_first_step(
+    whole: Path, files: tuple[Path, Path]
+) -> None:
     """As ``eval --weights random`` does it, and once, whatever is resumed."""
     (event,) = [row for row in read_events(whole) if row["event"] == "untrained"]
     assert (whole / "metrics.jsonl").read_text().startswith('{"event": "untrained", "step": 0, ')
@@ -111,7 +118,9 @@ def train_until(config: Config, run: Path, at: int) -> None:
     api.train(config, run, observer=Killer(at))
 
 
-@pytest.mark.parametrize("at", [1, 4, STEPS_PER_EPOCH, STEPS_PER_EPOCH + 3, 2 * STEPS_PER_EPOCH, 3 * STEPS_PER_EPOCH - 1])
+@pytest.mark.parametrize(
+    "at", [1, 4, STEPS_PER_EPOCH, STEPS_PER_EPOCH + 3, 2 * STEPS_PER_EPOCH, 3 * STEPS_PER_EPOCH - 1]
+)
 def test_killed_at_a_step_and_resumed_is_the_uninterrupted_run(
     files: tuple[Path, Path], whole: Path, tmp_path: Path, at: int
 ) -> None:
@@ -122,8 +131,12 @@ def test_killed_at_a_step_and_resumed_is_the_uninterrupted_run(
 
 
 def test_a_killed_run_finds_its_queue_again(files: tuple[Path, Path], tmp_path: Path) -> None:
-    """Killed in mid-epoch, once the pointer has gone round a queue that is no whole number of batches."""
-    config = tiny_config(files, "method.name=contrastive", "method.queue=27", "run.checkpoint_every_steps=2")
+    """Killed in mid-epoch, once the pointer has gone round a queue that is no whole number of
+    batches.
+    """
+    config = tiny_config(
+        files, "method.name=contrastive", "method.queue=27", "run.checkpoint_every_steps=2"
+    )
     child(api.train, config, tmp_path / "whole")
     killed_run(config, tmp_path / "killed", STEPS_PER_EPOCH + 2)
     child(api.resume, tmp_path / "killed")
@@ -135,9 +148,13 @@ def test_a_killed_run_finds_its_queue_again(files: tuple[Path, Path], tmp_path: 
 def test_killed_at_any_instant_and_resumed_is_the_uninterrupted_run(
     files: tuple[Path, Path], whole: Path, tmp_path: Path, after_s: float
 ) -> None:
-    """The instant is measured from the first line of metrics on: wherever it falls, in a step, a probe or a write."""
+    """The instant is measured from the first line of metrics on: wherever it falls, in a step, a
+    probe or a write.
+    """
     run = tmp_path / "run"
-    process = PROCESSES.Process(target=api.train, args=(tiny_config(files, "run.checkpoint_every_steps=2"), run))
+    process = PROCESSES.Process(
+        target=api.train, args=(tiny_config(files, "run.checkpoint_every_steps=2"), run)
+    )
     process.start()
     deadline = time.monotonic() + 600
     while not (run / "metrics.jsonl").exists() and time.monotonic() < deadline:
@@ -149,7 +166,9 @@ def test_killed_at_any_instant_and_resumed_is_the_uninterrupted_run(
     assert contents(run) == contents(whole)
 
 
-def test_sigterm_saves_between_steps_and_resumes(files: tuple[Path, Path], whole: Path, tmp_path: Path) -> None:
+def test_sigterm_saves_between_steps_and_resumes(
+    files: tuple[Path, Path], whole: Path, tmp_path: Path
+) -> None:
     run = tmp_path / "run"
     child(train_and_term, tiny_config(files, "run.drain_every_steps=1"), run)
     (saved,) = (run / "checkpoints").glob("*.safetensors")
@@ -188,24 +207,34 @@ class Recorder(Silent):
         self.epochs.append(message)
 
 
-def test_the_observer_hears_every_epoch_and_metrics_hold_every_step(files: tuple[Path, Path], tmp_path: Path) -> None:
+def test_the_observer_hears_every_epoch_and_metrics_hold_every_step(
+    files: tuple[Path, Path], tmp_path: Path
+) -> None:
     heard = Recorder()
     summary = api.train(tiny_config(files), tmp_path / "run", observer=heard)
     assert [message.epoch for message in heard.epochs] == [0, 1, 2]
     assert heard.starts[0].steps_per_epoch == STEPS_PER_EPOCH
     assert summary.finished
     assert summary.accuracy == heard.epochs[-1].accuracy
-    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    ]
     steps = [line["step"] for line in lines if "event" not in line]
     assert steps == list(range(3 * STEPS_PER_EPOCH))
     means = [line for line in lines if line.get("event") == "epoch"]
     for message in means:
-        losses = [line["loss"] for line in lines if "event" not in line and line["epoch"] == message["epoch"]]
+        losses = [
+            line["loss"]
+            for line in lines
+            if "event" not in line and line["epoch"] == message["epoch"]
+        ]
         assert message["loss"] == pytest.approx(np.mean(losses), rel=1e-6)
 
 
 def test_the_learning_rate_and_tau_follow_the_blog_schedule(whole: Path) -> None:
-    """Stepped per epoch over 320 epochs: lr (1 + cos(pi e / 320)) / 2, tau 1 - (1 - .996) (1 + cos(pi e / 320)) / 2."""
+    """Stepped per epoch over 320 epochs: lr (1 + cos(pi e / 320)) / 2, tau 1 - (1 - .996) (1 +
+    cos(pi e / 320)) / 2.
+    """
     rows = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
     for row in rows:
         if "event" not in row:
@@ -214,12 +243,15 @@ def test_the_learning_rate_and_tau_follow_the_blog_schedule(whole: Path) -> None
             assert row["tau"] == pytest.approx(1 - 0.004 * half, rel=1e-6)
 
 
-def test_streaming_and_resident_data_give_the_same_run(files: tuple[Path, Path], whole: Path, tmp_path: Path) -> None:
+def test_streaming_and_resident_data_give_the_same_run(
+    files: tuple[Path, Path], whole: Path, tmp_path: Path
+) -> None:
     child(api.train, tiny_config(files, "data.cache=none"), tmp_path / "run")
     assert contents(tmp_path / "run") == contents(whole)
 
 
-# With a tau of 0 and no norm the target is the online net of a step ago: the shortest way to a constant.
+# With a tau of 0 and no norm the target is the online net of a step ago: the shortest way to a
+# constant.
 COLLAPSING = (
     "model.norm=gn", "model.projector.norm=none", "model.predictor.norm=none", "schedule.tau=0.0",
     "schedule.tau_schedule=constant", "optim.sgd_lr=0.5",
@@ -227,7 +259,9 @@ COLLAPSING = (
 
 
 def test_stop_on_collapse_saves_and_raises(files: tuple[Path, Path], tmp_path: Path) -> None:
-    config = tiny_config(files, "train.stop_on_collapse=true", "train.epochs=40", "probe.every_epochs=0", *COLLAPSING)
+    config = tiny_config(
+        files, "train.stop_on_collapse=true", "train.epochs=40", "probe.every_epochs=0", *COLLAPSING
+    )
     with pytest.raises(CollapsedError, match="collapsed in epoch"):
         api.train(config, tmp_path / "run")
     assert list((tmp_path / "run" / "checkpoints").glob("*.safetensors"))
@@ -236,7 +270,9 @@ def test_stop_on_collapse_saves_and_raises(files: tuple[Path, Path], tmp_path: P
 def test_changes_of_state_are_events_with_their_signals_and_a_resumed_run_tells_the_same(
     files: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    config = tiny_config(files, "train.epochs=6", "probe.every_epochs=2", "run.drain_every_steps=1", *COLLAPSING)
+    config = tiny_config(
+        files, "train.epochs=6", "probe.every_epochs=2", "run.drain_every_steps=1", *COLLAPSING
+    )
     child(api.train, config, tmp_path / "whole")
     events = read_events(tmp_path / "whole")
     states = [event for event in events if event["event"] == "state"]
@@ -244,10 +280,17 @@ def test_changes_of_state_are_events_with_their_signals_and_a_resumed_run_tells_
     assert [event["after"] for event in states][:2] == ["collapsing", "collapsed"]
     for event in states:
         (epoch,) = (e for e in epochs if e["step"] == event["step"])
-        assert {name: event[name] for name in ("neg_cos", "pos_cos", "std_z", "dead_y", "grad_norm")} == {
-            name: epoch[name] for name in ("neg_cos", "pos_cos", "std_z", "dead_y", "grad_norm")
-        }
-    assert [event["rank_y"] is not None for event in epochs] == [False, True, False, True, False, True]
+        assert {
+            name: event[name] for name in ("neg_cos", "pos_cos", "std_z", "dead_y", "grad_norm")
+        } == {name: epoch[name] for name in ("neg_cos", "pos_cos", "std_z", "dead_y", "grad_norm")}
+    assert [event["rank_y"] is not None for event in epochs] == [
+        False,
+        True,
+        False,
+        True,
+        False,
+        True,
+    ]
     assert epochs[-1]["state"] == states[-1]["after"]
     changed = states[1]["step"]
     for at in (changed, changed + 2):
@@ -283,7 +326,9 @@ def engine_of(run: Path) -> str:
 def test_a_run_without_a_graph_asks_for_another_process_and_goes_on_there_compiled(
     files: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The choice is the folder's: a resume does not try again, before the first checkpoint and after it."""
+    """The choice is the folder's: a resume does not try again, before the first checkpoint and
+    after it.
+    """
     tried: list[str] = []
 
     def fail(work: Any) -> Any:
@@ -295,7 +340,8 @@ def test_a_run_without_a_graph_asks_for_another_process_and_goes_on_there_compil
     with pytest.raises(NoGraphError) as raised:
         api.train(config, run)
     assert str(raised.value) == (
-        f"{run}: no CUDA graph ({no_graph.WHY}): its steps are compiled from now on, in a fresh process: fastbyol resume {run}"
+        f"{run}: no CUDA graph ({no_graph.WHY}): its steps are compiled from now on, in a fresh "
+        f"process: fastbyol resume {run}"
     )
     assert raised.value.run == run
     assert not (run / "metrics.jsonl").exists()
@@ -344,7 +390,9 @@ def test_a_graph_that_was_asked_for_is_not_replaced(
     files: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     no_graph.install(patch=monkeypatch.setattr)
-    with pytest.raises(FastbyolError, match=r"no CUDA graph .*: take --engine compile, or eager$") as raised:
+    with pytest.raises(
+        FastbyolError, match=r"no CUDA graph .*: take --engine compile, or eager$"
+    ) as raised:
         api.train(tiny_config(files, "engine.mode=graph"), tmp_path / "run")
     assert not isinstance(raised.value, NoGraphError)
     with RunFolder.open(tmp_path / "run", lock=False) as folder:

@@ -1,4 +1,7 @@
-"""A run that takes a second: 48 textures images of 16 px, six steps an epoch, a network of a few thousand parameters."""
+"""A run that takes a second:
+
+48 textures images of 16 px, six steps an epoch, a network of a few thousand parameters.
+"""
 
 from __future__ import annotations
 

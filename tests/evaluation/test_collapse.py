@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from fastbyol.errors import FastbyolError
 from fastbyol.evaluation.collapse import TRANSITIONS, CollapseMonitor
 
-# Read off the post's figures, epoch: (negative cosine, positive cosine), where the curves bend; between them they are all but
-# straight. Where a figure's positive curve lies hidden, a value a little above the negative's stands in.
+# Read off the post's figures, epoch: (negative cosine, positive cosine), where the curves bend;
+# between them they are all but straight. Where a figure's positive curve lies hidden, a value a
+# little above the negative's stands in.
 WEIGHT_DECAY = {
     0: (0.939, 0.99), 1: (0.980, 0.997), 2: (0.997, 0.997), 93: (0.997, 0.997), 97: (0.992, 0.995), 99: (0.983, 0.992),
     101: (0.963, 0.985), 103: (0.899, 0.963), 108: (0.668, 0.908), 110: (0.553, 0.879), 111: (0.488, 0.865),
@@ -58,7 +59,9 @@ def every_epoch(curve: Curve) -> Curve:
     for left, right in itertools.pairwise(points):
         for epoch in range(left, right):
             share = (epoch - left) / (right - left)
-            whole[epoch] = tuple(a + share * (b - a) for a, b in zip(curve[left], curve[right], strict=True))
+            whole[epoch] = tuple(
+                a + share * (b - a) for a, b in zip(curve[left], curve[right], strict=True)
+            )
     return dict(sorted(whole.items()))
 
 
@@ -84,7 +87,12 @@ class TestPublishedCurves:
     def test_weight_decay_leaves_the_collapse_at_111(self) -> None:
         """And ends at .557 with an accuracy of 56 %: not on its way to a collapse."""
         monitor = watch(every_epoch(WEIGHT_DECAY))
-        assert changes(monitor) == [(1, "collapsing"), (2, "collapsed"), (101, "recovering"), (111, "healthy")]
+        assert changes(monitor) == [
+            (1, "collapsing"),
+            (2, "collapsed"),
+            (101, "recovering"),
+            (111, "healthy"),
+        ]
 
     def test_weight_standardization_comes_and_goes(self) -> None:
         """Separates at [19, 58, 77, 138], collapses again at [52, 68, 109]."""
@@ -97,18 +105,34 @@ class TestPublishedCurves:
 
     def test_lars_on_layer1_and_layer2_separates_quickly(self) -> None:
         monitor = watch(every_epoch(LARS_LAYER1_LAYER2))
-        assert changes(monitor) == [(1, "collapsing"), (1, "collapsed"), (12, "recovering"), (18, "healthy")]
+        assert changes(monitor) == [
+            (1, "collapsing"),
+            (1, "collapsed"),
+            (12, "recovering"),
+            (18, "healthy"),
+        ]
 
     def test_lars_on_the_mlps_disturbs_the_collapse_which_returns(self) -> None:
         monitor = watch(every_epoch(LARS_MLPS))
-        assert changes(monitor) == [(1, "collapsing"), (1, "collapsed"), (91, "recovering"), (94, "collapsed")]
+        assert changes(monitor) == [
+            (1, "collapsing"),
+            (1, "collapsed"),
+            (91, "recovering"),
+            (94, "collapsed"),
+        ]
 
-    @pytest.mark.parametrize("curve", [WEIGHT_DECAY, WEIGHT_STANDARDIZATION, LARS_LAYER1_LAYER2, LARS_MLPS])
+    @pytest.mark.parametrize(
+        "curve", [WEIGHT_DECAY, WEIGHT_STANDARDIZATION, LARS_LAYER1_LAYER2, LARS_MLPS]
+    )
     @pytest.mark.parametrize("error", [-0.004, 0.004])
-    def test_the_readings_error_moves_a_change_by_an_epoch_or_so(self, curve: Curve, error: float) -> None:
+    def test_the_readings_error_moves_a_change_by_an_epoch_or_so(
+        self, curve: Curve, error: float
+    ) -> None:
         """+-.005, the accuracy of the digitisation: the same changes."""
         whole = every_epoch(curve)
-        shifted = watch({epoch: (negative + error, positive) for epoch, (negative, positive) in whole.items()})
+        shifted = watch(
+            {epoch: (negative + error, positive) for epoch, (negative, positive) in whole.items()}
+        )
         exact = watch(whole)
         assert [after for _, after in changes(shifted)] == [after for _, after in changes(exact)]
         for (moved, _), (epoch, _) in zip(changes(shifted), changes(exact), strict=True):
@@ -118,13 +142,20 @@ class TestPublishedCurves:
 class TestMadeUp:
     def test_a_fresh_network_is_healthy_though_its_cosine_is_high(self) -> None:
         assert CollapseMonitor().state == "healthy"
-        assert changes(watch({0: (0.93, 0.97), 1: (0.94, 0.98), 2: (0.8, 0.95), 3: (0.3, 0.9)})) == []
+        assert (
+            changes(watch({0: (0.93, 0.97), 1: (0.94, 0.98), 2: (0.8, 0.95), 3: (0.3, 0.9)})) == []
+        )
 
     def test_one_that_has_separated_is_watched_more_closely(self) -> None:
-        assert changes(watch({0: (0.93, 0.97), 1: (0.3, 0.9), 2: (0.8, 0.97)})) == [(2, "collapsing")]
+        assert changes(watch({0: (0.93, 0.97), 1: (0.3, 0.9), 2: (0.8, 0.97)})) == [
+            (2, "collapsing")
+        ]
 
     def test_batch_norm_never_collapses(self) -> None:
-        assert changes(watch({epoch: (max(0.27, 0.9 - 0.1 * epoch), 0.9) for epoch in range(20)})) == []
+        assert (
+            changes(watch({epoch: (max(0.27, 0.9 - 0.1 * epoch), 0.9) for epoch in range(20)}))
+            == []
+        )
 
     def test_collapse_in_one_epoch_passes_through_collapsing(self) -> None:
         monitor = watch({7: (0.9999, 0.9999)})
@@ -133,7 +164,10 @@ class TestMadeUp:
         assert monitor.events[1].neg_cos == 0.9999
 
     def test_recovery_in_one_epoch_passes_through_recovering(self) -> None:
-        assert changes(watch({0: (0.9999, 1.0), 1: (0.1, 0.9)}))[2:] == [(1, "recovering"), (1, "healthy")]
+        assert changes(watch({0: (0.9999, 1.0), 1: (0.1, 0.9)}))[2:] == [
+            (1, "recovering"),
+            (1, "healthy"),
+        ]
 
     def test_collapsed_means_a_negative_cosine_above_99(self) -> None:
         assert watch({0: (0.99, 1.0)}).state == "collapsing"
@@ -142,7 +176,9 @@ class TestMadeUp:
     def test_hovering_at_the_border_does_not_flicker(self) -> None:
         collapsed = watch({epoch: (0.985 + 0.01 * (epoch % 2), 1.0) for epoch in range(50)})
         assert changes(collapsed) == [(0, "collapsing"), (1, "collapsed")]
-        separated = watch({0: (0.1, 0.9), **{epoch: (0.55 + 0.1 * (epoch % 2), 0.9) for epoch in range(1, 50)}})
+        separated = watch(
+            {0: (0.1, 0.9), **{epoch: (0.55 + 0.1 * (epoch % 2), 0.9) for epoch in range(1, 50)}}
+        )
         assert changes(separated) == []
 
     def test_unrelated_noise_is_no_recovery(self) -> None:
@@ -162,10 +198,16 @@ class TestMadeUp:
         assert monitor == CollapseMonitor()
 
 
-cosines = st.one_of(st.floats(-1.0, 1.0), st.sampled_from([0.5, 0.7, 0.95, 0.97, 0.99, 1.0]), st.floats(0.9, 1.0))
+cosines = st.one_of(
+    st.floats(-1.0, 1.0), st.sampled_from([0.5, 0.7, 0.95, 0.97, 0.99, 1.0]), st.floats(0.9, 1.0)
+)
 observations = st.lists(
     st.fixed_dictionaries(
-        {"neg_cos": cosines, "pos_cos": cosines, "std_z": st.sampled_from([0.0, 1e-6, 0.01, 0.015, 0.1, 0.8])},
+        {
+            "neg_cos": cosines,
+            "pos_cos": cosines,
+            "std_z": st.sampled_from([0.0, 1e-6, 0.01, 0.015, 0.1, 0.8]),
+        },
         optional={
             "rank_y": st.sampled_from([None, math.nan, 0.0, 1.0, 1.01, 1.03, 1.05, 40.0]),
             "dead_y": st.sampled_from([None, math.nan, 0.0, 0.99, 1.0]),
@@ -178,7 +220,9 @@ observations = st.lists(
 
 class TestAlways:
     @given(observations)
-    def test_no_illegal_change_and_every_change_is_an_event(self, sequence: list[dict[str, float]]) -> None:
+    def test_no_illegal_change_and_every_change_is_an_event(
+        self, sequence: list[dict[str, float]]
+    ) -> None:
         monitor, before = CollapseMonitor(), "healthy"
         for step, seen in enumerate(sequence):
             state = monitor.update(step=step, **seen)
@@ -194,7 +238,9 @@ class TestAlways:
             assert len({event.after for event in events}) == len(events) <= 3
 
     @given(observations, observations)
-    def test_goes_on_from_json_as_if_never_stopped(self, first: list[dict[str, float]], second: list[dict[str, float]]) -> None:
+    def test_goes_on_from_json_as_if_never_stopped(
+        self, first: list[dict[str, float]], second: list[dict[str, float]]
+    ) -> None:
         whole, part = CollapseMonitor(), CollapseMonitor()
         for step, seen in enumerate(first + second):
             whole.update(step=step, **seen)
@@ -207,7 +253,9 @@ class TestAlways:
         assert part == whole
 
     @given(observations)
-    def test_an_observation_twice_changes_nothing_the_second_time(self, sequence: list[dict[str, float]]) -> None:
+    def test_an_observation_twice_changes_nothing_the_second_time(
+        self, sequence: list[dict[str, float]]
+    ) -> None:
         monitor = CollapseMonitor()
         for step, seen in enumerate(sequence):
             state = monitor.update(step=step, **seen)
@@ -234,7 +282,17 @@ class TestAlways:
             {"state": "asleep"},
             {"events": [{"step": 1, "before": "healthy", "after": "recovering", "neg_cos": 0.1}]},
             {"events": [{"step": 1, "before": "healthy", "after": "dead", "neg_cos": 0.1}]},
-            {"events": [{"step": 1, "before": "healthy", "after": "collapsing", "neg_cos": 0.1, "mood": 0.1}]},
+            {
+                "events": [
+                    {
+                        "step": 1,
+                        "before": "healthy",
+                        "after": "collapsing",
+                        "neg_cos": 0.1,
+                        "mood": 0.1,
+                    }
+                ]
+            },
             {"events": 3},
         ],
     )
@@ -251,14 +309,18 @@ class TestHidden:
     def test_two_networks_with_a_point_each(self) -> None:
         """Measured: GN encoder of width 8, no MLP norm, SGD at lr .2, after an epoch."""
         monitor = CollapseMonitor()
-        assert monitor.update(step=16, neg_cos=0.9056, pos_cos=0.9056, std_z=1.546e-6) == "collapsed"
+        assert (
+            monitor.update(step=16, neg_cos=0.9056, pos_cos=0.9056, std_z=1.546e-6) == "collapsed"
+        )
         assert monitor.update(step=32, neg_cos=0.5, pos_cos=0.7, std_z=0.015) == "collapsed"
         assert monitor.update(step=48, neg_cos=0.5, pos_cos=0.7, std_z=0.3) == "healthy"
 
     def test_embeddings_along_one_direction_under_batch_norm(self) -> None:
         monitor = CollapseMonitor()
         assert monitor.update(step=1, **self.FINE, rank_y=1.0001) == "collapsed"
-        assert monitor.update(step=2, **self.FINE) == "collapsed"  # it stands until it is measured again
+        assert (
+            monitor.update(step=2, **self.FINE) == "collapsed"
+        )  # it stands until it is measured again
         assert monitor.update(step=3, **self.FINE, rank_y=1.03) == "collapsed"
         assert monitor.update(step=4, **self.FINE, rank_y=12.0) == "healthy"
         assert [event.rank_y for event in monitor.events] == [1.0001, 1.0001, 12.0, 12.0]
@@ -269,7 +331,10 @@ class TestHidden:
         assert monitor.update(step=1, **self.FINE, grad_norm=0.5, dead_y=0.4) == "healthy"
         assert monitor.update(step=2, neg_cos=1.0, pos_cos=1.0, std_z=0.0, **signal) == "dead"
         assert monitor.update(step=3, neg_cos=1.0, pos_cos=1.0, std_z=0.0, **signal) == "dead"
-        assert monitor.update(step=4, neg_cos=1.0, pos_cos=1.0, std_z=0.0, grad_norm=1e-9, dead_y=0.99) == "collapsed"
+        assert (
+            monitor.update(step=4, neg_cos=1.0, pos_cos=1.0, std_z=0.0, grad_norm=1e-9, dead_y=0.99)
+            == "collapsed"
+        )
         assert monitor.update(step=5, **self.FINE, grad_norm=0.5, dead_y=0.4) == "healthy"
         assert [event.after for event in monitor.events] == [
             "collapsing", "collapsed", "dead", "collapsed", "recovering", "healthy",
@@ -278,4 +343,9 @@ class TestHidden:
     def test_a_tiny_gradient_is_no_death(self) -> None:
         """LARS has left collapses in which it was a millionth of the weights'."""
         monitor = CollapseMonitor()
-        assert monitor.update(step=1, neg_cos=1.0, pos_cos=1.0, std_z=1e-4, grad_norm=1e-12, dead_y=0.97) == "collapsed"
+        assert (
+            monitor.update(
+                step=1, neg_cos=1.0, pos_cos=1.0, std_z=1e-4, grad_norm=1e-12, dead_y=0.97
+            )
+            == "collapsed"
+        )

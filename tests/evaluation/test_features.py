@@ -16,7 +16,9 @@ VIEWS = ViewsConfig(size=16, blur_kernel=3)
 
 
 def images(num: int = 20, side: int = 16) -> Tensor:
-    return torch.randint(0, 256, (num, side, side, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    return torch.randint(
+        0, 256, (num, side, side, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
 
 
 @pytest.fixture
@@ -38,7 +40,9 @@ def test_is_the_encoder_in_eval_mode_on_plain_views(encoder: nn.Module, side: in
     actual = embed(encoder, images(side=side), VIEWS, device="cpu", batch_size=7)
     encoder.eval()
     with torch.no_grad():
-        expected = torch.cat([encoder(views.plain(image[None], VIEWS)) for image in images(side=side)])
+        expected = torch.cat(
+            [encoder(views.plain(image[None], VIEWS)) for image in images(side=side)]
+        )
     assert actual.dtype == torch.float32
     # One image at a time: other kernels, the same numbers but for rounding.
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
@@ -112,12 +116,19 @@ def test_bf16_is_chosen_where_it_keeps_the_differences(scale: float, expected: t
     net = Shifted(scale)
     assert agreeing_dtype(net, images(), VIEWS, torch.bfloat16, device="cpu") == expected
     assert agreeing_dtype(net, images(), VIEWS, torch.float32, device="cpu") == torch.float32
-    assert agreeing_dtype(net.double(), images(), VIEWS, torch.bfloat16, device="cpu") == torch.float64
+    assert (
+        agreeing_dtype(net.double(), images(), VIEWS, torch.bfloat16, device="cpu") == torch.float64
+    )
 
 
 def test_bf16_is_chosen_if_it_agrees(encoder: nn.Module) -> None:
-    rounded, exact = (embed(encoder, images(), VIEWS, device="cpu", dtype=dtype) for dtype in (torch.bfloat16, torch.float32))
+    rounded, exact = (
+        embed(encoder, images(), VIEWS, device="cpu", dtype=dtype)
+        for dtype in (torch.bfloat16, torch.float32)
+    )
     assert rounded.dtype == torch.float32
     agrees = float((rounded - exact).norm() / (exact - exact.mean(0)).norm()) <= MOST_ROUNDING
-    assert (agreeing_dtype(encoder, images(), VIEWS, torch.bfloat16, device="cpu") == torch.bfloat16) == agrees
+    assert (
+        agreeing_dtype(encoder, images(), VIEWS, torch.bfloat16, device="cpu") == torch.bfloat16
+    ) == agrees
     assert not torch.equal(rounded, exact)

@@ -1,4 +1,6 @@
-"""Weighted nearest neighbours against a plain numpy account of the paper and scikit-learn's classifier."""
+"""Weighted nearest neighbours against a plain numpy account of the paper and scikit-learn's
+classifier.
+"""
 
 from __future__ import annotations
 
@@ -17,17 +19,25 @@ from fastbyol.evaluation.knn import knn_accuracy, knn_predict
 
 def clusters(seed: int, num: int, dim: int = 16, num_classes: int = 7) -> tuple[Tensor, Tensor]:
     g = np.random.default_rng(seed)
-    centres, y = np.random.default_rng(99).normal(size=(num_classes, dim)), g.integers(0, num_classes, num)
+    centres, y = (
+        np.random.default_rng(99).normal(size=(num_classes, dim)),
+        g.integers(0, num_classes, num),
+    )
     return torch.from_numpy(centres[y] + 1.5 * g.normal(size=(num, dim))), torch.from_numpy(y)
 
 
-def written_out(bank: np.ndarray, labels: np.ndarray, queries: np.ndarray, k: int, temperature: float) -> list[int]:
+def written_out(
+    bank: np.ndarray, labels: np.ndarray, queries: np.ndarray, k: int, temperature: float
+) -> list[int]:
     """Predict by section 3.4 of the paper, one query at a time, in float64."""
     predicted = []
     for query in queries:
         cosine = bank @ query / np.linalg.norm(bank, axis=1) / np.linalg.norm(query)
         nearest = np.argsort(-cosine, kind="stable")[:k]
-        votes = {c: sum(np.exp(cosine[i] / temperature) for i in nearest if labels[i] == c) for c in sorted(set(labels))}
+        votes = {
+            c: sum(np.exp(cosine[i] / temperature) for i in nearest if labels[i] == c)
+            for c in sorted(set(labels))
+        }
         predicted.append(max(votes, key=lambda c: votes[c]))
     return predicted
 
@@ -39,13 +49,19 @@ def test_is_the_paper(k: int, temperature: float) -> None:
     theirs = written_out(bank.numpy(), labels.numpy(), queries.numpy(), k, temperature)
     assert ours.tolist() == theirs
     expected = 100 * np.mean(np.array(theirs) == query_labels.numpy())
-    assert knn_accuracy(bank, labels, queries, query_labels, k=k, temperature=temperature) == pytest.approx(expected)
+    assert knn_accuracy(
+        bank, labels, queries, query_labels, k=k, temperature=temperature
+    ) == pytest.approx(expected)
 
 
 def test_is_scikit_learns() -> None:
     (bank, labels), (queries, query_labels) = clusters(2, 500), clusters(3, 300)
-    model = KNeighborsClassifier(20, metric="cosine", weights=lambda distance: np.exp((1.0 - distance) / 0.1))
-    expected = 100 * model.fit(bank.numpy(), labels.numpy()).score(queries.numpy(), query_labels.numpy())
+    model = KNeighborsClassifier(
+        20, metric="cosine", weights=lambda distance: np.exp((1.0 - distance) / 0.1)
+    )
+    expected = 100 * model.fit(bank.numpy(), labels.numpy()).score(
+        queries.numpy(), query_labels.numpy()
+    )
     assert knn_accuracy(bank, labels, queries, query_labels, k=20) == pytest.approx(expected)
     assert 40.0 < expected < 95.0
 
@@ -60,7 +76,9 @@ def test_chunks_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
 @settings(max_examples=30)
 @given(seed=st.integers(0, 2**31), factor=st.floats(1e-6, 1e6), k=st.integers(1, 60))
 def test_lengths_and_names_do_not_matter(seed: int, factor: float, k: int) -> None:
-    """Only directions count; a change of label names renames the prediction; a query's own row is its nearest."""
+    """Only directions count; a change of label names renames the prediction; a query's own row is
+    its nearest.
+    """
     bank, labels = clusters(seed, 50)
     predicted = knn_predict(bank, labels, bank, k=k)
     names = torch.tensor([40, 3, 17, 99, 0, 1, 60])

@@ -1,4 +1,6 @@
-"""Parity with scikit-learn, on synthetic features, on digits and on the features of random ResNets, healthy and collapsed."""
+"""Parity with scikit-learn, on synthetic features, on digits and on the features of random ResNets,
+healthy and collapsed.
+"""
 
 from __future__ import annotations
 
@@ -29,12 +31,23 @@ Split = tuple[Tensor, Tensor, Tensor, Tensor]
 Fit = Callable[..., LinearClassifier]
 
 
-def synthetic(kind: str, num_samples: int = 1000, dim: int = 96, num_classes: int = 10, seed: int = 0) -> Split:
+def synthetic(
+    kind: str, num_samples: int = 1000, dim: int = 96, num_classes: int = 10, seed: int = 0
+) -> Split:
     """Draw features like a network's, rectified mixtures of factors, to fit and to score."""
     g = np.random.default_rng(seed)
-    y = np.arange(2 * num_samples) % num_classes if kind.startswith("balanced") else g.integers(0, num_classes, 2 * num_samples)
+    y = (
+        np.arange(2 * num_samples) % num_classes
+        if kind.startswith("balanced")
+        else g.integers(0, num_classes, 2 * num_samples)
+    )
     latent = g.normal(size=(2 * num_samples, 30)) + 0.5 * g.normal(size=(num_classes, 30))[y]
-    x = np.maximum(latent @ g.normal(size=(30, dim)) / 30**0.5 + 0.3 * g.normal(size=(2 * num_samples, dim)) + 0.5, 0.0)
+    x = np.maximum(
+        latent @ g.normal(size=(30, dim)) / 30**0.5
+        + 0.3 * g.normal(size=(2 * num_samples, dim))
+        + 0.5,
+        0.0,
+    )
     mean = x.mean(0) / np.linalg.norm(x.mean(0))
     noise = (x - x.mean(0)) / np.linalg.norm(x - x.mean(0), axis=1).mean()
     x = {
@@ -53,7 +66,8 @@ def synthetic(kind: str, num_samples: int = 1000, dim: int = 96, num_classes: in
 
 
 SYNTHETIC = [
-    "rectified", "steep", "huge", "tiny", "noise", "collapsed", "balanced collapsed", "balanced tiny collapsed", "one point",
+    "rectified", "steep", "huge", "tiny", "noise", "collapsed", "balanced collapsed", "balanced "
+                                                                                      "tiny collapsed", "one point",
 ]  # fmt: skip
 
 
@@ -70,7 +84,12 @@ def real(request: pytest.FixtureRequest) -> Split:
     if request.param == "pixels":
         return x[:900], labels[:900], x[900:], labels[900:]
     images = torch.from_numpy(pixels.reshape(-1, 8, 8) * 15.9375).to(torch.uint8)
-    images = images.repeat_interleave(4, 1).repeat_interleave(4, 2)[..., None].expand(-1, -1, -1, 3).contiguous()
+    images = (
+        images.repeat_interleave(4, 1)
+        .repeat_interleave(4, 2)[..., None]
+        .expand(-1, -1, -1, 3)
+        .contiguous()
+    )
     with torch.random.fork_rng():
         torch.manual_seed(0)
         encoder = build_encoder(ModelConfig(width=16, norm=request.param))
@@ -79,7 +98,9 @@ def real(request: pytest.FixtureRequest) -> Split:
 
 
 def liblinear(tol: float = 1e-4, max_iter: int = 100, c: float = 1.0) -> OneVsRestClassifier:
-    return OneVsRestClassifier(LogisticRegression(solver="liblinear", C=c, max_iter=max_iter, tol=tol))
+    return OneVsRestClassifier(
+        LogisticRegression(solver="liblinear", C=c, max_iter=max_iter, tol=tol)
+    )
 
 
 def coefficients(model: OneVsRestClassifier) -> np.ndarray:
@@ -100,7 +121,9 @@ def assert_liblinears_accuracy(split: Split, model: OneVsRestClassifier, toleran
     assert ours.score(x_test, y_test) == pytest.approx(
         100 * model.score(x_test.double().numpy(), y_test.numpy()), abs=PARITY_PP
     )
-    assert ours.score(x, y) == pytest.approx(100 * model.score(x.double().numpy(), y.numpy()), abs=PARITY_PP)
+    assert ours.score(x, y) == pytest.approx(
+        100 * model.score(x.double().numpy(), y.numpy()), abs=PARITY_PP
+    )
 
 
 class TestOneVsRest:
@@ -120,20 +143,24 @@ class TestOneVsRest:
             assert_liblinears_accuracy(real, liblinear(tol=1e-8, max_iter=10_000), 1e-8)
 
     def test_early_stopping_is_part_of_it(self) -> None:
-        """Small features that are nearly equal, classes in balance: the fitted intercepts take the gradient under liblinear's
-        tolerance before the weights have moved. The post's probe says chance there, though a converged fit tells classes apart.
+        """Small features that are nearly equal, classes in balance: the fitted intercepts take the
+        gradient under liblinear's tolerance before the weights have moved. The post's probe says
+        chance there, though a converged fit tells classes apart.
         """
         x, y, x_test, y_test = synthetic("balanced tiny collapsed")
         early = logistic_one_vs_rest(x, y).score(x_test, y_test)
         assert early == pytest.approx(
-            100 * liblinear().fit(x.numpy(), y.numpy()).score(x_test.numpy(), y_test.numpy()), abs=1e-9
+            100 * liblinear().fit(x.numpy(), y.numpy()).score(x_test.numpy(), y_test.numpy()),
+            abs=1e-9,
         )
         assert early == pytest.approx(10.0, abs=1.0)
         assert logistic_one_vs_rest(x, y, tolerance=1e-9).score(x_test, y_test) > 30.0
 
     @pytest.mark.parametrize("kind", ["rectified", "tiny", "noise", "collapsed"])
     def test_takes_liblinears_steps(self, kind: str) -> None:
-        """As many Newton steps and the same weights to 1e-6, far closer than either is to the minimum (about 1e-3)."""
+        """As many Newton steps and the same weights to 1e-6, far closer than either is to the
+        minimum (about 1e-3).
+        """
         x, y, _, _ = synthetic(kind, num_samples=400, dim=24)
         model = liblinear().fit(x.double().numpy(), y.numpy())
         ours, theirs = weights(logistic_one_vs_rest(x, y)), coefficients(model)
@@ -142,10 +169,14 @@ class TestOneVsRest:
     @pytest.mark.parametrize(("c", "error"), [(0.01, 1e-6), (1.0, 1e-7), (30.0, 1e-6)])
     def test_converged_weights(self, c: float, error: float) -> None:
         x, y, _, _ = synthetic("rectified", num_samples=400, dim=24)
-        theirs = coefficients(liblinear(tol=1e-10, max_iter=10_000, c=c).fit(x.double().numpy(), y.numpy()))
+        theirs = coefficients(
+            liblinear(tol=1e-10, max_iter=10_000, c=c).fit(x.double().numpy(), y.numpy())
+        )
         ours = logistic_one_vs_rest(x, y, c=c, tolerance=1e-10)
         assert ours.converged
-        np.testing.assert_allclose(weights(ours), theirs, rtol=0.0, atol=error * np.abs(theirs).max())
+        np.testing.assert_allclose(
+            weights(ours), theirs, rtol=0.0, atol=error * np.abs(theirs).max()
+        )
 
 
 class TestMultinomial:
@@ -161,11 +192,17 @@ class TestMultinomial:
         x, y, _, _ = synthetic("steep", num_samples=300, dim=12, num_classes=num_classes)
         ours = logistic_multinomial(x, y, c=c, tolerance=1e-10)
         model = lbfgs(c=c, tol=1e-10).fit(x.double().numpy(), y.numpy())
-        ours_decision, theirs = ours.decision(x).numpy(), model.decision_function(x.double().numpy())
+        ours_decision, theirs = (
+            ours.decision(x).numpy(),
+            model.decision_function(x.double().numpy()),
+        )
         if num_classes == 2:
             ours_decision = ours_decision[:, 1]
-        # lbfgs ends at a gradient of 1e-10 or, sooner, where its line search sees nothing but rounding.
-        np.testing.assert_allclose(ours_decision, theirs, rtol=0.0, atol=1e-4 * np.abs(theirs).max())
+        # lbfgs ends at a gradient of 1e-10 or, sooner, where its line search sees nothing but
+        # rounding.
+        np.testing.assert_allclose(
+            ours_decision, theirs, rtol=0.0, atol=1e-4 * np.abs(theirs).max()
+        )
 
     def test_one_point_is_chance(self) -> None:
         x, y, x_test, y_test = synthetic("one point")
@@ -186,7 +223,9 @@ def assert_multinomial(split: Split) -> None:
     assert ours.score(x_test, y_test) == pytest.approx(
         100 * model.score(x_test.double().numpy(), y_test.numpy()), abs=PARITY_PP
     )
-    assert ours.score(x, y) == pytest.approx(100 * model.score(x.double().numpy(), y.numpy()), abs=PARITY_PP)
+    assert ours.score(x, y) == pytest.approx(
+        100 * model.score(x.double().numpy(), y.numpy()), abs=PARITY_PP
+    )
 
 
 @pytest.mark.parametrize("fit", [logistic_one_vs_rest, logistic_multinomial])
@@ -194,12 +233,20 @@ class TestBoth:
     def test_two_classes_are_one_problem(self, fit: Fit) -> None:
         x, y, x_test, _ = synthetic("rectified", num_samples=300, dim=12, num_classes=2)
         labels = torch.tensor([7, 3])[y]
-        model = LogisticRegression(solver="liblinear", tol=1e-10) if fit is logistic_one_vs_rest else lbfgs(tol=1e-10)
+        model = (
+            LogisticRegression(solver="liblinear", tol=1e-10)
+            if fit is logistic_one_vs_rest
+            else lbfgs(tol=1e-10)
+        )
         model.fit(x.double().numpy(), labels.numpy())
         ours = fit(x, labels, tolerance=1e-10)
         assert ours.predict(x_test).tolist() == model.predict(x_test.double().numpy()).tolist()
         decision = ours.decision(x_test)
-        np.testing.assert_allclose(decision[:, 1] - decision[:, 0], model.decision_function(x_test.double().numpy()), atol=1e-4)
+        np.testing.assert_allclose(
+            decision[:, 1] - decision[:, 0],
+            model.decision_function(x_test.double().numpy()),
+            atol=1e-4,
+        )
 
     def test_keeps_the_labels_names(self, fit: Fit) -> None:
         x, y, _, _ = synthetic("rectified", num_samples=300, dim=12)
@@ -241,8 +288,10 @@ class TestBoth:
 
     @pytest.mark.parametrize("kind", ["rectified", "steep", "collapsed"])
     def test_takes_a_second_not_many(self, fit: Fit, kind: str) -> None:
-        """5,000 x 512, ten classes. The promise is one second on two quiet cores; a busy machine gets three before this
-        says that the solver became slower. One thread's CPU time has up to five tries."""
+        """5,000 x 512, ten classes. The promise is one second on two quiet cores; a busy machine
+        gets three before this says that the solver became slower. One thread's CPU time has up to
+        five tries.
+        """
         x, y, _, _ = synthetic(kind, num_samples=5000, dim=512)
         began = time.perf_counter()
         fit(x, y)

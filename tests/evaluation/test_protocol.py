@@ -45,7 +45,9 @@ def labelled(num: int, seed: int, num_classes: int = 5) -> Images:
     g = torch.Generator().manual_seed(seed)
     labels = torch.randint(num_classes, (num,), generator=g)
     colours = torch.randint(60, 196, (num_classes, 3), generator=torch.Generator().manual_seed(7))
-    noise = 60.0 * torch.randn(num, 1, 1, 3, generator=g) + 20.0 * torch.randn(num, 8, 8, 3, generator=g)
+    noise = 60.0 * torch.randn(num, 1, 1, 3, generator=g) + 20.0 * torch.randn(
+        num, 8, 8, 3, generator=g
+    )
     return Images((colours[labels][:, None, None] + noise).clamp(0, 255).to(torch.uint8), labels)
 
 
@@ -65,7 +67,17 @@ def features(encoder: nn.Module, images: Tensor) -> Tensor:
 class TestHalves:
     @pytest.mark.parametrize(
         ("total", "half"),
-        [(8000, 3968), (7936, 3968), (2048, 1024), (2049, 1024), (1023, 384), (512, 256), (511, 255), (50, 25), (3, 1)],
+        [
+            (8000, 3968),
+            (7936, 3968),
+            (2048, 1024),
+            (2049, 1024),
+            (1023, 384),
+            (512, 256),
+            (511, 255),
+            (50, 25),
+            (3, 1),
+        ],
     )
     def test_the_posts_arithmetic(self, total: int, half: int) -> None:
         """8,000 is STL-10's test split: rows 0..3967 and 3968..7935."""
@@ -93,12 +105,18 @@ class TestHalves:
 class TestEvaluate:
     def test_blog_is_the_one_vs_rest_probe_within_the_test_set(self, encoder: nn.Module) -> None:
         test = labelled(800, 0)
-        result = evaluate("blog", encoder, test=test, train=labelled(50, 1), views=VIEWS, device="cpu")
+        result = evaluate(
+            "blog", encoder, test=test, train=labelled(50, 1), views=VIEWS, device="cpu"
+        )
         x, y = features(encoder, test.images), test.labels
         classifier = logistic_one_vs_rest(x[:384], y[:384])
         # 800 // 256 * 256 = 768. One row of rounding.
-        assert result["accuracy"] == pytest.approx(classifier.score(x[384:768], y[384:768]), abs=0.3)
-        assert result["train_accuracy"] == pytest.approx(classifier.score(x[:384], y[:384]), abs=0.3)
+        assert result["accuracy"] == pytest.approx(
+            classifier.score(x[384:768], y[384:768]), abs=0.3
+        )
+        assert result["train_accuracy"] == pytest.approx(
+            classifier.score(x[:384], y[:384]), abs=0.3
+        )
         assert 25.0 < result["accuracy"] < 100.0
         assert set(result) == KEYS
         assert (result["protocol"], result["num_train"], result["num_test"]) == ("blog", 384, 384)
@@ -110,7 +128,9 @@ class TestEvaluate:
         result = evaluate("linear", encoder, test=test, train=train, views=VIEWS, device="cpu")
         x, y = features(encoder, train.images), train.labels
         classifier = logistic_multinomial(x, y)
-        assert result["accuracy"] == pytest.approx(classifier.score(features(encoder, test.images), test.labels), abs=0.51)
+        assert result["accuracy"] == pytest.approx(
+            classifier.score(features(encoder, test.images), test.labels), abs=0.51
+        )
         assert result["train_accuracy"] == pytest.approx(classifier.score(x, y), abs=0.34)
         assert (result["num_train"], result["num_test"]) == (300, 200)
         assert result["split"] == "training set and test set"
@@ -118,19 +138,31 @@ class TestEvaluate:
     def test_knn(self, encoder: nn.Module) -> None:
         train, test = labelled(300, 2), labelled(200, 3)
         result = evaluate("knn", encoder, test=test, train=train, views=VIEWS, device="cpu")
-        expected = knn_accuracy(features(encoder, train.images), train.labels, features(encoder, test.images), test.labels)
+        expected = knn_accuracy(
+            features(encoder, train.images),
+            train.labels,
+            features(encoder, test.images),
+            test.labels,
+        )
         assert result["accuracy"] == pytest.approx(expected, abs=0.51)
         assert result["train_accuracy"] is None
         assert set(result) == KEYS
 
     @pytest.mark.parametrize("protocol", ["linear", "knn"])
     @pytest.mark.parametrize(
-        "unlabelled", [None, Images(labelled(40, 4).images, None), Images(labelled(40, 4).images, -torch.ones(40).long())]
+        "unlabelled",
+        [
+            None,
+            Images(labelled(40, 4).images, None),
+            Images(labelled(40, 4).images, -torch.ones(40).long()),
+        ],
     )
     def test_without_a_labelled_training_set_the_test_set_is_split(
         self, encoder: nn.Module, protocol: str, unlabelled: Images | None
     ) -> None:
-        result = evaluate(protocol, encoder, test=labelled(200, 3), train=unlabelled, views=VIEWS, device="cpu")
+        result = evaluate(
+            protocol, encoder, test=labelled(200, 3), train=unlabelled, views=VIEWS, device="cpu"
+        )
         assert (result["num_train"], result["num_test"]) == (100, 100)
         assert result["split"] == "halves of the test set by row"
 
@@ -138,13 +170,17 @@ class TestEvaluate:
     def test_unlabelled_rows_are_left_out(self, encoder: nn.Module, protocol: str) -> None:
         train, test = labelled(120, 5), labelled(100, 6)
         expected = evaluate(protocol, encoder, test=test, train=train, views=VIEWS, device="cpu")
-        actual = evaluate(protocol, encoder, test=diluted(test), train=diluted(train), views=VIEWS, device="cpu")
+        actual = evaluate(
+            protocol, encoder, test=diluted(test), train=diluted(train), views=VIEWS, device="cpu"
+        )
         del expected["seconds"], actual["seconds"]
         assert actual == expected
 
     @pytest.mark.parametrize("protocol", PROTOCOLS)
     @pytest.mark.parametrize("labels", [None, -torch.ones(60, dtype=torch.int64)])
-    def test_refuses_a_test_set_without_labels(self, encoder: nn.Module, protocol: str, labels: Tensor | None) -> None:
+    def test_refuses_a_test_set_without_labels(
+        self, encoder: nn.Module, protocol: str, labels: Tensor | None
+    ) -> None:
         test = Images(labelled(60, 0).images, labels)
         with pytest.raises(UsageError, match="--test-data"):
             evaluate(protocol, encoder, test=test, train=labelled(60, 1), views=VIEWS, device="cpu")
@@ -154,7 +190,9 @@ class TestEvaluate:
             evaluate("blog", encoder, test=test, train=None, views=VIEWS, device="cpu")
 
         one_class = labelled(60, 0)
-        with pytest.raises(UsageError, match=r"30 images to fit the probe on all have label 4.*--test-data"):
+        with pytest.raises(
+            UsageError, match=r"30 images to fit the probe on all have label 4.*--test-data"
+        ):
             run(Images(one_class.images, torch.full((60,), 4)))
         with pytest.raises(UsageError, match="60 images but 59 labels"):
             run(Images(one_class.images, torch.zeros(59, dtype=torch.int64)))
@@ -178,14 +216,20 @@ class TestNotes:
         """knn gave 100 % for it."""
         images = labelled(60, 0).images
         one = Images(images, torch.full((60,), 2))
-        with pytest.raises(UsageError, match=r"30 images to fit the probe on all have label 2.*--test-data"):
+        with pytest.raises(
+            UsageError, match=r"30 images to fit the probe on all have label 2.*--test-data"
+        ):
             evaluate(protocol, encoder, test=one, train=None, views=VIEWS, device="cpu")
         if protocol != "blog":
             with pytest.raises(UsageError, match=r"training data: the 60 images.*--train-data"):
-                evaluate(protocol, encoder, test=labelled(40, 1), train=one, views=VIEWS, device="cpu")
+                evaluate(
+                    protocol, encoder, test=labelled(40, 1), train=one, views=VIEWS, device="cpu"
+                )
 
     @pytest.mark.parametrize("protocol", ["linear", "knn"])
-    def test_one_class_to_score_unknown_labels_and_repeated_images_give_notes(self, encoder: nn.Module, protocol: str) -> None:
+    def test_one_class_to_score_unknown_labels_and_repeated_images_give_notes(
+        self, encoder: nn.Module, protocol: str
+    ) -> None:
         train = labelled(60, 0)
 
         def notes(test: Images) -> tuple[int, list[str]]:
@@ -200,15 +244,23 @@ class TestNotes:
         assert "15 of 40 scored images have a label that no fitted image has" in unknown
         assert notes(train) == (
             60,
-            ["60 of 60 scored images are among those fitted: accuracy on them says nothing of images not seen"],
+            [
+                "60 of 60 scored images are among those fitted: accuracy on them says nothing of "
+                "images not seen"
+            ],
         )
         assert train.labels is not None
         assert fresh.labels is not None
-        some = Images(torch.cat((fresh.images, train.images[5:12])), torch.cat((fresh.labels, train.labels[5:12])))
+        some = Images(
+            torch.cat((fresh.images, train.images[5:12])),
+            torch.cat((fresh.labels, train.labels[5:12])),
+        )
         assert notes(some)[0] == 7
 
     def test_parts_of_one_set_are_not_searched_for_repeats(self, encoder: nn.Module) -> None:
-        result = evaluate("knn", encoder, test=labelled(60, 0), train=None, views=VIEWS, device="cpu")
+        result = evaluate(
+            "knn", encoder, test=labelled(60, 0), train=None, views=VIEWS, device="cpu"
+        )
         assert (result["num_repeated"], result["notes"]) == (None, [])
 
 
@@ -235,31 +287,42 @@ NAMES = ("ant", "bee", "cow", "dog", "eel")
 @given(st.sets(st.sampled_from(NAMES), min_size=2), st.sampled_from(("knn", "linear")))
 @settings(max_examples=12)
 def test_classes_are_matched_by_name(kept: set[str], name: str) -> None:
-    """A test set that lacks classes numbers those it has from 0: its accuracy is that of the numbers of the training set."""
+    """A test set that lacks classes numbers those it has from 0: its accuracy is that of the
+    numbers of the training set.
+    """
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        encoder = nn.Sequential(nn.Conv2d(3, 12, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        encoder = nn.Sequential(
+            nn.Conv2d(3, 12, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+        )
     train, test = labelled(200, 1), labelled(120, 2)
     rows = torch.tensor([NAMES[int(label)] in kept for label in test.labels])
     some = Images(test.images[rows], test.labels[rows])
     own = tuple(sorted(kept))
     renumbered = torch.tensor([own.index(NAMES[int(label)]) for label in some.labels])
     wanted, got = (
-        evaluate(name, encoder, test=scored, train=Images(*train[:2], NAMES), views=VIEWS, device="cpu")
+        evaluate(
+            name, encoder, test=scored, train=Images(*train[:2], NAMES), views=VIEWS, device="cpu"
+        )
         for scored in (some, Images(some.images, renumbered, own))
     )
     assert got["accuracy"] == wanted["accuracy"]
     assert got["notes"] == wanted["notes"]
 
 
-def test_a_class_of_the_test_set_alone_can_only_be_wrong_and_gives_a_note(encoder: nn.Module) -> None:
+def test_a_class_of_the_test_set_alone_can_only_be_wrong_and_gives_a_note(
+    encoder: nn.Module,
+) -> None:
     train, test = labelled(200, 1, 4), labelled(120, 2)
     result = evaluate(
         "knn", encoder, test=Images(*test[:2], ("fox", *NAMES[1:4], "gnu")), train=Images(*train[:2], NAMES[:4]),
         views=VIEWS, device="cpu",
     )  # fmt: skip
     alone = int(((test.labels == 0) | (test.labels == 4)).sum())
-    assert any(f"{alone} of 120 scored images have a label that no fitted image has" in note for note in result["notes"])
+    assert any(
+        f"{alone} of 120 scored images have a label that no fitted image has" in note
+        for note in result["notes"]
+    )
 
 
 def test_numbers_for_names_are_numbers(encoder: nn.Module) -> None:
@@ -267,7 +330,14 @@ def test_numbers_for_names_are_numbers(encoder: nn.Module) -> None:
     train, test = labelled(200, 1), labelled(120, 2)
     digits = tuple(map(str, range(5)))
     plain, named = (
-        evaluate("knn", encoder, test=Images(*test[:2], names), train=Images(*train[:2], NAMES), views=VIEWS, device="cpu")
+        evaluate(
+            "knn",
+            encoder,
+            test=Images(*test[:2], names),
+            train=Images(*train[:2], NAMES),
+            views=VIEWS,
+            device="cpu",
+        )
         for names in ((), digits)
     )
     assert named["accuracy"] == plain["accuracy"]

@@ -18,7 +18,9 @@ def by_formula(x: np.ndarray) -> float:
     return float(np.exp(-(p * np.log(p)).sum()))
 
 
-@given(st.integers(1, 40), st.integers(1, 40), st.integers(0, 99), st.sampled_from([0.0, 1.0, 100.0]))
+@given(
+    st.integers(1, 40), st.integers(1, 40), st.integers(0, 99), st.sampled_from([0.0, 1.0, 100.0])
+)
 def test_is_rankmes_formula(samples: int, features: int, seed: int, mean: float) -> None:
     x = np.random.default_rng(seed).standard_normal((samples, features)) + mean
     # Squaring loses what lies below 1e-8 of the largest singular value.

@@ -1,4 +1,6 @@
-"""The supervised baseline learns, repeats itself, takes labels as they come, and refuses to do without."""
+"""The supervised baseline learns, repeats itself, takes labels as they come, and refuses to do
+without.
+"""
 
 from __future__ import annotations
 
@@ -30,8 +32,18 @@ def stripes(num: int, seed: int, names: tuple[int, ...] = (0, 1, 2)) -> Images:
     g = torch.Generator().manual_seed(seed)
     labels = torch.randint(len(names), (num,), generator=g)
     wave = 60.0 * torch.sin(torch.arange(16) * 1.5 + 6.0 * torch.rand(num, 1, generator=g))
-    patterns = torch.stack((torch.zeros(num, 16, 16), wave[:, :, None].expand(-1, -1, 16), wave[:, None].expand(-1, 16, -1)))
-    pixels = 128.0 + patterns[labels, torch.arange(num)][..., None] + 25.0 * torch.randn(num, 16, 16, 3, generator=g)
+    patterns = torch.stack(
+        (
+            torch.zeros(num, 16, 16),
+            wave[:, :, None].expand(-1, -1, 16),
+            wave[:, None].expand(-1, 16, -1),
+        )
+    )
+    pixels = (
+        128.0
+        + patterns[labels, torch.arange(num)][..., None]
+        + 25.0 * torch.randn(num, 16, 16, 3, generator=g)
+    )
     return Images(pixels.clamp(0, 255).to(torch.uint8), torch.tensor(names)[labels])
 
 
@@ -39,8 +51,11 @@ def stripes(num: int, seed: int, names: tuple[int, ...] = (0, 1, 2)) -> Images:
 def test_learns(norm: str) -> None:
     model = ModelConfig(width=8, norm=norm, stem="small")
     untrained = supervised_accuracy(model, stripes(256, 0), stripes(200, 1), VIEWS, epochs=0)
-    # At the default's .07 one of eight runs without batch norm diverges; which one changes with the number of threads.
-    trained = supervised_accuracy(model, stripes(256, 0), stripes(200, 1), VIEWS, epochs=8, batch_size=16, lr=0.03)
+    # At the default's .07 one of eight runs without batch norm diverges; which one changes with the
+    # number of threads.
+    trained = supervised_accuracy(
+        model, stripes(256, 0), stripes(200, 1), VIEWS, epochs=8, batch_size=16, lr=0.03
+    )
     assert untrained < 60.0
     assert trained > 95.0
 
@@ -64,22 +79,32 @@ def trained_weights(seed: int) -> list[Tensor]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(supervised, "embed", spy)
-        supervised_accuracy(SMALL, stripes(64, 0), stripes(10, 1), VIEWS, epochs=1, batch_size=16, seed=seed)
+        supervised_accuracy(
+            SMALL, stripes(64, 0), stripes(10, 1), VIEWS, epochs=1, batch_size=16, seed=seed
+        )
     return caught
 
 
 def test_labels_are_names_and_negative_ones_are_none() -> None:
-    """Labels 40, 7, 900 and unlabelled rows whose images are plain wrong: the same accuracy as without either."""
+    """Labels 40, 7, 900 and unlabelled rows whose images are plain wrong: the same accuracy as
+    without either.
+    """
     train, test = stripes(256, 0), stripes(200, 1)
     expected = supervised_accuracy(SMALL, train, test, VIEWS, epochs=2, batch_size=32)
     named_train, named_test = stripes(256, 0, (7, 40, 900)), stripes(200, 1, (7, 40, 900))
     wrong = torch.full((50,), -1)
-    mixed = Images(torch.cat((named_train.images, named_train.images[:50].flip(1))), torch.cat((named_train.labels, wrong)))
+    mixed = Images(
+        torch.cat((named_train.images, named_train.images[:50].flip(1))),
+        torch.cat((named_train.labels, wrong)),
+    )
     assert supervised_accuracy(SMALL, mixed, named_test, VIEWS, epochs=2, batch_size=32) == expected
 
 
 def test_fewer_images_than_a_batch() -> None:
-    assert supervised_accuracy(SMALL, stripes(20, 0), stripes(20, 1), VIEWS, epochs=1, batch_size=64) >= 0.0
+    assert (
+        supervised_accuracy(SMALL, stripes(20, 0), stripes(20, 1), VIEWS, epochs=1, batch_size=64)
+        >= 0.0
+    )
 
 
 def test_refuses_to_do_without_labels() -> None:
@@ -92,7 +117,9 @@ def test_refuses_to_do_without_labels() -> None:
 
 
 def test_views_are_crops_and_flips_only() -> None:
-    """A plain grey image comes out plain grey: nothing touches colour, and the crop keeps half of the area at least."""
+    """A plain grey image comes out plain grey: nothing touches colour, and the crop keeps half of
+    the area at least.
+    """
     light = supervised._light(ViewsConfig(size=16, blur_kernel=3, solarize_p=(1.0, 1.0)))
     ids = torch.arange(200)
     images = torch.full((200, 24, 24, 3), 77, dtype=torch.uint8)
@@ -119,7 +146,12 @@ def test_learning_rate_rises_and_falls(total: int) -> None:
 
 @pytest.mark.slow
 def test_learns_some_textures() -> None:
-    """A tenth of the demo's work, far above chance: what more epochs of more images bring is in the demo."""
-    made = [Images(*map(torch.as_tensor, textures.make(count, 32, seed))) for count, seed in ((1024, 0), (512, 1))]
+    """A tenth of the demo's work, far above chance: what more epochs of more images bring is in the
+    demo.
+    """
+    made = [
+        Images(*map(torch.as_tensor, textures.make(count, 32, seed)))
+        for count, seed in ((1024, 0), (512, 1))
+    ]
     model = ModelConfig(width=16, stem="small")
     assert supervised_accuracy(model, *made, ViewsConfig(size=32), epochs=4) > 35.0

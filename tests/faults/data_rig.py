@@ -48,7 +48,13 @@ class Fault:
 
 
 def work(
-    source: str, bases: list[Base], numbers: Sequence[int], folder: Path, pipe: Connection, *, decoder: str = "auto"
+    source: str,
+    bases: list[Base],
+    numbers: Sequence[int],
+    folder: Path,
+    pipe: Connection,
+    *,
+    decoder: str = "auto",
 ) -> None:
     """For each number damage a base, read it by every way and send (number, kind, outcome)."""
     chosen = decoding.choose(decoder)
@@ -70,9 +76,14 @@ def work(
 
 def outcome(path: Path, data: bytes, base: Base, whole: Delivered, number: int) -> str:
     """Return ``refused``, ``the same``, ``as it says``, or what was wrong, capitalised."""
-    answers = {_answer(way, path, data, base, whole) for way in (lambda: resident(path), lambda: streamed(path, number))}
+    answers = {
+        _answer(way, path, data, base, whole)
+        for way in (lambda: resident(path), lambda: streamed(path, number))
+    }
     checked = (
-        _command(path) if number % 8 == 0 else _answer(lambda: verify(path, deep=True).demand_whole(), path, data, base, whole)
+        _command(path)
+        if number % 8 == 0
+        else _answer(lambda: verify(path, deep=True).demand_whole(), path, data, base, whole)
     )
     if len(answers) > 1:
         return f"Ways differ: {sorted(answers)}"
@@ -82,16 +93,26 @@ def outcome(path: Path, data: bytes, base: Base, whole: Delivered, number: int) 
     # A whole file may hold damage where no sample lies, but what a reader refuses must not be
     # verified.
     if checked not in ("refused", "") or (answer == "refused") != (checked == "refused"):
-        return f"Verify says {checked!r} where reading was {answer}" if checked in ("refused", "") else checked
+        return (
+            f"Verify says {checked!r} where reading was {answer}"
+            if checked in ("refused", "")
+            else checked
+        )
     return answer
 
 
-def _answer(way: Callable[[], object], path: Path, data: bytes, base: Base, whole: Delivered) -> str:
+def _answer(
+    way: Callable[[], object], path: Path, data: bytes, base: Base, whole: Delivered
+) -> str:
     try:
         delivered = way()
     except UsageError as error:
         line = str(error)
-        return "refused" if "\n" not in line and line.startswith(str(path)) and ";" in line else f"Poor message: {line!r}"
+        return (
+            "refused"
+            if "\n" not in line and line.startswith(str(path)) and ";" in line
+            else f"Poor message: {line!r}"
+        )
     except Exception as error:
         return f"Raised {type(error).__name__}: {error}"
     return "" if delivered is None else judged(delivered, data, base, whole)
@@ -123,12 +144,16 @@ def streamed(path: Path, number: int) -> Delivered:
     if number % 2:
         loading._fits_in_memory = lambda info, size: False
     try:
-        with loading.open_loader(path, batch_size=1, seed=0, device="cpu", cache="none", workers=1, size=SIZE) as batches:
+        with loading.open_loader(
+            path, batch_size=1, seed=0, device="cpu", cache="none", workers=1, size=SIZE
+        ) as batches:
             by_id = {int(ids[0]): images[0].numpy() for images, ids in batches.epoch(0)}
             labels = batches._decoder.info.labels  # type: ignore[attr-defined]
     finally:
         loading._fits_in_memory = before
-    return np.stack([by_id[k] for k in range(len(by_id))]), None if labels is None else labels.tolist()
+    return np.stack(
+        [by_id[k] for k in range(len(by_id))]
+    ), None if labels is None else labels.tolist()
 
 
 def _verified(path: Path) -> None:
@@ -168,7 +193,11 @@ def _command(path: Path) -> str:
 
 
 def run(
-    source: str, bases: list[Any], numbers: Sequence[int], target: Callable[..., None] = work, hang_s: float = HANG_S
+    source: str,
+    bases: list[Any],
+    numbers: Sequence[int],
+    target: Callable[..., None] = work,
+    hang_s: float = HANG_S,
 ) -> tuple[Counter[tuple[str, str]], list[Fault]]:
     """Count (kind of damage, outcome) and list the faults; a death or hang costs its number only.
 
@@ -180,7 +209,10 @@ def run(
     with tempfile.TemporaryDirectory(prefix="mutations-") as folder:
         while left:
             _one_child(target, hang_s, source, bases, left, Path(folder), counts, faults)
-            print(f"{source}: {len(numbers) - len(left)} of {len(numbers)}, {len(faults)} faults", flush=True)
+            print(
+                f"{source}: {len(numbers) - len(left)} of {len(numbers)}, {len(faults)} faults",
+                flush=True,
+            )
     return counts, faults
 
 
@@ -195,7 +227,9 @@ def _one_child(
     faults: list[Fault],
 ) -> None:
     ours, theirs = rig.PROCESSES.Pipe()
-    child = rig.PROCESSES.Process(target=target, args=(source, bases, left[:PER_CHILD], folder, theirs))
+    child = rig.PROCESSES.Process(
+        target=target, args=(source, bases, left[:PER_CHILD], folder, theirs)
+    )
     child.start()
     theirs.close()
     assert child.pid is not None
@@ -210,7 +244,9 @@ def _one_child(
                 continue
             number, kind, base, answer = message
             assert left.pop(0) == number
-            counts[f"{base}, {kind.partition('+')[0]}", answer if not answer[0].isupper() else "FAULT"] += 1
+            counts[
+                f"{base}, {kind.partition('+')[0]}", answer if not answer[0].isupper() else "FAULT"
+            ] += 1
             if answer[0].isupper():
                 faults.append(Fault(number, f"{base}, {kind}", answer))
         faults.append(Fault(left.pop(0), "?", f"nothing for {patience} s of its own"))

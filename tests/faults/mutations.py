@@ -85,8 +85,34 @@ def row_layout(types: list[int]) -> tuple[list[int], int]:
 
 def wide(rng: Rng, data: bytes) -> int:
     """Return a number that parsers stumble over."""
-    near = [0, 1, 2, 3, 7, 24, 255, 1 << 15, (1 << 16) - 1, 1 << 20, PAGE - 1, PAGE, PAGE + 1, 2 * PAGE, 1 << 31, (1 << 32) - 1]
-    far = [1 << 40, (1 << 63) - 1, 1 << 63, (1 << 64) - 1, (1 << 64) - 8, len(data), len(data) - 1, len(data) + 1]
+    near = [
+        0,
+        1,
+        2,
+        3,
+        7,
+        24,
+        255,
+        1 << 15,
+        (1 << 16) - 1,
+        1 << 20,
+        PAGE - 1,
+        PAGE,
+        PAGE + 1,
+        2 * PAGE,
+        1 << 31,
+        (1 << 32) - 1,
+    ]
+    far = [
+        1 << 40,
+        (1 << 63) - 1,
+        1 << 63,
+        (1 << 64) - 1,
+        (1 << 64) - 8,
+        len(data),
+        len(data) - 1,
+        len(data) + 1,
+    ]
     return int(rng.choice(np.array(near + far, np.uint64)))
 
 
@@ -96,7 +122,11 @@ def put(data: bytearray, at: int, value: int, size: int) -> None:
 
 def flip_structure(base: Base, data: bytearray, rng: Rng) -> None:
     """Flip one to four bits of header, used descriptor bytes, rows or table."""
-    head = [k for k in range(base.rows + base.samples * row_layout(base.types)[1]) if k < HEADER or data[k]]
+    head = [
+        k
+        for k in range(base.rows + base.samples * row_layout(base.types)[1])
+        if k < HEADER or data[k]
+    ]
     places = [*head, *range(base.table, len(data))]
     for at in rng.choice(places, int(rng.integers(1, 5))).tolist():
         data[at] ^= 1 << int(rng.integers(8))
@@ -133,7 +163,18 @@ def lose_blocks(base: Base, data: bytearray, rng: Rng) -> None:
 
 
 def cut(base: Base, data: bytearray, rng: Rng) -> None:
-    edges = [1, 23, 24, base.rows - 1, base.rows, base.start, base.table - 1, base.table, base.table + 1, base.table + 24]
+    edges = [
+        1,
+        23,
+        24,
+        base.rows - 1,
+        base.rows,
+        base.start,
+        base.table - 1,
+        base.table,
+        base.table + 1,
+        base.table + 24,
+    ]
     edges += [len(data) - 1, len(data) - 24, len(data) - 25, base.manifest, base.table - 64]
     del data[int(rng.integers(len(data))) if rng.integers(2) else int(rng.choice(edges)) :]
 
@@ -147,7 +188,9 @@ def header_value(base: Base, data: bytearray, rng: Rng) -> None:
     at, size = ((0, 2), (2, 2), (4, 4), (8, 8), (16, 8))[rng.integers(5)]
     value = wide(rng, bytes(data))
     if rng.integers(3) == 0:
-        value = int.from_bytes(data[at : at + size], "little") + int(rng.choice([-PAGE, -24, -1, 1, 24, PAGE]))
+        value = int.from_bytes(data[at : at + size], "little") + int(
+            rng.choice([-PAGE, -24, -1, 1, 24, PAGE])
+        )
     put(data, at, value, size)
 
 
@@ -155,17 +198,33 @@ def row_value(base: Base, data: bytearray, rng: Rng) -> None:
     """Put a huge or odd number into a member of a sample's row."""
     offsets, row = row_layout(base.types)
     k = int(rng.integers(base.num_fields))
-    parts = {2: ((0, 1), (1, 2), (3, 2), (5, 8)), 3: ((0, 8), (8, 8)), 5: ((0, 8), (8, 8))}.get(base.types[k], ((0, 8),))
+    parts = {2: ((0, 1), (1, 2), (3, 2), (5, 8)), 3: ((0, 8), (8, 8)), 5: ((0, 8), (8, 8))}.get(
+        base.types[k], ((0, 8),)
+    )
     at, size = parts[rng.integers(len(parts))]
     at += base.rows + int(rng.integers(base.samples)) * row + offsets[k]
     step = int(rng.choice([-PAGE, -8, -1, 1, 8, PAGE]))
-    put(data, at, wide(rng, bytes(data)) if rng.integers(2) else int.from_bytes(data[at : at + size], "little") + step, size)
+    put(
+        data,
+        at,
+        wide(rng, bytes(data))
+        if rng.integers(2)
+        else int.from_bytes(data[at : at + size], "little") + step,
+        size,
+    )
 
 
 def table_value(base: Base, data: bytearray, rng: Rng) -> None:
     at = base.table + REGION * int(rng.integers(len(base.regions))) + 8 * int(rng.integers(3))
     step = int(rng.choice([-PAGE, -8, -1, 1, 8, PAGE]))
-    put(data, at, wide(rng, bytes(data)) if rng.integers(2) else int.from_bytes(data[at : at + 8], "little") + step, 8)
+    put(
+        data,
+        at,
+        wide(rng, bytes(data))
+        if rng.integers(2)
+        else int.from_bytes(data[at : at + 8], "little") + step,
+        8,
+    )
 
 
 def _move(base: Base, data: bytearray, region: int, to: int) -> None:
@@ -181,12 +240,26 @@ def _move(base: Base, data: bytearray, region: int, to: int) -> None:
 def overlap(base: Base, data: bytearray, rng: Rng) -> None:
     """Let two samples share bytes; row and table agree on it."""
     one, other = (int(v) for v in rng.integers(len(base.regions), size=2))
-    _move(base, data, one, int(base.regions[other, 1]) + int(rng.choice([0, 0, 1, 3, int(base.regions[other, 2]) - 1])))
+    _move(
+        base,
+        data,
+        one,
+        int(base.regions[other, 1])
+        + int(rng.choice([0, 0, 1, 3, int(base.regions[other, 2]) - 1])),
+    )
 
 
 def point_at_manifest(base: Base, data: bytearray, rng: Rng) -> None:
     """Put a region into the manifest, the head, the table or behind the end."""
-    to = (base.manifest, base.table - 100, base.table, 0, base.rows, len(data) - 10, len(data) + PAGE)[rng.integers(7)]
+    to = (
+        base.manifest,
+        base.table - 100,
+        base.table,
+        0,
+        base.rows,
+        len(data) - 10,
+        len(data) + PAGE,
+    )[rng.integers(7)]
     _move(base, data, int(rng.integers(len(base.regions))), int(to))
 
 
@@ -211,7 +284,9 @@ def layout(base: Base, data: bytearray, rng: Rng) -> None:
         case 0:
             data[k] = int(rng.choice([0, 1, 2, 3, 4, 5, 6, 7, 255]))
         case 1:
-            data[k + 1 : k + 17] = rng.choice(np.frombuffer(b"label image\0\0\0x\xff\n", np.uint8), 16).tobytes()
+            data[k + 1 : k + 17] = rng.choice(
+                np.frombuffer(b"label image\0\0\0x\xff\n", np.uint8), 16
+            ).tobytes()
         case 2:
             data[k + 17 + int(rng.integers(1024))] = int(rng.integers(1, 256))
         case 3:
@@ -229,7 +304,15 @@ def replace_whole(base: Base, data: bytearray, rng: Rng) -> None:
     size = int(2 ** rng.uniform(0, 20))
     picture = io.BytesIO()
     Image.new("RGB", (64, 64)).save(picture, "PNG")
-    contents = (b"", b"\0", bytes(size), b"hello beton\n" * size, rng.bytes(size), picture.getvalue(), b"PK\3\4" + bytes(size))
+    contents = (
+        b"",
+        b"\0",
+        bytes(size),
+        b"hello beton\n" * size,
+        rng.bytes(size),
+        picture.getvalue(),
+        b"PK\3\4" + bytes(size),
+    )
     contents += (struct.pack("<HHIQQ", 2, 2, PAGE, base.samples, 0) + bytes(size), b"\2\0" * size)
     data[:] = contents[rng.integers(len(contents))]
 
@@ -303,7 +386,9 @@ def mutated_manifest(bases: list[Base], seed: int) -> tuple[Base, str, bytes]:
                 data[int(rng.choice(used))] ^= 1 << int(rng.integers(8))
             name = "flipped"
         case 1:
-            offset, size = ((0, 8), (16, 4), (20, 4), (24, 8), (32, 8), (40, 4), (48, 8), (-4, 4))[rng.integers(8)]
+            offset, size = ((0, 8), (16, 4), (20, 4), (24, 8), (32, 8), (40, 4), (48, 8), (-4, 4))[
+                rng.integers(8)
+            ]
             put(data, tail + offset, wide(rng, base.data), size)
             name = "huge numbers"
         case 2:

@@ -40,7 +40,9 @@ def own() -> Path:
     away = [(os.POSIX_SPAWN_OPEN, number, os.devnull, os.O_RDWR, 0) for number in range(3)]
     # Not a Popen, which complains when it is forgotten while its process runs: the guard outlives
     # this process.
-    _guards.append(str(os.posix_spawn(sys.executable, guard, os.environ, file_actions=away, setsid=True)))
+    _guards.append(
+        str(os.posix_spawn(sys.executable, guard, os.environ, file_actions=away, setsid=True))
+    )
     return Path(mark)
 
 
@@ -57,7 +59,11 @@ def end_started_since(began: float) -> list[str]:
     for child in multiprocessing.active_children():
         child.kill()
         child.join()
-    return _end(lambda: [process for process in marked(os.environ[VARIABLE], began) if process not in _guards])
+    return _end(
+        lambda: [
+            process for process in marked(os.environ[VARIABLE], began) if process not in _guards
+        ]
+    )
 
 
 def marked(mark: str, since: float = 0.0) -> list[str]:

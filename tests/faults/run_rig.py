@@ -1,7 +1,9 @@
-"""What the tests that hurt runs share: a tiny run in a process of its own, and what must be equal in the end.
+"""What the tests that hurt runs share: a tiny run in a process of its own, and what must be equal
+in the end.
 
-Processes come from a fork server that has the slow imports behind it and no threads yet, so that one costs about a second.
-Counts are small in ``make test`` and those of the table in README.md with ``FASTBYOL_FAULTS=full`` (``make faults``).
+Processes come from a fork server that has the slow imports behind it and no threads yet, so that
+one costs about a second. Counts are small in ``make test`` and those of the table in README.md with
+``FASTBYOL_FAULTS=full`` (``make faults``).
 """
 
 from __future__ import annotations
@@ -28,7 +30,9 @@ from tiny import beton_files, tiny_config
 
 FULL = os.environ.get("FASTBYOL_FAULTS") == "full"
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["fastbyol.api", "fastbyol.cli.main", "fastbyol.show.run_report", "ffcv.loader", "rich.live"])
+PROCESSES.set_forkserver_preload(
+    ["fastbyol.api", "fastbyol.cli.main", "fastbyol.show.run_report", "ffcv.loader", "rich.live"]
+)
 PHASES = ("start", "step", "probe", "checkpoint", "end")
 # One child's life, a few seconds, on a machine that does other things too.
 PATIENCE_S = 600.0
@@ -107,7 +111,9 @@ def start(run: Path, config: Config, marks: Marks) -> BaseProcess:
 
 def _command(arguments: tuple[str, ...], output: Path, marks: Path) -> None:
     os.setsid()
-    descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)  # a terminal is this session's from here on
+    descriptor = os.open(
+        output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+    )  # a terminal is this session's from here on
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     faulthandler.enable()  # a child that hangs is ended by SIGABRT, and says where it was
@@ -136,12 +142,23 @@ def checkpoints(run: Path) -> list[Path]:
 
 
 def contents(run: Path) -> dict[str, bytes]:
-    """Every byte that must be the same whatever happened on the way: the last checkpoint and both records."""
+    """Every byte that must be the same whatever happened on the way: the last checkpoint and both
+    records.
+    """
     files = (checkpoints(run)[-1], run / "metrics.jsonl", run / "layers.npy")
     return {path.name: path.read_bytes() for path in files}
 
 
 def leftovers(run: Path) -> list[str]:
     """Files that no finished run holds."""
-    known = {"config.toml", "env.json", "metrics.jsonl", "layers.npy", "timing.jsonl", ".lock", "checkpoints", "report.html"}
+    known = {
+        "config.toml",
+        "env.json",
+        "metrics.jsonl",
+        "layers.npy",
+        "timing.jsonl",
+        ".lock",
+        "checkpoints",
+        "report.html",
+    }
     return [path.name for path in run.iterdir() if path.name not in known]

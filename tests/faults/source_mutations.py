@@ -40,11 +40,17 @@ def bases(folder: Path) -> list[Base]:
     """Return one of every kind and form, written below ``folder``."""
     made = []
 
-    def add(name: str, write: Callable[[Path], object], at: str = ".", without: str = "", **options: Any) -> None:
+    def add(
+        name: str, write: Callable[[Path], object], at: str = ".", without: str = "", **options: Any
+    ) -> None:
         to = folder / name
         to.mkdir(parents=True)
         write(to)
-        paths = [path for path in sorted(to.rglob("*")) if path.is_file() and not (without and re.match(without, path.name))]
+        paths = [
+            path
+            for path in sorted(to.rglob("*"))
+            if path.is_file() and not (without and re.match(without, path.name))
+        ]
         files = {str(path.relative_to(to)): path.read_bytes() for path in paths}
         made.append(Base(name, files, at, options))
 
@@ -52,25 +58,62 @@ def bases(folder: Path) -> list[Base]:
     add("npz of texts", _texts, "a.npz")
     add("npz of splits", _medical, "a.npz", split="test")
     add("npy", _arrays)
-    add("npy in Fortran's order", lambda to: np.save(to / "x.npy", np.asfortranarray(_images(9))), "x.npy")
+    add(
+        "npy in Fortran's order",
+        lambda to: np.save(to / "x.npy", np.asfortranarray(_images(9))),
+        "x.npy",
+    )
     add("cifar10", lambda to: source_files.cifar10(to, per_batch=3, test=3))
-    add("cifar100", lambda to: source_files.cifar100(to, train=5, test=5), without="train", split="test")
+    add(
+        "cifar100",
+        lambda to: source_files.cifar100(to, train=5, test=5),
+        without="train",
+        split="test",
+    )
     add("cifar10 binary", lambda to: source_files.cifar_binary(to, count=3))
-    add("cifar100 binary", lambda to: source_files.cifar_binary(to, classes=100, count=5), without="test")
-    add("cifar100 matlab", lambda to: source_files.cifar_matlab(to, classes=100, count=4), without="test")
+    add(
+        "cifar100 binary",
+        lambda to: source_files.cifar_binary(to, classes=100, count=5),
+        without="test",
+    )
+    add(
+        "cifar100 matlab",
+        lambda to: source_files.cifar_matlab(to, classes=100, count=4),
+        without="test",
+    )
     add(
         "stl10",
         lambda to: source_files.stl10(to, train=6, test=1, unlabeled=3),
         without="test",
         split="train+unlabeled",
     )
-    add("stl10 fold", lambda to: source_files.stl10(to, train=7, test=1, unlabeled=1), without="test|unlab", fold=3)
+    add(
+        "stl10 fold",
+        lambda to: source_files.stl10(to, train=7, test=1, unlabeled=1),
+        without="test|unlab",
+        fold=3,
+    )
     stl10 = source_files.stl10_matlab
-    add("stl10 matlab", lambda to: stl10(to, train=6, test=1, unlabeled=1), without="test|unlab", fold=2)
-    add("stl10 hdf5", lambda to: stl10(to, train=5, test=1, unlabeled=3), without="test|train", split="unlabeled")
+    add(
+        "stl10 matlab",
+        lambda to: stl10(to, train=6, test=1, unlabeled=1),
+        without="test|unlab",
+        fold=2,
+    )
+    add(
+        "stl10 hdf5",
+        lambda to: stl10(to, train=5, test=1, unlabeled=3),
+        without="test|train",
+        split="unlabeled",
+    )
     add("svhn", lambda to: source_files.svhn(to, train=5, test=4), without="test")
     add("idx", lambda to: source_files.idx(to, train=6, test=5, packed=False))
-    add("idx packed", lambda to: source_files.idx(to, train=6, test=5), without="train", split="test")
+    add(
+        "idx packed",
+        lambda to: source_files.idx(to, train=6, test=5),
+        without="train",
+        split="test",
+    )
     add("classes", lambda to: source_files.class_folders(to, per_class=3))
     add("classes of splits", _splits, split="val")
     add("odd pictures", lambda to: source_files.odd_pictures(to / "odd"), "odd")
@@ -90,7 +133,10 @@ def _texts(to: Path) -> None:
 def _medical(to: Path) -> None:
     arrays = {}
     for split, count in (("train", 5), ("val", 2), ("test", 4)):
-        arrays |= {f"{split}_images": _images(count), f"{split}_labels": np.arange(count, dtype=np.uint8)[:, None]}
+        arrays |= {
+            f"{split}_images": _images(count),
+            f"{split}_labels": np.arange(count, dtype=np.uint8)[:, None],
+        }
     np.savez(to / "a.npz", **arrays)
 
 
@@ -107,24 +153,69 @@ def _splits(to: Path) -> None:
 
 def _formats(to: Path) -> None:
     picture = Image.fromarray(source_files.random_images(1, 30, 40, 2)[0])
-    for name in ("a.png", "b.jpg", "c.tif", "d.gif", "e.bmp", "f.webp", "g.ppm", "h.tga", "i.jp2", "j.avif", "k.dib", "l.pbm"):
+    for name in (
+        "a.png",
+        "b.jpg",
+        "c.tif",
+        "d.gif",
+        "e.bmp",
+        "f.webp",
+        "g.ppm",
+        "h.tga",
+        "i.jp2",
+        "j.avif",
+        "k.dib",
+        "l.pbm",
+    ):
         (picture.convert("1") if name == "l.pbm" else picture).save(to / name)
-    for name, how in (("m.tif", "tiff_lzw"), ("n.tif", "jpeg"), ("o.tif", "tiff_deflate"), ("p.tif", "packbits")):
+    for name, how in (
+        ("m.tif", "tiff_lzw"),
+        ("n.tif", "jpeg"),
+        ("o.tif", "tiff_deflate"),
+        ("p.tif", "packbits"),
+    ):
         picture.save(to / name, compression=how)
     picture.save(to / "q.jpg", progressive=True)
-    picture.convert("P").save(to / "r.gif", save_all=True, append_images=[picture.convert("P").rotate(90)])
+    picture.convert("P").save(
+        to / "r.gif", save_all=True, append_images=[picture.convert("P").rotate(90)]
+    )
 
 
 def wide(rng: Rng) -> int:
     """Return a number that parsers stumble over."""
-    near = [0, 1, 2, 3, 4, 255, 256, 10_000, (1 << 15) - 1, 1 << 15, (1 << 16) - 1, 1 << 20, 1 << 24, (1 << 31) - 1, 1 << 31]
-    return int(rng.choice(np.array([*near, (1 << 32) - 1, 1 << 32, 1 << 40, (1 << 63) - 1, 1 << 63, (1 << 64) - 1], np.uint64)))
+    near = [
+        0,
+        1,
+        2,
+        3,
+        4,
+        255,
+        256,
+        10_000,
+        (1 << 15) - 1,
+        1 << 15,
+        (1 << 16) - 1,
+        1 << 20,
+        1 << 24,
+        (1 << 31) - 1,
+        1 << 31,
+    ]
+    return int(
+        rng.choice(
+            np.array(
+                [*near, (1 << 32) - 1, 1 << 32, 1 << 40, (1 << 63) - 1, 1 << 63, (1 << 64) - 1],
+                np.uint64,
+            )
+        )
+    )
 
 
 def put(data: bytearray, at: int, rng: Rng) -> None:
     """Put a wide number of 1, 2, 4 or 8 bytes, in either order."""
     size = int(rng.choice([1, 2, 4, 4, 8]))
-    number = (wide(rng) & ((1 << 8 * size) - 1)).to_bytes(size, "little" if rng.integers(2) else "big")
+    number = (wide(rng) & ((1 << 8 * size) - 1)).to_bytes(
+        size, "little" if rng.integers(2) else "big"
+    )
     data[at : at + size] = number
 
 
@@ -177,7 +268,9 @@ def noise(data: bytearray, rng: Rng) -> None:
 
 
 def cut(data: bytearray, rng: Rng) -> None:
-    del data[int(rng.integers(len(data))) if rng.integers(2) else len(data) - int(rng.integers(1, 40)) :]
+    del data[
+        int(rng.integers(len(data))) if rng.integers(2) else len(data) - int(rng.integers(1, 40)) :
+    ]
 
 
 def grow(data: bytearray, rng: Rng) -> None:
@@ -221,7 +314,9 @@ def inside(name: str, data: bytes, change: Callable[[bytearray, Rng], None], rng
         kind, content = elements[chosen_at]
         changed = _changed(zlib.decompress(content) if kind == 15 else content, change, rng)
         elements[chosen_at] = (kind, zlib.compress(changed) if kind == 15 else changed)
-        return data[:128] + b"".join(struct.pack("<II", kind, len(content)) + content for kind, content in elements)
+        return data[:128] + b"".join(
+            struct.pack("<II", kind, len(content)) + content for kind, content in elements
+        )
     return _changed(data, change, rng)
 
 
@@ -237,7 +332,11 @@ def _changed(data: bytes, change: Callable[[bytearray, Rng], None], rng: Rng) ->
 
 def put_special(path: Path, rng: Rng) -> str:
     """Put something else under the file's name; return its kind."""
-    kind = str(rng.choice(["pipe", "folder", "loop", "dangling", "device", "parent", "absent", "empty", "renamed"]))
+    kind = str(
+        rng.choice(
+            ["pipe", "folder", "loop", "dangling", "device", "parent", "absent", "empty", "renamed"]
+        )
+    )
     content = path.read_bytes()
     path.unlink()
     match kind:
@@ -256,7 +355,23 @@ def put_special(path: Path, rng: Rng) -> str:
         case "empty":
             path.touch()
         case "renamed":
-            ending = str(rng.choice([".png", ".npy", ".npz", ".gz", ".jpg", ".mat", ".bin", ".tif", "", "\udcff", "\n"]))
+            ending = str(
+                rng.choice(
+                    [
+                        ".png",
+                        ".npy",
+                        ".npz",
+                        ".gz",
+                        ".jpg",
+                        ".mat",
+                        ".bin",
+                        ".tif",
+                        "",
+                        "\udcff",
+                        "\n",
+                    ]
+                )
+            )
             path.with_name(path.name.partition(".")[0] + ending).write_bytes(content)
     return kind
 
@@ -281,7 +396,9 @@ def mutate(stated: list[Base], number: int, folder: Path) -> tuple[Base, str]:
                 other = stated[int(rng.integers(len(stated)))] if rng.integers(2) else base
                 content = other.files[str(rng.choice(list(other.files)))]
                 at = int(rng.integers(len(content)))
-                path.write_bytes(content if rng.integers(2) else path.read_bytes()[:at] + content[at:])
+                path.write_bytes(
+                    content if rng.integers(2) else path.read_bytes()[:at] + content[at:]
+                )
                 done.append("splice")
             case _:
                 change = BYTES[int(rng.integers(len(BYTES)))]

@@ -33,7 +33,9 @@ LEAVE_S = 5.0
 
 def opened(name: str = "jpg", cache: str = "none", batch_size: int = 32) -> Loader:
     path = foreign.made() / f"{name}.beton"
-    return open_loader(path, batch_size=batch_size, seed=1, device="cpu", cache=cache, workers=2, size=16)  # type: ignore[arg-type]
+    return open_loader(
+        path, batch_size=batch_size, seed=1, device="cpu", cache=cache, workers=2, size=16
+    )  # type: ignore[arg-type]
 
 
 def resident_kib() -> int:
@@ -161,15 +163,23 @@ with opened() as batches:
 def test_forked_after_threads_decoded() -> None:
     """Fork in mid-epoch, after which torch's and numba's pools are dead."""
     foreign.made()
-    code = FORKED.format(paths=[str(Path(__file__).parent), str(Path(foreign.__file__).parent), *sys.path])
+    code = FORKED.format(
+        paths=[str(Path(__file__).parent), str(Path(foreign.__file__).parent), *sys.path]
+    )
     environment = os.environ | {"OMP_NUM_THREADS": "2"}
     done = subprocess.run(
-        [sys.executable, "-c", code], check=False, timeout=rig.PATIENCE_S, capture_output=True, env=environment
+        [sys.executable, "-c", code],
+        check=False,
+        timeout=rig.PATIENCE_S,
+        capture_output=True,
+        env=environment,
     )
     assert done.returncode == 0, done.stderr[-2000:]
 
 
-@pytest.mark.parametrize("context", [multiprocessing.get_context("spawn"), rig.PROCESSES], ids=["spawn", "forkserver"])
+@pytest.mark.parametrize(
+    "context", [multiprocessing.get_context("spawn"), rig.PROCESSES], ids=["spawn", "forkserver"]
+)
 def test_other_processes(context: BaseContext) -> None:
     children = [context.Process(target=_consume, args=(None,)) for _ in range(2)]  # type: ignore[attr-defined]
     for child in children:
@@ -195,9 +205,14 @@ while True:
 @pytest.mark.parametrize("cache", ["none", "device"])
 def test_ctrl_c_at_random_instants(cache: str) -> None:
     """Expect KeyboardInterrupt at once: no thread holds the process."""
-    draw, code = random.Random(cache), LOOP.format(path=str(foreign.made() / "jpg.beton"), cache=cache)
+    draw, code = (
+        random.Random(cache),
+        LOOP.format(path=str(foreign.made() / "jpg.beton"), cache=cache),
+    )
     for _ in range(CTRL_CS // 2):
-        child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        child = subprocess.Popen(
+            [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        )
         assert child.stdout is not None
         assert child.stdout.readline() == b"begun\n"
         time.sleep(draw.uniform(0, 0.5))

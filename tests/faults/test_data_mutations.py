@@ -37,7 +37,9 @@ class Pictures:
         height, width = (26 + index % 4, 30) if self.mixed and index % 3 == 0 else (20, 24)
         y, x = np.arange(height)[:, None, None], np.arange(width)[None, :, None]
         slope = np.random.default_rng(index).uniform(-4, 4, (3, 3))
-        return np.clip(128 + slope[0] * y + slope[1] * x + 20 * slope[2], 0, 255).astype(np.uint8), index % 5
+        return np.clip(128 + slope[0] * y + slope[1] * x + 20 * slope[2], 0, 255).astype(
+            np.uint8
+        ), index % 5
 
 
 @pytest.fixture(scope="module")
@@ -47,10 +49,23 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> list[Base]:
     made = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(beton_write, "STALL_S", data_rig.START_S)
-        for name, mode, mixed in (("raw", "raw", False), ("jpg", "jpg", False), ("mixed raw", "raw", True)):
-            write(folder / name, Pictures(mixed), labelled=True, mode=mode, workers=1, page_bytes=1 << 21)  # type: ignore[arg-type]
+        for name, mode, mixed in (
+            ("raw", "raw", False),
+            ("jpg", "jpg", False),
+            ("mixed raw", "raw", True),
+        ):
+            write(
+                folder / name,
+                Pictures(mixed),
+                labelled=True,
+                mode=mode,
+                workers=1,
+                page_bytes=1 << 21,
+            )  # type: ignore[arg-type]
             made.append(Base(f"sealed {name}", (folder / name).read_bytes(), True))
-    names = ("raw", "jpg", "foreign", "mixed_jpg") if foreign.HAS_FFCV else ("raw", "jpg", "mixed_jpg")
+    names = (
+        ("raw", "jpg", "foreign", "mixed_jpg") if foreign.HAS_FFCV else ("raw", "jpg", "mixed_jpg")
+    )
     return made + [Base(f"foreign {name}", _foreign(name), False) for name in names]
 
 
@@ -65,7 +80,10 @@ def show(counts: Counter[tuple[str, str]]) -> str:
     return f"{sum(counts.values())} mutations: {dict(outcomes)}"
 
 
-@pytest.mark.skipif(find_library("turbojpeg") is None, reason="JPEG is judged by libturbojpeg, which is not installed")
+@pytest.mark.skipif(
+    find_library("turbojpeg") is None,
+    reason="JPEG is judged by libturbojpeg, which is not installed",
+)
 @pytest.mark.parametrize("decoder", foreign.DECODERS)
 def test_mutated_betons(bases: list[Base], decoder: str) -> None:
     work = partial(data_rig.work, decoder=decoder)

@@ -37,7 +37,13 @@ def by(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
 @pytest.fixture(scope="module")
 def ours(tmp_path_factory: pytest.TempPathFactory) -> Base:
     path = tmp_path_factory.mktemp("ours") / "set.beton"
-    write(path, [(foreign.pixels("raw", i), i % 5) for i in range(40)], labelled=True, workers=1, page_bytes=PAGE)
+    write(
+        path,
+        [(foreign.pixels("raw", i), i % 5) for i in range(40)],
+        labelled=True,
+        workers=1,
+        page_bytes=PAGE,
+    )
     return Base("ours", path.read_bytes(), True)
 
 
@@ -87,7 +93,9 @@ def _cut(end: Callable[[Base], int]) -> Edit:
 
 def _image_row(sample: int, at: int, size: int, value: int) -> Edit:
     """Change the image's 13 packed bytes: 0 mode, 1 width, 3 height, 5 pointer."""
-    return lambda base, data: put(data, base.rows + sample * row_layout(base.types)[1] + at, value, size)
+    return lambda base, data: put(
+        data, base.rows + sample * row_layout(base.types)[1] + at, value, size
+    )
 
 
 def _region(at: int, size: int) -> Edit:
@@ -100,18 +108,46 @@ def _float_label(base: Base, data: bytearray) -> None:
 
 EDITS: dict[str, tuple[str, Edit, str]] = {
     "empty": ("raw", _cut(lambda base: 0), "too short"),
-    "text": ("raw", lambda base, data: data.__setitem__(slice(None), b"hello " * 9999), "version 25960"),
+    "text": (
+        "raw",
+        lambda base, data: data.__setitem__(slice(None), b"hello " * 9999),
+        "version 25960",
+    ),
     "cut before the table": ("raw", _cut(lambda base: base.table - 1), "no page's end"),
     "wrong version": ("raw", _header(0, 2, 3), "version 3"),
-    "cut at the table": ("raw", _cut(lambda base: base.table), "allocation table of 0 bytes where 4872 are"),
-    "table pointer at the end of the file": ("raw", lambda base, data: put(data, 16, len(data), 8), "no page's end"),
-    "cut inside the table": ("raw", _cut(lambda base: base.table + 50 * REGION), "table of 1200 bytes where 4872 are"),
-    "one byte short": ("raw", _cut(lambda base: len(base.data) - 1), "allocation table of 4871 bytes where 4872 are"),
+    "cut at the table": (
+        "raw",
+        _cut(lambda base: base.table),
+        "allocation table of 0 bytes where 4872 are",
+    ),
+    "table pointer at the end of the file": (
+        "raw",
+        lambda base, data: put(data, 16, len(data), 8),
+        "no page's end",
+    ),
+    "cut inside the table": (
+        "raw",
+        _cut(lambda base: base.table + 50 * REGION),
+        "table of 1200 bytes where 4872 are",
+    ),
+    "one byte short": (
+        "raw",
+        _cut(lambda base: len(base.data) - 1),
+        "allocation table of 4871 bytes where 4872 are",
+    ),
     "table pointer 0": ("raw", _header(16, 8, 0), "interrupted"),
     "wrong page size": ("raw", _header(4, 4, PAGE * 2), "outside the data pages"),
-    "wrong number of samples": ("raw", _header(8, 8, 202), "allocation table of 4872 bytes where 4848"),
+    "wrong number of samples": (
+        "raw",
+        _header(8, 8, 202),
+        "allocation table of 4872 bytes where 4848",
+    ),
     "raw image of wrong size": ("raw", _image_row(7, 1, 2, 19), "sample 7.*width x height x 3"),
-    "raw image with wrong pointer": ("raw", _image_row(7, 5, 8, PAGE + 1), "sample 7.*no region of this sample"),
+    "raw image with wrong pointer": (
+        "raw",
+        _image_row(7, 5, 8, PAGE + 1),
+        "sample 7.*no region of this sample",
+    ),
     "JPEG of 0 x 0": ("jpg", _image_row(7, 1, 4, 0), "sample 7.*a side is not 1"),
     "region of 2**20 bytes": ("raw", _region(16, 1 << 20), "overlaps another"),
     "region of 2**40 bytes": ("raw", _region(16, 1 << 40), "points outside the data pages"),
@@ -160,7 +196,11 @@ def test_int_field_marked_float(ours: Base, tmp_path: Path) -> None:
 def test_flipped_bytes_of_ours(ours: Base, tmp_path: Path, offset: str) -> None:
     label = ours.rows + 9 * row_layout(ours.types)[1] + 16
     at = label if offset == "label" else int(ours.regions[9, 1]) + 100
-    words = "not those that were written" if offset == "label" else r"the data of sample 9, bytes \d+ to \d+, is not what was"
+    words = (
+        "not those that were written"
+        if offset == "label"
+        else r"the data of sample 9, bytes \d+ to \d+, is not what was"
+    )
     refused(damaged(ours, lambda base, data: data.__setitem__(at, data[at] ^ 16), tmp_path), words)
 
 
@@ -184,7 +224,9 @@ def test_flipped_jpeg_bytes_that_cannot_be_decoded(tmp_path: Path) -> None:
     refused(damaged(base, edit, tmp_path), "the JPEG data of sample 9 are damaged")
 
 
-def test_truncated_or_rewritten_while_in_use(ours: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_truncated_or_rewritten_while_in_use(
+    ours: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Expect an error at the next batch where streamed, and nothing where in memory."""
     path = tmp_path / "set.beton"
     for in_memory in (False, True):
@@ -205,7 +247,9 @@ def test_truncated_or_rewritten_while_in_use(ours: Base, tmp_path: Path, monkeyp
                     list(running)
 
 
-def test_deleted_or_replaced_between_epochs(ours: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_deleted_or_replaced_between_epochs(
+    ours: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(loader, "_fits_in_memory", lambda info, size: False)
     path = tmp_path / "set.beton"
     path.write_bytes(ours.data)

@@ -43,7 +43,10 @@ def _nothing_in_shared_memory() -> Iterator[None]:
 
 
 def start(out: Path, seed: int, count: int = COUNT, **options: object) -> subprocess.Popen[bytes]:
-    what = f"convert textures {out} --count {count} --size {SIDE} --seed {seed} --workers 2 --overwrite".split()
+    what = (
+        f"convert textures {out} --count {count} --size {SIDE} --seed {seed} --workers 2 "
+        "--overwrite"
+    ).split()
     return subprocess.Popen([sys.executable, "-m", "fastbyol.cli.main", *what], **options)  # type: ignore[call-overload]
 
 
@@ -55,7 +58,9 @@ def writers(parent: int | None = None) -> list[int]:
             command = (folder / "cmdline").read_bytes().rstrip(b"\0").split(b"\0")
         except OSError:
             continue
-        ours = any(b"beton_worker" in part for part in command) and command[-1] == str(parent).encode()
+        ours = (
+            any(b"beton_worker" in part for part in command) and command[-1] == str(parent).encode()
+        )
         if ours and processes.runs(folder.name):
             pids.append(int(folder.name))
     return pids
@@ -80,7 +85,11 @@ def test_killed_at_random_instants(tmp_path: Path) -> None:
     while sum(seen[what] for what in seen if "nobody" not in what) < KILLS:
         parent = start(out, 1, stderr=subprocess.DEVNULL)
         time.sleep(draw.uniform(0, lasts_s))
-        victims = [parent.pid] if draw.random() < 0.5 and parent.poll() is None else writers(parent.pid)[:1]
+        victims = (
+            [parent.pid]
+            if draw.random() < 0.5 and parent.poll() is None
+            else writers(parent.pid)[:1]
+        )
         for victim in victims:
             os.kill(victim, signal.SIGKILL)
         code = parent.wait(timeout=PATIENCE_S)
@@ -94,7 +103,13 @@ def test_killed_at_random_instants(tmp_path: Path) -> None:
         images, labels, _ = read_all(out, workers=1, size=SIDE)
         np.testing.assert_array_equal(images.numpy(), made[seed][0])
         np.testing.assert_array_equal(labels, made[seed][1])
-        whom = "nobody, too early or late" if not victims else "the parent" if victims == [parent.pid] else "a writer"
+        whom = (
+            "nobody, too early or late"
+            if not victims
+            else "the parent"
+            if victims == [parent.pid]
+            else "a writer"
+        )
         seen[f"killed {whom}: exit {code}, {('older', 'newer')[seed]} file"] += 1
         if seed == 1:
             out.write_bytes(older)
@@ -124,7 +139,11 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     """Mount a disk of 32 MiB."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=32m", "tmpfs", folder], check=False, capture_output=True)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=32m", "tmpfs", folder],
+        check=False,
+        capture_output=True,
+    )
     if mounted.returncode:
         pytest.skip("cannot mount a small disk here")
     yield folder

@@ -11,14 +11,21 @@ from pathlib import Path
 import pytest
 from own_time import OwnTime
 
-BUSY = "import os, time; os.sched_setaffinity(0, {core}); os.nice({nice}); print(flush=True)\nwhile True: pass"
-pytestmark = pytest.mark.skipif(not Path("/proc/self/schedstat").exists(), reason="this system does not count waiting in line")
+BUSY = (
+    "import os, time; os.sched_setaffinity(0, {core}); os.nice({nice}); "
+    "print(flush=True)\nwhile True: pass"
+)
+pytestmark = pytest.mark.skipif(
+    not Path("/proc/self/schedstat").exists(), reason="this system does not count waiting in line"
+)
 
 
 def busy(nice: int) -> subprocess.Popen[bytes]:
     """Start a process that computes for ever on the one core that all of these share."""
     core = {min(os.sched_getaffinity(0))}
-    process = subprocess.Popen([sys.executable, "-c", BUSY.format(core=core, nice=nice)], stdout=subprocess.PIPE)
+    process = subprocess.Popen(
+        [sys.executable, "-c", BUSY.format(core=core, nice=nice)], stdout=subprocess.PIPE
+    )
     assert process.stdout is not None
     process.stdout.readline()
     return process

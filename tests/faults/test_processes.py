@@ -65,9 +65,26 @@ def session(folder: Path, body: str, *options: str) -> subprocess.Popen[str]:
     (folder / "test_session.py").write_text(SESSION.replace("{body}", body))
     (folder / "pytest.ini").write_text("[pytest]\ntimeout = 600\ntimeout_method = signal\n")
     paths = [str(ROOT / "tests"), str(ROOT / "tests" / "faults"), *sys.path]
-    words = [sys.executable, "-m", "pytest", "-p", "conftest", "-p", "no:cacheprovider", *options, "test_session.py"]
+    words = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-p",
+        "conftest",
+        "-p",
+        "no:cacheprovider",
+        *options,
+        "test_session.py",
+    ]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
-    return subprocess.Popen(words, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(
+        words,
+        cwd=folder,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
 
 
 def started(folder: Path, child: subprocess.Popen[str]) -> list[int]:
@@ -97,9 +114,13 @@ def all_end(numbers: list[int]) -> bool:
         ("master", signal.SIGTERM),
     ],
 )
-def test_killed_in_a_test_it_leaves_nobody(tmp_path: Path, killed: str, number: signal.Signals) -> None:
+def test_killed_in_a_test_it_leaves_nobody(
+    tmp_path: Path, killed: str, number: signal.Signals
+) -> None:
     """Start children in their own sessions, a grandchild, a fork and a fork server's."""
-    options = ("-p", "no:xdist") if killed == "pytest" else ("--numprocesses", "2", "--dist", "loadfile")
+    options = (
+        ("-p", "no:xdist") if killed == "pytest" else ("--numprocesses", "2", "--dist", "loadfile")
+    )
     child = session(tmp_path, "time.sleep(600)", *options)
     runner, parent, *others = started(tmp_path, child)
     assert all(map(processes.runs, others))
@@ -113,7 +134,9 @@ def test_killed_in_a_test_it_leaves_nobody(tmp_path: Path, killed: str, number: 
 
 def test_at_its_limit_a_test_fails_and_the_others_go_on(tmp_path: Path) -> None:
     """Wait for a child that does not end, as the session's end would, too."""
-    child = session(tmp_path, "reach_the_limit(request.node, 100.0); served.join()", "-p", "no:xdist")
+    child = session(
+        tmp_path, "reach_the_limit(request.node, 100.0); served.join()", "-p", "no:xdist"
+    )
     output, _ = child.communicate(timeout=PATIENCE_S)
     assert child.returncode == 1, output
     assert "1 failed, 1 passed" in output
@@ -130,7 +153,14 @@ def test_a_hang_outside_of_python_ends_the_process(tmp_path: Path) -> None:
 
 def test_a_hang_outside_of_python_costs_a_worker(tmp_path: Path) -> None:
     """Expect another worker, to which xdist gives the same test again."""
-    child = session(tmp_path, "reach_the_limit(request.node, 1.0); deadlock()", "--numprocesses", "2", "--dist", "loadfile")
+    child = session(
+        tmp_path,
+        "reach_the_limit(request.node, 1.0); deadlock()",
+        "--numprocesses",
+        "2",
+        "--dist",
+        "loadfile",
+    )
     output, _ = child.communicate(timeout=PATIENCE_S)
     assert child.returncode == 1, output
     assert "1 failed, 1 passed, 1 error" in output
@@ -141,7 +171,8 @@ def test_a_hang_outside_of_python_costs_a_worker(tmp_path: Path) -> None:
 def test_a_hang_at_exit_is_a_failure(tmp_path: Path) -> None:
     child = session(
         tmp_path,
-        "import atexit; atexit.register(deadlock); conftest.GRACE_S = 1.0; served.kill(); served.join()",
+        "import atexit; atexit.register(deadlock); conftest.GRACE_S = 1.0; served.kill(); "
+        "served.join()",
         "-p",
         "no:xdist",
     )

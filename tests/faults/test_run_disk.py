@@ -38,18 +38,29 @@ class Filler(Silent):
                 file.truncate(max(0, self.file.stat().st_size - self.room))
 
 
-def _train(config: Config, run: Path, said: Path, filler: tuple[Path, int, int] | None, limit: int | None) -> None:
+def _train(
+    config: Config, run: Path, said: Path, filler: tuple[Path, int, int] | None, limit: int | None
+) -> None:
     if limit is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
     try:
-        work = api.resume if (run / "config.toml").exists() else lambda run, observer: api.train(config, run, observer=observer)
+        work = (
+            api.resume
+            if (run / "config.toml").exists()
+            else lambda run, observer: api.train(config, run, observer=observer)
+        )
         work(run, observer=Filler(*filler) if filler else Silent())
     except FastbyolError as error:
         said.write_text(str(error))
 
 
 def train(
-    run: Path, config: Config, said: Path, *, filler: tuple[Path, int, int] | None = None, limit: int | None = None
+    run: Path,
+    config: Config,
+    said: Path,
+    *,
+    filler: tuple[Path, int, int] | None = None,
+    limit: int | None = None,
 ) -> str:
     """Train or go on in a child and return the error's line, or nothing."""
     said.write_text("")
@@ -78,7 +89,9 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     folder.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", f"size={DISK_BYTES}", "tmpfs", str(folder)]
     if subprocess.run(mount, capture_output=True, check=False).returncode:
-        pytest.skip("cannot mount a file system here: the other test limits the size of files instead")
+        pytest.skip(
+            "cannot mount a file system here: the other test limits the size of files instead"
+        )
     yield folder
     subprocess.run(["umount", str(folder)], check=True)
 
@@ -90,7 +103,9 @@ def check_saved(run: Path) -> None:
     assert not list((run / "checkpoints").glob(".*"))
 
 
-def test_a_disk_filled_at_any_step_costs_nothing(whole: Path, small_disk: Path, tmp_path: Path) -> None:
+def test_a_disk_filled_at_any_step_costs_nothing(
+    whole: Path, small_disk: Path, tmp_path: Path
+) -> None:
     config, draw, where = make_config(whole.parent), random.Random(3), Counter[str]()
     for number in range(TIMES):
         run, filler = small_disk / f"run{number}", small_disk / "filler"
@@ -111,7 +126,9 @@ def test_a_disk_filled_at_any_step_costs_nothing(whole: Path, small_disk: Path, 
 
 
 def test_a_disk_filled_under_the_metrics_costs_nothing(small_disk: Path, tmp_path: Path) -> None:
-    """24 steps before the first checkpoint and one sample of the layers: nothing but metrics.jsonl asks for another page."""
+    """24 steps before the first checkpoint and one sample of the layers: nothing but metrics.jsonl
+    asks for another page.
+    """
     config = rig.make_config(
         tmp_path, "train.batch_size=2", "train.epochs=1", "run.checkpoint_every_steps=0", "run.layers_every_steps=1000",
         "run.drain_every_steps=1",
@@ -125,7 +142,9 @@ def test_a_disk_filled_under_the_metrics_costs_nothing(small_disk: Path, tmp_pat
     assert rig.contents(run) == rig.contents(tmp_path / "whole")
 
 
-def test_a_run_on_a_disk_that_became_read_only_is_refused_in_one_line(whole: Path, small_disk: Path, tmp_path: Path) -> None:
+def test_a_run_on_a_disk_that_became_read_only_is_refused_in_one_line(
+    whole: Path, small_disk: Path, tmp_path: Path
+) -> None:
     run = small_disk / "run"
     assert train(run, make_config(whole.parent), tmp_path / "said") == ""
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
@@ -138,13 +157,18 @@ def test_a_run_on_a_disk_that_became_read_only_is_refused_in_one_line(whole: Pat
 
 
 def test_files_that_may_not_grow_cost_nothing(whole: Path, tmp_path: Path) -> None:
-    """A limit on the size of a file acts as a quota: what is over it is refused in the middle of a write."""
+    """A limit on the size of a file acts as a quota: what is over it is refused in the middle of a
+    write.
+    """
     config, draw, where = make_config(whole.parent), random.Random(4), Counter[str]()
     largest = rig.checkpoints(whole)[-1].stat().st_size
     for number in range(TIMES):
         run = tmp_path / f"run{number}"
         error = train(
-            run, config, tmp_path / "said", limit=draw.choice((draw.randrange(6_000, 60_000), draw.randrange(largest)))
+            run,
+            config,
+            tmp_path / "said",
+            limit=draw.choice((draw.randrange(6_000, 60_000), draw.randrange(largest))),
         )
         assert len(error.splitlines()) == 1
         assert "File too large" in error
@@ -155,7 +179,9 @@ def test_files_that_may_not_grow_cost_nothing(whole: Path, tmp_path: Path) -> No
     print(f"{TIMES} files too large: {dict(where)}")
 
 
-def test_a_disk_too_small_is_said_before_the_first_step(whole: Path, small_disk: Path, tmp_path: Path) -> None:
+def test_a_disk_too_small_is_said_before_the_first_step(
+    whole: Path, small_disk: Path, tmp_path: Path
+) -> None:
     (small_disk / "filler").write_bytes(bytes(DISK_BYTES - 500_000))
     error = train(small_disk / "run", make_config(whole.parent), tmp_path / "said")
     assert "are needed for checkpoints and telemetry" in error

@@ -34,7 +34,8 @@ class Meter(Silent):
 
 def _train(config: Config, run: Path, result: Path) -> None:
     meter = Meter()
-    gc.freeze()  # the imported modules: going through them at every epoch would take most of the time
+    # the imported modules: going through them at every epoch would take most of the time
+    gc.freeze()
     api.train(config, run, observer=meter)
     result.write_text(json.dumps(meter.counts))
 
@@ -42,8 +43,12 @@ def _train(config: Config, run: Path, result: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("cache", ["none", "device"])
 def test_threads_handles_and_memory_stay_flat_over_300_epochs(tmp_path: Path, cache: str) -> None:
-    """The run's folder is in memory: forcing 300 checkpoints to a disk would take a minute and measure nothing."""
-    with tempfile.TemporaryDirectory(dir=SHARED_MEMORY if SHARED_MEMORY.is_dir() else None) as folder:
+    """The run's folder is in memory: forcing 300 checkpoints to a disk would take a minute and
+    measure nothing.
+    """
+    with tempfile.TemporaryDirectory(
+        dir=SHARED_MEMORY if SHARED_MEMORY.is_dir() else None
+    ) as folder:
         check_flat(tmp_path, Path(folder) / "run", cache)
 
 
@@ -59,7 +64,13 @@ def check_flat(tmp_path: Path, run: Path, cache: str) -> None:
     counts = json.loads((tmp_path / "counts").read_text())
     assert len(counts) == EPOCHS
     threads, handles, pages = (list(column) for column in zip(*counts, strict=True))
-    megabytes = [round(count * os.sysconf("SC_PAGE_SIZE") / 1e6, 1) for count in (pages[9], max(pages[10:]), pages[-1])]
-    print(f"cache {cache}: threads {threads[9]}-{max(threads[10:])}, handles {handles[9]}-{max(handles[10:])}, MB {megabytes}")
+    megabytes = [
+        round(count * os.sysconf("SC_PAGE_SIZE") / 1e6, 1)
+        for count in (pages[9], max(pages[10:]), pages[-1])
+    ]
+    print(
+        f"cache {cache}: threads {threads[9]}-{max(threads[10:])}, handles "
+        f"{handles[9]}-{max(handles[10:])}, MB {megabytes}"
+    )
     for column in (threads, handles, pages):
         assert max(column[10:]) <= 1.01 * column[9]

@@ -29,7 +29,9 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float]:
 def test_killed_at_random_instants_a_run_ends_bit_for_bit_as_the_uninterrupted_one(
     whole: tuple[Path, float], tmp_path: Path
 ) -> None:
-    """Each child is killed after a random part of half a run's time, so a run may be killed several times before its end."""
+    """Each child is killed after a random part of half a run's time, so a run may be killed several
+    times before its end.
+    """
     reference, seconds = rig.contents(whole[0]), whole[1]
     config, marks = rig.make_config(whole[0].parent), rig.Marks(tmp_path / "marks")
     draw, kills, runs = random.Random(6), Counter[str](), 0

@@ -1,7 +1,9 @@
-"""Damaged run folders: an error of one line, a fallback with a warning, or nothing lost. Never a crash, a hang, a wrong state.
+"""Damaged run folders: an error of one line, a fallback with a warning, or nothing lost.
 
-One child works through the damages of one file in order, since a process for each would cost a second; where it dies or
-hangs, the damage it was at is known.
+Never a crash, a hang, a wrong state.
+
+One child works through the damages of one file in order, since a process for each would cost a
+second; where it dies or hangs, the damage it was at is known.
 """
 
 from __future__ import annotations
@@ -28,14 +30,20 @@ from fastbyol.runs.folder import list_runs
 from fastbyol.show import run_report
 
 PER_FILE = rig.many(25, 400)
-# What a command may take on a machine that does other things too. All are done in a fraction of a second.
+# What a command may take on a machine that does other things too. All are done in a fraction of a
+# second.
 HANG_S = 10.0
 NEWEST = "checkpoints/newest"
 FILES = (NEWEST, "config.toml", "env.json", "metrics.jsonl", "layers.npy")
 
 
-def damages(content: bytes, other: bytes, draw: random.Random) -> Iterator[tuple[str, bytes | None]]:
-    """(what was done, the file's new bytes or None for no file) without end. ``other`` is a file that is not this one."""
+def damages(
+    content: bytes, other: bytes, draw: random.Random
+) -> Iterator[tuple[str, bytes | None]]:
+    """(what was done, the file's new bytes or None for no file) without end.
+
+    ``other`` is a file that is not this one.
+    """
     yield "no file", None
     yield "empty", b""
     yield "text", b"This is no such file.\n"
@@ -46,7 +54,9 @@ def damages(content: bytes, other: bytes, draw: random.Random) -> Iterator[tuple
     yield "no UTF-8", b"\xff\xfe" + content
     while True:
         place = draw.randrange(len(content))
-        kind = draw.choice(("bit", "bit", "bits", "cut", "hole", "splice", "digit", "number", "shift"))
+        kind = draw.choice(
+            ("bit", "bit", "bits", "cut", "hole", "splice", "digit", "number", "shift")
+        )
         changed = bytearray(content)
         if kind == "bit":
             changed[place] ^= 1 << draw.randrange(8)
@@ -65,7 +75,9 @@ def damages(content: bytes, other: bytes, draw: random.Random) -> Iterator[tuple
         elif kind == "number":
             digits = [index for index, byte in enumerate(content) if byte in b"0123456789"]
             at = draw.choice(digits or [place])
-            changed[at : at + 1] = draw.choice((b"9" * 400, b"1e999", b"-1", b"0x10", b"nan", b'"a"', b"[1]", b"9" * 5000))
+            changed[at : at + 1] = draw.choice(
+                (b"9" * 400, b"1e999", b"-1", b"0x10", b"nan", b'"a"', b"[1]", b"9" * 5000)
+            )
         else:
             changed[place:place] = bytes(draw.randrange(256) for _ in range(draw.randrange(1, 9)))
         if changed != content:
@@ -92,13 +104,22 @@ class Log(logging.Handler):
 
 
 def weights(run: Path) -> bytes:
-    return b"".join(parameter.detach().numpy().tobytes() for parameter in api.load_encoder(run).parameters())
+    return b"".join(
+        parameter.detach().numpy().tobytes() for parameter in api.load_encoder(run).parameters()
+    )
 
 
 def drawn(run: Path) -> Any:
     curves = run_report.read(run)
     numbers = {name: values.tobytes() for name, values in curves.metrics.items()}
-    return curves.name, curves.epochs.tobytes(), numbers, repr(curves.epoch_events), curves.rates.tobytes(), curves.rate_ceiling
+    return (
+        curves.name,
+        curves.epochs.tobytes(),
+        numbers,
+        repr(curves.epoch_events),
+        curves.rates.tobytes(),
+        curves.rate_ceiling,
+    )
 
 
 def listed(run: Path) -> Any:
@@ -106,7 +127,8 @@ def listed(run: Path) -> Any:
     return replace(row, path="")  # copies lie in different places
 
 
-# What a command does and what of it must be right: the same for the damaged run as for the whole one, or it must say so.
+# What a command does and what of it must be right: the same for the damaged run as for the whole
+# one, or it must say so.
 COMMANDS: dict[str, Callable[[Path, Heard], Any]] = {
     "resume": lambda run, heard: (api.resume(run, observer=heard), rig.contents(run)),
     "eval": lambda run, heard: weights(run),
@@ -132,7 +154,9 @@ def outcome(work: Callable[[Path, Heard], Any], run: Path, expected: Any) -> tup
     except FastbyolError as error:
         fine = len(str(error).splitlines()) == 1 and error.exit_code in (1, 2)
         return ("error" if fine else "WRONG"), str(error)
-    except ValueError as error:  # `runs` has left the damaged run out of its list, with a line in the log
+    except (
+        ValueError
+    ) as error:  # `runs` has left the damaged run out of its list, with a line in the log
         if "not enough values to unpack" not in str(error):
             raise
         return ("error" if log.lines else "WRONG"), str(log.lines)
@@ -147,7 +171,9 @@ def outcome(work: Callable[[Path, Heard], Any], run: Path, expected: Any) -> tup
 
 
 def work_through(whole: Path, folder: Path, name: str, count: int, pipe: Connection) -> None:
-    """Damage the file ``name`` of copies of the run ``whole`` in ``count`` ways and tell each outcome through ``pipe``."""
+    """Damage the file ``name`` of copies of the run ``whole`` in ``count`` ways and tell each
+    outcome through ``pipe``.
+    """
     draw = random.Random(name)
     base = folder / "base" / "run"
     shutil.copytree(whole, base)
@@ -176,7 +202,10 @@ def work_through(whole: Path, folder: Path, name: str, count: int, pipe: Connect
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run of two epochs of three steps. It probes nothing, so that going on from step 4 costs little."""
+    """A finished run of two epochs of three steps.
+
+    It probes nothing, so that going on from step 4 costs little.
+    """
     folder = tmp_path_factory.mktemp("whole")
     config = rig.make_config(folder, "train.epochs=2", "train.batch_size=16", "data.test=none")
     process = rig.PROCESSES.Process(target=api.train, args=(config, folder / "run"))
@@ -187,9 +216,13 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_a_damaged_file_is_said_or_makes_no_difference(whole: Path, tmp_path: Path, name: str) -> None:
+def test_a_damaged_file_is_said_or_makes_no_difference(
+    whole: Path, tmp_path: Path, name: str
+) -> None:
     mine, theirs = multiprocessing.Pipe()
-    process = rig.PROCESSES.Process(target=work_through, args=(whole, tmp_path, name, PER_FILE, theirs))
+    process = rig.PROCESSES.Process(
+        target=work_through, args=(whole, tmp_path, name, PER_FILE, theirs)
+    )
     process.start()
     assert process.pid is not None
     theirs.close()

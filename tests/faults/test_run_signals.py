@@ -1,4 +1,6 @@
-"""Asked to stop at any instant, a run is gone within five seconds and goes on as if nothing had been."""
+"""Asked to stop at any instant, a run is gone within five seconds and goes on as if nothing had
+been.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,9 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float]:
 
 
 def stop(process: BaseProcess, number: signal.Signals, *, twice: bool) -> float:
-    """Send the signal, as a terminal does to the whole session, and return how long the process lived on, its own seconds."""
+    """Send the signal, as a terminal does to the whole session, and return how long the process
+    lived on, its own seconds.
+    """
     assert process.pid is not None
     clock = OwnTime(process.pid)
     with contextlib.suppress(ProcessLookupError):
@@ -53,10 +57,18 @@ def stop(process: BaseProcess, number: signal.Signals, *, twice: bool) -> float:
     return clock.seconds()
 
 
-def stopped_runs(whole: tuple[Path, float], folder: Path, numbers: list[signal.Signals], seed: int) -> Counter[str]:
-    """Runs that are sent all of ``numbers`` at random instants and resumed until they end; what they did when it came."""
+def stopped_runs(
+    whole: tuple[Path, float], folder: Path, numbers: list[signal.Signals], seed: int
+) -> Counter[str]:
+    """Runs that are sent all of ``numbers`` at random instants and resumed until they end; what
+    they did when it came.
+    """
     reference, seconds = rig.contents(whole[0]), whole[1]
-    config, marks, output = rig.make_config(whole[0].parent), rig.Marks(folder / "marks"), folder / "output"
+    config, marks, output = (
+        rig.make_config(whole[0].parent),
+        rig.Marks(folder / "marks"),
+        folder / "output",
+    )
     draw, phases, runs = random.Random(seed), Counter[str](), 0
     while numbers or (folder / f"run{runs}").exists():
         run = folder / f"run{runs}"
@@ -115,7 +127,9 @@ def reader_that_leaves(folder: Path) -> Iterator[tuple[Path, Callable[[], object
 
 @contextlib.contextmanager
 def terminal_that_closes(folder: Path) -> Iterator[tuple[Path, Callable[[], object]]]:
-    """A terminal, and what closes its window: the session gets SIGHUP, and nothing can be written any more."""
+    """A terminal, and what closes its window: the session gets SIGHUP, and nothing can be written
+    any more.
+    """
     master, slave = pty.openpty()
     window = os.fdopen(master, "rb", buffering=0)
     try:
@@ -126,7 +140,9 @@ def terminal_that_closes(folder: Path) -> Iterator[tuple[Path, Callable[[], obje
 
 
 @pytest.mark.parametrize("output", [full_disk, reader_that_leaves, terminal_that_closes])
-def test_a_run_whose_output_is_gone_loses_no_step(output: Any, whole: tuple[Path, float], tmp_path: Path) -> None:
+def test_a_run_whose_output_is_gone_loses_no_step(
+    output: Any, whole: tuple[Path, float], tmp_path: Path
+) -> None:
     config, marks = rig.make_config(whole[0].parent), rig.Marks(tmp_path / "marks")
     with output(tmp_path) as (path, leave):
         process = rig.command(tmp_path / "run", config, path, marks)

@@ -34,7 +34,9 @@ WHOLE_EVERY = 40
 HANG_S = 120.0
 
 
-def work(_: str, stated: list[mutations.Base], numbers: Sequence[int], folder: Path, pipe: Connection) -> None:
+def work(
+    _: str, stated: list[mutations.Base], numbers: Sequence[int], folder: Path, pipe: Connection
+) -> None:
     """For each number write and read a damaged source; send (number, change, base, outcome)."""
     # As for a user: shown, never raised. Pillow says much of damaged pictures.
     warnings.simplefilter("ignore")
@@ -82,7 +84,11 @@ def _read(base: mutations.Base, target: Path, number: int) -> str:
         answer = "with skips" if skipped else "read"
     except UsageError as error:
         line = str(error)
-        answer = "refused" if "\n" not in line and ";" in line and len(line) < 1500 else f"Poor message: {line!r}"
+        answer = (
+            "refused"
+            if "\n" not in line and ";" in line and len(line) < 1500
+            else f"Poor message: {line!r}"
+        )
     except Exception as error:
         return f"Raised {type(error).__name__}: {error}"
     peak = _peak() - before
@@ -96,14 +102,24 @@ def _converted(base: mutations.Base, target: Path, read: str) -> str:
     file = target.parent / "out.beton"
     file.unlink(missing_ok=True)
     options = [part for key, value in base.options.items() for part in (f"--{key}", str(value))]
-    ended = data_rig.command("convert", str(target / base.at), str(file), "--size", "16", "--workers", "1", *options)
+    ended = data_rig.command(
+        "convert", str(target / base.at), str(file), "--size", "16", "--workers", "1", *options
+    )
     if isinstance(ended, str):
         return ended
     code, lines = ended
     if code == 0:
-        return read if read != "refused" and file.is_file() and not lines else f"Converted, {read}, and said {lines}"
+        return (
+            read
+            if read != "refused" and file.is_file() and not lines
+            else f"Converted, {read}, and said {lines}"
+        )
     # Pictures that cannot be read are left out, but if all are, there is nothing to write.
-    return read if data_rig.is_refusal(code, lines) and read != "read" else f"Exit code {code}, {read}, {lines}"
+    return (
+        read
+        if data_rig.is_refusal(code, lines) and read != "read"
+        else f"Exit code {code}, {read}, {lines}"
+    )
 
 
 def _reset_peak() -> int:

@@ -42,7 +42,9 @@ def nan_filled(monkeypatch: pytest.MonkeyPatch) -> None:
     def filled(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def call(*args: object, **kwargs: object) -> Tensor:
             out = make(*args, **kwargs)
-            return out.fill_(math.nan if out.is_floating_point() else 65535 if out.dtype == torch.uint16 else 0)
+            return out.fill_(
+                math.nan if out.is_floating_point() else 65535 if out.dtype == torch.uint16 else 0
+            )
 
         return call
 

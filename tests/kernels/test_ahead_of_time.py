@@ -80,8 +80,14 @@ def test_all_is_as_it_was_afterwards() -> None:
 
 
 def test_interpreted_kernels_are_refused() -> None:
-    refused = "try:\n    ahead_of_time.recording(90).__enter__()\nexcept RuntimeError as error:\n    print(error)"
-    code = f"import os; os.environ['TRITON_INTERPRET'] = '1'\nfrom fastbyol_kernels import ahead_of_time\n{refused}"
+    refused = (
+        "try:\n    ahead_of_time.recording(90).__enter__()\nexcept RuntimeError as error:\n "
+        "   print(error)"
+    )
+    code = (
+        "import os; os.environ['TRITON_INTERPRET'] = '1'\nfrom fastbyol_kernels import "
+        f"ahead_of_time\n{refused}"
+    )
     assert "start a process without it" in printed(code)
 
 
@@ -89,7 +95,12 @@ def test_interpreted_kernels_are_refused() -> None:
     ("instruction", "ptx", "bits"),
     [
         ("ld", "ld.global.v4.b32 {%r1, %r2, %r3, %r4}, [ %rd1 + 0 ];", 128),
-        ("ld", "ld.global.L1::evict_first.v2.b32 {%r1, %r2}, [ %rd1 + 0 ];\nld.global.b16 %rs1, [ %rd1 ];", 64),
+        (
+            "ld",
+            "ld.global.L1::evict_first.v2.b32 {%r1, %r2}, [ %rd1 + 0 ];\nld.global.b16 %rs1, [ "
+            "%rd1 ];",
+            64,
+        ),
         ("ld", "cp.async.cg.shared.global [ %r1 + 0 ], [ %rd1 + 0 ], 0x10, %r2;", 128),
         ("ld", "cp.async.ca.shared.global [ %r1 + 0 ], [ %rd1 + 0 ], 4, 4;", 32),
         ("st", "st.global.v2.b64 [ %rd1 ], {%rd2, %rd3};\nst.shared.v4.b32 [ %r1 ], {%r2};", 128),

@@ -15,40 +15,70 @@ from fastbyol_kernels.batch_norm.cpu import FusedBatchNorm
 
 EPS, MOMENTUM = 1e-5, 0.1
 DTYPES = (torch.float32, torch.bfloat16)
-# Of the norm of a result: a few roundings to fp32 and at last one to the dtype, which bf16 has all of its error from.
+# Of the norm of a result: a few roundings to fp32 and at last one to the dtype, which bf16 has all
+# of its error from.
 ERROR = {torch.float32: 4 * 2.0**-24, torch.bfloat16: 2.0**-9}
 # Sums over a view, of which fp32 adds up to 128 terms in a row, and which cancel.
 ERROR_OF_SUMS = 2.0**-18
 
 
 def tensors(
-    shape: tuple[int, ...], dtype: torch.dtype, *, mean: float = 1.0, std: float = 2.0, residual: bool = True, seed: int = 0
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    *,
+    mean: float = 1.0,
+    std: float = 2.0,
+    residual: bool = True,
+    seed: int = 0,
 ) -> dict[str, Tensor]:
     """Return x, dy and residual, channels-last, and weight, bias and the running buffers."""
     g = torch.Generator().manual_seed(seed)
 
     def activation(mean: float, std: float) -> Tensor:
-        return (torch.randn(shape, generator=g) * std + mean).to(dtype).contiguous(memory_format=torch.channels_last)
+        return (
+            (torch.randn(shape, generator=g) * std + mean)
+            .to(dtype)
+            .contiguous(memory_format=torch.channels_last)
+        )
 
-    named = {"x": activation(mean, std), "dy": activation(0.1, 1.0)} | ({"residual": activation(0, 1)} if residual else {})
-    channels = {name: torch.randn(shape[1], generator=g) for name in ("weight", "bias", "running_mean")}
+    named = {"x": activation(mean, std), "dy": activation(0.1, 1.0)} | (
+        {"residual": activation(0, 1)} if residual else {}
+    )
+    channels = {
+        name: torch.randn(shape[1], generator=g) for name in ("weight", "bias", "running_mean")
+    }
     return named | channels | {"running_var": torch.rand(shape[1], generator=g)}
 
 
-def run(inputs: dict[str, Tensor], num_views: int, *, relu: bool, kernels: str, wide: bool = False) -> dict[str, Tensor]:
+def run(
+    inputs: dict[str, Tensor], num_views: int, *, relu: bool, kernels: str, wide: bool = False
+) -> dict[str, Tensor]:
     """Return y, the updated running buffers and all gradients."""
-    named = {name: (t.double() if wide else t.clone(memory_format=torch.preserve_format)) for name, t in inputs.items()}
-    leaves = {name: named[name].requires_grad_() for name in ("x", "weight", "bias", "residual") if name in named}
+    named = {
+        name: (t.double() if wide else t.clone(memory_format=torch.preserve_format))
+        for name, t in inputs.items()
+    }
+    leaves = {
+        name: named[name].requires_grad_()
+        for name in ("x", "weight", "bias", "residual")
+        if name in named
+    }
     dy = named.pop("dy")
-    y = ops.batch_norm(num_views=num_views, momentum=MOMENTUM, eps=EPS, relu=relu, kernels=kernels, **named)
+    y = ops.batch_norm(
+        num_views=num_views, momentum=MOMENTUM, eps=EPS, relu=relu, kernels=kernels, **named
+    )
     gradients = torch.autograd.grad(y, list(leaves.values()), dy)
     outputs = {"y": y.detach()} | {name: named[name] for name in ("running_mean", "running_var")}
-    return outputs | {f"d{name}": gradient for name, gradient in zip(leaves, gradients, strict=True)}
+    return outputs | {
+        f"d{name}": gradient for name, gradient in zip(leaves, gradients, strict=True)
+    }
 
 
 def relative(outputs: Tensor, expected: Tensor) -> float:
     """Return the error's norm relative to ``expected``, or to 1 per element if that is larger."""
-    return float((outputs.double() - expected).norm() / expected.norm().clamp(min=expected.numel() ** 0.5))
+    return float(
+        (outputs.double() - expected).norm() / expected.norm().clamp(min=expected.numel() ** 0.5)
+    )
 
 
 def is_compiled(inputs: dict[str, Tensor]) -> bool:
@@ -72,7 +102,9 @@ def is_compiled(inputs: dict[str, Tensor]) -> bool:
     ],
     ids=str,
 )
-def test_against_fp64(shape: tuple[int, ...], num_views: int, dtype: torch.dtype, residual: bool, relu: bool) -> None:
+def test_against_fp64(
+    shape: tuple[int, ...], num_views: int, dtype: torch.dtype, residual: bool, relu: bool
+) -> None:
     inputs = tensors(shape, dtype, residual=residual)
     assert is_compiled(inputs)
     outputs = run(inputs, num_views, relu=relu, kernels="auto")
@@ -98,28 +130,42 @@ def test_against_fp64(shape: tuple[int, ...], num_views: int, dtype: torch.dtype
     seed=st.integers(0, 1000),
 )
 def test_any_shape(
-    shape: tuple[int, int, int, int], num_views: int, residual: bool, relu: bool, dtype: torch.dtype, seed: int
+    shape: tuple[int, int, int, int],
+    num_views: int,
+    residual: bool,
+    relu: bool,
+    dtype: torch.dtype,
+    seed: int,
 ) -> None:
     images, *rest = shape
     assume(images * rest[1] * rest[2] > 1)
     inputs = tensors((images * num_views, *rest), dtype, residual=residual, seed=seed)
     outputs = run(inputs, num_views, relu=relu, kernels="cpu")
     expected = run(inputs, num_views, relu=relu, kernels="reference", wide=True)
-    # Channels with next to no variance magnify rounding by weight / sqrt(eps): x's own steps are 2**-8 or 2**-24 of it.
+    # Channels with next to no variance magnify rounding by weight / sqrt(eps): x's own steps are
+    # 2**-8 or 2**-24 of it.
     for name in outputs:
         fp32 = name not in ("y", "dx", "dresidual")
-        assert relative(outputs[name], expected[name]) < (1e-4 if fp32 or dtype == torch.float32 else 1e-2), name
+        assert relative(outputs[name], expected[name]) < (
+            1e-4 if fp32 or dtype == torch.float32 else 1e-2
+        ), name
 
 
 @pytest.mark.parametrize("relu", [False, True], ids=["", "relu"])
-@pytest.mark.parametrize(("dtype", "mean"), [(torch.bfloat16, 200.0), (torch.float32, 1e4), (torch.float32, -1e4)], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "mean"),
+    [(torch.bfloat16, 200.0), (torch.float32, 1e4), (torch.float32, -1e4)],
+    ids=str,
+)
 def test_large_means_cost_nothing(dtype: torch.dtype, mean: float, relu: bool) -> None:
     """Use means at which torch's fp32 kernel loses three digits."""
     inputs = tensors((32, 16, 24, 24), dtype, mean=mean, std=1.0)
     outputs = run(inputs, 2, relu=relu, kernels="auto")
     expected = run(inputs, 2, relu=relu, kernels="reference", wide=True)
     for name, value in expected.items():
-        assert relative(outputs[name], value) < (ERROR_OF_SUMS if value.ndim == 1 else ERROR[dtype]), name
+        assert relative(outputs[name], value) < (
+            ERROR_OF_SUMS if value.ndim == 1 else ERROR[dtype]
+        ), name
 
 
 def test_an_odd_first_pixel_spoils_little() -> None:
@@ -127,7 +173,10 @@ def test_an_odd_first_pixel_spoils_little() -> None:
     inputs = tensors((8, 4, 40, 40), torch.float32, residual=False)
     inputs["x"][0, :, 0, 0] = 1e6
     inputs["x"][4, :, 0, 0] = 1e6
-    outputs, expected = run(inputs, 2, relu=False, kernels="auto"), run(inputs, 2, relu=False, kernels="reference", wide=True)
+    outputs, expected = (
+        run(inputs, 2, relu=False, kernels="auto"),
+        run(inputs, 2, relu=False, kernels="reference", wide=True),
+    )
     # Of 6400 pixels: 6400 / 16 ** 2 times the rounding of fp32, of sums of 50 terms in a row.
     for name in ("y", "running_mean", "running_var"):
         assert relative(outputs[name], expected[name]) < 1e-4, name
@@ -136,7 +185,9 @@ def test_an_odd_first_pixel_spoils_little() -> None:
 @pytest.mark.parametrize("relu", [False, True], ids=["", "relu"])
 @pytest.mark.parametrize("residual", [False, True], ids=["", "residual"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_any_number_of_threads_gives_the_same_bits(dtype: torch.dtype, residual: bool, relu: bool) -> None:
+def test_any_number_of_threads_gives_the_same_bits(
+    dtype: torch.dtype, residual: bool, relu: bool
+) -> None:
     inputs = tensors((32, 48, 17, 17), dtype, residual=residual)
     results = []
     for threads in (1, 2, 3, 8):
@@ -156,7 +207,9 @@ def test_the_mask_made_again_is_that_of_the_output(dtype: torch.dtype) -> None:
         inputs["bias"] *= scale
         x = inputs["x"].requires_grad_()
         affine = [inputs[name] for name in ("weight", "bias", "running_mean", "running_var")]
-        y = FusedBatchNorm.apply(x, *affine[:1], affine[1].requires_grad_(), *affine[2:], 2, MOMENTUM, EPS, None, True)
+        y = FusedBatchNorm.apply(
+            x, *affine[:1], affine[1].requires_grad_(), *affine[2:], 2, MOMENTUM, EPS, None, True
+        )
         (counted,) = torch.autograd.grad(y, affine[1], torch.ones_like(y))
         assert torch.equal(counted, (y > 0).sum((0, 2, 3)).float())
 
@@ -168,8 +221,12 @@ def test_without_a_residual_the_output_is_not_saved() -> None:
     del inputs["dy"]
     for added, relu, tensors_saved in ((None, True, 1), (residual, False, 1), (residual, True, 2)):
         saved: list[Tensor] = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda t, saved=saved: saved.append(t) or t, lambda t: t):
-            ops.batch_norm(x, num_views=2, momentum=MOMENTUM, eps=EPS, residual=added, relu=relu, **inputs)
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t, saved=saved: saved.append(t) or t, lambda t: t
+        ):
+            ops.batch_norm(
+                x, num_views=2, momentum=MOMENTUM, eps=EPS, residual=added, relu=relu, **inputs
+            )
         assert sum(t.shape == x.shape for t in saved) == tensors_saved
         # Tables of a few numbers per channel, repeated over the lanes.
         assert sum(t.numel() for t in saved if t.shape != x.shape) <= 2 * 5 * 512
@@ -178,7 +235,10 @@ def test_without_a_residual_the_output_is_not_saved() -> None:
 def test_gradients_of_any_strides() -> None:
     inputs = tensors((8, 12, 6, 6), torch.float32)
     expected = run(inputs, 2, relu=True, kernels="auto")
-    for dy in (inputs["dy"].contiguous(), inputs["dy"].permute(0, 1, 3, 2).clone().permute(0, 1, 3, 2)):
+    for dy in (
+        inputs["dy"].contiguous(),
+        inputs["dy"].permute(0, 1, 3, 2).clone().permute(0, 1, 3, 2),
+    ):
         outputs = run(inputs | {"dy": dy}, 2, relu=True, kernels="auto")
         assert all(torch.equal(outputs[name], value) for name, value in expected.items())
     inputs["dy"] = torch.ones(()).expand(8, 12, 6, 6)
@@ -206,13 +266,17 @@ def test_what_is_no_number_stays_in_its_view_and_channel(value: float, dtype: to
 def test_a_masked_gradient_that_is_infinite_is_zero() -> None:
     inputs = tensors((8, 4, 5, 5), torch.float32)
     for residual in (True, False):
-        named = inputs if residual else {name: t for name, t in inputs.items() if name != "residual"}
+        named = (
+            inputs if residual else {name: t for name, t in inputs.items() if name != "residual"}
+        )
         y = run(named, 2, relu=True, kernels="auto")["y"]
         spoilt = named["dy"].clone()
         spoilt[y == 0] = torch.inf
         expected = torch.where(y == 0, 0.0, named["dy"])
         outputs = run(named | {"dy": spoilt}, 2, relu=True, kernels="auto")
-        assert torch.equal(outputs["dx"], run(named | {"dy": expected}, 2, relu=True, kernels="auto")["dx"])
+        assert torch.equal(
+            outputs["dx"], run(named | {"dy": expected}, 2, relu=True, kernels="auto")["dx"]
+        )
 
 
 def test_constant_channels_have_no_variance() -> None:
@@ -220,7 +284,9 @@ def test_constant_channels_have_no_variance() -> None:
     inputs["x"][:, 1] = 0.1
     outputs = run(inputs, 2, relu=False, kernels="auto")
     assert torch.equal(outputs["y"][:, 1], inputs["bias"][1].expand(8, 30, 30))
-    torch.testing.assert_close(outputs["running_var"][1], inputs["running_var"][1] * 0.81, rtol=2e-7, atol=0)
+    torch.testing.assert_close(
+        outputs["running_var"][1], inputs["running_var"][1] * 0.81, rtol=2e-7, atol=0
+    )
 
 
 def test_everything_else_takes_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -232,7 +298,10 @@ def test_everything_else_takes_the_reference(monkeypatch: pytest.MonkeyPatch) ->
     cases = {
         "(N, C, H, W)": inputs | {"x": inputs["x"].contiguous()},
         "fp64": {name: t.double() for name, t in inputs.items()},
-        "(N, C)": {name: t.contiguous()[:, :, 0, 0].clone() if t.ndim == 4 else t for name, t in inputs.items()},
+        "(N, C)": {
+            name: t.contiguous()[:, :, 0, 0].clone() if t.ndim == 4 else t
+            for name, t in inputs.items()
+        },
     }
     for case in cases.values():
         assert not is_compiled(case) or case["x"].dtype == torch.float64
@@ -269,7 +338,9 @@ def test_what_does_not_fit_is_refused(change: dict[str, Any], message: str) -> N
 
 @pytest.mark.parametrize("kernels", ["auto", "reference"])
 @pytest.mark.parametrize("shape", [(2, 4, 1, 1), (2, 4)])
-def test_one_value_per_channel_and_view_has_no_variance(shape: tuple[int, ...], kernels: str) -> None:
+def test_one_value_per_channel_and_view_has_no_variance(
+    shape: tuple[int, ...], kernels: str
+) -> None:
     buffers = torch.ones(4), torch.zeros(4), torch.zeros(4), torch.ones(4)
     with pytest.raises(ValueError, match="one value per channel and view"):
         ops.batch_norm(torch.ones(shape), *buffers, 2, momentum=0.1, eps=1e-5, kernels=kernels)

@@ -16,7 +16,14 @@ from torch.autograd import forward_ad
 from torch.func import functional_call, grad, jvp, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from fastbyol_kernels import batch_norm, dispatch, group_norm, lars_ema, max_pool, weight_standardization
+from fastbyol_kernels import (
+    batch_norm,
+    dispatch,
+    group_norm,
+    lars_ema,
+    max_pool,
+    weight_standardization,
+)
 from fastbyol_kernels.native import F32, kernel
 
 N, C, S = 4, 16, 6
@@ -58,7 +65,9 @@ def _standardized(weight: Tensor) -> Tensor:
 
 OPS: dict[str, Callable[[], Op]] = {
     "group_norm": lambda: Op(
-        lambda x, w, b, kernels: group_norm.group_norm(x, 4, w, b, residual=x, relu=True, kernels=kernels),
+        lambda x, w, b, kernels: group_norm.group_norm(
+            x, 4, w, b, residual=x, relu=True, kernels=kernels
+        ),
         lambda x, w, b: torch.relu(torch.nn.functional.group_norm(x, 4, w, b) + x),
     ),
     "batch_norm": lambda: Op(
@@ -66,12 +75,19 @@ OPS: dict[str, Callable[[], Op]] = {
             x, w, b, *_running(x), 2, momentum=0.1, eps=1e-5, residual=x, relu=True, kernels=kernels
         ),
         lambda x, w, b: torch.cat(
-            [torch.relu(torch.nn.functional.batch_norm(half, None, None, w, b, True) + half) for half in x.chunk(2)]
+            [
+                torch.relu(torch.nn.functional.batch_norm(half, None, None, w, b, True) + half)
+                for half in x.chunk(2)
+            ]
         ),
     ),
     "max_pool": lambda: Op(
-        lambda x, w, b, kernels: max_pool.max_pool(x * w.view(-1, 1, 1) + b.view(-1, 1, 1), kernels=kernels),
-        lambda x, w, b: torch.nn.functional.max_pool2d(x * w.view(-1, 1, 1) + b.view(-1, 1, 1), 3, 2, 1),
+        lambda x, w, b, kernels: max_pool.max_pool(
+            x * w.view(-1, 1, 1) + b.view(-1, 1, 1), kernels=kernels
+        ),
+        lambda x, w, b: torch.nn.functional.max_pool2d(
+            x * w.view(-1, 1, 1) + b.view(-1, 1, 1), 3, 2, 1
+        ),
     ),
     "weight_standardization": lambda: Op(
         lambda x, w, b, kernels: torch.nn.functional.conv2d(
@@ -229,7 +245,7 @@ def test_second_derivatives_are_right_or_refused(op: Op) -> None:
         (second,) = torch.autograd.grad(first.square().sum(), x)
     except RuntimeError as error:
         refusals = ("once_differentiable", "not have been used in the graph")
-        assert any(words in str(error) for words in refusals)  # noqa: PT017
+        assert any(words in str(error) for words in refusals)
     else:
         close(second, exact, rtol=1e-3, atol=1e-3)
 
@@ -243,7 +259,9 @@ def test_complex_and_sparse_input_is_an_error_or_torchs_result(op: Op) -> None:
 def test_what_kernels_means_and_what_cannot_be(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu, cuda, resolve = torch.device("cpu"), torch.device("cuda"), dispatch.resolve
     assert resolve("auto", cuda, torch.float32) == "triton"
-    assert resolve("auto", cuda, torch.float64) == resolve("auto", cpu, torch.float64) == "reference"
+    assert (
+        resolve("auto", cuda, torch.float64) == resolve("auto", cpu, torch.float64) == "reference"
+    )
     assert resolve("reference", cuda, torch.float32) == "reference"
     assert resolve("auto", cpu, torch.float32) == resolve("cpu", cpu, torch.float32) == "cpu"
     with pytest.raises(ValueError, match="kernels=cpu needs a CPU, the network is on cuda"):
@@ -265,7 +283,10 @@ def test_what_is_recorded_does_not_run_at_once() -> None:
     with FakeTensorMode(allow_non_fake_inputs=True):
         assert not dispatch.at_once(x)
     assert vmap(lambda row: row * dispatch.at_once(row))(x).sum() == 0
-    assert torch.compile(lambda x: x * dispatch.at_once(x), backend="eager", fullgraph=True)(x).sum() == 0
+    assert (
+        torch.compile(lambda x: x * dispatch.at_once(x), backend="eager", fullgraph=True)(x).sum()
+        == 0
+    )
 
 
 @kernel
@@ -273,15 +294,21 @@ def _untouched(block: int, values: F32) -> None:
     """Write nowhere."""
 
 
-@pytest.mark.parametrize("tensor", [torch.empty(2, device="meta"), FakeTensorMode().from_tensor(torch.ones(2))])
+@pytest.mark.parametrize(
+    "tensor", [torch.empty(2, device="meta"), FakeTensorMode().from_tensor(torch.ones(2))]
+)
 def test_no_kernel_takes_the_address_of_what_has_none(tensor: Tensor) -> None:
-    with pytest.raises(ValueError, match=r"values is a .*, compiled code takes plain tensors on a CPU"):
+    with pytest.raises(
+        ValueError, match=r"values is a .*, compiled code takes plain tensors on a CPU"
+    ):
         _untouched(1, tensor)
 
 
 @pytest.mark.parametrize("how", ["meta", "fake", "vmap"])
 def test_the_optimizer_takes_no_addresses_that_are_none(how: str) -> None:
-    table = lars_ema.SegmentTable((0, 8), (8, 8), torch.tensor([True, False]), torch.full((2,), 0.1), torch.ones(2))
+    table = lars_ema.SegmentTable(
+        (0, 8), (8, 8), torch.tensor([True, False]), torch.full((2,), 0.1), torch.ones(2)
+    )
     online, gradient, momentum = torch.rand(3, 16).unbind()
     numbers = {"rule": "blog", "eta": 1e-3, "mu": 0.9, "ema_first": True}
 
@@ -295,7 +322,9 @@ def test_the_optimizer_takes_no_addresses_that_are_none(how: str) -> None:
     wanted = step(buffers(), table, "reference")
     if how == "meta":
         there = lars_ema.SegmentTable(
-            table.offsets, table.numels, *(t.to("meta") for t in (table.adapt, table.decay, table.lr_mult))
+            table.offsets,
+            table.numels,
+            *(t.to("meta") for t in (table.adapt, table.decay, table.lr_mult)),
         )
         assert step(tuple(t.to("meta") for t in buffers()), there).shape == wanted.shape
     elif how == "fake":
@@ -303,7 +332,9 @@ def test_the_optimizer_takes_no_addresses_that_are_none(how: str) -> None:
             assert step(buffers(), table).shape == wanted.shape
     else:
         with pytest.raises(RuntimeError, match="Batching rule not implemented"):
-            vmap(lambda w, g, m, t: step((w, g, m, t), table))(*(torch.stack((b, b)) for b in buffers()))
+            vmap(lambda w, g, m, t: step((w, g, m, t), table))(
+                *(torch.stack((b, b)) for b in buffers())
+            )
 
 
 @pytest.mark.parametrize("word", ["", "Auto", "cuda", "numba", None])

@@ -16,7 +16,8 @@ from fastbyol_kernels.group_norm import triton as module
 from fastbyol_kernels.group_norm.triton import launch
 
 CASES = (((3, 8, 5, 3), 4), ((2, 6, 1, 1), 3), ((4, 12, 2, 7), 1), ((5, 16), 8), ((3, 10), 1))
-# Kernels: odd sizes, 2 to 32 channels per group, channel counts that are no power of two, one pixel, one group, one sample.
+# Kernels: odd sizes, 2 to 32 channels per group, channel counts that are no power of two, one
+# pixel, one group, one sample.
 SHAPES = (
     ((2, 64, 6, 5), 32),
     ((3, 128, 3, 3), 32),
@@ -30,7 +31,14 @@ SHAPES = (
 FLAGS = ((False, False), (False, True), (True, False), (True, True))
 
 
-def by_sums(x: Tensor, groups: int, weight: Tensor, bias: Tensor, residual: Tensor | None = None, relu: bool = False) -> Tensor:
+def by_sums(
+    x: Tensor,
+    groups: int,
+    weight: Tensor,
+    bias: Tensor,
+    residual: Tensor | None = None,
+    relu: bool = False,
+) -> Tensor:
     rows = x.reshape(x.shape[0], groups, -1)
     centred = rows - rows.sum(2, keepdim=True) / rows.shape[2]
     var = centred.square().sum(2, keepdim=True) / rows.shape[2]
@@ -40,7 +48,9 @@ def by_sums(x: Tensor, groups: int, weight: Tensor, bias: Tensor, residual: Tens
     return y.clamp_min(0) if relu else y
 
 
-def arguments(shape: tuple[int, ...], dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
+def arguments(
+    shape: tuple[int, ...], dtype: torch.dtype = torch.float64
+) -> tuple[Tensor, Tensor, Tensor]:
     g = torch.Generator().manual_seed(sum(shape))
     x = torch.randn(shape, generator=g, dtype=torch.float64) * 2 + 0.5
     if len(shape) == 4:
@@ -52,10 +62,17 @@ def arguments(shape: tuple[int, ...], dtype: torch.dtype = torch.float64) -> tup
 @pytest.mark.parametrize(("shape", "groups"), CASES, ids=str)
 def test_equals_the_formula(shape: tuple[int, ...], groups: int) -> None:
     x, weight, bias = arguments(shape)
-    torch.testing.assert_close(group_norm(x, groups, weight, bias), by_sums(x, groups, weight, bias), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        group_norm(x, groups, weight, bias),
+        by_sums(x, groups, weight, bias),
+        rtol=1e-12,
+        atol=1e-12,
+    )
     residual = x.flip(0)
     got = group_norm(x, groups, weight, bias, residual=residual, relu=True)
-    torch.testing.assert_close(got, by_sums(x, groups, weight, bias, residual, True), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        got, by_sums(x, groups, weight, bias, residual, True), rtol=1e-12, atol=1e-12
+    )
 
 
 @pytest.mark.parametrize(("shape", "groups"), CASES, ids=str)
@@ -79,7 +96,8 @@ def test_bf16_takes_fp32_statistics() -> None:
     expected = by_sums(half.double(), 2, weight.double(), bias.double())
     got = group_norm(half, 2, weight, bias)
     assert got.dtype == torch.bfloat16
-    # One rounding of the result to 8 bits; statistics in bf16 would be off by whole units at a mean of 200.
+    # One rounding of the result to 8 bits; statistics in bf16 would be off by whole units at a mean
+    # of 200.
     torch.testing.assert_close(got.double(), expected, rtol=2**-8, atol=1e-3)
 
 
@@ -116,8 +134,18 @@ class Case:
 
     def run(self, **options: Any) -> list[Tensor]:
         """Return y and the gradients of the inputs."""
-        x, weight, bias, residual = (None if t is None else t.detach().clone().requires_grad_() for t in self.inputs)
-        y = group_norm(x, self.groups, weight, bias, residual=residual, relu=self.relu, **({"kernels": self.kernels} | options))
+        x, weight, bias, residual = (
+            None if t is None else t.detach().clone().requires_grad_() for t in self.inputs
+        )
+        y = group_norm(
+            x,
+            self.groups,
+            weight,
+            bias,
+            residual=residual,
+            relu=self.relu,
+            **({"kernels": self.kernels} | options),
+        )
         y.backward(self.gradient.to(y.dtype))
         leaves = [t for t in (x, weight, bias, residual) if t is not None]
         grads = [t.grad for t in leaves if t.grad is not None]
@@ -126,7 +154,9 @@ class Case:
 
     def exact(self) -> list[Tensor]:
         """Return the same by the formula in fp64."""
-        x, weight, bias, residual = (None if t is None else t.detach().double().requires_grad_() for t in self.inputs)
+        x, weight, bias, residual = (
+            None if t is None else t.detach().double().requires_grad_() for t in self.inputs
+        )
         y = by_sums(x, self.groups, weight, bias, residual, self.relu)
         y.backward(self.gradient.double())
         leaves = [t for t in (x, weight, bias, residual) if t is not None]
@@ -143,10 +173,14 @@ class Case:
         """
         y_size, dx_size, sum_size = self.sizes(expected[0])
         assert len(got) == len(expected)
-        for a, b, size in zip(got, expected, (y_size, dx_size, sum_size, sum_size, 0.0), strict=False):
+        for a, b, size in zip(
+            got, expected, (y_size, dx_size, sum_size, sum_size, 0.0), strict=False
+        ):
             assert a.shape == b.shape
             half = self.dtype == torch.bfloat16 and a.ndim == 4
-            torch.testing.assert_close(a.double(), b, rtol=2**-7 if half else 2e-6, atol=4e-6 * size)
+            torch.testing.assert_close(
+                a.double(), b, rtol=2**-7 if half else 2e-6, atol=4e-6 * size
+            )
 
     def sizes(self, y: Tensor) -> tuple[float, float, float]:
         """Return the largest terms of y and dx and the largest absolute sum of affine gradients."""
@@ -156,7 +190,11 @@ class Case:
         x_hat = ((rows - rows.mean(2, keepdim=True)) / std[:, :, None]).view(x.shape)
         gradient = self.gradient.double().abs()
         summed = (gradient * x_hat.abs().clamp_min(1)).sum((0, 2, 3)).max().item()
-        return y.abs().max().item(), (weight.abs().max() * gradient.max() / std.min()).item(), summed
+        return (
+            y.abs().max().item(),
+            (weight.abs().max() * gradient.max() / std.min()).item(),
+            summed,
+        )
 
 
 @pytest.fixture(params=[False, True], ids=["whole", "cut"])
@@ -174,7 +212,11 @@ def cut(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool
 @pytest.mark.parametrize(("shape", "groups"), SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_kernels_equal_fp64(
-    shape: tuple[int, ...], groups: int, dtype: torch.dtype, kernels: str, kernel_device: torch.device
+    shape: tuple[int, ...],
+    groups: int,
+    dtype: torch.dtype,
+    kernels: str,
+    kernel_device: torch.device,
 ) -> None:
     for flags in FLAGS:
         case = Case(shape, groups, dtype, flags, kernel_device, kernels=kernels)
@@ -188,7 +230,14 @@ def test_kernels_equal_fp64(
     st.sampled_from(FLAGS), st.booleans(), st.sampled_from(("triton", "cpu")),
 )  # fmt: skip
 def test_kernels_equal_fp64_at_any_shape(
-    n: int, groups: int, per_group: int, h: int, w: int, flags: tuple[bool, bool], half: bool, kernels: str
+    n: int,
+    groups: int,
+    per_group: int,
+    h: int,
+    w: int,
+    flags: tuple[bool, bool],
+    half: bool,
+    kernels: str,
 ) -> None:
     # One value per group has no variance: its gradient is rounding noise times 1 / sqrt(eps).
     per_group = max(per_group, 2)
@@ -218,18 +267,32 @@ def test_samples_do_not_touch_each_other(kernels: str, kernel_device: torch.devi
 
 
 @pytest.mark.usefixtures("cut")
-def test_large_mean_costs_no_digits_of_the_variance(kernels: str, kernel_device: torch.device) -> None:
+def test_large_mean_costs_no_digits_of_the_variance(
+    kernels: str, kernel_device: torch.device
+) -> None:
     """Use a mean of 1,000 stds, at which E[x^2] - E[x]^2 keeps one digit in fp32."""
-    case = Case((2, 64, 5, 5), 32, torch.float32, (False, False), kernel_device, mean=2000.0, kernels=kernels)
+    case = Case(
+        (2, 64, 5, 5),
+        32,
+        torch.float32,
+        (False, False),
+        kernel_device,
+        mean=2000.0,
+        kernels=kernels,
+    )
     got, expected = case.run(), case.exact()
     # x * scale + shift is the difference of two numbers near 1,000 * weight: 2^-24 of 3,000.
     torch.testing.assert_close(got[0].double(), expected[0], rtol=0, atol=1e-3)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_collapsed_gradients_keep_their_digits(dtype: torch.dtype, kernels: str, kernel_device: torch.device) -> None:
+def test_collapsed_gradients_keep_their_digits(
+    dtype: torch.dtype, kernels: str, kernel_device: torch.device
+) -> None:
     """Use a gradient as near collapse: it must neither flush to zero nor drown in a sum."""
-    case = Case((2, 64, 5, 4), 32, dtype, (True, True), kernel_device, gradient_scale=1e-6, kernels=kernels)
+    case = Case(
+        (2, 64, 5, 4), 32, dtype, (True, True), kernel_device, gradient_scale=1e-6, kernels=kernels
+    )
     case.compare(case.run(), case.exact())
 
 
@@ -245,9 +308,12 @@ def test_gradient_in_another_memory_format(kernels: str, kernel_device: torch.de
 def test_opcheck(device: torch.device) -> None:
     for flags in FLAGS:
         x, weight, bias, residual = (
-            None if t is None else t.requires_grad_() for t in Case((2, 16, 3, 2), 4, torch.float32, flags, device).inputs
+            None if t is None else t.requires_grad_()
+            for t in Case((2, 16, 3, 2), 4, torch.float32, flags, device).inputs
         )
-        torch.library.opcheck(torch.ops.fastbyol.group_norm, (x, weight, bias, residual, 4, 1e-5, flags[1]))
+        torch.library.opcheck(
+            torch.ops.fastbyol.group_norm, (x, weight, bias, residual, 4, 1e-5, flags[1])
+        )
 
 
 @pytest.mark.parametrize("flags", FLAGS, ids=str)
@@ -256,12 +322,17 @@ def test_compiled_equals_eager(flags: tuple[bool, bool], device: torch.device) -
     x, weight, bias, residual = (None if t is None else t.requires_grad_() for t in case.inputs)
 
     def layer() -> Tensor:
-        return group_norm(x * 2, 4, weight, bias, residual=residual, relu=flags[1], kernels="triton") + 1
+        return (
+            group_norm(x * 2, 4, weight, bias, residual=residual, relu=flags[1], kernels="triton")
+            + 1
+        )
 
     leaves = [t for t in (x, weight, bias, residual) if t is not None]
     eager, compiled = layer(), torch.compile(layer, fullgraph=True, backend="aot_eager")()
     assert torch.equal(eager, compiled)
-    for a, b in zip(*(torch.autograd.grad(y, leaves, case.gradient) for y in (eager, compiled)), strict=True):
+    for a, b in zip(
+        *(torch.autograd.grad(y, leaves, case.gradient) for y in (eager, compiled)), strict=True
+    ):
         assert torch.equal(a, b)
 
 
@@ -271,13 +342,21 @@ def test_compiled_equals_eager(flags: tuple[bool, bool], device: torch.device) -
 def test_inductor_keeps_channels_last(device: torch.device) -> None:
     """Check that the kernel gets channels-last tensors although Inductor chooses layouts itself."""
     x, weight, bias, _ = (
-        None if t is None else t.requires_grad_() for t in Case((2, 16, 5, 4), 4, torch.float32, (False, True), device).inputs
+        None if t is None else t.requires_grad_()
+        for t in Case((2, 16, 5, 4), 4, torch.float32, (False, True), device).inputs
     )
-    kernel = torch.randn(16, 16, 3, 3, generator=torch.Generator().manual_seed(0)).to(device, memory_format=torch.channels_last)
+    kernel = torch.randn(16, 16, 3, 3, generator=torch.Generator().manual_seed(0)).to(
+        device, memory_format=torch.channels_last
+    )
 
     def network(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         h = torch.nn.functional.conv2d(x, kernel, padding=1) * 0.1
-        return group_norm(h, 4, weight, bias, residual=x + 1, relu=True, kernels="triton").mean((2, 3)).square().sum()
+        return (
+            group_norm(h, 4, weight, bias, residual=x + 1, relu=True, kernels="triton")
+            .mean((2, 3))
+            .square()
+            .sum()
+        )
 
     leaves = [t for t in (x, weight, bias) if t is not None]
     eager, compiled = network(*leaves), torch.compile(network, fullgraph=True)(*leaves)
@@ -300,10 +379,15 @@ def test_auto_takes_the_kernels_for_a_cpu_where_it_can() -> None:
 # The kernels for a CPU alone.
 
 
-# Samples in one block and several, rows of several pixels with a short last one, one pixel, a sample of many rows.
-@pytest.mark.parametrize("shape", [(5, 64, 7, 9), (300, 32, 1, 1), (3, 96, 40, 41), (9, 520, 5, 5)], ids=str)
+# Samples in one block and several, rows of several pixels with a short last one, one pixel, a
+# sample of many rows.
+@pytest.mark.parametrize(
+    "shape", [(5, 64, 7, 9), (300, 32, 1, 1), (3, 96, 40, 41), (9, 520, 5, 5)], ids=str
+)
 @pytest.mark.parametrize("flags", FLAGS, ids=str)
-def test_any_number_of_threads_gives_the_same_bits(shape: tuple[int, ...], flags: tuple[bool, bool]) -> None:
+def test_any_number_of_threads_gives_the_same_bits(
+    shape: tuple[int, ...], flags: tuple[bool, bool]
+) -> None:
     for dtype in (torch.bfloat16, torch.float32):
         case, results = Case(shape, 4, dtype, flags, torch.device("cpu"), kernels="cpu"), []
         for number in (1, 2, 3, 7):
@@ -315,13 +399,20 @@ def test_any_number_of_threads_gives_the_same_bits(shape: tuple[int, ...], flags
             case.compare(results[0], case.exact())
 
 
-@pytest.mark.parametrize(("dtype", "mean", "rtol"), [(torch.bfloat16, 200.0, 2**-8), (torch.float32, 1e4, 2e-6)], ids=str)
-def test_statistics_keep_their_digits_at_a_huge_mean(dtype: torch.dtype, mean: float, rtol: float) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "mean", "rtol"), [(torch.bfloat16, 200.0, 2**-8), (torch.float32, 1e4, 2e-6)], ids=str
+)
+def test_statistics_keep_their_digits_at_a_huge_mean(
+    dtype: torch.dtype, mean: float, rtol: float
+) -> None:
     """Use first pixels, a possible shift, that are far from all others."""
-    case = Case((2, 64, 24, 24), 32, dtype, (False, False), torch.device("cpu"), mean=mean, kernels="cpu")
+    case = Case(
+        (2, 64, 24, 24), 32, dtype, (False, False), torch.device("cpu"), mean=mean, kernels="cpu"
+    )
     case.inputs[0][1, :, 0] = 0
     got, expected = case.run()[0].double(), case.exact()[0]
-    # x * scale + shift are the difference of two numbers near mean / std: some roundings of 2^-24 of it.
+    # x * scale + shift are the difference of two numbers near mean / std: some roundings of 2^-24
+    # of it.
     for sample in range(2):
         size = 8 * 2**-24 * mean * case.inputs[1].abs().max().item()
         torch.testing.assert_close(got[sample], expected[sample], rtol=rtol, atol=size)
@@ -352,7 +443,9 @@ def test_what_is_no_number_comes_through(dtype: torch.dtype, added: bool, relu: 
             residual = x.flip(0) if added else None
             x[1, 0, 0, 0], bias[1] = wrong, float("nan")
             results = [
-                group_norm(x, 2, weight, bias, residual=residual, relu=relu, kernels=kernels).isnan()
+                group_norm(
+                    x, 2, weight, bias, residual=residual, relu=relu, kernels=kernels
+                ).isnan()
                 for kernels in ("cpu", "reference")
             ]
             assert torch.equal(*results)
@@ -361,7 +454,9 @@ def test_what_is_no_number_comes_through(dtype: torch.dtype, added: bool, relu: 
 def test_is_differentiable_once() -> None:
     x, weight, bias = arguments((2, 8, 3, 3), torch.float32)
     x.requires_grad_()
-    (gradient,) = torch.autograd.grad(group_norm(x, 4, weight, bias).square().sum(), x, create_graph=True)
+    (gradient,) = torch.autograd.grad(
+        group_norm(x, 4, weight, bias).square().sum(), x, create_graph=True
+    )
     with pytest.raises(RuntimeError, match="once_differentiable"):
         gradient.sum().backward()
 
@@ -379,11 +474,15 @@ def test_empty_batch(kernels: str, kernel_device: torch.device) -> None:
     assert group_norm(x, 4, weight, bias, kernels=kernels).shape == (0, 8, 3, 3)
 
 
-def test_bad_input_names_the_argument(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bad_input_names_the_argument(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
     x, weight, bias = (t.to(device) for t in arguments((2, 8, 4, 3), torch.float32))
     half = x.bfloat16()
 
-    def call(x: Tensor = x, groups: int = 4, weight: Tensor = weight, bias: Tensor = bias, **options: Any) -> None:
+    def call(
+        x: Tensor = x, groups: int = 4, weight: Tensor = weight, bias: Tensor = bias, **options: Any
+    ) -> None:
         group_norm(x, groups, weight, bias, **({"kernels": "triton"} | options))
 
     for names, wrong in (
@@ -409,11 +508,14 @@ def test_bad_input_names_the_argument(device: torch.device, monkeypatch: pytest.
 
 
 @pytest.mark.parametrize(
-    ("side", "channels"), [(112, 64), (96, 64), (56, 64), (48, 64), (24, 64), (48, 128), (12, 128), (3, 512)]
+    ("side", "channels"),
+    [(112, 64), (96, 64), (56, 64), (48, 64), (24, 64), (48, 128), (12, 128), (3, 512)],
 )
 @pytest.mark.parametrize("groups", [1, 8, 32])
 @pytest.mark.parametrize("num_read", [1, 2, 3])
-def test_launches_cover_samples_in_whole_groups(side: int, channels: int, groups: int, num_read: int) -> None:
+def test_launches_cover_samples_in_whole_groups(
+    side: int, channels: int, groups: int, num_read: int
+) -> None:
     for element_bytes, max_bytes in ((2, module.MAX_BYTES_FORWARD), (4, module.MAX_BYTES_BACKWARD)):
         plan = launch(side * side, channels, groups, element_bytes, num_read, max_bytes)
         assert plan.num_runs == -(-side * side // plan.run)

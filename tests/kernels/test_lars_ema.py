@@ -13,7 +13,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fastbyol_kernels.lars_ema import LAYER_METRICS, RULES, Rule, SegmentTable, bytes_moved, lars_ema
+from fastbyol_kernels.lars_ema import (
+    LAYER_METRICS,
+    RULES,
+    Rule,
+    SegmentTable,
+    bytes_moved,
+    lars_ema,
+)
 from fastbyol_kernels.lars_ema import triton as on_gpu
 
 DIALECTS = RULES[1:]
@@ -23,7 +30,10 @@ PAD = 32
 
 
 def table(
-    adapt: Sequence[bool], decay: Sequence[float], lr_mult: Sequence[float], dtype: torch.dtype = torch.float64
+    adapt: Sequence[bool],
+    decay: Sequence[float],
+    lr_mult: Sequence[float],
+    dtype: torch.dtype = torch.float64,
 ) -> SegmentTable:
     return SegmentTable(
         offsets=tuple(PAD * i for i in range(len(adapt))),
@@ -51,7 +61,16 @@ def scalar(x: float) -> Tensor:
 
 
 def by_hand(
-    rule: Rule, w: Tensor, g: Tensor, m: Tensor, wd: float, k: float, adapt: bool, lr: float, eta: float, mu: float
+    rule: Rule,
+    w: Tensor,
+    g: Tensor,
+    m: Tensor,
+    wd: float,
+    k: float,
+    adapt: bool,
+    lr: float,
+    eta: float,
+    mu: float,
 ) -> tuple[Tensor, Tensor, float]:
     """Return the new w, the new m and the rate of one tensor in one dialect."""
     wn, gn = math.sqrt((w * w).sum().item()), math.sqrt((g * g).sum().item())
@@ -108,17 +127,32 @@ def test_equals_each_tensor_by_hand(
         if zero_g < 4:
             g[zero_g].zero_()
         kwargs = {"rule": rule, "eta": 1e-2, "mu": 0.9, "ema_first": ema_first}
-        layers = lars_ema(online, flat(g), momentum, target, table(adapt, decay, mult), scalar(0.2), scalar(tau), **kwargs)
+        layers = lars_ema(
+            online,
+            flat(g),
+            momentum,
+            target,
+            table(adapt, decay, mult),
+            scalar(0.2),
+            scalar(tau),
+            **kwargs,
+        )
         for i in range(4):
-            new_w, m[i], rate = by_hand(rule, w[i], g[i], m[i], decay[i], mult[i], adapt[i], 0.2, 1e-2, 0.9)
+            new_w, m[i], rate = by_hand(
+                rule, w[i], g[i], m[i], decay[i], mult[i], adapt[i], 0.2, 1e-2, 0.9
+            )
             if i < NUM_TARGET:
                 averages[i] = tau * averages[i] + (1 - tau) * (w[i] if ema_first else new_w)
             row = dict(zip(LAYER_METRICS, layers[i].tolist(), strict=True))
             assert row["weight_norm"] == pytest.approx(w[i].norm().item(), rel=1e-12, abs=1e-15)
             assert row["grad_norm"] == pytest.approx(g[i].norm().item(), rel=1e-12, abs=1e-15)
             assert row["rate"] == pytest.approx(rate, rel=1e-12, abs=1e-15)
-            assert row["rate"] == pytest.approx(0.2 * mult[i] * row["trust_ratio"], rel=1e-12, abs=1e-15)
-            assert row["update_norm"] == pytest.approx((new_w - w[i]).norm().item(), rel=1e-6, abs=1e-12)
+            assert row["rate"] == pytest.approx(
+                0.2 * mult[i] * row["trust_ratio"], rel=1e-12, abs=1e-15
+            )
+            assert row["update_norm"] == pytest.approx(
+                (new_w - w[i]).norm().item(), rel=1e-6, abs=1e-12
+            )
             w[i] = new_w
     for got, expected in ((online, flat(w)), (momentum, flat(m)), (target, flat(averages))):
         # Zeros between the segments included.
@@ -129,7 +163,9 @@ def test_equals_each_tensor_by_hand(
 def test_without_adaptation_every_rule_is_torchs_sgd(rule: Rule) -> None:
     """Use a constant lr, since the blog's momentum buffer contains rates as well as gradients."""
     w = [p.requires_grad_() for p in draws(0)]
-    groups = [{"params": [p], "weight_decay": wd} for p, wd in zip(w, (0.1, 0.0, 1e-3, 0.0), strict=True)]
+    groups = [
+        {"params": [p], "weight_decay": wd} for p, wd in zip(w, (0.1, 0.0, 1e-3, 0.0), strict=True)
+    ]
     optimizer = torch.optim.SGD(groups, lr=0.1, momentum=0.9)
     online, momentum = flat([p.detach() for p in w]), torch.zeros(PAD * 4, dtype=torch.float64)
     target = online[:PAD].clone()
@@ -140,7 +176,17 @@ def test_without_adaptation_every_rule_is_torchs_sgd(rule: Rule) -> None:
             p.grad = grad
         optimizer.step()
         lars_ema(
-            online, flat(g), momentum, target, segments, scalar(0.1), scalar(1.0), rule=rule, eta=1.0, mu=0.9, ema_first=True
+            online,
+            flat(g),
+            momentum,
+            target,
+            segments,
+            scalar(0.1),
+            scalar(1.0),
+            rule=rule,
+            eta=1.0,
+            mu=0.9,
+            ema_first=True,
         )
     torch.testing.assert_close(online, flat([p.detach() for p in w]), rtol=1e-13, atol=1e-14)
 
@@ -155,7 +201,9 @@ def test_a_blog_rate_never_exceeds_lr_eta_over_wd() -> None:
             rule="blog", eta=1e-3, mu=0.9, ema_first=True,
         )  # fmt: skip
         assert layers[:, 3].max() <= 0.1 * 1e-3 / 1.5e-6 * (1 + 1e-12)
-    torch.testing.assert_close(layers[:, 3], torch.full((4,), 0.1 * 1e-3 / 1.5e-6, dtype=torch.float64))
+    torch.testing.assert_close(
+        layers[:, 3], torch.full((4,), 0.1 * 1e-3 / 1.5e-6, dtype=torch.float64)
+    )
 
 
 @pytest.mark.parametrize("rule", DIALECTS)
@@ -192,12 +240,14 @@ def test_tau_of_one_and_zero_are_exact() -> None:
         assert torch.equal(target, before if tau == 1.0 else online[:PAD])
 
 
-# The Triton kernels, on fp32 buffers. Chunks of 64 elements, so that short segments have several, and sums in several passes.
+# The Triton kernels, on fp32 buffers. Chunks of 64 elements, so that short segments have several,
+# and sums in several passes.
 
 CHUNK = 64
 ODD = (5, 1, 200, 64, 129, 63, 300)
-# One rounding of fp32. Each sum of squares is a tree over a chunk and then over the chunks, below 40 additions deep, and the
-# root halves its relative error: 20 roundings, a few more for the ratio, and room for another order of additions on a GPU.
+# One rounding of fp32. Each sum of squares is a tree over a chunk and then over the chunks, below
+# 40 additions deep, and the root halves its relative error: 20 roundings, a few more for the ratio,
+# and room for another order of additions on a GPU.
 ROUNDING = 2.0**-24
 NORM_RTOL = 64 * ROUNDING
 
@@ -213,12 +263,27 @@ class Problem:
 
     def to(self, dtype: torch.dtype) -> Problem:
         t = self.table
-        table = SegmentTable(t.offsets, t.numels, t.adapt, t.decay.to(dtype), t.lr_mult.to(dtype), t.chunk)
-        return Problem([b.to(dtype, copy=True) for b in self.buffers], table, self.lr.to(dtype), self.tau.to(dtype))
+        table = SegmentTable(
+            t.offsets, t.numels, t.adapt, t.decay.to(dtype), t.lr_mult.to(dtype), t.chunk
+        )
+        return Problem(
+            [b.to(dtype, copy=True) for b in self.buffers],
+            table,
+            self.lr.to(dtype),
+            self.tau.to(dtype),
+        )
 
     def step(self, rule: Rule, *, ema_first: bool = False, **kwargs: Any) -> Tensor:
         return lars_ema(
-            *self.buffers, self.table, self.lr, self.tau, rule=rule, eta=1e-2, mu=0.9, ema_first=ema_first, **kwargs
+            *self.buffers,
+            self.table,
+            self.lr,
+            self.tau,
+            rule=rule,
+            eta=1e-2,
+            mu=0.9,
+            ema_first=ema_first,
+            **kwargs,
         )
 
 
@@ -253,10 +318,14 @@ def problem(
         torch.tensor([(1.0, 0.5, 3.0)[(i + i // 3) % 3] for i in range(count)], device=device),
         chunk,
     )
-    return Problem(buffers, segments, torch.tensor(0.2, device=device), torch.tensor(tau, device=device))
+    return Problem(
+        buffers, segments, torch.tensor(0.2, device=device), torch.tensor(tau, device=device)
+    )
 
 
-def assert_as_fp64(got: Problem, layers: Tensor, start: Problem, rule: Rule, *, ema_first: bool, **kwargs: Any) -> None:
+def assert_as_fp64(
+    got: Problem, layers: Tensor, start: Problem, rule: Rule, *, ema_first: bool, **kwargs: Any
+) -> None:
     """Compare every element within fp32's rounding of the terms that it is the sum of."""
     exact = start.to(torch.float64)
     w, g, m, t = (b.clone() for b in exact.buffers)
@@ -274,7 +343,11 @@ def assert_as_fp64(got: Problem, layers: Tensor, start: Problem, rule: Rule, *, 
     w_bound = ROUNDING * w.abs() + 4 * ROUNDING * b * exact.buffers[2].abs() + b * m_bound
     k = len(t)
     t_bound = 4 * ROUNDING * (t.abs() + w[:k].abs() + exact.buffers[0][:k].abs()) + w_bound[:k]
-    for name, index, bound in (("online", 0, w_bound), ("momentum", 2, m_bound), ("target", 3, t_bound)):
+    for name, index, bound in (
+        ("online", 0, w_bound),
+        ("momentum", 2, m_bound),
+        ("target", 3, t_bound),
+    ):
         off = (got.buffers[index].double() - exact.buffers[index]).abs() - bound
         assert (off <= 0).all(), (name, int(off.argmax()), off.max().item())
     assert torch.equal(got.buffers[1], start.buffers[1])
@@ -292,7 +365,9 @@ def assert_padding_is_zero(p: Problem) -> None:
 @pytest.mark.parametrize("kernels", ["triton", "auto"])
 @pytest.mark.parametrize("ema_first", [False, True])
 @pytest.mark.parametrize("rule", RULES)
-def test_kernels_equal_fp64(device: torch.device, rule: Rule, ema_first: bool, kernels: str) -> None:
+def test_kernels_equal_fp64(
+    device: torch.device, rule: Rule, ema_first: bool, kernels: str
+) -> None:
     start = problem(device)
     got = start.to(torch.float32)
     layers = got.step(rule, ema_first=ema_first, kernels=kernels)
@@ -301,7 +376,9 @@ def test_kernels_equal_fp64(device: torch.device, rule: Rule, ema_first: bool, k
 
 
 @pytest.mark.parametrize("rule", ["sgd", "deepmind"])
-def test_kernels_neither_count_nor_touch_what_lies_between(device: torch.device, rule: Rule) -> None:
+def test_kernels_neither_count_nor_touch_what_lies_between(
+    device: torch.device, rule: Rule
+) -> None:
     """Check also the padding that 16-byte accesses reach."""
     clean, dirty = problem(device), problem(device)
     between = torch.ones(len(dirty.buffers[0]), dtype=torch.bool, device=device)
@@ -359,7 +436,13 @@ def test_kernels_on_any_table(
     tau: float,
 ) -> None:
     start = problem(
-        device, numels, num_target=min(followed, len(numels)), chunk=1024, seed=seed, grad_scale=grad_scale, tau=tau
+        device,
+        numels,
+        num_target=min(followed, len(numels)),
+        chunk=1024,
+        seed=seed,
+        grad_scale=grad_scale,
+        tau=tau,
     )
     got = start.to(torch.float32)
     layers = got.step(rule, ema_first=ema_first, kernels="triton")
@@ -368,7 +451,9 @@ def test_kernels_on_any_table(
     if tau == 1.0:
         assert torch.equal(got.buffers[3], start.buffers[3])
     if tau == 0.0:
-        assert torch.equal(got.buffers[3], (start if ema_first else got).buffers[0][: len(got.buffers[3])])
+        assert torch.equal(
+            got.buffers[3], (start if ema_first else got).buffers[0][: len(got.buffers[3])]
+        )
 
 
 @pytest.mark.parametrize("rule", DIALECTS)
@@ -399,7 +484,8 @@ def test_kernels_with_nothing_to_divide_by(device: torch.device, rule: Rule) -> 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize(
-    ("kernels", "dtype"), [("triton", torch.float32), ("reference", torch.float32), ("auto", torch.float64)]
+    ("kernels", "dtype"),
+    [("triton", torch.float32), ("reference", torch.float32), ("auto", torch.float64)],
 )
 def test_a_gradient_that_is_not_finite_moves_nothing(
     device: torch.device, kernels: str, dtype: torch.dtype, rule: Rule, bad: float
@@ -456,7 +542,9 @@ def test_compiled_in_one_graph(device: torch.device) -> None:
         return [*layers, *p.buffers]
 
     def step(buffers: list[Tensor], t: SegmentTable, lr: Tensor, tau: Tensor) -> Tensor:
-        return 2 * lars_ema(*buffers, t, lr, tau, rule="blog", eta=1e-2, mu=0.9, ema_first=True, kernels="triton")
+        return 2 * lars_ema(
+            *buffers, t, lr, tau, rule="blog", eta=1e-2, mu=0.9, ema_first=True, kernels="triton"
+        )
 
     expected = run(problem(device), step)
     got = run(problem(device), torch.compile(step, fullgraph=True, backend="aot_eager"))
@@ -485,7 +573,11 @@ def test_bad_arguments_are_named(device: torch.device) -> None:
     def calls(**changes: Any) -> Callable[[], object]:
         p = problem(device)
         names = ("online", "gradient", "momentum", "target")
-        arguments = dict(zip(names, p.buffers, strict=True)) | {"table": p.table, "lr": p.lr, "tau": p.tau}
+        arguments = dict(zip(names, p.buffers, strict=True)) | {
+            "table": p.table,
+            "lr": p.lr,
+            "tau": p.tau,
+        }
         fixed = {"rule": "blog", "eta": 1e-2, "mu": 0.9, "ema_first": False, "kernels": "triton"}
         return lambda: lars_ema(**arguments | fixed | changes)
 
@@ -511,7 +603,9 @@ def test_bad_arguments_are_named(device: torch.device) -> None:
     ):
         with pytest.raises(ValueError, match=message):
             calls(**changes)()
-    odd = SegmentTable((0, 66), (5, 5), *(t[:2] for t in (p.table.adapt, p.table.decay, p.table.lr_mult)))
+    odd = SegmentTable(
+        (0, 66), (5, 5), *(t[:2] for t in (p.table.adapt, p.table.decay, p.table.lr_mult))
+    )
     with pytest.raises(ValueError, match="table: segment 1 starts at 66"):
         calls(table=odd, target=target[:64])()
 
@@ -541,5 +635,7 @@ def test_triton_on_a_cpu_needs_the_interpreter(monkeypatch: pytest.MonkeyPatch) 
 def test_bytes_moved_counts_every_buffer() -> None:
     """Count reads of w, m, target and twice g, and writes of w, m, target. ResNet-18: 371 MB."""
     online, target = torch.zeros(96), torch.zeros(64)
-    assert bytes_moved(96, 64) == 4 * online.nbytes + target.nbytes + 2 * online.nbytes + target.nbytes
+    assert (
+        bytes_moved(96, 64) == 4 * online.nbytes + target.nbytes + 2 * online.nbytes + target.nbytes
+    )
     assert round(bytes_moved(11_638_592, 11_505_856) / 1e6) == 371

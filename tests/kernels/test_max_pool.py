@@ -17,18 +17,26 @@ from fastbyol_kernels.max_pool.cpu import CpuMaxPool
 DTYPES = (torch.float32, torch.bfloat16)
 
 
-def activations(shape: tuple[int, ...], dtype: torch.dtype, *, seed: int = 0, whole: bool = False) -> Tensor:
+def activations(
+    shape: tuple[int, ...], dtype: torch.dtype, *, seed: int = 0, whole: bool = False
+) -> Tensor:
     """Return channels-last values; ``whole`` numbers cause ties and zeros of both signs."""
     g = torch.Generator().manual_seed(seed)
     x = torch.randn(shape, generator=g)
     return (x.round() if whole else x).to(dtype).contiguous(memory_format=torch.channels_last)
 
 
-def both(x: Tensor, dy: Tensor | None = None) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+def both(
+    x: Tensor, dy: Tensor | None = None
+) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """Return output and gradient of the compiled code, and of torch in float64."""
     results = []
     for kernels in ("cpu", "reference"):
-        leaf = (x if kernels == "cpu" else x.double()).clone(memory_format=torch.preserve_format).requires_grad_()
+        leaf = (
+            (x if kernels == "cpu" else x.double())
+            .clone(memory_format=torch.preserve_format)
+            .requires_grad_()
+        )
         y = ops.max_pool(leaf, kernels=kernels)
         dy = activations(tuple(y.shape), x.dtype, seed=1) if dy is None else dy
         (dx,) = torch.autograd.grad(y, leaf, dy.to(y.dtype))
@@ -51,7 +59,9 @@ def check(x: Tensor) -> None:
     assert same_bits(y, expected)
     size = both(x, activations(tuple(y.shape), x.dtype, seed=1).abs())[1][1]
     rounding = 0.0 if x.dtype == torch.float32 else torch.finfo(x.dtype).eps / 2
-    assert bool(((dx.double() - gradient).abs() <= 3 * 2.0**-24 * size + rounding * gradient.abs()).all())
+    assert bool(
+        ((dx.double() - gradient).abs() <= 3 * 2.0**-24 * size + rounding * gradient.abs()).all()
+    )
     assert y.is_contiguous(memory_format=torch.channels_last)
     assert dx.is_contiguous(memory_format=torch.channels_last)
 
@@ -62,7 +72,9 @@ def check(x: Tensor) -> None:
     whole=st.booleans(),
     seed=st.integers(0, 1000),
 )
-def test_any_shape_is_torchs(shape: tuple[int, int, int, int], dtype: torch.dtype, whole: bool, seed: int) -> None:
+def test_any_shape_is_torchs(
+    shape: tuple[int, int, int, int], dtype: torch.dtype, whole: bool, seed: int
+) -> None:
     check(activations(shape, dtype, seed=seed, whole=whole))
 
 
@@ -72,10 +84,14 @@ def test_any_shape_is_torchs(shape: tuple[int, int, int, int], dtype: torch.dtyp
     dtype=st.sampled_from(DTYPES),
     seed=st.integers(0, 1000),
 )
-def test_what_is_no_number_is_passed_on_as_torch_does(share: float, odd: float, dtype: torch.dtype, seed: int) -> None:
+def test_what_is_no_number_is_passed_on_as_torch_does(
+    share: float, odd: float, dtype: torch.dtype, seed: int
+) -> None:
     x = activations((2, 20, 7, 8), dtype, seed=seed, whole=True)
     for value in (odd, -odd, -torch.inf):
-        x = torch.where(torch.rand(x.shape, generator=torch.Generator().manual_seed(seed + 1)) < share, value, x)
+        x = torch.where(
+            torch.rand(x.shape, generator=torch.Generator().manual_seed(seed + 1)) < share, value, x
+        )
         x = x.to(dtype).contiguous(memory_format=torch.channels_last)
         check(x)
 
@@ -86,7 +102,9 @@ def test_any_number_of_threads_gives_the_same_bits(dtype: torch.dtype) -> None:
     for threads in (1, 2, 3, 8):
         torch.set_num_threads(threads)
         results.append(both(x)[0])
-    assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(other, results[0], strict=True))
+    assert all(
+        torch.equal(a, b) for other in results[1:] for a, b in zip(other, results[0], strict=True)
+    )
 
 
 def test_a_byte_per_output_is_saved_instead_of_the_input() -> None:

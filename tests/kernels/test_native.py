@@ -16,7 +16,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastbyol_kernels import dispatch, native
-from fastbyol_kernels.native import F32, F64, I32, I64, U8, Activation, Worker, kernel, narrowed, widened
+from fastbyol_kernels.native import (
+    F32,
+    F64,
+    I32,
+    I64,
+    U8,
+    Activation,
+    Worker,
+    kernel,
+    narrowed,
+    widened,
+)
 
 SIZE = 64
 
@@ -45,8 +56,16 @@ def _convert(block: int, values: F32, activations: Activation, back: F32) -> Non
 
 
 @kernel
-def _every_kind(block: int, f32: F32, f64: F64, i32: I32, i64: I64, u8: U8, number: float, count: int) -> None:
-    f32[block], f64[block], i32[block], i64[block], u8[block] = np.float32(number), number, count, count, count
+def _every_kind(
+    block: int, f32: F32, f64: F64, i32: I32, i64: I64, u8: U8, number: float, count: int
+) -> None:
+    f32[block], f64[block], i32[block], i64[block], u8[block] = (
+        np.float32(number),
+        number,
+        count,
+        count,
+        count,
+    )
 
 
 @kernel(backwards=True)
@@ -79,7 +98,9 @@ def test_any_number_of_threads_gives_the_same_bits() -> None:
         assert torch.equal(values, 2 * source)
         results.append(sums)
     assert all(torch.equal(results[0], other) for other in results[1:])
-    torch.testing.assert_close(results[0].double(), (2 * source.double()).view(-1, SIZE).sum(1), rtol=0, atol=1e-4)
+    torch.testing.assert_close(
+        results[0].double(), (2 * source.double()).view(-1, SIZE).sum(1), rtol=0, atol=1e-4
+    )
 
 
 def test_several_threads_of_python_may_call_at_once() -> None:
@@ -142,9 +163,13 @@ def test_workers_are_numbered_below_the_number_of_threads(threads: int) -> None:
 
 def test_another_dtype_or_number_of_arguments_is_refused_by_name() -> None:
     counts, values = torch.zeros(1, dtype=torch.int64), torch.zeros(1)
-    with pytest.raises(ValueError, match=r"counts is torch\.int32, the kernel _count takes torch\.int64"):
+    with pytest.raises(
+        ValueError, match=r"counts is torch\.int32, the kernel _count takes torch\.int64"
+    ):
         _count(1, counts.int(), 1)
-    with pytest.raises(ValueError, match=r"activations is torch\.float16, the kernel _convert takes bf16 or f32"):
+    with pytest.raises(
+        ValueError, match=r"activations is torch\.float16, the kernel _convert takes bf16 or f32"
+    ):
         _convert(1, values, values.half(), values)
     with pytest.raises(ValueError, match="argument"):
         _count(1, counts)
@@ -192,7 +217,8 @@ def test_code_of_other_sources_is_never_taken_from_the_cache(tmp_path: Path) -> 
     shutil.copy(dispatch.__file__, package)
     mine = (
         "import torch\nfrom fastbyol_kernels.native import I64, kernel\n"
-        "@kernel\ndef number(block: int, out: I64, first: int, second: int) -> None:\n    out[block] = first\n"
+        "@kernel\ndef number(block: int, out: I64, first: int, second: int) -> None:\n    "
+        "out[block] = first\n"
         "out = torch.zeros(1, dtype=torch.int64)\nnumber(1, out, 7, 8)\nprint(int(out))\n"
     )
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
@@ -220,15 +246,20 @@ def test_code_from_the_cache_gives_the_bits_of_code_just_compiled(tmp_path: Path
         "torch.manual_seed(0)\n"
         "w = torch.randn(64, 32, 3, 3, requires_grad=True)\n"
         "weight_standardization(w).backward(torch.randn(64, 32, 3, 3))\n"
-        "x = torch.randn(64, 32, 16, 16).contiguous(memory_format=torch.channels_last).requires_grad_()\n"
+        "x = torch.randn(64, 32, 16, "
+        "16).contiguous(memory_format=torch.channels_last).requires_grad_()\n"
         "affine = torch.rand(2, 32).unbind()\n"
-        "y = batch_norm(x, *affine, torch.zeros(32), torch.ones(32), 2, momentum=0.1, eps=1e-5, relu=True)\n"
+        "y = batch_norm(x, *affine, torch.zeros(32), torch.ones(32), 2, momentum=0.1, eps=1e-5, "
+        "relu=True)\n"
         "y.backward(torch.randn(64, 32, 16, 16))\n"
         "print(*(t.view(torch.int32).sum(dtype=torch.int64).item() for t in (w.grad, y, x.grad)))\n"
     )
     environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}
     run = [sys.executable, "-c", code]
-    results = [subprocess.run(run, capture_output=True, text=True, env=environment, check=False) for _ in range(2)]
+    results = [
+        subprocess.run(run, capture_output=True, text=True, env=environment, check=False)
+        for _ in range(2)
+    ]
     assert results[0].stdout, results[0].stderr
     assert results[0].stdout == results[1].stdout
     assert list(tmp_path.rglob("*.nbc"))
@@ -247,7 +278,9 @@ def test_a_forked_child_works_alone() -> None:
     assert os.waitpid(child, 0)[1] == 0
 
 
-def test_two_threads_that_compile_at_once_run_code_that_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_threads_that_compile_at_once_run_code_that_is_kept(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     @kernel
     def once(block: int, counts: I64) -> None:
         counts[block] += 1

@@ -12,9 +12,21 @@ from fastbyol_kernels.philox import DOMAIN_ORDER, DOMAIN_VIEWS, philox4x32, spli
 WORD = st.integers(0, 2**32 - 1)
 # Random123, kat_vectors: philox4x32 10 rounds; counter words, key words, result words.
 KNOWN_ANSWERS = [
-    ("00000000 00000000 00000000 00000000", "00000000 00000000", "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
-    ("ffffffff ffffffff ffffffff ffffffff", "ffffffff ffffffff", "408f276d 41c83b0e a20bc7c6 6d5451fd"),
-    ("243f6a88 85a308d3 13198a2e 03707344", "a4093822 299f31d0", "d16cfe09 94fdcceb 5001e420 24126ea1"),
+    (
+        "00000000 00000000 00000000 00000000",
+        "00000000 00000000",
+        "6627e8d5 e169c58d bc57ac4c 9b00dbd8",
+    ),
+    (
+        "ffffffff ffffffff ffffffff ffffffff",
+        "ffffffff ffffffff",
+        "408f276d 41c83b0e a20bc7c6 6d5451fd",
+    ),
+    (
+        "243f6a88 85a308d3 13198a2e 03707344",
+        "a4093822 299f31d0",
+        "d16cfe09 94fdcceb 5001e420 24126ea1",
+    ),
 ]
 
 
@@ -28,7 +40,12 @@ def philox_in_integers(counter: list[int], key: int) -> list[int]:
     keys = [key & mask, key >> 32 & mask]
     for _ in range(10):
         first, second = 0xD2511F53 * counter[0], 0xCD9E8D57 * counter[2]
-        counter = [(second >> 32) ^ counter[1] ^ keys[0], second & mask, (first >> 32) ^ counter[3] ^ keys[1], first & mask]
+        counter = [
+            (second >> 32) ^ counter[1] ^ keys[0],
+            second & mask,
+            (first >> 32) ^ counter[3] ^ keys[1],
+            first & mask,
+        ]
         keys = [(keys[0] + 0x9E3779B9) & mask, (keys[1] + 0xBB67AE85) & mask]
     return counter
 
@@ -51,7 +68,9 @@ def test_the_key_may_be_a_tensor() -> None:
     for key in (5, 2**63 + 7, 2**64 - 1):
         signed = torch.tensor(key - 2**64 if key >= 2**63 else key)
         for ours, theirs in zip(
-            philox4x32(torch.arange(9), 1, 2, 3, signed), philox4x32(torch.arange(9), 1, 2, 3, key), strict=True
+            philox4x32(torch.arange(9), 1, 2, 3, signed),
+            philox4x32(torch.arange(9), 1, 2, 3, key),
+            strict=True,
         ):
             assert torch.equal(ours, theirs)
 
@@ -77,7 +96,8 @@ def test_uniform_is_exact_and_below_one() -> None:
 
 def test_uniform_has_the_moments_of_a_uniform_variable() -> None:
     draws = uniform(torch.stack(philox4x32(torch.arange(50_000), 0, 0, 0, 1))).double()
-    # 200k draws: the standard errors of mean and variance are 6.5e-4 and 1.7e-4; four of them are allowed.
+    # 200k draws: the standard errors of mean and variance are 6.5e-4 and 1.7e-4; four of them are
+    # allowed.
     assert abs(draws.mean() - 0.5) < 2.6e-3
     assert abs(draws.var() - 1.0 / 12.0) < 6.8e-4
     correlation = torch.corrcoef(draws) - torch.eye(4, dtype=torch.float64)

@@ -39,12 +39,16 @@ def test_equals_the_formula(shape: tuple[int, ...]) -> None:
     # Rounding only: some ten operations at 1e-16.
     torch.testing.assert_close(weight_standardization(w), by_sums(w), rtol=1e-13, atol=1e-13)
     # fp32 rounds inputs of size 3 around a mean of 1, so 1e-6 is ten roundings.
-    torch.testing.assert_close(weight_standardization(w.float()).double(), by_sums(w), rtol=2e-6, atol=2e-6)
+    torch.testing.assert_close(
+        weight_standardization(w.float()).double(), by_sums(w), rtol=2e-6, atol=2e-6
+    )
 
 
 @pytest.mark.parametrize("shape", SHAPES[:4], ids=str)
 def test_gradient(shape: tuple[int, ...]) -> None:
-    w = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1), requires_grad=True)
+    w = torch.randn(
+        shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1), requires_grad=True
+    )
     assert torch.autograd.gradcheck(weight_standardization, (w,))
 
 
@@ -67,13 +71,26 @@ def test_scale_and_shift_of_a_channel_do_not_matter() -> None:
     w = torch.randn(6, 5, 3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
     # eps beside a std of at least .5 leaves a relative 2e-5.
     assert EPS == 1e-5
-    torch.testing.assert_close(weight_standardization(w * 7 - 3), weight_standardization(w), rtol=4e-5, atol=0.0)
+    torch.testing.assert_close(
+        weight_standardization(w * 7 - 3), weight_standardization(w), rtol=4e-5, atol=0.0
+    )
 
 
 # The multi-tensor op.
 
-# Rows of 27, 147 (stems), 1,152, 4,608 (3x3 over 128 and 512), 64 (1x1), 300 (aligned to 4 only), 2, 512, 4,609.
-NETWORK = ((5, 3, 3, 3), (3, 3, 7, 7), (3, 128, 3, 3), (2, 512, 3, 3), (9, 64, 1, 1), (3, 300), (4, 2), (2, 512), (1, 4609))
+# Rows of 27, 147 (stems), 1,152, 4,608 (3x3 over 128 and 512), 64 (1x1), 300 (aligned to 4 only),
+# 2, 512, 4,609.
+NETWORK = (
+    (5, 3, 3, 3),
+    (3, 3, 7, 7),
+    (3, 128, 3, 3),
+    (2, 512, 3, 3),
+    (9, 64, 1, 1),
+    (3, 300),
+    (4, 2),
+    (2, 512),
+    (1, 4609),
+)
 
 
 def network(
@@ -87,7 +104,9 @@ def network(
         copies.append(copy_end)
         end, copy_end = end + skip + numel, copy_end + numel
     flat = torch.randn(end + 5, generator=torch.Generator().manual_seed(len(shapes))) * scale + 0.01
-    return flat.to(device), row_table(offsets, shapes, copies, flat_numel=end + 5, copy_numel=copy_end, device=device)
+    return flat.to(device), row_table(
+        offsets, shapes, copies, flat_numel=end + 5, copy_numel=copy_end, device=device
+    )
 
 
 class Rows(NamedTuple):
@@ -121,7 +140,9 @@ def exact(flat: Tensor, table: RowTable, gradient: Tensor) -> Rows:
     for offset, length, target in table.rows.tolist():
         row = flat[offset : offset + length].view(1, length).clone().requires_grad_()
         standardized = by_sums(row)
-        (out[offset : offset + length],) = torch.autograd.grad(standardized, row, gradient[None, target : target + length])
+        (out[offset : offset + length],) = torch.autograd.grad(
+            standardized, row, gradient[None, target : target + length]
+        )
         copy[target : target + length] = standardized.detach()
         means.append(row.detach().mean())
         stds.append(row.detach().std())
@@ -135,9 +156,13 @@ def compare(got: Rows, expected: Rows, gradient: Tensor) -> None:
     factor. The smallest std is that of a row of two, whose weights may be near each other.
     """
     half = got.copy.dtype == torch.bfloat16
-    torch.testing.assert_close(got.copy.double(), expected.copy, rtol=2**-7 if half else 2e-6, atol=4e-6, equal_nan=True)
+    torch.testing.assert_close(
+        got.copy.double(), expected.copy, rtol=2**-7 if half else 2e-6, atol=4e-6, equal_nan=True
+    )
     size = gradient.abs().max().item() / expected.stds.min().item()
-    torch.testing.assert_close(got.out.double(), expected.out, rtol=1e-5, atol=4e-6 * size, equal_nan=True)
+    torch.testing.assert_close(
+        got.out.double(), expected.out, rtol=1e-5, atol=4e-6 * size, equal_nan=True
+    )
     for a, b in zip(got[2:], expected[2:], strict=True):
         torch.testing.assert_close(a.double(), b, rtol=1e-6, atol=1e-7)
 
@@ -147,13 +172,19 @@ def assert_same_bits(a: Rows, b: Rows) -> None:
         torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
 
 
-def upstream(table: RowTable, dtype: torch.dtype, device: torch.device, scale: float = 1.0) -> Tensor:
-    return (torch.randn(table.copy_numel, generator=torch.Generator().manual_seed(1)) * scale).to(device, dtype)
+def upstream(
+    table: RowTable, dtype: torch.dtype, device: torch.device, scale: float = 1.0
+) -> Tensor:
+    return (torch.randn(table.copy_numel, generator=torch.Generator().manual_seed(1)) * scale).to(
+        device, dtype
+    )
 
 
 @pytest.mark.parametrize("kernels", ["triton", "cpu", "reference"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_rows_equal_fp64_and_the_rest_is_left_alone(dtype: torch.dtype, kernels: str, kernel_device: torch.device) -> None:
+def test_rows_equal_fp64_and_the_rest_is_left_alone(
+    dtype: torch.dtype, kernels: str, kernel_device: torch.device
+) -> None:
     flat, table = network(NETWORK, kernel_device)
     gradient = upstream(table, dtype, kernel_device)
     compare(both(flat, table, gradient, kernels), exact(flat, table, gradient), gradient)
@@ -162,12 +193,18 @@ def test_rows_equal_fp64_and_the_rest_is_left_alone(dtype: torch.dtype, kernels:
 @pytest.mark.gpu
 @settings(max_examples=20, derandomize=True)
 @given(
-    st.lists(st.tuples(st.integers(1, 4), st.integers(2, 40), st.sampled_from((1, 8, 9, 16))), min_size=1, max_size=5),
+    st.lists(
+        st.tuples(st.integers(1, 4), st.integers(2, 40), st.sampled_from((1, 8, 9, 16))),
+        min_size=1,
+        max_size=5,
+    ),
     st.integers(0, 70),
     st.booleans(),
     st.sampled_from(("triton", "cpu")),
 )
-def test_rows_equal_fp64_at_any_shape(shapes: list[tuple[int, ...]], skip: int, half: bool, kernels: str) -> None:
+def test_rows_equal_fp64_at_any_shape(
+    shapes: list[tuple[int, ...]], skip: int, half: bool, kernels: str
+) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() and kernels == "triton" else "cpu")
     flat, table = network(shapes, device, skip=skip)
     gradient = upstream(table, torch.bfloat16 if half else torch.float32, device)
@@ -180,7 +217,9 @@ def test_two_runs_are_equal_in_every_bit(kernels: str, kernel_device: torch.devi
     assert_same_bits(both(flat, table, gradient, kernels), both(flat, table, gradient, kernels))
 
 
-def test_equal_weights_give_zeros_and_a_finite_gradient(kernels: str, kernel_device: torch.device) -> None:
+def test_equal_weights_give_zeros_and_a_finite_gradient(
+    kernels: str, kernel_device: torch.device
+) -> None:
     flat, table = network(((3, 512), (3, 30)), kernel_device)
     flat.fill_(0.25)
     copy, out, _, _ = both(flat, table, upstream(table, torch.float32, kernel_device), kernels)
@@ -233,7 +272,9 @@ def test_a_weight_alone_equals_fp64(shape: tuple[int, ...], channels_last: bool)
 def test_a_huge_mean_costs_no_digits_of_the_deviation() -> None:
     w = torch.randn(4, 512, 3, 3, generator=torch.Generator().manual_seed(3)) + 1e4
     # The mean itself is rounded: 2^-24 of 1e4, and a few of that for its sum.
-    torch.testing.assert_close(weight_standardization(w).double(), by_sums(w.double()), rtol=0, atol=8 * 2**-24 * 1e4)
+    torch.testing.assert_close(
+        weight_standardization(w).double(), by_sums(w.double()), rtol=0, atol=8 * 2**-24 * 1e4
+    )
 
 
 def test_what_is_no_number_stays_in_its_row() -> None:
@@ -270,7 +311,9 @@ def test_opcheck(device: torch.device) -> None:
     copy, out, means, stds = both(flat, table, gradient)
     ops, rows = torch.ops.fastbyol, (table.rows, table.num_long)
     torch.library.opcheck(ops.standardize_rows, (copy.zero_(), means, stds, flat, *rows))
-    torch.library.opcheck(ops.standardize_rows_backward, (out.zero_(), gradient, flat, means, stds, *rows))
+    torch.library.opcheck(
+        ops.standardize_rows_backward, (out.zero_(), gradient, flat, means, stds, *rows)
+    )
 
 
 def test_compiled_equals_eager(device: torch.device) -> None:
@@ -307,7 +350,9 @@ def test_bytes_moved() -> None:
 @pytest.mark.parametrize("kernels", ["triton", "cpu"])
 def test_bad_input_names_the_argument(kernels: str, kernel_device: torch.device) -> None:
     flat, table = network(((2, 264), (3, 30)), kernel_device)
-    copy, out, means, stds = both(flat, table, upstream(table, torch.float32, kernel_device), kernels)
+    copy, out, means, stds = both(
+        flat, table, upstream(table, torch.float32, kernel_device), kernels
+    )
     forward = {"copy": copy, "means": means, "stds": stds, "flat": flat}
     backward = {"out": out, "gradient": copy, "flat": flat, "means": means, "stds": stds}
     for call, arguments in ((standardize_rows, forward), (standardize_rows_backward, backward)):
@@ -326,7 +371,9 @@ def test_bad_input_names_the_argument(kernels: str, kernel_device: torch.device)
         standardize_rows(**forward, table=table, kernels="cuda")
 
 
-def test_triton_needs_aligned_buffers_and_a_gpu(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_triton_needs_aligned_buffers_and_a_gpu(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
     flat, table = network(((2, 264), (3, 30)), device)
     copy, _, means, stds = both(flat, table, upstream(table, torch.float32, device))
     shifted = torch.zeros(len(flat) + 1, device=device)[1:]
@@ -352,7 +399,11 @@ def test_triton_needs_aligned_buffers_and_a_gpu(device: torch.device, monkeypatc
     ],
 )
 def test_bad_tables_name_the_argument(
-    message: str, offsets: tuple[int, ...], shapes: tuple[tuple[int, ...], ...], copies: tuple[int, ...], sizes: tuple[int, int]
+    message: str,
+    offsets: tuple[int, ...],
+    shapes: tuple[tuple[int, ...], ...],
+    copies: tuple[int, ...],
+    sizes: tuple[int, int],
 ) -> None:
     with pytest.raises(ValueError, match=message):
         row_table(offsets, shapes, copies, flat_numel=sizes[0], copy_numel=sizes[1])

@@ -9,7 +9,9 @@ from fastbyol.config import HeadConfig, ModelConfig, PredictorConfig
 from fastbyol.errors import UsageError
 from fastbyol.model.byol import Online, Target
 
-TINY = ModelConfig(width=4, projector=HeadConfig(hidden=16, out=8), predictor=PredictorConfig(hidden=12, out=8))
+TINY = ModelConfig(
+    width=4, projector=HeadConfig(hidden=16, out=8), predictor=PredictorConfig(hidden=12, out=8)
+)
 
 
 def test_parameter_names() -> None:
@@ -17,7 +19,9 @@ def test_parameter_names() -> None:
     assert names[:3] == ["encoder.conv1.weight", "encoder.bn1.weight", "encoder.bn1.bias"]
     assert names[-12::6] == ["projector.linear1.weight", "predictor.linear1.weight"]
     target = Target(TINY)
-    assert [n for n, _ in target.named_parameters()] == [n for n in names if not n.startswith("predictor.")]
+    assert [n for n, _ in target.named_parameters()] == [
+        n for n in names if not n.startswith("predictor.")
+    ]
     assert not any(p.requires_grad for p in target.parameters())
 
 
@@ -46,7 +50,9 @@ def test_each_view_has_its_own_statistics_in_every_norm() -> None:
 
 def test_predictor_must_map_onto_projections() -> None:
     config = TINY.model_copy(update={"predictor": PredictorConfig(hidden=12, out=9)})
-    with pytest.raises(UsageError, match=r"model.predictor.out: 9 differs from model.projector.out = 8"):
+    with pytest.raises(
+        UsageError, match=r"model.predictor.out: 9 differs from model.projector.out = 8"
+    ):
         Online(config)
 
 

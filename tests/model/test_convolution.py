@@ -1,4 +1,6 @@
-"""Products by pixel against torch's convolution in float64, for every shape and stride that they can meet."""
+"""Products by pixel against torch's convolution in float64, for every shape and stride that they
+can meet.
+"""
 
 from __future__ import annotations
 
@@ -24,14 +26,22 @@ def test_equals_the_convolution_forward_and_backward(
     sides: tuple[int, int], stride: int, channels: tuple[int, int], samples: int, seed: int
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(samples, channels[0], *sides, generator=generator, dtype=torch.float64, requires_grad=True)
-    w = torch.randn(channels[1], channels[0], 3, 3, generator=generator, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(
+        samples, channels[0], *sides, generator=generator, dtype=torch.float64, requires_grad=True
+    )
+    w = torch.randn(
+        channels[1], channels[0], 3, 3, generator=generator, dtype=torch.float64, requires_grad=True
+    )
     ours, theirs = convolve_by_pixel(x, w, stride), F.conv2d(x, w, None, stride, 1)
     gradient = torch.randn(theirs.shape, generator=generator, dtype=torch.float64)
     # float64 sums of at most 45 products of order one.
     close = {"rtol": 1e-12, "atol": 1e-12}
     torch.testing.assert_close(ours, theirs, **close)
-    for a, b in zip(torch.autograd.grad(ours, (x, w), gradient), torch.autograd.grad(theirs, (x, w), gradient), strict=True):
+    for a, b in zip(
+        torch.autograd.grad(ours, (x, w), gradient),
+        torch.autograd.grad(theirs, (x, w), gradient),
+        strict=True,
+    ):
         torch.testing.assert_close(a, b, **close)
 
 
@@ -58,8 +68,18 @@ def test_a_strided_1x1_kernel_of_few_channels(channels: int, side: int) -> None:
 @pytest.mark.parametrize(("side", "stride"), [(3, 1), (6, 2), (2, 1), (1, 1), (2, 2), (4, 2)])
 def test_rounds_no_more_than_the_convolution(dtype: torch.dtype, side: int, stride: int) -> None:
     torch.manual_seed(0)
-    x = torch.randn(16, 64, side, side).to(dtype).to(memory_format=torch.channels_last).requires_grad_()
-    w = (torch.randn(48, 64, 3, 3) / 24).to(dtype).to(memory_format=torch.channels_last).requires_grad_()
+    x = (
+        torch.randn(16, 64, side, side)
+        .to(dtype)
+        .to(memory_format=torch.channels_last)
+        .requires_grad_()
+    )
+    w = (
+        (torch.randn(48, 64, 3, 3) / 24)
+        .to(dtype)
+        .to(memory_format=torch.channels_last)
+        .requires_grad_()
+    )
     exact_x, exact_w = (tensor.detach().double().requires_grad_() for tensor in (x, w))
     exact = F.conv2d(exact_x, exact_w, None, stride, 1)
     gradient = torch.randn_like(exact)
@@ -67,12 +87,18 @@ def test_rounds_no_more_than_the_convolution(dtype: torch.dtype, side: int, stri
 
     def worst(out: torch.Tensor) -> list[float]:
         got = (out, *torch.autograd.grad(out, (x, w), gradient.to(dtype)))
-        return [((a.double() - b).abs().max() / b.abs().max()).item() for a, b in zip(got, truth, strict=True)]
+        return [
+            ((a.double() - b).abs().max() / b.abs().max()).item()
+            for a, b in zip(got, truth, strict=True)
+        ]
 
     theirs = worst(F.conv2d(x, w, None, stride, 1))
     # Each rounds its sum once; the floor is for cases in which the library happens to be exact.
     floor = 4 * torch.finfo(dtype).eps
-    assert all(a <= 2 * b + floor for a, b in zip(worst(convolve_by_pixel(x, w, stride)), theirs, strict=True))
+    assert all(
+        a <= 2 * b + floor
+        for a, b in zip(worst(convolve_by_pixel(x, w, stride)), theirs, strict=True)
+    )
 
 
 def test_is_channels_last_and_twice_the_same() -> None:
@@ -99,7 +125,10 @@ def test_is_channels_last_and_twice_the_same() -> None:
 def test_is_chosen_where_it_was_measured_to_pay(
     side: int, stride: int, kernel: int, dtype: torch.dtype, expected: bool
 ) -> None:
-    x, w = torch.zeros(1, 4, side, side, dtype=dtype), torch.zeros(4, 4, kernel, kernel, dtype=dtype)
+    x, w = (
+        torch.zeros(1, 4, side, side, dtype=dtype),
+        torch.zeros(4, 4, kernel, kernel, dtype=dtype),
+    )
     assert pays(x, w, stride, kernel // 2) is expected
 
 
@@ -117,4 +146,6 @@ def test_a_relu_may_overwrite_the_result() -> None:
     assert results[0].is_contiguous(memory_format=torch.channels_last)
     ours, theirs = (torch.autograd.grad(y.square().sum(), (x, w)) for y in results)
     for a, b in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)  # fp32 sums of at most 27 products of order one
+        torch.testing.assert_close(
+            a, b, rtol=1e-4, atol=1e-5
+        )  # fp32 sums of at most 27 products of order one

@@ -22,7 +22,12 @@ THEIRS = {
 @pytest.mark.parametrize("ws", [False, True])
 def test_equals_torchs_layers(norm: str, ws: bool) -> None:
     torch.manual_seed(0)
-    head = Head(HeadConfig.model_validate({"norm": norm, "hidden": 24, "out": 6, "ws": ws}), 10, groups=32, num_views=1)
+    head = Head(
+        HeadConfig.model_validate({"norm": norm, "hidden": 24, "out": 6, "ws": ws}),
+        10,
+        groups=32,
+        num_views=1,
+    )
     first, last = nn.Linear(10, 24), nn.Linear(24, 6)
     first.load_state_dict(head.linear1.state_dict())
     last.load_state_dict(head.linear2.state_dict())

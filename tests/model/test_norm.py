@@ -12,7 +12,13 @@ from fastbyol.model.norm import BatchNorm, BatchRenorm, GroupNorm, make_norm, nu
 
 
 def activations(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
-    x = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype) * 3 + 1
+    x = (
+        torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(
+            dtype
+        )
+        * 3
+        + 1
+    )
     return x.contiguous(memory_format=torch.channels_last) if len(shape) == 4 else x
 
 
@@ -25,7 +31,9 @@ def set_affine(layer: nn.Module, seed: int = 7) -> None:
 
 @pytest.mark.parametrize("shape", [(12, 16, 8, 8), (12, 5, 3, 3), (12, 24), (12, 4, 1, 1)], ids=str)
 @pytest.mark.parametrize("num_views", [1, 2, 3])
-def test_the_reference_is_bit_for_bit_separate_passes_of_torch(shape: tuple[int, ...], num_views: int) -> None:
+def test_the_reference_is_bit_for_bit_separate_passes_of_torch(
+    shape: tuple[int, ...], num_views: int
+) -> None:
     ours = BatchNorm(shape[1], num_views)
     ours.kernels = "reference"
     theirs = nn.BatchNorm2d(shape[1]) if len(shape) == 4 else nn.BatchNorm1d(shape[1])
@@ -33,7 +41,10 @@ def test_the_reference_is_bit_for_bit_separate_passes_of_torch(shape: tuple[int,
     theirs.load_state_dict(ours.state_dict())
     for step in range(3):
         x, grad = activations(*shape, seed=step), activations(*shape, seed=100 + step)
-        whole, parts = x.clone().requires_grad_(), [c.clone().requires_grad_() for c in x.chunk(num_views)]
+        whole, parts = (
+            x.clone().requires_grad_(),
+            [c.clone().requires_grad_() for c in x.chunk(num_views)],
+        )
         y = ours(whole)
         y.backward(grad)
         z = [theirs(part) for part in parts]
@@ -43,7 +54,9 @@ def test_the_reference_is_bit_for_bit_separate_passes_of_torch(shape: tuple[int,
         assert whole.grad is not None
         assert torch.equal(whole.grad, torch.cat([p.grad for p in parts if p.grad is not None]))
         assert y.stride() == x.stride()
-        for (name, a), b in zip(ours.state_dict().items(), theirs.state_dict().values(), strict=True):
+        for (name, a), b in zip(
+            ours.state_dict().items(), theirs.state_dict().values(), strict=True
+        ):
             assert torch.equal(a, b), name
     for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
         # Sums of up to nine terms in another order.
@@ -79,7 +92,9 @@ def test_batch_norm_in_bf16_keeps_fp32_statistics() -> None:
     mean = torch.stack([c.double().mean((0, 2, 3)) for c in x.detach().chunk(2)])
     assert y.dtype == torch.bfloat16
     # Two updates with momentum .1 from 0, in fp32: bf16 would hold 200 to the nearest 1.
-    torch.testing.assert_close(layer.running_mean.double(), 0.09 * mean[0] + 0.1 * mean[1], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        layer.running_mean.double(), 0.09 * mean[0] + 0.1 * mean[1], rtol=1e-5, atol=1e-5
+    )
     assert layer.weight.grad is not None
     assert layer.weight.grad.dtype == torch.float32
 
@@ -90,7 +105,9 @@ def test_compiled_batch_norm_takes_the_same_values() -> None:
     x = activations(8, 4, 3, 3)
     run = torch.compile(compiled, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(run(x), eager(x), rtol=1e-6, atol=1e-6)
-    for (name, a), b in zip(compiled.state_dict().items(), eager.state_dict().values(), strict=True):
+    for (name, a), b in zip(
+        compiled.state_dict().items(), eager.state_dict().values(), strict=True
+    ):
         assert torch.equal(a, b), name
 
 
@@ -101,7 +118,9 @@ def test_odd_batches_are_refused() -> None:
         BatchRenorm(4, 2)(activations(7, 4))
 
 
-def renorm_by_hand(x: Tensor, state: dict[str, Tensor], weight: Tensor, bias: Tensor, k: int) -> Tensor:
+def renorm_by_hand(
+    x: Tensor, state: dict[str, Tensor], weight: Tensor, bias: Tensor, k: int
+) -> Tensor:
     """Apply Ioffe's algorithm 1 with the post's constants to one chunk; changes ``state``."""
     mean = x.sum(0) / len(x)
     std = ((x - mean).square().sum(0) / len(x)).sqrt() + 1e-3
@@ -122,16 +141,34 @@ def test_batch_renorm_follows_the_paper(k: int) -> None:
     layer.running_mean.uniform_(-0.5, 0.5)
     layer.running_std.uniform_(0.5, 4.0)
     state = {"mean": layer.running_mean.clone(), "std": layer.running_std.clone()}
-    x, grad = activations(10, 6, dtype=torch.float64).requires_grad_(), activations(10, 6, dtype=torch.float64, seed=3)
+    x, grad = (
+        activations(10, 6, dtype=torch.float64).requires_grad_(),
+        activations(10, 6, dtype=torch.float64, seed=3),
+    )
     y = layer(x)
     (got,) = torch.autograd.grad(y, x, grad)
-    z = torch.cat([renorm_by_hand(c, state, layer.weight, layer.bias, k + v) for v, c in enumerate(x.chunk(2))])
+    z = torch.cat(
+        [
+            renorm_by_hand(c, state, layer.weight, layer.bias, k + v)
+            for v, c in enumerate(x.chunk(2))
+        ]
+    )
     (expected,) = torch.autograd.grad(z, x, grad)
-    for a, b in ((y, z), (got, expected), (layer.running_mean, state["mean"]), (layer.running_std, state["std"])):
+    for a, b in (
+        (y, z),
+        (got, expected),
+        (layer.running_mean, state["mean"]),
+        (layer.running_std, state["std"]),
+    ):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
     assert int(layer.num_batches_tracked) == k + 2
     eval_y = layer.eval()(x)
-    torch.testing.assert_close(eval_y, (x - state["mean"]) / state["std"] * layer.weight + layer.bias, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        eval_y,
+        (x - state["mean"]) / state["std"] * layer.weight + layer.bias,
+        rtol=1e-12,
+        atol=1e-12,
+    )
 
 
 def test_layer_norm_is_one_group() -> None:
@@ -153,7 +190,9 @@ def test_groups_divide_the_channels(channels: int, most: int) -> None:
     assert channels == 1 or channels // groups >= 2
 
 
-@pytest.mark.parametrize(("channels", "groups"), [(64, 32), (512, 32), (16, 8), (48, 24), (4, 2), (1, 1), (7, 1)])
+@pytest.mark.parametrize(
+    ("channels", "groups"), [(64, 32), (512, 32), (16, 8), (48, 24), (4, 2), (1, 1), (7, 1)]
+)
 def test_group_counts(channels: int, groups: int) -> None:
     layer = make_norm("gn", channels, groups=32, num_views=2)
     assert isinstance(layer, GroupNorm)

@@ -44,7 +44,9 @@ def twins(config: ModelConfig) -> tuple[nn.Module, Encoder]:
         with torch.no_grad():
             for name, tensor in net.state_dict().items():
                 if tensor.ndim == 1:
-                    tensor.uniform_(0.5, 1.5) if "var" in name or "weight" in name else tensor.normal_()
+                    tensor.uniform_(
+                        0.5, 1.5
+                    ) if "var" in name or "weight" in name else tensor.normal_()
     return net.eval(), ordinary(net, config)
 
 
@@ -56,11 +58,15 @@ def kind(request: pytest.FixtureRequest) -> tuple[str, bool, str]:
 def test_it_computes_what_the_engines_does(kind: tuple[str, bool, str]) -> None:
     for width, side in ((4, 40), (16, 25)):
         net, twin = twins(config_of(kind, width))
-        assert {k: v.shape for k, v in net.state_dict().items()} == {k: v.shape for k, v in twin.state_dict().items()}
+        assert {k: v.shape for k, v in net.state_dict().items()} == {
+            k: v.shape for k, v in twin.state_dict().items()
+        }
         for count in (1, 5):
             x = images(count, side)
             wanted = copy.deepcopy(net).double()(x.double())
-            assert (twin(x).double() - wanted).norm() <= 1e-4 * wanted.norm()  # fp32 through twenty layers
+            assert (
+                twin(x).double() - wanted
+            ).norm() <= 1e-4 * wanted.norm()  # fp32 through twenty layers
             close(copy.deepcopy(twin).double()(x.double()), wanted, rtol=1e-9, atol=1e-9)
 
 
@@ -77,11 +83,16 @@ def test_with_batch_norm_it_is_torchvisions_resnet18(train: bool) -> None:
     assert torch.equal(y, wanted)
     y.square().sum().backward()
     wanted.square().sum().backward()
-    assert all(torch.equal(p.grad, q.grad) for p, q in zip(twin.parameters(), theirs.parameters(), strict=True))
+    assert all(
+        torch.equal(p.grad, q.grad)
+        for p, q in zip(twin.parameters(), theirs.parameters(), strict=True)
+    )
     assert all(torch.equal(a, b) for a, b in zip(twin.buffers(), theirs.buffers(), strict=True))
 
 
-def test_it_is_made_of_plain_tensors_of_its_own_and_draws_nothing(kind: tuple[str, bool, str]) -> None:
+def test_it_is_made_of_plain_tensors_of_its_own_and_draws_nothing(
+    kind: tuple[str, bool, str],
+) -> None:
     before = torch.get_rng_state()
     net, twin = twins(config_of(kind))
     assert torch.equal(torch.get_rng_state(), before)
@@ -118,7 +129,9 @@ def _reloaded(net: Encoder, x: Tensor) -> Tensor:
 
 def _exported(net: nn.Module, x: Tensor) -> Tensor:
     batch = torch.export.Dim("batch", min=2, max=64)
-    return torch.export.export(net, (torch.cat((x, x)),), dynamic_shapes=((({0: batch}),))).module()(x)
+    return torch.export.export(
+        net, (torch.cat((x, x)),), dynamic_shapes=((({0: batch}),))
+    ).module()(x)
 
 
 def _together(net: nn.Module, x: Tensor) -> Tensor:
@@ -149,14 +162,23 @@ USES: dict[str, Callable[[Encoder, Tensor], Tensor]] = {
 # Each norm, each stem, and with and without standardized weights.
 @pytest.mark.parametrize(
     "kind",
-    [("bn", False, "torchvision"), ("gn", True, "small"), ("ln", True, "torchvision"), ("none", False, "small")],
+    [
+        ("bn", False, "torchvision"),
+        ("gn", True, "small"),
+        ("ln", True, "torchvision"),
+        ("none", False, "small"),
+    ],
     ids=str,
 )
 @pytest.mark.parametrize("use", USES)
 def test_uses(use: str, kind: tuple[str, bool, str]) -> None:
     twin, x = twins(config_of(kind, width=2))[1], images(4, 24)
     with warnings.catch_warnings():
-        for category in (DeprecationWarning, FutureWarning, torch.jit.TracerWarning):  # of torch.jit as a whole
+        for category in (
+            DeprecationWarning,
+            FutureWarning,
+            torch.jit.TracerWarning,
+        ):  # of torch.jit as a whole
             warnings.simplefilter("ignore", category)
         wanted = twin(x)
         assert (USES[use](twin, x) - wanted).norm() <= 1e-4 * wanted.norm()

@@ -33,7 +33,9 @@ def test_same_weights_same_embeddings_as_torchvision() -> None:
     # fp32 through 20 layers in another memory format: relative 1e-5 of embeddings of size 1.
     torch.testing.assert_close(ours(x), theirs(x), rtol=1e-4, atol=2e-5)
     for (name, a), b in zip(ours.state_dict().items(), theirs.state_dict().values(), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
+        torch.testing.assert_close(
+            a, b, rtol=1e-4, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}"
+        )
     torch.testing.assert_close(ours.eval()(x), theirs.eval()(x), rtol=1e-4, atol=2e-5)
 
 
@@ -46,7 +48,9 @@ def test_gradients_equal_torchvisions() -> None:
     for net in (ours, theirs):
         (net(x) * direction).sum().backward()
     for (name, a), b in zip(ours.named_parameters(), theirs.parameters(), strict=True):
-        torch.testing.assert_close(a.grad, b.grad, rtol=1e-8, atol=1e-10, msg=lambda m, name=name: f"{name}: {m}")
+        torch.testing.assert_close(
+            a.grad, b.grad, rtol=1e-8, atol=1e-10, msg=lambda m, name=name: f"{name}: {m}"
+        )
 
 
 @pytest.mark.parametrize("norm", ["bn", "gn", "ln", "none"])
@@ -72,7 +76,10 @@ def test_initialisation_has_torchvisions_distribution() -> None:
             fan_out = module.out_channels * module.kernel_size[0] * module.kernel_size[1]
             expected = (2 / fan_out) ** 0.5
             # Four standard errors of a sample standard deviation.
-            assert abs(module.weight.std().item() / expected - 1) < 4 / (2 * module.weight.numel()) ** 0.5
+            assert (
+                abs(module.weight.std().item() / expected - 1)
+                < 4 / (2 * module.weight.numel()) ** 0.5
+            )
 
 
 @pytest.mark.parametrize("norm", ["bn", "gn", "ln", "none"])
@@ -100,8 +107,12 @@ def test_weight_standardization_covers_every_convolution() -> None:
     torch.manual_seed(1)
     config = ModelConfig(width=8, ws=True, norm="gn")
     ours, plain = build_encoder(config), build_encoder(config.model_copy(update={"ws": False}))
-    plain.load_state_dict({k: standardized(v) if v.ndim == 4 else v for k, v in ours.state_dict().items()})
-    x = images(2, 64)  # at 32 the last groups would hold two numbers, whose group norm is nearly a sign
+    plain.load_state_dict(
+        {k: standardized(v) if v.ndim == 4 else v for k, v in ours.state_dict().items()}
+    )
+    x = images(
+        2, 64
+    )  # at 32 the last groups would hold two numbers, whose group norm is nearly a sign
     torch.testing.assert_close(ours(x), plain(x), rtol=1e-4, atol=1e-5)
 
 
@@ -113,7 +124,9 @@ def test_layer_norm_normalises_over_channels_and_pixels() -> None:
     assert all(layer.num_groups == 1 for layer in layers)
     x = images(2, 16).contiguous(memory_format=torch.channels_last)
     y = net.bn1(net.conv1(x))
-    torch.testing.assert_close(y, nn.functional.layer_norm(net.conv1(x), y.shape[1:]), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        y, nn.functional.layer_norm(net.conv1(x), y.shape[1:]), rtol=1e-4, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize(("stem", "side"), [("torchvision", 8), ("small", 32)])

@@ -14,7 +14,9 @@ from fastbyol.optim.arena import Arena, Segment, padded, plan
 from fastbyol.optim.lars import Treatment
 
 PLAIN = Treatment(adapt=False, decay=True, lr_mult=1.0)
-SHAPES = st.lists(st.lists(st.integers(1, 9), min_size=0, max_size=4).map(tuple), min_size=1, max_size=12)
+SHAPES = st.lists(
+    st.lists(st.integers(1, 9), min_size=0, max_size=4).map(tuple), min_size=1, max_size=12
+)
 
 
 @given(SHAPES, st.sampled_from([4, 8]), st.data())
@@ -22,7 +24,9 @@ def test_segments_are_aligned_disjoint_and_in_order(
     shapes: list[tuple[int, ...]], element_bytes: int, data: st.DataObject
 ) -> None:
     num_target = data.draw(st.integers(1, len(shapes)))
-    segments = plan({f"p{i}": s for i, s in enumerate(shapes)}, [PLAIN] * len(shapes), num_target, element_bytes)
+    segments = plan(
+        {f"p{i}": s for i, s in enumerate(shapes)}, [PLAIN] * len(shapes), num_target, element_bytes
+    )
     end = 0
     for index, (segment, shape) in enumerate(zip(segments, shapes, strict=True)):
         assert segment.name == f"p{index}"
@@ -82,18 +86,24 @@ def test_parameters_keep_their_values_and_become_views() -> None:
     assert all((p == 4.0).all() for p in target.parameters())
     assert online.conv.weight.is_contiguous(memory_format=torch.channels_last)
     assert len(arena.target) < len(arena.online)
-    assert not any(b.requires_grad for b in (arena.online, arena.gradient, arena.momentum, arena.target))
+    assert not any(
+        b.requires_grad for b in (arena.online, arena.gradient, arena.momentum, arena.target)
+    )
 
 
 def test_backward_adds_into_the_gradient_buffer() -> None:
     online, _, arena, _ = adopt()
     grads = [p.grad for p in online.parameters()]
     x = torch.randn(2, 3, 6, 6)
-    expected = torch.autograd.grad(online.norm(online.conv(x)).square().sum(), (online.conv.weight, online.norm.weight))
+    expected = torch.autograd.grad(
+        online.norm(online.conv(x)).square().sum(), (online.conv.weight, online.norm.weight)
+    )
     for times in (1.0, 2.0):
         online.norm(online.conv(x)).square().sum().backward()
         for name, g in zip(("conv.weight", "norm.weight"), expected, strict=True):
-            torch.testing.assert_close(arena.named(arena.gradient)[name], times * g, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(
+                arena.named(arena.gradient)[name], times * g, rtol=1e-5, atol=1e-5
+            )
     assert all(a is b for a, b in zip(grads, (p.grad for p in online.parameters()), strict=True))
 
 

@@ -9,7 +9,12 @@ from fastbyol.errors import UsageError
 from fastbyol.model.byol import Online
 from fastbyol.optim.lars import Treatment, matches, rate_ceiling, rule_of, treatments
 
-NORMED = ModelConfig(width=4, norm="bn", projector=HeadConfig(hidden=8, out=4), predictor=PredictorConfig(hidden=8, out=4))
+NORMED = ModelConfig(
+    width=4,
+    norm="bn",
+    projector=HeadConfig(hidden=8, out=4),
+    predictor=PredictorConfig(hidden=8, out=4),
+)
 SHAPES = {name: tuple(p.shape) for name, p in Online(NORMED).named_parameters()}
 
 
@@ -58,7 +63,9 @@ def test_nothing_adapts_under_sgd() -> None:
 
 def test_biases_and_norms_are_what_has_one_dimension() -> None:
     kept = adapting(lars_exclude="bias_and_norm")
-    assert {n for n in SHAPES if "norm" in n or "bn" in n or n.endswith("bias") or "downsample.1" in n} == SHAPES.keys() - kept
+    assert {
+        n for n in SHAPES if "norm" in n or "bn" in n or n.endswith("bias") or "downsample.1" in n
+    } == SHAPES.keys() - kept
 
 
 def test_the_posts_filter_misses_some_norms() -> None:
@@ -79,7 +86,9 @@ def test_the_two_exclusions_are_independent() -> None:
 
 
 def test_factors_of_all_matches_multiply() -> None:
-    rows = treated(lr_mult=[("encoder.layer1", 3.0), ("*.bn1.*", 0.5), ("encoder.conv1.weight", 0.0)])
+    rows = treated(
+        lr_mult=[("encoder.layer1", 3.0), ("*.bn1.*", 0.5), ("encoder.conv1.weight", 0.0)]
+    )
     assert rows["encoder.layer1.0.bn1.bias"].lr_mult == 1.5
     assert rows["encoder.bn1.bias"].lr_mult == 0.5
     assert rows["encoder.conv1.weight"].lr_mult == 0.0
@@ -89,10 +98,19 @@ def test_factors_of_all_matches_multiply() -> None:
 @pytest.mark.parametrize(
     ("optim", "message"),
     [
-        ({"lars_on": ["encoder.layr1"]}, r"optim.lars_on: 'encoder.layr1' matches no parameter; nearest: encoder.layer\d"),
-        ({"lars_on": ["*", "projektor"]}, "optim.lars_on: 'projektor' matches no parameter; nearest: projector"),
+        (
+            {"lars_on": ["encoder.layr1"]},
+            r"optim.lars_on: 'encoder.layr1' matches no parameter; nearest: encoder.layer\d",
+        ),
+        (
+            {"lars_on": ["*", "projektor"]},
+            "optim.lars_on: 'projektor' matches no parameter; nearest: projector",
+        ),
         ({"lars_on": ["%%%%%%%%"]}, "optim.lars_on: '%%%%%%%%' matches no parameter$"),
-        ({"lr_mult": [("encoder.layer5", 2.0)]}, r"optim.lr_mult: 'encoder.layer5' matches no parameter; nearest: encoder"),
+        (
+            {"lr_mult": [("encoder.layer5", 2.0)]},
+            r"optim.lr_mult: 'encoder.layer5' matches no parameter; nearest: encoder",
+        ),
         ({"name": "sgd", "lars_on": ["head"]}, "optim.lars_on: 'head' matches no parameter"),
     ],
 )
@@ -120,5 +138,9 @@ class TestRateCeiling:
             ({"dialect": "deepmind", "rate_cap": 5.0}, 5.0),
         ],
     )
-    def test_where_there_is_none_and_where_a_cap_is_lower(self, change: dict[str, object], expected: float | None) -> None:
-        assert rate_ceiling(self.LARS.model_copy(update=change)) == (expected and pytest.approx(expected))
+    def test_where_there_is_none_and_where_a_cap_is_lower(
+        self, change: dict[str, object], expected: float | None
+    ) -> None:
+        assert rate_ceiling(self.LARS.model_copy(update=change)) == (
+            expected and pytest.approx(expected)
+        )

@@ -48,7 +48,9 @@ def test_a_cap_that_is_never_reached_is_lars() -> None:
         measured = step(plain, table(), lr)
         rates.set(capped[0], capped[1], lr, count)
         # The same products in another order: a few units in the last place.
-        torch.testing.assert_close(step(capped, rates.table, rates.lr)[:, 3], measured[:, 3], rtol=1e-14, atol=0)
+        torch.testing.assert_close(
+            step(capped, rates.table, rates.lr)[:, 3], measured[:, 3], rtol=1e-14, atol=0
+        )
     torch.testing.assert_close(capped, plain, rtol=1e-13, atol=1e-15)
 
 
@@ -57,7 +59,9 @@ def test_a_cap_holds_what_exceeds_it_and_nothing_else() -> None:
     free = step(buffers(0), table(), lr)[:, 3]
     rates = override(rate_cap=float(free.sort().values[1]) * 0.5)
     rates.set(first[0], first[1], lr, torch.tensor(0))
-    torch.testing.assert_close(step(first, rates.table, rates.lr)[:, 3], free.clamp(max=rates.cap), rtol=1e-14, atol=0)
+    torch.testing.assert_close(
+        step(first, rates.table, rates.lr)[:, 3], free.clamp(max=rates.cap), rtol=1e-14, atol=0
+    )
     assert int((free > rates.cap).sum()) == 2
 
 
@@ -79,7 +83,10 @@ def test_a_replay_is_momentum_sgd_at_the_recorded_rates() -> None:
 
 def test_no_override_is_none_and_sgd_is_refused() -> None:
     assert RateOverride.of(OptimConfig(name="lars"), table()) is None
-    for optim in (OptimConfig(name="sgd", rate_cap=1.0), OptimConfig(name="lars", dialect="deepmind", replay_rates="run")):
+    for optim in (
+        OptimConfig(name="sgd", rate_cap=1.0),
+        OptimConfig(name="lars", dialect="deepmind", replay_rates="run"),
+    ):
         with pytest.raises(UsageError, match="LARS in the dialect blog only"):
             RateOverride.of(optim, table())
 
@@ -93,7 +100,9 @@ def test_no_override_is_none_and_sgd_is_refused() -> None:
         (range(3), ("a", "b"), "recorded 3 steps and this run has 4"),
     ],
 )
-def test_rates_that_do_not_fit_are_refused(steps: range, names: tuple[str, ...], reason: str) -> None:
+def test_rates_that_do_not_fit_are_refused(
+    steps: range, names: tuple[str, ...], reason: str
+) -> None:
     check_recorded(Path("run"), range(4), ("a", "b"), own_names=("a", "b"), total_steps=4)
     with pytest.raises(UsageError, match=reason):
         check_recorded(Path("run"), steps, names, own_names=("a", "b"), total_steps=4)

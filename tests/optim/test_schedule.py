@@ -1,4 +1,6 @@
-"""The tables of lr and tau against torch's scheduler, the original codes' formulas, and their properties."""
+"""The tables of lr and tau against torch's scheduler, the original codes' formulas, and their
+properties.
+"""
 
 from __future__ import annotations
 
@@ -16,12 +18,16 @@ from fastbyol.optim.schedule import at, lr_table, tau_table
 
 def test_lr_per_epoch_is_torchs_cosine() -> None:
     epochs, steps = 32, 5
-    table = lr_table(ScheduleConfig(lr_unit="epoch"), 0.8, horizon_epochs=epochs, steps_per_epoch=steps)
+    table = lr_table(
+        ScheduleConfig(lr_unit="epoch"), 0.8, horizon_epochs=epochs, steps_per_epoch=steps
+    )
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.8)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
     for epoch in range(epochs):
         # torch's is a recursion: it gathers rounding.
-        assert table[epoch * steps : (epoch + 1) * steps].tolist() == pytest.approx([optimizer.param_groups[0]["lr"]] * steps)
+        assert table[epoch * steps : (epoch + 1) * steps].tolist() == pytest.approx(
+            [optimizer.param_groups[0]["lr"]] * steps
+        )
         optimizer.step()
         scheduler.step()
     assert len(table) == epochs * steps + 1
@@ -37,21 +43,31 @@ def deepmind_lr(step: int, base: float, total: int, warmup: int) -> float:
 
 
 @given(st.integers(2, 40), st.integers(1, 30), st.floats(0.0, 1.5))
-def test_lr_per_step_with_warm_up_is_deepminds(epochs: int, steps: int, warmup_epochs: float) -> None:
+def test_lr_per_step_with_warm_up_is_deepminds(
+    epochs: int, steps: int, warmup_epochs: float
+) -> None:
     config = ScheduleConfig(lr_unit="step", warmup_epochs=warmup_epochs)
     table = lr_table(config, 0.2, horizon_epochs=epochs, steps_per_epoch=steps)
     warmup = int(warmup_epochs * steps)
-    expected = [deepmind_lr(step, 0.2, epochs * steps, warmup) for step in range(epochs * steps + 1)]
+    expected = [
+        deepmind_lr(step, 0.2, epochs * steps, warmup) for step in range(epochs * steps + 1)
+    ]
     assert table.tolist() == pytest.approx(expected, rel=1e-12, abs=1e-15)
 
 
 @pytest.mark.parametrize("unit", ["step", "epoch"])
 def test_tau_rises_as_published(unit: str) -> None:
     epochs, steps = 320, 4
-    table = tau_table(ScheduleConfig.model_validate({"tau_unit": unit}), horizon_epochs=epochs, steps_per_epoch=steps)
+    table = tau_table(
+        ScheduleConfig.model_validate({"tau_unit": unit}),
+        horizon_epochs=epochs,
+        steps_per_epoch=steps,
+    )
     for step in (0, 1, 5, 639, 640, 1279, 1280):
         k, K = (step, epochs * steps) if unit == "step" else (step // steps, epochs)
-        assert table[step].item() == pytest.approx(1 - (1 - 0.996) * (math.cos(math.pi * k / K) + 1) / 2, rel=1e-15)
+        assert table[step].item() == pytest.approx(
+            1 - (1 - 0.996) * (math.cos(math.pi * k / K) + 1) / 2, rel=1e-15
+        )
     assert table[0] == 0.996
     assert table[-1] == 1.0
     assert (table.diff() >= 0).all()
@@ -62,7 +78,9 @@ SHAPES = st.sampled_from(["cosine", "constant"])
 
 
 @given(UNITS, SHAPES, st.integers(1, 60), st.integers(1, 20), st.floats(0.0, 1.0))
-def test_tau_never_falls_nor_leaves_its_range(unit: str, shape: str, epochs: int, steps: int, tau: float) -> None:
+def test_tau_never_falls_nor_leaves_its_range(
+    unit: str, shape: str, epochs: int, steps: int, tau: float
+) -> None:
     config = ScheduleConfig.model_validate({"tau_unit": unit, "tau_schedule": shape, "tau": tau})
     table = tau_table(config, horizon_epochs=epochs, steps_per_epoch=steps)
     assert len(table) == epochs * steps + 1
@@ -74,11 +92,20 @@ def test_tau_never_falls_nor_leaves_its_range(unit: str, shape: str, epochs: int
         assert (table[:-1].view(epochs, steps) == table[:-1:steps, None]).all()
 
 
-@given(UNITS, SHAPES, st.integers(1, 40), st.integers(1, 20), st.floats(0.0, 60.0), st.floats(0.0, 100.0))
+@given(
+    UNITS,
+    SHAPES,
+    st.integers(1, 40),
+    st.integers(1, 20),
+    st.floats(0.0, 60.0),
+    st.floats(0.0, 100.0),
+)
 def test_lr_rises_through_the_warm_up_and_falls_from_there(
     unit: str, shape: str, epochs: int, steps: int, warmup_epochs: float, lr: float
 ) -> None:
-    config = ScheduleConfig.model_validate({"lr_unit": unit, "lr": shape, "warmup_epochs": warmup_epochs})
+    config = ScheduleConfig.model_validate(
+        {"lr_unit": unit, "lr": shape, "warmup_epochs": warmup_epochs}
+    )
     table = lr_table(config, lr, horizon_epochs=epochs, steps_per_epoch=steps)
     warmup = int(warmup_epochs * steps)
     assert len(table) == max(epochs * steps, warmup) + 1
@@ -89,7 +116,10 @@ def test_lr_rises_through_the_warm_up_and_falls_from_there(
 
 def test_constants() -> None:
     config = ScheduleConfig(lr="constant", tau_schedule="constant", tau=0.99, warmup_epochs=0.5)
-    assert lr_table(config, 0.3, horizon_epochs=2, steps_per_epoch=4).tolist() == [0.0, 0.15] + [0.3] * 7
+    assert (
+        lr_table(config, 0.3, horizon_epochs=2, steps_per_epoch=4).tolist()
+        == [0.0, 0.15] + [0.3] * 7
+    )
     assert set(tau_table(config, horizon_epochs=2, steps_per_epoch=4).tolist()) == {0.99}
 
 
@@ -116,5 +146,7 @@ def test_reading_beyond_the_end_holds_the_last_value(step: int) -> None:
 
 
 def test_absurd_horizons_are_refused() -> None:
-    with pytest.raises(UsageError, match=r"schedule.horizon_epochs: 1000000 epochs are 410000000 steps"):
+    with pytest.raises(
+        UsageError, match=r"schedule.horizon_epochs: 1000000 epochs are 410000000 steps"
+    ):
         tau_table(ScheduleConfig(), horizon_epochs=1_000_000, steps_per_epoch=410)

@@ -32,7 +32,11 @@ SPACE = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 def raw(tensor: torch.Tensor) -> tuple[Any, ...]:
     """Everything that must survive: NaN payloads and signed zeros too, so bytes and not values."""
-    return tensor.dtype, tuple(tensor.shape), tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    return (
+        tensor.dtype,
+        tuple(tensor.shape),
+        tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes(),
+    )
 
 
 def raws(tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
@@ -42,11 +46,18 @@ def raws(tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
 @st.composite
 def random_tensors(draw: st.DrawFn) -> torch.Tensor:
     """Any bytes at all read as any dtype, in shapes with 0-d and empty ones."""
-    dtype, shape = draw(st.sampled_from(DTYPES)), draw(st_numpy.array_shapes(min_dims=0, max_dims=3, min_side=0, max_side=4))
+    dtype, shape = (
+        draw(st.sampled_from(DTYPES)),
+        draw(st_numpy.array_shapes(min_dims=0, max_dims=3, min_side=0, max_side=4)),
+    )
     count = int(torch.Size(shape).numel())
     data = draw(st.binary(min_size=count * dtype.itemsize, max_size=count * dtype.itemsize))
     data = bytes(byte & 1 for byte in data) if dtype == torch.bool else data
-    flat = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
+    flat = (
+        torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        if data
+        else torch.empty(0, dtype=torch.uint8)
+    )
     return flat.view(dtype).reshape(shape)
 
 
@@ -60,8 +71,16 @@ def small(seed: int = 0) -> dict[str, torch.Tensor]:
 
 
 @SPACE
-@given(tensors=st.dictionaries(st.text(min_size=1).filter(lambda name: name != "__metadata__"), random_tensors(), max_size=4))
-def test_every_bit_of_every_dtype_comes_back(tmp_path: Path, tensors: dict[str, torch.Tensor]) -> None:
+@given(
+    tensors=st.dictionaries(
+        st.text(min_size=1).filter(lambda name: name != "__metadata__"),
+        random_tensors(),
+        max_size=4,
+    )
+)
+def test_every_bit_of_every_dtype_comes_back(
+    tmp_path: Path, tensors: dict[str, torch.Tensor]
+) -> None:
     path = checkpoint.save(tmp_path, 7, tensors, {})
     assert raws(checkpoint.load(path).tensors) == raws(tensors)
 
@@ -81,15 +100,24 @@ def test_views_of_one_arena_and_odd_strides_come_back(tmp_path: Path) -> None:
 
 
 JSON = st.recursive(
-    st.none() | st.booleans() | st.integers(-(2**80), 2**80) | st.floats(allow_nan=False) | st.text(),
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**80), 2**80)
+    | st.floats(allow_nan=False)
+    | st.text(),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
 )
 
 
 @SPACE
-@given(meta=st.dictionaries(st.text().filter(lambda key: key != "nan"), JSON, max_size=4), step=st.integers(0, 2**40))
+@given(
+    meta=st.dictionaries(st.text().filter(lambda key: key != "nan"), JSON, max_size=4),
+    step=st.integers(0, 2**40),
+)
 def test_meta_come_back_with_the_step(tmp_path: Path, meta: dict[str, Any], step: int) -> None:
-    loaded = checkpoint.load(checkpoint.save(tmp_path, step, small(), {**meta, "nan": math.nan})).meta
+    loaded = checkpoint.load(
+        checkpoint.save(tmp_path, step, small(), {**meta, "nan": math.nan})
+    ).meta
     assert math.isnan(loaded.pop("nan"))
     assert loaded == {**meta, "step": step}
 
@@ -97,13 +125,17 @@ def test_meta_come_back_with_the_step(tmp_path: Path, meta: dict[str, Any], step
 def test_the_newest_are_kept_by_number_not_by_name(tmp_path: Path) -> None:
     for step in (8, 9, 10, 100, 11, 12):
         checkpoint.save(tmp_path, step, small(step), {}, keep=3)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [f"ckpt-{step:09d}.safetensors" for step in (10, 11, 12)]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        f"ckpt-{step:09d}.safetensors" for step in (10, 11, 12)
+    ]
     assert checkpoint.load_latest(tmp_path).meta["step"] == 12
     assert checkpoint.newest_step(tmp_path) == 12
 
 
 def test_a_run_that_went_back_does_not_lose_what_it_saves_next(tmp_path: Path) -> None:
-    """The damaged file of a later step is left behind: by number alone it would push out the good one."""
+    """The damaged file of a later step is left behind: by number alone it would push out the good
+    one.
+    """
     checkpoint.save(tmp_path, 4, small(4), {}, keep=2)
     checkpoint.save(tmp_path, 8, small(8), {}, keep=2).write_bytes(b"rubbish")
     assert checkpoint.load_latest(tmp_path).meta["step"] == 4
@@ -113,7 +145,10 @@ def test_a_run_that_went_back_does_not_lose_what_it_saves_next(tmp_path: Path) -
 
 
 def test_no_flipped_bit_and_no_lost_tail_goes_unnoticed(tmp_path: Path) -> None:
-    """Each byte of a small file in turn: what loads is exact, or the file is refused. Nothing else is raised."""
+    """Each byte of a small file in turn: what loads is exact, or the file is refused.
+
+    Nothing else is raised.
+    """
     older = raws(small(1))
     checkpoint.save(tmp_path, 1, small(1), {"accuracy": 0.25})
     newest = checkpoint.save(tmp_path, 2, small(2), {"accuracy": 0.5})
@@ -129,7 +164,10 @@ def test_no_flipped_bit_and_no_lost_tail_goes_unnoticed(tmp_path: Path) -> None:
             assert str(newest) in loaded.warnings[0]
         else:
             harmless += 1
-            assert (loaded.meta, raws(loaded.tensors)) == ({"accuracy": 0.5, "step": 2}, raws(small(2)))
+            assert (loaded.meta, raws(loaded.tensors)) == (
+                {"accuracy": 0.5, "step": 2},
+                raws(small(2)),
+            )
     assert harmless <= 8  # padding of the header
     for length in range(0, len(whole), 7):
         newest.write_bytes(whole[:length])
@@ -137,7 +175,8 @@ def test_no_flipped_bit_and_no_lost_tail_goes_unnoticed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("old", "new", "says"), [(b"0.25", b"0.75", "checksum"), (b"checkpoint-1", b"checkpoint-9", "version")]
+    ("old", "new", "says"),
+    [(b"0.25", b"0.75", "checksum"), (b"checkpoint-1", b"checkpoint-9", "version")],
 )
 def test_changed_metadata_are_refused(tmp_path: Path, old: bytes, new: bytes, says: str) -> None:
     path = checkpoint.save(tmp_path, 1, small(), {"accuracy": 0.25})
@@ -147,10 +186,19 @@ def test_changed_metadata_are_refused(tmp_path: Path, old: bytes, new: bytes, sa
 
 
 def test_what_is_no_checkpoint_is_refused_in_one_line(tmp_path: Path) -> None:
-    foreign, tool, absent = tmp_path / "foreign.safetensors", tmp_path / "tool.pt", tmp_path / "absent"
+    foreign, tool, absent = (
+        tmp_path / "foreign.safetensors",
+        tmp_path / "tool.pt",
+        tmp_path / "absent",
+    )
     safetensors.torch.save_file(small(), foreign)
     torch.save(small(), tool)
-    for path, part in ((foreign, "not a checkpoint"), (tool, "no checkpoint"), (absent, "cannot read"), (tmp_path, "cannot")):
+    for path, part in (
+        (foreign, "not a checkpoint"),
+        (tool, "no checkpoint"),
+        (absent, "cannot read"),
+        (tmp_path, "cannot"),
+    ):
         with pytest.raises(UsageError, match=part) as caught:
             checkpoint.load(path)
         assert len(str(caught.value).splitlines()) == 1
@@ -177,8 +225,12 @@ def test_an_empty_or_absent_folder_is_a_usage_error(tmp_path: Path) -> None:
             checkpoint.load_latest(folder)
 
 
-def test_the_order_on_disk_is_file_then_name_then_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """After a power cut a rename may be there without the content, unless the content was forced out first."""
+def test_the_order_on_disk_is_file_then_name_then_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a power cut a rename may be there without the content, unless the content was forced
+    out first.
+    """
     calls: list[str] = []
     fsync, replace = os.fsync, Path.replace
     kinds = {0o100000: "file", 0o040000: "folder"}
@@ -197,7 +249,9 @@ def test_the_order_on_disk_is_file_then_name_then_folder(tmp_path: Path, monkeyp
     assert calls == ["file", "rename", "folder"]
 
 
-def test_a_full_disk_is_one_line_and_costs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_one_line_and_costs_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     checkpoint.save(tmp_path, 1, small(1), {}, keep=1)
 
     def full(descriptor: int) -> None:
@@ -269,13 +323,21 @@ def test_a_save_killed_at_any_point_leaves_the_old_or_the_new(tmp_path: Path) ->
     assert len(points) == 7
     for name in points:
         loaded = checkpoint.load_latest(tmp_path / name)
-        is_new = name not in ("serialised", "half written", "before the file is synced", "before the rename")
+        is_new = name not in (
+            "serialised",
+            "half written",
+            "before the file is synced",
+            "before the rename",
+        )
         assert loaded.meta["step"] == (4 if is_new else 3), name
         assert loaded.warnings == ()
         assert torch.equal(loaded.tensors["x"], torch.full((1000,), float(loaded.meta["step"])))
         checkpoint.save(tmp_path / name, 5, {}, {}, keep=2)
         survivors = {path.name for path in (tmp_path / name).iterdir()}
-        assert survivors == {"ckpt-000000005.safetensors", f"ckpt-{loaded.meta['step']:09d}.safetensors"}, name
+        assert survivors == {
+            "ckpt-000000005.safetensors",
+            f"ckpt-{loaded.meta['step']:09d}.safetensors",
+        }, name
 
 
 @pytest.mark.parametrize("name", [b"caf\xe9", b"\xff\x1b[31m\n", "b\u00e4d \u65e5".encode()])

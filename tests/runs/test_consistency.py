@@ -28,7 +28,12 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 @pytest.fixture(scope="module")
 def made(files: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("made") / "run"
-    api.train(tiny_config(files, "probe.every_epochs=0", "train.epochs=2", "run.checkpoint_every_steps=2"), run)
+    api.train(
+        tiny_config(
+            files, "probe.every_epochs=0", "train.epochs=2", "run.checkpoint_every_steps=2"
+        ),
+        run,
+    )
     return run
 
 
@@ -46,7 +51,9 @@ def edit(run: Path, old: str, new: str) -> None:
 def test_a_changed_key_is_refused_by_name(run: Path) -> None:
     edit(run, "momentum = 0.9", "momentum = 0.8")
     for work in (api.resume, api.load_encoder):
-        with pytest.raises(UsageError, match=r"optim.momentum is 0.8, the run was made with 0.9.*--init-from") as caught:
+        with pytest.raises(
+            UsageError, match=r"optim.momentum is 0.8, the run was made with 0.9.*--init-from"
+        ) as caught:
             work(run)
         assert len(str(caught.value).splitlines()) == 1
 
@@ -75,7 +82,9 @@ def test_lost_checkpoints_do_not_start_a_run_again(run: Path) -> None:
     assert (run / "metrics.jsonl").read_bytes() == before
 
 
-def test_a_turned_clock_changes_nothing(run: Path, made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_turned_clock_changes_nothing(
+    run: Path, made: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Files dated in reverse order, and a clock that runs backwards."""
     for age, path in enumerate(sorted((run / "checkpoints").iterdir())):
         os.utime(path, (2e9 - age * 1e6,) * 2)
@@ -104,7 +113,9 @@ def test_a_few_bad_steps_are_left_out_counted_and_said(
     summary = api.train(tiny_config(files, "probe.every_epochs=0"), tmp_path / "run")
     assert summary.finished
     rows, events = read_metrics(tmp_path / "run")
-    assert [(event["step"], event["in_a_row"]) for event in events if event["event"] == "skipped"] == [(3, 1), (4, 2), (8, 1)]
+    assert [
+        (event["step"], event["in_a_row"]) for event in events if event["event"] == "skipped"
+    ] == [(3, 1), (4, 2), (8, 1)]
     assert [row["step"] for row in rows if row["grad_norm"] is None] == [2, 3, 7]
     assert [row["skipped"] for row in rows[:8]] == [0.0, 0.0, 1.0, 1.0, 0.0, 0.0, 0.0, 1.0]
     first = next(event for event in events if event["event"] == "epoch")
@@ -119,8 +130,12 @@ def test_too_many_in_a_row_end_the_run_and_name_the_last_good_checkpoint(
     files: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     poisoned(monkeypatch, *range(8, 18))
-    config = tiny_config(files, "train.max_skipped_steps=3", "run.drain_every_steps=1", "probe.every_epochs=0")
-    with pytest.raises(FastbyolError, match=r"4 steps in a row.*--init-from \S*ckpt-000000006.safetensors") as caught:
+    config = tiny_config(
+        files, "train.max_skipped_steps=3", "run.drain_every_steps=1", "probe.every_epochs=0"
+    )
+    with pytest.raises(
+        FastbyolError, match=r"4 steps in a row.*--init-from \S*ckpt-000000006.safetensors"
+    ) as caught:
         api.train(config, tmp_path / "run")
     assert caught.value.exit_code == 1
     with pytest.raises(FastbyolError, match="4 steps in a row"):
@@ -143,7 +158,11 @@ def test_weights_that_are_no_numbers_are_never_saved(
                 states[0].arena.online[5] = float("inf")
 
     monkeypatch.setattr(TrainState, "create", created)
-    config = tiny_config(files, "probe.every_epochs=0", "run.drain_every_steps=1", "run.checkpoint_every_steps=3")
-    with pytest.raises(FastbyolError, match=r"arena.online holds NaN or infinity: not saved.*ckpt-000000006"):
+    config = tiny_config(
+        files, "probe.every_epochs=0", "run.drain_every_steps=1", "run.checkpoint_every_steps=3"
+    )
+    with pytest.raises(
+        FastbyolError, match=r"arena.online holds NaN or infinity: not saved.*ckpt-000000006"
+    ):
         api.train(config, tmp_path / "run", observer=Vandal())
     assert checkpoint.load_latest(tmp_path / "run" / "checkpoints").meta["step"] == 6

@@ -1,4 +1,6 @@
-"""Differences between configurations, against presets edited by hand and against the order and the values of the files."""
+"""Differences between configurations, against presets edited by hand and against the order and the
+values of the files.
+"""
 
 from __future__ import annotations
 
@@ -18,10 +20,16 @@ CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
 
 def test_presets_differ_where_their_files_do() -> None:
-    """Read again by a TOML parser: what both files say, and say otherwise, is told with both values."""
-    found = {row.key: row for row in differences.between(differences.named("blog"), differences.named("paper"))}
+    """Read again by a TOML parser: what both files say, and say otherwise, is told with both
+    values.
+    """
+    found = {
+        row.key: row
+        for row in differences.between(differences.named("blog"), differences.named("paper"))
+    }
     blog, paper = (
-        config_io.flatten_table(tomllib.loads((CONFIGS / f"{name}.toml").read_text("utf-8"))) for name in ("blog", "paper")
+        config_io.flatten_table(tomllib.loads((CONFIGS / f"{name}.toml").read_text("utf-8")))
+        for name in ("blog", "paper")
     )
     said = {key for key in blog.keys() & paper.keys() if blog[key] != paper[key]} - {"preset"}
     said -= {"optim.lr_scaling"}  # applied to optim.lr, which is told
@@ -35,13 +43,23 @@ def test_presets_differ_where_their_files_do() -> None:
 
 @given(
     st.fixed_dictionaries(
-        {}, optional={"optim.momentum": st.sampled_from([0.1, 0.5, 0.9]), "model.norm": st.sampled_from(["bn", "gn", "ln"])}
+        {},
+        optional={
+            "optim.momentum": st.sampled_from([0.1, 0.5, 0.9]),
+            "model.norm": st.sampled_from(["bn", "gn", "ln"]),
+        },
     )
 )
 def test_what_was_set_is_what_differs(settings: dict[str, object]) -> None:
     base = config_io.load(preset="demo")
-    changed = config_io.load(preset="demo", sets=[f"{key}={value}" for key, value in settings.items()])
-    expected = {key: value for key, value in settings.items() if config_io.flatten(base.config)[key] != value}
+    changed = config_io.load(
+        preset="demo", sets=[f"{key}={value}" for key, value in settings.items()]
+    )
+    expected = {
+        key: value
+        for key, value in settings.items()
+        if config_io.flatten(base.config)[key] != value
+    }
     rows = differences.between(base, changed)
     assert {row.key: row.b for row in rows} == expected
     assert all(row.b_origin == "--set" for row in rows)
@@ -52,12 +70,16 @@ def test_what_was_set_is_what_differs(settings: dict[str, object]) -> None:
 def test_a_run_and_a_file_tell_where_their_values_come_from(tmp_path: Path) -> None:
     loaded = config_io.load(preset="demo", sets=["model.norm=gn", "data.test=some.beton"])
     RunFolder.create(tmp_path / "run", loaded.config, loaded.origin).close()
-    (row, other) = differences.between(differences.named("demo"), differences.named(str(tmp_path / "run")))
+    (row, other) = differences.between(
+        differences.named("demo"), differences.named(str(tmp_path / "run"))
+    )
     assert (row.key, row.a, row.b, row.b_origin) == ("data.test", None, "some.beton", "--set")
     assert (differences.text(row.a), differences.text(row.b)) == ("none", '"some.beton"')
     assert (other.key, other.a, other.b) == ("model.norm", "bn", "gn")
     (tmp_path / "mine.toml").write_text('preset = "demo"\n[model]\nnorm = "gn"\n')
-    (row,) = differences.between(differences.named("demo"), differences.named(str(tmp_path / "mine.toml")))
+    (row,) = differences.between(
+        differences.named("demo"), differences.named(str(tmp_path / "mine.toml"))
+    )
     assert row.b_origin.endswith("mine.toml:3")
     rows = differences.against_preset(loaded.config)
     assert [row.key for row in rows] == ["data.test", "model.norm"]

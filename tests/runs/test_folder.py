@@ -40,10 +40,15 @@ def one_line(error: pytest.ExceptionInfo[UsageError]) -> str:
 
 @contextmanager
 def held_by_another_process(path: Path) -> Iterator[None]:
-    code = "import sys; from pathlib import Path; from fastbyol.runs.lock import Lock; held = Lock(Path(sys.argv[1]));"
+    code = (
+        "import sys; from pathlib import Path; from fastbyol.runs.lock import Lock; held = "
+        "Lock(Path(sys.argv[1]));"
+    )
     code += "print('held', flush=True); sys.stdin.read()"
     command = [sys.executable, "-c", code, str(path)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
         assert process.stdin is not None
         assert process.stdout is not None
         assert process.stdout.readline() == "held\n"
@@ -58,7 +63,9 @@ def write_epochs(folder: RunFolder, *epochs: dict[str, Any]) -> None:
             metrics.append_event("epoch", epoch + 1, {"epoch": epoch, **fields})
 
 
-def test_a_new_run_says_what_it_is_and_where_it_was_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_new_run_says_what_it_is_and_where_it_was_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(sys, "argv", ["fastbyol", "train", "--lr", "0.1"])
     loaded = config_io.load(preset="blog", flags={"optim.lr": ("--lr", 0.1)})
     with RunFolder.create(tmp_path / "a" / "run", loaded.config, loaded.origin) as folder:
@@ -69,14 +76,31 @@ def test_a_new_run_says_what_it_is_and_where_it_was_made(tmp_path: Path, monkeyp
         assert folder.env["torch"] == torch.__version__
         assert folder.env["threads"] == torch.get_num_threads()
         assert folder.env["cores"] >= 1
-        assert {"fastbyol", "python", "triton", "numpy", "ffcv", "cpu", "gpus", "platform", "started"} <= folder.env.keys()
+        assert {
+            "fastbyol",
+            "python",
+            "triton",
+            "numpy",
+            "ffcv",
+            "cpu",
+            "gpus",
+            "platform",
+            "started",
+        } <= folder.env.keys()
     with RunFolder.open(folder.path, lock=False) as again:
         assert again.config == loaded.config
         assert again.config_text == folder.config_text
-    assert {path.name for path in folder.path.iterdir()} == {"config.toml", "env.json", "checkpoints", ".lock"}
+    assert {path.name for path in folder.path.iterdir()} == {
+        "config.toml",
+        "env.json",
+        "checkpoints",
+        ".lock",
+    }
 
 
-@pytest.mark.parametrize(("name", "says"), [("config.toml", "fastbyol resume {}"), ("thesis.tex", "thesis.tex")])
+@pytest.mark.parametrize(
+    ("name", "says"), [("config.toml", "fastbyol resume {}"), ("thesis.tex", "thesis.tex")]
+)
 def test_a_folder_that_is_used_is_refused_untouched(tmp_path: Path, name: str, says: str) -> None:
     (tmp_path / name).write_text("as it was")
     with pytest.raises(UsageError) as caught:
@@ -139,8 +163,12 @@ def test_two_processes_never_work_on_one_run(tmp_path: Path) -> None:
         pass
 
 
-def test_a_lock_whose_file_was_removed_is_not_the_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The holder before removed its refused run; who had the file open by then locks one that nobody else can see."""
+def test_a_lock_whose_file_was_removed_is_not_the_folders(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The holder before removed its refused run; who had the file open by then locks one that
+    nobody else can see.
+    """
     taken = lock._try_lock
 
     def removed_between(descriptor: int) -> bool:
@@ -168,7 +196,9 @@ def make_at(path: Path, start: Any, answers: Any) -> None:
 def test_of_two_runs_begun_at_once_in_one_folder_one_is_told(tmp_path: Path) -> None:
     processes = multiprocessing.get_context("forkserver")
     start, answers = processes.Event(), processes.Queue()
-    children = [processes.Process(target=make_at, args=(tmp_path / "run", start, answers)) for _ in range(3)]
+    children = [
+        processes.Process(target=make_at, args=(tmp_path / "run", start, answers)) for _ in range(3)
+    ]
     for child in children:
         child.start()
     start.set()
@@ -176,7 +206,11 @@ def test_of_two_runs_begun_at_once_in_one_folder_one_is_told(tmp_path: Path) -> 
     for child in children:
         child.join(60)
     assert said.count("made") == 1
-    assert all("another process works on this run" in text or "holds a run already" in text for text in said if text != "made")
+    assert all(
+        "another process works on this run" in text or "holds a run already" in text
+        for text in said
+        if text != "made"
+    )
 
 
 def used(path: Path) -> None:
@@ -196,7 +230,9 @@ def used(path: Path) -> None:
         ("checkpoints/ckpt-000000006.safetensors", "is a named pipe"),
     ],
 )
-def test_a_pipe_among_a_runs_files_is_waited_for_by_nobody(tmp_path: Path, name: str, says: str) -> None:
+def test_a_pipe_among_a_runs_files_is_waited_for_by_nobody(
+    tmp_path: Path, name: str, says: str
+) -> None:
     with RunFolder.create(tmp_path / "run", config()):
         pass
     (tmp_path / "run" / name).unlink(missing_ok=True)
@@ -243,7 +279,9 @@ def test_names_say_the_run_and_count_up(tmp_path: Path) -> None:
         assert folder.path.name.endswith("-43")
 
 
-def test_names_are_claimed_even_where_another_process_comes_between(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_names_are_claimed_even_where_another_process_comes_between(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     taken = default_run_path(config(), tmp_path)
     monkeypatch.setattr(Path, "iterdir", lambda self: iter(()))
     assert default_run_path(config(), tmp_path).name == taken.name.removesuffix("1") + "2"
@@ -252,7 +290,10 @@ def test_names_are_claimed_even_where_another_process_comes_between(tmp_path: Pa
 def test_runs_are_listed_from_their_files(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     two = config("train.epochs=2")
     nan = float("nan")
-    done = ({"state": "healthy", "accuracy": 31.5, "neg_cos": 0.2}, {"state": "collapsed", "accuracy": None, "neg_cos": 0.99})
+    done = (
+        {"state": "healthy", "accuracy": 31.5, "neg_cos": 0.2},
+        {"state": "collapsed", "accuracy": None, "neg_cos": 0.99},
+    )
     with RunFolder.create(tmp_path / "b-done", two) as folder:
         write_epochs(folder, *done)
     with RunFolder.create(tmp_path / "c-stopped", two) as folder:
@@ -262,7 +303,10 @@ def test_runs_are_listed_from_their_files(tmp_path: Path, caplog: pytest.LogCapt
     (tmp_path / "not-a-run").mkdir()
     with RunFolder.create(tmp_path / "a-new", two):
         rows = list_runs(tmp_path)
-    summary = [(row.name, row.status, row.state, row.epochs_done, row.epochs, row.accuracy, row.neg_cos) for row in rows]
+    summary = [
+        (row.name, row.status, row.state, row.epochs_done, row.epochs, row.accuracy, row.neg_cos)
+        for row in rows
+    ]
     assert summary == [
         ("a-new", "running", None, 0, 2, None, None),
         ("b-done", "done", "collapsed", 2, 2, 31.5, 0.99),
@@ -274,7 +318,10 @@ def test_runs_are_listed_from_their_files(tmp_path: Path, caplog: pytest.LogCapt
 
 
 def test_listing_leaves_torch_alone() -> None:
-    code = "import sys; import fastbyol.runs.folder, fastbyol.show.run_report; sys.exit('torch' in sys.modules)"
+    code = (
+        "import sys; import fastbyol.runs.folder, fastbyol.show.run_report; sys.exit('torch' "
+        "in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

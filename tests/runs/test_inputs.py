@@ -1,4 +1,6 @@
-"""inputs.py: what a run depends on is what it was, wherever it lies now; or the run says which file, and what changed."""
+"""inputs.py: what a run depends on is what it was, wherever it lies now; or the run says which
+file, and what changed.
+"""
 
 from __future__ import annotations
 
@@ -70,7 +72,9 @@ def unpin(run: Path) -> None:
     (run / "env.json").write_text(json.dumps(env))
     for path in (run / "checkpoints").iterdir():
         loaded = checkpoint.load(path)
-        meta = {key: value for key, value in loaded.meta.items() if key not in ("inputs", "made_by")}
+        meta = {
+            key: value for key, value in loaded.meta.items() if key not in ("inputs", "made_by")
+        }
         checkpoint.save(run / "checkpoints", meta["step"], loaded.tensors, meta, keep=9)
 
 
@@ -80,13 +84,22 @@ def test_other_data_of_the_same_name_are_refused(here: Path, name: str) -> None:
     file = here / f"{name}.beton"
     convert.convert("textures", file, count=80, size=16, seed=9, overwrite=True)
     text = refused(api.resume, here / "run")
-    assert text.startswith(f"{file}: is not the {name}ing data" if name == "train" else f"{file}: is not the test data")
+    assert text.startswith(
+        f"{file}: is not the {name}ing data" if name == "train" else f"{file}: is not the test data"
+    )
     assert f"{48 if name == 'train' else 50} samples then, 80 now" in text
-    assert f"fastbyol resume {here / 'run'} --{'data' if name == 'train' else 'test-data'} FILE" in text
+    assert (
+        f"fastbyol resume {here / 'run'} --{'data' if name == 'train' else 'test-data'} FILE"
+        in text
+    )
     assert "--init-from" in text
-    convert.convert("textures", file, count=48 if name == "train" else 50, size=16, seed=9, overwrite=True)
+    convert.convert(
+        "textures", file, count=48 if name == "train" else 50, size=16, seed=9, overwrite=True
+    )
     assert "other images" in refused(api.resume, here / "run")
-    assert {path: path.read_bytes() for path in (here / "run").rglob("*") if path.is_file()} == before
+    assert {
+        path: path.read_bytes() for path in (here / "run").rglob("*") if path.is_file()
+    } == before
 
 
 def test_measuring_on_the_runs_own_data_wants_them_unchanged(here: Path) -> None:
@@ -103,8 +116,12 @@ def test_measuring_on_the_runs_own_data_wants_them_unchanged(here: Path) -> None
     assert "no such file, the test data of" in refused(api.evaluate, here / "run")
 
 
-def test_data_that_moved_are_named_once(here: Path, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Into a folder with spaces, in another page layout, by a link, the run moved too: the end is the same bit for bit."""
+def test_data_that_moved_are_named_once(
+    here: Path, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Into a folder with spaces, in another page layout, by a link, the run moved too: the end is
+    the same bit for bit.
+    """
     (tmp_path / "b c").mkdir()
     train, test = tmp_path / "b c" / "images.beton", tmp_path / "b c" / "link"
     convert.convert("textures", train, count=48, size=16, workers=2)
@@ -119,7 +136,9 @@ def test_data_that_moved_are_named_once(here: Path, made: Path, tmp_path: Path, 
     assert "r2' --data FILE" in text
     monkeypatch.chdir(tmp_path / "b c")
     assert "test.beton: no such file" in refused(api.resume, "r2", data="images.beton")
-    assert "48 samples then, 50 now" in refused(api.resume, "r2", data="../elsewhere", test_data="link")
+    assert "48 samples then, 50 now" in refused(
+        api.resume, "r2", data="../elsewhere", test_data="link"
+    )
     assert api.resume("r2", data="images.beton", test_data="link").finished
     for name in ("metrics.jsonl", "layers.npy"):
         assert (run / name).read_bytes() == (made / "run" / name).read_bytes()
@@ -137,7 +156,9 @@ def test_a_run_that_pinned_nothing_goes_on_and_says_so(here: Path, made: Path) -
     assert "data.train is" in refused(api.resume, here / "run")  # a path that was changed by hand
     (here / "run/config.toml").write_text((made / "run/config.toml").read_text())
     heard = Listener()
-    api.resume(here / "run", data=here / "train.beton", test_data=here / "test.beton", observer=heard)
+    api.resume(
+        here / "run", data=here / "train.beton", test_data=here / "test.beton", observer=heard
+    )
     assert any("was not written down when it was begun" in note for note in heard.notes)
     assert (here / "run/metrics.jsonl").read_bytes() == (made / "run/metrics.jsonl").read_bytes()
     again = Listener()
@@ -147,8 +168,12 @@ def test_a_run_that_pinned_nothing_goes_on_and_says_so(here: Path, made: Path) -
     assert "48 samples then, 60 now" in refused(api.resume, here / "run")
 
 
-def test_a_relative_path_of_an_earlier_version_becomes_absolute(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """From elsewhere the way on is named; once it went on from where it was begun, it does so from anywhere."""
+def test_a_relative_path_of_an_earlier_version_becomes_absolute(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From elsewhere the way on is named; once it went on from where it was begun, it does so from
+    anywhere.
+    """
     unpin(here / "run")
     file = here / "run/config.toml"
     newest = checkpoint.newest(here / "run/checkpoints")
@@ -169,7 +194,9 @@ def test_a_relative_path_of_an_earlier_version_becomes_absolute(here: Path, monk
 
 
 @pytest.mark.parametrize("name", ["x" * 300, "../a\0b", "~nobody-here/x", "loop"])
-def test_a_name_that_names_nothing_is_one_line(here: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_name_that_names_nothing_is_one_line(
+    here: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(here)
     (here / "loop").symlink_to("loop")
     refused(api.resume, here / "run", data=name)
@@ -184,14 +211,24 @@ def test_a_lost_or_damaged_env_json_costs_no_pin(here: Path) -> None:
     assert "48 samples then, 60 now" in refused(api.resume, here / "run")
 
 
-def test_paths_are_kept_absolute(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_paths_are_kept_absolute(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     shutil.copytree(made, tmp_path / "home", ignore=shutil.ignore_patterns("run"))
     (tmp_path / "home/below").mkdir()
     monkeypatch.chdir(tmp_path / "home/below")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    api.train(tiny_config((Path("../train.beton"), Path("~/test.beton")), "train.epochs=1", "probe.every_epochs=0"), "r")
+    api.train(
+        tiny_config(
+            (Path("../train.beton"), Path("~/test.beton")), "train.epochs=1", "probe.every_epochs=0"
+        ),
+        "r",
+    )
     data = config_io.read_run(Path("r/config.toml")).data
-    assert (data.train, data.test) == (str(tmp_path / "home/train.beton"), str(tmp_path / "home/test.beton"))
+    assert (data.train, data.test) == (
+        str(tmp_path / "home/train.beton"),
+        str(tmp_path / "home/test.beton"),
+    )
     monkeypatch.chdir("/")
     assert api.resume(tmp_path / "home/below/r").finished
 
@@ -216,7 +253,9 @@ def begun(config: Config, run: Path, observer: Silent | None = None) -> None:
         api.train(config, run, observer=observer or Gone())
 
 
-def test_the_checkpoint_to_start_from_is_pinned_before_the_first_own_one(made: Path, tmp_path: Path) -> None:
+def test_the_checkpoint_to_start_from_is_pinned_before_the_first_own_one(
+    made: Path, tmp_path: Path
+) -> None:
     source = checkpoint.newest(made / "run/checkpoints")
     older = min((made / "run/checkpoints").iterdir())
     assert source is not None
@@ -225,7 +264,9 @@ def test_the_checkpoint_to_start_from_is_pinned_before_the_first_own_one(made: P
     begun(tiny_config(beton_files(made), *SHORT, f"train.init_from={copy}"), tmp_path / "run")
     shutil.copy(older, copy)
     text = refused(api.resume, tmp_path / "run")
-    assert text.startswith(f"{copy}: the checkpoint to start from: changed since {tmp_path / 'run'} was begun")
+    assert text.startswith(
+        f"{copy}: the checkpoint to start from: changed since {tmp_path / 'run'} was begun"
+    )
     shutil.copy(source, copy)
     assert api.resume(tmp_path / "run").finished
 
@@ -233,15 +274,24 @@ def test_the_checkpoint_to_start_from_is_pinned_before_the_first_own_one(made: P
 def test_replayed_rates_are_pinned(made: Path, tmp_path: Path) -> None:
     lars = ("optim.name=lars", "optim.lr=0.3", *SHORT)
     for seed in (0, 1):
-        api.train(tiny_config(beton_files(made), *lars, f"train.seed={seed}"), tmp_path / f"source{seed}")
+        api.train(
+            tiny_config(beton_files(made), *lars, f"train.seed={seed}"), tmp_path / f"source{seed}"
+        )
     shutil.copytree(tmp_path / "source0", tmp_path / "source")
-    begun(tiny_config(beton_files(made), *lars, f"optim.replay_rates={tmp_path / 'source'}"), tmp_path / "run")
+    begun(
+        tiny_config(beton_files(made), *lars, f"optim.replay_rates={tmp_path / 'source'}"),
+        tmp_path / "run",
+    )
     shutil.copy(tmp_path / "source1/layers.npy", tmp_path / "source")
     assert "recorded: changed since" in refused(api.resume, tmp_path / "run")
     file = tmp_path / "run/config.toml"
     text = file.read_text()
-    file.write_text(text.replace(f"{tmp_path / 'source'}", f"{tmp_path / 'source0'}"))  # moved: what it recorded counts
-    file.write_text("\n".join(line for line in file.read_text().splitlines() if "replay_rates" not in line))
+    file.write_text(
+        text.replace(f"{tmp_path / 'source'}", f"{tmp_path / 'source0'}")
+    )  # moved: what it recorded counts
+    file.write_text(
+        "\n".join(line for line in file.read_text().splitlines() if "replay_rates" not in line)
+    )
     assert "optim.replay_rates is not set" in refused(api.resume, tmp_path / "run")
     file.write_text(text.replace(f"{tmp_path / 'source'}", f"{tmp_path / 'source0'}"))
     assert api.resume(tmp_path / "run").finished
@@ -249,7 +299,9 @@ def test_replayed_rates_are_pinned(made: Path, tmp_path: Path) -> None:
 
 def test_other_versions_are_noted_and_recorded(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now = environment.made_by
-    monkeypatch.setattr(environment, "made_by", lambda device: now(device) | {"numpy": "0.1", "device": "abacus"})
+    monkeypatch.setattr(
+        environment, "made_by", lambda device: now(device) | {"numpy": "0.1", "device": "abacus"}
+    )
     heard = Listener()
     api.resume(here / "run", observer=heard)
     (note,) = (note for note in heard.notes if "versions" in note)
@@ -267,14 +319,23 @@ def test_other_versions_are_noted_and_recorded(here: Path, monkeypatch: pytest.M
 def test_test_data_that_are_the_training_images_are_noted(made: Path, tmp_path: Path) -> None:
     train = beton_files(made)[0]
     heard = Listener()
-    api.train(tiny_config((train, train), "train.epochs=1", "probe.every_epochs=0"), tmp_path / "run", observer=heard)
+    api.train(
+        tiny_config((train, train), "train.epochs=1", "probe.every_epochs=0"),
+        tmp_path / "run",
+        observer=heard,
+    )
     assert any("holds the training images" in note for note in heard.notes)
 
 
-def test_a_built_in_set_made_anew_elsewhere_is_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_built_in_set_made_anew_elsewhere_is_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("FASTBYOL_CACHE", str(tmp_path / "one"))
     config = tiny_config(
-        (Path("textures"), Path("textures")), "train.epochs=1", "data.textures_test_count=64", "probe.every_epochs=0"
+        (Path("textures"), Path("textures")),
+        "train.epochs=1",
+        "data.textures_test_count=64",
+        "probe.every_epochs=0",
     )
     config = config.model_copy(update={"data": config.data.model_copy(update={"test": None})})
     api.train(config, tmp_path / "run")
@@ -298,7 +359,9 @@ def test_pins_read_back_and_damage_is_none(made: Path) -> None:
 
 
 def _ffcv(patch: pytest.MonkeyPatch, *, there: bool) -> None:
-    """A stand-in of FFCV, installed or not: raw images are the same by it, JPEG images darker by a level."""
+    """A stand-in of FFCV, installed or not: raw images are the same by it, JPEG images darker by a
+    level.
+    """
 
     def missing() -> None:
         raise UsageError("FFCV cannot be used (no such module)")
@@ -320,7 +383,10 @@ def decoder_of(run: Path) -> set[str]:
     """What the run's files say: env.json and the newest checkpoint."""
     newest = checkpoint.newest(run / "checkpoints")
     assert newest is not None
-    return {json.loads((run / "env.json").read_text())["inputs"]["decoder"], checkpoint.load(newest).meta["inputs"]["decoder"]}
+    return {
+        json.loads((run / "env.json").read_text())["inputs"]["decoder"],
+        checkpoint.load(newest).meta["inputs"]["decoder"],
+    }
 
 
 @pytest.fixture(scope="module", params=["raw", "jpg"])
@@ -344,7 +410,9 @@ def _stopped(decoded: Path, name: str, folder: Path) -> Path:
     return run
 
 
-def test_what_decoded_is_recorded_and_taken_again(decoded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_decoded_is_recorded_and_taken_again(
+    decoded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Also the decoder that ``auto`` would not take."""
     _ffcv(monkeypatch, there=True)
     ends = []
@@ -358,8 +426,12 @@ def test_what_decoded_is_recorded_and_taken_again(decoded: Path, tmp_path: Path,
     assert (ends[0] == ends[1]) == decoded.name.startswith("raw")
 
 
-def test_a_run_that_moves_to_where_ffcv_is_missing(decoded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With raw images it goes on to the same end, and that is recorded; with JPEG images it is refused. It can be measured."""
+def test_a_run_that_moves_to_where_ffcv_is_missing(
+    decoded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With raw images it goes on to the same end, and that is recorded; with JPEG images it is
+    refused. It can be measured.
+    """
     _ffcv(monkeypatch, there=False)
     run = _stopped(decoded, "ffcv", tmp_path)
     if decoded.name.startswith("raw"):
@@ -368,26 +440,36 @@ def test_a_run_that_moves_to_where_ffcv_is_missing(decoded: Path, tmp_path: Path
         assert decoder_of(run) == {"torchvision"}
     else:
         text = refused(api.resume, run)
-        assert text.startswith(f"{run}: the run was made with JPEG images decoded by ffcv, which cannot be used here")
+        assert text.startswith(
+            f"{run}: the run was made with JPEG images decoded by ffcv, which cannot be used here"
+        )
         assert "fastbyol doctor" in text
         assert "--init-from" in text
         assert decoder_of(run) == {"ffcv"}
     assert api.evaluate(run)["decoder"] == "torchvision"
 
 
-def test_a_run_of_before_decoded_by_ffcv(decoded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_of_before_decoded_by_ffcv(
+    decoded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = _stopped(decoded, "ffcv", tmp_path)
     for path in (run / "checkpoints").iterdir():
         loaded = checkpoint.load(path)
         loaded.meta["inputs"].pop("decoder")
-        checkpoint.save(run / "checkpoints", loaded.meta["step"], loaded.tensors, loaded.meta, keep=9)
+        checkpoint.save(
+            run / "checkpoints", loaded.meta["step"], loaded.tensors, loaded.meta, keep=9
+        )
     _ffcv(monkeypatch, there=True)
     assert api.resume(run).finished
     assert decoder_of(run) == {"ffcv"}
 
 
-def test_a_new_run_by_a_missing_ffcv_is_refused(decoded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_new_run_by_a_missing_ffcv_is_refused(
+    decoded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     _ffcv(monkeypatch, there=False)
-    config = tiny_config((decoded / "train.beton", decoded / "test.beton"), *SHORT, "data.decoder=ffcv")
+    config = tiny_config(
+        (decoded / "train.beton", decoded / "test.beton"), *SHORT, "data.decoder=ffcv"
+    )
     assert refused(api.train, config, tmp_path / "run").startswith("FFCV cannot be used")
     assert not (tmp_path / "run").exists()

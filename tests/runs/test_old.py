@@ -20,7 +20,13 @@ from fastbyol.show import run_report
 
 OLD = Path(__file__).parent / "old"
 # The step of each run's checkpoint, and the spacing in steps of its layers.
-RUNS = {"finished": (18, 1), "killed": (8, 1), "stopped": (6, 1), "replayed": (9, 2), "unpinned": (8, 1)}
+RUNS = {
+    "finished": (18, 1),
+    "killed": (8, 1),
+    "stopped": (6, 1),
+    "replayed": (9, 2),
+    "unpinned": (8, 1),
+}
 every_run = pytest.mark.parametrize("name", RUNS)
 
 
@@ -61,9 +67,15 @@ def test_old_metrics_and_layers_are_read(name: str) -> None:
 
 @every_run
 @pytest.mark.parametrize("file", ["metrics.jsonl", "resumed.jsonl"])
-def test_old_metrics_are_written_by_the_same_bytes_today(tmp_path: Path, name: str, file: str) -> None:
+def test_old_metrics_are_written_by_the_same_bytes_today(
+    tmp_path: Path, name: str, file: str
+) -> None:
     rows = lines(OLD / name / file)
-    names = [key for key in next(row for row in rows if "event" not in row) if key not in ("step", "epoch")]
+    names = [
+        key
+        for key in next(row for row in rows if "event" not in row)
+        if key not in ("step", "epoch")
+    ]
     metrics = MetricsFile(tmp_path, names, steps_per_epoch=6, resume_step=0)
     for row in rows:
         if "event" in row:
@@ -91,7 +103,13 @@ def dies(*_: object, **options: object) -> None:
 
 @pytest.mark.parametrize("name", ["finished", "killed"])
 @pytest.mark.parametrize(
-    "call", ["os.fsync", "pathlib.Path.replace", "fastbyol.runs.durable.sync_folder", "pathlib.Path.unlink"]
+    "call",
+    [
+        "os.fsync",
+        "pathlib.Path.replace",
+        "fastbyol.runs.durable.sync_folder",
+        "pathlib.Path.unlink",
+    ],
 )
 def test_a_kill_while_old_layers_are_converted_loses_none(
     old: Path, name: str, call: str, monkeypatch: pytest.MonkeyPatch
@@ -108,7 +126,10 @@ def test_a_kill_while_old_layers_are_converted_loses_none(
         LayersFile(run, before.names, before.metrics, every=every, resume_step=step).close()
     assert {path.name for path in run.glob("layers.*")} == {"layers.npy"}
     (run / "layers.npy").write_bytes((run / "layers.npy").read_bytes()[:-1])
-    assert consistency.damage(run, written) == f"{run}/layers.npy: is not what was written: cut, changed or lost"
+    assert (
+        consistency.damage(run, written)
+        == f"{run}/layers.npy: is not what was written: cut, changed or lost"
+    )
 
 
 @every_run
@@ -116,15 +137,23 @@ def test_old_runs_are_resumed_to_their_end(old: Path, name: str) -> None:
     run, (step, every) = old / name, RUNS[name]
     if name == "replayed":
         file = run / "config.toml"
-        file.write_text(file.read_text().replace('"/data/finished"', json.dumps(str(old / "finished"))))
+        file.write_text(
+            file.read_text().replace('"/data/finished"', json.dumps(str(old / "finished")))
+        )
     before, layers_before = (run / "metrics.jsonl").read_bytes(), read_layers(run)
     assert api.resume(run, data=OLD / "train.beton", test_data=OLD / "test.beton").finished
     after = (run / "metrics.jsonl").read_bytes()
     assert after.startswith(before)
-    rows, recorded = ([row for row in lines(run / file) if "event" not in row] for file in ("metrics.jsonl", "resumed.jsonl"))
+    rows, recorded = (
+        [row for row in lines(run / file) if "event" not in row]
+        for file in ("metrics.jsonl", "resumed.jsonl")
+    )
     assert [row["step"] for row in rows] == list(range(18))
-    # What made the recording may round otherwise than the cpu at hand, and chaos does the rest: one step is compared.
-    assert [row["loss"] for row in rows[: step + 1]] == pytest.approx([row["loss"] for row in recorded[: step + 1]], rel=1e-4)
+    # What made the recording may round otherwise than the cpu at hand, and chaos does the rest: one
+    # step is compared.
+    assert [row["loss"] for row in rows[: step + 1]] == pytest.approx(
+        [row["loss"] for row in recorded[: step + 1]], rel=1e-4
+    )
     assert all(math.isfinite(row["loss"]) for row in rows)
     layers_after = read_layers(run)
     assert layers_after.steps.tolist() == list(range(0, 18, every))

@@ -32,7 +32,9 @@ def cells(path: Path) -> np.ndarray:
         sheet = np.asarray(file)
     gap = contact_sheet.GAP
     rows, columns = sheet.shape[0] // (CELL + gap), sheet.shape[1] // (3 * CELL + 2 * gap)
-    triples = sheet.reshape(rows, CELL + gap, columns, 3 * CELL + 2 * gap, 3)[:, gap // 2 : -(gap // 2), :, gap:-gap]
+    triples = sheet.reshape(rows, CELL + gap, columns, 3 * CELL + 2 * gap, 3)[
+        :, gap // 2 : -(gap // 2), :, gap:-gap
+    ]
     framed = triples.reshape(rows, CELL, columns, 3, CELL, 3).transpose(0, 2, 3, 1, 4, 5)
     return framed[..., gap // 2 : -(gap // 2), gap // 2 : -(gap // 2), :]
 
@@ -45,11 +47,17 @@ def test_images_and_their_views(beton: Path, tmp_path: Path) -> None:
     images = textures.make(50, 32, 2)[0][ids]
     triples = shown.reshape(6, 3, 96, 96, 3)[:4]
     np.testing.assert_array_equal(triples[:, 0, ::3, ::3], images)
-    both = views.two_views(CONFIG.views, torch.from_numpy(images), torch.tensor(ids), seed=9, epoch=0)
-    mean, std = (np.array(values)[:, None, None] for values in (CONFIG.views.mean, CONFIG.views.std))
+    both = views.two_views(
+        CONFIG.views, torch.from_numpy(images), torch.tensor(ids), seed=9, epoch=0
+    )
+    mean, std = (
+        np.array(values)[:, None, None] for values in (CONFIG.views.mean, CONFIG.views.std)
+    )
     for view in (0, 1):
         wanted = (both[view].numpy() * std + mean).transpose(0, 2, 3, 1) * 255
-        assert np.abs(triples[:, 1 + view, ::4, ::4] - wanted).max() <= 0.5 + 1e-3  # rounded to a byte, from float32
+        assert (
+            np.abs(triples[:, 1 + view, ::4, ::4] - wanted).max() <= 0.5 + 1e-3
+        )  # rounded to a byte, from float32
     assert (shown[1, 1:] == contact_sheet.BACKGROUND).all()
 
 
@@ -57,7 +65,9 @@ def test_more_samples_than_there_are(beton: Path, tmp_path: Path) -> None:
     assert contact_sheet.write(beton, tmp_path / "sheet.png", CONFIG, count=200) == list(range(50))
 
 
-@pytest.mark.parametrize(("out", "count"), [("sheet.png", 0), ("sheet.png", 1001), ("no/sheet.png", 1), ("set.toml", 1)])
+@pytest.mark.parametrize(
+    ("out", "count"), [("sheet.png", 0), ("sheet.png", 1001), ("no/sheet.png", 1), ("set.toml", 1)]
+)
 def test_wrong_counts_and_places(beton: Path, tmp_path: Path, out: str, count: int) -> None:
     (tmp_path / "set.toml").write_text("not a picture")
     with pytest.raises(FastbyolError, match="--count" if out == "sheet.png" else "--out"):

@@ -18,11 +18,21 @@ from fastbyol.show import figures
         (os.fsdecode(b"caf\xe9"), r"caf\udce9"),
         ("\x1b[31mred\x00\x7f", r"\x1b[31mred\x00\x7f"),
         ("\u202egnp.exe", r"\u202egnp.exe"),
-        ("<script>alert('b\u00e4d & \u65e5')</script>", "<script>alert('b\u00e4d & \u65e5')</script>"),
+        (
+            "<script>alert('b\u00e4d & \u65e5')</script>",
+            "<script>alert('b\u00e4d & \u65e5')</script>",
+        ),
     ],
 )
 def test_a_page_is_utf8_and_says_so_and_shows_names_escaped(name: str, shown: str) -> None:
-    values = {"title": name, "facts": [(name, name)], "states": [], "pictures": [], "env": "", "config": f"{name}\n\tx"}
+    values = {
+        "title": name,
+        "facts": [(name, name)],
+        "states": [],
+        "pictures": [],
+        "env": "",
+        "config": f"{name}\n\tx",
+    }
     page = figures.page("run.html.j2", **values)
     assert '<meta charset="utf-8">' in page.encode().decode()
     texts: list[str] = []
@@ -31,7 +41,10 @@ def test_a_page_is_utf8_and_says_so_and_shows_names_escaped(name: str, shown: st
     parser.feed(page)
     assert texts.count(shown) == 4  # the page's title, its heading, name and value of a fact
     assert f"{shown}\n\tx" in texts
-    assert {char for char in page if unicodedata.category(char) in {"Cc", "Cf", "Cs"}} <= {"\n", "\t"}
+    assert {char for char in page if unicodedata.category(char) in {"Cc", "Cf", "Cs"}} <= {
+        "\n",
+        "\t",
+    }
 
 
 def test_a_value_that_a_template_needs_must_be_passed() -> None:

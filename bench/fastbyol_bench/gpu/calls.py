@@ -86,16 +86,25 @@ def jobs(call: str, options: argparse.Namespace) -> tuple[Job, ...]:
 
 def _own(module: str, name: str, *words: str, most_s: float, **how: Any) -> Job:
     """Return a job that runs a module of this folder; all take the rows' file and a name first."""
-    return Job(name, (sys.executable, "-m", f"fastbyol_bench.gpu.{module}", "{rows}", name, *words, "{dry}"), most_s, **how)
+    return Job(
+        name,
+        (sys.executable, "-m", f"fastbyol_bench.gpu.{module}", "{rows}", name, *words, "{dry}"),
+        most_s,
+        **how,
+    )
 
 
 def _works(options: argparse.Namespace) -> tuple[Job, ...]:
     """Return call A's jobs: correct kernels, agreement of the modes, speed under each setting."""
 
     def engine(method: str, *settings: str) -> Job:
-        name = "-".join(["engine", method, *(word.lstrip("-").replace("=", "") for word in settings)])
+        name = "-".join(
+            ["engine", method, *(word.lstrip("-").replace("=", "") for word in settings)]
+        )
         # The first of a method compiles; later ones find most of it on disk.
-        return _own("engine", name, method, f"{{work}}/logs/{name}-kernels.txt", *settings, most_s=240)
+        return _own(
+            "engine", name, method, f"{{work}}/logs/{name}-kernels.txt", *settings, most_s=240
+        )
 
     # cuDNN's switches are deterministic and benchmark: the engine takes 10.
     settings = (
@@ -105,7 +114,12 @@ def _works(options: argparse.Namespace) -> tuple[Job, ...]:
     # On a CPU a setting changes nothing, so each option is tried once.
     once = (("bn", "--cudnn=01"), ("bn", "--combo"), ("bn", "--timed"))
     kernels = _own("exactness", "kernels", most_s=150)
-    return (engine("bn"), engine("gn_ws"), kernels, *(engine(*setting) for setting in (once if options.dry else settings)))
+    return (
+        engine("bn"),
+        engine("gn_ws"),
+        kernels,
+        *(engine(*setting) for setting in (once if options.dry else settings)),
+    )
 
 
 def _limits(options: argparse.Namespace) -> tuple[Job, ...]:
@@ -116,7 +130,16 @@ def _limits(options: argparse.Namespace) -> tuple[Job, ...]:
     tests = ("tests/kernels/views/test_draw.py",) if options.dry else GPU_TESTS
     how = ("--device", "cpu", "--quick") if options.dry else ("--device", "cuda")
     suites = ("kernels", "optimizer", "views", "step")
-    bench = (sys.executable, "-m", "fastbyol.cli.main", "bench", *suites, *how, "--out", "{out}/bench.json")
+    bench = (
+        sys.executable,
+        "-m",
+        "fastbyol.cli.main",
+        "bench",
+        *suites,
+        *how,
+        "--out",
+        "{out}/bench.json",
+    )
     sanitizer = ("compute-sanitizer", "--error-exitcode", "9", "--tool")
     own_memory = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     ncu = (
@@ -124,10 +147,26 @@ def _limits(options: argparse.Namespace) -> tuple[Job, ...]:
         "--log-file", "{work}/logs/ncu.csv",
     )  # fmt: skip
     return (
-        *(_own("limits", f"limits-cudnn{digits}", f"--cudnn={digits}", most_s=90) for digits in ("01", "10")),
-        Job("tests", (*pytest, *plugins, *spread, *tests), 180, modules=(*FASTBYOL, "pytest", "hypothesis")),
         *(
-            _own("exactness", tool, "--small", "--untimed", most_s=90, under=(*sanitizer, tool), variables=own_memory)
+            _own("limits", f"limits-cudnn{digits}", f"--cudnn={digits}", most_s=90)
+            for digits in ("01", "10")
+        ),
+        Job(
+            "tests",
+            (*pytest, *plugins, *spread, *tests),
+            180,
+            modules=(*FASTBYOL, "pytest", "hypothesis"),
+        ),
+        *(
+            _own(
+                "exactness",
+                tool,
+                "--small",
+                "--untimed",
+                most_s=90,
+                under=(*sanitizer, tool),
+                variables=own_memory,
+            )
             for tool in ("memcheck", "racecheck")
         ),
         Job("bench", bench, 240, modules=(*FASTBYOL, "typer", "rich")),
@@ -140,7 +179,16 @@ def _runs(options: argparse.Namespace) -> tuple[Job, ...]:
 
     def run(what: str, name: str, *words: str, most_s: float) -> Job:
         modules = (*FASTBYOL, "typer", "rich")
-        return _own("runs", name, what, "--folder", f"{{work}}/runs/{name}", *words, most_s=most_s, modules=modules)
+        return _own(
+            "runs",
+            name,
+            what,
+            "--folder",
+            f"{{work}}/runs/{name}",
+            *words,
+            most_s=most_s,
+            modules=modules,
+        )
 
     def claims(name: str, precision: str, *files: str, most_s: float) -> Job:
         how = ("--precision", precision, "--seconds", "{seconds}")
@@ -149,11 +197,20 @@ def _runs(options: argparse.Namespace) -> tuple[Job, ...]:
 
     carried = ["--data", options.data, "--test-data", options.test_data]
     carried += [word for each in options.set for word in ("--set", each)]
-    on_carried = [claims("carried", "bf16", *carried, most_s=200), claims("carried", "fp32", *carried, most_s=120)]
+    on_carried = [
+        claims("carried", "bf16", *carried, most_s=200),
+        claims("carried", "fp32", *carried, most_s=120),
+    ]
     return (
-        *(run("train", f"train-{method}", "--method", method, most_s=150) for method in ("bn", "gn_ws")),
+        *(
+            run("train", f"train-{method}", "--method", method, most_s=150)
+            for method in ("bn", "gn_ws")
+        ),
         *(on_carried if options.data else ()),
-        *(claims("textures", precision, "--data", "textures", most_s=200) for precision in ("bf16", "fp32")),
+        *(
+            claims("textures", precision, "--data", "textures", most_s=200)
+            for precision in ("bf16", "fp32")
+        ),
     )
 
 
@@ -197,13 +254,20 @@ class Call:
                 code = self._do(job, left)
                 why = "" if code is not None else f"cut off after {left:.0f} s"
                 failed = code != 0
-            self.outcomes.append(Outcome(job.name, round(time.monotonic() - began, 1), code, why, failed))
+            self.outcomes.append(
+                Outcome(job.name, round(time.monotonic() - began, 1), code, why, failed)
+            )
             self._keep()
             print(self._line(self.outcomes[-1]), flush=True)
 
     def _do(self, job: Job, most_s: float) -> int | None:
         """Run a job and return its exit code, or None if it had to be killed with its children."""
-        values = {"rows": self.rows, "work": self.work, "out": self.out, "seconds": f"{most_s - LAST_S:.0f}"}
+        values = {
+            "rows": self.rows,
+            "work": self.work,
+            "out": self.out,
+            "seconds": f"{most_s - LAST_S:.0f}",
+        }
         values["dry"] = "--dry" if self.options.dry else ""
         words = (*(() if self.options.dry else job.under), *job.command)
         command = [word.format(**values) if word.startswith("{") else word for word in words]
@@ -232,7 +296,9 @@ class Call:
         paths = [str(ROOT / part) for part in ("", "kernels", "bench")]
         caches = self.work / "caches"
         own = {
-            "PYTHONPATH": os.pathsep.join([*paths, os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep),
+            "PYTHONPATH": os.pathsep.join([*paths, os.environ.get("PYTHONPATH", "")]).rstrip(
+                os.pathsep
+            ),
             "PYTHONUNBUFFERED": "1",
             "TRITON_CACHE_DIR": str(caches / "triton"),
             "TORCHINDUCTOR_CACHE_DIR": str(caches / "inductor"),
@@ -259,7 +325,11 @@ class Call:
         _archive(self.out / "caches.tar.gz", self.work, ["caches"])
         rows = row_file.read(self.rows)
         _replace(self.out / "table.txt", (row_file.table(rows) + "\n").encode())
-        print(row_file.table([row for row in rows if row["part"] != "conv" or row["name"] == "all of a step"]))
+        print(
+            row_file.table(
+                [row for row in rows if row["part"] != "conv" or row["name"] == "all of a step"]
+            )
+        )
         failures = [row for row in rows if "failed" in row]
         print("", *map(self._line, self.outcomes), sep="\n")
         print(*(f"FAILED {row['job']}: {row_file.shown(row)}" for row in failures), sep="\n")
@@ -267,7 +337,10 @@ class Call:
 
     @staticmethod
     def _line(outcome: Outcome) -> str:
-        return f"{outcome.name:26s}{outcome.seconds:7.1f} s  {outcome.why or f'exit code {outcome.code}'}"
+        return (
+            f"{outcome.name:26s}{outcome.seconds:7.1f} s  "
+            f"{outcome.why or f'exit code {outcome.code}'}"
+        )
 
 
 def _die_with_parent() -> None:
@@ -277,7 +350,11 @@ def _die_with_parent() -> None:
 def _records(work: Path) -> list[str]:
     """Return the paths of runs' small records: no checkpoints, no rates per layer and step."""
     names = ("config.toml", "env.json", "metrics.jsonl", "timing.jsonl", "ledger.json")
-    return [str(path.relative_to(work)) for path in sorted((work / "runs").rglob("*")) if path.name in names]
+    return [
+        str(path.relative_to(work))
+        for path in sorted((work / "runs").rglob("*"))
+        if path.name in names
+    ]
 
 
 def _archive(path: Path, root: Path, names: Sequence[str]) -> None:
@@ -302,29 +379,55 @@ def _replace(path: Path, content: bytes) -> None:
 
 def parsed(words: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the command line ``words``."""
-    parser = argparse.ArgumentParser(prog="bench/gpu.sh", description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="bench/gpu.sh", description=(__doc__ or "").splitlines()[0]
+    )
     parser.add_argument("call", choices=CALLS)
     parser.add_argument("out", type=Path, help="a folder for at most eight files of at most 16 MiB")
-    parser.add_argument("--dry", action="store_true", help="every path at tiny size on a CPU; says nothing about speed")
-    parser.add_argument("--commit", default=os.environ.get("FASTBYOL_COMMIT"), help="of the sources, where no .git is")
-    parser.add_argument("--caches", type=Path, help="the caches.tar.gz of a call before, of the same versions")
+    parser.add_argument(
+        "--dry",
+        action="store_true",
+        help="every path at tiny size on a CPU; says nothing about speed",
+    )
+    parser.add_argument(
+        "--commit",
+        default=os.environ.get("FASTBYOL_COMMIT"),
+        help="of the sources, where no .git is",
+    )
+    parser.add_argument(
+        "--caches", type=Path, help="the caches.tar.gz of a call before, of the same versions"
+    )
     parser.add_argument("--data", metavar="BETON", help="C: images to train the claims on, too")
-    parser.add_argument("--test-data", metavar="BETON", help="C: labelled images for the probe, with --data")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="C: for runs on --data")
+    parser.add_argument(
+        "--test-data", metavar="BETON", help="C: labelled images for the probe, with --data"
+    )
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="C: for runs on --data"
+    )
     parser.add_argument("--only", action="append", metavar="JOB", help="jobs by name; repeat it")
-    parser.add_argument("--minutes", type=float, help=f"for all jobs; default {MINUTES:.0f}, without a GPU more")
-    parser.add_argument("--work", type=Path, help="for data and runs; default: a temporary folder, removed at the end")
+    parser.add_argument(
+        "--minutes", type=float, help=f"for all jobs; default {MINUTES:.0f}, without a GPU more"
+    )
+    parser.add_argument(
+        "--work",
+        type=Path,
+        help="for data and runs; default: a temporary folder, removed at the end",
+    )
     options = parser.parse_args(words)
     if options.minutes is None:
         options.minutes = MINUTES * (DRY_PATIENCE if options.dry else 1)
     if bool(options.data) != bool(options.test_data):
         parser.error("--data and --test-data go together: name both files")
     if options.caches and not options.caches.is_file():
-        parser.error(f"--caches: {options.caches} is no file: name a caches.tar.gz of a call before")
+        parser.error(
+            f"--caches: {options.caches} is no file: name a caches.tar.gz of a call before"
+        )
     names = [job.name for job in jobs(options.call, options)]
     for name in options.only or ():
         if name not in names:
-            parser.error(f"--only: no job {name!r} in call {options.call}: take some of {', '.join(names)}")
+            parser.error(
+                f"--only: no job {name!r} in call {options.call}: take some of {', '.join(names)}"
+            )
     return options
 
 
@@ -345,7 +448,9 @@ def _made(options: argparse.Namespace, work: Path) -> int:
     if options.caches:
         with tarfile.open(options.caches) as archive:
             archive.extractall(work, filter="data")
-    chosen = [job for job in jobs(options.call, options) if not options.only or job.name in options.only]
+    chosen = [
+        job for job in jobs(options.call, options) if not options.only or job.name in options.only
+    ]
     try:
         call.run(chosen)
     except KeyboardInterrupt:

@@ -54,7 +54,9 @@ class Stand:
         g = torch.Generator().manual_seed(seed)
         shape = (self.batch, self.size, self.size, 3)
         pixels = torch.randint(0, 256, shape, generator=g, dtype=torch.uint8)
-        return Batch(pixels.to(self.device), (torch.arange(self.batch) + 1000 * seed).to(self.device))
+        return Batch(
+            pixels.to(self.device), (torch.arange(self.batch) + 1000 * seed).to(self.device)
+        )
 
 
 def re_run(work: Callable[[], StepMetrics]) -> tuple[StepMetrics, Callable[[], None]]:
@@ -77,15 +79,21 @@ def steps(rows: Rows, stand: Stand, arguments: argparse.Namespace) -> capture.Ca
     values = _taken(rows, "eager", stand, capture.Eager(eager, stand.config))
     capture.make_cudnn_deterministic(stand.device)
     if arguments.cudnn:
-        torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = (flag == "1" for flag in arguments.cudnn)
+        torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = (
+            flag == "1" for flag in arguments.cudnn
+        )
     # Inductor's code for a CPU takes a minute to compile and shows nothing here.
     backend = "aot_eager" if arguments.dry else "inductor"
     forward = capture.compiled_forward(backend, deterministic=not arguments.timed)
     compiled, graphed = stand.state(), stand.state()
     got = _taken(rows, "compiled", stand, capture.Eager(compiled, stand.config, forward))
-    gap = max(abs(a / b - 1) for a, b in zip(_column(got, "loss"), _column(values, "loss"), strict=True))
+    gap = max(
+        abs(a / b - 1) for a, b in zip(_column(got, "loss"), _column(values, "loss"), strict=True)
+    )
     most = DRY_LOSS_TOLERANCE if arguments.dry else LOSS_TOLERANCE
-    rows.check("engine", "compiled against eager", holds=gap < most, says="losses differ", loss_gap=gap)
+    rows.check(
+        "engine", "compiled against eager", holds=gap < most, says="losses differ", loss_gap=gap
+    )
     record = re_run if arguments.dry else capture.record_cuda
     graph = capture.Captured(capture.Eager(graphed, stand.config, forward), record)
     began = time.perf_counter()
@@ -98,8 +106,12 @@ def steps(rows: Rows, stand: Stand, arguments: argparse.Namespace) -> capture.Ca
     for index in range(STEPS):
         graph(stand.images(index), 0)
     others = compiled.tensors()
-    odd = [name for name, tensor in graphed.tensors().items() if not torch.equal(tensor, others[name])]
-    rows.check("engine", "graph is the compiled step bit for bit", holds=not odd, says=f"odd: {odd[:3]}")
+    odd = [
+        name for name, tensor in graphed.tensors().items() if not torch.equal(tensor, others[name])
+    ]
+    rows.check(
+        "engine", "graph is the compiled step bit for bit", holds=not odd, says=f"odd: {odd[:3]}"
+    )
     return graph
 
 
@@ -122,7 +134,10 @@ def _column(values: list[Tensor], name: str) -> list[float]:
 def speed(rows: Rows, stand: Stand, graph: capture.Captured) -> None:
     """Time replays of the graph, alone and with the copies into its inputs."""
     batch = stand.images(7)
-    for name, call in (("graph alone", graph.replay), ("with its copies in", lambda: graph(batch, 0))):
+    for name, call in (
+        ("graph alone", graph.replay),
+        ("with its copies in", lambda: graph(batch, 0)),
+    ):
         seconds = _seconds(call, stand.device)
         rows.add("speed", name, ms=seconds * 1e3, img_s=stand.batch / seconds)
 
@@ -137,7 +152,12 @@ def profile(rows: Rows, stand: Stand, graph: capture.Captured, file: Path) -> No
     """Write the kernels of a replay to ``file``, and their number and total time to a row."""
     kernels = recorded(graph.replay) if stand.device.type == "cuda" else ()
     file.write_text(listing(kernels), "utf-8")
-    rows.add("profile", "kernels of a replay", nodes=len(kernels), device_ms=sum(k.seconds for k in kernels) * 1e3)
+    rows.add(
+        "profile",
+        "kernels of a replay",
+        nodes=len(kernels),
+        device_ms=sum(k.seconds for k in kernels) * 1e3,
+    )
     if kernels:
         for part in of_kernels([kernels]):
             rows.add("profile", part.name, us=part.seconds * 1e6)
@@ -148,7 +168,9 @@ def listing(kernels: tuple[Kernel, ...]) -> str:
     names = dict.fromkeys(kernel.name for kernel in kernels)
     sums = {name: [k.seconds for k in kernels if k.name == name] for name in names}
     ordered = sorted(sums.items(), key=lambda item: -sum(item[1]))
-    return "".join(f"{sum(seconds) * 1e6:9.1f} us {len(seconds):4d}  {name}\n" for name, seconds in ordered)
+    return "".join(
+        f"{sum(seconds) * 1e6:9.1f} us {len(seconds):4d}  {name}\n" for name, seconds in ordered
+    )
 
 
 def versions(rows: Rows, device: torch.device) -> None:
@@ -168,9 +190,17 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("kernels", type=Path, help="the file for the list of a replay's kernels")
     # A setting needs a process of its own: cuDNN keeps its plans, whatever its switches are later.
     # Code that one process compiled is found on disk by the next.
-    parser.add_argument("--cudnn", help="two digits: deterministic, benchmark; default: as the engine sets them")
-    parser.add_argument("--combo", action="store_true", help="let Inductor fuse small kernels side by side")
-    parser.add_argument("--timed", action="store_true", help="let Inductor choose by timing, which the engine does not")
+    parser.add_argument(
+        "--cudnn", help="two digits: deterministic, benchmark; default: as the engine sets them"
+    )
+    parser.add_argument(
+        "--combo", action="store_true", help="let Inductor fuse small kernels side by side"
+    )
+    parser.add_argument(
+        "--timed",
+        action="store_true",
+        help="let Inductor choose by timing, which the engine does not",
+    )
     return parser
 
 

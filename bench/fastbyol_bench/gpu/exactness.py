@@ -49,7 +49,14 @@ class Bench:
         self.device = self.stand.device
         self._timer = None if arguments.untimed or arguments.dry else Timer(self.device)
 
-    def report(self, name: str, errors: dict[str, float], most: float, call: Callable[[], object], moved: float) -> None:
+    def report(
+        self,
+        name: str,
+        errors: dict[str, float],
+        most: float,
+        call: Callable[[], object],
+        moved: float,
+    ) -> None:
         """Write a row with ``errors``, failed if one exceeds ``most``, and the time of ``call``.
 
         ``moved`` is the number of bytes that the call moves.
@@ -58,14 +65,23 @@ class Bench:
         if self._timer is not None:
             seconds = self._timer(call)
             times = {"us": seconds * 1e6, "tb_s": moved / seconds / 1e12}
-        self.rows.check("kernel", name, holds=max(errors.values()) <= most, says=f"an error over {most:g}", **errors, **times)
+        self.rows.check(
+            "kernel",
+            name,
+            holds=max(errors.values()) <= most,
+            says=f"an error over {most:g}",
+            **errors,
+            **times,
+        )
 
 
 def off(got: Tensor, exact: Tensor) -> float:
     """Return |got - exact| / |exact|, or infinity if ``got`` is not finite."""
     if not bool(got.isfinite().all()):
         return math.inf
-    return float((got.detach().double() - exact.detach()).norm() / exact.detach().norm().clamp_min(1e-300))
+    return float(
+        (got.detach().double() - exact.detach()).norm() / exact.detach().norm().clamp_min(1e-300)
+    )
 
 
 def norms(bench: Bench) -> None:
@@ -82,7 +98,9 @@ def _norm(bench: Bench, name: str, shape: tuple[int, int, int, int], *, residual
     inputs = [x, weight, bias, added][: 4 if residual else 3]
 
     def forward() -> Tensor:
-        return group_norm.group_norm(x, 32, weight, bias, residual=added if residual else None, relu=True, kernels="triton")
+        return group_norm.group_norm(
+            x, 32, weight, bias, residual=added if residual else None, relu=True, kernels="triton"
+        )
 
     y = forward()
 
@@ -101,7 +119,13 @@ def _norm(bench: Bench, name: str, shape: tuple[int, int, int, int], *, residual
     moved = group_norm.bytes_moved(shape, 2, **flags)
     bench.report(f"{name}, forward", errors, BF16, torch.no_grad()(forward), moved)
     errors = {"err_dx": off(backward()[0][:SAMPLES], exact_dx)}
-    bench.report(f"{name}, backward", errors, BF16, backward, group_norm.bytes_moved(shape, 2, **flags, backward=True))
+    bench.report(
+        f"{name}, backward",
+        errors,
+        BF16,
+        backward,
+        group_norm.bytes_moved(shape, 2, **flags, backward=True),
+    )
 
 
 def _activation(device: torch.device, shape: tuple[int, int, int, int]) -> Tensor:
@@ -114,14 +138,20 @@ def weights(bench: Bench, state: TrainState) -> None:
     (group,) = (group for group in state.standardized.groups if group.gradient is not None)
     assert group.gradient is not None
     group.renew()
-    flat, exact, means, stds = (t.detach().double() for t in (group.flat, group.copy, group.means, group.stds))
+    flat, exact, means, stds = (
+        t.detach().double() for t in (group.flat, group.copy, group.means, group.stds)
+    )
     ws.standardize_rows(exact, means, stds, flat, group.table, kernels="reference")
     moved = ws.bytes_moved(group.table, group.copy.itemsize)
-    bench.report("weight standardization, forward", {"err": off(group.copy, exact)}, BF16, group.renew, moved)
+    bench.report(
+        "weight standardization, forward", {"err": off(group.copy, exact)}, BF16, group.renew, moved
+    )
     group.gradient.normal_()
     out, exact_gradient = torch.zeros_like(group.flat), torch.zeros_like(flat)
     upstream = group.gradient.double()
-    ws.standardize_rows_backward(exact_gradient, upstream, flat, means, stds, group.table, kernels="reference")
+    ws.standardize_rows_backward(
+        exact_gradient, upstream, flat, means, stds, group.table, kernels="reference"
+    )
     group.write_gradient(out)
     moved = ws.bytes_moved(group.table, group.copy.itemsize, backward=True)
     bench.report(
@@ -138,9 +168,16 @@ def optimizer(bench: Bench, state: TrainState) -> None:
         segment.view(arena.momentum).normal_(std=1e-3)
     arena.target.mul_(0.9)  # else it equals the online weights and does not move
     flats = (arena.online, arena.gradient, arena.momentum, arena.target)
-    exact = arena.online.double(), arena.gradient.double(), arena.momentum.double(), arena.target.double()
+    exact = (
+        arena.online.double(),
+        arena.gradient.double(),
+        arena.momentum.double(),
+        arena.target.double(),
+    )
     lr, tau = state.lr[0].clone(), state.tau[0].clone()
-    table = replace(arena.table, decay=arena.table.decay.double(), lr_mult=arena.table.lr_mult.double())
+    table = replace(
+        arena.table, decay=arena.table.decay.double(), lr_mult=arena.table.lr_mult.double()
+    )
     exact_layers = lars_ema.reference(
         *exact, table, lr.double(), tau.double(),
         rule=recipe.rule, eta=recipe.eta, mu=recipe.momentum, ema_first=recipe.ema_first,
@@ -156,7 +193,13 @@ def optimizer(bench: Bench, state: TrainState) -> None:
     names = ("online", "gradient", "momentum", "target")
     errors = {name: off(flat, truth) for name, flat, truth in zip(names, flats, exact, strict=True)}
     moved = lars_ema.bytes_moved(len(arena.online), len(arena.target))
-    bench.report("LARS and moving average", errors | {"layers": off(layers, exact_layers)}, FP32, update, moved)
+    bench.report(
+        "LARS and moving average",
+        errors | {"layers": off(layers, exact_layers)},
+        FP32,
+        update,
+        moved,
+    )
 
 
 def pixels(bench: Bench) -> None:
@@ -164,8 +207,13 @@ def pixels(bench: Bench) -> None:
     stand, size = bench.stand, bench.stand.size
     batch = stand.images(1)
     where = {"seed": 3, "epoch": 5, "height": size, "width": size}
-    table, exact = (views.draw(stand.config.views, batch.ids, **where, kernels=kernels) for kernels in ("triton", "reference"))
-    bench.rows.check("kernel", "parameters of views", holds=torch.equal(table, exact), says="other bits")
+    table, exact = (
+        views.draw(stand.config.views, batch.ids, **where, kernels=kernels)
+        for kernels in ("triton", "reference")
+    )
+    bench.rows.check(
+        "kernel", "parameters of views", holds=torch.equal(table, exact), says="other bits"
+    )
     for blur in ("gaussian", "pil"):
         with bench.rows.guarded("kernel", f"two views, blur {blur}"):
             _pixels(bench, batch, table, blur)
@@ -188,8 +236,12 @@ def _pixels(bench: Bench, batch: Batch, table: Tensor, blur: str) -> None:
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     parser = job_parser()
-    parser.add_argument("--small", action="store_true", help="for tools that slow a program down a hundred times")
-    parser.add_argument("--untimed", action="store_true", help="for tools that use the profiler themselves")
+    parser.add_argument(
+        "--small", action="store_true", help="for tools that slow a program down a hundred times"
+    )
+    parser.add_argument(
+        "--untimed", action="store_true", help="for tools that use the profiler themselves"
+    )
     return parser
 
 

@@ -82,7 +82,9 @@ class Timer:
         return statistics.median(readings)
 
 
-def passes(layer: Layer, num_views: int, device: torch.device) -> tuple[dict[str, Callable[[], object]], float]:
+def passes(
+    layer: Layer, num_views: int, device: torch.device
+) -> tuple[dict[str, Callable[[], object]], float]:
     """Return the passes of ``layer`` over bf16 channels-last views, and the operations of each."""
     shape = (num_views, layer.channels_in, layer.side, layer.side)
     x = _random(shape, device)
@@ -106,7 +108,9 @@ def passes(layer: Layer, num_views: int, device: torch.device) -> tuple[dict[str
 
 
 def _random(shape: tuple[int, ...], device: torch.device) -> Tensor:
-    return torch.randn(shape, device=device).bfloat16().contiguous(memory_format=torch.channels_last)
+    return (
+        torch.randn(shape, device=device).bfloat16().contiguous(memory_format=torch.channels_last)
+    )
 
 
 def convolutions(rows: Rows, device: torch.device, num_views: int) -> None:
@@ -117,7 +121,9 @@ def convolutions(rows: Rows, device: torch.device, num_views: int) -> None:
             calls, flop = passes(layer, num_views, device)
             for name, call in calls.items():
                 seconds = timer(call)
-                rows.add("conv", f"{layer.name}, {name}", us=seconds * 1e6, tflops=flop / seconds / 1e12)
+                rows.add(
+                    "conv", f"{layer.name}, {name}", us=seconds * 1e6, tflops=flop / seconds / 1e12
+                )
                 times = layer.count * (2 if name == "forward" else 1)  # also the target's forward
                 step_s, step_flop = step_s + times * seconds, step_flop + times * flop
     rows.add("conv", "all of a step", ms=step_s * 1e3, tflops=step_flop / step_s / 1e12)
@@ -136,7 +142,9 @@ def main() -> int:
     arguments = parser().parse_args()
     rows = Rows(arguments.rows, arguments.job)
     device = torch.device("cpu" if arguments.dry else "cuda")
-    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = (d == "1" for d in arguments.cudnn)
+    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = (
+        d == "1" for d in arguments.cudnn
+    )
     with rows.guarded("ceiling", "copy and products"):
         best = ceiling(device, quick=arguments.dry)
         tflops = {"fp32_tflops": best.fp32_flop_s / 1e12, "bf16_tflops": best.bf16_flop_s / 1e12}

@@ -27,7 +27,11 @@ class Rows:
 
     def add(self, part: str, name: str, **values: Any) -> None:
         """Append a row with the figures ``values`` and print it."""
-        row = dict(zip(HEAD, (self._job, part, name, round(time.monotonic() - self._began, 1)), strict=True))
+        row = dict(
+            zip(
+                HEAD, (self._job, part, name, round(time.monotonic() - self._began, 1)), strict=True
+            )
+        )
         line = json.dumps({**row, **values}, allow_nan=True) + "\n"
         # One write to a file opened for appending: the lines of two processes do not mix, and a
         # killed process leaves whole lines.

@@ -65,14 +65,23 @@ def five_epochs(rows: Rows, method: str, folder: Path, *, dry: bool) -> None:
     config = load_config(
         "blog",
         [
-            *("data.train=textures", f"train.epochs={EPOCHS}", "train.precision=bf16", f"train.device={device}"),
+            *(
+                "data.train=textures",
+                f"train.epochs={EPOCHS}",
+                "train.precision=bf16",
+                f"train.device={device}",
+            ),
             *(f"views.size={size}", "schedule.horizon_epochs=320", *sizes, *METHODS[method]),
         ],
     )
     began = time.perf_counter()
     embedded.training_file(config.data)
     embedded.held_out_file(config.data)
-    rows.add("data", f"{config.data.textures_count} textures of {size} px", seconds=time.perf_counter() - began)
+    rows.add(
+        "data",
+        f"{config.data.textures_count} textures of {size} px",
+        seconds=time.perf_counter() - began,
+    )
     watch = Watch(rows)
     summary = train(config, folder, observer=watch)
     mode = checkpoint.load_latest(folder / "checkpoints").meta["engine"]
@@ -90,7 +99,16 @@ def five_epochs(rows: Rows, method: str, folder: Path, *, dry: bool) -> None:
 def claims(rows: Rows, arguments: argparse.Namespace) -> None:
     """Run the claims by ``fastbyol ablate run`` until the time is up, a row per probed epoch."""
     folder: Path = arguments.folder
-    command = [sys.executable, "-m", "fastbyol.cli.main", "ablate", "run", *arguments.claims, "--out", str(folder)]
+    command = [
+        sys.executable,
+        "-m",
+        "fastbyol.cli.main",
+        "ablate",
+        "run",
+        *arguments.claims,
+        "--out",
+        str(folder),
+    ]
     sets = [f"train.precision={arguments.precision}", *arguments.set]
     if arguments.dry:
         command += ["--scale", "mini", "--seeds", "1", "--device", "cpu"]
@@ -131,7 +149,11 @@ def _new_epochs(rows: Rows, folder: Path, seen: dict[Path, int]) -> None:
             continue
         for event in events[seen.get(path, 0) :]:
             if event["accuracy"] is not None:
-                rows.add("claim", f"{path.parent.name} {path.name} epoch {event['epoch'] + 1}", **_figures(event))
+                rows.add(
+                    "claim",
+                    f"{path.parent.name} {path.name} epoch {event['epoch'] + 1}",
+                    **_figures(event),
+                )
         seen[path] = len(events)
 
 

@@ -42,7 +42,9 @@ def batch_norm(
     affine = (weight, bias, running_mean, running_var)
     backend = dispatch(kernels, "x", x, *affine, residual, has=("cpu",))
     if backend != "cpu" or not _is_compiled_for(x, affine):
-        return reference(x, *affine, num_views, momentum=momentum, eps=eps, residual=residual, relu=relu)
+        return reference(
+            x, *affine, num_views, momentum=momentum, eps=eps, residual=residual, relu=relu
+        )
     # Imported here because it loads numba, which a GPU run does not need.
     from fastbyol_kernels.batch_norm.cpu import FusedBatchNorm
 
@@ -53,23 +55,40 @@ def batch_norm(
 
 
 def _check(
-    x: Tensor, weight: Tensor, bias: Tensor, running_mean: Tensor, running_var: Tensor, num_views: int, residual: Tensor | None
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    num_views: int,
+    residual: Tensor | None,
 ) -> None:
     if x.ndim not in (2, 4):
         raise ValueError(f"x must be (N, C, H, W) or (N, C), not of {x.ndim} dimensions")
     if num_views < 1 or len(x) % num_views:
-        raise ValueError(f"a batch of {len(x)} cannot be split into {num_views} views of equal size")
+        raise ValueError(
+            f"a batch of {len(x)} cannot be split into {num_views} views of equal size"
+        )
     # As in torch: the unbiased variance would divide by zero.
     if x.numel() == num_views * x.shape[1] > 0:
         raise ValueError(
-            f"x has one value per channel and view, {tuple(x.shape)} for {num_views} views: two or more have a variance"
+            f"x has one value per channel and view, {tuple(x.shape)} for {num_views} views: two "
+            "or more have a variance"
         )
-    named = {"weight": weight, "bias": bias, "running_mean": running_mean, "running_var": running_var}
+    named = {
+        "weight": weight,
+        "bias": bias,
+        "running_mean": running_mean,
+        "running_var": running_var,
+    }
     for name, tensor in named.items():
         if tensor.shape != (x.shape[1],):
             raise ValueError(f"{name} must be ({x.shape[1]},), not {tuple(tensor.shape)}")
     if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
-        raise ValueError(f"residual must be as x, {tuple(x.shape)} {x.dtype}, not {tuple(residual.shape)} {residual.dtype}")
+        raise ValueError(
+            f"residual must be as x, {tuple(x.shape)} {x.dtype}, not {tuple(residual.shape)} "
+            f"{residual.dtype}"
+        )
 
 
 def _is_compiled_for(x: Tensor, affine: tuple[Tensor, ...]) -> bool:

@@ -59,7 +59,9 @@ def _prefetch(typing: Any, address: Any) -> Any:
         of_four = ir.FunctionType(ir.VoidType(), [pointer, number, number, number])
         function = builder.module.declare_intrinsic("llvm.prefetch", [pointer], of_four)
         # The flags of llvm.prefetch: a read, the highest locality, data.
-        builder.call(function, [builder.inttoptr(arguments[0], pointer), number(0), number(3), number(1)])
+        builder.call(
+            function, [builder.inttoptr(arguments[0], pointer), number(0), number(3), number(1)]
+        )
         return context.get_dummy_value()
 
     return void(int64), generate
@@ -71,7 +73,9 @@ def _fetch_ahead(array, start, stop):
     # A masked load waits for its mask, and the pass took twice as long without this. bf16 is
     # widened before it is masked, so its loads do not wait.
     if array.itemsize == 4:
-        for address in range(array.ctypes.data + start * 4, array.ctypes.data + stop * 4, _CACHE_LINE):
+        for address in range(
+            array.ctypes.data + start * 4, array.ctypes.data + stop * 4, _CACHE_LINE
+        ):
             _prefetch(address)
 
 
@@ -107,7 +111,9 @@ def _fold(sums, channels):
 
 
 @kernel
-def _sum_deviations(block: int, x: Activation, sums: F32, rows: int, run: int, parts: int, c: int, lanes: int) -> None:
+def _sum_deviations(
+    block: int, x: Activation, sums: F32, rows: int, run: int, parts: int, c: int, lanes: int
+) -> None:
     """Write each lane's sums of x - shift and its square, and the shift, to ``sums`` (V, K, 3, L).
 
     The shift is the mean of the block's first few pixels. So a large mean costs no precision, and
@@ -118,7 +124,11 @@ def _sum_deviations(block: int, x: Activation, sums: F32, rows: int, run: int, p
     once, twice, shift = own[:lanes], own[lanes : 2 * lanes], own[2 * lanes :]
     once[:] = np.float32(0)
     twice[:] = np.float32(0)
-    first, into, pixels = x[start : start + c], shift[:c], min((stop - start) // c, _PIXELS_OF_SHIFT)
+    first, into, pixels = (
+        x[start : start + c],
+        shift[:c],
+        min((stop - start) // c, _PIXELS_OF_SHIFT),
+    )
     into[:] = np.float32(0)
     for pixel in range(1, pixels):
         other = x[start + pixel * c : start + (pixel + 1) * c]
@@ -185,12 +195,21 @@ def _moments(
             for i in range(c):
                 sum_of_block = np.float64(once[i])
                 apart = sum_of_block / pixels + (np.float64(shift[i]) - means[i])
-                m2[i] += np.float64(twice[i]) - sum_of_block * (sum_of_block / pixels) + pixels * apart * apart
-        own, of_view = table[view * 3 * lanes : (view + 1) * 3 * lanes], moments[view * 2 * c : (view + 1) * 2 * c]
+                m2[i] += (
+                    np.float64(twice[i])
+                    - sum_of_block * (sum_of_block / pixels)
+                    + pixels * apart * apart
+                )
+        own, of_view = (
+            table[view * 3 * lanes : (view + 1) * 3 * lanes],
+            moments[view * 2 * c : (view + 1) * 2 * c],
+        )
         for i in range(c):
             of_channel = 0.0 if m2[i] < 0.0 else m2[i]
             running_mean[i] = np.float32(momentum * means[i] + rest * np.float64(running_mean[i]))
-            running_var[i] = np.float32(momentum * (of_channel / float(rows - 1)) + rest * np.float64(running_var[i]))
+            running_var[i] = np.float32(
+                momentum * (of_channel / float(rows - 1)) + rest * np.float64(running_var[i])
+            )
             rstd = 1.0 / np.sqrt(of_channel / float(rows) + eps)
             mean = np.float32(means[i])
             below = means[i] - np.float64(mean)
@@ -208,7 +227,10 @@ def _normalise(
 ) -> None:  # fmt: skip
     """Write y = max((x - mean) * scale + shift, limit), with a residual in the sum if ``added``."""
     start, stop = _elements(block, rows, run, parts, c)
-    own, least = table[block // parts * 3 * lanes : (block // parts + 1) * 3 * lanes], np.float32(limit)
+    own, least = (
+        table[block // parts * 3 * lanes : (block // parts + 1) * 3 * lanes],
+        np.float32(limit),
+    )
     mean, scale, shift = own[:lanes], own[lanes : 2 * lanes], own[2 * lanes :]
     while start < stop:
         xs, ys = x[start : min(stop, start + lanes)], y[start : min(stop, start + lanes)]
@@ -235,7 +257,10 @@ def _sum_gradients(
     written; else the ReLU's input is recomputed and compared with ``limit``.
     """
     start, stop = _elements(block, rows, run, parts, c)
-    own, least = table[block // parts * 3 * lanes : (block // parts + 1) * 3 * lanes], np.float32(limit)
+    own, least = (
+        table[block // parts * 3 * lanes : (block // parts + 1) * 3 * lanes],
+        np.float32(limit),
+    )
     mean, scale, shift = own[:lanes], own[lanes : 2 * lanes], own[2 * lanes :]
     of_block = sums[block * 2 * lanes : (block + 1) * 2 * lanes]
     of_g, of_gd = of_block[:lanes], of_block[lanes:]
@@ -288,7 +313,10 @@ def _affine(
             for i in range(c):
                 of_g[i] += np.float64(once[i])
                 of_gx[i] += np.float64(twice[i])
-        below, rstd = moments[view * 2 * c : view * 2 * c + c], moments[view * 2 * c + c : (view + 1) * 2 * c]
+        below, rstd = (
+            moments[view * 2 * c : view * 2 * c + c],
+            moments[view * 2 * c + c : (view + 1) * 2 * c],
+        )
         own = slopes[view * 2 * lanes : (view + 1) * 2 * lanes]
         for i in range(c):
             inverse, scale = np.float64(rstd[i]), np.float64(table[view * 3 * lanes + lanes + i])
@@ -297,7 +325,9 @@ def _affine(
             dbias[i] += np.float32(of_g[i])
             slope = -scale * inverse * of_gx[i] / float(rows)
             own[i] = np.float32(slope)
-            own[lanes + i] = np.float32(-scale * of_g[i] / float(rows) - slope * np.float64(below[i]))
+            own[lanes + i] = np.float32(
+                -scale * of_g[i] / float(rows) - slope * np.float64(below[i])
+            )
         _spread(own, 2, lanes, c)
 
 
@@ -309,7 +339,10 @@ def _input_gradient(
     """Write dx by ``_affine``'s formula, with g = dy, masked by the ReLU if ``masks``."""
     start, stop = _elements(block, rows, run, parts, c)
     view, least = block // parts, np.float32(limit)
-    own, of_view = table[view * 3 * lanes : (view + 1) * 3 * lanes], slopes[view * 2 * lanes : (view + 1) * 2 * lanes]
+    own, of_view = (
+        table[view * 3 * lanes : (view + 1) * 3 * lanes],
+        slopes[view * 2 * lanes : (view + 1) * 2 * lanes],
+    )
     mean, scale, shift = own[:lanes], own[lanes : 2 * lanes], own[2 * lanes :]
     slope, constant = of_view[:lanes], of_view[lanes:]
     while start < stop:
@@ -341,8 +374,14 @@ class FusedBatchNorm(torch.autograd.Function):
         momentum: float, eps: float, residual: Tensor | None, relu: bool,
     ) -> Tensor:  # fmt: skip
         _, _, parts, c, lanes = cut = _cut(x, num_views)
-        sums, table = weight.new_empty(num_views, parts, 3, lanes), weight.new_empty(num_views, 3, lanes)
-        moments, scratch = weight.new_empty(num_views, 2, c), weight.new_empty(2, c, dtype=torch.float64)
+        sums, table = (
+            weight.new_empty(num_views, parts, 3, lanes),
+            weight.new_empty(num_views, 3, lanes),
+        )
+        moments, scratch = (
+            weight.new_empty(num_views, 2, c),
+            weight.new_empty(2, c, dtype=torch.float64),
+        )
         y, added, limit = torch.empty_like(x), residual is not None, 0.0 if relu else -torch.inf
         _sum_deviations(num_views * parts, x, sums, *cut)
         _moments(
@@ -363,10 +402,24 @@ class FusedBatchNorm(torch.autograd.Function):
         masks = ctx.relu and y is None
         # An output is positive if its value before rounding exceeds this.
         limit = (_LEAST_HALF if x.dtype == torch.bfloat16 else 0.0) if masks else -torch.inf
-        sums, slopes = table.new_empty(num_views, parts, 2, lanes), table.new_empty(num_views, 2, lanes)
+        sums, slopes = (
+            table.new_empty(num_views, parts, 2, lanes),
+            table.new_empty(num_views, 2, lanes),
+        )
         affine, scratch = table.new_empty(2, c), table.new_empty(2, c, dtype=torch.float64)
         dx, g = torch.empty_like(x), dy if y is None else torch.empty_like(x)
-        _sum_gradients(num_views * parts, x, dy, dy if y is None else y, g, table, sums, y is not None, limit, *cut)
+        _sum_gradients(
+            num_views * parts,
+            x,
+            dy,
+            dy if y is None else y,
+            g,
+            table,
+            sums,
+            y is not None,
+            limit,
+            *cut,
+        )
         _affine(1, moments, table, sums, affine, slopes, scratch, num_views, *cut)
         _input_gradient(num_views * parts, x, g, dx, table, slopes, masks, limit, *cut)
         return dx, affine[0], affine[1], *[None] * 5, g if ctx.added else None, None

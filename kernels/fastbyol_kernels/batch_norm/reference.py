@@ -31,7 +31,12 @@ def reference(
     ``num_views`` separate passes.
     """
     running = (running_mean, running_var)
-    y = torch.cat([F.batch_norm(chunk, *running, weight, bias, True, momentum, eps) for chunk in x.chunk(num_views)])
+    y = torch.cat(
+        [
+            F.batch_norm(chunk, *running, weight, bias, True, momentum, eps)
+            for chunk in x.chunk(num_views)
+        ]
+    )
     return add_and_relu(y, residual, relu)
 
 

@@ -52,38 +52,57 @@ def group_norm(
     return y
 
 
-def _check(x: Tensor, num_groups: int, weight: Tensor, bias: Tensor, residual: Tensor | None) -> None:
+def _check(
+    x: Tensor, num_groups: int, weight: Tensor, bias: Tensor, residual: Tensor | None
+) -> None:
     if x.ndim not in (2, 4):
         raise ValueError(f"x must be (N, C, H, W) or (N, C), not of {x.ndim} dimensions")
     if not x.is_floating_point():
         raise ValueError(f"x must be of floating point numbers, not {x.dtype}")
     channels = x.shape[1]
     if num_groups < 1 or channels % num_groups:
-        raise ValueError(f"num_groups is {num_groups}, which does not divide x's {channels} channels")
+        raise ValueError(
+            f"num_groups is {num_groups}, which does not divide x's {channels} channels"
+        )
     for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor.shape != (channels,):
             raise ValueError(f"{name} must be ({channels},), not {tuple(tensor.shape)}")
     if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
-        raise ValueError(f"residual must be as x, {tuple(x.shape)} {x.dtype}, not {tuple(residual.shape)} {residual.dtype}")
+        raise ValueError(
+            f"residual must be as x, {tuple(x.shape)} {x.dtype}, not {tuple(residual.shape)} "
+            f"{residual.dtype}"
+        )
 
 
 def _misfit(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None) -> str | None:
     """Return why the kernels do not support these tensors, or None if they do."""
     if x.dtype not in (torch.bfloat16, torch.float32):
         return f"x must be bfloat16 or float32 for the kernels, not {x.dtype}"
-    named = {"x": x, "weight": weight, "bias": bias} | ({} if residual is None else {"residual": residual})
+    named = {"x": x, "weight": weight, "bias": bias} | (
+        {} if residual is None else {"residual": residual}
+    )
     for name, tensor in named.items():
         if tensor.device != x.device:
             return f"{name} is on {tensor.device}, x on {x.device}"
         if tensor.ndim == 1 and tensor.dtype != torch.float32:
             return f"{name} must be float32 for the kernels, not {tensor.dtype}"
-        if not tensor.is_contiguous(memory_format=torch.channels_last if tensor.ndim == 4 else torch.contiguous_format):
-            return f"{name} must be {'channels-last' if tensor.ndim == 4 else 'contiguous'}: strides {tensor.stride()}"
+        if not tensor.is_contiguous(
+            memory_format=torch.channels_last if tensor.ndim == 4 else torch.contiguous_format
+        ):
+            return (
+                f"{name} must be {'channels-last' if tensor.ndim == 4 else 'contiguous'}: "
+                f"strides {tensor.stride()}"
+            )
     return None
 
 
 def bytes_moved(
-    shape: tuple[int, int, int, int], element_bytes: int, *, residual: bool = False, relu: bool = False, backward: bool = False
+    shape: tuple[int, int, int, int],
+    element_bytes: int,
+    *,
+    residual: bool = False,
+    relu: bool = False,
+    backward: bool = False,
 ) -> int:
     """Return the bytes that one pass moves if every element crosses the memory bus once.
 

@@ -29,7 +29,12 @@ def _rows(x, first, lanes):
     """Return the four rows of ``x`` that start with row ``first``."""
     start = first * lanes
     x0, x1 = x[start : start + lanes], x[start + lanes : start + 2 * lanes]
-    return x0, x1, x[start + 2 * lanes : start + 3 * lanes], x[start + 3 * lanes : start + 4 * lanes]
+    return (
+        x0,
+        x1,
+        x[start + 2 * lanes : start + 3 * lanes],
+        x[start + 3 * lanes : start + 4 * lanes],
+    )
 
 
 @noalias
@@ -71,7 +76,11 @@ def _moments(x, mean, m2):
             center = ((v0 + v1) + (v2 + v3) + ((v4 + v5) + (v6 + v7))) * np.float32(1 / ROWS)
             v0, v1, v2, v3 = v0 - center, v1 - center, v2 - center, v3 - center
             v4, v5, v6, v7 = v4 - center, v5 - center, v6 - center, v7 - center
-            squares = (v0 * v0 + v1 * v1) + (v2 * v2 + v3 * v3) + ((v4 * v4 + v5 * v5) + (v6 * v6 + v7 * v7))
+            squares = (
+                (v0 * v0 + v1 * v1)
+                + (v2 * v2 + v3 * v3)
+                + ((v4 * v4 + v5 * v5) + (v6 * v6 + v7 * v7))
+            )
             delta = center - mean[i]
             mean[i] += delta * f
             m2[i] += squares + delta * delta * g
@@ -94,7 +103,14 @@ def _by_channel(mean, m2, channels, pixels):
     for lane in range(1, per_row):
         more = rows + (1 if lane < rest else 0)
         start = lane * channels
-        _merge(mean[:channels], m2[:channels], count, mean[start : start + channels], m2[start : start + channels], more)
+        _merge(
+            mean[:channels],
+            m2[:channels],
+            count,
+            mean[start : start + channels],
+            m2[start : start + channels],
+            more,
+        )
         count += more
 
 
@@ -177,7 +193,10 @@ def _forward(
     first, second = lanes[:length], lanes[length : 2 * length]
     for sample in range(block * per_block, min(block * per_block + per_block, samples)):
         here = slice(sample * size, sample * size + size)
-        mean, rstd = means[sample * groups : sample * groups + groups], rstds[sample * groups : sample * groups + groups]
+        mean, rstd = (
+            means[sample * groups : sample * groups + groups],
+            rstds[sample * groups : sample * groups + groups],
+        )
         _moments(x[here], first, second)
         _by_channel(first, second, channels, pixels)
         _by_group(first[:channels], second[:channels], mean, rstd, pixels, np.float32(eps))
@@ -224,9 +243,15 @@ def _sums(dy, x, y, scale, shift, center, total, weighted, limit):
             before = weighted[i]
             if y is not None:
                 v0, v1, v2, v3 = widened(x0[i]), widened(x1[i]), widened(x2[i]), widened(x3[i])
-            weighted[i] = before + ((g0 * (v0 - c) + g1 * (v1 - c)) + (g2 * (v2 - c) + g3 * (v3 - c)))
+            weighted[i] = before + (
+                (g0 * (v0 - c) + g1 * (v1 - c)) + (g2 * (v2 - c) + g3 * (v3 - c))
+            )
     for row in range(rows // 4 * 4, -(-len(x) // lanes)):
-        values, result, gradient = _row(x, row, lanes), _row(results, row, lanes), _row(dy, row, lanes)
+        values, result, gradient = (
+            _row(x, row, lanes),
+            _row(results, row, lanes),
+            _row(dy, row, lanes),
+        )
         for i in range(len(values)):
             g = _passed(gradient, values, result, i, y, scale, shift, limit)
             total[i] += g
@@ -270,9 +295,17 @@ def _slopes(weight, mean, rstd, total, weighted, slope, level, pixels):
 @noalias
 def _write_gradients(dy, x, y, dx, dresidual, scale, shift, slope, level, limit):
     """Write dx, and the residual's gradient unless ``dresidual`` is None."""
-    lanes, results, dresiduals = len(scale), x if y is None else y, dx if dresidual is None else dresidual
+    lanes, results, dresiduals = (
+        len(scale),
+        x if y is None else y,
+        dx if dresidual is None else dresidual,
+    )
     for row in range(-(-len(x) // lanes)):
-        values, result, gradient = _row(x, row, lanes), _row(results, row, lanes), _row(dy, row, lanes)
+        values, result, gradient = (
+            _row(x, row, lanes),
+            _row(results, row, lanes),
+            _row(dy, row, lanes),
+        )
         out, passed = _row(dx, row, lanes), _row(dresiduals, row, lanes)
         for i in range(len(values)):
             g = _passed(gradient, values, result, i, y, scale, shift, limit)
@@ -290,11 +323,18 @@ def _backward(
     """Write dx, dresidual, and sums (N, 2, C) of g * x_hat and g, for ``per_block`` samples."""
     size, length = pixels * channels, per_row * channels
     lanes, bound = np.empty(5 * length, np.float32), np.float32(limit)
-    scale, shift, center = lanes[:length], lanes[length : 2 * length], lanes[2 * length : 3 * length]
+    scale, shift, center = (
+        lanes[:length],
+        lanes[length : 2 * length],
+        lanes[2 * length : 3 * length],
+    )
     third, fourth = lanes[3 * length : 4 * length], lanes[4 * length : 5 * length]
     for sample in range(block * per_block, min(block * per_block + per_block, samples)):
         here = slice(sample * size, sample * size + size)
-        mean, rstd = means[sample * groups : sample * groups + groups], rstds[sample * groups : sample * groups + groups]
+        mean, rstd = (
+            means[sample * groups : sample * groups + groups],
+            rstds[sample * groups : sample * groups + groups],
+        )
         row = sample * 2 * channels
         weighted, total = sums[row : row + channels], sums[row + channels : row + 2 * channels]
         _lines(mean, rstd, weight[:channels], bias[:channels], scale, shift, center)
@@ -306,9 +346,22 @@ def _backward(
         _sum_lanes(fourth, channels, weighted)
         _slopes(weight[:channels], mean, rstd, total, weighted, third, fourth, pixels)
         if by_y:
-            _write_gradients(dy[here], x[here], y[here], dx[here], dresidual[here], scale, shift, third, fourth, bound)
+            _write_gradients(
+                dy[here],
+                x[here],
+                y[here],
+                dx[here],
+                dresidual[here],
+                scale,
+                shift,
+                third,
+                fourth,
+                bound,
+            )
         else:
-            _write_gradients(dy[here], x[here], None, dx[here], None, scale, shift, third, fourth, bound)
+            _write_gradients(
+                dy[here], x[here], None, dx[here], None, scale, shift, third, fourth, bound
+            )
 
 
 @kernel
@@ -340,14 +393,38 @@ class CpuGroupNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, num_groups: int, eps: float, relu: bool
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        residual: Tensor | None,
+        num_groups: int,
+        eps: float,
+        relu: bool,
     ) -> Tensor:
         y = torch.empty_like(x)
         mean, rstd = (weight.new_empty((len(x), num_groups)) for _ in range(2))
-        ctx.num_groups, ctx.least, ctx.residual = num_groups, 0.0 if relu else -float("inf"), residual is not None
+        ctx.num_groups, ctx.least, ctx.residual = (
+            num_groups,
+            0.0 if relu else -float("inf"),
+            residual is not None,
+        )
         num_blocks, *sizes = _plan(x, num_groups)
         added = x if residual is None else residual
-        _forward(num_blocks, x, added, y, weight, bias, mean, rstd, *sizes, int(ctx.residual), eps, ctx.least)
+        _forward(
+            num_blocks,
+            x,
+            added,
+            y,
+            weight,
+            bias,
+            mean,
+            rstd,
+            *sizes,
+            int(ctx.residual),
+            eps,
+            ctx.least,
+        )
         ctx.save_for_backward(x, y if ctx.residual and relu else None, weight, bias, mean, rstd)
         return y
 
@@ -361,6 +438,18 @@ class CpuGroupNorm(torch.autograd.Function):
         dresidual = dy if y is None else torch.empty_like(x)
         sums, affine = saved[0].new_empty((n, 2, c)), saved[0].new_empty((2, c))
         num_blocks, *sizes = _plan(x, ctx.num_groups)
-        _backward(num_blocks, dy, x, x if y is None else y, dx, dresidual, *saved, sums, *sizes, int(y is not None), ctx.least)
+        _backward(
+            num_blocks,
+            dy,
+            x,
+            x if y is None else y,
+            dx,
+            dresidual,
+            *saved,
+            sums,
+            *sizes,
+            int(y is not None),
+            ctx.least,
+        )
         _sum_rows(-(-2 * c // COLUMNS), sums, affine, n, 2 * c)
         return dx, affine[0], affine[1], dresidual if ctx.residual else None, None, None, None

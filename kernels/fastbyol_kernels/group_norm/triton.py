@@ -22,7 +22,15 @@ def _slab(C: tl.constexpr, SLAB: tl.constexpr):
 
 
 @triton.jit
-def _tile(first, stop, slab, C: tl.constexpr, SLAB: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
+def _tile(
+    first,
+    stop,
+    slab,
+    C: tl.constexpr,
+    SLAB: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
     """Return offsets (BLOCK_P, BLOCK_C) into a sample, and the mask of those inside the slab."""
     pixels = first + tl.arange(0, BLOCK_P)
     channels = tl.arange(0, BLOCK_C)
@@ -33,7 +41,9 @@ def _tile(first, stop, slab, C: tl.constexpr, SLAB: tl.constexpr, BLOCK_P: tl.co
 @triton.jit
 def _belongs(PER_GROUP: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_G: tl.constexpr):
     """Return (BLOCK_C, BLOCK_G), 1 where the channel belongs to the group, for any PER_GROUP."""
-    return ((tl.arange(0, BLOCK_C) // PER_GROUP)[:, None] == tl.arange(0, BLOCK_G)[None, :]).to(tl.float32)
+    return ((tl.arange(0, BLOCK_C) // PER_GROUP)[:, None] == tl.arange(0, BLOCK_G)[None, :]).to(
+        tl.float32
+    )
 
 
 @triton.jit
@@ -41,7 +51,7 @@ def _by_group(values, PER_GROUP: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_G: t
     """Sum (BLOCK_C,) to (BLOCK_G,). Channels beyond the slab go to groups that are not read."""
     if BLOCK_G * PER_GROUP == BLOCK_C:
         return tl.sum(tl.reshape(values, (BLOCK_G, PER_GROUP)), 1)
-    else:  # noqa: RET505  (a branch at compile time)
+    else:
         return tl.sum(values[:, None] * _belongs(PER_GROUP, BLOCK_C, BLOCK_G), 0)
 
 
@@ -50,7 +60,7 @@ def _by_channel(values, PER_GROUP: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_G:
     """Return each channel's group value: (BLOCK_G,) -> (BLOCK_C,)."""
     if BLOCK_G * PER_GROUP == BLOCK_C:
         return tl.reshape(tl.broadcast_to(values[:, None], (BLOCK_G, PER_GROUP)), (BLOCK_C,))
-    else:  # noqa: RET505
+    else:
         return tl.sum(values[None, :] * _belongs(PER_GROUP, BLOCK_C, BLOCK_G), 1)
 
 
@@ -75,9 +85,13 @@ def _moments(
         m2 += delta * (value - mean)
     lanes = stop - first - tl.arange(0, BLOCK_P) + BLOCK_P - 1
     counts = (lanes // BLOCK_P).to(tl.float32)[:, None]
-    group_mean = _by_group(tl.sum(counts * mean, 0), PER_GROUP, BLOCK_C, BLOCK_G) / ((stop - first) * PER_GROUP)
+    group_mean = _by_group(tl.sum(counts * mean, 0), PER_GROUP, BLOCK_C, BLOCK_G) / (
+        (stop - first) * PER_GROUP
+    )
     apart = mean - _by_channel(group_mean, PER_GROUP, BLOCK_C, BLOCK_G)[None, :]
-    return group_mean, _by_group(tl.sum(m2 + counts * apart * apart, 0), PER_GROUP, BLOCK_C, BLOCK_G)
+    return group_mean, _by_group(
+        tl.sum(m2 + counts * apart * apart, 0), PER_GROUP, BLOCK_C, BLOCK_G
+    )
 
 
 @triton.jit
@@ -91,7 +105,9 @@ def _write_normalised(
     # or the L2, so device memory moves each byte once.
     blocks = tl.cdiv(stop - first, BLOCK_P)
     for step in range(blocks):
-        offsets, mask = _tile(first + (blocks - 1 - step) * BLOCK_P, stop, slab, C, SLAB, BLOCK_P, BLOCK_C)
+        offsets, mask = _tile(
+            first + (blocks - 1 - step) * BLOCK_P, stop, slab, C, SLAB, BLOCK_P, BLOCK_C
+        )
         value = tl.load(x + offsets, mask=mask, other=0.0).to(tl.float32)
         value = value * scale[None, :] + shift[None, :]
         if RESIDUAL:
@@ -129,7 +145,9 @@ def _forward_kernel(
     """Normalise one sample's slab per program."""
     slab, sample = _slab(C, SLAB)
     base = sample * num_pixels * C
-    mean, m2 = _moments(x + base, 0, num_pixels, slab, C, SLAB, PER_GROUP, BLOCK_P, BLOCK_C, BLOCK_G)
+    mean, m2 = _moments(
+        x + base, 0, num_pixels, slab, C, SLAB, PER_GROUP, BLOCK_P, BLOCK_C, BLOCK_G
+    )
     rstd = 1.0 / tl.sqrt(m2 / (num_pixels * PER_GROUP) + eps)
     groups = tl.arange(0, BLOCK_G)
     out = sample * (C // PER_GROUP) + slab * (SLAB // PER_GROUP) + groups
@@ -137,7 +155,10 @@ def _forward_kernel(
     tl.store(rstd_out + out, rstd, mask=groups < SLAB // PER_GROUP)
     gamma, beta = _affine(weight, bias, slab, SLAB, BLOCK_C)
     scale, shift = _line(
-        _by_channel(mean, PER_GROUP, BLOCK_C, BLOCK_G), _by_channel(rstd, PER_GROUP, BLOCK_C, BLOCK_G), gamma, beta
+        _by_channel(mean, PER_GROUP, BLOCK_C, BLOCK_G),
+        _by_channel(rstd, PER_GROUP, BLOCK_C, BLOCK_G),
+        gamma,
+        beta,
     )
     _write_normalised(
         x + base, residual + base, y + base, 0, num_pixels, slab, scale, shift,
@@ -180,7 +201,9 @@ def _normalise_kernel(
     runs = tl.arange(0, BLOCK_K)
     in_slab = groups < SLAB // PER_GROUP
     mask = (runs < num_runs)[:, None] & in_slab[None, :]
-    offsets = (sample * num_runs + runs)[:, None] * (2 * (C // PER_GROUP)) + (slab * (SLAB // PER_GROUP) + groups)[None, :]
+    offsets = (sample * num_runs + runs)[:, None] * (2 * (C // PER_GROUP)) + (
+        slab * (SLAB // PER_GROUP) + groups
+    )[None, :]
     means = tl.load(partial + offsets, mask=mask, other=0.0)
     m2 = tl.load(partial + offsets + C // PER_GROUP, mask=mask, other=0.0)
     pixels = tl.maximum(tl.minimum(num_pixels - runs * run, run), 0)
@@ -195,7 +218,10 @@ def _normalise_kernel(
     tl.store(rstd_out + out, rstd, mask=groups < num_written)
     gamma, beta = _affine(weight, bias, slab, SLAB, BLOCK_C)
     scale, shift = _line(
-        _by_channel(mean, PER_GROUP, BLOCK_C, BLOCK_G), _by_channel(rstd, PER_GROUP, BLOCK_C, BLOCK_G), gamma, beta
+        _by_channel(mean, PER_GROUP, BLOCK_C, BLOCK_G),
+        _by_channel(rstd, PER_GROUP, BLOCK_C, BLOCK_G),
+        gamma,
+        beta,
     )
     first = tl.program_id(1) * run
     base = sample * num_pixels * C
@@ -206,7 +232,9 @@ def _normalise_kernel(
 
 
 @triton.jit
-def _through_relu(dy, y, offsets, mask, value, scale, shift, RESIDUAL: tl.constexpr, RELU: tl.constexpr):
+def _through_relu(
+    dy, y, offsets, mask, value, scale, shift, RESIDUAL: tl.constexpr, RELU: tl.constexpr
+):
     """Return the gradient before the ReLU.
 
     With a residual the mask is y > 0: the next layer saves y anyway, whereas the residual would be
@@ -214,7 +242,9 @@ def _through_relu(dy, y, offsets, mask, value, scale, shift, RESIDUAL: tl.conste
     """
     gradient = tl.load(dy + offsets, mask=mask, other=0.0).to(tl.float32)
     if RELU and RESIDUAL:
-        gradient = tl.where(tl.load(y + offsets, mask=mask, other=0.0).to(tl.float32) > 0, gradient, 0.0)
+        gradient = tl.where(
+            tl.load(y + offsets, mask=mask, other=0.0).to(tl.float32) > 0, gradient, 0.0
+        )
     elif RELU:
         gradient = tl.where(value * scale[None, :] + shift[None, :] > 0, gradient, 0.0)
     return gradient
@@ -256,7 +286,9 @@ def _write_gradient(
     level = _by_channel(of_total, PER_GROUP, BLOCK_C, BLOCK_G) * rstd / count - mean * slope
     blocks = tl.cdiv(stop - first, BLOCK_P)
     for step in range(blocks):
-        offsets, mask = _tile(first + (blocks - 1 - step) * BLOCK_P, stop, slab, C, SLAB, BLOCK_P, BLOCK_C)
+        offsets, mask = _tile(
+            first + (blocks - 1 - step) * BLOCK_P, stop, slab, C, SLAB, BLOCK_P, BLOCK_C
+        )
         value = tl.load(x + offsets, mask=mask, other=0.0).to(tl.float32)
         gradient = _through_relu(dy, y, offsets, mask, value, scale, shift, RESIDUAL, RELU)
         value = scale[None, :] * gradient - (value * slope[None, :] + level[None, :])
@@ -266,16 +298,29 @@ def _write_gradient(
 
 
 @triton.jit
-def _statistics(mean, rstd, sample, slab, C: tl.constexpr, SLAB: tl.constexpr, PER_GROUP: tl.constexpr, BLOCK_C: tl.constexpr):
+def _statistics(
+    mean,
+    rstd,
+    sample,
+    slab,
+    C: tl.constexpr,
+    SLAB: tl.constexpr,
+    PER_GROUP: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
     """Load mean and rstd of each channel of a slab."""
     channels = tl.arange(0, BLOCK_C)
     groups = sample * (C // PER_GROUP) + slab * (SLAB // PER_GROUP) + channels // PER_GROUP
     mask = channels < SLAB
-    return tl.load(mean + groups, mask=mask, other=0.0), tl.load(rstd + groups, mask=mask, other=0.0)
+    return tl.load(mean + groups, mask=mask, other=0.0), tl.load(
+        rstd + groups, mask=mask, other=0.0
+    )
 
 
 @triton.jit
-def _store_sums(sums, row, total, weighted, slab, C: tl.constexpr, SLAB: tl.constexpr, BLOCK_C: tl.constexpr):
+def _store_sums(
+    sums, row, total, weighted, slab, C: tl.constexpr, SLAB: tl.constexpr, BLOCK_C: tl.constexpr
+):
     channels = tl.arange(0, BLOCK_C)
     offsets = row * (2 * C) + slab * SLAB + channels
     tl.store(sums + offsets, weighted, mask=channels < SLAB)
@@ -298,7 +343,22 @@ def _backward_kernel(
     mu, r = _statistics(mean, rstd, sample, slab, C, SLAB, PER_GROUP, BLOCK_C)
     gamma, beta = _affine(weight, bias, slab, SLAB, BLOCK_C)
     total, weighted = _gradient_sums(
-        dy + base, x + base, y + base, 0, num_pixels, slab, mu, r, gamma, beta, C, SLAB, BLOCK_P, BLOCK_C, RESIDUAL, RELU
+        dy + base,
+        x + base,
+        y + base,
+        0,
+        num_pixels,
+        slab,
+        mu,
+        r,
+        gamma,
+        beta,
+        C,
+        SLAB,
+        BLOCK_P,
+        BLOCK_C,
+        RESIDUAL,
+        RELU,
     )
     _store_sums(sums, sample, total, weighted, slab, C, SLAB, BLOCK_C)
     # Loaded again after the stores: kept in registers, these values would cost an SM half its
@@ -327,7 +387,16 @@ def _gradient_sums_kernel(
         dy + base, x + base, y + base, first, tl.minimum(first + run, num_pixels), slab, mu, r, gamma, beta,
         C, SLAB, BLOCK_P, BLOCK_C, RESIDUAL, RELU,
     )  # fmt: skip
-    _store_sums(sums, sample * tl.num_programs(1) + tl.program_id(1), total, weighted, slab, C, SLAB, BLOCK_C)
+    _store_sums(
+        sums,
+        sample * tl.num_programs(1) + tl.program_id(1),
+        total,
+        weighted,
+        slab,
+        C,
+        SLAB,
+        BLOCK_C,
+    )
 
 
 @triton.jit
@@ -359,14 +428,18 @@ def _gradient_kernel(
 
 
 @triton.jit
-def _sum_rows_kernel(sums, out, num_rows, num_columns, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
+def _sum_rows_kernel(
+    sums, out, num_rows, num_columns, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr
+):
     """Sum rows of ``sums`` to ``out`` (columns,) in a fixed order, BLOCK_C columns per program."""
     columns = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     total = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
     for start in range(0, num_rows, BLOCK_R):
         rows = start + tl.arange(0, BLOCK_R)
         mask = (rows < num_rows)[:, None] & (columns < num_columns)[None, :]
-        total += tl.load(sums + rows[:, None] * num_columns + columns[None, :], mask=mask, other=0.0)
+        total += tl.load(
+            sums + rows[:, None] * num_columns + columns[None, :], mask=mask, other=0.0
+        )
     tl.store(out + columns, tl.sum(total, 0), mask=columns < num_columns)
 
 
@@ -418,11 +491,22 @@ class Launch:
     num_warps: int
 
 
-def launch(num_pixels: int, channels: int, num_groups: int, element_bytes: int, num_read: int, max_bytes: int) -> Launch:
+def launch(
+    num_pixels: int,
+    channels: int,
+    num_groups: int,
+    element_bytes: int,
+    num_read: int,
+    max_bytes: int,
+) -> Launch:
     """Plan a launch on samples of ``num_pixels`` x ``channels`` with ``num_read`` inputs."""
     per_group = channels // num_groups
     powers = [1 << e for e in range(channels.bit_length())]
-    slabs = [s for s in powers if s % per_group == 0 and channels % s == 0 and s * element_bytes >= MIN_SLAB_BYTES]
+    slabs = [
+        s
+        for s in powers
+        if s % per_group == 0 and channels % s == 0 and s * element_bytes >= MIN_SLAB_BYTES
+    ]
     slab = next((s for s in slabs if s * element_bytes * num_pixels >= ENOUGH_BYTES), channels)
     row_bytes = slab * element_bytes * num_read
     run = num_pixels
@@ -433,17 +517,33 @@ def launch(num_pixels: int, channels: int, num_groups: int, element_bytes: int, 
     per_warp = 32 * (PER_THREAD_FORWARD if num_read == 1 else PER_THREAD_BACKWARD)
     block_p = max(1, min(triton.next_power_of_2(run), num_warps * per_warp // block_c))
     num_warps = min(num_warps, max(1, block_p * block_c // per_warp))
-    return Launch(slab, -(-num_pixels // run), run, block_p, block_c, triton.next_power_of_2(slab // per_group), num_warps)
+    return Launch(
+        slab,
+        -(-num_pixels // run),
+        run,
+        block_p,
+        block_c,
+        triton.next_power_of_2(slab // per_group),
+        num_warps,
+    )
 
 
 @torch.library.custom_op("fastbyol::group_norm", mutates_args=())
 def triton_group_norm(
-    x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, num_groups: int, eps: float, relu: bool
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    residual: Tensor | None,
+    num_groups: int,
+    eps: float,
+    relu: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return y, and mean and rstd (N, G), of arguments that ``group_norm`` has checked."""
     n, c, h, w = x.shape
     y = torch.empty_like(x)
-    mean, rstd = (torch.empty((n, num_groups), dtype=torch.float32, device=x.device) for _ in range(2))
+    mean, rstd = (
+        torch.empty((n, num_groups), dtype=torch.float32, device=x.device) for _ in range(2)
+    )
     plan = launch(h * w, c, num_groups, x.element_size(), 1, MAX_BYTES_FORWARD)
     grid = (n * (c // plan.slab), plan.num_runs)
     tile, options = _tile_of(plan, c, num_groups), _options(plan)
@@ -455,13 +555,19 @@ def triton_group_norm(
     partial = torch.empty((n, plan.num_runs, 2, num_groups), dtype=torch.float32, device=x.device)
     _moments_kernel[grid](x, partial, h * w, plan.run, **tile, **options)
     flags["BLOCK_K"] = triton.next_power_of_2(plan.num_runs)
-    _normalise_kernel[grid](*read, partial, y, mean, rstd, h * w, plan.run, eps, **tile, **flags, **options)
+    _normalise_kernel[grid](
+        *read, partial, y, mean, rstd, h * w, plan.run, eps, **tile, **flags, **options
+    )
     return y, mean, rstd
 
 
 @triton_group_norm.register_fake
-def _(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, num_groups: int, *_: Any) -> tuple[Tensor, ...]:
-    return torch.empty_like(x), *(x.new_empty((len(x), num_groups), dtype=torch.float32) for _ in range(2))
+def _(
+    x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, num_groups: int, *_: Any
+) -> tuple[Tensor, ...]:
+    return torch.empty_like(x), *(
+        x.new_empty((len(x), num_groups), dtype=torch.float32) for _ in range(2)
+    )
 
 
 @torch.library.custom_op("fastbyol::group_norm_backward", mutates_args=())
@@ -489,7 +595,13 @@ def _group_norm_backward(
         block_g = tile.pop("BLOCK_G")
         _gradient_sums_kernel[grid](*read, sums, h * w, plan.run, **tile, **flags, **options)
         # The number of runs whose sums a program adds at once, for a tile like its others.
-        block_k = max(1, min(triton.next_power_of_2(plan.num_runs), plan.num_warps * 32 * PER_THREAD_BACKWARD // plan.block_c))
+        block_k = max(
+            1,
+            min(
+                triton.next_power_of_2(plan.num_runs),
+                plan.num_warps * 32 * PER_THREAD_BACKWARD // plan.block_c,
+            ),
+        )
         tile |= {"BLOCK_G": block_g, "BLOCK_K": block_k}
         _gradient_kernel[grid](*read, sums, *written, h * w, plan.run, **tile, **flags, **options)
     affine = torch.empty((2, c), dtype=torch.float32, device=x.device)

@@ -23,7 +23,17 @@ from fastbyol_kernels.lars_ema.reference import (
     trust_ratio,
 )
 
-__all__ = ["BOLTS_EPS", "LAYER_METRICS", "RULES", "Rule", "SegmentTable", "bytes_moved", "lars_ema", "reference", "trust_ratio"]
+__all__ = [
+    "BOLTS_EPS",
+    "LAYER_METRICS",
+    "RULES",
+    "Rule",
+    "SegmentTable",
+    "bytes_moved",
+    "lars_ema",
+    "reference",
+    "trust_ratio",
+]
 
 
 def lars_ema(
@@ -56,14 +66,38 @@ def lars_ema(
         from fastbyol_kernels.lars_ema import cpu
 
         step = cpu.step
-    return step(online, gradient, momentum, target, table, lr, tau, rule=rule, eta=eta, mu=mu, ema_first=ema_first)
+    return step(
+        online,
+        gradient,
+        momentum,
+        target,
+        table,
+        lr,
+        tau,
+        rule=rule,
+        eta=eta,
+        mu=mu,
+        ema_first=ema_first,
+    )
 
 
 def _check(
-    online: Tensor, gradient: Tensor, momentum: Tensor, target: Tensor, table: SegmentTable, lr: Tensor, tau: Tensor
+    online: Tensor,
+    gradient: Tensor,
+    momentum: Tensor,
+    target: Tensor,
+    table: SegmentTable,
+    lr: Tensor,
+    tau: Tensor,
 ) -> None:
-    if online.ndim != 1 or online.dtype not in (torch.float32, torch.float64) or not online.is_contiguous():
-        raise ValueError(f"online must be flat, contiguous, float32 or float64, not {_kind(online)}")
+    if (
+        online.ndim != 1
+        or online.dtype not in (torch.float32, torch.float64)
+        or not online.is_contiguous()
+    ):
+        raise ValueError(
+            f"online must be flat, contiguous, float32 or float64, not {_kind(online)}"
+        )
     if len(online) < table.end:
         raise ValueError(f"online has {len(online)} elements, table ends at {table.end}")
     for name, tensor, shape in (
@@ -75,7 +109,11 @@ def _check(
         ("lr", lr, ()),
         ("tau", tau, ()),
     ):
-        like = tensor.shape == shape and tensor.dtype == online.dtype and tensor.device == online.device
+        like = (
+            tensor.shape == shape
+            and tensor.dtype == online.dtype
+            and tensor.device == online.device
+        )
         if not like or not tensor.is_contiguous():
             what = f"contiguous {online.dtype} {tuple(shape)} on {online.device}"
             raise ValueError(f"{name} must be {what}, not {_kind(tensor)}")

@@ -19,7 +19,16 @@ CHUNKS = 8
 
 
 @kernel
-def _norms(block: int, online: F32, gradient: F32, decay: F32, sums: F32, chunks: I32, num_chunks: int, all_three: int) -> None:
+def _norms(
+    block: int,
+    online: F32,
+    gradient: F32,
+    decay: F32,
+    sums: F32,
+    chunks: I32,
+    num_chunks: int,
+    all_three: int,
+) -> None:
     """Write the sums of squares of w, g and u = g + d w, a row (3,) per chunk.
 
     Unless ``all_three``, only g is read, and the other sums are 0.
@@ -55,7 +64,12 @@ def _sweep(
     for chunk in range(block * CHUNKS, min(block * CHUNKS + CHUNKS, num_chunks)):
         segment, start, stop = chunks[3 * chunk], chunks[3 * chunk + 1], chunks[3 * chunk + 2]
         a, b, ad = before[segment], after[segment], before[segment] * decay[segment]
-        w, g, m, t = online[start:stop], gradient[start:stop], momentum[start:stop], target[start:stop]
+        w, g, m, t = (
+            online[start:stop],
+            gradient[start:stop],
+            momentum[start:stop],
+            target[start:stop],
+        )
         followed, of_m, of_w = start < num_target, np.float32(0), np.float32(0)
         for i in range(len(w)):
             old = w[i]
@@ -78,7 +92,9 @@ def step(
     if not grad_norm.isfinite().all():
         weight_norm, still = norms(online, gradient, table)[0], torch.zeros_like(grad_norm)
         return torch.stack((weight_norm, grad_norm, still, still, still), dim=1)
-    trust = torch.where(table.adapt, trust_ratio(rule, weight_norm, grad_norm, decayed_norm, table.decay, eta), 1.0)
+    trust = torch.where(
+        table.adapt, trust_ratio(rule, weight_norm, grad_norm, decayed_norm, table.decay, eta), 1.0
+    )
     rate, before, after, decay = factors(rule, table, trust, grad_norm, lr)
     sums, chunks = online.new_empty(len(table.chunks), 2), table.chunks
     _sweep(
@@ -89,7 +105,9 @@ def step(
     return torch.stack((weight_norm, grad_norm, trust, rate, after * momentum_norm), dim=1)
 
 
-def norms(online: Tensor, gradient: Tensor, table: SegmentTable, *, all_three: bool = True) -> Tensor:
+def norms(
+    online: Tensor, gradient: Tensor, table: SegmentTable, *, all_three: bool = True
+) -> Tensor:
     """Return |w|, |g| and |g + d w| of each segment, (3, S); unless ``all_three`` |g| and zeros."""
     sums, chunks = online.new_empty(len(table.chunks), 3), table.chunks
     _norms(_blocks(table), online, gradient, table.decay, sums, chunks, len(chunks), all_three)
@@ -102,5 +120,7 @@ def _blocks(table: SegmentTable) -> int:
 
 def _roots(sums: Tensor, table: SegmentTable) -> Tensor:
     """Return norms (n, S) of segments from the sums of squares (K, n) of chunks, added in fp64."""
-    whole = torch.segment_reduce(sums.double(), "sum", lengths=table.spans.diff().flatten().long(), axis=0)
+    whole = torch.segment_reduce(
+        sums.double(), "sum", lengths=table.spans.diff().flatten().long(), axis=0
+    )
     return whole.sqrt().to(sums.dtype).t()

@@ -53,11 +53,16 @@ class SegmentTable:
         for segment, (offset, numel) in enumerate(zip(self.offsets, self.numels, strict=True)):
             end = offset + numel
             first = len(rows)
-            rows += [(segment, start, min(start + self.chunk, end)) for start in range(offset, end, self.chunk)]
+            rows += [
+                (segment, start, min(start + self.chunk, end))
+                for start in range(offset, end, self.chunk)
+            ]
             spans.append((first, len(rows)))
         # Built here, once: a step that is being captured in a CUDA graph cannot copy from the host.
         for name, table in (("chunks", rows), ("spans", spans)):
-            object.__setattr__(self, name, torch.tensor(table, dtype=torch.int32, device=self.adapt.device))
+            object.__setattr__(
+                self, name, torch.tensor(table, dtype=torch.int32, device=self.adapt.device)
+            )
 
     @property
     def longest(self) -> int:
@@ -71,11 +76,17 @@ class SegmentTable:
 
     def split(self, buffer: Tensor) -> list[Tensor]:
         """Return the segments of ``buffer`` as one-dimensional views."""
-        return [buffer.narrow(0, offset, numel) for offset, numel in zip(self.offsets, self.numels, strict=True)]
+        return [
+            buffer.narrow(0, offset, numel)
+            for offset, numel in zip(self.offsets, self.numels, strict=True)
+        ]
 
     def _check(self) -> None:
         if not self.offsets or len(self.offsets) != len(self.numels):
-            raise ValueError(f"numels must be as many as offsets, at least 1: {len(self.numels)} and {len(self.offsets)}")
+            raise ValueError(
+                f"numels must be as many as offsets, at least 1: {len(self.numels)} and "
+                f"{len(self.offsets)}"
+            )
         if min(self.numels) < 1:
             raise ValueError(f"numels must be positive, not {min(self.numels)}")
         free = 0
@@ -88,14 +99,28 @@ class SegmentTable:
         if self.chunk < ALIGN or self.chunk & (self.chunk - 1):
             raise ValueError(f"chunk must be a power of two, at least {ALIGN}, not {self.chunk}")
         shape, device = (len(self.offsets),), self.adapt.device
-        for name, tensor in (("adapt", self.adapt), ("decay", self.decay), ("lr_mult", self.lr_mult)):
+        for name, tensor in (
+            ("adapt", self.adapt),
+            ("decay", self.decay),
+            ("lr_mult", self.lr_mult),
+        ):
             if tensor.shape != shape or tensor.device != device:
-                raise ValueError(f"{name} must be {shape} on {device}, not {tuple(tensor.shape)} on {tensor.device}")
+                raise ValueError(
+                    f"{name} must be {shape} on {device}, not {tuple(tensor.shape)} on "
+                    f"{tensor.device}"
+                )
         if self.adapt.dtype != torch.bool:
             raise ValueError(f"adapt must be bool, not {self.adapt.dtype}")
 
 
-def trust_ratio(rule: Rule, weight_norm: Tensor, grad_norm: Tensor, decayed_norm: Tensor, decay: Tensor, eta: float) -> Tensor:
+def trust_ratio(
+    rule: Rule,
+    weight_norm: Tensor,
+    grad_norm: Tensor,
+    decayed_norm: Tensor,
+    decay: Tensor,
+    eta: float,
+) -> Tensor:
     """Return the trust ratios (S,) of segments that adapt, from the norms of w, g and u = g + d w.
 
         sgd       1                                    torch.optim.SGD
@@ -148,7 +173,9 @@ def reference(
     gradient, tau = torch.where(fine, gradient, 0.0), torch.where(fine, tau, 1.0)
     w, g, m = (table.split(buffer) for buffer in (online, gradient, momentum))
     weight_norm, decay = _norms(w), table.decay
-    decayed_norm = _norms(torch._foreach_addcmul(g, w, list(decay))) if rule == "deepmind" else grad_norm
+    decayed_norm = (
+        _norms(torch._foreach_addcmul(g, w, list(decay))) if rule == "deepmind" else grad_norm
+    )
     if ema_first:
         _follow(target, online, tau)
     trust = trust_ratio(rule, weight_norm, grad_norm, decayed_norm, decay, eta)
@@ -178,7 +205,9 @@ def factors(
     rate = base * trust
     if rule == "bolts":
         decay = torch.where(table.adapt & (grad_norm == 0), 0.0, decay)
-    return (rate, rate, torch.ones_like(rate), decay) if rule == "blog" else (rate, trust, base, decay)
+    return (
+        (rate, rate, torch.ones_like(rate), decay) if rule == "blog" else (rate, trust, base, decay)
+    )
 
 
 def _norms(tensors: list[Tensor] | tuple[Tensor, ...]) -> Tensor:

@@ -40,7 +40,17 @@ def _chunk(chunks, index):
 
 
 @triton.jit
-def _norms_kernel(online, gradient, chunks, decay, sums, fine, num_chunks, DECAYED: tl.constexpr, CHUNK: tl.constexpr):
+def _norms_kernel(
+    online,
+    gradient,
+    chunks,
+    decay,
+    sums,
+    fine,
+    num_chunks,
+    DECAYED: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
     """Write a chunk's sums of squares of w, g and, if DECAYED, u to ``sums`` (4, K).
 
     Write 1 to ``fine`` (K,) if the gradient's sum is finite, else 0.
@@ -83,7 +93,9 @@ def _all_fine(fine, num_chunks, FLAGS: tl.constexpr, FLAG_PASSES: tl.constexpr):
         # In two dimensions: otherwise the sweep's tiles, if as long, would get this one's layout of
         # 16 neighbours per thread.
         lanes = turn * FLAGS + 16 * tl.arange(0, FLAGS // 16)[:, None] + tl.arange(0, 16)[None, :]
-        flags = tl.load(fine + lanes, mask=lanes < tl.cdiv(num_chunks, 16) * 16, other=1).to(tl.int32)
+        flags = tl.load(fine + lanes, mask=lanes < tl.cdiv(num_chunks, 16) * 16, other=1).to(
+            tl.int32
+        )
         least = tl.minimum(least, tl.where(lanes < num_chunks, flags, 1))
     return tl.min(tl.min(least, 1), 0) > 0
 
@@ -121,7 +133,9 @@ def _treatment(
             moves = (weight_norm > 0) & (g > 0)
             otherwise = 1.0
             d = tl.where(adapts & (g == 0), 0.0, d)
-        trust = tl.where(moves, tl.div_rn(eta * weight_norm, tl.where(moves, below, 1.0)), otherwise)
+        trust = tl.where(
+            moves, tl.div_rn(eta * weight_norm, tl.where(moves, below, 1.0)), otherwise
+        )
         trust = tl.where(adapts, trust, 1.0)
     trust = tl.where(go, trust, 0.0)
     rate = base * trust
@@ -154,7 +168,21 @@ def _sweep_kernel(
     m = tl.load(momentum + start + elements, mask=near, other=0.0, eviction_policy="evict_first")
     t = tl.load(target + start + elements, mask=followed, other=0.0, eviction_policy="evict_first")
     _, _, _, _, _, _, a, b, d, go = _treatment(
-        segment, spans, adapt, decay, lr_mult, lr, sums, fine, num_chunks, eta, RULE, LANES, PASSES, FLAGS, FLAG_PASSES
+        segment,
+        spans,
+        adapt,
+        decay,
+        lr_mult,
+        lr,
+        sums,
+        fine,
+        num_chunks,
+        eta,
+        RULE,
+        LANES,
+        PASSES,
+        FLAGS,
+        FLAG_PASSES,
     )
     moves = elements < tl.where(go, count, 0)
     g = tl.where(moves, g, 0.0)
@@ -166,7 +194,9 @@ def _sweep_kernel(
     leader = w_new
     if EMA_FIRST:
         leader = w
-    t_new = tl.where(weight < 0.5, t + weight * (leader - t), leader - (leader - t) * (1.0 - weight))
+    t_new = tl.where(
+        weight < 0.5, t + weight * (leader - t), leader - (leader - t) * (1.0 - weight)
+    )
     t_new = tl.where(moves, t_new, t)
     tl.store(momentum + start + elements, m_new, mask=near, eviction_policy="evict_first")
     tl.store(online + start + elements, w_new, mask=near, eviction_policy="evict_first")
@@ -181,7 +211,21 @@ def _telemetry_kernel(
     """Write a segment's ``LAYER_METRICS`` to ``layers`` (S, 5)."""
     segment = tl.program_id(0)
     first, end, weight_norm, grad_norm, trust, rate, _, b, _, go = _treatment(
-        segment, spans, adapt, decay, lr_mult, lr, sums, fine, num_chunks, eta, RULE, LANES, PASSES, FLAGS, FLAG_PASSES
+        segment,
+        spans,
+        adapt,
+        decay,
+        lr_mult,
+        lr,
+        sums,
+        fine,
+        num_chunks,
+        eta,
+        RULE,
+        LANES,
+        PASSES,
+        FLAGS,
+        FLAG_PASSES,
     )
     update_norm = tl.where(go, b * _norm(sums + 3 * num_chunks, first, end, LANES, PASSES), 0.0)
     row = layers + segment * 5
@@ -197,7 +241,9 @@ def _added_at_once(num_chunks: int, longest: int) -> dict[str, int]:
 
     ResNet-18 has 2,887 chunks, at most 576 in a segment, and needs one pass over each.
     """
-    lanes, flags = (min(triton.next_power_of_2(max(count, 16)), MAX_LANES) for count in (longest, num_chunks))
+    lanes, flags = (
+        min(triton.next_power_of_2(max(count, 16)), MAX_LANES) for count in (longest, num_chunks)
+    )
     passes, flag_passes = triton.cdiv(longest, lanes), triton.cdiv(num_chunks, flags)
     return {"LANES": lanes, "PASSES": passes, "FLAGS": flags, "FLAG_PASSES": flag_passes}
 
@@ -211,23 +257,44 @@ def _lars_ema(
     num_chunks, num_segments = len(chunks), len(spans)
     sums = torch.empty((4, num_chunks), dtype=torch.float32, device=online.device)
     fine = torch.empty(triton.cdiv(num_chunks, 16) * 16, dtype=torch.int8, device=online.device)
-    layers = torch.empty((num_segments, len(LAYER_METRICS)), dtype=torch.float32, device=online.device)
+    layers = torch.empty(
+        (num_segments, len(LAYER_METRICS)), dtype=torch.float32, device=online.device
+    )
     options = {"num_warps": NUM_WARPS, "enable_fp_fusion": True}
     treat = {"RULE": rule, **_added_at_once(num_chunks, longest), **options}
     with torch.cuda.device_of(online):
         _norms_kernel[(num_chunks,)](
-            online, gradient, chunks, decay, sums, fine, num_chunks, DECAYED=rule == "deepmind", CHUNK=chunk, **options
+            online,
+            gradient,
+            chunks,
+            decay,
+            sums,
+            fine,
+            num_chunks,
+            DECAYED=rule == "deepmind",
+            CHUNK=chunk,
+            **options,
         )
         _sweep_kernel[(num_chunks,)](
             online, gradient, momentum, target, chunks, spans, adapt, decay, lr_mult, lr, tau, sums, fine,
             num_chunks, len(target), eta, mu, EMA_FIRST=ema_first, CHUNK=chunk, **treat,
         )  # fmt: skip
-        _telemetry_kernel[(num_segments,)](spans, adapt, decay, lr_mult, lr, sums, fine, layers, num_chunks, eta, **treat)
+        _telemetry_kernel[(num_segments,)](
+            spans, adapt, decay, lr_mult, lr, sums, fine, layers, num_chunks, eta, **treat
+        )
     return layers
 
 
 @_lars_ema.register_fake
-def _(online: Tensor, gradient: Tensor, momentum: Tensor, target: Tensor, chunks: Tensor, spans: Tensor, *_: object) -> Tensor:
+def _(
+    online: Tensor,
+    gradient: Tensor,
+    momentum: Tensor,
+    target: Tensor,
+    chunks: Tensor,
+    spans: Tensor,
+    *_: object,
+) -> Tensor:
     return online.new_empty((len(spans), len(LAYER_METRICS)), dtype=torch.float32)
 
 
@@ -241,7 +308,10 @@ def step(
     """
     for name, buffer in (("online", online), ("target", target)):
         if len(buffer) % ALIGN:
-            raise ValueError(f"{name} must have a multiple of {ALIGN} elements for the kernels, not {len(buffer)}")
+            raise ValueError(
+                f"{name} must have a multiple of {ALIGN} elements for the kernels, not "
+                f"{len(buffer)}"
+            )
     for segment, offset in enumerate(table.offsets):
         if offset % ALIGN:
             raise ValueError(f"table: segment {segment} starts at {offset}, no multiple of {ALIGN}")

@@ -52,26 +52,45 @@ def two_views(
     if backend == "triton":
         for name, tensor in (("images", images), ("table", table)):
             if not tensor.is_contiguous():
-                raise ValueError(f"{name} must be contiguous for Triton's kernels: strides {tensor.stride()}")
+                raise ValueError(
+                    f"{name} must be contiguous for Triton's kernels: strides {tensor.stride()}"
+                )
     else:
         _check_entries(table, *images.shape[1:3])
     # Reflection provides at most size - 1 pixels beyond an edge.
     too_wide = blur == "gaussian" and blur_kernel // 2 >= size
     if too_wide and (backend == "triton" or bool((table[..., Column.BLUR_SIGMA] > 0).any())):
-        raise ValueError(f"blur_kernel must be at most {2 * size - 1} for views of {size} pixels, got {blur_kernel}")
+        raise ValueError(
+            f"blur_kernel must be at most {2 * size - 1} for views of {size} pixels, got "
+            f"{blur_kernel}"
+        )
     if backend == "cpu":
         # Imported here because it loads numba, which a GPU run does not need.
         from fastbyol_kernels.views import cpu
-    apply = triton.apply if backend == "triton" else cpu.apply if backend == "cpu" else reference.apply
+    apply = (
+        triton.apply if backend == "triton" else cpu.apply if backend == "cpu" else reference.apply
+    )
     kernel = blur_kernel if blur == "gaussian" else 0
-    views = apply(images, table, size, kernel, [float(m) for m in mean], [float(s) for s in std], dtype)
+    views = apply(
+        images, table, size, kernel, [float(m) for m in mean], [float(s) for s in std], dtype
+    )
     return views.permute(0, 1, 4, 2, 3)
 
 
-def _check(images: Tensor, table: Tensor, size: int, blur: str, blur_kernel: int, dtype: torch.dtype) -> None:
+def _check(
+    images: Tensor, table: Tensor, size: int, blur: str, blur_kernel: int, dtype: torch.dtype
+) -> None:
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[3] != 3 or 0 in images.shape:
-        raise ValueError(f"images must be uint8 of shape (B, H, W, 3), got {images.dtype} of shape {tuple(images.shape)}")
-    if table.dtype != torch.float32 or table.ndim != 3 or table.shape[1:] != (len(images), len(Column)) or not len(table):
+        raise ValueError(
+            f"images must be uint8 of shape (B, H, W, 3), got {images.dtype} of shape "
+            f"{tuple(images.shape)}"
+        )
+    if (
+        table.dtype != torch.float32
+        or table.ndim != 3
+        or table.shape[1:] != (len(images), len(Column))
+        or not len(table)
+    ):
         wanted = f"float32 of shape (V, {len(images)}, {len(Column)})"
         raise ValueError(f"table must be {wanted}, got {table.dtype} of shape {tuple(table.shape)}")
     if table.device != images.device:
@@ -92,13 +111,20 @@ def _check_entries(table: Tensor, height: int, width: int) -> None:
     inside = (top >= 0) & (left >= 0) & (box_height >= 1) & (box_width >= 1)
     inside &= (top + box_height <= height) & (left + box_width <= width)
     if not bool(inside.all()):
-        raise ValueError(f"table holds a crop box that does not lie within images of {height} x {width} pixels")
+        raise ValueError(
+            f"table holds a crop box that does not lie within images of {height} x {width} pixels"
+        )
     orders = table[..., Column.ORDER]
     if not bool(((orders >= 0) & (orders < len(JITTER_ORDERS))).all()):
         raise ValueError(f"table holds a jitter order outside 0..{len(JITTER_ORDERS) - 1}")
 
 
-def bytes_moved(num_views: int, num_images: int, height: int, width: int, size: int, element_bytes: int) -> int:
+def bytes_moved(
+    num_views: int, num_images: int, height: int, width: int, size: int, element_bytes: int
+) -> int:
     """Return the bytes moved if every image, the table and every view cross the memory bus once."""
-    table, views = (num_views * num_images * number for number in (len(Column) * 4, size * size * 3 * element_bytes))
+    table, views = (
+        num_views * num_images * number
+        for number in (len(Column) * 4, size * size * 3 * element_bytes)
+    )
     return num_images * height * width * 3 + table + views

@@ -58,14 +58,20 @@ def _crop(image, width, box, flip, planes, line, first, weights, size):
     top, left, box_height, box_width = box
     taps_y, taps_x = _num_taps(box_height, size), _num_taps(box_width, size)
     first_y, first_x = first[:size], first[size : 2 * size]
-    weights_y, weights_x = weights[: taps_y * size], weights[taps_y * size : (taps_y + taps_x) * size]
+    weights_y, weights_x = (
+        weights[: taps_y * size],
+        weights[taps_y * size : (taps_y + taps_x) * size],
+    )
     _taps(first_y, weights_y, taps_y, box_height, False, size)
     _taps(first_x, weights_x, taps_x, box_width, flip, size)
     flat = line[: 3 * box_width]
     for y in range(size):
         for k in range(taps_y):
             at = ((top + min(first_y[y] + k, box_height - 1)) * width + left) * 3
-            pixels, weight = image[at : at + 3 * box_width], weights_y[k * size + y] / np.float32(255)
+            pixels, weight = (
+                image[at : at + 3 * box_width],
+                weights_y[k * size + y] / np.float32(255),
+            )
             if k == 0 or weight != 0:
                 _add(flat, weight, pixels, k == 0)
         for c in range(3):
@@ -73,7 +79,9 @@ def _crop(image, width, box, flip, planes, line, first, weights, size):
             for k in range(taps_x):
                 weight_x = weights_x[k * size : (k + 1) * size]
                 for x in range(len(out)):
-                    value = weight_x[x] * flat[np.uint64(3 * min(first_x[x] + k, box_width - 1) + c)]
+                    value = (
+                        weight_x[x] * flat[np.uint64(3 * min(first_x[x] + k, box_width - 1) + c)]
+                    )
                     out[x] = value if k == 0 else out[x] + value
 
 
@@ -103,7 +111,11 @@ def _luma(r, g, b):
 @inlined
 def _blend(r, g, b, factor, gray):
     for i in range(len(r)):
-        r[i], g[i], b[i] = _unit(r[i] * factor + gray), _unit(g[i] * factor + gray), _unit(b[i] * factor + gray)
+        r[i], g[i], b[i] = (
+            _unit(r[i] * factor + gray),
+            _unit(g[i] * factor + gray),
+            _unit(b[i] * factor + gray),
+        )
 
 
 @inlined
@@ -128,7 +140,11 @@ def _jitter(r, g, b, operation, factor):
             rest = _ONE - factor
             for i in range(len(r)):
                 gray = _luma(r[i], g[i], b[i]) * rest
-                r[i], g[i], b[i] = _unit(r[i] * factor + gray), _unit(g[i] * factor + gray), _unit(b[i] * factor + gray)
+                r[i], g[i], b[i] = (
+                    _unit(r[i] * factor + gray),
+                    _unit(g[i] * factor + gray),
+                    _unit(b[i] * factor + gray),
+                )
     elif factor != 0:
         shift = np.float32(6) * factor
         for i in range(len(r)):
@@ -164,7 +180,9 @@ def _blur_taps(weights, sigma, blur_kernel):
             total += weights[k]
     else:
         variance = sigma * sigma / np.float32(BOXES)
-        whole = np.float32(math.floor((math.sqrt(np.float32(12) * variance + _ONE) - _ONE) / np.float32(2)))
+        whole = np.float32(
+            math.floor((math.sqrt(np.float32(12) * variance + _ONE) - _ONE) / np.float32(2))
+        )
         fraction = (np.float32(2) * whole + _ONE) * (whole * (whole + _ONE) - _THREE * variance)
         radius = whole + fraction / (np.float32(6) * (variance - (whole + _ONE) * (whole + _ONE)))
         reach = np.int64(math.floor(radius)) + 1
@@ -221,7 +239,11 @@ def _views(
     row = table[view * _COLUMNS : (view + 1) * _COLUMNS]
     own = scratch[worker * scratch_size : (worker + 1) * scratch_size]
     first = taps[worker * 2 * size : (worker + 1) * 2 * size]
-    planes, other, line = own[: 3 * area], own[3 * area : 4 * area], own[4 * area : 4 * area + line_size]
+    planes, other, line = (
+        own[: 3 * area],
+        own[3 * area : 4 * area],
+        own[4 * area : 4 * area + line_size],
+    )
     weights = own[4 * area + line_size :]
     r, g, b = planes[:area], planes[area : 2 * area], planes[2 * area : 3 * area]
     start = view % num_images * height * width * 3
@@ -249,18 +271,32 @@ def _views(
     # A loop of its own: three strided passes over the result, in the loop above, cost a tenth of
     # the total.
     for i in range(len(r)):
-        pixels[3 * i], pixels[3 * i + 1], pixels[3 * i + 2] = narrowed(r[i], out), narrowed(g[i], out), narrowed(b[i], out)
+        pixels[3 * i], pixels[3 * i + 1], pixels[3 * i + 2] = (
+            narrowed(r[i], out),
+            narrowed(g[i], out),
+            narrowed(b[i], out),
+        )
 
 
 def apply(
-    images: Tensor, table: Tensor, size: int, blur_kernel: int, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype
+    images: Tensor,
+    table: Tensor,
+    size: int,
+    blur_kernel: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    dtype: torch.dtype,
 ) -> Tensor:
     """Return the views (V, B, S, S, C), fp32 or bf16. ``blur_kernel`` is 0 for Pillow's blur."""
     height, width = images.shape[1:3]
     out = table.new_empty((*table.shape[:2], size, size, 3), dtype=dtype)
     # The most pixels that a blur reads to either side, plus one, since the kernel may round a
     # radius differently.
-    reach = blur_kernel // 2 if blur_kernel else int(box_radius(table[..., Column.BLUR_SIGMA].amax()).floor()) + 2
+    reach = (
+        blur_kernel // 2
+        if blur_kernel
+        else int(box_radius(table[..., Column.BLUR_SIGMA].amax()).floor()) + 2
+    )
     line_size = max(3 * width, size + 2 * reach)
     weights_size = max(size * (_num_taps(height, size) + _num_taps(width, size)), 2 * reach + 1)
     scratch_size, workers = 4 * size * size + line_size + weights_size, torch.get_num_threads()

@@ -57,7 +57,12 @@ class Distribution:
 
 
 def reference(
-    distribution: Distribution, ids: Tensor, seed: int | Tensor, epoch: int | Tensor, height: int, width: int
+    distribution: Distribution,
+    ids: Tensor,
+    seed: int | Tensor,
+    epoch: int | Tensor,
+    height: int,
+    width: int,
 ) -> Tensor:
     """Draw the table in plain torch.
 
@@ -67,18 +72,24 @@ def reference(
     d, num_views = distribution, distribution.num_views
     u = _uniforms(ids, num_views, seed, epoch)
     table = torch.zeros(num_views, len(ids), len(Column), dtype=torch.float64, device=ids.device)
-    table[..., Column.TOP : Column.WIDTH + 1] = _crop_boxes(u[:, :, :CROP_ATTEMPTS], d, height, width)
+    table[..., Column.TOP : Column.WIDTH + 1] = _crop_boxes(
+        u[:, :, :CROP_ATTEMPTS], d, height, width
+    )
     flip, jitter, order, gray = u[:, :, _FLAGS].unbind(-1)
     table[..., Column.FLIP] = (flip < d.flip_p).double()
     table[..., Column.ORDER] = (order * len(JITTER_ORDERS)).floor()
     for i, bounds in enumerate(d.factors):
         factor = _between(u[:, :, _FACTORS, i], bounds)
-        table[..., Column.BRIGHTNESS + i] = torch.where(jitter < d.jitter_p, factor, JITTER_IDENTITY[i])
+        table[..., Column.BRIGHTNESS + i] = torch.where(
+            jitter < d.jitter_p, factor, JITTER_IDENTITY[i]
+        )
     table[..., Column.GRAYSCALE] = (gray < d.grayscale_p).double()
     blur, sigma, solarize, _ = u[:, :, _BLUR].unbind(-1)
     for view in range(num_views):
         blurred = blur[view] < d.blur_p[view]
-        table[view, :, Column.BLUR_SIGMA] = torch.where(blurred, _between(sigma[view], d.blur_sigma), 0.0)
+        table[view, :, Column.BLUR_SIGMA] = torch.where(
+            blurred, _between(sigma[view], d.blur_sigma), 0.0
+        )
         table[view, :, Column.SOLARIZE] = (solarize[view] < d.solarize_p[view]).double()
     return table.float()
 
@@ -109,7 +120,9 @@ def _crop_boxes(u: Tensor, distribution: Distribution, height: int, width: int) 
     # Entry by entry: torch.tensor(central) would copy from the host, which a CUDA graph cannot
     # capture.
     central = central_box(distribution.ratio, height, width)
-    fallback = torch.stack([torch.full_like(chosen[..., 0], float(value)) for value in central], dim=-1)
+    fallback = torch.stack(
+        [torch.full_like(chosen[..., 0], float(value)) for value in central], dim=-1
+    )
     return torch.where(fits.any(dim=2)[:, :, None], chosen, fallback)
 
 
@@ -145,7 +158,11 @@ def _exp(x: Tensor) -> Tensor:
 # A kernel reads module constants only as constexpr.
 _DOMAIN = tl.constexpr(DOMAIN_VIEWS)
 _ATTEMPTS = tl.constexpr(CROP_ATTEMPTS)
-_FLAGS_BLOCK, _FACTORS_BLOCK, _BLUR_BLOCK = tl.constexpr(_FLAGS), tl.constexpr(_FACTORS), tl.constexpr(_BLUR)
+_FLAGS_BLOCK, _FACTORS_BLOCK, _BLUR_BLOCK = (
+    tl.constexpr(_FLAGS),
+    tl.constexpr(_FACTORS),
+    tl.constexpr(_BLUR),
+)
 _BLOCKS = tl.constexpr(16)  # _NUM_BLOCKS up to a power of two
 _NUM_ORDERS = tl.constexpr(len(JITTER_ORDERS))
 _NUM_COLUMNS = tl.constexpr(len(Column))
@@ -181,7 +198,13 @@ def _draw_kernel(
     ratio = _exp_kernel(_span(u1, RANGES, 1))
     box_width = (tl.sqrt(area * ratio) + _ROUNDER) - _ROUNDER
     box_height = (tl.sqrt(area / ratio) + _ROUNDER) - _ROUNDER
-    fits = (box_width > 0) & (box_width <= WIDTH) & (box_height > 0) & (box_height <= HEIGHT) & (block < _ATTEMPTS)
+    fits = (
+        (box_width > 0)
+        & (box_width <= WIDTH)
+        & (box_height > 0)
+        & (box_height <= HEIGHT)
+        & (block < _ATTEMPTS)
+    )
     top = tl.floor(u2 * (HEIGHT + 1 - box_height))
     left = tl.floor(u3 * (WIDTH + 1 - box_width))
     first = tl.min(tl.where(fits, block, _BLOCKS), 1)
@@ -196,7 +219,9 @@ def _draw_kernel(
     grayscale_p: tl.constexpr = PROBABILITIES[2]
     tl.store(out + 4, (_pick(u0, block, _FLAGS_BLOCK) < flip_p).to(tl.float32), mask=mask)
     jittered = _pick(u1, block, _FLAGS_BLOCK) < jitter_p
-    tl.store(out + 5, tl.floor(_pick(u2, block, _FLAGS_BLOCK) * _NUM_ORDERS).to(tl.float32), mask=mask)
+    tl.store(
+        out + 5, tl.floor(_pick(u2, block, _FLAGS_BLOCK) * _NUM_ORDERS).to(tl.float32), mask=mask
+    )
     _put_factor(out + 6, mask, _pick(u0, block, _FACTORS_BLOCK), jittered, RANGES, 2, 1.0)
     _put_factor(out + 7, mask, _pick(u1, block, _FACTORS_BLOCK), jittered, RANGES, 3, 1.0)
     _put_factor(out + 8, mask, _pick(u2, block, _FACTORS_BLOCK), jittered, RANGES, 4, 1.0)
@@ -260,7 +285,9 @@ def _put_box(out, mask, COLUMN: tl.constexpr, first, values, block, CENTRAL: tl.
 
 
 @triton.jit
-def _put_factor(out, mask, u, applied, RANGES: tl.constexpr, WHICH: tl.constexpr, IDENTITY: tl.constexpr):
+def _put_factor(
+    out, mask, u, applied, RANGES: tl.constexpr, WHICH: tl.constexpr, IDENTITY: tl.constexpr
+):
     tl.store(out, tl.where(applied, _span(u, RANGES, WHICH), IDENTITY).to(tl.float32), mask=mask)
 
 
@@ -294,16 +321,22 @@ def _draw(
 
 
 _draw.register_fake(
-    lambda ids, seed, epoch, num_views, *rest: ids.new_empty((num_views, ids.shape[0], len(Column)), dtype=torch.float32)
+    lambda ids, seed, epoch, num_views, *rest: ids.new_empty(
+        (num_views, ids.shape[0], len(Column)), dtype=torch.float32
+    )
 )
 
 
-def _numbers(distribution: Distribution, height: int, width: int) -> tuple[list[float], list[float], list[float]]:
+def _numbers(
+    distribution: Distribution, height: int, width: int
+) -> tuple[list[float], list[float], list[float]]:
     """Return the custom op's ``ranges``, ``probabilities`` and ``central`` as flat lists."""
     d = distribution
     bounds = (d.scale, _logs(d.ratio), *d.factors, d.blur_sigma)
     ranges = [float(number) for low, high in bounds for number in (low, high - low)]
-    probabilities = [float(p) for p in (d.flip_p, d.jitter_p, d.grayscale_p, *d.blur_p, *d.solarize_p)]
+    probabilities = [
+        float(p) for p in (d.flip_p, d.jitter_p, d.grayscale_p, *d.blur_p, *d.solarize_p)
+    ]
     return ranges, probabilities, [float(edge) for edge in central_box(d.ratio, height, width)]
 
 
@@ -336,24 +369,32 @@ def draw_views(
         return reference(distribution, ids, seed, epoch, height, width)
     numbers = _numbers(distribution, height, width)
     seed, epoch = _on_device(seed, ids), _on_device(epoch, ids)
-    table: Tensor = _draw(ids.contiguous(), seed, epoch, distribution.num_views, height, width, *numbers)
+    table: Tensor = _draw(
+        ids.contiguous(), seed, epoch, distribution.num_views, height, width, *numbers
+    )
     return table
 
 
 def _on_device(value: int | Tensor, ids: Tensor) -> Tensor:
     if isinstance(value, Tensor):
         return value
-    return torch.full((), value - 2**64 if value >= 2**63 else value, dtype=torch.int64, device=ids.device)
+    return torch.full(
+        (), value - 2**64 if value >= 2**63 else value, dtype=torch.int64, device=ids.device
+    )
 
 
 def _check(ids: Tensor, seed: int | Tensor, epoch: int | Tensor, height: int, width: int) -> None:
     if ids.dtype != torch.int64 or ids.ndim != 1:
-        raise ValueError(f"ids must be int64 of shape (B,), got {ids.dtype} of shape {tuple(ids.shape)}")
+        raise ValueError(
+            f"ids must be int64 of shape (B,), got {ids.dtype} of shape {tuple(ids.shape)}"
+        )
     for name, value, bits in (("seed", seed, 64), ("epoch", epoch, 32)):
         if isinstance(value, Tensor):
             if value.dtype != torch.int64 or value.ndim or value.device != ids.device:
                 got = f"{value.dtype} of shape {tuple(value.shape)} on {value.device}"
-                raise ValueError(f"{name} must be an integer or int64 of no dimension on {ids.device}, got {got}")
+                raise ValueError(
+                    f"{name} must be an integer or int64 of no dimension on {ids.device}, got {got}"
+                )
         elif not 0 <= value < 2**bits:
             raise ValueError(f"{name} must lie in [0, 2**{bits}), got {value}")
     if height < 1 or width < 1:

@@ -24,7 +24,13 @@ BOXES = 3  # passes of Pillow's ImageFilter.GaussianBlur
 
 
 def apply(
-    images: Tensor, table: Tensor, size: int, blur_kernel: int, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype
+    images: Tensor,
+    table: Tensor,
+    size: int,
+    blur_kernel: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    dtype: torch.dtype,
 ) -> Tensor:
     """Return the views (V, B, S, S, C). ``blur_kernel`` is 0 for Pillow's blur.
 
@@ -60,7 +66,9 @@ def _passes(host: Tensor, size: int, on_gpu: bool) -> Iterator[tuple[Tensor, lis
     limit = max(1, (_PASS_BYTES_GPU if on_gpu else _PASS_BYTES_CPU) // (3 * 4 * size * size))
     blurred = host[:, Column.BLUR_SIGMA] > 0
     for part in (blurred.nonzero()[:, 0], blurred.logical_not().nonzero()[:, 0]):
-        for picked in part[orders[part].argsort(stable=True)].tensor_split(math.ceil(len(part) / limit) or 1):
+        for picked in part[orders[part].argsort(stable=True)].tensor_split(
+            math.ceil(len(part) / limit) or 1
+        ):
             if len(picked):
                 yield picked, orders[picked].tolist()
 
@@ -78,7 +86,9 @@ def _crop(images: Tensor, parameters: Tensor, host: Tensor, size: int) -> Tensor
     return _combine_rows(x, index, weight).view(num, size, 3, size).permute(2, 0, 1, 3).contiguous()
 
 
-def _bilinear(start: Tensor, length: Tensor, flip: Tensor, size: int, longest: float) -> tuple[Tensor, Tensor]:
+def _bilinear(
+    start: Tensor, length: Tensor, flip: Tensor, size: int, longest: float
+) -> tuple[Tensor, Tensor]:
     """Return row numbers and weights, (N, S, K) each, that resize ``length`` pixels to ``size``.
 
     The filter is the triangle of torch's interpolate(antialias=True, align_corners=False): as wide
@@ -106,7 +116,9 @@ def _combine_rows(x: Tensor, index: Tensor, weight: Tensor) -> Tensor:
     num, num_rows, depth = x.shape
     offset = torch.arange(0, num * num_rows, num_rows, device=x.device)[:, None, None]
     bags, weights = (index + offset).flatten(0, 1), weight.to(x.dtype).flatten(0, 1).contiguous()
-    return F.embedding_bag(bags, x.flatten(0, 1), mode="sum", per_sample_weights=weights).view(num, -1, depth)
+    return F.embedding_bag(bags, x.flatten(0, 1), mode="sum", per_sample_weights=weights).view(
+        num, -1, depth
+    )
 
 
 def _jitter(x: Tensor, parameters: Tensor, orders: list[int]) -> Tensor:
@@ -219,7 +231,11 @@ def box_radius(sigma: Tensor) -> Tensor:
     """Return the boxes' radius for ``sigma``, a whole part plus a fraction."""
     variance = sigma**2 / BOXES
     whole = ((torch.sqrt(12.0 * variance + 1.0) - 1.0) / 2.0).floor()
-    fraction = (2 * whole + 1) * (whole * (whole + 1) - 3.0 * variance) / (6.0 * (variance - (whole + 1) ** 2))
+    fraction = (
+        (2 * whole + 1)
+        * (whole * (whole + 1) - 3.0 * variance)
+        / (6.0 * (variance - (whole + 1) ** 2))
+    )
     return whole + fraction
 
 

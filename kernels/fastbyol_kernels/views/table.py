@@ -24,6 +24,8 @@ class Column(IntEnum):
     SOLARIZE = 12  # 0 or 1: invert values of at least 1/2 (byol, appendix B)
 
 
-JITTER_ORDERS = tuple(itertools.permutations((Column.BRIGHTNESS, Column.CONTRAST, Column.SATURATION, Column.HUE)))
+JITTER_ORDERS = tuple(
+    itertools.permutations((Column.BRIGHTNESS, Column.CONTRAST, Column.SATURATION, Column.HUE))
+)
 JITTER_IDENTITY = (1.0, 1.0, 1.0, 0.0)  # of BRIGHTNESS .. HUE
 LUMA = (0.2989, 0.587, 0.114)  # torchvision's rgb_to_grayscale

@@ -72,7 +72,9 @@ def _contrast_kernel(
     if contrast != 1.0:
         pixel = (tl.program_id(0) % tiles) * BLOCK + tl.arange(0, BLOCK)
         tile = tl.arange(0, BLOCK_T)
-        mean = tl.sum(tl.load(sums + row * SUM_TILES + tile, mask=tile < SUM_TILES, other=0.0)) * (1.0 / (SIZE * SIZE))
+        mean = tl.sum(tl.load(sums + row * SUM_TILES + tile, mask=tile < SUM_TILES, other=0.0)) * (
+            1.0 / (SIZE * SIZE)
+        )
         gray = mean * (1.0 - contrast)
         r, g, b = _staged(scratch, row, pixel, pixel < SIZE * SIZE, SIZE)
         factor = contrast * _level(scratch)
@@ -101,12 +103,20 @@ def _blur_kernel(
     sigma = tl.load(parameters + _BLUR_SIGMA)
     if sigma > 0.0:
         # The last band can extend beyond the view.
-        limit = first + ROWS * SIZE if SIZE % ROWS == 0 else tl.minimum(first + ROWS * SIZE, SIZE * SIZE)
+        limit = (
+            first + ROWS * SIZE
+            if SIZE % ROWS == 0
+            else tl.minimum(first + ROWS * SIZE, SIZE * SIZE)
+        )
         for i in tl.static_range(1 if KERNEL > 0 else 2 * _BOXES - 1):
             if i % 2 == 0:
-                _pass(scratch, other, row, first, limit, sigma, i < _BOXES, SIZE, BLOCK, ROWS, KERNEL)
+                _pass(
+                    scratch, other, row, first, limit, sigma, i < _BOXES, SIZE, BLOCK, ROWS, KERNEL
+                )
             else:
-                _pass(other, scratch, row, first, limit, sigma, i < _BOXES, SIZE, BLOCK, ROWS, KERNEL)
+                _pass(
+                    other, scratch, row, first, limit, sigma, i < _BOXES, SIZE, BLOCK, ROWS, KERNEL
+                )
         for start in range(0, ROWS * SIZE, BLOCK):
             pixel = first + start + tl.arange(0, BLOCK)
             r, g, b = _blur_tile(other, row, pixel, pixel < limit, sigma, False, SIZE, KERNEL)
@@ -116,7 +126,14 @@ def _blur_kernel(
 
 @triton.jit
 def _crop_tile(
-    image, parameters, pixel, H: tl.constexpr, W: tl.constexpr, SIZE: tl.constexpr, TAPS_Y: tl.constexpr, TAPS_X: tl.constexpr
+    image,
+    parameters,
+    pixel,
+    H: tl.constexpr,
+    W: tl.constexpr,
+    SIZE: tl.constexpr,
+    TAPS_Y: tl.constexpr,
+    TAPS_X: tl.constexpr,
 ):
     """Return pixels of the cropped, resized and flipped view, in [0, 1].
 
@@ -154,7 +171,11 @@ def _enlarge(corner, y, x, height, width, W: tl.constexpr, SIZE: tl.constexpr):
     w01 = weight_x * (1.0 / 255.0) - w11
     w00 = (1.0 / 255.0 - weight_y) - w01
     p00 = corner + (y * W + x) * 3
-    p01, p10, p11 = corner + (y * W + right) * 3, corner + (below * W + x) * 3, corner + (below * W + right) * 3
+    p01, p10, p11 = (
+        corner + (y * W + right) * 3,
+        corner + (below * W + x) * 3,
+        corner + (below * W + right) * 3,
+    )
     r, g, b = _weighed(p00, w00)
     r1, g1, b1 = _weighed(p01, w01)
     r2, g2, b2 = _weighed(p10, w10)
@@ -164,7 +185,11 @@ def _enlarge(corner, y, x, height, width, W: tl.constexpr, SIZE: tl.constexpr):
 
 @triton.jit
 def _weighed(at, weight):
-    r, g, b = tl.load(at).to(tl.float32), tl.load(at + 1).to(tl.float32), tl.load(at + 2).to(tl.float32)
+    r, g, b = (
+        tl.load(at).to(tl.float32),
+        tl.load(at + 1).to(tl.float32),
+        tl.load(at + 2).to(tl.float32),
+    )
     return r * weight, g * weight, b * weight
 
 
@@ -188,13 +213,19 @@ def _resize(
     r, g, b = offset_y * 0.0, offset_y * 0.0, offset_y * 0.0
     total_y, total_x = offset_y * 0.0, offset_y * 0.0
     for j in range(TAPS_Y):
-        weight_y = tl.where(first_y + j < height, tl.maximum(1.0 - tl.abs(offset_y + j) * slope_y, 0.0), 0.0)
+        weight_y = tl.where(
+            first_y + j < height, tl.maximum(1.0 - tl.abs(offset_y + j) * slope_y, 0.0), 0.0
+        )
         line = corner + tl.minimum(first_y + j, height - 1) * (W * 3)
         total_y += weight_y
         total_x = offset_y * 0.0
         for i in range(TAPS_X):
-            weight_x = tl.where(first_x + i < width, tl.maximum(1.0 - tl.abs(offset_x + i) * slope_x, 0.0), 0.0)
-            tap_r, tap_g, tap_b = _weighed(line + tl.minimum(first_x + i, width - 1) * 3, weight_y * weight_x)
+            weight_x = tl.where(
+                first_x + i < width, tl.maximum(1.0 - tl.abs(offset_x + i) * slope_x, 0.0), 0.0
+            )
+            tap_r, tap_g, tap_b = _weighed(
+                line + tl.minimum(first_x + i, width - 1) * 3, weight_y * weight_x
+            )
             r, g, b = r + tap_r, g + tap_g, b + tap_b
             total_x += weight_x
     scale = 1.0 / (255.0 * total_y * total_x)
@@ -244,7 +275,11 @@ def _jitter_tile(r, g, b, order, first, stop, parameters):
             r, g, b = _unit(r * brightness), _unit(g * brightness), _unit(b * brightness)
         if (operation == 2) & (saturation != 1.0):
             gray = _luma_tile(r, g, b) * (1.0 - saturation)
-            r, g, b = _unit(r * saturation + gray), _unit(g * saturation + gray), _unit(b * saturation + gray)
+            r, g, b = (
+                _unit(r * saturation + gray),
+                _unit(g * saturation + gray),
+                _unit(b * saturation + gray),
+            )
         if (operation == 3) & (hue != 0.0):
             r, g, b = _turn(r, g, b, 6.0 * hue)
     return r, g, b
@@ -328,10 +363,16 @@ def _pass(
 
 
 @triton.jit
-def _blur_tile(source, row, pixel, mask, sigma, DOWN: tl.constexpr, SIZE: tl.constexpr, KERNEL: tl.constexpr):
+def _blur_tile(
+    source, row, pixel, mask, sigma, DOWN: tl.constexpr, SIZE: tl.constexpr, KERNEL: tl.constexpr
+):
     """Return a tile blurred on one axis by the reference's ``_gaussian_taps`` or ``_box_taps``."""
     y, x = pixel // SIZE, pixel % SIZE
-    r, g, b = tl.zeros(pixel.shape, tl.float32), tl.zeros(pixel.shape, tl.float32), tl.zeros(pixel.shape, tl.float32)
+    r, g, b = (
+        tl.zeros(pixel.shape, tl.float32),
+        tl.zeros(pixel.shape, tl.float32),
+        tl.zeros(pixel.shape, tl.float32),
+    )
     total = sigma * 0.0
     if KERNEL > 0:
         for tap in range(-(KERNEL // 2), KERNEL // 2 + 1):
@@ -344,7 +385,9 @@ def _blur_tile(source, row, pixel, mask, sigma, DOWN: tl.constexpr, SIZE: tl.con
         offset = -reach
         while offset <= reach:
             weight = _unit(radius + 1.0 - tl.abs(offset))
-            r, g, b = _add_tap(r, g, b, source, row, y, x, mask, offset.to(tl.int32), weight, DOWN, SIZE, KERNEL)
+            r, g, b = _add_tap(
+                r, g, b, source, row, y, x, mask, offset.to(tl.int32), weight, DOWN, SIZE, KERNEL
+            )
             total += weight
             offset += 1.0
     scale = _level(source) / total
@@ -357,7 +400,9 @@ def _add_tap(
 ):  # fmt: skip
     # Along the rows a tap's shift breaks the alignment of wide accesses, so single values are
     # loaded.
-    at = _edge(y + tap, SIZE, KERNEL) * SIZE + x if DOWN else y * SIZE + _edge(x + tap, SIZE, KERNEL)
+    at = (
+        _edge(y + tap, SIZE, KERNEL) * SIZE + x if DOWN else y * SIZE + _edge(x + tap, SIZE, KERNEL)
+    )
     tap_r, tap_g, tap_b = _staged(source, row, at, mask, SIZE)
     return r + weight * tap_r, g + weight * tap_g, b + weight * tap_b
 
@@ -376,7 +421,11 @@ def _radius(sigma):
     """Return the boxes' radius for ``sigma``, as ``reference.box_radius``."""
     variance = sigma * sigma / _BOXES
     whole = tl.floor((tl.sqrt(12.0 * variance + 1.0) - 1.0) / 2.0)
-    fraction = (2 * whole + 1) * (whole * (whole + 1) - 3.0 * variance) / (6.0 * (variance - (whole + 1) * (whole + 1)))
+    fraction = (
+        (2 * whole + 1)
+        * (whole * (whole + 1) - 3.0 * variance)
+        / (6.0 * (variance - (whole + 1) * (whole + 1)))
+    )
     return whole + fraction
 
 
@@ -387,7 +436,11 @@ def _finish(out, row, pixel, mask, r, g, b, parameters, colours, SIZE: tl.conste
         r, g, b = tl.minimum(r, 1.0 - r), tl.minimum(g, 1.0 - g), tl.minimum(b, 1.0 - b)
     mean_r, mean_g, mean_b, scale_r, scale_g, scale_b = colours
     kind: tl.constexpr = out.dtype.element_ty
-    r, g, b = ((r - mean_r) * scale_r).to(kind), ((g - mean_g) * scale_g).to(kind), ((b - mean_b) * scale_b).to(kind)
+    r, g, b = (
+        ((r - mean_r) * scale_r).to(kind),
+        ((g - mean_g) * scale_g).to(kind),
+        ((b - mean_b) * scale_b).to(kind),
+    )
     view, at = out + row.to(tl.int64) * (SIZE * SIZE * 3), pixel * 3
     # One value at a time: the 6 bytes of a bf16 pixel are not a power of two.
     tl.store(view + at, r, mask=mask)
@@ -430,7 +483,13 @@ def launch(height: int, width: int, size: int, pil: bool) -> Launch:
 
 @torch.library.custom_op("fastbyol::two_views", mutates_args=())
 def apply(
-    images: Tensor, table: Tensor, size: int, blur_kernel: int, mean: list[float], std: list[float], dtype: torch.dtype
+    images: Tensor,
+    table: Tensor,
+    size: int,
+    blur_kernel: int,
+    mean: list[float],
+    std: list[float],
+    dtype: torch.dtype,
 ) -> Tensor:
     """Return the views (V, B, S, S, C) of contiguous inputs; ``blur_kernel`` 0 is Pillow's blur."""
     num_rows, (height, width) = table.shape[0] * table.shape[1], images.shape[1:3]
@@ -439,7 +498,9 @@ def apply(
     # result's own rounding near 1, and the traffic is halved: 28 MB for 512 views of 96x96, which
     # stay in a 50 MB L2.
     kind = torch.uint16 if dtype == torch.bfloat16 else torch.float32
-    scratch, other = (torch.empty((num_rows, 3, size * size), dtype=kind, device=images.device) for _ in range(2))
+    scratch, other = (
+        torch.empty((num_rows, 3, size * size), dtype=kind, device=images.device) for _ in range(2)
+    )
     plan = launch(height, width, size, blur_kernel == 0)
     crop_tiles, tiles = (triton.cdiv(size * size, block) for block in (plan.crop_block, plan.block))
     sums = torch.empty((num_rows, crop_tiles), dtype=torch.float32, device=images.device)
@@ -454,11 +515,21 @@ def apply(
         BLOCK=plan.block, SUM_TILES=crop_tiles, BLOCK_T=triton.next_power_of_2(crop_tiles), **options,
     )  # fmt: skip
     _blur_kernel[(num_rows * triton.cdiv(size, plan.rows),)](
-        table, scratch, other, out, *colours, BLOCK=plan.block, ROWS=plan.rows, KERNEL=blur_kernel, **options
+        table,
+        scratch,
+        other,
+        out,
+        *colours,
+        BLOCK=plan.block,
+        ROWS=plan.rows,
+        KERNEL=blur_kernel,
+        **options,
     )
     return out
 
 
 apply.register_fake(
-    lambda images, table, size, blur_kernel, mean, std, dtype: images.new_empty((*table.shape[:2], size, size, 3), dtype=dtype)
+    lambda images, table, size, blur_kernel, mean, std, dtype: images.new_empty(
+        (*table.shape[:2], size, size, 3), dtype=dtype
+    )
 )

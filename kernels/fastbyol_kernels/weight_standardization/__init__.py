@@ -51,7 +51,13 @@ def weight_standardization(weight: Tensor, *, kernels: str = "auto") -> Tensor:
 
 
 def standardize_rows(
-    copy: Tensor, means: Tensor, stds: Tensor, flat: Tensor, table: RowTable, *, kernels: str = "auto"
+    copy: Tensor,
+    means: Tensor,
+    stds: Tensor,
+    flat: Tensor,
+    table: RowTable,
+    *,
+    kernels: str = "auto",
 ) -> None:
     """Standardize all rows of ``table`` in the flat parameter ``flat`` in one launch.
 
@@ -75,7 +81,14 @@ def standardize_rows(
 
 
 def standardize_rows_backward(
-    out: Tensor, gradient: Tensor, flat: Tensor, means: Tensor, stds: Tensor, table: RowTable, *, kernels: str = "auto"
+    out: Tensor,
+    gradient: Tensor,
+    flat: Tensor,
+    means: Tensor,
+    stds: Tensor,
+    table: RowTable,
+    *,
+    kernels: str = "auto",
 ) -> None:
     """Write the gradient of ``flat`` to ``out``, from the ``gradient`` of the copy, in one launch.
 
@@ -88,7 +101,9 @@ def standardize_rows_backward(
 
             cpu.standardize_rows_backward(out, gradient, flat, means, stds, table.rows)
         case "triton":
-            triton.standardize_rows_backward(out, gradient, flat, means, stds, table.rows, table.num_long)
+            triton.standardize_rows_backward(
+                out, gradient, flat, means, stds, table.rows, table.num_long
+            )
         case _:
             reference_rows_backward(out, gradient, flat, table)
 
@@ -96,16 +111,25 @@ def standardize_rows_backward(
 def _choose(kernels: str, table: RowTable, *, flat: Tensor, **beside: Tensor) -> str:
     """Return the backend, after checking every tensor's size, dtype, device and layout."""
     backend = dispatch(kernels, "flat", flat, *beside.values(), table.rows)
-    sizes = {"flat": table.flat_numel, "out": table.flat_numel, "copy": table.copy_numel, "gradient": table.copy_numel}
+    sizes = {
+        "flat": table.flat_numel,
+        "out": table.flat_numel,
+        "copy": table.copy_numel,
+        "gradient": table.copy_numel,
+    }
     device = table.rows.device
     for name, tensor in {"flat": flat, **beside}.items():
         size = sizes.get(name, len(table.rows))
         if tensor.shape != (size,) or tensor.device != device or not tensor.is_contiguous():
             layout = f"{tuple(tensor.shape)} with strides {tensor.stride()} on {tensor.device}"
-            raise ValueError(f"{name} must be ({size},), contiguous, on {device} as table is, not {layout}")
+            raise ValueError(
+                f"{name} must be ({size},), contiguous, on {device} as table is, not {layout}"
+            )
         dtypes = [flat.dtype if backend == "reference" else torch.float32]
         if name in ("copy", "gradient"):
             dtypes = [tensor.dtype] if backend == "reference" else [torch.float32, torch.bfloat16]
         if tensor.dtype not in dtypes:
-            raise ValueError(f"{name} must be {' or '.join(map(str, dtypes))} for {backend}, not {tensor.dtype}")
+            raise ValueError(
+                f"{name} must be {' or '.join(map(str, dtypes))} for {backend}, not {tensor.dtype}"
+            )
     return backend

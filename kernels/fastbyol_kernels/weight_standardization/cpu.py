@@ -54,7 +54,16 @@ def _gradient(upstream, row, out, mean, std):
 
 
 @kernel
-def _forward(block: int, copy: Activation, means: F32, stds: F32, flat: F32, rows: I64, num_rows: int, per_block: int) -> None:
+def _forward(
+    block: int,
+    copy: Activation,
+    means: F32,
+    stds: F32,
+    flat: F32,
+    rows: I64,
+    num_rows: int,
+    per_block: int,
+) -> None:
     """Standardize ``per_block`` neighbouring rows of the table."""
     for row in range(block * per_block, min((block + 1) * per_block, num_rows)):
         offset, length, target = rows[3 * row], rows[3 * row + 1], rows[3 * row + 2]
@@ -65,7 +74,15 @@ def _forward(block: int, copy: Activation, means: F32, stds: F32, flat: F32, row
 
 @kernel
 def _backward(
-    block: int, out: F32, gradient: Activation, flat: F32, means: F32, stds: F32, rows: I64, num_rows: int, per_block: int
+    block: int,
+    out: F32,
+    gradient: Activation,
+    flat: F32,
+    means: F32,
+    stds: F32,
+    rows: I64,
+    num_rows: int,
+    per_block: int,
 ) -> None:
     """Write the gradient of ``per_block`` neighbouring rows of the table."""
     for row in range(block * per_block, min((block + 1) * per_block, num_rows)):
@@ -80,7 +97,9 @@ def standardize_rows(copy: Tensor, means: Tensor, stds: Tensor, flat: Tensor, ro
     _forward(num_blocks, copy, means, stds, flat, rows, len(rows), per_block)
 
 
-def standardize_rows_backward(out: Tensor, gradient: Tensor, flat: Tensor, means: Tensor, stds: Tensor, rows: Tensor) -> None:
+def standardize_rows_backward(
+    out: Tensor, gradient: Tensor, flat: Tensor, means: Tensor, stds: Tensor, rows: Tensor
+) -> None:
     """Write the gradient of ``rows`` in ``flat`` to ``out``, from the ``gradient`` of the copy."""
     num_blocks, per_block = _blocks(rows)
     _backward(num_blocks, out, gradient, flat, means, stds, rows, len(rows), per_block)
@@ -113,7 +132,9 @@ class Weight(torch.autograd.Function):
         out = torch.empty_like(weight)
         if gradient.stride() != weight.stride():
             gradient = torch.empty_like(weight).copy_(gradient)
-        standardize_rows_backward(out, gradient, weight, means, stds, _rows_of(len(weight), weight[0].numel()))
+        standardize_rows_backward(
+            out, gradient, weight, means, stds, _rows_of(len(weight), weight[0].numel())
+        )
         return out
 
 

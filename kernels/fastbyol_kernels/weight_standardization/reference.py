@@ -27,7 +27,9 @@ def reference(weight: Tensor) -> Tensor:
     centred = weight - weight.mean(dims, keepdim=True)
     # A norm rather than a std: on a CPU it is vectorised (3x3 over 128 channels: 53 instead of 722
     # us), and its gradient at zero is zero, where that of sqrt(var) would be infinity times zero.
-    std = torch.linalg.vector_norm(centred, dim=dims, keepdim=True) * (weight[0].numel() - 1) ** -0.5
+    std = (
+        torch.linalg.vector_norm(centred, dim=dims, keepdim=True) * (weight[0].numel() - 1) ** -0.5
+    )
     standardized: Tensor = centred / (std + EPS)
     return standardized
 
@@ -63,16 +65,38 @@ def row_table(
     ValueError for rows of fewer than two elements and for weights that overlap or exceed a buffer.
     """
     if not len(offsets) == len(shapes) == len(copy_offsets):
-        raise ValueError(f"{len(offsets)} offsets, {len(shapes)} shapes and {len(copy_offsets)} copy_offsets")
-    weights = [(at, shape[0], prod(shape[1:]), to) for at, shape, to in zip(offsets, shapes, copy_offsets, strict=True)]
+        raise ValueError(
+            f"{len(offsets)} offsets, {len(shapes)} shapes and {len(copy_offsets)} copy_offsets"
+        )
+    weights = [
+        (at, shape[0], prod(shape[1:]), to)
+        for at, shape, to in zip(offsets, shapes, copy_offsets, strict=True)
+    ]
     for shape, (_, _, length, _) in zip(shapes, weights, strict=True):
         if length < 2:
-            raise ValueError(f"shapes: {tuple(shape)} has rows of {length}, whose standard deviation needs two or more")
-    _check_spans([(offset, num * length) for offset, num, length, _ in weights], flat_numel, "offsets", "flat_numel")
-    _check_spans([(offset, num * length) for _, num, length, offset in weights], copy_numel, "copy_offsets", "copy_numel")
+            raise ValueError(
+                f"shapes: {tuple(shape)} has rows of {length}, whose standard deviation needs two "
+                "or more"
+            )
+    _check_spans(
+        [(offset, num * length) for offset, num, length, _ in weights],
+        flat_numel,
+        "offsets",
+        "flat_numel",
+    )
+    _check_spans(
+        [(offset, num * length) for _, num, length, offset in weights],
+        copy_numel,
+        "copy_offsets",
+        "copy_numel",
+    )
     # The longest rows start first.
     weights.sort(key=lambda weight: (not _is_long(*weight), -weight[2]))
-    rows = [(at + i * length, length, to + i * length) for at, num, length, to in weights for i in range(num)]
+    rows = [
+        (at + i * length, length, to + i * length)
+        for at, num, length, to in weights
+        for i in range(num)
+    ]
     return RowTable(
         rows=torch.tensor(rows, dtype=torch.int64, device=device).view(-1, 3),
         weights=tuple(weights),
@@ -98,7 +122,9 @@ def _check_spans(spans: list[tuple[int, int]], numel: int, offsets: str, size: s
 
 
 @torch.no_grad()
-def reference_rows(copy: Tensor, means: Tensor, stds: Tensor, flat: Tensor, table: RowTable) -> None:
+def reference_rows(
+    copy: Tensor, means: Tensor, stds: Tensor, flat: Tensor, table: RowTable
+) -> None:
     """Compute ``standardize_rows`` in plain torch, weight by weight."""
     first = 0
     for offset, num_rows, length, copy_offset in table.weights:
@@ -112,7 +138,12 @@ def reference_rows(copy: Tensor, means: Tensor, stds: Tensor, flat: Tensor, tabl
 def reference_rows_backward(out: Tensor, gradient: Tensor, flat: Tensor, table: RowTable) -> None:
     """Compute ``standardize_rows_backward`` in plain torch, weight by weight."""
     for offset, num_rows, length, copy_offset in table.weights:
-        rows = flat.detach().narrow(0, offset, num_rows * length).view(num_rows, length).requires_grad_()
+        rows = (
+            flat.detach()
+            .narrow(0, offset, num_rows * length)
+            .view(num_rows, length)
+            .requires_grad_()
+        )
         with torch.enable_grad():
             copy = reference(rows).to(gradient.dtype).flatten()
         (own,) = torch.autograd.grad(copy, rows, gradient.narrow(0, copy_offset, len(copy)))
@@ -126,4 +157,6 @@ def bytes_moved(table: RowTable, copy_bytes: int, *, backward: bool = False) -> 
     the copy's gradient and the weights and writes the fp32 gradient. The statistics, 8 bytes a row,
     are not counted.
     """
-    return sum(num_rows * length for _, num_rows, length, _ in table.weights) * (copy_bytes + 4 + 4 * backward)
+    return sum(num_rows * length for _, num_rows, length, _ in table.weights) * (
+        copy_bytes + 4 + 4 * backward
+    )

@@ -17,7 +17,13 @@ BLOCK = 2048
 # move one element at a time, 8 rows per program and a 7x7x3 row per step. They are 2 % of
 # ResNet-18's weights.
 ROWS, COLUMNS = 8, 256
-_OPTIONS = {"BLOCK": BLOCK, "ROWS": ROWS, "COLUMNS": COLUMNS, "num_warps": 4, "enable_fp_fusion": True}
+_OPTIONS = {
+    "BLOCK": BLOCK,
+    "ROWS": ROWS,
+    "COLUMNS": COLUMNS,
+    "num_warps": 4,
+    "enable_fp_fusion": True,
+}
 
 
 @triton.jit
@@ -49,7 +55,9 @@ def _long_forward(flat, copy, means, stds, table, row, eps, BLOCK: tl.constexpr)
     for step in range(blocks):
         at = (blocks - 1 - step) * BLOCK + columns
         value = tl.load(source + at, mask=at < length, other=0.0)
-        tl.store(target + at, ((value - center) * scale).to(copy.dtype.element_ty), mask=at < length)
+        tl.store(
+            target + at, ((value - center) * scale).to(copy.dtype.element_ty), mask=at < length
+        )
 
 
 @triton.jit
@@ -61,11 +69,19 @@ def _short_rows(table, first, num_rows, ROWS: tl.constexpr):
     rows = first + tl.arange(0, ROWS)
     mask = rows < num_rows
     length = tl.load(table + rows * 3 + 1, mask=mask, other=0).to(tl.int32)
-    return rows, mask, tl.load(table + rows * 3, mask=mask, other=0), length, tl.load(table + rows * 3 + 2, mask=mask, other=0)
+    return (
+        rows,
+        mask,
+        tl.load(table + rows * 3, mask=mask, other=0),
+        length,
+        tl.load(table + rows * 3 + 2, mask=mask, other=0),
+    )
 
 
 @triton.jit
-def _short_forward(flat, copy, means, stds, table, first, num_rows, eps, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def _short_forward(
+    flat, copy, means, stds, table, first, num_rows, eps, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
     """Standardize ROWS rows of any length and alignment in three passes: sum, deviations, copy."""
     rows, mask, offset, length, target = _short_rows(table, first, num_rows, ROWS)
     columns = tl.arange(0, COLUMNS)
@@ -73,7 +89,9 @@ def _short_forward(flat, copy, means, stds, table, first, num_rows, eps, ROWS: t
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
     for start in range(0, longest, COLUMNS):
         inside = (start + columns)[None, :] < length[:, None]
-        total += tl.load(flat + offset[:, None] + (start + columns)[None, :], mask=inside, other=0.0)
+        total += tl.load(
+            flat + offset[:, None] + (start + columns)[None, :], mask=inside, other=0.0
+        )
     mean = tl.sum(total, 1) / tl.maximum(length, 1)
     squares = tl.zeros((ROWS, COLUMNS), tl.float32)
     for start in range(0, longest, COLUMNS):
@@ -89,7 +107,11 @@ def _short_forward(flat, copy, means, stds, table, first, num_rows, eps, ROWS: t
         inside = (start + columns)[None, :] < length[:, None]
         value = tl.load(flat + offset[:, None] + (start + columns)[None, :], mask=inside, other=0.0)
         value = (value - mean[:, None]) * scale[:, None]
-        tl.store(copy + target[:, None] + (start + columns)[None, :], value.to(copy.dtype.element_ty), mask=inside)
+        tl.store(
+            copy + target[:, None] + (start + columns)[None, :],
+            value.to(copy.dtype.element_ty),
+            mask=inside,
+        )
 
 
 @triton.jit
@@ -139,7 +161,19 @@ def _long_backward(gradient, flat, means, stds, out, table, row, eps, BLOCK: tl.
 
 
 @triton.jit
-def _short_backward(gradient, flat, means, stds, out, table, first, num_rows, eps, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def _short_backward(
+    gradient,
+    flat,
+    means,
+    stds,
+    out,
+    table,
+    first,
+    num_rows,
+    eps,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
     rows, mask, offset, length, target = _short_rows(table, first, num_rows, ROWS)
     mean = tl.load(means + rows, mask=mask, other=0.0)[:, None]
     std = tl.load(stds + rows, mask=mask, other=1.0)
@@ -161,7 +195,9 @@ def _short_backward(gradient, flat, means, stds, out, table, first, num_rows, ep
         inside = at < length[:, None]
         upstream = tl.load(gradient + target[:, None] + at, mask=inside, other=0.0).to(tl.float32)
         centred = tl.load(flat + offset[:, None] + at, mask=inside, other=0.0) - mean
-        tl.store(out + offset[:, None] + at, (upstream - level - centred * slope) * scale, mask=inside)
+        tl.store(
+            out + offset[:, None] + at, (upstream - level - centred * slope) * scale, mask=inside
+        )
 
 
 @triton.jit
@@ -175,23 +211,37 @@ def _backward_kernel(
         _long_backward(gradient, flat, means, stds, out, table, program, eps, BLOCK)
     else:
         first = num_long + (program - num_long) * ROWS
-        _short_backward(gradient, flat, means, stds, out, table, first, num_rows, eps, ROWS, COLUMNS)
+        _short_backward(
+            gradient, flat, means, stds, out, table, first, num_rows, eps, ROWS, COLUMNS
+        )
 
 
 @torch.library.custom_op("fastbyol::standardize_rows", mutates_args=("copy", "means", "stds"))
-def standardize_rows(copy: Tensor, means: Tensor, stds: Tensor, flat: Tensor, rows: Tensor, num_long: int) -> None:
+def standardize_rows(
+    copy: Tensor, means: Tensor, stds: Tensor, flat: Tensor, rows: Tensor, num_long: int
+) -> None:
     """Launch the forward kernel on ``rows`` and ``num_long`` of a ``RowTable``."""
     _check_starts(copy=copy, flat=flat)
-    _forward_kernel[_grid(rows, num_long)](flat, copy, means, stds, rows, num_long, len(rows), EPS, **_OPTIONS)
+    _forward_kernel[_grid(rows, num_long)](
+        flat, copy, means, stds, rows, num_long, len(rows), EPS, **_OPTIONS
+    )
 
 
 @torch.library.custom_op("fastbyol::standardize_rows_backward", mutates_args=("out",))
 def standardize_rows_backward(
-    out: Tensor, gradient: Tensor, flat: Tensor, means: Tensor, stds: Tensor, rows: Tensor, num_long: int
+    out: Tensor,
+    gradient: Tensor,
+    flat: Tensor,
+    means: Tensor,
+    stds: Tensor,
+    rows: Tensor,
+    num_long: int,
 ) -> None:
     """Launch the backward kernel on ``rows`` and ``num_long`` of a ``RowTable``."""
     _check_starts(out=out, gradient=gradient, flat=flat)
-    _backward_kernel[_grid(rows, num_long)](gradient, flat, means, stds, out, rows, num_long, len(rows), EPS, **_OPTIONS)
+    _backward_kernel[_grid(rows, num_long)](
+        gradient, flat, means, stds, out, rows, num_long, len(rows), EPS, **_OPTIONS
+    )
 
 
 def _grid(rows: Tensor, num_long: int) -> tuple[int]:
@@ -201,4 +251,6 @@ def _grid(rows: Tensor, num_long: int) -> tuple[int]:
 def _check_starts(**tensors: Tensor) -> None:
     for name, tensor in tensors.items():
         if tensor.data_ptr() % 16:
-            raise ValueError(f"{name} must start on a multiple of 16 bytes: the kernel moves that many at a time")
+            raise ValueError(
+                f"{name} must start on a multiple of 16 bytes: the kernel moves that many at a time"
+            )

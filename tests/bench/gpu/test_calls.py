@@ -42,9 +42,22 @@ def test_every_path_to_the_end_and_few_files(tmp_path: Path) -> None:
     """Run the real script on a short job: the table comes last, and the files are few and small."""
     out = tmp_path / "out"
     wanted = ["B", str(out), "--dry", "--only", "limits-cudnn10", "--commit", "0123abcd"]
-    done = subprocess.run(["sh", SCRIPT, *wanted], env=ENVIRONMENT, capture_output=True, text=True, timeout=800, check=False)
+    done = subprocess.run(
+        ["sh", SCRIPT, *wanted],
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=800,
+        check=False,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.rstrip().splitlines()[-1].split() == ["limits-cudnn10", *done.stdout.split()[1:3], "exit", "code", "0"]
+    assert done.stdout.rstrip().splitlines()[-1].split() == [
+        "limits-cudnn10",
+        *done.stdout.split()[1:3],
+        "exit",
+        "code",
+        "0",
+    ]
     files = list(out.rglob("*"))
     assert len(files) <= MOST_FILES
     assert all(path.is_file() and path.stat().st_size < MOST_FILE_BYTES for path in files)
@@ -65,8 +78,20 @@ def wait_until(condition: Callable[[], bool]) -> None:
 
 def test_a_killed_call_leaves_its_rows_and_no_process_behind(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    words = ["sh", SCRIPT, "B", out, "--dry", "--only", "limits-cudnn10", "--work", tmp_path / "work"]
-    process = subprocess.Popen([str(word) for word in words], env=ENVIRONMENT, stdout=subprocess.DEVNULL)
+    words = [
+        "sh",
+        SCRIPT,
+        "B",
+        out,
+        "--dry",
+        "--only",
+        "limits-cudnn10",
+        "--work",
+        tmp_path / "work",
+    ]
+    process = subprocess.Popen(
+        [str(word) for word in words], env=ENVIRONMENT, stdout=subprocess.DEVNULL
+    )
     wait_until(lambda: len(rows.read(out / "rows.jsonl")) >= 2)
     process.kill()
     process.wait()
@@ -92,7 +117,9 @@ def children_of(out: Path) -> list[int]:
 def test_asked_to_end_it_writes_what_it_has(tmp_path: Path) -> None:
     out = tmp_path / "out"
     words = ["sh", SCRIPT, "B", out, "--dry", "--only", "limits-cudnn10"]
-    process = subprocess.Popen([str(word) for word in words], env=ENVIRONMENT, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [str(word) for word in words], env=ENVIRONMENT, stdout=subprocess.PIPE, text=True
+    )
     wait_until(lambda: bool(rows.read(out / "rows.jsonl")))
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=600)
@@ -104,7 +131,10 @@ def test_asked_to_end_it_writes_what_it_has(tmp_path: Path) -> None:
 
 def test_runs_leaves_out_and_says_why(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(calls, "LEAST_S", 0.5)
-    hang = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(600)'])"
+    hang = (
+        "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; "
+        "time.sleep(600)'])"
+    )
     began = time.monotonic()
     call.run(
         [
@@ -116,7 +146,9 @@ def test_runs_leaves_out_and_says_why(call: Call, monkeypatch: pytest.MonkeyPatc
         ]
     )
     assert time.monotonic() - began < 500
-    outcomes = {outcome.name: (outcome.code, outcome.why, outcome.failed) for outcome in call.outcomes}
+    outcomes = {
+        outcome.name: (outcome.code, outcome.why, outcome.failed) for outcome in call.outcomes
+    }
     assert outcomes == {
         "fine": (0, "", False),
         "fails": (3, "", True),
@@ -125,19 +157,37 @@ def test_runs_leaves_out_and_says_why(call: Call, monkeypatch: pytest.MonkeyPatc
         "hangs": (None, "cut off after 3 s", True),
     }
     assert (call.work / "logs" / "fine.log").read_text() == "hello\n"
-    assert [job["name"] for job in json.loads((call.out / "jobs.json").read_text())["jobs"]] == list(outcomes)
+    assert [
+        job["name"] for job in json.loads((call.out / "jobs.json").read_text())["jobs"]
+    ] == list(outcomes)
     assert call.finish() == 1
 
 
 def test_a_row_that_failed_fails_the_call(call: Call) -> None:
     say = (
-        "import sys; from pathlib import Path; from fastbyol_bench.gpu.rows import Rows; rows = Rows(Path(sys.argv[1]), 'job')"
+        "import sys; from pathlib import Path; from fastbyol_bench.gpu.rows import Rows; rows = "
+        "Rows(Path(sys.argv[1]), 'job')"
     )
     call.run(
-        [Job("job", (sys.executable, "-c", f"{say}; rows.add('engine', 'captured', mode='graph')", "{rows}"), 60, modules=())]
+        [
+            Job(
+                "job",
+                (
+                    sys.executable,
+                    "-c",
+                    f"{say}; rows.add('engine', 'captured', mode='graph')",
+                    "{rows}",
+                ),
+                60,
+                modules=(),
+            )
+        ]
     )
     assert call.finish() == 0
-    check = "rows.check('engine', 'captured', holds=False, says='the mode is not graph', mode='compile')"
+    check = (
+        "rows.check('engine', 'captured', holds=False, says='the mode is not graph', "
+        "mode='compile')"
+    )
     call.run([Job("job", (sys.executable, "-c", f"{say}; {check}", "{rows}"), 60, modules=())])
     assert call.finish() == 1
 
@@ -169,7 +219,9 @@ def test_runs_come_back_without_checkpoints(call: Call) -> None:
     (run.parent / "metrics.jsonl").write_text("{}\n")
     call.finish()
     with tarfile.open(call.out / "logs.tar.gz") as archive:
-        assert [name for name in archive.getnames() if name.startswith("runs")] == ["runs/train-bn/metrics.jsonl"]
+        assert [name for name in archive.getnames() if name.startswith("runs")] == [
+            "runs/train-bn/metrics.jsonl"
+        ]
 
 
 @pytest.mark.parametrize("dry", [True, False])
@@ -180,12 +232,17 @@ def test_the_jobs_can_be_asked(name: str, dry: bool) -> None:
     listed = jobs(name, options(name, *carried, *(["--dry"] if dry else [])))
     assert len({job.name for job in listed}) == len(listed)
     for job in listed:
-        words = [word.format(rows="R", work="W", out="O", seconds="9", dry="--dry") for word in job.command]
+        words = [
+            word.format(rows="R", work="W", out="O", seconds="9", dry="--dry")
+            for word in job.command
+        ]
         module = words[2]
         if module.startswith("fastbyol_bench.gpu."):
             importlib.import_module(module).parser().parse_intermixed_args(words[3:])
         elif module == "fastbyol.cli.main":
-            assert command.chosen(words[4:8]) == tuple(name for name in command.SUITES if name in words[4:8])
+            assert command.chosen(words[4:8]) == tuple(
+                name for name in command.SUITES if name in words[4:8]
+            )
         assert all((calls.ROOT / word).exists() for word in words if word.startswith("tests/"))
         assert job.most_s <= 60 * calls.MINUTES
     if name == "C" and not dry:
@@ -195,15 +252,29 @@ def test_the_jobs_can_be_asked(name: str, dry: bool) -> None:
 
 
 def test_its_tests_are_those_with_the_gpu_marker() -> None:
-    words = [sys.executable, "-m", "pytest", "-q", "--collect-only", "-m", "gpu", "-p", "no:cacheprovider"]
-    done = subprocess.run(words, cwd=calls.ROOT, capture_output=True, text=True, timeout=800, check=False)
+    words = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "--collect-only",
+        "-m",
+        "gpu",
+        "-p",
+        "no:cacheprovider",
+    ]
+    done = subprocess.run(
+        words, cwd=calls.ROOT, capture_output=True, text=True, timeout=800, check=False
+    )
     assert done.returncode == 0, done.stdout[-2000:]
     files = {line.partition("::")[0] for line in done.stdout.splitlines() if "::" in line}
     assert files == set(calls.GPU_TESTS)
 
 
 def test_says_what_is_missing() -> None:
-    job = python("both", "", modules=("no_such_module", "json"), under=("no-such-program", "--flag"))
+    job = python(
+        "both", "", modules=("no_such_module", "json"), under=("no-such-program", "--flag")
+    )
     assert lacks(job, dry=False) == "not installed: no_such_module, no-such-program"
     assert lacks(job, dry=True) == "not installed: no_such_module"
 
@@ -217,7 +288,9 @@ def test_says_what_is_missing() -> None:
         (["A", "out", "--caches", "no.tar.gz"], "is no file"),
     ],
 )
-def test_wrong_words_end_in_a_line(words: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_words_end_in_a_line(
+    words: list[str], says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as ended:
         parsed(words)
     assert ended.value.code == 2

@@ -15,14 +15,17 @@ from fastbyol_bench.gpu import rows
 
 TEXT = st.text(max_size=20)
 FIGURES = st.dictionaries(
-    st.text("abcdefghij_", min_size=1), st.one_of(TEXT, st.integers(-(2**53), 2**53), st.booleans(), st.none(), st.floats())
+    st.text("abcdefghij_", min_size=1),
+    st.one_of(TEXT, st.integers(-(2**53), 2**53), st.booleans(), st.none(), st.floats()),
 )
 
 
 @settings(max_examples=50)
 @given(st.lists(st.tuples(TEXT, TEXT, FIGURES), max_size=5), st.integers(0, 200))
 def test_reads_back_what_was_added_and_drops_a_torn_end(
-    tmp_path_factory: pytest.TempPathFactory, added: list[tuple[str, str, dict[str, object]]], cut: int
+    tmp_path_factory: pytest.TempPathFactory,
+    added: list[tuple[str, str, dict[str, object]]],
+    cut: int,
 ) -> None:
     path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
     writer = rows.Rows(path, "job")
@@ -32,14 +35,18 @@ def test_reads_back_what_was_added_and_drops_a_torn_end(
     assert [(row["part"], row["name"]) for row in read] == [(part, name) for part, name, _ in added]
     for row, (_, _, figures) in zip(read, added, strict=True):
         for key, value in figures.items():
-            assert row[key] == value or (isinstance(value, float) and math.isnan(value) and math.isnan(row[key]))
+            assert row[key] == value or (
+                isinstance(value, float) and math.isnan(value) and math.isnan(row[key])
+            )
     if path.exists():
         whole = path.read_bytes()
         path.write_bytes(whole[: max(0, len(whole) - cut)])
         assert rows.read(path) == read[: len(rows.read(path))]
 
 
-def test_a_failing_part_is_a_row_and_costs_no_other(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_failing_part_is_a_row_and_costs_no_other(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     writer = rows.Rows(tmp_path / "rows.jsonl", "job")
     with writer.guarded("kernel", "norm"):
         raise RuntimeError("misaligned address\nCUDA kernel errors might be")

@@ -28,11 +28,15 @@ SIZES = [(96, 96), (64, 97), (20, 120), (32, 58), (1, 1)]
 def assert_same_bits(distribution: Distribution, ids: torch.Tensor, **options: Any) -> None:
     kernel = draw_views(distribution, ids, kernels="triton", **options)
     assert torch.equal(kernel, draw_views(distribution, ids, kernels="reference", **options))
-    assert torch.equal(kernel.cpu(), draw_views(distribution, ids.cpu(), kernels="reference", **options))
+    assert torch.equal(
+        kernel.cpu(), draw_views(distribution, ids.cpu(), kernels="reference", **options)
+    )
 
 
 @pytest.mark.parametrize(("height", "width"), SIZES)
-def test_the_kernel_draws_the_references_bits(height: int, width: int, device: torch.device) -> None:
+def test_the_kernel_draws_the_references_bits(
+    height: int, width: int, device: torch.device
+) -> None:
     # A GPU draws enough to meet rare roundings.
     ids = torch.arange(3000 if device.type == "cpu" else 300_000, device=device) * 5_000_011
     assert_same_bits(UNEVEN, ids, seed=2**64 - 3, epoch=2**32 - 1, height=height, width=width)
@@ -49,7 +53,14 @@ def test_the_kernel_draws_the_references_bits_anywhere(
 ) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     distribution = replace(UNEVEN, scale=(scale, 1.0), ratio=(ratio, 1.1))
-    assert_same_bits(distribution, torch.tensor(ids, device=device), seed=seed, epoch=epoch, height=height, width=width)
+    assert_same_bits(
+        distribution,
+        torch.tensor(ids, device=device),
+        seed=seed,
+        epoch=epoch,
+        height=height,
+        width=width,
+    )
 
 
 def test_any_number_of_views(device: torch.device) -> None:
@@ -65,20 +76,37 @@ def test_seed_and_epoch_from_tensors(kernels: str, device: torch.device) -> None
     for number in (4, 2**32 - 1):
         epoch.fill_(number)
         drawn = draw_views(UNEVEN, ids, seed=seed, epoch=epoch, kernels=kernels, **size)
-        assert torch.equal(drawn, draw_views(UNEVEN, ids, seed=2**64 - 3, epoch=number, kernels="reference", **size))
+        assert torch.equal(
+            drawn,
+            draw_views(UNEVEN, ids, seed=2**64 - 3, epoch=number, kernels="reference", **size),
+        )
 
 
 def test_every_entry_is_written(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     empty = torch.empty
-    monkeypatch.setattr(torch, "empty", lambda *args, **kwargs: empty(*args, **kwargs).fill_(float("nan")))
-    drawn = draw_views(UNEVEN, torch.arange(131, device=device), seed=1, epoch=2, height=9, width=9, kernels="triton")
+    monkeypatch.setattr(
+        torch, "empty", lambda *args, **kwargs: empty(*args, **kwargs).fill_(float("nan"))
+    )
+    drawn = draw_views(
+        UNEVEN,
+        torch.arange(131, device=device),
+        seed=1,
+        epoch=2,
+        height=9,
+        width=9,
+        kernels="triton",
+    )
     assert drawn.isfinite().all()
     assert drawn.shape == (2, 131, len(Column))
 
 
 def test_empty_batch(device: torch.device) -> None:
     ids = torch.arange(0, device=device)
-    assert draw_views(UNEVEN, ids, seed=1, epoch=2, height=9, width=9, kernels="triton").shape == (2, 0, len(Column))
+    assert draw_views(UNEVEN, ids, seed=1, epoch=2, height=9, width=9, kernels="triton").shape == (
+        2,
+        0,
+        len(Column),
+    )
 
 
 def test_no_float64_operation_is_contracted() -> None:
@@ -87,7 +115,8 @@ def test_no_float64_operation_is_contracted() -> None:
         "import torch\nfrom fastbyol_kernels import ahead_of_time\n"
         "from fastbyol_kernels.views import Distribution, draw_views\n"
         "with ahead_of_time.recording(90) as launches:\n"
-        f"    draw_views({UNEVEN!r}, torch.arange(8), seed=1, epoch=2, height=96, width=96, kernels='triton')\n"
+        f"    draw_views({UNEVEN!r}, torch.arange(8), seed=1, epoch=2, height=96, width=96, "
+        "kernels='triton')\n"
         "print(launches[0].compiled.asm['ptx'])"
     )
     used = set(re.findall(r"\b((?:add|sub|mul|fma|div|sqrt)\.[a-z0-9.]*f64)\b", printed(code)))
@@ -96,12 +125,18 @@ def test_no_float64_operation_is_contracted() -> None:
 
 
 def test_opcheck_and_compile(device: torch.device) -> None:
-    ids, seed, epoch = torch.arange(5, device=device), torch.tensor(1, device=device), torch.tensor(2, device=device)
+    ids, seed, epoch = (
+        torch.arange(5, device=device),
+        torch.tensor(1, device=device),
+        torch.tensor(2, device=device),
+    )
     numbers = draw._numbers(UNEVEN, 9, 9)
     torch.library.opcheck(torch.ops.fastbyol.draw_views, (ids, seed, epoch, 2, 9, 9, *numbers))
 
     def more() -> torch.Tensor:
-        return draw_views(UNEVEN, ids, seed=seed, epoch=epoch, height=9, width=9, kernels="triton") + 1
+        return (
+            draw_views(UNEVEN, ids, seed=seed, epoch=epoch, height=9, width=9, kernels="triton") + 1
+        )
 
     assert torch.equal(torch.compile(more, fullgraph=True, backend="aot_eager")(), more())
 

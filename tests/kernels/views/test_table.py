@@ -22,7 +22,8 @@ from fastbyol_kernels.views import bytes_moved, reference, triton, two_views
 from fastbyol_kernels.views.table import JITTER_ORDERS, Column
 from fastbyol_kernels.views.triton import launch
 
-# The promise is 2/255. float32 needs far less: some 20 roundings of 6e-8, and tap positions to 4e-6 pixels on noise.
+# The promise is 2/255. float32 needs far less: some 20 roundings of 6e-8, and tap positions to 4e-6
+# pixels on noise.
 TOLERANCE = 2e-5
 JITTER = {
     Column.BRIGHTNESS: torchvision.adjust_brightness,
@@ -38,17 +39,29 @@ def images(height: int, width: int) -> Tensor:
     random = torch.Generator().manual_seed(height * 1000 + width)
     noise = torch.randint(0, 256, (6, height, width, 3), generator=random)
     noise[1] = (noise[1] > 127) * 255
-    noise[2] = (torch.arange(height)[:, None, None] * 3 + torch.arange(width)[:, None] + torch.arange(3) * 40) % 256
+    noise[2] = (
+        torch.arange(height)[:, None, None] * 3
+        + torch.arange(width)[:, None]
+        + torch.arange(3) * 40
+    ) % 256
     noise[3] = noise[3, :, :, :1]
     noise[4] = 0
     noise[5] = 128 + (noise[5] > 127)
     return noise.to(torch.uint8)
 
 
-def table(height: int, width: int, entries: Mapping[Column, float | Tensor], num_views: int = 2) -> Tensor:
+def table(
+    height: int, width: int, entries: Mapping[Column, float | Tensor], num_views: int = 2
+) -> Tensor:
     """Return the identity on six images except for ``entries``."""
     rows = torch.zeros(num_views, 6, len(Column))
-    identity = {Column.HEIGHT: height, Column.WIDTH: width, Column.BRIGHTNESS: 1, Column.CONTRAST: 1, Column.SATURATION: 1}
+    identity = {
+        Column.HEIGHT: height,
+        Column.WIDTH: width,
+        Column.BRIGHTNESS: 1,
+        Column.CONTRAST: 1,
+        Column.SATURATION: 1,
+    }
     for column, value in {**identity, **entries}.items():
         rows[..., column] = value
     return rows
@@ -71,8 +84,16 @@ def assert_is(
     pixels, rows = images(*shape), table(*shape, entries)
     wanted = expected(as_double(pixels)).expand(2, -1, -1, -1, -1).double()
     for kernels in ("reference", "auto"):
-        views = two_views(pixels.to(device), rows.to(device), size=size, kernels=kernels, **settings)  # type: ignore[arg-type]
-        torch.testing.assert_close(views.cpu().double(), wanted, rtol=0.0, atol=tolerance, msg=lambda m, k=kernels: f"{k}: {m}")
+        views = two_views(
+            pixels.to(device), rows.to(device), size=size, kernels=kernels, **settings
+        )  # type: ignore[arg-type]
+        torch.testing.assert_close(
+            views.cpu().double(),
+            wanted,
+            rtol=0.0,
+            atol=tolerance,
+            msg=lambda m, k=kernels: f"{k}: {m}",
+        )
 
 
 def test_identity_is_exact_to_rounding(device: torch.device) -> None:
@@ -82,15 +103,28 @@ def test_identity_is_exact_to_rounding(device: torch.device) -> None:
 
 @settings(max_examples=40)
 @given(st.data(), st.integers(4, 70), st.integers(4, 70), st.integers(4, 40), st.booleans())
-def test_crop_resize_and_flip(data: st.DataObject, height: int, width: int, size: int, flip: bool) -> None:
+def test_crop_resize_and_flip(
+    data: st.DataObject, height: int, width: int, size: int, flip: bool
+) -> None:
     box_height, box_width = data.draw(st.integers(1, height)), data.draw(st.integers(1, width))
-    top, left = data.draw(st.integers(0, height - box_height)), data.draw(st.integers(0, width - box_width))
+    top, left = (
+        data.draw(st.integers(0, height - box_height)),
+        data.draw(st.integers(0, width - box_width)),
+    )
 
     def expected(x: Tensor) -> Tensor:
-        x = torchvision.resized_crop(x, top, left, box_height, box_width, [size, size], antialias=True)
+        x = torchvision.resized_crop(
+            x, top, left, box_height, box_width, [size, size], antialias=True
+        )
         return torchvision.horizontal_flip(x) if flip else x
 
-    box = {Column.TOP: top, Column.LEFT: left, Column.HEIGHT: box_height, Column.WIDTH: box_width, Column.FLIP: float(flip)}
+    box = {
+        Column.TOP: top,
+        Column.LEFT: left,
+        Column.HEIGHT: box_height,
+        Column.WIDTH: box_width,
+        Column.FLIP: float(flip),
+    }
     assert_is(expected, box, torch.device("cpu"), shape=(height, width), size=size)
 
 
@@ -105,7 +139,9 @@ def test_one_jitter_operation(column: Column, value: float, device: torch.device
 
 def test_hue_on_every_corner_edge_and_face_of_the_colour_cube(device: torch.device) -> None:
     levels = (0, 1, 2, 100, 101, 127, 128, 254, 255)
-    cube = torch.tensor(list(itertools.product(levels, repeat=3)), dtype=torch.uint8).view(1, 27, 27, 3)
+    cube = torch.tensor(list(itertools.product(levels, repeat=3)), dtype=torch.uint8).view(
+        1, 27, 27, 3
+    )
     for shift in torch.linspace(-0.5, 0.5, 25).tolist():
         rows = table(27, 27, {Column.HUE: shift})[:1, :1]
         views = two_views(cube.to(device), rows.to(device), size=27).cpu()
@@ -152,8 +188,13 @@ def test_pil_blur(sigma: float, device: torch.device) -> None:
     weights are sixths.
     """
     pixels, rows = images(24, 24), table(24, 24, {Column.BLUR_SIGMA: sigma}, num_views=1)
-    pillow = [np.asarray(Image.fromarray(image).filter(ImageFilter.GaussianBlur(sigma))) for image in pixels.numpy()]
-    levels = two_views(pixels.to(device), rows.to(device), size=24, blur="pil").cpu()[0].double() * 255
+    pillow = [
+        np.asarray(Image.fromarray(image).filter(ImageFilter.GaussianBlur(sigma)))
+        for image in pixels.numpy()
+    ]
+    levels = (
+        two_views(pixels.to(device), rows.to(device), size=24, blur="pil").cpu()[0].double() * 255
+    )
     error = levels - as_double(torch.from_numpy(np.stack(pillow))) * 255
     assert error.abs().max() < 3.0
     assert error.abs().mean() < 0.6
@@ -166,9 +207,15 @@ def test_pil_blur_of_a_point_has_the_asked_variance(device: torch.device) -> Non
     point[0, 20, 20] = 255
     for sigma in (0.3, 0.8, 1.0, 1.9, 3.1):
         rows = table(41, 41, {Column.BLUR_SIGMA: sigma})[:1, :1].to(device)
-        profile = two_views(point.to(device), rows, size=41, blur="pil", dtype=torch.float64)[0, 0, 0].sum(0).cpu()
+        profile = (
+            two_views(point.to(device), rows, size=41, blur="pil", dtype=torch.float64)[0, 0, 0]
+            .sum(0)
+            .cpu()
+        )
         offset = torch.arange(41, dtype=torch.float64) - 20
-        assert math.isclose(float((profile * offset**2).sum()), float(np.float32(sigma)) ** 2, rel_tol=1e-9)
+        assert math.isclose(
+            float((profile * offset**2).sum()), float(np.float32(sigma)) ** 2, rel_tol=1e-9
+        )
 
 
 def test_solarize(device: torch.device) -> None:
@@ -215,7 +262,9 @@ def test_a_view_depends_on_its_own_row_and_image_alone(
     together = two_views(pixels, rows, size=20, blur=blur, kernels=kernels)
     for image in range(6):
         part = pixels[image : image + 1], rows[:, image : image + 1].contiguous()
-        assert torch.equal(two_views(*part, size=20, blur=blur, kernels=kernels)[:, 0], together[:, image])
+        assert torch.equal(
+            two_views(*part, size=20, blur=blur, kernels=kernels)[:, 0], together[:, image]
+        )
     monkeypatch.setattr(reference, "_PASS_BYTES_CPU", 1)
     monkeypatch.setattr(reference, "_PASS_BYTES_GPU", 1)
     threads = torch.get_num_threads()
@@ -252,7 +301,12 @@ def test_strided_images_are_read_as_they_are(kernels: str, device: torch.device)
 
 
 def assert_kernels_agree(
-    pixels: Tensor, rows: Tensor, device: torch.device, *, dtype: torch.dtype = torch.float32, **options: Any
+    pixels: Tensor,
+    rows: Tensor,
+    device: torch.device,
+    *,
+    dtype: torch.dtype = torch.float32,
+    **options: Any,
 ) -> None:
     """Compare the kernels with the float64 reference.
 
@@ -272,16 +326,21 @@ def assert_kernels_agree(
         )  # fmt: skip
 
 
-# Image, view: the same size, both axes shrunk (odd sizes, 4 and 6 taps), enlarged, one of each, no power of two of tiles.
+# Image, view: the same size, both axes shrunk (odd sizes, 4 and 6 taps), enlarged, one of each, no
+# power of two of tiles.
 KERNEL_SHAPES = [(16, 16, 16), (31, 21, 11), (9, 7, 13), (30, 6, 10), (24, 24, 23)]
 
 
 @pytest.mark.usefixtures("nan_filled")
 @pytest.mark.parametrize(("height", "width", "size"), KERNEL_SHAPES)
 @pytest.mark.parametrize("blur", ["gaussian", "pil"])
-def test_kernels_equal_the_reference(height: int, width: int, size: int, blur: str, device: torch.device) -> None:
+def test_kernels_equal_the_reference(
+    height: int, width: int, size: int, blur: str, device: torch.device
+) -> None:
     pixels, rows = images(height, width), mixed_table(2, height, width)
-    assert_kernels_agree(pixels, rows, device, size=size, blur=blur, mean=(0.4, 0.5, 0.1), std=(1.0, 2.0, 3.0))
+    assert_kernels_agree(
+        pixels, rows, device, size=size, blur=blur, mean=(0.4, 0.5, 0.1), std=(1.0, 2.0, 3.0)
+    )
 
 
 @pytest.mark.usefixtures("nan_filled")
@@ -299,7 +358,9 @@ def test_kernels_follow_all_24_orders(device: torch.device) -> None:
 
 def test_kernels_turn_hues_of_the_whole_colour_cube(device: torch.device) -> None:
     levels = (0, 1, 2, 100, 101, 127, 128, 254, 255)
-    cube = torch.tensor(list(itertools.product(levels, repeat=3)), dtype=torch.uint8).view(1, 27, 27, 3)
+    cube = torch.tensor(list(itertools.product(levels, repeat=3)), dtype=torch.uint8).view(
+        1, 27, 27, 3
+    )
     rows = table(27, 27, {})[:1, :1].repeat(13, 1, 1)
     rows[:, 0, Column.HUE] = torch.linspace(-0.5, 0.5, 13)
     assert_kernels_agree(cube, rows, device, size=27)
@@ -307,19 +368,31 @@ def test_kernels_turn_hues_of_the_whole_colour_cube(device: torch.device) -> Non
 
 @pytest.mark.parametrize("kernel", [1, 5, 31])
 def test_kernels_blur_with_any_number_of_taps(kernel: int, device: torch.device) -> None:
-    rows = table(16, 16, {Column.BLUR_SIGMA: torch.tensor([0.05, 0.1, 0.7, 2.0, 9.0, 1e3])}, num_views=1)
+    rows = table(
+        16, 16, {Column.BLUR_SIGMA: torch.tensor([0.05, 0.1, 0.7, 2.0, 9.0, 1e3])}, num_views=1
+    )
     assert_kernels_agree(images(16, 16), rows, device, size=16, blur_kernel=kernel)
 
 
 def test_kernels_blur_with_pillows_boxes_of_any_radius(device: torch.device) -> None:
-    rows = table(16, 16, {Column.BLUR_SIGMA: torch.tensor([0.05, 0.1, 0.99, 1.0, 2.5, 6.0])}, num_views=1)
+    rows = table(
+        16, 16, {Column.BLUR_SIGMA: torch.tensor([0.05, 0.1, 0.99, 1.0, 2.5, 6.0])}, num_views=1
+    )
     assert_kernels_agree(images(16, 16), rows, device, size=16, blur="pil")
 
 
 @pytest.mark.gpu
 @settings(max_examples=6, derandomize=True)
-@given(st.integers(1, 24), st.integers(1, 24), st.integers(5, 20), st.sampled_from(("gaussian", "pil")), st.data())
-def test_kernels_equal_the_reference_at_any_shape(height: int, width: int, size: int, blur: str, data: st.DataObject) -> None:
+@given(
+    st.integers(1, 24),
+    st.integers(1, 24),
+    st.integers(5, 20),
+    st.sampled_from(("gaussian", "pil")),
+    st.data(),
+)
+def test_kernels_equal_the_reference_at_any_shape(
+    height: int, width: int, size: int, blur: str, data: st.DataObject
+) -> None:
     rows = mixed_table(1, height, width)
     rows[..., Column.HEIGHT : Column.WIDTH + 1].clamp_(min=1)
     half = data.draw(st.booleans())
@@ -348,14 +421,18 @@ def test_kernels_cut_views_into_tiles_and_bands(
     assert_kernels_agree(pixels, rows, device, size=13, dtype=dtype)
 
 
-def test_kernels_repeat_themselves_and_a_view_depends_on_its_own_row_alone(device: torch.device) -> None:
+def test_kernels_repeat_themselves_and_a_view_depends_on_its_own_row_alone(
+    device: torch.device,
+) -> None:
     """Compare bit for bit: no order of additions may vary."""
     pixels, rows = images(16, 13).to(device), mixed_table(2, 16, 13).to(device)
     options: dict[str, Any] = {"size": 12, "dtype": torch.bfloat16, "kernels": "triton"}
     together = two_views(pixels, rows, **options)
     assert torch.equal(two_views(pixels, rows, **options), together)
     for image in (0, 4):
-        alone = two_views(pixels[image : image + 1], rows[:, image : image + 1].contiguous(), **options)
+        alone = two_views(
+            pixels[image : image + 1], rows[:, image : image + 1].contiguous(), **options
+        )
         assert torch.equal(alone[:, 0], together[:, image])
 
 
@@ -365,14 +442,23 @@ def test_kernels_read_nothing_outside_whatever_the_table_says(device: torch.devi
     boxes = torch.tensor([[-5.0, 3, 9, 99], [50, 2, 4, 4], [0, 8, -3, 7]])
     inside = torch.tensor([[0.0, 3, 9, 6], [8, 2, 1, 4], [0, 8, 1, 1]])
     tame = wild.clone()
-    wild[0, :, : Column.WIDTH + 1], tame[0, :, : Column.WIDTH + 1] = boxes.to(device), inside.to(device)
-    got, expected = two_views(pixels, wild, size=9, kernels="triton"), two_views(pixels, tame, size=9, kernels="reference")
+    wild[0, :, : Column.WIDTH + 1], tame[0, :, : Column.WIDTH + 1] = (
+        boxes.to(device),
+        inside.to(device),
+    )
+    got, expected = (
+        two_views(pixels, wild, size=9, kernels="triton"),
+        two_views(pixels, tame, size=9, kernels="reference"),
+    )
     torch.testing.assert_close(got, expected, rtol=0.0, atol=TOLERANCE)
 
 
 def test_a_cpu_refuses_what_lies_outside() -> None:
     pixels, rows = images(9, 9)[:2], table(9, 9, {})[:1, :2]
-    for column, value, words in ((Column.TOP, 1, "does not lie within"), (Column.ORDER, 24, "jitter order")):
+    for column, value, words in (
+        (Column.TOP, 1, "does not lie within"),
+        (Column.ORDER, 24, "jitter order"),
+    ):
         wild = rows.clone()
         wild[0, 1, column] = value
         with pytest.raises(ValueError, match=words):
@@ -384,7 +470,9 @@ def test_a_cpu_refuses_what_lies_outside() -> None:
     # Pillow's boxes know no such limit: they repeat the edge.
     for sigma in (9.0, 40.0):
         wide[..., Column.BLUR_SIGMA] = sigma
-        exact = two_views(pixels, wide, size=9, blur="pil", dtype=torch.float64, kernels="reference")
+        exact = two_views(
+            pixels, wide, size=9, blur="pil", dtype=torch.float64, kernels="reference"
+        )
         got = two_views(pixels, wide, size=9, blur="pil", kernels="cpu")
         torch.testing.assert_close(got.double(), exact, rtol=0.0, atol=TOLERANCE)
 
@@ -468,10 +556,15 @@ def test_wrong_arguments_are_named(argument: str, value: object) -> None:
         two_views(**{**GOOD, argument: value})  # type: ignore[arg-type]
 
 
-def test_wrong_arguments_of_the_kernels_are_named(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_arguments_of_the_kernels_are_named(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pixels, rows = images(8, 8).to(device), mixed_table(2, 8, 8).to(device)
     good: dict[str, Any] = {"images": pixels, "table": rows, "size": 8, "kernels": "triton"}
-    strided = {"images": pixels.transpose(1, 2), "table": rows.transpose(0, 1).contiguous().transpose(0, 1)}
+    strided = {
+        "images": pixels.transpose(1, 2),
+        "table": rows.transpose(0, 1).contiguous().transpose(0, 1),
+    }
     for name, value in (*strided.items(), ("blur_kernel", 17)):
         with pytest.raises(ValueError, match=rf"^{name} "):
             two_views(**{**good, name: value})

@@ -1,8 +1,8 @@
 """Every number of a run, as frozen typed models.
 
-A component receives its slice (``ModelConfig``, ``OptimConfig``, ...), never the whole. Descriptions
+A component receives its slice (``ModelConfig``, ``OptimConfig``, ...), not the whole. Descriptions
 are what ``fastbyol train --help`` prints. They and the docstrings cite these sources:
-  post   "Understanding self-supervised and contrastive learning with BYOL" (2020), text and appendix
+  post   "Understanding self-supervised and contrastive learning with BYOL" (2020), with appendix
   code   the post's published code: moco.py, utils.py, lars.py, ws_resnet.py, train_blog.py
   byol   Grill et al., "Bootstrap Your Own Latent", arXiv:2006.07733, section 3.3 and appendix B, J
   moco   He et al., "Momentum Contrast", arXiv:1911.05722, and its version 2, arXiv:2003.04297

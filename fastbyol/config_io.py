@@ -32,7 +32,7 @@ _Configuration = TypeVar("_Configuration", bound=Config)
 
 
 class Flag(NamedTuple):
-    """A command-line flag as typed (``--norm``) and its value; None for a flag that was not typed."""
+    """A command-line flag as typed (``--norm``) and its value, None if it was not typed."""
 
     name: str
     value: object
@@ -47,7 +47,7 @@ class Setting(NamedTuple):
 
 @dataclass(frozen=True)
 class Loaded:
-    """A configuration, the origin of each dotted key, and remarks that deserve a line to the user."""
+    """A configuration, the origin of each dotted key, and remarks for the user."""
 
     config: Resolved
     origin: dict[str, str]

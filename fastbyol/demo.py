@@ -128,7 +128,7 @@ def _pair(out: Path, config: Config, console: Console) -> dict[str, dict[str, An
 
 
 def _pair_runs(out: Path, config: Config) -> tuple[Path, tuple[plan.Run, ...]]:
-    """Return the pair's folder and runs: the first of ``out``, ``out-2``, ... without other runs."""
+    """Return the pair's folder and runs: the first of ``out``, ``out-2``, ... without others."""
     flags = {"data.train": Flag("--data", config.data.train)}
     arms, seed = [arm(name) for name in PAIR], config.train.seed
     planned = (
@@ -211,7 +211,8 @@ def draw_distance(axes: Axes, curves: run_report.RunCurves, colour: str, label: 
         label=label,
     )
     axes.axhline(1 - COLLAPSED_ABOVE, color="black", lw=0.7, ls=":")
-    axes.annotate("collapsed below", (0.99, 1 - COLLAPSED_ABOVE), (0, -9), xycoords=("axes fraction", "data"),
+    axes.annotate("collapsed below", (0.99, 1 - COLLAPSED_ABOVE), (0, -9),
+    xycoords=("axes fraction", "data"),
                   textcoords="offset points", ha="right", fontsize=7.5)  # fmt: skip
     axes.set_ylabel("1 - cosine of z and z', negative pairs")
 

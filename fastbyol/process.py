@@ -1,4 +1,4 @@
-"""State of the whole process that is borrowed and restored: torch's switches, threads, variables."""
+"""State of the process that is borrowed and restored: torch's switches, threads, variables."""
 
 from __future__ import annotations
 
@@ -69,15 +69,10 @@ def exact_products() -> None:
 
 def _precisions() -> tuple[Any, ...]:
     """Return torch's settings of the precision of float32 products, by library and operation."""
-    cudnn, mkldnn = torch.backends.cudnn, torch.backends.mkldnn
-    return (
-        torch.backends.cuda.matmul,
-        cudnn.conv,
-        cudnn.rnn,
-        mkldnn.matmul,
-        mkldnn.conv,
-        mkldnn.rnn,
-    )  # type: ignore[attr-defined]
+    cudnn: Any = torch.backends.cudnn
+    mkldnn: Any = torch.backends.mkldnn
+    products = torch.backends.cuda.matmul
+    return (products, cudnn.conv, cudnn.rnn, mkldnn.matmul, mkldnn.conv, mkldnn.rnn)
 
 
 def _keep_precisions(stack: ExitStack) -> None:
@@ -93,7 +88,7 @@ def _keep_precisions(stack: ExitStack) -> None:
 
 
 def _numba_threads() -> int | None:
-    """Return numba's number of threads, or None if its pool is not running: asking numba starts it."""
+    """Return numba's number of threads, or None if its pool does not run: asking starts it."""
     pool = sys.modules.get("numba.np.ufunc.parallel")
     return (
         sys.modules["numba"].get_num_threads()
@@ -103,7 +98,7 @@ def _numba_threads() -> int | None:
 
 
 def _give_numba_its_threads(before: int | None) -> None:
-    """Set ``before``, or all threads if the pool was started since, as FFCV's import does with one."""
+    """Set ``before``, or all threads if the pool started since, as FFCV's import does with one."""
     if _numba_threads() is not None:
         numba = sys.modules["numba"]
         numba.set_num_threads(numba.config.NUMBA_NUM_THREADS if before is None else before)

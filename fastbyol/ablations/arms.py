@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from types import MappingProxyType
-from typing import Literal
+from typing import Any, Literal
 
 from fastbyol import config_io
 from fastbyol.ablations.claims import CLAIMS
@@ -88,14 +88,13 @@ def load(
     return config_io.load(file=_file(scale), sets=sets, flags=strongest)
 
 
-def _arm(name: str, tables: Mapping[str, Mapping[str, object]]) -> Arm:
+def _arm(name: str, tables: Mapping[str, Mapping[str, Any]]) -> Arm:
     table = tables[name]
     base = name.partition("@")[0] if "@" in name else None
-    changes = config_io.flatten_table(table["set"])  # type: ignore[arg-type]
+    changes = config_io.flatten_table(table["set"])
     under = _arm(base, tables) if base else None
-    own = {
-        scale: config_io.flatten_table(settings) for scale, settings in table.get("at", {}).items()
-    }  # type: ignore[attr-defined]
+    at = table.get("at", {}).items()
+    own = {scale: config_io.flatten_table(settings) for scale, settings in at}
     return Arm(
         name=name,
         about=str(table["about"]),
@@ -106,8 +105,8 @@ def _arm(name: str, tables: Mapping[str, Mapping[str, object]]) -> Arm:
             scale: {**(under.at.get(scale, {}) if under else {}), **own.get(scale, {})}
             for scale in SCALES
         },
-        scales=tuple(table.get("scales", USUAL)),  # type: ignore[arg-type]
-        rates_of=table.get("rates_of"),  # type: ignore[arg-type]
+        scales=tuple(table.get("scales", USUAL)),
+        rates_of=table.get("rates_of"),
     )
 
 

@@ -42,7 +42,7 @@ class Phases:
     finished: bool
 
     def first(self, phase: Phase, *, after: int = -1) -> int | None:
-        """Return the first epoch after epoch ``after`` that is in ``phase``; None if there is none."""
+        """Return the first epoch after ``after`` that is in ``phase``, or None."""
         check_choice("phase", phase, get_args(Phase))
         return next((e for e, p in self._pairs() if p == phase and e > after), None)
 

@@ -226,7 +226,7 @@ def left(runs: Sequence[Run], out: Path) -> tuple[Run, ...]:
 
 
 def refuse_other_data(runs: Iterable[Run], out: Path) -> None:
-    """Raise UsageError if ``out`` holds a run on other images than ``runs``: claims compare arms."""
+    """Raise UsageError if ``out`` has a run on other images than ``runs``: claims compare arms."""
     asked = {run.config.data for run in runs}
     for _, _, path in run_folders(out):
         try:

@@ -34,7 +34,8 @@ class Worker:
             # A session of its own: Ctrl-C reaches the runner alone, which then stops its workers.
             # Everything that a library prints goes to the log.
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "fastbyol.ablations.worker", str(os.getpid()), str(theirs.fileno())],
+                [sys.executable, "-m", "fastbyol.ablations.worker", str(os.getpid()),
+                str(theirs.fileno())],
                 stdin=subprocess.DEVNULL, stdout=errors, stderr=errors, pass_fds=[theirs.fileno()],
                 env={**os.environ, "OMP_WAIT_POLICY": "PASSIVE", **threads}, start_new_session=True,
             )  # fmt: skip

@@ -231,7 +231,7 @@ def disturbed(run: Evidence) -> Finding:
 
 
 def loss_rises_after_collapse(run: Evidence) -> Finding:
-    """Ask whether the last loss is higher than DISTURBED times the lowest of the collapsed epochs."""
+    """Ask whether the last loss is over DISTURBED times the lowest of the collapsed epochs."""
     collapse, measured = phases_of(run).collapse, bool(np.isfinite(run.loss).any())
     if collapse is None or not measured:
         return Finding(None, "no loss of a collapsed epoch", asked=measured)

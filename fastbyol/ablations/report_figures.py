@@ -1,4 +1,4 @@
-"""The pictures of the ablations' report: the post's figures with ours, arms, maps of LARS's rates."""
+"""The pictures of the ablations' report: the post's figures with ours, maps of LARS's rates."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def panels() -> tuple[Panel, ...]:
 
 
 def band(runs: Sequence[Evidence], measure: str) -> tuple[np.ndarray, np.ndarray]:
-    """Return epochs (E,), and least, median and most (3, E) of the seeds that were measured there."""
+    """Return epochs (E,), and least, median and most (3, E) of the seeds measured there."""
     epochs = np.unique(np.concatenate([run.epoch for run in runs]))
     table = np.full((len(runs), len(epochs)), np.nan)
     for row, run in zip(table, runs, strict=True):
@@ -194,7 +194,8 @@ def draw_rates(run: Record) -> Figure:
     top = max(float(positive.max()), ceiling or 0.0) if len(positive) else 1.0
     low = max(float(np.quantile(positive, 0.01)), top * 1e-6) if len(positive) else 0.1
     image = axes.imshow(
-        _positive(rates), aspect="auto", interpolation="nearest", norm=LogNorm(min(low, top / 2), top), cmap="viridis",
+        _positive(rates), aspect="auto", interpolation="nearest", norm=LogNorm(min(low, top / 2),
+        top), cmap="viridis",
         extent=(float(edges[0]), float(edges[-1]), len(names) - 0.5, -0.5),
     )  # fmt: skip
     axes.set_yticks(range(len(names)), names, fontsize=6)
@@ -255,7 +256,8 @@ def draw_readme_cosines(suite: Suite, arms: Iterable[str]) -> Figure:
             epochs, _distance(median), color=colour, lw=1.4, label=f"{arm} ({_count(suite, arm)})"
         )
     axes.axhline(1 - COLLAPSED_ABOVE, color="black", lw=0.7, ls=":")
-    axes.annotate("collapsed below", (0.01, 1 - COLLAPSED_ABOVE), (0, -10), xycoords=("axes fraction", "data"),
+    axes.annotate("collapsed below", (0.01, 1 - COLLAPSED_ABOVE), (0, -10),
+    xycoords=("axes fraction", "data"),
                   textcoords="offset points", fontsize=7.5)  # fmt: skip
     axes.set_ylabel("1 - cosine of z and z', negative pairs")
     axes.set_xlabel("epoch")

@@ -107,7 +107,8 @@ RULES: Mapping[str, tuple[Rule, ...]] = {
         COLLAPSE_FIRST,
         Rule("main", "Trained longer, it leaves the collapse.", ENDS_OUT),
         Rule("other", "It moves to a higher loss.", Condition(
-            f"the last loss is over {DISTURBED:g} times the lowest of the collapse", ask.loss_rises_after_collapse,
+            f"the last loss is over {DISTURBED:g} times the lowest of the collapse",
+            ask.loss_rises_after_collapse,
         )),
         Rule("other", "Its encodings become more useful.", LEARNS),
         _level("C2"),
@@ -142,7 +143,8 @@ RULES: Mapping[str, tuple[Rule, ...]] = {
         COLLAPSE_FIRST,
         Rule("main", "Weight decay alone lets it leave the collapse.", ENDS_OUT),
         Rule("other", "It stays collapsed for long.", Condition(
-            f"it collapses, and is not out of that again {AT_ONCE.words}", partial(ask.stays_beyond, span=AT_ONCE),
+            f"it collapses, and is not out of that again {AT_ONCE.words}", partial(ask.stays_beyond,
+            span=AT_ONCE),
         )),
         Rule("other", "Its representations separate.", ENDS_SEPARATED),
         Rule("other", "It learns.", LEARNS),
@@ -150,10 +152,12 @@ RULES: Mapping[str, tuple[Rule, ...]] = {
     ),
     "C9": (
         Rule("main", "After a collapse, its representations separate.", Condition(
-            f"a separated epoch follows a collapsed one {IN_TIME.words}", partial(ask.separates, span=IN_TIME),
+            f"a separated epoch follows a collapsed one {IN_TIME.words}", partial(ask.separates,
+            span=IN_TIME),
         )),
         Rule("other", "It collapses and recovers several times.", Condition(
-            "after a collapse it separates twice or more, with relapses in between", partial(ask.comes_and_goes, span=IN_TIME),
+            "after a collapse it separates twice or more, with relapses in between",
+            partial(ask.comes_and_goes, span=IN_TIME),
         )),
         Rule("main", "It is out of the collapse at the end.", Condition(
             f"{ENDS_OUT.words}; a collapsed run that is over before this leaves it open: "
@@ -180,12 +184,14 @@ RULES: Mapping[str, tuple[Rule, ...]] = {
         )),
         Rule("main", "The collapse returns.", ENDS_COLLAPSED),
         Rule("other", "The rates of the MLPs climb.", _explode(
-            "projector.linear1", "projector.linear2", "predictor.linear1", "predictor.linear2", while_collapsed=False,
+            "projector.linear1", "projector.linear2", "predictor.linear1", "predictor.linear2",
+            while_collapsed=False,
         )),
     ),
     "C12": (
         Rule("main", "At lr .5 the rate of layer1 peaks before that at lr .1.", Condition(
-            "the epoch of the highest epoch mean, in steps", partial(ask.peaks_before, group="encoder.layer1"),
+            "the epoch of the highest epoch mean, in steps", partial(ask.peaks_before,
+            group="encoder.layer1"),
         ), (FAST, SLOW)),
         Rule("main", "At lr .5 it is out of the collapse at the end.", ENDS_OUT, (FAST,)),
         Rule("main", "At lr .5 it learns.", LEARNS, (FAST,)),
@@ -196,7 +202,8 @@ RULES: Mapping[str, tuple[Rule, ...]] = {
         ), (FAST,)),
     ),
     "C13": (
-        Rule("main", "A higher learning rate on layer1 and layer2 does not make it recover.", ENDS_COLLAPSED),
+        Rule("main", "A higher learning rate on layer1 and layer2 does not make it recover.",
+        ENDS_COLLAPSED),
         # If LARS does not recover either, a higher rate that does not says little: partly, then.
         Rule("other", "LARS on the same layers does make it recover.", Condition(
             f"the last epoch of {CONTRAST} does not end in the collapsed phase", ask.ends_out,
@@ -205,17 +212,21 @@ RULES: Mapping[str, tuple[Rule, ...]] = {
         Rule("told", "It does not leave the collapse in between.", NEVER_LEAVES),
     ),
     "M1": (
-        Rule("main", "BN in both MLPs, the projector's or the predictor's is better than none.", Condition(
+        Rule("main", "BN in both MLPs, the projector's or the predictor's is better than none.",
+        Condition(
             BEYOND_SAMPLING, ask.beat_the_last,
         ), (FULL, PROJECTOR, PREDICTOR, NONE)),
-        Rule("main", "Without norm, and with LayerNorm, it is no better than a random network.", Condition(
+        Rule("main", "Without norm, and with LayerNorm, it is no better than a random network.",
+        Condition(
             BEYOND_SAMPLING, ask.no_better_than_the_last,
         ), (NONE, LN, RANDOM)),
         Rule("other", "Both BN, projector only, predictor only: in this order.", Condition(
             f"no rise {BEYOND_SAMPLING}", ask.in_order,
         ), (FULL, PROJECTOR, PREDICTOR)),
-        Rule("other", "Without norm and with LayerNorm it is collapsed, with BN it is not.", Condition(
-            "the last epoch ends in the collapsed phase; none does", ask.only_the_first_never_collapses,
+        Rule("other", "Without norm and with LayerNorm it is collapsed, with BN it is not.",
+        Condition(
+            "the last epoch ends in the collapsed phase; none does",
+            ask.only_the_first_never_collapses,
         ), (FULL, NONE, LN)),
         Rule("other", "A contrastive loss is better than a random network.", Condition(
             BEYOND_SAMPLING, ask.beat_the_last,

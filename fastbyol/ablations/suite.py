@@ -168,8 +168,11 @@ def account(out: Path, content: Mapping[str, Any]) -> Account:
         for why in rows.get(name, {}).get("failed_before", ())
     ]
     odd += [f"{name}: in the folder, not in the ledger" for name in there if name not in status]
-    odd += [f"{name}: {status[name]} by the ledger, not in the folder" for name in asked if name not in there
-            and status[name] in ("done", "stopped")]  # fmt: skip
+    odd += [
+        f"{name}: {status[name]} by the ledger, not in the folder"
+        for name in asked
+        if name not in there and status[name] in ("done", "stopped")
+    ]
     odd += [
         f"{name}: there is no arm of this name, so it is not judged"
         for name, arm in there.items()

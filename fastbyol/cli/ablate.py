@@ -61,7 +61,7 @@ Targets = Annotated[
 ]
 
 
-class NotReproduced(FastbyolError):
+class NotReproduced(FastbyolError):  # noqa: N818 - a verdict, and no fault
     """The verdict "not reproduced" under ``--check``."""
 
     exit_code = 4
@@ -290,7 +290,7 @@ def _data_files(
     stl10: Path | None,
     console: Console,
 ) -> dict[str, str]:
-    """Return the files to train and score on by dotted key; none if the scale's own textures serve."""
+    """Return the files to train and score on by dotted key; none for the scale's own textures."""
     if stl10 is not None:
         if data or test_data:
             raise UsageError("--stl10 names both sets: leave out --data and --test-data")
@@ -410,8 +410,10 @@ def _show_claim(claim: Claim, as_json: bool) -> None:
     if as_json:
         print_json(
             {
-                "id": claim.id, "name": claim.name, "says": claim.says, "figures": claim.figures, "arms": settings,
-                "controls": claim.controls, "published": dict(claim.numbers), "rule": in_words(claim.id).splitlines(),
+                "id": claim.id, "name": claim.name, "says": claim.says, "figures": claim.figures,
+                "arms": settings,
+                "controls": claim.controls, "published": dict(claim.numbers),
+                "rule": in_words(claim.id).splitlines(),
                 "seeds": claim.needs,
             }
         )  # fmt: skip

@@ -38,7 +38,7 @@ FORMULAS: dict[Rule, tuple[str, ...]] = {
         "w <- w - lr m",
     ),
     "bolts": (
-        f"trust = eta |w| / (|g| + wd |w| + {BOLTS_EPS:g}); 1, without decay, where |w| or |g| is 0",
+        f"trust = eta |w| / (|g| + wd |w| + {BOLTS_EPS:g}); 1, no decay, where |w| or |g| is 0",
         "m <- mu m + trust (g + wd w)",
         "w <- w - lr m",
     ),
@@ -108,7 +108,8 @@ def step(rule: Rule, *, lr: float, weight_decay: float, eta: float) -> dict[str,
     online = weights.flatten()
     layers = reference(
         online, gradient.flatten(), torch.zeros_like(online), online.clone(), table,
-        weights.new_tensor(lr), weights.new_tensor(1.0), rule=rule, eta=eta, mu=0.9, ema_first=False,
+        weights.new_tensor(lr), weights.new_tensor(1.0), rule=rule, eta=eta, mu=0.9,
+        ema_first=False,
     )  # fmt: skip
     return {
         e.name: dict(zip(COLUMNS, row.tolist(), strict=True))
@@ -265,7 +266,7 @@ def _rates(
     weight_decay: float,
     eta: float,
 ) -> list[dict[str, Any]]:
-    """Return trust ratio and rate of every layer as if it adapted by ``rule``, or pairs of bounds."""
+    """Return trust ratio and rate of every layer adapted by ``rule``, or pairs of bounds."""
     weight, grad = columns["weight_norm"], columns["grad_norm"]
     decay = weight.new_tensor([weight_decay if each.decay else 0.0 for each in treated])
     bounds = (

@@ -74,7 +74,7 @@ def bench(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Measure this machine's speed against its own limits and against plain PyTorch, side by side."""
+    """Measure this machine's speed against its own limits and plain PyTorch, side by side."""
     from fastbyol_bench import command
 
     console = make_console(err=True)
@@ -134,7 +134,7 @@ def _package(name: str, *, needed: bool, distribution: str | None = None) -> Che
 
 
 def _ffcv() -> Check:
-    """Check FFCV, which is optional: its package, its extension, and the libraries it is linked to."""
+    """Check FFCV, which is optional: its package, its extension, and the libraries it needs."""
     without = "torchvision decodes"
     if importlib.util.find_spec("ffcv") is None:
         return Check("ffcv", False, False, f"not installed, {without}{_missing_for_build()}", "")

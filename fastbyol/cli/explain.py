@@ -45,7 +45,7 @@ def explain(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Explain LARS's dialects in numbers (`lars`), or how two configurations differ (`--diff A B`)."""
+    """Explain LARS's dialects in numbers (`lars`), or how two configurations differ (`--diff`)."""
     if diff is not None:
         _explain_diff(*diff, as_json=as_json)
         return
@@ -108,7 +108,8 @@ def in_words(result: dict[str, Any]) -> str:
             f"  {'example':34s}{'|w|':>8s}{'|g|':>10s}{'trust':>12s}{'rate':>12s}{'|update|':>12s}"
         )
         lines += [
-            f"  {name:34s}{row['weight_norm']:8.3g}{row['grad_norm']:10.3g}{row['trust_ratio']:12.5g}{row['rate']:12.5g}"
+            f"  {name:34s}{row['weight_norm']:8.3g}{row['grad_norm']:10.3g}"
+            f"{row['trust_ratio']:12.5g}{row['rate']:12.5g}"
             f"{row['update_norm']:12.3g}"
             for name, row in facts["examples"].items()
         ]

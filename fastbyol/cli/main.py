@@ -105,7 +105,7 @@ def _run_command() -> int:
 
 
 def _demand_working_folder() -> None:
-    """Raise UsageError if the working folder was removed: torch's libraries end a process in one."""
+    """Raise UsageError if the working folder was removed: torch's libraries end a process there."""
     try:
         Path.cwd()
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Options that several commands share, and those of ``train``, made from the fields of config.py."""
+"""Options that several commands share, and those of ``train``, from the fields of config.py."""
 
 from __future__ import annotations
 

@@ -104,7 +104,7 @@ def _add(entry: os.DirEntry[str], name: str, listing: Listing) -> bool:
         return False
     try:
         # An entry knows that it is a regular file: this saves a stat for each.
-        mode = stat.S_IFREG if entry.is_file(follow_symlinks=False) else os.stat(entry.path).st_mode
+        mode = stat.S_IFREG if entry.is_file(follow_symlinks=False) else os.stat(entry.path).st_mode  # noqa: PTH116
         if stat.S_ISDIR(mode):
             return True
         refuse_special(Path(entry.path), mode)
@@ -130,7 +130,7 @@ def is_picture(name: str) -> bool:
 
 
 def _suffix(name: str) -> str:
-    return os.path.splitext(name)[1].lower()
+    return os.path.splitext(name)[1].lower()  # noqa: PTH122 - called a million times
 
 
 def _identity(folder: Path) -> tuple[int, int]:

@@ -30,7 +30,8 @@ _WEBP_FLAGS = 0x12
 _TIFF = (b"II*\0", b"MM\0*")
 # TIFF 6.0 and its supplements: tags of how pixels are stored or coloured, and of the rotation.
 _TIFF_PIXELS = frozenset((
-    *range(256, 260), 262, 266, 273, 274, *range(277, 282), 284, 292, 293, 317, 320, *range(322, 326), 332, 338, 339, 347,
+    *range(256, 260), 262, 266, 273, 274, *range(277, 282), 284, 292, 293, 317, 320, *range(322,
+    326), 332, 338, 339, 347,
     *range(512, 522), *range(529, 533),
 ))  # fmt: skip
 # A private tag of one byte, which replaces tags that only describe.

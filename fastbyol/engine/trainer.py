@@ -91,7 +91,7 @@ def fit(folder: RunFolder, config: Resolved, observer: Observer | None = None) -
 
 @dataclass(frozen=True)
 class Loop:
-    """One process's way through a run: each method takes how far the run has come and returns it."""
+    """One process's way through a run: its methods take the progress and return the new one."""
 
     session: Session
     telemetry: Telemetry
@@ -212,7 +212,7 @@ class Loop:
             self.telemetry.event("state", **asdict(event))
 
     def _probe_untrained(self) -> None:
-        """Record what the weights give before the first step, unless a process before this one did."""
+        """Record what the weights give before the first step, unless an earlier process did."""
         session = self.session
         if session.test is None or any(
             e["event"] == "untrained" for e in read_events(session.folder.path)

@@ -64,7 +64,8 @@ class BatchNorm(nn.Module):
         self.num_batches_tracked.add_(self.num_views)
         return batch_norm(
             x, self.weight, self.bias, self.running_mean, self.running_var, self.num_views,
-            momentum=BATCH_NORM_MOMENTUM, eps=BATCH_NORM_EPS, residual=residual, relu=relu, kernels=self.kernels,
+            momentum=BATCH_NORM_MOMENTUM, eps=BATCH_NORM_EPS, residual=residual, relu=relu,
+            kernels=self.kernels,
         )  # fmt: skip
 
     def extra_repr(self) -> str:

@@ -176,7 +176,7 @@ def _read(path: Path) -> Checkpoint:
             safetensors.safe_open(_utf8_name(path, opened), framework="pt") as file,
         ):
             text = (file.metadata() or {}).get(METADATA_KEY, "{}")
-            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
     except OSError as error:
         raise _UnusableError(f"cannot read: {error.strerror or error}") from None
     except safetensors.SafetensorError as error:

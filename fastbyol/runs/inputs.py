@@ -107,7 +107,7 @@ def refuse_other_decoder(run: Path, then: str) -> NoReturn:
 def refuse_missing(run: Path, data: DataConfig) -> None:
     """Raise UsageError where a data file is missing that the run's configuration names."""
     for name, file in (("train", data.train), ("test", data.test)):
-        if file is not None and not _is_built_in(file) and not os.path.exists(file):
+        if file is not None and not _is_built_in(file) and not os.path.exists(file):  # noqa: PTH110 - never raises
             raise UsageError(
                 f"{file}: no such file, and the run needs it as its {_WORDS[name]}: put it back, "
                 "or say where it lies "

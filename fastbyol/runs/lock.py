@@ -30,7 +30,7 @@ class Lock:
     def _took(self, name: Path) -> bool:
         """Return whether the file is still the folder's: its last owner may have removed it."""
         # With O_NONBLOCK the system refuses a pipe of this name instead of waiting for it.
-        self._file = open(
+        self._file = open(  # noqa: SIM115
             name, "ab", opener=lambda file, flags: os.open(file, flags | os.O_NONBLOCK, 0o666)
         )
         try:

@@ -44,7 +44,8 @@ PALETTE: Mapping[str, tuple[str, str]] = {
     "red": (RED, "#ff8a4a"),
     "purple": (PURPLE, "#e0a0c4"),
     "sky": (SKY, "#7cc8f4"),
-    **{state: (light, dark) for (state, light), dark in zip(STATE_COLOURS.items(), DARK_STATES, strict=True)},
+    **{state: (light, dark) for (state, light), dark in zip(STATE_COLOURS.items(), DARK_STATES,
+    strict=True)},
 }  # fmt: skip
 
 # Text that stays text keeps a picture small and takes the reader's fonts. With a fixed salt equal
@@ -121,7 +122,8 @@ def _templates(package: str) -> Environment:
 
     return Environment(
         loader=ChoiceLoader([PackageLoader(package), PackageLoader("fastbyol.show")]),
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
+        keep_trailing_newline=True,
     )  # fmt: skip
 
 

@@ -167,7 +167,8 @@ def page(curves: RunCurves, config_text: str, env: dict[str, Any]) -> str:
     with figures.settings():
         return figures.page(
             "run.html.j2", title=curves.name, facts=_facts(curves), states=tuple(STATE_COLOURS),
-            pictures=[(heading, figures.svg(figure(curves, draw))) for _, heading, draw in PICTURES],
+            pictures=[(heading, figures.svg(figure(curves, draw))) for _, heading,
+            draw in PICTURES],
             config=config_text, env=json.dumps(env, indent=2),
         )  # fmt: skip
 

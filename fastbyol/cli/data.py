@@ -36,6 +36,24 @@ Resize = Annotated[
 ]
 
 
+Kind = Annotated[
+    str | None, typer.Option(help="What SOURCE is, where it cannot be told from its files.")
+]
+Fold = Annotated[int | None, typer.Option(min=0, max=9, help="One of STL-10's ten folds of train.")]
+Size = Annotated[
+    int | None, typer.Option(min=8, max=4096, help="Side of the written images, pixels.")
+]
+Mode = Annotated[
+    Literal["raw", "jpg"], typer.Option(help="raw is the fastest to read, jpg the smallest.")
+]
+Quality = Annotated[int, typer.Option(min=1, max=100, help="Of JPEG.")]
+Count = Annotated[int, typer.Option(min=1, help="Images of 'textures'.")]
+Seed = Annotated[int, typer.Option(min=0, help="Of 'textures'.")]
+Workers = Annotated[int, typer.Option(min=0, help="Writing processes; 0: one per core.")]
+Strict = Annotated[bool, typer.Option("--strict", help="Stop at the first unreadable image.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace OUT where it exists.")]
+
+
 def _progress(console: Console, what: str) -> tuple[Any, Callable[[int, int], None]]:
     """Return a bar and the function that moves it. In a log nothing is drawn."""
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
@@ -50,38 +68,28 @@ def _progress(console: Console, what: str) -> tuple[Any, Callable[[int, int], No
 def convert(
     source: Source,
     out: Annotated[Path, typer.Argument(help="The beton file to write.")],
-    kind: Annotated[
-        str | None, typer.Option(help="What SOURCE is, where it cannot be told from its files.")
-    ] = None,
+    kind: Kind = None,
     split: Split = None,
-    fold: Annotated[
-        int | None, typer.Option(min=0, max=9, help="One of STL-10's ten folds of train.")
-    ] = None,
-    size: Annotated[
-        int | None, typer.Option(min=8, max=4096, help="Side of the written images, pixels.")
-    ] = None,
+    fold: Fold = None,
+    size: Size = None,
     resize: Resize = None,
-    mode: Annotated[
-        Literal["raw", "jpg"], typer.Option(help="raw is the fastest to read, jpg the smallest.")
-    ] = "raw",
-    quality: Annotated[int, typer.Option(min=1, max=100, help="Of JPEG.")] = 90,
-    count: Annotated[int, typer.Option(min=1, help="Images of 'textures'.")] = 4096,
-    seed: Annotated[int, typer.Option(min=0, help="Of 'textures'.")] = 0,
-    workers: Annotated[int, typer.Option(min=0, help="Writing processes; 0: one per core.")] = 0,
-    strict: Annotated[
-        bool, typer.Option("--strict", help="Stop at the first unreadable image.")
-    ] = False,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace OUT where it exists.")
-    ] = False,
+    mode: Mode = "raw",
+    quality: Quality = 90,
+    count: Count = 4096,
+    seed: Seed = 0,
+    workers: Workers = 0,
+    strict: Strict = False,
+    overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
     """Convert images to a beton file."""
-    options = {
-        name: value for name, value in locals().items() if name not in ("source", "out", "as_json")
-    }
     from fastbyol.data.convert import convert as run
 
+    options: dict[str, Any] = (
+        {"kind": kind, "split": split, "fold": fold, "size": size, "resize": resize}
+        | {"mode": mode, "quality": quality, "count": count, "seed": seed}
+        | {"workers": workers, "strict": strict, "overwrite": overwrite}
+    )
     console = make_console(err=as_json)
     bar, progress = _progress(console, "converting")
     with bar:
@@ -90,12 +98,8 @@ def convert(
         console.print(line, markup=False, soft_wrap=True)
     if as_json:
         print_json(
-            {
-                "out": str(out),
-                "images": report.num_written,
-                "labelled": report.labelled,
-                "classes": report.class_names,
-            }
+            {"out": str(out), "images": report.num_written, "labelled": report.labelled}
+            | {"classes": report.class_names}
             | {"split": report.split, "skipped": report.skipped, "notes": report.notes}
             | {"ignored": {kind: len(names) for kind, names in report.ignored_by_kind().items()}}
         )

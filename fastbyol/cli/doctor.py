@@ -35,6 +35,28 @@ class Check(NamedTuple):
     remedy: str
 
 
+Suites = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[SUITES]...",
+        help="kernels, views, loader, optimizer, step, train; all, the default.",
+    ),
+]
+ResultPath = Annotated[
+    Path | None,
+    typer.Option(
+        "--out", metavar="FILE|DIR", help="Keep the result: a .json file, or a folder for one."
+    ),
+]
+Compare = Annotated[
+    tuple[Path, Path] | None,
+    typer.Option("--compare", metavar="A B", help="Measure nothing: compare two kept results."),
+]
+Quick = Annotated[
+    bool, typer.Option("--quick", help="Tiny sizes: shows that all of it works, not how fast.")
+]
+
+
 def doctor(as_json: Json = False) -> None:
     """Say what is missing and the exact command that brings it."""
     checks = examine()
@@ -51,27 +73,11 @@ def doctor(as_json: Json = False) -> None:
 
 
 def bench(
-    suites: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="[SUITES]...",
-            help="kernels, views, loader, optimizer, step, train; all, the default.",
-        ),
-    ] = None,
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            "--out", metavar="FILE|DIR", help="Keep the result: a .json file, or a folder for one."
-        ),
-    ] = None,
-    compare: Annotated[
-        tuple[Path, Path] | None,
-        typer.Option("--compare", metavar="A B", help="Measure nothing: compare two kept results."),
-    ] = None,
+    suites: Suites = None,
+    out: ResultPath = None,
+    compare: Compare = None,
     device: Device = "auto",
-    quick: Annotated[
-        bool, typer.Option("--quick", help="Tiny sizes: shows that all of it works, not how fast.")
-    ] = False,
+    quick: Quick = False,
     as_json: Json = False,
 ) -> None:
     """Measure this machine's speed against its own limits and plain PyTorch, side by side."""

@@ -15,34 +15,39 @@ from fastbyol.errors import UsageError
 from fastbyol.output import print_json, say
 from fastbyol.text import printable
 
+Dialects = Annotated[
+    str,
+    typer.Option(
+        "--compare", metavar="DIALECTS", help="blog, deepmind, bolts, sgd; several with commas."
+    ),
+]
+NormsOf = Annotated[
+    Path | None,
+    typer.Option("--run", metavar="RUN", help="Take the norms that this run recorded."),
+]
+Step = Annotated[
+    int | None,
+    typer.Option("--step", help="Of --run. Default: where the highest rate was recorded."),
+]
+Diff = Annotated[
+    tuple[str, str] | None,
+    typer.Option(
+        "--diff",
+        metavar="A B",
+        help="Presets, TOML files or run folders: what differs, key by key.",
+    ),
+]
+
 
 def explain(
     topic: Annotated[str | None, typer.Argument(metavar="[lars]", help="What to explain.")] = None,
-    compare: Annotated[
-        str,
-        typer.Option(
-            "--compare", metavar="DIALECTS", help="blog, deepmind, bolts, sgd; several with commas."
-        ),
-    ] = "blog,deepmind,bolts",
-    run: Annotated[
-        Path | None,
-        typer.Option("--run", metavar="RUN", help="Take the norms that this run recorded."),
-    ] = None,
-    step: Annotated[
-        int | None,
-        typer.Option("--step", help="Of --run. Default: where the highest rate was recorded."),
-    ] = None,
+    compare: Dialects = "blog,deepmind,bolts",
+    run: NormsOf = None,
+    step: Step = None,
     lr: Annotated[float, typer.Option(help="Of the examples.")] = 0.2,
     wd: Annotated[float, typer.Option("--wd", help="Of the examples.")] = 1.5e-6,
     eta: Annotated[float, typer.Option(help="Of the examples.")] = 1e-3,
-    diff: Annotated[
-        tuple[str, str] | None,
-        typer.Option(
-            "--diff",
-            metavar="A B",
-            help="Presets, TOML files or run folders: what differs, key by key.",
-        ),
-    ] = None,
+    diff: Diff = None,
     as_json: Json = False,
 ) -> None:
     """Explain LARS's dialects in numbers (`lars`), or how two configurations differ (`--diff`)."""

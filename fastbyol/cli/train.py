@@ -171,23 +171,27 @@ def resume(
     _finish(summary, console, as_json)
 
 
+Protocol = Annotated[
+    Literal["blog", "linear", "knn"], typer.Option(help="How accuracy is measured.")
+]
+TrainData = Annotated[
+    Path | None, typer.Option("--train-data", metavar="FILE", help="Fit on this (linear, knn).")
+]
+TestData = Annotated[
+    Path | None, typer.Option("--test-data", metavar="FILE", help="Score on this.")
+]
+Weights = Annotated[
+    Literal["trained", "target", "random"],
+    typer.Option(help="Of the online network, of the target network, or as the seed drew them."),
+]
+
+
 def evaluate(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder or a checkpoint file.")],
-    protocol: Annotated[
-        Literal["blog", "linear", "knn"], typer.Option(help="How accuracy is measured.")
-    ] = "blog",
-    train_data: Annotated[
-        Path | None, typer.Option("--train-data", metavar="FILE", help="Fit on this (linear, knn).")
-    ] = None,
-    test_data: Annotated[
-        Path | None, typer.Option("--test-data", metavar="FILE", help="Score on this.")
-    ] = None,
-    weights: Annotated[
-        Literal["trained", "target", "random"],
-        typer.Option(
-            help="Of the online network, of the target network, or as the seed drew them."
-        ),
-    ] = "trained",
+    protocol: Protocol = "blog",
+    train_data: TrainData = None,
+    test_data: TestData = None,
+    weights: Weights = "trained",
     image_field: ImageField = None,
     label_field: LabelField = None,
     device: Device = "auto",
@@ -231,9 +235,7 @@ def demo(
     seed: Annotated[int, typer.Option(min=0)] = 0,
     as_json: Json = False,
 ) -> None:
-    """Compare random, BYOL and supervised encoders, and let one network stay collapsed and another
-    recover.
-    """
+    """Compare random, BYOL and supervised encoders; let one network stay collapsed, one recover."""
     from fastbyol import demo as demonstration
 
     console = make_console(err=as_json)

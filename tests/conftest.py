@@ -121,7 +121,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def _own_ctrl_c() -> Iterator[None]:
-    """A command line that has done its work lets Ctrl-C kill its process, which here is pytest's."""
+    """A command line that is done lets Ctrl-C kill its process, which here is pytest's."""
     before = signal.getsignal(signal.SIGINT)
     yield
     signal.signal(signal.SIGINT, before)

@@ -187,16 +187,22 @@ if sys.argv[2] == "odd":
 
 def state():
     b = torch.backends
-    precisions = [m.fp32_precision for m in (b, b.cuda.matmul, b.cudnn.conv, b.cudnn.rnn, b.mkldnn.matmul, b.mkldnn.conv)]
+    precisions = [m.fp32_precision for m in (b, b.cuda.matmul, b.cudnn.conv, b.cudnn.rnn,
+    b.mkldnn.matmul, b.mkldnn.conv)]
     return {
-        "precisions": precisions, "matmul": torch.get_float32_matmul_precision(), "tf32": b.cudnn.allow_tf32,
+        "precisions": precisions, "matmul": torch.get_float32_matmul_precision(),
+        "tf32": b.cudnn.allow_tf32,
         "cudnn": [b.cudnn.enabled, b.cudnn.benchmark, b.cudnn.deterministic],
         "exact": torch.are_deterministic_algorithms_enabled(),
         "threads": [torch.get_num_threads(), torch.get_num_interop_threads()],
-        "new": [str(torch.get_default_dtype()), str(torch.get_default_device()), torch.is_grad_enabled()],
-        "drawn": torch.get_rng_state().tolist(), "environment": dict(os.environ), "folder": os.getcwd(),
-        "filters": list(map(str, warnings.filters)), "signals": [str(signal.getsignal(s)) for s in signal.Signals],
-        "start": multiprocessing.get_start_method(allow_none=True), "timeout": socket.getdefaulttimeout(),
+        "new": [str(torch.get_default_dtype()), str(torch.get_default_device()),
+        torch.is_grad_enabled()],
+        "drawn": torch.get_rng_state().tolist(), "environment": dict(os.environ),
+        "folder": os.getcwd(),
+        "filters": list(map(str, warnings.filters)),
+        "signals": [str(signal.getsignal(s)) for s in signal.Signals],
+        "start": multiprocessing.get_start_method(allow_none=True),
+        "timeout": socket.getdefaulttimeout(),
         "hooks": [str(sys.excepthook), str(sys.unraisablehook)],
     }
 
@@ -222,7 +228,8 @@ from tiny import beton_files, tiny_config
 folder, before = Path(sys.argv[1]), state()
 files = beton_files(folder)
 after = state()
-print(json.dumps(["convert", {key: [before[key], after[key]] for key in before if before[key] != after[key]}]))
+print(json.dumps(["convert", {key: [before[key],
+after[key]] for key in before if before[key] != after[key]}]))
 run = folder / "run"
 summary = fastbyol.train(tiny_config(files), run, observer=Interrupting())
 assert not summary.finished
@@ -236,7 +243,8 @@ except fastbyol.UsageError:
 fastbyol.evaluate(run, "linear")
 same("evaluate", before)
 fastbyol.load_encoder(run)
-assert all(p.dtype == torch.float32 for p in fastbyol.load_encoder(run, weights="random").parameters())
+assert all(p.dtype == torch.float32 for p in fastbyol.load_encoder(run,
+weights="random").parameters())
 same("load_encoder", before)
 """
 

@@ -106,7 +106,7 @@ def small_test_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("name", foreign_betons.FILES[1:])
 def test_betons_by_ffcv_itself_train(name: str, small_test_set: Path, tmp_path: Path) -> None:
-    """Other field order, extra fields, JPEG, mixed sizes, no label: what FFCV's own writer makes."""
+    """Other field order, extra fields, JPEG, mixed sizes, no label: FFCV's own writer makes it."""
     train(foreign_betons.made() / f"{name}.beton", small_test_set, tmp_path)
 
 

@@ -36,7 +36,8 @@ def command(
     program = f'exec "$0" -m fastbyol.cli.main "$@" {shell}'
     return subprocess.run(
         ["bash", "-c", program, sys.executable, *arguments],
-        check=False, capture_output=True, text=True, errors="surrogateescape", timeout=600, env=os.environ | environment,
+        check=False, capture_output=True, text=True, errors="surrogateescape", timeout=600,
+        env=os.environ | environment,
     )  # fmt: skip
 
 

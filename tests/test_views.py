@@ -242,7 +242,8 @@ def test_each_operation_happens_as_often_as_configured() -> None:
         hue=0.5,
     )
     wanted = {
-        "flip": (0.45, 0.45), "jitter": (0.8, 0.8), "grayscale": (0.2, 0.2), "blur": (0.9, 0.1), "solarize": (0.0, 0.25)
+        "flip": (0.45, 0.45), "jitter": (0.8, 0.8), "grayscale": (0.2, 0.2), "blur": (0.9, 0.1),
+        "solarize": (0.0, 0.25)
     }  # fmt: skip
     for name, rows in applied(draw(config)).items():
         for row, probability in zip(rows, wanted[name], strict=True):

@@ -1,7 +1,7 @@
 """The tables of docs/demo.md: the demonstration over seeds, on this CPU and as a narrower one.
 
     python -m fastbyol_bench.demo_seeds measure FOLDER   # train what FOLDER lacks, collect, docs
-    python -m fastbyol_bench.demo_seeds collect FOLDER   # write first_light/seeds.json from its runs
+    python -m fastbyol_bench.demo_seeds collect FOLDER   # write first_light/seeds.json from it
     python -m fastbyol_bench.demo_seeds docs             # write the tables
 
 Measuring takes half an hour on one core. The runs of each name in ``CPUS`` are made in a process of

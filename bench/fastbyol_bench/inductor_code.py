@@ -9,7 +9,8 @@ from typing import NamedTuple
 # Calls that launch nothing: checks, allocations, views, the guard of the device. copy_if_misaligned
 # copies if a pointer is not a multiple of 16, but the arena's and the allocator's are.
 LAUNCHES_NOTHING = frozenset((
-    "assert_alignment", "assert_size_stride", "assert_size_stride_grouped", "assert_tensor_metadata",
+    "assert_alignment", "assert_size_stride", "assert_size_stride_grouped",
+    "assert_tensor_metadata",
     "clear", "copy_if_misaligned", "empty_strided_cuda", "end_graph", "get_raw_stream",
     "reinterpret_tensor", "set_device", "start_graph", "_DeviceGuard",
 ))  # fmt: skip

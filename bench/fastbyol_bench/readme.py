@@ -51,7 +51,7 @@ def filled(text: str, begin: str, end: str, block: str) -> str:
 
 
 def refreshed(text: str, folder: Path) -> str:
-    """Return ``text`` with every block generated anew from the files that it names in ``folder``."""
+    """Return ``text`` with every block made anew from the files that it names in ``folder``."""
 
     def block(match: re.Match[str]) -> str:
         make = short_table if match[2] == "bench-short" else table

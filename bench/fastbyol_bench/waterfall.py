@@ -26,7 +26,8 @@ from fastbyol_bench.results import Part
 from fastbyol_bench.suite import Setting, fast_precision
 
 VIEWS, ONLINE, TARGET, BACKWARD, OPTIMIZER, TELEMETRY, REST = (
-    "views", "online forward", "target forward", "loss and backward", "optimizer and moving average", "telemetry", "rest",
+    "views", "online forward", "target forward", "loss and backward",
+    "optimizer and moving average", "telemetry", "rest",
 )  # fmt: skip
 PARTS = (VIEWS, ONLINE, TARGET, BACKWARD, OPTIMIZER, TELEMETRY, REST)
 RUNS = 5

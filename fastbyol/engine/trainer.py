@@ -69,10 +69,8 @@ def fit(folder: RunFolder, config: Resolved, observer: Observer | None = None) -
             with interrupt.abortable():
                 session, progress = Preparation(folder, config, observer).run(opened)
         except Stopped:
-            observer.note(
-                f"{interrupt.requested}: stopped before a step was made; go on with: fastbyol "
-                f"resume {run}"
-            )
+            what = f"{interrupt.requested}: stopped before a step was made"
+            observer.note(f"{what}; go on with: fastbyol resume {run}")
             return _summary(folder, Progress(step=checkpoint.newest_step(folder.checkpoints) or 0))
         except NoGraphError as error:
             folder.keep_mode("compile")
@@ -82,10 +80,8 @@ def fit(folder: RunFolder, config: Resolved, observer: Observer | None = None) -
         with session.open_telemetry(progress.step) as telemetry:
             progress = Loop(session, telemetry, interrupt, pace).run(progress)
         if interrupt.requested and not session.is_finished(progress):
-            observer.note(
-                f"{interrupt.requested}: saved at step {progress.step}; go on with: fastbyol "
-                f"resume {run}"
-            )
+            what = f"{interrupt.requested}: saved at step {progress.step}"
+            observer.note(f"{what}; go on with: fastbyol resume {run}")
         return _summary(folder, progress, session)
 
 
@@ -142,9 +138,7 @@ class Loop:
         return progress
 
     def _end_epoch(self, progress: Progress) -> Progress:
-        """Probe, watch for a collapse, write the epoch's event, save, tell the observer: in this
-        order.
-        """
+        """Probe, watch for a collapse, write the epoch's event, save, tell the observer."""
         session, step = self.session, progress.step
         epoch = (step - 1) // session.steps_per_epoch
         means = self.telemetry.epoch_summary()

@@ -10,8 +10,8 @@ from torch import Tensor
 
 # The counter of a draw, four 32-bit words; ``split_id`` returns the two that depend on the sample
 # id:
-#   views  c0 = id low word, c1 = epoch, c2 = view * 256 + block, c3 = DOMAIN_VIEWS | id high word << 8
-#   order  c0 = id low word, c1 = epoch, c2 = 0,                  c3 = DOMAIN_ORDER | id high word << 8
+#   views  c0, c1 = id low word, epoch, c2 = view*256 + block, c3 = DOMAIN_VIEWS | id high word << 8
+#   order  c0, c1 = id low word, epoch, c2 = 0,                c3 = DOMAIN_ORDER | id high word << 8
 DOMAIN_VIEWS = 1
 DOMAIN_ORDER = 2
 

@@ -23,7 +23,8 @@ from published import published
 from tiny import STEPS_PER_EPOCH, beton_files, tiny_config
 
 LARS = (
-    "model.norm=gn", "model.groups=2", "model.projector.norm=none", "model.predictor.norm=none", "optim.name=lars",
+    "model.norm=gn", "model.groups=2", "model.projector.norm=none", "model.predictor.norm=none",
+    "optim.name=lars",
     "probe.every_epochs=2",
 )  # fmt: skip
 
@@ -44,7 +45,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_columns_are_means_over_the_epochs_steps(run: Path) -> None:
     evidence = of_run(run, arm="gn-lars-0.2", seed=3)
     rows, _ = read_metrics(run)
-    assert (evidence.arm, evidence.seed, evidence.steps_per_epoch, evidence.epochs, evidence.finished) == (
+    assert (evidence.arm, evidence.seed, evidence.steps_per_epoch, evidence.epochs,
+    evidence.finished) == (
         "gn-lars-0.2", 3, STEPS_PER_EPOCH, 3, True,
     )  # fmt: skip
     for name in ("loss", "neg_cos", "pos_cos", "std_z", "grad_norm"):

@@ -447,10 +447,13 @@ from fastbyol.cli import ablate
 from fastbyol.runs import layers, metrics
 opened = collections.Counter()
 # os.open alone: what wraps its descriptor is reported a second time, with a mode
-sys.addaudithook(lambda event, args: event == "open" and args[1] is None and opened.update([str(args[0])]))
-ablate.app(["report", "--out", sys.argv[1], "--png", sys.argv[2], "--html", sys.argv[2] + "/r.html"], standalone_mode=False)
+sys.addaudithook(lambda event,
+args: event == "open" and args[1] is None and opened.update([str(args[0])]))
+ablate.app(["report", "--out", sys.argv[1], "--png", sys.argv[2], "--html",
+sys.argv[2] + "/r.html"], standalone_mode=False)
 assert "torch" not in sys.modules
-reads = {name: count for name, count in opened.items() if name.endswith(("metrics.jsonl", "layers.npy"))}
+reads = {name: count for name, count in opened.items() if name.endswith(("metrics.jsonl",
+"layers.npy"))}
 assert len(reads) == int(sys.argv[3]), reads
 assert set(reads.values()) == {1}, reads
 """

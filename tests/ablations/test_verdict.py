@@ -91,7 +91,8 @@ def table(accuracies: Sequence[float], none: Points = COLLAPSED) -> Story:
 STORIES: tuple[tuple[str, Outcome, Story], ...] = (
     *((claim, "reproduced", one(claim, HEALTHY, accuracy=LEARNS)) for claim in ("C1", "C3", "C4")),
     *((claim, "partly", one(claim, HEALTHY, accuracy=IDLE)) for claim in ("C1", "C3", "C4")),
-    *((claim, "not reproduced", one(claim, COLLAPSED, accuracy=LEARNS)) for claim in ("C1", "C3", "C4")),
+    *((claim, "not reproduced", one(claim, COLLAPSED, accuracy=LEARNS)) for claim in ("C1", "C3",
+    "C4")),
     ("C1", "not reproduced", one("C1", COLLAPSED_LATE)),
     ("C2", "reproduced", one("C2", RECOVERED, accuracy=LEARNS)),
     ("C2", "partly", one("C2", RECOVERED, accuracy=IDLE)),
@@ -185,8 +186,10 @@ class TestPublished:
 
     # For each claim published curves that do the opposite of what it says.
     OPPOSITE = (
-        ("C1", "C7"), ("C1", "C2"), ("C2", "C1"), ("C2", "C5"), ("C3", "C2"), ("C4", "C5"), ("C5", "C4"), ("C5", "C6"),
-        ("C6", "C7"), ("C6", "C5"), ("C7", "C6"), ("C7", "C1"), ("C8", "C5"), ("C8", "C11"), ("C9", "C11"), ("C9", "C7"),
+        ("C1", "C7"), ("C1", "C2"), ("C2", "C1"), ("C2", "C5"), ("C3", "C2"), ("C4", "C5"), ("C5",
+        "C4"), ("C5", "C6"),
+        ("C6", "C7"), ("C6", "C5"), ("C7", "C6"), ("C7", "C1"), ("C8", "C5"), ("C8", "C11"), ("C9",
+        "C11"), ("C9", "C7"),
         ("C10", "C11"), ("C11", "C9"), ("C11", "C8"), ("C13", "C8"), ("C13", "C6"),
     )  # fmt: skip
 
@@ -246,8 +249,10 @@ class TestSeeds:
     @pytest.mark.parametrize(
         ("yes", "asked", "held"),
         [
-            (3, 3, True), (2, 3, None), (1, 3, None), (0, 3, False), (4, 4, True), (3, 4, None), (1, 4, None), (0, 4, False),
-            (5, 5, True), (4, 5, True), (3, 5, None), (2, 5, None), (1, 5, False), (0, 5, False), (5, 7, True), (2, 7, False),
+            (3, 3, True), (2, 3, None), (1, 3, None), (0, 3, False), (4, 4, True), (3, 4, None),
+            (1, 4, None), (0, 4, False),
+            (5, 5, True), (4, 5, True), (3, 5, None), (2, 5, None), (1, 5, False), (0, 5, False),
+            (5, 7, True), (2, 7, False),
             (2, 2, None), (0, 0, None),
         ],
     )  # fmt: skip
@@ -286,9 +291,8 @@ class TestSeeds:
         low, high = binomtest(yes, 5).proportion_ci(method="wilson")
         assert stays.interval == pytest.approx((low, high), abs=1e-12)
         share = f"{yes / 5:.2f}".removeprefix("0")
-        words = f"held for {yes} of 5 seeds (share {share}, 95 % interval {low:.2f} to {high:.2f})".replace(
-            " 0.", " ."
-        )
+        interval = f"{low:.2f} to {high:.2f}".replace("0.", ".")
+        words = f"held for {yes} of 5 seeds (share {share}, 95 % interval {interval})"
         assert stays.evidence.startswith(words)
 
     def test_the_words_of_four_of_five(self) -> None:

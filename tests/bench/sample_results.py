@@ -8,7 +8,8 @@ from typing import Any
 from fastbyol_bench.results import Ceiling, Floor, Machine, Part, Ratio, Result, Row, Timing
 
 MACHINE = Machine(
-    device="cpu", device_name="A CPU", cpu="A CPU", cores=2, python="3.11.2", torch="2.11.0", torchvision=None,
+    device="cpu", device_name="A CPU", cpu="A CPU", cores=2, python="3.11.2", torch="2.11.0",
+    torchvision=None,
     triton="3.6.0", cuda=None, driver=None, fastbyol="0.1.0", platform="Linux",
 )  # fmt: skip
 GPU = MACHINE.model_copy(update={"device": "cuda", "device_name": "A GPU", "driver": "1.2"})
@@ -43,9 +44,12 @@ def result(**changes: Any) -> Result:
         Row(suite="kernels", name="a norm", variant="ours", timing=timed(2e-6, 0.0)),
     )
     defaults: dict[str, Any] = {
-        "schema": "fastbyol-bench/1", "suites": ("views",), "quick": False, "machine": MACHINE, "commit": "0123456789ab",
-        "date": "2026-01-02T03:04:05+00:00", "command": ("fastbyol", "bench"), "seconds": 12.0, "load": 0.1,
-        "ceilings": (Ceiling(threads=2, copy_bytes_s=4e10, fp32_flop_s=1e11, bf16_flop_s=5e11),), "rows": rows,
+        "schema": "fastbyol-bench/1", "suites": ("views",), "quick": False, "machine": MACHINE,
+        "commit": "0123456789ab",
+        "date": "2026-01-02T03:04:05+00:00", "command": ("fastbyol", "bench"), "seconds": 12.0,
+        "load": 0.1,
+        "ceilings": (Ceiling(threads=2, copy_bytes_s=4e10, fp32_flop_s=1e11, bf16_flop_s=5e11),),
+        "rows": rows,
         "waterfall": (Part(name="views", seconds=0.1), Part(name="rest", seconds=0.3)),
     }  # fmt: skip
     return Result(**defaults | changes)

@@ -19,13 +19,17 @@ OLD = {
     "runs": 4,
     "claims": [
         {
-            "id": "C5", "says": "It | stays.", "seeds": "2-3", "outcome": "reproduced", "unsettled": {},
+            "id": "C5", "says": "It | stays.", "seeds": "2-3", "outcome": "reproduced",
+            "unsettled": {},
             "statements": [
-                {"text": "It ends.", "held": True, "evidence": "held for 3 of 3 seeds. seed 0: x", "role": "main", "rule": ""},
-                {"text": "It learns.", "held": False, "evidence": "held for 0 of 3 seeds", "role": "other", "rule": ""},
+                {"text": "It ends.", "held": True, "evidence": "held for 3 of 3 seeds. seed 0: x",
+                "role": "main", "rule": ""},
+                {"text": "It learns.", "held": False, "evidence": "held for 0 of 3 seeds",
+                "role": "other", "rule": ""},
             ],
         },
-        {"id": "C6", "says": "It goes.", "seeds": "0", "outcome": "undetermined", "unsettled": {}, "statements": []},
+        {"id": "C6", "says": "It goes.", "seeds": "0", "outcome": "undetermined", "unsettled": {},
+        "statements": []},
     ],
 }  # fmt: skip
 
@@ -74,13 +78,15 @@ def folders(tmp_path: Path) -> list[Path]:
     mini = verdicts(
         "mini",
         [
-            claim("C5", "partly", "3", ("It ends.", "main", 3, 3), ("It is useless.", "other", 0, 3), ("So.", "other", 3, 3)),
+            claim("C5", "partly", "3", ("It ends.", "main", 3, 3), ("It is useless.", "other", 0,
+            3), ("So.", "other", 3, 3)),
             claim("C6", "undetermined", "0", ("It goes.", "main", 0, 0)),
         ],
         done=["a"], failed={"b": "why"}, left=["c"],
     )  # fmt: skip
     long = verdicts(
-        "long", [claim("C5", "undetermined", "0"), claim("C6", "reproduced", "3", ("It goes.", "main", 4, 5))]
+        "long", [claim("C5", "undetermined", "0"), claim("C6", "reproduced", "3", ("It goes.",
+        "main", 4, 5))]
     )  # fmt: skip
     for name, content in (("mini", mini), ("long", long), ("textures", OLD)):
         (tmp_path / name).mkdir()

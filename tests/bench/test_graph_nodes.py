@@ -24,7 +24,8 @@ from fastbyol_bench.graph_nodes import (
     stand_in,
 )
 
-SMALL = ["model.width=8", "model.projector.hidden=16", "model.projector.out=8", "model.predictor.hidden=16",
+SMALL = ["model.width=8", "model.projector.hidden=16", "model.projector.out=8",
+"model.predictor.hidden=16",
          "model.predictor.out=8", "train.precision=fp32", "views.size=32"]  # fmt: skip
 
 
@@ -143,7 +144,8 @@ from fastbyol_kernels import group_norm
 
 graph = torch.fx.Graph()
 x, weight, bias = (graph.placeholder(name) for name in ("x", "weight", "bias"))
-x.meta["val"] = torch.empty(4, 16, 8, 8, dtype=torch.bfloat16, device="meta").to(memory_format=torch.channels_last)
+x.meta["val"] = torch.empty(4, 16, 8, 8, dtype=torch.bfloat16,
+device="meta").to(memory_format=torch.channels_last)
 weight.meta["val"] = bias.meta["val"] = torch.empty(16, device="meta")
 norm = torch.ops.fastbyol.group_norm.default
 y = x

@@ -18,7 +18,8 @@ triton_poi_fused_relu_0 = async_compile.triton('triton_poi_fused_relu_0', '''
 import triton
 @triton_heuristics.pointwise(
     size_hints={'x': 1024},
-    inductor_meta={'kernel_name': 'triton_poi_fused_relu_0', 'atomic_add_found': False, 'kernel_num_gb': 0.25},
+    inductor_meta={'kernel_name': 'triton_poi_fused_relu_0', 'atomic_add_found': False,
+    'kernel_num_gb': 0.25},
     min_elem_per_thread=0
 )
 @triton.jit
@@ -55,10 +56,13 @@ class Runner:
             triton_poi_fused_relu_0.run(primals_1, buf0, 6, stream=stream0)
             buf1 = extern_kernels.convolution(buf0, primals_1, stride=(1, 1), bias=None)
             buf2 = torch.ops.fastbyol.group_norm.default(buf1, None, 32, 1e-05, True)
-            triton_poi_fused_relu_0.run(reinterpret_tensor(buf1, (2, 3), (3, 1), 0), buf0, 6, stream=stream0)
+            triton_poi_fused_relu_0.run(reinterpret_tensor(buf1, (2, 3), (3, 1), 0), buf0, 6,
+            stream=stream0)
             extern_kernels.mm(buf0, buf1, out=buf2)
-            buf3 = torch.ops.aten.convolution_backward.default(buf0, buf1, buf2, [0], [1, 1], [True, True, False])
-            buf4 = torch.ops.aten.convolution_backward.default(buf0, buf1, buf2, [0], [1, 1], [False, True, False])
+            buf3 = torch.ops.aten.convolution_backward.default(buf0, buf1, buf2, [0], [1, 1],
+            [True, True, False])
+            buf4 = torch.ops.aten.convolution_backward.default(buf0, buf1, buf2, [0], [1, 1],
+            [False, True, False])
             triton_red_fused_sum_1.run(buf3, buf4, 2, 3, stream=stream0)
         return (buf4, )
 

@@ -21,7 +21,8 @@ def event(
     name: str, start_us: float, end_us: float, device: Any = CUDA, annotation: bool = False
 ) -> FunctionEvent:
     return FunctionEvent(
-        id=1, name=name, thread=1, start_us=start_us, end_us=end_us, device_type=device, use_device="cuda",
+        id=1, name=name, thread=1, start_us=start_us, end_us=end_us, device_type=device,
+        use_device="cuda",
         is_user_annotation=annotation, stack=[],
     )  # fmt: skip
 

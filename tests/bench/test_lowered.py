@@ -116,7 +116,8 @@ def test_code_and_nodes_are_put_together() -> None:
     )
     assert (recipe.launches, recipe.gb, recipe.overlap_gb) == (3, 1.0, 0.125)
     assert recipe.kinds == {
-        "Inductor's kernels": 3, "convolutions": 4, "matrix products": 1, "our Triton kernels": 2, "copies": 1, "adds": 5
+        "Inductor's kernels": 3, "convolutions": 4, "matrix products": 1, "our Triton kernels": 2,
+        "copies": 1, "adds": 5
     }  # fmt: skip
     assert recipe.nodes == 16
     assert recipe.forward.kinds == {

@@ -25,7 +25,8 @@ before = all_of()
 try:
     with mocked_h100():
         assert torch.cuda.is_available() and torch.cuda.device_count() == 1
-        assert torch.cuda.get_device_properties(0) is H100 and interface.get_compute_capability() == 90
+        assert torch.cuda.get_device_properties(0) is H100
+        assert interface.get_compute_capability() == 90
         assert driver.active.get_current_target().arch == 90
         assert all_of() != before
         raise KeyError("left by an error")
@@ -47,13 +48,16 @@ def work(x, weight):
     return F.max_pool2d(F.conv2d(x, weight, padding=1), 3, 2, 1)
 
 x = torch.empty(64, 64, 32, 32, dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)
-weight = torch.empty(64, 64, 3, 3, dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last).requires_grad_()
-graphs = graphs_of(lambda backend: torch.compile(work, backend=backend, fullgraph=True, dynamic=False)(x, weight))
+weight = torch.empty(64, 64, 3, 3,
+dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last).requires_grad_()
+graphs = graphs_of(lambda backend: torch.compile(work, backend=backend, fullgraph=True,
+dynamic=False)(x, weight))
 with mocked_h100():
     for graph in graphs:
         text, overlap_gb = lower(graph)
         code = parse(text)
-        kernels, others = (f"{k.kind} {k.gb:.9f}" for k in code.kernels), (f"{e.name} {e.nodes}" for e in code.external)
+        kernels, others = (f"{k.kind} {k.gb:.9f}" for k in code.kernels),
+        (f"{e.name} {e.nodes}" for e in code.external)
         print(*kernels, *others, f"{overlap_gb:.9f}")
 """
 

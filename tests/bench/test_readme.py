@@ -1,4 +1,4 @@
-"""The documents: their tables match the results, their links lead somewhere, their commands parse."""
+"""The documents: tables match the results, links lead somewhere, commands parse."""
 
 from __future__ import annotations
 

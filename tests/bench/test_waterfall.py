@@ -16,15 +16,18 @@ from fastbyol_bench.waterfall import GAPS, OTHERS, kind, of_kernels
 NAMES = {
     "Memcpy DtoD (Device -> Device)": "copies and fills",
     "Memset (Device)": "copies and fills",
-    "void at::native::vectorized_elementwise_kernel<4, at::native::FillFunctor<float> >": "copies and fills",
-    "void at::native::(anonymous namespace)::CatArrayBatchedCopy<float, unsigned int, 1, 64, 64>": "copies and fills",
+    "void at::native::vectorized_elementwise_kernel"
+    "<4, at::native::FillFunctor<float> >": "copies and fills",
+    "void at::native::(anonymous namespace)::CatArrayBatchedCopy"
+    "<float, unsigned int, 1, 64, 64>": "copies and fills",
     "_draw_kernel": "views",
     "_blur_kernel": "views",
     "_sweep_kernel": "optimizer and moving average",
     "_norms_kernel": "optimizer and moving average",
     "_normalise_kernel": "group norm, weight standardization",
     "_gradient_sums_kernel": "group norm, weight standardization",
-    "sm90_xmma_fprop_implicit_gemm_bf16bf16_bf16f32_f32_nhwckrsc_nhwc_tilesize128x128x64": "convolutions",
+    "sm90_xmma_fprop_implicit_gemm_bf16bf16_bf16f32_f32_nhwckrsc_nhwc_"
+    "tilesize128x128x64": "convolutions",
     "sm80_xmma_wgrad_implicit_gemm_indexed_bf16bf16_bf16f32_f32_nhwckrsc_nhwc": "convolutions",
     "void cudnn::engines_precompiled::nchwToNhwcKernel<__nv_bfloat16>": "convolutions",
     "void implicit_convolve_sgemm<float, float, 1024, 5, 5>": "convolutions",

@@ -23,7 +23,7 @@ NARROW = [f"--set={text}" for text in SETS if not text.startswith(("views.", "da
 
 @pytest.fixture
 def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    """Run a command line in an empty folder; returns (exit code, standard output, standard error)."""
+    """Run a command line in an empty folder; return (exit code, stdout, stderr)."""
     monkeypatch.chdir(tmp_path)
 
     def command(*arguments: object) -> tuple[int, str, str]:
@@ -74,7 +74,8 @@ def test_list_names_all_claims_and_arms(run) -> None:
     ]
     rows = {row["arm"]: row for row in told["arms"]}
     assert rows["gn-lars-0.2"] | {"about": ""} == {
-        "arm": "gn-lars-0.2", "about": "", "claims": ["C6"], "seeds": 3, "done": 0, "stopped": 0, "damaged": 0,
+        "arm": "gn-lars-0.2", "about": "", "claims": ["C6"], "seeds": 3, "done": 0, "stopped": 0,
+        "damaged": 0,
     }  # fmt: skip
     assert "gn-lars-0.1@bf16" in rows
 
@@ -175,7 +176,8 @@ def test_full_scale_from_stl10s_own_files(run, tmp_path: Path) -> None:
     """
     stl10(tmp_path / "source", train=20, test=40, unlabeled=12)
     code, out, error = run(
-        "run", "C1", "random", "--scale=full", "--stl10", tmp_path / "source", "--seeds=1", "--jobs=1", "--json",
+        "run", "C1", "random", "--scale=full", "--stl10", tmp_path / "source", "--seeds=1",
+        "--jobs=1", "--json",
         "--set=train.epochs=1", *NARROW,
     )  # fmt: skip
     assert code == 0, error

@@ -35,7 +35,7 @@ TINY = [
 
 @pytest.fixture
 def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    """Run a command line in an empty folder; returns (exit code, standard output, standard error)."""
+    """Run a command line in an empty folder; return (exit code, stdout, stderr)."""
     monkeypatch.chdir(tmp_path)
 
     def command(*arguments: object) -> tuple[int, str, str]:
@@ -629,7 +629,8 @@ def started(
     starts = folder / "starts"
     done = subprocess.run(
         [sys.executable, no_graph.__file__, *map(str, arguments)],
-        cwd=folder, env={**os.environ, "NO_GRAPH_STARTS": str(starts)}, capture_output=True, text=True, check=False,
+        cwd=folder, env={**os.environ, "NO_GRAPH_STARTS": str(starts)}, capture_output=True,
+        text=True, check=False,
     )  # fmt: skip
     return done, [line.split() for line in starts.read_text().splitlines()]
 

@@ -181,7 +181,8 @@ def bits_and_greys() -> Iterator[Picture]:
     )
     yield Picture(
         "La", "8", "TIFF", "premultiplied grey, on white",
-        written(tiff(premultiplied.tobytes(), t258=(8, 8), t262=1, t277=2, t338=1)), on_white(GREY_RGB, ALPHA), 2,
+        written(tiff(premultiplied.tobytes(), t258=(8, 8), t262=1, t277=2, t338=1)),
+        on_white(GREY_RGB, ALPHA), 2,
     )  # fmt: skip
     one = png(GREY[..., None], 0, png_chunk(b"tRNS", struct.pack(">H", int(GREY[0, 0]))))
     shown = np.where((GREY[0, 0] == GREY)[..., None], np.uint8(255), GREY_RGB)
@@ -311,7 +312,8 @@ def palettes() -> Iterator[Picture]:
     table = tuple(int(v) * 257 for v in np.pad(PALETTE, ((0, 240), (0, 0))).T.reshape(-1))
     yield Picture(
         "PA", "8", "TIFF", "on white",
-        written(tiff(np.stack([INDEX, ALPHA[..., 0]], 2).tobytes(), t258=(8, 8), t262=3, t277=2, t320=table, t338=2)),
+        written(tiff(np.stack([INDEX, ALPHA[..., 0]], 2).tobytes(), t258=(8, 8), t262=3, t277=2,
+        t320=table, t338=2)),
         on_white(expected, ALPHA), 1,
     )  # fmt: skip
 
@@ -360,7 +362,8 @@ def colours() -> Iterator[Picture]:
     premultiplied = np.concatenate([np.round(COLOUR * (ALPHA / 255.0)).astype(np.uint8), ALPHA], 2)
     yield Picture(
         "RGBa", "8", "TIFF", "premultiplied, on white",
-        written(tiff(premultiplied.tobytes(), t258=(8,) * 4, t262=2, t277=4, t338=1)), on_white(COLOUR, ALPHA), 2,
+        written(tiff(premultiplied.tobytes(), t258=(8,) * 4, t262=2, t277=4, t338=1)),
+        on_white(COLOUR, ALPHA), 2,
     )  # fmt: skip
     first = COLOUR[0, 0]
     transparent = png(COLOUR, 2, png_chunk(b"tRNS", struct.pack(">HHH", *map(int, first))))
@@ -541,8 +544,10 @@ def psd() -> bytes:
 def turned() -> Iterator[Picture]:
     """Yield EXIF's eight orientations in every container, compared with Pillow's own."""
     containers: tuple[tuple[str, dict[str, Any]], ...] = (
-        ("png", {}), ("tiff", {}), ("jpg", {"quality": 98, "subsampling": 0}), ("webp", {"lossless": True}),
-        ("avif", {"quality": 95, "subsampling": "4:4:4"}), ("mpo", {"quality": 98, "subsampling": 0}),
+        ("png", {}), ("tiff", {}), ("jpg", {"quality": 98, "subsampling": 0}), ("webp",
+        {"lossless": True}),
+        ("avif", {"quality": 95, "subsampling": "4:4:4"}), ("mpo", {"quality": 98,
+        "subsampling": 0}),
     )  # fmt: skip
     for suffix, options in containers:
         for orientation in range(1, 9):
@@ -572,7 +577,7 @@ def upright(orientation: int) -> Pixels:
 
 def damaged_metadata() -> Iterator[Picture]:
     """Yield sound pixels beside damaged metadata."""
-    before = lambda *chunks: written(png(COLOUR, 2, *chunks))
+    before = lambda *chunks: written(png(COLOUR, 2, *chunks))  # noqa: E731
     kinds = {
         "eXIf": png_chunk(b"eXIf", b"\0\x08\0\x02\x01\x12\0\x03"),
         "eXIf, empty": png_chunk(b"eXIf", b""),

@@ -376,7 +376,8 @@ def _pickled(value: object) -> bytes:
     assert isinstance(value, np.ndarray)
     assert value.dtype == np.uint8
     array = b"cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85U\x01b\x87R"
-    dtype = b"cnumpy\ndtype\nU\x02u1K\x00K\x01\x87R(K\x03U\x01|NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb"
+    dtype = b"cnumpy\ndtype\nU\x02u1K\x00K\x01\x87R(K\x03U\x01|NNN"
+    dtype += b"J\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb"
     shape = b"(" + b"".join(map(_pickled, value.shape)) + b"t"
     return array + b"(K\x01" + shape + dtype + b"\x89" + _pickled(value.tobytes()) + b"tb"
 

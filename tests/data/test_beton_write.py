@@ -357,7 +357,7 @@ def test_of_writers_that_come_at_once_one_gets_the_name(
         try:
             beton_write._publish(temporary, path, overwrite=False)
         except UsageError as error:
-            assert "--overwrite" in str(error)
+            assert "--overwrite" in str(error)  # noqa: PT017
             return False
         return True
 

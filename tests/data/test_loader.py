@@ -284,7 +284,8 @@ def test_sets_larger_than_a_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
 
 LEAVE = """
 from fastbyol.data.loader import open_loader
-batches = open_loader({path!r}, batch_size=2, seed=0, device="cpu", cache="none", workers=2, size=16)
+batches = open_loader({path!r}, batch_size=2, seed=0, device="cpu", cache="none", workers=2,
+size=16)
 running = [batches.epoch(0), batches.epoch(1)]
 for each in running:
     next(each)

@@ -22,7 +22,7 @@ def num_threads() -> int:
 
 def gather(items: Iterator[int], seen: list[int]) -> None:
     for item in items:
-        seen.append(item)
+        seen.append(item)  # noqa: PERF402
 
 
 def fail_in_the_loop(items: Iterator[int]) -> None:

@@ -22,8 +22,9 @@ PICTURES = picture_files.all_pictures()
 TABLE = Path(__file__).with_name("PICTURES.md")
 HEAD = """# What comes out of a picture
 
-Every row is a file that `tests/data/picture_files.py` writes and `tests/data/test_rgb.py` compares with the format's
-definition. That test writes this table. "Within" is the largest difference of any pixel, of 255.
+Every row is a file that `tests/data/picture_files.py` writes and `tests/data/test_rgb.py` compares
+with the format's definition. That test writes this table. "Within" is the largest difference of any
+pixel, of 255.
 
 | mode | bits | format | what comes out | within |
 |---|---|---|---|---|

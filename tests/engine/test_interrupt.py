@@ -63,7 +63,7 @@ def test_what_would_end_the_process_at_once_lets_it_clean_up(
     """
     monkeypatch.setattr(module, "SAME_S", 600.0)  # however slow the machine is
     done = []
-    with pytest.raises(Ended) as caught, module.ending():
+    with pytest.raises(Ended) as caught, module.ending():  # noqa: PT012
         try:
             send(number)
         finally:
@@ -78,7 +78,7 @@ def test_what_would_end_the_process_at_once_lets_it_clean_up(
 def test_one_that_a_finalizer_swallows_comes_again(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "unraisablehook", sys.__unraisablehook__)
     monkeypatch.setattr(module, "SAME_S", 0.05)
-    with pytest.raises(Ended, match="SIGTERM"), module.ending():
+    with pytest.raises(Ended, match="SIGTERM"), module.ending():  # noqa: PT012
         Finalizer()
         time.sleep(100 * module.AGAIN_S)
 
@@ -110,7 +110,7 @@ def test_a_request_that_a_finalizer_swallows_is_raised_at_the_end() -> None:
 
 def test_a_request_that_compiled_code_turns_into_another_error_is_still_one() -> None:
     """torch made "could not determine the shape" of one that came while it read a checkpoint."""
-    with Interrupt() as interrupt, pytest.raises(Stopped, match="SIGTERM"), interrupt.abortable():
+    with Interrupt() as interrupt, pytest.raises(Stopped, match="SIGTERM"), interrupt.abortable():  # noqa: PT012
         try:
             send(signal.SIGTERM)
         except Stopped:
@@ -156,7 +156,7 @@ def test_an_import_error_after_ctrl_c_is_recognised() -> None:
     failed".
     """
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    with pytest.raises(ImportError) as caught:
+    with pytest.raises(ImportError) as caught:  # noqa: PT012
         try:
             send(signal.SIGINT)
         except KeyboardInterrupt as interrupted:

@@ -27,7 +27,8 @@ def config(norm: str, ws: bool, optimizer: str, precision: str, kernels: str) ->
     made = Config.model_validate(
         {
             "model": {
-                "norm": norm, "ws": ws, "groups": 2, "width": 4, "stem": "small", "projector": head, "predictor": head
+                "norm": norm, "ws": ws, "groups": 2, "width": 4, "stem": "small",
+                "projector": head, "predictor": head
             },
             "optim": optim,
             "schedule": {"tau": 0.9, "horizon_epochs": 7},

@@ -169,19 +169,28 @@ def test_equals_the_plain_implementation(norm: str, ws: bool, optimizer: str, or
 
 VARIANTS = {
     "torchvision stem": (tiny("bn", "bn", model__stem="torchvision"), 48),
-    "torchvision stem, gn, ws": (tiny("gn", "none", ws=True, optimizer="blog", model__stem="torchvision"), 48),
-    "substring filter": (tiny(optimizer="blog", optim__lars_exclude="substring", optim__decay_exclude="substring"), 16),
+    "torchvision stem, gn, ws": (tiny("gn", "none", ws=True, optimizer="blog",
+    model__stem="torchvision"), 48),
+    "substring filter": (tiny(optimizer="blog", optim__lars_exclude="substring",
+    optim__decay_exclude="substring"), 16),
     "biases and norms": (
-        tiny(optimizer="deepmind", optim__lars_exclude="bias_and_norm", optim__decay_exclude="bias_and_norm"), 16
+        tiny(optimizer="deepmind", optim__lars_exclude="bias_and_norm",
+        optim__decay_exclude="bias_and_norm"), 16
     ),
-    "bolts, some decay": (tiny(optimizer="bolts", optim__lars_exclude="bias_and_norm", optim__decay_exclude="substring"), 16),
-    "lars on two layers": (tiny("gn", "none", optimizer="blog", optim__lars_on=("encoder.layer1", "encoder.layer2")), 16),
-    "lars on heads": (tiny("gn", "none", optimizer="blog", optim__lars_on=("projector", "*.linear2.*")), 16),
+    "bolts, some decay": (tiny(optimizer="bolts", optim__lars_exclude="bias_and_norm",
+    optim__decay_exclude="substring"), 16),
+    "lars on two layers": (tiny("gn", "none", optimizer="blog", optim__lars_on=("encoder.layer1",
+    "encoder.layer2")), 16),
+    "lars on heads": (tiny("gn", "none", optimizer="blog", optim__lars_on=("projector",
+    "*.linear2.*")), 16),
     "lars on nothing": (tiny("gn", "ln", optimizer="deepmind", optim__lars_on=()), 16),
-    "rate factors": (tiny("gn", "bn", optim__lr_mult=(("encoder.layer1", 5.0), ("*.bn1.*", 0.5), ("predictor", 0.0))), 16),
-    "lars rate factors": (tiny("gn", "bn", optimizer="blog", optim__lr_mult=(("encoder.layer1", 5.0), ("projector", 0.5))), 16),
+    "rate factors": (tiny("gn", "bn", optim__lr_mult=(("encoder.layer1", 5.0), ("*.bn1.*", 0.5),
+    ("predictor", 0.0))), 16),
+    "lars rate factors": (tiny("gn", "bn", optimizer="blog", optim__lr_mult=(("encoder.layer1",
+    5.0), ("projector", 0.5))), 16),
     "steps and warm-up": (
-        tiny(schedule__lr_unit="step", schedule__tau_unit="step", schedule__warmup_epochs=0.5, schedule__horizon_epochs=3), 16
+        tiny(schedule__lr_unit="step", schedule__tau_unit="step", schedule__warmup_epochs=0.5,
+        schedule__horizon_epochs=3), 16
     ),
     "constant": (tiny(schedule__lr="constant", schedule__tau_schedule="constant"), 16),
     "beyond the horizon": (tiny("gn", "none", schedule__horizon_epochs=1), 16),

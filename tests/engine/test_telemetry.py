@@ -101,7 +101,7 @@ def train(telemetry: Telemetry, first: int, last: int, steps_per_epoch: int) -> 
 
 
 def abandon(telemetry: Telemetry) -> None:
-    """Leave everything as a kill leaves it: nothing flushed, the descriptors closed by the system."""
+    """Leave everything as a kill does: nothing flushed, descriptors closed by the system."""
     for file in (telemetry._metrics._file, telemetry._layers._file, telemetry._timing):
         file.close()
 

@@ -66,9 +66,9 @@ def synthetic(
 
 
 SYNTHETIC = [
-    "rectified", "steep", "huge", "tiny", "noise", "collapsed", "balanced collapsed", "balanced "
-                                                                                      "tiny collapsed", "one point",
-]  # fmt: skip
+    *("rectified", "steep", "huge", "tiny", "noise", "collapsed", "balanced collapsed"),
+    *("balanced tiny collapsed", "one point"),
+]
 
 
 @pytest.fixture(scope="module", params=["pixels", "bn", "gn", "none"])

@@ -315,7 +315,8 @@ def test_a_class_of_the_test_set_alone_can_only_be_wrong_and_gives_a_note(
 ) -> None:
     train, test = labelled(200, 1, 4), labelled(120, 2)
     result = evaluate(
-        "knn", encoder, test=Images(*test[:2], ("fox", *NAMES[1:4], "gnu")), train=Images(*train[:2], NAMES[:4]),
+        "knn", encoder, test=Images(*test[:2], ("fox", *NAMES[1:4], "gnu")),
+        train=Images(*train[:2], NAMES[:4]),
         views=VIEWS, device="cpu",
     )  # fmt: skip
     alone = int(((test.labels == 0) | (test.labels == 4)).sum())

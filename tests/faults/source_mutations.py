@@ -240,7 +240,8 @@ def enlarge_anywhere(data: bytearray, rng: Rng) -> None:
 
 def enlarge_marked(data: bytearray, rng: Rng) -> None:
     """Change a number behind a mark of zip, PNG, TIFF, JPEG, pickle or HDF5."""
-    marks = rb"IHDR|IDAT|\xff\xc0|\xff\xc2|\xff\xda|II\*\0|RIFF|VP8|ihdr|ispe|FRHP|TREE|SNOD|HEAP|[TXBrj]"
+    marks = rb"IHDR|IDAT|\xff\xc0|\xff\xc2|\xff\xda|II\*\0|RIFF|VP8|"
+    marks += rb"ihdr|ispe|FRHP|TREE|SNOD|HEAP|[TXBrj]"
     marks += rb"|PK\x01\x02|PK\x03\x04|PK\x05\x06"
     places = [match.end() for match in re.finditer(marks, bytes(data[:100_000]), re.DOTALL)]
     put(data, int(rng.choice(places)) + int(rng.integers(30) if rng.integers(2) else 0), rng)
@@ -285,9 +286,9 @@ def drop(data: bytearray, rng: Rng) -> None:
 
 
 BYTES = (
-    flip_head, flip_anywhere, enlarge_head, enlarge_head, enlarge_anywhere, enlarge_marked, enlarge_marked, other_digits, zero,
-    noise, cut, grow, drop,
-)  # fmt: skip
+    *(flip_head, flip_anywhere, enlarge_head, enlarge_head, enlarge_anywhere, enlarge_marked),
+    *(enlarge_marked, other_digits, zero, noise, cut, grow, drop),
+)
 
 
 def inside(name: str, data: bytes, change: Callable[[bytearray, Rng], None], rng: Rng) -> bytes:

@@ -150,7 +150,8 @@ with opened() as batches:
     _consume(None)
     running = batches.epoch(1)
     next(running)
-    children = [multiprocessing.get_context("fork").Process(target=_consume, args=(batches,)) for _ in range(3)]
+    children = [multiprocessing.get_context("fork").Process(target=_consume,
+    args=(batches,)) for _ in range(3)]
     for child in children:
         child.start()
     for child in children:
@@ -192,7 +193,8 @@ def test_other_processes(context: BaseContext) -> None:
 LOOP = """
 import sys
 from fastbyol.data.loader import open_loader
-batches = open_loader({path!r}, batch_size=2, seed=0, device="cpu", cache={cache!r}, workers=2, size=16)
+batches = open_loader({path!r}, batch_size=2, seed=0, device="cpu", cache={cache!r}, workers=2,
+size=16)
 print("begun", flush=True)
 epoch = 0
 while True:

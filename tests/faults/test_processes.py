@@ -42,7 +42,8 @@ child.wait()
 '''
 
 def test_that_hangs(request):
-    away = subprocess.Popen([sys.executable, "-c", PARENT], start_new_session=True, stdout=subprocess.PIPE, text=True)
+    away = subprocess.Popen([sys.executable, "-c", PARENT], start_new_session=True,
+    stdout=subprocess.PIPE, text=True)
     started = [away.pid, int(away.stdout.readline())]
     forked = os.fork()
     if not forked:

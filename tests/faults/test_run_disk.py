@@ -130,7 +130,8 @@ def test_a_disk_filled_under_the_metrics_costs_nothing(small_disk: Path, tmp_pat
     asks for another page.
     """
     config = rig.make_config(
-        tmp_path, "train.batch_size=2", "train.epochs=1", "run.checkpoint_every_steps=0", "run.layers_every_steps=1000",
+        tmp_path, "train.batch_size=2", "train.epochs=1", "run.checkpoint_every_steps=0",
+        "run.layers_every_steps=1000",
         "run.drain_every_steps=1",
     )  # fmt: skip
     run, filler = small_disk / "run", small_disk / "filler"

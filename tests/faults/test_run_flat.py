@@ -54,7 +54,8 @@ def test_threads_handles_and_memory_stay_flat_over_300_epochs(tmp_path: Path, ca
 
 def check_flat(tmp_path: Path, run: Path, cache: str) -> None:
     config = rig.make_config(
-        tmp_path, f"train.epochs={EPOCHS}", "train.batch_size=48", "views.size=8", "model.width=2", f"data.cache={cache}",
+        tmp_path, f"train.epochs={EPOCHS}", "train.batch_size=48", "views.size=8", "model.width=2",
+        f"data.cache={cache}",
         "data.size=16", "data.test=none", "run.checkpoint_every_steps=0",
     )  # fmt: skip
     process = rig.PROCESSES.Process(target=_train, args=(config, run, tmp_path / "counts"))

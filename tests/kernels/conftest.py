@@ -1,4 +1,4 @@
-"""Fixtures of the kernel tests, which run on a GPU if there is one, else in Triton's interpreter."""
+"""Fixtures of the kernel tests: on a GPU if there is one, else in Triton's interpreter."""
 
 from __future__ import annotations
 

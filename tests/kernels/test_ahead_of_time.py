@@ -14,7 +14,8 @@ from triton.runtime.jit import JITFunction
 from fastbyol_kernels import ahead_of_time, dispatch
 from fastbyol_kernels.group_norm import group_norm, triton as ops
 
-x = torch.zeros(4, 64, 24, 24, dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last).requires_grad_()
+x = torch.zeros(4, 64, 24, 24,
+dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last).requires_grad_()
 weight, bias = torch.ones(64, requires_grad=True), torch.zeros(64, requires_grad=True)
 kernels = (ops._forward_kernel, ops._backward_kernel, ops._sum_rows_kernel)
 

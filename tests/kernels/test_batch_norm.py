@@ -243,7 +243,8 @@ def test_gradients_of_any_strides() -> None:
         assert all(torch.equal(outputs[name], value) for name, value in expected.items())
     inputs["dy"] = torch.ones(()).expand(8, 12, 6, 6)
     assert relative(
-        run(inputs, 2, relu=True, kernels="auto")["dx"], run(inputs, 2, relu=True, kernels="reference", wide=True)["dx"]
+        run(inputs, 2, relu=True, kernels="auto")["dx"], run(inputs, 2, relu=True,
+        kernels="reference", wide=True)["dx"]
     ) < 1e-6  # fmt: skip
 
 

@@ -226,7 +226,8 @@ def test_kernels_equal_fp64(
 @pytest.mark.gpu
 @settings(max_examples=30, derandomize=True)
 @given(
-    st.integers(1, 3), st.sampled_from((1, 2, 3, 8)), st.integers(1, 9), st.integers(1, 5), st.integers(1, 5),
+    st.integers(1, 3), st.sampled_from((1, 2, 3, 8)), st.integers(1, 9), st.integers(1, 5),
+    st.integers(1, 5),
     st.sampled_from(FLAGS), st.booleans(), st.sampled_from(("triton", "cpu")),
 )  # fmt: skip
 def test_kernels_equal_fp64_at_any_shape(

@@ -197,7 +197,8 @@ def test_a_blog_rate_never_exceeds_lr_eta_over_wd() -> None:
     for scale in (1.0, 1e-6, 1e-12, 1e-40, 0.0):
         online = flat(draws(0))
         layers = lars_ema(
-            online, flat(draws(1, scale)), torch.zeros_like(online), online[:PAD].clone(), segments, scalar(0.1), scalar(0.9),
+            online, flat(draws(1, scale)), torch.zeros_like(online), online[:PAD].clone(),
+            segments, scalar(0.1), scalar(0.9),
             rule="blog", eta=1e-3, mu=0.9, ema_first=True,
         )  # fmt: skip
         assert layers[:, 3].max() <= 0.1 * 1e-3 / 1.5e-6 * (1 + 1e-12)
@@ -219,7 +220,8 @@ def test_nothing_to_divide_by_stays_finite(rule: Rule, dtype: torch.dtype) -> No
     online = flat(w).to(dtype)
     momentum, target = torch.zeros_like(online), online[:PAD].clone()
     layers = lars_ema(
-        online, flat(g).to(dtype), momentum, target, segments, scalar(0.1).to(dtype), scalar(0.9).to(dtype),
+        online, flat(g).to(dtype), momentum, target, segments, scalar(0.1).to(dtype),
+        scalar(0.9).to(dtype),
         rule=rule, eta=1e-3, mu=0.9, ema_first=False,
     )  # fmt: skip
     assert all(t.isfinite().all() for t in (online, momentum, target, layers))

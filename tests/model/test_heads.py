@@ -43,7 +43,8 @@ def test_equals_torchs_layers(norm: str, ws: bool) -> None:
 def test_names_and_initialisation_are_torchs() -> None:
     head = Head(HeadConfig(hidden=512, out=128), 512, groups=32)
     assert [n for n, _ in head.named_parameters()] == [
-        "linear1.weight", "linear1.bias", "norm.weight", "norm.bias", "linear2.weight", "linear2.bias",
+        "linear1.weight", "linear1.bias", "norm.weight", "norm.bias", "linear2.weight",
+        "linear2.bias",
     ]  # fmt: skip
     for linear in (head.linear1, head.linear2):
         bound = linear.in_features**-0.5

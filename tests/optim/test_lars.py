@@ -123,7 +123,7 @@ class TestRateCeiling:
     LARS = OptimConfig(name="lars", lr=0.1, weight_decay=2.37e-6)
 
     def test_is_the_appendixs_own(self) -> None:
-        """The published peak of 42.2 at lr .1 with eta 1e-3 needs a weight decay of 2.4e-6 or less."""
+        """The published peak of 42.2 at lr .1, eta 1e-3 needs a weight decay of 2.4e-6 or less."""
         assert rate_ceiling(self.LARS) == pytest.approx(42.2, abs=0.05)
 
     @pytest.mark.parametrize(

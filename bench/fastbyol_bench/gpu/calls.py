@@ -40,15 +40,20 @@ PR_SET_PDEATHSIG = 1  # linux/prctl.h
 FASTBYOL = ("pydantic", "safetensors")
 # The files with tests that use the GPU; a test of this module compares them with the marker.
 GPU_TESTS = (
-    "tests/engine/test_capture.py", "tests/engine/test_standardized_weights.py", "tests/engine/test_telemetry.py",
+    "tests/engine/test_capture.py", "tests/engine/test_standardized_weights.py",
+    "tests/engine/test_telemetry.py",
     "tests/kernels/test_group_norm.py", "tests/kernels/test_lars_ema.py",
-    "tests/kernels/test_weight_standardization.py", "tests/kernels/views/test_draw.py", "tests/kernels/views/test_table.py",
+    "tests/kernels/test_weight_standardization.py", "tests/kernels/views/test_draw.py",
+    "tests/kernels/views/test_table.py",
     "tests/test_views.py",
 )  # fmt: skip
 # SGD collapses and stays, LARS 0.2 recovers, LARS 0.1 does not, layer1 and layer2 alone, rates 0.5
 # and 0.1.
 CLAIMS = ("C6", "C5", "C7", "C12", "C10")
-OUR_KERNELS = "regex:^_(forward|moments|normalise|backward|gradient|sum_rows|norms|sweep|telemetry|draw|crop|contrast|blur)"
+OUR_KERNELS = (
+    "regex:^_(forward|moments|normalise|backward|gradient|sum_rows|norms|sweep|telemetry|"
+    "draw|crop|contrast|blur)"
+)
 
 
 @dataclass(frozen=True)
@@ -108,7 +113,8 @@ def _works(options: argparse.Namespace) -> tuple[Job, ...]:
 
     # cuDNN's switches are deterministic and benchmark: the engine takes 10.
     settings = (
-        ("bn", "--cudnn=11"), ("bn", "--cudnn=01"), ("bn", "--combo"), ("gn_ws", "--cudnn=01"), ("bn", "--timed"),
+        ("bn", "--cudnn=11"), ("bn", "--cudnn=01"), ("bn", "--combo"), ("gn_ws", "--cudnn=01"),
+        ("bn", "--timed"),
         ("bn", "--cudnn=00"), ("gn_ws", "--cudnn=11"), ("gn_ws", "--combo"),
     )  # fmt: skip
     # On a CPU a setting changes nothing, so each option is tried once.
@@ -274,7 +280,8 @@ class Call:
         command = [word for word in command if word]
         with (self.work / "logs" / f"{job.name}.log").open("wb") as log:
             self._process = subprocess.Popen(
-                command, cwd=ROOT, env=self._environment(job), stdout=log, stderr=log, stdin=subprocess.DEVNULL,
+                command, cwd=ROOT, env=self._environment(job), stdout=log, stderr=log,
+                stdin=subprocess.DEVNULL,
                 start_new_session=True, preexec_fn=_die_with_parent,
             )  # fmt: skip
             try:

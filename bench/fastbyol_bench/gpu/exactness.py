@@ -31,7 +31,8 @@ from fastbyol_kernels import weight_standardization as ws
 
 # ResNet-18's activations at 96 px: side, channels, with a residual.
 NORMS = (
-    (48, 64, False), (24, 64, False), (24, 64, True), (12, 128, True), (6, 256, True), (3, 512, True),
+    (48, 64, False), (24, 64, False), (24, 64, True), (12, 128, True), (6, 256, True), (3, 512,
+    True),
 )  # fmt: skip
 # bf16 keeps 8 bits: rounding a result costs 2e-3 of it, and two roundings and a residual stay below
 # twice that. fp32 sums over up to 4,608 values stay far below 1e-5.
@@ -186,7 +187,8 @@ def optimizer(bench: Bench, state: TrainState) -> None:
     def update() -> Tensor:
         return lars_ema.lars_ema(
             *flats, arena.table, lr, tau,
-            rule=recipe.rule, eta=recipe.eta, mu=recipe.momentum, ema_first=recipe.ema_first, kernels="triton",
+            rule=recipe.rule, eta=recipe.eta, mu=recipe.momentum, ema_first=recipe.ema_first,
+            kernels="triton",
         )  # fmt: skip
 
     layers = update()

@@ -31,7 +31,8 @@ HORIZON = 320  # the post's
 # for a probe of seconds.
 FULL = ("data.textures_count=105000", "data.textures_test_count=4096", "data.textures_size=96")
 TINY = (
-    "data.textures_count=64", "data.textures_test_count=64", "data.textures_size=32", "model.width=16",
+    "data.textures_count=64", "data.textures_test_count=64", "data.textures_size=32",
+    "model.width=16",
     "model.groups=8", "train.batch_size=32",
 )  # fmt: skip
 POLL_S = 1.0
@@ -49,7 +50,8 @@ class Watch(Silent):
         """Write the row of an epoch."""
         self.ends.append(time.perf_counter())
         self._rows.add(
-            "epoch", f"epoch {message.epoch + 1}", seconds=self.ends[-1] - self.ends[-2], steps_img_s=message.img_s,
+            "epoch", f"epoch {message.epoch + 1}", seconds=self.ends[-1] - self.ends[-2],
+            steps_img_s=message.img_s,
             loss=message.metrics["loss"], state=message.state, accuracy=message.accuracy,
         )  # fmt: skip
 
@@ -136,7 +138,8 @@ def claims(rows: Rows, arguments: argparse.Namespace) -> None:
     _new_epochs(rows, folder, seen)
     rows.check(
         "claims", " ".join(arguments.claims), holds=stopped or child.returncode == 0,
-        says=f"exit code {child.returncode}", runs=len(seen), epochs=sum(seen.values()), cut=stopped,
+        says=f"exit code {child.returncode}", runs=len(seen), epochs=sum(seen.values()),
+        cut=stopped,
     )  # fmt: skip
 
 

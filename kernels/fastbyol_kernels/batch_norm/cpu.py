@@ -159,8 +159,10 @@ def _sum_deviations(
 
 @kernel
 def _moments(
-    block: int, weight: F32, bias: F32, running_mean: F32, running_var: F32, sums: F32, moments: F32, table: F32, scratch: F64,
-    num_views: int, eps: float, momentum: float, rest: float, rows: int, run: int, parts: int, c: int, lanes: int,
+    block: int, weight: F32, bias: F32, running_mean: F32, running_var: F32, sums: F32,
+    moments: F32, table: F32, scratch: F64,
+    num_views: int, eps: float, momentum: float, rest: float, rows: int, run: int, parts: int,
+    c: int, lanes: int,
 ) -> None:  # fmt: skip
     """Combine each view's blocks in fp64 and update the running buffers.
 
@@ -222,7 +224,8 @@ def _moments(
 
 @kernel(backwards=True)
 def _normalise(
-    block: int, x: Activation, residual: Activation, y: Activation, table: F32, added: int, limit: float,
+    block: int, x: Activation, residual: Activation, y: Activation, table: F32, added: int,
+    limit: float,
     rows: int, run: int, parts: int, c: int, lanes: int,
 ) -> None:  # fmt: skip
     """Write y = max((x - mean) * scale + shift, limit), with a residual in the sum if ``added``."""
@@ -248,7 +251,8 @@ def _normalise(
 
 @kernel
 def _sum_gradients(
-    block: int, x: Activation, dy: Activation, y: Activation, g: Activation, table: F32, sums: F32, from_y: int, limit: float,
+    block: int, x: Activation, dy: Activation, y: Activation, g: Activation, table: F32, sums: F32,
+    from_y: int, limit: float,
     rows: int, run: int, parts: int, c: int, lanes: int,
 ) -> None:  # fmt: skip
     """Write per lane the sums of g and g * (x - mean) to ``sums`` (V, K, 2, L).
@@ -333,7 +337,8 @@ def _affine(
 
 @kernel(backwards=True)
 def _input_gradient(
-    block: int, x: Activation, dy: Activation, dx: Activation, table: F32, slopes: F32, masks: int, limit: float,
+    block: int, x: Activation, dy: Activation, dx: Activation, table: F32, slopes: F32, masks: int,
+    limit: float,
     rows: int, run: int, parts: int, c: int, lanes: int,
 ) -> None:  # fmt: skip
     """Write dx by ``_affine``'s formula, with g = dy, masked by the ReLU if ``masks``."""
@@ -370,7 +375,8 @@ class FusedBatchNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, running_mean: Tensor, running_var: Tensor, num_views: int,
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, running_mean: Tensor,
+        running_var: Tensor, num_views: int,
         momentum: float, eps: float, residual: Tensor | None, relu: bool,
     ) -> Tensor:  # fmt: skip
         _, _, parts, c, lanes = cut = _cut(x, num_views)

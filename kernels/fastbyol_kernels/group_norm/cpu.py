@@ -184,8 +184,10 @@ def _write(x, residual, y, scale, shift, least):
 
 @kernel
 def _forward(
-    block: int, x: Activation, residual: Activation, y: Activation, weight: F32, bias: F32, means: F32, rstds: F32,
-    samples: int, channels: int, groups: int, pixels: int, per_row: int, per_block: int, added: int, eps: float, least: float,
+    block: int, x: Activation, residual: Activation, y: Activation, weight: F32, bias: F32,
+    means: F32, rstds: F32,
+    samples: int, channels: int, groups: int, pixels: int, per_row: int, per_block: int,
+    added: int, eps: float, least: float,
 ) -> None:  # fmt: skip
     """Write y, and mean and rstd (N, G), for ``per_block`` samples."""
     size, length = pixels * channels, per_row * channels
@@ -317,7 +319,8 @@ def _write_gradients(dy, x, y, dx, dresidual, scale, shift, slope, level, limit)
 @kernel
 def _backward(
     block: int, dy: Activation, x: Activation, y: Activation, dx: Activation, dresidual: Activation,
-    weight: F32, bias: F32, means: F32, rstds: F32, sums: F32, samples: int, channels: int, groups: int, pixels: int,
+    weight: F32, bias: F32, means: F32, rstds: F32, sums: F32, samples: int, channels: int,
+    groups: int, pixels: int,
     per_row: int, per_block: int, by_y: int, limit: float,
 ) -> None:  # fmt: skip
     """Write dx, dresidual, and sums (N, 2, C) of g * x_hat and g, for ``per_block`` samples."""

@@ -51,7 +51,7 @@ def _by_group(values, PER_GROUP: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_G: t
     """Sum (BLOCK_C,) to (BLOCK_G,). Channels beyond the slab go to groups that are not read."""
     if BLOCK_G * PER_GROUP == BLOCK_C:
         return tl.sum(tl.reshape(values, (BLOCK_G, PER_GROUP)), 1)
-    else:
+    else:  # noqa: RET505
         return tl.sum(values[:, None] * _belongs(PER_GROUP, BLOCK_C, BLOCK_G), 0)
 
 
@@ -60,14 +60,15 @@ def _by_channel(values, PER_GROUP: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_G:
     """Return each channel's group value: (BLOCK_G,) -> (BLOCK_C,)."""
     if BLOCK_G * PER_GROUP == BLOCK_C:
         return tl.reshape(tl.broadcast_to(values[:, None], (BLOCK_G, PER_GROUP)), (BLOCK_C,))
-    else:
+    else:  # noqa: RET505
         return tl.sum(values[None, :] * _belongs(PER_GROUP, BLOCK_C, BLOCK_G), 1)
 
 
 @triton.jit
 def _moments(
     x, first, stop, slab,
-    C: tl.constexpr, SLAB: tl.constexpr, PER_GROUP: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+    C: tl.constexpr, SLAB: tl.constexpr, PER_GROUP: tl.constexpr, BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
     BLOCK_G: tl.constexpr,
 ):  # fmt: skip
     """Return mean and sum of squared deviations per group over pixels [first, stop) of a sample."""
@@ -97,7 +98,8 @@ def _moments(
 @triton.jit
 def _write_normalised(
     x, residual, y, first, stop, slab, scale, shift,
-    C: tl.constexpr, SLAB: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, RESIDUAL: tl.constexpr,
+    C: tl.constexpr, SLAB: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+    RESIDUAL: tl.constexpr,
     RELU: tl.constexpr,
 ):  # fmt: skip
     """Write y = relu(x * scale + shift + residual)."""
@@ -139,7 +141,8 @@ def _line(mean, rstd, gamma, beta):
 @triton.jit
 def _forward_kernel(
     x, residual, weight, bias, y, mean_out, rstd_out, num_pixels, eps,
-    C: tl.constexpr, SLAB: tl.constexpr, PER_GROUP: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+    C: tl.constexpr, SLAB: tl.constexpr, PER_GROUP: tl.constexpr, BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
     BLOCK_G: tl.constexpr, RESIDUAL: tl.constexpr, RELU: tl.constexpr,
 ):  # fmt: skip
     """Normalise one sample's slab per program."""
@@ -169,7 +172,8 @@ def _forward_kernel(
 @triton.jit
 def _moments_kernel(
     x, partial, num_pixels, run,
-    C: tl.constexpr, SLAB: tl.constexpr, PER_GROUP: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+    C: tl.constexpr, SLAB: tl.constexpr, PER_GROUP: tl.constexpr, BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
     BLOCK_G: tl.constexpr,
 ):  # fmt: skip
     """Write mean and squared deviations of one slab's run of pixels to ``partial`` (N, K, 2, G)."""
@@ -188,7 +192,8 @@ def _moments_kernel(
 @triton.jit
 def _normalise_kernel(
     x, residual, weight, bias, partial, y, mean_out, rstd_out, num_pixels, run, eps,
-    C: tl.constexpr, SLAB: tl.constexpr, PER_GROUP: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+    C: tl.constexpr, SLAB: tl.constexpr, PER_GROUP: tl.constexpr, BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
     BLOCK_G: tl.constexpr, BLOCK_K: tl.constexpr, RESIDUAL: tl.constexpr, RELU: tl.constexpr,
 ):  # fmt: skip
     """Normalise one run of pixels of a slab per program.
@@ -253,7 +258,8 @@ def _through_relu(
 @triton.jit
 def _gradient_sums(
     dy, x, y, first, stop, slab, mean, rstd, gamma, beta,
-    C: tl.constexpr, SLAB: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, RESIDUAL: tl.constexpr,
+    C: tl.constexpr, SLAB: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+    RESIDUAL: tl.constexpr,
     RELU: tl.constexpr,
 ):  # fmt: skip
     """Return the sums of the gradient g and of g * x_hat per channel over pixels [first, stop)."""
@@ -272,7 +278,8 @@ def _gradient_sums(
 @triton.jit
 def _write_gradient(
     dy, x, y, dx, dresidual, first, stop, slab, mean, rstd, gamma, beta, total, weighted, count,
-    C: tl.constexpr, SLAB: tl.constexpr, PER_GROUP: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+    C: tl.constexpr, SLAB: tl.constexpr, PER_GROUP: tl.constexpr, BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
     BLOCK_G: tl.constexpr, RESIDUAL: tl.constexpr, RELU: tl.constexpr,
 ):  # fmt: skip
     """Write dx = rstd * (gamma g - mean(gamma g) - x_hat * mean(gamma g x_hat)), last pixels first.
@@ -330,7 +337,8 @@ def _store_sums(
 @triton.jit
 def _backward_kernel(
     dy, x, y, weight, bias, mean, rstd, dx, dresidual, sums, num_pixels,
-    C: tl.constexpr, SLAB: tl.constexpr, PER_GROUP: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+    C: tl.constexpr, SLAB: tl.constexpr, PER_GROUP: tl.constexpr, BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
     BLOCK_G: tl.constexpr, RESIDUAL: tl.constexpr, RELU: tl.constexpr,
 ):  # fmt: skip
     """Write dx of one sample's slab per program, and its share of the affine gradients.
@@ -366,7 +374,8 @@ def _backward_kernel(
     mu, r = _statistics(mean, rstd, sample, slab, C, SLAB, PER_GROUP, BLOCK_C)
     gamma, beta = _affine(weight, bias, slab, SLAB, BLOCK_C)
     _write_gradient(
-        dy + base, x + base, y + base, dx + base, dresidual + base, 0, num_pixels, slab, mu, r, gamma, beta, total, weighted,
+        dy + base, x + base, y + base, dx + base, dresidual + base, 0, num_pixels, slab, mu, r,
+        gamma, beta, total, weighted,
         num_pixels * PER_GROUP, C, SLAB, PER_GROUP, BLOCK_P, BLOCK_C, BLOCK_G, RESIDUAL, RELU,
     )  # fmt: skip
 
@@ -374,7 +383,8 @@ def _backward_kernel(
 @triton.jit
 def _gradient_sums_kernel(
     dy, x, y, weight, bias, mean, rstd, sums, num_pixels, run,
-    C: tl.constexpr, SLAB: tl.constexpr, PER_GROUP: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+    C: tl.constexpr, SLAB: tl.constexpr, PER_GROUP: tl.constexpr, BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
     RESIDUAL: tl.constexpr, RELU: tl.constexpr,
 ):  # fmt: skip
     """Write the sums of one slab's run of pixels per program to ``sums`` (N * K, 2, C)."""
@@ -384,7 +394,8 @@ def _gradient_sums_kernel(
     mu, r = _statistics(mean, rstd, sample, slab, C, SLAB, PER_GROUP, BLOCK_C)
     gamma, beta = _affine(weight, bias, slab, SLAB, BLOCK_C)
     total, weighted = _gradient_sums(
-        dy + base, x + base, y + base, first, tl.minimum(first + run, num_pixels), slab, mu, r, gamma, beta,
+        dy + base, x + base, y + base, first, tl.minimum(first + run, num_pixels), slab, mu, r,
+        gamma, beta,
         C, SLAB, BLOCK_P, BLOCK_C, RESIDUAL, RELU,
     )  # fmt: skip
     _store_sums(
@@ -402,7 +413,8 @@ def _gradient_sums_kernel(
 @triton.jit
 def _gradient_kernel(
     dy, x, y, weight, bias, mean, rstd, sums, dx, dresidual, num_pixels, run,
-    C: tl.constexpr, SLAB: tl.constexpr, PER_GROUP: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+    C: tl.constexpr, SLAB: tl.constexpr, PER_GROUP: tl.constexpr, BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
     BLOCK_G: tl.constexpr, BLOCK_K: tl.constexpr, RESIDUAL: tl.constexpr, RELU: tl.constexpr,
 ):  # fmt: skip
     """Write dx of one slab's run of pixels per program, which adds up the sums of all runs."""
@@ -422,8 +434,10 @@ def _gradient_kernel(
     first = tl.program_id(1) * run
     base = sample * num_pixels * C
     _write_gradient(
-        dy + base, x + base, y + base, dx + base, dresidual + base, first, tl.minimum(first + run, num_pixels), slab, mu, r,
-        gamma, beta, total, weighted, num_pixels * PER_GROUP, C, SLAB, PER_GROUP, BLOCK_P, BLOCK_C, BLOCK_G, RESIDUAL, RELU,
+        dy + base, x + base, y + base, dx + base, dresidual + base, first, tl.minimum(first + run,
+        num_pixels), slab, mu, r,
+        gamma, beta, total, weighted, num_pixels * PER_GROUP, C, SLAB, PER_GROUP, BLOCK_P, BLOCK_C,
+        BLOCK_G, RESIDUAL, RELU,
     )  # fmt: skip
 
 
@@ -572,7 +586,8 @@ def _(
 
 @torch.library.custom_op("fastbyol::group_norm_backward", mutates_args=())
 def _group_norm_backward(
-    dy: Tensor, x: Tensor, y: Tensor | None, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor,
+    dy: Tensor, x: Tensor, y: Tensor | None, weight: Tensor, bias: Tensor, mean: Tensor,
+    rstd: Tensor,
     num_groups: int, relu: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Return dx, the residual's gradient (empty without ``y``), and the affine gradients (2, C).

@@ -37,7 +37,8 @@ __all__ = [
 
 
 def lars_ema(
-    online: Tensor, gradient: Tensor, momentum: Tensor, target: Tensor, table: SegmentTable, lr: Tensor, tau: Tensor,
+    online: Tensor, gradient: Tensor, momentum: Tensor, target: Tensor, table: SegmentTable,
+    lr: Tensor, tau: Tensor,
     *, rule: Rule, eta: float, mu: float, ema_first: bool, kernels: str = "auto",
 ) -> Tensor:  # fmt: skip
     """Update ``online`` and ``momentum`` by ``rule``, ``target`` by the moving average, in place.

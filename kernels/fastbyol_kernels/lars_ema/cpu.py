@@ -52,7 +52,8 @@ def _norms(
 # Backwards, since the caches still hold the weights and gradients that ``_norms`` has read last.
 @kernel(backwards=True)
 def _sweep(
-    block: int, online: F32, gradient: F32, momentum: F32, target: F32, before: F32, after: F32, decay: F32,
+    block: int, online: F32, gradient: F32, momentum: F32, target: F32, before: F32, after: F32,
+    decay: F32,
     mu: float, tau: float, sums: F32, chunks: I32, num_chunks: int, num_target: int, ema_first: int,
 ) -> None:  # fmt: skip
     """Update all buffers; write the sums of squares of m and of the old w, a row (2,) per chunk.
@@ -84,7 +85,8 @@ def _sweep(
 
 
 def step(
-    online: Tensor, gradient: Tensor, momentum: Tensor, target: Tensor, table: SegmentTable, lr: Tensor, tau: Tensor,
+    online: Tensor, gradient: Tensor, momentum: Tensor, target: Tensor, table: SegmentTable,
+    lr: Tensor, tau: Tensor,
     *, rule: Rule, eta: float, mu: float, ema_first: bool,
 ) -> Tensor:  # fmt: skip
     """Compute ``lars_ema`` on fp32 buffers on a CPU."""
@@ -98,7 +100,8 @@ def step(
     rate, before, after, decay = factors(rule, table, trust, grad_norm, lr)
     sums, chunks = online.new_empty(len(table.chunks), 2), table.chunks
     _sweep(
-        _blocks(table), online, gradient, momentum, target, before, after, decay, mu, float(tau), sums,
+        _blocks(table), online, gradient, momentum, target, before, after, decay, mu, float(tau),
+        sums,
         chunks, len(chunks), len(target), ema_first,
     )  # fmt: skip
     momentum_norm, weight_norm = _roots(sums, table)

@@ -156,7 +156,8 @@ def check_rule(rule: str) -> None:
 
 
 def reference(
-    online: Tensor, gradient: Tensor, momentum: Tensor, target: Tensor, table: SegmentTable, lr: Tensor, tau: Tensor,
+    online: Tensor, gradient: Tensor, momentum: Tensor, target: Tensor, table: SegmentTable,
+    lr: Tensor, tau: Tensor,
     *, rule: Rule, eta: float, mu: float, ema_first: bool,
 ) -> Tensor:  # fmt: skip
     """Compute ``lars_ema`` by ``foreach`` operations over views of the segments.

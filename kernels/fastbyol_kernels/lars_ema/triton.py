@@ -150,7 +150,8 @@ def _treatment(
 @triton.jit
 def _sweep_kernel(
     online, gradient, momentum, target, chunks, spans, adapt, decay, lr_mult, lr, tau, sums, fine,
-    num_chunks, num_target, eta, mu, RULE: tl.constexpr, EMA_FIRST: tl.constexpr, CHUNK: tl.constexpr,
+    num_chunks, num_target, eta, mu, RULE: tl.constexpr, EMA_FIRST: tl.constexpr,
+    CHUNK: tl.constexpr,
     LANES: tl.constexpr, PASSES: tl.constexpr, FLAGS: tl.constexpr, FLAG_PASSES: tl.constexpr,
 ):  # fmt: skip
     """Update a chunk of each buffer. Write the sum of squares of m to row 3 of ``sums``."""
@@ -250,7 +251,8 @@ def _added_at_once(num_chunks: int, longest: int) -> dict[str, int]:
 
 @torch.library.custom_op("fastbyol::lars_ema", mutates_args=("online", "momentum", "target"))
 def _lars_ema(
-    online: Tensor, gradient: Tensor, momentum: Tensor, target: Tensor, chunks: Tensor, spans: Tensor, adapt: Tensor,
+    online: Tensor, gradient: Tensor, momentum: Tensor, target: Tensor, chunks: Tensor,
+    spans: Tensor, adapt: Tensor,
     decay: Tensor, lr_mult: Tensor, lr: Tensor, tau: Tensor,
     chunk: int, longest: int, rule: str, eta: float, mu: float, ema_first: bool,
 ) -> Tensor:  # fmt: skip
@@ -276,7 +278,8 @@ def _lars_ema(
             **options,
         )
         _sweep_kernel[(num_chunks,)](
-            online, gradient, momentum, target, chunks, spans, adapt, decay, lr_mult, lr, tau, sums, fine,
+            online, gradient, momentum, target, chunks, spans, adapt, decay, lr_mult, lr, tau,
+            sums, fine,
             num_chunks, len(target), eta, mu, EMA_FIRST=ema_first, CHUNK=chunk, **treat,
         )  # fmt: skip
         _telemetry_kernel[(num_segments,)](
@@ -299,7 +302,8 @@ def _(
 
 
 def step(
-    online: Tensor, gradient: Tensor, momentum: Tensor, target: Tensor, table: SegmentTable, lr: Tensor, tau: Tensor,
+    online: Tensor, gradient: Tensor, momentum: Tensor, target: Tensor, table: SegmentTable,
+    lr: Tensor, tau: Tensor,
     *, rule: Rule, eta: float, mu: float, ema_first: bool,
 ) -> Tensor:  # fmt: skip
     """Compute ``lars_ema`` on fp32 buffers on a GPU.
@@ -316,7 +320,8 @@ def step(
         if offset % ALIGN:
             raise ValueError(f"table: segment {segment} starts at {offset}, no multiple of {ALIGN}")
     layers: Tensor = _lars_ema(
-        online, gradient, momentum, target, table.chunks, table.spans, table.adapt, table.decay, table.lr_mult, lr, tau,
+        online, gradient, momentum, target, table.chunks, table.spans, table.adapt, table.decay,
+        table.lr_mult, lr, tau,
         table.chunk, table.longest, rule, eta, mu, ema_first,
     )  # fmt: skip
     return layers

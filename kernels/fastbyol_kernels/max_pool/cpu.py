@@ -110,7 +110,8 @@ def _backward(block: int, dy: Activation, taps: U8, dx: Activation, h: int, w: i
                 _pixel(dx, (block * h + row) * w + column, c),
                 _pixel(dy, w0, c), _pixel(dy, w1, c), _pixel(dy, w2, c), _pixel(dy, w3, c),
                 _pixel(taps, w0, c), _pixel(taps, w1, c), _pixel(taps, w2, c), _pixel(taps, w3, c),
-                np.uint8(bottom + right), np.uint8(bottom + left), np.uint8(top + right), np.uint8(top + left),
+                np.uint8(bottom + right), np.uint8(bottom + left), np.uint8(top + right),
+                np.uint8(top + left),
             )  # fmt: skip
 
 

@@ -21,7 +21,8 @@ _ZERO, _HALF, _ONE, _THREE, _TINY = (np.float32(x) for x in (0.0, 0.5, 1.0, 3.0,
 _COLUMNS = len(Column)
 # numba cannot index an array by members of an IntEnum.
 (
-    _TOP, _LEFT, _HEIGHT, _WIDTH, _FLIP, _ORDER, _BRIGHTNESS, _CONTRAST, _SATURATION, _, _GRAYSCALE, _SIGMA, _SOLARIZE
+    _TOP, _LEFT, _HEIGHT, _WIDTH, _FLIP, _ORDER, _BRIGHTNESS, _CONTRAST, _SATURATION, _,
+    _GRAYSCALE, _SIGMA, _SOLARIZE
 ) = map(int, Column)  # fmt: skip
 _OPERATIONS = len(JITTER_ORDERS[0])
 
@@ -125,7 +126,7 @@ def _turned(hue, low, span):
 
 @inlined
 def _jitter(r, g, b, operation, factor):
-    """Apply a jitter operation to the planes in place; ``reference._adjust_hue`` derives its hue."""
+    """Apply a jitter operation to the planes in place; ``reference._adjust_hue`` has its hue."""
     if operation == _BRIGHTNESS:
         if factor != _ONE:
             _blend(r, g, b, factor, _ZERO)
@@ -231,8 +232,10 @@ def _blur(planes, other, weights, line, sigma, blur_kernel, size):
 
 @kernel
 def _views(
-    view: int, images: U8, table: F32, orders: I64, colours: F32, scratch: F32, taps: I64, out: Activation, worker: Worker,
-    height: int, width: int, num_images: int, size: int, blur_kernel: int, scratch_size: int, line_size: int,
+    view: int, images: U8, table: F32, orders: I64, colours: F32, scratch: F32, taps: I64,
+    out: Activation, worker: Worker,
+    height: int, width: int, num_images: int, size: int, blur_kernel: int, scratch_size: int,
+    line_size: int,
 ) -> None:  # fmt: skip
     """Write a view. A worker's row of ``scratch`` is four planes, a line and the tap weights."""
     area = size * size
@@ -301,7 +304,8 @@ def apply(
     weights_size = max(size * (_num_taps(height, size) + _num_taps(width, size)), 2 * reach + 1)
     scratch_size, workers = 4 * size * size + line_size + weights_size, torch.get_num_threads()
     _views(
-        table.shape[0] * table.shape[1], images.contiguous(), table.contiguous(), torch.tensor(JITTER_ORDERS, device="cpu"),
+        table.shape[0] * table.shape[1], images.contiguous(), table.contiguous(),
+        torch.tensor(JITTER_ORDERS, device="cpu"),
         table.new_tensor([*mean, *(1.0 / s for s in std)]), table.new_empty(workers, scratch_size),
         table.new_empty(workers, 2 * size, dtype=torch.int64), out,
         height, width, table.shape[1], size, blur_kernel, scratch_size, line_size,

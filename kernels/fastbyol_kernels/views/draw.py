@@ -234,7 +234,8 @@ def _draw_kernel(
         blur_p = _of_view(blur_p, view, v, PROBABILITIES, 3)
         solarize_p = _of_view(solarize_p, view, v, PROBABILITIES, 3 + NUM_VIEWS)
     _put_factor(
-        out + 11, mask, _pick(u1, block, _BLUR_BLOCK), _pick(u0, block, _BLUR_BLOCK) < blur_p, RANGES, 6, 0.0
+        out + 11, mask, _pick(u1, block, _BLUR_BLOCK), _pick(u0, block, _BLUR_BLOCK) < blur_p,
+        RANGES, 6, 0.0
     )  # fmt: skip
     tl.store(out + 12, (_pick(u2, block, _BLUR_BLOCK) < solarize_p).to(tl.float32), mask=mask)
 
@@ -314,8 +315,10 @@ def _draw(
         # Without fusion LLVM writes mul.rn and add.rn, which ptxas must not contract to a fused
         # multiply-add, so that no result depends on the compiler's choice.
         _draw_kernel[(triton.cdiv(num_views * len(ids), rows),)](
-            ids, seed, epoch, table, len(ids), HEIGHT=height, WIDTH=width, NUM_VIEWS=num_views, RANGES=tuple(ranges),
-            PROBABILITIES=tuple(probabilities), CENTRAL=tuple(central), ROWS=rows, num_warps=NUM_WARPS, enable_fp_fusion=False,
+            ids, seed, epoch, table, len(ids), HEIGHT=height, WIDTH=width, NUM_VIEWS=num_views,
+            RANGES=tuple(ranges),
+            PROBABILITIES=tuple(probabilities), CENTRAL=tuple(central), ROWS=rows,
+            num_warps=NUM_WARPS, enable_fp_fusion=False,
         )  # fmt: skip
     return table
 

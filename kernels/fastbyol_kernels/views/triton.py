@@ -19,7 +19,8 @@ from fastbyol_kernels.views.table import LUMA, Column
 
 # A kernel reads module constants only as constexpr.
 (
-    _TOP, _LEFT, _HEIGHT, _WIDTH, _FLIP, _ORDER, _BRIGHTNESS, _CONTRAST, _SATURATION, _HUE, _GRAYSCALE, _BLUR_SIGMA, _SOLARIZE
+    _TOP, _LEFT, _HEIGHT, _WIDTH, _FLIP, _ORDER, _BRIGHTNESS, _CONTRAST, _SATURATION, _HUE,
+    _GRAYSCALE, _BLUR_SIGMA, _SOLARIZE
 ) = (tl.constexpr(int(column)) for column in Column)  # fmt: skip
 _NUM_COLUMNS = tl.constexpr(len(Column))
 _LUMA_R, _LUMA_G, _LUMA_B = (tl.constexpr(weight) for weight in LUMA)
@@ -30,8 +31,10 @@ _BOXES = tl.constexpr(BOXES)
 
 @triton.jit
 def _crop_kernel(
-    images, table, scratch, sums, out, num_images, mean_r, mean_g, mean_b, scale_r, scale_g, scale_b,
-    H: tl.constexpr, W: tl.constexpr, SIZE: tl.constexpr, TAPS_Y: tl.constexpr, TAPS_X: tl.constexpr, BLOCK: tl.constexpr,
+    images, table, scratch, sums, out, num_images, mean_r, mean_g, mean_b, scale_r, scale_g,
+    scale_b,
+    H: tl.constexpr, W: tl.constexpr, SIZE: tl.constexpr, TAPS_Y: tl.constexpr,
+    TAPS_X: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Crop, resize and jitter a tile up to contrast. Write its luma to ``sums`` (V * B, tiles).
 
@@ -205,7 +208,8 @@ def _pair(index, length, SIZE: tl.constexpr):
 
 @triton.jit
 def _resize(
-    corner, y, x, height, width, W: tl.constexpr, SIZE: tl.constexpr, TAPS_Y: tl.constexpr, TAPS_X: tl.constexpr
+    corner, y, x, height, width, W: tl.constexpr, SIZE: tl.constexpr, TAPS_Y: tl.constexpr,
+    TAPS_X: tl.constexpr
 ):  # fmt: skip
     """Resize by ``reference._bilinear``'s filter, with the number of taps of the largest box."""
     first_y, offset_y, slope_y = _taps_of(y, height, SIZE)
@@ -351,7 +355,8 @@ def _level(scratch):
 @triton.jit
 def _pass(
     source, target, row, first, limit, sigma,
-    DOWN: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, KERNEL: tl.constexpr,
+    DOWN: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+    KERNEL: tl.constexpr,
 ):  # fmt: skip
     """Blur a band once, down the columns or along the rows, from ``source`` to ``target``."""
     for start in range(0, ROWS * SIZE, BLOCK):
@@ -396,7 +401,8 @@ def _blur_tile(
 
 @triton.jit
 def _add_tap(
-    r, g, b, source, row, y, x, mask, tap, weight, DOWN: tl.constexpr, SIZE: tl.constexpr, KERNEL: tl.constexpr
+    r, g, b, source, row, y, x, mask, tap, weight, DOWN: tl.constexpr, SIZE: tl.constexpr,
+    KERNEL: tl.constexpr
 ):  # fmt: skip
     # Along the rows a tap's shift breaks the alignment of wide accesses, so single values are
     # loaded.
@@ -512,7 +518,8 @@ def apply(
     )  # fmt: skip
     _contrast_kernel[(num_rows * tiles,)](
         table, scratch, sums, out, *colours,
-        BLOCK=plan.block, SUM_TILES=crop_tiles, BLOCK_T=triton.next_power_of_2(crop_tiles), **options,
+        BLOCK=plan.block, SUM_TILES=crop_tiles, BLOCK_T=triton.next_power_of_2(crop_tiles),
+        **options,
     )  # fmt: skip
     _blur_kernel[(num_rows * triton.cdiv(size, plan.rows),)](
         table,

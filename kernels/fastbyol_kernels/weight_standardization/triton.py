@@ -116,7 +116,8 @@ def _short_forward(
 
 @triton.jit
 def _forward_kernel(
-    flat, copy, means, stds, table, num_long, num_rows, eps, BLOCK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+    flat, copy, means, stds, table, num_long, num_rows, eps, BLOCK: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):  # fmt: skip
     """Standardize a long row, or ROWS short ones, per program."""
     program = tl.program_id(0)

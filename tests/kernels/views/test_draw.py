@@ -17,8 +17,10 @@ from fastbyol_kernels.views.table import Column
 
 # Nothing here is a short binary number.
 UNEVEN = Distribution(
-    scale=(0.2, 0.97), ratio=(3 / 4, 4 / 3), brightness=(0.6, 1.4), contrast=(0.3, 1.7), saturation=(0.7, 1.3),
-    hue=(-0.1, 0.1), jitter_p=0.8, grayscale_p=0.2, flip_p=0.45, blur_sigma=(0.1, 2.0), blur_p=(0.9, 0.1),
+    scale=(0.2, 0.97), ratio=(3 / 4, 4 / 3), brightness=(0.6, 1.4), contrast=(0.3, 1.7),
+    saturation=(0.7, 1.3),
+    hue=(-0.1, 0.1), jitter_p=0.8, grayscale_p=0.2, flip_p=0.45, blur_sigma=(0.1, 2.0),
+    blur_p=(0.9, 0.1),
     solarize_p=(0.1, 0.3),
 )  # fmt: skip
 # Square, flat, so long that no attempt fits, so long that some fit, a single pixel.
@@ -45,7 +47,8 @@ def test_the_kernel_draws_the_references_bits(
 @pytest.mark.gpu
 @settings(max_examples=15, derandomize=True)
 @given(
-    st.lists(st.integers(0, 2**56 - 1), min_size=1, max_size=9), st.integers(0, 2**64 - 1), st.integers(0, 2**32 - 1),
+    st.lists(st.integers(0, 2**56 - 1), min_size=1, max_size=9), st.integers(0, 2**64 - 1),
+    st.integers(0, 2**32 - 1),
     st.integers(1, 300), st.integers(1, 300), st.floats(0.01, 0.99), st.floats(0.1, 1.0),
 )  # fmt: skip
 def test_the_kernel_draws_the_references_bits_anywhere(

@@ -322,7 +322,8 @@ def assert_kernels_agree(
         assert got.dtype == dtype
         assert got.stride() == exact.stride()
         torch.testing.assert_close(
-            got.double(), exact, rtol=2**-7 if half else 0.0, atol=14 * 2**-17 if half else TOLERANCE
+            got.double(), exact, rtol=2**-7 if half else 0.0,
+            atol=14 * 2**-17 if half else TOLERANCE
         )  # fmt: skip
 
 
@@ -584,7 +585,8 @@ for architecture in (80, 90):
     with ahead_of_time.recording(architecture) as launches:
         for blur in ("gaussian", "pil"):
             two_views(images, table, size=96, blur=blur, kernels="triton")
-    print([launch.compiled.asm["ptx"].count("bar.sync") for launch in launches if launch.name == "_blur_kernel"])
+    codes = [one.compiled.asm["ptx"] for one in launches if one.name == "_blur_kernel"]
+    print([code.count("bar.sync") for code in codes])
 """
 
 

@@ -23,7 +23,7 @@ from fastbyol import config_io, output
 from fastbyol.config import Resolved
 from fastbyol.engine import trainer
 from fastbyol.engine.allocator import keep_freed_memory
-from fastbyol.engine.observer import EpochEnd, Progress, Start
+from fastbyol.engine.observer import EpochEnd, Start, StepReport
 from fastbyol.engine.precision import choose_precision
 from fastbyol.errors import FastbyolError, NoGraphError
 from fastbyol.runs import inputs
@@ -43,7 +43,7 @@ class JsonObserver:
         """Send the start."""
         self._send({"kind": "start", **asdict(message)})
 
-    def progress(self, message: Progress) -> None:
+    def progress(self, message: StepReport) -> None:
         """Send a step."""
         self._send(
             {

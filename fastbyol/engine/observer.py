@@ -22,7 +22,7 @@ class Start:
 
 
 @dataclass(frozen=True)
-class Progress:
+class StepReport:
     """The message when metrics have come off the device; ``metrics`` are the newest step's."""
 
     step: int
@@ -51,7 +51,7 @@ class Observer(Protocol):
     """A receiver of a run's messages."""
 
     def start(self, message: Start) -> None: ...
-    def progress(self, message: Progress) -> None: ...
+    def progress(self, message: StepReport) -> None: ...
     def epoch_end(self, message: EpochEnd) -> None: ...
     def note(self, text: str) -> None: ...
 
@@ -62,7 +62,7 @@ class Silent:
     def start(self, message: Start) -> None:
         """Ignore the message."""
 
-    def progress(self, message: Progress) -> None:
+    def progress(self, message: StepReport) -> None:
         """Ignore the message."""
 
     def epoch_end(self, message: EpochEnd) -> None:

@@ -13,8 +13,7 @@ from fastbyol.data import loader
 from fastbyol.engine import guards
 from fastbyol.engine.device import fitting_threads
 from fastbyol.engine.interrupt import Interrupt, Stopped
-from fastbyol.engine.observer import EpochEnd, Observer, Silent
-from fastbyol.engine.observer import Progress as StepReport
+from fastbyol.engine.observer import EpochEnd, Observer, Silent, StepReport
 from fastbyol.engine.session import Preparation, Progress, Session
 from fastbyol.engine.telemetry import Telemetry
 from fastbyol.errors import CollapsedError, FastbyolError, NoGraphError

@@ -12,7 +12,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from fastbyol.engine.observer import EpochEnd, Progress, Start
+from fastbyol.engine.observer import EpochEnd, Start, StepReport
 from fastbyol.output import is_live
 
 STATE_STYLE = {
@@ -74,7 +74,7 @@ class PlainDisplay:
     def start(self, message: Start) -> None:
         self._line(headline(message))
 
-    def progress(self, message: Progress) -> None:
+    def progress(self, message: StepReport) -> None:
         """Do nothing: a log does not show steps."""
 
     def epoch_end(self, message: EpochEnd) -> None:
@@ -96,7 +96,7 @@ class LiveDisplay(PlainDisplay):
     def __init__(self, console: Console) -> None:
         super().__init__(console)
         self._epochs: deque[EpochEnd] = deque(maxlen=EPOCHS_SHOWN)
-        self._now: Progress | None = None
+        self._now: StepReport | None = None
         self._start: Start | None = None
         self._live = Live(console=console, refresh_per_second=4, transient=False)
 
@@ -118,7 +118,7 @@ class LiveDisplay(PlainDisplay):
         self._start = message
         super().start(message)
 
-    def progress(self, message: Progress) -> None:
+    def progress(self, message: StepReport) -> None:
         self._now = message
         self._live.update(self._draw())
 
@@ -151,7 +151,7 @@ class LiveDisplay(PlainDisplay):
         return Group(table, ProgressBar(total=total, completed=self._now.step, width=60))
 
 
-def _row(message: EpochEnd | Progress, accuracy: str) -> tuple[str | Text, ...]:
+def _row(message: EpochEnd | StepReport, accuracy: str) -> tuple[str | Text, ...]:
     state = Text(message.state, style=STATE_STYLE.get(message.state, ""))
     return *cells(message.metrics), state, accuracy, f"{message.img_s:.0f}", duration(message.eta_s)
 

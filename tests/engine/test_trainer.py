@@ -18,7 +18,7 @@ from safetensors.numpy import load_file
 import no_graph
 from fastbyol import api
 from fastbyol.config import Config
-from fastbyol.engine.observer import EpochEnd, Progress, Silent, Start
+from fastbyol.engine.observer import EpochEnd, Silent, Start, StepReport
 from fastbyol.errors import CollapsedError, FastbyolError, NoGraphError, UsageError
 from fastbyol.runs import checkpoint
 from fastbyol.runs.folder import RunFolder
@@ -98,7 +98,7 @@ class Killer(Silent):
     def __init__(self, at: int) -> None:
         self.at = at
 
-    def progress(self, message: Progress) -> None:
+    def progress(self, message: StepReport) -> None:
         if message.step >= self.at:
             os.kill(os.getpid(), signal.SIGKILL)
 
@@ -178,7 +178,7 @@ def test_sigterm_saves_between_steps_and_resumes(
 
 
 class Terminator(Silent):
-    def progress(self, message: Progress) -> None:
+    def progress(self, message: StepReport) -> None:
         if message.step == 3:
             os.kill(os.getpid(), signal.SIGTERM)
 

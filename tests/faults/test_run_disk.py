@@ -15,7 +15,7 @@ import run_rig as rig
 
 from fastbyol import api
 from fastbyol.config import Config
-from fastbyol.engine.observer import Progress, Silent
+from fastbyol.engine.observer import Silent, StepReport
 from fastbyol.errors import FastbyolError
 from fastbyol.runs import checkpoint
 
@@ -29,7 +29,7 @@ class Filler(Silent):
     def __init__(self, file: Path, at: int, room: int) -> None:
         self.file, self.at, self.room = file, at, room
 
-    def progress(self, message: Progress) -> None:
+    def progress(self, message: StepReport) -> None:
         if message.step >= self.at and not self.file.exists():
             with self.file.open("wb", buffering=0) as file, contextlib.suppress(OSError):
                 while file.write(bytes(4096)):

@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Column, Table
 
+from fastbyol.cli.options import Device, Json
 from fastbyol.errors import FastbyolError, UsageError
 from fastbyol.output import console as make_console
 from fastbyol.output import print_json, say
@@ -28,13 +29,6 @@ app = typer.Typer(
     no_args_is_help=True,
 )
 
-Json = Annotated[
-    bool,
-    typer.Option(
-        "--json",
-        help="Print one JSON object on standard output, everything else on standard error.",
-    ),
-]
 Scale = Annotated[
     Literal["full", "short", "long", "mini"],
     typer.Option(
@@ -58,6 +52,33 @@ Seeds = Annotated[
 Targets = Annotated[
     list[str] | None,
     typer.Argument(metavar="[CLAIM|ARM]...", help="Such as C6 C7 gn-lars-0.2@exclude."),
+]
+
+
+Everything = Annotated[
+    bool, typer.Option("--all", help="Every arm of the scale, open settings included.")
+]
+Jobs = Annotated[
+    int | None,
+    typer.Option(min=1, help="Runs at a time. Default: one a core, or what a GPU has room for."),
+]
+Data = Annotated[
+    str | None, typer.Option("--data", metavar="FILE", help="Beton, fashion-mnist or textures.")
+]
+TestData = Annotated[
+    str | None,
+    typer.Option("--test-data", metavar="FILE", help="Labelled beton for the probe."),
+]
+Stl10 = Annotated[
+    Path | None,
+    typer.Option("--stl10", metavar="DIR", help="STL-10's folder, converted on the first call."),
+]
+Sets = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Over the scale, under the arm."),
+]
+Check = Annotated[
+    bool, typer.Option("--check", help="Exit with code 4 where a claim is not reproduced.")
 ]
 
 
@@ -147,45 +168,20 @@ def show(
 @app.command()
 def run(
     targets: Targets = None,
-    everything: Annotated[
-        bool, typer.Option("--all", help="Every arm of the scale, open settings included.")
-    ] = False,
+    everything: Everything = False,
     scale: Scale = "mini",
     seeds: Seeds = None,
     out: Out = None,
-    jobs: Annotated[
-        int | None,
-        typer.Option(
-            min=1, help="Runs at a time. Default: one a core, or what a GPU has room for."
-        ),
-    ] = None,
-    data: Annotated[
-        str | None, typer.Option("--data", metavar="FILE", help="Beton, fashion-mnist or textures.")
-    ] = None,
-    test_data: Annotated[
-        str | None,
-        typer.Option("--test-data", metavar="FILE", help="Labelled beton for the probe."),
-    ] = None,
-    stl10: Annotated[
-        Path | None,
-        typer.Option(
-            "--stl10", metavar="DIR", help="STL-10's folder, converted on the first call."
-        ),
-    ] = None,
-    sets: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Over the scale, under the arm."),
-    ] = None,
-    device: Annotated[str, typer.Option(metavar="auto|cpu|cuda[:N]")] = "auto",
-    check: Annotated[
-        bool, typer.Option("--check", help="Exit with code 4 where a claim is not reproduced.")
-    ] = False,
+    jobs: Jobs = None,
+    data: Data = None,
+    test_data: TestData = None,
+    stl10: Stl10 = None,
+    sets: Sets = None,
+    device: Device = "auto",
+    check: Check = False,
     as_json: Json = False,
 ) -> None:
-    """Train what is missing, several runs at a time, and print the verdicts.
-
-    Interrupted, the next call goes on.
-    """
+    """Train what is missing, print the verdicts. After an interruption the next call goes on."""
     from fastbyol.ablations import plan, runner
 
     console = make_console(err=as_json)
@@ -193,26 +189,13 @@ def run(
     chosen = plan.chosen(targets or (), scale, everything=everything)
     files = _data_files(scale, folder, data, test_data, stl10, console)
     num_images = _checked(files)
-    runs = plan.make(
-        chosen,
-        scale,
-        folder,
-        seeds=seeds,
-        sets=sets or (),
-        flags=_flags(files, device),
-        num_images=num_images,
-    )
-    asked = {
-        "targets": targets or [],
-        "all": everything,
-        "seeds": seeds,
-        "set": sets or [],
-        "data": files,
-    }
-    asked["image_share"] = _say_what_data(runs[0], num_images, console)
-    outcome = runner.execute(
-        runs, folder, scale, asked=asked, jobs=jobs, device=device, console=console
-    )
+    what: dict[str, Any] = {"seeds": seeds, "sets": sets or (), "num_images": num_images}
+    runs = plan.make(chosen, scale, folder, flags=_flags(files, device), **what)
+    asked = {"targets": targets or [], "all": everything, "seeds": seeds, "set": sets or []}
+    share = _say_what_data(runs[0], num_images, console)
+    asked |= {"data": files, "image_share": share}
+    how: dict[str, Any] = {"asked": asked, "jobs": jobs, "device": device, "console": console}
+    outcome = runner.execute(runs, folder, scale, **how)
     verdicts = _read(folder).judged
     _say(outcome, verdicts, folder, scale, console, as_json)
     _finish(outcome, verdicts, check=check)

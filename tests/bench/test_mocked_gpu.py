@@ -48,16 +48,16 @@ def work(x, weight):
     return F.max_pool2d(F.conv2d(x, weight, padding=1), 3, 2, 1)
 
 x = torch.empty(64, 64, 32, 32, dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)
-weight = torch.empty(64, 64, 3, 3,
-dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last).requires_grad_()
-graphs = graphs_of(lambda backend: torch.compile(work, backend=backend, fullgraph=True,
-dynamic=False)(x, weight))
+weight = torch.empty(64, 64, 3, 3, dtype=torch.bfloat16)
+weight = weight.contiguous(memory_format=torch.channels_last).requires_grad_()
+how = {"fullgraph": True, "dynamic": False}
+graphs = graphs_of(lambda backend: torch.compile(work, backend=backend, **how)(x, weight))
 with mocked_h100():
     for graph in graphs:
         text, overlap_gb = lower(graph)
         code = parse(text)
-        kernels, others = (f"{k.kind} {k.gb:.9f}" for k in code.kernels),
-        (f"{e.name} {e.nodes}" for e in code.external)
+        kernels = (f"{k.kind} {k.gb:.9f}" for k in code.kernels)
+        others = (f"{e.name} {e.nodes}" for e in code.external)
         print(*kernels, *others, f"{overlap_gb:.9f}")
 """
 

@@ -70,8 +70,9 @@ def train(
 
 
 def _with_source(config: Resolved, observer: Observer | None) -> Resolved:
-    """Return ``config`` with ``train.init_from`` as a checkpoint's file: a run's newest one
-    changes.
+    """Return ``config`` with ``train.init_from`` as a checkpoint's file.
+
+    A run's folder would not do, because its newest checkpoint changes.
     """
     if config.train.init_from is None:
         return config

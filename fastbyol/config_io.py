@@ -1,8 +1,8 @@
-"""Configurations from presets, TOML files, ``--set`` and flags, with the origin of every value; and
-back to TOML.
+"""Configurations from presets, TOML files, ``--set`` and flags, and back to TOML.
 
-Precedence, weakest first: the defaults of config.py, the preset, the file, ``--set``, flags. Every
-mistake is a ``UsageError`` of one line: the key, where its value comes from, what is allowed.
+The origin of every value is kept. Precedence, weakest first: the defaults of config.py, the preset,
+the file, ``--set``, flags. Every mistake is a ``UsageError`` of one line: the key, where its value
+comes from, what is allowed.
 """
 
 from __future__ import annotations
@@ -361,8 +361,9 @@ def _cleared(key: str, value: object) -> object:
 
 
 def _read(field: FieldInfo, text: str) -> object:
-    """Return the value of a typed ``text``: bare words for text fields, commas for lists, else
-    TOML.
+    """Return the value of a typed ``text``.
+
+    Text fields take bare words, lists take commas, and the others take TOML.
     """
     kinds = alternatives(field)
     if any(typing.get_origin(kind) is tuple for kind in kinds) and not text.startswith("["):

@@ -37,12 +37,11 @@ PAIR = ("gn-lars-0.1", "gn-lars-0.2")
 
 
 def run(out: Path, *, seed: int = 0, console: Console) -> dict[str, Any]:
-    """Train or continue the demo preset, compare encoders under one probe, and train the two runs
-    of ``PAIR``.
+    """Train or continue the demo preset, and compare encoders under one probe.
 
-    The images are Fashion-MNIST if it is on this machine or can be downloaded, else textures. The
-    runs and their pictures are written into ``out``; earlier ones stay. Returns the accuracies in
-    percent and the time in seconds.
+    The two runs of ``PAIR`` are trained too. The images are Fashion-MNIST if it is on this machine
+    or can be downloaded, else textures. The runs and their pictures are written into ``out``;
+    earlier ones stay. Returns the accuracies in percent and the time in seconds.
     """
     began = time.perf_counter()
     _make_folder(out)
@@ -160,9 +159,7 @@ def _ending(curves: run_report.RunCurves) -> dict[str, Any]:
 
 
 def supervised(config: Config) -> float:
-    """Return the accuracy in percent of the encoder of ``config`` trained with the labels of its
-    images.
-    """
+    """Return the accuracy in percent of ``config``'s encoder trained with its images' labels."""
     data, size = config.data, config.views.size
     test_file = embedded.held_out_file(data)
     assert test_file is not None

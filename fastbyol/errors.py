@@ -8,8 +8,9 @@ from pathlib import Path
 
 
 class FastbyolError(Exception):
-    """A failure with a one-line message, which the command line prints before it exits with
-    ``exit_code``.
+    """A failure with a one-line message.
+
+    The command line prints the message before it exits with ``exit_code``.
     """
 
     exit_code = 1
@@ -40,8 +41,9 @@ class NoGraphError(FastbyolError):
 
 
 def one_line(error: BaseException, most: int | None = 200) -> str:
-    """Return a library's error in one line of at most ``most`` letters, or its type if it has no
-    message.
+    """Return a library's error in one line of at most ``most`` letters.
+
+    If it has no message, its type is returned.
     """
     return " ".join(str(error).split())[:most] or type(error).__name__
 
@@ -70,11 +72,11 @@ def check_choice(what: str, word: object, choices: Iterable[str]) -> None:
 def nearest(
     word: str, choices: Iterable[str], *, most: int = 1, least: float = 0.3, dotted: bool = False
 ) -> list[str]:
-    """Return up to ``most`` of ``choices`` that are spelled most like ``word``, the most alike
-    first.
+    """Return up to ``most`` of ``choices`` that are spelled most like ``word``.
 
-    Likeness is difflib's ratio in [0, 1], whatever the case; below ``least`` a choice is left out.
-    With ``dotted`` the last parts of dotted names are compared too, and the mean counts.
+    The most alike comes first. Likeness is difflib's ratio in [0, 1], whatever the case; below
+    ``least`` a choice is left out. With ``dotted`` the last parts of dotted names are compared too,
+    and the mean counts.
     """
 
     def ratio(a: str, b: str) -> float:

@@ -54,8 +54,9 @@ def say(*lines: str, err: bool = False) -> None:
 
 
 def print_json(value: Any) -> None:
-    """Print ``value`` as one JSON object in ASCII on standard output; numbers that are not finite
-    become null.
+    """Print ``value`` as one JSON object in ASCII on standard output.
+
+    Numbers that are not finite become null.
     """
     print(json.dumps(_finite(value), indent=2, default=str, allow_nan=False))
 
@@ -126,11 +127,10 @@ class _OneLine(logging.Formatter):
 
 @contextmanager
 def guarded() -> Iterator[Failures]:
-    """Replace ``sys.stdout`` and ``sys.stderr`` by streams that never raise, and yield their
-    failures.
+    """Replace ``sys.stdout`` and ``sys.stderr`` by streams that never raise.
 
-    Closed standard streams become /dev/null. Streams that the caller has replaced are left alone.
-    Log records go to standard error, one line each.
+    Their failures are yielded. Closed standard streams become /dev/null. Streams that the caller
+    has replaced are left alone. Log records go to standard error, one line each.
     """
     _open_closed()
     last_resort = logging.lastResort
@@ -161,8 +161,9 @@ def _stream(descriptor: int, name: str, failures: Failures, before: Any) -> io.T
 
 
 def _open_closed() -> None:
-    """Open /dev/null at 0, 1 and 2 where they are free, or the next file opened would get the
-    output.
+    """Open /dev/null at 0, 1 and 2 where they are free.
+
+    The next file that is opened would get the output otherwise.
     """
     for descriptor in range(3):
         try:

@@ -76,8 +76,9 @@ def _precisions() -> tuple[Any, ...]:
 
 
 def _keep_precisions(stack: ExitStack) -> None:
-    """Restore torch's precisions on exit: the older switches, which move several, then each
-    operation.
+    """Restore torch's precisions on exit.
+
+    The older switches, which move several, come first, and then each operation.
     """
     for switch in _precisions():
         stack.callback(setattr, switch, "fp32_precision", switch.fp32_precision)

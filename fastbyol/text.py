@@ -4,12 +4,11 @@ from __future__ import annotations
 
 
 def printable(text: str) -> str:
-    r"""Return ``text`` with Python's escape (``\x1b``, ``\n``, ``\udce9``) for each invisible
-    character.
+    r"""Return ``text`` with Python's escape for each invisible character.
 
-    Invisible characters move a terminal's cursor, change its colours, end a line or reverse the
-    reading direction. Lone surrogates, which Python uses in file names that are not UTF-8, are
-    escaped too: no encoding can write them.
+    Such escapes are ``\x1b``, ``\n`` and ``\udce9``. Invisible characters move a terminal's cursor,
+    change its colours, end a line or reverse the reading direction. Lone surrogates, which Python
+    uses in file names that are not UTF-8, are escaped too: no encoding can write them.
     """
     if text.isprintable():
         return text

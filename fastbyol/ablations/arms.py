@@ -1,5 +1,6 @@
-"""The arms: runs that claims are about, as settings over those of a scale; both in
-``configs/ablations``.
+"""The arms, which are runs that claims are about: settings over those of a scale.
+
+Both lie in ``configs/ablations``.
 """
 
 from __future__ import annotations

@@ -1,6 +1,4 @@
-"""The display of `ablate run`: one table that is redrawn on a terminal, a plain line per event
-elsewhere.
-"""
+"""The display of `ablate run`: a redrawn table on a terminal, a plain line per event elsewhere."""
 
 from __future__ import annotations
 
@@ -21,8 +19,9 @@ from fastbyol.show.screen import STATE_STYLE, duration
 
 
 class Board:
-    """Plain lines: one per run that starts, ends or fails, with the share that is done and the time
-    that is left.
+    """Plain lines: one for each run that starts, ends or fails.
+
+    Each also tells the share that is done and the time that is left.
     """
 
     def __init__(

@@ -1,9 +1,8 @@
-"""The post's appendix as numbers: its claims and the 29 curves read off its figures, both shipped
-with the package.
+"""The post's appendix as numbers: its claims and the 29 curves read off its figures.
 
-``published/claims.json`` holds the fourteen claims with the numbers of their figures,
-``published/curves.csv`` the points of the curves (``figure,series,epoch,value``). Figures are of
-single runs; no error bands were published.
+Both are shipped with the package. ``published/claims.json`` holds the fourteen claims with the
+numbers of their figures, ``published/curves.csv`` the points of the curves
+(``figure,series,epoch,value``). Figures are of single runs; no error bands were published.
 
 Source: "Understanding self-supervised and contrastive learning with BYOL", Appendix (2020).
 """
@@ -26,9 +25,9 @@ _DATA = files("fastbyol.ablations") / "published"
 
 @dataclass(frozen=True, eq=False)
 class Curve:
-    """One series of one figure: ``epoch`` float64 (P,), rising from 0 on, and ``value`` float64
-    (P,) in the figure's unit.
+    """One series of one figure.
 
+    ``epoch`` is float64 (P,) and rises from 0 on; ``value`` is float64 (P,) in the figure's unit.
     Accuracies are in percent; cosines, losses and rates have no unit. Epochs that were hidden in
     the figure are left out.
     """

@@ -93,10 +93,9 @@ class Evidence:
         seed: int,
         scale: Scale,
     ) -> Evidence:
-        """Make the evidence of the run in ``path`` from its ``events`` and from its layers, which
-        are read here.
+        """Make the evidence of the run in ``path`` from its ``events`` and its layers.
 
-        Raises UsageError: no epoch of the run has ended.
+        The layers are read here. Raises UsageError: no epoch of the run has ended.
         """
         check_choice("scale", scale, get_args(Scale))
         rows = [event for event in events if event["event"] == "epoch"]
@@ -144,9 +143,7 @@ class Evidence:
         return float(measured[-1]) if len(measured) else math.nan
 
     def rate_by_epoch(self, group: str) -> np.ndarray:
-        """Return the mean rate of ``group`` in each epoch, float64 (E,), NaN where it was not
-        recorded.
-        """
+        """Return the mean rate of ``group`` by epoch, float64 (E,), NaN where none is recorded."""
         return (
             self._by_epoch(self.rates[group])
             if group in self.rates
@@ -154,8 +151,7 @@ class Evidence:
         )
 
     def rise_by_epoch(self, group: str) -> np.ndarray:
-        """Return the mean rate of ``group`` in each epoch over its first one that is not 0, float64
-        (E,).
+        """Return the mean rate of ``group`` by epoch over its first that is not 0, float64 (E,).
 
         The warm-up of the learning rate is divided out.
         """

@@ -16,12 +16,12 @@ IMAGES, CHUNK, SEEDS = 2048, 256, (0, 1)
 
 @torch.no_grad()
 def image_share(config: Resolved) -> float:
-    """Return r = (positive - negative cosine) / (1 - negative cosine) of embeddings by the
-    untrained network of ``config``.
+    """Return the image share of embeddings by the untrained network of ``config``.
 
-    The mean over ``SEEDS`` of networks and views of ``IMAGES`` training images, or all of them;
-    quarters of the textures came to .005 to .018, of Fashion-MNIST to .065 to .095. On the second
-    LARS recovers, on the first nothing does. It is a marker; whether it is a cause is unknown.
+    The share is r = (positive - negative cosine) / (1 - negative cosine). It is the mean over
+    ``SEEDS`` of networks and views of ``IMAGES`` training images, or all of them. Quarters of the
+    textures came to .005 to .018, of Fashion-MNIST to .065 to .095. On the second LARS recovers, on
+    the first nothing does. It is a marker; whether it is a cause is unknown.
     """
     device, data = pick_device(config.train.device), config.data
     size = data.size or config.views.size

@@ -1,6 +1,4 @@
-"""The phases of a run, epoch by epoch, and the epochs in which it collapsed, left, separated or
-relapsed.
-"""
+"""A run's phase in each epoch, and the epochs when it collapsed, left, separated or relapsed."""
 
 from __future__ import annotations
 
@@ -76,8 +74,9 @@ class Phases:
         return self.phase[-1]
 
     def onset(self, epoch: int) -> str:
-        """Return ``epoch 3 (step 128)``: the epoch as the post counts, and the steps done at its
-        end.
+        """Return ``epoch`` in words: ``epoch 3 (step 128)``.
+
+        The epoch is counted as in the post, and the step is the number of steps done at its end.
         """
         return f"epoch {epoch} (step {(epoch + 1) * self.steps_per_epoch})"
 
@@ -145,11 +144,10 @@ def _by_accuracy(run: Evidence, measured: np.ndarray) -> Iterator[Phase]:
 
 @dataclass(frozen=True)
 class Peak:
-    """The highest epoch mean of a layer group's rate: its epoch, its value, and its multiple of the
-    first rate.
+    """The highest epoch mean of a layer group's rate.
 
-    The first rate is that of a run's first step, and of a figure's first epoch; zeros are passed
-    over. A warm-up alone is no rise.
+    It has an epoch, a value, and a multiple of the first rate. The first rate is that of a run's
+    first step, and of a figure's first epoch; zeros are passed over. A warm-up alone is no rise.
     """
 
     epoch: int

@@ -1,5 +1,6 @@
-"""The plan of a call: from claims and arms to runs, each with a configuration, a folder and a
-status.
+"""The plan of a call: its runs, each with a configuration, a folder and a status.
+
+The runs follow from claims and arms.
 """
 
 from __future__ import annotations
@@ -31,8 +32,9 @@ _FILES: dict[str, Literal["train", "test"]] = {"data.train": "train", "data.test
 
 @dataclass(frozen=True)
 class Run:
-    """One run to be made: arm, seed, folder, configuration, and the run ``after`` which it comes
-    (its rates).
+    """One run to be made: its arm, seed, folder and configuration.
+
+    ``after`` is the folder of the run that has to come first, because this one replays its rates.
     """
 
     arm: Arm
@@ -150,8 +152,9 @@ def _run(
 
 
 def _as_many_steps(config: Resolved, num_images: int) -> dict[str, Flag]:
-    """Return the flags that give epochs of ``num_images`` the steps of those of ``config``; none
-    where they have them.
+    """Return the flags that give epochs of ``num_images`` as many steps as those of ``config``.
+
+    No flags are returned where the epochs have as many already.
     """
     batch, limit = config.train.batch_size, config.data.limit
     if (taken := min(num_images, limit or num_images)) < batch:
@@ -200,8 +203,9 @@ def epochs_done(path: Path) -> int:
 
 
 def run_folders(out: Path) -> tuple[tuple[str, int, Path], ...]:
-    """Return (arm, seed, folder) of every run of an existing arm in ``out``, in the order of arms
-    and seeds.
+    """Return (arm, seed, folder) of every run of an existing arm in ``out``.
+
+    They come in the order of arms and seeds.
     """
     rows = []
     for name in arms():
@@ -247,8 +251,9 @@ def refuse_other_data(runs: Iterable[Run], out: Path) -> None:
 def _same_file(
     run: Path, name: Literal["train", "test"], asked: DataConfig, there: DataConfig
 ) -> bool:
-    """Return whether the file asked for holds the run's images; if those were not pinned, whether
-    it is the same file.
+    """Return whether the file asked for holds the run's images.
+
+    If those were not pinned, return whether it is the same file.
     """
     wanted, made = getattr(asked, name), getattr(there, name)
     pinned = inputs.of_run(run)
@@ -292,8 +297,9 @@ def _refuse_other(run: Run, there: Resolved) -> None:
 
 
 def _comparable(key: str, value: object) -> object:
-    """Return ``value`` as it compares: of another run's path the last two parts, ARM and seed, as
-    folders move.
+    """Return ``value`` in the form in which it is compared.
+
+    The path of another run is cut to its last two parts, ARM and seed, because folders move.
     """
     if not isinstance(value, str):
         return value

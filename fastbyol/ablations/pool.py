@@ -1,5 +1,6 @@
-"""Worker processes as the runner sees them: started with the right number of threads, sent runs,
-and listened to.
+"""Worker processes as the runner sees them.
+
+They are started with the right number of threads, sent runs, and listened to.
 """
 
 from __future__ import annotations
@@ -54,8 +55,9 @@ class Worker:
             )
 
     def receive(self) -> dict[str, Any] | None:
-        """Return the next message, waiting for the rest of one that has begun; None if the worker
-        died.
+        """Return the next message, or None if the worker died.
+
+        If a message has begun, its rest is waited for.
         """
         try:
             message: dict[str, Any] = self.connection.recv()
@@ -103,8 +105,9 @@ class Pool:
         return free
 
     def messages(self, timeout: float) -> Iterator[tuple[Run, dict[str, Any]]]:
-        """Yield what workers sent within ``timeout`` seconds with the run of each; a death is an
-        ``end`` with ``died``.
+        """Yield what workers sent within ``timeout`` seconds, with the run of each.
+
+        A worker's death is an ``end`` with ``died``.
         """
         ready = wait([worker.connection for worker in self._workers], timeout)
         for worker in [worker for worker in self._workers if worker.connection in ready]:
@@ -135,8 +138,9 @@ class Pool:
 
 
 def default_size(device: str) -> int:
-    """Return how many runs to train at a time: one a core, or as many as each GPU's memory has room
-    for.
+    """Return how many runs to train at a time.
+
+    It is one a core, or as many as each GPU's memory has room for.
     """
     cores = (
         len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,8 +1,8 @@
-"""The questions that rules ask: functions of the evidence of one run, or of one run each of several
-arms.
+"""The questions that rules ask of one run, or of one run of each of several arms.
 
-A question returns a ``Finding`` for one seed. Runs are compared with themselves where that is
-possible: to learn is to do better than one's own untrained weights.
+A question is a function of the evidence of these runs. It returns a ``Finding`` for one seed. Runs
+are compared with themselves where that is possible: to learn is to do better than one's own
+untrained weights.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ class Finding(NamedTuple):
 
 
 class Span(NamedTuple):
-    """A stretch from the start of a run: up to an epoch of the post's runs, or a share of a shorter
-    run.
+    """A stretch from the start of a run.
 
-    ``part`` is that share in words. ``followed``: how many epochs the post shows of the run in
-    question, where that is fewer.
+    It goes up to an epoch of the post's runs, or over a share of a shorter run. ``part`` is that
+    share in words. ``followed`` is how many epochs the post shows of the run in question, where
+    that is fewer.
     """
 
     epoch: int
@@ -88,8 +88,9 @@ class Span(NamedTuple):
         return run.finished or bool(run.epoch[-1] >= self.last_epoch(run))
 
     def holds(self, run: Evidence, epoch: int | None, then: str, otherwise: str) -> Finding:
-        """Return whether ``epoch``, in which an event happened, lies in the span; None if it never
-        did.
+        """Return whether ``epoch``, in which an event happened, lies in the span.
+
+        ``epoch`` is None if the event never happened.
         """
         if epoch is None:
             return Finding(False if self.is_over(run) else None, otherwise)
@@ -137,10 +138,10 @@ def ends_collapsed(run: Evidence) -> Finding:
 
 
 def ends_out(run: Evidence, span: Span | None = None) -> Finding:
-    """Ask whether the last epoch is not in the collapsed phase; by accuracy alone: whether it is
-    useful.
+    """Ask whether the last epoch is not in the collapsed phase.
 
-    A collapsed run that is over before ``span`` leaves it open.
+    Where accuracy alone decides, ask whether it is useful. A collapsed run that is over before
+    ``span`` leaves it open.
     """
     phases = phases_of(run)
     out = phases.end != "collapsed"
@@ -166,10 +167,10 @@ def never_leaves(run: Evidence) -> Finding:
 
 
 def leaves(run: Evidence, span: Span) -> Finding:
-    """Ask whether the run leaves the collapsed phase within ``span``; by accuracy alone: is useful
-    by then.
+    """Ask whether the run leaves the collapsed phase within ``span``.
 
-    A run that never collapsed has nothing to leave, so this does not hold.
+    Where accuracy alone decides, ask whether it is useful by then. A run that never collapsed has
+    nothing to leave, so this does not hold.
     """
     phases = phases_of(run)
     epoch = phases.first("separated") if phases.signal == "accuracy" else phases.leaving
@@ -213,8 +214,9 @@ def comes_and_goes(run: Evidence, span: Span) -> Finding:
 
 
 def disturbed(run: Evidence) -> Finding:
-    """Ask whether after the collapse the loss climbs to DISTURBED times its lowest, or the phase is
-    left.
+    """Ask whether the loss climbs after the collapse, or the phase is left.
+
+    The loss has climbed when it is DISTURBED times its lowest.
     """
     phases = phases_of(run)
     if phases.collapse is None:
@@ -280,8 +282,9 @@ def peaks_before(first: Evidence, second: Evidence, group: str) -> Finding:
 
 
 def learns(run: Evidence) -> Finding:
-    """Ask whether the last accuracy is above that of the untrained weights by more than sampling
-    explains.
+    """Ask whether the last accuracy is above that of the untrained weights.
+
+    It has to be above by more than sampling explains.
     """
     first, last = untrained_accuracy(run), run.last_accuracy
     if not math.isfinite(first + last):
@@ -323,9 +326,7 @@ def level(run: Evidence, published: float) -> Finding:
 
 
 def beat_the_last(*runs: Evidence) -> Finding:
-    """Ask whether every run has an accuracy above that of the last of ``runs``, by the table's
-    epoch.
-    """
+    """Ask whether every run beats the accuracy of the last of ``runs`` by the table's epoch."""
     *better, worse = runs
     accuracies = [table_accuracy(run) for run in runs]
     if (missing := _unmeasured(runs, accuracies)) is not None:
@@ -348,8 +349,9 @@ def no_better_than_the_last(*runs: Evidence) -> Finding:
 
 
 def in_order(*runs: Evidence) -> Finding:
-    """Ask whether accuracies fall from each run to the next, a rise that sampling explains
-    excepted.
+    """Ask whether accuracies fall from each run to the next.
+
+    A rise that sampling explains is excepted.
     """
     accuracies = [table_accuracy(run) for run in runs]
     if (missing := _unmeasured(runs, accuracies)) is not None:
@@ -362,8 +364,9 @@ def in_order(*runs: Evidence) -> Finding:
 
 
 def only_the_first_never_collapses(first: Evidence, *others: Evidence) -> Finding:
-    """Ask whether ``first`` never collapses and all ``others`` end collapsed; one answer no
-    decides.
+    """Ask whether ``first`` never collapses and all ``others`` end collapsed.
+
+    A single answer of no decides.
     """
     findings = [never_collapses(first), *map(ends_collapsed, others)]
     answers = [finding.answer for finding in findings]
@@ -387,10 +390,10 @@ def untrained_accuracy(run: Evidence) -> float:
 
 
 def table_accuracy(run: Evidence) -> float:
-    """Return the accuracy in percent after the tenth epoch, as the post's table has; NaN if
-    unknown.
+    """Return the accuracy in percent after the tenth epoch, as the post's table has it.
 
-    Of runs that are shorter than full length it is the accuracy at the end.
+    It is NaN if it is unknown. Of runs that are shorter than full length it is the accuracy at the
+    end.
     """
     last = 9 if run.scale in ("published", "full") else run.epochs
     measured = run.accuracy[np.isfinite(run.accuracy) & (run.epoch <= last)]

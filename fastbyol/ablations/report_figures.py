@@ -207,8 +207,7 @@ def draw_rates(run: Record) -> Figure:
 
 
 def rate_map(run: Record) -> tuple[list[str], np.ndarray, np.ndarray]:
-    """Return names of the weight matrices and kernels (R,), first and end step (2,), and their
-    rates.
+    """Return names of weight matrices and kernels (R,), first and end step (2,), and rates.
 
     Rates are float64 (R, columns), means over at most ``MAP_COLUMNS`` spans of steps.
     """

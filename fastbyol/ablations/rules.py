@@ -1,8 +1,7 @@
-"""The verdict rules, a table read top to bottom: the statements that each claim makes, in words and
-as questions.
+"""The verdict rules, a table read top to bottom.
 
-To leave the collapse and to learn are two statements everywhere: runs have done either without the
-other.
+It has the statements that each claim makes, in words and as questions. To leave the collapse and to
+learn are two statements everywhere: runs have done either without the other.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
-"""Train a plan's runs, several at a time: skip what is done, go on with what was stopped, report
-what fails and carry on.
+"""The training of a plan's runs, several at a time.
+
+What is done is skipped, what was stopped goes on, what fails is reported and stops nothing else.
 """
 
 from __future__ import annotations
@@ -32,8 +33,9 @@ TICK_S = 0.5
 
 @dataclass(frozen=True)
 class Outcome:
-    """The end of a call: names of runs that it finished, skipped, left stopped; (name, why) of
-    failed ones.
+    """The end of a call: the runs that it finished, skipped, left stopped or saw fail.
+
+    Runs are names; a failed one is (name, why).
     """
 
     finished: tuple[str, ...]
@@ -119,8 +121,9 @@ class Runner:
             self._stop(run, seconds)
 
     def _stop(self, run: Run, seconds: float) -> None:
-        """Record a run that a signal stopped, perhaps not ours; it is saved, and the next call goes
-        on with it.
+        """Record a run that a signal, perhaps not ours, has stopped.
+
+        The run is saved, and the next call goes on with it.
         """
         self.stopped.append(run.name)
         self._ledger.record(run, {"status": "stopped", "seconds": seconds})
@@ -150,12 +153,12 @@ def execute(
     device: str,
     console: Console,
 ) -> Outcome:
-    """Train ``runs``, which lie in ``out``, ``jobs`` at a time (None: what the device has room
-    for).
+    """Train ``runs``, which lie in ``out``, ``jobs`` at a time.
 
-    ``asked`` goes into the ledger. A run that fails does not stop the others. One of
-    ``interrupt.SIGNALS`` saves and stops the runs at work; a second SIGINT kills them. Raises
-    UsageError: another call works in ``out``, or a folder holds another run.
+    If ``jobs`` is None, as many are trained as the device has room for. ``asked`` goes into the
+    ledger. A run that fails does not stop the others. One of ``interrupt.SIGNALS`` saves and stops
+    the runs at work; a second SIGINT kills them. Raises UsageError: another call works in ``out``,
+    or a folder holds another run.
     """
     began = time.monotonic()
     where = str(pick_device(device))

@@ -1,5 +1,6 @@
-"""A folder of ablations, read once: its runs, what became of those asked for, and the verdicts on
-all claims.
+"""A folder of ablations, read once: its runs, and the verdicts on all claims.
+
+It also tells what became of the runs that were asked for.
 """
 
 from __future__ import annotations
@@ -24,12 +25,12 @@ from fastbyol.runs.metrics import read_events
 
 @dataclass(frozen=True)
 class Account:
-    """The fate of every run ever asked for, by name (``ARM seed K``); each is in one of the next
-    four fields.
+    """The fate of every run ever asked for, by name (``ARM seed K``).
 
-    ``failed`` gives reasons. ``left``: not begun, or begun and without an end in the ledger.
-    ``odd`` are sentences on runs that failed before they were done, about which the ledger and the
-    folder disagree, or whose arm does not exist.
+    Each name is in one of the next four fields. ``failed`` gives reasons. ``left`` are those that
+    have not begun, or have begun and have no end in the ledger. ``odd`` are sentences on runs that
+    failed before they were done, about which the ledger and the folder disagree, or whose arm does
+    not exist.
     """
 
     asked: tuple[str, ...]
@@ -42,8 +43,9 @@ class Account:
 
 @dataclass(frozen=True, eq=False)
 class Record:
-    """A run as its folder has it: measurements, configuration, events, and the environment it was
-    made in.
+    """A run as its folder has it: measurements, configuration, events and environment.
+
+    The environment is the one that the run was made in.
     """
 
     path: Path
@@ -67,11 +69,11 @@ class Record:
 
 @dataclass(frozen=True, eq=False)
 class Suite:
-    """All runs of the folder ``out`` by arm and seed, and the verdicts by claim, from finished runs
-    alone.
+    """All runs of the folder ``out`` by arm and seed, and the verdicts by claim.
 
-    ``left_out`` names the runs that could not be read, and why. ``commands`` are the calls that
-    made the runs, ``data`` the names of the sets that they were trained on.
+    The verdicts come from finished runs alone. ``left_out`` names the runs that could not be read,
+    and why. ``commands`` are the calls that made the runs, ``data`` the names of the sets that they
+    were trained on.
     """
 
     out: Path
@@ -86,10 +88,10 @@ class Suite:
 
     @classmethod
     def read(cls, out: Path) -> Suite:
-        """Read the ledger and every run in ``out``; one damaged run does not keep the others from
-        judgement.
+        """Read the ledger and every run in ``out``.
 
-        Raises UsageError: there is no ledger.
+        One damaged run does not keep the others from judgement. Raises UsageError: there is no
+        ledger.
         """
         content = ledger.read(out)
         scale: ScaleName = content["scale"]
@@ -136,8 +138,9 @@ class Suite:
         return tuple(run.evidence for run in self.runs.get(arm, ()))
 
     def seeds(self, claim: Claim) -> str:
-        """Return how many finished seeds the arms of a claim have: one number, or the least and the
-        most.
+        """Return how many finished seeds the arms of a claim have.
+
+        It is one number, or the least and the most.
         """
         counts = sorted(set(map(self._num_finished, claim.arms)))
         return "-".join(str(count) for count in dict.fromkeys((counts[0], counts[-1])))
@@ -147,8 +150,9 @@ class Suite:
 
 
 def account(out: Path, content: Mapping[str, Any]) -> Account:
-    """Count the runs of ``out`` by its ledger's ``content``, and compare that with the folders
-    there.
+    """Count the runs of ``out`` by its ledger's ``content``.
+
+    The count is compared with the folders there.
     """
     rows = {f"{row['arm']} seed {row['seed']}": row for row in content["runs"].values()}
     asked = tuple(

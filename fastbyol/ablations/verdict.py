@@ -15,13 +15,12 @@ Outcome = Literal["reproduced", "partly", "mixed", "not reproduced", "undetermin
 
 
 class Statement(NamedTuple):
-    """One sentence of a claim: whether it held (None: ``mixed``, or undecided), and the
-    measurements.
+    """One sentence of a claim: whether it held, and the measurements.
 
-    A ``main`` statement decides, an ``other`` one refines, and a ``told`` one counts for nothing:
-    it cannot be asked of these runs, or is a control. ``rule`` says in words when the statement
-    holds for a seed. It held for ``yes`` of the ``asked`` seeds, a share that lies in ``interval``;
-    ``open`` of them have no answer.
+    ``held`` is None if the statement is ``mixed`` or undecided. A ``main`` statement decides, an
+    ``other`` one refines, and a ``told`` one counts for nothing: it cannot be asked of these runs,
+    or is a control. ``rule`` says in words when the statement holds for a seed. It held for ``yes``
+    of the ``asked`` seeds, a share that lies in ``interval``; ``open`` of them have no answer.
     """
 
     text: str
@@ -77,10 +76,10 @@ def judge(
 def judge_variants(
     claim: Claim, evidence: Mapping[str, Sequence[Evidence]], scale: Scale
 ) -> dict[str, Verdict]:
-    """Judge the settings that the post leaves open: by WHAT, with the runs of ARM@WHAT instead of
-    ARM's.
+    """Judge the settings that the post leaves open, and return the verdicts by WHAT.
 
-    One seed is enough: these verdicts show alternatives, and count for nothing.
+    The runs of ARM@WHAT are judged instead of ARM's. One seed is enough: these verdicts show
+    alternatives, and count for nothing.
     """
     whats = {
         what
@@ -157,8 +156,9 @@ def _state(
 
 
 def decide(yes: int, no: int, asked: int, needs: int) -> tuple[bool | None, str]:
-    """Return whether a statement held, and the count in words, from ``yes`` and ``no`` of ``asked``
-    seeds.
+    """Return whether a statement held, from ``yes`` and ``no`` of ``asked`` seeds.
+
+    The count is returned too, in words.
 
     It held if at least two thirds of the seeds hold and Wilson's 95 % interval of their share lies
     above one third, which excludes that it holds in a third of the runs or fewer. It did not if at

@@ -136,8 +136,9 @@ def show(
     scale: Scale = "mini",
     as_json: Json = False,
 ) -> None:
-    """Show a claim (text, figure, published numbers, rules, settings) or an arm (its
-    configuration).
+    """Show a claim or an arm.
+
+    A claim has text, figure, published numbers, rules and settings; an arm has its configuration.
     """
     from fastbyol import config_io
     from fastbyol.ablations.arms import arm, load
@@ -219,8 +220,9 @@ def report(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Judge the runs that lie in DIR: the verdict of every claim with its evidence, and all of it
-    as one HTML file.
+    """Judge the runs that lie in DIR.
+
+    The verdict of every claim is shown with its evidence, and all is written as one HTML file.
     """
     from fastbyol.ablations import report as reports
 

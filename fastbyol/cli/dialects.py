@@ -1,8 +1,8 @@
-"""The dialects of LARS in numbers: each one's step from the same weights and gradients, and its
-highest rate.
+"""The dialects of LARS in numbers: each one's step, and its highest rate.
 
-Every number comes from ``fastbyol_kernels.lars_ema``: ``reference`` steps on example vectors, and
-``trust_ratio`` is applied to the norms that a run recorded.
+All steps start from the same weights and gradients. Every number comes from
+``fastbyol_kernels.lars_ema``: ``reference`` steps on example vectors, and ``trust_ratio`` is
+applied to the norms that a run recorded.
 """
 
 from __future__ import annotations
@@ -88,8 +88,9 @@ def parse_rules(text: str) -> tuple[Rule, ...]:
 
 
 def step(rule: Rule, *, lr: float, weight_decay: float, eta: float) -> dict[str, dict[str, float]]:
-    """Take one step from zero momentum on each of ``EXAMPLES``, in float64; return name ->
-    ``COLUMNS``.
+    """Take one step from zero momentum on each of ``EXAMPLES``, in float64.
+
+    Return name -> ``COLUMNS``.
     """
     weights = torch.tensor([e.weight for e in EXAMPLES], dtype=torch.float64)
     opposite = (-weight_decay * weights).tolist()
@@ -153,8 +154,9 @@ def lars(
 
 
 def published_peak(eta: float = 1e-3) -> dict[str, Any]:
-    """Return the highest rate published at lr .1, the weight decay that allows it, and the ceilings
-    of ``DECAYS``.
+    """Return the highest rate published at lr .1, and the weight decay that allows it.
+
+    The ceilings of ``DECAYS`` are returned too.
     """
     curve = published()["lars_timing_rate", "lr0.1"]
     top, lr = int(np.argmax(curve.value)), 0.1
@@ -183,12 +185,11 @@ def published_peak(eta: float = 1e-3) -> dict[str, Any]:
 
 
 def of_run(path: Path, rules: Sequence[Rule], at_step: int | None = None) -> dict[str, Any]:
-    """Apply ``rules`` to the norms that a run recorded at one step, by default that of its highest
-    rate.
+    """Apply ``rules`` to the norms that a run recorded at one step.
 
-    Only norms are recorded, which bound ``deepmind``'s |g + wd w| from both sides. Its trust ratio
-    and rate are pairs then. Raises UsageError: no run, nothing recorded, no record of that step,
-    no such rule.
+    By default it is the step of the run's highest rate. Only norms are recorded, which bound
+    ``deepmind``'s |g + wd w| from both sides. Its trust ratio and rate are pairs then. Raises
+    UsageError: no run, nothing recorded, no record of that step, no such rule.
     """
     for rule in rules:
         check_choice("dialect", rule, RULES)

@@ -198,8 +198,9 @@ def _device() -> Check:
 
 
 def _choices() -> list[Check]:
-    """Report what ``auto`` means here, and why, for the network of the defaults, which is the
-    post's.
+    """Report what ``auto`` means here, and why.
+
+    The network is that of the defaults, which is the post's.
     """
     try:
         from fastbyol.config import Config

@@ -78,8 +78,9 @@ def with_config_options(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def config_flags(values: Mapping[str, Any]) -> dict[str, Flag]:
-    """Return the flags in ``values``, which are options by argument name, by the dotted key they
-    set.
+    """Return the flags in ``values`` by the dotted key that they set.
+
+    ``values`` are options by argument name.
     """
     flags = {}
     for key, field, option in _declared():
@@ -118,8 +119,9 @@ def _kind(field: FieldInfo) -> Any:
 
 
 def _parsed_type(field: FieldInfo) -> Any:
-    """Return the type that typer parses; config.py checks the values, so that messages name the
-    key.
+    """Return the type that typer parses.
+
+    config.py checks the values, so that messages name the key.
     """
     kind = _kind(field)
     if typing.get_origin(kind) is tuple:

@@ -116,9 +116,7 @@ class Session:
 
 
 class _Saved(NamedTuple):
-    """What an earlier process left: its progress and versions, telemetry's record, the engine's
-    mode.
-    """
+    """The progress and versions, telemetry's record and engine's mode of an earlier process."""
 
     progress: Progress
     made_by: Mapping[str, Any]
@@ -389,8 +387,9 @@ class Preparation:
     def _ready_engine(
         self, batches: loader.Loader, state: TrainState, saved: _Saved
     ) -> capture.Engine:
-        """Return what takes the steps, compiled for the next batch; a run with none left compiles
-        nothing.
+        """Return what takes the steps, compiled for the next batch.
+
+        A run that has no steps left compiles nothing.
         """
         step = saved.progress.step
         chosen = capture.choose(

@@ -222,8 +222,9 @@ class Loop:
         )
 
     def _probe(self, epoch: int) -> tuple[float | None, float | None]:
-        """Return accuracy in percent and rank of the embeddings, or None and None in an epoch
-        without a probe.
+        """Return accuracy in percent and rank of the embeddings.
+
+        Both are None in an epoch without a probe.
         """
         config, test = self.session.config, self.session.test
         every, is_last = config.probe.every_epochs, epoch + 1 == config.train.epochs
@@ -232,9 +233,7 @@ class Loop:
         return self._evaluate(test)[:2]
 
     def _evaluate(self, test: loader.Images) -> tuple[float, float, int]:
-        """Return accuracy in percent, effective rank of the embeddings, and the number of images
-        scored.
-        """
+        """Return accuracy in percent, effective rank of embeddings, and number of scored images."""
         session = self.session
         result = protocol.evaluate(
             session.config.probe.protocol,
@@ -310,8 +309,9 @@ class Pace:
         self._img_s = 0.0
 
     def update(self, step: int) -> tuple[float, float]:
-        """Return images per second since the last update, and seconds left at that pace (0: not
-        known).
+        """Return images per second since the last update, and seconds left at that pace.
+
+        The seconds are 0 if they are not known.
         """
         now = time.perf_counter()
         if step > self._step:

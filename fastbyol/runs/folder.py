@@ -1,5 +1,7 @@
-"""A run's folder: config.toml, env.json, metrics.jsonl, layers.npy, timing.jsonl, checkpoints/,
-report.html, and a lock.
+"""A run's folder: its files, and a lock.
+
+The files are config.toml, env.json, metrics.jsonl, layers.npy, timing.jsonl, checkpoints/ and
+report.html.
 """
 
 from __future__ import annotations

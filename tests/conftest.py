@@ -13,16 +13,24 @@ from __future__ import annotations
 
 import faulthandler
 import hashlib
+import json
 import os
 import signal
+import sys
 from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
+
+# As fastbyol's own command has it: threads that wait for others would spin, and take the cores
+# from the tests beside. OpenMP reads this when torch is imported.
+os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 
 import processes
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+
+from fastbyol.cli import main
 
 # That a machine is busy, or that the first example waits for a compiler, is no fault of what is
 # tested.
@@ -117,6 +125,52 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         needs_gpu = any(mark.kwargs.get("only") for mark in item.iter_markers("gpu"))
         if needs_gpu and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+class Command:
+    """The command line as typed, ``first`` and what follows, within this process."""
+
+    def __init__(self, capsys: pytest.CaptureFixture[str], *first: str) -> None:
+        self.capsys, self.first = capsys, first
+
+    def __call__(self, *arguments: object) -> tuple[int, str, str]:
+        """Run it; return (exit code, stdout, stderr)."""
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(sys, "argv", ["fastbyol", *self.first, *map(str, arguments)])
+            with pytest.raises(SystemExit) as ended:
+                main.main()
+        printed = self.capsys.readouterr()
+        return int(ended.value.code or 0), printed.out, printed.err
+
+    def output(self, *arguments: object) -> str:
+        """Run it to its good end; return stdout."""
+        code, out, err = self(*arguments)
+        assert code == 0, err
+        return out
+
+    def json(self, *arguments: object) -> Any:
+        """Run it with --json; return what it printed."""
+        return json.loads(self.output(*arguments, "--json"))
+
+    def refusal(self, *arguments: object, code: int = 2) -> str:
+        """Run what is refused; return its error, which is all of stderr and one line."""
+        ended, _, err = self(*arguments)
+        assert ended == code, err
+        assert err.startswith("fastbyol: error: "), err
+        assert err.count("\n") == 1, err
+        return err
+
+
+@pytest.fixture
+def run(
+    request: pytest.FixtureRequest,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> Command:
+    """A command line in an empty folder; the module may name its first words in COMMAND."""
+    monkeypatch.chdir(tmp_path)
+    return Command(capsys, *getattr(request.module, "COMMAND", ()))
 
 
 @pytest.fixture(autouse=True)

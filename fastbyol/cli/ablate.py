@@ -110,21 +110,14 @@ def list_(scale: Scale = "mini", out: Out = None, as_json: Json = False) -> None
     here = {claim for row in rows for claim in row["claims"]}
     claims_table = Table("claim", "says", box=None)
     for claim in CLAIMS:
-        claims_table.add_row(
-            claim.id,
-            claim.says
-            + ("" if claim.id in here else f" (not at --scale {scale}: {_scales_of(claim)})"),
-        )
-    arms_table = Table(
-        Column("arm", overflow="fold"), "claims", "seeds", "runs done", "what it is", box=None
-    )
+        elsewhere = "" if claim.id in here else f" (not at --scale {scale}: {_scales_of(claim)})"
+        claims_table.add_row(claim.id, claim.says + elsewhere)
+    names = ("claims", "seeds", "runs done", "what it is")
+    arms_table = Table(Column("arm", overflow="fold"), *names, box=None)
     for row in rows:
-        done = f"{row['done']}" + "".join(
-            f", {row[name]} {name}" for name in ("stopped", "damaged") if row[name]
-        )
-        arms_table.add_row(
-            row["arm"], " ".join(row["claims"]), str(row["seeds"]), done, row["about"]
-        )
+        others = (f", {row[name]} {name}" for name in ("stopped", "damaged") if row[name])
+        done, of = f"{row['done']}{''.join(others)}", " ".join(row["claims"])
+        arms_table.add_row(row["arm"], of, str(row["seeds"]), done, row["about"])
     console.print(claims_table)
     console.print()
     console.print(arms_table)
@@ -151,16 +144,8 @@ def show(
     chosen = arm(target)
     loaded = load(chosen, scale, seed=0)
     if as_json:
-        config = loaded.config.model_dump(mode="json")
-        print_json(
-            {
-                "arm": chosen.name,
-                "about": chosen.about,
-                "claims": chosen.claims,
-                "scale": scale,
-                "config": config,
-            }
-        )
+        about = {"arm": chosen.name, "about": chosen.about, "claims": chosen.claims}
+        print_json(about | {"scale": scale, "config": loaded.config.model_dump(mode="json")})
     else:
         say(f"# {chosen.name}: {chosen.about} ({', '.join(chosen.claims)})")
         say(*config_io.dump(loaded.config, loaded.origin).split("\n"))
@@ -215,9 +200,7 @@ def report(
             "--png", metavar="DIR", help="Write two pictures and verdicts.json there too."
         ),
     ] = None,
-    check: Annotated[
-        bool, typer.Option("--check", help="Exit with code 4 where a claim is not reproduced.")
-    ] = False,
+    check: Check = False,
     as_json: Json = False,
 ) -> None:
     """Judge the runs that lie in DIR.
@@ -229,13 +212,7 @@ def report(
     folder = _folder(out, scale)
     suite = _read(folder)
     if as_json:
-        print_json(
-            {
-                "out": str(folder),
-                "scale": suite.scale,
-                "verdicts": [_verdict_row(verdict) for verdict in suite.judged],
-            }
-        )
+        print_json({"out": str(folder), "scale": suite.scale, **_verdict_rows(suite.judged)})
     else:
         _print_verdicts(suite.judged, make_console())
     page = html or folder / "report.html"
@@ -373,18 +350,12 @@ def _arm_row(arm: Arm, scale: ScaleName, folder: Path) -> dict[str, Any]:
     counts = Counter(done=0, stopped=0, damaged=0)
     for path in sorted(run_path(folder, arm.name, 0).parent.glob("seed*/config.toml")):
         try:
-            counts[
-                "done" if epochs_done(path.parent) >= read_run(path).train.epochs else "stopped"
-            ] += 1
+            whole = epochs_done(path.parent) >= read_run(path).train.epochs
+            counts["done" if whole else "stopped"] += 1
         except FastbyolError:
             counts["damaged"] += 1
-    return {
-        "arm": arm.name,
-        "about": arm.about,
-        "claims": arm.claims,
-        "seeds": seeds_of(arm, None),
-        **counts,
-    }
+    about = {"arm": arm.name, "about": arm.about, "claims": arm.claims}
+    return about | {"seeds": seeds_of(arm, None), **counts}
 
 
 def _show_claim(claim: Claim, as_json: bool) -> None:
@@ -396,36 +367,21 @@ def _show_claim(claim: Claim, as_json: bool) -> None:
         print_json(
             {
                 "id": claim.id, "name": claim.name, "says": claim.says, "figures": claim.figures,
-                "arms": settings,
-                "controls": claim.controls, "published": dict(claim.numbers),
-                "rule": in_words(claim.id).splitlines(),
-                "seeds": claim.needs,
+                "arms": settings, "controls": claim.controls, "published": dict(claim.numbers),
+                "rule": in_words(claim.id).splitlines(), "seeds": claim.needs,
             }
         )  # fmt: skip
         return
-    lines = [
-        f"{claim.id} {claim.name}: {claim.says}",
-        "",
-        f"figures: {', '.join(claim.figures) or 'none'}",
-    ]
-    lines += (
-        ["published:", *(f"  {key}: {value}" for key, value in claim.numbers.items())]
-        if claim.numbers
-        else []
-    )
-    lines += [
-        "",
-        f"verdict, from {claim.needs} seeds or more:",
-        *(f"  {line}" for line in in_words(claim.id).splitlines()),
-        "",
-    ]
+    say(f"{claim.id} {claim.name}: {claim.says}", "")
+    say(f"figures: {', '.join(claim.figures) or 'none'}")
+    if claim.numbers:
+        say("published:", *(f"  {key}: {value}" for key, value in claim.numbers.items()))
+    say("", f"verdict, from {claim.needs} seeds or more:")
+    say(*(f"  {line}" for line in in_words(claim.id).splitlines()), "")
     for name, values in settings.items():
-        kind = "control" if name in claim.controls else "arm"
-        lines += [
-            f"{kind} {name}: {arm(name).about}",
-            *(f"  {key} = {value}" for key, value in values.items()),
-        ]
-    say(*lines)
+        say(f"{'control' if name in claim.controls else 'arm'} {name}: {arm(name).about}")
+        for key, value in values.items():
+            say(f"  {key} = {value}")
 
 
 def _say(
@@ -439,14 +395,8 @@ def _say(
     if as_json:
         from dataclasses import asdict
 
-        print_json(
-            {
-                "out": str(folder),
-                "scale": scale,
-                **asdict(outcome),
-                "verdicts": [_verdict_row(verdict) for verdict in verdicts],
-            }
-        )
+        made = {"out": str(folder), "scale": scale, **asdict(outcome)}
+        print_json(made | _verdict_rows(verdicts))
         return
     if verdicts:
         _print_verdicts(verdicts, console)
@@ -472,12 +422,13 @@ def _print_verdicts(verdicts: Sequence[Verdict], console: Console) -> None:
     console.print(table)
 
 
-def _verdict_row(verdict: Verdict) -> dict[str, Any]:
-    return {
-        "claim": verdict.claim,
-        "outcome": verdict.outcome,
-        "statements": [row._asdict() for row in verdict.statements],
-    }
+def _verdict_rows(verdicts: Sequence[Verdict]) -> dict[str, Any]:
+    """Return the entry ``verdicts`` of a command's JSON."""
+    rows = [
+        {"claim": v.claim, "outcome": v.outcome, "statements": [s._asdict() for s in v.statements]}
+        for v in verdicts
+    ]
+    return {"verdicts": rows}
 
 
 def _finish(outcome: Outcome, verdicts: Sequence[Verdict], *, check: bool) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -15,24 +14,10 @@ import processes
 import pytest
 import torch
 
-from fastbyol.cli import main
 from fastbyol_bench import command, results, table, train, views, waterfall
 from sample_results import result, timed
 
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    monkeypatch.chdir(tmp_path)
-
-    def typed(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["fastbyol", "bench", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            main.main()
-        printed = capsys.readouterr()
-        return int(ended.value.code or 0), printed.out, printed.err
-
-    return typed
-
+COMMAND = ("bench",)
 
 # What a suite must have measured, and what it must say that it needs on a machine without a GPU.
 EXPECTED = {
@@ -64,11 +49,10 @@ EXPECTED = {
 @pytest.mark.parametrize("suite", command.SUITES)
 def test_every_suite_measures_and_keeps(suite: str, run) -> None:
     before = torch.get_num_threads()
-    code, out, err = run(suite, "--quick", "--device", "cpu", "--out", "kept", "--json")
-    assert code == 0, err
+    told = run.json(suite, "--quick", "--device", "cpu", "--out", "kept")
     assert torch.get_num_threads() == before
     kept = results.read(Path("kept") / f"cpu-{suite}.json")
-    assert results.Result.model_validate_json(out) == kept
+    assert results.Result.model_validate(told) == kept
     assert kept.suites == (suite,)
     assert kept.quick
     measured, needing = EXPECTED[suite]
@@ -173,12 +157,10 @@ def test_compares_kept_results(run, tmp_path: Path) -> None:
     results.write(
         result(rows=(a.rows[0].model_copy(update={"timing": timed(0.05)}),)), tmp_path / "b.json"
     )
-    code, out, _ = run("--compare", "a.json", "b.json")
-    assert code == 0
+    out = run.output("--compare", "a.json", "b.json")
     assert "2.00" in out
     assert "faster" in out
-    code, out, _ = run("--compare", "a.json", "b.json", "--json")
-    assert json.loads(out)["changes"][0]["verdict"] == "faster"
+    assert run.json("--compare", "a.json", "b.json")["changes"][0]["verdict"] == "faster"
 
 
 @pytest.mark.parametrize(
@@ -192,9 +174,7 @@ def test_compares_kept_results(run, tmp_path: Path) -> None:
     ],
 )
 def test_wrong_input_is_one_line(arguments: list[str], message: str, run) -> None:
-    code, _, err = run(*arguments)
-    assert code == 2
-    assert message in err.splitlines()[-1]
+    assert message in run.refusal(*arguments)
 
 
 def test_without_matplotlib_it_says_so(run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,13 +5,11 @@ end, on STL-10's own files.
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from fastbyol.cli import main
 from fastbyol.data.convert import convert
 from fastbyol.evaluation import protocol
 from fastbyol.runs.folder import RunFolder
@@ -21,19 +19,7 @@ from source_files import stl10
 NARROW = [f"--set={text}" for text in SETS if not text.startswith(("views.", "data."))]
 
 
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    """Run a command line in an empty folder; return (exit code, stdout, stderr)."""
-    monkeypatch.chdir(tmp_path)
-
-    def command(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["fastbyol", "ablate", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            main.main()
-        printed = capsys.readouterr()
-        return int(ended.value.code or 0), printed.out, printed.err
-
-    return command
+COMMAND = ("ablate",)
 
 
 @pytest.mark.parametrize(
@@ -56,22 +42,14 @@ def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp
     ],
 )
 def test_what_cannot_work_is_one_line(run, arguments: list[str], says: str) -> None:
-    code, _, error = run(*arguments)
-    assert code == 2
-    assert error.startswith("fastbyol: error: ")
-    assert error.count("\n") == 1
-    assert says in error
+    assert says in run.refusal(*arguments)
 
 
 def test_list_names_all_claims_and_arms(run) -> None:
-    code, out, _ = run("list")
-    assert code == 0
-    assert "C13" in out
-    told = json.loads(run("list", "--scale", "short", "--json")[1])
-    assert [row["id"] for row in told["claims"]] == [
-        *(f"C{number}" for number in range(1, 14)),
-        "M1",
-    ]
+    assert "C13" in run.output("list")
+    told = run.json("list", "--scale", "short")
+    ids = [row["id"] for row in told["claims"]]
+    assert ids == [*(f"C{number}" for number in range(1, 14)), "M1"]
     rows = {row["arm"]: row for row in told["arms"]}
     assert rows["gn-lars-0.2"] | {"about": ""} == {
         "arm": "gn-lars-0.2", "about": "", "claims": ["C6"], "seeds": 3, "done": 0, "stopped": 0,
@@ -81,7 +59,7 @@ def test_list_names_all_claims_and_arms(run) -> None:
 
 
 def test_show_tells_a_claim_and_an_arm(run) -> None:
-    _, out, _ = run("show", "c6")
+    out = run.output("show", "c6")
     for part in (
         "LARS at lr 0.2 recovers",
         "accuracy_gn_encoder",
@@ -90,21 +68,19 @@ def test_show_tells_a_claim_and_an_arm(run) -> None:
         "optim.lr = 0.2",
     ):
         assert part in out
-    claim = json.loads(run("show", "C6", "--json")[1])
+    claim = run.json("show", "C6")
     assert claim["published"]["accuracy@10"] == 40.9
     assert claim["arms"]["gn-lars-0.2-capped"]["optim.rate_cap"] == 0.8
-    _, out, _ = run("show", "gn-lars-0.1@exclude")
+    out = run.output("show", "gn-lars-0.1@exclude")
     assert 'lars_exclude = "substring"  # arm gn-lars-0.1@exclude' in out
-    assert json.loads(run("show", "random", "--json")[1])["config"]["optim"]["lr"] == 0.0
+    assert run.json("show", "random")["config"]["optim"]["lr"] == 0.0
 
 
 def test_run_then_report_and_check(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two epochs do not let LARS at .1 collapse, so its claim is not reproduced."""
     monkeypatch.setenv("COLUMNS", "200")
     sets = [f"--set={text}" for text in (*SETS, "train.epochs=2", "probe.every_epochs=1")]
-    code, out, error = run("run", "C7", "--seeds=5", "--jobs=1", "--json", *sets)
-    assert code == 0, error
-    told = json.loads(out)
+    told = run.json("run", "C7", "--seeds=5", "--jobs=1", *sets)
     assert sorted(told["finished"]) == [f"gn-lars-0.1 seed {seed}" for seed in range(5)]
     verdicts = {row["claim"]: row["outcome"] for row in told["verdicts"]}
     assert verdicts == {"C7": "not reproduced", "C12": "not reproduced"}
@@ -113,10 +89,9 @@ def test_run_then_report_and_check(run, tmp_path: Path, monkeypatch: pytest.Monk
     assert code == 4
     assert error == "fastbyol: error: not reproduced: C7, C12\n"
     assert "It is collapsed at the end." in " ".join(out.split())
-    rows = {row["arm"]: row for row in json.loads(run("list", "--json")[1])["arms"]}
+    rows = {row["arm"]: row for row in run.json("list")["arms"]}
     assert rows["gn-lars-0.1"]["done"] == 5
-    code, _, error = run("run", "C7", "--seeds=5", "--scale=short", "--out=ablations/mini", *sets)
-    assert code == 2
+    run.refusal("run", "C7", "--seeds=5", "--scale=short", "--out=ablations/mini", *sets)
 
 
 def test_a_set_of_ones_own_at_every_scale(run, tmp_path: Path) -> None:
@@ -131,31 +106,19 @@ def test_a_set_of_ones_own_at_every_scale(run, tmp_path: Path) -> None:
         ("mini", ["data.limit=96"], 20 * 12),
         ("short", ["train.epochs=2"], 2 * 6),
     ):
-        command = (
-            "run",
-            "gn-lars-0.2",
-            "--scale",
-            scale,
-            *own,
-            *sets,
-            *(f"--set={text}" for text in more),
-        )
-        code, out, error = run(*command)
-        assert code == 0, error
-        assert f"data {tmp_path / 'train.beton'}" in out.replace("\n", "")
-        assert (
-            ", 48 images, as many steps in 40 epochs: " if scale == "mini" else ", 48 images: "
-        ) in out.replace("\n", "")
+        more = [f"--set={text}" for text in more]
+        command = ("run", "gn-lars-0.2", "--scale", scale, *own, *sets, *more)
+        out = run.output(*command).replace("\n", "")
+        assert f"data {tmp_path / 'train.beton'}" in out
+        longer = ", as many steps in 40 epochs" if scale == "mini" else ""
+        assert f", 48 images{longer}: " in out
         assert "image share r = " in out
         folder = tmp_path / "ablations" / scale / "runs/gn-lars-0.2/seed0"
-        events = [
-            json.loads(row)
-            for row in (folder / "metrics.jsonl").read_text().splitlines()
-            if "event" in row
-        ]
+        rows = (folder / "metrics.jsonl").read_text().splitlines()
+        events = [json.loads(row) for row in rows if "event" in row]
         assert [event["step"] for event in events if event["event"] == "epoch"][-1] == steps
         assert [event["num_scored"] for event in events if event["event"] == "untrained"] == [20]
-        assert "1 were done before" in run(*command)[1]
+        assert "1 were done before" in run.output(*command)
     ledger = json.loads((tmp_path / "ablations/mini/ledger.json").read_text())
     assert 0.0 < ledger["calls"][0]["image_share"] < 1.0
 
@@ -163,10 +126,8 @@ def test_a_set_of_ones_own_at_every_scale(run, tmp_path: Path) -> None:
 def test_test_data_that_cannot_be_scored_are_refused_before_a_run(run, tmp_path: Path) -> None:
     np.savez(tmp_path / "plain.npz", images=np.zeros((40, 16, 16, 3), np.uint8))
     convert(str(tmp_path / "plain.npz"), tmp_path / "plain.beton")
-    code, _, error = run("run", "C6", "--data", "plain.beton", "--test-data", "plain.beton")
-    assert code == 2
+    error = run.refusal("run", "C6", "--data", "plain.beton", "--test-data", "plain.beton")
     assert "labels of two classes or more" in error
-    assert error.count("\n") == 1
     assert not (tmp_path / "ablations").exists()
 
 
@@ -175,21 +136,14 @@ def test_full_scale_from_stl10s_own_files(run, tmp_path: Path) -> None:
     epoch, random network too.
     """
     stl10(tmp_path / "source", train=20, test=40, unlabeled=12)
-    code, out, error = run(
-        "run", "C1", "random", "--scale=full", "--stl10", tmp_path / "source", "--seeds=1",
-        "--jobs=1", "--json",
-        "--set=train.epochs=1", *NARROW,
-    )  # fmt: skip
-    assert code == 0, error
-    assert len(json.loads(out)["finished"]) == 2
+    full = ("--scale=full", "--stl10", tmp_path / "source", "--seeds=1", "--jobs=1")
+    told = run.json("run", "C1", "random", *full, "--set=train.epochs=1", *NARROW)
+    assert len(told["finished"]) == 2
     folder = tmp_path / "ablations/full"
     with RunFolder.open(folder / "runs/bn-sgd-mlp-bn/seed0", lock=False) as opened:
         config = opened.config
-    assert (config.views.size, config.train.precision, config.probe.protocol) == (
-        96,
-        "fp32",
-        "blog",
-    )
+    assert (config.views.size, config.train.precision) == (96, "fp32")
+    assert config.probe.protocol == "blog"
     assert Path(config.data.train) == folder / "data/stl10-train-unlabeled.beton"
     events = (folder / "runs/bn-sgd-mlp-bn/seed0/metrics.jsonl").read_text().splitlines()
     assert json.loads(events[-1])["step"] == 4  # 32 images of train and unlabeled, batches of 8

@@ -33,21 +33,6 @@ TINY = [
 ]
 
 
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    """Run a command line in an empty folder; return (exit code, stdout, stderr)."""
-    monkeypatch.chdir(tmp_path)
-
-    def command(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["fastbyol", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            main.main()
-        printed = capsys.readouterr()
-        return int(ended.value.code or 0), printed.out, printed.err
-
-    return command
-
-
 @pytest.fixture(scope="module")
 def beton(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from fastbyol.data.convert import convert
@@ -70,14 +55,6 @@ def unlabelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     convert(str(folder / "images.npz"), folder / "unlabelled.beton")
     return folder / "unlabelled.beton"
-
-
-def is_one_line(error: str) -> bool:
-    return (
-        error.startswith("fastbyol: error: ")
-        and error.count("\n") == 1
-        and "Traceback" not in error
-    )
 
 
 @pytest.mark.parametrize(
@@ -118,11 +95,7 @@ def is_one_line(error: str) -> bool:
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_what_is_wrong_is_said_in_one_line(run, arguments: list[str], says: str) -> None:
-    code, out, err = run(*arguments)
-    assert code == 2, err
-    assert is_one_line(err), err
-    assert says in err
-    assert "error" not in out
+    assert says in run.refusal(*arguments)
 
 
 @pytest.mark.parametrize("group", [[], ["presets"], ["data"], ["ablate"]], ids=" ".join)
@@ -138,9 +111,7 @@ def test_an_unknown_key_in_a_file_is_named_with_its_place_and_the_nearest_right_
     run, tmp_path: Path
 ) -> None:
     (tmp_path / "mine.toml").write_text('[model]\nnorm = "gn"\n[optim]\nweigth_decay = 0.1\n')
-    code, _, err = run("train", "--config", "mine.toml")
-    assert code == 2
-    assert is_one_line(err)
+    err = run.refusal("train", "--config", "mine.toml")
     assert "mine.toml:4" in err
     assert "optim.weight_decay" in err
 
@@ -154,18 +125,13 @@ def test_betons_that_do_not_do_are_refused(
         (["cut.beton"], "cut.beton"),
         ([beton, "--test-data", unlabelled], "label"),
     ):
-        code, _, err = run("train", "--data", *files, "--epochs", "1", "--out", "run", *TINY)
-        assert code == 2
-        assert is_one_line(err)
-        assert says in err
+        assert says in run.refusal("train", "--data", *files, "--epochs", 1, "--out", "run", *TINY)
 
 
 def test_an_output_that_exists_is_refused(run, tmp_path: Path, beton: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "mine.txt").write_text("precious")
-    code, _, err = run("train", "--data", beton, "--out", "run", *TINY)
-    assert code == 2
-    assert is_one_line(err)
+    run.refusal("train", "--data", beton, "--out", "run", *TINY)
     assert (tmp_path / "run" / "mine.txt").read_text() == "precious"
 
 
@@ -174,58 +140,32 @@ def test_an_output_that_exists_is_refused(run, tmp_path: Path, beton: Path) -> N
     reason="needs a place that nobody may write to",
 )
 def test_an_unwritable_output_is_refused(run, beton: Path) -> None:
-    code, _, err = run("train", "--data", beton, "--out", "/proc/run", *TINY)
-    assert code == 2
-    assert is_one_line(err)
-    assert "/proc" in err
+    assert "/proc" in run.refusal("train", "--data", beton, "--out", "/proc/run", *TINY)
 
 
 def test_convert_train_eval_resume_report_runs(run, tmp_path: Path) -> None:
     """The whole path by its command lines, as JSON."""
-    code, out, _ = run(
-        "convert", "textures", "train.beton", "--count", 40, "--size", 16, "--seed", 1, "--json"
-    )
-    assert code == 0
-    assert json.loads(out)["images"] == 40
-    assert (
-        run("convert", "textures", "test.beton", "--count", 60, "--size", 16, "--seed", 2)[0] == 0
-    )
-    data = ["--data", "train.beton", "--test-data", "test.beton"]
-    options = [
-        "--norm",
-        "gn",
-        "--opt",
-        "lars",
-        "--lr",
-        "0.2",
-        "--mlp-norm",
-        "none",
-        "--epochs",
-        2,
-        "--out",
-        "runs/mine",
-    ]
-    code, out, err = run("train", *data, *options, *TINY, "--json")
-    assert code == 0, err
-    summary = json.loads(out)
-    assert summary["finished"]
-    assert summary["step"] == 10
+    for split, count in (("train", 40), ("test", 60)):
+        made = run.json("convert", "textures", f"{split}.beton", "--count", count, "--size", 16)
+        assert made["images"] == count
+    files = ["--data", "train.beton", "--test-data", "test.beton"]
+    options = ["--norm=gn", "--opt=lars", "--lr=0.2", "--mlp-norm=none", "--epochs=2"]
+    summary = run.json("train", *files, *options, "--out=runs/mine", *TINY)
+    assert (summary["finished"], summary["step"]) == (True, 10)
     folder = tmp_path / "runs" / "mine"
-    files = {"config.toml", "env.json", "metrics.jsonl", "layers.npy", "checkpoints", "report.html"}
-    assert {path.name for path in folder.iterdir()} >= files
+    made = {"config.toml", "env.json", "metrics.jsonl", "layers.npy", "checkpoints", "report.html"}
+    assert {path.name for path in folder.iterdir()} >= made
+    files[0] = "--train-data"
     for protocol in ("blog", "linear", "knn"):
-        code, out, err = run("eval", "runs/mine", "--protocol", protocol, *data_of_eval(), "--json")
+        code, out, err = run("eval", "runs/mine", "--protocol", protocol, *files, "--json")
         assert code == 0, err
         assert ("--train-data: not looked at" in err) == (protocol == "blog")
         assert 0 <= json.loads(out)["accuracy"] <= 100
-    assert json.loads(run("resume", "runs/mine", "--json")[1])["step"] == 10
-    code, out, _ = run("report", "runs/mine", "--png", "pictures", "--json")
-    assert len(json.loads(out)["written"]) == 5
-    code, _, err = run("report", "runs/mine", "--png", "runs/mine/config.toml")
-    assert (code, is_one_line(err)) == (1, True)
-    (row,) = json.loads(run("runs", "--json")[1])
-    assert row["name"] == "mine"
-    assert row["epochs_done"] == 2
+    assert run.json("resume", "runs/mine")["step"] == 10
+    assert len(run.json("report", "runs/mine", "--png", "pictures")["written"]) == 5
+    run.refusal("report", "runs/mine", "--png", "runs/mine/config.toml", code=1)
+    (row,) = run.json("runs")
+    assert (row["name"], row["epochs_done"]) == ("mine", 2)
 
 
 @pytest.mark.parametrize(
@@ -255,10 +195,7 @@ def test_a_pipe_is_waited_for_by_nobody(
     os.mkfifo(tmp_path / "folder" / "layers.npy")
     if arguments[0] == "train":
         arguments = ["train", "--preset", "demo", *TINY, "--data", str(beton), *arguments[1:]]
-    code, out, err = run(*arguments)
-    assert (code, out) == (2, "" if arguments[0] != "train" else out)
-    assert "Traceback" not in err
-    assert is_one_line(err)
+    run.refusal(*arguments)
     assert not (tmp_path / "runs").exists() or not list((tmp_path / "runs").iterdir())
 
 
@@ -269,10 +206,9 @@ def test_a_run_goes_on_with_its_own_data_alone(run, tmp_path: Path, beton: Path)
     import shutil
 
     shutil.copy(beton, tmp_path / "d.beton")
-    assert run("train", "--data", "d.beton", "--epochs", 1, "--out", "r", *TINY)[0] == 0
-    assert run("convert", "textures", "d.beton", "--count", 24, "--size", 16, "--overwrite")[0] == 0
-    code, _, err = run("resume", "r")
-    assert (code, is_one_line(err)) == (2, True)
+    run.output("train", "--data", "d.beton", "--epochs", 1, "--out", "r", *TINY)
+    run.output("convert", "textures", "d.beton", "--count", 24, "--size", 16, "--overwrite")
+    err = run.refusal("resume", "r")
     assert (
         f"{tmp_path / 'd.beton'}: is not the training data that the run was made with: 32 samples "
         "then, 24 now" in err
@@ -280,20 +216,11 @@ def test_a_run_goes_on_with_its_own_data_alone(run, tmp_path: Path, beton: Path)
     assert "fastbyol resume r --data FILE" in err
     shutil.copy(beton, tmp_path / "there.beton")
     (tmp_path / "r").rename(tmp_path / "s")
-    assert run("resume", "s", "--data", "d.beton")[0] == 2
-    assert run("resume", "s", "--data", "there.beton")[0] == 0
-    assert run("resume", "s")[0] == 0
-    code, out, err = run(
-        "eval",
-        "s",
-        "--test-data",
-        "there.beton",
-        "--train-data",
-        beton,
-        "--protocol",
-        "knn",
-        "--json",
-    )
+    run.refusal("resume", "s", "--data", "d.beton")
+    run.output("resume", "s", "--data", "there.beton")
+    run.output("resume", "s")
+    files = ("--test-data", "there.beton", "--train-data", beton)
+    code, out, err = run("eval", "s", *files, "--protocol", "knn", "--json")
     assert code == 0
     assert json.loads(out)["num_repeated"] == 32
     assert "32 of 32 scored images are among those fitted" in err
@@ -301,33 +228,15 @@ def test_a_run_goes_on_with_its_own_data_alone(run, tmp_path: Path, beton: Path)
     assert (code, err) == (0, "")
 
 
-def data_of_eval() -> list[str]:
-    return ["--train-data", "train.beton", "--test-data", "test.beton"]
-
-
 def test_the_controls_train_and_say_what_they_lack(run, beton: Path, tmp_path: Path) -> None:
     from fastbyol.config_io import read_run
 
-    options = [
-        "--data",
-        beton,
-        "--epochs",
-        1,
-        "--opt",
-        "lars",
-        *TINY,
-        "--method",
-        "simsiam",
-        "--predictor-layers",
-        0,
-    ]
-    code, _, err = run("train", *options, "--out", "run")
-    assert code == 0, err
+    controls = ["--epochs", "1", "--opt", "lars", "--method", "simsiam", "--predictor-layers", "0"]
+    options = ["--data", beton, *controls, *TINY]
+    run.output("train", *options, "--out", "run")
     config = read_run(tmp_path / "run" / "config.toml")
     assert (config.method.name, config.model.predictor.layers) == ("simsiam", 0)
-    code, _, err = run("train", *options, "--lars-on", "predictor", "--out", "other")
-    assert code == 2
-    assert is_one_line(err)
+    err = run.refusal("train", *options, "--lars-on", "predictor", "--out", "other")
     assert "optim.lars_on: 'predictor' matches no parameter; nearest: projector" in err
 
 
@@ -335,39 +244,23 @@ def test_the_preset_that_nobody_named_fits_the_device(run, tmp_path: Path) -> No
     """A batch of 256 is blog's; demo's fits 200 images, and the line says that the textures set was
     taken.
     """
-    small = [
-        "--set",
-        "data.textures_count=200",
-        "--set",
-        "data.textures_test_count=64",
-        "--epochs",
-        "1",
-        "--batch-size",
-        "64",
-    ]
-    code, out, err = run(
-        "train", *[flag for flag in TINY if flag != "--batch-size=8"], *small, "--out", "run"
-    )
-    assert code == 0, err
+    small = ["--set=data.textures_count=200", "--set=data.textures_test_count=64"]
+    out = run.output("train", *TINY, *small, "--epochs=1", "--batch-size=64", "--out=run")
     assert "preset demo, no --data given, so the embedded textures set: 200 images of 16 px" in out
     assert 'preset = "demo"' in (tmp_path / "run" / "config.toml").read_text()
 
 
 def test_presets_list_show_copy(run, tmp_path: Path) -> None:
-    assert set(json.loads(run("presets", "list", "--json")[1])) == {"blog", "demo", "paper"}
-    assert (
-        json.loads(run("presets", "show", "paper", "--json")[1])["optim"]["weight_decay"] == 1.5e-6
-    )
-    assert run("presets", "copy", "paper", "mine.toml")[0] == 0
-    text = (tmp_path / "mine.toml").read_text()
-    assert "arXiv" in text
-    assert run("presets", "copy", "paper", "mine.toml")[0] == 2, "never over a file that is there"
+    assert set(run.json("presets", "list")) == {"blog", "demo", "paper"}
+    assert run.json("presets", "show", "paper")["optim"]["weight_decay"] == 1.5e-6
+    run.output("presets", "copy", "paper", "mine.toml")
+    assert "arXiv" in (tmp_path / "mine.toml").read_text()
+    run.refusal("presets", "copy", "paper", "mine.toml")  # never over a file that is there
 
 
 def test_doctor_names_what_is_there(run) -> None:
-    code, out, _ = run("doctor", "--json")
-    checks = {check["name"]: check for check in json.loads(out)}
-    lines = run("doctor")[1].splitlines()
+    checks = {check["name"]: check for check in run.json("doctor")}
+    lines = run.output("doctor").splitlines()
     assert all(any(f" {name}  " in line for line in lines) for name in checks), (
         "a column is as wide as its widest name"
     )
@@ -375,7 +268,6 @@ def test_doctor_names_what_is_there(run) -> None:
     assert checks["ffcv"]["ok"] or "not installed, torchvision decodes" in checks["ffcv"]["found"]
     assert checks["engine auto"]["found"].split(":")[0] in ("eager", "graph")
     assert checks["precision auto"]["found"].split(":")[0] in ("fp32", "bf16")
-    assert code == 0
 
 
 def test_a_missing_ffcv_is_a_choice_to_doctor(run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -383,11 +275,9 @@ def test_a_missing_ffcv_is_a_choice_to_doctor(run, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name: None if name == "ffcv" else find(name)
     )
-    code, out, _ = run("doctor")
-    (line,) = (line for line in out.splitlines() if " ffcv " in line)
+    (line,) = (line for line in run.output("doctor").splitlines() if " ffcv " in line)
     assert line.startswith("none ")
     assert "not installed, torchvision decodes; `make setup` builds it" in line
-    assert code == 0
 
 
 def test_doctor_says_whether_the_precision_gates_answer_is_kept(
@@ -401,9 +291,8 @@ def test_doctor_says_whether_the_precision_gates_answer_is_kept(
     monkeypatch.setattr(precision, "gradient_gap", lambda *_: precision.Gap(0.0, 0.0))
 
     def precision_line() -> str:
-        return {check["name"]: check for check in json.loads(run("doctor", "--json")[1])}[
-            "precision auto"
-        ]["found"]
+        checks = {check["name"]: check["found"] for check in run.json("doctor")}
+        return checks["precision auto"]
 
     monkeypatch.setenv("FASTBYOL_CACHE", str(tmp_path / "cache"))
     assert precision_line().endswith("; kept for the next run")
@@ -415,31 +304,19 @@ def test_doctor_says_whether_the_precision_gates_answer_is_kept(
 
 
 def test_an_engine_that_is_not_here_is_refused_before_anything_is_made(run, tmp_path: Path) -> None:
-    code, _, err = run("train", "--engine", "graph", "--device", "cpu", "--out", tmp_path / "run")
-    assert code == 2
+    err = run.refusal("train", "--engine", "graph", "--device", "cpu", "--out", tmp_path / "run")
     assert "engine.mode: graph needs a CUDA device" in err
     assert not (tmp_path / "run").exists()
 
 
 def test_data_commands(run, beton: Path, tmp_path: Path) -> None:
-    code, out, _ = run("data", "info", beton, "--json")
-    info = json.loads(out)
-    assert (code, info["num_samples"], info["sealed"], sum(info["labels"].values())) == (
-        0,
-        32,
-        True,
-        32,
-    )
-    code, out, _ = run("data", "info", beton)
-    assert code == 0
-    assert "textures" in out
-    code, out, _ = run("data", "verify", beton, "--deep")
-    assert (code, out) == (
-        0,
-        f"{beton}: 32 samples, structure and checksums, every image decoded: whole\n",
-    )
-    code, out, _ = run("data", "preview", beton, "--set", "views.size=16", "--count", 5, "--json")
-    assert (code, json.loads(out)) == (0, {"written": "preview.png", "samples": [0, 8, 16, 23, 31]})
+    info = run.json("data", "info", beton)
+    assert (info["num_samples"], info["sealed"], sum(info["labels"].values())) == (32, True, 32)
+    assert "textures" in run.output("data", "info", beton)
+    whole = f"{beton}: 32 samples, structure and checksums, every image decoded: whole\n"
+    assert run.output("data", "verify", beton, "--deep") == whole
+    made = run.json("data", "preview", beton, "--set", "views.size=16", "--count", 5)
+    assert made == {"written": "preview.png", "samples": [0, 8, 16, 23, 31]}
     damaged = tmp_path / "damaged.beton"
     data = bytearray(beton.read_bytes())
     data[(1 << 21) + 10 * 768] ^= 1
@@ -486,56 +363,33 @@ def test_foreign_fields_are_chosen_by_name(run, foreign: dict[str, Path]) -> Non
         "several": ("several", "several", fields),
         "unlabelled": ("alone", "several", fields),
     }
-    summaries, scores = {}, {}
+    summaries, scores, knn = {}, {}, ("--protocol", "knn", "--device", "cpu")
     for name, (data, test, options) in cases.items():
         files = ("--data", foreign[data], "--test-data", foreign[test], *options)
-        code, out, err = run("train", *files, "--epochs", 1, *TINY, "--out", name, "--json")
-        assert code == 0, err
-        summaries[name] = {key: value for key, value in json.loads(out).items() if key != "run"}
-        code, out, err = run("eval", name, "--protocol", "knn", "--device", "cpu", "--json")
-        assert code == 0, err
-        scores[name] = json.loads(out)["accuracy"]
+        summaries[name] = run.json("train", *files, "--epochs", 1, *TINY, "--out", name)
+        del summaries[name]["run"]
+        scores[name] = run.json("eval", name, *knn)["accuracy"]
     assert summaries["one"] == summaries["several"] == summaries["unlabelled"] == summaries["plain"]
-    assert (
-        scores["one"] == scores["several"] == scores["plain"]
-    )  # the unlabelled file leaves knn the halves of the other
+    # The unlabelled file leaves knn the halves of the other.
+    assert scores["one"] == scores["several"] == scores["plain"]
     files = ("--train-data", foreign["several"], "--test-data", foreign["several"])
-    code, out, err = run(
-        "eval", "plain", "--protocol", "knn", *files, *fields, "--device", "cpu", "--json"
-    )
-    assert code == 0, err
-    assert json.loads(out)["accuracy"] == scores["plain"]
+    assert run.json("eval", "plain", *knn, *files, *fields)["accuracy"] == scores["plain"]
 
 
 def test_data_commands_take_the_fields(run, foreign: dict[str, Path], tmp_path: Path) -> None:
     file, fields = foreign["several"], ("--image-field", "img", "--label-field", "kind")
-    info = json.loads(run("data", "info", file, *fields, "--json")[1])
-    assert (info["image_field"], info["label_field"], info["labels"]) == (
-        "img",
-        "kind",
-        {"0": 12, "1": 12},
-    )
-    assert run("data", "verify", file, "--deep", *fields)[0] == 0
-    for name, of in (("plain", ()), ("several", fields), ("one", ())):
-        assert (
-            run(
-                "data",
-                "preview",
-                foreign[name],
-                "--out",
-                f"{name}.png",
-                *of,
-                "--set",
-                "views.size=16",
-            )[0]
-            == 0
-        )
-    assert (
-        len({(tmp_path / f"{name}.png").read_bytes() for name in ("plain", "several", "one")}) == 1
-    )
-    options = ("--out", "mask.png", "--image-field", "mask", "--set", "views.size=16")
-    assert run("data", "preview", file, *options)[0] == 0
-    assert (tmp_path / "mask.png").read_bytes() != (tmp_path / "plain.png").read_bytes()
+    info = run.json("data", "info", file, *fields)
+    assert (info["image_field"], info["label_field"]) == ("img", "kind")
+    assert info["labels"] == {"0": 12, "1": 12}
+    run.output("data", "verify", file, "--deep", *fields)
+
+    def preview(name: str, *options: str) -> bytes:
+        run.output("data", "preview", foreign[name], *options, "--set", "views.size=16")
+        return (tmp_path / "preview.png").read_bytes()
+
+    plain = preview("plain")
+    assert preview("several", *fields) == preview("one") == plain
+    assert preview("several", "--image-field", "mask") != plain
 
 
 LISTED = "id (int), mask (image), label (float), img (image), kind (int)"
@@ -560,9 +414,8 @@ def test_fields_that_are_not_there_are_refused_in_a_line(
         *commands,
         ("train", "--data", file, "--test-data", file, *TINY, *fields, "--out", "run"),
     ):
-        code, out, err = run(*command)
-        assert code == 2, out
-        assert err.splitlines()[-1].startswith(f"fastbyol: error: {file}: ")
+        err = run.refusal(*command)
+        assert err.startswith(f"fastbyol: error: {file}: ")
         assert all(word in err for word in (*says, LISTED)), err
     assert not (tmp_path / "run").exists() or not list((tmp_path / "run").glob("**/*.safetensors"))
 
@@ -570,54 +423,30 @@ def test_fields_that_are_not_there_are_refused_in_a_line(
 def test_several_int_fields_are_refused_only_where_labels_are_needed(
     run, foreign: dict[str, Path]
 ) -> None:
-    file, image = foreign["several"], ("--image-field", "img")
-    code, out, _ = run("data", "info", file, *image, "--json")
-    assert (code, json.loads(out)["labels"]) == (0, None)
-    assert (
-        run("train", "--data", file, *TINY, "--epochs", 1, *image, "--out", "run", "--json")[0] == 0
-    )
+    file, image, knn = foreign["several"], ("--image-field", "img"), ("--protocol", "knn")
+    assert run.json("data", "info", file, *image)["labels"] is None
+    run.output("train", "--data", file, *TINY, "--epochs", 1, *image, "--out", "run")
     for command in (
         ("train", "--data", file, "--test-data", file, *TINY, *image, "--out", "other"),
-        ("eval", "run", "--test-data", file, "--device", "cpu"),
-        (
-            "eval",
-            "run",
-            "--test-data",
-            foreign["one"],
-            "--train-data",
-            file,
-            "--protocol",
-            "knn",
-            "--device",
-            "cpu",
-        ),
+        ("eval", "run", "--test-data", file, "--device=cpu"),
+        ("eval", "run", "--test-data", foreign["one"], "--train-data", file, *knn, "--device=cpu"),
     ):
-        code, _, err = run(*command)
-        assert code == 2
+        err = run.refusal(*command)
         assert "does not say which int field" in err
         assert LISTED in err
         assert "--label-field" in err
 
 
 def test_explain_compares_dialects_and_configurations(run) -> None:
-    code, out, _ = run("explain", "lars", "--compare", "blog,bolts", "--json")
-    assert code == 0
-    assert list(json.loads(out)["dialects"]) == ["blog", "bolts"]
-    code, out, _ = run("explain", "--diff", "blog", "paper", "--json")
-    rows = {row["key"]: row for row in json.loads(out)["differences"]}
-    assert (code, rows["optim.dialect"]["a"], rows["optim.dialect"]["b"]) == (0, "blog", "deepmind")
-    code, out, _ = run("explain", "--diff", "blog", "paper")
-    line = next(line for line in out.splitlines() if line.startswith("optim.dialect"))
-    assert line.split() == [
-        "optim.dialect",
-        '"blog"',
-        '"deepmind"',
-        "preset",
-        "blog",
-        "preset",
-        "paper",
-    ]
-    assert run("explain", "--diff", "blog", "blog")[1] == "blog and blog: no key differs\n"
+    told = run.json("explain", "lars", "--compare", "blog,bolts")
+    assert list(told["dialects"]) == ["blog", "bolts"]
+    differences = run.json("explain", "--diff", "blog", "paper")["differences"]
+    (row,) = (row for row in differences if row["key"] == "optim.dialect")
+    assert (row["a"], row["b"]) == ("blog", "deepmind")
+    lines = run.output("explain", "--diff", "blog", "paper").splitlines()
+    (line,) = (line for line in lines if line.startswith("optim.dialect"))
+    assert line.split()[1:] == ['"blog"', '"deepmind"', "preset", "blog", "preset", "paper"]
+    assert run.output("explain", "--diff", "blog", "blog") == "blog and blog: no key differs\n"
 
 
 def started(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import pytest
 import torch
 from torch import Tensor
@@ -46,10 +48,16 @@ def some_views(step: int, *, batch: int, size: int) -> Tensor:
 
 
 class Trace:
-    """A state after STEPS steps, with the values and the gradient of each."""
+    """A state after STEPS steps, with the values and the gradient of each; nobody changes it."""
 
     def __init__(
-        self, choice: tuple[str, bool, str], precision: str, kernels: str, *, batch: int, size: int
+        self,
+        choice: tuple[str, bool, str],
+        precision: str,
+        kernels: str,
+        *,
+        batch: int = 2,
+        size: int = 8,
     ) -> None:
         self.state = TrainState.create(
             config(*choice, precision, kernels), steps_per_epoch=2, device=DEVICE
@@ -60,6 +68,9 @@ class Trace:
                 train_step(self.state, some_views(step, batch=batch, size=size)).values
             )
             self.gradients.append(self.state.arena.gradient.clone())
+
+
+traced = cache(Trace)
 
 
 def off(state: TrainState, got: Tensor, expected: Tensor) -> tuple[float, str]:
@@ -105,7 +116,7 @@ def test_a_step_in_kernels_equals_the_step_in_plain_torch(
     step's values were within 1e-5, with two 1.4e-5 apart and the heads' gradients 2.6e-5.
     """
     plain = Trace(choice, "fp32", "reference", batch=batch, size=size)
-    fused = Trace(choice, "fp32", kernels, batch=batch, size=size)
+    fused = traced(choice, "fp32", kernels, batch=batch, size=size)
     for a, b, rtol in zip(fused.values, plain.values, (5e-5, 1e-3), strict=True):
         torch.testing.assert_close(a, b, rtol=rtol, atol=1e-5)
     worst = off(plain.state, fused.gradients[0], plain.gradients[0])
@@ -118,9 +129,8 @@ def test_a_step_in_kernels_equals_the_step_in_plain_torch(
 @pytest.mark.parametrize("kernels", KERNELS)
 def test_in_bf16_kernels_are_as_near_to_float64_as_plain_torch(kernels: str) -> None:
     choice = ("gn", True, "blog")
-    exact = Trace(choice, "fp64", "reference", batch=2, size=8)
-    plain = Trace(choice, "bf16", "reference", batch=2, size=8)
-    fused = Trace(choice, "bf16", kernels, batch=2, size=8)
+    exact, plain = Trace(choice, "fp64", "reference"), Trace(choice, "bf16", "reference")
+    fused = Trace(choice, "bf16", kernels)
 
     def distance(trace: Trace) -> float:
         gradient, truth = trace.gradients[0].double(), exact.gradients[0]
@@ -136,9 +146,9 @@ def test_in_bf16_kernels_are_as_near_to_float64_as_plain_torch(kernels: str) -> 
 
 @pytest.mark.parametrize("kernels", KERNELS)
 def test_the_same_step_twice_is_the_same_bit_for_bit(kernels: str) -> None:
-    first, second = (
-        Trace(("gn", True, "blog"), "fp32", kernels, batch=2, size=8) for _ in range(2)
-    )
+    choice, batch, size = CASES[0]
+    first = traced(choice, "fp32", kernels, batch=batch, size=size)
+    second = Trace(choice, "fp32", kernels)
     for name in ("online", "target", "momentum"):
         assert torch.equal(getattr(first.state.arena, name), getattr(second.state.arena, name))
 

@@ -522,17 +522,15 @@ def test_gradients_of_a_collapsed_state(precision: str, length: float, error: fl
 
 @pytest.mark.slow
 def test_twenty_steps_give_the_bits_that_are_kept(tmp_path: Path) -> None:
-    """For one thread and for two, compiled and from the cache; elsewhere the last two are equal."""
-    cold, warm, alone = (_digests(threads, tmp_path) for threads in ("2", "2", "1"))
-    assert list(tmp_path.rglob("*.nbc"))
-    assert cold == warm
+    """With two threads by kernels just compiled, with one by these from the cache."""
     kept = json.loads(golden.GOLDEN.read_text("utf-8")).get(golden.machine())
     if kept is None:
         pytest.skip(
             f"golden.json holds no bits of {golden.machine()}: bits differ between CPUs and "
             "versions"
         )
-    assert {"1": alone, "2": warm} == kept
+    assert {threads: _digests(threads, tmp_path) for threads in ("2", "1")} == kept
+    assert list(tmp_path.rglob("*.nbc"))
 
 
 def _digests(threads: str, cache: Path) -> dict[str, str]:

@@ -78,7 +78,7 @@ def main() -> None:
         draw(folder / result["run"], out / "demo.png", height=3.0, supervised=result["supervised"])
         shutil.copy(folder / "demo" / "pictures" / "recovery.png", out / "recovery.png")
     machine = {
-        "processor": platform.machine(),
+        "cpu": platform.machine(),
         "cores": len(os.sched_getaffinity(0)),
         "python": platform.python_version(),
         "torch": torch.__version__,

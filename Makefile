@@ -6,8 +6,8 @@ CONSTRAINTS := constraints.txt
 EXTRAS := report,dev,ffcv
 BIN := $(VENV)/bin
 DEMO := demo
-# Processes that run the tests, one file at a time each.
-JOBS := 2
+# Processes that run the tests, one file at a time each: two cores, and one more for their waits.
+JOBS := 3
 PYTEST = $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile
 FLOOR := tests/kernels tests/engine/test_capture.py tests/engine/test_standardized_weights.py tests/engine/test_step.py \
   tests/bench/test_launches.py tests/bench/test_mocked_gpu.py tests/bench/test_kernel_times.py

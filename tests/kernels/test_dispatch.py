@@ -184,15 +184,21 @@ REFERENCES: dict[str, Callable[[Any, Tensor], Tensor]] = {
 }
 
 
-# What torch.func.jvp imports of torch's own.
+# What torch.func.jvp imports of torch's own; 2.11 has the other kind of warning.
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:FutureWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
 @pytest.mark.parametrize("caller", CALLERS)
 @pytest.mark.parametrize("kernels", ["auto", "cpu"])
 def test_an_unusual_caller_gets_plain_torchs_result(op: Op, caller: str, kernels: str) -> None:
     # The last three callers' layouts fit no kernels.
     op.kernels = kernels if caller not in ("contiguous", "strided", "expanded") else "auto"
     x = images()
-    expected = REFERENCES.get(caller, Op.reference)(op, x)
+    try:
+        expected = REFERENCES.get(caller, Op.reference)(op, x)
+        if caller == "vmap":
+            vmap(op.reference)(torch.stack((x, x)))
+    except RuntimeError as error:  # torch 2.11's F.group_norm of channels-last memory
+        pytest.skip(f"plain torch cannot do it either: {error}")
     close(CALLERS[caller](op, x), expected, rtol=1e-4, atol=1e-4)
 
 

@@ -169,7 +169,8 @@ class Case:
         truncates. In fp32 a value is the sum of about ten terms, each rounded to 2^-24 of the
         largest: 4e-6 of y's largest value, for dx of the largest rstd * weight * dy (after the
         means are subtracted, dx can be far smaller). A sum over elements adds up their errors: 4e-6
-        of the sum of the absolute terms.
+        of the sum of the absolute terms. y is x * scale + shift, and these two may be far larger
+        than their difference: 2^-24 of them.
         """
         y_size, dx_size, sum_size = self.sizes(expected[0])
         assert len(got) == len(expected)
@@ -190,8 +191,9 @@ class Case:
         x_hat = ((rows - rows.mean(2, keepdim=True)) / std[:, :, None]).view(x.shape)
         gradient = self.gradient.double().abs()
         summed = (gradient * x_hat.abs().clamp_min(1)).sum((0, 2, 3)).max().item()
+        scaled = (weight.abs().max() * (rows.abs() / std[:, :, None]).max()).item()
         return (
-            y.abs().max().item(),
+            y.abs().max().item() + scaled * 2**-24 / 4e-6,
             (weight.abs().max() * gradient.max() / std.min()).item(),
             summed,
         )

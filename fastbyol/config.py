@@ -479,7 +479,7 @@ def derived(config: Config) -> dict[str, object]:
 def resolve(config: Config) -> Resolved:
     """Return ``config`` with its ``derived`` values; a resolved one stays equal.
 
-    A copy of a resolved one with other ``data`` lacks the size of the textures again.
+    A copy with other ``data`` has to be resolved again: it may lack the size of the textures.
     """
     values = config.model_dump()
     for key, value in derived(config).items():

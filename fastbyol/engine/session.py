@@ -61,10 +61,10 @@ class Progress:
 
 @dataclass(frozen=True)
 class Session:
-    """What the loop of a run works with. Nothing in it is replaced; tensors change in place.
+    """The parts that a run's loop works with. None is replaced; tensors change in place.
 
     ``config`` is the run's, with its data where they lie now. ``repeated``: what the meta of every
-    checkpoint holds alike. ``recorded``: telemetry's record in the checkpoint that the run goes on
+    checkpoint repeats. ``recorded``: telemetry's record in the checkpoint that the run goes on
     from. ``other_versions``: what changed since then, name -> [before, now].
     """
 
@@ -81,7 +81,7 @@ class Session:
 
     @property
     def device(self) -> torch.device:
-        """Where the run trains."""
+        """The device that the run trains on."""
         return self.state.step.device
 
     @property
@@ -142,7 +142,7 @@ class Preparation:
 
     @cached_property
     def device(self) -> torch.device:
-        """Where the run trains."""
+        """The device that the run trains on."""
         return pick_device(self.config.train.device)
 
     def run(self, opened: ExitStack) -> tuple[Session, Progress]:

@@ -118,7 +118,7 @@ class Telemetry:
         return self._metrics.skipped_in_row
 
     def epoch_summary(self) -> dict[str, float]:
-        """Return each metric's mean over the newest step's epoch, before a resumption too."""
+        """Return each metric's mean over the newest epoch, steps before a resumption included."""
         self._write_pending()
         return self._metrics.epoch_means()
 

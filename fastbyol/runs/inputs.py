@@ -105,7 +105,7 @@ def refuse_other_decoder(run: Path, then: str) -> NoReturn:
 
 
 def refuse_missing(run: Path, data: DataConfig) -> None:
-    """Raise UsageError where a data file is missing that the run's configuration names."""
+    """Raise UsageError if a data file that the run's configuration names is missing."""
     for name, file in (("train", data.train), ("test", data.test)):
         if file is not None and not _is_built_in(file) and not os.path.exists(file):  # noqa: PTH110 - never raises
             raise UsageError(

@@ -144,7 +144,7 @@ class LayersFile:
 
 
 def recorded_file(folder: Path) -> Path:
-    """Return the path of a run's layers, the archive where only earlier code has written."""
+    """Return the path of a run's layers, of the archive where only earlier code wrote any."""
     archive = folder / _ARCHIVE
     return (
         archive

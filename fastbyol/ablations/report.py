@@ -77,9 +77,8 @@ def write_pictures(suite: Suite, folder: Path) -> list[Path]:
             }
         for name, picture in pictures.items():
             picture.savefig(folder / name, dpi=110)
-        write_text(
-            folder / VERDICTS, json.dumps(verdicts(suite), indent=1, ensure_ascii=False) + "\n"
-        )
+        text = json.dumps(verdicts(suite), indent=1, ensure_ascii=False)
+        write_text(folder / VERDICTS, f"{text}\n")
     return [folder / name for name in (*pictures, VERDICTS)]
 
 
@@ -92,35 +91,30 @@ def _demand(suite: Suite) -> None:
 
 def verdicts(suite: Suite) -> dict[str, Any]:
     """Return the suite, its verdicts with their statements, and accuracies, as plain values."""
-    rows = [
-        {
+
+    def row(claim: Claim) -> dict[str, Any]:
+        verdict, variants = suite.verdicts[claim.id], suite.variants[claim.id]
+        return {
             "id": claim.id,
             "says": claim.says,
             "seeds": suite.seeds(claim),
-            "outcome": suite.verdicts[claim.id].outcome,
-            "statements": [s._asdict() for s in suite.verdicts[claim.id].statements],
-            "unsettled": {
-                what: verdict.outcome for what, verdict in suite.variants[claim.id].items()
-            },
+            "outcome": verdict.outcome,
+            "statements": [statement._asdict() for statement in verdict.statements],
+            "unsettled": {what: other.outcome for what, other in variants.items()},
         }
-        for claim in CLAIMS
-    ]
+
+    evidence = [run for arm in suite.runs for run in suite.evidence(arm)]
     return {
         "scale": suite.scale,
         "data": list(suite.data),
         "commands": list(suite.commands),
         "runs": sum(map(len, suite.runs.values())),
         "account": asdict(suite.account),
-        "claims": rows,
+        "claims": list(map(row, CLAIMS)),
         "accuracies": [
-            {
-                "arm": run.arm,
-                "seed": run.seed,
-                "num_scored": run.scored,
-                **report_tables.accuracies(run),
-            }
-            for arm in suite.runs
-            for run in suite.evidence(arm)
+            {"arm": run.arm, "seed": run.seed, "num_scored": run.scored}
+            | report_tables.accuracies(run)
+            for run in evidence
         ],
     }
 
@@ -201,12 +195,8 @@ def _rates(suite: Suite) -> Iterator[tuple[Any, ...]]:
     """Yield arm, seed, upper bound and picture of the rates of each LARS arm's first run."""
     for arm, (run, *_) in suite.runs.items():
         if run.config.optim.name == "lars":
-            yield (
-                arm,
-                run.evidence.seed,
-                run.evidence.rate_ceiling,
-                figures.svg(report_figures.draw_rates(run)),
-            )
+            picture = figures.svg(report_figures.draw_rates(run))
+            yield arm, run.evidence.seed, run.evidence.rate_ceiling, picture
 
 
 def _cards(suite: Suite) -> dict[str, list[tuple[Any, ...]]]:

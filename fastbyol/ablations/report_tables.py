@@ -22,14 +22,9 @@ from fastbyol.runs import differences
 NOTHING = "-"
 SIGNALS = ("neg_cos", "pos_cos", "std_z", "rank_y", "dead_y", "grad_norm")
 # Keys that differ between the seeds of an arm, or that say how and where a run was made.
-NOT_COMPARED = (
-    "train.seed",
-    "train.device",
-    "data.workers",
-    "data.cache",
-    "data.train",
-    "data.test",
-)
+NOT_COMPARED = {"train.seed", "train.device"} | {
+    f"data.{key}" for key in ("workers", "cache", "train", "test")
+}
 
 Row = tuple[object, ...]
 
@@ -58,12 +53,8 @@ def _over_seeds(values: Sequence[float], digits: int) -> str:
     measured = [value for value in values if np.isfinite(value)]
     if not measured:
         return NOTHING
-    median = f"{np.median(measured):.{digits}f}"
-    return (
-        median
-        if len(measured) == 1
-        else f"{median} ({min(measured):.{digits}f} to {max(measured):.{digits}f})"
-    )
+    span = f" ({min(measured):.{digits}f} to {max(measured):.{digits}f})"
+    return f"{np.median(measured):.{digits}f}{span if len(measured) > 1 else ''}"
 
 
 def run_rows(suite: Suite) -> list[Row]:
@@ -130,36 +121,22 @@ def _number(value: float, unit: str = "") -> str:
 def timeline(suite: Suite) -> list[tuple[str, int, int, list[tuple[int, int, str]]]]:
     """Return arm, seed, epochs, and (first epoch, last epoch, state) of each stretch in a state."""
     rows = []
-    for arm, runs in suite.runs.items():
-        for run in runs:
-            states = enumerate(event["state"] for event in run.events if event["event"] == "epoch")
-            parts = (
-                (state, [epoch for epoch, _ in part])
-                for state, part in groupby(states, key=lambda pair: pair[1])
-            )
-            stretches = [(epochs[0], epochs[-1], state) for state, epochs in parts]
-            rows.append((arm, run.evidence.seed, run.evidence.epochs, stretches))
+    for arm, run in ((arm, run) for arm, runs in suite.runs.items() for run in runs):
+        states = enumerate(event["state"] for event in run.events if event["event"] == "epoch")
+        parts = (list(part) for _, part in groupby(states, key=lambda pair: pair[1]))
+        stretches = [(part[0][0], part[-1][0], part[0][1]) for part in parts]
+        rows.append((arm, run.evidence.seed, run.evidence.epochs, stretches))
     return rows
 
 
 def event_rows(suite: Suite) -> list[Row]:
     """Return a row per change of state, with the ``SIGNALS`` that brought it."""
-    rows = []
-    for arm, runs in suite.runs.items():
-        for run in runs:
-            for event in (event for event in run.events if event["event"] == "state"):
-                signals = (
-                    NOTHING if event.get(name) is None else f"{event[name]:.4g}" for name in SIGNALS
-                )
-                rows.append(
-                    (
-                        arm,
-                        run.evidence.seed,
-                        event["step"],
-                        f"{event['before']} → {event['after']}",
-                        *signals,
-                    )
-                )
+    rows = list[Row]()
+    for arm, run in ((arm, run) for arm, runs in suite.runs.items() for run in runs):
+        for event in (event for event in run.events if event["event"] == "state"):
+            change, values = f"{event['before']} → {event['after']}", map(event.get, SIGNALS)
+            signals = (NOTHING if value is None else f"{value:.4g}" for value in values)
+            rows.append((arm, run.evidence.seed, event["step"], change, *signals))
     return rows
 
 
@@ -188,11 +165,8 @@ def _against_preset(config: Resolved) -> tuple[tuple[str, str, str], ...]:
 
 def _value(key: str, value: object) -> str:
     # Of a run's path only arm and seed matter, wherever the folder of runs is.
-    return (
-        "/".join(Path(str(value)).parts[-2:])
-        if key == "optim.replay_rates"
-        else differences.text(value)
-    )
+    is_run = key == "optim.replay_rates"
+    return "/".join(Path(str(value)).parts[-2:]) if is_run else differences.text(value)
 
 
 def environment(suite: Suite) -> dict[str, Counter[str]]:

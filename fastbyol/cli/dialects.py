@@ -161,10 +161,12 @@ def published_peak(eta: float = 1e-3) -> dict[str, Any]:
     curve = published()["lars_timing_rate", "lr0.1"]
     top, lr = int(np.argmax(curve.value)), 0.1
     peak = float(curve.value[top])
-    ceilings = {
-        source: (decay, ceiling("blog", lr=lr, weight_decay=decay, eta=eta))
-        for source, decay in DECAYS.items()
-    }
+
+    def row(source: str, decay: float) -> dict[str, Any]:
+        bound = ceiling("blog", lr=lr, weight_decay=decay, eta=eta)
+        possible = bound is None or bound >= peak
+        return {"source": source, "weight_decay": decay, "ceiling": bound, "possible": possible}
+
     return {
         "says": appendix()["invariant"],
         "lr": lr,
@@ -172,15 +174,7 @@ def published_peak(eta: float = 1e-3) -> dict[str, Any]:
         "rate": peak,
         "epoch": int(curve.epoch[top]),
         "most_weight_decay": lr * eta / peak,
-        "ceilings": [
-            {
-                "source": source,
-                "weight_decay": decay,
-                "ceiling": bound,
-                "possible": bound is None or bound >= peak,
-            }
-            for source, (decay, bound) in ceilings.items()
-        ],
+        "ceilings": [row(*each) for each in DECAYS.items()],
     }
 
 
@@ -202,9 +196,7 @@ def of_run(path: Path, rules: Sequence[Rule], at_step: int | None = None) -> dic
     if lr is None:
         raise UsageError(f"{path}: metrics.jsonl lacks step {chosen}: name another with --step")
     with torch.device("meta"):
-        shapes = {
-            name: tuple(parameter.shape) for name, parameter in Online(model).named_parameters()
-        }
+        shapes = {name: tuple(p.shape) for name, p in Online(model).named_parameters()}
     by_name = dict(zip(shapes, treatments(shapes, optim), strict=True))
     treated = [by_name[name] for name in layers.names]
     values = torch.from_numpy(np.array(layers.values[index], dtype=np.float64))

@@ -63,15 +63,14 @@ def explain(
     from fastbyol.cli import dialects
 
     rules = dialects.parse_rules(compare)
-    result = (
-        dialects.of_run(run, rules, step)
-        if run
-        else dialects.lars(rules, lr=lr, weight_decay=wd, eta=eta)
-    )
+    if run:
+        result, in_text = dialects.of_run(run, rules, step), run_in_words
+    else:
+        result, in_text = dialects.lars(rules, lr=lr, weight_decay=wd, eta=eta), in_words
     if as_json:
         print_json(result)
     else:
-        say(*(run_in_words(result) if run else in_words(result)).split("\n"))
+        say(*in_text(result).split("\n"))
 
 
 def _explain_diff(a: str, b: str, *, as_json: bool) -> None:
@@ -97,27 +96,15 @@ def _explain_diff(a: str, b: str, *, as_json: bool) -> None:
 
 def in_words(result: dict[str, Any]) -> str:
     """Return the result of ``dialects.lars`` as text."""
-    numbers = (
-        f"lr {result['lr']:g}, weight decay wd {result['weight_decay']:g}, eta {result['eta']:g}"
-    )
+    numbers = "lr {lr:g}, weight decay wd {weight_decay:g}, eta {eta:g}".format_map(result)
+    head = f"  {'example':34s}{'|w|':>8s}{'|g|':>10s}{'trust':>12s}{'rate':>12s}{'|update|':>12s}"
+    cells = "{weight_norm:8.3g}{grad_norm:10.3g}{trust_ratio:12.5g}{rate:12.5g}{update_norm:12.3g}"
     lines = [f"{numbers}, one step from zero momentum"]
     for rule, facts in result["dialects"].items():
-        lines += [
-            "",
-            rule,
-            *(f"  {line}" for line in facts["formula"]),
-            f"  {_ceiling_in_words(rule, facts['ceiling'])}",
-            "",
-        ]
-        lines.append(
-            f"  {'example':34s}{'|w|':>8s}{'|g|':>10s}{'trust':>12s}{'rate':>12s}{'|update|':>12s}"
-        )
-        lines += [
-            f"  {name:34s}{row['weight_norm']:8.3g}{row['grad_norm']:10.3g}"
-            f"{row['trust_ratio']:12.5g}{row['rate']:12.5g}"
-            f"{row['update_norm']:12.3g}"
-            for name, row in facts["examples"].items()
-        ]
+        lines += ["", rule, *(f"  {line}" for line in facts["formula"])]
+        lines += [f"  {_ceiling_in_words(rule, facts['ceiling'])}", "", head]
+        rows = facts["examples"].items()
+        lines += [f"  {name:34s}{cells.format_map(row)}" for name, row in rows]
     return "\n".join([*lines, "", *_peak_in_words(result["published_peak"])])
 
 
@@ -128,14 +115,11 @@ def run_in_words(result: dict[str, Any]) -> str:
     """
     rules = list(result["ceilings"])
     wide = max(len(row["name"]) for row in result["layers"]) + 2
+    facts = "{run}: step {step}, lr {lr:.5g}, weight decay {weight_decay:g}, eta {eta:g}"
+    ceilings = result["ceilings"].items()
     lines = [
-        f"{result['run']}: step {result['step']}, lr {result['lr']:.5g}, weight decay "
-        f"{result['weight_decay']:g}, "
-        f"eta {result['eta']:g}, trained by {result['rule']}",
-        *(
-            f"{rule}: {_ceiling_in_words(rule, bound)}"
-            for rule, bound in result["ceilings"].items()
-        ),
+        f"{facts.format_map(result)}, trained by {result['rule']}",
+        *(f"{rule}: {_ceiling_in_words(rule, bound)}" for rule, bound in ceilings),
         "rates of each layer, as recorded and as they would be if it adapted by each dialect; - "
         "does not adapt in this run",
         "",
@@ -143,11 +127,9 @@ def run_in_words(result: dict[str, Any]) -> str:
         + "".join(f"{rule:>20s}" for rule in rules),
     ]
     for row in result["layers"]:
-        mark = "" if row["adapts"] else " -"
+        norms = "{weight_norm:10.3g}{grad_norm:10.3g}{recorded[rate]:12.4g}".format_map(row)
         rates = "".join(f"{_shown(row[rule]['rate']):>20s}" for rule in rules)
-        lines.append(
-            f"{row['name']:{wide}s}{row['weight_norm']:10.3g}{row['grad_norm']:10.3g}{row['recorded']['rate']:12.4g}{rates}{mark}"
-        )
+        lines.append(f"{row['name']:{wide}s}{norms}{rates}{'' if row['adapts'] else ' -'}")
     return "\n".join(lines)
 
 
@@ -163,17 +145,14 @@ def _ceiling_in_words(rule: str, bound: float | None) -> str:
 
 
 def _peak_in_words(peak: dict[str, Any]) -> list[str]:
-    return [
-        f"The published peak: {peak['rate']:.1f} at lr {peak['lr']:g} (epoch {peak['epoch']}) "
-        "needs wd <= lr eta / rate = "
-        f"{peak['most_weight_decay']:.2g} with blog or bolts:",
-        *(
-            f"  wd {row['weight_decay']:<8g}{row['source']:36s}ceiling "
-            + ("none" if row["ceiling"] is None else f"{row['ceiling']:.3g}")
-            + (": possible" if row["possible"] else ": ruled out")
-            for row in peak["ceilings"]
-        ),
-    ]
+    text = "The published peak: {rate:.1f} at lr {lr:g} (epoch {epoch}) needs wd <= lr eta / rate"
+    lines = [f"{text.format_map(peak)} = {peak['most_weight_decay']:.2g} with blog or bolts:"]
+    for row in peak["ceilings"]:
+        bound = "none" if row["ceiling"] is None else f"{row['ceiling']:.3g}"
+        answer = "possible" if row["possible"] else "ruled out"
+        of = "  wd {weight_decay:<8g}{source:36s}ceiling".format_map(row)
+        lines.append(f"{of} {bound}: {answer}")
+    return lines
 
 
 def _shown(value: float | list[float]) -> str:

@@ -6,7 +6,7 @@ CONSTRAINTS := constraints.txt
 EXTRAS := report,dev,ffcv
 BIN := $(VENV)/bin
 DEMO := demo
-# Processes that run the tests, one file at a time each: two cores, and one more for their waits.
+# Processes that run the tests, one file at a time each: three on two cores, since tests often wait.
 JOBS := 3
 PYTEST = $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile
 FLOOR := tests/kernels tests/engine/test_capture.py tests/engine/test_standardized_weights.py tests/engine/test_step.py \

@@ -30,8 +30,6 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-from fastbyol.cli import main
-
 # That a machine is busy, or that the first example waits for a compiler, is no fault of what is
 # tested.
 settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -128,13 +126,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 class Command:
-    """The command line as typed, ``first`` and what follows, within this process."""
+    """Types ``fastbyol``, the words ``first`` and the arguments, in this process."""
 
     def __init__(self, capsys: pytest.CaptureFixture[str], *first: str) -> None:
         self.capsys, self.first = capsys, first
 
     def __call__(self, *arguments: object) -> tuple[int, str, str]:
         """Run it; return (exit code, stdout, stderr)."""
+        from fastbyol.cli import main
+
         with pytest.MonkeyPatch.context() as patched:
             patched.setattr(sys, "argv", ["fastbyol", *self.first, *map(str, arguments)])
             with pytest.raises(SystemExit) as ended:
@@ -143,7 +143,7 @@ class Command:
         return int(ended.value.code or 0), printed.out, printed.err
 
     def output(self, *arguments: object) -> str:
-        """Run it to its good end; return stdout."""
+        """Run it; it must exit with 0. Return stdout."""
         code, out, err = self(*arguments)
         assert code == 0, err
         return out
@@ -154,8 +154,9 @@ class Command:
 
     def refusal(self, *arguments: object, code: int = 2) -> str:
         """Run what is refused; return its error, which is all of stderr and one line."""
-        ended, _, err = self(*arguments)
+        ended, out, err = self(*arguments)
         assert ended == code, err
+        assert "error" not in out
         assert err.startswith("fastbyol: error: "), err
         assert err.count("\n") == 1, err
         return err

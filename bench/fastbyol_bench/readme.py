@@ -77,7 +77,7 @@ def table(result: Result) -> str:
         "variant",
         "time" if on_gpu else "threads",
         "images/s",
-        "ours is faster by",
+        "speed, ours : theirs",
         "of the device's limit",
     )
     return (
@@ -98,9 +98,8 @@ def short_table(result: Result) -> str:
     rows = (
         (name, peer, f"{ratios[name, peer]:.2f}x") for name, peer in SHORT if (name, peer) in ratios
     )
-    return (
-        _sentence(result) + "\n\n" + _markdown(("what", "compared with", "ours is faster by"), rows)
-    )
+    heads = ("what", "compared with", "speed, ours : theirs")
+    return f"{_sentence(result)}\n\n{_markdown(heads, rows)}"
 
 
 def _markdown(heads: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:

@@ -115,10 +115,10 @@ def run_in_words(result: dict[str, Any]) -> str:
     """
     rules = list(result["ceilings"])
     wide = max(len(row["name"]) for row in result["layers"]) + 2
-    facts = "{run}: step {step}, lr {lr:.5g}, weight decay {weight_decay:g}, eta {eta:g}"
+    title = "{run}: step {step}, lr {lr:.5g}, weight decay {weight_decay:g}, eta {eta:g}"
     ceilings = result["ceilings"].items()
     lines = [
-        f"{facts.format_map(result)}, trained by {result['rule']}",
+        f"{title.format_map(result)}, trained by {result['rule']}",
         *(f"{rule}: {_ceiling_in_words(rule, bound)}" for rule, bound in ceilings),
         "rates of each layer, as recorded and as they would be if it adapted by each dialect; - "
         "does not adapt in this run",
@@ -150,8 +150,8 @@ def _peak_in_words(peak: dict[str, Any]) -> list[str]:
     for row in peak["ceilings"]:
         bound = "none" if row["ceiling"] is None else f"{row['ceiling']:.3g}"
         answer = "possible" if row["possible"] else "ruled out"
-        of = "  wd {weight_decay:<8g}{source:36s}ceiling".format_map(row)
-        lines.append(f"{of} {bound}: {answer}")
+        start = "  wd {weight_decay:<8g}{source:36s}ceiling".format_map(row)
+        lines.append(f"{start} {bound}: {answer}")
     return lines
 
 

@@ -1,7 +1,6 @@
-"""The kinds of sources that ``fastbyol convert`` reads: the table ``SOURCES``. To add one:
+"""The kinds of sources that ``fastbyol convert`` reads: the table ``SOURCES``.
 
-``source_NAME.py`` with a function that recognises its files and one that opens them, a row here, a
-writer in tests/data/source_files.py, a base in tests/faults/source_mutations.py.
+CONTRIBUTING.md says how to add one.
 """
 
 from __future__ import annotations

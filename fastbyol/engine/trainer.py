@@ -205,7 +205,7 @@ class Loop:
             self.telemetry.event("state", **asdict(event))
 
     def _probe_untrained(self) -> None:
-        """Measure the accuracy of the untrained weights, unless an earlier process did."""
+        """Measure and record the untrained weights' accuracy, unless an earlier process did."""
         session = self.session
         if session.test is None or any(
             e["event"] == "untrained" for e in read_events(session.folder.path)

@@ -1,7 +1,6 @@
 """Normalisation layers, in fp32 (fp64 in fp64 runs) whatever the activations' dtype.
 
-To add one: write its module, add a name to ``config.NormName`` or ``HeadNormName`` and a line to
-``make_norm``'s table; for encoders also torch's own in ``ordinary._norm``. N = V views x B images.
+CONTRIBUTING.md says how to add one. N = V views x B images.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """LARS's settings per parameter: which adapt their rate, which decay, and their lr factors.
 
-``fastbyol_kernels.lars_ema`` computes the rates: ``reference.trust_ratio`` has the formulas.
+``fastbyol_kernels.lars_ema.reference`` has the formulas: of the rate in ``factors``, of its trust
+ratio in ``trust_ratio``.
 """
 
 from __future__ import annotations

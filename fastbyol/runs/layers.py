@@ -144,7 +144,7 @@ class LayersFile:
 
 
 def recorded_file(folder: Path) -> Path:
-    """Return the path of a run's layers, of the archive where only earlier code wrote any."""
+    """Return the path of a run's layers, which is the old archive if only that exists."""
     archive = folder / _ARCHIVE
     return (
         archive

@@ -2,7 +2,7 @@
 
 ``{"step": 0, "epoch": 0, "loss": ..., ...}`` is a step, counted from 0. An event has ``event``, its
 kind, and ``step``, the number of steps done. A step that was skipped for its gradient is followed
-by an event ``skipped``.
+by an event ``skipped``. ``engine.step.METRICS`` names the metrics of a step.
 """
 
 from __future__ import annotations

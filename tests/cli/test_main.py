@@ -145,8 +145,9 @@ def test_an_unwritable_output_is_refused(run, beton: Path) -> None:
 
 def test_convert_train_eval_resume_report_runs(run, tmp_path: Path) -> None:
     """The whole path by its command lines, as JSON."""
-    for split, count in (("train", 40), ("test", 60)):
-        made = run.json("convert", "textures", f"{split}.beton", "--count", count, "--size", 16)
+    for split, count, seed in (("train", 40, 1), ("test", 60, 2)):
+        textures = ("--count", count, "--size", 16, "--seed", seed)
+        made = run.json("convert", "textures", f"{split}.beton", *textures)
         assert made["images"] == count
     files = ["--data", "train.beton", "--test-data", "test.beton"]
     options = ["--norm=gn", "--opt=lars", "--lr=0.2", "--mlp-norm=none", "--epochs=2"]
@@ -303,6 +304,13 @@ def test_doctor_says_whether_the_precision_gates_answer_is_kept(
     assert "kept" not in precision_line()
 
 
+def test_threads_that_wait_do_not_spin(run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two runs on one machine would take the cores from each other."""
+    monkeypatch.delenv("OMP_WAIT_POLICY")
+    run.output("presets", "list")
+    assert os.environ["OMP_WAIT_POLICY"] == "PASSIVE"
+
+
 def test_an_engine_that_is_not_here_is_refused_before_anything_is_made(run, tmp_path: Path) -> None:
     err = run.refusal("train", "--engine", "graph", "--device", "cpu", "--out", tmp_path / "run")
     assert "engine.mode: graph needs a CUDA device" in err
@@ -383,13 +391,14 @@ def test_data_commands_take_the_fields(run, foreign: dict[str, Path], tmp_path: 
     assert info["labels"] == {"0": 12, "1": 12}
     run.output("data", "verify", file, "--deep", *fields)
 
-    def preview(name: str, *options: str) -> bytes:
-        run.output("data", "preview", foreign[name], *options, "--set", "views.size=16")
-        return (tmp_path / "preview.png").read_bytes()
+    def preview(name: str, out: str, *options: str) -> bytes:
+        written = ("--out", out, "--set", "views.size=16")
+        run.output("data", "preview", foreign[name], *options, *written)
+        return (tmp_path / out).read_bytes()
 
-    plain = preview("plain")
-    assert preview("several", *fields) == preview("one") == plain
-    assert preview("several", "--image-field", "mask") != plain
+    plain = preview("plain", "plain.png")
+    assert preview("several", "several.png", *fields) == preview("one", "one.png") == plain
+    assert preview("several", "mask.png", "--image-field", "mask") != plain
 
 
 LISTED = "id (int), mask (image), label (float), img (image), kind (int)"

@@ -51,13 +51,7 @@ class Trace:
     """A state after STEPS steps, with the values and the gradient of each; nobody changes it."""
 
     def __init__(
-        self,
-        choice: tuple[str, bool, str],
-        precision: str,
-        kernels: str,
-        *,
-        batch: int = 2,
-        size: int = 8,
+        self, choice: tuple[str, bool, str], precision: str, kernels: str, *, batch: int, size: int
     ) -> None:
         self.state = TrainState.create(
             config(*choice, precision, kernels), steps_per_epoch=2, device=DEVICE
@@ -129,8 +123,10 @@ def test_a_step_in_kernels_equals_the_step_in_plain_torch(
 @pytest.mark.parametrize("kernels", KERNELS)
 def test_in_bf16_kernels_are_as_near_to_float64_as_plain_torch(kernels: str) -> None:
     choice = ("gn", True, "blog")
-    exact, plain = Trace(choice, "fp64", "reference"), Trace(choice, "bf16", "reference")
-    fused = Trace(choice, "bf16", kernels)
+    exact, plain, fused = (
+        Trace(choice, precision, backend, batch=2, size=8)
+        for precision, backend in (("fp64", "reference"), ("bf16", "reference"), ("bf16", kernels))
+    )
 
     def distance(trace: Trace) -> float:
         gradient, truth = trace.gradients[0].double(), exact.gradients[0]
@@ -147,8 +143,9 @@ def test_in_bf16_kernels_are_as_near_to_float64_as_plain_torch(kernels: str) -> 
 @pytest.mark.parametrize("kernels", KERNELS)
 def test_the_same_step_twice_is_the_same_bit_for_bit(kernels: str) -> None:
     choice, batch, size = CASES[0]
-    first = traced(choice, "fp32", kernels, batch=batch, size=size)
-    second = Trace(choice, "fp32", kernels)
+    first, second = (
+        make(choice, "fp32", kernels, batch=batch, size=size) for make in (traced, Trace)
+    )
     for name in ("online", "target", "momentum"):
         assert torch.equal(getattr(first.state.arena, name), getattr(second.state.arena, name))
 

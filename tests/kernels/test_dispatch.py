@@ -197,8 +197,10 @@ def test_an_unusual_caller_gets_plain_torchs_result(op: Op, caller: str, kernels
         expected = REFERENCES.get(caller, Op.reference)(op, x)
         if caller == "vmap":
             vmap(op.reference)(torch.stack((x, x)))
-    except RuntimeError as error:  # torch 2.11's F.group_norm of channels-last memory
-        pytest.skip(f"plain torch cannot do it either: {error}")
+    except RuntimeError as error:
+        if "querying is_contiguous" not in str(error) and "view size" not in str(error):
+            raise
+        pytest.skip("torch 2.11 cannot transform its group norm of channels-last memory")
     close(CALLERS[caller](op, x), expected, rtol=1e-4, atol=1e-4)
 
 

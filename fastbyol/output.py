@@ -54,7 +54,7 @@ def say(*lines: str, err: bool = False) -> None:
 
 
 def print_json(value: Any) -> None:
-    """Print ``value`` as one JSON object in ASCII on standard output.
+    """Print ``value`` as JSON in ASCII on standard output.
 
     Numbers that are not finite become null.
     """

@@ -156,9 +156,12 @@ class Command:
         """Run what is refused; return its error, which is all of stderr and one line."""
         ended, out, err = self(*arguments)
         assert ended == code, err
+        # A run may say what it trains on before its end.
+        assert not out or {"train", "run"} & set(arguments), out
         assert "error" not in out
         assert err.startswith("fastbyol: error: "), err
         assert err.count("\n") == 1, err
+        assert "Traceback" not in err
         return err
 
 

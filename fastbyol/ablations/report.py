@@ -103,25 +103,23 @@ def verdicts(suite: Suite) -> dict[str, Any]:
             "unsettled": {what: other.outcome for what, other in variants.items()},
         }
 
-    evidence = [run for arm in suite.runs for run in suite.evidence(arm)]
     return {
         "scale": suite.scale,
         "data": list(suite.data),
         "commands": list(suite.commands),
-        "runs": sum(map(len, suite.runs.values())),
+        "runs": len(suite.records),
         "account": asdict(suite.account),
         "claims": list(map(row, CLAIMS)),
         "accuracies": [
             {"arm": run.arm, "seed": run.seed, "num_scored": run.scored}
             | report_tables.accuracies(run)
-            for run in evidence
+            for run in (record.evidence for record in suite.records)
         ],
     }
 
 
 def page(suite: Suite) -> str:
     """Return the report as HTML."""
-    all_runs = [run for runs in suite.runs.values() for run in runs]
     with figures.settings():
         return figures.page(
             "report.html.j2",
@@ -131,10 +129,10 @@ def page(suite: Suite) -> str:
             data=suite.data,
             commands=suite.commands,
             source=appendix()["source"],
-            num_runs=len(all_runs),
+            num_runs=len(suite.records),
             num_arms=len(suite.runs),
-            num_seeds=len({run.evidence.seed for run in all_runs}),
-            unfinished=sum(not run.evidence.finished for run in all_runs),
+            num_seeds=len({run.evidence.seed for run in suite.records}),
+            unfinished=sum(not run.evidence.finished for run in suite.records),
             outcomes=sorted(suite.verdicts[claim.id].outcome for claim in CLAIMS),
             account=suite.account,
             lost=_lost(suite),

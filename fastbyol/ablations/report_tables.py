@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from fastbyol.ablations.claims import TABLE_COSINES, TABLE_ROWS, Claim
 from fastbyol.ablations.evidence import Evidence
 from fastbyol.ablations.phases import phases_of, rate_peak
 from fastbyol.ablations.questions import table_accuracy, untrained_accuracy
-from fastbyol.ablations.suite import Record, Suite
+from fastbyol.ablations.suite import Suite
 from fastbyol.config import Resolved
 from fastbyol.evaluation.intervals import accuracy_interval
 from fastbyol.runs import differences
@@ -59,7 +59,7 @@ def _over_seeds(values: Sequence[float], digits: int) -> str:
 
 def run_rows(suite: Suite) -> list[Row]:
     """Return a row per run: its phases, losses, accuracies, peak rate and early gradient."""
-    return [(arm, *_run_cells(run)) for arm in suite.runs for run in suite.evidence(arm)]
+    return [(run.evidence.arm, *_run_cells(run.evidence)) for run in suite.records]
 
 
 def _run_cells(run: Evidence) -> Row:
@@ -114,12 +114,6 @@ def _accuracy(measured: Mapping[str, float] | None) -> str:
     return f"{measured['accuracy']:.1f} ({measured['low']:.1f} to {measured['high']:.1f}){epoch}"
 
 
-def _runs(suite: Suite) -> Iterator[tuple[str, Record]]:
-    """Yield every run with the name of its arm."""
-    for arm, runs in suite.runs.items():
-        yield from ((arm, run) for run in runs)
-
-
 def _number(value: float, unit: str = "") -> str:
     return f"{value:.3g}{unit}" if np.isfinite(value) else NOTHING
 
@@ -127,22 +121,22 @@ def _number(value: float, unit: str = "") -> str:
 def timeline(suite: Suite) -> list[tuple[str, int, int, list[tuple[int, int, str]]]]:
     """Return arm, seed, epochs, and (first epoch, last epoch, state) of each stretch in a state."""
     rows = []
-    for arm, run in _runs(suite):
+    for run in suite.records:
         states = enumerate(event["state"] for event in run.events if event["event"] == "epoch")
         parts = (list(part) for _, part in groupby(states, key=lambda pair: pair[1]))
         stretches = [(part[0][0], part[-1][0], part[0][1]) for part in parts]
-        rows.append((arm, run.evidence.seed, run.evidence.epochs, stretches))
+        rows.append((run.evidence.arm, run.evidence.seed, run.evidence.epochs, stretches))
     return rows
 
 
 def event_rows(suite: Suite) -> list[Row]:
     """Return a row per change of state, with the ``SIGNALS`` that brought it."""
     rows = list[Row]()
-    for arm, run in _runs(suite):
+    for run in suite.records:
         for event in (event for event in run.events if event["event"] == "state"):
             change, values = f"{event['before']} → {event['after']}", map(event.get, SIGNALS)
             signals = (NOTHING if value is None else f"{value:.4g}" for value in values)
-            rows.append((arm, run.evidence.seed, event["step"], change, *signals))
+            rows.append((run.evidence.arm, run.evidence.seed, event["step"], change, *signals))
     return rows
 
 
@@ -178,7 +172,7 @@ def _value(key: str, value: object) -> str:
 def environment(suite: Suite) -> dict[str, Counter[str]]:
     """Return by name how many runs have each value of their environment."""
     counts: dict[str, Counter[str]] = {}
-    for _, run in _runs(suite):
+    for run in suite.records:
         for name, value in run.env.items():
             if name not in ("config", "command", "started"):
                 counts.setdefault(name, Counter())[_plain(value)] += 1

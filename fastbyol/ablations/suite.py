@@ -133,6 +133,11 @@ class Suite:
             self.verdicts[claim.id] for claim in CLAIMS if any(map(self._num_finished, claim.arms))
         )
 
+    @property
+    def records(self) -> tuple[Record, ...]:
+        """All runs, by arm and seed."""
+        return tuple(run for records in self.runs.values() for run in records)
+
     def evidence(self, arm: str) -> tuple[Evidence, ...]:
         """Return the evidence of an arm's runs, by seed; empty if the arm was not run."""
         return tuple(run.evidence for run in self.runs.get(arm, ()))

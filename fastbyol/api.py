@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +19,21 @@ from fastbyol.config import Config, Resolved, resolve
 from fastbyol.data import decoder as decoding
 from fastbyol.data import embedded, loader
 from fastbyol.engine import capture, trainer
+from fastbyol.engine import ranks as ranking
 from fastbyol.engine.device import pick_device
 from fastbyol.engine.observer import Observer
 from fastbyol.engine.origin import source_file
 from fastbyol.engine.precision import choose_precision
 from fastbyol.engine.step import TrainState
 from fastbyol.engine.trainer import Summary
+from fastbyol.engine.worker import worker
 from fastbyol.errors import UsageError, check_choice
 from fastbyol.evaluation import protocol as protocols
 from fastbyol.evaluation.protocol import PROTOCOLS
 from fastbyol.model.resnet import ResNet
 from fastbyol.process import left_as_found
 from fastbyol.runs import checkpoint, consistency, inputs
-from fastbyol.runs.folder import RunFolder, default_run_path
+from fastbyol.runs.folder import CONFIG, RunFolder, default_run_path
 
 # The encoder of the online network, of the target network, and of the online network before step 0.
 WEIGHTS = ("trained", "target", "random")
@@ -49,7 +51,8 @@ def train(
 ) -> Summary:
     """Train ``config`` in the new run folder ``out`` (default: a new name under ``runs/``).
 
-    With ``train.init_from`` training starts from another run's weights, and the new run's
+    Under torchrun all of its processes call this together, train the run together, and return the
+    same. With ``train.init_from`` training starts from another run's weights, and the new run's
     ``config.toml`` names the checkpoint.
 
     Raises:
@@ -58,15 +61,59 @@ def train(
         NoGraphError: no CUDA graph can be recorded under ``engine.mode`` auto. ``resume`` continues
             the run, compiled, in another process.
     """
-    whole = _with_source(resolve(config), observer)
-    whole = inputs.with_paths(whole, whole)
-    capture.choose(whole.engine, pick_device(whole.train.device))  # refuses what this machine lacks
-    whole = (
-        choose_precision(whole, observer.note) if observer is not None else choose_precision(whole)
-    )
-    path = Path(out) if out is not None else default_run_path(whole)
-    with RunFolder.create(path, whole, origin) as folder:
-        return trainer.fit(folder, whole, observer)
+    with ranking.joined() as processes:
+        if processes.rank:
+            return _follow(processes)
+        whole = _with_source(resolve(config), observer)
+        whole = inputs.with_paths(whole, whole)
+        ranks = ranking.count_ranks(whole, processes.count)
+        # Refuses what this machine lacks.
+        capture.choose(whole.engine, pick_device(whole.train.device))
+        note = (lambda _: None) if observer is None else observer.note
+        whole = choose_precision(_pinned(whole, ranks), note)
+        path = Path(out) if out is not None else default_run_path(whole)
+        with _opened(path, whole, origin, note) as folder:
+            return _lead(folder, folder.config, observer, processes, ranks)
+
+
+def _opened(
+    path: Path, config: Resolved, origin: Mapping[str, str] | None, note: Callable[[str], None]
+) -> RunFolder:
+    """Make the run's folder, or open it if torchrun starts this command again."""
+    here = worker()
+    if here is None or not here.restarts or not (path / CONFIG).exists():
+        return RunFolder.create(path, config, origin)
+    folder = RunFolder.open(path, lock=True)
+    if folder.config != config:
+        folder.close()
+        raise UsageError(f"{path}: holds another run: name another folder with --out")
+    note(f"{path}: a rank was lost; all start again from the newest checkpoint")
+    return folder
+
+
+def _pinned(config: Resolved, ranks: int) -> Resolved:
+    """Return ``config`` with its number of ranks, by which later processes get the same bits."""
+    if ranks == 1 or config.train.ranks == ranks:
+        return config
+    return config.model_copy(update={"train": config.train.model_copy(update={"ranks": ranks})})
+
+
+def _lead(
+    folder: RunFolder,
+    config: Resolved,
+    observer: Observer | None,
+    processes: ranking.Alone | ranking.Processes,
+    ranks: int,
+) -> Summary:
+    """Train as the first of ``processes``, once the others know what."""
+    ranking.from_first(processes, (config, ranks))
+    return trainer.fit(folder, config, observer, processes, ranks)
+
+
+def _follow(processes: ranking.Alone | ranking.Processes) -> Summary:
+    assert isinstance(processes, ranking.Processes)
+    terms: tuple[Resolved, int] = ranking.from_first(processes, None)
+    return trainer.follow(processes, *terms)
 
 
 def _with_source(config: Resolved, observer: Observer | None) -> Resolved:
@@ -91,16 +138,22 @@ def resume(
     *,
     data: str | Path | None = None,
     test_data: str | Path | None = None,
+    ranks: int | None = None,
     observer: Observer | None = None,
 ) -> Summary:
     """Continue a run from its newest sound checkpoint, bit for bit as if it had never stopped.
 
     ``data`` and ``test_data`` are its files' new paths, which the run keeps. Their content must be
-    what the run was made with. Raises the errors of ``train``.
+    what the run was made with. Another number of ``ranks`` than the run's draws the same views and
+    rounds otherwise. Raises the errors of ``train``.
     """
-    with RunFolder.open(Path(run), lock=True) as folder:
-        config = inputs.moved(inputs.with_paths(folder.config, folder.config), data, test_data)
-        return trainer.fit(folder, config, observer)
+    with ranking.joined() as processes:
+        if processes.rank:
+            return _follow(processes)
+        with RunFolder.open(Path(run), lock=True) as folder:
+            config = inputs.moved(inputs.with_paths(folder.config, folder.config), data, test_data)
+            count = ranking.count_ranks(config, processes.count, ranks)
+            return _lead(folder, config, observer, processes, count)
 
 
 @left_as_found()
@@ -204,7 +257,8 @@ def evaluate(
             limit=0 if named else limit,
             decoder=decoder,
             labels=labels,
-            **fields,
+            image_field=fields["image_field"],
+            label_field=fields["label_field"],
         )
 
     test = read("test", test_file, data.test_limit, named=test_data is not None, labels="needed")

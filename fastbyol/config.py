@@ -203,6 +203,9 @@ class ModelConfig(Model):
     """ResNet-18 encoder, projector and predictor. Defaults: the post's sizes."""
 
     norm: Annotated[NormName, Option("--norm")] = Field("bn", description="Norm of the encoder.")
+    norm_scope: Annotated[Literal["global", "rank"], Option("--norm-scope")] = Field(
+        "global", description="Batch norm's statistics: of the whole batch, or of a rank's share."
+    )
     ws: Annotated[bool, Option("--ws/--no-ws")] = Field(
         False, description="Standardize the encoder's convolution weights."
     )
@@ -335,6 +338,13 @@ class TrainConfig(Model):
     epochs: Annotated[int, Option("--epochs")] = Field(10, ge=1, le=1_000_000)
     batch_size: Annotated[int, Option("--batch-size")] = Field(
         256, ge=2, le=65536, description="Images per step, each seen as two views."
+    )
+    ranks: Annotated[int | None, Option("--ranks")] = Field(
+        None,
+        ge=1,
+        le=4096,
+        description="Shares that a batch is split into. The same number has the same bits in any "
+        "number of processes that divides it. Default: one per process.",
     )
     seed: Annotated[int, Option("--seed")] = Field(0, ge=0, lt=2**63)
     precision: Annotated[

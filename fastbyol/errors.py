@@ -28,6 +28,10 @@ class CollapsedError(FastbyolError):
     exit_code = 3
 
 
+class LostRankError(FastbyolError):
+    """A rank that the others wait for in vain: its process or thread has ended."""
+
+
 class NoGraphError(FastbyolError):
     """A CUDA graph that could not be recorded.
 

@@ -147,6 +147,7 @@ def test_what_resolving_leaves_open_is_in_no_preset() -> None:
         "train.init_from",
         "optim.rate_cap",
         "optim.replay_rates",
+        "train.ranks",
     }
     for name in config_io.presets():
         assert not open_keys & set(

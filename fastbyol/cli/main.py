@@ -13,7 +13,7 @@ from pathlib import Path
 import typer
 
 from fastbyol.cli import ablate, data, doctor, explain, presets, train
-from fastbyol.engine import interrupt
+from fastbyol.engine import interrupt, worker
 from fastbyol.engine.allocator import keep_freed_memory
 from fastbyol.errors import FastbyolError, UsageError
 from fastbyol.output import guarded, say
@@ -51,6 +51,7 @@ def main() -> None:
     # 320 sleeping.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     keep_freed_memory()
+    worker.begin()
     try:
         with guarded() as failures:
             code = _run_command()
@@ -78,7 +79,8 @@ def _run_command() -> int:
             code = app(standalone_mode=False, prog_name="fastbyol")
         return code if isinstance(code, int) else 0
     except FastbyolError as error:
-        _print_error(str(error))
+        if worker.speaks(error):
+            _print_error(str(error))
         return error.exit_code
     except typer.TyperException as error:
         message = error.format_message() or "say what to do: see fastbyol --help"

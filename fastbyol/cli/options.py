@@ -44,6 +44,21 @@ Sets = Annotated[
     typer.Option("--set", metavar="KEY=VALUE", help="Any key, e.g. views.size=32."),
 ]
 
+Gpus = Annotated[
+    int | None, typer.Option("--gpus", min=1, help="Train on as many GPUs, a process for each.")
+]
+Processes = Annotated[
+    int | None,
+    typer.Option(min=1, help="Processes for the ranks on this machine. Default on a cpu: as many."),
+]
+Nodes = Annotated[
+    int | None, typer.Option("--nnodes", min=1, help="Machines that run this same command.")
+]
+Endpoint = Annotated[
+    str | None,
+    typer.Option("--rdzv-endpoint", metavar="HOST:PORT", help="Where several machines meet."),
+]
+
 # Sections of config.py in the order in which ``train --help`` lists their options.
 SECTIONS = ("data", "train", "engine", "method", "model", "views", "optim")
 

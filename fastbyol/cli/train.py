@@ -17,16 +17,22 @@ from fastbyol import config_io
 from fastbyol.cli.options import (
     ConfigFile,
     Device,
+    Endpoint,
+    Gpus,
     ImageField,
     Json,
     LabelField,
+    Nodes,
+    Processes,
     RunPath,
     Sets,
     config_flags,
     with_config_options,
 )
+from fastbyol.config import Resolved
 from fastbyol.config_io import Loaded
-from fastbyol.errors import NoGraphError
+from fastbyol.engine.worker import is_first, worker
+from fastbyol.errors import NoGraphError, UsageError
 from fastbyol.output import console as make_console
 from fastbyol.output import print_json, say
 
@@ -45,14 +51,19 @@ def train(
         Path | None,
         typer.Option("--out", metavar="DIR", help="Run folder. Default: a new one under runs/."),
     ] = None,
+    gpus: Gpus = None,
+    processes: Processes = None,
+    nnodes: Nodes = None,
+    rdzv_endpoint: Endpoint = None,
     as_json: Json = False,
     **values: Any,
 ) -> None:
     """Train a network; without --data on textures that are made for it."""
     from fastbyol import api
 
-    console = make_console(err=as_json)
+    console = _console(as_json)
     loaded = load(preset, config, sets or (), config_flags(values))
+    _start_processes(loaded.config, out, gpus, processes, nnodes, rdzv_endpoint)
     for line in (_data_in_words(loaded), *loaded.notes):
         console.print(line, markup=False, soft_wrap=True)
     summary = _run(
@@ -61,6 +72,43 @@ def train(
         lambda observer: api.train(loaded.config, out, observer=observer, origin=loaded.origin),
     )
     _finish(summary, console, as_json)
+
+
+def _console(as_json: bool) -> Console:
+    """Return the console of a command that trains: silent in processes other than the first."""
+    made = make_console(err=as_json)
+    made.quiet = not is_first()
+    return made
+
+
+def _start_processes(
+    config: Resolved,
+    out: Path | None,
+    gpus: int | None,
+    processes: int | None,
+    nodes: int | None,
+    endpoint: str | None,
+    ranks: int | None = None,
+) -> None:
+    """Start the processes that the command asks for, and end with their exit code.
+
+    A new run's folder is named here, so that they find it again after a restart. Return if this
+    process trains by itself, or is one of them.
+    """
+    from fastbyol.engine import launch
+    from fastbyol.runs.folder import default_run_path
+
+    started = launch.processes_of(
+        config, gpus=gpus, processes=processes, nodes=nodes, endpoint=endpoint, ranks=ranks
+    )
+    if started is None:
+        return
+    arguments = sys.argv[1:]
+    if out is None:
+        if started.nodes > 1:
+            raise UsageError("--out: not given, and every node has to know the same run folder")
+        arguments += ["--out", str(default_run_path(config))]
+    raise typer.Exit(launch.start(started, arguments))
 
 
 def load(
@@ -115,6 +163,8 @@ def _run(console: Console, as_json: bool, work: Callable[[Any], Summary]) -> Sum
             return work(observer)
     except NoGraphError as error:
         console.print(str(error), markup=False, soft_wrap=True)
+        if worker() is not None:
+            raise typer.Exit(1) from None  # torchrun starts all processes afresh
         _start_again("resume", str(error.run), *(["--json"] if as_json else []))
 
 
@@ -134,6 +184,8 @@ def _start_again(*arguments: str) -> NoReturn:
 def _finish(summary: Summary, console: Console, as_json: bool) -> None:
     from fastbyol.show import figures, run_report
 
+    if not is_first():
+        return
     if figures.available() and summary.finished:  # a run that was stopped must end now
         run_report.write(Path(summary.run))
     if as_json:
@@ -157,16 +209,30 @@ def resume(
         str | None,
         typer.Option("--test-data", metavar="FILE", help="Where its test data lie now, unchanged."),
     ] = None,
+    ranks: Annotated[
+        int | None, typer.Option(min=1, help="Another number of ranks, which rounds otherwise.")
+    ] = None,
+    gpus: Gpus = None,
+    processes: Processes = None,
+    nnodes: Nodes = None,
+    rdzv_endpoint: Endpoint = None,
     as_json: Json = False,
 ) -> None:
     """Go on with a run that was stopped, bit for bit."""
     from fastbyol import api
+    from fastbyol.runs.folder import RunFolder
 
-    console = make_console(err=as_json)
+    console = _console(as_json)
+    if worker() is None:
+        with RunFolder.open(run, lock=False) as folder:
+            config = folder.config
+        _start_processes(config, run, gpus, processes, nnodes, rdzv_endpoint, ranks)
     summary = _run(
         console,
         as_json,
-        lambda observer: api.resume(run, data=data, test_data=test_data, observer=observer),
+        lambda observer: api.resume(
+            run, data=data, test_data=test_data, ranks=ranks, observer=observer
+        ),
     )
     _finish(summary, console, as_json)
 

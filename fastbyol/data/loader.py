@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args
 
@@ -22,6 +22,8 @@ from fastbyol.errors import UsageError, check_choice, size_text
 
 Cache = Literal["auto", "device", "none"]
 Labels = Literal["unused", "optional", "needed"]
+# Returns a tensor of a shape that was filled once for all ranks of a node (``engine.ranks``).
+Shared = Callable[[Sequence[int], Callable[[Tensor], None], torch.device], Tensor]
 
 # Shares of a device's free memory: "auto" leaves most of it to training, "device" is an explicit
 # wish.
@@ -57,9 +59,9 @@ class Loader:
     """The batches of one file, gathered from the decoded set on the device or streamed.
 
     Batch ``k`` of an epoch holds the samples ``permutation(...)[k * B : (k + 1) * B]``, or with
-    ``chosen`` ids, int64 (N,), those at these indices of ``chosen``. A batch is never written to
-    again. A ``resident`` loader needs no file and no thread once it is open; a streaming one
-    decodes a few batches ahead in one thread.
+    ``chosen`` ids, int64 (N,), those at these indices of ``chosen``; with ``columns`` only these of
+    them, a rank's share. A batch is never written to again. A ``resident`` loader needs no file and
+    no thread once it is open; a streaming one decodes a few batches ahead in one thread.
     """
 
     def __init__(
@@ -71,16 +73,19 @@ class Loader:
         seed: int,
         device: torch.device,
         resident: bool,
+        columns: slice = slice(None),
+        shared: Shared | None = None,
     ) -> None:
         self.num_samples = decoder.info.num_samples if chosen is None else len(chosen)
         self.steps_per_epoch = self.num_samples // batch_size
         self._decoder, self._chosen = decoder, chosen
         self._batch_size, self._seed, self._device = batch_size, seed, device
+        self._columns = columns
         self._running: weakref.WeakSet[Generator[Batch]] = weakref.WeakSet()
         self._closed, self._images = False, None
         if resident:
             with decoder:
-                self._images = _decode(decoder, chosen, device)
+                self._images = _decode(decoder, chosen, device, shared)
 
     @property
     def resident(self) -> bool:
@@ -96,7 +101,7 @@ class Loader:
         order = permutation(self.num_samples, seed=self._seed, epoch=epoch)
         steps = order[: self.steps_per_epoch * self._batch_size].view(
             self.steps_per_epoch, self._batch_size
-        )[start_step:]
+        )[start_step:, self._columns]
         batches = (
             self._streamed(steps) if self._images is None else self._gathered(steps, self._images)
         )
@@ -151,6 +156,8 @@ def open_loader(
     size: int,
     limit: int = 0,
     decoder: str = "auto",
+    columns: slice = slice(None),
+    shared: Shared | None = None,
 ) -> Loader:
     """Verify ``file``, unless it was just inspected, and open it for training.
 
@@ -179,7 +186,19 @@ def open_loader(
     resident = _is_resident(info, need, where, cache)
     in_memory = _fits_in_memory(info, need if resident else 0)
     images = Decoder(info, size=size, workers=workers, in_memory=in_memory, decoder=decoder)
-    return Loader(images, chosen, batch_size=batch_size, seed=seed, device=where, resident=resident)
+    return Loader(
+        images, chosen, batch_size=batch_size, seed=seed, device=where, resident=resident,
+        columns=columns, shared=shared,
+    )  # fmt: skip
+
+
+def choose_cache(
+    file: BetonInfo, *, device: torch.device, size: int, limit: int, cache: Cache
+) -> Cache:
+    """Return "device" or "none": where ``auto`` keeps the decoded images, for all ranks alike."""
+    chosen = subset(file.num_samples, limit)
+    need = _decoded_bytes(file, size, file.num_samples if chosen is None else len(chosen))
+    return "device" if _is_resident(file, need, device, cache) else "none"
 
 
 def read_all(
@@ -192,6 +211,7 @@ def read_all(
     image_field: str | None = None,
     label_field: str | None = None,
     labels: Labels = "unused",
+    shared: Shared | None = None,
 ) -> Images:
     """Verify ``file``, unless it was just inspected, and decode its images in file order.
 
@@ -211,7 +231,7 @@ def read_all(
         targets = None if info.labels is None else torch.from_numpy(info.labels)
         if targets is not None and chosen is not None:
             targets = targets[chosen]
-        return Images(_decode(images, chosen, CPU), targets, info.class_names)
+        return Images(_decode(images, chosen, CPU, shared), targets, info.class_names)
 
 
 def _inspected(
@@ -249,17 +269,26 @@ def _fits_in_memory(info: BetonInfo, beside: int) -> bool:
     return info.num_bytes + beside <= AUTO_SHARE * available_bytes(CPU)
 
 
-def _decode(decoder: Decoder, chosen: Tensor | None, device: torch.device) -> Tensor:
+def _decode(
+    decoder: Decoder, chosen: Tensor | None, device: torch.device, shared: Shared | None
+) -> Tensor:
     """Decode the samples ``chosen`` (None: all), in this order."""
     ids = np.arange(decoder.info.num_samples) if chosen is None else chosen.numpy()
-    images = torch.empty((len(ids), *decoder.shape), dtype=torch.uint8, device=device)
-    for first in range(0, len(ids), CHUNK):
-        rows = images[first : first + CHUNK]
-        part = rows if device.type == "cpu" else _host_images(len(rows), decoder, device)
-        decoder.decode(ids[first : first + len(rows)], part.numpy())
-        if part is not rows:
-            rows.copy_(part, non_blocking=True)
-    decoder.check_unchanged()
+    shape = (len(ids), *decoder.shape)
+
+    def fill(images: Tensor) -> None:
+        for first in range(0, len(ids), CHUNK):
+            rows = images[first : first + CHUNK]
+            part = rows if rows.device.type == "cpu" else _host_images(len(rows), decoder, device)
+            decoder.decode(ids[first : first + len(rows)], part.numpy())
+            if part is not rows:
+                rows.copy_(part, non_blocking=True)
+        decoder.check_unchanged()
+
+    if shared is not None:
+        return shared(shape, fill, device)
+    images = torch.empty(shape, dtype=torch.uint8, device=device)
+    fill(images)
     return images
 
 

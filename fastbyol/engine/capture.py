@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager, suppress
-from functools import lru_cache
+from functools import lru_cache, partial
 from types import FunctionType
 from typing import Any, NamedTuple, Protocol
 
@@ -20,6 +20,7 @@ from fastbyol.config import Config, EngineConfig
 from fastbyol.data.loader import Batch
 from fastbyol.engine import interrupt
 from fastbyol.engine.guards import is_out_of_memory
+from fastbyol.engine.ranks import Alone, Ranks, Threads, agree
 from fastbyol.engine.step import Forward, StepMetrics, TrainState, forward, train_step
 from fastbyol.errors import FastbyolError, NoGraphError, UsageError
 from fastbyol.model.byol import Online, Target
@@ -62,12 +63,36 @@ class Engine(Protocol):
 Recorder = Callable[[Callable[[], StepMetrics]], tuple[StepMetrics, Callable[[], None]]]
 
 
-def choose(config: EngineConfig, device: torch.device, *, before: str | None = None) -> Choice:
+def choose(
+    config: EngineConfig,
+    device: torch.device,
+    *,
+    before: str | None = None,
+    ranks: Ranks | None = None,
+    batch_size: int = 0,
+) -> Choice:
     """Choose the mode of a run on ``device``.
 
     ``before`` is the mode of the run's earlier steps. ``auto`` keeps it if it can, because another
-    one rounds differently. Raises UsageError for a configured mode that ``device`` lacks.
+    one rounds differently. Raises UsageError for a configured mode that ``device`` lacks, or that
+    ``ranks`` cannot share ``batch_size`` images in.
     """
+    ranks = Alone() if ranks is None else ranks
+    if config.mode in ("auto", "compile", "graph") and batch_size % ranks.count:
+        # Compiled for other shapes, ranks might send their messages in another order.
+        if config.mode != "auto":
+            raise UsageError(
+                f"engine.mode: {config.mode} needs equal shares, and {ranks.count} ranks do not "
+                f"divide {batch_size} images: take another --batch-size, or --engine eager"
+            )
+        return Choice("eager", "ranks have unequal shares")
+    if isinstance(ranks, Threads) and config.mode in ("auto", "graph") and device.type == "cuda":
+        if config.mode == "graph":
+            raise UsageError(
+                "engine.mode: graph needs a process for each rank: start as many, or take --engine "
+                "compile"
+            )
+        return Choice("compile", "a graph holds one rank")
     on_gpu = device.type == "cuda"
     if config.mode == "graph" and not on_gpu:
         raise UsageError(
@@ -89,11 +114,12 @@ def engine(state: TrainState, config: Config, choice: Choice) -> Engine:
     if choice.mode == "eager":
         return Eager(state, config)
     compiled = Eager(state, config, compiled_forward())
-    return (
-        compiled
-        if choice.mode == "compile"
-        else Captured(compiled, record_cuda, falls_back=choice.falls_back)
-    )
+    if choice.mode == "compile":
+        return compiled
+    record: Recorder = record_cuda
+    if state.ranks.count > 1:
+        record = partial(record_cuda, meet=lambda: agree(state.ranks, 0))
+    return Captured(compiled, record, falls_back=choice.falls_back)
 
 
 def compiled_forward(
@@ -192,6 +218,10 @@ class Captured:
         self.replay()
         return self._metrics
 
+    def close(self) -> None:
+        """Free the graph: with messages in it, it has to go before what sends them."""
+        self._play = None
+
     def replay(self) -> None:
         """Take the captured step once more, on the last batch."""
         assert self._play is not None
@@ -207,6 +237,7 @@ class Captured:
             return
         self._batch = Batch(batch.images.clone(), batch.ids.clone())
         self._epoch = torch.full((), epoch, dtype=torch.int64, device=batch.ids.device)
+        failure: Exception | None = None
         try:
             with kept(self._inner.state):
                 self._metrics, self._play = self._record(
@@ -214,10 +245,21 @@ class Captured:
                 )
         except Exception as error:
             _refuse_foreign(error)
-            what = f"no CUDA graph ({_first_line(error)})"
-            if self._falls_back:
-                raise NoGraphError(what) from error
-            raise FastbyolError(f"engine.mode: {what}: take --engine compile, or eager") from error
+            failure = error
+        # If one rank cannot capture, none does.
+        if not agree(self._inner.state.ranks, int(failure is not None)):
+            return
+        reason = "another rank has none" if failure is None else _first_line(failure)
+        self._play, what = None, f"no CUDA graph ({reason})"
+        if self._falls_back:
+            raise NoGraphError(what) from failure
+        raise FastbyolError(f"engine.mode: {what}: take --engine compile, or eager") from failure
+
+
+def release(engine: Engine) -> None:
+    """Free what ``engine`` captured, while the ranks that its messages reach are together."""
+    if isinstance(engine, Captured):
+        engine.close()
 
 
 @contextmanager
@@ -233,8 +275,14 @@ def kept(state: TrainState) -> Iterator[None]:
     state.load_tensors(saved)
 
 
-def record_cuda(work: Callable[[], StepMetrics]) -> tuple[StepMetrics, Callable[[], None]]:
-    """Warm up and capture ``work`` on a side stream. Return its outputs and its replay."""
+def record_cuda(
+    work: Callable[[], StepMetrics], *, meet: Callable[[], object] = lambda: None
+) -> tuple[StepMetrics, Callable[[], None]]:
+    """Warm up and capture ``work`` on a side stream. Return its outputs and its replay.
+
+    Between the two it calls ``meet``, which waits for the other ranks: none may still warm up, with
+    messages under way, while another captures its own.
+    """
     side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -242,6 +290,7 @@ def record_cuda(work: Callable[[], StepMetrics]) -> tuple[StepMetrics, Callable[
             work()
     torch.cuda.current_stream().wait_stream(side)
     torch.cuda.synchronize()
+    meet()
     graph, first = torch.cuda.CUDAGraph(), list[BaseException]()
     try:
         # thread_local: the loader's threads may allocate meanwhile.

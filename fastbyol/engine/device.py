@@ -10,6 +10,7 @@ from contextlib import contextmanager
 import torch
 
 from fastbyol.config import Config
+from fastbyol.engine.worker import worker
 from fastbyol.errors import UsageError, check_choice
 
 # Images a step x pixels x width^2; a step's products are a multiple of it. Below this a second
@@ -23,19 +24,25 @@ DEVICE = re.compile(r"auto|cpu|cuda(:(0|[1-9][0-9]?))?")
 def pick_device(name: str) -> torch.device:
     """Return the device ``name``: cpu, cuda, cuda:N or auto, the first CUDA device or else the cpu.
 
-    Raises UsageError for another word and for a device that does not exist.
+    A worker of torchrun takes the device of its number on its node for auto and cuda. Raises
+    UsageError for another word and for a device that does not exist.
     """
     if not DEVICE.fullmatch(str(name)):
         check_choice("device", name, ("auto", "cpu", "cuda", "cuda:1"))
-    if name == "auto":
-        return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    device = torch.device(name)
+    here = worker()
+    index = 0 if here is None else here.local_rank
+    if name == "auto" and not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda" if name == "auto" else name)
+    if here is not None and here.local_count > 1 and device.index is not None:
+        raise UsageError(f"train.device: {name} is one device, for each process its own: say cuda")
+    device = torch.device("cuda", index) if device == torch.device("cuda") else device
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UsageError(
             f"train.device: {name} is not there, this machine has {torch.cuda.device_count()} "
             "CUDA devices: take --device cpu"
         )
-    return torch.device("cuda", device.index or 0) if device.type == "cuda" else device
+    return device
 
 
 def dtype_of(precision: str) -> torch.dtype:
@@ -54,19 +61,20 @@ def dtype_of(precision: str) -> torch.dtype:
 
 
 @contextmanager
-def fitting_threads(config: Config) -> Iterator[None]:
+def fitting_threads(config: Config, ranks: int = 1) -> Iterator[None]:
     """Give torch one thread inside if the steps of ``config`` on a cpu are too small for more.
 
-    A rule and not a timing: a resumed run must take as many. OMP_NUM_THREADS comes first if set.
+    The ``ranks`` of a node share its cores. A rule and not a timing: a resumed run must take as
+    many, in threads or in processes. OMP_NUM_THREADS comes first if set, but not by torchrun.
     """
     before = torch.get_num_threads()
     size = config.train.batch_size * config.views.size**2 * config.model.width**2
-    if (
-        size < SMALL_STEP
-        and "OMP_NUM_THREADS" not in os.environ
-        and pick_device(config.train.device).type == "cpu"
-    ):
-        torch.set_num_threads(1)
+    is_set = "OMP_NUM_THREADS" in os.environ and worker() is None
+    if not is_set and pick_device(config.train.device).type == "cpu":
+        if size < SMALL_STEP * ranks:
+            torch.set_num_threads(1)
+        elif ranks > 1:
+            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks))
     try:
         yield
     finally:

@@ -15,10 +15,12 @@ from fastbyol.config import Resolved
 from fastbyol.data import beton, decoder, embedded, loader
 from fastbyol.data.beton import BetonInfo
 from fastbyol.engine import capture, guards, origin
+from fastbyol.engine import ranks as ranking
 from fastbyol.engine.device import pick_device
 from fastbyol.engine.observer import Observer, Start
+from fastbyol.engine.ranks import Alone, Ranks
 from fastbyol.engine.replay import with_replayed_rates
-from fastbyol.engine.step import LAYER_METRICS, METRICS, TrainState
+from fastbyol.engine.step import LAYER_METRICS, METRICS, TrainState, share_of
 from fastbyol.engine.telemetry import Telemetry
 from fastbyol.errors import UsageError
 from fastbyol.evaluation import protocol
@@ -65,19 +67,22 @@ class Session:
 
     ``config`` is the run's, with its data where they lie now. ``repeated``: what the meta of every
     checkpoint repeats. ``recorded``: telemetry's record in the checkpoint that the run goes on
-    from. ``other_versions``: what changed since then, name -> [before, now].
+    from. ``other_versions``: what changed since then, name -> [before, now]. The three are empty on
+    ranks other than the first, whose ``folder`` is None.
     """
 
-    folder: RunFolder
+    path: Path
+    folder: RunFolder | None
     config: Resolved
     observer: Observer
     batches: loader.Loader
     test: loader.Images | None
     state: TrainState
     take_step: capture.Engine
-    repeated: Mapping[str, Any]
-    recorded: Mapping[str, Sequence[Any]] | None
-    other_versions: Mapping[str, Sequence[str | None]]
+    ranks: Ranks = field(default_factory=Alone)
+    repeated: Mapping[str, Any] = field(default_factory=dict)
+    recorded: Mapping[str, Sequence[Any]] | None = None
+    other_versions: Mapping[str, Sequence[str | None]] = field(default_factory=dict)
 
     @property
     def device(self) -> torch.device:
@@ -102,7 +107,7 @@ class Session:
         """Open the run's records, cut back to ``step``."""
         run = self.config.run
         return Telemetry(
-            self.folder.path,
+            self.path,
             metric_names=METRICS,
             layer_names=self.state.segment_names,
             layer_metric_names=LAYER_METRICS,
@@ -124,16 +129,38 @@ class _Saved(NamedTuple):
     mode: str | None = None
 
 
+class Terms(NamedTuple):
+    """What the first rank tells the others before any of them opens the data."""
+
+    run: Path
+    config: Resolved
+    made_from: Inputs
+    cache: loader.Cache
+
+
+class Beginning(NamedTuple):
+    """What the first rank tells the others before any of them takes a step.
+
+    ``rates`` (T, S) are those to replay, or None.
+    """
+
+    progress: Progress
+    mode: capture.Choice
+    rates: torch.Tensor | None
+
+
 @dataclass(frozen=True)
 class Preparation:
-    """The work before the first step. It can be broken off and done again at any point.
+    """The first rank's work before the first step. It can be done again at any point.
 
-    In the run's folder only env.json and config.toml are written, and only after every check.
+    In the run's folder only env.json and config.toml are written, and only after every check. Alone
+    it can be broken off, too. ``joining`` has what the other ranks do meanwhile.
     """
 
     folder: RunFolder
     config: Resolved
     observer: Observer
+    ranks: Ranks = field(default_factory=Alone)
 
     @cached_property
     def pinned(self) -> Inputs | None:
@@ -153,20 +180,36 @@ class Preparation:
         Raises UsageError where data, weights, rates or configuration are not what the run was made
         with, and NoGraphError where the run has to go on in a fresh process.
         """
-        config = self.config
+        config, ranks = self.config, self.ranks
         train, test = self._inspect_data()
         made_from = Inputs.of(train, test, self._choose_decoder(train, test))
         self._check_data(made_from, train, test)
-        batches = opened.enter_context(self._open_loader(train, made_from.decoder))
-        test_images = self._read_test(test, made_from.decoder)
+        cache = config.data.cache
+        if ranks.count > 1:
+            cache = loader.choose_cache(
+                train,
+                device=self.device,
+                size=config.data.size or config.views.size,
+                limit=config.data.limit,
+                cache=cache,
+            )
+            ranking.from_first(ranks, Terms(self.folder.path, config, made_from, cache))
+        batches = opened.enter_context(
+            open_batches(config, train, made_from.decoder, cache, self.device, ranks)
+        )
+        if test is None:
+            self.observer.note("no --test-data: accuracy is not measured")
+        test_images = read_test(config, test, made_from.decoder, ranks)
         steps_per_epoch, total_steps = (
             batches.steps_per_epoch,
             batches.steps_per_epoch * config.train.epochs,
         )
-        state = TrainState.create(config, steps_per_epoch=steps_per_epoch, device=self.device)
+        state = TrainState.create(
+            config, steps_per_epoch=steps_per_epoch, device=self.device, ranks=ranks
+        )
         # The state is filled before its step is captured: a graph keeps the addresses that it saw.
         state, made_from, saved = self._fill(state, made_from, steps_per_epoch, total_steps)
-        made_by = environment.made_by(self.device)
+        made_by = environment.made_by(self.device) | {"ranks": str(ranks.count)}
         other_versions = self._note_other_versions(saved.made_by, made_by)
         if saved.progress.step < total_steps:
             self._refuse_full_disk(state, steps=total_steps - saved.progress.step)
@@ -178,6 +221,7 @@ class Preparation:
         self._announce(train, batches, state, saved.progress.step)
         engine = self._ready_engine(batches, state, saved)
         session = Session(
+            path=self.folder.path,
             folder=self.folder,
             config=config,
             observer=self.observer,
@@ -185,6 +229,7 @@ class Preparation:
             test=test_images,
             state=state,
             take_step=engine,
+            ranks=ranks,
             repeated={
                 "config": self.folder.config_text,
                 "engine": engine.mode,
@@ -241,36 +286,6 @@ class Preparation:
                 f"{what}: changed since {run} was begun: put it back, or start another run with "
                 "`fastbyol train`"
             )
-
-    def _open_loader(self, file: BetonInfo, decoder: str) -> loader.Loader:
-        config, data = self.config, self.config.data
-        return loader.open_loader(
-            file,
-            batch_size=config.train.batch_size,
-            seed=config.train.seed,
-            device=self.device,
-            cache=data.cache,
-            workers=data.workers,
-            size=data.size or config.views.size,
-            limit=data.limit,
-            decoder=decoder,
-        )
-
-    def _read_test(self, file: BetonInfo | None, decoder: str) -> loader.Images | None:
-        if file is None:
-            self.observer.note("no --test-data: accuracy is not measured")
-            return None
-        data, size = self.config.data, self.config.data.size or self.config.views.size
-        test = loader.read_all(
-            file,
-            workers=data.workers,
-            size=size,
-            limit=data.test_limit,
-            decoder=decoder,
-            labels="needed",
-        )
-        protocol.check(self.config.probe.protocol, test=test, train=None)
-        return test
 
     def _fill(
         self, state: TrainState, made_from: Inputs, steps_per_epoch: int, total_steps: int
@@ -389,16 +404,88 @@ class Preparation:
     ) -> capture.Engine:
         """Return what takes the steps, compiled for the next batch.
 
-        A run that has no steps left compiles nothing.
+        The other ranks get the state and take over the choice. A run that has no steps left
+        compiles nothing.
         """
-        step = saved.progress.step
         chosen = capture.choose(
-            self.config.engine, self.device, before=self.folder.kept_mode or saved.mode
+            self.config.engine,
+            self.device,
+            before=self.folder.kept_mode or saved.mode,
+            ranks=self.ranks,
+            batch_size=self.config.train.batch_size,
         )
-        engine = capture.engine(state, self.config, chosen)
-        if chosen.mode != "eager" and step < batches.steps_per_epoch * self.config.train.epochs:
+        replayed = None if state.rate_override is None else state.rate_override.recorded
+        rates = None if replayed is None else replayed.cpu()
+        ranking.from_first(self.ranks, Beginning(saved.progress, chosen, rates))
+        hand_over(state)
+        will_train = saved.progress.step < batches.steps_per_epoch * self.config.train.epochs
+        if chosen.mode != "eager" and will_train:
             self.observer.note(f"engine {chosen.mode}: compiling the step, which may take minutes")
-            epoch, first = divmod(step, batches.steps_per_epoch)
-            with closing(batches.epoch(epoch, start_step=first)) as upcoming:
-                engine.prepare(next(upcoming), epoch)
-        return engine
+        return ready_engine(self.config, batches, state, chosen, saved.progress.step)
+
+
+def open_batches(
+    config: Resolved,
+    file: BetonInfo,
+    decoder: str,
+    cache: loader.Cache,
+    device: torch.device,
+    ranks: Ranks,
+) -> loader.Loader:
+    """Open the training file for the share of its batches that ``ranks.rank`` has."""
+    data, share = config.data, share_of(config.train.batch_size, ranks)
+    return loader.open_loader(
+        file,
+        batch_size=config.train.batch_size,
+        seed=config.train.seed,
+        device=device,
+        cache=cache,
+        workers=data.workers,
+        size=data.size or config.views.size,
+        limit=data.limit,
+        decoder=decoder,
+        columns=slice(share.first, share.first + share.count),
+        shared=ranks.share if ranks.count > 1 else None,
+    )
+
+
+def read_test(
+    config: Resolved, file: BetonInfo | None, decoder: str, ranks: Ranks
+) -> loader.Images | None:
+    """Read the test file, if there is one, and check that the probe can use it."""
+    if file is None:
+        return None
+    data = config.data
+    test = loader.read_all(
+        file,
+        workers=data.workers,
+        size=data.size or config.views.size,
+        limit=data.test_limit,
+        decoder=decoder,
+        labels="needed",
+        shared=ranks.share if ranks.count > 1 else None,
+    )
+    protocol.check(config.probe.protocol, test=test, train=None)
+    return test
+
+
+def hand_over(state: TrainState) -> None:
+    """Copy the first rank's tensors to all ranks."""
+    for tensor in state.tensors().values():
+        state.ranks.copy_first_(tensor)
+
+
+def ready_engine(
+    config: Resolved,
+    batches: loader.Loader,
+    state: TrainState,
+    choice: capture.Choice,
+    step: int,
+) -> capture.Engine:
+    """Return what takes the steps from ``step`` on, compiled for the next batch if there is one."""
+    engine = capture.engine(state, config, choice)
+    if choice.mode != "eager" and step < batches.steps_per_epoch * config.train.epochs:
+        epoch, first = divmod(step, batches.steps_per_epoch)
+        with closing(batches.epoch(epoch, start_step=first)) as upcoming:
+            engine.prepare(next(upcoming), epoch)
+    return engine

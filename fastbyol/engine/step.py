@@ -13,6 +13,7 @@ Letters: B images, S pixels, D features, K keys in a queue.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -22,16 +23,21 @@ from torch import Tensor
 
 from fastbyol.config import Config, ModelConfig, Resolved
 from fastbyol.engine.device import dtype_of
+from fastbyol.engine.exchange import Exchange, Layout
+from fastbyol.engine.ranks import Alone, Ranks, gather_of, shares
 from fastbyol.engine.standardized_weights import StandardizedWeights
 from fastbyol.errors import UsageError
 from fastbyol.model.byol import NUM_VIEWS, Online, Target
-from fastbyol.model.norm import use_kernels
+from fastbyol.model.norm import share_statistics, use_kernels
 from fastbyol.model.objective import (
     OBJECTIVES,
     Objective,
+    Share,
     byol_loss,
     contrastive_loss,
     enqueue,
+    moments,
+    num_moments,
     observe,
     unit,
 )
@@ -82,15 +88,16 @@ class Recipe:
     views_dtype: torch.dtype
 
     @staticmethod
-    def of(config: Config) -> Recipe:
-        """Collect the numbers of ``config``."""
+    def of(config: Config, share: Share | None = None) -> Recipe:
+        """Collect the numbers of ``config``, for a whole batch or a ``share`` of it."""
         optim, method, train = config.optim, config.method, config.train
+        part = 1.0 if share is None else share.count / share.total
         return Recipe(
             rule=rule_of(optim),
             eta=optim.eta,
             momentum=optim.momentum,
             ema_first=config.schedule.ema_order == "before",
-            objective=Objective(method.name, train.loss_scale, method.temperature),
+            objective=Objective(method.name, train.loss_scale * part, method.temperature, share),
             views_dtype=dtype_of(train.precision),
         )
 
@@ -102,7 +109,7 @@ class TrainState:
     Both networks over the arena's buffers and ``step``, 0-d int64. ``lr`` and ``tau`` are tables
     over steps, ``rate_override`` replaces LARS's rates, ``kernels`` is triton, cpu or reference.
     ``queue`` (K, D) holds the contrastive loss's negatives, past target projections as unit
-    vectors, at first random ones.
+    vectors, at first random ones. ``exchange`` is None unless there are several ranks.
     """
 
     online: Online
@@ -116,16 +123,22 @@ class TrainState:
     kernels: str
     rate_override: RateOverride | None = None
     queue: Tensor | None = None
+    exchange: Exchange | None = None
 
     @staticmethod
     def create(
-        config: Resolved, *, steps_per_epoch: int, device: str | torch.device = "cpu"
+        config: Resolved,
+        *,
+        steps_per_epoch: int,
+        device: str | torch.device = "cpu",
+        ranks: Ranks | None = None,
     ) -> TrainState:
         """Make the state before the first step: the same on any device, whatever was drawn before.
 
-        Switches TF32 off for the process on CUDA under fp32 (``process.exact_products``). Raises
-        UsageError for patterns that match no parameter, heads that do not fit together or a horizon
-        that is too long.
+        It is also the same on all of several ``ranks``, and each steps on its share of a batch,
+        within ``ranks.current``. Switches TF32 off for the process on CUDA under fp32
+        (``process.exact_products``). Raises UsageError for patterns that match no parameter, heads
+        that do not fit together or a horizon that is too long.
         """
         optim, epochs = config.optim, config.schedule.horizon_epochs
         device, dtype = (
@@ -152,12 +165,25 @@ class TrainState:
             net.to(device, dtype)
             use_kernels(net, kernels)
         shapes = {name: p.shape for name, p in online.named_parameters()}
+        ranks = Alone() if ranks is None else ranks
+        share = None if ranks.count == 1 else share_of(config.train.batch_size, ranks)
+        layout = _layout(config, online, target, num_keys)
         arena = Arena.adopt(
-            online, target, treatments(shapes, optim), weight_decay=optim.weight_decay
+            online,
+            target,
+            treatments(shapes, optim),
+            weight_decay=optim.weight_decay,
+            tail=0 if share is None else sum(layout.sizes(ranks.count)),
         )
+        exchange = None
+        if share is not None:
+            exchange = Exchange.of(ranks, share, layout, arena.gradient, config.model.projector.out)
+            if config.model.norm_scope == "global":
+                for net in (online, target):
+                    share_statistics(net, share.gather)
         step = torch.zeros((), dtype=torch.int64, device=device)
         lr, tau = (table.to(device, dtype) for table in tables)
-        recipe = Recipe.of(config)
+        recipe = Recipe.of(config, share)
         standardized = StandardizedWeights.of(online, target, arena, recipe.views_dtype, kernels)
         rate_override = RateOverride.of(optim, arena.table)
         queue = unit(keys.to(dtype)).to(device) if num_keys else None
@@ -173,7 +199,13 @@ class TrainState:
             kernels,
             rate_override,
             queue,
+            exchange,
         )
+
+    @property
+    def ranks(self) -> Ranks:
+        """The ranks that share the batch."""
+        return Alone() if self.exchange is None else self.exchange.ranks
 
     @property
     def segment_names(self) -> tuple[str, ...]:
@@ -248,8 +280,8 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Run both networks on a batch (2B, 3, S, S): one graph, which ``engine.capture`` can compile.
 
-    Returns the loss, 0-d; the measurements of ``observe``, (5,), without gradient; and the keys for
-    the queue, (B, D), or None without one.
+    Returns the loss, 0-d; the measurements of ``observe``, (5,), or of a share ``moments``, (K,),
+    without gradient; and the keys for the queue, (B, D), or None without one.
     """
     output = online(batch)
     with torch.no_grad():
@@ -261,26 +293,28 @@ def forward(
         )
     if objective.name == "contrastive":
         loss = (
-            contrastive_loss(output.q, projections, objective.temperature, queue)
+            contrastive_loss(output.q, projections, objective.temperature, queue, objective.share)
             * objective.loss_scale
         )
     else:
         loss = byol_loss(output.q, projections) * objective.loss_scale
     # Like the post's code (moco.py), keep only the second view's keys.
     keys = None if queue is None else unit(projections)[len(batch) // NUM_VIEWS :]
+    if objective.share is not None:
+        return loss, moments(output, projections), keys
     return loss, torch.stack(observe(output, projections)), keys
 
 
 def train_step(state: TrainState, views: Tensor, forward: Forward = forward) -> StepMetrics:
-    """Advance ``state`` by a step on ``views`` (2, B >= 2, 3, S, S). Never waits for the device.
+    """Advance ``state`` by a step on ``views`` (2, B, 3, S, S). Never waits for the device.
 
     Both forward passes, the backward pass, optimizer and moving average in the configured order.
-    Views are normalised floats on the state's device. ``forward`` is this module's or a compiled
-    form of it.
+    Views are normalised floats on the state's device, B >= 2 or, on several ranks, this one's
+    share. ``forward`` is this module's or a compiled form of it.
     """
     recipe, arena = state.recipe, state.arena
     lr, tau = schedule.at(state.lr, state.step), schedule.at(state.tau, state.step)
-    batch = as_batch(views, recipe.views_dtype)
+    batch = as_batch(views, recipe.views_dtype, 2 if state.exchange is None else 1)
     arena.gradient.zero_()
     statistics = state.statistics()
     with state.standardized.in_use():
@@ -289,6 +323,9 @@ def train_step(state: TrainState, views: Tensor, forward: Forward = forward) -> 
         )
         torch.autograd.backward(loss)
     with torch.no_grad():
+        loss, after = loss.detach(), state.statistics()
+        if state.exchange is not None:
+            loss, observed, after, keys = state.exchange.sum_(loss, observed, after, keys)
         table, factor = arena.table, lr
         if state.rate_override is not None:
             state.rate_override.set(arena.online, arena.gradient, lr, state.step)
@@ -301,32 +338,56 @@ def train_step(state: TrainState, views: Tensor, forward: Forward = forward) -> 
         # The optimizer skips a step whose gradient is not finite; norms and queue must forget it,
         # too.
         taken = layers[:, 1].isfinite().all()
-        state.restore_statistics(torch.where(taken, state.statistics(), statistics))
+        state.restore_statistics(torch.where(taken, after, statistics))
         if state.queue is not None and keys is not None:
             enqueue(state.queue, keys, state.step, taken)
         state.step.add_(1)
         of_step = torch.stack(
             (torch.linalg.vector_norm(arena.gradient), lr, tau, (~taken).to(lr.dtype))
         )
-        values = torch.cat((loss.detach().view(1), observed, of_step))
+        values = torch.cat((loss.view(1), observed, of_step))
     return StepMetrics(values.float(), layers.float())
 
 
-def as_batch(views: Tensor, dtype: torch.dtype) -> Tensor:
-    """Flatten views (2, B, 3, S, S) to (2B, 3, S, S) in ``dtype`` and channels-last, if need be."""
+def as_batch(views: Tensor, dtype: torch.dtype, least: int = 2) -> Tensor:
+    """Flatten views (2, B, 3, S, S) to (2B, 3, S, S) in ``dtype`` and channels-last, if need be.
+
+    Raises ValueError for other shapes and for B under ``least``.
+    """
     if (
         views.ndim != 5
         or views.shape[0] != NUM_VIEWS
-        or views.shape[1] < 2
+        or views.shape[1] < least
         or not views.is_floating_point()
     ):
-        raise ValueError(f"views must be floats (2, B >= 2, 3, S, S), got {_kind(views)}")
+        raise ValueError(f"views must be floats (2, B >= {least}, 3, S, S), got {_kind(views)}")
     return views.flatten(0, 1).to(dtype, memory_format=torch.channels_last)
+
+
+def share_of(batch_size: int, ranks: Ranks) -> Share:
+    """Return the images of a batch that ``ranks.rank`` has: consecutive, one more or less each."""
+    counts = shares(batch_size, ranks.count)
+    return Share(sum(counts[: ranks.rank]), counts, ranks.rank, gather_of(ranks.count))
+
+
+def _layout(config: Config, online: Online, target: Target, num_keys: int) -> Layout:
+    model = config.model
+    own = model.norm_scope == "rank"
+    buffers = (b for net in (online, target) for b in net.buffers() if b.is_floating_point())
+    return Layout(
+        moments=num_moments(model.projector.out, online.encoder.embedding_dim),
+        statistics=sum(b.numel() for b in buffers) if own else 0,
+        keys=(config.train.batch_size, model.projector.out) if num_keys else (0, 0),
+    )
+
+
+# torch's one generator draws for one thread at a time.
+_drawing = threading.Lock()
 
 
 def _drawn(config: ModelConfig, seed: int, num_keys: int) -> tuple[Online, Target, Tensor]:
     """Draw both networks and then ``num_keys`` normal keys (K, D) from ``seed``, on the cpu."""
-    with torch.random.fork_rng(devices=[]), left_as_found():
+    with _drawing, torch.random.fork_rng(devices=[]), left_as_found():
         torch.default_generator.manual_seed(seed)
         return Online(config), Target(config), torch.randn(num_keys, config.projector.out)
 

@@ -171,6 +171,36 @@ class Telemetry:
         return rows
 
 
+class Unrecorded:
+    """The telemetry of ranks other than the first, which have the same numbers: it keeps none."""
+
+    skipped_in_row = 0
+
+    def record(self, measured: StepValues) -> list[dict[str, float]]:
+        """Keep nothing, and return no step."""
+        return []
+
+    def flush(self) -> None:
+        """Write nothing."""
+
+    @property
+    def written(self) -> dict[str, list[Any]]:
+        """No files."""
+        return {}
+
+    def epoch_summary(self) -> dict[str, float]:
+        """Return no means."""
+        return {}
+
+    def event(self, kind: str, *, step: int | None = None, **fields: Any) -> None:
+        """Write nothing."""
+
+    def __enter__(self) -> Unrecorded:
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+
 class _Sent(NamedTuple):
     first_step: int
     num_steps: int

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from typing import NoReturn
 
 from fastbyol.config import Resolved
 from fastbyol.data import loader
-from fastbyol.engine import guards
-from fastbyol.engine.device import fitting_threads
+from fastbyol.engine import capture, digest, guards
+from fastbyol.engine.device import fitting_threads, pick_device
 from fastbyol.engine.interrupt import Interrupt, Stopped
+from fastbyol.engine.joining import join
 from fastbyol.engine.observer import EpochEnd, Observer, Silent, StepReport
+from fastbyol.engine.probe import evaluate_together
+from fastbyol.engine.ranks import Alone, Processes, Ranks, Team, agree, current, from_first
 from fastbyol.engine.session import Preparation, Progress, Session
-from fastbyol.engine.telemetry import Telemetry
-from fastbyol.errors import CollapsedError, FastbyolError, NoGraphError
-from fastbyol.evaluation import protocol
+from fastbyol.engine.telemetry import Telemetry, Unrecorded
+from fastbyol.engine.worker import worker
+from fastbyol.errors import CollapsedError, FastbyolError, LostRankError, NoGraphError
 from fastbyol.evaluation.collapse import CollapseMonitor
 from fastbyol.evaluation.progress import Accuracies
 from fastbyol.process import exact_products, left_as_found
@@ -45,69 +49,164 @@ class Summary:
     accuracies: Accuracies
 
 
-def fit(folder: RunFolder, config: Resolved, observer: Observer | None = None) -> Summary:
+def fit(
+    folder: RunFolder,
+    config: Resolved,
+    observer: Observer | None = None,
+    processes: Alone | Processes | None = None,
+    ranks: int = 1,
+) -> Summary:
     """Start the run in ``folder``, or go on from its newest checkpoint, and train to its end.
 
     ``config`` is the folder's; only its data may lie elsewhere. Returns early, saved and resumable,
     after a signal of ``interrupt.SIGNALS``. Torch's switches and threads are put back at the end.
+    Of ``processes`` this is the first, the others call ``follow``; each has its part of the
+    ``ranks``.
 
     Raises CollapsedError where ``train.stop_on_collapse`` is set and an epoch ends collapsed,
-    FastbyolError where memory or disk run out or numbers are no longer finite, and NoGraphError
-    where the run has to go on in a fresh process.
+    FastbyolError where memory or disk run out or numbers are no longer finite, NoGraphError where
+    the run has to go on in a fresh process, and LostRankError where another rank is gone.
     """
     observer, run = observer or Silent(), folder.path
+    processes = processes or Alone()
+
+    def lead(own: Ranks) -> Summary:
+        with ExitStack() as opened:
+            try:
+                with interrupt.abortable() if own.count == 1 else nullcontext():
+                    session, progress = Preparation(folder, config, observer, own).run(opened)
+            except Stopped:
+                step = checkpoint.newest_step(folder.checkpoints) or 0
+                what = f"{interrupt.requested}: stopped before a step was made"
+                observer.note(f"{what}; go on with: fastbyol resume {run}")
+                return _summary(folder, Progress(step=step))
+            except NoGraphError as error:
+                folder.keep_mode("compile")
+                what = f"{error}: its steps are compiled from now on, in a fresh process"
+                raise NoGraphError(f"{run}: {what}: fastbyol resume {run}", run) from error
+            opened.callback(capture.release, session.take_step)
+            pace = Pace(config.train.batch_size, progress.step, session.total_steps)
+            with session.open_telemetry(progress.step) as telemetry:
+                progress = Loop(session, telemetry, interrupt, pace).run(progress)
+            if not session.is_finished(progress):
+                what = f"{interrupt.requested or 'another rank'}: saved at step {progress.step}"
+                observer.note(f"{what}; go on with: fastbyol resume {run}")
+            return from_first(own, _summary(folder, progress, session))
+
     with (
         left_as_found(),
-        fitting_threads(config),
+        fitting_threads(config, ranks_here(processes, ranks)),
         Interrupt() as interrupt,
-        ExitStack() as opened,
         guards.memory_advice(config),
     ):
         exact_products()
-        try:
-            with interrupt.abortable():
-                session, progress = Preparation(folder, config, observer).run(opened)
-        except Stopped:
-            what = f"{interrupt.requested}: stopped before a step was made"
-            observer.note(f"{what}; go on with: fastbyol resume {run}")
-            return _summary(folder, Progress(step=checkpoint.newest_step(folder.checkpoints) or 0))
-        except NoGraphError as error:
-            folder.keep_mode("compile")
-            what = f"{error}: its steps are compiled from now on, in a fresh process"
-            raise NoGraphError(f"{run}: {what}: fastbyol resume {run}", run) from error
+        return _in_threads(lead, processes, ranks, config, interrupt)
+
+
+def follow(processes: Processes, config: Resolved, ranks: int) -> Summary:
+    """Train as ``fit`` does in the first of ``processes``, without its files: return its summary.
+
+    ``config`` and ``ranks`` are that one's. Raises the errors of ``fit``.
+    """
+    with (
+        left_as_found(),
+        fitting_threads(config, ranks_here(processes, ranks)),
+        Interrupt() as interrupt,
+        guards.memory_advice(config),
+    ):
+        exact_products()
+        return _in_threads(
+            lambda own: _follow(own, config, interrupt), processes, ranks, config, interrupt
+        )
+
+
+def _follow(ranks: Ranks, config: Resolved, interrupt: Interrupt) -> Summary:
+    with ExitStack() as opened:
+        session, progress = join(ranks, opened)
+        opened.callback(capture.release, session.take_step)
         pace = Pace(config.train.batch_size, progress.step, session.total_steps)
-        with session.open_telemetry(progress.step) as telemetry:
-            progress = Loop(session, telemetry, interrupt, pace).run(progress)
-        if interrupt.requested and not session.is_finished(progress):
-            what = f"{interrupt.requested}: saved at step {progress.step}"
-            observer.note(f"{what}; go on with: fastbyol resume {run}")
-        return _summary(folder, progress, session)
+        Loop(session, Unrecorded(), interrupt, pace).run(progress)
+        return from_first(ranks, None)
+
+
+def _in_threads(
+    work: Callable[[Ranks], Summary],
+    processes: Alone | Processes,
+    ranks: int,
+    config: Resolved,
+    interrupt: Interrupt,
+) -> Summary:
+    """Call ``work`` as this process's first rank, and follow as its others in threads beside it."""
+    if isinstance(processes, Processes):
+        processes.use(pick_device(config.train.device))
+    if ranks == processes.count:
+        with current(processes):
+            return work(processes)
+    first, *others = Team(ranks // processes.count, processes).ranks()
+    errors: list[BaseException] = []
+
+    def beside(own: Ranks) -> None:
+        try:
+            with current(own):
+                _follow(own, config, interrupt)
+        except BaseException as error:
+            errors.append(error)
+            first.abandon()
+
+    threads = [threading.Thread(target=beside, args=(own,), daemon=True) for own in others]
+    for thread in threads:
+        thread.start()
+    try:
+        with current(first):
+            return work(first)
+    except LostRankError as error:
+        raise next((e for e in errors if not isinstance(e, LostRankError)), error) from None
+    finally:
+        first.abandon()
+        for thread in threads:
+            thread.join()
+
+
+def ranks_here(processes: Alone | Processes, ranks: int) -> int:
+    """Return how many of ``ranks`` this process's node has."""
+    here = worker()
+    return ranks if here is None else ranks // processes.count * here.local_count
 
 
 @dataclass(frozen=True)
 class Loop:
-    """One process's way through a run: its methods take the progress and return the new one."""
+    """One rank's way through a run: its methods take the progress and return the new one.
+
+    All ranks go the same way, and decide where it ends together; ``telemetry`` records the first's.
+    """
 
     session: Session
-    telemetry: Telemetry
+    telemetry: Telemetry | Unrecorded
     interrupt: Interrupt
     pace: Pace
 
     def run(self, progress: Progress) -> Progress:
-        """Train to the end of the run, or until a signal asks to stop."""
+        """Train to the end of the run, or until a signal asks one of the ranks to stop."""
         self._before_the_first_step(progress)
-        while not self.interrupt.requested and not self.session.is_finished(progress):
+        while not self._is_asked_to_stop() and not self.session.is_finished(progress):
             if not progress.owes_epoch_end:
                 progress = self._train_epoch(progress)
             if progress.owes_epoch_end:
                 progress = self._end_epoch(progress)
         return progress
 
+    def _is_asked_to_stop(self) -> bool:
+        return bool(agree(self.session.ranks, int(self.interrupt.requested is not None)))
+
     def _before_the_first_step(self, progress: Progress) -> None:
-        session = self.session
+        session, here = self.session, worker()
+        self._refuse_differing(progress)
+        if here is not None and here.restarts and progress.step:
+            # torchrun starts all again after any failure: this one is no reason to go on.
+            self._stop_if_collapsed(progress, (progress.step - 1) // session.steps_per_epoch)
         if session.other_versions and progress.step < session.total_steps:
             self.telemetry.event("versions", step=progress.step, changed=session.other_versions)
-        if session.config.train.init_from and checkpoint.newest(session.folder.checkpoints) is None:
+        if session.config.train.init_from and progress.step == 0:
             # The run must not depend on another run's file for longer than it has to.
             self._save(progress)
         if progress.step == 0:
@@ -128,13 +227,19 @@ class Loop:
                 session.observer.progress(
                     StepReport(step, epoch, img_s, left_s, progress.state, rows[-1])
                 )
+            stops = self._stops_after_step()
             if step % session.steps_per_epoch == 0:
                 return replace(progress, owes_epoch_end=True)
-            if self.interrupt.requested or (every and step % every == 0):
+            if stops or (every and step % every == 0):
                 self._save(progress)
-            if self.interrupt.requested:
+            if stops:
                 break
         return progress
+
+    def _stops_after_step(self) -> bool:
+        """Tell whether to stop between two steps: after the same one on all ranks."""
+        asked, exchange = self.interrupt.requested is not None, self.session.state.exchange
+        return asked if exchange is None else exchange.must_stop(asked)
 
     def _end_epoch(self, progress: Progress) -> Progress:
         """Probe, watch for a collapse, write the epoch's event, save, tell the observer."""
@@ -144,35 +249,15 @@ class Loop:
         self._refuse_to_skip_on()
         img_s, left_s = self.pace.update(step)
         try:
-            with self.interrupt.abortable():
-                accuracy, rank = self._probe(epoch)
+            with self._abortable():
+                accuracy, rank_y = self._probe(epoch)
         except Stopped:
             # The steps are kept; a later process probes.
             self._save(progress)
             return progress
-        monitor = CollapseMonitor.from_dict(progress.collapse)
-        if (
-            self.telemetry.skipped_in_row < session.steps_per_epoch
-        ):  # else there is nothing to observe
-            self._watch(monitor, step, means, rank)
-        progress = Progress(
-            step,
-            owes_epoch_end=False,
-            collapse=monitor.to_dict(),
-            accuracy=progress.accuracy if accuracy is None else accuracy,
-            epoch_means=means,
-        )
-        # Events of a step are written before its checkpoint, which remembers the file as it then
-        # is.
-        self.telemetry.event(
-            "epoch",
-            step=step,
-            epoch=epoch,
-            state=monitor.state,
-            accuracy=accuracy,
-            rank_y=rank,
-            **means,
-        )
+        if session.ranks.rank == 0:
+            progress = self._with_epoch(progress, epoch, means, accuracy, rank_y)
+        progress = from_first(session.ranks, progress)
         self._save(progress)
         # An epoch is announced once it is saved, whatever becomes of the process or of its
         # observer.
@@ -183,7 +268,7 @@ class Loop:
                 step,
                 img_s,
                 left_s,
-                monitor.state,
+                progress.state,
                 accuracy,
                 means,
             )
@@ -191,6 +276,50 @@ class Loop:
         self.pace.restart()
         self._stop_if_collapsed(progress, epoch)
         return progress
+
+    def _with_epoch(
+        self,
+        progress: Progress,
+        epoch: int,
+        means: Mapping[str, float],
+        accuracy: float | None,
+        rank_y: float | None,
+    ) -> Progress:
+        """Return the progress with ``epoch``'s measures in it, and write its events."""
+        step = progress.step
+        monitor = CollapseMonitor.from_dict(progress.collapse)
+        # Else there is nothing to observe.
+        if self.telemetry.skipped_in_row < self.session.steps_per_epoch:
+            self._watch(monitor, step, means, rank_y)
+        # Events of a step are written before its checkpoint, which remembers the file as it then
+        # is.
+        self.telemetry.event(
+            "epoch",
+            step=step,
+            epoch=epoch,
+            state=monitor.state,
+            accuracy=accuracy,
+            rank_y=rank_y,
+            **means,
+        )
+        return Progress(
+            step,
+            owes_epoch_end=False,
+            collapse=monitor.to_dict(),
+            accuracy=progress.accuracy if accuracy is None else accuracy,
+            epoch_means=means,
+        )
+
+    @contextmanager
+    def _abortable(self) -> Iterator[None]:
+        """Let a request to stop raise ``Stopped`` inside; with other ranks, only before it."""
+        if self.session.ranks.count == 1:
+            with self.interrupt.abortable():
+                yield
+            return
+        if self._is_asked_to_stop():
+            raise Stopped
+        yield
 
     def _watch(
         self, monitor: CollapseMonitor, step: int, means: Mapping[str, float], rank: float | None
@@ -207,12 +336,15 @@ class Loop:
     def _probe_untrained(self) -> None:
         """Measure and record the untrained weights' accuracy, unless an earlier process did."""
         session = self.session
-        if session.test is None or any(
-            e["event"] == "untrained" for e in read_events(session.folder.path)
-        ):
+        if session.test is None:
+            return
+        was_measured = session.folder is not None and any(
+            e["event"] == "untrained" for e in read_events(session.path)
+        )
+        if agree(session.ranks, int(was_measured)):
             return
         try:
-            with self.interrupt.abortable():
+            with self._abortable():
                 accuracy, rank, num_scored = self._evaluate(session.test)
         except Stopped:
             return
@@ -235,11 +367,11 @@ class Loop:
     def _evaluate(self, test: loader.Images) -> tuple[float, float, int]:
         """Return accuracy in percent, effective rank of embeddings, and number of scored images."""
         session = self.session
-        result = protocol.evaluate(
+        result = evaluate_together(
+            session.ranks,
             session.config.probe.protocol,
             session.state.online.encoder,
             test=test,
-            train=None,
             views=session.config.views,
             device=session.device,
             dtype=session.state.recipe.views_dtype,
@@ -251,11 +383,14 @@ class Loop:
     def _save(self, progress: Progress) -> None:
         """Write a checkpoint that goes with the records on disk.
 
-        No other kind than a good one is written.
+        No other kind than a good one is written, and one that all ranks have.
         """
         session = self.session
         self.telemetry.flush()
         self._refuse_to_skip_on()
+        self._refuse_differing(progress)
+        if session.folder is None:
+            return
         tensors = session.state.tensors()
         if (name := guards.not_finite(tensors)) is not None:
             self._fail(f"step {progress.step}: {name} holds NaN or infinity: not saved")
@@ -266,6 +401,19 @@ class Loop:
             tensors=tensors,
             meta=meta,
             keep=session.config.run.keep_checkpoints,
+        )
+
+    def _refuse_differing(self, progress: Progress) -> None:
+        """Raise FastbyolError where the ranks have come to different weights."""
+        difference = digest.differing(self.session.state)
+        if difference is None:
+            return
+        if self.session.ranks.rank:
+            raise LostRankError(f"{difference}: the first rank says what to do")
+        run = self.session.path
+        raise FastbyolError(
+            f"{run}: step {progress.step}: {difference}, which a faulty device can do: not saved; "
+            f"go on from the last good checkpoint, elsewhere, with: fastbyol resume {run}"
         )
 
     def _refuse_to_skip_on(self) -> None:
@@ -280,21 +428,24 @@ class Loop:
     def _fail(self, what: str) -> NoReturn:
         """Raise FastbyolError about numbers that blew up, and say how to start again."""
         folder = self.session.folder
-        good = checkpoint.newest(folder.checkpoints)
+        good = None if folder is None else checkpoint.newest(folder.checkpoints)
         start = (
             f" from the last good checkpoint with `fastbyol train --init-from {good}` and"
             if good
             else " with"
         )
         raise FastbyolError(
-            f"{folder.path}: {what}; start again{start} a lower optim.lr, or with train.precision "
-            "= fp32"
+            f"{self.session.path}: {what}; start again{start} a lower optim.lr, or with "
+            "train.precision = fp32"
         )
 
     def _stop_if_collapsed(self, progress: Progress, epoch: int) -> None:
-        if self.session.config.train.stop_on_collapse and progress.state in ("collapsed", "dead"):
+        session = self.session
+        if session.config.train.stop_on_collapse and progress.state in ("collapsed", "dead"):
+            if session.ranks.rank:
+                raise LostRankError("the run stopped because it collapsed")
             raise CollapsedError(
-                f"{self.session.folder.path}: collapsed in epoch {epoch + 1} "
+                f"{session.path}: collapsed in epoch {epoch + 1} "
                 f"(negative cosine {progress.epoch_means['neg_cos']:.4f}); saved at step "
                 f"{progress.step}"
             )

@@ -7,7 +7,7 @@ fit the training set; if that has no labels, they split the test set as ``blog``
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -37,6 +37,21 @@ class LabelledImages(Protocol):
     def labels(self) -> Tensor | None: ...
     @property
     def class_names(self) -> tuple[str, ...]: ...
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """The embeddings to fit and to score, float32 (N, D), of ``rows`` under a protocol.
+
+    ``began``: when, by ``time.perf_counter``.
+    """
+
+    protocol: str
+    rows: _Rows
+    repeated: int | None
+    fit: Tensor
+    score: Tensor
+    began: float
 
 
 @dataclass(frozen=True)
@@ -70,6 +85,25 @@ def evaluate(
     effective rank. Raises UsageError for data that the protocol cannot use and FastbyolError for
     embeddings that are not finite.
     """
+    return score(
+        embed_rows(
+            protocol, encoder, test=test, train=train, views=views, device=device, dtype=dtype
+        )
+    )
+
+
+def embed_rows(
+    protocol: str,
+    encoder: nn.Module,
+    *,
+    test: LabelledImages,
+    train: LabelledImages | None,
+    views: ViewsConfig,
+    device: torch.device | str,
+    dtype: torch.dtype = torch.float32,
+    embed: Callable[..., Tensor] = embed,
+) -> Embedded:
+    """Do the first half of ``evaluate``, with ``embed`` in place of ``features.embed``."""
     check_choice("protocol", protocol, PROTOCOLS)
     began = time.perf_counter()
     rows = _choose(protocol, test, train)
@@ -79,6 +113,13 @@ def evaluate(
         embed(encoder, images, views, device=device, dtype=dtype)
         for images in (rows.fit_images, rows.score_images)
     )
+    return Embedded(protocol, rows, repeated, fit, score, began)
+
+
+def score(embedded: Embedded) -> dict[str, Any]:
+    """Do the second half of ``evaluate``: fit, score, and describe."""
+    rows, repeated, fit, score = embedded.rows, embedded.repeated, embedded.fit, embedded.score
+    protocol = embedded.protocol
     accuracy, train_accuracy = _accuracies(protocol, fit, rows.fit_labels, score, rows.score_labels)
     return {
         "protocol": protocol,
@@ -92,7 +133,7 @@ def evaluate(
         "dim": fit.shape[1],
         "rank": effective_rank(score),
         "split": rows.split,
-        "seconds": time.perf_counter() - began,
+        "seconds": time.perf_counter() - embedded.began,
     }
 
 

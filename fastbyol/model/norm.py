@@ -5,7 +5,7 @@ CONTRIBUTING.md says how to add one. N = V views x B images.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from fastbyol.config import HeadNormName, NormName
 from fastbyol.errors import check_choice
 from fastbyol_kernels import dispatch
-from fastbyol_kernels.batch_norm import add_and_relu, batch_norm
+from fastbyol_kernels.batch_norm import Gather, add_and_relu, batch_norm, moments
 from fastbyol_kernels.group_norm import EPS, group_norm
 
 BATCH_NORM_EPS = 1e-5  # both are torch's defaults
@@ -28,7 +28,8 @@ class BatchNorm(nn.Module):
     In train mode the batch is ``num_views`` equal consecutive chunks. Each is normalised by its own
     statistics and updates the running buffers, in order, like ``num_views`` separate passes through
     ``nn.BatchNorm2d`` (bit for bit with the reference kernels). In eval mode the running buffers
-    normalise the whole batch. ``use_kernels`` sets ``kernels``.
+    normalise the whole batch. ``use_kernels`` sets ``kernels``, ``share_statistics`` sets
+    ``gather``, with which a view's statistics are those of all ranks.
     """
 
     running_mean: Tensor
@@ -39,6 +40,7 @@ class BatchNorm(nn.Module):
         super().__init__()
         self.num_views = num_views
         self.kernels = "auto"
+        self.gather: Gather | None = None
         self.weight = nn.Parameter(torch.ones(num_features))
         self.bias = nn.Parameter(torch.zeros(num_features))
         self.register_buffer("running_mean", torch.zeros(num_features))
@@ -64,7 +66,7 @@ class BatchNorm(nn.Module):
         return batch_norm(
             x, self.weight, self.bias, self.running_mean, self.running_var, self.num_views,
             momentum=BATCH_NORM_MOMENTUM, eps=BATCH_NORM_EPS, residual=residual, relu=relu,
-            kernels=self.kernels,
+            kernels=self.kernels, gather=self.gather,
         )  # fmt: skip
 
     def extra_repr(self) -> str:
@@ -78,7 +80,8 @@ class BatchRenorm(nn.Module):
     eps and without gradient through r = clamp(std / running_std, 1/rmax, rmax) and
     d = clamp((mean - running_mean) / running_std, -dmax, dmax). In eval mode the running buffers
     normalise. Source: Ioffe, "Batch Renormalization", arXiv:1702.03275; the constants and the
-    running std in place of a variance are from the post's code.
+    running std in place of a variance are from the post's code. ``share_statistics`` sets
+    ``gather``, as in ``BatchNorm``.
     """
 
     EPS = 1e-3
@@ -91,6 +94,7 @@ class BatchRenorm(nn.Module):
     def __init__(self, num_features: int, num_views: int) -> None:
         super().__init__()
         self.num_views = num_views
+        self.gather: Gather | None = None
         self.weight = nn.Parameter(torch.ones(num_features))
         self.bias = nn.Parameter(torch.zeros(num_features))
         self.register_buffer("running_mean", torch.zeros(num_features))
@@ -100,13 +104,25 @@ class BatchRenorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.training:
             _check_views(x, self.num_views)
-            normalised = torch.cat([self._train_chunk(chunk) for chunk in x.chunk(self.num_views)])
+            chunks = zip(x.chunk(self.num_views), *self._statistics(x), strict=True)
+            normalised = torch.cat([self._train_chunk(*chunk) for chunk in chunks])
         else:
             normalised = (x - self.running_mean) / self.running_std
         return normalised * self.weight + self.bias
 
-    def _train_chunk(self, x: Tensor) -> Tensor:
-        std, mean = torch.std_mean(x, dim=0, correction=0)
+    def _statistics(self, x: Tensor) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+        """Return mean and biased standard deviation of each view, (C,) each."""
+        if self.gather is None:
+            stds, means = zip(
+                *(torch.std_mean(c, dim=0, correction=0) for c in x.chunk(self.num_views)),
+                strict=True,
+            )
+            return means, stds
+        mean, var, _ = moments(x, self.num_views, self.gather)
+        # Where all values are equal the root has no gradient; like torch.std's it is 0 there.
+        return mean.unbind(), var.clamp_min(torch.finfo(var.dtype).tiny).sqrt().unbind()
+
+    def _train_chunk(self, x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
         std = std + self.EPS
         r, d = self._corrections(mean.detach(), std.detach())
         self.running_mean.lerp_(mean.detach(), self.MOMENTUM)
@@ -181,6 +197,13 @@ def use_kernels(net: nn.Module, kernels: str) -> None:
     for module in net.modules():
         if isinstance(module, _HasKernels):
             module.kernels = kernels
+
+
+def share_statistics(net: nn.Module, gather: Gather) -> None:
+    """Make the batch norms of ``net`` take their statistics over all ranks, by ``gather``."""
+    for module in net.modules():
+        if isinstance(module, BatchNorm | BatchRenorm):
+            module.gather = gather
 
 
 def num_groups(channels: int, most: int) -> int:

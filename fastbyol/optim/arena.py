@@ -93,9 +93,11 @@ class Arena:
         treatments: Sequence[Treatment],
         *,
         weight_decay: float,
+        tail: int = 0,
     ) -> Arena:
         """Move both networks' parameters into new buffers; the target starts as the online one.
 
+        ``gradient`` has room for ``tail`` more elements behind it, which are sent along with it.
         ``target``'s parameters must be the first of ``online``'s, by name and shape, in order;
         raises ValueError otherwise.
         """
@@ -112,7 +114,7 @@ class Arena:
         end, target_end = _end(segments[-1], first), _end(segments[len(followers) - 1], first)
         arena = Arena(
             online=first.new_zeros(end, requires_grad=False),
-            gradient=first.new_zeros(end, requires_grad=False),
+            gradient=first.new_zeros(end + tail, requires_grad=False)[:end],
             momentum=first.new_zeros(end, requires_grad=False),
             target=first.new_zeros(target_end, requires_grad=False),
             segments=segments,

@@ -41,10 +41,8 @@ def install(
     """Make runs on the cpu choose as on a GPU, and capture by ``record``."""
     choose = capture.choose
 
-    def on_gpu(
-        config: EngineConfig, device: torch.device, *, before: str | None = None
-    ) -> capture.Choice:
-        return choose(config, torch.device("cuda", 0), before=before)
+    def on_gpu(config: EngineConfig, device: torch.device, **of_run: Any) -> capture.Choice:
+        return choose(config, torch.device("cuda", 0), **of_run)
 
     patch(capture, "choose", on_gpu)
     patch(capture, "record_cuda", record)

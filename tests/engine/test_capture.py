@@ -34,6 +34,7 @@ from fastbyol.config import Config, EngineConfig
 from fastbyol.data.loader import Batch
 from fastbyol.engine import capture
 from fastbyol.engine.observer import Silent
+from fastbyol.engine.ranks import Alone
 from fastbyol.engine.step import StepMetrics, TrainState, train_step
 from fastbyol.engine.step import forward as plain_forward
 from fastbyol.errors import FastbyolError, NoGraphError, UsageError
@@ -517,7 +518,8 @@ def test_every_mode_on_a_gpu_takes_cudnns_deterministic_algorithms(
     """A resumed run's bits depend on them."""
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", False)
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
-    state: Any = SimpleNamespace(step=SimpleNamespace(device=torch.device("cuda", 0)))
+    gpu = SimpleNamespace(device=torch.device("cuda", 0))
+    state: Any = SimpleNamespace(ranks=Alone(), step=gpu)
     assert capture.engine(state, Config(), capture.Choice(mode, "")).mode == mode
     assert (torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark) == (True, False)
 

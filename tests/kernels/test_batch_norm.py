@@ -208,7 +208,16 @@ def test_the_mask_made_again_is_that_of_the_output(dtype: torch.dtype) -> None:
         x = inputs["x"].requires_grad_()
         affine = [inputs[name] for name in ("weight", "bias", "running_mean", "running_var")]
         y = FusedBatchNorm.apply(
-            x, *affine[:1], affine[1].requires_grad_(), *affine[2:], 2, MOMENTUM, EPS, None, True
+            x,
+            *affine[:1],
+            affine[1].requires_grad_(),
+            *affine[2:],
+            2,
+            MOMENTUM,
+            EPS,
+            None,
+            True,
+            None,
         )
         (counted,) = torch.autograd.grad(y, affine[1], torch.ones_like(y))
         assert torch.equal(counted, (y > 0).sum((0, 2, 3)).float())

@@ -5,10 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastbyol_kernels.batch_norm.reference import add_and_relu, reference
+from fastbyol_kernels.batch_norm.reference import (
+    Gather,
+    add_and_relu,
+    merge_moments,
+    moments,
+    reference,
+)
 from fastbyol_kernels.dispatch import dispatch, is_activation
 
-__all__ = ["add_and_relu", "batch_norm", "reference"]
+__all__ = ["Gather", "add_and_relu", "batch_norm", "merge_moments", "moments", "reference"]
 
 
 def batch_norm(
@@ -24,6 +30,7 @@ def batch_norm(
     residual: Tensor | None = None,
     relu: bool = False,
     kernels: str = "auto",
+    gather: Gather | None = None,
 ) -> Tensor:
     """Return relu(batch norm of ``x`` + ``residual``), where residual and ReLU are optional.
 
@@ -33,24 +40,29 @@ def batch_norm(
     dtype of the statistics: fp64 for fp64 ``x``, else fp32. Returns x's shape, dtype and memory
     format. Differentiable once in x, weight, bias and residual.
 
+    ``gather`` stacks a tensor of every rank that has a part of the batch, in their order and the
+    same on all; the statistics are then those of the whole batch, in the running buffers, too. It
+    is called once forward and once backward. Gradients of weight and bias stay a rank's own.
+
     ``kernels``: "auto" and "cpu" run compiled code on bf16 or fp32 x (N, C, H, W) in channels-last
     memory on a CPU. Other inputs, operations that do not run eagerly (``dispatch.at_once``),
     "reference" and "triton" (there are no Triton kernels) run torch's batch norm. Raises
     ValueError, naming the argument, for a wrong shape or dtype.
     """
-    _check(x, weight, bias, running_mean, running_var, num_views, residual)
+    _check(x, weight, bias, running_mean, running_var, num_views, residual, gather)
     affine = (weight, bias, running_mean, running_var)
     backend = dispatch(kernels, "x", x, *affine, residual, has=("cpu",))
     if backend != "cpu" or not _is_compiled_for(x, affine):
         return reference(
-            x, *affine, num_views, momentum=momentum, eps=eps, residual=residual, relu=relu
-        )
+            x, *affine, num_views, momentum=momentum, eps=eps, residual=residual, relu=relu,
+            gather=gather,
+        )  # fmt: skip
     # Imported here because it loads numba, which a GPU run does not need.
     from fastbyol_kernels.batch_norm.cpu import FusedBatchNorm
 
     if residual is not None:
         residual = residual.contiguous(memory_format=torch.channels_last)
-    y: Tensor = FusedBatchNorm.apply(x, *affine, num_views, momentum, eps, residual, relu)
+    y: Tensor = FusedBatchNorm.apply(x, *affine, num_views, momentum, eps, residual, relu, gather)
     return y
 
 
@@ -62,6 +74,7 @@ def _check(
     running_var: Tensor,
     num_views: int,
     residual: Tensor | None,
+    gather: Gather | None,
 ) -> None:
     if x.ndim not in (2, 4):
         raise ValueError(f"x must be (N, C, H, W) or (N, C), not of {x.ndim} dimensions")
@@ -69,8 +82,8 @@ def _check(
         raise ValueError(
             f"a batch of {len(x)} cannot be split into {num_views} views of equal size"
         )
-    # As in torch: the unbiased variance would divide by zero.
-    if x.numel() == num_views * x.shape[1] > 0:
+    # As in torch: the unbiased variance would divide by zero. Other ranks may have more values.
+    if gather is None and x.numel() == num_views * x.shape[1] > 0:
         raise ValueError(
             f"x has one value per channel and view, {tuple(x.shape)} for {num_views} views: two "
             "or more have a variance"

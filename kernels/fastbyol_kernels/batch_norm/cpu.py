@@ -16,6 +16,7 @@ from numba.extending import intrinsic
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from fastbyol_kernels.batch_norm.reference import Gather, merge_moments
 from fastbyol_kernels.native import F32, F64, Activation, inlined, kernel, narrowed, widened
 
 # A loop over a pixel with few channels is short. So several neighbouring pixels form one row of
@@ -158,68 +159,90 @@ def _sum_deviations(
 
 
 @kernel
-def _moments(
-    block: int, weight: F32, bias: F32, running_mean: F32, running_var: F32, sums: F32,
-    moments: F32, table: F32, scratch: F64,
-    num_views: int, eps: float, momentum: float, rest: float, rows: int, run: int, parts: int,
-    c: int, lanes: int,
-) -> None:  # fmt: skip
-    """Combine each view's blocks in fp64 and update the running buffers.
-
-    The kernel has a single block. ``table`` (V, 3, L) is mean, scale and shift. The mean has two
-    fp32 parts: the table's is subtracted before any product, the remainder is in ``moments`` (V, 2,
-    C) together with 1 / std. ``scratch`` is (2, C). ``rest`` is 1 - ``momentum``: computed in here,
-    it would be reordered with the products around it.
+def _combine_blocks(
+    view: int, sums: F32, own: F64, rows: int, run: int, parts: int, c: int, lanes: int
+) -> None:
+    """Write a view's count, means and sums of squared deviations to ``own`` (V, 1 + 2 C).
 
     Source: Chan, Golub & LeVeque, "Updating Formulae and a Pairwise Algorithm for Computing Sample
     Variances", 1979.
     """
-    means, m2 = scratch[:c], scratch[c : 2 * c]
+    width = 1 + 2 * c
+    own[view * width] = float(rows)
+    means = own[view * width + 1 : view * width + 1 + c]
+    m2 = own[view * width + 1 + c : (view + 1) * width]
+    means[:] = 0.0
+    m2[:] = 0.0
+    for part in range(parts):
+        start = (view * parts + part) * 3 * lanes
+        once, twice = sums[start : start + lanes], sums[start + lanes : start + 2 * lanes]
+        shift = sums[start + 2 * lanes : start + 2 * lanes + c]
+        _fold(once, c)
+        _fold(twice, c)
+        pixels = float(min(rows - part * run, run))
+        for i in range(c):
+            means[i] += np.float64(once[i]) + pixels * np.float64(shift[i])
+    for i in range(c):
+        means[i] /= float(rows)
+    for part in range(parts):
+        start = (view * parts + part) * 3 * lanes
+        once, twice = sums[start : start + c], sums[start + lanes : start + lanes + c]
+        shift = sums[start + 2 * lanes : start + 2 * lanes + c]
+        pixels = float(min(rows - part * run, run))
+        for i in range(c):
+            sum_of_block = np.float64(once[i])
+            apart = sum_of_block / pixels + (np.float64(shift[i]) - means[i])
+            m2[i] += (
+                np.float64(twice[i])
+                - sum_of_block * (sum_of_block / pixels)
+                + pixels * apart * apart
+            )
+    for i in range(c):
+        m2[i] = max(m2[i], 0.0)
+
+
+@kernel
+def _moments(
+    view: int, weight: F32, bias: F32, own: F64, moments: F32, table: F32,
+    eps: float, c: int, lanes: int,
+) -> None:  # fmt: skip
+    """Fill ``table`` (V, 3, L) with mean, scale and shift from ``own``, moments of all ranks.
+
+    The mean has two fp32 parts: the table's is subtracted before any product, the remainder is in
+    ``moments`` (V, 2, C) together with 1 / std.
+    """
+    of_rows = own[view * (1 + 2 * c) : (view + 1) * (1 + 2 * c)]
+    means, m2 = of_rows[1 : 1 + c], of_rows[1 + c : 1 + 2 * c]
+    into = table[view * 3 * lanes : (view + 1) * 3 * lanes]
+    of_view = moments[view * 2 * c : (view + 1) * 2 * c]
+    for i in range(c):
+        rstd = 1.0 / np.sqrt(m2[i] / of_rows[0] + eps)
+        mean = np.float32(means[i])
+        below = means[i] - np.float64(mean)
+        scale = rstd * np.float64(weight[i])
+        of_view[i], of_view[c + i] = np.float32(below), np.float32(rstd)
+        into[i], into[lanes + i] = mean, np.float32(scale)
+        into[2 * lanes + i] = np.float32(np.float64(bias[i]) - below * scale)
+    _spread(into, 3, lanes, c)
+
+
+@kernel
+def _update_running(
+    block: int, running_mean: F32, running_var: F32, own: F64, num_views: int, momentum: float,
+    rest: float, c: int,
+) -> None:  # fmt: skip
+    """Update the running buffers by each view's moments, in order. The kernel has a single block.
+
+    ``rest`` is 1 - ``momentum``: computed in here, it would be reordered with the products.
+    """
     for view in range(num_views):
-        means[:] = 0.0
-        m2[:] = 0.0
-        for part in range(parts):
-            start = (view * parts + part) * 3 * lanes
-            once, twice = sums[start : start + lanes], sums[start + lanes : start + 2 * lanes]
-            shift = sums[start + 2 * lanes : start + 2 * lanes + c]
-            _fold(once, c)
-            _fold(twice, c)
-            pixels = float(min(rows - part * run, run))
-            for i in range(c):
-                means[i] += np.float64(once[i]) + pixels * np.float64(shift[i])
+        of_rows = own[view * (1 + 2 * c) : (view + 1) * (1 + 2 * c)]
+        means, m2 = of_rows[1 : 1 + c], of_rows[1 + c : 1 + 2 * c]
         for i in range(c):
-            means[i] /= float(rows)
-        for part in range(parts):
-            start = (view * parts + part) * 3 * lanes
-            once, twice = sums[start : start + c], sums[start + lanes : start + lanes + c]
-            shift = sums[start + 2 * lanes : start + 2 * lanes + c]
-            pixels = float(min(rows - part * run, run))
-            for i in range(c):
-                sum_of_block = np.float64(once[i])
-                apart = sum_of_block / pixels + (np.float64(shift[i]) - means[i])
-                m2[i] += (
-                    np.float64(twice[i])
-                    - sum_of_block * (sum_of_block / pixels)
-                    + pixels * apart * apart
-                )
-        own, of_view = (
-            table[view * 3 * lanes : (view + 1) * 3 * lanes],
-            moments[view * 2 * c : (view + 1) * 2 * c],
-        )
-        for i in range(c):
-            of_channel = 0.0 if m2[i] < 0.0 else m2[i]
             running_mean[i] = np.float32(momentum * means[i] + rest * np.float64(running_mean[i]))
             running_var[i] = np.float32(
-                momentum * (of_channel / float(rows - 1)) + rest * np.float64(running_var[i])
+                momentum * (m2[i] / (of_rows[0] - 1.0)) + rest * np.float64(running_var[i])
             )
-            rstd = 1.0 / np.sqrt(of_channel / float(rows) + eps)
-            mean = np.float32(means[i])
-            below = means[i] - np.float64(mean)
-            scale = rstd * np.float64(weight[i])
-            of_view[i], of_view[c + i] = np.float32(below), np.float32(rstd)
-            own[i], own[lanes + i] = mean, np.float32(scale)
-            own[2 * lanes + i] = np.float32(np.float64(bias[i]) - below * scale)
-        _spread(own, 3, lanes, c)
 
 
 @kernel(backwards=True)
@@ -292,47 +315,64 @@ def _sum_gradients(
 
 
 @kernel
+def _fold_gradients(
+    view: int, sums: F32, own: F64, rows: int, run: int, parts: int, c: int, lanes: int
+) -> None:
+    """Write a view's sums of g and g * (x - mean), over its blocks, to ``own`` (V, 2, C)."""
+    of_g, of_gx = (
+        own[view * 2 * c : view * 2 * c + c],
+        own[view * 2 * c + c : (view + 1) * 2 * c],
+    )
+    of_g[:] = 0.0
+    of_gx[:] = 0.0
+    for part in range(parts):
+        start = (view * parts + part) * 2 * lanes
+        once, twice = sums[start : start + lanes], sums[start + lanes : start + 2 * lanes]
+        _fold(once, c)
+        _fold(twice, c)
+        for i in range(c):
+            of_g[i] += np.float64(once[i])
+            of_gx[i] += np.float64(twice[i])
+
+
+@kernel
 def _affine(
-    block: int, moments: F32, table: F32, sums: F32, affine: F32, slopes: F32, scratch: F64,
-    num_views: int, rows: int, run: int, parts: int, c: int, lanes: int,
+    block: int, moments: F32, table: F32, own: F64, total: F64, affine: F32, slopes: F32,
+    num_views: int, count: float, c: int, lanes: int,
 ) -> None:  # fmt: skip
     """Compute the gradients of weight and bias, ``affine`` (2, C), in fp64, and fill ``slopes``.
 
-    The kernel has a single block. ``slopes`` (V, 2, L) is a and b of
+    The kernel has a single block. ``own`` are this rank's sums, whose gradients it adds to the
+    others' by itself, ``total`` (V, 2, C) those over the ``count`` values of all ranks. ``slopes``
+    (V, 2, L) is a and b of
     dx = scale * (g - sum(g) / n - x_hat * sum(g * x_hat) / n) = scale * g + a * (x - mean) + b.
-    ``scratch`` is (2, C).
     """
-    of_g, of_gx = scratch[:c], scratch[c : 2 * c]
     dweight, dbias = affine[:c], affine[c : 2 * c]
     dweight[:] = np.float32(0)
     dbias[:] = np.float32(0)
     for view in range(num_views):
-        of_g[:] = 0.0
-        of_gx[:] = 0.0
-        for part in range(parts):
-            start = (view * parts + part) * 2 * lanes
-            once, twice = sums[start : start + lanes], sums[start + lanes : start + 2 * lanes]
-            _fold(once, c)
-            _fold(twice, c)
-            for i in range(c):
-                of_g[i] += np.float64(once[i])
-                of_gx[i] += np.float64(twice[i])
         below, rstd = (
             moments[view * 2 * c : view * 2 * c + c],
             moments[view * 2 * c + c : (view + 1) * 2 * c],
         )
-        own = slopes[view * 2 * lanes : (view + 1) * 2 * lanes]
+        of_g, of_gx = (
+            total[view * 2 * c : view * 2 * c + c],
+            total[view * 2 * c + c : (view + 1) * 2 * c],
+        )
+        own_g, own_gx = (
+            own[view * 2 * c : view * 2 * c + c],
+            own[view * 2 * c + c : (view + 1) * 2 * c],
+        )
+        into = slopes[view * 2 * lanes : (view + 1) * 2 * lanes]
         for i in range(c):
             inverse, scale = np.float64(rstd[i]), np.float64(table[view * 3 * lanes + lanes + i])
-            of_gx[i] = inverse * (of_gx[i] - np.float64(below[i]) * of_g[i])
-            dweight[i] += np.float32(of_gx[i])
-            dbias[i] += np.float32(of_g[i])
-            slope = -scale * inverse * of_gx[i] / float(rows)
-            own[i] = np.float32(slope)
-            own[lanes + i] = np.float32(
-                -scale * of_g[i] / float(rows) - slope * np.float64(below[i])
-            )
-        _spread(own, 2, lanes, c)
+            dweight[i] += np.float32(inverse * (own_gx[i] - np.float64(below[i]) * own_g[i]))
+            dbias[i] += np.float32(own_g[i])
+            of_x_hat = inverse * (of_gx[i] - np.float64(below[i]) * of_g[i])
+            slope = -scale * inverse * of_x_hat / count
+            into[i] = np.float32(slope)
+            into[lanes + i] = np.float32(-scale * of_g[i] / count - slope * np.float64(below[i]))
+        _spread(into, 2, lanes, c)
 
 
 @kernel(backwards=True)
@@ -377,25 +417,25 @@ class FusedBatchNorm(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, running_mean: Tensor,
         running_var: Tensor, num_views: int,
-        momentum: float, eps: float, residual: Tensor | None, relu: bool,
+        momentum: float, eps: float, residual: Tensor | None, relu: bool, gather: Gather | None,
     ) -> Tensor:  # fmt: skip
         _, _, parts, c, lanes = cut = _cut(x, num_views)
         sums, table = (
             weight.new_empty(num_views, parts, 3, lanes),
             weight.new_empty(num_views, 3, lanes),
         )
-        moments, scratch = (
-            weight.new_empty(num_views, 2, c),
-            weight.new_empty(2, c, dtype=torch.float64),
-        )
+        moments = weight.new_empty(num_views, 2, c)
+        own = weight.new_empty(num_views, 1 + 2 * c, dtype=torch.float64)
         y, added, limit = torch.empty_like(x), residual is not None, 0.0 if relu else -torch.inf
         _sum_deviations(num_views * parts, x, sums, *cut)
-        _moments(
-            1, weight, bias, running_mean, running_var, sums, moments, table, scratch,
-            num_views, eps, momentum, 1 - momentum, *cut,
-        )  # fmt: skip
+        _combine_blocks(num_views, sums, own, *cut)
+        if gather is not None:
+            own = merge_moments(gather(own))
+        _moments(num_views, weight, bias, own, moments, table, eps, c, lanes)
+        _update_running(1, running_mean, running_var, own, num_views, momentum, 1 - momentum, c)
         _normalise(num_views * parts, x, residual if added else x, y, table, added, limit, *cut)
         ctx.num_views, ctx.relu, ctx.added = num_views, relu, added
+        ctx.gather, ctx.count = gather, float(own[0, 0])
         ctx.save_for_backward(x, y if relu and added else None, moments, table)
         return y
 
@@ -412,7 +452,7 @@ class FusedBatchNorm(torch.autograd.Function):
             table.new_empty(num_views, parts, 2, lanes),
             table.new_empty(num_views, 2, lanes),
         )
-        affine, scratch = table.new_empty(2, c), table.new_empty(2, c, dtype=torch.float64)
+        affine, own = table.new_empty(2, c), moments.new_empty(num_views, 2, c, dtype=torch.float64)
         dx, g = torch.empty_like(x), dy if y is None else torch.empty_like(x)
         _sum_gradients(
             num_views * parts,
@@ -426,6 +466,8 @@ class FusedBatchNorm(torch.autograd.Function):
             limit,
             *cut,
         )
-        _affine(1, moments, table, sums, affine, slopes, scratch, num_views, *cut)
+        _fold_gradients(num_views, sums, own, *cut)
+        total = own if ctx.gather is None else ctx.gather(own).sum(0)
+        _affine(1, moments, table, own, total, affine, slopes, num_views, ctx.count, c, lanes)
         _input_gradient(num_views * parts, x, g, dx, table, slopes, masks, limit, *cut)
-        return dx, affine[0], affine[1], *[None] * 5, g if ctx.added else None, None
+        return dx, affine[0], affine[1], *[None] * 5, g if ctx.added else None, None, None

@@ -1,0 +1,104 @@
+"""The start of a run's processes, and of all of them again after one is lost."""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from fastbyol.config import Config
+from fastbyol.engine.device import pick_device
+from fastbyol.engine.interrupt import SIGNALS
+from fastbyol.engine.ranks import count_ranks, run_workers
+from fastbyol.engine.worker import OUTCOME, worker
+from fastbyol.errors import UsageError
+
+# Restarts after which a rank is lost for a reason that stays. On several nodes every failure is
+# one, since only the node of the process that failed knows whether it was lost.
+MOST_RESTARTS, MOST_RESTARTS_OF_NODES = 10, 3
+# A step and a checkpoint on a slow disk end within this.
+GRACE_S = 300
+
+
+@dataclass(frozen=True)
+class Processes:
+    """The processes to start: ``count`` on each of ``nodes`` nodes, which meet at ``endpoint``."""
+
+    count: int
+    nodes: int = 1
+    endpoint: str = "localhost:0"
+
+    @property
+    def total(self) -> int:
+        """The number of processes on all nodes."""
+        return self.count * self.nodes
+
+
+def processes_of(
+    config: Config,
+    *,
+    gpus: int | None,
+    processes: int | None,
+    nodes: int | None = None,
+    endpoint: str | None = None,
+    ranks: int | None = None,
+) -> Processes | None:
+    """Return the processes that a command has to start, or None if this one trains.
+
+    On a cpu there is one for each rank unless ``processes`` says how many, on a GPU one for each of
+    ``gpus``. ``ranks`` replaces the configured number. Raises UsageError for numbers that cannot
+    be, before anything is started.
+    """
+    if worker() is not None:
+        return None
+    import torch
+
+    on_gpu = pick_device(config.train.device).type == "cuda"
+    asked = ranks or config.train.ranks
+    if gpus is not None and not on_gpu:
+        raise UsageError(
+            f"--gpus: {gpus} asked for, and the run is on a cpu: take --ranks {gpus} instead, or "
+            "--device cuda where there are GPUs"
+        )
+    if gpus is not None and processes not in (None, gpus):
+        raise UsageError(f"--processes: {processes} differs from --gpus {gpus}: name one of them")
+    if gpus is not None and gpus > torch.cuda.device_count():
+        raise UsageError(
+            f"--gpus: {gpus} asked for, this machine has {torch.cuda.device_count()}: take as many "
+            "or fewer"
+        )
+    if (nodes or 1) > 1 and endpoint is None:
+        raise UsageError(
+            f"--nnodes: {nodes} nodes have to meet: name a free port of the first one with "
+            "--rdzv-endpoint HOST:PORT, the same on all"
+        )
+    count = gpus or processes or (1 if on_gpu or asked is None else asked // (nodes or 1) or 1)
+    started = Processes(count, nodes or 1, endpoint or "localhost:0")
+    count_ranks(config, started.total, asked)
+    return started if started.total > 1 else None
+
+
+def start(processes: Processes, arguments: Sequence[str]) -> int:
+    """Run this program with ``arguments`` in ``processes`` and return their exit code.
+
+    Raises the errors of ``ranks.run_workers``.
+    """
+    # The interpreter's flags and the script or module, as they were typed.
+    program = sys.orig_argv[1 : len(sys.orig_argv) - len(sys.argv) + 1]
+    with tempfile.TemporaryDirectory(prefix="fastbyol-") as folder:
+        outcome = Path(folder) / "outcome"
+        if processes.nodes == 1:
+            os.environ[OUTCOME] = str(outcome)
+        run_workers(
+            [*program, *arguments],
+            processes=processes.count,
+            nodes=processes.nodes,
+            endpoint=processes.endpoint,
+            restarts=MOST_RESTARTS if processes.nodes == 1 else MOST_RESTARTS_OF_NODES,
+            grace_s=GRACE_S,
+            signals=SIGNALS,
+        )
+        return int(outcome.read_text() or 1) if outcome.exists() else 0

@@ -1,0 +1,98 @@
+"""This process's place among those that torchrun started, read from the environment."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from fastbyol.errors import FastbyolError, LostRankError, UsageError
+
+# The variable that names the file into which the first process that fails writes its exit code.
+# torchrun knows one kind of failure, and starts all again after any.
+OUTCOME = "FASTBYOL_OUTCOME"
+_PR_SET_PDEATHSIG = 1
+# What torchrun tells its workers; none of it is guessed from a batch system's variables.
+VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+@dataclass(frozen=True)
+class Worker:
+    """A process ``rank`` of ``count``, number ``local_rank`` of ``local_count`` on its node.
+
+    ``restarts``: how many times all of them were started again after one was lost.
+    """
+
+    rank: int = 0
+    count: int = 1
+    local_rank: int = 0
+    local_count: int = 1
+    restarts: int = 0
+
+    @property
+    def is_first(self) -> bool:
+        """Whether it writes the run's files and speaks to the user."""
+        return self.rank == 0
+
+
+def worker() -> Worker | None:
+    """Return this process's place, or None if torchrun did not start it.
+
+    Raises UsageError where a variable is missing or no number.
+    """
+    values = {name: os.environ.get(name) for name in VARIABLES}
+    if values["RANK"] is None or values["WORLD_SIZE"] is None:
+        return None
+    try:
+        rank, count, local_rank = (int(values[name] or "") for name in VARIABLES[:3])
+        local_count = int(os.environ.get("LOCAL_WORLD_SIZE", count))
+        restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+        sound = 0 <= rank < count and 0 <= local_rank < local_count
+    except ValueError:
+        sound = False
+    if not sound or not values["MASTER_ADDR"] or not values["MASTER_PORT"]:
+        raise UsageError(
+            f"{', '.join(VARIABLES)}: RANK is set, and the rest does not go with it: start with "
+            "torchrun, or unset RANK and WORLD_SIZE"
+        )
+    return Worker(rank, count, local_rank, local_count, restarts)
+
+
+def is_first() -> bool:
+    """Tell whether this process writes files and speaks to the user: no worker, or the first."""
+    here = worker()
+    return here is None or here.is_first
+
+
+def begin() -> None:
+    """End with the process that started this one, and now if another one's failure is final."""
+    outcome = os.environ.get(OUTCOME)
+    if outcome is None or worker() is None:
+        return
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    if Path(outcome).exists():
+        sys.exit(0)
+
+
+def speaks(error: FastbyolError) -> bool:
+    """Tell whether this process is the one to print ``error``, and leave its exit code.
+
+    The first one to fail is, but not by losing another.
+    """
+    here, outcome = worker(), os.environ.get(OUTCOME)
+    if here is None:
+        return True
+    if isinstance(error, LostRankError):
+        return here.is_first and outcome is None
+    if outcome is None:
+        return True
+    try:
+        with Path(outcome).open("x") as file:
+            file.write(str(error.exit_code))
+    except FileExistsError:
+        return False
+    return True

@@ -1,0 +1,124 @@
+"""Ranks for tests: as threads of one process, and as processes without torchrun."""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from fastbyol import load_config, views
+from fastbyol.config import Resolved
+from fastbyol.engine.ranks import Alone, Ranks, Team, current
+from fastbyol.engine.step import StepMetrics, TrainState, share_of, train_step
+
+T = TypeVar("T")
+BATCH, SIZE = 12, 16
+SMALL = (
+    f"train.batch_size={BATCH}",
+    f"views.size={SIZE}",
+    "model.width=4",
+    "model.stem=small",
+    "model.projector.hidden=16",
+    "model.projector.out=8",
+    "model.predictor.hidden=16",
+    "model.predictor.out=8",
+    "train.epochs=3",
+    "train.device=cpu",
+)
+
+
+def small(*sets: str) -> Resolved:
+    """A network of a few thousand parameters, in fp64 unless ``sets`` say otherwise."""
+    return load_config("blog", [*SMALL, "train.precision=fp64", *sets])
+
+
+def in_threads(count: int, work: Callable[[Ranks], T]) -> list[T]:
+    """What ``work`` returns as each of ``count`` ranks; the first error is raised."""
+    results: dict[int, T] = {}
+    errors: list[BaseException] = []
+
+    def one(ranks: Any) -> None:
+        try:
+            with current(ranks):
+                results[ranks.rank] = work(ranks)
+        except BaseException as error:
+            errors.append(error)
+            ranks.abandon()
+
+    members = Team(count, Alone()).ranks()
+    threads = [threading.Thread(target=one, args=(ranks,)) for ranks in members]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[0]
+    return [results[rank] for rank in range(count)]
+
+
+def in_order(count: int, work: Callable[[Ranks], T]) -> list[T]:
+    """``in_threads``, and for one rank no thread."""
+    return [work(Alone())] if count == 1 else in_threads(count, work)
+
+
+def images(count: int = 4 * BATCH) -> Tensor:
+    """Noise, the same each time."""
+    generator = torch.Generator().manual_seed(1)
+    return torch.randint(0, 256, (count, SIZE, SIZE, 3), dtype=torch.uint8, generator=generator)
+
+
+def train(
+    config: Resolved, ranks: Ranks, steps: int = 1, forward: Any = None
+) -> tuple[TrainState, list[StepMetrics]]:
+    """The state after ``steps`` of this rank's shares of the batches, and their metrics."""
+    state = TrainState.create(config, steps_per_epoch=4, ranks=ranks)
+    share, batch_size, metrics = share_of(config.train.batch_size, ranks), BATCH, []
+    for step in range(steps):
+        ids = torch.arange(step * batch_size, (step + 1) * batch_size)
+        ids = ids[share.first : share.first + share.count]
+        pair = views.two_views(
+            config.views,
+            images()[ids],
+            ids,
+            seed=0,
+            epoch=0,
+            dtype=state.recipe.views_dtype,
+            kernels=state.kernels,
+        )
+        metrics.append(train_step(state, pair, **({} if forward is None else {"forward": forward})))
+    return state, metrics
+
+
+def tensors(state: TrainState) -> dict[str, Tensor]:
+    """Copies of the state's tensors."""
+    return {name: tensor.clone() for name, tensor in state.tensors().items()}
+
+
+def free_port() -> int:
+    """A port that nobody listens at."""
+    with socket.socket() as listener:
+        listener.bind(("localhost", 0))
+        return int(listener.getsockname()[1])
+
+
+def environment(rank: int, count: int, port: int) -> dict[str, str]:
+    """What torchrun tells a worker."""
+    return {
+        "RANK": str(rank),
+        "WORLD_SIZE": str(count),
+        "LOCAL_RANK": str(rank),
+        "LOCAL_WORLD_SIZE": str(count),
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": str(port),
+    }
+
+
+def as_worker(place: dict[str, str], work: Callable[..., Any], arguments: Sequence[Any]) -> None:
+    """A process's target: ``work`` as a worker of torchrun."""
+    os.environ.update(place)
+    work(*arguments)

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +27,14 @@ from fastbyol.engine.origin import source_file
 from fastbyol.engine.precision import choose_precision
 from fastbyol.engine.step import TrainState
 from fastbyol.engine.trainer import Summary
-from fastbyol.engine.worker import worker
-from fastbyol.errors import UsageError, check_choice
+from fastbyol.engine.worker import launch_id, worker
+from fastbyol.errors import FastbyolError, UsageError, check_choice
 from fastbyol.evaluation import protocol as protocols
 from fastbyol.evaluation.protocol import PROTOCOLS
 from fastbyol.model.resnet import ResNet
 from fastbyol.process import left_as_found
 from fastbyol.runs import checkpoint, consistency, inputs
+from fastbyol.runs.environment import env_of
 from fastbyol.runs.folder import CONFIG, RunFolder, default_run_path
 
 # The encoder of the online network, of the target network, and of the online network before step 0.
@@ -64,38 +66,45 @@ def train(
     with ranking.joined() as processes:
         if processes.rank:
             return _follow(processes)
-        whole = _with_source(resolve(config), observer)
-        whole = inputs.with_paths(whole, whole)
-        ranks = ranking.count_ranks(whole, processes.count)
-        # Refuses what this machine lacks.
-        capture.choose(whole.engine, pick_device(whole.train.device))
-        note = (lambda _: None) if observer is None else observer.note
-        whole = choose_precision(_pinned(whole, ranks), note)
-        path = Path(out) if out is not None else default_run_path(whole)
-        with _opened(path, whole, origin, note) as folder:
-            return _lead(folder, folder.config, observer, processes, ranks)
+        with _telling(processes):
+            whole = _with_source(resolve(config), observer)
+            whole = inputs.with_paths(whole, whole)
+            ranks = ranking.count_ranks(whole, processes.count)
+            # Refuses what this machine lacks.
+            capture.choose(whole.engine, pick_device(whole.train.device))
+            note = (lambda _: None) if observer is None else observer.note
+            whole = choose_precision(whole, note)
+            if ranks > 1 and whole.train.ranks is None:
+                # By their number later processes get the same bits.
+                train = whole.train.model_copy(update={"ranks": ranks})
+                whole = whole.model_copy(update={"train": train})
+                origin = {**(origin or {}), "train.ranks": "processes"}
+            path = Path(out) if out is not None else default_run_path(whole)
+            folder = _opened(path, whole, origin)
+        with folder:
+            return _lead(folder, whole, observer, processes, ranks)
 
 
-def _opened(
-    path: Path, config: Resolved, origin: Mapping[str, str] | None, note: Callable[[str], None]
-) -> RunFolder:
+@contextmanager
+def _telling(processes: ranking.Alone | ranking.Processes) -> Iterator[None]:
+    """Tell the other processes, which wait in ``_follow``, of an error inside."""
+    try:
+        yield
+    except FastbyolError as error:
+        error.is_of_all = True
+        ranking.from_first(processes, error)
+        raise
+
+
+def _opened(path: Path, config: Resolved, origin: Mapping[str, str] | None) -> RunFolder:
     """Make the run's folder, or open it if torchrun starts this command again."""
     here = worker()
-    if here is None or not here.restarts or not (path / CONFIG).exists():
+    if here is None:
         return RunFolder.create(path, config, origin)
-    folder = RunFolder.open(path, lock=True)
-    if folder.config != config:
-        folder.close()
-        raise UsageError(f"{path}: holds another run: name another folder with --out")
-    note(f"{path}: a rank was lost; all start again from the newest checkpoint")
-    return folder
-
-
-def _pinned(config: Resolved, ranks: int) -> Resolved:
-    """Return ``config`` with its number of ranks, by which later processes get the same bits."""
-    if ranks == 1 or config.train.ranks == ranks:
-        return config
-    return config.model_copy(update={"train": config.train.model_copy(update={"ranks": ranks})})
+    is_ours = env_of(path).get("launch") == launch_id() and (path / CONFIG).exists()
+    if here.restarts and is_ours:
+        return RunFolder.open(path, lock=True)
+    return RunFolder.create(path, config, origin, launch=launch_id())
 
 
 def _lead(
@@ -106,13 +115,19 @@ def _lead(
     ranks: int,
 ) -> Summary:
     """Train as the first of ``processes``, once the others know what."""
+    here = worker()
+    if here is not None and here.restarts and observer is not None:
+        observer.note(f"{folder.path}: a rank was lost: all go on from the newest checkpoint")
     ranking.from_first(processes, (config, ranks))
     return trainer.fit(folder, config, observer, processes, ranks)
 
 
 def _follow(processes: ranking.Alone | ranking.Processes) -> Summary:
     assert isinstance(processes, ranking.Processes)
-    terms: tuple[Resolved, int] = ranking.from_first(processes, None)
+    terms: tuple[Resolved, int] | FastbyolError = ranking.from_first(processes, None)
+    if isinstance(terms, FastbyolError):
+        terms.is_of_all = True
+        raise terms
     return trainer.follow(processes, *terms)
 
 
@@ -150,9 +165,12 @@ def resume(
     with ranking.joined() as processes:
         if processes.rank:
             return _follow(processes)
-        with RunFolder.open(Path(run), lock=True) as folder:
-            config = inputs.moved(inputs.with_paths(folder.config, folder.config), data, test_data)
-            count = ranking.count_ranks(config, processes.count, ranks)
+        with ExitStack() as opened:
+            with _telling(processes):
+                folder = opened.enter_context(RunFolder.open(Path(run), lock=True))
+                config = inputs.with_paths(folder.config, folder.config)
+                config = inputs.moved(config, data, test_data)
+                count = ranking.count_ranks(config, processes.count, ranks)
             return _lead(folder, config, observer, processes, count)
 
 

@@ -14,6 +14,8 @@ class FastbyolError(Exception):
     """
 
     exit_code = 1
+    # Whether all ranks of a run raise it, so that one has to say it.
+    is_of_all = False
 
 
 class UsageError(FastbyolError):

@@ -94,7 +94,8 @@ def _run_command() -> int:
     except (KeyboardInterrupt, interrupt.Ended, Exception) as error:
         reason = interrupt.behind(error)
         if isinstance(reason, interrupt.Ended):
-            _print_error(f"ended by {reason}")
+            if worker.is_first():
+                _print_error(f"ended by {reason}")
             raise reason from None
         if reason:
             _print_error("interrupted")

@@ -107,8 +107,9 @@ def _start_processes(
     if out is None:
         if started.nodes > 1:
             raise UsageError("--out: not given, and every node has to know the same run folder")
-        arguments += ["--out", str(default_run_path(config))]
-    raise typer.Exit(launch.start(started, arguments))
+        out = default_run_path(config)
+        arguments += ["--out", str(out)]
+    raise typer.Exit(launch.start(started, arguments, out))
 
 
 def load(

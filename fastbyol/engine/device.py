@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import torch
 
 from fastbyol.config import Config
-from fastbyol.engine.worker import worker
+from fastbyol.engine.worker import OUTCOME, worker
 from fastbyol.errors import UsageError, check_choice
 
 # Images a step x pixels x width^2; a step's products are a multiple of it. Below this a second
@@ -65,11 +65,13 @@ def fitting_threads(config: Config, ranks: int = 1) -> Iterator[None]:
     """Give torch one thread inside if the steps of ``config`` on a cpu are too small for more.
 
     The ``ranks`` of a node share its cores. A rule and not a timing: a resumed run must take as
-    many, in threads or in processes. OMP_NUM_THREADS comes first if set, but not by torchrun.
+    many, in threads or in processes. OMP_NUM_THREADS comes first if set, but not if torchrun has
+    set it to 1, as it does unless told otherwise.
     """
     before = torch.get_num_threads()
     size = config.train.batch_size * config.views.size**2 * config.model.width**2
-    is_set = "OMP_NUM_THREADS" in os.environ and worker() is None
+    by_torchrun = "1" if worker() is not None and OUTCOME not in os.environ else None
+    is_set = os.environ.get("OMP_NUM_THREADS", by_torchrun) != by_torchrun
     if not is_set and pick_device(config.train.device).type == "cpu":
         if size < SMALL_STEP * ranks:
             torch.set_num_threads(1)

@@ -11,14 +11,14 @@ from pathlib import Path
 
 from fastbyol.config import Config
 from fastbyol.engine.device import pick_device
-from fastbyol.engine.interrupt import SIGNALS
-from fastbyol.engine.ranks import count_ranks, run_workers
-from fastbyol.engine.worker import OUTCOME, worker
+from fastbyol.engine.interrupt import SIGNALS, Ended
+from fastbyol.engine.ranks import count_ranks, refuse_used_endpoint, run_workers
+from fastbyol.engine.worker import OUTCOME, outcome, worker
 from fastbyol.errors import UsageError
+from fastbyol.runs.metrics import METRICS_FILE
 
-# Restarts after which a rank is lost for a reason that stays. On several nodes every failure is
-# one, since only the node of the process that failed knows whether it was lost.
-MOST_RESTARTS, MOST_RESTARTS_OF_NODES = 10, 3
+# Restarts after which a rank is lost for a reason that stays.
+MOST_RESTARTS = 10
 # A step and a checkpoint on a slow disk end within this.
 GRACE_S = 300
 
@@ -81,24 +81,26 @@ def processes_of(
     return started if started.total > 1 else None
 
 
-def start(processes: Processes, arguments: Sequence[str]) -> int:
+def start(processes: Processes, arguments: Sequence[str], run: Path) -> int:
     """Run this program with ``arguments`` in ``processes`` and return their exit code.
 
-    Raises the errors of ``ranks.run_workers``.
+    Raises the errors of ``ranks.run_workers``, and Ended for a signal before ``run`` had a step.
     """
     # The interpreter's flags and the script or module, as they were typed.
     program = sys.orig_argv[1 : len(sys.orig_argv) - len(sys.argv) + 1]
+    if processes.nodes > 1:
+        refuse_used_endpoint(processes.endpoint)
     with tempfile.TemporaryDirectory(prefix="fastbyol-") as folder:
-        outcome = Path(folder) / "outcome"
-        if processes.nodes == 1:
-            os.environ[OUTCOME] = str(outcome)
-        run_workers(
+        os.environ[OUTCOME] = str(Path(folder) / "outcome")
+        ended_by = run_workers(
             [*program, *arguments],
             processes=processes.count,
             nodes=processes.nodes,
             endpoint=processes.endpoint,
-            restarts=MOST_RESTARTS if processes.nodes == 1 else MOST_RESTARTS_OF_NODES,
+            restarts=MOST_RESTARTS,
             grace_s=GRACE_S,
             signals=SIGNALS,
         )
-        return int(outcome.read_text() or 1) if outcome.exists() else 0
+        if ended_by is not None and not (run / METRICS_FILE).exists():
+            raise Ended(ended_by)  # before there was anything to save
+        return outcome()

@@ -11,6 +11,8 @@ import logging
 import os
 import pickle
 import signal
+import socket
+import subprocess
 import sys
 import tempfile
 import threading
@@ -29,7 +31,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastbyol.config import Config
-from fastbyol.engine.worker import Worker, worker
+from fastbyol.engine.worker import Worker, leave_outcome, outcome, worker
 from fastbyol.errors import FastbyolError, LostRankError, UsageError, one_line, size_text
 
 T = TypeVar("T")
@@ -299,6 +301,8 @@ def agree(ranks: Ranks, value: int) -> int:
 
 def from_first(ranks: Ranks, value: T | None) -> T:
     """Return the first rank's ``value``; what the others pass is not looked at."""
+    if ranks.count == 1:
+        return value  # type: ignore[return-value]
     data = pickle.dumps(value) if ranks.rank == 0 else b""
     buffer = torch.zeros(agree(ranks, len(data)), dtype=torch.uint8)
     if ranks.rank == 0:
@@ -397,26 +401,75 @@ def _(x: Tensor, count: int) -> Tensor:
 def joined() -> Iterator[Alone | Processes]:
     """Join the processes that torchrun started, if it did; leave them at the end.
 
-    Raises LostRankError if they do not all come.
+    Raises LostRankError if they do not all come, UsageError for a port in use, and SystemExit if
+    they are started again although one has failed for good.
     """
-    if worker() is None:
+    here = worker()
+    if here is None:
         yield Alone()
         return
+    _refuse_used_port(here)
+    with _reaching():
+        dist.init_process_group("gloo", timeout=PATIENCE)
     try:
-        with _reaching():
-            dist.init_process_group("gloo", timeout=PATIENCE)
-    except LostRankError as error:
-        if "EADDRINUSE" in str(error.__cause__):
-            raise UsageError(
-                f"MASTER_PORT: {os.environ['MASTER_PORT']} is in use on this machine: name a port "
-                "that is free"
-            ) from None
-        raise
-    try:
-        yield Processes()
+        processes = Processes()
+        if code := agree(processes, outcome()):
+            leave_outcome(code)
+            sys.exit(0)
+        yield processes
     finally:
         with suppress(RuntimeError):
             dist.destroy_process_group()
+
+
+def _refuse_used_port(here: Worker) -> None:
+    """Raise UsageError if the first process cannot listen where the others look for it."""
+    # Under torchrun's own store it is torchrun that listens.
+    if here.rank or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        return
+    port = os.environ["MASTER_PORT"]
+    if not port.isdecimal() or not 0 < int(port) < 2**16 or not _is_free(int(port)):
+        raise UsageError(f"MASTER_PORT: {port} is in use here or no port: name one that is free")
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as listener:
+        # As the store does: a port that was just left counts as free.
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind(("", port))
+        except OSError:
+            return False
+    return True
+
+
+def refuse_used_endpoint(endpoint: str) -> None:
+    """Raise UsageError if ``endpoint``, HOST:PORT, is no such pair or somebody else's port."""
+    host, _, port = endpoint.rpartition(":")
+    if not host or not port.isdecimal() or int(port) >= 2**16:
+        raise UsageError(f"--rdzv-endpoint: {endpoint!r}: write HOST:PORT, for example node0:29400")
+    try:
+        is_here = host in ("localhost", "127.0.0.1", socket.gethostname()) or bool(
+            {found[4][0] for found in socket.getaddrinfo(host, None)}
+            & {found[4][0] for found in socket.getaddrinfo(socket.gethostname(), None)}
+        )
+    except OSError as error:
+        raise UsageError(f"--rdzv-endpoint: {host}: {error.strerror or error}") from None
+    # Another node's launcher may run on this machine and listen already. Asking it takes a process
+    # of its own, because torch prints traces where no store answers.
+    ask = (
+        "import sys, datetime, torch.distributed as d\n"
+        "d.TCPStore(sys.argv[1], int(sys.argv[2]), is_master=False, wait_for_workers=False, "
+        "timeout=datetime.timedelta(seconds=5))"
+    )
+    if is_here and int(port) and not _is_free(int(port)):
+        asked = [sys.executable, "-c", ask, host, port]
+        try:
+            subprocess.run(asked, capture_output=True, check=True, timeout=30)
+        except subprocess.SubprocessError:
+            raise UsageError(
+                f"--rdzv-endpoint: port {port} is in use on this machine: name one that is free"
+            ) from None
 
 
 def run_workers(
@@ -428,13 +481,13 @@ def run_workers(
     restarts: int,
     grace_s: int,
     signals: Sequence[signal.Signals],
-) -> None:
+) -> signal.Signals | None:
     """Run ``command`` in so many ``processes`` on this node, one of ``nodes``, as torchrun does.
 
     If one is lost all are started again, up to ``restarts`` times. Of ``signals`` the first is sent
     on to them, and they have ``grace_s`` seconds to end. ``endpoint`` is HOST:PORT, where nodes
-    meet. Raises LostRankError where they are lost too often, and UsageError where the nodes cannot
-    meet.
+    meet. Returns the signal that ended it, or None. Raises LostRankError where they are lost too
+    often, and UsageError where the nodes cannot meet.
     """
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -442,7 +495,9 @@ def run_workers(
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     # Its warnings and traces are about what is said here in a line.
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    for name in logging.root.manager.loggerDict:
+        if name.startswith("torch.distributed.elastic"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
     # With torchrun's own store in between, gloo waits for ever after a restart (pytorch#135712).
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     os.environ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(grace_s)
@@ -469,5 +524,6 @@ def run_workers(
         raise UsageError(
             f"--rdzv-endpoint: {endpoint}: {one_line(error)}: name a free port of the first node"
         ) from None
-    except SignalException:
-        pass  # they have saved and ended
+    except SignalException as error:
+        return signal.Signals(error.sigval)
+    return None

@@ -405,16 +405,15 @@ class Loop:
 
     def _refuse_differing(self, progress: Progress) -> None:
         """Raise FastbyolError where the ranks have come to different weights."""
-        difference = digest.differing(self.session.state)
-        if difference is None:
-            return
-        if self.session.ranks.rank:
-            raise LostRankError(f"{difference}: the first rank says what to do")
-        run = self.session.path
-        raise FastbyolError(
-            f"{run}: step {progress.step}: {difference}, which a faulty device can do: not saved; "
-            f"go on from the last good checkpoint, elsewhere, with: fastbyol resume {run}"
-        )
+        difference, run = digest.differing(self.session.state), self.session.path
+        if difference is not None:
+            error = FastbyolError(
+                f"{run}: step {progress.step}: {difference}, which a faulty device can do: not "
+                "saved; go on from the last good checkpoint, elsewhere, with: fastbyol resume "
+                f"{run}"
+            )
+            error.is_of_all = True
+            raise error
 
     def _refuse_to_skip_on(self) -> None:
         """Raise FastbyolError after too many steps in a row without a finite gradient."""
@@ -442,13 +441,13 @@ class Loop:
     def _stop_if_collapsed(self, progress: Progress, epoch: int) -> None:
         session = self.session
         if session.config.train.stop_on_collapse and progress.state in ("collapsed", "dead"):
-            if session.ranks.rank:
-                raise LostRankError("the run stopped because it collapsed")
-            raise CollapsedError(
+            error = CollapsedError(
                 f"{session.path}: collapsed in epoch {epoch + 1} "
                 f"(negative cosine {progress.epoch_means['neg_cos']:.4f}); saved at step "
                 f"{progress.step}"
             )
+            error.is_of_all = True
+            raise error
 
 
 class Pace:

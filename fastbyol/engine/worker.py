@@ -69,13 +69,41 @@ def is_first() -> bool:
 
 def begin() -> None:
     """End with the process that started this one, and now if another one's failure is final."""
-    outcome = os.environ.get(OUTCOME)
-    if outcome is None or worker() is None:
+    if OUTCOME not in os.environ or (here := worker()) is None:
         return
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-    if Path(outcome).exists():
+    # On several nodes the others have to be told first: ``ranks.joined`` does.
+    if here.local_count == here.count and outcome():
         sys.exit(0)
+
+
+def outcome() -> int:
+    """Return the exit code that a process of this node has left, or 0."""
+    path = os.environ.get(OUTCOME)
+    return int(Path(path).read_text() or 1) if path is not None and Path(path).exists() else 0
+
+
+def leave_outcome(code: int) -> bool:
+    """Leave an exit code for this node's launcher. Return whether this process was the first."""
+    try:
+        with Path(os.environ[OUTCOME]).open("x") as file:
+            file.write(str(code))
+    except FileExistsError:
+        return False
+    return True
+
+
+def launch_id() -> str:
+    """Return what tells this start of torchrun from others, and not its restarts from each other.
+
+    Its own id is "none" unless it was given one; it keeps running while its workers restart.
+    """
+    given = os.environ.get("TORCHELASTIC_RUN_ID", "none")
+    if given != "none":
+        return given
+    stat = Path(f"/proc/{os.getppid()}/stat").read_text("utf-8", errors="replace")
+    return f"{os.getppid()}.{stat.rpartition(')')[2].split()[19]}"
 
 
 def speaks(error: FastbyolError) -> bool:
@@ -83,16 +111,15 @@ def speaks(error: FastbyolError) -> bool:
 
     The first one to fail is, but not by losing another.
     """
-    here, outcome = worker(), os.environ.get(OUTCOME)
+    try:
+        here = worker()
+    except UsageError:  # which is the error
+        here = None
     if here is None:
         return True
+    is_launched = OUTCOME in os.environ
     if isinstance(error, LostRankError):
-        return here.is_first and outcome is None
-    if outcome is None:
-        return True
-    try:
-        with Path(outcome).open("x") as file:
-            file.write(str(error.exit_code))
-    except FileExistsError:
-        return False
-    return True
+        return here.is_first and not is_launched
+    if is_launched:
+        return leave_outcome(error.exit_code)
+    return here.is_first or not error.is_of_all

@@ -44,10 +44,16 @@ class RunFolder:
 
     @classmethod
     def create(
-        cls, path: Path, config: Resolved, origin: Mapping[str, str] | None = None
+        cls,
+        path: Path,
+        config: Resolved,
+        origin: Mapping[str, str] | None = None,
+        *,
+        launch: str | None = None,
     ) -> RunFolder:
         """Make the folder of a new run of the resolved ``config``: absent before, or empty.
 
+        ``launch`` is the start of several processes that makes it, whose restarts go on with it.
         Raises UsageError where the folder is not empty, is in use, or cannot be written.
         """
         try:
@@ -58,9 +64,8 @@ class RunFolder:
                 _refuse_used(path)  # again: another process may have been faster
                 (path / CHECKPOINTS).mkdir(exist_ok=True)
                 text = config_io.dump(config, origin)
-                write_text(
-                    path / ENV, json.dumps({**environment(), "config": text}, indent=2) + "\n"
-                )
+                env = {**environment(), **({"launch": launch} if launch else {}), "config": text}
+                write_text(path / ENV, json.dumps(env, indent=2) + "\n")
                 write_text(path / CONFIG, text)
             except BaseException:
                 lock.release()

@@ -55,7 +55,8 @@ def signals_to_handle() -> tuple[signal.Signals, ...]:
 
 @contextmanager
 def handling(
-    handler: Callable[[int, FrameType | None], None], numbers: Iterable[signal.Signals]
+    handler: Callable[[int, FrameType | None], None] | signal.Handlers,
+    numbers: Iterable[signal.Signals],
 ) -> Iterator[None]:
     """Handle the signals ``numbers`` with ``handler`` inside; restore the handlers on leaving."""
     before = {number: signal.signal(number, handler) for number in numbers}

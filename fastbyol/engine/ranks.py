@@ -31,6 +31,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastbyol.config import Config
+from fastbyol.engine.interrupt import handling, signals_to_handle
 from fastbyol.engine.worker import Worker, leave_outcome, outcome, worker
 from fastbyol.errors import FastbyolError, LostRankError, UsageError, one_line, size_text
 
@@ -409,7 +410,8 @@ def joined() -> Iterator[Alone | Processes]:
         yield Alone()
         return
     _refuse_used_port(here)
-    with _reaching():
+    # Who waits for a rank that died has nothing to save, and would not see a signal for C++ code.
+    with handling(signal.SIG_DFL, signals_to_handle()), _reaching():
         dist.init_process_group("gloo", timeout=PATIENCE)
     try:
         processes = Processes()

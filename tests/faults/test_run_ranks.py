@@ -1,0 +1,186 @@
+"""Ranks that are killed or asked to stop at any instant: the run ends as if nothing had been."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
+
+import pytest
+import run_rig as rig
+
+from conftest import Command
+from fastbyol import api, config_io
+from fastbyol.engine import exchange, ranks
+from together import as_worker, environment, free_port
+
+KILLS = rig.many(1, 20)
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The configuration of a run on two ranks."""
+    folder = tmp_path_factory.mktemp("ranks")
+    path = folder / "config.toml"
+    path.write_text(config_io.dump(rig.make_config(folder, "train.ranks=2")))
+    return path
+
+
+@pytest.fixture(scope="module")
+def whole(file: Path) -> dict[str, bytes]:
+    """What the undisturbed run leaves, its ranks in threads of this process."""
+    loaded = config_io.load(file=file)
+    api.train(loaded.config, file.parent / "whole", origin=loaded.origin)
+    return rig.contents(file.parent / "whole")
+
+
+def children(process: int) -> list[int]:
+    """Their numbers, in the order of their start."""
+    found = Path(f"/proc/{process}/task/{process}/children")
+    return [int(number) for number in found.read_text().split()] if found.exists() else []
+
+
+def test_killed_under_torchrun_a_rank_is_started_again_and_the_bytes_are_the_same(
+    file: Path, whole: dict[str, bytes], tmp_path: Path
+) -> None:
+    """Either rank, at any instant from its start to the run's end."""
+    command = [str(Path(sys.executable).parent / "fastbyol"), "train", "--config", str(file)]
+    draw, seconds, hit = random.Random(16), 0.0, 0
+    for number in range(KILLS):
+        run = tmp_path / f"run{number}"
+        with (tmp_path / "output").open("w+") as output:
+            process = subprocess.Popen([*command, "--out", str(run)], stdout=output, stderr=output)
+            while len(workers := children(process.pid)) < 2 and process.poll() is None:
+                time.sleep(0.01)
+            began = time.monotonic()
+            if number == 0:  # certainly amid its steps
+                while not (run / "timing.jsonl").exists() and process.poll() is None:
+                    time.sleep(0.01)
+            else:
+                time.sleep(draw.uniform(0.0, seconds))
+            if process.poll() is None and len(children(process.pid)) == 2:
+                os.kill(draw.choice(workers), signal.SIGKILL)
+                hit += 1
+            code = process.wait(rig.PATIENCE_S)
+            output.seek(0)
+            assert code == 0, output.read()
+        # A start and the whole run, both twice at most.
+        seconds = seconds or (time.monotonic() - began) / 2
+        assert rig.contents(run) == whole
+        assert rig.leftovers(run) == []
+    print(f"{hit} of {KILLS} kills met two live ranks")
+    assert hit
+
+
+def _one_rank(run: Path, file: Path, stop_at: int | None) -> None:
+    """A rank that is sent SIGTERM after its step ``stop_at``, if it is the second one."""
+    must_stop = exchange.Exchange.must_stop
+
+    def stopping(self: exchange.Exchange, asked: bool) -> bool:
+        own = self.ranks.rank == 1
+        stopping.steps += own  # type: ignore[attr-defined]
+        if own and stopping.steps == stop_at:  # type: ignore[attr-defined]
+            os.kill(os.getpid(), signal.SIGTERM)
+        return must_stop(self, asked)
+
+    stopping.steps = 0  # type: ignore[attr-defined]
+    exchange.Exchange.must_stop = stopping  # type: ignore[method-assign]
+    if (run / "config.toml").exists():
+        summary = api.resume(run)
+    else:
+        loaded = config_io.load(file=file)
+        summary = api.train(loaded.config, run, origin=loaded.origin)
+    assert summary.finished == (stop_at is None)
+
+
+def start(count: int, work: Callable[..., Any], *arguments: Any) -> list[BaseProcess]:
+    """``count`` workers, without torchrun."""
+    port = free_port()
+    started: list[BaseProcess] = [
+        rig.PROCESSES.Process(
+            target=as_worker, args=(environment(rank, count, port), work, arguments)
+        )
+        for rank in range(count)
+    ]
+    for process in started:
+        process.start()
+    return started
+
+
+def test_two_ranks_then_one_process_then_two_again(
+    file: Path, whole: dict[str, bytes], tmp_path: Path
+) -> None:
+    """SIGTERM to one rank stops all after the same step, saved, and the bytes stay the same.
+
+    The step after the signal's carries the wish, and the one after that if the signal comes late.
+    """
+    run, begun = tmp_path / "run", 0
+    for count, stop_at in ((2, 3), (1, 4), (2, None)):
+        for process in start(count, _one_rank, run, file, stop_at):
+            process.join(rig.PATIENCE_S)
+            assert process.exitcode == 0
+        saved = int(rig.checkpoints(run)[-1].stem.removeprefix("ckpt-"))
+        if stop_at is not None:
+            assert begun + stop_at < saved <= begun + stop_at + 2
+        begun = saved
+    assert rig.contents(run) == whole
+    assert rig.leftovers(run) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--ranks", 33), "33 ranks need 33 images a batch or more"),
+        (("--ranks", 17, "--norm-scope", "rank"), "17 ranks need 34 images a batch or more"),
+        (("--ranks", 3, "--processes", 2), "3 ranks cannot be spread evenly over 2 processes"),
+        (("--gpus", 2), "--gpus: 2 asked for, and the run is on a cpu"),
+        (("--gpus", 0), "--gpus"),
+        (("--ranks", 2, "--nnodes", 2), "--rdzv-endpoint HOST:PORT"),
+        (("--ranks", 2, "--nnodes", 2, "--rdzv-endpoint", "x"), "--out: not given"),
+        (
+            ("--ranks", 2, "--nnodes", 2, "--rdzv-endpoint", "x", "--out", "run"),
+            "write HOST:PORT",
+        ),
+    ],
+)
+def test_counts_that_cannot_be_are_one_line(
+    run: Command, tmp_path: Path, arguments: tuple[Any, ...], said: str
+) -> None:
+    """Before anything is started or made."""
+    device = () if "--gpus" in arguments else ("--device", "cpu")
+    assert said in run.refusal("train", "--preset", "demo", *device, *arguments)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_port_in_use_is_one_line(
+    run: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For the first process of those that somebody else starts, and where nodes meet.
+
+    There it may be that another node's launcher listens. Asking takes seconds.
+    """
+    if not rig.FULL:
+        monkeypatch.setattr(ranks.subprocess, "run", Mock(side_effect=subprocess.SubprocessError))
+    with socket.socket() as listener:
+        listener.bind(("", 0))
+        listener.listen()
+        port = listener.getsockname()[1]
+        endpoint = ("--nnodes", 2, "--rdzv-endpoint", f"localhost:{port}", "--out", "run")
+        said = run.refusal("train", "--preset", "demo", "--ranks", 2, "--device", "cpu", *endpoint)
+        assert f"port {port} is in use" in said
+        for name, value in environment(0, 2, port).items():
+            monkeypatch.setenv(name, value)
+        said = run.refusal("train", "--preset", "demo", "--device", "cpu", "--out", "run")
+        assert f"MASTER_PORT: {port} is in use" in said
+        monkeypatch.delenv("MASTER_ADDR")
+        assert "start with torchrun" in run.refusal("train", "--preset", "demo", "--out", "run")
+    assert list(tmp_path.iterdir()) == []

@@ -179,13 +179,10 @@ def rows(setting: Setting, work: Work) -> Iterator[Row]:
             variants.append(Variant(name, peer.caller("step"), work.batch_size))
         measured = setting.rows(SUITE, work.name, variants, setting.plan(ROUNDS, BUDGET_S, 3))
     for row in measured:
-        recipe = recipes[row.variant]
-        yield row.model_copy(
-            update={
-                "threads": recipe.ranks * recipe.threads,
-                "note": "cpu time of its first process" if recipe.how == "processes" else "",
-            }
-        )
+        recipe, ratio = recipes[row.variant], row.ratio
+        if ratio is not None and recipe.how == "processes":
+            ratio = ratio.model_copy(update={"cpu": None})  # the others' cpu time is not counted
+        yield row.model_copy(update={"threads": recipe.ranks * recipe.threads, "ratio": ratio})
 
 
 def _join(device: torch.device) -> Processes:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from multiprocessing import resource_tracker, util
@@ -41,11 +41,17 @@ class PeerProcess:
     """A process that runs the peer of ``recipe`` on ``device``, started without waiting for it.
 
     Calls raise PeerError, with one line, if it died, failed or did not answer for ``patience_s``
-    seconds.
+    seconds. A process that is ``ours`` keeps ``OWN_VARIABLES``.
     """
 
     def __init__(
-        self, name: str, recipe: Recipe, device: torch.device, *, patience_s: float | None = None
+        self,
+        name: str,
+        recipe: Recipe,
+        device: torch.device,
+        *,
+        patience_s: float | None = None,
+        ours: bool = False,
     ) -> None:
         self.name = name
         self._patience_s = PATIENCE_S[device.type] if patience_s is None else patience_s
@@ -55,7 +61,7 @@ class PeerProcess:
         util.Finalize(self, self._pipe.close, exitpriority=1)
         arguments = (os.getpid(), theirs, recipe, device, torch.get_num_threads())
         self._process = spawn.Process(target=_serve, args=arguments, name=name)
-        with _start():
+        with _start(() if ours else OWN_VARIABLES):
             self._process.start()
         theirs.close()
 
@@ -109,12 +115,12 @@ class PeerProcess:
 
 
 @contextmanager
-def _start() -> Iterator[None]:
-    """Remove ``OWN_VARIABLES`` and block Ctrl-C for a process that is started inside.
+def _start(without: Sequence[str]) -> Iterator[None]:
+    """Remove the variables ``without`` and block Ctrl-C for a process that is started inside.
 
     An interrupted process would print a trace before it reaches ``_serve``.
     """
-    own = {name: os.environ.pop(name) for name in OWN_VARIABLES if name in os.environ}
+    own = {name: os.environ.pop(name) for name in without if name in os.environ}
     resource_tracker.ensure_running()  # its start, else a part of the process's, unblocks Ctrl-C
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:

@@ -81,9 +81,9 @@ def table(result: Result) -> str:
         "of the device's limit",
     )
     return (
-        _sentence(result)
+        sentence(result)
         + "\n\n"
-        + _markdown(heads, (tuple(_cells(row, on_gpu)) for row in _shown(result, on_gpu)))
+        + markdown(heads, (tuple(_cells(row, on_gpu)) for row in _shown(result, on_gpu)))
     )
 
 
@@ -99,10 +99,11 @@ def short_table(result: Result) -> str:
         (name, peer, f"{ratios[name, peer]:.2f}x") for name, peer in SHORT if (name, peer) in ratios
     )
     heads = ("what", "compared with", "speed, ours : theirs")
-    return f"{_sentence(result)}\n\n{_markdown(heads, rows)}"
+    return f"{sentence(result)}\n\n{markdown(heads, rows)}"
 
 
-def _markdown(heads: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
+def markdown(heads: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
+    """Return a Markdown table."""
     lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
 
@@ -124,7 +125,8 @@ def _cells(row: Row, on_gpu: bool) -> Iterator[str]:
     yield "" if row.share is None or row.share < 0.005 else f"{100 * row.share:.0f} %"
 
 
-def _sentence(result: Result) -> str:
+def sentence(result: Result) -> str:
+    """Return a sentence on the machine, its software, the day and the commit."""
     machine = result.machine
     versions = f"torch {machine.torch}" + (
         f", triton {machine.triton}, driver {machine.driver}" if machine.driver else ""

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastbyol_kernels import batch_norm as ops
 from fastbyol_kernels.batch_norm.cpu import FusedBatchNorm
+from together import in_threads
 
 EPS, MOMENTUM = 1e-5, 0.1
 DTYPES = (torch.float32, torch.bfloat16)
@@ -51,7 +52,13 @@ def tensors(
 
 
 def run(
-    inputs: dict[str, Tensor], num_views: int, *, relu: bool, kernels: str, wide: bool = False
+    inputs: dict[str, Tensor],
+    num_views: int,
+    *,
+    relu: bool,
+    kernels: str,
+    wide: bool = False,
+    gather: Any = None,
 ) -> dict[str, Tensor]:
     """Return y, the updated running buffers and all gradients."""
     named = {
@@ -65,8 +72,9 @@ def run(
     }
     dy = named.pop("dy")
     y = ops.batch_norm(
-        num_views=num_views, momentum=MOMENTUM, eps=EPS, relu=relu, kernels=kernels, **named
-    )
+        num_views=num_views, momentum=MOMENTUM, eps=EPS, relu=relu, kernels=kernels,
+        gather=gather, **named,
+    )  # fmt: skip
     gradients = torch.autograd.grad(y, list(leaves.values()), dy)
     outputs = {"y": y.detach()} | {name: named[name] for name in ("running_mean", "running_var")}
     return outputs | {
@@ -195,6 +203,48 @@ def test_any_number_of_threads_gives_the_same_bits(
         results.append(run(inputs, 2, relu=relu, kernels="auto"))
     for other in results[1:]:
         assert all(torch.equal(other[name], value) for name, value in results[0].items())
+
+
+@pytest.mark.parametrize("relu", [False, True], ids=["", "relu"])
+@pytest.mark.parametrize("kernels", ["cpu", "reference"])
+@pytest.mark.parametrize(
+    ("dtype", "mean", "std"),
+    [(torch.float32, 1.0, 2.0), (torch.bfloat16, 1.0, 2.0), (torch.float32, 1e3, 1e-1)],
+    ids=["fp32", "bf16", "collapsed"],
+)
+def test_ranks_have_the_statistics_of_the_whole_batch(
+    dtype: torch.dtype, mean: float, std: float, kernels: str, relu: bool
+) -> None:
+    """Of one image, of two and of five, all bits of the running buffers equal."""
+    counts, views, total = (1, 2, 5), 2, 8
+    inputs = tensors((views * total, 12, 7, 5), dtype, mean=mean, std=std)
+    whole = run(inputs, views, relu=relu, kernels="reference", wide=True)
+
+    def share(ranks: Any) -> dict[str, Tensor]:
+        start, count = sum(counts[: ranks.rank]), counts[ranks.rank]
+        rows = [view * total + start + k for view in range(views) for k in range(count)]
+        channels_last = {
+            name: t[rows].contiguous(memory_format=torch.channels_last) if t.ndim == 4 else t
+            for name, t in inputs.items()
+        }
+        own = run(channels_last, views, relu=relu, kernels=kernels, gather=ranks.gather)
+        return own | {"rows": torch.tensor(rows)}
+
+    results = in_threads(len(counts), share)
+    order = torch.cat([own["rows"] for own in results])
+    for name in ("y", "dx", "dresidual"):
+        joined = torch.empty_like(whole[name])
+        joined[order] = torch.cat([own[name] for own in results]).double()
+        # The mean may be 1e4 standard deviations away; and plain torch rounds to bf16 before it adds
+        # the residual, which turns the ReLU's mask where their sum is near 0.
+        scale = 1e3 if std < mean * 1e-3 else 16 if dtype == torch.bfloat16 else 4
+        assert relative(joined, whole[name]) < scale * ERROR[dtype], name
+    for name in ("dweight", "dbias"):
+        total_of_ranks = sum(own[name].double() for own in results)
+        assert relative(total_of_ranks, whole[name]) < 1e-2, name
+    for name in ("running_mean", "running_var"):
+        assert all(torch.equal(own[name], results[0][name]) for own in results)
+        assert relative(results[0][name], whole[name]) < 1e-5
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -218,7 +218,10 @@ def test_ranks_have_the_statistics_of_the_whole_batch(
     """Of one image, of two and of five, all bits of the running buffers equal."""
     counts, views, total = (1, 2, 5), 2, 8
     inputs = tensors((views * total, 12, 7, 5), dtype, mean=mean, std=std)
-    whole = run(inputs, views, relu=relu, kernels="reference", wide=True)
+    # Plain torch rounds to bf16 before it adds the residual, which turns the ReLU's mask where
+    # their sum is near 0: it is compared with itself.
+    wide = kernels == "cpu" or dtype == torch.float32
+    whole = run(inputs, views, relu=relu, kernels="reference", wide=wide)
 
     def share(ranks: Any) -> dict[str, Tensor]:
         start, count = sum(counts[: ranks.rank]), counts[ranks.rank]
@@ -233,18 +236,17 @@ def test_ranks_have_the_statistics_of_the_whole_batch(
     results = in_threads(len(counts), share)
     order = torch.cat([own["rows"] for own in results])
     for name in ("y", "dx", "dresidual"):
-        joined = torch.empty_like(whole[name])
+        joined = torch.empty(whole[name].shape, dtype=torch.float64)
         joined[order] = torch.cat([own[name] for own in results]).double()
-        # The mean may be 1e4 standard deviations away; and plain torch rounds to bf16 before it adds
-        # the residual, which turns the ReLU's mask where their sum is near 0.
-        scale = 1e3 if std < mean * 1e-3 else 16 if dtype == torch.bfloat16 else 4
-        assert relative(joined, whole[name]) < scale * ERROR[dtype], name
+        # The mean may be 1e4 standard deviations away.
+        scale = 4e3 if std < mean * 1e-3 else 4
+        assert relative(joined, whole[name].double()) < scale * ERROR[dtype], name
     for name in ("dweight", "dbias"):
         total_of_ranks = sum(own[name].double() for own in results)
-        assert relative(total_of_ranks, whole[name]) < 1e-2, name
+        assert relative(total_of_ranks, whole[name].double()) < 1e-2, name
     for name in ("running_mean", "running_var"):
         assert all(torch.equal(own[name], results[0][name]) for own in results)
-        assert relative(results[0][name], whole[name]) < 1e-5
+        assert relative(results[0][name], whole[name].double()) < 1e-5
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

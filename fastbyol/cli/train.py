@@ -221,12 +221,11 @@ def resume(
 ) -> None:
     """Go on with a run that was stopped, bit for bit."""
     from fastbyol import api
-    from fastbyol.runs.folder import RunFolder
+    from fastbyol.runs.folder import CONFIG
 
     console = _console(as_json)
-    if worker() is None:
-        with RunFolder.open(run, lock=False) as folder:
-            config = folder.config
+    if worker() is None and (run / CONFIG).is_file():
+        config = config_io.read_run(run / CONFIG)
         _start_processes(config, run, gpus, processes, nnodes, rdzv_endpoint, ranks)
     summary = _run(
         console,

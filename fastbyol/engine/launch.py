@@ -12,7 +12,8 @@ from pathlib import Path
 from fastbyol.config import Config
 from fastbyol.engine.device import pick_device
 from fastbyol.engine.interrupt import SIGNALS, Ended
-from fastbyol.engine.ranks import count_ranks, refuse_used_endpoint, run_workers
+from fastbyol.engine.ports import refuse_used_endpoint
+from fastbyol.engine.ranks import count_ranks, run_workers
 from fastbyol.engine.worker import OUTCOME, outcome, worker
 from fastbyol.errors import UsageError
 from fastbyol.runs.metrics import METRICS_FILE

@@ -11,8 +11,6 @@ import logging
 import os
 import pickle
 import signal
-import socket
-import subprocess
 import sys
 import tempfile
 import threading
@@ -32,6 +30,7 @@ from torch import Tensor
 
 from fastbyol.config import Config
 from fastbyol.engine.interrupt import handling, signals_to_handle
+from fastbyol.engine.ports import refuse_used_port
 from fastbyol.engine.worker import Worker, leave_outcome, outcome, worker
 from fastbyol.errors import FastbyolError, LostRankError, UsageError, one_line, size_text
 
@@ -409,7 +408,7 @@ def joined() -> Iterator[Alone | Processes]:
     if here is None:
         yield Alone()
         return
-    _refuse_used_port(here)
+    refuse_used_port(here)
     # Who waits for a rank that died has nothing to save, and would not see a signal for C++ code.
     with handling(signal.SIG_DFL, signals_to_handle()), _reaching():
         dist.init_process_group("gloo", timeout=PATIENCE)
@@ -422,56 +421,6 @@ def joined() -> Iterator[Alone | Processes]:
     finally:
         with suppress(RuntimeError):
             dist.destroy_process_group()
-
-
-def _refuse_used_port(here: Worker) -> None:
-    """Raise UsageError if the first process cannot listen where the others look for it."""
-    # Under torchrun's own store it is torchrun that listens.
-    if here.rank or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        return
-    port = os.environ["MASTER_PORT"]
-    if not port.isdecimal() or not 0 < int(port) < 2**16 or not _is_free(int(port)):
-        raise UsageError(f"MASTER_PORT: {port} is in use here or no port: name one that is free")
-
-
-def _is_free(port: int) -> bool:
-    with socket.socket() as listener:
-        # As the store does: a port that was just left counts as free.
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            listener.bind(("", port))
-        except OSError:
-            return False
-    return True
-
-
-def refuse_used_endpoint(endpoint: str) -> None:
-    """Raise UsageError if ``endpoint``, HOST:PORT, is no such pair or somebody else's port."""
-    host, _, port = endpoint.rpartition(":")
-    if not host or not port.isdecimal() or int(port) >= 2**16:
-        raise UsageError(f"--rdzv-endpoint: {endpoint!r}: write HOST:PORT, for example node0:29400")
-    try:
-        is_here = host in ("localhost", "127.0.0.1", socket.gethostname()) or bool(
-            {found[4][0] for found in socket.getaddrinfo(host, None)}
-            & {found[4][0] for found in socket.getaddrinfo(socket.gethostname(), None)}
-        )
-    except OSError as error:
-        raise UsageError(f"--rdzv-endpoint: {host}: {error.strerror or error}") from None
-    # Another node's launcher may run on this machine and listen already. Asking it takes a process
-    # of its own, because torch prints traces where no store answers.
-    ask = (
-        "import sys, datetime, torch.distributed as d\n"
-        "d.TCPStore(sys.argv[1], int(sys.argv[2]), is_master=False, wait_for_workers=False, "
-        "timeout=datetime.timedelta(seconds=5))"
-    )
-    if is_here and int(port) and not _is_free(int(port)):
-        asked = [sys.executable, "-c", ask, host, port]
-        try:
-            subprocess.run(asked, capture_output=True, check=True, timeout=30)
-        except subprocess.SubprocessError:
-            raise UsageError(
-                f"--rdzv-endpoint: port {port} is in use on this machine: name one that is free"
-            ) from None
 
 
 def run_workers(

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import NoReturn
 
 from fastbyol.config import Resolved
@@ -67,40 +68,8 @@ def fit(
     FastbyolError where memory or disk run out or numbers are no longer finite, NoGraphError where
     the run has to go on in a fresh process, and LostRankError where another rank is gone.
     """
-    observer, run = observer or Silent(), folder.path
-    processes = processes or Alone()
-
-    def lead(own: Ranks) -> Summary:
-        with ExitStack() as opened:
-            try:
-                with interrupt.abortable() if own.count == 1 else nullcontext():
-                    session, progress = Preparation(folder, config, observer, own).run(opened)
-            except Stopped:
-                step = checkpoint.newest_step(folder.checkpoints) or 0
-                what = f"{interrupt.requested}: stopped before a step was made"
-                observer.note(f"{what}; go on with: fastbyol resume {run}")
-                return _summary(folder, Progress(step=step))
-            except NoGraphError as error:
-                folder.keep_mode("compile")
-                what = f"{error}: its steps are compiled from now on, in a fresh process"
-                raise NoGraphError(f"{run}: {what}: fastbyol resume {run}", run) from error
-            opened.callback(capture.release, session.take_step)
-            pace = Pace(config.train.batch_size, progress.step, session.total_steps)
-            with session.open_telemetry(progress.step) as telemetry:
-                progress = Loop(session, telemetry, interrupt, pace).run(progress)
-            if not session.is_finished(progress):
-                what = f"{interrupt.requested or 'another rank'}: saved at step {progress.step}"
-                observer.note(f"{what}; go on with: fastbyol resume {run}")
-            return from_first(own, _summary(folder, progress, session))
-
-    with (
-        left_as_found(),
-        fitting_threads(config, ranks_here(processes, ranks)),
-        Interrupt() as interrupt,
-        guards.memory_advice(config),
-    ):
-        exact_products()
-        return _in_threads(lead, processes, ranks, config, interrupt)
+    own = partial(_lead, folder, config, observer or Silent())
+    return _in_threads(own, processes or Alone(), ranks, config)
 
 
 def follow(processes: Processes, config: Resolved, ranks: int) -> Summary:
@@ -108,69 +77,91 @@ def follow(processes: Processes, config: Resolved, ranks: int) -> Summary:
 
     ``config`` and ``ranks`` are that one's. Raises the errors of ``fit``.
     """
+    return _in_threads(_follow, processes, ranks, config)
+
+
+def _in_threads(
+    work: Callable[[Ranks, Interrupt], Summary],
+    processes: Alone | Processes,
+    ranks: int,
+    config: Resolved,
+) -> Summary:
+    """Call ``work`` as this process's first rank, and follow as its others in threads beside it."""
+    here = worker()
+    on_node = ranks if here is None else ranks // processes.count * here.local_count
     with (
         left_as_found(),
-        fitting_threads(config, ranks_here(processes, ranks)),
+        fitting_threads(config, on_node),
         Interrupt() as interrupt,
         guards.memory_advice(config),
     ):
         exact_products()
-        return _in_threads(
-            lambda own: _follow(own, config, interrupt), processes, ranks, config, interrupt
-        )
+        if isinstance(processes, Processes):
+            processes.use(pick_device(config.train.device))
+        if ranks == processes.count:
+            with current(processes):
+                return work(processes, interrupt)
+        first, *others = Team(ranks // processes.count, processes).ranks()
+        errors: list[BaseException] = []
 
+        def beside(own: Ranks) -> None:
+            try:
+                with current(own):
+                    _follow(own, interrupt)
+            except BaseException as error:
+                errors.append(error)
+                first.abandon()
 
-def _follow(ranks: Ranks, config: Resolved, interrupt: Interrupt) -> Summary:
-    with ExitStack() as opened:
-        session, progress = join(ranks, opened)
-        opened.callback(capture.release, session.take_step)
-        pace = Pace(config.train.batch_size, progress.step, session.total_steps)
-        Loop(session, Unrecorded(), interrupt, pace).run(progress)
-        return from_first(ranks, None)
-
-
-def _in_threads(
-    work: Callable[[Ranks], Summary],
-    processes: Alone | Processes,
-    ranks: int,
-    config: Resolved,
-    interrupt: Interrupt,
-) -> Summary:
-    """Call ``work`` as this process's first rank, and follow as its others in threads beside it."""
-    if isinstance(processes, Processes):
-        processes.use(pick_device(config.train.device))
-    if ranks == processes.count:
-        with current(processes):
-            return work(processes)
-    first, *others = Team(ranks // processes.count, processes).ranks()
-    errors: list[BaseException] = []
-
-    def beside(own: Ranks) -> None:
-        try:
-            with current(own):
-                _follow(own, config, interrupt)
-        except BaseException as error:
-            errors.append(error)
-            first.abandon()
-
-    threads = [threading.Thread(target=beside, args=(own,), daemon=True) for own in others]
-    for thread in threads:
-        thread.start()
-    try:
-        with current(first):
-            return work(first)
-    except LostRankError as error:
-        raise next((e for e in errors if not isinstance(e, LostRankError)), error) from None
-    finally:
-        first.abandon()
+        threads = [threading.Thread(target=beside, args=(own,), daemon=True) for own in others]
         for thread in threads:
-            thread.join()
+            thread.start()
+        try:
+            with current(first):
+                return work(first, interrupt)
+        except LostRankError as error:
+            raise next((e for e in errors if not isinstance(e, LostRankError)), error) from None
+        finally:
+            first.abandon()
+            for thread in threads:
+                thread.join()
 
 
-def ranks_here(processes: Alone | Processes, ranks: int) -> int:
-    """Return how many of ``ranks`` this process's node has."""
-    here = worker()
-    return ranks if here is None else ranks // processes.count * here.local_count
+def _lead(
+    folder: RunFolder, config: Resolved, observer: Observer, ranks: Ranks, interrupt: Interrupt
+) -> Summary:
+    run = folder.path
+    with ExitStack() as opened:
+        try:
+            with interrupt.abortable() if ranks.count == 1 else nullcontext():
+                session, begun = Preparation(folder, config, observer, ranks).run(opened)
+        except Stopped:
+            step = checkpoint.newest_step(folder.checkpoints) or 0
+            what = f"{interrupt.requested}: stopped before a step was made"
+            observer.note(f"{what}; go on with: fastbyol resume {run}")
+            return _summary(folder, Progress(step=step))
+        except NoGraphError as error:
+            folder.keep_mode("compile")
+            what = f"{error}: its steps are compiled from now on, in a fresh process"
+            raise NoGraphError(f"{run}: {what}: fastbyol resume {run}", run) from error
+        opened.callback(capture.release, session.take_step)
+        pace = Pace(config.train.batch_size, begun.step, session.total_steps)
+        with session.open_telemetry(begun.step) as telemetry:
+            progress = Loop(session, telemetry, interrupt, pace).run(begun)
+        if not session.is_finished(progress):
+            was_saved = progress != begun or begun.step
+            where = f"saved at step {progress.step}" if was_saved else "stopped before a step"
+            who = interrupt.requested or "another rank"
+            observer.note(f"{who}: {where}; go on with: fastbyol resume {run}")
+        return from_first(ranks, _summary(folder, progress, session))
+
+
+def _follow(ranks: Ranks, interrupt: Interrupt) -> Summary:
+    with ExitStack() as opened:
+        session, begun = join(ranks, opened)
+        opened.callback(capture.release, session.take_step)
+        pace = Pace(session.config.train.batch_size, begun.step, session.total_steps)
+        Loop(session, Unrecorded(), interrupt, pace).run(begun)
+        return from_first(ranks, None)
 
 
 @dataclass(frozen=True)

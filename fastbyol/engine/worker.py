@@ -99,9 +99,9 @@ def launch_id() -> str:
 
     Its own id is "none" unless it was given one; it keeps running while its workers restart.
     """
-    given = os.environ.get("TORCHELASTIC_RUN_ID", "none")
-    if given != "none":
-        return given
+    name = os.environ.get("TORCHELASTIC_RUN_ID", "none")
+    if name != "none":
+        return name
     stat = Path(f"/proc/{os.getppid()}/stat").read_text("utf-8", errors="replace")
     return f"{os.getppid()}.{stat.rpartition(')')[2].split()[19]}"
 

@@ -20,7 +20,7 @@ import run_rig as rig
 
 from conftest import Command
 from fastbyol import api, config_io
-from fastbyol.engine import exchange, ranks
+from fastbyol.engine import exchange, ports
 from together import as_worker, environment, free_port
 
 KILLS = rig.many(1, 20)
@@ -169,7 +169,7 @@ def test_a_port_in_use_is_one_line(
     There it may be that another node's launcher listens. Asking takes seconds.
     """
     if not rig.FULL:
-        monkeypatch.setattr(ranks.subprocess, "run", Mock(side_effect=subprocess.SubprocessError))
+        monkeypatch.setattr(ports.subprocess, "run", Mock(side_effect=subprocess.SubprocessError))
     with socket.socket() as listener:
         listener.bind(("", 0))
         listener.listen()

@@ -1,0 +1,66 @@
+"""The ports where processes and nodes meet, looked at before torch waits for them."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+
+from fastbyol.engine.worker import Worker
+from fastbyol.errors import UsageError
+
+# Asks whether a store of torch answers at HOST PORT, in a process of its own: torch prints traces
+# and waits where none does.
+_ASK = """
+import datetime, sys, torch.distributed
+wait = datetime.timedelta(seconds=5)
+torch.distributed.TCPStore(
+    sys.argv[1], int(sys.argv[2]), is_master=False, wait_for_workers=False, timeout=wait
+)
+"""
+ASK_S = 30
+
+
+def refuse_used_port(here: Worker) -> None:
+    """Raise UsageError if the first process cannot listen where the others look for it."""
+    # Under torchrun's own store it is torchrun that listens.
+    if here.rank or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        return
+    port = os.environ["MASTER_PORT"]
+    if not port.isdecimal() or not 0 < int(port) < 2**16 or not _is_free(int(port)):
+        raise UsageError(f"MASTER_PORT: {port} is in use here or no port: name one that is free")
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as listener:
+        # As the store does: a port that was just left counts as free.
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind(("", port))
+        except OSError:
+            return False
+    return True
+
+
+def refuse_used_endpoint(endpoint: str) -> None:
+    """Raise UsageError if ``endpoint``, HOST:PORT, is no such pair or somebody else's port."""
+    host, _, port = endpoint.rpartition(":")
+    if not host or not port.isdecimal() or int(port) >= 2**16:
+        raise UsageError(f"--rdzv-endpoint: {endpoint!r}: write HOST:PORT, for example node0:29400")
+    try:
+        is_here = host in ("localhost", "127.0.0.1", socket.gethostname()) or bool(
+            {address[4][0] for address in socket.getaddrinfo(host, None)}
+            & {address[4][0] for address in socket.getaddrinfo(socket.gethostname(), None)}
+        )
+    except OSError as error:
+        raise UsageError(f"--rdzv-endpoint: {host}: {error.strerror or error}") from None
+    # Another node's launcher may run on this machine and listen already.
+    if is_here and int(port) and not _is_free(int(port)):
+        asked = [sys.executable, "-c", _ASK, host, port]
+        try:
+            subprocess.run(asked, capture_output=True, check=True, timeout=ASK_S)
+        except subprocess.SubprocessError:
+            raise UsageError(
+                f"--rdzv-endpoint: port {port} is in use on this machine: name one that is free"
+            ) from None

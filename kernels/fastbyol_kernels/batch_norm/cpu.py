@@ -158,10 +158,8 @@ def _sum_deviations(
         start += lanes
 
 
-@kernel
-def _combine_blocks(
-    view: int, sums: F32, own: F64, rows: int, run: int, parts: int, c: int, lanes: int
-) -> None:
+@inlined
+def _combine(view, sums, own, rows, run, parts, c, lanes):
     """Write a view's count, means and sums of squared deviations to ``own`` (V, 1 + 2 C).
 
     Source: Chan, Golub & LeVeque, "Updating Formulae and a Pairwise Algorithm for Computing Sample
@@ -202,47 +200,48 @@ def _combine_blocks(
 
 
 @kernel
-def _moments(
-    view: int, weight: F32, bias: F32, own: F64, moments: F32, table: F32,
-    eps: float, c: int, lanes: int,
-) -> None:  # fmt: skip
-    """Fill ``table`` (V, 3, L) with mean, scale and shift from ``own``, moments of all ranks.
-
-    The mean has two fp32 parts: the table's is subtracted before any product, the remainder is in
-    ``moments`` (V, 2, C) together with 1 / std.
-    """
-    of_rows = own[view * (1 + 2 * c) : (view + 1) * (1 + 2 * c)]
-    means, m2 = of_rows[1 : 1 + c], of_rows[1 + c : 1 + 2 * c]
-    into = table[view * 3 * lanes : (view + 1) * 3 * lanes]
-    of_view = moments[view * 2 * c : (view + 1) * 2 * c]
-    for i in range(c):
-        rstd = 1.0 / np.sqrt(m2[i] / of_rows[0] + eps)
-        mean = np.float32(means[i])
-        below = means[i] - np.float64(mean)
-        scale = rstd * np.float64(weight[i])
-        of_view[i], of_view[c + i] = np.float32(below), np.float32(rstd)
-        into[i], into[lanes + i] = mean, np.float32(scale)
-        into[2 * lanes + i] = np.float32(np.float64(bias[i]) - below * scale)
-    _spread(into, 3, lanes, c)
+def _combine_blocks(
+    view: int, sums: F32, own: F64, rows: int, run: int, parts: int, c: int, lanes: int
+) -> None:
+    """Do ``_combine`` for a view, before a message of ``own``."""
+    _combine(view, sums, own, rows, run, parts, c, lanes)
 
 
 @kernel
-def _update_running(
-    block: int, running_mean: F32, running_var: F32, own: F64, num_views: int, momentum: float,
-    rest: float, c: int,
+def _moments(
+    block: int, weight: F32, bias: F32, running_mean: F32, running_var: F32, sums: F32, own: F64,
+    moments: F32, table: F32,
+    num_views: int, alone: int, eps: float, momentum: float, rest: float,
+    rows: int, run: int, parts: int, c: int, lanes: int,
 ) -> None:  # fmt: skip
-    """Update the running buffers by each view's moments, in order. The kernel has a single block.
+    """Fill ``table`` from ``own``, each view's moments over all ranks, and update the buffers.
 
-    ``rest`` is 1 - ``momentum``: computed in here, it would be reordered with the products.
+    The kernel has a single block. If ``alone`` it computes ``own`` first: a message would come in
+    between. ``table`` (V, 3, L) is mean, scale and shift. The mean has two fp32 parts: the table's
+    is subtracted before any product, the remainder is in ``moments`` (V, 2, C) together with
+    1 / std. ``rest`` is 1 - ``momentum``: computed in here, it would be reordered with the products
+    around it.
     """
     for view in range(num_views):
+        if alone:
+            _combine(view, sums, own, rows, run, parts, c, lanes)
         of_rows = own[view * (1 + 2 * c) : (view + 1) * (1 + 2 * c)]
-        means, m2 = of_rows[1 : 1 + c], of_rows[1 + c : 1 + 2 * c]
+        means, m2, count = of_rows[1 : 1 + c], of_rows[1 + c : 1 + 2 * c], of_rows[0]
+        into = table[view * 3 * lanes : (view + 1) * 3 * lanes]
+        of_view = moments[view * 2 * c : (view + 1) * 2 * c]
         for i in range(c):
             running_mean[i] = np.float32(momentum * means[i] + rest * np.float64(running_mean[i]))
             running_var[i] = np.float32(
-                momentum * (m2[i] / (of_rows[0] - 1.0)) + rest * np.float64(running_var[i])
+                momentum * (m2[i] / (count - 1.0)) + rest * np.float64(running_var[i])
             )
+            rstd = 1.0 / np.sqrt(m2[i] / count + eps)
+            mean = np.float32(means[i])
+            below = means[i] - np.float64(mean)
+            scale = rstd * np.float64(weight[i])
+            of_view[i], of_view[c + i] = np.float32(below), np.float32(rstd)
+            into[i], into[lanes + i] = mean, np.float32(scale)
+            into[2 * lanes + i] = np.float32(np.float64(bias[i]) - below * scale)
+        _spread(into, 3, lanes, c)
 
 
 @kernel(backwards=True)
@@ -314,10 +313,8 @@ def _sum_gradients(
         start += lanes
 
 
-@kernel
-def _fold_gradients(
-    view: int, sums: F32, own: F64, rows: int, run: int, parts: int, c: int, lanes: int
-) -> None:
+@inlined
+def _fold_blocks(view, sums, own, parts, c, lanes):
     """Write a view's sums of g and g * (x - mean), over its blocks, to ``own`` (V, 2, C)."""
     of_g, of_gx = (
         own[view * 2 * c : view * 2 * c + c],
@@ -336,14 +333,21 @@ def _fold_gradients(
 
 
 @kernel
+def _fold_gradients(view: int, sums: F32, own: F64, parts: int, c: int, lanes: int) -> None:
+    """Do ``_fold_blocks`` for a view, before a message of ``own``."""
+    _fold_blocks(view, sums, own, parts, c, lanes)
+
+
+@kernel
 def _affine(
-    block: int, moments: F32, table: F32, own: F64, total: F64, affine: F32, slopes: F32,
-    num_views: int, count: float, c: int, lanes: int,
+    block: int, moments: F32, table: F32, sums: F32, own: F64, total: F64, affine: F32,
+    slopes: F32, num_views: int, alone: int, count: float, parts: int, c: int, lanes: int,
 ) -> None:  # fmt: skip
     """Compute the gradients of weight and bias, ``affine`` (2, C), in fp64, and fill ``slopes``.
 
-    The kernel has a single block. ``own`` are this rank's sums, whose gradients it adds to the
-    others' by itself, ``total`` (V, 2, C) those over the ``count`` values of all ranks. ``slopes``
+    The kernel has a single block. ``own`` are this rank's sums, from which the gradients come that
+    are added to other ranks' later, ``total`` (V, 2, C) those over the ``count`` values of all. If
+    ``alone``, ``total`` is ``own`` and computed here. ``slopes``
     (V, 2, L) is a and b of
     dx = scale * (g - sum(g) / n - x_hat * sum(g * x_hat) / n) = scale * g + a * (x - mean) + b.
     """
@@ -351,6 +355,8 @@ def _affine(
     dweight[:] = np.float32(0)
     dbias[:] = np.float32(0)
     for view in range(num_views):
+        if alone:
+            _fold_blocks(view, sums, own, parts, c, lanes)
         below, rstd = (
             moments[view * 2 * c : view * 2 * c + c],
             moments[view * 2 * c + c : (view + 1) * 2 * c],
@@ -419,7 +425,7 @@ class FusedBatchNorm(torch.autograd.Function):
         running_var: Tensor, num_views: int,
         momentum: float, eps: float, residual: Tensor | None, relu: bool, gather: Gather | None,
     ) -> Tensor:  # fmt: skip
-        _, _, parts, c, lanes = cut = _cut(x, num_views)
+        rows, _, parts, c, lanes = cut = _cut(x, num_views)
         sums, table = (
             weight.new_empty(num_views, parts, 3, lanes),
             weight.new_empty(num_views, 3, lanes),
@@ -428,14 +434,16 @@ class FusedBatchNorm(torch.autograd.Function):
         own = weight.new_empty(num_views, 1 + 2 * c, dtype=torch.float64)
         y, added, limit = torch.empty_like(x), residual is not None, 0.0 if relu else -torch.inf
         _sum_deviations(num_views * parts, x, sums, *cut)
-        _combine_blocks(num_views, sums, own, *cut)
         if gather is not None:
+            _combine_blocks(num_views, sums, own, *cut)
             own = merge_moments(gather(own))
-        _moments(num_views, weight, bias, own, moments, table, eps, c, lanes)
-        _update_running(1, running_mean, running_var, own, num_views, momentum, 1 - momentum, c)
+        _moments(
+            1, weight, bias, running_mean, running_var, sums, own, moments, table,
+            num_views, gather is None, eps, momentum, 1 - momentum, *cut,
+        )  # fmt: skip
         _normalise(num_views * parts, x, residual if added else x, y, table, added, limit, *cut)
         ctx.num_views, ctx.relu, ctx.added = num_views, relu, added
-        ctx.gather, ctx.count = gather, float(own[0, 0])
+        ctx.gather, ctx.count = gather, float(rows if gather is None else own[0, 0])
         ctx.save_for_backward(x, y if relu and added else None, moments, table)
         return y
 
@@ -466,8 +474,13 @@ class FusedBatchNorm(torch.autograd.Function):
             limit,
             *cut,
         )
-        _fold_gradients(num_views, sums, own, *cut)
-        total = own if ctx.gather is None else ctx.gather(own).sum(0)
-        _affine(1, moments, table, own, total, affine, slopes, num_views, ctx.count, c, lanes)
+        total = own
+        if ctx.gather is not None:
+            _fold_gradients(num_views, sums, own, parts, c, lanes)
+            total = ctx.gather(own).sum(0)
+        _affine(
+            1, moments, table, sums, own, total, affine, slopes,
+            num_views, ctx.gather is None, ctx.count, parts, c, lanes,
+        )  # fmt: skip
         _input_gradient(num_views * parts, x, g, dx, table, slopes, masks, limit, *cut)
         return dx, affine[0], affine[1], *[None] * 5, g if ctx.added else None, None, None

@@ -16,6 +16,8 @@ class FastbyolError(Exception):
     exit_code = 1
     # Whether all ranks of a run raise it, so that one has to say it.
     is_of_all = False
+    # Whether this rank was the first of its machine to leave its exit code; None before that.
+    is_claimed: bool | None = None
 
 
 class UsageError(FastbyolError):

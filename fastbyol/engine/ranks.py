@@ -31,7 +31,7 @@ from torch import Tensor
 from fastbyol.config import Config
 from fastbyol.engine.interrupt import handling, signals_to_handle
 from fastbyol.engine.ports import refuse_used_port
-from fastbyol.engine.worker import Worker, leave_outcome, outcome, worker
+from fastbyol.engine.worker import Worker, claim, leave_outcome, outcome, worker
 from fastbyol.errors import FastbyolError, LostRankError, UsageError, one_line, size_text
 
 T = TypeVar("T")
@@ -418,6 +418,9 @@ def joined() -> Iterator[Alone | Processes]:
             leave_outcome(code)
             sys.exit(0)
         yield processes
+    except FastbyolError as error:
+        claim(error)
+        raise
     finally:
         with suppress(RuntimeError):
             dist.destroy_process_group()

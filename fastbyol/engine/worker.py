@@ -6,15 +6,18 @@ import ctypes
 import os
 import signal
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from fastbyol.errors import FastbyolError, LostRankError, UsageError
+from fastbyol.errors import FastbyolError, LostRankError, NoGraphError, UsageError
 
 # The variable that names the file into which the first process that fails writes its exit code.
 # torchrun knows one kind of failure, and starts all again after any.
 OUTCOME = "FASTBYOL_OUTCOME"
 _PR_SET_PDEATHSIG = 1
+# Time for the rank that failed to say why.
+LINGER_S = 1.0
 # What torchrun tells its workers; none of it is guessed from a batch system's variables.
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
@@ -85,7 +88,12 @@ def outcome() -> int:
 
 
 def leave_outcome(code: int) -> bool:
-    """Leave an exit code for this node's launcher. Return whether this process was the first."""
+    """Leave an exit code for this node's launcher. Return whether this process was the first.
+
+    Nothing is left where torchrun was typed.
+    """
+    if OUTCOME not in os.environ:
+        return False
     try:
         with Path(os.environ[OUTCOME]).open("x") as file:
             file.write(str(code))
@@ -106,10 +114,21 @@ def launch_id() -> str:
     return f"{os.getppid()}.{stat.rpartition(')')[2].split()[19]}"
 
 
-def speaks(error: FastbyolError) -> bool:
-    """Tell whether this process is the one to print ``error``, and leave its exit code.
+def claim(error: FastbyolError) -> None:
+    """Leave the exit code of ``error`` before the other ranks notice that this one is gone.
 
-    The first one to fail is, but not by losing another.
+    Not if this one lost another, or if all start again because of it.
+    """
+    if isinstance(error, LostRankError | NoGraphError) or error.is_claimed is not None:
+        return
+    if OUTCOME in os.environ and worker() is not None:
+        error.is_claimed = leave_outcome(error.exit_code)
+
+
+def speaks(error: FastbyolError) -> bool:
+    """Tell whether this process is the one to print ``error``: the first that did not lose another.
+
+    The others wait a moment, because torchrun ends all of them once one has ended.
     """
     try:
         here = worker()
@@ -117,9 +136,8 @@ def speaks(error: FastbyolError) -> bool:
         here = None
     if here is None:
         return True
-    is_launched = OUTCOME in os.environ
-    if isinstance(error, LostRankError):
-        return here.is_first and not is_launched
-    if is_launched:
-        return leave_outcome(error.exit_code)
-    return here.is_first or not error.is_of_all
+    claim(error)
+    if OUTCOME in os.environ and not error.is_claimed:
+        time.sleep(LINGER_S)
+        return False
+    return here.is_first or not (error.is_of_all or isinstance(error, LostRankError))

@@ -86,13 +86,21 @@ def choose(
                 f"divide {batch_size} images: take another --batch-size, or --engine eager"
             )
         return Choice("eager", "ranks have unequal shares")
-    if isinstance(ranks, Threads) and config.mode in ("auto", "graph") and device.type == "cuda":
-        if config.mode == "graph":
+    if isinstance(ranks, Threads) and config.mode != "eager":
+        # Two threads that trace at once: torch 2.11 ends the process, or hangs.
+        if config.mode != "auto":
             raise UsageError(
-                "engine.mode: graph needs a process for each rank: start as many, or take --engine "
-                "compile"
+                f"engine.mode: {config.mode} needs a process for each rank: start as many, or take "
+                "--engine eager"
             )
-        return Choice("compile", "a graph holds one rank")
+        return Choice("eager", "ranks are threads, in which torch cannot compile")
+    if ranks.count > 1 and config.mode != "eager" and not compiles_messages():
+        if config.mode != "auto":
+            raise UsageError(
+                f"engine.mode: {config.mode} with several ranks needs torch 2.15, and this is "
+                f"{torch.__version__}, whose gradients were wrong: take --engine eager"
+            )
+        return Choice("eager", "older torch compiles the messages of ranks wrongly")
     on_gpu = device.type == "cuda"
     if config.mode == "graph" and not on_gpu:
         raise UsageError(
@@ -106,6 +114,14 @@ def choose(
     if on_gpu:
         return Choice("graph", "a GPU waits for launches otherwise", falls_back=True)
     return Choice("eager", EAGER_ON_A_CPU)
+
+
+def compiles_messages() -> bool:
+    """Tell whether torch compiles steps with messages in them rightly.
+
+    Dynamo of 2.11 drops the gradient of ``batch_norm.moments``; those between were not tried.
+    """
+    return tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 15)
 
 
 def engine(state: TrainState, config: Config, choice: Choice) -> Engine:

@@ -164,13 +164,14 @@ class Processes:
         try:
             name = self._every(str(file))[self.rank - here.local_rank]
             flat = torch.from_file(name, shared=True, size=prod(shape), dtype=torch.uint8)
-            tensor = flat.view(*shape)
-            if file is not None:
-                fill(tensor)
-            self._every("filled")
+            self._every("opened")
         finally:
             if file is not None:
-                file.unlink()  # those who have opened it keep it
+                file.unlink()  # those who have opened it keep it, and nothing stays if one fails
+        tensor = flat.view(*shape)
+        if file is not None:
+            fill(tensor)
+        self._every("filled")
         return tensor.to(device)
 
     def _every(self, value: Any) -> list[Any]:

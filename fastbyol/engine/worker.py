@@ -137,7 +137,8 @@ def speaks(error: FastbyolError) -> bool:
     if here is None:
         return True
     claim(error)
-    if OUTCOME in os.environ and not error.is_claimed:
-        time.sleep(LINGER_S)
-        return False
+    if OUTCOME in os.environ:
+        if not error.is_claimed:
+            time.sleep(LINGER_S)
+        return bool(error.is_claimed)
     return here.is_first or not (error.is_of_all or isinstance(error, LostRankError))

@@ -81,12 +81,12 @@ class Ranked:
                 arguments = (own, self.work, device)
                 threading.Thread(target=follow, args=arguments, daemon=True).start()
             return {"step": timed(first, self.work, device)}
-        port, spawn = _free_port(), multiprocessing.get_context("spawn")
+        port, spawn = free_port(), multiprocessing.get_context("spawn")
         for rank in range(1, self.ranks):
             # A child is killed with this process, even while it is stopped between calls.
-            rest = (os.getpid(), self, _environment(rank, self.ranks, port), device)
+            rest = (os.getpid(), self, environment(rank, self.ranks, port), device)
             spawn.Process(target=_beside, args=rest, daemon=True).start()
-        os.environ.update(_environment(0, self.ranks, port))
+        os.environ.update(environment(0, self.ranks, port))
         return {"step": timed(_join(device), self.work, device)}
 
 
@@ -201,7 +201,7 @@ def _beside(parent: int, recipe: Ranked, of_rank: Mapping[str, str], device: tor
     follow(_join(device), recipe.work, device)
 
 
-def _environment(rank: int, count: int, port: int) -> dict[str, str]:
+def environment(rank: int, count: int, port: int) -> dict[str, str]:
     """Return what torchrun tells a worker."""
     return {
         "RANK": str(rank),
@@ -213,7 +213,8 @@ def _environment(rank: int, count: int, port: int) -> dict[str, str]:
     }
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """Return a port that nobody listens at."""
     with socket.socket() as listener:
         listener.bind(("localhost", 0))
         return int(listener.getsockname()[1])

@@ -196,8 +196,7 @@ def choose_cache(
     file: BetonInfo, *, device: torch.device, size: int, limit: int, cache: Cache
 ) -> Cache:
     """Return "device" or "none": where ``auto`` keeps the decoded images, for all ranks alike."""
-    chosen = subset(file.num_samples, limit)
-    need = _decoded_bytes(file, size, file.num_samples if chosen is None else len(chosen))
+    need = _decoded_bytes(file, size, min(limit or file.num_samples, file.num_samples))
     return "device" if _is_resident(file, need, device, cache) else "none"
 
 

@@ -195,11 +195,6 @@ class Unrecorded:
     def event(self, kind: str, *, step: int | None = None, **fields: Any) -> None:
         """Write nothing."""
 
-    def __enter__(self) -> Unrecorded:
-        return self
-
-    def __exit__(self, *_: object) -> None: ...
-
 
 class _Sent(NamedTuple):
     first_step: int

@@ -29,12 +29,11 @@ from fastbyol.errors import FastbyolError, LostRankError, UsageError
 from fastbyol.model.byol import OnlineOutput
 from fastbyol.model.norm import BatchNorm, BatchRenorm, share_statistics
 from fastbyol.model.objective import Objective, merge, moments, observe
+from fastbyol_bench.rank_times import environment, free_port
 from tiny import beton_files, tiny_config
 from together import (
     BATCH,
     as_worker,
-    environment,
-    free_port,
     images,
     in_order,
     in_threads,

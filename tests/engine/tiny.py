@@ -12,9 +12,7 @@ from fastbyol.config import Config
 from fastbyol.data import convert
 
 STEPS_PER_EPOCH = 6
-TINY = (
-    "data.textures_count=64",
-    "data.workers=1",
+NETWORK = (
     "views.size=16",
     "model.width=4",
     "model.stem=small",
@@ -22,6 +20,11 @@ TINY = (
     "model.projector.out=8",
     "model.predictor.hidden=16",
     "model.predictor.out=8",
+)
+TINY = (
+    *NETWORK,
+    "data.textures_count=64",
+    "data.workers=1",
     "optim.sgd_lr=0.1",
     "train.batch_size=8",
     "train.epochs=3",

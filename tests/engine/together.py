@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -15,21 +14,11 @@ from fastbyol import load_config, views
 from fastbyol.config import Resolved
 from fastbyol.engine.ranks import Alone, Ranks, Team, current
 from fastbyol.engine.step import StepMetrics, TrainState, share_of, train_step
+from tiny import NETWORK
 
 T = TypeVar("T")
 BATCH, SIZE = 12, 16
-SMALL = (
-    f"train.batch_size={BATCH}",
-    f"views.size={SIZE}",
-    "model.width=4",
-    "model.stem=small",
-    "model.projector.hidden=16",
-    "model.projector.out=8",
-    "model.predictor.hidden=16",
-    "model.predictor.out=8",
-    "train.epochs=3",
-    "train.device=cpu",
-)
+SMALL = (*NETWORK, f"train.batch_size={BATCH}", "train.epochs=3", "train.device=cpu")
 
 
 def small(*sets: str) -> Resolved:
@@ -97,25 +86,6 @@ def train(
 def tensors(state: TrainState) -> dict[str, Tensor]:
     """Copies of the state's tensors."""
     return {name: tensor.clone() for name, tensor in state.tensors().items()}
-
-
-def free_port() -> int:
-    """A port that nobody listens at."""
-    with socket.socket() as listener:
-        listener.bind(("localhost", 0))
-        return int(listener.getsockname()[1])
-
-
-def environment(rank: int, count: int, port: int) -> dict[str, str]:
-    """What torchrun tells a worker."""
-    return {
-        "RANK": str(rank),
-        "WORLD_SIZE": str(count),
-        "LOCAL_RANK": str(rank),
-        "LOCAL_WORLD_SIZE": str(count),
-        "MASTER_ADDR": "localhost",
-        "MASTER_PORT": str(port),
-    }
 
 
 def as_worker(place: dict[str, str], work: Callable[..., Any], arguments: Sequence[Any]) -> None:

@@ -21,7 +21,8 @@ import run_rig as rig
 from conftest import Command
 from fastbyol import api, config_io
 from fastbyol.engine import exchange, ports
-from together import as_worker, environment, free_port
+from fastbyol_bench.rank_times import environment, free_port
+from together import as_worker
 
 KILLS = rig.many(1, 20)
 

@@ -204,8 +204,10 @@ def test_a_conversion_that_is_told_to_end_leaves_nothing(
     (os.killpg if group else os.kill)(parent.pid, number)
     assert OwnTime(parent.pid).waits(ends(parent), END_S)
     _, output = parent.communicate()
-    # Before it has taken the signals over they do what they always do.
-    assert parent.returncode in (130 if number == signal.SIGINT else -number, -number)
+    # Before it has taken the signals over they do what they always do: Python fails with 1 where
+    # a native module swallows the interrupt of what it imports, as pydantic's does.
+    codes = {130 if number == signal.SIGINT else -number, -number} | ({1} if delay_s < 1 else set())
+    assert parent.returncode in codes
     assert output.count(b"\n") <= 1 or delay_s < 1, output
     assert gone(parent.pid)
     assert list(tmp_path.iterdir()) == []

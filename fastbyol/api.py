@@ -117,7 +117,8 @@ def _lead(
     """Train as the first of ``processes``, once the others know what."""
     here = worker()
     if here is not None and here.restarts and observer is not None:
-        observer.note(f"{folder.path}: a rank was lost: all go on from the newest checkpoint")
+        step = checkpoint.newest_step(folder.checkpoints) or 0
+        observer.note(f"{folder.path}: a rank was lost: all go on from step {step}")
     ranking.from_first(processes, (config, ranks))
     return trainer.fit(folder, config, observer, processes, ranks)
 

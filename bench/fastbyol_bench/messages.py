@@ -15,7 +15,6 @@ import argparse
 import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -27,7 +26,7 @@ from torch import Tensor
 
 from fastbyol import load_config
 from fastbyol.config import Resolved
-from fastbyol.engine.ranks import Alone, Team, Threads, current
+from fastbyol.engine.ranks import Alone, Team, Threads, run_threads
 from fastbyol.engine.step import TrainState, forward, share_of, train_step
 from fastbyol.errors import UsageError
 from fastbyol.runs.durable import write_text
@@ -123,8 +122,7 @@ def count(preset: str, network: str, sets: Sequence[str] = ()) -> Count:
     config = load_config(preset, [*settings, *NETWORKS[network]])
     team = Team(RANKS, Alone())
     ranks = [Counted(index, team) for index in range(RANKS)]
-    with ThreadPoolExecutor(RANKS) as pool:
-        gradients = list(pool.map(partial(_step, config), ranks))
+    gradients = run_threads(ranks, partial(_step, config))
     first, *others = (
         Count(
             preset=preset,
@@ -144,23 +142,18 @@ def count(preset: str, network: str, sets: Sequence[str] = ()) -> Count:
 
 def _step(config: Resolved, ranks: Counted) -> int:
     """Take a step as one of ``ranks``, and return the bytes of a gradient."""
-    try:
-        with current(ranks):
-            state = TrainState.create(config, steps_per_epoch=1, ranks=ranks)
-            share, size = share_of(config.train.batch_size, ranks), config.views.size
+    state = TrainState.create(config, steps_per_epoch=1, ranks=ranks)
+    share, size = share_of(config.train.batch_size, ranks), config.views.size
 
-            def phased(*arguments: object) -> tuple[Tensor, Tensor, Tensor | None]:
-                ranks.phase = "forward"
-                outputs = forward(*arguments)  # type: ignore[arg-type]
-                ranks.phase = "backward"
-                return outputs
+    def phased(*arguments: object) -> tuple[Tensor, Tensor, Tensor | None]:
+        ranks.phase = "forward"
+        outputs = forward(*arguments)  # type: ignore[arg-type]
+        ranks.phase = "backward"
+        return outputs
 
-            train_step(state, torch.zeros(2, share.count, 3, size, size), phased)
-            gradient = state.arena.gradient
-            return gradient.numel() * gradient.element_size()
-    except BaseException:
-        ranks.abandon()
-        raise
+    train_step(state, torch.zeros(2, share.count, 3, size, size), phased)
+    gradient = state.arena.gradient
+    return gradient.numel() * gradient.element_size()
 
 
 def counts(*, quick: bool = False) -> Iterator[Count]:

@@ -192,9 +192,8 @@ def _finish(summary: Summary, console: Console, as_json: bool) -> None:
     if as_json:
         print_json(asdict(summary))
         return
-    words = ", ".join(
-        filter(None, (f"step {summary.step}", summary.state, summary.accuracies.in_words()))
-    )
+    state = summary.state if summary.step else ""  # nothing was watched
+    words = ", ".join(filter(None, (f"step {summary.step}", state, summary.accuracies.in_words())))
     console.print(f"{summary.run}: {words}", markup=False, soft_wrap=True)
 
 

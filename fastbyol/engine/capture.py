@@ -20,7 +20,7 @@ from fastbyol.config import Config, EngineConfig
 from fastbyol.data.loader import Batch
 from fastbyol.engine import interrupt
 from fastbyol.engine.guards import is_out_of_memory
-from fastbyol.engine.ranks import Alone, Ranks, Threads, agree
+from fastbyol.engine.ranks import Ranks, Threads, agree
 from fastbyol.engine.step import Forward, StepMetrics, TrainState, forward, train_step
 from fastbyol.errors import FastbyolError, NoGraphError, UsageError
 from fastbyol.model.byol import Online, Target
@@ -77,30 +77,11 @@ def choose(
     one rounds differently. Raises UsageError for a configured mode that ``device`` lacks, or that
     ``ranks`` cannot share ``batch_size`` images in.
     """
-    ranks = Alone() if ranks is None else ranks
-    if config.mode in ("auto", "compile", "graph") and batch_size % ranks.count:
-        # Compiled for other shapes, ranks might send their messages in another order.
+    lacks = None if ranks is None or config.mode == "eager" else _lacks(ranks, batch_size)
+    if lacks is not None:
         if config.mode != "auto":
-            raise UsageError(
-                f"engine.mode: {config.mode} needs equal shares, and {ranks.count} ranks do not "
-                f"divide {batch_size} images: take another --batch-size, or --engine eager"
-            )
-        return Choice("eager", "ranks have unequal shares")
-    if isinstance(ranks, Threads) and config.mode != "eager":
-        # Two threads that trace at once: torch 2.11 ends the process, or hangs.
-        if config.mode != "auto":
-            raise UsageError(
-                f"engine.mode: {config.mode} needs a process for each rank: start as many, or take "
-                "--engine eager"
-            )
-        return Choice("eager", "ranks are threads, in which torch cannot compile")
-    if ranks.count > 1 and config.mode != "eager" and not compiles_messages():
-        if config.mode != "auto":
-            raise UsageError(
-                f"engine.mode: {config.mode} with several ranks needs torch 2.15, and this is "
-                f"{torch.__version__}, whose gradients were wrong: take --engine eager"
-            )
-        return Choice("eager", "older torch compiles the messages of ranks wrongly")
+            raise UsageError(f"engine.mode: {config.mode} {lacks}, or take --engine eager")
+        return Choice("eager", f"a graph {lacks}")
     on_gpu = device.type == "cuda"
     if config.mode == "graph" and not on_gpu:
         raise UsageError(
@@ -114,6 +95,22 @@ def choose(
     if on_gpu:
         return Choice("graph", "a GPU waits for launches otherwise", falls_back=True)
     return Choice("eager", EAGER_ON_A_CPU)
+
+
+def _lacks(ranks: Ranks, batch_size: int) -> str | None:
+    """Say what compiled steps of ``ranks`` need and what to do for it, or None if nothing."""
+    if batch_size % ranks.count:
+        # Compiled for other shapes, ranks might send their messages in another order.
+        return (
+            f"needs equal shares, and {ranks.count} ranks do not divide {batch_size} images: take "
+            "another --batch-size"
+        )
+    if isinstance(ranks, Threads):
+        # Two threads that trace at once: torch 2.11 ends the process, or hangs.
+        return "needs a process for each rank, and some are threads: start as many"
+    if ranks.count > 1 and not compiles_messages():
+        return f"with several ranks needs torch 2.15, and this is {torch.__version__}: install that"
+    return None
 
 
 def compiles_messages() -> bool:

@@ -76,6 +76,16 @@ def processes_of(
             f"--nnodes: {nodes} nodes have to meet: name a free port of the first one with "
             "--rdzv-endpoint HOST:PORT, the same on all"
         )
+    if (nodes or 1) == 1 and endpoint is not None:
+        raise UsageError(
+            f"--rdzv-endpoint: {endpoint} is where nodes meet, and there is one: say how many with "
+            "--nnodes"
+        )
+    if asked is not None and asked % (nodes or 1):
+        raise UsageError(
+            f"--nnodes: {asked} ranks cannot be spread evenly over {nodes} nodes: take as many "
+            "--ranks as they divide"
+        )
     count = gpus or processes or (1 if on_gpu or asked is None else asked // (nodes or 1) or 1)
     started = Processes(count, nodes or 1, endpoint or "localhost:0")
     count_ranks(config, started.total, asked)
@@ -101,6 +111,7 @@ def start(processes: Processes, arguments: Sequence[str], run: Path) -> int:
             restarts=MOST_RESTARTS,
             grace_s=GRACE_S,
             signals=SIGNALS,
+            logs=Path(folder),
         )
         if ended_by is not None and not (run / METRICS_FILE).exists():
             raise Ended(ended_by)  # before there was anything to save

@@ -26,10 +26,6 @@ def evaluate_together(
     dtype: torch.dtype,
 ) -> dict[str, Any]:
     """Return ``protocol.evaluate``'s result under the protocol ``name``, on all ranks the same."""
-    if ranks.count == 1:
-        return protocol.evaluate(
-            name, encoder, test=test, train=None, views=views, device=device, dtype=dtype
-        )
     embedded = protocol.embed_rows(
         name,
         encoder,

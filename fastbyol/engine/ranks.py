@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import pickle
+import re
 import signal
 import sys
 import tempfile
@@ -35,6 +36,7 @@ from fastbyol.engine.worker import Worker, claim, leave_outcome, outcome, worker
 from fastbyol.errors import FastbyolError, LostRankError, UsageError, one_line, size_text
 
 T = TypeVar("T")
+InThread = TypeVar("InThread", bound="Threads")
 # The longest that a rank works alone while others wait: the first one's probe or its checkpoint.
 PATIENCE = timedelta(hours=1)
 SHARED_MEMORY = Path("/dev/shm")
@@ -258,6 +260,34 @@ class Threads:
         self._team.barrier.abort()
 
 
+def run_threads(ranks: Sequence[InThread], work: Callable[[InThread], T]) -> list[T]:
+    """Return what ``work`` returns as each of a team's ``ranks``, the first one in this thread.
+
+    Raises the first error once all threads have ended.
+    """
+    results, errors = dict[int, T](), list[BaseException]()
+
+    def one(own: InThread) -> None:
+        try:
+            with current(own):
+                results[own.rank] = work(own)
+        except BaseException as error:
+            errors.append(error)
+            own.abandon()
+
+    first, *others = ranks
+    threads = [threading.Thread(target=one, args=(own,), daemon=True) for own in others]
+    for thread in threads:
+        thread.start()
+    one(first)
+    for thread in threads:
+        thread.join()
+    # That another rank is gone is no reason, unless it is in another process.
+    for error in sorted(errors, key=lambda error: isinstance(error, LostRankError)):
+        raise error
+    return [results[own.rank] for own in ranks]
+
+
 def count_ranks(config: Config, num_processes: int, ranks: int | None = None) -> int:
     """Return how many logical ranks train ``config`` in so many processes.
 
@@ -340,9 +370,8 @@ def _reaching() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        raise LostRankError(
-            f"another rank is gone ({one_line(error, 120)}): see what it said"
-        ) from error
+        words = re.sub(r"\[[^]\s]*/[^]\s]*:\d+\] ?", "", one_line(error, None))  # a line of C++
+        raise LostRankError(f"another rank is gone ({words[:120]}): see what it said") from error
 
 
 # A thread's ranks, or else its process's: the backward pass of a GPU runs in torch's own threads.
@@ -436,15 +465,17 @@ def run_workers(
     restarts: int,
     grace_s: int,
     signals: Sequence[signal.Signals],
+    logs: Path,
 ) -> signal.Signals | None:
     """Run ``command`` in so many ``processes`` on this node, one of ``nodes``, as torchrun does.
 
     If one is lost all are started again, up to ``restarts`` times. Of ``signals`` the first is sent
     on to them, and they have ``grace_s`` seconds to end. ``endpoint`` is HOST:PORT, where nodes
-    meet. Returns the signal that ended it, or None. Raises LostRankError where they are lost too
-    often, and UsageError where the nodes cannot meet.
+    meet. What torch writes goes into the folder ``logs``. Returns the signal that ended it, or
+    None. Raises LostRankError where they are lost too often, and UsageError where the nodes cannot
+    meet.
     """
-    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.elastic.rendezvous import RendezvousError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -465,6 +496,7 @@ def run_workers(
         rdzv_endpoint=endpoint,
         max_restarts=restarts,
         monitor_interval=0.1,
+        logs_specs=DefaultLogsSpecs(log_dir=str(logs)),
         signals_to_handle=",".join(number.name for number in signals),
     )
     try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -18,11 +17,20 @@ from fastbyol.engine.interrupt import Interrupt, Stopped
 from fastbyol.engine.joining import join
 from fastbyol.engine.observer import EpochEnd, Observer, Silent, StepReport
 from fastbyol.engine.probe import evaluate_together
-from fastbyol.engine.ranks import Alone, Processes, Ranks, Team, agree, current, from_first
+from fastbyol.engine.ranks import (
+    Alone,
+    Processes,
+    Ranks,
+    Team,
+    agree,
+    current,
+    from_first,
+    run_threads,
+)
 from fastbyol.engine.session import Preparation, Progress, Session
 from fastbyol.engine.telemetry import Telemetry, Unrecorded
 from fastbyol.engine.worker import worker
-from fastbyol.errors import CollapsedError, FastbyolError, LostRankError, NoGraphError
+from fastbyol.errors import CollapsedError, FastbyolError, NoGraphError
 from fastbyol.evaluation.collapse import CollapseMonitor
 from fastbyol.evaluation.progress import Accuracies
 from fastbyol.process import exact_products, left_as_found
@@ -101,29 +109,10 @@ def _in_threads(
         if ranks == processes.count:
             with current(processes):
                 return work(processes, interrupt)
-        first, *others = Team(ranks // processes.count, processes).ranks()
-        errors: list[BaseException] = []
-
-        def beside(own: Ranks) -> None:
-            try:
-                with current(own):
-                    _follow(own, interrupt)
-            except BaseException as error:
-                errors.append(error)
-                first.abandon()
-
-        threads = [threading.Thread(target=beside, args=(own,), daemon=True) for own in others]
-        for thread in threads:
-            thread.start()
-        try:
-            with current(first):
-                return work(first, interrupt)
-        except LostRankError as error:
-            raise next((e for e in errors if not isinstance(e, LostRankError)), error) from None
-        finally:
-            first.abandon()
-            for thread in threads:
-                thread.join()
+        team = Team(ranks // processes.count, processes)
+        return run_threads(
+            team.ranks(), lambda own: (_follow if own.rank else work)(own, interrupt)
+        )[0]
 
 
 def _lead(
@@ -150,7 +139,7 @@ def _lead(
         if not session.is_finished(progress):
             was_saved = progress != begun or begun.step
             where = f"saved at step {progress.step}" if was_saved else "stopped before a step"
-            who = interrupt.requested or "another rank"
+            who = interrupt.requested or "a signal to another rank"
             observer.note(f"{who}: {where}; go on with: fastbyol resume {run}")
         return from_first(ranks, _summary(folder, progress, session))
 

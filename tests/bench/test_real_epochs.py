@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from fastbyol.engine import capture
-from fastbyol.evaluation import protocol
+from fastbyol.engine import capture, trainer
 from fastbyol_bench import real_epochs, train
 from fastbyol_bench.harness import Reading
 from fastbyol_bench.pictures import beton
@@ -40,7 +39,7 @@ def slow(monkeypatch: pytest.MonkeyPatch) -> None:
         return {"accuracy": 50.0, "rank": 3.0, "num_test": 10}
 
     monkeypatch.setattr(capture, "engine", lambda *arguments: Slow(make(*arguments)))
-    monkeypatch.setattr(protocol, "evaluate", probe)
+    monkeypatch.setattr(trainer, "evaluate_together", probe)
 
 
 def config(epochs: int) -> Any:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 from pathlib import Path
 
-# Names that Python and FFCV give to shared memory, semaphores and arenas.
-NAMES = ("psm_", "sem.", "pym-")
+# Names that Python, FFCV and we give to shared memory, semaphores and arenas.
+NAMES = ("psm_", "sem.", "pym-", "fastbyol-")
 
 
 def in_shared_memory() -> set[str]:

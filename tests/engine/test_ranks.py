@@ -371,6 +371,14 @@ def test_a_compiled_step_of_ranks_is_one_graph(name: Any) -> None:
     torch.testing.assert_close(gradients(compiled), gradients(forward), rtol=1e-10, atol=1e-12)
 
 
+def test_a_lost_rank_is_told_without_torchs_sources() -> None:
+    words = "[/pytorch/third_party/gloo/tcp/pair.cc:542] Connection closed by peer [::1]:33345"
+    with pytest.raises(LostRankError) as raised, ranking._reaching():
+        raise RuntimeError(words)
+    peer = "Connection closed by peer [::1]:33345"
+    assert str(raised.value) == f"another rank is gone ({peer}): see what it said"
+
+
 def test_the_message_operator_is_sound() -> None:
     x = torch.arange(6.0).view(2, 3)
     torch.library.opcheck(torch.ops.fastbyol.gather.default, (x, 1))

@@ -23,7 +23,7 @@ from fastbyol.errors import CollapsedError, FastbyolError, NoGraphError, UsageEr
 from fastbyol.runs import checkpoint
 from fastbyol.runs.folder import RunFolder
 from fastbyol.runs.metrics import read_events
-from tiny import STEPS_PER_EPOCH, beton_files, tiny_config
+from tiny import COLLAPSING, STEPS_PER_EPOCH, beton_files, tiny_config
 
 # Children come from a server that has the slow imports behind it and no threads yet.
 PROCESSES = multiprocessing.get_context("forkserver")
@@ -252,12 +252,6 @@ def test_streaming_and_resident_data_give_the_same_run(
 
 # With a tau of 0 and no norm the target is the online net of a step ago: the shortest way to a
 # constant.
-COLLAPSING = (
-    "model.norm=gn", "model.projector.norm=none", "model.predictor.norm=none", "schedule.tau=0.0",
-    "schedule.tau_schedule=constant", "optim.sgd_lr=0.5",
-)  # fmt: skip
-
-
 def test_stop_on_collapse_saves_and_raises(files: tuple[Path, Path], tmp_path: Path) -> None:
     config = tiny_config(
         files, "train.stop_on_collapse=true", "train.epochs=40", "probe.every_epochs=0", *COLLAPSING

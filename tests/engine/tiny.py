@@ -32,6 +32,11 @@ TINY = (
     "train.device=cpu",
     "run.drain_every_steps=4",
 )
+# Makes the tiny run collapse within an epoch or two.
+COLLAPSING = (
+    "model.norm=gn", "model.projector.norm=none", "model.predictor.norm=none", "schedule.tau=0.0",
+    "schedule.tau_schedule=constant", "optim.sgd_lr=0.5",
+)  # fmt: skip
 
 
 def beton_files(folder: Path) -> tuple[Path, Path]:

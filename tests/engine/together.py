@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import threading
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from fastbyol import load_config, views
 from fastbyol.config import Resolved
-from fastbyol.engine.ranks import Alone, Ranks, Team, current
+from fastbyol.engine.ranks import Alone, Ranks, Team, run_threads
 from fastbyol.engine.step import StepMetrics, TrainState, share_of, train_step
 from tiny import NETWORK
 
@@ -28,26 +27,7 @@ def small(*sets: str) -> Resolved:
 
 def in_threads(count: int, work: Callable[[Ranks], T]) -> list[T]:
     """What ``work`` returns as each of ``count`` ranks; the first error is raised."""
-    results: dict[int, T] = {}
-    errors: list[BaseException] = []
-
-    def one(ranks: Any) -> None:
-        try:
-            with current(ranks):
-                results[ranks.rank] = work(ranks)
-        except BaseException as error:
-            errors.append(error)
-            ranks.abandon()
-
-    members = Team(count, Alone()).ranks()
-    threads = [threading.Thread(target=one, args=(ranks,)) for ranks in members]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if errors:
-        raise errors[0]
-    return [results[rank] for rank in range(count)]
+    return run_threads(Team(count, Alone()).ranks(), work)
 
 
 def in_order(count: int, work: Callable[[Ranks], T]) -> list[T]:

@@ -23,7 +23,6 @@ from fastbyol import api, config_io
 from fastbyol.cli import main, train
 from fastbyol.config import Config
 from fastbyol.engine import trainer
-from fastbyol.evaluation import protocol
 from fastbyol.runs import checkpoint
 from fastbyol.show import figures
 from tiny import beton_files, tiny_config
@@ -86,7 +85,7 @@ def _mark_phases(path: Path) -> None:
     byte[0] = 0
     for owner, name, phase in (
         (trainer.Loop, "run", "step"),
-        (protocol, "evaluate", "probe"),
+        (trainer, "evaluate_together", "probe"),
         (checkpoint, "save", "checkpoint"),
         (train, "_finish", "end"),
     ):

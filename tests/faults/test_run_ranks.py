@@ -18,13 +18,16 @@ from unittest.mock import Mock
 import pytest
 import run_rig as rig
 
+import leftovers
 from conftest import Command
 from fastbyol import api, config_io
 from fastbyol.engine import exchange, ports
 from fastbyol_bench.rank_times import environment, free_port
+from tiny import COLLAPSING
 from together import as_worker
 
 KILLS = rig.many(1, 20)
+PROGRAM = (sys.executable, "-m", "fastbyol.cli.main")
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +57,7 @@ def test_killed_under_torchrun_a_rank_is_started_again_and_the_bytes_are_the_sam
     file: Path, whole: dict[str, bytes], tmp_path: Path
 ) -> None:
     """Either rank, at any instant from its start to the run's end."""
-    command = [str(Path(sys.executable).parent / "fastbyol"), "train", "--config", str(file)]
+    command = [*PROGRAM, "train", "--config", str(file)]
     draw, seconds, hit = random.Random(16), 0.0, 0
     for number in range(KILLS):
         run = tmp_path / f"run{number}"
@@ -80,6 +83,39 @@ def test_killed_under_torchrun_a_rank_is_started_again_and_the_bytes_are_the_sam
         assert rig.leftovers(run) == []
     print(f"{hit} of {KILLS} kills met two live ranks")
     assert hit
+
+
+@pytest.mark.parametrize(
+    ("sets", "code", "said"),
+    [
+        ((), 2, "holds a run already"),
+        ((*COLLAPSING, "train.stop_on_collapse=true", "train.epochs=40"), 3, "collapsed in epoch"),
+    ],
+    ids=["refused", "collapsed"],
+)
+def test_an_error_of_all_ranks_is_printed_once(
+    file: Path, tmp_path: Path, sets: tuple[str, ...], code: int, said: str
+) -> None:
+    """With its exit code, and nothing is left in memory or among temporary files."""
+    run, temporary, before = tmp_path / "run", tmp_path / "tmp", leftovers.in_shared_memory()
+    temporary.mkdir()
+    if not sets:
+        run.mkdir()
+        (run / "config.toml").write_text("")
+    settings = [word for key in sets for word in ("--set", key)]
+    process = subprocess.run(
+        [*PROGRAM, "train", "--config", str(file), "--out", str(run), *settings],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "TMPDIR": str(temporary)},
+        timeout=rig.PATIENCE_S,
+        check=False,
+    )
+    assert process.returncode == code, process.stderr
+    (line,) = process.stderr.splitlines()
+    assert f"{run}: {said}" in line
+    assert leftovers.in_shared_memory() <= before
+    assert [path.name for path in temporary.iterdir()] == []
 
 
 def _one_rank(run: Path, file: Path, stop_at: int | None) -> None:
@@ -146,6 +182,11 @@ def test_two_ranks_then_one_process_then_two_again(
         (("--gpus", 2), "--gpus: 2 asked for, and the run is on a cpu"),
         (("--gpus", 0), "--gpus"),
         (("--ranks", 2, "--nnodes", 2), "--rdzv-endpoint HOST:PORT"),
+        (("--ranks", 2, "--rdzv-endpoint", "localhost:1"), "say how many with --nnodes"),
+        (
+            ("--ranks", 3, "--nnodes", 2, "--rdzv-endpoint", "x", "--out", "run"),
+            "3 ranks cannot be spread evenly over 2 nodes",
+        ),
         (("--ranks", 2, "--nnodes", 2, "--rdzv-endpoint", "x"), "--out: not given"),
         (
             ("--ranks", 2, "--nnodes", 2, "--rdzv-endpoint", "x", "--out", "run"),

@@ -17,7 +17,6 @@ from fastbyol_kernels.weight_standardization import reference
 pytestmark = pytest.mark.gpu
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 KERNELS = ("triton",) if DEVICE == "cuda" else ("triton", "cpu")
-STEPS = 2
 
 
 def config(norm: str, ws: bool, optimizer: str, precision: str, kernels: str) -> Config:
@@ -48,16 +47,23 @@ def some_views(step: int, *, batch: int, size: int) -> Tensor:
 
 
 class Trace:
-    """A state after STEPS steps, with the values and the gradient of each; nobody changes it."""
+    """A state after ``steps``, with the values and the gradient of each; nobody changes it."""
 
     def __init__(
-        self, choice: tuple[str, bool, str], precision: str, kernels: str, *, batch: int, size: int
+        self,
+        choice: tuple[str, bool, str],
+        precision: str,
+        kernels: str,
+        *,
+        batch: int,
+        size: int,
+        steps: int = 2,
     ) -> None:
         self.state = TrainState.create(
             config(*choice, precision, kernels), steps_per_epoch=2, device=DEVICE
         )
         self.values, self.gradients = [], []
-        for step in range(STEPS):
+        for step in range(steps):
             self.values.append(
                 train_step(self.state, some_views(step, batch=batch, size=size)).values
             )
@@ -124,7 +130,7 @@ def test_a_step_in_kernels_equals_the_step_in_plain_torch(
 def test_in_bf16_kernels_are_as_near_to_float64_as_plain_torch(kernels: str) -> None:
     choice = ("gn", True, "blog")
     exact, plain, fused = (
-        Trace(choice, precision, backend, batch=2, size=8)
+        Trace(choice, precision, backend, batch=2, size=8, steps=1)
         for precision, backend in (("fp64", "reference"), ("bf16", "reference"), ("bf16", kernels))
     )
 

@@ -64,6 +64,7 @@ def train(
             the run, compiled, in another process.
     """
     with ranking.joined() as processes:
+        _demand_same(processes, config_io.flatten(config), out=out)
         if processes.rank:
             return _follow(processes)
         with _telling(processes):
@@ -83,6 +84,24 @@ def train(
             folder = _opened(path, whole, origin)
         with folder:
             return _lead(folder, whole, observer, processes, ranks)
+
+
+def _demand_same(
+    processes: ranking.Alone | ranking.Processes, settings: Mapping[str, object], **options: object
+) -> None:
+    """Raise UsageError in all ``processes`` if one was asked for something else than the first."""
+    asked = {key: str(value) for key, value in settings.items() if key not in consistency.FREE}
+    asked |= {f"--{name}": str(value) for name, value in options.items() if value is not None}
+    first, *others = processes.every(asked)
+    for rank, other in enumerate(others, 1):
+        for name in sorted(first.keys() & other.keys()):
+            if other[name] != first[name]:
+                error = UsageError(
+                    f"{name}: {other[name]} on rank {rank}, {first[name]} on the first one: type "
+                    "the same command on every machine"
+                )
+                error.is_of_all = True
+                raise error
 
 
 @contextmanager
@@ -164,6 +183,7 @@ def resume(
     rounds otherwise. Raises the errors of ``train``.
     """
     with ranking.joined() as processes:
+        _demand_same(processes, {}, data=data, test_data=test_data, ranks=ranks)
         if processes.rank:
             return _follow(processes)
         with ExitStack() as opened:

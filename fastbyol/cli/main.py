@@ -93,12 +93,12 @@ def _run_command() -> int:
         return error.exit_code
     except (KeyboardInterrupt, interrupt.Ended, Exception) as error:
         reason = interrupt.behind(error)
+        if reason and worker.tells_of_signals():
+            is_ended = isinstance(reason, interrupt.Ended)
+            _print_error(f"ended by {reason}" if is_ended else "interrupted")
         if isinstance(reason, interrupt.Ended):
-            if worker.is_first():
-                _print_error(f"ended by {reason}")
             raise reason from None
         if reason:
-            _print_error("interrupted")
             return 130
         if not isinstance(error, OSError):
             raise

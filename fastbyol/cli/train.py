@@ -75,9 +75,14 @@ def train(
 
 
 def _console(as_json: bool) -> Console:
-    """Return the console of a command that trains: silent in processes other than the first."""
-    made = make_console(err=as_json)
-    made.quiet = not is_first()
+    """Return the console of a command that trains: silent in processes other than the first.
+
+    Each other machine says once which one that is on: torch numbers them by their names.
+    """
+    made, here = make_console(err=as_json), worker()
+    made.quiet = here is not None and not here.is_first
+    if here is not None and here.rank and not here.local_rank and not here.restarts:
+        say(f"{os.environ['MASTER_ADDR']} writes the run folder and tells how it goes", err=True)
     return made
 
 

@@ -24,12 +24,24 @@ ASK_S = 30
 
 def refuse_used_port(here: Worker) -> None:
     """Raise UsageError if the first process cannot listen where the others look for it."""
+    address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
+    try:
+        socket.getaddrinfo(address, None)
+    except OSError as error:
+        raise UsageError(
+            f"MASTER_ADDR: {address}: {error.strerror or error}: name the first machine"
+        ) from None
+    if not _is_port(port):
+        raise UsageError(f"MASTER_PORT: {port!r} is no port: name one that is free")
     # Under torchrun's own store it is torchrun that listens.
     if here.rank or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         return
-    port = os.environ["MASTER_PORT"]
-    if not port.isdecimal() or not 0 < int(port) < 2**16 or not _is_free(int(port)):
-        raise UsageError(f"MASTER_PORT: {port} is in use here or no port: name one that is free")
+    if not _is_free(int(port)):
+        raise UsageError(f"MASTER_PORT: {port} is in use here: name one that is free")
+
+
+def _is_port(port: str) -> bool:
+    return port.isdecimal() and 0 < int(port) < 2**16
 
 
 def _is_free(port: int) -> bool:
@@ -46,7 +58,7 @@ def _is_free(port: int) -> bool:
 def refuse_used_endpoint(endpoint: str) -> None:
     """Raise UsageError if ``endpoint``, HOST:PORT, is no such pair or somebody else's port."""
     host, _, port = endpoint.rpartition(":")
-    if not host or not port.isdecimal() or int(port) >= 2**16:
+    if not host or not _is_port(port):
         raise UsageError(f"--rdzv-endpoint: {endpoint!r}: write HOST:PORT, for example node0:29400")
     try:
         is_here = host in ("localhost", "127.0.0.1", socket.gethostname()) or bool(
@@ -56,7 +68,7 @@ def refuse_used_endpoint(endpoint: str) -> None:
     except OSError as error:
         raise UsageError(f"--rdzv-endpoint: {host}: {error.strerror or error}") from None
     # Another node's launcher may run on this machine and listen already.
-    if is_here and int(port) and not _is_free(int(port)):
+    if is_here and not _is_free(int(port)):
         asked = [sys.executable, "-c", _ASK, host, port]
         try:
             subprocess.run(asked, capture_output=True, check=True, timeout=ASK_S)

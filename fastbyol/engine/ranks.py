@@ -16,13 +16,13 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import timedelta
 from functools import cache
 from itertools import pairwise
 from math import prod
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import IO, Any, Protocol, TypeVar
 from uuid import uuid4
 
 import torch
@@ -80,6 +80,10 @@ class Alone:
 
     def sum_(self, flat: Tensor) -> None:
         """Leave ``flat`` as it is."""
+
+    def every(self, value: T) -> list[T]:
+        """Return ``value`` as that of the only process."""
+        return [value]
 
     def total(self, parts: Sequence[Tensor]) -> Tensor:
         """Return the sum of ``parts``, those of this process's ranks."""
@@ -161,23 +165,22 @@ class Processes:
         self, shape: Sequence[int], fill: Callable[[Tensor], None], device: torch.device
     ) -> Tensor:
         """Return a tensor that a node's first process filled, in a file in the node's memory."""
-        here = worker() or Worker()
-        file = _reserve(prod(shape)) if here.local_rank == 0 else None
-        try:
-            name = self._every(str(file))[self.rank - here.local_rank]
+        here, name = worker() or Worker(), ""
+        with ExitStack() as opened:
+            if here.local_rank == 0:
+                file = opened.enter_context(_reserve(prod(shape)))
+                name = f"/proc/{os.getpid()}/fd/{file.fileno()}"
+            name = self.every(name)[self.rank - here.local_rank]
             flat = torch.from_file(name, shared=True, size=prod(shape), dtype=torch.uint8)
-            self._every("opened")
-        finally:
-            if file is not None:
-                file.unlink()  # those who have opened it keep it, and nothing stays if one fails
+            self.every("opened")
         tensor = flat.view(*shape)
-        if file is not None:
+        if here.local_rank == 0:
             fill(tensor)
-        self._every("filled")
+        self.every("filled")
         return tensor.to(device)
 
-    def _every(self, value: Any) -> list[Any]:
-        """Return ``value`` of every rank."""
+    def every(self, value: Any) -> list[Any]:
+        """Return ``value`` of every process, in their order."""
         values: list[Any] = [None] * self.count
         with _reaching():
             dist.all_gather_object(values, value)
@@ -343,21 +346,18 @@ def from_first(ranks: Ranks, value: T | None) -> T:
     return value if ranks.rank == 0 else pickle.loads(buffer.numpy().tobytes())  # type: ignore[return-value]
 
 
-def _reserve(num_bytes: int) -> Path:
-    """Make a file of ``num_bytes`` in the node's memory or, where that has no room, on a disk."""
+def _reserve(num_bytes: int) -> IO[bytes]:
+    """Make a file of ``num_bytes`` in the node's memory or, where that has no room, on a disk.
+
+    It has no name, so that nothing stays once the last process is gone that has it open or mapped.
+    """
     for folder in (SHARED_MEMORY, Path(tempfile.gettempdir())):
-        file = None
-        try:
-            descriptor, name = tempfile.mkstemp(prefix="fastbyol-", dir=folder)
-            file = Path(name)
-            with os.fdopen(descriptor, "wb"):
-                # A file without its blocks would end the process when the memory runs out.
-                os.posix_fallocate(descriptor, 0, num_bytes)
-        except OSError:
-            if file is not None:
-                file.unlink()
-            continue
-        return file
+        with suppress(OSError), ExitStack() as opened:
+            file = opened.enter_context(tempfile.TemporaryFile(dir=folder))
+            # A file without its blocks would end the process when the memory runs out.
+            os.posix_fallocate(file.fileno(), 0, num_bytes)
+            opened.pop_all()
+            return file
     raise FastbyolError(
         f"{tempfile.gettempdir()}: no room for {size_text(num_bytes)} of decoded images, nor in "
         f"{SHARED_MEMORY}: make room, or take --set data.cache=none"

@@ -42,9 +42,9 @@ class Worker:
 
 
 def worker() -> Worker | None:
-    """Return this process's place, or None if torchrun did not start it.
+    """Return this process's place, or None without both RANK and WORLD_SIZE.
 
-    Raises UsageError where a variable is missing or no number.
+    Raises UsageError where another variable is missing or no number.
     """
     values = {name: os.environ.get(name) for name in VARIABLES}
     if values["RANK"] is None or values["WORLD_SIZE"] is None:
@@ -62,6 +62,12 @@ def worker() -> Worker | None:
             "torchrun, or unset RANK and WORLD_SIZE"
         )
     return Worker(rank, count, local_rank, local_count, restarts)
+
+
+def tells_of_signals() -> bool:
+    """Tell whether this process says that a signal ended it, and not the one that started it."""
+    here = worker()
+    return here is None or (here.is_first and OUTCOME not in os.environ)
 
 
 def is_first() -> bool:

@@ -120,7 +120,14 @@ def _keep(folder: Path) -> None:
         first = torch.full((2, 3), float(processes.rank)).T
         processes.copy_first_(first)
         assert not first.any()
-        shared = processes.share((4, 5), lambda into: into.fill_(9), torch.device("cpu"))
+
+        def fill(into: Tensor) -> None:
+            # Without a name: nothing stays of it, whoever is killed.
+            assert "/dev/shm/" in (maps := Path("/proc/self/maps").read_text())
+            assert all("(deleted)" in line for line in maps.splitlines() if "/dev/shm/" in line)
+            into.fill_(9)
+
+        shared = processes.share((4, 5), fill, torch.device("cpu"))
         assert shared.shape == (4, 5)
         assert (shared == 9).all()
 

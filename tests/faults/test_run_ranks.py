@@ -22,6 +22,7 @@ import leftovers
 from conftest import Command
 from fastbyol import api, config_io
 from fastbyol.engine import exchange, ports
+from fastbyol.errors import UsageError
 from fastbyol_bench.rank_times import environment, free_port
 from tiny import COLLAPSING
 from together import as_worker
@@ -173,6 +174,20 @@ def test_two_ranks_then_one_process_then_two_again(
     assert rig.leftovers(run) == []
 
 
+def _asked_for_two_rates(run: Path, file: Path) -> None:
+    loaded = config_io.load(file=file, sets=[f"optim.lr=0.{os.environ['RANK']}5"])
+    with pytest.raises(UsageError, match=r"optim\.lr: 0\.15 on rank 1, 0\.05 on the first one"):
+        api.train(loaded.config, run)
+
+
+def test_a_machine_that_is_asked_for_something_else_is_told(file: Path, tmp_path: Path) -> None:
+    """All are, and nothing is made."""
+    for process in start(2, _asked_for_two_rates, tmp_path / "run", file):
+        process.join(rig.PATIENCE_S)
+        assert process.exitcode == 0
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -190,6 +205,10 @@ def test_two_ranks_then_one_process_then_two_again(
         (("--ranks", 2, "--nnodes", 2, "--rdzv-endpoint", "x"), "--out: not given"),
         (
             ("--ranks", 2, "--nnodes", 2, "--rdzv-endpoint", "x", "--out", "run"),
+            "write HOST:PORT",
+        ),
+        (
+            ("--ranks", 2, "--nnodes", 2, "--rdzv-endpoint", "localhost:0", "--out", "run"),
             "write HOST:PORT",
         ),
     ],
@@ -223,6 +242,12 @@ def test_a_port_in_use_is_one_line(
             monkeypatch.setenv(name, value)
         said = run.refusal("train", "--preset", "demo", "--device", "cpu", "--out", "run")
         assert f"MASTER_PORT: {port} is in use" in said
+        monkeypatch.setenv("MASTER_PORT", "many")
+        said = run.refusal("train", "--preset", "demo", "--device", "cpu", "--out", "run")
+        assert "MASTER_PORT: 'many' is no port" in said
+        monkeypatch.setenv("MASTER_ADDR", "nosuch.invalid")
+        said = run.refusal("train", "--preset", "demo", "--device", "cpu", "--out", "run")
+        assert "MASTER_ADDR: nosuch.invalid: " in said
         monkeypatch.delenv("MASTER_ADDR")
         assert "start with torchrun" in run.refusal("train", "--preset", "demo", "--out", "run")
     assert list(tmp_path.iterdir()) == []

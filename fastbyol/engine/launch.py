@@ -58,7 +58,7 @@ def processes_of(
     import torch
 
     on_gpu = pick_device(config.train.device).type == "cuda"
-    asked = ranks or config.train.ranks
+    asked, nodes = ranks or config.train.ranks, nodes or 1
     if gpus is not None and not on_gpu:
         raise UsageError(
             f"--gpus: {gpus} asked for, and the run is on a cpu: take --ranks {gpus} instead, or "
@@ -71,23 +71,23 @@ def processes_of(
             f"--gpus: {gpus} asked for, this machine has {torch.cuda.device_count()}: take as many "
             "or fewer"
         )
-    if (nodes or 1) > 1 and endpoint is None:
+    if nodes > 1 and endpoint is None:
         raise UsageError(
-            f"--nnodes: {nodes} nodes have to meet: name a free port of the first one with "
+            f"--nnodes: {nodes} nodes have to meet: name a free port of one of them with "
             "--rdzv-endpoint HOST:PORT, the same on all"
         )
-    if (nodes or 1) == 1 and endpoint is not None:
+    if nodes == 1 and endpoint is not None:
         raise UsageError(
             f"--rdzv-endpoint: {endpoint} is where nodes meet, and there is one: say how many with "
             "--nnodes"
         )
-    if asked is not None and asked % (nodes or 1):
+    if asked is not None and asked % nodes:
         raise UsageError(
             f"--nnodes: {asked} ranks cannot be spread evenly over {nodes} nodes: take as many "
             "--ranks as they divide"
         )
-    count = gpus or processes or (1 if on_gpu or asked is None else asked // (nodes or 1) or 1)
-    started = Processes(count, nodes or 1, endpoint or "localhost:0")
+    count = gpus or processes or (1 if on_gpu or asked is None else asked // nodes)
+    started = Processes(count, nodes, endpoint or "localhost:0")
     count_ranks(config, started.total, asked)
     return started if started.total > 1 else None
 

@@ -365,7 +365,7 @@ class Preparation:
                 for key, (old, new) in changed.items()
             )
             self.observer.note(
-                f"goes on otherwise than before: {words}: numbers may round otherwise from here on"
+                f"goes on otherwise than before: {words}: numbers may round differently now"
             )
         return changed
 

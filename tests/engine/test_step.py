@@ -8,7 +8,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
@@ -521,24 +520,24 @@ def test_gradients_of_a_collapsed_state(precision: str, length: float, error: fl
 
 
 @pytest.mark.slow
-def test_twenty_steps_give_the_bits_that_are_kept(tmp_path: Path) -> None:
-    """With two threads by kernels just compiled, with one by these from the cache. Where none are
-    kept, both with two threads are equal.
+def test_twenty_steps_give_the_bits_that_are_kept() -> None:
+    """With two threads and with one. Where none are kept, those of two threads are equal twice.
+
+    tests/kernels/test_native.py holds kernels from the cache to those just compiled.
     """
     kept = json.loads(golden.GOLDEN.read_text("utf-8")).get(golden.machine())
-    cold = _digests("2", tmp_path)
-    assert list(tmp_path.rglob("*.nbc"))
+    two = _digests("2")
     if kept is None:
-        assert cold == _digests("2", tmp_path)
+        assert two == _digests("2")
         pytest.skip(
             f"golden.json holds no bits of {golden.machine()}: bits differ between CPUs and "
             "versions"
         )
-    assert {"1": _digests("1", tmp_path), "2": cold} == kept
+    assert {"1": _digests("1"), "2": two} == kept
 
 
-def _digests(threads: str, cache: Path) -> dict[str, str]:
-    """Run the program in a process of its own, whose compiled kernels lie in ``cache``."""
+def _digests(threads: str) -> dict[str, str]:
+    """Run the program in a process of its own."""
     run = [sys.executable, golden.__file__, threads]
-    environment = os.environ | {"OMP_NUM_THREADS": threads, "NUMBA_CACHE_DIR": str(cache)}
+    environment = os.environ | {"OMP_NUM_THREADS": threads}
     return dict(json.loads(subprocess.check_output(run, env=environment)))

@@ -304,7 +304,7 @@ def test_other_versions_are_noted_and_recorded(here: Path, monkeypatch: pytest.M
     )
     heard = Listener()
     api.resume(here / "run", observer=heard)
-    (note,) = (note for note in heard.notes if "versions" in note)
+    (note,) = (note for note in heard.notes if "otherwise than before" in note)
     assert "numpy was" in note
     assert "is abacus" in note
     (event,) = (event for event in read_events(here / "run") if event["event"] == "versions")

@@ -31,7 +31,7 @@ from fastbyol.cli.options import (
 )
 from fastbyol.config import Resolved
 from fastbyol.config_io import Loaded
-from fastbyol.engine.worker import is_first, worker
+from fastbyol.engine.worker import is_first, program_as_typed, worker
 from fastbyol.errors import NoGraphError, UsageError
 from fastbyol.output import console as make_console
 from fastbyol.output import print_json, say
@@ -80,7 +80,7 @@ def _console(as_json: bool) -> Console:
     Each other machine says once which one that is on: torch numbers them by their names.
     """
     made, here = make_console(err=as_json), worker()
-    made.quiet = here is not None and not here.is_first
+    made.quiet = not is_first()
     if here is not None and here.rank and not here.local_rank and not here.restarts:
         say(f"{os.environ['MASTER_ADDR']} writes the run folder and tells how it goes", err=True)
     return made
@@ -182,9 +182,7 @@ def _start_again(*arguments: str) -> NoReturn:
     """
     sys.stdout.flush()
     sys.stderr.flush()
-    # The interpreter's flags and the script or module, as they were typed.
-    program = sys.orig_argv[1 : len(sys.orig_argv) - len(sys.argv) + 1]
-    os.execv(sys.executable, [sys.executable, *program, *arguments])
+    os.execv(sys.executable, [sys.executable, *program_as_typed(), *arguments])
 
 
 def _finish(summary: Summary, console: Console, as_json: bool) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from fastbyol.engine.device import pick_device
 from fastbyol.engine.interrupt import SIGNALS, Ended
 from fastbyol.engine.ports import refuse_used_endpoint
 from fastbyol.engine.ranks import count_ranks, run_workers
-from fastbyol.engine.worker import OUTCOME, outcome, worker
+from fastbyol.engine.worker import OUTCOME, outcome, program_as_typed, worker
 from fastbyol.errors import UsageError
 from fastbyol.runs.metrics import METRICS_FILE
 
@@ -97,14 +96,12 @@ def start(processes: Processes, arguments: Sequence[str], run: Path) -> int:
 
     Raises the errors of ``ranks.run_workers``, and Ended for a signal before ``run`` had a step.
     """
-    # The interpreter's flags and the script or module, as they were typed.
-    program = sys.orig_argv[1 : len(sys.orig_argv) - len(sys.argv) + 1]
     if processes.nodes > 1:
         refuse_used_endpoint(processes.endpoint)
     with tempfile.TemporaryDirectory(prefix="fastbyol-") as folder:
         os.environ[OUTCOME] = str(Path(folder) / "outcome")
         ended_by = run_workers(
-            [*program, *arguments],
+            [*program_as_typed(), *arguments],
             processes=processes.count,
             nodes=processes.nodes,
             endpoint=processes.endpoint,

@@ -23,14 +23,9 @@ ASK_S = 30
 
 
 def refuse_used_port(here: Worker) -> None:
-    """Raise UsageError if the first process cannot listen where the others look for it."""
-    address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
-    try:
-        socket.getaddrinfo(address, None)
-    except OSError as error:
-        raise UsageError(
-            f"MASTER_ADDR: {address}: {error.strerror or error}: name the first machine"
-        ) from None
+    """Raise UsageError if there is no such place, or the first process cannot listen there."""
+    port = os.environ["MASTER_PORT"]
+    _addresses(os.environ["MASTER_ADDR"], "MASTER_ADDR")
     if not _is_port(port):
         raise UsageError(f"MASTER_PORT: {port!r} is no port: name one that is free")
     # Under torchrun's own store it is torchrun that listens.
@@ -38,6 +33,17 @@ def refuse_used_port(here: Worker) -> None:
         return
     if not _is_free(int(port)):
         raise UsageError(f"MASTER_PORT: {port} is in use here: name one that is free")
+
+
+def _addresses(host: str, option: str) -> set[str | int]:
+    """Return the addresses of ``host``. Raises UsageError, naming ``option``, if it has none."""
+    try:
+        return {address[4][0] for address in socket.getaddrinfo(host, None)}
+    except (OSError, UnicodeError) as error:  # a label of a name may be too long to be asked for
+        reason = getattr(error, "strerror", None) or error
+        raise UsageError(
+            f"{option}: {host}: {reason}: name a machine that can be reached"
+        ) from None
 
 
 def _is_port(port: str) -> bool:
@@ -60,13 +66,10 @@ def refuse_used_endpoint(endpoint: str) -> None:
     host, _, port = endpoint.rpartition(":")
     if not host or not _is_port(port):
         raise UsageError(f"--rdzv-endpoint: {endpoint!r}: write HOST:PORT, for example node0:29400")
-    try:
-        is_here = host in ("localhost", "127.0.0.1", socket.gethostname()) or bool(
-            {address[4][0] for address in socket.getaddrinfo(host, None)}
-            & {address[4][0] for address in socket.getaddrinfo(socket.gethostname(), None)}
-        )
-    except OSError as error:
-        raise UsageError(f"--rdzv-endpoint: {host}: {error.strerror or error}") from None
+    own = socket.gethostname()
+    is_here = host in ("localhost", "127.0.0.1", own) or bool(
+        _addresses(host, "--rdzv-endpoint") & _addresses(own, "--rdzv-endpoint")
+    )
     # Another node's launcher may run on this machine and listen already.
     if is_here and not _is_free(int(port)):
         asked = [sys.executable, "-c", _ASK, host, port]

@@ -285,9 +285,9 @@ def run_threads(ranks: Sequence[InThread], work: Callable[[InThread], T]) -> lis
     one(first)
     for thread in threads:
         thread.join()
-    # That another rank is gone is no reason, unless it is in another process.
-    for error in sorted(errors, key=lambda error: isinstance(error, LostRankError)):
-        raise error
+    if errors:
+        # That another rank is gone is no reason, unless it is in another process.
+        raise min(errors, key=lambda error: isinstance(error, LostRankError))
     return [results[own.rank] for own in ranks]
 
 

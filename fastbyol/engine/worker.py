@@ -76,6 +76,11 @@ def is_first() -> bool:
     return here is None or here.is_first
 
 
+def program_as_typed() -> list[str]:
+    """Return the interpreter's flags and the script or module of this process, as typed."""
+    return sys.orig_argv[1 : len(sys.orig_argv) - len(sys.argv) + 1]
+
+
 def begin() -> None:
     """End with the process that started this one, and now if another one's failure is final."""
     if OUTCOME not in os.environ or (here := worker()) is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from pathlib import Path
 
-# Names that Python, FFCV and we give to shared memory, semaphores and arenas.
+# Names that Python and FFCV give to shared memory, semaphores and arenas, and we to any file there.
 NAMES = ("psm_", "sem.", "pym-", "fastbyol-")
 
 

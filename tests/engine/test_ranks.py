@@ -29,15 +29,15 @@ from fastbyol.errors import FastbyolError, LostRankError, UsageError
 from fastbyol.model.byol import OnlineOutput
 from fastbyol.model.norm import BatchNorm, BatchRenorm, share_statistics
 from fastbyol.model.objective import Objective, merge, moments, observe
-from fastbyol_bench.rank_times import environment, free_port
 from tiny import beton_files, tiny_config
 from together import (
     BATCH,
-    as_worker,
+    end_well,
     images,
     in_order,
     in_threads,
     small,
+    start,
     tensors,
     train,
 )
@@ -134,20 +134,10 @@ def _keep(folder: Path) -> None:
 
 def test_processes_have_the_bits_of_threads(tmp_path: Path) -> None:
     """Two processes over gloo and two threads, after three fp32 steps; and gloo's messages."""
-    port = free_port()
-    started = [
-        run_rig.PROCESSES.Process(
-            target=as_worker, args=(environment(rank, 2, port), _keep, (tmp_path,))
-        )
-        for rank in range(2)
-    ]
-    for process in started:
-        process.start()
+    started = start(2, _keep, tmp_path)
     torch.set_num_threads(1)
     expected = in_threads(2, three_steps)
-    for process in started:
-        process.join(run_rig.PATIENCE_S)
-        assert process.exitcode == 0
+    end_well(started)
     for rank in range(2):
         own = torch.load(tmp_path / f"{rank}.pt")
         assert own.keys() == expected[rank].keys()

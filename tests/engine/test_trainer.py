@@ -250,8 +250,6 @@ def test_streaming_and_resident_data_give_the_same_run(
     assert contents(tmp_path / "run") == contents(whole)
 
 
-# With a tau of 0 and no norm the target is the online net of a step ago: the shortest way to a
-# constant.
 def test_stop_on_collapse_saves_and_raises(files: tuple[Path, Path], tmp_path: Path) -> None:
     config = tiny_config(
         files, "train.stop_on_collapse=true", "train.epochs=40", "probe.every_epochs=0", *COLLAPSING

@@ -32,7 +32,8 @@ TINY = (
     "train.device=cpu",
     "run.drain_every_steps=4",
 )
-# Makes the tiny run collapse within an epoch or two.
+# With a tau of 0 and no norm the target is the online net of a step ago: the shortest way to a
+# constant.
 COLLAPSING = (
     "model.norm=gn", "model.projector.norm=none", "model.predictor.norm=none", "schedule.tau=0.0",
     "schedule.tau_schedule=constant", "optim.sgd_lr=0.5",

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from multiprocessing.process import BaseProcess
 from typing import Any, TypeVar
 
+import run_rig
 import torch
 from torch import Tensor
 
@@ -13,6 +15,7 @@ from fastbyol import load_config, views
 from fastbyol.config import Resolved
 from fastbyol.engine.ranks import Alone, Ranks, Team, run_threads
 from fastbyol.engine.step import StepMetrics, TrainState, share_of, train_step
+from fastbyol_bench.rank_times import environment, free_port
 from tiny import NETWORK
 
 T = TypeVar("T")
@@ -72,3 +75,24 @@ def as_worker(place: dict[str, str], work: Callable[..., Any], arguments: Sequen
     """A process's target: ``work`` as a worker of torchrun."""
     os.environ.update(place)
     work(*arguments)
+
+
+def start(count: int, work: Callable[..., Any], *arguments: Any) -> list[BaseProcess]:
+    """``count`` workers, without torchrun."""
+    port = free_port()
+    started: list[BaseProcess] = [
+        run_rig.PROCESSES.Process(
+            target=as_worker, args=(environment(rank, count, port), work, arguments)
+        )
+        for rank in range(count)
+    ]
+    for process in started:
+        process.start()
+    return started
+
+
+def end_well(processes: Sequence[BaseProcess]) -> None:
+    """Wait for each, which has to return."""
+    for process in processes:
+        process.join(run_rig.PATIENCE_S)
+        assert process.exitcode == 0

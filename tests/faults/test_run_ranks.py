@@ -9,8 +9,6 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -23,9 +21,9 @@ from conftest import Command
 from fastbyol import api, config_io
 from fastbyol.engine import exchange, ports
 from fastbyol.errors import UsageError
-from fastbyol_bench.rank_times import environment, free_port
+from fastbyol_bench.rank_times import environment
 from tiny import COLLAPSING
-from together import as_worker
+from together import end_well, start
 
 KILLS = rig.many(1, 20)
 PROGRAM = (sys.executable, "-m", "fastbyol.cli.main")
@@ -140,20 +138,6 @@ def _one_rank(run: Path, file: Path, stop_at: int | None) -> None:
     assert summary.finished == (stop_at is None)
 
 
-def start(count: int, work: Callable[..., Any], *arguments: Any) -> list[BaseProcess]:
-    """``count`` workers, without torchrun."""
-    port = free_port()
-    started: list[BaseProcess] = [
-        rig.PROCESSES.Process(
-            target=as_worker, args=(environment(rank, count, port), work, arguments)
-        )
-        for rank in range(count)
-    ]
-    for process in started:
-        process.start()
-    return started
-
-
 def test_two_ranks_then_one_process_then_two_again(
     file: Path, whole: dict[str, bytes], tmp_path: Path
 ) -> None:
@@ -163,9 +147,7 @@ def test_two_ranks_then_one_process_then_two_again(
     """
     run, begun = tmp_path / "run", 0
     for count, stop_at in ((2, 3), (1, 4), (2, None)):
-        for process in start(count, _one_rank, run, file, stop_at):
-            process.join(rig.PATIENCE_S)
-            assert process.exitcode == 0
+        end_well(start(count, _one_rank, run, file, stop_at))
         saved = int(rig.checkpoints(run)[-1].stem.removeprefix("ckpt-"))
         if stop_at is not None:
             assert begun + stop_at < saved <= begun + stop_at + 2
@@ -182,9 +164,7 @@ def _asked_for_two_rates(run: Path, file: Path) -> None:
 
 def test_a_machine_that_is_asked_for_something_else_is_told(file: Path, tmp_path: Path) -> None:
     """All are, and nothing is made."""
-    for process in start(2, _asked_for_two_rates, tmp_path / "run", file):
-        process.join(rig.PATIENCE_S)
-        assert process.exitcode == 0
+    end_well(start(2, _asked_for_two_rates, tmp_path / "run", file))
     assert list(tmp_path.iterdir()) == []
 
 

@@ -66,7 +66,7 @@ VERBS = re.compile(
     r"Propagate|Prove|Put|Raise|Read|Record|Reflect|Release|Remove|Repeat|Replace|"
     r"Report|Resize|Restore|Return|Round|Run|Say|Scale|Send|Serve|Set|Shade|Show|"
     r"Solarize|Solve|Split|Stack|Standardize|Start|Stop|Store|Sum|Take|Tell|Time|Train|"
-    r"Translate|Transpose|Turn|Update|Verify|View|Warm|Write|Yield"
+    r"Translate|Transpose|Turn|Update|Verify|View|Wait|Warm|Write|Yield"
 )
 
 

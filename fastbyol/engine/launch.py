@@ -11,7 +11,7 @@ from pathlib import Path
 from fastbyol.config import Config
 from fastbyol.engine.device import pick_device
 from fastbyol.engine.interrupt import SIGNALS, Ended
-from fastbyol.engine.ports import refuse_used_endpoint
+from fastbyol.engine.ports import meet_launchers
 from fastbyol.engine.ranks import count_ranks, run_workers
 from fastbyol.engine.worker import OUTCOME, outcome, program_as_typed, worker
 from fastbyol.errors import UsageError
@@ -97,7 +97,7 @@ def start(processes: Processes, arguments: Sequence[str], run: Path) -> int:
     Raises the errors of ``ranks.run_workers``, and Ended for a signal before ``run`` had a step.
     """
     if processes.nodes > 1:
-        refuse_used_endpoint(processes.endpoint)
+        meet_launchers(processes.endpoint)
     with tempfile.TemporaryDirectory(prefix="fastbyol-") as folder:
         os.environ[OUTCOME] = str(Path(folder) / "outcome")
         ended_by = run_workers(

@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 
 from fastbyol.engine.worker import Worker
 from fastbyol.errors import UsageError
@@ -20,18 +21,24 @@ torch.distributed.TCPStore(
 )
 """
 ASK_S = 30
+# How long the others wait for the first process or launcher, as torch's store does.
+MEETING_S = 300.0
 
 
-def refuse_used_port(here: Worker) -> None:
-    """Raise UsageError if there is no such place, or the first process cannot listen there."""
+def meet(here: Worker) -> None:
+    """Wait for the first process, if this one is another.
+
+    Raises UsageError if there is no such place, if the first process cannot listen there, and if
+    nobody does within ``MEETING_S``.
+    """
     port = os.environ["MASTER_PORT"]
     _addresses(os.environ["MASTER_ADDR"], "MASTER_ADDR")
     if not _is_port(port):
         raise UsageError(f"MASTER_PORT: {port!r} is no port: name one that is free")
     # Under torchrun's own store it is torchrun that listens.
     if here.rank or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        return
-    if not _is_free(int(port)):
+        _wait_for(os.environ["MASTER_ADDR"], int(port), "MASTER_ADDR")
+    elif not _is_free(int(port)):
         raise UsageError(f"MASTER_PORT: {port} is in use here: name one that is free")
 
 
@@ -61,8 +68,29 @@ def _is_free(port: int) -> bool:
     return True
 
 
-def refuse_used_endpoint(endpoint: str) -> None:
-    """Raise UsageError if ``endpoint``, HOST:PORT, is no such pair or somebody else's port."""
+def _wait_for(host: str, port: int, option: str) -> None:
+    """Wait until somebody listens. Raises UsageError, naming ``option``, after ``MEETING_S``."""
+    end = time.monotonic() + MEETING_S
+    while True:
+        try:
+            # Not for long at a time: a machine that was away and is back would be seen late.
+            return socket.create_connection((host, port), timeout=5.0).close()
+        except OSError as error:
+            if time.monotonic() > end:
+                raise UsageError(
+                    f"{option}: {host}: nobody answered at port {port} in {MEETING_S:.0f} s "
+                    f"({error.strerror or error}): start the first one there, or name an address "
+                    "of it that this machine can reach"
+                ) from None
+            time.sleep(0.05)
+
+
+def meet_launchers(endpoint: str) -> None:
+    """Wait for the first node's launcher, if this is another node.
+
+    Raises UsageError if ``endpoint``, HOST:PORT, is no such pair or somebody else's port, and if
+    nobody answers there within ``MEETING_S``.
+    """
     host, _, port = endpoint.rpartition(":")
     if not host or not _is_port(port):
         raise UsageError(f"--rdzv-endpoint: {endpoint!r}: write HOST:PORT, for example node0:29400")
@@ -70,8 +98,10 @@ def refuse_used_endpoint(endpoint: str) -> None:
     is_here = host in ("localhost", "127.0.0.1", own) or bool(
         _addresses(host, "--rdzv-endpoint") & _addresses(own, "--rdzv-endpoint")
     )
+    if not is_here:
+        _wait_for(host, int(port), "--rdzv-endpoint")
     # Another node's launcher may run on this machine and listen already.
-    if is_here and not _is_free(int(port)):
+    elif not _is_free(int(port)):
         asked = [sys.executable, "-c", _ASK, host, port]
         try:
             subprocess.run(asked, capture_output=True, check=True, timeout=ASK_S)

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from fastbyol.config import Config
 from fastbyol.engine.interrupt import handling, signals_to_handle
-from fastbyol.engine.ports import refuse_used_port
+from fastbyol.engine.ports import meet
 from fastbyol.engine.worker import Worker, claim, leave_outcome, outcome, worker
 from fastbyol.errors import FastbyolError, LostRankError, UsageError, one_line, size_text
 
@@ -431,16 +431,16 @@ def _(x: Tensor, count: int) -> Tensor:
 def joined() -> Iterator[Alone | Processes]:
     """Join the processes that torchrun started, if it did; leave them at the end.
 
-    Raises LostRankError if they do not all come, UsageError for a port in use, and SystemExit if
+    Raises LostRankError if they do not all come, UsageError if they cannot meet, and SystemExit if
     they are started again although one has failed for good.
     """
     here = worker()
     if here is None:
         yield Alone()
         return
-    refuse_used_port(here)
     # Who waits for a rank that died has nothing to save, and would not see a signal for C++ code.
     with handling(signal.SIG_DFL, signals_to_handle()), _reaching():
+        meet(here)
         dist.init_process_group("gloo", timeout=PATIENCE)
     try:
         processes = Processes()

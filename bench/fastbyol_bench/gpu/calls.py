@@ -446,8 +446,10 @@ def main() -> int:
         raise KeyboardInterrupt
 
     signal.signal(signal.SIGTERM, stop)
-    with tempfile.TemporaryDirectory(prefix="fastbyol-", ignore_cleanup_errors=True) as own:
-        return _made(options, (options.work or Path(own)).resolve())
+    if options.work:
+        return _made(options, options.work.resolve())
+    with tempfile.TemporaryDirectory(prefix="fastbyol-", ignore_cleanup_errors=True) as work:
+        return _made(options, Path(work).resolve())
 
 
 def _made(options: argparse.Namespace, work: Path) -> int:

@@ -28,6 +28,8 @@ from uuid import uuid4
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 from fastbyol.config import Config
 from fastbyol.engine.interrupt import handling, signals_to_handle
@@ -441,7 +443,12 @@ def joined() -> Iterator[Alone | Processes]:
     # Who waits for a rank that died has nothing to save, and would not see a signal for C++ code.
     with handling(signal.SIG_DFL, signals_to_handle()), _reaching():
         meet(here)
-        dist.init_process_group("gloo", timeout=PATIENCE)
+        store, rank, count = next(rendezvous("env://", timeout=PATIENCE))
+        if here.local_count == here.count:
+            # Torchrun's own store still holds where the ranks before a restart were
+            # (pytorch#135712). Several nodes may count their restarts otherwise.
+            store = PrefixStore(f"start {here.restarts}", store)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=count, timeout=PATIENCE)
     try:
         processes = Processes()
         if code := agree(processes, outcome()):
@@ -484,7 +491,7 @@ def run_workers(
     for name in logging.root.manager.loggerDict:
         if name.startswith("torch.distributed.elastic"):
             logging.getLogger(name).setLevel(logging.CRITICAL)
-    # With torchrun's own store in between, gloo waits for ever after a restart (pytorch#135712).
+    # With torchrun's own store in between, several nodes would wait for ever after a restart.
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     os.environ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(grace_s)
     config = LaunchConfig(

@@ -27,6 +27,10 @@ from together import end_well, start
 
 KILLS = rig.many(1, 20)
 PROGRAM = (sys.executable, "-m", "fastbyol.cli.main")
+TORCHRUN = (
+    *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
+    *("--max-restarts", "3", *PROGRAM[1:]),
+)
 
 
 @pytest.fixture(scope="module")
@@ -52,11 +56,12 @@ def children(process: int) -> list[int]:
     return [int(number) for number in found.read_text().split()] if found.exists() else []
 
 
-def test_killed_under_torchrun_a_rank_is_started_again_and_the_bytes_are_the_same(
-    file: Path, whole: dict[str, bytes], tmp_path: Path
+@pytest.mark.parametrize("program", [PROGRAM, TORCHRUN], ids=["fastbyol", "torchrun"])
+def test_killed_a_rank_is_started_again_and_the_bytes_are_the_same(
+    program: tuple[str, ...], file: Path, whole: dict[str, bytes], tmp_path: Path
 ) -> None:
     """Either rank, at any instant from its start to the run's end."""
-    command = [*PROGRAM, "train", "--config", str(file)]
+    command = [*program, "train", "--config", str(file)]
     draw, seconds, hit = random.Random(16), 0.0, 0
     for number in range(KILLS):
         run = tmp_path / f"run{number}"

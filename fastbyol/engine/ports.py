@@ -31,13 +31,13 @@ def meet(here: Worker) -> None:
     Raises UsageError if there is no such place, if the first process cannot listen there, and if
     nobody does within ``MEETING_S``.
     """
-    port = os.environ["MASTER_PORT"]
-    _addresses(os.environ["MASTER_ADDR"], "MASTER_ADDR")
+    host, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
+    _addresses(host, "MASTER_ADDR")
     if not _is_port(port):
         raise UsageError(f"MASTER_PORT: {port!r} is no port: name one that is free")
     # Under torchrun's own store it is torchrun that listens.
     if here.rank or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        _wait_for(os.environ["MASTER_ADDR"], int(port), "MASTER_ADDR")
+        _wait_for(host, int(port), "MASTER_ADDR")
     elif not _is_free(int(port)):
         raise UsageError(f"MASTER_PORT: {port} is in use here: name one that is free")
 

@@ -444,7 +444,7 @@ def joined() -> Iterator[Alone | Processes]:
     with handling(signal.SIG_DFL, signals_to_handle()), _reaching():
         meet(here)
         store, rank, count = next(rendezvous("env://", timeout=PATIENCE))
-        if here.local_count == here.count:
+        if here.is_on_only_node:
             # Torchrun's own store still holds where the ranks before a restart were
             # (pytorch#135712). Several nodes may count their restarts otherwise.
             store = PrefixStore(f"start {here.restarts}", store)

@@ -40,6 +40,11 @@ class Worker:
         """Whether it writes the run's files and speaks to the user."""
         return self.rank == 0
 
+    @property
+    def is_on_only_node(self) -> bool:
+        """Whether all processes are on one node."""
+        return self.local_count == self.count
+
 
 def worker() -> Worker | None:
     """Return this process's place, or None without both RANK and WORLD_SIZE.
@@ -88,7 +93,7 @@ def begin() -> None:
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
     # On several nodes the others have to be told first: ``ranks.joined`` does.
-    if here.local_count == here.count and outcome():
+    if here.is_on_only_node and outcome():
         sys.exit(0)
 
 

@@ -368,15 +368,16 @@ def _read(field: FieldInfo, text: str) -> object:
     kinds = alternatives(field)
     if any(typing.get_origin(kind) is tuple for kind in kinds) and not text.startswith("["):
         return [
-            _toml(part.strip()) if part.strip()[:1] in "\"'" else part.strip()
+            value_of(part.strip()) if part.strip()[:1] in "\"'" else part.strip()
             for part in text.split(",")
             if part.strip()
         ]
     is_text = any(kind is str or str in map(type, typing.get_args(kind)) for kind in kinds)
-    return text if is_text and text[:1] not in ('"', "'") else _toml(text)
+    return text if is_text and text[:1] not in ('"', "'") else value_of(text)
 
 
-def _toml(text: str) -> object:
+def value_of(text: str) -> object:
+    """Return the value of ``text`` as TOML, or the text itself where it is none."""
     try:
         table = tomllib.loads(f"value = {text}")
     except ValueError:

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fastbyol import api, config_io
-from fastbyol.ablations import plan, runner
+from fastbyol.ablations import plan
 from fastbyol.ablations.arms import arm
 from fastbyol.config import Config, DataConfig
 from fastbyol.config_io import Flag
@@ -25,6 +25,8 @@ from fastbyol.engine.device import fitting_threads
 from fastbyol.errors import FastbyolError, UsageError
 from fastbyol.evaluation.collapse import COLLAPSED_ABOVE
 from fastbyol.evaluation.supervised import supervised_accuracy
+from fastbyol.fleet import campaign
+from fastbyol.fleet.launch import Launch
 from fastbyol.runs.folder import CONFIG, list_runs
 from fastbyol.show import figures, run_report
 from fastbyol.show.screen import display, duration
@@ -114,12 +116,13 @@ def _pair(out: Path, config: Config, console: Console) -> dict[str, dict[str, An
         console,
         f"fastbyol ablate run {' '.join(PAIR)} --seeds 1 --data {config.data.train} --out {out}",
     )
-    outcome = runner.execute(
-        runs, out, "mini", asked={"targets": PAIR}, jobs=None, device="auto", console=console
+    tasks = plan.tasks(runs, out)
+    outcome = campaign.execute(
+        tasks, out, "mini", asked={"targets": PAIR}, launch=Launch(), console=console
     )
-    if outcome.failed or outcome.interrupted:
-        why = f"{outcome.failed[0][0]}: {outcome.failed[0][1]}" if outcome.failed else "interrupted"
-        raise FastbyolError(f"{out}: {why}; the same command goes on from here")
+    campaign.refuse_problems(outcome)
+    if outcome.interrupted or outcome.stopped:
+        raise FastbyolError(f"{out}: interrupted; the same command goes on from here")
     paths = {each.arm.name: each.path for each in runs}
     return {
         name: {"run": str(paths[name]), **_ending(run_report.read(paths[name]))} for name in PAIR
@@ -139,7 +142,7 @@ def _pair_runs(out: Path, config: Config) -> tuple[Path, tuple[plan.Run, ...]]:
 
 def _can_go_on(runs: tuple[plan.Run, ...], out: Path) -> bool:
     try:
-        plan.left(runs, out)
+        plan.tasks(runs, out)
     except UsageError:
         return False
     return True

@@ -13,6 +13,8 @@ from typing import BinaryIO
 
 from fastbyol.errors import UsageError
 
+# A file system that is full, cannot be written or fails: no fault of what was to be written.
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE)
 _KINDS = {
     stat.S_IFIFO: "a named pipe",
     stat.S_IFSOCK: "a socket",

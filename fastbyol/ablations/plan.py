@@ -20,13 +20,13 @@ from fastbyol.data import beton
 from fastbyol.data.contents import Contents
 from fastbyol.data.embedded import BUILT_IN
 from fastbyol.errors import FastbyolError, UsageError, check_choice
+from fastbyol.fleet.asking import Found
+from fastbyol.fleet.ledger import RUNS, Task
+from fastbyol.fleet.survey import epochs_done
 from fastbyol.runs import inputs
 from fastbyol.runs.consistency import FREE
 from fastbyol.runs.folder import RunFolder
-from fastbyol.runs.metrics import read_events
 
-RUNS = "runs"
-Status = Literal["new", "stopped", "done"]
 _FILES: dict[str, Literal["train", "test"]] = {"data.train": "train", "data.test": "test"}
 
 
@@ -48,6 +48,13 @@ class Run:
     def name(self) -> str:
         """``ARM seed K``, as tables show it."""
         return f"{self.arm.name} seed {self.seed}"
+
+    @property
+    def task(self) -> Task:
+        """The run as workers know it."""
+        after = None if self.after is None else "/".join(self.after.parts[-2:])
+        about = {"claims": list(self.arm.claims)}
+        return Task(self.arm.name, self.seed, self.config, self.origin, after, about)
 
 
 def chosen(
@@ -181,7 +188,7 @@ def run_path(out: Path, arm_name: str, seed: int) -> Path:
     return out / RUNS / arm_name / f"seed{seed}"
 
 
-def status(run: Run) -> Status:
+def status(run: Run) -> Found:
     """Return how far ``run`` is.
 
     Raises UsageError if its folder holds a run of another configuration.
@@ -191,15 +198,6 @@ def status(run: Run) -> Status:
     with RunFolder.open(run.path, lock=False) as folder:
         _refuse_other(run, folder.config)
     return "done" if epochs_done(run.path) >= run.config.train.epochs else "stopped"
-
-
-def epochs_done(path: Path) -> int:
-    """Return how many epochs the run in ``path`` has finished."""
-    try:
-        events = read_events(path)
-    except FastbyolError:
-        return 0
-    return max((event["epoch"] + 1 for event in events if event["event"] == "epoch"), default=0)
 
 
 def run_folders(out: Path) -> tuple[tuple[str, int, Path], ...]:
@@ -219,14 +217,14 @@ def run_folders(out: Path) -> tuple[tuple[str, int, Path], ...]:
     return tuple(sorted(rows, key=lambda row: (order.index(row[0]), row[1])))
 
 
-def left(runs: Sequence[Run], out: Path) -> tuple[Run, ...]:
-    """Return those of ``runs`` that are to be trained.
+def tasks(runs: Sequence[Run], out: Path) -> tuple[tuple[Task, Found], ...]:
+    """Return ``runs`` as workers know them, each with what its folder says.
 
-    Raises UsageError if ``out`` holds incompatible runs.
+    Raises UsageError if ``out`` holds other runs.
     """
-    unfinished = tuple(run for run in runs if status(run) != "done")
+    made = tuple((run.task, status(run)) for run in runs)
     refuse_other_data(runs, out)
-    return unfinished
+    return made
 
 
 def refuse_other_data(runs: Iterable[Run], out: Path) -> None:

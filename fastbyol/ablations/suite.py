@@ -11,14 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastbyol.ablations import ledger
-from fastbyol.ablations.arms import ScaleName, arms
+from fastbyol.ablations.arms import SCALES, ScaleName, arms
 from fastbyol.ablations.claims import CLAIMS, Claim
 from fastbyol.ablations.evidence import Evidence, Scale
-from fastbyol.ablations.plan import RUNS, run_folders
+from fastbyol.ablations.plan import run_folders
 from fastbyol.ablations.verdict import Verdict, judge, judge_variants
 from fastbyol.config import Resolved
-from fastbyol.errors import FastbyolError
+from fastbyol.errors import FastbyolError, UsageError
+from fastbyol.fleet import ledger
+from fastbyol.fleet.ledger import RUNS
 from fastbyol.runs.folder import RunFolder
 from fastbyol.runs.metrics import read_events
 
@@ -95,6 +96,8 @@ class Suite:
         """
         content = ledger.read(out)
         scale: ScaleName = content["scale"]
+        if scale not in SCALES:
+            raise UsageError(f"{out}: holds no ablations, but a {scale}")
         runs: dict[str, tuple[Record, ...]] = {}
         left_out = []
         for arm, seed, path in run_folders(out):

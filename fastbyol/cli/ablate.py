@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -11,8 +12,10 @@ import typer
 from rich.console import Console
 from rich.table import Column, Table
 
-from fastbyol.cli.options import Device, Json
+from fastbyol.cli import fleet
+from fastbyol.cli.options import Json
 from fastbyol.errors import FastbyolError, UsageError
+from fastbyol.fleet.launch import Launch
 from fastbyol.output import console as make_console
 from fastbyol.output import print_json, say
 
@@ -20,7 +23,6 @@ if TYPE_CHECKING:
     from fastbyol.ablations.arms import Arm, ScaleName
     from fastbyol.ablations.claims import Claim
     from fastbyol.ablations.plan import Run
-    from fastbyol.ablations.runner import Outcome
     from fastbyol.ablations.suite import Suite
     from fastbyol.ablations.verdict import Verdict
 
@@ -58,10 +60,6 @@ Targets = Annotated[
 Everything = Annotated[
     bool, typer.Option("--all", help="Every arm of the scale, open settings included.")
 ]
-Jobs = Annotated[
-    int | None,
-    typer.Option(min=1, help="Runs at a time. Default: one a core, or what a GPU has room for."),
-]
 Data = Annotated[
     str | None, typer.Option("--data", metavar="FILE", help="Beton, fashion-mnist or textures.")
 ]
@@ -80,6 +78,12 @@ Sets = Annotated[
 Check = Annotated[
     bool, typer.Option("--check", help="Exit with code 4 where a claim is not reproduced.")
 ]
+
+
+app.command()(fleet.work)
+app.command()(fleet.status)
+app.command()(fleet.stop)
+app.command()(fleet.retry)
 
 
 class NotReproduced(FastbyolError):  # noqa: N818 - a verdict, and no fault
@@ -152,23 +156,25 @@ def show(
 
 
 @app.command()
+@fleet.with_launch_options
 def run(
     targets: Targets = None,
     everything: Everything = False,
     scale: Scale = "mini",
     seeds: Seeds = None,
     out: Out = None,
-    jobs: Jobs = None,
     data: Data = None,
     test_data: TestData = None,
     stl10: Stl10 = None,
     sets: Sets = None,
-    device: Device = "auto",
+    *,
+    launch: Launch,
     check: Check = False,
     as_json: Json = False,
 ) -> None:
     """Train what is missing, print the verdicts. After an interruption the next call goes on."""
-    from fastbyol.ablations import plan, runner
+    from fastbyol.ablations import plan
+    from fastbyol.fleet import campaign
 
     console = make_console(err=as_json)
     folder = _folder(out, scale).resolve()
@@ -176,15 +182,22 @@ def run(
     files = _data_files(scale, folder, data, test_data, stl10, console)
     num_images = _checked(files)
     what: dict[str, Any] = {"seeds": seeds, "sets": sets or (), "num_images": num_images}
-    runs = plan.make(chosen, scale, folder, flags=_flags(files, device), **what)
+    runs = plan.make(chosen, scale, folder, flags=_flags(files, launch.device), **what)
     asked = {"targets": targets or [], "all": everything, "seeds": seeds, "set": sets or []}
     share = _say_what_data(runs[0], num_images, console)
-    asked |= {"data": files, "image_share": share}
-    how: dict[str, Any] = {"asked": asked, "jobs": jobs, "device": device, "console": console}
-    outcome = runner.execute(runs, folder, scale, **how)
+    asked |= {"data": files, "image_share": share, "launch": asdict(launch)}
+    how: dict[str, Any] = {"asked": asked, "launch": launch, "console": console}
+    outcome = campaign.execute(plan.tasks(runs, folder), folder, scale, **how)
     verdicts = _read(folder).judged
-    _say(outcome, verdicts, folder, scale, console, as_json)
-    _finish(outcome, verdicts, check=check)
+    if as_json:
+        made = {"out": str(folder), "scale": scale, **asdict(outcome)}
+        print_json(made | _verdict_rows(verdicts))
+    else:
+        if verdicts:
+            _print_verdicts(verdicts, console)
+        console.print(fleet.in_words(outcome, folder, launch), markup=False, soft_wrap=True)
+    fleet.finish(outcome)
+    _check(verdicts, check=check)
 
 
 @app.command()
@@ -241,7 +254,9 @@ def _flags(files: dict[str, str], device: str) -> dict[str, Any]:
 
     names = {"data.train": "--data", "data.test": "--test-data"}
     flags = {key: Flag(names[key], value) for key, value in files.items()}
-    return flags if device == "auto" else {**flags, "train.device": Flag("--device", device)}
+    # Of several GPUs the worker sees its own alone.
+    kind = device.partition(":")[0]
+    return flags if device == "auto" else {**flags, "train.device": Flag("--device", kind)}
 
 
 def _data_files(
@@ -344,8 +359,9 @@ def _scales_of(claim: Claim) -> str:
 
 
 def _arm_row(arm: Arm, scale: ScaleName, folder: Path) -> dict[str, Any]:
-    from fastbyol.ablations.plan import epochs_done, run_path, seeds_of
+    from fastbyol.ablations.plan import run_path, seeds_of
     from fastbyol.config_io import read_run
+    from fastbyol.fleet.survey import epochs_done
 
     counts = Counter(done=0, stopped=0, damaged=0)
     for path in sorted(run_path(folder, arm.name, 0).parent.glob("seed*/config.toml")):
@@ -384,34 +400,6 @@ def _show_claim(claim: Claim, as_json: bool) -> None:
             say(f"  {key} = {value}")
 
 
-def _say(
-    outcome: Outcome,
-    verdicts: Sequence[Verdict],
-    folder: Path,
-    scale: str,
-    console: Console,
-    as_json: bool,
-) -> None:
-    if as_json:
-        from dataclasses import asdict
-
-        made = {"out": str(folder), "scale": scale, **asdict(outcome)}
-        print_json(made | _verdict_rows(verdicts))
-        return
-    if verdicts:
-        _print_verdicts(verdicts, console)
-    from fastbyol.show.screen import duration
-
-    console.print(
-        f"{folder}: {len(outcome.finished)} runs done, {len(outcome.skipped)} were done before, "
-        f"{len(outcome.stopped)} left, "
-        f"{len(outcome.failed)} failed; {duration(outcome.seconds)}"
-        + ("; interrupted, the same command goes on" if outcome.interrupted else ""),
-        markup=False,
-        soft_wrap=True,
-    )
-
-
 def _print_verdicts(verdicts: Sequence[Verdict], console: Console) -> None:
     table = Table("claim", "verdict", "statement", "held", "evidence", box=None)
     for verdict in verdicts:
@@ -429,15 +417,6 @@ def _verdict_rows(verdicts: Sequence[Verdict]) -> dict[str, Any]:
         for v in verdicts
     ]
     return {"verdicts": rows}
-
-
-def _finish(outcome: Outcome, verdicts: Sequence[Verdict], *, check: bool) -> None:
-    if outcome.interrupted:
-        raise typer.Exit(130)
-    if outcome.failed:
-        name, why = outcome.failed[0]
-        raise FastbyolError(f"{len(outcome.failed)} of the runs failed; {name}: {why}")
-    _check(verdicts, check=check)
 
 
 def _check(verdicts: Sequence[Verdict], *, check: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -41,7 +42,7 @@ def refuse_full_disk(folder: Path, needed: int, config: Config) -> None:
             f"{size_text(free)} are free: make room, "
             f"or lower run.keep_checkpoints ({run.keep_checkpoints}) or raise "
             f"run.layers_every_steps ({run.layers_every_steps})"
-        )
+        ) from OSError(errno.ENOSPC, "too little room")
 
 
 @contextmanager

@@ -117,6 +117,7 @@ class Session:
             device=self.device,
             resume_step=step,
             resume_written=self.recorded,
+            fence=(lambda: None) if self.folder is None else self.folder.fence,
         )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing, suppress
 from pathlib import Path
 from types import TracebackType
@@ -60,7 +60,10 @@ class Telemetry:
         device: torch.device | str,
         resume_step: int = 0,
         resume_written: Mapping[str, Sequence[Any]] | None = None,
+        fence: Callable[[], None] = lambda: None,
     ) -> None:
+        self._fence = fence
+        fence()
         self._metrics = MetricsFile(
             folder,
             metric_names,
@@ -105,6 +108,7 @@ class Telemetry:
         checkpoint of that step.
         """
         self._write_pending()
+        self._fence()
         self._metrics.append_event(kind, self._step if step is None else step, fields)
 
     @property
@@ -165,6 +169,7 @@ class Telemetry:
         first_step, values, layer_steps, layers = self._ring.receive()
         if not len(values):
             return []
+        self._fence()
         rows = self._metrics.append_steps(first_step, values)
         self._layers.append(layer_steps, layers)
         self.timing("drain", written=first_step + len(values))

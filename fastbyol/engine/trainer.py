@@ -374,6 +374,7 @@ class Loop:
         tensors = session.state.tensors()
         if (name := guards.not_finite(tensors)) is not None:
             self._fail(f"step {progress.step}: {name} holds NaN or infinity: not saved")
+        session.folder.fence()
         meta = {**session.repeated, **asdict(progress), "telemetry": self.telemetry.written}
         checkpoint.save(
             session.folder.checkpoints,

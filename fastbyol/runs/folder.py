@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -40,6 +40,8 @@ class RunFolder:
     def __init__(self, path: Path, config: Resolved, lock: Lock | None, *, is_new: bool) -> None:
         self.path, self.config, self.is_new = path, config, is_new
         self.config_text = config_io.read_text(path / CONFIG)
+        # Called before records and checkpoints are written; raises if the run is another's by now.
+        self.fence: Callable[[], None] = lambda: None
         self._lock = lock
 
     @classmethod

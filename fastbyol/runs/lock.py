@@ -15,6 +15,10 @@ LOCK = ".lock"
 _log = logging.getLogger(__name__)
 
 
+class InUseError(UsageError):
+    """A run that another process of this machine works on."""
+
+
 class Lock:
     """An advisory lock on a run's folder, which the system drops when the process dies.
 
@@ -35,7 +39,7 @@ class Lock:
         )
         try:
             if not _try_lock(self._file.fileno()):
-                raise UsageError(
+                raise InUseError(
                     f"{name.parent}: another process works on this run; wait for it or stop it"
                 )
             try:

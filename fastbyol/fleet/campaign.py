@@ -1,0 +1,110 @@
+"""A call that asks for runs, starts workers, and tells what became of them.
+
+What is done is skipped, what was stopped goes on, what fails is reported and stops nothing else.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from fastbyol.data import embedded
+from fastbyol.errors import FastbyolError, UsageError
+from fastbyol.fleet import asking, launchers, ledger
+from fastbyol.fleet.asking import Found
+from fastbyol.fleet.launch import Launch
+from fastbyol.fleet.ledger import Call, Ledger, Task
+from fastbyol.fleet.node import NodeEnd
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The end of a call: the runs that it finished, skipped, left stopped or saw fail.
+
+    Runs are names; a failed one is (name, why). ``problems`` are what kept workers from working,
+    ``submitted`` the jobs of a cluster that work from now on.
+    """
+
+    finished: tuple[str, ...]
+    skipped: tuple[str, ...]
+    stopped: tuple[str, ...]
+    failed: tuple[tuple[str, str], ...]
+    interrupted: bool
+    seconds: float
+    problems: tuple[str, ...] = ()
+    submitted: tuple[str, ...] = ()
+
+
+def execute(
+    tasks: Sequence[tuple[Task, Found]],
+    out: Path,
+    scale: str,
+    *,
+    asked: Mapping[str, Any],
+    launch: Launch,
+    console: Console,
+) -> Outcome:
+    """Train ``tasks``, each with what its folder below ``out`` says, by the workers of ``launch``.
+
+    ``scale`` is the kind of runs that the folder is for. ``asked`` goes into the ledger. A run that
+    fails does not stop the others. Other workers on the folder, here or elsewhere, share the work.
+    One of ``interrupt.SIGNALS`` saves and stops the runs at work; a second SIGINT kills them.
+    Raises UsageError: the folder holds other runs, or ``launch`` cannot work here.
+    """
+    began = time.monotonic()
+    launchers.check(launch)
+    call, left = _ask(tasks, out, scale, asked)
+    end = launchers.start(launch, out, len(left), console) if left else NodeEnd()
+    rows = {entry.name: entry for entry in Ledger(out).entries()}
+    status = {name: rows[name].status if name in rows else "new" for name in left}
+    outcome = Outcome(
+        finished=tuple(name for name in left if status[name] == "done"),
+        skipped=tuple(task.name for task, _ in tasks if task.name not in left),
+        stopped=tuple(name for name in left if status[name] in ("new", "stopped")),
+        failed=tuple(
+            (name, str(rows[name].row["error"])) for name in left if status[name] == "failed"
+        ),
+        interrupted=end.stopped_by is not None,
+        seconds=time.monotonic() - began,
+        problems=end.problems,
+        submitted=end.submitted,
+    )
+    call.end(interrupted=outcome.interrupted, seconds=round(outcome.seconds, 1))
+    return outcome
+
+
+def _ask(
+    tasks: Sequence[tuple[Task, Found]], out: Path, scale: str, asked: Mapping[str, Any]
+) -> tuple[Call, tuple[str, ...]]:
+    """Write down that ``tasks`` are to be trained; return the names of those that are not done.
+
+    The sets that they are trained on are made, before several workers would each make them.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(
+            f"{out}: {error.strerror}: name a folder that can be written with --out"
+        ) from None
+    ledger.refuse_other_scale(out, scale)
+    call = Call(out, scale, {**asked, "runs": [task.name for task, _ in tasks]})
+    left = tuple(entry.name for entry in asking.ask(out, tasks))
+    for data in {task.config.data for task, _ in tasks if task.name in left}:
+        embedded.training_file(data)
+        embedded.held_out_file(data)
+    ledger.allow(out)
+    return call, left
+
+
+def refuse_problems(outcome: Outcome) -> None:
+    """Raise FastbyolError if runs failed or workers could not work."""
+    if outcome.failed:
+        name, why = outcome.failed[0]
+        raise FastbyolError(f"{len(outcome.failed)} of the runs failed; {name}: {why}")
+    if outcome.problems and outcome.stopped:
+        raise FastbyolError(f"{len(outcome.stopped)} runs are left: {outcome.problems[0]}")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -17,7 +18,7 @@ from fastbyol.cli.options import Device, Json
 from fastbyol.errors import UsageError
 from fastbyol.fleet.launch import Launch
 from fastbyol.output import console as make_console
-from fastbyol.output import is_live, print_json, say
+from fastbyol.output import print_json, say
 
 if TYPE_CHECKING:
     from fastbyol.fleet.campaign import Outcome
@@ -42,7 +43,7 @@ def _launch_options(
         int | None,
         typer.Option(
             min=1,
-            help="Runs at a time on a machine. Default: one a core, or what its GPUs have room for.",
+            help="Runs at a time on a machine. Default: one a core, or what GPUs have room for.",
         ),
     ] = None,
     device: Device = "auto",
@@ -161,22 +162,18 @@ def status(
     from fastbyol.fleet.board import Board, drawing
     from fastbyol.fleet.survey import Surveyor
 
-    surveyor, console = Surveyor(out), make_console()
     if watch and as_json:
         raise UsageError("--watch: has no JSON: call `status --json` as often as you want")
+    surveyor, console = Surveyor(out), make_console()
     if as_json:
         print_json(surveyor.look().as_json())
-        return
-    if watch and is_live(console):
-        with Board(console, surveyor) as board:
-            while True:
-                board.draw()
-                time.sleep(WATCH_S)
-    while True:
+    elif not watch:
         console.print(drawing(surveyor.look()))
-        if not watch:
-            break
-        time.sleep(WATCH_S)
+    else:
+        with Board(console, surveyor) as board, suppress(KeyboardInterrupt):
+            while True:
+                board.draw(plain=True)
+                time.sleep(WATCH_S)
 
 
 def stop(

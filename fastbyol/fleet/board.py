@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import TracebackType
 
 from rich.console import Console, Group, RenderableType
@@ -34,12 +35,10 @@ def headline(survey: Survey) -> str:
     return f"{len(survey.rows)} runs: {counts or 'none'}; {share}{left}"
 
 
-def table(rows: list[Row]) -> Table:
-    """Return the table of ``rows``."""
-    made = Table(
-        "run", "status", "epoch", "state", "neg cos", "accuracy", "img/s", "worker",
-        Column("", overflow="fold"), box=None, pad_edge=False,
-    )  # fmt: skip
+def table(rows: Sequence[Row]) -> Table:
+    """Return the table of ``rows``, without their notes."""
+    names = ("status", "epoch", "state", "neg cos", "accuracy", "img/s")
+    made = Table(Column("run", no_wrap=True), *names, "worker", box=None, pad_edge=False)
     for row in rows:
         made.add_row(
             row.run,
@@ -50,23 +49,29 @@ def table(rows: list[Row]) -> Table:
             "" if row.accuracy is None else f"{row.accuracy:.1f}%",
             "" if row.img_s is None else f"{row.img_s:.0f}",
             row.worker or "",
-            row.note,
         )
     return made
 
 
 def drawing(survey: Survey, most: int | None = None) -> RenderableType:
-    """Return headline, bar, notes, and the rows that are neither done nor new; ``most`` of them."""
+    """Return the headline, notes, and the rows that are neither done nor new; ``most`` of them.
+
+    With ``most``, as on a screen that is redrawn, there is a bar, too.
+    """
     rows = [row for row in survey.rows if row.status not in ("done", "new", "waiting")]
     rows.sort(key=lambda row: row.status != "running")
-    shown = rows if most is None else rows[:most]
+    shown = rows[:most]
     parts: list[RenderableType] = [Text(headline(survey))]
-    parts.append(ProgressBar(total=max(survey.epochs, 1), completed=survey.epochs_done, width=60))
-    parts += [Text(note) for note in survey.notes]
+    if most is not None:
+        bar = Table.grid()
+        bar.add_row(ProgressBar(max(survey.epochs, 1), survey.epochs_done, width=60))
+        parts.append(bar)
     if shown:
         parts.append(table(shown))
     if len(shown) < len(rows):
         parts.append(Text(f"and {len(rows) - len(shown)} more"))
+    parts += [Text(f"{row.run}: {row.note}") for row in shown if row.note]
+    parts += [Text(note) for note in survey.notes]
     return Group(*parts)
 
 
@@ -97,7 +102,9 @@ class Board:
         """Print one line of text, above the table."""
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
-    def draw(self) -> None:
-        """Look, and draw what is seen; do nothing where nothing is redrawn."""
+    def draw(self, *, plain: bool = False) -> None:
+        """Look, and draw what is seen. Where nothing is redrawn, print it if ``plain``."""
         if self._live is not None:
             self._live.update(drawing(self._surveyor.look(), MOST_ROWS), refresh=True)
+        elif plain:
+            self.console.print(drawing(self._surveyor.look()))

@@ -86,7 +86,11 @@ class Claim:
         with suppress(OSError):
             # Locked before it says anything: unlocked, it would seem to be a dead process's.
             fcntl.flock(self._sign, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        self.say()
+        try:
+            self.say()
+        except OSError:
+            self.close()
+            raise
 
     def say(self, **fields: Any) -> None:
         """Add ``fields`` to the sign, which others read, and so give a sign of life.

@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args
 
 from fastbyol.errors import FastbyolError, UsageError, size_text
 from fastbyol.fleet import ledger
-from fastbyol.fleet.claim import Seen, claims_below, look
+from fastbyol.fleet.claim import Seen, claims_below, look, newest
 from fastbyol.fleet.ledger import CALLS, LEDGER, Entry, Ledger
 from fastbyol.runs.metrics import read_events
 from fastbyol.show.screen import duration
@@ -25,6 +25,7 @@ Status = Literal[
 STATUSES: tuple[Status, ...] = get_args(Status)
 # Less than this is no room for a checkpoint of any network.
 LITTLE_ROOM = 1_000_000
+MOST_LOOKS = 5
 # Clocks of machines that are kept in time differ by less.
 SKEW_S = 60.0
 
@@ -115,7 +116,7 @@ class Surveyor:
         claims = claims_below(self.out / LEDGER)
         entries = self._ledger.entries()
         status = {entry.key: entry.status for entry in entries}
-        rows = [self._row(entry, claims.get(entry.stem, 0), status) for entry in entries]
+        rows = [self._settled(entry, claims.get(entry.stem, 0), status) for entry in entries]
         rows += [
             Row(key.replace("/seed", " seed "), "damaged", note=why)
             for key, why in self._ledger.damaged.items()
@@ -138,6 +139,19 @@ class Surveyor:
                 f"ablate work {self.out}` goes on"
             )
         return notes
+
+    def _settled(self, entry: Entry, number: int, status: Mapping[str, str]) -> Row:
+        """Return the run's row, looked at again if it seems odd: it may be changing hands."""
+        row = self._row(entry, number, status)
+        for _ in range(MOST_LOOKS):
+            if row.status not in ("lost", "silent"):
+                break
+            seen, now = newest(entry.stem), self._ledger.entry(entry.key)
+            if now is None or (now.row == entry.row and seen is not None and seen.number == number):
+                break
+            entry, number = now, 0 if seen is None else seen.number
+            row = self._row(entry, number, status)
+        return row
 
     def _row(self, entry: Entry, number: int, status: Mapping[str, str]) -> Row:
         row = entry.row
@@ -190,7 +204,7 @@ class Surveyor:
             status, note = "stopped", str(sign["ended"])
         elif lives is False:
             status = "lost"
-            note = "its process is gone: the next worker goes on from the last checkpoint"
+            note = f"{seen.owner_name} is gone: the next worker goes on from the last checkpoint"
         elif silent_s < -SKEW_S:
             note = (
                 f"its last sign lies {duration(-silent_s)} ahead: clocks differ, or one jumped; "

@@ -32,11 +32,14 @@ SETS = (
 )
 
 
+def content(run: Path) -> tuple[bytes, str, dict[str, bytes]]:
+    """Metrics, and name and tensors of the newest checkpoint."""
+    newest = max((run / "checkpoints").glob("ckpt-*.safetensors"))
+    weights = {name: value.tobytes() for name, value in load_file(newest).items()}
+    return (run / "metrics.jsonl").read_bytes(), newest.name, weights
+
+
 def contents(runs: Path) -> dict[str, object]:
-    """Metrics and newest weights of every run in the folder, by arm and seed."""
-    found: dict[str, object] = {}
-    for metrics in sorted(runs.glob("*/*/metrics.jsonl")):
-        newest = max((metrics.parent / "checkpoints").glob("ckpt-*.safetensors"))
-        weights = {name: value.tobytes() for name, value in load_file(newest).items()}
-        found[str(metrics.parent.relative_to(runs))] = (metrics.read_bytes(), newest.name, weights)
-    return found
+    """The content of every run in the folder, by arm and seed."""
+    paths = sorted(path.parent for path in runs.glob("*/*/metrics.jsonl"))
+    return {str(path.relative_to(runs)): content(path) for path in paths}

@@ -1,7 +1,6 @@
 """A GPU whose graphs cannot be captured, simulated on a cpu, for a test or a program of its own.
 
-    python no_graph.py train ...             the command line
-    python no_graph.py --worker PARENT_PID DESCRIPTOR   a worker of the ablations
+    python no_graph.py train ...
 
 Compiling is left out: it takes a minute on a cpu, and steps that are not compiled are the same
     steps. Every start of the
@@ -18,7 +17,6 @@ from typing import Any
 
 import torch
 
-from fastbyol.ablations import worker
 from fastbyol.cli import main as command_line
 from fastbyol.config import EngineConfig
 from fastbyol.engine import capture
@@ -54,11 +52,7 @@ def main() -> None:
     with Path(os.environ["NO_GRAPH_STARTS"]).open("a") as starts:
         starts.write(f"{os.getpid()} {' '.join(sys.argv[1:])}\n")
     install()
-    if sys.argv[1] == "--worker":
-        del sys.argv[1]
-        worker.main()
-    else:
-        command_line.main()
+    command_line.main()
 
 
 if __name__ == "__main__":

@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 
 # Inches. A picture is at most so wide, however many cells it has; narrow ones bear no numbers.
 CELL_W, CELL_H, MOST_INCHES, LEAST_FOR_TEXT = 0.72, 0.42, 40.0, 0.36
-ROW_INCHES = 12.0
+ROW_INCHES = 14.0
 # Cells this bright take dark numbers: viridis is at .5 where both are read equally well.
 BRIGHT = 0.55
 GREY = "#8a8a8a"
-MOST_LETTERS = 24
+MOST_LETTERS, MOST_IN_TITLE = 24, 40
 
 
 @dataclass(frozen=True)
@@ -172,7 +172,7 @@ class _Cells:
         axes.set_ylabel(labels(keys)[self.where.y] if self.where.y else "")
         axes.tick_params(length=0)
         axes.spines[:].set_visible(False)
-        title = ", ".join(f"{labels(keys)[key]} = {_short(panel[key])}" for key in panel)
+        title = ", ".join(f"{labels(keys)[key]} = {_short(panel[key], MOST_IN_TITLE)}" for key in panel)
         axes.set_title(title, fontsize=8.5)
 
     def _cell(self, axes: Axes, column: int, row: int, point: PointResult | None) -> None:
@@ -204,9 +204,9 @@ class _Cells:
             axes.text(x, y, words, ha="center", va="center", color=ink, fontsize=points)
 
 
-def _short(value: object) -> str:
+def _short(value: object, most: int = MOST_LETTERS) -> str:
+    """Return a value in at most ``most`` letters; of a path the end counts."""
     words = f"{value:g}" if type(value) in (int, float) else text(value)
-    if len(words) <= MOST_LETTERS:
+    if len(words) <= most:
         return words
-    end = MOST_LETTERS - 3
-    return f"...{words[-end:]}" if "/" in words else f"{words[:end]}..."
+    return f"...{words[3 - most :]}" if "/" in words else f"{words[: most - 3]}..."

@@ -172,8 +172,8 @@ class _Cells:
         axes.set_ylabel(labels(keys)[self.where.y] if self.where.y else "")
         axes.tick_params(length=0)
         axes.spines[:].set_visible(False)
-        title = ", ".join(f"{labels(keys)[key]} = {_short(panel[key], MOST_IN_TITLE)}" for key in panel)
-        axes.set_title(title, fontsize=8.5)
+        title = (f"{labels(keys)[key]} = {_short(panel[key], MOST_IN_TITLE)}" for key in panel)
+        axes.set_title(", ".join(title), fontsize=8.5)
 
     def _cell(self, axes: Axes, column: int, row: int, point: PointResult | None) -> None:
         from matplotlib.patches import Rectangle

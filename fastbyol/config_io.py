@@ -12,7 +12,7 @@ import re
 import tomllib
 import types
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -60,6 +60,7 @@ def load(
     file: Path | None = None,
     sets: Sequence[str] = (),
     flags: Mapping[str, tuple[str, object]] | None = None,
+    base: Mapping[str, Setting] | None = None,
     default: str = DEFAULT_PRESET,
 ) -> Loaded:
     """Build a resolved configuration.
@@ -71,16 +72,34 @@ def load(
         sets: ``key=value`` texts. A value is read as TOML, else as a bare word. ``a,b`` is a list,
             and ``none`` clears a key that may be absent.
         flags: dotted key -> ``Flag(name, value)``. Flags with the value None were not typed.
+        base: settings between preset and file, such as those that ``settings_of`` returns.
 
     Raises:
         UsageError: an unknown key, a value out of range, a file that cannot be read.
     """
-    settings = requested(preset=preset, file=file, sets=sets, flags=flags)
-    chosen = settings.get("preset", Setting(default, "default"))
-    settings = _from_preset(chosen) | settings | {"preset": chosen}
-    loaded = _resolved(settings)
+    loaded = _resolved(
+        _layered(default, preset=preset, file=file, sets=sets, flags=flags, base=base)
+    )
     _check(loaded.config, loaded.origin)
     return Loaded(loaded.config, loaded.origin, tuple(_notes(loaded)))
+
+
+def load_unresolved(
+    *,
+    sets: Sequence[str] = (),
+    flags: Mapping[str, tuple[str, object]] | None = None,
+    base: Mapping[str, Setting] | None = None,
+    default: str = DEFAULT_PRESET,
+) -> Config:
+    """Build a configuration as ``load`` does, with the values as asked for: None where none was."""
+    return _validated(Config, _layered(default, sets=sets, flags=flags, base=base))
+
+
+def _layered(default: str, **layers: Any) -> dict[str, Setting]:
+    """Return all settings: the preset's, and over them those of ``layers``, as ``requested``."""
+    settings = requested(**layers)
+    chosen = settings.get("preset", Setting(default, "default"))
+    return _from_preset(chosen) | settings | {"preset": chosen}
 
 
 def requested(
@@ -89,12 +108,14 @@ def requested(
     file: Path | None = None,
     sets: Sequence[str] = (),
     flags: Mapping[str, tuple[str, object]] | None = None,
+    base: Mapping[str, Setting] | None = None,
 ) -> dict[str, Setting]:
     """Return what the caller sets by dotted key, without defaults and preset.
 
     Keys are checked, values are not.
     """
-    settings = (_from_file(file) if file else {}) | _from_sets(sets) | _from_flags(flags or {})
+    settings = dict(base or {}) | (_from_file(file) if file else {})
+    settings |= _from_sets(sets) | _from_flags(flags or {})
     return settings | ({"preset": Setting(preset, "--preset")} if preset is not None else {})
 
 
@@ -265,6 +286,14 @@ def _from_file(path: Path) -> dict[str, Setting]:
 
 
 def _from_text(text: str, name: str) -> dict[str, Setting]:
+    return settings_of(*read_document(text, name))
+
+
+def read_document(text: str, name: str) -> tuple[dict[str, Any], Callable[[str], str]]:
+    """Return a TOML document, and a function of a dotted key: ``NAME:LINE``, where it is set.
+
+    Raises UsageError for text that is no TOML.
+    """
     try:
         table = tomllib.loads(text)
     except (
@@ -272,11 +301,22 @@ def _from_text(text: str, name: str) -> dict[str, Setting]:
     ) as error:  # TOMLDecodeError, or a plain ValueError for a number of over 4,300 digits
         raise UsageError(_syntax_error(str(error), name)) from None
     lines = _line_numbers(text)
+
+    def where(key: str) -> str:
+        return name + next((f":{lines[part]}" for part in _parents(key) if part in lines), "")
+
+    return table, where
+
+
+def settings_of(table: Mapping[str, Any], where: Callable[[str], str]) -> dict[str, Setting]:
+    """Return the settings in a TOML document by dotted key, each from ``where(key)``.
+
+    Raises UsageError for an unknown key.
+    """
     settings = {}
     for key, value in flatten_table(table).items():
-        line = next((f":{lines[part]}" for part in _parents(key) if part in lines), "")
-        _check_key(key, name + line)
-        settings[key] = Setting(_cleared(key, value), name + line)
+        _check_key(key, where(key))
+        settings[key] = Setting(_cleared(key, value), where(key))
     return settings
 
 

@@ -34,7 +34,8 @@ RANKS = (
     ("evaluation",),
     ("engine",),
     ("show",),
-    ("ablations",),
+    ("fleet",),
+    ("sweeps", "ablations"),
     ("api",),
     ("demo",),
     ("__init__",),
@@ -245,6 +246,7 @@ OLD_RUN = str(ROOT / "tests" / "runs" / "old" / "finished")
     [
         ["--help"],
         ["train", "--help"],
+        ["sweep", "--help"],
         ["runs", str(Path(OLD_RUN).parent)],
         ["report", "RUN"],
         ["explain", "--diff", "blog", OLD_RUN],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -12,7 +12,8 @@ import typer
 from rich.console import Console
 from rich.table import Column, Table
 
-from fastbyol.cli import fleet
+from fastbyol.cli import fleet, image_files
+from fastbyol.cli.image_files import Data, TestData
 from fastbyol.cli.options import Json
 from fastbyol.errors import FastbyolError, UsageError
 from fastbyol.fleet.launch import Launch
@@ -59,13 +60,6 @@ Targets = Annotated[
 
 Everything = Annotated[
     bool, typer.Option("--all", help="Every arm of the scale, open settings included.")
-]
-Data = Annotated[
-    str | None, typer.Option("--data", metavar="FILE", help="Beton, fashion-mnist or textures.")
-]
-TestData = Annotated[
-    str | None,
-    typer.Option("--test-data", metavar="FILE", help="Labelled beton for the probe."),
 ]
 Stl10 = Annotated[
     Path | None,
@@ -180,9 +174,9 @@ def run(
     folder = _folder(out, scale).resolve()
     chosen = plan.chosen(targets or (), scale, everything=everything)
     files = _data_files(scale, folder, data, test_data, stl10, console)
-    num_images = _checked(files)
+    num_images = image_files.check(files)
     what: dict[str, Any] = {"seeds": seeds, "sets": sets or (), "num_images": num_images}
-    runs = plan.make(chosen, scale, folder, flags=_flags(files, launch.device), **what)
+    runs = plan.make(chosen, scale, folder, flags=image_files.flags(files, launch.device), **what)
     asked = {"targets": targets or [], "all": everything, "seeds": seeds, "set": sets or []}
     share = _say_what_data(runs[0], num_images, console)
     asked |= {"data": files, "image_share": share, "launch": asdict(launch)}
@@ -249,16 +243,6 @@ def _folder(out: Path | None, scale: str) -> Path:
     return out if out is not None else Path("ablations") / scale
 
 
-def _flags(files: dict[str, str], device: str) -> dict[str, Any]:
-    from fastbyol.config_io import Flag
-
-    names = {"data.train": "--data", "data.test": "--test-data"}
-    flags = {key: Flag(names[key], value) for key, value in files.items()}
-    # Of several GPUs the worker sees its own alone.
-    kind = device.partition(":")[0]
-    return flags if device == "auto" else {**flags, "train.device": Flag("--device", kind)}
-
-
 def _data_files(
     scale: ScaleName,
     folder: Path,
@@ -272,35 +256,12 @@ def _data_files(
         if data or test_data:
             raise UsageError("--stl10 names both sets: leave out --data and --test-data")
         return {key: str(path) for key, path in _convert_stl10(stl10, folder, console).items()}
-    from fastbyol.data.embedded import BUILT_IN
-
     if scale == "full" and not (data and test_data):
         raise UsageError(
             "--scale full is of STL-10: name its folder with --stl10, or two betons with --data "
             "and --test-data"
         )
-    named = {"data.train": data, "data.test": test_data}
-    return {
-        key: name if name in BUILT_IN else str(Path(name).resolve())
-        for key, name in named.items()
-        if name
-    }
-
-
-def _checked(files: Mapping[str, str]) -> int | None:
-    """Check both files; return how many images the training file has, None for a built-in set."""
-    from fastbyol.data import beton
-    from fastbyol.data.embedded import BUILT_IN
-
-    test, train = files.get("data.test"), files.get("data.train")
-    if test and test not in BUILT_IN:
-        labels = beton.inspect(test).labels
-        if labels is None or len(set(labels[labels >= 0].tolist())) < 2:
-            raise UsageError(
-                f"{test}: the probe needs labels of two classes or more: name a labelled file "
-                "with --test-data"
-            )
-    return None if train is None or train in BUILT_IN else beton.inspect(train).num_samples
+    return image_files.named(data, test_data)
 
 
 def _say_what_data(run: Run, num_images: int | None, console: Console) -> float:

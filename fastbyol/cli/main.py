@@ -12,7 +12,7 @@ from pathlib import Path
 
 import typer
 
-from fastbyol.cli import ablate, data, doctor, explain, presets, train
+from fastbyol.cli import ablate, data, doctor, explain, presets, sweep, train
 from fastbyol.engine import interrupt, worker
 from fastbyol.engine.allocator import keep_freed_memory
 from fastbyol.errors import FastbyolError, UsageError
@@ -33,6 +33,7 @@ app.command("eval")(train.evaluate)
 app.command()(train.report)
 app.command()(explain.explain)
 app.command()(train.runs)
+app.command()(sweep.sweep)
 app.command()(doctor.doctor)
 app.command()(doctor.bench)
 app.command()(train.demo)

@@ -23,7 +23,7 @@ DEBIAN := g++ make pkg-config python3-venv python3-dev libopencv-core-dev libope
 IMAGES := dataset-fashion-mnist
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: setup demo test lint types unit test-floor floor test-no-ffcv no-ffcv lowered lower faults bench figures clean
+.PHONY: setup demo test lint types unit test-floor floor test-no-ffcv no-ffcv lowered lower faults slurm-test bench figures clean
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/.ready
@@ -100,6 +100,15 @@ lower: setup
 # Runs the faults of tests/faults/README.md at its full counts; `make test` runs a seeded few.
 faults: setup
 	FASTBYOL_FAULTS=full $(BIN)/python -m pytest -s --timeout 14400 tests/faults
+
+# Pre-empts jobs of a real SLURM on this machine (tests/slurm/README.md). As root, in a minute.
+SLURM := slurmctld slurmd slurm-client munge
+SUBMITIT := $(VENV)/submitit
+slurm-test: setup
+	@dpkg -s $(SLURM) >/dev/null 2>&1 || { apt-get update -qq && \
+	  env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(SLURM) >/dev/null; }
+	@[ -d $(SUBMITIT) ] || $(PIP) install --no-deps --target $(SUBMITIT) 'submitit==1.5.4' 'cloudpickle>=3'
+	PYTHONPATH=$(CURDIR)/$(SUBMITIT) $(BIN)/python -m pytest tests/slurm/preemption.py
 
 # About ten minutes on two cores. Run it on a quiet machine only.
 bench: setup

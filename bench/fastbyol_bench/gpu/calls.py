@@ -356,12 +356,11 @@ def _die_with_parent() -> None:
 
 def _records(work: Path) -> list[str]:
     """Return the paths of runs' small records: no checkpoints, no rates per layer and step."""
-    names = ("config.toml", "env.json", "metrics.jsonl", "timing.jsonl", "ledger.json")
-    return [
-        str(path.relative_to(work))
-        for path in sorted((work / "runs").rglob("*"))
-        if path.name in names
-    ]
+    names = ("config.toml", "env.json", "metrics.jsonl", "timing.jsonl")
+    paths = sorted((work / "runs").rglob("*"))
+    rows = [path for path in paths if path.match("calls/*.json") or path.match("ledger/*/*.json")]
+    records = [path for path in paths if path.name in names]
+    return [str(path.relative_to(work)) for path in (*rows, *records)]
 
 
 def _archive(path: Path, root: Path, names: Sequence[str]) -> None:

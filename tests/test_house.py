@@ -66,8 +66,8 @@ VERBS = re.compile(
     r"Name|Normalise|Open|Overwrite|Pack|Parse|Plan|Predict|Prefetch|Prepare|Print|Probe|"
     r"Propagate|Prove|Put|Raise|Read|Record|Reflect|Release|Remove|Repeat|Replace|"
     r"Report|Resize|Restore|Return|Round|Run|Say|Scale|Send|Serve|Set|Shade|Show|"
-    r"Solarize|Solve|Split|Stack|Standardize|Start|Stop|Store|Sum|Take|Tell|Time|Train|"
-    r"Translate|Transpose|Turn|Update|Verify|View|Wait|Warm|Write|Yield"
+    r"Solarize|Solve|Split|Stack|Standardize|Start|Stop|Store|Submit|Sum|Take|Tell|Time|Train|"
+    r"Translate|Transpose|Turn|Update|Verify|View|Wait|Warm|Work|Write|Yield"
 )
 
 

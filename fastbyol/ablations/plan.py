@@ -17,7 +17,7 @@ from fastbyol.config import Resolved
 from fastbyol.config_io import Flag
 from fastbyol.errors import UsageError, check_choice
 from fastbyol.fleet import existing
-from fastbyol.fleet.asking import Found
+from fastbyol.fleet.asking import FolderStatus
 from fastbyol.fleet.ledger import RUNS, Task
 
 
@@ -179,7 +179,7 @@ def run_path(out: Path, arm_name: str, seed: int) -> Path:
     return out / RUNS / arm_name / f"seed{seed}"
 
 
-def status(run: Run) -> Found:
+def status(run: Run) -> FolderStatus:
     """Return how far ``run`` is.
 
     Raises UsageError if its folder holds a run of another configuration.
@@ -204,7 +204,7 @@ def run_folders(out: Path) -> tuple[tuple[str, int, Path], ...]:
     return tuple(sorted(rows, key=lambda row: (order.index(row[0]), row[1])))
 
 
-def tasks(runs: Sequence[Run], out: Path) -> tuple[tuple[Task, Found], ...]:
+def tasks(runs: Sequence[Run], out: Path) -> tuple[tuple[Task, FolderStatus], ...]:
     """Return ``runs`` as workers know them, each with what its folder says.
 
     Raises UsageError if ``out`` holds other runs.

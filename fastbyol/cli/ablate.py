@@ -187,9 +187,7 @@ def run(
         made = {"out": str(folder), "scale": scale, **asdict(outcome)}
         print_json(made | _verdict_rows(verdicts))
     else:
-        if verdicts:
-            _print_verdicts(verdicts, console)
-        console.print(fleet.in_words(outcome, folder, launch), markup=False, soft_wrap=True)
+        _print_end(verdicts, fleet.in_words(outcome, folder, launch), console)
     fleet.finish(outcome)
     _check(verdicts, check=check)
 
@@ -359,6 +357,13 @@ def _show_claim(claim: Claim, as_json: bool) -> None:
         say(f"{'control' if name in claim.controls else 'arm'} {name}: {arm(name).about}")
         for key, value in values.items():
             say(f"  {key} = {value}")
+
+
+def _print_end(verdicts: Sequence[Verdict], counts: str, console: Console) -> None:
+    """Print the verdicts, if there are any, and what became of the runs."""
+    if verdicts:
+        _print_verdicts(verdicts, console)
+    console.print(counts, markup=False, soft_wrap=True)
 
 
 def _print_verdicts(verdicts: Sequence[Verdict], console: Console) -> None:

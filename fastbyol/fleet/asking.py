@@ -8,16 +8,16 @@ from typing import Any, Literal
 
 from fastbyol.errors import UsageError
 from fastbyol.fleet import ledger
-from fastbyol.fleet.claim import Owner, Watch, newest, take
+from fastbyol.fleet.claim import Owner, Watch, acquire, newest
 from fastbyol.fleet.ledger import LEDGER, Entry, Ledger, Task, entry_of
 from fastbyol.runs.consistency import changed
 from fastbyol.runs.durable import writing
 
 # What a run's folder says: nothing there, begun, all epochs done.
-Found = Literal["new", "stopped", "done"]
+FolderStatus = Literal["new", "stopped", "done"]
 
 
-def ask(out: Path, tasks: Sequence[tuple[Task, Found]]) -> tuple[Entry, ...]:
+def ask(out: Path, tasks: Sequence[tuple[Task, FolderStatus]]) -> tuple[Entry, ...]:
     """Write down that ``tasks`` are to be trained; return the entries of those that are not done.
 
     Each comes with what its folder says, which counts: a run whose folder was removed is new, and
@@ -31,14 +31,14 @@ def ask(out: Path, tasks: Sequence[tuple[Task, Found]]) -> tuple[Entry, ...]:
     book, old = Ledger(out), ledger.read_old(out).get("runs", {})
     order = ledger.order_after(book.entries())
     entries = []
-    for number, (task, found) in enumerate(tasks):
+    for number, (task, status) in enumerate(tasks):
         fresh = entry_of(out, task, order + number)
         before = book.entry(task.key)
         if before is None:
-            wanted = _asked_again(fresh.with_row(**_kept(old.get(task.key, {}))), found)
+            wanted = _asked_again(fresh.with_row(**_kept(old.get(task.key, {}))), status)
             entries.append(_write(None, wanted))
         else:
-            wanted = _with_settings(_asked_again(before, found), fresh)
+            wanted = _with_settings(_asked_again(before, status), fresh)
             entries.append(before if wanted.row == before.row else _write(before, wanted))
     return tuple(entry for entry in entries if entry.status != "done")
 
@@ -60,19 +60,20 @@ def _write(before: Entry | None, wanted: Entry) -> Entry:
     """Write ``wanted`` in place of ``before``, under a claim of its own; return what is there now.
 
     If the run is claimed, or its entry has changed since, it is another's to write, and stays.
+    Raises UsageError if that one trains it with other settings than are wanted.
     """
     seen = newest(wanted.stem)
     if seen is not None and not Watch().is_dead(seen):
-        return before or wanted
+        return _left_alone(before, wanted)
     last = max(wanted.claimed, 0 if seen is None else seen.number)
     with writing(wanted.stem):
-        claim = take(wanted.stem, last, Owner())
+        claim = acquire(wanted.stem, last, Owner())
     if claim is None:
-        return before or wanted
+        return _left_alone(before, wanted)
     try:
         now = Ledger(wanted.out).entry(wanted.key)
         if now is not None and (before is None or now.row != before.row):
-            return now
+            return _left_alone(now, wanted)
         wanted = wanted.with_row(claimed=claim.number)
         wanted.write()
     finally:
@@ -80,35 +81,32 @@ def _write(before: Entry | None, wanted: Entry) -> Entry:
     return wanted
 
 
-def _asked_again(entry: Entry, found: Found) -> Entry:
+def _left_alone(there: Entry | None, wanted: Entry) -> Entry:
+    """Return the entry of a run that another has. Raises UsageError for other settings."""
+    if there is None:
+        return wanted
+    settings = str(there.row["config"])
+    if changed(there.path, wanted.config(), settings, str(there.stem)):
+        raise UsageError(
+            f"{there.path}: is trained with other settings at this moment: name another folder "
+            "with --out"
+        )
+    return there
+
+
+def _asked_again(entry: Entry, status: FolderStatus) -> Entry:
     """Return the entry of a run that is asked for again, by what its folder says."""
-    if found == "done":
-        return entry.with_row(status=found)
     if entry.status == "failed":
         failures = [*entry.row.get("failed_before", ()), entry.row.get("error", "no reason kept")]
-        return entry.with_row(status="stopped", error=None, failed_before=failures)
-    if entry.status == "done":
-        return entry.with_row(status="new", attempts=None, state=None, accuracy=None, step=None)
-    if entry.status == "new" and found == "stopped":
-        return entry.with_row(status="stopped")
-    return entry
+        entry = entry.with_row(error=None, failed_before=failures)
+    if status == "new" and entry.status != "new":  # whatever was made of it is gone
+        entry = entry.with_row(attempts=None, state=None, accuracy=None, step=None)
+    return entry.with_row(status=status)
 
 
 def _with_settings(entry: Entry, fresh: Entry) -> Entry:
-    """Return the entry with the settings of ``fresh``; its paths may have moved.
-
-    Raises UsageError if it was begun with settings that train otherwise.
-    """
-    same = {key: fresh.row[key] for key in ("config", "device", "epochs")}
-    if all(entry.row[key] == value for key, value in same.items()):
-        return entry
-    settings = str(entry.row["config"])
-    if entry.is_open and changed(entry.path, fresh.config(), settings, str(entry.stem)):
-        raise UsageError(
-            f"{entry.path}: is trained with other settings at this moment: name another folder "
-            "with --out"
-        )
-    return entry.with_row(**same)
+    """Return the entry with the settings of ``fresh``; its paths may have moved."""
+    return entry.with_row(**{key: fresh.row[key] for key in ("config", "device", "epochs")})
 
 
 def _kept(row: Mapping[str, Any]) -> dict[str, Any]:

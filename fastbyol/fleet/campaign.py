@@ -16,7 +16,7 @@ from rich.console import Console
 from fastbyol.data import embedded
 from fastbyol.errors import FastbyolError, UsageError
 from fastbyol.fleet import asking, launchers, ledger
-from fastbyol.fleet.asking import Found
+from fastbyol.fleet.asking import FolderStatus
 from fastbyol.fleet.launch import Launch
 from fastbyol.fleet.ledger import Call, Ledger, Task
 from fastbyol.fleet.node import NodeEnd
@@ -41,7 +41,7 @@ class Outcome:
 
 
 def execute(
-    tasks: Sequence[tuple[Task, Found]],
+    tasks: Sequence[tuple[Task, FolderStatus]],
     out: Path,
     scale: str,
     *,
@@ -79,7 +79,7 @@ def execute(
 
 
 def _ask(
-    tasks: Sequence[tuple[Task, Found]], out: Path, scale: str, asked: Mapping[str, Any]
+    tasks: Sequence[tuple[Task, FolderStatus]], out: Path, scale: str, asked: Mapping[str, Any]
 ) -> tuple[Call, tuple[str, ...]]:
     """Write down that ``tasks`` are to be trained; return the names of those that are not done.
 

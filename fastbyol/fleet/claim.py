@@ -74,7 +74,7 @@ class Owner:
 class Claim:
     """The right to a run until ``release``. ``number`` is its fencing token.
 
-    Made by ``take``. ``say`` and ``beat`` may be called in another thread than the rest.
+    Made by ``acquire``. ``say`` and ``beat`` may be called in another thread than the rest.
     """
 
     def __init__(self, path: Path, number: int, owner: Owner) -> None:
@@ -231,7 +231,7 @@ def look(stem: Path, number: int) -> Seen:
     return Seen(path, number, sign, touched_ns)
 
 
-def take(stem: Path, last: int, owner: Owner) -> Claim | None:
+def acquire(stem: Path, last: int, owner: Owner) -> Claim | None:
     """Claim the run whose ledger file is ``stem`` and .json; None if another was faster.
 
     ``last`` is the highest number that was ever claimed, as far as the caller knows. Earlier

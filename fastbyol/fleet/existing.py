@@ -13,7 +13,7 @@ from fastbyol.data import beton
 from fastbyol.data.contents import Contents
 from fastbyol.data.embedded import BUILT_IN
 from fastbyol.errors import FastbyolError, UsageError
-from fastbyol.fleet.asking import Found
+from fastbyol.fleet.asking import FolderStatus
 from fastbyol.fleet.survey import epochs_done
 from fastbyol.runs import inputs
 from fastbyol.runs.consistency import FREE
@@ -22,7 +22,7 @@ from fastbyol.runs.folder import RunFolder
 _FILES: dict[str, Literal["train", "test"]] = {"data.train": "train", "data.test": "test"}
 
 
-def status(path: Path, config: Resolved) -> Found:
+def status(path: Path, config: Resolved) -> FolderStatus:
     """Return how far the run in ``path`` is that is to have ``config``.
 
     Raises UsageError if its folder holds a run of another configuration.

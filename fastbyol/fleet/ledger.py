@@ -148,7 +148,7 @@ class Ledger:
 
     def __init__(self, out: Path) -> None:
         self.out = out
-        self._read: dict[Path, tuple[tuple[int, int], Entry]] = {}
+        self._read: dict[Path, tuple[tuple[int, int, int], Entry]] = {}
         # Files that are no entries, with why.
         self.damaged: dict[str, str] = {}
 
@@ -156,8 +156,8 @@ class Ledger:
         """Return all entries in the order in which they are to be trained."""
         paths = sorted((self.out / LEDGER).glob("*/seed*.json"))
         self.damaged = {}
-        found = [entry for path in paths if (entry := self._entry(path)) is not None]
-        return tuple(sorted(found, key=lambda entry: (entry.row["order"], entry.key)))
+        entries = [entry for path in paths if (entry := self._entry(path)) is not None]
+        return tuple(sorted(entries, key=lambda entry: (entry.row["order"], entry.key)))
 
     def entry(self, key: str) -> Entry | None:
         """Return the entry of one run as it is now, None where there is none."""
@@ -168,7 +168,7 @@ class Ledger:
             status = path.stat()
         except OSError:
             return None
-        version = (status.st_ino, status.st_mtime_ns)
+        version = (status.st_ino, status.st_mtime_ns, status.st_size)
         if path in self._read and self._read[path][0] == version:
             return self._read[path][1]
         key = f"{path.parent.name}/{path.stem}"
@@ -325,13 +325,13 @@ def keys(words: Sequence[str], entries: Sequence[Entry]) -> tuple[str, ...]:
 
     Raises UsageError for a word that names none.
     """
-    found: list[str] = []
+    matches: list[str] = []
     for word in words:
         names = [e.key for e in entries if word in (e.key, e.name, e.row["arm"])]
         if not names:
             raise UsageError(f"{word}: no such run in this folder; see `fastbyol ablate status`")
-        found += names
-    return tuple(dict.fromkeys(found))
+        matches += names
+    return tuple(dict.fromkeys(matches))
 
 
 def free_bytes(out: Path) -> int | None:

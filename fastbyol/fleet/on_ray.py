@@ -77,14 +77,14 @@ def work(options: Options) -> str:
         command += ["--minutes", str(options.minutes)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
-        said = process.communicate()[0]
+        printed = process.communicate()[0]
     except BaseException:  # cancelled: it saves
         process.terminate()
         process.wait()
         raise
     if process.returncode < 0:
         raise RuntimeError(f"a worker was killed by signal {-process.returncode}")
-    return said.strip().rpartition("\n")[2] if process.returncode else ""
+    return printed.strip().rpartition("\n")[2] if process.returncode else ""
 
 
 def _resources(cluster: dict[str, Any], launch: Launch) -> tuple[dict[str, float], int]:

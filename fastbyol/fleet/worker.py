@@ -44,10 +44,10 @@ from fastbyol.fleet.claim import (
     Owner,
     Seen,
     Watch,
+    acquire,
     claims_below,
     look,
     remove,
-    take,
 )
 from fastbyol.fleet.ledger import LEDGER, Entry, Ledger
 from fastbyol.runs import checkpoint, inputs
@@ -188,6 +188,9 @@ class Worker:
         self.ledger = Ledger(Path(self.options.out))
         options = self.options
         self.owner = Owner(options.stale_s, options.job)
+        # The device that each run is for which cannot be trained here.
+        self._others: dict[str, str] = {}
+        self._kinds: dict[str, str | None] = {}
 
     def work(self) -> str | None:
         """Train until nothing is left to do, or something ends the worker; return what, or None.
@@ -204,6 +207,7 @@ class Worker:
                     raise DiskError(f"{self.options.out}: cannot claim: {error.strerror}") from None
                 if isinstance(claimed, list):
                     if not claimed or self._may_leave(claimed):
+                        self._tell_of_others()
                         return None
                     if not is_waiting:
                         self.tell(f"waits for {len(claimed)} runs of others")
@@ -237,13 +241,18 @@ class Worker:
         claims = claims_below(Path(self.options.out) / LEDGER)
         entries = self.ledger.entries()
         status = {entry.key: entry.status for entry in entries}
+        self._others = {
+            entry.key: device
+            for entry in entries
+            if entry.status not in ("done", "failed") and (device := self._other_device(entry))
+        }
         for entry in entries:
             number = claims.get(entry.stem, 0)
             if entry.status in ("done", "failed"):
                 if number and not entry.is_open and number <= entry.claimed:
                     remove(look(entry.stem, number).path)  # its owner was killed before it did
                 continue
-            if not self._can_train(entry):
+            if entry.key in self._others or entry.after in self._others:
                 continue
             seen = look(entry.stem, number) if number else None
             is_over = seen is None or (number <= entry.claimed and not entry.is_open)
@@ -263,16 +272,28 @@ class Worker:
                 others.append(None)  # another was faster
         return others
 
-    def _can_train(self, entry: Entry) -> bool:
-        """Return whether this machine has the run's device, of the kind that it was begun on."""
-        kinds = {attempt["device"] for attempt in entry.attempts}
-        try:
-            return not kinds or pick_device(entry.row["device"]).type in kinds
-        except UsageError:
-            return False
+    def _other_device(self, entry: Entry) -> str | None:
+        """Return the device that the run is for, or the kind that it was begun on; None if here."""
+        device = entry.row["device"]
+        if device not in self._kinds:
+            try:
+                self._kinds[device] = pick_device(device).type
+            except UsageError:
+                self._kinds[device] = None
+        here = self._kinds[device]
+        begun = {attempt["device"] for attempt in entry.attempts}
+        if here is None:
+            return str(device)
+        return None if not begun or here in begun else str(begun.pop())
+
+    def _tell_of_others(self) -> None:
+        """Say which runs are left because this machine has not their device."""
+        if self._others:
+            devices = ", ".join(sorted(set(self._others.values())))
+            self.tell(f"leaves {len(self._others)} runs for a machine with their device: {devices}")
 
     def _claim(self, entry: Entry, last: int) -> tuple[Entry, Claim] | None:
-        claim = take(entry.stem, last, self.owner)
+        claim = acquire(entry.stem, last, self.owner)
         if claim is None:
             return None
         # Another may have trained it to its end since it was read.

@@ -28,7 +28,7 @@ from fastbyol.config_io import Flag, Setting
 from fastbyol.data.embedded import BUILT_IN
 from fastbyol.errors import UsageError
 from fastbyol.fleet import existing, ledger
-from fastbyol.fleet.asking import Found
+from fastbyol.fleet.asking import FolderStatus
 from fastbyol.fleet.ledger import CALLS, RUNS, Task
 from fastbyol.runs import inputs
 from fastbyol.runs.consistency import FREE
@@ -279,7 +279,7 @@ def _absolute(config: Resolved) -> Resolved:
     return config.model_copy(update={"train": train})
 
 
-def tasks(grid: Grid, out: Path) -> tuple[tuple[Task, Found], ...]:
+def tasks(grid: Grid, out: Path) -> tuple[tuple[Task, FolderStatus], ...]:
     """Return the runs of ``grid`` as workers know them, each with what its folder says.
 
     Raises UsageError if ``out`` holds other runs than a part of this sweep.

@@ -21,13 +21,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastbyol.fleet import claim as claims
-from fastbyol.fleet.claim import SIGN, Claim, LostClaimError, Owner, Seen, Watch, newest, take
+from fastbyol.fleet.claim import SIGN, Claim, LostClaimError, Owner, Seen, Watch, acquire, newest
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from fastbyol.fleet.claim import Owner, take
-claim = take(Path(sys.argv[1]), int(sys.argv[2]), Owner(stale_s=float(sys.argv[3])))
+from fastbyol.fleet.claim import Owner, acquire
+claim = acquire(Path(sys.argv[1]), int(sys.argv[2]), Owner(stale_s=float(sys.argv[3])))
 print(claim is not None, flush=True)
 while claim is not None:
     time.sleep(0.05)
@@ -52,7 +52,7 @@ def holding(stem: Path, stale_s: float = 300.0) -> Iterator[subprocess.Popen[str
 
 
 def taken(stem: Path, last: int = 0, **fields: object) -> Claim:
-    claim = take(stem, last, Owner(**fields))  # type: ignore[arg-type]
+    claim = acquire(stem, last, Owner(**fields))  # type: ignore[arg-type]
     assert claim is not None
     return claim
 
@@ -89,7 +89,7 @@ def test_one_of_many_gets_it(stem: Path) -> None:
 
     def run(number: int) -> Claim | None:
         start.wait()
-        return take(stem, number, Owner())
+        return acquire(stem, number, Owner())
 
     with ThreadPoolExecutor(16) as pool:
         for number in range(100):
@@ -165,7 +165,7 @@ def test_a_late_taker_of_an_old_claim_gives_way(stem: Path) -> None:
     goes on: it must not take the third's run.
     """
     third = taken(stem, 2)  # claim 3: claims 1 and 2 are gone
-    assert take(stem, 1, Owner()) is None
+    assert acquire(stem, 1, Owner()) is None
     third.check()
     assert there(stem).number == 3
 
@@ -219,7 +219,7 @@ def test_a_full_disk_lets_the_owner_give_signs_and_say_why_it_ends(tmp_path: Pat
         assert after.has_ended
         assert Watch().is_dead(after)
         with pytest.raises(OSError, match="No space left"):
-            take(disk / "seed1", 0, Owner())
+            acquire(disk / "seed1", 0, Owner())
         claim.release()
         assert sorted(path.name for path in disk.iterdir()) == ["filler"]
     finally:

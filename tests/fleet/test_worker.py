@@ -23,7 +23,7 @@ import no_graph
 from fastbyol.engine import trainer
 from fastbyol.errors import FastbyolError
 from fastbyol.fleet import asking, claim, ledger, worker
-from fastbyol.fleet.claim import SIGN, LostClaimError, Owner, take
+from fastbyol.fleet.claim import SIGN, LostClaimError, Owner, acquire
 from fastbyol.fleet.ledger import Ledger
 from fastbyol.fleet.survey import Surveyor
 from fastbyol.fleet.worker import MOST_LOSSES, Options
@@ -179,7 +179,7 @@ def test_a_stolen_claim_stops_its_worker_and_the_other_finishes(
 
         def report(message: Any) -> None:
             if message.step >= 6 and not stolen:
-                thief = take(
+                thief = acquire(
                     first.stem, first.claimed + 1, Owner(host="far", boot="another", stale_s=1.0)
                 )
                 assert thief is not None
@@ -266,7 +266,7 @@ def test_a_run_that_kills_its_worker_fails_in_the_end(tmp_path: Path) -> None:
     ask(tmp_path, "gn-lars-0.1", sets=SHORT)
     for _ in range(MOST_LOSSES):
         (entry,) = Ledger(tmp_path).entries()
-        held = take(entry.stem, entry.claimed, Owner(boot="gone"))
+        held = acquire(entry.stem, entry.claimed, Owner(boot="gone"))
         assert held is not None
         lost = worker.Worker(Options(str(tmp_path)), print, worker.Pulse(Options(str(tmp_path)), 0))
         lost._begun(entry, held)
@@ -386,7 +386,7 @@ def test_a_worker_that_does_not_wait_leaves_what_others_have(tmp_path: Path) -> 
     """But not before it has seen that they live."""
     ask(tmp_path, "gn-lars-0.1", sets=SHORT)
     (entry,) = Ledger(tmp_path).entries()
-    held = take(entry.stem, entry.claimed, Owner(boot="another", stale_s=60.0))
+    held = acquire(entry.stem, entry.claimed, Owner(boot="another", stale_s=60.0))
     assert held is not None
     ended: list[str | None] = []
     thread = threading.Thread(target=lambda: ended.append(here(tmp_path, waits=False)[0]))
@@ -462,7 +462,7 @@ def test_a_run_without_a_graph_goes_on_in_a_fresh_process(
 def test_whoever_lost_its_claim_raises(tmp_path: Path) -> None:
     ask(tmp_path, "gn-lars-0.1", sets=SHORT)
     (entry,) = Ledger(tmp_path).entries()
-    held = take(entry.stem, 0, Owner())
+    held = acquire(entry.stem, 0, Owner())
     assert held is not None
     shutil.rmtree(held.path)
     with pytest.raises(LostClaimError):

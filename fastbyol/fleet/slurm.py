@@ -44,18 +44,25 @@ class NodeJob:
         """Run the workers, and return how that ended."""
         import submitit
 
-        job = submitit.JobEnvironment().job_id
+        stopped_by = self.run(submitit.JobEnvironment().job_id)
+        if stopped_by == "SIGUSR2":
+            # By now the signal is submitit's again, whose handler requeues the job and exits.
+            os.kill(os.getpid(), signal.SIGUSR2)
+        elif stopped_by is not None:
+            _wait_for_the_end()
+        return stopped_by or "nothing is left to do"
+
+    def run(self, job: str) -> str | None:
+        """Run the workers under the scheduler's name ``job``; return the signal that stopped them.
+
+        Raises FastbyolError if they could not work.
+        """
         # Others may stay for long with what they have: a job that waited would hold its machine.
         options = Options(self.out, self.minutes, waits=False, stale_s=self.stale_s, job=job)
         end = Node(options, slots(self.device, self.jobs), output.say).run()
         if end.problems:
             raise FastbyolError(end.problems[0])
-        if end.stopped_by == "SIGUSR2":
-            # By now the signal is submitit's again, whose handler requeues the job and exits.
-            os.kill(os.getpid(), signal.SIGUSR2)
-        elif end.stopped_by is not None:
-            _wait_for_the_end()
-        return end.stopped_by or "nothing is left to do"
+        return end.stopped_by
 
     def checkpoint(self, *args: Any, **kwargs: Any) -> Any:
         """Return what submitit is to send when it requeues the job: the same."""
@@ -132,6 +139,9 @@ def _parameters(words: Sequence[str]) -> dict[str, Any]:
 
 
 def _wait_for_the_end() -> None:
-    """Wait to be killed. A job that ended by itself would count as done, and not be requeued."""
+    """Wait to be killed.
+
+    A job that ends by itself before it is pre-empted counts as done, and is not requeued.
+    """
     while True:
         time.sleep(1.0)

@@ -23,7 +23,7 @@ DEBIAN := g++ make pkg-config python3-venv python3-dev libopencv-core-dev libope
 IMAGES := dataset-fashion-mnist
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: setup demo test lint types unit test-floor floor test-no-ffcv no-ffcv lowered lower faults slurm-test bench figures clean
+.PHONY: setup demo test lint types unit test-floor floor test-no-ffcv no-ffcv lowered lower faults slurm-test ray-test bench figures clean
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/.ready
@@ -101,14 +101,18 @@ lower: setup
 faults: setup
 	FASTBYOL_FAULTS=full $(BIN)/python -m pytest -s --timeout 14400 tests/faults
 
-# Pre-empts jobs of a real SLURM on this machine (tests/slurm/README.md). As root, in a minute.
+# The launcher on a real SLURM of this machine, which pre-empts jobs (tests/slurm/README.md). As root,
+# in some minutes.
 SLURM := slurmctld slurmd slurm-client munge
-SUBMITIT := $(VENV)/submitit
 slurm-test: setup
 	@dpkg -s $(SLURM) >/dev/null 2>&1 || { apt-get update -qq && \
 	  env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(SLURM) >/dev/null; }
-	@[ -d $(SUBMITIT) ] || $(PIP) install --no-deps --target $(SUBMITIT) 'submitit==1.5.4' 'cloudpickle>=3'
-	PYTHONPATH=$(CURDIR)/$(SUBMITIT) $(BIN)/python -m pytest tests/slurm/preemption.py
+	$(BIN)/python -m pytest -s tests/slurm/launcher.py
+
+# The launcher on a Ray cluster of two CPUs of this machine.
+ray-test: setup
+	$(PIP) install --constraint $(CONSTRAINTS) --editable '.[ray]'
+	$(BIN)/python -m pytest -s tests/ray_cluster/launcher.py
 
 # About ten minutes on two cores. Run it on a quiet machine only.
 bench: setup

@@ -304,7 +304,7 @@ def test_every_run_ever_asked_for_is_accounted_for(page: Page, suite: Suite) -> 
 
 
 def test_runs_of_earlier_code_and_of_workers_are_each_counted_once(tmp_path: Path) -> None:
-    """The one file of earlier code, and a file a run: of a run that both have the new one counts."""
+    """The one file of earlier code, and a file a run, which counts where both have the run."""
     names = [f"gn-lars-0.1 seed {seed}" for seed in range(5)]
     old = {
         f"gn-lars-0.1/seed{seed}": {"arm": "gn-lars-0.1", "seed": seed, "status": status}

@@ -94,7 +94,7 @@ def board(out: Path) -> tuple[Board, io.StringIO]:
 
 
 def test_plain_output_has_one_line_an_event(tmp_path: Path) -> None:
-    """Looks are not printed: a log would fill with tables. Only ``status --watch`` asks for them."""
+    """Looks are not printed: a log would fill with tables. ``status --watch`` asks for them."""
     ask(tmp_path, "gn-lars-0.1", seeds=2)
     shown, file = board(tmp_path)
     with shown:

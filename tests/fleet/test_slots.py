@@ -128,5 +128,5 @@ def test_devices_that_are_not_there_are_refused() -> None:
 def test_free_memory_that_cannot_be_asked_for_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     """The process that asks fails, as it does under a broken driver."""
     monkeypatch.setattr(module.sys, "executable", "/bin/false")
-    with pytest.raises(FastbyolError, match="free memory: .*name the workers with --jobs"):
+    with pytest.raises(FastbyolError, match=r"free memory: .*name the workers with --jobs"):
         module.free_bytes()

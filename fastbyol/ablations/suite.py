@@ -168,7 +168,7 @@ def account(out: Path, content: Mapping[str, Any]) -> Account:
             (*(name for call in content["calls"] for name in call.get("runs", ())), *rows)
         )
     )
-    status = {name: rows.get(name, {}).get("status", "left") for name in asked}
+    status = {name: rows.get(name, {}).get("status", "new") for name in asked}
     folders = sorted(path.parent for path in (out / RUNS).glob("*/seed*/config.toml"))
     there = {
         f"{path.parent.name} seed {path.name.removeprefix('seed')}": path.parent.name
@@ -199,7 +199,7 @@ def account(out: Path, content: Mapping[str, Any]) -> Account:
             if status[name] == "failed"
         },
         stopped=tuple(name for name in asked if status[name] == "stopped"),
-        left=tuple(name for name in asked if status[name] == "left"),
+        left=tuple(name for name in asked if status[name] == "new"),
         odd=tuple(odd),
     )
 

@@ -23,9 +23,9 @@ from fastbyol.output import print_json, say
 if TYPE_CHECKING:
     from fastbyol.ablations.arms import Arm, ScaleName
     from fastbyol.ablations.claims import Claim
-    from fastbyol.ablations.plan import Run
     from fastbyol.ablations.suite import Suite
     from fastbyol.ablations.verdict import Verdict
+    from fastbyol.config import Resolved
 
 app = typer.Typer(
     help="Run the post's ablations and say, claim by claim, whether they hold.",
@@ -168,8 +168,9 @@ def run(
 ) -> None:
     """Train what is missing, print the verdicts. After an interruption the next call goes on."""
     from fastbyol.ablations import plan
-    from fastbyol.fleet import campaign
+    from fastbyol.fleet import campaign, launchers
 
+    launchers.check(launch)
     console = make_console(err=as_json)
     folder = _folder(out, scale).resolve()
     chosen = plan.chosen(targets or (), scale, everything=everything)
@@ -178,7 +179,7 @@ def run(
     what: dict[str, Any] = {"seeds": seeds, "sets": sets or (), "num_images": num_images}
     runs = plan.make(chosen, scale, folder, flags=image_files.flags(files, launch.device), **what)
     asked = {"targets": targets or [], "all": everything, "seeds": seeds, "set": sets or []}
-    share = _say_what_data(runs[0], num_images, console)
+    share = _say_what_data(runs[0].config, num_images, launch, console)
     asked |= {"data": files, "image_share": share, "launch": asdict(launch)}
     how: dict[str, Any] = {"asked": asked, "launch": launch, "console": console}
     outcome = campaign.execute(plan.tasks(runs, folder), folder, scale, **how)
@@ -262,7 +263,9 @@ def _data_files(
     return image_files.named(data, test_data)
 
 
-def _say_what_data(run: Run, num_images: int | None, console: Console) -> float:
+def _say_what_data(
+    config: Resolved, num_images: int | None, launch: Launch, console: Console
+) -> float:
     """Print what the runs train on, and its image share; return that share.
 
     ``num_images``: how many the named file has, None for a built-in set.
@@ -270,10 +273,12 @@ def _say_what_data(run: Run, num_images: int | None, console: Console) -> float:
     from fastbyol.ablations.arms import arm, load
     from fastbyol.ablations.marker import image_share
 
-    config = run.config
     # The network of the recoveries, whatever arms are asked for.
     network = load(arm("gn-lars-0.2"), "mini", seed=0).config.model
-    share = image_share(config.model_copy(update={"model": network}))
+    # A cluster's login node has not the device of its machines.
+    device = config.train.device if launch.launcher == "local" else "auto"
+    train = config.train.model_copy(update={"device": device})
+    share = image_share(config.model_copy(update={"model": network, "train": train}))
     limit = config.data.limit
     if num_images is None:
         images = f"{limit} images at most" if limit else "all images"

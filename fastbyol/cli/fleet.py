@@ -201,6 +201,5 @@ def retry(out: Folder, runs: Runs = None) -> None:
 
     Surveyor(out)
     entries = retry(out, runs or ())
-    say(*(f"{entry.name}: is tried again by the next worker" for entry in entries))
-    if not entries:
-        say(f"{out}: no run has failed")
+    lines = [f"{entry.name}: is tried again by the next worker" for entry in entries]
+    say(*(lines or [f"{out}: no run has failed"]))

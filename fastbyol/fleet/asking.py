@@ -12,6 +12,7 @@ from fastbyol.fleet.claim import Owner, Watch, acquire, newest
 from fastbyol.fleet.ledger import LEDGER, Entry, Ledger, Task, entry_of
 from fastbyol.runs.consistency import changed
 from fastbyol.runs.durable import writing
+from fastbyol.runs.folder import CONFIG
 
 # What a run's folder says: nothing there, begun, all epochs done.
 FolderStatus = Literal["new", "stopped", "done"]
@@ -53,7 +54,12 @@ def retry(out: Path, words: Sequence[str]) -> tuple[Entry, ...]:
     failed = [entry for entry in entries if entry.key in keys and entry.status == "failed"]
     if words and not failed:
         raise UsageError(f"{', '.join(words)}: did not fail; see `fastbyol ablate status {out}`")
-    return tuple(_write(entry, _asked_again(entry, "stopped")) for entry in failed)
+    return tuple(_write(entry, _asked_again(entry, _begun(entry))) for entry in failed)
+
+
+def _begun(entry: Entry) -> FolderStatus:
+    """Return whether the run has a folder to go on with."""
+    return "stopped" if (entry.path / CONFIG).is_file() else "new"
 
 
 def _write(before: Entry | None, wanted: Entry) -> Entry:

@@ -14,6 +14,7 @@ from rich.text import Text
 from fastbyol.fleet.survey import Row, Survey, Surveyor
 from fastbyol.output import is_live
 from fastbyol.show.screen import STATE_STYLE, duration
+from fastbyol.text import printable
 
 STATUS_STYLE = {
     "running": "green",
@@ -44,7 +45,7 @@ def table(rows: Sequence[Row]) -> Table:
             row.run,
             Text(row.status, style=STATUS_STYLE.get(row.status, "")),
             f"{row.epochs_done}/{row.epochs}",
-            Text(row.state or "", style=STATE_STYLE.get(row.state or "", "")),
+            Text(printable(row.state or ""), style=STATE_STYLE.get(row.state or "", "")),
             "" if row.neg_cos is None else f"{row.neg_cos:.4f}",
             "" if row.accuracy is None else f"{row.accuracy:.1f}%",
             "" if row.img_s is None else f"{row.img_s:.0f}",
@@ -70,8 +71,8 @@ def drawing(survey: Survey, most: int | None = None) -> RenderableType:
         parts.append(table(shown))
     if len(shown) < len(rows):
         parts.append(Text(f"and {len(rows) - len(shown)} more"))
-    parts += [Text(f"{row.run}: {row.note}") for row in shown if row.note]
-    parts += [Text(note) for note in survey.notes]
+    notes = [*(f"{row.run}: {row.note}" for row in shown if row.note), *survey.notes]
+    parts += [Text(printable(note)) for note in notes]
     return Group(*parts)
 
 

@@ -17,7 +17,7 @@ from scipy.stats import binomtest
 from typer.testing import CliRunner
 
 from fastbyol import api, config_io
-from fastbyol.ablations import ledger, report, report_figures, report_tables
+from fastbyol.ablations import report, report_figures, report_tables
 from fastbyol.ablations.claims import CLAIMS
 from fastbyol.ablations.curves import published
 from fastbyol.ablations.evidence import Evidence
@@ -25,6 +25,7 @@ from fastbyol.ablations.suite import Record, Suite, account
 from fastbyol.ablations.verdict import judge
 from fastbyol.cli import ablate
 from fastbyol.errors import UsageError
+from fastbyol.fleet import ledger
 from fastbyol.runs.layers import read_layers
 from made_up import COLLAPSED, HEALTHY, RECOVERED_LATE, made_up
 
@@ -300,6 +301,33 @@ def test_every_run_ever_asked_for_is_accounted_for(page: Page, suite: Suite) -> 
         "counter-example",
     ):
         assert line in page.text
+
+
+def test_runs_of_earlier_code_and_of_workers_are_each_counted_once(tmp_path: Path) -> None:
+    """The one file of earlier code, and a file a run, which counts where both have the run."""
+    names = [f"gn-lars-0.1 seed {seed}" for seed in range(5)]
+    old = {
+        f"gn-lars-0.1/seed{seed}": {"arm": "gn-lars-0.1", "seed": seed, "status": status}
+        for seed, status in enumerate(["done", "stopped", "failed"])
+    }
+    calls = [{"command": COMMAND, "runs": names[:3]}]
+    (tmp_path / "ledger.json").write_text(
+        json.dumps({"scale": "mini", "calls": calls, "runs": old})
+    )
+    (tmp_path / "runs").mkdir()
+    ledger.Call(tmp_path, "mini", {"runs": names[1:]}).end()
+    folder = tmp_path / "ledger/gn-lars-0.1"
+    folder.mkdir(parents=True)
+    for seed, status in ((1, "done"), (2, "failed"), (3, "new"), (4, "stopped")):
+        row = {
+            "arm": "gn-lars-0.1", "seed": seed, "status": status, "order": seed, "epochs": 2,
+            "claimed": 1, "device": "auto", "config": "", "error": "why",
+        }  # fmt: skip
+        (folder / f"seed{seed}.json").write_text(json.dumps(row))
+    found = account(tmp_path, ledger.read(tmp_path))
+    assert list(found.asked) == names
+    assert (list(found.done), dict(found.failed)) == (names[:2], {names[2]: "why"})
+    assert (list(found.left), list(found.stopped)) == (names[3:4], names[4:])
 
 
 def test_an_arm_that_is_no_more_is_named(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import pytest
 
 from fastbyol.data.convert import convert
 from fastbyol.evaluation import protocol
+from fastbyol.fleet import ledger
 from fastbyol.runs.folder import RunFolder
 from small import SETS
 from source_files import stl10
@@ -36,6 +37,8 @@ COMMAND = ("ablate",)
         (["run", "C6", "--scale", "full", "--stl10", "nowhere"], "nowhere"),
         (["run", "C6", "--set", "optim.lrr=1"], "optim.lr"),
         (["run", "C6", "--device", "cuda:7"], "cuda:7"),
+        (["run", "C6", "--address", "auto"], "--launcher ray"),
+        (["run", "C6", "--time", "1:00:00"], "--launcher slurm"),
         (["run", "gn-lars-0.2@bf16"], "--scale short and full"),
         (["show", "C99"], "no such arm"),
         (["report", "--out", "nowhere"], "fastbyol ablate run"),
@@ -119,8 +122,8 @@ def test_a_set_of_ones_own_at_every_scale(run, tmp_path: Path) -> None:
         assert [event["step"] for event in events if event["event"] == "epoch"][-1] == steps
         assert [event["num_scored"] for event in events if event["event"] == "untrained"] == [20]
         assert "1 were done before" in run.output(*command)
-    ledger = json.loads((tmp_path / "ablations/mini/ledger.json").read_text())
-    assert 0.0 < ledger["calls"][0]["image_share"] < 1.0
+    calls = ledger.read(tmp_path / "ablations/mini")["calls"]
+    assert 0.0 < calls[0]["image_share"] < 1.0
 
 
 def test_test_data_that_cannot_be_scored_are_refused_before_a_run(run, tmp_path: Path) -> None:

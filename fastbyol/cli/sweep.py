@@ -140,6 +140,7 @@ def _train(grid: Grid, folder: Path, launch: Launch, console: Console) -> Outcom
         console.print(line, markup=False, soft_wrap=True)
     asked = {**grid.record(), "launch": asdict(launch)}
     how: dict[str, Any] = {"asked": asked, "launch": launch, "console": console}
+    how["retry_failed"] = False  # in a sweep divergence is a result
     return campaign.execute(tasks, folder, grids.SCALE, **how)
 
 

@@ -18,13 +18,15 @@ from fastbyol.runs.folder import CONFIG
 FolderStatus = Literal["new", "stopped", "done"]
 
 
-def ask(out: Path, tasks: Sequence[tuple[Task, FolderStatus]]) -> tuple[Entry, ...]:
-    """Write down that ``tasks`` are to be trained; return the entries of those that are not done.
+def ask(
+    out: Path, tasks: Sequence[tuple[Task, FolderStatus]], *, retry_failed: bool = True
+) -> tuple[Entry, ...]:
+    """Write down that ``tasks`` are to be trained; return the entries of those that are left.
 
-    Each comes with what its folder says, which counts: a run whose folder was removed is new, and
-    one that failed is tried again. Runs that are there, and those that somebody trains at this
-    moment, stay as they are. Raises UsageError if one of these has other settings, and
-    FastbyolError where the folder cannot be written.
+    Each comes with what its folder says, which counts: a run whose folder was removed is new. One
+    that failed is tried again if ``retry_failed``. Runs that are there, and those that somebody
+    trains at this moment, stay as they are. Raises UsageError if one of these has other settings,
+    and FastbyolError where the folder cannot be written.
     """
     with writing(out / LEDGER):
         for folder in {out / LEDGER / task.group for task, _ in tasks}:
@@ -38,7 +40,7 @@ def ask(out: Path, tasks: Sequence[tuple[Task, FolderStatus]]) -> tuple[Entry, .
         if before is None:
             wanted = _asked_again(fresh.with_row(**_kept(old.get(task.key, {}))), status)
             entries.append(_write(None, wanted))
-        else:
+        elif retry_failed or before.status != "failed":
             wanted = _with_settings(_asked_again(before, status), fresh)
             entries.append(before if wanted.row == before.row else _write(before, wanted))
     return tuple(entry for entry in entries if entry.status != "done")

@@ -48,17 +48,19 @@ def execute(
     asked: Mapping[str, Any],
     launch: Launch,
     console: Console,
+    retry_failed: bool = True,
 ) -> Outcome:
     """Train ``tasks``, each with what its folder below ``out`` says, by the workers of ``launch``.
 
     ``scale`` is the kind of runs that the folder is for. ``asked`` goes into the ledger. A run that
-    fails does not stop the others. Other workers on the folder, here or elsewhere, share the work.
-    One of ``interrupt.SIGNALS`` saves and stops the runs at work; a second SIGINT kills them.
-    Raises UsageError: the folder holds other runs, or ``launch`` cannot work here.
+    fails does not stop the others; without ``retry_failed`` those that failed before stay so. Other
+    workers on the folder, here or elsewhere, share the work. One of ``interrupt.SIGNALS`` saves and
+    stops the runs at work; a second SIGINT kills them. Raises UsageError: the folder holds other
+    runs, or ``launch`` cannot work here.
     """
     began = time.monotonic()
     launchers.check(launch)
-    call, left = _ask(tasks, out, scale, asked)
+    call, left = _ask(tasks, out, scale, asked, retry_failed)
     end = launchers.start(launch, out, len(left), console) if left else NodeEnd()
     rows = {entry.name: entry for entry in Ledger(out).entries()}
     status = {name: rows[name].status if name in rows else "new" for name in left}
@@ -79,9 +81,13 @@ def execute(
 
 
 def _ask(
-    tasks: Sequence[tuple[Task, FolderStatus]], out: Path, scale: str, asked: Mapping[str, Any]
+    tasks: Sequence[tuple[Task, FolderStatus]],
+    out: Path,
+    scale: str,
+    asked: Mapping[str, Any],
+    retry_failed: bool,
 ) -> tuple[Call, tuple[str, ...]]:
-    """Write down that ``tasks`` are to be trained; return the names of those that are not done.
+    """Write down that ``tasks`` are to be trained; return the names of those that are left.
 
     The sets that they are trained on are made, before several workers would each make them.
     """
@@ -93,7 +99,7 @@ def _ask(
         ) from None
     ledger.refuse_other_scale(out, scale)
     call = Call(out, scale, {**asked, "runs": [task.name for task, _ in tasks]})
-    left = tuple(entry.name for entry in asking.ask(out, tasks))
+    left = tuple(entry.name for entry in asking.ask(out, tasks, retry_failed=retry_failed))
     for data in {task.config.data for task, _ in tasks if task.name in left}:
         embedded.training_file(data)
         embedded.held_out_file(data)

@@ -120,6 +120,7 @@ def read(
         for values in product(*crossed.values())
     ]
     _refuse_equal(file, made)
+    _refuse_stopping(file, made)
     return Grid(
         file=file,
         axes={key: tuple(dict.fromkeys(one.values[key] for one in made)) for key in crossed},
@@ -193,6 +194,14 @@ def _refuse_equal(file: Path, made: Sequence[_Combination]) -> None:
             raise UsageError(f"{file}: two points have the name {name}: take a shorter value")
         configs[one.config] = name
         names.add(name)
+
+
+def _refuse_stopping(file: Path, made: Sequence[_Combination]) -> None:
+    """Raise UsageError for runs that a collapse would end: a sweep follows all to their end."""
+    if any(one.config.train.stop_on_collapse for one in made):
+        raise UsageError(
+            f"{file}: train.stop_on_collapse: would count collapsed runs as failed: leave it out"
+        )
 
 
 def _axes(table: object, where: Callable[[str], str], file: Path) -> dict[str, tuple[object, ...]]:

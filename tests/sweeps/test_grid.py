@@ -119,6 +119,7 @@ weight_decay = [0.0, 1]
         ('[optim]\nname = "lars"\nlars_lr = 0.5\n[grid]\noptim.lr = ["none", 0.5]', "are the same"),
         ('[grid]\n"optim.lr" = [0.1]\n[grid.optim]\nlr = [0.2]', "is crossed twice"),
         ('[grid]\n"preset" = ["blog"]', "preset (FILE:2): cannot be crossed"),
+        ('[train]\nstop_on_collapse = true\n[grid]\n"optim.lr" = [0.1]', "train.stop_on_collapse"),
         ("[optim]\nlr = 0.1\n[grid]\noptim.lr = [0.1]", "optim.lr (FILE:2): is crossed (FILE:4)"),
         ('seeds = 2\n[grid]\n"train.seed" = [1, 2]', "train.seed (FILE:3): is crossed, and so are"),
         ('[train]\nseed = 2\n[grid]\n"optim.lr" = [0.1]', "train.seed (FILE:2): seeds and first"),

@@ -68,6 +68,24 @@ def handling(
 
 
 @contextmanager
+def held_back() -> Iterator[None]:
+    """Hold ``SIGNALS`` back inside, also in processes that are started there, which ``let_in``.
+
+    Else a signal to all processes of a job kills those that have no handlers yet.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def let_in() -> None:
+    """Handle what ``held_back`` of the parent process held back, now that there are handlers."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+
+
+@contextmanager
 def ending() -> Iterator[None]:
     """Raise ``Ended`` inside at a signal that would kill the process, so that it cleans up."""
     last = -SAME_S

@@ -33,7 +33,8 @@ class Process:
         self.variables, self.has_spoken = variables, False
         self._rest = b""
         command = [sys.executable, "-m", "fastbyol.fleet.worker", json.dumps(asdict(options))]
-        with log.open("ab") as errors:
+        # SLURM signals every process of a job, which would kill a worker that is still importing.
+        with log.open("ab") as errors, interrupt.held_back():
             # A session of its own: Ctrl-C reaches this process alone, which then stops its workers.
             self.process = subprocess.Popen(
                 [*command, str(os.getpid())], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,

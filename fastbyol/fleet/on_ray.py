@@ -6,10 +6,8 @@ says: Ray's own record would be a second truth.
 
 from __future__ import annotations
 
+import os
 import signal
-import subprocess
-import sys
-from contextlib import suppress
 from types import FrameType
 from typing import Any
 
@@ -17,43 +15,56 @@ from fastbyol.engine import interrupt
 from fastbyol.errors import UsageError, one_line
 from fastbyol.fleet.board import Board
 from fastbyol.fleet.launch import Launch
-from fastbyol.fleet.node import TICK_S, NodeEnd
+from fastbyol.fleet.node import TICK_S, Node, NodeEnd
 from fastbyol.fleet.slots import MOST_ON_A_GPU
 from fastbyol.fleet.worker import Options
+
+# A cluster that this call starts needs neither; the last keeps Ray from announcing a change.
+_PLAIN = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_enable_metrics_collection": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}
+# A cluster that runs already has its own environment.
+_PASSED_ON = ("FASTBYOL_CACHE",)
 
 
 def run(launch: Launch, options: Options, num_left: int, board: Board) -> NodeEnd:
     """Run workers on the cluster at ``launch.address``, or on one of this machine, until they end.
 
-    One of ``interrupt.SIGNALS`` saves and stops them. Raises UsageError where there is no such
-    cluster.
+    One of ``interrupt.SIGNALS`` saves and stops them, a second SIGINT kills them. Raises UsageError
+    where there is no such cluster.
     """
+    for name, value in _PLAIN.items():
+        os.environ.setdefault(name, value)
     import ray
-    from ray.exceptions import RayError
 
+    where = {"include_dashboard": False} if launch.address is None else {"address": launch.address}
     try:
-        ray.init(address=launch.address, logging_level="ERROR", log_to_driver=False)
-    except (RayError, ConnectionError, RuntimeError, ValueError) as error:
+        ray.init(**where, logging_level="ERROR", log_to_driver=False)
+    except (ray.exceptions.RayError, ConnectionError, RuntimeError, ValueError) as error:
         raise UsageError(f"--launcher ray: no cluster: {one_line(error)}") from None
     stopped_by: list[int] = []
 
     def stop(number: int, frame: FrameType | None) -> None:
         stopped_by.append(number)
+        if len(stopped_by) > 1 and number == signal.SIGINT:
+            raise KeyboardInterrupt
 
     try:
         with interrupt.handling(stop, interrupt.signals_to_handle()):
             resources, count = _resources(ray.cluster_resources(), launch)
+            variables = {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
             task = ray.remote(**resources, max_retries=-1)(work)
-            left = [task.remote(options) for _ in range(min(count, num_left))]
-            problems = []
+            left = [task.remote(options, variables) for _ in range(min(count, num_left))]
+            problems: list[str] = []
+            is_cancelled = False
             while left:
                 ended, left = ray.wait(left, timeout=TICK_S)
-                for reference in ended:
-                    with suppress(ray.exceptions.TaskCancelledError):
-                        problems += [line for line in [ray.get(reference)] if line]
+                problems += [problem for each in ended for problem in _problems(each)]
                 board.draw()
-                if len(stopped_by) == 1 and left:
-                    stopped_by.append(0)
+                if stopped_by and not is_cancelled:
+                    is_cancelled = True
                     for reference in left:
                         ray.cancel(reference)
         name = signal.Signals(stopped_by[0]).name if stopped_by else None
@@ -62,29 +73,25 @@ def run(launch: Launch, options: Options, num_left: int, board: Board) -> NodeEn
         ray.shutdown()
 
 
-def work(options: Options) -> str:
-    """Work as one worker, in a process of its own; return its last words if it could not."""
-    command = [
-        sys.executable,
-        "-m",
-        "fastbyol.cli.main",
-        "ablate",
-        "work",
-        options.out,
-        "--no-wait",
-    ]
-    if options.minutes is not None:
-        command += ["--minutes", str(options.minutes)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+def work(options: Options, variables: dict[str, str]) -> NodeEnd:
+    """Run one worker in a process of its own until nothing is left to do, as a task of Ray.
+
+    Cancelled, which is a SIGINT to Python, it saves and ends.
+    """
+    return Node(options, [{"OMP_NUM_THREADS": "1", **variables}], lambda line: None).run()
+
+
+def _problems(reference: Any) -> tuple[str, ...]:
+    """Return what kept a task that has ended from working."""
+    import ray
+
     try:
-        printed = process.communicate()[0]
-    except BaseException:  # cancelled: it saves
-        process.terminate()
-        process.wait()
-        raise
-    if process.returncode < 0:
-        raise RuntimeError(f"a worker was killed by signal {-process.returncode}")
-    return printed.strip().rpartition("\n")[2] if process.returncode else ""
+        end: NodeEnd = ray.get(reference)
+    except ray.exceptions.TaskCancelledError:
+        return ()
+    except ray.exceptions.RayError as error:  # of Ray, or of the task, with its traceback
+        return (f"a task of Ray: {str(error).strip().rpartition(chr(10))[2]}",)
+    return end.problems
 
 
 def _resources(cluster: dict[str, Any], launch: Launch) -> tuple[dict[str, float], int]:

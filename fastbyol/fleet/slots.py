@@ -10,6 +10,7 @@ from collections.abc import Mapping
 
 import torch
 
+from fastbyol.engine import interrupt
 from fastbyol.engine.device import pick_device
 from fastbyol.errors import FastbyolError, one_line
 
@@ -56,7 +57,8 @@ def free_bytes() -> list[int]:
     """
     each = "torch.cuda.mem_get_info(i)[0] for i in range(torch.cuda.device_count())"
     command = [sys.executable, "-c", f"import json, torch; print(json.dumps([{each}]))"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    with interrupt.held_back():  # one to all processes of a job is for this one to handle
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
     try:
         return [int(size) for size in json.loads(done.stdout)]
     except ValueError as error:

@@ -200,6 +200,7 @@ class Worker:
         """
         is_waiting = False
         with interrupt.handling(self._note_signal, interrupt.signals_to_handle()):
+            interrupt.let_in()
             while self.pulse.reason is None:
                 try:
                     claimed = self._claim_next()
@@ -488,7 +489,8 @@ def _become_fresh(began: float) -> NoReturn:
     os.environ[_BEGAN] = repr(began)
     sys.stdout.flush()
     sys.stderr.flush()
-    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+    with interrupt.held_back():  # the new program has no handlers yet
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 def _end_with_parent(parent: int) -> None:

@@ -67,8 +67,8 @@ def run(launch: Launch, options: Options, num_left: int, board: Board) -> NodeEn
                     is_cancelled = True
                     for reference in left:
                         ray.cancel(reference)
-        name = signal.Signals(stopped_by[0]).name if stopped_by else None
-        return NodeEnd(name, tuple(dict.fromkeys(problems)))
+        by = signal.Signals(stopped_by[0]).name if stopped_by else None
+        return NodeEnd(by, tuple(dict.fromkeys(problems)))
     finally:
         ray.shutdown()
 

@@ -35,7 +35,12 @@ LEAST_MINUTES = 5
 MOST_REQUEUES = 10_000
 # What other options name, what tells submitit where things are, and what would lose the signals,
 # which only a step gets.
-_OWN = frozenset(["time", "partition", "nodes", "ntasks_per_node", "command", "folder", "map_count", "use_srun"])
+_OWN = frozenset(
+    (
+        *("time", "partition", "nodes", "ntasks_per_node"),
+        *("command", "folder", "map_count", "use_srun"),
+    )
+)
 # SLURM signals a job's processes also before they have handlers, and one that dies is not requeued.
 # What a job misses while it starts, it hears at the end of its grace.
 _PYTHON = """sh -c 'trap "" TERM USR2; exec "$0" "$@"' """

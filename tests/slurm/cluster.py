@@ -70,7 +70,7 @@ SchedulerParameters=bf_interval=1,sched_interval=2,sched_min_interval=0,batch_sc
 PriorityType=priority/basic
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
-SlurmctldParameters={controller}
+{controller}
 JobRequeue=1
 KillWait=5
 CompleteWait=0
@@ -120,7 +120,7 @@ def cluster(
             controller_port=controller_port,
             node_port=node_port,
             credential=CREDENTIAL,
-            controller="preempt_send_user_signal" if user_signal else "",
+            controller="SlurmctldParameters=preempt_send_user_signal" if user_signal else "",
             grace=grace,
             cores=cores or os.cpu_count(),
             memory=os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") >> 20,

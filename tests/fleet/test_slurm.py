@@ -27,7 +27,7 @@ from small import contents
 
 submitit = pytest.importorskip("submitit", reason="the extra `slurm` is not installed")
 
-COMMAND = ("ablate", "run", "gn-lars-0.1", "--launcher")
+COMMAND = ("ablate",)
 LONG = ("train.epochs=15",)
 
 
@@ -231,17 +231,20 @@ def test_parameters_are_values_of_toml_or_texts() -> None:
 def test_what_cannot_work_is_refused_before_anything_is_written(
     run: Command, sbatch: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    out = ("--out", tmp_path / "out")
-    assert "no such" not in run.refusal("slurm", *out, "--time", "soon")
-    assert "cannot be set; there are partition" not in run.refusal("slurm", *out, "--slurm", "x=1")
+    def refusal(launcher: str, *more: object) -> str:
+        words = ("gn-lars-0.1", "--launcher", launcher, "--out", tmp_path / "out")
+        return run.refusal("run", *words, *more)
+
+    assert "write hours:minutes:seconds" in refusal("slurm", "--time", "soon")
+    assert "--slurm paritition: cannot be set" in refusal("slurm", "--slurm", "paritition=low")
     for more in (("--nodes", 2), ("--partition", "low"), ("--time", "9"), ("--slurm", "mem=1")):
         for launcher in ("local", "none", "ray"):
-            assert "are for --launcher slurm" in run.refusal(launcher, *out, *more)
-    assert "--address: is for" in run.refusal("slurm", *out, "--address", "auto")
+            assert "are for --launcher slurm" in refusal(launcher, *more)
+    assert "--address: is for" in refusal("slurm", "--address", "auto")
     monkeypatch.setenv("PATH", "")
-    assert "no sbatch and no srun here" in run.refusal("slurm", *out)
+    assert "no sbatch and no srun here" in refusal("slurm")
     monkeypatch.setitem(sys.modules, "submitit", None)
-    assert "pip install 'fastbyol[slurm]'" in run.refusal("slurm", *out)
+    assert "pip install 'fastbyol[slurm]'" in refusal("slurm")
     assert not (tmp_path / "out").exists()
 
 
@@ -250,5 +253,6 @@ def test_what_sbatch_refuses_is_told_in_one_line(
 ) -> None:
     program = tmp_path / "bin" / "sbatch"
     program.write_text("#!/bin/sh\necho 'sbatch: error: invalid partition' >&2\nexit 1\n")
-    refusal = run.refusal("slurm", "--out", tmp_path / "out", "--set", "data.train=textures")
+    words = ("gn-lars-0.1", "--launcher", "slurm", "--out", tmp_path / "out", "--seeds", 1)
+    refusal = run.refusal("run", *words, "--set", "data.train=textures")
     assert "--launcher slurm: sbatch: error: invalid partition" in refusal

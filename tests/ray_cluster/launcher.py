@@ -40,7 +40,7 @@ def workers(out: Path) -> list[int]:
             words = path.read_bytes().split(b"\0")
         except OSError:
             continue
-        if b"work" in words and str(out).encode() in words:
+        if b"fastbyol.fleet.worker" in words and str(out).encode() in b" ".join(words):
             found.append(int(path.parent.name))
     return found
 

@@ -35,9 +35,9 @@ def visible(device: str, jobs: int | None = None) -> list[str]:
     return [each[VISIBLE] for each in made]
 
 
-@pytest.mark.parametrize("device", ["auto", "cuda"])
-def test_every_gpu_has_workers_before_one_has_two(gpus: list[int], device: str) -> None:
-    names = visible(device)
+@pytest.mark.parametrize("word", ["auto", "cuda"])
+def test_every_gpu_has_workers_before_one_has_two(gpus: list[int], word: str) -> None:
+    names = visible(word)
     assert names[:8] == [str(index) for index in range(8)]
     assert Counter(names) == dict.fromkeys(map(str, range(8)), 4)
 

@@ -10,13 +10,14 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from fastbyol.cli.options import Device, Json
 from fastbyol.errors import UsageError
-from fastbyol.fleet.launch import Launch
+from fastbyol.fleet.claim import STALE_S
+from fastbyol.fleet.launch import Launch, LauncherName
 from fastbyol.output import console as make_console
 from fastbyol.output import print_json, say
 
@@ -49,7 +50,7 @@ def _launch_options(
     device: Device = "auto",
     minutes: Minutes = None,
     launcher: Annotated[
-        Literal["local", "slurm", "ray", "none"],
+        LauncherName,
         typer.Option(help="Who starts workers. none: you do, with `fastbyol ablate work DIR`."),
     ] = "local",
     nodes: Annotated[int, typer.Option(min=1, help="SLURM: machines.")] = 1,
@@ -137,7 +138,7 @@ def work(
             min=1.0,
             help="Seconds without a sign of life after which others may have this worker's run.",
         ),
-    ] = 300.0,
+    ] = STALE_S,
 ) -> None:
     """Train the runs of DIR that nobody has, one after the other.
 

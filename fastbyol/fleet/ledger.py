@@ -9,8 +9,8 @@ wrote it, and is still read.
 from __future__ import annotations
 
 import json
-import os
 import secrets
+import shutil
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -112,6 +112,13 @@ class Entry:
     def is_open(self) -> bool:
         """Whether the last attempt has no end."""
         return bool(self.attempts) and "how" not in self.attempts[-1]
+
+    def tells_end_of(self, number: int) -> bool:
+        """Return whether the ledger has the end of the claim ``number``, which may still lie there.
+
+        Its owner writes down the end, and then removes the claim.
+        """
+        return number <= self.claimed and not self.is_open
 
     def config(self) -> Resolved:
         """Return the configuration that was asked for."""
@@ -293,6 +300,15 @@ def _scales(out: Path, calls: Sequence[Mapping[str, Any]]) -> list[str]:
     return sorted({call["scale"] for call in (*calls, *([old] if old else ()))})
 
 
+def demand(out: Path) -> None:
+    """Raise UsageError if no runs were asked for in ``out``."""
+    if not (out / LEDGER).is_dir():
+        raise UsageError(
+            f"{out}: no runs were asked for here (no {CALLS} and {LEDGER}): `fastbyol ablate run "
+            f"--out {out}` asks for some, or `fastbyol sweep`"
+        )
+
+
 def is_asked_to_stop(out: Path) -> bool:
     """Return whether ``ablate stop`` was called on the folder."""
     return (out / STOP).exists()
@@ -337,6 +353,5 @@ def keys(words: Sequence[str], entries: Sequence[Entry]) -> tuple[str, ...]:
 def free_bytes(out: Path) -> int | None:
     """Return how many bytes the folder's file system has left; None where it does not say."""
     with suppress(OSError):
-        status = os.statvfs(out)
-        return status.f_bavail * status.f_frsize
+        return shutil.disk_usage(out).free
     return None

@@ -12,10 +12,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from fastbyol.errors import FastbyolError, UsageError, size_text
+from fastbyol.errors import FastbyolError, size_text
 from fastbyol.fleet import ledger
-from fastbyol.fleet.claim import Seen, claims_below, look, newest
-from fastbyol.fleet.ledger import CALLS, LEDGER, Entry, Ledger
+from fastbyol.fleet.claim import STALE_S, Seen, claims_below, look, newest
+from fastbyol.fleet.ledger import LEDGER, Entry, Ledger
 from fastbyol.runs.metrics import read_events
 from fastbyol.show.screen import duration
 
@@ -103,11 +103,7 @@ class Surveyor:
     """
 
     def __init__(self, out: Path) -> None:
-        if not (out / LEDGER).is_dir():
-            raise UsageError(
-                f"{out}: no runs were asked for here (no {CALLS} and {LEDGER}): `fastbyol ablate "
-                f"run --out {out}` asks for some"
-            )
+        ledger.demand(out)
         self.out, self._ledger = out, Ledger(out)
         self._epochs: dict[str, tuple[int, int]] = {}
 
@@ -147,9 +143,10 @@ class Surveyor:
             if row.status not in ("lost", "silent"):
                 break
             seen, now = newest(entry.stem), self._ledger.entry(entry.key)
-            if now is None or (now.row == entry.row and seen is not None and seen.number == number):
+            last = 0 if seen is None else seen.number
+            if now is None or (now.row, last) == (entry.row, number):
                 break
-            entry, number = now, 0 if seen is None else seen.number
+            entry, number = now, last
             row = self._row(entry, number, status)
         return row
 
@@ -166,15 +163,10 @@ class Surveyor:
             times = 1 + len(row.get("failed_before", ()))
             note = f"{row.get('error')}" + (f" (failed {times} times)" if times > 1 else "")
             return Row(status="failed", **base | {"epochs_done": self._finished(entry)}, note=note)
-        is_ended = number <= entry.claimed and not entry.is_open
-        if number and not is_ended:
+        if number and not entry.tells_end_of(number):
             return self._claimed(entry, look(entry.stem, number), base)
         base["epochs_done"] = self._finished(entry)
         if entry.is_open and number == 0:
-            # It was claimed since the claims were listed, and may have ended by now.
-            seen = look(entry.stem, entry.claimed)
-            if seen.sign:
-                return self._claimed(entry, seen, base)
             return Row(status="lost", **base, note="its claim was removed; the next worker goes on")
         if entry.status == "new":
             source = status.get(entry.after) if entry.after else "done"
@@ -197,7 +189,7 @@ class Surveyor:
             for name in ("step", "state", "neg_cos", "accuracy", "img_s", "left_s")
             if name in sign
         }
-        stale_s = sign.get("stale_s", 0.0)
+        stale_s = sign.get("stale_s", STALE_S)
         status: Status = "running"
         note = _history(entry)
         if "ended" in sign and not lives:

@@ -250,16 +250,15 @@ class Worker:
         for entry in entries:
             number = claims.get(entry.stem, 0)
             if entry.status in ("done", "failed"):
-                if number and not entry.is_open and number <= entry.claimed:
+                if number and entry.tells_end_of(number):
                     remove(look(entry.stem, number).path)  # its owner was killed before it did
                 continue
             if entry.key in self._others or entry.after in self._others:
                 continue
             seen = look(entry.stem, number) if number else None
-            is_over = seen is None or (number <= entry.claimed and not entry.is_open)
             if (
                 seen is not None
-                and not is_over
+                and not entry.tells_end_of(number)
                 and not self.watch.is_dead(seen, self.options.stale_s)
             ):
                 others.append(seen)
@@ -344,11 +343,9 @@ class Worker:
             source = self.ledger.entry(entry.after)
             if source is None or source.status == "failed":
                 why = f"the run whose rates it replays failed: {entry.after}"
-        self._write(
-            entry.with_row(status="stopped" if entry.status == "new" else entry.status), claim
-        )
         if why is not None:
             return self._end(entry, claim, {"error": why}, 0.0)
+        self._write(entry.with_row(status="stopped"), claim)
         return entry
 
     def _result(self, entry: Entry, claim: Claim) -> dict[str, Any]:
@@ -459,15 +456,11 @@ def _is_of_disk(error: BaseException) -> bool:
 def work(options: Options, tell: Tell) -> str | None:
     """Work on a folder until nothing is left; return what ended the worker before, or None.
 
-    Raises UsageError for a folder where nothing was asked for, and
-    DiskError where it cannot be written. Where a fresh process has to go on, this one becomes it.
+    Raises UsageError for a folder where nothing was asked for, and DiskError where it cannot be
+    written. Where a fresh process has to go on, this one becomes it.
     """
     out = Path(options.out)
-    if not (out / LEDGER).is_dir():
-        raise UsageError(
-            f"{out}: no runs were asked for here: `fastbyol ablate run --out {out}` does, or "
-            "`fastbyol sweep`"
-        )
+    ledger.demand(out)
     began = float(os.environ.pop(_BEGAN, time.monotonic()))
     pulse = Pulse(options, began)
     pulse.start()

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import run_rig as rig
+from small_disk import small_disk
 
 from fastbyol import api
 from fastbyol.config import Config
@@ -83,17 +84,9 @@ def make_config(folder: Path) -> Config:
 
 
 @pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of its own; only root can have one."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", f"size={DISK_BYTES}", "tmpfs", str(folder)]
-    if subprocess.run(mount, capture_output=True, check=False).returncode:
-        pytest.skip(
-            "cannot mount a file system here: the other test limits the size of files instead"
-        )
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
+def disk(tmp_path: Path) -> Iterator[Path]:
+    with small_disk(tmp_path / "disk", DISK_BYTES) as folder:
+        yield folder
 
 
 def check_saved(run: Path) -> None:
@@ -103,12 +96,10 @@ def check_saved(run: Path) -> None:
     assert not list((run / "checkpoints").glob(".*"))
 
 
-def test_a_disk_filled_at_any_step_costs_nothing(
-    whole: Path, small_disk: Path, tmp_path: Path
-) -> None:
+def test_a_disk_filled_at_any_step_costs_nothing(whole: Path, disk: Path, tmp_path: Path) -> None:
     config, draw, where = make_config(whole.parent), random.Random(3), Counter[str]()
     for number in range(TIMES):
-        run, filler = small_disk / f"run{number}", small_disk / "filler"
+        run, filler = disk / f"run{number}", disk / "filler"
         # Some runs find no room at all, others enough for a few lines but not for a checkpoint.
         room = draw.choice((0, 0, draw.randrange(20_000), draw.randrange(600_000)))
         error = train(run, config, tmp_path / "said", filler=(filler, draw.randrange(1, 17), room))
@@ -125,7 +116,7 @@ def test_a_disk_filled_at_any_step_costs_nothing(
     assert where
 
 
-def test_a_disk_filled_under_the_metrics_costs_nothing(small_disk: Path, tmp_path: Path) -> None:
+def test_a_disk_filled_under_the_metrics_costs_nothing(disk: Path, tmp_path: Path) -> None:
     """24 steps before the first checkpoint and one sample of the layers: nothing but metrics.jsonl
     asks for another page.
     """
@@ -134,7 +125,7 @@ def test_a_disk_filled_under_the_metrics_costs_nothing(small_disk: Path, tmp_pat
         "run.layers_every_steps=1000",
         "run.drain_every_steps=1",
     )  # fmt: skip
-    run, filler = small_disk / "run", small_disk / "filler"
+    run, filler = disk / "run", disk / "filler"
     error = train(run, config, tmp_path / "said", filler=(filler, 1, 0))
     assert error == f"{run}/metrics.jsonl: cannot write: No space left on device"
     filler.unlink()
@@ -144,16 +135,16 @@ def test_a_disk_filled_under_the_metrics_costs_nothing(small_disk: Path, tmp_pat
 
 
 def test_a_run_on_a_disk_that_became_read_only_is_refused_in_one_line(
-    whole: Path, small_disk: Path, tmp_path: Path
+    whole: Path, disk: Path, tmp_path: Path
 ) -> None:
-    run = small_disk / "run"
+    run = disk / "run"
     assert train(run, make_config(whole.parent), tmp_path / "said") == ""
-    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
-    for path in (run, small_disk / "new"):
+    subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+    for path in (run, disk / "new"):
         error = train(path, make_config(whole.parent), tmp_path / "said")
         assert len(error.splitlines()) == 1
         assert "Read-only file system" in error
-    subprocess.run(["mount", "-o", "remount,rw", str(small_disk)], check=True)
+    subprocess.run(["mount", "-o", "remount,rw", str(disk)], check=True)
     assert rig.contents(run) == rig.contents(whole)
 
 
@@ -181,9 +172,9 @@ def test_files_that_may_not_grow_cost_nothing(whole: Path, tmp_path: Path) -> No
 
 
 def test_a_disk_too_small_is_said_before_the_first_step(
-    whole: Path, small_disk: Path, tmp_path: Path
+    whole: Path, disk: Path, tmp_path: Path
 ) -> None:
-    (small_disk / "filler").write_bytes(bytes(DISK_BYTES - 500_000))
-    error = train(small_disk / "run", make_config(whole.parent), tmp_path / "said")
+    (disk / "filler").write_bytes(bytes(DISK_BYTES - 500_000))
+    error = train(disk / "run", make_config(whole.parent), tmp_path / "said")
     assert "are needed for checkpoints and telemetry" in error
-    assert not (small_disk / "run").exists()
+    assert not (disk / "run").exists()

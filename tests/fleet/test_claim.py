@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small_disk import small_disk
 
 from fastbyol.fleet import claim as claims
 from fastbyol.fleet.claim import SIGN, Claim, LostClaimError, Owner, Seen, Watch, acquire, newest
@@ -197,12 +198,7 @@ def test_a_damaged_sign_is_no_sign(content: bytes) -> None:
 
 
 def test_a_full_disk_lets_the_owner_give_signs_and_say_why_it_ends(tmp_path: Path) -> None:
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=100k", "tmpfs", str(disk)]
-    if os.geteuid() or subprocess.run(mount, capture_output=True, check=False).returncode:
-        pytest.skip("only root can mount a small disk")
-    try:
+    with small_disk(tmp_path / "disk", 100_000) as disk:
         stem = disk / "seed0"
         claim = taken(stem, boot="another")
         with (disk / "filler").open("wb", buffering=0) as file, suppress(OSError):
@@ -222,8 +218,6 @@ def test_a_full_disk_lets_the_owner_give_signs_and_say_why_it_ends(tmp_path: Pat
             acquire(disk / "seed1", 0, Owner())
         claim.release()
         assert sorted(path.name for path in disk.iterdir()) == ["filler"]
-    finally:
-        subprocess.run(["umount", str(disk)], check=True)
 
 
 def test_without_locks_the_time_decides(stem: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -53,6 +53,18 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
     return contents(out / "runs")
 
 
+def training_job(folder: Path) -> tuple[Path, Any]:
+    """A folder of one run, and submitit's job that is amid it."""
+    out = folder / "out"
+    ask(out, "gn-lars-0.1", sets=LONG)
+    executor = submitit.LocalExecutor(folder / "jobs")
+    executor.update_parameters(timeout_min=60)
+    job = executor.submit(slurm.NodeJob(str(out), "cpu", 1))
+    metrics = out / "runs/gn-lars-0.1/seed0/metrics.jsonl"
+    wait_until(lambda: metrics.exists() and len(metrics.read_bytes().splitlines()) > 10, job)
+    return out, job
+
+
 def test_a_job_that_is_told_saves_is_queued_again_and_goes_on(
     whole: dict[str, object], tmp_path: Path
 ) -> None:
@@ -60,13 +72,7 @@ def test_a_job_that_is_told_saves_is_queued_again_and_goes_on(
 
     Not by ``job._interrupt``, which kills submitit's controller and never reaches the job.
     """
-    out = tmp_path / "out"
-    ask(out, "gn-lars-0.1", sets=LONG)
-    executor = submitit.LocalExecutor(tmp_path / "jobs")
-    executor.update_parameters(timeout_min=60)
-    job = executor.submit(slurm.NodeJob(str(out), "cpu", 1))
-    metrics = out / "runs/gn-lars-0.1/seed0/metrics.jsonl"
-    wait_until(lambda: metrics.exists() and len(metrics.read_bytes().splitlines()) > 10, job)
+    out, job = training_job(tmp_path)
     assert len(claims_in(out)) == 1
     for process in below(int(job.job_id)):
         os.kill(process, signal.SIGUSR2)
@@ -84,13 +90,7 @@ def test_a_job_that_gets_sigterm_saves_and_waits_for_its_end(
     whole: dict[str, object], tmp_path: Path
 ) -> None:
     """Where it ended by itself, SLURM would not queue it again. Until then SIGUSR2 does."""
-    out = tmp_path / "out"
-    ask(out, "gn-lars-0.1", sets=LONG)
-    executor = submitit.LocalExecutor(tmp_path / "jobs")
-    executor.update_parameters(timeout_min=60)
-    job = executor.submit(slurm.NodeJob(str(out), "cpu", 1))
-    metrics = out / "runs/gn-lars-0.1/seed0/metrics.jsonl"
-    wait_until(lambda: metrics.exists() and len(metrics.read_bytes().splitlines()) > 10, job)
+    out, job = training_job(tmp_path)
     (task, worker) = below(int(job.job_id))
     os.kill(int(job.job_id), signal.SIGTERM)  # submitit's controller hands it on
     wait_until(lambda: worker not in below(int(job.job_id)), job)

@@ -51,7 +51,9 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert len(outcome.finished) == 4
     assert (outcome.skipped, outcome.stopped, outcome.failed) == ((), (), ())
     assert (outcome.interrupted, outcome.problems) == (False, ())
-    assert sum(": done, " in line for line in said.splitlines()) == len(said.splitlines()) == 4
+    # The worker that has nothing left may wait for the other one, and says so.
+    lines = [line for line in said.splitlines() if not line.startswith("waits for ")]
+    assert sum(": done, " in line for line in lines) == len(lines) == 4
     return out
 
 

@@ -109,6 +109,8 @@ def in_words(outcome: Outcome, out: Path, launch: Launch) -> str:
         return f"{counts}; jobs {jobs} work on them: `fastbyol ablate status {out} --watch`"
     if launch.launcher == "none" and outcome.stopped:
         return f"{counts}; start workers: `fastbyol ablate work {out}`"
+    if outcome.failed:
+        return f"{counts}; `fastbyol ablate retry {out}` lets failed ones be tried again"
     return counts
 
 

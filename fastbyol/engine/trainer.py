@@ -45,7 +45,7 @@ class Summary:
 
     ``metrics`` are the last epoch's means. ``accuracy`` is in percent, None where nothing was
     probed. ``accuracies`` are those of random weights, the best and the last, and on how many
-    images.
+    images. ``stopped_by`` is the signal that ended an unfinished run.
     """
 
     run: str
@@ -56,6 +56,7 @@ class Summary:
     accuracy: float | None
     metrics: dict[str, float]
     accuracies: Accuracies
+    stopped_by: str | None
 
 
 def fit(
@@ -127,7 +128,7 @@ def _lead(
             step = checkpoint.newest_step(folder.checkpoints) or 0
             what = f"{interrupt.requested}: stopped before a step was made"
             observer.note(f"{what}; go on with: fastbyol resume {run}")
-            return _summary(folder, Progress(step=step))
+            return _summary(folder, Progress(step=step), None, interrupt.requested)
         except NoGraphError as error:
             folder.keep_mode("compile")
             what = f"{error}: its steps are compiled from now on, in a fresh process"
@@ -136,12 +137,13 @@ def _lead(
         pace = Pace(config.train.batch_size, begun.step, session.total_steps)
         with session.open_telemetry(begun.step) as telemetry:
             progress = Loop(session, telemetry, interrupt, pace).run(begun)
+        who = None
         if not session.is_finished(progress):
             was_saved = progress != begun or begun.step
             where = f"saved at step {progress.step}" if was_saved else "stopped before a step"
             who = interrupt.requested or "a signal to another rank"
             observer.note(f"{who}: {where}; go on with: fastbyol resume {run}")
-        return from_first(ranks, _summary(folder, progress, session))
+        return from_first(ranks, _summary(folder, progress, session, who))
 
 
 def _follow(ranks: Ranks, interrupt: Interrupt) -> Summary:
@@ -456,7 +458,9 @@ class Pace:
         self._mark = time.perf_counter()
 
 
-def _summary(folder: RunFolder, progress: Progress, session: Session | None = None) -> Summary:
+def _summary(
+    folder: RunFolder, progress: Progress, session: Session | None, stopped_by: str | None
+) -> Summary:
     begun = (folder.path / METRICS_FILE).exists()
     return Summary(
         run=str(folder.path),
@@ -467,4 +471,5 @@ def _summary(folder: RunFolder, progress: Progress, session: Session | None = No
         accuracy=progress.accuracy,
         metrics=dict(progress.epoch_means),
         accuracies=Accuracies.of(read_events(folder.path) if begun else ()),
+        stopped_by=stopped_by,
     )

@@ -24,10 +24,11 @@ from fastbyol.fleet.node import NodeEnd
 
 @dataclass(frozen=True)
 class Outcome:
-    """The end of a call: the runs that it finished, skipped, left stopped or saw fail.
+    """The end of a call: the runs that it finished, skipped as done, left stopped, and failed ones.
 
-    Runs are names; a failed one is (name, why). ``problems`` are what kept workers from working,
-    ``submitted`` the jobs of a cluster that work from now on.
+    Runs are names; a failed one is (name, why), also if it failed before and was not tried again.
+    ``problems`` are what kept workers from working, ``submitted`` the jobs of a cluster that work
+    from now on.
     """
 
     finished: tuple[str, ...]
@@ -63,13 +64,16 @@ def execute(
     call, left = _ask(tasks, out, scale, asked, retry_failed)
     end = launchers.start(launch, out, len(left), console) if left else NodeEnd()
     rows = {entry.name: entry for entry in Ledger(out).entries()}
-    status = {name: rows[name].status if name in rows else "new" for name in left}
+    status = {
+        task.name: rows[task.name].status if task.name in rows else "new" for task, _ in tasks
+    }
+    done = [name for name in status if status[name] == "done"]
     outcome = Outcome(
-        finished=tuple(name for name in left if status[name] == "done"),
-        skipped=tuple(task.name for task, _ in tasks if task.name not in left),
-        stopped=tuple(name for name in left if status[name] in ("new", "stopped")),
+        finished=tuple(name for name in done if name in left),
+        skipped=tuple(name for name in done if name not in left),
+        stopped=tuple(name for name in status if status[name] in ("new", "stopped")),
         failed=tuple(
-            (name, str(rows[name].row["error"])) for name in left if status[name] == "failed"
+            (name, str(rows[name].row["error"])) for name in status if status[name] == "failed"
         ),
         interrupted=end.stopped_by is not None,
         seconds=time.monotonic() - began,

@@ -137,11 +137,11 @@ class Node:
         if code == 2:  # it has said why, and another could do no better
             self._problems.append(f"a worker could not go on: see {self._log}")
             return
-        self._tell(f"worker {process.process.pid} was {how}: another one goes on")
         self._num_quick = 0 if process.has_spoken else self._num_quick + 1
         if self._num_quick >= MOST_QUICK:
             self._problems.append(f"{self._num_quick} workers in a row were {how}: see {self._log}")
             return
+        self._tell(f"worker {process.process.pid} was {how}: another one goes on")
         self._start(process.variables)
 
     def _stop(self, number: int, frame: FrameType | None) -> None:

@@ -413,7 +413,7 @@ class Worker:
             what = f"done, {kept['state']}{accuracy}"
         else:
             if "finished" in result and self.pulse.reason is None:
-                self.pulse.reason = "a signal"
+                self.pulse.reason = result["stopped_by"]
             why = result.get("disk") or result.get("again") or result.get("stopped")
             how = str(why or self.pulse.reason)
             what = f"stopped: {how}"

@@ -31,14 +31,20 @@ def make(
 
 
 def execute(
-    out: Path, runs: tuple[plan.Run, ...], scale: str = "mini", **launch: object
+    out: Path,
+    runs: tuple[plan.Run, ...],
+    scale: str = "mini",
+    *,
+    retry_failed: bool = True,
+    **launch: object,
 ) -> tuple[Outcome, str]:
     """The runs by workers of this machine, and what was printed."""
     console = Console(file=io.StringIO(), width=200)
     how = Launch(**{"jobs": 1, "device": "cpu", **launch})  # type: ignore[arg-type]
     outcome = campaign.execute(
-        plan.tasks(runs, out), out, scale, asked={"targets": []}, launch=how, console=console
-    )
+        plan.tasks(runs, out), out, scale, asked={"targets": []}, launch=how, console=console,
+        retry_failed=retry_failed,
+    )  # fmt: skip
     assert isinstance(console.file, io.StringIO)
     return outcome, console.file.getvalue()
 
@@ -127,6 +133,9 @@ def test_one_failing_run_does_not_stop_the_others(tmp_path: Path) -> None:
     with pytest.raises(FastbyolError, match=r"1 of the runs failed; gn-lars-0\.2 seed 0: "):
         campaign.refuse_problems(outcome)
     assert rows(tmp_path)["gn-lars-0.2/seed0"]["status"] == "failed"
+    left_alone, _ = execute(tmp_path, good, retry_failed=False)
+    assert (left_alone.finished, left_alone.failed) == ((), outcome.failed)
+    assert set(left_alone.skipped) == set(outcome.finished)
     (blocked / "a file of somebody's").unlink()
     again, _ = execute(tmp_path, good)
     assert again.finished == ("gn-lars-0.2 seed 0",)

@@ -77,8 +77,8 @@ def submit(out: Path, nodes: int, claims: tuple[str, ...] = CLAIMS) -> str:
 
 
 def status(out: Path) -> dict[str, Any]:
-    told: dict[str, Any] = json.loads(ablate("status", str(out), "--json"))
-    return told
+    report: dict[str, Any] = json.loads(ablate("status", str(out), "--json"))
+    return report
 
 
 def wait_until(happened: Callable[[], object], what: str, out: Path) -> None:
@@ -96,8 +96,19 @@ def amid(out: Path) -> int:
 
 
 def jobs() -> list[str]:
-    done = subprocess.run(["squeue", "--noheader"], capture_output=True, text=True, check=True)
-    return [line for line in done.stdout.splitlines() if "fastbyol" in line]
+    """What SLURM says of the jobs that are not over."""
+    return [line for line in told("squeue", "--noheader") if "fastbyol" in line]
+
+
+def field(name: str) -> list[str]:
+    """A field of all our jobs, also of those that are over, sorted."""
+    lines = [line for line in told("scontrol", "-o", "show", "job") if "JobName=fastbyol" in line]
+    return sorted(line.partition(f" {name}=")[2].split()[0] for line in lines)
+
+
+def told(*command: str) -> list[str]:
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return done.stdout.splitlines()
 
 
 @pytest.fixture(scope="module")
@@ -125,13 +136,14 @@ def test_a_pre_empted_job_goes_on_bit_for_bit(
         whole = len(rows(reference))
         wait_until(lambda: status(tmp_path)["counts"]["done"] == whole, "all end", tmp_path)
         wait_until(lambda: not jobs(), "the jobs end by themselves", tmp_path)
+        assert (field("Restarts"), field("JobState")) == (["0", "1"], ["COMPLETED"] * 2)
     assert contents(tmp_path / "runs") == contents(reference / "runs")
     assert claims_in(tmp_path) == []
-    attempts = [attempt for row in rows(tmp_path).values() for attempt in row["attempts"]]
-    (cut,) = [attempt for attempt in attempts if attempt["how"] != "done"]
+    (row,) = [row for row in rows(tmp_path).values() if len(row["attempts"]) > 1]
+    cut, after = row["attempts"]
     assert cut["how"] in ("SIGUSR2", "SIGTERM")  # the job tells its worker by the latter
-    assert 0 < cut["step"] < STEPS
-    assert len({attempt["job"] for attempt in attempts}) == 2
+    assert 0 < cut["step"] == after["from_step"] < STEPS
+    assert {row["attempts"][-1]["how"] for row in rows(tmp_path).values()} == {"done"}
     logs = "".join(path.read_text() for path in (tmp_path / "slurm").rglob("*.out"))
     assert f"goes on at step {cut['step']}" in logs
     print(f"{whole} runs, one cut at step {cut['step']}: {json.dumps(cut)}")
@@ -149,9 +161,10 @@ def test_a_cancelled_job_saves_and_stays_cancelled(
         wait_until(lambda: not jobs(), "the job is gone", tmp_path)
         time.sleep(2 * cluster.CREDENTIAL)  # a requeued one would be back by now
         assert not jobs()
-        told = status(tmp_path)
-        assert told["counts"]["stopped"] == 1, told
-        assert 0 < told["runs"][0]["step"] < STEPS
+        assert field("JobState") == ["CANCELLED"]
+        now = status(tmp_path)
+        assert now["counts"]["stopped"] == 1, now
+        assert 0 < now["runs"][0]["step"] < STEPS
     run(tmp_path, claims=("gn-lars-0.1",))
     path = "runs/gn-lars-0.1/seed0"
     assert content(tmp_path / path) == content(reference / path)

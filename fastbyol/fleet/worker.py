@@ -64,6 +64,8 @@ TICK_S, POLL_S = 0.5, 2.0
 SAY_S = 1.0
 # A run that another process of this machine works on without a claim, such as `resume`.
 IN_USE_S = 30.0
+# A process that was killed drops its claim's lock first, and the run's so much later, at most.
+DYING_S = 5.0
 # When a worker that goes on in a fresh process was begun, by the monotonic clock.
 _BEGAN = "FASTBYOL_WORKER_BEGAN"
 Tell = Callable[[str], None]
@@ -359,7 +361,7 @@ class Worker:
             if pick_device(asked.train.device).type == "cpu":
                 # One a worker: that fills the cores best, and has the same bits on any machine.
                 torch.set_num_threads(1)
-            with self._folder(entry, asked, observer) as folder:
+            with self._free_folder(entry, asked, observer) as folder:
                 folder.fence = claim.check
                 # The files of a run that goes on may have been moved: they are where it was asked
                 # for now.
@@ -387,6 +389,17 @@ class Worker:
         finally:
             self.pulse.is_training = False
             gc.collect()
+
+    def _free_folder(self, entry: Entry, asked: Resolved, observer: SignObserver) -> RunFolder:
+        """Return the run's folder, for which a dying process is waited."""
+        until = time.monotonic() + DYING_S
+        while True:
+            try:
+                return self._folder(entry, asked, observer)
+            except InUseError:
+                if time.monotonic() >= until or self.pulse.reason is not None:
+                    raise
+                time.sleep(TICK_S / 5)
 
     def _folder(self, entry: Entry, asked: Resolved, observer: SignObserver) -> RunFolder:
         if (entry.path / CONFIG).is_file():

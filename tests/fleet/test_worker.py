@@ -405,6 +405,20 @@ def test_a_run_in_use_without_a_claim_is_left_alone(tmp_path: Path) -> None:
     assert {each["status"] for each in rows(tmp_path).values()} == {"done"}
 
 
+def test_a_run_that_a_dying_process_still_has_is_waited_for(tmp_path: Path) -> None:
+    """It dropped its claim's lock before."""
+    from fastbyol.runs.lock import Lock
+
+    ask(tmp_path, "gn-lars-0.1", sets=SHORT)
+    path = tmp_path / "runs/gn-lars-0.1/seed0"
+    path.mkdir(parents=True)
+    timer = threading.Timer(2.0, Lock(path).release)
+    timer.start()
+    assert here(tmp_path)[0] is None
+    timer.join()
+    assert [each["how"] for each in rows(tmp_path)["gn-lars-0.1/seed0"]["attempts"]] == ["done"]
+
+
 def test_a_run_begun_on_another_kind_of_device_is_left_for_it(tmp_path: Path) -> None:
     """Its numbers would be others here."""
     ask(tmp_path, "gn-lars-0.1", seeds=2, sets=SHORT)

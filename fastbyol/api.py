@@ -28,7 +28,7 @@ from fastbyol.engine.precision import choose_precision
 from fastbyol.engine.step import TrainState
 from fastbyol.engine.trainer import Summary
 from fastbyol.engine.worker import launch_id, worker
-from fastbyol.errors import FastbyolError, UsageError, check_choice
+from fastbyol.errors import FastbyolError, UsageError, check_choice, quoted
 from fastbyol.evaluation import protocol as protocols
 from fastbyol.evaluation.protocol import PROTOCOLS
 from fastbyol.model.resnet import ResNet
@@ -139,7 +139,14 @@ def _lead(
         step = checkpoint.newest_step(folder.checkpoints) or 0
         observer.note(f"{folder.path}: a rank was lost: all go on from step {step}")
     ranking.from_first(processes, (config, ranks))
-    return trainer.fit(folder, config, observer, processes, ranks)
+    summary = trainer.fit(folder, config, observer, processes, ranks)
+    if not summary.finished and observer is not None:
+        where = (
+            f"saved at step {summary.step}" if summary.step else "stopped before a step was made"
+        )
+        again = f"fastbyol resume {quoted(folder.path)}"
+        observer.note(f"{summary.stopped_by}: {where}; go on with: {again}")
+    return summary
 
 
 def _follow(processes: ranking.Alone | ranking.Processes) -> Summary:

@@ -22,7 +22,7 @@ from fastbyol.config import Config, DataConfig
 from fastbyol.config_io import Flag
 from fastbyol.data import embedded, loader
 from fastbyol.engine.device import fitting_threads
-from fastbyol.errors import FastbyolError, UsageError
+from fastbyol.errors import FastbyolError, UsageError, quoted
 from fastbyol.evaluation.collapse import COLLAPSED_ABOVE
 from fastbyol.evaluation.supervised import supervised_accuracy
 from fastbyol.fleet import campaign
@@ -104,7 +104,8 @@ def _train(out: Path, config: Config, console: Console) -> Path:
         )
     if not summary.finished:
         raise FastbyolError(
-            f"{path}: interrupted at step {summary.step}; go on with: fastbyol resume {path}"
+            f"{path}: interrupted at step {summary.step}; go on with: fastbyol resume "
+            f"{quoted(path)}"
         )
     return path
 
@@ -114,7 +115,8 @@ def _pair(out: Path, config: Config, console: Console) -> dict[str, dict[str, An
     out, runs = _pair_runs(out, config)
     _print_command(
         console,
-        f"fastbyol ablate run {' '.join(PAIR)} --seeds 1 --data {config.data.train} --out {out}",
+        f"fastbyol ablate run {' '.join(PAIR)} --seeds 1 --data "
+        f"{quoted(Path(config.data.train))} --out {quoted(out)}",
     )
     tasks = plan.tasks(runs, out)
     outcome = campaign.execute(

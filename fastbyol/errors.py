@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterable, Iterator
 from difflib import SequenceMatcher
 from pathlib import Path
@@ -54,6 +55,11 @@ def one_line(error: BaseException, most: int | None = 200) -> str:
     If it has no message, its type is returned.
     """
     return " ".join(str(error).split())[:most] or type(error).__name__
+
+
+def quoted(path: Path) -> str:
+    """Return a path as a shell reads it, for commands that messages suggest."""
+    return shlex.quote(str(path))
 
 
 def size_text(num_bytes: int) -> str:

@@ -100,7 +100,7 @@ class Evidence:
         check_choice("scale", scale, get_args(Scale))
         rows = [event for event in events if event["event"] == "epoch"]
         if not rows:
-            raise UsageError(f"{path}: no epoch has ended: go on with `fastbyol resume {path}`")
+            raise UsageError(f"{path}: no epoch has ended yet")
         layers = read_layers(path)
         matrix_rates = _matrix_rates(layers)
         steps_per_epoch = rows[0]["step"] // (rows[0]["epoch"] + 1)

@@ -16,7 +16,7 @@ import torch
 
 from fastbyol.ablations.curves import appendix, published
 from fastbyol.config import OptimConfig
-from fastbyol.errors import UsageError, check_choice
+from fastbyol.errors import UsageError, check_choice, quoted
 from fastbyol.model.byol import Online
 from fastbyol.optim.lars import Treatment, rate_ceiling, rule_of, treatments
 from fastbyol.runs.folder import RunFolder
@@ -218,7 +218,9 @@ def of_run(path: Path, rules: Sequence[Rule], at_step: int | None = None) -> dic
 
 def _record_index(path: Path, layers: Layers, at_step: int | None) -> int:
     if not len(layers.steps):
-        raise UsageError(f"{path}: no layer was recorded yet: go on with `fastbyol resume {path}`")
+        raise UsageError(
+            f"{path}: no layer was recorded yet: go on with `fastbyol resume {quoted(path)}`"
+        )
     if at_step is None:
         rates = np.nan_to_num(layers.values[:, :, layers.metrics.index("rate")])
         return int(rates.max(axis=1).argmax())

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fastbyol.cli.options import Device, Json
-from fastbyol.errors import UsageError
+from fastbyol.errors import UsageError, quoted
 from fastbyol.fleet.claim import STALE_S
 from fastbyol.fleet.launch import Launch, LauncherName
 from fastbyol.output import console as make_console
@@ -36,6 +36,8 @@ Runs = Annotated[
     typer.Argument(metavar="[RUN]...", help="Such as gn-lars-0.2/seed0, or gn-lars-0.2."),
 ]
 WATCH_S = 2.0
+# Nobody who reads from a pipe is helped by cut words.
+PIPED_WIDTH = 200
 
 
 def _launch_options(
@@ -106,11 +108,11 @@ def in_words(outcome: Outcome, out: Path, launch: Launch) -> str:
         return f"{counts}; interrupted, the same command goes on"
     if outcome.submitted:
         jobs = ", ".join(outcome.submitted)
-        return f"{counts}; jobs {jobs} work on them: `fastbyol ablate status {out} --watch`"
+        return f"{counts}; jobs {jobs} work on them: `fastbyol ablate status {quoted(out)} --watch`"
     if launch.launcher == "none" and outcome.stopped:
-        return f"{counts}; start workers: `fastbyol ablate work {out}`"
+        return f"{counts}; start workers: `fastbyol ablate work {quoted(out)}`"
     if outcome.failed:
-        return f"{counts}; `fastbyol ablate retry {out}` lets failed ones be tried again"
+        return f"{counts}; `fastbyol ablate retry {quoted(out)}` lets failed ones be tried again"
     return counts
 
 
@@ -129,7 +131,9 @@ def work(
     wait: Annotated[
         bool,
         typer.Option(
-            "--wait/--no-wait", help="Whether to stay while others work on all that is left."
+            "--wait/--no-wait",
+            help="Whether to stay while others work on all that is left, or leave once each of "
+            "them has given a sign of life.",
         ),
     ] = True,
     stale: Annotated[
@@ -146,12 +150,15 @@ def work(
 
     Start as many as there is room for, on any machine that sees DIR.
     """
+    from fastbyol.fleet.board import headline
+    from fastbyol.fleet.survey import Surveyor
     from fastbyol.fleet.worker import Options, work
 
     options = Options(str(out.resolve()), minutes, wait, stale)
     reason = work(options, say)
     if reason is not None:
         say(f"worker ends: {reason}")
+    say(f"{out}: {headline(Surveyor(out).look())}")
 
 
 def status(
@@ -168,6 +175,8 @@ def status(
     if watch and as_json:
         raise UsageError("--watch: has no JSON: call `status --json` as often as you want")
     surveyor, console = Surveyor(out), make_console()
+    if not console.is_terminal:
+        console.width = max(console.width, PIPED_WIDTH)
     if as_json:
         print_json(surveyor.look().as_json())
     elif not watch:
@@ -190,7 +199,7 @@ def stop(
     surveyor = Surveyor(out)
     if undo:
         ledger.allow(out)
-        say(f"{out}: workers may go on: `fastbyol ablate work {out}`")
+        say(f"{out}: workers may go on: `fastbyol ablate work {quoted(out)}`")
         return
     ledger.ask_to_stop(out)
     running = surveyor.look().counts["running"]

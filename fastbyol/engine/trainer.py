@@ -30,7 +30,7 @@ from fastbyol.engine.ranks import (
 from fastbyol.engine.session import Preparation, Progress, Session
 from fastbyol.engine.telemetry import Telemetry, Unrecorded
 from fastbyol.engine.worker import worker
-from fastbyol.errors import CollapsedError, FastbyolError, NoGraphError
+from fastbyol.errors import CollapsedError, FastbyolError, NoGraphError, quoted
 from fastbyol.evaluation.collapse import CollapseMonitor
 from fastbyol.evaluation.progress import Accuracies
 from fastbyol.process import exact_products, left_as_found
@@ -126,23 +126,18 @@ def _lead(
                 session, begun = Preparation(folder, config, observer, ranks).run(opened)
         except Stopped:
             step = checkpoint.newest_step(folder.checkpoints) or 0
-            what = f"{interrupt.requested}: stopped before a step was made"
-            observer.note(f"{what}; go on with: fastbyol resume {run}")
             return _summary(folder, Progress(step=step), None, interrupt.requested)
         except NoGraphError as error:
             folder.keep_mode("compile")
             what = f"{error}: its steps are compiled from now on, in a fresh process"
-            raise NoGraphError(f"{run}: {what}: fastbyol resume {run}", run) from error
+            raise NoGraphError(f"{run}: {what}: fastbyol resume {quoted(run)}", run) from error
         opened.callback(capture.release, session.take_step)
         pace = Pace(config.train.batch_size, begun.step, session.total_steps)
         with session.open_telemetry(begun.step) as telemetry:
             progress = Loop(session, telemetry, interrupt, pace).run(begun)
         who = None
         if not session.is_finished(progress):
-            was_saved = progress != begun or begun.step
-            where = f"saved at step {progress.step}" if was_saved else "stopped before a step"
             who = interrupt.requested or "a signal to another rank"
-            observer.note(f"{who}: {where}; go on with: fastbyol resume {run}")
         return from_first(ranks, _summary(folder, progress, session, who))
 
 
@@ -412,7 +407,7 @@ class Loop:
         folder = self.session.folder
         good = None if folder is None else checkpoint.newest(folder.checkpoints)
         start = (
-            f" from the last good checkpoint with `fastbyol train --init-from {good}` and"
+            f" from the last good checkpoint with `fastbyol train --init-from {quoted(good)}` and"
             if good
             else " with"
         )

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from fastbyol.errors import UsageError
+from fastbyol.errors import UsageError, quoted
 from fastbyol.fleet import ledger
 from fastbyol.fleet.claim import Owner, Watch, acquire, newest
 from fastbyol.fleet.ledger import LEDGER, Entry, Ledger, Task, entry_of
@@ -55,7 +55,9 @@ def retry(out: Path, words: Sequence[str]) -> tuple[Entry, ...]:
     keys = ledger.keys(words, entries) if words else tuple(entry.key for entry in entries)
     failed = [entry for entry in entries if entry.key in keys and entry.status == "failed"]
     if words and not failed:
-        raise UsageError(f"{', '.join(words)}: did not fail; see `fastbyol ablate status {out}`")
+        raise UsageError(
+            f"{', '.join(words)}: did not fail; see `fastbyol ablate status {quoted(out)}`"
+        )
     return tuple(_write(entry, _asked_again(entry, _begun(entry))) for entry in failed)
 
 

@@ -20,6 +20,7 @@ from fastbyol.fleet.asking import FolderStatus
 from fastbyol.fleet.launch import Launch
 from fastbyol.fleet.ledger import Call, Ledger, Task
 from fastbyol.fleet.node import NodeEnd
+from fastbyol.runs.folder import CONFIG
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,8 @@ def _ask(
         raise UsageError(
             f"{out}: {error.strerror}: name a folder that can be written with --out"
         ) from None
+    if (out / CONFIG).exists():
+        raise UsageError(f"{out}: holds a single run: name another folder with --out")
     ledger.refuse_other_scale(out, scale)
     call = Call(out, scale, {**asked, "runs": [task.name for task, _ in tasks]})
     left = tuple(entry.name for entry in asking.ask(out, tasks, retry_failed=retry_failed))

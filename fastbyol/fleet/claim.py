@@ -16,6 +16,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import json
+import math
 import os
 import shutil
 import socket
@@ -29,12 +30,20 @@ from pathlib import Path
 from typing import Any
 
 from fastbyol.errors import FastbyolError
+from fastbyol.files import open_regular
+from fastbyol.fleet import fields
+from fastbyol.fleet.fields import NUMBER, TEXT, WHOLE
 
 SIGN = "sign.json"
 # Without a sign for so long a worker counts as dead. It gives ten in this time.
 STALE_S, BEATS = 300.0, 10
 # Room for what a sign will say later, so that it can be said on a full disk.
 SIGN_BYTES = 4096
+_NEEDED: fields.Types = {"host": TEXT, "pid": WHOLE, "boot": TEXT, "stale_s": NUMBER}
+_MORE: fields.Types = {
+    "job": TEXT, "on": TEXT, "step": WHOLE, "epoch": WHOLE, "state": TEXT, "neg_cos": NUMBER,
+    "accuracy": NUMBER, "img_s": NUMBER, "left_s": NUMBER, "ended": TEXT,
+}  # fmt: skip
 _NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 
 
@@ -149,7 +158,7 @@ class Seen:
     @property
     def has_ended(self) -> bool:
         """Whether its owner said that it gives up, and could not say so in the ledger."""
-        return "ended" in self.sign
+        return bool(self.sign.get("ended"))
 
     @property
     def is_here(self) -> bool:
@@ -222,11 +231,12 @@ def look(stem: Path, number: int) -> Seen:
     path = _path(stem, number)
     sign: Mapping[str, Any] = {}
     touched_ns = 0
-    with suppress(OSError, ValueError):
+    with suppress(OSError, ValueError, RecursionError):
         touched_ns = path.stat().st_mtime_ns
         touched_ns = (path / SIGN).stat().st_mtime_ns
-        content = json.loads((path / SIGN).read_text("utf-8"))
-        if isinstance(content, dict) and {"host", "pid", "boot", "stale_s"} <= content.keys():
+        with open_regular(path / SIGN) as file:
+            content = json.load(file)
+        if fields.fit(content, _NEEDED, _MORE) and math.isfinite(content["stale_s"]):
             sign = content
     return Seen(path, number, sign, touched_ns)
 

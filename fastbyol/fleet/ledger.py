@@ -21,8 +21,10 @@ from typing import Any, Literal
 
 from fastbyol import config_io
 from fastbyol.config import Resolved
-from fastbyol.errors import UsageError
+from fastbyol.errors import UsageError, quoted
 from fastbyol.files import open_regular
+from fastbyol.fleet import fields
+from fastbyol.fleet.fields import LIST, NUMBER, TEXT, WHOLE
 from fastbyol.runs.durable import write_text, writing
 from fastbyol.runs.environment import environment
 
@@ -31,6 +33,19 @@ STOP = "stop"
 # What is kept of a run; whether somebody works on it now, its claim tells.
 Status = Literal["new", "stopped", "done", "failed"]
 STATUSES: tuple[Status, ...] = ("new", "stopped", "done", "failed")
+_NEEDED: fields.Types = {
+    "arm": TEXT, "seed": WHOLE, "status": TEXT, "order": WHOLE, "epochs": WHOLE, "claimed": WHOLE,
+    "config": TEXT, "device": TEXT,
+}  # fmt: skip
+_MORE: fields.Types = {
+    "after": TEXT, "attempts": LIST, "step": WHOLE, "state": TEXT, "error": TEXT,
+    "failed_before": LIST, "accuracy": NUMBER, "seconds": NUMBER,
+}  # fmt: skip
+_NEEDED_OF_ATTEMPT: fields.Types = {"claim": WHOLE, "device": TEXT, "from_step": WHOLE}
+_MORE_OF_ATTEMPT: fields.Types = {
+    "worker": TEXT, "job": TEXT, "began": TEXT, "ended": TEXT, "how": TEXT, "step": WHOLE,
+    "seconds": NUMBER,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -184,17 +199,18 @@ class Ledger:
                 row = json.load(file)
             entry = Entry(self.out, key, row)
             sound = (
-                f"{row['arm']}/seed{row['seed']}" == key
+                fields.fit(row, _NEEDED, _MORE)
+                and f"{row['arm']}/seed{row['seed']}" == key
                 and row["status"] in STATUSES
-                and all(type(row[name]) is int for name in ("order", "epochs", "claimed", "seed"))
-                and isinstance(row["config"], str)
-                and isinstance(row["device"], str)
-                and all(isinstance(attempt, dict) for attempt in entry.attempts)
+                and all(
+                    fields.fit(each, _NEEDED_OF_ATTEMPT, _MORE_OF_ATTEMPT)
+                    for each in entry.attempts
+                )
             )
-        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        except (OSError, ValueError, RecursionError):
             sound = False
         if not sound:
-            self.damaged[key] = f"{path}: damaged: remove it, and ask for the run again"
+            self.damaged[key] = f"{path}: damaged: ask for the run again, which writes a new one"
             return None
         self._read[path] = (version, entry)
         return entry
@@ -238,7 +254,7 @@ def read(out: Path) -> dict[str, Any]:
     if not scales:
         raise UsageError(
             f"{out}: no ablations here (no {CALLS}); make some with `fastbyol ablate run --out "
-            f"{out}`"
+            f"{quoted(out)}`"
         )
     if len(scales) > 1:
         raise UsageError(
@@ -302,11 +318,15 @@ def _scales(out: Path, calls: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def demand(out: Path) -> None:
     """Raise UsageError if no runs were asked for in ``out``."""
-    if not (out / LEDGER).is_dir():
-        raise UsageError(
-            f"{out}: no runs were asked for here (no {CALLS} and {LEDGER}): `fastbyol ablate run "
-            f"--out {out}` asks for some, or `fastbyol sweep`"
-        )
+    if (out / LEDGER).is_dir():
+        return
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"{out}: is no folder: name the one that --out named")
+    what = f"no runs were asked for here (no {CALLS} and {LEDGER})"
+    raise UsageError(
+        f"{out}: {what if out.exists() else 'no such folder'}: `fastbyol ablate run --out "
+        f"{quoted(out)}` asks for some, or `fastbyol sweep`"
+    )
 
 
 def is_asked_to_stop(out: Path) -> bool:
@@ -345,7 +365,8 @@ def keys(words: Sequence[str], entries: Sequence[Entry]) -> tuple[str, ...]:
     for word in words:
         names = [e.key for e in entries if word in (e.key, e.name, e.row["arm"])]
         if not names:
-            raise UsageError(f"{word}: no such run in this folder; see `fastbyol ablate status`")
+            see = f"fastbyol ablate status {quoted(entries[0].out)}" if entries else "--out"
+            raise UsageError(f"{word}: no such run in this folder; see `{see}`")
         matches += names
     return tuple(dict.fromkeys(matches))
 

@@ -118,7 +118,7 @@ class Node:
         self._processes.append(process)
         self._selector.register(process.pipe, selectors.EVENT_READ, process)
         if self.stopped_by is not None:  # asked since
-            process.process.terminate()
+            process.process.send_signal(signal.Signals[self.stopped_by])
 
     def _listen(self, process: Process) -> None:
         """Print what a worker says; if it has ended, start another one where that makes sense."""
@@ -149,6 +149,6 @@ class Node:
             self.stopped_by = signal.Signals(number).name
             for process in self._processes:
                 with suppress(OSError):
-                    process.process.terminate()
+                    process.process.send_signal(number)
         elif number == signal.SIGINT:
             raise KeyboardInterrupt

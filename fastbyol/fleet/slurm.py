@@ -170,8 +170,8 @@ def _parameters(words: Sequence[str]) -> dict[str, Any]:
     names = inspect.signature(_make_sbatch_string).parameters.keys() - _OWN
     made: dict[str, Any] = {}
     for word in words:
-        key, equals, text = word.partition("=")
-        if not equals or not text:
+        key, _, text = word.partition("=")
+        if not key or not text:
             raise UsageError(f"--slurm {word}: write KEY=VALUE, such as gpus_per_node=8")
         if key not in names:
             near = difflib.get_close_matches(key.replace("-", "_"), names) or sorted(names)

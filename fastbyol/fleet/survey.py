@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from fastbyol.errors import FastbyolError, size_text
+from fastbyol.errors import FastbyolError, quoted, size_text
 from fastbyol.fleet import ledger
 from fastbyol.fleet.claim import STALE_S, Seen, claims_below, look, newest
 from fastbyol.fleet.ledger import LEDGER, Entry, Ledger
@@ -123,8 +123,8 @@ class Surveyor:
         notes = []
         if ledger.is_asked_to_stop(self.out):
             notes.append(
-                f"{self.out}: workers were asked to stop; `fastbyol ablate stop {self.out} --undo` "
-                "takes it back"
+                f"{self.out}: workers were asked to stop; `fastbyol ablate stop "
+                f"{quoted(self.out)} --undo` takes it back"
             )
         free = ledger.free_bytes(self.out)
         is_full = free is not None and free < LITTLE_ROOM
@@ -132,7 +132,7 @@ class Surveyor:
             size = "an unknown number of bytes" if free is None else size_text(free)
             notes.append(
                 f"{self.out}: the disk is full or was, {size} are free: make room; `fastbyol "
-                f"ablate work {self.out}` goes on"
+                f"ablate work {quoted(self.out)}` goes on"
             )
         return notes
 
@@ -192,11 +192,16 @@ class Surveyor:
         stale_s = sign.get("stale_s", STALE_S)
         status: Status = "running"
         note = _history(entry)
-        if "ended" in sign and not lives:
-            status, note = "stopped", str(sign["ended"])
+        if seen.has_ended and not lives:
+            status, note = "stopped", sign["ended"]
         elif lives is False:
             status = "lost"
             note = f"{seen.owner_name} is gone: the next worker goes on from the last checkpoint"
+        elif not sign and silent_s <= stale_s:
+            note = (
+                f"its sign cannot be read: if that stays so for {duration(stale_s)}, a worker "
+                "takes the run over"
+            )
         elif silent_s < -SKEW_S:
             note = (
                 f"its last sign lies {duration(-silent_s)} ahead: clocks differ, or one jumped; "
@@ -220,7 +225,7 @@ class Surveyor:
     def _finished(self, entry: Entry, epoch: int | None = None) -> int:
         """Return how many epochs a run has finished: what its sign says, or its metrics."""
         if epoch is not None:
-            return int(epoch)
+            return epoch
         metrics = entry.path / "metrics.jsonl"
         size = metrics.stat().st_size if metrics.is_file() else 0
         if self._epochs.get(entry.key, (-1, 0))[0] != size:

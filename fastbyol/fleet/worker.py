@@ -33,7 +33,7 @@ from fastbyol.engine.allocator import keep_freed_memory
 from fastbyol.engine.device import pick_device
 from fastbyol.engine.observer import EpochEnd, Start, StepReport
 from fastbyol.engine.precision import choose_precision
-from fastbyol.errors import FastbyolError, NoGraphError, UsageError, chain
+from fastbyol.errors import FastbyolError, NoGraphError, UsageError, chain, quoted
 from fastbyol.files import DISK_ERRORS
 from fastbyol.fleet import ledger
 from fastbyol.fleet.claim import (
@@ -213,7 +213,7 @@ class Worker:
                         self._tell_of_others()
                         return None
                     if not is_waiting:
-                        self.tell(f"waits for {len(claimed)} runs of others")
+                        self.tell(f"waits for runs of other workers: {len(claimed)}")
                     is_waiting = True
                     time.sleep(min(POLL_S, self.options.stale_s / 4))
                     continue
@@ -429,7 +429,7 @@ class Worker:
                 self.pulse.reason = result["stopped_by"]
             why = result.get("disk") or result.get("again") or result.get("stopped")
             how = str(why or self.pulse.reason)
-            what = f"stopped: {how}"
+            what = f"stopped: {how}: " + (f"saved at step {step}" if step else "no step is saved")
         attempts = list(entry.attempts)
         attempts[-1] = {
             **attempts[-1], "ended": ledger.now(), "how": how, "step": step,
@@ -480,7 +480,8 @@ def work(options: Options, tell: Tell) -> str | None:
     worker = Worker(options, tell, pulse)
     try:
         if ledger.is_asked_to_stop(out):
-            return "asked by `fastbyol ablate stop`; `fastbyol ablate stop --undo` takes it back"
+            undo = f"fastbyol ablate stop {quoted(out)} --undo"
+            return f"asked by `fastbyol ablate stop`; `{undo}` takes it back"
         reason = worker.work()
     except FreshProcessError as error:
         tell(f"goes on in a fresh process: {error}")

@@ -17,7 +17,7 @@ from typing import Any
 
 from fastbyol import config_io
 from fastbyol.config import Resolved
-from fastbyol.errors import FastbyolError, UsageError
+from fastbyol.errors import FastbyolError, UsageError, quoted
 from fastbyol.runs import consistency
 from fastbyol.runs.durable import write_text, writing
 from fastbyol.runs.environment import ENV, env_of, environment
@@ -264,13 +264,15 @@ def _events(path: Path) -> list[dict[str, Any]]:
 def _refuse_used(path: Path) -> None:
     if (path / CONFIG).exists():
         raise UsageError(
-            f"{path}: holds a run already: go on with `fastbyol resume {path}`, or name another "
-            "folder with --out"
+            f"{path}: holds a run already: go on with `fastbyol resume {quoted(path)}`, or name "
+            "another folder with --out"
         )
     # A process that was killed within `create` may have left these.
     ours = (LOCK, ENV, CHECKPOINTS, f".{ENV}.tmp", f".{CONFIG}.tmp")
     if other := next((entry.name for entry in path.iterdir() if entry.name not in ours), ""):
-        raise UsageError(f"{path}: is not empty ({other}): name a new folder with --out")
+        raise UsageError(
+            f"{path}: is not empty ({other}): move that away, or name another folder with --out"
+        )
 
 
 def _stem(config: Resolved) -> str:

@@ -6,14 +6,13 @@ They are pinned before the first step, in env.json and in each checkpoint. Files
 from __future__ import annotations
 
 import os
-import shlex
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from fastbyol.config import Config, DataConfig, Resolved
-from fastbyol.errors import UsageError
+from fastbyol.errors import UsageError, quoted
 from fastbyol.runs import consistency
 from fastbyol.runs.environment import env_of
 from fastbyol.text import printable
@@ -90,7 +89,7 @@ def refuse_other_data(run: Path, made: Inputs, now: Inputs, train: Path, test: P
         raise UsageError(
             f"{file}: is not the {_WORDS[name]} that the run was made with: {then.change(today)}: "
             "put it back, say where the "
-            f"same lies with `fastbyol resume {_quoted(run)} {_FLAGS[name]} FILE`, or "
+            f"same lies with `fastbyol resume {quoted(run)} {_FLAGS[name]} FILE`, or "
             f"{_afresh(run)}"
         )
 
@@ -111,7 +110,7 @@ def refuse_missing(run: Path, data: DataConfig) -> None:
             raise UsageError(
                 f"{file}: no such file, and the run needs it as its {_WORDS[name]}: put it back, "
                 "or say where it lies "
-                f"now with `fastbyol resume {_quoted(run)} {_FLAGS[name]} FILE`"
+                f"now with `fastbyol resume {quoted(run)} {_FLAGS[name]} FILE`"
             )
 
 
@@ -216,8 +215,4 @@ def _is_built_in(name: str) -> bool:
 
 
 def _afresh(run: Path) -> str:
-    return f"start another run from these weights with `fastbyol train --init-from {_quoted(run)}`"
-
-
-def _quoted(run: Path) -> str:
-    return shlex.quote(str(run))
+    return f"start another run from these weights with `fastbyol train --init-from {quoted(run)}`"

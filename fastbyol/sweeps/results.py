@@ -14,11 +14,11 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from fastbyol.errors import FastbyolError, UsageError, check_choice
+from fastbyol.errors import FastbyolError, UsageError, check_choice, quoted
 from fastbyol.fleet import ledger
-from fastbyol.fleet.ledger import CALLS, RUNS
+from fastbyol.fleet.ledger import CALLS, LEDGER, RUNS
 from fastbyol.fleet.survey import Surveyor
-from fastbyol.runs.metrics import read_events
+from fastbyol.runs.metrics import METRICS_FILE, read_events
 from fastbyol.sweeps.grid import SCALE, Values
 
 # Shares of a point's runs that end collapsed; that were ever collapsed and do not end so.
@@ -159,17 +159,23 @@ def read(out: Path) -> Sweep:
     if not (out / CALLS).is_dir():
         raise UsageError(
             f"{out}: no sweep here (no {CALLS}); make one with `fastbyol sweep GRID.toml --out "
-            f"{out}`"
+            f"{quoted(out)}`"
         )
     content = ledger.read(out)
     if content["scale"] != SCALE:
         raise UsageError(
-            f"{out}: holds no sweep, but ablations: see `fastbyol ablate report --out {out}`"
+            f"{out}: holds no sweep, but ablations: see `fastbyol ablate report --out "
+            f"{quoted(out)}`"
         )
-    axes = _axes([call["axes"] for call in content["calls"]])
+    try:
+        axes = _axes([call["axes"] for call in content["calls"]])
+    except (KeyError, TypeError, AttributeError):
+        raise UsageError(f"{out / CALLS}: damaged: a call without its axes: move it away") from None
     now = {row.run: row for row in Surveyor(out).look().rows}
     by_point: dict[str, list[Result]] = {}
     for key, row in content["runs"].items():
+        if not isinstance(row.get("point"), dict):
+            raise UsageError(f"{out / LEDGER / key}.json: damaged: no point of a sweep: remove it")
         seen = now.get(f"{row['arm']} seed {row['seed']}")
         status, note = (seen.status, seen.note) if seen else ("damaged", "")
         run = _result(out / RUNS / key, row, status, note)
@@ -215,8 +221,10 @@ def _result(path: Path, row: Mapping[str, Any], status: str, note: str) -> Resul
     values = {key: frozen(value) for key, value in row["point"].items()}
     run = Result(str(row["arm"]), int(row["seed"]), values, path, status, note)
     try:
-        events = read_events(path) if path.is_dir() else []
+        events = read_events(path) if (path / METRICS_FILE).exists() else []
     except FastbyolError as error:
+        if status == "failed":  # which says why already
+            return run
         return replace(run, status="damaged", note=str(error))
     epochs = [event for event in events if event["event"] == "epoch"]
     if not epochs or epochs[-1]["epoch"] + 1 < row["epochs"]:

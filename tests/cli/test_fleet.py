@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -22,12 +24,14 @@ SHORT = ("train.epochs=1",)
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["work", "nowhere"], "no runs were asked for here"),
-        (["status", "nowhere"], "no runs were asked for here"),
+        (["work", "nowhere"], "no such folder"),
+        (["status", "nowhere"], "no such folder"),
         (["status", "nowhere", "--json"], "fastbyol ablate run --out nowhere"),
-        (["stop", "nowhere"], "no runs were asked for here"),
-        (["stop", "nowhere", "--undo"], "no runs were asked for here"),
-        (["retry", "nowhere"], "no runs were asked for here"),
+        (["stop", "nowhere"], "no such folder"),
+        (["stop", "nowhere", "--undo"], "no such folder"),
+        (["retry", "nowhere"], "no such folder"),
+        (["status", "out/calls"], "no runs were asked for here"),
+        (["work", "out/ledger/gn-lars-0.1/seed0.json"], "is no folder"),
         (["status", "out", "--watch", "--json"], "--watch: has no JSON"),
         (["retry", "out", "gn-lars-0.3"], "gn-lars-0.3: no such run"),
         (["retry", "out", "gn-lars-0.1/seed0"], "did not fail"),
@@ -49,18 +53,31 @@ def test_work_trains_what_nobody_has_and_says_so(run, tmp_path: Path) -> None:
     out = tmp_path / "out"
     ask(out, "gn-lars-0.1", seeds=2, sets=SHORT)
     ledger.ask_to_stop(out)
-    assert "`fastbyol ablate stop --undo`" in run.output("work", "out")
+    assert f"`fastbyol ablate stop {out} --undo`" in run.output("work", "out")
     assert "workers may go on" in run.output("stop", "out", "--undo")
-    lines = run.output("work", "out").splitlines()
+    *lines, last = run.output("work", "out").splitlines()
+    assert last == "out: 2 runs: 2 done; 100 %"
     assert [line.partition(":")[0] for line in lines] == [
         "gn-lars-0.1 seed 0",
         "gn-lars-0.1 seed 1",
     ]
     assert all(": done, " in line for line in lines)
     assert lines[1].endswith("; 2 of 2 done")
-    assert run.output("work", "out") == ""
+    assert run.output("work", "out") == "out: 2 runs: 2 done; 100 %\n"
     told = run.json("status", "out")
     assert (told["counts"]["done"], told["epochs_done"], told["epochs"]) == (2, 2, 2)
+
+
+def test_suggested_commands_can_be_pasted(run, tmp_path: Path) -> None:
+    """A folder's name may have blanks."""
+    out = tmp_path / "two words"
+    ask(out, "gn-lars-0.1")
+    run.output("stop", "two words")
+    suggested = [run.output("work", "two words"), run.output("status", "two words")]
+    for said in (text.replace("\n", " ") for text in suggested):
+        command = shlex.split(re.findall("`([^`]*)`", said)[-1])
+        assert command[:3] == ["fastbyol", "ablate", "stop"]
+        assert Path(command[3]).name == "two words"
 
 
 def test_work_leaves_runs_for_another_device(run, tmp_path: Path) -> None:
@@ -70,8 +87,9 @@ def test_work_leaves_runs_for_another_device(run, tmp_path: Path) -> None:
         entry = Ledger(tmp_path / "out").entry(f"gn-lars-0.1/seed{seed}")
         assert entry is not None
         entry.with_row(device=device).write()
-    said = run.output("work", "out")
-    assert said == "leaves 2 runs for a machine with their device: cuda:30, cuda:31\n"
+    said, last = run.output("work", "out").splitlines()
+    assert said == "leaves 2 runs for a machine with their device: cuda:30, cuda:31"
+    assert last == "out: 2 runs: 2 new; 0 %"
     assert [row["status"] for row in rows(tmp_path / "out").values()] == ["new", "new"]
 
 
@@ -108,7 +126,7 @@ def test_status_of_a_damaged_folder_says_what_to_do(run, tmp_path: Path) -> None
     (tmp_path / "out/ledger/gn-lars-0.1/seed1.json").write_text("")
     out = run.output("status", "out").replace("\n", "")
     assert "1 new, 1 damaged" in out.replace("  ", " ")
-    assert "remove it, and ask for the run again" in out
+    assert "damaged: ask for the run again" in out
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="waits for output with select")

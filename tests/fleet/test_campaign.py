@@ -146,6 +146,14 @@ def test_one_failing_run_does_not_stop_the_others(tmp_path: Path) -> None:
     assert "is not empty" in failure
 
 
+def test_the_folder_of_a_single_run_is_refused(tmp_path: Path) -> None:
+    runs = make(tmp_path, *ARMS)
+    (tmp_path / "config.toml").touch()
+    with pytest.raises(UsageError, match="holds a single run"):
+        execute(tmp_path, runs)
+    assert [path.name for path in tmp_path.iterdir()] == ["config.toml"]
+
+
 def test_a_replay_fails_with_its_source(tmp_path: Path) -> None:
     runs = make(tmp_path, "gn-lars-0.2-replayed")
     source = next(run for run in runs if run.name == "gn-lars-0.2 seed 1")

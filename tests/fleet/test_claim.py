@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import json
 import os
 import signal
 import subprocess
@@ -195,6 +196,28 @@ def test_a_damaged_sign_is_no_sign(content: bytes) -> None:
         assert seen is not None
         assert seen.process_lives() is None
         assert not Watch().is_dead(seen)
+
+
+_JSON = st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.just([])
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.sampled_from(("host", "pid", "boot", "stale_s", "epoch", "step", "left_s", "ended")), _JSON
+)
+def test_a_sign_of_other_types_is_no_sign(name: str, value: object) -> None:
+    """Whoever reads it gets what it can count with, or nothing."""
+    whole = {**vars(Owner(boot="another")), "number": 1, "epoch": 1, "step": 8, "left_s": 2.5}
+    with tempfile.TemporaryDirectory() as folder:
+        stem = Path(folder) / "seed0"
+        path = Path(folder) / "seed0.claim.1"
+        path.mkdir()
+        (path / SIGN).write_text(json.dumps(whole | {name: value}))
+        seen = newest(stem)
+        assert seen is not None
+        assert seen.owner_name == "an unknown worker" or seen.sign[name] == value
+        assert Watch().is_dead(seen) in (True, False)
+        assert seen.process_lives() is None
 
 
 def test_a_full_disk_lets_the_owner_give_signs_and_say_why_it_ends(tmp_path: Path) -> None:

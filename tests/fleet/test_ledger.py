@@ -90,6 +90,14 @@ def test_an_entry_that_changes_is_read_again(tmp_path: Path) -> None:
         {"arm": "other"},
         {"attempts": ["x"]},
         {"attempts": 3},
+        {"attempts": None},
+        {"attempts": [{"device": "cpu", "from_step": 0}]},
+        {"attempts": [{"claim": 1, "device": "cpu", "from_step": "0"}]},
+        {"attempts": [{"claim": 1, "device": "cpu", "from_step": 0, "how": 5}]},
+        {"seconds": "long"},
+        {"accuracy": True},
+        {"failed_before": "x"},
+        {"after": []},
     ],
     ids=lambda change: str(change)[:20],
 )
@@ -103,7 +111,7 @@ def test_a_damaged_file_is_named_and_the_others_are_read(tmp_path: Path, change:
     book = Ledger(tmp_path)
     assert [entry.key for entry in book.entries()] == ["gn-lars-0.2/seed0"]
     assert list(book.damaged) == ["gn-lars-0.1/seed0"]
-    assert "remove it, and ask for the run again" in book.damaged["gn-lars-0.1/seed0"]
+    assert "damaged: ask for the run again" in book.damaged["gn-lars-0.1/seed0"]
     assert book.entry("gn-lars-0.1/seed0") is None
     with pytest.raises(UsageError, match=r"seed0\.json: damaged"):
         ledger.read(tmp_path)

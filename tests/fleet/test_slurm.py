@@ -80,7 +80,7 @@ def test_a_job_that_is_told_saves_is_queued_again_and_goes_on(
     assert "Requeued job" in job.stderr() + job.stdout()
     assert contents(out / "runs") == whole
     first, second = rows(out)["gn-lars-0.1/seed0"]["attempts"]
-    assert first["how"] in ("SIGUSR2", "SIGTERM")
+    assert first["how"] == "SIGUSR2"
     assert 0 < first["step"] == second["from_step"]
     assert (first["job"], second["how"]) == (job.job_id, "done")
     assert claims_in(out) == []
@@ -205,7 +205,7 @@ def test_times_without_room_for_a_notice_are_refused(limit: str) -> None:
     ("word", "why"),
     [
         ("gpus_per_node", "write KEY=VALUE"),
-        ("=8", "cannot be set"),
+        ("=8", "write KEY=VALUE"),
         ("mem=", "write KEY=VALUE"),
         ("gpus-per-node=8", "there are gpus_per_node"),
         ("acount=me", "there are account"),

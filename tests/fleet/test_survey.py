@@ -101,6 +101,18 @@ def test_running_has_what_the_sign_says(tmp_path: Path) -> None:
     assert seen.note == ""
 
 
+@pytest.mark.parametrize("sign", [None, "{", '{"pid": -5, "host": 3, "epoch": "zz"}'])
+def test_a_claim_without_a_readable_sign_is_told(tmp_path: Path, sign: str | None) -> None:
+    ask(tmp_path, "gn-lars-0.1")
+    claim = tmp_path / "ledger/gn-lars-0.1/seed0.claim.7"
+    claim.mkdir()
+    if sign is not None:
+        (claim / "sign.json").write_text(sign)
+    (seen,) = Surveyor(tmp_path).look().rows
+    assert (seen.status, seen.worker) == ("running", "an unknown worker")
+    assert seen.note.startswith("its sign cannot be read: if that stays so for 5:00")
+
+
 def test_lost_is_a_worker_whose_process_is_gone_from_here(tmp_path: Path) -> None:
     ask(tmp_path, "gn-lars-0.1")
     claim = begin(tmp_path, KEY, {"img_s": 99.0, "left_s": 60.0})
@@ -194,7 +206,7 @@ def test_damaged_is_a_file_that_is_no_entry(tmp_path: Path) -> None:
     (tmp_path / "ledger/gn-lars-0.1/seed1.json").write_text("{")
     seen = row(tmp_path, "gn-lars-0.1 seed 1")
     assert seen.status == "damaged"
-    assert "remove it, and ask for the run again" in seen.note
+    assert "damaged: ask for the run again" in seen.note
     assert row(tmp_path).status == "new"
 
 

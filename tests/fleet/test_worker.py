@@ -346,7 +346,7 @@ def test_a_signal_saves_and_the_next_worker_goes_on_bit_for_bit(
     assert process.pid is not None
     os.kill(process.pid, number)
     end(process)
-    assert f"{number.name}: saved at step" in (tmp_path / "said").read_text()
+    assert f"stopped: {number.name}: saved at step" in (tmp_path / "said").read_text()
     reason, said = here(out)
     assert reason is None
     assert "goes on at step" in said[0]

@@ -141,7 +141,7 @@ def test_a_pre_empted_job_goes_on_bit_for_bit(
     assert claims_in(tmp_path) == []
     (row,) = [row for row in rows(tmp_path).values() if len(row["attempts"]) > 1]
     cut, after = row["attempts"]
-    assert cut["how"] in ("SIGUSR2", "SIGTERM")  # the job tells its worker by the latter
+    assert cut["how"] == ("SIGUSR2" if user_signal else "SIGTERM")
     assert 0 < cut["step"] == after["from_step"] < STEPS
     assert {row["attempts"][-1]["how"] for row in rows(tmp_path).values()} == {"done"}
     logs = "".join(path.read_text() for path in (tmp_path / "slurm").rglob("*.out"))

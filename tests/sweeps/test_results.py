@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from fastbyol.errors import UsageError
-from fastbyol.fleet.ledger import RUNS, Call
+from fastbyol.fleet.ledger import RUNS, Call, Ledger
 from fastbyol.sweeps import results
 from made_sweep import SQUARE, ask, finish
 
@@ -114,6 +114,31 @@ def test_a_run_that_is_lost_or_damaged_is_no_result(out: Path) -> None:
     low = point(results.read(out), LOW)
     assert not low.done
     assert dict(low.left) == {"lost": 2, "new": 1}
+
+
+def test_a_run_that_failed_is_failed_whatever_lies_in_its_folder(out: Path) -> None:
+    """Somebody's file may lie there, and be the cause."""
+    for seed, name in ((0, "mine.txt"), (1, "metrics.jsonl")):
+        entry = Ledger(out).entry(f"{LOW}/seed{seed}")
+        assert entry is not None
+        entry.with_row(status="failed", error="is not empty").write()
+        entry.path.mkdir(parents=True)
+        (entry.path / name).write_text("{}\n{}\n")
+    low = point(results.read(out), LOW)
+    assert dict(low.left) == {"failed": 2, "new": 1}
+    assert [run.note for run in low.runs] == ["is not empty", "is not empty", ""]
+
+
+def test_a_row_or_a_call_of_no_sweep_is_one_line(out: Path) -> None:
+    entry = Ledger(out).entry(f"{LOW}/seed0")
+    assert entry is not None
+    entry.with_row(point=None).write()
+    with pytest.raises(UsageError, match=r"seed0\.json: damaged: no point of a sweep"):
+        results.read(out)
+    entry.write()
+    Call(out, "sweep", {})
+    with pytest.raises(UsageError, match="a call without its axes"):
+        results.read(out)
 
 
 def test_folders_without_a_sweep_are_refused(tmp_path: Path) -> None:

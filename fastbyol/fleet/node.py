@@ -117,8 +117,8 @@ class Node:
             raise UsageError(f"{self._log}: cannot start a worker: {error.strerror}") from None
         self._processes.append(process)
         self._selector.register(process.pipe, selectors.EVENT_READ, process)
-        if self.stopped_by is not None:  # asked since
-            process.process.send_signal(signal.Signals[self.stopped_by])
+        if self.stopped_by is not None:  # asked since; a second SIGINT would kill it
+            process.process.terminate()
 
     def _listen(self, process: Process) -> None:
         """Print what a worker says; if it has ended, start another one where that makes sense."""

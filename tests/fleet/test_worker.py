@@ -437,7 +437,9 @@ def test_a_folder_without_runs_and_damaged_entries_are_told(tmp_path: Path) -> N
     assert here(tmp_path)[0] is None
     look = Surveyor(tmp_path).look()
     assert (look.counts["done"], look.counts["damaged"]) == (1, 1)
-    assert "ask for the run again" in next(each.note for each in look.rows if each.status == "damaged")
+    assert "ask for the run again" in next(
+        each.note for each in look.rows if each.status == "damaged"
+    )
 
 
 def test_a_run_without_a_graph_goes_on_in_a_fresh_process(

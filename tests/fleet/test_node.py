@@ -68,6 +68,9 @@ def wait_until(true: Callable[[], bool], process: subprocess.Popen[str] | None =
         time.sleep(0.01)
 
 
+LEFT = ("stopped", "new")
+
+
 def two_have_steps(out: Path, lines: int = 10) -> bool:
     """Whether two runs have so many lines of metrics, and a checkpoint of an epoch."""
     metrics = list(out.glob("runs/*/*/metrics.jsonl"))
@@ -106,13 +109,15 @@ def test_a_killed_command_takes_its_workers_along_and_the_next_goes_on(
     ends = [row["attempts"][-1]["how"] for row in rows(tmp_path).values() if row.get("attempts")]
     assert set(ends) <= {"SIGTERM", "done"}
     assert len(ends) - ends.count("done") == 2
+    # The faster worker may have gone on to a run of which nothing is saved yet.
+    saved = [row for row in rows(tmp_path).values() if row["status"] == "stopped" and row["step"]]
     assert claims_in(tmp_path) == []
     runs = [path.parent for path in tmp_path.glob("runs/*/*/metrics.jsonl")]
     assert [checkpoint.newest_step(run / "checkpoints") for run in runs] == [
         last_step(run) + 1 for run in runs
     ]
     said = go_on(tmp_path)
-    assert sum("goes on at step" in line for line in said) == 2
+    assert sum("goes on at step" in line for line in said) == len(saved) > 0
     assert contents(tmp_path / "runs") == contents(whole / "runs")
     assert "Traceback" not in logs(tmp_path)
 
@@ -128,7 +133,7 @@ def test_ctrl_c_saves_and_the_next_call_goes_on(whole: Path, tmp_path: Path) -> 
     assert "Traceback" not in said + logs(tmp_path)
     kept = ledger.read(tmp_path)
     assert kept["calls"][0]["interrupted"] is True
-    assert {row["status"] for row in kept["runs"].values()} == {"stopped", "new"}
+    assert "stopped" in {row["status"] for row in kept["runs"].values()} <= {"done", *LEFT}
     assert claims_in(tmp_path) == []
     go_on(tmp_path)
     assert contents(tmp_path / "runs") == contents(whole / "runs")
@@ -150,7 +155,7 @@ def test_a_hangup_with_nobody_left_to_listen_saves_too(tmp_path: Path) -> None:
     assert not [each for each in workers if Path(f"/proc/{each}/cmdline").exists()]
     kept = ledger.read(tmp_path)
     assert kept["calls"][0]["interrupted"] is True
-    assert {row["status"] for row in kept["runs"].values()} == {"stopped", "new"}
+    assert "stopped" in {row["status"] for row in kept["runs"].values()} <= {"done", *LEFT}
     assert "Traceback" not in logs(tmp_path)
     runs = [path.parent for path in tmp_path.glob("runs/*/*/metrics.jsonl")]
     assert [checkpoint.newest_step(run / "checkpoints") for run in runs] == [

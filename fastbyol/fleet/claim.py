@@ -236,7 +236,8 @@ def look(stem: Path, number: int) -> Seen:
         touched_ns = (path / SIGN).stat().st_mtime_ns
         with open_regular(path / SIGN) as file:
             content = json.load(file)
-        if fields.fit(content, _NEEDED, _MORE) and math.isfinite(content["stale_s"]):
+        # Compared, not converted to a float, which a number of many digits would not survive.
+        if fields.fit(content, _NEEDED, _MORE) and abs(content["stale_s"]) < math.inf:
             sign = content
     return Seen(path, number, sign, touched_ns)
 

@@ -16,7 +16,7 @@ from fastbyol.errors import FastbyolError, quoted, size_text
 from fastbyol.fleet import ledger
 from fastbyol.fleet.claim import STALE_S, Seen, claims_below, look, newest
 from fastbyol.fleet.ledger import LEDGER, Entry, Ledger
-from fastbyol.runs.metrics import read_events
+from fastbyol.runs.metrics import METRICS_FILE, read_events
 from fastbyol.show.screen import duration
 
 Status = Literal[
@@ -226,7 +226,7 @@ class Surveyor:
         """Return how many epochs a run has finished: what its sign says, or its metrics."""
         if epoch is not None:
             return epoch
-        metrics = entry.path / "metrics.jsonl"
+        metrics = entry.path / METRICS_FILE
         size = metrics.stat().st_size if metrics.is_file() else 0
         if self._epochs.get(entry.key, (-1, 0))[0] != size:
             self._epochs[entry.key] = (size, epochs_done(entry.path))

@@ -141,6 +141,8 @@ def test_a_pre_empted_job_goes_on_bit_for_bit(
     assert claims_in(tmp_path) == []
     (row,) = [row for row in rows(tmp_path).values() if len(row["attempts"]) > 1]
     cut, after = row["attempts"]
+    attempts = [attempt for row in rows(tmp_path).values() for attempt in row["attempts"]]
+    assert len({attempt["job"] for attempt in attempts}) == 2
     assert cut["how"] == ("SIGUSR2" if user_signal else "SIGTERM")
     assert 0 < cut["step"] == after["from_step"] < STEPS
     assert {row["attempts"][-1]["how"] for row in rows(tmp_path).values()} == {"done"}

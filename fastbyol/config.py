@@ -18,8 +18,10 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 NormName = Literal["bn", "gn", "ln", "none"]
 HeadNormName = Literal["bn", "gn", "ln", "none", "brn"]
+State = Literal["healthy", "collapsing", "collapsed", "recovering", "dead"]
 Exclusion = Literal["none", "substring", "bias_and_norm"]
 Probability = Annotated[float, Field(ge=0.0, le=1.0)]
+EpochCount = Annotated[int, Field(ge=1, le=1_000_000)]
 Range = tuple[float, float]
 
 
@@ -375,6 +377,11 @@ class TrainConfig(Model):
     stop_on_collapse: Annotated[bool, Option("--stop-on-collapse")] = Field(
         False,
         description="End with exit code 3 once the state is 'collapsed' at the end of an epoch.",
+    )
+    end_in: tuple[tuple[State, EpochCount], ...] = Field(
+        (),
+        description="Pairs of a state and a number: the run is finished once so many epochs in a "
+        "row have ended in that state.",
     )
 
 

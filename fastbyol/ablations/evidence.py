@@ -17,6 +17,7 @@ from fastbyol.config import Config
 from fastbyol.errors import UsageError, check_choice
 from fastbyol.optim.lars import rate_ceiling
 from fastbyol.runs.layers import Layers, read_layers
+from fastbyol.runs.metrics import is_finished
 
 Scale = Literal["published", "full", "short", "long", "mini"]
 MEASURES = (
@@ -111,7 +112,7 @@ class Evidence:
             scale=scale,
             epochs=config.train.epochs,
             steps_per_epoch=steps_per_epoch,
-            finished=rows[-1]["epoch"] + 1 >= config.train.epochs,
+            finished=is_finished(events, config.train.epochs),
             epoch=np.array([row["epoch"] for row in rows], dtype=np.float64),
             **{name: _column(rows, name) for name in MEASURES},
             rate_step=np.asarray(layers.steps),

@@ -325,12 +325,12 @@ def _scales_of(claim: Claim) -> str:
 def _arm_row(arm: Arm, scale: ScaleName, folder: Path) -> dict[str, Any]:
     from fastbyol.ablations.plan import run_path, seeds_of
     from fastbyol.config_io import read_run
-    from fastbyol.fleet.survey import epochs_done
+    from fastbyol.fleet.survey import is_done
 
     counts = Counter(done=0, stopped=0, damaged=0)
     for path in sorted(run_path(folder, arm.name, 0).parent.glob("seed*/config.toml")):
         try:
-            whole = epochs_done(path.parent) >= read_run(path).train.epochs
+            whole = is_done(path.parent, read_run(path).train.epochs)
             counts["done" if whole else "stopped"] += 1
         except FastbyolError:
             counts["damaged"] += 1

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fastbyol.config import Resolved
+from fastbyol.config import Resolved, TrainConfig
 from fastbyol.data import beton, decoder, embedded, loader
 from fastbyol.data.beton import BetonInfo
 from fastbyol.engine import capture, guards, origin
@@ -50,6 +50,12 @@ class Progress:
     def state(self) -> str:
         """The collapse state at the last epoch's end."""
         return str(self.collapse["state"])
+
+    def ends_early(self, train: TrainConfig, steps_per_epoch: int) -> bool:
+        """Tell whether as many epochs in a row have ended in the state as ``train.end_in`` asks."""
+        since = self.collapse["events"][-1]["step"] if self.collapse["events"] else steps_per_epoch
+        in_a_row = (self.step - since) // steps_per_epoch + 1
+        return any(self.state == state and in_a_row >= most for state, most in train.end_in)
 
     @classmethod
     def of(cls, meta: Mapping[str, Any]) -> Progress:
@@ -100,8 +106,12 @@ class Session:
         return self.steps_per_epoch * self.config.train.epochs
 
     def is_finished(self, progress: Progress) -> bool:
-        """Tell whether all steps are taken and no epoch's end is owed."""
-        return progress.step >= self.total_steps and not progress.owes_epoch_end
+        """Tell whether no epoch's end is owed, and no step is left or the state ends the run."""
+        if progress.owes_epoch_end:
+            return False
+        return progress.step >= self.total_steps or progress.ends_early(
+            self.config.train, self.steps_per_epoch
+        )
 
     def open_telemetry(self, step: int) -> Telemetry:
         """Open the run's records, cut back to ``step``."""

@@ -279,13 +279,16 @@ class Loop:
             rank_y=rank_y,
             **means,
         )
-        return Progress(
+        ended = Progress(
             step,
             owes_epoch_end=False,
             collapse=monitor.to_dict(),
             accuracy=progress.accuracy if accuracy is None else accuracy,
             epoch_means=means,
         )
+        if ended.ends_early(self.session.config.train, self.session.steps_per_epoch):
+            self.telemetry.event("end", step=step, epoch=epoch, state=ended.state)
+        return ended
 
     @contextmanager
     def _abortable(self) -> Iterator[None]:

@@ -14,11 +14,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
+from fastbyol.config import State
 from fastbyol.errors import FastbyolError
-
-State = Literal["healthy", "collapsing", "collapsed", "recovering", "dead"]
 
 # Thresholds of the mean cosine of online and target projections of different images, read to +-.005
 # from the appendix's figures of GN encoders without MLP norm. Their points, like ours, are epochs.

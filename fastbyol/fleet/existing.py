@@ -14,7 +14,7 @@ from fastbyol.data.contents import Contents
 from fastbyol.data.embedded import BUILT_IN
 from fastbyol.errors import FastbyolError, UsageError
 from fastbyol.fleet.asking import FolderStatus
-from fastbyol.fleet.survey import epochs_done
+from fastbyol.fleet.survey import is_done
 from fastbyol.runs import inputs
 from fastbyol.runs.consistency import FREE
 from fastbyol.runs.folder import RunFolder
@@ -31,7 +31,7 @@ def status(path: Path, config: Resolved) -> FolderStatus:
         return "new"
     with RunFolder.open(path, lock=False) as folder:
         _refuse_other(path, config, folder.config)
-    return "done" if epochs_done(path) >= config.train.epochs else "stopped"
+    return "done" if is_done(path, config.train.epochs) else "stopped"
 
 
 def refuse_other_data(asked: Iterable[DataConfig], runs: Iterable[Path], out: Path) -> None:

@@ -16,7 +16,7 @@ from fastbyol.errors import FastbyolError, quoted, size_text
 from fastbyol.fleet import ledger
 from fastbyol.fleet.claim import STALE_S, Seen, claims_below, look, newest
 from fastbyol.fleet.ledger import LEDGER, Entry, Ledger
-from fastbyol.runs.metrics import METRICS_FILE, read_events
+from fastbyol.runs.metrics import METRICS_FILE, is_finished, read_events
 from fastbyol.show.screen import duration
 
 Status = Literal[
@@ -240,6 +240,14 @@ def epochs_done(path: Path) -> int:
     except FastbyolError:
         return 0
     return max((event["epoch"] + 1 for event in events if event["event"] == "epoch"), default=0)
+
+
+def is_done(path: Path, epochs: int) -> bool:
+    """Return whether the run in ``path`` is finished, which is to have ``epochs``."""
+    try:
+        return is_finished(read_events(path), epochs)
+    except FastbyolError:
+        return False
 
 
 def _history(entry: Entry) -> str:

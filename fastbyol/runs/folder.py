@@ -23,7 +23,7 @@ from fastbyol.runs.durable import write_text, writing
 from fastbyol.runs.environment import ENV, env_of, environment
 from fastbyol.runs.inputs import META, Inputs, of_run
 from fastbyol.runs.lock import LOCK, Lock, is_locked
-from fastbyol.runs.metrics import METRICS_FILE, read_events
+from fastbyol.runs.metrics import METRICS_FILE, is_finished, read_events
 
 CONFIG, CHECKPOINTS = "config.toml", "checkpoints"
 ENGINE = "engine"
@@ -241,14 +241,17 @@ def _row(path: Path) -> RunRow:
         epochs = folder.config.train.epochs
         for change in consistency.changes(path, folder.config, folder.env.get("config")):
             _log.warning("%s", change)
-    events = [event for event in _events(path) if event["event"] == "epoch"]
+    every = _events(path)
+    events = [event for event in every if event["event"] == "epoch"]
     last = events[-1] if events else {}
     accuracies = [event["accuracy"] for event in events if event.get("accuracy") is not None]
     done = int(last.get("epoch", -1)) + 1
     return RunRow(
         name=path.name,
         path=str(path),
-        status="done" if done >= epochs else "running" if is_locked(path) else "stopped",
+        status=(
+            "done" if is_finished(every, epochs) else "running" if is_locked(path) else "stopped"
+        ),
         state=last.get("state"),
         epochs_done=done,
         epochs=epochs,

@@ -175,6 +175,14 @@ def read_events(folder: Path) -> list[dict[str, Any]]:
         return [row for _, row in _parse(line for line in file if line.startswith(b'{"event"'))]
 
 
+def is_finished(events: Iterable[Mapping[str, Any]], epochs: int) -> bool:
+    """Return whether ``events`` are those of a run that has all ``epochs``, or ended before."""
+    return any(
+        event["event"] == "end" or (event["event"] == "epoch" and event["epoch"] + 1 >= epochs)
+        for event in events
+    )
+
+
 @contextmanager
 def _reading(path: Path) -> Iterator[BinaryIO]:
     try:

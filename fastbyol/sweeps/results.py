@@ -18,7 +18,7 @@ from fastbyol.errors import FastbyolError, UsageError, check_choice, quoted
 from fastbyol.fleet import ledger
 from fastbyol.fleet.ledger import CALLS, LEDGER, RUNS
 from fastbyol.fleet.survey import Surveyor
-from fastbyol.runs.metrics import METRICS_FILE, read_events
+from fastbyol.runs.metrics import METRICS_FILE, is_finished, read_events
 from fastbyol.sweeps.grid import SCALE, Values
 
 # Shares of a point's runs that end collapsed; that were ever collapsed and do not end so.
@@ -227,7 +227,7 @@ def _result(path: Path, row: Mapping[str, Any], status: str, note: str) -> Resul
             return run
         return replace(run, status="damaged", note=str(error))
     epochs = [event for event in events if event["event"] == "epoch"]
-    if not epochs or epochs[-1]["epoch"] + 1 < row["epochs"]:
+    if not is_finished(events, row["epochs"]):
         if status != "done":
             return run
         return replace(run, status="lost", note="done by the ledger, and its folder is not whole")

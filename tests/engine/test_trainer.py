@@ -21,7 +21,7 @@ from fastbyol.config import Config
 from fastbyol.engine.observer import EpochEnd, Silent, Start, StepReport
 from fastbyol.errors import CollapsedError, FastbyolError, NoGraphError, UsageError
 from fastbyol.runs import checkpoint
-from fastbyol.runs.folder import RunFolder
+from fastbyol.runs.folder import RunFolder, list_runs
 from fastbyol.runs.metrics import read_events
 from tiny import COLLAPSING, STEPS_PER_EPOCH, beton_files, tiny_config
 
@@ -257,6 +257,33 @@ def test_stop_on_collapse_saves_and_raises(files: tuple[Path, Path], tmp_path: P
     with pytest.raises(CollapsedError, match="collapsed in epoch"):
         api.train(config, tmp_path / "run")
     assert list((tmp_path / "run" / "checkpoints").glob("*.safetensors"))
+
+
+def test_a_run_ends_in_the_state_that_was_asked_for(
+    files: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """Finished, and the same bytes as the longer run's up to there, also after a kill."""
+    settings = [*COLLAPSING, "train.epochs=4"]
+    ends = [*settings, 'train.end_in=[["healthy", 4], ["collapsed", 2]]']
+    api.train(tiny_config(files, *settings), tmp_path / "whole")
+    summary = api.train(tiny_config(files, *ends), tmp_path / "ended")
+    assert (summary.finished, summary.state, summary.stopped_by) == (True, "collapsed", None)
+    states = [e["state"] for e in read_events(tmp_path / "whole") if e["event"] == "epoch"]
+    last = next(n for n in range(4) if states[n - 1 : n + 1] == ["collapsed"] * 2)
+    assert last < 3 and summary.step == (last + 1) * STEPS_PER_EPOCH
+    *rest, end = (tmp_path / "ended/metrics.jsonl").read_text().splitlines()
+    assert json.loads(end) == {
+        "event": "end", "step": summary.step, "epoch": last, "state": "collapsed",
+    }  # fmt: skip
+    # A whole run probes at its last epoch, which nobody knows of one that ends early.
+    assert rest == (tmp_path / "whole/metrics.jsonl").read_text().splitlines()[: len(rest)]
+    (row,) = [row for row in list_runs(tmp_path) if row.name == "ended"]
+    assert (row.status, row.epochs_done, row.epochs) == ("done", last + 1, 4)
+
+    killed_run(tiny_config(files, *ends), tmp_path / "killed", summary.step)
+    before = contents(tmp_path / "killed")
+    assert api.resume(tmp_path / "killed").finished
+    assert contents(tmp_path / "killed") == before == contents(tmp_path / "ended")
 
 
 def test_changes_of_state_are_events_with_their_signals_and_a_resumed_run_tells_the_same(

@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.table import Column, Table
 
-from fastbyol.cli import fleet, image_files
+from fastbyol.cli import fleet, image_files, phase
 from fastbyol.cli.image_files import Data, TestData
 from fastbyol.cli.options import Json
 from fastbyol.errors import FastbyolError, UsageError
@@ -78,6 +78,7 @@ app.command()(fleet.work)
 app.command()(fleet.status)
 app.command()(fleet.stop)
 app.command()(fleet.retry)
+app.command()(phase.phase)
 
 
 class NotReproduced(FastbyolError):  # noqa: N818 - a verdict, and no fault

@@ -22,7 +22,6 @@ from fastbyol.output import print_json, say
 if TYPE_CHECKING:
     from fastbyol.fleet.campaign import Outcome
     from fastbyol.sweeps.grid import Grid
-    from fastbyol.sweeps.results import Sweep
 
 Target = Annotated[
     Path,
@@ -37,7 +36,7 @@ Measure = Annotated[
     typer.Option(
         metavar="NAME",
         help="What to show of a run's end: any number of its last epoch, such as neg_cos, or "
-        "collapsed, recovered, epochs_collapsed. Default: accuracy.",
+        "collapsed, recovered, collapses, leaves, epochs_collapsed. Default: accuracy.",
     ),
 ]
 AxisX = Annotated[
@@ -71,13 +70,13 @@ def sweep(
     look.check()
     if target.is_dir():
         asks = {"--out": out, "--seeds": seeds, "--data": data, "--test-data": test_data}
-        _refuse_asking(target, {**asks, "--set": sets, "launch options": launch != Launch()})
+        refuse_asking(target, {**asks, "--set": sets, "launch options": launch != Launch()})
         _show(target, None, look, as_json=as_json)
         return
     flags = image_files.flags(image_files.named(data, test_data), launch.device)
     grid = _read(target, {"seeds": seeds, "sets": sets or (), "flags": flags}, look)
     folder = (out or Path("sweeps") / target.stem).resolve()
-    outcome = _train(grid, folder, launch, console)
+    outcome = train(grid, folder, launch, console)
     _show(folder, outcome, look, as_json=as_json)
     console.print(fleet.in_words(outcome, folder, launch), markup=False, soft_wrap=True)
     fleet.finish(outcome)
@@ -109,7 +108,8 @@ class _Look:
                 check_choice("--measure", self.measure, names)
 
 
-def _refuse_asking(target: Path, options: Mapping[str, Any]) -> None:
+def refuse_asking(target: Path, options: Mapping[str, Any]) -> None:
+    """Raise UsageError for options that ask for runs of a folder, which is only shown."""
     typed = [name for name, value in options.items() if value]
     if typed:
         raise UsageError(
@@ -124,13 +124,19 @@ def _read(target: Path, options: Mapping[str, Any], look: _Look) -> Grid:
 
     grid = grids.read(target, **options)
     look.check(grid.axes)
-    for config in grid.data:
-        files = {"data.train": config.train, "data.test": config.test}
-        image_files.check({key: name for key, name in files.items() if name})
+    check_images(grid)
     return grid
 
 
-def _train(grid: Grid, folder: Path, launch: Launch, console: Console) -> Outcome:
+def check_images(grid: Grid) -> None:
+    """Raise UsageError for image files that the runs of ``grid`` cannot use."""
+    for config in grid.data:
+        files = {"data.train": config.train, "data.test": config.test}
+        image_files.check({key: name for key, name in files.items() if name})
+
+
+def train(grid: Grid, folder: Path, launch: Launch, console: Console) -> Outcome:
+    """Train the runs of ``grid`` that are missing in ``folder``, and tell what is asked for."""
     from fastbyol.fleet import campaign
     from fastbyol.sweeps import grid as grids
 
@@ -147,7 +153,7 @@ def _train(grid: Grid, folder: Path, launch: Launch, console: Console) -> Outcom
 def _show(folder: Path, outcome: Outcome | None, look: _Look, *, as_json: bool) -> None:
     """Print the table of the sweep in ``folder``, and write its files if a run is finished."""
     from fastbyol.show import figures
-    from fastbyol.sweeps import report, results
+    from fastbyol.sweeps import report, results, table
     from fastbyol.sweeps.heat_map import layout
 
     made = results.read(folder)
@@ -156,7 +162,7 @@ def _show(folder: Path, outcome: Outcome | None, look: _Look, *, as_json: bool) 
         call = asdict(outcome) if outcome is not None else {}
         print_json({"out": str(folder), "measure": measure, **call, **made.as_json()})
     else:
-        _print_table(made, measure)
+        print_rows(table.header(made, measure), table.rows(made, measure))
     if not made.measures or measure is None:
         say(f"{folder}: no run is finished: nothing to draw yet", err=True)
         return
@@ -166,12 +172,9 @@ def _show(folder: Path, outcome: Outcome | None, look: _Look, *, as_json: bool) 
         say("no heat map: matplotlib is not installed: pip install 'fastbyol[report]'", err=True)
 
 
-def _print_table(made: Sweep, measure: str | None) -> None:
-    from fastbyol.sweeps import table
-
-    shown = Table(
-        *(Column(name, overflow="fold") for name in table.header(made, measure)), box=None
-    )
-    for row in table.rows(made, measure):
+def print_rows(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print a table of points."""
+    shown = Table(*(Column(name, overflow="fold") for name in header), box=None)
+    for row in rows:
         shown.add_row(*row)
     make_console().print(shown)

@@ -85,18 +85,25 @@ class Grid:
         return dict(json.loads(json.dumps(record)))
 
 
-def read(
+def read(file: Path, **stronger: Any) -> Grid:
+    """Read ``file``; ``stronger`` are ``make``'s options. Raises UsageError as ``make`` does."""
+    return make(*config_io.read_document(config_io.read_text(file), str(file)), file, **stronger)
+
+
+def make(
+    table: dict[str, Any],
+    where: Callable[[str], str],
     file: Path,
     *,
     seeds: int | None = None,
     sets: Sequence[str] = (),
     flags: Mapping[str, Flag] | None = None,
 ) -> Grid:
-    """Read ``file``. ``seeds``, ``sets`` and ``flags`` count before what it says.
+    """Make the grid of the document ``table`` in ``file``; ``where`` tells a key's line.
 
-    Raises UsageError for anything that cannot be trained as it is written.
+    ``seeds``, ``sets`` and ``flags`` count before what it says. Raises UsageError for anything that
+    cannot be trained as it is written.
     """
-    table, where = config_io.read_document(config_io.read_text(file), str(file))
     crossed = _axes(table.pop("grid", None), where, file)
     count = _number(table.pop("seeds", None), "seeds", where, least=1)
     first = _number(table.pop("first_seed", None), "first_seed", where, least=0)

@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastbyol.errors import UsageError, check_choice
+from fastbyol.runs.durable import writing
+from fastbyol.show import figures
 from fastbyol.show.figures import INK, blank
 from fastbyol.sweeps.names import labels, text
 from fastbyol.sweeps.results import SHARES, PointResult, Sweep
-from fastbyol.sweeps.table import number, seeds
+from fastbyol.sweeps.table import number, seeds, span
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -23,7 +26,13 @@ ROW_INCHES = 14.0
 # Cells this bright take dark numbers: viridis is at .5 where both are read equally well.
 BRIGHT = 0.55
 GREY = "#8a8a8a"
-MOST_LETTERS, MOST_IN_TITLE = 24, 40
+MOST_LETTERS, MOST_IN_TITLE, MOST_UPRIGHT = 24, 40, 8
+_SHARES_IN_WORDS = {
+    "collapsed": "seeds that end collapsed",
+    "recovered": "seeds that collapsed and do not end so",
+    "collapses": "seeds that collapse",
+    "leaves": "the collapsed that leave the collapse",
+}
 
 
 @dataclass(frozen=True)
@@ -74,10 +83,33 @@ def _key(option: str, name: str | None, axes: Mapping[str, object]) -> str | Non
     return by_label[name]
 
 
-def draw(sweep: Sweep, measure: str, where: Layout) -> Figure:
+def write(
+    sweep: Sweep,
+    measure: str,
+    where: Layout,
+    folder: Path,
+    under: Mapping[object, str] | None = None,
+) -> Path:
+    """Draw as ``draw`` does into a PNG in ``folder``; return its path.
+
+    Raises UsageError without matplotlib, FastbyolError where it cannot be written.
+    """
+    figures.demand()
+    path = folder / f"{sweep.out.name}-{measure}.png"
+    with writing(folder), figures.settings():
+        folder.mkdir(parents=True, exist_ok=True)
+        picture = draw(sweep, measure, where, under)
+        picture.savefig(path, dpi=140, facecolor="white")
+    return path
+
+
+def draw(
+    sweep: Sweep, measure: str, where: Layout, under: Mapping[object, str] | None = None
+) -> Figure:
     """Draw the means of ``measure``: a cell a point, with its number in it.
 
-    A point without a finished run is hatched; one of which runs are left says how many are done.
+    A point that no finished run has it of is hatched; one of which runs are left says how many are
+    done. ``under`` has what stands below a value of the horizontal axis.
     """
     from matplotlib import colormaps
     from matplotlib.cm import ScalarMappable
@@ -87,7 +119,7 @@ def draw(sweep: Sweep, measure: str, where: Layout) -> Figure:
     low, high = (0.0, 1.0) if measure in SHARES else (min(means), max(means))
     colours = ScalarMappable(Normalize(low, high), colormaps["viridis"])
     xs, ys = sweep.axes[where.x], sweep.axes[where.y] if where.y else (None,)
-    shown = _Cells(xs, ys, where, colours, measure)
+    shown = _Cells(xs, ys, where, colours, measure, under or {})
     columns = _columns(where, sweep.axes, int(ROW_INCHES // (shown.width + 0.8)))
     lines = -(-len(where.panels) // columns)
     figure = blank(
@@ -126,7 +158,7 @@ def _place(point: PointResult, keys: Mapping[str, object]) -> tuple[object, ...]
 
 def _measure_label(measure: str) -> str:
     if measure in SHARES:
-        return f"share of seeds {'that end collapsed' if measure == 'collapsed' else measure}"
+        return f"share of {_SHARES_IN_WORDS[measure]}"
     return "accuracy, %" if measure == "accuracy" else measure
 
 
@@ -139,6 +171,7 @@ class _Cells:
     where: Layout
     colours: Any
     measure: str
+    under: Mapping[object, str]
 
     @property
     def width(self) -> float:
@@ -164,9 +197,14 @@ class _Cells:
                 self._cell(axes, column, row, points.get(tuple(values[key] for key in keys)))
         axes.set_xlim(-0.5, len(self.xs) - 0.5)
         axes.set_ylim(-0.5, len(self.ys) - 0.5)
-        axes.set_xticks(range(len(self.xs)), list(map(_short, self.xs)))
+        names = [_short(x) for x in self.xs]
+        ticks = [
+            f"{name}\n{self.under.get(x, '')}".strip()
+            for name, x in zip(names, self.xs, strict=True)
+        ]
+        axes.set_xticks(range(len(self.xs)), ticks)
         axes.set_xlabel(labels(keys)[self.where.x])
-        if max(len(_short(x)) for x in self.xs) > 6 or len(self.xs) * CELL_W > self.width:
+        if max(map(len, names)) > MOST_UPRIGHT or len(self.xs) * CELL_W > self.width:
             axes.tick_params(axis="x", labelrotation=90 if self.width < len(self.xs) * 0.3 else 40)
         axes.set_yticks(range(len(self.ys)), list(map(_short, self.ys)) if self.where.y else [""])
         axes.set_ylabel(labels(keys)[self.where.y] if self.where.y else "")
@@ -194,10 +232,11 @@ class _Cells:
         # Luminance as screens mix it (ITU-R BT.709).
         bright = 0.2126 * colour[0] + 0.7152 * colour[1] + 0.0722 * colour[2] > BRIGHT
         ink, words = "#000000" if bright else "#ffffff", number(summary.mean, self.measure)
-        whole = summary.count == len(point.runs)
-        self._write(axes, column, row if whole else row + 0.14, words, ink, 8.0)
-        if not whole:
-            self._write(axes, column, row - 0.26, seeds(point), ink, 5.5)
+        notes = [span(summary, self.measure)] if self.measure in SHARES else []
+        notes += [] if len(point.done) == len(point.runs) else [seeds(point)]
+        self._write(axes, column, row + 0.14 * len(notes), words, ink, 8.0)
+        for line, note in enumerate(reversed(notes)):
+            self._write(axes, column, row - 0.34 + 0.2 * line, note, ink, 5.0)
 
     def _write(self, axes: Axes, x: float, y: float, words: str, ink: str, points: float) -> None:
         if self.width / len(self.xs) >= LEAST_FOR_TEXT:
@@ -207,6 +246,8 @@ class _Cells:
 def _short(value: object, most: int = MOST_LETTERS) -> str:
     """Return a value in at most ``most`` letters; of a path the end counts."""
     words = f"{value:g}" if type(value) in (int, float) else text(value)
+    if isinstance(value, tuple) and [*map(type, value)] == [float, float]:
+        words = f"{value[0]:g} to {value[1]:g}"
     if len(words) <= most:
         return words
     return f"...{words[3 - most :]}" if "/" in words else f"{words[: most - 3]}..."

@@ -26,7 +26,7 @@ def write(sweep: Sweep, measure: str, where: Layout, png: Path | None = None) ->
         with writing(paths[1]):
             write_text(paths[1], page(sweep, measure, where))
     if png is not None:
-        paths.append(_write_png(sweep, measure, where, png))
+        paths.append(heat_map.write(sweep, measure, where, png))
     return paths
 
 
@@ -41,13 +41,3 @@ def page(sweep: Sweep, measure: str, where: Layout) -> str:
         header=table.header(sweep, measure), rows=table.rows(sweep, measure),
         notes=[f"{run.point} seed {run.seed}: {run.note}" for run in sweep.runs if run.note],
     )  # fmt: skip
-
-
-def _write_png(sweep: Sweep, measure: str, where: Layout, folder: Path) -> Path:
-    figures.demand()
-    path = folder / f"{sweep.out.name}-{measure}.png"
-    with writing(folder), figures.settings():
-        folder.mkdir(parents=True, exist_ok=True)
-        picture = heat_map.draw(sweep, measure, where)
-        picture.savefig(path, dpi=140, facecolor="white")
-    return path

@@ -1,8 +1,7 @@
 """What a folder's sweep has brought: every run's final measures, gathered by point.
 
 A measure is a number of the last ``epoch`` event of a finished run, or one that follows from its
-states: ``collapsed`` and ``recovered``, 0 or 1 for a run and a share for a point, and
-``epochs_collapsed``.
+states: ``SHARES``, 0 or 1 for a run and a share for a point, and ``epochs_collapsed``.
 """
 
 from __future__ import annotations
@@ -15,14 +14,16 @@ from pathlib import Path
 from typing import Any
 
 from fastbyol.errors import FastbyolError, UsageError, check_choice, quoted
+from fastbyol.evaluation.intervals import wilson
 from fastbyol.fleet import ledger
 from fastbyol.fleet.ledger import CALLS, LEDGER, RUNS
 from fastbyol.fleet.survey import Surveyor
 from fastbyol.runs.metrics import METRICS_FILE, is_finished, read_events
 from fastbyol.sweeps.grid import SCALE, Values
 
-# Shares of a point's runs that end collapsed; that were ever collapsed and do not end so.
-SHARES = ("collapsed", "recovered")
+# Shares of a point's runs that end collapsed; that were ever collapsed and do not end so; that
+# were ever collapsed; and of these alone, those that do not end so.
+SHARES = ("collapsed", "recovered", "collapses", "leaves")
 # And how many epochs ended collapsed.
 OF_STATES = (*SHARES, "epochs_collapsed")
 # A dead network is a collapsed one (``evaluation.collapse``).
@@ -62,6 +63,11 @@ class Summary:
     least: float
     most: float
     count: int
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """The 95 % interval of a share (``evaluation.intervals.wilson``)."""
+        return wilson(self.mean * self.count, self.count)
 
 
 @dataclass(frozen=True)
@@ -251,6 +257,8 @@ def measures_of(events: Iterable[Mapping[str, Any]]) -> dict[str, float]:
     return {
         "collapsed": float(ends_so),
         "recovered": float(was_so and not ends_so),
+        "collapses": float(was_so),
+        **({"leaves": float(not ends_so)} if was_so else {}),
         "epochs_collapsed": float(sum(event["state"] in _COLLAPSED for event in epochs)),
         **{
             name: float(value)

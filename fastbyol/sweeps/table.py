@@ -7,7 +7,7 @@ import io
 from collections.abc import Mapping
 
 from fastbyol.sweeps.names import labels, text
-from fastbyol.sweeps.results import SHARES, PointResult, Sweep
+from fastbyol.sweeps.results import SHARES, PointResult, Summary, Sweep
 
 
 def number(value: float, measure: str) -> str:
@@ -17,10 +17,22 @@ def number(value: float, measure: str) -> str:
     return f"{value:.2f}" if measure in SHARES else f"{value:.4g}"
 
 
+def span(summary: Summary, measure: str) -> str:
+    """Return how far seeds lie apart, or between what a share lies with a probability of 95 %."""
+    if measure not in SHARES:
+        return f"{number(summary.least, measure)} to {number(summary.most, measure)}"
+    return " to ".join(number(end, measure) for end in summary.interval)
+
+
+def name_of_span(measure: str) -> str:
+    """Return the name of ``span``."""
+    return "95 % interval" if measure in SHARES else "least to most"
+
+
 def header(sweep: Sweep, measure: str | None) -> list[str]:
     """Return the names of the columns."""
     name = measure or "measure"
-    return [*labels(sweep.axes).values(), "seeds", "ends", name, "least to most", ""]
+    return [*labels(sweep.axes).values(), "seeds", "ends", name, name_of_span(name), ""]
 
 
 def rows(sweep: Sweep, measure: str | None) -> list[list[str]]:
@@ -30,18 +42,18 @@ def rows(sweep: Sweep, measure: str | None) -> list[list[str]]:
 
 def _row(point: PointResult, sweep: Sweep, measure: str | None) -> list[str]:
     summary = point.summary(measure) if measure else None
-    mean = span = ""
+    mean = apart = ""
     if measure and summary:
         mean = number(summary.mean, measure)
-        if summary.count > 1:
-            span = f"{number(summary.least, measure)} to {number(summary.most, measure)}"
+        if summary.count > 1 or measure in SHARES:
+            apart = span(summary, measure)
     return [
         *(text(point.values[key]) for key in sweep.axes),
         seeds(point),
-        _counts(point.states) if len(point.states) > 1 else "".join(point.states),
+        counts(point.states) if len(point.states) > 1 else "".join(point.states),
         mean,
-        span,
-        _counts(point.left),
+        apart,
+        counts(point.left),
     ]
 
 
@@ -51,7 +63,8 @@ def seeds(point: PointResult) -> str:
     return str(done) if done == asked else f"{done} of {asked}"
 
 
-def _counts(counts: Mapping[str, int]) -> str:
+def counts(counts: Mapping[str, int]) -> str:
+    """Return numbers with their names: ``2 new, 1 failed``."""
     return ", ".join(f"{count} {name}" for name, count in counts.items())
 
 

@@ -45,13 +45,17 @@ def test_shares_follow_from_the_states(out: Path) -> None:
     finish(out, f"{LOW}/seed1", ["healthy", "collapsed", "collapsed", "dead"])
     finish(out, f"{LOW}/seed2", ["healthy", "collapsing", "collapsing", "collapsing"])
     low = point(results.read(out), LOW)
-    third = pytest.approx(1 / 3)
-    summaries = [low.summary(name) for name in results.OF_STATES]
-    assert [summary.mean for summary in summaries if summary] == [
-        third,
-        third,
-        pytest.approx(4 / 3),
-    ]
+    third = 1 / 3
+    summaries = {name: low.summary(name) for name in results.OF_STATES}
+    assert {name: (each.mean, each.count) for name, each in summaries.items() if each} == {
+        "collapsed": pytest.approx((third, 3)),
+        "recovered": pytest.approx((third, 3)),
+        "collapses": pytest.approx((2 * third, 3)),
+        "leaves": (0.5, 2),  # of the two that collapsed
+        "epochs_collapsed": pytest.approx((4 / 3, 3)),
+    }
+    # By scipy.stats.binomtest, Wilson's interval of one in two.
+    assert summaries["leaves"].interval == pytest.approx((0.094531, 0.905469), abs=1e-6)
     assert low.states == {"healthy": 1, "dead": 1, "collapsing": 1}
 
 

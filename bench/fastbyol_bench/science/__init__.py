@@ -1,0 +1,1 @@
+"""The study of docs/science.md: what decides whether a collapsed network recovers."""

@@ -1,0 +1,171 @@
+"""Many futures of a collapsed network: is it LARS's high rate, or its dependence on the gradient?
+
+    python -m fastbyol_bench.science.forks train FOLDER      # fork the runs in FOLDER/parents
+    python -m fastbyol_bench.science.forks collect FOLDER    # write results/science/forks.json
+
+The parents are the appendix's run of LARS at .2 on Fashion-MNIST, a seed each:
+
+    fastbyol ablate run gn-lars-0.2 --seeds 5 --out FOLDER/parents --set probe.every_epochs=0
+      --set run.layers_every_steps=1 --set run.keep_checkpoints=20
+
+Each is forked at its deepest collapse, where an epoch's negative cosine is highest. Training takes
+an hour on two cores. Letters: T steps, S segments (parameters).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+
+from fastbyol import api, config_io
+from fastbyol.errors import FastbyolError
+from fastbyol.runs.durable import write_text
+from fastbyol.runs.folder import CONFIG
+from fastbyol.runs.layers import read_layers
+from fastbyol.runs.metrics import is_finished, read_events, read_metrics
+from fastbyol_bench.readme import RESULTS
+
+KEPT = RESULTS / "science" / "forks.json"
+# SGD's learning rate and decay in the appendix's arm gn-sgd-mlp-none at batches of 32.
+SGD = {"optim.name": "sgd", "optim.lr": 0.1, "optim.weight_decay": 1e-4}
+EARLY = ("encoder.layer1", "encoder.layer2")
+# What each future changes. The two that need another run's numbers are made in ``changes``.
+FUTURES: Mapping[str, Mapping[str, Any]] = {
+    "lars": {},
+    "sgd-mean-rates": {},
+    "replayed": {},
+    "capped": {"optim.rate_cap": 0.8},
+    "sgd-x10": {**SGD, "optim.lr_mult": [[layer, 10.0] for layer in EARLY]},
+    "early-only": {"optim.lars_on": list(EARLY)},
+}
+COLLAPSED = ("collapsed", "dead")
+
+
+def parents(folder: Path) -> list[Path]:
+    """Return the runs to fork, by seed. Raises FastbyolError: there are none, or unfinished."""
+    runs = sorted((folder / "parents/runs/gn-lars-0.2").glob("seed*"))
+    for run in runs:
+        if not is_finished(read_events(run), config_io.read_run(run / CONFIG).train.epochs):
+            raise FastbyolError(f"{run}: is not finished: see the head of {__name__}")
+    if not runs:
+        raise FastbyolError(f"{folder}: no parents: see the head of {__name__}")
+    return runs
+
+
+def deepest(run: Path) -> int:
+    """Return the step at which the epoch of the highest negative cosine ended."""
+    epochs = [event for event in read_events(run) if event["event"] == "epoch"]
+    return int(max(epochs, key=lambda event: event["neg_cos"])["step"])
+
+
+def left_at(run: Path, after: int) -> int | None:
+    """Return the first step from ``after`` on at which the run had left its collapse, or None."""
+    return next(
+        (
+            int(event["step"])
+            for event in read_events(run)
+            if event["event"] == "state" and event["step"] > after
+            and event["before"] == "collapsed" and event["after"] == "recovering"
+        ),
+        None,
+    )  # fmt: skip
+
+
+def mean_rates(run: Path, first: int, end: int) -> dict[str, float]:
+    """Return each parameter's mean recorded rate over the steps ``first`` to ``end``, by name."""
+    layers = read_layers(run)
+    within = (layers.steps >= first) & (layers.steps < end)
+    rates = layers.values[within, :, layers.metrics.index("rate")]
+    return dict(zip(layers.names, rates.astype(np.float64).mean(0).tolist(), strict=True))
+
+
+def changes(name: str, run: Path, runs: list[Path]) -> dict[str, Any]:
+    """Return the settings of the future ``name`` of ``run``, one of ``runs``.
+
+    Mean rates are those of the same run, from the fork to where it leaves the collapse or ends. The
+    replayed ones are the next seed's, at the same steps.
+    """
+    settings = dict(FUTURES[name])
+    if name == "replayed":
+        other = runs[(runs.index(run) + 1) % len(runs)]
+        settings["optim.replay_rates"] = str(other.resolve())
+    if name == "sgd-mean-rates":
+        step = deepest(run)
+        end = left_at(run, step) or len(read_metrics(run)[0])
+        rates = mean_rates(run, step, end)
+        # The weight decay stays LARS's: the rate alone is in question.
+        settings |= {"optim.name": "sgd", "optim.lr": 1.0, "optim.lr_mult": list(rates.items())}
+    return settings
+
+
+def work(job: tuple[str, Path, Path, list[Path]]) -> str:
+    """Train one future; return its folder."""
+    name, run, folder, runs = job
+    sets = [
+        f"{key}={config_io.toml_value(value)}" for key, value in changes(name, run, runs).items()
+    ]
+    out = folder / name / run.name
+    return api.fork(run, deepest(run), sets, out=out).run
+
+
+def jobs(folder: Path) -> Iterator[tuple[str, Path, Path, list[Path]]]:
+    """Yield every future of every parent, a first parent's futures first."""
+    runs = parents(folder)
+    yield from ((name, run, folder / "futures", runs) for run in runs for name in FUTURES)
+
+
+def measured(run: Path, step: int) -> dict[str, Any]:
+    """Return what became of a run since ``step``: states, negative cosines, the early rates."""
+    epochs = [event for event in read_events(run) if event["event"] == "epoch"]
+    layers = read_layers(run)
+    early = [n for n, name in enumerate(layers.names) if name.startswith(EARLY)]
+    rate = layers.values[:, early, layers.metrics.index("rate")].mean(1)
+    per_epoch = epochs[0]["step"]
+    return {
+        "state": epochs[-1]["state"],
+        "left_at": left_at(run, step),
+        "steps": epochs[-1]["step"],
+        "accuracy": epochs[-1].get("accuracy"),
+        "neg_cos": [event["neg_cos"] for event in epochs],
+        "loss": [event["loss"] for event in epochs],
+        "early_rate": [
+            float(f"{rate[layers.steps // per_epoch == event['epoch']].mean():.5g}")
+            for event in epochs
+        ],
+    }
+
+
+app = typer.Typer(add_completion=False, help=__doc__)
+Folder = Annotated[Path, typer.Argument(metavar="FOLDER")]
+
+
+@app.command()
+def train(folder: Folder, processes: Annotated[int, typer.Option(min=1)] = 2) -> None:
+    """Train all futures that FOLDER lacks."""
+    pool = ProcessPoolExecutor(processes, mp_context=get_context("spawn"))
+    with pool:
+        for out in pool.map(work, jobs(folder)):
+            typer.echo(out)
+
+
+@app.command()
+def collect(folder: Folder) -> None:
+    """Write what became of every future."""
+    rows = []
+    for name, run, futures, _ in jobs(folder):
+        step, path = deepest(run), futures / name / run.name
+        if (path / CONFIG).exists():
+            rows.append({"future": name, "parent": run.name, "step": step, **measured(path, step)})
+    KEPT.parent.mkdir(parents=True, exist_ok=True)
+    write_text(KEPT, json.dumps(rows, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    app()

@@ -272,7 +272,7 @@ def _say_what_data(
     ``num_images``: how many the named file has, None for a built-in set.
     """
     from fastbyol.ablations.arms import arm, load
-    from fastbyol.ablations.marker import image_share
+    from fastbyol.ablations.image_share import image_share
 
     # The network of the recoveries, whatever arms are asked for.
     network = load(arm("gn-lars-0.2"), "mini", seed=0).config.model

@@ -13,7 +13,6 @@ Letters: B images, S pixels, D features, K keys in a queue.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -27,7 +26,7 @@ from fastbyol.engine.exchange import Exchange, Layout
 from fastbyol.engine.ranks import Alone, Ranks, gather_of, shares
 from fastbyol.engine.standardized_weights import StandardizedWeights
 from fastbyol.errors import UsageError
-from fastbyol.model.byol import NUM_VIEWS, Online, Target
+from fastbyol.model.byol import NUM_VIEWS, Online, Target, draw_networks
 from fastbyol.model.norm import share_statistics, use_kernels
 from fastbyol.model.objective import (
     OBJECTIVES,
@@ -45,7 +44,7 @@ from fastbyol.optim import schedule
 from fastbyol.optim.arena import Arena
 from fastbyol.optim.lars import rule_of, treatments
 from fastbyol.optim.rate_override import RateOverride
-from fastbyol.process import exact_products, left_as_found
+from fastbyol.process import exact_products
 from fastbyol_kernels import dispatch
 from fastbyol_kernels.lars_ema import LAYER_METRICS, Rule, lars_ema
 
@@ -160,7 +159,7 @@ class TrainState:
             ),
         )
         num_keys = config.method.queue if config.method.name == "contrastive" else 0
-        online, target, keys = _drawn(config.model, config.train.seed, num_keys)
+        online, target, keys = draw_networks(config.model, config.train.seed, num_keys)
         for net in (online, target):
             net.to(device, dtype)
             use_kernels(net, kernels)
@@ -379,17 +378,6 @@ def _layout(config: Config, online: Online, target: Target, num_keys: int) -> La
         statistics=sum(b.numel() for b in buffers) if own else 0,
         keys=(config.train.batch_size, model.projector.out) if num_keys else (0, 0),
     )
-
-
-# torch's one generator draws for one thread at a time.
-_drawing = threading.Lock()
-
-
-def _drawn(config: ModelConfig, seed: int, num_keys: int) -> tuple[Online, Target, Tensor]:
-    """Draw both networks and then ``num_keys`` normal keys (K, D) from ``seed``, on the cpu."""
-    with _drawing, torch.random.fork_rng(devices=[]), left_as_found():
-        torch.default_generator.manual_seed(seed)
-        return Online(config), Target(config), torch.randn(num_keys, config.projector.out)
 
 
 def _kind(tensor: Tensor) -> str:

@@ -6,14 +6,17 @@ Letters: V views, B images, N = V * B, S pixels, D features.
 
 from __future__ import annotations
 
+import threading
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from fastbyol.config import ModelConfig
 from fastbyol.errors import UsageError
 from fastbyol.model.heads import Head
 from fastbyol.model.resnet import build_encoder
+from fastbyol.process import left_as_found
 
 NUM_VIEWS = 2
 
@@ -79,3 +82,19 @@ class Target(nn.Module):
     def forward(self, views: Tensor) -> Tensor:
         z: Tensor = self.projector(self.encoder(views))
         return z
+
+
+# torch's one generator draws for one thread at a time.
+_drawing = threading.Lock()
+
+
+def draw_networks(
+    config: ModelConfig, seed: int, num_keys: int = 0
+) -> tuple[Online, Target, Tensor]:
+    """Draw both networks and then ``num_keys`` normal keys (K, D) from ``seed``, on the cpu.
+
+    They are those of every run of this seed before its first step, whatever was drawn before.
+    """
+    with _drawing, torch.random.fork_rng(devices=[]), left_as_found():
+        torch.default_generator.manual_seed(seed)
+        return Online(config), Target(config), torch.randn(num_keys, config.projector.out)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fastbyol import views
-from fastbyol.ablations import marker
+from fastbyol.ablations import image_share
 from fastbyol.config import Config
 from fastbyol.config_io import load
 from fastbyol.data import convert, loader
@@ -32,7 +32,7 @@ def test_equals_all_pairs_one_by_one(some: Path) -> None:
     chosen = config(some)
     images = loader.read_all(some, workers=1, size=16).images
     shares = []
-    for seed in marker.SEEDS:
+    for seed in image_share.SEEDS:
         train = chosen.train.model_copy(update={"seed": seed})
         state = TrainState.create(chosen.model_copy(update={"train": train}), steps_per_epoch=1)
         pair = views.two_views(chosen.views, images, torch.arange(24), seed=seed, epoch=0)
@@ -44,7 +44,7 @@ def test_equals_all_pairs_one_by_one(some: Path) -> None:
         positive = np.mean(np.diag(cosines))
         negative = np.mean([cosines[i][j] for i in range(24) for j in range(24) if i != j])
         shares.append((positive - negative) / (1 - negative))
-    assert marker.image_share(chosen) == pytest.approx(np.mean(shares), rel=1e-4)
+    assert image_share.image_share(chosen) == pytest.approx(np.mean(shares), rel=1e-4)
 
 
 def test_is_one_without_augmentation_and_nothing_without_images(some: Path, tmp_path: Path) -> None:
@@ -55,8 +55,8 @@ def test_is_one_without_augmentation_and_nothing_without_images(some: Path, tmp_
         "views.grayscale_p=0",
         "views.flip_p=0",
     )
-    assert marker.image_share(config(some, *none)) == pytest.approx(1.0, abs=1e-5)
+    assert image_share.image_share(config(some, *none)) == pytest.approx(1.0, abs=1e-5)
     same = np.repeat(loader.read_all(some, workers=1, size=16).images[:1].numpy(), 24, axis=0)
     np.savez(tmp_path / "same.npz", images=same)
     convert.convert(str(tmp_path / "same.npz"), tmp_path / "same.beton")
-    assert abs(marker.image_share(config(tmp_path / "same.beton"))) < 0.1
+    assert abs(image_share.image_share(config(tmp_path / "same.beton"))) < 0.1

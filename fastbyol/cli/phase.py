@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -53,8 +53,8 @@ def phase(
     if png is not None:
         figures.demand()
     if Path(target).is_dir():
-        asks = {"--out": out, "--seeds": seeds, "--data": data, "--test-data": test_data}
-        asks |= {"--set": sets, "launch options": launch != Launch()}
+        asks: dict[str, Any] = {"--out": out, "--seeds": seeds, "--data": data}
+        asks |= {"--test-data": test_data, "--set": sets, "launch options": launch != Launch()}
         sweep.refuse_asking(Path(target), asks)
         _show(Path(target), None, png, as_json=as_json)
         return

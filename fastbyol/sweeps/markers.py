@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -61,7 +60,7 @@ def under(columns: Columns) -> dict[object, str]:
 def as_rows(columns: Columns) -> list[dict[str, Any]]:
     """Return the markers as JSON values, a row a column and network."""
     return [
-        {"value": value, "r": rs, "mean": statistics.fmean(rs), "spread": _spread(rs)}
+        {"value": value, "r": rs, "mean": statistics.fmean(rs), "spread": statistics.stdev(rs)}
         for value, rows in columns.items()
         for rs in rows.values()
     ]
@@ -69,13 +68,9 @@ def as_rows(columns: Columns) -> list[dict[str, Any]]:
 
 def _in_words(rows: Sequence[Sequence[float]]) -> str:
     if len(rows) == 1:
-        return f"r {statistics.fmean(rows[0]):.3f} ± {_spread(rows[0]):.3f}"
+        return f"r {statistics.fmean(rows[0]):.3f} ± {statistics.stdev(rows[0]):.3f}"
     means = sorted(map(statistics.fmean, rows))
     return f"r {means[0]:.3f} to {means[-1]:.3f}"
-
-
-def _spread(rs: Sequence[float]) -> float:
-    return statistics.stdev(rs) if len(rs) > 1 else math.nan
 
 
 def _distinct(sweep: Sweep) -> dict[str, tuple[Resolved, set[object]]]:
@@ -118,4 +113,4 @@ def _kept(file: Path) -> dict[str, list[float]]:
 
 
 def _is_measured(rs: object) -> bool:
-    return isinstance(rs, list) and bool(rs) and all(type(r) is float for r in rs)
+    return isinstance(rs, list) and len(rs) == len(SEEDS) and all(type(r) is float for r in rs)

@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastbyol.config import Config, ModelConfig, Resolved
+from fastbyol.config import Config, Resolved
 from fastbyol.engine.device import dtype_of
 from fastbyol.engine.exchange import Exchange, Layout
 from fastbyol.engine.ranks import Alone, Ranks, gather_of, shares

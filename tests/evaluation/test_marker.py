@@ -39,7 +39,9 @@ def images() -> Tensor:
     return torch.from_numpy(textures.make(24, 16, 0)[0])
 
 
-@pytest.mark.parametrize("sets", [(), ("model.norm=bn", "model.projector.norm=bn"), ("model.ws=1",)])
+@pytest.mark.parametrize(
+    "sets", [(), ("model.norm=bn", "model.projector.norm=bn"), ("model.ws=1",)]
+)
 def test_weights_are_those_of_a_run_before_its_first_step(sets: tuple[str, ...]) -> None:
     chosen = config(*sets, "train.seed=3")
     of_run = TrainState.create(chosen, steps_per_epoch=1).online.state_dict()

@@ -107,26 +107,29 @@ def coloured_noise(
 
 def photographs(*, test: bool) -> Labelled:
     """Return patches of scikit-learn's china and flower and of matplotlib's grace_hopper."""
-    from matplotlib import cbook
     from sklearn.datasets import load_sample_images
 
-    with cbook.get_sample_data("grace_hopper.jpg") as file:
-        portrait = np.asarray(Image.open(file).convert("RGB"))
+    with Image.open(_of_matplotlib("grace_hopper.jpg")) as file:
+        portrait = np.asarray(file.convert("RGB"))
     return patches([*load_sample_images().images, portrait], test=test)
 
 
 def terrain(*, test: bool) -> Labelled:
     """Return patches of matplotlib's map of heights, 236 to 1,076 m, as grey from 0 to 255."""
-    from matplotlib import cbook
-
-    heights = cbook.get_sample_data("jacksboro_fault_dem.npz")["elevation"].astype(np.float64)
+    heights = np.load(_of_matplotlib("jacksboro_fault_dem.npz"))["elevation"].astype(np.float64)
     low, high = heights.min(), heights.max()
     grey = np.round((heights - low) * (255 / (high - low))).astype(np.uint8)
     return patches([np.stack([grey] * 3, axis=2)], test=test)
 
 
+def _of_matplotlib(name: str) -> Path:
+    import matplotlib
+
+    return Path(matplotlib.get_data_path()) / "sample_data" / name
+
+
 def patches(pictures: Sequence[NDArray[np.uint8]], *, test: bool) -> Labelled:
-    """Cut patches out of each cell of ``GRID`` in each picture, none twice; scale them to 32 px.
+    """Return patches of each cell of ``GRID`` in each picture, none twice, scaled to 32 px.
 
     The label is the cell, counted through all pictures; all have as many.
     """

@@ -18,6 +18,9 @@ from fastbyol.errors import UsageError
 from fastbyol.output import print_json, say
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
+    from fastbyol.data.loader import Images
     from fastbyol.evaluation.marker import Cosines, Marker
 
 # The network of the claims about recovery, on which the marker was seen.
@@ -69,13 +72,39 @@ def measured(config: Resolved, seeds: Sequence[int], most: int) -> dict[str, Any
     They are those that a run with a ``data.limit`` of ``most`` sees, with its sample ids. Raises
     UsageError for a file that is missing or damaged and for fewer than two images.
     """
+    import torch
+
     from fastbyol import views
-    from fastbyol.data import beton, embedded, loader
-    from fastbyol.data.order import subset
     from fastbyol.engine.device import pick_device
     from fastbyol.evaluation import marker
 
-    data, device = config.data, pick_device(config.train.device)
+    device = pick_device(config.train.device)
+    read, ids, num_samples = _read(config, most)
+    share = marker.measure(read.images, config, seeds, ids=ids, device=device)
+
+    def ratio(seed: int) -> float | None:
+        batches = marker.view_batches(read.images, config, seed, ids=ids, device=device)
+        return marker.variance_ratio(batches)
+
+    ratios, ratios_s = _timed(lambda: list(map(ratio, seeds)))
+    entropy, entropy_s = _timed(
+        lambda: marker.knn_entropy(views.plain(read.images, config.views), read.labels)
+    )
+    return _about(config, share, device.type) | {
+        "images_in_file": num_samples,
+        "classes": 0 if read.labels is None else len(torch.unique(read.labels)),
+        "y": _numbers(share.y), "z": _numbers(share.z),
+        "variance_ratio": ratios, "knn_entropy": entropy,
+        "seconds": {"r": share.seconds, "variance_ratio": ratios_s, "knn_entropy": entropy_s},
+    }  # fmt: skip
+
+
+def _read(config: Resolved, most: int) -> tuple[Images, Tensor | None, int]:
+    """Return the chosen images, their sample ids (None: all) and the number in the file."""
+    from fastbyol.data import beton, embedded, loader
+    from fastbyol.data.order import subset
+
+    data = config.data
     fields = {"image_field": data.image_field, "label_field": data.label_field}
     info = beton.inspect(embedded.training_file(data), **fields, may_lack_labels=True)
     if info.num_samples < 2:
@@ -84,26 +113,7 @@ def measured(config: Resolved, seeds: Sequence[int], most: int) -> dict[str, Any
         info, workers=data.workers, size=data.size or config.views.size, limit=most,
         decoder=data.decoder, labels="optional",
     )  # fmt: skip
-    ids = subset(info.num_samples, most)
-    share = marker.measure(read.images, config, seeds, ids=ids, device=device)
-    ratios, ratios_s = _timed(
-        lambda: [
-            marker.variance_ratio(
-                marker.view_batches(read.images, config, seed, ids=ids, device=device)
-            )
-            for seed in seeds
-        ]
-    )
-    entropy, entropy_s = _timed(
-        lambda: marker.knn_entropy(views.plain(read.images, config.views), read.labels)
-    )
-    seconds = {"r": share.seconds, "variance_ratio": ratios_s, "knn_entropy": entropy_s}
-    return _about(config, share, device.type) | {
-        "images_in_file": info.num_samples,
-        "classes": 0 if read.labels is None else len(read.labels.unique()),
-        "y": _numbers(share.y), "z": _numbers(share.z),
-        "variance_ratio": ratios, "knn_entropy": entropy, "seconds": seconds,
-    }  # fmt: skip
+    return read, subset(info.num_samples, most), info.num_samples
 
 
 def _timed(work: Callable[[], Any]) -> tuple[Any, float]:

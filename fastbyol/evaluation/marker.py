@@ -176,14 +176,16 @@ def knn_entropy(images: Tensor, labels: Tensor | None) -> float | None:
     neighbours share a label, 1 if pixels say nothing about it. None without labels or for one
     class. Source: Shannon's entropy of the nearest-neighbour estimate of Cover and Hart, 1967.
     """
-    if labels is None or len(classes := labels.unique(return_inverse=True)[0]) < 2:
+    if labels is None:
         return None
-    index = torch.searchsorted(classes, labels)
+    classes, index = torch.unique(labels, return_inverse=True)
+    if len(classes) < 2:
+        return None
     deviation, mean = torch.std_mean(images.float(), dim=(0, 2, 3), correction=0, keepdim=True)
     standardized = (images.float() - mean) / deviation.masked_fill(deviation == 0, 1.0)
     rows = unit(standardized.flatten(1))
     count, entropy = min(NEIGHBOURS, len(rows) - 1), 0.0
-    for part in torch.arange(len(rows)).split(CHUNK):
+    for part in torch.split(torch.arange(len(rows)), CHUNK):
         likeness = rows[part] @ rows.T
         likeness[torch.arange(len(part)), part] = -math.inf  # not its own neighbour
         nearest = index[likeness.topk(count, dim=1).indices]
@@ -198,7 +200,8 @@ def _cosines_of_seed(
 ) -> tuple[tuple[float, float], tuple[float, float]]:
     """Return (pos, neg) of y, and of z."""
     net = _network(config, seed, device)
-    embeddings, projections = [], []
+    embeddings: list[Tensor] = []
+    projections: list[Tensor] = []
     with torch.autocast(device.type, enabled=False), full_precision():
         for batch in view_batches(images, config, seed, ids=ids, device=device):
             y = net.encoder(batch.flatten(0, 1))

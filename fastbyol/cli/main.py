@@ -12,7 +12,7 @@ from pathlib import Path
 
 import typer
 
-from fastbyol.cli import ablate, data, doctor, explain, presets, sweep, train
+from fastbyol.cli import ablate, data, data_marker, doctor, explain, presets, sweep, train
 from fastbyol.engine import interrupt, worker
 from fastbyol.engine.allocator import keep_freed_memory
 from fastbyol.errors import FastbyolError, UsageError
@@ -37,6 +37,7 @@ app.command()(sweep.sweep)
 app.command()(doctor.doctor)
 app.command()(doctor.bench)
 app.command()(train.demo)
+data.app.command()(data_marker.marker)
 app.add_typer(presets.app, name="presets")
 app.add_typer(data.app, name="data")
 app.add_typer(ablate.app, name="ablate")

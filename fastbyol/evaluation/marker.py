@@ -19,6 +19,9 @@ from torch import Tensor
 
 from fastbyol import views
 from fastbyol.config import Resolved
+from fastbyol.data import beton, embedded, loader
+from fastbyol.data.loader import Images
+from fastbyol.data.order import subset
 from fastbyol.errors import UsageError
 from fastbyol.evaluation.features import check_finite
 from fastbyol.model.byol import NUM_VIEWS, Online, draw_networks
@@ -71,6 +74,24 @@ class Marker:
     seeds: tuple[int, ...]
     num_images: int
     seconds: float
+
+
+def images_of(config: Resolved, most: int) -> tuple[Images, Tensor | None, int]:
+    """Return ``most`` images of the training file, their sample ids and how many the file has.
+
+    They are those of a run with a ``data.limit`` of ``most``; ids are None for all of them. Raises
+    UsageError for a file that is missing or damaged, and for a single image.
+    """
+    data = config.data
+    fields = {"image_field": data.image_field, "label_field": data.label_field}
+    info = beton.inspect(embedded.training_file(data), **fields, may_lack_labels=True)
+    if info.num_samples < 2:
+        raise UsageError(f"{info.path}: 1 image, and a marker compares different images: add some")
+    read = loader.read_all(
+        info, workers=data.workers, size=data.size or config.views.size, limit=most,
+        decoder=data.decoder, labels="optional",
+    )  # fmt: skip
+    return read, subset(info.num_samples, most), info.num_samples
 
 
 def measure(
@@ -176,14 +197,16 @@ def knn_entropy(images: Tensor, labels: Tensor | None) -> float | None:
     neighbours share a label, 1 if pixels say nothing about it. None without labels or for one
     class. Source: Shannon's entropy of the nearest-neighbour estimate of Cover and Hart, 1967.
     """
-    if labels is None or len(classes := labels.unique(return_inverse=True)[0]) < 2:
+    if labels is None:
         return None
-    index = torch.searchsorted(classes, labels)
+    classes, index = torch.unique(labels, return_inverse=True)
+    if len(classes) < 2:
+        return None
     deviation, mean = torch.std_mean(images.float(), dim=(0, 2, 3), correction=0, keepdim=True)
     standardized = (images.float() - mean) / deviation.masked_fill(deviation == 0, 1.0)
     rows = unit(standardized.flatten(1))
     count, entropy = min(NEIGHBOURS, len(rows) - 1), 0.0
-    for part in torch.arange(len(rows)).split(CHUNK):
+    for part in torch.split(torch.arange(len(rows)), CHUNK):
         likeness = rows[part] @ rows.T
         likeness[torch.arange(len(part)), part] = -math.inf  # not its own neighbour
         nearest = index[likeness.topk(count, dim=1).indices]
@@ -198,7 +221,8 @@ def _cosines_of_seed(
 ) -> tuple[tuple[float, float], tuple[float, float]]:
     """Return (pos, neg) of y, and of z."""
     net = _network(config, seed, device)
-    embeddings, projections = [], []
+    embeddings: list[Tensor] = []
+    projections: list[Tensor] = []
     with torch.autocast(device.type, enabled=False), full_precision():
         for batch in view_batches(images, config, seed, ids=ids, device=device):
             y = net.encoder(batch.flatten(0, 1))

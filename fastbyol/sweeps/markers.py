@@ -90,15 +90,10 @@ def _plain(config: Resolved, section: str) -> Any:
 
 
 def _measure(config: Resolved) -> list[float]:
-    from fastbyol.data import decoder, embedded, loader
     from fastbyol.evaluation import marker
 
-    data = config.data
-    read = loader.read_all(
-        embedded.training_file(data), workers=data.workers, size=data.size or config.views.size,
-        limit=IMAGES, decoder=decoder.choose(data.decoder), image_field=data.image_field,
-    )  # fmt: skip
-    return list(marker.measure(read.images, config, SEEDS).y.r)
+    read, ids, _ = marker.images_of(config, IMAGES)
+    return list(marker.measure(read.images, config, SEEDS, ids=ids).y.r)
 
 
 def _kept(file: Path) -> dict[str, list[float]]:

@@ -183,6 +183,7 @@ def test_convert_train_eval_resume_report_runs(run, tmp_path: Path) -> None:
         ["data", "info", "pipe"],
         ["data", "verify", "pipe"],
         ["data", "preview", "pipe"],
+        ["data", "marker", "pipe"],
         ["explain", "--diff", "pipe", "paper"],
         ["bench", "--compare", "pipe", "pipe"],
     ],

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 from fastbyol import config_io
-from fastbyol.data import embedded, loader
 from fastbyol.evaluation import marker
 from fastbyol.fleet.ledger import RUNS
 from fastbyol.sweeps import markers, results
@@ -35,11 +34,8 @@ def test_a_column_has_the_marker_of_its_views_measured_once(
     columns = markers.of(results.read(out))
     assert list(columns) == [(0.2, 1.0), (0.9, 1.0)]
     config = config_io.read_run(out / RUNS / "lr=0.1,scale=0.9+1.0/seed0/config.toml")
-    read = loader.read_all(
-        embedded.training_file(config.data), workers=1, size=config.views.size,
-        limit=markers.IMAGES, decoder="torchvision",
-    )  # fmt: skip
-    expected = marker.measure(read.images, config, markers.SEEDS).y
+    read, ids, _ = marker.images_of(config, markers.IMAGES)
+    expected = marker.measure(read.images, config, markers.SEEDS, ids=ids).y
     (rs,) = columns[0.9, 1.0].values()
     assert rs == pytest.approx(expected.r, rel=1e-5)
     words = f"r {statistics.fmean(rs):.3f} ± {statistics.stdev(rs):.3f}"

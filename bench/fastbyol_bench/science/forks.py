@@ -6,10 +6,10 @@
 The parents are the appendix's run of LARS at .2 on Fashion-MNIST, a seed each:
 
     fastbyol ablate run gn-lars-0.2 --seeds 5 --out FOLDER/parents --set probe.every_epochs=0
-      --set run.layers_every_steps=1 --set run.keep_checkpoints=20
+      --set train.epochs=16 --set run.layers_every_steps=1 --set run.keep_checkpoints=20
 
-Each is forked at its deepest collapse, where an epoch's negative cosine is highest. Training takes
-an hour on two cores. Letters: T steps, S segments (parameters).
+Each is forked at its deepest collapse, where an epoch's negative cosine is highest. All take an
+hour on two cores.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ KEPT = RESULTS / "science" / "forks.json"
 # SGD's learning rate and decay in the appendix's arm gn-sgd-mlp-none at batches of 32.
 SGD = {"optim.name": "sgd", "optim.lr": 0.1, "optim.weight_decay": 1e-4}
 EARLY = ("encoder.layer1", "encoder.layer2")
-# What each future changes. The two that need another run's numbers are made in ``changes``.
+# What each future changes. The first is the parent itself, since an unchanged fork has its bytes.
+# The two that need recorded rates are made in ``changes``.
 FUTURES: Mapping[str, Mapping[str, Any]] = {
     "lars": {},
     "sgd-mean-rates": {},
@@ -116,9 +117,9 @@ def work(job: tuple[str, Path, Path, list[Path]]) -> str:
 
 
 def jobs(folder: Path) -> Iterator[tuple[str, Path, Path, list[Path]]]:
-    """Yield every future of every parent, a first parent's futures first."""
-    runs = parents(folder)
-    yield from ((name, run, folder / "futures", runs) for run in runs for name in FUTURES)
+    """Yield every future that is to be trained of every parent, a first parent's futures first."""
+    runs, names = parents(folder), [name for name in FUTURES if name != "lars"]
+    yield from ((name, run, folder / "futures", runs) for run in runs for name in names)
 
 
 def measured(run: Path, step: int) -> dict[str, Any]:
@@ -159,10 +160,12 @@ def train(folder: Folder, processes: Annotated[int, typer.Option(min=1)] = 2) ->
 def collect(folder: Folder) -> None:
     """Write what became of every future."""
     rows = []
-    for name, run, futures, _ in jobs(folder):
-        step, path = deepest(run), futures / name / run.name
-        if (path / CONFIG).exists():
-            rows.append({"future": name, "parent": run.name, "step": step, **measured(path, step)})
+    for run in parents(folder):
+        for name in FUTURES:
+            path = run if name == "lars" else folder / "futures" / name / run.name
+            row = {"future": name, "parent": run.name, "step": deepest(run)}
+            if (path / CONFIG).exists():
+                rows.append(row | measured(path, row["step"]))
     KEPT.parent.mkdir(parents=True, exist_ok=True)
     write_text(KEPT, json.dumps(rows, indent=1) + "\n")
 

@@ -1,0 +1,135 @@
+"""The tables of docs/science.md, from what bench/results/science keeps.
+
+    python -m fastbyol_bench.science.document collect DIR NAME    # keep a phase diagram's folder
+    python -m fastbyol_bench.science.document docs                # write the tables
+
+``collect`` copies ``sweep.csv`` and ``markers.json`` and draws both pictures.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import typer
+
+from fastbyol.runs.durable import write_text
+from fastbyol.sweeps import markers, phase, results
+from fastbyol_bench.readme import DOCS, RESULTS, filled
+from fastbyol_bench.science import forks
+
+DOCUMENT = DOCS / "science.md"
+KEPT = RESULTS / "science"
+DIAGRAMS = ("fashion-mnist", "textures")
+MARKERS = "markers.json"
+CSV = "sweep.csv"
+
+
+class Cell(NamedTuple):
+    """The finished runs of a point: how many there are, collapse, and leave the collapse."""
+
+    runs: int
+    collapse: int
+    leave: int
+
+    def __str__(self) -> str:
+        if not self.runs:
+            return ""
+        left = f", {self.leave}/{self.collapse}" if self.collapse else ""
+        return f"{self.collapse}/{self.runs}{left}"
+
+
+def cells(name: str) -> dict[tuple[str, str], Cell]:
+    """Return the points of the kept diagram ``name`` by their two values, as ``CSV`` has them."""
+    with (KEPT / name / CSV).open(encoding="utf-8") as file:
+        reader = csv.DictReader(file)
+        x, y = (reader.fieldnames or ())[:2]
+        made: dict[tuple[str, str], Cell] = {}
+        for row in reader:
+            if row["status"] == "done":
+                runs, collapse, leave = made.get((row[x], row[y]), Cell(0, 0, 0))
+                is_collapsed, leaves = (float(row[key] or 0) for key in phase.MEASURES)
+                made[row[x], row[y]] = Cell(
+                    runs + 1, collapse + int(is_collapsed), leave + int(leaves)
+                )
+    return made
+
+
+def diagram(name: str) -> Iterator[str]:
+    """Yield the lines of the table of the diagram ``name``: rows are learning rates, and r."""
+    points = cells(name)
+    xs, ys = (list(dict.fromkeys(values)) for values in zip(*points, strict=True))
+    yield f"| {name}: learning rate | {' | '.join(x.replace('+', ' to ') for x in xs)} |"
+    yield "|---" * (1 + len(xs)) + "|"
+    for y in ys:
+        yield f"| {y} | {' | '.join(str(points.get((x, y), '')) for x in xs)} |"
+    kept = json.loads((KEPT / name / MARKERS).read_text("utf-8"))
+    by_crop = {
+        "+".join(map(str, json.loads(key)["views"]["scale"])): rs for key, rs in kept.items()
+    }
+    shown = (f"{statistics.fmean(by_crop[x]):.3f}" for x in xs)
+    yield f"| marker r | {' | '.join(shown)} |"
+
+
+def endings(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """Yield the lines of the table of futures: who left, after how long, and with what accuracy."""
+    yield "| future | leave | steps from the fork | ends |"
+    yield "|---|---|---|---|"
+    for name in forks.FUTURES:
+        own = [row for row in rows if row["future"] == name]
+        took = [row["left_at"] - row["step"] for row in own if row["left_at"] is not None]
+        ends = [row["state"] for row in own]
+        counts = ", ".join(f"{ends.count(state)} {state}" for state in sorted(set(ends)))
+        span = f"{min(took)} to {max(took)}" if took else ""
+        yield f"| {name} | {len(took)} of {len(own)} | {span} | {counts} |"
+
+
+def blocks() -> dict[str, list[str]]:
+    """Return the lines of each block of the document, by its name."""
+    made = {name: list(diagram(name)) for name in DIAGRAMS if (KEPT / name / CSV).exists()}
+    if forks.KEPT.exists():
+        made["forks"] = list(endings(json.loads(forks.KEPT.read_text("utf-8"))))
+    return made
+
+
+def fresh(text: str) -> str:
+    """Return the document's ``text`` with its blocks made anew."""
+    for name, lines in blocks().items():
+        begin, end = f"<!-- {name}: made by fastbyol_bench.science -->", f"<!-- {name}: end -->"
+        text = filled(text, begin, end, "\n".join([begin, *lines, end]))
+    return text
+
+
+app = typer.Typer(add_completion=False, help=__doc__)
+
+
+@app.command()
+def collect(
+    folder: Annotated[Path, typer.Argument(metavar="DIR")],
+    name: Annotated[str, typer.Argument(metavar="NAME")],
+) -> None:
+    """Keep the table, the markers and the pictures of a phase diagram."""
+    out = KEPT / name
+    out.mkdir(parents=True, exist_ok=True)
+    sweep = results.read(folder)
+    below = markers.under(markers.of(sweep))
+    for path in phase.write(sweep, below, out):
+        if path.suffix == ".png":
+            path.replace(out / path.name.removeprefix(f"{folder.name}-"))
+    for kept in (CSV, MARKERS):
+        shutil.copy(folder / kept, out / kept)
+
+
+@app.command()
+def docs() -> None:
+    """Write the tables."""
+    write_text(DOCUMENT, fresh(DOCUMENT.read_text("utf-8")))
+
+
+if __name__ == "__main__":
+    app()

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from fastbyol.config import Resolved
-from fastbyol.data import embedded, loader
 from fastbyol.engine.device import pick_device
-from fastbyol.evaluation.marker import measure
+from fastbyol.evaluation import marker
 
 IMAGES, SEEDS = 2048, (0, 1)
 
@@ -17,10 +16,6 @@ def image_share(config: Resolved) -> float:
     all of them. Quarters of the textures came to .005 to .018, of Fashion-MNIST to .065 to .095. On
     the second LARS recovers, on the first nothing does.
     """
-    device, data = pick_device(config.train.device), config.data
-    size = data.size or config.views.size
-    file, field = embedded.training_file(data), data.image_field
-    read = loader.read_all(
-        file, workers=data.workers, size=size, limit=IMAGES, decoder=data.decoder, image_field=field
-    )
-    return measure(read.images, config, SEEDS, device=device).y.mean
+    read, ids, _ = marker.images_of(config, IMAGES)
+    device = pick_device(config.train.device)
+    return marker.measure(read.images, config, SEEDS, ids=ids, device=device).y.mean

@@ -19,8 +19,7 @@ from fastbyol import config_io
 from fastbyol.config import Config, Resolved, resolve
 from fastbyol.data import decoder as decoding
 from fastbyol.data import embedded, loader
-from fastbyol.engine import capture, trainer
-from fastbyol.engine import fork as forking
+from fastbyol.engine import capture, forking, trainer
 from fastbyol.engine import ranks as ranking
 from fastbyol.engine.device import pick_device
 from fastbyol.engine.observer import Observer

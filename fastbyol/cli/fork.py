@@ -9,6 +9,7 @@ import typer
 
 from fastbyol.cli.options import Json, Sets
 from fastbyol.cli.train import finish, training_console, watch
+from fastbyol.engine.worker import is_first
 
 
 def fork(
@@ -26,9 +27,9 @@ def fork(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Train a new run that is RUN up to STEP, bit for bit, with some settings changed from there."""
+    """Train another future of RUN: the same up to STEP, bit for bit, and changed from there on."""
     from fastbyol import api
-    from fastbyol.engine.fork import parse
+    from fastbyol.engine.forking import parse
     from fastbyol.show import figures, fork_report
 
     run, step = parse(source)
@@ -42,5 +43,5 @@ def fork(
     )
     finish(summary, console, as_json)
     folder = Path(summary.run).parent
-    if figures.available() and summary.finished and fork_report.is_of_forks(folder):
+    if figures.available() and is_first() and summary.finished and fork_report.is_of_forks(folder):
         fork_report.write(folder)

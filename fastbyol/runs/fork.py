@@ -124,11 +124,13 @@ def plan(parent: Path, step: int, sets: Sequence[str]) -> Plan:
     loaded = config_io.revise(before, sets, str(parent))
     was, now = config_io.flatten(before), config_io.flatten(loaded.config)
     changes = {key: now[key] for key in now if now[key] != was[key]}
-    for key in changes:
+    # A new run's lr_scaling leaves no trace in what is resolved, but another optim.lr.
+    asked = config_io.requested(sets=sets)
+    for key in (*(key for key in asked if asked[key].value != was[key]), *changes):
         if why := reason_against(key):
             raise UsageError(
                 f"{key}: a fork cannot change it: {why}; start a new run from these weights with "
-                f"`fastbyol train --init-from {quoted(parent)}`"
+                f"`fastbyol train --init-from {quoted(checkpoint_file(parent, step))}`"
             )
     optim, notes = loaded.config.optim, loaded.notes
     if "optim.name" in changes and "optim.lr" not in changes:
@@ -143,7 +145,12 @@ def reason_against(key: str) -> str | None:
     """Return why a fork cannot change ``key``, or None if it can."""
     if key in FREE:
         return None
-    return REASONS[key] if key in REASONS else REASONS[key.rpartition(".")[0]]
+    return REASONS[key] if key in REASONS else REASONS[key.partition(".")[0]]
+
+
+def checkpoint_file(run: Path, step: int) -> Path:
+    """Return the name of a run's checkpoint, as ``checkpoint.file_of`` does with torch."""
+    return run / CHECKPOINTS / f"ckpt-{step:09d}.safetensors"
 
 
 def is_begun(asked: Plan, out: Path) -> bool:
@@ -163,11 +170,11 @@ def is_begun(asked: Plan, out: Path) -> bool:
                 f"{out}: is not empty ({other}): move that away, or name another folder with --out"
             )
         return False
-    made, file = Fork.read(out), asked.parent / CHECKPOINTS / f"ckpt-{asked.step:09d}.safetensors"
+    made = Fork.read(out)
     if made is None:
         raise UsageError(f"{out}: holds another run: name another folder with --out")
     # The parent may have gone on, and pruned the checkpoint.
-    digest = consistency.digest_of(file) or made.digest
+    digest = consistency.digest_of(checkpoint_file(asked.parent, asked.step)) or made.digest
     if made != Fork(absolute(asked.parent), asked.step, digest, _as_json(asked.changes)):
         raise UsageError(
             f"{out}: holds another fork, of {made.run}@{made.step} with "

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,13 +12,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from fastbyol import config_io
-from fastbyol.errors import UsageError
+from fastbyol.errors import FastbyolError, UsageError
 from fastbyol.runs.durable import write_text, writing
 from fastbyol.runs.folder import CONFIG
 from fastbyol.runs.fork import Fork
 from fastbyol.runs.metrics import METRICS_FILE, read_events
 from fastbyol.show import figures, run_report
-from fastbyol.show.figures import INK
+from fastbyol.show.figures import BLUE, GREEN, INK, ORANGE, PURPLE, RED, SKY
 from fastbyol.show.run_report import RunCurves
 
 if TYPE_CHECKING:
@@ -25,9 +27,11 @@ if TYPE_CHECKING:
 PAGE = "forks.html"
 SUFFIX = ".forks"
 PAST = "#999999"
+COLOURS = (BLUE, ORANGE, GREEN, RED, PURPLE, SKY)
 COLLAPSED = ("collapsed", "dead")
 # The mean of fp32 cosines is exact to about so much.
 LEAST = 1e-8
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -90,23 +94,32 @@ def read(folder: Path) -> Bundle:
     """
     paths = sorted(config.parent for config in folder.glob(f"[!.]*/{CONFIG}"))
     begun = [(path, fork) for path in paths if (fork := Fork.read(path)) and _has_steps(path)]
-    if not begun:
-        raise UsageError(f"{folder}: no forks here: `fastbyol fork RUN@STEP` makes them")
-    forks = sorted(
-        (_future(path, fork) for path, fork in begun),
-        key=lambda future: (future.step, future.label),
-    )
+    forks = [future for path, fork in begun if (future := _future(path, fork)) is not None]
+    if not forks:
+        raise UsageError(f"{folder}: no sound forks here: `fastbyol fork RUN@STEP` makes them")
     parent = Path(begun[0][1].run)
-    has_parent = (parent / CONFIG).exists() and _has_steps(parent)
-    name = folder.name.removesuffix(SUFFIX)
-    return Bundle(name, _future(parent, None) if has_parent else None, tuple(forks))
+    is_there = (parent / CONFIG).exists() and _has_steps(parent)
+    return Bundle(
+        folder.name.removesuffix(SUFFIX),
+        _future(parent, None) if is_there else None,
+        tuple(sorted(forks, key=lambda future: (future.step or 0, future.label))),
+    )
 
 
 def _has_steps(run: Path) -> bool:
     return (run / METRICS_FILE).exists() and (run / METRICS_FILE).stat().st_size > 0
 
 
-def _future(run: Path, fork: Fork | None) -> Future:
+def _future(run: Path, fork: Fork | None) -> Future | None:
+    """Return what a run recorded; None, logged, where it is damaged."""
+    try:
+        return _read_future(run, fork)
+    except FastbyolError as error:
+        _log.warning("%s", error)
+        return None
+
+
+def _read_future(run: Path, fork: Fork | None) -> Future:
     changes = {} if fork is None else fork.changes
     words = ", ".join(
         f"{key} = {'none' if value is None else config_io.show(value)}"
@@ -170,30 +183,38 @@ def draw(
     curve: Callable[[RunCurves], tuple[np.ndarray, np.ndarray]],
 ) -> None:
     """Draw the common past in grey, a line at each fork's step, and the futures in colours."""
-    first, last = bundle.steps[0], bundle.steps[-1]
     longest = bundle.parent or max(bundle.forks, key=lambda future: future.step or 0)
-    epochs, values = curve(longest.curves)
-    per_step = _epochs_per_step(longest.curves)
-    past = epochs < (first if bundle.parent else last) * per_step
-    axes.plot(epochs[past], values[past], color=PAST, lw=0.9)
+    begin = bundle.steps[0] if bundle.parent else bundle.steps[-1]
+    colours = COLOURS if len(bundle.forks) <= len(COLOURS) else figures.viridis(len(bundle.forks))
+    _draw_part(axes, curve(longest.curves), longest.curves, 0, begin, color=PAST)
     if bundle.parent:
-        rest = ~past
-        axes.plot(epochs[rest], values[rest], color=INK, lw=0.9, label=f"{bundle.name}, parent")
+        label = f"{bundle.name}, the parent"
+        _draw_part(axes, curve(longest.curves), longest.curves, begin, color=INK, label=label)
     for step in bundle.steps:
-        axes.axvline(step * per_step, color=INK, lw=0.6, ls=":")
-    colours = figures.viridis(len(bundle.forks))
-    for future, colour in zip(bundle.forks, colours, strict=True):
-        epochs, values = curve(future.curves)
-        own = epochs >= (future.step or 0) * per_step
-        axes.plot(epochs[own], values[own], color=colour, lw=0.9, label=_legend(future))
+        axes.axvline(step * _epochs_per_step(longest.curves), color=INK, lw=0.6, ls=":")
+    for future, colour in zip(bundle.forks, colours, strict=False):
+        label = f"{future.step}: {future.changes}"
+        part = curve(future.curves), future.curves, future.step or 0
+        _draw_part(axes, *part, color=colour, label=label)
+
+
+def _draw_part(
+    axes: Axes,
+    curve: tuple[np.ndarray, np.ndarray],
+    curves: RunCurves,
+    begin: int,
+    end: int | None = None,
+    **style: Any,
+) -> None:
+    """Draw a curve from step ``begin`` to before ``end``, joined to the step before ``begin``."""
+    epochs, values = curve
+    steps = np.rint(epochs / _epochs_per_step(curves))
+    part = (steps >= begin - 1) & (steps < (np.inf if end is None else end))
+    axes.plot(epochs[part], values[part], lw=0.9, **style)
 
 
 def _epochs_per_step(curves: RunCurves) -> float:
     return float(curves.epochs[1]) if len(curves.epochs) > 1 else 1.0
-
-
-def _legend(future: Future) -> str:
-    return f"{future.step}: {future.changes}"
 
 
 def figure(bundle: Bundle, picture: tuple[Any, ...]) -> Any:
@@ -250,8 +271,11 @@ def write(folder: Path, *, png: Path | None = None) -> list[Path]:
     figures.demand()
     bundle = read(folder)
     target = folder / PAGE
+    # Forks that end at the same time each write the page.
+    own = folder / f".{PAGE}.{os.getpid()}"
     with writing(target):
-        write_text(target, page(bundle))
+        write_text(own, page(bundle))
+        own.replace(target)
     if png is None:
         return [target]
     paths = [png / f"{bundle.name}-forks-{each[0]}.png" for each in PICTURES]

@@ -270,7 +270,8 @@ def test_a_run_ends_in_the_state_that_was_asked_for(
     assert (summary.finished, summary.state, summary.stopped_by) == (True, "collapsed", None)
     states = [e["state"] for e in read_events(tmp_path / "whole") if e["event"] == "epoch"]
     last = next(n for n in range(4) if states[n - 1 : n + 1] == ["collapsed"] * 2)
-    assert last < 3 and summary.step == (last + 1) * STEPS_PER_EPOCH
+    assert last < 3
+    assert summary.step == (last + 1) * STEPS_PER_EPOCH
     *rest, end = (tmp_path / "ended/metrics.jsonl").read_text().splitlines()
     assert json.loads(end) == {
         "event": "end", "step": summary.step, "epoch": last, "state": "collapsed",

@@ -120,8 +120,9 @@ def _load(asked: Plan) -> Checkpoint:
         done = last_step(parent) + 1
         why = f"the run has come to step {done}" if asked.step > done else "it was not kept"
         raise UsageError(
-            f"{asked.source}: no checkpoint of this step: {why}; {_saved(parent)}; a run keeps "
-            "more with a higher run.keep_checkpoints and run.checkpoint_every_steps"
+            f"{asked.source}: no checkpoint of this step: {why}; {_saved(parent)}; to keep more, "
+            "train with a higher run.keep_checkpoints, and run.checkpoint_every_steps for those "
+            "within epochs"
         ) from None
     with RunFolder.open(parent, lock=False) as run:
         consistency.refuse_changed(parent, run.config, saved.meta["config"], str(saved.path))

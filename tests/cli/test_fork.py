@@ -29,7 +29,7 @@ def test_a_fork_is_trained_to_its_end_and_has_a_page(run: Command, parent: Path)
         "optim.lr": 0.25,
         "train.seed": 5,
     }
-    assert 'seed = 5  # fork' in (out / "config.toml").read_text()
+    assert "seed = 5  # fork" in (out / "config.toml").read_text()
     assert (out / "report.html").exists()
     assert "6-lr=0.25,seed=5" in (out.parent / "forks.html").read_text()
     code, _, err = run(f"{parent}@6", "--seed", 5, "--set", "optim.lr=0.25")

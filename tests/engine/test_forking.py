@@ -23,6 +23,7 @@ from tiny import COLLAPSING, STEPS_PER_EPOCH, beton_files, tiny_config
 KINDS = {
     "sgd": ("optim.name=sgd",),
     "lars": ("optim.name=lars", "optim.lr_scaling=linear"),
+    "ranks": ("train.ranks=2",),
     "contrastive": ("method.name=contrastive", "method.queue=16"),
 }
 AT = 8  # in the middle of the second epoch

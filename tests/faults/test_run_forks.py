@@ -1,4 +1,4 @@
-"""A fork that is killed at any instant, also while its folder is made, ends as if nothing had been."""
+"""Killed at any instant, also while its folder is made, a fork ends as if nothing had been."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ class Update(NamedTuple):
 
 @torch.no_grad()
 def carry_over(momentum: Tensor, before: Update, after: Update) -> None:
-    """Rewrite ``momentum`` (L,), a buffer of ``before``, as one of ``after``, in place.
+    """Convert ``momentum`` (L,), a buffer of ``before``, to one of ``after``, in place.
 
     A segment's weights change by -b m (``lars_ema.reference``). b of ``blog`` is 1, that of the
     other rules lr * lr_mult, and m becomes m b / b' so that without a gradient the next update is

@@ -142,7 +142,7 @@ class RunFolder:
         self._keep({FORK: record, **({} if mode is None else {ENGINE: mode})})
 
     def move(self, path: Path) -> None:
-        """Rename the folder, complete by now, to ``path``: absent, or empty. The lock goes along.
+        """Move the folder, complete by now, to ``path``: absent, or empty. The lock goes along.
 
         Raises OSError.
         """

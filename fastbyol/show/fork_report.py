@@ -36,7 +36,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Future:
-    """A run's curves from ``step`` on, which is 0-based and None for the parent.
+    """A fork's curves and the step where it begins, or its parent's, whose ``step`` is None.
 
     ``events`` are those of its ``metrics.jsonl``; ``seed`` is ``train.seed``.
     """

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -13,9 +15,10 @@ import pytest
 import torch
 
 from fastbyol import api
-from fastbyol.errors import UsageError
+from fastbyol.engine import forking
+from fastbyol.errors import FastbyolError, UsageError
 from fastbyol.runs import checkpoint
-from fastbyol.runs.fork import Fork
+from fastbyol.runs.fork import Fork, plan
 from fastbyol.runs.layers import read_layers
 from fastbyol.runs.metrics import is_finished, read_events, read_metrics
 from tiny import COLLAPSING, STEPS_PER_EPOCH, beton_files, tiny_config
@@ -213,6 +216,34 @@ def test_damage_is_refused(parents: dict[str, Path], tmp_path: Path) -> None:
     assert "optim.momentum is 0.8" in refusal(parent, tmp_path)
     (parent / "config.toml").write_text(config)
     assert contents(forked(parent, tmp_path)) == contents(parent)
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(
+    parents: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whichever file it is that cannot be forced to it."""
+    fsync, out = os.fsync, tmp_path / "forks" / "fork"
+    calls = fails_at = 0
+
+    def full(descriptor: int) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == fails_at:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", full)
+    asked = plan(parents["sgd"], AT, ["train.seed=4"])
+    while not out.exists():
+        calls, fails_at = 0, fails_at + 1
+        with pytest.raises(FastbyolError, match="No space left on device") as error:
+            forking.begin(asked, out).close()
+        assert "\n" not in str(error.value)
+        assert out.exists() or list(out.parent.iterdir()) == []
+    assert fails_at > 10
+    # The last one came after the rename: the fork is whole.
+    summary = api.fork(parents["sgd"], AT, ["train.seed=4"], out)
+    assert (summary.finished, summary.step) == (True, 3 * STEPS_PER_EPOCH)
 
 
 def test_another_parent_of_the_same_name_is_noticed(

@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -205,20 +205,27 @@ def building(out: Path, config: Resolved, origin: Mapping[str, str]) -> Iterator
     with writing(out, "; name another folder with --out"):
         beside.mkdir(parents=True, exist_ok=True)
         _clear(beside)
-    folder = RunFolder.create(beside, config, origin)
+    folder = None
     try:
+        folder = RunFolder.create(beside, config, origin)
         yield folder
         with writing(out, "; name another folder with --out"):
             folder.move(out)
     except BaseException:
-        if folder.path == beside:
-            shutil.rmtree(beside, ignore_errors=True)
-        folder.close()
+        if folder is not None:
+            folder.close()
+        if beside.exists():
+            # Unless another process is faster: then it is that one's.
+            with suppress(UsageError, OSError):
+                _clear(beside, remove=True)
         raise
 
 
-def _clear(folder: Path) -> None:
-    """Remove what a killed process left in ``folder``, never what a living one has there."""
+def _clear(folder: Path, *, remove: bool = False) -> None:
+    """Remove what a dead process left in ``folder``, never what a living one has there.
+
+    With ``remove`` the folder goes, too.
+    """
     lock = Lock(folder)
     try:
         for entry in folder.iterdir():
@@ -226,6 +233,8 @@ def _clear(folder: Path) -> None:
                 shutil.rmtree(entry)
             elif entry.name != LOCK:
                 entry.unlink()
+        if remove:
+            shutil.rmtree(folder)
     finally:
         lock.release()
 

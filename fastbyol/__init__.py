@@ -22,7 +22,7 @@ from fastbyol.config import Config, Resolved, resolve
 from fastbyol.errors import CollapsedError, FastbyolError, NoGraphError, UsageError
 
 if TYPE_CHECKING:
-    from fastbyol.api import evaluate, load_encoder, resume, train
+    from fastbyol.api import evaluate, fork, load_encoder, resume, train
     from fastbyol.engine.step import TrainState, train_step
 
 __version__ = "0.1.0"
@@ -36,6 +36,7 @@ __all__ = [
     "UsageError",
     "__version__",
     "evaluate",
+    "fork",
     "load_config",
     "load_encoder",
     "resolve",
@@ -48,6 +49,7 @@ __all__ = [
 _LAZY = {
     "train": "fastbyol.api",
     "resume": "fastbyol.api",
+    "fork": "fastbyol.api",
     "evaluate": "fastbyol.api",
     "load_encoder": "fastbyol.api",
     "TrainState": "fastbyol.engine.step",

@@ -1,4 +1,4 @@
-"""The functions that scripts and the command line call: train, resume, evaluate, load an encoder.
+"""The functions that scripts and the command line call, such as train, resume, fork and evaluate.
 
 Each leaves the process as it was (``process.left_as_found``). None of them changes the settings of
 the C library's allocator, which cannot be restored: see ``engine.allocator.keep_freed_memory``.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from fastbyol import config_io
 from fastbyol.config import Config, Resolved, resolve
 from fastbyol.data import decoder as decoding
 from fastbyol.data import embedded, loader
-from fastbyol.engine import capture, trainer
+from fastbyol.engine import capture, forking, trainer
 from fastbyol.engine import ranks as ranking
 from fastbyol.engine.device import pick_device
 from fastbyol.engine.observer import Observer
@@ -34,8 +34,10 @@ from fastbyol.evaluation.protocol import PROTOCOLS
 from fastbyol.model.resnet import ResNet
 from fastbyol.process import left_as_found
 from fastbyol.runs import checkpoint, consistency, inputs
+from fastbyol.runs import fork as forks
 from fastbyol.runs.environment import env_of
 from fastbyol.runs.folder import CONFIG, RunFolder, default_run_path
+from fastbyol.sweeps.names import point_name
 
 # The encoder of the online network, of the target network, and of the online network before step 0.
 WEIGHTS = ("trained", "target", "random")
@@ -200,6 +202,52 @@ def resume(
                 config = inputs.moved(config, data, test_data)
                 count = ranking.count_ranks(config, processes.count, ranks)
             return _lead(folder, config, observer, processes, count)
+
+
+@left_as_found()
+def fork(
+    run: str | Path,
+    step: int,
+    sets: Sequence[str] = (),
+    out: str | Path | None = None,
+    *,
+    observer: Observer | None = None,
+) -> Summary:
+    """Train a new run that is ``run`` up to the saved ``step``, and differs by ``sets`` from there.
+
+    ``sets`` are ``key=value`` texts. ``out`` is by default ``RUN.forks/STEP-CHANGES``. The same
+    call goes on with a fork that was stopped, and returns the summary of a finished one. Raises the
+    errors of ``train``, and UsageError for a step that was not kept or a key that cannot change.
+    """
+    with ranking.joined() as processes:
+        _demand_same(processes, {}, run=run, step=step, sets=list(sets), out=out)
+        if processes.rank:
+            return _follow(processes)
+        with ExitStack() as opened:
+            with _telling(processes):
+                asked = forks.plan(Path(run), step, sets)
+                path = fork_path(asked) if out is None else Path(out)
+                note = (lambda _: None) if observer is None else observer.note
+                if forks.is_begun(asked, path):
+                    folder = opened.enter_context(RunFolder.open(path, lock=True))
+                    ended = forking.finished(folder)
+                    if ended is not None and processes.count == 1:
+                        note(f"{path}: this fork is finished: nothing is left to do")
+                        return ended
+                else:
+                    for line in asked.notes:
+                        note(line)
+                    folder = opened.enter_context(forking.begin(asked, path))
+                config = inputs.with_paths(folder.config, folder.config)
+                count = ranking.count_ranks(config, processes.count)
+            return _lead(folder, config, observer, processes, count)
+
+
+def fork_path(asked: forks.Plan) -> Path:
+    """Return the folder of a fork for which none is named: ``RUN.forks/STEP-CHANGES``."""
+    parent = asked.parent if asked.parent.name not in ("", "..") else asked.parent.resolve()
+    name = point_name(asked.changes) if asked.changes else "unchanged"
+    return parent.with_name(f"{parent.name}.forks") / f"{asked.step}-{name}"
 
 
 @left_as_found()

@@ -77,11 +77,17 @@ def load(
     Raises:
         UsageError: an unknown key, a value out of range, a file that cannot be read.
     """
-    loaded = _resolved(
-        _layered(default, preset=preset, file=file, sets=sets, flags=flags, base=base)
-    )
-    _check(loaded.config, loaded.origin)
-    return Loaded(loaded.config, loaded.origin, tuple(_notes(loaded)))
+    return _checked(_layered(default, preset=preset, file=file, sets=sets, flags=flags, base=base))
+
+
+def revise(config: Resolved, sets: Sequence[str], where: str) -> Loaded:
+    """Return ``config``, a run's in ``where``, with the ``key=value`` texts ``sets`` over it.
+
+    Numbers that were derived stay; only what ``sets`` clears is derived anew. Raises UsageError as
+    ``load`` does.
+    """
+    settings = {key: Setting(value, where) for key, value in flatten(config).items()}
+    return _checked(settings | requested(sets=sets))
 
 
 def load_unresolved(
@@ -470,6 +476,12 @@ def _explain(error: ValidationError, settings: Mapping[str, Setting]) -> str:
         f"{key} = {show(settings[key].value)} ({settings[key].origin}): "
         f"{message[:1].lower()}{message[1:]}"
     )
+
+
+def _checked(settings: Mapping[str, Setting]) -> Loaded:
+    loaded = _resolved(settings)
+    _check(loaded.config, loaded.origin)
+    return Loaded(loaded.config, loaded.origin, tuple(_notes(loaded)))
 
 
 def _resolved(settings: Mapping[str, Setting]) -> Loaded:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import typer
 
-from fastbyol.cli import ablate, data, data_marker, doctor, explain, presets, sweep, train
+from fastbyol.cli import ablate, data, data_marker, doctor, explain, fork, presets, sweep, train
 from fastbyol.engine import interrupt, worker
 from fastbyol.engine.allocator import keep_freed_memory
 from fastbyol.errors import FastbyolError, UsageError
@@ -29,6 +29,7 @@ app = typer.Typer(
 app.command()(data.convert)
 app.command()(train.train)
 app.command()(train.resume)
+app.command()(fork.fork)
 app.command("eval")(train.evaluate)
 app.command()(train.report)
 app.command()(explain.explain)

@@ -61,20 +61,20 @@ def train(
     """Train a network; without --data on textures that are made for it."""
     from fastbyol import api
 
-    console = _console(as_json)
+    console = training_console(as_json)
     loaded = load(preset, config, sets or (), config_flags(values))
     _start_processes(loaded.config, out, gpus, processes, nnodes, rdzv_endpoint)
     for line in (_data_in_words(loaded), *loaded.notes):
         console.print(line, markup=False, soft_wrap=True)
-    summary = _run(
+    summary = watch(
         console,
         as_json,
         lambda observer: api.train(loaded.config, out, observer=observer, origin=loaded.origin),
     )
-    _finish(summary, console, as_json)
+    finish(summary, console, as_json)
 
 
-def _console(as_json: bool) -> Console:
+def training_console(as_json: bool) -> Console:
     """Return the console of a command that trains: silent in processes other than the first.
 
     Each other machine says once which one that is on: torch numbers them by their names.
@@ -157,7 +157,7 @@ def _data_in_words(loaded: Loaded) -> str:
     )
 
 
-def _run(console: Console, as_json: bool, work: Callable[[Any], Summary]) -> Summary:
+def watch(console: Console, as_json: bool, work: Callable[[Any], Summary]) -> Summary:
     """Return what ``work`` returns.
 
     If its process can go no further, continue the run in a fresh one.
@@ -185,7 +185,8 @@ def _start_again(*arguments: str) -> NoReturn:
     os.execv(sys.executable, [sys.executable, *program_as_typed(), *arguments])
 
 
-def _finish(summary: Summary, console: Console, as_json: bool) -> None:
+def finish(summary: Summary, console: Console, as_json: bool) -> None:
+    """Draw the report of a run that is finished, and print how it ended."""
     from fastbyol.show import figures, run_report
 
     if not is_first():
@@ -225,18 +226,18 @@ def resume(
     from fastbyol import api
     from fastbyol.runs.folder import CONFIG
 
-    console = _console(as_json)
+    console = training_console(as_json)
     if worker() is None and (run / CONFIG).is_file():
         config = config_io.read_run(run / CONFIG)
         _start_processes(config, run, gpus, processes, nnodes, rdzv_endpoint, ranks)
-    summary = _run(
+    summary = watch(
         console,
         as_json,
         lambda observer: api.resume(
             run, data=data, test_data=test_data, ranks=ranks, observer=observer
         ),
     )
-    _finish(summary, console, as_json)
+    finish(summary, console, as_json)
 
 
 Protocol = Annotated[
@@ -317,17 +318,20 @@ def demo(
 
 
 def report(
-    run: RunPath,
+    run: Annotated[
+        Path, typer.Argument(metavar="RUN", help="A run folder, or RUN.forks with its forks.")
+    ],
     png: Annotated[
         Path | None,
         typer.Option("--png", metavar="DIR", help="Write the pictures as PNG files too."),
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Draw a run: loss, cosines, accuracy, rates per layer, in RUN/report.html."""
-    from fastbyol.show import run_report
+    """Draw a run in RUN/report.html, or the forks in RUN.forks, in its forks.html."""
+    from fastbyol.show import fork_report, run_report
 
-    paths = run_report.write(run, png=png)
+    draw = fork_report.write if fork_report.is_of_forks(run) else run_report.write
+    paths = draw(run, png=png)
     if as_json:
         print_json({"written": [str(path) for path in paths]})
     else:

@@ -63,7 +63,7 @@ def save(
     Raises:
         FastbyolError: the file cannot be written. Earlier checkpoints are intact.
     """
-    path = _path(folder, step)
+    path = file_of(folder, step)
     owned = {name: _owned(tensor) for name, tensor in tensors.items()}
     meta = {**meta, "step": step}
     metadata = json.dumps({"format": FORMAT, "digest": _digest(meta, owned), "meta": meta})
@@ -71,25 +71,25 @@ def save(
     with writing(path, "; earlier checkpoints are intact"):
         remove_temporaries(folder)
         write_atomically(path, lambda file: file.write(content))
-    for stale in _stale(_steps(folder), step, keep):
-        _path(folder, stale).unlink(missing_ok=True)
+    for stale in _stale(saved_steps(folder), step, keep):
+        file_of(folder, stale).unlink(missing_ok=True)
     return path
 
 
 def newest(folder: Path) -> Path | None:
     """Return the file of the latest step in ``folder``, damaged or not; None without one."""
-    steps = _steps(folder)
-    return _path(folder, steps[-1]) if steps else None
+    step = newest_step(folder)
+    return None if step is None else file_of(folder, step)
 
 
 def newest_step(folder: Path) -> int | None:
     """Return the step of ``newest``."""
-    return next(reversed(_steps(folder)), None)
+    return next(reversed(saved_steps(folder)), None)
 
 
 def total_bytes(folder: Path) -> int:
     """Return the size of the checkpoints in ``folder``."""
-    return sum(_path(folder, step).stat().st_size for step in _steps(folder))
+    return sum(file_of(folder, step).stat().st_size for step in saved_steps(folder))
 
 
 def load_latest(
@@ -102,11 +102,11 @@ def load_latest(
     """
     warnings: list[str] = []
     second_best: Checkpoint | None = None
-    for step in reversed(_steps(folder)):
+    for step in reversed(saved_steps(folder)):
         try:
-            loaded = _read(_path(folder, step))
+            loaded = _read(file_of(folder, step))
         except _UnusableError as error:
-            warnings.append(f"{_path(folder, step)}: {error}{_GOING_BACK}")
+            warnings.append(f"{file_of(folder, step)}: {error}{_GOING_BACK}")
             continue
         reason = objection(loaded)
         if not reason:
@@ -132,11 +132,13 @@ def load(path: Path) -> Checkpoint:
         raise UsageError(f"{path}: {error}") from None
 
 
-def _path(folder: Path, step: int) -> Path:
+def file_of(folder: Path, step: int) -> Path:
+    """Return the name of the checkpoint of ``step``, whether it exists or not."""
     return folder / f"ckpt-{step:09d}.safetensors"
 
 
-def _steps(folder: Path) -> list[int]:
+def saved_steps(folder: Path) -> list[int]:
+    """Return the steps that have a checkpoint in ``folder``, damaged or not, in order."""
     return sorted(
         step for path in folder.glob("ckpt-*.safetensors") if (step := _step_of(path)) is not None
     )
@@ -145,12 +147,12 @@ def _steps(folder: Path) -> list[int]:
 def _step_of(path: Path) -> int | None:
     """Return the step in a checkpoint's name; None for other files."""
     name = re.fullmatch(r"ckpt-([0-9]{9,18})\.safetensors", path.name)
-    return int(name[1]) if name and _path(path.parent, int(name[1])) == path else None
+    return int(name[1]) if name and file_of(path.parent, int(name[1])) == path else None
 
 
-def _stale(steps: list[int], newest: int, keep: int) -> Iterator[int]:
-    yield from (step for step in steps if step > newest)
-    yield from [step for step in steps if step <= newest][:-keep]
+def _stale(saved: list[int], newest: int, keep: int) -> Iterator[int]:
+    yield from (step for step in saved if step > newest)
+    yield from [step for step in saved if step <= newest][:-keep]
 
 
 def _owned(tensor: torch.Tensor) -> torch.Tensor:

@@ -107,14 +107,25 @@ def last_meta(checkpoints: Path) -> dict[str, Any]:
 
 def meta_of(path: Path) -> dict[str, Any]:
     """Return ``meta`` of one checkpoint without torch, empty where it cannot be read."""
+    meta = _header_of(path).get("meta")
+    return meta if isinstance(meta, dict) else {}
+
+
+def digest_of(path: Path) -> str | None:
+    """Return the digest that one checkpoint says it has, None where it cannot be read."""
+    digest = _header_of(path).get("digest")
+    return digest if isinstance(digest, str) else None
+
+
+def _header_of(path: Path) -> dict[str, Any]:
     try:
         with open_regular(path) as file:
             size = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(min(size, _HEADER_BYTES)))
-        meta = json.loads(header["__metadata__"]["fastbyol"])["meta"]
+        record = json.loads(header["__metadata__"]["fastbyol"])
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return {}
-    return meta if isinstance(meta, dict) else {}
+    return record if isinstance(record, dict) else {}
 
 
 def _is_path(key: str, *values: object) -> bool:

@@ -24,6 +24,13 @@ class Written(NamedTuple):
     num_bytes: int
     digest: str
 
+    @staticmethod
+    def of(content: bytes) -> Written:
+        """Return the record of a whole content."""
+        digest = new_digest()
+        digest.update(content)
+        return Written(len(content), digest.hexdigest())
+
     def matches(self, content: Iterable[bytes]) -> bool:
         """Return whether ``content``, in pieces, begins with exactly those bytes."""
         digest, left = new_digest(), self.num_bytes

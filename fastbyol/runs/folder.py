@@ -19,14 +19,14 @@ from fastbyol import config_io
 from fastbyol.config import Resolved
 from fastbyol.errors import FastbyolError, UsageError, quoted
 from fastbyol.runs import consistency
-from fastbyol.runs.durable import write_text, writing
+from fastbyol.runs.durable import sync_folder, write_text, writing
 from fastbyol.runs.environment import ENV, env_of, environment
 from fastbyol.runs.inputs import META, Inputs, of_run
 from fastbyol.runs.lock import LOCK, Lock, is_locked
 from fastbyol.runs.metrics import METRICS_FILE, is_finished, read_events
 
 CONFIG, CHECKPOINTS = "config.toml", "checkpoints"
-ENGINE = "engine"
+ENGINE, FORK = "engine", "fork"
 _log = logging.getLogger(__name__)
 
 
@@ -134,6 +134,23 @@ class RunFolder:
             }
         )
 
+    def keep_fork(self, record: Mapping[str, Any], mode: str | None) -> None:
+        """Write what the run was forked from, and the engine's mode if one was kept, to env.json.
+
+        Raises FastbyolError where the file cannot be written.
+        """
+        self._keep({FORK: record, **({} if mode is None else {ENGINE: mode})})
+
+    def move(self, path: Path) -> None:
+        """Move the folder, complete by now, to ``path``: absent, or empty. The lock goes along.
+
+        Raises OSError.
+        """
+        sync_folder(self.path)
+        self.path.rename(path)
+        self.path, self.is_new = path, False
+        sync_folder(path.parent)
+
     def keep_paths(self, config: Resolved) -> None:
         """Write ``config``, the run's but for paths. Raises FastbyolError where that fails."""
         before, now = (config_io.flatten(each) for each in (self.config, config))
@@ -228,7 +245,7 @@ def list_runs(root: Path) -> list[RunRow]:
             "another folder"
         )
     rows = []
-    for path in sorted(config.parent for config in root.glob(f"*/{CONFIG}")):
+    for path in sorted(config.parent for config in root.glob(f"[!.]*/{CONFIG}")):
         try:
             rows.append(_row(path))
         except FastbyolError as error:

@@ -180,6 +180,23 @@ def is_whole(folder: Path, recorded: Written) -> bool:
         return False
 
 
+def copy(source: Path, num_bytes: int, out: Path) -> Written:
+    """Write the first ``num_bytes`` of the rows of the run ``source`` into the new folder ``out``.
+
+    Returns their record. Raises UsageError where they cannot be read, FastbyolError where they
+    cannot be written.
+    """
+    if not recorded_file(source).exists():  # a run that has recorded no step yet
+        return Written.of(b"")
+    layers = read_layers(source)
+    stop = num_bytes // _dtype(*layers.values.shape[1:]).itemsize
+    content = [*_pieces(layers, stop)]
+    header = _header(layers.names, layers.metrics, stop)
+    with writing(out / LAYERS_FILE):
+        write_atomically(out / LAYERS_FILE, lambda file: file.writelines([header, *content]))
+    return Written.of(b"".join(content))
+
+
 def _num_in_order(steps: np.ndarray, every: int, resume_step: int) -> int:
     """Return the number of rows in order: a power cut may leave zeros at the end."""
     fine = (

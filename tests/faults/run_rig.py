@@ -87,7 +87,7 @@ def _mark_phases(path: Path) -> None:
         (trainer.Loop, "run", "step"),
         (trainer, "evaluate_together", "probe"),
         (checkpoint, "save", "checkpoint"),
-        (train, "_finish", "end"),
+        (train, "finish", "end"),
     ):
         setattr(owner, name, _marking(byte, phase, getattr(owner, name)))
 

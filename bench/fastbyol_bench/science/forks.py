@@ -163,9 +163,10 @@ def collect(folder: Folder) -> None:
     for run in parents(folder):
         for name in FUTURES:
             path = run if name == "lars" else folder / "futures" / name / run.name
-            row = {"future": name, "parent": run.name, "step": deepest(run)}
+            step = deepest(run)
             if (path / CONFIG).exists():
-                rows.append(row | measured(path, row["step"]))
+                about = {"future": name, "parent": run.name, "step": step}
+                rows.append(about | measured(path, step))
     KEPT.parent.mkdir(parents=True, exist_ok=True)
     write_text(KEPT, json.dumps(rows, indent=1) + "\n")
 

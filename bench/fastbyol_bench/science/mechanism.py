@@ -78,7 +78,7 @@ def look(run: Path, file: Path, batches: int = BATCHES) -> dict[str, Any]:
 
 
 def signal_and_noise(gradients: Tensor) -> Gradient:
-    """Estimate both from ``gradients`` (K, P) of independent batches, K >= 2, without bias.
+    """Return unbiased estimates from ``gradients`` (K, P) of independent batches, K >= 2.
 
     noise^2 = sum |g_k - m|^2 / (K - 1) and signal^2 = |m|^2 - noise^2 / K with the mean m, 0 where
     that is negative. Source: McCandlish et al., arXiv:1812.06162, appendix A.1.

@@ -129,7 +129,12 @@ def _page(sweep: Sweep, pictures: Mapping[str, Any]) -> str:
         axes=list(sweep.axes), pictures=pictures, num_points=len(sweep.points),
         num_runs=len(sweep.runs), num_done=sum(run.is_done for run in sweep.runs),
         header=header(sweep), rows=rows(sweep),
-        notes=[f"{run.point} seed {run.seed}: {run.note}" for run in sweep.runs if run.note],
+        # How a finished run came about says nothing of it: equal diagrams are equal pages.
+        notes=[
+            f"{run.point} seed {run.seed}: {run.note}"
+            for run in sweep.runs
+            if run.note and not run.is_done
+        ],
     )  # fmt: skip
 
 

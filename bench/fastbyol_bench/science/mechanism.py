@@ -17,6 +17,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
+import numpy as np
 import torch
 import typer
 from torch import Tensor, nn
@@ -34,6 +35,8 @@ from fastbyol.model.objective import spread
 from fastbyol.runs import checkpoint
 from fastbyol.runs.durable import write_text
 from fastbyol.runs.folder import CHECKPOINTS, CONFIG
+from fastbyol.runs.layers import read_layers
+from fastbyol.runs.metrics import read_metrics
 
 # The parts after which the spread is measured, by the names of the online network's modules.
 PARTS = {
@@ -75,6 +78,36 @@ def look(run: Path, file: Path, batches: int = BATCHES) -> dict[str, Any]:
         "spread": {name: math.fsum(values) / len(values) for name, values in spreads.items()},
         "gradient": _by_stage(state, gradients),
     }
+
+
+def curves(run: Path) -> list[dict[str, Any]]:
+    """Return what a run recorded itself, a row an epoch.
+
+    ``growth`` is the slope per step of log std_z over the epoch's steps, by least squares.
+    ``early_rate`` and ``early_move`` are means over the weights of the early stage and over steps:
+    of the rate, and of rate |g| / |w|, how far a step without momentum moves a weight.
+    """
+    steps, events = read_metrics(run)
+    layers = read_layers(run)
+    early = [n for n, name in enumerate(layers.names) if name.startswith(STAGES["early"])]
+    norms = {name: layers.values[:, early, n] for n, name in enumerate(layers.metrics)}
+    weights = norms["weight_norm"] > 0  # biases start at zero
+    move = norms["rate"] * norms["grad_norm"] / np.where(weights, norms["weight_norm"], 1.0)
+    rows = []
+    for event in (event for event in events if event["event"] == "epoch"):
+        own = [row["std_z"] for row in steps if row["epoch"] == event["epoch"]]
+        first = event["step"] - len(own)
+        at = (layers.steps >= first) & (layers.steps < event["step"])
+        rows.append(
+            {
+                "step": event["step"], "state": event["state"],
+                "neg_cos": event["neg_cos"], "std_z": event["std_z"],
+                "growth": float(np.polyfit(range(len(own)), np.log(own), 1)[0]),
+                "early_rate": float(norms["rate"][at][weights[at]].mean()),
+                "early_move": float(move[at][weights[at]].mean()),
+            }
+        )  # fmt: skip
+    return rows
 
 
 def signal_and_noise(gradients: Tensor) -> Gradient:
@@ -175,12 +208,16 @@ def main(
 ) -> None:
     """Look at every checkpoint that the runs kept, and write what was seen."""
     torch.set_num_threads(1)
-    seen = {}
+    seen = []
     for run in runs:
         files = sorted((run / CHECKPOINTS).glob("ckpt-*.safetensors"))
         if not files:
             raise UsageError(f"{run}: no checkpoint: train with run.keep_checkpoints")
-        seen[run.name] = [look(run, file, batches) for file in files]
+        config = config_io.read_run(run / CONFIG)
+        about = {"data": config.data.train, "lr": config.optim.lr, "seed": config.train.seed}
+        looks = [look(run, file, batches) for file in files]
+        seen.append(about | {"curves": curves(run), "looks": looks})
+    out.parent.mkdir(parents=True, exist_ok=True)
     write_text(out, json.dumps(seen, indent=1) + "\n")
 
 

@@ -169,11 +169,12 @@ def _tensors(asked: Plan, saved: Checkpoint, num_steps: int) -> Mapping[str, Ten
     if config.optim.replay_rates is not None:
         rates, total = Path(config.optim.replay_rates), num_steps * config.train.epochs
         with_replayed_rates(state, rates, total_steps=total)
-    with RunFolder.open(asked.parent, lock=False) as parent:
-        before = parent.config.model_copy(update={"engine": config.engine})
-    old = TrainState.create(before, steps_per_epoch=num_steps, device=device)
-    old.step.copy_(state.step)
-    carry_over(state.arena.momentum, _update(old), _update(state))
+    if {"optim.name", "optim.dialect"} & asked.changes.keys():
+        with RunFolder.open(asked.parent, lock=False) as parent:
+            before = parent.config.model_copy(update={"engine": config.engine})
+        old = TrainState.create(before, steps_per_epoch=num_steps, device=device)
+        old.step.copy_(state.step)
+        carry_over(state.arena.momentum, _update(old), _update(state))
     if (name := guards.not_finite(state.tensors())) is not None:
         raise UsageError(
             f"{asked.source}: {name} would hold infinity: optim.lr is too low here for the run's "

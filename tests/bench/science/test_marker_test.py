@@ -1,0 +1,75 @@
+"""The test of the marker: scores by hand, and runs made so that the answer is known."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fastbyol_bench.science import marker_test
+from fastbyol_bench.science.marker_test import FITTED, Outcome
+
+RATES = (0.05, 0.1, 0.2, 0.4, 0.8)
+SCALES = ("0.1+1.0", "0.3+1.0", "0.5+1.0", "0.9+1.0")
+
+
+def runs(diagram: str, rs: dict[str, float], border: float = 0.01) -> list[Outcome]:
+    """Three runs a point, which end collapsed exactly where r x lr is below ``border``."""
+    return [
+        Outcome(diagram, diagram, scale, lr, rs[scale] * lr < border)
+        for scale in rs
+        for lr in RATES
+        for _ in range(3)
+    ]
+
+
+def test_scores_by_hand() -> None:
+    predicted, ends = np.array([0.9, 0.6, 0.4, 0.2]), np.array([True, False, True, False])
+    # Of the four pairs of one that ends so and one that does not, three are in order.
+    auc, right, brier, count = marker_test.score(predicted, ends)
+    assert (auc, right, count) == (0.75, 0.5, 4)
+    assert brier == pytest.approx((0.01 + 0.36 + 0.36 + 0.04) / 4)
+    assert math.isnan(marker_test.score(predicted, np.ones(4, bool)).auc)
+
+
+def test_a_marker_that_decides_is_told_from_one_that_does_not() -> None:
+    here = dict(zip(SCALES, (0.02, 0.05, 0.1, 0.2), strict=True))
+    there = dict(zip(SCALES, (0.2, 0.01, 0.05, 0.03), strict=True))
+    markers = [
+        {
+            "data": data, "scale": scale, "r": r,
+            # These know how mild the crop is, which is all that they share with r on the first set.
+            "variance_ratio": float(scale[:3]), "knn_entropy": 0.5,
+        }
+        for data, rs in ((FITTED, here), ("other", there))
+        for scale, r in rs.items()
+    ]  # fmt: skip
+    judged = marker_test.judge({FITTED: runs(FITTED, here), "other": runs("other", there)}, markers)
+    assert judged["r"][FITTED]["right"] == judged["r"]["other"]["right"] == 1.0
+    assert judged["r"]["other"]["auc"] == 1.0
+    assert judged["variance ratio"][FITTED]["right"] == 1.0
+    assert judged["variance ratio"]["other"]["auc"] < 0.9
+    # A constant beside the learning rate is the learning rate alone.
+    alone, constant = judged["learning rate alone"], judged["neighbours' entropy"]
+    assert constant["other"]["auc"] == alone["other"]["auc"] < 0.9
+    assert judged["r"][f"{FITTED}, crops left out"]["auc"] > 0.95
+
+
+def test_outcomes_are_the_finished_runs_of_a_kept_diagram(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(marker_test, "KEPT", tmp_path)
+    (tmp_path / "kinds").mkdir()
+    (tmp_path / "kinds/sweep.csv").write_text(
+        "data.train,views.scale,seed,status,state,collapsed\n"
+        "/a/digits-train.beton,0.4+1.0,0,done,collapsed,1.0\n"
+        "textures,0.4+1.0,0,done,healthy,0.0\n"
+        "textures,0.9+1.0,0,running,,\n"
+    )
+    assert list(marker_test.outcomes("kinds")) == [
+        Outcome("kinds", "digits", "0.4+1.0", 0.2, True),
+        Outcome("kinds", "textures", "0.4+1.0", 0.2, False),
+    ]
+    assert list(marker_test.outcomes("textures")) == []

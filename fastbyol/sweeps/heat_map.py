@@ -26,12 +26,12 @@ ROW_INCHES = 14.0
 # Cells this bright take dark numbers: viridis is at .5 where both are read equally well.
 BRIGHT = 0.55
 GREY = "#8a8a8a"
-MOST_LETTERS, MOST_IN_TITLE, MOST_UPRIGHT = 24, 40, 8
+MOST_LETTERS, MOST_IN_TITLE, MOST_UPRIGHT = 24, 40, 9
 _SHARES_IN_WORDS = {
     "collapsed": "seeds that end collapsed",
     "recovered": "seeds that collapsed and do not end so",
     "collapses": "seeds that collapse",
-    "leaves": "the collapsed that leave the collapse",
+    "leaves": "the collapsed that leave",
 }
 
 

@@ -68,9 +68,9 @@ def as_rows(columns: Columns) -> list[dict[str, Any]]:
 
 def _in_words(rows: Sequence[Sequence[float]]) -> str:
     if len(rows) == 1:
-        return f"r {statistics.fmean(rows[0]):.3f} ± {statistics.stdev(rows[0]):.3f}"
+        return f"r {statistics.fmean(rows[0]):.3f}\n± {statistics.stdev(rows[0]):.3f}"
     means = sorted(map(statistics.fmean, rows))
-    return f"r {means[0]:.3f} to {means[-1]:.3f}"
+    return f"r {means[0]:.3f}\nto {means[-1]:.3f}"
 
 
 def _distinct(sweep: Sweep) -> dict[str, tuple[Resolved, set[object]]]:

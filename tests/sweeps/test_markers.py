@@ -38,7 +38,7 @@ def test_a_column_has_the_marker_of_its_views_measured_once(
     expected = marker.measure(read.images, config, markers.SEEDS, ids=ids).y
     (rs,) = columns[0.9, 1.0].values()
     assert rs == pytest.approx(expected.r, rel=1e-5)
-    words = f"r {statistics.fmean(rs):.3f} ± {statistics.stdev(rs):.3f}"
+    words = f"r {statistics.fmean(rs):.3f}\n± {statistics.stdev(rs):.3f}"
     assert markers.under(columns)[0.9, 1.0] == words
     # Milder crops leave more of the image.
     assert statistics.fmean(rs) > statistics.fmean(*columns[0.2, 1.0].values())
@@ -72,7 +72,7 @@ def test_images_that_are_gone_are_told_and_left_out(
 
 def test_networks_that_differ_within_a_column_have_a_range() -> None:
     columns = {8: {"a": (0.1, 0.3), "b": (0.05, 0.05)}, 16: {"a": (0.25, 0.27, 0.29)}}
-    assert markers.under(columns) == {8: "r 0.050 to 0.200", 16: "r 0.270 ± 0.020"}
+    assert markers.under(columns) == {8: "r 0.050\nto 0.200", 16: "r 0.270\n± 0.020"}
     rows = markers.as_rows(columns)
     means = [(row["value"], row["mean"]) for row in rows]
     assert means == [(8, 0.2), (8, 0.05), (16, pytest.approx(0.27))]

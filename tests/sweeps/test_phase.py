@@ -99,7 +99,7 @@ def test_the_page_has_both_shares_and_what_stands_below_each_column(
     assert page.count("<svg") == 2
     assert page.count("r 0.077 ± 0.004") == page.count("r 0.006") == 2
     assert "share of seeds that collapse" in page
-    assert "share of the collapsed that leave the collapse" in page
+    assert "share of the collapsed that leave" in page
     assert "<td>2 of 3</td>" in page
     # Who never collapsed has no share of leaving: hatched, as what is not finished.
     first, second = page.split("<svg")[1:]

@@ -5,11 +5,11 @@
 
 The parents are the appendix's run of LARS at .2 on Fashion-MNIST, a seed each:
 
-    fastbyol ablate run gn-lars-0.2 --seeds 5 --out FOLDER/parents --set probe.every_epochs=0
+    fastbyol ablate run gn-lars-0.2 --seeds 7 --out FOLDER/parents --set probe.every_epochs=0
       --set train.epochs=16 --set run.layers_every_steps=1 --set run.keep_checkpoints=20
 
-Each is forked at its deepest collapse, where an epoch's negative cosine is highest. All take an
-hour on two cores.
+The first five seeds that collapse are forked, each at its deepest collapse, where an epoch's
+negative cosine is highest.
 """
 
 from __future__ import annotations
@@ -47,17 +47,27 @@ FUTURES: Mapping[str, Mapping[str, Any]] = {
     "early-only": {"optim.lars_on": list(EARLY)},
 }
 COLLAPSED = ("collapsed", "dead")
+PARENTS = 5
 
 
 def parents(folder: Path) -> list[Path]:
-    """Return the runs to fork, by seed. Raises FastbyolError: there are none, or unfinished."""
+    """Return the first runs that collapse, by seed, ``PARENTS`` at most.
+
+    Raises FastbyolError for none, and for one that is not finished.
+    """
     runs = sorted((folder / "parents/runs/gn-lars-0.2").glob("seed*"))
     for run in runs:
         if not is_finished(read_events(run), config_io.read_run(run / CONFIG).train.epochs):
             raise FastbyolError(f"{run}: is not finished: see the head of {__name__}")
-    if not runs:
+    collapsed = [run for run in runs if _is_collapsed(run, deepest(run))]
+    if not collapsed:
         raise FastbyolError(f"{folder}: no parents: see the head of {__name__}")
-    return runs
+    return collapsed[:PARENTS]
+
+
+def _is_collapsed(run: Path, step: int) -> bool:
+    ended = (event for event in read_events(run) if event["event"] == "epoch")
+    return any(event["step"] == step and event["state"] in COLLAPSED for event in ended)
 
 
 def deepest(run: Path) -> int:

@@ -25,8 +25,9 @@ def written(run: Path, cosines: list[float], changes: dict[int, tuple[str, str]]
         if step in changes:
             before, after = changes[step]
             lines.append({"event": "state", "step": step, "before": before, "after": after})
+        state = "collapsed" if cosine > 0.99 else "healthy"
         lines.append(
-            {"event": "epoch", "step": step, "epoch": epoch, "state": "healthy", "neg_cos": cosine}
+            {"event": "epoch", "step": step, "epoch": epoch, "state": state, "neg_cos": cosine}
         )
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return run
@@ -52,6 +53,7 @@ def test_every_future_changes_what_its_name_says(
     for seed in range(2):
         config = tiny_config(beton_files(tmp_path), *sets, f"train.seed={seed}")
         api.train(config, folder / f"seed{seed}")
+    monkeypatch.setattr(forks, "_is_collapsed", lambda run, step: True)
     runs = forks.parents(tmp_path)
     assert [run.name for run in runs] == ["seed0", "seed1"]
     monkeypatch.setattr(forks, "deepest", lambda run: STEPS_PER_EPOCH)
@@ -76,6 +78,16 @@ def test_every_future_changes_what_its_name_says(
         if job[0] == "early-only":
             assert config.optim.lars_on == ("encoder.layer1", "encoder.layer2")
         assert config.optim.name == ("sgd" if job[0].startswith("sgd") else "lars")
+
+
+def test_parents_are_the_first_that_collapse(tmp_path: Path) -> None:
+    config = tiny_config(beton_files(tmp_path), "train.epochs=3")
+    for seed, deepest in enumerate((0.995, 0.98, 0.992, 0.999, 0.996, 0.997, 0.998)):
+        run = tmp_path / f"parents/runs/gn-lars-0.2/seed{seed}"
+        written(run, [0.9, deepest, 0.95], {})
+        (run / "config.toml").write_text(config_io.dump(config))
+    names = [run.name for run in forks.parents(tmp_path)]
+    assert names == ["seed0", "seed2", "seed3", "seed4", "seed5"]
 
 
 def test_parents_that_are_not_there_or_not_finished_are_refused(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from fastbyol.cli import main
 from made_sweep import small, written
 from small import contents
 
-KILLS = rig.many(3, 20)
+KILLS = rig.many(2, 20)
 AXES = '"views.scale" = [[0.2, 1.0], [0.9, 1.0]]\n"optim.lr" = [0.1, 0.5]'
 FILES = ("sweep.csv", "phase.html", "markers.json")
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from fastbyol import config_io
+from fastbyol.config import Resolved
 from fastbyol.evaluation import marker
 from fastbyol.fleet.ledger import RUNS
 from fastbyol.sweeps import markers, results
@@ -50,16 +51,33 @@ def test_a_column_has_the_marker_of_its_views_measured_once(
     assert markers.of(results.read(out)) == columns
 
 
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> list[tuple[float, float]]:
+    """The crops that were measured, without the seconds that it takes."""
+    asked: list[tuple[float, float]] = []
+
+    def measure(config: Resolved) -> list[float]:
+        marker.images_of(config, 2)
+        asked.append(config.views.scale)
+        return [0.1] * len(markers.SEEDS)
+
+    monkeypatch.setattr(markers, "_measure", measure)
+    return asked
+
+
 @pytest.mark.parametrize("content", ["", "[]", '{"a": 1}', "{" * 5000, "\0"])
-def test_a_damaged_file_is_measured_anew(out: Path, content: str) -> None:
+def test_a_damaged_file_is_measured_anew(
+    out: Path, measured: list[tuple[float, float]], content: str
+) -> None:
     columns = markers.of(results.read(out))
     (out / markers.FILE).write_text(content)
     assert markers.of(results.read(out)) == columns
     assert len(json.loads((out / markers.FILE).read_text())) == 2
+    assert measured == [(0.2, 1.0), (0.9, 1.0)] * 2
 
 
 def test_images_that_are_gone_are_told_and_left_out(
-    out: Path, caplog: pytest.LogCaptureFixture
+    out: Path, measured: list[tuple[float, float]], caplog: pytest.LogCaptureFixture
 ) -> None:
     file = out / RUNS / "lr=0.1,scale=0.9+1.0/seed0/config.toml"
     text = file.read_text()

@@ -78,15 +78,27 @@ def diagram(name: str) -> Iterator[str]:
 
 def endings(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     """Yield the lines of the table of futures: who left, after how long, and with what accuracy."""
-    yield "| future | leave | steps from the fork | ends |"
-    yield "|---|---|---|---|"
+    yield "| future | leave | steps from the fork | at the end | negative cosine | accuracy, % |"
+    yield "|---|---|---|---|---|---|"
     for name in forks.FUTURES:
         own = [row for row in rows if row["future"] == name]
         took = [row["left_at"] - row["step"] for row in own if row["left_at"] is not None]
         ends = [row["state"] for row in own]
         counts = ", ".join(f"{ends.count(state)} {state}" for state in sorted(set(ends)))
-        span = f"{min(took)} to {max(took)}" if took else ""
-        yield f"| {name} | {len(took)} of {len(own)} | {span} | {counts} |"
+        cells = [
+            f"{len(took)} of {len(own)}",
+            _span(took, 0),
+            counts,
+            _span([row["neg_cos"][-1] for row in own], 2),
+            _span([row["accuracy"] for row in own], 0),
+        ]
+        yield f"| {name} | {' | '.join(cells)} |"
+
+
+def _span(values: Sequence[float], digits: int) -> str:
+    """Return the least and the most of ``values``, or nothing where there are none."""
+    ends = (f"{end:.{digits}f}" for end in (min(values), max(values))) if values else ()
+    return " to ".join(ends)
 
 
 def blocks() -> dict[str, list[str]]:

@@ -101,12 +101,20 @@ def test_parents_that_are_not_there_or_not_finished_are_refused(tmp_path: Path) 
 
 
 def test_the_table_counts_who_left() -> None:
+    ends = (
+        ("lars", 400, "recovering", 0.7, 60.4),
+        ("lars", 250, "healthy", 0.25, 55.0),
+        ("capped", None, "collapsed", 0.9996, 11.0),
+    )
     rows = [
-        {"future": "lars", "step": 100, "left_at": 400, "state": "recovering"},
-        {"future": "lars", "step": 100, "left_at": 250, "state": "healthy"},
-        {"future": "capped", "step": 100, "left_at": None, "state": "collapsed"},
-    ]
+        {
+            "future": name, "step": 100, "left_at": left, "state": state, "neg_cos": [1.0, cosine],
+            "accuracy": accuracy,
+        }
+        for name, left, state, cosine, accuracy in ends
+    ]  # fmt: skip
     lines = list(document.endings(rows))
-    assert lines[2] == "| lars | 2 of 2 | 150 to 300 | 1 healthy, 1 recovering |"
-    assert "| capped | 0 of 1 |  | 1 collapsed |" in lines
-    assert "| replayed | 0 of 0 |  |  |" in lines
+    told = "| lars | 2 of 2 | 150 to 300 | 1 healthy, 1 recovering | 0.25 to 0.70 | 55 to 60 |"
+    assert lines[2] == told
+    assert "| capped | 0 of 1 |  | 1 collapsed | 1.00 to 1.00 | 11 to 11 |" in lines
+    assert "| replayed | 0 of 0 |  |  |  |  |" in lines

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fastbyol.cli import fleet, image_files, sweep
+from fastbyol.cli import fleet, sweep
 from fastbyol.cli.image_files import Data, TestData
 from fastbyol.cli.options import Json, Sets
 from fastbyol.cli.sweep import Png, Seeds
@@ -52,23 +53,18 @@ def phase(
     console = make_console(err=as_json)
     if png is not None:
         figures.demand()
-    if Path(target).is_dir():
-        asks: dict[str, Any] = {"--out": out, "--seeds": seeds, "--data": data}
-        asks |= {"--test-data": test_data, "--set": sets, "launch options": launch != Launch()}
-        sweep.refuse_asking(Path(target), asks)
-        _show(Path(target), None, png, as_json=as_json)
-        return
-    flags = image_files.flags(image_files.named(data, test_data), launch.device)
-    grid = phases.read(target, seeds=seeds, sets=sets or (), flags=flags)
-    sweep.check_images(grid)
-    folder = (out or Path("phases") / Path(target).stem).resolve()
-    outcome = sweep.train(grid, folder, launch, console)
-    _show(folder, outcome, png, as_json=as_json)
-    console.print(fleet.in_words(outcome, folder, launch), markup=False, soft_wrap=True)
-    fleet.finish(outcome)
+    sweep.train_or_show(
+        Path(target),
+        {"--out": out, "--seeds": seeds, "--data": data, "--test-data": test_data, "--set": sets},
+        Path("phases"),
+        launch,
+        console,
+        read=lambda options: phases.read(target, **options),
+        show=partial(_show, png=png, as_json=as_json),
+    )
 
 
-def _show(folder: Path, outcome: Outcome | None, png: Path | None, *, as_json: bool) -> None:
+def _show(folder: Path, outcome: Outcome | None, *, png: Path | None, as_json: bool) -> None:
     """Print the table of the diagram in ``folder``, and write its files if a run is finished."""
     from fastbyol.show import figures
     from fastbyol.sweeps import markers, results

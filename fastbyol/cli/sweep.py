@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -68,16 +69,42 @@ def sweep(
     """Train every point of GRID.toml that is missing; show one measure over all as a heat map."""
     look, console = _Look(measure, x, y, png), make_console(err=as_json)
     look.check()
+    train_or_show(
+        target,
+        {"--out": out, "--seeds": seeds, "--data": data, "--test-data": test_data, "--set": sets},
+        Path("sweeps"),
+        launch,
+        console,
+        read=partial(_read, target, look),
+        show=partial(_show, look=look, as_json=as_json),
+    )
+
+
+def train_or_show(
+    target: Path,
+    asked: Mapping[str, Any],
+    root: Path,
+    launch: Launch,
+    console: Console,
+    *,
+    read: Callable[[dict[str, Any]], Grid],
+    show: Callable[[Path, Outcome | None], None],
+) -> None:
+    """Show the folder ``target``, or train what it asks for, below ``root`` by default.
+
+    ``asked`` are the typed options by name. ``read`` makes the grid of seeds, sets and flags.
+    """
     if target.is_dir():
-        asks = {"--out": out, "--seeds": seeds, "--data": data, "--test-data": test_data}
-        refuse_asking(target, {**asks, "--set": sets, "launch options": launch != Launch()})
-        _show(target, None, look, as_json=as_json)
+        _refuse_asking(target, {**asked, "launch options": launch != Launch()})
+        show(target, None)
         return
-    flags = image_files.flags(image_files.named(data, test_data), launch.device)
-    grid = _read(target, {"seeds": seeds, "sets": sets or (), "flags": flags}, look)
-    folder = (out or Path("sweeps") / target.stem).resolve()
-    outcome = train(grid, folder, launch, console)
-    _show(folder, outcome, look, as_json=as_json)
+    files = image_files.named(asked["--data"], asked["--test-data"])
+    flags = image_files.flags(files, launch.device)
+    grid = read({"seeds": asked["--seeds"], "sets": asked["--set"] or (), "flags": flags})
+    _check_images(grid)
+    folder = (asked["--out"] or root / target.stem).resolve()
+    outcome = _train(grid, folder, launch, console)
+    show(folder, outcome)
     console.print(fleet.in_words(outcome, folder, launch), markup=False, soft_wrap=True)
     fleet.finish(outcome)
 
@@ -108,8 +135,7 @@ class _Look:
                 check_choice("--measure", self.measure, names)
 
 
-def refuse_asking(target: Path, options: Mapping[str, Any]) -> None:
-    """Raise UsageError for options that ask for runs of a folder, which is only shown."""
+def _refuse_asking(target: Path, options: Mapping[str, Any]) -> None:
     typed = [name for name, value in options.items() if value]
     if typed:
         raise UsageError(
@@ -118,24 +144,23 @@ def refuse_asking(target: Path, options: Mapping[str, Any]) -> None:
         )
 
 
-def _read(target: Path, options: Mapping[str, Any], look: _Look) -> Grid:
-    """Read the grid, and look at its images and at what is to be shown of it."""
+def _read(target: Path, look: _Look, options: Mapping[str, Any]) -> Grid:
+    """Read the grid, and look at what is to be shown of it."""
     from fastbyol.sweeps import grid as grids
 
     grid = grids.read(target, **options)
     look.check(grid.axes)
-    check_images(grid)
     return grid
 
 
-def check_images(grid: Grid) -> None:
+def _check_images(grid: Grid) -> None:
     """Raise UsageError for image files that the runs of ``grid`` cannot use."""
     for config in grid.data:
         files = {"data.train": config.train, "data.test": config.test}
         image_files.check({key: name for key, name in files.items() if name})
 
 
-def train(grid: Grid, folder: Path, launch: Launch, console: Console) -> Outcome:
+def _train(grid: Grid, folder: Path, launch: Launch, console: Console) -> Outcome:
     """Train the runs of ``grid`` that are missing in ``folder``, and tell what is asked for."""
     from fastbyol.fleet import campaign
     from fastbyol.sweeps import grid as grids

@@ -32,7 +32,7 @@ from fastbyol.engine.session import open_batches
 from fastbyol.engine.step import TrainState, as_batch, forward
 from fastbyol.errors import UsageError
 from fastbyol.model.objective import spread
-from fastbyol.runs import checkpoint
+from fastbyol.runs import consistency
 from fastbyol.runs.durable import write_text
 from fastbyol.runs.folder import CHECKPOINTS, CONFIG
 from fastbyol.runs.layers import read_layers
@@ -66,8 +66,8 @@ def look(run: Path, file: Path, batches: int = BATCHES) -> dict[str, Any]:
     (``objective.spread``). ``gradient`` by ``STAGES``: ``Gradient``. Raises UsageError for a
     damaged file.
     """
-    step = checkpoint.load(file).meta["step"]
-    state, config = _state(config_io.read_run(run / CONFIG), file)
+    state, config = _state(config_io.read_run(run / CONFIG), file)  # which checks the file
+    step = consistency.meta_of(file)["step"]
     spreads: dict[str, list[float]] = {name: [] for name in PARTS}
     gradients = []
     with _recorded(state.online, spreads):

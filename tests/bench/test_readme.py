@@ -25,14 +25,14 @@ FILE = re.compile(r"`((?:fastbyol|kernels|bench|tests|configs|docs)/[\w./-]*\.\w
 
 
 def commands() -> Iterator[str]:
-    """Return every ``fastbyol ...`` line of the documents' code blocks, without comments."""
+    """Return every ``fastbyol ...`` line of the documents' code blocks, continued lines as one."""
     for path in WRITTEN:
         for code in re.findall(
             r"^```\n(.*?)^```", path.read_text("utf-8"), re.DOTALL | re.MULTILINE
         ):
             yield from (
                 line.removeprefix("$ ")
-                for line in code.splitlines()
+                for line in code.replace("\\\n", "").splitlines()
                 if re.match(r"(\$ )?fastbyol ", line)
             )
 

@@ -19,6 +19,8 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 NormName = Literal["bn", "gn", "ln", "none"]
 HeadNormName = Literal["bn", "gn", "ln", "none", "brn"]
 State = Literal["healthy", "collapsing", "collapsed", "recovering", "dead"]
+# Different images come out as one, and no gradient leads a dead network out again.
+IN_COLLAPSE: tuple[State, ...] = ("collapsed", "dead")
 Exclusion = Literal["none", "substring", "bias_and_norm"]
 Probability = Annotated[float, Field(ge=0.0, le=1.0)]
 EpochCount = Annotated[int, Field(ge=1, le=1_000_000)]

@@ -9,6 +9,7 @@ from typing import Literal, get_args
 import numpy as np
 
 from fastbyol.ablations.evidence import Evidence
+from fastbyol.config import IN_COLLAPSE
 from fastbyol.errors import check_choice
 from fastbyol.evaluation.collapse import CollapseMonitor
 
@@ -115,7 +116,7 @@ def _by_cosines(run: Evidence, measured: np.ndarray) -> Iterator[Phase]:
         if state == "healthy":
             yield "separated" if monitor.separated else "fresh"
         else:
-            yield "collapsed" if state in ("collapsed", "dead") else "between"
+            yield "collapsed" if state in IN_COLLAPSE else "between"
 
 
 def _by_loss(run: Evidence, measured: np.ndarray) -> Iterator[Phase]:

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import NoReturn
 
-from fastbyol.config import Resolved
+from fastbyol.config import IN_COLLAPSE, Resolved
 from fastbyol.data import loader
 from fastbyol.engine import capture, digest, guards
 from fastbyol.engine.device import fitting_threads, pick_device
@@ -421,7 +421,7 @@ class Loop:
 
     def _stop_if_collapsed(self, progress: Progress, epoch: int) -> None:
         session = self.session
-        if session.config.train.stop_on_collapse and progress.state in ("collapsed", "dead"):
+        if session.config.train.stop_on_collapse and progress.state in IN_COLLAPSE:
             error = CollapsedError(
                 f"{session.path}: collapsed in epoch {epoch + 1} "
                 f"(negative cosine {progress.epoch_means['neg_cos']:.4f}); saved at step "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from fastbyol import config_io
+from fastbyol.config import IN_COLLAPSE
 from fastbyol.errors import FastbyolError, UsageError
 from fastbyol.runs.durable import write_text, writing
 from fastbyol.runs.folder import CONFIG
 from fastbyol.runs.fork import Fork
-from fastbyol.runs.metrics import METRICS_FILE, read_events
+from fastbyol.runs.metrics import METRICS_FILE
 from fastbyol.show import figures, run_report
 from fastbyol.show.figures import BLUE, GREEN, INK, ORANGE, PURPLE, RED, SKY
 from fastbyol.show.run_report import RunCurves
@@ -28,7 +29,6 @@ PAGE = "forks.html"
 SUFFIX = ".forks"
 PAST = "#999999"
 COLOURS = (BLUE, ORANGE, GREEN, RED, PURPLE, SKY)
-COLLAPSED = ("collapsed", "dead")
 # The mean of fp32 cosines is exact to about so much.
 LEAST = 1e-8
 _log = logging.getLogger(__name__)
@@ -38,7 +38,7 @@ _log = logging.getLogger(__name__)
 class Future:
     """A fork's curves and the step where it begins, or its parent's, whose ``step`` is None.
 
-    ``events`` are those of its ``metrics.jsonl``; ``seed`` is ``train.seed``.
+    ``seed`` is ``train.seed``.
     """
 
     label: str
@@ -46,7 +46,6 @@ class Future:
     changes: str
     seed: int
     curves: RunCurves
-    events: Sequence[dict[str, Any]]
 
     @property
     def state(self) -> str:
@@ -57,14 +56,14 @@ class Future:
         """Return after how many steps from the fork on it left a collapse, in words."""
         if self.step is None:
             return ""
-        states = [event for event in self.events if event["event"] == "state"]
+        states = [event for event in self.curves.events if event["event"] == "state"]
         before = [event["after"] for event in states if event["step"] <= self.step]
-        if not before or before[-1] not in COLLAPSED:
+        if not before or before[-1] not in IN_COLLAPSE:
             return "was not in one"
         left = (
             event["step"] - self.step
             for event in states
-            if event["step"] > self.step and event["after"] not in COLLAPSED
+            if event["step"] > self.step and event["after"] not in IN_COLLAPSE
         )
         return str(next(left, "stays"))
 
@@ -132,7 +131,6 @@ def _read_future(run: Path, fork: Fork | None) -> Future:
         changes=words or ("" if fork is None else "unchanged"),
         seed=config.train.seed,
         curves=run_report.read(run),
-        events=read_events(run),
     )
 
 

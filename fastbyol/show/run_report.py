@@ -36,12 +36,17 @@ class RunCurves:
     name: str
     epochs: np.ndarray
     metrics: dict[str, np.ndarray]
-    epoch_events: list[dict[str, Any]]
+    events: list[dict[str, Any]]
     accuracies: Accuracies
     layer_epochs: np.ndarray
     layer_names: tuple[str, ...]
     rates: np.ndarray
     rate_ceiling: float | None
+
+    @property
+    def epoch_events(self) -> list[dict[str, Any]]:
+        """The events that end epochs."""
+        return [event for event in self.events if event["event"] == "epoch"]
 
 
 def read(run: Path) -> RunCurves:
@@ -69,7 +74,7 @@ def read(run: Path) -> RunCurves:
         name=folder.path.name,
         epochs=steps / per_epoch,
         metrics={name: np.array([_number(row[name]) for row in rows]) for name in names},
-        epoch_events=[event for event in events if event["event"] == "epoch"],
+        events=events,
         accuracies=Accuracies.of(events),
         layer_epochs=layers.steps / per_epoch,
         layer_names=layers.names,

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from fastbyol.config import IN_COLLAPSE
 from fastbyol.errors import FastbyolError, UsageError, check_choice, quoted
 from fastbyol.evaluation.intervals import wilson
 from fastbyol.fleet import ledger
@@ -26,8 +27,6 @@ from fastbyol.sweeps.grid import SCALE, Values
 SHARES = ("collapsed", "recovered", "collapses", "leaves")
 # And how many epochs ended collapsed.
 OF_STATES = (*SHARES, "epochs_collapsed")
-# A dead network is a collapsed one (``evaluation.collapse``).
-_COLLAPSED = ("collapsed", "dead")
 _NO_MEASURES = ("event", "step", "epoch")
 # What is shown where nothing else is asked for, the first that was measured.
 USUAL = ("accuracy", "neg_cos")
@@ -252,14 +251,14 @@ def measures_of(events: Iterable[Mapping[str, Any]]) -> dict[str, float]:
             states.append(event["state"])
         elif event["event"] == "state":
             states.append(event.get("after"))
-    ends_so = epochs[-1]["state"] in _COLLAPSED
-    was_so = any(state in _COLLAPSED for state in states)
+    ends_so = epochs[-1]["state"] in IN_COLLAPSE
+    was_so = any(state in IN_COLLAPSE for state in states)
     return {
         "collapsed": float(ends_so),
         "recovered": float(was_so and not ends_so),
         "collapses": float(was_so),
         **({"leaves": float(not ends_so)} if was_so else {}),
-        "epochs_collapsed": float(sum(event["state"] in _COLLAPSED for event in epochs)),
+        "epochs_collapsed": float(sum(event["state"] in IN_COLLAPSE for event in epochs)),
         **{
             name: float(value)
             for name, value in epochs[-1].items()

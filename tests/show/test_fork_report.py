@@ -21,7 +21,7 @@ from fastbyol.show.run_report import RunCurves
 OLD_RUN = Path(__file__).parent.parent / "runs" / "old" / "finished"
 
 
-def curves(num_steps: int, per_epoch: int = 4) -> RunCurves:
+def curves(num_steps: int, states: Any = (), per_epoch: int = 4) -> RunCurves:
     """Curves whose loss is the step, whose rates are 10 ** -step in layer1 and twice that in 2."""
     steps = np.arange(num_steps, dtype=np.float64)
     rate = 10.0 ** -steps[:, None]
@@ -29,7 +29,10 @@ def curves(num_steps: int, per_epoch: int = 4) -> RunCurves:
         name="run",
         epochs=steps / per_epoch,
         metrics={"loss": steps, "neg_cos": 1 - 2.0**-steps, "std_z": steps / 10},
-        epoch_events=[{"epoch": 0, "state": "collapsed"}],
+        events=[
+            *({"event": "state", "step": at, "after": after} for at, after in states),
+            {"event": "epoch", "epoch": 0, "state": "collapsed"},
+        ],
         accuracies=Accuracies(None, None, None, None, None),
         layer_epochs=steps / per_epoch,
         layer_names=("encoder.layer1.a.weight", "encoder.layer2.a.weight", "encoder.layer1.a.bias"),
@@ -39,8 +42,7 @@ def curves(num_steps: int, per_epoch: int = 4) -> RunCurves:
 
 
 def future(step: int | None, num_steps: int = 12, states: Any = (), label: str = "x") -> Future:
-    events = [{"event": "state", "step": at, "after": after} for at, after in states]
-    return Future(label, step, f"lr = {step}", 3, curves(num_steps), events)
+    return Future(label, step, f"lr = {step}", 3, curves(num_steps, states))
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
     python -m fastbyol_bench.science.document collect DIR NAME    # keep a phase diagram's folder
     python -m fastbyol_bench.science.document docs                # write the tables
 
-``collect`` copies ``sweep.csv`` and ``markers.json`` and draws both pictures.
+``collect`` copies ``sweep.csv``, and of a diagram ``markers.json``, and draws both pictures.
 """
 
 from __future__ import annotations
@@ -18,16 +18,15 @@ from typing import Annotated, Any, NamedTuple
 
 import typer
 
+from fastbyol.data.embedded import BUILT_IN
 from fastbyol.runs.durable import write_text
 from fastbyol.sweeps import markers, phase, results
-from fastbyol_bench.readme import DOCS, RESULTS, filled
-from fastbyol_bench.science import forks
+from fastbyol.sweeps.report import CSV
+from fastbyol_bench.readme import DOCS, filled
+from fastbyol_bench.science import KEPT, forks, marker_test
 
 DOCUMENT = DOCS / "science.md"
-KEPT = RESULTS / "science"
 DIAGRAMS = ("fashion-mnist", "textures")
-MARKERS = "markers.json"
-CSV = "sweep.csv"
 
 
 class Cell(NamedTuple):
@@ -68,7 +67,7 @@ def diagram(name: str) -> Iterator[str]:
     yield "|---" * (1 + len(xs)) + "|"
     for y in ys:
         yield f"| {y} | {' | '.join(str(points.get((x, y), '')) for x in xs)} |"
-    kept = json.loads((KEPT / name / MARKERS).read_text("utf-8"))
+    kept = json.loads((KEPT / name / markers.FILE).read_text("utf-8"))
     by_crop = {
         "+".join(map(str, json.loads(key)["views"]["scale"])): rs for key, rs in kept.items()
     }
@@ -95,6 +94,41 @@ def endings(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
         yield f"| {name} | {' | '.join(cells)} |"
 
 
+def scores(judged: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the lines of the table of markers: area under the curve, right answers, Brier score."""
+    groups = list(next(iter(judged["scores"].values())))
+    yield f"| known beside the rate | {' | '.join(groups)} |"
+    yield "|---" * (1 + len(groups)) + "|"
+    for name, by_group in judged["scores"].items():
+        cells = []
+        for group in groups:
+            own = by_group[group]
+            area = "" if own["auc"] is None else f"{own['auc']:.2f}, "
+            cells.append(f"{area}{own['right']:.0%}, {own['brier']:.2f}")
+        yield f"| {name} | {' | '.join(cells)} |"
+
+
+def cells_of_kinds(
+    judged: Mapping[str, Any], measured: Sequence[Mapping[str, Any]]
+) -> Iterator[str]:
+    """Yield the lines of the table of the other kinds: runs that end collapsed, and predicted."""
+    rates = (0.1, 0.2)
+    by_point = {(cell["data"], cell["scale"], cell["lr"]): cell for cell in judged["cells"]}
+    yield f"| images | crops | r | variance ratio | {' | '.join(f'{lr:g}' for lr in rates)} |"
+    yield "|---" * (4 + len(rates)) + "|"
+    for row in measured:
+        own = [by_point.get((row["data"], row["scale"], lr)) for lr in rates]
+        if row["data"] not in BUILT_IN:
+            ends = (
+                f"{cell['collapsed']}/{cell['runs']}, {cell['predicted']['r']:.2f}" if cell else ""
+                for cell in own
+            )
+            yield (
+                f"| {row['data']} | {row['scale'].replace('+', ' to ')} | {row['r']:.3f} "
+                f"| {row['variance_ratio']:.2f} | {' | '.join(ends)} |"
+            )
+
+
 def _span(values: Sequence[float], digits: int) -> str:
     """Return the least and the most of ``values``, or nothing where there are none."""
     ends = (f"{end:.{digits}f}" for end in (min(values), max(values))) if values else ()
@@ -104,8 +138,12 @@ def _span(values: Sequence[float], digits: int) -> str:
 def blocks() -> dict[str, list[str]]:
     """Return the lines of each block of the document, by its name."""
     made = {name: list(diagram(name)) for name in DIAGRAMS if (KEPT / name / CSV).exists()}
-    if forks.KEPT.exists():
-        made["forks"] = list(endings(json.loads(forks.KEPT.read_text("utf-8"))))
+    if forks.ROWS.exists():
+        made["forks"] = list(endings(json.loads(forks.ROWS.read_text("utf-8"))))
+    if marker_test.JUDGED.exists():
+        judged = json.loads(marker_test.JUDGED.read_text("utf-8"))
+        measured = json.loads(marker_test.MARKERS.read_text("utf-8"))
+        made |= {"marker": list(scores(judged)), "kinds": list(cells_of_kinds(judged, measured))}
     return made
 
 
@@ -125,15 +163,18 @@ def collect(
     folder: Annotated[Path, typer.Argument(metavar="DIR")],
     name: Annotated[str, typer.Argument(metavar="NAME")],
 ) -> None:
-    """Keep the table, the markers and the pictures of a phase diagram."""
+    """Keep the table of a sweep; of a phase diagram, also the markers and the pictures."""
     out = KEPT / name
     out.mkdir(parents=True, exist_ok=True)
+    if name not in DIAGRAMS:
+        shutil.copy(folder / CSV, out / CSV)
+        return
     sweep = results.read(folder)
     below = markers.under(markers.of(sweep))
     for path in phase.write(sweep, below, out):
         if path.suffix == ".png":
             path.replace(out / path.name.removeprefix(f"{folder.name}-"))
-    for kept in (CSV, MARKERS):
+    for kept in (CSV, markers.FILE):
         shutil.copy(folder / kept, out / kept)
 
 

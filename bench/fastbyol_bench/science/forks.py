@@ -25,14 +25,15 @@ import numpy as np
 import typer
 
 from fastbyol import api, config_io
+from fastbyol.config import IN_COLLAPSE
 from fastbyol.errors import FastbyolError
 from fastbyol.runs.durable import write_text
 from fastbyol.runs.folder import CONFIG
 from fastbyol.runs.layers import read_layers
 from fastbyol.runs.metrics import is_finished, read_events, read_metrics
-from fastbyol_bench.readme import RESULTS
+from fastbyol_bench.science import KEPT
 
-KEPT = RESULTS / "science" / "forks.json"
+ROWS = KEPT / "forks.json"
 # SGD's learning rate and decay in the appendix's arm gn-sgd-mlp-none at batches of 32.
 SGD = {"optim.name": "sgd", "optim.lr": 0.1, "optim.weight_decay": 1e-4}
 EARLY = ("encoder.layer1", "encoder.layer2")
@@ -46,7 +47,6 @@ FUTURES: Mapping[str, Mapping[str, Any]] = {
     "sgd-x10": {**SGD, "optim.lr_mult": [[layer, 10.0] for layer in EARLY]},
     "early-only": {"optim.lars_on": list(EARLY)},
 }
-COLLAPSED = ("collapsed", "dead")
 PARENTS = 5
 
 
@@ -67,7 +67,7 @@ def parents(folder: Path) -> list[Path]:
 
 def _is_collapsed(run: Path, step: int) -> bool:
     ended = (event for event in read_events(run) if event["event"] == "epoch")
-    return any(event["step"] == step and event["state"] in COLLAPSED for event in ended)
+    return any(event["step"] == step and event["state"] in IN_COLLAPSE for event in ended)
 
 
 def deepest(run: Path) -> int:
@@ -177,8 +177,8 @@ def collect(folder: Folder) -> None:
             if (path / CONFIG).exists():
                 about = {"future": name, "parent": run.name, "step": step}
                 rows.append(about | measured(path, step))
-    KEPT.parent.mkdir(parents=True, exist_ok=True)
-    write_text(KEPT, json.dumps(rows, indent=1) + "\n")
+    KEPT.mkdir(parents=True, exist_ok=True)
+    write_text(ROWS, json.dumps(rows, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,8 @@
 
 FOLDER has the betons of ``fastbyol_bench.marker_data``. A logistic model of log marker and log
 learning rate is fitted to the runs of one diagram, Fashion-MNIST's, and judged on the others': data
-that r was not found on. Letters: N runs.
+that r was not found on. Those of ``kinds`` and ``digits`` are ``fastbyol sweep`` of the files of
+these names beside this one. Letters: N runs.
 """
 
 from __future__ import annotations
@@ -26,16 +27,13 @@ from fastbyol.cli.data_marker import NETWORK, measured
 from fastbyol.config_io import Setting
 from fastbyol.data.embedded import BUILT_IN
 from fastbyol.runs.durable import write_text
-from fastbyol_bench.science.document import CSV, KEPT
+from fastbyol.sweeps.report import CSV
+from fastbyol_bench.science import KEPT
 
 FITTED = "fashion-mnist"
-# Diagrams of two keys, and what a key that is not crossed has for all runs.
-DIAGRAMS: Mapping[str, Mapping[str, str]] = {
-    FITTED: {"data.train": FITTED},
-    "textures": {"data.train": "textures"},
-    "kinds": {"optim.lr": "0.2"},
-    "digits": {"data.train": "digits", "optim.lr": "0.2"},
-}
+# What is kept, by name, and the images where all runs have the same.
+DIAGRAMS = {FITTED: FITTED, "textures": "textures", "kinds": None, "digits": "digits"}
+UNSEEN = "all but the fitted"
 MARKERS = KEPT / "markers.json"
 JUDGED = KEPT / "marker.json"
 SEEDS, IMAGES = range(5), 1024
@@ -75,10 +73,9 @@ def outcomes(name: str) -> Iterator[Outcome]:
     with file.open(encoding="utf-8") as opened:
         for row in csv.DictReader(opened):
             if row["status"] == "done":
-                whole = {**DIAGRAMS[name], **row}
-                data = Path(whole["data.train"]).stem.removesuffix("-train")
-                collapsed = float(whole["collapsed"]) > 0
-                yield Outcome(name, data, whole["views.scale"], float(whole["optim.lr"]), collapsed)
+                data = DIAGRAMS[name] or Path(row["data.train"]).stem.removesuffix("-train")
+                collapsed = float(row["collapsed"]) > 0
+                yield Outcome(name, data, row["views.scale"], float(row["optim.lr"]), collapsed)
 
 
 def fit(features: NDArray[np.float64], ends: NDArray[np.bool_]) -> Callable[..., Any]:
@@ -104,35 +101,49 @@ def score(predicted: NDArray[np.float64], ends: NDArray[np.bool_]) -> Score:
     return Score(float(auc), right, float(((predicted - ends) ** 2).mean()), len(ends))
 
 
-def judge(
-    runs: Mapping[str, Sequence[Outcome]], markers: Sequence[Mapping[str, Any]]
-) -> dict[str, dict[str, dict[str, float | int | None]]]:
-    """Return the score of each of ``COLUMNS`` on each diagram, and on crops that a fit left out.
+def judge(runs: Sequence[Outcome], markers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return what each of ``COLUMNS`` predicts of each cell, and its scores on each diagram.
 
-    The latter is of ``FITTED`` itself: for each of its crops the model is fitted to the others.
+    Scores are also of all diagrams but ``FITTED``, and of crops of ``FITTED`` that a fit left out:
+    for each of its crops the model is fitted to the others.
     """
     by_column = {(row["data"], row["scale"]): row for row in markers}
-    result: dict[str, dict[str, dict[str, float | int | None]]] = {}
+    ends = np.array([run.collapsed for run in runs])
+    diagrams = np.array([run.diagram for run in runs])
+    fitted = diagrams == FITTED
+    groups = {name: diagrams == name for name in DIAGRAMS if name in diagrams} | {UNSEEN: ~fitted}
+    scores, predictions = {}, {}
     for name, of in COLUMNS.items():
-        features = {
-            diagram: np.array([[of(by_column[r.data, r.scale]), math.log(r.lr)] for r in rows])
-            for diagram, rows in runs.items()
-        }
-        ends = {diagram: np.array([r.collapsed for r in rows]) for diagram, rows in runs.items()}
-        predict = fit(features[FITTED], ends[FITTED])
-        scores = {diagram: score(predict(features[diagram]), ends[diagram]) for diagram in runs}
-        scores[f"{FITTED}, crops left out"] = score(
-            _left_out(runs[FITTED], features[FITTED], ends[FITTED]), ends[FITTED]
-        )
-        result[name] = {where: _plain(each) for where, each in scores.items()}
-    return result
+        rows = np.array([[of(by_column[r.data, r.scale]), math.log(r.lr)] for r in runs])
+        predictions[name] = fit(rows[fitted], ends[fitted])(rows)
+        left_out = _left_out([run for run in runs if run.diagram == FITTED], rows[fitted])
+        scores[name] = {
+            where: _plain(score(predictions[name][own], ends[own])) for where, own in groups.items()
+        } | {f"{FITTED}, crops left out": _plain(score(left_out, ends[fitted]))}
+    return {"scores": scores, "cells": _cells(runs, predictions)}
 
 
-def _left_out(
-    runs: Sequence[Outcome], features: NDArray[np.float64], ends: NDArray[np.bool_]
-) -> NDArray[np.float64]:
+def _cells(
+    runs: Sequence[Outcome], predictions: Mapping[str, NDArray[np.float64]]
+) -> list[dict[str, Any]]:
+    """Return a row a point: how many of its runs end collapsed, and each P(collapsed)."""
+    cells: dict[tuple[str, str, float], dict[str, Any]] = {}
+    for index, run in enumerate(runs):
+        cell = cells.setdefault(
+            (run.data, run.scale, run.lr),
+            {
+                "data": run.data, "scale": run.scale, "lr": run.lr, "runs": 0, "collapsed": 0,
+                "predicted": {name: float(each[index]) for name, each in predictions.items()},
+            },
+        )  # fmt: skip
+        cell["runs"] += 1
+        cell["collapsed"] += run.collapsed
+    return list(cells.values())
+
+
+def _left_out(runs: Sequence[Outcome], features: NDArray[np.float64]) -> NDArray[np.float64]:
     predicted = np.empty(len(runs))
-    scales = np.array([run.scale for run in runs])
+    scales, ends = np.array([run.scale for run in runs]), np.array([run.collapsed for run in runs])
     for scale in np.unique(scales):
         own = scales == scale
         predicted[own] = fit(features[~own], ends[~own])(features[own])
@@ -174,7 +185,7 @@ def measure(folder: Annotated[Path, typer.Argument(metavar="FOLDER")]) -> None:
 @app.command("judge")
 def write_judgement() -> None:
     """Fit on one diagram, and write how each marker does on the others."""
-    runs = {name: rows for name in DIAGRAMS if (rows := list(outcomes(name)))}
+    runs = [run for name in DIAGRAMS for run in outcomes(name)]
     judged = judge(runs, json.loads(MARKERS.read_text("utf-8")))
     write_text(JUDGED, json.dumps(judged, indent=1) + "\n")
 

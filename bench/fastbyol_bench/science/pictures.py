@@ -11,19 +11,19 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fastbyol.evaluation.collapse import COLLAPSED_ABOVE
 from fastbyol.show import figures
 from fastbyol.show.figures import BLUE, GREEN, INK, ORANGE, PURPLE, RED, SKY
-from fastbyol_bench.science.forks import FUTURES, KEPT
+from fastbyol_bench.science import KEPT
+from fastbyol_bench.science.forks import FUTURES, ROWS
 from fastbyol_bench.science.mechanism import PARTS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-MECHANISM = KEPT.with_name("mechanism.json")
+MECHANISM = KEPT / "mechanism.json"
 COLOURS = (INK, BLUE, ORANGE, GREEN, RED, PURPLE, SKY)
-# What the heat maps of collapse draw as its border (``evaluation.collapse``).
-COLLAPSED = 1 - 0.99
 
 
 def draw_futures(rows: Sequence[Mapping[str, Any]]) -> Figure:
@@ -37,7 +37,7 @@ def draw_futures(rows: Sequence[Mapping[str, Any]]) -> Figure:
             since = epochs * per_epoch - row["step"]
             axes.semilogy(since, 1 - np.array(row["neg_cos"]), color=colour, lw=0.9)
         axes.axvline(0, color=INK, lw=0.5, ls=":")
-        axes.axhline(COLLAPSED, color=INK, lw=0.5, ls=":")
+        axes.axhline(1 - COLLAPSED_ABOVE, color=INK, lw=0.5, ls=":")
         axes.set_title(name, fontsize=8.5)
     figure.supxlabel("steps since the fork", fontsize=8.5)
     figure.supylabel("1 - cosine of negative pairs", fontsize=8.5)
@@ -85,7 +85,7 @@ def _draw_gradients(axes: Axes, steps: Sequence[int], looks: Sequence[Mapping[st
 
 def main() -> None:
     """Draw what is kept."""
-    drawn = ((KEPT, draw_futures), (MECHANISM, draw_mechanism))
+    drawn = ((ROWS, draw_futures), (MECHANISM, draw_mechanism))
     for file, draw in drawn:
         if file.exists():
             with figures.settings():

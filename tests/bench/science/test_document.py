@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from fastbyol.sweeps import markers
 from fastbyol_bench.science import document
 
 ROWS = """views.scale,optim.lr,seed,status,state,collapses,leaves
@@ -26,7 +27,7 @@ def test_a_diagram_counts_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         json.dumps({"views": {"scale": [0.1, 1.0]}}): [0.02, 0.04],
         json.dumps({"views": {"scale": [0.9, 1.0]}}): [0.2, 0.21],
     }
-    (tmp_path / "some" / document.MARKERS).write_text(json.dumps(kept))
+    (tmp_path / "some" / markers.FILE).write_text(json.dumps(kept))
     assert list(document.diagram("some")) == [
         "| some: learning rate | 0.1 to 1.0 | 0.9 to 1.0 |",
         "|---|---|---|",

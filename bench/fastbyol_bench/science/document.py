@@ -103,7 +103,9 @@ def scores(judged: Mapping[str, Any]) -> Iterator[str]:
         cells = []
         for group in groups:
             own = by_group[group]
-            area = "" if own["auc"] is None else f"{own['auc']:.2f}, "
+            # An area orders runs by one model. Where a part was left out, each has a model of its own.
+            is_one = own["auc"] is not None and "left out" not in group
+            area = f"{own['auc']:.2f}, " if is_one else ""
             cells.append(f"{area}{own['right']:.0%}, {own['brier']:.2f}")
         yield f"| {name} | {' | '.join(cells)} |"
 

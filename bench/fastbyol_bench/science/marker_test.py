@@ -104,22 +104,27 @@ def score(predicted: NDArray[np.float64], ends: NDArray[np.bool_]) -> Score:
 def judge(runs: Sequence[Outcome], markers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Return what each of ``COLUMNS`` predicts of each cell, and its scores on each diagram.
 
-    Scores are also of all diagrams but ``FITTED``, and of crops of ``FITTED`` that a fit left out:
-    for each of its crops the model is fitted to the others.
+    Scores are also of all diagrams but ``FITTED``, and of two that fit anew: to the other crops of
+    ``FITTED`` for each of its crops, and to all runs on other images for each kind of images.
     """
     by_column = {(row["data"], row["scale"]): row for row in markers}
     ends = np.array([run.collapsed for run in runs])
-    diagrams = np.array([run.diagram for run in runs])
+    diagrams, crops, images = (
+        np.array([getattr(run, name) for run in runs]) for name in ("diagram", "scale", "data")
+    )
     fitted = diagrams == FITTED
     groups = {name: diagrams == name for name in DIAGRAMS if name in diagrams} | {UNSEEN: ~fitted}
     scores, predictions = {}, {}
     for name, of in COLUMNS.items():
         rows = np.array([[of(by_column[r.data, r.scale]), math.log(r.lr)] for r in runs])
         predictions[name] = fit(rows[fitted], ends[fitted])(rows)
-        left_out = _left_out([run for run in runs if run.diagram == FITTED], rows[fitted])
+        of_crops = _left_out(crops[fitted], rows[fitted], ends[fitted])
         scores[name] = {
             where: _plain(score(predictions[name][own], ends[own])) for where, own in groups.items()
-        } | {f"{FITTED}, crops left out": _plain(score(left_out, ends[fitted]))}
+        } | {
+            f"{FITTED}, a crop left out": _plain(score(of_crops, ends[fitted])),
+            "all, images left out": _plain(score(_left_out(images, rows, ends), ends)),
+        }
     return {"scores": scores, "cells": _cells(runs, predictions)}
 
 
@@ -141,11 +146,13 @@ def _cells(
     return list(cells.values())
 
 
-def _left_out(runs: Sequence[Outcome], features: NDArray[np.float64]) -> NDArray[np.float64]:
-    predicted = np.empty(len(runs))
-    scales, ends = np.array([run.scale for run in runs]), np.array([run.collapsed for run in runs])
-    for scale in np.unique(scales):
-        own = scales == scale
+def _left_out(
+    groups: NDArray[np.str_], features: NDArray[np.float64], ends: NDArray[np.bool_]
+) -> NDArray[np.float64]:
+    """Return P(collapsed) of each run by a fit to the runs of the other groups."""
+    predicted = np.empty(len(ends))
+    for group in np.unique(groups):
+        own = groups == group
         predicted[own] = fit(features[~own], ends[~own])(features[own])
     return predicted
 

@@ -58,7 +58,7 @@ def test_a_marker_that_decides_is_told_from_one_that_does_not() -> None:
     # A constant beside the learning rate is the learning rate alone.
     alone, constant = judged["learning rate alone"], judged["neighbours' entropy"]
     assert constant["textures"]["auc"] == alone["textures"]["auc"] < 0.9
-    assert judged["r"][f"{FITTED}, crops left out"]["auc"] > 0.95
+    assert judged["r"][f"{FITTED}, a crop left out"]["auc"] > 0.95
     assert judged["r"][UNSEEN] == judged["r"]["textures"]
     assert len(made["cells"]) == 2 * len(SCALES) * len(RATES)
     for cell in made["cells"]:

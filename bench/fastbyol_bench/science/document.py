@@ -103,7 +103,7 @@ def scores(judged: Mapping[str, Any]) -> Iterator[str]:
         cells = []
         for group in groups:
             own = by_group[group]
-            # An area orders runs by one model. Where a part was left out, each has a model of its own.
+            # An area orders the runs of one model. Each part that was left out has its own.
             is_one = own["auc"] is not None and "left out" not in group
             area = f"{own['auc']:.2f}, " if is_one else ""
             cells.append(f"{area}{own['right']:.0%}, {own['brier']:.2f}")

@@ -23,13 +23,14 @@ from typing import Annotated, Any
 
 import numpy as np
 import typer
+from numpy.typing import NDArray
 
 from fastbyol import api, config_io
 from fastbyol.config import IN_COLLAPSE
 from fastbyol.errors import FastbyolError
 from fastbyol.runs.durable import write_text
 from fastbyol.runs.folder import CONFIG
-from fastbyol.runs.layers import read_layers
+from fastbyol.runs.layers import Layers, read_layers
 from fastbyol.runs.metrics import is_finished, read_events, read_metrics
 from fastbyol_bench.science import KEPT
 
@@ -97,6 +98,18 @@ def mean_rates(run: Path, first: int, end: int) -> dict[str, float]:
     return dict(zip(layers.names, rates.astype(np.float64).mean(0).tolist(), strict=True))
 
 
+def early_stage(
+    layers: Layers,
+) -> tuple[dict[str, NDArray[np.float32]], NDArray[np.bool_]]:
+    """Return what was recorded of layer1 and layer2, by name (rows, tensors), and the weights.
+
+    The latter is a mask of the same shape. Biases start at zero, where LARS leaves them.
+    """
+    early = [n for n, name in enumerate(layers.names) if name.startswith(EARLY)]
+    norms = {name: layers.values[:, early, n] for n, name in enumerate(layers.metrics)}
+    return norms, norms["weight_norm"] > 0
+
+
 def changes(name: str, run: Path, runs: list[Path]) -> dict[str, Any]:
     """Return the settings of the future ``name`` of ``run``, one of ``runs``.
 
@@ -136,9 +149,8 @@ def measured(run: Path, step: int) -> dict[str, Any]:
     """Return what became of a run since ``step``: states, negative cosines, the early rates."""
     epochs = [event for event in read_events(run) if event["event"] == "epoch"]
     layers = read_layers(run)
-    early = [n for n, name in enumerate(layers.names) if name.startswith(EARLY)]
-    rate = layers.values[:, early, layers.metrics.index("rate")].mean(1)
-    per_epoch = epochs[0]["step"]
+    norms, weights = early_stage(layers)
+    rows = layers.steps // epochs[0]["step"]
     return {
         "state": epochs[-1]["state"],
         "left_at": left_at(run, step),
@@ -147,8 +159,9 @@ def measured(run: Path, step: int) -> dict[str, Any]:
         "neg_cos": [event["neg_cos"] for event in epochs],
         "loss": [event["loss"] for event in epochs],
         "early_rate": [
-            float(f"{rate[layers.steps // per_epoch == event['epoch']].mean():.5g}")
+            float(f"{norms['rate'][at][weights[at]].mean():.5g}")
             for event in epochs
+            for at in [rows == event["epoch"]]
         ],
     }
 

@@ -37,6 +37,7 @@ from fastbyol.runs.durable import write_text
 from fastbyol.runs.folder import CHECKPOINTS, CONFIG
 from fastbyol.runs.layers import read_layers
 from fastbyol.runs.metrics import read_metrics
+from fastbyol_bench.science.forks import EARLY, early_stage
 
 # The parts after which the spread is measured, by the names of the online network's modules.
 PARTS = {
@@ -45,7 +46,7 @@ PARTS = {
 }  # fmt: skip
 # Whose gradients are put together. The post's LARS acts on layer1 and layer2 alone in one figure.
 STAGES = {
-    "early": ("encoder.layer1", "encoder.layer2"),
+    "early": EARLY,
     "late": ("encoder.layer3", "encoder.layer4"),
     "heads": ("projector", "predictor"),
 }
@@ -89,9 +90,7 @@ def curves(run: Path) -> list[dict[str, Any]]:
     """
     steps, events = read_metrics(run)
     layers = read_layers(run)
-    early = [n for n, name in enumerate(layers.names) if name.startswith(STAGES["early"])]
-    norms = {name: layers.values[:, early, n] for n, name in enumerate(layers.metrics)}
-    weights = norms["weight_norm"] > 0  # biases start at zero
+    norms, weights = early_stage(layers)
     move = norms["rate"] * norms["grad_norm"] / np.where(weights, norms["weight_norm"], 1.0)
     rows = []
     for event in (event for event in events if event["event"] == "epoch"):

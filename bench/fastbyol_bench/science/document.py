@@ -3,7 +3,8 @@
     python -m fastbyol_bench.science.document collect DIR NAME    # keep a phase diagram's folder
     python -m fastbyol_bench.science.document docs                # write the tables
 
-``collect`` copies ``sweep.csv``, and of a diagram ``markers.json``, and draws both pictures.
+``collect`` copies ``sweep.csv`` and writes ``epochs.json``; of a diagram it also copies
+``markers.json`` and draws both pictures.
 """
 
 from __future__ import annotations
@@ -12,21 +13,25 @@ import csv
 import json
 import shutil
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 import typer
 
+from fastbyol.config import IN_COLLAPSE
 from fastbyol.data.embedded import BUILT_IN
 from fastbyol.runs.durable import write_text
+from fastbyol.runs.metrics import read_events
 from fastbyol.sweeps import markers, phase, results
 from fastbyol.sweeps.report import CSV
-from fastbyol_bench.readme import DOCS, filled
+from fastbyol.sweeps.results import Sweep
+from fastbyol_bench.readme import DOCS, filled, markdown
 from fastbyol_bench.science import KEPT, forks, marker_test
 
 DOCUMENT = DOCS / "science.md"
 DIAGRAMS = ("fashion-mnist", "textures")
+EPOCHS = "epochs.json"
 
 
 class Cell(NamedTuple):
@@ -59,76 +64,95 @@ def cells(name: str) -> dict[tuple[str, str], Cell]:
     return made
 
 
-def diagram(name: str) -> Iterator[str]:
-    """Yield the lines of the table of the diagram ``name``: rows are learning rates, and r."""
+def diagram(name: str) -> str:
+    """Return the table of the diagram ``name``: rows are learning rates, the last is r."""
     points = cells(name)
     xs, ys = (list(dict.fromkeys(values)) for values in zip(*points, strict=True))
-    yield f"| {name}: learning rate | {' | '.join(x.replace('+', ' to ') for x in xs)} |"
-    yield "|---" * (1 + len(xs)) + "|"
-    for y in ys:
-        yield f"| {y} | {' | '.join(str(points.get((x, y), '')) for x in xs)} |"
     kept = json.loads((KEPT / name / markers.FILE).read_text("utf-8"))
     by_crop = {
         "+".join(map(str, json.loads(key)["views"]["scale"])): rs for key, rs in kept.items()
     }
-    shown = (f"{statistics.fmean(by_crop[x]):.3f}" for x in xs)
-    yield f"| marker r | {' | '.join(shown)} |"
+    rows = [(y, *(str(points.get((x, y), "")) for x in xs)) for y in ys]
+    rows.append(("marker r", *(f"{statistics.fmean(by_crop[x]):.3f}" for x in xs)))
+    return markdown((f"{name}: learning rate", *map(_in_words, xs)), rows)
 
 
-def endings(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    """Yield the lines of the table of futures: who left, after how long, and with what accuracy."""
-    yield "| future | leave | steps from the fork | at the end | negative cosine | accuracy, % |"
-    yield "|---|---|---|---|---|---|"
+def endings(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return the table of futures: who left, after how long, and with what accuracy."""
+    lines = []
     for name in forks.FUTURES:
         own = [row for row in rows if row["future"] == name]
         took = [row["left_at"] - row["step"] for row in own if row["left_at"] is not None]
         ends = [row["state"] for row in own]
-        counts = ", ".join(f"{ends.count(state)} {state}" for state in sorted(set(ends)))
-        cells = [
-            f"{len(took)} of {len(own)}",
-            _span(took, 0),
-            counts,
-            _span([row["neg_cos"][-1] for row in own], 2),
-            _span([row["accuracy"] for row in own], 0),
-        ]
-        yield f"| {name} | {' | '.join(cells)} |"
+        states = ", ".join(f"{ends.count(state)} {state}" for state in sorted(set(ends)))
+        cosines, accuracies = ([row["neg_cos"][-1] for row in own], [r["accuracy"] for r in own])
+        left = f"{len(took)} of {len(own)}"
+        lines.append((name, left, _span(took, 0), states, _span(cosines, 2), _span(accuracies, 0)))
+    heads = ("leave", "steps from the fork", "at the end", "negative cosine", "accuracy, %")
+    return markdown(("future", *heads), lines)
 
 
-def scores(judged: Mapping[str, Any]) -> Iterator[str]:
-    """Yield the lines of the table of markers: area under the curve, right answers, Brier score."""
-    groups = list(next(iter(judged["scores"].values())))
-    yield f"| known beside the rate | {' | '.join(groups)} |"
-    yield "|---" * (1 + len(groups)) + "|"
-    for name, by_group in judged["scores"].items():
-        cells = []
-        for group in groups:
-            own = by_group[group]
-            # An area orders the runs of one model. Each part that was left out has its own.
-            is_one = own["auc"] is not None and "left out" not in group
-            area = f"{own['auc']:.2f}, " if is_one else ""
-            cells.append(f"{area}{own['right']:.0%}, {own['brier']:.2f}")
-        yield f"| {name} | {' | '.join(cells)} |"
+def scores(judged: Mapping[str, Any]) -> str:
+    """Return the table of markers: area under the curve, right answers, Brier score."""
+    by_marker = judged["scores"]
+    groups = list(next(iter(by_marker.values())))
+    rows = [
+        (name, *(_score(by_group[group]) for group in groups))
+        for name, by_group in by_marker.items()
+    ]
+    most = (f"{next(iter(by_marker.values()))[group]['most']:.0%}" for group in groups)
+    rows.append(("always the more frequent end", *most))
+    return markdown(("known beside the rate", *groups), rows)
 
 
-def cells_of_kinds(
-    judged: Mapping[str, Any], measured: Sequence[Mapping[str, Any]]
-) -> Iterator[str]:
-    """Yield the lines of the table of the other kinds: runs that end collapsed, and predicted."""
+def _score(own: Mapping[str, Any]) -> str:
+    area = "" if own["auc"] is None else f"{own['auc']:.2f}, "
+    return f"{area}{own['right']:.0%}, {own['brier']:.2f}"
+
+
+def other_images(judged: Mapping[str, Any], measured: Sequence[Mapping[str, Any]]) -> str:
+    """Return the table of images that are not built in: runs that end collapsed, and predicted."""
     rates = (0.1, 0.2)
     by_point = {(cell["data"], cell["scale"], cell["lr"]): cell for cell in judged["cells"]}
-    yield f"| images | crops | r | variance ratio | {' | '.join(f'{lr:g}' for lr in rates)} |"
-    yield "|---" * (4 + len(rates)) + "|"
-    for row in measured:
-        own = [by_point.get((row["data"], row["scale"], lr)) for lr in rates]
-        if row["data"] not in BUILT_IN:
-            ends = (
-                f"{cell['collapsed']}/{cell['runs']}, {cell['predicted']['r']:.2f}" if cell else ""
-                for cell in own
-            )
-            yield (
-                f"| {row['data']} | {row['scale'].replace('+', ' to ')} | {row['r']:.3f} "
-                f"| {row['variance_ratio']:.2f} | {' | '.join(ends)} |"
-            )
+    rows = []
+    for row in (row for row in measured if row["data"] not in BUILT_IN):
+        own = (by_point[row["data"], row["scale"], lr] for lr in rates)
+        ends = (f"{c['collapsed']}/{c['runs']}, {c['predicted']['r']:.2f}" for c in own)
+        markers_of_row = (f"{row['r']:.3f}", f"{row['variance_ratio']:.2f}")
+        rows.append((row["data"], _in_words(row["scale"]), *markers_of_row, *ends))
+    return markdown(("images", "crops", "r", "variance ratio", *map(str, rates)), rows)
+
+
+def counts(name: str) -> str:
+    """Return how many steps the kept runs of ``name`` took, and when they were first collapsed."""
+    runs = json.loads((KEPT / name / EPOCHS).read_text("utf-8")).values()
+    first = [run["collapsed_in"] for run in runs if run["collapsed_in"] is not None]
+    ends = " to ".join(map(str, sorted({min(first), max(first)}))) if first else ""
+    return (
+        f"{len(runs)} runs, {sum(run['steps'] for run in runs):,} steps. "
+        f"{len(first)} are ever collapsed" + (f", first in epoch {ends}." if first else ".")
+    )
+
+
+def epochs_of(sweep: Sweep) -> dict[str, dict[str, Any]]:
+    """Return the steps, the first epoch that ends collapsed (from 1 on) and 1 - cosine of each run.
+
+    The cosine is that of negative pairs, an epoch's mean.
+    """
+    made = {}
+    for run in (run for run in sweep.runs if run.is_done):
+        ends = [event for event in read_events(run.path) if event["event"] == "epoch"]
+        collapsed = (event["epoch"] + 1 for event in ends if event["state"] in IN_COLLAPSE)
+        made[str(run.path.relative_to(sweep.out))] = {
+            "steps": ends[-1]["step"],
+            "collapsed_in": next(collapsed, None),
+            "distance": [float(f"{1 - event['neg_cos']:.3g}") for event in ends],
+        }
+    return made
+
+
+def _in_words(scale: str) -> str:
+    return scale.replace("+", " to ")
 
 
 def _span(values: Sequence[float], digits: int) -> str:
@@ -137,23 +161,26 @@ def _span(values: Sequence[float], digits: int) -> str:
     return " to ".join(ends)
 
 
-def blocks() -> dict[str, list[str]]:
-    """Return the lines of each block of the document, by its name."""
-    made = {name: list(diagram(name)) for name in DIAGRAMS if (KEPT / name / CSV).exists()}
+def blocks() -> dict[str, str]:
+    """Return the content of each block of the document, by its name."""
+    made = {name: diagram(name) for name in DIAGRAMS if (KEPT / name / CSV).exists()}
+    made |= {
+        f"{file.parent.name} counts": counts(file.parent.name) for file in KEPT.glob(f"*/{EPOCHS}")
+    }
     if forks.ROWS.exists():
-        made["forks"] = list(endings(json.loads(forks.ROWS.read_text("utf-8"))))
+        made["forks"] = endings(json.loads(forks.ROWS.read_text("utf-8")))
     if marker_test.JUDGED.exists():
         judged = json.loads(marker_test.JUDGED.read_text("utf-8"))
         measured = json.loads(marker_test.MARKERS.read_text("utf-8"))
-        made |= {"marker": list(scores(judged)), "kinds": list(cells_of_kinds(judged, measured))}
+        made |= {"marker": scores(judged), "kinds": other_images(judged, measured)}
     return made
 
 
 def fresh(text: str) -> str:
     """Return the document's ``text`` with its blocks made anew."""
-    for name, lines in blocks().items():
+    for name, block in blocks().items():
         begin, end = f"<!-- {name}: made by fastbyol_bench.science -->", f"<!-- {name}: end -->"
-        text = filled(text, begin, end, "\n".join([begin, *lines, end]))
+        text = filled(text, begin, end, f"{begin}\n{block}\n{end}")
     return text
 
 
@@ -165,19 +192,19 @@ def collect(
     folder: Annotated[Path, typer.Argument(metavar="DIR")],
     name: Annotated[str, typer.Argument(metavar="NAME")],
 ) -> None:
-    """Keep the table of a sweep; of a phase diagram, also the markers and the pictures."""
+    """Keep the tables of a sweep; of a phase diagram, also the markers and the pictures."""
     out = KEPT / name
     out.mkdir(parents=True, exist_ok=True)
-    if name not in DIAGRAMS:
-        shutil.copy(folder / CSV, out / CSV)
-        return
     sweep = results.read(folder)
-    below = markers.under(markers.of(sweep))
-    for path in phase.write(sweep, below, out):
-        if path.suffix == ".png":
-            path.replace(out / path.name.removeprefix(f"{folder.name}-"))
-    for kept in (CSV, markers.FILE):
-        shutil.copy(folder / kept, out / kept)
+    runs = (f"{json.dumps(run)}: {json.dumps(row)}" for run, row in epochs_of(sweep).items())
+    write_text(out / EPOCHS, "{\n" + ",\n".join(runs) + "\n}\n")
+    shutil.copy(folder / CSV, out)
+    if name in DIAGRAMS:
+        below = markers.under(markers.of(sweep))
+        for path in phase.write(sweep, below, out):
+            if path.suffix == ".png":
+                path.replace(out / path.name.removeprefix(f"{folder.name}-"))
+        shutil.copy(folder / markers.FILE, out)
 
 
 @app.command()

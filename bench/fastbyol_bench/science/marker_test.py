@@ -57,11 +57,15 @@ class Outcome(NamedTuple):
 
 
 class Score(NamedTuple):
-    """How a model does on runs: the area under its curve, share of right answers, Brier's score."""
+    """How a model does on runs: the area under its curve, share of right answers, Brier's score.
+
+    ``most`` is the share of the more frequent end, which is right without any model.
+    """
 
     auc: float
     right: float
     brier: float
+    most: float
     runs: int
 
 
@@ -97,8 +101,9 @@ def score(predicted: NDArray[np.float64], ends: NDArray[np.bool_]) -> Score:
     from sklearn.metrics import roc_auc_score
 
     auc = roc_auc_score(ends, predicted) if ends.any() and not ends.all() else math.nan
-    right = float(((predicted > 0.5) == ends).mean())
-    return Score(float(auc), right, float(((predicted - ends) ** 2).mean()), len(ends))
+    right, brier = ((predicted > 0.5) == ends).mean(), ((predicted - ends) ** 2).mean()
+    most = max(ends.mean(), 1 - ends.mean())
+    return Score(float(auc), float(right), float(brier), float(most), len(ends))
 
 
 def judge(runs: Sequence[Outcome], markers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -119,11 +124,13 @@ def judge(runs: Sequence[Outcome], markers: Sequence[Mapping[str, Any]]) -> dict
         rows = np.array([[of(by_column[r.data, r.scale]), math.log(r.lr)] for r in runs])
         predictions[name] = fit(rows[fitted], ends[fitted])(rows)
         of_crops = _left_out(crops[fitted], rows[fitted], ends[fitted])
+        # No area: it would order runs by different models of kinds that end differently.
+        of_images = score(_left_out(images, rows, ends), ends)._replace(auc=math.nan)
         scores[name] = {
             where: _plain(score(predictions[name][own], ends[own])) for where, own in groups.items()
         } | {
             f"{FITTED}, a crop left out": _plain(score(of_crops, ends[fitted])),
-            "all, images left out": _plain(score(_left_out(images, rows, ends), ends)),
+            "all, images left out": _plain(of_images),
         }
     return {"scores": scores, "cells": _cells(runs, predictions)}
 

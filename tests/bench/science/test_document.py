@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from fastbyol.sweeps import markers
+from fastbyol.sweeps import markers, results
 from fastbyol_bench.science import document
+from made_sweep import SQUARE, ask, finish
 
 ROWS = """views.scale,optim.lr,seed,status,state,collapses,leaves
 0.1+1.0,0.2,0,done,collapsed,1.0,0.0
@@ -28,12 +29,48 @@ def test_a_diagram_counts_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         json.dumps({"views": {"scale": [0.9, 1.0]}}): [0.2, 0.21],
     }
     (tmp_path / "some" / markers.FILE).write_text(json.dumps(kept))
-    assert list(document.diagram("some")) == [
+    assert document.diagram("some").splitlines() == [
         "| some: learning rate | 0.1 to 1.0 | 0.9 to 1.0 |",
         "|---|---|---|",
         "| 0.2 | 2/2, 1/2 |  |",
         "| 0.8 | 0/1 | 0/1 |",
         "| marker r | 0.030 | 0.205 |",
+    ]
+
+
+def test_what_is_kept_of_a_sweep_says_how_long_runs_took_and_when_they_collapsed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that leaves a collapse, one dead at once, a healthy one, and one not trained."""
+    out, kept = tmp_path / "sweep", tmp_path / "kept"
+    three = SQUARE.replace("[optim]", "[train]\nepochs = 3\n[optim]", 1)
+    name = ask(three, out, seeds=4).points[0].name
+    states = ["collapsing", "collapsed", "recovering"], ["dead"] * 3, ["healthy"] * 3
+    for seed, of_epochs in enumerate(states):
+        finish(out, f"{name}/seed{seed}", of_epochs, {"neg_cos": 0.75})
+    rows = document.epochs_of(results.read(out))
+    assert rows == {
+        f"runs/{name}/seed{seed}": {"steps": 12, "collapsed_in": first, "distance": [0.25] * 3}
+        for seed, first in enumerate((2, 1, None))
+    }
+    (kept / "some").mkdir(parents=True)
+    (kept / "some" / document.EPOCHS).write_text(json.dumps(rows))
+    monkeypatch.setattr(document, "KEPT", kept)
+    assert document.counts("some") == (
+        "3 runs, 36 steps. 2 are ever collapsed, first in epoch 1 to 2."
+    )
+
+
+def test_scores_are_shown_beside_what_is_right_without_a_model() -> None:
+    judged = {
+        "r": {
+            "here": {"auc": 0.974, "right": 0.9111, "brier": 0.0535, "most": 0.667},
+            "there": {"auc": None, "right": 0.6333, "brier": 0.3140, "most": 1.0},
+        }
+    }
+    assert document.scores({"scores": judged}).splitlines()[2:] == [
+        "| r | 0.97, 91%, 0.05 | 63%, 0.31 |",
+        "| always the more frequent end | 67% | 100% |",
     ]
 
 

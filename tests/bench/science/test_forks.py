@@ -113,7 +113,7 @@ def test_the_table_counts_who_left() -> None:
         }
         for name, left, state, cosine, accuracy in ends
     ]  # fmt: skip
-    lines = list(document.endings(rows))
+    lines = document.endings(rows).splitlines()
     told = "| lars | 2 of 2 | 150 to 300 | 1 healthy, 1 recovering | 0.25 to 0.70 | 55 to 60 |"
     assert lines[2] == told
     assert "| capped | 0 of 1 |  | 1 collapsed | 1.00 to 1.00 | 11 to 11 |" in lines

@@ -31,10 +31,11 @@ def runs(diagram: str, rs: dict[str, float], border: float = 0.01) -> list[Outco
 def test_scores_by_hand() -> None:
     predicted, ends = np.array([0.9, 0.6, 0.4, 0.2]), np.array([True, False, True, False])
     # Of the four pairs of one that ends so and one that does not, three are in order.
-    auc, right, brier, count = marker_test.score(predicted, ends)
-    assert (auc, right, count) == (0.75, 0.5, 4)
+    auc, right, brier, most, count = marker_test.score(predicted, ends)
+    assert (auc, right, most, count) == (0.75, 0.5, 0.5, 4)
     assert brier == pytest.approx((0.01 + 0.36 + 0.36 + 0.04) / 4)
     assert math.isnan(marker_test.score(predicted, np.ones(4, bool)).auc)
+    assert marker_test.score(predicted, np.array([True, False, False, False])).most == 0.75
 
 
 def test_a_marker_that_decides_is_told_from_one_that_does_not() -> None:

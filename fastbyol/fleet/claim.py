@@ -1,10 +1,11 @@
 """A worker's right to one run in a folder that several hosts share.
 
-A claim is the folder ``NAME.claim.N`` beside the run's ledger file. ``mkdir`` makes it, which on
-every file system only one process can; locks do not reach other hosts on common mounts. N counts
-the claims of a run for ever, since the ledger keeps the last, so whoever sees a higher number than
-its own was given up for dead, and stops before it writes (M. Kleppmann, "How to do distributed
-locking", 2016: a fencing token).
+A claim is the folder ``NAME.claim.N`` beside the run's ledger file. It is made under a name of its
+own and then renamed, which only one process can where a folder with something in it has the name;
+so a claim says whose it is from the start, wherever its maker is killed. Locks do not reach other
+hosts on common mounts. N counts the claims of a run for ever, since the ledger keeps the last, so
+whoever sees a higher number than its own was given up for dead, and stops before it writes
+(M. Kleppmann, "How to do distributed locking", 2016: a fencing token).
 
 The file sign.json in it says who has the run, and its owner touches it. No clock is trusted: who
 wants the run watches by its own monotonic clock whether the sign changes at all. On the owner's
@@ -18,6 +19,7 @@ import fcntl
 import json
 import math
 import os
+import re
 import shutil
 import socket
 import threading
@@ -35,6 +37,8 @@ from fastbyol.fleet import fields
 from fastbyol.fleet.fields import NUMBER, TEXT, WHOLE
 
 SIGN = "sign.json"
+# What follows a run's name: in a claim's, and in that of a folder which becomes one.
+_CLAIM, _DRAFT = re.compile(r"\.claim\.(\d+)"), re.compile(r"\.claiming\.(\d+)\.\w+")
 # Without a sign for so long a worker counts as dead. It gives ten in this time.
 STALE_S, BEATS = 300.0, 10
 # Room for what a sign will say later, so that it can be said on a full disk.
@@ -44,6 +48,8 @@ _MORE: fields.Types = {
     "job": TEXT, "on": TEXT, "step": WHOLE, "epoch": WHOLE, "state": TEXT, "neg_cos": NUMBER,
     "accuracy": NUMBER, "img_s": NUMBER, "left_s": NUMBER, "ended": TEXT,
 }  # fmt: skip
+# A rename onto another's claim, or of a folder that whoever was faster has removed.
+_TOO_LATE = (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR, errno.ENOENT)
 _NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 
 
@@ -237,7 +243,8 @@ def look(stem: Path, number: int) -> Seen:
         with open_regular(path / SIGN) as file:
             content = json.load(file)
         # Compared, not converted to a float, which a number of many digits would not survive.
-        if fields.fit(content, _NEEDED, _MORE) and abs(content["stale_s"]) < math.inf:
+        seconds = (content.get(name, 0.0) for name in ("stale_s", "left_s"))
+        if fields.fit(content, _NEEDED, _MORE) and all(abs(s) < math.inf for s in seconds):
             sign = content
     return Seen(path, number, sign, touched_ns)
 
@@ -249,22 +256,27 @@ def acquire(stem: Path, last: int, owner: Owner) -> Claim | None:
     claims, whose owners are dead, are removed. Raises OSError where the folder cannot be written.
     """
     number = last + 1
-    path = _path(stem, number)
-    try:
-        path.mkdir()
-    except FileExistsError:
+    if max(_numbers(stem), default=0) >= number:
         return None
+    draft = stem.with_name(f"{stem.name}.claiming.{number}.{owner.nonce}")
+    draft.mkdir()
+    claim: Claim | None = None
     try:
-        claim = Claim(path, number, owner)
-    except OSError:
-        remove(path)
+        claim = Claim(draft, number, owner)
+        claim.path = draft.rename(_path(stem, number))
+    except OSError as error:
+        remove(draft)
+        if claim is not None:
+            claim.close()
+        if error.errno in _TOO_LATE:
+            return None
         raise
     if max(_numbers(stem), default=0) > number:
         claim.release()
         return None
-    for earlier in _numbers(stem):
-        if earlier < number:
-            remove(_path(stem, earlier))
+    for path, other in (_beside(stem, _CLAIM) | _beside(stem, _DRAFT)).items():
+        if other <= number and path != claim.path:
+            remove(path)
     return claim
 
 
@@ -275,11 +287,18 @@ def remove(path: Path) -> None:
 
 def _numbers(stem: Path) -> list[int]:
     """Return the numbers of the claims that lie beside ``stem``."""
-    prefix = f"{stem.name}.claim."
+    return list(_beside(stem, _CLAIM).values())
+
+
+def _beside(stem: Path, kind: re.Pattern[str]) -> dict[Path, int]:
+    """Return what lies beside ``stem`` under its name and a ``kind``, each with its number."""
+    claims: dict[Path, int] = {}
     with suppress(OSError):
-        names = [path.name for path in stem.parent.iterdir() if path.name.startswith(prefix)]
-        return [int(name.removeprefix(prefix)) for name in names if name[len(prefix) :].isdecimal()]
-    return []
+        for path in stem.parent.iterdir():
+            is_own = path.name.startswith(stem.name)
+            if is_own and (rest := kind.fullmatch(path.name.removeprefix(stem.name))):
+                claims[path] = int(rest[1])
+    return claims
 
 
 def _path(stem: Path, number: int) -> Path:

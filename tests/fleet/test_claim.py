@@ -19,7 +19,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from small_disk import small_disk
 
@@ -87,7 +87,7 @@ def test_a_claim_says_who_has_the_run_and_leaves_nothing(stem: Path) -> None:
 
 
 def test_one_of_many_gets_it(stem: Path) -> None:
-    """Sixteen threads at once, a hundred times: ``mkdir`` lets one through."""
+    """Sixteen threads at once, a hundred times: one gets through and leaves its claim."""
     start = threading.Barrier(16)
 
     def run(number: int) -> Claim | None:
@@ -97,6 +97,7 @@ def test_one_of_many_gets_it(stem: Path) -> None:
     with ThreadPoolExecutor(16) as pool:
         for number in range(100):
             (claim,) = filter(None, pool.map(run, [number] * 16))
+            assert list(stem.parent.iterdir()) == [claim.path]
             claim.close()
 
 
@@ -173,8 +174,40 @@ def test_a_late_taker_of_an_old_claim_gives_way(stem: Path) -> None:
     assert there(stem).number == 3
 
 
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from fastbyol.fleet.claim import Owner, acquire
+left = int(sys.argv[2])
+def stop(event, arguments):
+    global left
+    left -= event in ("os.mkdir", "os.rename", "os.utime", "open", "fcntl.flock")
+    if left < 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+sys.addaudithook(stop)
+acquire(Path(sys.argv[1]), 0, Owner())
+left = 10**9
+print("alive")
+"""
+
+
+def test_killed_amid_claiming_a_process_is_dead_at_once(stem: Path) -> None:
+    """At each of its calls for files: nobody waits for a worker that never said who it is."""
+    for calls in range(100):
+        command = [sys.executable, "-c", KILLED, str(stem), str(calls)]
+        printed = subprocess.run(command, stdout=subprocess.PIPE, check=False).stdout
+        seen = newest(stem)
+        assert seen is None or Watch().is_dead(seen)
+        claim = taken(stem, seen.number if seen else 0)
+        assert list(stem.parent.iterdir()) == [claim.path]
+        claim.release()
+        if printed:
+            break
+    assert calls >= 4
+
+
 def test_a_claim_without_a_sign_is_dead_after_the_usual_time(stem: Path) -> None:
-    """Its owner was killed between making the folder and the file."""
+    """A version before this one made the folder first, and could be killed before the file."""
     (stem.parent / "seed0.claim.4").mkdir()
     watch = Watch()
     seen = newest(stem)
@@ -205,6 +238,8 @@ _JSON = (
 )  # fmt: skip
 
 
+@example("left_s", math.nan)
+@example("stale_s", math.nan)
 @settings(max_examples=100, deadline=None)
 @given(
     st.sampled_from(("host", "pid", "boot", "stale_s", "epoch", "step", "left_s", "ended")), _JSON
@@ -221,7 +256,7 @@ def test_a_sign_of_other_types_is_no_sign(name: str, value: object) -> None:
         assert seen is not None
         number = name in ("stale_s", "left_s")
         wanted = (int, float) if number else (type(whole.get(name, "")),)
-        is_sound = type(value) in wanted and (name != "stale_s" or abs(value) < math.inf)  # type: ignore[arg-type]
+        is_sound = type(value) in wanted and (not number or abs(value) < math.inf)  # type: ignore[arg-type]
         assert bool(seen.sign) == is_sound
         assert (seen.owner_name == "an unknown worker") == (not is_sound)
         assert Watch().is_dead(seen) in (True, False)

@@ -1,7 +1,7 @@
 """Twenty steps of training on a CPU, digested: views, networks, backward passes, optimizer and
 moving average, bit by bit.
 
-``python tests/engine/golden.py THREADS`` prints the digest of every case, one JSON object;
+``python tests/engine/golden.py THREADS [STEPS]`` prints the digest of every case, one JSON object;
 ``--write`` keeps them in golden.json under this machine's name, for one thread and for two: only
 where bits are meant to change, and why stands in CHANGELOG.md.
 """
@@ -101,11 +101,12 @@ if __name__ == "__main__":
     if sys.argv[1] == "--write":
         write()
     else:
-        torch.set_num_threads(int(sys.argv[1]))
+        threads, steps = map(int, (*sys.argv[1:], STEPS)[:2])
+        torch.set_num_threads(threads)
         print(
             json.dumps(
                 {
-                    f"{case} {precision}": digest(case, precision)
+                    f"{case} {precision}": digest(case, precision, steps)
                     for case in CASES
                     for precision in PRECISIONS
                 }

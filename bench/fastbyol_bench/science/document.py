@@ -27,7 +27,7 @@ from fastbyol.sweeps import markers, phase, results
 from fastbyol.sweeps.report import CSV
 from fastbyol.sweeps.results import Sweep
 from fastbyol_bench.readme import DOCS, filled, markdown
-from fastbyol_bench.science import KEPT, forks, marker_test
+from fastbyol_bench.science import KEPT, forks, marker_test, mechanism
 
 DOCUMENT = DOCS / "science.md"
 DIAGRAMS = ("fashion-mnist", "textures")
@@ -151,6 +151,31 @@ def epochs_of(sweep: Sweep) -> dict[str, dict[str, Any]]:
     return made
 
 
+def inside(seen: Sequence[Mapping[str, Any]]) -> str:
+    """Return the table of what was seen inside runs, at the checkpoints where they are collapsed.
+
+    The deepest is the one with the least spread of z.
+    """
+    lines = []
+    for run in seen:
+        states = {row["step"]: row for row in run["curves"] if row["state"] in IN_COLLAPSE}
+        looks = [look for look in run["looks"] if look["step"] in states]
+        deepest = min(looks, key=lambda look: look["spread"]["z"])
+        least = [f"{deepest['spread'][part]:.2g}" for part in ("layer2", "layer3", "layer4", "z")]
+        early = [look["gradient"]["early"] for look in looks]
+        spans = (
+            _span([row["early_rate"] for row in states.values()], 0),
+            _span([10_000 * row["early_move"] for row in states.values()], 1),
+            _span([own["signal"] / own["noise"] for own in early], 1),
+        )
+        ends = run["curves"][-1]["state"]
+        lines.append((run["data"], str(run["seed"]), ends, str(deepest["step"]), *least, *spans))
+    spreads = (f"spread after {part}" for part in ("layer2", "layer3", "layer4"))
+    gradient = ("early rate", "move, 1e-4", "early signal / noise")
+    heads = ("images", "seed", "ends", "deepest at step", *spreads, "of z", *gradient)
+    return markdown(heads, lines)
+
+
 def _in_words(scale: str) -> str:
     return scale.replace("+", " to ")
 
@@ -169,6 +194,8 @@ def blocks() -> dict[str, str]:
     }
     if forks.ROWS.exists():
         made["forks"] = endings(json.loads(forks.ROWS.read_text("utf-8")))
+    if mechanism.SEEN.exists():
+        made["mechanism"] = inside(json.loads(mechanism.SEEN.read_text("utf-8")))
     if marker_test.JUDGED.exists():
         judged = json.loads(marker_test.JUDGED.read_text("utf-8"))
         measured = json.loads(marker_test.MARKERS.read_text("utf-8"))

@@ -37,6 +37,7 @@ from fastbyol.runs.durable import write_text
 from fastbyol.runs.folder import CHECKPOINTS, CONFIG
 from fastbyol.runs.layers import read_layers
 from fastbyol.runs.metrics import read_metrics
+from fastbyol_bench.science import KEPT
 from fastbyol_bench.science.forks import EARLY, early_stage
 
 # The parts after which the spread is measured, by the names of the online network's modules.
@@ -51,6 +52,7 @@ STAGES = {
     "heads": ("projector", "predictor"),
 }
 BATCHES = 16
+SEEN = KEPT / "mechanism.json"
 
 
 class Gradient(NamedTuple):

@@ -14,15 +14,13 @@ import numpy as np
 from fastbyol.evaluation.collapse import COLLAPSED_ABOVE
 from fastbyol.show import figures
 from fastbyol.show.figures import BLUE, GREEN, INK, ORANGE, PURPLE, RED, SKY
-from fastbyol_bench.science import KEPT
 from fastbyol_bench.science.forks import FUTURES, ROWS
-from fastbyol_bench.science.mechanism import PARTS
+from fastbyol_bench.science.mechanism import PARTS, SEEN
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-MECHANISM = KEPT / "mechanism.json"
 COLOURS = (INK, BLUE, ORANGE, GREEN, RED, PURPLE, SKY)
 
 
@@ -45,7 +43,9 @@ def draw_futures(rows: Sequence[Mapping[str, Any]]) -> Figure:
 
 
 def draw_mechanism(runs: Sequence[Mapping[str, Any]]) -> Figure:
-    """Draw the same four panels of every run, a column a run."""
+    """Draw the same four panels of the first run on each data set, a column each."""
+    firsts = {run["data"]: run for run in reversed(runs)}
+    runs = [run for run in runs if run is firsts[run["data"]]]
     figure = figures.blank(4.2 * len(runs), 8.6)
     grid = figure.subplots(4, len(runs), sharex="col", sharey="row", squeeze=False)
     for column, run in enumerate(runs):
@@ -85,7 +85,7 @@ def _draw_gradients(axes: Axes, steps: Sequence[int], looks: Sequence[Mapping[st
 
 def main() -> None:
     """Draw what is kept."""
-    drawn = ((ROWS, draw_futures), (MECHANISM, draw_mechanism))
+    drawn = ((ROWS, draw_futures), (SEEN, draw_mechanism))
     for file, draw in drawn:
         if file.exists():
             with figures.settings():

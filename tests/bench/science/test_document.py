@@ -74,6 +74,31 @@ def test_scores_are_shown_beside_what_is_right_without_a_model() -> None:
     ]
 
 
+def test_inside_a_run_counts_what_is_collapsed() -> None:
+    """The deepest is the least spread of z among the looks in a collapse, not of all."""
+
+    def look(step: int, z: float, signal: float) -> dict[str, object]:
+        spread = {"layer2": 0.5, "layer3": 0.04, "layer4": 0.0021, "z": z}
+        return {
+            "step": step, "spread": spread, "gradient": {"early": {"signal": signal, "noise": 2.0}}
+        }  # fmt: skip
+
+    def curve(step: int, state: str, rate: float) -> dict[str, object]:
+        return {"step": step, "state": state, "early_rate": rate, "early_move": rate / 1e5}
+
+    run = {
+        "data": "here", "seed": 3,
+        "curves": [curve(8, "collapsing", 99.0), curve(16, "collapsed", 12.4),
+                   curve(24, "collapsed", 30.0), curve(32, "recovering", 1.0)],
+        "looks": [look(8, 1e-5, 9.0), look(16, 0.003, 1.0), look(24, 0.002, 5.0),
+                  look(32, 0.1, 7.0)],
+    }  # fmt: skip
+    assert document.inside([run]).splitlines()[2:] == [
+        "| here | 3 | recovering | 24 | 0.5 | 0.04 | 0.0021 | 0.002 | 12 to 30 | 1.2 to 3.0 "
+        "| 0.5 to 2.5 |"
+    ]
+
+
 def test_the_document_has_the_tables_of_what_is_kept() -> None:
     text = document.DOCUMENT.read_text("utf-8")
     assert document.fresh(text) == text

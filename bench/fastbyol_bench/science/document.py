@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
+import numpy as np
 import typer
 
 from fastbyol.config import IN_COLLAPSE
@@ -78,17 +79,22 @@ def diagram(name: str) -> str:
 
 
 def endings(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Return the table of futures: who left, after how long, and with what accuracy."""
+    """Return the table of futures: who left, after how long, for how long, with what accuracy."""
     lines = []
     for name in forks.FUTURES:
         own = [row for row in rows if row["future"] == name]
-        took = [row["left_at"] - row["step"] for row in own if row["left_at"] is not None]
+        left = [row for row in own if row["left_at"] is not None]
+        took = [row["left_at"] - row["step"] for row in left]
+        relapsed = sum(row["state"] in IN_COLLAPSE for row in left)
         ends = [row["state"] for row in own]
         states = ", ".join(f"{ends.count(state)} {state}" for state in sorted(set(ends)))
         cosines, accuracies = ([row["neg_cos"][-1] for row in own], [r["accuracy"] for r in own])
-        left = f"{len(took)} of {len(own)}"
-        lines.append((name, left, _span(took, 0), states, _span(cosines, 2), _span(accuracies, 0)))
-    heads = ("leave", "steps from the fork", "at the end", "negative cosine", "accuracy, %")
+        counts = (f"{len(left)} of {len(own)}", _span(took, 0), f"{relapsed} of {len(left)}")
+        lines.append((name, *counts, states, _span(cosines, 2), _span(accuracies, 0)))
+    heads = (
+        "leave", "steps from the fork", "relapse", "at the end", "cosine of negative pairs",
+        "accuracy, %",
+    )  # fmt: skip
     return markdown(("future", *heads), lines)
 
 
@@ -154,26 +160,41 @@ def epochs_of(sweep: Sweep) -> dict[str, dict[str, Any]]:
 def inside(seen: Sequence[Mapping[str, Any]]) -> str:
     """Return the table of what was seen inside runs, at the checkpoints where they are collapsed.
 
-    The deepest is the one with the least spread of z.
+    The deepest is the one with the least spread of z. A line below has the correlations of the
+    logarithms of this spread and of the early gradient's signal / noise.
     """
     lines = []
+    pairs: dict[str, list[tuple[float, float]]] = {}
     for run in seen:
         states = {row["step"]: row for row in run["curves"] if row["state"] in IN_COLLAPSE}
         looks = [look for look in run["looks"] if look["step"] in states]
         deepest = min(looks, key=lambda look: look["spread"]["z"])
         least = [f"{deepest['spread'][part]:.2g}" for part in ("layer2", "layer3", "layer4", "z")]
         early = [look["gradient"]["early"] for look in looks]
+        clear = [own["signal"] / own["noise"] for own in early]
         spans = (
             _span([row["early_rate"] for row in states.values()], 0),
             _span([10_000 * row["early_move"] for row in states.values()], 1),
-            _span([own["signal"] / own["noise"] for own in early], 1),
+            _span(clear, 1),
         )
         ends = run["curves"][-1]["state"]
         lines.append((run["data"], str(run["seed"]), ends, str(deepest["step"]), *least, *spans))
+        spread = [look["spread"]["z"] for look in looks]
+        pairs.setdefault(run["data"], []).extend(zip(spread, clear, strict=True))
+    pairs = {"all": [pair for own in pairs.values() for pair in own], **pairs}
+    of = ", ".join(f"{_log_correlation(own):.2f} on {data}" for data, own in pairs.items())
     spreads = (f"spread after {part}" for part in ("layer2", "layer3", "layer4"))
     gradient = ("early rate", "move, 1e-4", "early signal / noise")
     heads = ("images", "seed", "ends", "deepest at step", *spreads, "of z", *gradient)
-    return markdown(heads, lines)
+    return (
+        f"{markdown(heads, lines)}\n\nThe logarithms of the spread of z and of signal / noise "
+        f"correlate over these {len(pairs['all'])} checkpoints: {of}."
+    )
+
+
+def _log_correlation(pairs: Sequence[tuple[float, float]]) -> float:
+    """Return Pearson's correlation of the logarithms of both columns."""
+    return float(np.corrcoef(np.log(np.array(pairs)).T)[0, 1])
 
 
 def _in_words(scale: str) -> str:
@@ -193,7 +214,9 @@ def blocks() -> dict[str, str]:
         f"{file.parent.name} counts": counts(file.parent.name) for file in KEPT.glob(f"*/{EPOCHS}")
     }
     if forks.ROWS.exists():
-        made["forks"] = endings(json.loads(forks.ROWS.read_text("utf-8")))
+        rows = json.loads(forks.ROWS.read_text("utf-8"))
+        for moment in forks.MOMENTS:
+            made[f"forks {moment}"] = endings([row for row in rows if row["moment"] == moment])
     if mechanism.SEEN.exists():
         made["mechanism"] = inside(json.loads(mechanism.SEEN.read_text("utf-8")))
     if marker_test.JUDGED.exists():

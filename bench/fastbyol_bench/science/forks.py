@@ -8,8 +8,8 @@ The parents are the appendix's run of LARS at .2 on Fashion-MNIST, a seed each:
     fastbyol ablate run gn-lars-0.2 --seeds 7 --out FOLDER/parents --set probe.every_epochs=0
       --set train.epochs=16 --set run.layers_every_steps=1 --set run.keep_checkpoints=20
 
-The first five seeds that collapse are forked, each at its deepest collapse, where an epoch's
-negative cosine is highest.
+The first five seeds that collapse are forked, each at two moments: at its deepest collapse, where
+an epoch's negative cosine is highest, and at the end of the first epoch that is collapsed.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import typer
@@ -49,6 +49,7 @@ FUTURES: Mapping[str, Mapping[str, Any]] = {
     "early-only": {"optim.lars_on": list(EARLY)},
 }
 PARENTS = 5
+MOMENTS = ("deepest", "first")
 
 
 def parents(folder: Path) -> list[Path]:
@@ -60,7 +61,7 @@ def parents(folder: Path) -> list[Path]:
     for run in runs:
         if not is_finished(read_events(run), config_io.read_run(run / CONFIG).train.epochs):
             raise FastbyolError(f"{run}: is not finished: see the head of {__name__}")
-    collapsed = [run for run in runs if _is_collapsed(run, deepest(run))]
+    collapsed = [run for run in runs if _is_collapsed(run, moment_of(run, "deepest"))]
     if not collapsed:
         raise FastbyolError(f"{folder}: no parents: see the head of {__name__}")
     return collapsed[:PARENTS]
@@ -71,10 +72,12 @@ def _is_collapsed(run: Path, step: int) -> bool:
     return any(event["step"] == step and event["state"] in IN_COLLAPSE for event in ended)
 
 
-def deepest(run: Path) -> int:
-    """Return the step at which the epoch of the highest negative cosine ended."""
+def moment_of(run: Path, moment: str) -> int:
+    """Return the step at which ``run`` is forked, the end of an epoch, for one of ``MOMENTS``."""
     epochs = [event for event in read_events(run) if event["event"] == "epoch"]
-    return int(max(epochs, key=lambda event: event["neg_cos"])["step"])
+    if moment == "deepest":
+        return int(max(epochs, key=lambda event: event["neg_cos"])["step"])
+    return next(int(event["step"]) for event in epochs if event["state"] in IN_COLLAPSE)
 
 
 def left_at(run: Path, after: int) -> int | None:
@@ -110,8 +113,8 @@ def early_stage(
     return norms, norms["weight_norm"] > 0
 
 
-def changes(name: str, run: Path, runs: list[Path]) -> dict[str, Any]:
-    """Return the settings of the future ``name`` of ``run``, one of ``runs``.
+def changes(name: str, run: Path, step: int, runs: list[Path]) -> dict[str, Any]:
+    """Return the settings of the future ``name`` of ``run``, one of ``runs``, from ``step`` on.
 
     Mean rates are those of the same run, from the fork to where it leaves the collapse or ends. The
     replayed ones are the next seed's, at the same steps.
@@ -121,7 +124,6 @@ def changes(name: str, run: Path, runs: list[Path]) -> dict[str, Any]:
         other = runs[(runs.index(run) + 1) % len(runs)]
         settings["optim.replay_rates"] = str(other.resolve())
     if name == "sgd-mean-rates":
-        step = deepest(run)
         end = left_at(run, step) or len(read_metrics(run)[0])
         rates = mean_rates(run, step, end)
         # The weight decay stays LARS's: the rate alone is in question.
@@ -129,20 +131,34 @@ def changes(name: str, run: Path, runs: list[Path]) -> dict[str, Any]:
     return settings
 
 
-def work(job: tuple[str, Path, Path, list[Path]]) -> str:
+class Job(NamedTuple):
+    """A future to be trained: its name, its parent, one of ``runs``, the step, and its folder."""
+
+    name: str
+    run: Path
+    step: int
+    out: Path
+    runs: list[Path]
+
+
+def work(job: Job) -> str:
     """Train one future; return its folder."""
-    name, run, folder, runs = job
-    sets = [
-        f"{key}={config_io.toml_value(value)}" for key, value in changes(name, run, runs).items()
-    ]
-    out = folder / name / run.name
-    return api.fork(run, deepest(run), sets, out=out).run
+    made = changes(job.name, job.run, job.step, job.runs)
+    sets = [f"{key}={config_io.toml_value(value)}" for key, value in made.items()]
+    return api.fork(job.run, job.step, sets, out=job.out).run
 
 
-def jobs(folder: Path) -> Iterator[tuple[str, Path, Path, list[Path]]]:
-    """Yield every future that is to be trained of every parent, a first parent's futures first."""
-    runs, names = parents(folder), [name for name in FUTURES if name != "lars"]
-    yield from ((name, run, folder / "futures", runs) for run in runs for name in names)
+def jobs(folder: Path, moment: str) -> Iterator[Job]:
+    """Yield every future of every parent at ``moment``, a first parent's futures first.
+
+    That of LARS has no folder of its own: it is the parent.
+    """
+    runs = parents(folder)
+    for run in runs:
+        step = moment_of(run, moment)
+        for name in FUTURES:
+            out = run if name == "lars" else folder / "futures" / name / f"{run.name}@{step}"
+            yield Job(name, run, step, out, runs)
 
 
 def measured(run: Path, step: int) -> dict[str, Any]:
@@ -173,23 +189,24 @@ Folder = Annotated[Path, typer.Argument(metavar="FOLDER")]
 @app.command()
 def train(folder: Folder, processes: Annotated[int, typer.Option(min=1)] = 2) -> None:
     """Train all futures that FOLDER lacks."""
+    every = (job for moment in MOMENTS for job in jobs(folder, moment) if job.out != job.run)
+    todo = {job.out: job for job in every}  # a run's two moments may be one
     pool = ProcessPoolExecutor(processes, mp_context=get_context("spawn"))
     with pool:
-        for out in pool.map(work, jobs(folder)):
+        for out in pool.map(work, todo.values()):
             typer.echo(out)
 
 
 @app.command()
 def collect(folder: Folder) -> None:
     """Write what became of every future."""
-    rows = []
-    for run in parents(folder):
-        for name in FUTURES:
-            path = run if name == "lars" else folder / "futures" / name / run.name
-            step = deepest(run)
-            if (path / CONFIG).exists():
-                about = {"future": name, "parent": run.name, "step": step}
-                rows.append(about | measured(path, step))
+    rows = [
+        {"future": job.name, "parent": job.run.name, "moment": moment, "step": job.step}
+        | measured(job.out, job.step)
+        for moment in MOMENTS
+        for job in jobs(folder, moment)
+        if (job.out / CONFIG).exists()
+    ]
     KEPT.mkdir(parents=True, exist_ok=True)
     write_text(ROWS, json.dumps(rows, indent=1) + "\n")
 

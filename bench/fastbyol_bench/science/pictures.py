@@ -21,11 +21,15 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+STYLES = {"deepest": "-", "first": "--"}
 COLOURS = (INK, BLUE, ORANGE, GREEN, RED, PURPLE, SKY)
 
 
 def draw_futures(rows: Sequence[Mapping[str, Any]]) -> Figure:
-    """Draw 1 - the cosine of negative pairs from the fork on: a panel a future, a line a seed."""
+    """Draw 1 - the cosine of negative pairs from the fork on: a panel a future, a line a seed.
+
+    Solid are the networks forked at their deepest collapse, dashed those at the first.
+    """
     figure = figures.blank(9.0, 4.4)
     panels = figure.subplots(2, 3, sharex=True, sharey=True).flat
     for name, axes, colour in zip(FUTURES, panels, COLOURS, strict=False):
@@ -33,7 +37,8 @@ def draw_futures(rows: Sequence[Mapping[str, Any]]) -> Figure:
             epochs = np.arange(1, len(row["neg_cos"]) + 1)
             per_epoch = row["steps"] / len(epochs)
             since = epochs * per_epoch - row["step"]
-            axes.semilogy(since, 1 - np.array(row["neg_cos"]), color=colour, lw=0.9)
+            distance, style = 1 - np.array(row["neg_cos"]), STYLES[row["moment"]]
+            axes.semilogy(since, distance, color=colour, lw=0.9, ls=style)
         axes.axvline(0, color=INK, lw=0.5, ls=":")
         axes.axhline(1 - COLLAPSED_ABOVE, color=INK, lw=0.5, ls=":")
         axes.set_title(name, fontsize=8.5)

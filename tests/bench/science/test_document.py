@@ -93,10 +93,13 @@ def test_inside_a_run_counts_what_is_collapsed() -> None:
         "looks": [look(8, 1e-5, 9.0), look(16, 0.003, 1.0), look(24, 0.002, 5.0),
                   look(32, 0.1, 7.0)],
     }  # fmt: skip
-    assert document.inside([run]).splitlines()[2:] == [
+    table, correlation = document.inside([run]).split("\n\n")
+    assert table.splitlines()[2:] == [
         "| here | 3 | recovering | 24 | 0.5 | 0.04 | 0.0021 | 0.002 | 12 to 30 | 1.2 to 3.0 "
         "| 0.5 to 2.5 |"
     ]
+    # Two points lie on a line, downwards.
+    assert correlation.endswith("these 2 checkpoints: -1.00 on all, -1.00 on here.")
 
 
 def test_the_document_has_the_tables_of_what_is_kept() -> None:

@@ -13,6 +13,7 @@ from fastbyol.errors import FastbyolError
 from fastbyol.runs.folder import CONFIG
 from fastbyol.runs.layers import read_layers
 from fastbyol_bench.science import document, forks
+from fastbyol_bench.science.forks import FUTURES
 from tiny import COLLAPSING, STEPS_PER_EPOCH, beton_files, tiny_config
 
 
@@ -36,7 +37,7 @@ def written(run: Path, cosines: list[float], changes: dict[int, tuple[str, str]]
 def test_the_deepest_collapse_and_the_way_out(tmp_path: Path) -> None:
     changes = {20: ("collapsing", "collapsed"), 50: ("collapsed", "recovering")}
     run = written(tmp_path / "run", [0.9, 0.995, 0.999, 0.998, 0.96], changes)
-    assert forks.deepest(run) == 30
+    assert [forks.moment_of(run, moment) for moment in forks.MOMENTS] == [30, 20]
     assert forks.left_at(run, 30) == 50
     assert forks.left_at(run, 50) is None
     relapsed = changes | {40: ("collapsed", "recovering"), 60: ("recovering", "collapsed")}
@@ -56,28 +57,31 @@ def test_every_future_changes_what_its_name_says(
     monkeypatch.setattr(forks, "_is_collapsed", lambda run, step: True)
     runs = forks.parents(tmp_path)
     assert [run.name for run in runs] == ["seed0", "seed1"]
-    monkeypatch.setattr(forks, "deepest", lambda run: STEPS_PER_EPOCH)
+    monkeypatch.setattr(forks, "moment_of", lambda run, moment: STEPS_PER_EPOCH)
     layers = read_layers(runs[0])
     rates = layers.values[STEPS_PER_EPOCH:, :, layers.metrics.index("rate")].astype(np.float64)
-    made = forks.changes("sgd-mean-rates", runs[0], runs)
+    made = forks.changes("sgd-mean-rates", runs[0], STEPS_PER_EPOCH, runs)
     assert dict(made["optim.lr_mult"]) == pytest.approx(
         dict(zip(layers.names, rates.mean(0), strict=True))
     )
-    replayed = forks.changes("replayed", runs[1], runs)
+    replayed = forks.changes("replayed", runs[1], STEPS_PER_EPOCH, runs)
     assert replayed == {"optim.replay_rates": str(runs[0].resolve())}
-    assert forks.changes("lars", runs[0], runs) == {}
-    jobs = list(forks.jobs(tmp_path))
-    assert [run for _, run, *_ in jobs] == [runs[0]] * 5 + [runs[1]] * 5
+    assert forks.changes("lars", runs[0], STEPS_PER_EPOCH, runs) == {}
+    jobs = list(forks.jobs(tmp_path, "first"))
+    assert [(job.name, job.run) for job in jobs] == [
+        (name, run) for run in runs for name in FUTURES
+    ]
+    assert jobs[0].out == runs[0]
     # Each is a fork that trains: what the names of the settings are, nobody else checks.
-    for job in jobs[:5]:
+    for job in jobs[1:6]:
         config = config_io.read_run(Path(forks.work(job)) / CONFIG)
-        if job[0] == "capped":
+        if job.name == "capped":
             assert config.optim.rate_cap == 0.8
-        if job[0] == "sgd-x10":
+        if job.name == "sgd-x10":
             assert config.optim.lr_mult == (("encoder.layer1", 10.0), ("encoder.layer2", 10.0))
-        if job[0] == "early-only":
+        if job.name == "early-only":
             assert config.optim.lars_on == ("encoder.layer1", "encoder.layer2")
-        assert config.optim.name == ("sgd" if job[0].startswith("sgd") else "lars")
+        assert config.optim.name == ("sgd" if job.name.startswith("sgd") else "lars")
 
 
 def test_parents_are_the_first_that_collapse(tmp_path: Path) -> None:
@@ -103,7 +107,7 @@ def test_parents_that_are_not_there_or_not_finished_are_refused(tmp_path: Path) 
 def test_the_table_counts_who_left() -> None:
     ends = (
         ("lars", 400, "recovering", 0.7, 60.4),
-        ("lars", 250, "healthy", 0.25, 55.0),
+        ("lars", 250, "collapsed", 0.991, 55.0),
         ("capped", None, "collapsed", 0.9996, 11.0),
     )
     rows = [
@@ -114,7 +118,10 @@ def test_the_table_counts_who_left() -> None:
         for name, left, state, cosine, accuracy in ends
     ]  # fmt: skip
     lines = document.endings(rows).splitlines()
-    told = "| lars | 2 of 2 | 150 to 300 | 1 healthy, 1 recovering | 0.25 to 0.70 | 55 to 60 |"
-    assert lines[2] == told
-    assert "| capped | 0 of 1 |  | 1 collapsed | 1.00 to 1.00 | 11 to 11 |" in lines
-    assert "| replayed | 0 of 0 |  |  |  |  |" in lines
+    expected = (
+        "| lars | 2 of 2 | 150 to 300 | 1 of 2 | 1 collapsed, 1 recovering "
+        "| 0.70 to 0.99 | 55 to 60 |"
+    )
+    assert lines[2] == expected
+    assert "| capped | 0 of 1 |  | 0 of 0 | 1 collapsed | 1.00 to 1.00 | 11 to 11 |" in lines
+    assert "| replayed | 0 of 0 |  | 0 of 0 |  |  |  |" in lines

@@ -17,8 +17,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
-import numpy as np
 import typer
+from scipy.stats import spearmanr
 
 from fastbyol.config import IN_COLLAPSE
 from fastbyol.data.embedded import BUILT_IN
@@ -160,8 +160,8 @@ def epochs_of(sweep: Sweep) -> dict[str, dict[str, Any]]:
 def inside(seen: Sequence[Mapping[str, Any]]) -> str:
     """Return the table of what was seen inside runs, at the checkpoints where they are collapsed.
 
-    The deepest is the one with the least spread of z. A line below has the correlations of the
-    logarithms of this spread and of the early gradient's signal / noise.
+    The deepest is the one with the least spread of z. A line below has the rank correlations
+    of this spread and the early gradient's signal / noise.
     """
     lines = []
     pairs: dict[str, list[tuple[float, float]]] = {}
@@ -178,23 +178,25 @@ def inside(seen: Sequence[Mapping[str, Any]]) -> str:
             _span(clear, 1),
         )
         ends = run["curves"][-1]["state"]
-        lines.append((run["data"], str(run["seed"]), ends, str(deepest["step"]), *least, *spans))
+        about = (run["data"], f"{run['lr']:g}", str(run["seed"]), ends, str(deepest["step"]))
+        lines.append((*about, *least, *spans))
         spread = [look["spread"]["z"] for look in looks]
-        pairs.setdefault(run["data"], []).extend(zip(spread, clear, strict=True))
+        group = f"{run['data']} at {run['lr']:g}"
+        pairs.setdefault(group, []).extend(zip(spread, clear, strict=True))
     pairs = {"all": [pair for own in pairs.values() for pair in own], **pairs}
-    of = ", ".join(f"{_log_correlation(own):.2f} on {data}" for data, own in pairs.items())
+    of = ", ".join(f"{_rank_correlation(own):.2f} on {group}" for group, own in pairs.items())
     spreads = (f"spread after {part}" for part in ("layer2", "layer3", "layer4"))
     gradient = ("early rate", "move, 1e-4", "early signal / noise")
-    heads = ("images", "seed", "ends", "deepest at step", *spreads, "of z", *gradient)
+    heads = ("images", "LARS", "seed", "ends", "deepest at step", *spreads, "of z", *gradient)
     return (
-        f"{markdown(heads, lines)}\n\nThe logarithms of the spread of z and of signal / noise "
-        f"correlate over these {len(pairs['all'])} checkpoints: {of}."
+        f"{markdown(heads, lines)}\n\nOver these {len(pairs['all'])} checkpoints the ranks "
+        f"of the spread of z and of signal / noise correlate: {of}."
     )
 
 
-def _log_correlation(pairs: Sequence[tuple[float, float]]) -> float:
-    """Return Pearson's correlation of the logarithms of both columns."""
-    return float(np.corrcoef(np.log(np.array(pairs)).T)[0, 1])
+def _rank_correlation(pairs: Sequence[tuple[float, float]]) -> float:
+    """Return Spearman's correlation of both columns."""
+    return float(spearmanr(*zip(*pairs, strict=True)).statistic)
 
 
 def _in_words(scale: str) -> str:

@@ -48,9 +48,8 @@ def draw_futures(rows: Sequence[Mapping[str, Any]]) -> Figure:
 
 
 def draw_mechanism(runs: Sequence[Mapping[str, Any]]) -> Figure:
-    """Draw the same four panels of the first run on each data set, a column each."""
-    firsts = {run["data"]: run for run in reversed(runs)}
-    runs = [run for run in runs if run is firsts[run["data"]]]
+    """Draw the same four panels of the first run of each data set and rate, a column each."""
+    runs = list({(run["data"], run["lr"]): run for run in reversed(runs)}.values())[::-1]
     figure = figures.blank(4.2 * len(runs), 8.6)
     grid = figure.subplots(4, len(runs), sharex="col", sharey="row", squeeze=False)
     for column, run in enumerate(runs):

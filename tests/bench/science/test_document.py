@@ -87,7 +87,7 @@ def test_inside_a_run_counts_what_is_collapsed() -> None:
         return {"step": step, "state": state, "early_rate": rate, "early_move": rate / 1e5}
 
     run = {
-        "data": "here", "seed": 3,
+        "data": "here", "lr": 0.2, "seed": 3,
         "curves": [curve(8, "collapsing", 99.0), curve(16, "collapsed", 12.4),
                    curve(24, "collapsed", 30.0), curve(32, "recovering", 1.0)],
         "looks": [look(8, 1e-5, 9.0), look(16, 0.003, 1.0), look(24, 0.002, 5.0),
@@ -95,11 +95,11 @@ def test_inside_a_run_counts_what_is_collapsed() -> None:
     }  # fmt: skip
     table, correlation = document.inside([run]).split("\n\n")
     assert table.splitlines()[2:] == [
-        "| here | 3 | recovering | 24 | 0.5 | 0.04 | 0.0021 | 0.002 | 12 to 30 | 1.2 to 3.0 "
+        "| here | 0.2 | 3 | recovering | 24 | 0.5 | 0.04 | 0.0021 | 0.002 | 12 to 30 | 1.2 to 3.0 "
         "| 0.5 to 2.5 |"
     ]
-    # Two points lie on a line, downwards.
-    assert correlation.endswith("these 2 checkpoints: -1.00 on all, -1.00 on here.")
+    assert correlation.startswith("Over these 2 checkpoints")
+    assert correlation.endswith("-1.00 on all, -1.00 on here at 0.2.")
 
 
 def test_the_document_has_the_tables_of_what_is_kept() -> None:

@@ -14,7 +14,6 @@ an epoch's negative cosine is highest, and at the end of the first epoch that is
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -32,7 +31,7 @@ from fastbyol.runs.durable import write_text
 from fastbyol.runs.folder import CONFIG
 from fastbyol.runs.layers import Layers, read_layers
 from fastbyol.runs.metrics import is_finished, read_events, read_metrics
-from fastbyol_bench.science import KEPT
+from fastbyol_bench.science import KEPT, lines
 
 ROWS = KEPT / "forks.json"
 # SGD's learning rate and decay in the appendix's arm gn-sgd-mlp-none at batches of 32.
@@ -208,7 +207,7 @@ def collect(folder: Folder) -> None:
         if (job.out / CONFIG).exists()
     ]
     KEPT.mkdir(parents=True, exist_ok=True)
-    write_text(ROWS, json.dumps(rows, indent=1) + "\n")
+    write_text(ROWS, lines(rows))
 
 
 if __name__ == "__main__":

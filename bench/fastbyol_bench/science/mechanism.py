@@ -8,7 +8,6 @@ network, and the signal and noise of the gradient. Letters: K batches, P element
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -37,7 +36,7 @@ from fastbyol.runs.durable import write_text
 from fastbyol.runs.folder import CHECKPOINTS, CONFIG
 from fastbyol.runs.layers import read_layers
 from fastbyol.runs.metrics import read_metrics
-from fastbyol_bench.science import KEPT
+from fastbyol_bench.science import KEPT, lines
 from fastbyol_bench.science.forks import EARLY, early_stage
 
 # The parts after which the spread is measured, by the names of the online network's modules.
@@ -219,7 +218,7 @@ def main(
         looks = [look(run, file, batches) for file in files]
         seen.append(about | {"curves": curves(run), "looks": looks})
     out.parent.mkdir(parents=True, exist_ok=True)
-    write_text(out, json.dumps(seen, indent=1) + "\n")
+    write_text(out, lines(seen))
 
 
 if __name__ == "__main__":

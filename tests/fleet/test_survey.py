@@ -262,7 +262,7 @@ def test_without_workers_nobody_knows_the_time_left(tmp_path: Path) -> None:
     st.lists(
         st.tuples(
             st.sampled_from(STATUSES), st.integers(0, 50), st.integers(0, 50),
-            st.none() | st.just(0.0) | st.floats(1e-3, 1e6),
+            st.none() | st.floats(0.0, 1e6),
         ),
         max_size=8,
     )
@@ -279,7 +279,9 @@ def test_the_time_left_is_never_less_than_the_first_needs_nor_negative(
     working = [each for each in working if each.epochs > each.epochs_done]
     assert (left_s is None) == (not working)
     if left_s is not None:
-        assert left_s >= min(each.left_s for each in working if each.left_s) * (1 - 1e-9)
+        least = min(each.left_s for each in working if each.left_s)
+        # Of runs that need 1e-305 s and less a sum of paces is infinite.
+        assert left_s >= least * (1 - 1e-9) - 1e-300
 
 
 def test_a_look_writes_nothing(tmp_path: Path) -> None:

@@ -101,14 +101,11 @@ def endings(rows: Sequence[Mapping[str, Any]]) -> str:
 def scores(judged: Mapping[str, Any]) -> str:
     """Return the table of markers: area under the curve, right answers, Brier score."""
     by_marker = judged["scores"]
-    groups = list(next(iter(by_marker.values())))
-    rows = [
-        (name, *(_score(by_group[group]) for group in groups))
-        for name, by_group in by_marker.items()
-    ]
-    most = (f"{next(iter(by_marker.values()))[group]['most']:.0%}" for group in groups)
+    first = next(iter(by_marker.values()))
+    rows = [(name, *(_score(own[group]) for group in first)) for name, own in by_marker.items()]
+    most = (f"{own['most']:.0%}" for own in first.values())
     rows.append(("always the more frequent end", *most))
-    return markdown(("known beside the rate", *groups), rows)
+    return markdown(("known beside the rate", *first), rows)
 
 
 def _score(own: Mapping[str, Any]) -> str:

@@ -218,10 +218,11 @@ def of_step(state: TrainState, config: Config, batch: int, architecture: int) ->
 
 
 class Operation(NamedTuple):
-    """The calls of one of our operations in a compiled region, and their nodes."""
+    """The calls of one of our operations in a compiled region, their nodes and bytes moved."""
 
     calls: int
     nodes: Counter[Node]
+    num_bytes: int = 0
 
 
 def of_operations(region: fx.Graph, architecture: int) -> dict[str, Operation]:
@@ -231,22 +232,37 @@ def of_operations(region: fx.Graph, architecture: int) -> dict[str, Operation]:
     """
     operations: dict[str, Operation] = {}
     for node in region.nodes:
-        if not (
-            isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == "fastbyol"
-        ):
+        mutates = node.target is torch.ops.higher_order.auto_functionalized_v2
+        target = node.args[0] if mutates else node.target
+        if not isinstance(target, torch._ops.OpOverload) or target.namespace != "fastbyol":
             continue
         # These are never written, so they need no memory.
         args, kwargs = tree_map_only(
             fx.Node, lambda n: tree_map_only(Tensor, _like, n.meta["val"]), (node.args, node.kwargs)
         )
+        if mutates:
+            args, kwargs = (), _mutated(target, kwargs)
         with recording(architecture) as ours, NodeCounter() as counter:
-            node.target(*args, **kwargs)
-        name = str(node.target).rsplit(".", 1)[0]
+            target(*args, **kwargs)
+        name = str(target).rsplit(".", 1)[0]
         before = operations.get(name, Operation(0, Counter()))
         operations[name] = Operation(
-            before.calls + 1, before.nodes + counter.nodes + _launched(ours)
+            before.calls + 1,
+            before.nodes + counter.nodes + _launched(ours),
+            before.num_bytes + sum(launch.num_bytes for launch in ours),
         )
     return operations
+
+
+def _mutated(target: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments of an operation that mutates some, which the graph has as bases."""
+    bases = kwargs["_all_bases"]
+    names = {argument.name for argument in target._schema.arguments}
+    plain = {name: value for name, value in kwargs.items() if name in names}
+    of_bases = {name: kwargs.get(f"_{name}_base_index") for name in names - plain.keys()}
+    return plain | {
+        name: None if index is None else bases[index] for name, index in of_bases.items()
+    }
 
 
 def _like(tensor: Tensor) -> Tensor:

@@ -69,7 +69,7 @@ ASSUMPTIONS = (
     "cuBLAS add is not known here",
     "one node per ATen operation: a workspace's memset is not seen",
     "GB as Inductor counts them (kernel_num_gb), overlap_gb of them read by windows that overlap "
-    "(max pool)",
+    "(max pool); ours_gb: every tensor of a Triton kernel of ours read or written once a launch",
     "graphs traced on the CPU, then lowered for fake tensors of a mocked H100; nothing was run",
 )
 
@@ -92,11 +92,13 @@ class Region(Frozen):
     """A compiled region: Inductor's kernels by kind, and foreign calls by name.
 
     ``atomic`` launches add atomically: with any of them a step's bits vary from run to run.
+    ``ours_gb`` are moved by our Triton kernels.
     """
 
     launches: NonNegativeInt
     atomic: NonNegativeInt
     gb: NonNegativeFloat
+    ours_gb: NonNegativeFloat
     overlap_gb: NonNegativeFloat
     kinds: dict[str, Kind]
     external: dict[str, External]
@@ -111,15 +113,16 @@ class Region(Frozen):
 class Recipe(Frozen):
     """One step: ``launches`` and ``gb`` of Inductor's kernels, ``nodes`` of the whole graph.
 
-    ``launches`` and ``gb`` leave out cuDNN, cuBLAS and our Triton kernels; ``nodes`` counts
-    everything. ``kinds`` splits the nodes by kind. ``outside`` counts those outside the compiled
-    regions by the function that launches them and by operation or kernel, ``ours`` our Triton
-    launches inside them by module and kernel.
+    ``launches`` and ``gb`` leave out cuDNN, cuBLAS and our Triton kernels; ``ours_gb`` are those of
+    our kernels in the compiled regions; ``nodes`` counts everything. ``kinds`` splits the nodes by
+    kind. ``outside`` counts those outside the compiled regions by the function that launches them
+    and by operation or kernel, ``ours`` our Triton launches inside them by module and kernel.
     """
 
     sets: tuple[str, ...]
     launches: NonNegativeInt
     gb: NonNegativeFloat
+    ours_gb: NonNegativeFloat
     overlap_gb: NonNegativeFloat
     nodes: NonNegativeInt
     kinds: dict[str, NonNegativeInt]
@@ -133,6 +136,7 @@ class Recipe(Frozen):
         regions = (self.forward, self.backward)
         _check("launches", self.launches, sum(region.launches for region in regions))
         _check("gb", self.gb, sum(region.gb for region in regions))
+        _check("ours_gb", self.ours_gb, sum(region.ours_gb for region in regions))
         _check("overlap_gb", self.overlap_gb, sum(region.overlap_gb for region in regions))
         _check("nodes", self.nodes, sum(self.kinds.values()))
         external = sum(other.nodes for region in regions for other in region.external.values())
@@ -152,7 +156,7 @@ class Versions(Frozen):
 class Lowered(Frozen):
     """The content of ``bench/results/lowered.json``; ``sources`` is its code's ``fingerprint``."""
 
-    schema_: Literal["fastbyol-lowered/1"] = Field("fastbyol-lowered/1", alias="schema")
+    schema_: Literal["fastbyol-lowered/2"] = Field("fastbyol-lowered/2", alias="schema")
     device: str
     batch: PositiveInt
     size: PositiveInt
@@ -317,6 +321,7 @@ def _recipe(
         sets=sets,
         launches=sum(region.launches for region in regions),
         gb=_gb(region.gb for region in regions),
+        ours_gb=_gb(region.ours_gb for region in regions),
         overlap_gb=_gb(region.overlap_gb for region in regions),
         nodes=kinds.total(),
         kinds=dict(sorted(kinds.items())),
@@ -348,6 +353,7 @@ def _region(text: str, overlap_gb: float, operations: Mapping[str, Operation]) -
         launches=len(code.kernels),
         atomic=sum(kernel.atomic for kernel in code.kernels),
         gb=_gb(kind.gb for kind in kinds.values()),
+        ours_gb=_gb(operation.num_bytes / 1e9 for operation in operations.values()),
         overlap_gb=_gb([overlap_gb]),
         kinds=kinds,
         external=dict(sorted(external.items())),
@@ -372,12 +378,14 @@ def _by_origin(nodes: Counter[Node]) -> dict[str, dict[str, int]]:
 def table(lowered: Lowered) -> str:
     """Return the totals as text, a line per recipe."""
     lines = [
-        f"{'':8}{'launches':>9}{'GB':>8}{'forward':>9}{'GB':>8}{'backward':>9}{'GB':>8}{'nodes':>7}"
+        f"{'':8}{'launches':>9}{'GB':>8}{'ours':>8}{'forward':>9}{'GB':>8}{'ours':>8}"
+        f"{'backward':>9}{'GB':>8}{'ours':>8}{'nodes':>7}"
     ]
     for name in METHODS:
         recipe: Recipe = getattr(lowered, name)
         cells = [
-            f"{part.launches:9}{part.gb:8.3f}" for part in (recipe, recipe.forward, recipe.backward)
+            f"{part.launches:9}{part.gb:8.3f}{part.ours_gb:8.3f}"
+            for part in (recipe, recipe.forward, recipe.backward)
         ]
         lines.append(f"{name:8}{''.join(cells)}{recipe.nodes:7}")
     return "\n".join(lines)

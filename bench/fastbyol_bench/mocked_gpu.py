@@ -118,6 +118,7 @@ def graphs_of(run: Callable[[Any], object]) -> tuple[Graph, Graph]:
         bw_compiler=keep(backward=True),
         partition_fn=_partition,
         decompositions=select_decomp_table(),
+        keep_inference_input_mutations=True,
     )
     # The backward graph is compiled now, not at the first backward pass.
     now = torch._functorch.config.patch(

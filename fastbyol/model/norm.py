@@ -17,6 +17,7 @@ from fastbyol.errors import check_choice
 from fastbyol_kernels import dispatch
 from fastbyol_kernels.batch_norm import Gather, add_and_relu, batch_norm, moments
 from fastbyol_kernels.group_norm import EPS, group_norm
+from fastbyol_kernels.max_pool import max_pool
 
 BATCH_NORM_EPS = 1e-5  # both are torch's defaults
 BATCH_NORM_MOMENTUM = 0.1
@@ -47,8 +48,13 @@ class BatchNorm(nn.Module):
         self.register_buffer("running_var", torch.ones(num_features))
         self.register_buffer("num_batches_tracked", torch.zeros((), dtype=torch.int64))
 
-    def forward(self, x: Tensor, residual: Tensor | None = None, *, relu: bool = False) -> Tensor:
-        """Return relu(batch norm of ``x`` + ``residual``) in one operation; both are optional."""
+    def forward(
+        self, x: Tensor, residual: Tensor | None = None, *, relu: bool = False, pool: bool = False
+    ) -> Tensor:
+        """Return relu(batch norm of ``x`` + ``residual``) in one operation; both are optional.
+
+        With ``pool``, which excludes a residual, return ``max_pool`` of that.
+        """
         if not self.training:
             y = F.batch_norm(
                 x,
@@ -60,13 +66,14 @@ class BatchNorm(nn.Module):
                 0.0,
                 BATCH_NORM_EPS,
             )
-            return add_and_relu(y, residual, relu)
+            y = add_and_relu(y, residual, relu)
+            return max_pool(y, kernels=self.kernels) if pool else y
         _check_views(x, self.num_views)
-        self.num_batches_tracked.add_(self.num_views)
         return batch_norm(
             x, self.weight, self.bias, self.running_mean, self.running_var, self.num_views,
             momentum=BATCH_NORM_MOMENTUM, eps=BATCH_NORM_EPS, residual=residual, relu=relu,
-            kernels=self.kernels, gather=self.gather,
+            pool=pool, num_batches_tracked=self.num_batches_tracked, kernels=self.kernels,
+            gather=self.gather,
         )  # fmt: skip
 
     def extra_repr(self) -> str:
@@ -179,6 +186,14 @@ def norm_relu(norm: nn.Module, x: Tensor, residual: Tensor | None = None) -> Ten
         y: Tensor = norm(x, residual, relu=True)
         return y
     return add_and_relu(norm(x), residual, relu=True)
+
+
+def norm_relu_pool(norm: nn.Module, x: Tensor, kernels: str) -> Tensor:
+    """Return ``max_pool`` on ``kernels`` of ``norm_relu``, in one operation for batch norm."""
+    if isinstance(norm, BatchNorm):
+        y: Tensor = norm(x, relu=True, pool=True)
+        return y
+    return max_pool(norm_relu(norm, x), kernels=kernels)
 
 
 @runtime_checkable

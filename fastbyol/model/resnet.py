@@ -12,9 +12,8 @@ from torch import Tensor, nn
 from fastbyol.config import ModelConfig
 from fastbyol.errors import check_choice
 from fastbyol.model.convolution import convolve
-from fastbyol.model.norm import make_norm, norm_relu
+from fastbyol.model.norm import make_norm, norm_relu, norm_relu_pool
 from fastbyol.model.standardizing import Standardizing
-from fastbyol_kernels.max_pool import max_pool
 
 BLOCKS_PER_STAGE = (2, 2, 2, 2)
 STEMS = ("torchvision", "small")  # small is the CIFAR form: 3x3, stride 1, no pooling
@@ -104,9 +103,8 @@ class ResNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.contiguous(memory_format=torch.channels_last)
-        x = norm_relu(self.bn1, self.conv1(x))
-        if self.pools:
-            x = max_pool(x, kernels=self.kernels)
+        x = self.conv1(x)
+        x = norm_relu_pool(self.bn1, x, self.kernels) if self.pools else norm_relu(self.bn1, x)
         for stage in range(len(BLOCKS_PER_STAGE)):
             x = self.get_submodule(f"layer{stage + 1}")(x)
         return x.mean(

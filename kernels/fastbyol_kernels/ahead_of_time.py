@@ -29,12 +29,14 @@ class Launch:
     """A launch of a Triton kernel.
 
     ``compiled`` is Triton's compiled kernel, with ``asm["ptx"]``, ``metadata`` and ``src``.
-    Launches of the same code have the same one.
+    Launches of the same code have the same one. ``num_bytes`` are those of all tensors that it has:
+    what it moves if it reads or writes each once.
     """
 
     function: JITFunction
     grid: tuple[int, int, int]
     compiled: Any
+    num_bytes: int = 0
 
     @property
     def name(self) -> str:
@@ -143,7 +145,9 @@ def recording(architecture: int) -> Iterator[list[Launch]]:
         compiled = run(self, *args, grid=grid, warmup=True, **kwargs)
         if not warmup:
             x, y, z = (*grid, 1, 1)[:3]
-            launches.append(Launch(self, (x, y, z), compiled))
+            tensors = {id(arg): arg for arg in args if isinstance(arg, torch.Tensor)}
+            num_bytes = sum(tensor.nbytes for tensor in tensors.values())
+            launches.append(Launch(self, (x, y, z), compiled, num_bytes))
         return compiled
 
     with (

@@ -83,6 +83,7 @@ def test_the_fingerprint_is_of_what_the_code_does(sources: Path) -> None:
     [
         (("bn", "launches"), 1, "launches is 1"),
         (("bn", "forward", "gb"), 99.0, "gb is 99"),
+        (("bn", "backward", "ours_gb"), 99.0, "ours_gb is"),
         (("bn", "kinds", "copies"), 9999, "nodes is"),
         (("gn_ws", "outside", "autograd", "add_"), 71, "nodes is"),
         (("batch",), 0, "batch"),
@@ -106,7 +107,8 @@ def test_a_missing_file_says_what_writes_it(tmp_path: Path) -> None:
 
 def test_code_and_nodes_are_put_together() -> None:
     """Combine TEXT's three kernels (1 GB), four convolutions and a product with our kernels."""
-    ours = Operation(1, Counter({Node(OURS, "norm", "kernel"): 2, Node(COPY, "norm", "clone"): 1}))
+    nodes = Counter({Node(OURS, "norm", "kernel"): 2, Node(COPY, "norm", "clone"): 1})
+    ours = Operation(1, nodes, 250_000_000)
     outside = Counter({Node(ADD, "autograd", "add_"): 5})
     recipe = lowered._recipe(
         (),
@@ -115,6 +117,7 @@ def test_code_and_nodes_are_put_together() -> None:
         outside,
     )
     assert (recipe.launches, recipe.gb, recipe.overlap_gb) == (3, 1.0, 0.125)
+    assert (recipe.ours_gb, recipe.forward.ours_gb, recipe.backward.ours_gb) == (0.25, 0.25, 0.0)
     assert recipe.kinds == {
         "Inductor's kernels": 3, "convolutions": 4, "matrix products": 1, "our Triton kernels": 2,
         "copies": 1, "adds": 5

@@ -1,4 +1,4 @@
-"""Max pooling on a CPU against torch's: outputs bit for bit, gradients within rounding."""
+"""Max pooling's kernels against torch's: outputs bit for bit, gradients within rounding."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
 from fastbyol_kernels import max_pool as ops
 from fastbyol_kernels.max_pool.cpu import CpuMaxPool
+from fastbyol_kernels.max_pool.triton import triton_max_pool
 
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -27,18 +28,18 @@ def activations(
 
 
 def both(
-    x: Tensor, dy: Tensor | None = None
+    x: Tensor, dy: Tensor | None = None, own: str = "cpu"
 ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """Return output and gradient of the compiled code, and of torch in float64."""
+    """Return output and gradient of the kernels ``own``, and of torch in float64."""
     results = []
-    for kernels in ("cpu", "reference"):
+    for kernels in (own, "reference"):
         leaf = (
-            (x if kernels == "cpu" else x.double())
+            (x if kernels == own else x.double())
             .clone(memory_format=torch.preserve_format)
             .requires_grad_()
         )
         y = ops.max_pool(leaf, kernels=kernels)
-        dy = activations(tuple(y.shape), x.dtype, seed=1) if dy is None else dy
+        dy = activations(tuple(y.shape), x.dtype, seed=1).to(x.device) if dy is None else dy
         (dx,) = torch.autograd.grad(y, leaf, dy.to(y.dtype))
         assert y.dtype == dx.dtype == leaf.dtype
         results.append((y.detach().to(x.dtype), dx))
@@ -50,15 +51,18 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
     return bool(((a == b) & (a.signbit() == b.signbit()) | a.isnan() & b.isnan()).all())
 
 
-def check(x: Tensor) -> None:
+def check(x: Tensor, kernels: str = "cpu") -> None:
     """Compare within the roundings of a pixel's at most four windows.
 
-    These are three sums in fp32, in any order, then one rounding to the dtype.
+    These are three sums in fp32, in any order, then one rounding to the dtype, where Triton's
+    interpreter truncates.
     """
-    (y, dx), (expected, gradient) = both(x)
+    (y, dx), (expected, gradient) = both(x, own=kernels)
     assert same_bits(y, expected)
-    size = both(x, activations(tuple(y.shape), x.dtype, seed=1).abs())[1][1]
-    rounding = 0.0 if x.dtype == torch.float32 else torch.finfo(x.dtype).eps / 2
+    absolute = activations(tuple(y.shape), x.dtype, seed=1).abs().to(x.device)
+    size = both(x, absolute, own=kernels)[1][1]
+    rounding = 0.0 if x.dtype == torch.float32 else torch.finfo(x.dtype).eps
+    rounding /= 1 if kernels == "triton" and not x.is_cuda else 2
     assert bool(
         ((dx.double() - gradient).abs() <= 3 * 2.0**-24 * size + rounding * gradient.abs()).all()
     )
@@ -142,3 +146,54 @@ def test_compiled_code_keeps_torchs_operation() -> None:
     x = activations((4, 16, 9, 9), torch.float32)
     run = torch.compile(ops.max_pool, backend="aot_eager", fullgraph=True)
     assert torch.equal(run(x), F.max_pool2d(x, 3, 2, 1))
+
+
+# Triton's kernels alone.
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("nan_filled")
+@settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    shape=st.tuples(st.integers(1, 3), st.integers(1, 70), st.integers(1, 9), st.integers(1, 9)),
+    dtype=st.sampled_from(DTYPES),
+    odd=st.sampled_from([None, torch.nan, torch.inf, -torch.inf, -0.0]),
+    seed=st.integers(0, 1000),
+)
+def test_triton_is_torchs_at_any_shape(
+    shape: tuple[int, int, int, int],
+    dtype: torch.dtype,
+    odd: float | None,
+    seed: int,
+    device: torch.device,
+) -> None:
+    x = activations(shape, dtype, seed=seed, whole=True)
+    if odd is not None:
+        where = torch.rand(shape, generator=torch.Generator().manual_seed(seed)) < 0.3
+        x = torch.where(where, odd, x).contiguous(memory_format=torch.channels_last)
+    check(x.to(device), "triton")
+
+
+@pytest.mark.gpu
+def test_triton_repeats_its_bits_and_compiles(device: torch.device) -> None:
+    x = activations((3, 24, 8, 8), torch.bfloat16).to(device)
+    dy = torch.ones(()).expand(3, 24, 4, 4).to(device, torch.bfloat16)
+    first, again = (both(x, dy, own="triton")[0] for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    run = torch.compile(
+        lambda x: ops.max_pool(x, kernels="triton"), backend="aot_eager", fullgraph=True
+    )
+    leaf = x.clone(memory_format=torch.preserve_format).requires_grad_()
+    y = run(leaf)
+    assert torch.equal(y, first[0])
+    assert torch.equal(torch.autograd.grad(y, leaf, dy)[0], first[1])
+
+
+@pytest.mark.gpu
+# opcheck itself looks at the .grad of tensors that are no leaves.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+def test_opcheck(device: torch.device) -> None:
+    x = activations((2, 6, 5, 4), torch.float32).to(device).requires_grad_()
+    torch.library.opcheck(torch.ops.fastbyol.max_pool, (x,))
+    y, taps = triton_max_pool(x.detach())
+    torch.library.opcheck(torch.ops.fastbyol.max_pool_backward, (y, taps, 5, 4))

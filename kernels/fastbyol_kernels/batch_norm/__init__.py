@@ -1,4 +1,4 @@
-"""Batch norm in training mode with statistics per view: torch's, or fused passes on a CPU."""
+"""Batch norm in training mode with statistics per view: torch's, or fused passes of our own."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from fastbyol_kernels.batch_norm.reference import (
     moments,
     reference,
 )
+from fastbyol_kernels.batch_norm.triton import TritonBatchNorm
 from fastbyol_kernels.dispatch import dispatch, is_activation
+from fastbyol_kernels.max_pool import max_pool
 
 __all__ = ["Gather", "add_and_relu", "batch_norm", "merge_moments", "moments", "reference"]
 
@@ -29,6 +31,8 @@ def batch_norm(
     eps: float,
     residual: Tensor | None = None,
     relu: bool = False,
+    pool: bool = False,
+    num_batches_tracked: Tensor | None = None,
     kernels: str = "auto",
     gather: Gather | None = None,
 ) -> Tensor:
@@ -37,33 +41,47 @@ def batch_norm(
     ``x`` is (N, C, H, W) or (N, C). Each of its ``num_views`` equal consecutive chunks is
     normalised by its own statistics, and each updates the running buffers (C,) in place.
     ``residual`` has x's shape and dtype. ``weight``, ``bias`` (C,) and the running buffers have the
-    dtype of the statistics: fp64 for fp64 ``x``, else fp32. Returns x's shape, dtype and memory
-    format. Differentiable once in x, weight, bias and residual.
+    dtype of the statistics: fp64 for fp64 ``x``, else fp32. ``num_batches_tracked``, 0-d int64,
+    grows by ``num_views``. Returns x's shape, dtype and memory format, or ``max_pool`` of that with
+    ``pool``, which excludes a residual. Differentiable once in x, weight, bias and residual.
 
     ``gather`` stacks a tensor of every rank that has a part of the batch, in their order and the
     same on all; the statistics are then those of the whole batch, in the running buffers, too. It
     is called once forward and once backward. Gradients of weight and bias stay a rank's own.
 
-    ``kernels``: "auto" and "cpu" run compiled code on bf16 or fp32 x (N, C, H, W) in channels-last
-    memory on a CPU. Other inputs, operations that do not run eagerly (``dispatch.at_once``),
-    "reference" and "triton" (there are no Triton kernels) run torch's batch norm. Raises
+    ``kernels`` is one of ``dispatch.BACKENDS``. The kernels run on bf16 or fp32 x (N, C, H, W) in
+    channels-last memory, Triton's also on contiguous (N, C). torch's batch norm runs on other
+    inputs, and on a CPU also where operations do not run eagerly (``dispatch.at_once``). Raises
     ValueError, naming the argument, for a wrong shape or dtype.
     """
-    _check(x, weight, bias, running_mean, running_var, num_views, residual, gather)
+    _check(x, weight, bias, running_mean, running_var, num_views, residual, pool, gather)
     affine = (weight, bias, running_mean, running_var)
-    backend = dispatch(kernels, "x", x, *affine, residual, has=("cpu",))
-    if backend != "cpu" or not _is_compiled_for(x, affine):
-        return reference(
+    backend = dispatch(kernels, "x", x, *affine, residual)
+    if backend != "reference" and not _has_kernels(x, affine, flat=backend == "triton"):
+        backend = "reference"
+    if backend != "reference" and residual is not None:
+        residual = residual.contiguous(
+            memory_format=torch.channels_last if x.ndim == 4 else torch.contiguous_format
+        )
+    y: Tensor
+    if backend == "triton":
+        y = TritonBatchNorm.apply(
+            x, *affine, num_batches_tracked, num_views, momentum, eps, residual, relu, pool, gather
+        )
+        return y
+    if num_batches_tracked is not None:
+        num_batches_tracked.add_(num_views)
+    if backend == "cpu":
+        # Imported here because it loads numba, which a GPU run does not need.
+        from fastbyol_kernels.batch_norm.cpu import FusedBatchNorm
+
+        y = FusedBatchNorm.apply(x, *affine, num_views, momentum, eps, residual, relu, gather)
+    else:
+        y = reference(
             x, *affine, num_views, momentum=momentum, eps=eps, residual=residual, relu=relu,
             gather=gather,
         )  # fmt: skip
-    # Imported here because it loads numba, which a GPU run does not need.
-    from fastbyol_kernels.batch_norm.cpu import FusedBatchNorm
-
-    if residual is not None:
-        residual = residual.contiguous(memory_format=torch.channels_last)
-    y: Tensor = FusedBatchNorm.apply(x, *affine, num_views, momentum, eps, residual, relu, gather)
-    return y
+    return max_pool(y, kernels=kernels) if pool else y
 
 
 def _check(
@@ -74,6 +92,7 @@ def _check(
     running_var: Tensor,
     num_views: int,
     residual: Tensor | None,
+    pool: bool,
     gather: Gather | None,
 ) -> None:
     if x.ndim not in (2, 4):
@@ -102,7 +121,11 @@ def _check(
             f"residual must be as x, {tuple(x.shape)} {x.dtype}, not {tuple(residual.shape)} "
             f"{residual.dtype}"
         )
+    if pool and (x.ndim != 4 or residual is not None):
+        raise ValueError("pool needs x (N, C, H, W) and no residual")
 
 
-def _is_compiled_for(x: Tensor, affine: tuple[Tensor, ...]) -> bool:
-    return is_activation(x) and all(t.dtype == torch.float32 and t.is_contiguous() for t in affine)
+def _has_kernels(x: Tensor, affine: tuple[Tensor, ...], *, flat: bool = False) -> bool:
+    """Tell whether kernels run on these; ``flat`` says that they also run on x (N, C)."""
+    fits = is_activation(x if x.ndim == 4 or not flat else x[:, :, None, None])
+    return fits and all(t.dtype == torch.float32 and t.is_contiguous() for t in affine)

@@ -155,7 +155,7 @@ for _ in range(2):
     y.meta["val"] = x.meta["val"]
 z = graph.call_function(torch.ops.aten.neg.default, (y,))
 graph.output((z, None))
-for name, (calls, nodes) in graph_nodes.of_operations(graph, 90).items():
+for name, (calls, nodes, _) in graph_nodes.of_operations(graph, 90).items():
     print(name, calls, sorted((node.kind, node.name, count) for node, count in nodes.items()))
 """
 

@@ -1,7 +1,7 @@
 """All standardized weights of a network, computed in one launch at the start of a step.
 
 The layers (``model.standardizing``) take views of one flat copy, in the products' dtype. Their
-gradients gather in a second flat buffer, which another launch maps to the parameters' gradient.
+gradients are copied to a second flat buffer, which another launch maps to the parameters' gradient.
 """
 
 from __future__ import annotations
@@ -80,8 +80,6 @@ class _Group:
         standardize_rows(
             self.copy, self.means, self.stds, self.flat, self.table, kernels=self.kernels
         )
-        if self.gradient is not None:
-            self.gradient.zero_()
 
     @torch.no_grad()
     def write_gradient(self, out: Tensor) -> None:
@@ -99,10 +97,16 @@ class _Group:
 
 @dataclass(frozen=True)
 class StandardizedWeights:
-    """The standardized weights of both networks; ``gradient`` is the arena's."""
+    """The standardized weights of both networks, and the loss's gradient by all weights.
+
+    ``leaves`` are the tensors that get a gradient, parameters or standardized weights; the
+    ``.grad`` of each is a view of a flat buffer. ``gradient`` is the arena's, ``one`` a 0-d 1.
+    """
 
     groups: tuple[_Group, ...]
+    leaves: tuple[Tensor, ...]
     gradient: Tensor
+    one: Tensor
 
     @staticmethod
     def of(
@@ -112,19 +116,24 @@ class StandardizedWeights:
 
         Linear layers run in the parameters' dtype: a second launch where the two differ.
         """
-        if kernels == "reference":  # each layer standardizes its own weights in plain torch
-            return StandardizedWeights((), arena.gradient)
         nets = ((online, arena.online, True), (target, arena.target, False))
-        groups = (
+        groups = tuple(
             group
             for net, flat, trained in nets
             for group in _groups(net, arena, flat, dtype, kernels, trained=trained)
+            if kernels != "reference"  # there each layer standardizes its own weights
         )
-        return StandardizedWeights(tuple(groups), arena.gradient)
+        lent = {
+            layer.weight: weight
+            for group in groups
+            for layer, weight in zip(group.layers, group.weights, strict=True)
+        }
+        leaves = tuple(lent.get(parameter, parameter) for parameter in online.parameters())
+        return StandardizedWeights(groups, leaves, arena.gradient, arena.gradient.new_ones(()))
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
-        """Compute the weights and lend them to the layers inside; then write ``gradient``.
+        """Compute the weights and lend them to the layers inside.
 
         Outside, each layer standardizes its own weight.
         """
@@ -135,6 +144,20 @@ class StandardizedWeights:
             yield
         finally:
             self._lend(False)
+
+    def differentiate(self, loss: Tensor) -> None:
+        """Write the gradient of ``loss``, 0-d, to ``gradient``; zeros where it has none.
+
+        The loss must have been computed inside ``in_use``.
+        """
+        gradients = torch.autograd.grad(loss, self.leaves, self.one, materialize_grads=True)
+        with torch.no_grad():
+            for dtype in dict.fromkeys(gradient.dtype for gradient in gradients):
+                own = [i for i, gradient in enumerate(gradients) if gradient.dtype == dtype]
+                # Copied once, where AccumulateGrad would add each to zeros in a launch of its own.
+                torch._foreach_copy_(
+                    [_home(self.leaves[i]) for i in own], [gradients[i] for i in own]
+                )
         for group in self.groups:
             group.write_gradient(self.gradient)
 
@@ -166,3 +189,9 @@ def _groups(
             kernels,
             trained=trained,
         )
+
+
+def _home(leaf: Tensor) -> Tensor:
+    """Return the part of a flat buffer that holds the gradient of ``leaf``."""
+    assert leaf.grad is not None
+    return leaf.grad

@@ -314,13 +314,12 @@ def train_step(state: TrainState, views: Tensor, forward: Forward = forward) -> 
     recipe, arena = state.recipe, state.arena
     lr, tau = schedule.at(state.lr, state.step), schedule.at(state.tau, state.step)
     batch = as_batch(views, recipe.views_dtype, 2 if state.exchange is None else 1)
-    arena.gradient.zero_()
     statistics = state.statistics()
     with state.standardized.in_use():
         loss, observed, keys = forward(
             state.online, state.target, batch, recipe.objective, state.queue
         )
-        torch.autograd.backward(loss)
+    state.standardized.differentiate(loss)
     with torch.no_grad():
         loss, after = loss.detach(), state.statistics()
         if state.exchange is not None:

@@ -192,6 +192,45 @@ def test_weights_made_at_once_are_those_each_layer_makes(precision: str, kernels
     )
 
 
+@pytest.mark.parametrize("ws", [False, True])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_gradients_are_laid_out_as_the_flat_buffers_that_they_go_to(
+    monkeypatch: pytest.MonkeyPatch, precision: str, ws: bool
+) -> None:
+    """Equal strides, and one dtype on each side, are what torch copies in a few launches on a GPU;
+    it copies all others one by one (foreach_tensor_copy_list_kernel_cuda_ of ATen).
+    """
+    copy, numbers = torch._foreach_copy_, list[int]()
+
+    def watched(into: list[Tensor], gradients: list[Tensor]) -> None:
+        assert [t.stride() for t in into] == [t.stride() for t in gradients]
+        assert len({(a.dtype, b.dtype) for a, b in zip(into, gradients, strict=True)}) == 1
+        numbers.append(len(into))
+        copy(into, gradients)
+
+    monkeypatch.setattr(torch, "_foreach_copy_", watched)
+    kernels = "triton" if DEVICE == "cuda" else "cpu"
+    state = TrainState.create(
+        config("gn", ws, "blog", precision, kernels), steps_per_epoch=2, device=DEVICE
+    )
+    train_step(state, some_views(0, batch=2, size=16))
+    assert sum(numbers) == len(state.segment_names)
+    assert len(numbers) <= 2
+
+
+def test_what_the_loss_does_not_depend_on_has_a_gradient_of_zeros() -> None:
+    """Whatever the buffer held before: nothing else clears it."""
+    state = TrainState.create(
+        config("gn", True, "sgd", "fp32", KERNELS[-1]), steps_per_epoch=2, device=DEVICE
+    )
+    state.arena.gradient.fill_(7.0)
+    with state.standardized.in_use():
+        loss = state.online(some_views(0, batch=2, size=8).flatten(0, 1)).z.square().sum()
+    state.standardized.differentiate(loss)
+    for name, part in state.arena.named(state.arena.gradient).items():
+        assert bool(part.count_nonzero()) == (not name.startswith("predictor")), name
+
+
 def test_kernels_that_are_not_there_are_refused_in_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fastbyol_kernels.dispatch.TRITON_ON_CPU", False)
     with pytest.raises(

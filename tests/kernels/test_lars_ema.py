@@ -519,6 +519,29 @@ def test_a_norm_that_overflows_over_chunks_moves_nothing(device: torch.device) -
     assert not layers[:, 2:].any()
 
 
+@pytest.mark.parametrize("kernels", ["reference", "auto", "triton"])
+@pytest.mark.parametrize("ema_first", [False, True])
+@pytest.mark.parametrize("rule", RULES)
+def test_the_sign_of_a_zero_gradient_dies_in_the_momentum(
+    device: torch.device, rule: Rule, ema_first: bool, kernels: str
+) -> None:
+    """From a momentum of zeros, of either sign of w, with and without decay: no bit depends on it.
+
+    The backward pass leaves zeros of both signs, and ``torch.autograd.grad`` does not add them to a
+    zero, as ``backward`` does.
+    """
+    runs = [problem(device), problem(device)]
+    for p, zero in zip(runs, (0.0, -0.0), strict=True):
+        for gradient in p.table.split(p.buffers[1]):
+            gradient[::2] = zero
+        p.buffers[2].zero_()
+    for _ in range(3):
+        layers = [p.step(rule, ema_first=ema_first, kernels=kernels) for p in runs]
+        assert torch.equal(*(t.view(torch.int32) for t in layers))
+        for index in (0, 2, 3):
+            assert torch.equal(*(p.buffers[index].view(torch.int32) for p in runs))
+
+
 @pytest.mark.parametrize("rule", RULES)
 def test_two_runs_agree_bit_for_bit(device: torch.device, rule: Rule) -> None:
     runs = [problem(device), problem(device)]

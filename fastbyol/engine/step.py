@@ -24,7 +24,7 @@ from fastbyol.config import Config, Resolved
 from fastbyol.engine.device import dtype_of
 from fastbyol.engine.exchange import Exchange, Layout
 from fastbyol.engine.ranks import Alone, Ranks, gather_of, shares
-from fastbyol.engine.standardized_weights import StandardizedWeights
+from fastbyol.engine.working_weights import WorkingWeights
 from fastbyol.errors import UsageError
 from fastbyol.model.byol import NUM_VIEWS, Online, Target, draw_networks
 from fastbyol.model.norm import share_statistics, use_kernels
@@ -108,7 +108,8 @@ class TrainState:
     Both networks over the arena's buffers and ``step``, 0-d int64. ``lr`` and ``tau`` are tables
     over steps, ``rate_override`` replaces LARS's rates, ``kernels`` is triton, cpu or reference.
     ``queue`` (K, D) holds the contrastive loss's negatives, past target projections as unit
-    vectors, at first random ones. ``exchange`` is None unless there are several ranks.
+    vectors, at first random ones. ``exchange`` is None unless there are several ranks. Whoever
+    writes parameters other than by a step or ``load_tensors`` calls ``weights.renew`` after it.
     """
 
     online: Online
@@ -118,7 +119,7 @@ class TrainState:
     lr: Tensor
     tau: Tensor
     recipe: Recipe
-    standardized: StandardizedWeights
+    weights: WorkingWeights
     kernels: str
     rate_override: RateOverride | None = None
     queue: Tensor | None = None
@@ -183,7 +184,7 @@ class TrainState:
         step = torch.zeros((), dtype=torch.int64, device=device)
         lr, tau = (table.to(device, dtype) for table in tables)
         recipe = Recipe.of(config, share)
-        standardized = StandardizedWeights.of(online, target, arena, recipe.views_dtype, kernels)
+        weights = WorkingWeights.of(online, target, arena, recipe.views_dtype, kernels)
         rate_override = RateOverride.of(optim, arena.table)
         queue = unit(keys.to(dtype)).to(device) if num_keys else None
         return TrainState(
@@ -194,7 +195,7 @@ class TrainState:
             lr,
             tau,
             recipe,
-            standardized,
+            weights,
             kernels,
             rate_override,
             queue,
@@ -267,6 +268,7 @@ class TrainState:
                 )
         for name, tensor in own.items():
             tensor.copy_(tensors[name])
+        self.weights.renew()
 
 
 Forward = Callable[
@@ -315,11 +317,11 @@ def train_step(state: TrainState, views: Tensor, forward: Forward = forward) -> 
     lr, tau = schedule.at(state.lr, state.step), schedule.at(state.tau, state.step)
     batch = as_batch(views, recipe.views_dtype, 2 if state.exchange is None else 1)
     statistics = state.statistics()
-    with state.standardized.in_use():
+    with state.weights.in_use():
         loss, observed, keys = forward(
             state.online, state.target, batch, recipe.objective, state.queue
         )
-    state.standardized.differentiate(loss)
+    state.weights.differentiate(loss)
     with torch.no_grad():
         loss, after = loss.detach(), state.statistics()
         if state.exchange is not None:
@@ -328,10 +330,11 @@ def train_step(state: TrainState, views: Tensor, forward: Forward = forward) -> 
         if state.rate_override is not None:
             state.rate_override.set(arena.online, arena.gradient, lr, state.step)
             table, factor = state.rate_override.table, state.rate_override.lr
+        online_copy, target_copy = state.weights.rounded_copies
         layers = lars_ema(
             arena.online, arena.gradient, arena.momentum, arena.target, table, factor, tau,
             rule=recipe.rule, eta=recipe.eta, mu=recipe.momentum, ema_first=recipe.ema_first,
-            kernels=state.kernels,
+            kernels=state.kernels, online_copy=online_copy, target_copy=target_copy,
         )  # fmt: skip
         # The optimizer skips a step whose gradient is not finite; norms and queue must forget it,
         # too.

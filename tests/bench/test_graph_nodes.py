@@ -110,7 +110,7 @@ def test_a_step_copies_gradients_at_once_and_statistics_one_by_one(norm: str) ->
     # Into their slices of the arena's gradient, 64 tensors a launch; nothing is added or zeroed.
     assert AUTOGRAD not in origins
     assert 64 < sum(1 for _ in state.online.parameters()) <= 128
-    copying = "fastbyol.engine.standardized_weights.StandardizedWeights.differentiate"
+    copying = "fastbyol.engine.working_weights.WorkingWeights.differentiate"
     assert origins[copying] == {"_foreach_copy_": 2}
     # Running mean and variance of every batch norm: 20 in an encoder with bn, and one in a head;
     # two encoders, three heads.
@@ -122,7 +122,7 @@ def test_a_step_copies_gradients_at_once_and_statistics_one_by_one(norm: str) ->
     assert origins["train_step"]["add_"] == 1  # of the step's number
 
 
-def test_standardized_weights_replace_their_parameters() -> None:
+def test_working_weights_replace_their_parameters() -> None:
     state = TrainState.create(
         load_config("blog", [*SMALL, "model.ws=true", "engine.kernels=reference"]),
         steps_per_epoch=2,

@@ -105,8 +105,8 @@ class Recipe:
 class TrainState:
     """Everything that training changes; floats are fp32, or fp64 under that precision.
 
-    Both networks over the arena's buffers and ``step``, 0-d int64. ``lr`` and ``tau`` are tables
-    over steps, ``statistics`` is the flat buffer of both networks' running statistics,
+    Both networks over the arena's buffers and ``step``, 0-d int64. ``rates`` (T, 2) holds lr
+    and tau of each step, ``statistics`` is the flat buffer of both networks' running statistics,
     ``rate_override`` replaces LARS's rates, ``kernels`` is triton, cpu or reference. ``queue``
     (K, D) holds the contrastive loss's negatives, past target projections as unit vectors, at first
     random ones. ``exchange`` is None unless there are several ranks. Whoever writes parameters
@@ -117,8 +117,7 @@ class TrainState:
     target: Target
     arena: Arena
     step: Tensor
-    lr: Tensor
-    tau: Tensor
+    rates: Tensor
     recipe: Recipe
     weights: WorkingWeights
     kernels: str
@@ -153,7 +152,7 @@ class TrainState:
             raise UsageError(f"engine.{error}") from None
         if device.type == "cuda" and config.train.precision == "fp32":
             exact_products()
-        tables = (
+        rates = schedule.joined(
             schedule.lr_table(
                 config.schedule, optim.lr, horizon_epochs=epochs, steps_per_epoch=steps_per_epoch
             ),
@@ -185,7 +184,6 @@ class TrainState:
                 for net in (online, target):
                     share_statistics(net, share.gather)
         step = torch.zeros((), dtype=torch.int64, device=device)
-        lr, tau = (table.to(device, dtype) for table in tables)
         recipe = Recipe.of(config, share)
         weights = WorkingWeights.of(online, target, arena, recipe.views_dtype, kernels)
         rate_override = RateOverride.of(optim, arena.table)
@@ -195,8 +193,7 @@ class TrainState:
             target,
             arena,
             step,
-            lr,
-            tau,
+            rates.to(device, dtype),
             recipe,
             weights,
             kernels,
@@ -205,6 +202,16 @@ class TrainState:
             queue,
             exchange,
         )
+
+    @property
+    def lr(self) -> Tensor:
+        """The learning rate of each step, (T,)."""
+        return self.rates[:, 0]
+
+    @property
+    def tau(self) -> Tensor:
+        """The moving average's coefficient of each step, (T,)."""
+        return self.rates[:, 1]
 
     @property
     def ranks(self) -> Ranks:
@@ -296,7 +303,8 @@ def train_step(state: TrainState, views: Tensor, forward: Forward = forward) -> 
     share. ``forward`` is this module's or a compiled form of it.
     """
     recipe, arena = state.recipe, state.arena
-    lr, tau = schedule.at(state.lr, state.step), schedule.at(state.tau, state.step)
+    rates = schedule.at(state.rates, state.step)
+    lr, tau = rates.unbind()
     batch = as_batch(views, recipe.views_dtype, 2 if state.exchange is None else 1)
     before = state.statistics.clone()
     with state.weights.in_use():
@@ -320,15 +328,16 @@ def train_step(state: TrainState, views: Tensor, forward: Forward = forward) -> 
         )  # fmt: skip
         # The optimizer skips a step whose gradient is not finite; norms and queue must forget it,
         # too.
-        taken = layers[:, 1].isfinite().all()
+        norms = layers[:, 1]
+        taken = (norms < torch.inf).all()
         torch.where(taken, after, before, out=state.statistics)
         if state.queue is not None and keys is not None:
             enqueue(state.queue, keys, state.step, taken)
         state.step.add_(1)
-        of_step = torch.stack(
-            (torch.linalg.vector_norm(arena.gradient), lr, tau, (~taken).to(lr.dtype))
-        )
-        values = torch.cat((loss.view(1), observed, of_step))
+        # The whole gradient's norm, on a GPU from the layers' norms, to read it no third time.
+        norm = torch.linalg.vector_norm(norms if state.kernels == "triton" else arena.gradient)
+        skipped = torch.logical_not(taken, out=torch.empty_like(norm))
+        values = torch.cat((loss.view(1), observed, norm.view(1), rates, skipped.view(1)))
     return StepMetrics(values.float(), layers.float())
 
 

@@ -10,7 +10,7 @@ DEMO := demo
 # In the order of their names: by default files with few tests come last, and these are the slowest.
 JOBS := 3
 PYTEST = $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder
-FLOOR := tests/kernels tests/engine/test_capture.py tests/engine/test_standardized_weights.py tests/engine/test_step.py \
+FLOOR := tests/kernels tests/engine/test_capture.py tests/engine/test_working_weights.py tests/engine/test_step.py \
   tests/bench/test_launches.py tests/bench/test_mocked_gpu.py tests/bench/test_kernel_times.py
 # The path from sources through betons and runs to accuracies. Only tests that compare with FFCV
 # itself are skipped.

@@ -24,7 +24,7 @@ from fastbyol.config import Config, Resolved
 from fastbyol.engine.device import dtype_of
 from fastbyol.engine.exchange import Exchange, Layout
 from fastbyol.engine.ranks import Alone, Ranks, gather_of, shares
-from fastbyol.engine.standardized_weights import StandardizedWeights
+from fastbyol.engine.working_weights import WorkingWeights
 from fastbyol.errors import UsageError
 from fastbyol.model.byol import NUM_VIEWS, Online, Target, draw_networks
 from fastbyol.model.norm import share_statistics, use_kernels
@@ -41,7 +41,7 @@ from fastbyol.model.objective import (
     unit,
 )
 from fastbyol.optim import schedule
-from fastbyol.optim.arena import Arena
+from fastbyol.optim.arena import Arena, adopt_statistics
 from fastbyol.optim.lars import rule_of, treatments
 from fastbyol.optim.rate_override import RateOverride
 from fastbyol.process import exact_products
@@ -105,21 +105,23 @@ class Recipe:
 class TrainState:
     """Everything that training changes; floats are fp32, or fp64 under that precision.
 
-    Both networks over the arena's buffers and ``step``, 0-d int64. ``lr`` and ``tau`` are tables
-    over steps, ``rate_override`` replaces LARS's rates, ``kernels`` is triton, cpu or reference.
-    ``queue`` (K, D) holds the contrastive loss's negatives, past target projections as unit
-    vectors, at first random ones. ``exchange`` is None unless there are several ranks.
+    Both networks over the arena's buffers and ``step``, 0-d int64. ``rates`` (T, 2) holds lr
+    and tau of each step, ``statistics`` is the flat buffer of both networks' running statistics,
+    ``rate_override`` replaces LARS's rates, ``kernels`` is triton, cpu or reference. ``queue``
+    (K, D) holds the contrastive loss's negatives, past target projections as unit vectors, at first
+    random ones. ``exchange`` is None unless there are several ranks. Whoever writes parameters
+    other than by a step or ``load_tensors`` calls ``weights.renew`` after it.
     """
 
     online: Online
     target: Target
     arena: Arena
     step: Tensor
-    lr: Tensor
-    tau: Tensor
+    rates: Tensor
     recipe: Recipe
-    standardized: StandardizedWeights
+    weights: WorkingWeights
     kernels: str
+    statistics: Tensor
     rate_override: RateOverride | None = None
     queue: Tensor | None = None
     exchange: Exchange | None = None
@@ -150,7 +152,7 @@ class TrainState:
             raise UsageError(f"engine.{error}") from None
         if device.type == "cuda" and config.train.precision == "fp32":
             exact_products()
-        tables = (
+        rates = schedule.joined(
             schedule.lr_table(
                 config.schedule, optim.lr, horizon_epochs=epochs, steps_per_epoch=steps_per_epoch
             ),
@@ -166,7 +168,8 @@ class TrainState:
         shapes = {name: p.shape for name, p in online.named_parameters()}
         ranks = Alone() if ranks is None else ranks
         share = None if ranks.count == 1 else share_of(config.train.batch_size, ranks)
-        layout = _layout(config, online, target, num_keys)
+        statistics = adopt_statistics(online, target)
+        layout = _layout(config, online, len(statistics), num_keys)
         arena = Arena.adopt(
             online,
             target,
@@ -181,9 +184,8 @@ class TrainState:
                 for net in (online, target):
                     share_statistics(net, share.gather)
         step = torch.zeros((), dtype=torch.int64, device=device)
-        lr, tau = (table.to(device, dtype) for table in tables)
         recipe = Recipe.of(config, share)
-        standardized = StandardizedWeights.of(online, target, arena, recipe.views_dtype, kernels)
+        weights = WorkingWeights.of(online, target, arena, recipe.views_dtype, kernels)
         rate_override = RateOverride.of(optim, arena.table)
         queue = unit(keys.to(dtype)).to(device) if num_keys else None
         return TrainState(
@@ -191,15 +193,25 @@ class TrainState:
             target,
             arena,
             step,
-            lr,
-            tau,
+            rates.to(device, dtype),
             recipe,
-            standardized,
+            weights,
             kernels,
+            statistics,
             rate_override,
             queue,
             exchange,
         )
+
+    @property
+    def lr(self) -> Tensor:
+        """The learning rate of each step, (T,)."""
+        return self.rates[:, 0]
+
+    @property
+    def tau(self) -> Tensor:
+        """The moving average's coefficient of each step, (T,)."""
+        return self.rates[:, 1]
 
     @property
     def ranks(self) -> Ranks:
@@ -225,28 +237,6 @@ class TrainState:
         return tensors | {"step": self.step} | ({} if self.queue is None else {"queue": self.queue})
 
     @torch.no_grad()
-    def statistics(self) -> Tensor:
-        """Copy both networks' running statistics into one flat tensor, empty if no norm has any."""
-        buffers = self._float_buffers()
-        return torch.cat([buffer.flatten() for buffer in buffers]) if buffers else self.lr[:0]
-
-    @torch.no_grad()
-    def restore_statistics(self, flat: Tensor) -> None:
-        """Write the tensor that ``statistics`` returned back into both networks."""
-        buffers = self._float_buffers()
-        parts = torch.split(flat, [buffer.numel() for buffer in buffers]) if buffers else ()
-        for buffer, part in zip(buffers, parts, strict=True):
-            buffer.copy_(part.view_as(buffer))
-
-    def _float_buffers(self) -> list[Tensor]:
-        return [
-            buffer
-            for net in (self.online, self.target)
-            for buffer in net.buffers()
-            if buffer.is_floating_point()
-        ]
-
-    @torch.no_grad()
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         """Copy in ``tensors``, those of an equally configured state.
 
@@ -267,6 +257,7 @@ class TrainState:
                 )
         for name, tensor in own.items():
             tensor.copy_(tensors[name])
+        self.weights.renew()
 
 
 Forward = Callable[
@@ -312,39 +303,41 @@ def train_step(state: TrainState, views: Tensor, forward: Forward = forward) -> 
     share. ``forward`` is this module's or a compiled form of it.
     """
     recipe, arena = state.recipe, state.arena
-    lr, tau = schedule.at(state.lr, state.step), schedule.at(state.tau, state.step)
+    rates = schedule.at(state.rates, state.step)
+    lr, tau = rates.unbind()
     batch = as_batch(views, recipe.views_dtype, 2 if state.exchange is None else 1)
-    arena.gradient.zero_()
-    statistics = state.statistics()
-    with state.standardized.in_use():
+    before = state.statistics.clone()
+    with state.weights.in_use():
         loss, observed, keys = forward(
             state.online, state.target, batch, recipe.objective, state.queue
         )
-        torch.autograd.backward(loss)
+    state.weights.differentiate(loss)
     with torch.no_grad():
-        loss, after = loss.detach(), state.statistics()
+        loss, after = loss.detach(), state.statistics
         if state.exchange is not None:
             loss, observed, after, keys = state.exchange.sum_(loss, observed, after, keys)
         table, factor = arena.table, lr
         if state.rate_override is not None:
             state.rate_override.set(arena.online, arena.gradient, lr, state.step)
             table, factor = state.rate_override.table, state.rate_override.lr
+        online_copy, target_copy = state.weights.rounded_copies
         layers = lars_ema(
             arena.online, arena.gradient, arena.momentum, arena.target, table, factor, tau,
             rule=recipe.rule, eta=recipe.eta, mu=recipe.momentum, ema_first=recipe.ema_first,
-            kernels=state.kernels,
+            kernels=state.kernels, online_copy=online_copy, target_copy=target_copy,
         )  # fmt: skip
         # The optimizer skips a step whose gradient is not finite; norms and queue must forget it,
         # too.
-        taken = layers[:, 1].isfinite().all()
-        state.restore_statistics(torch.where(taken, after, statistics))
+        norms = layers[:, 1]
+        taken = (norms < torch.inf).all()
+        torch.where(taken, after, before, out=state.statistics)
         if state.queue is not None and keys is not None:
             enqueue(state.queue, keys, state.step, taken)
         state.step.add_(1)
-        of_step = torch.stack(
-            (torch.linalg.vector_norm(arena.gradient), lr, tau, (~taken).to(lr.dtype))
-        )
-        values = torch.cat((loss.view(1), observed, of_step))
+        # The whole gradient's norm, on a GPU from the layers' norms, to read it no third time.
+        norm = torch.linalg.vector_norm(norms if state.kernels == "triton" else arena.gradient)
+        skipped = torch.logical_not(taken, out=torch.empty_like(norm))
+        values = torch.cat((loss.view(1), observed, norm.view(1), rates, skipped.view(1)))
     return StepMetrics(values.float(), layers.float())
 
 
@@ -369,13 +362,11 @@ def share_of(batch_size: int, ranks: Ranks) -> Share:
     return Share(sum(counts[: ranks.rank]), counts, ranks.rank, gather_of(ranks.count))
 
 
-def _layout(config: Config, online: Online, target: Target, num_keys: int) -> Layout:
+def _layout(config: Config, online: Online, num_statistics: int, num_keys: int) -> Layout:
     model = config.model
-    own = model.norm_scope == "rank"
-    buffers = (b for net in (online, target) for b in net.buffers() if b.is_floating_point())
     return Layout(
         moments=num_moments(model.projector.out, online.encoder.embedding_dim),
-        statistics=sum(b.numel() for b in buffers) if own else 0,
+        statistics=num_statistics if model.norm_scope == "rank" else 0,
         keys=(config.train.batch_size, model.projector.out) if num_keys else (0, 0),
     )
 

@@ -1,6 +1,6 @@
 """Layers that can standardize their weights: the base class and ``Linear``.
 
-``engine.standardized_weights`` computes the same weights for a whole network in one launch.
+``engine.working_weights`` computes the weights of a whole network at once and lends them.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from fastbyol_kernels.weight_standardization import weight_standardization
 class Standardizing(nn.Module):
     """Base of convolutions and linear layers with a flag ``ws``: standardize the weights first.
 
-    ``precomputed`` is the standardized weight (O, I, ...) in the product's dtype. Where it is None
-    the layer standardizes its own weight at every forward pass, on ``kernels``: auto, triton, cpu
-    or reference.
+    ``precomputed`` is the weight (O, I, ...) of the product, in its dtype and standardized if
+    ``ws``. Where it is None the layer standardizes its own weight at every forward pass, on
+    ``kernels``: auto, triton, cpu or reference.
     """
 
     weight: Tensor
@@ -25,10 +25,10 @@ class Standardizing(nn.Module):
 
     def used_weight(self) -> Tensor:
         """Return the weight (O, I, ...) that enters the product, standardized if ``ws`` is set."""
-        if not self.ws:
-            return self.weight
         if self.precomputed is not None:
             return self.precomputed
+        if not self.ws:
+            return self.weight
         return weight_standardization(self.weight, kernels=self.kernels)
 
 

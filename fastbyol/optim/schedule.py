@@ -50,10 +50,16 @@ def tau_table(config: ScheduleConfig, *, horizon_epochs: int, steps_per_epoch: i
     return 1 - (1 - config.tau) * _half_cosine(done / (horizon_epochs * steps_per_epoch))
 
 
+def joined(*tables: Tensor) -> Tensor:
+    """Return the ``tables`` (T_i,) as columns of one; the shorter go on with their last entry."""
+    most = max(map(len, tables))
+    return torch.stack([torch.cat((t, t[-1:].expand(most - len(t)))) for t in tables], dim=1)
+
+
 def at(table: Tensor, step: Tensor) -> Tensor:
-    """Return the entry of ``table`` for ``step`` (0-d int64), beyond its end the last one, 0-d."""
+    """Return the row of ``table`` (T, ...) for ``step`` (0-d int64), past its end the last one."""
     # Not table[step]: indexing with a 0-d tensor waits for the device.
-    return table.index_select(0, step.clamp(max=len(table) - 1).view(1)).view(())
+    return table.index_select(0, step.clamp(max=len(table) - 1).view(1)).view(table.shape[1:])
 
 
 def _steps(last: int, horizon_epochs: int) -> Tensor:

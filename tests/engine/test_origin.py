@@ -46,6 +46,18 @@ def test_weights_and_statistics_come_over_momentum_and_step_do_not(
             assert torch.equal(mine[name], tensor), name
 
 
+def test_weights_that_come_over_are_rounded_anew(files: tuple[Path, Path], source: Path) -> None:
+    state = TrainState.create(
+        tiny_config(files, "train.seed=9", "train.precision=bf16"), steps_per_epoch=6
+    )
+    origin.copy_weights(state, checkpoint.load_latest(source / "checkpoints").path)
+    for copy, buffer in zip(
+        state.weights.rounded_copies, (state.arena.online, state.arena.target), strict=True
+    ):
+        assert copy is not None
+        assert torch.equal(copy, buffer.bfloat16())
+
+
 def test_a_network_of_another_shape_is_refused_by_the_first_tensor(
     files: tuple[Path, Path], source: Path
 ) -> None:

@@ -519,6 +519,29 @@ def test_a_norm_that_overflows_over_chunks_moves_nothing(device: torch.device) -
     assert not layers[:, 2:].any()
 
 
+@pytest.mark.parametrize("kernels", ["reference", "auto", "triton"])
+@pytest.mark.parametrize("ema_first", [False, True])
+@pytest.mark.parametrize("rule", RULES)
+def test_the_sign_of_a_zero_gradient_dies_in_the_momentum(
+    device: torch.device, rule: Rule, ema_first: bool, kernels: str
+) -> None:
+    """From a momentum of zeros, of either sign of w, with and without decay: no bit depends on it.
+
+    The backward pass leaves zeros of both signs, and ``torch.autograd.grad`` does not add them to a
+    zero, as ``backward`` does.
+    """
+    runs = [problem(device), problem(device)]
+    for p, zero in zip(runs, (0.0, -0.0), strict=True):
+        for gradient in p.table.split(p.buffers[1]):
+            gradient[::2] = zero
+        p.buffers[2].zero_()
+    for _ in range(3):
+        layers = [p.step(rule, ema_first=ema_first, kernels=kernels) for p in runs]
+        assert torch.equal(*(t.view(torch.int32) for t in layers))
+        for index in (0, 2, 3):
+            assert torch.equal(*(p.buffers[index].view(torch.int32) for p in runs))
+
+
 @pytest.mark.parametrize("rule", RULES)
 def test_two_runs_agree_bit_for_bit(device: torch.device, rule: Rule) -> None:
     runs = [problem(device), problem(device)]
@@ -531,8 +554,42 @@ def test_opcheck(device: torch.device) -> None:
     p = problem(device, (5, 70), num_target=1)
     t = p.table
     tables = (t.chunks, t.spans, t.adapt, t.decay, t.lr_mult)
-    arguments = (*p.buffers, *tables, p.lr, p.tau, t.chunk, t.longest, "blog", 1e-2, 0.9, False)
-    torch.library.opcheck(torch.ops.fastbyol.lars_ema.default, arguments)
+    numbers = (p.lr, p.tau, t.chunk, t.longest, "blog", 1e-2, 0.9, False)
+    copies = [p.buffers[i].bfloat16() for i in (0, 3)]
+    for pair in (copies, (None, None), (copies[0], None)):
+        arguments = (*p.buffers, *pair, *tables, *numbers)
+        torch.library.opcheck(torch.ops.fastbyol.lars_ema.default, arguments)
+
+
+@pytest.mark.parametrize("kernels", ["triton", "auto", "reference"])
+@pytest.mark.parametrize("ema_first", [False, True])
+@pytest.mark.parametrize("bad", [False, True])
+def test_copies_are_the_new_weights_rounded(
+    device: torch.device, kernels: str, ema_first: bool, bad: bool
+) -> None:
+    """Whatever they held before, and also after a step that is left out; the step is the same.
+
+    Triton's interpreter cuts digits off where a GPU rounds to the nearest.
+    """
+    alone, p = problem(device), problem(device)
+    for each in (alone, p):
+        if bad:
+            each.table.split(each.buffers[1])[2][7] = math.nan
+    copies = [torch.full_like(p.buffers[i], math.nan).bfloat16() for i in (0, 3)]
+    layers = p.step(
+        "blog", ema_first=ema_first, kernels=kernels, online_copy=copies[0], target_copy=copies[1]
+    )
+    expected = alone.step("blog", ema_first=ema_first, kernels=kernels)
+    torch.testing.assert_close(layers, expected, rtol=0, atol=0, equal_nan=True)
+    interpreted = kernels == "triton" and device.type == "cpu"
+    for index, copy in zip((0, 3), copies, strict=True):
+        assert torch.equal(p.buffers[index], alone.buffers[index])
+        for offset, numel in zip(p.table.offsets, p.table.numels, strict=True):
+            got, exact = (t[offset : offset + numel] for t in (copy, p.buffers[index]))
+            rtol = 2.0**-7 if interpreted else 0
+            torch.testing.assert_close(
+                got.float(), exact if interpreted else exact.bfloat16().float(), rtol=rtol, atol=0
+            )
 
 
 def test_compiled_in_one_graph(device: torch.device) -> None:
@@ -602,6 +659,8 @@ def test_bad_arguments_are_named(device: torch.device) -> None:
         ({"rule": "adam"}, "rule must be"),
         ({"kernels": "cuda"}, "kernels must be"),
         ({"table": p.to(torch.float64).table}, "table.decay must be"),
+        ({"online_copy": online}, "online_copy must be contiguous torch.bfloat16"),
+        ({"target_copy": online.bfloat16()}, "target_copy must be contiguous torch.bfloat16"),
     ):
         with pytest.raises(ValueError, match=message):
             calls(**changes)()

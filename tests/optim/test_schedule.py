@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from fastbyol.config import ScheduleConfig
 from fastbyol.errors import UsageError
-from fastbyol.optim.schedule import at, lr_table, tau_table
+from fastbyol.optim.schedule import at, joined, lr_table, tau_table
 
 
 def test_lr_per_epoch_is_torchs_cosine() -> None:
@@ -150,3 +150,10 @@ def test_absurd_horizons_are_refused() -> None:
         UsageError, match=r"schedule.horizon_epochs: 1000000 epochs are 410000000 steps"
     ):
         tau_table(ScheduleConfig(), horizon_epochs=1_000_000, steps_per_epoch=410)
+
+
+def test_joined_tables_are_read_as_each_alone() -> None:
+    tables = torch.arange(5.0), torch.arange(10.0, 18.0)
+    for step in map(torch.tensor, range(12)):
+        row = at(joined(*tables), step)
+        assert row.tolist() == [float(at(table, step)) for table in tables]

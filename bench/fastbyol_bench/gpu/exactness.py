@@ -136,7 +136,7 @@ def _activation(device: torch.device, shape: tuple[int, int, int, int]) -> Tenso
 
 def weights(bench: Bench, state: TrainState) -> None:
     """Compare the online network's standardized weights, bf16, and the gradient through them."""
-    (group,) = (group for group in state.standardized.groups if group.gradient is not None)
+    (group,) = (group for group in state.weights.groups if group.gradient is not None)
     assert group.gradient is not None
     group.renew()
     flat, exact, means, stds = (

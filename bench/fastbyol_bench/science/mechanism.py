@@ -153,11 +153,10 @@ def _gradient(state: TrainState, config: Resolved, batch: Batch, epoch: int) -> 
         config.views, batch.images, batch.ids, seed=config.train.seed, epoch=epoch,
         dtype=torch.float64,
     )  # fmt: skip
-    state.arena.gradient.zero_()
-    with state.standardized.in_use():
+    with state.weights.in_use():
         inputs = as_batch(pair, torch.float64)
         loss, *_ = forward(state.online, state.target, inputs, state.recipe.objective, state.queue)
-        torch.autograd.backward(loss)
+    state.weights.differentiate(loss)
     return state.arena.gradient.clone()
 
 

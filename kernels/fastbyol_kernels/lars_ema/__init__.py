@@ -7,6 +7,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -40,6 +43,7 @@ def lars_ema(
     online: Tensor, gradient: Tensor, momentum: Tensor, target: Tensor, table: SegmentTable,
     lr: Tensor, tau: Tensor,
     *, rule: Rule, eta: float, mu: float, ema_first: bool, kernels: str = "auto",
+    online_copy: Tensor | None = None, target_copy: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Update ``online`` and ``momentum`` by ``rule``, ``target`` by the moving average, in place.
 
@@ -52,6 +56,9 @@ def lars_ema(
     If any segment's gradient norm is not finite, no weight, momentum or target changes. The norms
     of w and g are returned as measured; trust ratio, rate and update norm are 0 in all rows.
 
+    ``online_copy`` (L,) and ``target_copy`` (T,), bf16, become the rounded segments of ``online``
+    and ``target``, also where nothing changes.
+
     ``kernels``: "reference" (plain torch), "triton" (fp32, three launches; on a CPU only in
     Triton's interpreter), "cpu" (fp32 on a CPU, two passes), or "auto": "triton" for CUDA tensors,
     else "cpu". The reference runs fp64, and CPU steps that do not run eagerly
@@ -60,26 +67,26 @@ def lars_ema(
     """
     check_rule(rule)
     _check(online, gradient, momentum, target, table, lr, tau)
+    copies = (("online_copy", online_copy, online), ("target_copy", target_copy, target))
+    for name, copy, like in copies:
+        if copy is not None:
+            _check_like(name, copy, like.shape, torch.bfloat16, online.device)
     backend = dispatch(kernels, "online", online, gradient, momentum, target, lr, tau)
-    step = triton.step if backend == "triton" else reference
+    buffers = (online, gradient, momentum, target)
+    settings: dict[str, Any] = {"rule": rule, "eta": eta, "mu": mu, "ema_first": ema_first}
+    if backend == "triton":
+        return triton.step(*buffers, online_copy, target_copy, table, lr, tau, **settings)
+    step = reference
     if backend == "cpu":
         # Imported here because it loads numba, which a GPU run does not need.
         from fastbyol_kernels.lars_ema import cpu
 
         step = cpu.step
-    return step(
-        online,
-        gradient,
-        momentum,
-        target,
-        table,
-        lr,
-        tau,
-        rule=rule,
-        eta=eta,
-        mu=mu,
-        ema_first=ema_first,
-    )
+    layers = step(*buffers, table, lr, tau, **settings)
+    for _, copy, like in copies:
+        if copy is not None:
+            copy.copy_(like)
+    return layers
 
 
 def _check(
@@ -110,17 +117,19 @@ def _check(
         ("lr", lr, ()),
         ("tau", tau, ()),
     ):
-        like = (
-            tensor.shape == shape
-            and tensor.dtype == online.dtype
-            and tensor.device == online.device
-        )
-        if not like or not tensor.is_contiguous():
-            what = f"contiguous {online.dtype} {tuple(shape)} on {online.device}"
-            raise ValueError(f"{name} must be {what}, not {_kind(tensor)}")
+        _check_like(name, tensor, shape, online.dtype, online.device)
     for offset, numel in zip(table.offsets, table.numels, strict=True):
         if offset < len(target) < offset + numel:
             raise ValueError(f"target's {len(target)} elements end inside the segment at {offset}")
+
+
+def _check_like(
+    name: str, tensor: Tensor, shape: Sequence[int], dtype: torch.dtype, device: torch.device
+) -> None:
+    like = tensor.shape == shape and tensor.dtype == dtype and tensor.device == device
+    if not like or not tensor.is_contiguous():
+        what = f"contiguous {dtype} {tuple(shape)} on {device}"
+        raise ValueError(f"{name} must be {what}, not {_kind(tensor)}")
 
 
 def _kind(tensor: Tensor) -> str:
@@ -128,7 +137,7 @@ def _kind(tensor: Tensor) -> str:
 
 
 def bytes_moved(num_online: int, num_target: int) -> int:
-    """Return the bytes that a step on fp32 buffers has to move, without tables and sums.
+    """Return the bytes that a step on fp32 buffers has to move, without tables, sums and copies.
 
     It reads weights, gradient, momentum and target and writes all but the gradient. It reads the
     gradient twice, since no weight can change before all of its norms are known. A second read of w

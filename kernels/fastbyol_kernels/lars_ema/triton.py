@@ -149,12 +149,16 @@ def _treatment(
 
 @triton.jit
 def _sweep_kernel(
-    online, gradient, momentum, target, chunks, spans, adapt, decay, lr_mult, lr, tau, sums, fine,
+    online, gradient, momentum, target, online_copy, target_copy,
+    chunks, spans, adapt, decay, lr_mult, lr, tau, sums, fine,
     num_chunks, num_target, eta, mu, RULE: tl.constexpr, EMA_FIRST: tl.constexpr,
     CHUNK: tl.constexpr,
     LANES: tl.constexpr, PASSES: tl.constexpr, FLAGS: tl.constexpr, FLAG_PASSES: tl.constexpr,
 ):  # fmt: skip
-    """Update a chunk of each buffer. Write the sum of squares of m to row 3 of ``sums``."""
+    """Update a chunk of each buffer. Write the sum of squares of m to row 3 of ``sums``.
+
+    Round the new w and target to the copies that are not None.
+    """
     # The last chunk first: the L2 still holds the data that the norms read last.
     index = num_chunks - 1 - tl.program_id(0)
     segment, start, count, touched = _chunk(chunks, index)
@@ -202,6 +206,10 @@ def _sweep_kernel(
     tl.store(momentum + start + elements, m_new, mask=near, eviction_policy="evict_first")
     tl.store(online + start + elements, w_new, mask=near, eviction_policy="evict_first")
     tl.store(target + start + elements, t_new, mask=followed, eviction_policy="evict_first")
+    if online_copy is not None:
+        tl.store(online_copy + start + elements, w_new.to(tl.bfloat16), mask=near)
+    if target_copy is not None:
+        tl.store(target_copy + start + elements, t_new.to(tl.bfloat16), mask=followed)
 
 
 @triton.jit
@@ -249,10 +257,14 @@ def _added_at_once(num_chunks: int, longest: int) -> dict[str, int]:
     return {"LANES": lanes, "PASSES": passes, "FLAGS": flags, "FLAG_PASSES": flag_passes}
 
 
-@torch.library.custom_op("fastbyol::lars_ema", mutates_args=("online", "momentum", "target"))
+@torch.library.custom_op(
+    "fastbyol::lars_ema",
+    mutates_args=("online", "momentum", "target", "online_copy", "target_copy"),
+)
 def _lars_ema(
-    online: Tensor, gradient: Tensor, momentum: Tensor, target: Tensor, chunks: Tensor,
-    spans: Tensor, adapt: Tensor,
+    online: Tensor, gradient: Tensor, momentum: Tensor, target: Tensor,
+    online_copy: Tensor | None, target_copy: Tensor | None,
+    chunks: Tensor, spans: Tensor, adapt: Tensor,
     decay: Tensor, lr_mult: Tensor, lr: Tensor, tau: Tensor,
     chunk: int, longest: int, rule: str, eta: float, mu: float, ema_first: bool,
 ) -> Tensor:  # fmt: skip
@@ -278,8 +290,8 @@ def _lars_ema(
             **options,
         )
         _sweep_kernel[(num_chunks,)](
-            online, gradient, momentum, target, chunks, spans, adapt, decay, lr_mult, lr, tau,
-            sums, fine,
+            online, gradient, momentum, target, online_copy, target_copy,
+            chunks, spans, adapt, decay, lr_mult, lr, tau, sums, fine,
             num_chunks, len(target), eta, mu, EMA_FIRST=ema_first, CHUNK=chunk, **treat,
         )  # fmt: skip
         _telemetry_kernel[(num_segments,)](
@@ -294,6 +306,8 @@ def _(
     gradient: Tensor,
     momentum: Tensor,
     target: Tensor,
+    online_copy: Tensor | None,
+    target_copy: Tensor | None,
     chunks: Tensor,
     spans: Tensor,
     *_: object,
@@ -302,7 +316,8 @@ def _(
 
 
 def step(
-    online: Tensor, gradient: Tensor, momentum: Tensor, target: Tensor, table: SegmentTable,
+    online: Tensor, gradient: Tensor, momentum: Tensor, target: Tensor,
+    online_copy: Tensor | None, target_copy: Tensor | None, table: SegmentTable,
     lr: Tensor, tau: Tensor,
     *, rule: Rule, eta: float, mu: float, ema_first: bool,
 ) -> Tensor:  # fmt: skip
@@ -320,8 +335,8 @@ def step(
         if offset % ALIGN:
             raise ValueError(f"table: segment {segment} starts at {offset}, no multiple of {ALIGN}")
     layers: Tensor = _lars_ema(
-        online, gradient, momentum, target, table.chunks, table.spans, table.adapt, table.decay,
-        table.lr_mult, lr, tau,
+        online, gradient, momentum, target, online_copy, target_copy,
+        table.chunks, table.spans, table.adapt, table.decay, table.lr_mult, lr, tau,
         table.chunk, table.longest, rule, eta, mu, ema_first,
     )  # fmt: skip
     return layers

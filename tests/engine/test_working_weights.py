@@ -1,7 +1,8 @@
-"""A step in fused kernels against the same step in plain torch; weights computed in one launch."""
+"""A step in fused kernels against the same step in plain torch; weights computed all at once."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -9,7 +10,10 @@ import torch
 from torch import Tensor
 
 from fastbyol.config import Config, resolve
+from fastbyol.engine.capture import kept
+from fastbyol.engine.session import hand_over
 from fastbyol.engine.step import TrainState, train_step
+from fastbyol.engine.working_weights import WorkingWeights
 from fastbyol.errors import UsageError
 from fastbyol.model import resnet
 from fastbyol.model.standardizing import Standardizing
@@ -167,8 +171,8 @@ def test_weights_made_at_once_are_those_each_layer_makes(precision: str, kernels
     state = TrainState.create(
         config("gn", True, "blog", precision, kernels), steps_per_epoch=2, device=DEVICE
     )
-    assert state.standardized.groups
-    with state.standardized.in_use():
+    assert state.weights.groups
+    with state.weights.in_use():
         for net in (state.online, state.target):
             layers = {
                 name: m for name, m in net.named_modules() if isinstance(m, Standardizing) and m.ws
@@ -192,6 +196,120 @@ def test_weights_made_at_once_are_those_each_layer_makes(precision: str, kernels
     )
 
 
+@pytest.mark.parametrize("ws", [False, True])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_gradients_are_laid_out_as_the_flat_buffers_that_they_go_to(
+    monkeypatch: pytest.MonkeyPatch, precision: str, ws: bool
+) -> None:
+    """Equal strides, and one dtype on each side, are what torch copies in a few launches on a GPU;
+    it copies all others one by one (foreach_tensor_copy_list_kernel_cuda_ of ATen).
+    """
+    copy, numbers = torch._foreach_copy_, list[int]()
+
+    def watched(into: list[Tensor], gradients: list[Tensor]) -> None:
+        assert [t.stride() for t in into] == [t.stride() for t in gradients]
+        assert len({(a.dtype, b.dtype) for a, b in zip(into, gradients, strict=True)}) == 1
+        numbers.append(len(into))
+        copy(into, gradients)
+
+    monkeypatch.setattr(torch, "_foreach_copy_", watched)
+    kernels = "triton" if DEVICE == "cuda" else "cpu"
+    state = TrainState.create(
+        config("gn", ws, "blog", precision, kernels), steps_per_epoch=2, device=DEVICE
+    )
+    train_step(state, some_views(0, batch=2, size=16))
+    assert sum(numbers) == len(state.segment_names)
+    assert len(numbers) <= 2
+
+
+def test_what_the_loss_does_not_depend_on_has_a_gradient_of_zeros() -> None:
+    """Whatever the buffer held before: nothing else clears it."""
+    state = TrainState.create(
+        config("gn", True, "sgd", "fp32", KERNELS[-1]), steps_per_epoch=2, device=DEVICE
+    )
+    state.arena.gradient.fill_(7.0)
+    with state.weights.in_use():
+        loss = state.online(some_views(0, batch=2, size=8).flatten(0, 1)).z.square().sum()
+    state.weights.differentiate(loss)
+    for name, part in state.arena.named(state.arena.gradient).items():
+        assert bool(part.count_nonzero()) == (not name.startswith("predictor")), name
+
+
+def rounded_state(kernels: str = KERNELS[-1]) -> TrainState:
+    return TrainState.create(
+        config("gn", False, "blog", "bf16", kernels), steps_per_epoch=2, device=DEVICE
+    )
+
+
+def assert_rounded(state: TrainState) -> None:
+    """Check every convolution's working weight against its parameter, of both networks."""
+    with state.weights.in_use():
+        for net in (state.online, state.target):
+            layers = [m for m in net.modules() if isinstance(m, resnet.Conv2d)]
+            assert len(layers) == 20
+            for layer in layers:
+                assert layer.precomputed is not None
+                assert torch.equal(layer.precomputed, layer.weight.bfloat16())
+                assert layer.precomputed.stride() == layer.weight.stride()
+
+
+def test_rounded_weights_are_those_of_the_parameters_whoever_writes_them() -> None:
+    """The optimizer in each step, also one that is left out, and whatever fills a state."""
+    state, views = rounded_state(), some_views(0, batch=2, size=8)
+    saved = {name: tensor.clone() for name, tensor in state.tensors().items()}
+    assert_rounded(state)
+    for scale in (1.0, torch.inf, 1.0):
+        before = state.arena.online.clone()
+        train_step(state, scale * views)
+        assert torch.equal(state.arena.online, before) == (scale == torch.inf)
+        assert_rounded(state)
+    with kept(state):
+        train_step(state, views)
+    assert_rounded(state)
+    state.load_tensors(saved)
+    assert_rounded(state)
+    state.arena.online.mul_(1.5)
+    state.arena.target.mul_(0.5)
+    hand_over(state)
+    assert_rounded(state)
+
+
+def test_a_resumed_state_rounds_the_same_weights() -> None:
+    whole, half = rounded_state(), rounded_state()
+    views = [some_views(step, batch=2, size=8) for step in range(3)]
+    for step in range(3):
+        train_step(whole, views[step])
+    train_step(half, views[0])
+    saved = {name: tensor.clone() for name, tensor in half.tensors().items()}
+    resumed = rounded_state()
+    resumed.load_tensors(saved)
+    for step in (1, 2):
+        train_step(resumed, views[step])
+    for name, tensor in whole.tensors().items():
+        assert torch.equal(tensor, resumed.tensors()[name]), name
+
+
+@pytest.mark.parametrize("kernels", KERNELS[-1:])
+def test_rounding_at_once_gives_the_bits_of_rounding_by_each_layer(
+    kernels: str,
+) -> None:
+    """Weights and gradients are rounded and widened either way, only elsewhere."""
+    at_once, state = rounded_state(kernels), rounded_state(kernels)
+    # For products in the parameters' own dtype there is nothing to round beforehand.
+    nets = state.online, state.target
+    own = WorkingWeights.of(*nets, state.arena, state.arena.online.dtype, kernels)
+    assert at_once.weights.rounded
+    assert not own.rounded
+    by_layer = replace(state, weights=own)
+    for step in range(2):
+        views = some_views(step, batch=2, size=8)
+        one, other = train_step(at_once, views), train_step(by_layer, views)
+        assert torch.equal(one.values, other.values)
+        assert torch.equal(one.layers, other.layers)
+    for name, tensor in at_once.tensors().items():
+        assert torch.equal(tensor, by_layer.tensors()[name]), name
+
+
 def test_kernels_that_are_not_there_are_refused_in_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fastbyol_kernels.dispatch.TRITON_ON_CPU", False)
     with pytest.raises(
@@ -210,4 +328,4 @@ def test_on_a_cpu_the_weights_are_made_at_once_and_in_plain_torch_by_each_layer(
         )
         assert state.kernels == ("cpu" if kernels == "auto" else kernels)
         # Two networks, whose convolutions multiply in bf16 and whose heads in fp32.
-        assert len(state.standardized.groups) == groups
+        assert len(state.weights.groups) == groups

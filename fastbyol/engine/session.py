@@ -216,7 +216,7 @@ class Preparation:
         )
         if test is None:
             self.observer.note("no --test-data: accuracy is not measured")
-        test_images = read_test(config, test, made_from.decoder, ranks)
+        test_images = read_test(config, test, made_from.decoder, self.device, ranks)
         steps_per_epoch, total_steps = (
             batches.steps_per_epoch,
             batches.steps_per_epoch * config.train.epochs,
@@ -467,9 +467,16 @@ def open_batches(
 
 
 def read_test(
-    config: Resolved, file: BetonInfo | None, decoder: str, ranks: Ranks
+    config: Resolved,
+    file: BetonInfo | None,
+    decoder: str,
+    device: torch.device,
+    ranks: Ranks,
 ) -> loader.Images | None:
-    """Read the test file, if there is one, and check that the probe can use it."""
+    """Read the test file, if there is one, and check that the probe can use it.
+
+    Unless training images are to be streamed, the test images stay on ``device`` if they fit.
+    """
     if file is None:
         return None
     data = config.data
@@ -480,6 +487,7 @@ def read_test(
         limit=data.test_limit,
         decoder=decoder,
         labels="needed",
+        device=loader.CPU if data.cache == "none" else device,
         shared=ranks.share if ranks.count > 1 else None,
     )
     protocol.check(config.probe.protocol, test=test, train=None)

@@ -421,6 +421,12 @@ class RunConfig(Model):
     checkpoint_every_steps: int = Field(
         0, ge=0, le=1_000_000_000, description="0: at the end of every epoch."
     )
+    checkpoint_every_s: float | None = Field(
+        None,
+        gt=0.0,
+        le=1e9,
+        description="Save also after the step that ends so many seconds after the last save.",
+    )
     keep_checkpoints: int = Field(3, ge=1, le=1_000_000)
     layers_every_steps: int = Field(
         1, ge=1, le=1_000_000, description="Steps between two records of every layer."

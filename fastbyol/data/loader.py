@@ -16,7 +16,7 @@ from fastbyol.data import beton
 from fastbyol.data.beton import BetonInfo
 from fastbyol.data.decoder import Decoder
 from fastbyol.data.memory import available_bytes
-from fastbyol.data.order import permutation, subset
+from fastbyol.data.order import Orders, subset
 from fastbyol.data.prefetch import prefetch
 from fastbyol.errors import UsageError, check_choice, size_text
 
@@ -47,6 +47,7 @@ class Batch(NamedTuple):
 class Images(NamedTuple):
     """A file's images in its order, uint8 (N, H, W, 3), and labels, int64 (N,) or None, on the cpu.
 
+    The images may be on another device instead, where ``read_all`` was asked for that.
     ``class_names`` are the names of labels 0, 1 and so on, empty where the file has none.
     """
 
@@ -79,7 +80,8 @@ class Loader:
         self.num_samples = decoder.info.num_samples if chosen is None else len(chosen)
         self.steps_per_epoch = self.num_samples // batch_size
         self._decoder, self._chosen = decoder, chosen
-        self._batch_size, self._seed, self._device = batch_size, seed, device
+        self._batch_size, self._device = batch_size, device
+        self._orders = Orders(self.num_samples, seed)
         self._columns = columns
         self._running: weakref.WeakSet[Generator[Batch]] = weakref.WeakSet()
         self._closed, self._images = False, None
@@ -98,8 +100,7 @@ class Loader:
             raise ValueError("the loader is closed")
         if not 0 <= start_step <= self.steps_per_epoch:
             raise ValueError(f"start_step {start_step} is not in [0, {self.steps_per_epoch}]")
-        order = permutation(self.num_samples, seed=self._seed, epoch=epoch)
-        steps = order[: self.steps_per_epoch * self._batch_size].view(
+        steps = self._orders.of(epoch)[: self.steps_per_epoch * self._batch_size].view(
             self.steps_per_epoch, self._batch_size
         )[start_step:, self._columns]
         batches = (
@@ -136,6 +137,7 @@ class Loader:
         self._closed, self._images = True, None
         for batches in list(self._running):
             batches.close()
+        self._orders.close()
         self._decoder.close()
 
     def __enter__(self) -> Loader:
@@ -210,10 +212,12 @@ def read_all(
     image_field: str | None = None,
     label_field: str | None = None,
     labels: Labels = "unused",
+    device: torch.device = CPU,
     shared: Shared | None = None,
 ) -> Images:
     """Verify ``file``, unless it was just inspected, and decode its images in file order.
 
+    They are on ``device`` if they take at most 40 % of its free memory, else on the cpu.
     ``limit`` and ``decoder`` are those of ``open_loader``, ``image_field`` and ``label_field``
     those of ``beton.inspect``. Raises UsageError if the file is missing, damaged or larger than
     memory; if it has no labels where they are "needed"; and where they are "optional", if it has
@@ -224,13 +228,15 @@ def read_all(
         beton.demand_labels(info)
     chosen = subset(info.num_samples, limit)
     need = _decoded_bytes(info, size, info.num_samples if chosen is None else len(chosen))
-    _is_resident(info, need, CPU, "device")
+    where = device if _is_resident(info, need, device, "auto") else CPU
+    if where.type == "cpu":
+        _is_resident(info, need, CPU, "device")
     in_memory = _fits_in_memory(info, need)
     with Decoder(info, size=size, workers=workers, in_memory=in_memory, decoder=decoder) as images:
         targets = None if info.labels is None else torch.from_numpy(info.labels)
         if targets is not None and chosen is not None:
             targets = targets[chosen]
-        return Images(_decode(images, chosen, CPU, shared), targets, info.class_names)
+        return Images(_decode(images, chosen, where, shared), targets, info.class_names)
 
 
 def _inspected(

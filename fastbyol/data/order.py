@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import torch
 from torch import Tensor
 
@@ -10,6 +12,38 @@ from fastbyol_kernels.philox import DOMAIN_ORDER, philox4x32, split_id
 # Philox makes some 150 passes over its counters, of which 32,768 stay in a core's cache: 1.3 M keys
 # take half the time.
 CHUNK = 1 << 15
+
+
+class Orders:
+    """The permutations of epochs: of many samples the next one is made in a thread meanwhile."""
+
+    def __init__(self, num_samples: int, seed: int) -> None:
+        self._num_samples, self._seed = num_samples, seed
+        self._ready: dict[int, Tensor] = {}
+        self._thread: threading.Thread | None = None
+
+    def of(self, epoch: int) -> Tensor:
+        """Return ``permutation`` of ``epoch``, and begin with that of the next one."""
+        self.close()
+        # Absent where the thread failed, or is not in this process, which was forked.
+        order = self._ready.pop(epoch, None)
+        self._ready.clear()
+        if self._num_samples > CHUNK:  # 2 ms, which no thread is worth
+            self._thread = threading.Thread(target=self._prepare, args=(epoch + 1,), name="order")
+            self._thread.start()
+        return self._make(epoch) if order is None else order
+
+    def close(self) -> None:
+        """Wait for the thread."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def _prepare(self, epoch: int) -> None:
+        self._ready[epoch] = self._make(epoch)
+
+    def _make(self, epoch: int) -> Tensor:
+        return permutation(self._num_samples, seed=self._seed, epoch=epoch)
 
 
 def permutation(num_samples: int, *, seed: int, epoch: int) -> Tensor:

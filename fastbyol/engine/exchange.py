@@ -37,7 +37,7 @@ class Exchange:
     """The exchange of ``ranks`` at the end of a step.
 
     ``message`` is the gradient and its tail; ``tail`` are views of the latter, ``dim_z`` is the
-    length of projections. ``wish`` is 1 where this rank was asked to stop, else 0.
+    length of projections. ``wish`` is what this rank wishes after the step: ``wishes``.
     """
 
     ranks: Ranks
@@ -92,25 +92,26 @@ class Exchange:
             None if keys is None else of_keys.view(share.total, -1),
         )
 
-    def must_stop(self, asked: bool) -> bool:
-        """Tell, after a step and on all ranks alike, whether one of them was asked to stop.
+    def wishes(self, stop: bool, save: bool) -> tuple[bool, bool]:
+        """Tell, after a step and on all ranks alike, whether to stop and whether to save.
 
-        ``asked``: whether this one was; the others hear of it in the next step's message. On a GPU
-        the answer comes ``LAG`` steps late, when reading it does not wait.
+        ``stop``: whether this one was asked to stop, ``save``, of one rank only: whether a
+        checkpoint is due; the others hear of it in the next step's message. On a GPU the answer
+        comes ``LAG`` steps late, when reading it does not wait.
         """
-        stop = self.tail[1]
-        if not stop.is_cuda:
-            answer = bool(stop)
+        # The number of ranks that stop, and a half more to save.
+        answer, total = self.tail[1], 0.0
+        if not answer.is_cuda:
+            total = float(answer)
         else:
-            read = torch.empty(1, dtype=stop.dtype, pin_memory=True)
-            read.copy_(stop, non_blocking=True)
+            read = torch.empty(1, dtype=answer.dtype, pin_memory=True)
+            read.copy_(answer, non_blocking=True)
             arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
             arrived.record()
             self._unread.append((read, arrived))
-            answer = False
             if len(self._unread) > LAG:
                 read, arrived = self._unread.popleft()
                 arrived.synchronize()
-                answer = bool(read)
-        self.wish.fill_(float(asked))
-        return answer
+                total = float(read)
+        self.wish.fill_(stop + 0.5 * save)
+        return total >= 1.0, total % 1.0 > 0.0

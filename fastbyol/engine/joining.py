@@ -51,7 +51,7 @@ def join(ranks: Ranks, opened: ExitStack) -> tuple[Session, Progress]:
     batches = opened.enter_context(
         open_batches(config, train, own.decoder, terms.cache, device, ranks)
     )
-    images = read_test(config, test, own.decoder, ranks)
+    images = read_test(config, test, own.decoder, device, ranks)
     state = TrainState.create(
         config, steps_per_epoch=batches.steps_per_epoch, device=device, ranks=ranks
     )

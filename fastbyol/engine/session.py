@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -113,9 +113,15 @@ class Session:
             self.config.train, self.steps_per_epoch
         )
 
-    def open_telemetry(self, step: int) -> Telemetry:
-        """Open the run's records, cut back to ``step``."""
+    def open_telemetry(self, step: int, wait: Callable[[], None]) -> Telemetry:
+        """Open the run's records, cut back to ``step``. They ``wait`` before they are written."""
         run = self.config.run
+
+        def fence() -> None:
+            wait()
+            if self.folder is not None:
+                self.folder.fence()
+
         return Telemetry(
             self.path,
             metric_names=METRICS,
@@ -127,7 +133,7 @@ class Session:
             device=self.device,
             resume_step=step,
             resume_written=self.recorded,
-            fence=(lambda: None) if self.folder is None else self.folder.fence,
+            fence=fence,
         )
 
 
@@ -210,7 +216,7 @@ class Preparation:
         )
         if test is None:
             self.observer.note("no --test-data: accuracy is not measured")
-        test_images = read_test(config, test, made_from.decoder, ranks)
+        test_images = read_test(config, test, made_from.decoder, self.device, ranks)
         steps_per_epoch, total_steps = (
             batches.steps_per_epoch,
             batches.steps_per_epoch * config.train.epochs,
@@ -325,7 +331,8 @@ class Preparation:
         Return also the digest of those it was given.
         """
         folder, source = self.folder, self.config.train.init_from
-        # Every epoch ends with a checkpoint: a run with steps beyond its first epoch had one.
+        # Every epoch ends with a checkpoint, and no later step is recorded before there is one: a
+        # run with steps beyond its first epoch had one.
         if last_step(folder.path) >= steps_per_epoch:
             raise UsageError(
                 f"{folder.checkpoints}: no checkpoint, though the run had made some: put them "
@@ -460,9 +467,16 @@ def open_batches(
 
 
 def read_test(
-    config: Resolved, file: BetonInfo | None, decoder: str, ranks: Ranks
+    config: Resolved,
+    file: BetonInfo | None,
+    decoder: str,
+    device: torch.device,
+    ranks: Ranks,
 ) -> loader.Images | None:
-    """Read the test file, if there is one, and check that the probe can use it."""
+    """Read the test file, if there is one, and check that the probe can use it.
+
+    Unless training images are to be streamed, the test images stay on ``device`` if they fit.
+    """
     if file is None:
         return None
     data = config.data
@@ -473,6 +487,7 @@ def read_test(
         limit=data.test_limit,
         decoder=decoder,
         labels="needed",
+        device=loader.CPU if data.cache == "none" else device,
         shared=ranks.share if ranks.count > 1 else None,
     )
     protocol.check(config.probe.protocol, test=test, train=None)

@@ -94,11 +94,13 @@ class Telemetry:
         return self._drain() if self._ring.full else []
 
     def flush(self) -> list[dict[str, float]]:
-        """Write everything recorded so far and force it to disk, before a checkpoint is saved."""
-        rows = self._drain() + self._receive()
+        """Write everything recorded so far, before a checkpoint is saved; ``sync`` comes next."""
+        return self._drain() + self._receive()
+
+    def sync(self) -> None:
+        """Force what was written to disk. Any thread may call this while others record."""
         self._metrics.sync()
         self._layers.sync()
-        return rows
 
     def event(self, kind: str, *, step: int | None = None, **fields: Any) -> None:
         """Write ``{"event": kind, "step": ..., **fields}`` after the steps recorded so far.
@@ -138,6 +140,7 @@ class Telemetry:
         self._closed = True
         with self._timing, closing(self._metrics):
             self.flush()
+            self.sync()
             self.timing("close")
             self._layers.close()
 
@@ -187,6 +190,9 @@ class Unrecorded:
 
     def flush(self) -> None:
         """Write nothing."""
+
+    def sync(self) -> None:
+        """Force nothing to disk."""
 
     @property
     def written(self) -> dict[str, list[Any]]:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from typing import NoReturn
+from typing import Any, NoReturn
+
+from torch import Tensor
 
 from fastbyol.config import IN_COLLAPSE, Resolved
 from fastbyol.data import loader
@@ -27,6 +30,7 @@ from fastbyol.engine.ranks import (
     from_first,
     run_threads,
 )
+from fastbyol.engine.saving import Saver
 from fastbyol.engine.session import Preparation, Progress, Session
 from fastbyol.engine.telemetry import Telemetry, Unrecorded
 from fastbyol.engine.worker import worker
@@ -132,9 +136,9 @@ def _lead(
             what = f"{error}: its steps are compiled from now on, in a fresh process"
             raise NoGraphError(f"{run}: {what}: fastbyol resume {quoted(run)}", run) from error
         opened.callback(capture.release, session.take_step)
-        pace = Pace(config.train.batch_size, begun.step, session.total_steps)
-        with session.open_telemetry(begun.step) as telemetry:
-            progress = Loop(session, telemetry, interrupt, pace).run(begun)
+        saver = Saver()
+        with session.open_telemetry(begun.step, saver.wait_for_first) as telemetry, saver:
+            progress = _train(session, begun, telemetry, interrupt, saver)
         who = None
         if not session.is_finished(progress):
             who = interrupt.requested or "a signal to another rank"
@@ -145,9 +149,21 @@ def _follow(ranks: Ranks, interrupt: Interrupt) -> Summary:
     with ExitStack() as opened:
         session, begun = join(ranks, opened)
         opened.callback(capture.release, session.take_step)
-        pace = Pace(session.config.train.batch_size, begun.step, session.total_steps)
-        Loop(session, Unrecorded(), interrupt, pace).run(begun)
+        _train(session, begun, Unrecorded(), interrupt, Saver())
         return from_first(ranks, None)
+
+
+def _train(
+    session: Session,
+    begun: Progress,
+    telemetry: Telemetry | Unrecorded,
+    interrupt: Interrupt,
+    saver: Saver,
+) -> Progress:
+    """Go on from ``begun`` to the end of the run, or to where one of the ranks is asked to stop."""
+    pace = Pace(session.config.train.batch_size, begun.step, session.total_steps)
+    alarm = Alarm(None if session.folder is None else session.config.run.checkpoint_every_s)
+    return Loop(session, telemetry, interrupt, pace, alarm, saver).run(begun)
 
 
 @dataclass(frozen=True)
@@ -161,6 +177,8 @@ class Loop:
     telemetry: Telemetry | Unrecorded
     interrupt: Interrupt
     pace: Pace
+    alarm: Alarm
+    saver: Saver
 
     def run(self, progress: Progress) -> Progress:
         """Train to the end of the run, or until a signal asks one of the ranks to stop."""
@@ -170,6 +188,7 @@ class Loop:
                 progress = self._train_epoch(progress)
             if progress.owes_epoch_end:
                 progress = self._end_epoch(progress)
+        self.saver.wait()
         return progress
 
     def _is_asked_to_stop(self) -> bool:
@@ -204,19 +223,21 @@ class Loop:
                 session.observer.progress(
                     StepReport(step, epoch, img_s, left_s, progress.state, rows[-1])
                 )
-            stops = self._stops_after_step()
+            self.saver.poll()
+            stops, saves = self._wishes_after_step()
             if step % session.steps_per_epoch == 0:
                 return replace(progress, owes_epoch_end=True)
-            if stops or (every and step % every == 0):
+            if stops or saves or (every and step % every == 0):
                 self._save(progress)
             if stops:
                 break
         return progress
 
-    def _stops_after_step(self) -> bool:
-        """Tell whether to stop between two steps: after the same one on all ranks."""
-        asked, exchange = self.interrupt.requested is not None, self.session.state.exchange
-        return asked if exchange is None else exchange.must_stop(asked)
+    def _wishes_after_step(self) -> tuple[bool, bool]:
+        """Tell whether to stop and whether to save: after the same step on all ranks."""
+        own = self.interrupt.requested is not None, self.alarm.rings()
+        exchange = self.session.state.exchange
+        return own if exchange is None else exchange.wishes(*own)
 
     def _end_epoch(self, progress: Progress) -> Progress:
         """Probe, watch for a collapse, write the epoch's event, save, tell the observer."""
@@ -235,21 +256,19 @@ class Loop:
         if session.ranks.rank == 0:
             progress = self._with_epoch(progress, epoch, means, accuracy, rank_y)
         progress = from_first(session.ranks, progress)
-        self._save(progress)
-        # An epoch is announced once it is saved, whatever becomes of the process or of its
-        # observer.
-        session.observer.epoch_end(
-            EpochEnd(
-                epoch,
-                session.config.train.epochs,
-                step,
-                img_s,
-                left_s,
-                progress.state,
-                accuracy,
-                means,
-            )
+        message = EpochEnd(
+            epoch,
+            session.config.train.epochs,
+            step,
+            img_s,
+            left_s,
+            progress.state,
+            accuracy,
+            means,
         )
+        # An epoch is announced once its checkpoint is on the disk, whatever becomes of the process
+        # or of its observer: a few steps into the next epoch.
+        self._save(progress, partial(session.observer.epoch_end, message))
         self.pace.restart()
         self._stop_if_collapsed(progress, epoch)
         return progress
@@ -360,8 +379,8 @@ class Loop:
         # others.
         return float(result["accuracy"]), float(f"{result['rank']:.6g}"), int(result["num_test"])
 
-    def _save(self, progress: Progress) -> None:
-        """Write a checkpoint that goes with the records on disk.
+    def _save(self, progress: Progress, announce: Callable[[], None] = lambda: None) -> None:
+        """Let a checkpoint be written that goes with the records; then ``announce``.
 
         No other kind than a good one is written, and one that all ranks have.
         """
@@ -369,19 +388,32 @@ class Loop:
         self.telemetry.flush()
         self._refuse_to_skip_on()
         self._refuse_differing(progress)
+        self.alarm.restart()
         if session.folder is None:
             return
-        tensors = session.state.tensors()
-        if (name := guards.not_finite(tensors)) is not None:
-            self._fail(f"step {progress.step}: {name} holds NaN or infinity: not saved")
-        session.folder.fence()
         meta = {**session.repeated, **asdict(progress), "telemetry": self.telemetry.written}
+        self.saver.save(
+            session.state.tensors(),
+            partial(self._write, session.folder, progress.step, meta),
+            announce,
+            is_first=checkpoint.newest_step(session.folder.checkpoints) is None,
+        )
+
+    def _write(
+        self, folder: RunFolder, step: int, meta: dict[str, Any], tensors: Mapping[str, Tensor]
+    ) -> None:
+        """Write the checkpoint of ``step``, after the records: the work of the saver's thread."""
+        if (name := guards.not_finite(tensors)) is not None:
+            self._fail(f"step {step}: {name} holds NaN or infinity: not saved")
+        self.telemetry.sync()
+        folder.fence()
         checkpoint.save(
-            session.folder.checkpoints,
-            step=progress.step,
+            folder.checkpoints,
+            step=step,
             tensors=tensors,
             meta=meta,
-            keep=session.config.run.keep_checkpoints,
+            keep=self.session.config.run.keep_checkpoints,
+            proceed=self.saver.proceed,
         )
 
     def _refuse_differing(self, progress: Progress) -> None:
@@ -422,6 +454,7 @@ class Loop:
     def _stop_if_collapsed(self, progress: Progress, epoch: int) -> None:
         session = self.session
         if session.config.train.stop_on_collapse and progress.state in IN_COLLAPSE:
+            self.saver.wait()
             error = CollapsedError(
                 f"{session.path}: collapsed in epoch {epoch + 1} "
                 f"(negative cosine {progress.epoch_means['neg_cos']:.4f}); saved at step "
@@ -454,6 +487,25 @@ class Pace:
     def restart(self) -> None:
         """Leave out of the next figure the time since the last one (a probe, a checkpoint)."""
         self._mark = time.perf_counter()
+
+
+class Alarm:
+    """A clock that rings once, ``every_s`` seconds after ``restart``; never where that is None."""
+
+    def __init__(self, every_s: float | None) -> None:
+        self._every_s = every_s
+        self.restart()
+
+    def restart(self) -> None:
+        """Set it to ring that much later."""
+        self._at = math.inf if self._every_s is None else time.monotonic() + self._every_s
+
+    def rings(self) -> bool:
+        """Tell whether it rings now; then it is silent until ``restart``."""
+        if time.monotonic() < self._at:
+            return False
+        self._at = math.inf
+        return True
 
 
 def _summary(

@@ -26,7 +26,7 @@ BLOG_BATCH = 256
 
 
 class LabelledImages(Protocol):
-    """The result of ``data.loader.read_all``, on the cpu: uint8 (N, H, W, 3), int64 (N,) or None.
+    """The result of ``data.loader.read_all``: uint8 (N, H, W, 3), int64 (N,) on the cpu or None.
 
     A negative label means no label; such rows are left out.
     """
@@ -247,7 +247,15 @@ def _chosen(protocol: str, test: LabelledImages, train: LabelledImages | None) -
             "has one to fit "
             "and one to score: name a larger set with --test-data"
         )
-    return _Rows(images[fit], labels[fit], images[score], labels[score], split)
+    return _Rows(_select(images, fit), labels[fit], _select(images, score), labels[score], split)
+
+
+def _select(images: Tensor, rows: Tensor) -> Tensor:
+    """Return ``images[rows]`` without a copy where the rows are consecutive."""
+    first, count = int(rows[0]), len(rows)
+    if torch.equal(rows, torch.arange(first, first + count)):
+        return images[first : first + count]
+    return images[rows.to(images.device)]
 
 
 def _renumbered(labels: Tensor, names: tuple[str, ...], fitted: tuple[str, ...]) -> Tensor:

@@ -22,7 +22,8 @@ from fastbyol.runs.durable import Written
 FREE = frozenset(
     (
         *("data.cache", "data.workers", "train.max_skipped_steps"),
-        *("run.checkpoint_every_steps", "run.drain_every_steps", "run.keep_checkpoints"),
+        *("run.checkpoint_every_steps", "run.checkpoint_every_s"),
+        *("run.drain_every_steps", "run.keep_checkpoints"),
     )
 )
 _HEADER_BYTES = 100_000_000  # the most that safetensors allows

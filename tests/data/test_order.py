@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import os
+import threading
 
 import numpy as np
 import pytest
@@ -130,3 +132,45 @@ def test_a_subset_of_a_sorted_file_has_all_its_classes() -> None:
     classes = torch.arange(60_000) // 6000
     counts = torch.bincount(classes[order.subset(60_000, 4096)], minlength=10)
     assert stats.chisquare(counts.numpy()).pvalue > LEAST_P
+
+
+@pytest.mark.parametrize("num_samples", [100, order.CHUNK + 100])
+def test_orders_made_ahead_are_the_permutations(
+    num_samples: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In sequence, again, and after a leap; of many samples in another thread where they can be."""
+    makers, make = dict[int, str](), order.permutation
+
+    def noting(num_samples: int, *, seed: int, epoch: int) -> torch.Tensor:
+        makers[epoch] = threading.current_thread().name
+        return make(num_samples, seed=seed, epoch=epoch)
+
+    monkeypatch.setattr(order, "permutation", noting)
+    orders = order.Orders(num_samples, seed=5)
+    for epoch in (0, 1, 2, 2, 7, 8):
+        assert torch.equal(orders.of(epoch), make(num_samples, seed=5, epoch=epoch))
+    orders.close()
+    assert not [thread for thread in threading.enumerate() if thread.name == "order"]
+    assert (makers[1] == makers[8] == "order") is (num_samples > order.CHUNK)
+
+
+def test_a_forked_process_makes_its_own_orders(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The thread that was to make it is not there, as it had not ended before the fork."""
+    going, make = threading.Event(), order.permutation
+
+    def slow(num_samples: int, *, seed: int, epoch: int) -> torch.Tensor:
+        if threading.current_thread().name == "order":
+            going.wait(60)
+        return make(num_samples, seed=seed, epoch=epoch)
+
+    monkeypatch.setattr(order, "permutation", slow)
+    orders = order.Orders(order.CHUNK + 1, seed=1)
+    orders.of(0)
+    pid = os.fork()
+    if pid == 0:
+        going.set()
+        same = torch.equal(orders.of(1), make(order.CHUNK + 1, seed=1, epoch=1))
+        os._exit(0 if same else 1)
+    going.set()
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    orders.close()

@@ -384,19 +384,22 @@ def test_the_message_operator_is_sound() -> None:
 
 
 def test_a_gpus_flag_is_read_late_and_by_all_alike() -> None:
-    """On a cpu at once: what a rank is asked in a step all know after the next one."""
+    """On a cpu at once: what ranks wish in a step, to stop or to save, all know after the next."""
 
-    def asked(ranks: Ranks) -> list[bool]:
+    def asked(ranks: Ranks) -> list[tuple[bool, bool]]:
         state, answers = TrainState.create(small(), steps_per_epoch=4, ranks=ranks), []
         exchange = state.exchange
         assert isinstance(exchange, Exchange)
         zero = torch.zeros((), dtype=torch.float64)
-        for step in range(4):
+        for step in range(6):
             exchange.sum_(zero, torch.zeros(exchange.layout.moments), state.statistics, None)
-            answers.append(exchange.must_stop(ranks.rank == 1 and step == 1))
+            stops, saves = ranks.rank >= 1 and step in (1, 3), ranks.rank == 0 and step in (2, 3)
+            answers.append(exchange.wishes(stops, saves))
         return answers
 
-    assert in_threads(3, asked) == [[False, False, True, False]] * 3
+    neither, both = (False, False), (True, True)
+    answers = [neither, neither, (True, False), (False, True), both, neither]
+    assert in_threads(3, asked) == [answers] * 3
 
 
 def test_counts_that_cannot_be_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

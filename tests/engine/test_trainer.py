@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import multiprocessing
 import os
 import signal
+import threading
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import pytest
@@ -20,9 +22,9 @@ from fastbyol import api
 from fastbyol.config import Config
 from fastbyol.engine.observer import EpochEnd, Silent, Start, StepReport
 from fastbyol.errors import CollapsedError, FastbyolError, NoGraphError, UsageError
-from fastbyol.runs import checkpoint
+from fastbyol.runs import checkpoint, durable
 from fastbyol.runs.folder import RunFolder, list_runs
-from fastbyol.runs.metrics import read_events
+from fastbyol.runs.metrics import last_step, read_events
 from tiny import COLLAPSING, STEPS_PER_EPOCH, beton_files, tiny_config
 
 # Children come from a server that has the slow imports behind it and no threads yet.
@@ -79,6 +81,102 @@ def test_an_epoch_that_was_announced_is_saved(files: tuple[Path, Path], tmp_path
         api.train(tiny_config(files), tmp_path / "run", observer=Gone())
     loaded = checkpoint.load_latest(tmp_path / "run/checkpoints")
     assert (loaded.meta["step"], loaded.meta["owes_epoch_end"]) == (STEPS_PER_EPOCH, False)
+
+
+def test_steps_are_taken_while_a_checkpoint_is_written(
+    files: tuple[Path, Path], whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second epoch's is kept from the disk until the third one has taken steps."""
+    save, went_on, waited = checkpoint.save, threading.Event(), list[bool]()
+
+    class Ahead(Silent):
+        def progress(self, message: StepReport) -> None:
+            if message.step > 2 * STEPS_PER_EPOCH + 1:
+                went_on.set()
+
+    def slow(*args: Any, step: int, **kwargs: Any) -> Path:
+        if step == 2 * STEPS_PER_EPOCH:
+            waited.append(went_on.wait(60))
+        return save(*args, step=step, **kwargs)
+
+    monkeypatch.setattr(checkpoint, "save", slow)
+    config = tiny_config(files, "run.drain_every_steps=1")
+    api.train(config, tmp_path / "run", observer=Ahead())
+    assert waited == [True]
+    assert contents(tmp_path / "run") == contents(whole)
+
+
+def test_no_later_step_is_recorded_before_a_runs_first_checkpoint(
+    files: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a run that lost its checkpoints looked like one that was killed before it had any."""
+    save, steps = checkpoint.save, list[int]()
+
+    def slow(*args: Any, **kwargs: Any) -> Path:
+        time.sleep(0.3)
+        steps.append(last_step(tmp_path / "run"))
+        return save(*args, **kwargs)
+
+    monkeypatch.setattr(checkpoint, "save", slow)
+    api.train(tiny_config(files, "run.drain_every_steps=1"), tmp_path / "run")
+    assert steps[0] == STEPS_PER_EPOCH - 1
+    assert steps[1] > 2 * STEPS_PER_EPOCH - 1
+
+
+def full_disk(*_: Any) -> NoReturn:
+    time.sleep(0.3)
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def two_ctrl_c(path: Path, write: Any) -> None:
+    for _ in range(2):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.5)
+    durable.write_atomically(path, write)
+
+
+@pytest.mark.parametrize(
+    ("what", "error", "says"),
+    [
+        (full_disk, FastbyolError, "0006.safetensors: cannot write: No space left on device; e"),
+        (two_ctrl_c, KeyboardInterrupt, "^$"),
+    ],
+)
+def test_a_run_whose_first_checkpoint_is_not_written_begins_again(
+    files: tuple[Path, Path],
+    whole: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    what: Any,
+    error: type[BaseException],
+    says: str,
+) -> None:
+    """The loop has taken further steps by then, of which nothing is recorded."""
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoint, "write_atomically", what)
+        with pytest.raises(error, match=says):
+            api.train(tiny_config(files), tmp_path / "run")
+    assert last_step(tmp_path / "run") == STEPS_PER_EPOCH - 1
+    assert list((tmp_path / "run/checkpoints").iterdir()) == []
+    child(api.resume, tmp_path / "run")
+    assert contents(tmp_path / "run") == contents(whole)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_checkpoints_come_by_time_too(
+    files: tuple[Path, Path], whole: Path, tmp_path: Path, ranks: int
+) -> None:
+    """After every step where the time is always up; several ranks agree on it in the step after."""
+    sets = ("run.checkpoint_every_s=1e-9", "run.keep_checkpoints=100", f"train.ranks={ranks}")
+    api.train(tiny_config(files, *sets), tmp_path / "run")
+    steps = checkpoint.saved_steps(tmp_path / "run/checkpoints")
+    apart = {1: 1, 2: 2}[ranks]
+    assert {*range(apart, 3 * STEPS_PER_EPOCH, apart)} <= {*steps}
+    if ranks == 1:
+        assert contents(tmp_path / "run") == contents(whole)
+    api.train(tiny_config(files, *sets[1:], "run.checkpoint_every_s=1e6"), tmp_path / "rare")
+    assert checkpoint.saved_steps(tmp_path / "rare/checkpoints") == [6, 12, 18]
+    assert contents(tmp_path / "run") == contents(tmp_path / "rare")
 
 
 def test_untrained_weights_are_probed_before_the_first_step(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from fastbyol import views as view_ops
 from fastbyol.config import ViewsConfig
 from fastbyol.errors import FastbyolError, UsageError
+from fastbyol.evaluation.features import embed
 from fastbyol.evaluation.knn import knn_accuracy
 from fastbyol.evaluation.probe import logistic_multinomial, logistic_one_vs_rest
-from fastbyol.evaluation.protocol import PROTOCOLS, check, evaluate, split_rows
+from fastbyol.evaluation.protocol import PROTOCOLS, check, embed_rows, evaluate, split_rows
 
 VIEWS = ViewsConfig(size=8, blur_kernel=3)
 KEYS = {
@@ -342,3 +343,30 @@ def test_numbers_for_names_are_numbers(encoder: nn.Module) -> None:
         for names in ((), digits)
     )
     assert named["accuracy"] == plain["accuracy"]
+
+
+@pytest.mark.parametrize("in_order", [True, False])
+def test_halves_of_the_test_set_are_embedded_where_they_lie(
+    encoder: nn.Module, in_order: bool
+) -> None:
+    """Not a byte is copied before a batch; alternate rows of a file sorted by class are chosen."""
+    test = labelled(600, seed=3)
+    assert test.labels is not None
+    if not in_order:
+        by_class = test.labels.argsort(stable=True)
+        test = Images(test.images[by_class], test.labels[by_class])
+        assert test.labels is not None
+    seen: list[Tensor] = []
+
+    def watching(encoder: nn.Module, images: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        seen.append(images)
+        return embed(encoder, images, *args, **kwargs)
+
+    embed_rows("blog", encoder, test=test, train=None, views=VIEWS, device="cpu", embed=watching)
+    lies_within = [
+        images.untyped_storage().data_ptr() == test.images.untyped_storage().data_ptr()
+        for images in seen
+    ]
+    assert lies_within == [in_order] * 2
+    for images, rows in zip(seen, split_rows(test.labels), strict=False):
+        assert torch.equal(images, test.images[rows])

@@ -32,7 +32,7 @@ PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(
     ["fastbyol.api", "fastbyol.cli.main", "fastbyol.show.run_report", "ffcv.loader", "rich.live"]
 )
-PHASES = ("start", "step", "probe", "checkpoint", "end")
+PHASES = ("start", "step", "probe", "end")
 # One child's life, a few seconds, on a machine that does other things too.
 PATIENCE_S = 600.0
 
@@ -48,7 +48,7 @@ def make_config(folder: Path, *sets: str) -> Config:
 
 
 class Marks:
-    """What a child is doing, in a byte that outlives it."""
+    """What a child is doing, in two bytes that outlive it: its loop, and its saver beside that."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -56,40 +56,54 @@ class Marks:
 
     def clear(self) -> None:
         """Back to the start, for the next child."""
-        self.path.write_bytes(b"\0")
+        self.path.write_bytes(b"\0\0")
 
     @property
     def phase(self) -> str:
-        return PHASES[self.path.read_bytes()[0]]
+        """What its loop does, and ``checkpoint`` where its saver writes one meanwhile."""
+        loop, writing = self.path.read_bytes()
+        return "checkpoint" if writing else PHASES[loop]
 
     def wait_for_step(self, process: BaseProcess) -> None:
         """Return once the child has begun its loop, or is dead."""
         while self.phase == "start" and process.is_alive():
             time.sleep(0.002)
 
+    def wait_for_write(self, process: BaseProcess, count: int) -> None:
+        """Return as soon as the child has begun to write so many checkpoints, or is dead."""
+        was_writing = False
+        while count and process.is_alive():
+            time.sleep(0.0005)
+            writing = bool(self.path.read_bytes()[1])
+            count -= writing and not was_writing
+            was_writing = writing
 
-def _marking(byte: mmap.mmap, phase: str, work: Callable[..., Any]) -> Callable[..., Any]:
+
+def _marking(
+    bytes_: mmap.mmap, index: int, value: int, work: Callable[..., Any]
+) -> Callable[..., Any]:
     def marked(*args: Any, **kwargs: Any) -> Any:
-        before, byte[0] = byte[0], PHASES.index(phase)
+        before, bytes_[index] = bytes_[index], value
         try:
             return work(*args, **kwargs)
         finally:
-            byte[0] = before
+            bytes_[index] = before
 
     return marked
 
 
 def _mark_phases(path: Path) -> None:
     with path.open("r+b") as file:
-        byte = mmap.mmap(file.fileno(), 1)
-    byte[0] = 0
+        bytes_ = mmap.mmap(file.fileno(), 2)
+    bytes_[:2] = b"\0\0"
     for owner, name, phase in (
         (trainer.Loop, "run", "step"),
         (trainer, "evaluate_together", "probe"),
-        (checkpoint, "save", "checkpoint"),
         (train, "finish", "end"),
     ):
-        setattr(owner, name, _marking(byte, phase, getattr(owner, name)))
+        marked = _marking(bytes_, 0, PHASES.index(phase), getattr(owner, name))
+        setattr(owner, name, marked)
+    checkpoint.save = _marking(bytes_, 1, 1, checkpoint.save)
 
 
 def _go_on(run: Path, config: Config, marks: Path) -> None:

@@ -12,6 +12,9 @@ import pytest
 import run_rig as rig
 
 KILLS = rig.many(10, 200)
+WRITE_KILLS = rig.many(6, 200)
+# Longer than a write of the tiny run, files of a few thousand bytes that are forced to disk.
+WRITE_S = 0.02
 
 
 @pytest.fixture(scope="module")
@@ -54,3 +57,30 @@ def test_killed_at_random_instants_a_run_ends_bit_for_bit_as_the_uninterrupted_o
     print(f"{sum(kills.values())} kills over {runs} runs: {dict(kills)}")
     if rig.FULL:
         assert all(kills[phase] for phase in ("start", "step", "probe", "checkpoint")), kills
+
+
+def test_killed_while_a_checkpoint_is_written_beside_the_steps(
+    whole: tuple[Path, float], tmp_path: Path
+) -> None:
+    """Each child dies a little after it began to write: its first checkpoint or a later one."""
+    reference = rig.contents(whole[0])
+    config, marks = rig.make_config(whole[0].parent), rig.Marks(tmp_path / "marks")
+    draw, phases, runs = random.Random(7), Counter[str](), 0
+    while sum(phases.values()) < WRITE_KILLS or (tmp_path / f"run{runs}").exists():
+        run = tmp_path / f"run{runs}"
+        process = rig.start(run, config, marks)
+        if sum(phases.values()) < WRITE_KILLS:
+            marks.wait_for_write(process, draw.choice((1, 1, 2, 3)))
+            time.sleep(draw.uniform(0.0, WRITE_S))
+            process.kill()
+        process.join(rig.PATIENCE_S)
+        if process.exitcode == -signal.SIGKILL:
+            phases[marks.phase] += 1
+            continue
+        assert process.exitcode == 0
+        assert rig.contents(run) == reference
+        assert rig.leftovers(run) == []
+        assert not list((run / "checkpoints").glob(".*"))
+        runs += 1
+    print(f"{sum(phases.values())} kills over {runs} runs: {dict(phases)}")
+    assert phases["checkpoint"]

@@ -124,17 +124,17 @@ def test_an_error_of_all_ranks_is_printed_once(
 
 def _one_rank(run: Path, file: Path, stop_at: int | None) -> None:
     """A rank that is sent SIGTERM after its step ``stop_at``, if it is the second one."""
-    must_stop = exchange.Exchange.must_stop
+    wishes = exchange.Exchange.wishes
 
-    def stopping(self: exchange.Exchange, asked: bool) -> bool:
+    def stopping(self: exchange.Exchange, stop: bool, save: bool) -> tuple[bool, bool]:
         own = self.ranks.rank == 1
         stopping.steps += own  # type: ignore[attr-defined]
         if own and stopping.steps == stop_at:  # type: ignore[attr-defined]
             os.kill(os.getpid(), signal.SIGTERM)
-        return must_stop(self, asked)
+        return wishes(self, stop, save)
 
     stopping.steps = 0  # type: ignore[attr-defined]
-    exchange.Exchange.must_stop = stopping  # type: ignore[method-assign]
+    exchange.Exchange.wishes = stopping  # type: ignore[method-assign]
     if (run / "config.toml").exists():
         summary = api.resume(run)
     else:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors
 import safetensors.torch
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -83,6 +84,35 @@ def test_every_bit_of_every_dtype_comes_back(
 ) -> None:
     path = checkpoint.save(tmp_path, 7, tensors, {})
     assert raws(checkpoint.load(path).tensors) == raws(tensors)
+
+
+def test_the_bytes_are_those_that_safetensors_writes(tmp_path: Path) -> None:
+    """Of a state's dtypes; the library orders others of one size in a way of its own."""
+    tensors = {
+        "b.\u00e9\t\"": torch.arange(6.0).view(2, 3), "a": torch.zeros(0, 4),
+        "step": torch.tensor(3), "c": torch.ones(7),
+    }  # fmt: skip
+    path = checkpoint.save(tmp_path, 3, tensors, {"name": "\u00e9\n"})
+    with safetensors.safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    assert path.read_bytes() == safetensors.torch.save(tensors, metadata)
+
+
+def test_a_writer_that_may_not_proceed_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoint, "_PIECE", 16)
+    calls = iter(range(100))
+
+    def proceed() -> None:
+        if next(calls) == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.save(tmp_path, 1, small(), {}, proceed=proceed)
+    assert list(tmp_path.iterdir()) == []
+    path = checkpoint.save(tmp_path, 1, small(), {})
+    assert raws(checkpoint.load(path).tensors) == raws(small())
 
 
 def test_views_of_one_arena_and_odd_strides_come_back(tmp_path: Path) -> None:

@@ -41,7 +41,7 @@ from fastbyol.model.objective import (
     unit,
 )
 from fastbyol.optim import schedule
-from fastbyol.optim.arena import Arena, adopt_statistics
+from fastbyol.optim.arena import Arena
 from fastbyol.optim.lars import rule_of, treatments
 from fastbyol.optim.rate_override import RateOverride
 from fastbyol.process import exact_products
@@ -106,11 +106,10 @@ class TrainState:
     """Everything that training changes; floats are fp32, or fp64 under that precision.
 
     Both networks over the arena's buffers and ``step``, 0-d int64. ``rates`` (T, 2) holds lr
-    and tau of each step, ``statistics`` is the flat buffer of both networks' running statistics,
-    ``rate_override`` replaces LARS's rates, ``kernels`` is triton, cpu or reference. ``queue``
-    (K, D) holds the contrastive loss's negatives, past target projections as unit vectors, at first
-    random ones. ``exchange`` is None unless there are several ranks. Whoever writes parameters
-    other than by a step or ``load_tensors`` calls ``weights.renew`` after it.
+    and tau of each step, ``rate_override`` replaces LARS's rates, ``kernels`` is triton, cpu or
+    reference. ``queue`` (K, D) holds the contrastive loss's negatives, past target projections as
+    unit vectors, at first random ones. ``exchange`` is None unless there are several ranks. Whoever
+    writes parameters other than by a step or ``load_tensors`` calls ``weights.renew`` after it.
     """
 
     online: Online
@@ -121,7 +120,6 @@ class TrainState:
     recipe: Recipe
     weights: WorkingWeights
     kernels: str
-    statistics: Tensor
     rate_override: RateOverride | None = None
     queue: Tensor | None = None
     exchange: Exchange | None = None
@@ -168,8 +166,7 @@ class TrainState:
         shapes = {name: p.shape for name, p in online.named_parameters()}
         ranks = Alone() if ranks is None else ranks
         share = None if ranks.count == 1 else share_of(config.train.batch_size, ranks)
-        statistics = adopt_statistics(online, target)
-        layout = _layout(config, online, len(statistics), num_keys)
+        layout = _layout(config, online, target, num_keys)
         arena = Arena.adopt(
             online,
             target,
@@ -197,7 +194,6 @@ class TrainState:
             recipe,
             weights,
             kernels,
-            statistics,
             rate_override,
             queue,
             exchange,
@@ -235,6 +231,31 @@ class TrainState:
         for prefix, net in (("online", self.online), ("target", self.target)):
             tensors |= {f"{prefix}.{name}": buffer for name, buffer in net.named_buffers()}
         return tensors | {"step": self.step} | ({} if self.queue is None else {"queue": self.queue})
+
+    @torch.no_grad()
+    def statistics(self) -> Tensor:
+        """Copy both networks' running statistics into one flat tensor, empty if no norm has any."""
+        buffers = self._float_buffers()
+        return torch.cat([buffer.flatten() for buffer in buffers]) if buffers else self.lr[:0]
+
+    @torch.no_grad()
+    def restore_statistics(self, flat: Tensor) -> None:
+        """Write the tensor that ``statistics`` returned back into both networks."""
+        # Tensors of their own, not views of one: torch 2.11's Inductor takes an operation's mutated
+        # argument to begin at its storage's first element, and writes elsewhere.
+        if buffers := self._float_buffers():
+            parts = torch.split(flat, [buffer.numel() for buffer in buffers])
+            torch._foreach_copy_(
+                buffers, [p.view_as(b) for p, b in zip(parts, buffers, strict=True)]
+            )
+
+    def _float_buffers(self) -> list[Tensor]:
+        return [
+            buffer
+            for net in (self.online, self.target)
+            for buffer in net.buffers()
+            if buffer.is_floating_point()
+        ]
 
     @torch.no_grad()
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
@@ -306,14 +327,14 @@ def train_step(state: TrainState, views: Tensor, forward: Forward = forward) -> 
     rates = schedule.at(state.rates, state.step)
     lr, tau = rates.unbind()
     batch = as_batch(views, recipe.views_dtype, 2 if state.exchange is None else 1)
-    before = state.statistics.clone()
+    statistics = state.statistics()
     with state.weights.in_use():
         loss, observed, keys = forward(
             state.online, state.target, batch, recipe.objective, state.queue
         )
     state.weights.differentiate(loss)
     with torch.no_grad():
-        loss, after = loss.detach(), state.statistics
+        loss, after = loss.detach(), state.statistics()
         if state.exchange is not None:
             loss, observed, after, keys = state.exchange.sum_(loss, observed, after, keys)
         table, factor = arena.table, lr
@@ -330,7 +351,7 @@ def train_step(state: TrainState, views: Tensor, forward: Forward = forward) -> 
         # too.
         norms = layers[:, 1]
         taken = (norms < torch.inf).all()
-        torch.where(taken, after, before, out=state.statistics)
+        state.restore_statistics(torch.where(taken, after, statistics))
         if state.queue is not None and keys is not None:
             enqueue(state.queue, keys, state.step, taken)
         state.step.add_(1)
@@ -362,11 +383,13 @@ def share_of(batch_size: int, ranks: Ranks) -> Share:
     return Share(sum(counts[: ranks.rank]), counts, ranks.rank, gather_of(ranks.count))
 
 
-def _layout(config: Config, online: Online, num_statistics: int, num_keys: int) -> Layout:
+def _layout(config: Config, online: Online, target: Target, num_keys: int) -> Layout:
     model = config.model
+    own = model.norm_scope == "rank"
+    buffers = (b for net in (online, target) for b in net.buffers() if b.is_floating_point())
     return Layout(
         moments=num_moments(model.projector.out, online.encoder.embedding_dim),
-        statistics=num_statistics if model.norm_scope == "rank" else 0,
+        statistics=sum(b.numel() for b in buffers) if own else 0,
         keys=(config.train.batch_size, model.projector.out) if num_keys else (0, 0),
     )
 

@@ -1,7 +1,7 @@
 """All parameters in flat buffers: online weights, gradient, momentum and target.
 
 The modules' parameters and their ``.grad`` are views into the buffers, so one operation over a
-buffer reaches them all. So are the running statistics of norm layers, into one buffer of their own.
+buffer reaches them all. Buffers of norm layers stay in their modules.
 """
 
 from __future__ import annotations
@@ -18,8 +18,6 @@ from fastbyol_kernels.lars_ema import SegmentTable
 
 # Vector loads and compiled kernels assume aligned pointers; CUDA's own allocator aligns to 256.
 ALIGN_BYTES = 256
-# The widest access of a kernel. Ranks send statistics, so no more than that lies between them.
-ACCESS_BYTES = 16
 
 
 @dataclass(frozen=True)
@@ -142,28 +140,6 @@ class Arena:
     def named(self, buffer: Tensor) -> dict[str, Tensor]:
         """View one of the flat buffers as tensors by parameter name, in the parameters' shapes."""
         return {s.name: s.view(buffer) for s in self.segments if s.offset + s.numel <= len(buffer)}
-
-
-@torch.no_grad()
-def adopt_statistics(*nets: nn.Module) -> Tensor:
-    """Move the floating point buffers of ``nets`` into one flat buffer, and return it.
-
-    It has the parameters' dtype and device, and zeros between the buffers; no element if there are
-    none.
-    """
-    buffers = [b for net in nets for b in net.buffers() if b.is_floating_point()]
-    starts = [0]
-    for buffer in buffers:
-        align = ACCESS_BYTES // buffer.element_size()
-        starts.append(padded(starts[-1] + buffer.numel(), align))
-    flat = next(nets[0].parameters()).new_zeros(starts[-1], requires_grad=False)
-    for buffer, start in zip(buffers, starts, strict=False):
-        home = flat.narrow(0, start, buffer.numel()).view_as(buffer)
-        home.copy_(buffer)
-        # As data, each keeps a version of its own: a backward pass may have saved it before another
-        # layer writes.
-        buffer.data = home
-    return flat
 
 
 def segment_table(segments: Sequence[Segment], weight_decay: float, like: Tensor) -> SegmentTable:

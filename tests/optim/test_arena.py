@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from fastbyol.optim.arena import ACCESS_BYTES, Arena, Segment, adopt_statistics, padded, plan
+from fastbyol.optim.arena import Arena, Segment, padded, plan
 from fastbyol.optim.lars import Treatment
 
 PLAIN = Treatment(adapt=False, decay=True, lr_mult=1.0)
@@ -124,53 +124,3 @@ def test_the_kernels_table_and_named_views_are_the_segments() -> None:
 def test_a_target_that_is_no_part_of_the_online_network_is_refused() -> None:
     with pytest.raises(ValueError, match="not the first"):
         Arena.adopt(Pair(with_last=False), Pair(), [PLAIN] * 4, weight_decay=0.0)
-
-
-class Normed(nn.Module):
-    """Three batch norms in a row, the second of an odd size that no access of 16 bytes fits."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.second, self.third = (nn.BatchNorm2d(c) for c in (4, 5, 4))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = self.second(torch.cat((self.first(x), x[:, :1]), 1))
-        return self.third(y[:, :4] * y[:, 1:])
-
-
-def test_statistics_keep_their_values_and_become_views() -> None:
-    torch.manual_seed(0)
-    online, target = Normed(), Normed()
-    with torch.no_grad():
-        for buffer in (*online.buffers(), *target.buffers()):
-            buffer.copy_(torch.randint(1, 100, buffer.shape))
-    before = [{n: b.clone() for n, b in net.named_buffers()} for net in (online, target)]
-    flat = adopt_statistics(online, target)
-    assert len(flat) == 2 * 2 * (4 + 8 + 4)
-    assert float(flat.sum()) == sum(
-        float(b.sum()) for held in before for b in held.values() if b.is_floating_point()
-    )
-    for net, held in zip((online, target), before, strict=True):
-        for name, buffer in net.named_buffers():
-            assert torch.equal(buffer, held[name]), name
-            assert buffer.data_ptr() % ACCESS_BYTES == 0
-    flat.fill_(3.0)
-    for net in (online, target):
-        for name, buffer in net.named_buffers():
-            assert (buffer == 3.0).all() == (not name.endswith("num_batches_tracked")), name
-    assert adopt_statistics(nn.Linear(2, 2)).numel() == 0
-
-
-def test_norms_over_shared_statistics_train_as_norms_over_their_own() -> None:
-    """Forward, backward and statistics: one layer's update does not spoil what another saved."""
-    torch.manual_seed(0)
-    apart, together = Normed(), Normed()
-    adopt_statistics(together)
-    for step in range(2):
-        x = torch.randn(3, 4, 5, 5, generator=torch.Generator().manual_seed(step))
-        for net in (apart, together):
-            net(x).square().sum().backward()
-    for mine, theirs in zip(together.parameters(), apart.parameters(), strict=True):
-        assert torch.equal(mine.grad, theirs.grad)
-    for mine, theirs in zip(together.buffers(), apart.buffers(), strict=True):
-        assert torch.equal(mine, theirs)

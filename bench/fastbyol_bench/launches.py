@@ -126,7 +126,9 @@ class Unfilled(TorchDispatchMode):  # type: ignore[no-untyped-call]
             ]
             if not written:
                 return func(*args, **kwargs)
-            return written[0] if len(schema.returns) == 1 else tuple(written) or None
+            if not schema.returns:
+                return None
+            return written[0] if len(schema.returns) == 1 else tuple(written)
         made = func(*_on_meta(args), **_on_meta(kwargs))
         if func is torch.ops.aten.convolution.default:
             layout = suggest_memory_format(args[0])

@@ -30,7 +30,7 @@ from torch._inductor.virtualized import V
 from torch._subclasses import fake_tensor
 from triton.runtime import driver
 
-from fastbyol.engine.capture import compiled_forward
+from fastbyol.engine.capture import INDUCTOR_OPTIONS, compiled_forward
 from fastbyol.engine.step import TrainState
 from fastbyol_kernels.ahead_of_time import Driver, recording
 
@@ -306,13 +306,7 @@ def mocked_h100() -> Iterator[None]:
                     )
                 )
         # profile_bandwidth writes each kernel's GB beside it. Caches would keep code that no GPU
-        # has run. deterministic, as in the engine, has rules decide where a real GPU would time
-        # kernels (audit, D12).
-        configured = {
-            "compile_threads": 1,
-            "profile_bandwidth": True,
-            "fx_graph_cache": False,
-            "deterministic": True,
-        }
-        patches.enter_context(torch._inductor.config.patch(configured))
+        # has run. By the engine's own options rules decide where a real GPU would time kernels.
+        configured = {"compile_threads": 1, "profile_bandwidth": True, "fx_graph_cache": False}
+        patches.enter_context(torch._inductor.config.patch(configured | INDUCTOR_OPTIONS))
         yield

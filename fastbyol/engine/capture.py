@@ -30,6 +30,11 @@ from fastbyol.model.objective import Objective
 WARM_UP_STEPS = 3
 # Networks whose compiled forward a process keeps. The ablations have ten, once per seed.
 MOST_NETWORKS = 16
+# Inductor times its kernels' tilings and keeps the answer in a temporary folder. Tilings change the
+# bits of reductions, not of pointwise kernels; ``deterministic`` (torch 2.11 to 2.15) chooses those
+# of reductions by rule, pads no products and holds for the backward pass, too. The reductions that
+# are left to Inductor are over some 512 rows, too few for a second launch each.
+INDUCTOR_OPTIONS: dict[str, Any] = {"deterministic": True, "split_reductions": False}
 # No run is long enough for compiling to pay: .88 s a step eager, 1.27 s compiled after 55 s of
 # compiling (bench/LOG.md, "The engine's own step under torch.compile").
 EAGER_ON_A_CPU = "compiled steps were slower on a CPU, .7 of the speed, after a minute of compiling"
@@ -166,10 +171,7 @@ def _compiled(network: Hashable, backend: str | Callable[..., Any], timed: bool)
     # Dynamo keeps at most eight variants (``recompile_limit``) with a code object and tries their
     # guards one after the other. So each network gets a code object, and frees all with it.
     own = FunctionType(forward.__code__.replace(), forward.__globals__, forward.__name__)
-    # Inductor times its kernels' tilings and keeps the answer in a temporary folder. Tilings change
-    # the bits of reductions, not of pointwise kernels; ``deterministic`` (torch 2.11 to 2.15)
-    # chooses those of reductions by rule, pads no products and holds for the backward pass, too.
-    options: dict[str, Any] | None = None if timed else {"deterministic": True}
+    options = None if timed else INDUCTOR_OPTIONS
     return torch.compile(own, fullgraph=True, dynamic=False, backend=backend, options=options)
 
 

@@ -647,6 +647,42 @@ def test_compiled_equals_eager(pool: bool, device: torch.device) -> None:
         assert torch.equal(eager, compiled)
 
 
+@pytest.mark.gpu
+@pytest.mark.slow
+def test_inductor_updates_the_buffers_of_every_layer(device: torch.device) -> None:
+    """Use four layers: of two, torch 2.11 gave right ones even where it lost those of four."""
+    results = []
+    for compiles in (False, True):
+        g = torch.Generator().manual_seed(0)
+        x = torch.randn(4, 8, 4, 4, generator=g).to(device, memory_format=torch.channels_last)
+        kernel = torch.randn(4, 8, 8, 3, 3, generator=g).to(device)
+        weight = torch.ones(4, 8, device=device, requires_grad=True)
+        buffers = [
+            (torch.zeros(8, device=device), torch.ones(8, device=device),
+             torch.zeros((), dtype=torch.int64, device=device))
+            for _ in range(4)
+        ]  # fmt: skip
+
+        def network(
+            x: Tensor, kernel: Any = kernel, weight: Tensor = weight, buffers: Any = buffers
+        ) -> Tensor:
+            for layer, (mean, var, tracked) in enumerate(buffers):
+                h = torch.nn.functional.conv2d(x, kernel[layer], padding=1)
+                x = ops.batch_norm(
+                    h, weight[layer], torch.zeros_like(weight[layer]), mean, var, 2,
+                    momentum=MOMENTUM, eps=EPS, residual=x, relu=True, num_batches_tracked=tracked,
+                    kernels="triton",
+                )  # fmt: skip
+            return x.square().mean()
+
+        step = torch.compile(network, fullgraph=True, dynamic=False) if compiles else network
+        for _ in range(2):
+            gradient = torch.autograd.grad(step(x), weight)[0]
+        results.append((gradient, *(tensor for layer in buffers for tensor in layer)))
+    for eager, compiled in zip(*results, strict=True):
+        torch.testing.assert_close(eager, compiled, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("rows", [1, 2, 127, 128, 129, 256 * 9, 256 * 576, 256 * 2304])
 @pytest.mark.parametrize("channels", [1, 5, 16, 64, 65, 100, 512, 4096])
 @pytest.mark.parametrize("num_views", [1, 2, 3])

@@ -14,8 +14,8 @@ from torch.nn import functional as F
 
 from compiled_process import printed
 from fastbyol.config import ModelConfig
-from fastbyol.model.byol import Online
-from fastbyol.model.norm import GroupNorm
+from fastbyol.model.byol import Online, Target
+from fastbyol.model.norm import BatchNorm, GroupNorm
 from fastbyol_bench import launches
 
 OPS = Path(launches.ahead_of_time.__file__).parent
@@ -84,13 +84,18 @@ def test_kernels_cost_what_the_table_says() -> None:
 
 @pytest.mark.parametrize("text", tables("LAUNCHES"), ids=lambda text: text.split("\n")[0])
 def test_a_step_launches_what_its_network_asks_for(text: str) -> None:
-    """Count four launches for views, one per norm and network, two per norm's gradient.
+    """Count four launches for views, one per group norm and network, two per norm's gradient.
 
-    The weights take one launch per network and one for the gradient.
+    A batch norm takes two, of which the stem's second one pools. The weights take one launch per
+    network and one for the gradient.
     """
+    config = ModelConfig(norm="gn", ws=True)
     with torch.device("meta"):
-        net = Online(ModelConfig(norm="gn", ws=True))
-    norms = sum(isinstance(module, GroupNorm) for module in net.modules())
+        networks = Online(config), Target(config)
+    norms, heads = (
+        [sum(isinstance(module, kind) for module in net.modules()) for net in networks]
+        for kind in (GroupNorm, BatchNorm)
+    )
     bn, gn, *_ = (part.split(": ", 1)[1] for part in text.split("\n\n")[1:])
     counts = []
     for part in (bn, gn):
@@ -100,13 +105,24 @@ def test_a_step_launches_what_its_network_asks_for(text: str) -> None:
         assert f"{counted.total()} launches" == part.split("\n")[0]
         counts.append(counted)
     views = {("views", kernel): 1 for kernel in ("draw", "crop", "contrast", "blur")}
-    assert counts[0] == views | {
-        ("lars_ema", kernel): 1 for kernel in ("norms", "sweep", "telemetry")
-    }
-    assert counts[1] == counts[0] | {
-        ("group_norm", "forward"): 2 * norms,
-        ("group_norm", "backward"): norms,
-        ("group_norm", "sum_rows"): norms,
+    always = views | {("lars_ema", kernel): 1 for kernel in ("norms", "sweep", "telemetry")}
+
+    def of_batch_norms(online: int, target: int, pools: int) -> dict[tuple[str, str], int]:
+        return {
+            ("batch_norm", "moments"): online + target,
+            ("batch_norm", "normalise"): online + target - pools,
+            ("batch_norm", "gradient_sums"): online,
+            ("batch_norm", "gradient"): online,
+        }
+
+    all_norms = [n + h for n, h in zip(norms, heads, strict=True)]
+    assert counts[0] == always | of_batch_norms(*all_norms, 2) | {("batch_norm", "pool"): 2}
+    assert counts[1] == always | of_batch_norms(*heads, 0) | {
+        ("max_pool", "forward"): 2,
+        ("max_pool", "backward"): 1,
+        ("group_norm", "forward"): sum(norms),
+        ("group_norm", "backward"): norms[0],
+        ("group_norm", "sum_rows"): norms[0],
         ("weight_standardization", "forward"): 2,
         ("weight_standardization", "backward"): 1,
     }

@@ -115,19 +115,19 @@ def test_a_step_in_kernels_equals_the_step_in_plain_torch(
     """fp32: sums in another order, which a net of many layers amplifies, and again in the second
     step. The order of plain torch's sums depends on the number of threads: with one the first
     step's values were within 1e-5, with two 1.4e-5 apart and the heads' gradients 2.6e-5. Batch
-    norm over four images magnifies plain torch's own rounding: the first step's values are 4e-5 off
-    fp64 and the second's 3e-3.
+    norm over four images magnifies that: over four draws of images the first step's gradients were
+    up to 2e-4 apart, and the second's up to .1, by one ReLU on the other side of zero.
     """
-    slack = 10 if choice[0] == "bn" else 1
-    plain = Trace(choice, "fp32", "reference", batch=batch, size=size)
-    fused = traced(choice, "fp32", kernels, batch=batch, size=size)
-    for a, b, rtol in zip(fused.values, plain.values, (5e-5, 1e-3), strict=True):
-        torch.testing.assert_close(a, b, rtol=slack * rtol, atol=slack * 1e-5)
+    steps, bound = (1, 5e-4) if choice[0] == "bn" else (2, 5e-5)
+    plain = Trace(choice, "fp32", "reference", batch=batch, size=size, steps=steps)
+    fused = traced(choice, "fp32", kernels, batch=batch, size=size, steps=steps)
+    for a, b, rtol in zip(fused.values, plain.values, (5e-5, 1e-3), strict=False):
+        torch.testing.assert_close(a, b, rtol=rtol, atol=1e-5)
     worst = off(plain.state, fused.gradients[0], plain.gradients[0])
-    assert worst[0] < slack * 5e-5, worst
+    assert worst[0] < bound, worst
     for name in ("online", "target", "momentum"):
         worst = off(plain.state, getattr(fused.state.arena, name), getattr(plain.state.arena, name))
-        assert worst[0] < slack * 1e-3, (name, worst)
+        assert worst[0] < 1e-3, (name, worst)
 
 
 @pytest.mark.parametrize("kernels", KERNELS)

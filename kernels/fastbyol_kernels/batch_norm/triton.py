@@ -387,6 +387,7 @@ NARROW = {
     "_moments_kernel": "writes sums, a few per run",
     "_gradient_sums_kernel": "writes sums, a few per run",
     "_pool_kernel": "taps are u8, half as wide as the values beside them",
+    "_gradient_kernel": "pooled: four elements a thread, taps of u8",
 }
 # Channels of a program: 128 bytes of bf16 are a whole line of the L2.
 MAX_CHANNELS = 64

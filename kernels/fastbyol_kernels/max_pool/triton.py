@@ -125,7 +125,8 @@ NARROW = {"_forward_kernel": _TAPS, "_backward_kernel": _TAPS}
 def triton_max_pool(x: Tensor) -> tuple[Tensor, Tensor]:
     """Return y and the taps of channels-last x (N, C, H, W), bf16 or fp32."""
     y, taps = pooled_like(x), pooled_like(x, torch.uint8)
-    _launch(_forward_kernel, x, y, taps, rows=y.numel() // y.shape[1])
+    grid, options = _plan(y)
+    _forward_kernel[grid](x, y, taps, y.numel() // y.shape[1], **_sides(x), **options)
     return y, taps
 
 
@@ -149,7 +150,8 @@ def _(x: Tensor) -> tuple[Tensor, Tensor]:
 def _max_pool_backward(dy: Tensor, taps: Tensor, height: int, width: int) -> Tensor:
     """Return dx (N, C, ``height``, ``width``)."""
     dx = _gradient_like(dy, height, width)
-    _launch(_backward_kernel, dy, taps, dx, rows=dx.numel() // dx.shape[1], sides=dx.shape[2:])
+    grid, options = _plan(dx)
+    _backward_kernel[grid](dy, taps, dx, dx.numel() // dx.shape[1], **_sides(dx), **options)
     return dx
 
 
@@ -167,16 +169,18 @@ def _(dy: Tensor, taps: Tensor, height: int, width: int) -> Tensor:
     return _gradient_like(dy, height, width)
 
 
-def _launch(kernel: Any, *tensors: Tensor, rows: int, sides: torch.Size | None = None) -> None:
-    channels = tensors[0].shape[1]
-    height, width = tensors[0].shape[2:] if sides is None else sides
+def _plan(written: Tensor) -> tuple[tuple[int, int], dict[str, int]]:
+    """Return the grid over the rows and channels of what is ``written``, and the tile's options."""
+    channels = written.shape[1]
     block_c = min(MAX_CHANNELS, triton.next_power_of_2(channels))
     block_r = BLOCK // block_c
-    grid = (triton.cdiv(channels, block_c), triton.cdiv(rows, block_r))
-    kernel[grid](
-        *tensors, rows, H=height, W=width, C=channels, BLOCK_R=block_r, BLOCK_C=block_c,
-        num_warps=NUM_WARPS, enable_fp_fusion=True,
-    )  # fmt: skip
+    grid = (triton.cdiv(channels, block_c), triton.cdiv(written.numel() // channels, block_r))
+    options = {"num_warps": NUM_WARPS, "enable_fp_fusion": True}
+    return grid, {"BLOCK_R": block_r, "BLOCK_C": block_c} | options
+
+
+def _sides(x: Tensor) -> dict[str, int]:
+    return dict(zip("CHW", x.shape[1:], strict=True))
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

@@ -274,9 +274,9 @@ def test_read_all_is_the_file_in_its_order(name: str) -> None:
         assert labels.tolist() == [foreign.label(i) for i in range(foreign.COUNT)]
 
 
-@pytest.mark.parametrize(("free_share", "device"), [(0.39, "cpu"), (0.41, "meta")])
+@pytest.mark.parametrize(("free_share", "where"), [(0.39, "cpu"), (0.41, "meta")])
 def test_read_all_leaves_images_on_a_device_that_has_room(
-    free_share: float, device: str, monkeypatch: pytest.MonkeyPatch
+    free_share: float, where: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where training images would be kept, too; ``meta`` stands for a GPU and holds no values."""
     need = foreign.COUNT * 24 * 20 * 3
@@ -287,7 +287,7 @@ def test_read_all_leaves_images_on_a_device_that_has_room(
     )
     file = foreign.made() / "raw.beton"
     images, labels, _ = read_all(file, workers=1, size=16, device=torch.device("meta"))
-    assert (images.device.type, tuple(images.shape)) == (device, (foreign.COUNT, 24, 20, 3))
+    assert (images.device.type, tuple(images.shape)) == (where, (foreign.COUNT, 24, 20, 3))
     assert labels is not None
     assert labels.device.type == "cpu"
 

@@ -42,7 +42,8 @@ FASTBYOL = ("pydantic", "safetensors")
 GPU_TESTS = (
     "tests/engine/test_capture.py", "tests/engine/test_working_weights.py",
     "tests/engine/test_telemetry.py",
-    "tests/kernels/test_group_norm.py", "tests/kernels/test_lars_ema.py",
+    "tests/kernels/test_batch_norm.py", "tests/kernels/test_group_norm.py",
+    "tests/kernels/test_lars_ema.py", "tests/kernels/test_max_pool.py",
     "tests/kernels/test_weight_standardization.py", "tests/kernels/views/test_draw.py",
     "tests/kernels/views/test_table.py",
     "tests/test_views.py",
@@ -52,7 +53,7 @@ GPU_TESTS = (
 CLAIMS = ("C6", "C5", "C7", "C12", "C10")
 OUR_KERNELS = (
     "regex:^_(forward|moments|normalise|backward|gradient|sum_rows|norms|sweep|telemetry|"
-    "draw|crop|contrast|blur)"
+    "pool|draw|crop|contrast|blur)"
 )
 
 

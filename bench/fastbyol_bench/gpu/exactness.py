@@ -25,7 +25,7 @@ from fastbyol_bench.gpu.engine import Stand
 from fastbyol_bench.gpu.limits import Timer
 from fastbyol_bench.gpu.rows import Rows
 from fastbyol_bench.gpu.rows import parser as job_parser
-from fastbyol_kernels import group_norm, lars_ema
+from fastbyol_kernels import batch_norm, group_norm, lars_ema, max_pool
 from fastbyol_kernels import views as view_kernels
 from fastbyol_kernels import weight_standardization as ws
 
@@ -127,6 +127,63 @@ def _norm(bench: Bench, name: str, shape: tuple[int, int, int, int], *, residual
         backward,
         group_norm.bytes_moved(shape, 2, **flags, backward=True),
     )
+
+
+def batch_norms(bench: Bench) -> None:
+    """Compare batch norm with ReLU, bf16, at every size of the network; at the stem it pools."""
+    for side, channels, residual in NORMS[-2:] if bench.small else NORMS:
+        pool = channels == 64 and side == NORMS[0][0]
+        name = f"batch norm {side}x{side}x{channels}"
+        name += " + residual" if residual else ", pooled" if pool else ""
+        shape = (2 * bench.stand.batch, channels, side, side)
+        with bench.rows.guarded("kernel", name):
+            _batch_norm(bench, name, shape, residual=residual, pool=pool)
+
+
+def _batch_norm(
+    bench: Bench, name: str, shape: tuple[int, int, int, int], *, residual: bool, pool: bool
+) -> None:
+    x, added = (_activation(bench.device, shape) for _ in range(2))
+    weight, bias = (torch.randn(shape[1], device=bench.device).requires_grad_() for _ in range(2))
+    mean, var = torch.zeros(2, shape[1], device=bench.device).unbind()
+    inputs = [x, weight, bias, added][: 4 if residual else 3]
+    momentum, eps = 0.1, 1e-5
+
+    def forward() -> Tensor:
+        return batch_norm.batch_norm(
+            x, weight, bias, mean, var, 2, residual=added if residual else None, relu=True,
+            pool=pool, kernels="triton", momentum=momentum, eps=eps,
+        )  # fmt: skip
+
+    y = forward()
+    dy = _activation(bench.device, (*y.shape[:2], y.shape[2], y.shape[3])).detach()
+
+    def backward() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(y, inputs, dy, retain_graph=True)
+
+    wide = [t.detach().double().requires_grad_() for t in (x, added)]
+    exact = batch_norm.reference(
+        wide[0], weight.detach().double(), bias.detach().double(), mean.double(), var.double(), 2,
+        residual=wide[1] if residual else None, momentum=momentum, eps=eps,
+    )  # fmt: skip
+    # Rounding decides the ReLU's side of a value near 0, and which of two near values is the
+    # maximum: the exact gradient follows it.
+    upstream, rounded = dy.double(), exact.detach().relu().bfloat16().double().requires_grad_()
+    result = max_pool.max_pool(rounded, kernels="reference") if pool else exact.relu()
+    if pool:
+        (upstream,) = torch.autograd.grad(result, rounded, upstream)
+    kept = rounded if pool else y
+    exact_dx = torch.autograd.grad(exact, wide[0], upstream * (kept > 0))[0]
+    size = x.numel() * x.element_size()
+    pooled = 3 / 8  # of x's bytes: y a quarter, taps half as wide
+    moved = size * (2 + pooled if pool else 3 + residual)
+    errors = {"err_y": off(y, result)}
+    bench.report(f"{name}, forward", errors, 2 * BF16, torch.no_grad()(forward), moved)
+    moved = size * (3 + 2 * pooled if pool else 5 + 2 * residual)
+    errors = {"err_dx": off(backward()[0], exact_dx)}
+    # A value between two bf16 numbers may tie with a neighbour here and not there: off by .04 in
+    # Triton's interpreter, which truncates.
+    bench.report(f"{name}, backward", errors, 0.1 if pool else BF16, backward, moved)
 
 
 def _activation(device: torch.device, shape: tuple[int, int, int, int]) -> Tensor:
@@ -254,6 +311,7 @@ def main() -> int:
     rows = Rows(arguments.rows, arguments.job)
     bench = Bench(rows, arguments)
     norms(bench)
+    batch_norms(bench)
     state = bench.stand.state()
     with rows.guarded("kernel", "weight standardization"):
         weights(bench, state)

@@ -128,4 +128,6 @@ def _check(
 def _has_kernels(x: Tensor, affine: tuple[Tensor, ...], *, flat: bool = False) -> bool:
     """Tell whether kernels run on these; ``flat`` says that they also run on x (N, C)."""
     fits = is_activation(x if x.ndim == 4 or not flat else x[:, :, None, None])
+    # Triton's offsets into a view have 32 bits.
+    fits = fits and x.numel() < 1 << 31
     return fits and all(t.dtype == torch.float32 and t.is_contiguous() for t in affine)

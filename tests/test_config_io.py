@@ -148,6 +148,7 @@ def test_what_resolving_leaves_open_is_in_no_preset() -> None:
         "optim.rate_cap",
         "optim.replay_rates",
         "train.ranks",
+        "run.checkpoint_every_s",
     }
     for name in config_io.presets():
         assert not open_keys & set(

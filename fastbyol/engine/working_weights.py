@@ -129,7 +129,7 @@ class WorkingWeights:
     """The working weights of both networks, and the loss's gradient by all weights.
 
     ``leaves`` are the tensors that get a gradient, parameters or their working weights, ``homes``
-    the parts of flat buffers that hold it. ``gradient`` is the arena's, ``one`` a 0-d 1.
+    the parts of flat buffers that hold it. ``gradient`` is the arena's.
     """
 
     groups: tuple[_Group, ...]
@@ -137,7 +137,6 @@ class WorkingWeights:
     leaves: tuple[Tensor, ...]
     homes: tuple[Tensor, ...]
     gradient: Tensor
-    one: Tensor
 
     @staticmethod
     def of(
@@ -171,7 +170,6 @@ class WorkingWeights:
         leaves, homes_ = zip(*pairs.values(), strict=True)
         return WorkingWeights(
             tuple(groups), tuple(rounded), leaves, homes_, arena.gradient,
-            one=arena.gradient.new_ones(()),
         )  # fmt: skip
 
     @property
@@ -208,7 +206,7 @@ class WorkingWeights:
 
         The loss must have been computed inside ``in_use``.
         """
-        gradients = torch.autograd.grad(loss, self.leaves, self.one, materialize_grads=True)
+        gradients = torch.autograd.grad(loss, self.leaves, materialize_grads=True)
         with torch.no_grad():
             # Copied at once, where AccumulateGrad would add each to zeros in a launch of its own.
             # On a GPU a launch has one dtype on each side (ForeachBinaryOpList.cu of ATen).

@@ -111,7 +111,7 @@ def test_a_step_copies_gradients_and_statistics_at_once(norm: str) -> None:
     assert AUTOGRAD not in origins
     assert 64 < sum(1 for _ in state.online.parameters()) <= 128
     copying = "fastbyol.engine.working_weights.WorkingWeights.differentiate"
-    assert origins[copying] == {"_foreach_copy_": 2}
+    assert origins[copying] == {"_foreach_copy_": 2, "ones_like": 1}
     # Running mean and variance of every batch norm: 20 in an encoder with bn, one in a head; two
     # encoders, three heads.
     assert origins["TrainState.restore_statistics"] == {"_foreach_copy_": 2 if norm == "bn" else 1}

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from pathlib import Path
 
 # Names that Python and FFCV give to shared memory, semaphores and arenas, and we to any file there.
 NAMES = ("psm_", "sem.", "pym-", "fastbyol-")
+# A living process maps or removes what it has made within this time, on a busy machine, too.
+LASTING_S = 20.0
 
 
 def in_shared_memory() -> set[str]:
@@ -17,3 +20,11 @@ def in_shared_memory() -> set[str]:
             used = maps.read_text()
             names = {name for name in names if name not in used}
     return names
+
+
+def lasting_in_shared_memory(before: set[str]) -> set[str]:
+    """Return the files of ``in_shared_memory`` that are not in ``before`` and stay."""
+    until = time.monotonic() + LASTING_S
+    while (left := in_shared_memory() - before) and time.monotonic() < until:
+        time.sleep(0.1)
+    return left

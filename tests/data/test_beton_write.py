@@ -93,7 +93,7 @@ def demand_untouched(out: Path) -> None:
     while _writers() and time.monotonic() < deadline:
         time.sleep(0.02)
     assert not _writers()
-    assert leftovers.in_shared_memory() <= BEFORE
+    assert leftovers.lasting_in_shared_memory(BEFORE) == set()
 
 
 def _writers() -> list[str]:

@@ -39,7 +39,7 @@ COUNT, SIDE = 2000, 64
 def _nothing_in_shared_memory() -> Iterator[None]:
     before = leftovers.in_shared_memory()
     yield
-    assert leftovers.in_shared_memory() <= before
+    assert leftovers.lasting_in_shared_memory(before) == set()
 
 
 def start(out: Path, seed: int, count: int = COUNT, **options: object) -> subprocess.Popen[bytes]:

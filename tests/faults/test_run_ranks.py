@@ -118,7 +118,7 @@ def test_an_error_of_all_ranks_is_printed_once(
     assert process.returncode == code, process.stderr
     (line,) = process.stderr.splitlines()
     assert f"{run}: {said}" in line
-    assert leftovers.in_shared_memory() <= before
+    assert leftovers.lasting_in_shared_memory(before) == set()
     assert [path.name for path in temporary.iterdir()] == []
 
 

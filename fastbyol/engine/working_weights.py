@@ -167,10 +167,8 @@ class WorkingWeights:
                 if trained:
                     names = (segment.name for segment in segments)
                     pairs |= zip(names, zip(part.weights, part.homes, strict=True), strict=True)
-        leaves, homes_ = zip(*pairs.values(), strict=True)
-        return WorkingWeights(
-            tuple(groups), tuple(rounded), leaves, homes_, arena.gradient,
-        )  # fmt: skip
+        leaves, of_leaves = zip(*pairs.values(), strict=True)
+        return WorkingWeights(tuple(groups), tuple(rounded), leaves, of_leaves, arena.gradient)
 
     @property
     def rounded_copies(self) -> tuple[Tensor | None, Tensor | None]:

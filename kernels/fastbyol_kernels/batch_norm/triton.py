@@ -22,6 +22,7 @@ from fastbyol_kernels.batch_norm.reference import Gather, merge_moments
 from fastbyol_kernels.max_pool.triton import (
     gradient_of_pixels,
     keep_larger,
+    least,
     pooled_like,
     tap_offsets,
     window,
@@ -236,9 +237,7 @@ def _pool_kernel(
     for start in range(first, stop, BLOCK_R):
         offsets, mask = _tile(start, stop, channels, C, BLOCK_R)
         sample, top, left = window(start + tl.arange(0, BLOCK_R), H, W)
-        best = tl.full((BLOCK_R, BLOCK_C), float("-inf"), tl.float32)
-        corner = tl.where(top < 0, 3, 0) + tl.where(left < 0, 1, 0)
-        tap = tl.broadcast_to(corner[:, None], (BLOCK_R, BLOCK_C))
+        best, tap = least(top, left, BLOCK_R, BLOCK_C)
         for index in tl.static_range(9):
             at, exists = tap_offsets(sample, top, left, channels, mask, index, H, W, C)
             value = tl.load(source + at, mask=exists, other=0.0).to(tl.float32)

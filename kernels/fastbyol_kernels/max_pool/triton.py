@@ -38,6 +38,14 @@ def tap_offsets(
 
 
 @triton.jit
+def least(top, left, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Return -inf and each window's first tap that exists: its maximum where all are -inf."""
+    first = tl.where(top < 0, 3, 0) + tl.where(left < 0, 1, 0)
+    best = tl.full((BLOCK_R, BLOCK_C), float("-inf"), tl.float32)
+    return best, tl.broadcast_to(first[:, None], (BLOCK_R, BLOCK_C))
+
+
+@triton.jit
 def keep_larger(best, tap, value, TAP: tl.constexpr, mask):
     """Return the larger value and its tap: the first of equal ones, the last NaN, as torch."""
     wins = mask & ((value > best) | (value != value))
@@ -91,10 +99,7 @@ def _forward_kernel(
     """Write y (N, P, Q, C) and the taps of the maxima, u8."""
     row, channels, mask = _tile(num_rows, C, BLOCK_R, BLOCK_C)
     sample, top, left = window(row, H, W)
-    best = tl.full((BLOCK_R, BLOCK_C), float("-inf"), tl.float32)
-    # Where all are -inf the first pixel of the window is the maximum.
-    first = tl.where(top < 0, 3, 0) + tl.where(left < 0, 1, 0)
-    tap = tl.broadcast_to(first[:, None], (BLOCK_R, BLOCK_C))
+    best, tap = least(top, left, BLOCK_R, BLOCK_C)
     for index in tl.static_range(9):
         offsets, exists = tap_offsets(sample, top, left, channels, mask, index, H, W, C)
         value = tl.load(x + offsets, mask=exists, other=0.0).to(tl.float32)

@@ -7,7 +7,7 @@ EXTRAS := report,dev,ffcv
 BIN := $(VENV)/bin
 DEMO := demo
 # Processes that run the tests, one file at a time each: three on two cores, since tests often wait.
-# In the order of their names: by default files with few tests come last, and these are the slowest.
+# In the order of tests/conftest.py: by default files with few tests come last, and these are the slowest.
 JOBS := 3
 PYTEST = $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder
 FLOOR := tests/kernels tests/engine/test_capture.py tests/engine/test_working_weights.py tests/engine/test_step.py \
@@ -72,8 +72,9 @@ lint: setup
 types: setup
 	$(BIN)/mypy
 
+# With bytecode, whatever the environment says: tests start hundreds of processes.
 unit: setup
-	$(PYTEST)
+	PYTHONDONTWRITEBYTECODE= $(PYTEST)
 
 # Tests what is compiled and launched on a GPU with the oldest versions that pyproject.toml allows,
 # which such machines have.

@@ -101,7 +101,7 @@ def long(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-TRIALS = rig.many(2, 100)
+TRIALS = rig.many(1, 100)
 
 
 @pytest.mark.slow

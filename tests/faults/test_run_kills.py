@@ -6,6 +6,8 @@ import random
 import signal
 import time
 from collections import Counter
+from collections.abc import Callable
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
@@ -29,49 +31,21 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float]:
     return folder / "run", time.monotonic() - began
 
 
-def test_killed_at_random_instants_a_run_ends_bit_for_bit_as_the_uninterrupted_one(
-    whole: tuple[Path, float], tmp_path: Path
-) -> None:
-    """Each child is killed after a random part of half a run's time, so a run may be killed several
-    times before its end.
+def kill(
+    whole: Path, folder: Path, most: int, until: Callable[[BaseProcess, rig.Marks], None]
+) -> Counter[str]:
+    """Kill runs in ``folder`` ``most`` times, each child after ``until``, and let them end.
+
+    Each must leave what is in ``whole``. Return how often which phase was hit.
     """
-    reference, seconds = rig.contents(whole[0]), whole[1]
-    config, marks = rig.make_config(whole[0].parent), rig.Marks(tmp_path / "marks")
-    draw, kills, runs = random.Random(6), Counter[str](), 0
-    while sum(kills.values()) < KILLS or (tmp_path / f"run{runs}").exists():
-        run = tmp_path / f"run{runs}"
+    reference = rig.contents(whole)
+    config, marks = rig.make_config(whole.parent), rig.Marks(folder / "marks")
+    phases, runs = Counter[str](), 0
+    while phases.total() < most or (folder / f"run{runs}").exists():
+        run = folder / f"run{runs}"
         process = rig.start(run, config, marks)
-        if sum(kills.values()) < KILLS:
-            if draw.random() < 0.8:  # else while it starts
-                marks.wait_for_step(process)
-            process.join(draw.uniform(0.0, seconds / 2))
-            process.kill()
-        process.join(rig.PATIENCE_S)
-        if process.exitcode == -signal.SIGKILL:
-            kills[marks.phase] += 1
-            continue
-        assert process.exitcode == 0
-        assert rig.contents(run) == reference
-        assert rig.leftovers(run) == []
-        runs += 1
-    print(f"{sum(kills.values())} kills over {runs} runs: {dict(kills)}")
-    if rig.FULL:
-        assert all(kills[phase] for phase in ("start", "step", "probe", "checkpoint")), kills
-
-
-def test_killed_while_a_checkpoint_is_written_beside_the_steps(
-    whole: tuple[Path, float], tmp_path: Path
-) -> None:
-    """Each child dies a little after it began to write: its first checkpoint or a later one."""
-    reference = rig.contents(whole[0])
-    config, marks = rig.make_config(whole[0].parent), rig.Marks(tmp_path / "marks")
-    draw, phases, runs = random.Random(7), Counter[str](), 0
-    while sum(phases.values()) < WRITE_KILLS or (tmp_path / f"run{runs}").exists():
-        run = tmp_path / f"run{runs}"
-        process = rig.start(run, config, marks)
-        if sum(phases.values()) < WRITE_KILLS:
-            marks.wait_for_write(process, draw.choice((1, 1, 2, 3)))
-            time.sleep(draw.uniform(0.0, WRITE_S))
+        if phases.total() < most:
+            until(process, marks)
             process.kill()
         process.join(rig.PATIENCE_S)
         if process.exitcode == -signal.SIGKILL:
@@ -82,5 +56,36 @@ def test_killed_while_a_checkpoint_is_written_beside_the_steps(
         assert rig.leftovers(run) == []
         assert not list((run / "checkpoints").glob(".*"))
         runs += 1
-    print(f"{sum(phases.values())} kills over {runs} runs: {dict(phases)}")
-    assert phases["checkpoint"]
+    print(f"{phases.total()} kills over {runs} runs: {dict(phases)}")
+    return phases
+
+
+def test_killed_at_random_instants_a_run_ends_bit_for_bit_as_the_uninterrupted_one(
+    whole: tuple[Path, float], tmp_path: Path
+) -> None:
+    """Each child is killed after a random part of half a run's time, so a run may be killed several
+    times before its end.
+    """
+    draw = random.Random(6)
+
+    def until(process: BaseProcess, marks: rig.Marks) -> None:
+        if draw.random() < 0.8:  # else while it starts
+            marks.wait_for_step(process)
+        process.join(draw.uniform(0.0, whole[1] / 2))
+
+    phases = kill(whole[0], tmp_path, KILLS, until)
+    if rig.FULL:
+        assert all(phases[phase] for phase in ("start", "step", "probe", "checkpoint")), phases
+
+
+def test_killed_while_a_checkpoint_is_written_beside_the_steps(
+    whole: tuple[Path, float], tmp_path: Path
+) -> None:
+    """Each child dies a little after it began to write: its first checkpoint or a later one."""
+    draw = random.Random(7)
+
+    def until(process: BaseProcess, marks: rig.Marks) -> None:
+        marks.wait_for_write(process, draw.choice((1, 1, 2, 3)))
+        time.sleep(draw.uniform(0.0, WRITE_S))
+
+    assert kill(whole[0], tmp_path, WRITE_KILLS, until)["checkpoint"]

@@ -14,7 +14,6 @@ from contextlib import contextmanager, suppress
 from functools import partial
 from multiprocessing import resource_tracker, util
 from multiprocessing.connection import Connection
-from types import TracebackType
 from typing import Protocol, Self
 
 import torch
@@ -105,12 +104,7 @@ class PeerProcess:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 

@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any
 
 from fastbyol.errors import chain
@@ -186,12 +186,7 @@ class Interrupt:
             self._unraisable_before, sys.unraisablehook = sys.unraisablehook, self._unraisable
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._answered.close()
 
     def _handle(self, number: int, frame: FrameType | None) -> None:

@@ -1,6 +1,6 @@
 """The two random views of an image: a config's arguments for fastbyol_kernels.views.
 
-Letters: V views, B images, S side of a view, C channels.
+Letters: V views, B images of a batch, N of a set, S side of a view, C channels.
 """
 
 from __future__ import annotations
@@ -73,16 +73,19 @@ def apply(
     config: ViewsConfig,
     dtype: torch.dtype = torch.float32,
     *,
+    rows: Tensor | None = None,
     kernels: str = "auto",
 ) -> Tensor:
     """Make the views of a drawn table: uint8 (B, H, W, 3) -> (V, B, C, S, S), normalised.
 
-    ``dtype`` is float32, bfloat16 or float64. The result's ``flatten(0, 1)`` is contiguous in
+    With int64 ``rows`` (B,) ``images`` is a set (N, H, W, 3), and the views are of these rows of
+    it. ``dtype`` is float32, bfloat16 or float64. The result's ``flatten(0, 1)`` is contiguous in
     channels_last. Raises ValueError naming a wrong argument.
     """
     return apply_table(
         images,
         table,
+        rows=rows,
         size=config.size,
         blur=config.blur,
         blur_kernel=config.blur_kernel,
@@ -98,15 +101,19 @@ def two_views(
     images: Tensor,
     ids: Tensor,
     *,
+    rows: Tensor | None = None,
     seed: int | Tensor,
     epoch: int | Tensor,
     dtype: torch.dtype = torch.float32,
     kernels: str = "auto",
 ) -> Tensor:
-    """Draw and apply: uint8 images (B, H, W, 3) of int64 sample ``ids`` (B,) -> (V, B, C, S, S)."""
+    """Draw and apply: uint8 images (B, H, W, 3) of int64 sample ``ids`` (B,) -> (V, B, C, S, S).
+
+    ``rows`` is that of ``apply``.
+    """
     height, width = images.shape[1:3]
     table = draw(config, ids, seed=seed, epoch=epoch, height=height, width=width, kernels=kernels)
-    return apply(images, table, config, dtype, kernels=kernels)
+    return apply(images, table, config, dtype, rows=rows, kernels=kernels)
 
 
 def plain(images: Tensor, config: ViewsConfig, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -203,16 +203,18 @@ def leaves(net: nn.Module) -> Iterator[Tensor]:
 def of_step(state: TrainState, config: Config, batch: int, architecture: int) -> Counter[Node]:
     """Count the nodes outside the compiled regions in a step on ``batch`` images, views included.
 
+    The images are rows of a resident set.
+
     The GPU is ``sm_<architecture>``. The CPU runs the function that ``record_cuda`` records: a step
     of ``state``, a CPU state, which is not usable afterwards. ``stand_in`` replaces the compiled
     regions.
     """
     size = config.views.size
-    images = Batch(torch.zeros(batch, size, size, 3, dtype=torch.uint8), torch.arange(batch))
+    images, ids = torch.zeros(batch, size, size, 3, dtype=torch.uint8), torch.arange(batch)
     epoch = torch.zeros((), dtype=torch.int64)
     step = Eager(state, config, stand_in)
     with recording(architecture) as ours, NodeCounter() as counter:
-        step(images, epoch)
+        step(Batch(images, ids, ids), epoch)
     total: Counter[Node] = counter.nodes + _launched(ours)
     return total
 

@@ -22,7 +22,7 @@ METHODS: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class OwnStep:
-    """An engine ready for its next step, and a batch of random images on its device."""
+    """An engine ready for its next step, and a batch of a resident set of random images."""
 
     engine: capture.Engine
     batch: Batch
@@ -39,7 +39,8 @@ class OwnStep:
         state = TrainState.create(config, steps_per_epoch=1000, device=device)
         engine = capture.engine(state, config, capture.choose(config.engine, device))
         images = torch.randint(0, 256, (batch, size, size, 3), dtype=torch.uint8, device=device)
-        step = OwnStep(engine, Batch(images, torch.arange(batch, device=device)))
+        ids = torch.arange(batch, device=device)
+        step = OwnStep(engine, Batch(images, ids, ids))
         engine.prepare(step.batch, 0)
         return step
 

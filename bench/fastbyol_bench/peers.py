@@ -114,7 +114,13 @@ class Tuned:
         loader = open_loader(path, device=device, cache="device", **common)
         return (
             views.two_views(
-                config, batch.images, batch.ids, seed=0, epoch=epoch, dtype=torch.bfloat16
+                config,
+                batch.images,
+                batch.ids,
+                rows=batch.rows,
+                seed=0,
+                epoch=epoch,
+                dtype=torch.bfloat16,
             )
             for batch, epoch in batches_of(loader)
         )

@@ -133,7 +133,8 @@ def step_of(ranks: Ranks, work: Work, device: torch.device) -> Callable[[], obje
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
     own = slice(share.first, share.first + share.count)
-    batch = Batch(images[own].to(device), torch.arange(work.batch_size, device=device)[own])
+    ids = torch.arange(work.batch_size, device=device)[own]
+    batch = Batch(images.to(device), ids, ids)
     return lambda: engine(batch, 0)
 
 

@@ -38,10 +38,15 @@ os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))
 
 
 class Batch(NamedTuple):
-    """uint8 (B, H, W, 3) images and int64 (B,) sample ids, which are indices in the file."""
+    """uint8 (B, H, W, 3) images and int64 (B,) sample ids, which are indices in the file.
+
+    With int64 ``rows`` (B,) ``images`` is the whole resident set, (N, H, W, 3), and the batch's are
+    these rows of it: every batch has the same tensor.
+    """
 
     images: Tensor
     ids: Tensor
+    rows: Tensor | None = None
 
 
 class Images(NamedTuple):
@@ -57,7 +62,7 @@ class Images(NamedTuple):
 
 
 class Loader:
-    """The batches of one file, gathered from the decoded set on the device or streamed.
+    """The batches of one file, as rows of the decoded set on the device or streamed.
 
     Batch ``k`` of an epoch holds the samples ``permutation(...)[k * B : (k + 1) * B]``, or with
     ``chosen`` ids, int64 (N,), those at these indices of ``chosen``; with ``columns`` only these of
@@ -103,22 +108,20 @@ class Loader:
         steps = self._orders.of(epoch)[: self.steps_per_epoch * self._batch_size].view(
             self.steps_per_epoch, self._batch_size
         )[start_step:, self._columns]
-        batches = (
-            self._streamed(steps) if self._images is None else self._gathered(steps, self._images)
-        )
+        batches = self._streamed(steps) if self._images is None else self._rows(steps, self._images)
         self._running.add(batches)
         return batches
 
-    def _gathered(self, steps: Tensor, images: Tensor) -> Generator[Batch]:
+    def _rows(self, steps: Tensor, images: Tensor) -> Generator[Batch]:
         """Yield batches of the rows of ``steps``, int64 (steps, B) on the cpu."""
-        ids = None if self._chosen is None else _to_device(self._chosen, self._device)
-        for rows in _to_device(steps, self._device):
-            yield Batch(
-                images.index_select(0, rows), rows if ids is None else ids.index_select(0, rows)
-            )
+        all_rows = _to_device(steps, self._device)
+        chosen = self._chosen
+        all_ids = all_rows if chosen is None else _to_device(chosen[steps], self._device)
+        for rows, ids in zip(all_rows, all_ids, strict=True):
+            yield Batch(images, ids, rows)
 
     def _streamed(self, steps: Tensor) -> Generator[Batch]:
-        """Yield the same batches as ``_gathered``, each in memory of its own."""
+        """Yield the batches of ``_rows`` with images of their own, in memory of their own."""
         self._decoder.check_unchanged()
         # Both sides own their tensors: torch's pinned allocator reuses a block only after its copy
         # has ended, so the decoder need not wait for an event.

@@ -204,6 +204,7 @@ class Eager:
             self._views,
             batch.images,
             batch.ids,
+            rows=batch.rows,
             seed=self._seed,
             epoch=epoch,
             dtype=self.state.recipe.views_dtype,
@@ -215,8 +216,8 @@ class Eager:
 class Captured:
     """An engine that captures a step and replays it.
 
-    The batch and the epoch are copied into buffers that the graph reads. ``falls_back`` says
-    whether the user can start again in another mode.
+    The batch and the epoch are copied into buffers that the graph reads; a resident set it reads
+    where that lies. ``falls_back`` says whether the user can start again in another mode.
     """
 
     mode = "graph"
@@ -227,8 +228,9 @@ class Captured:
 
     def __call__(self, batch: Batch, epoch: int) -> StepMetrics:
         self.prepare(batch, epoch)
-        self._batch.images.copy_(batch.images)
-        self._batch.ids.copy_(batch.ids)
+        if _resident(batch) is not _resident(self._batch):
+            raise ValueError("batch: its images are not the set that the graph was captured with")
+        torch._foreach_copy_(_copied(self._batch), _copied(batch))
         self._epoch.fill_(epoch)
         self.replay()
         return self._metrics
@@ -250,7 +252,8 @@ class Captured:
         """
         if self._play is not None:
             return
-        self._batch = Batch(batch.images.clone(), batch.ids.clone())
+        own = [tensor.clone() for tensor in _copied(batch)]
+        self._batch = Batch(*own) if batch.rows is None else Batch(batch.images, *own)
         self._epoch = torch.full((), epoch, dtype=torch.int64, device=batch.ids.device)
         failure: Exception | None = None
         try:
@@ -269,6 +272,16 @@ class Captured:
         if self._falls_back:
             raise NoGraphError(what) from failure
         raise FastbyolError(f"engine.mode: {what}: take --engine compile, or eager") from failure
+
+
+def _resident(batch: Batch) -> Tensor | None:
+    """Return the resident set that ``batch`` is rows of, or None."""
+    return None if batch.rows is None else batch.images
+
+
+def _copied(batch: Batch) -> list[Tensor]:
+    """Return the tensors of ``batch`` that a graph has buffers for."""
+    return [batch.images, batch.ids] if batch.rows is None else [batch.ids, batch.rows]
 
 
 def release(engine: Engine) -> None:

@@ -23,6 +23,7 @@ def test_takes_the_step_of_training() -> None:
     state = TrainState.create(config, steps_per_epoch=1000)
     assert own.mode == "eager"
     for _ in range(2):
+        # Its set is its batch, in order.
         pair = views.two_views(
             config.views, own.batch.images, own.batch.ids, seed=0, epoch=0, dtype=torch.float32
         )

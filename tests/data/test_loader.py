@@ -35,11 +35,15 @@ def opened(name: str | Path = "raw", cache: Any = "none", **options: Any) -> Loa
     return open_loader(path, cache=cache, **{**plain, **options})
 
 
+def pixels_of(batch: Batch) -> torch.Tensor:
+    return batch.images if batch.rows is None else batch.images[batch.rows]
+
+
 def assert_equal(batch_list: list[Batch], expected: list[Batch]) -> None:
     assert len(batch_list) == len(expected)
     for ours, theirs in zip(batch_list, expected, strict=True):
         assert torch.equal(ours.ids, theirs.ids)
-        assert torch.equal(ours.images, theirs.images)
+        assert torch.equal(pixels_of(ours), pixels_of(theirs))
 
 
 def expected_ids(epoch: int) -> np.ndarray:
@@ -80,7 +84,7 @@ def test_batches_are_the_orders_samples(cache: str, workers: int) -> None:
             for batch in batch_list:
                 assert batch.images.dtype == torch.uint8
                 expected = np.stack([foreign.pixels("raw", i) for i in batch.ids.tolist()])
-                np.testing.assert_array_equal(batch.images.numpy(), expected)
+                np.testing.assert_array_equal(pixels_of(batch).numpy(), expected)
 
 
 @pytest.mark.usefixtures("no_thread_left")
@@ -99,7 +103,7 @@ def test_a_limit_trains_on_some_of_the_samples(cache: str) -> None:
                 assert torch.equal(torch.cat([batch.ids for batch in batch_list]), expected)
                 for batch in batch_list:
                     pixels = np.stack([foreign.pixels("raw", i) for i in batch.ids.tolist()])
-                    np.testing.assert_array_equal(batch.images.numpy(), pixels)
+                    np.testing.assert_array_equal(pixels_of(batch).numpy(), pixels)
             assert torch.equal(next(batches.epoch(3, start_step=1)).ids, expected[BATCH:])
     whole, some = (
         read_all(foreign.made() / "raw.beton", workers=1, size=foreign.SIZE, limit=n)
@@ -117,7 +121,12 @@ def test_a_limit_trains_on_some_of_the_samples(cache: str) -> None:
 def test_streamed_and_resident_agree_on_every_kind_of_file(name: str) -> None:
     with opened(name, "none", workers=2) as streamed, opened(name, "device") as resident:
         assert (streamed.resident, resident.resident) == (False, True)
-        assert_equal(list(streamed.epoch(3)), list(resident.epoch(3)))
+        own, rows = list(streamed.epoch(3)), list(resident.epoch(3))
+    assert_equal(own, rows)
+    # No batch of a resident set has a copy of its images.
+    assert {id(batch.images) for batch in rows} == {id(rows[0].images)}
+    assert len(rows[0].images) == foreign.COUNT
+    assert all(batch.rows is None for batch in own)
 
 
 @settings(max_examples=15)
@@ -266,7 +275,7 @@ def test_read_all_is_the_file_in_its_order(name: str) -> None:
     images, labels, _ = read_all(foreign.made() / f"{name}.beton", workers=2, size=foreign.SIZE)
     with opened(name, batch_size=foreign.COUNT) as batches:
         (batch,) = batches.epoch(0)
-    assert torch.equal(images[batch.ids], batch.images)
+    assert torch.equal(images[batch.ids], pixels_of(batch))
     if name == "unlabelled":
         assert labels is None
     else:

@@ -329,6 +329,25 @@ def test_recording_leaves_no_trace(kinds: tuple[str, str, bool, str] | str) -> N
     assert tape.recordings == 1
 
 
+def test_a_graph_reads_a_resident_set_where_it_lies(small: tuple[TrainState, Config]) -> None:
+    """Batches change in the set itself, as rows of it; another set, or none, is refused."""
+    config = small[1]
+    states = [TrainState.create(config, steps_per_epoch=2) for _ in range(2)]
+    plain = capture.Eager(states[0], config)
+    recorded = capture.Captured(capture.Eager(states[1], config), Tape(states[1]))
+    resident = torch.zeros(10, 20, 20, 3, dtype=torch.uint8)
+    for step in range(3):
+        batch = batch_of(step)
+        rows = torch.randperm(10, generator=torch.Generator().manual_seed(step))[: len(batch.ids)]
+        resident[rows] = batch.images
+        got = recorded(Batch(resident, batch.ids, rows), step)
+        assert torch.equal(plain(batch, step).values, got.values)
+    assert_equal_states(*states)
+    for other in (batch, Batch(resident.clone(), batch.ids, rows)):
+        with pytest.raises(ValueError, match="not the set that the graph was captured with"):
+            recorded(other, 3)
+
+
 # An error of every family that Triton, Inductor, Dynamo, CUDA and their programs raise, and its
 # message.
 FAILURES: tuple[tuple[Exception, str], ...] = (

@@ -214,8 +214,10 @@ def test_the_ranks_batches_joined_are_the_single_loaders(
             return [
                 (
                     batch.ids,
-                    batch.images,
-                    views.two_views(config.views, *batch[:2], seed=3, epoch=2),
+                    batch.images if batch.rows is None else batch.images[batch.rows],
+                    views.two_views(
+                        config.views, batch.images, batch.ids, rows=batch.rows, seed=3, epoch=2
+                    ),
                 )
                 for batch in opened.epoch(2, start_step=4)
             ]

@@ -283,11 +283,14 @@ def _pixels(bench: Bench, batch: Batch, table: Tensor, blur: str) -> None:
     config = stand.config.views.model_copy(update={"blur": blur})
 
     def make() -> Tensor:
-        return views.apply(batch.images, table, config, torch.bfloat16, kernels="triton")
+        return views.apply(
+            batch.images, table, config, torch.bfloat16, rows=batch.rows, kernels="triton"
+        )
 
+    assert batch.rows is not None
     part = slice(0, SAMPLES)
-    few = table[:, part].contiguous()
-    exact = views.apply(batch.images[part], few, config, torch.float64, kernels="reference")
+    few, rows = table[:, part].contiguous(), batch.rows[part]
+    exact = views.apply(batch.images, few, config, torch.float64, rows=rows, kernels="reference")
     moved = view_kernels.bytes_moved(2, stand.batch, size, size, size, 2)
     bench.report(f"two views, blur {blur}", {"err": off(make()[:, part], exact)}, BF16, make, moved)
 

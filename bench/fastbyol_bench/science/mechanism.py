@@ -150,8 +150,8 @@ def _following(config: Resolved, step: int) -> Iterator[tuple[int, Batch]]:
 def _gradient(state: TrainState, config: Resolved, batch: Batch, epoch: int) -> Tensor:
     """Return the loss's gradient on ``batch``, as flat as the arena."""
     pair = views.two_views(
-        config.views, batch.images, batch.ids, seed=config.train.seed, epoch=epoch,
-        dtype=torch.float64,
+        config.views, batch.images, batch.ids, rows=batch.rows, seed=config.train.seed,
+        epoch=epoch, dtype=torch.float64,
     )  # fmt: skip
     with state.weights.in_use():
         inputs = as_batch(pair, torch.float64)

@@ -1,8 +1,8 @@
 """Two random views of every image: ``draw_views`` draws parameters, ``two_views`` applies them.
 
-Shapes: V views, B images, C channels, H W pixels of an image, S side of a view. The table is
-float32 (V, B, len(Column)). All backends agree on it bit for bit and, when they apply it, to
-rounding.
+Shapes: V views, B images of a batch, N of a set, C channels, H W pixels of an image, S side of a
+view. The table is float32 (V, B, len(Column)). All backends agree on it bit for bit and, when they
+apply it, to rounding.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ def two_views(
     images: Tensor,
     table: Tensor,
     *,
+    rows: Tensor | None = None,
     size: int,
     blur: str = "gaussian",
     blur_kernel: int = 9,
@@ -34,6 +35,9 @@ def two_views(
 ) -> Tensor:
     """Apply float32 ``table`` (V, B, len(Column)) to uint8 ``images`` (B, H, W, C).
 
+    With int64 ``rows`` (B,) the images are those at these rows of a set, (N, H, W, C), which is
+    read where it lies.
+
     Returns (V, B, C, S, S) of ``dtype``, whose ``flatten(0, 1)`` is contiguous in channels-last
     memory. ``blur`` is "gaussian" (torchvision's gaussian_blur with ``blur_kernel`` taps, reflected
     edges) or "pil" (Pillow's GaussianBlur: three extended box blurs, repeated edges). ``mean`` and
@@ -42,21 +46,21 @@ def two_views(
     dtype, device or value.
 
     ``kernels`` is one of ``dispatch.BACKENDS``. The Triton kernels need contiguous inputs. They do
-    not check the entries of ``table``, which would stall the GPU, but move a crop box into its
-    image.
+    not check the entries of ``table`` and ``rows``, which would stall the GPU, but move a crop box
+    into its image and a row into the set.
     """
-    _check(images, table, size, blur, blur_kernel, dtype)
-    backend = dispatch(kernels, "images", images, table)
+    _check(images, table, rows, size, blur, blur_kernel, dtype)
+    backend = dispatch(kernels, "images", images, table, rows)
     if dtype == torch.float64:
         backend = "reference"
     if backend == "triton":
-        for name, tensor in (("images", images), ("table", table)):
-            if not tensor.is_contiguous():
+        for name, tensor in (("images", images), ("table", table), ("rows", rows)):
+            if tensor is not None and not tensor.is_contiguous():
                 raise ValueError(
                     f"{name} must be contiguous for Triton's kernels: strides {tensor.stride()}"
                 )
     else:
-        _check_entries(table, *images.shape[1:3])
+        _check_entries(table, rows, *images.shape[:3])
     # Reflection provides at most size - 1 pixels beyond an edge.
     too_wide = blur == "gaussian" and blur_kernel // 2 >= size
     if too_wide and (backend == "triton" or bool((table[..., Column.BLUR_SIGMA] > 0).any())):
@@ -72,29 +76,43 @@ def two_views(
     )
     kernel = blur_kernel if blur == "gaussian" else 0
     views = apply(
-        images, table, size, kernel, [float(m) for m in mean], [float(s) for s in std], dtype
+        images, table, rows, size, kernel, [float(m) for m in mean], [float(s) for s in std], dtype
     )
     return views.permute(0, 1, 4, 2, 3)
 
 
 def _check(
-    images: Tensor, table: Tensor, size: int, blur: str, blur_kernel: int, dtype: torch.dtype
+    images: Tensor,
+    table: Tensor,
+    rows: Tensor | None,
+    size: int,
+    blur: str,
+    blur_kernel: int,
+    dtype: torch.dtype,
 ) -> None:
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[3] != 3 or 0 in images.shape:
         raise ValueError(
             f"images must be uint8 of shape (B, H, W, 3), got {images.dtype} of shape "
             f"{tuple(images.shape)}"
         )
+    if rows is not None and (rows.dtype != torch.int64 or rows.ndim != 1 or not len(rows)):
+        raise ValueError(
+            f"rows must be int64 of shape (B,), got {rows.dtype} of shape {tuple(rows.shape)}"
+        )
+    count = len(images) if rows is None else len(rows)
     if (
         table.dtype != torch.float32
         or table.ndim != 3
-        or table.shape[1:] != (len(images), len(Column))
+        or table.shape[1:] != (count, len(Column))
         or not len(table)
     ):
-        wanted = f"float32 of shape (V, {len(images)}, {len(Column)})"
+        wanted = f"float32 of shape (V, {count}, {len(Column)})"
         raise ValueError(f"table must be {wanted}, got {table.dtype} of shape {tuple(table.shape)}")
-    if table.device != images.device:
-        raise ValueError(f"table must be on the images' device {images.device}, got {table.device}")
+    for name, tensor in (("table", table), ("rows", rows)):
+        if tensor is not None and tensor.device != images.device:
+            raise ValueError(
+                f"{name} must be on the images' device {images.device}, got {tensor.device}"
+            )
     if size < 1:
         raise ValueError(f"size must be at least 1, got {size}")
     if blur not in ("gaussian", "pil"):
@@ -105,8 +123,10 @@ def _check(
         raise ValueError(f"dtype must be float32, bfloat16 or float64, got {dtype}")
 
 
-def _check_entries(table: Tensor, height: int, width: int) -> None:
-    """Raise ValueError for a crop box outside its image or an index outside JITTER_ORDERS."""
+def _check_entries(table: Tensor, rows: Tensor | None, count: int, height: int, width: int) -> None:
+    """Raise ValueError for a row, a crop box or a jitter order outside of what it is part of."""
+    if rows is not None and not bool(((rows >= 0) & (rows < count)).all()):
+        raise ValueError(f"rows holds a row outside the set of {count} images")
     top, left, box_height, box_width = table[..., : Column.WIDTH + 1].unbind(-1)
     inside = (top >= 0) & (left >= 0) & (box_height >= 1) & (box_width >= 1)
     inside &= (top + box_height <= height) & (left + box_width <= width)

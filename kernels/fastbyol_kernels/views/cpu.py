@@ -232,8 +232,8 @@ def _blur(planes, other, weights, line, sigma, blur_kernel, size):
 
 @kernel
 def _views(
-    view: int, images: U8, table: F32, orders: I64, colours: F32, scratch: F32, taps: I64,
-    out: Activation, worker: Worker,
+    view: int, images: U8, table: F32, image_of: I64, orders: I64, colours: F32, scratch: F32,
+    taps: I64, out: Activation, worker: Worker,
     height: int, width: int, num_images: int, size: int, blur_kernel: int, scratch_size: int,
     line_size: int,
 ) -> None:  # fmt: skip
@@ -249,7 +249,7 @@ def _views(
     )
     weights = own[4 * area + line_size :]
     r, g, b = planes[:area], planes[area : 2 * area], planes[2 * area : 3 * area]
-    start = view % num_images * height * width * 3
+    start = image_of[view % num_images] * height * width * 3
     box = (np.int64(row[_TOP]), np.int64(row[_LEFT]), np.int64(row[_HEIGHT]), np.int64(row[_WIDTH]))
     image = images[start : start + height * width * 3]
     _crop(image, width, box, row[_FLIP] > 0, planes, line, first, weights, size)
@@ -284,6 +284,7 @@ def _views(
 def apply(
     images: Tensor,
     table: Tensor,
+    rows: Tensor | None,
     size: int,
     blur_kernel: int,
     mean: Sequence[float],
@@ -305,6 +306,7 @@ def apply(
     scratch_size, workers = 4 * size * size + line_size + weights_size, torch.get_num_threads()
     _views(
         table.shape[0] * table.shape[1], images.contiguous(), table.contiguous(),
+        torch.arange(len(images), device="cpu") if rows is None else rows.contiguous(),
         torch.tensor(JITTER_ORDERS, device="cpu"),
         table.new_tensor([*mean, *(1.0 / s for s in std)]), table.new_empty(workers, scratch_size),
         table.new_empty(workers, 2 * size, dtype=torch.int64), out,

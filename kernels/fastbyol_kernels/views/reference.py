@@ -26,6 +26,7 @@ BOXES = 3  # passes of Pillow's ImageFilter.GaussianBlur
 def apply(
     images: Tensor,
     table: Tensor,
+    rows: Tensor | None,
     size: int,
     blur_kernel: int,
     mean: Sequence[float],
@@ -38,15 +39,17 @@ def apply(
     saturation, hue in one of 24 orders), grayscale, flip, blur, solarize and normalise. The flip is
     part of the crop, since it commutes with the operations between them.
     """
-    rows = table.flatten(0, 1)
+    flat = table.flatten(0, 1)
     # Views are grouped by their operations, on the host, so that no work is masked away.
-    host = rows.cpu()
+    host = flat.cpu()
     work = torch.float64 if dtype == torch.float64 else torch.float32
-    out = torch.empty(len(rows), size, size, 3, dtype=dtype, device=images.device)
+    out = torch.empty(len(flat), size, size, 3, dtype=dtype, device=images.device)
     for picked, orders in _passes(host, size, images.is_cuda):
         index = picked.to(images.device)
-        parameters = rows.index_select(0, index).to(work).T
-        x = _crop(images.index_select(0, index % images.shape[0]), parameters, host[picked].T, size)
+        parameters = flat.index_select(0, index).to(work).T
+        image = index % table.shape[1]
+        image = image if rows is None else rows.index_select(0, image)
+        x = _crop(images.index_select(0, image), parameters, host[picked].T, size)
         x = _jitter(x, parameters, orders)
         x = _grayscale(x, host[picked, Column.GRAYSCALE])
         x = _blur(x, parameters[Column.BLUR_SIGMA], host[picked, Column.BLUR_SIGMA], blur_kernel)

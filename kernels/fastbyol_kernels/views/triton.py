@@ -31,20 +31,25 @@ _BOXES = tl.constexpr(BOXES)
 
 @triton.jit
 def _crop_kernel(
-    images, table, scratch, sums, out, num_images, mean_r, mean_g, mean_b, scale_r, scale_g,
-    scale_b,
+    images, table, rows, scratch, sums, out, num_images, batch, mean_r, mean_g, mean_b, scale_r,
+    scale_g, scale_b,
     H: tl.constexpr, W: tl.constexpr, SIZE: tl.constexpr, TAPS_Y: tl.constexpr,
     TAPS_X: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Crop, resize and jitter a tile up to contrast. Write its luma to ``sums`` (V * B, tiles).
 
+    The ``batch`` images are those at ``rows`` of the ``num_images`` in ``images``, or the first.
     Here and below, conditions depend on a view's parameters alone, so whole programs branch alike.
     """
     tiles: tl.constexpr = (SIZE * SIZE + BLOCK - 1) // BLOCK
     row = tl.program_id(0) // tiles
     pixel = (tl.program_id(0) % tiles) * BLOCK + tl.arange(0, BLOCK)
     parameters = table + row * _NUM_COLUMNS
-    image = images + (row % num_images).to(tl.int64) * (H * W * 3)
+    which = row % batch
+    if rows is not None:
+        # Clamped like a crop box: unchecked rows must not cause a read outside the set.
+        which = tl.minimum(tl.maximum(tl.load(rows + which), 0), num_images - 1)
+    image = images + which.to(tl.int64) * (H * W * 3)
     r, g, b = _crop_tile(image, parameters, pixel, H, W, SIZE, TAPS_Y, TAPS_X)
     contrast = tl.load(parameters + _CONTRAST)
     order, index = _decode(tl.load(parameters + _ORDER).to(tl.int32))
@@ -61,16 +66,23 @@ def _crop_kernel(
 
 @triton.jit
 def _contrast_kernel(
-    table, scratch, sums, out, mean_r, mean_g, mean_b, scale_r, scale_g, scale_b,
+    table, scratch, sums, boxes, out, mean_r, mean_g, mean_b, scale_r, scale_g, scale_b,
     SIZE: tl.constexpr, BLOCK: tl.constexpr, SUM_TILES: tl.constexpr, BLOCK_T: tl.constexpr,
+    BLOCK_W: tl.constexpr,
 ):  # fmt: skip
     """Change a tile's contrast by the view's mean luma, then apply the rest of the jitter.
 
     SUM_TILES is the number of tiles of ``_crop_kernel``, BLOCK_T that number up to a power of two.
+    For Pillow's blur the first program of a view also writes its weights to ``boxes``, BLOCK_W at a
+    time.
     """
     tiles: tl.constexpr = (SIZE * SIZE + BLOCK - 1) // BLOCK
     row = tl.program_id(0) // tiles
     parameters = table + row * _NUM_COLUMNS
+    if boxes is not None:
+        sigma = tl.load(parameters + _BLUR_SIGMA)
+        if (tl.program_id(0) % tiles == 0) & (sigma > 0.0):
+            _write_boxes(boxes + row.to(tl.int64) * (SIZE * SIZE + 1), sigma, SIZE, BLOCK_W)
     contrast = tl.load(parameters + _CONTRAST)
     if contrast != 1.0:
         pixel = (tl.program_id(0) % tiles) * BLOCK + tl.arange(0, BLOCK)
@@ -90,16 +102,15 @@ def _contrast_kernel(
 
 @triton.jit
 def _blur_kernel(
-    table, scratch, other, out, mean_r, mean_g, mean_b, scale_r, scale_g, scale_b,
+    table, boxes, scratch, other, out, mean_r, mean_g, mean_b, scale_r, scale_g, scale_b,
     SIZE: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, KERNEL: tl.constexpr,
 ):  # fmt: skip
     """Blur a band of ROWS rows per program, down the columns to ``other``, then along the rows.
 
-    KERNEL is the number of taps of the sampled Gaussian, or 0 for Pillow's boxes, which take three
-    passes each way in one program per view.
+    KERNEL is the number of taps of the sampled Gaussian, or 0 for Pillow's boxes, whose weights
+    ``_contrast_kernel`` wrote.
     """
     bands: tl.constexpr = (SIZE + ROWS - 1) // ROWS
-    tl.static_assert((KERNEL > 0) | (bands == 1))
     row = tl.program_id(0) // bands
     first = (tl.program_id(0) % bands) * (ROWS * SIZE)
     parameters = table + row * _NUM_COLUMNS
@@ -111,18 +122,22 @@ def _blur_kernel(
             if SIZE % ROWS == 0
             else tl.minimum(first + ROWS * SIZE, SIZE * SIZE)
         )
-        for i in tl.static_range(1 if KERNEL > 0 else 2 * _BOXES - 1):
-            if i % 2 == 0:
-                _pass(
-                    scratch, other, row, first, limit, sigma, i < _BOXES, SIZE, BLOCK, ROWS, KERNEL
-                )
-            else:
-                _pass(
-                    other, scratch, row, first, limit, sigma, i < _BOXES, SIZE, BLOCK, ROWS, KERNEL
-                )
+        weights = boxes
+        if KERNEL == 0:
+            weights = boxes + row.to(tl.int64) * (SIZE * SIZE + 1)
         for start in range(0, ROWS * SIZE, BLOCK):
             pixel = first + start + tl.arange(0, BLOCK)
-            r, g, b = _blur_tile(other, row, pixel, pixel < limit, sigma, False, SIZE, KERNEL)
+            r, g, b = _blur_tile(
+                scratch, weights, row, pixel, pixel < limit, sigma, True, SIZE, KERNEL
+            )
+            _stage(other, row, pixel, pixel < limit, r, g, b, SIZE)
+        # Makes the writes of the program's threads visible to each other.
+        tl.debug_barrier()
+        for start in range(0, ROWS * SIZE, BLOCK):
+            pixel = first + start + tl.arange(0, BLOCK)
+            r, g, b = _blur_tile(
+                other, weights, row, pixel, pixel < limit, sigma, False, SIZE, KERNEL
+            )
             colours = mean_r, mean_g, mean_b, scale_r, scale_g, scale_b
             _finish(out, row, pixel, pixel < limit, r, g, b, parameters, colours, SIZE)
 
@@ -352,73 +367,108 @@ def _level(scratch):
     return 1.0 / _LEVELS if scratch.dtype.element_ty == tl.uint16 else 1.0
 
 
+# Pillow's three boxes each way are one linear filter each way. Away from the edges, which each box
+# repeats, all pixels have the same weights. So the filter of a line of SIZE pixels is that of a
+# line of 2 reach + 1, reach being what three boxes read on either side, with its middle repeated:
+# 7 x 7 or 13 x 13 weights for sigmas up to 2. For a blurred view of 96 px in bf16 two passes move
+# 4 x 55 KB, six moved 12 x 55 KB; a pass has 7 or 13 taps, three had 9 or 15. Bands then need of
+# their neighbours what is staged already, 2 reach rows, and no launch between the two passes.
 @triton.jit
-def _pass(
-    source, target, row, first, limit, sigma,
-    DOWN: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
-    KERNEL: tl.constexpr,
-):  # fmt: skip
-    """Blur a band once, down the columns or along the rows, from ``source`` to ``target``."""
-    for start in range(0, ROWS * SIZE, BLOCK):
-        pixel = first + start + tl.arange(0, BLOCK)
-        r, g, b = _blur_tile(source, row, pixel, pixel < limit, sigma, DOWN, SIZE, KERNEL)
-        _stage(target, row, pixel, pixel < limit, r, g, b, SIZE)
-    # Makes the writes of the program's threads visible to each other.
-    tl.debug_barrier()
+def _write_boxes(boxes, sigma, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    """Write the reach, then the weights (span, span): row y has those of pixel y's taps."""
+    tl.static_assert(_BOXES == 3)
+    radius = _radius(sigma)
+    # How far one box reads on either side. Beyond SIZE there is only the repeated edge.
+    one = tl.minimum(tl.floor(radius) + 1.0, SIZE).to(tl.int32)
+    # Written for ``_blur_kernel``, which may round a radius differently.
+    tl.store(boxes, (one * _BOXES).to(tl.float32))
+    span = tl.minimum(one * (2 * _BOXES) + 1, SIZE)
+    scale = 1.0 / (2.0 * radius + 1.0)
+    start = span * 0
+    while start < span * span:
+        entry = start + tl.arange(0, BLOCK)
+        y, tap = entry // span, entry % span
+        edges = (tap == 0).to(tl.float32) + (tap == span - 1).to(tl.float32)
+        total = tl.zeros([BLOCK], tl.float32)
+        first = -one
+        while first <= one:
+            inner = tl.zeros([BLOCK], tl.float32)
+            y1 = tl.minimum(tl.maximum(y + first, 0), span - 1)
+            second = -one
+            while second <= one:
+                y2 = tl.minimum(tl.maximum(y1 + second, 0), span - 1)
+                inner += _box(radius, second, tl.abs(second) == one) * _box(radius, tap - y2, edges)
+                second += 1
+            total += _box(radius, first, tl.abs(first) == one) * inner
+            first += 1
+        weight = total * (scale * scale * scale)
+        tl.store(boxes + 1 + entry, weight, mask=entry < span * span)
+        start += BLOCK
+
+
+@triton.jit
+def _box(radius, offset, ends):
+    """Return an extended box's weight at ``offset``, 1 inside and a fraction at its ends.
+
+    Where ``ends`` is 1 the weights beyond ``offset`` are added, where it is 2 on both sides.
+    """
+    distance = tl.abs(offset.to(tl.float32))
+    weight, beyond = _unit(radius + 1.0 - distance), tl.maximum(radius - distance, 0.0)
+    return weight + ends.to(tl.float32) * beyond
 
 
 @triton.jit
 def _blur_tile(
-    source, row, pixel, mask, sigma, DOWN: tl.constexpr, SIZE: tl.constexpr, KERNEL: tl.constexpr
-):
-    """Return a tile blurred on one axis by the reference's ``_gaussian_taps`` or ``_box_taps``."""
+    source, weights, row, pixel, mask, sigma, DOWN: tl.constexpr, SIZE: tl.constexpr,
+    KERNEL: tl.constexpr
+):  # fmt: skip
+    """Return a tile blurred on one axis by the reference's ``_gaussian_taps`` or ``weights``."""
     y, x = pixel // SIZE, pixel % SIZE
+    line = y if DOWN else x
     r, g, b = (
         tl.zeros(pixel.shape, tl.float32),
         tl.zeros(pixel.shape, tl.float32),
         tl.zeros(pixel.shape, tl.float32),
     )
-    total = sigma * 0.0
+    scale = _level(source)
     if KERNEL > 0:
+        total = sigma * 0.0
         for tap in range(-(KERNEL // 2), KERNEL // 2 + 1):
             weight = tl.exp(-0.5 * (tap / sigma) * (tap / sigma))
-            r, g, b = _add_tap(r, g, b, source, row, y, x, mask, tap, weight, DOWN, SIZE, KERNEL)
+            at = _edge(line + tap, SIZE)
+            r, g, b = _add_tap(r, g, b, source, row, y, x, at, mask, weight, DOWN, SIZE)
             total += weight
+        scale = scale / total
     else:
-        radius = _radius(sigma)
-        reach = tl.floor(radius) + 1.0
-        offset = -reach
-        while offset <= reach:
-            weight = _unit(radius + 1.0 - tl.abs(offset))
-            r, g, b = _add_tap(
-                r, g, b, source, row, y, x, mask, offset.to(tl.int32), weight, DOWN, SIZE, KERNEL
-            )
-            total += weight
-            offset += 1.0
-    scale = _level(source) / total
+        reach = tl.load(weights).to(tl.int32)
+        span = tl.minimum(2 * reach + 1, SIZE)
+        # The pixel of the span that has the same weights.
+        alike = tl.maximum(tl.minimum(line, reach), line - (SIZE - span))
+        tap = reach * 0
+        while tap < span:
+            weight = tl.load(weights + 1 + alike * span + tap, mask=mask, other=0.0)
+            at = line - alike + tap
+            r, g, b = _add_tap(r, g, b, source, row, y, x, at, mask, weight, DOWN, SIZE)
+            tap += 1
     return r * scale, g * scale, b * scale
 
 
 @triton.jit
 def _add_tap(
-    r, g, b, source, row, y, x, mask, tap, weight, DOWN: tl.constexpr, SIZE: tl.constexpr,
-    KERNEL: tl.constexpr
+    r, g, b, source, row, y, x, at, mask, weight, DOWN: tl.constexpr, SIZE: tl.constexpr
 ):  # fmt: skip
     # Along the rows a tap's shift breaks the alignment of wide accesses, so single values are
     # loaded.
-    at = (
-        _edge(y + tap, SIZE, KERNEL) * SIZE + x if DOWN else y * SIZE + _edge(x + tap, SIZE, KERNEL)
-    )
-    tap_r, tap_g, tap_b = _staged(source, row, at, mask, SIZE)
+    pixel = at * SIZE + x if DOWN else y * SIZE + at
+    tap_r, tap_g, tap_b = _staged(source, row, pixel, mask, SIZE)
     return r + weight * tap_r, g + weight * tap_g, b + weight * tap_b
 
 
 @triton.jit
-def _edge(index, SIZE: tl.constexpr, KERNEL: tl.constexpr):
-    """Reflect ``index`` about the outermost pixels for the Gaussian, clamp it for the boxes."""
-    if KERNEL > 0:
-        index = tl.where(index < 0, -index, index)
-        index = tl.where(index > SIZE - 1, 2 * (SIZE - 1) - index, index)
+def _edge(index, SIZE: tl.constexpr):
+    """Reflect ``index`` about the outermost pixels, and move what lies beyond a view into it."""
+    index = tl.where(index < 0, -index, index)
+    index = tl.where(index > SIZE - 1, 2 * (SIZE - 1) - index, index)
     return tl.minimum(tl.maximum(index, 0), SIZE - 1)
 
 
@@ -472,16 +522,17 @@ class Launch:
 # 4 pixels per thread in the crop kernel: it loads single bytes with any tile, and small programs
 # hide the latency. 8 per thread in the others: 16 bytes of a staged plane.
 NUM_WARPS, CROP_BLOCK, BLOCK = 4, 512, 1024
+BLOCK_W = 256  # Pillow's weights: 49 or 169 for the presets' sigmas
 # Rows of a band, whose edges are read again by its neighbours; at 96 pixels 32 rows are three full
 # tiles.
 MIN_ROWS, MAX_ROWS = 16, 48
 
 
-def launch(height: int, width: int, size: int, pil: bool) -> Launch:
+def launch(height: int, width: int, size: int) -> Launch:
     """Choose the launches for ``height`` x ``width`` images, whose size bounds crops and taps."""
     pixels = triton.next_power_of_2(size * size)
     block = min(BLOCK, pixels)
-    choices = [size] if pil else range(min(MIN_ROWS, size), min(MAX_ROWS, size) + 1)
+    choices = range(min(MIN_ROWS, size), min(MAX_ROWS, size) + 1)
     rows = min(choices, key=lambda rows: -(-size // rows) * -(-rows * size // block))
     taps_y, taps_x = (math.ceil(2.0 * max(1.0, side / size)) for side in (height, width))
     return Launch(min(CROP_BLOCK, pixels), block, rows, taps_y, taps_x)
@@ -491,6 +542,7 @@ def launch(height: int, width: int, size: int, pil: bool) -> Launch:
 def apply(
     images: Tensor,
     table: Tensor,
+    rows: Tensor | None,
     size: int,
     blur_kernel: int,
     mean: list[float],
@@ -507,22 +559,28 @@ def apply(
     scratch, other = (
         torch.empty((num_rows, 3, size * size), dtype=kind, device=images.device) for _ in range(2)
     )
-    plan = launch(height, width, size, blur_kernel == 0)
+    boxes = None
+    if blur_kernel == 0:
+        # Room for any sigma; one of at most 2 uses 680 bytes.
+        shape = (num_rows, size * size + 1)
+        boxes = torch.empty(shape, dtype=torch.float32, device=images.device)
+    plan = launch(height, width, size)
     crop_tiles, tiles = (triton.cdiv(size * size, block) for block in (plan.crop_block, plan.block))
     sums = torch.empty((num_rows, crop_tiles), dtype=torch.float32, device=images.device)
     colours = (*mean, *(1.0 / value for value in std))
     options = {"SIZE": size, "num_warps": NUM_WARPS, "enable_fp_fusion": True}
     _crop_kernel[(num_rows * crop_tiles,)](
-        images, table, scratch, sums, out, table.shape[1], *colours,
+        images, table, rows, scratch, sums, out, len(images), table.shape[1], *colours,
         H=height, W=width, TAPS_Y=plan.taps_y, TAPS_X=plan.taps_x, BLOCK=plan.crop_block, **options,
     )  # fmt: skip
     _contrast_kernel[(num_rows * tiles,)](
-        table, scratch, sums, out, *colours,
+        table, scratch, sums, boxes, out, *colours,
         BLOCK=plan.block, SUM_TILES=crop_tiles, BLOCK_T=triton.next_power_of_2(crop_tiles),
-        **options,
+        BLOCK_W=BLOCK_W, **options,
     )  # fmt: skip
     _blur_kernel[(num_rows * triton.cdiv(size, plan.rows),)](
         table,
+        boxes,
         scratch,
         other,
         out,
@@ -536,7 +594,7 @@ def apply(
 
 
 apply.register_fake(
-    lambda images, table, size, blur_kernel, mean, std, dtype: images.new_empty(
+    lambda images, table, rows, size, blur_kernel, mean, std, dtype: images.new_empty(
         (*table.shape[:2], size, size, 3), dtype=dtype
     )
 )

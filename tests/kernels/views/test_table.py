@@ -312,7 +312,7 @@ def assert_kernels_agree(
 
     float32 has the reference's ``TOLERANCE``. In bfloat16 half a unit in the last place is 2**-9 of
     the value, a whole one 2**-8, and the interpreter, which truncates, may be one more off. 16-bit
-    staging adds 2**-17 at most seven times, which contrast and hue can double.
+    staging adds 2**-17 at most three times, which contrast and hue can double.
     """
     pixels, rows = pixels.to(device), rows.to(device)
     exact = two_views(pixels, rows, dtype=torch.float64, kernels="reference", **options)
@@ -323,7 +323,7 @@ def assert_kernels_agree(
         assert got.stride() == exact.stride()
         torch.testing.assert_close(
             got.double(), exact, rtol=2**-7 if half else 0.0,
-            atol=14 * 2**-17 if half else TOLERANCE
+            atol=6 * 2**-17 if half else TOLERANCE
         )  # fmt: skip
 
 
@@ -377,9 +377,10 @@ def test_kernels_blur_with_any_number_of_taps(kernel: int, device: torch.device)
 
 def test_kernels_blur_with_pillows_boxes_of_any_radius(device: torch.device) -> None:
     rows = table(
-        16, 16, {Column.BLUR_SIGMA: torch.tensor([0.05, 0.1, 0.99, 1.0, 2.5, 6.0])}, num_views=1
+        16, 16, {Column.BLUR_SIGMA: torch.tensor([0.05, 0.99, 1.0, 2.5, 6.0, 40.0])}, num_views=1
     )
-    assert_kernels_agree(images(16, 16), rows, device, size=16, blur="pil")
+    for size in (7, 1):
+        assert_kernels_agree(images(16, 16), rows, device, size=size, blur="pil")
 
 
 @pytest.mark.gpu
@@ -410,16 +411,26 @@ def test_kernels_equal_the_reference_at_any_shape(
 
 
 @pytest.mark.usefixtures("nan_filled")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "blur"),
+    [(torch.float32, "gaussian"), (torch.float32, "pil"), (torch.bfloat16, "pil")],
+    ids=str,
+)
 def test_kernels_cut_views_into_tiles_and_bands(
-    dtype: torch.dtype, device: torch.device, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype, blur: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Use several tiles and bands per view, as at full size, with a short last one."""
-    for name, value in (("CROP_BLOCK", 64), ("BLOCK", 32), ("MIN_ROWS", 5), ("MAX_ROWS", 5)):
+    """Use several tiles and bands per view, as at full size, with a short last one.
+
+    Of Pillow's blurs the first is the same away from the edges, the second nowhere, and the weights
+    of both need several blocks.
+    """
+    for name, value in (("CROP_BLOCK", 64), ("BLOCK", 32), ("BLOCK_W", 32)):
         monkeypatch.setattr(triton, name, value)
+    monkeypatch.setattr(triton, "MIN_ROWS", 5)
+    monkeypatch.setattr(triton, "MAX_ROWS", 5)
     pixels, rows = images(14, 14)[:3], mixed_table(1, 14, 14)[:, :3].contiguous()
-    rows[:, :2, Column.BLUR_SIGMA] = 1.5
-    assert_kernels_agree(pixels, rows, device, size=13, dtype=dtype)
+    rows[0, :2, Column.BLUR_SIGMA] = torch.tensor([1.2, 2.2])
+    assert_kernels_agree(pixels, rows, device, size=13, blur=blur, dtype=dtype)
 
 
 def test_kernels_repeat_themselves_and_a_view_depends_on_its_own_row_alone(
@@ -437,6 +448,19 @@ def test_kernels_repeat_themselves_and_a_view_depends_on_its_own_row_alone(
         assert torch.equal(alone[:, 0], together[:, image])
 
 
+@pytest.mark.parametrize("kernels", ["triton", "cpu", "reference"])
+def test_rows_of_a_set_are_its_images(kernels: str, device: torch.device) -> None:
+    """Compare bit for bit with the images gathered: in any order, some twice, others never."""
+    where = torch.device("cpu") if kernels == "cpu" else device
+    pixels, entries = images(12, 9).to(where), mixed_table(2, 12, 9)[:, :4].contiguous().to(where)
+    for rows in (torch.tensor([5, 0, 5, 3], device=where), torch.arange(4, device=where)):
+        options: dict[str, Any] = {"size": 7, "blur_kernel": 3, "kernels": kernels}
+        assert torch.equal(
+            two_views(pixels, entries, rows=rows, **options),
+            two_views(pixels[rows], entries, **options),
+        )
+
+
 def test_kernels_read_nothing_outside_whatever_the_table_says(device: torch.device) -> None:
     """Compare boxes outside the image with the same boxes moved inside."""
     pixels, wild = images(9, 9)[:3].to(device), table(9, 9, {})[:1, :3].to(device)
@@ -452,10 +476,32 @@ def test_kernels_read_nothing_outside_whatever_the_table_says(device: torch.devi
         two_views(pixels, tame, size=9, kernels="reference"),
     )
     torch.testing.assert_close(got, expected, rtol=0.0, atol=TOLERANCE)
+    rows = torch.tensor([-1, 2**40, -(2**63)], device=device)
+    assert torch.equal(
+        two_views(pixels, tame, rows=rows, size=9, kernels="triton"),
+        two_views(pixels[[0, 2, 0]], tame, size=9, kernels="triton"),
+    )
+
+
+def test_a_set_may_exceed_32_bits(device: torch.device) -> None:
+    """Read images beyond 2**31 bytes, of a set whose other pages are never touched."""
+    if device.type != "cpu":
+        pytest.skip("a GPU's memory is not lazy")
+    pixels = torch.empty(2**31 // 48 + 9, 4, 4, 3, dtype=torch.uint8)
+    rows = torch.tensor([len(pixels) - 1, len(pixels) - 5])
+    pixels[rows] = images(4, 4)[:2]
+    entries = table(4, 4, {})[:1, :2].contiguous()
+    expected = two_views(images(4, 4)[:2], entries, size=4, blur_kernel=3, kernels="reference")
+    for kernels in ("triton", "cpu"):
+        got = two_views(pixels, entries, rows=rows, size=4, blur_kernel=3, kernels=kernels)
+        torch.testing.assert_close(got, expected, rtol=0.0, atol=TOLERANCE)
 
 
 def test_a_cpu_refuses_what_lies_outside() -> None:
     pixels, rows = images(9, 9)[:2], table(9, 9, {})[:1, :2]
+    for row in (-1, 2):
+        with pytest.raises(ValueError, match=r"^rows holds a row outside the set of 2 images$"):
+            two_views(pixels, rows, rows=torch.tensor([0, row]), size=9, kernels="cpu")
     for column, value, words in (
         (Column.TOP, 1, "does not lie within"),
         (Column.ORDER, 24, "jitter order"),
@@ -488,8 +534,9 @@ def test_another_default_device_changes_nothing(kernels: str) -> None:
 
 def test_opcheck(device: torch.device) -> None:
     pixels, rows = images(6, 6).to(device), mixed_table(1, 6, 6).to(device)
-    for dtype in (torch.float32, torch.bfloat16):
-        arguments = (pixels, rows, 4, 3, [0.0] * 3, [1.0] * 3, dtype)
+    order = torch.arange(6, device=device).flip(0)
+    for dtype, picked in ((torch.float32, None), (torch.bfloat16, order)):
+        arguments = (pixels, rows, picked, 4, 3, [0.0] * 3, [1.0] * 3, dtype)
         torch.library.opcheck(torch.ops.fastbyol.two_views, arguments)
 
 
@@ -503,14 +550,12 @@ def test_compiled_equals_eager(device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("size", [1, 7, 24, 32, 96, 100, 224])
-@pytest.mark.parametrize("pil", [False, True])
-def test_launches_cover_views(size: int, pil: bool) -> None:
+def test_launches_cover_views(size: int) -> None:
     for side in (size // 2 + 1, size, 3 * size):
-        plan = launch(side, 5, size, pil)
+        plan = launch(side, 5, size)
         assert plan.taps_y >= 2 * side / size
         assert 1 <= plan.rows <= size
-        assert plan.rows == size or not pil
-    assert launch(96, 96, 96, False).rows * 96 % triton.BLOCK == 0
+    assert launch(96, 96, 96).rows * 96 % triton.BLOCK == 0
 
 
 def test_bytes_moved_is_what_the_budget_says() -> None:
@@ -548,6 +593,11 @@ GOOD = {"images": images(8, 8), "table": table(8, 8, {Column.BLUR_SIGMA: 1}), "s
         ("blur_kernel", 17),
         ("dtype", torch.float16),
         ("table", table(8, 8, {})[:, :2]),
+        ("rows", torch.arange(6, dtype=torch.int32)),
+        ("rows", torch.arange(6)[None]),
+        ("rows", torch.arange(6, device="meta")),
+        ("rows", torch.arange(6) + 1),
+        ("rows", torch.arange(0)),
         ("kernels", "cuda"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -565,6 +615,7 @@ def test_wrong_arguments_of_the_kernels_are_named(
     strided = {
         "images": pixels.transpose(1, 2),
         "table": rows.transpose(0, 1).contiguous().transpose(0, 1),
+        "rows": torch.arange(12, device=device)[::2],
     }
     for name, value in (*strided.items(), ("blur_kernel", 17)):
         with pytest.raises(ValueError, match=rf"^{name} "):
@@ -585,15 +636,12 @@ for architecture in (80, 90):
     with ahead_of_time.recording(architecture) as launches:
         for blur in ("gaussian", "pil"):
             two_views(images, table, size=96, blur=blur, kernels="triton")
-    codes = [one.compiled.asm["ptx"] for one in launches if one.name == "_blur_kernel"]
-    print([code.count("bar.sync") for code in codes])
+    codes = [one.compiled.asm for one in launches if one.name == "_blur_kernel"]
+    print([(code["ttgir"].count(".barrier"), code["ptx"].count("bar.sync") > 0) for code in codes])
 """
 
 
-def test_every_pass_of_a_blur_ends_in_a_barrier() -> None:
-    """Count bar.sync, which makes a program's threads see each other's writes."""
+def test_a_blurs_first_pass_ends_in_a_barrier() -> None:
+    """It makes a program's threads see each other's writes, and becomes a bar.sync."""
     counted = [ast.literal_eval(line) for line in printed(BARRIERS).splitlines()]
-    assert len(counted) == 2
-    for gaussian, pil in counted:
-        assert gaussian >= 1  # one pass before the last, which writes the result
-        assert pil >= 5
+    assert counted == [[(1, True), (1, True)]] * 2  # the second pass writes the result

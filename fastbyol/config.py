@@ -400,6 +400,12 @@ class EngineConfig(Model):
         description="Fused operations in Triton, compiled for a cpu, or in plain torch. auto: "
         "what fits.",
     )
+    stem: Literal["auto", "plain", "blocks"] = Field(
+        "auto",
+        description="Input of the torchvision stem: pixels of 3 channels, or blocks of 2x2 pixels "
+        "as 16, for tensor cores. auto: blocks with Triton's kernels in bf16 and an even view "
+        "size.",
+    )
 
     @field_validator("kernels", mode="before")
     @classmethod

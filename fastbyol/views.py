@@ -74,13 +74,15 @@ def apply(
     dtype: torch.dtype = torch.float32,
     *,
     rows: Tensor | None = None,
+    layout: str = "plain",
     kernels: str = "auto",
 ) -> Tensor:
     """Make the views of a drawn table: uint8 (B, H, W, 3) -> (V, B, C, S, S), normalised.
 
     With int64 ``rows`` (B,) ``images`` is a set (N, H, W, 3), and the views are of these rows of
-    it. ``dtype`` is float32, bfloat16 or float64. The result's ``flatten(0, 1)`` is contiguous in
-    channels_last. Raises ValueError naming a wrong argument.
+    it. ``dtype`` is float32, bfloat16 or float64. With ``layout`` "blocks" the result is (V, B, 16,
+    S/2 + 3, S/2 + 3), for a stem that reads 2x2 pixels at once; its ``flatten(0, 1)`` is contiguous
+    in channels_last. Raises ValueError naming a wrong argument.
     """
     return apply_table(
         images,
@@ -92,6 +94,7 @@ def apply(
         mean=config.mean,
         std=config.std,
         dtype=dtype,
+        layout=layout,
         kernels=kernels,
     )
 
@@ -105,15 +108,16 @@ def two_views(
     seed: int | Tensor,
     epoch: int | Tensor,
     dtype: torch.dtype = torch.float32,
+    layout: str = "plain",
     kernels: str = "auto",
 ) -> Tensor:
     """Draw and apply: uint8 images (B, H, W, 3) of int64 sample ``ids`` (B,) -> (V, B, C, S, S).
 
-    ``rows`` is that of ``apply``.
+    ``rows`` and ``layout`` are those of ``apply``.
     """
     height, width = images.shape[1:3]
     table = draw(config, ids, seed=seed, epoch=epoch, height=height, width=width, kernels=kernels)
-    return apply(images, table, config, dtype, rows=rows, kernels=kernels)
+    return apply(images, table, config, dtype, rows=rows, layout=layout, kernels=kernels)
 
 
 def plain(images: Tensor, config: ViewsConfig, dtype: torch.dtype = torch.float32) -> Tensor:

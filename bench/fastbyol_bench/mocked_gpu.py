@@ -33,6 +33,7 @@ from triton.runtime import driver
 from fastbyol.engine.capture import INDUCTOR_OPTIONS, compiled_forward
 from fastbyol.engine.step import TrainState
 from fastbyol_kernels.ahead_of_time import Driver, recording
+from fastbyol_kernels.views.blocks import blocks_shape
 
 ARCHITECTURE = 90
 DEVICE = torch.device("cuda", 0)
@@ -81,14 +82,16 @@ def trace(state: TrainState, batch: int, size: int) -> tuple[Graph, Graph]:
     The step has ``batch`` images, with two views of ``size`` x ``size`` pixels each. Raises
     FastbyolError if torch.compile cannot trace the step as one graph.
     """
+    recipe = state.recipe
+    shape = blocks_shape(size) if recipe.views_layout == "blocks" else (3, size, size)
     views = torch.empty(
-        2 * batch, 3, size, size, dtype=state.recipe.views_dtype, memory_format=torch.channels_last
+        2 * batch, *shape, dtype=recipe.views_dtype, memory_format=torch.channels_last
     )
     with recording(ARCHITECTURE), state.weights.in_use():
         networks = state.online, state.target
         return graphs_of(
             lambda backend: compiled_forward(backend)(
-                *networks, views, state.recipe.objective, state.queue
+                *networks, views, recipe.objective, state.queue
             )
         )
 

@@ -208,6 +208,7 @@ class Eager:
             seed=self._seed,
             epoch=epoch,
             dtype=self.state.recipe.views_dtype,
+            layout=self.state.recipe.views_layout,
             kernels=self.state.kernels,
         )
         return train_step(self.state, pair, self._forward)

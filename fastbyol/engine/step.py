@@ -85,10 +85,14 @@ class Recipe:
     ema_first: bool
     objective: Objective
     views_dtype: torch.dtype
+    views_layout: str
 
     @staticmethod
-    def of(config: Config, share: Share | None = None) -> Recipe:
-        """Collect the numbers of ``config``, for a whole batch or a ``share`` of it."""
+    def of(config: Config, kernels: str, share: Share | None = None) -> Recipe:
+        """Collect the numbers of ``config``, for a whole batch or a ``share`` of it.
+
+        ``kernels`` is triton, cpu or reference. Raises UsageError if ``engine.stem`` does not fit.
+        """
         optim, method, train = config.optim, config.method, config.train
         part = 1.0 if share is None else share.count / share.total
         return Recipe(
@@ -98,7 +102,30 @@ class Recipe:
             ema_first=config.schedule.ema_order == "before",
             objective=Objective(method.name, train.loss_scale * part, method.temperature, share),
             views_dtype=dtype_of(train.precision),
+            views_layout=views_layout(config, kernels),
         )
+
+
+def views_layout(config: Config, kernels: str) -> str:
+    """Return the layout of the views that the stem trains on, "plain" or "blocks".
+
+    ``kernels`` is triton, cpu or reference. Raises UsageError for blocks that cannot be.
+    """
+    wanted, stem, size = config.engine.stem, config.model.stem, config.views.size
+    if wanted == "auto":
+        # In fp32 there are no tensor cores to gain, only products with zeros.
+        pays = kernels == "triton" and config.train.precision == "bf16"
+        return "blocks" if pays and stem == "torchvision" and size % 2 == 0 else "plain"
+    if wanted == "blocks" and stem != "torchvision":
+        raise UsageError(
+            f"engine.stem: blocks are for model.stem torchvision, it is {stem}: take plain or auto"
+        )
+    if wanted == "blocks" and size % 2:
+        raise UsageError(
+            f"engine.stem: blocks of 2x2 pixels need an even views.size, it is {size}: take plain "
+            "or auto"
+        )
+    return wanted
 
 
 @dataclass(frozen=True)
@@ -181,7 +208,7 @@ class TrainState:
                 for net in (online, target):
                     share_statistics(net, share.gather)
         step = torch.zeros((), dtype=torch.int64, device=device)
-        recipe = Recipe.of(config, share)
+        recipe = Recipe.of(config, kernels, share)
         weights = WorkingWeights.of(online, target, arena, recipe.views_dtype, kernels)
         rate_override = RateOverride.of(optim, arena.table)
         queue = unit(keys.to(dtype)).to(device) if num_keys else None
@@ -291,6 +318,7 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Run both networks on a batch (2B, 3, S, S): one graph, which ``engine.capture`` can compile.
 
+    The batch may be in blocks, as ``train_step``'s views.
     Returns the loss, 0-d; the measurements of ``observe``, (5,), or of a share ``moments``, (K,),
     without gradient; and the keys for the queue, (B, D), or None without one.
     """
@@ -321,7 +349,8 @@ def train_step(state: TrainState, views: Tensor, forward: Forward = forward) -> 
 
     Both forward passes, the backward pass, optimizer and moving average in the configured order.
     Views are normalised floats on the state's device, B >= 2 or, on several ranks, this one's
-    share. ``forward`` is this module's or a compiled form of it.
+    share. For the torchvision stem they may be in blocks, (2, B, 16, S/2 + 3, S/2 + 3), whatever
+    the layout that the recipe asks for. ``forward`` is this module's or a compiled form of it.
     """
     recipe, arena = state.recipe, state.arena
     rates = schedule.at(state.rates, state.step)
@@ -365,7 +394,8 @@ def train_step(state: TrainState, views: Tensor, forward: Forward = forward) -> 
 def as_batch(views: Tensor, dtype: torch.dtype, least: int = 2) -> Tensor:
     """Flatten views (2, B, 3, S, S) to (2B, 3, S, S) in ``dtype`` and channels-last, if need be.
 
-    Raises ValueError for other shapes and for B under ``least``.
+    Those in blocks keep their 16 channels. Raises ValueError for other shapes and for B under
+    ``least``.
     """
     if (
         views.ndim != 5

@@ -14,6 +14,7 @@ from fastbyol.errors import check_choice
 from fastbyol.model.convolution import convolve
 from fastbyol.model.norm import make_norm, norm_relu, norm_relu_pool
 from fastbyol.model.standardizing import Standardizing
+from fastbyol_kernels.views.blocks import CHANNELS, KERNEL_BORDER, in_blocks
 
 BLOCKS_PER_STAGE = (2, 2, 2, 2)
 STEMS = ("torchvision", "small")  # small is the CIFAR form: 3x3, stride 1, no pooling
@@ -45,6 +46,22 @@ class Conv2d(Standardizing, nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         return convolve(x, self.used_weight().to(x.dtype), self.stride[0], self.kernel_size[0] // 2)
+
+
+class StemConv2d(Conv2d):
+    """The first convolution, 7x7 with stride 2, of images (N, 3, S, S) or the same in blocks.
+
+    Views in blocks of 2x2 pixels (``fastbyol_kernels.views.blocks``) have 16 channels, by which
+    they are recognised. The weight is rearranged for them at every forward pass.
+    """
+
+    def __init__(self, out_channels: int, *, ws: bool) -> None:
+        super().__init__(3, out_channels, 7, stride=2, ws=ws)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[1] != CHANNELS:
+            return super().forward(x)
+        return convolve(x, in_blocks(self.used_weight().to(x.dtype), KERNEL_BORDER), 1, 0)
 
 
 class BasicBlock(nn.Module):
@@ -79,7 +96,7 @@ class ResNet(nn.Module):
     """The encoder: images (N, 3, S, S) -> embeddings y (N, ``embedding_dim``).
 
     Channels-last throughout; embeddings are fp32, for fp64 images fp64. ``use_kernels`` sets
-    ``kernels``.
+    ``kernels``. The torchvision stem takes images in blocks, too (``StemConv2d``).
     """
 
     def __init__(self, config: ModelConfig, num_views: int) -> None:
@@ -88,8 +105,8 @@ class ResNet(nn.Module):
         check_choice("stem", config.stem, STEMS)
         self.embedding_dim = 8 * width
         self.pools, self.kernels = config.stem == "torchvision", "auto"
-        self.conv1 = Conv2d(
-            3, width, 7 if self.pools else 3, stride=2 if self.pools else 1, ws=config.ws
+        self.conv1 = (
+            StemConv2d(width, ws=config.ws) if self.pools else Conv2d(3, width, 3, ws=config.ws)
         )
         self.bn1 = make_norm(config.norm, width, groups=config.groups, num_views=num_views)
         channels = width

@@ -22,6 +22,7 @@ from fastbyol.engine.step import (
     TrainState,
     as_batch,
     train_step,
+    views_layout,
 )
 from fastbyol.errors import UsageError
 from reference_byol import Reference
@@ -461,6 +462,36 @@ def test_views_are_not_copied_where_they_fit() -> None:
 def test_views_of_another_shape_are_refused(views: Tensor) -> None:
     with pytest.raises(ValueError, match="views must be floats"):
         as_batch(views, torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("kernels", "precision", "stem", "size", "wanted", "layout"),
+    [
+        ("triton", "bf16", "torchvision", 96, "auto", "blocks"),
+        ("triton", "fp32", "torchvision", 96, "auto", "plain"),
+        ("triton", "bf16", "torchvision", 95, "auto", "plain"),
+        ("triton", "bf16", "small", 96, "auto", "plain"),
+        ("cpu", "bf16", "torchvision", 96, "auto", "plain"),
+        ("triton", "bf16", "torchvision", 96, "plain", "plain"),
+        ("cpu", "fp32", "torchvision", 96, "blocks", "blocks"),
+        ("cpu", "fp32", "torchvision", 95, "blocks", "an even views.size, it is 95"),
+        ("cpu", "fp32", "small", 96, "blocks", "for model.stem torchvision, it is small"),
+    ],
+)
+def test_views_are_in_blocks_where_tensor_cores_are(
+    kernels: str, precision: str, stem: str, size: int, wanted: str, layout: str
+) -> None:
+    config = Config.model_validate(
+        {
+            "views": {"size": size}, "model": {"stem": stem}, "train": {"precision": precision},
+            "engine": {"stem": wanted},
+        }
+    )  # fmt: skip
+    if layout in ("plain", "blocks"):
+        assert views_layout(config, kernels) == layout
+    else:
+        with pytest.raises(UsageError, match=f"^engine.stem: blocks .*{layout}"):
+            views_layout(config, kernels)
 
 
 def corrupt(tensors: dict[str, Tensor]) -> Iterator[tuple[dict[str, Tensor], str]]:

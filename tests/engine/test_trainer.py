@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import load_file
 
 import no_graph
@@ -121,6 +122,26 @@ def test_no_later_step_is_recorded_before_a_runs_first_checkpoint(
     api.train(tiny_config(files, "run.drain_every_steps=1"), tmp_path / "run")
     assert steps[0] == STEPS_PER_EPOCH - 1
     assert steps[1] > 2 * STEPS_PER_EPOCH - 1
+
+
+def test_a_run_in_blocks_leaves_what_a_run_of_pixels_leaves(
+    files: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """Tensors of the same names and shapes, nearly the same numbers, and an encoder of pixels."""
+    sets = ("model.stem=torchvision", "model.norm=ln", "train.epochs=1", "optim.sgd_lr=1e-3")
+    saved, embeddings = [], []
+    for stem in ("plain", "blocks"):
+        run = tmp_path / stem
+        api.train(tiny_config(files, *sets, f"engine.stem={stem}"), run)
+        saved.append(load_file(newest_checkpoint(run)))
+        x = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+        embeddings.append(api.load_encoder(run)(x))
+    assert saved[0].keys() == saved[1].keys()
+    for name, tensor in saved[0].items():
+        assert (saved[1][name].shape, saved[1][name].dtype) == (tensor.shape, tensor.dtype)
+        # Six steps in fp32.
+        assert np.linalg.norm(saved[1][name] - tensor) <= 1e-3 * np.linalg.norm(tensor), name
+    torch.testing.assert_close(*embeddings, rtol=1e-3, atol=1e-4)
 
 
 def full_disk(*_: Any) -> NoReturn:

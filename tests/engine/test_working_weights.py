@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from fastbyol.config import Config, resolve
-from fastbyol.engine.capture import kept
+from fastbyol.data.loader import Batch
+from fastbyol.engine.capture import Eager, kept
 from fastbyol.engine.session import hand_over
 from fastbyol.engine.step import TrainState, train_step
 from fastbyol.engine.working_weights import WorkingWeights
@@ -128,6 +129,37 @@ def test_a_step_in_kernels_equals_the_step_in_plain_torch(
     for name in ("online", "target", "momentum"):
         worst = off(plain.state, getattr(fused.state.arena, name), getattr(plain.state.arena, name))
         assert worst[0] < 1e-3, (name, worst)
+
+
+@pytest.mark.parametrize(
+    ("choice", "kernels"), [(("none", False, "sgd"), "triton"), (("gn", True, "blog"), KERNELS[-1])]
+)
+def test_a_step_on_views_in_blocks_is_the_step_on_pixels(
+    choice: tuple[str, bool, str], kernels: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From images; fp32 sums in another order, and views that differ by it.
+
+    Tensors have the same names and shapes, and whoever asks for blocks takes pixels, too.
+    """
+    monkeypatch.setattr(resnet, "BLOCKS_PER_STAGE", (1,) * 4)
+    images = torch.randint(0, 256, (2, 8, 8, 3), dtype=torch.uint8, device=DEVICE)
+    batch = Batch(images, torch.arange(2, device=DEVICE))
+    states, metrics = list[TrainState](), list[Tensor]()
+    for stem, own in (("plain", KERNELS[-1]), ("blocks", kernels)):
+        values = config(*choice, "fp32", own).model_dump()
+        values["model"]["stem"], values["engine"]["stem"] = "torchvision", stem
+        values["views"] |= {"size": 8, "blur_kernel": 3}
+        made = resolve(Config.model_validate(values))
+        states.append(TrainState.create(made, steps_per_epoch=2, device=DEVICE))
+        metrics.append(Eager(states[-1], made)(batch, 0).values)
+    plain, blocks = states
+    torch.testing.assert_close(metrics[1], metrics[0], rtol=2e-4, atol=1e-5)
+    worst = off(plain, blocks.arena.gradient, plain.arena.gradient)
+    assert worst[0] < 5e-4, worst
+    if kernels == KERNELS[-1]:
+        plain.load_tensors(blocks.tensors())
+        views = some_views(1, batch=2, size=8)
+        assert torch.equal(*(train_step(state, views).values for state in states))
 
 
 @pytest.mark.parametrize("kernels", KERNELS)

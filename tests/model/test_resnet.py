@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from fastbyol.config import ModelConfig
 from fastbyol.model.norm import GroupNorm
 from fastbyol.model.resnet import Conv2d, ResNet, build_encoder
+from fastbyol_kernels.views.blocks import IMAGE_BORDER, in_blocks
 
 
 def images(count: int, size: int) -> Tensor:
@@ -137,6 +138,20 @@ def test_stems(stem: str, side: int) -> None:
     assert net(images(4, 32)).shape == (4, net.embedding_dim) == (4, 32)
     hook.remove()
     assert sizes == [(4, 4, side, side)]
+
+
+@pytest.mark.parametrize("ws", [False, True])
+def test_images_in_blocks_have_the_same_embeddings_and_gradients(ws: bool) -> None:
+    torch.manual_seed(4)
+    net = build_encoder(ModelConfig(width=4, norm="gn", groups=2, ws=ws)).double()
+    x, direction = images(2, 32).double(), torch.randn(2, 32, dtype=torch.float64)
+    results = []
+    for form in (x, in_blocks(x, IMAGE_BORDER)):
+        y = net(form)
+        results.append((y, *torch.autograd.grad((y * direction).sum(), list(net.parameters()))))
+    for got, exact in zip(*results, strict=True):  # float64 through 20 layers
+        torch.testing.assert_close(got, exact, rtol=1e-9, atol=1e-11)
+    assert net.conv1.weight.shape == (4, 3, 7, 7)
 
 
 def test_activations_and_weights_stay_channels_last() -> None:

@@ -112,14 +112,14 @@ def _works(options: argparse.Namespace) -> tuple[Job, ...]:
             "engine", name, method, f"{{work}}/logs/{name}-kernels.txt", *settings, most_s=240
         )
 
-    # cuDNN's switches are deterministic and benchmark: the engine takes 10.
+    # cuDNN's switches are deterministic and benchmark: the engine takes 10, and blocks.
     settings = (
-        ("bn", "--cudnn=11"), ("bn", "--cudnn=01"), ("bn", "--combo"), ("gn_ws", "--cudnn=01"),
-        ("bn", "--timed"),
+        ("bn", "--stem=plain"), ("bn", "--cudnn=11"), ("bn", "--cudnn=01"), ("bn", "--combo"),
+        ("gn_ws", "--cudnn=01"), ("bn", "--timed"), ("bn", "--cudnn=01", "--stem=plain"),
         ("bn", "--cudnn=00"), ("gn_ws", "--cudnn=11"), ("gn_ws", "--combo"),
     )  # fmt: skip
     # On a CPU a setting changes nothing, so each option is tried once.
-    once = (("bn", "--cudnn=01"), ("bn", "--combo"), ("bn", "--timed"))
+    once = (("bn", "--cudnn=01", "--stem=blocks"), ("bn", "--combo"), ("bn", "--timed"))
     kernels = _own("exactness", "kernels", most_s=150)
     return (
         engine("bn"),

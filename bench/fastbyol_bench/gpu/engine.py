@@ -1,7 +1,7 @@
 """The engine's step on this GPU, eager, compiled and captured: agreement, speed and kernels.
 
 python -m fastbyol_bench.gpu.engine ROWS JOB METHOD KERNELS
-    [--cudnn DB] [--combo] [--timed] [--dry]
+    [--cudnn DB] [--combo] [--timed] [--stem LAYOUT] [--dry]
 """
 
 from __future__ import annotations
@@ -39,11 +39,12 @@ LOSS_TOLERANCE, DRY_LOSS_TOLERANCE = 0.02, 0.2
 class Stand:
     """The configuration, states and batches of one method."""
 
-    def __init__(self, method: str, *, dry: bool, small: bool = False) -> None:
+    def __init__(self, method: str, *, dry: bool, small: bool = False, stem: str = "auto") -> None:
         self.device = torch.device("cpu" if dry else "cuda")
         self.batch, self.size = (4, 32) if dry or small else (256, 96)
         narrow = ("model.width=16", "model.groups=8") if dry or small else ()
-        sets = ["train.precision=bf16", f"views.size={self.size}", *METHODS[method], *narrow]
+        sets = ["train.precision=bf16", f"views.size={self.size}", f"engine.stem={stem}"]
+        sets += [*METHODS[method], *narrow]
         self.config: Resolved = load_config("blog", sets)
         g = torch.Generator().manual_seed(0)
         shape = (SET_BATCHES * self.batch, self.size, self.size, 3)
@@ -203,6 +204,9 @@ def parser() -> argparse.ArgumentParser:
         action="store_true",
         help="let Inductor choose by timing, which the engine does not",
     )
+    parser.add_argument(
+        "--stem", default="auto", help="auto, plain or blocks; the engine takes blocks on a GPU"
+    )
     return parser
 
 
@@ -214,7 +218,7 @@ def main() -> int:
         import torch._inductor.config
 
         torch._inductor.config.combo_kernels = True
-    stand = Stand(arguments.method, dry=arguments.dry)
+    stand = Stand(arguments.method, dry=arguments.dry, stem=arguments.stem)
     with rows.guarded("env", "versions"):
         versions(rows, stand.device)
     with rows.guarded("engine", "steps"):

@@ -282,17 +282,24 @@ def _pixels(bench: Bench, batch: Batch, table: Tensor, blur: str) -> None:
     stand, size = bench.stand, bench.stand.size
     config = stand.config.views.model_copy(update={"blur": blur})
 
-    def make() -> Tensor:
-        return views.apply(
-            batch.images, table, config, torch.bfloat16, rows=batch.rows, kernels="triton"
-        )
-
     assert batch.rows is not None
     part = slice(0, SAMPLES)
     few, rows = table[:, part].contiguous(), batch.rows[part]
-    exact = views.apply(batch.images, few, config, torch.float64, rows=rows, kernels="reference")
-    moved = view_kernels.bytes_moved(2, stand.batch, size, size, size, 2)
-    bench.report(f"two views, blur {blur}", {"err": off(make()[:, part], exact)}, BF16, make, moved)
+    for layout in ("plain", "blocks"):
+
+        def make(layout: str = layout) -> Tensor:
+            return views.apply(
+                batch.images, table, config, torch.bfloat16, rows=batch.rows, layout=layout,
+                kernels="triton",
+            )  # fmt: skip
+
+        exact = views.apply(
+            batch.images, few, config, torch.float64, rows=rows, layout=layout, kernels="reference"
+        )
+        got = make()
+        moved = view_kernels.bytes_moved(2, stand.batch, size, size, size, 0) + got.nbytes
+        name = f"two views, blur {blur}, {layout}"
+        bench.report(name, {"err": off(got[:, part], exact)}, BF16, make, moved)
 
 
 def parser() -> argparse.ArgumentParser:

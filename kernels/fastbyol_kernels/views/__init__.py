@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fastbyol_kernels.dispatch import dispatch
 from fastbyol_kernels.views import reference, triton
+from fastbyol_kernels.views.blocks import IMAGE_BORDER, in_blocks
 from fastbyol_kernels.views.draw import Distribution, draw_views
 from fastbyol_kernels.views.table import JITTER_ORDERS, Column
 
@@ -31,6 +32,7 @@ def two_views(
     mean: Sequence[float] = (0.0, 0.0, 0.0),
     std: Sequence[float] = (1.0, 1.0, 1.0),
     dtype: torch.dtype = torch.float32,
+    layout: str = "plain",
     kernels: str = "auto",
 ) -> Tensor:
     """Apply float32 ``table`` (V, B, len(Column)) to uint8 ``images`` (B, H, W, C).
@@ -39,17 +41,19 @@ def two_views(
     read where it lies.
 
     Returns (V, B, C, S, S) of ``dtype``, whose ``flatten(0, 1)`` is contiguous in channels-last
-    memory. ``blur`` is "gaussian" (torchvision's gaussian_blur with ``blur_kernel`` taps, reflected
-    edges) or "pil" (Pillow's GaussianBlur: three extended box blurs, repeated edges). ``mean`` and
-    ``std`` are per channel, for values in [0, 1]. The arithmetic is float32. For ``dtype`` float64
-    it is float64, by the reference. Raises ValueError, naming the argument, for a wrong shape,
-    dtype, device or value.
+    memory. With ``layout`` "blocks" instead of "plain" it is (V, B, 16, S/2 + 3, S/2 + 3), the same
+    values in blocks of 2x2 pixels with zeros around (``blocks.in_blocks``), for an even S. ``blur``
+    is "gaussian" (torchvision's gaussian_blur with ``blur_kernel`` taps, reflected edges) or "pil"
+    (Pillow's GaussianBlur: three extended box blurs, repeated edges). ``mean`` and ``std`` are per
+    channel, for values in [0, 1]. The arithmetic is float32. For ``dtype`` float64 it is float64,
+    by the reference. Raises ValueError, naming the argument, for a wrong shape, dtype, device or
+    value.
 
     ``kernels`` is one of ``dispatch.BACKENDS``. The Triton kernels need contiguous inputs. They do
     not check the entries of ``table`` and ``rows``, which would stall the GPU, but move a crop box
     into its image and a row into the set.
     """
-    _check(images, table, rows, size, blur, blur_kernel, dtype)
+    _check(images, table, rows, size, blur, blur_kernel, dtype, layout)
     backend = dispatch(kernels, "images", images, table, rows)
     if dtype == torch.float64:
         backend = "reference"
@@ -71,14 +75,15 @@ def two_views(
     if backend == "cpu":
         # Imported here because it loads numba, which a GPU run does not need.
         from fastbyol_kernels.views import cpu
-    apply = (
-        triton.apply if backend == "triton" else cpu.apply if backend == "cpu" else reference.apply
-    )
     kernel = blur_kernel if blur == "gaussian" else 0
-    views = apply(
-        images, table, rows, size, kernel, [float(m) for m in mean], [float(s) for s in std], dtype
-    )
-    return views.permute(0, 1, 4, 2, 3)
+    how = size, kernel, [float(m) for m in mean], [float(s) for s in std], dtype
+    if backend == "triton":
+        return triton.apply(images, table, rows, *how, layout == "blocks").permute(0, 1, 4, 2, 3)
+    views = (cpu.apply if backend == "cpu" else reference.apply)(images, table, rows, *how)
+    views = views.permute(0, 1, 4, 2, 3)
+    if layout == "blocks":
+        views = in_blocks(views.flatten(0, 1), IMAGE_BORDER).unflatten(0, table.shape[:2])
+    return views
 
 
 def _check(
@@ -89,6 +94,7 @@ def _check(
     blur: str,
     blur_kernel: int,
     dtype: torch.dtype,
+    layout: str,
 ) -> None:
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[3] != 3 or 0 in images.shape:
         raise ValueError(
@@ -121,6 +127,10 @@ def _check(
         raise ValueError(f"blur_kernel must be odd and positive, got {blur_kernel}")
     if dtype not in (torch.float32, torch.bfloat16, torch.float64):
         raise ValueError(f"dtype must be float32, bfloat16 or float64, got {dtype}")
+    if layout not in ("plain", "blocks"):
+        raise ValueError(f"layout must be 'plain' or 'blocks', got {layout!r}")
+    if layout == "blocks" and size % 2:
+        raise ValueError(f"size must be even for views in blocks, got {size}")
 
 
 def _check_entries(table: Tensor, rows: Tensor | None, count: int, height: int, width: int) -> None:

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastbyol_kernels.views.blocks import CHANNELS, IMAGE_BORDER, blocks_shape
 from fastbyol_kernels.views.reference import BOXES
 from fastbyol_kernels.views.table import LUMA, Column
 
@@ -27,6 +28,9 @@ _LUMA_R, _LUMA_G, _LUMA_B = (tl.constexpr(weight) for weight in LUMA)
 _LEVELS = tl.constexpr(65535.0)
 _ALL_JITTER = tl.constexpr(4)
 _BOXES = tl.constexpr(BOXES)
+_CHANNELS = tl.constexpr(CHANNELS)
+_LINES_BEFORE, _LINES_AFTER = (tl.constexpr(pixels // 2) for pixels in IMAGE_BORDER)
+_BORDER_BLOCKS = tl.constexpr(64)  # zeroed by a program at once: 16 bytes of bf16 a thread
 
 
 @triton.jit
@@ -34,7 +38,7 @@ def _crop_kernel(
     images, table, rows, scratch, sums, out, num_images, batch, mean_r, mean_g, mean_b, scale_r,
     scale_g, scale_b,
     H: tl.constexpr, W: tl.constexpr, SIZE: tl.constexpr, TAPS_Y: tl.constexpr,
-    TAPS_X: tl.constexpr, BLOCK: tl.constexpr,
+    TAPS_X: tl.constexpr, BLOCK: tl.constexpr, IN_BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """Crop, resize and jitter a tile up to contrast. Write its luma to ``sums`` (V * B, tiles).
 
@@ -44,6 +48,8 @@ def _crop_kernel(
     tiles: tl.constexpr = (SIZE * SIZE + BLOCK - 1) // BLOCK
     row = tl.program_id(0) // tiles
     pixel = (tl.program_id(0) % tiles) * BLOCK + tl.arange(0, BLOCK)
+    if IN_BLOCKS:
+        _clear_border(out, row, tl.program_id(0) % tiles, tiles, SIZE)
     parameters = table + row * _NUM_COLUMNS
     which = row % batch
     if rows is not None:
@@ -61,14 +67,14 @@ def _crop_kernel(
     else:
         r, g, b = _jitter_tile(r, g, b, order, 0, _ALL_JITTER, parameters)
         colours = mean_r, mean_g, mean_b, scale_r, scale_g, scale_b
-        _leave(scratch, out, row, pixel, r, g, b, parameters, colours, SIZE)
+        _leave(scratch, out, row, pixel, r, g, b, parameters, colours, SIZE, IN_BLOCKS)
 
 
 @triton.jit
 def _contrast_kernel(
     table, scratch, sums, boxes, out, mean_r, mean_g, mean_b, scale_r, scale_g, scale_b,
     SIZE: tl.constexpr, BLOCK: tl.constexpr, SUM_TILES: tl.constexpr, BLOCK_T: tl.constexpr,
-    BLOCK_W: tl.constexpr,
+    BLOCK_W: tl.constexpr, IN_BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """Change a tile's contrast by the view's mean luma, then apply the rest of the jitter.
 
@@ -97,13 +103,14 @@ def _contrast_kernel(
         order, index = _decode(tl.load(parameters + _ORDER).to(tl.int32))
         r, g, b = _jitter_tile(r, g, b, order, index + 1, _ALL_JITTER, parameters)
         colours = mean_r, mean_g, mean_b, scale_r, scale_g, scale_b
-        _leave(scratch, out, row, pixel, r, g, b, parameters, colours, SIZE)
+        _leave(scratch, out, row, pixel, r, g, b, parameters, colours, SIZE, IN_BLOCKS)
 
 
 @triton.jit
 def _blur_kernel(
     table, boxes, scratch, other, out, mean_r, mean_g, mean_b, scale_r, scale_g, scale_b,
     SIZE: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, KERNEL: tl.constexpr,
+    IN_BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """Blur a band of ROWS rows per program, down the columns to ``other``, then along the rows.
 
@@ -139,7 +146,7 @@ def _blur_kernel(
                 other, weights, row, pixel, pixel < limit, sigma, False, SIZE, KERNEL
             )
             colours = mean_r, mean_g, mean_b, scale_r, scale_g, scale_b
-            _finish(out, row, pixel, pixel < limit, r, g, b, parameters, colours, SIZE)
+            _finish(out, row, pixel, pixel < limit, r, g, b, parameters, colours, SIZE, IN_BLOCKS)
 
 
 @triton.jit
@@ -330,7 +337,10 @@ def _luma_tile(r, g, b):
 
 
 @triton.jit
-def _leave(scratch, out, row, pixel, r, g, b, parameters, colours, SIZE: tl.constexpr):
+def _leave(
+    scratch, out, row, pixel, r, g, b, parameters, colours, SIZE: tl.constexpr,
+    IN_BLOCKS: tl.constexpr
+):  # fmt: skip
     """Apply grayscale, then stage the tile for the blur or finish it."""
     if tl.load(parameters + _GRAYSCALE) > 0.0:
         gray = _luma_tile(r, g, b)
@@ -338,7 +348,8 @@ def _leave(scratch, out, row, pixel, r, g, b, parameters, colours, SIZE: tl.cons
     if tl.load(parameters + _BLUR_SIGMA) > 0.0:
         _stage(scratch, row, pixel, pixel < SIZE * SIZE, r, g, b, SIZE)
     else:
-        _finish(out, row, pixel, pixel < SIZE * SIZE, r, g, b, parameters, colours, SIZE)
+        mask = pixel < SIZE * SIZE
+        _finish(out, row, pixel, mask, r, g, b, parameters, colours, SIZE, IN_BLOCKS)
 
 
 @triton.jit
@@ -486,7 +497,10 @@ def _radius(sigma):
 
 
 @triton.jit
-def _finish(out, row, pixel, mask, r, g, b, parameters, colours, SIZE: tl.constexpr):
+def _finish(
+    out, row, pixel, mask, r, g, b, parameters, colours, SIZE: tl.constexpr,
+    IN_BLOCKS: tl.constexpr
+):  # fmt: skip
     """Solarize, normalise and write a tile."""
     if tl.load(parameters + _SOLARIZE) > 0.0:
         r, g, b = tl.minimum(r, 1.0 - r), tl.minimum(g, 1.0 - g), tl.minimum(b, 1.0 - b)
@@ -497,11 +511,53 @@ def _finish(out, row, pixel, mask, r, g, b, parameters, colours, SIZE: tl.conste
         ((g - mean_g) * scale_g).to(kind),
         ((b - mean_b) * scale_b).to(kind),
     )
-    view, at = out + row.to(tl.int64) * (SIZE * SIZE * 3), pixel * 3
-    # One value at a time: the 6 bytes of a bf16 pixel are not a power of two.
-    tl.store(view + at, r, mask=mask)
-    tl.store(view + at + 1, g, mask=mask)
-    tl.store(view + at + 2, b, mask=mask)
+    if IN_BLOCKS:
+        _put_blocks(out, row, pixel, mask, r, g, b, SIZE)
+    else:
+        view, at = out + row.to(tl.int64) * (SIZE * SIZE * 3), pixel * 3
+        # One value at a time: the 6 bytes of a bf16 pixel are not a power of two.
+        tl.store(view + at, r, mask=mask)
+        tl.store(view + at + 1, g, mask=mask)
+        tl.store(view + at + 2, b, mask=mask)
+
+
+@triton.jit
+def _put_blocks(out, row, pixel, mask, r, g, b, SIZE: tl.constexpr):
+    """Write a tile as halves of blocks: two pixels beside each other are 16 bytes of bf16."""
+    side: tl.constexpr = SIZE // 2 + _LINES_BEFORE + _LINES_AFTER
+    pairs: tl.constexpr = pixel.shape[0] // 2
+    left, _ = tl.split(tl.reshape(pixel, (pairs, 2)))
+    inside, _ = tl.split(tl.reshape(mask, (pairs, 2)))
+    y, x = left // SIZE, left % SIZE
+    block = (y // 2 + _LINES_BEFORE) * side + x // 2 + _LINES_BEFORE
+    at = block * _CHANNELS + (y % 2) * (_CHANNELS // 2)
+    values = tl.reshape(
+        tl.join(tl.join(r, b), tl.join(g, tl.zeros_like(r))), (pairs, _CHANNELS // 2)
+    )
+    view = out + row.to(tl.int64) * (side * side * _CHANNELS)
+    channel = tl.arange(0, _CHANNELS // 2)
+    tl.store(view + at[:, None] + channel[None, :], values, mask=inside[:, None])
+
+
+@triton.jit
+def _clear_border(out, row, tile, TILES: tl.constexpr, SIZE: tl.constexpr):
+    """Zero a tile's share of the blocks around a view: rows from edge to edge, then columns."""
+    side: tl.constexpr = SIZE // 2 + _LINES_BEFORE + _LINES_AFTER
+    lines: tl.constexpr = _LINES_BEFORE + _LINES_AFTER
+    num_blocks: tl.constexpr = lines * (2 * side - lines)
+    view = out + row.to(tl.int64) * (side * side * _CHANNELS)
+    for start in range(0, num_blocks, TILES * _BORDER_BLOCKS):
+        index = start + tile * _BORDER_BLOCKS + tl.arange(0, _BORDER_BLOCKS)
+        along = index < lines * side
+        rest = index - lines * side
+        line = tl.where(along, index // side, rest % lines)
+        line = tl.where(line < _LINES_BEFORE, line, line + SIZE // 2)
+        other = tl.where(along, index % side, rest // lines + _LINES_BEFORE)
+        block = tl.where(along, line * side + other, other * side + line)
+        channel = tl.arange(0, _CHANNELS)
+        zeros = tl.zeros((_BORDER_BLOCKS, _CHANNELS), out.dtype.element_ty)
+        inside = (index < num_blocks)[:, None]
+        tl.store(view + (block * _CHANNELS)[:, None] + channel[None, :], zeros, mask=inside)
 
 
 # The reasons of kernels that move narrow words, which ``fastbyol_bench.launches`` demands.
@@ -548,10 +604,14 @@ def apply(
     mean: list[float],
     std: list[float],
     dtype: torch.dtype,
+    in_blocks: bool,
 ) -> Tensor:
-    """Return the views (V, B, S, S, C) of contiguous inputs; ``blur_kernel`` 0 is Pillow's blur."""
+    """Return the views (V, B, S, S, C) of contiguous inputs; ``blur_kernel`` 0 is Pillow's blur.
+
+    ``in_blocks`` they are (V, B, T, T, 16), as ``blocks.in_blocks`` makes them of an even size.
+    """
     num_rows, (height, width) = table.shape[0] * table.shape[1], images.shape[1:3]
-    out = torch.empty((*table.shape[:2], size, size, 3), dtype=dtype, device=images.device)
+    out = torch.empty(_shape(table, size, in_blocks), dtype=dtype, device=images.device)
     # For bf16 the planes are uint16 levels of 1/65535: the error of 8e-6 is a hundredth of the
     # result's own rounding near 1, and the traffic is halved: 28 MB for 512 views of 96x96, which
     # stay in a 50 MB L2.
@@ -568,7 +628,9 @@ def apply(
     crop_tiles, tiles = (triton.cdiv(size * size, block) for block in (plan.crop_block, plan.block))
     sums = torch.empty((num_rows, crop_tiles), dtype=torch.float32, device=images.device)
     colours = (*mean, *(1.0 / value for value in std))
-    options = {"SIZE": size, "num_warps": NUM_WARPS, "enable_fp_fusion": True}
+    options = {
+        "SIZE": size, "IN_BLOCKS": in_blocks, "num_warps": NUM_WARPS, "enable_fp_fusion": True
+    }  # fmt: skip
     _crop_kernel[(num_rows * crop_tiles,)](
         images, table, rows, scratch, sums, out, len(images), table.shape[1], *colours,
         H=height, W=width, TAPS_Y=plan.taps_y, TAPS_X=plan.taps_x, BLOCK=plan.crop_block, **options,
@@ -593,8 +655,13 @@ def apply(
     return out
 
 
+def _shape(table: Tensor, size: int, in_blocks: bool) -> tuple[int, ...]:
+    channels, height, width = blocks_shape(size) if in_blocks else (3, size, size)
+    return *table.shape[:2], height, width, channels
+
+
 apply.register_fake(
-    lambda images, table, rows, size, blur_kernel, mean, std, dtype: images.new_empty(
-        (*table.shape[:2], size, size, 3), dtype=dtype
+    lambda images, table, rows, size, blur_kernel, mean, std, dtype, in_blocks: images.new_empty(
+        _shape(table, size, in_blocks), dtype=dtype
     )
 )

@@ -433,6 +433,40 @@ def test_kernels_cut_views_into_tiles_and_bands(
     assert_kernels_agree(pixels, rows, device, size=13, blur=blur, dtype=dtype)
 
 
+@pytest.mark.usefixtures("nan_filled")
+@pytest.mark.parametrize(("dtype", "blur"), [(torch.float32, "gaussian"), (torch.bfloat16, "pil")])
+def test_views_in_blocks_are_the_plain_ones_moved(
+    dtype: torch.dtype, blur: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Compare every value, and all others with zero: bit for bit where one order of sums is.
+
+    A GPU's mean luma may have another order, of fp32, which bf16 can round to a unit.
+    """
+    near = 0.0 if device.type == "cpu" else 2**-7 if dtype == torch.bfloat16 else TOLERANCE
+    for name in ("CROP_BLOCK", "BLOCK"):
+        monkeypatch.setattr(triton, name, 64)  # two tiles a view
+    pixels, rows = images(10, 9)[:3].to(device), mixed_table(1, 10, 9)[:, :3].contiguous()
+    # Views finished by each of the kernels: blurred, of another contrast, neither.
+    rows[..., Column.BLUR_SIGMA] = torch.tensor([1.5, 0.0, 0.0])
+    rows[..., Column.CONTRAST] = torch.tensor([1.0, 0.8, 1.0])
+    options: dict[str, Any] = {"size": 10, "blur": blur, "blur_kernel": 3, "dtype": dtype}
+    for kernels in ("triton", "cpu", "reference") if device.type == "cpu" else ("triton",):
+        plain, blocks = (
+            two_views(pixels, rows.to(device), layout=layout, kernels=kernels, **options)
+            for layout in ("plain", "blocks")
+        )
+        assert blocks.shape == (1, 3, 16, 8, 8)
+        assert blocks.flatten(0, 1).is_contiguous(memory_format=torch.channels_last)
+        rest, inner = blocks.clone(), slice(2, 7)
+        for y, x, channel in itertools.product(range(2), range(2), range(3)):
+            at = (..., 8 * y + 4 * x + channel, inner, inner)
+            torch.testing.assert_close(
+                blocks[at], plain[:, :, channel, y::2, x::2], rtol=near, atol=near
+            )
+            rest[at] = 0.0
+        assert not rest.any()
+
+
 def test_kernels_repeat_themselves_and_a_view_depends_on_its_own_row_alone(
     device: torch.device,
 ) -> None:
@@ -536,7 +570,8 @@ def test_opcheck(device: torch.device) -> None:
     pixels, rows = images(6, 6).to(device), mixed_table(1, 6, 6).to(device)
     order = torch.arange(6, device=device).flip(0)
     for dtype, picked in ((torch.float32, None), (torch.bfloat16, order)):
-        arguments = (pixels, rows, picked, 4, 3, [0.0] * 3, [1.0] * 3, dtype)
+        in_blocks = dtype == torch.bfloat16
+        arguments = (pixels, rows, picked, 4, 3, [0.0] * 3, [1.0] * 3, dtype, in_blocks)
         torch.library.opcheck(torch.ops.fastbyol.two_views, arguments)
 
 
@@ -592,6 +627,7 @@ GOOD = {"images": images(8, 8), "table": table(8, 8, {Column.BLUR_SIGMA: 1}), "s
         ("blur_kernel", -1),
         ("blur_kernel", 17),
         ("dtype", torch.float16),
+        ("layout", "rows"),
         ("table", table(8, 8, {})[:, :2]),
         ("rows", torch.arange(6, dtype=torch.int32)),
         ("rows", torch.arange(6)[None]),
@@ -605,6 +641,11 @@ GOOD = {"images": images(8, 8), "table": table(8, 8, {Column.BLUR_SIGMA: 1}), "s
 def test_wrong_arguments_are_named(argument: str, value: object) -> None:
     with pytest.raises(ValueError, match=rf"^{argument} "):
         two_views(**{**GOOD, argument: value})  # type: ignore[arg-type]
+
+
+def test_blocks_of_an_odd_size_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"^size must be even"):
+        two_views(**{**GOOD, "size": 7, "layout": "blocks"})  # type: ignore[arg-type]
 
 
 def test_wrong_arguments_of_the_kernels_are_named(

@@ -30,7 +30,7 @@ class Head(nn.Module):
             )
         self.linear1 = Linear(in_features, config.hidden, ws=config.ws)
         self.norm = make_norm(config.norm, config.hidden, groups=groups, num_views=num_views)
-        self.linear2 = nn.Linear(config.hidden, config.out)
+        self.linear2 = Linear(config.hidden, config.out)
 
     def forward(self, x: Tensor) -> Tensor:
         # fp32 under the bf16 policy, too: the products are a thousandth of the encoder's, and bf16

@@ -1,17 +1,23 @@
 """The engine's step on this GPU, eager, compiled and captured: agreement, speed and kernels.
 
 python -m fastbyol_bench.gpu.engine ROWS JOB METHOD KERNELS
-    [--cudnn DB] [--combo] [--timed] [--dry]
+    [--cudnn DB] [--combo] [--timed] [--overlap] [--heads tf32x3] [--dry]
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
+import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
+
+if __name__ == "__main__" and {"--dry", "--heads=tf32x3"} <= set(sys.argv):
+    os.environ["TRITON_INTERPRET"] = "1"  # read when kernels are defined, which importing them does
 
 import torch
 from torch import Tensor
@@ -20,6 +26,7 @@ from fastbyol import load_config
 from fastbyol.config import Resolved
 from fastbyol.data.loader import Batch
 from fastbyol.engine import capture
+from fastbyol.engine.overlap import CudaSide, Side
 from fastbyol.engine.step import METRICS, StepMetrics, TrainState
 from fastbyol_bench.gpu.rows import Rows
 from fastbyol_bench.gpu.rows import parser as job_parser
@@ -38,11 +45,13 @@ LOSS_TOLERANCE, DRY_LOSS_TOLERANCE = 0.02, 0.2
 class Stand:
     """The configuration, states and batches of one method."""
 
-    def __init__(self, method: str, *, dry: bool, small: bool = False) -> None:
+    def __init__(
+        self, method: str, *, dry: bool, small: bool = False, sets: tuple[str, ...] = ()
+    ) -> None:
         self.device = torch.device("cpu" if dry else "cuda")
         self.batch, self.size = (4, 32) if dry or small else (256, 96)
         narrow = ("model.width=16", "model.groups=8") if dry or small else ()
-        sets = ["train.precision=bf16", f"views.size={self.size}", *METHODS[method], *narrow]
+        sets = ("train.precision=bf16", f"views.size={self.size}", *METHODS[method], *narrow, *sets)
         self.config: Resolved = load_config("blog", sets)
 
     def state(self) -> TrainState:
@@ -57,6 +66,17 @@ class Stand:
         return Batch(
             pixels.to(self.device), (torch.arange(self.batch) + 1000 * seed).to(self.device)
         )
+
+
+class NoStream:
+    """A side that replaces ``CudaSide`` on a CPU."""
+
+    def beside(self) -> nullcontext[None]:
+        """Run the block in its turn."""
+        return nullcontext()
+
+    def join(self) -> None:
+        """Wait for nothing."""
 
 
 def re_run(work: Callable[[], StepMetrics]) -> tuple[StepMetrics, Callable[[], None]]:
@@ -84,7 +104,10 @@ def steps(rows: Rows, stand: Stand, arguments: argparse.Namespace) -> capture.Ca
         )
     # Inductor's code for a CPU takes a minute to compile and shows nothing here.
     backend = "aot_eager" if arguments.dry else "inductor"
-    forward = capture.compiled_forward(backend, deterministic=not arguments.timed)
+    side: Side | None = None
+    if arguments.overlap:
+        side = NoStream() if arguments.dry else CudaSide()
+    forward = capture.compiled_forward(backend, deterministic=not arguments.timed, side=side)
     compiled, graphed = stand.state(), stand.state()
     got = _taken(rows, "compiled", stand, capture.Eager(compiled, stand.config, forward))
     gap = max(
@@ -201,6 +224,12 @@ def parser() -> argparse.ArgumentParser:
         action="store_true",
         help="let Inductor choose by timing, which the engine does not",
     )
+    parser.add_argument(
+        "--overlap", action="store_true", help="run the target's pass on a stream of its own"
+    )
+    parser.add_argument(
+        "--heads", choices=("fp32", "tf32x3"), default="fp32", help="the products of the heads"
+    )
     return parser
 
 
@@ -212,7 +241,9 @@ def main() -> int:
         import torch._inductor.config
 
         torch._inductor.config.combo_kernels = True
-    stand = Stand(arguments.method, dry=arguments.dry)
+    # On a CPU auto would be other kernels, which have no such products.
+    heads = ("engine.heads=tf32x3", "engine.kernels=triton") if arguments.heads == "tf32x3" else ()
+    stand = Stand(arguments.method, dry=arguments.dry, sets=heads)
     with rows.guarded("env", "versions"):
         versions(rows, stand.device)
     with rows.guarded("engine", "steps"):

@@ -7,17 +7,12 @@ python -m fastbyol_bench.gpu.engine ROWS JOB METHOD KERNELS
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
-
-if __name__ == "__main__" and {"--dry", "--heads=tf32x3"} <= set(sys.argv):
-    os.environ["TRITON_INTERPRET"] = "1"  # read when kernels are defined, which importing them does
 
 import torch
 from torch import Tensor
@@ -28,6 +23,7 @@ from fastbyol.data.loader import Batch
 from fastbyol.engine import capture
 from fastbyol.engine.overlap import CudaSide, Side
 from fastbyol.engine.step import METRICS, StepMetrics, TrainState
+from fastbyol.model.standardizing import use_products
 from fastbyol_bench.gpu.rows import Rows
 from fastbyol_bench.gpu.rows import parser as job_parser
 from fastbyol_bench.harness import clock_of
@@ -45,18 +41,19 @@ LOSS_TOLERANCE, DRY_LOSS_TOLERANCE = 0.02, 0.2
 class Stand:
     """The configuration, states and batches of one method."""
 
-    def __init__(
-        self, method: str, *, dry: bool, small: bool = False, sets: tuple[str, ...] = ()
-    ) -> None:
-        self.device = torch.device("cpu" if dry else "cuda")
+    def __init__(self, method: str, *, dry: bool, small: bool = False, heads: str = "fp32") -> None:
+        self.device, self.heads = torch.device("cpu" if dry else "cuda"), heads
         self.batch, self.size = (4, 32) if dry or small else (256, 96)
         narrow = ("model.width=16", "model.groups=8") if dry or small else ()
-        sets = ("train.precision=bf16", f"views.size={self.size}", *METHODS[method], *narrow, *sets)
+        sets = ("train.precision=bf16", f"views.size={self.size}", *METHODS[method], *narrow)
         self.config: Resolved = load_config("blog", sets)
 
     def state(self) -> TrainState:
         """Return a state before its first step. All such states are equal."""
-        return TrainState.create(self.config, steps_per_epoch=100, device=self.device)
+        state = TrainState.create(self.config, steps_per_epoch=100, device=self.device)
+        for net in (state.online, state.target):  # a configuration with tf32x3 needs a GPU
+            use_products(net, self.heads)
+        return state
 
     def images(self, seed: int) -> Batch:
         """Return a batch of noise, uint8 (B, S, S, 3), with its ids."""
@@ -241,9 +238,7 @@ def main() -> int:
         import torch._inductor.config
 
         torch._inductor.config.combo_kernels = True
-    # On a CPU auto would be other kernels, which have no such products.
-    heads = ("engine.heads=tf32x3", "engine.kernels=triton") if arguments.heads == "tf32x3" else ()
-    stand = Stand(arguments.method, dry=arguments.dry, sets=heads)
+    stand = Stand(arguments.method, dry=arguments.dry, heads=arguments.heads)
     with rows.guarded("env", "versions"):
         versions(rows, stand.device)
     with rows.guarded("engine", "steps"):

@@ -2,6 +2,7 @@
 
 ``compile`` makes one graph of both forward passes and the loss, and one of their backward pass;
 views and optimizer are single operations already. ``graph`` captures all of it into one launch.
+With ``engine.overlap`` the passes and the loss are graphs of their own (``engine.overlap``).
 """
 
 from __future__ import annotations

@@ -36,7 +36,8 @@ class Head(nn.Module):
         # fp32 under the bf16 policy, too: the products are a thousandth of the encoder's, and bf16
         # drowns the small differences between q and z' that carry the whole gradient after a
         # collapse. At a loss of 6e-8 gradients came out 2.6 times too long (median over layers)
-        # and pointed elsewhere; with fp32 heads they were 3 % off.
+        # and pointed elsewhere; with fp32 heads they were 3 % off. TF32 products alone are no way
+        # out, split ones are: ``engine.heads`` (bench/LOG.md, "Heads by tf32x3").
         hidden = self.linear1(x.to(self.linear1.weight.dtype))
         result: Tensor = self.linear2(norm_relu(self.norm, hidden))
         return result

@@ -406,6 +406,16 @@ class EngineConfig(Model):
         "as 16, for tensor cores. auto: blocks with Triton's kernels in bf16 and an even view "
         "size.",
     )
+    overlap: bool = Field(
+        False,
+        description="On CUDA: the target's forward pass on a stream of its own, beside the online "
+        "network's.",
+    )
+    heads: Literal["fp32", "tf32x3"] = Field(
+        "fp32",
+        description="Products of projector and predictor: in fp32, or of fp32 values split for "
+        "TF32 units, by Triton's kernels alone.",
+    )
 
     @field_validator("kernels", mode="before")
     @classmethod
@@ -459,6 +469,15 @@ class Config(Model):
     engine: EngineConfig = EngineConfig()
     probe: ProbeConfig = ProbeConfig()
     run: RunConfig = RunConfig()
+
+    @model_validator(mode="after")
+    def _passes_to_overlap(self) -> Self:
+        if self.engine.overlap and self.method.name == "simsiam":
+            raise ValueError(
+                "engine.overlap must be false for method simsiam, whose target has no forward pass "
+                "of its own"
+            )
+        return self
 
 
 class ResolvedOptim(OptimConfig):

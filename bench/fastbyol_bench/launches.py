@@ -73,15 +73,17 @@ class Step:
 
 
 # The two methods that the bench measures, then the other cases of the kernels: fp32, the other
-# rules and blur, samples that group norm cuts.
+# rules and blur, heads of split values and all of their tiles, samples that group norm cuts.
 STEPS = (
     Step("BN, SGD, bf16", "train.precision=bf16"),
     Step("GN, WS, LARS, bf16", "train.precision=bf16 model.norm=gn model.ws=true optim.name=lars"),
     Step(
-        "GN, WS in the heads too, LARS as DeepMind's, target after the step, Gaussian blur, fp32",
+        "GN, WS in the heads too, tf32x3, LARS as DeepMind's, target after the step, Gaussian "
+        "blur, fp32",
         "train.precision=fp32 views.blur=gaussian model.norm=gn model.ws=true "
         "model.projector.norm=gn model.projector.ws=true model.predictor.norm=brn "
-        "model.predictor.ws=true "
+        "model.predictor.ws=true engine.heads=tf32x3 model.projector.hidden=4096 "
+        "model.projector.out=256 model.predictor.out=256 "
         "optim.name=lars optim.dialect=deepmind schedule.ema_order=after",
     ),
     Step(

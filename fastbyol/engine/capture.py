@@ -2,6 +2,7 @@
 
 ``compile`` makes one graph of both forward passes and the loss, and one of their backward pass;
 views and optimizer are single operations already. ``graph`` captures all of it into one launch.
+With ``engine.overlap`` the passes and the loss are graphs of their own (``engine.overlap``).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from fastbyol.config import Config, EngineConfig
 from fastbyol.data.loader import Batch
 from fastbyol.engine import interrupt
 from fastbyol.engine.guards import is_out_of_memory
+from fastbyol.engine.overlap import PARTS, CudaSide, Parts, Side, overlapped
 from fastbyol.engine.ranks import Ranks, Threads, agree
 from fastbyol.engine.step import Forward, StepMetrics, TrainState, forward, train_step
 from fastbyol.errors import FastbyolError, NoGraphError, UsageError
@@ -80,14 +82,23 @@ def choose(
 
     ``before`` is the mode of the run's earlier steps. ``auto`` keeps it if it can, because another
     one rounds differently. Raises UsageError for a configured mode that ``device`` lacks, or that
-    ``ranks`` cannot share ``batch_size`` images in.
+    ``ranks`` cannot share ``batch_size`` images in, and for ``overlap`` where there are no streams.
     """
+    on_gpu = device.type == "cuda"
+    if config.overlap and not on_gpu:
+        raise UsageError(
+            f"engine.overlap: streams are a CUDA device's, the run is on {device}: set it to false"
+        )
+    if config.overlap and ranks is not None and ranks.count > 1:
+        # Two networks' batch norms would send their messages in the order of two streams.
+        raise UsageError(
+            f"engine.overlap: is for one rank, this run has {ranks.count}: set it to false"
+        )
     lacks = None if ranks is None or config.mode == "eager" else _lacks(ranks, batch_size)
     if lacks is not None:
         if config.mode != "auto":
             raise UsageError(f"engine.mode: {config.mode} {lacks}, or take --engine eager")
         return Choice("eager", f"a graph {lacks}")
-    on_gpu = device.type == "cuda"
     if config.mode == "graph" and not on_gpu:
         raise UsageError(
             f"engine.mode: graph needs a CUDA device, the run is on {device}: take --engine eager "
@@ -129,9 +140,10 @@ def compiles_messages() -> bool:
 def engine(state: TrainState, config: Config, choice: Choice) -> Engine:
     """Make the engine for the steps of ``state``; on a GPU set cuDNN's switches for the process."""
     make_cudnn_deterministic(state.step.device)  # in every mode: a resumed run's bits depend on it
+    side = CudaSide() if config.engine.overlap else None
     if choice.mode == "eager":
-        return Eager(state, config)
-    compiled = Eager(state, config, compiled_forward())
+        return Eager(state, config, eager=overlapped(side) if side else forward)
+    compiled = Eager(state, config, compiled_forward(side=side))
     if choice.mode == "compile":
         return compiled
     record: Recorder = record_cuda
@@ -141,10 +153,14 @@ def engine(state: TrainState, config: Config, choice: Choice) -> Engine:
 
 
 def compiled_forward(
-    backend: str | Callable[..., Any] = "inductor", *, deterministic: bool = True
+    backend: str | Callable[..., Any] = "inductor",
+    *,
+    deterministic: bool = True,
+    side: Side | None = None,
 ) -> Forward:
     """Return ``step.forward`` under torch.compile, in one graph, for any network and batch.
 
+    With ``side`` each of its parts is a graph, and the target's pass overlaps on that stream.
     Compiled code is kept while the process lives, by network, batch shape and dtype, device and
     backend; it keeps no state alive. On CUDA Inductor may not make choices that depend on timing
     and change bits, unless ``deterministic`` is false (to measure what that costs).
@@ -160,31 +176,48 @@ def compiled_forward(
         num_keys = 0 if queue is None else len(queue)
         network = (online.config, batch.shape, batch.dtype, batch.device, objective, num_keys)
         timed = not (deterministic and batch.is_cuda and backend == "inductor")
-        return _compiled(network, backend, timed)(online, target, batch, objective, queue)
+        made = _compiled(PARTS if side else (forward,), network, backend, timed)
+        run = overlapped(side, Parts(*made)) if side else made[0]
+        return run(online, target, batch, objective, queue)
 
     return chosen
 
 
 @lru_cache(maxsize=MOST_NETWORKS)
-def _compiled(network: Hashable, backend: str | Callable[..., Any], timed: bool) -> Forward:
-    """Compile ``step.forward`` for ``network``, a key; Dynamo's own guards decide about reuse."""
+def _compiled(
+    functions: tuple[Callable[..., Any], ...],
+    network: Hashable,
+    backend: str | Callable[..., Any],
+    timed: bool,
+) -> tuple[Callable[..., Any], ...]:
+    """Compile ``functions`` for ``network``, a key; Dynamo's own guards decide about reuse."""
     # Dynamo keeps at most eight variants (``recompile_limit``) with a code object and tries their
     # guards one after the other. So each network gets a code object, and frees all with it.
-    own = FunctionType(forward.__code__.replace(), forward.__globals__, forward.__name__)
+    own = (FunctionType(f.__code__.replace(), f.__globals__, f.__name__) for f in functions)
     options = None if timed else INDUCTOR_OPTIONS
-    return torch.compile(own, fullgraph=True, dynamic=False, backend=backend, options=options)
+    compiled = partial(
+        torch.compile, fullgraph=True, dynamic=False, backend=backend, options=options
+    )
+    return tuple(map(compiled, own))
 
 
 class Eager:
-    """An engine that runs operation by operation, or with a compiled ``forward``."""
+    """An engine that runs ``eager`` operation by operation, or a ``compiled`` forward."""
 
-    def __init__(self, state: TrainState, config: Config, compiled: Forward | None = None) -> None:
+    def __init__(
+        self,
+        state: TrainState,
+        config: Config,
+        compiled: Forward | None = None,
+        *,
+        eager: Forward = forward,
+    ) -> None:
         self.state = state
         self.mode = "eager" if compiled is None else "compile"
         self._views, self._seed, self._forward = (
             config.views,
             config.train.seed,
-            compiled or forward,
+            compiled or eager,
         )
 
     def prepare(self, batch: Batch, epoch: int) -> None:

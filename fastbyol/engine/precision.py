@@ -213,9 +213,10 @@ def _narrow(config: Config, precision: str) -> Resolved:
                 update={"queue": min(config.method.queue, 1) * BATCH}
             ).model_dump(),
             "train": {"precision": precision},
-            "engine": {
-                "kernels": "auto" if precision == "fp64" else config.engine.kernels
-            },  # Triton's have no fp64
+            # Triton's have no fp64.
+            "engine": {}
+            if precision == "fp64"
+            else {"kernels": config.engine.kernels, "heads": config.engine.heads},
         }
     )
     return resolve(narrow)

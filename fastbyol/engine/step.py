@@ -26,7 +26,7 @@ from fastbyol.engine.exchange import Exchange, Layout
 from fastbyol.engine.ranks import Alone, Ranks, gather_of, shares
 from fastbyol.engine.working_weights import WorkingWeights
 from fastbyol.errors import UsageError
-from fastbyol.model.byol import NUM_VIEWS, Online, Target, draw_networks
+from fastbyol.model.byol import NUM_VIEWS, Online, OnlineOutput, Target, draw_networks
 from fastbyol.model.norm import share_statistics, use_kernels
 from fastbyol.model.objective import (
     OBJECTIVES,
@@ -40,6 +40,7 @@ from fastbyol.model.objective import (
     observe,
     unit,
 )
+from fastbyol.model.standardizing import use_products
 from fastbyol.optim import schedule
 from fastbyol.optim.arena import Arena
 from fastbyol.optim.lars import rule_of, treatments
@@ -175,6 +176,11 @@ class TrainState:
             kernels = dispatch.resolve(config.engine.kernels, device, dtype)
         except ValueError as error:
             raise UsageError(f"engine.{error}") from None
+        if config.engine.heads != "fp32" and kernels != "triton":
+            raise UsageError(
+                f"engine.heads: {config.engine.heads} needs Triton's kernels (a CUDA device, "
+                f"precision fp32 or bf16), this run has kernels {kernels}: take engine.heads=fp32"
+            )
         if device.type == "cuda" and config.train.precision == "fp32":
             exact_products()
         rates = schedule.joined(
@@ -190,6 +196,7 @@ class TrainState:
         for net in (online, target):
             net.to(device, dtype)
             use_kernels(net, kernels)
+            use_products(net, config.engine.heads)
         shapes = {name: p.shape for name, p in online.named_parameters()}
         ranks = Alone() if ranks is None else ranks
         share = None if ranks.count == 1 else share_of(config.train.batch_size, ranks)
@@ -323,9 +330,22 @@ def forward(
     without gradient; and the keys for the queue, (B, D), or None without one.
     """
     output = online(batch)
+    # simsiam's target is the online network without gradient (arXiv:2011.10566, algorithm 1).
+    projections = output.z.detach() if objective.name == "simsiam" else project(target, batch)
+    return measure(output, projections, objective, queue)
+
+
+def project(target: Target, batch: Tensor) -> Tensor:
+    """Run the target on a batch (2B, 3, S, S). Returns its projections z' (2B, D)."""
     with torch.no_grad():
-        # simsiam's target is the online network without gradient (arXiv:2011.10566, algorithm 1).
-        projections = output.z.detach() if objective.name == "simsiam" else target(batch)
+        projections: Tensor = target(batch)
+    return projections
+
+
+def measure(
+    output: OnlineOutput, projections: Tensor, objective: Objective, queue: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return what ``forward`` does, from both networks' outputs."""
     if objective.name not in OBJECTIVES:
         raise ValueError(
             f"objective must be one of {', '.join(OBJECTIVES)}, not {objective.name!r}"
@@ -338,7 +358,7 @@ def forward(
     else:
         loss = byol_loss(output.q, projections) * objective.loss_scale
     # Like the post's code (moco.py), keep only the second view's keys.
-    keys = None if queue is None else unit(projections)[len(batch) // NUM_VIEWS :]
+    keys = None if queue is None else unit(projections)[len(projections) // NUM_VIEWS :]
     if objective.share is not None:
         return loss, moments(output, projections), keys
     return loss, torch.stack(observe(output, projections)), keys

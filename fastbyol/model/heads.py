@@ -30,13 +30,14 @@ class Head(nn.Module):
             )
         self.linear1 = Linear(in_features, config.hidden, ws=config.ws)
         self.norm = make_norm(config.norm, config.hidden, groups=groups, num_views=num_views)
-        self.linear2 = nn.Linear(config.hidden, config.out)
+        self.linear2 = Linear(config.hidden, config.out)
 
     def forward(self, x: Tensor) -> Tensor:
         # fp32 under the bf16 policy, too: the products are a thousandth of the encoder's, and bf16
         # drowns the small differences between q and z' that carry the whole gradient after a
         # collapse. At a loss of 6e-8 gradients came out 2.6 times too long (median over layers)
-        # and pointed elsewhere; with fp32 heads they were 3 % off.
+        # and pointed elsewhere; with fp32 heads they were 3 % off. TF32 products alone are no way
+        # out, split ones are: ``engine.heads`` (bench/LOG.md, "Heads by tf32x3").
         hidden = self.linear1(x.to(self.linear1.weight.dtype))
         result: Tensor = self.linear2(norm_relu(self.norm, hidden))
         return result

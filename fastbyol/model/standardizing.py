@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from fastbyol_kernels import tf32x3
 from fastbyol_kernels.weight_standardization import weight_standardization
 
 
@@ -33,11 +34,25 @@ class Standardizing(nn.Module):
 
 
 class Linear(Standardizing, nn.Linear):
-    """An ``nn.Linear`` whose weights are standardized first if ``ws`` is set."""
+    """An ``nn.Linear`` whose weights are standardized first if ``ws`` is set.
+
+    ``products`` are fp32 (the operands' dtype) or tf32x3 (``use_products``).
+    """
+
+    products: str = "fp32"
 
     def __init__(self, in_features: int, out_features: int, *, ws: bool = False) -> None:
         super().__init__(in_features, out_features)
         self.ws = ws
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.products == "tf32x3":
+            return tf32x3.linear(x, self.used_weight(), self.bias, kernels=self.kernels)
         return nn.functional.linear(x, self.used_weight(), self.bias)
+
+
+def use_products(net: nn.Module, products: str) -> None:
+    """Make the linear layers of ``net`` multiply by ``products``, fp32 or tf32x3."""
+    for module in net.modules():
+        if isinstance(module, Linear):
+            module.products = products

@@ -44,7 +44,7 @@ def install(
 
     patch(capture, "choose", on_gpu)
     patch(capture, "record_cuda", record)
-    patch(capture, "compiled_forward", lambda: forward)
+    patch(capture, "compiled_forward", lambda **_: forward)
 
 
 def main() -> None:

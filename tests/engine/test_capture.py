@@ -236,11 +236,11 @@ def test_compiling_is_left_at_once_when_asked_to_stop(
     config = tiny_config(beton_files(tmp_path), "engine.mode=compile", "train.epochs=1")
     listener = Listener()
     with monkeypatch.context() as patched:
-        patched.setattr(capture, "compiled_forward", lambda: endless)
+        patched.setattr(capture, "compiled_forward", lambda **_: endless)
         summary = api.train(config, tmp_path / "stopped", observer=listener)
     assert (summary.finished, summary.step) == (False, 0)
     assert "SIGTERM: stopped before a step was made; go on with" in listener.text
-    monkeypatch.setattr(capture, "compiled_forward", lambda: plain_forward)
+    monkeypatch.setattr(capture, "compiled_forward", lambda **_: plain_forward)
     api.resume(tmp_path / "stopped")
     api.train(config, tmp_path / "whole")
     assert (tmp_path / "stopped" / "metrics.jsonl").read_bytes() == (

@@ -25,7 +25,9 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 KERNELS = ("triton",) if DEVICE == "cuda" else ("triton", "cpu")
 
 
-def config(norm: str, ws: bool, optimizer: str, precision: str, kernels: str) -> Config:
+def config(
+    norm: str, ws: bool, optimizer: str, precision: str, kernels: str, heads: str = "fp32"
+) -> Config:
     """Make a network of width 4, since Triton's interpreter runs programs one by one."""
     head = {"norm": norm, "hidden": 16, "out": 8, "ws": ws}
     optim = {"name": "sgd", "lr": 0.02, "weight_decay": 1e-2}
@@ -40,7 +42,7 @@ def config(norm: str, ws: bool, optimizer: str, precision: str, kernels: str) ->
             "optim": optim,
             "schedule": {"tau": 0.9, "horizon_epochs": 7},
             "train": {"precision": precision, "batch_size": 2},
-            "engine": {"kernels": kernels},
+            "engine": {"kernels": kernels, "heads": heads},
         }
     )  # fmt: skip
     return resolve(made)
@@ -160,6 +162,35 @@ def test_a_step_on_views_in_blocks_is_the_step_on_pixels(
         plain.load_tensors(blocks.tensors())
         views = some_views(1, batch=2, size=8)
         assert torch.equal(*(train_step(state, views).values for state in states))
+
+
+def test_heads_multiply_split_values_of_the_standardized_weights() -> None:
+    """And their gradient comes to the weights; with other bits than fp32's."""
+    results = []
+    for kernels, heads in (("reference", "fp32"), ("triton", "tf32x3")):
+        asked = config("gn", True, "blog", "fp32", kernels, heads)
+        model = asked.model.model_copy(update={"ws": False})  # 19 layers less to standardize
+        asked = asked.model_copy(update={"model": model})
+        state = TrainState.create(asked, steps_per_epoch=2, device=DEVICE)
+        y = some_views(0, batch=2, size=8).reshape(4, -1)[:, : 8 * model.width]
+        with state.weights.in_use():
+            q = state.online.predictor(state.online.projector(y))
+        state.weights.differentiate(q.square().sum())
+        results.append((state, q, state.arena.gradient))
+    (plain, *expected), (_, *got) = results
+    torch.testing.assert_close(got[0], expected[0], rtol=1e-5, atol=1e-6)
+    assert not torch.equal(got[0], expected[0])
+    worst = off(plain, got[1], expected[1])
+    assert 0.0 < worst[0] < 1e-5, worst
+
+
+@pytest.mark.parametrize(("kernels", "precision"), [("cpu", "bf16"), ("auto", "fp64")])
+def test_heads_of_split_values_are_refused_without_their_kernels(
+    kernels: str, precision: str
+) -> None:
+    asked = config("gn", True, "blog", precision, kernels, "tf32x3")
+    with pytest.raises(UsageError, match=r"engine\.heads: tf32x3 needs .* take engine\.heads=fp32"):
+        TrainState.create(asked, steps_per_epoch=2)
 
 
 @pytest.mark.parametrize("kernels", KERNELS)

@@ -41,11 +41,11 @@ FASTBYOL = ("pydantic", "safetensors")
 # The files with tests that use the GPU; a test of this module compares them with the marker.
 GPU_TESTS = (
     "tests/engine/test_capture.py", "tests/engine/test_working_weights.py",
-    "tests/engine/test_telemetry.py",
+    "tests/engine/test_telemetry.py", "tests/engine/test_overlap.py",
     "tests/kernels/test_batch_norm.py", "tests/kernels/test_group_norm.py",
     "tests/kernels/test_lars_ema.py", "tests/kernels/test_max_pool.py",
-    "tests/kernels/test_weight_standardization.py", "tests/kernels/views/test_draw.py",
-    "tests/kernels/views/test_table.py",
+    "tests/kernels/test_tf32x3.py", "tests/kernels/test_weight_standardization.py",
+    "tests/kernels/views/test_draw.py", "tests/kernels/views/test_table.py",
     "tests/test_views.py",
 )  # fmt: skip
 # SGD collapses and stays, LARS 0.2 recovers, LARS 0.1 does not, layer1 and layer2 alone, rates 0.5
@@ -53,7 +53,7 @@ GPU_TESTS = (
 CLAIMS = ("C6", "C5", "C7", "C12", "C10")
 OUR_KERNELS = (
     "regex:^_(forward|moments|normalise|backward|gradient|sum_rows|norms|sweep|telemetry|"
-    "pool|draw|crop|contrast|blur)"
+    "pool|draw|crop|contrast|blur|product)"
 )
 
 
@@ -114,12 +114,17 @@ def _works(options: argparse.Namespace) -> tuple[Job, ...]:
 
     # cuDNN's switches are deterministic and benchmark: the engine takes 10, and blocks.
     settings = (
-        ("bn", "--stem=plain"), ("bn", "--cudnn=11"), ("bn", "--cudnn=01"), ("bn", "--combo"),
+        ("bn", "--stem=plain"), ("bn", "--cudnn=11"), ("bn", "--cudnn=01"), ("bn", "--overlap"),
+        ("gn_ws", "--overlap"), ("bn", "--heads=tf32x3"), ("bn", "--combo"),
         ("gn_ws", "--cudnn=01"), ("bn", "--timed"), ("bn", "--cudnn=01", "--stem=plain"),
-        ("bn", "--cudnn=00"), ("gn_ws", "--cudnn=11"), ("gn_ws", "--combo"),
+        ("gn_ws", "--heads=tf32x3"), ("bn", "--cudnn=00"), ("gn_ws", "--cudnn=11"),
+        ("gn_ws", "--combo"),
     )  # fmt: skip
     # On a CPU a setting changes nothing, so each option is tried once.
-    once = (("bn", "--cudnn=01", "--stem=blocks"), ("bn", "--combo"), ("bn", "--timed"))
+    once = (
+        ("bn", "--cudnn=01", "--stem=blocks"), ("bn", "--overlap"), ("bn", "--heads=tf32x3"),
+        ("bn", "--combo"), ("bn", "--timed"),
+    )  # fmt: skip
     kernels = _own("exactness", "kernels", most_s=150)
     return (
         engine("bn"),

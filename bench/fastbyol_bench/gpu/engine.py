@@ -1,7 +1,7 @@
 """The engine's step on this GPU, eager, compiled and captured: agreement, speed and kernels.
 
 python -m fastbyol_bench.gpu.engine ROWS JOB METHOD KERNELS
-    [--cudnn DB] [--combo] [--timed] [--stem LAYOUT] [--dry]
+    [--cudnn DB] [--combo] [--timed] [--stem LAYOUT] [--overlap] [--heads tf32x3] [--dry]
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,9 @@ from fastbyol import load_config
 from fastbyol.config import Resolved
 from fastbyol.data.loader import Batch
 from fastbyol.engine import capture
+from fastbyol.engine.overlap import CudaSide, Side
 from fastbyol.engine.step import METRICS, StepMetrics, TrainState
+from fastbyol.model.standardizing import use_products
 from fastbyol_bench.gpu.rows import Rows
 from fastbyol_bench.gpu.rows import parser as job_parser
 from fastbyol_bench.harness import clock_of
@@ -39,8 +42,16 @@ LOSS_TOLERANCE, DRY_LOSS_TOLERANCE = 0.02, 0.2
 class Stand:
     """The configuration, states and batches of one method."""
 
-    def __init__(self, method: str, *, dry: bool, small: bool = False, stem: str = "auto") -> None:
-        self.device = torch.device("cpu" if dry else "cuda")
+    def __init__(
+        self,
+        method: str,
+        *,
+        dry: bool,
+        small: bool = False,
+        stem: str = "auto",
+        heads: str = "fp32",
+    ) -> None:
+        self.device, self.heads = torch.device("cpu" if dry else "cuda"), heads
         self.batch, self.size = (4, 32) if dry or small else (256, 96)
         narrow = ("model.width=16", "model.groups=8") if dry or small else ()
         sets = ["train.precision=bf16", f"views.size={self.size}", f"engine.stem={stem}"]
@@ -53,13 +64,27 @@ class Stand:
 
     def state(self) -> TrainState:
         """Return a state before its first step. All such states are equal."""
-        return TrainState.create(self.config, steps_per_epoch=100, device=self.device)
+        state = TrainState.create(self.config, steps_per_epoch=100, device=self.device)
+        for net in (state.online, state.target):  # a configuration with tf32x3 needs a GPU
+            use_products(net, self.heads)
+        return state
 
     def images(self, seed: int) -> Batch:
         """Return a batch of rows of one resident set of noise, with ids of its own."""
         g = torch.Generator().manual_seed(seed)
         rows = torch.randperm(len(self._set), generator=g)[: self.batch].to(self.device)
         return Batch(self._set, torch.arange(self.batch, device=self.device) + 1000 * seed, rows)
+
+
+class NoStream:
+    """A side that replaces ``CudaSide`` on a CPU."""
+
+    def beside(self) -> nullcontext[None]:
+        """Run the block in its turn."""
+        return nullcontext()
+
+    def join(self) -> None:
+        """Wait for nothing."""
 
 
 def re_run(work: Callable[[], StepMetrics]) -> tuple[StepMetrics, Callable[[], None]]:
@@ -87,7 +112,10 @@ def steps(rows: Rows, stand: Stand, arguments: argparse.Namespace) -> capture.Ca
         )
     # Inductor's code for a CPU takes a minute to compile and shows nothing here.
     backend = "aot_eager" if arguments.dry else "inductor"
-    forward = capture.compiled_forward(backend, deterministic=not arguments.timed)
+    side: Side | None = None
+    if arguments.overlap:
+        side = NoStream() if arguments.dry else CudaSide()
+    forward = capture.compiled_forward(backend, deterministic=not arguments.timed, side=side)
     compiled, graphed = stand.state(), stand.state()
     got = _taken(rows, "compiled", stand, capture.Eager(compiled, stand.config, forward))
     gap = max(
@@ -207,6 +235,12 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--stem", default="auto", help="auto, plain or blocks; the engine takes blocks on a GPU"
     )
+    parser.add_argument(
+        "--overlap", action="store_true", help="run the target's pass on a stream of its own"
+    )
+    parser.add_argument(
+        "--heads", choices=("fp32", "tf32x3"), default="fp32", help="the products of the heads"
+    )
     return parser
 
 
@@ -218,7 +252,7 @@ def main() -> int:
         import torch._inductor.config
 
         torch._inductor.config.combo_kernels = True
-    stand = Stand(arguments.method, dry=arguments.dry, stem=arguments.stem)
+    stand = Stand(arguments.method, dry=arguments.dry, stem=arguments.stem, heads=arguments.heads)
     with rows.guarded("env", "versions"):
         versions(rows, stand.device)
     with rows.guarded("engine", "steps"):

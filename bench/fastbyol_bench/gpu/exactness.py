@@ -17,6 +17,7 @@ if __name__ == "__main__" and "--dry" in sys.argv:
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from fastbyol import views
 from fastbyol.data.loader import Batch
@@ -25,7 +26,7 @@ from fastbyol_bench.gpu.engine import Stand
 from fastbyol_bench.gpu.limits import Timer
 from fastbyol_bench.gpu.rows import Rows
 from fastbyol_bench.gpu.rows import parser as job_parser
-from fastbyol_kernels import batch_norm, group_norm, lars_ema, max_pool
+from fastbyol_kernels import batch_norm, group_norm, lars_ema, max_pool, tf32x3
 from fastbyol_kernels import views as view_kernels
 from fastbyol_kernels import weight_standardization as ws
 
@@ -37,6 +38,10 @@ NORMS = (
 # bf16 keeps 8 bits: rounding a result costs 2e-3 of it, and two roundings and a residual stay below
 # twice that. fp32 sums over up to 4,608 values stay far below 1e-5.
 BF16, FP32 = 4e-3, 1e-5
+# Features in and out of the heads' layers, blog's and paper's. Sums of up to 4,096 products of TF32
+# values would be off by 3e-4.
+HEADS = ((512, 512), (512, 128), (128, 512), (512, 4096), (4096, 256), (256, 4096))
+SPLIT = 2e-6
 SAMPLES = 32  # the compared part of a batch; more would show the same
 
 
@@ -191,6 +196,43 @@ def _activation(device: torch.device, shape: tuple[int, int, int, int]) -> Tenso
     return x.contiguous(memory_format=torch.channels_last).requires_grad_()
 
 
+def heads(bench: Bench) -> None:
+    """Compare the products of both presets' heads by split values; time torch's fp32 beside."""
+    for features, out in HEADS[:1] if bench.small else HEADS:
+        name = f"linear {features} to {out}"
+        with bench.rows.guarded("kernel", name):
+            _linear(bench, name, features, out)
+
+
+def _linear(bench: Bench, name: str, features: int, out: int) -> None:
+    sizes = ((2 * bench.stand.batch, features), (out, features), (out,))
+    inputs = [torch.randn(size, device=bench.device).requires_grad_() for size in sizes]
+    dy = torch.randn(sizes[0][0], out, device=bench.device)
+    wide = [t.detach().double().requires_grad_() for t in inputs]
+    exact = F.linear(*wide)
+    exact_gradients = torch.autograd.grad(exact, wide, dy.double())
+    moved = sum(t.nbytes for t in (*inputs, dy))
+    for kernels, of, most in (
+        ("triton", "of split values", SPLIT), ("reference", "of torch", FP32)
+    ):  # fmt: skip
+
+        def forward(kernels: str = kernels) -> Tensor:
+            return tf32x3.linear(*inputs, kernels=kernels)
+
+        y = forward()
+
+        def backward(y: Tensor = y) -> tuple[Tensor, ...]:
+            return torch.autograd.grad(y, inputs, dy, retain_graph=True)
+
+        errors = {"err_y": off(y, exact)}
+        bench.report(f"{name} {of}, forward", errors, most, torch.no_grad()(forward), moved)
+        errors = {
+            f"err_d{what}": off(*pair)
+            for what, pair in zip("xw", zip(backward(), exact_gradients, strict=True), strict=False)
+        }
+        bench.report(f"{name} {of}, backward", errors, most, backward, 2 * moved)
+
+
 def weights(bench: Bench, state: TrainState) -> None:
     """Compare the online network's standardized weights, bf16, and the gradient through them."""
     (group,) = (group for group in state.weights.groups if group.gradient is not None)
@@ -322,6 +364,7 @@ def main() -> int:
     bench = Bench(rows, arguments)
     norms(bench)
     batch_norms(bench)
+    heads(bench)
     state = bench.stand.state()
     with rows.guarded("kernel", "weight standardization"):
         weights(bench, state)

@@ -328,11 +328,11 @@ def train_step(state: TrainState, views: Tensor, forward: Forward = forward) -> 
     lr, tau = rates.unbind()
     batch = as_batch(views, recipe.views_dtype, 2 if state.exchange is None else 1)
     statistics = state.statistics()
-    with state.weights.in_use():
+    with state.weights.in_use(len(batch)) as leaves:
         loss, observed, keys = forward(
             state.online, state.target, batch, recipe.objective, state.queue
         )
-    state.weights.differentiate(loss)
+    state.weights.differentiate(loss, leaves)
     with torch.no_grad():
         loss, after = loss.detach(), state.statistics()
         if state.exchange is not None:

@@ -169,7 +169,7 @@ class WorkingWeights:
 
     ``leaves`` are the tensors that get a gradient, parameters or their working weights, ``homes``
     the parts of flat buffers that hold it; those of ``affine`` come on top. ``gradient`` is the
-    arena's.
+    arena's, ``start`` a 0-d 1 or None, the loss's own gradient.
     """
 
     groups: tuple[_Group, ...]
@@ -178,6 +178,7 @@ class WorkingWeights:
     leaves: tuple[Tensor, ...]
     homes: tuple[Tensor, ...]
     gradient: Tensor
+    start: Tensor | None
 
     @staticmethod
     def of(
@@ -212,8 +213,11 @@ class WorkingWeights:
         for name in () if affine is None else affine.names:
             del pairs[name]
         leaves, of_leaves = zip(*pairs.values(), strict=True)
+        # Without it autograd fills one, in a launch; with it torch imports sympy, for nothing on a
+        # CPU.
+        start = arena.gradient.new_ones(()) if kernels == "triton" else None
         return WorkingWeights(
-            tuple(groups), tuple(rounded), affine, leaves, of_leaves, arena.gradient
+            tuple(groups), tuple(rounded), affine, leaves, of_leaves, arena.gradient, start
         )
 
     @property
@@ -252,7 +256,7 @@ class WorkingWeights:
 
         The loss must have been computed inside the ``in_use`` that yielded ``leaves``.
         """
-        gradients = torch.autograd.grad(loss, leaves, materialize_grads=True)
+        gradients = torch.autograd.grad(loss, leaves, self.start, materialize_grads=True)
         with torch.no_grad():
             # Copied at once, where AccumulateGrad would add each to zeros in a launch of its own.
             # On a GPU a launch has one dtype on each side (ForeachBinaryOpList.cu of ATen).

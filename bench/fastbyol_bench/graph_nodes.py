@@ -193,11 +193,15 @@ def stand_in(
 
 
 def leaves(net: nn.Module) -> Iterator[Tensor]:
-    """Yield the tensors of ``net`` that get a gradient: parameters or their standardized copies."""
+    """Yield the tensors of ``net`` that get a gradient: parameters, or what replaces them."""
     for module in net.modules():
         precomputed = getattr(module, "precomputed", None)
-        for name, parameter in module.named_parameters(recurse=False):
-            yield precomputed if precomputed is not None and name == "weight" else parameter
+        own: dict[str, Tensor] = dict(module.named_parameters(recurse=False))
+        if isinstance(precomputed, Tensor):
+            own["weight"] = precomputed
+        elif precomputed is not None:
+            own["weight"], own["bias"] = precomputed
+        yield from own.values()
 
 
 def of_step(state: TrainState, config: Config, batch: int, architecture: int) -> Counter[Node]:

@@ -257,7 +257,8 @@ def lower(batch: int = BATCH, size: int = SIZE) -> Lowered:
         outside = graph_nodes.of_step(state, config, batch, architecture)
         _note(f"{name}: traced")
         # The stand-in has a gradient per leaf, and so must the region that it replaces.
-        _same(f"{name}: gradients", len(state.weights.leaves), graphs[1].num_results)
+        with recording(architecture), state.weights.in_use(2 * batch) as leaves:
+            _same(f"{name}: gradients", len(leaves), graphs[1].num_results)
         inside = [graph_nodes.of_operations(graph.module.graph, architecture) for graph in graphs]
         _note(f"{name}: counted")
         traced[name] = (sets, graphs, inside, outside)

@@ -87,7 +87,7 @@ def trace(state: TrainState, batch: int, size: int) -> tuple[Graph, Graph]:
     views = torch.empty(
         2 * batch, *shape, dtype=recipe.views_dtype, memory_format=torch.channels_last
     )
-    with recording(ARCHITECTURE), state.weights.in_use():
+    with recording(ARCHITECTURE), state.weights.in_use(len(views)):
         networks = state.online, state.target
         return graphs_of(
             lambda backend: compiled_forward(backend)(

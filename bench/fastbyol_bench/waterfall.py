@@ -45,7 +45,7 @@ KINDS = (
     ("optimizer and moving average", r"^_(norms|sweep|telemetry)_kernel"),
     (
         "group norm, weight standardization",
-        r"^_(forward|backward|moments|normalise|gradient|gradient_sums|sum_rows)_kernel",
+        r"^_(forward|backward|moments|normalise|gradient|gradient_sums|sum_samples)_kernel",
     ),
     ("convolutions", r"fprop|dgrad|wgrad|conv(?!ert)|cudnn|nchwToNhwc|nhwcToNchw"),
     ("heads", r"gemm|nvjet|cublas|splitKreduce|gemv"),

@@ -214,11 +214,11 @@ class Eager:
     ) -> None:
         self.state = state
         self.mode = "eager" if compiled is None else "compile"
-        self._views, self._seed, self._forward = (
-            config.views,
-            config.train.seed,
-            compiled or eager,
-        )
+        self._views, self._forward = config.views, compiled or eager
+        seed = config.train.seed
+        self._seed: int | Tensor = seed
+        if state.kernels == "triton":  # which would fill one in every step
+            self._seed = torch.tensor(seed, device=state.step.device)
 
     def prepare(self, batch: Batch, epoch: int) -> None:
         """Take a compiled step and restore the state. Raises FastbyolError if that fails."""

@@ -64,13 +64,13 @@ class Exchange:
 
     @torch.no_grad()
     def sum_(
-        self, loss: Tensor, moments: Tensor, statistics: Tensor, keys: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        self, loss: Tensor, moments: Tensor, statistics: Tensor | None, keys: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         """Sum the gradient in place over the ranks, and return the rest of all ranks.
 
         Takes this rank's loss, ``objective.moments``, running statistics (read only where norms are
-        a rank's own) and keys for the queue; returns loss, ``objective.observe``, the mean of the
-        statistics and all keys.
+        a rank's own) and keys for the queue; returns loss, ``objective.observe``, the mean of such
+        statistics, else None, and all keys.
         """
         of_loss, of_stop, of_moments, of_statistics, of_keys = self.tail
         for part in self.tail:
@@ -79,7 +79,7 @@ class Exchange:
         of_loss.copy_(loss.detach())
         of_stop.copy_(self.wish)
         of_moments.view(self.ranks.count, -1)[rank].copy_(moments)
-        if of_statistics.numel():
+        if statistics is not None and of_statistics.numel():
             of_statistics.copy_(statistics).div_(self.ranks.count)
         if keys is not None:
             of_keys.view(share.total, -1)[share.first : share.first + share.count].copy_(keys)
@@ -88,7 +88,7 @@ class Exchange:
         return (
             of_loss[0],
             observed.to(loss.dtype),
-            of_statistics if of_statistics.numel() else statistics,
+            of_statistics if of_statistics.numel() else None,
             None if keys is None else of_keys.view(share.total, -1),
         )
 

@@ -54,5 +54,5 @@ def copy_weights(state: TrainState, file: Path) -> str:
             pairs.append((mine[key], theirs[key]))
     for mine_, theirs_ in pairs:
         mine_.copy_(theirs_)
-    state.weights.renew()
+    state.renew()
     return loaded.digest

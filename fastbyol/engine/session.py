@@ -498,7 +498,7 @@ def hand_over(state: TrainState) -> None:
     """Copy the first rank's tensors to all ranks."""
     for tensor in state.tensors().values():
         state.ranks.copy_first_(tensor)
-    state.weights.renew()
+    state.renew()
 
 
 def ready_engine(

@@ -47,11 +47,11 @@ from fastbyol.optim.lars import rule_of, treatments
 from fastbyol.optim.rate_override import RateOverride
 from fastbyol.process import exact_products
 from fastbyol_kernels import dispatch
-from fastbyol_kernels.lars_ema import LAYER_METRICS, Rule, lars_ema
+from fastbyol_kernels.lars_ema import LAYER_METRICS, Reversible, Rule, scheduled_step
 
 __all__ = ["LAYER_METRICS", "METRICS", "StepMetrics", "TrainState", "forward", "train_step"]
 
-# The names of ``StepMetrics.values``, in the order in which ``train_step`` concatenates them.
+# The names of ``StepMetrics.values``: the loss, ``objective.observe``'s, ``scheduled_step``'s.
 METRICS = (
     "loss",  # as minimised, scale included
     "pos_cos",  # mean cosine of z(v) and z'(v') of the same image (``objective.observe``)
@@ -136,8 +136,10 @@ class TrainState:
     Both networks over the arena's buffers and ``step``, 0-d int64. ``rates`` (T, 2) holds lr
     and tau of each step, ``rate_override`` replaces LARS's rates, ``kernels`` is triton, cpu or
     reference. ``queue`` (K, D) holds the contrastive loss's negatives, past target projections as
-    unit vectors, at first random ones. ``exchange`` is None unless there are several ranks. Whoever
-    writes parameters other than by a step or ``load_tensors`` calls ``weights.renew`` after it.
+    unit vectors, at first random ones. ``exchange`` is None unless there are several ranks.
+    ``statistics`` are those of both networks' norms, which a step that is left out must not change;
+    None without any. Whoever writes parameters or statistics other than by a step or
+    ``load_tensors`` calls ``renew`` after it.
     """
 
     online: Online
@@ -151,6 +153,7 @@ class TrainState:
     rate_override: RateOverride | None = None
     queue: Tensor | None = None
     exchange: Exchange | None = None
+    statistics: Reversible | None = None
 
     @staticmethod
     def create(
@@ -231,6 +234,9 @@ class TrainState:
             rate_override,
             queue,
             exchange,
+            # Tensors of their own, not views of one: torch 2.11's Inductor takes an operation's
+            # mutated argument to begin at its storage's first element, and writes elsewhere.
+            Reversible.of(_statistics(online, target)),
         )
 
     @property
@@ -267,29 +273,11 @@ class TrainState:
         return tensors | {"step": self.step} | ({} if self.queue is None else {"queue": self.queue})
 
     @torch.no_grad()
-    def statistics(self) -> Tensor:
-        """Copy both networks' running statistics into one flat tensor, empty if no norm has any."""
-        buffers = self._float_buffers()
-        return torch.cat([buffer.flatten() for buffer in buffers]) if buffers else self.lr[:0]
-
-    @torch.no_grad()
-    def restore_statistics(self, flat: Tensor) -> None:
-        """Write the tensor that ``statistics`` returned back into both networks."""
-        # Tensors of their own, not views of one: torch 2.11's Inductor takes an operation's mutated
-        # argument to begin at its storage's first element, and writes elsewhere.
-        if buffers := self._float_buffers():
-            parts = torch.split(flat, [buffer.numel() for buffer in buffers])
-            torch._foreach_copy_(
-                buffers, [p.view_as(b) for p, b in zip(parts, buffers, strict=True)]
-            )
-
-    def _float_buffers(self) -> list[Tensor]:
-        return [
-            buffer
-            for net in (self.online, self.target)
-            for buffer in net.buffers()
-            if buffer.is_floating_point()
-        ]
+    def renew(self) -> None:
+        """Copy again what a step copies, after anything else has written the networks."""
+        self.weights.renew()
+        if self.statistics is not None:
+            self.statistics.save()
 
     @torch.no_grad()
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
@@ -312,7 +300,7 @@ class TrainState:
                 )
         for name, tensor in own.items():
             tensor.copy_(tensors[name])
-        self.weights.renew()
+        self.renew()
 
 
 Forward = Callable[
@@ -373,42 +361,37 @@ def train_step(state: TrainState, views: Tensor, forward: Forward = forward) -> 
     the layout that the recipe asks for. ``forward`` is this module's or a compiled form of it.
     """
     recipe, arena = state.recipe, state.arena
-    rates = schedule.at(state.rates, state.step)
-    lr, tau = rates.unbind()
     batch = as_batch(views, recipe.views_dtype, 2 if state.exchange is None else 1)
-    statistics = state.statistics()
-    with state.weights.in_use():
+    with state.weights.in_use(len(batch)) as leaves:
         loss, observed, keys = forward(
             state.online, state.target, batch, recipe.objective, state.queue
         )
-    state.weights.differentiate(loss)
+    state.weights.differentiate(loss, leaves)
     with torch.no_grad():
-        loss, after = loss.detach(), state.statistics()
+        loss, statistics = loss.detach(), state.statistics
         if state.exchange is not None:
-            loss, observed, after, keys = state.exchange.sum_(loss, observed, after, keys)
-        table, factor = arena.table, lr
-        if state.rate_override is not None:
-            state.rate_override.set(arena.online, arena.gradient, lr, state.step)
-            table, factor = state.rate_override.table, state.rate_override.lr
+            own = None if statistics is None else statistics.flat()
+            loss, observed, mean, keys = state.exchange.sum_(loss, observed, own, keys)
+            if statistics is not None and mean is not None:
+                statistics.write(mean)
+        table, lr, override = arena.table, None, state.rate_override
+        if override is not None:
+            now = schedule.at(state.lr, state.step)
+            override.set(arena.online, arena.gradient, now, state.step)
+            table, lr = override.table, override.lr
         online_copy, target_copy = state.weights.rounded_copies
-        layers = lars_ema(
-            arena.online, arena.gradient, arena.momentum, arena.target, table, factor, tau,
+        # The optimizer skips a step whose gradient is not finite; norms and queue must forget it,
+        # too.
+        row = scheduled_step(
+            arena.online, arena.gradient, arena.momentum, arena.target, table,
+            state.rates, state.step, loss, observed, statistics, lr=lr,
             rule=recipe.rule, eta=recipe.eta, mu=recipe.momentum, ema_first=recipe.ema_first,
             kernels=state.kernels, online_copy=online_copy, target_copy=target_copy,
         )  # fmt: skip
-        # The optimizer skips a step whose gradient is not finite; norms and queue must forget it,
-        # too.
-        norms = layers[:, 1]
-        taken = (norms < torch.inf).all()
-        state.restore_statistics(torch.where(taken, after, statistics))
+        values, layers = torch.split(row, [len(METRICS), len(row) - len(METRICS)])
         if state.queue is not None and keys is not None:
-            enqueue(state.queue, keys, state.step, taken)
-        state.step.add_(1)
-        # The whole gradient's norm, on a GPU from the layers' norms, to read it no third time.
-        norm = torch.linalg.vector_norm(norms if state.kernels == "triton" else arena.gradient)
-        skipped = torch.logical_not(taken, out=torch.empty_like(norm))
-        values = torch.cat((loss.view(1), observed, norm.view(1), rates, skipped.view(1)))
-    return StepMetrics(values.float(), layers.float())
+            enqueue(state.queue, keys, state.step - 1, values[METRICS.index("skipped")] == 0)
+    return StepMetrics(values, layers.view(-1, len(LAYER_METRICS)))
 
 
 def as_batch(views: Tensor, dtype: torch.dtype, least: int = 2) -> Tensor:
@@ -433,10 +416,15 @@ def share_of(batch_size: int, ranks: Ranks) -> Share:
     return Share(sum(counts[: ranks.rank]), counts, ranks.rank, gather_of(ranks.count))
 
 
+def _statistics(online: Online, target: Target) -> list[Tensor]:
+    """Return the running statistics of both networks' norms."""
+    return [b for net in (online, target) for b in net.buffers() if b.is_floating_point()]
+
+
 def _layout(config: Config, online: Online, target: Target, num_keys: int) -> Layout:
     model = config.model
     own = model.norm_scope == "rank"
-    buffers = (b for net in (online, target) for b in net.buffers() if b.is_floating_point())
+    buffers = _statistics(online, target)
     return Layout(
         moments=num_moments(model.projector.out, online.encoder.embedding_dim),
         statistics=sum(b.numel() for b in buffers) if own else 0,

@@ -2,7 +2,8 @@
 
 Standardized weights of a network are computed in one launch at the start of a step. Weights of
 convolutions in bf16 are rounded once, by the optimizer's sweep, instead of at every forward pass.
-The layers (``model.standardizing``) take views of one flat copy, in the products' dtype.
+The layers (``model.standardizing``) take views of one flat copy, in the products' dtype. On Triton
+an encoder's group norms have a gradient for each sample, and one launch sums those of all layers.
 """
 
 from __future__ import annotations
@@ -14,8 +15,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from fastbyol.model.norm import GroupNorm
 from fastbyol.model.standardizing import Linear, Standardizing
 from fastbyol.optim.arena import ALIGN_BYTES, Arena, Segment, padded
+from fastbyol_kernels.group_norm import sum_samples, sum_table
 from fastbyol_kernels.weight_standardization import (
     RowTable,
     row_table,
@@ -125,18 +128,57 @@ class _Rounded:
 
 
 @dataclass(frozen=True)
+class _Affine:
+    """The group norms whose gradient comes sample by sample.
+
+    ``parameters`` (C,) are each norm's weight and bias, ``names`` theirs; ``table`` says where in
+    the arena's gradient their sums go.
+    """
+
+    layers: tuple[GroupNorm, ...]
+    names: tuple[str, ...]
+    parameters: tuple[Tensor, ...]
+    table: Tensor
+
+    @staticmethod
+    def of(online: nn.Module, arena: Arena) -> _Affine:
+        norms = {
+            name: module
+            for name, module in online.named_modules()
+            # Those of heads have no pixels to sum over.
+            if isinstance(module, GroupNorm) and name.startswith("encoder.")
+        }
+        names = tuple(f"{name}.{part}" for name in norms for part in ("weight", "bias"))
+        segments = {segment.name: segment for segment in arena.segments}
+        parts = [segments[name] for name in names]
+        parameters = tuple(part.view(arena.online).detach() for part in parts)
+        offsets, numels = [part.offset for part in parts], [part.numel for part in parts]
+        table = sum_table(offsets, numels, arena.online.device)
+        return _Affine(tuple(norms.values()), names, parameters, table)
+
+    def lend(self, num_samples: int) -> tuple[Tensor, ...]:
+        leaves = tuple(p.expand(num_samples, -1).requires_grad_() for p in self.parameters)
+        for layer, weight, bias in zip(self.layers, leaves[::2], leaves[1::2], strict=True):
+            layer.precomputed = weight, bias
+        return leaves
+
+
+@dataclass(frozen=True)
 class WorkingWeights:
     """The working weights of both networks, and the loss's gradient by all weights.
 
     ``leaves`` are the tensors that get a gradient, parameters or their working weights, ``homes``
-    the parts of flat buffers that hold it. ``gradient`` is the arena's.
+    the parts of flat buffers that hold it; those of ``affine`` come on top. ``gradient`` is the
+    arena's, ``start`` a 0-d 1 or None, the loss's own gradient.
     """
 
     groups: tuple[_Group, ...]
     rounded: tuple[_Rounded, ...]
+    affine: _Affine | None
     leaves: tuple[Tensor, ...]
     homes: tuple[Tensor, ...]
     gradient: Tensor
+    start: Tensor | None
 
     @staticmethod
     def of(
@@ -167,8 +209,16 @@ class WorkingWeights:
                 if trained:
                     names = (segment.name for segment in segments)
                     pairs |= zip(names, zip(part.weights, part.homes, strict=True), strict=True)
+        affine = _Affine.of(online, arena) if kernels == "triton" else None
+        for name in () if affine is None else affine.names:
+            del pairs[name]
         leaves, of_leaves = zip(*pairs.values(), strict=True)
-        return WorkingWeights(tuple(groups), tuple(rounded), leaves, of_leaves, arena.gradient)
+        # Without it autograd fills one, in a launch; with it torch imports sympy, for nothing on a
+        # CPU.
+        start = arena.gradient.new_ones(()) if kernels == "triton" else None
+        return WorkingWeights(
+            tuple(groups), tuple(rounded), affine, leaves, of_leaves, arena.gradient, start
+        )
 
     @property
     def rounded_copies(self) -> tuple[Tensor | None, Tensor | None]:
@@ -186,33 +236,37 @@ class WorkingWeights:
             part.copy.copy_(part.flat)
 
     @contextmanager
-    def in_use(self) -> Iterator[None]:
+    def in_use(self, num_samples: int) -> Iterator[tuple[Tensor, ...]]:
         """Standardize the weights and lend all working weights to the layers inside.
 
-        Outside, each layer computes its own.
+        They work on ``num_samples`` images. Outside, each layer computes its own. Yields all
+        tensors that get a gradient, for ``differentiate``.
         """
         for group in self.groups:
             group.renew()
         self._lend(True)
         try:
-            yield
+            of_samples = () if self.affine is None else self.affine.lend(num_samples)
+            yield *self.leaves, *of_samples
         finally:
             self._lend(False)
 
-    def differentiate(self, loss: Tensor) -> None:
+    def differentiate(self, loss: Tensor, leaves: tuple[Tensor, ...]) -> None:
         """Write the gradient of ``loss``, 0-d, to ``gradient``; zeros where it has none.
 
-        The loss must have been computed inside ``in_use``.
+        The loss must have been computed inside the ``in_use`` that yielded ``leaves``.
         """
-        gradients = torch.autograd.grad(loss, self.leaves, materialize_grads=True)
+        gradients = torch.autograd.grad(loss, leaves, self.start, materialize_grads=True)
         with torch.no_grad():
             # Copied at once, where AccumulateGrad would add each to zeros in a launch of its own.
             # On a GPU a launch has one dtype on each side (ForeachBinaryOpList.cu of ATen).
             kinds: dict[tuple[torch.dtype, ...], list[tuple[Tensor, Tensor]]] = {}
-            for pair in zip(self.homes, gradients, strict=True):
+            for pair in zip(self.homes, gradients[: len(self.homes)], strict=True):
                 kinds.setdefault((pair[0].dtype, pair[1].dtype), []).append(pair)
             for pairs in kinds.values():
                 torch._foreach_copy_([home for home, _ in pairs], [grad for _, grad in pairs])
+            if self.affine is not None and self.affine.layers:
+                sum_samples(gradients[len(self.homes) :], self.gradient, self.affine.table)
         for group in self.groups:
             group.write_gradient(self.gradient)
 
@@ -221,6 +275,9 @@ class WorkingWeights:
         for part in parts:
             for layer, weight in zip(part.layers, part.weights, strict=True):
                 layer.precomputed = weight if lent else None
+        if self.affine is not None and not lent:
+            for norm in self.affine.layers:
+                norm.precomputed = None
 
 
 def _kinds(

@@ -150,8 +150,11 @@ class BatchRenorm(nn.Module):
 class GroupNorm(nn.Module):
     """Group norm over (N, C) or (N, C, H, W), eps 1e-5. One group is layer norm over all but N.
 
-    ``use_kernels`` sets ``kernels``.
+    ``use_kernels`` sets ``kernels``. ``precomputed`` are weight and bias, (N, C) each, if their
+    gradient is to be that of each sample (``group_norm``).
     """
+
+    precomputed: tuple[Tensor, Tensor] | None = None
 
     def __init__(self, num_groups: int, num_channels: int) -> None:
         super().__init__()
@@ -162,11 +165,12 @@ class GroupNorm(nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor | None = None, *, relu: bool = False) -> Tensor:
         """Return relu(group norm of ``x`` + ``residual``) in one operation; both are optional."""
+        weight, bias = self.precomputed or (self.weight, self.bias)
         return group_norm(
             x,
             self.num_groups,
-            self.weight,
-            self.bias,
+            weight,
+            bias,
             residual=residual,
             relu=relu,
             eps=self.eps,

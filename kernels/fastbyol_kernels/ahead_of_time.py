@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,12 +58,19 @@ class Launch:
         which keeps accesses narrow. Constants of other types are left out.
         """
         source, names = self.compiled.src, self.function.arg_names
-        pointers = [name for name, kind in source.signature.items() if kind.startswith("*")]
+        # A tuple's elements, of one type here, have paths of their own.
+        kinds = {n: k if isinstance(k, str) else k[0] for n, k in source.signature.items()}
+        pointers = [name for name, kind in kinds.items() if kind.startswith("*")]
         multiple = ["tt.divisibility", 16]
-        aligned = {
+        multiples = Counter(
             names[path[0]] for path, attributes in source.attrs.items() if multiple in attributes
+        )
+        aligned = {
+            name
+            for name, count in multiples.items()
+            if isinstance(source.signature[name], str) or count == len(source.signature[name])
         }
-        words = list(dict.fromkeys(source.signature[name][1:] for name in pointers))
+        words = list(dict.fromkeys(kinds[name][1:] for name in pointers))
         words += [f"{name}@" for name in pointers if name not in aligned]
         words += [f"{name}/16" for name in names if name in aligned and name not in pointers]
         constants = {
@@ -145,8 +154,8 @@ def recording(architecture: int) -> Iterator[list[Launch]]:
         compiled = run(self, *args, grid=grid, warmup=True, **kwargs)
         if not warmup:
             x, y, z = (*grid, 1, 1)[:3]
-            tensors = {id(arg): arg for arg in args if isinstance(arg, torch.Tensor)}
-            num_bytes = sum(tensor.nbytes for tensor in tensors.values())
+            tensors = {id(leaf): leaf for leaf in _tensors(args)}
+            num_bytes = sum(map(_num_bytes, tensors.values()))
             launches.append(Launch(self, (x, y, z), compiled, num_bytes))
         return compiled
 
@@ -157,6 +166,20 @@ def recording(architecture: int) -> Iterator[list[Launch]]:
         mock.patch.object(JITFunction, "run", record),
     ):
         yield launches
+
+
+def _tensors(args: Iterable[Any]) -> Iterator[torch.Tensor]:
+    for arg in args:
+        if isinstance(arg, torch.Tensor):
+            yield arg
+        elif isinstance(arg, tuple):
+            yield from _tensors(arg)
+
+
+def _num_bytes(tensor: torch.Tensor) -> int:
+    """Return the bytes of a tensor without repetitions of an expanded one."""
+    sides = zip(tensor.shape, tensor.stride(), strict=True)
+    return tensor.element_size() * math.prod(size for size, stride in sides if stride)
 
 
 class Resources(NamedTuple):

@@ -114,11 +114,14 @@ def test_a_step_copies_gradients_and_statistics_at_once(norm: str) -> None:
     assert origins[copying] == {"_foreach_copy_": 2, "ones_like": 1}
     # Running mean and variance of every batch norm: 20 in an encoder with bn, one in a head; two
     # encoders, three heads.
-    assert origins["TrainState.restore_statistics"] == {"_foreach_copy_": 2 if norm == "bn" else 1}
-    assert origins["TrainState.statistics"] == {"cat": 2}
-    assert origins["train_step"] == {
+    statistics = "fastbyol_kernels.lars_ema.reference.Reversible."
+    assert origins[f"{statistics}write"] == {"_foreach_copy_": 2 if norm == "bn" else 1}
+    assert origins[f"{statistics}flat"] == {"cat": 1}
+    assert origins[f"{statistics}settle"] == {"where": 1, "copy_": 1}
+    assert origins["fastbyol_kernels.lars_ema.scheduled_step"] == {
+        "clamp": 1, "index_select": 1,  # the schedule
         "add_": 1,  # of the step's number
-        "lt": 1, "all": 1, "where": 1,  # whether it is taken, and what is kept then
+        "lt": 1, "all": 1,  # whether it is taken
         "linalg_vector_norm": 1, "logical_not": 1, "cat": 1,  # the metrics
     }  # fmt: skip
 

@@ -84,10 +84,10 @@ def test_kernels_cost_what_the_table_says() -> None:
 
 @pytest.mark.parametrize("text", tables("LAUNCHES"), ids=lambda text: text.split("\n")[0])
 def test_a_step_launches_what_its_network_asks_for(text: str) -> None:
-    """Count four launches for views, one per group norm and network, two per norm's gradient.
+    """Count four launches for views, one per group norm and network, one per norm's gradient.
 
-    A batch norm takes two, of which the stem's second one pools. The weights take one launch per
-    network and one for the gradient.
+    One more sums the affine gradients of all group norms. A batch norm takes two each way, of which
+    the stem's second one pools. The weights take one launch per network and one for the gradient.
     """
     config = ModelConfig(norm="gn", ws=True)
     with torch.device("meta"):
@@ -122,7 +122,7 @@ def test_a_step_launches_what_its_network_asks_for(text: str) -> None:
         ("max_pool", "backward"): 1,
         ("group_norm", "forward"): sum(norms),
         ("group_norm", "backward"): norms[0],
-        ("group_norm", "sum_rows"): norms[0],
+        ("group_norm", "sum_samples"): 1,
         ("weight_standardization", "forward"): 2,
         ("weight_standardization", "backward"): 1,
     }

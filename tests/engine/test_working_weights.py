@@ -230,7 +230,7 @@ def test_weights_made_at_once_are_those_each_layer_makes(precision: str, kernels
         config("gn", True, "blog", precision, kernels), steps_per_epoch=2, device=DEVICE
     )
     assert state.weights.groups
-    with state.weights.in_use():
+    with state.weights.in_use(4):
         for net in (state.online, state.target):
             layers = {
                 name: m for name, m in net.named_modules() if isinstance(m, Standardizing) and m.ws
@@ -286,9 +286,9 @@ def test_what_the_loss_does_not_depend_on_has_a_gradient_of_zeros() -> None:
         config("gn", True, "sgd", "fp32", KERNELS[-1]), steps_per_epoch=2, device=DEVICE
     )
     state.arena.gradient.fill_(7.0)
-    with state.weights.in_use():
+    with state.weights.in_use(4) as leaves:
         loss = state.online(some_views(0, batch=2, size=8).flatten(0, 1)).z.square().sum()
-    state.weights.differentiate(loss)
+    state.weights.differentiate(loss, leaves)
     for name, part in state.arena.named(state.arena.gradient).items():
         assert bool(part.count_nonzero()) == (not name.startswith("predictor")), name
 
@@ -301,7 +301,7 @@ def rounded_state(kernels: str = KERNELS[-1]) -> TrainState:
 
 def assert_rounded(state: TrainState) -> None:
     """Check every convolution's working weight against its parameter, of both networks."""
-    with state.weights.in_use():
+    with state.weights.in_use(4):
         for net in (state.online, state.target):
             layers = [m for m in net.modules() if isinstance(m, resnet.Conv2d)]
             assert len(layers) == 20

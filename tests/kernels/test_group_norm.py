@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fastbyol_kernels.group_norm import bytes_moved, group_norm
+from fastbyol_kernels.group_norm import bytes_moved, group_norm, sum_samples, sum_table
 from fastbyol_kernels.group_norm import triton as module
 from fastbyol_kernels.group_norm.triton import launch
 
@@ -250,6 +250,37 @@ def test_kernels_equal_fp64_at_any_shape(
     dtype = torch.bfloat16 if half else torch.float32
     case = Case((n, groups * per_group, h, w), groups, dtype, flags, device, kernels=kernels)
     case.compare(case.run(), case.exact())
+
+
+@pytest.mark.usefixtures("nan_filled", "cut")
+def test_affine_gradients_by_sample_are_summed_of_all_layers_at_once(device: torch.device) -> None:
+    """Two layers, of a channel more than the columns of a program and of fewer, out of order."""
+    cases = [
+        Case(shape, 2, torch.float32, (False, True), device)
+        for shape in ((3, 34, 5, 3), (3, 4, 5, 5))
+    ]
+    out, by_sample, offsets = torch.full((90,), 7.0, device=device), list[Tensor](), (50, 8, 4, 0)
+    for case in cases:
+        x, *affine, _ = case.inputs
+        assert x is not None
+        leaves = [t.expand(3, -1).requires_grad_() for t in affine if t is not None]
+        y = group_norm(x, 2, *leaves, relu=True, kernels="triton")
+        by_sample += torch.autograd.grad(y, leaves, case.gradient)
+        for sample in range(3):
+            part = [t if t is None else t[sample : sample + 1] for t in (x, case.gradient)]
+            alone = Case(tuple(part[0].shape), 2, torch.float32, (False, True), device)
+            alone.inputs, alone.gradient = (part[0], *affine, None), part[1]
+            of_weight, of_bias = (t[sample] for t in by_sample[-2:])
+            y, _, *exact = alone.exact()
+            size = TERMS * alone.sizes(y)[2]
+            for got, expected in zip((of_weight, of_bias), exact, strict=True):
+                torch.testing.assert_close(got.double(), expected, rtol=2e-6, atol=size)
+    numels = [part.shape[1] for part in by_sample]
+    sum_samples(by_sample, out, sum_table(offsets, numels, device))
+    expected = torch.full_like(out, 7.0)
+    for part, offset in zip(by_sample, offsets, strict=True):
+        expected[offset : offset + part.shape[1]] = part.double().sum(0)
+    torch.testing.assert_close(out, expected)
 
 
 @pytest.mark.usefixtures("cut")
@@ -497,6 +528,9 @@ def test_bad_input_names_the_argument(
         ("^x must be", {"x": x.half()}),
         ("^x must be channels-last", {"x": x.contiguous()}),
         ("^weight must be", {"weight": weight[:4]}),
+        ("^weight must be", {"weight": weight.repeat(2, 1)}),
+        ("^bias must be", {"bias": bias.expand(3, -1)}),
+        ("^weight must be", {"weight": weight.expand(2, -1), "kernels": "reference"}),
         ("^weight must be float32", {"weight": weight.bfloat16()}),
         ("^weight must be contiguous", {"weight": weight.repeat(2)[::2]}),
         ("^bias is on meta", {"bias": bias.to("meta")}),

@@ -16,10 +16,12 @@ from torch import Tensor
 from fastbyol_kernels.lars_ema import (
     LAYER_METRICS,
     RULES,
+    Reversible,
     Rule,
     SegmentTable,
     bytes_moved,
     lars_ema,
+    scheduled_step,
 )
 from fastbyol_kernels.lars_ema import triton as on_gpu
 
@@ -288,6 +290,25 @@ class Problem:
             **kwargs,
         )
 
+    def scheduled_step(
+        self,
+        reversible: Reversible | None = None,
+        *,
+        rates: Tensor | None = None,
+        step: int = 0,
+        ema_first: bool = False,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor]:
+        """Return the measures and the step as counted up, of ``rates`` or those of the problem."""
+        rates = torch.stack((self.lr, self.tau)).view(1, 2) if rates is None else rates
+        number = torch.tensor(step, device=rates.device)
+        loss = torch.tensor(2.5, device=rates.device)
+        measures = scheduled_step(
+            *self.buffers, self.table, rates, number, loss, torch.arange(5.0, device=rates.device),
+            reversible, rule="blog", eta=1e-2, mu=0.9, ema_first=ema_first, **kwargs,
+        )  # fmt: skip
+        return measures, number
+
 
 def problem(
     device: torch.device,
@@ -555,10 +576,8 @@ def test_opcheck(device: torch.device) -> None:
     t = p.table
     tables = (t.chunks, t.spans, t.adapt, t.decay, t.lr_mult)
     numbers = (p.lr, p.tau, t.chunk, t.longest, "blog", 1e-2, 0.9, False)
-    copies = [p.buffers[i].bfloat16() for i in (0, 3)]
-    for pair in (copies, (None, None), (copies[0], None)):
-        arguments = (*p.buffers, *pair, *tables, *numbers)
-        torch.library.opcheck(torch.ops.fastbyol.lars_ema.default, arguments)
+    arguments = (*p.buffers, *tables, *numbers)
+    torch.library.opcheck(torch.ops.fastbyol.lars_ema.default, arguments)
 
 
 @pytest.mark.parametrize("kernels", ["triton", "auto", "reference"])
@@ -576,11 +595,10 @@ def test_copies_are_the_new_weights_rounded(
         if bad:
             each.table.split(each.buffers[1])[2][7] = math.nan
     copies = [torch.full_like(p.buffers[i], math.nan).bfloat16() for i in (0, 3)]
-    layers = p.step(
-        "blog", ema_first=ema_first, kernels=kernels, online_copy=copies[0], target_copy=copies[1]
+    p.scheduled_step(
+        ema_first=ema_first, kernels=kernels, online_copy=copies[0], target_copy=copies[1]
     )
-    expected = alone.step("blog", ema_first=ema_first, kernels=kernels)
-    torch.testing.assert_close(layers, expected, rtol=0, atol=0, equal_nan=True)
+    alone.step("blog", ema_first=ema_first, kernels=kernels)
     interpreted = kernels == "triton" and device.type == "cpu"
     for index, copy in zip((0, 3), copies, strict=True):
         assert torch.equal(p.buffers[index], alone.buffers[index])
@@ -590,6 +608,49 @@ def test_copies_are_the_new_weights_rounded(
             torch.testing.assert_close(
                 got.float(), exact if interpreted else exact.bfloat16().float(), rtol=rtol, atol=0
             )
+
+
+@pytest.mark.usefixtures("nan_filled")
+@pytest.mark.parametrize("override", [None, 1.0])
+@pytest.mark.parametrize("bad", [False, True])
+@pytest.mark.parametrize("kernels", ["triton", "auto", "reference"])
+def test_a_scheduled_step_is_a_step_at_its_rates_and_its_measures(
+    device: torch.device, kernels: str, bad: bool, override: float | None
+) -> None:
+    """One step inside the schedule, one past its end; a tensor of one block, of several, of one
+    number, which keep their new values if the step is taken and get back their old ones if not.
+    """
+    rates = torch.tensor([[0.1, 0.9], [0.2, 0.99], [0.3, 0.999]], device=device)
+    tensors = [torch.arange(n, dtype=torch.float32, device=device) for n in (5, 2100, 1)]
+    for number, row in ((1, 1), (7, 2)):
+        p, alone = problem(device), problem(device)
+        for each in (p, alone):
+            if bad:
+                each.table.split(each.buffers[1])[2][7] = math.nan
+        lr = None if override is None else torch.tensor(override, device=device)
+        alone.lr, alone.tau = rates[row, 0] if lr is None else lr, rates[row, 1]
+        layers = alone.step("blog", kernels=kernels)
+        before = [tensor.clone() for tensor in tensors]
+        reversible = Reversible.of(tensors)
+        for tensor in tensors:
+            tensor.mul_(2).add_(1)
+        after = [tensor.clone() for tensor in tensors]
+        values, step = p.scheduled_step(
+            reversible, rates=rates, step=number, kernels=kernels, lr=lr
+        )
+        norm = p.buffers[1].double().norm().item()
+        expected = [2.5, *range(5), norm, *rates[row].tolist(), float(bad)]
+        assert values[:10].tolist() == pytest.approx(expected, rel=NORM_RTOL, nan_ok=True)
+        torch.testing.assert_close(
+            values[10:].view_as(layers), layers, rtol=0, atol=0, equal_nan=True
+        )
+        for got, buffer in zip(p.buffers, alone.buffers, strict=True):
+            torch.testing.assert_close(got, buffer, rtol=0, atol=0, equal_nan=True)
+        assert step == number + 1
+        for tensor, old, new in zip(tensors, before, after, strict=True):
+            assert torch.equal(tensor, old if bad else new)
+        assert reversible is not None
+        assert torch.equal(reversible.saved, torch.cat(before if bad else after))
 
 
 def test_compiled_in_one_graph(device: torch.device) -> None:
@@ -659,11 +720,16 @@ def test_bad_arguments_are_named(device: torch.device) -> None:
         ({"rule": "adam"}, "rule must be"),
         ({"kernels": "cuda"}, "kernels must be"),
         ({"table": p.to(torch.float64).table}, "table.decay must be"),
-        ({"online_copy": online}, "online_copy must be contiguous torch.bfloat16"),
-        ({"target_copy": online.bfloat16()}, "target_copy must be contiguous torch.bfloat16"),
     ):
         with pytest.raises(ValueError, match=message):
             calls(**changes)()
+    for options, message in (
+        ({"online_copy": online}, "online_copy must be contiguous torch.bfloat16"),
+        ({"target_copy": online.bfloat16()}, "target_copy must be contiguous torch.bfloat16"),
+        ({"rates": torch.zeros(3, 3, device=device)}, "rates must be"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            p.scheduled_step(kernels="triton", **options)
     odd = SegmentTable(
         (0, 66), (5, 5), *(t[:2] for t in (p.table.adapt, p.table.decay, p.table.lr_mult))
     )

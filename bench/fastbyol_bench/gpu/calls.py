@@ -52,7 +52,7 @@ GPU_TESTS = (
 # and 0.1.
 CLAIMS = ("C6", "C5", "C7", "C12", "C10")
 OUR_KERNELS = (
-    "regex:^_(forward|moments|normalise|backward|gradient|sum_rows|norms|sweep|telemetry|"
+    "regex:^_(forward|moments|normalise|backward|gradient|sum_samples|norms|sweep|telemetry|"
     "pool|draw|crop|contrast|blur|product)"
 )
 

@@ -153,10 +153,10 @@ def _gradient(state: TrainState, config: Resolved, batch: Batch, epoch: int) -> 
         config.views, batch.images, batch.ids, rows=batch.rows, seed=config.train.seed,
         epoch=epoch, dtype=torch.float64,
     )  # fmt: skip
-    with state.weights.in_use():
-        inputs = as_batch(pair, torch.float64)
+    inputs = as_batch(pair, torch.float64)
+    with state.weights.in_use(len(inputs)) as leaves:
         loss, *_ = forward(state.online, state.target, inputs, state.recipe.objective, state.queue)
-    state.weights.differentiate(loss)
+    state.weights.differentiate(loss, leaves)
     return state.arena.gradient.clone()
 
 

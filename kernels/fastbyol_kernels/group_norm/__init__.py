@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from fastbyol_kernels.dispatch import dispatch
+from fastbyol_kernels.group_norm import triton
 from fastbyol_kernels.group_norm.reference import EPS, reference
-from fastbyol_kernels.group_norm.triton import triton_group_norm
 
-__all__ = ["EPS", "bytes_moved", "group_norm", "reference"]
+__all__ = ["EPS", "bytes_moved", "group_norm", "reference", "sum_samples", "sum_table"]
 
 
 def group_norm(
@@ -30,20 +32,23 @@ def group_norm(
     statistics: fp64 for fp64 ``x``, else fp32. Returns x's shape and dtype, in channels-last memory
     if x has four dimensions. Differentiable once in all four tensors.
 
+    With "triton" ``weight`` and ``bias`` may be (N, C), one row expanded: their gradients are then
+    those of each sample, (N, C) too, and ``sum_samples`` adds up those of many layers at once.
+
     ``kernels`` is one of ``dispatch.BACKENDS``. Triton and CPU kernels need bf16 or fp32 x in
     channels-last memory. The reference runs all (N, C) inputs, and with "auto" on a CPU all inputs
     that the kernels do not support. Raises ValueError, naming the argument, for a tensor that does
     not fit.
     """
-    _check(x, num_groups, weight, bias, residual)
     backend = dispatch(kernels, "x", x, weight, bias, residual)
+    _check(x, num_groups, weight, bias, residual, by_sample=backend == "triton" and x.ndim == 4)
     misfit = None if backend == "reference" or x.ndim == 2 else _misfit(x, weight, bias, residual)
     if misfit and (backend, kernels) != ("cpu", "auto"):
         raise ValueError(misfit)
     if backend == "reference" or x.ndim == 2 or misfit or x.numel() == 0:
         return reference(x, num_groups, weight, bias, eps, residual=residual, relu=relu)
     if backend == "triton":
-        y: Tensor = triton_group_norm(x, weight, bias, residual, num_groups, eps, relu)[0]
+        y: Tensor = triton.group_norm(x, weight, bias, residual, num_groups, eps, relu)[0]
     else:
         # Imported here because it loads numba, which a GPU run does not need.
         from fastbyol_kernels.group_norm.cpu import CpuGroupNorm
@@ -53,7 +58,13 @@ def group_norm(
 
 
 def _check(
-    x: Tensor, num_groups: int, weight: Tensor, bias: Tensor, residual: Tensor | None
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor,
+    bias: Tensor,
+    residual: Tensor | None,
+    *,
+    by_sample: bool,
 ) -> None:
     if x.ndim not in (2, 4):
         raise ValueError(f"x must be (N, C, H, W) or (N, C), not of {x.ndim} dimensions")
@@ -65,7 +76,8 @@ def _check(
             f"num_groups is {num_groups}, which does not divide x's {channels} channels"
         )
     for name, tensor in (("weight", weight), ("bias", bias)):
-        if tensor.shape != (channels,):
+        expanded = tensor.shape == (len(x), channels) and tensor.stride(0) == 0
+        if tensor.shape != (channels,) and not (by_sample and expanded):
             raise ValueError(f"{name} must be ({channels},), not {tuple(tensor.shape)}")
     if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
         raise ValueError(
@@ -84,9 +96,10 @@ def _misfit(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None) ->
     for name, tensor in named.items():
         if tensor.device != x.device:
             return f"{name} is on {tensor.device}, x on {x.device}"
-        if tensor.ndim == 1 and tensor.dtype != torch.float32:
+        if name in ("weight", "bias") and tensor.dtype != torch.float32:
             return f"{name} must be float32 for the kernels, not {tensor.dtype}"
-        if not tensor.is_contiguous(
+        row = tensor[0] if tensor.ndim == 2 else tensor
+        if not row.is_contiguous(
             memory_format=torch.channels_last if tensor.ndim == 4 else torch.contiguous_format
         ):
             return (
@@ -94,6 +107,28 @@ def _misfit(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None) ->
                 f"strides {tensor.stride()}"
             )
     return None
+
+
+def sum_table(offsets: Sequence[int], numels: Sequence[int], device: torch.device) -> Tensor:
+    """Return the table of ``sum_samples`` for parts of ``numels`` columns, which go to ``offsets``.
+
+    It is (P, 4) int32, with a row for each program.
+    """
+    rows = [
+        (part, first, numel, offset)
+        for part, (offset, numel) in enumerate(zip(offsets, numels, strict=True))
+        for first in range(0, numel, triton.SUM_COLUMNS)
+    ]
+    return torch.tensor(rows, dtype=torch.int32, device=device).view(-1, 4)
+
+
+def sum_samples(parts: Sequence[Tensor], out: Tensor, table: Tensor) -> None:
+    """Sum each of ``parts``, (N, C) fp32 with adjacent columns, over N to its columns of ``out``.
+
+    ``out`` (L,) is not changed between them. One launch in Triton, in a fixed order; ``table`` is
+    the ``sum_table`` of the parts.
+    """
+    triton.sum_samples(parts, out, table)
 
 
 def bytes_moved(

@@ -6,6 +6,8 @@ cut).
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -412,12 +414,15 @@ def _gradient_sums_kernel(
 
 @triton.jit
 def _gradient_kernel(
-    dy, x, y, weight, bias, mean, rstd, sums, dx, dresidual, num_pixels, run,
+    dy, x, y, weight, bias, mean, rstd, sums, dx, dresidual, whole, num_pixels, run,
     C: tl.constexpr, SLAB: tl.constexpr, PER_GROUP: tl.constexpr, BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_G: tl.constexpr, BLOCK_K: tl.constexpr, RESIDUAL: tl.constexpr, RELU: tl.constexpr,
 ):  # fmt: skip
-    """Write dx of one slab's run of pixels per program, which adds up the sums of all runs."""
+    """Write dx of one slab's run of pixels per program, which adds up the sums of all runs.
+
+    The first one writes them to ``whole`` (N, 2, C).
+    """
     slab, sample = _slab(C, SLAB)
     num_runs = tl.num_programs(1)
     channels = tl.arange(0, BLOCK_C)
@@ -429,6 +434,8 @@ def _gradient_kernel(
         offsets = (sample * num_runs + runs)[:, None] * (2 * C) + (slab * SLAB + channels)[None, :]
         weighted += tl.sum(tl.load(sums + offsets, mask=mask, other=0.0), 0)
         total += tl.sum(tl.load(sums + offsets + C, mask=mask, other=0.0), 0)
+    if tl.program_id(1) == 0:
+        _store_sums(whole, sample, total, weighted, slab, C, SLAB, BLOCK_C)
     mu, r = _statistics(mean, rstd, sample, slab, C, SLAB, PER_GROUP, BLOCK_C)
     gamma, beta = _affine(weight, bias, slab, SLAB, BLOCK_C)
     first = tl.program_id(1) * run
@@ -442,24 +449,40 @@ def _gradient_kernel(
 
 
 @triton.jit
-def _sum_rows_kernel(
-    sums, out, num_rows, num_columns, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr
+def _sum_samples_kernel(
+    parts,
+    strides,
+    out,
+    table,
+    num_samples,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    ALIGN: tl.constexpr,
 ):
-    """Sum rows of ``sums`` to ``out`` (columns,) in a fixed order, BLOCK_C columns per program."""
-    columns = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    """Sum BLOCK_C columns of one of the ``parts`` per program, in a fixed order.
+
+    ``table`` (programs, 4) has its number, the first column, the columns, a multiple of ALIGN, and
+    their place in ``out``. ``strides`` are those of the parts' rows, one per sample.
+    """
+    row = table + tl.program_id(0) * 4
+    number = tl.load(row)
+    part, stride = parts[0], strides[0]
+    for other in tl.static_range(1, len(parts)):
+        part = tl.where(number == other, parts[other], part)
+        stride = tl.where(number == other, strides[other], stride)
+    columns = tl.multiple_of(tl.load(row + 1), BLOCK_C) + tl.arange(0, BLOCK_C)
+    inside = columns < tl.multiple_of(tl.load(row + 2), ALIGN)
     total = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
-    for start in range(0, num_rows, BLOCK_R):
-        rows = start + tl.arange(0, BLOCK_R)
-        mask = (rows < num_rows)[:, None] & (columns < num_columns)[None, :]
-        total += tl.load(
-            sums + rows[:, None] * num_columns + columns[None, :], mask=mask, other=0.0
-        )
-    tl.store(out + columns, tl.sum(total, 0), mask=columns < num_columns)
+    for start in range(0, num_samples, BLOCK_R):
+        samples = start + tl.arange(0, BLOCK_R)
+        mask = (samples < num_samples)[:, None] & inside[None, :]
+        total += tl.load(part + samples[:, None] * stride + columns[None, :], mask=mask, other=0.0)
+    tl.store(out + tl.load(row + 3) + columns, tl.sum(total, 0), mask=inside)
 
 
 # The reasons of kernels that move narrow words, which ``fastbyol_bench.launches`` demands.
 _FEW = "writes sums, a few per run"
-NARROW = {"_moments_kernel": _FEW, "_gradient_sums_kernel": _FEW, "_sum_rows_kernel": _FEW}
+NARROW = {"_moments_kernel": _FEW, "_gradient_sums_kernel": _FEW, "_sum_samples_kernel": _FEW}
 # Two 32-byte sectors, the unit of device memory. A narrower slab, such as one of 32 groups of 64
 # channels (4 bytes), would fetch its neighbours' bytes.
 MIN_SLAB_BYTES = 64
@@ -487,7 +510,7 @@ SPILLS = {"_backward_kernel": f"maxnreg={MAX_REGISTERS}: 16 to 48 bytes, outside
 # The size of a run, and few enough runs that combining them (K rows of G values) costs nothing.
 RUN_BYTES = 64 << 10
 MAX_RUNS = 64
-# Partial sums: a program's rows per step and its columns, 4,096 elements in 8 warps. Rows of 64
+# Sums of samples: a program's rows per step and its columns, 4,096 elements in 8 warps. Rows of 64
 # bytes give many programs.
 SUM_ROWS, SUM_COLUMNS, SUM_WARPS = 256, 16, 8
 
@@ -543,7 +566,7 @@ def launch(
 
 
 @torch.library.custom_op("fastbyol::group_norm", mutates_args=())
-def triton_group_norm(
+def group_norm(
     x: Tensor,
     weight: Tensor,
     bias: Tensor,
@@ -575,7 +598,7 @@ def triton_group_norm(
     return y, mean, rstd
 
 
-@triton_group_norm.register_fake
+@group_norm.register_fake
 def _(
     x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, num_groups: int, *_: Any
 ) -> tuple[Tensor, ...]:
@@ -590,7 +613,7 @@ def _group_norm_backward(
     rstd: Tensor,
     num_groups: int, relu: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Return dx, the residual's gradient (empty without ``y``), and the affine gradients (2, C).
+    """Return dx, the residual's gradient (empty without ``y``), and the affine ones, (N, 2, C).
 
     ``y`` is passed if a residual was added before the ReLU.
     """
@@ -601,11 +624,14 @@ def _group_norm_backward(
     grid = (n * (c // plan.slab), plan.num_runs)
     tile, options = _tile_of(plan, c, num_groups), _options(plan)
     flags = {"RESIDUAL": y is not None, "RELU": relu}
-    sums = torch.empty((n * plan.num_runs, 2, c), dtype=torch.float32, device=x.device)
+    affine, sums = (
+        torch.empty((n * runs, 2, c), dtype=torch.float32, device=x.device)
+        for runs in (1, plan.num_runs)
+    )
     read = (dy, x, x if y is None else y, weight, bias, mean, rstd)
     written = (dx, dx if y is None else dresidual)
     if plan.num_runs == 1:
-        _backward_kernel[grid](*read, *written, sums, h * w, **tile, **flags, **options)
+        _backward_kernel[grid](*read, *written, affine, h * w, **tile, **flags, **options)
     else:
         block_g = tile.pop("BLOCK_G")
         _gradient_sums_kernel[grid](*read, sums, h * w, plan.run, **tile, **flags, **options)
@@ -618,19 +644,17 @@ def _group_norm_backward(
             ),
         )
         tile |= {"BLOCK_G": block_g, "BLOCK_K": block_k}
-        _gradient_kernel[grid](*read, sums, *written, h * w, plan.run, **tile, **flags, **options)
-    affine = torch.empty((2, c), dtype=torch.float32, device=x.device)
-    _sum_rows_kernel[(triton.cdiv(2 * c, SUM_COLUMNS),)](
-        sums, affine, len(sums), 2 * c,
-        BLOCK_R=SUM_ROWS, BLOCK_C=SUM_COLUMNS, num_warps=SUM_WARPS, enable_fp_fusion=True,
-    )  # fmt: skip
+        _gradient_kernel[grid](
+            *read, sums, *written, affine, h * w, plan.run, **tile, **flags, **options
+        )
     return dx, dresidual, affine
 
 
 @_group_norm_backward.register_fake
 def _(dy: Tensor, x: Tensor, y: Tensor | None, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     dresidual = x.new_empty(0) if y is None else torch.empty_like(x)
-    return torch.empty_like(x), dresidual, x.new_empty((2, x.shape[1]), dtype=torch.float32)
+    affine = x.new_empty((len(x), 2, x.shape[1]), dtype=torch.float32)
+    return torch.empty_like(x), dresidual, affine
 
 
 def _tile_of(plan: Launch, channels: int, num_groups: int) -> dict[str, int]:
@@ -646,7 +670,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
     x, weight, bias, residual, ctx.num_groups, _, ctx.relu = inputs
     y, mean, rstd = output
     ctx.mark_non_differentiable(mean, rstd)
-    ctx.residual = residual is not None
+    ctx.residual, ctx.by_sample = residual is not None, weight.ndim == 2
     ctx.save_for_backward(x, y if ctx.residual and ctx.relu else None, weight, bias, mean, rstd)
 
 
@@ -655,7 +679,18 @@ def _backward(ctx: Any, dy: Tensor, _mean: Tensor, _rstd: Tensor) -> tuple[Tenso
     dx, dresidual, affine = _group_norm_backward(dy, *ctx.saved_tensors, ctx.num_groups, ctx.relu)
     if ctx.residual and not ctx.relu:
         dresidual = dy
-    return dx, affine[0], affine[1], dresidual if ctx.residual else None, None, None, None
+    of_weight, of_bias = (affine if ctx.by_sample else affine.sum(0)).unbind(-2)
+    return dx, of_weight, of_bias, dresidual if ctx.residual else None, None, None, None
 
 
-triton_group_norm.register_autograd(_backward, setup_context=_save)
+group_norm.register_autograd(_backward, setup_context=_save)
+
+
+def sum_samples(parts: Sequence[Tensor], out: Tensor, table: Tensor) -> None:
+    """Launch the kernel on ``parts`` (N, C), with a row of ``table`` for each program."""
+    align = math.gcd(SUM_COLUMNS, *(part.shape[1] for part in parts))
+    _sum_samples_kernel[(len(table),)](
+        tuple(parts), tuple(part.stride(0) for part in parts), out, table, len(parts[0]),
+        BLOCK_R=SUM_ROWS, BLOCK_C=SUM_COLUMNS, ALIGN=align, num_warps=SUM_WARPS,
+        enable_fp_fusion=True,
+    )  # fmt: skip

@@ -19,6 +19,7 @@ from fastbyol_kernels.lars_ema.reference import (
     BOLTS_EPS,
     LAYER_METRICS,
     RULES,
+    Reversible,
     Rule,
     SegmentTable,
     check_rule,
@@ -30,11 +31,13 @@ __all__ = [
     "BOLTS_EPS",
     "LAYER_METRICS",
     "RULES",
+    "Reversible",
     "Rule",
     "SegmentTable",
     "bytes_moved",
     "lars_ema",
     "reference",
+    "scheduled_step",
     "trust_ratio",
 ]
 
@@ -43,7 +46,6 @@ def lars_ema(
     online: Tensor, gradient: Tensor, momentum: Tensor, target: Tensor, table: SegmentTable,
     lr: Tensor, tau: Tensor,
     *, rule: Rule, eta: float, mu: float, ema_first: bool, kernels: str = "auto",
-    online_copy: Tensor | None = None, target_copy: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Update ``online`` and ``momentum`` by ``rule``, ``target`` by the moving average, in place.
 
@@ -56,9 +58,6 @@ def lars_ema(
     If any segment's gradient norm is not finite, no weight, momentum or target changes. The norms
     of w and g are returned as measured; trust ratio, rate and update norm are 0 in all rows.
 
-    ``online_copy`` (L,) and ``target_copy`` (T,), bf16, become the rounded segments of ``online``
-    and ``target``, also where nothing changes.
-
     ``kernels``: "reference" (plain torch), "triton" (fp32, three launches; on a CPU only in
     Triton's interpreter), "cpu" (fp32 on a CPU, two passes), or "auto": "triton" for CUDA tensors,
     else "cpu". The reference runs fp64, and CPU steps that do not run eagerly
@@ -67,26 +66,72 @@ def lars_ema(
     """
     check_rule(rule)
     _check(online, gradient, momentum, target, table, lr, tau)
-    copies = (("online_copy", online_copy, online), ("target_copy", target_copy, target))
-    for name, copy, like in copies:
-        if copy is not None:
-            _check_like(name, copy, like.shape, torch.bfloat16, online.device)
     backend = dispatch(kernels, "online", online, gradient, momentum, target, lr, tau)
     buffers = (online, gradient, momentum, target)
     settings: dict[str, Any] = {"rule": rule, "eta": eta, "mu": mu, "ema_first": ema_first}
     if backend == "triton":
-        return triton.step(*buffers, online_copy, target_copy, table, lr, tau, **settings)
+        return triton.step(*buffers, table, lr, tau, **settings)
     step = reference
     if backend == "cpu":
         # Imported here because it loads numba, which a GPU run does not need.
         from fastbyol_kernels.lars_ema import cpu
 
         step = cpu.step
-    layers = step(*buffers, table, lr, tau, **settings)
+    return step(*buffers, table, lr, tau, **settings)
+
+
+def scheduled_step(
+    online: Tensor, gradient: Tensor, momentum: Tensor, target: Tensor, table: SegmentTable,
+    rates: Tensor, step: Tensor, loss: Tensor, observed: Tensor, reversible: Reversible | None,
+    *, rule: Rule, eta: float, mu: float, ema_first: bool, kernels: str = "auto",
+    online_copy: Tensor | None = None, target_copy: Tensor | None = None, lr: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Take ``lars_ema`` at lr and tau of row ``step`` of ``rates``, and return the step's measures.
+
+    ``rates`` (T, 2) goes on with its last row, ``step`` is 0-d int64 and is counted up. ``lr``, if
+    it is not None, takes the place of the table's in the update. ``reversible`` is saved, or gets
+    back what was saved if the step is left out. ``online_copy`` (L,) and ``target_copy`` (T,),
+    bf16, become the rounded segments of ``online`` and ``target``, also where nothing changes.
+
+    Returns (5 + M + 5 S,) fp32: ``loss``, 0-d; the M numbers ``observed``; the whole gradient's
+    norm, lr, tau, 1 if the step was left out, else 0; and the rows of ``lars_ema``, whose other
+    arguments and errors these are.
+
+    On Triton all of it is in the three launches of ``lars_ema``.
+    """
+    copies = (("online_copy", online_copy, online), ("target_copy", target_copy, target))
+    for name, copy, like in copies:
+        if copy is not None:
+            _check_like(name, copy, like.shape, torch.bfloat16, online.device)
+    backend = dispatch(kernels, "online", online, gradient, momentum, target)
+    settings: dict[str, Any] = {"rule": rule, "eta": eta, "mu": mu, "ema_first": ema_first}
+    if backend == "triton":
+        check_rule(rule)
+        _check_like("rates", rates, (len(rates), 2), online.dtype, online.device)
+        _check(online, gradient, momentum, target, table, rates[0, 0], rates[0, 1])
+        _check_like("step", step, (), torch.int64, online.device)
+        _check_like("loss", loss, (), torch.float32, online.device)
+        _check_like("observed", observed, (observed.numel(),), torch.float32, online.device)
+        buffers = (online, gradient, momentum, target, online_copy, target_copy)
+        return triton.scheduled_step(
+            *buffers, table, rates, step, lr, loss, observed, reversible, **settings
+        )
+    now = rates.index_select(0, step.clamp(max=len(rates) - 1).view(1)).view(2)
+    layers = lars_ema(
+        online, gradient, momentum, target, table, now[0] if lr is None else lr, now[1],
+        kernels=backend, **settings,
+    )  # fmt: skip
     for _, copy, like in copies:
         if copy is not None:
             copy.copy_(like)
-    return layers
+    taken = (layers[:, 1] < torch.inf).all()
+    if reversible is not None:
+        reversible.settle(taken)
+    step.add_(1)
+    norm = torch.linalg.vector_norm(gradient)
+    skipped = torch.logical_not(taken, out=torch.empty_like(norm))
+    values = (loss.view(1), observed, norm.view(1), now, skipped.view(1), layers.flatten())
+    return torch.cat(values).float()
 
 
 def _check(

@@ -5,6 +5,7 @@ Letters: L elements of a buffer, T of the target, S segments (parameters), K chu
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -21,6 +22,8 @@ BOLTS_EPS = 1e-8
 # sweep's reads, which is 5 %. Chunks of 8192 need 192 registers or more, which leaves one program
 # per SM.
 CHUNK = 4096
+# Elements of ``Reversible`` per program of a launch.
+REVERSIBLE_BLOCK = 1024
 # Elements of fp32 in a 16-byte access: in Triton's kernels segments start at a multiple of this.
 # With 8, a 16-byte access in bf16, the compiler would give each thread 8 neighbours and shuffle
 # them through shared memory for every fp32 store.
@@ -111,6 +114,57 @@ class SegmentTable:
                 )
         if self.adapt.dtype != torch.bool:
             raise ValueError(f"adapt must be bool, not {self.adapt.dtype}")
+
+
+@dataclass(frozen=True)
+class Reversible:
+    """Tensors that a step changes before its gradient is known, and what they were after the last.
+
+    ``saved`` (K,) is theirs, flat, one after the other; ``blocks`` (B, 4) int32 holds the number of
+    a tensor, first element there and in ``saved``, and the elements, of each block.
+    """
+
+    tensors: tuple[Tensor, ...]
+    saved: Tensor
+    blocks: Tensor
+
+    @staticmethod
+    def of(tensors: Sequence[Tensor]) -> Reversible | None:
+        """Make one of contiguous ``tensors`` of one dtype and device, saved; None without any."""
+        if not tensors:
+            return None
+        rows: list[tuple[int, int, int, int]] = []
+        end = 0
+        for number, tensor in enumerate(tensors):
+            rows += [
+                (number, first, end + first, min(REVERSIBLE_BLOCK, tensor.numel() - first))
+                for first in range(0, tensor.numel(), REVERSIBLE_BLOCK)
+            ]
+            end += tensor.numel()
+        blocks = torch.tensor(rows, dtype=torch.int32, device=tensors[0].device)
+        reversible = Reversible(tuple(tensors), tensors[0].new_empty(end), blocks)
+        reversible.save()
+        return reversible
+
+    def flat(self) -> Tensor:
+        """Return a copy of the tensors, flat."""
+        return torch.cat([tensor.flatten() for tensor in self.tensors])
+
+    def write(self, flat: Tensor) -> None:
+        """Write ``flat`` to the tensors."""
+        parts = torch.split(flat, [tensor.numel() for tensor in self.tensors])
+        torch._foreach_copy_(
+            self.tensors, [p.view_as(t) for p, t in zip(parts, self.tensors, strict=True)]
+        )
+
+    def save(self) -> None:
+        """Copy the tensors to ``saved``."""
+        self.saved.copy_(self.flat())
+
+    def settle(self, taken: Tensor) -> None:
+        """Copy the tensors to ``saved`` if the step is ``taken``, 0-d; write them back if not."""
+        self.saved.copy_(torch.where(taken, self.flat(), self.saved))
+        self.write(self.saved)
 
 
 def trust_ratio(

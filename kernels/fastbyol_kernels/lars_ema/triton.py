@@ -1,16 +1,30 @@
-"""``lars_ema`` on a GPU in three launches: sums of squares per chunk, the update, the telemetry."""
+"""``lars_ema`` on a GPU in three launches: sums of squares per chunk, the update, the telemetry.
+
+``scheduled_step`` hides its other work in them: the first reads the schedule, the last writes the
+step's row and settles what a step that is left out must not have changed.
+"""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastbyol_kernels.lars_ema.reference import ALIGN, BOLTS_EPS, LAYER_METRICS, Rule, SegmentTable
+from fastbyol_kernels.lars_ema.reference import (
+    ALIGN,
+    BOLTS_EPS,
+    LAYER_METRICS,
+    REVERSIBLE_BLOCK,
+    Reversible,
+    Rule,
+    SegmentTable,
+)
 
 # A kernel reads module constants only as constexpr.
-_ALIGN, _BOLTS_EPS = tl.constexpr(ALIGN), tl.constexpr(BOLTS_EPS)
+_ALIGN, _BOLTS_EPS, _REVERSIBLE_BLOCK = map(tl.constexpr, (ALIGN, BOLTS_EPS, REVERSIBLE_BLOCK))
 # The reasons of kernels that move narrow words, which ``fastbyol_bench.launches`` demands.
 NARROW = {
     "_norms_kernel": "stores three numbers per 4096 elements",
@@ -48,14 +62,25 @@ def _norms_kernel(
     sums,
     fine,
     num_chunks,
+    rates,
+    step,
+    num_rates,
+    now,
     DECAYED: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
     """Write a chunk's sums of squares of w, g and, if DECAYED, u to ``sums`` (4, K).
 
-    Write 1 to ``fine`` (K,) if the gradient's sum is finite, else 0.
+    Write 1 to ``fine`` (K,) if the gradient's sum is finite, else 0. Unless ``now`` is None, write
+    to it row ``step`` of ``rates`` (T, 2), past the end the last one: the last launch of a step
+    adds to ``step``, so that its programs cannot read it.
     """
     index = tl.program_id(0)
+    if now is not None:  # noqa: SIM102 - Triton does not compile what None rules out
+        if index == 0:
+            pair = tl.arange(0, 2)
+            row = tl.minimum(tl.load(step), num_rates - 1)
+            tl.store(now + pair, tl.load(rates + row * 2 + pair))
     segment, start, count, touched = _chunk(chunks, index)
     elements = tl.arange(0, CHUNK)
     near = elements < touched
@@ -213,12 +238,12 @@ def _sweep_kernel(
 
 
 @triton.jit
-def _telemetry_kernel(
-    spans, adapt, decay, lr_mult, lr, sums, fine, layers, num_chunks, eta, RULE: tl.constexpr,
+def _write_layer(
+    spans, adapt, decay, lr_mult, lr, sums, fine, layers, num_chunks, segment, eta,
+    RULE: tl.constexpr,
     LANES: tl.constexpr, PASSES: tl.constexpr, FLAGS: tl.constexpr, FLAG_PASSES: tl.constexpr,
 ):  # fmt: skip
     """Write a segment's ``LAYER_METRICS`` to ``layers`` (S, 5)."""
-    segment = tl.program_id(0)
     first, end, weight_norm, grad_norm, trust, rate, _, b, _, go = _treatment(
         segment,
         spans,
@@ -245,6 +270,68 @@ def _telemetry_kernel(
     tl.store(row + 4, update_norm)
 
 
+@triton.jit
+def _write_values(
+    values, loss, observed, now, step, sums, fine, num_chunks,
+    OBSERVED: tl.constexpr, LANES: tl.constexpr, FLAGS: tl.constexpr, FLAG_PASSES: tl.constexpr,
+):  # fmt: skip
+    """Write loss, observations, |g|, lr, tau and whether the step is left out, and count it."""
+    lanes = tl.arange(0, LANES)
+    tl.store(values, tl.load(loss))
+    tl.store(
+        values + 1 + lanes, tl.load(observed + lanes, mask=lanes < OBSERVED), mask=lanes < OBSERVED
+    )
+    rest = values + 1 + OBSERVED
+    tl.store(rest, _norm(sums + num_chunks, 0, num_chunks, FLAGS, FLAG_PASSES))
+    tl.store(rest + 1, tl.load(now))
+    tl.store(rest + 2, tl.load(now + 1))
+    tl.store(rest + 3, tl.where(_all_fine(fine, num_chunks, FLAGS, FLAG_PASSES), 0.0, 1.0))
+    tl.store(step, tl.load(step) + 1)
+
+
+@triton.jit
+def _settle(reversible, saved, blocks, index, go):
+    """Save a block of the tensors ``reversible``, or write back what was saved, unless ``go``."""
+    row = blocks + index * 4
+    number = tl.load(row)
+    part = reversible[0]
+    for other in tl.static_range(1, len(reversible)):
+        part = tl.where(number == other, reversible[other], part)
+    lanes = tl.arange(0, _REVERSIBLE_BLOCK)
+    inside = lanes < tl.load(row + 3)
+    part += tl.load(row + 1) + lanes
+    old = saved + tl.load(row + 2) + lanes
+    value = tl.where(go, tl.load(part, mask=inside), tl.load(old, mask=inside))
+    tl.store(part, value, mask=inside)
+    tl.store(old, value, mask=inside)
+
+
+@triton.jit
+def _telemetry_kernel(
+    spans, adapt, decay, lr_mult, lr, sums, fine, layers, num_segments, num_chunks, eta,
+    values, loss, observed, now, step, reversible, saved, blocks,
+    RULE: tl.constexpr, OBSERVED: tl.constexpr, OBSERVED_LANES: tl.constexpr,
+    LANES: tl.constexpr, PASSES: tl.constexpr, FLAGS: tl.constexpr, FLAG_PASSES: tl.constexpr,
+):  # fmt: skip
+    """Write a segment's measures per program; one more writes the step's, the rest settle."""
+    index = tl.program_id(0)
+    if index < num_segments:
+        _write_layer(
+            spans, adapt, decay, lr_mult, lr, sums, fine, layers, num_chunks, index, eta,
+            RULE, LANES, PASSES, FLAGS, FLAG_PASSES,
+        )  # fmt: skip
+    if values is not None:  # noqa: SIM102
+        if index == num_segments:
+            _write_values(
+                values, loss, observed, now, step, sums, fine, num_chunks,
+                OBSERVED, OBSERVED_LANES, FLAGS, FLAG_PASSES,
+            )  # fmt: skip
+    if reversible is not None:  # noqa: SIM102
+        if index > num_segments:
+            go = _all_fine(fine, num_chunks, FLAGS, FLAG_PASSES)
+            _settle(reversible, saved, blocks, index - num_segments - 1, go)
+
+
 def _added_at_once(num_chunks: int, longest: int) -> dict[str, int]:
     """Return the kernels' constants: sums and flags that a program loads at once, and the passes.
 
@@ -257,23 +344,56 @@ def _added_at_once(num_chunks: int, longest: int) -> dict[str, int]:
     return {"LANES": lanes, "PASSES": passes, "FLAGS": flags, "FLAG_PASSES": flag_passes}
 
 
-@torch.library.custom_op(
-    "fastbyol::lars_ema",
-    mutates_args=("online", "momentum", "target", "online_copy", "target_copy"),
-)
+@torch.library.custom_op("fastbyol::lars_ema", mutates_args=("online", "momentum", "target"))
 def _lars_ema(
     online: Tensor, gradient: Tensor, momentum: Tensor, target: Tensor,
-    online_copy: Tensor | None, target_copy: Tensor | None,
     chunks: Tensor, spans: Tensor, adapt: Tensor,
     decay: Tensor, lr_mult: Tensor, lr: Tensor, tau: Tensor,
     chunk: int, longest: int, rule: str, eta: float, mu: float, ema_first: bool,
 ) -> Tensor:  # fmt: skip
+    layers = torch.empty(
+        (len(spans), len(LAYER_METRICS)), dtype=torch.float32, device=online.device
+    )
+    _launch(
+        online, gradient, momentum, target, None, None,
+        chunks, spans, adapt, decay, lr_mult, lr, tau,
+        chunk, longest, rule, eta, mu, ema_first, layers,
+    )  # fmt: skip
+    return layers
+
+
+class Row(NamedTuple):
+    """What a step's ``values`` are written from, besides ``now``, lr and tau as read."""
+
+    values: Tensor
+    loss: Tensor
+    observed: Tensor
+    now: Tensor
+    step: Tensor
+    rates: Tensor
+
+
+def _launch(
+    online: Tensor, gradient: Tensor, momentum: Tensor, target: Tensor,
+    online_copy: Tensor | None, target_copy: Tensor | None,
+    chunks: Tensor, spans: Tensor, adapt: Tensor,
+    decay: Tensor, lr_mult: Tensor, lr: Tensor, tau: Tensor,
+    chunk: int, longest: int, rule: str, eta: float, mu: float, ema_first: bool, layers: Tensor,
+    row: Row | None = None, reversible: Reversible | None = None,
+) -> None:  # fmt: skip
     num_chunks, num_segments = len(chunks), len(spans)
+    values, loss, observed, now, step, rates = (None,) * 6 if row is None else row
+    num_observed = 0 if observed is None else len(observed)
+    settled = (
+        (None, None, None)
+        if reversible is None
+        else (reversible.tensors, reversible.saved, reversible.blocks)
+    )
+    num_programs = (
+        num_segments + (row is not None) + (0 if reversible is None else len(reversible.blocks))
+    )
     sums = torch.empty((4, num_chunks), dtype=torch.float32, device=online.device)
     fine = torch.empty(triton.cdiv(num_chunks, 16) * 16, dtype=torch.int8, device=online.device)
-    layers = torch.empty(
-        (num_segments, len(LAYER_METRICS)), dtype=torch.float32, device=online.device
-    )
     options = {"num_warps": NUM_WARPS, "enable_fp_fusion": True}
     treat = {"RULE": rule, **_added_at_once(num_chunks, longest), **options}
     with torch.cuda.device_of(online):
@@ -285,6 +405,10 @@ def _lars_ema(
             sums,
             fine,
             num_chunks,
+            rates,
+            step,
+            0 if rates is None else len(rates),
+            now,
             DECAYED=rule == "deepmind",
             CHUNK=chunk,
             **options,
@@ -294,10 +418,11 @@ def _lars_ema(
             chunks, spans, adapt, decay, lr_mult, lr, tau, sums, fine,
             num_chunks, len(target), eta, mu, EMA_FIRST=ema_first, CHUNK=chunk, **treat,
         )  # fmt: skip
-        _telemetry_kernel[(num_segments,)](
-            spans, adapt, decay, lr_mult, lr, sums, fine, layers, num_chunks, eta, **treat
-        )
-    return layers
+        _telemetry_kernel[(num_programs,)](
+            spans, adapt, decay, lr_mult, lr, sums, fine, layers, num_segments, num_chunks, eta,
+            values, loss, observed, now, step, *settled, OBSERVED=num_observed,
+            OBSERVED_LANES=triton.next_power_of_2(max(num_observed, 1)), **treat,
+        )  # fmt: skip
 
 
 @_lars_ema.register_fake
@@ -306,8 +431,6 @@ def _(
     gradient: Tensor,
     momentum: Tensor,
     target: Tensor,
-    online_copy: Tensor | None,
-    target_copy: Tensor | None,
     chunks: Tensor,
     spans: Tensor,
     *_: object,
@@ -316,8 +439,7 @@ def _(
 
 
 def step(
-    online: Tensor, gradient: Tensor, momentum: Tensor, target: Tensor,
-    online_copy: Tensor | None, target_copy: Tensor | None, table: SegmentTable,
+    online: Tensor, gradient: Tensor, momentum: Tensor, target: Tensor, table: SegmentTable,
     lr: Tensor, tau: Tensor,
     *, rule: Rule, eta: float, mu: float, ema_first: bool,
 ) -> Tensor:  # fmt: skip
@@ -325,6 +447,38 @@ def step(
 
     Raises ValueError unless segments start and buffers end at multiples of ``ALIGN`` elements.
     """
+    _check_layout(online, target, table)
+    layers: Tensor = _lars_ema(
+        online, gradient, momentum, target,
+        table.chunks, table.spans, table.adapt, table.decay, table.lr_mult, lr, tau,
+        table.chunk, table.longest, rule, eta, mu, ema_first,
+    )  # fmt: skip
+    return layers
+
+
+def scheduled_step(
+    online: Tensor, gradient: Tensor, momentum: Tensor, target: Tensor,
+    online_copy: Tensor | None, target_copy: Tensor | None, table: SegmentTable,
+    rates: Tensor, step: Tensor, lr: Tensor | None, loss: Tensor, observed: Tensor,
+    reversible: Reversible | None,
+    *, rule: Rule, eta: float, mu: float, ema_first: bool,
+) -> Tensor:  # fmt: skip
+    """Compute ``lars_ema.scheduled_step`` on fp32 buffers on a GPU."""
+    _check_layout(online, target, table)
+    num_values, num_layers = 5 + len(observed), len(table.spans) * len(LAYER_METRICS)
+    row = torch.empty(num_values + num_layers, dtype=torch.float32, device=online.device)
+    now = torch.empty(2, dtype=torch.float32, device=online.device)
+    _launch(
+        online, gradient, momentum, target, online_copy, target_copy,
+        table.chunks, table.spans, table.adapt, table.decay, table.lr_mult,
+        now[0] if lr is None else lr, now[1],
+        table.chunk, table.longest, rule, eta, mu, ema_first,
+        row[num_values:], Row(row, loss, observed, now, step, rates), reversible,
+    )  # fmt: skip
+    return row
+
+
+def _check_layout(online: Tensor, target: Tensor, table: SegmentTable) -> None:
     for name, buffer in (("online", online), ("target", target)):
         if len(buffer) % ALIGN:
             raise ValueError(
@@ -334,9 +488,3 @@ def step(
     for segment, offset in enumerate(table.offsets):
         if offset % ALIGN:
             raise ValueError(f"table: segment {segment} starts at {offset}, no multiple of {ALIGN}")
-    layers: Tensor = _lars_ema(
-        online, gradient, momentum, target, online_copy, target_copy,
-        table.chunks, table.spans, table.adapt, table.decay, table.lr_mult, lr, tau,
-        table.chunk, table.longest, rule, eta, mu, ema_first,
-    )  # fmt: skip
-    return layers

@@ -30,7 +30,8 @@ from torch._inductor.virtualized import V
 from torch._subclasses import fake_tensor
 from triton.runtime import driver
 
-from fastbyol.engine.capture import INDUCTOR_OPTIONS, compiled_forward
+from fastbyol.engine.addends import Addends
+from fastbyol.engine.capture import compiled_forward, inductor_options
 from fastbyol.engine.step import TrainState
 from fastbyol_kernels.ahead_of_time import Driver, recording
 from fastbyol_kernels.views.blocks import blocks_shape
@@ -79,6 +80,8 @@ class _TracedError(Exception):
 def trace(state: TrainState, batch: int, size: int) -> tuple[Graph, Graph]:
     """Return the forward and backward graph of ``capture.compiled_forward`` for a CPU ``state``.
 
+    ``addends`` has passed over them.
+
     The step has ``batch`` images, with two views of ``size`` x ``size`` pixels each. Raises
     FastbyolError if torch.compile cannot trace the step as one graph.
     """
@@ -89,11 +92,14 @@ def trace(state: TrainState, batch: int, size: int) -> tuple[Graph, Graph]:
     )
     with recording(ARCHITECTURE), state.weights.in_use(len(views)):
         networks = state.online, state.target
-        return graphs_of(
+        graphs = graphs_of(
             lambda backend: compiled_forward(backend)(
                 *networks, views, recipe.objective, state.queue
             )
         )
+    for graph in graphs:
+        Addends()(graph.module.graph)  # as Inductor does, for whoever counts operations before it
+    return graphs
 
 
 def graphs_of(run: Callable[[Any], object]) -> tuple[Graph, Graph]:
@@ -311,5 +317,5 @@ def mocked_h100() -> Iterator[None]:
         # profile_bandwidth writes each kernel's GB beside it. Caches would keep code that no GPU
         # has run. By the engine's own options rules decide where a real GPU would time kernels.
         configured = {"compile_threads": 1, "profile_bandwidth": True, "fx_graph_cache": False}
-        patches.enter_context(torch._inductor.config.patch(configured | INDUCTOR_OPTIONS))
+        patches.enter_context(torch._inductor.config.patch(configured | inductor_options()))
         yield

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager, suppress
-from functools import lru_cache, partial
+from functools import cache, lru_cache, partial
 from types import FunctionType
 from typing import Any, NamedTuple, Protocol
 
@@ -37,6 +37,17 @@ MOST_NETWORKS = 16
 # of reductions by rule, pads no products and holds for the backward pass, too. The reductions that
 # are left to Inductor are over some 512 rows, too few for a second launch each.
 INDUCTOR_OPTIONS: dict[str, Any] = {"deterministic": True, "split_reductions": False}
+
+
+@cache
+def inductor_options() -> dict[str, Any]:
+    """Return torch.compile's options for a GPU."""
+    # Imported here because it loads Inductor, which an eager run does not need.
+    from fastbyol.engine.addends import Addends
+
+    return INDUCTOR_OPTIONS | {"post_grad_custom_pre_pass": Addends()}
+
+
 # No run is long enough for compiling to pay: .88 s a step eager, 1.27 s compiled after 55 s of
 # compiling (bench/LOG.md, "The engine's own step under torch.compile").
 EAGER_ON_A_CPU = "compiled steps were slower on a CPU, .7 of the speed, after a minute of compiling"
@@ -193,12 +204,18 @@ def _compiled(
     """Compile ``functions`` for ``network``, a key; Dynamo's own guards decide about reuse."""
     # Dynamo keeps at most eight variants (``recompile_limit``) with a code object and tries their
     # guards one after the other. So each network gets a code object, and frees all with it.
+<<<<<<< HEAD
     own = (FunctionType(f.__code__.replace(), f.__globals__, f.__name__) for f in functions)
     options = None if timed else INDUCTOR_OPTIONS
     compiled = partial(
         torch.compile, fullgraph=True, dynamic=False, backend=backend, options=options
     )
     return tuple(map(compiled, own))
+=======
+    own = FunctionType(forward.__code__.replace(), forward.__globals__, forward.__name__)
+    options = None if timed else inductor_options()
+    return torch.compile(own, fullgraph=True, dynamic=False, backend=backend, options=options)
+>>>>>>> nodes
 
 
 class Eager:

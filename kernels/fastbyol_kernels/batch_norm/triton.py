@@ -253,19 +253,22 @@ def _pool_kernel(
 
 @triton.jit
 def _gradient_tile(
-    dy, y, taps, offsets, start, channels, mask, value, scale, shift,
+    dy, more, y, taps, offsets, start, channels, mask, value, scale, shift,
     H: tl.constexpr, W: tl.constexpr, C: tl.constexpr,
-    MASK: tl.constexpr, POOL: tl.constexpr,
+    MASK: tl.constexpr, POOL: tl.constexpr, ADDED: tl.constexpr,
 ):  # fmt: skip
     """Return the gradient before pooling and ReLU; ``value`` is x - pivot.
 
+    The gradient after them is dy or, if ADDED, dy + ``more``.
     MASK 0 applies none, 1 takes y <= 0, 2 recomputes y as it was rounded, bit for bit.
     """
     if POOL:
         row = start + tl.arange(0, mask.shape[0])
-        gradient = gradient_of_pixels(dy, taps, row, channels, mask, H, W, C)
+        gradient = gradient_of_pixels(dy, more, taps, row, channels, mask, H, W, C, ADDED)
     else:
         gradient = tl.load(dy + offsets, mask=mask, other=0.0).to(tl.float32)
+        if ADDED:
+            gradient += tl.load(more + offsets, mask=mask, other=0.0).to(tl.float32)
     if MASK == 1:
         kept = tl.load(y + offsets, mask=mask, other=0.0).to(tl.float32)
         gradient = tl.where(kept <= 0, 0.0, gradient)
@@ -283,9 +286,9 @@ def _statistic(statistics, view, index, channels, C: tl.constexpr):
 
 @triton.jit
 def _gradient_sums_kernel(
-    dy, x, y, taps, statistics, sums, dresidual, rows, rows_out, run, num_runs,
+    dy, more, x, y, taps, statistics, sums, dresidual, rows, rows_out, run, num_runs,
     H: tl.constexpr, W: tl.constexpr, C: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
-    MASK: tl.constexpr, POOL: tl.constexpr,
+    MASK: tl.constexpr, POOL: tl.constexpr, ADDED: tl.constexpr,
 ):  # fmt: skip
     """Write the sums of g and g * (x - pivot) of one slab's run of rows to ``sums`` (V, K, 2, C).
 
@@ -305,8 +308,8 @@ def _gradient_sums_kernel(
         offsets, mask = _tile(start, stop, channels, C, BLOCK_R)
         value = tl.load(x + base + offsets, mask=mask, other=0.0).to(tl.float32) - pivot[None, :]
         gradient = _gradient_tile(
-            dy + pooled, y + base, taps + pooled, offsets, start, channels, mask, value, scale,
-            shift, H, W, C, MASK, POOL,
+            dy + pooled, more + pooled, y + base, taps + pooled, offsets, start, channels, mask,
+            value, scale, shift, H, W, C, MASK, POOL, ADDED,
         )  # fmt: skip
         if MASK == 1:
             tl.store(dresidual + base + offsets, gradient.to(dresidual.dtype.element_ty), mask=mask)
@@ -334,10 +337,11 @@ def _sums_of(sums, view, channels, num_sums, C: tl.constexpr, BLOCK_K: tl.conste
 
 @triton.jit
 def _gradient_kernel(
-    dy, x, taps, statistics, sums, count, dx, affine,
+    dy, more, x, taps, statistics, sums, count, dx, affine,
     rows, rows_out, run, num_runs, num_sums, num_views,
     H: tl.constexpr, W: tl.constexpr, C: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
-    BLOCK_K: tl.constexpr, MASK: tl.constexpr, POOL: tl.constexpr, MERGED: tl.constexpr,
+    BLOCK_K: tl.constexpr, MASK: tl.constexpr, POOL: tl.constexpr, ADDED: tl.constexpr,
+    MERGED: tl.constexpr,
 ):  # fmt: skip
     """Write dx = scale * (g - sum(g) / n - x_hat * sum(g * x_hat) / n) of a run of rows.
 
@@ -374,8 +378,8 @@ def _gradient_kernel(
         offsets, mask = _tile(start, stop, channels, C, BLOCK_R)
         value = tl.load(x + base + offsets, mask=mask, other=0.0).to(tl.float32) - pivot[None, :]
         gradient = _gradient_tile(
-            dy + pooled, x, taps + pooled, offsets, start, channels, mask, value, scale, shift,
-            H, W, C, MASK, POOL,
+            dy + pooled, more + pooled, x, taps + pooled, offsets, start, channels, mask, value,
+            scale, shift, H, W, C, MASK, POOL, ADDED,
         )  # fmt: skip
         value = scale[None, :] * gradient - (value * slope[None, :] + level[None, :])
         tl.store(dx + base + offsets, value.to(dx.dtype.element_ty), mask=mask)
@@ -533,21 +537,22 @@ def _(
 @torch.library.custom_op("fastbyol::batch_norm_sums", mutates_args=())
 def _batch_norm_sums(
     dy: Tensor, x: Tensor, y: Tensor | None, taps: Tensor | None, statistics: Tensor,
-    num_views: int, relu: bool,
+    num_views: int, relu: bool, more: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Return the sums of each run, (V, K, 2, C) fp32, and with ``y`` the residual's gradient.
 
-    ``y`` is passed if a residual was added before the ReLU, ``taps`` if y was pooled.
+    ``y`` is passed if a residual was added before the ReLU, ``taps`` if y was pooled. The gradient
+    of y is ``dy`` or ``dy + more``.
     """
     plan, pool = _plan(x, num_views), taps is not None
     sums = _of_runs(x, num_views, plan, 2)
     dresidual = x.new_empty(0) if y is None else torch.empty_like(x)
     mask = 0 if not relu else 2 if y is None else 1
     _gradient_sums_kernel[_grid(plan, num_views)](
-        dy, x, x if y is None else y, dy if taps is None else taps, statistics, sums,
-        x if y is None else dresidual, _rows(x, num_views), _rows(dy, num_views), plan.run,
-        plan.num_runs,
-        **_gradients(x, plan, pool), MASK=mask,
+        dy, dy if more is None else more, x, x if y is None else y, dy if taps is None else taps,
+        statistics, sums, x if y is None else dresidual, _rows(x, num_views), _rows(dy, num_views),
+        plan.run, plan.num_runs,
+        **_gradients(x, plan, pool), MASK=mask, ADDED=more is not None,
     )  # fmt: skip
     return sums, dresidual
 
@@ -555,7 +560,7 @@ def _batch_norm_sums(
 @_batch_norm_sums.register_fake
 def _(
     dy: Tensor, x: Tensor, y: Tensor | None, taps: Tensor | None, statistics: Tensor,
-    num_views: int, relu: bool,
+    num_views: int, relu: bool, more: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     plan = _plan(x, num_views)
     return _of_runs(x, num_views, plan, 2), x.new_empty(0) if y is None else torch.empty_like(x)
@@ -564,24 +569,25 @@ def _(
 @torch.library.custom_op("fastbyol::batch_norm_backward", mutates_args=())
 def _batch_norm_backward(
     dy: Tensor, x: Tensor, taps: Tensor | None, statistics: Tensor, sums: Tensor,
-    count: Tensor | None, num_views: int, masks: bool,
+    count: Tensor | None, num_views: int, masks: bool, more: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Return dx and the gradients of weight and bias, (2, C).
 
-    ``dy`` is already masked by the ReLU unless ``masks``. With a ``count`` (1,) fp32, ``sums``
-    (V, 1, 2, C) are those of all ranks.
+    ``dy``, or ``dy + more``, is already masked by the ReLU unless ``masks``. With a ``count`` (1,)
+    fp32, ``sums`` (V, 1, 2, C) are those of all ranks.
     """
     plan = _plan(x, num_views, last=True)
     pool = taps is not None
     dx = torch.empty_like(x)
     affine = torch.empty((2, x.shape[1]), dtype=torch.float32, device=x.device)
     _gradient_kernel[_grid(plan, num_views)](
-        dy, x, dy if taps is None else taps, statistics, sums, sums if count is None else count,
+        dy, dy if more is None else more, x, dy if taps is None else taps, statistics, sums,
+        sums if count is None else count,
         dx, affine,
         _rows(x, num_views), _rows(dy, num_views), plan.run, plan.num_runs, sums.shape[1],
         num_views,
         **_gradients(x, plan, pool), BLOCK_K=plan.block_k(sums.shape[1]), MASK=2 if masks else 0,
-        MERGED=count is not None,
+        ADDED=more is not None, MERGED=count is not None,
     )  # fmt: skip
     return dx, affine
 

@@ -240,14 +240,26 @@ def _normalise_kernel(
 
 @triton.jit
 def _through_relu(
-    dy, y, offsets, mask, value, scale, shift, RESIDUAL: tl.constexpr, RELU: tl.constexpr
+    dy,
+    more,
+    y,
+    offsets,
+    mask,
+    value,
+    scale,
+    shift,
+    RESIDUAL: tl.constexpr,
+    RELU: tl.constexpr,
+    ADDED: tl.constexpr,
 ):
-    """Return the gradient before the ReLU.
+    """Return the gradient before the ReLU; that after it is dy or, if ADDED, dy + ``more``.
 
     With a residual the mask is y > 0: the next layer saves y anyway, whereas the residual would be
     saved for this alone. Without one the ReLU's input is recomputed from x, bit for bit.
     """
     gradient = tl.load(dy + offsets, mask=mask, other=0.0).to(tl.float32)
+    if ADDED:
+        gradient += tl.load(more + offsets, mask=mask, other=0.0).to(tl.float32)
     if RELU and RESIDUAL:
         gradient = tl.where(
             tl.load(y + offsets, mask=mask, other=0.0).to(tl.float32) > 0, gradient, 0.0
@@ -259,10 +271,11 @@ def _through_relu(
 
 @triton.jit
 def _gradient_sums(
-    dy, x, y, first, stop, slab, mean, rstd, gamma, beta,
+    dy, more, x, y, first, stop, slab, mean, rstd, gamma, beta,
     C: tl.constexpr, SLAB: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
     RESIDUAL: tl.constexpr,
     RELU: tl.constexpr,
+    ADDED: tl.constexpr,
 ):  # fmt: skip
     """Return the sums of the gradient g and of g * x_hat per channel over pixels [first, stop)."""
     scale, shift = _line(mean, rstd, gamma, beta)
@@ -271,7 +284,9 @@ def _gradient_sums(
     for start in range(first, stop, BLOCK_P):
         offsets, mask = _tile(start, stop, slab, C, SLAB, BLOCK_P, BLOCK_C)
         value = tl.load(x + offsets, mask=mask, other=0.0).to(tl.float32)
-        gradient = _through_relu(dy, y, offsets, mask, value, scale, shift, RESIDUAL, RELU)
+        gradient = _through_relu(
+            dy, more, y, offsets, mask, value, scale, shift, RESIDUAL, RELU, ADDED
+        )
         total += gradient
         weighted += gradient * (value - mean[None, :])
     return tl.sum(total, 0), tl.sum(weighted, 0) * rstd
@@ -279,10 +294,10 @@ def _gradient_sums(
 
 @triton.jit
 def _write_gradient(
-    dy, x, y, dx, dresidual, first, stop, slab, mean, rstd, gamma, beta, total, weighted, count,
-    C: tl.constexpr, SLAB: tl.constexpr, PER_GROUP: tl.constexpr, BLOCK_P: tl.constexpr,
+    dy, more, x, y, dx, dresidual, first, stop, slab, mean, rstd, gamma, beta, total, weighted,
+    count, C: tl.constexpr, SLAB: tl.constexpr, PER_GROUP: tl.constexpr, BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
-    BLOCK_G: tl.constexpr, RESIDUAL: tl.constexpr, RELU: tl.constexpr,
+    BLOCK_G: tl.constexpr, RESIDUAL: tl.constexpr, RELU: tl.constexpr, ADDED: tl.constexpr,
 ):  # fmt: skip
     """Write dx = rstd * (gamma g - mean(gamma g) - x_hat * mean(gamma g x_hat)), last pixels first.
 
@@ -299,7 +314,9 @@ def _write_gradient(
             first + (blocks - 1 - step) * BLOCK_P, stop, slab, C, SLAB, BLOCK_P, BLOCK_C
         )
         value = tl.load(x + offsets, mask=mask, other=0.0).to(tl.float32)
-        gradient = _through_relu(dy, y, offsets, mask, value, scale, shift, RESIDUAL, RELU)
+        gradient = _through_relu(
+            dy, more, y, offsets, mask, value, scale, shift, RESIDUAL, RELU, ADDED
+        )
         value = scale[None, :] * gradient - (value * slope[None, :] + level[None, :])
         tl.store(dx + offsets, value.to(dx.dtype.element_ty), mask=mask)
         if RELU and RESIDUAL:
@@ -338,10 +355,10 @@ def _store_sums(
 
 @triton.jit
 def _backward_kernel(
-    dy, x, y, weight, bias, mean, rstd, dx, dresidual, sums, num_pixels,
+    dy, more, x, y, weight, bias, mean, rstd, dx, dresidual, sums, num_pixels,
     C: tl.constexpr, SLAB: tl.constexpr, PER_GROUP: tl.constexpr, BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
-    BLOCK_G: tl.constexpr, RESIDUAL: tl.constexpr, RELU: tl.constexpr,
+    BLOCK_G: tl.constexpr, RESIDUAL: tl.constexpr, RELU: tl.constexpr, ADDED: tl.constexpr,
 ):  # fmt: skip
     """Write dx of one sample's slab per program, and its share of the affine gradients.
 
@@ -354,6 +371,7 @@ def _backward_kernel(
     gamma, beta = _affine(weight, bias, slab, SLAB, BLOCK_C)
     total, weighted = _gradient_sums(
         dy + base,
+        more + base,
         x + base,
         y + base,
         0,
@@ -369,6 +387,7 @@ def _backward_kernel(
         BLOCK_C,
         RESIDUAL,
         RELU,
+        ADDED,
     )
     _store_sums(sums, sample, total, weighted, slab, C, SLAB, BLOCK_C)
     # Loaded again after the stores: kept in registers, these values would cost an SM half its
@@ -376,18 +395,19 @@ def _backward_kernel(
     mu, r = _statistics(mean, rstd, sample, slab, C, SLAB, PER_GROUP, BLOCK_C)
     gamma, beta = _affine(weight, bias, slab, SLAB, BLOCK_C)
     _write_gradient(
-        dy + base, x + base, y + base, dx + base, dresidual + base, 0, num_pixels, slab, mu, r,
-        gamma, beta, total, weighted,
+        dy + base, more + base, x + base, y + base, dx + base, dresidual + base, 0, num_pixels,
+        slab, mu, r, gamma, beta, total, weighted,
         num_pixels * PER_GROUP, C, SLAB, PER_GROUP, BLOCK_P, BLOCK_C, BLOCK_G, RESIDUAL, RELU,
+        ADDED,
     )  # fmt: skip
 
 
 @triton.jit
 def _gradient_sums_kernel(
-    dy, x, y, weight, bias, mean, rstd, sums, num_pixels, run,
+    dy, more, x, y, weight, bias, mean, rstd, sums, num_pixels, run,
     C: tl.constexpr, SLAB: tl.constexpr, PER_GROUP: tl.constexpr, BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
-    RESIDUAL: tl.constexpr, RELU: tl.constexpr,
+    RESIDUAL: tl.constexpr, RELU: tl.constexpr, ADDED: tl.constexpr,
 ):  # fmt: skip
     """Write the sums of one slab's run of pixels per program to ``sums`` (N * K, 2, C)."""
     slab, sample = _slab(C, SLAB)
@@ -396,9 +416,9 @@ def _gradient_sums_kernel(
     mu, r = _statistics(mean, rstd, sample, slab, C, SLAB, PER_GROUP, BLOCK_C)
     gamma, beta = _affine(weight, bias, slab, SLAB, BLOCK_C)
     total, weighted = _gradient_sums(
-        dy + base, x + base, y + base, first, tl.minimum(first + run, num_pixels), slab, mu, r,
-        gamma, beta,
-        C, SLAB, BLOCK_P, BLOCK_C, RESIDUAL, RELU,
+        dy + base, more + base, x + base, y + base, first, tl.minimum(first + run, num_pixels),
+        slab, mu, r, gamma, beta,
+        C, SLAB, BLOCK_P, BLOCK_C, RESIDUAL, RELU, ADDED,
     )  # fmt: skip
     _store_sums(
         sums,
@@ -414,10 +434,11 @@ def _gradient_sums_kernel(
 
 @triton.jit
 def _gradient_kernel(
-    dy, x, y, weight, bias, mean, rstd, sums, dx, dresidual, whole, num_pixels, run,
+    dy, more, x, y, weight, bias, mean, rstd, sums, dx, dresidual, whole, num_pixels, run,
     C: tl.constexpr, SLAB: tl.constexpr, PER_GROUP: tl.constexpr, BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_G: tl.constexpr, BLOCK_K: tl.constexpr, RESIDUAL: tl.constexpr, RELU: tl.constexpr,
+    ADDED: tl.constexpr,
 ):  # fmt: skip
     """Write dx of one slab's run of pixels per program, which adds up the sums of all runs.
 
@@ -441,10 +462,10 @@ def _gradient_kernel(
     first = tl.program_id(1) * run
     base = sample * num_pixels * C
     _write_gradient(
-        dy + base, x + base, y + base, dx + base, dresidual + base, first, tl.minimum(first + run,
-        num_pixels), slab, mu, r,
+        dy + base, more + base, x + base, y + base, dx + base, dresidual + base, first,
+        tl.minimum(first + run, num_pixels), slab, mu, r,
         gamma, beta, total, weighted, num_pixels * PER_GROUP, C, SLAB, PER_GROUP, BLOCK_P, BLOCK_C,
-        BLOCK_G, RESIDUAL, RELU,
+        BLOCK_G, RESIDUAL, RELU, ADDED,
     )  # fmt: skip
 
 
@@ -611,24 +632,26 @@ def _(
 def _group_norm_backward(
     dy: Tensor, x: Tensor, y: Tensor | None, weight: Tensor, bias: Tensor, mean: Tensor,
     rstd: Tensor,
-    num_groups: int, relu: bool,
+    num_groups: int, relu: bool, more: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Return dx, the residual's gradient (empty without ``y``), and the affine ones, (N, 2, C).
 
-    ``y`` is passed if a residual was added before the ReLU.
+    ``y`` is passed if a residual was added before the ReLU. The gradient of y is ``dy`` or
+    ``dy + more``.
     """
     n, c, h, w = x.shape
     dx = torch.empty_like(x)
     dresidual = x.new_empty(0) if y is None else torch.empty_like(x)
-    plan = launch(h * w, c, num_groups, x.element_size(), 2 if y is None else 3, MAX_BYTES_BACKWARD)
+    num_read = 2 + (y is not None) + (more is not None)
+    plan = launch(h * w, c, num_groups, x.element_size(), num_read, MAX_BYTES_BACKWARD)
     grid = (n * (c // plan.slab), plan.num_runs)
     tile, options = _tile_of(plan, c, num_groups), _options(plan)
-    flags = {"RESIDUAL": y is not None, "RELU": relu}
+    flags = {"RESIDUAL": y is not None, "RELU": relu, "ADDED": more is not None}
     affine, sums = (
         torch.empty((n * runs, 2, c), dtype=torch.float32, device=x.device)
         for runs in (1, plan.num_runs)
     )
-    read = (dy, x, x if y is None else y, weight, bias, mean, rstd)
+    read = (dy, dy if more is None else more, x, x if y is None else y, weight, bias, mean, rstd)
     written = (dx, dx if y is None else dresidual)
     if plan.num_runs == 1:
         _backward_kernel[grid](*read, *written, affine, h * w, **tile, **flags, **options)

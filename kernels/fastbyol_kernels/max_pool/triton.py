@@ -54,10 +54,12 @@ def keep_larger(best, tap, value, TAP: tl.constexpr, mask):
 
 @triton.jit
 def gradient_of_pixels(
-    dy, taps, row, channels, mask, H: tl.constexpr, W: tl.constexpr, C: tl.constexpr
-):
+    dy, more, taps, row, channels, mask, H: tl.constexpr, W: tl.constexpr, C: tl.constexpr,
+    ADDED: tl.constexpr,
+):  # fmt: skip
     """Return the gradient, fp32, of the pixels ``row`` of x (N, H, W, C), from the pooled ``dy``.
 
+    If ADDED, ``more`` is the other part of the pooled gradient.
     A pixel lies in one window or two on each axis. It gets their gradients where it is the maximum.
     """
     P: tl.constexpr = (H + 1) // 2
@@ -79,6 +81,8 @@ def gradient_of_pixels(
             inside = mask & counts[:, None]
             tap = tl.load(taps + offsets, mask=inside, other=255).to(tl.int32)
             gradient = tl.load(dy + offsets, mask=inside, other=0.0).to(tl.float32)
+            if ADDED:
+                gradient += tl.load(more + offsets, mask=inside, other=0.0).to(tl.float32)
             total += tl.where(tap == (3 * i + j)[:, None], gradient, 0.0)
     return total
 
@@ -111,12 +115,13 @@ def _forward_kernel(
 
 @triton.jit
 def _backward_kernel(
-    dy, taps, dx, num_rows,
+    dy, more, taps, dx, num_rows,
     H: tl.constexpr, W: tl.constexpr, C: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+    ADDED: tl.constexpr,
 ):  # fmt: skip
     """Write dx (N, H, W, C)."""
     row, channels, mask = _tile(num_rows, C, BLOCK_R, BLOCK_C)
-    gradient = gradient_of_pixels(dy, taps, row, channels, mask, H, W, C)
+    gradient = gradient_of_pixels(dy, more, taps, row, channels, mask, H, W, C, ADDED)
     out = row.to(tl.int64)[:, None] * C + channels[None, :]
     tl.store(dx + out, gradient.to(dx.dtype.element_ty), mask=mask)
 
@@ -152,11 +157,16 @@ def _(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @torch.library.custom_op("fastbyol::max_pool_backward", mutates_args=())
-def _max_pool_backward(dy: Tensor, taps: Tensor, height: int, width: int) -> Tensor:
-    """Return dx (N, C, ``height``, ``width``)."""
+def _max_pool_backward(
+    dy: Tensor, taps: Tensor, height: int, width: int, more: Tensor | None = None
+) -> Tensor:
+    """Return dx (N, C, ``height``, ``width``); the gradient of y is ``dy`` or ``dy + more``."""
     dx = _gradient_like(dy, height, width)
     grid, options = _plan(dx)
-    _backward_kernel[grid](dy, taps, dx, dx.numel() // dx.shape[1], **_sides(dx), **options)
+    _backward_kernel[grid](
+        dy, dy if more is None else more, taps, dx, dx.numel() // dx.shape[1],
+        **_sides(dx), **options, ADDED=more is not None,
+    )  # fmt: skip
     return dx
 
 
@@ -170,7 +180,7 @@ def _gradient_like(dy: Tensor, height: int, width: int) -> Tensor:
 
 
 @_max_pool_backward.register_fake
-def _(dy: Tensor, taps: Tensor, height: int, width: int) -> Tensor:
+def _(dy: Tensor, taps: Tensor, height: int, width: int, more: Tensor | None = None) -> Tensor:
     return _gradient_like(dy, height, width)
 
 

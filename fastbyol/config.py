@@ -470,15 +470,6 @@ class Config(Model):
     probe: ProbeConfig = ProbeConfig()
     run: RunConfig = RunConfig()
 
-    @model_validator(mode="after")
-    def _passes_to_overlap(self) -> Self:
-        if self.engine.overlap and self.method.name == "simsiam":
-            raise ValueError(
-                "engine.overlap must be false for method simsiam, whose target has no forward pass "
-                "of its own"
-            )
-        return self
-
 
 class ResolvedOptim(OptimConfig):
     """An optimizer whose learning rate, scaled already, and weight decay are numbers."""

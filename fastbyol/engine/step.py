@@ -168,7 +168,7 @@ class TrainState:
         It is also the same on all of several ``ranks``, and each steps on its share of a batch,
         within ``ranks.current``. Switches TF32 off for the process on CUDA under fp32
         (``process.exact_products``). Raises UsageError for patterns that match no parameter, heads
-        that do not fit together or a horizon that is too long.
+        that do not fit together, a horizon that is too long, and an engine that cannot be had.
         """
         optim, epochs = config.optim, config.schedule.horizon_epochs
         device, dtype = (
@@ -183,6 +183,10 @@ class TrainState:
             raise UsageError(
                 f"engine.heads: {config.engine.heads} needs Triton's kernels (a CUDA device, "
                 f"precision fp32 or bf16), this run has kernels {kernels}: take engine.heads=fp32"
+            )
+        if config.engine.overlap and config.method.name == "simsiam":
+            raise UsageError(
+                "engine.overlap: in method simsiam the target has no forward pass: set it to false"
             )
         if device.type == "cuda" and config.train.precision == "fp32":
             exact_products()

@@ -130,8 +130,9 @@ def test_where_there_is_nothing_to_overlap_it_says_so() -> None:
         capture.choose(asked, torch.device("cpu"))
     with pytest.raises(UsageError, match="this run has 2: set it to false"):
         in_threads(2, lambda ranks: capture.choose(asked, gpu, ranks=ranks, batch_size=4))
-    with pytest.raises(ValueError, match=r"engine\.overlap must be false for method simsiam"):
-        tiny(method__name="simsiam").model_copy(update={"engine": asked})
+    simsiam = tiny(method__name="simsiam").model_copy(update={"engine": asked})
+    with pytest.raises(UsageError, match="has no forward pass: set it to false"):
+        TrainState.create(simsiam, steps_per_epoch=2)
 
 
 @pytest.mark.gpu(only=True)

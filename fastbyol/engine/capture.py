@@ -204,18 +204,12 @@ def _compiled(
     """Compile ``functions`` for ``network``, a key; Dynamo's own guards decide about reuse."""
     # Dynamo keeps at most eight variants (``recompile_limit``) with a code object and tries their
     # guards one after the other. So each network gets a code object, and frees all with it.
-<<<<<<< HEAD
     own = (FunctionType(f.__code__.replace(), f.__globals__, f.__name__) for f in functions)
-    options = None if timed else INDUCTOR_OPTIONS
+    options = None if timed else inductor_options()
     compiled = partial(
         torch.compile, fullgraph=True, dynamic=False, backend=backend, options=options
     )
     return tuple(map(compiled, own))
-=======
-    own = FunctionType(forward.__code__.replace(), forward.__globals__, forward.__name__)
-    options = None if timed else inductor_options()
-    return torch.compile(own, fullgraph=True, dynamic=False, backend=backend, options=options)
->>>>>>> nodes
 
 
 class Eager:

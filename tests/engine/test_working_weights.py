@@ -161,7 +161,8 @@ def test_a_step_on_views_in_blocks_is_the_step_on_pixels(
     if kernels == KERNELS[-1]:
         plain.load_tensors(blocks.tensors())
         views = some_views(1, batch=2, size=8)
-        assert torch.equal(*(train_step(state, views).values for state in states))
+        again = [train_step(state, views).values for state in states]
+        torch.testing.assert_close(*again, rtol=1e-5, atol=1e-6)  # on a GPU sums vary
 
 
 def test_heads_multiply_split_values_of_the_standardized_weights() -> None:

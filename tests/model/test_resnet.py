@@ -151,6 +151,8 @@ def test_images_in_blocks_have_the_same_embeddings_and_gradients(ws: bool) -> No
         results.append((y, *torch.autograd.grad((y * direction).sum(), list(net.parameters()))))
     for got, exact in zip(*results, strict=True):  # float64 through 20 layers
         torch.testing.assert_close(got, exact, rtol=1e-9, atol=1e-11)
+        # All gradients are copied in one launch, if none is laid out otherwise than its weight.
+        assert got.stride() == exact.stride()
     assert net.conv1.weight.shape == (4, 3, 7, 7)
 
 

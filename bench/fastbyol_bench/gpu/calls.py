@@ -40,13 +40,8 @@ PR_SET_PDEATHSIG = 1  # linux/prctl.h
 FASTBYOL = ("pydantic", "safetensors")
 # The files with tests that use the GPU; a test of this module compares them with the marker.
 GPU_TESTS = (
-<<<<<<< HEAD
-    "tests/engine/test_capture.py", "tests/engine/test_working_weights.py",
-    "tests/engine/test_telemetry.py", "tests/engine/test_overlap.py",
-=======
-    "tests/engine/test_addends.py", "tests/engine/test_capture.py",
-    "tests/engine/test_working_weights.py", "tests/engine/test_telemetry.py",
->>>>>>> nodes
+    "tests/engine/test_addends.py", "tests/engine/test_capture.py", "tests/engine/test_overlap.py",
+    "tests/engine/test_telemetry.py", "tests/engine/test_working_weights.py",
     "tests/kernels/test_batch_norm.py", "tests/kernels/test_group_norm.py",
     "tests/kernels/test_lars_ema.py", "tests/kernels/test_max_pool.py",
     "tests/kernels/test_tf32x3.py", "tests/kernels/test_weight_standardization.py",

@@ -20,11 +20,12 @@ def in_blocks(x: Tensor, border: tuple[int, int]) -> Tensor:
     """Return x (N, 3, H, W) with a ``border`` before and after, as channels-last (N, 16, H', W').
 
     A block's channels are its pixels, row by row, each of red, green, blue and a zero. Both sides
-    with their border must be even; H' and W' are half of them. Differentiable.
+    with their border must be even; H' and W' are half of them. Differentiable; the gradient is
+    channels-last.
     """
-    x = F.pad(x, (*border, *border, 0, 1))
-    x = x.unflatten(3, (-1, 2)).unflatten(2, (-1, 2))  # (N, 4, H', 2, W', 2)
-    return x.permute(0, 2, 4, 3, 5, 1).flatten(3).permute(0, 3, 1, 2)
+    x = F.pad(x.permute(0, 2, 3, 1), (0, 1, *border, *border))
+    x = x.unflatten(2, (-1, 2)).unflatten(1, (-1, 2))  # (N, H', 2, W', 2, 4)
+    return x.transpose(2, 3).flatten(3).permute(0, 3, 1, 2)
 
 
 def blocks_shape(size: int) -> tuple[int, int, int]:

@@ -523,7 +523,10 @@ def _finish(
 
 @triton.jit
 def _put_blocks(out, row, pixel, mask, r, g, b, SIZE: tl.constexpr):
-    """Write a tile as halves of blocks: two pixels beside each other are 16 bytes of bf16."""
+    """Write a tile as halves of blocks: two pixels beside each other are 16 bytes of bf16.
+
+    ``pixel`` must be consecutive from an even one, SIZE even, and ``mask`` the same for a pair.
+    """
     side: tl.constexpr = SIZE // 2 + _LINES_BEFORE + _LINES_AFTER
     pairs: tl.constexpr = pixel.shape[0] // 2
     left, _ = tl.split(tl.reshape(pixel, (pairs, 2)))

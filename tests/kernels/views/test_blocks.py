@@ -28,5 +28,5 @@ def test_a_convolution_of_blocks_is_that_of_pixels(size: int) -> None:
         (plain, *torch.autograd.grad(plain, (x, weight), gradient)),
         strict=True,
     )
-    for got, exact in pairs:  # float64 sums of up to 1,568 products of order one
+    for got, exact in pairs:  # float64 sums of up to 2,560 products of order one
         torch.testing.assert_close(got, exact, rtol=1e-12, atol=1e-12)

@@ -65,7 +65,7 @@ def _product_kernel(
         part = tl.dot(left_big, right_small, part, input_precision="tf32")
         part = tl.dot(left_big, right_big, part, input_precision="tf32")
         # Tensor cores round their sums towards zero, so only short ones are theirs (Ootomo and
-        # Yokota, arXiv:2203.03341, section 4.1); the sum over blocks rounds to nearest.
+        # Yokota, arXiv:2203.03341); the sum over blocks rounds to nearest.
         total += part
     if HAS_BIAS:
         total += tl.load(bias + columns, mask=columns < N, other=0.0)[None, :]
@@ -97,7 +97,8 @@ def tile(m: int, n: int) -> tuple[int, int, int]:
 
 
 def _result(a: Tensor, b: Tensor, *, transposed_a: bool, transposed_b: bool) -> Tensor:
-    return a.new_empty(a.shape[1 if transposed_a else 0], b.shape[0 if transposed_b else 1])
+    shape = a.shape[1 if transposed_a else 0], b.shape[0 if transposed_b else 1]
+    return torch.empty(shape, dtype=a.dtype, device=a.device)
 
 
 @torch.library.custom_op("fastbyol::tf32x3_linear", mutates_args=())

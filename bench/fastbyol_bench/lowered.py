@@ -50,6 +50,7 @@ SOURCES = (
     "fastbyol/views.py",
     "fastbyol/engine/step.py",
     "fastbyol/engine/working_weights.py",
+    "fastbyol/engine/addends.py",
     "fastbyol/engine/capture.py",
     "kernels/fastbyol_kernels/*.py",
     "kernels/fastbyol_kernels/**/*.py",

@@ -143,7 +143,7 @@ def _one(state: step.TrainState, views: Callable[[], Tensor]) -> dict[str, float
         for where, attribute, name in (
             (step, "byol_loss", BACKWARD),
             (step, "observe", TELEMETRY),
-            (step, "lars_ema", OPTIMIZER),
+            (step, "scheduled_step", OPTIMIZER),
             (torch.autograd, "backward", BACKWARD),
             (state.online, "forward", ONLINE),
             (state.target, "forward", TARGET),

@@ -30,7 +30,7 @@ EXPECTED = {
         {"fused, Triton"},
     ),
     "loader": (
-        {"streamed", "streamed without FFCV", "resident", "torch's DataLoader over an array"},
+        {"streamed", "streamed without FFCV", "torch's DataLoader over an array"},
         set(),
     ),
     "optimizer": (

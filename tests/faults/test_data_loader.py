@@ -116,7 +116,7 @@ def test_early_breaks_and_exceptions_leave_nothing() -> None:
 
 
 def test_many_loaders_opened_and_dropped() -> None:
-    for cache in ("none", "device"):  # torch starts its threads at the first gather and keeps them
+    for cache in ("none", "device"):  # what torch starts and keeps, it starts at the first batch
         with opened(cache=cache) as batches:
             next(batches.epoch(0))
     before = settled()

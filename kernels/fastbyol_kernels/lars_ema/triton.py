@@ -313,7 +313,7 @@ def _telemetry_kernel(
     RULE: tl.constexpr, OBSERVED: tl.constexpr, OBSERVED_LANES: tl.constexpr,
     LANES: tl.constexpr, PASSES: tl.constexpr, FLAGS: tl.constexpr, FLAG_PASSES: tl.constexpr,
 ):  # fmt: skip
-    """Write a segment's measures per program; one more writes the step's, others save or restore."""
+    """Write a segment's measures per program, then the step's; others save or restore."""
     index = tl.program_id(0)
     if index < num_segments:
         _write_layer(

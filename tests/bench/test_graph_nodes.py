@@ -117,7 +117,7 @@ def test_a_step_copies_gradients_and_statistics_at_once(norm: str) -> None:
     statistics = "fastbyol_kernels.lars_ema.reference.Reversible."
     assert origins[f"{statistics}write"] == {"_foreach_copy_": 2 if norm == "bn" else 1}
     assert origins[f"{statistics}flat"] == {"cat": 1}
-    assert origins[f"{statistics}settle"] == {"where": 1, "copy_": 1}
+    assert origins[f"{statistics}save_or_restore"] == {"where": 1, "copy_": 1}
     assert origins["fastbyol_kernels.lars_ema.scheduled_step"] == {
         "clamp": 1, "index_select": 1,  # the schedule
         "add_": 1,  # of the step's number

@@ -126,7 +126,7 @@ def scheduled_step(
             copy.copy_(like)
     taken = (layers[:, 1] < torch.inf).all()
     if reversible is not None:
-        reversible.settle(taken)
+        reversible.save_or_restore(taken)
     step.add_(1)
     norm = torch.linalg.vector_norm(gradient)
     skipped = torch.logical_not(taken, out=torch.empty_like(norm))

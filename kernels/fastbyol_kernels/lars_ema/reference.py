@@ -161,7 +161,7 @@ class Reversible:
         """Copy the tensors to ``saved``."""
         self.saved.copy_(self.flat())
 
-    def settle(self, taken: Tensor) -> None:
+    def save_or_restore(self, taken: Tensor) -> None:
         """Copy the tensors to ``saved`` if the step is ``taken``, 0-d; write them back if not."""
         self.saved.copy_(torch.where(taken, self.flat(), self.saved))
         self.write(self.saved)

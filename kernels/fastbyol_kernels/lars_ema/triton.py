@@ -1,7 +1,7 @@
 """``lars_ema`` on a GPU in three launches: sums of squares per chunk, the update, the telemetry.
 
 ``scheduled_step`` hides its other work in them: the first reads the schedule, the last writes the
-step's row and settles what a step that is left out must not have changed.
+step's row and undoes what a step that is left out must not have changed.
 """
 
 from __future__ import annotations
@@ -290,7 +290,7 @@ def _write_values(
 
 
 @triton.jit
-def _settle(reversible, saved, blocks, index, go):
+def _save_or_restore(reversible, saved, blocks, index, go):
     """Save a block of the tensors ``reversible``, or write back what was saved, unless ``go``."""
     row = blocks + index * 4
     number = tl.load(row)
@@ -313,7 +313,7 @@ def _telemetry_kernel(
     RULE: tl.constexpr, OBSERVED: tl.constexpr, OBSERVED_LANES: tl.constexpr,
     LANES: tl.constexpr, PASSES: tl.constexpr, FLAGS: tl.constexpr, FLAG_PASSES: tl.constexpr,
 ):  # fmt: skip
-    """Write a segment's measures per program; one more writes the step's, the rest settle."""
+    """Write a segment's measures per program, then the step's; others save or restore."""
     index = tl.program_id(0)
     if index < num_segments:
         _write_layer(
@@ -329,7 +329,7 @@ def _telemetry_kernel(
     if reversible is not None:  # noqa: SIM102
         if index > num_segments:
             go = _all_fine(fine, num_chunks, FLAGS, FLAG_PASSES)
-            _settle(reversible, saved, blocks, index - num_segments - 1, go)
+            _save_or_restore(reversible, saved, blocks, index - num_segments - 1, go)
 
 
 def _added_at_once(num_chunks: int, longest: int) -> dict[str, int]:

@@ -223,7 +223,10 @@ class TrainState:
                     share_statistics(net, share.gather)
         step = torch.zeros((), dtype=torch.int64, device=device)
         recipe = Recipe.of(config, kernels, share)
-        weights = WorkingWeights.of(online, target, arena, recipe.views_dtype, kernels)
+        blocks = kernels == "triton" and recipe.views_layout == "blocks"
+        weights = WorkingWeights.of(
+            online, target, arena, recipe.views_dtype, kernels, blocks=blocks
+        )
         rate_override = RateOverride.of(optim, arena.table)
         queue = unit(keys.to(dtype)).to(device) if num_keys else None
         return TrainState(

@@ -11,15 +11,19 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from math import prod
 
 import torch
 from torch import Tensor, nn
 
 from fastbyol.model.norm import GroupNorm
+from fastbyol.model.resnet import StemConv2d
 from fastbyol.model.standardizing import Linear, Standardizing
 from fastbyol.optim.arena import ALIGN_BYTES, Arena, Segment, padded
 from fastbyol_kernels.group_norm import sum_samples, sum_table
+from fastbyol_kernels.views.blocks import KERNEL_SHAPE, kernel_places
 from fastbyol_kernels.weight_standardization import (
+    Moved,
     RowTable,
     row_table,
     standardize_rows,
@@ -55,23 +59,30 @@ class _Group:
         kernels: str,
         *,
         trained: bool,
+        blocks: bool,
     ) -> _Group:
-        offsets = [0]
-        for segment in segments:
-            offsets.append(padded(offsets[-1] + segment.numel, ALIGN_BYTES // dtype.itemsize))
+        copied, end, moved = list[Segment](), 0, None
+        for index, (layer, segment) in enumerate(zip(layers, segments, strict=True)):
+            part = replace(segment, offset=end)
+            if blocks and isinstance(layer, StemConv2d):
+                shape = (segment.shape[0], *KERNEL_SHAPE)
+                part = replace(part, numel=prod(shape), shape=shape)
+                moved = Moved(index, kernel_places(), prod(KERNEL_SHAPE))
+            copied.append(part)
+            end = padded(end + part.numel, ALIGN_BYTES // dtype.itemsize)
         table = row_table(
             [s.offset for s in segments],
             [s.shape for s in segments],
-            offsets[:-1],
+            [s.offset for s in copied],
             flat_numel=len(flat),
-            copy_numel=offsets[-1],
+            copy_numel=end,
+            moved=moved,
             device=flat.device,
         )
-        copy = flat.new_zeros(offsets[-1], dtype=dtype)
+        copy = flat.new_zeros(end, dtype=dtype)
         gradient = torch.zeros_like(copy) if trained else None
-        moved = [replace(s, offset=offset) for s, offset in zip(segments, offsets, strict=False)]
-        weights = tuple(s.view(copy).detach().requires_grad_(trained) for s in moved)
-        homes = () if gradient is None else tuple(s.view(gradient) for s in moved)
+        weights = tuple(s.view(copy).detach().requires_grad_(trained) for s in copied)
+        homes = () if gradient is None else tuple(s.view(gradient) for s in copied)
         means, stds = flat.new_zeros(2, len(table.rows)).unbind()
         return _Group(
             tuple(layers), weights, homes, flat, copy, gradient, means, stds, table, kernels
@@ -182,12 +193,19 @@ class WorkingWeights:
 
     @staticmethod
     def of(
-        online: nn.Module, target: nn.Module, arena: Arena, dtype: torch.dtype, kernels: str
+        online: nn.Module,
+        target: nn.Module,
+        arena: Arena,
+        dtype: torch.dtype,
+        kernels: str,
+        *,
+        blocks: bool = False,
     ) -> WorkingWeights:
         """Group the layers of both networks in ``arena``; convolutions run in ``dtype``.
 
         Linear layers run in the parameters' dtype: a second launch where the two differ. With
-        kernels "reference" each layer standardizes and rounds its own weight.
+        kernels "reference" each layer standardizes and rounds its own weight. With ``blocks``, on
+        Triton, the stem's standardized weight is written as views in blocks need it.
         """
         groups, rounded = list[_Group](), list[_Rounded]()
         homes = arena.named(arena.gradient)
@@ -199,7 +217,9 @@ class WorkingWeights:
             for (ws, own), (layers, segments) in _kinds(net, arena, flat.dtype, dtype).items():
                 part: _Group | _Rounded
                 if ws:
-                    part = _Group.of(layers, segments, flat, own, kernels, trained=trained)
+                    part = _Group.of(
+                        layers, segments, flat, own, kernels, trained=trained, blocks=blocks
+                    )
                     groups.append(part)
                 elif own != flat.dtype:
                     part = _Rounded.of(layers, segments, flat, arena.gradient, own, trained=trained)

@@ -14,7 +14,7 @@ from fastbyol.errors import check_choice
 from fastbyol.model.convolution import convolve
 from fastbyol.model.norm import make_norm, norm_relu, norm_relu_pool
 from fastbyol.model.standardizing import Standardizing
-from fastbyol_kernels.views.blocks import CHANNELS, KERNEL_BORDER, in_blocks
+from fastbyol_kernels.views.blocks import CHANNELS, IMAGE_BORDER, KERNEL_BORDER, in_blocks
 
 BLOCKS_PER_STAGE = (2, 2, 2, 2)
 STEMS = ("torchvision", "small")  # small is the CIFAR form: 3x3, stride 1, no pooling
@@ -52,16 +52,22 @@ class StemConv2d(Conv2d):
     """The first convolution, 7x7 with stride 2, of images (N, 3, S, S) or the same in blocks.
 
     Views in blocks of 2x2 pixels (``fastbyol_kernels.views.blocks``) have 16 channels, by which
-    they are recognised. The weight is rearranged for them at every forward pass.
+    they are recognised. The weight is rearranged for them at every forward pass, unless that which
+    is ``precomputed`` already is.
     """
 
     def __init__(self, out_channels: int, *, ws: bool) -> None:
         super().__init__(3, out_channels, 7, stride=2, ws=ws)
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.shape[1] != CHANNELS:
+        weight = self.used_weight().to(x.dtype)
+        if CHANNELS not in (x.shape[1], weight.shape[1]):
             return super().forward(x)
-        return convolve(x, in_blocks(self.used_weight().to(x.dtype), KERNEL_BORDER), 1, 0)
+        if x.shape[1] != CHANNELS:
+            x = in_blocks(x, IMAGE_BORDER)
+        if weight.shape[1] != CHANNELS:
+            weight = in_blocks(weight, KERNEL_BORDER)
+        return convolve(x, weight, 1, 0)
 
 
 class BasicBlock(nn.Module):

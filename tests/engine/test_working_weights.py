@@ -134,7 +134,7 @@ def test_a_step_in_kernels_equals_the_step_in_plain_torch(
 
 
 @pytest.mark.parametrize(
-    ("choice", "kernels"), [(("none", False, "sgd"), "triton"), (("gn", True, "blog"), KERNELS[-1])]
+    ("choice", "kernels"), [(("none", True, "sgd"), "triton"), (("gn", True, "blog"), KERNELS[-1])]
 )
 def test_a_step_on_views_in_blocks_is_the_step_on_pixels(
     choice: tuple[str, bool, str], kernels: str, monkeypatch: pytest.MonkeyPatch

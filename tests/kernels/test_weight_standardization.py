@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -11,14 +12,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from fastbyol_kernels.views import blocks
 from fastbyol_kernels.weight_standardization import (
     EPS,
+    Moved,
     RowTable,
     bytes_moved,
     reference,
     row_table,
     standardize_rows,
     standardize_rows_backward,
+    triton,
     weight_standardization,
 )
 
@@ -94,18 +98,25 @@ NETWORK = (
 
 
 def network(
-    shapes: Sequence[Sequence[int]], device: torch.device, *, skip: int = 64, scale: float = 0.05
+    shapes: Sequence[Sequence[int]],
+    device: torch.device,
+    *,
+    skip: int = 64,
+    scale: float = 0.05,
+    moved: Moved | None = None,
 ) -> tuple[Tensor, RowTable]:
     """Return a flat parameter of padded segments with gaps of ``skip`` elements, and its table."""
     offsets, copies, end, copy_end = [], [], 0, 0
-    for shape in shapes:
+    for index, shape in enumerate(shapes):
         numel = -(-torch.Size(shape).numel() // 64) * 64
         offsets.append(end + skip)
         copies.append(copy_end)
-        end, copy_end = end + skip + numel, copy_end + numel
+        end += skip + numel
+        is_moved = moved is not None and index == moved.weight
+        copy_end += shape[0] * moved.pitch if moved is not None and is_moved else numel
     flat = torch.randn(end + 5, generator=torch.Generator().manual_seed(len(shapes))) * scale + 0.01
     return flat.to(device), row_table(
-        offsets, shapes, copies, flat_numel=end + 5, copy_numel=copy_end, device=device
+        offsets, shapes, copies, flat_numel=end + 5, copy_numel=copy_end, moved=moved, device=device
     )
 
 
@@ -305,11 +316,61 @@ def test_no_rows_at_all() -> None:
         assert tensor.isnan().all()
 
 
+@pytest.mark.parametrize("kernels", ["triton", "reference"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_moved_rows_have_the_values_of_rows_that_are_not(
+    dtype: torch.dtype, kernels: str, kernel_device: torch.device
+) -> None:
+    """Bit for bit, in the places of the stem's blocks, beside rows as long and others as short."""
+    shapes = ((2, 264), (2, 3, 7, 7), (3, 3, 7, 7), (9, 30))
+    moved = Moved(2, blocks.kernel_places(), math.prod(blocks.KERNEL_SHAPE))
+    flat, plain = network(shapes, kernel_device)
+    _, table = network(shapes, kernel_device, moved=moved)
+    gradient = upstream(plain, dtype, kernel_device)
+    spread = nans(gradient, table.copy_numel, dtype)
+    places = [
+        torch.arange(length, device=kernel_device)
+        if row not in table.moved
+        else moved.places.to(kernel_device, torch.int64)
+        for row, length in enumerate(table.rows[:, 1].tolist())
+    ]
+    for (_, length, to), (*_, at), place in zip(
+        table.rows.tolist(), plain.rows.tolist(), places, strict=True
+    ):
+        spread[to + place] = gradient[at : at + length]
+    got, expected = both(flat, table, spread, kernels), both(flat, plain, gradient, kernels)
+    torch.testing.assert_close(got[1:], expected[1:], rtol=0, atol=0, equal_nan=True)
+    for (_, length, to), (*_, at), place in zip(
+        table.rows.tolist(), plain.rows.tolist(), places, strict=True
+    ):
+        assert torch.equal(got.copy[to + place], expected.copy[at : at + length])
+    written = sum(math.prod(shape) for shape in shapes)
+    assert int(got.copy.isfinite().sum()) == written  # and nothing between
+
+
+def test_places_are_those_of_the_rearranged_kernel() -> None:
+    kernel = torch.randn(2, 3, 7, 7).to(memory_format=torch.channels_last)
+    moved = blocks.in_blocks(kernel, blocks.KERNEL_BORDER)
+    assert moved.shape[1:] == blocks.KERNEL_SHAPE
+    rows = moved.permute(0, 2, 3, 1).flatten(1)
+    assert torch.equal(rows[:, blocks.kernel_places()], kernel.permute(0, 2, 3, 1).flatten(1))
+    assert int((rows != 0).sum()) == kernel.numel()
+
+
+def test_what_cannot_be_moved_is_refused() -> None:
+    long = Moved(0, torch.arange(264, dtype=torch.int32), 300)
+    with pytest.raises(ValueError, match="moved"):
+        network(((2, 264),), torch.device("cpu"), moved=long)
+    flat, table = network(((2, 30),), torch.device("cpu"), moved=Moved(0, torch.arange(30), 32))
+    with pytest.raises(ValueError, match="moved rows"):
+        both(flat, table, upstream(table, torch.float32, flat.device), "cpu")
+
+
 def test_opcheck(device: torch.device) -> None:
-    flat, table = network(((2, 264), (3, 30)), device)
+    flat, table = network(((2, 264), (3, 30)), device, moved=Moved(1, torch.arange(30) + 2, 40))
     gradient = upstream(table, torch.bfloat16, device)
     copy, out, means, stds = both(flat, table, gradient)
-    ops, rows = torch.ops.fastbyol, (table.rows, table.num_long)
+    ops, rows = torch.ops.fastbyol, triton.arguments(table)
     torch.library.opcheck(ops.standardize_rows, (copy.zero_(), means, stds, flat, *rows))
     torch.library.opcheck(
         ops.standardize_rows_backward, (out.zero_(), gradient, flat, means, stds, *rows)

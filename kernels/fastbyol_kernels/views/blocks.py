@@ -6,6 +6,7 @@ A convolution of 7x7 taps, stride 2 and three channels becomes one of 4x4 blocks
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -14,6 +15,7 @@ CHANNELS = 16
 # which are in the blocks y - 2 to y + 1: two blocks of border before, one after, and a row of zeros
 # before the seven taps.
 IMAGE_BORDER, KERNEL_BORDER = (4, 2), (1, 0)
+KERNEL_SHAPE = (CHANNELS, 4, 4)
 
 
 def in_blocks(x: Tensor, border: tuple[int, int]) -> Tensor:
@@ -32,3 +34,13 @@ def blocks_shape(size: int) -> tuple[int, int, int]:
     """Return the channels, height and width of an image of ``size`` x ``size`` pixels in blocks."""
     side = (sum(IMAGE_BORDER) + size) // 2
     return CHANNELS, side, side
+
+
+def kernel_places() -> Tensor:
+    """Return where ``in_blocks`` moves the elements of a kernel, int32 (147,).
+
+    Both a kernel of 7x7x3 and its blocks, 4x4x16, are counted in channels-last memory.
+    """
+    numbers = torch.arange(1, 148).view(1, 7, 7, 3).permute(0, 3, 1, 2)
+    moved = in_blocks(numbers, KERNEL_BORDER).permute(0, 2, 3, 1).flatten()
+    return moved.argsort()[-numbers.numel() :].to(torch.int32)

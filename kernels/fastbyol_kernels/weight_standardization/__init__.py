@@ -9,6 +9,7 @@ from fastbyol_kernels.dispatch import dispatch
 from fastbyol_kernels.weight_standardization import triton
 from fastbyol_kernels.weight_standardization.reference import (
     EPS,
+    Moved,
     RowTable,
     bytes_moved,
     reference,
@@ -19,6 +20,7 @@ from fastbyol_kernels.weight_standardization.reference import (
 
 __all__ = [
     "EPS",
+    "Moved",
     "RowTable",
     "bytes_moved",
     "reference",
@@ -66,8 +68,8 @@ def standardize_rows(
     ``standardize_rows_backward`` takes the gradient of ``copy`` to ``flat``.
 
     ``kernels``: "triton" and "cpu" need an fp32 ``flat`` and an fp32 or bf16 ``copy``, "reference"
-    (plain torch) accepts any dtypes, "auto" follows flat's device. Raises ValueError, naming the
-    argument, for a tensor that does not fit.
+    (plain torch) accepts any dtypes, "auto" follows flat's device. "cpu" moves no rows. Raises
+    ValueError, naming the argument, for a tensor that does not fit.
     """
     match _choose(kernels, table, flat=flat, copy=copy, means=means, stds=stds):
         case "cpu":
@@ -75,7 +77,7 @@ def standardize_rows(
 
             cpu.standardize_rows(copy, means, stds, flat, table.rows)
         case "triton":
-            triton.standardize_rows(copy, means, stds, flat, table.rows, table.num_long)
+            triton.standardize_rows(copy, means, stds, flat, *triton.arguments(table))
         case _:
             reference_rows(copy, means, stds, flat, table)
 
@@ -102,7 +104,7 @@ def standardize_rows_backward(
             cpu.standardize_rows_backward(out, gradient, flat, means, stds, table.rows)
         case "triton":
             triton.standardize_rows_backward(
-                out, gradient, flat, means, stds, table.rows, table.num_long
+                out, gradient, flat, means, stds, *triton.arguments(table)
             )
         case _:
             reference_rows_backward(out, gradient, flat, table)
@@ -117,6 +119,8 @@ def _choose(kernels: str, table: RowTable, *, flat: Tensor, **beside: Tensor) ->
         "copy": table.copy_numel,
         "gradient": table.copy_numel,
     }
+    if backend == "cpu" and table.moved:
+        raise ValueError("table has moved rows, which the kernels for a cpu do not write")
     device = table.rows.device
     for name, tensor in {"flat": flat, **beside}.items():
         size = sizes.get(name, len(table.rows))

@@ -6,9 +6,10 @@ and the post's: eps = 1e-5 is added to the std, outside the square root.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,13 +35,26 @@ def reference(weight: Tensor) -> Tensor:
     return standardized
 
 
+class Moved(NamedTuple):
+    """The rearranged rows of one weight in the copy, with gaps that are never written.
+
+    Column c is at ``places[c]``, int32 (length,), of a row of ``pitch`` elements. ``weight`` is the
+    weight's index.
+    """
+
+    weight: int
+    places: Tensor
+    pitch: int
+
+
 @dataclass(frozen=True)
 class RowTable:
     """The rows (output channels) of many weights, in a flat parameter and in a flat copy.
 
     ``rows`` (R, 3) int64 are offset in the parameter, length, and offset in the copy. Each of the
     first ``num_long`` rows gets a Triton program. ``weights``, in the same order, are offset,
-    number of rows, length of a row, and offset in the copy.
+    number of rows, length of a row, and offset in the copy. ``places`` are those of the rows from
+    ``moved.start`` to ``moved.stop`` (``Moved``), None if there are none.
     """
 
     rows: Tensor
@@ -48,6 +62,8 @@ class RowTable:
     num_long: int
     flat_numel: int
     copy_numel: int
+    places: Tensor | None
+    moved: range
 
 
 def row_table(
@@ -57,12 +73,14 @@ def row_table(
     *,
     flat_numel: int,
     copy_numel: int,
+    moved: Moved | None = None,
     device: torch.device | str = "cpu",
 ) -> RowTable:
     """Return the table of weights (O, ...) at ``offsets`` that are copied to ``copy_offsets``.
 
-    Rows must be contiguous, in any inner order, such as (O, kh, kw, I) for convolutions. Raises
-    ValueError for rows of fewer than two elements and for weights that overlap or exceed a buffer.
+    Rows must be contiguous, in any inner order, such as (O, kh, kw, I) for convolutions; in the
+    copy those of one short weight may be ``moved``. Raises ValueError for rows of fewer than two
+    elements and for weights that overlap or exceed a buffer.
     """
     if not len(offsets) == len(shapes) == len(copy_offsets):
         raise ValueError(
@@ -84,25 +102,35 @@ def row_table(
         "offsets",
         "flat_numel",
     )
+    pitches = {weight: weight[2] for weight in weights}
+    if moved is not None:
+        pitches[weights[moved.weight]] = moved.pitch
     _check_spans(
-        [(offset, num * length) for _, num, length, offset in weights],
+        [(weight[3], weight[1] * pitch) for weight, pitch in pitches.items()],
         copy_numel,
         "copy_offsets",
         "copy_numel",
     )
+    which = None if moved is None else weights[moved.weight]
     # The longest rows start first.
     weights.sort(key=lambda weight: (not _is_long(*weight), -weight[2]))
-    rows = [
-        (at + i * length, length, to + i * length)
-        for at, num, length, to in weights
-        for i in range(num)
-    ]
+    rows, rows_moved = list[tuple[int, int, int]](), range(0)
+    for weight in weights:
+        at, num, length, to = weight
+        if weight == which:
+            rows_moved = range(len(rows), len(rows) + num)
+        rows += [(at + i * length, length, to + i * pitches[weight]) for i in range(num)]
+    num_long = sum(weight[1] for weight in weights if _is_long(*weight))
+    if rows_moved and rows_moved.start < num_long:
+        raise ValueError(f"moved: only rows of up to {SHORT} elements can be, not {which}")
     return RowTable(
         rows=torch.tensor(rows, dtype=torch.int64, device=device).view(-1, 3),
         weights=tuple(weights),
-        num_long=sum(weight[1] for weight in weights if _is_long(*weight)),
+        num_long=num_long,
         flat_numel=flat_numel,
         copy_numel=copy_numel,
+        places=None if moved is None else moved.places.to(device, torch.int32),
+        moved=rows_moved,
     )
 
 
@@ -126,28 +154,30 @@ def reference_rows(
     copy: Tensor, means: Tensor, stds: Tensor, flat: Tensor, table: RowTable
 ) -> None:
     """Compute ``standardize_rows`` in plain torch, weight by weight."""
-    first = 0
-    for offset, num_rows, length, copy_offset in table.weights:
-        rows = flat.narrow(0, offset, num_rows * length).view(num_rows, length)
-        copy.narrow(0, copy_offset, rows.numel()).copy_(reference(rows).flatten())
-        own = slice(first, first + num_rows)
+    for own, source, target in _indices(table):
+        rows = flat[source]
+        copy[target] = reference(rows).to(copy.dtype)
         stds[own], means[own] = torch.std_mean(rows, 1)
-        first += num_rows
 
 
 def reference_rows_backward(out: Tensor, gradient: Tensor, flat: Tensor, table: RowTable) -> None:
     """Compute ``standardize_rows_backward`` in plain torch, weight by weight."""
-    for offset, num_rows, length, copy_offset in table.weights:
-        rows = (
-            flat.detach()
-            .narrow(0, offset, num_rows * length)
-            .view(num_rows, length)
-            .requires_grad_()
-        )
+    for _, source, target in _indices(table):
+        rows = flat.detach()[source].requires_grad_()
         with torch.enable_grad():
-            copy = reference(rows).to(gradient.dtype).flatten()
-        (own,) = torch.autograd.grad(copy, rows, gradient.narrow(0, copy_offset, len(copy)))
-        out.narrow(0, offset, len(copy)).copy_(own.flatten())
+            copy = reference(rows).to(gradient.dtype)
+        (out[source],) = torch.autograd.grad(copy, rows, gradient[target])
+
+
+def _indices(table: RowTable) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Yield each weight's rows, and the indices (rows, length) of its elements in both buffers."""
+    first = 0
+    for _, num_rows, length, _ in table.weights:
+        own = slice(first, first + num_rows)
+        columns = torch.arange(length, device=table.rows.device)
+        places = columns if table.places is None or first not in table.moved else table.places
+        yield own, table.rows[own, :1] + columns, table.rows[own, 2:] + places
+        first += num_rows
 
 
 def bytes_moved(table: RowTable, copy_bytes: int, *, backward: bool = False) -> int:

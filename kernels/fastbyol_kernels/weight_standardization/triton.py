@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastbyol_kernels.weight_standardization.reference import EPS
+from fastbyol_kernels.weight_standardization.reference import EPS, RowTable
 
 # A step of a long row, which has a program of its own and moves 16 bytes at a time: 16 elements per
 # thread of 4 warps, four 16-byte loads of fp32 in flight. 4,608 elements (3x3 over 512 channels)
@@ -79,9 +79,24 @@ def _short_rows(table, first, num_rows, ROWS: tl.constexpr):
 
 
 @triton.jit
+def _in_copy(rows, columns, places, first_moved, end_moved, length):
+    """Return the places in the copy's rows, (ROWS, COLUMNS), of columns: where ``Moved`` has them.
+
+    ``length`` is that of a moved row.
+    """
+    at = columns[None, :]
+    if places is not None:
+        moved = (rows >= first_moved) & (rows < end_moved)
+        place = tl.load(places + columns, mask=columns < length, other=0)
+        at = tl.where(moved[:, None], place[None, :], at)
+    return at
+
+
+@triton.jit
 def _short_forward(
-    flat, copy, means, stds, table, first, num_rows, eps, ROWS: tl.constexpr, COLUMNS: tl.constexpr
-):
+    flat, copy, means, stds, table, places, first_moved, end_moved, num_places, first, num_rows,
+    eps, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):  # fmt: skip
     """Standardize ROWS rows of any length and alignment in three passes: sum, deviations, copy."""
     rows, mask, offset, length, target = _short_rows(table, first, num_rows, ROWS)
     columns = tl.arange(0, COLUMNS)
@@ -107,17 +122,14 @@ def _short_forward(
         inside = (start + columns)[None, :] < length[:, None]
         value = tl.load(flat + offset[:, None] + (start + columns)[None, :], mask=inside, other=0.0)
         value = (value - mean[:, None]) * scale[:, None]
-        tl.store(
-            copy + target[:, None] + (start + columns)[None, :],
-            value.to(copy.dtype.element_ty),
-            mask=inside,
-        )
+        at = _in_copy(rows, start + columns, places, first_moved, end_moved, num_places)
+        tl.store(copy + target[:, None] + at, value.to(copy.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def _forward_kernel(
-    flat, copy, means, stds, table, num_long, num_rows, eps, BLOCK: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr
+    flat, copy, means, stds, table, places, first_moved, end_moved, num_places, num_long, num_rows,
+    eps, BLOCK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):  # fmt: skip
     """Standardize a long row, or ROWS short ones, per program."""
     program = tl.program_id(0)
@@ -125,7 +137,10 @@ def _forward_kernel(
         _long_forward(flat, copy, means, stds, table, program, eps, BLOCK)
     else:
         first = num_long + (program - num_long) * ROWS
-        _short_forward(flat, copy, means, stds, table, first, num_rows, eps, ROWS, COLUMNS)
+        _short_forward(
+            flat, copy, means, stds, table, places, first_moved, end_moved, num_places, first,
+            num_rows, eps, ROWS, COLUMNS
+        )  # fmt: skip
 
 
 @triton.jit
@@ -163,18 +178,9 @@ def _long_backward(gradient, flat, means, stds, out, table, row, eps, BLOCK: tl.
 
 @triton.jit
 def _short_backward(
-    gradient,
-    flat,
-    means,
-    stds,
-    out,
-    table,
-    first,
-    num_rows,
-    eps,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
+    gradient, flat, means, stds, out, table, places, first_moved, end_moved, num_places, first,
+    num_rows, eps, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):  # fmt: skip
     rows, mask, offset, length, target = _short_rows(table, first, num_rows, ROWS)
     mean = tl.load(means + rows, mask=mask, other=0.0)[:, None]
     std = tl.load(stds + rows, mask=mask, other=1.0)
@@ -185,7 +191,10 @@ def _short_backward(
     for start in range(0, longest, COLUMNS):
         at = (start + columns)[None, :]
         inside = at < length[:, None]
-        upstream = tl.load(gradient + target[:, None] + at, mask=inside, other=0.0).to(tl.float32)
+        there = _in_copy(rows, start + columns, places, first_moved, end_moved, num_places)
+        upstream = tl.load(gradient + target[:, None] + there, mask=inside, other=0.0).to(
+            tl.float32
+        )
         total += upstream
         weighted += upstream * (tl.load(flat + offset[:, None] + at, mask=inside, other=0.0) - mean)
     level = (tl.sum(total, 1) / tl.maximum(length, 1))[:, None]
@@ -194,7 +203,10 @@ def _short_backward(
     for start in range(0, longest, COLUMNS):
         at = (start + columns)[None, :]
         inside = at < length[:, None]
-        upstream = tl.load(gradient + target[:, None] + at, mask=inside, other=0.0).to(tl.float32)
+        there = _in_copy(rows, start + columns, places, first_moved, end_moved, num_places)
+        upstream = tl.load(gradient + target[:, None] + there, mask=inside, other=0.0).to(
+            tl.float32
+        )
         centred = tl.load(flat + offset[:, None] + at, mask=inside, other=0.0) - mean
         tl.store(
             out + offset[:, None] + at, (upstream - level - centred * slope) * scale, mask=inside
@@ -203,8 +215,8 @@ def _short_backward(
 
 @triton.jit
 def _backward_kernel(
-    gradient, flat, means, stds, out, table, num_long, num_rows, eps,
-    BLOCK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    gradient, flat, means, stds, out, table, places, first_moved, end_moved, num_places, num_long,
+    num_rows, eps, BLOCK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Write dw = (g - mean(g) - d sum(g d) / (s std (n - 1))) / s, d = w - mean, s = std + eps."""
     program = tl.program_id(0)
@@ -213,36 +225,40 @@ def _backward_kernel(
     else:
         first = num_long + (program - num_long) * ROWS
         _short_backward(
-            gradient, flat, means, stds, out, table, first, num_rows, eps, ROWS, COLUMNS
-        )
+            gradient, flat, means, stds, out, table, places, first_moved, end_moved, num_places,
+            first, num_rows, eps, ROWS, COLUMNS
+        )  # fmt: skip
 
 
 @torch.library.custom_op("fastbyol::standardize_rows", mutates_args=("copy", "means", "stds"))
 def standardize_rows(
-    copy: Tensor, means: Tensor, stds: Tensor, flat: Tensor, rows: Tensor, num_long: int
-) -> None:
-    """Launch the forward kernel on ``rows`` and ``num_long`` of a ``RowTable``."""
+    copy: Tensor, means: Tensor, stds: Tensor, flat: Tensor, rows: Tensor, places: Tensor | None,
+    first_moved: int, end_moved: int, num_long: int,
+) -> None:  # fmt: skip
+    """Launch the forward kernel on the ``arguments`` of a ``RowTable``."""
     _check_starts(copy=copy, flat=flat)
+    moved = (places, first_moved, end_moved, 0 if places is None else len(places))
     _forward_kernel[_grid(rows, num_long)](
-        flat, copy, means, stds, rows, num_long, len(rows), EPS, **_OPTIONS
+        flat, copy, means, stds, rows, *moved, num_long, len(rows), EPS, **_OPTIONS
     )
 
 
 @torch.library.custom_op("fastbyol::standardize_rows_backward", mutates_args=("out",))
 def standardize_rows_backward(
-    out: Tensor,
-    gradient: Tensor,
-    flat: Tensor,
-    means: Tensor,
-    stds: Tensor,
-    rows: Tensor,
-    num_long: int,
-) -> None:
-    """Launch the backward kernel on ``rows`` and ``num_long`` of a ``RowTable``."""
+    out: Tensor, gradient: Tensor, flat: Tensor, means: Tensor, stds: Tensor, rows: Tensor,
+    places: Tensor | None, first_moved: int, end_moved: int, num_long: int,
+) -> None:  # fmt: skip
+    """Launch the backward kernel on the ``arguments`` of a ``RowTable``."""
     _check_starts(out=out, gradient=gradient, flat=flat)
+    moved = (places, first_moved, end_moved, 0 if places is None else len(places))
     _backward_kernel[_grid(rows, num_long)](
-        gradient, flat, means, stds, out, rows, num_long, len(rows), EPS, **_OPTIONS
+        gradient, flat, means, stds, out, rows, *moved, num_long, len(rows), EPS, **_OPTIONS
     )
+
+
+def arguments(table: RowTable) -> tuple[Tensor, Tensor | None, int, int, int]:
+    """Return the arguments of both operations that describe ``table``."""
+    return table.rows, table.places, table.moved.start, table.moved.stop, table.num_long
 
 
 def _grid(rows: Tensor, num_long: int) -> tuple[int]:

@@ -34,8 +34,8 @@ RUNS = 5
 
 
 # Kinds of kernels by name; the first match counts. Ours are those of kernels/fastbyol_kernels,
-# where group norm and weight standardization share names. Inductor's names tell what they fuse
-# (triton_poi_fused_add_relu_7). cuDNN's and cuBLAS's are those in profiles on sm_80 and sm_90.
+# where norms, pooling and weight standardization share names. Inductor's begin with triton_. cuDNN
+# and cuBLAS have those of profiles on sm_80 and sm_90.
 KINDS = (
     (
         "copies and fills",
@@ -44,13 +44,11 @@ KINDS = (
     ("views", r"^_(draw|crop|contrast|blur)_kernel"),
     ("optimizer and moving average", r"^_(norms|sweep|telemetry)_kernel"),
     (
-        "group norm, weight standardization",
-        r"^_(forward|backward|moments|normalise|gradient|gradient_sums|sum_samples)_kernel",
+        "norms, pooling, weight standardization",
+        r"^_(forward|backward|moments|normalise|pool|gradient|gradient_sums|sum_samples)_kernel",
     ),
     ("convolutions", r"fprop|dgrad|wgrad|conv(?!ert)|cudnn|nchwToNhwc|nhwcToNchw"),
-    ("heads", r"gemm|nvjet|cublas|splitKreduce|gemv"),
-    ("batch norm", r"^triton_\w*(batch_norm|native_norm)"),
-    ("pooling", r"^triton_\w*pool"),
+    ("heads", r"^_product_kernel|gemm|nvjet|cublas|splitKreduce|gemv"),
     ("compiled elementwise", r"^triton_"),
 )
 OTHERS, GAPS = "other kernels", "between kernels"
@@ -90,6 +88,7 @@ class Seams:
 
     def __init__(self) -> None:
         self.seconds = dict.fromkeys(PARTS, 0.0)
+        self.idle = set[str]()
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
@@ -99,9 +98,11 @@ class Seams:
         self.seconds[name] += time.perf_counter() - began
 
     def wrapped(self, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
-        """Return ``call`` with its time added to the part ``name``."""
+        """Return ``call`` with its time added to the part ``name``, ``idle`` until it is called."""
+        self.idle.add(word := f"{call.__module__}.{call.__qualname__}")
 
         def timed(*args: Any, **kwargs: Any) -> Any:
+            self.idle.discard(word)
             with self.part(name):
                 return call(*args, **kwargs)
 
@@ -144,7 +145,7 @@ def _one(state: step.TrainState, views: Callable[[], Tensor]) -> dict[str, float
             (step, "byol_loss", BACKWARD),
             (step, "observe", TELEMETRY),
             (step, "scheduled_step", OPTIMIZER),
-            (torch.autograd, "backward", BACKWARD),
+            (torch.autograd, "grad", BACKWARD),
             (state.online, "forward", ONLINE),
             (state.target, "forward", TARGET),
         ):
@@ -155,6 +156,8 @@ def _one(state: step.TrainState, views: Callable[[], Tensor]) -> dict[str, float
             with seams.part(VIEWS):
                 batch = views()
             step.train_step(state, batch)
+    if seams.idle:
+        raise RuntimeError(f"a step no longer calls {', '.join(sorted(seams.idle))}")
     # The rest is the step's time between the wrapped calls.
     seams.seconds[REST] -= sum(seconds for name, seconds in seams.seconds.items() if name != REST)
     return seams.seconds | {REST: max(0.0, seams.seconds[REST])}

@@ -24,8 +24,8 @@ NAMES = {
     "_blur_kernel": "views",
     "_sweep_kernel": "optimizer and moving average",
     "_norms_kernel": "optimizer and moving average",
-    "_normalise_kernel": "group norm, weight standardization",
-    "_gradient_sums_kernel": "group norm, weight standardization",
+    "_normalise_kernel": "norms, pooling, weight standardization",
+    "_gradient_sums_kernel": "norms, pooling, weight standardization",
     "sm90_xmma_fprop_implicit_gemm_bf16bf16_bf16f32_f32_nhwckrsc_nhwc_"
     "tilesize128x128x64": "convolutions",
     "sm80_xmma_wgrad_implicit_gemm_indexed_bf16bf16_bf16f32_f32_nhwckrsc_nhwc": "convolutions",
@@ -34,9 +34,8 @@ NAMES = {
     "nvjet_hsh_128x64_64x8_1x2_h_bz_TNN": "heads",
     "ampere_sgemm_128x32_tn": "heads",
     "void cublasLt::splitKreduce_kernel<32, 16, int, float>": "heads",
-    "triton_red_fused__native_batch_norm_legit_functional_split_24": "batch norm",
-    "triton_poi_fused_add_native_batch_norm_backward_slice_threshold_backward_50": "batch norm",
-    "triton_poi_fused_max_pool2d_with_indices_1": "pooling",
+    "_pool_kernel": "norms, pooling, weight standardization",
+    "_product_kernel": "heads",
     "triton_poi_fused__to_copy_4": "compiled elementwise",
     "void at::native::reduce_kernel<512, 1, at::native::ReduceOp<float, "
     "at::native::NormTwoOps<float> > >": OTHERS,

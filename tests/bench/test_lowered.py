@@ -40,9 +40,10 @@ def test_the_figures_are_whole_and_add_up() -> None:
     assert kept.bn.gb + kept.bn.ours_gb <= 6.3
     assert kept.gn_ws.gb + kept.gn_ws.ours_gb <= 4.8
     assert kept.gn_ws.nodes <= 200
-    # Neither the sums of residual blocks' gradients nor the schedule have kernels of their own.
-    for recipe in (kept.bn, kept.gn_ws):
-        assert recipe.backward.kinds["pointwise"].launches == 1
+    # Neither the sums of residual blocks' gradients nor the schedule have kernels of their own. With
+    # batch norm the gradient of the stem's weight comes out of its blocks in one.
+    for recipe, pointwise in ((kept.bn, 2), (kept.gn_ws, 1)):
+        assert recipe.backward.kinds["pointwise"].launches == pointwise
         assert recipe.kinds.keys() == {
             "Inductor's kernels", "convolutions", "copies", "matrix products", OURS
         }  # fmt: skip
@@ -80,7 +81,7 @@ def test_the_fingerprint_is_of_what_the_code_does(sources: Path) -> None:
     )
     cpu.write_text("# of a CPU\n")
     assert lowered.fingerprint(sources) == before
-    step.write_text(code.replace("state.step.add_(1)", "state.step.add_(2)"))
+    step.write_text(f"{code}\n\nMORE = 1\n")
     assert lowered.fingerprint(sources) != before
     step.write_text(code)
     assert lowered.fingerprint(sources) == before
@@ -95,7 +96,7 @@ def test_the_fingerprint_is_of_what_the_code_does(sources: Path) -> None:
         (("bn", "forward", "gb"), 99.0, "gb is 99"),
         (("bn", "backward", "ours_gb"), 99.0, "ours_gb is"),
         (("bn", "kinds", "copies"), 9999, "nodes is"),
-        (("gn_ws", "outside", "fastbyol.engine.step.train_step", "cat"), 71, "nodes is"),
+        (("gn_ws", "outside", "fastbyol_kernels.lars_ema.triton", "_sweep_kernel"), 71, "nodes is"),
         (("batch",), 0, "batch"),
         (("more",), 1, "more"),
     ],

@@ -87,8 +87,8 @@ def _in_copy(rows, columns, places, first_moved, end_moved, length):
     at = columns[None, :]
     if places is not None:
         moved = (rows >= first_moved) & (rows < end_moved)
-        place = tl.load(places + columns, mask=columns < length, other=0)
-        at = tl.where(moved[:, None], place[None, :], at)
+        there = tl.load(places + columns, mask=columns < length, other=0)
+        at = tl.where(moved[:, None], there[None, :], at)
     return at
 
 

@@ -40,8 +40,8 @@ def test_the_figures_are_whole_and_add_up() -> None:
     assert kept.bn.gb + kept.bn.ours_gb <= 6.3
     assert kept.gn_ws.gb + kept.gn_ws.ours_gb <= 4.8
     assert kept.gn_ws.nodes <= 200
-    # Neither the sums of residual blocks' gradients nor the schedule have kernels of their own. With
-    # batch norm the gradient of the stem's weight comes out of its blocks in one.
+    # Neither the sums of residual blocks' gradients nor the schedule have kernels of their own.
+    # With batch norm the gradient of the stem's weight comes out of its blocks in one.
     for recipe, pointwise in ((kept.bn, 2), (kept.gn_ws, 1)):
         assert recipe.backward.kinds["pointwise"].launches == pointwise
         assert recipe.kinds.keys() == {

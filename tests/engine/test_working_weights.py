@@ -174,9 +174,9 @@ def test_heads_multiply_split_values_of_the_standardized_weights() -> None:
         asked = asked.model_copy(update={"model": model})
         state = TrainState.create(asked, steps_per_epoch=2, device=DEVICE)
         y = some_views(0, batch=2, size=8).reshape(4, -1)[:, : 8 * model.width]
-        with state.weights.in_use():
+        with state.weights.in_use(len(y)) as leaves:
             q = state.online.predictor(state.online.projector(y))
-        state.weights.differentiate(q.square().sum())
+        state.weights.differentiate(q.square().sum(), leaves)
         results.append((state, q, state.arena.gradient))
     (plain, *expected), (_, *got) = results
     torch.testing.assert_close(got[0], expected[0], rtol=1e-5, atol=1e-6)

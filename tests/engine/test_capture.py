@@ -537,7 +537,7 @@ def test_every_mode_on_a_gpu_takes_cudnns_deterministic_algorithms(
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", False)
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
     gpu = SimpleNamespace(device=torch.device("cuda", 0))
-    state: Any = SimpleNamespace(ranks=Alone(), step=gpu)
+    state: Any = SimpleNamespace(ranks=Alone(), step=gpu, kernels="reference")
     assert capture.engine(state, Config(), capture.Choice(mode, "")).mode == mode
     assert (torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark) == (True, False)
 

@@ -147,7 +147,7 @@ def streamed(path: Path, number: int) -> Delivered:
         with loading.open_loader(
             path, batch_size=1, seed=0, device="cpu", cache="none", workers=1, size=SIZE
         ) as batches:
-            by_id = {int(ids[0]): images[0].numpy() for images, ids in batches.epoch(0)}
+            by_id = {int(batch.ids): batch.images[0].numpy() for batch in batches.epoch(0)}
             labels = batches._decoder.info.labels  # type: ignore[attr-defined]
     finally:
         loading._fits_in_memory = before

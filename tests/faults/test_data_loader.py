@@ -198,8 +198,8 @@ size=16)
 print("begun", flush=True)
 epoch = 0
 while True:
-    for images, ids in batches.epoch(epoch):
-        images.float().mean()
+    for batch in batches.epoch(epoch):
+        batch.images.float().mean()
     epoch += 1
 """
 

@@ -55,8 +55,8 @@ def read(path: Path) -> Delivered:
     """Read by every way, which must agree."""
     images, labels, _ = loader.read_all(path, workers=2, size=SIZE)
     with open_loader(path) as batches:
-        for batch, ids in batches.epoch(0):
-            assert torch.equal(batch, images[ids])
+        for batch in batches.epoch(0):
+            assert torch.equal(batch.images, images[batch.ids])
     return images.numpy(), None if labels is None else labels.tolist()
 
 
@@ -290,8 +290,8 @@ def test_an_error_in_the_decoding_thread_surfaces(ours: Base, tmp_path: Path) ->
 
     def taken() -> Iterator[int]:
         with open_loader(path, 1) as batches:
-            for _, ids in batches.epoch(0):
-                yield int(ids)
+            for batch in batches.epoch(0):
+                yield int(batch.ids)
 
     seen: list[int] = []
     with pytest.raises(FastbyolError, match="sample 9"):

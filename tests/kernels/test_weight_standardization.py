@@ -328,22 +328,19 @@ def test_moved_rows_have_the_values_of_rows_that_are_not(
     _, table = network(shapes, kernel_device, moved=moved)
     gradient = upstream(plain, dtype, kernel_device)
     spread = nans(gradient, table.copy_numel, dtype)
-    places = [
-        torch.arange(length, device=kernel_device)
-        if row not in table.moved
-        else moved.places.to(kernel_device, torch.int64)
-        for row, length in enumerate(table.rows[:, 1].tolist())
-    ]
-    for (_, length, to), (*_, at), place in zip(
-        table.rows.tolist(), plain.rows.tolist(), places, strict=True
+    pairs = []  # of a row's elements in the copy with gaps, and in the one without
+    for row, ((_, length, to), (*_, at)) in enumerate(
+        zip(table.rows.tolist(), plain.rows.tolist(), strict=True)
     ):
-        spread[to + place] = gradient[at : at + length]
+        columns = torch.arange(length, device=kernel_device)
+        places = moved.places.to(columns) if row in table.moved else columns
+        pairs.append((to + places, at + columns))
+    for there, here in pairs:
+        spread[there] = gradient[here]
     got, expected = both(flat, table, spread, kernels), both(flat, plain, gradient, kernels)
     torch.testing.assert_close(got[1:], expected[1:], rtol=0, atol=0, equal_nan=True)
-    for (_, length, to), (*_, at), place in zip(
-        table.rows.tolist(), plain.rows.tolist(), places, strict=True
-    ):
-        assert torch.equal(got.copy[to + place], expected.copy[at : at + length])
+    for there, here in pairs:
+        assert torch.equal(got.copy[there], expected.copy[here])
     written = sum(math.prod(shape) for shape in shapes)
     assert int(got.copy.isfinite().sum()) == written  # and nothing between
 

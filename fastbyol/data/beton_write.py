@@ -17,6 +17,7 @@ import pickle
 import platform
 import re
 import secrets
+import shutil
 import signal
 import subprocess
 import sys
@@ -146,12 +147,12 @@ def write(
     _check_arguments(num_items, mode, quality, workers, page_bytes)
     workers = min(workers or len(os.sched_getaffinity(0)), -(-num_items // CHUNK_ITEMS))
     remove_leftovers(path)
-    temporary = path.with_name(f"{_temporary_prefix(path)}{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    unfinished = temporary(path)
     with contextlib.ExitStack() as stack:
-        stack.callback(temporary.unlink, missing_ok=True)
+        stack.callback(unfinished.unlink, missing_ok=True)
         try:
             with _disk_errors():
-                out = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+                out = os.open(unfinished, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
                 stack.callback(os.close, out)
                 os.lseek(out, _data_start(num_items, labelled, page_bytes), os.SEEK_SET)
                 shared = stack.enter_context(_memory("results"))
@@ -162,11 +163,11 @@ def write(
             with _disk_errors():
                 _finish(out, results, labelled, page_bytes, note or {})
                 os.fsync(out)
-                info = inspect(temporary)
+                info = inspect(unfinished)
         except FastbyolError as error:
             error.args = (f"{path}: not written, {error}",)
             raise
-        _publish(temporary, path, overwrite=overwrite)
+        _publish(unfinished, path, overwrite=overwrite)
     return replace(info, path=path)
 
 
@@ -196,13 +197,21 @@ def check_output(path: Path, *, overwrite: bool) -> None:
         ) from None
 
 
+def temporary(path: Path) -> Path:
+    """Return an unused name beside ``path`` that ``remove_leftovers`` knows."""
+    return path.with_name(f"{_temporary_prefix(path)}{os.getpid()}-{secrets.token_hex(4)}.tmp")
+
+
 def remove_leftovers(path: Path) -> None:
-    """Delete temporary files that killed writers of the same output left on this machine."""
+    """Delete what killed writers of the same output left on this machine."""
     pattern = re.compile(re.escape(_temporary_prefix(path)) + r"(\d+)-[0-9a-f]{8}\.tmp")
     for entry in list(os.scandir(path.parent)):
         match = pattern.fullmatch(entry.name)
         if match and not _alive(int(match[1])):
-            Path(entry.path).unlink(missing_ok=True)
+            if entry.is_dir(follow_symlinks=False):
+                shutil.rmtree(entry.path, ignore_errors=True)
+            else:
+                Path(entry.path).unlink(missing_ok=True)
 
 
 def die_with(parent: int) -> None:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fastbyol.data import beton, beton_write, rgb, sources
+from fastbyol.data import beton, beton_write, rgb, scratch, sources
 from fastbyol.data.beton import MAX_SIDE, MIN_PAGE_BYTES
 from fastbyol.data.beton_write import Mode, Progress
 from fastbyol.data.rgb import Resize
@@ -136,19 +136,67 @@ def convert(
     path = beton_write.followed(Path(out))
     beton_write.check_output(path, overwrite=overwrite)
     made = kind == "textures" or (kind is None and source == "textures")
-    opened = sources.open_source(
-        source, kind=kind, split=split, fold=fold, count=count, size=size, seed=seed, strict=strict
-    )
     resize = _checked_resize(resize, size, made=made)
     _refuse_idle(count, seed, quality, mode, made=made)
-    items = _Items(opened, np.arange(len(opened)), resize, None if made else size)
-    skipped = list(opened.skipped)
+    with scratch.beside(path) as folder:
+        opened = sources.open_source(
+            source,
+            kind=kind,
+            split=split,
+            fold=fold,
+            count=count,
+            size=size,
+            seed=seed,
+            strict=strict,
+            scratch=folder,
+        )
+        return write(
+            opened,
+            path,
+            name=source,
+            size=None if made else size,
+            resize=resize,
+            mode=mode,
+            quality=quality,
+            workers=workers,
+            strict=strict,
+            progress=progress,
+            overwrite=overwrite,
+            options={
+                "size": size,
+                "fold": fold,
+                **({"count": count, "seed": seed} if made else {}),
+            },
+        )
 
-    def write(items: _Items) -> beton.BetonInfo:
+
+def write(
+    source: Source,
+    path: Path,
+    *,
+    name: str,
+    size: int | None = None,
+    resize: Resize = "none",
+    mode: Mode = "raw",
+    quality: int = QUALITY,
+    workers: int = 0,
+    strict: bool = False,
+    progress: Progress | None = None,
+    overwrite: bool = False,
+    options: Mapping[str, int | None] | None = None,
+) -> Report:
+    """Write an open source, called ``name`` in messages, as the beton file ``path``.
+
+    As ``convert`` does it; ``options`` are noted in the manifest.
+    """
+    items = _Items(source, np.arange(len(source)), resize, size)
+    skipped = list(source.skipped)
+
+    def written(items: _Items) -> beton.BetonInfo:
         return beton_write.write(
             path,
             items,
-            labelled=opened.labelled,
+            labelled=source.labelled,
             mode=mode,
             quality=quality,
             workers=workers,
@@ -156,36 +204,30 @@ def convert(
             overwrite=overwrite,
             page_bytes=_page_bytes(path, items, mode),
             stop_at_unreadable=strict,
-            note=_note(
-                source,
-                opened,
-                size=size,
-                fold=fold,
-                **({"count": count, "seed": seed} if made else {}),
-            ),
+            note=_note(name, source, **(options or {})),
         )
 
     try:
-        info = write(items)
+        info = written(items)
     except beton_write.UnreadableItemsError as error:
         damaged = [(items.name(index), reason) for index, reason in error.items]
         if strict:
-            name, reason = damaged[0]
+            first, reason = damaged[0]
             raise UsageError(
-                f"{source}: {name}: {reason}; correct or remove it, or leave out --strict"
+                f"{name}: {first}: {reason}; correct or remove it, or leave out --strict"
             ) from None
         skipped += damaged
-        info = write(_without(source, items, error.items))
+        info = written(_without(name, items, error.items))
     return Report(
         path=path,
-        kind=opened.kind,
-        split=opened.split,
+        kind=source.kind,
+        split=source.split,
         num_written=info.num_samples,
         skipped=tuple(sorted(skipped)),
-        ignored=opened.ignored,
-        notes=opened.notes,
-        labelled=opened.labelled,
-        class_names=opened.class_names,
+        ignored=source.ignored,
+        notes=source.notes,
+        labelled=source.labelled,
+        class_names=source.class_names,
         image_size=info.uniform_size,
         num_bytes=info.num_bytes,
     )

@@ -15,10 +15,11 @@ from pathlib import Path
 import numpy as np
 
 from fastbyol.data import rgb, splits
+from fastbyol.data.beton_write import UnreadableItemError
 from fastbyol.data.folder_walk import HIDDEN, Listing
+from fastbyol.data.pictures import Pictures
 from fastbyol.data.source_arrays import Images, Source, listed
 from fastbyol.errors import UsageError
-from fastbyol.files import open_regular
 
 # A single folder of one of these names is no class.
 _CONTAINERS = frozenset(
@@ -83,7 +84,9 @@ class _Tree:
 _EMPTY = _Tree((), {})
 
 
-def lay_out(path: Path, listing: Listing, *, kind: str | None, split: str | None) -> Source:
+def lay_out(
+    path: Path, listing: Listing, pictures: Pictures, *, kind: str | None, split: str | None
+) -> Source:
     """Return the pictures of ``listing``, the content of ``path``, and their labels, all unread.
 
     ``kind`` None chooses classes or folder by the layout. Raises UsageError if there are no
@@ -103,7 +106,7 @@ def lay_out(path: Path, listing: Listing, *, kind: str | None, split: str | None
         inside = _join(inside, _within(tree.at(inside), kind, in_split=bool(chosen)))
     here = tree.at(inside)
     annotated = cache(
-        lambda folder: _annotated(path, folder, tree.at(folder), listing)
+        lambda folder: _annotated(path, folder, tree.at(folder), listing, pictures)
     )  # read once
     names = (
         {name for part in parts for name in _classes(_join(start, part), tree, annotated, None)}
@@ -146,7 +149,7 @@ def lay_out(path: Path, listing: Listing, *, kind: str | None, split: str | None
         labels=np.array([numbers[of] for _, of in labelled], np.int64) if class_names else None,
         num_images=len(files),
         num_bytes=0,
-        image=partial(picture, path, files),
+        image=partial(picture, pictures, files),
         names=files,
         skipped=(*skipped, *unlabelled),
         ignored=(*(row for row in ignored if row[0] != file), *beside),
@@ -154,9 +157,13 @@ def lay_out(path: Path, listing: Listing, *, kind: str | None, split: str | None
     )
 
 
-def picture(root: Path, files: Sequence[str], index: int) -> Images:
-    """Read picture ``index`` of ``files``."""
-    return rgb.read(root / files[index])
+def picture(pictures: Pictures, files: Sequence[str], index: int) -> Images:
+    """Read picture ``index`` of ``files``. Raises UnreadableItemError."""
+    try:
+        with pictures.open(files[index]) as file:
+            return rgb.read(file)
+    except OSError as error:
+        raise UnreadableItemError(error.strerror or str(error)) from None
 
 
 def _labelled(
@@ -317,7 +324,7 @@ def _classes(
 
 
 def _annotated(
-    path: Path, folder: str, tree: _Tree, listing: Listing
+    path: Path, folder: str, tree: _Tree, listing: Listing, pictures: Pictures
 ) -> tuple[str, dict[str, str]] | None:
     """Read the annotations file in ``folder``: its name, and classes by picture, or None."""
     names = [
@@ -328,7 +335,7 @@ def _annotated(
     file = next((name for name in names if name.lower().endswith(_ANNOTATIONS)), None)
     if file is None:
         return None
-    with open_regular(path / file) as opened:
+    with pictures.open(file) as opened:
         text = opened.read(_MAX_ANNOTATION_BYTES).decode("utf-8-sig", "replace")
     rows = [line.split("\t") for line in text.splitlines()]
     pairs = {(row[0], row[1].strip()) for row in rows if len(row) >= 2 and row[1].strip()}

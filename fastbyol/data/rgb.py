@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
 from typing import BinaryIO, Literal, TypeVar
@@ -61,14 +62,14 @@ def suffixes() -> frozenset[str]:
     }
 
 
-def probe(path: Path) -> tuple[int, int]:
+def probe(picture: Path | BinaryIO) -> tuple[int, int]:
     """Return (height, width) in pixels by the file's head. Raises UnreadableItemError."""
-    return _read(path, lambda image: (image.height, image.width))
+    return _read(picture, lambda image: (image.height, image.width))
 
 
-def read(path: Path) -> NDArray[np.uint8]:
+def read(picture: Path | BinaryIO) -> NDArray[np.uint8]:
     """Return a picture as (H, W, 3). Raises UnreadableItemError if it is damaged or too large."""
-    return _read(path, lambda image: np.asarray(_decoded(image)))
+    return _read(picture, lambda image: np.asarray(_decoded(image)))
 
 
 def resized(image: NDArray[np.uint8], resize: Resize, size: int | None) -> NDArray[np.uint8]:
@@ -109,11 +110,12 @@ def _formats() -> tuple[str, ...]:
     return (*_COMMON, *others)
 
 
-def _read(path: Path, convert: Callable[[ImageFile.ImageFile], T]) -> T:
+def _read(picture: Path | BinaryIO, convert: Callable[[ImageFile.ImageFile], T]) -> T:
     """Return ``convert`` of the picture, or of the picture without metadata if that fails."""
     reason = ""
     try:
-        with warnings.catch_warnings(), open_regular(path) as file:
+        opened = open_regular(picture) if isinstance(picture, Path) else nullcontext(picture)
+        with warnings.catch_warnings(), opened as file:
             # Pillow warns of what it repairs, and of sizes below our own limit.
             warnings.simplefilter("ignore")
             for attempt in _attempts(file):

@@ -12,6 +12,7 @@ from fastbyol.data import rgb
 from fastbyol.data.beton_write import UnreadableItemError
 from fastbyol.data.folder_layout import lay_out, picture
 from fastbyol.data.folder_walk import walk
+from fastbyol.data.pictures import Folder, Pictures
 from fastbyol.data.source_arrays import Source
 from fastbyol.errors import UsageError
 
@@ -19,20 +20,27 @@ from fastbyol.errors import UsageError
 def open_folder(
     path: Path, *, kind: str | None, split: str | None, strict: bool, **others: object
 ) -> Source:
-    """Open the pictures below ``path`` as ``classes``, ``folder`` (no labels) or None (either).
+    """Open the pictures below ``path``, as ``readable`` does."""
+    source = lay_out(path, walk(path), Folder(path), kind=kind, split=split)
+    return readable(path, source, Folder(path), strict=strict)
 
-    Reads every file's head, so that what is no picture is left out before decoding. Raises
-    UsageError if no picture can be read, or with ``strict`` if one cannot, and as ``lay_out``
-    raises it.
+
+def readable(path: Path, source: Source, pictures: Pictures, *, strict: bool) -> Source:
+    """Return ``source``, laid out from ``path``, with the sizes of its ``pictures``.
+
+    Reads every picture's head, so that what is none is left out before decoding. Raises UsageError
+    if no picture can be read, or with ``strict`` if one cannot.
     """
-    source = lay_out(path, walk(path), kind=kind, split=split)
     sizes, skipped = np.zeros(len(source), np.int64), list(source.skipped)
     for k, name in enumerate(source.names):
         try:
-            height, width = rgb.probe(path / name)
+            with pictures.open(name) as file:
+                height, width = rgb.probe(file)
             sizes[k] = 3 * height * width
         except UnreadableItemError as error:
             skipped.append((name, str(error)))
+        except OSError as error:
+            skipped.append((name, error.strerror or str(error)))
     if strict and skipped:
         raise UsageError(
             f"{path / skipped[0][0]}: {skipped[0][1]}; correct or remove it, or leave out --strict"
@@ -50,7 +58,7 @@ def open_folder(
         labels=None if source.labels is None else source.labels[keep],
         num_images=len(files),
         num_bytes=sizes[keep],
-        image=partial(picture, path, files),
+        image=partial(picture, pictures, files),
         names=files,
         skipped=tuple(skipped),
     )

@@ -24,6 +24,7 @@ from fastbyol.data import (
     source_textures,
     splits,
 )
+from fastbyol.data.scratch import Scratch
 from fastbyol.data.source_arrays import Source
 from fastbyol.errors import UsageError, check_choice
 from fastbyol.files import cache_folder, refuse_special
@@ -93,12 +94,14 @@ def open_source(
     size: int | None = None,
     seed: int = 0,
     strict: bool = False,
+    scratch: Scratch | None = None,
 ) -> Source:
     """Open a path, or one of ``MADE``, as ``kind`` or as the kind that ``detect`` returns.
 
     ``split`` defaults to train where there are splits; ``fold`` (0 to 9) is one of STL-10's parts
     of train. ``count``, ``size`` (default 32) and ``seed`` are for ``textures``; ``strict`` makes
-    the first unreadable picture an error. A UsageError says what was expected at the path.
+    the first unreadable picture an error. ``scratch``, which the caller keeps until the images are
+    read, holds what has to be unpacked. A UsageError says what was expected at the path.
     """
     if not source:
         raise UsageError("no source given: name a folder or a file; for the working folder, '.'")
@@ -131,6 +134,7 @@ def open_source(
             size=size,
             seed=seed,
             strict=strict,
+            scratch=scratch,
         )
         return (
             _with_rest(opened, path, chosen=chosen)

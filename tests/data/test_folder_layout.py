@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from fastbyol.data import splits
 from fastbyol.data.folder_layout import lay_out
 from fastbyol.data.folder_walk import Listing, walk
+from fastbyol.data.pictures import Folder
 from fastbyol.data.source_arrays import Source
 from fastbyol.errors import UsageError
 
@@ -22,7 +23,7 @@ def put(root: Path, *names: str) -> None:
 
 
 def laid(root: Path, kind: str | None = None, split: str | None = None) -> Source:
-    return lay_out(root, walk(root), kind=kind, split=split)
+    return lay_out(root, walk(root), Folder(root), kind=kind, split=split)
 
 
 def classes(layout: Source) -> dict[str, str]:
@@ -343,7 +344,9 @@ def test_any_layout_is_refused_in_a_line_or_every_picture_has_a_place(
 ) -> None:
     pictures = sorted("/".join(name) for name in names if name[-1][-3:] in ("png", "jpg"))
     try:
-        layout = lay_out(Path("x"), Listing(pictures=pictures), kind=kind, split=None)
+        layout = lay_out(
+            Path("x"), Listing(pictures=pictures), Folder(Path("x")), kind=kind, split=None
+        )
     except UsageError as error:
         message = str(error)
         assert "\n" not in message

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import copy
 import io
+import shutil
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +20,7 @@ from torch.autograd import forward_ad
 from torch.func import functional_call, grad, jvp, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
 
+import fastbyol_kernels
 from fastbyol_kernels import (
     batch_norm,
     dispatch,
@@ -350,3 +355,38 @@ def test_a_word_that_is_none_of_the_kernels_is_refused(op: Op, word: Any) -> Non
     op.kernels = word
     with pytest.raises(ValueError, match="kernels must be one of auto, triton, cpu, reference"):
         op(images())
+
+
+KEY = """
+import fastbyol_kernels, torch
+from torch._inductor.codecache import FxGraphHashDetails
+print(torch.compiler.config.cache_key_tag)
+print(FxGraphHashDetails(None, [], {}, []).cache_key_tag)
+"""
+
+
+def _keys(package: Path) -> tuple[str, ...]:
+    """Return the tag, and the part that Inductor puts into its keys, in a new process."""
+    done = subprocess.run(
+        [sys.executable, "-c", KEY],
+        env={"PYTHONPATH": str(package), "TORCH_COMPILE_CACHE_KEY_TAG": "mine-", "PATH": ""},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return tuple(done.stdout.split())
+
+
+@pytest.mark.slow
+def test_another_source_has_another_key(tmp_path: Path) -> None:
+    """Inductor does not ask what shapes an operation returns: its sources must be in the key."""
+    source = Path(fastbyol_kernels.__file__).parent
+    same, other = (tmp_path / name for name in ("same", "other"))
+    for folder in (same, other):
+        shutil.copytree(source, folder / source.name)
+    with (other / source.name / "group_norm" / "triton.py").open("a") as file:
+        file.write("\n")
+    key, unchanged, changed = _keys(source.parent), _keys(same), _keys(other)
+    assert key[0].startswith("mine-fastbyol-")
+    assert key[0] == key[1]
+    assert key == unchanged != changed

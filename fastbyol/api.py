@@ -310,8 +310,9 @@ def evaluate(
 
     Args:
         protocol: blog, linear or knn.
-        train_data: file to fit on, used whole; default: the run's own images. ``blog`` ignores it.
-        test_data: file to score on, used whole; default: the run's own.
+        train_data: images to fit on, used whole, a beton or what ``convert`` reads; default: the
+            run's own. ``blog`` ignores it.
+        test_data: images to score on, used whole; default: the run's own.
         weights: as in ``load_encoder``.
         device: auto, cpu, cuda or cuda:N.
         image_field: field of both files; default: the run's.
@@ -328,7 +329,10 @@ def evaluate(
     decoder = (
         decoding.choose(data.decoder) if pinned is None else decoding.choose_again(pinned.decoder)
     )
-    test_file = Path(test_data) if test_data else embedded.held_out_file(data)
+    if test_data is not None:
+        test_file: Path | None = embedded.file_of(str(test_data), "test", data)
+    else:
+        test_file = embedded.held_out_file(data)
     if test_file is None:
         raise UsageError(f"{run}: the run has no test data: name a labelled beton with --test-data")
 
@@ -358,10 +362,13 @@ def evaluate(
     test = read("test", test_file, data.test_limit, named=test_data is not None, labels="needed")
     train = None
     if protocol != "blog":  # which is fitted within the test set
-        train_file = Path(train_data) if train_data else embedded.training_file(data)
-        train = read(
-            "train", train_file, data.limit, named=train_data is not None, labels="optional"
+        of_run = train_data is None
+        train_file = (
+            embedded.training_file(data)
+            if of_run
+            else embedded.file_of(str(train_data), "train", data)
         )
+        train = read("train", train_file, data.limit, named=not of_run, labels="optional")
     result = protocols.evaluate(
         protocol, encoder.to(target), test=test, train=train, views=config.views, device=target
     )

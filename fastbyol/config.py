@@ -55,15 +55,28 @@ class Model(BaseModel):
 class DataConfig(Model):
     """The images and how they reach the device."""
 
-    train: Annotated[str, Option("--data", "FILE")] = Field(
+    train: Annotated[str, Option("--data", "DATA")] = Field(
         "textures",
         min_length=1,
-        description="Beton file to train on, or a built-in set: textures, fashion-mnist.",
+        description="What to train on: a beton, anything that `fastbyol convert` reads, or a "
+        "built-in set: textures, fashion-mnist.",
     )
-    test: Annotated[str | None, Option("--test-data", "FILE")] = Field(
+    test: Annotated[str | None, Option("--test-data", "DATA")] = Field(
         None,
         min_length=1,
-        description="Labelled file for the probe. Default: the held-out part of a built-in set.",
+        description="Labelled images for the probe, of the same kinds. Default: those that DATA "
+        "has besides its training images, if any.",
+    )
+    split: Annotated[str | None, Option("--split")] = Field(
+        None,
+        min_length=1,
+        description="Part of a folder, archive or the like to train on. Default: train, if it has "
+        "parts.",
+    )
+    test_split: Annotated[str | None, Option("--test-split")] = Field(
+        None,
+        min_length=1,
+        description="Part for the probe. Default: test or else val, if there are parts.",
     )
     image_field: Annotated[str | None, Option("--image-field", "NAME")] = Field(
         None,
@@ -110,7 +123,7 @@ class DataConfig(Model):
         None,
         ge=8,
         le=4096,
-        description="Side in pixels to decode images of mixed sizes to. Default: views.size.",
+        description="Side in pixels to bring images of mixed sizes to. Default: views.size.",
     )
 
 
@@ -499,7 +512,7 @@ def derived(config: Config) -> dict[str, object]:
     """Return the values that depend on others, by dotted key.
 
     They are the lr and weight decay of the chosen optimizer, scaled by the batch size if asked for,
-    the schedules' horizon and the size of the textures.
+    the schedules' horizon and the sizes of textures and of images of mixed sizes.
     """
     optim, lr, decay = config.optim, config.optim.lr, config.optim.weight_decay
     if lr is None:
@@ -514,13 +527,14 @@ def derived(config: Config) -> dict[str, object]:
         "optim.lr_scaling": "none",
         "schedule.horizon_epochs": config.schedule.horizon_epochs or config.train.epochs,
         "data.textures_size": config.data.textures_size or max(16, config.views.size),
+        "data.size": config.data.size or config.views.size,
     }
 
 
 def resolve(config: Config) -> Resolved:
     """Return ``config`` with its ``derived`` values; a resolved one stays equal.
 
-    A copy with other ``data`` has to be resolved again: it may lack the size of the textures.
+    A copy with other ``data`` has to be resolved again: it may lack sizes.
     """
     values = config.model_dump()
     for key, value in derived(config).items():

@@ -504,6 +504,7 @@ def _derivation(key: str, config: Config, origin: Mapping[str, str]) -> str:
         "optim.lr_scaling": "applied to optim.lr",
         "schedule.horizon_epochs": "train.epochs",
         "data.textures_size": "views.size",
+        "data.size": "views.size",
     }[key]
 
 

@@ -15,7 +15,7 @@ import math
 import os
 import select
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -53,6 +53,35 @@ def say(*lines: str, err: bool = False) -> None:
     print(*map(printable, lines), sep="\n", file=sys.stderr if err else sys.stdout)
 
 
+@contextmanager
+def bar(shown: Console, what: str) -> Iterator[Callable[[int, int], None]]:
+    """Show a bar while the body runs; yield what moves it, by (done, total). Logs have none."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+    from rich.progress import TimeRemainingColumn as Left
+
+    columns = (TextColumn(what, markup=False), BarColumn(), MofNCompleteColumn(), Left())
+    with Progress(*columns, console=shown, transient=True, disable=not is_live(shown)) as drawn:
+        task = drawn.add_task("", total=None)
+        yield lambda done, total: drawn.update(task, completed=done, total=total)
+
+
+@contextmanager
+def announced(what: str) -> Iterator[tuple[Callable[[int, int], None], Callable[[str], None]]]:
+    """Show on standard error what a command does before its own work; show nothing in a library.
+
+    Yield what moves the bar that a terminal has, and what prints the line at the end. A log has
+    ``what`` as a line at the beginning.
+    """
+    if not _Guard.depth:
+        yield (lambda *_: None), (lambda _: None)
+        return
+    shown = console(err=True)
+    if not is_live(shown):
+        say(what, err=True)
+    with bar(shown, what) as progress:
+        yield progress, lambda line: shown.print(line, markup=False, soft_wrap=True)
+
+
 def print_json(value: Any) -> None:
     """Print ``value`` as JSON in ASCII on standard output.
 
@@ -67,6 +96,12 @@ def _finite(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _finite(item) for key, item in value.items()}
     return [_finite(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+class _Guard:
+    """The number of commands that run in this process, with their output guarded."""
+
+    depth = 0
 
 
 class Failures(dict[str, OSError]):
@@ -142,9 +177,11 @@ def guarded() -> Iterator[Failures]:
         sys.stdout = _stream(1, "standard output", failures, sys.stdout)
     if sys.stderr is sys.__stderr__:
         sys.stderr = _stream(2, "standard error", failures, sys.stderr)
+    _Guard.depth += 1
     try:
         yield failures
     finally:
+        _Guard.depth -= 1
         sys.stdout.flush()
         sys.stderr.flush()
         sys.stdout, sys.stderr = before

@@ -143,7 +143,8 @@ def test_what_resolving_leaves_open_is_in_no_preset() -> None:
     fields = {"data.image_field", "data.label_field"}
     assert open_keys == fields | {
         "data.test",
-        "data.size",
+        "data.split",
+        "data.test_split",
         "train.init_from",
         "optim.rate_cap",
         "optim.replay_rates",

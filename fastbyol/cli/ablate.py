@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -176,9 +177,10 @@ def run(
     folder = _folder(out, scale).resolve()
     chosen = plan.chosen(targets or (), scale, everything=everything)
     files = _data_files(scale, folder, data, test_data, stl10, console)
-    num_images = image_files.check(files)
-    what: dict[str, Any] = {"seeds": seeds, "sets": sets or (), "num_images": num_images}
-    runs = plan.make(chosen, scale, folder, flags=image_files.flags(files, launch.device), **what)
+    flags = image_files.flags(files, launch.device)
+    make = partial(plan.make, chosen, scale, folder, seeds=seeds, sets=sets or (), flags=flags)
+    num_images = image_files.check(files, make()[0].config.data)
+    runs = make(num_images=num_images)
     asked = {"targets": targets or [], "all": everything, "seeds": seeds, "set": sets or []}
     share = _say_what_data(runs[0].config, num_images, launch, console)
     asked |= {"data": files, "image_share": share, "launch": asdict(launch)}

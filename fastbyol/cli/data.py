@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
-from rich.console import Console
 from rich.table import Column, Table
 
 from fastbyol.cli.options import BetonPath, ConfigFile, ImageField, Json, LabelField, Sets
 from fastbyol.cli.train import load
+from fastbyol.output import bar, print_json, say
 from fastbyol.output import console as make_console
-from fastbyol.output import is_live, print_json, say
 
 app = typer.Typer(help="Look into a beton file.", no_args_is_help=True)
 
@@ -54,17 +52,6 @@ Strict = Annotated[bool, typer.Option("--strict", help="Stop at the first unread
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace OUT where it exists.")]
 
 
-def _progress(console: Console, what: str) -> tuple[Any, Callable[[int, int], None]]:
-    """Return a bar and the function that moves it. In a log nothing is drawn."""
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-    from rich.progress import Progress as Bar
-
-    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    bar = Bar(*columns, console=console, disable=not is_live(console))
-    task = bar.add_task(what, total=None)
-    return bar, lambda done, total: bar.update(task, completed=done, total=total)
-
-
 def convert(
     source: Source,
     out: Annotated[Path, typer.Argument(help="The beton file to write.")],
@@ -91,8 +78,7 @@ def convert(
         | {"workers": workers, "strict": strict, "overwrite": overwrite}
     )
     console = make_console(err=as_json)
-    bar, progress = _progress(console, "converting")
-    with bar:
+    with bar(console, "converting") as progress:
         report = run(source, out, progress=progress, **options)
     for line in report.in_words():
         console.print(line, markup=False, soft_wrap=True)
@@ -118,8 +104,7 @@ def verify(
     """Prove that a beton file is whole: its structure, and the checksums that convert wrote."""
     from fastbyol.data.verify import verify as examine
 
-    bar, progress = _progress(make_console(err=as_json), "verifying")
-    with bar:
+    with bar(make_console(err=as_json), "verifying") as progress:
         verdict = examine(
             file, deep=deep, image_field=image_field, label_field=label_field, progress=progress
         )

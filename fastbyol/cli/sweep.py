@@ -157,7 +157,7 @@ def _check_images(grid: Grid) -> None:
     """Raise UsageError for image files that the runs of ``grid`` cannot use."""
     for config in grid.data:
         files = {"data.train": config.train, "data.test": config.test}
-        image_files.check({key: name for key, name in files.items() if name})
+        image_files.check({key: name for key, name in files.items() if name}, config)
 
 
 def _train(grid: Grid, folder: Path, launch: Launch, console: Console) -> Outcome:

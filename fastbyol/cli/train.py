@@ -63,6 +63,7 @@ def train(
 
     console = training_console(as_json)
     loaded = load(preset, config, sets or (), config_flags(values))
+    _prepare(loaded.config)
     _start_processes(loaded.config, out, gpus, processes, nnodes, rdzv_endpoint)
     for line in (_data_in_words(loaded), *loaded.notes):
         console.print(line, markup=False, soft_wrap=True)
@@ -115,6 +116,14 @@ def _start_processes(
         out = default_run_path(config)
         arguments += ["--out", str(out)]
     raise typer.Exit(launch.start(started, arguments, out))
+
+
+def _prepare(config: Resolved) -> None:
+    """Convert images that are no beton, before a screen is drawn and other processes begin."""
+    from fastbyol.data import embedded
+
+    if worker() is None:
+        embedded.prepare(config.data)
 
 
 def load(
@@ -224,11 +233,13 @@ def resume(
 ) -> None:
     """Go on with a run that was stopped, bit for bit."""
     from fastbyol import api
+    from fastbyol.runs import inputs
     from fastbyol.runs.folder import CONFIG
 
     console = training_console(as_json)
     if worker() is None and (run / CONFIG).is_file():
         config = config_io.read_run(run / CONFIG)
+        _prepare(inputs.moved(config, data, test_data))
         _start_processes(config, run, gpus, processes, nnodes, rdzv_endpoint, ranks)
     summary = watch(
         console,

@@ -203,9 +203,13 @@ def temporary(path: Path) -> Path:
 
 
 def remove_leftovers(path: Path) -> None:
-    """Delete what killed writers of the same output left on this machine."""
-    pattern = re.compile(re.escape(_temporary_prefix(path)) + r"(\d+)-[0-9a-f]{8}\.tmp")
-    for entry in list(os.scandir(path.parent)):
+    """Delete what killed writers of the output, or of any in a folder, left on this machine."""
+    is_folder = path.is_dir()
+    begins = (
+        rf"\..*\.{re.escape(platform.node())}-" if is_folder else re.escape(_temporary_prefix(path))
+    )
+    pattern = re.compile(begins + r"(\d+)-[0-9a-f]{8}\.tmp", re.DOTALL)
+    for entry in list(os.scandir(path if is_folder else path.parent)):
         match = pattern.fullmatch(entry.name)
         if match and not _alive(int(match[1])):
             if entry.is_dir(follow_symlinks=False):

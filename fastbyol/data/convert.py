@@ -56,6 +56,10 @@ class Report:
         for kind, names in self.ignored_by_kind().items():
             more = f" and {len(names) - SHOWN_NAMES} more" if len(names) > SHOWN_NAMES else ""
             yield f"ignored {kind}: {', '.join(names[:SHOWN_NAMES])}{more}"
+        yield f"{self.path}: {self.summary()}"
+
+    def summary(self) -> str:
+        """Return the numbers of images, classes, and what was left out."""
         images = "1 image" if self.num_written == 1 else f"{self.num_written} images"
         classes = "1 class" if len(self.class_names) == 1 else f"{len(self.class_names)} classes"
         left_out = [
@@ -63,10 +67,7 @@ class Report:
             for what, rows in (("skipped", self.skipped), ("ignored", self.ignored))
             if rows
         ]
-        yield (
-            f"{self.path}: "
-            f"{', '.join((images, classes if self.labelled else 'no labels', *left_out))}"
-        )
+        return ", ".join((images, classes if self.labelled else "no labels", *left_out))
 
     def ignored_by_kind(self) -> dict[str, list[str]]:
         """Return the ignored names by kind, the commonest kind first."""
@@ -242,6 +243,7 @@ def _note(source: str, opened: Source, **options: int | None) -> dict[str, objec
         "source": source,
         "kind": opened.kind,
         "split": opened.split,
+        "splits": list(opened.splits) or None,
         "class_names": names,
         **options,
     }

@@ -154,6 +154,7 @@ def lay_out(
         skipped=(*skipped, *unlabelled),
         ignored=(*(row for row in ignored if row[0] != file), *beside),
         notes=_notes(chosen, parts, inside),
+        splits=tuple(parts.values()) if chosen else (),
     )
 
 

@@ -11,7 +11,7 @@ from fastbyol.data import rgb
 from fastbyol.files import refuse_special
 
 _TABLES = (".csv", ".jsonl", ".parquet", ".tsv", ".xlsx")
-HIDDEN = "hidden files and folders"
+HIDDEN, SYSTEM = "hidden files and folders", "system folders"
 # Archive programs and systems leave these beside pictures.
 _LITTER = (
     "#recycle",
@@ -100,7 +100,7 @@ def _add(entry: os.DirEntry[str], name: str, listing: Listing) -> bool:
     """Add ``entry`` to the listing; return whether it is a folder to read."""
     hidden, picture = entry.name.startswith("."), is_picture(entry.name)
     if hidden or entry.name in _LITTER:
-        listing.ignored.append((name, HIDDEN if hidden else "system folders"))
+        listing.ignored.append((name, HIDDEN if hidden else SYSTEM))
         return False
     try:
         # An entry knows that it is a regular file: this saves a stat for each.

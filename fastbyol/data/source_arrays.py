@@ -41,7 +41,8 @@ class Source:
     ``image(i)`` reads image i there, (H, W, 3) uint8. ``labels`` (N,) is None without labels; -1
     marks an unlabelled image. ``num_bytes`` is the size of each decoded image, (N,) or one number
     for all; ``names`` are file names. ``skipped`` and ``ignored`` hold (name, reason) of pictures
-    and of other things that are left out; ``notes`` say how the images were chosen.
+    and of other things that are left out; ``notes`` say how the images were chosen. ``splits`` are
+    those that there are, by their names in ``data.splits``, if the source consists of some.
     """
 
     kind: str
@@ -55,6 +56,7 @@ class Source:
     skipped: NamesAndReasons = ()
     ignored: NamesAndReasons = ()
     notes: tuple[str, ...] = ()
+    splits: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return self.num_images

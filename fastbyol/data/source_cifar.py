@@ -77,7 +77,18 @@ def open_cifar(path: Path, *, kind: str, split: str | None, **others: object) ->
     names = _class_names(folder / of.names[end], end, of)
     labels = np.concatenate([_read(file, end, of)[1] for file in files])
     return Source(
-        kind, split, names, labels, len(labels), IMAGE_BYTES, partial(_image, kind, files, end)
+        kind,
+        split,
+        names,
+        labels,
+        len(labels),
+        IMAGE_BYTES,
+        partial(_image, kind, files, end),
+        splits=tuple(
+            name
+            for name, stems in of.files.items()
+            if all(_lies(folder / f"{stem}{end}") for stem in stems)
+        ),
     )
 
 

@@ -104,6 +104,11 @@ def open_idx(path: Path, *, kind: str, split: str | None, **others: object) -> S
         num_bytes,
         partial(_image, images),
         notes=source_arrays.notes_on(names),
+        splits=tuple(
+            split
+            for split in dict.fromkeys(SPLITS.values())
+            if path.is_dir() and _image_files(path, split)
+        ),
     )
 
 

@@ -218,6 +218,7 @@ def open_named(
         image=partial(_image, image, head),
         ignored=tuple(ignored),
         notes=notes + source_arrays.notes_on(class_names),
+        splits=tuple(filter(None, splits_here)),
     )
 
 

@@ -60,6 +60,11 @@ def open_stl10(path: Path, *, split: str | None, fold: int | None, **others: obj
         num_images=len(chosen),
         num_bytes=IMAGE_BYTES,
         image=partial(_image, tuple((file, len(own)) for file, own in parts), chosen),
+        splits=tuple(
+            name
+            for name in ("train", "test", "unlabeled")
+            if (folder / (f"{name}.mat" if matlab else f"{name}_X.bin")).exists()
+        ),
     )
 
 

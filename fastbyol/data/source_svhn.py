@@ -25,7 +25,8 @@ def has_svhn(path: Path) -> bool:
 
 def open_svhn(path: Path, *, split: str | None, **others: object) -> Source:
     """Open ``split`` (default: train, or the file's). Raises UsageError for damaged files."""
-    if not path.is_dir():
+    is_folder = path.is_dir()
+    if not is_folder:
         of = next((split for split, name in FILES.items() if path.name == name), None)
         if of is None or split not in (None, of):
             raise UsageError(
@@ -46,7 +47,14 @@ def open_svhn(path: Path, *, split: str | None, **others: object) -> Source:
             f"{file}: labels from {labels.min()} to {labels.max()}, not 1 to 10; get the file again"
         )
     return Source(
-        "svhn", split, tuple("0123456789"), labels % 10, count, 3 * 32 * 32, partial(_image, file)
+        "svhn",
+        split,
+        tuple("0123456789"),
+        labels % 10,
+        count,
+        3 * 32 * 32,
+        partial(_image, file),
+        splits=tuple(of for of, name in FILES.items() if is_folder and (path / name).exists()),
     )
 
 

@@ -80,6 +80,7 @@ SOURCES: dict[str | None, Kind] = {
 }
 # Kinds that are named instead of a path.
 MADE = ("textures", "fashion-mnist")
+TORCHVISION = "torchvision:"
 PICTURES = ("classes", "folder", None)
 ARCHIVES = (".tar.gz", ".tgz", ".tar", ".tar.bz2", ".tar.xz", ".zip")
 
@@ -145,6 +146,39 @@ def open_source(
         raise UsageError(
             f"{error.filename or path}: {error.strerror}; check its name and rights"
         ) from None
+
+
+def is_path(name: str) -> bool:
+    """Return whether ``name`` is a path, and not the name of a set such as torchvision:CIFAR10."""
+    return name not in MADE and not name.startswith(TORCHVISION)
+
+
+def is_source(name: str) -> bool:
+    """Return whether ``open_source`` reads what is at the path ``name``, so that it is no beton."""
+    try:
+        return Path(name).is_dir() or detect(Path(name)) is not None
+    except (OSError, ValueError, UsageError):
+        return False
+
+
+def files_of(name: str) -> dict[str, Path]:
+    """Return by name the files that a source is read from, with those that may lie beside it.
+
+    Of a folder these are all but hidden ones. Raises UsageError if the folder cannot be read.
+    """
+    path = Path(name)
+    try:
+        if not path.is_dir():
+            own = SOURCES[detect(path)].own_files or r".*\.npy"
+            beside = (each for each in path.parent.iterdir() if re.fullmatch(own, each.name))
+            return {each.name: each for each in sorted({path, *beside}) if each.is_file()}
+        listing = folder_walk.walk(path)
+    except OSError as error:
+        raise UsageError(f"{error.filename or path}: {error.strerror}; check its rights") from None
+    unseen = (folder_walk.HIDDEN, folder_walk.SYSTEM)
+    others = [other for other, kind in listing.ignored if kind not in unseen]
+    names = sorted((*listing.pictures, *(row[0] for row in listing.skipped), *others))
+    return {each: path / each for each in names}
 
 
 def _with_rest(source: Source, path: Path, *, chosen: bool) -> Source:

@@ -280,9 +280,11 @@ class Preparation:
     def _check_data(self, now: Inputs, train: BetonInfo, test: BetonInfo | None) -> None:
         run = self.folder.path
         if self.pinned is not None:
-            inputs.refuse_other_data(
-                run, self.pinned, now, train.path, None if test is None else test.path
-            )
+            data = self.config.data
+            names = [embedded.name_of(train.path, data.train)]
+            if test is not None:
+                names.append(embedded.name_of(test.path, data.test or data.train))
+            inputs.refuse_other_data(run, self.pinned, now, *names)
         elif checkpoint.newest_step(self.folder.checkpoints) or last_step(run) >= 0:
             self.observer.note(
                 f"{run}: what its data held was not written down when it was begun, so nobody can "
@@ -407,7 +409,7 @@ class Preparation:
             Start(
                 run=str(self.folder.path),
                 device=str(self.device),
-                data=str(file.path),
+                data=embedded.name_of(file.path, self.config.data.train),
                 num_samples=batches.num_samples,
                 num_parameters=sum(p.numel() for p in state.online.parameters()),
                 steps_per_epoch=batches.steps_per_epoch,

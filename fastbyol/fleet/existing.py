@@ -11,7 +11,8 @@ from fastbyol import config_io
 from fastbyol.config import DataConfig, Resolved
 from fastbyol.data import beton
 from fastbyol.data.contents import Contents
-from fastbyol.data.embedded import BUILT_IN
+from fastbyol.data.embedded import BUILT_IN, file_of
+from fastbyol.data.sources import is_path
 from fastbyol.errors import FastbyolError, UsageError
 from fastbyol.fleet.asking import FolderStatus
 from fastbyol.fleet.survey import is_done
@@ -64,7 +65,7 @@ def _same_file(
     pinned = inputs.of_run(run)
     if wanted is None or wanted in BUILT_IN or pinned is None:
         return _comparable(f"data.{name}", wanted) == _comparable(f"data.{name}", made)
-    file, then = Path(wanted), pinned.train if name == "train" else pinned.test
+    file, then = file_of(wanted, name, asked), pinned.train if name == "train" else pinned.test
     return then == _contents(
         file, asked.image_field, asked.label_field, file.stat().st_mtime_ns if file.exists() else 0
     )
@@ -112,6 +113,6 @@ def _comparable(key: str, value: object) -> object:
         return Path(value).parts[-2:]
     return (
         str(Path(value).resolve())
-        if key in ("data.train", "data.test") and value not in BUILT_IN
+        if key in ("data.train", "data.test") and is_path(value)
         else value
     )

@@ -71,8 +71,13 @@ class Inputs:
         return {**asdict(self), "train": self.train._asdict(), "test": test}
 
 
-def refuse_other_data(run: Path, made: Inputs, now: Inputs, train: Path, test: Path | None) -> None:
-    """Raise UsageError where a data file's content has changed since the run was ``made``."""
+def refuse_other_data(
+    run: Path, made: Inputs, now: Inputs, train: str, test: str | None = None
+) -> None:
+    """Raise UsageError where a data file's content has changed since the run was ``made``.
+
+    ``train`` and ``test`` name the files in the message.
+    """
     for name, file, then, today in (
         ("train", train, made.train, now.train),
         ("test", test, made.test, now.test),
@@ -106,7 +111,9 @@ def refuse_other_decoder(run: Path, then: str) -> NoReturn:
 def refuse_missing(run: Path, data: DataConfig) -> None:
     """Raise UsageError if a data file that the run's configuration names is missing."""
     for name, file in (("train", data.train), ("test", data.test)):
-        if file is not None and not _is_built_in(file) and not os.path.exists(file):  # noqa: PTH110 - never raises
+        if file is None or not _is_path(file) or "{" in file:  # shards name themselves
+            continue
+        if not os.path.exists(file):  # noqa: PTH110 - never raises
             raise UsageError(
                 f"{file}: no such file, and the run needs it as its {_WORDS[name]}: put it back, "
                 "or say where it lies "
@@ -142,10 +149,10 @@ def with_paths(config: Resolved, asked: Config) -> Resolved:
 def absolute(path: str | Path) -> str:
     """Return a path as config.toml keeps it: absolute, so that it is valid from anywhere.
 
-    Names of built-in sets and links are kept. Raises UsageError for a name that is not UTF-8,
-    since TOML cannot contain it.
+    Names of sets and links are kept. Raises UsageError for a name that is not UTF-8, since TOML
+    cannot contain it.
     """
-    if _is_built_in(str(path)):
+    if not _is_path(str(path)):
         return str(path)
     try:
         full = Path(path).expanduser().absolute()
@@ -212,6 +219,12 @@ def _is_built_in(name: str) -> bool:
     from fastbyol.data import embedded
 
     return name in embedded.BUILT_IN
+
+
+def _is_path(name: str) -> bool:
+    from fastbyol.data import sources
+
+    return sources.is_path(name)
 
 
 def _afresh(run: Path) -> str:

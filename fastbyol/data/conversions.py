@@ -69,6 +69,7 @@ def converted(source: str, *, split: str | None, size: int, scored_on: bool = Fa
         if path is None:
             beton_write.remove_leftovers(folder)
             path = _convert(source, split, size, as_is, scaled, scored_on=scored_on)
+            _looks.clear()
             if _content(source, folder) != content:
                 path.unlink()
                 raise UsageError(f"{source}: changed while it was converted; try again")

@@ -31,7 +31,8 @@ SIDE = 20
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A cache of the test's own, which trusts the times of files that are new."""
+    """A cache of the test's own, which trusts the times of new files, and always looks at them."""
+    monkeypatch.setattr(conversions, "LONG_LOOK_S", float("inf"))
     monkeypatch.setenv("FASTBYOL_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(conversions, "SETTLED_NS", 0)
     return tmp_path / "cache"

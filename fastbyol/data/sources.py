@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from fastbyol.data import (
     folder_walk,
+    source_archive,
     source_cifar,
     source_folders,
     source_idx,
@@ -22,6 +23,7 @@ from fastbyol.data import (
     source_stl10,
     source_svhn,
     source_textures,
+    source_webdataset,
     splits,
 )
 from fastbyol.data.scratch import Scratch
@@ -74,6 +76,8 @@ SOURCES: dict[str | None, Kind] = {
     ),
     "npz": Kind(source_npz.open_npz, needs_folder=False),
     "npy": Kind(source_npy.open_npy, needs_folder=False),
+    "webdataset": Kind(source_archive.open_archive, needs_folder=False),
+    "archive": Kind(source_archive.open_archive, source_archive.is_packed, needs_folder=False),
     "classes": Kind(source_folders.open_folder),
     "folder": Kind(source_folders.open_folder),
     None: Kind(source_folders.open_folder),
@@ -82,7 +86,6 @@ SOURCES: dict[str | None, Kind] = {
 MADE = ("textures", "fashion-mnist")
 TORCHVISION = "torchvision:"
 PICTURES = ("classes", "folder", None)
-ARCHIVES = (".tar.gz", ".tgz", ".tar", ".tar.bz2", ".tar.xz", ".zip")
 
 
 def open_source(
@@ -118,17 +121,20 @@ def open_source(
             )
         if source == kind == "fashion-mnist":
             path = source_idx.fashion_mnist_folder(cache_folder())
+        layout = kind
+        if kind in PICTURES and source_archive.is_packed(path):
+            kind = "archive"
         if SOURCES[kind].needs_folder and not path.is_dir():
             raise UsageError(
                 f"{path}: no such folder; give the folder that holds the {kind or 'images'} files"
             )
         chosen = split is not None
         # Among pictures a split may be the name of any folder.
-        if split is not None and kind not in PICTURES:
+        if split is not None and kind not in (*PICTURES, "archive"):
             split = "+".join(splits.canonical(part) or part for part in split.split("+"))
         opened = SOURCES[kind].open(
             path,
-            kind=kind,
+            kind=layout,
             split=split,
             fold=fold,
             count=count,
@@ -169,6 +175,8 @@ def files_of(name: str) -> dict[str, str]:
     """
     path = Path(name)
     try:
+        if source_archive.is_packed(path) and not path.is_dir():
+            return source_webdataset.files_of(path)
         if not path.is_dir():
             own = SOURCES[detect(path)].own_files or r".*\.npy"
             beside = (each for each in path.parent.iterdir() if re.fullmatch(own, each.name))
@@ -210,12 +218,12 @@ def _with_rest(source: Source, path: Path, *, chosen: bool) -> Source:
 
 def detect(path: Path) -> str | None:
     """Return the kind of source at ``path``; None for a folder in which only pictures can lie."""
-    if not path.exists():
+    if not path.exists() and not source_webdataset.is_braces(str(path)):
         raise UsageError(
             f"{path}: no such file or folder; give a folder of images, an .npz file, 'textures' "
             "or 'fashion-mnist'"
         )
-    if not path.is_dir():
+    if path.exists() and not path.is_dir():
         refuse_special(path, path.stat().st_mode)
     for kind, row in SOURCES.items():
         if row.is_at is not None and row.is_at(path):
@@ -223,9 +231,6 @@ def detect(path: Path) -> str | None:
     if path.is_dir():
         return "npy" if source_npy.has_npy(path) and not folder_walk.has_pictures(path) else None
     name = path.name.lower()
-    if name.endswith(ARCHIVES):
-        command = f"unzip {path}" if name.endswith(".zip") else f"tar -xf {path}"
-        raise UsageError(f"{path}: is packed; unpack it (`{command}`) and give the folder")
     if name.endswith(".beton"):
         raise UsageError(f"{path}: is a beton file already; pass it to `fastbyol train --data`")
     if name.endswith((".npz", ".npy")):

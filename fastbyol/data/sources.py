@@ -21,7 +21,9 @@ from fastbyol.data import (
     source_npz,
     source_stl10,
     source_svhn,
+    source_tables,
     source_textures,
+    source_torchvision,
     splits,
 )
 from fastbyol.data.scratch import Scratch
@@ -72,6 +74,9 @@ SOURCES: dict[str | None, Kind] = {
         r"(train|test|extra)_32x32\.mat",
         needs_folder=False,
     ),
+    "datasets": Kind(source_tables.open_tables, source_tables.has_arrow, needs_folder=False),
+    "parquet": Kind(source_tables.open_tables, source_tables.has_parquet, needs_folder=False),
+    "torchvision": Kind(source_torchvision.open_torchvision, needs_folder=False),
     "npz": Kind(source_npz.open_npz, needs_folder=False),
     "npy": Kind(source_npy.open_npy, needs_folder=False),
     "classes": Kind(source_folders.open_folder),
@@ -80,7 +85,7 @@ SOURCES: dict[str | None, Kind] = {
 }
 # Kinds that are named instead of a path.
 MADE = ("textures", "fashion-mnist")
-TORCHVISION = "torchvision:"
+TORCHVISION = source_torchvision.PREFIX
 PICTURES = ("classes", "folder", None)
 ARCHIVES = (".tar.gz", ".tgz", ".tar", ".tar.bz2", ".tar.xz", ".zip")
 
@@ -167,6 +172,8 @@ def files_of(name: str) -> dict[str, Path]:
     Of a folder these are all but hidden ones. Raises UsageError if the folder cannot be read.
     """
     path = Path(name)
+    if source_torchvision.is_name(path):
+        return source_torchvision.files_of(path)
     try:
         if not path.is_dir():
             own = SOURCES[detect(path)].own_files or r".*\.npy"
@@ -209,6 +216,8 @@ def _with_rest(source: Source, path: Path, *, chosen: bool) -> Source:
 
 def detect(path: Path) -> str | None:
     """Return the kind of source at ``path``; None for a folder in which only pictures can lie."""
+    if source_torchvision.is_name(path):
+        return "torchvision"
     if not path.exists():
         raise UsageError(
             f"{path}: no such file or folder; give a folder of images, an .npz file, 'textures' "

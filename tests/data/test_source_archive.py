@@ -392,5 +392,5 @@ def test_sources_of_archives_are_found_by_their_names(tmp_path: Path) -> None:
     source_files.class_folders(tmp_path / "folder")
     path = packed(tmp_path / "folder", tmp_path / "a.zip")
     assert sources.is_source(str(path))
-    assert list(sources.files_of(str(path)).values()) == [path]
+    assert list(sources.files_of(str(path)).values()) == [str(path)]
     assert sources.detect(path) == "archive"

@@ -118,7 +118,8 @@ def _followed(name: str, members: dict[str, Member], folders: dict[str, bool]) -
 def _special(mode: int) -> str:
     """Return why what has the mode cannot be read, or nothing for a regular file."""
     try:
-        refuse_special(Path(), mode)
+        if not stat.S_ISREG(mode):
+            refuse_special(Path(), mode)
     except OSError as error:
         return error.strerror or str(error)
     return ""

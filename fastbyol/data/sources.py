@@ -219,8 +219,8 @@ def detect(path: Path) -> str | None:
     """Return the kind of source at ``path``; None for a folder in which only pictures can lie."""
     if not path.exists() and not source_webdataset.is_braces(str(path)):
         raise UsageError(
-            f"{path}: no such file or folder; give a folder of images, an .npz file, 'textures' "
-            "or 'fashion-mnist'"
+            f"{path}: no such file or folder; give a folder or archive of images, an .npz file, "
+            "'textures' or 'fashion-mnist'"
         )
     if path.exists() and not path.is_dir():
         refuse_special(path, path.stat().st_mode)

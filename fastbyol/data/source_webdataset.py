@@ -134,10 +134,10 @@ def shards_of(path: Path) -> dict[str | None, list[Path]]:
     return {split: by_split[split] for split in order if split in by_split}
 
 
-def files_of(path: Path) -> dict[str, Path]:
-    """Return by name the files of an archive or a brace expression, whether they exist or not."""
+def files_of(path: Path) -> dict[str, str]:
+    """Return by name the paths of an archive or a brace expression, whether they exist or not."""
     paths = [path] if path.exists() else expanded(str(path))
-    return {f"{number} {each.name}": each for number, each in enumerate(paths)}
+    return {f"{number} {each.name}": str(each) for number, each in enumerate(paths)}
 
 
 def _split_of(shard: Path, path: Path) -> str | None:

@@ -23,6 +23,7 @@ _USTAR = b"ustar\0"  # GNU's has a space at its end, and no prefix of the name
 # Long names and pax records of one member.
 MAX_EXTENSION_BYTES = 1 << 20
 _PIECE_BYTES = 1 << 20
+_PAX_KEYS, _PAX_SPARSE = (b"path", b"linkpath", b"size"), b"GNU.sparse."
 _HIGH = bytes(range(128, 256))
 _NO_DATA = (
     *(tarfile.LNKTYPE, tarfile.SYMTYPE, tarfile.DIRTYPE),
@@ -148,14 +149,18 @@ def _extension(file: BinaryIO, where: Path, start: int, size: int) -> bytes:
 
 
 def _records(data: bytes, where: Path) -> dict[str, str]:
-    """Return pax's records, each of which is its length, a space, key=value and a newline."""
+    """Return the pax records that say where and how a member lies.
+
+    Each is its length, a space, key=value and a newline.
+    """
     records, at = {}, 0
     while match := re.compile(rb"([0-9]{1,9}) ").match(data, at):
         stop = at + int(match[1])
         key, equals, value = data[match.end() : stop].partition(b"=")
         if stop <= match.end() or stop > len(data) or not equals:
             break
-        records[key.decode("utf-8", "replace")] = value[:-1].decode("utf-8", "surrogateescape")
+        if key in _PAX_KEYS or key.startswith(_PAX_SPARSE):
+            records[key.decode("utf-8", "replace")] = value[:-1].decode("utf-8", "surrogateescape")
         at = stop
     if data[at:].strip(b"\0"):
         raise UsageError(f"{where}: has a damaged pax header; get it again")

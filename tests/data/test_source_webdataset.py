@@ -209,5 +209,5 @@ def test_files_of_shards(tmp_path: Path) -> None:
     webdataset(tmp_path)
     braces = str(tmp_path / "shard-{000000..000002}.tar")
     assert sources.is_source(braces)
-    assert list(sources.files_of(braces).values()) == sorted(tmp_path.iterdir())
+    assert list(sources.files_of(braces).values()) == sorted(map(str, tmp_path.iterdir()))
     assert sources.detect(tmp_path) == "archive"

@@ -22,7 +22,9 @@ from fastbyol.data import (
     source_npz,
     source_stl10,
     source_svhn,
+    source_tables,
     source_textures,
+    source_torchvision,
     source_webdataset,
     splits,
 )
@@ -74,6 +76,9 @@ SOURCES: dict[str | None, Kind] = {
         r"(train|test|extra)_32x32\.mat",
         needs_folder=False,
     ),
+    "datasets": Kind(source_tables.open_tables, source_tables.has_arrow, needs_folder=False),
+    "parquet": Kind(source_tables.open_tables, source_tables.has_parquet, needs_folder=False),
+    "torchvision": Kind(source_torchvision.open_torchvision, needs_folder=False),
     "npz": Kind(source_npz.open_npz, needs_folder=False),
     "npy": Kind(source_npy.open_npy, needs_folder=False),
     "webdataset": Kind(source_archive.open_archive, needs_folder=False),
@@ -84,7 +89,7 @@ SOURCES: dict[str | None, Kind] = {
 }
 # Kinds that are named instead of a path.
 MADE = ("textures", "fashion-mnist")
-TORCHVISION = "torchvision:"
+TORCHVISION = source_torchvision.PREFIX
 PICTURES = ("classes", "folder", None)
 
 
@@ -174,11 +179,14 @@ def files_of(name: str) -> dict[str, str]:
     UsageError if the folder cannot be read.
     """
     path = Path(name)
+    if source_torchvision.is_name(path):
+        return source_torchvision.files_of(path)
+    if source_archive.is_packed(path) and not path.is_dir():
+        return source_webdataset.files_of(path)
     try:
-        if source_archive.is_packed(path) and not path.is_dir():
-            return source_webdataset.files_of(path)
         if not path.is_dir():
-            own = SOURCES[detect(path)].own_files or r".*\.npy"
+            kind = detect(path)
+            own = r".*\.npy" if kind == "npy" else SOURCES[kind].own_files
             beside = (each for each in path.parent.iterdir() if re.fullmatch(own, each.name))
             return {each.name: str(each) for each in sorted({path, *beside}) if each.is_file()}
         listing = folder_walk.walk(path)
@@ -218,6 +226,8 @@ def _with_rest(source: Source, path: Path, *, chosen: bool) -> Source:
 
 def detect(path: Path) -> str | None:
     """Return the kind of source at ``path``; None for a folder in which only pictures can lie."""
+    if source_torchvision.is_name(path):
+        return "torchvision"
     if not path.exists() and not source_webdataset.is_braces(str(path)):
         raise UsageError(
             f"{path}: no such file or folder; give a folder or archive of images, an .npz file, "

@@ -135,6 +135,10 @@ def bases(folder: Path) -> list[Base]:
         lambda to: source_files.webdataset(to, shards=2, per_shard=3, labels="json"),
         "shard-{000000..000001}.tar",
     )
+    add("parquet", lambda to: source_files.parquet(to, train=6, test=2), without="test")
+    add("parquet without packing", _plain_parquet, "a.parquet")
+    add("saved set", lambda to: source_files.saved_set(to, train=6, test=3), split="test")
+    add("arrow file", _arrow, "a.arrow")
     return made
 
 
@@ -182,6 +186,24 @@ def _stored_zip(to: Path) -> None:
     with zipfile.ZipFile(to / "a.zip", "w") as archive:
         for k, image in enumerate(_images(5)):
             archive.writestr(f"{'ab'[k % 2]}/{k}.png", source_files.png(image))
+
+
+def _tables() -> Any:
+    return source_files.table_of(source_files.random_images(7, 8, 9), [k % 3 for k in range(7)])
+
+
+def _plain_parquet(to: Path) -> None:
+    from pyarrow import parquet
+
+    parquet.write_table(_tables(), to / "a.parquet", compression="none", use_dictionary=False)
+
+
+def _arrow(to: Path) -> None:
+    import pyarrow
+
+    table = _tables()
+    with pyarrow.ipc.new_file(to / "a.arrow", table.schema) as file:
+        file.write_table(table, max_chunksize=3)
 
 
 def _formats(to: Path) -> None:
@@ -272,9 +294,10 @@ def enlarge_anywhere(data: bytearray, rng: Rng) -> None:
 
 
 def enlarge_marked(data: bytearray, rng: Rng) -> None:
-    """Change a number behind a mark of zip, PNG, TIFF, JPEG, pickle or HDF5."""
+    """Change a number behind a mark of zip, PNG, TIFF, JPEG, pickle, HDF5, arrow or parquet."""
     marks = rb"IHDR|IDAT|\xff\xc0|\xff\xc2|\xff\xda|II\*\0|RIFF|VP8|"
     marks += rb"ihdr|ispe|FRHP|TREE|SNOD|HEAP|[TXBrj]"
+    marks += rb"|\xff\xff\xff\xff|PAR1"
     marks += rb"|PK\x01\x02|PK\x03\x04|PK\x05\x06"
     places = [match.end() for match in re.finditer(marks, bytes(data[:100_000]), re.DOTALL)]
     put(data, int(rng.choice(places)) + int(rng.integers(30) if rng.integers(2) else 0), rng)

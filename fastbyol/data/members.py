@@ -7,7 +7,6 @@ import os
 import posixpath
 import stat
 from collections.abc import Iterable
-from pathlib import Path
 from typing import NamedTuple
 
 from fastbyol.data.folder_walk import FOLDER_LINKS, Listing, unseen
@@ -118,7 +117,7 @@ def _followed(name: str, members: dict[str, Member], folders: dict[str, bool]) -
 def _special(mode: int) -> str:
     """Return why what has the mode cannot be read, or nothing for a regular file."""
     try:
-        refuse_special(Path(), mode)
+        refuse_special("", mode)
     except OSError as error:
         return error.strerror or str(error)
     return ""

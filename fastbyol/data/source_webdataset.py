@@ -102,8 +102,10 @@ def has_shards(path: Path) -> bool:
     """Return whether a folder has tars, in it or in folders of splits, and no pictures."""
     if not path.is_dir():
         return False
-    folders = [path, *(each for each in path.iterdir() if splits.canonical(each.name))]
-    names = (name for folder in folders if folder.is_dir() for name in os.listdir(folder))  # noqa: PTH208
+    names = os.listdir(path)  # noqa: PTH208 - maybe a million
+    with os.scandir(path) as entries:
+        folders = [each.path for each in entries if each.is_dir() and splits.canonical(each.name)]
+    names += [name for folder in folders for name in os.listdir(folder)]  # noqa: PTH208
     is_some = any(name.lower().endswith(archives.TARS) for name in names)
     return is_some and not folder_walk.has_pictures(path)
 
@@ -135,7 +137,7 @@ def shards_of(path: Path) -> dict[str | None, list[Path]]:
 
 
 def files_of(path: Path) -> dict[str, str]:
-    """Return by name the files of an archive or a brace expression, whether they exist or not."""
+    """Return by name the paths of an archive or a brace expression, whether they exist or not."""
     paths = [path] if path.exists() else expanded(str(path))
     return {f"{number} {each.name}": str(each) for number, each in enumerate(paths)}
 

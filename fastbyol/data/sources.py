@@ -127,7 +127,7 @@ def open_source(
         if source == kind == "fashion-mnist":
             path = source_idx.fashion_mnist_folder(cache_folder())
         layout = kind
-        if kind in PICTURES and source_archive.is_packed(path):
+        if kind in source_archive.LAYOUTS and source_archive.is_packed(path):
             kind = "archive"
         if SOURCES[kind].needs_folder and not path.is_dir():
             raise UsageError(
@@ -181,7 +181,7 @@ def files_of(name: str) -> dict[str, str]:
     path = Path(name)
     if source_torchvision.is_name(path):
         return source_torchvision.files_of(path)
-    if source_archive.is_packed(path) and not path.is_dir():
+    if not path.is_dir() and source_archive.is_packed(path):
         return source_webdataset.files_of(path)
     try:
         if not path.is_dir():
@@ -230,8 +230,8 @@ def detect(path: Path) -> str | None:
         return "torchvision"
     if not path.exists() and not source_webdataset.is_braces(str(path)):
         raise UsageError(
-            f"{path}: no such file or folder; give a folder of images, an .npz file, 'textures' "
-            "or 'fashion-mnist'"
+            f"{path}: no such file or folder; give a folder or archive of images, an .npz file, "
+            "'textures' or 'fashion-mnist'"
         )
     if path.exists() and not path.is_dir():
         refuse_special(path, path.stat().st_mode)

@@ -12,16 +12,19 @@ import stat
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 from fastbyol.data.members import Member
 from fastbyol.data.pictures import Stretch
 from fastbyol.errors import UsageError
 
 BLOCK = 512
+_USTAR = b"ustar\0"  # GNU's has a space at its end, and no prefix of the name
 # Long names and pax records of one member.
 MAX_EXTENSION_BYTES = 1 << 20
 _PIECE_BYTES = 1 << 20
+_PAX_KEYS, _PAX_SPARSE = (b"path", b"linkpath", b"size"), b"GNU.sparse."
+_HIGH = bytes(range(128, 256))
 _NO_DATA = (
     *(tarfile.LNKTYPE, tarfile.SYMTYPE, tarfile.DIRTYPE),
     *(tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE),
@@ -36,6 +39,30 @@ _MODES = {
     tarfile.BLKTYPE: stat.S_IFBLK,
     tarfile.FIFOTYPE: stat.S_IFIFO,
 }
+
+
+class _Header(NamedTuple):
+    """What a header says of its member."""
+
+    name: str
+    size: int
+    kind: bytes
+    link: str
+
+    @classmethod
+    def of(cls, block: bytes) -> _Header:
+        """Read a header of ``BLOCK`` bytes. Raises ValueError where it is none."""
+        if len(block) < BLOCK:
+            raise ValueError
+        checked, checksum = block[:148] + b" " * 8 + block[156:], _number(block[148:156])
+        # Some old programs summed signed bytes.
+        total = sum(checked)
+        if checksum not in (total, total - 256 * (BLOCK - len(checked.translate(None, _HIGH)))):
+            raise ValueError
+        name, kind = _text(block[:100]), block[156:157]
+        if block[257:263] == _USTAR and block[345]:
+            name = f"{_text(block[345:500])}/{name}"
+        return cls(name, _number(block[124:136]), kind, _text(block[157:257]))
 
 
 def members(
@@ -54,14 +81,14 @@ def members(
             at = _after_zeros(file, at, end)
             continue
         try:
-            header = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
-        except (tarfile.HeaderError, ValueError, OverflowError):
+            header = _Header.of(block)
+        except ValueError:
             what = f"is damaged or cut off at byte {at:,}" if at > start else "is no tar"
             raise UsageError(f"{where}: {what}; get it again") from None
-        kind, at = header.type, at + BLOCK
+        kind, at = header.kind, at + BLOCK
         if kind == tarfile.GNUTYPE_SPARSE:
             at = _after_map(file, at, block[482])
-        size = 0 if kind in _NO_DATA else _number(extension.get("size"), header.size)
+        size = 0 if kind in _NO_DATA else _pax_size(extension.get("size"), header.size)
         if not 0 <= size <= end - at:
             raise UsageError(f"{where}: ends within {header.name!r}; get it again")
         data, at = at, at + -(-size // BLOCK) * BLOCK
@@ -78,9 +105,9 @@ def members(
         raise UsageError(f"{where}: is cut off at its end; get it again")
 
 
-def _member(header: tarfile.TarInfo, extension: dict[str, str], stretch: Stretch) -> Member:
+def _member(header: _Header, extension: dict[str, str], stretch: Stretch) -> Member:
     name = extension.get("GNU.sparse.name") or extension.get("path") or header.name
-    reason, kind = "", header.type
+    reason, kind = "", header.kind
     if kind == tarfile.GNUTYPE_SPARSE or any(key.startswith("GNU.sparse.") for key in extension):
         reason = "stored with holes (a sparse file); pack it again without"
     elif kind not in (*_FILES, *_MODES):
@@ -90,14 +117,25 @@ def _member(header: tarfile.TarInfo, extension: dict[str, str], stretch: Stretch
         # Before ustar a folder was a file whose name ends in a slash.
         stat.S_IFDIR if name.endswith("/") else _MODES.get(kind, stat.S_IFREG),
         stretch,
-        extension.get("linkpath", header.linkname)
+        extension.get("linkpath", header.link)
         if kind in (tarfile.LNKTYPE, tarfile.SYMTYPE)
         else "",
         reason,
     )
 
 
-def _number(text: str | None, otherwise: int) -> int:
+def _number(data: bytes) -> int:
+    """Return a header's number: octal digits, or GNU's signed bytes behind 0x80 or 0xff."""
+    if data[0] in (0x80, 0xFF):
+        return int.from_bytes(data[1:], "big") - (data[0] == 0xFF) * (1 << 8 * (len(data) - 1))
+    return int(data.partition(b"\0")[0].strip() or b"0", 8)
+
+
+def _text(data: bytes) -> str:
+    return data.partition(b"\0")[0].decode("utf-8", "surrogateescape")
+
+
+def _pax_size(text: str | None, otherwise: int) -> int:
     """Return a pax record's number of bytes; -1 for any other text."""
     if text is None:
         return otherwise
@@ -111,14 +149,18 @@ def _extension(file: BinaryIO, where: Path, start: int, size: int) -> bytes:
 
 
 def _records(data: bytes, where: Path) -> dict[str, str]:
-    """Return pax's records, each of which is its length, a space, key=value and a newline."""
+    """Return the pax records that say where and how a member lies.
+
+    Each is its length, a space, key=value and a newline.
+    """
     records, at = {}, 0
     while match := re.compile(rb"([0-9]{1,9}) ").match(data, at):
         stop = at + int(match[1])
         key, equals, value = data[match.end() : stop].partition(b"=")
         if stop <= match.end() or stop > len(data) or not equals:
             break
-        records[key.decode("utf-8", "replace")] = value[:-1].decode("utf-8", "surrogateescape")
+        if key in _PAX_KEYS or key.startswith(_PAX_SPARSE):
+            records[key.decode("utf-8", "replace")] = value[:-1].decode("utf-8", "surrogateescape")
         at = stop
     if data[at:].strip(b"\0"):
         raise UsageError(f"{where}: has a damaged pax header; get it again")

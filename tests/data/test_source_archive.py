@@ -20,8 +20,9 @@ import pytest
 from PIL import Image
 
 import source_files
-from fastbyol.data import archives, sources
+from fastbyol.data import archives, loader, sources
 from fastbyol.data.beton_write import UnreadableItemError
+from fastbyol.data.convert import convert
 from fastbyol.data.scratch import Scratch
 from fastbyol.data.source_arrays import Source
 from fastbyol.errors import FastbyolError, UsageError
@@ -386,6 +387,18 @@ def test_archives_of_classes(tmp_path: Path) -> None:
             )
     assert not opened(folder, kind="folder").labelled
     assert opened(folder, kind="webdataset").kind == "webdataset"
+
+
+def test_a_compressed_tar_is_converted_and_nothing_is_left(tmp_path: Path) -> None:
+    images, labels = source_files.class_folders(tmp_path / "folder")
+    path = packed(tmp_path / "folder", tmp_path / "a.tar.gz")
+    report = convert(str(path), tmp_path / "a.beton", workers=1)
+    assert (report.num_written, report.class_names) == (12, ("ant", "bee", "cow"))
+    read = loader.read_all(tmp_path / "a.beton", workers=1, size=24)
+    assert read.labels is not None
+    assert read.labels.tolist() == labels
+    np.testing.assert_array_equal(read.images.numpy(), images)
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["a.beton", "a.tar.gz", "folder"]
 
 
 def test_sources_of_archives_are_found_by_their_names(tmp_path: Path) -> None:

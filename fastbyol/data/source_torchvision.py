@@ -49,14 +49,14 @@ def is_name(path: Path) -> bool:
     return str(path).startswith(PREFIX)
 
 
-def files_of(path: Path) -> dict[str, Path]:
-    """Return by name the files below the ROOT of torchvision:SET:ROOT; none without one."""
+def files_of(path: Path) -> dict[str, str]:
+    """Return by name the paths of files below the ROOT of torchvision:SET:ROOT; none without."""
     name, root = _parts(path)
     if root is None or not root.is_dir():
         return {}
     listing = folder_walk.walk(root)
     names = sorted((*listing.pictures, *(name for name, _ in listing.ignored)))
-    return {f"{name}/{each}": root / each for each in names if (root / each).is_file()}
+    return {f"{name}/{each}": f"{root}/{each}" for each in names if (root / each).is_file()}
 
 
 def open_torchvision(

@@ -50,7 +50,7 @@ def is_name(path: Path) -> bool:
 
 
 def files_of(path: Path) -> dict[str, str]:
-    """Return by name the paths of files below the ROOT of torchvision:SET:ROOT; none without."""
+    """Return by name the files below the ROOT of torchvision:SET:ROOT; none without one."""
     name, root = _parts(path)
     if root is None or not root.is_dir():
         return {}

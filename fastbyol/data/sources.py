@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from fastbyol.data import (
     folder_walk,
+    source_archive,
     source_cifar,
     source_folders,
     source_idx,
@@ -24,6 +25,7 @@ from fastbyol.data import (
     source_tables,
     source_textures,
     source_torchvision,
+    source_webdataset,
     splits,
 )
 from fastbyol.data.scratch import Scratch
@@ -79,6 +81,8 @@ SOURCES: dict[str | None, Kind] = {
     "torchvision": Kind(source_torchvision.open_torchvision, needs_folder=False),
     "npz": Kind(source_npz.open_npz, needs_folder=False),
     "npy": Kind(source_npy.open_npy, needs_folder=False),
+    "webdataset": Kind(source_archive.open_archive, needs_folder=False),
+    "archive": Kind(source_archive.open_archive, source_archive.is_packed, needs_folder=False),
     "classes": Kind(source_folders.open_folder),
     "folder": Kind(source_folders.open_folder),
     None: Kind(source_folders.open_folder),
@@ -87,7 +91,6 @@ SOURCES: dict[str | None, Kind] = {
 MADE = ("textures", "fashion-mnist")
 TORCHVISION = source_torchvision.PREFIX
 PICTURES = ("classes", "folder", None)
-ARCHIVES = (".tar.gz", ".tgz", ".tar", ".tar.bz2", ".tar.xz", ".zip")
 
 
 def open_source(
@@ -123,17 +126,20 @@ def open_source(
             )
         if source == kind == "fashion-mnist":
             path = source_idx.fashion_mnist_folder(cache_folder())
+        layout = kind
+        if kind in PICTURES and source_archive.is_packed(path):
+            kind = "archive"
         if SOURCES[kind].needs_folder and not path.is_dir():
             raise UsageError(
                 f"{path}: no such folder; give the folder that holds the {kind or 'images'} files"
             )
         chosen = split is not None
         # Among pictures a split may be the name of any folder.
-        if split is not None and kind not in PICTURES:
+        if split is not None and kind not in (*PICTURES, "archive"):
             split = "+".join(splits.canonical(part) or part for part in split.split("+"))
         opened = SOURCES[kind].open(
             path,
-            kind=kind,
+            kind=layout,
             split=split,
             fold=fold,
             count=count,
@@ -175,9 +181,12 @@ def files_of(name: str) -> dict[str, str]:
     path = Path(name)
     if source_torchvision.is_name(path):
         return source_torchvision.files_of(path)
+    if source_archive.is_packed(path) and not path.is_dir():
+        return source_webdataset.files_of(path)
     try:
         if not path.is_dir():
-            own = SOURCES[detect(path)].own_files or r".*\.npy"
+            kind = detect(path)
+            own = r".*\.npy" if kind == "npy" else SOURCES[kind].own_files
             beside = (each for each in path.parent.iterdir() if re.fullmatch(own, each.name))
             return {each.name: str(each) for each in sorted({path, *beside}) if each.is_file()}
         listing = folder_walk.walk(path)
@@ -219,12 +228,12 @@ def detect(path: Path) -> str | None:
     """Return the kind of source at ``path``; None for a folder in which only pictures can lie."""
     if source_torchvision.is_name(path):
         return "torchvision"
-    if not path.exists():
+    if not path.exists() and not source_webdataset.is_braces(str(path)):
         raise UsageError(
             f"{path}: no such file or folder; give a folder of images, an .npz file, 'textures' "
             "or 'fashion-mnist'"
         )
-    if not path.is_dir():
+    if path.exists() and not path.is_dir():
         refuse_special(path, path.stat().st_mode)
     for kind, row in SOURCES.items():
         if row.is_at is not None and row.is_at(path):
@@ -232,9 +241,6 @@ def detect(path: Path) -> str | None:
     if path.is_dir():
         return "npy" if source_npy.has_npy(path) and not folder_walk.has_pictures(path) else None
     name = path.name.lower()
-    if name.endswith(ARCHIVES):
-        command = f"unzip {path}" if name.endswith(".zip") else f"tar -xf {path}"
-        raise UsageError(f"{path}: is packed; unpack it (`{command}`) and give the folder")
     if name.endswith(".beton"):
         raise UsageError(f"{path}: is a beton file already; pass it to `fastbyol train --data`")
     if name.endswith((".npz", ".npy")):

@@ -9,6 +9,9 @@ import gzip
 import io
 import json
 import struct
+import tarfile
+import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -293,6 +296,58 @@ def class_folders(
         Image.fromarray(image).save(inside / f"picture {number}.png")
         labels.append(label)
     return images, labels
+
+
+def packed(folder: Path, path: Path, *, form: int = tarfile.PAX_FORMAT) -> Path:
+    """Pack the content of a folder as a zip or, by the suffix, a tar; return its path."""
+    names = sorted(each.relative_to(folder).as_posix() for each in folder.rglob("*"))
+    if path.suffix == ".zip":
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+            for name in names:
+                archive.write(folder / name, name)
+        return path
+    method = {".gz": "gz", ".tgz": "gz", ".bz2": "bz2", ".xz": "xz"}.get(path.suffix, "")
+    with tarfile.open(path, f"w:{method}", format=form) as tar:  # type: ignore[call-overload]
+        for name in names:
+            tar.add(folder / name, name, recursive=False)
+    return path
+
+
+def tar_of(path: Path, members: Mapping[str, bytes]) -> Path:
+    """Write a tar of files; return its path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return path
+
+
+def png(image: Images) -> bytes:
+    """Return a picture as a PNG file."""
+    file = io.BytesIO()
+    Image.fromarray(image).save(file, "PNG")
+    return file.getvalue()
+
+
+def webdataset(
+    folder: Path, *, shards: int = 3, per_shard: int = 4, name: str = "shard", labels: str = "cls"
+) -> tuple[Images, list[int]]:
+    """Write shards as WebDataset's ``ShardWriter`` does, with labels in .cls or .json."""
+    folder.mkdir(parents=True, exist_ok=True)
+    images = random_images(shards * per_shard, 18, 22, 11)
+    numbers = [(5 * k + 2) % 7 for k in range(len(images))]
+    for shard in range(shards):
+        members = {}
+        for k in range(shard * per_shard, (shard + 1) * per_shard):
+            label = (
+                str(numbers[k]) if labels == "cls" else json.dumps({"label": numbers[k], "id": k})
+            )
+            members |= {f"{k:08d}.{labels}": label.encode(), f"{k:08d}.png": png(images[k])}
+            members[f"{k:08d}.txt"] = b"a caption"
+        tar_of(folder / f"{name}-{shard:06d}.tar", members)
+    return images, numbers
 
 
 def npz(

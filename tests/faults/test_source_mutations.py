@@ -34,7 +34,7 @@ WHOLE_EVERY = 40
 # hold the cores.
 HANG_S = 120.0
 # Kinds of which one picture is in memory at a time; an array may be there as a whole.
-PICTURES = ("folder", "classes", "parquet", "datasets")
+PICTURES = ("folder", "classes", "webdataset", "parquet", "datasets")
 
 
 def work(
@@ -67,6 +67,7 @@ def _read(base: mutations.Base, target: Path, number: int) -> str:
     before, declared, skipped = _reset_peak(), 0, 0
     try:
         scratch = Scratch(target.parent / "unpacked")
+        shutil.rmtree(scratch.path, ignore_errors=True)
         source = sources.open_source(str(target / base.at), scratch=scratch, **base.options)
         sizes = source.image_bytes()
         declared = int(sizes.max() if source.kind in PICTURES else sizes.sum())

@@ -24,7 +24,7 @@ DEBIAN := g++ make pkg-config python3-venv python3-dev libopencv-core-dev libope
 IMAGES := dataset-fashion-mnist
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: setup demo test lint types unit test-floor floor test-no-ffcv no-ffcv lowered lower faults slurm-test ray-test bench figures clean
+.PHONY: setup demo test lint types unit test-floor floor test-no-ffcv no-ffcv lowered lower faults docs-test slurm-test ray-test bench figures clean
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/.ready
@@ -102,6 +102,10 @@ lower: setup
 # Runs the faults of tests/faults/README.md at its full counts; `make test` runs a seeded few.
 faults: setup
 	FASTBYOL_FAULTS=full $(BIN)/python -m pytest -s --timeout 14400 tests/faults
+
+# Runs every command line of README.md and docs; `make test` does, too.
+docs-test: setup
+	$(BIN)/python -m pytest tests/test_docs.py
 
 # The launcher on a real SLURM of this machine, which pre-empts jobs (tests/slurm/README.md). As root,
 # in some minutes.

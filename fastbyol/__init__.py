@@ -22,7 +22,7 @@ from fastbyol.config import Config, Resolved, resolve
 from fastbyol.errors import CollapsedError, FastbyolError, NoGraphError, UsageError
 
 if TYPE_CHECKING:
-    from fastbyol.api import evaluate, fork, load_encoder, resume, train
+    from fastbyol.api import convert, evaluate, fork, load_encoder, resume, train
     from fastbyol.engine.step import TrainState, train_step
 
 __version__ = "0.1.0"
@@ -35,6 +35,7 @@ __all__ = [
     "TrainState",
     "UsageError",
     "__version__",
+    "convert",
     "evaluate",
     "fork",
     "load_config",
@@ -47,6 +48,7 @@ __all__ = [
 
 # Imported on first use: torch takes seconds to import, and `fastbyol --help` should not.
 _LAZY = {
+    "convert": "fastbyol.api",
     "train": "fastbyol.api",
     "resume": "fastbyol.api",
     "fork": "fastbyol.api",

@@ -17,8 +17,11 @@ from torch import nn
 
 from fastbyol import config_io
 from fastbyol.config import Config, Resolved, resolve
+from fastbyol.data import convert as conversion
 from fastbyol.data import decoder as decoding
 from fastbyol.data import embedded, loader
+from fastbyol.data.beton_write import Mode, Progress
+from fastbyol.data.rgb import Resize
 from fastbyol.engine import capture, forking, trainer
 from fastbyol.engine import ranks as ranking
 from fastbyol.engine.device import pick_device
@@ -292,6 +295,42 @@ def _load(path: Path, weights: str) -> tuple[Resolved, ResNet, int]:
         state.load_tensors(loaded.tensors)
     encoder = (state.target if weights == "target" else state.online).encoder.float().eval()
     return config, encoder, int(loaded.meta["step"]) if loaded is not None else 0
+
+
+@left_as_found()
+def convert(
+    dataset: Any,
+    out: str | Path,
+    *,
+    kind: str | None = None,
+    split: str | None = None,
+    size: int | None = None,
+    resize: Resize | None = None,
+    mode: Mode = "raw",
+    quality: int = conversion.QUALITY,
+    workers: int = 0,
+    strict: bool = False,
+    progress: Progress | None = None,
+    overwrite: bool = False,
+) -> conversion.Report:
+    """Write a dataset as the beton file ``out``; return an account of its images.
+
+    ``dataset`` is a path or name that ``fastbyol convert`` reads, of which ``kind`` and ``split``
+    choose, or an object with ``__len__`` and ``__getitem__``, read in this process. Its items are
+    images, (image, label) or dicts: Pillow's images, uint8 arrays or tensors (H, W), (H, W, 3) or
+    (3, H, W), or floats in [0, 1]; labels are whole numbers, texts or None. ``resize`` ("resize",
+    "centre", "none"), ``mode`` ("raw", "jpg") and the rest are the command's options;
+    ``progress`` is called with (images done, images). Raises UsageError for what the caller can
+    correct, FastbyolError for a full disk.
+    """
+    options: dict[str, Any] = {"size": size, "resize": resize, "mode": mode, "quality": quality}
+    options |= {"workers": workers, "strict": strict, "progress": progress, "overwrite": overwrite}
+    if isinstance(dataset, str | Path):
+        return conversion.convert(str(dataset), out, kind=kind, split=split, **options)
+    for name, value in (("kind", kind), ("split", split)):
+        if value is not None:
+            raise UsageError(f"{name} {value!r}: is of paths and names; leave it out")
+    return conversion.convert_dataset(dataset, out, **options)
 
 
 @left_as_found()

@@ -155,7 +155,7 @@ def write(
                 out = os.open(unfinished, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
                 stack.callback(os.close, out)
                 os.lseek(out, _data_start(num_items, labelled, page_bytes), os.SEEK_SET)
-                shared = stack.enter_context(_memory("results"))
+                shared = stack.enter_context(memory("results"))
                 shared.truncate(num_items * RESULT.itemsize)
             results = np.frombuffer(mmap.mmap(shared.fileno(), 0), RESULT)
             job = Job(dataset, labelled, mode, quality, workers, page_bytes, out, shared.fileno())
@@ -302,8 +302,8 @@ def _workers(job: Job) -> Iterator[Connection]:
     reports, end = multiprocessing.Pipe(duplex=False)
     with (
         reports,
-        _memory("job") as payload,
-        _memory("errors") as errors,
+        memory("job") as payload,
+        memory("errors") as errors,
         contextlib.ExitStack() as stack,
     ):
         with end, _disk_errors():
@@ -356,7 +356,7 @@ def _kill_group(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
-def _memory(name: str) -> IO[bytes]:
+def memory(name: str) -> IO[bytes]:
     """Open a file in memory, of which a killed process leaves nothing on a disk."""
     return os.fdopen(os.memfd_create(name), "w+b")
 

@@ -6,12 +6,14 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fastbyol.data import beton, beton_write, rgb, scratch, sources
+from fastbyol.data import beton, beton_write, rgb, scratch, source_python, sources
 from fastbyol.data.beton import MAX_SIDE, MIN_PAGE_BYTES
 from fastbyol.data.beton_write import Mode, Progress
 from fastbyol.data.rgb import Resize
@@ -168,6 +170,50 @@ def convert(
                 "fold": fold,
                 **({"count": count, "seed": seed} if made else {}),
             },
+        )
+
+
+def convert_dataset(
+    dataset: Any,
+    out: str | Path,
+    *,
+    size: int | None = None,
+    resize: Resize | None = None,
+    mode: Mode = "raw",
+    quality: int = QUALITY,
+    workers: int = 0,
+    strict: bool = False,
+    progress: Progress | None = None,
+    overwrite: bool = False,
+) -> Report:
+    """Write an indexed Python dataset, as ``source_python`` reads it, as the beton file ``out``.
+
+    Arguments and errors are those of ``convert``.
+    """
+    path, name = beton_write.followed(Path(out)), type(dataset).__name__
+    beton_write.check_output(path, overwrite=overwrite)
+    resize = _checked_resize(resize, size, made=False)
+    _refuse_idle(COUNT, 0, quality, mode, made=False)
+    with scratch.beside(path) as folder:
+        opened = source_python.open_dataset(
+            dataset,
+            name,
+            scratch=folder,
+            strict=strict,
+            progress=progress,
+            fitted=partial(rgb.resized, resize=resize, size=size),
+        )
+        return write(
+            opened,
+            path,
+            name=name,
+            mode=mode,
+            quality=quality,
+            workers=workers,
+            strict=strict,
+            progress=progress,
+            overwrite=overwrite,
+            options={"size": size},
         )
 
 

@@ -95,7 +95,7 @@ def lay_out(
     tree = _Tree.of(listing.pictures)
     if not listing.pictures:
         raise UsageError(
-            f"{path}: no pictures in it{_what_lies(listing)}; give a folder of images, of class "
+            f"{path}: no pictures in it{what_lies(listing)}; give a folder of images, of class "
             "folders, STL-10's or CIFAR's"
         )
     start = _within(tree, kind)
@@ -336,8 +336,11 @@ def _annotated(
     file = next((name for name in names if name.lower().endswith(_ANNOTATIONS)), None)
     if file is None:
         return None
-    with pictures.open(file) as opened:
-        text = opened.read(_MAX_ANNOTATION_BYTES).decode("utf-8-sig", "replace")
+    try:
+        with pictures.open(file) as opened:
+            text = opened.read(_MAX_ANNOTATION_BYTES).decode("utf-8-sig", "replace")
+    except UnreadableItemError as error:
+        raise UsageError(f"{path / file}: {error}; correct or remove it") from None
     rows = [line.split("\t") for line in text.splitlines()]
     pairs = {(row[0], row[1].strip()) for row in rows if len(row) >= 2 and row[1].strip()}
     classes = dict(pairs)
@@ -379,7 +382,8 @@ def _notes(chosen: str, parts: Iterable[str], inside: str) -> tuple[str, ...]:
     )
 
 
-def _what_lies(listing: Listing) -> str:
+def what_lies(listing: Listing) -> str:
+    """Return what else is listed, counted by kind, for a message that misses pictures."""
     kinds = Counter(reason for _, reason in (*listing.ignored, *listing.skipped))
     return (
         f" but {', '.join(f'{count} {kind}' for kind, count in kinds.most_common(4))}"

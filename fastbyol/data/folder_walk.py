@@ -11,7 +11,7 @@ from fastbyol.data import rgb
 from fastbyol.files import refuse_special
 
 _TABLES = (".csv", ".jsonl", ".parquet", ".tsv", ".xlsx")
-HIDDEN, SYSTEM = "hidden files and folders", "system folders"
+HIDDEN, SYSTEM = NOT_LOOKED_AT = ("hidden files and folders", "system folders")
 # Archive programs and systems leave these beside pictures.
 _LITTER = (
     "#recycle",
@@ -22,6 +22,7 @@ _LITTER = (
     "__pycache__",
     "lost+found",
 )
+FOLDER_LINKS = "links to folders that are read anyway or lie around"
 
 
 @dataclass
@@ -37,6 +38,26 @@ class Listing:
     skipped: list[tuple[str, str]] = field(default_factory=list)
     ignored: list[tuple[str, str]] = field(default_factory=list)
     folders: list[str] = field(default_factory=list)
+
+    def add_file(self, name: str) -> None:
+        """Add a regular file as a picture or, by its suffix, to what is ignored."""
+        if is_picture(name):
+            self.pictures.append(name)
+            return
+        suffix = _suffix(name)
+        kind = f"{suffix} files" if suffix else "files without a suffix"
+        self.ignored.append(
+            (name, f"{suffix} tables, whose labels are not read" if suffix in _TABLES else kind)
+        )
+
+    def add_unreadable(self, name: str, reason: str) -> None:
+        """Add what cannot be opened: it is skipped if it has a picture's name."""
+        (self.skipped if is_picture(name) else self.ignored).append((name, reason))
+
+    def sort(self) -> None:
+        """Put each list in the order of names."""
+        for names in (self.pictures, self.skipped, self.ignored, self.folders):
+            names.sort()
 
 
 def walk(root: Path) -> Listing:
@@ -57,13 +78,10 @@ def walk(root: Path) -> Listing:
         while pending:
             name = pending.pop()
             if _identity(root / name) in on_the_way:
-                listing.ignored.append(
-                    (name, "links to folders that are read anyway or lie around")
-                )
+                listing.ignored.append((name, FOLDER_LINKS))
             else:
                 _read_below(root, name, listing, pending, on_the_way)
-    for names in (listing.pictures, listing.skipped, listing.ignored, listing.folders):
-        names.sort()
+    listing.sort()
     return listing
 
 
@@ -98,30 +116,25 @@ def _read_below(
 
 def _add(entry: os.DirEntry[str], name: str, listing: Listing) -> bool:
     """Add ``entry`` to the listing; return whether it is a folder to read."""
-    hidden, picture = entry.name.startswith("."), is_picture(entry.name)
-    if hidden or entry.name in _LITTER:
-        listing.ignored.append((name, HIDDEN if hidden else SYSTEM))
+    if kind := unseen(entry.name):
+        listing.ignored.append((name, kind))
         return False
     try:
         # An entry knows that it is a regular file: this saves a stat for each.
         mode = stat.S_IFREG if entry.is_file(follow_symlinks=False) else os.stat(entry.path).st_mode  # noqa: PTH116
         if stat.S_ISDIR(mode):
             return True
-        refuse_special(Path(entry.path), mode)
+        refuse_special(entry.path, mode)
     except OSError as error:
-        (listing.skipped if picture else listing.ignored).append(
-            (name, error.strerror or str(error))
-        )
+        listing.add_unreadable(name, error.strerror or str(error))
         return False
-    if picture:
-        listing.pictures.append(name)
-    else:
-        suffix = _suffix(entry.name)
-        kind = f"{suffix} files" if suffix else "files without a suffix"
-        listing.ignored.append(
-            (name, f"{suffix} tables, whose labels are not read" if suffix in _TABLES else kind)
-        )
+    listing.add_file(name)
     return False
+
+
+def unseen(name: str) -> str | None:
+    """Return why a file or folder is not looked at, by the last part of its name, or None."""
+    return HIDDEN if name.startswith(".") else SYSTEM if name in _LITTER else None
 
 
 def is_picture(name: str) -> bool:

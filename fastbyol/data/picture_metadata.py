@@ -44,7 +44,9 @@ def without_metadata(file: BinaryIO) -> BinaryIO | None:
     PNG, JPEG, WebP, TIFF and AVIF are known; other formats give None. EXIF that looks whole is kept
     for its rotation.
     """
-    data = file.read(MAX_BYTES + 1)
+    data = file.read(12)
+    is_known = data.startswith((_PNG, _JPEG, b"RIFF", *_TIFF)) or data[4:8] == b"ftyp"
+    data += file.read(MAX_BYTES) if is_known else b""
     if len(data) > MAX_BYTES:
         return None
     if data.startswith(_PNG):

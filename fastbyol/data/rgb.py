@@ -72,6 +72,15 @@ def read(picture: Path | BinaryIO) -> NDArray[np.uint8]:
     return _read(picture, lambda image: np.asarray(_decoded(image)))
 
 
+def of_image(image: Image.Image) -> NDArray[np.uint8]:
+    """Return an open image of Pillow's as (H, W, 3). Raises UnreadableItemError."""
+    if image.width * image.height > MAX_PIXELS:
+        raise UnreadableItemError(
+            f"{image.width} x {image.height} pixels, more than {MAX_PIXELS:,}"
+        )
+    return np.asarray(_decoded(image))
+
+
 def resized(image: NDArray[np.uint8], resize: Resize, size: int | None) -> NDArray[np.uint8]:
     """Return (H, W, 3) as (size, size, 3), by Pillow's antialiased bilinear filter.
 
@@ -144,11 +153,12 @@ def _attempts(file: BinaryIO) -> Iterator[BinaryIO]:
         yield bare
 
 
-def _decoded(image: ImageFile.ImageFile) -> Image.Image:
+def _decoded(image: Image.Image) -> Image.Image:
     """Return the picture as RGB; of an animation or stack the first frame."""
     # The raw mode, such as RGB;16B, is known only before the pixels are read. Pillow drops the
     # lower 8 bits.
-    _, drawn, _, arguments, *_ = image.tile[0] if image.tile else (None, None, None, "")
+    tiles = getattr(image, "tile", ())  # of files only
+    _, drawn, _, arguments, *_ = tiles[0] if tiles else (None, None, None, "")
     raw_mode, maximum = (*arguments, 0)[:2] if isinstance(arguments, tuple) else (arguments, 0)
     is_deep = "16" in str(raw_mode) or (image.format == "PPM" and maximum > 255)
     if is_deep and isinstance(transparent := image.info.get("transparency"), tuple):

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fastbyol.data import beton
 from fastbyol.data.memory import cpu_bytes
 from fastbyol.errors import UsageError, one_line, size_text
 from fastbyol.files import open_regular, refuse_special
@@ -28,6 +29,9 @@ MAX_CLASSES = 1 << 16
 # Smaller arrays are not checked against the free memory.
 SMALL_BYTES = 1 << 26
 CHANNELS = (1, 3)
+# Usual names of the columns of tables, in the order in which they are chosen.
+IMAGE_NAMES = ("image", "img", "images", "picture", "photo", "pixels")
+LABEL_NAMES = ("label", "labels", "fine_label", "fine_labels", *sorted(beton.LABEL_NAMES))
 # The class names and the folds of STL-10 take far less.
 MAX_TEXT_BYTES = 1 << 24
 # Deflate's best ratio: 258 bytes for two bits (RFC 1951).
@@ -199,6 +203,39 @@ def class_labels(
         )
     labels = np.searchsorted(distinct, own).astype(np.int64)
     return labels if texts else np.where(own < 0, -1, labels), tuple(map(str, distinct))
+
+
+def named_labels(
+    where: str,
+    values: Sequence[int | str | None],
+    names: Sequence[str] | None,
+    others: Sequence[int | str] = (),
+) -> tuple[Labels | None, tuple[str, ...]]:
+    """Return labels, None for no label, as ``class_labels`` does; ``names`` are the classes'.
+
+    Without names, ``others`` are labels of the other splits. Raises UsageError for labels beyond
+    the names, and for texts among numbers.
+    """
+    if all(value is None for value in values):
+        return None, ()
+    distinct = {value for value in (*values, *others) if value is not None}
+    if len({isinstance(value, str) for value in distinct}) > 1 or (
+        names is not None and any(isinstance(value, str) for value in distinct)
+    ):
+        raise UsageError(f"{where} are texts and numbers; save one kind")
+    if any(isinstance(value, str) for value in distinct):
+        if len(distinct) > MAX_CLASSES:
+            raise UsageError(f"{where}: {len(distinct):,} texts are no classes; leave them out")
+        texts = sorted(map(str, distinct))
+        ranks = {text: k for k, text in enumerate(texts)}
+        ids = [-1 if value is None else ranks[str(value)] for value in values]
+        return np.array(ids, np.int64), tuple(texts)
+    numbers = np.array([-1 if value is None else value for value in values], np.int64)
+    if names is None:
+        return class_labels(where, numbers, [np.array(others, np.int64)] if others else ())
+    if not -1 <= numbers.min() <= numbers.max() < len(names):
+        raise UsageError(f"{where} go beyond the {len(names)} classes; save it again")
+    return numbers, tuple(names)
 
 
 def notes_on(class_names: tuple[str, ...]) -> tuple[str, ...]:

@@ -34,7 +34,7 @@ def readable(path: Path, source: Source, pictures: Pictures, *, strict: bool) ->
     sizes, skipped = np.zeros(len(source), np.int64), list(source.skipped)
     for k, name in enumerate(source.names):
         try:
-            with pictures.open(name) as file:
+            with pictures.head(name) as file:
                 height, width = rgb.probe(file)
             sizes[k] = 3 * height * width
         except UnreadableItemError as error:

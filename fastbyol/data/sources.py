@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from fastbyol.data import (
     folder_walk,
+    source_archive,
     source_cifar,
     source_folders,
     source_idx,
@@ -21,7 +22,10 @@ from fastbyol.data import (
     source_npz,
     source_stl10,
     source_svhn,
+    source_tables,
     source_textures,
+    source_torchvision,
+    source_webdataset,
     splits,
 )
 from fastbyol.data.scratch import Scratch
@@ -72,17 +76,21 @@ SOURCES: dict[str | None, Kind] = {
         r"(train|test|extra)_32x32\.mat",
         needs_folder=False,
     ),
+    "datasets": Kind(source_tables.open_tables, source_tables.has_arrow, needs_folder=False),
+    "parquet": Kind(source_tables.open_tables, source_tables.has_parquet, needs_folder=False),
+    "torchvision": Kind(source_torchvision.open_torchvision, needs_folder=False),
     "npz": Kind(source_npz.open_npz, needs_folder=False),
     "npy": Kind(source_npy.open_npy, needs_folder=False),
+    "webdataset": Kind(source_archive.open_archive, needs_folder=False),
+    "archive": Kind(source_archive.open_archive, source_archive.is_packed, needs_folder=False),
     "classes": Kind(source_folders.open_folder),
     "folder": Kind(source_folders.open_folder),
     None: Kind(source_folders.open_folder),
 }
 # Kinds that are named instead of a path.
 MADE = ("textures", "fashion-mnist")
-TORCHVISION = "torchvision:"
+TORCHVISION = source_torchvision.PREFIX
 PICTURES = ("classes", "folder", None)
-ARCHIVES = (".tar.gz", ".tgz", ".tar", ".tar.bz2", ".tar.xz", ".zip")
 
 
 def open_source(
@@ -118,17 +126,20 @@ def open_source(
             )
         if source == kind == "fashion-mnist":
             path = source_idx.fashion_mnist_folder(cache_folder())
+        layout = kind
+        if kind in source_archive.LAYOUTS and source_archive.is_packed(path):
+            kind = "archive"
         if SOURCES[kind].needs_folder and not path.is_dir():
             raise UsageError(
                 f"{path}: no such folder; give the folder that holds the {kind or 'images'} files"
             )
         chosen = split is not None
         # Among pictures a split may be the name of any folder.
-        if split is not None and kind not in PICTURES:
+        if split is not None and kind not in (*PICTURES, "archive"):
             split = "+".join(splits.canonical(part) or part for part in split.split("+"))
         opened = SOURCES[kind].open(
             path,
-            kind=kind,
+            kind=layout,
             split=split,
             fold=fold,
             count=count,
@@ -161,24 +172,30 @@ def is_source(name: str) -> bool:
         return False
 
 
-def files_of(name: str) -> dict[str, Path]:
-    """Return by name the files that a source is read from, with those that may lie beside it.
+def files_of(name: str) -> dict[str, str]:
+    """Return by name the paths of the files that a source is read from.
 
-    Of a folder these are all but hidden ones. Raises UsageError if the folder cannot be read.
+    Of a folder these are all but hidden ones, of an array also those that may lie beside it. Raises
+    UsageError if the folder cannot be read.
     """
     path = Path(name)
+    if source_torchvision.is_name(path):
+        return source_torchvision.files_of(path)
+    if not path.is_dir() and source_archive.is_packed(path):
+        return source_webdataset.files_of(path)
     try:
         if not path.is_dir():
-            own = SOURCES[detect(path)].own_files or r".*\.npy"
+            kind = detect(path)
+            own = r".*\.npy" if kind == "npy" else SOURCES[kind].own_files
             beside = (each for each in path.parent.iterdir() if re.fullmatch(own, each.name))
-            return {each.name: each for each in sorted({path, *beside}) if each.is_file()}
+            return {each.name: str(each) for each in sorted({path, *beside}) if each.is_file()}
         listing = folder_walk.walk(path)
     except OSError as error:
         raise UsageError(f"{error.filename or path}: {error.strerror}; check its rights") from None
     unseen = (folder_walk.HIDDEN, folder_walk.SYSTEM)
     others = [other for other, kind in listing.ignored if kind not in unseen]
     names = sorted((*listing.pictures, *(row[0] for row in listing.skipped), *others))
-    return {each: path / each for each in names}
+    return {each: f"{path}/{each}" for each in names}
 
 
 def _with_rest(source: Source, path: Path, *, chosen: bool) -> Source:
@@ -209,12 +226,14 @@ def _with_rest(source: Source, path: Path, *, chosen: bool) -> Source:
 
 def detect(path: Path) -> str | None:
     """Return the kind of source at ``path``; None for a folder in which only pictures can lie."""
-    if not path.exists():
+    if source_torchvision.is_name(path):
+        return "torchvision"
+    if not path.exists() and not source_webdataset.is_braces(str(path)):
         raise UsageError(
-            f"{path}: no such file or folder; give a folder of images, an .npz file, 'textures' "
-            "or 'fashion-mnist'"
+            f"{path}: no such file or folder; give a folder or archive of images, an .npz file, "
+            "'textures' or 'fashion-mnist'"
         )
-    if not path.is_dir():
+    if path.exists() and not path.is_dir():
         refuse_special(path, path.stat().st_mode)
     for kind, row in SOURCES.items():
         if row.is_at is not None and row.is_at(path):
@@ -222,9 +241,6 @@ def detect(path: Path) -> str | None:
     if path.is_dir():
         return "npy" if source_npy.has_npy(path) and not folder_walk.has_pictures(path) else None
     name = path.name.lower()
-    if name.endswith(ARCHIVES):
-        command = f"unzip {path}" if name.endswith(".zip") else f"tar -xf {path}"
-        raise UsageError(f"{path}: is packed; unpack it (`{command}`) and give the folder")
     if name.endswith(".beton"):
         raise UsageError(f"{path}: is a beton file already; pass it to `fastbyol train --data`")
     if name.endswith((".npz", ".npy")):

@@ -6,8 +6,14 @@ Builders return what they wrote: images uint8 (N, H, W, 3) and labels, by split 
 from __future__ import annotations
 
 import gzip
+import io
+import json
 import struct
+import tarfile
+import zipfile
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
@@ -17,6 +23,10 @@ from PIL import Image
 
 Images = NDArray[np.uint8]
 
+FEATURES = {
+    "image": {"_type": "Image"},
+    "label": {"names": ["ant", "bee", "cow"], "_type": "ClassLabel"},
+}
 CIFAR10_NAMES = (
     "airplane",
     "automobile",
@@ -288,6 +298,58 @@ def class_folders(
     return images, labels
 
 
+def packed(folder: Path, path: Path, *, form: int = tarfile.PAX_FORMAT) -> Path:
+    """Pack the content of a folder as a zip or, by the suffix, a tar; return its path."""
+    names = sorted(each.relative_to(folder).as_posix() for each in folder.rglob("*"))
+    if path.suffix == ".zip":
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+            for name in names:
+                archive.write(folder / name, name)
+        return path
+    method = {".gz": "gz", ".tgz": "gz", ".bz2": "bz2", ".xz": "xz"}.get(path.suffix, "")
+    with tarfile.open(path, f"w:{method}", format=form) as tar:  # type: ignore[call-overload]
+        for name in names:
+            tar.add(folder / name, name, recursive=False)
+    return path
+
+
+def tar_of(path: Path, members: Mapping[str, bytes]) -> Path:
+    """Write a tar of files; return its path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return path
+
+
+def png(image: Images) -> bytes:
+    """Return a picture as a PNG file."""
+    file = io.BytesIO()
+    Image.fromarray(image).save(file, "PNG")
+    return file.getvalue()
+
+
+def webdataset(
+    folder: Path, *, shards: int = 3, per_shard: int = 4, name: str = "shard", labels: str = "cls"
+) -> tuple[Images, list[int]]:
+    """Write shards as WebDataset's ``ShardWriter`` does, with labels in .cls or .json."""
+    folder.mkdir(parents=True, exist_ok=True)
+    images = random_images(shards * per_shard, 18, 22, 11)
+    numbers = [(5 * k + 2) % 7 for k in range(len(images))]
+    for shard in range(shards):
+        members = {}
+        for k in range(shard * per_shard, (shard + 1) * per_shard):
+            label = (
+                str(numbers[k]) if labels == "cls" else json.dumps({"label": numbers[k], "id": k})
+            )
+            members |= {f"{k:08d}.{labels}": label.encode(), f"{k:08d}.png": png(images[k])}
+            members[f"{k:08d}.txt"] = b"a caption"
+        tar_of(folder / f"{name}-{shard:06d}.tar", members)
+    return images, numbers
+
+
 def npz(
     path: Path, *, count: int = 20, side: int = 16, labelled: bool = True
 ) -> tuple[Images, list[int]]:
@@ -296,6 +358,82 @@ def npz(
     arrays = {"images": images} | ({"labels": np.array(labels, np.int32)} if labelled else {})
     np.savez_compressed(path, **arrays)
     return images, labels
+
+
+def parquet(folder: Path, *, train: int = 10, test: int = 7) -> dict[str, tuple[Images, list[int]]]:
+    """Write data/train-00000-of-00002.parquet and so on, as the Hub has them."""
+    from pyarrow import parquet
+
+    (folder / "data").mkdir(parents=True)
+    written = {}
+    for split, count in (("train", train), ("test", test)):
+        written[split] = _labelled(count)
+        table = table_of(*written[split])
+        for k in range(2):
+            rows = table.slice(k * (count // 2), count // 2 + k * (count % 2))
+            path = folder / "data" / f"{split}-{k:05}-of-00002.parquet"
+            parquet.write_table(rows, path, row_group_size=3)
+    return written
+
+
+def saved_set(
+    folder: Path, *, train: int = 10, test: int = 7
+) -> dict[str, tuple[Images, list[int]]]:
+    """Write what DatasetDict.save_to_disk of the library datasets 5.2 writes, train in two files.
+
+    An arrow file is a stream, with the features in its schema's metadata.
+    """
+    import pyarrow
+
+    written = {}
+    for split, count in (("train", train), ("test", test)):
+        written[split] = _labelled(count)
+        table = table_of(*written[split])
+        inner, shards = folder / split, 2 if split == "train" else 1
+        inner.mkdir(parents=True)
+        names = [f"data-{k:05}-of-{shards:05}.arrow" for k in range(shards)]
+        size = -(-count // shards)
+        for k, name in enumerate(names):
+            with pyarrow.ipc.new_stream(inner / name, table.schema) as stream:
+                stream.write_table(table.slice(k * size, size), max_chunksize=4)
+        state = {
+            "_data_files": [{"filename": name} for name in names],
+            "_fingerprint": "0123456789abcdef",
+            "_format_columns": None,
+            "_format_kwargs": {},
+            "_format_type": None,
+            "_output_all_columns": False,
+            "_split": split,
+        }
+        about = {"citation": "", "description": "", "features": FEATURES, "homepage": ""}
+        (inner / "state.json").write_text(json.dumps(state, indent=2, sort_keys=True))
+        (inner / "dataset_info.json").write_text(json.dumps(about, indent=2))
+    (folder / "dataset_dict.json").write_text(json.dumps({"splits": ["train", "test"]}))
+    return written
+
+
+def encoded(image: Images, kind: str = "PNG") -> bytes:
+    """Return the bytes of a picture file."""
+    file = io.BytesIO()
+    Image.fromarray(image).save(file, kind)
+    return file.getvalue()
+
+
+def _labelled(count: int) -> tuple[Images, list[int]]:
+    return random_images(count, 14, 18, count), [k % 3 for k in range(count)]
+
+
+def table_of(images: Images, labels: list[int]) -> Any:
+    """Return the table of a set of the library datasets, with its features."""
+    import pyarrow
+
+    pictures = [{"bytes": encoded(image), "path": f"{k}.png"} for k, image in enumerate(images)]
+    of = pyarrow.struct({"bytes": pyarrow.binary(), "path": pyarrow.string()})
+    table = pyarrow.table(
+        {"image": pyarrow.array(pictures, of), "label": pyarrow.array(labels, pyarrow.int64())}
+    )
+    about = json.dumps({"info": {"features": FEATURES}})
+    return table.replace_schema_metadata({"huggingface": about})
 
 
 def odd_pictures(folder: Path) -> dict[str, Images]:

@@ -20,7 +20,7 @@ from small_disk import small_disk
 
 from fastbyol import load_config
 from fastbyol.config import DataConfig
-from fastbyol.data import beton, conversions, convert, embedded, loader
+from fastbyol.data import beton, conversions, convert, embedded, loader, sources
 from fastbyol.errors import FastbyolError, UsageError
 from leftovers import in_shared_memory, lasting_in_shared_memory
 from source_files import random_images
@@ -31,7 +31,8 @@ SIDE = 20
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A cache of the test's own, which trusts the times of files that are new."""
+    """A cache of the test's own, which trusts the times of new files, and always looks at them."""
+    monkeypatch.setattr(conversions, "LONG_LOOK_S", float("inf"))
     monkeypatch.setenv("FASTBYOL_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(conversions, "SETTLED_NS", 0)
     return tmp_path / "cache"
@@ -159,6 +160,19 @@ def test_bytes_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     for damaged in (b"", b"[", b"[1]", b'["a", 2]', b"{}", b"\xff"):
         memory.write_bytes(damaged)
         assert made(folder) == path
+
+
+def test_a_look_that_took_long_counts_for_a_while(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A command asks several times, of which each would walk through a million files."""
+    folder = pictures(tmp_path / "in", "cat")
+    monkeypatch.setattr(conversions, "LONG_LOOK_S", -1.0)
+    monkeypatch.setattr(conversions, "LOOK_COUNTS", 1e9)
+    monkeypatch.setattr(conversions, "_looks", {})
+    path = made(folder)
+    monkeypatch.setattr(sources, "files_of", lambda name: pytest.fail("walked again"))
+    assert made(folder) == path
 
 
 def test_a_file_that_was_just_written_is_read_again(

@@ -936,7 +936,7 @@ def test_kinds_that_are_none(tmp_path: Path) -> None:
     refused("kind: 'imagenet' is none of", "cifar100", source=tmp_path, kind="imagenet")
     for name, word in (
         ("a.tar.gz", "tar -xf"),
-        ("a.zip", "unzip"),
+        ("a.zip", "damaged zip"),
         ("a.beton", "--data"),
         ("a.mat", "npz"),
     ):

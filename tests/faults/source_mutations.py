@@ -5,12 +5,16 @@ A base is names and bytes of files; a mutation changes bytes, or what lies under
 
 from __future__ import annotations
 
+import bz2
 import contextlib
 import gzip
 import io
+import lzma
 import os
 import re
 import struct
+import tarfile
+import tempfile
 import zipfile
 import zlib
 from collections.abc import Callable
@@ -118,6 +122,23 @@ def bases(folder: Path) -> list[Base]:
     add("classes of splits", _splits, split="val")
     add("odd pictures", lambda to: source_files.odd_pictures(to / "odd"), "odd")
     add("pictures of every format", _formats)
+    add("tar", lambda to: _archive(to, "a.tar"), "a.tar")
+    add("tar of pax headers", lambda to: _archive(to, "a.tar", tarfile.PAX_FORMAT), "a.tar")
+    add("tar.gz", lambda to: _archive(to, "a.tar.gz"), "a.tar.gz")
+    add("tar.bz2", lambda to: _archive(to, "a.tar.bz2"), "a.tar.bz2")
+    add("tar.xz", lambda to: _archive(to, "a.tar.xz"), "a.tar.xz")
+    add("zip", lambda to: _archive(to, "a.zip"), "a.zip")
+    add("zip, stored", _stored_zip, "a.zip")
+    add("webdataset", lambda to: source_files.webdataset(to, shards=2, per_shard=3))
+    add(
+        "webdataset of braces",
+        lambda to: source_files.webdataset(to, shards=2, per_shard=3, labels="json"),
+        "shard-{000000..000001}.tar",
+    )
+    add("parquet", lambda to: source_files.parquet(to, train=6, test=2), without="test")
+    add("parquet without packing", _plain_parquet, "a.parquet")
+    add("saved set", lambda to: source_files.saved_set(to, train=6, test=3), split="test")
+    add("arrow file", _arrow, "a.arrow")
     return made
 
 
@@ -149,6 +170,40 @@ def _arrays(to: Path) -> None:
 def _splits(to: Path) -> None:
     for split in ("train", "val"):
         source_files.class_folders(to / split, per_class=2)
+
+
+def _archive(to: Path, name: str, form: int = tarfile.GNU_FORMAT) -> None:
+    """Write class folders, links and long names as an archive in ``to``."""
+    with tempfile.TemporaryDirectory() as made:
+        folder = Path(made)
+        source_files.class_folders(folder, classes=("ant", "b" * 150), per_class=2)
+        (folder / "ant" / "link.png").symlink_to("picture 0.png")
+        (folder / "ant" / "notes.txt").write_text("no picture")
+        source_files.packed(folder, to / name, form=form)
+
+
+def _stored_zip(to: Path) -> None:
+    with zipfile.ZipFile(to / "a.zip", "w") as archive:
+        for k, image in enumerate(_images(5)):
+            archive.writestr(f"{'ab'[k % 2]}/{k}.png", source_files.png(image))
+
+
+def _tables() -> Any:
+    return source_files.table_of(source_files.random_images(7, 8, 9), [k % 3 for k in range(7)])
+
+
+def _plain_parquet(to: Path) -> None:
+    from pyarrow import parquet
+
+    parquet.write_table(_tables(), to / "a.parquet", compression="none", use_dictionary=False)
+
+
+def _arrow(to: Path) -> None:
+    import pyarrow
+
+    table = _tables()
+    with pyarrow.ipc.new_file(to / "a.arrow", table.schema) as file:
+        file.write_table(table, max_chunksize=3)
 
 
 def _formats(to: Path) -> None:
@@ -239,9 +294,10 @@ def enlarge_anywhere(data: bytearray, rng: Rng) -> None:
 
 
 def enlarge_marked(data: bytearray, rng: Rng) -> None:
-    """Change a number behind a mark of zip, PNG, TIFF, JPEG, pickle or HDF5."""
+    """Change a number behind a mark of zip, PNG, TIFF, JPEG, pickle, HDF5, arrow or parquet."""
     marks = rb"IHDR|IDAT|\xff\xc0|\xff\xc2|\xff\xda|II\*\0|RIFF|VP8|"
     marks += rb"ihdr|ispe|FRHP|TREE|SNOD|HEAP|[TXBrj]"
+    marks += rb"|\xff\xff\xff\xff|PAR1"
     marks += rb"|PK\x01\x02|PK\x03\x04|PK\x05\x06"
     places = [match.end() for match in re.finditer(marks, bytes(data[:100_000]), re.DOTALL)]
     put(data, int(rng.choice(places)) + int(rng.integers(30) if rng.integers(2) else 0), rng)
@@ -295,7 +351,13 @@ def inside(name: str, data: bytes, change: Callable[[bytearray, Rng], None], rng
     """Change compressed or checked content and pack it again with right checksums."""
     if name.endswith(".gz"):
         return gzip.compress(_changed(gzip.decompress(data), change, rng))
-    if name.endswith(".npz"):
+    if name.endswith(".bz2"):
+        return bz2.compress(_changed(bz2.decompress(data), change, rng))
+    if name.endswith(".xz"):
+        return lzma.compress(_changed(lzma.decompress(data), change, rng))
+    if name.endswith(".tar"):
+        return _with_checksums(_changed(data, change, rng))
+    if name.endswith((".npz", ".zip")):
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             members = {member: archive.read(member) for member in archive.namelist()}
         chosen = str(rng.choice(list(members)))
@@ -319,6 +381,16 @@ def inside(name: str, data: bytes, change: Callable[[bytearray, Rng], None], rng
             struct.pack("<II", kind, len(content)) + content for kind, content in elements
         )
     return _changed(data, change, rng)
+
+
+def _with_checksums(data: bytes) -> bytes:
+    """Return a tar with right checksums in its headers."""
+    new = bytearray(data)
+    for at in range(0, len(new) - 511, 512):
+        if new[at + 257 : at + 262] == b"ustar":
+            new[at + 148 : at + 156] = b" " * 8
+            new[at + 148 : at + 156] = b"%06o\0 " % sum(new[at : at + 512])
+    return bytes(new)
 
 
 def _changed(data: bytes, change: Callable[[bytearray, Rng], None], rng: Rng) -> bytes:
@@ -363,6 +435,9 @@ def put_special(path: Path, rng: Rng) -> str:
                         ".npy",
                         ".npz",
                         ".gz",
+                        ".tar",
+                        ".zip",
+                        ".tgz",
                         ".jpg",
                         ".mat",
                         ".bin",

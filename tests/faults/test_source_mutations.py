@@ -21,6 +21,7 @@ from test_data_mutations import show
 
 from fastbyol.data import sources
 from fastbyol.data.beton_write import UnreadableItemError
+from fastbyol.data.scratch import Scratch
 from fastbyol.errors import UsageError
 
 # What reading takes beside the images: decoders, and copies of files, which are small here.
@@ -32,6 +33,8 @@ WHOLE_EVERY = 40
 # Of which most is a conversion's start: the child sleeps then, and that counts, while others may
 # hold the cores.
 HANG_S = 120.0
+# Kinds of which one picture is in memory at a time; an array may be there as a whole.
+PICTURES = ("folder", "classes", "webdataset", "parquet", "datasets")
 
 
 def work(
@@ -63,10 +66,11 @@ def _read(base: mutations.Base, target: Path, number: int) -> str:
     """Return ``refused``, ``read``, ``with skips``, or what was wrong, capitalised."""
     before, declared, skipped = _reset_peak(), 0, 0
     try:
-        source = sources.open_source(str(target / base.at), **base.options)
+        scratch = Scratch(target.parent / "unpacked")
+        shutil.rmtree(scratch.path, ignore_errors=True)
+        source = sources.open_source(str(target / base.at), scratch=scratch, **base.options)
         sizes = source.image_bytes()
-        # One picture of a folder is in memory at a time; an array may be there as a whole.
-        declared = int(sizes.max() if source.kind in ("folder", "classes") else sizes.sum())
+        declared = int(sizes.max() if source.kind in PICTURES else sizes.sum())
         skipped = len(source.skipped)
         json.dumps([source.name(k) for k in range(len(source))] + list(source.class_names))
         for k in range(len(source)):

@@ -329,10 +329,12 @@ def evaluate(
     decoder = (
         decoding.choose(data.decoder) if pinned is None else decoding.choose_again(pinned.decoder)
     )
-    if test_data is not None:
-        test_file: Path | None = embedded.file_of(str(test_data), "test", data)
-    else:
-        test_file = embedded.held_out_file(data)
+    named = data.model_copy(update={"split": None, "test_split": None})  # those are of its own
+    test_file = (
+        embedded.file_of(str(test_data), "test", named)
+        if test_data
+        else embedded.held_out_file(data)
+    )
     if test_file is None:
         raise UsageError(f"{run}: the run has no test data: name a labelled beton with --test-data")
 
@@ -362,13 +364,14 @@ def evaluate(
     test = read("test", test_file, data.test_limit, named=test_data is not None, labels="needed")
     train = None
     if protocol != "blog":  # which is fitted within the test set
-        of_run = train_data is None
         train_file = (
-            embedded.training_file(data)
-            if of_run
-            else embedded.file_of(str(train_data), "train", data)
+            embedded.file_of(str(train_data), "train", named)
+            if train_data
+            else embedded.training_file(data)
         )
-        train = read("train", train_file, data.limit, named=not of_run, labels="optional")
+        train = read(
+            "train", train_file, data.limit, named=train_data is not None, labels="optional"
+        )
     result = protocols.evaluate(
         protocol, encoder.to(target), test=test, train=train, views=config.views, device=target
     )

@@ -40,7 +40,7 @@ def open_regular(path: Path) -> BinaryIO:
     return file
 
 
-def refuse_special(path: Path, mode: int) -> None:
+def refuse_special(path: Path | str, mode: int) -> None:
     """Raise OSError unless ``mode``, the ``st_mode`` of ``path``, is a regular file's."""
     if not stat.S_ISREG(mode):
         kind = _KINDS.get(stat.S_IFMT(mode), "a special file")

@@ -188,8 +188,7 @@ def run(
     outcome = campaign.execute(plan.tasks(runs, folder), folder, scale, **how)
     verdicts = _read(folder).judged
     if as_json:
-        made = {"out": str(folder), "scale": scale, **asdict(outcome)}
-        print_json(made | _verdict_rows(verdicts))
+        print_json({"out": f"{folder}", "scale": scale} | asdict(outcome) | _verdict_rows(verdicts))
     else:
         _print_end(verdicts, fleet.in_words(outcome, folder, launch), console)
     fleet.finish(outcome)

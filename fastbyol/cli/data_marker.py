@@ -28,9 +28,7 @@ NETWORK = {
 
 
 def marker(
-    file: Annotated[
-        str, typer.Argument(metavar="FILE", help="A beton file, 'textures' or 'fashion-mnist'.")
-    ],
+    file: Annotated[str, typer.Argument(metavar="FILE", help="As `train --data` takes it.")],
     preset: Annotated[
         str | None,
         typer.Option(

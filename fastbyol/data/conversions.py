@@ -35,6 +35,9 @@ SETTLED_NS = 2_000_000_000
 # In this order, the parts of a source that a run can be scored on.
 SCORED_ON = ("test", "val")
 _PIECE_BYTES = 1 << 20
+# 50,000 files take half a second.
+LONG_LOOK_S, LOOK_COUNTS = 0.1, 20
+_looks: dict[str, tuple[float, _State]] = {}
 _log = logging.getLogger(__name__)
 
 
@@ -42,7 +45,7 @@ class _State(NamedTuple):
     """The files of a source at one moment: a digest of their names, numbers, sizes and times."""
 
     digest: str
-    files: dict[str, Path]
+    files: dict[str, str]
     newest_ns: int
 
 
@@ -66,6 +69,7 @@ def converted(source: str, *, split: str | None, size: int, scored_on: bool = Fa
         if path is None:
             beton_write.remove_leftovers(folder)
             path = _convert(source, split, size, as_is, scaled, scored_on=scored_on)
+            _looks.clear()
             if _content(source, folder) != content:
                 path.unlink()
                 raise UsageError(f"{source}: changed while it was converted; try again")
@@ -140,31 +144,36 @@ def _content(source: str, folder: Path) -> str:
 
 
 def _look(source: str) -> _State:
-    """Return the state of a source's files, by stat alone."""
+    """Return the state of a source's files, by stat alone.
+
+    A command asks several times. What took long, with many files or on a slow disk, counts for
+    ``LOOK_COUNTS`` times as long.
+    """
+    began = time.monotonic()
+    if source in _looks and began < _looks[source][0]:
+        return _looks[source][1]
     files = sources.files_of(source)
-    newest, rows = 0, []
+    newest, digest = 0, hashlib.blake2b(digest_size=16)
     for name, path in files.items():
         try:
-            status = path.stat()
+            status = os.stat(path)  # noqa: PTH116 - called a million times
         except OSError as error:
-            rows.append(os.fsencode(f"{name}\0{error.strerror}\0"))
+            digest.update(os.fsencode(f"{name}\0{error.strerror}\0"))
             continue
         # The time of change tells of writers that set the other one back.
-        numbers = (
-            status.st_dev,
-            status.st_ino,
-            status.st_size,
-            status.st_mtime_ns,
-            status.st_ctime_ns,
-        )
-        newest = max(newest, status.st_mtime_ns, status.st_ctime_ns)
-        rows.append(os.fsencode(f"{name}\0{numbers}\0"))
-    return _State(_digest(rows), files, newest)
+        times = status.st_mtime_ns, status.st_ctime_ns
+        numbers = status.st_dev, status.st_ino, status.st_size, *times
+        newest = max(newest, *times)
+        digest.update(os.fsencode(f"{name}\0{numbers}\0"))
+    state, lasted = _State(digest.hexdigest(), files, newest), time.monotonic() - began
+    if lasted > LONG_LOOK_S:
+        _looks[source] = time.monotonic() + LOOK_COUNTS * lasted, state
+    return state
 
 
-def _file_digest(path: Path) -> str:
+def _file_digest(path: str) -> str:
     try:
-        with open_regular(path) as file:
+        with open_regular(Path(path)) as file:
             return _digest(iter(lambda: file.read(_PIECE_BYTES), b""))
     except OSError as error:  # converting it says what is wrong
         return error.strerror or str(error)

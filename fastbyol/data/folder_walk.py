@@ -107,7 +107,7 @@ def _add(entry: os.DirEntry[str], name: str, listing: Listing) -> bool:
         mode = stat.S_IFREG if entry.is_file(follow_symlinks=False) else os.stat(entry.path).st_mode  # noqa: PTH116
         if stat.S_ISDIR(mode):
             return True
-        refuse_special(Path(entry.path), mode)
+        refuse_special(entry.path, mode)
     except OSError as error:
         (listing.skipped if picture else listing.ignored).append(
             (name, error.strerror or str(error))

@@ -161,24 +161,25 @@ def is_source(name: str) -> bool:
         return False
 
 
-def files_of(name: str) -> dict[str, Path]:
-    """Return by name the files that a source is read from, with those that may lie beside it.
+def files_of(name: str) -> dict[str, str]:
+    """Return by name the paths of the files that a source is read from.
 
-    Of a folder these are all but hidden ones. Raises UsageError if the folder cannot be read.
+    Of a folder these are all but hidden ones, of an array also those that may lie beside it. Raises
+    UsageError if the folder cannot be read.
     """
     path = Path(name)
     try:
         if not path.is_dir():
             own = SOURCES[detect(path)].own_files or r".*\.npy"
             beside = (each for each in path.parent.iterdir() if re.fullmatch(own, each.name))
-            return {each.name: each for each in sorted({path, *beside}) if each.is_file()}
+            return {each.name: str(each) for each in sorted({path, *beside}) if each.is_file()}
         listing = folder_walk.walk(path)
     except OSError as error:
         raise UsageError(f"{error.filename or path}: {error.strerror}; check its rights") from None
     unseen = (folder_walk.HIDDEN, folder_walk.SYSTEM)
     others = [other for other, kind in listing.ignored if kind not in unseen]
     names = sorted((*listing.pictures, *(row[0] for row in listing.skipped), *others))
-    return {each: path / each for each in names}
+    return {each: f"{path}/{each}" for each in names}
 
 
 def _with_rest(source: Source, path: Path, *, chosen: bool) -> Source:

@@ -104,7 +104,7 @@ def bench(
 
 def examine() -> list[Check]:
     """Return all checks, in the order in which to act on them."""
-    gpu = _device()
+    ffcv, gpu = _ffcv(), _device()
     return [
         _python(),
         *(
@@ -112,9 +112,9 @@ def examine() -> list[Check]:
             for name in ("numpy", "torch", "torchvision", "triton", "safetensors", "numba")
         ),
         _package("cv2", needed=True, distribution="opencv-python-headless"),
-        _ffcv(),
+        ffcv,
         *(_package(name, needed=False) for name in ("matplotlib", "scikit-learn")),
-        _threading_layer(),
+        *([_threading_layer()] if ffcv.ok else []),
         gpu,
         _compiler(gpu.ok),
         *_choices(),
@@ -169,7 +169,7 @@ def _ffcv() -> Check:
 
 
 def _threading_layer() -> Check:
-    """Check for OpenMP or TBB: numba's own layer, workqueue, aborts a process with two loaders."""
+    """Check for OpenMP or TBB: numba's own layer, workqueue, aborts a process with two of FFCV's."""
     import ctypes.util
 
     library = next((lib for lib in ("gomp", "omp", "tbb") if ctypes.util.find_library(lib)), None)

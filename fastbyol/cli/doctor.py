@@ -169,7 +169,7 @@ def _ffcv() -> Check:
 
 
 def _threading_layer() -> Check:
-    """Check for OpenMP or TBB: numba's own layer, workqueue, aborts a process with two of FFCV's."""
+    """Check for OpenMP or TBB: numba's own layer aborts a process with two of FFCV's loaders."""
     import ctypes.util
 
     library = next((lib for lib in ("gomp", "omp", "tbb") if ctypes.util.find_library(lib)), None)

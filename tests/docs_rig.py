@@ -21,6 +21,7 @@ import numpy as np
 
 import source_files
 from fastbyol.data.convert import convert
+from fastbyol.files import cache_folder
 from fastbyol_bench import results
 from sample_results import result
 
@@ -37,6 +38,7 @@ DOCUMENTS = sorted(
 
 PROGRAMS = (
     *("fastbyol", "python", "python3", "make", "pip", "uv", "torchrun", "srun", "bash"),
+    *("docker", "pixi"),
     *(".venv/bin/fastbyol", ".venv/bin/python", ".venv/bin/pip"),
     *(f"bench/{path.name}" for path in (ROOT / "bench").glob("*.sh")),
 )
@@ -156,6 +158,25 @@ def _arrays(path: Path) -> None:
     np.save(path.with_name("y_train.npy"), np.arange(20) % 5)
 
 
+def _archive(path: Path) -> None:
+    """Write a packed folder of classes."""
+    pictures = path.with_name(f".{path.name}.pictures")
+    source_files.class_folders(pictures)
+    source_files.packed(pictures, path)
+
+
+def _shards(path: Path) -> None:
+    """Write a hundred shards, from shard-000.tar on, of a picture each."""
+    source_files.webdataset(path.parent, shards=100, per_shard=1)
+    for k in range(100):
+        (path.parent / f"shard-{k:06d}.tar").rename(path.parent / f"shard-{k:03d}.tar")
+
+
+def _of_torchvision(_: Path) -> None:
+    """Write CIFAR-10 where torchvision would put it."""
+    source_files.cifar10(cache_folder() / "torchvision")
+
+
 def _within(folder: Callable[[Path], object]) -> Callable[[Path], object]:
     """Return a maker of what ``folder`` writes into a folder under its own name."""
     return lambda path: folder(path.parent)
@@ -180,8 +201,13 @@ def _documented_grid(path: Path) -> None:
 
 # What documents name, and what writes it: made where a command names it and nothing made it before.
 FILES: Mapping[str, Callable[[Path], object]] = {
-    **dict.fromkeys(("train.beton", "test.beton", "moved.beton"), _betons),
-    "DIR": _parts,
+    **dict.fromkeys(("train.beton", "test.beton", "moved.beton", "fake.beton"), _betons),
+    **dict.fromkeys(("DIR", "FOLDER"), _parts),
+    "pictures.tar.gz": _archive,
+    "shard-{000..099}.tar": _shards,
+    "HUB_FOLDER": source_files.parquet,
+    "SAVED_SET": source_files.saved_set,
+    "torchvision:CIFAR10": _of_torchvision,
     "stl10_binary": _within(source_files.stl10),
     "stl10_matlab": _within(source_files.stl10_matlab),
     "cifar-10-batches-py": _within(source_files.cifar10),
@@ -193,7 +219,7 @@ FILES: Mapping[str, Callable[[Path], object]] = {
     "kinds": _kinds,
     "bench/fastbyol_bench": lambda path: path.symlink_to(ROOT / "bench" / "fastbyol_bench"),
     "study": Path.mkdir,
-    "caches.tar.gz": Path.touch,
+    **dict.fromkeys(("caches.tar.gz", "env/bin/activate"), Path.touch),
 }
 
 

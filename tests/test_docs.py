@@ -15,6 +15,8 @@ import subprocess
 import sys
 import tomllib
 import types
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Iterator
 from functools import partial
 from inspect import signature
@@ -23,10 +25,12 @@ from typing import Any
 
 import docs_rig
 import pytest
+import shellingham
 import torch
 import typer
 from docs_rig import DOCUMENTS, FILES, ROOT, Call, Shell, blocks, lines, provide
 from torch.distributed.run import get_args_parser
+from torchvision import datasets
 from typer.core import TyperCommand
 
 import fastbyol
@@ -54,7 +58,7 @@ PARSED = {
     r"^python -m fastbyol_bench": "minutes, or it writes into the checkout; tests/bench has each",
     r"^bench/|^bash bench/": "a GPU, or minutes; tests/bench/gpu has the calls",
     r"^make ": "everything; `make -n` knows the target and its recipe",
-    r"pip |^uv |^python3 -m venv": "network; the files and extras that they name are looked up",
+    r"pip |^uv |^docker |^pixi |^python3 -m venv": "network; what they name is there",
 }
 
 
@@ -64,12 +68,25 @@ class Parsed(Exception):  # noqa: N818 - no error
 
 @pytest.fixture(scope="module", autouse=True)
 def _images(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """A cache of its own, and a Fashion-MNIST of 64 images as Debian has it."""
+    """A cache and a home of their own, a Fashion-MNIST of 64 images as Debian has it, no network.
+
+    CIFAR-10's checksums in torchvision's code are those of the true files.
+    """
+
+    def no_network(*_: object, **__: object) -> None:
+        raise urllib.error.URLError("no network")
+
     with pytest.MonkeyPatch.context() as patched:
         patched.setenv("FASTBYOL_CACHE", str(tmp_path_factory.mktemp("cache")))
         debian = tmp_path_factory.mktemp("fashion")
         source_files.idx(debian, train=64, test=64)
         patched.setattr(source_idx, "DEBIAN", debian)
+        patched.setenv("HOME", str(debian))
+        patched.setattr(shellingham, "detect_shell", lambda *_: ("bash", "bash"))  # completion asks
+        patched.setattr(urllib.request, "urlopen", no_network)
+        for name in ("_check_integrity", "_load_meta"):
+            patched.setattr(datasets.CIFAR10, name, lambda self: True)
+        patched.setattr(datasets.CIFAR10, "classes", list(source_files.CIFAR10_NAMES), False)
         yield
 
 
@@ -265,6 +282,8 @@ class Document:
             demand_target(words)
         elif program in ("pip", "uv"):
             demand_requirements(words)
+        elif program in ("docker", "pixi"):
+            demand_recipe(program, words)
         elif program in ("bash", "gpu.sh", "gpu_ranks.sh", "carry.sh"):
             demand_script(program, words)
         elif words[:2] == ["-m", "venv"]:
@@ -361,6 +380,18 @@ def demand_requirements(words: list[str]) -> None:
             assert set(match[1].split(",")) <= set(extras), word
         elif re.fullmatch(r"[\w./-]+\.(txt|toml|lock)", word):
             assert (ROOT / word).is_file(), word
+
+
+def demand_recipe(program: str, words: list[str]) -> None:
+    """Raise AssertionError unless an image is built from the Dockerfile, or pixi has the task."""
+    if program == "docker":
+        assert words[0] == "build"
+        assert words[-1] == "."
+        assert (ROOT / "Dockerfile").is_file()
+    else:
+        tasks = tomllib.loads((ROOT / "pixi.toml").read_text("utf-8"))["tasks"]
+        assert words[0] == "run"
+        assert words[1] in tasks, f"pixi.toml has no task {words[1]}"
 
 
 def demand_script(program: str, words: list[str]) -> None:

@@ -92,7 +92,7 @@ def _images(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def _short(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Workers are this process and train a run or two, and who watches looks once."""
+    """Workers are this process and train ``RUNS`` runs, and who watches looks once."""
     threads = torch.get_num_threads()
     claim = worker.Worker._claim_next
 

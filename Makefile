@@ -1,5 +1,6 @@
 # Two commands, on a fresh Debian or Ubuntu machine with Python >= 3.11, as root or with sudo:
 #   make demo    make test
+# With CPU=1 they install PyTorch without CUDA.
 PYTHON ?= python3
 VENV := .venv
 CONSTRAINTS := constraints.txt
@@ -18,13 +19,18 @@ NO_FFCV := $(addprefix tests/data/test_,decoder.py decode_torchvision.py loader.
   beton_write.py convert.py embedded.py) $(addprefix tests/runs/test_,inputs.py folder.py) tests/engine/test_trainer.py \
   tests/evaluation/test_protocol.py tests/test_api.py tests/cli/test_main.py tests/test_first_light.py \
   tests/faults/test_data_reader.py tests/faults/test_data_mutations.py
-# FFCV compiles one small extension against these: 57 packages instead of libopencv-dev's 444.
-DEBIAN := g++ make pkg-config python3-venv python3-dev libopencv-core-dev libopencv-imgproc-dev libturbojpeg0-dev
+# g++ and Python's headers build FFCV's extension. Tests judge JPEG files by libturbojpeg.
+DEBIAN := g++ make python3-venv python3-dev libturbojpeg0-dev
 # 30 MB of real images. Without them the installation goes on; the demonstration uses textures.
 IMAGES := dataset-fashion-mnist
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+# Of the installers, uv alone has a name for PyTorch's builds without CUDA. Everything else is the same.
+ifeq ($(CPU),1)
+TORCH = $(PIP) install uv && $(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --torch-backend cpu \
+  --constraint $(CONSTRAINTS) torch torchvision &&
+endif
 
-.PHONY: setup demo test lint types unit test-floor floor test-no-ffcv no-ffcv lowered lower faults slurm-test ray-test bench figures clean
+.PHONY: setup demo test lint types unit test-floor floor test-no-ffcv no-ffcv lowered lower faults docs-test slurm-test ray-test bench figures clean
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/.ready
@@ -45,19 +51,11 @@ $(VENV)/.system:
 
 $(VENV)/.python: $(VENV)/.system pyproject.toml $(CONSTRAINTS)
 	@echo "python packages: installing torch and what else pyproject.toml names (several GB the first time)"
-	@$(PIP) install --constraint $(CONSTRAINTS) setuptools wheel --editable '.[$(EXTRAS)]'
+	@$(TORCH) $(PIP) install --constraint $(CONSTRAINTS) setuptools --editable '.[$(EXTRAS)]'
 	@touch $@
 
-# FFCV asks pkg-config for all of OpenCV and includes the umbrella header, but uses only cv::Mat
-# and cv::resize. The package file and header below name just the two modules that contain these.
-$(VENV)/.ready: $(VENV)/.python
-	@echo "ffcv: building"
-	@shim=$$(mktemp -d) && trap 'rm -rf "$$shim"' EXIT && mkdir "$$shim/opencv2" && \
-	printf '#include <opencv2/core.hpp>\n#include <opencv2/imgproc.hpp>\n' >"$$shim/opencv2/opencv.hpp" && \
-	printf 'Name: opencv4\nDescription: core and imgproc\nVersion: 4\nLibs: -lopencv_imgproc -lopencv_core\nCflags: -I%s -I/usr/include/opencv4\n' \
-	  "$$shim" >"$$shim/opencv4.pc" && \
-	PKG_CONFIG_PATH="$$shim" $(PIP) install --no-deps --no-build-isolation --no-binary ffcv 'ffcv==1.0.2'
-	@$(BIN)/python -c 'import ffcv._libffcv'
+$(VENV)/.ready: $(VENV)/.python fastbyol/build_ffcv.py
+	@$(BIN)/python -m fastbyol.build_ffcv
 	@touch $@
 
 demo: setup
@@ -102,6 +100,10 @@ lower: setup
 # Runs the faults of tests/faults/README.md at its full counts; `make test` runs a seeded few.
 faults: setup
 	FASTBYOL_FAULTS=full $(BIN)/python -m pytest -s --timeout 14400 tests/faults
+
+# Runs every command line of README.md and docs; `make test` does, too.
+docs-test: setup
+	$(BIN)/python -m pytest tests/test_docs.py
 
 # The launcher on a real SLURM of this machine, which pre-empts jobs (tests/slurm/README.md). As root,
 # in some minutes.

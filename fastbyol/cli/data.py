@@ -19,8 +19,8 @@ Source = Annotated[
     str,
     typer.Argument(
         help="'fashion-mnist', 'textures', a folder of images or of STL-10, CIFAR, SVHN, idx or "
-        ".npy files, an .npz, "
-        "a tar or zip of images, WebDataset's shard-{000..099}.tar."
+        ".npy files, an .npz, a tar or zip of images, WebDataset's shard-{000..099}.tar, parquet "
+        "files, a saved set of `datasets`, 'torchvision:CIFAR10'."
     ),
 ]
 Split = Annotated[

@@ -7,17 +7,19 @@ import importlib.util
 import os
 import shutil
 import sys
+import sysconfig
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
 import typer
 
+from fastbyol import build_ffcv
 from fastbyol.cli.options import Device, Json
 from fastbyol.files import cache_folder
 from fastbyol.output import console as make_console
 from fastbyol.output import print_json, say
 
-SETUP = "make setup"
+BUILD_FFCV = f"{sys.executable} -m fastbyol.build_ffcv"
 
 
 class Check(NamedTuple):
@@ -102,6 +104,7 @@ def bench(
 
 def examine() -> list[Check]:
     """Return all checks, in the order in which to act on them."""
+    ffcv, gpu = _ffcv(), _device()
     return [
         _python(),
         *(
@@ -109,10 +112,11 @@ def examine() -> list[Check]:
             for name in ("numpy", "torch", "torchvision", "triton", "safetensors", "numba")
         ),
         _package("cv2", needed=True, distribution="opencv-python-headless"),
-        _ffcv(),
+        ffcv,
         *(_package(name, needed=False) for name in ("matplotlib", "scikit-learn")),
-        _threading_layer(),
-        _device(),
+        *([_threading_layer()] if ffcv.ok else []),
+        gpu,
+        _compiler(gpu.ok),
         *_choices(),
         _cores(),
         _cache(),
@@ -134,7 +138,7 @@ def _package(name: str, *, needed: bool, distribution: str | None = None) -> Che
             False,
             needed,
             "not installed",
-            f"{sys.executable} -m pip install {distribution}",
+            f"{' '.join(build_ffcv.installer())} {distribution}",
         )
     return Check(distribution, True, needed, version, "")
 
@@ -143,12 +147,15 @@ def _ffcv() -> Check:
     """Check FFCV, which is optional: its package, its extension, and the libraries it needs."""
     without = "torchvision decodes"
     if importlib.util.find_spec("ffcv") is None:
-        return Check("ffcv", False, False, f"not installed, {without}{_missing_for_build()}", "")
+        missing = build_ffcv.lacking()
+        first = f", after `apt-get install {' '.join(missing)}`" if missing else ""
+        what = f"not installed, {without}; `{BUILD_FFCV}` builds it{first}"
+        return Check("ffcv", False, False, what, "")
     folder = Path(importlib.util.find_spec("ffcv").origin or "").parent  # type: ignore[union-attr]
     extensions = sorted(folder.glob("_libffcv*.so"))
     if not extensions:
         return Check(
-            "ffcv", False, False, f"installed without its compiled extension, {without}", SETUP
+            "ffcv", False, False, f"installed without its compiled extension, {without}", BUILD_FFCV
         )
     import ctypes
 
@@ -156,26 +163,13 @@ def _ffcv() -> Check:
         ctypes.CDLL(str(extensions[0]))
     except OSError as error:
         return Check(
-            "ffcv", False, False, f"its extension does not load: {error}; {without}", SETUP
+            "ffcv", False, False, f"its extension does not load: {error}; {without}", BUILD_FFCV
         )
     return Check("ffcv", True, False, importlib.metadata.version("ffcv"), "")
 
 
-def _missing_for_build() -> str:
-    need = {
-        "g++": shutil.which("g++"),
-        "pkg-config": shutil.which("pkg-config"),
-        "libturbojpeg0-dev": Path("/usr/include/turbojpeg.h").exists(),
-        "libopencv-imgproc-dev": Path("/usr/include/opencv4/opencv2/imgproc.hpp").exists(),
-    }
-    missing = [name for name, present in need.items() if not present]
-    return f"; `{SETUP}` builds it" + (
-        f" and installs for that: {' '.join(missing)}" if missing else ""
-    )
-
-
 def _threading_layer() -> Check:
-    """Check for OpenMP or TBB: numba's own layer, workqueue, aborts a process with two loaders."""
+    """Check for OpenMP or TBB: numba's own layer aborts a process with two of FFCV's loaders."""
     import ctypes.util
 
     library = next((lib for lib in ("gomp", "omp", "tbb") if ctypes.util.find_library(lib)), None)
@@ -195,6 +189,19 @@ def _device() -> Check:
             "gpu", False, False, "no CUDA device: runs take the CPU and the demo preset", ""
         )
     return Check("gpu", True, False, torch.cuda.get_device_name(0), "")
+
+
+def _compiler(gpu: bool) -> Check:
+    """Check for what Triton compiles the launchers of its kernels with, on a GPU alone."""
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    header = Path(sysconfig.get_path("include")) / "Python.h"
+    what = "Triton needs it to launch kernels" if gpu else "only Triton needs it, on a GPU"
+    if compiler is None:
+        return Check("c compiler", False, gpu, f"no gcc; {what}", "apt-get install gcc" * gpu)
+    if not header.exists():
+        what = f"{compiler}, but no Python.h; {what}"
+        return Check("c compiler", False, gpu, what, "apt-get install python3-dev" * gpu)
+    return Check("c compiler", True, gpu, compiler, "")
 
 
 def _choices() -> list[Check]:

@@ -9,9 +9,11 @@ import os
 import signal
 import sys
 from pathlib import Path
+from typing import Annotated
 
 import typer
 
+import fastbyol
 from fastbyol.cli import ablate, data, data_marker, doctor, explain, fork, presets, sweep, train
 from fastbyol.engine import interrupt, worker
 from fastbyol.engine.allocator import keep_freed_memory
@@ -21,10 +23,19 @@ from fastbyol.output import guarded, say
 app = typer.Typer(
     help="Train BYOL, watch it collapse or not, and measure what it learned.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+Version = Annotated[bool, typer.Option("--version", help="Show the version and exit.")]
+
+
+@app.callback(invoke_without_command=True)
+def _about(context: typer.Context, version: Version = False) -> None:
+    if version:
+        say(f"fastbyol {fastbyol.__version__}")
+        raise typer.Exit
+
+
 # In the order of --help.
 app.command()(data.convert)
 app.command()(train.train)

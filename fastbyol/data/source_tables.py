@@ -83,13 +83,14 @@ def open_tables(
     files = list(dict.fromkeys(file for part in chosen for file in tables.of[part]))
     rest = [file for part, of in tables.of.items() if part not in chosen for file in of]
     root = path if path.is_dir() else path.parent
-    answer, rows = _extracted(root, files, rest, tables.features, scratch)
+    pictures, rows = scratch.file("pictures"), scratch.file("rows")
+    answer = _extracted(root, files, rest, tables.features, pictures, rows)
     notes = tuple(answer["notes"])
     if split is None and len(tables.of) > 1:
         untaken = " or ".join(part for part in named if part not in chosen)
         taken = "the tables of no split" if chosen == [None] else f"the split {chosen[0]}"
         notes = (f"took {taken}; --split takes {untaken}", *notes)
-    packed, values, skipped = _located(root, scratch.file("pictures"), rows)
+    packed, values, skipped = _located(root, pictures, rows)
     labels, class_names = source_arrays.named_labels(
         f"{path}: the labels", values, answer["class_names"], answer["others"]
     )
@@ -111,29 +112,30 @@ def open_tables(
 
 
 def _located(
-    root: Path, pictures: Path, rows: list[list[Any]]
+    root: Path, pictures: Path, rows: Path
 ) -> tuple[Packed, list[Any], list[tuple[str, str]]]:
-    """Return the pictures that the rows tell of, the label of each, and what is left out."""
+    """Return the pictures in the file ``rows``, the label of each, and what is left out."""
     stretches: dict[str, Stretch] = {}
     skipped, values, files = list[tuple[str, str]](), list[Any](), [pictures]
-    for name, file, offset, size, label in rows:
-        if size is None:
-            skipped.append((name, label))
-            continue
-        if file is None:
-            stretches[name] = Stretch(0, offset, size)
-        else:
-            beside = Path(os.path.normpath(file))
-            if not beside.is_relative_to(os.path.normpath(root)):
-                skipped.append((name, "a file outside of the folder"))
+    with rows.open("rb") as lines:
+        for name, file, offset, size, label in map(json.loads, lines):
+            if size is None:
+                skipped.append((name, label))
                 continue
-            try:
-                stretches[name] = Stretch(len(files), 0, beside.stat().st_size)
-            except (OSError, ValueError) as error:
-                skipped.append((name, getattr(error, "strerror", None) or "no name of a file"))
-                continue
-            files.append(beside)
-        values.append(label)
+            if file is None:
+                stretches[name] = Stretch(0, offset, size)
+            else:
+                beside = Path(os.path.normpath(file))
+                if not beside.is_relative_to(os.path.normpath(root)):
+                    skipped.append((name, "a file outside of the folder"))
+                    continue
+                try:
+                    stretches[name] = Stretch(len(files), 0, beside.stat().st_size)
+                except (OSError, ValueError) as error:
+                    skipped.append((name, getattr(error, "strerror", None) or "no name of a file"))
+                    continue
+                files.append(beside)
+            values.append(label)
     return Packed(tuple(files), stretches), values, skipped
 
 
@@ -242,10 +244,10 @@ def _extracted(
     files: list[Path],
     others: list[Path],
     features: Mapping[str, Any] | None,
-    scratch: Scratch,
-) -> tuple[dict[str, Any], list[list[Any]]]:
-    """Have ``table_worker`` copy the pictures; return its answer, and its rows."""
-    pictures, rows = scratch.file("pictures"), scratch.file("rows")
+    pictures: Path,
+    rows: Path,
+) -> dict[str, Any]:
+    """Have ``table_worker`` copy the pictures, and write the rows; return its answer."""
     request = {
         "tables": [(str(file), file.relative_to(root).as_posix()) for file in files],
         "others": [str(file) for file in others],
@@ -282,13 +284,12 @@ def _extracted(
         raise UsageError(
             f"{_called(files)}: reading it ended by {how}{why}; it may be damaged, get it again"
         )
-    answer = json.loads(text)
+    answer: dict[str, Any] = json.loads(text)
     if "error" in answer:
         raise UsageError(answer["error"])
     if "disk" in answer:
-        raise FastbyolError(f"{scratch.path}: {answer['disk']}")
-    with rows.open("rb") as lines:
-        return answer, [json.loads(line) for line in lines]
+        raise FastbyolError(f"{rows.parent}: {answer['disk']}")
+    return answer
 
 
 def _watched(process: subprocess.Popen[bytes], files: list[Path], written: tuple[Path, ...]) -> int:

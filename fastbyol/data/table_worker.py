@@ -69,8 +69,10 @@ def _read(request: dict[str, Any]) -> dict[str, Any]:
     pyarrow.set_cpu_count(1)
     pyarrow.set_io_thread_count(1)
     # Of memory that is the process's own; files that are mapped do not count.
-    most = min(cpu_bytes(), MOST_MEMORY)
-    resource.setrlimit(resource.RLIMIT_DATA, (most, most))
+    most, hard = min(cpu_bytes(), MOST_MEMORY), resource.getrlimit(resource.RLIMIT_DATA)[1]
+    if hard != resource.RLIM_INFINITY:
+        most = min(most, hard)
+    resource.setrlimit(resource.RLIMIT_DATA, (most, hard))
     tables = [(Path(path), name) for path, name in request["tables"]]
     columns: _Columns | None = None
     with (

@@ -1,17 +1,12 @@
-"""The documents: tables match the results, links lead somewhere, commands parse."""
+"""The documents: tables match the results, links lead somewhere."""
 
 from __future__ import annotations
 
 import re
-import shlex
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from typer.core import TyperGroup
-from typer.main import get_command
 
-from fastbyol.cli import main
 from fastbyol_bench import readme, results
 from sample_results import GPU, result
 
@@ -22,19 +17,6 @@ DOCUMENTS = [
 ]
 # Code in backticks that names a file: one of these folders, then a name with a suffix.
 FILE = re.compile(r"`((?:fastbyol|kernels|bench|tests|configs|docs)/[\w./-]*\.\w+)`")
-
-
-def commands() -> Iterator[str]:
-    """Return every ``fastbyol ...`` line of the documents' code blocks, continued lines as one."""
-    for path in WRITTEN:
-        for code in re.findall(
-            r"^```\n(.*?)^```", path.read_text("utf-8"), re.DOTALL | re.MULTILINE
-        ):
-            yield from (
-                line.removeprefix("$ ")
-                for line in code.replace("\\\n", "").splitlines()
-                if re.match(r"(\$ )?fastbyol ", line)
-            )
 
 
 @pytest.mark.parametrize("path", readme.DOCUMENTS, ids=lambda path: path.name)
@@ -52,15 +34,6 @@ def test_links_and_names_of_files_lead_somewhere(path: Path) -> None:
     missing = [link for link in links if not (path.parent / link).exists()]
     missing += [name for name in FILE.findall(text) if not (readme.ROOT / name).exists()]
     assert not missing
-
-
-@pytest.mark.parametrize("line", sorted(set(commands())))
-def test_commands_parse(line: str) -> None:
-    """Parse the words as the command line does, without running anything."""
-    command, words = get_command(main.app), shlex.split(line, comments=True)[1:]
-    while isinstance(command, TyperGroup):
-        command = command.commands[words.pop(0)]
-    command.make_context(command.name, words)
 
 
 def test_the_short_table_has_at_most_six_rows_of_the_long_one() -> None:

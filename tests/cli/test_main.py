@@ -7,14 +7,16 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+import fastbyol
 import no_graph
-from fastbyol.cli import main
+from fastbyol.cli import doctor, main
 from fastbyol.errors import NoGraphError
 
 HEADS = [
@@ -260,6 +262,31 @@ def test_presets_list_show_copy(run, tmp_path: Path) -> None:
     run.refusal("presets", "copy", "paper", "mine.toml")  # never over a file that is there
 
 
+def test_the_version(run) -> None:
+    assert run.output("--version") == f"fastbyol {fastbyol.__version__}\n"
+    command = [sys.executable, "-m", "fastbyol", "--version"]
+    assert subprocess.check_output(command, text=True) == run.output("--version")
+
+
+def test_a_shell_completes_commands_and_options(tmp_path: Path) -> None:
+    """As bash asks, by the script that ``--show-completion`` prints."""
+    (tmp_path / "fastbyol").write_text(f'#!/bin/sh\nexec {sys.executable} -m fastbyol "$@"\n')
+    (tmp_path / "fastbyol").chmod(0o755)
+    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+
+    def completed(*words: str) -> list[str]:
+        line = f"COMP_WORDS=({' '.join(words)}); COMP_CWORD={len(words) - 1}"
+        ask = '_fastbyol_completion fastbyol; echo "${COMPREPLY[@]}"'
+        script = f'eval "$(fastbyol --show-completion)"; {line}; {ask}'
+        done = subprocess.run(
+            ["bash", "-c", script], env=environment, capture_output=True, text=True, check=True
+        )
+        return done.stdout.split()
+
+    assert completed("fastbyol", "tr") == ["train"]
+    assert completed("fastbyol", "train", "--batch-") == ["--batch-size"]
+
+
 def test_doctor_names_what_is_there(run) -> None:
     checks = {check["name"]: check for check in run.json("doctor")}
     lines = run.output("doctor").splitlines()
@@ -279,7 +306,18 @@ def test_a_missing_ffcv_is_a_choice_to_doctor(run, monkeypatch: pytest.MonkeyPat
     )
     (line,) = (line for line in run.output("doctor").splitlines() if " ffcv " in line)
     assert line.startswith("none ")
-    assert "not installed, torchvision decodes; `make setup` builds it" in line
+    assert (
+        f"not installed, torchvision decodes; `{sys.executable} -m fastbyol.build_ffcv` builds it"
+        in line
+    )
+
+
+def test_doctor_misses_a_compiler_where_there_is_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    here, there = doctor._compiler(gpu=False), doctor._compiler(gpu=True)
+    assert (here.needed, here.remedy) == (False, "")
+    assert (there.ok, there.needed, there.remedy) == (False, True, "apt-get install gcc")
 
 
 def test_doctor_says_whether_the_precision_gates_answer_is_kept(

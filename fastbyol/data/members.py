@@ -41,9 +41,11 @@ def list_members(members: Iterable[Member]) -> tuple[Listing, dict[str, Stretch]
     for member in members:
         name = _inside(member.name)
         if name is None:
-            listing.add_unreadable(member.name[-MAX_NAME:], "its name leads out of the archive")
+            listing.add_unreadable(
+                member.name[-MAX_NAME:].lstrip("/"), "its name leads out of the archive"
+            )
         elif len(name) > MAX_NAME or name.count("/") >= MAX_DEPTH:
-            listing.add_unreadable(name[-MAX_NAME:], "its name is too long")
+            listing.add_unreadable(name[-MAX_NAME:].lstrip("/"), "its name is too long")
         elif name:
             if member.link and stat.S_ISREG(member.mode):
                 earlier = last.get(_inside(member.link) or "")

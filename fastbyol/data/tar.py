@@ -178,9 +178,21 @@ def _after_map(file: BinaryIO, at: int, is_extended: int) -> int:
 def _after_zeros(file: BinaryIO, at: int, end: int) -> int:
     """Return where the first block begins that is not all zeros, or ``end``."""
     while at < end:
+        at = _after_hole(file.fileno(), at, end)
         piece = os.pread(file.fileno(), _PIECE_BYTES, at)
         rest = piece.lstrip(b"\0")
         if rest or not piece:
-            return at + (len(piece) - len(rest)) // BLOCK * BLOCK if rest else end
+            return min(end, at + (len(piece) - len(rest)) // BLOCK * BLOCK) if rest else end
         at += len(piece)
     return end
+
+
+def _after_hole(fd: int, at: int, end: int) -> int:
+    """Return the first block from ``at`` on that the disk has, or ``end``."""
+    before = os.lseek(fd, 0, os.SEEK_CUR)
+    try:
+        return os.lseek(fd, at, os.SEEK_DATA) // BLOCK * BLOCK
+    except OSError:  # nothing but a hole
+        return end
+    finally:
+        os.lseek(fd, before, os.SEEK_SET)  # where the file's own buffer expects it

@@ -92,3 +92,12 @@ def test_wrong_sizes_of_pax_are_refused(tmp_path: Path, size: str) -> None:
     path.write_bytes(path.read_bytes()[:2048])
     with path.open("rb") as file, pytest.raises(UsageError, match="ends within 'x'"):
         list(tar.members(file, path))
+
+
+def test_a_tar_with_a_hole_of_terabytes_ends(tmp_path: Path) -> None:
+    path = tmp_path / "a.tar"
+    with tarfile.open(path, "w") as out:
+        out.addfile(tarfile.TarInfo("x"))
+    with path.open("r+b") as file:
+        file.truncate(1 << 42)
+        assert [member.name for member in tar.members(file, path)] == ["x"]

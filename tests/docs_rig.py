@@ -116,14 +116,19 @@ class Shell:
         for name, answer in _ANSWERS.items():
             _write_program(programs / name, f"#!/bin/sh\n{answer}\n")
 
-    def calls(self, text: str) -> list[Call]:
+    def calls(self, text: str, folder: Path | None = None) -> list[Call]:
         """Return the programs that ``text`` calls. Raises AssertionError if the shell refuses."""
         typed = self._programs / "typed"
         typed.unlink(missing_ok=True)
         variables = {"PATH": str(self._programs), "TYPED": str(typed), **_VARIABLES}
         shell = [shutil.which("bash") or "bash", "--norc", "-c", self._before + text]
         done = subprocess.run(
-            shell, cwd=self.folder, env=variables, capture_output=True, text=True, check=False
+            shell,
+            cwd=folder or self.folder,
+            env=variables,
+            capture_output=True,
+            text=True,
+            check=False,
         )
         assert done.returncode == 0, done.stderr.strip()
         if re.match(r"(cd|export) ", text):

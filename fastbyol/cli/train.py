@@ -119,11 +119,15 @@ def _start_processes(
 
 
 def _prepare(config: Resolved) -> None:
-    """Convert images that are no beton, before a screen is drawn and other processes begin."""
+    """Convert images that are no beton and compile kernels, before a screen is drawn and other
+    processes begin.
+    """
     from fastbyol.data import embedded
+    from fastbyol.engine import compiling
 
     if worker() is None:
         embedded.prepare(config.data)
+        compiling.compile_kernels(config)
 
 
 def load(

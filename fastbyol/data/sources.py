@@ -82,7 +82,7 @@ SOURCES: dict[str | None, Kind] = {
     "npz": Kind(source_npz.open_npz, needs_folder=False),
     "npy": Kind(source_npy.open_npy, needs_folder=False),
     "webdataset": Kind(source_archive.open_archive, needs_folder=False),
-    "archive": Kind(source_archive.open_archive, source_archive.is_packed, needs_folder=False),
+    "archive": Kind(source_archive.open_archive, needs_folder=False),
     "classes": Kind(source_folders.open_folder),
     "folder": Kind(source_folders.open_folder),
     None: Kind(source_folders.open_folder),
@@ -238,8 +238,12 @@ def detect(path: Path) -> str | None:
     for kind, row in SOURCES.items():
         if row.is_at is not None and row.is_at(path):
             return kind
+    if path.is_dir() and source_npy.has_npy(path) and not folder_walk.has_pictures(path):
+        return "npy"
+    if source_archive.is_packed(path):
+        return "archive"
     if path.is_dir():
-        return "npy" if source_npy.has_npy(path) and not folder_walk.has_pictures(path) else None
+        return None
     name = path.name.lower()
     if name.endswith(".beton"):
         raise UsageError(f"{path}: is a beton file already; pass it to `fastbyol train --data`")

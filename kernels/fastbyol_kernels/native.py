@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import logging
 import os
+import signal
 import struct
 import sys
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from types import FunctionType
-from typing import Annotated, Any, get_type_hints
+from typing import IO, Annotated, Any, get_type_hints
 
 import numba
 import numpy as np
 import torch
+from numba.core import caching, registry
+from numba.core.ccallback import CFunc
 from numba.core.cgutils import ir
 from numba.core.compiler import Compiler
 from numba.core.types import CPointer  # type: ignore[attr-defined]
@@ -59,6 +66,11 @@ _OPTIONS: dict[str, Any] = {"fastmath": {"reassoc", "contract", "nsz"}, "error_m
 # The OpenMP libraries that torch may have loaded. All of them export GNU's entry point.
 _OPENMP = ("libgomp.so.1", "libiomp5.so", "libomp.so")
 _FUNCTION = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+_SIGNATURE = (CPointer(numba.int64),), numba.void
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+# More would wait for one kernel, that of the views, which takes a third of the time of all.
+_MOST_PROCESSES = 4
+_log = logging.getLogger(__name__)
 
 
 class Kernel:
@@ -131,24 +143,45 @@ class Kernel:
         return int(compiled.address)
 
     def _compile(self, activation: Any) -> Any:
-        """Compile the loop over blocks, with the kernel inlined, for one dtype of activations."""
+        """Compile the loop over blocks, or read it from the cache, for one dtype of activations."""
+        made: Any = CFunc(self._loop(activation), _SIGNATURE, {}, {"nopython": True, **_OPTIONS})
+        with _cache_folder() as folder:
+            if folder is None:
+                made.compile()
+                return made
+            made._cache = _kept(made._pyfunc, folder)
+            try:
+                made.compile()
+            except Exception as error:
+                # A full disk, or a damaged file, which goes. What else fails does so again below.
+                if isinstance(error, OSError):
+                    _say_once(f"{Path(folder).resolve()}: {error.strerror}")
+                with suppress(OSError):
+                    Path(made._cache._cache_file._index_path).unlink()
+                made._cache = caching.NullCache()
+                made.compile()
+        return made
+
+    def _loop(self, activation: Any) -> FunctionType:
+        """Return the loop over blocks with the kernel in it, under a name of its own."""
         body = inlined(self._function)
         unpack = _unpack(
             [activation if kind == _ACTIVATION else kind for kind in self._kinds.values()]
         )
         code = (_backwards if self._backwards else _forwards).__code__
-        # numba's cache is keyed by a function's name and checks the file that defines the function.
-        # For all kernels that is this file, so the name identifies the kernel and its sources.
+        # The name identifies the kernel, its sources and what compiles it, because numba looks at
+        # less: at one file, at its own version, and at the CPU in an index that two machines on one
+        # disk may write at once.
         name = f"{self._function.__module__}.{self._function.__qualname__}.{activation}"
         name += "." + _fingerprint(Path(self._function.__code__.co_filename))
         loop = FunctionType(code, {**globals(), "body": body, "unpack": unpack}, name)
         loop.__module__ = __name__
         loop.__qualname__ = "".join(letter if letter.isalnum() else "_" for letter in name)
-        signature = numba.void(CPointer(numba.int64))
-        try:
-            return numba.cfunc(signature, cache=True, nopython=True, **_OPTIONS)(loop)
-        except RuntimeError:  # numba has no writable folder for its cache
-            return numba.cfunc(signature, nopython=True, **_OPTIONS)(loop)
+        return loop
+
+    def _fitting(self, activation: torch.dtype) -> torch.dtype:
+        """Return ``activation``, or what stands for it where the kernel takes none."""
+        return activation if _ACTIVATION in self._kinds.values() else torch.float32
 
 
 def kernel(function: Callable[..., None] | None = None, *, backwards: bool = False) -> Any:
@@ -193,9 +226,169 @@ def _backwards(table):
 
 @cache
 def _fingerprint(source: Path) -> str:
-    """Return a digest of ``source`` and this package's files, any of which can change a kernel."""
+    """Return a digest of what changes a kernel: ``source``, this package, the compiler, the CPU."""
     files = sorted({source, *Path(__file__).parent.rglob("*.py")})
-    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:16]
+    cpu = registry.cpu_target.target_context.codegen().magic_tuple()
+    compiler = repr((numba.__version__, version("llvmlite"), cpu)).encode()
+    return hashlib.sha256(b"".join([compiler, *map(Path.read_bytes, files)])).hexdigest()[:16]
+
+
+class _Locator:
+    """Numba's way to one folder, for functions whose name says what they were compiled from."""
+
+    def __init__(self, folder: str) -> None:
+        self._folder = folder
+
+    @classmethod
+    def from_function(cls, function: Any, file: str) -> _Locator:
+        return cls(function.cache_folder)
+
+    def get_cache_path(self) -> str:
+        return self._folder
+
+    def ensure_cache_path(self) -> None:
+        """Do nothing: ``_cache_folder`` has made it."""
+
+    def get_source_stamp(self) -> str:
+        return ""
+
+    def get_disambiguator(self) -> str:
+        return ""
+
+
+class _InFolder(caching.CompileResultCacheImpl):  # type: ignore[misc]
+    _locator_classes = (_Locator,)
+
+
+class _Cache(caching.FunctionCache):  # type: ignore[misc]
+    _impl_class = _InFolder
+
+
+def _kept(loop: Any, folder: str) -> Any:
+    """Return numba's cache of ``loop`` in ``folder``."""
+    loop.cache_folder = folder
+    return _Cache(loop)
+
+
+@contextmanager
+def _cache_folder() -> Iterator[str | None]:
+    """Yield the path of the folder of compiled kernels while the body runs, or None without one.
+
+    It is the first of ``_parents`` that can be written. What lies in it is run, and unpickled
+    before that: so it has to be this user's own, and nobody else may write it. Its path leads
+    through an open descriptor, so that it stays the folder that was checked, whoever may rename
+    those above it.
+    """
+    for parent in _parents():
+        own = parent / f"kernels-{os.geteuid()}"
+        try:
+            own.mkdir(mode=0o700, parents=True, exist_ok=True)
+            descriptor = os.open(own, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        except OSError:
+            continue
+        try:
+            status = os.fstat(descriptor)
+            is_private = status.st_uid == os.geteuid() and not status.st_mode & 0o022
+            if is_private and os.access(own, os.W_OK | os.X_OK):
+                yield f"/proc/self/fd/{descriptor}" if sys.platform == "linux" else str(own)
+                return
+        finally:
+            os.close(descriptor)
+    _say_once("no folder for compiled kernels that is this user's alone and can be written")
+    yield None
+
+
+def _parents() -> Iterator[Path]:
+    """Yield where the folder of compiled kernels may be: beside them, or where fastbyol caches."""
+    variables = ("NUMBA_CACHE_DIR", "FASTBYOL_CACHE", "XDG_CACHE_HOME")
+    numbas, own, users = (Path(os.environ.get(name, "")) for name in variables)
+    if numbas.name:
+        yield numbas
+    yield Path(__file__).parent / "__pycache__"
+    if own.name:
+        yield own
+    with suppress(RuntimeError):  # no home folder
+        yield (users if users.name else Path.home() / ".cache") / "fastbyol"
+
+
+@cache
+def _say_once(reason: str) -> None:
+    _log.warning(
+        "%s: kernels are compiled at every start; name another with FASTBYOL_CACHE=DIR", reason
+    )
+
+
+def missing(kernels: Sequence[Kernel], activation: torch.dtype) -> list[Kernel]:
+    """Return those of ``kernels`` that the cache lacks for ``activation``: none without a cache."""
+    with _cache_folder() as folder:
+        return [] if folder is None else [k for k in kernels if not _is_kept(k, activation, folder)]
+
+
+def _is_kept(kernel: Kernel, activation: torch.dtype, folder: str) -> bool:
+    loop = kernel._loop(_ELEMENTS[kernel._fitting(activation)])
+    return Path(_kept(loop, folder)._cache_file._index_path).exists()
+
+
+def compile_ahead(
+    kernels: Sequence[Kernel], activation: torch.dtype, progress: Callable[[int, int], None]
+) -> int:
+    """Compile ``kernels``, 255 at most, for ``activation`` into the cache, several at once.
+
+    ``progress`` is called with how many are done, and of how many. Return how many are: what fails
+    is left to the first call. Numba compiles in one thread at a time, so forked processes do it,
+    as many as torch has threads, up to four. None outlives this call, an error in it or this
+    process. Call it in a program's main thread, while no other one compiles.
+    """
+    children: list[int] = []
+    done = 0
+    with ExitStack() as opened:
+        tasks, into, finished, finish = (
+            opened.enter_context(os.fdopen(descriptor, mode, buffering=0))
+            for pipe in (os.pipe(), os.pipe())
+            for descriptor, mode in zip(pipe, ("rb", "wb"), strict=True)
+        )
+        into.write(bytes(range(len(kernels))))
+        into.close()
+        try:
+            with suppress(OSError):  # no more processes are allowed
+                children.extend(
+                    _forked(kernels, activation, tasks, finish)
+                    for _ in range(min(torch.get_num_threads(), _MOST_PROCESSES, len(kernels)))
+                )
+            finish.close()
+            while finished.read(1):
+                done += 1
+                progress(done, len(kernels))
+        finally:
+            for child in children:
+                with suppress(ProcessLookupError, ChildProcessError):
+                    os.kill(child, signal.SIGKILL)
+                    os.waitpid(child, 0)
+    return done
+
+
+def _forked(
+    kernels: Sequence[Kernel], activation: torch.dtype, tasks: IO[bytes], finish: IO[bytes]
+) -> int:
+    """Fork a process that compiles the kernels whose numbers it reads; return its number."""
+    parent = os.getpid()
+    with warnings.catch_warnings():
+        # Of other threads; what they may hold, such as a lock of the screen, is not asked for.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        child = os.fork()
+    if child:
+        return child
+    try:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, signal.SIG_DFL)
+        if sys.platform == "linux":
+            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        while os.getppid() == parent and (task := tasks.read(1)):
+            kernel = kernels[task[0]]
+            kernel._address(kernel._fitting(activation))
+            finish.write(task)
+    finally:
+        os._exit(0)
 
 
 @cache

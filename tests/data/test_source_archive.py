@@ -7,6 +7,7 @@ import gzip
 import io
 import lzma
 import pickle
+import shutil
 import subprocess
 import tarfile
 import tracemalloc
@@ -407,3 +408,9 @@ def test_sources_of_archives_are_found_by_their_names(tmp_path: Path) -> None:
     assert sources.is_source(str(path))
     assert list(sources.files_of(str(path)).values()) == [str(path)]
     assert sources.detect(path) == "archive"
+    packed(tmp_path / "folder", tmp_path / "a.tar")
+    assert sources.detect(tmp_path) is None  # pictures with archives beside them
+    shutil.rmtree(tmp_path / "folder")
+    assert sources.detect(tmp_path) == "archive"
+    np.save(tmp_path / "images.npy", random_images(2, 8, 8))
+    assert sources.detect(tmp_path) == "npy"

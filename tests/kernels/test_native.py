@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
+import signal
+import stat
 import subprocess
 import sys
+import tempfile
 import threading
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -195,17 +201,239 @@ def test_torchs_openmp_library_is_detected() -> None:
     assert native._team() is not None
 
 
-def test_without_a_cache_folder_a_kernel_is_compiled_anew() -> None:
-    """Run as in a read-only container."""
-    code = (
-        "import numba.core.caching as caching\n"
-        "caching.CacheImpl._locator_classes = []\n"
-        "from fastbyol_kernels.weight_standardization import weight_standardization\n"
-        "import torch\n"
-        "print(weight_standardization(torch.tensor([[1.0, 3.0]])).tolist())\n"
+# Runs a kernel and tells how often the cache had it, after it has become another user than root.
+_AS_ANOTHER = """
+import os, sys, torch
+from fastbyol_kernels import weight_standardization
+from fastbyol_kernels.weight_standardization import cpu
+if os.geteuid() == 0:
+    os.setgroups([])
+    os.setgid(65534)
+    os.setuid(65534)
+for _ in range(2):
+    out = weight_standardization.weight_standardization(torch.tensor([[1.0, 3.0]]))
+    torch.manual_seed(0)
+print(out.tolist(), cpu._forward._compiled[torch.float32]._cache_hits)
+"""
+_STANDARDIZED = "[[-0.7071017622947693, 0.7071017622947693]]"
+
+
+@pytest.fixture
+def open_folder() -> Iterator[Path]:
+    """A folder that every user can look into: pytest's own are root's alone."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        yield Path(folder)
+
+
+def _run_installed(folder: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Run a kernel from an install in ``folder`` that cannot be written, without a home folder."""
+    install = folder / "install"
+    if not install.exists():
+        ignored = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(Path(native.__file__).parent, install / "fastbyol_kernels", ignore=ignored)
+        for path in (*install.rglob("*"), install):
+            path.chmod(0o555 if path.is_dir() else 0o444)
+    names = ("NUMBA_CACHE_DIR", "FASTBYOL_CACHE", "XDG_CACHE_HOME")
+    environment = {name: value for name, value in os.environ.items() if name not in names}
+    environment |= {"PYTHONPATH": str(install), "HOME": "/proc", **variables}
+    run = [sys.executable, "-c", _AS_ANOTHER]
+    done = subprocess.run(run, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def test_without_a_cache_folder_kernels_are_compiled_anew_and_a_line_says_so(
+    open_folder: Path,
+) -> None:
+    done = _run_installed(open_folder)
+    assert done.stdout == f"{_STANDARDIZED} 0\n"
+    assert done.stderr == (
+        "no folder for compiled kernels that is this user's alone and can be written: kernels are "
+        "compiled at every start; name another with FASTBYOL_CACHE=DIR\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.stdout == "[[-0.7071017622947693, 0.7071017622947693]]\n", done.stderr
+
+
+def test_where_the_install_cannot_be_written_kernels_are_kept_with_what_can_be_made_again(
+    open_folder: Path,
+) -> None:
+    own = open_folder / "own"
+    own.mkdir()
+    if os.geteuid() == 0:
+        os.chown(own, 65534, 65534)
+    results = [_run_installed(open_folder, FASTBYOL_CACHE=str(own)) for _ in range(2)]
+    assert [done.stdout for done in results] == [f"{_STANDARDIZED} {hits}\n" for hits in (0, 1)]
+    assert not any(done.stderr for done in results)
+    (folder,) = own.iterdir()
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    assert [path.suffix for path in sorted(folder.iterdir())] == [".nbc", ".nbi"]
+    # Another CPU: the kept code may have instructions that it lacks.
+    other = _run_installed(open_folder, FASTBYOL_CACHE=str(own), NUMBA_CPU_NAME="x86-64")
+    assert other.stdout.endswith(" 0\n"), other.stdout
+
+
+@pytest.fixture
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder where kernels are kept: a new one, and there is no other."""
+    monkeypatch.setattr(native, "_parents", lambda: iter([tmp_path]))
+    return tmp_path / f"kernels-{os.geteuid()}"
+
+
+def _fresh() -> native.Kernel:
+    """Return a kernel that is compiled or read anew."""
+
+    @kernel
+    def fresh(block: int, counts: I64) -> None:
+        counts[block] += 1
+
+    assert isinstance(fresh, native.Kernel)
+    return fresh
+
+
+def _hits(fresh: native.Kernel) -> int:
+    """Run a kernel; return whether the cache had it."""
+    counts = torch.zeros(1, dtype=torch.int64)
+    fresh(1, counts)
+    assert counts.tolist() == [1]
+    return int(fresh._compiled[torch.float32]._cache_hits)
+
+
+@pytest.mark.parametrize("mode", [0o770, 0o702, 0o777])
+def test_a_folder_that_others_can_write_is_not_read(own_cache: Path, mode: int) -> None:
+    """Such as one in /tmp: unpickling what somebody has put there would run their code."""
+    assert [_hits(_fresh()) for _ in range(2)] == [0, 1]
+    own_cache.chmod(mode)
+    assert _hits(_fresh()) == 0
+    own_cache.chmod(0o700)
+    assert _hits(_fresh()) == 1
+
+
+def test_a_folder_of_another_user_or_behind_a_link_is_not_read(
+    own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert [_hits(_fresh()) for _ in range(2)] == [0, 1]
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "geteuid", lambda: os.getuid() + 1)
+        own_cache.rename(own_cache.with_name(f"kernels-{os.geteuid()}"))
+        assert _hits(_fresh()) == 0
+        own_cache.with_name(f"kernels-{os.geteuid()}").rename(own_cache)
+    own_cache.rename(own_cache.with_name("elsewhere"))
+    own_cache.symlink_to("elsewhere")
+    assert _hits(_fresh()) == 0
+
+
+def test_a_kept_kernel_is_of_this_compiler_and_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    source = Path(__file__)
+    digests = {native._fingerprint.__wrapped__(source)}
+    with monkeypatch.context() as patch:
+        patch.setattr(native.numba, "__version__", "0.0")
+        digests.add(native._fingerprint.__wrapped__(source))
+    with monkeypatch.context() as patch:
+        patch.setattr(native, "version", lambda _: "0.0")
+        digests.add(native._fingerprint.__wrapped__(source))
+    with monkeypatch.context() as patch:
+        codegen = native.registry.cpu_target.target_context.codegen()
+        triple, name, features = codegen.magic_tuple()
+        patch.setattr(type(codegen), "magic_tuple", lambda _: (triple, name, features + ",+other"))
+        digests.add(native._fingerprint.__wrapped__(source))
+    assert len(digests) == 4
+    assert digests - {native._fingerprint.__wrapped__(source)} != digests
+
+
+@pytest.mark.parametrize("suffix", [".nbi", ".nbc"])
+@pytest.mark.parametrize("left", [0, 7, 40])
+def test_damaged_files_of_the_cache_are_replaced(own_cache: Path, suffix: str, left: int) -> None:
+    assert _hits(_fresh()) == 0
+    for path in own_cache.glob(f"*{suffix}"):
+        os.truncate(path, left)
+    assert [_hits(_fresh()) for _ in range(3)] == [0, 0, 1]
+
+
+def test_a_full_disk_is_said_once_and_the_kernel_runs(
+    own_cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(native.caching.IndexDataCacheFile, "_save_data", full)
+    native._say_once.cache_clear()
+    assert [_hits(_fresh()) for _ in range(2)] == [0, 0]
+    assert [record.getMessage().partition(":")[0] for record in caplog.records] == [str(own_cache)]
+    assert "No space left on device" in caplog.text
+
+
+def test_kernels_are_compiled_ahead_by_processes_that_end(
+    own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.set_num_threads(2)
+    children, fork = [], native._forked
+    monkeypatch.setattr(native, "_forked", lambda *a: children.append(fork(*a)) or children[-1])
+
+    @kernel
+    def broken(block: int, counts: I64) -> None:
+        counts[block] += "no number"
+
+    good = [_fresh(), _fresh_of_activations()]
+    progress: list[tuple[int, int]] = []
+    assert native.missing([*good, broken], torch.bfloat16) == [*good, broken]
+    done = native.compile_ahead(
+        [*good, broken], torch.bfloat16, lambda *numbers: progress.append(numbers)
+    )
+    assert (done, progress) == (2, [(1, 3), (2, 3)])
+    assert native.missing([*good, broken], torch.bfloat16) == [broken]
+    assert _hits(good[0]) == 1
+    assert len(children) == 2
+    for child in children:
+        with pytest.raises(ChildProcessError):
+            os.waitpid(child, os.WNOHANG)
+
+
+def _fresh_of_activations() -> native.Kernel:
+    @kernel
+    def fresh(block: int, x: Activation) -> None:
+        x[block] = narrowed(widened(x[block]), x)
+
+    assert isinstance(fresh, native.Kernel)
+    return fresh
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_no_compiling_process_outlives_the_one_that_asked(tmp_path: Path, number: int) -> None:
+    code = (
+        "import torch\n"
+        "from fastbyol_kernels import native\n"
+        "from fastbyol_kernels.views import cpu\n"
+        "torch.set_num_threads(2)\n"
+        "fork = native._forked\n"
+        "def told(*arguments):\n"
+        "    print(child := fork(*arguments), flush=True)\n"
+        "    return child\n"
+        "native._forked = told\n"
+        "native.compile_ahead([cpu._views, cpu._views], torch.float32, print)\n"
+    )
+    environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}
+    with subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        env=environment,
+    ) as asking:
+        assert asking.stdout is not None
+        children = [int(asking.stdout.readline()) for _ in range(2)]
+        asking.send_signal(number)
+        # The children have its standard output: it ends when the last of them does.
+        assert asking.stdout.read() == ""
+    assert asking.returncode == -number
+    while any(_is_alive(child) for child in children):  # the last of their exit
+        time.sleep(0.01)
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 def test_code_of_other_sources_is_never_taken_from_the_cache(tmp_path: Path) -> None:
@@ -233,7 +461,7 @@ def test_code_of_other_sources_is_never_taken_from_the_cache(tmp_path: Path) -> 
         run = [sys.executable, str(tmp_path / "mine.py")]
         done = subprocess.run(run, capture_output=True, text=True, env=environment, check=False)
         assert done.stdout.strip() == expected, done.stderr
-    assert len(list((package / "__pycache__").glob("native.*number*.nbi"))) == 3
+    assert len(list((package / "__pycache__").glob("kernels-*/native.*number*.nbi"))) == 3
 
 
 @pytest.mark.slow

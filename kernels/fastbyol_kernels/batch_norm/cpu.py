@@ -484,3 +484,7 @@ class FusedBatchNorm(torch.autograd.Function):
         )  # fmt: skip
         _input_gradient(num_views * parts, x, g, dx, table, slopes, masks, limit, *cut)
         return dx, affine[0], affine[1], *[None] * 5, g if ctx.added else None, None, None
+
+
+# What a step of one rank calls, for ``native.compile_ahead``.
+TRAINED_WITH = (_sum_deviations, _moments, _normalise, _sum_gradients, _affine, _input_gradient)

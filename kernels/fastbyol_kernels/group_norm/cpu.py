@@ -456,3 +456,7 @@ class CpuGroupNorm(torch.autograd.Function):
         )
         _sum_rows(-(-2 * c // COLUMNS), sums, affine, n, 2 * c)
         return dx, affine[0], affine[1], dresidual if ctx.residual else None, None, None, None
+
+
+# What a step calls, for ``native.compile_ahead``.
+TRAINED_WITH = (_forward, _backward, _sum_rows)

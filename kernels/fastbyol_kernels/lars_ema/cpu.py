@@ -127,3 +127,7 @@ def _roots(sums: Tensor, table: SegmentTable) -> Tensor:
         sums.double(), "sum", lengths=table.spans.diff().flatten().long(), axis=0
     )
     return whole.sqrt().to(sums.dtype).t()
+
+
+# What a step calls, for ``native.compile_ahead``.
+TRAINED_WITH = (_norms, _sweep)

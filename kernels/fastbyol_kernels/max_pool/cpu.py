@@ -139,3 +139,7 @@ class CpuMaxPool(torch.autograd.Function):
         dx = dy.new_empty(n, h, w, c).permute(0, 3, 1, 2)
         _backward(n, dy, taps, dx, h, w, c)
         return dx
+
+
+# What a step calls, for ``native.compile_ahead``.
+TRAINED_WITH = (_forward, _backward)

@@ -214,7 +214,9 @@ def _blur_along(source, out, weights, reach, reflects, size, line):
         for x in range(reach):
             wide[x] = old[_inside(x - reach, size, reflects)]
             wide[reach + size + x] = old[_inside(size + x, size, reflects)]
-        wide[reach : reach + size] = old
+        # A loop: to assign a slice numba compiles the words of an error, too, which takes 2 s.
+        for x in range(size):
+            wide[reach + x] = old[x]
         for k in range(2 * reach + 1):
             _add(row, weights[k], wide[k : k + size], k == 0)
 
@@ -313,3 +315,7 @@ def apply(
         height, width, table.shape[1], size, blur_kernel, scratch_size, line_size,
     )  # fmt: skip
     return out
+
+
+# What a step calls, for ``native.compile_ahead``.
+TRAINED_WITH = (_views,)

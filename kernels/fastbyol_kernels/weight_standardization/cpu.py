@@ -143,3 +143,7 @@ def _rows_of(num_rows: int, length: int) -> Tensor:
     """Return the ``RowTable.rows`` of a single weight."""
     starts = torch.arange(num_rows, device="cpu") * length
     return torch.stack((starts, torch.full_like(starts, length), starts), 1).contiguous()
+
+
+# What a step calls, for ``native.compile_ahead``.
+TRAINED_WITH = (_forward, _backward)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import io
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from functools import cache
@@ -16,6 +17,9 @@ if TYPE_CHECKING:
     from jinja2 import Environment
     from markupsafe import Markup
     from matplotlib.figure import Figure
+
+# Without a home that can be written matplotlib tells of it at every import, and works.
+logging.getLogger("matplotlib").setLevel(logging.ERROR)
 
 # Colours of the Okabe-Ito palette, which colour-blind readers can tell apart (Okabe and Ito, 2008).
 BLUE, ORANGE, GREEN, RED, PURPLE, SKY = (

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import unicodedata
 from html.parser import HTMLParser
 
@@ -50,3 +52,15 @@ def test_a_page_is_utf8_and_says_so_and_shows_names_escaped(name: str, shown: st
 def test_a_value_that_a_template_needs_must_be_passed() -> None:
     with pytest.raises(UndefinedError, match="facts"):
         figures.page("run.html.j2", title="")
+
+
+def test_a_home_that_cannot_be_written_is_not_told_of() -> None:
+    code = "import fastbyol.show.figures, matplotlib; matplotlib.get_configdir()"
+    environment = {name: word for name, word in os.environ.items() if name != "MPLCONFIGDIR"}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=environment | {"HOME": "/proc", "XDG_CONFIG_HOME": "/proc"},
+        capture_output=True,
+        check=True,
+    )
+    assert done.stderr == b""

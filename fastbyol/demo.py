@@ -21,6 +21,7 @@ from fastbyol.ablations.arms import arm
 from fastbyol.config import Config, DataConfig
 from fastbyol.config_io import Flag
 from fastbyol.data import embedded, loader
+from fastbyol.engine.compiling import compile_kernels
 from fastbyol.engine.device import fitting_threads
 from fastbyol.errors import FastbyolError, UsageError, quoted
 from fastbyol.evaluation.collapse import COLLAPSED_ABOVE
@@ -50,6 +51,7 @@ def run(out: Path, *, seed: int = 0, console: Console) -> dict[str, Any]:
     config = config_io.load(
         preset="demo", sets=[f"train.seed={seed}", f"data.train={_images(console)}"]
     ).config
+    compile_kernels(config)
     path = _train(out, config, console)
     _print_command(console, f"fastbyol eval {path} --weights random")
     random = api.evaluate(path, config.probe.protocol, weights="random")

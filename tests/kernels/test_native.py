@@ -21,6 +21,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fastbyol.files import cache_folder
 from fastbyol_kernels import dispatch, native
 from fastbyol_kernels.native import (
     F32,
@@ -270,6 +271,21 @@ def test_where_the_install_cannot_be_written_kernels_are_kept_with_what_can_be_m
     # Another CPU: the kept code may have instructions that it lacks.
     other = _run_installed(open_folder, FASTBYOL_CACHE=str(own), NUMBA_CPU_NAME="x86-64")
     assert other.stdout.endswith(" 0\n"), other.stdout
+
+
+@pytest.mark.parametrize("own", [None, "own"])
+@pytest.mark.parametrize("users", [None, "users"])
+def test_kernels_are_kept_where_fastbyol_keeps_what_can_be_made_again(
+    own: str | None, users: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in (("FASTBYOL_CACHE", own), ("XDG_CACHE_HOME", users)):
+        if value is None:
+            monkeypatch.delenv(name, raising=False)
+        else:
+            monkeypatch.setenv(name, value)
+    monkeypatch.delenv("NUMBA_CACHE_DIR", raising=False)
+    beside, first = list(native._parents())[:2]
+    assert (beside, first) == (Path(native.__file__).parent / "__pycache__", cache_folder())
 
 
 @pytest.fixture

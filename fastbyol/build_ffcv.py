@@ -3,8 +3,9 @@
     python -m fastbyol.build_ffcv
 
 FFCV is Python and one small C++ extension, which uses libturbojpeg, ``cv::Mat`` and ``cv::resize``.
-Debian's packages are unpacked into a temporary folder. The extension is linked statically against
-OpenCV's; libturbojpeg and TBB, which OpenCV's core calls, are copied to where the extension is.
+Debian's packages are unpacked into a temporary folder, unless they are installed. The extension is
+linked statically against OpenCV's; libturbojpeg and TBB, which OpenCV's core calls, are copied to
+where the extension is.
 """
 
 from __future__ import annotations
@@ -49,10 +50,12 @@ def main() -> None:
     try:
         _demand_tools()
         with TemporaryDirectory(prefix="fastbyol-ffcv-") as folder:
-            say("ffcv: getting Debian's packages")
-            libraries = _unpack(Path(folder))
+            root = Path("/")
+            if not _has_all(root):
+                say("ffcv: getting Debian's packages")
+                root = _unpack(Path(folder))
             say("ffcv: building")
-            _install(Path(folder), libraries)
+            _install(Path(folder), root)
     except FastbyolError as error:
         say(f"fastbyol.build_ffcv: error: {error}", err=True)
         sys.exit(error.exit_code)
@@ -103,7 +106,7 @@ def lacking() -> list[str]:
 
 
 def _unpack(folder: Path) -> Path:
-    """Unpack Debian's packages into ``folder``; return the folder of their libraries.
+    """Unpack Debian's packages into ``folder``; return the folder that stands for the root.
 
     apt's lists are private: those of the system may be old or missing, and only root renews them.
     """
@@ -124,21 +127,33 @@ def _unpack(folder: Path) -> Path:
     _run([*apt, "download", *re.findall(r"libturbojpeg\w*", depends)[:1]], packages)
     for package in sorted(packages.glob("*.deb")):
         _run(["dpkg", "-x", str(package), str(folder / "root")], folder)
-    paths = [next((folder / "root").glob(f"usr/lib/*/{name}"), None) for name in LIBRARIES]
-    for name, path in zip(LIBRARIES, paths, strict=True):
-        if path is None:
-            raise FastbyolError(f"{name}: not in this system's {', '.join(DEBIAN)}")
-    return Path(str(paths[0])).parent
+    if not _has_all(folder / "root"):
+        raise FastbyolError(f"{' or '.join(LIBRARIES)}: not in this system's {', '.join(DEBIAN)}")
+    return folder / "root"
 
 
-def _install(folder: Path, libraries: Path) -> None:
+def _has_all(root: Path) -> bool:
+    """Return True if what the extension is built from is below ``root``."""
+    headers = root / "usr" / "include"
+    needed = headers / "turbojpeg.h", headers / "opencv4/opencv2/imgproc.hpp"
+    return all(path.exists() for path in (*needed, *_libraries(root)))
+
+
+def _libraries(root: Path) -> list[Path]:
+    folder = root / "usr" / "lib" / sysconfig.get_config_var("MULTIARCH")
+    return [folder / name for name in LIBRARIES]
+
+
+def _install(folder: Path, root: Path) -> None:
     """Build with FFCV's own setup.py, which asks pkg-config what to link; install; import."""
     include, program = folder / "include", folder / "bin" / "pkg-config"
     (include / "opencv2").mkdir(parents=True)
     (include / "opencv2" / "opencv.hpp").write_text(HEADER)
-    headers = folder / "root" / "usr" / "include"
-    words = [f"-I{include}", f"-I{headers / 'opencv4'}", f"-I{headers}", f"-L{libraries}"]
-    words += [f"-l:{name}" for name in LIBRARIES]
+    headers, libraries = root / "usr" / "include", _libraries(root)
+    words = [f"-I{include}", f"-I{headers / 'opencv4'}"]
+    if root != Path("/"):  # else g++ has it, and -I would put it before its own headers
+        words.append(f"-I{headers}")
+    words += [f"-L{libraries[0].parent}", *(f"-l:{name}" for name in LIBRARIES)]
     program.parent.mkdir()
     program.write_text(f"#!/bin/sh\necho '{' '.join(words)}'\n")
     program.chmod(0o755)
@@ -152,8 +167,9 @@ def _install(folder: Path, libraries: Path) -> None:
     python = [sys.executable, "-W", "ignore", "-c"]
     where = "import importlib.util as u; print(*u.find_spec('ffcv').submodule_search_locations)"
     package = _run([*python, where], folder).strip()
-    for name in SHARED:
-        shutil.copy(libraries / name, package)
+    for path in libraries:
+        if path.name in SHARED:
+            shutil.copy(path, package)
     _run([*python, "import ffcv._libffcv"], folder)
 
 

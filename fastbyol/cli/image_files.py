@@ -28,11 +28,12 @@ TestData = Annotated[
 
 def named(data: str | None, test_data: str | None) -> dict[str, str]:
     """Return the files that were named by dotted key: absolute paths, or built-in sets."""
+    from fastbyol.data.source_torchvision import absolute
     from fastbyol.data.sources import is_path
 
     files = {"data.train": data, "data.test": test_data}
     return {
-        key: str(Path(name).resolve()) if is_path(name) else name
+        key: str(Path(name).resolve()) if is_path(name) else absolute(name)
         for key, name in files.items()
         if name
     }

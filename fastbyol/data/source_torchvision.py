@@ -49,6 +49,14 @@ def is_name(path: Path) -> bool:
     return str(path).startswith(PREFIX)
 
 
+def absolute(name: str) -> str:
+    """Return torchvision:SET:ROOT with an absolute ROOT; other names stay."""
+    parts = name.split(":", 2)
+    if parts[0] + ":" == PREFIX and len(parts) == 3 and parts[2]:
+        parts[2] = str(Path(parts[2]).expanduser().absolute())
+    return ":".join(parts)
+
+
 def files_of(path: Path) -> dict[str, str]:
     """Return by name the files below the ROOT of torchvision:SET:ROOT; none without one."""
     name, root = _parts(path)

@@ -149,11 +149,13 @@ def with_paths(config: Resolved, asked: Config) -> Resolved:
 def absolute(path: str | Path) -> str:
     """Return a path as config.toml keeps it: absolute, so that it is valid from anywhere.
 
-    Names of sets and links are kept. Raises UsageError for a name that is not UTF-8, since TOML
-    cannot contain it.
+    Names of sets, but for a ROOT in them, and links are kept. Raises UsageError for a name that is
+    not UTF-8, since TOML cannot contain it.
     """
     if not _is_path(str(path)):
-        return str(path)
+        from fastbyol.data import source_torchvision
+
+        return source_torchvision.absolute(str(path))
     try:
         full = Path(path).expanduser().absolute()
         if ".." in full.parts:  # would name another file once a folder on the way is gone

@@ -15,10 +15,11 @@ import pytest
 from torchvision import datasets
 
 import source_files
-from fastbyol.data import convert, sources
+from fastbyol.data import convert, source_torchvision, sources
 from fastbyol.data.scratch import Scratch
 from fastbyol.data.source_arrays import Source
 from fastbyol.errors import UsageError
+from fastbyol.runs import inputs
 from test_sources import demand_equal
 
 
@@ -104,6 +105,15 @@ def test_sets_are_torchvisions() -> None:
 
 def _passed_on(name: str) -> tuple[str, ...]:
     return ("download",) if name == "QMNIST" else ()  # to MNIST
+
+
+def test_a_root_is_made_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run's configuration is valid from anywhere."""
+    monkeypatch.chdir(tmp_path)
+    assert source_torchvision.absolute("torchvision:MNIST:a") == f"torchvision:MNIST:{tmp_path}/a"
+    for name in ("torchvision:MNIST", "torchvision:MNIST:", "textures", "a:b:c"):
+        assert source_torchvision.absolute(name) == name
+    assert inputs.absolute("torchvision:MNIST:a") == f"torchvision:MNIST:{tmp_path}/a"
 
 
 def test_files_of(tmp_path: Path) -> None:

@@ -56,11 +56,14 @@ def say(*lines: str, err: bool = False) -> None:
 @contextmanager
 def bar(shown: Console, what: str) -> Iterator[Callable[[int, int], None]]:
     """Show a bar while the body runs; yield what moves it, by (done, total). Logs have none."""
+    if not is_live(shown):
+        yield lambda *_: None
+        return
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
     from rich.progress import TimeRemainingColumn as Left
 
     columns = (TextColumn(what, markup=False), BarColumn(), MofNCompleteColumn(), Left())
-    with Progress(*columns, console=shown, transient=True, disable=not is_live(shown)) as drawn:
+    with Progress(*columns, console=shown, transient=True) as drawn:
         task = drawn.add_task("", total=None)
         yield lambda done, total: drawn.update(task, completed=done, total=total)
 

@@ -15,6 +15,7 @@ import faulthandler
 import hashlib
 import json
 import os
+import re
 import signal
 import sys
 from collections import Counter
@@ -48,6 +49,8 @@ os.environ["NUMBA_THREADING_LAYER"] = "workqueue"
 SLOW_S = 2400.0
 # How long a test's fixtures may take to end after its limit, and pytest itself.
 GRACE_S = 120.0
+# What the first command on a machine says besides, whichever test that is.
+COMPILING = re.compile(r"compil(ing kernels for this cpu, once|ed \d+ kernels in \d+ s)\n")
 MARK, BEGAN, STDERR = pytest.StashKey[Path](), pytest.StashKey[float](), pytest.StashKey[int]()
 
 
@@ -151,7 +154,7 @@ class Command:
             with pytest.raises(SystemExit) as ended:
                 main.main()
         printed = self.capsys.readouterr()
-        return int(ended.value.code or 0), printed.out, printed.err
+        return int(ended.value.code or 0), printed.out, COMPILING.sub("", printed.err)
 
     def output(self, *arguments: object) -> str:
         """Run it; it must exit with 0. Return stdout."""

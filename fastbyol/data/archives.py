@@ -79,19 +79,16 @@ def _unpacked(file: BinaryIO, path: Path, kind: str, scratch: Scratch | None, na
         command = f"unzstd {path}" if kind == "zst" else f"tar -xf {path}"
         raise UsageError(f"{path}: is packed; unpack it (`{command}`) and give what comes of it")
     out = scratch.file(name)
-    try:
-        with out.open("wb") as target:
-            for piece in _pieces(file, path, kind):
-                free = shutil.disk_usage(scratch.path).free
-                if free - len(piece) < RESERVE_BYTES:
-                    raise FastbyolError(
-                        f"{path}: needs more than {size_text(target.tell())} of room to be "
-                        f"unpacked, {scratch.path.parent} has {size_text(free)} left; make room, "
-                        "or write to another disk"
-                    )
-                target.write(piece)
-    except OSError as error:
-        raise beton_write.disk_error(error) from None
+    with beton_write.disk_errors(), out.open("wb") as target:
+        for piece in _pieces(file, path, kind):
+            free = shutil.disk_usage(scratch.path).free
+            if free - len(piece) < RESERVE_BYTES:
+                raise FastbyolError(
+                    f"{path}: needs more than {size_text(target.tell())} of room to be "
+                    f"unpacked, {scratch.path.parent} has {size_text(free)} left; make room, "
+                    "or write to another disk"
+                )
+            target.write(piece)
     return out
 
 

@@ -151,7 +151,7 @@ def write(
     with contextlib.ExitStack() as stack:
         stack.callback(unfinished.unlink, missing_ok=True)
         try:
-            with _disk_errors():
+            with disk_errors():
                 out = os.open(unfinished, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
                 stack.callback(os.close, out)
                 os.lseek(out, _data_start(num_items, labelled, page_bytes), os.SEEK_SET)
@@ -160,7 +160,7 @@ def write(
             results = np.frombuffer(mmap.mmap(shared.fileno(), 0), RESULT)
             job = Job(dataset, labelled, mode, quality, workers, page_bytes, out, shared.fileno())
             _run(job, results, progress, stop_at_unreadable)
-            with _disk_errors():
+            with disk_errors():
                 _finish(out, results, labelled, page_bytes, note or {})
                 os.fsync(out)
                 info = inspect(unfinished)
@@ -306,7 +306,7 @@ def _workers(job: Job) -> Iterator[Connection]:
         memory("errors") as errors,
         contextlib.ExitStack() as stack,
     ):
-        with end, _disk_errors():
+        with end, disk_errors():
             write_at(payload.fileno(), pickle.dumps(job), 0)
             process = _start(payload, errors, (job.out, job.results, end.fileno()))
         stack.callback(_kill_group, process)
@@ -413,7 +413,8 @@ def disk_error(error: OSError) -> FastbyolError:
 
 
 @contextlib.contextmanager
-def _disk_errors() -> Iterator[None]:
+def disk_errors() -> Iterator[None]:
+    """Turn an OSError of the body into what ``disk_error`` returns."""
     try:
         yield
     except OSError as error:

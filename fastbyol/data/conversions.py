@@ -188,13 +188,19 @@ def _digest(pieces: Iterable[bytes]) -> str:
 
 def writable(folder: Path) -> Path:
     """Make a folder of the cache. Raises UsageError where that is impossible."""
-    try:
+    with _errors_of(folder):
         folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+@contextmanager
+def _errors_of(folder: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise UsageError(
             f"{folder}: {error.strerror}: name a folder that can be written with FASTBYOL_CACHE=DIR"
         ) from None
-    return folder
 
 
 @contextmanager
@@ -204,13 +210,8 @@ def alone(lock: Path) -> Iterator[None]:
     The lock file stays: otherwise two processes could lock two files of one name. Raises UsageError
     where it cannot be made.
     """
-    try:
+    with _errors_of(lock.parent):
         file = lock.open("ab")
-    except OSError as error:
-        raise UsageError(
-            f"{lock.parent}: {error.strerror}: name a folder that can be written with "
-            "FASTBYOL_CACHE=DIR"
-        ) from None
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX)

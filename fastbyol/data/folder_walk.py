@@ -85,6 +85,17 @@ def walk(root: Path) -> Listing:
     return listing
 
 
+def files_below(root: Path) -> dict[str, str]:
+    """Return the paths of all but hidden files below ``root`` by relative name, as ``walk`` does.
+
+    Folders that are not read may be among them. Raises OSError if ``root`` cannot be read.
+    """
+    listing = walk(root)
+    others = [name for name, kind in listing.ignored if kind not in NOT_LOOKED_AT]
+    names = sorted((*listing.pictures, *(name for name, _ in listing.skipped), *others))
+    return {name: f"{root}/{name}" for name in names}
+
+
 def has_pictures(folder: Path) -> bool:
     """Return whether a picture is in ``folder`` or below; links are not followed."""
     return any(is_picture(name) for _, _, names in os.walk(folder) for name in names)

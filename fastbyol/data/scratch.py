@@ -18,10 +18,8 @@ class Scratch:
 
     def file(self, name: str) -> Path:
         """Return the path of a file to write. Raises FastbyolError if the folder cannot be made."""
-        try:
+        with beton_write.disk_errors():
             self.path.mkdir(exist_ok=True)
-        except OSError as error:
-            raise beton_write.disk_error(error) from None
         return self.path / name
 
 

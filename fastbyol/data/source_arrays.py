@@ -210,11 +210,12 @@ def named_labels(
     values: Sequence[int | str | None],
     names: Sequence[str] | None,
     others: Sequence[int | str] = (),
+    remedy: str = "leave them out",
 ) -> tuple[Labels | None, tuple[str, ...]]:
     """Return labels, None for no label, as ``class_labels`` does; ``names`` are the classes'.
 
     Without names, ``others`` are labels of the other splits. Raises UsageError for labels beyond
-    the names, and for texts among numbers.
+    the names, for texts among numbers, and, with ``remedy``, for too many texts.
     """
     if all(value is None for value in values):
         return None, ()
@@ -225,7 +226,7 @@ def named_labels(
         raise UsageError(f"{where} are texts and numbers; save one kind")
     if any(isinstance(value, str) for value in distinct):
         if len(distinct) > MAX_CLASSES:
-            raise UsageError(f"{where}: {len(distinct):,} texts are no classes; leave them out")
+            raise UsageError(f"{where}: {len(distinct):,} texts are no classes; {remedy}")
         texts = sorted(map(str, distinct))
         ranks = {text: k for k, text in enumerate(texts)}
         ids = [-1 if value is None else ranks[str(value)] for value in values]

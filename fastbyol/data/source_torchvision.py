@@ -62,9 +62,7 @@ def files_of(path: Path) -> dict[str, str]:
     name, root = _parts(path)
     if root is None or not root.is_dir():
         return {}
-    listing = folder_walk.walk(root)
-    names = sorted((*listing.pictures, *(name for name, _ in listing.ignored)))
-    return {f"{name}/{each}": f"{root}/{each}" for each in names if (root / each).is_file()}
+    return {f"{name}/{each}": path for each, path in folder_walk.files_below(root).items()}
 
 
 def open_torchvision(

@@ -17,13 +17,11 @@ from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-
 from fastbyol.data import archives, folder_walk, source_arrays, splits
 from fastbyol.data.archives import Archive
 from fastbyol.data.folder_layout import picture
 from fastbyol.data.pictures import Packed, Stretch
-from fastbyol.data.source_arrays import Labels, Source
+from fastbyol.data.source_arrays import Source
 from fastbyol.data.source_folders import readable
 from fastbyol.errors import UsageError, one_line
 from fastbyol.files import open_regular
@@ -250,7 +248,9 @@ def open_samples(
         first_reason = f", the first: {skipped[0][0]}: {skipped[0][1]}" if skipped else ""
         raise UsageError(f"{path}: no samples with pictures in it{first_reason}; give other shards")
     names = tuple(name for name, _ in rows)
-    labels, class_names = _classes(path, [label for _, label in rows])
+    labels, class_names = source_arrays.named_labels(
+        f"{path}: its labels", [label for _, label in rows], None, remedy="say --kind folder"
+    )
     pictures = Packed(tuple(archive.file for _, archive, _ in shards), stretches)
     unlabelled = 0 if labels is None else int((labels < 0).sum())
     source = Source(
@@ -270,20 +270,6 @@ def open_samples(
         ),
     )
     return readable(path, source, pictures, strict=strict)
-
-
-def _classes(path: Path, labels: list[Label]) -> tuple[Labels | None, tuple[str, ...]]:
-    """Return labels (N,) as classes, -1 where there is none, and the classes' names."""
-    texts = sorted({label for label in labels if isinstance(label, str)})
-    if not texts:
-        values = np.array([-1 if label is None else label for label in labels], np.int64)
-        return source_arrays.class_labels(f"{path}: its labels", values)
-    if len(texts) > source_arrays.MAX_CLASSES:
-        raise UsageError(
-            f"{path}: {len(texts):,} distinct labels are no classes; say --kind folder"
-        )
-    numbers: dict[Label, int] = {text: number for number, text in enumerate(texts)}
-    return np.array([numbers.get(label, -1) for label in labels], np.int64), tuple(texts)
 
 
 def _rank(suffix: str) -> tuple[int, int, str]:

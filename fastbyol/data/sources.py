@@ -189,13 +189,9 @@ def files_of(name: str) -> dict[str, str]:
             own = r".*\.npy" if kind == "npy" else SOURCES[kind].own_files
             beside = (each for each in path.parent.iterdir() if re.fullmatch(own, each.name))
             return {each.name: str(each) for each in sorted({path, *beside}) if each.is_file()}
-        listing = folder_walk.walk(path)
+        return folder_walk.files_below(path)
     except OSError as error:
         raise UsageError(f"{error.filename or path}: {error.strerror}; check its rights") from None
-    unseen = (folder_walk.HIDDEN, folder_walk.SYSTEM)
-    others = [other for other, kind in listing.ignored if kind not in unseen]
-    names = sorted((*listing.pictures, *(row[0] for row in listing.skipped), *others))
-    return {each: f"{path}/{each}" for each in names}
 
 
 def _with_rest(source: Source, path: Path, *, chosen: bool) -> Source:

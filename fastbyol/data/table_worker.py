@@ -247,7 +247,7 @@ def _copy(
                 buffer = data[k].as_buffer()
                 if buffer.size <= MAX_BYTES:
                     where = [None, pictures.tell(), buffer.size, label]
-                    with _disk():
+                    with beton_write.disk_errors():
                         pictures.write(buffer)
                 else:
                     where = [None, 0, None, f"more than {MAX_BYTES:,} bytes"]
@@ -260,7 +260,7 @@ def _copy(
                 where = [str(path.parent / of), 0, 0, label]
             else:
                 where = [None, 0, None, "no picture"]
-            with _disk():
+            with beton_write.disk_errors():
                 rows.write(json.dumps([called, *where]).encode() + b"\n")
             row += 1
 
@@ -327,13 +327,5 @@ def _checked(path: Path) -> Iterator[None]:
 
 @contextmanager
 def _written(path: str) -> Iterator[BinaryIO]:
-    with _disk(), Path(path).open("wb") as file:
+    with beton_write.disk_errors(), Path(path).open("wb") as file:
         yield file
-
-
-@contextmanager
-def _disk() -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise beton_write.disk_error(error) from None

@@ -24,6 +24,7 @@ _USTAR = b"ustar\0"  # GNU's has a space at its end, and no prefix of the name
 MAX_EXTENSION_BYTES = 1 << 20
 _PIECE_BYTES = 1 << 20
 _PAX_KEYS, _PAX_SPARSE = (b"path", b"linkpath", b"size"), b"GNU.sparse."
+_RECORD = re.compile(rb"([0-9]{1,9}) ")
 _HIGH = bytes(range(128, 256))
 _NO_DATA = (
     *(tarfile.LNKTYPE, tarfile.SYMTYPE, tarfile.DIRTYPE),
@@ -154,7 +155,7 @@ def _records(data: bytes, where: Path) -> dict[str, str]:
     Each is its length, a space, key=value and a newline.
     """
     records, at = {}, 0
-    while match := re.compile(rb"([0-9]{1,9}) ").match(data, at):
+    while match := _RECORD.match(data, at):
         stop = at + int(match[1])
         key, equals, value = data[match.end() : stop].partition(b"=")
         if stop <= match.end() or stop > len(data) or not equals:

@@ -4,7 +4,7 @@
 PYTHON ?= python3
 VENV := .venv
 CONSTRAINTS := constraints.txt
-EXTRAS := report,dev,ffcv
+EXTRAS := report,dev,ffcv,timm,onnx,tensorboard,wandb,mlflow,trackio
 BIN := $(VENV)/bin
 DEMO := demo
 # Processes that run the tests, one file at a time each: three on two cores, since tests often wait.
@@ -76,7 +76,7 @@ unit: setup
 
 # Tests what is compiled and launched on a GPU with the oldest versions that pyproject.toml allows,
 # which such machines have.
-OLDEST := VENV=.venv-floor CONSTRAINTS=constraints-floor.txt
+OLDEST := VENV=.venv-floor CONSTRAINTS=constraints-floor.txt EXTRAS=report,dev,ffcv
 test-floor:
 	$(MAKE) $(OLDEST) floor
 

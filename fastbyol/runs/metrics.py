@@ -192,28 +192,42 @@ def _reading(path: Path) -> Iterator[BinaryIO]:
         raise UsageError(f"{path}: cannot read: {error.strerror}") from None
 
 
-def _parse(lines: Iterable[bytes]) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield (bytes, content) of each line up to the first that is damaged or out of order."""
-    done, names = 0, None
-    for line in lines:
+class Parser:
+    """A check of lines one by one: each must be whole, and in order behind those before it."""
+
+    def __init__(self) -> None:
+        self._done = 0
+        self._names: Any = None
+
+    def row(self, line: bytes) -> dict[str, Any] | None:
+        """Return the next line's content, None where it is damaged or out of order."""
         try:
             row = json.loads(line) if line.endswith(b"\n") else None
         except (ValueError, RecursionError):
-            return
-        if not isinstance(row, dict) or not _is_count(row.get("step")) or row["step"] < done:
-            return
+            return None
+        if not isinstance(row, dict) or not _is_count(row.get("step")) or row["step"] < self._done:
+            return None
         if "event" in row:
             if not _is_event(row):
-                return
+                return None
         else:
-            names = names or row.keys()
+            self._names = self._names or row.keys()
             if (
-                row.keys() != names
+                row.keys() != self._names
                 or not _is_count(row.get("epoch"))
                 or not all(map(_is_measure, row.values()))
             ):
-                return
-        done = row["step"] + ("event" not in row)
+                return None
+        self._done = row["step"] + ("event" not in row)
+        return row
+
+
+def _parse(lines: Iterable[bytes]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield (bytes, content) of each line up to the first that is damaged or out of order."""
+    parser = Parser()
+    for line in lines:
+        if (row := parser.row(line)) is None:
+            return
         yield len(line), row
 
 

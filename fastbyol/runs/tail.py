@@ -11,6 +11,8 @@ from fastbyol.runs.metrics import METRICS_FILE, Parser
 
 # Bytes before the point that was read to, which must be the same at the next look.
 _OVERLAP = 4096
+# A line of more bytes is damaged: none of a run has a thousandth of it.
+_LONGEST = 1 << 24
 
 
 class News(NamedTuple):
@@ -27,11 +29,12 @@ class News(NamedTuple):
 class Tail:
     """A reader of the file in ``folder`` that continues where its last look ended.
 
-    It keeps no file open, so the folder may be removed and made again in between.
+    It keeps no file open, so the folder may be removed and made again in between. Without
+    ``follow_links`` a link in the file's stead is refused.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self._path = folder / METRICS_FILE
+    def __init__(self, folder: Path, *, follow_links: bool = True) -> None:
+        self._path, self._follow_links = folder / METRICS_FILE, follow_links
         self._num_bytes, self._end, self._parser = 0, b"", Parser()
 
     def read(self, most: int = 1 << 22) -> News:
@@ -40,14 +43,14 @@ class Tail:
         Lines behind a damaged one are never returned. Raises OSError where the file is missing or
         cannot be read; the next look then goes on where this one did.
         """
-        with open_regular(self._path) as file:
+        with open_regular(self._path, follow_links=self._follow_links) as file:
             if not self._continues(file):
                 self._num_bytes, self._end, self._parser = 0, b"", Parser()
             is_fresh = self._num_bytes == 0
             file.seek(self._num_bytes)
             content = file.read(most)
             if b"\n" not in content and len(content) == most:  # one line longer than that
-                content += file.readline()
+                content += file.readline(_LONGEST)
         rows = []
         for line in content.splitlines(keepends=True):
             if (row := self._parser.row(line)) is None:

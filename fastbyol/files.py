@@ -31,7 +31,7 @@ def open_regular(path: Path, *, follow_links: bool = True) -> BinaryIO:
     Raises OSError. If ``path`` is not a regular file, ``strerror`` says what it is; without
     ``follow_links`` a link is none.
     """
-    refuse_special(path, path.stat(follow_symlinks=follow_links).st_mode)
+    refuse_special(path, (path.stat() if follow_links else path.lstat()).st_mode)
     # Without O_NONBLOCK a pipe that replaces the file after the check would block.
     added = os.O_NONBLOCK | (0 if follow_links else os.O_NOFOLLOW)
     file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | added))  # noqa: SIM115 - returned

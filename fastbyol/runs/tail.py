@@ -20,10 +20,12 @@ class News(NamedTuple):
 
     With ``is_fresh`` they begin at the start of the file: the rows of earlier looks are void,
     since a run that is resumed first cuts its file back, and a new run may have the old one's name.
+    ``is_damaged``: a damaged line follows, behind which nothing is read.
     """
 
     rows: list[dict[str, Any]]
     is_fresh: bool
+    is_damaged: bool = False
 
 
 class Tail:
@@ -51,14 +53,15 @@ class Tail:
             content = file.read(most)
             if b"\n" not in content and len(content) == most:  # one line longer than that
                 content += file.readline(_LONGEST)
-        rows = []
+        rows, is_damaged = list[dict[str, Any]](), False
         for line in content.splitlines(keepends=True):
             if (row := self._parser.row(line)) is None:
+                is_damaged = line.endswith(b"\n")  # or it is being written
                 break
             rows.append(row)
             self._num_bytes += len(line)
             self._end = (self._end + line)[-_OVERLAP:]
-        return News(rows, is_fresh)
+        return News(rows, is_fresh, is_damaged)
 
     def _continues(self, file: BinaryIO) -> bool:
         """Return whether the file still has what was read, as far as its last bytes tell."""

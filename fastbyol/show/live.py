@@ -113,11 +113,11 @@ def finite(value: object) -> float | None:
 
 def merged_states(spans: list[list[Any]]) -> list[list[Any]]:
     """Return half as many spans [first step, end, state]; of two neighbours the worse state."""
-    halves = []
+    merged = []
     for k in range(0, len(spans), 2):
         pair = spans[k : k + 2]
-        halves.append([pair[0][0], pair[-1][1], min((span[2] for span in pair), key=_severity)])
-    return halves
+        merged.append([pair[0][0], pair[-1][1], min((span[2] for span in pair), key=_severity)])
+    return merged
 
 
 def _severity(state: str) -> int:
@@ -277,7 +277,12 @@ class Watched:
                     self._rows, self._identity = _Rows(), identity
                 for row in news.rows:
                     self._rows.add(row)
-                if not news.rows:
+                if news.is_damaged:
+                    step = self._rows.num_steps
+                    notes.append(
+                        f"{METRICS_FILE}: damaged behind step {step}: the rest is not read"
+                    )
+                if news.is_damaged or not news.rows:
                     return False
         except FileNotFoundError:
             if not (self._path / CONFIG).exists():

@@ -198,17 +198,26 @@ class Watched:
         # config.toml as it was last read; and, of the rows that are shown, whose they are.
         self._text: bytes | None = None
         self._identity: object = None
-        self._answer = b"", ""
+        self._answer = self._looked()
 
     def answer(self) -> tuple[bytes, str]:
-        """Return what the page shows as JSON, and its digest, at most ``EVERY_S`` old."""
-        with self._lock:
-            if time.monotonic() >= self._due_s:
-                seen = self._look()
-                body = json.dumps(seen, allow_nan=False, separators=(",", ":")).encode()
-                self._answer = body, hashlib.sha256(body).hexdigest()
-                self._due_s = time.monotonic() + (0 if seen["is_behind"] else EVERY_S)
-            return self._answer
+        """Return what the page shows as JSON, and its digest: that of ``EVERY_S`` ago or later.
+
+        Nobody waits for a look that another thread takes: until it ends, the last one counts.
+        """
+        if time.monotonic() >= self._due_s and self._lock.acquire(blocking=False):
+            try:
+                if time.monotonic() >= self._due_s:  # still
+                    self._answer = self._looked()
+            finally:
+                self._lock.release()
+        return self._answer
+
+    def _looked(self) -> tuple[bytes, str]:
+        seen = self._look()
+        body = json.dumps(seen, allow_nan=False, separators=(",", ":")).encode()
+        self._due_s = time.monotonic() + (0 if seen["is_behind"] else EVERY_S)
+        return body, hashlib.sha256(body).hexdigest()
 
     def _look(self) -> dict[str, Any]:
         notes: list[str] = []

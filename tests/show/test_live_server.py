@@ -243,6 +243,8 @@ def test_fifty_clients_at_once_while_the_run_grows_is_cut_and_removed(
 
     half = len(lines) // 2
     path.write_text("")
+    while json.loads(ask(server)[2])["step"]:
+        time.sleep(0.05)
     with ThreadPoolExecutor(CLIENTS) as pool:
         futures = [pool.submit(client, number) for number in range(CLIENTS)]
         for count in range(1, half):  # it grows

@@ -188,8 +188,8 @@ class Watched:
     """A run that is watched. Any number of threads may ask: its files are read once for all."""
 
     def __init__(self, run: Path) -> None:
-        self._name = printable(run.absolute().name or str(run))
         self._path = Path(os.path.realpath(run))
+        self._name = printable(self._path.name)
         self._lock, self._due_s = threading.Lock(), 0.0
         self._tail, self._rows = Tail(self._path, follow_links=False), _Rows()
         self._config: Resolved | None = None
@@ -221,13 +221,14 @@ class Watched:
 
     def _look(self) -> dict[str, Any]:
         notes: list[str] = []
-        is_folder = self._path.is_dir() and not self._path.is_symlink()
-        is_behind = False
+        # No part of the path, which had no link, has become one.
+        is_same = os.path.realpath(self._path) == str(self._path)
+        is_folder, is_behind = is_same and self._path.is_dir(), False
         if is_folder:
             self._read_settings(notes)
             is_behind = self._read_rows(notes)
-        elif self._path.is_symlink():
-            notes.append("the run's folder is a link now, which is not followed")
+        elif not is_same:
+            notes.append("the way to the run's folder has a link now, which is not followed")
         status = self._status(is_folder)
         return {
             "name": self._name, "path": printable(str(self._path)), "status": status,

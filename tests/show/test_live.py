@@ -178,9 +178,32 @@ def test_links_are_not_followed(folder: Path, tmp_path: Path) -> None:
         assert f"{name}: cannot read: is a link, not a regular file" in shown["notes"]
     shutil.rmtree(folder)
     folder.symlink_to(secret)
+    note = "the way to the run's folder has a link now, which is not followed"
     shown = seen(watched)
-    assert (shown["status"], shown["step"]) == ("gone", 0)
-    assert shown["notes"] == ["the run's folder is a link now, which is not followed"]
+    assert (shown["status"], shown["step"], shown["notes"]) == ("gone", 0, [note])
+
+
+def test_a_parent_that_becomes_a_link_is_not_followed(folder: Path, tmp_path: Path) -> None:
+    inner = tmp_path / "runs" / "run"
+    shutil.copytree(folder, inner)
+    watched = Watched(inner)
+    inner.parent.rename(tmp_path / "moved")
+    shutil.copytree(folder, tmp_path / "other" / "run")
+    (tmp_path / "other" / "run" / METRICS_FILE).write_text(steps(0, 9))
+    inner.parent.symlink_to(tmp_path / "other")
+    shown = seen(watched)
+    assert (shown["status"], shown["step"], len(shown["notes"])) == ("gone", 0, 1)
+    inner.parent.unlink()
+    (tmp_path / "moved").rename(inner.parent)
+    assert seen(watched)["status"] == "stopped"
+
+
+def test_a_link_that_was_typed_and_an_odd_name(folder: Path, tmp_path: Path) -> None:
+    odd = folder.rename(tmp_path / "<b>\udce9\x1b[1m")
+    (tmp_path / "latest").symlink_to(odd)
+    (odd / METRICS_FILE).write_text(steps(0, 2))
+    shown = seen(Watched(tmp_path / "latest"))
+    assert (shown["name"], shown["step"]) == (r"<b>\udce9\x1b[1m", 2)
 
 
 def test_damaged_files_are_a_note(folder: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import http.client
 import json
 import re
@@ -95,8 +97,13 @@ def test_the_page_and_its_data(server: Server) -> None:
 def test_the_page_takes_nothing_from_elsewhere(server: Server) -> None:
     _, headers, body = ask(server, "/")
     links: list[tuple[str, str | None]] = []
+    inline: dict[str, str] = {}
 
     class Links(HTMLParser):
+        def handle_data(self, data: str) -> None:
+            tag = self.cdata_elem or ""  # script and style, whose content is no markup
+            inline[tag] = inline.get(tag, "") + data
+
         def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
             links.extend(
                 (name, value)
@@ -111,7 +118,10 @@ def test_the_page_takes_nothing_from_elsewhere(server: Server) -> None:
     # No text becomes markup or code.
     assert not re.search(rb"innerHTML|outerHTML|insertAdjacent|document\.write|eval\(", body)
     policy = headers["Content-Security-Policy"]
-    assert policy.startswith("default-src 'none'; script-src 'sha256-")
+    assert policy.startswith("default-src 'none'; ")
+    for tag in ("script", "style"):
+        digest = base64.b64encode(hashlib.sha256(inline[tag].encode()).digest()).decode()
+        assert f"{tag}-src 'sha256-{digest}'" in policy
     assert "unsafe" not in policy
     for name, value in {
         "X-Content-Type-Options": "nosniff", "Cache-Control": "no-store",

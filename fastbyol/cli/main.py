@@ -14,7 +14,18 @@ from typing import Annotated
 import typer
 
 import fastbyol
-from fastbyol.cli import ablate, data, data_marker, doctor, explain, fork, presets, sweep, train
+from fastbyol.cli import (
+    ablate,
+    data,
+    data_marker,
+    doctor,
+    explain,
+    fork,
+    presets,
+    runs,
+    sweep,
+    train,
+)
 from fastbyol.engine import interrupt, worker
 from fastbyol.engine.allocator import keep_freed_memory
 from fastbyol.errors import FastbyolError, UsageError
@@ -44,12 +55,12 @@ app.command()(fork.fork)
 app.command("eval")(train.evaluate)
 app.command()(train.report)
 app.command()(explain.explain)
-app.command()(train.runs)
 app.command()(sweep.sweep)
 app.command()(doctor.doctor)
 app.command()(doctor.bench)
 app.command()(train.demo)
 data.app.command()(data_marker.marker)
+app.add_typer(runs.app, name="runs")
 app.add_typer(presets.app, name="presets")
 app.add_typer(data.app, name="data")
 app.add_typer(ablate.app, name="ablate")

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from fastbyol.registry.row import Row
 
 _DEFAULT = "list"
+# Longer cells push the others of their line aside, not those of all lines.
+_WIDEST = 60
 _COLUMNS = {
     "name": "run", "status": "status", "epochs": "epochs", "state": "state",
     "neg_cos": "neg cos", "accuracy": "accuracy",
@@ -108,7 +110,7 @@ def _cell(row: Row, key: str) -> str:
 def _print_table(lines: Sequence[Sequence[str]]) -> None:
     """Print lines of equal length in columns. The terminal wraps what is too wide for it."""
     cells = [[printable(cell) for cell in line] for line in lines]
-    widths = [max(map(cell_len, column)) for column in zip(*cells, strict=True)]
+    widths = [min(max(map(cell_len, column)), _WIDEST) for column in zip(*cells, strict=True)]
     for line in cells:
         padded = (
             cell + " " * (width - cell_len(cell)) for cell, width in zip(line, widths, strict=True)

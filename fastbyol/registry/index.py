@@ -78,10 +78,18 @@ def list_runs(root: Path) -> list[Row]:
 
 def _names(root: Path) -> list[str]:
     try:
-        paths = [path for path in root.iterdir() if not path.name.startswith(".")]
+        names = sorted(path.name for path in root.iterdir() if not path.name.startswith("."))
     except OSError as error:
         raise UsageError(f"{root}: cannot list this folder: {error.strerror}") from None
-    return sorted(path.name for path in paths if (path / FILES[0]).exists())
+    return [name for name in names if _is_run(root / name)]
+
+
+def _is_run(path: Path) -> bool:
+    try:
+        (path / FILES[0]).stat()
+    except OSError:  # as where the folder is another user's
+        return False
+    return True
 
 
 def _entry(path: Path, before: _Entry | None) -> _Entry:

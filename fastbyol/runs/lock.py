@@ -61,7 +61,10 @@ class Lock:
 def is_locked(path: Path) -> bool:
     """Return whether some process has locked the run in ``path``."""
     try:
-        with (path / LOCK).open("rb") as file:
+        # A pipe of this name would otherwise block.
+        with open(
+            path / LOCK, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)
+        ) as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except OSError as error:
         return error.errno == errno.EWOULDBLOCK

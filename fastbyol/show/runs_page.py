@@ -57,7 +57,10 @@ def page(rows: Sequence[Row], title: str, folder: Path) -> str:
                 in_words(row, "name"),
                 _link(row, folder),
                 list(_curves(row)),
-                [(key in numbers, cells[key][index]) for key in keys],
+                [
+                    (key in numbers, cells[key][index], _exact(row, key) if key in numbers else "")
+                    for key in keys
+                ],
             )
             for index, row in enumerate(rows)
         ],
@@ -66,6 +69,12 @@ def page(rows: Sequence[Row], title: str, folder: Path) -> str:
 
 def _is_number(value: object) -> bool:
     return value is None or (isinstance(value, int | float) and not isinstance(value, bool))
+
+
+def _exact(row: Row, key: str) -> str:
+    """Return a number by which to sort and choose; empty where its text says as much."""
+    value = row.value(key)
+    return "" if value is None or in_words(row, key) == repr(value) else repr(value)
 
 
 def _policy(script: str) -> str:

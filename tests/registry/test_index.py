@@ -105,6 +105,19 @@ def test_a_row_has_what_the_run_measured_and_was_set_to(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
+def test_pipes_in_place_of_files_block_nothing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    names = (".lock", "env.json", "metrics.jsonl", "layers.npy", "config.toml")
+    for name in names:
+        run = make_run(tmp_path / name.strip("."), epochs=[{}])
+        (run / name).unlink(missing_ok=True)
+        os.mkfifo(run / name)
+    assert [row.name for row in list_runs(tmp_path)] == ["env.json", "layers.npy", "lock"]
+    assert "metrics.jsonl: cannot read: is a named pipe" in caplog.text
+    assert "config.toml: no run here" in caplog.text
+
+
 @pytest.mark.parametrize("odd", ["NaN", "1e999", "-5.0", "110.0", '"10"', "[]", "true", str(2**64)])
 def test_odd_numbers_in_a_file_stop_no_list(tmp_path: Path, odd: str) -> None:
     run = make_run(tmp_path / "runs" / "a", epochs=[{"accuracy": 77.0, "neg_cos": 0.5, "x": 0.125}])

@@ -12,12 +12,14 @@
   const rows = [...body.rows].map((row) => ({
     row, text: row.textContent.toLowerCase(),
     cells: [...row.cells].map((cell) => cell.textContent),
+    exact: [...row.cells].map((cell) => cell.dataset.exact),
   }));
   const selects = new Map();
 
   const value = (entry, column) => {
     const text = entry.cells[column.index];
-    return column.isNumber ? (text === "" ? NaN : parseFloat(text)) : text;
+    if (!column.isNumber) return text;
+    return text === "" ? NaN : Number(entry.exact[column.index] ?? text);
   };
   const order = (a, b) => (a < b ? -1 : a > b ? 1 : 0);
   const byText = (a, b) => {
@@ -33,14 +35,13 @@
       return (entry) => entry.text.includes(part);
     }
     const sign = parts[2], asked = parts[3], number = Number(asked);
+    const areNumbers = column.isNumber && asked !== "" && !isNaN(number);
     return (entry) => {
-      const own = value(entry, column);
-      const sameKind = column.isNumber && asked !== "" && !isNaN(number);
-      const difference = sameKind ? own - number : order(entry.cells[column.index], asked);
+      const text = entry.cells[column.index];
+      const difference = areNumbers ? value(entry, column) - number : order(text || "none", asked);
       if (sign === "!=") return difference !== 0;
-      if (entry.cells[column.index] === "" && asked !== "") return false;
       if (sign === "=" || sign === "==") return difference === 0;
-      if (column.isNumber && !sameKind) return false;
+      if (text === "" || column.isNumber !== areNumbers) return false;
       return sign === "<" ? difference < 0 : sign === "<=" ? difference <= 0
         : sign === ">" ? difference > 0 : difference >= 0;
     };
@@ -98,6 +99,7 @@
     apply(state);
   }
 
+  const lists = document.createElement("div");
   for (const column of columns) {
     const button = document.createElement("button");
     button.type = "button";
@@ -119,13 +121,20 @@
     select.addEventListener("change", () =>
       change(column.key, select.selectedIndex ? select.selectedOptions[0].textContent : null));
     selects.set(column.key, select);
-    form.append(label);
+    lists.append(label);
   }
   const reset = document.createElement("button");
   reset.type = "button";
   reset.textContent = "show all";
   reset.addEventListener("click", () => { show(new URLSearchParams()); read(); });
   form.append(reset);
+  if (selects.size) {
+    const details = document.createElement("details"), summary = document.createElement("summary");
+    summary.textContent = "state and settings that differ";
+    details.open = innerWidth > 700;
+    details.append(summary, lists);
+    form.append(details);
+  }
   words.addEventListener("input", () => change("q", words.value || null));
   form.addEventListener("submit", (event) => event.preventDefault());
   window.addEventListener("hashchange", read);

@@ -43,7 +43,7 @@ app = typer.Typer(
 )
 Root = Annotated[
     Path,
-    typer.Argument(metavar="[DIR]", help="Folder of runs; ./best for one that is named best."),
+    typer.Argument(metavar="DIR", help="Folder of runs; ./best for one that is named best."),
 ]
 Where = Annotated[
     list[str] | None,
@@ -95,6 +95,8 @@ def list_(
     if as_json:
         print_json([row.as_json() for row in rows])
         return
+    if where and not rows:
+        say(f"{root}: no run for which --where holds", err=True)
     named = [selection.Condition.parse(typed).key for typed in where or ()]
     keys = [*named, *([] if sort is None else [sort]), *(show or ())]
     titles = _COLUMNS | {key: key for key in keys if key not in _COLUMNS}
@@ -162,6 +164,8 @@ def best(
         that = " that --where asks for" if where else ""
         raise UsageError(f"{root}: no run{that} with a value of {by} here")
     row = rows[0]
+    if isinstance(row.value(by), str | bool | list):
+        raise UsageError(f"--by {by}: {in_words(row, by)} is no number: none is the best of them")
     if as_json:
         print_json(row.as_json())
         return

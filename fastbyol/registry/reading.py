@@ -47,7 +47,8 @@ def _row(path: Path, warnings: list[str]) -> Row:
     scored = accuracies.num_scored if _is_measure(accuracies.num_scored) else None
     low, high = _interval(accuracies.last, scored)
     return Row(
-        name=path.name,
+        # The working folder, and the one above it, are named otherwise than by their path.
+        name=path.name if path.name not in ("", "..") else path.resolve().name,
         path=str(path),
         status="done" if is_finished(events, config.train.epochs) else "stopped",
         state=last.get("state"),

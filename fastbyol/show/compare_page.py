@@ -104,7 +104,10 @@ def write(compared: Comparison, out: Path | None = None) -> Path:
     Raises UsageError where matplotlib is missing, FastbyolError where it cannot be written.
     """
     figures.demand()
-    target = out or Path(compared.rows[0].path).parent / PAGE
+    first = Path(compared.rows[0].path)
+    if first.name in ("", ".."):
+        first = first.resolve()
+    target = out or first.parent / PAGE
     every = [_curves(Path(row.path)) for row in compared.rows]
     write_output(target, page(compared, every).encode())
     return target

@@ -57,6 +57,7 @@ def test_runs_are_listed_chosen_and_ordered(run: Command, tmp_path: Path) -> Non
         **dict.fromkeys(("std_z", "std_y", "dead_y", "grad_norm", "lr", "tau", "skipped")),
     }  # fmt: skip
     assert rows[1]["settings"]["optim.name"] == "lars"
+    assert "no run for which --where holds" in run("--where", "optim.name=larz")[2]
     (tmp_path / "best").mkdir()
     assert run.json("./best") == run.json("list", "best") == []
 
@@ -70,6 +71,7 @@ def test_the_best_run_is_one_path(run: Command) -> None:
     assert err == "best_accuracy 60.0%: the best of 2 runs that have it\n"
     assert run.json("best")["name"] == "b"
     assert "no run that --where asks for" in run.refusal("best", "--where", "accuracy>99")
+    assert "--by state: healthy is no number" in run.refusal("best", "--by", "state")
     assert "no run with a value of std_z" in run.refusal("best", "--by", "std_z")
 
 
@@ -85,7 +87,9 @@ def test_names_of_runs_are_only_text(run: Command, tmp_path: Path) -> None:
     assert run("best")[1] == "runs/two words\n"
 
 
-def test_runs_are_compared_and_drawn(run: Command, root: Path) -> None:
+def test_runs_are_compared_and_drawn(
+    run: Command, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     lines = run.output("compare", "runs/a", "runs/c").splitlines()
     words = [line.split() for line in lines]
     assert words[:4] == [
@@ -94,10 +98,13 @@ def test_runs_are_compared_and_drawn(run: Command, root: Path) -> None:
     ]  # fmt: skip
     assert lines[-1] == "runs/compare.html"
     assert "<svg" in (root / "compare.html").read_text()
-    found = run.json("compare", "runs/a", "runs/b", "runs/c", "--out", "page.html")
-    assert found["page"] == "page.html"
-    assert found["differences"]["optim.name"] == ["lars", "sgd", "lars"]
-    assert [row["name"] for row in found["runs"]] == ["a", "b", "c"]
+    shown = run.json("compare", "runs/a", "runs/b", "runs/c", "--out", "page.html")
+    assert shown["page"] == "page.html"
+    assert shown["differences"]["optim.name"] == ["lars", "sgd", "lars"]
+    assert [row["name"] for row in shown["runs"]] == ["a", "b", "c"]
+    monkeypatch.chdir(root / "a")
+    assert run.output("compare", ".", "../b").splitlines()[-1] == str(root / "compare.html")
+    monkeypatch.chdir(root.parent)
     assert "name 2 to 24 runs, not 1" in run.refusal("compare", "runs/a")
     assert "no run here" in run.refusal("compare", "runs/a", "runs/x")
 

@@ -59,7 +59,7 @@ class Condition:
         Raises UsageError for an order that the two values do not have.
         """
         actual, is_order = row.value(self.key), self.sign[0] in "<>"
-        asked = None if self.text == "none" else self._read_as(actual)
+        asked = self._read_as(actual)
         if not is_order:
             return (self.sign == "!=") is not _equal(actual, asked)
         if actual is None:
@@ -72,6 +72,8 @@ class Condition:
         return _SIGNS[self.sign](actual, asked)
 
     def _read_as(self, actual: object) -> object:
+        if self.text == "none" and not isinstance(actual, str):  # which may be the word itself
+            return None
         return _read_as(self.text, self._value, actual)
 
     @cached_property

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import csv
+import resource
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -60,6 +63,27 @@ def test_runs_are_listed_chosen_and_ordered(run: Command, tmp_path: Path) -> Non
     assert "no run for which --where holds" in run("--where", "optim.name=larz")[2]
     (tmp_path / "best").mkdir()
     assert run.json("./best") == run.json("list", "best") == []
+
+
+def cpu_s(*arguments: object) -> float:
+    """The processor's time of a command in a process of its own."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    command = [sys.executable, "-m", "fastbyol.cli.main", *map(str, arguments)]
+    subprocess.run(command, check=True, capture_output=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+def test_500_runs_are_listed_in_a_fraction_of_a_second(tmp_path: Path) -> None:
+    epochs = [{"accuracy": 40.0 + n / 10} for n in range(100)]
+    pattern = make_run(tmp_path / "pattern", "train.epochs=100", epochs=epochs)
+    for n in range(500):
+        shutil.copytree(pattern, tmp_path / "runs" / f"run{n}")
+    first = cpu_s("runs", tmp_path / "runs")
+    # Beyond what it takes to start the program, which other machines do at other speeds.
+    start = cpu_s("--version")
+    for words in (("--sort", "accuracy", "--where", "optim.name=sgd"), ("--json",)):
+        assert cpu_s("runs", tmp_path / "runs", *words) - start < min(0.5, first - start)
 
 
 @pytest.mark.usefixtures("root")

@@ -67,6 +67,7 @@ def test_values_are_read_as_set_reads_them() -> None:
     settings = {
         "views.scale": [0.2, 1.0], "optim.lars_on": ["*", "encoder.fc"], "data.test": None,
         "model.ws": True, "model.groups": 1, "data.train": "a=b c", "train.init_from": "2020",
+        "model.projector.norm": "none",
     }  # fmt: skip
     rows = [row("a", settings=settings, started="2026-11-05T08:20:00+00:00", accuracy=50.0)]
     assert names(rows, "views.scale=0.2,1.0", "views.scale=[0.2, 1]", "views.scale != 0.2") == "a"
@@ -77,6 +78,7 @@ def test_values_are_read_as_set_reads_them() -> None:
     assert (
         names(rows, "started>=2026-11-01", "started < 2027", "accuracy>=5e1", "accuracy==50") == "a"
     )
+    assert names(rows, "model.projector.norm=none", "model.projector.norm!=bn") == "a"
     assert names(rows, "data.test!=none") == names(rows, "accuracy=fifty") == ""
     assert names(rows, "data.train=") == ""
 
@@ -95,7 +97,7 @@ def test_values_are_read_as_set_reads_them() -> None:
         ("accuracy<high", "no order: accuracy of a is 50.0"),
         ("model.ws<true", "no order"),
         ("views.scale<0.5", "no order"),
-        ("name<none", "no order"),
+        ("accuracy<none", "no order"),
         ("optim\n\u202e=1", "expected KEY OP VALUE"),
         ("\u202eoptim=1", "\\u202eoptim (--where): no such key"),
     ],

@@ -28,7 +28,8 @@ from fastbyol.evaluation.collapse import COLLAPSED_ABOVE
 from fastbyol.evaluation.supervised import supervised_accuracy
 from fastbyol.fleet import campaign
 from fastbyol.fleet.launch import Launch
-from fastbyol.runs.folder import CONFIG, list_runs
+from fastbyol.registry.index import list_runs
+from fastbyol.runs.folder import CONFIG
 from fastbyol.show import figures, run_report
 from fastbyol.show.screen import display, duration
 

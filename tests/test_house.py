@@ -32,6 +32,7 @@ RANKS = (
     ("data", "views", "model", "optim"),
     ("runs",),
     ("evaluation",),
+    ("registry",),
     ("engine",),
     ("show",),
     ("fleet",),

@@ -82,7 +82,7 @@ def collected(folder: Path) -> dict[str, Any]:
 
 
 def _rows(folder: Path) -> Iterator[dict[str, Any]]:
-    from fastbyol.runs.folder import list_runs
+    from fastbyol.registry.index import list_runs
 
     supervised = _supervised(folder)
     for run in list_runs(folder):

@@ -22,6 +22,7 @@ from fastbyol.cli import (
     explain,
     fork,
     presets,
+    runs,
     sweep,
     train,
     watch,
@@ -52,16 +53,16 @@ app.command()(data.convert)
 app.command()(train.train)
 app.command()(train.resume)
 app.command()(fork.fork)
+app.command()(watch.watch)
 app.command("eval")(train.evaluate)
 app.command()(train.report)
 app.command()(explain.explain)
-app.command()(train.runs)
-app.command()(watch.watch)
 app.command()(sweep.sweep)
 app.command()(doctor.doctor)
 app.command()(doctor.bench)
 app.command()(train.demo)
 data.app.command()(data_marker.marker)
+app.add_typer(runs.app, name="runs")
 app.add_typer(presets.app, name="presets")
 app.add_typer(data.app, name="data")
 app.add_typer(ablate.app, name="ablate")

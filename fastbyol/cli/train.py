@@ -1,4 +1,4 @@
-"""The commands that make, continue and measure runs: train, resume, eval, demo, report, runs."""
+"""The commands that make, continue and measure runs: train, resume, eval, demo, report."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 from rich.console import Console
-from rich.table import Column, Table
 
 from fastbyol import config_io
 from fastbyol.cli.options import (
@@ -351,24 +350,3 @@ def report(
         print_json({"written": [str(path) for path in paths]})
     else:
         say(*map(str, paths))
-
-
-def runs(
-    root: Annotated[Path, typer.Argument(metavar="[DIR]", help="Folder of runs.")] = Path("runs"),
-    as_json: Json = False,
-) -> None:
-    """List runs with their state and accuracy."""
-    from fastbyol.runs.folder import list_runs
-
-    rows = list_runs(root)
-    if as_json:
-        print_json([asdict(row) for row in rows])
-        return
-    table = Table(
-        Column("run", overflow="fold"), "epochs", "state", "neg cos", "accuracy", box=None
-    )
-    for row in rows:
-        neg = "" if row.neg_cos is None else f"{row.neg_cos:.4f}"
-        accuracy = "" if row.accuracy is None else f"{row.accuracy:.1f}%"
-        table.add_row(row.name, f"{row.epochs_done}/{row.epochs}", row.state or "", neg, accuracy)
-    make_console().print(table)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from fastbyol.errors import FastbyolError
-from fastbyol.files import open_regular
+from fastbyol.files import open_regular, refuse_special
 
 _SUFFIX = ".tmp"
 
@@ -75,6 +75,17 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
 def write_text(path: Path, text: str) -> None:
     """Write UTF-8 text by ``write_atomically``."""
     write_atomically(path, lambda file: file.write(text.encode("utf-8")))
+
+
+def write_output(path: Path, content: bytes) -> None:
+    """Write ``content`` to the file that a user named; a link stays one.
+
+    Raises FastbyolError where that fails, or where ``path`` is no regular file.
+    """
+    with writing(path):
+        if path.exists():
+            refuse_special(path, path.stat().st_mode)
+        write_atomically(path.resolve(), lambda file: file.write(content))
 
 
 def remove_temporaries(folder: Path) -> None:

@@ -10,19 +10,17 @@ import json
 import logging
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fastbyol import config_io
 from fastbyol.config import Resolved
-from fastbyol.errors import FastbyolError, UsageError, quoted
-from fastbyol.runs import consistency
+from fastbyol.errors import UsageError, quoted
 from fastbyol.runs.durable import sync_folder, write_text, writing
 from fastbyol.runs.environment import ENV, env_of, environment
 from fastbyol.runs.inputs import META, Inputs, of_run
-from fastbyol.runs.lock import LOCK, Lock, is_locked
-from fastbyol.runs.metrics import METRICS_FILE, is_finished, read_events
+from fastbyol.runs.lock import LOCK, Lock
+from fastbyol.runs.metrics import METRICS_FILE
 
 CONFIG, CHECKPOINTS = "config.toml", "checkpoints"
 ENGINE, FORK = "engine", "fork"
@@ -212,67 +210,6 @@ def default_run_path(config: Resolved, root: Path = Path("runs")) -> Path:
         raise UsageError(
             f"{root}: cannot make a run folder here: {error.strerror}; name another with --out"
         ) from None
-
-
-@dataclass(frozen=True)
-class RunRow:
-    """One run in a list, by its last epoch; ``status`` is running, done or stopped."""
-
-    name: str
-    path: str
-    status: str
-    state: str | None
-    epochs_done: int
-    epochs: int
-    accuracy: float | None
-    neg_cos: float | None
-
-
-def list_runs(root: Path) -> list[RunRow]:
-    """Return the runs in ``root`` by name. Runs with damaged configurations are logged instead.
-
-    Raises UsageError where ``root`` is no folder.
-    """
-    if not root.is_dir():
-        raise UsageError(
-            f"{root}: no such folder of runs: train makes runs/NAME where it is called, or name "
-            "another folder"
-        )
-    rows = []
-    for path in sorted(config.parent for config in root.glob(f"[!.]*/{CONFIG}")):
-        try:
-            rows.append(_row(path))
-        except FastbyolError as error:
-            _log.warning("%s", error)
-    return rows
-
-
-def _row(path: Path) -> RunRow:
-    with RunFolder.open(path, lock=False) as folder:
-        epochs = folder.config.train.epochs
-        for change in consistency.changes(path, folder.config, folder.env.get("config")):
-            _log.warning("%s", change)
-    every = _events(path)
-    events = [event for event in every if event["event"] == "epoch"]
-    last = events[-1] if events else {}
-    accuracies = [event["accuracy"] for event in events if event.get("accuracy") is not None]
-    done = int(last.get("epoch", -1)) + 1
-    return RunRow(
-        name=path.name,
-        path=str(path),
-        status=(
-            "done" if is_finished(every, epochs) else "running" if is_locked(path) else "stopped"
-        ),
-        state=last.get("state"),
-        epochs_done=done,
-        epochs=epochs,
-        accuracy=accuracies[-1] if accuracies else None,
-        neg_cos=last.get("neg_cos"),
-    )
-
-
-def _events(path: Path) -> list[dict[str, Any]]:
-    return read_events(path) if (path / METRICS_FILE).exists() else []
 
 
 def _refuse_used(path: Path) -> None:

@@ -132,7 +132,10 @@ def _templates(package: str) -> Environment:
 
 
 def page(template: str, package: str = "fastbyol.show", **values: Any) -> str:
-    """Return the HTML page, without script or network, that ``template`` makes of ``values``."""
+    """Return the HTML page that ``template`` makes of ``values``.
+
+    It needs no network. The page of many runs alone has a script, whose digest its policy names.
+    """
     text = _templates(package).get_template(template).render(palette=PALETTE, **values)
     # Control characters and surrogates become visible escapes, in pictures and attributes too.
     return printable_lines(text)

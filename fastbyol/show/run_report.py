@@ -49,15 +49,16 @@ class RunCurves:
         return [event for event in self.events if event["event"] == "epoch"]
 
 
-def read(run: Path) -> RunCurves:
-    """Read a run's metrics and layer telemetry.
+def read(run: Path, *, log_changes: bool = True) -> RunCurves:
+    """Read a run's metrics and layer telemetry, and log which files have changed.
 
     Raises UsageError: no step was recorded, or a metric that the pictures need is missing.
     """
     with RunFolder.open(run, lock=False) as folder:
         config = folder.config
-    for change in consistency.changes(run, config, folder.env.get("config")):
-        _log.warning("%s", change)
+    if log_changes:
+        for change in consistency.changes(run, config, folder.env.get("config")):
+            _log.warning("%s", change)
     rows, events = read_metrics(folder.path)
     if not rows:
         raise UsageError(f"{run}: no step was recorded yet: nothing to draw")
@@ -111,14 +112,18 @@ def draw_cosines(axes: Axes, curves: RunCurves) -> None:
     axes.legend(loc="lower left", frameon=False)
 
 
-def draw_accuracy(axes: Axes, curves: RunCurves) -> None:
-    """Draw the probe's accuracy in percent at the epochs where it was measured."""
-    points = [
+def accuracy_points(curves: RunCurves) -> list[tuple[int, float]]:
+    """Return (epochs done, accuracy in percent) where it was measured."""
+    return [
         (event["epoch"] + 1, event["accuracy"])
         for event in curves.epoch_events
         if event.get("accuracy") is not None
     ]
-    if points:
+
+
+def draw_accuracy(axes: Axes, curves: RunCurves) -> None:
+    """Draw the probe's accuracy in percent at the epochs where it was measured."""
+    if points := accuracy_points(curves):
         axes.plot(*zip(*points, strict=True), color=BLUE, marker="o", ms=3)
     if curves.accuracies.untrained is not None:
         axes.axhline(

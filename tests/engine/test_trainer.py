@@ -23,8 +23,9 @@ from fastbyol import api
 from fastbyol.config import Config
 from fastbyol.engine.observer import EpochEnd, Silent, Start, StepReport
 from fastbyol.errors import CollapsedError, FastbyolError, NoGraphError, UsageError
+from fastbyol.registry.index import list_runs
 from fastbyol.runs import checkpoint, durable
-from fastbyol.runs.folder import RunFolder, list_runs
+from fastbyol.runs.folder import RunFolder
 from fastbyol.runs.metrics import last_step, read_events
 from tiny import COLLAPSING, STEPS_PER_EPOCH, beton_files, tiny_config
 

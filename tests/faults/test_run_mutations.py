@@ -26,7 +26,7 @@ from own_time import OwnTime
 from fastbyol import api
 from fastbyol.engine.observer import Silent
 from fastbyol.errors import FastbyolError
-from fastbyol.runs.folder import list_runs
+from fastbyol.registry.index import list_runs
 from fastbyol.show import run_report
 
 PER_FILE = rig.many(25, 400)

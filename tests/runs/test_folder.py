@@ -22,7 +22,7 @@ from fastbyol.config import Config
 from fastbyol.errors import FastbyolError, UsageError
 from fastbyol.runs import checkpoint, lock
 from fastbyol.runs.environment import environment
-from fastbyol.runs.folder import RunFolder, default_run_path, list_runs
+from fastbyol.runs.folder import RunFolder, default_run_path
 from fastbyol.runs.lock import Lock, is_locked
 from fastbyol.runs.metrics import MetricsFile, last_step
 
@@ -285,36 +285,6 @@ def test_names_are_claimed_even_where_another_process_comes_between(
     taken = default_run_path(config(), tmp_path)
     monkeypatch.setattr(Path, "iterdir", lambda self: iter(()))
     assert default_run_path(config(), tmp_path).name == taken.name.removesuffix("1") + "2"
-
-
-def test_runs_are_listed_from_their_files(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    two = config("train.epochs=2")
-    nan = float("nan")
-    done = (
-        {"state": "healthy", "accuracy": 31.5, "neg_cos": 0.2},
-        {"state": "collapsed", "accuracy": None, "neg_cos": 0.99},
-    )
-    with RunFolder.create(tmp_path / "b-done", two) as folder:
-        write_epochs(folder, *done)
-    with RunFolder.create(tmp_path / "c-stopped", two) as folder:
-        write_epochs(folder, {"state": "healthy", "accuracy": 12.0, "neg_cos": nan})
-    with RunFolder.create(tmp_path / "d-damaged", two) as folder:
-        (folder.path / "config.toml").write_text("[optim\n")
-    (tmp_path / "not-a-run").mkdir()
-    with RunFolder.create(tmp_path / "a-new", two):
-        rows = list_runs(tmp_path)
-    summary = [
-        (row.name, row.status, row.state, row.epochs_done, row.epochs, row.accuracy, row.neg_cos)
-        for row in rows
-    ]
-    assert summary == [
-        ("a-new", "running", None, 0, 2, None, None),
-        ("b-done", "done", "collapsed", 2, 2, 31.5, 0.99),
-        ("c-stopped", "stopped", "healthy", 1, 2, 12.0, None),
-    ]
-    assert "d-damaged" in caplog.text
-    with pytest.raises(UsageError):
-        list_runs(tmp_path / "absent")
 
 
 def test_listing_leaves_torch_alone() -> None:

@@ -9,8 +9,9 @@ import pytest
 
 from fastbyol import config_io, load_config
 from fastbyol.errors import UsageError
+from fastbyol.registry.index import list_runs
 from fastbyol.runs import checkpoint, consistency, fork
-from fastbyol.runs.folder import RunFolder, list_runs
+from fastbyol.runs.folder import RunFolder
 from fastbyol.runs.lock import InUseError, Lock
 from tiny import TINY
 

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from fastbyol import api
+from fastbyol.registry.index import list_runs
 from fastbyol.runs import consistency
-from fastbyol.runs.folder import list_runs
 from fastbyol.runs.layers import LayersFile, read_layers
 from fastbyol.runs.metrics import MetricsFile, read_metrics
 from fastbyol.show import run_report

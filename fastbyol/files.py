@@ -21,17 +21,20 @@ _KINDS = {
     stat.S_IFCHR: "a device",
     stat.S_IFBLK: "a device",
     stat.S_IFDIR: "a folder",
+    stat.S_IFLNK: "a link",
 }
 
 
-def open_regular(path: Path) -> BinaryIO:
+def open_regular(path: Path, *, follow_links: bool = True) -> BinaryIO:
     """Open ``path`` to read its bytes, without ever blocking.
 
-    Raises OSError. If ``path`` is not a regular file, ``strerror`` says what it is.
+    Raises OSError. If ``path`` is not a regular file, ``strerror`` says what it is; without
+    ``follow_links`` a link is none.
     """
-    refuse_special(path, path.stat().st_mode)
+    refuse_special(path, (path.stat() if follow_links else path.lstat()).st_mode)
     # Without O_NONBLOCK a pipe that replaces the file after the check would block.
-    file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))  # noqa: SIM115 - returned
+    added = os.O_NONBLOCK | (0 if follow_links else os.O_NOFOLLOW)
+    file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | added))  # noqa: SIM115 - returned
     try:
         refuse_special(path, os.fstat(file.fileno()).st_mode)
     except BaseException:

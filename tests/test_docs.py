@@ -39,7 +39,7 @@ from fastbyol.cli import fleet as cli_fleet
 from fastbyol.data import source_idx
 from fastbyol.fleet import launchers, worker
 from fastbyol.fleet.node import Node, NodeEnd
-from fastbyol.show import figures
+from fastbyol.show import figures, live_server
 from fastbyol_bench.gpu import calls as gpu_calls
 from small import SETS
 
@@ -106,12 +106,13 @@ def _short(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
             tick()
             return NodeEnd()
 
-    def leave(seconds: float) -> None:
+    def leave(*_: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(worker.Worker, "_claim_next", claim_some)
     monkeypatch.setattr(launchers, "Node", OneProcess)
     monkeypatch.setattr(cli_fleet, "time", types.SimpleNamespace(sleep=leave))
+    monkeypatch.setattr(live_server.Server, "serve_forever", leave)
     yield
     torch.set_num_threads(threads)
 

@@ -251,6 +251,7 @@ OLD_RUN = str(ROOT / "tests" / "runs" / "old" / "finished")
         ["sweep", "--help"],
         ["runs", str(Path(OLD_RUN).parent)],
         ["report", "RUN"],
+        ["watch", "--help"],
         ["explain", "--diff", "blog", OLD_RUN],
     ],
     ids=" ".join,

@@ -25,6 +25,7 @@ from fastbyol.cli import (
     runs,
     sweep,
     train,
+    watch,
 )
 from fastbyol.engine import interrupt, worker
 from fastbyol.engine.allocator import keep_freed_memory
@@ -52,6 +53,7 @@ app.command()(data.convert)
 app.command()(train.train)
 app.command()(train.resume)
 app.command()(fork.fork)
+app.command()(watch.watch)
 app.command("eval")(train.evaluate)
 app.command()(train.report)
 app.command()(explain.explain)

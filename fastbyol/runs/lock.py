@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 from fastbyol.errors import UsageError
+from fastbyol.files import open_regular
 
 LOCK = ".lock"
 _log = logging.getLogger(__name__)
@@ -61,10 +62,7 @@ class Lock:
 def is_locked(path: Path) -> bool:
     """Return whether some process has locked the run in ``path``."""
     try:
-        # A pipe of this name would otherwise block.
-        with open(
-            path / LOCK, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)
-        ) as file:
+        with open_regular(path / LOCK) as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except OSError as error:
         return error.errno == errno.EWOULDBLOCK

@@ -30,7 +30,10 @@ HALVED = 32
 
 @dataclass(frozen=True)
 class Picture:
-    """A file to write with its pixels (H, W, 3) within ``tolerance``, or the refusal's words."""
+    """A file to write with its pixels (H, W, 3) within ``tolerance``, or the refusal's words.
+
+    ``before_13``: those of Pillow 12 and older, which do not read it.
+    """
 
     mode: str
     depth: str
@@ -39,6 +42,7 @@ class Picture:
     write: Callable[[Path], object]
     expected: Pixels | str
     tolerance: int = 0
+    before_13: str = ""
 
     @property
     def suffix(self) -> str:
@@ -180,9 +184,9 @@ def bits_and_greys() -> Iterator[Picture]:
         [np.round(GREY * (ALPHA[..., 0] / 255.0)).astype(np.uint8), ALPHA[..., 0]], 2
     )
     yield Picture(
-        "La", "8", "TIFF", "premultiplied grey, on white",
+        "La", "8", "TIFF", "premultiplied grey, on white; refused by Pillow 12",
         written(tiff(premultiplied.tobytes(), t258=(8, 8), t262=1, t277=2, t338=1)),
-        on_white(GREY_RGB, ALPHA), 2,
+        on_white(GREY_RGB, ALPHA), 2, "not a picture that Pillow knows",
     )  # fmt: skip
     one = png(GREY[..., None], 0, png_chunk(b"tRNS", struct.pack(">H", int(GREY[0, 0]))))
     shown = np.where((GREY[0, 0] == GREY)[..., None], np.uint8(255), GREY_RGB)
@@ -442,8 +446,9 @@ def colours() -> Iterator[Picture]:
         np.asarray(Image.open(io.BytesIO(ycck_bytes())).convert("RGB")),
     )
     yield Picture(
-        "YCbCr", "8", "TIFF", "Rec. 601", saved(Image.fromarray(COLOUR).convert("YCbCr")), COLOUR, 3
-    )
+        "YCbCr", "8", "TIFF", "Rec. 601; refused by Pillow 12",
+        saved(Image.fromarray(COLOUR).convert("YCbCr")), COLOUR, 3, "image file is truncated",
+    )  # fmt: skip
     lab = np.stack([np.linspace(10, 245, WIDTH), np.full(WIDTH, 6), np.full(WIDTH, 250)], 1).astype(
         np.uint8
     )

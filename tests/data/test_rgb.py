@@ -9,6 +9,7 @@ import os
 from pathlib import Path
 
 import numpy as np
+import PIL
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -49,8 +50,9 @@ def test_the_table_is_of_these_pictures() -> None:
 def test_what_comes_out(tmp_path: Path, picture: Picture) -> None:
     path = tmp_path / f"x.{picture.suffix}"
     picture.write(path)
-    if isinstance(picture.expected, str):
-        with pytest.raises(UnreadableItemError, match=picture.expected):
+    old = picture.before_13 if int(PIL.__version__.split(".")[0]) < 13 else ""
+    if old or isinstance(picture.expected, str):
+        with pytest.raises(UnreadableItemError, match=old or picture.expected):
             rgb.read(path)
         return
     assert rgb.probe(path) in (picture.expected.shape[:2], picture.expected.shape[1::-1])

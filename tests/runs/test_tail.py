@@ -85,5 +85,17 @@ def test_another_run_of_the_same_name_is_fresh(tmp_path: Path) -> None:
 def test_lines_behind_a_damaged_one_are_not_read(tmp_path: Path) -> None:
     path, tail = tmp_path / METRICS_FILE, Tail(tmp_path)
     path.write_bytes(line(0) + b"\x00\x00\n" + line(1))
-    assert [row["step"] for row in tail.read().rows] == [0]
-    assert tail.read().rows == []
+    news = tail.read()
+    assert [row["step"] for row in news.rows] == [0]
+    assert news.is_damaged
+    assert tail.read() == ([], False, True)
+    path.write_bytes(line(0) + line(1)[:-1])
+    assert tail.read() == ([], False, False)
+
+
+def test_a_link_is_followed_unless_it_must_not_be(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").write_bytes(line(0))
+    (tmp_path / METRICS_FILE).symlink_to(tmp_path / "elsewhere")
+    assert len(Tail(tmp_path).read().rows) == 1
+    with pytest.raises(OSError, match="is a link, not a regular file"):
+        Tail(tmp_path, follow_links=False).read()

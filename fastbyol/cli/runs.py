@@ -157,14 +157,14 @@ def best(
     as_json: Json = False,
 ) -> None:
     """Print the folder of the best run alone, for `$(fastbyol runs best)`."""
-    from fastbyol.registry.row import in_words
+    from fastbyol.registry.row import in_words, is_number
 
     rows = [row for row in _chosen(root, where, by, False) if row.value(by) is not None]
     if not rows:
         that = " that --where asks for" if where else ""
         raise UsageError(f"{root}: no run{that} with a value of {by} here")
     row = rows[0]
-    if isinstance(row.value(by), str | bool | list):
+    if not is_number(row.value(by)):
         raise UsageError(f"--by {by}: {in_words(row, by)} is no number: none is the best of them")
     if as_json:
         print_json(row.as_json())

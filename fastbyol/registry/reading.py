@@ -12,7 +12,7 @@ from fastbyol import config_io
 from fastbyol.errors import FastbyolError
 from fastbyol.evaluation.intervals import accuracy_interval
 from fastbyol.evaluation.progress import Accuracies
-from fastbyol.registry.row import Row
+from fastbyol.registry.row import Row, is_number
 from fastbyol.runs import consistency
 from fastbyol.runs.folder import RunFolder
 from fastbyol.runs.fork import Fork
@@ -44,7 +44,7 @@ def _row(path: Path, warnings: list[str]) -> Row:
     epochs = [event for event in events if event["event"] == "epoch"]
     last: Mapping[str, Any] = epochs[-1] if epochs else {}
     accuracies, started, fork = Accuracies.of(events), env.get("started"), Fork.read(path)
-    scored = accuracies.num_scored if _is_measure(accuracies.num_scored) else None
+    scored = accuracies.num_scored if type(accuracies.num_scored) is int else None
     low, high = _interval(accuracies.last, scored)
     return Row(
         # The working folder, and the one above it, are named otherwise than by their path.
@@ -59,12 +59,14 @@ def _row(path: Path, warnings: list[str]) -> Row:
         accuracy_high=high,
         best_accuracy=accuracies.best,
         best_epoch=accuracies.best_epoch,
-        untrained_accuracy=accuracies.untrained if _is_measure(accuracies.untrained) else None,
+        untrained_accuracy=accuracies.untrained if is_number(accuracies.untrained) else None,
         num_scored=scored,
         started=started if isinstance(started, str) else None,
         forked_from=None if fork is None else f"{fork.run}@{fork.step}",
         measures={
-            key: value for key, value in last.items() if key not in _OTHER and _is_measure(value)
+            key: value
+            for key, value in last.items()
+            if key not in _OTHER and (value is None or is_number(value))
         },
         # As the index has them: lists, not tuples.
         settings=json.loads(json.dumps(config_io.flatten(config))),
@@ -79,10 +81,6 @@ def _interval(
     if accuracy is None or not num_scored or num_scored < 1 or not 0 <= accuracy <= 100:
         return None, None
     return accuracy_interval(accuracy, num_scored)
-
-
-def _is_measure(value: object) -> bool:
-    return value is None or (isinstance(value, int | float) and not isinstance(value, bool))
 
 
 def _curve(epochs: Sequence[Mapping[str, Any]], key: str) -> list[list[float]]:

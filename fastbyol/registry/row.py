@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, TypeGuard
 
+from fastbyol.config_io import toml_value
 from fastbyol.text import printable
 
 
@@ -67,6 +68,11 @@ DESCENDING = frozenset(
 )
 
 
+def is_number(value: object) -> TypeGuard[float]:
+    """Return whether a value is a number, which true and false are not."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def differing(rows: Sequence[Row]) -> list[str]:
     """Return the settings, but for ``preset``, that differ among runs, in config.py's order."""
     keys = dict.fromkeys(key for row in rows for key in row.settings)
@@ -94,8 +100,6 @@ def in_words(row: Row, key: str) -> str:
 
 def setting_text(value: object) -> str:
     """Return a setting in one line: TOML, but a text without its quotes."""
-    from fastbyol.config_io import toml_value
-
     return printable(
         value if isinstance(value, str) else "none" if value is None else toml_value(value)
     )

@@ -11,7 +11,7 @@ from typing import Any
 
 from fastbyol import config_io
 from fastbyol.errors import UsageError, nearest
-from fastbyol.registry.row import DESCENDING, FIELDS, MEASURES, Row
+from fastbyol.registry.row import DESCENDING, FIELDS, MEASURES, Row, is_number
 from fastbyol.text import printable
 
 _SIGNS: dict[str, Callable[[Any, Any], bool]] = {
@@ -103,10 +103,7 @@ def _equal(a: object, b: object) -> bool:
 
 
 def _have_order(a: object, b: object) -> bool:
-    are_numbers = all(
-        isinstance(each, int | float) and not isinstance(each, bool) for each in (a, b)
-    )
-    return are_numbers or (isinstance(a, str) and isinstance(b, str))
+    return (is_number(a) and is_number(b)) or (isinstance(a, str) and isinstance(b, str))
 
 
 def known_keys(rows: Iterable[Row]) -> list[str]:
@@ -144,6 +141,6 @@ def ordered(rows: Sequence[Row], key: str, option: str, *, reverse: bool = False
 
 def _rank(value: Any) -> tuple[int, Any]:
     """Return what sorts values of several kinds: numbers, then the texts of others."""
-    if isinstance(value, int | float) and not isinstance(value, bool):
+    if is_number(value):
         return 0, value
     return 1, value if isinstance(value, str) else config_io.toml_value(value)

@@ -36,7 +36,7 @@ def csv_text(rows: Sequence[Row]) -> str:
     """
     names, out = known_keys(rows), io.StringIO()
     writer = csv.writer(out, lineterminator="\r\n")
-    writer.writerow(names)
+    writer.writerow(map(_cell, names))
     writer.writerows([_cell(row.value(name)) for name in names] for row in rows)
     return out.getvalue()
 
@@ -72,7 +72,7 @@ def write_parquet(rows: Sequence[Row], path: Path) -> None:
     for name in known_keys(rows):
         kind = _kind(name)
         cells = [_as_kind(row.value(name), kind) for row in rows]
-        arrays[name] = pa.array(cells, pa.type_for_alias(kind))
+        arrays[_writable(name)] = pa.array(cells, pa.type_for_alias(kind))
     buffer = io.BytesIO()
     parquet.write_table(pa.table(arrays), buffer)
     write_output(path, buffer.getvalue())

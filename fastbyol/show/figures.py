@@ -134,7 +134,8 @@ def _templates(package: str) -> Environment:
 def page(template: str, package: str = "fastbyol.show", **values: Any) -> str:
     """Return the HTML page that ``template`` makes of ``values``.
 
-    It needs no network. The page of many runs alone has a script, whose digest its policy names.
+    It loads nothing. Only the pages of many runs and of ``watch`` have scripts, whose digests their
+    policies name.
     """
     text = _templates(package).get_template(template).render(palette=PALETTE, **values)
     # Control characters and surrogates become visible escapes, in pictures and attributes too.

@@ -11,7 +11,7 @@ from urllib.parse import quote
 
 from markupsafe import Markup
 
-from fastbyol.registry.row import DESCENDING, Row, differing, in_words
+from fastbyol.registry.row import DESCENDING, Row, differing, in_words, is_number
 from fastbyol.runs.durable import write_output
 from fastbyol.show import figures
 
@@ -33,7 +33,11 @@ def page(rows: Sequence[Row], title: str, folder: Path) -> str:
     titles = _COLUMNS | {key: key for key in differing(rows)} | _LAST
     keys = list(titles)
     cells = {key: [in_words(row, key) for row in rows] for key in keys}
-    numbers = {key for key in keys if all(_is_number(row.value(key)) for row in rows)}
+    numbers = {
+        key
+        for key in keys
+        if all(is_number(value) for row in rows if (value := row.value(key)) is not None)
+    }
     columns = [("name", "run", False, False, False)] + [
         (
             key,
@@ -65,10 +69,6 @@ def page(rows: Sequence[Row], title: str, folder: Path) -> str:
             for index, row in enumerate(rows)
         ],
     )
-
-
-def _is_number(value: object) -> bool:
-    return value is None or (isinstance(value, int | float) and not isinstance(value, bool))
 
 
 def _exact(row: Row, key: str) -> str:

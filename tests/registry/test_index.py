@@ -118,7 +118,9 @@ def test_pipes_in_place_of_files_block_nothing(
     assert "config.toml: no run here" in caplog.text
 
 
-@pytest.mark.parametrize("odd", ["NaN", "1e999", "-5.0", "110.0", '"10"', "[]", "true", str(2**64)])
+@pytest.mark.parametrize(
+    "odd", ["NaN", "1e999", "-5.0", "110.0", "2.5", '"10"', "[]", "true", str(2**64)]
+)
 def test_odd_numbers_in_a_file_stop_no_list(tmp_path: Path, odd: str) -> None:
     run = make_run(tmp_path / "runs" / "a", epochs=[{"accuracy": 77.0, "neg_cos": 0.5, "x": 0.125}])
     whole = (run / "metrics.jsonl").read_text()

@@ -51,13 +51,14 @@ def test_csv_is_read_back_as_it_was(rows: list[Row]) -> None:
 
 
 def test_no_text_is_a_formula_and_negative_numbers_stay_numbers(tmp_path: Path) -> None:
-    run = make_run(tmp_path / "runs" / "=cmd|'calc'!A0", epochs=[{"neg_cos": -0.5}])
+    run = make_run(tmp_path / "runs" / "=cmd|'calc'!A0", epochs=[{"neg_cos": -0.5, "=x": 1.0}])
     (run / "env.json").write_text('{"started": "@x"}')
     text = tables.csv_text(list_runs(tmp_path / "runs"))
     (line,) = csv.DictReader(io.StringIO(text, newline=""))
     assert line["name"] == "'=cmd|'calc'!A0"
     assert line["started"] == "'@x"
     assert line["neg_cos"] == "-0.5"
+    assert line["'=x"] == "1.0"
 
 
 def test_parquet_has_a_type_for_every_column(rows: list[Row], tmp_path: Path) -> None:

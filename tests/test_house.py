@@ -35,7 +35,7 @@ RANKS = (
     ("engine",),
     ("show",),
     ("fleet",),
-    ("sweeps", "ablations"),
+    ("sweeps", "ablations", "exports"),
     ("api",),
     ("demo",),
     ("__init__",),

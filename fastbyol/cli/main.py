@@ -14,7 +14,18 @@ from typing import Annotated
 import typer
 
 import fastbyol
-from fastbyol.cli import ablate, data, data_marker, doctor, explain, fork, presets, sweep, train
+from fastbyol.cli import (
+    ablate,
+    data,
+    data_marker,
+    doctor,
+    explain,
+    export,
+    fork,
+    presets,
+    sweep,
+    train,
+)
 from fastbyol.engine import interrupt, worker
 from fastbyol.engine.allocator import keep_freed_memory
 from fastbyol.errors import FastbyolError, UsageError
@@ -42,6 +53,7 @@ app.command()(train.train)
 app.command()(train.resume)
 app.command()(fork.fork)
 app.command("eval")(train.evaluate)
+app.command()(export.export)
 app.command()(train.report)
 app.command()(explain.explain)
 app.command()(train.runs)

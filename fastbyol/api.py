@@ -310,7 +310,7 @@ def export(
         wishes = exporting.Wishes(format, weights, num_classes, license, overwrite)
         wishes.check()
         config, encoder, step = _load(Path(run), weights)
-        target = None if out is None else Path(out)
+        target, step = None if out is None else Path(out), 0 if weights == "random" else step
         return exporting.export(Path(run), config, encoder, step, target, wishes)
 
 

@@ -27,6 +27,8 @@ from fastbyol.runs.folder import CHECKPOINTS, CONFIG
 
 # What Hugging Face calls them.
 WEIGHTS_FILE, README = "model.safetensors", "README.md"
+# Weights of 0.2 GB at width 64: more than that is a mistake.
+MOST_CLASSES = 100_000
 _NARROW_NOTE = (
     f"below width {SAFE_CHANNELS} do not train the network in channels_last on a CPU: "
     "github.com/uxlfoundation/oneDNN/issues/6035"
@@ -48,6 +50,8 @@ class Wishes:
         if self.num_classes is not None:
             if self.num_classes < 1:
                 raise UsageError(f"--num-classes {self.num_classes}: must be at least 1")
+            if self.num_classes > MOST_CLASSES:
+                raise UsageError(f"--num-classes {self.num_classes}: at most {MOST_CLASSES}")
             if not FORMATS[self.name].is_state:
                 raise UsageError(
                     f"--num-classes: not with --format {self.name}, which has no classifier: take "
@@ -67,6 +71,7 @@ def export(
     FastbyolError if the disk fails or the file, loaded as users load it, computes something else;
     then nothing is left behind.
     """
+    _demand_utf8(run if out is None else out)
     kind, shown = FORMATS[wishes.name], _default_out(run, wishes) if out is None else out
 
     def code(file: str) -> str:
@@ -87,11 +92,10 @@ def export(
         images = parity.images_of(run, config)
         model = _loaded(code(str(weights)), wishes)
         same = parity.compare(model, encoder, images, of_arrays=wishes.name == "onnx")
-        notes = [images.note] if images.note else []
-        if kind.is_state and config.model.width < SAFE_CHANNELS:
-            notes.append(_NARROW_NOTE)
+        is_narrow = kind.is_state and config.model.width < SAFE_CHANNELS
+        notes = [_NARROW_NOTE] if is_narrow else []
         facts = model_card.Facts(
-            run=_run_of(run), name=_name(run), config=config, step=step, kind=kind,
+            path=run, run=_run_of(run), config=config, step=step, kind=kind,
             format=wishes.name, weights=wishes.weights, licence=wishes.licence,
             num_classes=wishes.num_classes, parity=same, notes=notes,
             code=code(_weights_in(shown, kind).name),
@@ -104,8 +108,19 @@ def export(
     return {
         "run": str(run), "step": step, "weights": wishes.weights, "format": wishes.name,
         "out": str(shown), "card": str(_card_of(shown, kind)), "num_bytes": len(content),
-        "num_classes": wishes.num_classes, "parity": same.as_json(), "notes": notes, **result,
+        "num_classes": wishes.num_classes, "parity": same.as_json(), **result,
+        "notes": [images.note] * bool(images.note) + notes,
     }  # fmt: skip
+
+
+def _demand_utf8(path: Path) -> None:
+    """Raise UsageError for a path that libraries written in C++ and Rust cannot open."""
+    try:
+        str(path.absolute()).encode("utf-8")
+    except UnicodeEncodeError:
+        raise UsageError(
+            f"{path}: its name is not UTF-8, which the library cannot open: name another with --out"
+        ) from None
 
 
 def _content(kind: Format, config: Resolved, encoder: ResNet, wishes: Wishes) -> bytes:
@@ -139,11 +154,6 @@ def _run_of(run_or_file: Path) -> Path | None:
     folder = run_or_file.absolute().parent
     is_run = folder.name == CHECKPOINTS and (folder.parent / CONFIG).is_file()
     return folder.parent if is_run else None
-
-
-def _name(run_or_file: Path) -> str:
-    run = _run_of(run_or_file)
-    return run_or_file.name if run is None else run.absolute().name
 
 
 def _check_output(path: Path, kind: Format, *, overwrite: bool) -> None:

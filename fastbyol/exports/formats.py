@@ -55,12 +55,11 @@ def _safetensors(encoder: Encoder, _: int) -> bytes:
 def _torch_export(encoder: Encoder, size: int) -> bytes:
     file = io.BytesIO()
     batch = torch.export.Dim("batch", min=1)
-    torch.export.save(
-        torch.export.export(
-            encoder, (torch.zeros(2, 3, size, size),), dynamic_shapes=({0: batch},)
-        ),
-        file,
-    )
+    images = torch.zeros(2, 3, size, size)
+    program = torch.export.export(encoder, (images,), dynamic_shapes=({0: batch},))
+    for node in program.graph.nodes:
+        node.meta.pop("stack_trace", None)  # which names folders of this machine
+    torch.export.save(program, file)
     return file.getvalue()
 
 
@@ -88,7 +87,10 @@ def _onnx(encoder: Encoder, size: int) -> bytes:
             dynamic_shapes=({0: "batch", 2: "height", 3: "width"},),
         )
     assert program is not None  # as with dynamo=True
-    content: bytes = program.model_proto.SerializeToString()
+    model = program.model_proto
+    for node in model.graph.node:
+        del node.metadata_props[:]  # how it was traced, with folders of this machine
+    content: bytes = model.SerializeToString()
     onnx.checker.check_model(content, full_check=True)
     return content
 

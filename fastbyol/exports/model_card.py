@@ -39,10 +39,13 @@ _WEIGHTS = {
 
 @dataclass(frozen=True)
 class Facts:
-    """What a card says. ``run`` is the run folder, None for a checkpoint that lies alone."""
+    """What a card says.
 
+    ``path`` is a run folder or a checkpoint; ``run`` is its run folder, None if it lies alone.
+    """
+
+    path: Path
     run: Path | None
-    name: str
     config: Resolved
     step: int
     kind: Format
@@ -64,7 +67,13 @@ def text(facts: Facts) -> str:
         "Settings": _settings(facts),
         "Origin": _origin(facts),
     }
-    lines = [*_head(facts), "", f"# ResNet-18 encoder of {escaped(facts.name)}", "", _about(facts)]
+    lines = [
+        *_head(facts),
+        "",
+        f"# ResNet-18 encoder of {escaped((facts.run or facts.path).resolve().name)}",
+        "",
+        _about(facts),
+    ]
     for title, body in sections.items():
         lines += ["", f"## {title}", "", *body]
     return "\n".join(lines) + "\n"
@@ -137,7 +146,7 @@ def _interface(facts: Facts) -> list[str]:
 
 def _data(facts: Facts) -> list[str]:
     data = facts.config.data
-    pinned = None if facts.run is None else inputs.of_run(facts.run)
+    pinned = inputs.of_run(facts.path)
 
     def line(what: str, name: str, limit: int, samples: int | None) -> str:
         count = "an unknown number of" if samples is None else str(min(limit or samples, samples))

@@ -91,7 +91,7 @@ def images_of(run: Path, config: Resolved) -> Images:
         return Images(shown, f"{data_name(named)}, {name}")
     made = torch.from_numpy(textures.make(NUM_IMAGES, max(8, config.views.size), 0)[0])
     note = f"compared on textures, because the run's own images cannot be read: {reason}"
-    return Images(views.plain(made, config.views).contiguous(), "textures", note)
+    return Images(views.plain(made, config.views).contiguous(), "textures, not the run's", note)
 
 
 def compare(

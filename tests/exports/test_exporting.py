@@ -24,6 +24,7 @@ from fastbyol.data import embedded, loader
 from fastbyol.errors import FastbyolError, UsageError
 from fastbyol.exports import exporting
 from fastbyol.runs import checkpoint
+from untrained import STEP, write_run
 
 Make = Callable[..., Path]
 # The norms as their documentation has them: 32 groups of 2 channels and more at width 64.
@@ -42,6 +43,20 @@ WIDE = {
 }
 FEW_PIXELS = ("views.size=16", "data.size=16")
 NARROW = ("model.norm=gn", "model.ws=true", "model.width=8", "model.stem=small")
+
+
+@pytest.fixture(scope="session")
+def made_run(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Return a function of ``key=value`` texts: a run folder, made once for each of them."""
+    made: dict[tuple[str, ...], Path] = {}
+
+    def make(*sets: str) -> Path:
+        if sets not in made:
+            made[sets] = tmp_path_factory.mktemp("runs") / "mine"
+            write_run(made[sets], *sets)
+        return made[sets]
+
+    return make
 
 
 def images(run: Path) -> Tensor:
@@ -196,7 +211,7 @@ def test_weights_are_those_that_were_asked_for(made_run: Make, tmp_path: Path) -
         with torch.no_grad():
             assert_same(shown(result)(x), wanted)
         seen.append(wanted)
-        assert result["step"] == (0 if word == "random" else 12)
+        assert result["step"] == (0 if word == "random" else STEP)
     assert not any(torch.allclose(a, b, rtol=0.1) for a, b in itertools.pairwise(seen))
     file = checkpoint.newest(run / "checkpoints")
     assert file is not None
@@ -309,7 +324,8 @@ def test_without_the_runs_data_textures_serve(made_run: Make, tmp_path: Path) ->
     (run / "config.toml").write_text(config.replace("fashion-mnist", "/gone/secret/images.beton"))
     result = api.export(run)
     (note,) = result["notes"][:1]
-    assert result["parity"]["data"] == "textures"
+    assert result["parity"]["data"] == "textures, not the run's"
+    assert "secret" not in Path(result["card"]).read_text()
     assert "textures, because" in note
     assert "images.beton" in note
     assert "--test-data" not in note

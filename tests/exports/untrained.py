@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
-import pytest
 import torch
 
 from fastbyol import config_io
-from fastbyol.config import Resolved
 from fastbyol.engine.step import TrainState
 from fastbyol.runs import checkpoint
 from fastbyol.runs.folder import RunFolder
@@ -26,7 +23,7 @@ SETS = (
 )
 
 
-def write_run(path: Path, *sets: str) -> Resolved:
+def write_run(path: Path, *sets: str) -> None:
     """Write a run that was stopped at ``STEP``, with another target than online network."""
     config = config_io.load(preset="demo", sets=[*SETS, *sets]).config
     state = TrainState.create(config, steps_per_epoch=1)
@@ -41,18 +38,3 @@ def write_run(path: Path, *sets: str) -> Resolved:
     text = config_io.dump(config)
     with RunFolder.create(path, config) as folder:
         checkpoint.save(folder.checkpoints, STEP, state.tensors(), {"config": text})
-    return config
-
-
-@pytest.fixture(scope="session")
-def made_run(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """Return a function of ``key=value`` texts: a run folder, made once for each of them."""
-    made: dict[tuple[str, ...], Path] = {}
-
-    def make(*sets: str) -> Path:
-        if sets not in made:
-            made[sets] = tmp_path_factory.mktemp("runs") / "mine"
-            write_run(made[sets], *sets)
-        return made[sets]
-
-    return make

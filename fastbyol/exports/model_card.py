@@ -172,14 +172,14 @@ def _events(facts: Facts) -> list[dict[str, Any]]:
 def _result(facts: Facts) -> list[str]:
     events, train = _events(facts), facts.config.train
     epochs = [event for event in events if event["event"] == "epoch"]
-    accuracies = Accuracies.of(events)
+    accuracies, done = Accuracies.of(events), epochs[-1]["epoch"] + 1 if epochs else 0
     protocol = f"{facts.config.probe.protocol} protocol of the run's probe, interval of 95 %"
     before = accuracies.untrained
-    lines = [f"- Trained: {facts.step} steps, {len(epochs)} of {train.epochs} epochs done"]
+    lines = [f"- Trained: {facts.step} steps, {done} of {train.epochs} epochs done"]
     if facts.weights == "random":
         lines = ["- Trained: not at all"]
     elif epochs:
-        lines.append(f"- State: {escaped(epochs[-1]['state'])}, at the end of epoch {len(epochs)}")
+        lines.append(f"- State: {escaped(epochs[-1]['state'])}, at the end of epoch {done}")
     else:
         lines.append("- State: not recorded")
     if facts.weights == "random":

@@ -22,7 +22,7 @@ from fastbyol.config import Config, Resolved, resolve
 from fastbyol.errors import CollapsedError, FastbyolError, NoGraphError, UsageError
 
 if TYPE_CHECKING:
-    from fastbyol.api import convert, evaluate, fork, load_encoder, resume, train
+    from fastbyol.api import convert, evaluate, export, fork, load_encoder, resume, train
     from fastbyol.engine.step import TrainState, train_step
 
 __version__ = "0.1.0"
@@ -37,6 +37,7 @@ __all__ = [
     "__version__",
     "convert",
     "evaluate",
+    "export",
     "fork",
     "load_config",
     "load_encoder",
@@ -53,6 +54,7 @@ _LAZY = {
     "resume": "fastbyol.api",
     "fork": "fastbyol.api",
     "evaluate": "fastbyol.api",
+    "export": "fastbyol.api",
     "load_encoder": "fastbyol.api",
     "TrainState": "fastbyol.engine.step",
     "train_step": "fastbyol.engine.step",

@@ -275,6 +275,45 @@ def load_encoder(run_or_file: str | Path, *, weights: str = "trained") -> nn.Mod
     return ordinary(encoder, config.model)
 
 
+@left_as_found()
+def export(
+    run: str | Path,
+    out: str | Path | None = None,
+    *,
+    format: str = "torchvision",  # noqa: A002 - the command's word
+    weights: str = "trained",
+    num_classes: int | None = None,
+    license: str | None = None,  # noqa: A002 - the word of the hub
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Write the encoder of a run folder or a checkpoint file for other libraries, and a model card.
+
+    What was written is loaded as users load it and compared with the run's own encoder.
+
+    Args:
+        out: a file, for safetensors a folder; default: a name in ``RUN/exports/``.
+        format: torchvision or timm (state dicts of their resnet18), safetensors, onnx or
+            torch-export.
+        weights: as in ``load_encoder``.
+        num_classes: of an untrained classifier ``fc`` to add to a state dict; default: none.
+        license: of the weights, for the card.
+        overwrite: replace an earlier export.
+
+    Returns a dict with at least ``out``, ``card``, ``load`` (lines of Python that define ``model``)
+    and ``parity`` (``max_difference``, ``tolerance``, ``num_images``, ``data``). Raises UsageError
+    for input that cannot work, FastbyolError if the disk fails or the file computes something else.
+    """
+    with warnings.catch_warnings():  # libraries add filters when they are imported
+        from fastbyol.exports import exporting, formats
+
+        check_choice("format", format, formats.FORMATS)
+        wishes = exporting.Wishes(format, weights, num_classes, license, overwrite)
+        wishes.check()
+        config, encoder, step = _load(Path(run), weights)
+        target, step = None if out is None else Path(out), 0 if weights == "random" else step
+        return exporting.export(Path(run), config, encoder, step, target, wishes)
+
+
 def _load(path: Path, weights: str) -> tuple[Resolved, ResNet, int]:
     """Return configuration, engine's encoder and step of a run folder or checkpoint."""
     check_choice("weights", weights, WEIGHTS)

@@ -15,12 +15,16 @@ import stat
 import subprocess
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 import source_files
+import untrained
+from fastbyol import api
 from fastbyol.data.convert import convert
+from fastbyol.exports import formats
 from fastbyol.files import cache_folder
 from fastbyol_bench import results
 from sample_results import result
@@ -199,6 +203,17 @@ def _documented_grid(path: Path) -> None:
     path.write_text(grid.text, "utf-8")
 
 
+_FEW = ("data.textures_test_count=64", "views.size=16")
+
+
+def _exported(norm: str, path: Path) -> None:
+    """Write an export of an untrained encoder; its name tells the format."""
+    run = path.with_name(f".{path.name}.run")
+    untrained.write_run(run, f"model.norm={norm}", "model.width=64", "data.train=textures", *_FEW)
+    names = [name for name, kind in formats.FORMATS.items() if kind.file == path.name]
+    api.export(run, path, format=names[0])
+
+
 # What documents name, and what writes it: made where a command names it and nothing made it before.
 FILES: Mapping[str, Callable[[Path], object]] = {
     **dict.fromkeys(("train.beton", "test.beton", "moved.beton", "fake.beton"), _betons),
@@ -219,6 +234,11 @@ FILES: Mapping[str, Callable[[Path], object]] = {
     "kinds": _kinds,
     "bench/fastbyol_bench": lambda path: path.symlink_to(ROOT / "bench" / "fastbyol_bench"),
     "study": Path.mkdir,
+    "runs/mine/exports/timm.pth": partial(_exported, "gn"),
+    **{
+        f"runs/mine/exports/{name}": partial(_exported, "bn")
+        for name in ("torchvision.pth", "safetensors", "encoder.onnx", "encoder.pt2")
+    },
     **dict.fromkeys(("caches.tar.gz", "env/bin/activate"), Path.touch),
 }
 

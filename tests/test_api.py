@@ -96,6 +96,8 @@ WORDS: dict[str, tuple[Callable[[Path, Any], Any], str]] = {
     "evaluate(weights)": (lambda run, word: api.evaluate(run, weights=word), "target"),
     "evaluate(protocol)": (lambda run, word: api.evaluate(run, word), "linear"),
     "evaluate(device)": (lambda run, word: api.evaluate(run, device=word), "cuda"),
+    "export(weights)": (lambda run, word: api.export(run, weights=word), "target"),
+    "export(format)": (lambda run, word: api.export(run, format=word), "torchvision"),
     "protocol.check": (lambda run, word: protocol.check(word, test=None, train=None), "linear"),
     "pick_device": (lambda run, word: device.pick_device(word), "cpu"),
     "dtype_of": (lambda run, word: device.dtype_of(word), "bf16"),
@@ -246,6 +248,12 @@ fastbyol.load_encoder(run)
 assert all(p.dtype == torch.float32 for p in fastbyol.load_encoder(run,
 weights="random").parameters())
 same("load_encoder", before)
+for name in ("timm", "safetensors", "onnx", "torch-export"):
+    try:
+        fastbyol.export(run, format=name)
+    except fastbyol.UsageError:
+        assert name == "timm"
+same("export", before)
 """
 
 
@@ -258,5 +266,5 @@ def test_the_process_is_left_as_it_was_found(tmp_path: Path, how: str) -> None:
     )
     assert done.returncode == 0, done.stderr
     reports = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")]
-    assert len(reports) == 6
+    assert len(reports) == 7
     assert [line for line in reports if line[1]] == []

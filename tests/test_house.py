@@ -36,7 +36,7 @@ RANKS = (
     ("engine",),
     ("show",),
     ("fleet",),
-    ("sweeps", "ablations"),
+    ("sweeps", "ablations", "exports"),
     ("api",),
     ("demo",),
     ("__init__",),

@@ -20,6 +20,7 @@ from fastbyol.cli import (
     data_marker,
     doctor,
     explain,
+    export,
     fork,
     presets,
     runs,
@@ -55,6 +56,7 @@ app.command()(train.resume)
 app.command()(fork.fork)
 app.command()(watch.watch)
 app.command("eval")(train.evaluate)
+app.command()(export.export)
 app.command()(train.report)
 app.command()(explain.explain)
 app.command()(sweep.sweep)

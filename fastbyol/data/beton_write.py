@@ -167,7 +167,7 @@ def write(
         except FastbyolError as error:
             error.args = (f"{path}: not written, {error}",)
             raise
-        _publish(unfinished, path, overwrite=overwrite)
+        publish(unfinished, path, overwrite=overwrite)
     return replace(info, path=path)
 
 
@@ -421,7 +421,7 @@ def disk_errors() -> Iterator[None]:
         raise disk_error(error) from None
 
 
-def _publish(temporary: Path, path: Path, *, overwrite: bool) -> None:
+def publish(temporary: Path, path: Path, *, overwrite: bool) -> None:
     """Give the synced file its name. Without ``overwrite`` nothing is ever replaced."""
     try:
         if overwrite:

@@ -355,7 +355,7 @@ def test_of_writers_that_come_at_once_one_gets_the_name(
         temporary.write_text(str(number))
         begin.wait()
         try:
-            beton_write._publish(temporary, path, overwrite=False)
+            beton_write.publish(temporary, path, overwrite=False)
         except UsageError as error:
             assert "--overwrite" in str(error)  # noqa: PT017
             return False
@@ -383,7 +383,7 @@ def test_a_rename_that_fails_leaves_no_name(
     monkeypatch.setattr(Path, "replace", fail)
     (tmp_path / "a.tmp").touch()
     with pytest.raises(FastbyolError, match="cannot be put in place"):
-        beton_write._publish(tmp_path / "a.tmp", tmp_path / "out.beton", overwrite=False)
+        beton_write.publish(tmp_path / "a.tmp", tmp_path / "out.beton", overwrite=False)
     assert [path.name for path in tmp_path.iterdir()] == ["a.tmp"]
 
 

@@ -1,0 +1,1 @@
+"""A run's encoder in files that other libraries load, with a model card."""

@@ -1,0 +1,128 @@
+"""Python that loads an export, shown to users and run to check what was written.
+
+It defines ``model``, which maps normalised images (N, 3, S, S) to embeddings (N, D) or, with a
+classifier, to one output a class.
+"""
+
+from __future__ import annotations
+
+from fastbyol.config import ModelConfig
+from fastbyol.errors import UsageError
+from fastbyol.model.norm import num_groups
+from fastbyol.model.resnet import BLOCKS_PER_STAGE
+from fastbyol_kernels.group_norm import EPS
+
+# Of the models that torchvision and timm name resnet18.
+RESNET18_WIDTH = 64
+
+_STATE_DICT = {
+    "torchvision": ("", "torch.load({file}, weights_only=True)"),
+    "timm": ("", "torch.load({file}, weights_only=True)"),
+    "safetensors": ("from safetensors.torch import load_file\n", "load_file({file})"),
+}
+_ONNX = """\
+import onnxruntime
+
+session = onnxruntime.InferenceSession({file}, providers=["CPUExecutionProvider"])
+
+
+def model(images):  # float32 arrays of numpy
+    return session.run(None, {{"images": images}})[0]
+"""
+_TORCH_EXPORT = """\
+import torch
+
+model = torch.export.load({file}).module()
+"""
+
+
+def code(name: str, config: ModelConfig, file: str, num_classes: int | None = None) -> str:
+    """Return the lines that load ``file``, an export in the format ``name``.
+
+    Raises UsageError where no constructor of the library fits the network.
+    """
+    # Whatever the name is made of, it ends neither the literal nor a page that shows it.
+    literal = ascii(file).replace("<", "\\x3c")
+    if name == "onnx":
+        return _ONNX.format(file=literal)
+    if name == "torch-export":
+        return _TORCH_EXPORT.format(file=literal)
+    imports, state = _STATE_DICT[name]
+    make = _timm if name == "timm" else _torchvision
+    imported, construction = make(config, num_classes)
+    return (
+        f"import torch\n{imports}from torch import nn\n{imported}\n{construction}"
+        f"model.load_state_dict({state.format(file=literal)})\nmodel.eval()\n"
+    )
+
+
+def _torchvision(config: ModelConfig, num_classes: int | None) -> tuple[str, str]:
+    """Return the imports and the construction of torchvision's network."""
+    width, norm = config.width, _norm(config)
+    if width == RESNET18_WIDTH:
+        arguments = [] if num_classes is None else [f"num_classes={num_classes}"]
+        arguments += ["norm_layer=norm"] if norm else []
+        lines = [f"model = resnet18({', '.join(arguments)})", *_small_stem(config)]
+        lines += ["model.fc = nn.Identity()"] if num_classes is None else []
+        return "from torchvision.models import resnet18\n", _joined(norm, lines)
+    stages = tuple(width << stage for stage in range(len(BLOCKS_PER_STAGE)))
+    layer = "model._make_layer(BasicBlock, channels, 2, stride=1 if stage == 1 else 2)"
+    classes = "nn.Identity()" if num_classes is None else f"nn.Linear({stages[-1]}, {num_classes})"
+    lines = [
+        # Made for resnet18's channels first, which some numbers of groups do not divide.
+        "model = ResNet(BasicBlock, [2, 2, 2, 2])",
+        f"model.inplanes, model._norm_layer = {width}, norm",
+        *(
+            _small_stem(config)
+            or [f"model.conv1 = nn.Conv2d(3, {width}, 7, stride=2, padding=3, bias=False)"]
+        ),
+        f"model.bn1 = norm({width})",
+        f"for stage, channels in enumerate({stages}, 1):",
+        f'    setattr(model, f"layer{{stage}}", {layer})',
+        f"model.fc = {classes}",
+    ]
+    imports = "from torchvision.models.resnet import BasicBlock, ResNet\n"
+    return imports, _joined(norm or "norm = nn.BatchNorm2d\n", lines)
+
+
+def _timm(config: ModelConfig, num_classes: int | None) -> tuple[str, str]:
+    """Return the imports and the construction of timm's network."""
+    if config.width != RESNET18_WIDTH:
+        raise UsageError(
+            f"--format timm: timm's resnet18 has width {RESNET18_WIDTH}, this encoder "
+            f"{config.width}: take --format torchvision, safetensors, onnx or torch-export"
+        )
+    norm = _norm(config)
+    choice = ", norm_layer=norm" if norm else ""
+    lines = [f'model = timm.create_model("resnet18", num_classes={num_classes or 0}{choice})']
+    return "import timm\n", _joined(norm, [*lines, *_small_stem(config)])
+
+
+def _joined(norm: str, lines: list[str]) -> str:
+    return norm + "\n".join(lines) + "\n"
+
+
+def _norm(config: ModelConfig) -> str:
+    """Return the definition of ``norm``; empty for batch norm, which is the libraries' own.
+
+    timm passes ``device`` and ``dtype``, older versions of it and torchvision nothing.
+    """
+    if config.norm == "bn":
+        return ""
+    if config.norm == "none":
+        return "\ndef norm(channels, **options):\n    return nn.Identity()\n\n\n"
+    sizes = [config.width << stage for stage in range(len(BLOCKS_PER_STAGE))]
+    groups = {size: num_groups(size, config.groups) if config.norm == "gn" else 1 for size in sizes}
+    first = groups[config.width]
+    number = str(first) if set(groups.values()) == {first} else f"{groups}[channels]"
+    made = f"nn.GroupNorm({number}, channels, eps={EPS}, **options)"
+    return f"\ndef norm(channels, **options):\n    return {made}\n\n\n"
+
+
+def _small_stem(config: ModelConfig) -> list[str]:
+    if config.stem != "small":
+        return []
+    return [
+        f"model.conv1 = nn.Conv2d(3, {config.width}, 3, padding=1, bias=False)",
+        "model.maxpool = nn.Identity()",
+    ]

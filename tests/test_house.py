@@ -34,6 +34,7 @@ RANKS = (
     ("evaluation",),
     ("engine",),
     ("show",),
+    ("loggers",),
     ("fleet",),
     ("sweeps", "ablations"),
     ("api",),

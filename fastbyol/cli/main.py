@@ -14,7 +14,18 @@ from typing import Annotated
 import typer
 
 import fastbyol
-from fastbyol.cli import ablate, data, data_marker, doctor, explain, fork, presets, sweep, train
+from fastbyol.cli import (
+    ablate,
+    data,
+    data_marker,
+    doctor,
+    explain,
+    fork,
+    log,
+    presets,
+    sweep,
+    train,
+)
 from fastbyol.engine import interrupt, worker
 from fastbyol.engine.allocator import keep_freed_memory
 from fastbyol.errors import FastbyolError, UsageError
@@ -45,6 +56,7 @@ app.command("eval")(train.evaluate)
 app.command()(train.report)
 app.command()(explain.explain)
 app.command()(train.runs)
+app.command()(log.log)
 app.command()(sweep.sweep)
 app.command()(doctor.doctor)
 app.command()(doctor.bench)

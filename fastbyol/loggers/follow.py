@@ -22,6 +22,7 @@ from fastbyol.loggers.child import environment, program
 from fastbyol.loggers.entries import Entries
 from fastbyol.loggers.sink import FOLDER, Entry, LoggedRun, Sink, load, open_sink
 from fastbyol.runs.lock import Lock
+from fastbyol.text import printable
 
 POLL_S = 2.0
 # Pauses between two attempts to reach a store, in seconds.
@@ -110,7 +111,7 @@ def follow(path: Path, name: LoggerName, trainer: Trainer, parent: int, report: 
         try:
             with ExitStack() as opened:
                 opened.callback(Lock(run.folder).release)
-                _send(run, name, trainer)
+                _send(run, name, trainer, report)
                 return True
         except (Exception, SystemExit) as error:
             words = one_line(error)
@@ -123,9 +124,11 @@ def follow(path: Path, name: LoggerName, trainer: Trainer, parent: int, report: 
         pause_s = min(2 * pause_s, LAST_PAUSE_S)
 
 
-def _send(run: LoggedRun, name: LoggerName, trainer: Trainer) -> None:
+def _send(run: LoggedRun, name: LoggerName, trainer: Trainer, report: Report) -> None:
     """Send until the trainer is over and nothing is left."""
     sink, is_finished = open_sink(name, run), False
+    if sink.where:
+        report(sink.where)
     picture = ViewsPicture(run)
     try:
         entries = Entries(run.path, run.config, sink.newest)
@@ -187,7 +190,7 @@ def main() -> None:
 
     def report(text: str) -> None:
         with suppress(OSError):
-            os.write(lines, f"{text}\n".encode(errors="replace"))
+            os.write(lines, f"{printable(text)}\n".encode())
 
     trainer = Trainer(int(end), int(parent), float(limit_s))
     code = 1

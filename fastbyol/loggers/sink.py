@@ -64,9 +64,10 @@ class Alert:
 class Sink(Protocol):
     """A library's store of one run, open for adding."""
 
-    @property
-    def newest(self) -> int:
-        """The newest step that the store has, -1 where it is empty."""
+    # The newest step that the store had when it was opened, -1 where it was empty.
+    newest: int
+    # Where to look at it, empty where the documents say enough.
+    where: str
 
     def send(self, entries: Sequence[Entry]) -> None:
         """Add entries, all of them of later steps than ``newest``, in order."""

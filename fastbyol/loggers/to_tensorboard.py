@@ -41,6 +41,7 @@ class TensorBoard:
             if any(value.WhichOneof("value") == "simple_value" for value in event.summary.value)
         )
         self._file: io.FileIO | None = None
+        self.where = ""
 
     def send(self, entries: Sequence[Entry]) -> None:
         """Append a record for each entry, and the settings before the first."""

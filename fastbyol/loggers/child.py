@@ -78,6 +78,11 @@ class Child:
         self.process.stdout.close()
 
     @property
+    def is_needed(self) -> bool:
+        """Whether more may be written."""
+        return self._end >= 0
+
+    @property
     def command(self) -> str:
         """The command that sends what is missing."""
         return f"fastbyol log {quoted(self.run)} --to {self.name}"

@@ -88,8 +88,9 @@ class Loggers:
         if code is None:
             return
         self._children.remove(child)
+        is_early = child.is_needed
         child.close()
-        if code:
+        if code or is_early:
             how = f"ended by {signal.Signals(-code).name}" if code < 0 else "ended"
             self._observer.note(
                 f"logger {child.name}: {how} (see {child.log}), and training goes on without it: "

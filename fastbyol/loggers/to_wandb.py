@@ -62,7 +62,7 @@ class WandB:
     def send(self, entries: Sequence[Entry]) -> None:
         """Log each entry at its step, in one call."""
         for entry in entries:
-            values: dict[str, Any] = dict(entry.scalars)
+            values: dict[str, Any] = {"_timestamp": entry.unix_s, **entry.scalars}
             values |= {name: wandb.Histogram(each) for name, each in entry.histograms.items()}
             if entry.picture is not None:
                 values["views"] = wandb.Image(str(entry.picture))

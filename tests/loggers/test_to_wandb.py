@@ -47,9 +47,11 @@ def test_a_run_of_several_lives_is_there_once_and_offline_without_an_account(
     run.send_apart("wandb")
     rows = wandb_rows(run.path)
     assert [row["_step"] for row in rows] == list(range(END + 1))
+    # The times are those at which the steps were written, in the first life that had them.
+    assert [row["_timestamp"] for row in rows[11:14]] == [1e4 + 12, 1e4 + 13, 2e4 + 17]
     assert same(wandb_curves(run.path), run.expected(is_finished=True))
-    assert [row["_step"] for row in rows if "layers/rate" in row] == list(range(0, END, 4))
-    assert sum(rows[4]["layers/rate"]["values"]) == len(run.layers_at(4, "rate"))
+    assert [row["_step"] for row in rows if "layers/rate/values" in row] == list(range(0, END, 4))
+    assert sum(rows[4]["layers/rate/values"]) == len(run.layers_at(4, "rate"))
     assert [alert[::2] for alert in wandb_alerts(run.path)] == [
         ("collapsing", "WARN"), ("collapsed", "ERROR"), ("dead", "ERROR"),
     ]  # fmt: skip

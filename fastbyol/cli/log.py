@@ -21,7 +21,7 @@ def log(
     ],
 ) -> None:
     """Send a run, finished or not, to loggers, as far as they lack it."""
-    from fastbyol.loggers.child import Child
+    from fastbyol.loggers.child import ALL_SENT, Child
     from fastbyol.loggers.sink import refuse_missing, with_loggers
     from fastbyol.runs.folder import RunFolder
 
@@ -34,10 +34,13 @@ def log(
         try:
             child.finish()
             code = child.process.wait()
-            say(*(f"{name}: {line}" for line in child.lines()))
+            for line in child.lines():
+                say(f"{name}: {line}")
         finally:
             child.close()
-        if code:
+        if code == ALL_SENT:
+            say(f"{run}: sent to {name}")
+        else:
             failed.append(f"{name} (see {child.log})")
     if failed:
         raise FastbyolError(f"{run}: not sent to {', '.join(failed)}")

@@ -15,6 +15,9 @@ from fastbyol.loggers.sink import FOLDER
 from fastbyol.runs.durable import writing
 from fastbyol.text import printable
 
+# The exit code of a process that has sent everything: a library may end it with 0 at any time.
+ALL_SENT = 90
+
 
 class Child:
     """The process of one logger.
@@ -76,11 +79,6 @@ class Child:
             self.process.wait()
         assert self.process.stdout is not None
         self.process.stdout.close()
-
-    @property
-    def is_needed(self) -> bool:
-        """Whether more may be written."""
-        return self._end >= 0
 
     @property
     def command(self) -> str:

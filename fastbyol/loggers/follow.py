@@ -18,7 +18,7 @@ from typing import cast
 
 from fastbyol.config import LoggerName
 from fastbyol.errors import FastbyolError, one_line
-from fastbyol.loggers.child import environment, program
+from fastbyol.loggers.child import ALL_SENT, environment, program
 from fastbyol.loggers.entries import Entries
 from fastbyol.loggers.sink import FOLDER, Entry, LoggedRun, Sink, load, open_sink
 from fastbyol.runs.lock import Lock
@@ -180,7 +180,7 @@ def main() -> None:
     """Work as the arguments say: run, logger, pipe, parent's process number, limit in seconds.
 
     A line on standard output is for the run's observer; what the library prints goes to standard
-    error. Exits with 1 where something was not sent.
+    error. Exits with ``ALL_SENT``, or with 1 where something is missing.
     """
     path, name, end, parent, limit_s = sys.argv[1:]
     with suppress(OSError):
@@ -195,7 +195,8 @@ def main() -> None:
     trainer = Trainer(int(end), int(parent), float(limit_s))
     code = 1
     try:
-        code = 0 if follow(Path(path), cast(LoggerName, name), trainer, int(parent), report) else 1
+        if follow(Path(path), cast(LoggerName, name), trainer, int(parent), report):
+            code = ALL_SENT
     except FastbyolError as error:
         report(str(error))
     sys.stdout.flush()

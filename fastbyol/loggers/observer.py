@@ -12,7 +12,7 @@ from pathlib import Path
 from fastbyol.config import Config, LoggerName
 from fastbyol.engine.observer import EpochEnd, Observer, Silent, Start, StepReport
 from fastbyol.errors import one_line
-from fastbyol.loggers.child import Child
+from fastbyol.loggers.child import ALL_SENT, Child
 from fastbyol.runs.metrics import is_finished, read_events
 
 # A batch system kills soon after its signal: a run that was stopped does not wait for longer.
@@ -88,9 +88,8 @@ class Loggers:
         if code is None:
             return
         self._children.remove(child)
-        is_early = child.is_needed
         child.close()
-        if code or is_early:
+        if code != ALL_SENT:
             how = f"ended by {signal.Signals(-code).name}" if code < 0 else "ended"
             self._observer.note(
                 f"logger {child.name}: {how} (see {child.log}), and training goes on without it: "

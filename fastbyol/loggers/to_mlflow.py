@@ -66,7 +66,7 @@ class MLflow:
         self._client.set_tag(self._id, f"state.{alert.step}", alert.text)
 
     def close(self, *, is_finished: bool) -> None:
-        """Note how it ended; nothing is buffered."""
+        """Write how the run ended; nothing is buffered."""
         self._client.set_terminated(self._id, "FINISHED" if is_finished else "KILLED")
 
     def _experiment(self, artifacts: str | None) -> str:

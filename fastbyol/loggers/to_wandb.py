@@ -60,7 +60,7 @@ class WandB:
             self.where = f"offline: `wandb sync {pattern}` sends it"
 
     def send(self, entries: Sequence[Entry]) -> None:
-        """Log each entry at its step, in one call."""
+        """Write each entry at its step, in one call."""
         for entry in entries:
             values: dict[str, Any] = {"_timestamp": entry.unix_s, **entry.scalars}
             values |= {name: wandb.Histogram(each) for name, each in entry.histograms.items()}
@@ -69,7 +69,7 @@ class WandB:
             self._live.log(values, step=entry.step, commit=True)
 
     def alert(self, alert: Alert) -> None:
-        """Send an alert, and note the state in the summary."""
+        """Send an alert, and set the state in the summary."""
         self._live.alert(alert.state, alert.text, level=alert.level.upper(), wait_duration=0)
         self._live.summary["state"] = alert.state
 

@@ -35,7 +35,7 @@ def test_a_run_is_logged_resumed_elsewhere_and_sent_to_another_logger(
     # All of it once more to another one, and nothing to the first.
     Path("here").rename("there")
     out = run.output("log", "there", "--to", "tensorboard,wandb")
-    assert out.startswith("wandb: offline: ")
+    assert out.startswith("there: sent to tensorboard\nwandb: offline: ")
     assert len([*Path("there/tensorboard").iterdir()]) == 1
     rows = wandb_rows(Path("there"))
     assert [row["_step"] for row in rows] == [*steps, steps[-1] + 1]

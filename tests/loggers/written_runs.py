@@ -12,7 +12,7 @@ import numpy as np
 
 from fastbyol import config_io
 from fastbyol.config import LoggerName, resolve
-from fastbyol.loggers.child import Child
+from fastbyol.loggers.child import ALL_SENT, Child
 from fastbyol.loggers.follow import Trainer, follow
 from fastbyol.runs.layers import LayersFile
 from fastbyol.runs.metrics import METRICS_FILE
@@ -75,7 +75,7 @@ class WrittenRun:
         code = child.process.wait()
         lines = child.lines()
         child.close()
-        assert code == 0, (lines, child.log.read_text())
+        assert code == ALL_SENT, (lines, child.log.read_text())
         return lines
 
     def expected(self, *, is_finished: bool = False) -> Curves:

@@ -12,7 +12,7 @@ import numpy as np
 from fastbyol.config import IN_COLLAPSE, Resolved
 from fastbyol.errors import UsageError
 from fastbyol.files import open_regular
-from fastbyol.loggers.sink import Alert, Entry, Level, as_floats
+from fastbyol.loggers.sink import ENDS, Alert, Entry, Level, Newest, as_floats
 from fastbyol.runs.layers import read_layers
 from fastbyol.runs.metrics import is_finished
 from fastbyol.runs.tail import Tail
@@ -24,15 +24,15 @@ _NOT_LOGGED = ("event", "step", "epoch", "state")
 
 
 class Entries:
-    """The run's entries behind step ``newest``, in order, each of them once.
+    """The run's entries that a store lacks, in order, each of them once.
 
     A step's entry has what happened before it: an epoch's end after n steps is in the entry of step
     n, which is complete once that step was made, or the run is over. So a store that has a step has
-    all of it.
+    all of it. Where the run stops at an epoch's end, its measures make an entry of their own.
     """
 
-    def __init__(self, folder: Path, config: Resolved, newest: int) -> None:
-        self._config, self._newest = config, newest
+    def __init__(self, folder: Path, config: Resolved, newest: Newest) -> None:
+        self._config, self._newest, self._newest_end = config, newest.step, newest.end
         self._tail, self._clock = Tail(folder), Clock(folder)
         self._layers = LayerRows(folder, config)
         self._begin()
@@ -66,11 +66,20 @@ class Entries:
             self._newest = ready[-1].step
         return ready, bool(news.rows)
 
-    def last(self) -> list[Entry]:
-        """Return what is left of a finished run, its last epoch's end. Nothing comes behind it."""
-        rest = [*self._waiting, self._open] if self.is_finished else []
-        self._waiting = []
-        rest = [entry for entry in rest if entry.step > self._newest and entry.scalars]
+    def last(self, *, splits: bool) -> list[Entry]:
+        """Return what is left once nothing more is written: the last epoch's end.
+
+        That of a run that may go on is left out unless the store ``splits`` a step.
+        """
+        # Steps of a run that was killed while it wrote them come again, and whole.
+        rest = self._waiting if self.is_finished else []
+        if (
+            self._open.scalars
+            and len(rest) == len(self._waiting)
+            and (splits or self.is_finished)
+            and self._open.step > self._newest
+        ):
+            rest = [*rest, self._open]
         self._complete(rest)
         return rest
 
@@ -85,7 +94,7 @@ class Entries:
             self._open = Entry(step + 1)
             return
         kind = row["event"]
-        if kind in ("epoch", "untrained"):
+        if f"{kind}/" in ENDS and step > self._newest_end:
             # Nothing was measured where these are null.
             rest = {
                 name: value
@@ -103,8 +112,10 @@ class Entries:
         """Return entries whose time and layers are there, or are not to be expected any more."""
         if not self._waiting:
             return []
-        overdue = self._waiting[-1].step - _DRAINS * self._config.run.drain_every_steps
-        limit = max(overdue, min(self._clock.newest, self._layers.read(self._waiting[-1].step)))
+        last = self._waiting[-1].step
+        overdue = last - _DRAINS * self._config.run.drain_every_steps
+        timed = self._clock.newest if self._clock.exists else last
+        limit = max(overdue, min(timed, self._layers.read(last)))
         ready = [entry for entry in self._waiting if entry.step <= limit]
         self._waiting = self._waiting[len(ready) :]
         self._complete(ready)
@@ -132,6 +143,11 @@ class Clock:
     def newest(self) -> int:
         """The newest step whose time is known."""
         return self._written[-1] - 1 if self._written else -1
+
+    @property
+    def exists(self) -> bool:
+        """Whether times are written down; the trainer makes the file before its first step."""
+        return self._path.exists()
 
     def read(self) -> None:
         """Read the whole lines that are new; damaged ones say nothing, nor does a missing file."""
@@ -170,14 +186,14 @@ class LayerRows:
         self._next = 0  # the first step that was not read yet
 
     def read(self, step: int) -> int:
-        """Read up to ``step``; return the step up to which nothing is missing."""
+        """Read up to ``step``; return the step up to which nothing is to be expected any more."""
         if not self._logged:
             return step
         if step >= self._next:
             try:
                 layers = read_layers(self._folder, -(-self._next // self._spacing))
-            except UsageError:
-                return self._next - 1
+            except UsageError:  # missing or damaged: the trainer makes it before its first step
+                return step
             for number, values in zip(layers.steps.tolist(), layers.values, strict=True):
                 if number % self._logged == 0 and number >= self._next:
                     finite = (column[np.isfinite(column)] for column in values.T.astype(np.float64))

@@ -145,7 +145,7 @@ def _send(run: LoggedRun, name: LoggerName, trainer: Trainer, report: Report) ->
                 break
             if not is_more:
                 trainer.wait(POLL_S)
-        _send_entries(run, sink, entries.last(), picture, wait=True)
+        _send_entries(run, sink, entries.last(splits=sink.splits), picture, wait=True)
         is_finished = entries.is_finished
     except BaseException:
         with suppress(Exception):

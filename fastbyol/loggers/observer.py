@@ -11,13 +11,15 @@ from pathlib import Path
 
 from fastbyol.config import Config, LoggerName
 from fastbyol.engine.observer import EpochEnd, Observer, Silent, Start, StepReport
-from fastbyol.errors import one_line
+from fastbyol.errors import FastbyolError, UsageError, one_line
 from fastbyol.loggers.child import ALL_SENT, Child
 from fastbyol.runs.metrics import is_finished, read_events
 
 # A batch system kills soon after its signal: a run that was stopped does not wait for longer.
 STOPPED_S = 5.0
 _POLL_S = 0.05
+# A wait for longer is told of.
+_TELL_S = 2.0
 # What is between the end of the time that a process has and its being killed.
 _GRACE_S = 2.0
 
@@ -52,17 +54,18 @@ class Loggers:
         """Hand on."""
         self._observer.note(text)
 
-    def end(self) -> None:
-        """Let the processes send what is left, for as long as ``log.wait_s`` allows; end them."""
+    def end(self, wait_s: float) -> None:
+        """Let the processes send what is left, in ``wait_s`` seconds at most, and end them."""
         for child in self._children:
             child.finish()
-        wait_s = self._config.log.wait_s
-        if not self._is_finished():
-            wait_s = min(STOPPED_S, wait_s)
-        until = time.monotonic() + wait_s
+        began, is_told = time.monotonic(), False
         try:
-            while self._children and time.monotonic() < until:
+            while self._children and (waited_s := time.monotonic() - began) < wait_s:
                 self._look()
+                if waited_s > _TELL_S and not is_told:
+                    names = ", ".join(child.name for child in self._children)
+                    self._observer.note(f"sending what is left to {names}, {wait_s:g} s at most")
+                    is_told = True
                 time.sleep(_POLL_S if self._children else 0.0)
         finally:
             for child in self._children:
@@ -92,8 +95,8 @@ class Loggers:
         if code != ALL_SENT:
             how = f"ended by {signal.Signals(-code).name}" if code < 0 else "ended"
             self._observer.note(
-                f"logger {child.name}: {how} (see {child.log}), and training goes on without it: "
-                f"send what is missing with `{child.command}`"
+                f"logger {child.name}: {how} (see {child.log}): send what is missing with "
+                f"`{child.command}`"
             )
 
     def _guarded(self, name: str, work: Callable[[], None]) -> None:
@@ -103,12 +106,6 @@ class Loggers:
             self._children = [child for child in self._children if child.name != name]
             self._observer.note(f"logger {name}: {one_line(error)}")
 
-    def _is_finished(self) -> bool:
-        try:
-            return is_finished(read_events(self._run), self._config.train.epochs)
-        except Exception:
-            return False
-
 
 @contextmanager
 def logged(run: Path, config: Config, observer: Observer | None) -> Iterator[Observer | None]:
@@ -116,8 +113,19 @@ def logged(run: Path, config: Config, observer: Observer | None) -> Iterator[Obs
     if not config.log.to:
         yield observer
         return
-    loggers = Loggers(run, config, observer or Silent())
+    loggers, wait_s = Loggers(run, config, observer or Silent()), 0.0
     try:
         yield loggers
+        wait_s = config.log.wait_s if _is_finished(run, config) else STOPPED_S
+    except FastbyolError:  # such as a collapse: nobody waits for this process to end
+        wait_s = config.log.wait_s
+        raise
     finally:
-        loggers.end()
+        loggers.end(min(wait_s, config.log.wait_s))
+
+
+def _is_finished(run: Path, config: Config) -> bool:
+    try:
+        return is_finished(read_events(run), config.train.epochs)
+    except UsageError:
+        return False

@@ -12,7 +12,7 @@ from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal, Protocol, cast
+from typing import Any, Literal, NamedTuple, Protocol, cast
 
 import numpy as np
 
@@ -33,6 +33,10 @@ LIBRARIES: Mapping[LoggerName, tuple[str, ...]] = {
     "mlflow": ("mlflow", "sqlalchemy", "alembic"),
     "trackio": ("trackio",),
 }
+
+
+# What the names of an epoch's end begin with, and of the weights before the first step.
+ENDS = ("epoch/", "untrained/")
 
 
 @dataclass
@@ -61,16 +65,37 @@ class Alert:
     unix_s: float = 0.0
 
 
+class Newest(NamedTuple):
+    """The newest step that a store has, and its newest epoch's end, in steps done; -1 is none."""
+
+    step: int
+    end: int
+
+    @staticmethod
+    def of(rows: Iterable[tuple[int, Iterable[str]]]) -> Newest:
+        """Return the newest of ``rows``, each of them a step and names of what is there at it."""
+        step = end = -1
+        for number, names in rows:
+            for name in names:
+                if name == "epoch":  # which every step has
+                    step = max(step, number)
+                elif name.startswith(ENDS):
+                    end = max(end, number)
+        return Newest(step, end)
+
+
 class Sink(Protocol):
     """A library's store of one run, open for adding."""
 
-    # The newest step that the store had when it was opened, -1 where it was empty.
-    newest: int
+    # What the store had when it was opened.
+    newest: Newest
+    # Whether an epoch's end may come in an entry before its step's: the store tells them apart.
+    splits: bool
     # Where to look at it, empty where the documents say enough.
     where: str
 
     def send(self, entries: Sequence[Entry]) -> None:
-        """Add entries, all of them of later steps than ``newest``, in order."""
+        """Add entries that are not there yet, in order."""
 
     def alert(self, alert: Alert) -> None:
         """Tell whoever watches of a change of state."""
@@ -181,8 +206,3 @@ def as_floats(row: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
         for name, value in row.items()
         if value is None or (isinstance(value, int | float) and not isinstance(value, bool))
     }
-
-
-def newest_of(steps: Iterable[int]) -> int:
-    """Return the highest of ``steps``, -1 where there are none."""
-    return max(steps, default=-1)

@@ -11,6 +11,8 @@ from collections.abc import Iterator, Sequence
 # MLflow tries for minutes by itself; read when it is imported.
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+# Nothing goes to a third party unasked.
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 
 import numpy as np
 from mlflow.entities import Experiment, Metric, Param, Run
@@ -18,7 +20,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
 from fastbyol.config_io import show
-from fastbyol.loggers.sink import Alert, Entry, LoggedRun
+from fastbyol.loggers.sink import Alert, Entry, LoggedRun, Newest
 
 TAG = "fastbyol.id"
 # What MLflow allows in a call, and of a parameter's letters.
@@ -43,8 +45,9 @@ class MLflow:
         self._id = stored.info.run_id
         self._client.update_run(self._id, status="RUNNING")
         self._write_settings(stored)
-        # A call adds all of an entry or nothing, so the newest measure tells what there is.
-        self.newest = max((metric.step for metric in stored.data._metric_objs), default=-1)
+        # These are each measure's newest. A call adds all of an entry or nothing.
+        self.newest = Newest.of((each.step, (each.key,)) for each in stored.data._metric_objs)
+        self.splits = True
         self.where = ""
 
     def send(self, entries: Sequence[Entry]) -> None:

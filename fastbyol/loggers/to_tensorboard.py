@@ -20,7 +20,7 @@ from tensorboard.plugins.hparams.summary_v2 import hparams_pb
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 from fastbyol.config_io import show
-from fastbyol.loggers.sink import Alert, Entry, LoggedRun, newest_of
+from fastbyol.loggers.sink import Alert, Entry, LoggedRun, Newest
 from fastbyol.runs.durable import append, writing
 
 FOLDER = "tensorboard"
@@ -35,11 +35,11 @@ class TensorBoard:
         with writing(self._folder):
             self._folder.mkdir(exist_ok=True)
         self._files = sorted(self._folder.glob("events.out.tfevents.*"))
-        self.newest = newest_of(
-            event.step
+        self.newest = Newest.of(
+            (event.step, (value.tag for value in event.summary.value))
             for event in events(self._files)
-            if any(value.WhichOneof("value") == "simple_value" for value in event.summary.value)
         )
+        self.splits = True
         self._file: io.FileIO | None = None
         self.where = ""
 

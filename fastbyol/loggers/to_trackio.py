@@ -14,7 +14,7 @@ import trackio
 from trackio.sqlite_storage import SQLiteStorage
 
 from fastbyol.config_io import show
-from fastbyol.loggers.sink import Alert, Entry, LoggedRun
+from fastbyol.loggers.sink import Alert, Entry, LoggedRun, Newest
 
 
 class Trackio:
@@ -36,12 +36,13 @@ class Trackio:
             auto_log_gpu=False,
             auto_log_cpu=False,
         )
-        self.newest = self._live._next_step - 1
+        newest = self._live._next_step - 1
         if self._live._is_local:
             stored = SQLiteStorage.get_max_step_for_run(
                 self._project, self._live.name, run_id=self._live.id
             )
-            self.newest = -1 if stored is None else int(stored)
+            newest = -1 if stored is None else int(stored)
+        self.newest, self.splits = Newest(newest, newest), False
         self.where = ""
 
     def send(self, entries: Sequence[Entry]) -> None:

@@ -12,12 +12,15 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+# Nothing goes to a third party unasked; read when it is imported.
+os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+
 import wandb
 from wandb.proto.wandb_internal_pb2 import Record
 
 from fastbyol.errors import FastbyolError
 from fastbyol.files import open_regular
-from fastbyol.loggers.sink import Alert, Entry, LoggedRun, newest_of
+from fastbyol.loggers.sink import Alert, Entry, LoggedRun, Newest
 from fastbyol.runs.durable import writing
 
 OFFLINE = ("offline", "dryrun", "disabled")
@@ -38,7 +41,8 @@ class WandB:
         own_id = variables.get("WANDB_RUN_ID") or run.id[:12]
         # Read before it adds a file of its own.
         stored = parent.glob(f"wandb/*run-*-{own_id}/run-{own_id}.wandb")
-        newest = newest_of(steps(stored)) if mode in OFFLINE else -1
+        self.splits = mode in OFFLINE
+        self.newest = Newest.of(rows(stored) if self.splits else ())
         self._live = wandb.init(
             id=own_id,
             resume="allow",
@@ -53,7 +57,8 @@ class WandB:
                 x_stats_pid=run.trainer or os.getpid(),
             ),
         )
-        self.newest = max(newest, self._live.step - 1)
+        if not self.splits:
+            self.newest = Newest(self._live.step - 1, self._live.step - 1)
         self.where = self._live.url or ""
         if mode == "offline":
             pattern = parent / "wandb" / f"offline-run-*-{own_id}"
@@ -83,13 +88,14 @@ def open_sink(run: LoggedRun) -> WandB:
     return WandB(run)
 
 
-def steps(files: Iterable[Path]) -> Iterator[int]:
-    """Yield the steps that ``.wandb`` files have."""
+def rows(files: Iterable[Path]) -> Iterator[tuple[int, list[str]]]:
+    """Yield the steps that ``.wandb`` files have, and the names at each."""
     for path in files:
         for content in records(path):
             record = Record.FromString(content)
             if record.WhichOneof("record_type") == "history":
-                yield record.history.step.num
+                names = [each.key or "/".join(each.nested_key) for each in record.history.item]
+                yield record.history.step.num, names
 
 
 def records(path: Path) -> Iterator[bytes]:

@@ -81,12 +81,10 @@ def test_broken_loggers_are_notes(
     missing = "send what is missing with `fastbyol log"
     assert [line for line in notes.lines if "wandb" in line] == [
         "logger wandb: wandb cannot be imported: RuntimeError: <b>no library",
-        f"logger wandb: ended ({log}/wandb/log.txt), and training goes on without it: {missing} "
-        f"{run} --to wandb`",
+        f"logger wandb: ended ({log}/wandb/log.txt): {missing} {run} --to wandb`",
     ]
     assert [line for line in notes.lines if "trackio" in line] == [
-        f"logger trackio: ended ({log}/trackio/log.txt), and training goes on without it: {missing}"
-        f" {run} --to trackio`",
+        f"logger trackio: ended ({log}/trackio/log.txt): {missing} {run} --to trackio`",
     ]
     assert [line for line in notes.lines if "mlflow" in line] == [
         f"logger mlflow: 5 s did not do for what is left: send it with `fastbyol log {run} --to "

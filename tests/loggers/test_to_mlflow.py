@@ -53,18 +53,18 @@ def test_a_run_of_several_lives_is_there_once(tmp_path: Path) -> None:
     run = WrittenRun(tmp_path / "<b>a\nb", "log.project=p q")
     run.write(0, 13)
     run.send_apart("mlflow")
-    run.write(9, 20)
+    run.write(9, 24)
     run.send_apart("mlflow")
     (stored,) = read(tmp_path, "p q")
     assert same(numbers(stored["curves"]), run.expected())
     assert stored["status"] == "KILLED"
-    run.write(20, END)
+    run.write(24, END)
     # As if the last call had been written, and its answer lost.
     state = run.path / "loggers" / "mlflow" / "state.json"
     assert run.send_apart("mlflow") == []
     assert state.exists()
     (stored,) = read(tmp_path, "p q")
-    assert same(numbers(stored["curves"]), run.expected(is_finished=True))
+    assert same(numbers(stored["curves"]), run.expected())
     assert (stored["name"], stored["status"]) == ("<b>a\\nb", "FINISHED")
     assert stored["tags"]["state"] == "dead"
     assert stored["tags"]["state.24"].startswith("collapsed after 24 steps")

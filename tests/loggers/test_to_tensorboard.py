@@ -52,7 +52,7 @@ def test_a_finished_run_has_all_values(tmp_path: Path) -> None:
     run = WrittenRun(tmp_path / "run")
     run.write(0, END)
     assert run.send("tensorboard") == []
-    assert same(curves(run), as_float32(run.expected(is_finished=True)))
+    assert same(curves(run), as_float32(run.expected()))
     events = read(run)
     for measure in ("rate", "grad_norm"):
         histograms = events.Histograms(f"layers/{measure}")
@@ -108,7 +108,7 @@ def test_killed_and_resumed_runs_leave_no_gap_and_no_double_step(
             os.truncate(files[-1], max(0, files[-1].stat().st_size - cut))
     run.write(done, END)
     run.send("tensorboard")
-    assert same(curves(run), as_float32(run.expected(is_finished=True)))
+    assert same(curves(run), as_float32(run.expected()))
 
 
 def test_a_logger_that_is_killed_at_work_goes_on_where_it_was(tmp_path: Path) -> None:

@@ -47,17 +47,17 @@ def test_runs_of_several_lives_are_there_once(tmp_path: Path) -> None:
     for run in runs:
         run.write(0, 13)
         run.send_apart("trackio")
-        run.write(9, 20)
+        run.write(9, 24)
     runs[0].send_apart("trackio")
     for run in runs:
-        run.write(20, END)
+        run.write(24, END)
         assert run.send_apart("trackio") == []
     stored = read()
     assert len(stored) == 2
     for name, content in stored.items():
         assert name.startswith("<b>a\\nb-")
         curves = {key: [tuple(row) for row in rows] for key, rows in content["curves"].items()}
-        assert same(curves, runs[0].expected(is_finished=True))
+        assert same(curves, runs[0].expected())
         assert [row["step"] for row in content["rows"]] == list(range(END + 1))
         layers = [row["step"] for row in content["rows"] if "layers/rate" in row]
         assert layers == list(range(0, END, 4))

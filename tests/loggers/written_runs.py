@@ -78,14 +78,17 @@ class WrittenRun:
         assert code == ALL_SENT, (lines, child.log.read_text())
         return lines
 
-    def expected(self, *, is_finished: bool = False) -> Curves:
-        """Return every curve that metrics.jsonl has, of its whole steps, read without our code."""
+    def expected(self, *, has_end: bool = True) -> Curves:
+        """Return every curve that metrics.jsonl has, read without our code.
+
+        Without ``has_end`` the end of an epoch is left out where no step is behind it.
+        """
         curves: Curves = {}
         text = (self.path / METRICS_FILE).read_text()
         rows = [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
         last = max((row["step"] for row in rows if "event" not in row), default=-1)
         for row in rows:
-            if row["step"] > last and not is_finished:
+            if row["step"] > last and not has_end:
                 continue
             prefix = ""
             if "event" in row:

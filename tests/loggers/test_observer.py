@@ -87,8 +87,9 @@ def test_broken_loggers_are_notes(
         f"logger trackio: ended ({log}/trackio/log.txt): {missing} {run} --to trackio`",
     ]
     assert [line for line in notes.lines if "mlflow" in line] == [
+        "sending what is left to mlflow, 5 s at most",
         f"logger mlflow: 5 s did not do for what is left: send it with `fastbyol log {run} --to "
-        "mlflow`"
+        "mlflow`",
     ]
     assert losses(run) == recorded_losses(run)
     assert records(run) == whole

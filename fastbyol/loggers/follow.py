@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import cast
 
 from fastbyol.config import LoggerName
+from fastbyol.engine.interrupt import SIGNALS
 from fastbyol.errors import FastbyolError, one_line
 from fastbyol.loggers.child import ALL_SENT, environment, program
 from fastbyol.loggers.entries import Entries
@@ -183,6 +184,8 @@ def main() -> None:
     error. Exits with ``ALL_SENT``, or with 1 where something is missing.
     """
     path, name, end, parent, limit_s = sys.argv[1:]
+    for number in SIGNALS:  # of a batch system to all of a job: the trainer says when it is over
+        signal.signal(number, signal.SIG_IGN)
     with suppress(OSError):
         os.nice(10)  # the training comes first
     lines = os.dup(1)

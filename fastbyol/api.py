@@ -34,6 +34,8 @@ from fastbyol.engine.worker import launch_id, worker
 from fastbyol.errors import FastbyolError, UsageError, check_choice, quoted
 from fastbyol.evaluation import protocol as protocols
 from fastbyol.evaluation.protocol import PROTOCOLS
+from fastbyol.loggers.observer import logged
+from fastbyol.loggers.sink import refuse_missing, with_loggers
 from fastbyol.model.resnet import ResNet
 from fastbyol.process import left_as_found
 from fastbyol.runs import checkpoint, consistency, inputs
@@ -73,6 +75,7 @@ def train(
         if processes.rank:
             return _follow(processes)
         with _telling(processes):
+            refuse_missing(config)
             whole = _with_source(resolve(config), observer)
             whole = inputs.with_paths(whole, whole)
             ranks = ranking.count_ranks(whole, processes.count)
@@ -144,7 +147,8 @@ def _lead(
         step = checkpoint.newest_step(folder.checkpoints) or 0
         observer.note(f"{folder.path}: a rank was lost: all go on from step {step}")
     ranking.from_first(processes, (config, ranks))
-    summary = trainer.fit(folder, config, observer, processes, ranks)
+    with logged(folder.path, config, observer) as watching:
+        summary = trainer.fit(folder, config, watching, processes, ranks)
     if not summary.finished and observer is not None:
         where = (
             f"saved at step {summary.step}" if summary.step else "stopped before a step was made"
@@ -186,13 +190,15 @@ def resume(
     data: str | Path | None = None,
     test_data: str | Path | None = None,
     ranks: int | None = None,
+    log: Sequence[str] | None = None,
     observer: Observer | None = None,
 ) -> Summary:
     """Continue a run from its newest sound checkpoint, bit for bit as if it had never stopped.
 
     ``data`` and ``test_data`` are its files' new paths, which the run keeps. Their content must be
     what the run was made with. Another number of ``ranks`` than the run's draws the same views and
-    rounds otherwise. Raises the errors of ``train``.
+    rounds otherwise. ``log`` are the loggers from now on, by default the run's. Raises the errors
+    of ``train``.
     """
     with ranking.joined() as processes:
         _demand_same(processes, {}, data=data, test_data=test_data, ranks=ranks)
@@ -203,6 +209,9 @@ def resume(
                 folder = opened.enter_context(RunFolder.open(Path(run), lock=True))
                 config = inputs.with_paths(folder.config, folder.config)
                 config = inputs.moved(config, data, test_data)
+                if log is not None:
+                    config = with_loggers(config, log)
+                refuse_missing(config)
                 count = ranking.count_ranks(config, processes.count, ranks)
             return _lead(folder, config, observer, processes, count)
 
@@ -229,6 +238,7 @@ def fork(
         with ExitStack() as opened:
             with _telling(processes):
                 asked = forks.plan(Path(run), step, sets)
+                refuse_missing(asked.config)
                 path = fork_path(asked) if out is None else Path(out)
                 note = (lambda _: None) if observer is None else observer.note
                 if forks.is_begun(asked, path):

@@ -25,6 +25,7 @@ Exclusion = Literal["none", "substring", "bias_and_norm"]
 Probability = Annotated[float, Field(ge=0.0, le=1.0)]
 EpochCount = Annotated[int, Field(ge=1, le=1_000_000)]
 Range = tuple[float, float]
+LoggerName = Literal["tensorboard", "wandb", "mlflow", "trackio"]
 
 
 @dataclass(frozen=True)
@@ -468,6 +469,37 @@ class RunConfig(Model):
     )
 
 
+class LogConfig(Model):
+    """The libraries that a run is logged to besides its own files. No number depends on them."""
+
+    to: Annotated[tuple[LoggerName, ...], Option("--log", "NAME")] = Field(
+        (),
+        description="Log to tensorboard, wandb, mlflow or trackio; several with commas. "
+        "docs/loggers.md says where each writes.",
+    )
+    project: str = Field(
+        "fastbyol",
+        pattern=r"^[A-Za-z0-9_][A-Za-z0-9_. -]{0,127}$",
+        description="Project in wandb and trackio, experiment in mlflow.",
+    )
+    layers_every_steps: int = Field(
+        10,
+        ge=0,
+        le=1_000_000,
+        description="Steps between two histograms of the layers, of those that layers.npy has; "
+        "0: none.",
+    )
+    pictures: int = Field(
+        8, ge=0, le=1000, description="Samples on the picture of views; 0: no picture."
+    )
+    wait_s: float = Field(
+        30.0,
+        ge=0.0,
+        le=86400.0,
+        description="Seconds at the run's end to wait for what is not sent yet.",
+    )
+
+
 class Config(Model):
     """A whole run."""
 
@@ -482,6 +514,7 @@ class Config(Model):
     engine: EngineConfig = EngineConfig()
     probe: ProbeConfig = ProbeConfig()
     run: RunConfig = RunConfig()
+    log: LogConfig = LogConfig()
 
 
 class ResolvedOptim(OptimConfig):

@@ -35,6 +35,7 @@ RANKS = (
     ("registry",),
     ("engine",),
     ("show",),
+    ("loggers",),
     ("fleet",),
     ("sweeps", "ablations", "exports"),
     ("api",),

@@ -22,6 +22,7 @@ from fastbyol.cli import (
     explain,
     export,
     fork,
+    log,
     presets,
     runs,
     sweep,
@@ -59,6 +60,7 @@ app.command("eval")(train.evaluate)
 app.command()(export.export)
 app.command()(train.report)
 app.command()(explain.explain)
+app.command()(log.log)
 app.command()(sweep.sweep)
 app.command()(doctor.doctor)
 app.command()(doctor.bench)

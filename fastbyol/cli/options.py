@@ -34,6 +34,12 @@ LabelField = Annotated[
         "--label-field", metavar="NAME", help="Default: label, or the only one of a usual name."
     ),
 ]
+LogTo = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--log", metavar="NAME", help="Log to these from now on; '' to none. Default: as before."
+    ),
+]
 RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]
 Device = Annotated[str, typer.Option(metavar="auto|cpu|cuda[:N]")]
 ConfigFile = Annotated[
@@ -60,7 +66,7 @@ Endpoint = Annotated[
 ]
 
 # Sections of config.py in the order in which ``train --help`` lists their options.
-SECTIONS = ("data", "train", "engine", "method", "model", "views", "optim")
+SECTIONS = ("data", "train", "engine", "method", "model", "views", "optim", "log")
 
 
 def with_config_options(command: Callable[..., None]) -> Callable[..., None]:

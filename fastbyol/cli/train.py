@@ -21,6 +21,7 @@ from fastbyol.cli.options import (
     ImageField,
     Json,
     LabelField,
+    LogTo,
     Nodes,
     Processes,
     RunPath,
@@ -228,6 +229,7 @@ def resume(
     ranks: Annotated[
         int | None, typer.Option(min=1, help="Another number of ranks, which rounds otherwise.")
     ] = None,
+    log: LogTo = None,
     gpus: Gpus = None,
     processes: Processes = None,
     nnodes: Nodes = None,
@@ -248,7 +250,7 @@ def resume(
         console,
         as_json,
         lambda observer: api.resume(
-            run, data=data, test_data=test_data, ranks=ranks, observer=observer
+            run, data=data, test_data=test_data, ranks=ranks, log=log, observer=observer
         ),
     )
     finish(summary, console, as_json)

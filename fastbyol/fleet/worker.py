@@ -50,6 +50,7 @@ from fastbyol.fleet.claim import (
     remove,
 )
 from fastbyol.fleet.ledger import LEDGER, Entry, Ledger
+from fastbyol.loggers.observer import logged
 from fastbyol.runs import checkpoint, inputs
 from fastbyol.runs.folder import CONFIG, RunFolder
 from fastbyol.runs.lock import InUseError
@@ -367,7 +368,8 @@ class Worker:
                 # for now.
                 config = inputs.with_paths(folder.config, asked)
                 self.pulse.is_training = True
-                return asdict(trainer.fit(folder, config, observer))
+                with logged(folder.path, config, observer) as watching:
+                    return asdict(trainer.fit(folder, config, watching))
         except LostClaimError:
             raise
         except InUseError:

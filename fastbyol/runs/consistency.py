@@ -24,6 +24,7 @@ FREE = frozenset(
         *("data.cache", "data.workers", "train.max_skipped_steps"),
         *("run.checkpoint_every_steps", "run.checkpoint_every_s"),
         *("run.drain_every_steps", "run.keep_checkpoints"),
+        *("log.to", "log.project", "log.layers_every_steps", "log.pictures", "log.wait_s"),
     )
 )
 _HEADER_BYTES = 100_000_000  # the most that safetensors allows

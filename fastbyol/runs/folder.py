@@ -151,7 +151,11 @@ class RunFolder:
     def keep_paths(self, config: Resolved) -> None:
         """Write ``config``, the run's but for paths. Raises FastbyolError where that fails."""
         before, now = (config_io.flatten(each) for each in (self.config, config))
-        moved = {key: "where it was moved to" for key in now if now[key] != before[key]}
+        moved = {
+            key: "resume --log" if key.startswith("log.") else "where it was moved to"
+            for key in now
+            if now[key] != before[key]
+        }
         text = config_io.dump(config, config_io.origins(self.config_text) | moved)
         with writing(self.path / CONFIG):
             write_text(self.path / CONFIG, text)

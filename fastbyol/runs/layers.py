@@ -153,12 +153,18 @@ def recorded_file(folder: Path) -> Path:
     )
 
 
-def read_layers(folder: Path) -> Layers:
-    """Return the measures of a run, finished or not. Raise UsageError without whole ones."""
+def read_layers(folder: Path, skip: int = 0) -> Layers:
+    """Return the measures of a run, finished or not, behind the first ``skip`` rows.
+
+    Raises UsageError without whole ones.
+    """
     path = recorded_file(folder)
     try:
         with open_regular(path) as file:
-            return _read_archive(path, file) if path.name == _ARCHIVE else _read_array(file)
+            if path.name != _ARCHIVE:
+                return _read_array(file, skip)
+            layers = _read_archive(path, file)
+            return layers._replace(steps=layers.steps[skip:], values=layers.values[skip:])
     except OSError as error:
         raise UsageError(f"{path}: cannot read: {error.strerror or error}") from None
     except _DAMAGE as error:
@@ -243,7 +249,7 @@ def _header(names: Sequence[str], metrics: Sequence[str], num_rows: int) -> byte
     )
 
 
-def _read_array(file: BinaryIO) -> Layers:
+def _read_array(file: BinaryIO, skip: int) -> Layers:
     header = file.read(10)
     header += file.read(int.from_bytes(header[8:], "little"))
     match = _HEADER.fullmatch(header[10:].decode("latin1"))
@@ -256,7 +262,9 @@ def _read_array(file: BinaryIO) -> Layers:
     )
     if header != _header(names, metrics, num_rows):
         raise ValueError("its header contradicts itself")
-    return Layers(*_read_rows(file, len(names), len(metrics), num_rows), names, metrics)
+    skip = min(skip, num_rows)
+    file.seek(skip * _dtype(len(names), len(metrics)).itemsize, os.SEEK_CUR)
+    return Layers(*_read_rows(file, len(names), len(metrics), num_rows - skip), names, metrics)
 
 
 def _read_rows(
@@ -265,7 +273,9 @@ def _read_rows(
     """Return (steps, values) of ``most`` rows, or of fewer where a power cut took counted ones."""
     dtype = _dtype(num_names, num_metrics)
     rows = np.fromfile(
-        file, dtype, min(most, (os.fstat(file.fileno()).st_size - file.tell()) // dtype.itemsize)
+        file,
+        dtype,
+        min(most, max(0, os.fstat(file.fileno()).st_size - file.tell()) // dtype.itemsize),
     )
     return rows["step"], rows["values"]
 

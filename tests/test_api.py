@@ -252,7 +252,7 @@ for name in ("timm", "safetensors", "onnx", "torch-export"):
     try:
         fastbyol.export(run, format=name)
     except fastbyol.UsageError:
-        assert name == "timm"
+        assert name in ("timm", "onnx")  # another width, an extra that may be missing
 same("export", before)
 """
 

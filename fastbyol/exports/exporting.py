@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -158,6 +159,8 @@ def _run_of(run_or_file: Path) -> Path | None:
 
 def _check_output(path: Path, kind: Format, *, overwrite: bool) -> None:
     """Raise UsageError if weights and card cannot be written, as a cheap check before any work."""
+    if kind.suffix and path.suffix != kind.suffix:
+        raise UsageError(f"{path}: torch.export loads files that end in {kind.suffix} alone")
     files = _weights_in(path, kind), _card_of(path, kind)
     if not kind.is_folder:
         for file in files:
@@ -217,7 +220,9 @@ def _write(path: Path, content: bytes) -> None:
 def _loaded(code: str, wishes: Wishes) -> Any:
     """Run the lines that users are shown, and return the encoder that they make of the file."""
     names: dict[str, Any] = {}
-    with torch.random.fork_rng(devices=[]):  # constructors draw weights
+    # Constructors draw weights, and torch 2.11 warns of a buffer of its own.
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         exec(compile(code, "export", "exec"), names)
     if wishes.num_classes is not None:
         names["model"].fc = nn.Identity()

@@ -26,8 +26,9 @@ PROTOBUF_BYTES = 1 << 31
 class Format:
     """A format: what ``--out`` is by default, and what makes the content from encoder and size.
 
-    ``library`` is the name for Hugging Face. ``modules`` are imported first, of the extra
-    ``extra``. Only a state dict ``is_state``, and only there a classifier can be added.
+    ``suffix`` is one that the library insists on. ``library`` is the name for Hugging Face.
+    ``modules`` are imported first, of the extra ``extra``. Only a state dict ``is_state``, and only
+    there a classifier can be added.
     """
 
     file: str
@@ -37,6 +38,7 @@ class Format:
     extra: str = ""
     is_state: bool = True
     is_folder: bool = False
+    suffix: str = ""
 
 
 def _state_dict(encoder: Encoder, _: int) -> bytes:
@@ -102,7 +104,7 @@ FORMATS = {
     "onnx": Format(
         "encoder.onnx", "onnx", _onnx, ("onnx", "onnxscript", "onnxruntime"), "onnx", is_state=False
     ),
-    "torch-export": Format("encoder.pt2", "pytorch", _torch_export, is_state=False),
+    "torch-export": Format("encoder.pt2", "pytorch", _torch_export, is_state=False, suffix=".pt2"),
 }
 
 

@@ -112,12 +112,14 @@ def _about(facts: Facts) -> str:
     parts = [f"width {model.width}", norms[model.norm], f"the {model.stem} stem"]
     folded = ""
     if model.ws:
-        folded = " Its weights were standardized in training, and are stored standardized."
-    weights = _WEIGHTS[facts.weights]
+        folded = " The run standardizes them before it uses them, and they are stored standardized."
+    is_trained = facts.weights != "random"
+    training = f"trained by {method} with fastbyol" if is_trained else "not trained"
+    weights = _WEIGHTS[facts.weights] + (f", after step {facts.step}" if is_trained else "")
     licence = "" if facts.licence else " Its licence is not stated."
     return (
-        f"A ResNet-18 ({', '.join(parts)}) for features of images, trained by {method} with "
-        f"fastbyol. The weights are {weights}, after step {facts.step}.{folded}{licence}"
+        f"A ResNet-18 ({', '.join(parts)}) for features of images, {training}. "
+        f"The weights are {weights}.{folded}{licence}"
     )
 
 
@@ -183,7 +185,8 @@ def _result(facts: Facts) -> list[str]:
     else:
         lines.append("- State: not recorded")
     if facts.weights == "random":
-        rows = [("Accuracy", before)]
+        # A run that began with others' weights measured these.
+        rows = [("Accuracy", before if accuracies.weights == Accuracies.weights else None)]
     else:
         of_online = " of the online network" if facts.weights == "target" else ""
         rows = [(f"Accuracy{of_online}", accuracies.last), (f"With {accuracies.weights}", before)]

@@ -70,6 +70,7 @@ def values(key: str, field: FieldInfo) -> st.SearchStrategy[Any]:
         "preset": st.sampled_from(config_io.presets()),
         "train.device": st.sampled_from(["auto", "cpu", "cuda", "cuda:3"]),
         "train.seed": st.integers(0, 2**63 - 1),
+        "log.project": st.sampled_from(["fastbyol", "7", "a b_c.d-e"]),
         "data.textures_seed": st.integers(0, 2**31 - 1),
         "views.blur_kernel": st.sampled_from([1, 3, 9, 15]),
         "views.std": st.tuples(*[st.floats(1e-3, 9.0)] * 3),

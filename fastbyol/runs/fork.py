@@ -64,6 +64,7 @@ REASONS: Mapping[str, str | None] = {
     "engine": None,
     "probe": None,
     "run.layers_every_steps": "layers.npy has one spacing of steps",
+    "log": None,
 }
 
 

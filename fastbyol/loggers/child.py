@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from contextlib import suppress
 from pathlib import Path
 
@@ -33,8 +35,10 @@ class Child:
         with writing(self.log):
             self.log.parent.mkdir(parents=True, exist_ok=True)
             log = self.log.open("ab")
+        # A library's temporary files, which it does not remove where it is ended.
+        self._scratch = tempfile.mkdtemp(prefix="fastbyol-log-")
         reading, self._end = os.pipe()
-        arguments = [str(run), name, str(reading), str(os.getpid()), str(limit_s)]
+        arguments = [str(run), name, str(reading), str(os.getpid()), str(limit_s), self._scratch]
         try:
             with log:
                 self.process = subprocess.Popen(
@@ -48,6 +52,7 @@ class Child:
                 )
         except BaseException:
             self.finish()
+            shutil.rmtree(self._scratch, ignore_errors=True)
             raise
         finally:
             os.close(reading)
@@ -79,6 +84,7 @@ class Child:
             self.process.wait()
         assert self.process.stdout is not None
         self.process.stdout.close()
+        shutil.rmtree(self._scratch, ignore_errors=True)
 
     @property
     def command(self) -> str:

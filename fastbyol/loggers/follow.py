@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import os
 import select
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -178,12 +180,13 @@ def _send_alerts(run: LoggedRun, sink: Sink, entries: Entries) -> None:
 
 
 def main() -> None:
-    """Work as the arguments say: run, logger, pipe, parent's process number, limit in seconds.
+    """Work as the arguments say: run, logger, pipe, parent's number, limit in s, temporary folder.
 
     A line on standard output is for the run's observer; what the library prints goes to standard
     error. Exits with ``ALL_SENT``, or with 1 where something is missing.
     """
-    path, name, end, parent, limit_s = sys.argv[1:]
+    path, name, end, parent, limit_s, scratch = sys.argv[1:]
+    tempfile.tempdir = os.environ["TMPDIR"] = scratch
     for number in SIGNALS:  # of a batch system to all of a job: the trainer says when it is over
         signal.signal(number, signal.SIG_IGN)
     with suppress(OSError):
@@ -204,6 +207,7 @@ def main() -> None:
         report(str(error))
     sys.stdout.flush()
     sys.stderr.flush()
+    shutil.rmtree(scratch, ignore_errors=True)  # the parent may be gone
     # Threads of a library must not keep the process: the store is closed.
     os._exit(code)
 

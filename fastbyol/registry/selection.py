@@ -24,10 +24,7 @@ _SIGNS: dict[str, Callable[[Any, Any], bool]] = {
     ">=": operator.ge,
 }
 
-_CONDITION = re.compile(
-    r"\s*([^\s=!<>]+)[ \t]*(==|!=|<=|>=|=|<|>)(?![=<>])(.*)",
-    re.DOTALL,
-)
+_CONDITION = re.compile(r"\s*([^\s=!<>]+)[ \t]*(==|!=|<=|>=|=|<|>)(?![=<>])(.*)", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -41,9 +38,7 @@ class Condition:
     @classmethod
     def parse(cls, typed: str) -> Condition:
         """Return the condition in ``KEY OP VALUE``. Raises UsageError."""
-        match = re.fullmatch(
-            r"\s*([^\s=!<>]+)[ \t]*(==|!=|<=|>=|=|<|>)(?![=<>])(.*)", typed, re.DOTALL
-        )
+        match = _CONDITION.fullmatch(typed)
         if match is None:
             raise UsageError(
                 f"--where {config_io.show(typed)}: expected KEY OP VALUE with one of = != < <= > "

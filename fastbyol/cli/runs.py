@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from fastbyol.registry.row import Row
 
 _DEFAULT = "list"
+# Those of a sweep or an ablation lie so deep: runs/POINT/SEED.
+_DEPTH = 3
 # Longer cells push the others of their line aside, not those of all lines.
 _WIDEST = 60
 _COLUMNS = {
@@ -63,15 +65,24 @@ Sort = Annotated[
 Reverse = Annotated[bool, typer.Option("--reverse", help="The other way round.")]
 
 
-def _chosen(root: Path, where: list[str] | None, sort: str | None, reverse: bool) -> list[Row]:
+def _chosen(
+    root: Path, where: list[str] | None, sort: str | None, reverse: bool, option: str = "--sort"
+) -> list[Row]:
     from fastbyol.registry import selection
     from fastbyol.registry.index import list_runs
 
     conditions = [selection.Condition.parse(typed) for typed in where or ()]
-    rows = selection.chosen(list_runs(root), conditions)
+    every = list_runs(root, depth=_DEPTH)
+    if not every:
+        is_run = (root / "config.toml").exists()
+        words = (
+            f"is a run itself: name the folder above it, {root}/.." if is_run else "no run in it"
+        )
+        say(f"{root}: {words}", err=True)
+    rows = selection.chosen(every, conditions)
     if sort is None:
         return rows[::-1] if reverse else rows
-    return selection.ordered(rows, sort, "--sort", reverse=reverse)
+    return selection.ordered(rows, sort, option, reverse=reverse)
 
 
 @app.command(_DEFAULT)
@@ -159,7 +170,7 @@ def best(
     """Print the folder of the best run alone, for `$(fastbyol runs best)`."""
     from fastbyol.registry.row import in_words, is_number
 
-    rows = [row for row in _chosen(root, where, by, False) if row.value(by) is not None]
+    rows = [row for row in _chosen(root, where, by, False, "--by") if row.value(by) is not None]
     if not rows:
         that = " that --where asks for" if where else ""
         raise UsageError(f"{root}: no run{that} with a value of {by} here")
@@ -192,6 +203,8 @@ def export(
 
     if csv is None and parquet is None:
         raise UsageError("runs export: name a file: --csv FILE or --parquet FILE")
+    if csv is not None and parquet is not None and csv.resolve() == parquet.resolve():
+        raise UsageError(f"{csv}: named by --csv and by --parquet: name two files")
     rows = _chosen(root, where, sort, reverse)
     written = []
     for path, write in ((csv, tables.write_csv), (parquet, tables.write_parquet)):

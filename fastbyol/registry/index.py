@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import time
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -44,10 +45,11 @@ class _Entry(NamedTuple):
     warnings: list[str]
 
 
-def list_runs(root: Path) -> list[Row]:
+def list_runs(root: Path, *, depth: int = 1) -> list[Row]:
     """Return the runs in ``root`` by name. Runs with damaged configurations are logged instead.
 
-    Raises UsageError where ``root`` is no folder.
+    Those in folders within it have a name such as ``runs/lr=0.1/seed0``, of ``depth`` parts at
+    most. Raises UsageError where ``root`` is no folder.
     """
     if not root.is_dir():
         raise UsageError(
@@ -57,31 +59,39 @@ def list_runs(root: Path) -> list[Row]:
     # Read by absolute paths, so that what is kept serves whichever way the folder is named.
     folder = root.absolute()
     before = _load(folder)
-    now = {name: _entry(folder / name, before.get(name)) for name in _names(root)}
+    now = {name: _entry(folder / name, before.get(name)) for name in _names(root, depth)}
     if now != before:
         _save(folder, now)
     for name, entry in now.items():
         for warning in entry.warnings:
             _log.warning("%s", warning.replace(str(folder / name), str(root / name)))
-    rows = (Row(**entry.row) for entry in now.values() if entry.row is not None)
+    rows = {name: Row(**entry.row) for name, entry in now.items() if entry.row is not None}
     return [
         replace(
             row,
-            path=str(root / row.name),
-            status="running"
-            if row.status == "stopped" and is_locked(root / row.name)
-            else row.status,
+            name=name,
+            path=str(root / name),
+            status="running" if row.status == "stopped" and is_locked(root / name) else row.status,
         )
-        for row in rows
+        for name, row in rows.items()
     ]
 
 
-def _names(root: Path) -> list[str]:
+def _names(root: Path, depth: int) -> list[str]:
     try:
-        names = sorted(path.name for path in root.iterdir() if not path.name.startswith("."))
+        names = sorted(name for name in os.listdir(root) if not name.startswith("."))  # noqa: PTH208
     except OSError as error:
         raise UsageError(f"{root}: cannot list this folder: {error.strerror}") from None
-    return [name for name in names if _is_run(root / name)]
+    return [each for name in names for each in _runs_at(root, name, depth)]
+
+
+def _runs_at(root: Path, name: str, depth: int) -> Iterator[str]:
+    """Yield ``name`` if it is a run, which has none inside; else those of the folder ``name``."""
+    if _is_run(root / name):
+        yield name
+    elif depth > 1 and (root / name).is_dir() and not (root / name).is_symlink():
+        with suppress(UsageError):  # another user's folder
+            yield from (f"{name}/{each}" for each in _names(root / name, depth - 1))
 
 
 def _is_run(path: Path) -> bool:

@@ -229,14 +229,17 @@ class Watched:
             is_behind = self._read_rows(notes)
         elif not is_same:
             notes.append("the way to the run's folder has a link now, which is not followed")
-        status = self._status(is_folder)
+        has_run = is_folder and any(
+            os.path.lexists(self._path / name) for name in (CONFIG, METRICS_FILE)
+        )
+        status = self._status(has_run)
         return {
             "name": self._name, "path": printable(str(self._path)), "status": status,
             "notes": notes, "is_behind": is_behind, **self._progress(status), **self._drawn(),
         }  # fmt: skip
 
-    def _status(self, is_folder: bool) -> str:
-        if not is_folder:
+    def _status(self, has_run: bool) -> str:
+        if not has_run:
             return "gone"
         ends = [row for kind, row in self._rows.ends.items() if kind != "untrained"]
         if is_finished(ends, self._config.train.epochs if self._config else 1 << 63):

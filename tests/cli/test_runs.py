@@ -65,6 +65,30 @@ def test_runs_are_listed_chosen_and_ordered(run: Command, tmp_path: Path) -> Non
     assert run.json("./best") == run.json("list", "best") == []
 
 
+def test_runs_of_sweeps_and_forks_are_listed_from_above(
+    run: Command, tmp_path: Path, root: Path
+) -> None:
+    for n, name in enumerate(("lr=0.1/seed0", "lr=0.1/seed1", "lr=0.2/seed0")):
+        make_run(tmp_path / "sweeps/lr/runs" / name, epochs=[{"accuracy": 10.0 + n}])
+    make_run(root / "a.forks" / "5-unchanged")
+    (tmp_path / "sweeps/lr/up").symlink_to(tmp_path)
+    assert first_words(run.output("sweeps/lr", "--sort", "accuracy"))[1:] == [
+        "runs/lr=0.2/seed0", "runs/lr=0.1/seed1", "runs/lr=0.1/seed0",
+    ]  # fmt: skip
+    assert first_words(run.output("sweeps/lr/runs"))[1] == "lr=0.1/seed0"
+    assert run("best", "sweeps/lr")[1] == "sweeps/lr/runs/lr=0.2/seed0\n"
+    # As after the first call, from what is kept.
+    assert first_words(run.output()) == ["run", "a", "a.forks/5-unchanged", "b", "c", "new"]
+    assert first_words(run.output()) == ["run", "a", "a.forks/5-unchanged", "b", "c", "new"]
+
+
+@pytest.mark.usefixtures("root")
+def test_a_list_without_runs_says_so(run: Command, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    assert run("empty")[2] == "empty: no run in it\n"
+    assert run("runs/a")[2] == "runs/a: is a run itself: name the folder above it, runs/a/..\n"
+
+
 def cpu_s(*arguments: object) -> float:
     """The processor's time of a command in a process of its own."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -95,6 +119,7 @@ def test_the_best_run_is_one_path(run: Command) -> None:
     assert err == "best_accuracy 60.0%: the best of 2 runs that have it\n"
     assert run.json("best")["name"] == "b"
     assert "no run that --where asks for" in run.refusal("best", "--where", "accuracy>99")
+    assert "lozz (--by): no such key; the nearest is loss" in run.refusal("best", "--by", "lozz")
     assert "--by state: healthy is no number" in run.refusal("best", "--by", "state")
     assert "no run with a value of std_z" in run.refusal("best", "--by", "std_z")
 
@@ -156,6 +181,7 @@ def test_runs_are_exported(run: Command) -> None:
         assert [line["name"] for line in csv.DictReader(file)] == ["c", "a", "new"]
     assert run.json("export", "runs", "--csv", "x.csv") == {"written": ["x.csv"], "runs": 4}
     assert "--csv FILE or --parquet FILE" in run.refusal("export")
+    assert "name two files" in run.refusal("export", "--csv=x", "--parquet=./x")
     assert "cannot write" in run.refusal("export", "--csv", "absent/x.csv", code=1)
 
 

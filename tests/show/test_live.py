@@ -155,7 +155,7 @@ def test_a_folder_is_removed_and_made_again(folder: Path) -> None:
     (folder / "config.toml").unlink()
     path.unlink()
     shown = seen(watched)
-    assert shown["step"] == 3
+    assert (shown["status"], shown["step"]) == ("gone", 3)
     assert any("no run is here any more" in note for note in shown["notes"])
 
 

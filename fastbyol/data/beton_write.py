@@ -188,7 +188,13 @@ def check_output(path: Path, *, overwrite: bool) -> None:
             if not overwrite:
                 raise UsageError(f"{path}: exists already; choose another name or pass --overwrite")
         if not folder.is_dir():
-            raise UsageError(f"{folder}: no such folder; make it first (mkdir -p)")
+            is_file = folder.exists()
+            advice = (
+                "is no folder; choose another place"
+                if is_file
+                else "no such folder; make it first (mkdir -p)"
+            )
+            raise UsageError(f"{folder}: {advice}")
         with tempfile.NamedTemporaryFile(dir=folder, prefix=f".{path.name}."[:64]):
             pass
     except OSError as error:

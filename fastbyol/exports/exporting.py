@@ -73,6 +73,10 @@ def export(
     then nothing is left behind.
     """
     _demand_utf8(run if out is None else out)
+    if out is not None and out.name in ("", ".."):
+        raise UsageError(
+            f"{out}: has no name of its own: take such as {out / FORMATS[wishes.name].file}"
+        )
     kind, shown = FORMATS[wishes.name], _default_out(run, wishes) if out is None else out
 
     def code(file: str) -> str:

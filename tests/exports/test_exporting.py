@@ -291,7 +291,10 @@ def test_places_that_cannot_be(made_run: Make, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for out, why in (
         (tmp_path / "absent" / "a.pth", "no such folder"),
-        (tmp_path / "file" / "a.pth", "cannot be written|no such folder"),
+        (tmp_path / "file" / "a.pth", "cannot be written|is no folder"),
+        (Path(), r"\.: has no name of its own: take such as torchvision\.pth"),
+        (Path(".."), "has no name of its own"),
+        (Path("/"), "has no name of its own"),
         (tmp_path, "is a folder, not a regular file"),
         (Path("/proc/self/a.pth"), "cannot be written"),  # not even by root
     ):

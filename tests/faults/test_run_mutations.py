@@ -124,7 +124,8 @@ def drawn(run: Path) -> Any:
 
 def listed(run: Path) -> Any:
     (row,) = list_runs(run.parent)
-    return replace(row, path="")  # copies lie in different places
+    # Copies lie in different places, and when a run was started is in env.json alone.
+    return replace(row, path="", started=None)
 
 
 # What a command does and what of it must be right: the same for the damaged run as for the whole

@@ -7,12 +7,11 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from fastbyol.cli.options import Json
+from fastbyol.cli.options import Json, RunOrFile
 from fastbyol.cli.train import Weights
 from fastbyol.errors import size_text
 from fastbyol.output import print_json, say
 
-Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder or a checkpoint file.")]
 Format = Annotated[
     Literal["torchvision", "timm", "safetensors", "onnx", "torch-export"],
     typer.Option("--format", help="What is to load the encoder."),
@@ -36,7 +35,7 @@ Overwrite = Annotated[
 
 
 def export(
-    run: Run,
+    run: RunOrFile,
     name: Format = "torchvision",
     out: Out = None,
     weights: Weights = "trained",

@@ -41,6 +41,9 @@ LogTo = Annotated[
     ),
 ]
 RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]
+RunOrFile = Annotated[
+    Path, typer.Argument(metavar="RUN", help="A run folder or a checkpoint file.")
+]
 Device = Annotated[str, typer.Option(metavar="auto|cpu|cuda[:N]")]
 ConfigFile = Annotated[
     Path | None, typer.Option("--config", metavar="FILE", help="TOML file over the preset.")

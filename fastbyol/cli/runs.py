@@ -69,16 +69,13 @@ def _chosen(
     root: Path, where: list[str] | None, sort: str | None, reverse: bool, option: str = "--sort"
 ) -> list[Row]:
     from fastbyol.registry import selection
-    from fastbyol.registry.index import list_runs
+    from fastbyol.registry.index import is_run, list_runs
 
     conditions = [selection.Condition.parse(typed) for typed in where or ()]
     every = list_runs(root, depth=_DEPTH)
     if not every:
-        is_run = (root / "config.toml").exists()
-        words = (
-            f"is a run itself: name the folder above it, {root}/.." if is_run else "no run in it"
-        )
-        say(f"{root}: {words}", err=True)
+        itself = f"is a run itself: name the folder above it, {root}/.."
+        say(f"{root}: {itself if is_run(root) else 'no run in it'}", err=True)
     rows = selection.chosen(every, conditions)
     if sort is None:
         return rows[::-1] if reverse else rows

@@ -24,6 +24,7 @@ from fastbyol.cli.options import (
     LogTo,
     Nodes,
     Processes,
+    RunOrFile,
     RunPath,
     Sets,
     config_flags,
@@ -272,7 +273,7 @@ Weights = Annotated[
 
 
 def evaluate(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder or a checkpoint file.")],
+    run: RunOrFile,
     protocol: Protocol = "blog",
     train_data: TrainData = None,
     test_data: TestData = None,

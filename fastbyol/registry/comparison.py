@@ -10,8 +10,8 @@ from typing import Any
 
 from fastbyol.errors import UsageError
 from fastbyol.registry import reading
+from fastbyol.registry.index import status_now
 from fastbyol.registry.row import Row, differing, in_words
-from fastbyol.runs.lock import is_locked
 
 # More curves cannot be told apart in one picture: six colours, four kinds of lines.
 MOST = 24
@@ -61,6 +61,5 @@ def of(runs: Sequence[Path]) -> Comparison:
             raise UsageError(warnings[-1])
         for warning in warnings:
             _log.warning("%s", warning)
-        is_running = row.status == "stopped" and is_locked(path)
-        rows.append(replace(row, status="running") if is_running else row)
+        rows.append(replace(row, status=status_now(row, path)))
     return Comparison(tuple(rows), tuple(differing(rows)))

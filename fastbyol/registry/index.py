@@ -67,12 +67,7 @@ def list_runs(root: Path, *, depth: int = 1) -> list[Row]:
             _log.warning("%s", warning.replace(str(folder / name), str(root / name)))
     rows = {name: Row(**entry.row) for name, entry in now.items() if entry.row is not None}
     return [
-        replace(
-            row,
-            name=name,
-            path=str(root / name),
-            status="running" if row.status == "stopped" and is_locked(root / name) else row.status,
-        )
+        replace(row, name=name, path=str(root / name), status=status_now(row, root / name))
         for name, row in rows.items()
     ]
 
@@ -87,14 +82,20 @@ def _names(root: Path, depth: int) -> list[str]:
 
 def _runs_at(root: Path, name: str, depth: int) -> Iterator[str]:
     """Yield ``name`` if it is a run, which has none inside; else those of the folder ``name``."""
-    if _is_run(root / name):
+    if is_run(root / name):
         yield name
     elif depth > 1 and (root / name).is_dir() and not (root / name).is_symlink():
         with suppress(UsageError):  # another user's folder
             yield from (f"{name}/{each}" for each in _names(root / name, depth - 1))
 
 
-def _is_run(path: Path) -> bool:
+def status_now(row: Row, path: Path) -> str:
+    """Return a run's status: one that was stopped when it was read may be running."""
+    return "running" if row.status == "stopped" and is_locked(path) else row.status
+
+
+def is_run(path: Path) -> bool:
+    """Return whether a folder is a run's."""
     try:
         (path / FILES[0]).stat()
     except OSError:  # as where the folder is another user's

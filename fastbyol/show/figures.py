@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import importlib.util
 import io
 import logging
@@ -140,3 +142,9 @@ def page(template: str, package: str = "fastbyol.show", **values: Any) -> str:
     text = _templates(package).get_template(template).render(palette=PALETTE, **values)
     # Control characters and surrogates become visible escapes, in pictures and attributes too.
     return printable_lines(text)
+
+
+def source_of(content: str) -> str:
+    """Return what a page's Content-Security-Policy calls an inline script or style: its digest."""
+    digest = base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
+    return f"'sha256-{digest}'"

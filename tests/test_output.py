@@ -48,9 +48,9 @@ def command(
         ("presets", "list", "--json"),
         ("explain", "--diff", "blog", "paper"),
         ("train", "--help"),
-        ("runs", "."),
+        ("runs", str(Path(__file__).parent / "runs" / "old")),
     ],
-    ids=" ".join,
+    ids=lambda words: words[0],
 )
 def test_a_full_disk_under_standard_output_is_one_line(arguments: tuple[str, ...]) -> None:
     done = command(*arguments, shell=">/dev/full")

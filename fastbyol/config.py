@@ -218,8 +218,11 @@ class PredictorConfig(HeadConfig):
 
 
 class ModelConfig(Model):
-    """ResNet-18 encoder, projector and predictor. Defaults: the post's sizes."""
+    """Encoder, projector and predictor. Defaults: the post's ResNet-18 and sizes."""
 
+    encoder: Annotated[Literal["resnet18", "resnet34", "resnet50"], Option("--encoder")] = Field(
+        "resnet18", description="Architecture of the encoder."
+    )
     norm: Annotated[NormName, Option("--norm")] = Field("bn", description="Norm of the encoder.")
     norm_scope: Annotated[Literal["global", "rank"], Option("--norm-scope")] = Field(
         "global", description="Batch norm's statistics: of the whole batch, or of a rank's share."
@@ -237,7 +240,8 @@ class ModelConfig(Model):
         64,
         ge=2,
         le=1024,
-        description="Channels of the first stage. The embedding has 8 times as many.",
+        description="Channels of the first stage. The embedding has 8 times as many, of resnet50 "
+        "32 times.",
     )
     stem: Annotated[Literal["torchvision", "small"], Option("--stem")] = Field(
         "torchvision", description="7x7 with stride 2 and max pooling, or 3x3 with stride 1."

@@ -9,7 +9,7 @@ from __future__ import annotations
 from fastbyol.config import ModelConfig
 from fastbyol.errors import UsageError
 from fastbyol.model.norm import num_groups
-from fastbyol.model.resnet import BLOCKS_PER_STAGE
+from fastbyol.model.resnet import STAGES
 from fastbyol_kernels.group_norm import EPS
 
 # Of the models that torchvision and timm name resnet18.
@@ -65,7 +65,7 @@ def _torchvision(config: ModelConfig, num_classes: int | None) -> tuple[str, str
         lines = [f"model = resnet18({', '.join(arguments)})", *_small_stem(config)]
         lines += ["model.fc = nn.Identity()"] if num_classes is None else []
         return "from torchvision.models import resnet18\n", _joined(norm, lines)
-    stages = tuple(width << stage for stage in range(len(BLOCKS_PER_STAGE)))
+    stages = tuple(width << stage for stage in range(len(STAGES[config.encoder])))
     layer = "model._make_layer(BasicBlock, channels, 2, stride=1 if stage == 1 else 2)"
     classes = "nn.Identity()" if num_classes is None else f"nn.Linear({stages[-1]}, {num_classes})"
     lines = [
@@ -111,7 +111,7 @@ def _norm(config: ModelConfig) -> str:
         return ""
     if config.norm == "none":
         return "\ndef norm(channels, **options):\n    return nn.Identity()\n\n\n"
-    sizes = [config.width << stage for stage in range(len(BLOCKS_PER_STAGE))]
+    sizes = [config.width << stage for stage in range(len(STAGES[config.encoder]))]
     groups = {size: num_groups(size, config.groups) if config.norm == "gn" else 1 for size in sizes}
     first = groups[config.width]
     number = str(first) if set(groups.values()) == {first} else f"{groups}[channels]"

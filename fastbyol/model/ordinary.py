@@ -11,14 +11,14 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchvision.models.resnet import BasicBlock
+from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.models.resnet import ResNet as TorchvisionResNet
 
 from fastbyol.config import ModelConfig, NormName
 from fastbyol.errors import check_choice
 from fastbyol.model.convolution import SAFE_CHANNELS
 from fastbyol.model.norm import BATCH_NORM_EPS, BATCH_NORM_MOMENTUM, num_groups
-from fastbyol.model.resnet import BLOCKS_PER_STAGE, STEMS, ResNet
+from fastbyol.model.resnet import STAGES, STEMS, ResNet
 from fastbyol_kernels import group_norm, weight_standardization
 
 
@@ -46,7 +46,7 @@ class Conv2d(nn.Conv2d):
 
 
 class Encoder(TorchvisionResNet):  # type: ignore[misc]
-    """A ResNet-18 (N, 3, S, S) -> embeddings y (N, ``embedding_dim``), in the parameters' dtype.
+    """A ResNet (N, 3, S, S) -> embeddings y (N, ``embedding_dim``), in the parameters' dtype.
 
     Batch norm is over the whole batch. ``fc`` is an identity that a classifier may replace.
     """
@@ -54,17 +54,19 @@ class Encoder(TorchvisionResNet):  # type: ignore[misc]
     def __init__(self, config: ModelConfig) -> None:
         check_choice("stem", config.stem, STEMS)
         norm, width = partial(_norm, config.norm, config.groups), config.width
-        super().__init__(BasicBlock, list(BLOCKS_PER_STAGE), norm_layer=norm)
-        self.embedding_dim = 8 * width
+        stages = STAGES[config.encoder]
+        block_type = Bottleneck if config.encoder == "resnet50" else BasicBlock
+        super().__init__(block_type, list(stages), norm_layer=norm)
+        self.embedding_dim = 8 * width * block_type.expansion
         self.inplanes = width
         if config.stem == "torchvision":
             self.conv1 = nn.Conv2d(3, width, 7, stride=2, padding=3, bias=False)
         else:
             self.conv1, self.maxpool = nn.Conv2d(3, width, 3, padding=1, bias=False), nn.Identity()
         self.bn1, self.fc = norm(width), nn.Identity()
-        for stage, num_blocks in enumerate(BLOCKS_PER_STAGE):
+        for stage, num_blocks in enumerate(stages):
             blocks = self._make_layer(
-                BasicBlock, width << stage, num_blocks, stride=2 if stage else 1
+                block_type, width << stage, num_blocks, stride=2 if stage else 1
             )
             self.add_module(f"layer{stage + 1}", blocks)
         del self._norm_layer  # else pickling and scripting meet our function

@@ -1,10 +1,13 @@
-"""The encoder that trains: ResNet-18 with a choice of norm, weight standardization, width and stem.
+"""The encoder that trains: a ResNet with a choice of norm, weight standardization, width and stem.
 
 Source: He et al., "Deep Residual Learning", arXiv:1512.03385. State-dict keys and shapes are
 torchvision's; ``bn1`` is a norm of any kind. ``model.ordinary`` is the same network for export.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +19,8 @@ from fastbyol.model.norm import make_norm, norm_relu, norm_relu_pool
 from fastbyol.model.standardizing import Standardizing
 from fastbyol_kernels.views.blocks import CHANNELS, IMAGE_BORDER, KERNEL_BORDER, in_blocks
 
-BLOCKS_PER_STAGE = (2, 2, 2, 2)
+# Blocks of each stage: table 1 of the paper.
+STAGES = {"resnet18": (2, 2, 2, 2), "resnet34": (3, 4, 6, 3), "resnet50": (3, 4, 6, 3)}
 STEMS = ("torchvision", "small")  # small is the CIFAR form: 3x3, stride 1, no pooling
 
 
@@ -76,25 +80,53 @@ class BasicBlock(nn.Module):
     A strided 1x1 convolution and a norm fit the input to the output where the shape changes.
     """
 
+    EXPANSION = 1
+
     def __init__(
         self, config: ModelConfig, in_channels: int, channels: int, stride: int, num_views: int
     ) -> None:
         super().__init__()
+        norm = partial(make_norm, config.norm, groups=config.groups, num_views=num_views)
         self.conv1 = Conv2d(in_channels, channels, 3, stride=stride, ws=config.ws)
-        self.bn1 = make_norm(config.norm, channels, groups=config.groups, num_views=num_views)
+        self.bn1 = norm(channels)
         self.conv2 = Conv2d(channels, channels, 3, ws=config.ws)
-        self.bn2 = make_norm(config.norm, channels, groups=config.groups, num_views=num_views)
-        self.downsample: nn.Module | None = None
-        if stride != 1 or in_channels != channels:
-            self.downsample = nn.Sequential(
-                Conv2d(in_channels, channels, 1, stride=stride, ws=config.ws),
-                make_norm(config.norm, channels, groups=config.groups, num_views=num_views),
-            )
+        self.bn2 = norm(channels)
+        self.downsample = _downsample(config, norm, in_channels, channels, stride)
 
     def forward(self, x: Tensor) -> Tensor:
         out = norm_relu(self.bn1, self.conv1(x))
         return norm_relu(
             self.bn2, self.conv2(out), x if self.downsample is None else self.downsample(x)
+        )
+
+
+class Bottleneck(nn.Module):
+    """A residual block of 1x1, 3x3 and 1x1 convolutions; the last one has 4 times the channels.
+
+    The 3x3 convolution strides, as in torchvision (and in no figure of the paper).
+    """
+
+    EXPANSION = 4
+
+    def __init__(
+        self, config: ModelConfig, in_channels: int, channels: int, stride: int, num_views: int
+    ) -> None:
+        super().__init__()
+        norm = partial(make_norm, config.norm, groups=config.groups, num_views=num_views)
+        out_channels = self.EXPANSION * channels
+        self.conv1 = Conv2d(in_channels, channels, 1, ws=config.ws)
+        self.bn1 = norm(channels)
+        self.conv2 = Conv2d(channels, channels, 3, stride=stride, ws=config.ws)
+        self.bn2 = norm(channels)
+        self.conv3 = Conv2d(channels, out_channels, 1, ws=config.ws)
+        self.bn3 = norm(out_channels)
+        self.downsample = _downsample(config, norm, in_channels, out_channels, stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = norm_relu(self.bn1, self.conv1(x))
+        out = norm_relu(self.bn2, self.conv2(out))
+        return norm_relu(
+            self.bn3, self.conv3(out), x if self.downsample is None else self.downsample(x)
         )
 
 
@@ -109,30 +141,46 @@ class ResNet(nn.Module):
         super().__init__()
         width = config.width
         check_choice("stem", config.stem, STEMS)
-        self.embedding_dim = 8 * width
+        check_choice("encoder", config.encoder, tuple(STAGES))
+        block_type = Bottleneck if config.encoder == "resnet50" else BasicBlock
         self.pools, self.kernels = config.stem == "torchvision", "auto"
         self.conv1 = (
             StemConv2d(width, ws=config.ws) if self.pools else Conv2d(3, width, 3, ws=config.ws)
         )
         self.bn1 = make_norm(config.norm, width, groups=config.groups, num_views=num_views)
         channels = width
-        for stage, num_blocks in enumerate(BLOCKS_PER_STAGE):
+        for stage, num_blocks in enumerate(STAGES[config.encoder]):
             blocks = nn.Sequential()
             for block in range(num_blocks):
                 stride = 2 if stage > 0 and block == 0 else 1
-                blocks.append(BasicBlock(config, channels, width << stage, stride, num_views))
-                channels = width << stage
+                blocks.append(block_type(config, channels, width << stage, stride, num_views))
+                channels = block_type.EXPANSION * width << stage
             self.add_module(f"layer{stage + 1}", blocks)
+        self.embedding_dim = channels
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.contiguous(memory_format=torch.channels_last)
         x = self.conv1(x)
         x = norm_relu_pool(self.bn1, x, self.kernels) if self.pools else norm_relu(self.bn1, x)
-        for stage in range(len(BLOCKS_PER_STAGE)):
-            x = self.get_submodule(f"layer{stage + 1}")(x)
+        for stage in range(1, 5):
+            x = self.get_submodule(f"layer{stage}")(x)
         return x.mean(
             dim=(2, 3), dtype=torch.float64 if x.dtype == torch.float64 else torch.float32
         )
+
+
+def _downsample(
+    config: ModelConfig,
+    norm: Callable[[int], nn.Module],
+    in_channels: int,
+    out_channels: int,
+    stride: int,
+) -> nn.Module | None:
+    """Make what fits a block's input to its output; None where they have one shape."""
+    if stride == 1 and in_channels == out_channels:
+        return None
+    conv = Conv2d(in_channels, out_channels, 1, stride=stride, ws=config.ws)
+    return nn.Sequential(conv, norm(out_channels))
 
 
 def build_encoder(config: ModelConfig, *, num_views: int = 2) -> ResNet:

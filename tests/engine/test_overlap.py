@@ -28,7 +28,7 @@ ORDER = ["fork", "project", "back", "predict", "join", "measure"]
 @pytest.fixture(autouse=True)
 def _short_compiling(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Build one block a stage."""
-    monkeypatch.setattr(resnet, "BLOCKS_PER_STAGE", (1, 1, 1, 1))
+    monkeypatch.setitem(resnet.STAGES, "resnet18", (1, 1, 1, 1))
     yield
     torch.compiler.reset()
 

@@ -70,7 +70,7 @@ class Trace:
     ) -> None:
         with pytest.MonkeyPatch.context() as patched:
             # With one block a stage the interpreter runs half of the programs.
-            patched.setattr(resnet, "BLOCKS_PER_STAGE", (blocks,) * 4)
+            patched.setitem(resnet.STAGES, "resnet18", (blocks,) * 4)
             self.state = TrainState.create(
                 config(*choice, precision, kernels), steps_per_epoch=2, device=DEVICE
             )
@@ -143,7 +143,7 @@ def test_a_step_on_views_in_blocks_is_the_step_on_pixels(
 
     Tensors have the same names and shapes, and whoever asks for blocks takes pixels, too.
     """
-    monkeypatch.setattr(resnet, "BLOCKS_PER_STAGE", (1,) * 4)
+    monkeypatch.setitem(resnet.STAGES, "resnet18", (1,) * 4)
     images = torch.randint(0, 256, (2, 8, 8, 3), dtype=torch.uint8, device=DEVICE)
     batch = Batch(images, torch.arange(2, device=DEVICE))
     states, metrics = list[TrainState](), list[Tensor]()

@@ -111,7 +111,7 @@ def _torchvision_weights(source: str) -> Any:
     names = [one.name for one in choices]
     if not names:
         raise UsageError(f"{source}: torchvision has no weights of this model")
-    if not weights:
+    if weights in ("", "DEFAULT"):
         return choices.DEFAULT
     check_choice(f"{printable(source)}: weights", weights, names)
     return choices[weights]

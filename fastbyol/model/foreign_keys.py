@@ -78,13 +78,13 @@ def match(encoder: Mapping[str, Tensor], file: Mapping[str, Tensor]) -> Match:
     """
     own = _without_wrapper(encoder)
     candidates = _candidates(own, file)
-    if not candidates:
+    most = max((len(one.keys) for one in candidates), default=0)
+    if 4 * most < len(own):
         first = f", such as {_shown(next(iter(file)))}," if file else ""
         raise MismatchError(
-            f"none of its {len(file)} tensors{first} has a name like the encoder's, such as "
+            f"only {most} of its {len(file)} tensors{first} have names like the encoder's, such as "
             f"{next(iter(own))}"
         )
-    most = max(len(one.keys) for one in candidates)
     whole = sorted((one for one in candidates if 2 * len(one.keys) > most), key=_Candidate.order)
     chosen, others = whole[0], tuple(one.prefix for one in whole[1:])
     if others and whole[1].order() == chosen.order() and not _are_equal(chosen, whole[1], file):

@@ -154,8 +154,8 @@ def _timm_file(source: str, config: dict[str, Any]) -> Path:
         try:
             with patience(), _silent("huggingface_hub"):
                 return Path(hf_hub_download(filename=name, **options))
-        except errors.LocalEntryNotFoundError as error:  # no network
-            reason = one_line(error)
+        except errors.LocalEntryNotFoundError as error:  # no network; advice follows the reason
+            reason = one_line(error).partition(". ")[0]
             break
         except Exception as error:  # its downloads raise anything
             reason = one_line(error)

@@ -32,10 +32,12 @@ from fastbyol.engine.step import TrainState
 from fastbyol.engine.trainer import Summary
 from fastbyol.engine.worker import launch_id, worker
 from fastbyol.errors import FastbyolError, UsageError, check_choice, quoted
+from fastbyol.evaluation import lidar as lidars
 from fastbyol.evaluation import protocol as protocols
 from fastbyol.evaluation.protocol import PROTOCOLS
 from fastbyol.loggers.observer import logged
 from fastbyol.loggers.sink import refuse_missing, with_loggers
+from fastbyol.model.byol import Online, Target
 from fastbyol.model.resnet import ResNet
 from fastbyol.process import left_as_found
 from fastbyol.runs import checkpoint, consistency, inputs
@@ -326,6 +328,14 @@ def export(
 
 def _load(path: Path, weights: str) -> tuple[Resolved, ResNet, int]:
     """Return configuration, engine's encoder and step of a run folder or checkpoint."""
+    config, net, loaded = _load_net(path, weights)
+    return config, net.encoder, 0 if loaded is None else int(loaded.meta["step"])
+
+
+def _load_net(
+    path: Path, weights: str
+) -> tuple[Resolved, Online | Target, checkpoint.Checkpoint | None]:
+    """Return configuration, network in eval mode and checkpoint of a run folder or checkpoint."""
     check_choice("weights", weights, WEIGHTS)
     if path.is_dir():
         with RunFolder.open(path, lock=False) as folder:
@@ -342,8 +352,8 @@ def _load(path: Path, weights: str) -> tuple[Resolved, ResNet, int]:
     state = TrainState.create(config, steps_per_epoch=1, device="cpu")
     if loaded is not None and weights != "random":
         state.load_tensors(loaded.tensors)
-    encoder = (state.target if weights == "target" else state.online).encoder.float().eval()
-    return config, encoder, int(loaded.meta["step"]) if loaded is not None else 0
+    net = state.target if weights == "target" else state.online
+    return config, net.float().eval(), loaded
 
 
 @left_as_found()
@@ -393,6 +403,9 @@ def evaluate(
     device: str = "auto",
     image_field: str | None = None,
     label_field: str | None = None,
+    lidar: bool = False,
+    lidar_images: int = lidars.IMAGES,
+    lidar_views: int = lidars.VIEWS,
 ) -> dict[str, Any]:
     """Measure the accuracy of a run's encoder under a ``protocol`` of ``evaluation.protocol``.
 
@@ -405,14 +418,18 @@ def evaluate(
         device: auto, cpu, cuda or cuda:N.
         image_field: field of both files; default: the run's.
         label_field: field of both files; default: the run's.
+        lidar: whether to measure LiDAR of the test images, too (``evaluation.lidar``).
+        lidar_images, lidar_views: how many images, and of each how many views.
 
     Returns a dict with at least ``accuracy`` (percent), ``protocol``, ``step``, ``decoder`` (the
     run's, or torchvision without FFCV) and ``notes``: lines on what limits the accuracy's meaning.
     Raises UsageError for other words, and if the run's own files changed in the run's own fields.
     """
     check_choice("protocol", protocol, PROTOCOLS)
+    lidars.check(lidar_images, lidar_views)
     target = pick_device(device)
-    config, encoder, step = _load(Path(run), weights)
+    config, net, loaded = _load_net(Path(run), weights)
+    step = 0 if loaded is None else int(loaded.meta["step"])
     data, pinned = config.data, inputs.of_run(Path(run))
     decoder = (
         decoding.choose(data.decoder) if pinned is None else decoding.choose_again(pinned.decoder)
@@ -460,7 +477,14 @@ def evaluate(
         train = read(
             "train", train_file, data.limit, named=train_data is not None, labels="optional"
         )
+    net.to(target)
     result = protocols.evaluate(
-        protocol, encoder.to(target), test=test, train=train, views=config.views, device=target
+        protocol, net.encoder, test=test, train=train, views=config.views, device=target
     )
+    if lidar:
+        result |= lidars.measure(
+            net.encoder, net.projector, test.images, config.views,
+            device=target, num_images=lidar_images, num_views=lidar_views,
+        )  # fmt: skip
+        result["notes"] += result.pop("lidar_notes")
     return {"run": str(run), "step": step, "weights": weights, "decoder": decoder, **result}

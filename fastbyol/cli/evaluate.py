@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -19,6 +20,15 @@ TrainData = Annotated[
 TestData = Annotated[
     Path | None, typer.Option("--test-data", metavar="FILE", help="Score on this.")
 ]
+LidarToo = Annotated[
+    bool, typer.Option("--lidar", help="Measure LiDAR, too, on views of the test images.")
+]
+LidarImages = Annotated[
+    int, typer.Option("--lidar-images", metavar="N", help="Images that LiDAR compares.")
+]
+LidarViews = Annotated[
+    int, typer.Option("--lidar-views", metavar="N", help="Views of each of these images.")
+]
 
 
 def evaluate(
@@ -29,6 +39,9 @@ def evaluate(
     weights: Weights = "trained",
     image_field: ImageField = None,
     label_field: LabelField = None,
+    lidar: LidarToo = False,
+    lidar_images: LidarImages = 1000,
+    lidar_views: LidarViews = 50,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
@@ -50,6 +63,9 @@ def evaluate(
         device=device,
         image_field=image_field,
         label_field=label_field,
+        lidar=lidar,
+        lidar_images=lidar_images,
+        lidar_views=lidar_views,
     )
     for note in result["notes"]:
         say(note, err=True)
@@ -60,4 +76,21 @@ def evaluate(
         f"{result['num_train']} fitted, {result['num_test']} scored, {result['num_classes']} "
         "classes"
     )
-    say(f"{run}: {result['accuracy']:.2f}% ({protocol}, {counts})")
+    say(f"{run}: {result['accuracy']:.2f}% ({protocol}, {counts})", *spectrum_in_words(result))
+
+
+def spectrum_in_words(result: Mapping[str, Any]) -> Iterator[str]:
+    """Yield lines on how many directions the embeddings use."""
+    line = f"RankMe {result['rank']:.1f} of {result['dim']}"
+    if result["alpha"] is not None:
+        first, last = result["alpha_range"]
+        line += (
+            f", alpha-ReQ {result['alpha']:.2f} (eigenvalues {first} to {last}, "
+            f"R2 {result['alpha_r2']:.2f})"
+        )
+    yield line
+    if "lidar_y" in result:
+        yield (
+            f"LiDAR {result['lidar_y']:.1f} of embeddings, {result['lidar_z']:.1f} of projections "
+            f"({result['lidar_images']} images, {result['lidar_views']} views of each)"
+        )

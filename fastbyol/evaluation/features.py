@@ -65,13 +65,7 @@ def embed(
         raise ValueError("no images to embed")
     device = torch.device(device)
     dtype = _dtype_of(encoder) if dtype is None else dtype
-    with (
-        eval_mode(encoder),
-        torch.inference_mode(),
-        torch.autocast(device.type, enabled=False),
-        full_precision(),
-    ):
-        # full_precision: TF32, a GPU's default, rounds convolutions to ten bits.
+    with inference(encoder, device):
         batches = (
             images[start : start + batch_size].to(device)
             for start in range(0, len(images), batch_size)
@@ -95,6 +89,21 @@ def check_finite(features: Tensor, name: str = "features") -> None:
             "diverged; "
             "go back to an earlier checkpoint or lower the learning rate"
         )
+
+
+@contextmanager
+def inference(module: nn.Module, device: torch.device) -> Iterator[None]:
+    """Put ``module`` in eval mode inside, and compute on ``device`` exactly and without gradients.
+
+    TF32, a GPU's default, rounds convolutions to ten bits.
+    """
+    with (
+        eval_mode(module),
+        torch.inference_mode(),
+        torch.autocast(device.type, enabled=False),
+        full_precision(),
+    ):
+        yield
 
 
 @contextmanager

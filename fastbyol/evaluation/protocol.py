@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from fastbyol.config import ViewsConfig
 from fastbyol.errors import UsageError, check_choice
+from fastbyol.evaluation.alpha import alpha_req
 from fastbyol.evaluation.features import agreeing_dtype, embed
 from fastbyol.evaluation.knn import knn_accuracy
 from fastbyol.evaluation.probe import logistic_multinomial, logistic_one_vs_rest
@@ -81,9 +82,10 @@ def evaluate(
     Images are embedded in ``dtype`` if that agrees with the encoder's own. Accuracies are in
     percent, ``train_accuracy`` is None for ``knn``. ``num_classes`` counts the fitted rows'
     classes, ``num_repeated`` the scored images with the bytes of a fitted one (None within one
-    set), ``notes`` say what makes the accuracy meaningless, ``rank`` is the scored embeddings'
-    effective rank. Raises UsageError for data that the protocol cannot use and FastbyolError for
-    embeddings that are not finite.
+    set), ``notes`` say what makes the accuracy meaningless. ``rank`` is the scored embeddings'
+    effective rank, ``alpha``, ``alpha_r2`` and ``alpha_range`` are their ``PowerLaw``. Raises
+    UsageError for data that the protocol cannot use and FastbyolError for embeddings that are not
+    finite.
     """
     return score(
         embed_rows(
@@ -132,6 +134,7 @@ def score(embedded: Embedded) -> dict[str, Any]:
         "notes": list(_notes(rows, repeated or 0)),
         "dim": fit.shape[1],
         "rank": effective_rank(score),
+        **alpha_req(score).as_json(),
         "split": rows.split,
         "seconds": time.perf_counter() - embedded.began,
     }

@@ -30,6 +30,9 @@ KEYS = {
     "notes",
     "dim",
     "rank",
+    "alpha",
+    "alpha_r2",
+    "alpha_range",
     "split",
     "seconds",
 }

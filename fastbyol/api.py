@@ -326,6 +326,59 @@ def export(
         return exporting.export(Path(run), config, encoder, step, target, wishes)
 
 
+@left_as_found()
+def embed(
+    run: str | Path,
+    out: str | Path | None = None,
+    *,
+    data: str | Path | None = None,
+    split: str | None = None,
+    weights: str = "trained",
+    projections: bool = False,
+    limit: int = 0,
+    picture: str | Path | None = None,
+    by: str = "pca",
+    image_field: str | None = None,
+    label_field: str | None = None,
+    device: str = "auto",
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Write the embeddings y of images by a run, not augmented, and a picture of them.
+
+    Args:
+        out: a file that ends in .npz or .parquet.
+        data: images, a beton or what ``convert`` reads; default: the run's own.
+        split: of ``data``, or train or test of the run's own; default: test.
+        weights: as in ``load_encoder``.
+        projections: whether to write the projections z instead.
+        limit: the most images, chosen alike for all runs; 0: all, of the run's own as many as it
+            used.
+        picture: a file that ends in .png or .html.
+        by: how the picture lays them out, pca or umap.
+        image_field, label_field: fields of the images' file; default: the run's.
+        device: auto, cpu, cuda or cuda:N.
+        overwrite: replace files that exist.
+
+    Returns a dict with at least ``num_images``, ``dim``, ``out``, ``picture``, ``notes`` and what
+    the file says of its origin. Raises UsageError for input that cannot work, and FastbyolError
+    for a full disk or embeddings that are not finite.
+    """
+    with warnings.catch_warnings():  # libraries add filters when they are imported
+        from fastbyol.exports import embedding
+
+        wishes = embedding.Wishes(
+            out=None if out is None else Path(out),
+            picture=None if picture is None else Path(picture),
+            by=by, data=None if data is None else str(data), split=split, weights=weights,
+            projections=projections, limit=limit, image_field=image_field,
+            label_field=label_field, overwrite=overwrite,
+        )  # fmt: skip
+        wishes.check()
+        target = pick_device(device)
+        config, net, loaded = _load_net(Path(run), weights)
+        return embedding.write(Path(run), config, net.to(target), loaded, wishes, device=target)
+
+
 def _load(path: Path, weights: str) -> tuple[Resolved, ResNet, int]:
     """Return configuration, engine's encoder and step of a run folder or checkpoint."""
     config, net, loaded = _load_net(path, weights)

@@ -17,6 +17,8 @@ from fastbyol.process import full_precision
 # of trained networks by .006 to .008 of their spread, and accuracies by .5 points of sampling's 3;
 # those of collapsed networks by 1 to 3 times the spread, and of random ones by .03 to .09.
 COMPARED = 64
+# Images a pass. Another number rounds otherwise.
+BATCH = 512
 MOST_ROUNDING = 0.02
 
 
@@ -52,7 +54,7 @@ def embed(
     config: ViewsConfig,
     *,
     device: torch.device | str,
-    batch_size: int = 512,
+    batch_size: int = BATCH,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Embed uint8 ``images`` (N, H, W, 3) with ``encoder`` on ``device``: float32 (N, D) there.

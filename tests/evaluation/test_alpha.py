@@ -1,4 +1,4 @@
-"""Alpha-ReQ against numpy's polynomial fit of numpy's spectrum, and where it follows from theory."""
+"""Alpha-ReQ against numpy's fit of a polynomial to numpy's spectrum, and where theory has it."""
 
 from __future__ import annotations
 

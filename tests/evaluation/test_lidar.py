@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from inspect import signature
+
 import numpy as np
 import pytest
 import scipy.linalg
@@ -205,9 +207,6 @@ def test_refusals(encoder: nn.Module, projector: nn.Module) -> None:
 
 
 def test_the_commands_defaults_are_the_papers() -> None:
-    defaults = dict(
-        zip(reversed(command.evaluate.__code__.co_varnames[: command.evaluate.__code__.co_argcount]),
-            reversed(command.evaluate.__defaults__ or ()), strict=False)
-    )  # fmt: skip
+    defaults = {name: p.default for name, p in signature(command.evaluate).parameters.items()}
     assert defaults["lidar_images"] == lidar.IMAGES == 1000
     assert defaults["lidar_views"] == lidar.VIEWS == 50

@@ -55,32 +55,25 @@ def evaluate(
             err=True,
         )
     result = api.evaluate(
-        run,
-        protocol,
-        train_data=train_data,
-        test_data=test_data,
-        weights=weights,
-        device=device,
-        image_field=image_field,
-        label_field=label_field,
-        lidar=lidar,
-        lidar_images=lidar_images,
-        lidar_views=lidar_views,
-    )
+        run, protocol, train_data=train_data, test_data=test_data, weights=weights, device=device,
+        image_field=image_field, label_field=label_field,
+        lidar=lidar, lidar_images=lidar_images, lidar_views=lidar_views,
+    )  # fmt: skip
     for note in result["notes"]:
         say(note, err=True)
     if as_json:
         print_json(result)
-        return
+    else:
+        say(*in_words(result))
+
+
+def in_words(result: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the result of ``api.evaluate`` in lines."""
     counts = (
         f"{result['num_train']} fitted, {result['num_test']} scored, {result['num_classes']} "
         "classes"
     )
-    say(f"{run}: {result['accuracy']:.2f}% ({protocol}, {counts})", *spectrum_in_words(result))
-
-
-def spectrum_in_words(result: Mapping[str, Any]) -> Iterator[str]:
-    """Yield lines on how many directions the embeddings use."""
+    yield f"{result['run']}: {result['accuracy']:.2f}% ({result['protocol']}, {counts})"
     line = f"RankMe {result['rank']:.1f} of {result['dim']}"
     if result["alpha"] is not None:
         first, last = result["alpha_range"]

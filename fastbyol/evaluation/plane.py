@@ -58,7 +58,7 @@ def lay_out(features: Tensor, way: str, *, seed: int = 0) -> Plane:
 
 
 def pca(features: Tensor) -> Plane:
-    """Project ``features`` (N, D) on the two directions of the largest variance.
+    """Map ``features`` (N, D) to their two directions of the largest variance.
 
     In fp64. The largest weight of a direction is positive, as in scikit-learn.
     """

@@ -30,6 +30,17 @@ def effective_rank(features: Tensor) -> float:
     return smooth_rank(singular)
 
 
+def relative_spread(features: Tensor) -> float:
+    """Return the root mean square distance of ``features`` (N, D) from their mean, by its length.
+
+    It tells what no rank does: how small the differences are. 0 if the mean is 0.
+    """
+    x = features.double()
+    mean = x.mean(0)
+    length = float(mean.norm())
+    return float((x - mean).square().sum(1).mean().sqrt()) / length if length else 0.0
+
+
 def smooth_rank(values: Tensor) -> float:
     """Return exp of the entropy of the shares that ``values`` (D,) >= 0 have in their sum.
 

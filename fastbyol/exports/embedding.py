@@ -20,7 +20,7 @@ from fastbyol.data.order import subset
 from fastbyol.errors import UsageError, check_choice
 from fastbyol.evaluation import plane
 from fastbyol.evaluation.features import BATCH, check_finite, embed
-from fastbyol.evaluation.rank import effective_rank
+from fastbyol.evaluation.rank import effective_rank, relative_spread
 from fastbyol.exports import embedding_files
 from fastbyol.exports.embedding_files import Floats, Table
 from fastbyol.exports.parity import data_name
@@ -199,7 +199,7 @@ def _draw(path: Path, kept: _Kept, table: Table, wishes: Wishes) -> tuple[float,
     about = table.about
     title = f"{about['run']}, step {about['step']}"
     what = "projections z" if wishes.projections else "embeddings y"
-    spread = _relative_spread(rows)
+    spread = relative_spread(rows)
     facts = [
         f"{title}: {what} of {len(rows)} of {len(table.ids)} images ({about['data']})",
         f"RankMe {effective_rank(rows):.1f} of {table.dim}; distance from the mean {spread:.2g} of "
@@ -210,14 +210,6 @@ def _draw(path: Path, kept: _Kept, table: Table, wishes: Wishes) -> tuple[float,
     )
     embedding_files.put(path, lambda file: file.write(content), overwrite=wishes.overwrite)
     return points.shares
-
-
-def _relative_spread(rows: Tensor) -> float:
-    """Return the root mean square distance of ``rows`` from their mean, by the mean's length."""
-    x = rows.double()
-    mean = x.mean(0)
-    length = float(mean.norm())
-    return float((x - mean).square().sum(1).mean().sqrt()) / length if length else 0.0
 
 
 def _notes(info: BetonInfo) -> Iterator[str]:

@@ -57,19 +57,29 @@ def figure(
     """
     made = figures.blank(7.6, 5.4)
     axes = made.add_subplot()
-    draw(axes, plane, labels, class_names)
+    entries = draw(axes, plane, labels, class_names)
+    if labels is not None:
+        add_legend(axes, entries)
     _plain(axes.set_title("\n".join(map(printable, facts)), loc="left", fontsize=8.5))
     return made
 
 
 def draw(
-    axes: Axes, plane: Plane, labels: NDArray[np.int64] | None, class_names: Sequence[str]
-) -> None:
-    """Draw what ``figure`` returns into ``axes``."""
+    axes: Axes,
+    plane: Plane,
+    labels: NDArray[np.int64] | None,
+    class_names: Sequence[str],
+    *,
+    named: bool = True,
+) -> list[tuple[Any, str]]:
+    """Draw what ``figure`` returns into ``axes``, and return the entries of its legend.
+
+    Up to ``_MOST_NAMES`` classes are named in the picture, too, if it is to be ``named``.
+    """
     owners = np.full(len(plane.points), -1) if labels is None else np.asarray(labels)
     shown = [int(k) for k in np.unique(owners) if 0 <= k < MOST_CLASSES]
     others = ~np.isin(owners, shown)
-    entries = []
+    entries: list[tuple[Any, str]] = []
     if others.any():
         x, y = plane.points[others].T
         marks = axes.scatter(x, y, s=7, color=_GREY, alpha=0.5, linewidths=0)
@@ -83,19 +93,19 @@ def draw(
         entries.append((marks, _short(label, class_names)))
     # Before names are written, which keep their distance on the axes' scale.
     axes.set_aspect("equal", adjustable="datalim")
-    if shown:
-        _add_legend(axes, entries)
-        if len(shown) <= _MOST_NAMES:
-            middles = [np.median(plane.points[owners == label], axis=0) for label in shown]
-            _add_names(axes, np.array(middles), [_short(label, class_names) for label in shown])
+    if named and 0 < len(shown) <= _MOST_NAMES:
+        middles = [np.median(plane.points[owners == label], axis=0) for label in shown]
+        _add_names(axes, np.array(middles), [_short(label, class_names) for label in shown])
     for axis, name, share in zip("xy", plane.axes, plane.shares or (None, None), strict=True):
         suffix = "" if share is None else f", {100 * share:.1f} % of the variance"
         axes.set(**{f"{axis}label": f"{name}{suffix}"})
     if plane.shares is None:  # UMAP's units mean nothing
         axes.set(xticks=[], yticks=[])
+    return entries
 
 
-def _add_legend(axes: Axes, entries: Sequence[tuple[Any, str]]) -> None:
+def add_legend(axes: Axes, entries: Sequence[tuple[Any, str]]) -> None:
+    """Add a legend to the right of ``axes``."""
     legend = axes.legend(
         [marks for marks, _ in entries], ["-"] * len(entries), loc="upper left",
         bbox_to_anchor=(1.01, 1.0), frameon=False, markerscale=2.0, fontsize=8, handletextpad=0.1,

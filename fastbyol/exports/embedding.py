@@ -163,10 +163,7 @@ class _Kept:
 
 def _images(run: Path, data: DataConfig, wishes: Wishes) -> tuple[BetonInfo, str, int]:
     """Return the inspected file, its name for others, and the run's limit on its images."""
-    fields = {
-        "image_field": wishes.image_field or data.image_field,
-        "label_field": wishes.label_field or data.label_field,
-    }
+    asked = {"image_field": wishes.image_field, "label_field": wishes.label_field}
     if wishes.data is None:
         part = wishes.split or "test"
         check_choice("--split of the run's own data", part, SPLITS)
@@ -176,8 +173,10 @@ def _images(run: Path, data: DataConfig, wishes: Wishes) -> tuple[BetonInfo, str
             raise UsageError(
                 f"{run}: the run has no test data: name images with --data, or take --split train"
             )
-        own = fields == {"image_field": data.image_field, "label_field": data.label_field}
-        pinned = inputs.of_run(run) if own else None
+        own = {"image_field": data.image_field, "label_field": data.label_field}
+        fields = {name: value or own[name] for name, value in asked.items()}
+        # What is pinned is the content of the run's own fields.
+        pinned = inputs.of_run(run) if fields == own else None
         info = inputs.own_data(run, pinned, part, file, **fields)
         named = (data.test or data.train) if is_test else data.train
         return info, f"{data_name(named)}, {part}", data.test_limit if is_test else data.limit
@@ -188,7 +187,7 @@ def _images(run: Path, data: DataConfig, wishes: Wishes) -> tuple[BetonInfo, str
         file = embedded.file_of(wishes.data, "train" if split == "train" else "test", plain)
     else:
         file = embedded.file_of(wishes.data, "test", data.model_copy(update={"test_split": split}))
-    info = beton.inspect(file, **fields, may_lack_labels=True)
+    info = beton.inspect(file, **asked, may_lack_labels=True)
     return info, ", ".join(filter(None, (data_name(wishes.data), split))), 0
 
 

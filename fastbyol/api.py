@@ -490,7 +490,8 @@ def evaluate(
             Of several learning rates the best on held-out training images is taken.
         seed: of ``labels`` and ``finetune``.
         note: called with lines on how ``finetune`` goes.
-        lidar: whether to measure LiDAR of the test images, too (``evaluation.lidar``).
+        lidar: whether to measure LiDAR of the test images, too (``evaluation.lidar``); not with
+            ``finetune``.
         lidar_images, lidar_views: how many images, and of each how many views.
 
     Returns a dict with at least ``accuracy`` (percent), ``accuracy_low`` and ``accuracy_high`` (its
@@ -501,6 +502,10 @@ def evaluate(
     """
     check_choice("protocol", protocol, PROTOCOLS)
     lidars.check(lidar_images, lidar_views)
+    if lidar and protocol == "finetune":
+        raise UsageError(
+            "--lidar: is of the run's encoder, and finetune trains another: leave it out"
+        )
     recipe = _recipe(protocol, epochs, lr, batch_size, seed)
     target = pick_device(device)
     config, net, loaded = _load_net(Path(run), weights)
@@ -539,7 +544,7 @@ def evaluate(
     if lidar:
         result |= lidars.measure(
             net.encoder, net.projector, test.images, config.views,
-            device=target, num_images=lidar_images, num_views=lidar_views,
+            device=target, num_images=lidar_images, num_views=lidar_views, rank=result["rank"],
         )  # fmt: skip
         result["notes"] += result.pop("lidar_notes")
     step = 0 if loaded is None else int(loaded.meta["step"])

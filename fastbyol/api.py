@@ -27,7 +27,7 @@ from fastbyol.engine import capture, forking, trainer
 from fastbyol.engine import ranks as ranking
 from fastbyol.engine.device import fitting_threads, pick_device
 from fastbyol.engine.observer import Observer
-from fastbyol.engine.origin import source_file
+from fastbyol.engine.origin import source_of
 from fastbyol.engine.precision import choose_precision, native_unit
 from fastbyol.engine.step import TrainState
 from fastbyol.engine.trainer import Summary
@@ -66,8 +66,8 @@ def train(
     """Train ``config`` in the new run folder ``out`` (default: a new name under ``runs/``).
 
     Under torchrun all of its processes call this together, train the run together, and return the
-    same. With ``train.init_from`` training starts from another run's weights, and the new run's
-    ``config.toml`` names the checkpoint.
+    same. With ``train.init_from`` training starts from another run's weights, or with an encoder of
+    a library or a file (docs/init.md); the new run's ``config.toml`` names the file.
 
     Raises:
         UsageError: input that cannot work.
@@ -173,18 +173,18 @@ def _follow(processes: ranking.Alone | ranking.Processes) -> Summary:
 
 
 def _with_source(config: Resolved, observer: Observer | None) -> Resolved:
-    """Return ``config`` with ``train.init_from`` as a checkpoint's file.
+    """Return ``config`` with ``train.init_from`` as a file, or as weights' full name.
 
     A run's folder would not do, because its newest checkpoint changes.
     """
     if config.train.init_from is None:
         return config
-    file, warnings = source_file(Path(config.train.init_from))
+    source, warnings = source_of(config.train.init_from)
     if observer is not None:
         for warning in warnings:
             observer.note(warning)
     return config.model_copy(
-        update={"train": config.train.model_copy(update={"init_from": str(file)})}
+        update={"train": config.train.model_copy(update={"init_from": source})}
     )
 
 

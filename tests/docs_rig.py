@@ -19,15 +19,19 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import torch
+from torch import nn
 
 import source_files
 import untrained
-from fastbyol import api
+from fastbyol import api, config_io
 from fastbyol.data.convert import convert
 from fastbyol.exports import formats
 from fastbyol.files import cache_folder
+from fastbyol.model.byol import draw_networks
 from fastbyol_bench import results
 from sample_results import result
+from small import SETS
 
 ROOT = Path(__file__).resolve().parent.parent
 # Accounts of what was done, with the commands of their time.
@@ -214,6 +218,13 @@ def _exported(norm: str, path: Path) -> None:
     api.export(run, path, format=names[0])
 
 
+def _of_lightly(path: Path) -> None:
+    """Write an encoder of the small runs' size as lightly's example has it."""
+    config = config_io.load(preset="demo", sets=[*SETS, "data.train=textures"]).config
+    children = nn.Sequential(*draw_networks(config.model, 1)[0].encoder.children())
+    torch.save({f"backbone.{name}": t for name, t in children.state_dict().items()}, path)
+
+
 def _embedded(path: Path) -> None:
     """Write the embeddings of an untrained encoder."""
     run = path.with_name(f".{path.name}.run")
@@ -242,6 +253,7 @@ FILES: Mapping[str, Callable[[Path], object]] = {
     "kinds": _kinds,
     "bench/fastbyol_bench": lambda path: path.symlink_to(ROOT / "bench" / "fastbyol_bench"),
     "study": Path.mkdir,
+    "lightly.pth": _of_lightly,
     "runs/mine/exports/timm.pth": partial(_exported, "gn"),
     **{
         f"runs/mine/exports/{name}": partial(_exported, "bn")

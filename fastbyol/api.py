@@ -307,7 +307,7 @@ def export(
 
     Args:
         out: a file, for safetensors a folder; default: a name in ``RUN/exports/``.
-        format: torchvision or timm (state dicts of their resnet18), safetensors, onnx or
+        format: torchvision or timm (state dicts of their ResNets), safetensors, onnx or
             torch-export.
         weights: as in ``load_encoder``.
         num_classes: of an untrained classifier ``fc`` to add to a state dict; default: none.

@@ -4,7 +4,7 @@
 PYTHON ?= python3
 VENV := .venv
 CONSTRAINTS := constraints.txt
-EXTRAS := report,dev,ffcv,timm,onnx,tensorboard,wandb,mlflow,trackio
+EXTRAS := report,dev,ffcv,timm,onnx,umap,tensorboard,wandb,mlflow,trackio
 BIN := $(VENV)/bin
 DEMO := demo
 # Processes that run the tests, one file at a time each: three on two cores, since tests often wait.

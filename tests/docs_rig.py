@@ -225,6 +225,13 @@ def _of_lightly(path: Path) -> None:
     torch.save({f"backbone.{name}": t for name, t in children.state_dict().items()}, path)
 
 
+def _embedded(path: Path) -> None:
+    """Write the embeddings of an untrained encoder."""
+    run = path.with_name(f".{path.name}.run")
+    untrained.write_run(run, "data.train=textures", *_FEW)
+    api.embed(run, path)
+
+
 # What documents name, and what writes it: made where a command names it and nothing made it before.
 FILES: Mapping[str, Callable[[Path], object]] = {
     **dict.fromkeys(("train.beton", "test.beton", "moved.beton", "fake.beton"), _betons),
@@ -239,6 +246,7 @@ FILES: Mapping[str, Callable[[Path], object]] = {
     "cifar-10-batches-py": _within(source_files.cifar10),
     "MNIST_FOLDER": source_files.idx,
     "arrays.npz": source_files.npz,
+    **dict.fromkeys(("y.npz", "y.parquet"), _embedded),
     "X_train.npy": _arrays,
     **dict.fromkeys(("lr.toml", "GRID.toml"), _documented_grid),
     **dict.fromkeys(("old.json", "new.json", "A", "B"), _result),

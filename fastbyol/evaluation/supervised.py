@@ -41,7 +41,7 @@ def supervised_accuracy(
     images, labels = _labelled(train, "training data")
     test_images, test_labels = _labelled(test, "test data")
     classes, targets = torch.unique(labels, return_inverse=True)
-    net = _build(model, len(classes), seed).to(device)
+    net = _build(model, len(classes), seed, views.size).to(device)
     _fit(net, images, targets, _light(views), epochs, min(batch_size, len(images)), lr, seed)
     predicted = classes[embed(net, test_images, views, device=device).argmax(1).cpu()]
     return 100.0 * float((predicted == test_labels).double().mean())
@@ -89,10 +89,10 @@ def _triangle(step: int, total: int) -> float:
     return min((step + 1) / warmup, (total - step) / max(1, total - warmup))
 
 
-def _build(model: ModelConfig, num_classes: int, seed: int) -> nn.Module:
+def _build(model: ModelConfig, num_classes: int, seed: int, size: int) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        encoder = build_encoder(model, num_views=1)
+        encoder = build_encoder(model, num_views=1, image_size=size)
         return nn.Sequential(encoder, nn.Linear(encoder.embedding_dim, num_classes))
 
 

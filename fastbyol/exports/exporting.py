@@ -110,7 +110,8 @@ def export(
         facts = model_card.Facts(
             path=run, run=_run_of(run), config=config, step=step, kind=kind,
             format=wishes.name, weights=wishes.weights, licence=wishes.licence,
-            num_classes=wishes.num_classes, parity=same, notes=notes,
+            num_classes=wishes.num_classes, embedding_dim=encoder.embedding_dim, parity=same,
+            notes=notes,
             code=code(_weights_in(shown, kind).name),
         )  # fmt: skip
         card = scratch / README

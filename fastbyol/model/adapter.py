@@ -102,7 +102,7 @@ def check_name(config: ModelConfig) -> None:
     if config.foreign is None:
         return
     library, name = config.foreign
-    names = _names(library)
+    names = network_names(library)
     if name not in names:
         if library == "timm" and name.partition(".")[0] in names:
             raise UsageError(
@@ -162,8 +162,11 @@ def refuse_global(config: ModelConfig, encoder: nn.Module) -> None:
         )
 
 
-def _names(library: str) -> list[str]:
-    """Return the names of a library's networks for images, which take weights from none."""
+def network_names(library: str) -> list[str]:
+    """Return the names of a library's networks for images.
+
+    Raises UsageError where it is not installed.
+    """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

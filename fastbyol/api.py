@@ -268,7 +268,7 @@ def fork_path(asked: forks.Plan) -> Path:
 def load_encoder(run_or_file: str | Path, *, weights: str = "trained") -> nn.Module:
     """Return the encoder f of a run folder or a checkpoint file: in eval mode, float32, on the cpu.
 
-    It maps views (N, 3, S, S), normalised as ``views.plain`` does, to embeddings y (N, D).
+    It maps views (N, 3, S, S), normalised as ``views.plain`` does, to embeddings y (N, E).
     It is torchvision's ResNet made of torch's own operations (``model.ordinary``), without the
     engine's kernels and its statistics per view, so everything in torch works with it. ``fc`` is
     free for a classifier. An encoder of timm or torchvision is the library's own network.
@@ -305,7 +305,7 @@ def export(
 
     Args:
         out: a file, for safetensors a folder; default: a name in ``RUN/exports/``.
-        format: torchvision or timm (state dicts of their resnet18), safetensors, onnx or
+        format: torchvision or timm (state dicts of their ResNets), safetensors, onnx or
             torch-export.
         weights: as in ``load_encoder``.
         num_classes: of an untrained classifier ``fc`` to add to a state dict; default: none.

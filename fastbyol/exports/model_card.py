@@ -17,7 +17,7 @@ from fastbyol import config_io
 from fastbyol.config import Resolved
 from fastbyol.errors import UsageError
 from fastbyol.evaluation.progress import Accuracies
-from fastbyol.exports.constructors import RESNET18_WIDTH
+from fastbyol.exports.constructors import WIDTH
 from fastbyol.exports.formats import Format
 from fastbyol.exports.parity import Parity, data_name
 from fastbyol.runs import differences, inputs
@@ -292,7 +292,7 @@ def _origin(facts: Facts) -> list[str]:
     model = facts.config.model
     keys = f"{_library(facts)}'s {_architecture(facts)}"
     if model.foreign is None:
-        other = "" if model.width == RESNET18_WIDTH else ", whose width is another"
+        other = "" if model.width == WIDTH else ", whose width is another"
         keys = f"torchvision's {model.encoder}{other}"
     return [
         f"- Trained with: {made or 'not recorded'}",

@@ -7,8 +7,9 @@ executes each in an empty folder and writes it with what it shows.
 
 from __future__ import annotations
 
-import sys
+import argparse
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,12 +53,14 @@ def converted(path: Path) -> tuple[str, dict[str, bytes]]:
     return page, made["outputs"]
 
 
-def main() -> None:
+def main(words: Sequence[str] | None = None) -> None:
     """Run the notebooks of the command line and write them with their outputs."""
-    for name in sys.argv[1:]:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("notebooks", type=Path, nargs="+")
+    for path in parser.parse_args(words).notebooks:
         with tempfile.TemporaryDirectory() as folder:
-            notebook = executed(Path(name), Path(folder))
-        write_text(Path(name), nbformat.writes(notebook) + "\n")
+            notebook = executed(path, Path(folder))
+        write_text(path, nbformat.writes(notebook) + "\n")
 
 
 if __name__ == "__main__":

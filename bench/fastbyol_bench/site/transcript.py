@@ -2,20 +2,22 @@
 
     python -m fastbyol_bench.site.transcript docs/tutorial.md FOLDER
 
-types every line behind a prompt (``$ ``) of the document's blocks of code in the new FOLDER, one
-after the other, and replaces what stands below each line by what it printed. Of a long answer the
+types every line behind a prompt (``$ ``) of the document's blocks of code in FOLDER, one after the
+other, and replaces what stands below each line by what it printed. With ``--only PATTERN`` lines
+that do not match keep their answers: FOLDER must then have what they made. Of a long answer the
 first and the last lines are kept. Pictures that the document shows from bench/results/tutorial are
-copied from FOLDER/pictures. docs/tutorial.md takes some minutes on one core.
+copied from FOLDER. docs/tutorial.md takes some minutes on one core.
 """
 
 from __future__ import annotations
 
+import argparse
 import os
 import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from fastbyol.files import cache_folder
@@ -26,15 +28,22 @@ HEAD, TAIL = 10, 6
 # How fast a CPU was when a document was typed says nothing to its readers.
 _PACE = re.compile(r" \d+ img/s eta \S+|^compiled .* in \d+ s\n", re.MULTILINE)
 _PICTURE = re.compile(r"\]\((\.\./bench/results/tutorial/([\w-]+\.png))\)")
+# A line, which goes on behind a backslash, and what stands below it.
+_TYPED = re.compile(r"^\$ ((?:.*\\\n)*.+)\n((?:(?!\$ ).*\n)*)", re.MULTILINE)
 _BLOCK = re.compile(r"^```\n(\$ .*?)^```$", re.DOTALL | re.MULTILINE)
 
 
-def retyped(text: str, answer: Callable[[str], str]) -> str:
-    """Return the document's ``text`` with what ``answer`` returns below each typed line."""
+def retyped(text: str, answer: Callable[[str], str], only: str = "") -> str:
+    """Return the document's ``text`` with what ``answer`` returns below each typed line.
+
+    Lines that the pattern ``only`` does not match keep what stands below them.
+    """
 
     def block(match: re.Match[str]) -> str:
-        typed = re.findall(r"^\$ ((?:.*\\\n)*.+)$", match[1], re.MULTILINE)
-        lines = "".join(f"$ {line}\n{shortened(answer(line))}" for line in typed)
+        lines = "".join(
+            f"$ {line}\n{shortened(answer(line)) if re.search(only, line) else printed}"
+            for line, printed in _TYPED.findall(match[1])
+        )
         return f"```\n{lines}```"
 
     return _BLOCK.sub(block, text)
@@ -85,21 +94,26 @@ def shown(printed: str, folder: Path) -> str:
     return _PACE.sub("", printed)
 
 
-def copy_pictures(text: str, document: Path, pictures: Path) -> None:
-    """Copy the tutorial's pictures that ``document``, which has ``text``, shows."""
+def copy_pictures(text: str, document: Path, folder: Path) -> None:
+    """Copy the tutorial's pictures that ``document``, which has ``text``, shows from ``folder``."""
     for link, name in _PICTURE.findall(text):
         target = document.parent / link
         target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(pictures / name, target)
+        shutil.copy(next(folder.rglob(name)), target)
 
 
-def main() -> None:
-    """Run the commands of the document named first, in the folder named second."""
-    document, folder = map(Path, sys.argv[1:])
-    (folder / "pictures").mkdir(parents=True)
-    text = retyped(document.read_text("utf-8"), typed_in(folder))
-    copy_pictures(text, document, folder / "pictures")
-    write_text(document, text)
+def main(words: Sequence[str] | None = None) -> None:
+    """Run what the command line names."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("document", type=Path)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--only", default="", metavar="PATTERN")
+    asked = parser.parse_args(words)
+    asked.folder.mkdir(parents=True, exist_ok=True)
+    text = asked.document.read_text("utf-8")
+    text = retyped(text, typed_in(asked.folder), asked.only)
+    copy_pictures(text, asked.document, asked.folder)
+    write_text(asked.document, text)
 
 
 if __name__ == "__main__":

@@ -45,6 +45,11 @@ def test_answers_replace_what_stood_below_a_line() -> None:
     assert transcript.retyped(text, lambda line: "1\n" if line == "one" else "2\n") == text
 
 
+def test_lines_that_were_not_asked_for_keep_their_answers() -> None:
+    text = transcript.retyped(DOCUMENT, lambda line: "new\n", only="^one|three")
+    assert text == DOCUMENT.replace("old\n$", "new\n$")
+
+
 @given(st.lists(st.text(st.characters(min_codepoint=33, max_codepoint=126)), max_size=40))
 def test_long_answers_lose_their_middle(lines: list[str]) -> None:
     shown = transcript.shortened("".join(f"{line}\n" for line in lines)).splitlines()

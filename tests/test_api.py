@@ -96,6 +96,9 @@ WORDS: dict[str, tuple[Callable[[Path, Any], Any], str]] = {
     "evaluate(weights)": (lambda run, word: api.evaluate(run, weights=word), "target"),
     "evaluate(protocol)": (lambda run, word: api.evaluate(run, word), "linear"),
     "evaluate(device)": (lambda run, word: api.evaluate(run, device=word), "cuda"),
+    "embed(weights)": (lambda run, word: api.embed(run, run / "y.npz", weights=word), "target"),
+    "embed(by)": (lambda run, word: api.embed(run, run / "y.npz", by=word), "umap"),
+    "embed(device)": (lambda run, word: api.embed(run, run / "y.npz", device=word), "cuda"),
     "export(weights)": (lambda run, word: api.export(run, weights=word), "target"),
     "export(format)": (lambda run, word: api.export(run, format=word), "torchvision"),
     "protocol.check": (lambda run, word: protocol.check(word, test=None, train=None), "linear"),
@@ -244,6 +247,8 @@ except fastbyol.UsageError:
     same("train, refused", before)
 fastbyol.evaluate(run, "linear")
 same("evaluate", before)
+fastbyol.embed(run, folder / "y.parquet", picture=folder / "y.png")
+same("embed", before)
 fastbyol.load_encoder(run)
 assert all(p.dtype == torch.float32 for p in fastbyol.load_encoder(run,
 weights="random").parameters())
@@ -266,5 +271,5 @@ def test_the_process_is_left_as_it_was_found(tmp_path: Path, how: str) -> None:
     )
     assert done.returncode == 0, done.stderr
     reports = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")]
-    assert len(reports) == 7
+    assert len(reports) == 8
     assert [line for line in reports if line[1]] == []

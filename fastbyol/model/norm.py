@@ -225,6 +225,13 @@ def share_statistics(net: nn.Module, gather: Gather) -> None:
             module.gather = gather
 
 
+def join_views(net: nn.Module) -> None:
+    """Make the batch norms of ``net`` take their statistics over a batch that is one view."""
+    for module in net.modules():
+        if isinstance(module, BatchNorm | BatchRenorm):
+            module.num_views = 1
+
+
 def num_groups(channels: int, most: int) -> int:
     """Return the largest divisor of ``channels`` up to ``most`` with two channels a group."""
     limit = min(most, max(1, channels // 2))

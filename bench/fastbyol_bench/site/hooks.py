@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import posixpath
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -72,5 +73,12 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Turn links to files of the repository into links to where these lie on the site."""
-    return links.on_site(markdown, page.file.src_uri)
+    """Turn links to files of the repository into links to where these lie on the site.
+
+    Blocks of what is typed and printed are marked as such, and the first page has no sections
+    beside it.
+    """
+    if page.file.src_uri == "index.md":
+        page.meta["hide"] = ["navigation"]
+    typed = re.sub(r"^```\n(?=\$ )", "``` { .console .typed }\n", markdown, flags=re.MULTILINE)
+    return links.on_site(typed, page.file.src_uri)

@@ -53,18 +53,20 @@ from fastbyol_kernels.lars_ema import LAYER_METRICS, Reversible, Rule, scheduled
 __all__ = ["LAYER_METRICS", "METRICS", "StepMetrics", "TrainState", "forward", "train_step"]
 
 # The names of ``StepMetrics.values``: the loss, ``objective.observe``'s, ``scheduled_step``'s.
-METRICS = (
-    "loss",  # as minimised, scale included
-    "pos_cos",  # mean cosine of z(v) and z'(v') of the same image (``objective.observe``)
-    "neg_cos",  # the same of different images; both average the two orders of the views
-    "std_z",  # spread of the projections (``objective.spread``)
-    "std_y",  # spread of the embeddings
-    "dead_y",  # share of embedding units that are 0 over the whole batch
-    "grad_norm",
-    "lr",
-    "tau",
-    "skipped",  # 1 if the optimizer left the step out, else 0
-)
+METRIC_MEANINGS: Mapping[str, str] = {
+    "loss": "the loss as minimised, scale included",
+    "pos_cos": "mean cosine of the online network's projection of a view and the target's of the "
+    "same image's other view, over the batch and both orders of the views",
+    "neg_cos": "the same over pairs of different images; near 1 in a collapse",
+    "std_z": "spread of the projections' directions: 1 over the whole sphere, 0 if all are one",
+    "std_y": "the same of the embeddings",
+    "dead_y": "share of the embedding's units that are 0 over the whole batch",
+    "grad_norm": "Euclidean norm of the gradient of all parameters",
+    "lr": "learning rate of this step, after warm-up and schedule",
+    "tau": "factor of the target's old weights in this step's moving average",
+    "skipped": "1 if the step was left out because its gradient was not finite, else 0",
+}
+METRICS = tuple(METRIC_MEANINGS)
 
 
 class StepMetrics(NamedTuple):

@@ -10,12 +10,20 @@ are what ``fastbyol train --help`` prints. They and the docstrings cite these so
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from fastbyol.errors import nearest
+
+# fastbyol's own encoders, and what names any other.
+ENCODERS = ("resnet18", "resnet34", "resnet50")
+_FOREIGN = re.compile(r"(timm|torchvision):([\w.-]+)", re.ASCII)
+# What only fastbyol's own encoders have a choice of.
+OF_OWN_ENCODERS = ("norm", "ws", "width", "stem")
 NormName = Literal["bn", "gn", "ln", "none"]
 HeadNormName = Literal["bn", "gn", "ln", "none", "brn"]
 State = Literal["healthy", "collapsing", "collapsed", "recovering", "dead"]
@@ -231,8 +239,12 @@ class PredictorConfig(HeadConfig):
 class ModelConfig(Model):
     """Encoder, projector and predictor. Defaults: the post's ResNet-18 and sizes."""
 
-    encoder: Annotated[Literal["resnet18", "resnet34", "resnet50"], Option("--encoder")] = Field(
-        "resnet18", description="Architecture of the encoder."
+    encoder: Annotated[
+        str, Option("--encoder", "resnet18|resnet34|resnet50|timm:NAME|torchvision:NAME")
+    ] = Field(
+        "resnet18",
+        description="Architecture of the encoder; of timm and torchvision any network for images, "
+        "unfused and so slower.",
     )
     norm: Annotated[NormName, Option("--norm")] = Field("bn", description="Norm of the encoder.")
     norm_scope: Annotated[Literal["global", "rank"], Option("--norm-scope")] = Field(
@@ -259,6 +271,32 @@ class ModelConfig(Model):
     )
     projector: HeadConfig = HeadConfig()
     predictor: PredictorConfig = PredictorConfig()
+
+    @property
+    def foreign(self) -> tuple[str, str] | None:
+        """Library and name of an encoder that is not fastbyol's own, None of one that is."""
+        match = _FOREIGN.fullmatch(self.encoder)
+        return (match[1], match[2]) if match else None
+
+    @field_validator("encoder")
+    @classmethod
+    def _encoder(cls, encoder: str) -> str:
+        if encoder not in ENCODERS and _FOREIGN.fullmatch(encoder) is None:
+            near = "".join(f"; the nearest is {each}" for each in nearest(encoder, ENCODERS))
+            raise ValueError(
+                f"should be {', '.join(ENCODERS)}, timm:NAME or torchvision:NAME{near}"
+            )
+        return encoder
+
+    @model_validator(mode="after")
+    def _of_own_encoders(self) -> ModelConfig:
+        for name in OF_OWN_ENCODERS if self.foreign else ():
+            if getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(
+                    f"model.{name} is of fastbyol's own encoders ({', '.join(ENCODERS)}), and "
+                    f"model.encoder is {self.encoder}: leave it out"
+                )
+        return self
 
 
 class MethodConfig(Model):

@@ -170,6 +170,19 @@ def test_a_word_that_is_none_is_refused_and_the_right_ones_are_named(
         assert "\n" not in str(caught.value)
 
 
+def test_lidar_comes_with_its_notes_and_not_with_finetune(run: Path) -> None:
+    result = api.evaluate(run, lidar=True, lidar_images=20, lidar_views=3)
+    assert (result["lidar_images"], result["lidar_views"]) == (20, 3)
+    assert 0 < result["lidar_y"] < 20
+    assert 0 < result["lidar_z"] < 9
+    assert any("LiDAR of 32 embeddings wants more images" in note for note in result["notes"])
+    assert not [key for key in api.evaluate(run) if "lidar" in key]
+    with pytest.raises(UsageError, match="--lidar: is of the run's encoder"):
+        api.evaluate(run, "finetune", lidar=True)
+    with pytest.raises(UsageError, match="--lidar-views 1"):
+        api.evaluate(run, lidar=True, lidar_views=1)
+
+
 def test_the_nearest_word_is_named(run: Path) -> None:
     with pytest.raises(
         UsageError,

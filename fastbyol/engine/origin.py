@@ -113,10 +113,10 @@ def copy_weights(
         theirs = {name: _checked(name, tensors[key]) for name, key in match.keys.items()}
     except foreign_keys.MismatchError as error:
         model = state.online.config
-        raise UsageError(
-            f"{source}: cannot start from it: {error} (model.encoder {model.encoder}, norm "
-            f"{model.norm}, width {model.width}, stem {model.stem})"
-        ) from None
+        about = f"model.encoder {model.encoder}"
+        if ":" not in model.encoder:  # else they are the library's
+            about += f", norm {model.norm}, width {model.width}, stem {model.stem}"
+        raise UsageError(f"{source}: cannot start from it: {error} ({about})") from None
     for encoder in (state.online.encoder, state.target.encoder):
         mine = encoder.state_dict()
         for name, tensor in theirs.items():

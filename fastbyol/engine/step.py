@@ -26,6 +26,7 @@ from fastbyol.engine.exchange import Exchange, Layout
 from fastbyol.engine.ranks import Alone, Ranks, gather_of, shares
 from fastbyol.engine.working_weights import WorkingWeights
 from fastbyol.errors import UsageError
+from fastbyol.model.adapter import refuse_global
 from fastbyol.model.byol import NUM_VIEWS, Online, OnlineOutput, Target, draw_networks
 from fastbyol.model.norm import share_statistics, use_kernels
 from fastbyol.model.objective import (
@@ -115,6 +116,13 @@ def views_layout(config: Config, kernels: str) -> str:
     ``kernels`` is triton, cpu or reference. Raises UsageError for blocks that cannot be.
     """
     wanted, stem, size = config.engine.stem, config.model.stem, config.views.size
+    if config.model.foreign is not None:
+        if wanted == "blocks":
+            raise UsageError(
+                f"engine.stem: blocks are for fastbyol's own encoders, model.encoder is "
+                f"{config.model.encoder}: take plain or auto"
+            )
+        return "plain"
     if wanted == "auto":
         # In fp32 there are no tensor cores to gain, only products with zeros.
         pays = kernels == "triton" and config.train.precision == "bf16"
@@ -201,7 +209,9 @@ class TrainState:
             ),
         )
         num_keys = config.method.queue if config.method.name == "contrastive" else 0
-        online, target, keys = draw_networks(config.model, config.train.seed, num_keys)
+        online, target, keys = draw_networks(
+            config.model, config.train.seed, num_keys, image_size=config.views.size
+        )
         for net in (online, target):
             net.to(device, dtype)
             use_kernels(net, kernels)
@@ -221,6 +231,7 @@ class TrainState:
         if share is not None:
             exchange = Exchange.of(ranks, share, layout, arena.gradient, config.model.projector.out)
             if config.model.norm_scope == "global":
+                refuse_global(config.model, online.encoder)
                 for net in (online, target):
                     share_statistics(net, share.gather)
         step = torch.zeros((), dtype=torch.int64, device=device)
@@ -427,7 +438,13 @@ def share_of(batch_size: int, ranks: Ranks) -> Share:
 
 def _statistics(online: Online, target: Target) -> list[Tensor]:
     """Return the running statistics of both networks' norms."""
-    return [b for net in (online, target) for b in net.buffers() if b.is_floating_point()]
+    # Other libraries' networks have buffers of constants, too.
+    return [
+        buffer
+        for net in (online, target)
+        for name, buffer in net.named_buffers()
+        if buffer.is_floating_point() and name.rpartition(".")[2].startswith("running_")
+    ]
 
 
 def _layout(config: Config, online: Online, target: Target, num_keys: int) -> Layout:

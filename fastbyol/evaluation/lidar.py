@@ -14,7 +14,7 @@ length of embeddings does not matter, and neither do the denominators of the two
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from fastbyol import views
 from fastbyol.config import ViewsConfig
 from fastbyol.data.order import subset
 from fastbyol.errors import UsageError
+from fastbyol.evaluation.collapse import RANK_RECOVERING
 from fastbyol.evaluation.features import check_finite, inference
 from fastbyol.evaluation.rank import ROUNDING, smooth_rank
 
@@ -87,14 +88,15 @@ def measure(
     num_images: int = IMAGES,
     num_views: int = VIEWS,
     seed: int = 0,
+    rank: float | None = None,
 ) -> dict[str, Any]:
     """Measure LiDAR of the embeddings y and of the projections z of views as training draws them.
 
     ``images`` are uint8 (N, H, W, 3), of which ``num_images`` are chosen as ``order.subset`` does,
     or all. Views 2e and 2e + 1 of an image are those of epoch e under ``seed``: each is a function
     of seed, image and view, so that two runs with the same views see the same. ``lidar_notes`` say
-    what limits the meaning. Raises UsageError for fewer than two images or views, and FastbyolError
-    for embeddings that are not finite.
+    what limits the meaning; ``rank`` is RankMe of the images, if it was measured. Raises UsageError
+    for fewer than two images or views, and FastbyolError for embeddings that are not finite.
     """
     check(num_images, num_views)
     rows = subset(len(images), num_images)
@@ -115,7 +117,7 @@ def measure(
         **{name: scatter.lidar() for name, scatter in scatters.items()},
         "lidar_images": len(rows),
         "lidar_views": num_views,
-        "lidar_notes": _notes(len(rows), dims),
+        "lidar_notes": [*_notes(len(rows), dims, rank)],
     }
 
 
@@ -137,11 +139,16 @@ def _embedded(
     return torch.cat(parts)
 
 
-def _notes(num_images: int, dims: Mapping[str, int]) -> list[str]:
-    """Return a line for each of ``dims`` that the images are too few for (section 3)."""
-    return [
-        f"LiDAR of {dim} {name} wants more images than that, and there are {num_images}: it cannot "
-        f"exceed {num_images - 1}"
-        for name, dim in dims.items()
-        if num_images <= dim
-    ]
+def _notes(num_images: int, dims: Mapping[str, int], rank: float | None) -> Iterator[str]:
+    """Yield a line for each of ``dims`` that the images are too few for (section 3)."""
+    for name, dim in dims.items():
+        if num_images <= dim:
+            yield (
+                f"LiDAR of {dim} {name} wants more images than that, and there are {num_images}: "
+                f"it cannot exceed {num_images - 1}"
+            )
+    if rank is not None and rank < RANK_RECOVERING:
+        yield (
+            f"all embeddings lie along one direction (RankMe {rank:.2f}): LiDAR compares what "
+            "small differences are left"
+        )

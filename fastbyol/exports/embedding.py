@@ -198,9 +198,10 @@ def _draw(path: Path, kept: _Kept, table: Table, wishes: Wishes) -> tuple[float,
     about = table.about
     title = f"{about['run']}, step {about['step']}"
     what = "projections z" if wishes.projections else "embeddings y"
-    spread = relative_spread(rows)
+    spread, total = relative_spread(rows), len(table.ids)
+    count = total if len(rows) == total else f"{len(rows)} of {total}"
     facts = [
-        f"{title}: {what} of {len(rows)} of {len(table.ids)} images ({about['data']})",
+        f"{what} of {count} images ({about['data']})",
         f"RankMe {effective_rank(rows):.1f} of {table.dim}; distance from the mean {spread:.2g} of "
         "the mean's length",
     ]

@@ -187,9 +187,11 @@ def _is_of_encoder(name: str, modules: Container[str]) -> bool:
     parts = name.split(".")
     if parts[-1] == COUNTER or parts[0] not in modules:
         return False
+    # A classifier may be a module, or the last ones of several: torchvision's classifier.3.
     return not any(
-        part in _CLASSIFIERS and ".".join(parts[: index + 1]) not in modules
-        for index, part in enumerate(parts)
+        _CLASSIFIERS & {part, before if part.isdigit() else ""}
+        and ".".join(parts[: index + 1]) not in modules
+        for index, (before, part) in enumerate(zip(["", *parts], parts, strict=False))
     )
 
 

@@ -154,7 +154,7 @@ def content(
     facts: Sequence[str],
     title: str,
 ) -> bytes:
-    """Return the file of ``figure``, of one of ``SUFFIXES``. A page has ``facts`` as text."""
+    """Return the file of ``figure``, of one of ``SUFFIXES``, with ``title`` and ``facts`` above."""
     with figures.settings(), warnings.catch_warnings():
         # A name in a script that the font lacks is drawn as boxes.
         warnings.filterwarnings("ignore", "Glyph .* missing")
@@ -163,6 +163,6 @@ def content(
             text = figures.page("embedding.html.j2", title=title, facts=facts, picture=svg)
             return text.encode()
         out = io.BytesIO()
-        made = figure(plane, labels, class_names, facts)
+        made = figure(plane, labels, class_names, (title, *facts))
         made.savefig(out, format="png", dpi=130, facecolor="white", metadata={"Software": None})
         return out.getvalue()

@@ -184,6 +184,9 @@ def test_a_part_of_the_images_is_the_same_part_for_every_run(
     assert len(notes) == 1  # 12 embeddings, 5 projections
     assert "LiDAR of 12 embeddings" in notes[0]
     assert "cannot exceed 9" in notes[0]
+    collapsed = measure(encoder, projector, images(), VIEWS, device="cpu", num_views=2, rank=1.038)
+    (note,) = collapsed["lidar_notes"]
+    assert "RankMe 1.04" in note
 
 
 def test_modes_come_back(encoder: nn.Module, projector: nn.Module) -> None:

@@ -37,9 +37,7 @@ def behind(prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 @given(
     prefix=PREFIXES,
-    head=st.dictionaries(
-        WORDS.filter(lambda word: not hasattr(build_encoder, word)), st.integers(1, 3), max_size=3
-    ),
+    head=st.dictionaries(WORDS, st.integers(1, 3), max_size=3),
     is_position=st.booleans(),
     order=st.randoms(use_true_random=False),
 )
@@ -139,3 +137,22 @@ def test_an_encoder_of_another_kind_with_a_prefix_of_its_own_and_a_classifier_in
     assert found.keys == {name: name.replace("model", "state_dict", 1) for name in own}
     assert found.unused == {"state_dict.head": 2}
     refused(own, Wrapped(0).state_dict() | {"head.norm2.bias": torch.zeros(1)}, r"^head\.norm2")
+
+
+def test_a_classifier_of_which_the_encoder_has_the_first_layers() -> None:
+    """As torchvision's MobileNetV3 has it without its last layer."""
+
+    def network(*layers: nn.Module) -> dict[str, Tensor]:
+        features = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+        return nn.ModuleDict(
+            {"features": features, "classifier": nn.Sequential(*layers)}
+        ).state_dict()
+
+    own = network(nn.Linear(4, 8), nn.ReLU(), nn.Dropout(), nn.Identity())
+    file = network(nn.Linear(4, 8), nn.ReLU(), nn.Dropout(), nn.Linear(8, 10))
+    assert match(own, file).unused == {"classifier": 2}
+    refused(
+        own,
+        network(nn.Linear(4, 8), nn.ReLU(), nn.Dropout()) | {"features.2.bias": torch.zeros(1)},
+        r"^features\.2\.bias of the encoder is \(1,\) there and absent",
+    )

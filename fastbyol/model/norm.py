@@ -226,10 +226,10 @@ def share_statistics(net: nn.Module, gather: Gather) -> None:
 
 
 def join_views(net: nn.Module) -> None:
-    """Make the batch norms of ``net`` take their statistics over a batch that is one view."""
+    """Make whatever in ``net`` takes views one by one, batch norms say, see a batch as one view."""
     for module in net.modules():
-        if isinstance(module, BatchNorm | BatchRenorm):
-            module.num_views = 1
+        if hasattr(module, "num_views"):
+            setattr(module, "num_views", 1)  # noqa: B010  # of classes above this one, too
 
 
 def num_groups(channels: int, most: int) -> int:

@@ -27,18 +27,20 @@ from fastbyol.engine import capture, forking, trainer
 from fastbyol.engine import ranks as ranking
 from fastbyol.engine.device import fitting_threads, pick_device
 from fastbyol.engine.observer import Observer
-from fastbyol.engine.origin import source_file
+from fastbyol.engine.origin import source_of
 from fastbyol.engine.precision import choose_precision, native_unit
 from fastbyol.engine.step import TrainState
 from fastbyol.engine.trainer import Summary
 from fastbyol.engine.worker import launch_id, worker
 from fastbyol.errors import FastbyolError, UsageError, check_choice, quoted
+from fastbyol.evaluation import lidar as lidars
 from fastbyol.evaluation import protocol as protocols
 from fastbyol.evaluation.finetune import Recipe
 from fastbyol.evaluation.protocol import PROTOCOLS
 from fastbyol.evaluation.scored_data import ScoredData
 from fastbyol.loggers.observer import logged
 from fastbyol.loggers.sink import refuse_missing, with_loggers
+from fastbyol.model.byol import Online, Target
 from fastbyol.model.resnet import ResNet
 from fastbyol.process import left_as_found
 from fastbyol.runs import checkpoint, consistency, inputs
@@ -64,8 +66,8 @@ def train(
     """Train ``config`` in the new run folder ``out`` (default: a new name under ``runs/``).
 
     Under torchrun all of its processes call this together, train the run together, and return the
-    same. With ``train.init_from`` training starts from another run's weights, and the new run's
-    ``config.toml`` names the checkpoint.
+    same. With ``train.init_from`` training starts from another run's weights, or with an encoder of
+    a library or a file (docs/init.md); the new run's ``config.toml`` names the file.
 
     Raises:
         UsageError: input that cannot work.
@@ -171,18 +173,18 @@ def _follow(processes: ranking.Alone | ranking.Processes) -> Summary:
 
 
 def _with_source(config: Resolved, observer: Observer | None) -> Resolved:
-    """Return ``config`` with ``train.init_from`` as a checkpoint's file.
+    """Return ``config`` with ``train.init_from`` as a file, or as weights' full name.
 
     A run's folder would not do, because its newest checkpoint changes.
     """
     if config.train.init_from is None:
         return config
-    file, warnings = source_file(Path(config.train.init_from))
+    source, warnings = source_of(config.train.init_from)
     if observer is not None:
         for warning in warnings:
             observer.note(warning)
     return config.model_copy(
-        update={"train": config.train.model_copy(update={"init_from": str(file)})}
+        update={"train": config.train.model_copy(update={"init_from": source})}
     )
 
 
@@ -305,7 +307,7 @@ def export(
 
     Args:
         out: a file, for safetensors a folder; default: a name in ``RUN/exports/``.
-        format: torchvision or timm (state dicts of their resnet18), safetensors, onnx or
+        format: torchvision or timm (state dicts of their ResNets), safetensors, onnx or
             torch-export.
         weights: as in ``load_encoder``.
         num_classes: of an untrained classifier ``fc`` to add to a state dict; default: none.
@@ -327,8 +329,69 @@ def export(
         return exporting.export(Path(run), config, encoder, step, target, wishes)
 
 
+@left_as_found()
+def embed(
+    run: str | Path,
+    out: str | Path | None = None,
+    *,
+    data: str | Path | None = None,
+    split: str | None = None,
+    weights: str = "trained",
+    projections: bool = False,
+    limit: int = 0,
+    picture: str | Path | None = None,
+    by: str = "pca",
+    image_field: str | None = None,
+    label_field: str | None = None,
+    device: str = "auto",
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Write the embeddings y of images by a run, not augmented, and a picture of them.
+
+    Args:
+        out: a file that ends in .npz or .parquet.
+        data: images, a beton or what ``convert`` reads; default: the run's own.
+        split: of ``data``, or train or test of the run's own; default: test.
+        weights: as in ``load_encoder``.
+        projections: whether to write the projections z instead.
+        limit: the most images, chosen alike for all runs; 0: all, of the run's own as many as it
+            used.
+        picture: a file that ends in .png or .html.
+        by: how the picture lays them out, pca or umap.
+        image_field, label_field: fields of the images' file; default: the run's.
+        device: auto, cpu, cuda or cuda:N.
+        overwrite: replace files that exist.
+
+    Returns a dict with at least ``num_images``, ``dim``, ``out``, ``picture``, ``notes`` and what
+    the file says of its origin. Raises UsageError for input that cannot work, and FastbyolError
+    for a full disk or embeddings that are not finite.
+    """
+    with warnings.catch_warnings():  # libraries add filters when they are imported
+        from fastbyol.exports import embedding
+
+        wishes = embedding.Wishes(
+            out=None if out is None else Path(out),
+            picture=None if picture is None else Path(picture),
+            by=by, data=None if data is None else str(data), split=split, weights=weights,
+            projections=projections, limit=limit, image_field=image_field,
+            label_field=label_field, overwrite=overwrite,
+        )  # fmt: skip
+        wishes.check()
+        target = pick_device(device)
+        config, net, loaded = _load_net(Path(run), weights)
+        return embedding.write(Path(run), config, net.to(target), loaded, wishes, device=target)
+
+
 def _load(path: Path, weights: str) -> tuple[Resolved, ResNet, int]:
     """Return configuration, engine's encoder and step of a run folder or checkpoint."""
+    config, net, loaded = _load_net(path, weights)
+    return config, net.encoder, 0 if loaded is None else int(loaded.meta["step"])
+
+
+def _load_net(
+    path: Path, weights: str
+) -> tuple[Resolved, Online | Target, checkpoint.Checkpoint | None]:
+    """Return configuration, network in eval mode and checkpoint of a run folder or checkpoint."""
     check_choice("weights", weights, WEIGHTS)
     if path.is_dir():
         with RunFolder.open(path, lock=False) as folder:
@@ -345,8 +408,8 @@ def _load(path: Path, weights: str) -> tuple[Resolved, ResNet, int]:
     state = TrainState.create(config, steps_per_epoch=1, device="cpu")
     if loaded is not None and weights != "random":
         state.load_tensors(loaded.tensors)
-    encoder = (state.target if weights == "target" else state.online).encoder.float().eval()
-    return config, encoder, int(loaded.meta["step"]) if loaded is not None else 0
+    net = state.target if weights == "target" else state.online
+    return config, net.float().eval(), loaded
 
 
 @left_as_found()
@@ -403,6 +466,9 @@ def evaluate(
     batch_size: int | None = None,
     seed: int = 0,
     note: Callable[[str], None] = lambda _: None,
+    lidar: bool = False,
+    lidar_images: int = lidars.IMAGES,
+    lidar_views: int = lidars.VIEWS,
 ) -> dict[str, Any]:
     """Measure the accuracy of a run's encoder under a ``protocol`` of ``evaluation.protocol``.
 
@@ -424,6 +490,9 @@ def evaluate(
             Of several learning rates the best on held-out training images is taken.
         seed: of ``labels`` and ``finetune``.
         note: called with lines on how ``finetune`` goes.
+        lidar: whether to measure LiDAR of the test images, too (``evaluation.lidar``); not with
+            ``finetune``.
+        lidar_images, lidar_views: how many images, and of each how many views.
 
     Returns a dict with at least ``accuracy`` (percent), ``accuracy_low`` and ``accuracy_high`` (its
     95 % interval), ``protocol``, ``step``, ``train_data`` and ``test_data`` (names), ``decoder``
@@ -432,9 +501,14 @@ def evaluate(
     and if the run's own files changed in the run's own fields.
     """
     check_choice("protocol", protocol, PROTOCOLS)
+    lidars.check(lidar_images, lidar_views)
+    if lidar and protocol == "finetune":
+        raise UsageError(
+            "--lidar: is of the run's encoder, and finetune trains another: leave it out"
+        )
     recipe = _recipe(protocol, epochs, lr, batch_size, seed)
     target = pick_device(device)
-    config, encoder, step = _load(Path(run), weights)
+    config, net, loaded = _load_net(Path(run), weights)
     pinned = inputs.of_run(Path(run))
     decoder = (
         decoding.choose(config.data.decoder)
@@ -458,7 +532,7 @@ def evaluate(
     with fitting_threads(config) if protocol == "finetune" else nullcontext():
         result = protocols.evaluate(
             protocol,
-            encoder.to(target),
+            net.to(target).encoder,
             test=test,
             train=train,
             views=config.views,
@@ -467,6 +541,13 @@ def evaluate(
             labels=labels,
             note=note,
         )
+    if lidar:
+        result |= lidars.measure(
+            net.encoder, net.projector, test.images, config.views,
+            device=target, num_images=lidar_images, num_views=lidar_views, rank=result["rank"],
+        )  # fmt: skip
+        result["notes"] += result.pop("lidar_notes")
+    step = 0 if loaded is None else int(loaded.meta["step"])
     about = {"run": str(run), "step": step, "weights": weights, "decoder": decoder}
     fitted = images.name("train") if result["num_repeated"] is not None else None
     about |= {"train_data": fitted, "test_data": images.name("test")}

@@ -72,12 +72,16 @@ class Step:
         return launches
 
 
-# The two methods that the bench measures, then the other cases of the kernels: fp32, the other
-# rules and blur, heads of split values and all of their tiles, samples that group norm cuts, bf16
-# views that are not in blocks.
+# The two methods that the bench measures, with layers of up to 512 and up to 2,048 channels, then
+# the other cases of the kernels: fp32, the other rules and blur, heads of split values and all of
+# their tiles, samples that group norm cuts, bf16 views that are not in blocks.
+BN = "train.precision=bf16"
+GN = "train.precision=bf16 model.norm=gn model.ws=true optim.name=lars"
 STEPS = (
-    Step("BN, SGD, bf16", "train.precision=bf16"),
-    Step("GN, WS, LARS, bf16", "train.precision=bf16 model.norm=gn model.ws=true optim.name=lars"),
+    Step("BN, SGD, bf16", BN),
+    Step("GN, WS, LARS, bf16", GN),
+    Step("ResNet-50, BN, SGD, bf16", f"{BN} model.encoder=resnet50"),
+    Step("ResNet-50, GN, WS, LARS, bf16", f"{GN} model.encoder=resnet50"),
     Step(
         "GN, WS in the heads too, tf32x3, LARS as DeepMind's, target after the step, Gaussian "
         "blur, fp32",

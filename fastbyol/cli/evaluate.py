@@ -31,7 +31,7 @@ TestData = Annotated[
 Labels = Annotated[
     float, typer.Option(metavar="SHARE", help="Fit on this share of each class, e.g. 0.1.")
 ]
-Epochs = Annotated[int | None, typer.Option(help="Of finetune. Default: 10.")]
+Epochs = Annotated[int | None, typer.Option(help="Of finetune. Default: 30.")]
 Lr = Annotated[
     list[float] | None,
     typer.Option(
@@ -42,6 +42,15 @@ BatchSize = Annotated[int | None, typer.Option(help="Of finetune. Default: 64.")
 Seed = Annotated[int, typer.Option(help="Of finetune and --labels.")]
 PerClass = Annotated[
     bool, typer.Option("--per-class", help="Show a table of the classes, too; in --json, classes.")
+]
+LidarToo = Annotated[
+    bool, typer.Option("--lidar", help="Measure LiDAR, too, on views of the test images.")
+]
+LidarImages = Annotated[
+    int, typer.Option("--lidar-images", metavar="N", help="Images that LiDAR compares.")
+]
+LidarViews = Annotated[
+    int, typer.Option("--lidar-views", metavar="N", help="Views of each of these images.")
 ]
 
 
@@ -60,17 +69,16 @@ def evaluate(
     per_class: PerClass = False,
     image_field: ImageField = None,
     label_field: LabelField = None,
+    lidar: LidarToo = False,
+    lidar_images: LidarImages = 1000,
+    lidar_views: LidarViews = 50,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
     """Measure the accuracy of a run's encoder, on its own data or on others."""
     from fastbyol import api
 
-    if protocol == "blog" and train_data is not None:
-        _note(
-            "--train-data: not looked at, the blog protocol fits within the test set; linear, knn "
-            "and finetune take it"
-        )
+    _note(*_unused(protocol, train_data))
     results: list[dict[str, Any]] = []
     names: Sequence[str | None] = data or [None]
     for name in names:
@@ -78,6 +86,7 @@ def evaluate(
             run, protocol, data=name, train_data=train_data, test_data=test_data, weights=weights,
             device=device, image_field=image_field, label_field=label_field, labels=labels,
             epochs=epochs, lr=lr, batch_size=batch_size, seed=seed, note=_note,
+            lidar=lidar, lidar_images=lidar_images, lidar_views=lidar_views,
         )  # fmt: skip
         _note(*(f"{name}: {line}" if name else line for line in result["notes"]))
         results.append(result if per_class or not as_json else _without_classes(result))
@@ -90,6 +99,14 @@ def evaluate(
 def _note(*lines: str) -> None:
     if lines:
         say(*lines, err=True)
+
+
+def _unused(protocol: str, train_data: Path | None) -> Iterator[str]:
+    if protocol == "blog" and train_data is not None:
+        yield (
+            "--train-data: not looked at, the blog protocol fits within the test set; linear, knn "
+            "and finetune take it"
+        )
 
 
 def _without_classes(result: Mapping[str, Any]) -> dict[str, Any]:
@@ -105,13 +122,31 @@ def _show(run: Path, results: Sequence[Mapping[str, Any]], *, per_class: bool) -
             "classes"
         )
         top = f", top-5 {text}" if (text := _shown(result, "top5_accuracy")) else ""
-        say(f"{run}: {_shown(result)}{top} ({result['protocol']}, {counts})")
+        say(f"{run}: {_shown(result)}{top} ({result['protocol']}, {counts})", *_ranks(result))
     else:
         print_table([*_table(results)])
+        say(*(f"{row['test_data']}: {line}" for row in results for line in _ranks(row)))
     for result in results if per_class else ():
         if len(results) > 1:
             say(result["test_data"])
         print_table([*_class_table(result["classes"])])
+
+
+def _ranks(result: Mapping[str, Any]) -> Iterator[str]:
+    """Yield lines on how many directions the embeddings use."""
+    line = f"RankMe {result['rank']:.1f} of {result['dim']}"
+    if result["alpha"] is not None:
+        first, last = result["alpha_range"]
+        line += (
+            f", alpha-ReQ {result['alpha']:.2f} (eigenvalues {first} to {last}, "
+            f"R2 {result['alpha_r2']:.2f})"
+        )
+    yield line
+    if "lidar_y" in result:
+        yield (
+            f"LiDAR {result['lidar_y']:.1f} of embeddings, {result['lidar_z']:.1f} of projections "
+            f"({result['lidar_images']} images, {result['lidar_views']} views of each)"
+        )
 
 
 def _table(results: Sequence[Mapping[str, Any]]) -> Iterator[list[str]]:

@@ -19,6 +19,7 @@ from fastbyol.cli import (
     data,
     data_marker,
     doctor,
+    embed,
     evaluate,
     explain,
     export,
@@ -58,6 +59,7 @@ app.command()(train.resume)
 app.command()(fork.fork)
 app.command()(watch.watch)
 app.command("eval")(evaluate.evaluate)
+app.command()(embed.embed)
 app.command()(export.export)
 app.command()(train.report)
 app.command()(explain.explain)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from fastbyol.config import ViewsConfig
 from fastbyol.errors import UsageError, check_choice
+from fastbyol.evaluation.alpha import alpha_req
 from fastbyol.evaluation.answers import Answers
 from fastbyol.evaluation.features import agreeing_dtype, embed
 from fastbyol.evaluation.finetune import Recipe, finetune, labels_of_each_class
@@ -105,9 +106,10 @@ def evaluate(
     intervals. ``top5_accuracy`` is None for five classes or fewer, ``train_accuracy`` for ``knn``.
     ``classes`` has a row for each label among the scored images. ``num_classes`` counts the fitted
     rows' classes, ``num_repeated`` the scored images with the bytes of a fitted one (None within
-    one set), ``notes`` say what makes the accuracy meaningless, ``rank`` is the scored embeddings'
-    effective rank. Raises UsageError for data that the protocol cannot use and FastbyolError for
-    embeddings that are not finite.
+    one set), ``notes`` say what makes the accuracy meaningless. ``rank`` is the scored embeddings'
+    effective rank, ``alpha``, ``alpha_r2`` and ``alpha_range`` are their ``PowerLaw``. Raises
+    UsageError for data that the protocol cannot use and FastbyolError for embeddings that are not
+    finite.
     """
     recipe = recipe or Recipe()
     return score(
@@ -168,6 +170,7 @@ def score(embedded: Embedded) -> dict[str, Any]:
         "notes": list(_notes(rows, repeated or 0)),
         "dim": fit.shape[1],
         "rank": effective_rank(score),
+        **alpha_req(score).as_json(),
         "split": rows.split,
         "classes": answers.by_class(rows.names),
         "seconds": time.perf_counter() - embedded.began,

@@ -9,11 +9,11 @@ from __future__ import annotations
 from fastbyol.config import ModelConfig
 from fastbyol.errors import UsageError
 from fastbyol.model.norm import num_groups
-from fastbyol.model.resnet import STAGES
+from fastbyol.model.resnet import Architecture
 from fastbyol_kernels.group_norm import EPS
 
-# Of the models that torchvision and timm name resnet18.
-RESNET18_WIDTH = 64
+# Of the ResNets that torchvision and timm have by name.
+WIDTH = 64
 
 _STATE_DICT = {
     "torchvision": ("", "torch.load({file}, weights_only=True)"),
@@ -58,43 +58,47 @@ def code(name: str, config: ModelConfig, file: str, num_classes: int | None = No
 
 def _torchvision(config: ModelConfig, num_classes: int | None) -> tuple[str, str]:
     """Return the imports and the construction of torchvision's network."""
-    width, norm = config.width, _norm(config)
-    if width == RESNET18_WIDTH:
+    width, norm, name = config.width, _norm(config), config.encoder
+    if width == WIDTH:
         arguments = [] if num_classes is None else [f"num_classes={num_classes}"]
         arguments += ["norm_layer=norm"] if norm else []
-        lines = [f"model = resnet18({', '.join(arguments)})", *_small_stem(config)]
+        lines = [f"model = {name}({', '.join(arguments)})", *_small_stem(config)]
         lines += ["model.fc = nn.Identity()"] if num_classes is None else []
-        return "from torchvision.models import resnet18\n", _joined(norm, lines)
-    stages = tuple(width << stage for stage in range(len(STAGES[config.encoder])))
-    layer = "model._make_layer(BasicBlock, channels, 2, stride=1 if stage == 1 else 2)"
-    classes = "nn.Identity()" if num_classes is None else f"nn.Linear({stages[-1]}, {num_classes})"
+        return f"from torchvision.models import {name}\n", _joined(norm, lines)
+    architecture = Architecture.of(config)
+    block, depths = architecture.block.__name__, list(architecture.blocks_per_stage)
+    stages = list(zip(_channels(config), depths, strict=True))
+    layer = f"model._make_layer({block}, channels, depth, stride=1 if stage == 1 else 2)"
+    dim = architecture.embedding_dim(width)
+    classes = "nn.Identity()" if num_classes is None else f"nn.Linear({dim}, {num_classes})"
     lines = [
-        # Made for resnet18's channels first, which some numbers of groups do not divide.
-        "model = ResNet(BasicBlock, [2, 2, 2, 2])",
+        # Made for width 64 first, whose channels some numbers of groups do not divide.
+        f"model = ResNet({block}, {depths})",
         f"model.inplanes, model._norm_layer = {width}, norm",
         *(
             _small_stem(config)
             or [f"model.conv1 = nn.Conv2d(3, {width}, 7, stride=2, padding=3, bias=False)"]
         ),
         f"model.bn1 = norm({width})",
-        f"for stage, channels in enumerate({stages}, 1):",
+        f"for stage, (channels, depth) in enumerate({stages}, 1):",
         f'    setattr(model, f"layer{{stage}}", {layer})',
         f"model.fc = {classes}",
     ]
-    imports = "from torchvision.models.resnet import BasicBlock, ResNet\n"
+    imports = f"from torchvision.models.resnet import {block}, ResNet\n"
     return imports, _joined(norm or "norm = nn.BatchNorm2d\n", lines)
 
 
 def _timm(config: ModelConfig, num_classes: int | None) -> tuple[str, str]:
     """Return the imports and the construction of timm's network."""
-    if config.width != RESNET18_WIDTH:
+    if config.width != WIDTH:
         raise UsageError(
-            f"--format timm: timm's resnet18 has width {RESNET18_WIDTH}, this encoder "
+            f"--format timm: timm's {config.encoder} has width {WIDTH}, this encoder "
             f"{config.width}: take --format torchvision, safetensors, onnx or torch-export"
         )
     norm = _norm(config)
     choice = ", norm_layer=norm" if norm else ""
-    lines = [f'model = timm.create_model("resnet18", num_classes={num_classes or 0}{choice})']
+    classes = f"num_classes={num_classes or 0}"
+    lines = [f'model = timm.create_model("{config.encoder}", {classes}{choice})']
     return "import timm\n", _joined(norm, [*lines, *_small_stem(config)])
 
 
@@ -111,12 +115,19 @@ def _norm(config: ModelConfig) -> str:
         return ""
     if config.norm == "none":
         return "\ndef norm(channels, **options):\n    return nn.Identity()\n\n\n"
-    sizes = [config.width << stage for stage in range(len(STAGES[config.encoder]))]
+    expansion = Architecture.of(config).block.EXPANSION
+    sizes = sorted({factor * size for size in _channels(config) for factor in (1, expansion)})
     groups = {size: num_groups(size, config.groups) if config.norm == "gn" else 1 for size in sizes}
     first = groups[config.width]
     number = str(first) if set(groups.values()) == {first} else f"{groups}[channels]"
     made = f"nn.GroupNorm({number}, channels, eps={EPS}, **options)"
     return f"\ndef norm(channels, **options):\n    return {made}\n\n\n"
+
+
+def _channels(config: ModelConfig) -> list[int]:
+    """Return the channels inside the blocks of each stage."""
+    num_stages = len(Architecture.of(config).blocks_per_stage)
+    return [config.width << stage for stage in range(num_stages)]
 
 
 def _small_stem(config: ModelConfig) -> list[str]:

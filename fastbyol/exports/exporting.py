@@ -15,14 +15,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastbyol.config import Resolved
+from fastbyol.config import ModelConfig, Resolved
 from fastbyol.data.beton_write import check_output, followed, publish
 from fastbyol.errors import UsageError
 from fastbyol.exports import constructors, model_card, parity
 from fastbyol.exports.folding import add_classifier, folded
 from fastbyol.exports.formats import FORMATS, Format, demand_libraries
 from fastbyol.model.convolution import SAFE_CHANNELS
-from fastbyol.model.resnet import ResNet
+from fastbyol.model.resnet import Architecture, ResNet
 from fastbyol.runs.durable import writing
 from fastbyol.runs.folder import CHECKPOINTS, CONFIG
 
@@ -30,10 +30,6 @@ from fastbyol.runs.folder import CHECKPOINTS, CONFIG
 WEIGHTS_FILE, README = "model.safetensors", "README.md"
 # Weights of 0.2 GB at width 64: more than that is a mistake.
 MOST_CLASSES = 100_000
-_NARROW_NOTE = (
-    f"below width {SAFE_CHANNELS} do not train the network in channels_last on a CPU: "
-    "github.com/uxlfoundation/oneDNN/issues/6035"
-)
 
 
 @dataclass(frozen=True)
@@ -97,8 +93,7 @@ def export(
         images = parity.images_of(run, config)
         model = _loaded(code(str(weights)), wishes)
         same = parity.compare(model, encoder, images, of_arrays=wishes.name == "onnx")
-        is_narrow = kind.is_state and config.model.width < SAFE_CHANNELS
-        notes = [_NARROW_NOTE] if is_narrow else []
+        notes = _narrow_note(config.model) if kind.is_state else []
         facts = model_card.Facts(
             path=run, run=_run_of(run), config=config, step=step, kind=kind,
             format=wishes.name, weights=wishes.weights, licence=wishes.licence,
@@ -126,6 +121,17 @@ def _demand_utf8(path: Path) -> None:
         raise UsageError(
             f"{path}: its name is not UTF-8, which the library cannot open: name another with --out"
         ) from None
+
+
+def _narrow_note(model: ModelConfig) -> list[str]:
+    """Say that oneDNN cannot train ``model`` if a strided 1x1 convolution has too few channels."""
+    safe = SAFE_CHANNELS // Architecture.of(model).block.EXPANSION  # the second stage's is first
+    if model.width >= safe:
+        return []
+    return [
+        f"below width {safe} do not train the network in channels_last on a CPU: "
+        "github.com/uxlfoundation/oneDNN/issues/6035"
+    ]
 
 
 def _content(kind: Format, config: Resolved, encoder: ResNet, wishes: Wishes) -> bytes:

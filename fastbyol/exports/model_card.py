@@ -17,11 +17,13 @@ from fastbyol import config_io
 from fastbyol.config import Resolved
 from fastbyol.errors import UsageError
 from fastbyol.evaluation.progress import Accuracies
-from fastbyol.exports.constructors import RESNET18_WIDTH
+from fastbyol.exports.constructors import WIDTH
 from fastbyol.exports.formats import Format
 from fastbyol.exports.parity import Parity, data_name
+from fastbyol.model.resnet import Architecture
 from fastbyol.runs import differences, inputs
 from fastbyol.runs.environment import env_of, package_version
+from fastbyol.runs.folder import FIRST_WEIGHTS
 from fastbyol.runs.metrics import METRICS_FILE, read_events
 from fastbyol.text import printable
 
@@ -70,7 +72,7 @@ def text(facts: Facts) -> str:
     lines = [
         *_head(facts),
         "",
-        f"# ResNet-18 encoder of {escaped((facts.run or facts.path).resolve().name)}",
+        f"# {_network(facts)} encoder of {escaped((facts.run or facts.path).resolve().name)}",
         "",
         _about(facts),
     ]
@@ -86,7 +88,7 @@ def escaped(value: object) -> str:
 
 
 def _head(facts: Facts) -> list[str]:
-    tags = ["byol", "self-supervised-learning", "resnet18", "fastbyol"]
+    tags = ["byol", "self-supervised-learning", facts.config.model.encoder, "fastbyol"]
     return [
         "---",
         *_licence(facts.licence),
@@ -106,6 +108,10 @@ def _licence(licence: str | None) -> list[str]:
     return ["license: other", f"license_name: {json.dumps(name, ensure_ascii=False)}"]
 
 
+def _network(facts: Facts) -> str:
+    return facts.config.model.encoder.replace("resnet", "ResNet-")
+
+
 def _about(facts: Facts) -> str:
     model, method = facts.config.model, facts.config.method.name
     norms = {"bn": "batch norm", "gn": "group norm", "ln": "layer norm", "none": "no norm"}
@@ -118,19 +124,19 @@ def _about(facts: Facts) -> str:
     weights = _WEIGHTS[facts.weights] + (f", after step {facts.step}" if is_trained else "")
     licence = "" if facts.licence else " Its licence is not stated."
     return (
-        f"A ResNet-18 ({', '.join(parts)}) for features of images, {training}. "
+        f"A {_network(facts)} ({', '.join(parts)}) for features of images, {training}. "
         f"The weights are {weights}.{folded}{licence}"
     )
 
 
 def _interface(facts: Facts) -> list[str]:
-    views, width = facts.config.views, facts.config.model.width
-    size = views.size
-    output = f"embeddings (N, {8 * width})"
+    views, model = facts.config.views, facts.config.model
+    size, dim = views.size, Architecture.of(model).embedding_dim(model.width)
+    output = f"embeddings (N, {dim})"
     if facts.num_classes is not None:
         output = (
             f"(N, {facts.num_classes}), of an untrained classifier `fc` on embeddings of "
-            f"{8 * width} numbers"
+            f"{dim} numbers"
         )
     sizes = {
         "torch-export": f"of {size} px exactly; N is free. It computes as in evaluation only.",
@@ -252,9 +258,20 @@ def _origin(facts: Facts) -> list[str]:
     by += ["onnxruntime"] if facts.format == "onnx" else []
     versions = ((name, package_version(name)) for name in libraries if name in by)
     now = ", ".join(f"{name} {version}" for name, version in versions if version)
-    wide = facts.config.model.width == RESNET18_WIDTH
-    keys = "torchvision's resnet18" if wide else "torchvision's resnet18, whose width is another"
+    model = facts.config.model
+    keys = (
+        f"torchvision's {model.encoder}{'' if model.width == WIDTH else ', whose width is another'}"
+    )
+    first = env.get(FIRST_WEIGHTS)
+    began = []
+    if isinstance(first, dict) and facts.weights != "random":
+        source, names, digest = (first.get(key) for key in ("source", "names", "digest"))
+        began = [
+            f"- Began with: {escaped(data_name(str(source)))}, {escaped(first.get('matched'))} "
+            f"tensors {escaped(names)}, digest {escaped(digest)}"
+        ]
     return [
+        *began,
         f"- Trained with: {made or 'not recorded'}",
         f"- Exported with: {now}",
         *([f"- Names of the weights: those of {keys}"] if facts.kind.is_state else []),

@@ -22,9 +22,9 @@ NUM_VIEWS = 2
 
 
 class OnlineOutput(NamedTuple):
-    """Embeddings y (N, 8 * width), projections z and predictions q (N, D); fp32, in fp64 runs fp64.
+    """Embeddings y (N, E), projections z and predictions q (N, D); fp32, in fp64 runs fp64.
 
-    Without a predictor q is z.
+    E is the encoder's ``embedding_dim``. Without a predictor q is z.
     """
 
     y: Tensor

@@ -11,14 +11,13 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchvision.models.resnet import BasicBlock, Bottleneck
-from torchvision.models.resnet import ResNet as TorchvisionResNet
+from torchvision.models import resnet as torchvisions
 
 from fastbyol.config import ModelConfig, NormName
 from fastbyol.errors import check_choice
 from fastbyol.model.convolution import SAFE_CHANNELS
 from fastbyol.model.norm import BATCH_NORM_EPS, BATCH_NORM_MOMENTUM, num_groups
-from fastbyol.model.resnet import STAGES, STEMS, ResNet
+from fastbyol.model.resnet import STEMS, Architecture, ResNet
 from fastbyol_kernels import group_norm, weight_standardization
 
 
@@ -45,7 +44,7 @@ class Conv2d(nn.Conv2d):
         return F.conv2d(x, weight, None, self.stride, self.padding)
 
 
-class Encoder(TorchvisionResNet):  # type: ignore[misc]
+class Encoder(torchvisions.ResNet):  # type: ignore[misc]
     """A ResNet (N, 3, S, S) -> embeddings y (N, ``embedding_dim``), in the parameters' dtype.
 
     Batch norm is over the whole batch. ``fc`` is an identity that a classifier may replace.
@@ -54,17 +53,17 @@ class Encoder(TorchvisionResNet):  # type: ignore[misc]
     def __init__(self, config: ModelConfig) -> None:
         check_choice("stem", config.stem, STEMS)
         norm, width = partial(_norm, config.norm, config.groups), config.width
-        stages = STAGES[config.encoder]
-        block_type = Bottleneck if config.encoder == "resnet50" else BasicBlock
-        super().__init__(block_type, list(stages), norm_layer=norm)
-        self.embedding_dim = 8 * width * block_type.expansion
+        architecture = Architecture.of(config)
+        block_type = getattr(torchvisions, architecture.block.__name__)
+        super().__init__(block_type, list(architecture.blocks_per_stage), norm_layer=norm)
+        self.embedding_dim = architecture.embedding_dim(width)
         self.inplanes = width
         if config.stem == "torchvision":
             self.conv1 = nn.Conv2d(3, width, 7, stride=2, padding=3, bias=False)
         else:
             self.conv1, self.maxpool = nn.Conv2d(3, width, 3, padding=1, bias=False), nn.Identity()
         self.bn1, self.fc = norm(width), nn.Identity()
-        for stage, num_blocks in enumerate(stages):
+        for stage, num_blocks in enumerate(architecture.blocks_per_stage):
             blocks = self._make_layer(
                 block_type, width << stage, num_blocks, stride=2 if stage else 1
             )

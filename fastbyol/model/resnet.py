@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +20,6 @@ from fastbyol.model.norm import make_norm, norm_relu, norm_relu_pool
 from fastbyol.model.standardizing import Standardizing
 from fastbyol_kernels.views.blocks import CHANNELS, IMAGE_BORDER, KERNEL_BORDER, in_blocks
 
-# Blocks of each stage: table 1 of the paper.
-STAGES = {"resnet18": (2, 2, 2, 2), "resnet34": (3, 4, 6, 3), "resnet50": (3, 4, 6, 3)}
 STEMS = ("torchvision", "small")  # small is the CIFAR form: 3x3, stride 1, no pooling
 
 
@@ -101,9 +100,9 @@ class BasicBlock(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """A residual block of 1x1, 3x3 and 1x1 convolutions; the last one has 4 times the channels.
+    """A residual block of a 1x1, a 3x3 and a 1x1 convolution, the last with 4 times the channels.
 
-    The 3x3 convolution strides, as in torchvision (and in no figure of the paper).
+    The 3x3 convolution strides, as in torchvision and timm. In the paper it is the first one.
     """
 
     EXPANSION = 4
@@ -130,6 +129,30 @@ class Bottleneck(nn.Module):
         )
 
 
+class Architecture(NamedTuple):
+    """An architecture of He et al., table 1. Its blocks are named as torchvision's and timm's."""
+
+    block: type[BasicBlock | Bottleneck]
+    blocks_per_stage: tuple[int, int, int, int]
+
+    @staticmethod
+    def of(config: ModelConfig) -> Architecture:
+        """Return the architecture that ``config`` names. Raises UsageError for another word."""
+        check_choice("encoder", config.encoder, ARCHITECTURES)
+        return ARCHITECTURES[config.encoder]
+
+    def embedding_dim(self, width: int) -> int:
+        """Return the channels of the last stage, of a network whose first stage has ``width``."""
+        return self.block.EXPANSION * width << len(self.blocks_per_stage) - 1
+
+
+ARCHITECTURES = {
+    "resnet18": Architecture(BasicBlock, (2, 2, 2, 2)),
+    "resnet34": Architecture(BasicBlock, (3, 4, 6, 3)),
+    "resnet50": Architecture(Bottleneck, (3, 4, 6, 3)),
+}
+
+
 class ResNet(nn.Module):
     """The encoder: images (N, 3, S, S) -> embeddings y (N, ``embedding_dim``).
 
@@ -141,22 +164,21 @@ class ResNet(nn.Module):
         super().__init__()
         width = config.width
         check_choice("stem", config.stem, STEMS)
-        check_choice("encoder", config.encoder, tuple(STAGES))
-        block_type = Bottleneck if config.encoder == "resnet50" else BasicBlock
+        block_type, blocks_per_stage = architecture = Architecture.of(config)
+        self.embedding_dim = architecture.embedding_dim(width)
         self.pools, self.kernels = config.stem == "torchvision", "auto"
         self.conv1 = (
             StemConv2d(width, ws=config.ws) if self.pools else Conv2d(3, width, 3, ws=config.ws)
         )
         self.bn1 = make_norm(config.norm, width, groups=config.groups, num_views=num_views)
         channels = width
-        for stage, num_blocks in enumerate(STAGES[config.encoder]):
+        for stage, num_blocks in enumerate(blocks_per_stage):
             blocks = nn.Sequential()
             for block in range(num_blocks):
                 stride = 2 if stage > 0 and block == 0 else 1
                 blocks.append(block_type(config, channels, width << stage, stride, num_views))
                 channels = block_type.EXPANSION * width << stage
             self.add_module(f"layer{stage + 1}", blocks)
-        self.embedding_dim = channels
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.contiguous(memory_format=torch.channels_last)

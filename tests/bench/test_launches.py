@@ -82,21 +82,22 @@ def test_kernels_cost_what_the_table_says() -> None:
     ), RENEW
 
 
+@pytest.mark.parametrize(("encoder", "first"), [("resnet18", 0), ("resnet50", 2)])
 @pytest.mark.parametrize("text", tables("LAUNCHES"), ids=lambda text: text.split("\n")[0])
-def test_a_step_launches_what_its_network_asks_for(text: str) -> None:
+def test_a_step_launches_what_its_network_asks_for(text: str, encoder: str, first: int) -> None:
     """Count four launches for views, one per group norm and network, one per norm's gradient.
 
     One more sums the affine gradients of all group norms. A batch norm takes two each way, of which
     the stem's second one pools. The weights take one launch per network and one for the gradient.
     """
-    config = ModelConfig(norm="gn", ws=True)
+    config = ModelConfig(encoder=encoder, norm="gn", ws=True)
     with torch.device("meta"):
         networks = Online(config), Target(config)
     norms, heads = (
         [sum(isinstance(module, kind) for module in net.modules()) for net in networks]
         for kind in (GroupNorm, BatchNorm)
     )
-    bn, gn, *_ = (part.split(": ", 1)[1] for part in text.split("\n\n")[1:])
+    bn, gn = (part.split(": ", 1)[1] for part in text.split("\n\n")[1:][first : first + 2])
     counts = []
     for part in (bn, gn):
         counted: Counter[tuple[str, str]] = Counter()

@@ -48,22 +48,32 @@ class Net:
             x = self.norm(
                 self.conv(x, "encoder.conv1", 1, 1), "encoder.bn1", self.model.norm
             ).relu()
-        for stage in (1, 2, 3, 4):
-            for block in (0, 1):
-                x = self.block(
-                    x, f"encoder.layer{stage}.{block}", 2 if stage > 1 and block == 0 else 1
-                )
+        block = self.bottleneck if self.model.encoder == "resnet50" else self.block
+        counts = {"resnet18": (2, 2, 2, 2), "resnet34": (3, 4, 6, 3), "resnet50": (3, 4, 6, 3)}
+        for stage, count in enumerate(counts[self.model.encoder], 1):
+            for index in range(count):
+                name, stride = f"encoder.layer{stage}.{index}", 2 if stage > 1 and index == 0 else 1
+                x = block(x, name, stride)
         return x.sum((2, 3)) / (x.shape[2] * x.shape[3])
 
     def block(self, x: Tensor, name: str, stride: int) -> Tensor:
         kind = self.model.norm
         out = self.norm(self.conv(x, f"{name}.conv1", stride, 1), f"{name}.bn1", kind).relu()
         out = self.norm(self.conv(out, f"{name}.conv2", 1, 1), f"{name}.bn2", kind)
-        if f"{name}.downsample.0.weight" in self.p:
-            x = self.norm(
-                self.conv(x, f"{name}.downsample.0", stride, 0), f"{name}.downsample.1", kind
-            )
-        return (out + x).relu()
+        return (out + self.shortcut(x, name, stride)).relu()
+
+    def bottleneck(self, x: Tensor, name: str, stride: int) -> Tensor:
+        kind = self.model.norm
+        out = self.norm(self.conv(x, f"{name}.conv1", 1, 0), f"{name}.bn1", kind).relu()
+        out = self.norm(self.conv(out, f"{name}.conv2", stride, 1), f"{name}.bn2", kind).relu()
+        out = self.norm(self.conv(out, f"{name}.conv3", 1, 0), f"{name}.bn3", kind)
+        return (out + self.shortcut(x, name, stride)).relu()
+
+    def shortcut(self, x: Tensor, name: str, stride: int) -> Tensor:
+        if f"{name}.downsample.0.weight" not in self.p:
+            return x
+        x = self.conv(x, f"{name}.downsample.0", stride, 0)
+        return self.norm(x, f"{name}.downsample.1", self.model.norm)
 
     def conv(self, x: Tensor, name: str, stride: int, padding: int) -> Tensor:
         w = self.p[f"{name}.weight"]

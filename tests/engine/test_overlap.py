@@ -28,7 +28,8 @@ ORDER = ["fork", "project", "back", "predict", "join", "measure"]
 @pytest.fixture(autouse=True)
 def _short_compiling(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Build one block a stage."""
-    monkeypatch.setitem(resnet.STAGES, "resnet18", (1, 1, 1, 1))
+    short = resnet.Architecture(resnet.BasicBlock, (1, 1, 1, 1))
+    monkeypatch.setitem(resnet.ARCHITECTURES, "resnet18", short)
     yield
     torch.compiler.reset()
 

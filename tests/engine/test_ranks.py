@@ -60,6 +60,7 @@ def network(norm: str, opt: str, *, ws: bool) -> tuple[str, ...]:
 CASES = [
     *(network(*case, ws=ws) for case in itertools.product(NORMS, ("sgd", "lars")) for ws in (0, 1)),
     *((*network("bn", "sgd", ws=False), *loss) for loss in LOSSES),
+    *((*network(norm, "lars", ws=True), "model.encoder=resnet50") for norm in ("bn", "gn")),
 ]
 
 

@@ -138,12 +138,24 @@ def move_off_start(state: TrainState) -> None:
 
 
 def run_both(
-    config: Config, *, steps: int = STEPS, steps_per_epoch: int = 1, size: int = 16
+    config: Config,
+    *,
+    steps: int = STEPS,
+    steps_per_epoch: int = 1,
+    size: int = 16,
+    afresh: bool = False,
 ) -> None:
     state = TrainState.create(config, steps_per_epoch=steps_per_epoch)
     move_off_start(state)
     reference = reference_of(state, config, steps_per_epoch)
     for step in range(steps):
+        if afresh and step:
+            assert_same(state, reference)
+            reference = reference_of(state, config, steps_per_epoch)
+            reference.momentum = {
+                k: v.clone() for k, v in state.arena.named(state.arena.momentum).items()
+            }
+            reference.step_count = step
         views = some_views(step, size=size)
         metrics, expected = train_step(state, views), reference.step(views)
         # The metrics are fp32 numbers of size 1.
@@ -203,6 +215,19 @@ VARIANTS = {
 def test_equals_the_plain_implementation_in_variants(name: str) -> None:
     config, size = VARIANTS[name]
     run_both(config, steps=5, steps_per_epoch=4, size=size)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize(
+    ("norm", "ws"), [("bn", False), ("bn", True), ("gn", False), ("gn", True), ("ln", True)]
+)
+@pytest.mark.parametrize("encoder", ["resnet34", "resnet50"])
+def test_deeper_encoders_equal_the_plain_implementation(
+    encoder: str, norm: str, ws: bool, optimizer: str
+) -> None:
+    """Each step from our own state: one of ResNet-50 magnifies a difference of 3e-12 to 1e-9."""
+    config = tiny(norm, norm, ws, optimizer, model__encoder=encoder)
+    run_both(config, steps_per_epoch=2, afresh=True)
 
 
 METHODS: dict[str, dict[str, object]] = {

@@ -26,7 +26,14 @@ KERNELS = ("triton",) if DEVICE == "cuda" else ("triton", "cpu")
 
 
 def config(
-    norm: str, ws: bool, optimizer: str, precision: str, kernels: str, heads: str = "fp32"
+    norm: str,
+    ws: bool,
+    optimizer: str,
+    precision: str,
+    kernels: str,
+    *,
+    heads: str = "fp32",
+    encoder: str = "resnet18",
 ) -> Config:
     """Make a network of width 4, since Triton's interpreter runs programs one by one."""
     head = {"norm": norm, "hidden": 16, "out": 8, "ws": ws}
@@ -36,8 +43,8 @@ def config(
     made = Config.model_validate(
         {
             "model": {
-                "norm": norm, "ws": ws, "groups": 2, "width": 4, "stem": "small",
-                "projector": head, "predictor": head
+                "encoder": encoder, "norm": norm, "ws": ws, "groups": 2, "width": 4,
+                "stem": "small", "projector": head, "predictor": head
             },
             "optim": optim,
             "schedule": {"tau": 0.9, "horizon_epochs": 7},
@@ -54,6 +61,11 @@ def some_views(step: int, *, batch: int, size: int) -> Tensor:
     return (images + 0.5 * torch.randn(2, batch, 3, size, size, generator=g)).to(DEVICE)
 
 
+def short(encoder: str, blocks: int = 1) -> resnet.Architecture:
+    """``encoder`` with ``blocks`` in each stage."""
+    return resnet.ARCHITECTURES[encoder]._replace(blocks_per_stage=(blocks,) * 4)
+
+
 class Trace:
     """A state after ``steps``, with the values and the gradient of each; nobody changes it."""
 
@@ -67,12 +79,15 @@ class Trace:
         size: int,
         steps: int = 2,
         blocks: int = 1,
+        encoder: str = "resnet18",
     ) -> None:
         with pytest.MonkeyPatch.context() as patched:
             # With one block a stage the interpreter runs half of the programs.
-            patched.setitem(resnet.STAGES, "resnet18", (blocks,) * 4)
+            patched.setitem(resnet.ARCHITECTURES, encoder, short(encoder, blocks))
             self.state = TrainState.create(
-                config(*choice, precision, kernels), steps_per_epoch=2, device=DEVICE
+                config(*choice, precision, kernels, encoder=encoder),
+                steps_per_epoch=2,
+                device=DEVICE,
             )
         self.values, self.gradients = [], []
         for step in range(steps):
@@ -109,11 +124,16 @@ CASES = [
 
 
 @pytest.mark.parametrize(
-    ("choice", "batch", "size", "kernels"),
-    [(*case, kernels) for case in CASES for kernels in KERNELS],
+    ("choice", "batch", "size", "encoder", "kernels"),
+    [
+        (*case, encoder, kernels)
+        for encoder, cases in (("resnet18", CASES), ("resnet50", CASES[::3]))
+        for case in cases
+        for kernels in KERNELS
+    ],
 )
 def test_a_step_in_kernels_equals_the_step_in_plain_torch(
-    choice: tuple[str, bool, str], batch: int, size: int, kernels: str
+    choice: tuple[str, bool, str], batch: int, size: int, encoder: str, kernels: str
 ) -> None:
     """fp32: sums in another order, which a net of many layers amplifies, and again in the second
     step. The order of plain torch's sums depends on the number of threads: with one the first
@@ -122,8 +142,11 @@ def test_a_step_in_kernels_equals_the_step_in_plain_torch(
     up to 2e-4 apart, and the second's up to .1, by one ReLU on the other side of zero.
     """
     steps, bound = (1, 5e-4) if choice[0] == "bn" else (2, 5e-5)
-    plain = Trace(choice, "fp32", "reference", batch=batch, size=size, steps=steps)
-    fused = traced(choice, "fp32", kernels, batch=batch, size=size, steps=steps)
+    asked = {"batch": batch, "size": size, "steps": steps, "encoder": encoder}
+    plain, fused = (
+        Trace(choice, "fp32", "reference", **asked),
+        traced(choice, "fp32", kernels, **asked),
+    )
     for a, b, rtol in zip(fused.values, plain.values, (5e-5, 1e-3), strict=False):
         torch.testing.assert_close(a, b, rtol=rtol, atol=1e-5)
     worst = off(plain.state, fused.gradients[0], plain.gradients[0])
@@ -143,7 +166,7 @@ def test_a_step_on_views_in_blocks_is_the_step_on_pixels(
 
     Tensors have the same names and shapes, and whoever asks for blocks takes pixels, too.
     """
-    monkeypatch.setitem(resnet.STAGES, "resnet18", (1,) * 4)
+    monkeypatch.setitem(resnet.ARCHITECTURES, "resnet18", short("resnet18"))
     images = torch.randint(0, 256, (2, 8, 8, 3), dtype=torch.uint8, device=DEVICE)
     batch = Batch(images, torch.arange(2, device=DEVICE))
     states, metrics = list[TrainState](), list[Tensor]()
@@ -169,7 +192,7 @@ def test_heads_multiply_split_values_of_the_standardized_weights() -> None:
     """And their gradient comes to the weights; with other bits than fp32's."""
     results = []
     for kernels, heads in (("reference", "fp32"), ("triton", "tf32x3")):
-        asked = config("gn", True, "blog", "fp32", kernels, heads)
+        asked = config("gn", True, "blog", "fp32", kernels, heads=heads)
         model = asked.model.model_copy(update={"ws": False})  # 19 layers less to standardize
         asked = asked.model_copy(update={"model": model})
         state = TrainState.create(asked, steps_per_epoch=2, device=DEVICE)
@@ -189,7 +212,7 @@ def test_heads_multiply_split_values_of_the_standardized_weights() -> None:
 def test_heads_of_split_values_are_refused_without_their_kernels(
     kernels: str, precision: str
 ) -> None:
-    asked = config("gn", True, "blog", precision, kernels, "tf32x3")
+    asked = config("gn", True, "blog", precision, kernels, heads="tf32x3")
     with pytest.raises(UsageError, match=r"engine\.heads: tf32x3 needs .* take engine\.heads=fp32"):
         TrainState.create(asked, steps_per_epoch=2)
 

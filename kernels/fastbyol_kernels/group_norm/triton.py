@@ -524,10 +524,10 @@ PER_THREAD_FORWARD, PER_THREAD_BACKWARD = 16, 8
 # time.
 WARPS = ((80 << 10, 8), (120 << 10, 16), (MAX_BYTES_BACKWARD, 32))
 # The cap that keeps 1,024 threads per SM: by itself ptxas gives the backward pass with a recomputed
-# ReLU 99 registers, which halves the bytes in flight. With the cap that kernel spills 16 to 48
+# ReLU 99 registers, which halves the bytes in flight. With the cap that kernel spills 16 to 56
 # bytes outside its loops, once per program.
 MAX_REGISTERS = 64
-SPILLS = {"_backward_kernel": f"maxnreg={MAX_REGISTERS}: 16 to 48 bytes, outside the loops"}
+SPILLS = {"_backward_kernel": f"maxnreg={MAX_REGISTERS}: 16 to 56 bytes, outside the loops"}
 # The size of a run, and few enough runs that combining them (K rows of G values) costs nothing.
 RUN_BYTES = 64 << 10
 MAX_RUNS = 64

@@ -66,7 +66,8 @@ def test_json_has_the_documented_keys_and_the_run_stays_as_it_was(
 def test_a_line_has_intervals_and_lines_say_how_it_goes(run, made: Path) -> None:
     code, out, err = run(made / "run", *FAST, "--per-class")
     assert code == 0
-    first, head, *rows = out.splitlines()
+    first, ranks, head, *rows = out.splitlines()
+    assert ranks.startswith("RankMe ")
     share = r"\d+\.\d% \(\d+\.\d to \d+\.\d\)"
     counts = r"finetune, 96 fitted, 96 scored, \d+ classes"
     assert re.fullmatch(rf".*run: {share}, top-5 {share} \({counts}\)", first)

@@ -4,7 +4,7 @@
 PYTHON ?= python3
 VENV := .venv
 CONSTRAINTS := constraints.txt
-EXTRAS := report,dev,ffcv,timm,onnx,tensorboard,wandb,mlflow,trackio
+EXTRAS := report,dev,ffcv,timm,onnx,umap,tensorboard,wandb,mlflow,trackio
 BIN := $(VENV)/bin
 DEMO := demo
 # Processes that run the tests, one file at a time each: three on two cores, since tests often wait.
@@ -54,7 +54,13 @@ $(VENV)/.python: $(VENV)/.system pyproject.toml $(CONSTRAINTS)
 	@$(TORCH) $(PIP) install --constraint $(CONSTRAINTS) setuptools --editable '.[$(EXTRAS)]'
 	@touch $@
 
-$(VENV)/.ready: $(VENV)/.python fastbyol/build_ffcv.py
+# Libraries whose models tests read weights of, in a folder of their own and without what they demand:
+# the one a second set of training libraries, the other torch 1.9.
+$(VENV)/.foreign: $(VENV)/.python
+	@$(PIP) install --no-deps --constraint $(CONSTRAINTS) --upgrade --target $(VENV)/foreign lightly solo-learn
+	@touch $@
+
+$(VENV)/.ready: $(VENV)/.python $(VENV)/.foreign fastbyol/build_ffcv.py
 	@$(BIN)/python -m fastbyol.build_ffcv
 	@touch $@
 

@@ -22,7 +22,7 @@ from fastbyol.config import Config, Resolved, resolve
 from fastbyol.errors import CollapsedError, FastbyolError, NoGraphError, UsageError
 
 if TYPE_CHECKING:
-    from fastbyol.api import convert, evaluate, export, fork, load_encoder, resume, train
+    from fastbyol.api import convert, embed, evaluate, export, fork, load_encoder, resume, train
     from fastbyol.engine.step import TrainState, train_step
 
 __version__ = "0.1.0"
@@ -36,6 +36,7 @@ __all__ = [
     "UsageError",
     "__version__",
     "convert",
+    "embed",
     "evaluate",
     "export",
     "fork",
@@ -53,6 +54,7 @@ _LAZY = {
     "train": "fastbyol.api",
     "resume": "fastbyol.api",
     "fork": "fastbyol.api",
+    "embed": "fastbyol.api",
     "evaluate": "fastbyol.api",
     "export": "fastbyol.api",
     "load_encoder": "fastbyol.api",

@@ -8,35 +8,40 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from fastbyol import config_io
 from fastbyol.config import Config, Resolved, resolve
 from fastbyol.data import convert as conversion
 from fastbyol.data import decoder as decoding
-from fastbyol.data import embedded, loader
 from fastbyol.data.beton_write import Mode, Progress
 from fastbyol.data.rgb import Resize
 from fastbyol.engine import capture, forking, trainer
 from fastbyol.engine import ranks as ranking
-from fastbyol.engine.device import pick_device
+from fastbyol.engine.device import fitting_threads, pick_device
 from fastbyol.engine.observer import Observer
-from fastbyol.engine.origin import source_file
-from fastbyol.engine.precision import choose_precision
+from fastbyol.engine.origin import source_of
+from fastbyol.engine.precision import choose_precision, native_unit
 from fastbyol.engine.step import TrainState
 from fastbyol.engine.trainer import Summary
 from fastbyol.engine.worker import launch_id, worker
 from fastbyol.errors import FastbyolError, UsageError, check_choice, quoted
+from fastbyol.evaluation import lidar as lidars
 from fastbyol.evaluation import protocol as protocols
+from fastbyol.evaluation.finetune import Recipe
 from fastbyol.evaluation.protocol import PROTOCOLS
+from fastbyol.evaluation.scored_data import ScoredData
 from fastbyol.loggers.observer import logged
 from fastbyol.loggers.sink import refuse_missing, with_loggers
 from fastbyol.model.adapter import Adapter, library_network
+from fastbyol.model.byol import Online, Target
 from fastbyol.model.resnet import ResNet
 from fastbyol.process import left_as_found
 from fastbyol.runs import checkpoint, consistency, inputs
@@ -62,8 +67,8 @@ def train(
     """Train ``config`` in the new run folder ``out`` (default: a new name under ``runs/``).
 
     Under torchrun all of its processes call this together, train the run together, and return the
-    same. With ``train.init_from`` training starts from another run's weights, and the new run's
-    ``config.toml`` names the checkpoint.
+    same. With ``train.init_from`` training starts from another run's weights, or with an encoder of
+    a library or a file (docs/init.md); the new run's ``config.toml`` names the file.
 
     Raises:
         UsageError: input that cannot work.
@@ -169,18 +174,18 @@ def _follow(processes: ranking.Alone | ranking.Processes) -> Summary:
 
 
 def _with_source(config: Resolved, observer: Observer | None) -> Resolved:
-    """Return ``config`` with ``train.init_from`` as a checkpoint's file.
+    """Return ``config`` with ``train.init_from`` as a file, or as weights' full name.
 
     A run's folder would not do, because its newest checkpoint changes.
     """
     if config.train.init_from is None:
         return config
-    file, warnings = source_file(Path(config.train.init_from))
+    source, warnings = source_of(config.train.init_from)
     if observer is not None:
         for warning in warnings:
             observer.note(warning)
     return config.model_copy(
-        update={"train": config.train.model_copy(update={"init_from": str(file)})}
+        update={"train": config.train.model_copy(update={"init_from": source})}
     )
 
 
@@ -327,8 +332,69 @@ def export(
         return exporting.export(Path(run), config, encoder, step, target, wishes)
 
 
+@left_as_found()
+def embed(
+    run: str | Path,
+    out: str | Path | None = None,
+    *,
+    data: str | Path | None = None,
+    split: str | None = None,
+    weights: str = "trained",
+    projections: bool = False,
+    limit: int = 0,
+    picture: str | Path | None = None,
+    by: str = "pca",
+    image_field: str | None = None,
+    label_field: str | None = None,
+    device: str = "auto",
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Write the embeddings y of images by a run, not augmented, and a picture of them.
+
+    Args:
+        out: a file that ends in .npz or .parquet.
+        data: images, a beton or what ``convert`` reads; default: the run's own.
+        split: of ``data``, or train or test of the run's own; default: test.
+        weights: as in ``load_encoder``.
+        projections: whether to write the projections z instead.
+        limit: the most images, chosen alike for all runs; 0: all, of the run's own as many as it
+            used.
+        picture: a file that ends in .png or .html.
+        by: how the picture lays them out, pca or umap.
+        image_field, label_field: fields of the images' file; default: the run's.
+        device: auto, cpu, cuda or cuda:N.
+        overwrite: replace files that exist.
+
+    Returns a dict with at least ``num_images``, ``dim``, ``out``, ``picture``, ``notes`` and what
+    the file says of its origin. Raises UsageError for input that cannot work, and FastbyolError
+    for a full disk or embeddings that are not finite.
+    """
+    with warnings.catch_warnings():  # libraries add filters when they are imported
+        from fastbyol.exports import embedding
+
+        wishes = embedding.Wishes(
+            out=None if out is None else Path(out),
+            picture=None if picture is None else Path(picture),
+            by=by, data=None if data is None else str(data), split=split, weights=weights,
+            projections=projections, limit=limit, image_field=image_field,
+            label_field=label_field, overwrite=overwrite,
+        )  # fmt: skip
+        wishes.check()
+        target = pick_device(device)
+        config, net, loaded = _load_net(Path(run), weights)
+        return embedding.write(Path(run), config, net.to(target), loaded, wishes, device=target)
+
+
 def _load(path: Path, weights: str) -> tuple[Resolved, ResNet | Adapter, int]:
     """Return configuration, engine's encoder and step of a run folder or checkpoint."""
+    config, net, loaded = _load_net(path, weights)
+    return config, net.encoder, 0 if loaded is None else int(loaded.meta["step"])
+
+
+def _load_net(
+    path: Path, weights: str
+) -> tuple[Resolved, Online | Target, checkpoint.Checkpoint | None]:
+    """Return configuration, network in eval mode and checkpoint of a run folder or checkpoint."""
     check_choice("weights", weights, WEIGHTS)
     if path.is_dir():
         with RunFolder.open(path, lock=False) as folder:
@@ -345,8 +411,8 @@ def _load(path: Path, weights: str) -> tuple[Resolved, ResNet | Adapter, int]:
     state = TrainState.create(config, steps_per_epoch=1, device="cpu")
     if loaded is not None and weights != "random":
         state.load_tensors(loaded.tensors)
-    encoder = (state.target if weights == "target" else state.online).encoder.float().eval()
-    return config, encoder, int(loaded.meta["step"]) if loaded is not None else 0
+    net = state.target if weights == "target" else state.online
+    return config, net.float().eval(), loaded
 
 
 @left_as_found()
@@ -390,80 +456,125 @@ def evaluate(
     run: str | Path,
     protocol: str = "blog",
     *,
+    data: str | Path | None = None,
     train_data: str | Path | None = None,
     test_data: str | Path | None = None,
     weights: str = "trained",
     device: str = "auto",
     image_field: str | None = None,
     label_field: str | None = None,
+    labels: float = 1.0,
+    epochs: int | None = None,
+    lr: float | Sequence[float] | None = None,
+    batch_size: int | None = None,
+    seed: int = 0,
+    note: Callable[[str], None] = lambda _: None,
+    lidar: bool = False,
+    lidar_images: int = lidars.IMAGES,
+    lidar_views: int = lidars.VIEWS,
 ) -> dict[str, Any]:
     """Measure the accuracy of a run's encoder under a ``protocol`` of ``evaluation.protocol``.
 
+    The run is not changed.
+
     Args:
-        protocol: blog, linear or knn.
+        protocol: blog, linear, knn or finetune.
+        data: another data set, of which the training part is fitted and the test part scored, both
+            whole.
         train_data: images to fit on, used whole, a beton or what ``convert`` reads; default: the
             run's own. ``blog`` ignores it.
         test_data: images to score on, used whole; default: the run's own.
         weights: as in ``load_encoder``.
         device: auto, cpu, cuda or cuda:N.
         image_field: field of both files; default: the run's.
-        label_field: field of both files; default: the run's.
+        label_field: field of both files; default: the run's, of ``data`` the only one.
+        labels: share of each class's images to fit that is used.
+        epochs, lr, batch_size: of ``finetune``; default: those of ``evaluation.finetune.Recipe``.
+            Of several learning rates the best on held-out training images is taken.
+        seed: of ``labels`` and ``finetune``.
+        note: called with lines on how ``finetune`` goes.
+        lidar: whether to measure LiDAR of the test images, too (``evaluation.lidar``); not with
+            ``finetune``.
+        lidar_images, lidar_views: how many images, and of each how many views.
 
-    Returns a dict with at least ``accuracy`` (percent), ``protocol``, ``step``, ``decoder`` (the
-    run's, or torchvision without FFCV) and ``notes``: lines on what limits the accuracy's meaning.
-    Raises UsageError for other words, and if the run's own files changed in the run's own fields.
+    Returns a dict with at least ``accuracy`` (percent), ``accuracy_low`` and ``accuracy_high`` (its
+    95 % interval), ``protocol``, ``step``, ``train_data`` and ``test_data`` (names), ``decoder``
+    (the run's, or torchvision without FFCV), ``notes`` (lines on what limits the accuracy's
+    meaning) and ``classes`` (``evaluation.protocol.evaluate``). Raises UsageError for other words,
+    and if the run's own files changed in the run's own fields.
     """
     check_choice("protocol", protocol, PROTOCOLS)
+    lidars.check(lidar_images, lidar_views)
+    if lidar and protocol == "finetune":
+        raise UsageError(
+            "--lidar: is of the run's encoder, and finetune trains another: leave it out"
+        )
+    recipe = _recipe(protocol, epochs, lr, batch_size, seed)
     target = pick_device(device)
-    config, encoder, step = _load(Path(run), weights)
-    data, pinned = config.data, inputs.of_run(Path(run))
+    config, net, loaded = _load_net(Path(run), weights)
+    pinned = inputs.of_run(Path(run))
     decoder = (
-        decoding.choose(data.decoder) if pinned is None else decoding.choose_again(pinned.decoder)
+        decoding.choose(config.data.decoder)
+        if pinned is None
+        else decoding.choose_again(pinned.decoder)
     )
-    named = data.model_copy(update={"split": None, "test_split": None})  # those are of its own
-    test_file = (
-        embedded.file_of(str(test_data), "test", named)
-        if test_data
-        else embedded.held_out_file(data)
+    images = ScoredData(
+        Path(run),
+        config.data,
+        None if data is None else str(data),
+        None if train_data is None else str(train_data),
+        None if test_data is None else str(test_data),
+        image_field,
+        label_field,
+        decoder,
     )
-    if test_file is None:
-        raise UsageError(f"{run}: the run has no test data: name a labelled beton with --test-data")
-
-    fields = {
-        "image_field": image_field or data.image_field,
-        "label_field": label_field or data.label_field,
-    }
-    if (fields["image_field"], fields["label_field"]) != (data.image_field, data.label_field):
-        pinned = None  # it pins the content of the run's own fields
-
-    def read(
-        name: str, file: Path, limit: int, *, named: bool, labels: loader.Labels
-    ) -> loader.Images:
-        own = file if named else inputs.own_data(Path(run), pinned, name, file, **fields)
-        size = data.size or config.views.size
-        return loader.read_all(
-            own,
-            workers=data.workers,
-            size=size,
-            limit=0 if named else limit,
-            decoder=decoder,
+    capture.make_cudnn_deterministic(target)
+    test = images.read("test")
+    # blog is fitted within the test set.
+    train = None if protocol == "blog" else images.read("train")
+    with fitting_threads(config) if protocol == "finetune" else nullcontext():
+        result = protocols.evaluate(
+            protocol,
+            net.to(target).encoder,
+            test=test,
+            train=train,
+            views=config.views,
+            device=target,
+            recipe=replace(recipe, dtype=_training_dtype(config, target)),
             labels=labels,
-            image_field=fields["image_field"],
-            label_field=fields["label_field"],
+            note=note,
         )
+    if lidar:
+        result |= lidars.measure(
+            net.encoder, net.projector, test.images, config.views,
+            device=target, num_images=lidar_images, num_views=lidar_views, rank=result["rank"],
+        )  # fmt: skip
+        result["notes"] += result.pop("lidar_notes")
+    step = 0 if loaded is None else int(loaded.meta["step"])
+    about = {"run": str(run), "step": step, "weights": weights, "decoder": decoder}
+    fitted = images.name("train") if result["num_repeated"] is not None else None
+    about |= {"train_data": fitted, "test_data": images.name("test")}
+    return {**about, "image_size": list(test.images.shape[1:3]), **result}
 
-    test = read("test", test_file, data.test_limit, named=test_data is not None, labels="needed")
-    train = None
-    if protocol != "blog":  # which is fitted within the test set
-        train_file = (
-            embedded.file_of(str(train_data), "train", named)
-            if train_data
-            else embedded.training_file(data)
-        )
-        train = read(
-            "train", train_file, data.limit, named=train_data is not None, labels="optional"
-        )
-    result = protocols.evaluate(
-        protocol, encoder.to(target), test=test, train=train, views=config.views, device=target
-    )
-    return {"run": str(run), "step": step, "weights": weights, "decoder": decoder, **result}
+
+def _recipe(
+    protocol: str,
+    epochs: int | None,
+    lr: float | Sequence[float] | None,
+    batch_size: int | None,
+    seed: int,
+) -> Recipe:
+    """Return ``finetune``'s recipe. Raises UsageError for what is out of range or not used."""
+    asked = {"--epochs": epochs, "--lr": lr, "--batch-size": batch_size}
+    name = next((name for name, value in asked.items() if value is not None), None)
+    if name is not None and protocol != "finetune":
+        raise UsageError(f"{name}: is of --protocol finetune, not {protocol}: leave it out")
+    lrs = None if lr is None else (lr,) if isinstance(lr, int | float) else tuple(lr)
+    values: dict[str, Any] = {"epochs": epochs, "lrs": lrs, "batch_size": batch_size, "seed": seed}
+    return Recipe(**{name: value for name, value in values.items() if value is not None})
+
+
+def _training_dtype(config: Resolved, device: torch.device) -> torch.dtype:
+    """Return bfloat16 for a run that trained in it, where ``device`` multiplies it natively."""
+    is_fast = config.train.precision == "bf16" and native_unit(device) is not None
+    return torch.bfloat16 if is_fast else torch.float32

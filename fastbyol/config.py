@@ -417,11 +417,11 @@ class TrainConfig(Model):
     device: Annotated[str, Option("--device", "auto|cpu|cuda[:N]")] = Field(
         "auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$"
     )
-    init_from: Annotated[str | None, Option("--init-from", "RUN")] = Field(
+    init_from: Annotated[str | None, Option("--init-from", "RUN|FILE|NAME")] = Field(
         None,
         min_length=1,
-        description="Run folder or checkpoint whose weights to start from, without its momentum "
-        "and step.",
+        description="Weights to start from: those of a run or checkpoint, without its momentum and "
+        "step; or an encoder's, of torchvision:NAME, timm:NAME or a file of weights.",
     )
     loss_scale: float = Field(
         1.0, gt=0.0, le=1e6, description="Factor on the loss (code: loss_constant_factor)."

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -25,7 +26,8 @@ from fastbyol.engine.compiling import compile_kernels
 from fastbyol.engine.device import fitting_threads
 from fastbyol.errors import FastbyolError, UsageError, quoted
 from fastbyol.evaluation.collapse import COLLAPSED_ABOVE
-from fastbyol.evaluation.supervised import supervised_accuracy
+from fastbyol.evaluation.intervals import Accuracy, accuracy_text
+from fastbyol.evaluation.supervised import RECIPE, supervised_accuracy
 from fastbyol.fleet import campaign
 from fastbyol.fleet.launch import Launch
 from fastbyol.registry.index import list_runs
@@ -58,11 +60,17 @@ def run(out: Path, *, seed: int = 0, console: Console) -> dict[str, Any]:
     random = api.evaluate(path, config.probe.protocol, weights="random")
     byol = api.evaluate(path, config.probe.protocol)
     _print_command(console, "the same encoder trained with labels")
+    ceiling = supervised(config)
     result = {
         "data": config.data.train,
         "random": random["accuracy"],
         "byol": byol["accuracy"],
-        "supervised": supervised(config),
+        "supervised": ceiling.percent,
+        "num_scored": {
+            "random": random["num_test"],
+            "byol": byol["num_test"],
+            "supervised": ceiling.num_scored,
+        },
         "protocol": config.probe.protocol,
         "run": str(path),
         "pair": _pair(out / "lars", config, console),
@@ -162,12 +170,13 @@ def _ending(curves: run_report.RunCurves) -> dict[str, Any]:
         "state": last["state"],
         "neg_cos": last["neg_cos"],
         "accuracy": last["accuracy"],
+        "num_scored": curves.accuracies.num_scored,
         "collapsed_in_epoch": collapsed,
     }
 
 
-def supervised(config: Config) -> float:
-    """Return the accuracy in percent of ``config``'s encoder trained with its images' labels."""
+def supervised(config: Config) -> Accuracy:
+    """Return the accuracy of ``config``'s encoder trained with its images' labels."""
     data, size = config.data, config.views.size
     test_file = embedded.held_out_file(data)
     assert test_file is not None
@@ -175,7 +184,8 @@ def supervised(config: Config) -> float:
     train = read(embedded.training_file(data), limit=data.limit)
     test = read(test_file, limit=data.test_limit)
     with fitting_threads(config):
-        return supervised_accuracy(config.model, train, test, config.views, seed=config.train.seed)
+        recipe = replace(RECIPE, seed=config.train.seed)
+        return supervised_accuracy(config.model, train, test, config.views, recipe=recipe)
 
 
 def _draw_pair(runs: dict[str, Path], out: Path) -> Path:
@@ -249,7 +259,7 @@ def _print(console: Console, result: dict[str, Any]) -> None:
     table = Table("encoder", "linear accuracy", box=None, title=None)
     table.columns[1].justify = "right"
     for name, key in (("random weights", "random"), ("BYOL", "byol"), ("supervised", "supervised")):
-        table.add_row(name, f"{result[key]:.1f}%")
+        table.add_row(name, accuracy_text(result[key], result["num_scored"][key]))
     console.print(table)
     ends = Table(
         "LARS without BatchNorm",
@@ -265,7 +275,7 @@ def _print(console: Console, result: dict[str, Any]) -> None:
             str(row["collapsed_in_epoch"] or "none"),
             row["state"],
             f"{row['neg_cos']:.4f}",
-            f"{row['accuracy']:.1f}%",
+            accuracy_text(row["accuracy"], row["num_scored"]),
         )
     console.print(ends)
     for picture in result["pictures"]:

@@ -15,10 +15,11 @@ import math
 import os
 import select
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.text import Text
 
@@ -26,6 +27,8 @@ from fastbyol.text import printable, printable_lines
 
 # A narrower table shows nothing. The terminal wraps longer lines.
 LEAST_WIDTH = 40
+# Longer cells push the others of their line aside, not those of all lines.
+_WIDEST = 60
 
 
 class _Plain(Console):
@@ -51,6 +54,17 @@ def is_live(shown: Console) -> bool:
 def say(*lines: str, err: bool = False) -> None:
     """Print ``lines``, each on one line, on standard output or, with ``err``, standard error."""
     print(*map(printable, lines), sep="\n", file=sys.stderr if err else sys.stdout)
+
+
+def print_table(lines: Sequence[Sequence[str]]) -> None:
+    """Print lines of equal length in columns. The terminal wraps what is too wide for it."""
+    cells = [[printable(cell) for cell in line] for line in lines]
+    widths = [min(max(map(cell_len, column)), _WIDEST) for column in zip(*cells, strict=True)]
+    for line in cells:
+        padded = (
+            cell + " " * (width - cell_len(cell)) for cell, width in zip(line, widths, strict=True)
+        )
+        say("  ".join(padded).rstrip())
 
 
 @contextmanager

@@ -20,3 +20,8 @@ def printable(text: str) -> str:
 def printable_lines(text: str) -> str:
     """Return ``text`` with each line ``printable``, keeping line ends and tabs."""
     return "\n".join("\t".join(map(printable, line.split("\t"))) for line in text.split("\n"))
+
+
+def utf8(text: str) -> str:
+    """Return ``text`` with a visible escape for each lone surrogate, which UTF-8 cannot hold."""
+    return text.encode("utf-8", "backslashreplace").decode()

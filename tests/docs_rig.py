@@ -19,15 +19,19 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import torch
+from torch import nn
 
 import source_files
 import untrained
-from fastbyol import api
+from fastbyol import api, config_io
 from fastbyol.data.convert import convert
 from fastbyol.exports import formats
 from fastbyol.files import cache_folder
+from fastbyol.model.byol import draw_networks
 from fastbyol_bench import results
 from sample_results import result
+from small import SETS
 
 ROOT = Path(__file__).resolve().parent.parent
 # Accounts of what was done, with the commands of their time.
@@ -214,6 +218,20 @@ def _exported(norm: str, path: Path) -> None:
     api.export(run, path, format=names[0])
 
 
+def _of_lightly(path: Path) -> None:
+    """Write an encoder of the small runs' size as lightly's example has it."""
+    config = config_io.load(preset="demo", sets=[*SETS, "data.train=textures"]).config
+    children = nn.Sequential(*draw_networks(config.model, 1)[0].encoder.children())
+    torch.save({f"backbone.{name}": t for name, t in children.state_dict().items()}, path)
+
+
+def _embedded(path: Path) -> None:
+    """Write the embeddings of an untrained encoder."""
+    run = path.with_name(f".{path.name}.run")
+    untrained.write_run(run, "data.train=textures", *_FEW)
+    api.embed(run, path)
+
+
 # What documents name, and what writes it: made where a command names it and nothing made it before.
 FILES: Mapping[str, Callable[[Path], object]] = {
     **dict.fromkeys(("train.beton", "test.beton", "moved.beton", "fake.beton"), _betons),
@@ -228,12 +246,14 @@ FILES: Mapping[str, Callable[[Path], object]] = {
     "cifar-10-batches-py": _within(source_files.cifar10),
     "MNIST_FOLDER": source_files.idx,
     "arrays.npz": source_files.npz,
+    **dict.fromkeys(("y.npz", "y.parquet"), _embedded),
     "X_train.npy": _arrays,
     **dict.fromkeys(("lr.toml", "GRID.toml"), _documented_grid),
     **dict.fromkeys(("old.json", "new.json", "A", "B"), _result),
     "kinds": _kinds,
     "bench/fastbyol_bench": lambda path: path.symlink_to(ROOT / "bench" / "fastbyol_bench"),
     "study": Path.mkdir,
+    "lightly.pth": _of_lightly,
     "runs/mine/exports/timm.pth": partial(_exported, "gn"),
     **{
         f"runs/mine/exports/{name}": partial(_exported, "bn")

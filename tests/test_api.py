@@ -96,6 +96,9 @@ WORDS: dict[str, tuple[Callable[[Path, Any], Any], str]] = {
     "evaluate(weights)": (lambda run, word: api.evaluate(run, weights=word), "target"),
     "evaluate(protocol)": (lambda run, word: api.evaluate(run, word), "linear"),
     "evaluate(device)": (lambda run, word: api.evaluate(run, device=word), "cuda"),
+    "embed(weights)": (lambda run, word: api.embed(run, run / "y.npz", weights=word), "target"),
+    "embed(by)": (lambda run, word: api.embed(run, run / "y.npz", by=word), "umap"),
+    "embed(device)": (lambda run, word: api.embed(run, run / "y.npz", device=word), "cuda"),
     "export(weights)": (lambda run, word: api.export(run, weights=word), "target"),
     "export(format)": (lambda run, word: api.export(run, format=word), "torchvision"),
     "protocol.check": (lambda run, word: protocol.check(word, test=None, train=None), "linear"),
@@ -165,6 +168,19 @@ def test_a_word_that_is_none_is_refused_and_the_right_ones_are_named(
     assert one_of_them in str(caught.value)
     if isinstance(caught.value, UsageError):
         assert "\n" not in str(caught.value)
+
+
+def test_lidar_comes_with_its_notes_and_not_with_finetune(run: Path) -> None:
+    result = api.evaluate(run, lidar=True, lidar_images=20, lidar_views=3)
+    assert (result["lidar_images"], result["lidar_views"]) == (20, 3)
+    assert 0 < result["lidar_y"] < 20
+    assert 0 < result["lidar_z"] < 9
+    assert any("LiDAR of 32 embeddings wants more images" in note for note in result["notes"])
+    assert not [key for key in api.evaluate(run) if "lidar" in key]
+    with pytest.raises(UsageError, match="--lidar: is of the run's encoder"):
+        api.evaluate(run, "finetune", lidar=True)
+    with pytest.raises(UsageError, match="--lidar-views 1"):
+        api.evaluate(run, lidar=True, lidar_views=1)
 
 
 def test_the_nearest_word_is_named(run: Path) -> None:
@@ -244,6 +260,8 @@ except fastbyol.UsageError:
     same("train, refused", before)
 fastbyol.evaluate(run, "linear")
 same("evaluate", before)
+fastbyol.embed(run, folder / "y.parquet", picture=folder / "y.png")
+same("embed", before)
 fastbyol.load_encoder(run)
 assert all(p.dtype == torch.float32 for p in fastbyol.load_encoder(run,
 weights="random").parameters())
@@ -266,5 +284,5 @@ def test_the_process_is_left_as_it_was_found(tmp_path: Path, how: str) -> None:
     )
     assert done.returncode == 0, done.stderr
     reports = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")]
-    assert len(reports) == 7
+    assert len(reports) == 8
     assert [line for line in reports if line[1]] == []

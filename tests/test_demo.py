@@ -14,6 +14,7 @@ from fastbyol import config_io, demo
 from fastbyol.ablations import plan
 from fastbyol.data import embedded
 from fastbyol.errors import NoGraphError, UsageError
+from fastbyol.evaluation.intervals import Accuracy
 from small import SETS
 from tiny import TINY
 
@@ -38,7 +39,7 @@ def test_the_second_call_goes_on_with_the_run_of_the_first(
     monkeypatch.setattr(demo, "_images", lambda _: "textures")
     monkeypatch.setattr(demo, "_pair", lambda *_: {})
     monkeypatch.setattr(demo, "_draw_pair", lambda _, out: out)
-    monkeypatch.setattr(demo, "supervised", lambda *_: 50.0)
+    monkeypatch.setattr(demo, "supervised", lambda *_: Accuracy(50.0, 64))
     monkeypatch.setattr(demo.run_report, "write", lambda *_, **__: [])
     no_graph.install(patch=monkeypatch.setattr)
 

@@ -59,6 +59,7 @@ PARSED = {
     r"--gpus|--nnodes|^torchrun|^srun": "several GPUs or machines",
     r"--launcher slurm": "SLURM; `make slurm-test` runs it",
     r"bench views step": "40 s; tests/bench/test_command.py types each suite with --quick",
+    r"--init-from (torchvision|timm):": "network; tests/engine/test_pretrained.py has the files",
     r"fastbyol demo": "minutes; tests/test_demo.py has its parts",
     r"^python -m fastbyol_bench": "minutes, or it writes into the checkout; tests/bench has each",
     r"^bench/|^bash bench/": "a GPU, or minutes; tests/bench/gpu has the calls",

@@ -59,7 +59,7 @@ def train(folder: Path) -> None:
         else:
             api.train(config, run)
         if seed not in supervised:
-            supervised[seed] = demo.supervised(config)
+            supervised[seed] = demo.supervised(config).percent
             write_text(folder / SUPERVISED, json.dumps(supervised) + "\n")
 
 

@@ -1,6 +1,6 @@
 """Tuned eager PyTorch: the best that it does without fused operations or graphs, as a peer.
 
-It uses torchvision's ResNet-18, bf16 by autocast, channels-last memory, and torch's multi-tensor
+It uses torchvision's ResNets, bf16 by autocast, channels-last memory, and torch's multi-tensor
 operations for SGD and the moving average.
 """
 
@@ -31,12 +31,12 @@ class StandardizedConv2d(nn.Conv2d):
         return F.conv2d(x, weight, None, self.stride, self.padding)
 
 
-def encoder(norm: str, ws: bool) -> nn.Module:
-    """Return torchvision's ResNet-18 with ``norm`` bn or gn, and standardized weights if ``ws``."""
-    from torchvision.models import resnet18
+def encoder(norm: str, ws: bool, name: str = "resnet18") -> Any:
+    """Return torchvision's ``name`` with ``norm`` bn or gn, and standardized weights if ``ws``."""
+    from torchvision import models
 
     layer = nn.BatchNorm2d if norm == "bn" else lambda channels: nn.GroupNorm(GROUPS, channels)
-    net: nn.Module = resnet18(norm_layer=layer)
+    net: Any = getattr(models, name)(norm_layer=layer)
     if ws:
         for module in net.modules():
             if isinstance(module, nn.Conv2d):
@@ -100,13 +100,14 @@ class EagerPeer:
         bf16: bool = True,
         compiled: bool = False,
         device: torch.device | str = "cpu",
+        network: str = "resnet18",
     ) -> EagerPeer:
         """Build the peer with ``optimizer`` sgd (lr 0.8, wd 1e-4) or lars (lr 0.2, wd 1.5e-6).
 
         With ``compiled``, torch.compile runs the forward passes.
         """
-        online, predictor = encoder(norm, ws), mlp(128, 512, 128, norm=True)
-        online.fc = mlp(512, 512, 128, norm=True)
+        online, predictor = encoder(norm, ws, network), mlp(128, 512, 128, norm=True)
+        online.fc = mlp(online.fc.in_features, 512, 128, norm=True)
         for module in (online, predictor):
             module.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         target = copy.deepcopy(online).requires_grad_(False)
@@ -161,15 +162,15 @@ def _wide(x: Tensor) -> Tensor:
     return x.float() if x.dtype == torch.bfloat16 else x
 
 
-def step_flop(size: int) -> int:
-    """Return the floating-point operations of one image's step at ``size`` pixels.
+def step_flop(size: int, network: str = "resnet18") -> int:
+    """Return the floating-point operations of one image's step of ``network`` at ``size`` pixels.
 
     They cover both views, the forward and backward passes, and the target's forward pass. torch
     counts convolutions and matrix products, here on two images.
     """
     from torch.utils.flop_counter import FlopCounterMode
 
-    peer = EagerPeer.create(bf16=False)
+    peer = EagerPeer.create(bf16=False, network=network)
     counter = FlopCounterMode(display=False)
     with counter:
         peer.step(torch.randn(2, 2, 3, size, size))

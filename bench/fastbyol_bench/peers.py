@@ -80,6 +80,7 @@ class Tuned:
     ws: bool = False
     compiled: bool = False
     beton: Path | None = None
+    network: str = "resnet18"
 
     def open(self, device: torch.device) -> Mapping[str, Callable[[], object]]:
         """Return the call ``step``."""
@@ -91,6 +92,7 @@ class Tuned:
             ws=self.ws,
             compiled=self.compiled,
             device=device,
+            network=self.network,
         )
         views = (
             resident(self.size, self.batch, device)

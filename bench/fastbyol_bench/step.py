@@ -8,6 +8,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 
 from fastbyol_bench import waterfall
 from fastbyol_bench.ceilings import floor
@@ -30,10 +31,12 @@ APART = "in a process of its own"
 
 
 def rows(setting: Setting) -> Iterator[Row]:
-    """Measure the steps of both methods, and the parts of ours."""
+    """Measure the steps of both methods, of two networks, and the parts of ours."""
     size, batch = (32, 2) if setting.quick else (96, 256 if setting.on_gpu else 64)
     yield from _bn(setting, size, batch)
-    yield from _gn(setting, size, batch)
+    yield from _one_peer(setting, "GN + WS, LARS", "gn_ws", size, batch)
+    yield from _one_peer(setting, "ResNet-50, BN, SGD", "bn", size, batch, "resnet50")
+    yield from _one_peer(setting, "ResNet-50, GN + WS, LARS", "gn_ws", size, batch, "resnet50")
     setting.note("step: waterfall")
     setting.waterfall = waterfall.measured(setting, size=size, batch=batch)
 
@@ -54,11 +57,16 @@ def _bn(setting: Setting, size: int, batch: int) -> list[Row]:
     ]
 
 
-def _gn(setting: Setting, size: int, batch: int) -> list[Row]:
-    name = f"GN + WS, LARS: step of {batch} images of {size} px"
-    sets = {FAST: [f"train.precision={fast_precision(setting.device)}", *METHODS["gn_ws"]]}
-    peers = {EAGER: Tuned(size, batch, norm="gn", ws=True, optimizer="lars")}
-    return _measured(setting, name, sets, peers, size, batch)
+def _one_peer(
+    setting: Setting, title: str, method: str, size: int, batch: int, network: str = "resnet18"
+) -> list[Row]:
+    name = f"{title}: step of {batch} images of {size} px"
+    fast = [f"train.precision={fast_precision(setting.device)}", f"model.encoder={network}"]
+    tuned = Tuned(size, batch, network=network)
+    if method == "gn_ws":
+        tuned = replace(tuned, norm="gn", ws=True, optimizer="lars")
+    sets = {FAST: [*fast, *METHODS[method]]}
+    return _measured(setting, name, sets, {EAGER: tuned}, size, batch, network)
 
 
 def _measured(
@@ -68,6 +76,7 @@ def _measured(
     peers: Mapping[str, Recipe],
     size: int,
     batch: int,
+    network: str = "resnet18",
 ) -> list[Row]:
     """Measure our step with each of ``sets``, FAST first, against ``peers``, in turns."""
     calls = setting.calls_per_reading
@@ -86,7 +95,7 @@ def _measured(
         variants += [
             Variant(key, peer.caller("step", calls), batch) for key, peer in started.items()
         ]
-        flop = step_flop(size) * batch
+        flop = step_flop(size, network) * batch
         floors = {
             v.name: floor(ceiling, flop=flop, bf16=v.name not in (FP32, BLOG)) for v in variants
         }

@@ -7,8 +7,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from fastbyol.cli.options import Json, RunOrFile
-from fastbyol.cli.train import Weights
+from fastbyol.cli.options import Json, RunOrFile, Weights
 from fastbyol.errors import size_text
 from fastbyol.output import print_json, say
 

@@ -19,6 +19,8 @@ from fastbyol.cli import (
     data,
     data_marker,
     doctor,
+    embed,
+    evaluate,
     explain,
     export,
     fork,
@@ -56,7 +58,8 @@ app.command()(train.train)
 app.command()(train.resume)
 app.command()(fork.fork)
 app.command()(watch.watch)
-app.command("eval")(train.evaluate)
+app.command("eval")(evaluate.evaluate)
+app.command()(embed.embed)
 app.command()(export.export)
 app.command()(train.report)
 app.command()(explain.explain)

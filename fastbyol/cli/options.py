@@ -44,6 +44,10 @@ RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]
 RunOrFile = Annotated[
     Path, typer.Argument(metavar="RUN", help="A run folder or a checkpoint file.")
 ]
+Weights = Annotated[
+    Literal["trained", "target", "random"],
+    typer.Option(help="Of the online network, of the target network, or as the seed drew them."),
+]
 Device = Annotated[str, typer.Option(metavar="auto|cpu|cuda[:N]")]
 ConfigFile = Annotated[
     Path | None, typer.Option("--config", metavar="FILE", help="TOML file over the preset.")

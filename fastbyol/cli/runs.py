@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.cells import cell_len
 from typer.core import TyperGroup
 
 from fastbyol.cli.options import Json
 from fastbyol.errors import UsageError
-from fastbyol.output import print_json, say
+from fastbyol.output import print_json, print_table, say
 from fastbyol.text import printable
 
 if TYPE_CHECKING:
@@ -21,8 +19,6 @@ if TYPE_CHECKING:
 _DEFAULT = "list"
 # Those of a sweep or an ablation lie so deep: runs/POINT/SEED.
 _DEPTH = 3
-# Longer cells push the others of their line aside, not those of all lines.
-_WIDEST = 60
 _COLUMNS = {
     "name": "run", "status": "status", "epochs": "epochs", "state": "state",
     "neg_cos": "neg cos", "accuracy": "accuracy",
@@ -108,24 +104,13 @@ def list_(
     named = [selection.Condition.parse(typed).key for typed in where or ()]
     keys = [*named, *([] if sort is None else [sort]), *(show or ())]
     titles = _COLUMNS | {key: key for key in keys if key not in _COLUMNS}
-    _print_table([list(titles.values()), *([_cell(row, key) for key in titles] for row in rows)])
+    print_table([list(titles.values()), *([_cell(row, key) for key in titles] for row in rows)])
 
 
 def _cell(row: Row, key: str) -> str:
     from fastbyol.registry.row import in_words
 
     return f"{row.epochs_done}/{row.epochs}" if key == "epochs" else in_words(row, key)
-
-
-def _print_table(lines: Sequence[Sequence[str]]) -> None:
-    """Print lines of equal length in columns. The terminal wraps what is too wide for it."""
-    cells = [[printable(cell) for cell in line] for line in lines]
-    widths = [min(max(map(cell_len, column)), _WIDEST) for column in zip(*cells, strict=True)]
-    for line in cells:
-        padded = (
-            cell + " " * (width - cell_len(cell)) for cell, width in zip(line, widths, strict=True)
-        )
-        say("  ".join(padded).rstrip())
 
 
 @app.command()
@@ -152,7 +137,7 @@ def compare(
     if as_json:
         print_json({**compared.as_json(), "page": None if drawn is None else str(drawn)})
         return
-    _print_table(compared.table())
+    print_table(compared.table())
     if drawn is not None:
         say("", str(drawn))
 

@@ -1,4 +1,4 @@
-"""The commands that make, continue and measure runs: train, resume, eval, demo, report."""
+"""The commands that make and continue runs and draw them: train, resume, demo, report."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -15,16 +15,12 @@ from rich.console import Console
 from fastbyol import config_io
 from fastbyol.cli.options import (
     ConfigFile,
-    Device,
     Endpoint,
     Gpus,
-    ImageField,
     Json,
-    LabelField,
     LogTo,
     Nodes,
     Processes,
-    RunOrFile,
     RunPath,
     Sets,
     config_flags,
@@ -257,63 +253,6 @@ def resume(
         ),
     )
     finish(summary, console, as_json)
-
-
-Protocol = Annotated[
-    Literal["blog", "linear", "knn"], typer.Option(help="How accuracy is measured.")
-]
-TrainData = Annotated[
-    Path | None, typer.Option("--train-data", metavar="FILE", help="Fit on this (linear, knn).")
-]
-TestData = Annotated[
-    Path | None, typer.Option("--test-data", metavar="FILE", help="Score on this.")
-]
-Weights = Annotated[
-    Literal["trained", "target", "random"],
-    typer.Option(help="Of the online network, of the target network, or as the seed drew them."),
-]
-
-
-def evaluate(
-    run: RunOrFile,
-    protocol: Protocol = "blog",
-    train_data: TrainData = None,
-    test_data: TestData = None,
-    weights: Weights = "trained",
-    image_field: ImageField = None,
-    label_field: LabelField = None,
-    device: Device = "auto",
-    as_json: Json = False,
-) -> None:
-    """Measure the accuracy of a run's encoder."""
-    from fastbyol import api
-
-    if protocol == "blog" and train_data is not None:
-        say(
-            "--train-data: not looked at, the blog protocol fits within the test set; linear and "
-            "knn take it",
-            err=True,
-        )
-    result = api.evaluate(
-        run,
-        protocol,
-        train_data=train_data,
-        test_data=test_data,
-        weights=weights,
-        device=device,
-        image_field=image_field,
-        label_field=label_field,
-    )
-    for note in result["notes"]:
-        say(note, err=True)
-    if as_json:
-        print_json(result)
-        return
-    counts = (
-        f"{result['num_train']} fitted, {result['num_test']} scored, {result['num_classes']} "
-        "classes"
-    )
-    say(f"{run}: {result['accuracy']:.2f}% ({protocol}, {counts})")
 
 
 def demo(

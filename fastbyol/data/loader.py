@@ -242,6 +242,25 @@ def read_all(
         return Images(_decode(images, chosen, where, shared), targets, info.class_names)
 
 
+def read_in_order(
+    info: BetonInfo, chosen: Tensor, *, batch_size: int, workers: int, size: int, decoder: str
+) -> Generator[Tensor]:
+    """Yield the samples ``chosen``, int64 (N,), as uint8 (B, H, W, 3) on the cpu.
+
+    A thread decodes a few batches ahead, so that no more are in memory. The rest is as in
+    ``read_all``.
+    """
+    with Decoder(info, size=size, workers=workers, in_memory=False, decoder=decoder) as images:
+
+        def decoded() -> Iterator[Tensor]:
+            for ids in torch.split(chosen, batch_size):
+                batch = _host_images(len(ids), images, CPU)
+                images.decode(ids.numpy(), batch.numpy())
+                yield batch
+
+        yield from prefetch(decoded(), name=str(info.path))
+
+
 def _inspected(
     file: str | Path | BetonInfo,
     image_field: str | None,

@@ -116,7 +116,7 @@ def _opened(path: Path, name: str, root: Path | None, options: dict[str, object]
     # A folder that is named is read only: nothing is put beside the user's files.
     for download in (False, True) if root is None else (False,):
         try:
-            with _patience():
+            with patience():
                 folder.mkdir(parents=True, exist_ok=True) if download else None
                 return make(str(folder), download=download, **options)
         except Exception as error:  # torchvision and its downloads raise anything
@@ -151,8 +151,8 @@ def _files_wanted(make: Any) -> str:
 
 
 @contextlib.contextmanager
-def _patience() -> Iterator[None]:
-    """Limit the wait for a silent network while the body runs."""
+def patience() -> Iterator[None]:
+    """Stop waiting for a silent network after ``NETWORK_S`` while the body runs."""
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(NETWORK_S)
     try:

@@ -22,7 +22,7 @@ from fastbyol.optim.momentum import Update, carry_over
 from fastbyol.optim.schedule import at
 from fastbyol.runs import checkpoint, consistency, environment, inputs
 from fastbyol.runs.checkpoint import Checkpoint
-from fastbyol.runs.folder import CHECKPOINTS, CONFIG, RunFolder
+from fastbyol.runs.folder import CHECKPOINTS, CONFIG, FIRST_WEIGHTS, RunFolder
 from fastbyol.runs.fork import Plan, building, copy_records, origin_of
 from fastbyol.runs.inputs import META, Inputs
 from fastbyol.runs.metrics import last_step, read_events
@@ -66,8 +66,10 @@ def begin(asked: Plan, out: Path) -> RunFolder:
     keeps_engine = not {"engine.mode", "engine.kernels", "train.device"} & asked.changes.keys()
     with RunFolder.open(asked.parent, lock=False) as parent:
         mode = parent.kept_mode if keeps_engine else None
+        first_weights = parent.env.get(FIRST_WEIGHTS)
     with building(out, asked.config, asked.origin) as folder:
-        folder.keep_inputs(pinned, environment.made_by(pick_device(asked.config.train.device)))
+        made_by = environment.made_by(pick_device(asked.config.train.device))
+        folder.keep_inputs(pinned, made_by, first_weights)
         folder.keep_fork(origin_of(asked, saved.digest).as_json(), mode)
         records = copy_records(asked.parent, saved.meta["telemetry"], folder.path, ends=ends)
         meta = {**saved.meta, "config": folder.config_text, META: pinned.as_json()}

@@ -18,6 +18,7 @@ from fastbyol.engine import capture, guards, origin
 from fastbyol.engine import ranks as ranking
 from fastbyol.engine.device import pick_device
 from fastbyol.engine.observer import Observer, Start
+from fastbyol.engine.origin import FirstWeights
 from fastbyol.engine.ranks import Alone, Ranks
 from fastbyol.engine.replay import with_replayed_rates
 from fastbyol.engine.step import LAYER_METRICS, METRICS, TrainState, share_of
@@ -138,12 +139,16 @@ class Session:
 
 
 class _Saved(NamedTuple):
-    """The progress and versions, telemetry's record and engine's mode of an earlier process."""
+    """The progress and versions, telemetry's record and engine's mode of an earlier process.
+
+    ``first`` are the weights that a run without one starts from.
+    """
 
     progress: Progress
     made_by: Mapping[str, Any]
     recorded: Mapping[str, Sequence[Any]] | None = None
     mode: str | None = None
+    first: FirstWeights | None = None
 
 
 class Terms(NamedTuple):
@@ -241,7 +246,8 @@ class Preparation:
             self._refuse_full_disk(state, steps=total_steps - saved.progress.step)
         # Nothing speaks against the run any more: what it is made from is written down.
         if made_from != self.pinned:
-            self.folder.keep_inputs(made_from, made_by)
+            first = None if saved.first is None else saved.first.as_json()
+            self.folder.keep_inputs(made_from, made_by, first)
         if config != self.folder.config:
             self.folder.keep_paths(config)
         self._announce(train, batches, state, saved.progress.step)
@@ -353,9 +359,11 @@ class Preparation:
             self._refuse_changed(made_with, folder.path / "env.json")
         if source is None:
             return _Saved(Progress(), folder.env), None
-        weights = origin.copy_weights(state, Path(source))
-        self._refuse_other(f"{source}: the checkpoint to start from", "weights", weights)
-        return _Saved(Progress(), folder.env), weights
+        first = origin.copy_weights(state, source, self.config.views)
+        self._refuse_other(f"{source}: the weights to start from", "weights", first.digest)
+        for line in first.lines():
+            self.observer.note(line)
+        return _Saved(Progress(), folder.env, first=first), first.digest
 
     def _restore(self, state: TrainState) -> _Saved:
         """Fill ``state`` from the newest checkpoint that is sound and whose run's records are."""

@@ -17,6 +17,8 @@ from fastbyol.process import full_precision
 # of trained networks by .006 to .008 of their spread, and accuracies by .5 points of sampling's 3;
 # those of collapsed networks by 1 to 3 times the spread, and of random ones by .03 to .09.
 COMPARED = 64
+# Images a pass. Another number rounds otherwise.
+BATCH = 512
 MOST_ROUNDING = 0.02
 
 
@@ -52,7 +54,7 @@ def embed(
     config: ViewsConfig,
     *,
     device: torch.device | str,
-    batch_size: int = 512,
+    batch_size: int = BATCH,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Embed uint8 ``images`` (N, H, W, 3) with ``encoder`` on ``device``: float32 (N, D) there.
@@ -65,13 +67,7 @@ def embed(
         raise ValueError("no images to embed")
     device = torch.device(device)
     dtype = _dtype_of(encoder) if dtype is None else dtype
-    with (
-        eval_mode(encoder),
-        torch.inference_mode(),
-        torch.autocast(device.type, enabled=False),
-        full_precision(),
-    ):
-        # full_precision: TF32, a GPU's default, rounds convolutions to ten bits.
+    with inference(encoder, device):
         batches = (
             images[start : start + batch_size].to(device)
             for start in range(0, len(images), batch_size)
@@ -95,6 +91,21 @@ def check_finite(features: Tensor, name: str = "features") -> None:
             "diverged; "
             "go back to an earlier checkpoint or lower the learning rate"
         )
+
+
+@contextmanager
+def inference(module: nn.Module, device: torch.device) -> Iterator[None]:
+    """Put ``module`` in eval mode inside, and compute on ``device`` exactly and without gradients.
+
+    TF32, a GPU's default, rounds convolutions to ten bits.
+    """
+    with (
+        eval_mode(module),
+        torch.inference_mode(),
+        torch.autocast(device.type, enabled=False),
+        full_precision(),
+    ):
+        yield
 
 
 @contextmanager

@@ -1,8 +1,13 @@
-"""Confidence intervals of shares, such as right answers among images."""
+"""Confidence intervals of shares, such as right answers among images.
+
+They cover what other test images, drawn like these, would have changed. They say nothing of another
+seed, other training images or another training.
+"""
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 # The normal distribution's two-sided quantile for 95 %.
 Z95 = 1.959963984540054
@@ -29,6 +34,47 @@ def accuracy_interval(accuracy: float, num_scored: int) -> tuple[float, float]:
     """Return the 95 % interval of an ``accuracy`` on ``num_scored`` images, all in percent."""
     low, high = wilson(accuracy / 100 * num_scored, num_scored)
     return 100 * low, 100 * high
+
+
+def accuracy_text(accuracy: float, num_scored: int | None) -> str:
+    """Format ``accuracy`` in percent as ``62.0% (59.0 to 64.9)``, without ``num_scored`` alone."""
+    if not num_scored:
+        return f"{accuracy:.1f}%"
+    low, high = accuracy_interval(accuracy, num_scored)
+    return f"{accuracy:.1f}% ({low:.1f} to {high:.1f})"
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """The right answers in ``percent`` of ``num_scored`` images."""
+
+    percent: float
+    num_scored: int
+
+    def in_words(self) -> str:
+        """Return it with its interval."""
+        return accuracy_text(self.percent, self.num_scored)
+
+    def fields(self, name: str = "accuracy") -> dict[str, float]:
+        """Return ``name``, ``name_low`` and ``name_high``, as JSON has them."""
+        low, high = accuracy_interval(self.percent, self.num_scored)
+        return {name: self.percent, f"{name}_low": low, f"{name}_high": high}
+
+
+def paired_difference(
+    first_alone: int, second_alone: int, total: int, *, z: float = Z95
+) -> tuple[float, float]:
+    """Return the interval of the share ``first`` minus ``second``, both of the same ``total``.
+
+    Of these trials ``first_alone`` were hits of the first only, ``second_alone`` of the second. As
+    McNemar's test, it uses only them. Source: Agresti and Min, "Simple improved confidence
+    intervals for comparing matched proportions", 2005: Wald's interval with .5 added to each of the
+    four counts.
+    """
+    more, less, count = first_alone + 0.5, second_alone + 0.5, total + 2.0
+    difference = (more - less) / count
+    half = z * math.sqrt((more + less) - (more - less) ** 2 / count) / count
+    return max(-1.0, difference - half), min(1.0, difference + half)
 
 
 def difference_margin(

@@ -17,15 +17,16 @@ from fastbyol.evaluation.features import check_finite
 _CHUNK_ELEMENTS = 2**24
 
 
-def knn_predict(
+def knn_votes(
     bank: Tensor, labels: Tensor, queries: Tensor, *, k: int = 200, temperature: float = 0.1
-) -> Tensor:
-    """Predict the int64 labels (M,) of ``queries`` (M, D) from ``bank`` (N, D) and ``labels`` (N,).
+) -> tuple[Tensor, Tensor]:
+    """Return the votes for ``queries`` (M, D), float64 (M, K), and the labels that they are for.
 
-    A class's vote is its sum of exp(cosine / temperature) over the ``k`` nearest rows, N at most;
-    of equal classes the smallest label wins. Defaults are those of lightly and solo-learn; the
-    paper has k = 200 and temperature .07. A row of zeros has cosine 0 to everything. Raises
-    FastbyolError for features that are not finite, UsageError for an empty bank.
+    A class's vote is its sum of exp(cosine / temperature) over the ``k`` nearest rows, N at most,
+    of ``bank`` (N, D) with ``labels`` (N,), divided by exp(1 / temperature). Defaults are those of
+    lightly and solo-learn; the paper has k = 200 and temperature .07. A row of zeros has cosine 0
+    to everything. Raises FastbyolError for features that are not finite, UsageError for an empty
+    bank.
     """
     if not len(bank):
         raise UsageError(
@@ -44,22 +45,7 @@ def knn_predict(
         _votes(queries[start : start + chunk] @ bank.T, index, len(classes), k, temperature)
         for start in range(0, len(queries), chunk)
     ]
-    predicted: Tensor = classes[torch.cat(votes).argmax(1)]
-    return predicted
-
-
-def knn_accuracy(
-    bank: Tensor,
-    labels: Tensor,
-    queries: Tensor,
-    query_labels: Tensor,
-    *,
-    k: int = 200,
-    temperature: float = 0.1,
-) -> float:
-    """Return the percentage of ``queries`` for which ``knn_predict`` gives ``query_labels``."""
-    predicted = knn_predict(bank, labels, queries, k=k, temperature=temperature)
-    return 100.0 * float((predicted == query_labels.to(predicted)).double().mean())
+    return torch.cat(votes), classes
 
 
 def _votes(cosine: Tensor, index: Tensor, num_classes: int, k: int, temperature: float) -> Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastbyol.errors import UsageError
 from fastbyol.evaluation.features import check_finite
@@ -108,6 +108,15 @@ def logistic_multinomial(
         problem, penalty.new_zeros(len(targets), len(penalty)), penalty.new_full((1, 1), tolerance)
     )
     return _classifier(solution.weights, shift, scale, classes, solution.converged)
+
+
+def linear_head(head: nn.Linear, classes: Tensor) -> LinearClassifier:
+    """Return a trained layer as the classifier of ``classes`` (K,), ascending int64 labels."""
+    weights, bias = head.weight.detach().double(), head.bias.detach().double()
+    ones = weights.new_ones(head.in_features)
+    return LinearClassifier(
+        weights, bias, torch.zeros_like(ones), ones, classes.to(weights.device), converged=True
+    )
 
 
 def _targets(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:

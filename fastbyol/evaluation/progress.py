@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from fastbyol.evaluation.intervals import accuracy_interval
+from fastbyol.evaluation.intervals import accuracy_text
 
 
 @dataclass(frozen=True)
@@ -46,10 +46,7 @@ class Accuracies:
 
     def shown(self, accuracy: float) -> str:
         """Format ``accuracy`` as ``62.0% (59.0 to 64.9)``; the interval needs ``num_scored``."""
-        if not self.num_scored:
-            return f"{accuracy:.1f}%"
-        low, high = accuracy_interval(accuracy, self.num_scored)
-        return f"{accuracy:.1f}% ({low:.1f} to {high:.1f})"
+        return accuracy_text(accuracy, self.num_scored)
 
     def in_words(self) -> str:
         """Return all accuracies in one line, empty if nothing was probed."""

@@ -1,14 +1,15 @@
 """The protocols that score an encoder: which rows are fitted, which are scored, and by what.
 
-``blog`` fits the post's probe to a part of the test set and scores the rest. ``linear`` and ``knn``
-fit the training set; if that has no labels, they split the test set as ``blog`` does.
+``blog`` fits the post's probe to a part of the test set and scores the rest. ``linear``, ``knn``
+and ``finetune`` fit the training set; if it has no labels, they split the test set as ``blog``
+does.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -16,12 +17,22 @@ from torch import Tensor, nn
 
 from fastbyol.config import ViewsConfig
 from fastbyol.errors import UsageError, check_choice
+from fastbyol.evaluation.alpha import alpha_req
+from fastbyol.evaluation.answers import Answers
 from fastbyol.evaluation.features import agreeing_dtype, embed
-from fastbyol.evaluation.knn import knn_accuracy
-from fastbyol.evaluation.probe import logistic_multinomial, logistic_one_vs_rest
+from fastbyol.evaluation.finetune import Recipe, finetune, labels_of_each_class
+from fastbyol.evaluation.knn import knn_votes
+from fastbyol.evaluation.probe import (
+    LinearClassifier,
+    logistic_multinomial,
+    logistic_one_vs_rest,
+)
 from fastbyol.evaluation.rank import effective_rank
 
-PROTOCOLS = ("blog", "linear", "knn")
+PROTOCOLS = ("blog", "linear", "knn", "finetune")
+# With more classes than these the top-5 accuracy is measured, too.
+TOP = 5
+NO_TOP = ("top5_accuracy", "top5_accuracy_low", "top5_accuracy_high")
 BLOG_BATCH = 256
 
 
@@ -43,7 +54,8 @@ class LabelledImages(Protocol):
 class Embedded:
     """The embeddings to fit and to score, float32 (N, D), of ``rows`` under a protocol.
 
-    ``began``: when, by ``time.perf_counter``.
+    ``classifier`` is ``finetune``'s, trained with the encoder. ``began``: when, by
+    ``time.perf_counter``.
     """
 
     protocol: str
@@ -51,18 +63,23 @@ class Embedded:
     repeated: int | None
     fit: Tensor
     score: Tensor
+    classifier: LinearClassifier | None
     began: float
 
 
 @dataclass(frozen=True)
 class _Rows:
-    """The labelled images to fit and to score, and a description of their choice."""
+    """The labelled images to fit and to score, and a description of their choice.
+
+    ``names`` are those of labels.
+    """
 
     fit_images: Tensor
     fit_labels: Tensor
     score_images: Tensor
     score_labels: Tensor
     split: str
+    names: Mapping[int, str] = field(default_factory=dict)
     from_two_sets: bool = False
 
 
@@ -75,21 +92,32 @@ def evaluate(
     views: ViewsConfig,
     device: torch.device | str,
     dtype: torch.dtype = torch.float32,
+    recipe: Recipe | None = None,
+    labels: float = 1.0,
+    note: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
     """Measure the accuracy of ``encoder``, which is on ``device``, under ``protocol``.
 
-    Images are embedded in ``dtype`` if that agrees with the encoder's own. Accuracies are in
-    percent, ``train_accuracy`` is None for ``knn``. ``num_classes`` counts the fitted rows'
-    classes, ``num_repeated`` the scored images with the bytes of a fitted one (None within one
-    set), ``notes`` say what makes the accuracy meaningless, ``rank`` is the scored embeddings'
-    effective rank. Raises UsageError for data that the protocol cannot use and FastbyolError for
-    embeddings that are not finite.
+    Images are embedded in ``dtype`` if that agrees with the encoder's own. ``recipe`` is
+    ``finetune``'s, which trains a copy of the encoder and calls ``note`` with a line an epoch. The
+    share ``labels`` of each class's images to fit is used, chosen by the recipe's seed.
+
+    Accuracies are in percent, those that end in ``_low`` and ``_high`` the ends of their 95 %
+    intervals. ``top5_accuracy`` is None for five classes or fewer, ``train_accuracy`` for ``knn``.
+    ``classes`` has a row for each label among the scored images. ``num_classes`` counts the fitted
+    rows' classes, ``num_repeated`` the scored images with the bytes of a fitted one (None within
+    one set), ``notes`` say what makes the accuracy meaningless. ``rank`` is the scored embeddings'
+    effective rank, ``alpha``, ``alpha_r2`` and ``alpha_range`` are their ``PowerLaw``. Raises
+    UsageError for data that the protocol cannot use and FastbyolError for embeddings that are not
+    finite.
     """
+    recipe = recipe or Recipe()
     return score(
         embed_rows(
-            protocol, encoder, test=test, train=train, views=views, device=device, dtype=dtype
+            protocol, encoder, test=test, train=train, views=views, device=device, dtype=dtype,
+            recipe=recipe, labels=labels, note=note,
         )
-    )
+    )  # fmt: skip
 
 
 def embed_rows(
@@ -101,38 +129,50 @@ def embed_rows(
     views: ViewsConfig,
     device: torch.device | str,
     dtype: torch.dtype = torch.float32,
+    recipe: Recipe | None = None,
+    labels: float = 1.0,
+    note: Callable[[str], None] = lambda _: None,
     embed: Callable[..., Tensor] = embed,
 ) -> Embedded:
     """Do the first half of ``evaluate``, with ``embed`` in place of ``features.embed``."""
     check_choice("protocol", protocol, PROTOCOLS)
     began = time.perf_counter()
+    recipe, classifier = recipe or Recipe(), None
     rows = _choose(protocol, test, train)
+    if labels != 1.0:
+        rows = _with_labels(rows, labels, recipe.seed)
     repeated = _num_repeated(rows) if rows.from_two_sets else None
+    if protocol == "finetune":
+        images, targets = rows.fit_images, rows.fit_labels
+        encoder, classifier = finetune(encoder, images, targets, views, recipe, note)
     dtype = agreeing_dtype(encoder, rows.fit_images, views, dtype, device=device)
     fit, score = (
         embed(encoder, images, views, device=device, dtype=dtype)
         for images in (rows.fit_images, rows.score_images)
     )
-    return Embedded(protocol, rows, repeated, fit, score, began)
+    return Embedded(protocol, rows, repeated, fit, score, classifier, began)
 
 
 def score(embedded: Embedded) -> dict[str, Any]:
     """Do the second half of ``evaluate``: fit, score, and describe."""
     rows, repeated, fit, score = embedded.rows, embedded.repeated, embedded.fit, embedded.score
-    protocol = embedded.protocol
-    accuracy, train_accuracy = _accuracies(protocol, fit, rows.fit_labels, score, rows.score_labels)
+    answers, train_accuracy = _answers(embedded)
+    top = answers.accuracy(TOP) if len(answers.classes) > TOP else None
     return {
-        "protocol": protocol,
-        "accuracy": accuracy,
+        "protocol": embedded.protocol,
+        **answers.accuracy().fields(),
+        **(top.fields("top5_accuracy") if top else dict.fromkeys(NO_TOP)),
         "train_accuracy": train_accuracy,
         "num_train": len(fit),
         "num_test": len(score),
-        "num_classes": len(torch.unique(rows.fit_labels)),
+        "num_classes": len(answers.classes),
         "num_repeated": repeated,
         "notes": list(_notes(rows, repeated or 0)),
         "dim": fit.shape[1],
         "rank": effective_rank(score),
+        **alpha_req(score).as_json(),
         "split": rows.split,
+        "classes": answers.by_class(rows.names),
         "seconds": time.perf_counter() - embedded.began,
     }
 
@@ -169,15 +209,27 @@ def split_rows(labels: Tensor) -> tuple[Tensor, Tensor, str]:
     )
 
 
-def _accuracies(
-    protocol: str, fit: Tensor, fit_labels: Tensor, score: Tensor, labels: Tensor
-) -> tuple[float, float | None]:
-    if protocol == "knn":
-        return knn_accuracy(fit, fit_labels, score, labels), None
-    classifier = (logistic_one_vs_rest if protocol == "blog" else logistic_multinomial)(
-        fit, fit_labels
+def _answers(embedded: Embedded) -> tuple[Answers, float | None]:
+    """Fit what is not fitted yet; return its answers and its accuracy on the fitted rows."""
+    rows, fit, score = embedded.rows, embedded.fit, embedded.score
+    labels = rows.score_labels.to(score.device)
+    if embedded.protocol == "knn":
+        votes, classes = knn_votes(fit, rows.fit_labels, score)
+        return Answers(torch.where(votes > 0.0, votes, -torch.inf), classes, labels), None
+    classifier = embedded.classifier
+    if classifier is None:
+        solve = logistic_one_vs_rest if embedded.protocol == "blog" else logistic_multinomial
+        classifier = solve(fit, rows.fit_labels)
+    answers = Answers(classifier.decision(score), classifier.classes, labels)
+    return answers, classifier.score(fit, rows.fit_labels)
+
+
+def _with_labels(rows: _Rows, share: float, seed: int) -> _Rows:
+    """Return ``rows`` with ``share`` of those to fit, of each class."""
+    kept = labels_of_each_class(rows.fit_labels, share, seed)
+    return replace(
+        rows, fit_images=_select(rows.fit_images, kept), fit_labels=rows.fit_labels[kept]
     )
-    return classifier.score(score, labels), classifier.score(fit, fit_labels)
 
 
 def _notes(rows: _Rows, repeated: int) -> Iterator[str]:
@@ -231,13 +283,17 @@ def _chosen(protocol: str, test: LabelledImages, train: LabelledImages | None) -
     if protocol != "blog" and train is not None:
         fit_images, fit_labels = labelled_rows(train, "training data")
         if len(fit_labels):
-            labels = _renumbered(labels, test.class_names, train.class_names)
+            numbers = _numbers(test.class_names, train.class_names)
+            if numbers is not None:
+                labels = _renumbered(labels, numbers, len(train.class_names))
             return _Rows(
                 fit_images,
                 fit_labels,
                 images,
                 labels,
                 "training set and test set",
+                dict(enumerate(train.class_names))
+                | dict(zip(numbers or range(len(test.class_names)), test.class_names, strict=True)),
                 from_two_sets=True,
             )
     fit, score, split = split_rows(labels)
@@ -247,7 +303,10 @@ def _chosen(protocol: str, test: LabelledImages, train: LabelledImages | None) -
             "has one to fit "
             "and one to score: name a larger set with --test-data"
         )
-    return _Rows(_select(images, fit), labels[fit], _select(images, score), labels[score], split)
+    names = dict(enumerate(test.class_names))
+    return _Rows(
+        _select(images, fit), labels[fit], _select(images, score), labels[score], split, names
+    )
 
 
 def _select(images: Tensor, rows: Tensor) -> Tensor:
@@ -258,20 +317,22 @@ def _select(images: Tensor, rows: Tensor) -> Tensor:
     return images[rows.to(images.device)]
 
 
-def _renumbered(labels: Tensor, names: tuple[str, ...], fitted: tuple[str, ...]) -> Tensor:
-    """Translate ``labels`` (N,) of classes ``names`` into the numbers of the ``fitted`` names.
+def _numbers(names: tuple[str, ...], fitted: tuple[str, ...]) -> list[int] | None:
+    """Return the labels of classes ``names`` by the numbers of the ``fitted`` names.
 
     A folder that lacks a class numbers the others differently. Classes that were not fitted come
-    after those that were. Sets that share no name are compared by number.
+    after those that were. None for sets that share no name, which are compared by number.
     """
     if names == fitted or not set(names) & set(fitted):
-        return labels
+        return None
     numbers = {name: number for number, name in enumerate(fitted)}
-    highest = max(len(names), int(labels.max()) + 1)
-    translated = [numbers.get(name, len(fitted) + k) for k, name in enumerate(names)]
-    return torch.tensor([*translated, *range(len(fitted) + len(names), len(fitted) + highest)])[
-        labels
-    ]
+    return [numbers.get(name, len(fitted) + k) for k, name in enumerate(names)]
+
+
+def _renumbered(labels: Tensor, numbers: list[int], num_fitted: int) -> Tensor:
+    """Translate ``labels`` (N,) by ``numbers``; those beyond them come after all of them."""
+    first, more = num_fitted + len(numbers), max(0, int(labels.max()) + 1 - len(numbers))
+    return torch.tensor([*numbers, *range(first, first + more)])[labels]
 
 
 def labelled_rows(data: LabelledImages, name: str) -> tuple[Tensor, Tensor]:

@@ -11,6 +11,8 @@ from torch import Tensor
 
 # RankMe's epsilon, added to every share of the singular values.
 EPSILON = 1e-7
+# Differences between embeddings below this part of their length are float32's rounding.
+ROUNDING = 2.0**-23
 
 
 def effective_rank(features: Tensor) -> float:
@@ -25,8 +27,27 @@ def effective_rank(features: Tensor) -> float:
     x = features.double()
     product = x.T @ x if x.shape[0] >= x.shape[1] else x @ x.T
     singular = torch.linalg.eigvalsh(product).clamp_min(0.0).sqrt()
-    total = singular.sum()
+    return smooth_rank(singular)
+
+
+def relative_spread(features: Tensor) -> float:
+    """Return the root mean square distance of ``features`` (N, D) from their mean, by its length.
+
+    It tells what no rank does: how small the differences are. 0 if the mean is 0.
+    """
+    x = features.double()
+    mean = x.mean(0)
+    length = float(mean.norm())
+    return float((x - mean).square().sum(1).mean().sqrt()) / length if length else 0.0
+
+
+def smooth_rank(values: Tensor) -> float:
+    """Return exp of the entropy of the shares that ``values`` (D,) >= 0 have in their sum.
+
+    ``EPSILON`` is added to each share. Zeros have rank 0.
+    """
+    total = values.sum()
     if total == 0:
         return 0.0
-    shares = singular / total + EPSILON
+    shares = values / total + EPSILON
     return float((-(shares * shares.log()).sum()).exp())

@@ -22,6 +22,7 @@ from fastbyol.exports.formats import Format
 from fastbyol.exports.parity import Parity, data_name
 from fastbyol.runs import differences, inputs
 from fastbyol.runs.environment import env_of, package_version
+from fastbyol.runs.folder import FIRST_WEIGHTS
 from fastbyol.runs.metrics import METRICS_FILE, read_events
 from fastbyol.text import printable
 
@@ -294,7 +295,16 @@ def _origin(facts: Facts) -> list[str]:
     if model.foreign is None:
         other = "" if model.width == WIDTH else ", whose width is another"
         keys = f"torchvision's {model.encoder}{other}"
+    first = env.get(FIRST_WEIGHTS)
+    began = []
+    if isinstance(first, dict) and facts.weights != "random":
+        source, names, digest = (first.get(key) for key in ("source", "names", "digest"))
+        began = [
+            f"- Began with: {escaped(data_name(str(source)))}, {escaped(first.get('matched'))} "
+            f"tensors {escaped(names)}, digest {escaped(digest)}"
+        ]
     return [
+        *began,
         f"- Trained with: {made or 'not recorded'}",
         f"- Exported with: {now}",
         *([f"- Names of the weights: those of {keys}"] if facts.kind.is_state else []),

@@ -15,6 +15,7 @@ from fastbyol.errors import UsageError
 from fastbyol.registry.row import FIELDS, Row
 from fastbyol.registry.selection import known_keys
 from fastbyol.runs.durable import write_output
+from fastbyol.text import utf8
 
 # A text that begins so is a formula for spreadsheets, which may run programs.
 _FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n")
@@ -45,12 +46,8 @@ def _cell(value: object) -> str:
     if value is None:
         return ""
     if isinstance(value, str):
-        return _writable(f"'{value}" if value.startswith(_FORMULA) else value)
-    return _writable(config_io.toml_value(value))
-
-
-def _writable(text: str) -> str:
-    return text.encode("utf-8", "backslashreplace").decode()
+        return utf8(f"'{value}" if value.startswith(_FORMULA) else value)
+    return utf8(config_io.toml_value(value))
 
 
 def write_csv(rows: Sequence[Row], path: Path) -> None:
@@ -72,7 +69,7 @@ def write_parquet(rows: Sequence[Row], path: Path) -> None:
     for name in known_keys(rows):
         kind = _kind(name)
         cells = [_as_kind(row.value(name), kind) for row in rows]
-        arrays[_writable(name)] = pa.array(cells, pa.type_for_alias(kind))
+        arrays[utf8(name)] = pa.array(cells, pa.type_for_alias(kind))
     buffer = io.BytesIO()
     parquet.write_table(pa.table(arrays), buffer)
     write_output(path, buffer.getvalue())
@@ -101,5 +98,5 @@ def _as_kind(value: Any, kind: str) -> Any:
     if value is None or (kind == "int64" and not -(2**63) <= value < 2**63):
         return None
     if kind == "string":
-        return _writable(value if isinstance(value, str) else config_io.toml_value(value))
+        return utf8(value if isinstance(value, str) else config_io.toml_value(value))
     return float(value) if kind == "float64" else value

@@ -220,7 +220,7 @@ def _read(path: Path) -> Checkpoint:
         # open_regular refuses a pipe, which the library would wait for.
         with (
             open_regular(path) as opened,
-            safetensors.safe_open(_utf8_name(path, opened), framework="pt") as file,
+            safetensors.safe_open(utf8_name(path, opened), framework="pt") as file,
         ):
             text = (file.metadata() or {}).get(METADATA_KEY, "{}")
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
@@ -242,7 +242,7 @@ def _read(path: Path) -> Checkpoint:
     return Checkpoint(tensors, meta, path, record["digest"])
 
 
-def _utf8_name(path: Path, opened: BinaryIO) -> str:
+def utf8_name(path: Path, opened: BinaryIO) -> str:
     """Return a name in UTF-8, as safetensors requires, of the file ``opened`` at ``path``."""
     try:
         os.fsencode(path).decode()

@@ -23,7 +23,7 @@ from fastbyol.runs.lock import LOCK, Lock
 from fastbyol.runs.metrics import METRICS_FILE
 
 CONFIG, CHECKPOINTS = "config.toml", "checkpoints"
-ENGINE, FORK = "engine", "fork"
+ENGINE, FORK, FIRST_WEIGHTS = "engine", "fork", "first_weights"
 _log = logging.getLogger(__name__)
 
 
@@ -119,14 +119,21 @@ class RunFolder:
         """The run's pinned inputs, None where there are none."""
         return of_run(self.path)
 
-    def keep_inputs(self, inputs: Inputs, made_by: Mapping[str, str | None]) -> None:
+    def keep_inputs(
+        self,
+        inputs: Inputs,
+        made_by: Mapping[str, str | None],
+        first_weights: Mapping[str, Any] | None = None,
+    ) -> None:
         """Write the run's inputs to env.json, and the versions that it lacks.
 
-        Raises FastbyolError where the file cannot be written.
+        ``first_weights`` describes those in ``inputs``. Raises FastbyolError where the file cannot
+        be written.
         """
         self._keep(
             {
                 META: inputs.as_json(),
+                **({} if first_weights is None else {FIRST_WEIGHTS: first_weights}),
                 **{key: name for key, name in made_by.items() if key not in self.env},
             }
         )

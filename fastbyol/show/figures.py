@@ -39,8 +39,9 @@ STATE_COLOURS = {
     "recovering": "#d5eaf5",
     "dead": "#cfcfcf",
 }
-# Stands for black in an SVG. In a page it becomes the colour of the text, also on a dark page.
-INK = "#010203"
+# Stand for black and white in an SVG. In a page they become the colours of its text and its paper,
+# also on a dark page.
+INK, PAPER = "#010203", "#fefdfc"
 
 # Each colour of a picture is a CSS variable of the page: name -> (on a light page, on a dark page).
 PALETTE: Mapping[str, tuple[str, str]] = {
@@ -77,10 +78,10 @@ def available() -> bool:
     return importlib.util.find_spec("matplotlib") is not None
 
 
-def demand() -> None:
-    """Raise UsageError if matplotlib is missing."""
+def demand(what: str = "report") -> None:
+    """Raise UsageError if matplotlib, which draws ``what``, is missing."""
     if not available():
-        raise UsageError("report: matplotlib is not installed: pip install 'fastbyol[report]'")
+        raise UsageError(f"{what}: matplotlib is not installed: pip install 'fastbyol[report]'")
 
 
 def settings() -> Any:
@@ -104,7 +105,7 @@ def svg(figure: Figure) -> Markup:
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata=_NO_METADATA)
     text = buffer.getvalue()
-    text = text[text.index("<svg") :].replace(INK, "currentColor")
+    text = text[text.index("<svg") :].replace(INK, "currentColor").replace(PAPER, "var(--paper)")
     # matplotlib numbers groups anew in every figure: in one page these ids would clash. Nothing
     # refers to them.
     text = re.sub(r' id="[\w.]+_\d+"', "", text)

@@ -288,10 +288,10 @@ def _absolute(config: Resolved) -> Resolved:
     config = inputs.with_paths(config, config)
     if config.train.init_from is None:
         return config
-    from fastbyol.engine.origin import source_file
+    from fastbyol.engine.origin import source_of
 
-    file, _ = source_file(Path(config.train.init_from))
-    train = config.train.model_copy(update={"init_from": str(file)})
+    source, _ = source_of(config.train.init_from)
+    train = config.train.model_copy(update={"init_from": source})
     return config.model_copy(update={"train": train})
 
 

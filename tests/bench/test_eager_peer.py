@@ -52,22 +52,25 @@ def test_trains_what_the_posts_path_trains(optimizer: str) -> None:
             assert worst < 1e-8, f"{name}: {worst}"
 
 
-def test_standardized_encoder_is_ours() -> None:
-    peer, ours = encoder("gn", ws=True), Online(ModelConfig(norm="gn", ws=True)).encoder
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+def test_standardized_encoder_is_ours(name: str) -> None:
+    config = ModelConfig.model_validate({"encoder": name, "norm": "gn", "ws": True})
+    peer, ours = encoder("gn", ws=True, name=name), Online(config).encoder
     peer.fc = torch.nn.Identity()
     ours.load_state_dict(copy.deepcopy(peer.state_dict()))
     x = torch.randn(2, 3, 32, 32)
-    # float32 through twenty layers, both orders of summation.
+    # float32 through twenty and fifty layers, both orders of summation.
     torch.testing.assert_close(peer(x), ours(x), rtol=1e-3, atol=1e-3)
 
 
-def test_operations_of_a_step() -> None:
-    """333.1 M multiply-adds a view at 96 px; two views, three passes of the online network and one
-    of the target's.
+@pytest.mark.parametrize(("name", "per_view"), [("resnet18", 333.1e6), ("resnet50", 750.7e6)])
+def test_operations_of_a_step(name: str, per_view: float) -> None:
+    """333.1 M and 750.7 M multiply-adds a view at 96 px; two views, three passes of the online
+    network and one of the target's.
 
     Per view the stem takes no gradient of its input: 48 x 48 x 64 x 147 fewer.
     """
-    per_view, stem = 333.1e6, 48 * 48 * 64 * 147
-    assert step_flop(96) == pytest.approx(
+    stem = 48 * 48 * 64 * 147
+    assert step_flop(96, name) == pytest.approx(
         2 * 2 * (4 * per_view - stem), rel=0.005
     )  # 333.1 is rounded, heads differ in count

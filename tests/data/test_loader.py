@@ -17,10 +17,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import foreign_betons as foreign
+from fastbyol.data import beton, prefetch
 from fastbyol.data import loader as loading
-from fastbyol.data import prefetch
 from fastbyol.data.decoder import Decoder
-from fastbyol.data.loader import Batch, Loader, open_loader, read_all
+from fastbyol.data.loader import Batch, Loader, open_loader, read_all, read_in_order
 from fastbyol.data.order import permutation, subset
 from fastbyol.errors import FastbyolError, UsageError
 
@@ -85,6 +85,19 @@ def test_batches_are_the_orders_samples(cache: str, workers: int) -> None:
                 assert batch.images.dtype == torch.uint8
                 expected = np.stack([foreign.pixels("raw", i) for i in batch.ids.tolist()])
                 np.testing.assert_array_equal(pixels_of(batch).numpy(), expected)
+
+
+@pytest.mark.parametrize("name", ["raw", "jpg"])
+def test_samples_in_order_are_those_of_the_whole_set(name: str) -> None:
+    path = foreign.made() / f"{name}.beton"
+    chosen, whole = torch.arange(3, foreign.COUNT, 5), read_all(path, workers=1, size=foreign.SIZE)
+    parts = list(
+        read_in_order(
+            beton.inspect(path), chosen, batch_size=7, workers=1, size=foreign.SIZE, decoder="auto"
+        )
+    )
+    assert all(len(part) == 7 for part in parts[:-1])
+    assert torch.equal(torch.cat(parts), whole.images[chosen])
 
 
 @pytest.mark.usefixtures("no_thread_left")

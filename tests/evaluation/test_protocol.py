@@ -14,7 +14,7 @@ from fastbyol import views as view_ops
 from fastbyol.config import ViewsConfig
 from fastbyol.errors import FastbyolError, UsageError
 from fastbyol.evaluation.features import embed
-from fastbyol.evaluation.knn import knn_accuracy
+from fastbyol.evaluation.knn import knn_votes
 from fastbyol.evaluation.probe import logistic_multinomial, logistic_one_vs_rest
 from fastbyol.evaluation.protocol import PROTOCOLS, check, embed_rows, evaluate, split_rows
 
@@ -22,6 +22,11 @@ VIEWS = ViewsConfig(size=8, blur_kernel=3)
 KEYS = {
     "protocol",
     "accuracy",
+    "accuracy_low",
+    "accuracy_high",
+    "top5_accuracy",
+    "top5_accuracy_low",
+    "top5_accuracy_high",
     "train_accuracy",
     "num_train",
     "num_test",
@@ -30,7 +35,11 @@ KEYS = {
     "notes",
     "dim",
     "rank",
+    "alpha",
+    "alpha_r2",
+    "alpha_range",
     "split",
+    "classes",
     "seconds",
 }
 
@@ -139,13 +148,11 @@ class TestEvaluate:
     def test_knn(self, encoder: nn.Module) -> None:
         train, test = labelled(300, 2), labelled(200, 3)
         result = evaluate("knn", encoder, test=test, train=train, views=VIEWS, device="cpu")
-        expected = knn_accuracy(
-            features(encoder, train.images),
-            train.labels,
-            features(encoder, test.images),
-            test.labels,
+        votes, classes = knn_votes(
+            features(encoder, train.images), train.labels, features(encoder, test.images)
         )
-        assert result["accuracy"] == pytest.approx(expected, abs=0.51)
+        expected = 100.0 * (classes[votes.argmax(1)] == test.labels).double().mean()
+        assert result["accuracy"] == pytest.approx(float(expected), abs=0.51)
         assert result["train_accuracy"] is None
         assert set(result) == KEYS
 
@@ -199,7 +206,7 @@ class TestEvaluate:
             run(Images(one_class.images, torch.zeros(59, dtype=torch.int64)))
         with pytest.raises(UsageError, match="1 labelled images are too few"):
             run(Images(one_class.images[:1], torch.zeros(1, dtype=torch.int64)))
-        with pytest.raises(UsageError, match="'svm' is none of blog, linear, knn"):
+        with pytest.raises(UsageError, match="'svm' is none of blog, linear, knn, finetune"):
             evaluate("svm", encoder, test=one_class, train=None, views=VIEWS, device="cpu")
 
     @pytest.mark.parametrize("protocol", PROTOCOLS)

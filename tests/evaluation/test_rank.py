@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastbyol.evaluation.rank import EPSILON, effective_rank
+from fastbyol.evaluation.rank import EPSILON, effective_rank, relative_spread
 
 
 def by_formula(x: np.ndarray) -> float:
@@ -49,3 +49,10 @@ def test_zeros_have_no_direction() -> None:
 def test_length_does_not_matter(seed: int, factor: float) -> None:
     x = torch.randn(20, 8, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     assert effective_rank(x * factor) == pytest.approx(effective_rank(x), rel=1e-6)
+
+
+def test_the_spread_is_how_far_rows_are_from_their_mean() -> None:
+    x = torch.tensor([[3.0, 4.0], [3.0, 4.0]])
+    assert relative_spread(x) == 0.0
+    assert relative_spread(x + torch.tensor([[0.5, 0.0], [-0.5, 0.0]])) == pytest.approx(0.1)
+    assert relative_spread(torch.tensor([[1.0], [-1.0]])) == 0.0

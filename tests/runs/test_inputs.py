@@ -265,7 +265,7 @@ def test_the_checkpoint_to_start_from_is_pinned_before_the_first_own_one(
     shutil.copy(older, copy)
     text = refused(api.resume, tmp_path / "run")
     assert text.startswith(
-        f"{copy}: the checkpoint to start from: changed since {tmp_path / 'run'} was begun"
+        f"{copy}: the weights to start from: changed since {tmp_path / 'run'} was begun"
     )
     shutil.copy(source, copy)
     assert api.resume(tmp_path / "run").finished

@@ -31,7 +31,7 @@ TestData = Annotated[
 Labels = Annotated[
     float, typer.Option(metavar="SHARE", help="Fit on this share of each class, e.g. 0.1.")
 ]
-Epochs = Annotated[int | None, typer.Option(help="Of finetune. Default: 10.")]
+Epochs = Annotated[int | None, typer.Option(help="Of finetune. Default: 30.")]
 Lr = Annotated[
     list[float] | None,
     typer.Option(

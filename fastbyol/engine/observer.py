@@ -35,7 +35,10 @@ class StepReport:
 
 @dataclass(frozen=True)
 class EpochEnd:
-    """The message at an epoch's end; ``metrics`` are its means, ``accuracy`` is in percent."""
+    """The message at an epoch's end; ``metrics`` are its means.
+
+    ``accuracy`` is in percent of ``num_scored`` images, both None where nothing was probed.
+    """
 
     epoch: int
     epochs: int
@@ -44,6 +47,7 @@ class EpochEnd:
     eta_s: float
     state: str
     accuracy: float | None
+    num_scored: int | None
     metrics: Mapping[str, float]
 
 

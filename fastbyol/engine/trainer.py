@@ -36,6 +36,7 @@ from fastbyol.engine.telemetry import Telemetry, Unrecorded
 from fastbyol.engine.worker import worker
 from fastbyol.errors import CollapsedError, FastbyolError, NoGraphError, quoted
 from fastbyol.evaluation.collapse import CollapseMonitor
+from fastbyol.evaluation.intervals import Accuracy
 from fastbyol.evaluation.progress import Accuracies
 from fastbyol.process import exact_products, left_as_found
 from fastbyol.runs import checkpoint
@@ -167,6 +168,21 @@ def _train(
 
 
 @dataclass(frozen=True)
+class _Measured:
+    """A probe's accuracy in percent, the embeddings' effective rank, and how many it scored."""
+
+    accuracy: float | None = None
+    rank_y: float | None = None
+    num_scored: int | None = None
+
+    def fields(self) -> dict[str, float | None]:
+        """Return what an event has of it."""
+        if self.accuracy is None or self.num_scored is None:
+            return {"accuracy": None, "rank_y": None}
+        return {**Accuracy(self.accuracy, self.num_scored).fields(), "rank_y": self.rank_y}
+
+
+@dataclass(frozen=True)
 class Loop:
     """One rank's way through a run: its methods take the progress and return the new one.
 
@@ -248,13 +264,13 @@ class Loop:
         img_s, left_s = self.pace.update(step)
         try:
             with self._abortable():
-                accuracy, rank_y = self._probe(epoch)
+                measured = self._probe(epoch)
         except Stopped:
             # The steps are kept; a later process probes.
             self._save(progress)
             return progress
         if session.ranks.rank == 0:
-            progress = self._with_epoch(progress, epoch, means, accuracy, rank_y)
+            progress = self._with_epoch(progress, epoch, means, measured)
         progress = from_first(session.ranks, progress)
         message = EpochEnd(
             epoch,
@@ -263,7 +279,8 @@ class Loop:
             img_s,
             left_s,
             progress.state,
-            accuracy,
+            measured.accuracy,
+            measured.num_scored,
             means,
         )
         # An epoch is announced once its checkpoint is on the disk, whatever becomes of the process
@@ -278,15 +295,14 @@ class Loop:
         progress: Progress,
         epoch: int,
         means: Mapping[str, float],
-        accuracy: float | None,
-        rank_y: float | None,
+        measured: _Measured,
     ) -> Progress:
         """Return the progress with ``epoch``'s measures in it, and write its events."""
         step = progress.step
         monitor = CollapseMonitor.from_dict(progress.collapse)
         # Else there is nothing to observe.
         if self.telemetry.skipped_in_row < self.session.steps_per_epoch:
-            self._watch(monitor, step, means, rank_y)
+            self._watch(monitor, step, means, measured.rank_y)
         # Events of a step are written before its checkpoint, which remembers the file as it then
         # is.
         self.telemetry.event(
@@ -294,15 +310,14 @@ class Loop:
             step=step,
             epoch=epoch,
             state=monitor.state,
-            accuracy=accuracy,
-            rank_y=rank_y,
+            **measured.fields(),
             **means,
         )
         ended = Progress(
             step,
             owes_epoch_end=False,
             collapse=monitor.to_dict(),
-            accuracy=progress.accuracy if accuracy is None else accuracy,
+            accuracy=progress.accuracy if measured.accuracy is None else measured.accuracy,
             epoch_means=means,
         )
         if ended.ends_early(self.session.config.train, self.session.steps_per_epoch):
@@ -344,27 +359,23 @@ class Loop:
             return
         try:
             with self._abortable():
-                accuracy, rank, num_scored = self._evaluate(session.test)
+                measured = self._evaluate(session.test)
         except Stopped:
             return
         origin = {"weights": "given"} if session.config.train.init_from else {}
         self.telemetry.event(
-            "untrained", step=0, accuracy=accuracy, rank_y=rank, num_scored=num_scored, **origin
+            "untrained", step=0, **measured.fields(), num_scored=measured.num_scored, **origin
         )
 
-    def _probe(self, epoch: int) -> tuple[float | None, float | None]:
-        """Return accuracy in percent and rank of the embeddings.
-
-        Both are None in an epoch without a probe.
-        """
+    def _probe(self, epoch: int) -> _Measured:
+        """Return what ``_evaluate`` does; nothing in an epoch without a probe."""
         config, test = self.session.config, self.session.test
         every, is_last = config.probe.every_epochs, epoch + 1 == config.train.epochs
         if test is None or not (is_last or (every and (epoch + 1) % every == 0)):
-            return None, None
-        return self._evaluate(test)[:2]
+            return _Measured()
+        return self._evaluate(test)
 
-    def _evaluate(self, test: loader.Images) -> tuple[float, float, int]:
-        """Return accuracy in percent, effective rank of embeddings, and number of scored images."""
+    def _evaluate(self, test: loader.Images) -> _Measured:
         session = self.session
         result = evaluate_together(
             session.ranks,
@@ -377,7 +388,8 @@ class Loop:
         )
         # Six digits: the last ones depend on the number of threads, and a resumed run may have
         # others.
-        return float(result["accuracy"]), float(f"{result['rank']:.6g}"), int(result["num_test"])
+        rank = float(f"{result['rank']:.6g}")
+        return _Measured(float(result["accuracy"]), rank, int(result["num_test"]))
 
     def _save(self, progress: Progress, announce: Callable[[], None] = lambda: None) -> None:
         """Let a checkpoint be written that goes with the records; then ``announce``.

@@ -42,7 +42,7 @@ class Recipe:
     number out of its range.
     """
 
-    epochs: int = 10
+    epochs: int = 30
     batch_size: int = 64
     lrs: tuple[float, ...] = (0.05,)
     weight_decay: float = 0.0

@@ -61,22 +61,6 @@ class Accuracy:
         return {name: self.percent, f"{name}_low": low, f"{name}_high": high}
 
 
-def paired_difference(
-    first_alone: int, second_alone: int, total: int, *, z: float = Z95
-) -> tuple[float, float]:
-    """Return the interval of the share ``first`` minus ``second``, both of the same ``total``.
-
-    Of these trials ``first_alone`` were hits of the first only, ``second_alone`` of the second. As
-    McNemar's test, it uses only them. Source: Agresti and Min, "Simple improved confidence
-    intervals for comparing matched proportions", 2005: Wald's interval with .5 added to each of the
-    four counts.
-    """
-    more, less, count = first_alone + 0.5, second_alone + 0.5, total + 2.0
-    difference = (more - less) / count
-    half = z * math.sqrt((more + less) - (more - less) ** 2 / count) / count
-    return max(-1.0, difference - half), min(1.0, difference + half)
-
-
 def difference_margin(
     first: float, first_total: int, second: float, second_total: int, *, z: float = Z95
 ) -> float:

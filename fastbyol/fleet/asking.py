@@ -110,7 +110,7 @@ def _asked_again(entry: Entry, status: FolderStatus) -> Entry:
         failures = [*entry.row.get("failed_before", ()), entry.row.get("error", "no reason kept")]
         entry = entry.with_row(error=None, failed_before=failures)
     if status == "new" and entry.status != "new":  # whatever was made of it is gone
-        entry = entry.with_row(attempts=None, state=None, accuracy=None, step=None)
+        entry = entry.with_row(attempts=None, state=None, accuracy=None, num_scored=None, step=None)
     return entry.with_row(status=status)
 
 

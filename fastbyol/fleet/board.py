@@ -10,6 +10,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Column, Table
 from rich.text import Text
 
+from fastbyol.evaluation.intervals import accuracy_text
 from fastbyol.fleet.survey import Row, Survey, Surveyor
 from fastbyol.output import is_live
 from fastbyol.show.screen import STATE_STYLE, duration
@@ -46,7 +47,7 @@ def table(rows: Sequence[Row]) -> Table:
             f"{row.epochs_done}/{row.epochs}",
             Text(printable(row.state or ""), style=STATE_STYLE.get(row.state or "", "")),
             "" if row.neg_cos is None else f"{row.neg_cos:.4f}",
-            "" if row.accuracy is None else f"{row.accuracy:.1f}%",
+            "" if row.accuracy is None else accuracy_text(row.accuracy, row.num_scored),
             "" if row.img_s is None else f"{row.img_s:.0f}",
             row.worker or "",
         )

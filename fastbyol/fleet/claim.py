@@ -46,7 +46,7 @@ SIGN_BYTES = 4096
 _NEEDED: fields.Types = {"host": TEXT, "pid": WHOLE, "boot": TEXT, "stale_s": NUMBER}
 _MORE: fields.Types = {
     "job": TEXT, "on": TEXT, "step": WHOLE, "epoch": WHOLE, "state": TEXT, "neg_cos": NUMBER,
-    "accuracy": NUMBER, "img_s": NUMBER, "left_s": NUMBER, "ended": TEXT,
+    "accuracy": NUMBER, "num_scored": WHOLE, "img_s": NUMBER, "left_s": NUMBER, "ended": TEXT,
 }  # fmt: skip
 # A rename onto another's claim, or of a folder that whoever was faster has removed.
 _TOO_LATE = (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR, errno.ENOENT)

@@ -39,7 +39,7 @@ _NEEDED: fields.Types = {
 }  # fmt: skip
 _MORE: fields.Types = {
     "after": TEXT, "attempts": LIST, "step": WHOLE, "state": TEXT, "error": TEXT,
-    "failed_before": LIST, "accuracy": NUMBER, "seconds": NUMBER,
+    "failed_before": LIST, "accuracy": NUMBER, "num_scored": WHOLE, "seconds": NUMBER,
 }  # fmt: skip
 _NEEDED_OF_ATTEMPT: fields.Types = {"claim": WHOLE, "device": TEXT, "from_step": WHOLE}
 _MORE_OF_ATTEMPT: fields.Types = {

@@ -49,6 +49,7 @@ class Row:
     state: str | None = None
     neg_cos: float | None = None
     accuracy: float | None = None
+    num_scored: int | None = None
     img_s: float | None = None
     left_s: float | None = None
     worker: str | None = None
@@ -155,6 +156,7 @@ class Surveyor:
         base: dict[str, Any] = {
             "run": entry.name, "epochs": entry.epochs, "step": row.get("step", 0),
             "state": row.get("state"), "accuracy": row.get("accuracy"),
+            "num_scored": row.get("num_scored"),
             "attempts": len(entry.attempts),
         }  # fmt: skip
         if entry.status == "done":
@@ -186,7 +188,9 @@ class Surveyor:
         }  # fmt: skip
         base |= {
             name: sign[name]
-            for name in ("step", "state", "neg_cos", "accuracy", "img_s", "left_s")
+            for name in (
+                *("step", "state", "neg_cos", "accuracy", "num_scored", "img_s", "left_s"),
+            )
             if name in sign
         }
         stale_s = sign.get("stale_s", STALE_S)

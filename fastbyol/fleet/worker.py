@@ -34,6 +34,7 @@ from fastbyol.engine.device import pick_device
 from fastbyol.engine.observer import EpochEnd, Start, StepReport
 from fastbyol.engine.precision import choose_precision
 from fastbyol.errors import FastbyolError, NoGraphError, UsageError, chain, quoted
+from fastbyol.evaluation.intervals import accuracy_text
 from fastbyol.files import DISK_ERRORS
 from fastbyol.fleet import ledger
 from fastbyol.fleet.claim import (
@@ -160,10 +161,13 @@ class SignObserver:
 
     def epoch_end(self, message: EpochEnd) -> None:
         """Say what the epoch brought."""
-        measured = {"step": message.step, "img_s": message.img_s, "left_s": message.eta_s}
-        accuracy = {} if message.accuracy is None else {"accuracy": message.accuracy}
+        measured: dict[str, Any] = {
+            "step": message.step, "img_s": message.img_s, "left_s": message.eta_s,
+        }  # fmt: skip
+        if message.accuracy is not None:
+            measured |= {"accuracy": message.accuracy, "num_scored": message.num_scored}
         self._say(
-            **measured, **accuracy, epoch=message.epoch + 1, state=message.state,
+            **measured, epoch=message.epoch + 1, state=message.state,
             neg_cos=message.metrics["neg_cos"],
         )  # fmt: skip
 
@@ -423,9 +427,11 @@ class Worker:
         elif result.get("finished"):
             how = "done"
             kept = {key: result[key] for key in ("step", "state", "accuracy")}
+            kept["num_scored"] = scored = result["accuracies"]["num_scored"]
             fields |= {"status": "done", "error": None, **kept}
-            accuracy = "" if kept["accuracy"] is None else f", {kept['accuracy']:.1f}%"
-            what = f"done, {kept['state']}{accuracy}"
+            accuracy = kept["accuracy"]
+            shown = "" if accuracy is None else f", {accuracy_text(accuracy, scored)}"
+            what = f"done, {kept['state']}{shown}"
         else:
             if "finished" in result and self.pulse.reason is None:
                 self.pulse.reason = result["stopped_by"]

@@ -106,8 +106,8 @@ def check_name(config: ModelConfig) -> None:
     if name not in names:
         if library == "timm" and name.partition(".")[0] in names:
             raise UsageError(
-                f"model.encoder: {config.encoder}: its tag names weights, which are not loaded: "
-                f"take timm:{name.partition('.')[0]}"
+                f"model.encoder: {config.encoder}: its tag names weights, which --init-from "
+                f"begins with: take timm:{name.partition('.')[0]}"
             )
         near = [f"{library}:{each}" for each in nearest(name, names, most=3, least=0.5)]
         hint = f"; nearest: {', '.join(near)}" if near else ""

@@ -19,7 +19,7 @@ from fastbyol.runs.fork import Fork
 from fastbyol.runs.metrics import METRICS_FILE, is_finished, read_events
 
 # Of an ``epoch`` event: what is no measure, or has a field of its own.
-_OTHER = ("event", "step", "epoch", "state", "accuracy")
+_OTHER = ("event", "step", "epoch", "state", "accuracy", "accuracy_low", "accuracy_high")
 # Points of a small curve: more cannot be told apart in it.
 _POINTS = 60
 

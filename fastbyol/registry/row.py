@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, TypeGuard
 
 from fastbyol.config_io import toml_value
+from fastbyol.evaluation.intervals import accuracy_text
 from fastbyol.text import printable
 
 
@@ -89,10 +90,9 @@ def in_words(row: Row, key: str) -> str:
     value = row.value(key)
     if value is None:
         return "none" if key in row.settings else ""
-    if key == "accuracy" and row.accuracy_low is not None:
-        return f"{value:.1f}% ({row.accuracy_low:.1f} to {row.accuracy_high:.1f})"
     if "accuracy" in key:
-        return f"{value:.1f}%"
+        of_share = key not in ("accuracy_low", "accuracy_high") and 0 <= value <= 100
+        return accuracy_text(value, row.num_scored if of_share else None)
     if isinstance(value, float) and key not in row.settings:
         return f"{value:.4g}"
     return setting_text(value)

@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fastbyol.engine.observer import EpochEnd, Start, StepReport
+from fastbyol.evaluation.intervals import accuracy_text
 from fastbyol.output import is_live
 
 STATE_STYLE = {
@@ -73,7 +74,7 @@ class PlainDisplay:
 
     def epoch_end(self, message: EpochEnd) -> None:
         loss, pos, neg, std = cells(message.metrics)
-        accuracy = "" if message.accuracy is None else f" accuracy {message.accuracy:.1f}%"
+        accuracy = f" accuracy {text}" if (text := _accuracy(message)) else ""
         self._line(
             f"epoch {message.epoch + 1}/{message.epochs} loss {loss} pos_cos {pos} neg_cos {neg} "
             f"std {std} "
@@ -131,13 +132,16 @@ class LiveDisplay(PlainDisplay):
         ):
             table.add_column(name, justify="left" if name == "state" else "right")
         for row in self._epochs:
-            accuracy = "" if row.accuracy is None else f"{row.accuracy:.1f}%"
-            table.add_row(f"{row.epoch + 1}/{row.epochs}", *_row(row, accuracy))
+            table.add_row(f"{row.epoch + 1}/{row.epochs}", *_row(row, _accuracy(row)))
         if self._now is None or self._start is None:
             return Group(table)
         table.add_row(f"step {self._now.step}", *_row(self._now, ""))
         total = self._start.steps_per_epoch * self._start.epochs
         return Group(table, ProgressBar(total=total, completed=self._now.step, width=60))
+
+
+def _accuracy(message: EpochEnd) -> str:
+    return "" if message.accuracy is None else accuracy_text(message.accuracy, message.num_scored)
 
 
 def _row(message: EpochEnd | StepReport, accuracy: str) -> tuple[str | Text, ...]:

@@ -116,7 +116,7 @@ def test_the_best_run_is_one_path(run: Command) -> None:
     assert run("best", "runs", "--where", "optim.name=lars")[:2] == (0, "runs/c\n")
     code, out, err = run("best", "--by", "best_accuracy", "--where", "train.seed!=1")
     assert (code, out) == (0, "runs/c\n")
-    assert err == "best_accuracy 60.0%: the best of 2 runs that have it\n"
+    assert err == "best_accuracy 60.0% (50.2 to 69.1): the best of 2 runs that have it\n"
     assert run.json("best")["name"] == "b"
     assert "no run that --where asks for" in run.refusal("best", "--where", "accuracy>99")
     assert "lozz (--by): no such key; the nearest is loss" in run.refusal("best", "--by", "lozz")

@@ -41,6 +41,7 @@ def executed(path: Path, folder: Path, settings: str = "") -> Any:
         kernel_name="python3",
         resources={"metadata": {"path": str(folder)}},
         record_timing=False,
+        coalesce_streams=True,
     ).execute()
     notebook.metadata.language_info = {"name": "python"}
     return notebook

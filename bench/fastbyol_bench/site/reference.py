@@ -20,6 +20,9 @@ from pydantic.fields import FieldInfo
 
 import fastbyol
 from fastbyol import config_io
+from fastbyol.ablations.arms import arm
+from fastbyol.ablations.claims import CLAIMS
+from fastbyol.ablations.rules import in_words
 from fastbyol.cli import options
 from fastbyol.cli.ablate import NotReproduced
 from fastbyol.cli.main import app
@@ -304,6 +307,40 @@ def _meanings(meanings: Mapping[str, str]) -> Iterator[tuple[str, str]]:
     return ((code(name), escaped(text)) for name, text in meanings.items())
 
 
+# Claims
+
+
+def claims_page() -> str:
+    """Return the page of the post's claims: sentence, statements that a rule decides, runs."""
+    parts = [
+        "# Claims and rules",
+        "The post's claims, the statements by which runs are judged, and the settings of these "
+        "runs. [The post's appendix, reproduced](../appendix.md) has the verdicts. "
+        "`fastbyol ablate show C6` prints one claim, `fastbyol ablate run C6` trains what it "
+        "needs.",
+    ]
+    for claim in CLAIMS:
+        title = f"{claim.id} {claim.name}"
+        rules = [f"- {escaped(line.strip())}" for line in in_words(claim.id).splitlines()]
+        rows = (
+            (
+                code(name),
+                "control" if name in claim.controls else "arm",
+                escaped(arm(name).about),
+                "<br>".join(code(f"{key} = {value}") for key, value in arm(name).settings.items()),
+            )
+            for name in (*claim.arms, *claim.controls)
+        )
+        parts += [
+            f"## {escaped(title)}",
+            escaped(claim.says),
+            f"Judged from {claim.needs} seeds or more:",
+            "\n".join(rules),
+            table(("run", "kind", "what it is", "settings"), rows),
+        ]
+    return "\n\n".join(parts) + "\n"
+
+
 # Python
 
 
@@ -331,5 +368,6 @@ def pages() -> dict[str, str]:
         **{command_uri(words): text for words, text in command_pages().items()},
         "reference/configuration.md": configuration_page(),
         "reference/metrics.md": metrics_page(),
+        "reference/claims.md": claims_page(),
         "reference/python.md": python_page(),
     }

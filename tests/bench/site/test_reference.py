@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+from html import unescape
 from html.parser import HTMLParser
 
 import markdown
@@ -16,6 +17,8 @@ from hypothesis import strategies as st
 
 import fastbyol
 from fastbyol import config_io
+from fastbyol.ablations.claims import CLAIMS
+from fastbyol.ablations.rules import in_words
 from fastbyol.cli.main import app
 from fastbyol.engine.step import METRIC_MEANINGS, METRICS
 from fastbyol.runs.metrics import EVENTS, read_metrics
@@ -141,6 +144,17 @@ def test_events_are_those_that_runs_write() -> None:
     assert kinds | {"skipped"} == EVENTS.keys()
     _, events = read_metrics(ROOT / "tests" / "runs" / "old" / "finished")
     assert {event["event"] for event in events} <= EVENTS.keys()
+
+
+def test_every_claim_has_its_statements_and_runs() -> None:
+    page = reference.claims_page()
+    html = markdown.markdown(page, extensions=EXTENSIONS)
+    texts = [unescape(re.sub(r"<[^>]+>", "", item)) for item in re.findall(r"<li>.*?</li>", html)]
+    names = [row[0] for row in Rows(page).rows]
+    for claim in CLAIMS:
+        assert {*claim.arms, *claim.controls} <= set(names)
+        for line in in_words(claim.id).splitlines():
+            assert " ".join(line.split()) in texts
 
 
 def test_python_names_are_those_of_the_package() -> None:

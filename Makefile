@@ -4,7 +4,7 @@
 PYTHON ?= python3
 VENV := .venv
 CONSTRAINTS := constraints.txt
-EXTRAS := report,dev,ffcv,timm,onnx,umap,tensorboard,wandb,mlflow,trackio
+EXTRAS := report,dev,docs,ffcv,timm,onnx,umap,tensorboard,wandb,mlflow,trackio
 BIN := $(VENV)/bin
 DEMO := demo
 # Processes that run the tests, one file at a time each: three on two cores, since tests often wait.
@@ -30,7 +30,7 @@ TORCH = $(PIP) install uv && $(BIN)/uv pip install --quiet --python $(BIN)/pytho
   --constraint $(CONSTRAINTS) torch torchvision &&
 endif
 
-.PHONY: setup demo test lint types unit test-floor floor test-no-ffcv no-ffcv lowered lower faults docs-test slurm-test ray-test bench figures clean
+.PHONY: setup demo test lint types unit test-floor floor test-no-ffcv no-ffcv lowered lower faults docs-test docs slurm-test ray-test bench figures clean
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/.ready
@@ -107,9 +107,15 @@ lower: setup
 faults: setup
 	FASTBYOL_FAULTS=full $(BIN)/python -m pytest -s --timeout 14400 tests/faults
 
-# Runs every command line of README.md and docs; `make test` does, too.
+# Runs every command line of README.md and docs, the notebooks, and the site's build; `make test`
+# does, too.
 docs-test: setup
-	$(BIN)/python -m pytest tests/test_docs.py
+	$(BIN)/python -m pytest tests/test_docs.py tests/bench/site
+
+# The documentation site, in site/: some seconds. Anything broken in it is an error. `python -m
+# mkdocs serve` shows it while one writes.
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
 
 # The launcher on a real SLURM of this machine, which pre-empts jobs (tests/slurm/README.md). As root,
 # in some minutes.
@@ -133,4 +139,4 @@ figures: setup
 	$(BIN)/python -m fastbyol_bench.first_light bench/results/first_light
 
 clean:
-	rm -rf .venv .venv-floor .venv-no-ffcv $(DEMO) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-floor .venv-no-ffcv $(DEMO) build dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis

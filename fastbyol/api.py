@@ -40,6 +40,7 @@ from fastbyol.evaluation.protocol import PROTOCOLS
 from fastbyol.evaluation.scored_data import ScoredData
 from fastbyol.loggers.observer import logged
 from fastbyol.loggers.sink import refuse_missing, with_loggers
+from fastbyol.model.adapter import Adapter, library_network
 from fastbyol.model.byol import Online, Target
 from fastbyol.model.resnet import ResNet
 from fastbyol.process import left_as_found
@@ -272,10 +273,10 @@ def fork_path(asked: forks.Plan) -> Path:
 def load_encoder(run_or_file: str | Path, *, weights: str = "trained") -> nn.Module:
     """Return the encoder f of a run folder or a checkpoint file: in eval mode, float32, on the cpu.
 
-    It maps views (N, 3, S, S), normalised as ``views.plain`` does, to embeddings y (N, 8 * width).
+    It maps views (N, 3, S, S), normalised as ``views.plain`` does, to embeddings y (N, E).
     It is torchvision's ResNet made of torch's own operations (``model.ordinary``), without the
     engine's kernels and its statistics per view, so everything in torch works with it. ``fc`` is
-    free for a classifier.
+    free for a classifier. An encoder of timm or torchvision is the library's own network.
 
     ``weights``: "trained" of the online network, "target" of the target network, "random" of the
     online network as the run's seed drew them. Raises UsageError for another word. If the newest
@@ -287,6 +288,8 @@ def load_encoder(run_or_file: str | Path, *, weights: str = "trained") -> nn.Mod
         from fastbyol.model.ordinary import ordinary
 
     config, encoder, _ = _load(Path(run_or_file), weights)
+    if isinstance(encoder, Adapter):
+        return library_network(encoder)
     return ordinary(encoder, config.model)
 
 
@@ -382,7 +385,7 @@ def embed(
         return embedding.write(Path(run), config, net.to(target), loaded, wishes, device=target)
 
 
-def _load(path: Path, weights: str) -> tuple[Resolved, ResNet, int]:
+def _load(path: Path, weights: str) -> tuple[Resolved, ResNet | Adapter, int]:
     """Return configuration, engine's encoder and step of a run folder or checkpoint."""
     config, net, loaded = _load_net(path, weights)
     return config, net.encoder, 0 if loaded is None else int(loaded.meta["step"])

@@ -10,12 +10,20 @@ are what ``fastbyol train --help`` prints. They and the docstrings cite these so
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from fastbyol.errors import nearest
+
+# fastbyol's own encoders, and what names any other.
+ENCODERS = ("resnet18", "resnet34", "resnet50")
+_FOREIGN = re.compile(r"(timm|torchvision):([\w.-]+)", re.ASCII)
+# What only fastbyol's own encoders have a choice of.
+OF_OWN_ENCODERS = ("norm", "ws", "width", "stem")
 NormName = Literal["bn", "gn", "ln", "none"]
 HeadNormName = Literal["bn", "gn", "ln", "none", "brn"]
 State = Literal["healthy", "collapsing", "collapsed", "recovering", "dead"]
@@ -144,13 +152,17 @@ class ViewsConfig(Model):
     strength: float = Field(
         0.5, ge=0.0, le=1.0, description="SimCLR's s: scales the four jitter amplitudes below."
     )
-    brightness: float = Field(0.8, ge=0.0, le=10.0)
-    contrast: float = Field(0.8, ge=0.0, le=10.0)
-    saturation: float = Field(0.8, ge=0.0, le=10.0)
-    hue: float = Field(0.2, ge=0.0, le=0.5)
-    jitter_p: Probability = 0.8
-    grayscale_p: Probability = 0.2
-    flip_p: Probability = 0.5
+    brightness: float = Field(
+        0.8, ge=0.0, le=10.0, description="Jitter: factor between 1 - x and 1 + x, times strength."
+    )
+    contrast: float = Field(0.8, ge=0.0, le=10.0, description="Jitter, as brightness.")
+    saturation: float = Field(0.8, ge=0.0, le=10.0, description="Jitter, as brightness.")
+    hue: float = Field(
+        0.2, ge=0.0, le=0.5, description="Jitter: turn by up to x of the circle, times strength."
+    )
+    jitter_p: Probability = Field(0.8, description="Probability of the four jitters, together.")
+    grayscale_p: Probability = Field(0.2, description="Probability of a view without colour.")
+    flip_p: Probability = Field(0.5, description="Probability of a horizontal flip.")
     blur: Literal["gaussian", "pil"] = Field(
         "gaussian", description="A sampled Gaussian, or Pillow's three box blurs."
     )
@@ -167,8 +179,13 @@ class ViewsConfig(Model):
     solarize_p: tuple[Probability, Probability] = Field(
         (0.0, 0.0), description="Probability for each view (byol: 0 and 0.2)."
     )
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    mean: tuple[float, float, float] = Field(
+        (0.485, 0.456, 0.406),
+        description="Subtracted from pixels in [0, 1], per channel (ImageNet's, as torchvision).",
+    )
+    std: tuple[float, float, float] = Field(
+        (0.229, 0.224, 0.225), description="Divides what is left, per channel (ImageNet's)."
+    )
 
     @model_validator(mode="after")
     def _ranges(self) -> ViewsConfig:
@@ -202,8 +219,10 @@ class HeadConfig(Model):
     norm: Annotated[
         HeadNormName, Option("--mlp-norm", about="Norm of both MLPs."), Option("--{head}-norm")
     ] = Field("bn", description="Norm of this MLP alone.")
-    hidden: int = Field(512, ge=1, le=65536)
-    out: int = Field(128, ge=1, le=65536)
+    hidden: int = Field(512, ge=1, le=65536, description="Units of the hidden layer.")
+    out: int = Field(
+        128, ge=1, le=65536, description="Units of the output, the same for both MLPs."
+    )
     ws: Annotated[bool, Option("--mlp-ws/--no-mlp-ws")] = Field(
         False, description="Standardize the weights of the MLPs' first linear layers."
     )
@@ -220,8 +239,12 @@ class PredictorConfig(HeadConfig):
 class ModelConfig(Model):
     """Encoder, projector and predictor. Defaults: the post's ResNet-18 and sizes."""
 
-    encoder: Annotated[Literal["resnet18", "resnet34", "resnet50"], Option("--encoder")] = Field(
-        "resnet18", description="Architecture of the encoder."
+    encoder: Annotated[
+        str, Option("--encoder", "resnet18|resnet34|resnet50|timm:NAME|torchvision:NAME")
+    ] = Field(
+        "resnet18",
+        description="Architecture of the encoder; of timm and torchvision any network for images, "
+        "unfused and so slower.",
     )
     norm: Annotated[NormName, Option("--norm")] = Field("bn", description="Norm of the encoder.")
     norm_scope: Annotated[Literal["global", "rank"], Option("--norm-scope")] = Field(
@@ -248,6 +271,32 @@ class ModelConfig(Model):
     )
     projector: HeadConfig = HeadConfig()
     predictor: PredictorConfig = PredictorConfig()
+
+    @property
+    def foreign(self) -> tuple[str, str] | None:
+        """Library and name of an encoder that is not fastbyol's own, None of one that is."""
+        match = _FOREIGN.fullmatch(self.encoder)
+        return (match[1], match[2]) if match else None
+
+    @field_validator("encoder")
+    @classmethod
+    def _encoder(cls, encoder: str) -> str:
+        if encoder not in ENCODERS and _FOREIGN.fullmatch(encoder) is None:
+            near = "".join(f"; the nearest is {each}" for each in nearest(encoder, ENCODERS))
+            raise ValueError(
+                f"should be {', '.join(ENCODERS)}, timm:NAME or torchvision:NAME{near}"
+            )
+        return encoder
+
+    @model_validator(mode="after")
+    def _of_own_encoders(self) -> ModelConfig:
+        for name in OF_OWN_ENCODERS if self.foreign else ():
+            if getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(
+                    f"model.{name} is of fastbyol's own encoders ({', '.join(ENCODERS)}), and "
+                    f"model.encoder is {self.encoder}: leave it out"
+                )
+        return self
 
 
 class MethodConfig(Model):
@@ -276,7 +325,9 @@ class OptimConfig(Model):
     Without ``lr`` or ``weight_decay`` the chosen optimizer's own number below is used.
     """
 
-    name: Annotated[Literal["sgd", "lars"], Option("--opt")] = "sgd"
+    name: Annotated[Literal["sgd", "lars"], Option("--opt")] = Field(
+        "sgd", description="Optimizer."
+    )
     lr: Annotated[float | None, Option("--lr")] = Field(
         None,
         ge=0.0,
@@ -286,16 +337,24 @@ class OptimConfig(Model):
     weight_decay: Annotated[float | None, Option("--wd")] = Field(
         None, ge=0.0, le=10.0, description="Weight decay. Default: the preset's for the optimizer."
     )
-    sgd_lr: float = Field(0.8, ge=0.0, le=1000.0, description="code: train_blog.py")
-    sgd_weight_decay: float = Field(1e-4, ge=0.0, le=10.0, description="code: MoCoMethodParams")
-    lars_lr: float = Field(0.2, ge=0.0, le=1000.0, description="post, appendix; byol section 3.3")
-    lars_weight_decay: float = Field(1.5e-6, ge=0.0, le=10.0, description="byol section 3.3")
+    sgd_lr: float = Field(0.8, ge=0.0, le=1000.0, description="SGD's lr (code: train_blog.py).")
+    sgd_weight_decay: float = Field(
+        1e-4, ge=0.0, le=10.0, description="SGD's weight decay (code: MoCoMethodParams)."
+    )
+    lars_lr: float = Field(
+        0.2, ge=0.0, le=1000.0, description="LARS's lr (post, appendix; byol section 3.3)."
+    )
+    lars_weight_decay: float = Field(
+        1.5e-6, ge=0.0, le=10.0, description="LARS's weight decay (byol section 3.3)."
+    )
     lr_scaling: Literal["none", "linear"] = Field(
         "none", description="linear: lr x batch_size / 256."
     )
-    momentum: float = Field(0.9, ge=0.0, lt=1.0)
+    momentum: float = Field(0.9, ge=0.0, lt=1.0, description="Momentum of SGD and of LARS.")
     eta: float = Field(1e-3, gt=0.0, le=1.0, description="LARS trust coefficient.")
-    dialect: Annotated[Literal["blog", "deepmind", "bolts"], Option("--lars-dialect")] = "blog"
+    dialect: Annotated[Literal["blog", "deepmind", "bolts"], Option("--lars-dialect")] = Field(
+        "blog", description="Whose LARS: `fastbyol explain lars` shows how they differ."
+    )
     lars_on: Annotated[tuple[str, ...], Option("--lars-on", "PATTERN")] = Field(
         ("*",),
         description="Parameters that adapt: module prefixes or globs, repeatable; '*' is all.",
@@ -334,7 +393,9 @@ class OptimConfig(Model):
 class ScheduleConfig(Model):
     """Learning rate and tau over a run."""
 
-    lr: Literal["cosine", "constant"] = "cosine"
+    lr: Literal["cosine", "constant"] = Field(
+        "cosine", description="Learning rate: falls to 0 at the horizon, or stays."
+    )
     lr_unit: Literal["step", "epoch"] = Field(
         "epoch", description="How often the learning rate changes."
     )
@@ -348,7 +409,7 @@ class ScheduleConfig(Model):
     tau_schedule: Literal["cosine", "constant"] = Field(
         "cosine", description="cosine: rises to 1 at the horizon."
     )
-    tau_unit: Literal["step", "epoch"] = "epoch"
+    tau_unit: Literal["step", "epoch"] = Field("epoch", description="How often tau changes.")
     ema_order: Literal["before", "after"] = Field(
         "before", description="Update the target before or after the optimizer's step."
     )
@@ -357,7 +418,9 @@ class ScheduleConfig(Model):
 class TrainConfig(Model):
     """The training loop."""
 
-    epochs: Annotated[int, Option("--epochs")] = Field(10, ge=1, le=1_000_000)
+    epochs: Annotated[int, Option("--epochs")] = Field(
+        10, ge=1, le=1_000_000, description="Passes over the training images."
+    )
     batch_size: Annotated[int, Option("--batch-size")] = Field(
         256, ge=2, le=65536, description="Images per step, each seen as two views."
     )
@@ -368,7 +431,9 @@ class TrainConfig(Model):
         description="Shares that a batch is split into. The same number has the same bits in any "
         "number of processes that divides it. Default: one per process.",
     )
-    seed: Annotated[int, Option("--seed")] = Field(0, ge=0, lt=2**63)
+    seed: Annotated[int, Option("--seed")] = Field(
+        0, ge=0, lt=2**63, description="Of the weights, the order and the views."
+    )
     precision: Annotated[
         Literal["fp32", "bf16", "fp64", "auto"], Option("--precision", "fp32|bf16|auto")
     ] = Field(
@@ -377,7 +442,7 @@ class TrainConfig(Model):
         "fp64 is for tests.",
     )
     device: Annotated[str, Option("--device", "auto|cpu|cuda[:N]")] = Field(
-        "auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$"
+        "auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto: a GPU if there is one."
     )
     init_from: Annotated[str | None, Option("--init-from", "RUN|FILE|NAME")] = Field(
         None,
@@ -446,7 +511,11 @@ class ProbeConfig(Model):
     """Accuracy during and after training."""
 
     every_epochs: int = Field(1, ge=0, le=1_000_000, description="0: only at the end.")
-    protocol: Literal["blog", "linear", "knn"] = "blog"
+    protocol: Literal["blog", "linear", "knn"] = Field(
+        "blog",
+        description="The post's one-vs-rest classifier on the test images, a linear one fitted to "
+        "the training images, or nearest neighbours.",
+    )
 
 
 class RunConfig(Model):
@@ -461,7 +530,7 @@ class RunConfig(Model):
         le=1e9,
         description="Save also after the step that ends so many seconds after the last save.",
     )
-    keep_checkpoints: int = Field(3, ge=1, le=1_000_000)
+    keep_checkpoints: int = Field(3, ge=1, le=1_000_000, description="Newest checkpoints to keep.")
     layers_every_steps: int = Field(
         1, ge=1, le=1_000_000, description="Steps between two records of every layer."
     )
@@ -507,7 +576,7 @@ class LogConfig(Model):
 class Config(Model):
     """A whole run."""
 
-    preset: str = "blog"
+    preset: str = Field("blog", description="Name of the preset that the values began with.")
     data: DataConfig = DataConfig()
     views: ViewsConfig = ViewsConfig()
     model: ModelConfig = ModelConfig()

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple, TypeVar
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
-from fastbyol.config import Config, Resolved, derived
+from fastbyol.config import ENCODERS, OF_OWN_ENCODERS, Config, Resolved, derived
 from fastbyol.errors import UsageError, nearest
 from fastbyol.files import open_regular
 from fastbyol.text import printable
@@ -105,7 +105,12 @@ def _layered(default: str, **layers: Any) -> dict[str, Setting]:
     """Return all settings: the preset's, and over them those of ``layers``, as ``requested``."""
     settings = requested(**layers)
     chosen = settings.get("preset", Setting(default, "default"))
-    return _from_preset(chosen) | settings | {"preset": chosen}
+    preset = _from_preset(chosen)
+    if "model.encoder" in settings and settings["model.encoder"].value not in ENCODERS:
+        # A preset's width and norm are of the encoder that it names.
+        for name in OF_OWN_ENCODERS:
+            preset.pop(f"model.{name}", None)
+    return preset | settings | {"preset": chosen}
 
 
 def requested(

@@ -35,7 +35,7 @@ from small import SETS
 
 ROOT = Path(__file__).resolve().parent.parent
 # Accounts of what was done, with the commands of their time.
-RECORDS = {"CHANGELOG.md", "bench/LOG.md", "tests/faults/REPORTS.md"}
+RECORDS = ("CHANGELOG.md", "bench/LOG.md", "tests/faults/REPORTS.md")
 FOLDERS = ("", "docs/", "bench/", "tests/*/", "tests/*/*/")
 DOCUMENTS = sorted(
     path

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from pydantic.fields import FieldInfo
 
 from fastbyol import config_io
-from fastbyol.config import Config, resolve
+from fastbyol.config import ENCODERS, Config, resolve
 from fastbyol.config_io import Flag
 from fastbyol.errors import UsageError
 
@@ -70,6 +70,7 @@ def values(key: str, field: FieldInfo) -> st.SearchStrategy[Any]:
         "preset": st.sampled_from(config_io.presets()),
         "train.device": st.sampled_from(["auto", "cpu", "cuda", "cuda:3"]),
         "train.seed": st.integers(0, 2**63 - 1),
+        "model.encoder": st.sampled_from(ENCODERS),
         "log.project": st.sampled_from(["fastbyol", "7", "a b_c.d-e"]),
         "data.textures_seed": st.integers(0, 2**31 - 1),
         "views.blur_kernel": st.sampled_from([1, 3, 9, 15]),
@@ -558,6 +559,37 @@ def test_paper_is_byol_as_published() -> None:
     assert (views.scale, views.blur_p, views.solarize_p) == ((0.08, 1.0), (1.0, 0.1), (0.0, 0.2))
     assert (config.model.predictor.hidden, config.model.predictor.out) == (4096, 256)
     assert config.train.loss_scale == 2.0  # 2 - 2 cos per direction, against our 1 - cos
+
+
+# Encoders of other libraries.
+
+
+def test_a_presets_width_is_of_the_encoder_that_it_names() -> None:
+    """The demo preset has width 16. A run of it that is dumped reads back over any preset."""
+    flags = {"model.encoder": Flag("--encoder", "timm:test_vit")}
+    loaded = config_io.load(preset="demo", flags=flags)
+    assert (loaded.config.model.width, loaded.origin["model.width"]) == (64, "default")
+    assert loaded.config.model.foreign == ("timm", "test_vit")
+    assert config_io.parse(config_io.dump(loaded.config, loaded.origin), "text") == loaded.config
+    again = {"model.encoder": Flag("--encoder", "resnet18")}
+    assert config_io.load(preset="demo", flags=again).config.model.width == 16
+
+
+@pytest.mark.parametrize("setting", ["norm=gn", "ws=true", "width=8", "stem=small"])
+def test_what_is_of_fastbyols_own_encoders_is_refused_beside_another(setting: str) -> None:
+    with pytest.raises(UsageError) as refused:
+        config_io.load(sets=["model.encoder=timm:test_vit", f"model.{setting}"])
+    line = str(refused.value)
+    assert line.startswith(f"model.{setting.partition('=')[0]} is of fastbyol's own encoders")
+    assert "leave it out" in line
+
+
+@pytest.mark.parametrize(
+    "name", ["resnet19", "timm:", "timm:../x", "timm:hf-hub:me/net", "torch:x", "TIMM:vit", ""]
+)
+def test_an_encoder_of_no_library_is_refused(name: str) -> None:
+    with pytest.raises(UsageError, match=r"should be resnet18, resnet34, resnet50, timm:NAME or"):
+        config_io.load(flags={"model.encoder": Flag("--encoder", name)})
 
 
 # Remarks.

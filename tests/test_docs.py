@@ -46,6 +46,11 @@ from small import SETS
 # Behind the options of a command that trains. The images are those that it names.
 FEW = ("data.limit=16", "data.test_limit=32", "train.precision=fp32")
 SMALL = [f"--set={text}" for text in (*SETS, *FEW) if "data.train=" not in text]
+# Encoders of other libraries have one width, and few take 16 pixels.
+OF_OTHER_LIBRARIES = [
+    *(text for text in SMALL if not re.match(r"--set=(model\.(width|stem)|views\.size)=", text)),
+    "--set=views.size=32",
+]
 # As many runs does a worker train.
 RUNS = 1
 
@@ -332,7 +337,8 @@ def shorter(words: list[str]) -> list[str]:
             return ["--overwrite", "--workers=1"]
         case ["train", *_]:
             ranks = ["--processes=1"] if "--ranks" in words else []
-            return [*SMALL, "--epochs=2", *ranks]
+            small = OF_OTHER_LIBRARIES if any(":" in word for word in words) else SMALL
+            return [*small, "--epochs=2", *ranks]
         case ["ablate", "run", *_]:
             return [*SMALL, "--set=train.epochs=1", "--jobs=1"]
         case ["sweep", target, *_] | ["ablate", "phase", target, *_] if not Path(target).is_dir():

@@ -188,7 +188,7 @@ def of_run(path: Path, rules: Sequence[Rule], at_step: int | None = None) -> dic
     for rule in rules:
         check_choice("dialect", rule, RULES)
     with RunFolder.open(path, lock=False) as folder:
-        optim, model = folder.config.optim, folder.config.model
+        optim, model, size = folder.config.optim, folder.config.model, folder.config.views.size
     layers = read_layers(path)
     index = _record_index(path, layers, at_step)
     chosen = int(layers.steps[index])
@@ -196,7 +196,7 @@ def of_run(path: Path, rules: Sequence[Rule], at_step: int | None = None) -> dic
     if lr is None:
         raise UsageError(f"{path}: metrics.jsonl lacks step {chosen}: name another with --step")
     with torch.device("meta"):
-        shapes = {name: tuple(p.shape) for name, p in Online(model).named_parameters()}
+        shapes = {name: tuple(p.shape) for name, p in Online(model, size).named_parameters()}
     by_name = dict(zip(shapes, treatments(shapes, optim), strict=True))
     treated = [by_name[name] for name in layers.names]
     values = torch.from_numpy(np.array(layers.values[index], dtype=np.float64))

@@ -113,7 +113,7 @@ def examine() -> list[Check]:
         ),
         _package("cv2", needed=True, distribution="opencv-python-headless"),
         ffcv,
-        *(_package(name, needed=False) for name in ("matplotlib", "scikit-learn")),
+        *(_package(name, needed=False) for name in ("matplotlib", "scikit-learn", "timm")),
         *([_threading_layer()] if ffcv.ok else []),
         gpu,
         _compiler(gpu.ok),

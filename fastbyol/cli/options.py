@@ -83,7 +83,7 @@ def with_config_options(command: Callable[..., None]) -> Callable[..., None]:
     """
     parameters: dict[str, inspect.Parameter] = {}
     num_data = 0
-    for key, field, option in _declared():
+    for key, field, option in declared():
         name = _argument(option)
         help_text = option.about or field.description
         default = typer.Option(
@@ -111,7 +111,7 @@ def config_flags(values: Mapping[str, Any]) -> dict[str, Flag]:
     ``values`` are options by argument name.
     """
     flags = {}
-    for key, field, option in _declared():
+    for key, field, option in declared():
         value = values[_argument(option)]
         if value is not None:
             name = option.name.partition("/")[0]
@@ -121,7 +121,7 @@ def config_flags(values: Mapping[str, Any]) -> dict[str, Flag]:
     return flags
 
 
-def _declared() -> Iterator[tuple[str, FieldInfo, Option]]:
+def declared() -> Iterator[tuple[str, FieldInfo, Option]]:
     """Yield key, field and option of each option, its name whole, in the order of ``SECTIONS``."""
     fields = [
         (key, field)

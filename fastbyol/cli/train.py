@@ -117,12 +117,14 @@ def _start_processes(
 
 def _prepare(config: Resolved) -> None:
     """Convert images that are no beton and compile kernels, before a screen is drawn and other
-    processes begin.
+    processes begin. An encoder that its library does not have is refused before that.
     """
     from fastbyol.data import embedded
     from fastbyol.engine import compiling
+    from fastbyol.model.adapter import check_name
 
     if worker() is None:
+        check_name(config.model)
         embedded.prepare(config.data)
         compiling.compile_kernels(config)
 

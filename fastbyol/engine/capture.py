@@ -52,6 +52,9 @@ def inductor_options() -> dict[str, Any]:
 # compiling (bench/LOG.md, "The engine's own step under torch.compile").
 EAGER_ON_A_CPU = "compiled steps were slower on a CPU, .7 of the speed, after a minute of compiling"
 
+# A library's network need not be one graph; that of those that are one is not known to pay.
+EAGER_FOREIGN = "another library's encoder need not compile: --engine compile tries"
+
 
 class Choice(NamedTuple):
     """A mode (eager, compile or graph) and the reason for it, in words.
@@ -88,8 +91,9 @@ def choose(
     before: str | None = None,
     ranks: Ranks | None = None,
     batch_size: int = 0,
+    foreign: bool = False,
 ) -> Choice:
-    """Choose the mode of a run on ``device``.
+    """Choose the mode of a run on ``device``; ``foreign`` is whether its encoder is a library's.
 
     ``before`` is the mode of the run's earlier steps. ``auto`` keeps it if it can, because another
     one rounds differently. Raises UsageError for a configured mode that ``device`` lacks, or that
@@ -119,6 +123,8 @@ def choose(
         return Choice(config.mode, "as asked for")
     if before is not None and (before != "graph" or on_gpu):
         return Choice(before, "as the run's steps before", falls_back=before == "graph")
+    if foreign:
+        return Choice("eager", EAGER_FOREIGN)
     if on_gpu:
         return Choice("graph", "a GPU waits for launches otherwise", falls_back=True)
     return Choice("eager", EAGER_ON_A_CPU)

@@ -51,13 +51,13 @@ def compile_kernels(config: Resolved) -> None:
 
 def _operations(config: Resolved) -> list[str]:
     """Return the names of the operations with kernels, those that take longest to compile first."""
-    model = config.model
+    model, own = config.model, config.model.foreign is None
     used = {
         "views": True,
-        "group_norm": model.norm in ("gn", "ln"),
-        "batch_norm": model.norm == "bn",
-        "weight_standardization": model.ws,
-        "max_pool": model.stem == "torchvision",
+        "group_norm": own and model.norm in ("gn", "ln"),
+        "batch_norm": own and model.norm == "bn",
+        "weight_standardization": own and model.ws,
+        "max_pool": own and model.stem == "torchvision",
         "lars_ema": True,
     }
     return [name for name, is_used in used.items() if is_used]

@@ -53,10 +53,15 @@ def memory_advice(config: Config) -> Iterator[None]:
     except Exception as error:
         if isinstance(error, FastbyolError) or not is_out_of_memory(error):
             raise
+        model = config.model
+        network = (
+            f"model.width ({model.width})"
+            if model.foreign is None
+            else f"model.encoder ({model.encoder})"
+        )
         raise FastbyolError(
             f"out of memory: lower train.batch_size ({config.train.batch_size}), views.size "
-            f"({config.views.size}) or "
-            f"model.width ({config.model.width}), or set data.cache=none ({config.data.cache}); "
+            f"({config.views.size}) or {network}, or set data.cache=none ({config.data.cache}); "
             "what was saved is intact"
         ) from error
 

@@ -93,6 +93,7 @@ def decide(config: Config, device: torch.device) -> Choice:
 
 def question(config: Config, device: torch.device) -> dict[str, str]:
     """Return everything that the gate's answer depends on: part -> text."""
+    library = None if config.model.foreign is None else config.model.foreign[0]
     properties = torch.cuda.get_device_properties(device) if device.type == "cuda" else None
     return {
         "device": properties.name if properties else cpu_name(),
@@ -105,6 +106,7 @@ def question(config: Config, device: torch.device) -> dict[str, str]:
         "cudnn": str(torch.backends.cudnn.version()),  # type: ignore[no-untyped-call]
         "fastbyol": f"{package_version('fastbyol')} {_sources()}",
         "network": _narrow(config, "bf16").model_dump_json(),
+        **({} if library is None else {library: str(package_version(library))}),
     }
 
 
@@ -195,20 +197,28 @@ def _gradients(
     state = TrainState.create(_narrow(config, precision), steps_per_epoch=1, device=device)
     if collapsed:
         _collapse(state)
-    train_step(state, _views().to(device))
+    size = SIZE if config.model.foreign is None else config.views.size
+    train_step(state, _views(size).to(device))
     return {name: g.double().cpu() for name, g in state.arena.named(state.arena.gradient).items()}
 
 
 def _narrow(config: Config, precision: str) -> Resolved:
-    """Return the configuration of a narrow network with the same kinds of layers."""
+    """Return the configuration of a narrow network with the same kinds of layers.
+
+    A library's network has one width, and may work at the size of the run's views alone.
+    """
     model = config.model
+    own = model.foreign is None
     heads = {
         name: head.model_copy(update={"hidden": HIDDEN, "out": OUT})
         for name, head in (("projector", model.projector), ("predictor", model.predictor))
     }
     narrow = Config.model_validate(
         {
-            "model": model.model_copy(update={"width": WIDTH, **heads}).model_dump(),
+            "model": model.model_copy(
+                update={**({"width": WIDTH} if own else {}), **heads}
+            ).model_dump(),
+            "views": {} if own else {"size": config.views.size, "blur_kernel": 1},
             "method": config.method.model_copy(
                 update={"queue": min(config.method.queue, 1) * BATCH}
             ).model_dump(),
@@ -232,8 +242,8 @@ def _collapse(state: TrainState) -> None:
             head.linear2.bias.copy_(direction)
 
 
-def _views() -> Tensor:
-    """Draw two noisy copies of random images (2, BATCH, 3, SIZE, SIZE), fp64."""
+def _views(size: int) -> Tensor:
+    """Draw two noisy copies of random images (2, BATCH, 3, size, size), fp64."""
     g = torch.Generator().manual_seed(0)
-    images = torch.randn(1, BATCH, 3, SIZE, SIZE, generator=g, dtype=torch.float64)
-    return images + 0.5 * torch.randn(2, BATCH, 3, SIZE, SIZE, generator=g, dtype=torch.float64)
+    images = torch.randn(1, BATCH, 3, size, size, generator=g, dtype=torch.float64)
+    return images + 0.5 * torch.randn(2, BATCH, 3, size, size, generator=g, dtype=torch.float64)

@@ -232,6 +232,15 @@ class Preparation:
         # The state is filled before its step is captured: a graph keeps the addresses that it saw.
         state, made_from, saved = self._fill(state, made_from, steps_per_epoch, total_steps)
         made_by = environment.made_by(self.device) | {"ranks": str(ranks.count)}
+        if config.model.foreign is not None:
+            library, name = config.model.foreign
+            # torchvision's version is there in any case.
+            made_by[library] = environment.package_version(library)
+            self.observer.note(
+                f"encoder {name} of {library}: its own operations, a pass per view, without "
+                "dropout: slower than fastbyol's encoders; views, heads, optimizer and moving "
+                "average stay fused"
+            )
         other_versions = self._note_other_versions(saved.made_by, made_by)
         if saved.progress.step < total_steps:
             self._refuse_full_disk(state, steps=total_steps - saved.progress.step)
@@ -440,6 +449,7 @@ class Preparation:
             before=self.folder.kept_mode or saved.mode,
             ranks=self.ranks,
             batch_size=self.config.train.batch_size,
+            foreign=self.config.model.foreign is not None,
         )
         replayed = None if state.rate_override is None else state.rate_override.recorded
         rates = None if replayed is None else replayed.cpu()

@@ -26,6 +26,7 @@ from fastbyol.engine.exchange import Exchange, Layout
 from fastbyol.engine.ranks import Alone, Ranks, gather_of, shares
 from fastbyol.engine.working_weights import WorkingWeights
 from fastbyol.errors import UsageError
+from fastbyol.model.adapter import refuse_global
 from fastbyol.model.byol import NUM_VIEWS, Online, OnlineOutput, Target, draw_networks
 from fastbyol.model.norm import share_statistics, use_kernels
 from fastbyol.model.objective import (
@@ -52,18 +53,20 @@ from fastbyol_kernels.lars_ema import LAYER_METRICS, Reversible, Rule, scheduled
 __all__ = ["LAYER_METRICS", "METRICS", "StepMetrics", "TrainState", "forward", "train_step"]
 
 # The names of ``StepMetrics.values``: the loss, ``objective.observe``'s, ``scheduled_step``'s.
-METRICS = (
-    "loss",  # as minimised, scale included
-    "pos_cos",  # mean cosine of z(v) and z'(v') of the same image (``objective.observe``)
-    "neg_cos",  # the same of different images; both average the two orders of the views
-    "std_z",  # spread of the projections (``objective.spread``)
-    "std_y",  # spread of the embeddings
-    "dead_y",  # share of embedding units that are 0 over the whole batch
-    "grad_norm",
-    "lr",
-    "tau",
-    "skipped",  # 1 if the optimizer left the step out, else 0
-)
+METRIC_MEANINGS: Mapping[str, str] = {
+    "loss": "the loss as minimised, scale included",
+    "pos_cos": "mean cosine of the online network's projection of a view and the target's of the "
+    "same image's other view, over the batch and both orders of the views",
+    "neg_cos": "the same over pairs of different images; near 1 in a collapse",
+    "std_z": "spread of the projections' directions: 1 over the whole sphere, 0 if all are one",
+    "std_y": "the same of the embeddings",
+    "dead_y": "share of the embedding's units that are 0 over the whole batch",
+    "grad_norm": "Euclidean norm of the gradient of all parameters",
+    "lr": "learning rate of this step, after warm-up and schedule",
+    "tau": "factor of the target's old weights in this step's moving average",
+    "skipped": "1 if the step was left out because its gradient was not finite, else 0",
+}
+METRICS = tuple(METRIC_MEANINGS)
 
 
 class StepMetrics(NamedTuple):
@@ -113,6 +116,13 @@ def views_layout(config: Config, kernels: str) -> str:
     ``kernels`` is triton, cpu or reference. Raises UsageError for blocks that cannot be.
     """
     wanted, stem, size = config.engine.stem, config.model.stem, config.views.size
+    if config.model.foreign is not None:
+        if wanted == "blocks":
+            raise UsageError(
+                f"engine.stem: blocks are for fastbyol's own encoders, model.encoder is "
+                f"{config.model.encoder}: take plain or auto"
+            )
+        return "plain"
     if wanted == "auto":
         # In fp32 there are no tensor cores to gain, only products with zeros.
         pays = kernels == "triton" and config.train.precision == "bf16"
@@ -199,7 +209,9 @@ class TrainState:
             ),
         )
         num_keys = config.method.queue if config.method.name == "contrastive" else 0
-        online, target, keys = draw_networks(config.model, config.train.seed, num_keys)
+        online, target, keys = draw_networks(
+            config.model, config.train.seed, num_keys, image_size=config.views.size
+        )
         for net in (online, target):
             net.to(device, dtype)
             use_kernels(net, kernels)
@@ -219,6 +231,7 @@ class TrainState:
         if share is not None:
             exchange = Exchange.of(ranks, share, layout, arena.gradient, config.model.projector.out)
             if config.model.norm_scope == "global":
+                refuse_global(config.model, online.encoder)
                 for net in (online, target):
                     share_statistics(net, share.gather)
         step = torch.zeros((), dtype=torch.int64, device=device)
@@ -425,7 +438,13 @@ def share_of(batch_size: int, ranks: Ranks) -> Share:
 
 def _statistics(online: Online, target: Target) -> list[Tensor]:
     """Return the running statistics of both networks' norms."""
-    return [b for net in (online, target) for b in net.buffers() if b.is_floating_point()]
+    # Other libraries' networks have buffers of constants, too.
+    return [
+        buffer
+        for net in (online, target)
+        for name, buffer in net.named_buffers()
+        if buffer.is_floating_point() and name.rpartition(".")[2].startswith("running_")
+    ]
 
 
 def _layout(config: Config, online: Online, target: Target, num_keys: int) -> Layout:

@@ -116,5 +116,7 @@ def eval_mode(module: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
+        # Some of timm's networks drop what they computed for evaluation when told to train.
+        module.train()
         for child, training in modes:
             child.training = training

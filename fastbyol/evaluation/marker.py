@@ -244,7 +244,7 @@ def _cosines_of_seed(
 
 def _network(config: Resolved, seed: int, device: torch.device) -> Online:
     """Return the online network of a run of ``seed`` before its first step, in train mode."""
-    net, _, _ = draw_networks(config.model, seed)
+    net, _, _ = draw_networks(config.model, seed, image_size=config.views.size)
     net.to(device, _dtype(config))
     try:
         use_kernels(net, dispatch.resolve(config.engine.kernels, device, _dtype(config)))

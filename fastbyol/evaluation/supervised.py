@@ -33,17 +33,17 @@ def supervised_accuracy(
     images, labels = _labelled(train, "training data")
     test_images, test_labels = _labelled(test, "test data")
     classes, targets = torch.unique(labels, return_inverse=True)
-    net = _build(model, len(classes), recipe.seed).to(device)
+    net = _build(model, len(classes), recipe.seed, views.size).to(device)
     fit(net, images, targets, views, recipe)
     predicted = classes[embed(net, test_images, views, device=device).argmax(1).cpu()]
     right = (predicted == test_labels).double().mean()
     return Accuracy(100.0 * float(right), len(test_labels))
 
 
-def _build(model: ModelConfig, num_classes: int, seed: int) -> nn.Module:
+def _build(model: ModelConfig, num_classes: int, seed: int, size: int) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        encoder = build_encoder(model, num_views=1)
+        encoder = build_encoder(model, num_views=1, image_size=size)
         return nn.Sequential(encoder, nn.Linear(encoder.embedding_dim, num_classes))
 
 

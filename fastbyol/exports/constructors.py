@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from fastbyol.config import ModelConfig
 from fastbyol.errors import UsageError
+from fastbyol.exports import foreign
+from fastbyol.model.adapter import Recipe
 from fastbyol.model.norm import num_groups
 from fastbyol.model.resnet import Architecture
 from fastbyol_kernels.group_norm import EPS
@@ -36,20 +38,29 @@ model = torch.export.load({file}).module()
 """
 
 
-def code(name: str, config: ModelConfig, file: str, num_classes: int | None = None) -> str:
+def code(
+    name: str,
+    config: ModelConfig,
+    file: str,
+    num_classes: int | None = None,
+    recipe: Recipe | None = None,
+) -> str:
     """Return the lines that load ``file``, an export in the format ``name``.
+
+    ``recipe`` is that of an encoder of another library, None of fastbyol's own.
 
     Raises UsageError where no constructor of the library fits the network.
     """
     # Whatever the name is made of, it ends neither the literal nor a page that shows it.
     literal = ascii(file).replace("<", "\\x3c")
+    lines = None if recipe is None else foreign.construction(name, recipe, num_classes)
     if name == "onnx":
         return _ONNX.format(file=literal)
     if name == "torch-export":
         return _TORCH_EXPORT.format(file=literal)
     imports, state = _STATE_DICT[name]
     make = _timm if name == "timm" else _torchvision
-    imported, construction = make(config, num_classes)
+    imported, construction = lines or make(config, num_classes)
     return (
         f"import torch\n{imports}from torch import nn\n{imported}\n{construction}"
         f"model.load_state_dict({state.format(file=literal)})\nmodel.eval()\n"

@@ -18,9 +18,10 @@ from torch import nn
 from fastbyol.config import ModelConfig, Resolved
 from fastbyol.data.beton_write import check_output, followed, publish
 from fastbyol.errors import UsageError
-from fastbyol.exports import constructors, model_card, parity
+from fastbyol.exports import constructors, foreign, model_card, parity
 from fastbyol.exports.folding import add_classifier, folded
 from fastbyol.exports.formats import FORMATS, Format, demand_libraries
+from fastbyol.model.adapter import Adapter
 from fastbyol.model.convolution import SAFE_CHANNELS
 from fastbyol.model.resnet import Architecture, ResNet
 from fastbyol.runs.durable import writing
@@ -60,7 +61,12 @@ class Wishes:
 
 
 def export(
-    run: Path, config: Resolved, encoder: ResNet, step: int, out: Path | None, wishes: Wishes
+    run: Path,
+    config: Resolved,
+    encoder: ResNet | Adapter,
+    step: int,
+    out: Path | None,
+    wishes: Wishes,
 ) -> dict[str, Any]:
     """Write ``encoder``, the one of ``run`` after ``step`` steps, and a model card.
 
@@ -75,8 +81,10 @@ def export(
         )
     kind, shown = FORMATS[wishes.name], _default_out(run, wishes) if out is None else out
 
+    recipe = encoder.recipe if isinstance(encoder, Adapter) else None
+
     def code(file: str) -> str:
-        return constructors.code(wishes.name, config.model, file, wishes.num_classes)
+        return constructors.code(wishes.name, config.model, file, wishes.num_classes, recipe)
 
     result = {"load": code(str(_weights_in(shown, kind)))}  # refuses what fits no constructor
     with ExitStack() as stack:
@@ -93,11 +101,12 @@ def export(
         images = parity.images_of(run, config)
         model = _loaded(code(str(weights)), wishes)
         same = parity.compare(model, encoder, images, of_arrays=wishes.name == "onnx")
-        notes = _narrow_note(config.model) if kind.is_state else []
+        notes = _narrow_note(config.model) if kind.is_state and recipe is None else []
         facts = model_card.Facts(
             path=run, run=_run_of(run), config=config, step=step, kind=kind,
             format=wishes.name, weights=wishes.weights, licence=wishes.licence,
-            num_classes=wishes.num_classes, parity=same, notes=notes,
+            num_classes=wishes.num_classes, embedding_dim=encoder.embedding_dim, parity=same,
+            notes=notes,
             code=code(_weights_in(shown, kind).name),
         )  # fmt: skip
         card = scratch / README
@@ -134,7 +143,9 @@ def _narrow_note(model: ModelConfig) -> list[str]:
     ]
 
 
-def _content(kind: Format, config: Resolved, encoder: ResNet, wishes: Wishes) -> bytes:
+def _content(kind: Format, config: Resolved, encoder: ResNet | Adapter, wishes: Wishes) -> bytes:
+    if isinstance(encoder, Adapter):
+        return foreign.content(kind, wishes.name, encoder, config.views.size)
     net = folded(encoder, config.model)
     if wishes.num_classes is not None:
         add_classifier(net, wishes.num_classes, config.train.seed)

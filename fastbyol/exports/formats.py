@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import safetensors.torch
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastbyol.errors import UsageError
 from fastbyol.model.ordinary import Encoder
@@ -33,7 +33,7 @@ class Format:
 
     file: str
     library: str
-    content: Callable[[Encoder, int], bytes]
+    content: Callable[[nn.Module, int], bytes]
     modules: tuple[str, ...] = ()
     extra: str = ""
     is_state: bool = True
@@ -41,20 +41,20 @@ class Format:
     suffix: str = ""
 
 
-def _state_dict(encoder: Encoder, _: int) -> bytes:
+def _state_dict(encoder: nn.Module, _: int) -> bytes:
     file = io.BytesIO()
     torch.save(encoder.state_dict(), file)
     return file.getvalue()
 
 
-def _safetensors(encoder: Encoder, _: int) -> bytes:
+def _safetensors(encoder: nn.Module, _: int) -> bytes:
     tensors: dict[str, Tensor] = encoder.state_dict()
     # Readers of the hub look for the word.
     content: bytes = safetensors.torch.save(tensors, {"format": "pt"})
     return content
 
 
-def _torch_export(encoder: Encoder, size: int) -> bytes:
+def _torch_export(encoder: nn.Module, size: int) -> bytes:
     file = io.BytesIO()
     batch = torch.export.Dim("batch", min=1)
     images = torch.zeros(2, 3, size, size)
@@ -65,8 +65,8 @@ def _torch_export(encoder: Encoder, size: int) -> bytes:
     return file.getvalue()
 
 
-def _onnx(encoder: Encoder, size: int) -> bytes:
-    """Trace with batch, height and width free."""
+def _onnx(encoder: nn.Module, size: int) -> bytes:
+    """Trace with batch, height and width free; other libraries' networks may have one size."""
     import onnx
 
     num_bytes = sum(t.nbytes for t in encoder.state_dict().values())
@@ -75,7 +75,9 @@ def _onnx(encoder: Encoder, size: int) -> bytes:
             "--format onnx: the weights take 2 GB or more, which one ONNX file cannot hold: take "
             "--format torch-export, safetensors or torchvision"
         )
-    side = max(size, ONNX_SIZE)
+    is_own = isinstance(encoder, Encoder)
+    side = max(size, ONNX_SIZE) if is_own else size
+    free = {0: "batch", 2: "height", 3: "width"} if is_own else {0: "batch"}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's own, of how it exports
         program = torch.onnx.export(
@@ -86,7 +88,7 @@ def _onnx(encoder: Encoder, size: int) -> bytes:
             verbose=False,
             input_names=["images"],
             output_names=["embeddings"],
-            dynamic_shapes=({0: "batch", 2: "height", 3: "width"},),
+            dynamic_shapes=(free,),
         )
     assert program is not None  # as with dynamo=True
     model = program.model_proto

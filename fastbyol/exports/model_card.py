@@ -20,7 +20,6 @@ from fastbyol.evaluation.progress import Accuracies
 from fastbyol.exports.constructors import WIDTH
 from fastbyol.exports.formats import Format
 from fastbyol.exports.parity import Parity, data_name
-from fastbyol.model.resnet import Architecture
 from fastbyol.runs import differences, inputs
 from fastbyol.runs.environment import env_of, package_version
 from fastbyol.runs.folder import FIRST_WEIGHTS
@@ -55,6 +54,7 @@ class Facts:
     weights: str
     licence: str | None
     num_classes: int | None
+    embedding_dim: int
     parity: Parity
     code: str
     notes: Sequence[str]
@@ -88,11 +88,11 @@ def escaped(value: object) -> str:
 
 
 def _head(facts: Facts) -> list[str]:
-    tags = ["byol", "self-supervised-learning", facts.config.model.encoder, "fastbyol"]
+    tags = ["byol", "self-supervised-learning", _architecture(facts), "fastbyol"]
     return [
         "---",
         *_licence(facts.licence),
-        f"library_name: {facts.kind.library}",
+        f"library_name: {_library(facts)}",
         "pipeline_tag: image-feature-extraction",
         "tags:",
         *(f"- {tag}" for tag in tags),
@@ -108,14 +108,37 @@ def _licence(licence: str | None) -> list[str]:
     return ["license: other", f"license_name: {json.dumps(name, ensure_ascii=False)}"]
 
 
+def _architecture(facts: Facts) -> str:
+    """Return the name that libraries have for the network."""
+    foreign = facts.config.model.foreign
+    return facts.config.model.encoder if foreign is None else foreign[1]
+
+
 def _network(facts: Facts) -> str:
-    return facts.config.model.encoder.replace("resnet", "ResNet-")
+    foreign = facts.config.model.foreign
+    if foreign is None:
+        return facts.config.model.encoder.replace("resnet", "ResNet-")
+    return f"{escaped(foreign[1])} ({foreign[0]})"
+
+
+def _library(facts: Facts) -> str:
+    """Return Hugging Face's name for the library that loads the file."""
+    foreign = facts.config.model.foreign
+    return foreign[0] if foreign and facts.kind.is_state else facts.kind.library
+
+
+def _an_encoder(facts: Facts) -> str:
+    """Return the network as the begin of a sentence, with what was chosen of fastbyol's own."""
+    model = facts.config.model
+    if model.foreign is not None:
+        return f"An encoder, {_network(facts)},"
+    norms = {"bn": "batch norm", "gn": "group norm", "ln": "layer norm", "none": "no norm"}
+    parts = [f"width {model.width}", norms[model.norm], f"the {model.stem} stem"]
+    return f"A {_network(facts)} ({', '.join(parts)})"
 
 
 def _about(facts: Facts) -> str:
     model, method = facts.config.model, facts.config.method.name
-    norms = {"bn": "batch norm", "gn": "group norm", "ln": "layer norm", "none": "no norm"}
-    parts = [f"width {model.width}", norms[model.norm], f"the {model.stem} stem"]
     folded = ""
     if model.ws:
         folded = " The run standardizes them before it uses them, and they are stored standardized."
@@ -124,24 +147,32 @@ def _about(facts: Facts) -> str:
     weights = _WEIGHTS[facts.weights] + (f", after step {facts.step}" if is_trained else "")
     licence = "" if facts.licence else " Its licence is not stated."
     return (
-        f"A {_network(facts)} ({', '.join(parts)}) for features of images, {training}. "
+        f"{_an_encoder(facts)} for features of images, {training}. "
         f"The weights are {weights}.{folded}{licence}"
     )
 
 
 def _interface(facts: Facts) -> list[str]:
-    views, model = facts.config.views, facts.config.model
-    size, dim = views.size, Architecture.of(model).embedding_dim(model.width)
+    views, dim = facts.config.views, facts.embedding_dim
+    size = views.size
     output = f"embeddings (N, {dim})"
     if facts.num_classes is not None:
         output = (
             f"(N, {facts.num_classes}), of an untrained classifier `fc` on embeddings of "
             f"{dim} numbers"
         )
+    exactly = f"of {size} px exactly; N is free."
     sizes = {
-        "torch-export": f"of {size} px exactly; N is free. It computes as in evaluation only.",
+        "torch-export": f"{exactly} It computes as in evaluation only.",
         "onnx": f"of {size} px in training; N, height and width are free.",
     }.get(facts.format, f"of {size} px in training; N and the size are free.")
+    if facts.config.model.foreign is not None:  # which may have one size
+        if facts.kind.is_state:
+            sizes = (
+                f"of {size} px in training; N is free, and the size if the network takes others."
+            )
+        elif facts.format == "onnx":
+            sizes = exactly
     return [
         f"- Input: RGB images (N, 3, {size}, {size}), float32 in [0, 1], normalised with mean "
         f"{list(views.mean)} and standard deviation {list(views.std)}.",
@@ -256,12 +287,14 @@ def _origin(facts: Facts) -> list[str]:
     libraries = ("fastbyol", "torch", "torchvision", "timm", "safetensors", "onnx", "onnxruntime")
     by = [facts.format, "fastbyol", "torch", "torchvision"]
     by += ["onnxruntime"] if facts.format == "onnx" else []
+    by += [facts.config.model.foreign[0]] if facts.config.model.foreign else []
     versions = ((name, package_version(name)) for name in libraries if name in by)
     now = ", ".join(f"{name} {version}" for name, version in versions if version)
     model = facts.config.model
-    keys = (
-        f"torchvision's {model.encoder}{'' if model.width == WIDTH else ', whose width is another'}"
-    )
+    keys = f"{_library(facts)}'s {_architecture(facts)}"
+    if model.foreign is None:
+        other = "" if model.width == WIDTH else ", whose width is another"
+        keys = f"torchvision's {model.encoder}{other}"
     first = env.get(FIRST_WEIGHTS)
     began = []
     if isinstance(first, dict) and facts.weights != "random":

@@ -15,6 +15,7 @@ from fastbyol import views
 from fastbyol.config import Resolved
 from fastbyol.data import embedded, loader, sources, textures
 from fastbyol.errors import FastbyolError
+from fastbyol.model.adapter import Adapter
 from fastbyol.model.resnet import ResNet
 from fastbyol.process import full_precision
 from fastbyol.runs import inputs
@@ -95,7 +96,7 @@ def images_of(run: Path, config: Resolved) -> Images:
 
 
 def compare(
-    model: Callable[[Any], Any], encoder: ResNet, images: Images, *, of_arrays: bool
+    model: Callable[[Any], Any], encoder: ResNet | Adapter, images: Images, *, of_arrays: bool
 ) -> Parity:
     """Return how far ``model`` is from the engine's ``encoder``, both in eval mode.
 

@@ -39,7 +39,7 @@ class Online(nn.Module):
     projector differ in output size: q is compared with z'.
     """
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, image_size: int | None = None) -> None:
         super().__init__()
         if config.predictor.layers and config.predictor.out != config.projector.out:
             raise UsageError(
@@ -48,7 +48,7 @@ class Online(nn.Module):
                 "predictions are compared with projections: make them equal"
             )
         self.config = config
-        self.encoder = build_encoder(config, num_views=NUM_VIEWS)
+        self.encoder = build_encoder(config, num_views=NUM_VIEWS, image_size=image_size)
         self.projector = Head(
             config.projector, self.encoder.embedding_dim, groups=config.groups, num_views=NUM_VIEWS
         )
@@ -71,9 +71,9 @@ class Target(nn.Module):
     Its parameters take no gradient. Its own forward passes update its batch norms' statistics.
     """
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, image_size: int | None = None) -> None:
         super().__init__()
-        self.encoder = build_encoder(config, num_views=NUM_VIEWS)
+        self.encoder = build_encoder(config, num_views=NUM_VIEWS, image_size=image_size)
         self.projector = Head(
             config.projector, self.encoder.embedding_dim, groups=config.groups, num_views=NUM_VIEWS
         )
@@ -89,12 +89,14 @@ _drawing = threading.Lock()
 
 
 def draw_networks(
-    config: ModelConfig, seed: int, num_keys: int = 0
+    config: ModelConfig, seed: int, num_keys: int = 0, *, image_size: int | None = None
 ) -> tuple[Online, Target, Tensor]:
     """Draw both networks and then ``num_keys`` normal keys (K, D) from ``seed``, on the cpu.
 
     They are those of every run of this seed before its first step, whatever was drawn before.
+    ``image_size`` is the side of the views (``build_encoder``).
     """
     with _drawing, torch.random.fork_rng(devices=[]), left_as_found():
         torch.default_generator.manual_seed(seed)
-        return Online(config), Target(config), torch.randn(num_keys, config.projector.out)
+        nets = Online(config, image_size), Target(config, image_size)
+        return *nets, torch.randn(num_keys, config.projector.out)

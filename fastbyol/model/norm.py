@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from fastbyol.config import HeadNormName, NormName
 from fastbyol.errors import check_choice
+from fastbyol.model.adapter import Adapter
 from fastbyol_kernels import dispatch
 from fastbyol_kernels.batch_norm import Gather, add_and_relu, batch_norm, moments
 from fastbyol_kernels.group_norm import EPS, group_norm
@@ -226,9 +227,12 @@ def share_statistics(net: nn.Module, gather: Gather) -> None:
 
 
 def join_views(net: nn.Module) -> None:
-    """Make the batch norms of ``net`` take their statistics over a batch that is one view."""
+    """Make the batch norms of ``net`` take their statistics over a batch that is one view.
+
+    Encoders of other libraries then take the batch at once.
+    """
     for module in net.modules():
-        if isinstance(module, BatchNorm | BatchRenorm):
+        if isinstance(module, BatchNorm | BatchRenorm | Adapter):
             module.num_views = 1
 
 

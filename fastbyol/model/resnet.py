@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fastbyol.config import ModelConfig
 from fastbyol.errors import check_choice
+from fastbyol.model.adapter import Adapter, adapted
 from fastbyol.model.convolution import convolve
 from fastbyol.model.norm import make_norm, norm_relu, norm_relu_pool
 from fastbyol.model.standardizing import Standardizing
@@ -205,10 +206,15 @@ def _downsample(
     return nn.Sequential(conv, norm(out_channels))
 
 
-def build_encoder(config: ModelConfig, *, num_views: int = 2) -> ResNet:
+def build_encoder(
+    config: ModelConfig, *, num_views: int = 2, image_size: int | None = None
+) -> ResNet | Adapter:
     """Make an encoder with channels-last weights from torch's global generator.
 
     In train mode batch norm takes its statistics from each of ``num_views`` equal consecutive parts
-    of the batch; 1 is plain supervised training.
+    of the batch; 1 is plain supervised training. ``image_size`` matters to networks of other
+    libraries alone (``model.adapter``).
     """
+    if config.foreign is not None:
+        return adapted(config, num_views=num_views, image_size=image_size)
     return ResNet(config, num_views).to(memory_format=torch.channels_last)

@@ -246,4 +246,5 @@ def _stem(config: Resolved) -> str:
     method = "" if config.method.name == "byol" else f"{config.method.name}-"
     mlp = projector if projector == predictor else f"{projector}_{predictor}"
     ws = "-ws" if model.ws else ""
-    return f"{method}{model.norm}-{optim.name}{optim.lr:g}-mlp_{mlp}{ws}-s{config.train.seed}"
+    encoder = model.norm if model.foreign is None else model.foreign[1]
+    return f"{method}{encoder}-{optim.name}{optim.lr:g}-mlp_{mlp}{ws}-s{config.train.seed}"

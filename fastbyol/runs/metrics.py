@@ -23,6 +23,17 @@ from fastbyol.files import open_regular
 from fastbyol.runs.durable import Written, append, new_digest, pieces, writing
 
 METRICS_FILE = "metrics.jsonl"
+# The kinds of events, and what they say.
+EVENTS: Mapping[str, str] = {
+    "untrained": "what the weights before the first step have: `accuracy` in percent of "
+    "`num_scored` images, `rank_y`; with `train.init_from` also `weights`",
+    "epoch": "the end of epoch number `epoch`: `state`, `accuracy` in percent and `rank_y`, the "
+    "effective rank of the embeddings (both null without a probe), and the mean of each metric",
+    "state": "a change of state from `before` to `after`, with the measures that caused it",
+    "skipped": "the step before was skipped, and with it `in_a_row` steps",
+    "versions": "a resumed run goes on with other versions of libraries: `changed`",
+    "end": "the run ended before its last epoch because of its `state` (`train.end_in`)",
+}
 _log = logging.getLogger(__name__)
 
 

@@ -153,7 +153,8 @@ def _stage_rate(stage: str) -> Callable[[RunCurves], tuple[np.ndarray, np.ndarra
         members = [
             index
             for index, name in enumerate(curves.layer_names)
-            if name.startswith(f"encoder.{stage}.") and name.endswith("weight")
+            if name.startswith((f"encoder.{stage}.", f"encoder.net.{stage}."))
+            and name.endswith("weight")
         ]
         if not members:
             return curves.layer_epochs, np.full(len(curves.layer_epochs), np.nan)
@@ -173,6 +174,15 @@ PICTURES: tuple[
     ("layer1", "Rate of layer1", "rate", True, _stage_rate("layer1")),
     ("layer2", "Rate of layer2", "rate", True, _stage_rate("layer2")),
 )
+
+
+def pictures_of(bundle: Bundle) -> list[tuple[Any, ...]]:
+    """Return those of ``PICTURES`` that show something: not every network has ResNet's stages."""
+    return [
+        picture
+        for picture in PICTURES
+        if any(np.isfinite(picture[-1](future.curves)[1]).any() for future in bundle.forks)
+    ]
 
 
 def draw(
@@ -252,7 +262,7 @@ def rows(bundle: Bundle) -> list[tuple[str, ...]]:
 def page(bundle: Bundle) -> str:
     """Return the report as HTML."""
     with figures.settings():
-        pictures = [(each[1], figures.svg(figure(bundle, each))) for each in PICTURES]
+        pictures = [(each[1], figures.svg(figure(bundle, each))) for each in pictures_of(bundle)]
     return figures.page(
         "forks.html.j2",
         title=f"Forks of {bundle.name}",
@@ -276,9 +286,10 @@ def write(folder: Path, *, png: Path | None = None) -> list[Path]:
         own.replace(target)
     if png is None:
         return [target]
-    paths = [png / f"{bundle.name}-forks-{each[0]}.png" for each in PICTURES]
+    pictures = pictures_of(bundle)
+    paths = [png / f"{bundle.name}-forks-{each[0]}.png" for each in pictures]
     with writing(png):
         png.mkdir(parents=True, exist_ok=True)
-        for path, each in zip(paths, PICTURES, strict=True):
+        for path, each in zip(paths, pictures, strict=True):
             figure(bundle, each).savefig(path, dpi=120)
     return [target, *paths]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+# As many as the legend has room for.
+MOST_STAGES = 14
 _log = logging.getLogger(__name__)
 
 
@@ -134,12 +136,31 @@ def draw_accuracy(axes: Axes, curves: RunCurves) -> None:
     axes.set_ylabel("accuracy, %")
 
 
+def stages(names: Sequence[str]) -> dict[str, list[int]]:
+    """Group the indices of the weights among ``names`` by the stage that they are in.
+
+    Networks of other libraries number their stages within a module, or have too many to show.
+    """
+    groups: dict[str, list[int]] = {}
+    for is_deep in (True, False):
+        groups.clear()
+        for index, name in enumerate(names):
+            if name.endswith("weight"):
+                groups.setdefault(_stage(name, is_deep=is_deep), []).append(index)
+        if len(groups) <= MOST_STAGES:
+            break
+    return groups
+
+
+def _stage(name: str, *, is_deep: bool) -> str:
+    own = name.replace("encoder.net.", "encoder.", 1).split(".")
+    is_numbered = name.startswith("encoder.net.") and "".join(own[2:3]).isdigit()
+    return ".".join(own[: 3 if is_deep and is_numbered else 2])
+
+
 def draw_rates(axes: Axes, curves: RunCurves) -> None:
     """Draw the mean rate of each stage's weights, and LARS's upper bound lr * eta / wd."""
-    groups: dict[str, list[int]] = {}
-    for index, name in enumerate(curves.layer_names):
-        if name.endswith("weight"):
-            groups.setdefault(".".join(name.split(".")[:2]), []).append(index)
+    groups = stages(curves.layer_names)
     colours = figures.viridis(len(groups))
     for (stage, members), colour in zip(groups.items(), colours, strict=True):
         rate = np.nanmean(curves.rates[:, members], axis=1)

@@ -350,14 +350,16 @@ def assert_equal_states(a: TrainState, b: TrainState) -> None:
         assert torch.equal(x, y), name
 
 
-def test_a_restored_state_goes_on_bit_for_bit() -> None:
-    whole, metrics = run(SOME, 5)
-    half, _ = run(SOME, 2)
+@pytest.mark.parametrize("encoder", ["resnet18", "resnet50"])
+def test_a_restored_state_goes_on_bit_for_bit(encoder: str) -> None:
+    config = SOME.model_copy(update={"model": SOME.model.model_copy(update={"encoder": encoder})})
+    whole, metrics = run(config, 5)
+    half, _ = run(config, 2)
     saved = {name: tensor.clone() for name, tensor in half.tensors().items()}
-    restored = TrainState.create(SOME, steps_per_epoch=2)
-    run(SOME, 1, restored)  # whatever it held is replaced
+    restored = TrainState.create(config, steps_per_epoch=2)
+    run(config, 1, restored)  # whatever it held is replaced
     restored.load_tensors(saved)
-    _, rest = run(SOME, 3, restored)
+    _, rest = run(config, 3, restored)
     assert_equal_states(restored, whole)
     for got, expected in zip(rest, metrics[2:], strict=True):
         assert torch.equal(got.values, expected.values)
@@ -451,9 +453,11 @@ def test_gradients_stay_in_the_arena() -> None:
     assert all(low <= pointer < high for pointer in pointers)
 
 
-def test_a_compiled_network_takes_the_same_step() -> None:
+@pytest.mark.parametrize("encoder", ["resnet18", "resnet50"])
+def test_a_compiled_network_takes_the_same_step(encoder: str) -> None:
     """Users may compile it, and gradients stay in the arena."""
-    eager, compiled = (TrainState.create(SOME, steps_per_epoch=2) for _ in range(2))
+    config = SOME if encoder == "resnet18" else tiny("gn", "bn", model__encoder=encoder)
+    eager, compiled = (TrainState.create(config, steps_per_epoch=2) for _ in range(2))
     pointers = [p.grad.data_ptr() for p in compiled.online.parameters() if p.grad is not None]
     compiled.online.compile(backend="aot_eager", fullgraph=True)
     for step in range(2):

@@ -250,6 +250,40 @@ def test_killed_at_a_step_and_resumed_is_the_uninterrupted_run(
     assert contents(run) == contents(whole)
 
 
+@pytest.mark.parametrize(
+    "encoder",
+    [
+        "timm:test_vit",
+        "timm:test_resnet",  # with batch norm
+        "torchvision:efficientnet_b0",  # with batch norm, dropout and stochastic depth
+    ],
+)
+def test_a_run_of_another_librarys_network_is_resumed_bit_for_bit(
+    files: tuple[Path, Path], tmp_path: Path, encoder: str
+) -> None:
+    pytest.importorskip(encoder.partition(":")[0])  # timm is an extra
+    config = tiny_config(
+        files,
+        "model.width=64",
+        "model.stem=torchvision",
+        f"model.encoder={encoder}",
+        "views.size=32",
+        "run.checkpoint_every_steps=2",
+        "run.drain_every_steps=1",
+        "train.epochs=2",
+    )
+    child(api.train, config, tmp_path / "whole")
+    killed_run(config, tmp_path / "killed", STEPS_PER_EPOCH + 3)
+    child(api.resume, tmp_path / "killed")
+    assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
+    accuracies = [
+        event["accuracy"] for event in read_events(tmp_path / "whole") if event["event"] == "epoch"
+    ]
+    assert len(accuracies) == 2
+    net = api.load_encoder(tmp_path / "killed")
+    assert type(net).__module__.startswith(encoder.partition(":")[0])
+
+
 def test_a_killed_run_finds_its_queue_again(files: tuple[Path, Path], tmp_path: Path) -> None:
     """Killed in mid-epoch, once the pointer has gone round a queue that is no whole number of
     batches.

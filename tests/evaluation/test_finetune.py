@@ -115,6 +115,18 @@ def test_repeats_itself_and_changes_nothing_else() -> None:
     assert not all(torch.equal(a, b) for a, b in zip(first, tuned(4), strict=True))
 
 
+def test_the_encoder_of_a_library_learns_in_passes_of_whole_batches() -> None:
+    config = ModelConfig(encoder="torchvision:shufflenet_v2_x0_5")
+    torch.manual_seed(0)
+    made = build_encoder(config, num_views=2, image_size=VIEWS.size)
+    train = stripes(30, 0)
+    recipe = Recipe(epochs=1, batch_size=15)
+    net, _ = finetune(made, train.images, train.labels, VIEWS, recipe)
+    assert (net.num_views, made.num_views) == (1, 2)
+    steps = [b for name, b in net.named_buffers() if name.endswith("num_batches_tracked")]
+    assert {int(step) for step in steps} == {2}  # one update a batch of 15, not one a view
+
+
 def test_rounds_as_the_dtype_does() -> None:
     """In bfloat16 the weights stay float32 and end elsewhere, not far away."""
     train = stripes(64, 0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,19 @@ def curves(num_steps: int, states: Any = (), per_epoch: int = 4) -> RunCurves:
 
 def future(step: int | None, num_steps: int = 12, states: Any = (), label: str = "x") -> Future:
     return Future(label, step, f"lr = {step}", 3, curves(num_steps, states))
+
+
+def test_a_network_without_resnets_stages_has_no_pictures_of_them() -> None:
+    """Their axes are logarithmic, and would have no number."""
+    own = future(4)
+    names = ("encoder.net.stages.0.weight", "encoder.net.layer2.weight", "encoder.net.norm.bias")
+    other = replace(own, curves=replace(own.curves, layer_names=names))
+    shown = [
+        [picture[0] for picture in fork_report.pictures_of(fork_report.Bundle("x", None, (each,)))]
+        for each in (own, other)
+    ]
+    assert shown[0] == [picture[0] for picture in fork_report.PICTURES]
+    assert shown[1] == [name for name in shown[0] if name != "layer1"]
 
 
 @pytest.mark.parametrize(

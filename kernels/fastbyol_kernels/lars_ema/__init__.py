@@ -17,6 +17,7 @@ from fastbyol_kernels.dispatch import dispatch
 from fastbyol_kernels.lars_ema import triton
 from fastbyol_kernels.lars_ema.reference import (
     BOLTS_EPS,
+    LAYER_METRIC_MEANINGS,
     LAYER_METRICS,
     RULES,
     Reversible,
@@ -30,6 +31,7 @@ from fastbyol_kernels.lars_ema.reference import (
 __all__ = [
     "BOLTS_EPS",
     "LAYER_METRICS",
+    "LAYER_METRIC_MEANINGS",
     "RULES",
     "Reversible",
     "Rule",

@@ -14,7 +14,14 @@ from torch import Tensor
 
 Rule = Literal["sgd", "blog", "deepmind", "bolts"]
 RULES: tuple[Rule, ...] = ("sgd", "blog", "deepmind", "bolts")
-LAYER_METRICS = ("weight_norm", "grad_norm", "trust_ratio", "rate", "update_norm")
+LAYER_METRIC_MEANINGS = {
+    "weight_norm": "Euclidean norm of the parameter before the step",
+    "grad_norm": "Euclidean norm of its gradient, without weight decay",
+    "trust_ratio": "LARS's factor on the learning rate; 1 where the parameter does not adapt",
+    "rate": "learning rate x factor of the parameter (lr_mult) x trust ratio",
+    "update_norm": "Euclidean norm of what the step subtracted from the parameter",
+}
+LAYER_METRICS = tuple(LAYER_METRIC_MEANINGS)
 BOLTS_EPS = 1e-8
 
 # Elements of a chunk. All of ResNet-18's convolutions but the stem are whole multiples of 4096.

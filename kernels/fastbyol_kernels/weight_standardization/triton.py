@@ -15,7 +15,7 @@ from fastbyol_kernels.weight_standardization.reference import EPS, RowTable
 BLOCK = 2048
 # Short or unaligned rows (27 or 147 elements of a stem, 3x3x3 and 7x7x3) start on odd elements and
 # move one element at a time, 8 rows per program and a 7x7x3 row per step. They are 2 % of
-# ResNet-18's weights.
+# ResNet-18's weights, and 9 % of ResNet-50's.
 ROWS, COLUMNS = 8, 256
 _OPTIONS = {
     "BLOCK": BLOCK,

@@ -1,0 +1,1 @@
+"""The documentation site: pages made of the code, links that hold in both places, transcripts."""

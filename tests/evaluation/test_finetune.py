@@ -93,6 +93,19 @@ def test_steps_are_torchs_own_on_an_ordinary_network() -> None:
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-8)
 
 
+def test_a_librarys_encoder_sees_the_batch_as_one_view() -> None:
+    """An odd batch cannot be halved into two views."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        made = build_encoder(ModelConfig(encoder="timm:test_resnet"), num_views=2)
+    train = stripes(27, 0)
+    lines = list[str]()
+    recipe = Recipe(epochs=1, batch_size=9)
+    finetune(made, train.images, train.labels, VIEWS, recipe, lines.append)
+    assert len(lines) == 1
+    assert made.num_views == 2
+
+
 def test_repeats_itself_and_changes_nothing_else() -> None:
     train, made = stripes(64, 0), encoder()
     before, weights = torch.get_rng_state(), copy.deepcopy(made.state_dict())

@@ -1,7 +1,7 @@
-"""The table of docs/evaluation.md: protocols on the same runs, over seeds.
+"""The tables of docs/evaluation.md: protocols on the same runs, over seeds, and one's classes.
 
     python -m fastbyol_bench.protocols measure FOLDER  # train and measure what FOLDER lacks, docs
-    python -m fastbyol_bench.protocols docs            # write the table
+    python -m fastbyol_bench.protocols docs            # write the tables
 
 Measuring takes a quarter of an hour on one core. What was measured is kept after each measurement.
 """
@@ -22,6 +22,7 @@ from fastbyol_bench.readme import DOCS, RESULTS, filled, markdown
 DOCUMENT = DOCS / "evaluation.md"
 KEPT = RESULTS / "evaluation" / "protocols.json"
 BEGIN, END = "<!-- protocols: made by fastbyol_bench.protocols -->", "<!-- protocols: end -->"
+BEGIN_CLASSES, END_CLASSES = (f"<!-- classes: {word} -->" for word in ("as above", "end"))
 SEEDS = range(2)
 DATA = "fashion-mnist"
 # Of a result, what the table needs.
@@ -47,6 +48,8 @@ class Case(NamedTuple):
 
 
 LINEAR, FINETUNE = Case("linear"), Case("finetune")
+# Whose classes are shown.
+BY_CLASS = SEEDS[0], LINEAR
 CASES = (
     *(Case("knn"), LINEAR, FINETUNE),
     *(Case("linear", labels=0.1), Case("finetune", labels=0.1)),
@@ -84,7 +87,8 @@ def measure(folder: Path) -> dict[str, Any]:
                 run, case.protocol, weights=case.weights, labels=case.labels, data=case.data,
                 test_data=test, device="cpu",
             )  # fmt: skip
-            row = {"seed": seed, "case": list(case), **{name: result[name] for name in FIELDS}}
+            fields = (*FIELDS, "classes") if (seed, case) == BY_CLASS else FIELDS
+            row = {"seed": seed, "case": list(case), **{name: result[name] for name in fields}}
             record["rows"].append(row)
             write_text(kept, json.dumps(record, indent=1) + "\n")
     return record
@@ -109,6 +113,24 @@ def block(record: Mapping[str, Any]) -> str:
     return "\n".join([BEGIN, sentence, "", table, END])
 
 
+def class_block(record: Mapping[str, Any]) -> str:
+    """Return the block of the classes, marks included."""
+    (row,) = (row for row in _rows(record, BY_CLASS[1]) if row["seed"] == BY_CLASS[0])
+    table = markdown(
+        ("class", "images", "accuracy", "mostly mistaken for"),
+        [
+            (
+                each["name"],
+                f"{each['num_test']:,}",
+                accuracy_text(each["accuracy"], each["num_test"]),
+                f"{each['mistaken_for']} ({each['num_mistaken']})",
+            )
+            for each in row["classes"]
+        ],
+    )
+    return "\n".join([BEGIN_CLASSES, table, END_CLASSES])
+
+
 def _rows(record: Mapping[str, Any], case: Case) -> list[Mapping[str, Any]]:
     """Return the rows of ``case`` by seed."""
     rows = (row for row in record["rows"] if Case(*row["case"]) == case)
@@ -128,8 +150,10 @@ def _cells(case: Case, rows: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
 
 
 def fresh(text: str) -> str:
-    """Return the document's ``text`` with its block made anew from bench/results."""
-    return filled(text, BEGIN, END, block(json.loads(KEPT.read_text("utf-8"))))
+    """Return the document's ``text`` with its blocks made anew from bench/results."""
+    record = json.loads(KEPT.read_text("utf-8"))
+    text = filled(text, BEGIN_CLASSES, END_CLASSES, class_block(record))
+    return filled(text, BEGIN, END, block(record))
 
 
 def main() -> None:

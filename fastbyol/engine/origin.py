@@ -109,8 +109,9 @@ def copy_weights(
     else:
         tensors, digest = weights_file.read(Path(source))
     try:
-        match = foreign_keys.match(state.online.encoder.state_dict(), tensors)
-        theirs = {name: _checked(name, tensors[key]) for name, key in match.keys.items()}
+        own = state.online.encoder.state_dict()
+        match = foreign_keys.match(own, tensors)
+        theirs = {name: _checked(name, tensors[key], own[name]) for name, key in match.keys.items()}
     except foreign_keys.MismatchError as error:
         model = state.online.config
         about = f"model.encoder {model.encoder}"
@@ -162,12 +163,20 @@ def _copy_checkpoint(state: TrainState, file: Path) -> FirstWeights:
     return FirstWeights(str(file), loaded.digest, "of both networks", len(pairs))
 
 
-def _checked(name: str, tensor: Tensor) -> Tensor:
-    """Return a tensor of a file. Raises MismatchError unless it has numbers that can be trained."""
+def _checked(name: str, tensor: Tensor, own: Tensor) -> Tensor:
+    """Return a tensor of a file. Raises MismatchError unless it can stand for the encoder's own."""
     is_plain = tensor.device.type == "cpu" and tensor.layout == torch.strided
     is_count = name.endswith(f".{foreign_keys.COUNTER}")
-    if not is_plain or tensor.is_quantized or not (tensor.is_floating_point() or is_count):
+    is_whole = not own.is_floating_point() and not is_count
+    if (
+        not is_plain
+        or tensor.is_quantized
+        or not (tensor.is_floating_point() or is_count or (is_whole and tensor.dtype == own.dtype))
+    ):
         raise foreign_keys.MismatchError(f"{name} is of {tensor.dtype}, packed or without numbers")
+    # Such as a transformer's positions, which index other tensors.
+    if is_whole and not torch.equal(tensor, own.cpu()):
+        raise foreign_keys.MismatchError(f"{name} has other numbers than this network's")
     if not bool(tensor.isfinite().all()):
         raise foreign_keys.MismatchError(f"{name} holds NaN or infinity")
     if name.endswith(".running_var") and bool((tensor < 0).any()):

@@ -42,7 +42,7 @@ def test_a_stopped_measurement_goes_on(tmp_path: Path, monkeypatch: pytest.Monke
 
     def evaluate(run: Path, protocol: str, **options: Any) -> dict[str, Any]:
         asked.append((protocol, options))
-        return dict.fromkeys(FIELDS, 50)
+        return dict.fromkeys((*FIELDS, "classes"), 50)
 
     monkeypatch.setattr(api, "evaluate", evaluate)
     monkeypatch.setattr(api, "train", lambda config, run: run.mkdir())

@@ -319,6 +319,22 @@ def test_numbers_that_cannot_be_trained_are_refused(tmp_path: Path) -> None:
     assert torch.equal(state.target.encoder.conv1.weight, whole["conv1.weight"].float())
 
 
+def test_positions_of_a_transformer_are_the_networks_own_or_refused(tmp_path: Path) -> None:
+    config = Config.model_validate(
+        {"model": {"encoder": "torchvision:swin_t"}, "views": {"size": 32}}
+    )
+    state = TrainState.create(resolve(config), steps_per_epoch=1)
+    weights = torchvision.models.swin_t().state_dict()
+    first = origin.copy_weights(state, saved(weights, tmp_path / "swin.pth"))
+    assert first.missing == ()
+    assert first.matched == len(state.online.encoder.state_dict())
+    assert dict(first.unused or {}) == {"head": 2}
+    index = "features.1.0.attn.relative_position_index"
+    other = saved(weights | {index: weights[index] + 1}, tmp_path / "other.pth")
+    with pytest.raises(UsageError, match=f"{index} has other numbers than this network's"):
+        origin.copy_weights(state, other)
+
+
 def test_files_without_counters_of_batches(tmp_path: Path) -> None:
     """Those from before torch 0.4.1."""
     whole = foreign_models.resnet().state_dict()

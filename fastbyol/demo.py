@@ -269,6 +269,7 @@ def _print(console: Console, result: dict[str, Any]) -> None:
         "accuracy",
         box=None,
     )
+    ends.columns[-1].no_wrap = True
     for name, row in result["pair"].items():
         ends.add_row(
             name,

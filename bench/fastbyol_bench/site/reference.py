@@ -10,7 +10,7 @@ import math
 import re
 import types
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -131,7 +131,7 @@ def _parameters(command: Any, context: Any) -> Iterator[str]:
             yield table((kind, "default", "meaning"), iter(rows))
 
 
-def _row(parameter: Any, context: Any, keys: Mapping[str, str]) -> tuple[str, str, str]:
+def _row(parameter: Any, context: Any, keys: Mapping[str, Sequence[str]]) -> tuple[str, str, str]:
     record = parameter.get_help_record(context)
     name, text = record if record else (parameter.make_metavar(context), parameter.help or "")
     text = re.sub(r"\s*\[(?:default|required)[^\]]*\]", "", text)
@@ -145,18 +145,19 @@ def _row(parameter: Any, context: Any, keys: Mapping[str, str]) -> tuple[str, st
     else:
         shown = code(str(getattr(default, "value", default)))
     meaning = escaped(text)
-    if key := keys.get(parameter.opts[0]):
-        shown = _defaults(key)
-        meaning = f"{meaning} Sets [{code(key)}](../configuration.md#{key}).".strip()
+    if set_by_it := keys.get(parameter.opts[0]):
+        shown = _defaults(set_by_it[0])
+        links = " and ".join(f"[{code(key)}](../configuration.md#{key})" for key in set_by_it)
+        meaning = f"{meaning} Sets {links}.".strip()
     return code(name), shown, meaning
 
 
-def option_keys() -> dict[str, str]:
-    """Return the configuration key that each option of ``train`` sets."""
-    return {
-        option.name.partition("/")[0]: key
-        for key, _, option in options.declared()
-    }  # fmt: skip
+def option_keys() -> dict[str, list[str]]:
+    """Return the configuration keys that each option of ``train`` sets."""
+    keys: dict[str, list[str]] = {}
+    for key, _, option in options.declared():
+        keys.setdefault(option.name.partition("/")[0], []).append(key)
+    return keys
 
 
 def _exit_codes(command: Any, context: Any) -> str:
@@ -293,7 +294,7 @@ def metrics_page() -> str:
         "The event of an epoch has the mean of each over the epoch's steps.",
         table(("name", "meaning"), _meanings(METRIC_MEANINGS)),
         "## Per layer",
-        "One row of `layers.npy` for each recorded step and each parameter.",
+        "One row of `layers.npy` for each recorded step, with a column for each parameter.",
         table(("name", "meaning"), _meanings(LAYER_METRIC_MEANINGS)),
         "## Events",
         "Lines of `metrics.jsonl` with `event`, the kind, and `step`, the number of steps done.",

@@ -113,11 +113,7 @@ def copy_weights(
         match = foreign_keys.match(own, tensors)
         theirs = {name: _checked(name, tensors[key], own[name]) for name, key in match.keys.items()}
     except foreign_keys.MismatchError as error:
-        model = state.online.config
-        about = f"model.encoder {model.encoder}"
-        if ":" not in model.encoder:  # else they are the library's
-            about += f", norm {model.norm}, width {model.width}, stem {model.stem}"
-        raise UsageError(f"{source}: cannot start from it: {error} ({about})") from None
+        raise UsageError(f"{source}: cannot start from it: {error} ({_about(state)})") from None
     for encoder in (state.online.encoder, state.target.encoder):
         mine = encoder.state_dict()
         for name, tensor in theirs.items():
@@ -133,6 +129,17 @@ def copy_weights(
         match.unused,
         match.others,
         tuple(notes),
+    )
+
+
+def _about(state: TrainState) -> str:
+    """Return the settings that a network's tensors follow from."""
+    model = state.online.config
+    if model.foreign is not None:  # the others are the library's
+        return f"model.encoder {model.encoder}"
+    return (
+        f"model.encoder {model.encoder}, norm {model.norm}, width {model.width}, stem "
+        f"{model.stem}, norms of the heads {model.projector.norm} and {model.predictor.norm}"
     )
 
 
@@ -154,7 +161,7 @@ def _copy_checkpoint(state: TrainState, file: Path) -> FirstWeights:
                 ]
                 raise UsageError(
                     f"{file}: cannot start from it: {name}.{key} is {kinds[0]} there and "
-                    f"{kinds[1]} in this network"
+                    f"{kinds[1]} in this network ({_about(state)})"
                 )
             pairs.append((mine[key], theirs[key]))
     for mine_, theirs_ in pairs:

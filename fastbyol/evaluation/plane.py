@@ -16,6 +16,8 @@ from fastbyol.errors import UsageError, check_choice
 WAYS = ("pca", "umap")
 # UMAP's own default.
 _NEIGHBOURS = 15
+# Its graph of fewer has no two dimensions.
+_FEWEST = 4
 
 
 class Plane(NamedTuple):
@@ -40,12 +42,19 @@ def lay_out(features: Tensor, way: str, *, seed: int = 0) -> Plane:
     """Lay out ``features`` (N, D), which are finite, in the plane by one of ``WAYS``.
 
     The same rows and seed give the same points on the same machine. Rows that are all equal share
-    the origin.
+    the origin. Raises UsageError as ``check``, and for fewer rows than UMAP can lay out.
     """
     check(way)
     flat = pca(features)
-    if way == "pca" or len(features) < 4 or not flat.points.any():
+    if way == "pca":
         return flat
+    axes = ("UMAP 1", "UMAP 2")
+    if len(features) < _FEWEST:
+        raise UsageError(
+            f"--by umap: needs {_FEWEST} images, and there are {len(features)}: take --by pca"
+        )
+    if not flat.points.any():
+        return Plane(flat.points, axes, None)
     with warnings.catch_warnings():  # of a graph in several parts, which is a fact of the data
         warnings.simplefilter("ignore")
         from umap import UMAP
@@ -54,7 +63,7 @@ def lay_out(features: Tensor, way: str, *, seed: int = 0) -> Plane:
             n_neighbors=min(_NEIGHBOURS, len(features) - 1), init="pca", random_state=seed, n_jobs=1
         )
         points = fit.fit_transform(features.float().cpu().numpy())
-    return Plane(np.asarray(points, np.float64), ("UMAP 1", "UMAP 2"), None)
+    return Plane(np.asarray(points, np.float64), axes, None)
 
 
 def pca(features: Tensor) -> Plane:

@@ -17,7 +17,7 @@ from torch import nn
 
 from fastbyol.config import ModelConfig, Resolved
 from fastbyol.data.beton_write import check_output, followed, publish
-from fastbyol.errors import UsageError
+from fastbyol.errors import UsageError, one_line
 from fastbyol.exports import constructors, foreign, model_card, parity
 from fastbyol.exports.folding import add_classifier, folded
 from fastbyol.exports.formats import FORMATS, Format, demand_libraries
@@ -244,7 +244,13 @@ def _loaded(code: str, wishes: Wishes) -> Any:
     # Constructors draw weights, and torch 2.11 warns of a buffer of its own.
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        exec(compile(code, "export", "exec"), names)
+        try:
+            exec(compile(code, "export", "exec"), names)
+        except ValueError as error:  # of networks that ask a state dict for more than its tensors
+            raise UsageError(
+                f"--format {wishes.name}: the network cannot be loaded from such a file "
+                f"({one_line(error)}): take torchvision or timm, whose network it is"
+            ) from None
     if wishes.num_classes is not None:
         names["model"].fc = nn.Identity()
     return names["model"]

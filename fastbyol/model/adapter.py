@@ -144,11 +144,10 @@ def library_network(encoder: Adapter) -> nn.Module:
     """Copy ``encoder`` into its library's own network, in eval mode, all trainable."""
     with torch.random.fork_rng(devices=[]):
         net = encoder.recipe.build()
-    # The encoder's weights are views of a run's flat buffers, hence the copies.
-    state = {
-        name: t.clone(memory_format=torch.contiguous_format)
-        for name, t in encoder.net.state_dict().items()
-    }
+    # Its dict has the versions of modules beside the tensors, which some of them ask for.
+    state = encoder.net.state_dict()
+    for name, t in state.items():  # views of a run's flat buffers, hence the copies
+        state[name] = t.clone(memory_format=torch.contiguous_format)
     net.load_state_dict(state)
     return net.eval()
 

@@ -28,6 +28,8 @@ COUNTER = "num_batches_tracked"
 # The block's second path, as ResNets for CIFAR name it.
 _SHORTCUT, _DOWNSAMPLE = ".shortcut.", ".downsample."
 _LONGEST_NAME = 1000
+# Of the names of a network's own norms, as bn1.
+_NORMS, _DIGITS = {"bn", "gn", "ln", "norm"}, "0123456789"
 
 
 @dataclass(frozen=True)
@@ -79,14 +81,18 @@ def match(encoder: Mapping[str, Tensor], file: Mapping[str, Tensor]) -> Match:
     own = _without_wrapper(encoder)
     candidates = _candidates(own, file)
     most = max((len(one.keys) for one in candidates), default=0)
-    if 4 * most < len(own):
+    # Of a file with few tensors the first one that it lacks is named.
+    if 4 * most < min(len(own), len(file)) or not most:
         first = f", such as {_shown(next(iter(file)))}," if file else ""
         raise MismatchError(
             f"only {most} of its {len(file)} tensors{first} have names like the encoder's, such as "
             f"{next(iter(own))}"
         )
     whole = sorted((one for one in candidates if 2 * len(one.keys) > most), key=_Candidate.order)
-    chosen, others = whole[0], tuple(one.prefix for one in whole[1:])
+    chosen = whole[0]
+    # Of a Sequential within the encoder both ways of reading mean the same tensors.
+    whole = [chosen, *(one for one in whole[1:] if one.prefix != chosen.prefix)]
+    others = tuple(one.prefix for one in whole[1:])
     if others and whole[1].order() == chosen.order() and not _are_equal(chosen, whole[1], file):
         raise MismatchError(
             f"it has two encoders, {_shown(chosen.prefix)} and {_shown(others[0])}: save the one "
@@ -185,8 +191,11 @@ def _is_of_encoder(name: str, modules: Container[str]) -> bool:
     ``modules`` are the names of those of the encoder's modules that have tensors.
     """
     parts = name.split(".")
-    if parts[-1] == COUNTER or parts[0] not in modules:
+    if parts[-1] == COUNTER:
         return False
+    if parts[0] not in modules:  # a head, unless it is one more of what there is, or a norm
+        stem = parts[0].rstrip(_DIGITS)
+        return stem in _NORMS or (stem != parts[0] and f"{stem}1" in modules)
     # A classifier may be a module, or the last ones of several: torchvision's classifier.3.
     return not any(
         _CLASSIFIERS & {part, before if part.isdigit() else ""}

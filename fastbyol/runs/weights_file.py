@@ -112,8 +112,9 @@ def _of_torch(path: Path, file: BinaryIO, size: int, *, is_zip: bool) -> object:
             raise _damaged(path, error) from None
         raise UsageError(
             f"{path}: holds an object of {kind[1]} beside tensors, and loading it would run that "
-            "program's code: where it is trusted, save the tensors alone: "
-            "torch.save(torch.load(FILE, weights_only=False)['state_dict'], NEW_FILE)"
+            "program's code: where it is trusted, load it with weights_only=False and save the "
+            "tensors alone: torch.save(loaded['state_dict'], NEW_FILE), of a module "
+            "torch.save(loaded.state_dict(), NEW_FILE)"
         ) from None
     # Whatever a damaged file makes torch's reader do; memory that it declares is not there.
     except Exception as error:

@@ -258,7 +258,9 @@ def test_bf16_is_autocast_and_near_fp32() -> None:
         assert 1e-5 < error < 0.1, (name, error)
 
 
-@pytest.mark.parametrize("name", ["timm:test_resnet", "timm:levit_128s", "torchvision:alexnet"])
+@pytest.mark.parametrize(
+    "name", ["timm:test_resnet", "timm:levit_128s", "torchvision:alexnet", "torchvision:mnasnet0_5"]
+)
 def test_users_get_the_librarys_own_network(name: str) -> None:
     """Its embeddings are the run's, it shares no memory with it, trains and can be pickled."""
     size = 64

@@ -109,8 +109,22 @@ def test_the_first_difference_is_named() -> None:
     refused(
         OWN, {"cls_token": torch.zeros(1)}, r"^only 0 of its 1 tensors, such as cls_token, have n"
     )
+    norms = {name: t for name, t in OWN.items() if "bn" in name}
+    bare = {name: t for name, t in OWN.items() if name not in norms}
+    refused(OWN, bare, r"^bn1.weight of the encoder is absent there and \(2,\) in this network")
+    kept = bare | {name: OWN[name] for name in ("bn1.weight", "bn1.bias")}
+    refused(bare, kept, r"^bn1.weight of the encoder is \(2,\) there and absent in this network")
+    more = OWN | {"layer5.0.conv1.weight": torch.zeros(2, 2, 3, 3)}
+    refused(OWN, more, r"^layer5\.0\.conv1\.weight of the encoder is \(2, .*absent in this")
     refused(OWN, {}, r"^only 0 of its 0 tensors have names like the encoder's, such as conv1")
     refused(OWN, OWN | {"layer1.\x1b\n": torch.zeros(1)}, r"^'layer1\.\\x1b\\n' of the encoder")
+
+
+def test_a_sequential_within_the_encoder_is_one_encoder() -> None:
+    own = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3)).state_dict()
+    found = match(behind("net.layers.", own), behind("layers.", own) | {"fc.bias": torch.ones(1)})
+    assert (found.in_words(), found.others) == ("by name under layers", ())
+    assert dict(found.unused) == {"fc": 1}
 
 
 def test_counters_of_batch_norm_may_be_missing() -> None:

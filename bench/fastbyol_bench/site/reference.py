@@ -319,6 +319,11 @@ def claims_page() -> str:
         "runs. [The post's appendix, reproduced](../appendix.md) has the verdicts. "
         "`fastbyol ablate show C6` prints one claim, `fastbyol ablate run C6` trains what it "
         "needs.",
+        "An *arm* is a setting that the claim is about, run with several seeds; a *control* is "
+        "what it is compared with. A claim stands or falls with its statements. One that *refines* "
+        "makes it hold partly where it fails, and one that is *told* is shown and does not count. "
+        "The scales, from `mini` to `full`, say how many images and epochs a run has "
+        "(`fastbyol ablate run --help`).",
     ]
     for claim in CLAIMS:
         title = f"{claim.id} {claim.name}"

@@ -20,7 +20,6 @@ from torch import nn
 from fastbyol import config_io
 from fastbyol.config import Config, Resolved, resolve
 from fastbyol.data import convert as conversion
-from fastbyol.data import decoder as decoding
 from fastbyol.data.beton_write import Mode, Progress
 from fastbyol.data.rgb import Resize
 from fastbyol.engine import capture, forking, trainer
@@ -512,12 +511,7 @@ def evaluate(
     recipe = _recipe(protocol, epochs, lr, batch_size, seed)
     target = pick_device(device)
     config, net, loaded = _load_net(Path(run), weights)
-    pinned = inputs.of_run(Path(run))
-    decoder = (
-        decoding.choose(config.data.decoder)
-        if pinned is None
-        else decoding.choose_again(pinned.decoder)
-    )
+    decoder = inputs.decoder_of(Path(run), config.data)
     images = ScoredData(
         Path(run),
         config.data,

@@ -107,6 +107,18 @@ def print_json(value: Any) -> None:
     print(json.dumps(_finite(value), indent=2, default=str, allow_nan=False))
 
 
+def print_result(
+    result: dict[str, Any], in_words: Callable[[dict[str, Any]], Sequence[str]], *, as_json: bool
+) -> None:
+    """Print a ``result`` as JSON or ``in_words``, and its ``notes`` on standard error before it."""
+    for note in result["notes"]:
+        say(note, err=True)
+    if as_json:
+        print_json(result)
+    else:
+        say(*in_words(result))
+
+
 def _finite(value: Any) -> Any:
     if isinstance(value, float):
         return value if math.isfinite(value) else None

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from fastbyol.cli.options import Device, ImageField, Json, LabelField, RunOrFile, Weights
-from fastbyol.output import print_json, say
+from fastbyol.output import print_result
 
 Data = Annotated[
     str | None,
@@ -59,12 +59,7 @@ def embed(
         picture=picture, by=by, image_field=image_field, label_field=label_field, device=device,
         overwrite=overwrite,
     )  # fmt: skip
-    for note in result["notes"]:
-        say(note, err=True)
-    if as_json:
-        print_json(result)
-    else:
-        say(*in_words(result))
+    print_result(result, in_words, as_json=as_json)
 
 
 def in_words(result: dict[str, Any]) -> list[str]:

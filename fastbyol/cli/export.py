@@ -9,7 +9,7 @@ import typer
 
 from fastbyol.cli.options import Json, RunOrFile, Weights
 from fastbyol.errors import size_text
-from fastbyol.output import print_json, say
+from fastbyol.output import print_result
 
 Format = Annotated[
     Literal["torchvision", "timm", "safetensors", "onnx", "torch-export"],
@@ -55,12 +55,7 @@ def export(
         license=licence,
         overwrite=overwrite,
     )
-    for note in result["notes"]:
-        say(note, err=True)
-    if as_json:
-        print_json(result)
-    else:
-        say(*in_words(result))
+    print_result(result, in_words, as_json=as_json)
 
 
 def in_words(result: dict[str, Any]) -> list[str]:

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from fastbyol.config import DataConfig, Resolved
 from fastbyol.data import beton, embedded, loader
-from fastbyol.data import decoder as decoding
 from fastbyol.data.beton import BetonInfo
 from fastbyol.data.beton_write import check_output
 from fastbyol.data.contents import Contents
@@ -86,12 +85,7 @@ def write(
     info, name, limit = _images(run, config.data, wishes)
     chosen = subset(info.num_samples, wishes.limit or limit)
     ids = torch.arange(info.num_samples) if chosen is None else chosen
-    pinned = inputs.of_run(run)
-    decoder = (
-        decoding.choose(config.data.decoder)
-        if pinned is None
-        else decoding.choose_again(pinned.decoder)
-    )
+    decoder = inputs.decoder_of(run, config.data)
     module: nn.Module = net.encoder
     if wishes.projections:
         module = nn.Sequential(net.encoder, net.projector)

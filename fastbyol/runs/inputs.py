@@ -184,6 +184,14 @@ def of_run(run_or_file: Path) -> Inputs | None:
     return Inputs.read(saved) or Inputs.read(env_of(run_or_file).get(META))
 
 
+def decoder_of(run_or_file: Path, data: DataConfig) -> str:
+    """Return the decoder of what a run is measured on: the run's, if it can be had."""
+    from fastbyol.data import decoder
+
+    pinned = of_run(run_or_file)
+    return decoder.choose(data.decoder) if pinned is None else decoder.choose_again(pinned.decoder)
+
+
 def own_data(
     run: Path,
     pinned: Inputs | None,

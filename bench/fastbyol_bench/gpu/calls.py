@@ -409,9 +409,11 @@ def parsed(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--caches", type=Path, help="the caches.tar.gz of a call before, of the same versions"
     )
-    parser.add_argument("--data", metavar="BETON", help="C: images to train the claims on, too")
     parser.add_argument(
-        "--test-data", metavar="BETON", help="C: labelled images for the probe, with --data"
+        "--data", metavar="IMAGES", help="C: what to train the claims on, too, as train's --data"
+    )
+    parser.add_argument(
+        "--test-data", metavar="IMAGES", help="C: labelled images for the probe, with --data"
     )
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="C: for runs on --data"
@@ -429,7 +431,7 @@ def parsed(words: Sequence[str] | None = None) -> argparse.Namespace:
     if options.minutes is None:
         options.minutes = MINUTES * (DRY_PATIENCE if options.dry else 1)
     if bool(options.data) != bool(options.test_data):
-        parser.error("--data and --test-data go together: name both files")
+        parser.error("--data and --test-data go together: name both")
     if options.caches and not options.caches.is_file():
         parser.error(
             f"--caches: {options.caches} is no file: name a caches.tar.gz of a call before"

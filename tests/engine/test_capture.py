@@ -283,10 +283,10 @@ def test_no_step_reads_the_device(kinds: tuple[str, str, bool, str] | str) -> No
     assert reads.seen == ["_local_scalar_dense"]
 
 
-def batch_of(step: int, count: int = 6) -> Batch:
+def batch_of(step: int, count: int = 6, device: torch.device = CPU) -> Batch:
     g = torch.Generator().manual_seed(step)
     images = torch.randint(0, 256, (count, 20, 20, 3), generator=g, dtype=torch.uint8)
-    return Batch(images, torch.arange(count) + 100 * step)
+    return Batch(images.to(device), (torch.arange(count) + 100 * step).to(device))
 
 
 def small_views(config: Config) -> Config:
@@ -702,7 +702,7 @@ def test_a_graph_takes_the_compiled_step(kinds: tuple[str, str, bool, str] | str
         for state in states if collapsed else ():
             collapse(state)
         for step in range(2):
-            batch = Batch(*(tensor.to(device) for tensor in batch_of(step)))
+            batch = batch_of(step, device=device)
             graph.prepare(batch, step)
             torch.cuda.synchronize()
             before = torch.cuda.memory_stats()["allocation.all.allocated"]

@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from fastbyol.config import EngineConfig
-from fastbyol.data.loader import Batch
 from fastbyol.engine import capture
 from fastbyol.engine.overlap import PARTS, CudaSide, Parts, overlapped
 from fastbyol.engine.step import TrainState, train_step
@@ -157,7 +156,7 @@ def test_branches_of_a_graph_are_the_parts_one_after_the_other(method: str) -> N
         for state in states if collapsed else ():
             collapse(state)
         for step in range(3):
-            batch = Batch(*(tensor.to(device) for tensor in batch_of(step)))
+            batch = batch_of(step, device=device)
             for engine in engines:
                 engine(batch, step)
         assert_equal_states(parted, branched)

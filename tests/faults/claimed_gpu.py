@@ -87,7 +87,7 @@ class ClaimedGpu(TorchFunctionMode):
         name, kwargs = getattr(func, "__name__", str(func)), dict(kwargs or {})
         if name == "__get__":
             return self._attribute(func, args[0])
-        if name in ("__set__", "data_ptr", "untyped_storage"):
+        if name in ("__set__", "data_ptr", "untyped_storage", "_parse_to"):
             return func(*args, **kwargs)
         if func is Tensor.backward:
             return self._backward(*args, **kwargs)

@@ -12,7 +12,8 @@ DEMO := demo
 JOBS := 3
 PYTEST = $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder
 FLOOR := tests/kernels tests/engine/test_capture.py tests/engine/test_working_weights.py tests/engine/test_step.py \
-  tests/bench/test_launches.py tests/bench/test_mocked_gpu.py tests/bench/test_kernel_times.py
+  tests/bench/test_launches.py tests/bench/test_mocked_gpu.py tests/bench/test_kernel_times.py \
+  tests/faults/test_run_gpu.py
 # The path from sources through betons and runs to accuracies. Only tests that compare with FFCV
 # itself are skipped.
 NO_FFCV := $(addprefix tests/data/test_,decoder.py decode_torchvision.py loader.py verify.py manifest.py jpeg_tables.py \

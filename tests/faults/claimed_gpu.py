@@ -35,7 +35,7 @@ FREE, TOTAL = 70 << 30, 80 << 30
 ANY_PLACES = {"copy_", "_foreach_copy_", "__setitem__", "_has_compatible_shallow_copy_type"}
 # Those that take indices of the host.
 INDEXED = {"__getitem__", "index_put_", "index_put"}
-# Those that take a scalar of the host for no other tensor's scalar.
+# Those that do not take a 0-d tensor of the host for a number.
 JOINED = {"cat", "stack", "concat", "hstack", "vstack", "matmul", "mm", "bmm", "addmm", "linear"}
 READ_BY_THE_HOST = {
     "item", "tolist", "nonzero", "unique", "equal", "allclose", "is_nonzero", "masked_select",
@@ -58,7 +58,23 @@ class ClaimedGpu(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self._places: dict[int, tuple[StorageWeakRef, torch.device]] = {}
-        self.tape: Tape | None = None
+        self._tapes: dict[int, Tape] = {}  # by thread: others may do what they like meanwhile
+
+    @property
+    def tape(self) -> Tape | None:
+        """The tape that this thread records."""
+        return self._tapes.get(threading.get_ident())
+
+    @contextmanager
+    def recording(self, tape: Tape) -> Iterator[None]:
+        """Record what this thread does, and undo it."""
+        self._tapes[threading.get_ident()] = tape
+        try:
+            with tape:
+                yield
+        finally:
+            del self._tapes[threading.get_ident()]
+            tape.undo()
 
     def put(self, tensor: Tensor, place: torch.device) -> Tensor:
         """Note where ``tensor`` is and return it."""
@@ -287,16 +303,6 @@ def claimed_gpu() -> Iterator[ClaimedGpu]:
             self.tape = Tape()
             self.replay = self.tape.play
 
-    @contextmanager
-    def graph(graph: Graph, **_: object) -> Iterator[None]:
-        mode.tape = graph.tape
-        try:
-            with graph.tape:
-                yield
-        finally:
-            mode.tape = None
-            graph.tape.undo()
-
     def on_host(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
         return lambda *args, **kwargs: mode.put(make(*args, **kwargs), HOST)
 
@@ -319,10 +325,10 @@ def claimed_gpu() -> Iterator[ClaimedGpu]:
     launch = GridExecutor.__call__
 
     def launched(kernel: GridExecutor, *args: Any, **kwargs: Any) -> None:
-        if mode.tape is None:
-            launch(kernel, *args, **kwargs)
+        if tape := mode.tape:
+            tape.launch(lambda *a, **k: launch(kernel, *a, **k), args, kwargs)
         else:
-            mode.tape.launch(lambda *a, **k: launch(kernel, *a, **k), args, kwargs)
+            launch(kernel, *args, **kwargs)
 
     answers: dict[str, object] = {
         "is_available": True, "is_initialized": True, "device_count": 1, "current_device": 0,
@@ -336,7 +342,7 @@ def claimed_gpu() -> Iterator[ClaimedGpu]:
         *((torch.cuda, name, lambda *_, _a=a, **__: _a) for name, a in answers.items()),
         *((torch.cuda, name, Event) for name in ("Stream", "Event")),
         (torch.cuda, "CUDAGraph", Graph),
-        (torch.cuda, "graph", graph),
+        (torch.cuda, "graph", lambda graph, **_: mode.recording(graph.tape)),
         *((torch, name, on_host(getattr(torch, name))) for name in ("from_numpy", "frombuffer")),
         # Or the mode would be off in the backward pass, whose Python asks where tensors are.
         (torch.autograd, "has_torch_function", lambda *_: False),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -110,6 +111,15 @@ RUNS: dict[str, tuple[str, ...]] = {
 }
 
 
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Small runs on a CPU take one thread, and all others as many as there are."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return beton_files(tmp_path_factory.mktemp("data"))
@@ -152,7 +162,7 @@ def test_what_is_done_with_a_run(run: Command, files: tuple[Path, Path], tmp_pat
             "eval a --protocol linear --labels 0.5 --weights target",
             "eval a --protocol knn --per-class",
             "eval a --protocol finetune --epochs 1 --lr 0.1 --lr 0.2",
-            "embed a --out y.npz --picture y.png",
+            "embed a --out y.npz",
             "export a --format safetensors --out weights",
         ):
             run.output(*line.split())

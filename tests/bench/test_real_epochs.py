@@ -72,7 +72,10 @@ def test_a_whole_epoch_is_steps_and_end(
     row = train._whole(Setting(CPU, quick=True), made, tmp_path, 80)
     assert row.timing is not None
     assert (row.images, row.timing.runs, row.derived) == (64, 2, False)
-    assert 2 * STEP_S + PROBE_S <= row.timing.median_s <= (time.perf_counter() - began) / 2
+    # An epoch ends for the observer once its checkpoint is on disk, up to two steps into the next:
+    # so late may the first of the three have ended, which is shared by the two that count.
+    least = 2 * STEP_S + PROBE_S - 2 * STEP_S / 2
+    assert least <= row.timing.median_s <= (time.perf_counter() - began) / 2
 
 
 def test_an_assembled_epoch_is_the_sum_of_its_parts() -> None:

@@ -119,11 +119,9 @@ def test_ended_while_peers_start_it_leaves_none(number: signal.Signals, tmp_path
     with subprocess.Popen(
         command_line, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True
     ) as process:
-        deadline = time.monotonic() + 300.0
-        while not any("spawn_main" in peer for peer in processes.of_group(process.pid)):
-            assert time.monotonic() < deadline
-            assert process.poll() is None, process.communicate()
-            time.sleep(0.01)
+        processes.wait_until(
+            lambda: any("spawn_main" in peer for peer in processes.of_group(process.pid)), process
+        )
         time.sleep(0.5)
         os.kill(-process.pid if number == signal.SIGINT else process.pid, number)
         messages = process.communicate()[1].decode()

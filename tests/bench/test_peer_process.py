@@ -135,10 +135,7 @@ def test_a_dataloaders_workers_die_with_their_peer() -> None:
         assert workers
         child.kill()
         child.join()
-        until = time.monotonic() + 300.0
-        while any(map(processes.runs, workers)):
-            assert time.monotonic() < until, workers
-            time.sleep(0.05)
+        processes.wait_until(lambda: not any(map(processes.runs, workers)))
 
 
 def test_nothing_of_ours_reaches_it(monkeypatch: pytest.MonkeyPatch) -> None:

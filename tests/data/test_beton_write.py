@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from processes import wait_until
 
 import ffcv_files
 import leftovers
@@ -89,10 +90,7 @@ def out(tmp_path: Path) -> Path:
 def demand_untouched(out: Path) -> None:
     assert [path.name for path in out.parent.iterdir()] == [out.name]
     assert out.read_text() == "older"
-    deadline = time.monotonic() + 60.0
-    while _writers() and time.monotonic() < deadline:
-        time.sleep(0.02)
-    assert not _writers()
+    wait_until(lambda: not _writers())
     assert leftovers.lasting_in_shared_memory(BEFORE) == set()
 
 

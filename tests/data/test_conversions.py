@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from PIL import Image
+from processes import wait_until
 from small_disk import small_disk
 
 from fastbyol import load_config
@@ -240,9 +240,7 @@ def test_a_killed_conversion_is_begun_anew(tmp_path: Path, cache: Path) -> None:
     images, before = random_images(6000, 64, 64), in_shared_memory()
     np.save(tmp_path / "x.npy", images)
     process = subprocess.Popen([sys.executable, "-c", CONVERT, str(tmp_path / "x.npy")])
-    while not list(cache.glob("converted/.*.tmp")):
-        assert process.poll() is None
-        time.sleep(0.001)
+    wait_until(lambda: list(cache.glob("converted/.*.tmp")), process)
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not list(cache.glob("converted/*.beton"))

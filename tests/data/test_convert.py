@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from PIL import Image
+from processes import wait_until
 from torchvision.transforms import v2
 
 import ffcv_files
@@ -246,26 +247,20 @@ def test_a_disk_that_is_too_small(
 
 def test_killed_conversions_leave_nothing(tmp_path: Path, out: Path) -> None:
     """Kill a conversion while it starts, imports and writes; the next one removes leftovers."""
+    # 550 MB, which it is killed long before it has written.
     command = (
         f"from fastbyol.data.convert import convert; convert('textures', {str(out)!r}, "
-        "count=200000, size=96)"
+        "count=20000, size=96)"
     )
     for num_bytes in (-1, 0, 1 << 23):
         process = subprocess.Popen([sys.executable, "-c", command], start_new_session=True)
-        deadline = time.monotonic() + 600.0
-        while (
-            num_bytes >= 0
-            and _leftover_bytes(tmp_path) <= num_bytes
-            and time.monotonic() < deadline
-        ):
-            time.sleep(0.02)
-        time.sleep(0.5 if num_bytes < 0 else 0.0)
+        if num_bytes < 0:
+            time.sleep(0.5)
+        else:
+            wait_until(lambda least=num_bytes: _leftover_bytes(tmp_path) > least, process)
         process.send_signal(signal.SIGKILL)
-        process.wait()
-        assert time.monotonic() < deadline
-        while _children_of(process.pid) and time.monotonic() < deadline:
-            time.sleep(0.02)
-        assert not _children_of(process.pid)
+        assert process.wait() == -signal.SIGKILL
+        wait_until(lambda parent=process.pid: not _children_of(parent))
         assert not out.exists()
     assert _leftover_bytes(tmp_path)
     convert.convert("textures", out, count=10, size=16)

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from processes import wait_until
 
 from fastbyol.data import prefetch as prefetching
 from fastbyol.data.prefetch import prefetch
@@ -65,9 +66,7 @@ def test_runs_ahead_but_not_further() -> None:
 
     items = prefetch(source(), name="numbers")
     assert next(items) == 0
-    deadline = time.monotonic() + 60.0
-    while len(made) < 5 and time.monotonic() < deadline:
-        time.sleep(0.01)
+    wait_until(lambda: len(made) == 5)
     time.sleep(0.3)
     # One taken, three queued, one in the thread's hands.
     assert len(made) == 5

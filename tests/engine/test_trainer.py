@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 import numpy as np
 import pytest
 import torch
+from processes import wait_until
 from safetensors.numpy import load_file
 
 import no_graph
@@ -310,9 +311,7 @@ def test_killed_at_any_instant_and_resumed_is_the_uninterrupted_run(
         target=api.train, args=(tiny_config(files, "run.checkpoint_every_steps=2"), run)
     )
     process.start()
-    deadline = time.monotonic() + 600
-    while not (run / "metrics.jsonl").exists() and time.monotonic() < deadline:
-        time.sleep(0.005)
+    wait_until((run / "metrics.jsonl").exists, process)
     time.sleep(after_s)
     process.kill()
     process.join(60)

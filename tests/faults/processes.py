@@ -19,8 +19,11 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 VARIABLE = "FASTBYOL_TESTS"
+# What a process may take on a machine that does other things too.
+PATIENCE_S = 600.0
 # Python starts these for all tests of a process. The tracker ends by itself after its last user and
 # cleans /dev/shm. The server's children look like the server.
 TRACKER, SERVER = b"multiprocessing.resource_tracker", b"multiprocessing.forkserver"
@@ -114,6 +117,34 @@ def _guard(process: int, mark: str) -> None:
             select.select([ends], [], [])
     _end(lambda: marked(mark))
     shutil.rmtree(mark, ignore_errors=True)
+
+
+def wait_until(true: Callable[[], object], *needed: Any) -> None:
+    """Return once ``true()`` holds; fail after ``PATIENCE_S``, or when one of ``needed`` has ended.
+
+    Each of ``needed`` is a process of subprocess or multiprocessing or a job of submitit.
+    """
+    until = time.monotonic() + PATIENCE_S
+    while not true():
+        for process in needed:
+            # It may have become true just before the end.
+            if _has_ended(process) and not true():
+                raise AssertionError(f"{process} ended before: {_last_words(process)}")
+        if time.monotonic() > until:
+            raise AssertionError(f"not true after {PATIENCE_S:.0f} s")
+        time.sleep(0.01)
+
+
+def _has_ended(process: Any) -> bool:
+    if hasattr(process, "poll"):
+        return process.poll() is not None
+    return process.done() if hasattr(process, "done") else not process.is_alive()
+
+
+def _last_words(process: Any) -> object:
+    if hasattr(process, "communicate"):
+        return process.communicate()
+    return process.stderr() if hasattr(process, "stderr") else process.exitcode
 
 
 def runs(process: int | str) -> bool:

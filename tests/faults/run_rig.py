@@ -33,8 +33,6 @@ PROCESSES.set_forkserver_preload(
     ["fastbyol.api", "fastbyol.cli.main", "fastbyol.show.run_report", "ffcv.loader", "rich.live"]
 )
 PHASES = ("start", "step", "probe", "end")
-# One child's life, a few seconds, on a machine that does other things too.
-PATIENCE_S = 600.0
 
 
 def many(small: int, full: int) -> int:

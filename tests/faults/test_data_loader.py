@@ -14,6 +14,7 @@ import time
 from multiprocessing.context import BaseContext
 from pathlib import Path
 
+import processes
 import pytest
 import run_rig as rig
 import torch
@@ -59,12 +60,9 @@ def settled() -> tuple[int, int]:
     return actual
 
 
-def settles_at(before: tuple[int, int]) -> bool:
-    """Return whether threads and files come down to ``before``."""
-    deadline = time.monotonic() + rig.PATIENCE_S
-    while use() != before and time.monotonic() < deadline:
-        time.sleep(0.005)
-    return use() == before
+def wait_for(before: tuple[int, int]) -> None:
+    """Return once threads and files have come down to ``before``."""
+    processes.wait_until(lambda: use() == before)
 
 
 def _many_epochs(cache: str, pipe: object) -> None:
@@ -86,9 +84,9 @@ def test_many_epochs_grow_nothing(cache: str) -> None:
     ours, theirs = rig.PROCESSES.Pipe()
     child = rig.PROCESSES.Process(target=_many_epochs, args=(cache, theirs))
     child.start()
-    assert ours.poll(rig.PATIENCE_S)
+    assert ours.poll(processes.PATIENCE_S)
     before, after = ours.recv()
-    child.join(rig.PATIENCE_S)
+    child.join(processes.PATIENCE_S)
     print(f"{cache}: KiB, threads, files after epoch {SETTLED}: {before}, after {EPOCHS}: {after}")
     assert after[1:] == before[1:]
     assert after[0] <= 1.01 * before[0]
@@ -111,8 +109,8 @@ def test_early_breaks_and_exceptions_leave_nothing() -> None:
             except ZeroDivisionError:
                 pass
             assert threading.active_count() == num_threads
-            assert settles_at(before)
-    assert settles_at((before[0], before[1] - 1))  # the file
+            wait_for(before)
+    wait_for((before[0], before[1] - 1))  # the file
 
 
 def test_many_loaders_opened_and_dropped() -> None:
@@ -127,7 +125,7 @@ def test_many_loaders_opened_and_dropped() -> None:
             batches.close()
         del batches
     gc.collect()
-    assert settles_at(before)
+    wait_for(before)
 
 
 def _consume(loader: Loader | None) -> None:
@@ -171,7 +169,7 @@ def test_forked_after_threads_decoded() -> None:
     done = subprocess.run(
         [sys.executable, "-c", code],
         check=False,
-        timeout=rig.PATIENCE_S,
+        timeout=processes.PATIENCE_S,
         capture_output=True,
         env=environment,
     )
@@ -186,7 +184,7 @@ def test_other_processes(context: BaseContext) -> None:
     for child in children:
         child.start()
     for child in children:
-        child.join(rig.PATIENCE_S)
+        child.join(processes.PATIENCE_S)
         assert child.exitcode == 0
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
+import processes
 import pytest
 import run_rig as rig
 import torch
@@ -180,7 +181,7 @@ def test_no_permission(ours: Base, tmp_path: Path) -> None:
     path.chmod(0)
     child = rig.PROCESSES.Process(target=_as_nobody, args=(path,))
     child.start()
-    child.join(rig.PATIENCE_S)
+    child.join(processes.PATIENCE_S)
     assert child.exitcode == 0
 
 

@@ -30,8 +30,6 @@ from fastbyol.errors import UsageError
 KILLS = rig.many(4, 60)
 # The issue's "seconds": a dead worker is reported at once, the rest is a loaded machine.
 END_S = 20.0
-# What a whole conversion may take on a machine that does other things too. Alone it is 3 s.
-PATIENCE_S = rig.PATIENCE_S
 COUNT, SIDE = 2000, 64
 
 
@@ -43,9 +41,10 @@ def _nothing_in_shared_memory() -> Iterator[None]:
 
 
 def start(out: Path, seed: int, count: int = COUNT, **options: object) -> subprocess.Popen[bytes]:
+    """Start a conversion of textures; to JPEG if they are more than ``COUNT``, to fill no disk."""
     what = (
         f"convert textures {out} --count {count} --size {SIDE} --seed {seed} --workers 2 "
-        "--overwrite"
+        f"--overwrite --mode {'jpg' if count > COUNT else 'raw'}"
     ).split()
     return subprocess.Popen([sys.executable, "-m", "fastbyol.cli.main", *what], **options)  # type: ignore[call-overload]
 
@@ -66,18 +65,16 @@ def writers(parent: int | None = None) -> list[int]:
     return pids
 
 
-def gone(parent: int) -> bool:
-    deadline = time.monotonic() + PATIENCE_S
-    while writers(parent) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    return not writers(parent)
+def wait_for_end(parent: int) -> None:
+    """Return once no process writes for ``parent`` any more."""
+    processes.wait_until(lambda: not writers(parent))
 
 
 def test_killed_at_random_instants(tmp_path: Path) -> None:
     """Kill parent or child: the old or the new file is whole, and the next conversion clears up."""
     out, draw, seen = tmp_path / "out.beton", random.Random(0), Counter[str]()
     started = time.monotonic()
-    assert start(out, 0).wait(timeout=PATIENCE_S) == 0
+    assert start(out, 0).wait(timeout=processes.PATIENCE_S) == 0
     # A whole conversion takes this long, imports included: later no process is left to kill.
     lasts_s = 1.1 * (time.monotonic() - started)
     older = out.read_bytes()
@@ -92,9 +89,9 @@ def test_killed_at_random_instants(tmp_path: Path) -> None:
         )
         for victim in victims:
             os.kill(victim, signal.SIGKILL)
-        code = parent.wait(timeout=PATIENCE_S)
+        code = parent.wait(timeout=processes.PATIENCE_S)
         assert victims or code == 0  # otherwise the loop would not end
-        assert gone(parent.pid)
+        wait_for_end(parent.pid)
         verdict = verify(out, deep=True)
         verdict.demand_whole()
         assert verdict.info.manifest is not None
@@ -122,14 +119,12 @@ def test_a_killed_worker(tmp_path: Path) -> None:
     out = tmp_path / "out.beton"
     out.write_bytes(b"older")
     parent = start(out, 1, count=200_000, stderr=subprocess.PIPE)
-    deadline = time.monotonic() + PATIENCE_S
-    while len(writers(parent.pid)) < 3 and time.monotonic() < deadline:
-        time.sleep(0.02)
+    processes.wait_until(lambda: len(writers(parent.pid)) == 3, parent)
     os.kill(max(writers(parent.pid)), signal.SIGKILL)
     assert OwnTime(parent.pid).waits(ends(parent), END_S)
     _, errors = parent.communicate()
     assert b"ended by signal 9" in errors.splitlines()[-1]
-    assert gone(parent.pid)
+    wait_for_end(parent.pid)
     assert out.read_bytes() == b"older"
     assert [path.name for path in tmp_path.iterdir()] == [out.name]
 
@@ -158,14 +153,12 @@ def test_a_full_disk(small_disk: Path, filled: int) -> None:
     older = out.read_bytes()
     # 14.3 MB of images and checksums.
     parent = start(out, 1, count=1000, stderr=subprocess.PIPE)
-    deadline = time.monotonic() + PATIENCE_S
-    while len(writers(parent.pid)) < 1 and time.monotonic() < deadline:
-        time.sleep(0.01)
+    processes.wait_until(lambda: writers(parent.pid), parent)
     (small_disk / "filler").write_bytes(bytes((filled << 20) - 512 * out.stat().st_blocks))
-    _, errors = parent.communicate(timeout=PATIENCE_S)
+    _, errors = parent.communicate(timeout=processes.PATIENCE_S)
     assert parent.returncode == 1
     assert b"make room on that disk and try again" in errors.splitlines()[-1]
-    assert gone(parent.pid)
+    wait_for_end(parent.pid)
     assert out.read_bytes() == older
     assert {path.name for path in small_disk.iterdir()} == {out.name, "filler"}
     (small_disk / "filler").unlink()
@@ -209,7 +202,7 @@ def test_a_conversion_that_is_told_to_end_leaves_nothing(
     codes = {130 if number == signal.SIGINT else -number, -number} | ({1} if delay_s < 1 else set())
     assert parent.returncode in codes
     assert output.count(b"\n") <= 1 or delay_s < 1, output
-    assert gone(parent.pid)
+    wait_for_end(parent.pid)
     assert list(tmp_path.iterdir()) == []
 
 

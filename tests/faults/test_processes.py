@@ -7,15 +7,12 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import processes
 import pytest
 
 ROOT = Path(__file__).parents[2]
-# Imports of a session, its end and what its guard does then, beside other processes.
-PATIENCE_S = 300.0
 
 # A session's only file: ``{body}`` is what the first test does after its children have begun.
 SESSION = """
@@ -90,19 +87,12 @@ def session(folder: Path, body: str, *options: str) -> subprocess.Popen[str]:
 
 def started(folder: Path, child: subprocess.Popen[str]) -> list[int]:
     """Return the process of the test, its parent, and its four children, once they are there."""
-    until = time.monotonic() + PATIENCE_S
-    while not (folder / "started").exists():
-        assert child.poll() is None, child.communicate()[0]
-        assert time.monotonic() < until
-        time.sleep(0.05)
+    processes.wait_until((folder / "started").exists, child)
     return [int(word) for word in (folder / "started").read_text().split()]
 
 
-def all_end(numbers: list[int]) -> bool:
-    until = time.monotonic() + PATIENCE_S
-    while any(map(processes.runs, numbers)) and time.monotonic() < until:
-        time.sleep(0.05)
-    return not any(map(processes.runs, numbers))
+def wait_for_end(numbers: list[int]) -> None:
+    processes.wait_until(lambda: not any(map(processes.runs, numbers)))
 
 
 @pytest.mark.parametrize(
@@ -126,9 +116,9 @@ def test_killed_in_a_test_it_leaves_nobody(
     runner, parent, *others = started(tmp_path, child)
     assert all(map(processes.runs, others))
     os.kill({"pytest": runner, "worker": runner, "master": parent}[killed], number)
-    output, _ = child.communicate(timeout=PATIENCE_S)
+    output, _ = child.communicate(timeout=processes.PATIENCE_S)
     assert child.returncode != 0, output
-    assert all_end([runner, *others]), output
+    wait_for_end([runner, *others])
     if killed == "worker":
         assert "1 failed, 1 passed, 1 error" in output
 
@@ -138,18 +128,18 @@ def test_at_its_limit_a_test_fails_and_the_others_go_on(tmp_path: Path) -> None:
     child = session(
         tmp_path, "reach_the_limit(request.node, 100.0); served.join()", "-p", "no:xdist"
     )
-    output, _ = child.communicate(timeout=PATIENCE_S)
+    output, _ = child.communicate(timeout=processes.PATIENCE_S)
     assert child.returncode == 1, output
     assert "1 failed, 1 passed" in output
-    assert all_end([int(word) for word in (tmp_path / "started").read_text().split()][2:])
+    wait_for_end([int(word) for word in (tmp_path / "started").read_text().split()][2:])
 
 
 def test_a_hang_outside_of_python_ends_the_process(tmp_path: Path) -> None:
     child = session(tmp_path, "reach_the_limit(request.node, 1.0); deadlock()", "-p", "no:xdist")
-    output, _ = child.communicate(timeout=PATIENCE_S)
+    output, _ = child.communicate(timeout=processes.PATIENCE_S)
     assert child.returncode == 1, output
     assert re.search(r"line \d+ in deadlock\n", output), output
-    assert all_end([int(word) for word in (tmp_path / "started").read_text().split()][2:])
+    wait_for_end([int(word) for word in (tmp_path / "started").read_text().split()][2:])
 
 
 def test_a_hang_outside_of_python_costs_a_worker(tmp_path: Path) -> None:
@@ -162,7 +152,7 @@ def test_a_hang_outside_of_python_costs_a_worker(tmp_path: Path) -> None:
         "--dist",
         "loadfile",
     )
-    output, _ = child.communicate(timeout=PATIENCE_S)
+    output, _ = child.communicate(timeout=processes.PATIENCE_S)
     assert child.returncode == 1, output
     assert "1 failed, 1 passed, 1 error" in output
     assert "a worker died in this test" in output
@@ -177,6 +167,17 @@ def test_a_hang_at_exit_is_a_failure(tmp_path: Path) -> None:
         "-p",
         "no:xdist",
     )
-    output, _ = child.communicate(timeout=PATIENCE_S)
+    output, _ = child.communicate(timeout=processes.PATIENCE_S)
     assert child.returncode == 1, output
     assert "2 passed" in output
+
+
+def test_waiting_for_what_an_ended_process_would_have_done_is_over_at_once() -> None:
+    with (
+        subprocess.Popen(
+            [sys.executable, "-c", "raise SystemExit('no room')"], stderr=subprocess.PIPE, text=True
+        ) as child,
+        pytest.raises(AssertionError, match="no room"),
+    ):
+        processes.wait_until(lambda: False, child)
+    processes.wait_until(lambda: True, child)

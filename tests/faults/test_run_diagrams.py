@@ -8,6 +8,7 @@ import signal
 import sys
 from pathlib import Path
 
+import processes
 import pytest
 import run_rig as rig
 
@@ -38,7 +39,7 @@ def attempt(grid: Path, out: Path, after_s: float | None = None) -> int:
         assert process.pid is not None
         if process.is_alive():
             os.killpg(process.pid, signal.SIGKILL)
-    process.join(rig.PATIENCE_S)
+    process.join(processes.PATIENCE_S)
     assert process.exitcode is not None
     return process.exitcode
 

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+import processes
 import pytest
 import run_rig as rig
 from small_disk import small_disk
@@ -67,7 +68,7 @@ def train(
     said.write_text("")
     process = rig.PROCESSES.Process(target=_train, args=(config, run, said, filler, limit))
     process.start()
-    process.join(rig.PATIENCE_S)
+    process.join(processes.PATIENCE_S)
     assert process.exitcode == 0
     return said.read_text()
 

@@ -8,6 +8,7 @@ import os
 import tempfile
 from pathlib import Path
 
+import processes
 import pytest
 import run_rig as rig
 
@@ -60,7 +61,7 @@ def check_flat(tmp_path: Path, run: Path, cache: str) -> None:
     )  # fmt: skip
     process = rig.PROCESSES.Process(target=_train, args=(config, run, tmp_path / "counts"))
     process.start()
-    process.join(10 * rig.PATIENCE_S)
+    process.join(10 * processes.PATIENCE_S)
     assert process.exitcode == 0
     counts = json.loads((tmp_path / "counts").read_text())
     assert len(counts) == EPOCHS

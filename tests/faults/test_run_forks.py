@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import processes
 import pytest
 import run_rig as rig
 
@@ -61,7 +62,7 @@ def attempt(parent: Path, out: Path, dies_at: int | None, after_s: float | None 
     if after_s is not None:
         process.join(after_s)
         process.kill()
-    process.join(rig.PATIENCE_S)
+    process.join(processes.PATIENCE_S)
     assert process.exitcode is not None
     return process.exitcode
 

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+import processes
 import pytest
 import run_rig as rig
 
@@ -26,7 +27,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float]:
     for name in ("warm", "run"):  # the first child pays for what the machine has not read yet
         began = time.monotonic()
         process = rig.start(folder / name, rig.make_config(folder), rig.Marks(folder / "marks"))
-        process.join(rig.PATIENCE_S)
+        process.join(processes.PATIENCE_S)
         assert process.exitcode == 0
     return folder / "run", time.monotonic() - began
 
@@ -47,7 +48,7 @@ def kill(
         if phases.total() < most:
             until(process, marks)
             process.kill()
-        process.join(rig.PATIENCE_S)
+        process.join(processes.PATIENCE_S)
         if process.exitcode == -signal.SIGKILL:
             phases[marks.phase] += 1
             continue

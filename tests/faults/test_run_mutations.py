@@ -19,6 +19,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import processes
 import pytest
 import run_rig as rig
 from own_time import OwnTime
@@ -211,7 +212,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = rig.make_config(folder, "train.epochs=2", "train.batch_size=16", "data.test=none")
     process = rig.PROCESSES.Process(target=api.train, args=(config, folder / "run"))
     process.start()
-    process.join(rig.PATIENCE_S)
+    process.join(processes.PATIENCE_S)
     assert process.exitcode == 0
     return folder / "run"
 
@@ -227,7 +228,7 @@ def test_a_damaged_file_is_said_or_makes_no_difference(
     process.start()
     assert process.pid is not None
     theirs.close()
-    kinds, at, patience_s = Counter[str](), ("start", "", "", ""), rig.PATIENCE_S
+    kinds, at, patience_s = Counter[str](), ("start", "", "", ""), processes.PATIENCE_S
     while at[0] != "end":
         assert OwnTime(process.pid).waits(mine.poll, patience_s), f"hangs after {at}"
         try:
@@ -238,7 +239,7 @@ def test_a_damaged_file_is_said_or_makes_no_difference(
         assert at[0] != "WRONG", at
         if at[0] in ("error", "warned", "identical"):
             kinds[at[0]] += 1
-        patience_s = HANG_S if at[0] == "begin" else rig.PATIENCE_S
+        patience_s = HANG_S if at[0] == "begin" else processes.PATIENCE_S
     process.join()
     print(f"{name}: {dict(kinds)}")
     assert sum(kinds.values()) == PER_FILE

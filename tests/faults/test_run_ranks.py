@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
+import processes
 import pytest
 import run_rig as rig
 
@@ -78,7 +79,7 @@ def test_killed_a_rank_is_started_again_and_the_bytes_are_the_same(
             if process.poll() is None and len(children(process.pid)) == 2:
                 os.kill(draw.choice(workers), signal.SIGKILL)
                 hit += 1
-            code = process.wait(rig.PATIENCE_S)
+            code = process.wait(processes.PATIENCE_S)
             output.seek(0)
             assert code == 0, output.read()
         # A start and the whole run, both twice at most.
@@ -112,7 +113,7 @@ def test_an_error_of_all_ranks_is_printed_once(
         capture_output=True,
         text=True,
         env={**os.environ, "TMPDIR": str(temporary)},
-        timeout=rig.PATIENCE_S,
+        timeout=processes.PATIENCE_S,
         check=False,
     )
     assert process.returncode == code, process.stderr

@@ -34,7 +34,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float]:
     for name in ("warm", "run"):
         began = time.monotonic()
         process = rig.command(folder / name, rig.make_config(folder), folder / "output", marks)
-        process.join(rig.PATIENCE_S)
+        process.join(processes.PATIENCE_S)
         assert process.exitcode == 0, (folder / "output").read_text()
     return folder / "run", time.monotonic() - began
 
@@ -75,7 +75,7 @@ def stopped_runs(
         process = rig.command(run, config, output, marks)
         if numbers and draw.random() < 0.8:  # else while it starts
             marks.wait_for_step(process)
-        process.join(draw.uniform(0.15, seconds / 2) if numbers else rig.PATIENCE_S)
+        process.join(draw.uniform(0.15, seconds / 2) if numbers else processes.PATIENCE_S)
         if process.is_alive():
             number = numbers.pop()
             phases[marks.phase] += 1
@@ -148,13 +148,13 @@ def test_a_run_whose_output_is_gone_loses_no_step(
         process = rig.command(tmp_path / "run", config, path, marks)
         marks.wait_for_step(process)
         leave()
-        process.join(rig.PATIENCE_S)
+        process.join(processes.PATIENCE_S)
     # 0: stopped and saved with nothing left to say.
     assert process.exitcode in ((0, 1) if output is terminal_that_closes else (1,))
     if output is terminal_that_closes:
         assert rig.checkpoints(tmp_path / "run")
         again = rig.command(tmp_path / "run", config, tmp_path / "output", marks)
-        again.join(rig.PATIENCE_S)
+        again.join(processes.PATIENCE_S)
         assert again.exitcode == 0
     assert rig.contents(tmp_path / "run") == rig.contents(whole[0])
     assert rig.leftovers(tmp_path / "run") == []

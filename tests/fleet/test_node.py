@@ -6,11 +6,11 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from processes import PATIENCE_S, wait_until
 
 from fastbyol.fleet import ledger, node, worker
 from fastbyol.fleet.node import MOST_QUICK, Node, NodeEnd
@@ -22,7 +22,6 @@ from small import SETS, content, contents
 
 ARMS = ("gn-sgd-mlp-none", "gn-lars-0.1")
 LONG = ("train.epochs=6",)
-PATIENCE_S = 600.0
 linux = pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
 
 
@@ -58,14 +57,6 @@ def go_on(out: Path) -> list[str]:
     end, said = run_node(out, 2)
     assert end == NodeEnd()
     return said
-
-
-def wait_until(true: Callable[[], bool], process: subprocess.Popen[str] | None = None) -> None:
-    until = time.monotonic() + PATIENCE_S
-    while not true():
-        assert process is None or process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < until
-        time.sleep(0.01)
 
 
 LEFT = ("stopped", "new")

@@ -9,12 +9,11 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import run_rig as rig
+from processes import PATIENCE_S, wait_until
 
 from conftest import Command
 from fastbyol.errors import UsageError
@@ -29,14 +28,6 @@ submitit = pytest.importorskip("submitit", reason="the extra `slurm` is not inst
 
 COMMAND = ("ablate",)
 LONG = ("train.epochs=15",)
-
-
-def wait_until(true: Callable[[], object], job: Any) -> None:
-    until = time.monotonic() + rig.PATIENCE_S
-    while not true():
-        assert not job.done(), job.stderr()
-        assert time.monotonic() < until
-        time.sleep(0.02)
 
 
 def below(process: int) -> list[int]:
@@ -112,7 +103,7 @@ def test_a_worker_without_handlers_yet_survives_a_signal(
     ask(tmp_path, "gn-lars-0.1", sets=LONG)
     worker = Process(Options(str(tmp_path)), {}, tmp_path / "log")
     os.kill(worker.process.pid, number)
-    assert worker.process.wait(rig.PATIENCE_S) == 0
+    assert worker.process.wait(PATIENCE_S) == 0
     lines = worker.lines()
     assert lines is not None
     assert lines[-1].endswith(f" ends: {number.name}")

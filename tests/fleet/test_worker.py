@@ -11,13 +11,13 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
 import run_rig as rig
+from processes import PATIENCE_S, wait_until
 from small_disk import small_disk
 
 import no_graph
@@ -44,7 +44,7 @@ def start(out: Path, said: Path | None = None, **options: Any) -> BaseProcess:
 
 def end(*processes: BaseProcess, code: int = 0) -> None:
     for process in processes:
-        process.join(rig.PATIENCE_S)
+        process.join(PATIENCE_S)
         assert process.exitcode == code
 
 
@@ -62,14 +62,6 @@ def _stay(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("the worker wants a fresh process")
 
     monkeypatch.setattr(worker, "_become_fresh", become_fresh)
-
-
-def wait_until(true: Callable[[], bool], *processes: BaseProcess) -> None:
-    until = time.monotonic() + rig.PATIENCE_S
-    while not true():
-        assert all(process.is_alive() for process in processes)
-        assert time.monotonic() < until
-        time.sleep(0.02)
 
 
 def row(out: Path, name: str) -> Any:
@@ -382,7 +374,7 @@ def test_a_worker_that_does_not_wait_leaves_what_others_have(tmp_path: Path) -> 
     time.sleep(1.0)
     assert thread.is_alive()
     held.beat()
-    thread.join(rig.PATIENCE_S)
+    thread.join(PATIENCE_S)
     assert ended == [None]
     assert not (entry.path / "config.toml").exists()
 
@@ -450,9 +442,7 @@ def test_a_run_without_a_graph_goes_on_in_a_fresh_process(
     ask(out, "gn-lars-0.1", seeds=2, sets=("train.epochs=1",))
     monkeypatch.setenv("NO_GRAPH_STARTS", str(starts))
     command = [os.sys.executable, no_graph.__file__, "ablate", "work", str(out)]  # type: ignore[attr-defined]
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=rig.PATIENCE_S, check=False
-    )
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
     assert done.returncode == 0, done.stderr
     for seed in (0, 1):
         assert f"gn-lars-0.1 seed {seed}: stopped: " in done.stdout

@@ -11,11 +11,11 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import processes
 import pytest
 import torch
 from hypothesis import given
@@ -441,15 +441,7 @@ def test_no_compiling_process_outlives_the_one_that_asked(tmp_path: Path, number
         # The children have its standard output: it ends when the last of them does.
         assert asking.stdout.read() == ""
     assert asking.returncode == -number
-    while any(_is_alive(child) for child in children):  # the last of their exit
-        time.sleep(0.01)
-
-
-def _is_alive(process: int) -> bool:
-    try:
-        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
+    processes.wait_until(lambda: not any(map(processes.runs, children)))  # the last of their exit
 
 
 def test_code_of_other_sources_is_never_taken_from_the_cache(tmp_path: Path) -> None:

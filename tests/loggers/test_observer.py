@@ -6,6 +6,7 @@ import random
 import time
 from pathlib import Path
 
+import processes
 import pytest
 import run_rig as rig
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -106,10 +107,10 @@ def test_killed_and_resumed_trainings_are_logged_without_gap_and_double_step(
         marks.wait_for_step(process)
         time.sleep(random.uniform(0.0, 1.0))
         process.kill()
-        process.join(rig.PATIENCE_S)
+        process.join(processes.PATIENCE_S)
         marks.clear()
     process = rig.start(run, config, marks)
-    process.join(rig.PATIENCE_S)
+    process.join(processes.PATIENCE_S)
     assert process.exitcode == 0
     assert records(run) == whole
     assert losses(run) == recorded_losses(run)

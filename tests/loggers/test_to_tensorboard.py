@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from processes import wait_until
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from fastbyol.loggers import follow as following
@@ -115,10 +115,7 @@ def test_a_logger_that_is_killed_at_work_goes_on_where_it_was(tmp_path: Path) ->
     run = WrittenRun(tmp_path / "run")
     run.write(0, 10)
     child = Child(run.path, "tensorboard", limit_s=0.0)
-    until = time.monotonic() + 120
-    while not (run.path / "tensorboard").exists() or not curves(run):
-        assert time.monotonic() < until
-        time.sleep(0.1)
+    wait_until(lambda: (run.path / "tensorboard").exists() and curves(run), child.process)
     os.kill(child.process.pid, signal.SIGKILL)
     child.close()
     run.write(7, 20)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
-import time
 from pathlib import Path
 
 import pytest
+from processes import wait_until
 
 from fastbyol.loggers import to_wandb
 from fastbyol.loggers.child import Child
@@ -37,10 +37,7 @@ def test_a_run_of_several_lives_is_there_once_and_offline_without_an_account(
     # This life's logger is killed once something is on the disk.
     run.write(9, 24)
     child = Child(run.path, "wandb", limit_s=0.0)
-    until = time.monotonic() + 300
-    while len(wandb_rows(run.path)) < 15:
-        assert time.monotonic() < until
-        time.sleep(0.1)
+    wait_until(lambda: len(wandb_rows(run.path)) >= 15, child.process)
     os.kill(child.process.pid, signal.SIGKILL)
     child.close()
     run.write(24, END)

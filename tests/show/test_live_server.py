@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from processes import wait_until
 
 from fastbyol.errors import UsageError
 from fastbyol.runs.metrics import METRICS_FILE
@@ -193,12 +194,6 @@ def test_malformed_requests_are_refused(
     assert capfd.readouterr() == ("", "")
 
 
-def wait_for_threads(most: int) -> None:
-    """Wait until no more than ``most`` threads are left; pytest's limit ends it."""
-    while threading.active_count() > most:
-        time.sleep(0.01)
-
-
 def test_slow_clients_end_and_others_are_served_meanwhile(
     server: Server, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -212,7 +207,7 @@ def test_slow_clients_end_and_others_are_served_meanwhile(
             client.sendall(b"GET / HT")
         slow[-1].close()
         assert ask(server)[0] == 200
-        wait_for_threads(before + 20)  # though there are 60 clients
+        wait_until(lambda: threading.active_count() <= before + 20)  # though there are 60 clients
         monkeypatch.setattr(live_server, "MOST_S", 0.2)
         while threading.active_count() > before:
             for client in slow[-9:-1]:  # a byte at a time does not help
@@ -253,8 +248,7 @@ def test_fifty_clients_at_once_while_the_run_grows_is_cut_and_removed(
 
     half = len(lines) // 2
     path.write_text("")
-    while json.loads(ask(server)[2])["step"]:
-        time.sleep(0.05)
+    wait_until(lambda: not json.loads(ask(server)[2])["step"])
     with ThreadPoolExecutor(CLIENTS) as pool:
         futures = [pool.submit(client, number) for number in range(CLIENTS)]
         for count in range(1, half):  # it grows
@@ -277,7 +271,7 @@ def test_fifty_clients_at_once_while_the_run_grows_is_cut_and_removed(
     out, err = capfd.readouterr()
     assert err == ""
     assert max(waits) < 10.0, out
-    wait_for_threads(before)
+    wait_until(lambda: threading.active_count() <= before)
 
 
 def test_a_port_in_use(server: Server, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

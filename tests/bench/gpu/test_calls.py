@@ -11,10 +11,10 @@ import subprocess
 import sys
 import tarfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from processes import wait_until
 
 from fastbyol_bench import command
 from fastbyol_bench.gpu import calls, rows
@@ -66,14 +66,6 @@ def test_every_path_to_the_end_and_few_files(tmp_path: Path) -> None:
     assert json.loads((out / "jobs.json").read_text())["commit"] == "0123abcd"
     with tarfile.open(out / "logs.tar.gz") as archive:
         assert "logs/limits-cudnn10.log" in archive.getnames()
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    """Return when ``condition`` holds; fail after ten minutes."""
-    until = time.monotonic() + 600
-    while not condition():
-        assert time.monotonic() < until
-        time.sleep(0.02)
 
 
 def test_a_killed_call_leaves_its_rows_and_no_process_behind(tmp_path: Path) -> None:

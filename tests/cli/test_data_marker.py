@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from command_line import Command
 
-from conftest import Command
 from fastbyol.cli import data_marker
 from fastbyol.config import ViewsConfig
 from fastbyol.config_io import load

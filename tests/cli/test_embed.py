@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from command_line import Command
 
-from conftest import Command
 from fastbyol import api
 from tiny import beton_files, tiny_config
 

@@ -10,9 +10,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from command_line import Command
 from made_runs import make_run
 
-from conftest import Command
 from fastbyol.show import figures
 
 COMMAND = ["runs"]

@@ -14,8 +14,7 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-
-from conftest import Command
+from command_line import Command
 
 COMMAND = ["watch"]
 OLD_RUN = Path(__file__).parent.parent / "runs" / "old" / "finished"

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 from claimed_gpu import GPU, claimed_gpu
+from command_line import Command
 
-from conftest import Command
 from fastbyol import train
 from fastbyol.engine import capture
 from fastbyol.engine.step import TrainState

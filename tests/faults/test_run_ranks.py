@@ -16,9 +16,9 @@ from unittest.mock import Mock
 import processes
 import pytest
 import run_rig as rig
+from command_line import COMPILING, Command
 
 import leftovers
-from conftest import COMPILING, Command
 from fastbyol import api, config_io
 from fastbyol.engine import exchange, ports
 from fastbyol.errors import UsageError

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from command_line import Command
 from processes import PATIENCE_S, wait_until
 
-from conftest import Command
 from fastbyol.errors import UsageError
 from fastbyol.fleet import slurm
 from fastbyol.fleet.launch import Launch

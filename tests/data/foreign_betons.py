@@ -9,12 +9,11 @@
 
 from __future__ import annotations
 
-import atexit
 import functools
 import importlib.util
 import io
 import multiprocessing
-import shutil
+import os
 import struct
 import subprocess
 import sys
@@ -42,9 +41,10 @@ DECODED = ("jpg", "foreign", "mixed", "mixed_jpg")
 
 @functools.cache
 def made() -> Path:
-    """Return the folder of the files, which is deleted at exit."""
-    folder = Path(tempfile.mkdtemp(prefix="foreign-betons-"))
-    atexit.register(shutil.rmtree, folder)
+    """Return the folder of the files, which the guard of the tests' processes deletes."""
+    from processes import VARIABLE  # not on the path of this file's own commands
+
+    folder = Path(tempfile.mkdtemp(dir=os.environ[VARIABLE]))
     if HAS_FFCV:
         _run("write", folder)
     else:

@@ -137,11 +137,10 @@ class Telemetry:
         if self._closed:
             return
         self._closed = True
-        with self._timing, closing(self._metrics):
+        with self._timing, closing(self._metrics), closing(self._layers):
             self.flush()
             self.sync()
             self.timing("close")
-            self._layers.close()
 
     def __enter__(self) -> Telemetry:
         return self

@@ -396,6 +396,17 @@ def test_closing_twice_or_after_an_error_writes_once(tmp_path: Path) -> None:
     assert [row["step"] for row in read_metrics(tmp_path)[0]] == [0]
 
 
+def test_a_file_that_cannot_be_written_leaves_none_open(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    telemetry, before = open_telemetry(tmp_path), len(list(Path("/proc/self/fd").iterdir()))
+    telemetry.record(measured(0))
+    monkeypatch.setattr(MetricsFile, "sync", lambda self: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        telemetry.close()
+    assert len(list(Path("/proc/self/fd").iterdir())) == before - 3
+
+
 @pytest.mark.gpu(only=True)
 def test_recording_and_draining_never_wait_for_the_gpu(tmp_path: Path) -> None:
     """torch's own detector of synchronising calls is set to raise; values still arrive, one ring

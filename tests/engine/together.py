@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import run_rig
 import torch
+from processes import PATIENCE_S
 from torch import Tensor
 
 from fastbyol import load_config, views
@@ -94,5 +95,5 @@ def start(count: int, work: Callable[..., Any], *arguments: Any) -> list[BasePro
 def end_well(processes: Sequence[BaseProcess]) -> None:
     """Wait for each, which has to return."""
     for process in processes:
-        process.join(run_rig.PATIENCE_S)
+        process.join(PATIENCE_S)
         assert process.exitcode == 0

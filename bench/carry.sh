@@ -7,14 +7,16 @@ file=${1:?usage: bench/carry.sh FILE.tar.gz [PYTHON_VERSION]}
 version=${2:-3.12}
 root=$(cd "$(dirname "$0")/.." && pwd)
 python=${PYTHON:-$root/.venv/bin/python}
-"$python" -c 'import ffcv._libffcv' || { echo "carry.sh: no FFCV in $python: run make setup" >&2; exit 1; }
 [ ! -e "$file" ] || { echo "carry.sh: $file is there already: name a new file, or remove it" >&2; exit 1; }
+# Its folder, without the seconds that its import takes.
+ffcv=$("$python" -c 'from importlib.util import find_spec; print(*find_spec("ffcv").submodule_search_locations)' 2>/dev/null) &&
+  ls "$ffcv"/_libffcv*.so >/dev/null 2>&1 || { echo "carry.sh: no FFCV in $python: run make setup" >&2; exit 1; }
 dir=$(mktemp -d) && trap 'rm -rf "$dir"' EXIT
 platforms=$(for glibc in 28 17; do printf -- '--platform manylinux_2_%s_x86_64 ' $glibc; done)
 # shellcheck disable=SC2086 # one word each
 "$python" -m pip --disable-pip-version-check --quiet install --target "$dir" --no-compile --only-binary=:all: \
   --implementation cp --python-version "$version" $platforms pydantic typer rich safetensors
-cp -R "$("$python" -c 'import ffcv, os; print(os.path.dirname(ffcv.__file__))')" "$dir/ffcv"
+cp -R "$ffcv" "$dir/ffcv"
 # The extension has no functions of Python's (FFCV calls it through ctypes), so that any version loads it under this name.
 mv "$dir"/ffcv/_libffcv*.so "$dir/ffcv/_libffcv.abi3.so"
 if [ "$version" != 3.11 ]; then # FFCV imports distutils.log, which is gone from Python 3.12 on

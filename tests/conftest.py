@@ -23,6 +23,9 @@ from typing import Any
 # As fastbyol's own command has it: threads that wait for others would spin, and take the cores
 # from the tests beside. OpenMP reads this when torch is imported.
 os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+# Tests run side by side, and what they compute is small: with a thread for every core in each of
+# their processes, the ones that compute took 1.4 times as long.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import processes
 import pytest
@@ -145,6 +148,15 @@ def run(
     """A command line in an empty folder; the module may name its first words in COMMAND."""
     monkeypatch.chdir(tmp_path)
     return Command(capsys, *getattr(request.module, "COMMAND", ()))
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    """Give torch two threads, so that a number set to one shows."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(autouse=True)

@@ -21,6 +21,9 @@ from fastbyol.data.loader import read_all
 from fastbyol.engine.step import METRICS
 from tiny import TINY
 
+# As on a user's machine.
+pytestmark = pytest.mark.usefixtures("two_threads")
+
 
 def train(train: Path, test: Path, folder: Path, batch_size: int = 8) -> None:
     """Train the tiny network for an epoch."""

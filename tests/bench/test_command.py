@@ -45,6 +45,7 @@ EXPECTED = {
 }
 
 
+@pytest.mark.usefixtures("two_threads")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="what needs a GPU is there")
 @pytest.mark.parametrize("suite", command.SUITES)
 def test_every_suite_measures_and_keeps(suite: str, run) -> None:

@@ -50,6 +50,7 @@ def _follow(ranks: Ranks) -> None:
         rank_times.follow(ranks, WORK, CPU)
 
 
+@pytest.mark.usefixtures("two_threads")
 def test_two_processes_answer_and_end() -> None:
     before = multiprocessing.active_children()
     threads = torch.get_num_threads()

@@ -61,6 +61,7 @@ def test_on_one_core_a_process_that_forks_after_the_import_ends() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, timeout=600, env=environment)
 
 
+@pytest.mark.usefixtures("two_threads")
 def test_missing_ffcv_is_said_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     num_threads = torch.get_num_threads()
     monkeypatch.setitem(sys.modules, "ffcv.loader", None)

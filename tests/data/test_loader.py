@@ -170,7 +170,7 @@ def test_early_ends_leave_no_thread_and_no_trace() -> None:
         assert_equal(list(batches.epoch(1)), expected)
 
 
-@pytest.mark.usefixtures("no_thread_left")
+@pytest.mark.usefixtures("no_thread_left", "two_threads")
 def test_twenty_epochs_keep_threads_and_torchs_setting() -> None:
     setting = torch.get_num_threads()
     with opened(workers=2) as batches:

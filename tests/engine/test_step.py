@@ -37,15 +37,6 @@ TOLERANCE = 1e-10
 STEPS = 3
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """Run with one thread: networks this small lose time with more."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def tiny(
     norm: str = "bn",
     head_norm: str = "bn",

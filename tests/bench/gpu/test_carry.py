@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(
 # An interpreter whose pip does no work on a network: it makes a package, or fails.
 STAND_IN = """\
 #!/bin/sh
-[ "$1 $2" = "-m pip" ] || exec {python} "$@"
+[ "$1 $2" = "-m pip" ] || exec {python} {options} "$@"
 while [ "$1" != --target ]; do shift; done
 mkdir "$2/pydantic" && : >"$2/pydantic/__init__.py"
 exit {code}
@@ -35,10 +35,10 @@ with open("/proc/self/maps") as maps:
 
 
 def carry(
-    folder: Path, file: Path, version: str, code: int = 0
+    folder: Path, file: Path, version: str, code: int = 0, options: str = ""
 ) -> subprocess.CompletedProcess[str]:
     python = folder / "python"
-    python.write_text(STAND_IN.format(python=sys.executable, code=code))
+    python.write_text(STAND_IN.format(python=sys.executable, code=code, options=options))
     python.chmod(0o755)
     script = ROOT / "bench" / "carry.sh"
     return subprocess.run(
@@ -74,3 +74,9 @@ def test_ffcv_of_the_archive_loads_with_the_libraries_beside_it(
 def test_a_failed_download_leaves_no_archive(tmp_path: Path) -> None:
     assert carry(tmp_path, tmp_path / "carry.tar.gz", "3.12", code=3).returncode == 3
     assert [path.name for path in tmp_path.iterdir()] == ["python"]
+
+
+def test_an_interpreter_without_ffcv_is_said(tmp_path: Path) -> None:
+    done = carry(tmp_path, tmp_path / "carry.tar.gz", "3.12", options="-I -S")
+    assert done.returncode == 1
+    assert done.stderr == f"carry.sh: no FFCV in {tmp_path / 'python'}: run make setup\n"

@@ -169,8 +169,18 @@ def _install(folder: Path, root: Path) -> None:
     package = _run([*python, where], folder).strip()
     for path in libraries:
         if path.name in SHARED:
-            shutil.copy(path, package)
+            _put(path, Path(package))
     _run([*python, "import ffcv._libffcv"], folder)
+
+
+def _put(library: Path, folder: Path) -> None:
+    """Copy ``library`` into ``folder``, where a process may be running what it replaces.
+
+    Written over, the old one's relocated pages would be lost, and the process die with SIGSEGV.
+    """
+    unfinished = folder / f".{library.name}.{os.getpid()}"
+    shutil.copy(library, unfinished)
+    unfinished.replace(folder / library.name)
 
 
 def _run(command: list[str], folder: Path, environment: dict[str, str] | None = None) -> str:

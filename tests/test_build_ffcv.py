@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 
 from fastbyol import build_ffcv
 from fastbyol.errors import FastbyolError
+from foreign_betons import needs_ffcv
 
 
 @pytest.mark.parametrize(
@@ -65,3 +67,31 @@ def test_a_tool_that_fails_shows_its_last_lines(
     with pytest.raises(FastbyolError, match=r"^`sh -c .*` ended with 3, as above$"):
         build_ffcv._run(["sh", "-c", "seq 100; echo no libopencv >&2; exit 3"], tmp_path)
     assert capsys.readouterr().err.splitlines()[-2:] == ["100", "no libopencv"]
+
+
+# Looks up a name that it has not had, and calls the function.
+RUNNING = """\
+import ctypes, sys
+library = ctypes.CDLL(sys.argv[1])
+print("loaded", flush=True)
+sys.stdin.read()
+library.tjInitDecompress.restype = ctypes.c_void_p
+assert library.tjInitDecompress()
+"""
+
+
+@needs_ffcv
+def test_built_again_it_leaves_a_process_alone_that_runs_it(tmp_path: Path) -> None:
+    spec = importlib.util.find_spec("ffcv")
+    assert spec is not None
+    (package,) = spec.submodule_search_locations or ()
+    name = "libturbojpeg.so.0"
+    build_ffcv._put(Path(package, name), tmp_path)
+    words = [sys.executable, "-c", RUNNING, str(tmp_path / name)]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"loaded\n"
+        build_ffcv._put(Path(package, name), tmp_path)
+        process.communicate()
+    assert process.returncode == 0
+    assert [path.name for path in tmp_path.iterdir()] == [name]

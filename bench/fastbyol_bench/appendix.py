@@ -28,7 +28,7 @@ SHORT_BEGIN, SHORT_END = (
 )
 DOCUMENT = DOCS / "appendix.md"
 VERDICTS = "verdicts.json"
-FOLDERS = tuple(RESULTS / "ablations" / name for name in ("mini", "long", "textures"))
+FOLDERS = tuple(RESULTS / "ablations" / name for name in ("mini", "long", "long-mlps", "textures"))
 # The claims in the README's table: at least one of every outcome.
 SHORT = ("C1", "C5", "C6", "C7", "C8", "M1")
 PICTURES = {

@@ -399,12 +399,17 @@ def test_closing_twice_or_after_an_error_writes_once(tmp_path: Path) -> None:
 def test_a_file_that_cannot_be_written_leaves_none_open(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    telemetry, before = open_telemetry(tmp_path), len(list(Path("/proc/self/fd").iterdir()))
+    def held() -> list[Path]:
+        files = [file.resolve() for file in Path("/proc/self/fd").iterdir()]
+        return [file for file in files if tmp_path in file.parents]
+
+    telemetry = open_telemetry(tmp_path)
     telemetry.record(measured(0))
+    assert len(held()) == 3
     monkeypatch.setattr(MetricsFile, "sync", lambda self: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         telemetry.close()
-    assert len(list(Path("/proc/self/fd").iterdir())) == before - 3
+    assert held() == []
 
 
 @pytest.mark.gpu(only=True)

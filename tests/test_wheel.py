@@ -147,7 +147,9 @@ def test_the_oldest_versions_are_the_lower_bounds() -> None:
         for specifier in requirement.specifier
         if specifier.operator == ">="
     }
-    for package, version in pins("constraints-floor.txt").items():
+    floor = pins("constraints-floor.txt")
+    floor.pop("pyparsing")  # what matplotlib's lower bound works with
+    for package, version in floor.items():
         assert version.release[: len(bounds[package])] == bounds[package], package
 
 

@@ -8,9 +8,11 @@ version=${2:-3.12}
 root=$(cd "$(dirname "$0")/.." && pwd)
 python=${PYTHON:-$root/.venv/bin/python}
 [ ! -e "$file" ] || { echo "carry.sh: $file is there already: name a new file, or remove it" >&2; exit 1; }
-# Its folder, without the seconds that its import takes.
-ffcv=$("$python" -c 'from importlib.util import find_spec; print(*find_spec("ffcv").submodule_search_locations)' 2>/dev/null) &&
-  ls "$ffcv"/_libffcv*.so >/dev/null 2>&1 || { echo "carry.sh: no FFCV in $python: run make setup" >&2; exit 1; }
+# Its folder, if its extension loads, without the seconds that the import of all of it takes.
+ffcv=$("$python" -c 'import ctypes, glob; from importlib.util import find_spec
+(folder,) = find_spec("ffcv").submodule_search_locations
+(extension,) = glob.glob(f"{folder}/_libffcv*.so"); ctypes.CDLL(extension); print(folder)' 2>/dev/null) ||
+  { echo "carry.sh: no FFCV in $python: run make setup" >&2; exit 1; }
 dir=$(mktemp -d) && trap 'rm -rf "$dir"' EXIT
 platforms=$(for glibc in 28 17; do printf -- '--platform manylinux_2_%s_x86_64 ' $glibc; done)
 # shellcheck disable=SC2086 # one word each

@@ -135,7 +135,7 @@ def test_a_dataloaders_workers_die_with_their_peer() -> None:
         assert workers
         child.kill()
         child.join()
-        processes.wait_until(lambda: not any(map(processes.runs, workers)))
+        processes.wait_for_end(workers)
 
 
 def test_nothing_of_ours_reaches_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from processes import wait_until
 
 import ffcv_files
 import leftovers
@@ -90,20 +89,8 @@ def out(tmp_path: Path) -> Path:
 def demand_untouched(out: Path) -> None:
     assert [path.name for path in out.parent.iterdir()] == [out.name]
     assert out.read_text() == "older"
-    wait_until(lambda: not _writers())
+    leftovers.wait_for_writers(os.getpid())
     assert leftovers.lasting_in_shared_memory(BEFORE) == set()
-
-
-def _writers() -> list[str]:
-    """List the living writing processes of this process."""
-    marks = subprocess.run(
-        ["ps", "-eo", "pid,stat,args"], capture_output=True, text=True, check=True
-    ).stdout.splitlines()
-    return [
-        line
-        for line in marks
-        if "beton_worker" in line and line.endswith(f" {os.getpid()}") and " Z" not in line
-    ]
 
 
 def write(out: Path, items: Items, **options: object) -> beton.BetonInfo:

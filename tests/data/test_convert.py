@@ -21,6 +21,7 @@ import ffcv_files
 import source_files
 from fastbyol.data import beton, beton_write, convert, rgb, textures
 from fastbyol.errors import FastbyolError, UsageError
+from leftovers import wait_for_writers
 
 
 @pytest.fixture
@@ -260,7 +261,7 @@ def test_killed_conversions_leave_nothing(tmp_path: Path, out: Path) -> None:
             wait_until(lambda least=num_bytes: _leftover_bytes(tmp_path) > least, process)
         process.send_signal(signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL
-        wait_until(lambda parent=process.pid: not _children_of(parent))
+        wait_for_writers(process.pid)
         assert not out.exists()
     assert _leftover_bytes(tmp_path)
     convert.convert("textures", out, count=10, size=16)
@@ -270,16 +271,3 @@ def test_killed_conversions_leave_nothing(tmp_path: Path, out: Path) -> None:
 
 def _leftover_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.iterdir() if path.name.endswith(".tmp"))
-
-
-def _children_of(pid: int) -> list[str]:
-    """Return the writing processes that name ``pid`` as their parent."""
-    actual = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            command = (folder / "cmdline").read_bytes().rstrip(b"\0").split(b"\0")
-        except OSError:
-            continue
-        if b"beton_worker" in b" ".join(command) and command[-1] == str(pid).encode():
-            actual.append(folder.name)
-    return actual

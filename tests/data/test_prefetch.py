@@ -66,7 +66,7 @@ def test_runs_ahead_but_not_further() -> None:
 
     items = prefetch(source(), name="numbers")
     assert next(items) == 0
-    wait_until(lambda: len(made) == 5)
+    wait_until(lambda: len(made) >= 5)
     time.sleep(0.3)
     # One taken, three queued, one in the thread's hands.
     assert len(made) == 5

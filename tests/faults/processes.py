@@ -17,7 +17,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +145,11 @@ def _last_words(process: Any) -> object:
     if hasattr(process, "communicate"):
         return process.communicate()
     return process.stderr() if hasattr(process, "stderr") else process.exitcode
+
+
+def wait_for_end(numbers: Collection[int | str]) -> None:
+    """Return once none of the processes runs."""
+    wait_until(lambda: not any(map(runs, numbers)))
 
 
 def runs(process: int | str) -> bool:

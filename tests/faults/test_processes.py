@@ -91,10 +91,6 @@ def started(folder: Path, child: subprocess.Popen[str]) -> list[int]:
     return [int(word) for word in (folder / "started").read_text().split()]
 
 
-def wait_for_end(numbers: list[int]) -> None:
-    processes.wait_until(lambda: not any(map(processes.runs, numbers)))
-
-
 @pytest.mark.parametrize(
     ("killed", "number"),
     [
@@ -118,7 +114,7 @@ def test_killed_in_a_test_it_leaves_nobody(
     os.kill({"pytest": runner, "worker": runner, "master": parent}[killed], number)
     output, _ = child.communicate(timeout=processes.PATIENCE_S)
     assert child.returncode != 0, output
-    wait_for_end([runner, *others])
+    processes.wait_for_end([runner, *others])
     if killed == "worker":
         assert "1 failed, 1 passed, 1 error" in output
 
@@ -131,7 +127,7 @@ def test_at_its_limit_a_test_fails_and_the_others_go_on(tmp_path: Path) -> None:
     output, _ = child.communicate(timeout=processes.PATIENCE_S)
     assert child.returncode == 1, output
     assert "1 failed, 1 passed" in output
-    wait_for_end([int(word) for word in (tmp_path / "started").read_text().split()][2:])
+    processes.wait_for_end([int(word) for word in (tmp_path / "started").read_text().split()][2:])
 
 
 def test_a_hang_outside_of_python_ends_the_process(tmp_path: Path) -> None:
@@ -139,7 +135,7 @@ def test_a_hang_outside_of_python_ends_the_process(tmp_path: Path) -> None:
     output, _ = child.communicate(timeout=processes.PATIENCE_S)
     assert child.returncode == 1, output
     assert re.search(r"line \d+ in deadlock\n", output), output
-    wait_for_end([int(word) for word in (tmp_path / "started").read_text().split()][2:])
+    processes.wait_for_end([int(word) for word in (tmp_path / "started").read_text().split()][2:])
 
 
 def test_a_hang_outside_of_python_costs_a_worker(tmp_path: Path) -> None:

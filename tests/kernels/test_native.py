@@ -441,7 +441,7 @@ def test_no_compiling_process_outlives_the_one_that_asked(tmp_path: Path, number
         # The children have its standard output: it ends when the last of them does.
         assert asking.stdout.read() == ""
     assert asking.returncode == -number
-    processes.wait_until(lambda: not any(map(processes.runs, children)))  # the last of their exit
+    processes.wait_for_end(children)  # the last of their exit
 
 
 def test_code_of_other_sources_is_never_taken_from_the_cache(tmp_path: Path) -> None:
